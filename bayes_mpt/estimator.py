@@ -1,0 +1,691 @@
+"""BayesMPT: any Pyro program as a scikit-learn estimator, trained on the masked score."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from functools import partial
+from numbers import Integral, Real
+from typing import Any, Self
+
+import numpy as np
+import pyro
+import torch
+from numpy.typing import ArrayLike, NDArray
+from sklearn.base import (
+    BaseEstimator,
+    ClassNamePrefixFeaturesOutMixin,
+    DensityMixin,
+    TransformerMixin,
+    _fit_context,
+)
+from sklearn.callback import CallbackSupportMixin
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils import check_random_state
+from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils.validation import check_is_fitted, validate_data
+from torch import Tensor
+
+from bayes_mpt import training
+from bayes_mpt.concentrated import NoiseFloorError
+from bayes_mpt.evidence import Laplace, laplace_diagonal, laplace_proportional
+from bayes_mpt.masks import PermutationChain, Policy
+from bayes_mpt.models import PPCA
+from bayes_mpt.moments import Table
+from bayes_mpt.predictors import Exact, Predictor, choose
+from bayes_mpt.score import ScoreEstimate, estimate
+from bayes_mpt.tracing import Model, ModelError
+
+__all__ = ["BayesMPT"]
+
+MAX_INIT_ROWS = 4096  # rows with which a program first runs, which initialises its parameters
+MAX_AUTO = 50  # latent dimensions that "auto" tries at most
+CURVE_CHAINS = 8
+
+
+class BayesMPT(
+    CallbackSupportMixin, ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, BaseEstimator
+):
+    """Train a Pyro program on its cumulative masked score, the log marginal likelihood (LML), and score rows by it.
+
+    Parameters
+    ----------
+    model : callable, optional
+        A Pyro program called as ``model(x)``, or ``model(x, y)`` where y is given to `fit`; one of
+        `bayes_mpt.models`, a function, or a `PyroModule` (copied before it is trained). None is PPCA with the latent
+        dimension ranked automatically.
+    guide : callable, optional
+        Kept for programs without an exact score; unused where the score is exact.
+    masks : Policy, optional
+        Train on masks drawn from this policy, by Adam. None maximises the exact score, deterministically.
+    predictor : "auto" or Predictor, default="auto"
+        How hidden tokens are predicted; chosen by reading the program.
+    max_iter : int, default=2000
+        Iterations of L-BFGS, or steps of Adam.
+    tol : float, default=1e-10
+        L-BFGS stops when the mean score changes by less than this share of itself. Adam stops when the mean of 50
+        steps no longer rises by more than ``tol`` nats a row and two standard errors.
+    learning_rate : float, default=0.05
+        Of Adam, in units in which the program's map moves by about one.
+    batch_size : int, optional
+        Rows a step of Adam; all of them by default.
+    n_init : int, default=1
+        Starts where the maximum has no closed form; the best is kept.
+    warm_start : bool, default=False
+        Start from the parameters of the last fit.
+    random_state : int, RandomState or None
+        For initial values, masks and draws.
+    device : str, default="cpu"
+        Where the algebra is done, such as "cuda".
+    verbose : int, default=0
+        1 shows a progress line.
+
+    Attributes
+    ----------
+    log_marginal_likelihood_ : float
+        Total nats of the training rows' observed cells, at the fitted parameters.
+    log_marginal_likelihood_se_ : float
+        Its standard error over masks; 0 where it is exact.
+    params_ : dict of arrays
+        The program's parameters.
+    history_ : list of float
+        Mean score a row after each iteration.
+    n_iter_ : int
+        Iterations.
+    converged_ : bool
+        Whether the training ended by its own rule.
+    predictor_ : Predictor
+        Frozen: needs neither program nor parameter store.
+    n_components_ : int
+        K.
+    components_, mean_, noise_variance_, latent_mean_ : arrays
+        (K, T), (T,), () or (T,), (K,): the linear-Gaussian map in units of standard normal latents, where it is one for all rows.
+    complete_ : bool
+        Whether no cell of the training rows was missing.
+    data_digest_ : str
+        Fingerprint of the training rows.
+    selection_ : dict
+        Where "auto" chose the dimension: ``{K: log evidence}``.
+    n_features_in_, feature_names_in_
+        As in scikit-learn.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_wine
+    >>> from sklearn.preprocessing import scale
+    >>> X = scale(load_wine().data)
+    >>> model = BayesMPT().fit(X)
+    >>> model.n_components_, model.transform(X).shape
+    (3, (178, 3))
+    """
+
+    _parameter_constraints: dict[str, Any] = {
+        "model": [callable, None],
+        "guide": [callable, None],
+        "masks": [Policy, None],
+        "predictor": [StrOptions({"auto"}), Predictor],
+        "max_iter": [Interval(Integral, 1, None, closed="left")],
+        "tol": [Interval(Real, 0, None, closed="left")],
+        "learning_rate": [Interval(Real, 0, None, closed="neither")],
+        "batch_size": [Interval(Integral, 1, None, closed="left"), None],
+        "n_init": [Interval(Integral, 1, None, closed="left")],
+        "warm_start": ["boolean"],
+        "random_state": ["random_state"],
+        "device": [str],
+        "verbose": ["verbose"],
+    }
+
+    def __init__(
+        self,
+        model: Model | None = None,
+        *,
+        guide: Callable[..., Any] | None = None,
+        masks: Policy | None = None,
+        predictor: str | Predictor = "auto",
+        max_iter: int = 2000,
+        tol: float = 1e-10,
+        learning_rate: float = 0.05,
+        batch_size: int | None = None,
+        n_init: int = 1,
+        warm_start: bool = False,
+        random_state: int | np.random.RandomState | None = None,
+        device: str = "cpu",
+        verbose: int = 0,
+    ):
+        self.model = model
+        self.guide = guide
+        self.masks = masks
+        self.predictor = predictor
+        self.max_iter = max_iter
+        self.tol = tol
+        self.learning_rate = learning_rate
+        self.batch_size = batch_size
+        self.n_init = n_init
+        self.warm_start = warm_start
+        self.random_state = random_state
+        self.device = device
+        self.verbose = verbose
+
+    # ------------------------------------------------------------------------------------------------------- fit
+
+    @_fit_context(prefer_skip_nested_validation=True)
+    def fit(self, X: ArrayLike, y: Any = None) -> Self:
+        """Maximise the masked score of X.
+
+        Parameters
+        ----------
+        X : array-like of shape (N, T)
+            NaN cells are missing. A memory map is read by chunks and never copied.
+        y : array-like of shape (N, ...), optional
+            Second argument of the program, if it takes one.
+
+        Returns
+        -------
+        BayesMPT
+
+        Raises
+        ------
+        ValueError
+            If X or a parameter is unfit, the program cannot be scored exactly (`bayes_mpt.tracing.ModelError`), or
+            the likelihood has no maximum; the message names the column, site or parameter.
+        """
+        return self._fit(X, y, seen=None, warm=self.warm_start)
+
+    @_fit_context(prefer_skip_nested_validation=True)
+    def partial_fit(self, X: ArrayLike, y: Any = None) -> Self:
+        """Add rows to those seen so far and fit again, from the last parameters.
+
+        Of complete rows only mean and covariance are kept, so a stream of any length fits in memory. Programs that
+        are read on their own rows (covariates) cannot be fitted by parts.
+        """
+        fitted = hasattr(self, "predictor_")
+        if fitted and self._table is None:
+            raise ValueError(
+                "partial_fit needs a program whose rows share one map; fit this one on all rows at once"
+            )
+        return self._fit(X, y, seen=self._table if fitted else None, warm=fitted)
+
+    def _fit(self, X: ArrayLike, y: Any, *, seen: Table | None, warm: bool) -> Self:
+        context = self._init_callback_context(max_subtasks=None)
+        X = self._check_rows(X, reset=seen is None, n_least=2 if seen is None else 1)
+        context.call_on_fit_task_begin(estimator=self, X=X, y=y)
+        model = PPCA() if self.model is None else self.model
+        if isinstance(model, torch.nn.Module):
+            model = deepcopy(model)  # a PyroModule trains in place
+        state = deepcopy(self._state) if warm and hasattr(self, "_state") else None
+        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        table = None
+        with training.one_thread(X.size):
+            if getattr(model, "n_components", None) == "auto":
+                table = self._grow_table(X, seen)
+                model = self._choose_dimension(model, table)
+                state = None if state is not None and self.n_components_ != model.n_components else state
+            with _fresh_store(state) as store, _seeded(seed):
+                args = self._arguments(model, X[:MAX_INIT_ROWS], y if y is None else y[:MAX_INIT_ROWS])
+                predictor = self._choose_predictor(model, args)
+                if not predictor.structure.plain and len(X) > MAX_INIT_ROWS:
+                    args = self._arguments(model, X, y)
+                    predictor = self._choose_predictor(model, args)
+                self._refuse_subsampling(predictor, args)
+                if predictor.structure.plain:
+                    table = self._grow_table(X, seen) if table is None else table
+                    # Few rows are scored themselves; many, and those of earlier calls, through their moments.
+                    raw = seen is None and len(X) <= 2 * X.shape[1]
+                    rows, weight = (self._tensor(X), None) if raw else table.rows()
+                    problem = training.Problem(predictor, args, rows, weight, table.n_rows)
+                else:
+                    table = None
+                    n_rows = len(X) if predictor.structure.by_row else 1
+                    problem = training.Problem(predictor, args, None, None, n_rows)
+                fit = self._train(problem, table, warm=state is not None, seed=seed, context=context)
+                predictor = problem.read()
+                with torch.no_grad():
+                    total = float(problem.score()) * problem.n_rows
+        if not np.isfinite(total):
+            raise ValueError(
+                f"the log marginal likelihood is {total} at the fitted parameters: check the program"
+            )
+        self._table = table
+        self._store_fit(model, predictor, fit, total, store)
+        self.data_digest_ = _digest(X)
+        self.complete_ = bool(table.complete) if table is not None else not bool(np.isnan(X).any())
+        context.call_on_fit_task_end(estimator=self, X=X, y=y)
+        return self
+
+    def _train(
+        self, problem: training.Problem, table: Table | None, *, warm: bool, seed: int, context: Any
+    ) -> training.Fit:
+        if not problem.leaves():
+            return training.Fit("nothing to train", converged=True)
+
+        def report(step: int, score: float) -> bool:
+            if self.verbose and (step == 1 or step % max(1, self.max_iter // 100) == 0):
+                print(f"\r{step:>6}/{self.max_iter}  score {score:.6f} nats a row", end="", flush=True)
+            if not hasattr(self, "_skl_callbacks"):
+                return False
+            task = context.subcontext(task_name="iteration")
+            task.call_on_fit_task_begin(estimator=self)
+            return bool(task.call_on_fit_task_end(estimator=self))
+
+        try:
+            if self.masks is not None:
+                train = partial(
+                    training.train_on_masks,
+                    problem,
+                    self.masks,
+                    max_iter=self.max_iter,
+                    learning_rate=self.learning_rate,
+                    batch_size=self.batch_size,
+                    random_state=seed,
+                    tol=self.tol,
+                    report=report,
+                )
+            else:
+                if table is not None:
+                    fit = self._solve(problem, table)
+                    if fit is not None and table.complete:
+                        return fit
+                train = partial(training.climb, problem, max_iter=self.max_iter, tol=self.tol, report=report)
+            fit = self._best_of(train, problem)
+        except NoiseFloorError as error:
+            raise ValueError(self._unbounded(error, problem)) from error
+        if not fit.converged and not fit.interrupted:
+            warnings.warn(
+                f"the training stopped after {fit.n_iter} iterations without meeting its stopping rule: raise max_iter "
+                f"(now {self.max_iter})",
+                ConvergenceWarning,
+                stacklevel=4,
+            )
+        return fit
+
+    def _solve(self, problem: training.Problem, table: Table) -> training.Fit | None:
+        """The closed-form maximum; with missing cells, of the table filled with means, as a start."""
+        complete = table if table.complete else table.filled()
+        rows, weight = complete.rows()
+        whole = training.Problem(problem.predictor, problem.args, rows, weight, complete.n_rows)
+        return training.concentrate(whole, complete, self.max_iter)
+
+    def _best_of(self, train: Callable[[], training.Fit], problem: training.Problem) -> training.Fit:
+        """Restart from fresh initial values and keep the best."""
+        best = train()
+        if self.n_init == 1:
+            return best
+        with torch.no_grad():
+            best_score = float(problem.score())
+        store = pyro.get_param_store()
+        kept = deepcopy(store.get_state())
+        for _ in range(self.n_init - 1):
+            store.clear()
+            self._choose_predictor(problem.predictor.model, problem.args)  # type: ignore[attr-defined]
+            fit = train()
+            with torch.no_grad():
+                score = float(problem.score())
+            if score > best_score:
+                best, best_score, kept = fit, score, deepcopy(store.get_state())
+        store.clear()
+        store.set_state(kept)
+        return best
+
+    def _choose_predictor(self, model: Model, args: tuple[Any, ...]) -> Predictor:
+        return choose(model, args) if isinstance(self.predictor, str) else self.predictor
+
+    def _choose_dimension(self, model: Any, table: Table) -> Any:
+        """Rank all K by the evidence, on one covariance; the winner's model."""
+        filled = table if table.complete else table.filled()
+        n, n_tokens = filled.n, len(filled.mean)
+        cov = filled.cov.cpu().numpy()
+        value = np.linalg.eigvalsh(cov)[::-1]
+        # K latents and a noise need K + 1 directions in which the rows differ
+        rank = int((value > 1e-10 * max(value[0], np.finfo(float).tiny)).sum())
+        largest = min(n_tokens - 1, n - 2, rank - 1, MAX_AUTO)
+        self.selection_ = {
+            k: laplace_proportional(cov, n, k, np.ones(n_tokens)).log_evidence
+            for k in range(max(largest, 0) + 1)
+        }
+        best = max(self.selection_, key=lambda k: self.selection_[k])
+        return model.__class__(**{**model.get_params(), "n_components": best})
+
+    def _refuse_subsampling(self, predictor: Predictor, args: tuple[Any, ...]) -> None:
+        structure = predictor.structure
+        scale = predictor.read(args).reading.scale if structure.own_rows else 1.0  # type: ignore[attr-defined]
+        if structure.sub_rows is not None or scale != 1.0:
+            raise ModelError(
+                f"plate {structure.rows_plate!r} sub-samples its rows (scale {scale:.4g}): BayesMPT makes minibatches "
+                'itself. Write pyro.plate("rows", len(x)) without subsample_size, or train with pyro.infer.SVI and '
+                "CumulativeMaskedScore"
+            )
+
+    def _unbounded(self, error: NoiseFloorError, problem: training.Problem) -> str:
+        names = getattr(self, "feature_names_in_", None)
+        columns = [repr(str(names[c])) if names is not None else str(c) for c in error.columns]
+        n_tokens = self.n_features_in_
+        if len(columns) == n_tokens:
+            return (
+                f"{problem.predictor.structure.n_latents} latents reproduce these {problem.n_rows} rows of {n_tokens} "
+                "columns without any noise, so the likelihood has no maximum: use fewer latents or more rows, and look "
+                "for constant or duplicated columns"
+            )
+        return (
+            f"columns {', '.join(columns)} are constant, duplicated, or exact combinations of others: the likelihood "
+            "grows without bound as their noise goes to zero. Drop columns until none repeats another, or use PPCA"
+        )
+
+    def _store_fit(
+        self,
+        model: Model,
+        predictor: Predictor,
+        fit: training.Fit,
+        total: float,
+        store: dict[str, Any],
+    ) -> None:
+        self.fitted_model_ = model
+        self._state = {
+            "params": {k: v.detach().clone().requires_grad_() for k, v in store["params"].items()},
+            "constraints": dict(store["constraints"]),
+        }
+        self.predictor_ = predictor.freeze()
+        self.params_ = store["values"]
+        self.log_marginal_likelihood_ = total
+        self.log_marginal_likelihood_se_ = 0.0
+        self.history_ = fit.history
+        self.n_iter_ = max(1, fit.n_iter)
+        self.converged_ = fit.converged
+        self.fit_method_ = fit.method
+        structure = predictor.structure
+        self.n_components_ = structure.n_latents
+        self._n_features_out = structure.n_latents
+        if isinstance(self.predictor_, Exact) and structure.by_row and not structure.own_rows:
+            reading = self.predictor_.reading
+            assert reading is not None
+            self.components_ = reading.loading[0].mT.cpu().numpy()
+            self.mean_ = reading.loc[0].cpu().numpy()
+            noise = reading.noise[0].cpu().numpy()
+            tied = len(noise) > 1 and bool((noise == noise[0]).all()) and "noise_variance" in self.params_
+            self.noise_variance_ = (
+                float(noise[0]) if tied and self.params_["noise_variance"].ndim == 0 else noise
+            )
+
+    # ------------------------------------------------------------------------------------------------- what it says
+
+    def score_samples(self, X: ArrayLike, y: Any = None) -> NDArray[np.float64]:
+        """Log marginal likelihood of each row's observed cells.
+
+        Returns
+        -------
+        array of shape (N,)
+            Nats. A program whose rows are tokens of one vector (a latent outside the rows plate) has one number, the
+            LML of all rows together.
+        """
+        predictor, x = self.read_rows(X, y)
+        with torch.no_grad():
+            return predictor.joint(x).cpu().numpy()
+
+    def score(self, X: ArrayLike, y: Any = None) -> float:
+        """Mean of `score_samples`, nats a row."""
+        return float(self.score_samples(X, y).mean())
+
+    def estimate(
+        self, X: ArrayLike, y: Any = None, *, masks: Policy | None = None, n_replicates: int = CURVE_CHAINS
+    ) -> ScoreEstimate:
+        """Log marginal likelihood of rows with its error over masks, and the masked curve S(x; m).
+
+        Parameters
+        ----------
+        X : array-like of shape (N, T)
+            Rows.
+        y : array-like, optional
+            As in `fit`.
+        masks : Policy, optional
+            Must have ``is_lml``; `PermutationChain` by default, which is exact where the conditionals are.
+        n_replicates : int, default=8
+            Independent draws of the policy.
+
+        Raises
+        ------
+        ValueError
+            If the expectation of the policy's score is not the LML.
+        """
+        predictor, x = self.read_rows(X, y)
+        table = Table(x) if predictor.structure.plain and len(x) > 2 * x.shape[1] else None
+        return estimate(
+            predictor,
+            x,
+            PermutationChain() if masks is None else masks,
+            n_replicates=n_replicates,
+            random_state=self._seed(),
+            curve_rows=None if table is None else table.rows(),
+        )
+
+    def transform(self, X: ArrayLike, y: Any = None) -> NDArray[np.floating]:
+        """Posterior means of the latents given each row's observed cells, shape (N, K), in the dtype of X."""
+        predictor, x = self.read_rows(X, y)
+        with torch.no_grad():
+            return predictor.posterior(x).mean.cpu().numpy().astype(self._dtype_of(X), copy=False)
+
+    def inverse_transform(self, Z: ArrayLike) -> NDArray[np.floating]:
+        """Means of the tokens given latents: (N, K) -> (N, T)."""
+        reading = self._shared_reading("inverse_transform")
+        z = torch.as_tensor(np.asarray(Z, dtype=np.float64)).to(reading.loc)
+        if z.ndim != 2 or z.shape[1] != self.n_components_:
+            raise ValueError(f"latents must have shape (N, {self.n_components_}), got {tuple(z.shape)}")
+        # u = R^-1 (z - b), x = loc + W u
+        u = torch.linalg.solve(reading.latent_root[0], (z - reading.latent_loc[0]).mT).mT
+        return (
+            (reading.loc[0] + u @ reading.loading[0].mT).cpu().numpy().astype(self._dtype_of(Z), copy=False)
+        )
+
+    def impute(self, X: ArrayLike, y: Any = None) -> NDArray[np.floating]:
+        """X with its NaN cells replaced by their means given the observed cells of the row."""
+        predictor, x = self.read_rows(X, y)
+        with torch.no_grad():
+            filled = torch.where(x.isnan(), predictor.posterior(x).tokens, x)
+        return filled.cpu().numpy().astype(self._dtype_of(X), copy=False)
+
+    def sample(self, n_samples: int = 1) -> NDArray[np.float64]:
+        """Draw rows from the fitted model: (n_samples, T)."""
+        reading = self._shared_reading("sample")
+        generator = torch.Generator().manual_seed(self._seed())
+        draw = torch.randn(
+            n_samples, self.n_components_ + len(reading.loc[0]), generator=generator, dtype=torch.float64
+        ).to(reading.loc)
+        u, e = draw[:, : self.n_components_], draw[:, self.n_components_ :]
+        x = reading.loc[0] + u @ reading.loading[0].mT + reading.noise[0].sqrt() * e
+        return x.cpu().numpy()
+
+    def get_covariance(self) -> NDArray[np.float64]:
+        """Covariance of a row: W W' + diag(noise), (T, T)."""
+        reading = self._shared_reading("get_covariance")
+        loading = reading.loading[0]
+        return (loading @ loading.mT + torch.diag(reading.noise[0])).cpu().numpy()
+
+    def get_precision(self) -> NDArray[np.float64]:
+        """Inverse of the covariance, by Woodbury: (T, T)."""
+        reading = self._shared_reading("get_precision")
+        loading, noise = reading.loading[0], reading.noise[0]
+        scaled = loading / noise[:, None]
+        inner = torch.eye(loading.shape[1], dtype=loading.dtype, device=loading.device) + loading.mT @ scaled
+        return (torch.diag(1 / noise) - scaled @ torch.linalg.solve(inner, scaled.mT)).cpu().numpy()
+
+    def laplace(self, X: ArrayLike) -> Laplace:
+        """Evidence of X with loadings and noise variances integrated out (Laplace around the orbit of rotations).
+
+        Raises
+        ------
+        ValueError
+            If the model does not declare that its loadings are free up to rotation (``model.rotations``).
+        """
+        check_is_fitted(self)
+        table = Table(self._check_rows(X, reset=False), self.device)
+        shape = self.noise_shape()
+        if shape is None:
+            raise ValueError(
+                f"the Laplace evidence needs a factor model that declares rotations = True, got "
+                f"{self.fitted_model_!r}: use evidence='heldout'"
+            )
+        if not table.complete:
+            raise ValueError(
+                "the Laplace evidence needs complete rows, got missing cells: use evidence='heldout'"
+            )
+        cov, k = table.cov.cpu().numpy(), self.n_components_
+        if isinstance(shape, np.ndarray):
+            return laplace_proportional(cov, table.n, k, shape)
+        return laplace_diagonal(cov, table.n, k)
+
+    def noise_shape(self) -> NDArray[np.float64] | str | None:
+        """For the Laplace evidence: known ratios of the noise variances, "free", or None where it does not apply."""
+        check_is_fitted(self)
+        structure = self.predictor_.structure
+        if not getattr(self.fitted_model_, "rotations", False) or not structure.plain:
+            return None
+        noise = np.atleast_1d(self.params_.get("noise_variance", np.empty(0)))
+        if len(noise) == 1:
+            return np.ones(self.n_features_in_)
+        return "free" if len(noise) == self.n_features_in_ else None
+
+    def explain(self) -> str:
+        """How the score is computed, why, what is integrated and what is point-estimated."""
+        check_is_fitted(self)
+        s = self.predictor_.structure
+        latents = ", ".join(f"{site.name} ({site.width} {'a row' if site.row_axis is not None else 'in all'})"
+                            for site in s.latents)  # fmt: skip
+        tokens = (
+            f"the {self.n_features_in_} features of a row of site {s.observed!r}; rows are independent given the parameters"
+            if s.by_row
+            else f"all observations of site {s.observed!r}, one vector"
+        )
+        why = "every mean is affine in the latents and every scale is free of them, checked by evaluation"
+        read = "on the real rows, whose maps differ" if s.own_rows else "once for all rows"
+        return "\n".join(
+            [
+                f"tokens:          {tokens}",
+                f"latents:         {latents or 'none'}",
+                f"predictor:       {type(self.predictor_).__name__}: {why}; read {read}",
+                f"integrated:      {', '.join(s.latent_names) or 'nothing'}",
+                f"point-estimated: {', '.join(s.parameters) or 'nothing'}",
+                f"training:        {self.fit_method_}, {self.n_iter_} iterations",
+            ]
+        )
+
+    def digest(self, X: ArrayLike) -> str:
+        """Fingerprint of a table, to tell whether the model was fitted on it (``data_digest_``)."""
+        return _digest(self._check_rows(X, reset=False))
+
+    def read_rows(self, X: ArrayLike, y: Any = None) -> tuple[Predictor, Tensor]:
+        """The fitted predictor and the rows (N, T) that it scores, for X (and y)."""
+        check_is_fitted(self)
+        rows = self._check_rows(X, reset=False)
+        if self.predictor_.structure.plain:
+            return self.predictor_, self._tensor(rows)
+        args = self._arguments(self.fitted_model_, rows, y)
+        with _fresh_store(deepcopy(self._state)), torch.no_grad():
+            predictor = choose(self.fitted_model_, args).read(args)
+        return predictor.freeze(), predictor.reading.value  # type: ignore[attr-defined]
+
+    # ------------------------------------------------------------------------------------------------------- checks
+
+    def _check_rows(self, X: ArrayLike, *, reset: bool, n_least: int = 1) -> NDArray[np.floating]:
+        return validate_data(
+            self,
+            X,
+            reset=reset,
+            dtype=[np.float64, np.float32],
+            ensure_all_finite="allow-nan",
+            ensure_min_samples=n_least,
+        )
+
+    def _arguments(self, model: Model, X: NDArray[np.floating], y: Any) -> tuple[Any, ...]:
+        x = self._tensor(X)
+        if y is None or not _takes_y(model):
+            return (x,)
+        y = torch.as_tensor(np.asarray(y)).to(self.device)
+        return x, y.double() if y.is_floating_point() else y
+
+    def _tensor(self, X: NDArray[np.floating]) -> Tensor:
+        return torch.from_numpy(np.array(X, dtype=np.float64)).to(self.device)
+
+    def _grow_table(self, X: NDArray[np.floating], seen: Table | None) -> Table:
+        table = Table(X, self.device)
+        if seen is not None:
+            table.update(seen)
+        cells = table.incomplete
+        if not table.n and bool(cells.isnan().all(0).any()):
+            names = getattr(self, "feature_names_in_", np.arange(self.n_features_in_))
+            which = ", ".join(str(names[i]) for i in cells.isnan().all(0).nonzero()[:, 0].tolist())
+            raise ValueError(f"column {which} has no observed cell: nothing can be learnt of it. Drop it")
+        if table.complete and not bool((table.cov.diagonal() > 0).any()):
+            raise ValueError(
+                f"all {table.n_rows} rows are equal: every column is constant, so the likelihood has no maximum"
+            )
+        return table
+
+    def _shared_reading(self, what: str) -> Any:
+        check_is_fitted(self)
+        structure = self.predictor_.structure
+        if not structure.by_row or structure.own_rows:
+            raise ValueError(f"{what} needs a program whose rows share one map; this one's rows differ")
+        return self.predictor_.reading  # type: ignore[attr-defined]
+
+    def _seed(self) -> int:
+        """The same at every call of a fitted estimator, so that scores do not change from call to call."""
+        state = self.random_state
+        return int(state) if isinstance(state, Integral) else 0
+
+    @staticmethod
+    def _dtype_of(X: Any) -> Any:
+        dtype = getattr(X, "dtype", None)
+        return np.float32 if dtype == np.float32 else np.float64
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.allow_nan = True
+        tags.transformer_tags.preserves_dtype = ["float64", "float32"]
+        return tags
+
+
+# ---------------------------------------------------------------------------------------------------------- helpers
+
+
+@contextmanager
+def _fresh_store(state: dict[str, Any] | None = None) -> Iterator[dict[str, Any]]:
+    """A parameter store of one's own; on exit, also by Ctrl-C, its state is in what was yielded."""
+    kept: dict[str, Any] = {}
+    store = pyro.get_param_store()
+    with store.scope(state):
+        try:
+            yield kept
+        finally:
+            kept.update(store.get_state())
+            kept["values"] = {name: store[name].detach().cpu().numpy().copy() for name in store.keys()}
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Pyro programs draw initial values from torch's global generator; give it a seed and put it back."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+def _takes_y(model: Model) -> bool:
+    """Whether the program has a second positional argument."""
+    target = model.forward if isinstance(model, torch.nn.Module) else model
+    try:
+        kinds = [p.kind for p in inspect.signature(target).parameters.values()]
+    except (TypeError, ValueError):
+        return True
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(kind in positional for kind in kinds) > 1 or inspect.Parameter.VAR_POSITIONAL in kinds
+
+
+def _digest(X: NDArray[np.floating]) -> str:
+    """A fingerprint of rows, features and scaling: shape and up to 2^16 cells, spread over the table."""
+    h = hashlib.sha256(repr(X.shape).encode())
+    step = max(1, X.size // 2**16)
+    h.update(np.ascontiguousarray(np.asarray(X[:: max(1, step)], dtype=np.float64)).tobytes())
+    h.update(np.asarray(X[-1:], dtype=np.float64).tobytes())
+    return h.hexdigest()[:16]

@@ -1,0 +1,157 @@
+"""Evidence of a factor model with its point estimates integrated out: Laplace's approximation around the orbit.
+
+Loadings are known only up to a rotation of the latents, so the maximum is not a point but an orbit, whose volume is
+integrated exactly and whose normal directions are Gaussian. In units V = psi^-1/2 W, with log psi = B eta and the
+rotation chosen so that V = U diag(s), s_k = (theta_k - 1)^1/2,
+
+    log evidence = LML + sum_ik log N(V_ik; 0, tau^2) + log p(log psi)
+                 + (d - g)/2 log 2 pi - 1/2 log det(Q' H Q) + 1/2 log det(G' G) + log vol O(K)
+
+with tau^2 the mean of V_ik^2 (empirical), d = T K + P parameters, G the g = K (K - 1)/2 tangents of the orbit, Q the
+normal directions, H = N x Fisher information + prior precision. In the basis U the loadings' part of H falls apart
+into single entries and 2 x 2 blocks, so the whole costs O(T^2 K^2) and not (T K)^3.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import gammaln, multigammaln
+
+from bayes_mpt.concentrated import Factors, Prior, diagonal, proportional
+
+__all__ = ["Laplace", "laplace_diagonal", "laplace_proportional"]
+
+Array = NDArray[np.float64]
+
+LOG_2PI = math.log(2 * math.pi)
+LOG_NOISE_SD = 1.5  # prior standard deviation of the log noise of PPCA
+NOISE_SHAPE = 0.5  # psi_i ~ InverseGamma(1/2, var_i / 2)
+
+
+class Laplace(NamedTuple):
+    """An approximate evidence: it ranks, and is not unbiased."""
+
+    log_evidence: float
+    """Nats, of all rows."""
+    lml: float
+    """Nats, of all rows, at the point of expansion."""
+    factors: Factors
+    """The point of expansion."""
+
+
+def laplace_proportional(cov: Array, n_rows: int, n_latents: int, shape: Array) -> Laplace:
+    """Noise c * shape with one unknown c (PPCA: shape of ones), expanded at the maximum of the likelihood.
+
+    The prior of log c is normal around the log of the mean of var_i / shape_i, with sd 1.5.
+
+    Parameters
+    ----------
+    cov : array of shape (T, T)
+        Covariance of the rows, divided by N.
+    n_rows : int
+        N.
+    n_latents : int
+        K < T.
+    shape : array of shape (T,)
+        Known ratios of the noise variances.
+
+    Examples
+    --------
+    >>> cov = np.diag([9.0, 1.0, 1.0, 1.0])
+    >>> scores = [laplace_proportional(cov, 200, k, np.ones(4)).log_evidence for k in range(3)]
+    >>> int(np.argmax(scores))
+    1
+    """
+    factors = proportional(cov, n_latents, shape)
+    log_c = math.log(factors.noise[0] / shape[0])
+    centre = math.log((np.diag(cov) / shape).mean())
+    log_prior = -0.5 * ((log_c - centre) / LOG_NOISE_SD) ** 2 - 0.5 * LOG_2PI - math.log(LOG_NOISE_SD)
+    curvature = np.array([[LOG_NOISE_SD**-2]])
+    return _around_orbit(factors, n_rows, np.ones((len(cov), 1)), log_prior, curvature)
+
+
+def laplace_diagonal(cov: Array, n_rows: int, n_latents: int) -> Laplace:
+    """A noise variance of its own for each token (factor analysis), expanded at its maximum a posteriori.
+
+    psi_i ~ InverseGamma(1/2, var_i / 2), which keeps away from the zero variances (Heywood cases) at which maximum
+    likelihood often ends.
+
+    Parameters
+    ----------
+    cov : array of shape (T, T)
+        Covariance of the rows, divided by N.
+    n_rows : int
+        N.
+    n_latents : int
+        K.
+    """
+    prior = Prior(NOISE_SHAPE, 0.5 * np.diag(cov), n_rows)
+    factors = diagonal(cov, n_latents, prior=prior)
+    # density of log psi: b^a / Gamma(a) psi^-a exp(-b / psi)
+    ratio = prior.rate / factors.noise
+    log_prior = float((prior.shape * np.log(ratio) - ratio).sum() - len(cov) * gammaln(prior.shape))
+    return _around_orbit(factors, n_rows, np.eye(len(cov)), log_prior, np.diag(ratio))
+
+
+def _around_orbit(
+    factors: Factors, n_rows: int, design: Array, log_prior: float, curvature: Array
+) -> Laplace:
+    """Integrate over loadings and eta, log psi = design @ eta, around the orbit of rotations."""
+    # Columns of zero loading have no orbit and no information: their prior integrates to one.
+    used = factors.spectrum > 1 + 1e-10
+    theta, u = factors.spectrum[used], factors.vectors[:, used]  # (K,), (T, K)
+    n_tokens, n_latents = u.shape
+    n_noise = design.shape[1]
+    lml = n_rows * factors.lml
+    # R = I + V V';  H_pp = N/4 (I + R o R^-1)
+    r = np.eye(n_tokens) + (u * (theta - 1)) @ u.T
+    r_inverse = np.eye(n_tokens) - (u * ((theta - 1) / theta)) @ u.T
+    h_noise = n_rows / 4 * (np.eye(n_tokens) + r * r_inverse)
+    if not n_latents:
+        h = design.T @ h_noise @ design + curvature
+        value = lml + log_prior + 0.5 * n_noise * LOG_2PI - 0.5 * np.linalg.slogdet(h)[1]
+        return Laplace(float(value), lml, factors)
+    s = np.sqrt(theta - 1)
+    tau2 = (s**2).sum() / (n_tokens * n_latents)
+    precision = 1 / tau2
+    d, m = s / theta, (theta - 1) / theta
+    # H on the entries of V: in U's complement N m_k + 1/tau^2, on U_k itself 2 N (theta_k - 1)/theta_k^2 + 1/tau^2
+    h_outside = n_rows * m + precision
+    h_own = 2 * n_rows * (theta - 1) / theta**2 + precision
+    log_det = (n_tokens - n_latents) * np.log(h_outside).sum() + np.log(h_own).sum()
+    # A pair (l, k): 2 x 2 block, of which the tangent (s_l, -s_k) lies in the orbit and (s_k, s_l) is normal to it
+    low, high = np.triu_indices(n_latents, 1)
+    norm2 = s[low] ** 2 + s[high] ** 2
+    h_pair = precision + n_rows / norm2 * (
+        s[high] ** 2 * m[high] / theta[low]
+        + s[low] ** 2 * m[low] / theta[high]
+        + 2 * s[low] * s[high] * d[low] * d[high]
+    )
+    log_det += np.log(h_pair).sum()
+    # Coupling of the loadings to log psi_i in the same basis, then the Schur complement
+    outside = np.eye(n_tokens) - u @ u.T
+    coupled = n_rows**2 / 4 * outside * ((u * ((d + s) ** 2 / h_outside)) @ u.T)
+    own = n_rows * d * u**2 / np.sqrt(h_own)
+    pair = s[high] * (d[high] + s[high] / theta[low]) + s[low] * (d[low] + s[low] / theta[high])
+    pair = n_rows / 2 * u[:, low] * u[:, high] * pair / np.sqrt(norm2 * h_pair)
+    schur = h_noise - coupled - own @ own.T - pair @ pair.T
+    sign, log_det_noise = np.linalg.slogdet(design.T @ schur @ design + curvature)
+    if sign <= 0:
+        raise FloatingPointError(
+            "the curvature of the noise variances is not positive: the Laplace evidence fails"
+        )
+    log_det += log_det_noise
+    n_free = n_tokens * n_latents + n_noise - len(low)
+    log_loading = -0.5 * n_tokens * n_latents * (LOG_2PI + math.log(tau2) + 1)  # sum V^2 / tau^2 = T K
+    value = lml + log_loading + log_prior + 0.5 * n_free * LOG_2PI - 0.5 * log_det
+    value += 0.5 * np.log(norm2).sum() + _log_volume(n_latents)
+    return Laplace(float(value), lml, factors)
+
+
+def _log_volume(k: int) -> float:
+    """log vol O(K) = log(2^K pi^(K^2/2) / Gamma_K(K/2)): 2, 4 pi, 16 pi^2 for K = 1, 2, 3."""
+    return k * math.log(2) + k * k / 2 * math.log(math.pi) - float(multigammaln(k / 2, k))

@@ -1,0 +1,274 @@
+"""What to hide: mask policies.
+
+A policy draws a weighted stack of masks. A mask says which of the T tokens of a row are visible; every hidden
+token is then scored alone, given the same visible ones, and the weights turn the scores into an estimate of
+log p(x):
+
+    score(x) = sum_k sum_i weight[k, i] * log p(x_i | x_visible[k])
+
+Policies know nothing of models. Whether the expectation of their score is the log marginal likelihood (LML) is
+written on them: ``is_lml``.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from numbers import Integral, Real
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from sklearn.base import BaseEstimator
+from torch import Tensor
+
+__all__ = [
+    "EverySize",
+    "FixedRate",
+    "LeaveOneOut",
+    "Masks",
+    "PermutationChain",
+    "Policy",
+    "RandomState",
+    "UniformSize",
+    "require_lml",
+    "torch_generator",
+]
+
+RandomState = int | torch.Generator | None
+
+
+class Masks(NamedTuple):
+    """One draw of masks, shared by all rows. Exactly one of ``visible`` and ``order`` is set."""
+
+    visible: Tensor | None
+    """(S, T) bool: the tokens that mask k leaves visible."""
+    order: Tensor | None
+    """(C, T) long: chains. Token ``order[c, t]`` is scored given ``order[c, :t]``; never expanded into T masks."""
+    weight: Tensor
+    """(S, T), zero where visible; or (C, T) by token for chains. Float64."""
+
+
+def torch_generator(random_state: RandomState) -> torch.Generator:
+    """A CPU generator from a seed; a generator passes through, None gives a fresh one."""
+    if isinstance(random_state, torch.Generator):
+        return random_state
+    generator = torch.Generator()
+    if random_state is None:
+        generator.seed()
+    elif isinstance(random_state, Integral):
+        generator.manual_seed(int(random_state))
+    else:
+        raise TypeError(
+            f"random_state must be an int, a torch.Generator or None, got {type(random_state).__name__}"
+        )
+    return generator
+
+
+class Policy(BaseEstimator):
+    """A rule for drawing masks: abstract; subclasses give `draw`."""
+
+    is_lml: ClassVar[bool]
+    """Whether the expected score over the policy's draws is log p(x)."""
+    deterministic: ClassVar[bool]
+    """Whether every draw is the same."""
+
+    @abstractmethod
+    def draw(self, n_tokens: int, random_state: RandomState = None) -> Masks:
+        """Draw one replicate of the policy's masks.
+
+        Parameters
+        ----------
+        n_tokens : int
+            T, at least 1.
+        random_state : int, torch.Generator or None
+            Where the randomness comes from.
+
+        Returns
+        -------
+        Masks
+        """
+
+
+class PermutationChain(Policy):
+    """Tokens revealed one by one in a random order, each scored given those before it.
+
+    The chain rule: with exact conditionals the score of a single chain is log p(x), without any noise.
+
+    Parameters
+    ----------
+    n_chains : int, default=1
+        C, the number of orders averaged over.
+    groups : array-like of shape (T,), optional
+        Labels. Tokens with one label stay together in every order (the cells of one image patch, say).
+
+    Examples
+    --------
+    >>> PermutationChain(n_chains=2).draw(4, random_state=0).order.shape
+    torch.Size([2, 4])
+    """
+
+    is_lml = True
+    deterministic = False
+
+    def __init__(self, n_chains: int = 1, groups: ArrayLike | None = None):
+        self.n_chains = n_chains
+        self.groups = groups
+
+    def draw(self, n_tokens: int, random_state: RandomState = None) -> Masks:
+        n_chains = _count("n_chains", self.n_chains)
+        _count("n_tokens", n_tokens)
+        generator = torch_generator(random_state)
+        key = torch.rand(n_chains, n_tokens, generator=generator, dtype=torch.float64)
+        if self.groups is not None:
+            if np.shape(self.groups) != (n_tokens,):
+                raise ValueError(
+                    f"groups must hold one label a token: wanted shape ({n_tokens},), got {np.shape(self.groups)}"
+                )
+            label = torch.from_numpy(np.unique(np.asarray(self.groups), return_inverse=True)[1])
+            place = torch.rand(n_chains, int(label.max()) + 1, generator=generator).argsort(dim=1)
+            key = key + place[:, label]  # the group decides first, the token's own draw inside the group
+        weight = torch.full((n_chains, n_tokens), 1.0 / n_chains, dtype=torch.float64)
+        return Masks(None, key.argsort(dim=1), weight)
+
+
+class UniformSize(Policy):
+    """Mask sizes m uniform on 1..T, hidden tokens scored with weight T/m (arXiv 2306.00520, Prop. 1).
+
+    With several masks the sizes are stratified: one in each of ``n_masks`` equal strata of 1..T, which makes a
+    replicate far less noisy than independent sizes.
+
+    Parameters
+    ----------
+    n_masks : int, default=1
+        S, the number of masks in one draw.
+
+    Examples
+    --------
+    >>> UniformSize(n_masks=3).draw(5, random_state=0).visible.shape
+    torch.Size([3, 5])
+    """
+
+    is_lml = True
+    deterministic = False
+
+    def __init__(self, n_masks: int = 1):
+        self.n_masks = n_masks
+
+    def draw(self, n_tokens: int, random_state: RandomState = None) -> Masks:
+        n_masks = _count("n_masks", self.n_masks)
+        _count("n_tokens", n_tokens)
+        generator = torch_generator(random_state)
+        # u_s uniform in stratum s, m_s = 1 + floor(T u_s): averaged over the strata, m is uniform on 1..T.
+        u = (torch.arange(n_masks) + torch.rand(n_masks, generator=generator, dtype=torch.float64)) / n_masks
+        size = (1 + (n_tokens * u).long()).clamp(max=n_tokens)
+        return _stack(size, n_tokens, n_tokens / n_masks, generator)
+
+
+class EverySize(Policy):
+    """The sum over all sizes as the paper's algorithm takes it: ``n_masks`` masks of every size 1..T.
+
+    Parameters
+    ----------
+    n_masks : int, default=1
+        Masks of each size, so that one draw holds S = T * n_masks of them.
+
+    Examples
+    --------
+    >>> EverySize().draw(3, random_state=0).visible.sum(1)
+    tensor([2, 1, 0])
+    """
+
+    is_lml = True
+    deterministic = False
+
+    def __init__(self, n_masks: int = 1):
+        self.n_masks = n_masks
+
+    def draw(self, n_tokens: int, random_state: RandomState = None) -> Masks:
+        n_masks = _count("n_masks", self.n_masks)
+        _count("n_tokens", n_tokens)
+        size = torch.arange(1, n_tokens + 1).repeat_interleave(n_masks)
+        return _stack(size, n_tokens, 1.0 / n_masks, torch_generator(random_state))
+
+
+class FixedRate(Policy):
+    """The usual masked training: a fixed share of the tokens hidden, scaled by T/m. NOT the LML.
+
+    Its expectation is T S(x; m) for the one size m = round(rate T), which leaves out all other sizes; the bias
+    depends on the parameters (`bayes_mpt.score.fixed_rate_bias`).
+
+    Parameters
+    ----------
+    rate : float, default=0.15
+        Share of hidden tokens, in (0, 1]; at least one token is hidden.
+    n_masks : int, default=1
+        S, the number of masks in one draw.
+    """
+
+    is_lml = False
+    deterministic = False
+
+    def __init__(self, rate: float = 0.15, n_masks: int = 1):
+        self.rate = rate
+        self.n_masks = n_masks
+
+    def size(self, n_tokens: int) -> int:
+        """m, the hidden tokens of each mask."""
+        _count("n_tokens", n_tokens)
+        if not isinstance(self.rate, Real) or not 0 < self.rate <= 1:
+            raise ValueError(f"rate must be in (0, 1], got {self.rate!r}")
+        return max(1, round(float(self.rate) * n_tokens))
+
+    def draw(self, n_tokens: int, random_state: RandomState = None) -> Masks:
+        n_masks = _count("n_masks", self.n_masks)
+        size = torch.full((n_masks,), self.size(n_tokens))
+        return _stack(size, n_tokens, n_tokens / n_masks, torch_generator(random_state))
+
+
+class LeaveOneOut(Policy):
+    """Each token hidden in turn: the pseudo-likelihood (Besag). NOT the LML.
+
+    Examples
+    --------
+    >>> LeaveOneOut().draw(2).visible
+    tensor([[False,  True],
+            [ True, False]])
+    """
+
+    is_lml = False
+    deterministic = True
+
+    def draw(self, n_tokens: int, random_state: RandomState = None) -> Masks:
+        _count("n_tokens", n_tokens)
+        visible = ~torch.eye(n_tokens, dtype=torch.bool)
+        return Masks(visible, None, (~visible).double())
+
+
+def require_lml(policy: Policy, what: str) -> None:
+    """Refuse a policy whose expected score is not the LML where an LML is reported.
+
+    Raises
+    ------
+    ValueError
+        If ``policy.is_lml`` is False.
+    """
+    if not policy.is_lml:
+        raise ValueError(
+            f"{what} needs masks whose expected score is the log marginal likelihood (LML), got {policy!r}, whose "
+            "expectation is something else: it leaves out mask sizes. Use PermutationChain, UniformSize or "
+            "EverySize."
+        )
+
+
+def _stack(size: Tensor, n_tokens: int, scale: float, generator: torch.Generator) -> Masks:
+    """Hide ``size[k]`` tokens chosen uniformly; each hidden token weighs scale / size[k]."""
+    rank = torch.rand(len(size), n_tokens, generator=generator, dtype=torch.float64).argsort(dim=1)
+    hidden = rank < size[:, None]
+    return Masks(~hidden, None, hidden * (scale / size.double())[:, None])
+
+
+def _count(name: str, value: int) -> int:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    return int(value)

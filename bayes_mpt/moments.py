@@ -1,0 +1,129 @@
+"""A table as a few weighted rows.
+
+A linear-Gaussian map that all rows share sees complete rows only through their mean and covariance. So the 2T rows
+mean +- sqrt(T) r_j, with r_j the columns of a root of the covariance, stand for a table of any length: every mask
+policy, chain and gradient sums over them exactly. Rows with missing cells are kept as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+__all__ = ["Table"]
+
+CHUNK_CELLS = 2**19  # 4 MiB of float64: a chunk is read from memory once
+
+
+class Table:
+    """Count, mean and covariance of the complete rows, and the incomplete rows themselves.
+
+    Parameters
+    ----------
+    x : array or tensor of shape (N, T)
+        NaN where missing. Read once, by chunks, so that a memory map is never copied.
+    device : str, default="cpu"
+        Where the sums are taken.
+
+    Attributes
+    ----------
+    n : int
+        Complete rows.
+    mean : Tensor of shape (T,)
+        Their mean, float64.
+    cov : Tensor of shape (T, T)
+        Their covariance (divided by n), float64.
+    incomplete : Tensor of shape (M, T)
+        Rows with missing cells.
+
+    Examples
+    --------
+    >>> x = torch.arange(20.0, dtype=torch.float64).reshape(10, 2) ** 2
+    >>> rows, weights = Table(x).rows()
+    >>> rows.shape, float(weights.sum())
+    (torch.Size([4, 2]), 10.0)
+    """
+
+    def __init__(self, x: NDArray[np.floating] | Tensor, device: str = "cpu"):
+        n_tokens = x.shape[1]
+        self.n = 0
+        self.mean = torch.zeros(n_tokens, dtype=torch.float64, device=device)
+        self.cov = torch.zeros(n_tokens, n_tokens, dtype=torch.float64, device=device)
+        incomplete = []
+        for chunk in _chunks(x, device):
+            mean = chunk.mean(0)
+            if bool(mean.isnan().any()):
+                missing = chunk.isnan().any(1)
+                incomplete.append(chunk[missing])
+                chunk = chunk[~missing]
+                mean = chunk.mean(0)
+            if len(chunk):
+                centred = chunk - mean
+                self._merge(len(chunk), mean, centred.mT @ centred / len(chunk))
+        self.incomplete = torch.cat(incomplete) if incomplete else self.mean.new_zeros(0, n_tokens)
+
+    def update(self, other: Table) -> Self:
+        """Add another table's rows."""
+        self._merge(other.n, other.mean, other.cov)
+        self.incomplete = torch.cat([self.incomplete, other.incomplete])
+        return self
+
+    def filled(self) -> Table:
+        """The same rows, all complete: missing cells replaced by their column's mean. A start, not an estimate."""
+        cells = self.incomplete
+        mean = self.mean if self.n else cells.nanmean(0)
+        result = Table(torch.where(cells.isnan(), mean, cells), device=str(self.mean.device))
+        result._merge(self.n, self.mean, self.cov)
+        return result
+
+    @property
+    def n_rows(self) -> int:
+        """N, complete rows and others."""
+        return self.n + len(self.incomplete)
+
+    @property
+    def complete(self) -> bool:
+        """Whether no cell is missing."""
+        return not len(self.incomplete)
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Weighted rows (R, T), (R,) that stand for the table; the weights add up to N."""
+        n_tokens = len(self.mean)
+        if not self.n:
+            return self.incomplete, self.mean.new_ones(len(self.incomplete))
+        # In units of the standard deviations: with mixed scales (1e-8 .. 1e8) a root of the covariance itself
+        # would lose the small columns.
+        sd = self.cov.diagonal().sqrt()
+        unit = torch.where(sd > 0, sd, torch.ones_like(sd))
+        value, vector = torch.linalg.eigh(self.cov / unit / unit[:, None])
+        root = unit * (vector * value.clamp(min=0).sqrt()).mT  # rows r_j with sum_j r_j' r_j = cov
+        step = math.sqrt(n_tokens) * root
+        rows = torch.cat([self.mean + step, self.mean - step, self.incomplete])
+        weight = torch.full((2 * n_tokens,), self.n / (2 * n_tokens), dtype=rows.dtype, device=rows.device)
+        return rows, torch.cat([weight, weight.new_ones(len(self.incomplete))])
+
+    def _merge(self, n: int, mean: Tensor, cov: Tensor) -> None:
+        """Chan, Golub & LeVeque (1983): pool two groups' moments without cancellation."""
+        if not n:
+            return
+        total = self.n + n
+        share = n / total
+        shift = mean - self.mean
+        self.cov = (1 - share) * self.cov + share * cov + share * (1 - share) * torch.outer(shift, shift)
+        self.mean = self.mean + share * shift
+        self.n = total
+
+
+def _chunks(x: NDArray[np.floating] | Tensor, device: str) -> Iterator[Tensor]:
+    step = max(1, CHUNK_CELLS // max(1, x.shape[1]))
+    for start in range(0, len(x), step):
+        chunk = x[start : start + step]
+        if not isinstance(chunk, Tensor):
+            chunk = torch.from_numpy(np.array(chunk, dtype=np.float64))
+        yield chunk.to(device=device, dtype=torch.float64)

@@ -1,0 +1,258 @@
+"""Exact conditionals of linear-Gaussian programs.
+
+    x = loc + loading u + e,    u ~ N(0, I_K),    e ~ N(0, diag(noise))
+
+Where K < T everything is K x K algebra (Woodbury); elsewhere, or where a noise is so small that Woodbury would
+cancel, it is T x T. Rows with missing cells share their factorisations by pattern.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bayes_mpt.predictors.base import Posterior, Predictor
+from bayes_mpt.tracing import Model, Reading, Structure, read, structure
+
+__all__ = ["Exact"]
+
+LOG_2PI = math.log(2 * math.pi)
+SMALL_NOISE = 1e-9  # of the token's variance; below it Woodbury cancels
+CHUNK = 2**24  # numbers in one temporary
+
+
+class Exact(Predictor):
+    """Closed-form conditionals of a linear-Gaussian program, found to be one by evaluation.
+
+    Parameters
+    ----------
+    model : callable
+        A Pyro program with Normal tokens whose means are affine in Normal latents.
+    args : tuple
+        What it is called with; N rows of T tokens.
+
+    Raises
+    ------
+    bayes_mpt.tracing.ModelError
+        If the program is something else; the message names the site.
+
+    Examples
+    --------
+    >>> import pyro, pyro.distributions as dist, torch
+    >>> def model(x):
+    ...     with pyro.plate("rows", len(x)):
+    ...         z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+    ...         pyro.sample("x", dist.Normal(z[:, None].expand(-1, 2), 1.0).to_event(1), obs=x)
+    >>> x = torch.zeros(4, 2, dtype=torch.float64)
+    >>> Exact(model, (x,)).read((x,)).joint(x)[0]  # N(0; 0, [[2, 1], [1, 2]])
+    tensor(-2.3872, dtype=torch.float64)
+    """
+
+    exact = True
+
+    def __init__(self, model: Model, args: tuple[Any, ...]):
+        self.model: Model | None = model
+        self.structure: Structure = structure(model, args)
+        self.reading: Reading | None = None
+
+    def read(self, args: tuple[Any, ...]) -> Exact:
+        if self.model is None:
+            raise RuntimeError("this predictor is frozen: it has no program to read")
+        return self._with(self.model, read(self.model, args, self.structure))
+
+    def freeze(self) -> Exact:
+        values = {
+            k: v.detach().clone()
+            for k, v in self._map._asdict().items()
+            if isinstance(v, Tensor) and k != "value"
+        }
+        return self._with(None, self._map._replace(**values, value=values["loc"][:0]))
+
+    def conditionals(self, x: Tensor, visible: Tensor) -> Tensor:
+        groups = _group(x, len(self._map.loc))
+        n_masks = len(visible)
+        step = max(1, CHUNK // max(1, x.numel() * max(1, self._map.loading.shape[-1])))
+        out = x.new_zeros(n_masks, *x.shape)
+        for start in range(0, n_masks, step):
+            shown = visible[start : start + step, None] & groups.seen  # (S, G, T)
+            mean, var = self._predict(x, shown, groups)
+            hidden = ~visible[start : start + step, None] & groups.seen[0, groups.index]
+            value = torch.where(hidden, x, mean)
+            log_prob = -0.5 * ((value - mean).square() / var + var.log() + LOG_2PI)
+            out[start : start + step] = torch.where(hidden, log_prob, 0.0)
+        return out
+
+    def chain(self, x: Tensor, order: Tensor) -> Tensor:
+        _, loc, loading, noise = self._parts
+        groups = _group(x, len(loc))
+        residual = torch.where(x.isnan(), 0.0, x - loc)
+        cov = _covariance(loading, noise)  # (B, T, T)
+        seen = groups.seen[0]  # (G, T)
+        eye = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+        out = []
+        for tokens in order:
+            # Missing tokens are decoupled (a unit variance of their own), which leaves the others' chain alone.
+            shown = seen[:, tokens]
+            permuted = cov[:, tokens][:, :, tokens]
+            permuted = torch.where(shown[:, :, None] & shown[:, None, :], permuted, eye)
+            # L L' = S[order, order]:  log p(x_t | x_<t) = -(L^-1 r)_t^2 / 2 - log L_tt - log(2 pi) / 2
+            factor = torch.linalg.cholesky(permuted)  # (G, T, T)
+            white = _solve_rows(factor, residual[:, tokens], groups)  # (N, T)
+            log_diagonal = factor.diagonal(dim1=-2, dim2=-1).log()[groups.index]
+            log_prob = torch.where(shown[groups.index], -0.5 * (white.square() + LOG_2PI) - log_diagonal, 0.0)
+            out.append(torch.empty_like(log_prob).index_copy(1, tokens, log_prob))
+        return torch.stack(out)
+
+    def joint(self, x: Tensor) -> Tensor:
+        step = max(1, CHUNK // max(1, x.shape[1] * max(1, self._map.loading.shape[-1])))
+        if len(x) <= step or len(self._map.loc) > 1:
+            return self._joint(x)
+        return torch.cat([self._joint(x[i : i + step]) for i in range(0, len(x), step)])
+
+    def posterior(self, x: Tensor, visible: Tensor | None = None) -> Posterior:
+        loc, loading = self._map[:2]
+        groups = _group(x, len(loc))
+        shown = groups.seen if visible is None else groups.seen & visible
+        u = self._latents(x, shown, groups)[0][0]  # (N, K)
+        mean = self._map.latent_loc + (self._map.latent_root @ u[..., None])[..., 0]
+        return Posterior(mean, loc + (loading @ u[..., None])[..., 0])
+
+    # ------------------------------------------------------------------------------------------------ the algebra
+
+    @property
+    def _map(self) -> Reading:
+        if self.reading is None:
+            raise RuntimeError(
+                "call read(args) first: this predictor has not read the program's parameters yet"
+            )
+        return self.reading
+
+    @property
+    def _parts(self) -> tuple[bool, Tensor, Tensor, Tensor]:
+        """Whether Woodbury is right, and loc (B, T), loading (B, T, K), noise (B, T)."""
+        loc, loading, noise = self._map[:3]
+        with torch.no_grad():
+            signal = loading.square().sum(-1)
+            small = bool((noise <= SMALL_NOISE * (signal + noise)).any())
+        return loading.shape[-1] < loading.shape[-2] and not small, loc, loading, noise
+
+    def _with(self, model: Model | None, reading: Reading) -> Exact:
+        new = object.__new__(Exact)
+        new.model, new.structure, new.reading = model, self.structure, reading
+        return new
+
+    def _joint(self, x: Tensor) -> Tensor:
+        woodbury, loc, loading, noise = self._parts
+        groups = _group(x, len(loc))
+        seen = groups.seen[0]  # (G, T)
+        residual = torch.where(x.isnan(), 0.0, x - loc)
+        count = seen.sum(-1).to(x)[groups.index]
+        if woodbury:
+            u, factor = (t[0] for t in self._latents(x, groups.seen, groups))
+            # r' S^-1 r = |r - W u|^2 / noise + |u|^2 at the posterior mean u, which does not cancel as Woodbury does
+            rest = torch.where(seen[groups.index], residual - (loading @ u[..., None])[..., 0], 0.0)
+            quadratic = (rest.square() / noise).sum(-1) + u.square().sum(-1)
+            logdet = torch.where(seen, noise.log(), 0.0).sum(-1)
+            logdet = logdet + 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        else:
+            eye = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+            cov = torch.where(seen[:, :, None] & seen[:, None, :], _covariance(loading, noise), eye)
+            factor = torch.linalg.cholesky(cov)
+            quadratic = _solve_rows(factor, residual, groups).square().sum(-1)
+            logdet = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return -0.5 * (quadratic + logdet[groups.index] + count * LOG_2PI)
+
+    def _latents(self, x: Tensor, shown: Tensor, groups: _Groups) -> tuple[Tensor, Tensor]:
+        """Posterior means of u (S, N, K), and the Cholesky factor of their precision (S, G, K, K) or of S_RR."""
+        woodbury, loc, loading, noise = self._parts
+        residual = torch.where(x.isnan(), 0.0, x - loc)  # (N, T)
+        if woodbury:
+            # C^-1 = I + W_R' D_R^-1 W_R (K x K),  u = C W_R' D_R^-1 r_R
+            scaled = loading / noise[..., None]  # (B, T, K)
+            n_latents = loading.shape[-1]
+            outer = (scaled[..., :, None] * loading[..., None, :]).flatten(-2)  # (B, T, K K)
+            weight = shown.to(x)
+            inner = weight @ outer[0] if len(outer) == 1 else torch.einsum("sgt,gtk->sgk", weight, outer)
+            inner = inner.unflatten(-1, (n_latents, n_latents)) + torch.eye(
+                n_latents, dtype=x.dtype, device=x.device
+            )
+            factor = torch.linalg.cholesky(inner)  # (S, G, K, K)
+            hit = self._weighted(residual, shown, scaled, groups)  # (S, N, K)
+            return _cholesky_solve_rows(factor, hit, groups), factor
+        # u = W_R' S_RR^-1 r_R (T x T); hidden and missing tokens decoupled
+        factor = torch.linalg.cholesky(_shown_covariance(loading, noise, shown))  # (S, G, T, T)
+        r = torch.where(shown[:, groups.index], residual, 0.0)
+        alpha = _cholesky_solve_rows(factor, r, groups)  # (S, N, T)
+        return (alpha[..., None, :] @ loading)[..., 0, :], factor
+
+    def _weighted(self, residual: Tensor, shown: Tensor, scaled: Tensor, groups: _Groups) -> Tensor:
+        """Sum over visible t of r_nt scaled_tk: (S, N, K), as S products of matrices where the map is shared."""
+        if len(scaled) > 1:
+            r = torch.where(shown[:, groups.index], residual, 0.0)
+            return torch.einsum("snt,ntk->snk", r, scaled)
+        # residual is zero where missing, so what is visible in the mask alone is enough: any group shows it
+        visible = shown.any(1)  # (S, T)
+        return residual @ (visible[..., None] * scaled)
+
+    def _predict(self, x: Tensor, shown: Tensor, groups: _Groups) -> tuple[Tensor, Tensor]:
+        """Means and variances (S, N, T) of all tokens given the shown ones (S, G, T)."""
+        woodbury, loc, loading, noise = self._parts
+        u, factor = self._latents(x, shown, groups)
+        mean = loc + (u @ loading[0].mT if len(loading) == 1 else (loading @ u[..., None])[..., 0])
+        if woodbury:
+            # var_i = noise_i + w_i' C w_i
+            root = torch.linalg.solve_triangular(factor, loading.mT, upper=False)  # (S, G, K, T)
+            var = noise + root.square().sum(-2)
+        else:
+            # var_i = S_ii - S_iR S_RR^-1 S_Ri
+            cov = _covariance(loading, noise)
+            cross = torch.where(shown[..., None], cov, 0.0)
+            root = torch.linalg.solve_triangular(factor, cross, upper=False)
+            var = cov.diagonal(dim1=-2, dim2=-1) - root.square().sum(-2)
+        return mean, var[:, groups.index]
+
+
+class _Groups(NamedTuple):
+    """Rows that share a factorisation: one missing pattern, or each row its own where maps differ."""
+
+    seen: Tensor
+    """(1, G, T) bool, observed cells."""
+    index: Tensor
+    """(N,) group of each row."""
+
+
+def _group(x: Tensor, n_maps: int) -> _Groups:
+    seen = ~x.isnan()
+    if n_maps > 1:
+        return _Groups(seen[None], torch.arange(len(x), device=x.device))
+    if bool(seen.all()) and len(x):
+        return _Groups(seen[None, :1], torch.zeros(len(x), dtype=torch.long, device=x.device))
+    patterns, index = torch.unique(seen, dim=0, return_inverse=True)
+    return _Groups(patterns[None], index)
+
+
+def _covariance(loading: Tensor, noise: Tensor) -> Tensor:
+    return loading @ loading.mT + torch.diag_embed(noise)
+
+
+def _shown_covariance(loading: Tensor, noise: Tensor, shown: Tensor) -> Tensor:
+    """(S, G, T, T): covariance of the shown tokens, the others decoupled with unit variance."""
+    eye = torch.eye(shown.shape[-1], dtype=loading.dtype, device=loading.device)
+    return torch.where(shown[..., :, None] & shown[..., None, :], _covariance(loading, noise), eye)
+
+
+def _solve_rows(factor: Tensor, r: Tensor, groups: _Groups) -> Tensor:
+    """L_g(n)^-1 r_n: factor (G, T, T), r (N, T) -> (N, T)."""
+    if len(factor) == 1:
+        return torch.linalg.solve_triangular(factor[0], r.mT, upper=False).mT
+    return torch.linalg.solve_triangular(factor[groups.index], r[..., None], upper=False)[..., 0]
+
+
+def _cholesky_solve_rows(factor: Tensor, r: Tensor, groups: _Groups) -> Tensor:
+    """(L L')_g(n)^-1 r_n: factor (S, G, K, K), r (S, N, K) -> (S, N, K)."""
+    if factor.shape[1] == 1:
+        return torch.cholesky_solve(r.mT, factor[:, 0]).mT
+    return torch.cholesky_solve(r[..., None], factor[:, groups.index])[..., 0]

@@ -1,0 +1,414 @@
+"""Where masks and predictors meet: the weighted sum, its estimate with an error, and the loss.
+
+score(x) = sum_k sum_i weight[k, i] * log p(x_i | x_visible[k])        (arXiv 2306.00520, Prop. 1)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyro
+import torch
+from numpy.typing import ArrayLike, NDArray
+from pyro.infer import ELBO
+from scipy.stats import norm
+from scipy.stats import t as student_t
+from torch import Tensor
+
+from bayes_mpt.masks import (
+    FixedRate,
+    Masks,
+    PermutationChain,
+    Policy,
+    RandomState,
+    require_lml,
+    torch_generator,
+)
+from bayes_mpt.predictors import Predictor, choose
+from bayes_mpt.tracing import Model
+
+__all__ = [
+    "Bias",
+    "CumulativeMaskedScore",
+    "Curve",
+    "ScoreEstimate",
+    "estimate",
+    "fixed_rate_bias",
+    "masked_score",
+    "replicate_error",
+]
+
+CHUNK = 2**22  # cells of (S, N, T) scored at once
+
+
+def masked_score(predictor: Predictor, x: Tensor, masks: Masks) -> Tensor:
+    """Weighted sum of the log predictives of hidden tokens.
+
+    Parameters
+    ----------
+    predictor : Predictor
+        Has read its program.
+    x : Tensor of shape (N, T)
+        Rows; NaN cells are never visible and never scored.
+    masks : Masks
+        Drawn by a policy.
+
+    Returns
+    -------
+    Tensor of shape (N,)
+        Nats.
+    """
+    weight = masks.weight.to(x)
+    if masks.order is not None:
+        if predictor.exact:
+            return predictor.joint(x)  # every chain of exact conditionals sums to the joint
+        return torch.einsum("cnt,ct->n", predictor.chain(x, masks.order.to(x.device)), weight)
+    assert masks.visible is not None
+    visible = masks.visible.to(x.device)
+    step = max(1, CHUNK // max(1, x.numel()))
+    parts = [
+        torch.einsum("snt,st->n", predictor.conditionals(x, visible[i : i + step]), weight[i : i + step])
+        for i in range(0, len(visible), step)
+    ]
+    return torch.stack(parts).sum(0)
+
+
+# --------------------------------------------------------------------------------------------------- the estimate
+
+
+class Curve(NamedTuple):
+    """The masked curve S(x; m), averaged over rows: nats a row and token. The area under it is the LML."""
+
+    size: NDArray[np.int64]
+    """(T,) hidden tokens m = 1..T."""
+    mean: NDArray[np.float64]
+    """(T,) S(x; m); NaN for sizes that no mask had."""
+    se: NDArray[np.float64]
+    """(T,) standard errors over masks; NaN where a size was drawn once."""
+
+
+@dataclass(frozen=True)
+class ScoreEstimate:
+    """Log marginal likelihood of each row, with what it takes to believe it."""
+
+    lml: NDArray[np.float64]
+    """(N,) nats."""
+    se: float
+    """Standard error of ``total`` over masks, from independent replicates' totals; 0 if exact, NaN if unknown."""
+    by_size: Curve
+    integrated: tuple[str, ...]
+    """Latent sites integrated out."""
+    point_estimated: tuple[str, ...]
+    """`pyro.param`s held at their values: the number is conditional on them."""
+    exact: bool
+    """Whether the conditionals and the sum over masks are both without error."""
+    diagnostics: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def total(self) -> float:
+        """Sum over rows, nats."""
+        return float(self.lml.sum())
+
+    def plot(self, ax: Any = None) -> Any:
+        """Draw the area under the masked curve; see `bayes_mpt.plots.MaskedCurveDisplay`."""
+        from bayes_mpt.plots import MaskedCurveDisplay
+
+        return MaskedCurveDisplay(self.by_size).plot(ax)
+
+
+def estimate(
+    predictor: Predictor,
+    x: Tensor,
+    masks: Policy,
+    *,
+    n_replicates: int = 8,
+    random_state: RandomState = None,
+    curve_rows: tuple[Tensor, Tensor] | None = None,
+) -> ScoreEstimate:
+    """Estimate the LML of rows by a mask policy.
+
+    Parameters
+    ----------
+    predictor : Predictor
+        Has read its program.
+    x : Tensor of shape (N, T)
+        Rows.
+    masks : Policy
+        With ``is_lml``.
+    n_replicates : int, default=8
+        R, independent draws of the policy; the standard error needs two.
+    random_state : int, torch.Generator or None
+        For the draws.
+    curve_rows : (Tensor, Tensor), optional
+        Weighted rows that stand for ``x`` (`bayes_mpt.moments.Table`), to average the curve of chains over.
+
+    Returns
+    -------
+    ScoreEstimate
+
+    Raises
+    ------
+    ValueError
+        If the policy's expectation is not the LML.
+    """
+    require_lml(masks, "estimate")
+    if n_replicates < 1:
+        raise ValueError(f"n_replicates must be at least 1, got {n_replicates}")
+    generator = torch_generator(random_state)
+    draws = [masks.draw(x.shape[1], generator) for _ in range(n_replicates)]
+    chains = draws[0].order is not None
+    with torch.no_grad():
+        if chains and predictor.exact:
+            lml, totals = predictor.joint(x), None
+        else:
+            scores = torch.stack([masked_score(predictor, x, draw) for draw in draws])  # (R, N)
+            lml, totals = scores.mean(0), scores.sum(1).double().cpu().numpy()
+        rows, weight = curve_rows if chains and curve_rows is not None else (x, x.new_ones(len(x)))
+        curve = _curve(predictor, rows, weight, draws)
+    if totals is None:
+        se = 0.0
+    else:
+        se = replicate_error(totals)
+    structure = predictor.structure
+    return ScoreEstimate(
+        lml.double().cpu().numpy(),
+        se,
+        curve,
+        structure.latent_names,
+        structure.parameters,
+        exact=totals is None,
+        diagnostics={"n_replicates": n_replicates, "masks": repr(masks), "totals": totals},
+    )
+
+
+def replicate_error(totals: NDArray[np.float64]) -> float:
+    """Standard error of the mean of R replicates, widened so that +- 2 of it cover 95 % also for a small R.
+
+    sd / sqrt(R) times t(R - 1, 0.977) / 2; NaN for one replicate.
+    """
+    n = len(totals)
+    if n < 2:
+        return math.nan
+    return float(totals.std(ddof=1) / math.sqrt(n) * student_t.ppf(norm.cdf(2), n - 1) / 2)
+
+
+def _curve(predictor: Predictor, x: Tensor, weight: Tensor, draws: list[Masks]) -> Curve:
+    """Group the masks' means by size: S(m) is the mean over masks of the mean over hidden tokens."""
+    n_tokens = x.shape[1]
+    share = weight / weight.sum()
+    sizes, values = [], []
+    for draw in draws:
+        if draw.order is not None:
+            order = draw.order.to(x.device)
+            for tokens in order:
+                by_token = share @ predictor.chain(x, tokens[None])[0]  # (T,)
+                sizes.append(torch.arange(n_tokens, 0, -1))
+                values.append(by_token[tokens].cpu())
+        else:
+            assert draw.visible is not None
+            hidden = (~draw.visible).sum(1)
+            step = max(1, CHUNK // max(1, x.numel()))
+            for i in range(0, len(hidden), step):
+                visible = draw.visible[i : i + step].to(x.device)
+                by_mask = torch.einsum("snt,n->s", predictor.conditionals(x, visible), share).cpu()
+                sizes.append(hidden[i : i + step])
+                values.append(by_mask / hidden[i : i + step])
+    size, value = torch.cat(sizes).numpy(), torch.cat(values).double().numpy()
+    count = np.bincount(size, minlength=n_tokens + 1)[1:]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        mean = np.bincount(size, value, minlength=n_tokens + 1)[1:] / count
+        # around each size's own mean, or the squares would cancel
+        spread = np.bincount(size, (value - mean[size - 1]) ** 2, minlength=n_tokens + 1)[1:]
+        se = np.where(count > 1, np.sqrt(spread / (count - 1) / count), np.nan)
+    return Curve(np.arange(1, n_tokens + 1), mean, se)
+
+
+class Bias(NamedTuple):
+    """What training at a fixed rate leaves out, nats a row."""
+
+    value: float
+    """B = LML - T S(m)."""
+    se: float
+    """Standard error over masks; 0 where all masks of the size were enumerated."""
+
+
+def fixed_rate_bias(
+    estimator: Any, X: ArrayLike, rate: float, *, n_masks: int = 1000, random_state: RandomState = None
+) -> Bias:
+    """Compute the bias of the masked score at one fixed rate, B = LML - T S(m), at the fitted parameters.
+
+    Parameters
+    ----------
+    estimator : BayesMPT
+        Fitted, with an exact predictor.
+    X : array-like of shape (N, T)
+        Rows to average over.
+    rate : float
+        Share of hidden tokens; m = round(rate T), at least 1.
+    n_masks : int, default=1000
+        Masks of size m: all of them where there are no more than this, otherwise as many random ones.
+    random_state : int, torch.Generator or None
+        For the random ones.
+
+    Returns
+    -------
+    Bias
+        Mean over rows, nats.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_iris
+    >>> from bayes_mpt import BayesMPT
+    >>> from bayes_mpt.models import PPCA
+    >>> X = load_iris().data
+    >>> bias = fixed_rate_bias(BayesMPT(PPCA(1)).fit(X), X, rate=0.25)
+    >>> round(bias.value, 3), bias.se
+    (-1.085, 0.0)
+    """
+    predictor, x = estimator.read_rows(X)
+    n_tokens = x.shape[1]
+    policy = FixedRate(rate, n_masks)
+    size = policy.size(n_tokens)
+    n_all = math.comb(n_tokens, size)
+    if n_all <= n_masks:
+        hidden = torch.combinations(torch.arange(n_tokens), size)
+        visible = torch.ones(n_all, n_tokens, dtype=torch.bool).scatter_(1, hidden, False)
+    else:
+        drawn = policy.draw(n_tokens, random_state).visible
+        assert drawn is not None
+        visible = drawn
+    with torch.no_grad():
+        lml = predictor.joint(x).mean()
+        step = max(1, CHUNK // max(1, x.numel()))
+        by_mask = [
+            predictor.conditionals(x, visible[i : i + step].to(x.device)).sum(-1).mean(-1)
+            for i in range(0, len(visible), step)
+        ]
+    # T S(m) = mean over masks of (T / m) sum over hidden tokens
+    term = torch.cat(by_mask) * (n_tokens / size)
+    se = 0.0 if n_all <= n_masks else float(term.std() / math.sqrt(len(term)))
+    return Bias(float(lml - term.mean()), se)
+
+
+# --------------------------------------------------------------------------------------------------------- the loss
+
+
+class CumulativeMaskedScore(ELBO):
+    """The negative masked score of a Pyro program, as a loss for `pyro.infer.SVI` or any torch optimiser.
+
+    Plate and `poutine.scale` factors are honoured, so that minibatches are scaled up to the whole data.
+
+    Parameters
+    ----------
+    masks : Policy, optional
+        What to hide; `PermutationChain` by default. Any policy may be trained on.
+    predictor : "auto" or Predictor, default="auto"
+        How hidden tokens are predicted; chosen for the program at the first call, or when its shapes change.
+    random_state : int, torch.Generator or None
+        For the draws of masks, a fresh one each step.
+
+    Examples
+    --------
+    With SVI:
+
+    >>> import pyro, pyro.distributions as dist
+    >>> from bayes_mpt.models import PPCA
+    >>> x = torch.randn(50, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    >>> pyro.clear_param_store()
+    >>> svi = pyro.infer.SVI(PPCA(1), lambda x: None, pyro.optim.Adam({"lr": 0.01}), CumulativeMaskedScore())
+    >>> first = svi.step(x)
+    >>> losses = [svi.step(x) for _ in range(20)]
+    >>> losses[-1] < first
+    True
+
+    With a torch optimiser:
+
+    >>> pyro.clear_param_store()
+    >>> loss = CumulativeMaskedScore()(PPCA(1), None, x)
+    >>> optimiser = torch.optim.Adam(loss.parameters(), lr=0.01)
+    >>> value = loss(x)
+    >>> value.backward()
+    """
+
+    def __init__(
+        self,
+        masks: Policy | None = None,
+        predictor: str | Predictor = "auto",
+        random_state: RandomState = None,
+    ):
+        super().__init__()
+        self.masks = PermutationChain() if masks is None else masks
+        self.predictor = predictor
+        self.generator = torch_generator(random_state)
+        self._chosen: tuple[Any, tuple[Any, ...], Predictor] | None = None
+
+    def __call__(self, model: Model, guide: Any = None, *example: Any) -> _LossModule:  # type: ignore[override]
+        # Pyro's own takes (model, guide) and registers nothing of a plain function; the example makes its parameters.
+        return _LossModule(self, model, guide, example)
+
+    def differentiable_loss(self, model: Model, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """The negative score of the batch as a scalar tensor, nats."""
+        bound: Model = (lambda *a: model(*a, **kwargs)) if kwargs else model
+        predictor = self._predictor(model, bound, args).read(args)
+        reading = predictor.reading  # type: ignore[attr-defined]
+        draw = self.masks.draw(reading.value.shape[1], self.generator)
+        return -reading.scale * masked_score(predictor, reading.value, draw).sum()
+
+    def loss(self, model: Model, guide: Any, *args: Any, **kwargs: Any) -> float:
+        """The negative score of the batch, nats."""
+        with torch.no_grad():
+            return float(self.differentiable_loss(model, guide, *args, **kwargs))
+
+    def loss_and_grads(self, model: Model, guide: Any, *args: Any, **kwargs: Any) -> float:
+        """The negative score of the batch; its gradients are added to the parameters' ``grad``."""
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        if loss.requires_grad:
+            loss.backward()
+        return float(loss.detach())
+
+    def _get_trace(self, model: Model, guide: Any, args: Any, kwargs: Any) -> Any:
+        raise NotImplementedError("the masked score reads the program itself: there is no single trace")
+
+    def _predictor(self, key: Any, model: Model, args: tuple[Any, ...]) -> Predictor:
+        if isinstance(self.predictor, Predictor):
+            return self.predictor
+        shapes = tuple(a.shape[1:] if isinstance(a, Tensor) else None for a in args)
+        if self._chosen is None or self._chosen[0] is not key or self._chosen[1] != shapes:
+            self._chosen = (key, shapes, choose(model, args))
+        return self._chosen[2]
+
+
+class _LossModule(torch.nn.Module):
+    """The loss of one program as a torch module that owns the program's parameters."""
+
+    def __init__(self, loss: CumulativeMaskedScore, model: Model, guide: Any, example: tuple[Any, ...]):
+        super().__init__()
+        self.loss = loss
+        self.model = model
+        self.guide = guide
+        if not example:
+            raise TypeError(
+                "CumulativeMaskedScore()(model, guide, *example) needs an example batch: the program's parameters "
+                "come to be when it runs"
+            )
+        with pyro.get_param_store().scope() as state:
+            loss.loss(model, guide, *example)
+        self._constraints = state["constraints"]
+        self._leaves = list(state["params"])
+        for i, name in enumerate(self._leaves):
+            leaf = state["params"][name]
+            self.register_parameter(
+                f"p{i}", leaf if isinstance(leaf, torch.nn.Parameter) else torch.nn.Parameter(leaf)
+            )
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The loss on a batch: total nats, to minimise."""
+        with pyro.get_param_store().scope({"params": self.named_leaves(), "constraints": self._constraints}):
+            return self.loss.differentiable_loss(self.model, self.guide, *args, **kwargs)
+
+    def named_leaves(self) -> dict[str, Tensor]:
+        """Unconstrained parameters by their Pyro names."""
+        return {name: getattr(self, f"p{i}") for i, name in enumerate(self._leaves)}

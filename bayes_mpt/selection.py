@@ -1,0 +1,490 @@
+"""Rank candidates by marginal likelihood: a search over a parameter grid.
+
+Which number ranks is the ``evidence``:
+
+- "laplace": loadings and noise integrated out around the rotation orbit (`bayes_mpt.evidence`); one fit a candidate.
+- "heldout": log predictive of hidden rows, K folds, repeated.
+- "cumulative": rows revealed in blocks, each predicted from those before it, from a visible share on: the conditional
+  LML, log p(rest | visible share).
+- "train": the LML at its maximum. It rises with every surplus parameter and cannot choose a dimension; kept to compare
+  with other tools, and right where nothing is point-estimated.
+- "auto": "laplace" where every candidate declares its symmetries and no cell is missing; "train" where nothing is
+  point-estimated; "heldout" elsewhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import pickle
+import re
+import time
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import cloudpickle
+import numpy as np
+from joblib import Parallel, delayed
+from numpy.typing import ArrayLike, NDArray
+from sklearn.base import BaseEstimator, MetaEstimatorMixin, _fit_context, clone
+from sklearn.model_selection import KFold, ParameterGrid
+from sklearn.utils import check_random_state, get_tags
+from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
+from sklearn.utils.metaestimators import available_if
+from sklearn.utils.validation import check_is_fitted
+from tqdm.auto import tqdm
+
+from bayes_mpt.comparison import (
+    Candidate,
+    before_final,
+    choose_rule,
+    comparison_table,
+    final_step,
+    n_scored_rows,
+    refuse_incomparable,
+    refuse_mixed_train,
+    token_digest,
+)
+from bayes_mpt.estimator import BayesMPT
+from bayes_mpt.masks import require_lml
+
+__all__ = ["MarginalLikelihoodSearch"]
+
+Evidence = Literal["auto", "laplace", "heldout", "cumulative", "train"]
+
+
+class MarginalLikelihoodSearch(MetaEstimatorMixin, BaseEstimator):
+    """Fit every candidate of a grid and rank them by marginal likelihood.
+
+    Parameters
+    ----------
+    estimator : BayesMPT or Pipeline ending in one
+        With a model, where the grid sets ``model__...``.
+    param_grid : dict or list of dicts
+        As in `sklearn.model_selection.GridSearchCV`.
+    evidence : {"auto", "laplace", "heldout", "cumulative", "train"}, default="auto"
+        What ranks; see the module's page. `evidence_` and `evidence_reason_` say which rule was taken and why.
+    cv : int, default=5
+        Folds of "heldout", blocks of "cumulative".
+    n_repeats : int, default=1
+        Random partitions (or orders) of the rows, averaged; two or more give the error ``mc_dse``.
+    visible_share : float, default=0.5
+        Share of rows that "cumulative" starts from.
+    n_jobs : int, optional
+        Candidates evaluated at a time, by joblib.
+    refit : bool or callable, default=True
+        Keep the best candidate, fitted on all rows, as ``best_estimator_``. A callable takes ``cv_results_`` and
+        returns an index (a one-standard-error rule, say).
+    error_score : "raise" or float, default=nan
+        What a candidate that cannot be fitted scores; its message stands in ``comparison_["diag"]``.
+    checkpoint_dir : path, optional
+        Where each finished candidate is written; a search over the same data and grid takes up from there.
+    random_state : int, RandomState or None
+        For the partitions of the rows.
+    verbose : int, default=0
+        1 shows a progress bar.
+
+    Attributes
+    ----------
+    comparison_ : DataFrame
+        One row a candidate, best first: ``rank``; ``lml``, total evidence in nats; ``lml_diff`` to the best (<= 0);
+        ``mc_dse``, numerical error of that difference; ``p_worse`` = Phi(-abs(lml_diff) / mc_dse), the probability
+        that the order of the two is that error's doing; ``dse``, spread of the difference over new rows; ``weight``
+        and ``log_bayes_factor`` where the number is an evidence; ``se``, numerical error of ``lml``; ``diag``.
+    cv_results_ : dict
+        With scikit-learn's keys; scores are mean nats a row. ``lml`` holds the totals.
+    best_estimator_, best_params_, best_score_, best_index_
+        As in scikit-learn; ``best_score_`` is in nats a row.
+    evidence_, evidence_reason_ : str
+        The rule that was used, and why.
+    n_splits_ : int
+        Splits a candidate.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_iris
+    >>> from bayes_mpt.models import PPCA
+    >>> search = MarginalLikelihoodSearch(BayesMPT(PPCA(1)), {"model__n_components": [0, 1, 2, 3]})
+    >>> search.fit(load_iris().data).best_params_
+    {'model__n_components': 3}
+    >>> search.evidence_
+    'laplace'
+    """
+
+    _parameter_constraints: dict[str, Any] = {
+        "estimator": [HasMethods(["fit", "score_samples"])],
+        "param_grid": [dict, list],
+        "evidence": [StrOptions({"auto", "laplace", "heldout", "cumulative", "train"})],
+        "cv": [Interval(Integral, 2, None, closed="left")],
+        "n_repeats": [Interval(Integral, 1, None, closed="left")],
+        "visible_share": [Interval(Real, 0, 1, closed="neither")],
+        "n_jobs": [Integral, None],
+        "refit": ["boolean", callable],
+        "error_score": [StrOptions({"raise"}), Real],
+        "checkpoint_dir": [str, os.PathLike, None],
+        "random_state": ["random_state"],
+        "verbose": ["verbose"],
+    }
+
+    def __init__(
+        self,
+        estimator: Any,
+        param_grid: dict[str, Sequence[Any]] | list[dict[str, Sequence[Any]]],
+        *,
+        evidence: Evidence = "auto",
+        cv: int = 5,
+        n_repeats: int = 1,
+        visible_share: float = 0.5,
+        n_jobs: int | None = None,
+        refit: bool | Callable[[dict[str, Any]], int] = True,
+        error_score: float | Literal["raise"] = math.nan,
+        checkpoint_dir: str | os.PathLike[str] | None = None,
+        random_state: int | np.random.RandomState | None = None,
+        verbose: int = 0,
+    ):
+        self.estimator = estimator
+        self.param_grid = param_grid
+        self.evidence = evidence
+        self.cv = cv
+        self.n_repeats = n_repeats
+        self.visible_share = visible_share
+        self.n_jobs = n_jobs
+        self.refit = refit
+        self.error_score = error_score
+        self.checkpoint_dir = checkpoint_dir
+        self.random_state = random_state
+        self.verbose = verbose
+
+    @_fit_context(prefer_skip_nested_validation=False)
+    def fit(self, X: ArrayLike, y: Any = None) -> Self:
+        """Fit and rank all candidates on X (N, T).
+
+        Raises
+        ------
+        ValueError
+            If candidates are not comparable (they score other tokens, or one integrates what another
+            point-estimates), with the offenders' names; if every candidate fails; if training masks are no LML.
+        """
+        grid = list(ParameterGrid(self.param_grid))
+        names = _names(grid)
+        model = final_step(self.estimator)
+        if not isinstance(model, BayesMPT):
+            raise TypeError(
+                f"estimator must be a BayesMPT or a Pipeline ending in one, got {type(model).__name__}"
+            )
+        if model.model is None and any(_sets_missing_model(params) for params in grid):
+            raise ValueError(
+                "param_grid sets model__..., but the estimator has no model: write BayesMPT(PPCA()), say"
+            )
+        for params in grid:
+            masks = final_step(clone(self.estimator).set_params(**_cloned(params))).masks
+            if masks is not None:
+                require_lml(masks, "MarginalLikelihoodSearch")
+        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        found = self._run(_fit_candidate, [(self.estimator, p, X, y) for p in grid], "fit")
+        good = [c for c in found if not c.error]
+        if not good:
+            raise ValueError(f"all {len(grid)} candidates failed; the first one: {found[0].error}")
+        refuse_incomparable([n for n, c in zip(names, found, strict=True) if not c.error], good)
+        self.evidence_, self.evidence_reason_ = choose_rule(self.evidence, good)
+        if self.evidence_ == "train":
+            refuse_mixed_train([n for n, c in zip(names, found, strict=True) if not c.error], good)
+        found = self._run(
+            _score_candidate,
+            [
+                (c, X, y, self.evidence_, self.cv, self.n_repeats, self.visible_share, seed, self.error_score)
+                for c in found
+            ],
+            self.evidence_,
+        )
+        self._store(grid, names, found)
+        return self
+
+    def _run(
+        self, task: Callable[..., Candidate], arguments: list[tuple[Any, ...]], label: str
+    ) -> list[Candidate]:
+        """Do one task for every candidate, in parallel, taking finished ones from the checkpoint directory."""
+        directory = None if self.checkpoint_dir is None else Path(self.checkpoint_dir)
+        jobs = []
+        for i, args in enumerate(arguments):
+            file = None
+            if directory is not None:
+                directory.mkdir(parents=True, exist_ok=True)
+                settings = {k: v for k, v in self.get_params().items() if k not in _NOT_IN_KEY}
+                file = directory / f"{i:04d}-{label}-{_key(settings, args)}.pkl"
+            jobs.append(delayed(_checkpointed)(file, task, args, self.error_score))
+        parallel = Parallel(n_jobs=self.n_jobs, return_as="generator")
+        results = parallel(jobs)
+        return list(tqdm(results, total=len(jobs), desc=label, disable=not self.verbose))
+
+    def _store(self, grid: list[dict[str, Any]], names: list[str], found: list[Candidate]) -> None:
+        failed = math.nan if self.error_score == "raise" else float(self.error_score)
+        rows = max(n_scored_rows(c) for c in found if not c.error)
+        lml = np.array([c.evidence if not c.error else failed * rows for c in found])
+        mean = lml / np.array([n_scored_rows(c) if not c.error else rows for c in found])
+        n_splits = max(len(c.splits) for c in found)
+        splits = np.array([c.splits if len(c.splits) else np.full(n_splits, failed) for c in found]).reshape(
+            len(found), n_splits
+        )
+        order = np.argsort(np.where(np.isnan(mean), -np.inf, mean) * -1, kind="stable")
+        rank = np.empty(len(found), dtype=np.int32)
+        rank[order] = np.arange(1, len(found) + 1)
+        results: dict[str, Any] = {
+            "mean_fit_time": np.array([c.fit_time for c in found]),
+            "std_fit_time": np.zeros(len(found)),
+            "mean_score_time": np.array([c.score_time for c in found]),
+            "std_score_time": np.zeros(len(found)),
+        }
+        for key in sorted({k for p in grid for k in p}):
+            column = np.ma.masked_all(len(grid), dtype=object)
+            for i, params in enumerate(grid):
+                if key in params:
+                    column[i] = params[key]
+            results[f"param_{key}"] = column
+        results["params"] = grid
+        for i in range(n_splits):
+            results[f"split{i}_test_score"] = splits[:, i]
+        results |= {
+            "mean_test_score": mean,
+            "std_test_score": splits.std(1),
+            "rank_test_score": rank,
+            "lml": lml,
+        }
+        self.cv_results_ = results
+        self.n_splits_ = n_splits
+        self.multimetric_ = False
+        self.candidate_names_ = names
+        self.comparison_ = comparison_table(names, found, self.evidence_)
+        self.best_index_ = int(self.refit(results)) if callable(self.refit) else int(order[0])
+        self.best_params_ = grid[self.best_index_]
+        self.best_score_ = float(mean[self.best_index_])
+        if self.refit:
+            self.best_estimator_ = found[self.best_index_].estimator
+            self.refit_time_ = 0.0  # the candidate was fitted on all rows already
+            if hasattr(self.best_estimator_, "feature_names_in_"):
+                self.feature_names_in_ = self.best_estimator_.feature_names_in_
+
+    # ---------------------------------------------------------------------------- the best candidate, as an estimator
+
+    @property
+    def n_features_in_(self) -> int:
+        """Columns of X in `fit`."""
+        if not hasattr(self, "best_estimator_"):
+            raise AttributeError(
+                f"{type(self).__name__} object has no n_features_in_ attribute: it is not fitted"
+            )
+        return int(self.best_estimator_.n_features_in_)
+
+    def _best(self) -> Any:
+        check_is_fitted(self)
+        if not self.refit:
+            raise AttributeError("refit=False: there is no best_estimator_ to use")
+        return self.best_estimator_
+
+    def score(self, X: ArrayLike, y: Any = None) -> float:
+        """Mean nats a row of the best candidate."""
+        return float(self._best().score(X, y) if y is not None else self._best().score(X))
+
+    def score_samples(self, X: ArrayLike) -> NDArray[np.float64]:
+        """Nats of each row under the best candidate."""
+        return np.asarray(self._best().score_samples(X))
+
+    @available_if(lambda self: hasattr(self.estimator, "transform"))
+    def transform(self, X: ArrayLike) -> Any:
+        """Posterior means of the best candidate's latents."""
+        return self._best().transform(X)
+
+    @available_if(lambda self: hasattr(self.estimator, "transform"))
+    def fit_transform(self, X: ArrayLike, y: Any = None) -> Any:
+        """Fit the search, then transform X by the best candidate."""
+        return self.fit(X, y).transform(X)
+
+    @available_if(lambda self: hasattr(self.estimator, "inverse_transform"))
+    def inverse_transform(self, Z: ArrayLike) -> Any:
+        """Means of the tokens given latents, under the best candidate."""
+        return self._best().inverse_transform(Z)
+
+    @available_if(lambda self: hasattr(self.estimator, "impute"))
+    def impute(self, X: ArrayLike) -> Any:
+        """X with its missing cells filled by the best candidate."""
+        return self._best().impute(X)
+
+    @available_if(lambda self: hasattr(self.estimator, "sample"))
+    def sample(self, n_samples: int = 1) -> Any:
+        """Rows drawn from the best candidate."""
+        return self._best().sample(n_samples)
+
+    @available_if(lambda self: hasattr(self.estimator, "get_feature_names_out"))
+    def get_feature_names_out(self, input_features: ArrayLike | None = None) -> Any:
+        """Names of the best candidate's latents."""
+        return self._best().get_feature_names_out(input_features)
+
+    @available_if(lambda self: hasattr(self.estimator, "set_output"))
+    def set_output(self, *, transform: str | None = None) -> Self:
+        """Container of `transform`'s output, as in scikit-learn."""
+        self.estimator.set_output(transform=transform)
+        if hasattr(self, "best_estimator_"):
+            self.best_estimator_.set_output(transform=transform)
+        return self
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        inner = get_tags(self.estimator)
+        tags.estimator_type = inner.estimator_type
+        tags.input_tags = inner.input_tags
+        tags.transformer_tags = inner.transformer_tags
+        tags.target_tags = inner.target_tags
+        return tags
+
+
+# --------------------------------------------------------------------------------------------------- one candidate
+
+
+def _fit_candidate(estimator: Any, params: dict[str, Any], X: Any, y: Any) -> Candidate:
+    """Fit on all rows."""
+    start = time.perf_counter()
+    fitted = clone(estimator).set_params(**_cloned(params)).fit(X, y)
+    fit_time = time.perf_counter() - start
+    return Candidate(fitted, tokens=token_digest(fitted, X, y), fit_time=fit_time)
+
+
+def _score_candidate(
+    candidate: Candidate,
+    X: Any,
+    y: Any,
+    rule: str,
+    cv: int,
+    n_repeats: int,
+    visible_share: float,
+    seed: int,
+    error_score: Any,
+) -> Candidate:
+    """Give a fitted candidate its evidence."""
+    if candidate.error:
+        return candidate
+    start = time.perf_counter()
+    # Densities of all candidates are of the same table: what stands before the model is fitted once, on all rows.
+    X = before_final(candidate.estimator, X)
+    model = candidate.model
+    if rule in ("laplace", "train"):
+        candidate.by_row = np.asarray(model.score_samples(X, y))
+        if rule == "laplace":
+            candidate.evidence = model.laplace(X).log_evidence
+        else:
+            candidate.evidence = float(candidate.by_row.sum())
+            candidate.replicates = np.array([candidate.evidence])
+        candidate.splits = np.array([candidate.evidence / len(candidate.by_row)])
+    else:
+        splits = _folds if rule == "heldout" else _blocks
+        total = np.zeros(len(X))
+        count = np.zeros(len(X))
+        replicates, means = [], []
+        for repeat in range(n_repeats):
+            score = 0.0
+            for train, test in splits(len(X), cv, visible_share, seed + repeat):
+                fitted = clone(model).fit(_rows(X, train), _rows(y, train))
+                by_row = fitted.score_samples(_rows(X, test), _rows(y, test))
+                total[test] += by_row
+                count[test] += 1
+                score += float(by_row.sum())
+                means.append(float(by_row.mean()))
+            replicates.append(score)
+        with np.errstate(invalid="ignore"):
+            candidate.by_row = total / count  # NaN for rows that no order ever hid
+        candidate.replicates = np.array(replicates)
+        candidate.evidence = float(np.mean(replicates))
+        candidate.splits = np.array(means)
+    candidate.score_time = time.perf_counter() - start
+    return candidate
+
+
+def _folds(n: int, cv: int, visible_share: float, seed: int) -> list[tuple[NDArray[Any], NDArray[Any]]]:
+    return list(KFold(min(cv, n), shuffle=True, random_state=seed % 2**32).split(np.empty((n, 1))))
+
+
+def _blocks(n: int, cv: int, visible_share: float, seed: int) -> list[tuple[NDArray[Any], NDArray[Any]]]:
+    """Rows in a random order, each block predicted from all rows before it."""
+    order = np.random.RandomState(seed % 2**32).permutation(n)
+    edges = np.linspace(max(2, round(visible_share * n)), n, cv + 1).round().astype(int)
+    return [(order[:a], order[a:b]) for a, b in pairwise(edges) if b > a]
+
+
+def _checkpointed(
+    file: Path | None, task: Callable[..., Candidate], args: tuple[Any, ...], error_score: Any
+) -> Candidate:
+    """Run a task unless its result is on disk; write results whole or not at all."""
+    if file is not None and file.exists():
+        try:
+            with file.open("rb") as stream:
+                return pickle.load(stream)
+        except (EOFError, pickle.UnpicklingError):
+            file.unlink()
+    try:
+        result = task(*args)
+    except Exception as error:
+        if error_score == "raise":
+            raise
+        return Candidate(error=f"{type(error).__name__}: {error}")
+    if file is not None:
+        part = file.with_suffix(f".{os.getpid()}.part")
+        part.write_bytes(cloudpickle.dumps(result))
+        part.replace(file)
+    return result
+
+
+_NOT_IN_KEY = {"n_jobs", "verbose", "refit", "checkpoint_dir", "error_score"}
+
+
+def _key(settings: dict[str, Any], args: tuple[Any, ...]) -> str:
+    """Of what a result depends on: settings, candidate and data; addresses of functions are left out."""
+    h = hashlib.sha256()
+    for part in (settings, *args):
+        if isinstance(part, Candidate):
+            part = (part.estimator, part.tokens)
+        if hasattr(part, "shape") or isinstance(part, list):
+            array = np.ascontiguousarray(np.asarray(part))
+            h.update(repr((array.shape, array.dtype)).encode() + array.tobytes())
+        else:
+            h.update(re.sub(r" at 0x[0-9a-f]+", "", repr(part)).encode())
+    return h.hexdigest()[:20]
+
+
+# ----------------------------------------------------------------------------------------------------------- helpers
+
+
+def _rows(a: Any, index: NDArray[Any]) -> Any:
+    if a is None:
+        return None
+    return a.iloc[index] if hasattr(a, "iloc") else np.asarray(a)[index]
+
+
+def _sets_missing_model(params: dict[str, Any]) -> bool:
+    """Whether a parameter of ``model`` is set without a model in the same candidate."""
+    return any(
+        key.rpartition("__")[0].endswith("model") and key.rpartition("__")[0] not in params for key in params
+    )
+
+
+def _cloned(params: dict[str, Any]) -> dict[str, Any]:
+    """Fresh copies, as grid search makes them: candidates must not share a model that stands in the grid."""
+    return {k: clone(v, safe=False) for k, v in params.items()}
+
+
+def _names(grid: list[dict[str, Any]]) -> list[str]:
+    names = []
+    for params in grid:
+        parts = []
+        for key, value in params.items():
+            short = key.rpartition("__")[2]
+            if isinstance(value, BaseEstimator):
+                parts.append(type(value).__name__)
+            elif callable(value):
+                parts.append(getattr(value, "__name__", repr(value)))
+            else:
+                parts.append(f"{short}={value}")
+        names.append(" ".join(parts) or "as given")
+    return [n if names.count(n) == 1 else f"{n} #{i}" for i, n in enumerate(names)]

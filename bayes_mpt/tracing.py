@@ -1,0 +1,654 @@
+"""Reading a Pyro program: what it observes, and the linear-Gaussian map from its latents to its tokens.
+
+A program is read by evaluation, never by name. Its latents are set to probe values, the mean and scale of the
+observed site are recorded, and affinity is checked at random points 1, 10 and 100 prior standard deviations away.
+What comes out is
+
+    x = loc + loading u + e,    u ~ N(0, I_K),    e ~ N(0, diag(noise)),    z = latent_loc + latent_root u
+
+`structure` does this once and finds out how the program may be read; `read` does it at every step of a training,
+with gradients to the program's parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.distributions.torch import Independent
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+__all__ = ["Model", "ModelError", "Reading", "Structure", "read", "structure"]
+
+Model = Callable[..., Any]
+
+N_CHECKS = 3  # random points on top of the K + 1 that fix the affine map: at 1, 10 and 100 sd
+AFFINE_TOL = 1e-9
+N_TRIAL_ROWS = 8
+MAX_INIT_CELLS = 2**22
+
+
+class ModelError(ValueError):
+    """The program cannot be scored; the message names the site and what to do."""
+
+
+class Latent(NamedTuple):
+    """One latent site."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Shape of the site's value in the first run."""
+    row_axis: int | None
+    """The axis of the rows plate in that shape; None outside the plate."""
+    width: int
+    """Latents that the site adds to K: of one row, or of the whole data set."""
+
+
+class Structure(NamedTuple):
+    """What a program is made of; found once."""
+
+    observed: str
+    latents: tuple[Latent, ...]
+    parameters: tuple[str, ...]
+    """Names of the `pyro.param`s (and module parameters) that the program touches: point-estimated."""
+    rows_plate: str | None
+    by_row: bool
+    """True: latents are per row, tokens are the features of a row. False: all observations are ONE vector."""
+    own_rows: bool
+    """True: the map differs between rows (covariates, offsets), so the program is read on the real batch."""
+    observed_arg: int | None
+    """Position of the argument that the observed site's value equals; None if it is a transformation."""
+    plain: bool
+    """The value is that argument itself and nothing is scaled: `read` need not run the real batch."""
+    sub_rows: int | None
+    """Rows that a sub-sampling plate draws; None where the program takes all rows it is given."""
+    spread: Tensor
+    """(K,) prior standard deviations of the latents in the first run: the unit of the probes."""
+
+    @property
+    def n_latents(self) -> int:
+        """K."""
+        return sum(site.width for site in self.latents)
+
+    @property
+    def latent_names(self) -> tuple[str, ...]:
+        """Names of the latent sites: integrated."""
+        return tuple(site.name for site in self.latents)
+
+
+class Reading(NamedTuple):
+    """The linear-Gaussian map at the current parameters. B is 1 (shared by all rows) or N."""
+
+    loc: Tensor
+    """(B, T)"""
+    loading: Tensor
+    """(B, T, K)"""
+    noise: Tensor
+    """(B, T) variances."""
+    latent_loc: Tensor
+    """(B, K)"""
+    latent_root: Tensor
+    """(B, K, K)"""
+    scale: float
+    """Plate or `poutine.scale` factor of the observed site (minibatches)."""
+    value: Tensor
+    """(N, T), the observed value of this run; NaN where missing."""
+
+
+@torch.enable_grad()
+def structure(model: Model, args: tuple[Any, ...]) -> Structure:
+    """Run the program on real rows and find out what it is made of.
+
+    The first run also creates the parameters that the program initialises from ``x``.
+
+    Parameters
+    ----------
+    model : callable
+        A Pyro program with one observed Normal site and Normal latents.
+    args : tuple
+        What the program is called with; tensors have N rows. NaN cells are filled with column means.
+
+    Returns
+    -------
+    Structure
+
+    Raises
+    ------
+    ModelError
+        If the program is not linear-Gaussian given its parameters, sub-samples, uses other rows of ``x``, or
+        holds trainable tensors that Pyro does not know of. The site is named.
+    """
+    args = tuple(_fill(a) for a in args)
+    init = _init_rows(args)
+    try:
+        first = _run(model, init)
+    except (RuntimeError, ValueError, IndexError) as error:
+        if init is args:
+            raise
+        try:  # the program insists on all its rows (data held in a closure, a plate of fixed size)
+            first, init = _run(model, args), args
+        except Exception:
+            raise error from None
+    observed, rows_plate, by_row = _sites(first, init)
+    node = first.nodes[observed]
+    n_rows = len(node["value"]) if by_row else 1
+    latents = tuple(_latent(latent, rows_plate if by_row else None) for latent in _latent_nodes(first))
+    spread = [_flat(_normal(first.nodes[site.name])[1].detach(), site, n_rows)[0] for site in latents]
+    draft = Structure(
+        observed,
+        latents,
+        tuple(n for n, site in first.nodes.items() if site["type"] == "param"),
+        rows_plate,
+        by_row,
+        own_rows=True,
+        observed_arg=_observed_arg(node["value"], init),
+        plain=False,
+        sub_rows=n_rows if by_row and n_rows != len(init[0]) else None,
+        spread=torch.cat(spread) if spread else init[0].new_zeros(0),
+    )
+    trial, reading = init, None
+    if by_row and _scale(node) == 1.0:
+        trial = _accepted_head(model, init, draft)
+        reading = _shared_map(model, trial, draft)
+    if reading is not None:
+        draft = draft._replace(own_rows=False, plain=draft.observed_arg is not None)
+    else:
+        reading = _read_rows(model, trial, draft)
+    _refuse_unregistered(reading)
+    _refuse_dependence_on_x(model, trial, draft)
+    _compare_with_program(model, trial, draft, reading)
+    return draft
+
+
+def read(model: Model, args: tuple[Any, ...], structure: Structure) -> Reading:
+    """Read the program's map at its current parameters, with gradients to them.
+
+    One run on K + 4 probe rows where all rows share the map; K + 1 runs on the real batch elsewhere.
+    """
+    if structure.own_rows:
+        return _read_rows(model, args, structure)
+    reading = _read_probes(model, args, structure)
+    if structure.plain:
+        assert structure.observed_arg is not None
+        return reading._replace(value=args[structure.observed_arg])
+    trace = _run(model, tuple(_fill(a) for a in args), _prior_means(structure, args))
+    return reading._replace(
+        value=_value(trace, args, structure), scale=_scale(trace.nodes[structure.observed])
+    )
+
+
+# ------------------------------------------------------------------------------------------------ the two readings
+
+
+def _read_probes(model: Model, args: tuple[Any, ...], structure: Structure) -> Reading:
+    """All probes in one run: row 0 has z = 0, rows 1..K a unit vector each, the last three are random."""
+    n_latents = structure.n_latents
+    n_probes = n_latents + 1 + N_CHECKS
+    rows = tuple(_fill(_cycle(a, n_probes)) for a in args)
+    probes = _probes(structure, rows[0])  # (P, K)
+    trace = _run(model, rows, _as_sites(structure, probes))
+    loc, scale = _token_normal(trace, structure)  # (P, T)
+    latent_loc, latent_root = _latent_normal(trace, structure, n_probes)  # (P, K), (P, K, K)
+    where = f"observed site {structure.observed!r}"
+    _check_constant(scale, where)
+    map_loc, map_loading = _affine(loc[:, None], probes, structure, where)
+    prior_loc, prior_slope = _affine(latent_loc[:, None], probes, structure, "latent sites")
+    _check_constant(latent_root.flatten(1), "latent sites")
+    return _integrate_prior(
+        map_loc, map_loading, scale[:1].square(), prior_loc, prior_slope, latent_root[:1], rows[0]
+    )
+
+
+def _read_rows(model: Model, args: tuple[Any, ...], structure: Structure) -> Reading:
+    """One run for each probe, on the real batch: every row, or the one vector, has a map of its own."""
+    filled = tuple(_fill(a) for a in args)
+    probes = _probes(structure, filled[0])  # (P, K)
+    n_rows = _batch(structure, filled)
+    locs, scales, latent_locs, latent_roots = [], [], [], []
+    fixed: dict[str, Tensor] = {}
+    scale_factor, value = 1.0, None
+    for probe in probes:
+        sites = _as_sites(structure, probe.expand(n_rows, -1))
+        trace = _run(model, filled, {**sites, **fixed})
+        if value is None:
+            # The rows that a sub-sampling plate drew in the first run stay for the others.
+            fixed = {n: node["value"] for n, node in trace.nodes.items() if _is_subsample(node)}
+            value, scale_factor = _value(trace, args, structure), _scale(trace.nodes[structure.observed])
+        loc, scale = _token_normal(trace, structure)
+        latent_loc, latent_root = _latent_normal(trace, structure, n_rows)
+        (
+            locs.append(loc),
+            scales.append(scale),
+            latent_locs.append(latent_loc),
+            latent_roots.append(latent_root),
+        )
+    assert value is not None
+    where = f"observed site {structure.observed!r}"
+    scale, root = torch.stack(scales), torch.stack(latent_roots)
+    _check_constant(scale, where)
+    _check_constant(root, "latent sites")
+    map_loc, map_loading = _affine(torch.stack(locs), probes, structure, where)
+    prior_loc, prior_slope = _affine(torch.stack(latent_locs), probes, structure, "latent sites")
+    reading = _integrate_prior(
+        map_loc, map_loading, scale[0].square(), prior_loc, prior_slope, root[0], filled[0]
+    )
+    return reading._replace(scale=scale_factor, value=value)
+
+
+def _probes(structure: Structure, like: Tensor) -> Tensor:
+    """(K + 4, K): zeros, the unit vectors, and three random points, in units of the prior's spread."""
+    spread = structure.spread.to(like)
+    n_latents = len(spread)
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randn(N_CHECKS, n_latents, generator=generator, dtype=torch.float64).to(like)
+    random = random * torch.tensor([1.0, 10.0, 100.0]).to(like)[:, None]
+    unit = torch.eye(n_latents, dtype=like.dtype, device=like.device)
+    return torch.cat([unit.new_zeros(1, n_latents), unit, random]) * spread
+
+
+def _affine(y: Tensor, probes: Tensor, structure: Structure, where: str) -> tuple[Tensor, Tensor]:
+    """y (P, B, D) at the probes (P, K) -> intercept (B, D) and slope (B, D, K), checked at the random points."""
+    n_latents = probes.shape[1]
+    intercept = y[0]
+    # slope_k = (y(e_k) - y(0)) / spread_k
+    slope = (y[1 : n_latents + 1] - intercept) / structure.spread.to(y)[:, None, None]
+    slope = slope.permute(1, 2, 0)
+    with torch.no_grad():
+        got = y[n_latents + 1 :]
+        want = intercept + torch.einsum("bdk,pk->pbd", slope, probes[n_latents + 1 :])
+        size = torch.einsum("bdk,pk->pbd", slope.abs(), probes[n_latents + 1 :].abs()) + intercept.abs()
+        finite = torch.isfinite(y).all()
+        if not finite or not bool(((got - want).abs() <= _tolerance(y) * (size + size.amax(0))).all()):
+            what = "is not finite" if not finite else "is not affine in the latents"
+            raise ModelError(
+                f"the mean of the {where} {what} {structure.latent_names}: this program is not linear-Gaussian, "
+                "so its score has no closed form"
+            )
+    return intercept, slope
+
+
+def _integrate_prior(
+    loc: Tensor, loading: Tensor, noise: Tensor, b: Tensor, slope: Tensor, root: Tensor, like: Tensor
+) -> Reading:
+    """Latents may depend on earlier ones: z = b + A z + R u, so z = (I - A)^-1 (b + R u)."""
+    n_latents = b.shape[-1]
+    if n_latents and bool((slope != 0).any()):
+        left = torch.eye(n_latents, dtype=like.dtype, device=like.device) - slope
+        b = torch.linalg.solve(left, b[..., None])[..., 0]
+        root = torch.linalg.solve(left, root)
+    # x = loc + loading z + e = (loc + loading b) + (loading R) u + e
+    loc = loc + (loading @ b[..., None])[..., 0]
+    return Reading(loc, loading @ root, noise, b, root, 1.0, like)
+
+
+# ---------------------------------------------------------------------------------------------------- runs and sites
+
+
+class _SetLatents(poutine.messenger.Messenger):
+    """Fix latent values. Not `poutine.condition`, which would turn them into observed sites."""
+
+    def __init__(self, values: dict[str, Tensor]):
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.values:
+            msg["value"] = self.values[msg["name"]]
+            msg["done"] = True
+
+
+def _run(model: Model, args: tuple[Any, ...], values: dict[str, Tensor] | None = None) -> Trace:
+    with _rng_untouched(active=values is None), _SetLatents(values or {}):
+        return poutine.trace(model).get_trace(*args)
+
+
+@contextmanager
+def _rng_untouched(active: bool) -> Iterator[None]:
+    """The first run samples latents; leave the user's random state as it was."""
+    if not active:
+        yield
+        return
+    with torch.random.fork_rng():
+        yield
+
+
+def _is_subsample(node: dict[str, Any]) -> bool:
+    return node["type"] == "sample" and type(node["fn"]).__name__ == "_Subsample"
+
+
+def _latent_nodes(trace: Trace) -> list[dict[str, Any]]:
+    return [
+        node
+        for node in trace.nodes.values()
+        if node["type"] == "sample" and not node["is_observed"] and not _is_subsample(node)
+    ]
+
+
+def _sites(trace: Trace, args: tuple[Any, ...]) -> tuple[str, str | None, bool]:
+    """Name of the observed site, of the rows plate, and whether all latents live inside it."""
+    observed = [n for n, node in trace.nodes.items() if node["type"] == "sample" and node["is_observed"]]
+    for name in list(observed):
+        fn = trace.nodes[name]["fn"]
+        if isinstance(_base(fn), dist.Unit):
+            raise ModelError(
+                f"site {name!r} is a pyro.factor: the program is no normalised density of its tokens"
+            )
+    if len(observed) != 1:
+        raise ModelError(
+            f"the program must have one observed site, got {len(observed)} {observed}: write "
+            'pyro.sample("x", ..., obs=x)'
+        )
+    name = observed[0]
+    node = trace.nodes[name]
+    _normal(node)
+    batch = len(node["fn"].batch_shape)
+    frames = [f for f in node["cond_indep_stack"] if f.vectorized and batch + f.dim == 0]
+    rows = frames[0].name if frames else None
+    nodes = _latent_nodes(trace)
+    for latent in nodes:
+        _normal(latent)
+    by_row = rows is not None and all(
+        any(f.name == rows for f in latent["cond_indep_stack"]) for latent in nodes
+    )
+    return name, rows, by_row
+
+
+def _latent(node: dict[str, Any], rows_plate: str | None) -> Latent:
+    shape = tuple(node["value"].shape)
+    frames = [f for f in node["cond_indep_stack"] if f.name == rows_plate]
+    if not frames:
+        return Latent(node["name"], shape, None, node["value"].numel())
+    axis = len(node["fn"].batch_shape) + frames[0].dim
+    return Latent(node["name"], shape, axis, node["value"].numel() // shape[axis])
+
+
+def _batch(structure: Structure, args: tuple[Any, ...]) -> int:
+    """Rows that a run on these arguments has."""
+    if not structure.by_row:
+        return 1
+    return structure.sub_rows or len(args[0])
+
+
+def _flat(value: Tensor, site: Latent, n_rows: int) -> Tensor:
+    """A latent site's value (or scale) as (n_rows, width)."""
+    if site.row_axis is None:
+        return value.reshape(1, -1)
+    return value.movedim(site.row_axis, 0).reshape(n_rows, -1)
+
+
+def _as_sites(structure: Structure, z: Tensor) -> dict[str, Tensor]:
+    """z (n_rows, K) as values of the latent sites."""
+    values, start = {}, 0
+    for site in structure.latents:
+        part = z[:, start : start + site.width]
+        start += site.width
+        if site.row_axis is None:
+            values[site.name] = part.reshape(site.shape)
+        else:
+            rest = site.shape[: site.row_axis] + site.shape[site.row_axis + 1 :]
+            values[site.name] = part.reshape(len(z), *rest).movedim(0, site.row_axis)
+    return values
+
+
+def _prior_means(structure: Structure, args: tuple[Any, ...]) -> dict[str, Tensor]:
+    like = args[0]
+    return _as_sites(structure, like.new_zeros(_batch(structure, args), structure.n_latents))
+
+
+def _base(fn: Any) -> Any:
+    """The distribution under `Independent`, `expand` and masks."""
+    while isinstance(fn, Independent | torch.distributions.Independent | dist.MaskedDistribution):
+        fn = fn.base_dist
+    return fn
+
+
+def _normal(node: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of a Normal (or MultivariateNormal latent) site, in the shape of its value."""
+    base = _base(node["fn"])
+    value = node["value"]
+    if isinstance(base, torch.distributions.Normal):
+        return base.loc.expand(value.shape), base.scale.expand(value.shape)
+    if isinstance(base, torch.distributions.MultivariateNormal) and not node["is_observed"]:
+        return base.loc.expand(value.shape), base.stddev.expand(value.shape)
+    kind = "observed" if node["is_observed"] else "latent"
+    raise ModelError(
+        f"{kind} site {node['name']!r} is {type(base).__name__}: only Normal tokens with Normal or "
+        "MultivariateNormal latents have an exact score"
+    )
+
+
+def _token_normal(trace: Trace, structure: Structure) -> tuple[Tensor, Tensor]:
+    loc, scale = _normal(trace.nodes[structure.observed])
+    shape = (len(loc), -1) if structure.by_row else (1, -1)
+    return loc.reshape(shape), scale.reshape(shape)
+
+
+def _latent_normal(trace: Trace, structure: Structure, n_rows: int) -> tuple[Tensor, Tensor]:
+    """Means (n_rows, K) and block-diagonal roots (n_rows, K, K) of the latents given the earlier ones."""
+    like = trace.nodes[structure.observed]["value"]
+    locs, blocks = [], []
+    for site in structure.latents:
+        node = trace.nodes[site.name]
+        loc, scale = _normal(node)
+        locs.append(_flat(loc, site, n_rows))
+        base = _base(node["fn"])
+        if isinstance(base, torch.distributions.MultivariateNormal):
+            width = base.event_shape[0]
+            tril = base.scale_tril.expand(*node["value"].shape, width)  # (..., D, D)
+            if site.row_axis is not None:
+                tril = tril.movedim(site.row_axis, 0)
+            tril = tril.reshape(n_rows, -1, width, width)
+            blocks.extend(tril.unbind(1))
+        else:
+            blocks.append(torch.diag_embed(_flat(scale, site, n_rows)))
+    if not locs:
+        return like.new_zeros(n_rows, 0), like.new_zeros(n_rows, 0, 0)
+    root = blocks[0]
+    if len(blocks) > 1:
+        root = torch.stack([torch.block_diag(*[b[n] for b in blocks]) for n in range(n_rows)])
+    return torch.cat(locs, 1), root
+
+
+def _scale(node: dict[str, Any]) -> float:
+    return float(node["scale"])
+
+
+def _value(trace: Trace, args: tuple[Any, ...], structure: Structure) -> Tensor:
+    """The observed value as (N, T), missing cells NaN again."""
+    value = trace.nodes[structure.observed]["value"]
+    missing = [a for a in args if isinstance(a, Tensor) and a.is_floating_point() and bool(a.isnan().any())]
+    for a in missing:
+        if a.shape != value.shape:
+            raise ModelError(
+                f"observed site {structure.observed!r} has shape {tuple(value.shape)} but the argument with missing "
+                f"cells {tuple(a.shape)}: cannot tell which tokens are missing"
+            )
+        value = torch.where(a.isnan(), torch.nan, value)
+    return value.reshape(len(value), -1) if structure.by_row else value.reshape(1, -1)
+
+
+def _observed_arg(value: Tensor, args: tuple[Any, ...]) -> int | None:
+    for i, a in enumerate(args):
+        if isinstance(a, Tensor) and a.shape == value.shape and value.ndim == 2 and torch.equal(a, value):
+            return i
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------- the checks
+
+
+def _refuse_unregistered(reading: Reading) -> None:
+    """Every trainable tensor behind the map must be in the parameter store, or it is silently never trained."""
+    known = {id(p) for _, p in pyro.get_param_store().named_parameters()}
+    seen, todo = set(), [t.grad_fn for t in reading[:5] if t.grad_fn is not None]
+    while todo:
+        fn = todo.pop()
+        if fn in seen:
+            continue
+        seen.add(fn)
+        leaf = getattr(fn, "variable", None)
+        if leaf is not None and id(leaf) not in known:
+            raise ModelError(
+                f"the program uses a trainable tensor of shape {tuple(leaf.shape)} that Pyro does not know of, so it "
+                "would never be trained: register the network inside the program with pyro.module(name, network)"
+            )
+        todo.extend(nxt for nxt, _ in fn.next_functions if nxt is not None)
+
+
+def _accepted_head(model: Model, args: tuple[Any, ...], structure: Structure) -> tuple[Any, ...]:
+    """A few real rows, where the program accepts fewer than all."""
+    head = _head(args, N_TRIAL_ROWS)
+    try:
+        _run(model, head, _prior_means(structure, head))
+    except (RuntimeError, ValueError, IndexError):
+        return args
+    return head
+
+
+def _shared_map(model: Model, args: tuple[Any, ...], structure: Structure) -> Reading | None:
+    """The map read from probe rows, if the real rows have the same one; else None."""
+    try:
+        reading = _read_probes(model, args, structure)
+    except (RuntimeError, ValueError, IndexError):
+        return None  # the program does not take K + 4 rows, or they differ
+    with torch.no_grad():
+        for z in _probes(structure, args[0])[structure.n_latents :]:
+            loc, scale, _ = _at(model, args, structure, z)
+            u = torch.linalg.solve(reading.latent_root, (z - reading.latent_loc)[..., None])
+            want = (reading.loading @ u)[..., 0]
+            size = (reading.loading.abs() @ u.abs())[..., 0] + reading.loc.abs()
+            same = (loc - reading.loc - want).abs() <= _tolerance(loc) * size
+            if not bool(same.all()) or not _close(scale.square(), reading.noise.expand_as(scale)):
+                return None
+    return reading
+
+
+def _at(
+    model: Model, args: tuple[Any, ...], structure: Structure, z: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, scale and value of the tokens on these rows when every row has the latents z (K,)."""
+    trace = _run(model, args, _as_sites(structure, z.expand(_batch(structure, args), -1)))
+    return *_token_normal(trace, structure), _value(trace, args, structure)
+
+
+def _refuse_dependence_on_x(model: Model, args: tuple[Any, ...], structure: Structure) -> None:
+    """The map may not look at the tokens, nor one row at other rows: change x and see what moves."""
+    if structure.sub_rows is not None:
+        return  # other rows every run; the estimator refuses such programs, SVI scales them
+    args = tuple(_fill(a) for a in args)
+    z = _probes(structure, args[0])[structure.n_latents + 1]
+    with torch.no_grad():
+        base = _at(model, args, structure, z)
+        for position, arg in enumerate(args):
+            if not isinstance(arg, Tensor) or not arg.is_floating_point() or not arg.numel():
+                continue
+            generator = torch.Generator().manual_seed(1)
+            factor = 1 + 0.5 * torch.rand(arg.shape, generator=generator, dtype=torch.float64).to(arg)
+            changed = _at(model, (*args[:position], arg * factor, *args[position + 1 :]), structure, z)
+            moves = [not _close(a, b) for a, b in zip(changed, base, strict=True)]
+            if moves[2] and (moves[0] or moves[1]):
+                raise ModelError(
+                    f"the {'mean' if moves[0] else 'scale'} of observed site {structure.observed!r} changes with the "
+                    "observed x itself (a statistic of x inside the program, or x as its own covariate): a hidden "
+                    "token would be scored with its own value. Compute the statistic outside, make it a pyro.param, "
+                    "or pass covariates as a further argument"
+                )
+            if not structure.by_row or len(arg) != len(base[2]) or len(arg) < 2:
+                continue
+            keep = len(arg) // 2
+            factor[:keep] = 1
+            changed = _at(model, (*args[:position], arg * factor, *args[position + 1 :]), structure, z)
+            for what, a, b in zip(("mean", "scale", "value"), changed, base, strict=True):
+                if not _close(a[:keep], b[:keep]):
+                    raise ModelError(
+                        f"the {what} of observed site {structure.observed!r} in one row depends on other rows of plate "
+                        f"{structure.rows_plate!r} (a statistic of x inside the program), so rows are not "
+                        "independent: compute it outside the program, or make it a pyro.param"
+                    )
+
+
+def _compare_with_program(
+    model: Model, args: tuple[Any, ...], structure: Structure, reading: Reading
+) -> None:
+    """The map must give the very log-density that the program gives itself, at a random point of the latents."""
+    args = tuple(_fill(a) for a in args)
+    z = _probes(structure, args[0])[structure.n_latents + 1].expand(_batch(structure, args), -1)
+    with torch.no_grad():
+        trace = _run(model, args, _as_sites(structure, z))
+        trace.compute_log_prob()
+        site = trace.nodes[structure.observed]
+        want = sum(float(s["log_prob_sum"]) for s in trace.nodes.values() if s["type"] == "sample")
+        # log p(x, z) = log N(z; b, R R') + log N(x; loc + loading u, noise),  u = R^-1 (z - b)
+        u = torch.linalg.solve(reading.latent_root, (z - reading.latent_loc)[..., None])
+        mean = reading.loc + (reading.loading @ u)[..., 0]
+        value = site["value"].reshape(len(mean), -1)
+        token = dist.Normal(mean, reading.noise.sqrt()).log_prob(value).sum()
+        logdet = torch.linalg.slogdet(reading.latent_root)[1].expand(len(z)).sum()
+        got = _scale(site) * float(token + dist.Normal(0.0, 1.0).log_prob(u).sum() - logdet)
+    if structure.sub_rows is None and not abs(got - want) <= _tolerance(z) * 1e3 * (1 + abs(want)):
+        raise ModelError(
+            f"read as a linear-Gaussian program its log-density is {got:.8g}, but the program's own is {want:.8g} "
+            f"(observed site {structure.observed!r}): a mask, a scale on one site or a factor hides in it"
+        )
+
+
+def _check_constant(scale: Tensor, where: str) -> None:
+    """scale (P, ...): the same at all probes, or the variance depends on the latents."""
+    with torch.no_grad():
+        if not _close(scale, scale[:1].expand_as(scale)):
+            raise ModelError(
+                f"the scale of the {where} depends on the latents: this program is not linear-Gaussian, so its "
+                "score has no closed form"
+            )
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape and a.shape[1:] != b.shape[1:]:
+        return False
+    a, b = a.detach(), b.detach()
+    return bool(((a - b).abs() <= _tolerance(a) * (a.abs() + b.abs())).all())
+
+
+def _tolerance(like: Tensor) -> float:
+    return AFFINE_TOL if like.dtype == torch.float64 else 1e-4
+
+
+# -------------------------------------------------------------------------------------------------------- arguments
+
+
+def _fill(arg: Any) -> Any:
+    """NaN cells replaced by their column's mean, so that any program can run; they are never scored."""
+    if not isinstance(arg, Tensor) or not arg.is_floating_point():
+        return arg
+    missing = arg.isnan()
+    if not bool(missing.any()):
+        return arg
+    return torch.where(missing, arg.nanmean(0).nan_to_num(0.0), arg)
+
+
+def _head(args: tuple[Any, ...], n_rows: int) -> tuple[Any, ...]:
+    if not isinstance(args[0], Tensor):
+        return args
+    total = len(args[0])
+    return tuple(a[:n_rows] if isinstance(a, Tensor) and a.ndim and len(a) == total else a for a in args)
+
+
+def _init_rows(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Rows for the first run, which initialises parameters from x: all of them unless the table is very large."""
+    if not args or not isinstance(args[0], Tensor) or args[0].ndim == 0:
+        raise ModelError("the program must be called with a tensor of rows as its first argument")
+    per_row = max(1, args[0][0].numel()) if len(args[0]) else 1
+    n_rows = max(64, MAX_INIT_CELLS // per_row)
+    return args if len(args[0]) <= n_rows else _head(args, n_rows)
+
+
+def _cycle(arg: Any, n_rows: int) -> Any:
+    if not isinstance(arg, Tensor) or not arg.ndim:
+        return arg
+    return arg[:n_rows] if len(arg) >= n_rows else arg[torch.arange(n_rows, device=arg.device) % len(arg)]

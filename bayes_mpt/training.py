@@ -1,0 +1,463 @@
+"""Maximise a score over the parameters of a Pyro program.
+
+Three ways, the first that fits: `concentrate` solves for mean, loadings and noise where the program leaves them free;
+`climb` runs L-BFGS on the exact score; `train_on_masks` runs Adam on sampled masks. All work on the parameters that
+stand in Pyro's parameter store at the time, in units found from the program itself, so that the path is the same
+whatever the columns' scales.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import minimize
+from scipy.sparse.linalg import LinearOperator, lsmr
+from threadpoolctl import ThreadpoolController
+from torch import Tensor
+
+from bayes_mpt import concentrated
+from bayes_mpt.masks import Policy, torch_generator
+from bayes_mpt.moments import Table
+from bayes_mpt.predictors import Predictor
+from bayes_mpt.score import masked_score
+from bayes_mpt.tracing import ModelError, Reading
+
+__all__ = ["Fit", "Problem", "climb", "concentrate", "one_thread", "train_on_masks"]
+
+Report = Callable[[int, float], bool]
+"""Called with (iteration, mean score a row) after each; True stops the training."""
+
+WINDOW = 50  # steps between two looks of the stopping rule
+MAX_HALVINGS = 6
+N_SCALE_PROBES = 4
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is maximised: the weighted score of these rows under this program."""
+
+    predictor: Predictor
+    args: tuple[Any, ...]
+    """What the program is called with when it is read."""
+    rows: Tensor | None
+    """(R, T) rows to score; None: the observed value of each reading."""
+    weight: Tensor | None
+    """(R,) of the rows; None: all one."""
+    n_rows: int
+
+    def read(self) -> Predictor:
+        """The predictor at the current parameters."""
+        return self.predictor.read(self.args)
+
+    def score(self, masks: Policy | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """Mean score a row at the current parameters: exact, or over one draw of masks."""
+        predictor = self.read()
+        x = predictor.reading.value if self.rows is None else self.rows  # type: ignore[attr-defined]
+        if masks is None:
+            by_row = predictor.joint(x)
+        else:
+            by_row = masked_score(predictor, x, masks.draw(x.shape[1], generator))
+        total = by_row.sum() if self.weight is None else self.weight @ by_row
+        return total / self.n_rows
+
+    def leaves(self) -> dict[str, Tensor]:
+        """Unconstrained parameters of the program by name."""
+        store = dict(pyro.get_param_store().named_parameters())
+        return {name: store[name] for name in self.predictor.structure.parameters}
+
+
+@dataclass
+class Fit:
+    """How a training went."""
+
+    method: str
+    history: list[float] = field(default_factory=list)
+    """Mean score a row after each iteration."""
+    n_iter: int = 0
+    converged: bool = False
+    interrupted: bool = False
+
+
+# ------------------------------------------------------------------------------------------------- closed form
+
+
+def concentrate(problem: Problem, table: Table, max_iter: int = 1000) -> Fit | None:
+    """Solve for mean, loadings and noise where the program leaves them free; None where it does not.
+
+    Free means that the solution can be reached: each part has parameters of its own, and Gauss-Newton on them ends
+    at the target. Nothing of the program's form is assumed. ``problem`` scores the rows of ``table``, all complete.
+
+    Raises
+    ------
+    concentrated.NoiseFloorError
+        If the likelihood has no maximum.
+    """
+    reading = problem.read().reading  # type: ignore[attr-defined]
+    loc, loading, noise = reading.loc, reading.loading, reading.noise
+    n_latents = loading.shape[-1]
+    if len(loc) != 1 or not table.n:
+        return None
+    leaves = problem.leaves()
+    touches = _touches(reading, leaves)
+    of_loc, of_noise = touches["loc"], touches["noise"]
+    of_loading = touches["loading"] - of_noise
+    if of_loc & (of_noise | touches["loading"]) or not of_loc or (n_latents and not of_loading):
+        return None
+    cov = table.cov.cpu().numpy()
+    n_noise = sum(leaves[n].numel() for n in of_noise)
+    if n_noise == 1:
+        if n_latents >= len(cov):
+            return None
+        factors = concentrated.proportional(cov, n_latents, noise[0].detach().cpu().numpy())
+    elif n_noise >= len(cov):
+        factors = concentrated.diagonal(cov, n_latents, max_iter=max_iter)
+    else:
+        return None
+    before = {n: leaf.detach().clone() for n, leaf in leaves.items()}
+    sd = table.cov.diagonal().sqrt()
+    sd = torch.where(sd > 0, sd, torch.ones_like(sd))
+    as_tensor = lambda a: torch.as_tensor(np.ascontiguousarray(a)).to(loc)  # noqa: E731
+    parts: list[tuple[set[str], str, Tensor, Tensor]] = [
+        (of_noise, "noise", as_tensor(np.log(factors.noise)), torch.ones_like(sd)),
+        (of_loading, "loading", as_tensor(factors.loading), sd[:, None]),
+        (of_loc, "loc", table.mean, sd),
+    ]
+    reached = all(
+        _reach(problem, [leaves[n] for n in sorted(names)], part, target, unit)
+        for names, part, target, unit in parts
+        if target.numel()
+    )
+    if reached:
+        with torch.no_grad():
+            got = float(problem.score())
+        if abs(got - factors.lml) <= 1e-7 * (1 + abs(factors.lml)):
+            return Fit("concentrated", [got], factors.n_iter, True)
+    _restore(leaves, before)
+    return None
+
+
+def _touches(reading: Reading, leaves: dict[str, Tensor]) -> dict[str, set[str]]:
+    """Which parameters move which part of the map."""
+    generator = torch.Generator().manual_seed(0)
+    found: dict[str, set[str]] = {"loc": set(), "loading": set(), "noise": set()}
+    pull: dict[str, dict[str, float]] = {name: {} for name in leaves}
+    for part, out in zip(found, _dimensionless(reading), strict=True):
+        if not out.requires_grad or not out.numel():
+            continue
+        probe = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out)
+        grads = torch.autograd.grad(out, list(leaves.values()), probe, retain_graph=True, allow_unused=True)
+        for name, grad in zip(leaves, grads, strict=True):
+            pull[name][part] = 0.0 if grad is None or not grad.numel() else float(grad.abs().max())
+    for name, parts in pull.items():
+        # a slope is a difference of two means: what cancels in it leaves a rounding error, no dependence
+        strongest = max(parts.values(), default=0.0)
+        for part, size in parts.items():
+            if size > 1e-9 * strongest:
+                found[part].add(name)
+    return found
+
+
+def _dimensionless(reading: Reading) -> tuple[Tensor, Tensor, Tensor]:
+    """loc and loading in units of what the other tokens leave unexplained of each token, and log noise."""
+    with torch.no_grad():
+        scaled = reading.loading / reading.noise[..., None]
+        inner = scaled.mT @ reading.loading
+        inner = inner + torch.eye(inner.shape[-1], dtype=inner.dtype, device=inner.device)
+        # diag(S^-1) = 1/psi - diag(psi^-1 W C W' psi^-1)
+        root = torch.linalg.solve_triangular(torch.linalg.cholesky(inner), scaled.mT, upper=False)
+        unit = (1 / reading.noise - root.square().sum(-2)).rsqrt()
+    return reading.loc / unit, reading.loading / unit[..., None], reading.noise.log()
+
+
+def _reach(problem: Problem, leaves: list[Tensor], part: str, target: Tensor, unit: Tensor) -> bool:
+    """Move these parameters until a part of the reading equals its target: Gauss-Newton, steps by LSMR."""
+    sizes = [leaf.numel() for leaf in leaves]
+    for _ in range(20):
+        out = getattr(problem.read().reading, part)[0]  # type: ignore[attr-defined]
+        out = out.log() if part == "noise" else out
+        miss = (target - out).detach()
+        if bool((miss.abs() <= 1e-11 * (unit + target.abs())).all()):
+            return True
+        dummy = torch.zeros_like(out, requires_grad=True)
+        pulled = torch.cat(
+            [
+                g.flatten()
+                for g in torch.autograd.grad(out, leaves, dummy, create_graph=True, materialize_grads=True)
+            ]
+        )
+
+        def jvp(
+            v: NDArray[np.float64], pulled: Tensor = pulled, dummy: Tensor = dummy
+        ) -> NDArray[np.float64]:
+            u = torch.from_numpy(np.ascontiguousarray(v, dtype=np.float64)).flatten().to(pulled)
+            return torch.autograd.grad(pulled, dummy, u, retain_graph=True)[0].flatten().cpu().numpy()
+
+        def vjp(v: NDArray[np.float64], out: Tensor = out) -> NDArray[np.float64]:
+            u = torch.from_numpy(np.ascontiguousarray(v, dtype=np.float64)).reshape(out.shape).to(out)
+            grads = torch.autograd.grad(out, leaves, u, retain_graph=True, materialize_grads=True)
+            return torch.cat([g.flatten() for g in grads]).cpu().numpy()
+
+        jacobian = LinearOperator((out.numel(), sum(sizes)), matvec=jvp, rmatvec=vjp, dtype=np.float64)
+        step = lsmr(jacobian, miss.flatten().cpu().numpy(), atol=1e-14, btol=1e-14, conlim=0, maxiter=100)[0]
+        if not np.isfinite(step).all():
+            return False
+        parts = torch.as_tensor(step).split(sizes)
+        with torch.no_grad():
+            for leaf, change in zip(leaves, parts, strict=True):
+                leaf += change.reshape(leaf.shape).to(leaf)
+    return False
+
+
+# ----------------------------------------------------------------------------------------------------- L-BFGS
+
+
+def climb(problem: Problem, *, max_iter: int, tol: float, report: Report | None = None) -> Fit:
+    """Maximise the exact score by L-BFGS (strong Wolfe line search) over all parameters.
+
+    Raises
+    ------
+    ModelError
+        If a parameter or its gradient is not finite at the start, or touches nothing; it is named.
+    """
+    leaves = problem.leaves()
+    fit = Fit("lbfgs")
+    _check_start(problem, leaves)
+    unit = _units(problem, leaves)
+    start = _flat(leaves).detach()
+    best = (-math.inf, start)
+
+    def loss(phi: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        nonlocal best
+        theta = start + unit * torch.as_tensor(phi).to(start)
+        _assign(leaves, theta)
+        try:
+            score = problem.score()
+            grads = torch.autograd.grad(score, list(leaves.values()), materialize_grads=True)
+        except (torch.linalg.LinAlgError, ModelError):  # the line search tried a point too far away
+            return 1e30, np.zeros(len(phi))
+        grad = unit * torch.cat([g.flatten() for g in grads])
+        value = float(score.detach())
+        if not math.isfinite(value) or not bool(torch.isfinite(grad).all()):
+            return 1e30, np.zeros(len(phi))
+        if value > best[0]:
+            best = (value, theta)
+        return -value, -grad.double().cpu().numpy()
+
+    def callback(intermediate_result: Any) -> None:
+        fit.history.append(-float(intermediate_result.fun))
+        if report is not None and report(len(fit.history), fit.history[-1]):
+            raise StopIteration
+
+    try:
+        result = minimize(
+            loss,
+            np.zeros(len(start)),
+            jac=True,
+            method="L-BFGS-B",
+            callback=callback,
+            options={"maxiter": max_iter, "maxfun": 3 * max_iter, "maxcor": 30, "ftol": tol, "gtol": 1e-9},
+        )
+        # status 2 is a line search that found no better point: converged to rounding, if it moved at all
+        fit.converged = result.status in (0, 2)
+    except KeyboardInterrupt:
+        fit.interrupted = True
+    _assign(leaves, best[1])
+    fit.n_iter = len(fit.history)
+    return fit
+
+
+# ------------------------------------------------------------------------------------------------------- masks
+
+
+def train_on_masks(
+    problem: Problem,
+    masks: Policy,
+    *,
+    max_iter: int,
+    learning_rate: float,
+    batch_size: int | None = None,
+    random_state: int | None = None,
+    tol: float = 0.0,
+    report: Report | None = None,
+) -> Fit:
+    """Maximise the masked score by Adam, a fresh draw of masks each step.
+
+    The stopping rule looks at means over windows of 50 steps: where a window is not better than the best one by more
+    than ``tol`` and two standard errors, the step is halved and the training goes on from the window's average; after
+    six halvings it ends there.
+
+    Raises
+    ------
+    ModelError
+        If a parameter or its gradient is not finite, or touches nothing; it is named.
+    """
+    generator = torch_generator(random_state)
+    leaves = problem.leaves()
+    fit = Fit("adam")
+    _check_start(problem, leaves)
+    start, unit, phi, adam = _fresh_adam(problem, leaves, learning_rate)
+    average = good = start.clone()
+    best, best_se, halvings, window = -math.inf, 0.0, 0, []
+    total = torch.zeros_like(start)
+    try:
+        for step in range(max_iter):
+            batch = _batch(problem, batch_size, generator)
+            score = batch.score(masks, generator)
+            grads = torch.autograd.grad(score, list(leaves.values()), materialize_grads=True)
+            if not math.isfinite(float(score.detach())):
+                _assign(leaves, good)
+                _check_start(problem, leaves)
+                raise ModelError(
+                    f"the masked score became {float(score.detach())} at step {step}: lower learning_rate "
+                    f"(now {learning_rate})"
+                )
+            phi.grad = -unit * torch.cat([g.flatten() for g in grads])
+            adam.step()
+            theta = start + unit * phi.detach()
+            _assign(leaves, theta)
+            good = theta
+            total += theta
+            window.append(float(score.detach()))
+            fit.history.append(window[-1])
+            if report is not None and report(step + 1, window[-1]):
+                break
+            if len(window) == WINDOW:
+                average = total / WINDOW
+                mean, se = float(np.mean(window)), float(np.std(window, ddof=1) / math.sqrt(WINDOW))
+                stuck = mean - best <= tol + 2 * math.hypot(se, best_se)
+                if mean > best:
+                    best, best_se = mean, se
+                window, total = [], torch.zeros_like(start)
+                if stuck:
+                    halvings += 1
+                    if halvings > MAX_HALVINGS:
+                        fit.converged = True
+                        break
+                    # from the average, in the units of the map as it is now
+                    _assign(leaves, average)
+                    rate = learning_rate * 0.5**halvings
+                    start, unit, phi, adam = _fresh_adam(problem, leaves, rate)
+        else:
+            average = total / len(window) if window else average
+    except KeyboardInterrupt:
+        fit.interrupted = True
+    _assign(leaves, average)
+    fit.n_iter = len(fit.history)
+    return fit
+
+
+def _fresh_adam(
+    problem: Problem, leaves: dict[str, Tensor], learning_rate: float
+) -> tuple[Tensor, Tensor, Tensor, torch.optim.Adam]:
+    """Start, units, the steps phi in theta = start + unit phi, and their optimiser."""
+    start = _flat(leaves).detach().clone()
+    phi = torch.zeros_like(start).requires_grad_()
+    return start, _units(problem, leaves), phi, torch.optim.Adam([phi], lr=learning_rate, betas=(0.9, 0.99))
+
+
+def _batch(problem: Problem, batch_size: int | None, generator: torch.Generator) -> Problem:
+    """A random minibatch: rows without replacement; the mean score of the batch estimates that of all."""
+    if batch_size is None:
+        return problem
+    if problem.rows is not None:
+        n = len(problem.rows)
+        index = torch.randperm(n, generator=generator)[:batch_size].to(problem.rows.device)
+        return Problem(problem.predictor, problem.args, problem.rows[index], None, len(index))
+    n = len(problem.args[0])
+    index = torch.randperm(n, generator=generator)[:batch_size].to(problem.args[0].device)
+    args = tuple(a[index] if isinstance(a, Tensor) and a.ndim and len(a) == n else a for a in problem.args)
+    return Problem(problem.predictor, args, None, None, len(index))
+
+
+# ------------------------------------------------------------------------------------------------------- shared
+
+
+def _flat(leaves: dict[str, Tensor]) -> Tensor:
+    return torch.cat([leaf.flatten() for leaf in leaves.values()])
+
+
+def _assign(leaves: dict[str, Tensor], theta: Tensor) -> None:
+    with torch.no_grad():
+        for leaf, value in zip(
+            leaves.values(), theta.split([v.numel() for v in leaves.values()]), strict=True
+        ):
+            leaf.copy_(value.reshape(leaf.shape))
+
+
+def _restore(leaves: dict[str, Tensor], before: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, leaf in leaves.items():
+            leaf.copy_(before[name])
+
+
+def _units(problem: Problem, leaves: dict[str, Tensor]) -> Tensor:
+    """A step of one in each parameter should move the dimensionless map by about one.
+
+    With J the Jacobian of that map, E (J' v)_j^2 over random signs v is sum_i J_ij^2.
+    """
+    parts = _dimensionless(problem.read().reading)  # type: ignore[attr-defined]
+    outputs = torch.cat([part.flatten() for part in parts])
+    generator = torch.Generator().manual_seed(0)
+    square = torch.zeros_like(_flat(leaves))
+    for _ in range(N_SCALE_PROBES):
+        sign = torch.randint(0, 2, outputs.shape, generator=generator).to(outputs) * 2 - 1
+        grads = torch.autograd.grad(
+            outputs, list(leaves.values()), sign, retain_graph=True, materialize_grads=True
+        )
+        square += torch.cat([g.flatten() for g in grads]).square() / N_SCALE_PROBES
+    for name, part in zip(leaves, square.split([v.numel() for v in leaves.values()]), strict=True):
+        if part.numel() and not bool((part > 0).any()):
+            raise ModelError(
+                f"parameter {name!r} does not touch the score: nothing in the observed site depends on it. Remove it, "
+                "or use it"
+            )
+    return torch.where(square > 0, square, torch.ones_like(square)).rsqrt().detach()
+
+
+def _check_start(problem: Problem, leaves: dict[str, Tensor]) -> None:
+    for name, leaf in leaves.items():
+        if not bool(torch.isfinite(leaf).all()):
+            raise ModelError(f"parameter {name!r} is not finite at the start: check its initial value")
+    try:
+        score = problem.score()
+    except torch.linalg.LinAlgError as error:
+        raise ModelError(
+            "the covariance of the tokens is singular at the start: give every token noise"
+        ) from error
+    if not leaves:
+        raise ModelError("the program has no pyro.param: there is nothing to train")
+    grads = torch.autograd.grad(score, list(leaves.values()), allow_unused=True)
+    if not bool(torch.isfinite(score)):
+        raise ModelError(f"the score is {float(score.detach())} at the start: check the program and its data")
+    for (name, _), grad in zip(leaves.items(), grads, strict=True):
+        if grad is not None and not bool(torch.isfinite(grad).all()):
+            raise ModelError(f"the gradient of parameter {name!r} is not finite at the start")
+
+
+@cache
+def _threads() -> ThreadpoolController:
+    return ThreadpoolController()
+
+
+@contextmanager
+def one_thread(n_cells: int) -> Iterator[None]:
+    """One thread around small algebra, where handing work to threads costs more than the work; then as before."""
+    if n_cells > 2**21:
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with _threads().limit(limits=1):
+            yield
+    finally:
+        torch.set_num_threads(before)
