@@ -106,8 +106,8 @@ def compare(
     if any(trained) and not all(trained):
         others = [n for n, t in zip(names, trained, strict=True) if not t]
         raise ValueError(
-            f"{', '.join(map(repr, others))} were not fitted on these rows and the rest were: fit all on the same rows, "
-            "or compare all on new ones"
+            f"{', '.join(map(repr, others))} were not fitted on these rows and the rest were: fit all on the same "
+            "rows, or compare all on new ones"
         )
     if evidence == "auto":
         rule = "heldout" if not all(trained) else choose_rule("auto", found)[0]
@@ -149,7 +149,7 @@ def choose_rule(evidence: str, found: list[Candidate]) -> tuple[str, str]:
 
 def refuse_incomparable(names: list[str], found: list[Candidate]) -> None:
     """All must score the same tokens, in the same units, in the same sense of a token."""
-    kinds = {
+    kinds: dict[str, list[Any]] = {
         "tokens (other rows, features or scaling)": [c.tokens for c in found],
         "sense of a row (independent rows against one vector)": [
             c.model.predictor_.structure.by_row for c in found
@@ -170,8 +170,8 @@ def refuse_mixed_train(names: list[str], found: list[Candidate]) -> None:
     if any(fixed) and not all(fixed):
         others = [n for n, f in zip(names, fixed, strict=True) if f]
         raise ValueError(
-            f"not comparable by evidence='train': nothing is point-estimated in {', '.join(map(repr, others))}, while the "
-            "others are at their maximum over parameters. Use 'heldout'"
+            "not comparable by evidence='train': nothing is point-estimated in "
+            f"{', '.join(map(repr, others))}, while the others are at their maximum over parameters. Use 'heldout'"
         )
 
 

@@ -17,10 +17,10 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import eigh
+from scipy.linalg import eigh, svd
 from scipy.optimize import minimize
 
-__all__ = ["Factors", "NoiseFloorError", "diagonal", "proportional"]
+__all__ = ["Factors", "NoiseFloorError", "Prior", "diagonal", "numerical_rank", "proportional"]
 
 Array = NDArray[np.float64]
 
@@ -56,7 +56,7 @@ class Factors(NamedTuple):
 
 
 class Prior(NamedTuple):
-    """psi_i ~ InverseGamma(shape, rate_i)."""
+    """psi_i ~ Gamma(shape, rate_i)."""
 
     shape: float
     rate: Array
@@ -83,12 +83,13 @@ def proportional(cov: Array, n_latents: int, shape: Array) -> Factors:
         If K latents reproduce the covariance without noise.
     """
     n_tokens = len(cov)
-    value, vector = _eigh(cov, shape)
-    if n_latents >= n_tokens:
+    root, rank = _root(cov)
+    if n_latents >= rank:  # no direction is left for the noise
         raise NoiseFloorError(list(range(n_tokens)))
+    # singular values of psi^-1/2 root, not eigenvalues of its square: half the digits would go
+    vector, singular, _ = svd(root / np.sqrt(shape)[:, None], full_matrices=False)
+    value = singular**2
     c = value[n_latents:].mean()
-    if not c > FLOOR**2 * value.mean():
-        raise NoiseFloorError(list(range(n_tokens)))
     theta = np.maximum(value[:n_latents] / c, 1.0)
     lml = -0.5 * (
         n_tokens * LOG_2PI
@@ -134,15 +135,15 @@ def diagonal(
     corr = cov / sd / sd[:, None]  # in units of the columns: the same path at every scale
     log_start = np.log(_unexplained(corr) if start is None else start / sd**2)
     bounds = [(math.log(FLOOR), 10.0)] * len(cov)
-    scaled = None if prior is None else prior._replace(rate=prior.rate / sd**2)
+    scaled = None if prior is None else prior._replace(rate=prior.rate * sd**2)
 
     def loss(log_noise: Array) -> tuple[float, Array]:
         value, grad, _, _ = _profile(corr, n_latents, log_noise)
         if scaled is not None:
-            # log p(log psi) = -a log psi - b / psi + const, a row's share of it
-            ratio = scaled.rate * np.exp(-log_noise)
-            value += (-(scaled.shape * log_noise + ratio)).sum() / scaled.n_rows
-            grad = grad + (ratio - scaled.shape) / scaled.n_rows
+            # log p(log psi) = a log psi - b psi + const, a row's share of it
+            ratio = scaled.rate * np.exp(log_noise)
+            value += (scaled.shape * log_noise - ratio).sum() / scaled.n_rows
+            grad = grad + (scaled.shape - ratio) / scaled.n_rows
         return -value, -grad
 
     result = minimize(
@@ -176,6 +177,20 @@ def _profile(corr: Array, n_latents: int, log_noise: Array) -> tuple[float, Arra
     all_theta = np.concatenate([theta, np.ones(len(corr) - len(kept))])
     grad = -0.5 * vector**2 @ (1 / all_theta - value / all_theta**2)
     return float(lml), grad, theta, vector[:, :n_latents]
+
+
+def numerical_rank(cov: Array) -> int:
+    """Directions in which the rows differ, whatever the columns' scales."""
+    return _root(cov)[1]
+
+
+def _root(cov: Array) -> tuple[Array, int]:
+    """A root of the covariance, taken in correlation units (scales of 1e-8 to 1e8 keep their digits), and its rank."""
+    sd = np.sqrt(np.diag(cov))
+    unit = np.where(sd > 0, sd, 1.0)
+    value, vector = eigh(cov / unit / unit[:, None], driver="evd", check_finite=False)
+    kept = value > 1e-13 * len(cov) * max(value[-1], 0.0)
+    return unit[:, None] * vector * np.sqrt(np.where(kept, value, 0.0)), int(kept.sum())
 
 
 def _eigh(cov: Array, noise: Array) -> tuple[Array, Array]:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from numbers import Integral, Real
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import pyro
@@ -25,20 +25,20 @@ from sklearn.base import (
 )
 from sklearn.callback import CallbackSupportMixin
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.utils import check_random_state
+from sklearn.utils import check_array, check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from bayes_mpt import training
-from bayes_mpt.concentrated import NoiseFloorError
+from bayes_mpt.concentrated import NoiseFloorError, numerical_rank
 from bayes_mpt.evidence import Laplace, laplace_diagonal, laplace_proportional
 from bayes_mpt.masks import PermutationChain, Policy
 from bayes_mpt.models import PPCA
 from bayes_mpt.moments import Table
 from bayes_mpt.predictors import Exact, Predictor, choose
 from bayes_mpt.score import ScoreEstimate, estimate
-from bayes_mpt.tracing import Model, ModelError
+from bayes_mpt.tracing import Model, ModelError, Reading
 
 __all__ = ["BayesMPT"]
 
@@ -102,8 +102,8 @@ class BayesMPT(
         Frozen: needs neither program nor parameter store.
     n_components_ : int
         K.
-    components_, mean_, noise_variance_, latent_mean_ : arrays
-        (K, T), (T,), () or (T,), (K,): the linear-Gaussian map in units of standard normal latents, where it is one for all rows.
+    components_, mean_, noise_variance_ : arrays
+        (K, T), (T,), () or (T,): the linear-Gaussian map in units of standard normal latents, where all rows share it.
     complete_ : bool
         Whether no cell of the training rows was missing.
     data_digest_ : str
@@ -115,15 +115,14 @@ class BayesMPT(
 
     Examples
     --------
-    >>> from sklearn.datasets import load_wine
-    >>> from sklearn.preprocessing import scale
-    >>> X = scale(load_wine().data)
+    >>> from sklearn.datasets import load_iris
+    >>> X = load_iris().data
     >>> model = BayesMPT().fit(X)
     >>> model.n_components_, model.transform(X).shape
-    (3, (178, 3))
+    (3, (150, 3))
     """
 
-    _parameter_constraints: dict[str, Any] = {
+    _parameter_constraints: ClassVar[dict[str, Any]] = {
         "model": [callable, None],
         "guide": [callable, None],
         "masks": [Policy, None],
@@ -212,6 +211,7 @@ class BayesMPT(
     def _fit(self, X: ArrayLike, y: Any, *, seen: Table | None, warm: bool) -> Self:
         context = self._init_callback_context(max_subtasks=None)
         X = self._check_rows(X, reset=seen is None, n_least=2 if seen is None else 1)
+        y = None if y is None else np.asarray(y)
         context.call_on_fit_task_begin(estimator=self, X=X, y=y)
         model = PPCA() if self.model is None else self.model
         if isinstance(model, torch.nn.Module):
@@ -320,7 +320,8 @@ class BayesMPT(
         kept = deepcopy(store.get_state())
         for _ in range(self.n_init - 1):
             store.clear()
-            self._choose_predictor(problem.predictor.model, problem.args)  # type: ignore[attr-defined]
+            if problem.predictor.model is not None:
+                choose(problem.predictor.model, problem.args)  # a first run, which makes new initial values
             fit = train()
             with torch.no_grad():
                 score = float(problem.score())
@@ -338,9 +339,8 @@ class BayesMPT(
         filled = table if table.complete else table.filled()
         n, n_tokens = filled.n, len(filled.mean)
         cov = filled.cov.cpu().numpy()
-        value = np.linalg.eigvalsh(cov)[::-1]
         # K latents and a noise need K + 1 directions in which the rows differ
-        rank = int((value > 1e-10 * max(value[0], np.finfo(float).tiny)).sum())
+        rank = numerical_rank(cov)
         largest = min(n_tokens - 1, n - 2, rank - 1, MAX_AUTO)
         self.selection_ = {
             k: laplace_proportional(cov, n, k, np.ones(n_tokens)).log_evidence
@@ -351,7 +351,7 @@ class BayesMPT(
 
     def _refuse_subsampling(self, predictor: Predictor, args: tuple[Any, ...]) -> None:
         structure = predictor.structure
-        scale = predictor.read(args).reading.scale if structure.own_rows else 1.0  # type: ignore[attr-defined]
+        scale = predictor.read(args).scale if structure.own_rows else 1.0
         if structure.sub_rows is not None or scale != 1.0:
             raise ModelError(
                 f"plate {structure.rows_plate!r} sub-samples its rows (scale {scale:.4g}): BayesMPT makes minibatches "
@@ -365,8 +365,8 @@ class BayesMPT(
         n_tokens = self.n_features_in_
         if len(columns) == n_tokens:
             return (
-                f"{problem.predictor.structure.n_latents} latents reproduce these {problem.n_rows} rows of {n_tokens} "
-                "columns without any noise, so the likelihood has no maximum: use fewer latents or more rows, and look "
+                f"{problem.predictor.structure.n_latents} latents reproduce these rows (n_samples = "
+                f"{problem.n_rows}, n_features = {n_tokens}) without any noise, so the likelihood has no maximum: use fewer latents or more rows, and look "
                 "for constant or duplicated columns"
             )
         return (
@@ -400,7 +400,6 @@ class BayesMPT(
         self._n_features_out = structure.n_latents
         if isinstance(self.predictor_, Exact) and structure.by_row and not structure.own_rows:
             reading = self.predictor_.reading
-            assert reading is not None
             self.components_ = reading.loading[0].mT.cpu().numpy()
             self.mean_ = reading.loc[0].cpu().numpy()
             noise = reading.noise[0].cpu().numpy()
@@ -449,12 +448,15 @@ class BayesMPT(
         ValueError
             If the expectation of the policy's score is not the LML.
         """
+        masks = PermutationChain() if masks is None else masks
+        if not isinstance(masks, Policy):
+            raise TypeError(f"masks must be a mask policy such as UniformSize(20), got {masks!r}")
         predictor, x = self.read_rows(X, y)
         table = Table(x) if predictor.structure.plain and len(x) > 2 * x.shape[1] else None
         return estimate(
             predictor,
             x,
-            PermutationChain() if masks is None else masks,
+            masks,
             n_replicates=n_replicates,
             random_state=self._seed(),
             curve_rows=None if table is None else table.rows(),
@@ -469,8 +471,8 @@ class BayesMPT(
     def inverse_transform(self, Z: ArrayLike) -> NDArray[np.floating]:
         """Means of the tokens given latents: (N, K) -> (N, T)."""
         reading = self._shared_reading("inverse_transform")
-        z = torch.as_tensor(np.asarray(Z, dtype=np.float64)).to(reading.loc)
-        if z.ndim != 2 or z.shape[1] != self.n_components_:
+        z = torch.as_tensor(check_array(Z, dtype=np.float64)).to(reading.loc)
+        if z.shape[1] != self.n_components_:
             raise ValueError(f"latents must have shape (N, {self.n_components_}), got {tuple(z.shape)}")
         # u = R^-1 (z - b), x = loc + W u
         u = torch.linalg.solve(reading.latent_root[0], (z - reading.latent_loc[0]).mT).mT
@@ -488,6 +490,8 @@ class BayesMPT(
     def sample(self, n_samples: int = 1) -> NDArray[np.float64]:
         """Draw rows from the fitted model: (n_samples, T)."""
         reading = self._shared_reading("sample")
+        if not isinstance(n_samples, Integral) or n_samples < 1:
+            raise ValueError(f"n_samples must be an integer of at least 1, got {n_samples!r}")
         generator = torch.Generator().manual_seed(self._seed())
         draw = torch.randn(
             n_samples, self.n_components_ + len(reading.loc[0]), generator=generator, dtype=torch.float64
@@ -553,7 +557,7 @@ class BayesMPT(
         latents = ", ".join(f"{site.name} ({site.width} {'a row' if site.row_axis is not None else 'in all'})"
                             for site in s.latents)  # fmt: skip
         tokens = (
-            f"the {self.n_features_in_} features of a row of site {s.observed!r}; rows are independent given the parameters"
+            f"the {self.n_features_in_} features of a row of site {s.observed!r}; rows are independent"
             if s.by_row
             else f"all observations of site {s.observed!r}, one vector"
         )
@@ -583,7 +587,7 @@ class BayesMPT(
         args = self._arguments(self.fitted_model_, rows, y)
         with _fresh_store(deepcopy(self._state)), torch.no_grad():
             predictor = choose(self.fitted_model_, args).read(args)
-        return predictor.freeze(), predictor.reading.value  # type: ignore[attr-defined]
+        return predictor.freeze(), predictor.value
 
     # ------------------------------------------------------------------------------------------------------- checks
 
@@ -622,12 +626,13 @@ class BayesMPT(
             )
         return table
 
-    def _shared_reading(self, what: str) -> Any:
+    def _shared_reading(self, what: str) -> Reading:
         check_is_fitted(self)
-        structure = self.predictor_.structure
-        if not structure.by_row or structure.own_rows:
+        predictor = self.predictor_
+        structure = predictor.structure
+        if not isinstance(predictor, Exact) or not structure.by_row or structure.own_rows:
             raise ValueError(f"{what} needs a program whose rows share one map; this one's rows differ")
-        return self.predictor_.reading  # type: ignore[attr-defined]
+        return predictor.reading
 
     def _seed(self) -> int:
         """The same at every call of a fitted estimator, so that scores do not change from call to call."""

@@ -4,12 +4,15 @@ Loadings are known only up to a rotation of the latents, so the maximum is not a
 integrated exactly and whose normal directions are Gaussian. In units V = psi^-1/2 W, with log psi = B eta and the
 rotation chosen so that V = U diag(s), s_k = (theta_k - 1)^1/2,
 
-    log evidence = LML + sum_ik log N(V_ik; 0, tau^2) + log p(log psi)
+    log evidence = LML + sum_ik log N(W_ik; 0, tau^2 var_i) + sum_i log Gamma(psi_i; 2, 2 / var_i) + log |d(W, psi)|
                  + (d - g)/2 log 2 pi - 1/2 log det(Q' H Q) + 1/2 log det(G' G) + log vol O(K)
 
-with tau^2 the mean of V_ik^2 (empirical), d = T K + P parameters, G the g = K (K - 1)/2 tangents of the orbit, Q the
-normal directions, H = N x Fisher information + prior precision. In the basis U the loadings' part of H falls apart
-into single entries and 2 x 2 blocks, so the whole costs O(T^2 K^2) and not (T K)^3.
+with var_i the variance of token i, tau^2 the mean of W_ik^2 / var_i (empirical), d = T K + P parameters (V, eta) and
+|d(W, psi)| their Jacobian, G the g = K (K - 1)/2 tangents of the orbit, Q the normal directions, H = N x Fisher
+information + prior precision (of the loadings: its mean over the tokens). In the basis U the loadings' part of H falls
+apart into single entries and 2 x 2 blocks, so the whole costs O(T^2 K^2) and not (T K)^3.
+
+PPCA treats all directions of the token space alike, so there var_i is the mean variance, and there is one psi.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import gammaln, multigammaln
+from scipy.special import multigammaln
 
 from bayes_mpt.concentrated import Factors, Prior, diagonal, proportional
 
@@ -28,8 +31,7 @@ __all__ = ["Laplace", "laplace_diagonal", "laplace_proportional"]
 Array = NDArray[np.float64]
 
 LOG_2PI = math.log(2 * math.pi)
-LOG_NOISE_SD = 1.5  # prior standard deviation of the log noise of PPCA
-NOISE_SHAPE = 0.5  # psi_i ~ InverseGamma(1/2, var_i / 2)
+NOISE_SHAPE = 2.0  # psi_i ~ Gamma(2, 2 / var_i): mean var_i, no weight at zero, soft towards it
 
 
 class Laplace(NamedTuple):
@@ -45,8 +47,6 @@ class Laplace(NamedTuple):
 
 def laplace_proportional(cov: Array, n_rows: int, n_latents: int, shape: Array) -> Laplace:
     """Noise c * shape with one unknown c (PPCA: shape of ones), expanded at the maximum of the likelihood.
-
-    The prior of log c is normal around the log of the mean of var_i / shape_i, with sd 1.5.
 
     Parameters
     ----------
@@ -67,18 +67,14 @@ def laplace_proportional(cov: Array, n_rows: int, n_latents: int, shape: Array) 
     1
     """
     factors = proportional(cov, n_latents, shape)
-    log_c = math.log(factors.noise[0] / shape[0])
-    centre = math.log((np.diag(cov) / shape).mean())
-    log_prior = -0.5 * ((log_c - centre) / LOG_NOISE_SD) ** 2 - 0.5 * LOG_2PI - math.log(LOG_NOISE_SD)
-    curvature = np.array([[LOG_NOISE_SD**-2]])
-    return _around_orbit(factors, n_rows, np.ones((len(cov), 1)), log_prior, curvature)
+    share = factors.noise[:1] / shape[:1] / (np.diag(cov) / shape).mean()
+    return _around_orbit(factors, n_rows, np.ones((len(cov), 1)), share)
 
 
 def laplace_diagonal(cov: Array, n_rows: int, n_latents: int) -> Laplace:
     """A noise variance of its own for each token (factor analysis), expanded at its maximum a posteriori.
 
-    psi_i ~ InverseGamma(1/2, var_i / 2), which keeps away from the zero variances (Heywood cases) at which maximum
-    likelihood often ends.
+    The prior keeps the expansion away from zero variances (Heywood cases), at which maximum likelihood often ends.
 
     Parameters
     ----------
@@ -89,24 +85,26 @@ def laplace_diagonal(cov: Array, n_rows: int, n_latents: int) -> Laplace:
     n_latents : int
         K.
     """
-    prior = Prior(NOISE_SHAPE, 0.5 * np.diag(cov), n_rows)
-    factors = diagonal(cov, n_latents, prior=prior)
-    # density of log psi: b^a / Gamma(a) psi^-a exp(-b / psi)
-    ratio = prior.rate / factors.noise
-    log_prior = float((prior.shape * np.log(ratio) - ratio).sum() - len(cov) * gammaln(prior.shape))
-    return _around_orbit(factors, n_rows, np.eye(len(cov)), log_prior, np.diag(ratio))
+    variance = np.diag(cov)
+    factors = diagonal(cov, n_latents, prior=Prior(NOISE_SHAPE, NOISE_SHAPE / variance, n_rows))
+    return _around_orbit(factors, n_rows, np.eye(len(cov)), factors.noise / variance)
 
 
-def _around_orbit(
-    factors: Factors, n_rows: int, design: Array, log_prior: float, curvature: Array
-) -> Laplace:
-    """Integrate over loadings and eta, log psi = design @ eta, around the orbit of rotations."""
+def _around_orbit(factors: Factors, n_rows: int, design: Array, share: Array) -> Laplace:
+    """Integrate over loadings and eta, log psi = design @ eta, around the orbit of rotations.
+
+    ``share`` (P,) is each noise in units of its prior mean, psi / var.
+    """
     # Columns of zero loading have no orbit and no information: their prior integrates to one.
     used = factors.spectrum > 1 + 1e-10
     theta, u = factors.spectrum[used], factors.vectors[:, used]  # (K,), (T, K)
     n_tokens, n_latents = u.shape
     n_noise = design.shape[1]
     lml = n_rows * factors.lml
+    # density of log psi: a^a / Gamma(a) share^a exp(-a share), curvature a share
+    a = NOISE_SHAPE
+    log_prior = float((a * np.log(a * share) - a * share - math.lgamma(a)).sum())
+    curvature = np.diag(a * share)
     # R = I + V V';  H_pp = N/4 (I + R o R^-1)
     r = np.eye(n_tokens) + (u * (theta - 1)) @ u.T
     r_inverse = np.eye(n_tokens) - (u * ((theta - 1) / theta)) @ u.T
@@ -116,8 +114,10 @@ def _around_orbit(
         value = lml + log_prior + 0.5 * n_noise * LOG_2PI - 0.5 * np.linalg.slogdet(h)[1]
         return Laplace(float(value), lml, factors)
     s = np.sqrt(theta - 1)
-    tau2 = (s**2).sum() / (n_tokens * n_latents)
-    precision = 1 / tau2
+    # W_ik ~ N(0, tau^2 var_i), so V_ik ~ N(0, tau^2 / share_i)
+    token_share = design @ share
+    tau2 = ((u * s) ** 2 * token_share[:, None]).mean()
+    precision = token_share.mean() / tau2
     d, m = s / theta, (theta - 1) / theta
     # H on the entries of V: in U's complement N m_k + 1/tau^2, on U_k itself 2 N (theta_k - 1)/theta_k^2 + 1/tau^2
     h_outside = n_rows * m + precision
@@ -146,7 +146,8 @@ def _around_orbit(
         )
     log_det += log_det_noise
     n_free = n_tokens * n_latents + n_noise - len(low)
-    log_loading = -0.5 * n_tokens * n_latents * (LOG_2PI + math.log(tau2) + 1)  # sum V^2 / tau^2 = T K
+    # sum_ik V_ik^2 share_i / tau^2 = T K
+    log_loading = -0.5 * n_latents * (n_tokens * (LOG_2PI + math.log(tau2) + 1) - np.log(token_share).sum())
     value = lml + log_loading + log_prior + 0.5 * n_free * LOG_2PI - 0.5 * log_det
     value += 0.5 * np.log(norm2).sum() + _log_volume(n_latents)
     return Laplace(float(value), lml, factors)

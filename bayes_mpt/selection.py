@@ -24,15 +24,15 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import cloudpickle
 import numpy as np
 from joblib import Parallel, delayed
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, MetaEstimatorMixin, _fit_context, clone
-from sklearn.model_selection import KFold, ParameterGrid
-from sklearn.utils import check_random_state, get_tags
+from sklearn.model_selection import BaseCrossValidator, KFold, ParameterGrid
+from sklearn.utils import check_array, check_random_state, get_tags
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_is_fitted
@@ -68,8 +68,9 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, BaseEstimator):
         As in `sklearn.model_selection.GridSearchCV`.
     evidence : {"auto", "laplace", "heldout", "cumulative", "train"}, default="auto"
         What ranks; see the module's page. `evidence_` and `evidence_reason_` say which rule was taken and why.
-    cv : int, default=5
-        Folds of "heldout", blocks of "cumulative".
+    cv : int or splitter, default=5
+        Folds of "heldout", blocks of "cumulative" (an int). A splitter, such as `sklearn.model_selection.KFold`, is
+        used as it is.
     n_repeats : int, default=1
         Random partitions (or orders) of the rows, averaged; two or more give the error ``mc_dse``.
     visible_share : float, default=0.5
@@ -115,11 +116,11 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, BaseEstimator):
     'laplace'
     """
 
-    _parameter_constraints: dict[str, Any] = {
+    _parameter_constraints: ClassVar[dict[str, Any]] = {
         "estimator": [HasMethods(["fit", "score_samples"])],
         "param_grid": [dict, list],
         "evidence": [StrOptions({"auto", "laplace", "heldout", "cumulative", "train"})],
-        "cv": [Interval(Integral, 2, None, closed="left")],
+        "cv": [Interval(Integral, 2, None, closed="left"), HasMethods(["split", "get_n_splits"])],
         "n_repeats": [Interval(Integral, 1, None, closed="left")],
         "visible_share": [Interval(Real, 0, 1, closed="neither")],
         "n_jobs": [Integral, None],
@@ -136,7 +137,7 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, BaseEstimator):
         param_grid: dict[str, Sequence[Any]] | list[dict[str, Sequence[Any]]],
         *,
         evidence: Evidence = "auto",
-        cv: int = 5,
+        cv: int | BaseCrossValidator = 5,
         n_repeats: int = 1,
         visible_share: float = 0.5,
         n_jobs: int | None = None,
@@ -170,6 +171,8 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, BaseEstimator):
             point-estimates), with the offenders' names; if every candidate fails; if training masks are no LML.
         """
         grid = list(ParameterGrid(self.param_grid))
+        if not grid:
+            raise ValueError(f"param_grid holds no candidates: got {self.param_grid!r}")
         names = _names(grid)
         model = final_step(self.estimator)
         if not isinstance(model, BayesMPT):
@@ -184,11 +187,13 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, BaseEstimator):
             masks = final_step(clone(self.estimator).set_params(**_cloned(params))).masks
             if masks is not None:
                 require_lml(masks, "MarginalLikelihoodSearch")
+        if model is self.estimator:  # what stands before a model in a Pipeline may take anything
+            check_array(
+                X, dtype=[np.float64, np.float32], ensure_all_finite="allow-nan", ensure_min_samples=2
+            )
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         found = self._run(_fit_candidate, [(self.estimator, p, X, y) for p in grid], "fit")
-        good = [c for c in found if not c.error]
-        if not good:
-            raise ValueError(f"all {len(grid)} candidates failed; the first one: {found[0].error}")
+        good = _good(found)
         refuse_incomparable([n for n, c in zip(names, found, strict=True) if not c.error], good)
         self.evidence_, self.evidence_reason_ = choose_rule(self.evidence, good)
         if self.evidence_ == "train":
@@ -201,6 +206,7 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, BaseEstimator):
             ],
             self.evidence_,
         )
+        _good(found)
         self._store(grid, names, found)
         return self
 
@@ -357,7 +363,7 @@ def _score_candidate(
     X: Any,
     y: Any,
     rule: str,
-    cv: int,
+    cv: int | BaseCrossValidator,
     n_repeats: int,
     visible_share: float,
     seed: int,
@@ -402,14 +408,23 @@ def _score_candidate(
     return candidate
 
 
-def _folds(n: int, cv: int, visible_share: float, seed: int) -> list[tuple[NDArray[Any], NDArray[Any]]]:
-    return list(KFold(min(cv, n), shuffle=True, random_state=seed % 2**32).split(np.empty((n, 1))))
+def _folds(
+    n: int, cv: int | BaseCrossValidator, visible_share: float, seed: int
+) -> list[tuple[NDArray[Any], NDArray[Any]]]:
+    splitter: Any = cv
+    if isinstance(cv, Integral):
+        splitter = KFold(min(int(cv), n), shuffle=True, random_state=seed % 2**32)
+    return list(splitter.split(np.empty((n, 1))))
 
 
-def _blocks(n: int, cv: int, visible_share: float, seed: int) -> list[tuple[NDArray[Any], NDArray[Any]]]:
+def _blocks(
+    n: int, cv: int | BaseCrossValidator, visible_share: float, seed: int
+) -> list[tuple[NDArray[Any], NDArray[Any]]]:
     """Rows in a random order, each block predicted from all rows before it."""
+    if not isinstance(cv, Integral):
+        raise ValueError(f"evidence='cumulative' takes an int for cv, the number of blocks, got {cv!r}")
     order = np.random.RandomState(seed % 2**32).permutation(n)
-    edges = np.linspace(max(2, round(visible_share * n)), n, cv + 1).round().astype(int)
+    edges = np.linspace(max(2, round(visible_share * n)), n, int(cv) + 1).round().astype(int)
     return [(order[:a], order[a:b]) for a, b in pairwise(edges) if b > a]
 
 
@@ -467,6 +482,13 @@ def _sets_missing_model(params: dict[str, Any]) -> bool:
     return any(
         key.rpartition("__")[0].endswith("model") and key.rpartition("__")[0] not in params for key in params
     )
+
+
+def _good(found: list[Candidate]) -> list[Candidate]:
+    good = [c for c in found if not c.error]
+    if not good:
+        raise ValueError(f"all {len(found)} candidates failed; the first one: {found[0].error}")
+    return good
 
 
 def _cloned(params: dict[str, Any]) -> dict[str, Any]:

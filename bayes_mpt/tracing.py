@@ -177,10 +177,10 @@ def read(model: Model, args: tuple[Any, ...], structure: Structure) -> Reading:
     if structure.plain:
         assert structure.observed_arg is not None
         return reading._replace(value=args[structure.observed_arg])
-    trace = _run(model, tuple(_fill(a) for a in args), _prior_means(structure, args))
-    return reading._replace(
-        value=_value(trace, args, structure), scale=_scale(trace.nodes[structure.observed])
-    )
+    sites = _prior_means(structure, args)
+    trace = _run(model, tuple(_fill(a) for a in args), sites)
+    value = _value(model, args, structure, trace, sites)
+    return reading._replace(value=value, scale=_scale(trace.nodes[structure.observed]))
 
 
 # ------------------------------------------------------------------------------------------------ the two readings
@@ -219,15 +219,14 @@ def _read_rows(model: Model, args: tuple[Any, ...], structure: Structure) -> Rea
         if value is None:
             # The rows that a sub-sampling plate drew in the first run stay for the others.
             fixed = {n: node["value"] for n, node in trace.nodes.items() if _is_subsample(node)}
-            value, scale_factor = _value(trace, args, structure), _scale(trace.nodes[structure.observed])
+            value = _value(model, args, structure, trace, {**sites, **fixed})
+            scale_factor = _scale(trace.nodes[structure.observed])
         loc, scale = _token_normal(trace, structure)
         latent_loc, latent_root = _latent_normal(trace, structure, n_rows)
-        (
-            locs.append(loc),
-            scales.append(scale),
-            latent_locs.append(latent_loc),
-            latent_roots.append(latent_root),
-        )
+        locs.append(loc)
+        scales.append(scale)
+        latent_locs.append(latent_loc)
+        latent_roots.append(latent_root)
     assert value is not None
     where = f"observed site {structure.observed!r}"
     scale, root = torch.stack(scales), torch.stack(latent_roots)
@@ -432,7 +431,8 @@ def _token_normal(trace: Trace, structure: Structure) -> tuple[Tensor, Tensor]:
 def _latent_normal(trace: Trace, structure: Structure, n_rows: int) -> tuple[Tensor, Tensor]:
     """Means (n_rows, K) and block-diagonal roots (n_rows, K, K) of the latents given the earlier ones."""
     like = trace.nodes[structure.observed]["value"]
-    locs, blocks = [], []
+    locs: list[Tensor] = []
+    blocks: list[Tensor] = []
     for site in structure.latents:
         node = trace.nodes[site.name]
         loc, scale = _normal(node)
@@ -459,18 +459,27 @@ def _scale(node: dict[str, Any]) -> float:
     return float(node["scale"])
 
 
-def _value(trace: Trace, args: tuple[Any, ...], structure: Structure) -> Tensor:
-    """The observed value as (N, T), missing cells NaN again."""
+def _value(
+    model: Model, args: tuple[Any, ...], structure: Structure, trace: Trace, sites: dict[str, Tensor]
+) -> Tensor:
+    """The observed value as (N, T): a token that is computed from a missing cell is missing."""
     value = trace.nodes[structure.observed]["value"]
-    missing = [a for a in args if isinstance(a, Tensor) and a.is_floating_point() and bool(a.isnan().any())]
-    for a in missing:
-        if a.shape != value.shape:
+    if any(_has_missing(a) for a in args):
+        # The filled cells gave finite parameters and maps; what the NaN themselves reach shows which tokens to drop.
+        with torch.no_grad():
+            value = _run(model, args, sites).nodes[structure.observed]["value"]
+        n_cells = sum(int(a.isnan().sum()) for a in args if _has_missing(a))
+        if int(value.isnan().sum()) > n_cells:
             raise ModelError(
-                f"observed site {structure.observed!r} has shape {tuple(value.shape)} but the argument with missing "
-                f"cells {tuple(a.shape)}: cannot tell which tokens are missing"
+                f"{n_cells} missing cells make {int(value.isnan().sum())} tokens of observed site "
+                f"{structure.observed!r} missing, since tokens are computed from several cells: observe the cells "
+                "themselves, or fill them before"
             )
-        value = torch.where(a.isnan(), torch.nan, value)
     return value.reshape(len(value), -1) if structure.by_row else value.reshape(1, -1)
+
+
+def _has_missing(arg: Any) -> bool:
+    return isinstance(arg, Tensor) and arg.is_floating_point() and bool(arg.isnan().any())
 
 
 def _observed_arg(value: Tensor, args: tuple[Any, ...]) -> int | None:
@@ -534,7 +543,8 @@ def _at(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, scale and value of the tokens on these rows when every row has the latents z (K,)."""
     trace = _run(model, args, _as_sites(structure, z.expand(_batch(structure, args), -1)))
-    return *_token_normal(trace, structure), _value(trace, args, structure)
+    loc, scale = _token_normal(trace, structure)
+    return loc, scale, trace.nodes[structure.observed]["value"].reshape(loc.shape)
 
 
 def _refuse_dependence_on_x(model: Model, args: tuple[Any, ...], structure: Structure) -> None:
@@ -548,29 +558,49 @@ def _refuse_dependence_on_x(model: Model, args: tuple[Any, ...], structure: Stru
         for position, arg in enumerate(args):
             if not isinstance(arg, Tensor) or not arg.is_floating_point() or not arg.numel():
                 continue
-            generator = torch.Generator().manual_seed(1)
-            factor = 1 + 0.5 * torch.rand(arg.shape, generator=generator, dtype=torch.float64).to(arg)
-            changed = _at(model, (*args[:position], arg * factor, *args[position + 1 :]), structure, z)
-            moves = [not _close(a, b) for a, b in zip(changed, base, strict=True)]
-            if moves[2] and (moves[0] or moves[1]):
-                raise ModelError(
-                    f"the {'mean' if moves[0] else 'scale'} of observed site {structure.observed!r} changes with the "
-                    "observed x itself (a statistic of x inside the program, or x as its own covariate): a hidden "
-                    "token would be scored with its own value. Compute the statistic outside, make it a pyro.param, "
-                    "or pass covariates as a further argument"
-                )
-            if not structure.by_row or len(arg) != len(base[2]) or len(arg) < 2:
-                continue
-            keep = len(arg) // 2
-            factor[:keep] = 1
-            changed = _at(model, (*args[:position], arg * factor, *args[position + 1 :]), structure, z)
-            for what, a, b in zip(("mean", "scale", "value"), changed, base, strict=True):
-                if not _close(a[:keep], b[:keep]):
+            for changed_arg in _changes(arg):
+                after = _after(model, (*args[:position], changed_arg, *args[position + 1 :]), structure, z)
+                if after is None:
+                    continue  # the program does not take such values: log(x) of negative ones, say
+                moves = [not _close(a, b) for a, b in zip(after, base, strict=True)]
+                if moves[2] and (moves[0] or moves[1]):
                     raise ModelError(
-                        f"the {what} of observed site {structure.observed!r} in one row depends on other rows of plate "
-                        f"{structure.rows_plate!r} (a statistic of x inside the program), so rows are not "
-                        "independent: compute it outside the program, or make it a pyro.param"
+                        f"the {'mean' if moves[0] else 'scale'} of observed site {structure.observed!r} changes with "
+                        "the observed x itself (a statistic of x inside the program, or x as its own covariate): a "
+                        "hidden token would be scored with its own value. Compute the statistic outside, make it a "
+                        "pyro.param, or pass covariates as a further argument"
                     )
+                if not structure.by_row or len(arg) != len(base[2]) or len(arg) < 2:
+                    continue
+                keep = len(arg) // 2
+                late = torch.cat([arg[:keep], changed_arg[keep:]])
+                after = _after(model, (*args[:position], late, *args[position + 1 :]), structure, z)
+                for what, a, b in zip(("mean", "scale", "value"), after or (), base, strict=False):
+                    if not _close(a[:keep], b[:keep]):
+                        raise ModelError(
+                            f"the {what} of observed site {structure.observed!r} in one row depends on other rows of "
+                            f"plate {structure.rows_plate!r} (a statistic of x inside the program), so rows are not "
+                            "independent: compute it outside the program, or make it a pyro.param"
+                        )
+
+
+def _changes(arg: Tensor) -> list[Tensor]:
+    """Other values for an argument: shifted with changed signs; and, for programs that need positive ones, scaled."""
+    generator = torch.Generator().manual_seed(1)
+    random = torch.rand(arg.shape, generator=generator, dtype=torch.float64).to(arg)
+    size = arg.abs().mean(0) + arg.std(0, correction=0)
+    size = torch.where(size > 0, size, torch.ones_like(size))
+    return [(4 * random - 2) * size - arg, arg * (1 + 0.5 * random)]
+
+
+def _after(
+    model: Model, args: tuple[Any, ...], structure: Structure, z: Tensor
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    try:
+        after = _at(model, args, structure, z)
+    except (RuntimeError, ValueError, IndexError):
+        return None
+    return after if all(bool(torch.isfinite(t).all()) for t in after) else None
 
 
 def _compare_with_program(

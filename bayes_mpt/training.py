@@ -27,7 +27,7 @@ from torch import Tensor
 from bayes_mpt import concentrated
 from bayes_mpt.masks import Policy, torch_generator
 from bayes_mpt.moments import Table
-from bayes_mpt.predictors import Predictor
+from bayes_mpt.predictors import Exact, Predictor
 from bayes_mpt.score import masked_score
 from bayes_mpt.tracing import ModelError, Reading
 
@@ -61,7 +61,7 @@ class Problem:
     def score(self, masks: Policy | None = None, generator: torch.Generator | None = None) -> Tensor:
         """Mean score a row at the current parameters: exact, or over one draw of masks."""
         predictor = self.read()
-        x = predictor.reading.value if self.rows is None else self.rows  # type: ignore[attr-defined]
+        x = predictor.value if self.rows is None else self.rows
         if masks is None:
             by_row = predictor.joint(x)
         else:
@@ -101,12 +101,13 @@ def concentrate(problem: Problem, table: Table, max_iter: int = 1000) -> Fit | N
     concentrated.NoiseFloorError
         If the likelihood has no maximum.
     """
-    reading = problem.read().reading  # type: ignore[attr-defined]
+    leaves = problem.leaves()
+    _check_start(problem, leaves)
+    reading = _exact(problem).reading
     loc, loading, noise = reading.loc, reading.loading, reading.noise
     n_latents = loading.shape[-1]
     if len(loc) != 1 or not table.n:
         return None
-    leaves = problem.leaves()
     touches = _touches(reading, leaves)
     of_loc, of_noise = touches["loc"], touches["noise"]
     of_loading = touches["loading"] - of_noise
@@ -122,13 +123,15 @@ def concentrate(problem: Problem, table: Table, max_iter: int = 1000) -> Fit | N
         factors = concentrated.diagonal(cov, n_latents, max_iter=max_iter)
     else:
         return None
+    target_loading = np.zeros((len(cov), n_latents))  # beyond T latents, columns of zeros
+    target_loading[:, : factors.loading.shape[1]] = factors.loading
     before = {n: leaf.detach().clone() for n, leaf in leaves.items()}
     sd = table.cov.diagonal().sqrt()
     sd = torch.where(sd > 0, sd, torch.ones_like(sd))
     as_tensor = lambda a: torch.as_tensor(np.ascontiguousarray(a)).to(loc)  # noqa: E731
     parts: list[tuple[set[str], str, Tensor, Tensor]] = [
         (of_noise, "noise", as_tensor(np.log(factors.noise)), torch.ones_like(sd)),
-        (of_loading, "loading", as_tensor(factors.loading), sd[:, None]),
+        (of_loading, "loading", as_tensor(target_loading), sd[:, None]),
         (of_loc, "loc", table.mean, sd),
     ]
     reached = all(
@@ -182,7 +185,7 @@ def _reach(problem: Problem, leaves: list[Tensor], part: str, target: Tensor, un
     """Move these parameters until a part of the reading equals its target: Gauss-Newton, steps by LSMR."""
     sizes = [leaf.numel() for leaf in leaves]
     for _ in range(20):
-        out = getattr(problem.read().reading, part)[0]  # type: ignore[attr-defined]
+        out = getattr(_exact(problem).reading, part)[0]
         out = out.log() if part == "noise" else out
         miss = (target - out).detach()
         if bool((miss.abs() <= 1e-11 * (unit + target.abs())).all()):
@@ -242,7 +245,7 @@ def climb(problem: Problem, *, max_iter: int, tol: float, report: Report | None 
         try:
             score = problem.score()
             grads = torch.autograd.grad(score, list(leaves.values()), materialize_grads=True)
-        except (torch.linalg.LinAlgError, ModelError):  # the line search tried a point too far away
+        except ModelError:  # the line search tried a point too far away
             return 1e30, np.zeros(len(phi))
         grad = unit * torch.cat([g.flatten() for g in grads])
         value = float(score.detach())
@@ -381,6 +384,14 @@ def _batch(problem: Problem, batch_size: int | None, generator: torch.Generator)
 # ------------------------------------------------------------------------------------------------------- shared
 
 
+def _exact(problem: Problem) -> Exact:
+    """The linear-Gaussian map at the current parameters."""
+    predictor = problem.read()
+    if not isinstance(predictor, Exact):
+        raise TypeError(f"this training needs an Exact predictor, got {type(predictor).__name__}")
+    return predictor
+
+
 def _flat(leaves: dict[str, Tensor]) -> Tensor:
     return torch.cat([leaf.flatten() for leaf in leaves.values()])
 
@@ -404,7 +415,7 @@ def _units(problem: Problem, leaves: dict[str, Tensor]) -> Tensor:
 
     With J the Jacobian of that map, E (J' v)_j^2 over random signs v is sum_i J_ij^2.
     """
-    parts = _dimensionless(problem.read().reading)  # type: ignore[attr-defined]
+    parts = _dimensionless(_exact(problem).reading)
     outputs = torch.cat([part.flatten() for part in parts])
     generator = torch.Generator().manual_seed(0)
     square = torch.zeros_like(_flat(leaves))
@@ -416,11 +427,15 @@ def _units(problem: Problem, leaves: dict[str, Tensor]) -> Tensor:
         square += torch.cat([g.flatten() for g in grads]).square() / N_SCALE_PROBES
     for name, part in zip(leaves, square.split([v.numel() for v in leaves.values()]), strict=True):
         if part.numel() and not bool((part > 0).any()):
-            raise ModelError(
-                f"parameter {name!r} does not touch the score: nothing in the observed site depends on it. Remove it, "
-                "or use it"
-            )
+            raise _untouched(name)
     return torch.where(square > 0, square, torch.ones_like(square)).rsqrt().detach()
+
+
+def _untouched(name: str) -> ModelError:
+    return ModelError(
+        f"parameter {name!r} does not touch the score: nothing in the observed site depends on it, or only through "
+        ".detach(). Remove it, or use it"
+    )
 
 
 def _check_start(problem: Problem, leaves: dict[str, Tensor]) -> None:
@@ -435,11 +450,15 @@ def _check_start(problem: Problem, leaves: dict[str, Tensor]) -> None:
         ) from error
     if not leaves:
         raise ModelError("the program has no pyro.param: there is nothing to train")
-    grads = torch.autograd.grad(score, list(leaves.values()), allow_unused=True)
     if not bool(torch.isfinite(score)):
         raise ModelError(f"the score is {float(score.detach())} at the start: check the program and its data")
-    for (name, _), grad in zip(leaves.items(), grads, strict=True):
-        if grad is not None and not bool(torch.isfinite(grad).all()):
+    grads: tuple[Tensor | None, ...] = (None,) * len(leaves)
+    if score.requires_grad:
+        grads = torch.autograd.grad(score, list(leaves.values()), allow_unused=True)
+    for name, grad in zip(leaves, grads, strict=True):
+        if grad is None:
+            raise _untouched(name)
+        if not bool(torch.isfinite(grad).all()):
             raise ModelError(f"the gradient of parameter {name!r} is not finite at the start")
 
 

@@ -28,6 +28,7 @@ MODELS = [PPCA(1), FactorAnalysis(1)]
 LOC = np.array([1.0, -2.0, 0.5, 3.0, 0.0])
 LOADING = np.array([[1.2, 0.1], [0.8, -0.7], [-0.5, 0.9], [0.3, 0.3], [1.0, -1.1]])
 SCALE = np.array([0.5, 0.7, 0.9, 1.1, 0.6])
+ROTATION = np.linalg.qr(np.random.default_rng(SEED).normal(size=(T, T)))[0]
 COVARIANCE = LOADING @ LOADING.T + np.diag(SCALE**2)
 
 
@@ -137,6 +138,26 @@ def own_cells(x):
     _, loading, scale = constants(x)
     with rows_of(x):
         pyro.sample("x", dist.Normal(0.5 * x + latent(x) @ loading.T, scale).to_event(1), obs=x)
+
+
+def signs(x):
+    loc, loading, scale = constants(x)
+    with rows_of(x):
+        mean = loc + 3.0 * (x > 0).to(x.dtype) + latent(x) @ loading.T
+        pyro.sample("x", dist.Normal(mean, scale).to_event(1), obs=x)
+
+
+def flipped(x):
+    loc, loading, scale = constants(x)
+    with rows_of(x):
+        pyro.sample("x", dist.Normal(loc + latent(x) @ loading.T, scale).to_event(1), obs=x.flip(1))
+
+
+def rotated(x):
+    loc, loading, scale = constants(x)
+    turned = x @ torch.as_tensor(ROTATION, dtype=x.dtype)
+    with rows_of(x):
+        pyro.sample("x", dist.Normal(loc + latent(x) @ loading.T, scale).to_event(1), obs=turned)
 
 
 def subsampled(x):
@@ -262,7 +283,7 @@ def test_a_row_without_values(x, model):
     """It has nothing to say: log p = 0, latents at their prior mean, cells imputed by the mean, the fit unchanged."""
     hollow = np.insert(x, 7, np.nan, axis=0)
     with_it, without = BayesMPT(model=model).fit(hollow), BayesMPT(model=model).fit(x)
-    assert with_it.log_marginal_likelihood_ == pytest.approx(without.log_marginal_likelihood_, abs=1e-5)
+    assert with_it.log_marginal_likelihood_ == pytest.approx(without.log_marginal_likelihood_, abs=1e-6)
     assert with_it.score_samples(hollow)[7] == 0
     np.testing.assert_allclose(with_it.transform(hollow)[7], 0, atol=1e-12)
     np.testing.assert_allclose(with_it.impute(hollow)[7], with_it.mean_, rtol=1e-10)
@@ -294,7 +315,7 @@ def test_numbers_too_large_to_square(x):
     except ValueError as error:
         assert len(str(error)) > 20
     else:
-        assert lml == pytest.approx(ppca_lml(bad, 1), abs=1e-6)
+        assert lml == pytest.approx(ppca_lml(bad, 1), abs=1e-9)
 
 
 # -- constant and duplicated columns, few rows, many latents
@@ -313,7 +334,7 @@ def test_constant_column_ppca_is_well_defined(x, value):
     flat = x.copy()
     flat[:, 3] = value
     estimator = BayesMPT(model=PPCA(1)).fit(flat)
-    assert estimator.score(flat) == pytest.approx(ppca_lml(flat, 1), abs=1e-6)
+    assert estimator.score(flat) == pytest.approx(ppca_lml(flat, 1), abs=1e-9)
 
 
 @pytest.mark.parametrize("model", [None, *MODELS], ids=repr)
@@ -336,7 +357,7 @@ def test_duplicated_columns_factor_analysis_names_them(x, factor, n_components):
 def test_duplicated_columns_ppca(x):
     doubled = np.column_stack([x, x[:, 1]])
     estimator = BayesMPT(model=PPCA(2)).fit(doubled)
-    assert estimator.score(doubled) == pytest.approx(ppca_lml(doubled, 2), abs=1e-6)
+    assert estimator.score(doubled) == pytest.approx(ppca_lml(doubled, 2), abs=1e-9)
 
 
 def test_rank_deficient_data_ppca(x):
@@ -392,19 +413,19 @@ def test_as_many_latents_as_columns(x, kind, n_components):
     else:
         centred = x - x.mean(0)
         saturated = log_density(x, x.mean(0), centred.T @ centred / N_ROWS).mean()
-        assert estimator.score(x) == pytest.approx(saturated, abs=1e-6)
+        assert estimator.score(x) == pytest.approx(saturated, abs=1e-9)
         assert estimator.log_marginal_likelihood_ == pytest.approx(N_ROWS * saturated, abs=1e-4)
 
 
 def test_one_latent_fewer_than_columns_is_saturated(x):
     centred = x - x.mean(0)
     saturated = log_density(x, x.mean(0), centred.T @ centred / N_ROWS).mean()
-    assert BayesMPT(model=PPCA(T - 1)).fit(x).score(x) == pytest.approx(saturated, abs=1e-6)
+    assert BayesMPT(model=PPCA(T - 1)).fit(x).score(x) == pytest.approx(saturated, abs=1e-9)
 
 
 def test_more_columns_than_rows(x):
     wide = np.random.default_rng(SEED).normal(size=(8, 20))
-    assert BayesMPT(model=PPCA(2)).fit(wide).score(wide) == pytest.approx(ppca_lml(wide, 2), abs=1e-6)
+    assert BayesMPT(model=PPCA(2)).fit(wide).score(wide) == pytest.approx(ppca_lml(wide, 2), abs=1e-9)
 
 
 # -- what the program observes
@@ -467,11 +488,82 @@ def test_statistics_of_the_batch_inside_the_program(x, program, parameters):
     assert np.allclose(values, of_these, rtol=1e-9) or np.allclose(values, of_training, rtol=1e-9)
 
 
-@pytest.mark.parametrize("program", [row_mean, own_cells])
-def test_hidden_cells_inside_the_mean_are_refused(x, program):
-    """A density of x whose mean looks at x is none: there is no right answer to give."""
+@pytest.mark.parametrize("leading_zeros", [False, True])
+@pytest.mark.parametrize("program", [row_mean, own_cells, signs])
+def test_hidden_cells_inside_the_mean_are_refused(x, program, leading_zeros):
+    """A density of x whose mean looks at x is none: there is no right answer to give.
+
+    Rows of zeros in front hide it from a test that multiplies the first few rows by something.
+    """
+    x = x.copy()
+    x[: 20 * leading_zeros] = 0
     with pytest.raises(ERRORS, match=r"\bx\b"):
         scored(program, x)
+
+
+def test_a_batch_mean_behind_leading_zeros(x):
+    x = x + 20
+    x[:20] = 0
+    try:
+        estimator = BayesMPT(model=batch_mean).fit(x)
+    except ERRORS as error:
+        assert len(str(error)) > 20
+    else:
+        truth = log_density(x, x.mean(0), COVARIANCE).sum()
+        assert estimator.log_marginal_likelihood_ == pytest.approx(truth, rel=1e-9)
+
+
+@pytest.mark.parametrize("program", ["twice", "flipped", "rotated"])
+def test_missing_cells_of_a_transformed_observation(x, program):
+    """A missing cell is the missing token only where tokens are cells in place; else an error, or the right token."""
+    holes = np.where(np.random.default_rng(SEED).random(x.shape) < 0.2, np.nan, x)
+    model, tokens = {
+        "twice": (twice, 2 * holes),
+        "flipped": (flipped, holes[:, ::-1]),
+        "rotated": (rotated, None),
+    }[program]
+    try:
+        values = scored(model, holes)
+    except ERRORS as error:
+        assert "missing" in str(error) and program != "twice"
+    else:
+        assert tokens is not None, "a rotation of a row with a missing cell has no value"
+        np.testing.assert_allclose(values, log_density(tokens, LOC, COVARIANCE), rtol=0, atol=1e-9)
+
+
+def test_a_rotated_observation_of_complete_rows(x):
+    np.testing.assert_allclose(
+        scored(rotated, x), log_density(x @ ROTATION, LOC, COVARIANCE), rtol=0, atol=1e-9
+    )
+
+
+def test_a_parameter_that_no_score_depends_on_is_named(x):
+    def program(x):
+        detached = pyro.param("detached_loading", torch.ones(T, 1, dtype=x.dtype)).detach()
+        with rows_of(x):
+            pyro.sample("x", dist.Normal(latent(x, 1) @ detached.T, 1.0).to_event(1), obs=x)
+
+    try:
+        values = scored(program, x)
+    except ERRORS as error:
+        assert "detached_loading" in str(error)
+    else:
+        np.testing.assert_allclose(
+            values, log_density(x, np.zeros(T), np.ones((T, T)) + np.eye(T)), rtol=0, atol=1e-9
+        )
+
+
+@pytest.mark.parametrize("model", [None, PPCA(1), FactorAnalysis(1)], ids=repr)
+def test_one_column(x, model):
+    """An error that says so, or a Gaussian of one variable."""
+    column = x[:, :1]
+    try:
+        estimator = BayesMPT(model=model).fit(column)
+    except ValueError as error:
+        assert "1 feature" in str(error) or "n_features" in str(error)
+    else:
+        truth = log_density(column, column.mean(0), column.var(0)[:, None]).mean()
+        assert estimator.score(column) == pytest.approx(truth, abs=1e-9)
 
 
 def test_a_subsampled_plate_is_named(x):
@@ -504,7 +596,7 @@ SCALES = np.array([1e-8, 1e-4, 1.0, 1e4, 1e8])
 def test_scales_ppca(x, n_components, order):
     mixed = x * SCALES[::order]
     estimator = BayesMPT(model=PPCA(n_components)).fit(mixed)
-    assert estimator.score(mixed) == pytest.approx(ppca_lml(mixed, n_components), abs=1e-6)
+    assert estimator.score(mixed) == pytest.approx(ppca_lml(mixed, n_components), abs=1e-9)
 
 
 @pytest.mark.parametrize("scale", [1e-8, 1e8])
@@ -512,8 +604,8 @@ def test_one_scale_for_the_whole_table_ppca(x, scale):
     """Closed form, and log p changes by T log scale."""
     plain_lml = BayesMPT(model=PPCA(2)).fit(x).score(x)
     scaled = BayesMPT(model=PPCA(2)).fit(scale * x).score(scale * x)
-    assert scaled == pytest.approx(ppca_lml(scale * x, 2), abs=1e-6)
-    assert scaled == pytest.approx(plain_lml - T * np.log(scale), abs=1e-6)
+    assert scaled == pytest.approx(ppca_lml(scale * x, 2), abs=1e-9)
+    assert scaled == pytest.approx(plain_lml - T * np.log(scale), abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -523,12 +615,12 @@ def test_scales_factor_analysis(x, scales):
     """Its maximum is equivariant: every row's log p changes by the sum of the log scales."""
     base = BayesMPT(model=FactorAnalysis(1)).fit(x)
     mixed = BayesMPT(model=FactorAnalysis(1)).fit(x * scales)
-    assert mixed.score(x * scales) == pytest.approx(base.score(x) - np.log(scales).sum(), abs=1e-6)
+    assert mixed.score(x * scales) == pytest.approx(base.score(x) - np.log(scales).sum(), abs=1e-9)
     np.testing.assert_allclose(
-        mixed.score_samples(x * scales), base.score_samples(x) - np.log(scales).sum(), rtol=0, atol=2e-3
+        mixed.score_samples(x * scales), base.score_samples(x) - np.log(scales).sum(), rtol=0, atol=1e-6
     )
     np.testing.assert_allclose(
-        np.abs(mixed.transform(x * scales)), np.abs(base.transform(x)), rtol=0, atol=2e-3
+        np.abs(mixed.transform(x * scales)), np.abs(base.transform(x)), rtol=0, atol=1e-6
     )
 
 
@@ -625,7 +717,7 @@ def test_complex_numbers(x):
     "get_feature_names_out fixed_rate_bias compare".split(),
 )
 def test_unfitted(x, call):
-    with pytest.raises(NotFittedError, match="BayesMPT"):
+    with pytest.raises(NotFittedError, match="BayesMPT|one"):
         call(BayesMPT(model=PPCA(1)), x)
 
 
@@ -710,7 +802,7 @@ def test_search_over_a_model_that_is_not_there(x):
         MarginalLikelihoodSearch(BayesMPT(), {"model__n_components": [1, 2]}).fit(x)
 
 
-@pytest.mark.parametrize("grid", [{}, {"model__n_components": []}, [], {"model__n_components": 3}], ids=repr)
+@pytest.mark.parametrize("grid", [{"model__n_components": []}, [], {"model__n_components": 3}], ids=repr)
 def test_search_over_nothing(x, grid):
     with pytest.raises(
         (ValueError, TypeError), match="(?i)grid|empty|non-empty|n_components|sequence|iterable|candidate"
@@ -743,6 +835,61 @@ def test_training_on_them_still_reports_the_lml(x, masks):
 def test_fixed_rate_bias_of_no_rate(x, rate):
     with pytest.raises((ValueError, TypeError), match="rate"):
         fixed_rate_bias(BayesMPT(model=PPCA(1)).fit(x), x, rate)
+
+
+@pytest.mark.parametrize("masks", [FixedRate(), LeaveOneOut()], ids=repr)
+def test_a_search_ranks_by_no_such_masks(x, masks):
+    """Refused, or trained on them and ranked by the LML all the same."""
+    search = MarginalLikelihoodSearch(
+        BayesMPT(model=plain, masks=masks, random_state=0), {"max_iter": [5, 6]}, evidence="train"
+    )
+    try:
+        search.fit(x)
+    except ValueError as error:
+        assert "LML" in str(error) and type(masks).__name__ in str(error)
+    else:
+        truth = log_density(x, LOC, COVARIANCE).sum()
+        np.testing.assert_allclose(search.comparison_["lml"], truth, rtol=1e-10)
+
+
+@pytest.mark.parametrize("masks", ["uniform", 3, UniformSize], ids=repr)
+def test_estimate_with_masks_that_are_none(x, masks):
+    with pytest.raises((ValueError, TypeError), match="masks"):
+        BayesMPT(model=PPCA(1)).fit(x).estimate(x, masks=masks)
+
+
+@pytest.mark.parametrize("n", [-1, 2.5, "many"], ids=repr)
+def test_sample_of_no_size(x, n):
+    with pytest.raises((ValueError, TypeError), match="n_samples|integer|n_rows"):
+        BayesMPT(model=PPCA(1)).fit(x).sample(n)
+
+
+def test_latents_that_are_nan(x):
+    with pytest.raises(ValueError, match="(?i)nan"):
+        BayesMPT(model=PPCA(1)).fit(x).inverse_transform([[np.nan]])
+
+
+def test_laplace_of_a_parameter_without_prior_says_what_to_do(x):
+    """No candidate has this evidence: the error says why, and is none about an empty sequence."""
+
+    def program(x):
+        weight = pyro.param("weight", torch.ones(T, dtype=x.dtype))
+        with rows_of(x):
+            pyro.sample("x", dist.Normal(weight * latent(x, 1), 1.0).to_event(1), obs=x)
+
+    search = MarginalLikelihoodSearch(BayesMPT(model=program), {"max_iter": [50, 60]}, evidence="laplace")
+    with pytest.raises(ERRORS, match="(?i)laplace|prior|heldout"):
+        search.fit(x)
+
+
+@pytest.mark.parametrize("evidence", ["auto", "laplace", "heldout", "cumulative", "train"])
+def test_a_search_with_infinities(x, evidence):
+    bad = x.copy()
+    bad[4, 1] = np.inf
+    with pytest.raises(ValueError, match="(?i)inf"):
+        MarginalLikelihoodSearch(
+            BayesMPT(model=PPCA(1)), {"model__n_components": [1, 2]}, evidence=evidence
+        ).fit(bad)
 
 
 # -- programs outside the linear-Gaussian family
@@ -822,7 +969,7 @@ def test_a_registered_or_frozen_network_is_welcome(x, frozen):
         kept = vector[:, -K:] * np.sqrt(np.maximum(value[-K:] - 1, 0))
         best = log_density(x, x.mean(0), kept @ kept.T + np.eye(T)).mean()
         assert best > at_start + 0.1
-        assert estimator.score(x) == pytest.approx(best, abs=1e-5)
+        assert estimator.score(x) == pytest.approx(best, abs=1e-7)
 
 
 def test_a_parameter_that_is_nan_is_named(x):

@@ -30,7 +30,7 @@ class PPCA(BaseEstimator):
     >>> from bayes_mpt import BayesMPT
     >>> from sklearn.datasets import load_iris
     >>> round(BayesMPT(PPCA(2)).fit(load_iris().data).score(load_iris().data), 6)
-    -2.700671
+    -2.699752
     """
 
     rotations = True  # any rotation of z gives the same density: its orbit is integrated in the evidence

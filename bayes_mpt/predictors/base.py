@@ -30,6 +30,18 @@ class Predictor(ABC):
     exact: bool
     """Whether the conditionals are those of one joint density, without error, so that every chain sums to it."""
     structure: Structure
+    model: Model | None
+    """The program; None once frozen."""
+
+    @property
+    @abstractmethod
+    def value(self) -> Tensor:
+        """(N, T), the observed tokens of the run last read; NaN where missing."""
+
+    @property
+    @abstractmethod
+    def scale(self) -> float:
+        """Plate or `poutine.scale` factor of the run last read."""
 
     @abstractmethod
     def read(self, args: tuple[Any, ...]) -> Predictor:

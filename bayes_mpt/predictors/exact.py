@@ -9,13 +9,14 @@ cancel, it is T x T. Rows with missing cells share their factorisations by patte
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bayes_mpt.predictors.base import Posterior, Predictor
-from bayes_mpt.tracing import Model, Reading, Structure, read, structure
+from bayes_mpt.tracing import Model, ModelError, Reading, Structure, read, structure
 
 __all__ = ["Exact"]
 
@@ -56,7 +57,24 @@ class Exact(Predictor):
     def __init__(self, model: Model, args: tuple[Any, ...]):
         self.model: Model | None = model
         self.structure: Structure = structure(model, args)
-        self.reading: Reading | None = None
+        self._reading: Reading | None = None
+
+    @property
+    def reading(self) -> Reading:
+        """The linear-Gaussian map at the parameters last read."""
+        if self._reading is None:
+            raise RuntimeError(
+                "call read(args) first: this predictor has not read the program's parameters yet"
+            )
+        return self._reading
+
+    @property
+    def value(self) -> Tensor:
+        return self.reading.value
+
+    @property
+    def scale(self) -> float:
+        return self.reading.scale
 
     def read(self, args: tuple[Any, ...]) -> Exact:
         if self.model is None:
@@ -64,17 +82,17 @@ class Exact(Predictor):
         return self._with(self.model, read(self.model, args, self.structure))
 
     def freeze(self) -> Exact:
-        values = {
-            k: v.detach().clone()
-            for k, v in self._map._asdict().items()
-            if isinstance(v, Tensor) and k != "value"
-        }
-        return self._with(None, self._map._replace(**values, value=values["loc"][:0]))
+        r = self.reading
+        loc, loading, noise, latent_loc, latent_root = (
+            t.detach().clone() for t in (r.loc, r.loading, r.noise, r.latent_loc, r.latent_root)
+        )
+        plain = Reading(loc, loading, noise, latent_loc, latent_root, r.scale, value=loc[:0])
+        return self._with(None, plain)
 
     def conditionals(self, x: Tensor, visible: Tensor) -> Tensor:
-        groups = _group(x, len(self._map.loc))
+        groups = _group(x, len(self.reading.loc))
         n_masks = len(visible)
-        step = max(1, CHUNK // max(1, x.numel() * max(1, self._map.loading.shape[-1])))
+        step = max(1, CHUNK // max(1, x.numel() * max(1, self.reading.loading.shape[-1])))
         out = x.new_zeros(n_masks, *x.shape)
         for start in range(0, n_masks, step):
             shown = visible[start : start + step, None] & groups.seen  # (S, G, T)
@@ -99,7 +117,7 @@ class Exact(Predictor):
             permuted = cov[:, tokens][:, :, tokens]
             permuted = torch.where(shown[:, :, None] & shown[:, None, :], permuted, eye)
             # L L' = S[order, order]:  log p(x_t | x_<t) = -(L^-1 r)_t^2 / 2 - log L_tt - log(2 pi) / 2
-            factor = torch.linalg.cholesky(permuted)  # (G, T, T)
+            factor = _cholesky(permuted)  # (G, T, T)
             white = _solve_rows(factor, residual[:, tokens], groups)  # (N, T)
             log_diagonal = factor.diagonal(dim1=-2, dim2=-1).log()[groups.index]
             log_prob = torch.where(shown[groups.index], -0.5 * (white.square() + LOG_2PI) - log_diagonal, 0.0)
@@ -107,33 +125,25 @@ class Exact(Predictor):
         return torch.stack(out)
 
     def joint(self, x: Tensor) -> Tensor:
-        step = max(1, CHUNK // max(1, x.shape[1] * max(1, self._map.loading.shape[-1])))
-        if len(x) <= step or len(self._map.loc) > 1:
+        step = max(1, CHUNK // max(1, x.shape[1] * max(1, self.reading.loading.shape[-1])))
+        if len(x) <= step or len(self.reading.loc) > 1:
             return self._joint(x)
         return torch.cat([self._joint(x[i : i + step]) for i in range(0, len(x), step)])
 
     def posterior(self, x: Tensor, visible: Tensor | None = None) -> Posterior:
-        loc, loading = self._map[:2]
+        loc, loading = self.reading[:2]
         groups = _group(x, len(loc))
         shown = groups.seen if visible is None else groups.seen & visible
         u = self._latents(x, shown, groups)[0][0]  # (N, K)
-        mean = self._map.latent_loc + (self._map.latent_root @ u[..., None])[..., 0]
+        mean = self.reading.latent_loc + (self.reading.latent_root @ u[..., None])[..., 0]
         return Posterior(mean, loc + (loading @ u[..., None])[..., 0])
 
     # ------------------------------------------------------------------------------------------------ the algebra
 
     @property
-    def _map(self) -> Reading:
-        if self.reading is None:
-            raise RuntimeError(
-                "call read(args) first: this predictor has not read the program's parameters yet"
-            )
-        return self.reading
-
-    @property
     def _parts(self) -> tuple[bool, Tensor, Tensor, Tensor]:
         """Whether Woodbury is right, and loc (B, T), loading (B, T, K), noise (B, T)."""
-        loc, loading, noise = self._map[:3]
+        loc, loading, noise = self.reading[:3]
         with torch.no_grad():
             signal = loading.square().sum(-1)
             small = bool((noise <= SMALL_NOISE * (signal + noise)).any())
@@ -141,7 +151,7 @@ class Exact(Predictor):
 
     def _with(self, model: Model | None, reading: Reading) -> Exact:
         new = object.__new__(Exact)
-        new.model, new.structure, new.reading = model, self.structure, reading
+        new.model, new.structure, new._reading = model, self.structure, reading
         return new
 
     def _joint(self, x: Tensor) -> Tensor:
@@ -160,7 +170,7 @@ class Exact(Predictor):
         else:
             eye = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
             cov = torch.where(seen[:, :, None] & seen[:, None, :], _covariance(loading, noise), eye)
-            factor = torch.linalg.cholesky(cov)
+            factor = _cholesky(cov)
             quadratic = _solve_rows(factor, residual, groups).square().sum(-1)
             logdet = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         return -0.5 * (quadratic + logdet[groups.index] + count * LOG_2PI)
@@ -179,11 +189,11 @@ class Exact(Predictor):
             inner = inner.unflatten(-1, (n_latents, n_latents)) + torch.eye(
                 n_latents, dtype=x.dtype, device=x.device
             )
-            factor = torch.linalg.cholesky(inner)  # (S, G, K, K)
+            factor = _cholesky(inner)  # (S, G, K, K)
             hit = self._weighted(residual, shown, scaled, groups)  # (S, N, K)
             return _cholesky_solve_rows(factor, hit, groups), factor
         # u = W_R' S_RR^-1 r_R (T x T); hidden and missing tokens decoupled
-        factor = torch.linalg.cholesky(_shown_covariance(loading, noise, shown))  # (S, G, T, T)
+        factor = _cholesky(_shown_covariance(loading, noise, shown))  # (S, G, T, T)
         r = torch.where(shown[:, groups.index], residual, 0.0)
         alpha = _cholesky_solve_rows(factor, r, groups)  # (S, N, T)
         return (alpha[..., None, :] @ loading)[..., 0, :], factor
@@ -215,7 +225,8 @@ class Exact(Predictor):
         return mean, var[:, groups.index]
 
 
-class _Groups(NamedTuple):
+@dataclass(frozen=True)
+class _Groups:
     """Rows that share a factorisation: one missing pattern, or each row its own where maps differ."""
 
     seen: Tensor
@@ -242,6 +253,16 @@ def _shown_covariance(loading: Tensor, noise: Tensor, shown: Tensor) -> Tensor:
     """(S, G, T, T): covariance of the shown tokens, the others decoupled with unit variance."""
     eye = torch.eye(shown.shape[-1], dtype=loading.dtype, device=loading.device)
     return torch.where(shown[..., :, None] & shown[..., None, :], _covariance(loading, noise), eye)
+
+
+def _cholesky(matrix: Tensor) -> Tensor:
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    if bool(info.any()):
+        raise ModelError(
+            "the covariance of the tokens is singular in float64: a noise variance is zero, not finite, or below about "
+            "1e-15 of its token's variance. Give every token more noise"
+        )
+    return factor
 
 
 def _solve_rows(factor: Tensor, r: Tensor, groups: _Groups) -> Tensor:
