@@ -27,6 +27,7 @@ from sklearn.callback import CallbackSupportMixin
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_array, check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
@@ -38,7 +39,7 @@ from bayes_mpt.models import PPCA
 from bayes_mpt.moments import Table
 from bayes_mpt.predictors import Exact, Predictor, choose
 from bayes_mpt.score import ScoreEstimate, estimate
-from bayes_mpt.tracing import Model, ModelError, Reading
+from bayes_mpt.tracing import Model, ModelError, Reading, latent_values, token_means
 
 __all__ = ["BayesMPT"]
 
@@ -245,6 +246,9 @@ class BayesMPT(
                 predictor = problem.read()
                 with torch.no_grad():
                     total = float(problem.score()) * problem.n_rows
+                    self._shared_latents = _shared_latents(predictor)
+        takes_y = y is not None and _takes_y(model)
+        self._y_like: tuple[tuple[int, ...], Any] | None = (y.shape[1:], y.dtype) if takes_y else None
         if not np.isfinite(total):
             raise ValueError(
                 f"the log marginal likelihood is {total} at the fitted parameters: check the program"
@@ -366,8 +370,8 @@ class BayesMPT(
         if len(columns) == n_tokens:
             return (
                 f"{problem.predictor.structure.n_latents} latents reproduce these rows (n_samples = "
-                f"{problem.n_rows}, n_features = {n_tokens}) without any noise, so the likelihood has no maximum: use fewer latents or more rows, and look "
-                "for constant or duplicated columns"
+                f"{problem.n_rows}, n_features = {n_tokens}) without any noise, so the likelihood has no "
+                "maximum: use fewer latents or more rows, and look for constant or duplicated columns"
             )
         return (
             f"columns {', '.join(columns)} are constant, duplicated, or exact combinations of others: the likelihood "
@@ -487,6 +491,22 @@ class BayesMPT(
             filled = torch.where(x.isnan(), predictor.posterior(x).tokens, x)
         return filled.cpu().numpy().astype(self._dtype_of(X), copy=False)
 
+    @available_if(lambda self: getattr(self, "_y_like", None) is not None)
+    def predict(self, X: ArrayLike) -> NDArray[np.float64]:
+        """Means of y for new rows X, for programs ``model(x, y)``.
+
+        Latents that all rows share (regression weights) are at their posterior means given the training rows, those
+        of new rows at their means given these.
+        """
+        check_is_fitted(self)
+        rows = self._check_rows(X, reset=False)
+        assert self._y_like is not None
+        shape, dtype = self._y_like
+        args = self._arguments(self.fitted_model_, rows, np.zeros((len(rows), *shape), dtype=dtype))
+        with _fresh_store(deepcopy(self._state)), torch.no_grad():
+            means = token_means(self.fitted_model_, args, self.predictor_.structure, self._shared_latents)
+        return means.cpu().numpy()
+
     def sample(self, n_samples: int = 1) -> NDArray[np.float64]:
         """Draw rows from the fitted model: (n_samples, T)."""
         reading = self._shared_reading("sample")
@@ -535,9 +555,15 @@ class BayesMPT(
                 "the Laplace evidence needs complete rows, got missing cells: use evidence='heldout'"
             )
         cov, k = table.cov.cpu().numpy(), self.n_components_
-        if isinstance(shape, np.ndarray):
-            return laplace_proportional(cov, table.n, k, shape)
-        return laplace_diagonal(cov, table.n, k)
+        try:
+            if isinstance(shape, np.ndarray):
+                return laplace_proportional(cov, table.n, k, shape)
+            return laplace_diagonal(cov, table.n, k)
+        except NoiseFloorError as error:
+            raise ValueError(
+                f"{k} latents leave no direction for the noise of these rows (n_samples = {table.n}, n_features = "
+                f"{len(cov)}, rank {numerical_rank(cov)}): use fewer latents, or drop columns that repeat others"
+            ) from error
 
     def noise_shape(self) -> NDArray[np.float64] | str | None:
         """For the Laplace evidence: known ratios of the noise variances, "free", or None where it does not apply."""
@@ -685,6 +711,16 @@ def _takes_y(model: Model) -> bool:
         return True
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return sum(kind in positional for kind in kinds) > 1 or inspect.Parameter.VAR_POSITIONAL in kinds
+
+
+def _shared_latents(predictor: Predictor) -> dict[str, Tensor]:
+    """Posterior means of the latents that stand outside the rows plate, by site."""
+    structure = predictor.structure
+    if structure.by_row:
+        return {}
+    values = latent_values(structure, predictor.posterior(predictor.value).mean)
+    outside = {site.name for site in structure.latents if structure.rows_plate not in site.plates}
+    return {name: value.detach().clone() for name, value in values.items() if name in outside}
 
 
 def _digest(X: NDArray[np.floating]) -> str:

@@ -91,6 +91,8 @@ class RankingDisplay:
             color="C0",
             ecolor="0.7",
         )
+        if table["lml_diff"].min() < -100:  # the leaders' gaps would vanish beside the laggards'
+            self.ax_.set_xscale("symlog", linthresh=10)
         self.ax_.axvline(0, color="0.5", lw=0.8, ls=":")
         self.ax_.set_yticks(place, list(table.index))
         self.ax_.set(xlabel=f"log evidence below the best, nats ({self.comparison['diag'].iloc[0]})")

@@ -24,7 +24,16 @@ from pyro.distributions.torch import Independent
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-__all__ = ["Model", "ModelError", "Reading", "Structure", "read", "structure"]
+__all__ = [
+    "Model",
+    "ModelError",
+    "Reading",
+    "Structure",
+    "latent_values",
+    "read",
+    "structure",
+    "token_means",
+]
 
 Model = Callable[..., Any]
 
@@ -46,6 +55,8 @@ class Latent(NamedTuple):
     """Shape of the site's value in the first run."""
     row_axis: int | None
     """The axis of the rows plate in that shape; None outside the plate."""
+    plates: tuple[str, ...]
+    """Names of the plates around the site."""
     width: int
     """Latents that the site adds to K: of one row, or of the whole data set."""
 
@@ -183,6 +194,15 @@ def read(model: Model, args: tuple[Any, ...], structure: Structure) -> Reading:
     return reading._replace(value=value, scale=_scale(trace.nodes[structure.observed]))
 
 
+def token_means(
+    model: Model, args: tuple[Any, ...], structure: Structure, values: dict[str, Tensor]
+) -> Tensor:
+    """Means of the tokens at these latent values, the other latents at their means given them: (N, ...)."""
+    with _SetLatents(values, others_at_mean=True):
+        trace = poutine.trace(model).get_trace(*args)
+    return _normal(trace.nodes[structure.observed])[0]
+
+
 # ------------------------------------------------------------------------------------------------ the two readings
 
 
@@ -192,7 +212,7 @@ def _read_probes(model: Model, args: tuple[Any, ...], structure: Structure) -> R
     n_probes = n_latents + 1 + N_CHECKS
     rows = tuple(_fill(_cycle(a, n_probes)) for a in args)
     probes = _probes(structure, rows[0])  # (P, K)
-    trace = _run(model, rows, _as_sites(structure, probes))
+    trace = _run(model, rows, latent_values(structure, probes))
     loc, scale = _token_normal(trace, structure)  # (P, T)
     latent_loc, latent_root = _latent_normal(trace, structure, n_probes)  # (P, K), (P, K, K)
     where = f"observed site {structure.observed!r}"
@@ -214,7 +234,7 @@ def _read_rows(model: Model, args: tuple[Any, ...], structure: Structure) -> Rea
     fixed: dict[str, Tensor] = {}
     scale_factor, value = 1.0, None
     for probe in probes:
-        sites = _as_sites(structure, probe.expand(n_rows, -1))
+        sites = latent_values(structure, probe.expand(n_rows, -1))
         trace = _run(model, filled, {**sites, **fixed})
         if value is None:
             # The rows that a sub-sampling plate drew in the first run stay for the others.
@@ -290,15 +310,19 @@ def _integrate_prior(
 
 
 class _SetLatents(poutine.messenger.Messenger):
-    """Fix latent values. Not `poutine.condition`, which would turn them into observed sites."""
+    """Fix latent values, the others at their means if asked. Not `poutine.condition`: they stay latent sites."""
 
-    def __init__(self, values: dict[str, Tensor]):
+    def __init__(self, values: dict[str, Tensor], others_at_mean: bool = False):
         super().__init__()
         self.values = values
+        self.others_at_mean = others_at_mean
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["name"] in self.values:
             msg["value"] = self.values[msg["name"]]
+            msg["done"] = True
+        elif self.others_at_mean and not msg["is_observed"] and not _is_subsample(msg):
+            msg["value"] = msg["fn"].mean
             msg["done"] = True
 
 
@@ -360,11 +384,12 @@ def _sites(trace: Trace, args: tuple[Any, ...]) -> tuple[str, str | None, bool]:
 
 def _latent(node: dict[str, Any], rows_plate: str | None) -> Latent:
     shape = tuple(node["value"].shape)
+    plates = tuple(f.name for f in node["cond_indep_stack"])
     frames = [f for f in node["cond_indep_stack"] if f.name == rows_plate]
     if not frames:
-        return Latent(node["name"], shape, None, node["value"].numel())
+        return Latent(node["name"], shape, None, plates, node["value"].numel())
     axis = len(node["fn"].batch_shape) + frames[0].dim
-    return Latent(node["name"], shape, axis, node["value"].numel() // shape[axis])
+    return Latent(node["name"], shape, axis, plates, node["value"].numel() // shape[axis])
 
 
 def _batch(structure: Structure, args: tuple[Any, ...]) -> int:
@@ -381,7 +406,7 @@ def _flat(value: Tensor, site: Latent, n_rows: int) -> Tensor:
     return value.movedim(site.row_axis, 0).reshape(n_rows, -1)
 
 
-def _as_sites(structure: Structure, z: Tensor) -> dict[str, Tensor]:
+def latent_values(structure: Structure, z: Tensor) -> dict[str, Tensor]:
     """z (n_rows, K) as values of the latent sites."""
     values, start = {}, 0
     for site in structure.latents:
@@ -397,7 +422,7 @@ def _as_sites(structure: Structure, z: Tensor) -> dict[str, Tensor]:
 
 def _prior_means(structure: Structure, args: tuple[Any, ...]) -> dict[str, Tensor]:
     like = args[0]
-    return _as_sites(structure, like.new_zeros(_batch(structure, args), structure.n_latents))
+    return latent_values(structure, like.new_zeros(_batch(structure, args), structure.n_latents))
 
 
 def _base(fn: Any) -> Any:
@@ -527,22 +552,30 @@ def _shared_map(model: Model, args: tuple[Any, ...], structure: Structure) -> Re
     except (RuntimeError, ValueError, IndexError):
         return None  # the program does not take K + 4 rows, or they differ
     with torch.no_grad():
-        for z in _probes(structure, args[0])[structure.n_latents :]:
-            loc, scale, _ = _at(model, args, structure, z)
-            u = torch.linalg.solve(reading.latent_root, (z - reading.latent_loc)[..., None])
-            want = (reading.loading @ u)[..., 0]
-            size = (reading.loading.abs() @ u.abs())[..., 0] + reading.loc.abs()
-            same = (loc - reading.loc - want).abs() <= _tolerance(loc) * size
-            if not bool(same.all()) or not _close(scale.square(), reading.noise.expand_as(scale)):
-                return None
+        # the real rows, each with random latents of its own, near and far
+        rows = _batch(structure, args)
+        far = _probes(structure, args[0])[structure.n_latents + 1 :]
+        z = far[torch.arange(rows, device=far.device) % len(far)] * _row_factors(rows, far)
+        loc, scale, _ = _at(model, args, structure, z)
+        u = torch.linalg.solve(reading.latent_root, (z - reading.latent_loc)[..., None])
+        want = (reading.loading @ u)[..., 0]
+        size = (reading.loading.abs() @ u.abs())[..., 0] + reading.loc.abs()
+        same = (loc - reading.loc - want).abs() <= _tolerance(loc) * size
+        if not bool(same.all()) or not _close(scale.square(), reading.noise.expand_as(scale)):
+            return None
     return reading
+
+
+def _row_factors(rows: int, like: Tensor) -> Tensor:
+    """(rows, 1) factors in 0.5 .. 1.5, no two rows alike."""
+    return 0.5 + torch.arange(rows, dtype=like.dtype, device=like.device)[:, None] / rows
 
 
 def _at(
     model: Model, args: tuple[Any, ...], structure: Structure, z: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, scale and value of the tokens on these rows when every row has the latents z (K,)."""
-    trace = _run(model, args, _as_sites(structure, z.expand(_batch(structure, args), -1)))
+    """Mean, scale and value of the tokens on these rows at latents z, (K,) for all or (rows, K)."""
+    trace = _run(model, args, latent_values(structure, z.expand(_batch(structure, args), -1)))
     loc, scale = _token_normal(trace, structure)
     return loc, scale, trace.nodes[structure.observed]["value"].reshape(loc.shape)
 
@@ -571,17 +604,20 @@ def _refuse_dependence_on_x(model: Model, args: tuple[Any, ...], structure: Stru
                         "pyro.param, or pass covariates as a further argument"
                     )
                 if not structure.by_row or len(arg) != len(base[2]) or len(arg) < 2:
-                    continue
+                    break
                 keep = len(arg) // 2
                 late = torch.cat([arg[:keep], changed_arg[keep:]])
                 after = _after(model, (*args[:position], late, *args[position + 1 :]), structure, z)
-                for what, a, b in zip(("mean", "scale", "value"), after or (), base, strict=False):
+                if after is None:
+                    continue
+                for what, a, b in zip(("mean", "scale", "value"), after, base, strict=True):
                     if not _close(a[:keep], b[:keep]):
                         raise ModelError(
                             f"the {what} of observed site {structure.observed!r} in one row depends on other rows of "
                             f"plate {structure.rows_plate!r} (a statistic of x inside the program), so rows are not "
                             "independent: compute it outside the program, or make it a pyro.param"
                         )
+                break  # one kind of change that the program takes is enough
 
 
 def _changes(arg: Tensor) -> list[Tensor]:
@@ -610,7 +646,7 @@ def _compare_with_program(
     args = tuple(_fill(a) for a in args)
     z = _probes(structure, args[0])[structure.n_latents + 1].expand(_batch(structure, args), -1)
     with torch.no_grad():
-        trace = _run(model, args, _as_sites(structure, z))
+        trace = _run(model, args, latent_values(structure, z))
         trace.compute_log_prob()
         site = trace.nodes[structure.observed]
         want = sum(float(s["log_prob_sum"]) for s in trace.nodes.values() if s["type"] == "sample")

@@ -102,13 +102,16 @@ def concentrate(problem: Problem, table: Table, max_iter: int = 1000) -> Fit | N
         If the likelihood has no maximum.
     """
     leaves = problem.leaves()
-    _check_start(problem, leaves)
+    _check_finite(leaves)
     reading = _exact(problem).reading
     loc, loading, noise = reading.loc, reading.loading, reading.noise
     n_latents = loading.shape[-1]
     if len(loc) != 1 or not table.n:
         return None
     touches = _touches(reading, leaves)
+    for name in leaves:
+        if leaves[name].numel() and not any(name in names for names in touches.values()):
+            raise _untouched(name)
     of_loc, of_noise = touches["loc"], touches["noise"]
     of_loading = touches["loading"] - of_noise
     if of_loc & (of_noise | touches["loading"]) or not of_loc or (n_latents and not of_loading):
@@ -438,10 +441,14 @@ def _untouched(name: str) -> ModelError:
     )
 
 
-def _check_start(problem: Problem, leaves: dict[str, Tensor]) -> None:
+def _check_finite(leaves: dict[str, Tensor]) -> None:
     for name, leaf in leaves.items():
         if not bool(torch.isfinite(leaf).all()):
             raise ModelError(f"parameter {name!r} is not finite at the start: check its initial value")
+
+
+def _check_start(problem: Problem, leaves: dict[str, Tensor]) -> None:
+    _check_finite(leaves)
     try:
         score = problem.score()
     except torch.linalg.LinAlgError as error:
