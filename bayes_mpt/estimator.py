@@ -139,6 +139,8 @@ class BayesMPT(
         "verbose": ["verbose"],
     }
 
+    _state: State  # the program's unconstrained parameters after the last fit
+
     def __init__(
         self,
         model: Model | None = None,
@@ -217,7 +219,7 @@ class BayesMPT(
         model = PPCA() if self.model is None else self.model
         if isinstance(model, torch.nn.Module):
             model = deepcopy(model)  # a PyroModule trains in place
-        state = deepcopy(self._state) if warm and hasattr(self, "_state") else None
+        state = self._state if warm and hasattr(self, "_state") else None
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         table = None
         with training.one_thread(X.size):
@@ -225,12 +227,13 @@ class BayesMPT(
                 table = self._grow_table(X, seen)
                 model = self._choose_dimension(model, table)
                 state = None if state is not None and self.n_components_ != model.n_components else state
-            with _fresh_store(state) as store, _seeded(seed):
+            with _Store() as store, _seeded(seed):
                 args = self._arguments(model, X[:MAX_INIT_ROWS], y if y is None else y[:MAX_INIT_ROWS])
                 predictor = self._choose_predictor(model, args)
                 if not predictor.structure.plain and len(X) > MAX_INIT_ROWS:
                     args = self._arguments(model, X, y)
                     predictor = self._choose_predictor(model, args)
+                store.begin(state)
                 self._refuse_subsampling(predictor, args)
                 if predictor.structure.plain:
                     table = self._grow_table(X, seen) if table is None else table
@@ -247,6 +250,9 @@ class BayesMPT(
                 with torch.no_grad():
                     total = float(problem.score()) * problem.n_rows
                     self._shared_latents = _shared_latents(predictor)
+                self._state = _save()
+                store_values = pyro.get_param_store()
+                self.params_ = {n: store_values[n].detach().cpu().numpy().copy() for n in self._state}
         takes_y = y is not None and _takes_y(model)
         self._y_like: tuple[tuple[int, ...], Any] | None = (y.shape[1:], y.dtype) if takes_y else None
         if not np.isfinite(total):
@@ -254,7 +260,7 @@ class BayesMPT(
                 f"the log marginal likelihood is {total} at the fitted parameters: check the program"
             )
         self._table = table
-        self._store_fit(model, predictor, fit, total, store)
+        self._store_fit(model, predictor, fit, total)
         self.data_digest_ = _digest(X)
         self.complete_ = bool(table.complete) if table is not None else not bool(np.isnan(X).any())
         context.call_on_fit_task_end(estimator=self, X=X, y=y)
@@ -321,7 +327,7 @@ class BayesMPT(
         with torch.no_grad():
             best_score = float(problem.score())
         store = pyro.get_param_store()
-        kept = deepcopy(store.get_state())
+        kept = _save()
         for _ in range(self.n_init - 1):
             store.clear()
             if problem.predictor.model is not None:
@@ -330,9 +336,8 @@ class BayesMPT(
             with torch.no_grad():
                 score = float(problem.score())
             if score > best_score:
-                best, best_score, kept = fit, score, deepcopy(store.get_state())
-        store.clear()
-        store.set_state(kept)
+                best, best_score, kept = fit, score, _save()
+        _load(kept)
         return best
 
     def _choose_predictor(self, model: Model, args: tuple[Any, ...]) -> Predictor:
@@ -384,15 +389,9 @@ class BayesMPT(
         predictor: Predictor,
         fit: training.Fit,
         total: float,
-        store: dict[str, Any],
     ) -> None:
         self.fitted_model_ = model
-        self._state = {
-            "params": {k: v.detach().clone().requires_grad_() for k, v in store["params"].items()},
-            "constraints": dict(store["constraints"]),
-        }
         self.predictor_ = predictor.freeze()
-        self.params_ = store["values"]
         self.log_marginal_likelihood_ = total
         self.log_marginal_likelihood_se_ = 0.0
         self.history_ = fit.history
@@ -503,7 +502,7 @@ class BayesMPT(
         assert self._y_like is not None
         shape, dtype = self._y_like
         args = self._arguments(self.fitted_model_, rows, np.zeros((len(rows), *shape), dtype=dtype))
-        with _fresh_store(deepcopy(self._state)), torch.no_grad():
+        with self._fitted_program(args), torch.no_grad():
             means = token_means(self.fitted_model_, args, self.predictor_.structure, self._shared_latents)
         return means.cpu().numpy()
 
@@ -611,9 +610,17 @@ class BayesMPT(
         if self.predictor_.structure.plain:
             return self.predictor_, self._tensor(rows)
         args = self._arguments(self.fitted_model_, rows, y)
-        with _fresh_store(deepcopy(self._state)), torch.no_grad():
-            predictor = choose(self.fitted_model_, args).read(args)
+        with self._fitted_program(args) as predictor, torch.no_grad():
+            predictor = predictor.read(args)
         return predictor.freeze(), predictor.value
+
+    @contextmanager
+    def _fitted_program(self, args: tuple[Any, ...]) -> Iterator[Predictor]:
+        """The program at its fitted parameters, on these arguments."""
+        with _Store() as store, _seeded(0):
+            predictor = choose(self.fitted_model_, args)
+            store.begin(self._state)
+            yield predictor
 
     # ------------------------------------------------------------------------------------------------------- checks
 
@@ -680,17 +687,54 @@ class BayesMPT(
 # ---------------------------------------------------------------------------------------------------------- helpers
 
 
-@contextmanager
-def _fresh_store(state: dict[str, Any] | None = None) -> Iterator[dict[str, Any]]:
-    """A parameter store of one's own; on exit, also by Ctrl-C, its state is in what was yielded."""
-    kept: dict[str, Any] = {}
-    store = pyro.get_param_store()
-    with store.scope(state):
-        try:
-            yield kept
-        finally:
-            kept.update(store.get_state())
-            kept["values"] = {name: store[name].detach().cpu().numpy().copy() for name in store.keys()}
+class _Store:
+    """A parameter store of one's own around a program: nothing outside it changes, networks of the program included.
+
+    `pyro.module` puts a network's own tensors into the store, where they are trained in place; so values are copied
+    into the store and out of it, and networks get theirs back at the end, also after Ctrl-C.
+    """
+
+    def __init__(self) -> None:
+        self._scope = pyro.get_param_store().scope()
+        self._lent: dict[Tensor, Tensor] = {}
+
+    def __enter__(self) -> Self:
+        self._scope.__enter__()
+        return self
+
+    def begin(self, state: State | None) -> None:
+        """After the program's first run: remember what its networks held, and start from ``state``."""
+        for _, leaf in pyro.get_param_store().named_parameters():
+            if isinstance(leaf, torch.nn.Parameter):
+                self._lent.setdefault(leaf, leaf.detach().clone())
+        if state is not None:
+            _load(state)
+
+    def __exit__(self, *error: Any) -> None:
+        with torch.no_grad():
+            for leaf, value in self._lent.items():
+                leaf.copy_(value)
+        self._scope.__exit__(None, None, None)
+
+
+State = dict[str, Tensor]
+"""Unconstrained parameters by name, detached copies."""
+
+
+def _save() -> State:
+    return {name: leaf.detach().clone() for name, leaf in pyro.get_param_store().named_parameters()}
+
+
+def _load(state: State) -> None:
+    with torch.no_grad():
+        for name, leaf in pyro.get_param_store().named_parameters():
+            if name not in state or state[name].shape != leaf.shape:
+                got = tuple(state[name].shape) if name in state else "none"
+                raise ValueError(
+                    f"parameter {name!r} has shape {tuple(leaf.shape)}, but the last fit left one of shape {got}: "
+                    "fit with warm_start=False"
+                )
+            leaf.copy_(state[name])
 
 
 @contextmanager

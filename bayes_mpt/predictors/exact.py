@@ -2,8 +2,8 @@
 
     x = loc + loading u + e,    u ~ N(0, I_K),    e ~ N(0, diag(noise))
 
-Where K < T everything is K x K algebra (Woodbury); elsewhere, or where a noise is so small that Woodbury would
-cancel, it is T x T. Rows with missing cells share their factorisations by pattern.
+All of it is K x K algebra on the posterior of u: by normal equations, or by QR of their square root where a noise is so
+small that squaring would cost digits. Rows with missing cells share their factorisations by pattern.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bayes_mpt.tracing import Model, ModelError, Reading, Structure, read, struc
 __all__ = ["Exact"]
 
 LOG_2PI = math.log(2 * math.pi)
-SMALL_NOISE = 1e-9  # of the token's variance; below it Woodbury cancels
+SMALL_NOISE = 1e-5  # of the token's variance; below it the normal equations lose more than 1e-9
 CHUNK = 2**24  # numbers in one temporary
 
 
@@ -104,22 +104,21 @@ class Exact(Predictor):
         return out
 
     def chain(self, x: Tensor, order: Tensor) -> Tensor:
-        _, loc, loading, noise = self._parts
+        loc, loading, noise = self.reading[:3]
         groups = _group(x, len(loc))
         residual = torch.where(x.isnan(), 0.0, x - loc)
-        cov = _covariance(loading, noise)  # (B, T, T)
         seen = groups.seen[0]  # (G, T)
-        eye = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
         out = []
         for tokens in order:
             # Missing tokens are decoupled (a unit variance of their own), which leaves the others' chain alone.
             shown = seen[:, tokens]
-            permuted = cov[:, tokens][:, :, tokens]
-            permuted = torch.where(shown[:, :, None] & shown[:, None, :], permuted, eye)
             # L L' = S[order, order]:  log p(x_t | x_<t) = -(L^-1 r)_t^2 / 2 - log L_tt - log(2 pi) / 2
-            factor = _cholesky(permuted)  # (G, T, T)
+            factor = self._covariance_factor(
+                torch.where(shown[..., None], loading[:, tokens], 0.0),
+                torch.where(shown, noise[:, tokens], 1.0),
+            )  # (G, T, T)
             white = _solve_rows(factor, residual[:, tokens], groups)  # (N, T)
-            log_diagonal = factor.diagonal(dim1=-2, dim2=-1).log()[groups.index]
+            log_diagonal = factor.diagonal(dim1=-2, dim2=-1).abs().log()[groups.index]
             log_prob = torch.where(shown[groups.index], -0.5 * (white.square() + LOG_2PI) - log_diagonal, 0.0)
             out.append(torch.empty_like(log_prob).index_copy(1, tokens, log_prob))
         return torch.stack(out)
@@ -141,13 +140,16 @@ class Exact(Predictor):
     # ------------------------------------------------------------------------------------------------ the algebra
 
     @property
-    def _parts(self) -> tuple[bool, Tensor, Tensor, Tensor]:
-        """Whether Woodbury is right, and loc (B, T), loading (B, T, K), noise (B, T)."""
-        loc, loading, noise = self.reading[:3]
+    def _small_noise(self) -> bool:
+        """Whether squaring (normal equations, covariances) would lose digits."""
         with torch.no_grad():
-            signal = loading.square().sum(-1)
-            small = bool((noise <= SMALL_NOISE * (signal + noise)).any())
-        return loading.shape[-1] < loading.shape[-2] and not small, loc, loading, noise
+            noise = self.reading.noise
+            if not bool((noise > 0).all()):
+                raise ModelError(
+                    f"a noise variance of observed site {self.structure.observed!r} is {float(noise.min())}: every "
+                    "token needs noise"
+                )
+            return bool((noise <= SMALL_NOISE * (self.reading.loading.square().sum(-1) + noise)).any())
 
     def _with(self, model: Model | None, reading: Reading) -> Exact:
         new = object.__new__(Exact)
@@ -155,48 +157,51 @@ class Exact(Predictor):
         return new
 
     def _joint(self, x: Tensor) -> Tensor:
-        woodbury, loc, loading, noise = self._parts
+        loc, loading, noise = self.reading[:3]
         groups = _group(x, len(loc))
         seen = groups.seen[0]  # (G, T)
         residual = torch.where(x.isnan(), 0.0, x - loc)
-        count = seen.sum(-1).to(x)[groups.index]
-        if woodbury:
-            u, factor = (t[0] for t in self._latents(x, groups.seen, groups))
-            # r' S^-1 r = |r - W u|^2 / noise + |u|^2 at the posterior mean u, which does not cancel as Woodbury does
-            rest = torch.where(seen[groups.index], residual - (loading @ u[..., None])[..., 0], 0.0)
-            quadratic = (rest.square() / noise).sum(-1) + u.square().sum(-1)
-            logdet = torch.where(seen, noise.log(), 0.0).sum(-1)
-            logdet = logdet + 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        else:
-            eye = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-            cov = torch.where(seen[:, :, None] & seen[:, None, :], _covariance(loading, noise), eye)
-            factor = _cholesky(cov)
-            quadratic = _solve_rows(factor, residual, groups).square().sum(-1)
-            logdet = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        return -0.5 * (quadratic + logdet[groups.index] + count * LOG_2PI)
+        u, factor = (t[0] for t in self._latents(x, groups.seen, groups))
+        # r' S^-1 r = |r - W u|^2 / noise + |u|^2 at the posterior mean u: sums of squares, nothing cancels
+        rest = torch.where(seen[groups.index], residual - (loading @ u[..., None])[..., 0], 0.0)
+        quadratic = (rest.square() / noise).sum(-1) + u.square().sum(-1)
+        # log det S = log det noise + log det C^-1
+        logdet = torch.where(seen, noise.log(), 0.0).sum(-1)
+        logdet = logdet + 2 * factor.diagonal(dim1=-2, dim2=-1).abs().log().sum(-1)
+        count = seen.sum(-1).to(x)
+        return -0.5 * (quadratic + (logdet + count * LOG_2PI)[groups.index])
 
     def _latents(self, x: Tensor, shown: Tensor, groups: _Groups) -> tuple[Tensor, Tensor]:
-        """Posterior means of u (S, N, K), and the Cholesky factor of their precision (S, G, K, K) or of S_RR."""
-        woodbury, loc, loading, noise = self._parts
+        """Posterior means of u (S, N, K) and a lower factor of their precision C^-1 (S, G, K, K), given the shown."""
+        loc, loading, noise = self.reading[:3]
         residual = torch.where(x.isnan(), 0.0, x - loc)  # (N, T)
-        if woodbury:
-            # C^-1 = I + W_R' D_R^-1 W_R (K x K),  u = C W_R' D_R^-1 r_R
+        n_latents = loading.shape[-1]
+        eye = torch.eye(n_latents, dtype=x.dtype, device=x.device)
+        if not self._small_noise:
+            # C^-1 = I + W_R' D_R^-1 W_R,  u = C W_R' D_R^-1 r_R
             scaled = loading / noise[..., None]  # (B, T, K)
-            n_latents = loading.shape[-1]
             outer = (scaled[..., :, None] * loading[..., None, :]).flatten(-2)  # (B, T, K K)
             weight = shown.to(x)
             inner = weight @ outer[0] if len(outer) == 1 else torch.einsum("sgt,gtk->sgk", weight, outer)
-            inner = inner.unflatten(-1, (n_latents, n_latents)) + torch.eye(
-                n_latents, dtype=x.dtype, device=x.device
-            )
-            factor = _cholesky(inner)  # (S, G, K, K)
-            hit = self._weighted(residual, shown, scaled, groups)  # (S, N, K)
-            return _cholesky_solve_rows(factor, hit, groups), factor
-        # u = W_R' S_RR^-1 r_R (T x T); hidden and missing tokens decoupled
-        factor = _cholesky(_shown_covariance(loading, noise, shown))  # (S, G, T, T)
-        r = torch.where(shown[:, groups.index], residual, 0.0)
-        alpha = _cholesky_solve_rows(factor, r, groups)  # (S, N, T)
-        return (alpha[..., None, :] @ loading)[..., 0, :], factor
+            factor = _cholesky(inner.unflatten(-1, (n_latents, n_latents)) + eye)
+            return _cholesky_solve_rows(
+                factor, self._weighted(residual, shown, scaled, groups), groups
+            ), factor
+        # [I; D_R^-1/2 W_R] = Q R:  C^-1 = R' R,  u = R^-1 Q_R' D_R^-1/2 r_R
+        whiten = torch.where(shown, noise.rsqrt(), 0.0)  # (S, G, T)
+        top = eye.expand(*shown.shape[:2], n_latents, n_latents)
+        q, r = torch.linalg.qr(torch.cat([top, whiten[..., None] * loading], dim=-2))
+        white = (whiten[:, groups.index] * residual)[..., None, :]  # (S, N, 1, T)
+        pulled = white @ (q[..., n_latents:, :] if len(q[0]) == 1 else q[:, groups.index, n_latents:])
+        r_rows = r if len(r[0]) == 1 else r[:, groups.index]
+        return torch.linalg.solve_triangular(r_rows, pulled.mT, upper=True)[..., 0], r.mT
+
+    def _covariance_factor(self, loading: Tensor, noise: Tensor) -> Tensor:
+        """Lower factor of W W' + diag(noise): (G, T, K), (G, T) -> (G, T, T)."""
+        if not self._small_noise:
+            return _cholesky(loading @ loading.mT + torch.diag_embed(noise))
+        # [W, noise^1/2]' = Q R:  S = R' R, without squaring
+        return torch.linalg.qr(torch.cat([loading, torch.diag_embed(noise.sqrt())], -1).mT, mode="r")[1].mT
 
     def _weighted(self, residual: Tensor, shown: Tensor, scaled: Tensor, groups: _Groups) -> Tensor:
         """Sum over visible t of r_nt scaled_tk: (S, N, K), as S products of matrices where the map is shared."""
@@ -209,20 +214,12 @@ class Exact(Predictor):
 
     def _predict(self, x: Tensor, shown: Tensor, groups: _Groups) -> tuple[Tensor, Tensor]:
         """Means and variances (S, N, T) of all tokens given the shown ones (S, G, T)."""
-        woodbury, loc, loading, noise = self._parts
+        loc, loading, noise = self.reading[:3]
         u, factor = self._latents(x, shown, groups)
         mean = loc + (u @ loading[0].mT if len(loading) == 1 else (loading @ u[..., None])[..., 0])
-        if woodbury:
-            # var_i = noise_i + w_i' C w_i
-            root = torch.linalg.solve_triangular(factor, loading.mT, upper=False)  # (S, G, K, T)
-            var = noise + root.square().sum(-2)
-        else:
-            # var_i = S_ii - S_iR S_RR^-1 S_Ri
-            cov = _covariance(loading, noise)
-            cross = torch.where(shown[..., None], cov, 0.0)
-            root = torch.linalg.solve_triangular(factor, cross, upper=False)
-            var = cov.diagonal(dim1=-2, dim2=-1) - root.square().sum(-2)
-        return mean, var[:, groups.index]
+        # var_i = noise_i + w_i' C w_i
+        root = torch.linalg.solve_triangular(factor, loading.mT, upper=False)  # (S, G, K, T)
+        return mean, (noise + root.square().sum(-2))[:, groups.index]
 
 
 @dataclass(frozen=True)
@@ -243,16 +240,6 @@ def _group(x: Tensor, n_maps: int) -> _Groups:
         return _Groups(seen[None, :1], torch.zeros(len(x), dtype=torch.long, device=x.device))
     patterns, index = torch.unique(seen, dim=0, return_inverse=True)
     return _Groups(patterns[None], index)
-
-
-def _covariance(loading: Tensor, noise: Tensor) -> Tensor:
-    return loading @ loading.mT + torch.diag_embed(noise)
-
-
-def _shown_covariance(loading: Tensor, noise: Tensor, shown: Tensor) -> Tensor:
-    """(S, G, T, T): covariance of the shown tokens, the others decoupled with unit variance."""
-    eye = torch.eye(shown.shape[-1], dtype=loading.dtype, device=loading.device)
-    return torch.where(shown[..., :, None] & shown[..., None, :], _covariance(loading, noise), eye)
 
 
 def _cholesky(matrix: Tensor) -> Tensor:

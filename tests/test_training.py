@@ -1,0 +1,621 @@
+"""Maxima against closed forms, scikit-learn and scipy's optimiser on dense densities; how a training ends."""
+
+import math
+import warnings
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.distributions import constraints
+from scipy.optimize import minimize
+from scipy.stats import multivariate_normal
+from sklearn.datasets import load_breast_cancer, load_digits, load_iris, load_wine
+from sklearn.decomposition import PCA
+from sklearn.decomposition import FactorAnalysis as SkFactorAnalysis
+from sklearn.exceptions import ConvergenceWarning
+
+from bayes_mpt import BayesMPT
+from bayes_mpt.masks import PermutationChain, UniformSize
+from bayes_mpt.models import PPCA, FactorAnalysis
+
+DATA = {
+    "iris": (load_iris().data, 2),
+    "wine": (load_wine().data, 3),
+    "breast cancer": (load_breast_cancer().data, 5),
+    "digits": (load_digits().data, 10),
+}
+JITTERED = DATA["digits"][0] + np.random.default_rng(1991).normal(0, 0.5, DATA["digits"][0].shape)
+# FactorAnalysis(20, tol=1e-8, max_iter=100_000, svd_method="lapack").fit(JITTERED).score(JITTERED), scikit-learn 1.9.1
+SKLEARN_DIGITS_20 = None
+
+
+def tensor(a):
+    return torch.as_tensor(np.asarray(a, dtype=np.float64))
+
+
+def covariance(x):
+    return np.cov(x.T, bias=True)
+
+
+def gaussian_mean_score(x, mean, cov):
+    """Mean nats a row of complete rows, from their moments: -1/2 [log |2 pi S| + tr S^-1 C]."""
+    second = covariance(x) + np.outer(x.mean(0) - mean, x.mean(0) - mean)
+    return -0.5 * (np.linalg.slogdet(2 * math.pi * cov)[1] + np.trace(np.linalg.solve(cov, second)))
+
+
+def marginal_scores(x, mean, cov):
+    """Log-density of each row's observed cells by a dense solve of its own."""
+    out = []
+    for row in x:
+        s = ~np.isnan(row)
+        r, c = row[s] - mean[s], cov[np.ix_(s, s)]
+        out.append(-0.5 * (np.linalg.slogdet(2 * math.pi * c)[1] + r @ np.linalg.solve(c, r)))
+    return np.array(out)
+
+
+def ppca_optimum(x, k):
+    """Tipping & Bishop (1999), eq. 7: mean nats a row at the maximum."""
+    value = np.maximum(np.linalg.eigvalsh(covariance(x))[::-1], 0)
+    noise = value[k:].mean()
+    t = x.shape[1]
+    return -0.5 * (t * math.log(2 * math.pi) + np.log(value[:k]).sum() + (t - k) * math.log(noise) + t)
+
+
+def constants(loc, loading, noise):
+    def program(x):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(loading.shape[1]), 1.0).to_event(1))
+            mean = tensor(loc) + z @ tensor(loading).T
+            pyro.sample("x", dist.Normal(mean, tensor(noise).sqrt()).to_event(1), obs=x)
+
+    return program
+
+
+@pytest.fixture(params=DATA, ids=lambda name: name.replace(" ", "_"))
+def data(request):
+    return DATA[request.param]
+
+
+# ------------------------------------------------------------------------------------- against scikit-learn, as fixed
+
+
+def pca_program(x, k):
+    pca = PCA(k).fit(x)
+    loading = pca.components_.T * np.sqrt(np.maximum(pca.explained_variance_ - pca.noise_variance_, 0))
+    return pca, constants(pca.mean_, loading, np.full(x.shape[1], pca.noise_variance_))
+
+
+def fa_program(x, k):
+    fa = SkFactorAnalysis(k, svd_method="lapack").fit(x)
+    return fa, constants(fa.mean_, fa.components_.T, fa.noise_variance_)
+
+
+@pytest.mark.parametrize("make", [pca_program, fa_program])
+def test_the_score_of_scikit_learn(make, data):
+    x, k = data
+    theirs, program = make(x, k)
+    ours = BayesMPT(program).fit(x)
+    assert ours.score(x) == pytest.approx(theirs.score(x), abs=1e-8)
+    assert ours.log_marginal_likelihood_ / len(x) == pytest.approx(theirs.score(x), abs=1e-8)
+    np.testing.assert_allclose(ours.score_samples(x), theirs.score_samples(x), rtol=1e-9, atol=1e-7)
+
+
+@pytest.mark.parametrize("make", [pca_program, fa_program])
+def test_observed_cells_of_incomplete_rows(make, data):
+    x, k = data
+    if len(x) > 1000:
+        x = x[::6]  # a dense solve a row is the truth, and it is slow
+    theirs, program = make(x, k)
+    rng = np.random.default_rng(0)
+    holes = np.where(rng.random(x.shape) < 0.1, np.nan, x)
+    ours = BayesMPT(program).fit(holes)
+    want = marginal_scores(holes, theirs.mean_, theirs.get_covariance())
+    np.testing.assert_allclose(ours.score_samples(holes), want, rtol=0, atol=1e-8)
+    assert ours.log_marginal_likelihood_ == pytest.approx(want.sum(), abs=1e-8 * len(x))
+
+
+# --------------------------------------------------------------------------------------------------- maxima
+
+
+def test_ppca_reaches_its_closed_form_optimum(data):
+    x, k = data
+    for n in (1, k):
+        model = BayesMPT(PPCA(n)).fit(x)
+        best = ppca_optimum(x, n)
+        assert model.score(x) == pytest.approx(best, abs=1e-6)
+        assert model.log_marginal_likelihood_ / len(x) == pytest.approx(best, abs=1e-6)
+        np.testing.assert_allclose(model.mean_, x.mean(0), atol=1e-7 * (1 + abs(x).max()))
+        value = np.linalg.eigvalsh(covariance(x))[::-1]
+        assert model.noise_variance_ == pytest.approx(value[n:].mean(), rel=1e-6)
+        signal = np.linalg.svd(model.components_, compute_uv=False) ** 2 + model.noise_variance_
+        np.testing.assert_allclose(np.sort(signal)[::-1], value[:n], rtol=1e-6)
+
+
+def test_ppca_with_no_latents(data):
+    x, _ = data
+    assert BayesMPT(PPCA(0)).fit(x).score(x) == pytest.approx(ppca_optimum(x, 0), abs=1e-9)
+
+
+def test_reported_scores_are_those_of_the_fitted_parameters(data):
+    x, k = data
+    model = BayesMPT(PPCA(k)).fit(x)
+    cov = model.components_.T @ model.components_ + model.noise_variance_ * np.eye(x.shape[1])
+    np.testing.assert_allclose(model.get_covariance(), cov, rtol=1e-12, atol=1e-12 * abs(cov).max())
+    np.testing.assert_allclose(
+        model.get_precision() @ cov, np.eye(x.shape[1]), atol=1e-13 * np.linalg.cond(cov) + 1e-12
+    )
+    assert model.log_marginal_likelihood_ / len(x) == pytest.approx(
+        gaussian_mean_score(x, model.mean_, cov), abs=1e-8
+    )
+
+
+@pytest.mark.parametrize(
+    "name, k", [("iris", 1), ("wine", 2), ("wine", 3), ("breast cancer", 3), ("breast cancer", 5)]
+)
+def test_factor_analysis_is_no_lower_than_scikit_learn(name, k):
+    x = DATA[name][0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        theirs = SkFactorAnalysis(k, tol=1e-8, max_iter=20_000, svd_method="lapack").fit(x)
+    ours = BayesMPT(FactorAnalysis(k)).fit(x)
+    assert ours.score(x) >= theirs.score(x) - 1e-9
+    cov = ours.components_.T @ ours.components_ + np.diag(ours.noise_variance_)
+    assert ours.score(x) == pytest.approx(gaussian_mean_score(x, ours.mean_, cov), abs=1e-7)
+
+
+def test_factor_analysis_of_digits_where_em_stalls():
+    ours = BayesMPT(FactorAnalysis(20)).fit(JITTERED)
+    assert ours.score(JITTERED) > SKLEARN_DIGITS_20
+    cov = ours.components_.T @ ours.components_ + np.diag(ours.noise_variance_)
+    assert ours.score(JITTERED) == pytest.approx(gaussian_mean_score(JITTERED, ours.mean_, cov), abs=1e-8)
+
+
+def test_the_maximum_is_stationary():
+    """Joreskog's conditions: diag(S^-1 (S - C) S^-1) = 0 and W' S^-1 C = W' at the maximum of factor analysis."""
+    x = DATA["wine"][0]
+    x = x / x.std(0)
+    model = BayesMPT(FactorAnalysis(3)).fit(x)
+    cov = model.components_.T @ model.components_ + np.diag(model.noise_variance_)
+    inverse = np.linalg.inv(cov)
+    inner = model.noise_variance_ > 1e-6  # not at a boundary
+    gradient = inverse - inverse @ covariance(x) @ inverse
+    assert abs(np.diag(gradient)[inner] * model.noise_variance_[inner]).max() < 1e-5
+    np.testing.assert_allclose(
+        model.components_ @ inverse @ covariance(x), model.components_, atol=1e-5
+    )
+
+
+MASKS_ALONE = {"iris": 16, "wine": 32, "breast cancer": 32, "digits": 32}
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_masks_alone_from_a_random_start(name):
+    """Raw data: columns' scales differ 1e5-fold in breast cancer."""
+    x, k = DATA[name]
+    model = BayesMPT(PPCA(k), masks=UniformSize(MASKS_ALONE[name]), max_iter=6000, random_state=1991)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(x)
+    best = ppca_optimum(x, k)
+    assert best - 0.01 <= model.score(x) <= best + 1e-9
+    assert model.fit_method_ == "adam"
+
+
+def test_minibatches_of_masks():
+    x, k = DATA["iris"]
+    model = BayesMPT(
+        PPCA(k), masks=PermutationChain(), batch_size=50, max_iter=3000, learning_rate=0.02, random_state=0
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(x)
+    best = ppca_optimum(x, k)
+    assert best - 0.02 <= model.score(x) <= best + 1e-9
+
+
+def test_missing_cells_reach_a_maximum():
+    """With cells missing there is no closed form: scipy's optimiser on the dense density, from our end and another."""
+    x = DATA["iris"][0]
+    rng = np.random.default_rng(0)
+    holes = np.where(rng.random(x.shape) < 0.15, np.nan, x)
+    model = BayesMPT(PPCA(1)).fit(holes)
+
+    def unpack(theta):
+        loading = theta[4:8, None]
+        return theta[:4], loading @ loading.T + theta[8].exp() * torch.eye(4, dtype=torch.float64)
+
+    best = dense_optimum(holes, unpack, [np.concatenate([np.nanmean(holes, 0), v, [-1.0]]) for v in np.eye(4)])
+    assert model.score(holes) == pytest.approx(best, abs=1e-6)
+
+
+# ------------------------------------------------------------------------------------------ the general way: L-BFGS
+
+
+def dense_optimum(x, unpack, starts):
+    """Mean nats a row at the best of several BFGS runs on the dense density of the observed cells."""
+    groups = {}
+    for row in x:
+        groups.setdefault(tuple(~np.isnan(row)), []).append(row)
+
+    def loss(theta):
+        theta = torch.tensor(theta, requires_grad=True)
+        mean, cov = unpack(theta)
+        total = 0.0
+        for seen, rows in groups.items():
+            s = torch.tensor(seen)
+            if s.any():
+                d = torch.distributions.MultivariateNormal(mean[s], cov[s][:, s], validate_args=False)
+                total = total - d.log_prob(tensor(rows)[:, s]).sum() / len(x)
+        total.backward()
+        return float(total.detach()), theta.grad.numpy()
+
+    found = [
+        minimize(loss, s, jac=True, method="L-BFGS-B", options={"maxiter": 3000, "ftol": 1e-15, "gtol": 1e-9}).fun
+        for s in starts
+    ]
+    return -min(found)
+
+
+SMALL = np.random.default_rng(4)
+SMALL_X = SMALL.normal(size=(60, 2)) @ SMALL.normal(size=(2, 5)) + SMALL.normal(size=(60, 5)) * [0.5, 1, 0.7, 1.2, 0.4]
+SMALL_X = SMALL_X + [3.0, -1, 0, 100, 2]
+
+
+def factor_program(loading_of, noise_of):
+    def program(x):
+        loc = pyro.param("loc", lambda: x[0].clone())
+        loading, noise = loading_of(), noise_of()
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(loading.shape[1]), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(loc + z @ loading.T, noise.sqrt()).to_event(1), obs=x)
+
+    return program
+
+
+def randn(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def lower_triangular():
+    return pyro.param("loading", lambda: randn(5, 2)).tril()
+
+
+def positive():
+    return pyro.param("loading", lambda: randn(5, 1).abs(), constraint=constraints.positive)
+
+
+def signs():
+    """Loadings of known sign and free size, so that the bound is inside."""
+    return pyro.param("size", lambda: randn(5, 1).abs(), constraint=constraints.positive) * SIGNS[:, None]
+
+
+def free_noise():
+    return pyro.param("noise", lambda: torch.ones(5, dtype=torch.float64), constraint=constraints.positive)
+
+
+def tied_noise():
+    pair = pyro.param("noise", lambda: torch.ones(2, dtype=torch.float64), constraint=constraints.positive)
+    return pair[torch.tensor([0, 0, 0, 1, 1])]
+
+
+def free_loading(k):
+    return lambda: pyro.param("loading", lambda: randn(5, k))
+
+
+_first = np.linalg.eigh(np.corrcoef(SMALL_X.T))[1][:, -1]
+SIGNS = tensor(np.sign(_first))
+EYE = torch.eye(5, dtype=torch.float64)
+
+
+def starts_of(n, seed=0):
+    rng = np.random.default_rng(seed)
+    return [np.concatenate([SMALL_X.mean(0), 0.5 * rng.normal(size=n - 5)]) for _ in range(8)]
+
+
+def tril_unpack(th):
+    w = th[5:15].reshape(5, 2).tril()
+    return th[:5], w @ w.T + torch.diag(th[15:].exp())
+
+
+def positive_unpack(th):
+    w = th[5:10].exp()[:, None]
+    return th[:5], w @ w.T + torch.diag(th[10:].exp())
+
+
+def signs_unpack(th):
+    w = th[5:10].exp()[:, None] * SIGNS[:, None]
+    return th[:5], w @ w.T + torch.diag(th[10:].exp())
+
+
+def tied_unpack(k):
+    def unpack(th):
+        w = th[5 : 5 + 5 * k].reshape(5, k)
+        return th[:5], w @ w.T + torch.diag(th[-2:].exp()[torch.tensor([0, 0, 0, 1, 1])])
+
+    return unpack
+
+
+CONSTRAINED = {
+    "lower-triangular loadings": (factor_program(lower_triangular, free_noise), tril_unpack, 20),
+    "positive loadings": (factor_program(positive, free_noise), positive_unpack, 15),
+    "loadings of known sign": (factor_program(signs, free_noise), signs_unpack, 15),
+    "tied noise, one latent": (factor_program(free_loading(1), tied_noise), tied_unpack(1), 12),
+    "tied noise, two latents": (factor_program(free_loading(2), tied_noise), tied_unpack(2), 17),
+}
+
+
+@pytest.mark.parametrize("name", CONSTRAINED)
+def test_constrained_programs_against_scipy(name):
+    program, unpack, n = CONSTRAINED[name]
+    best = dense_optimum(SMALL_X, unpack, starts_of(n))
+    model = BayesMPT(program, n_init=5, random_state=0).fit(SMALL_X)
+    assert model.score(SMALL_X) == pytest.approx(best, abs=1e-6)
+    cov = model.components_.T @ model.components_ + np.diag(np.broadcast_to(model.noise_variance_, 5))
+    assert model.score(SMALL_X) == pytest.approx(gaussian_mean_score(SMALL_X, model.mean_, cov), abs=1e-9)
+    if "positive" in name:
+        assert (model.params_["loading"] > 0).all()
+    if "triangular" in name:
+        assert model.components_[1, 0] == 0.0
+
+
+def test_regression_on_covariates_is_least_squares():
+    """No latents, own rows: slopes by least squares, noise the mean squared residual."""
+    rng = np.random.default_rng(5)
+    y = rng.normal(size=(50, 3))
+    x = y @ rng.normal(size=(3, 4)) + rng.normal(size=(50, 4)) * [0.1, 1, 10, 100]
+
+    def program(x, y):
+        slope = pyro.param("slope", lambda: x.new_zeros(3, 4))
+        noise = pyro.param("noise", lambda: x.var(0), constraint=constraints.positive)
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Normal(y @ slope, noise.sqrt()).to_event(1), obs=x)
+
+    model = BayesMPT(program).fit(x, y)
+    slope = np.linalg.lstsq(y, x, rcond=None)[0]
+    noise = ((x - y @ slope) ** 2).mean(0)
+    best = -0.5 * (np.log(2 * math.pi * noise).sum() + 4)
+    assert model.log_marginal_likelihood_ / 50 == pytest.approx(best, abs=1e-8)
+    np.testing.assert_allclose(model.params_["slope"], slope, rtol=1e-3, atol=1e-3 * np.sqrt(noise).max())
+    np.testing.assert_allclose(model.params_["noise"], noise, rtol=1e-3)
+
+
+def test_type_two_maximum_likelihood_of_a_regression():
+    """Weights integrated, their spread and the noise maximised: the n targets are one vector."""
+    rng = np.random.default_rng(6)
+    x = rng.normal(size=(40, 3))
+    y = x @ np.array([1.0, -2.0, 0.5]) + 0.3 * rng.normal(size=40)
+
+    def program(x, y):
+        spread = pyro.param("spread", lambda: x.new_ones(()), constraint=constraints.positive)
+        noise = pyro.param("noise", lambda: x.new_ones(()), constraint=constraints.positive)
+        w = pyro.sample("w", dist.Normal(x.new_zeros(3), spread).to_event(1))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("y", dist.Normal(x @ w, noise), obs=y)
+
+    def loss(theta):
+        cov = math.exp(2 * theta[0]) * x @ x.T + math.exp(2 * theta[1]) * np.eye(40)
+        return -multivariate_normal(np.zeros(40), cov).logpdf(y)
+
+    best = minimize(loss, [0, 0], method="Nelder-Mead", options={"xatol": 1e-9, "fatol": 1e-12, "maxiter": 2000})
+    model = BayesMPT(program).fit(x, y)
+    assert model.log_marginal_likelihood_ == pytest.approx(-best.fun, abs=1e-7)
+    assert math.log(model.params_["noise"]) == pytest.approx(best.x[1], abs=1e-3)
+    assert math.log(model.params_["spread"]) == pytest.approx(best.x[0], abs=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------------- scales
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e-4, 1e4, 1e8, "mixed"])
+@pytest.mark.parametrize(
+    "model", [PPCA(2), FactorAnalysis(2), CONSTRAINED["tied noise, one latent"][0]], ids=["ppca", "fa", "lbfgs"]
+)
+def test_scale_invariance(model, scale):
+    """x -> c x changes the maximum by -sum log c a row, and nothing else."""
+    if scale == "mixed" and not isinstance(model, FactorAnalysis):
+        pytest.skip("one noise for columns of different units is another model")
+    x = SMALL_X - [0, 0, 0, 100, 0]
+    by = np.logspace(-8, 8, 5) if scale == "mixed" else np.full(5, scale)
+    one, other = (BayesMPT(model, random_state=0).fit(a) for a in (x, x * by))
+    assert other.score(x * by) == pytest.approx(one.score(x) - np.log(by).sum(), abs=1e-7)
+    np.testing.assert_allclose(other.mean_ / by, one.mean_, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e8])
+def test_masks_train_alike_at_all_scales(scale):
+    kw = {"masks": UniformSize(8), "max_iter": 500, "random_state": 0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        one = BayesMPT(PPCA(1), **kw).fit(SMALL_X)
+        other = BayesMPT(PPCA(1), **kw).fit(SMALL_X * scale)
+    assert other.score(SMALL_X * scale) == pytest.approx(one.score(SMALL_X) - 5 * math.log(scale), abs=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------- starts and ends
+
+
+def test_warm_start():
+    program = CONSTRAINED["lower-triangular loadings"][0]
+    cold = BayesMPT(program, random_state=0, warm_start=True).fit(SMALL_X)
+    first = cold.n_iter_
+    best = cold.score(SMALL_X)
+    again = cold.fit(SMALL_X)
+    assert again.score(SMALL_X) == pytest.approx(best, abs=1e-9)
+    assert again.n_iter_ < first / 3
+    off = BayesMPT(program, random_state=0).fit(SMALL_X)
+    assert off.fit(SMALL_X).n_iter_ >= first / 3
+
+
+def test_warm_start_goes_on_where_it_stopped():
+    program = CONSTRAINED["lower-triangular loadings"][0]
+    model = BayesMPT(program, random_state=0, warm_start=True, max_iter=5)
+    scores = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        for _ in range(4):
+            scores.append(model.fit(SMALL_X).score(SMALL_X))
+    assert (np.diff(scores) > 0).all()
+
+
+def two_hills(x):
+    """mean = a^3 - 3 a against data around 5: one global maximum near a = 2.28, a local one at a = -1 (mean 2)."""
+    a = pyro.param("a", lambda: randn())
+    with pyro.plate("rows", len(x)):
+        pyro.sample("x", dist.Normal((a**3 - 3 * a).expand(2), 1.0).to_event(1), obs=x)
+
+
+def test_restarts_keep_the_best():
+    x = 5 + np.random.default_rng(0).normal(size=(40, 2))
+    m = x.mean()
+    best = -math.log(2 * math.pi) - 0.5 * ((x - m) ** 2).sum(1).mean()
+    trap = -math.log(2 * math.pi) - 0.5 * ((x - 2) ** 2).sum(1).mean()
+    single = [BayesMPT(two_hills, random_state=s).fit(x).score(x) for s in range(6)]
+    assert min(single) == pytest.approx(trap, abs=1e-6)  # the trap is real
+    for seed in range(3):
+        model = BayesMPT(two_hills, n_init=20, random_state=seed).fit(x)
+        assert model.score(x) == pytest.approx(best, abs=1e-8)
+        assert model.log_marginal_likelihood_ / 40 == pytest.approx(best, abs=1e-8)
+        assert model.history_[-1] == pytest.approx(best, abs=1e-8)  # of the start that won
+
+
+@pytest.mark.parametrize("missing", [False, True], ids=["complete", "missing"])
+@pytest.mark.parametrize("model", [PPCA(2), FactorAnalysis(2)], ids=repr)
+def test_partial_fit_equals_fit(model, missing):
+    x = DATA["wine"][0] / DATA["wine"][0].std(0)
+    if missing:
+        x = np.where(np.random.default_rng(0).random(x.shape) < 0.03, np.nan, x)
+    whole = BayesMPT(model, random_state=0).fit(x)
+    parts = BayesMPT(model, random_state=0)
+    for chunk in np.array_split(x, 5):
+        parts.partial_fit(chunk)
+    assert parts.log_marginal_likelihood_ == pytest.approx(whole.log_marginal_likelihood_, abs=1e-5)
+    assert parts.score(x) == pytest.approx(whole.score(x), abs=1e-7)
+    np.testing.assert_allclose(parts.get_covariance(), whole.get_covariance(), rtol=1e-3, atol=1e-3)
+    one_by_one = BayesMPT(PPCA(1)).partial_fit(x[:20])
+    one_by_one.partial_fit(x[20:21])
+    assert one_by_one.score(x[:21]) == pytest.approx(BayesMPT(PPCA(1)).fit(x[:21]).score(x[:21]), abs=1e-7)
+
+
+def test_fit_forgets_what_partial_fit_saw():
+    model = BayesMPT(PPCA(1)).partial_fit(SMALL_X).fit(SMALL_X[:30])
+    assert model.score(SMALL_X[:30]) == pytest.approx(ppca_optimum(SMALL_X[:30], 1), abs=1e-8)
+
+
+def interrupted(after, seen):
+    """A factor program (tied noise: no closed form) in which Ctrl-C is pressed once, in the given run."""
+    count = 0
+
+    def program(x):
+        nonlocal count
+        loc = pyro.param("loc", lambda: x.new_zeros(5))
+        loading = pyro.param("loading", lambda: randn(5, 1))
+        noise = pyro.param("noise", lambda: x.new_ones(2), constraint=constraints.positive)
+        count += 1
+        if count == after:
+            raise KeyboardInterrupt
+        noise = noise[torch.tensor([0, 0, 0, 1, 1])]
+        if count < after:
+            with torch.no_grad():
+                seen.append((loc.numpy().copy(), (loading @ loading.T + torch.diag(noise)).numpy()))
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(1), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(loc + z @ loading.T, noise.sqrt()).to_event(1), obs=x)
+
+    return program
+
+
+@pytest.mark.parametrize("after", [40, 60])
+def test_ctrl_c_keeps_the_best_state(after):
+    x, seen = SMALL_X - [0, 0, 0, 100, 0], []
+    model = BayesMPT(interrupted(after, seen), random_state=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(x)
+    visited = [gaussian_mean_score(x, m, c) for m, c in seen]
+    best = BayesMPT(CONSTRAINED["tied noise, one latent"][0], random_state=0, n_init=3).fit(x).score(x)
+    assert model.score(x) == pytest.approx(max(visited), abs=1e-9)
+    assert visited[0] + 1 < model.score(x) < best - 1e-12  # it was cut short, and had come some way
+    assert not model.converged_
+    cov = model.components_.T @ model.components_ + np.diag(model.noise_variance_)
+    assert model.log_marginal_likelihood_ / 60 == pytest.approx(
+        gaussian_mean_score(x, model.mean_, cov), abs=1e-9
+    )
+
+
+def test_ctrl_c_in_a_training_on_masks():
+    x, seen = SMALL_X - [0, 0, 0, 100, 0], []
+    model = BayesMPT(interrupted(600, seen), masks=UniformSize(4), random_state=0, max_iter=10_000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(x)
+    visited = [gaussian_mean_score(x, m, c) for m, c in seen]
+    assert model.score(x) > visited[0] + 1
+    assert model.score(x) > np.mean(visited[-50:]) - 0.05  # not an old state
+    assert 500 < model.n_iter_ < 600 and not model.converged_
+
+
+def test_ctrl_c_before_the_first_window_of_a_training_on_masks():
+    """There is no average yet; what was learnt so far is kept all the same."""
+    x, seen = SMALL_X - [0, 0, 0, 100, 0], []
+    model = BayesMPT(interrupted(55, seen), masks=UniformSize(4), random_state=0, max_iter=10_000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(x)
+    visited = [gaussian_mean_score(x, m, c) for m, c in seen]
+    assert model.n_iter_ > 20
+    assert model.score(x) > visited[0] + 0.1
+
+
+# ------------------------------------------------------------------------------------------------------- errors
+
+
+def program_with(extra):
+    def program(x):
+        factor = extra(x)
+        loc = pyro.param("loc", lambda: x.mean(0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Normal(loc * factor, 1.0).to_event(1), obs=x)
+
+    return program
+
+
+def not_a_number(x):
+    return pyro.param("temperature", torch.tensor(math.nan, dtype=torch.float64))
+
+
+def infinite(x):
+    return pyro.param("temperature", torch.tensor(math.inf, dtype=torch.float64))
+
+
+def nan_gradient(x):
+    """The value is finite and its derivative is 0 * inf = NaN."""
+    p = pyro.param("temperature", torch.tensor(0.0, dtype=torch.float64))
+    return torch.where(p < 1, torch.ones_like(p) + 0 * p.abs().sqrt(), p)
+
+
+def unused(x):
+    pyro.param("temperature", torch.tensor(1.0, dtype=torch.float64))
+    return 1.0
+
+
+@pytest.mark.parametrize("masks", [None, UniformSize(2)], ids=repr)
+@pytest.mark.parametrize("extra", [not_a_number, infinite, nan_gradient, unused])
+def test_a_bad_parameter_is_named(extra, masks):
+    with pytest.raises(ValueError, match="temperature"):
+        BayesMPT(program_with(extra), masks=masks).fit(SMALL_X)
+
+
+def test_nan_that_comes_up_during_the_training_is_an_error_that_names_its_cause():
+    """log of a parameter that Adam drives below zero."""
+
+    def program(x):
+        a = pyro.param("temperature", torch.tensor(0.05, dtype=torch.float64))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Normal(torch.log(a).expand(5), 1.0).to_event(1), obs=x)
+
+    with pytest.raises(ValueError, match="temperature"):
+        BayesMPT(program, masks=UniformSize(2), max_iter=200, random_state=0, learning_rate=0.5).fit(SMALL_X - 50)
+
+
