@@ -110,7 +110,7 @@ class BayesMPT(
     data_digest_ : str
         Fingerprint of the training rows.
     selection_ : dict
-        Where "auto" chose the dimension: ``{K: log evidence}``.
+        Where "auto" chose the dimension: ``{K: log evidence}``; with missing cells, from the pairs observed together.
     n_features_in_, feature_names_in_
         As in scikit-learn.
 
@@ -222,6 +222,7 @@ class BayesMPT(
         state = self._state if warm and hasattr(self, "_state") else None
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         table = None
+        self.__dict__.pop("selection_", None)
         with training.one_thread(X.size):
             if getattr(model, "n_components", None) == "auto":
                 table = self._grow_table(X, seen)
@@ -295,7 +296,7 @@ class BayesMPT(
                     report=report,
                 )
             else:
-                if table is not None:
+                if table is not None and (table.complete or not warm):
                     fit = self._solve(problem, table)
                     if fit is not None and table.complete:
                         return fit
@@ -313,8 +314,8 @@ class BayesMPT(
         return fit
 
     def _solve(self, problem: training.Problem, table: Table) -> training.Fit | None:
-        """The closed-form maximum; with missing cells, of the table filled with means, as a start."""
-        complete = table if table.complete else table.filled()
+        """The closed-form maximum; with missing cells, that of the available pairs of cells, as a start."""
+        complete = table if table.complete else table.available()
         rows, weight = complete.rows()
         whole = training.Problem(problem.predictor, problem.args, rows, weight, complete.n_rows)
         return training.concentrate(whole, complete, self.max_iter)
@@ -345,9 +346,9 @@ class BayesMPT(
 
     def _choose_dimension(self, model: Any, table: Table) -> Any:
         """Rank all K by the evidence, on one covariance; the winner's model."""
-        filled = table if table.complete else table.filled()
-        n, n_tokens = filled.n, len(filled.mean)
-        cov = filled.cov.cpu().numpy()
+        table = table if table.complete else table.available()
+        n, n_tokens = table.n, len(table.mean)
+        cov = table.cov.cpu().numpy()
         # K latents and a noise need K + 1 directions in which the rows differ
         rank = numerical_rank(cov)
         largest = min(n_tokens - 1, n - 2, rank - 1, MAX_AUTO)
@@ -406,10 +407,8 @@ class BayesMPT(
             self.components_ = reading.loading[0].mT.cpu().numpy()
             self.mean_ = reading.loc[0].cpu().numpy()
             noise = reading.noise[0].cpu().numpy()
-            tied = len(noise) > 1 and bool((noise == noise[0]).all()) and "noise_variance" in self.params_
-            self.noise_variance_ = (
-                float(noise[0]) if tied and self.params_["noise_variance"].ndim == 0 else noise
-            )
+            tied = np.ndim(self.params_.get("noise_variance", noise)) == 0
+            self.noise_variance_ = float(noise[0]) if tied else noise
 
     # ------------------------------------------------------------------------------------------------- what it says
 
@@ -642,7 +641,9 @@ class BayesMPT(
         return x, y.double() if y.is_floating_point() else y
 
     def _tensor(self, X: NDArray[np.floating]) -> Tensor:
-        return torch.from_numpy(np.array(X, dtype=np.float64)).to(self.device)
+        array = np.asarray(X, dtype=np.float64)
+        # torch has no read-only tensors; nothing here writes into its rows
+        return torch.from_numpy(array if array.flags.writeable else array.copy()).to(self.device)
 
     def _grow_table(self, X: NDArray[np.floating], seen: Table | None) -> Table:
         table = Table(X, self.device)

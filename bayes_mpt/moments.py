@@ -74,12 +74,27 @@ class Table:
         self.incomplete = torch.cat([self.incomplete, other.incomplete])
         return self
 
-    def filled(self) -> Table:
-        """The same rows, all complete: missing cells replaced by their column's mean. A start, not an estimate."""
+    def available(self) -> Table:
+        """Moments of the pairs of cells that were observed together: a start, not an estimate.
+
+        Each covariance is the mean over the rows that show both tokens, which is consistent where cells are missing at
+        random; what makes the matrix indefinite is cut off. ``n`` becomes the mean number of such rows.
+        """
         cells = self.incomplete
-        mean = self.mean if self.n else cells.nanmean(0)
-        result = Table(torch.where(cells.isnan(), mean, cells), device=str(self.mean.device))
-        result._merge(self.n, self.mean, self.cov)
+        seen = (~cells.isnan()).to(cells)
+        count = self.n + seen.mT @ seen  # (T, T)
+        single = count.diagonal()
+        mean = (self.n * self.mean + cells.nan_to_num(0.0).sum(0)) / single
+        centred = torch.where(cells.isnan(), 0.0, cells - mean)
+        shift = self.mean - mean
+        product = self.n * (self.cov + torch.outer(shift, shift)) + centred.mT @ centred
+        sd = (product.diagonal() / single).sqrt()
+        unit = torch.where(sd > 0, sd, torch.ones_like(sd))
+        value, vector = torch.linalg.eigh(product / count.clamp(min=1) / unit / unit[:, None])
+        result = Table(cells[:0], device=str(cells.device))
+        result.mean = mean
+        result.cov = unit * unit[:, None] * ((vector * value.clamp(min=1e-3)) @ vector.mT)
+        result.n = max(1, int(count.mean()))
         return result
 
     @property

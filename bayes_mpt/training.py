@@ -352,10 +352,10 @@ def train_on_masks(
                     _assign(leaves, average)
                     rate = learning_rate * 0.5**halvings
                     start, unit, phi, adam = _fresh_adam(problem, leaves, rate)
-        else:
-            average = total / len(window) if window else average
     except KeyboardInterrupt:
         fit.interrupted = True
+    if window:  # stopped inside a window
+        average = total / len(window)
     _assign(leaves, average)
     fit.n_iter = len(fit.history)
     return fit
@@ -371,12 +371,16 @@ def _fresh_adam(
 
 
 def _batch(problem: Problem, batch_size: int | None, generator: torch.Generator) -> Problem:
-    """A random minibatch: rows without replacement; the mean score of the batch estimates that of all."""
+    """A random minibatch, whose mean score estimates that of all rows."""
     if batch_size is None:
         return problem
     if problem.rows is not None:
         n = len(problem.rows)
-        index = torch.randperm(n, generator=generator)[:batch_size].to(problem.rows.device)
+        if problem.weight is None:
+            index = torch.randperm(n, generator=generator)[:batch_size]
+        else:
+            index = torch.multinomial(problem.weight.cpu(), batch_size, replacement=True, generator=generator)
+        index = index.to(problem.rows.device)
         return Problem(problem.predictor, problem.args, problem.rows[index], None, len(index))
     n = len(problem.args[0])
     index = torch.randperm(n, generator=generator)[:batch_size].to(problem.args[0].device)

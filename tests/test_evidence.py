@@ -4,16 +4,16 @@ import math
 
 import numpy as np
 import pytest
-from scipy.linalg import null_space
+from scipy.linalg import null_space, qr
 from scipy.optimize import minimize
 from scipy.special import gammaln
-from scipy.stats import norm
+from scipy.stats import gamma
 
 from bayes_mpt import BayesMPT
 from bayes_mpt.evidence import _log_volume, laplace_diagonal, laplace_proportional
 from bayes_mpt.models import PPCA, FactorAnalysis
 
-NOISE_SD = 1.5  # of PPCA's log noise, a priori
+SHAPE = 2.0  # psi_i ~ Gamma(2, 2 / var_i), a priori
 
 
 def sample_covariance(seed, t, k, n, isotropic, signal=1.0):
@@ -37,11 +37,15 @@ def model_covariance(v, log_noise):
 
 
 class Setting:
-    """Prior and parametrisation of one kind, written out again: psi = exp(design @ eta), V = psi^-1/2 W."""
+    """Prior and parametrisation of one kind, written out again: psi = exp(design @ eta), V = psi^-1/2 W.
+
+    W_ik ~ N(0, tau^2 var_i) and psi_i ~ Gamma(2, 2 / var_i); in PPCA var_i is the mean variance.
+    """
 
     def __init__(self, cov, n, k, kind):
         self.cov, self.n, self.k, self.kind, self.t = cov, n, k, kind, len(cov)
         self.design = np.eye(self.t) if kind == "fa" else np.ones((self.t, 1))
+        self.variance = np.diag(cov) if kind == "fa" else np.diag(cov).mean(keepdims=True)
 
     def evidence(self):
         if self.kind == "fa":
@@ -49,14 +53,25 @@ class Setting:
         return laplace_proportional(self.cov, self.n, self.k, np.ones(self.t))
 
     def log_prior_noise(self, eta):
-        """Density of eta: a normal around the log mean variance, or psi_i ~ InverseGamma(1/2, var_i / 2)."""
-        if self.kind == "ppca":
-            return norm(math.log(np.diag(self.cov).mean()), NOISE_SD).logpdf(eta).sum(-1)
-        b = np.diag(self.cov) / 2
-        return (0.5 * np.log(b) - gammaln(0.5) - 0.5 * eta - b * np.exp(-eta)).sum(-1)
+        """Density of eta = log psi: that of psi times psi."""
+        return (gamma(SHAPE, scale=self.variance / SHAPE).logpdf(np.exp(eta)) + eta).sum(-1)
 
     def log_noise(self, eta):
         return eta @ self.design.T
+
+    def share(self, eta):
+        """(..., T) psi / var."""
+        return (np.exp(eta) / self.variance) @ self.design.T
+
+    def tau2(self):
+        """Empirical: the mean of W^2 / var at the point of expansion."""
+        v, eta = self.point()
+        return (v**2 * self.share(eta)[:, None]).mean()
+
+    def log_prior_loading(self, v, eta):
+        """Density of V given the noise: V_ik ~ N(0, tau^2 var_i / psi_i); and of any V turned by a rotation."""
+        sd = np.sqrt(self.tau2() / self.share(eta))[..., None]
+        return (-0.5 * (v / sd) ** 2 - np.log(sd) - 0.5 * math.log(2 * math.pi)).sum((-1, -2))
 
     def log_likelihood(self, v, eta):
         return log_likelihood(self.cov, self.n, model_covariance(v, self.log_noise(eta)))
@@ -86,10 +101,9 @@ def laplace_by_differences(s):
     slopes = [(model(theta + step * e) - model(theta - step * e)) / (2 * step) for e in np.eye(d)]
     inverse = np.linalg.inv(model(theta))
     fisher = 0.5 * np.array([[np.trace(inverse @ a @ inverse @ b) for b in slopes] for a in slopes])
-    tau2 = (v**2).mean()
     precision = np.zeros(d)
-    precision[: t * k] = 1 / tau2
-    precision[t * k :] = (np.diag(s.cov) / 2 * np.exp(-eta)) if s.kind == "fa" else NOISE_SD**-2
+    precision[: t * k] = s.share(eta).mean() / s.tau2()  # the mean over the tokens
+    precision[t * k :] = SHAPE * np.exp(eta) / s.variance
     h = s.n * fisher + np.diag(precision)
     tangents = []
     for a in range(k):
@@ -97,7 +111,7 @@ def laplace_by_differences(s):
             skew = np.zeros((k, k))
             skew[a, b], skew[b, a] = 1, -1
             tangents.append(np.concatenate([(v @ skew).ravel(), np.zeros(p)]))
-    value = float(s.log_likelihood(v, eta)) + norm(0, math.sqrt(tau2)).logpdf(v).sum() + float(s.log_prior_noise(eta))
+    value = float(s.log_likelihood(v, eta) + s.log_prior_loading(v, eta) + s.log_prior_noise(eta))
     if tangents:
         g = np.array(tangents).T
         q = null_space(g.T)
@@ -121,7 +135,7 @@ def test_against_differences_and_explicit_tangents(kind, t, k, n):
     if k == 0:
         eta = s.point()[1]
         curvature = n / 4 * s.design.T @ (np.eye(t) + np.eye(t)) @ s.design
-        curvature += np.diag(np.diag(cov) / 2 * np.exp(-eta)) if kind == "fa" else NOISE_SD**-2
+        curvature += np.diag(SHAPE * np.exp(eta) / s.variance)
         want = log_likelihood(cov, n, np.diag(np.exp(s.log_noise(eta)))) + s.log_prior_noise(eta)
         want += len(eta) / 2 * math.log(2 * math.pi) - 0.5 * np.linalg.slogdet(curvature)[1]
     else:
@@ -163,17 +177,14 @@ def test_factor_analysis_expands_at_the_map_of_its_noise(k):
     s = Setting(cov, n, k, "fa")
 
     def loss(theta):
-        return -float(s.log_likelihood(theta[: 6 * k].reshape(6, k), theta[6 * k :]) + s.log_prior_noise(theta[6 * k :]))
+        v, eta = theta[: 6 * k].reshape(6, k), theta[6 * k :]
+        return -float(s.log_likelihood(v, eta) + s.log_prior_noise(eta))
 
     v, eta = s.point()
     at_theirs = -loss(np.concatenate([v.ravel(), eta]))
-    best = max(
-        -minimize(loss, start, method="BFGS", options={"gtol": 1e-6, "maxiter": 2000}).fun
-        for start in (
-            np.random.default_rng(9).normal(size=7 * k if k == 1 else 18)[: 6 * k + 6] * 0.5,
-            np.concatenate([v.ravel() + 0.1, eta - 0.1]),
-        )
-    )
+    rng = np.random.default_rng(9)
+    starts = [np.concatenate([v.ravel() + 0.1, eta - 0.1]), 0.5 * rng.normal(size=6 * k + 6)]
+    best = max(-minimize(loss, start, method="BFGS", options={"gtol": 1e-6, "maxiter": 2000}).fun for start in starts)
     assert at_theirs == pytest.approx(best, abs=1e-5)
     want = float(s.log_likelihood(v, eta))
     assert found.lml == pytest.approx(want, abs=1e-7)
@@ -182,31 +193,31 @@ def test_factor_analysis_expands_at_the_map_of_its_noise(k):
 # ------------------------------------------------------------------------------------------------ brute force
 
 
-def brute_force(s, n_draws=200_000):
+def brute_force(s, n_draws=40_000):
     """log of the integral over loadings and noise, tau^2 as at the point of expansion.
 
     Every V is L O, L lower trapezoidal with a positive diagonal and O orthogonal, dV = prod_i l_ii^(K - i) dL dO
     (Muirhead 1982, 2.1.13), and the integrand does not see O: the orbit contributes vol O(K). Over L and eta there is
     one mode, integrated by importance sampling from a Student t whose scale comes from numerical second differences.
     """
+    # the order of the tokens is free: first those whose loadings pin the rotation best, so that l_ii stays away from 0
+    first = qr(s.point()[0].T, pivoting=True)[2]
+    s = Setting(s.cov[np.ix_(first, first)], s.n, s.k, s.kind)
     v, eta = s.point()
-    tau = math.sqrt((v**2).mean())
-    t, k = v.shape
+    tau2, (t, k) = s.tau2(), v.shape
     where = np.array([(i, j) for i in range(t) for j in range(k) if j <= i])
     on_diagonal = np.flatnonzero(where[:, 0] == where[:, 1])
     power = k - 1 - np.arange(k)
 
     def log_integrand(theta):
-        lower = np.zeros((*theta.shape[:-1], t, k))
+        lower, e = np.zeros((*theta.shape[:-1], t, k)), theta[..., len(where) :]
         lower[..., where[:, 0], where[:, 1]] = theta[..., : len(where)]
         diagonal = theta[..., on_diagonal]
-        with np.errstate(invalid="ignore", divide="ignore"):
-            jacobian = (power * np.log(diagonal)).sum(-1) if k > 1 else 0.0
-        e = theta[..., len(where) :]
-        value = s.log_likelihood(lower, e) + norm(0, tau).logpdf(lower[..., where[:, 0], where[:, 1]]).sum(-1)
-        # entries above the diagonal are zero, but the prior is of the full V: |L O| = |L|
-        value = value - 0.5 * (t * k - len(where)) * math.log(2 * math.pi * tau**2)
-        return np.where((diagonal > 0).all(-1), value + jacobian + s.log_prior_noise(e), -np.inf)
+        sd = np.sqrt(tau2 / s.share(e))[..., None]  # rows of L are as long as those of V = L O
+        prior = (-0.5 * (lower / sd) ** 2 - np.log(sd) - 0.5 * math.log(2 * math.pi)).sum((-1, -2))
+        jacobian = (power * np.log(np.maximum(diagonal, 1e-300))).sum(-1)
+        value = s.log_likelihood(lower, e) + prior + jacobian + s.log_prior_noise(e)
+        return np.where((diagonal > 0).all(-1), value, -1e10)
 
     q, r = np.linalg.qr(v.T)  # v = (q r)' = r' q'
     lower = (r.T * np.sign(np.diag(r)))[where[:, 0], where[:, 1]]
@@ -218,7 +229,7 @@ def brute_force(s, n_draws=200_000):
     f = log_integrand(pairs)
     h = -(f[..., 0] - f[..., 1] - f[..., 2] + f[..., 3]) / (4 * step**2)
     root = np.linalg.cholesky(np.linalg.inv((h + h.T) / 2))
-    rng, df = np.random.default_rng(0), 8
+    rng, df = np.random.default_rng(0), 4
     z = rng.normal(size=(n_draws, d)) / np.sqrt(rng.chisquare(df, n_draws) / df)[:, None]
     log_q = (
         gammaln((df + d) / 2) - gammaln(df / 2) - d / 2 * math.log(df * math.pi)
@@ -226,19 +237,19 @@ def brute_force(s, n_draws=200_000):
     )  # fmt: skip
     log_w = np.concatenate([log_integrand(mode + part @ root.T) for part in np.array_split(z, 10)]) - log_q
     w = np.exp(log_w - log_w.max())
-    assert w.sum() ** 2 / (w**2).sum() > 0.2 * n_draws  # effective draws
+    assert w.sum() ** 2 / (w**2).sum() > 0.1 * n_draws  # effective draws
     volume = {1: 2.0, 2: 4 * math.pi}[k]
     return log_w.max() + math.log(w.mean()) + math.log(volume)
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("kind, t, k", [("ppca", 4, 1), ("ppca", 5, 2), ("fa", 4, 1), ("fa", 6, 2)])
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("kind, t, k", [("ppca", 4, 1), ("ppca", 5, 2), ("fa", 6, 1), ("fa", 6, 2)])
 def test_against_brute_force_integration(kind, t, k, seed):
-    """Within tenths of a nat at N = 400, far from the 0.7 (K = 1) or 2.5 (K = 2) that a forgotten orbit would cost."""
+    """Within hundredths (PPCA) or tenths (FA, expanded at a MAP of the noise alone) of a nat at N = 400, far from the 0.7 (K = 1) or 2.5 (K = 2) that a forgotten orbit would cost."""
     _, cov = sample_covariance(10 + seed, t, k, 400, kind == "ppca", signal=1.5)
     s = Setting(cov, 400, k, kind)
     got, want = s.evidence().log_evidence, brute_force(s)
-    assert got == pytest.approx(want, abs=0.3)
+    assert got == pytest.approx(want, abs=0.06 if kind == "ppca" else 0.3)
     assert got < want + 0.05  # it lies low, not high
 
 

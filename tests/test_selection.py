@@ -1,0 +1,699 @@
+"""The search: every number of its tables by hand from closed forms and dense densities, its guards, its restarts."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.distributions import constraints
+from scipy.stats import multivariate_normal, norm
+from scipy.stats import t as student_t
+from sklearn.compose import ColumnTransformer
+from sklearn.datasets import load_wine
+from sklearn.model_selection import GridSearchCV, KFold, ParameterGrid
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from bayes_mpt import BayesMPT, MarginalLikelihoodSearch, compare
+from bayes_mpt.evidence import laplace_diagonal, laplace_proportional
+from bayes_mpt.masks import UniformSize
+from bayes_mpt.models import PPCA, FactorAnalysis
+
+N, T = 60, 6
+RNG = np.random.default_rng(1991)
+X = RNG.normal(size=(N, 2)) @ RNG.normal(size=(2, T)) + 0.7 * RNG.normal(size=(N, T)) + 3
+GRID = {"model__n_components": [1, 2, 3]}
+COLUMNS = ["rank", "lml", "lml_diff", "mc_dse", "p_worse", "dse", "weight", "log_bayes_factor", "se", "diag"]
+
+
+def covariance(x):
+    return np.cov(x.T, bias=True)
+
+
+def ppca(x, k):
+    """Mean and covariance at the closed-form maximum."""
+    value, vector = np.linalg.eigh(covariance(x))
+    value, vector = value[::-1], vector[:, ::-1]
+    noise = value[k:].mean()
+    return x.mean(0), (vector[:, :k] * (value[:k] - noise)) @ vector[:, :k].T + noise * np.eye(x.shape[1])
+
+
+def ppca_scores(train, test, k):
+    return np.atleast_1d(multivariate_normal(*ppca(train, k)).logpdf(test))
+
+
+def search(evidence, grid=None, **kw):
+    return MarginalLikelihoodSearch(BayesMPT(PPCA(1), random_state=0), grid or GRID, evidence=evidence, random_state=0, **kw)
+
+
+def gaussian(mean, sd=1.0):
+    """A program with nothing to train."""
+
+    def program(x):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(mean + z[:, None].expand(-1, x.shape[1]), sd).to_event(1), obs=x)
+
+    return program
+
+
+def gaussian_scores(x, mean, sd=1.0):
+    t = x.shape[1]
+    return multivariate_normal(np.full(t, float(mean)), np.ones((t, t)) + sd**2 * np.eye(t)).logpdf(x)
+
+
+def replicate_error(values):
+    n = len(values)
+    return np.std(values, ddof=1) / math.sqrt(n) * student_t.ppf(norm.cdf(2), n - 1) / 2
+
+
+@pytest.fixture
+def record(monkeypatch):
+    """Every fit and every scoring of rows by it: (training rows, scored rows, scores)."""
+    calls = {"fit": [], "score": []}
+    fit, score = BayesMPT.fit, BayesMPT.score_samples
+
+    def recorded_fit(self, X, y=None):
+        calls["fit"].append((self, np.array(X)))
+        self._rows = np.array(X)
+        return fit(self, X, y)
+
+    def recorded_score(self, X, y=None):
+        out = score(self, X, y)
+        calls["score"].append((self.model.n_components, self._rows, np.array(X), out))
+        return out
+
+    monkeypatch.setattr(BayesMPT, "fit", recorded_fit)
+    monkeypatch.setattr(BayesMPT, "score_samples", recorded_score)
+    return calls
+
+
+# ------------------------------------------------------------------------------------------------- the table by hand
+
+
+def check_results(s, lml, n_rows=N):
+    """What cv_results_ and comparison_ say of candidates with these totals, in the order of the grid."""
+    lml = np.asarray(lml)
+    np.testing.assert_allclose(s.cv_results_["lml"], lml, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(s.cv_results_["mean_test_score"], lml / n_rows, rtol=0, atol=1e-8)
+    order = np.argsort(-lml)
+    np.testing.assert_array_equal(s.cv_results_["rank_test_score"][order], np.arange(1, len(lml) + 1))
+    assert s.best_index_ == order[0]
+    assert s.best_params_ == list(ParameterGrid(s.param_grid))[order[0]]
+    assert s.best_score_ == pytest.approx(lml.max() / n_rows, abs=1e-8)
+    c = s.comparison_
+    assert isinstance(c, pd.DataFrame) and list(c.columns) == COLUMNS
+    np.testing.assert_array_equal(c["rank"], np.arange(len(lml)))
+    np.testing.assert_allclose(c["lml"], lml[order], atol=1e-6)
+    np.testing.assert_allclose(c["lml_diff"], lml[order] - lml.max(), atol=1e-6)
+    assert (c["lml_diff"] <= 0).all() and c["lml_diff"].iloc[0] == 0
+    assert list(c.index) == [s.candidate_names_[i] for i in order]
+
+
+def check_dse(table, names, by_row):
+    """sqrt(N) sd of the difference of rows' scores; NaN for the best itself."""
+    best = by_row[names.index(table.index[0])]
+    for name in table.index[1:]:
+        want = math.sqrt(len(best)) * np.std(by_row[names.index(name)] - best, ddof=1)
+        assert table.loc[name, "dse"] == pytest.approx(want, rel=1e-5)
+    assert math.isnan(table["dse"].iloc[0])
+
+
+def check_weights(table, is_evidence):
+    if not is_evidence:
+        assert table["weight"].isna().all() and table["log_bayes_factor"].isna().all()
+        return
+    w = np.exp(table["lml"] - table["lml"].max())
+    np.testing.assert_allclose(table["weight"], w / w.sum(), rtol=1e-9)
+    np.testing.assert_allclose(table["log_bayes_factor"], table["lml"] - table["lml"].max(), atol=1e-12)
+
+
+def test_train():
+    s = search("train").fit(X)
+    by_row = [ppca_scores(X, X, k) for k in (1, 2, 3)]
+    check_results(s, [b.sum() for b in by_row])
+    check_dse(s.comparison_, s.candidate_names_, by_row)
+    check_weights(s.comparison_, False)
+    assert (s.comparison_["mc_dse"] == 0).all() and (s.comparison_["se"] == 0).all()
+    assert (s.comparison_["p_worse"].iloc[1:] == 0).all() and math.isnan(s.comparison_["p_worse"].iloc[0])
+    assert s.best_params_ == {"model__n_components": 3}  # it rises for ever, which is why it cannot choose
+
+
+def test_laplace():
+    s = search("laplace", {"model": [PPCA(1), PPCA(2), FactorAnalysis(1), FactorAnalysis(2)]}).fit(X)
+    cov = covariance(X)
+    want = [laplace_proportional(cov, N, k, np.ones(T)).log_evidence for k in (1, 2)]
+    want += [laplace_diagonal(cov, N, k).log_evidence for k in (1, 2)]
+    np.testing.assert_allclose(s.cv_results_["lml"], want, atol=1e-5)
+    check_results(s, s.cv_results_["lml"])
+    check_weights(s.comparison_, True)
+    # an approximation of unknown error is never given an error of zero
+    assert s.comparison_["mc_dse"].isna().all() and s.comparison_["se"].isna().all()
+    assert s.comparison_["p_worse"].isna().all()
+    assert s.comparison_["diag"].str.contains("laplace").all()
+
+
+def test_nothing_to_train_is_an_evidence():
+    grid = {"model": [gaussian(2.5), gaussian(3.0), gaussian(3.0, 2.0)]}
+    s = search("auto", grid).fit(X)
+    by_row = [gaussian_scores(X, 2.5), gaussian_scores(X, 3.0), gaussian_scores(X, 3.0, 2.0)]
+    assert s.evidence_ == "train" and "point-estimated" in s.evidence_reason_
+    check_results(s, [b.sum() for b in by_row])
+    check_dse(s.comparison_, s.candidate_names_, by_row)
+    check_weights(s.comparison_, True)
+    assert (s.comparison_["mc_dse"] == 0).all()
+
+
+def test_keys_are_those_of_grid_search_cv():
+    ours = search("heldout", cv=3).fit(X).cv_results_
+    theirs = GridSearchCV(BayesMPT(PPCA(1)), GRID, cv=3).fit(X).cv_results_
+    assert theirs.keys() <= ours.keys()
+    assert ours["params"] == theirs["params"]
+    np.testing.assert_array_equal(ours["param_model__n_components"], theirs["param_model__n_components"])
+
+
+# ---------------------------------------------------------------------------------------------- held out, cumulative
+
+
+def test_leave_one_out_against_a_loop():
+    """With as many folds as rows there is one partition only."""
+    s = search("heldout", cv=N).fit(X)
+    by_row = [
+        np.concatenate([ppca_scores(np.delete(X, i, 0), X[i], k) for i in range(N)]) for k in (1, 2, 3)
+    ]
+    check_results(s, [b.sum() for b in by_row])
+    check_dse(s.comparison_, s.candidate_names_, by_row)
+    check_weights(s.comparison_, False)
+    assert s.n_splits_ == N
+
+
+def test_held_out_folds_against_a_loop(record):
+    s = search("heldout", cv=4, n_repeats=3).fit(X)
+    assert s.n_splits_ == 12
+    for i, k in enumerate((1, 2, 3)):
+        scored = [c for c in record["score"] if c[0] == k and len(c[2]) == N // 4]
+        assert len(scored) == 12
+        repeats = []
+        for repeat in range(3):
+            part = scored[4 * repeat : 4 * repeat + 4]
+            # a partition: every row hidden once, and fitted on exactly the others
+            hidden = np.concatenate([c[2] for c in part])
+            assert {r.tobytes() for r in hidden} == {r.tobytes() for r in X} and len(hidden) == N
+            for _, train, test, _ in part:
+                assert {r.tobytes() for r in train} == {r.tobytes() for r in X} - {r.tobytes() for r in test}
+            repeats.append([ppca_scores(c[1], c[2], k) for c in part])
+        splits = [b.mean() for r in repeats for b in r]
+        for j, want in enumerate(splits):
+            assert s.cv_results_[f"split{j}_test_score"][i] == pytest.approx(want, abs=1e-7)
+        totals = [sum(b.sum() for b in r) for r in repeats]
+        assert s.cv_results_["lml"][i] == pytest.approx(np.mean(totals), abs=1e-5)
+        assert s.comparison_.loc[s.candidate_names_[i], "se"] == pytest.approx(replicate_error(totals), rel=1e-4)
+
+
+def test_the_errors_of_repeated_folds():
+    """From the splits' scores alone: folds of one size, so a repeat's total is the fold size times their sum."""
+    s = search("heldout", cv=4, n_repeats=5).fit(X)
+    splits = np.array([s.cv_results_[f"split{i}_test_score"] for i in range(20)])  # (20, 3)
+    totals = splits.reshape(5, 4, 3).sum(1) * (N / 4)  # (5, 3)
+    check_results(s, totals.mean(0))
+    best = s.best_index_
+    for i, name in enumerate(s.candidate_names_):
+        row = s.comparison_.loc[name]
+        assert row["se"] == pytest.approx(replicate_error(totals[:, i]), rel=1e-6)
+        if i == best:
+            assert math.isnan(row["p_worse"])
+            continue
+        mc_dse = replicate_error(totals[:, i] - totals[:, best])  # paired: the same folds
+        assert row["mc_dse"] == pytest.approx(mc_dse, rel=1e-6)
+        assert row["p_worse"] == pytest.approx(norm.cdf(-abs(row["lml_diff"]) / mc_dse), rel=1e-6)
+        assert row["mc_dse"] < row["se"] + s.comparison_["se"].iloc[0]
+
+
+def test_one_partition_has_an_unknown_error():
+    s = search("heldout", cv=5).fit(X)
+    assert s.comparison_["mc_dse"].iloc[1:].isna().all() and s.comparison_["se"].isna().all()
+
+
+def test_all_candidates_see_the_same_folds(record):
+    search("heldout", cv=5).fit(X)
+    tests = {k: [c[2].tobytes() for c in record["score"] if c[0] == k and len(c[2]) < N] for k in (1, 2, 3)}
+    assert tests[1] == tests[2] == tests[3] and len(set(tests[1])) == 5
+
+
+@pytest.mark.parametrize("share, cv", [(0.5, 5), (0.2, 12)])
+def test_cumulative_against_a_loop(share, cv, record):
+    """log p(rest | visible share): each block of rows predicted from all rows before it."""
+    s = search("cumulative", cv=cv, visible_share=share).fit(X)
+    first = round(share * N)
+    rows_in_x = {r.tobytes(): i for i, r in enumerate(X)}
+    for i, k in enumerate((1, 2, 3)):
+        blocks = [c for c in record["score"] if c[0] == k and len(c[1]) < N]
+        assert len(blocks) == cv
+        total, seen = 0.0, None
+        for _, train, test, _ in blocks:
+            train_rows = {rows_in_x[r.tobytes()] for r in train}
+            test_rows = {rows_in_x[r.tobytes()] for r in test}
+            assert train_rows.isdisjoint(test_rows)
+            assert len(train_rows) == first if seen is None else train_rows == seen
+            seen = train_rows | test_rows
+            total += ppca_scores(train, test, k).sum()
+        assert seen == set(range(N))
+        assert s.cv_results_["lml"][i] == pytest.approx(total, abs=1e-5)
+    check_results(s, s.cv_results_["lml"], n_rows=N - first)
+    check_weights(s.comparison_, True)
+
+
+def test_cumulative_of_a_program_with_nothing_to_train(record):
+    """Then log p(rest | share) is the rest's own LML, whatever the blocks."""
+    s = MarginalLikelihoodSearch(
+        BayesMPT(gaussian(3.0)), {"tol": [1e-10]}, evidence="cumulative", cv=3, n_repeats=400, random_state=0
+    )
+    by_row = gaussian_scores(X, 3.0)
+    record["score"].clear()
+    lml = MarginalLikelihoodSearch.fit
+    with pytest.MonkeyPatch.context() as m:  # n_components is not an attribute of a plain program
+        m.setattr(BayesMPT, "score_samples", lambda self, X, y=None: gaussian_scores(np.asarray(X), 3.0))
+        lml(s, X)
+    sd = math.sqrt(N / 2 * by_row.var(ddof=1) / 2)  # half the rows, drawn without replacement
+    assert abs(s.cv_results_["lml"][0] - by_row.sum() / 2) < 3.5 * sd / math.sqrt(400)
+    assert s.comparison_["se"].iloc[0] == pytest.approx(sd / math.sqrt(400), rel=0.15)
+
+
+# ---------------------------------------------------------------------------------------------------- auto
+
+
+def loc_only(x):
+    loc = pyro.param("loc", lambda: x.mean(0))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
+
+
+def own_noise(x):
+    noise = pyro.param("noise", lambda: x.new_ones(T), constraint=constraints.positive)
+    with pyro.plate("rows", len(x)):
+        pyro.sample("x", dist.Normal(3.0, noise).to_event(1), obs=x)
+
+
+def shared_level(x):
+    level = pyro.sample("level", dist.Normal(x.new_zeros(()), 5.0))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("x", dist.Normal(level, x.new_ones(x.shape[1])).to_event(1), obs=x)
+
+
+def test_auto_takes_the_rule_that_fits_and_says_why():
+    holes = np.where(np.random.default_rng(0).random(X.shape) < 0.05, np.nan, X)
+    cases = [
+        ({"model": [PPCA(1), FactorAnalysis(1)]}, X, "laplace", "rotation"),
+        ({"model": [PPCA(1), PPCA(2)]}, holes, "heldout", "missing"),
+        ({"model": [PPCA(1), loc_only]}, X, "heldout", "point estimates"),
+        ({"model": [gaussian(1.0), gaussian(2.0)]}, X, "train", "point-estimated"),
+        ({"model": [shared_level]}, X, "train", "evidence itself|point-estimated"),
+    ]
+    for grid, x, rule, why in cases:
+        s = search("auto", grid, cv=3).fit(x)
+        assert s.evidence_ == rule, grid
+        assert pd.Series([s.evidence_reason_]).str.contains(why).all()
+
+
+def test_one_vector_has_one_score():
+    s = search("auto", {"model": [shared_level]}).fit(X[:5])
+    want = multivariate_normal(np.zeros(5 * T), 25 * np.ones((5 * T, 5 * T)) + np.eye(5 * T)).logpdf(X[:5].ravel())
+    assert s.cv_results_["lml"][0] == pytest.approx(want, abs=1e-8)
+    assert s.comparison_["dse"].isna().all()
+
+
+def test_missing_cells_held_out():
+    holes = np.where(np.random.default_rng(0).random(X.shape) < 0.1, np.nan, X)
+    s = search("heldout", {"model": [gaussian(3.0), gaussian(2.0)]}, cv=3).fit(holes)
+    want = []
+    for mean in (3.0, 2.0):
+        total = 0.0
+        for row in holes:
+            r = row[~np.isnan(row)]
+            if len(r):
+                total += gaussian_scores(r[None], mean) if len(r) > 1 else norm(mean, math.sqrt(2)).logpdf(r[0])
+        want.append(float(total))
+    np.testing.assert_allclose(s.cv_results_["lml"], want, atol=1e-8)
+
+
+# ------------------------------------------------------------------------------------------------- comparability
+
+
+def test_scaling_inside_the_grid_is_refused():
+    pipe = Pipeline([("scale", StandardScaler()), ("mpt", BayesMPT(PPCA(1)))])
+    grid = {"scale": [StandardScaler(), "passthrough"], "mpt__model__n_components": [1, 2]}
+    with pytest.raises(ValueError, match=r"(?s)not comparable.*(passthrough|StandardScaler).*scaling"):
+        MarginalLikelihoodSearch(pipe, grid).fit(X)
+
+
+@pytest.mark.parametrize("evidence", ["laplace", "train", "heldout", "cumulative"])
+def test_refused_by_every_rule(evidence):
+    pipe = Pipeline([("scale", StandardScaler()), ("mpt", BayesMPT(PPCA(1)))])
+    with pytest.raises(ValueError, match="not comparable"):
+        MarginalLikelihoodSearch(
+            pipe, {"scale": [StandardScaler(), StandardScaler(with_mean=False)]}, evidence=evidence
+        ).fit(X)
+
+
+def test_one_scaling_for_all_is_fine():
+    pipe = make_pipeline(StandardScaler(), BayesMPT(PPCA(1)))
+    s = MarginalLikelihoodSearch(pipe, {"bayesmpt__model__n_components": [1, 2]}, evidence="train").fit(X)
+    z = (X - X.mean(0)) / X.std(0)
+    check_results(s, [ppca_scores(z, z, k).sum() for k in (1, 2)])
+    np.testing.assert_allclose(s.best_estimator_.score_samples(X), ppca_scores(z, z, 2), atol=1e-7)
+
+
+def test_a_pipeline_held_out_scores_one_table():
+    """The scaler is fitted once, on all rows, so that every split's density is of the same numbers."""
+    pipe = make_pipeline(StandardScaler(), BayesMPT(PPCA(1)))
+    s = MarginalLikelihoodSearch(pipe, {"bayesmpt__model__n_components": [1, 2]}, evidence="heldout", cv=N).fit(X)
+    z = (X - X.mean(0)) / X.std(0)
+    want = [sum(ppca_scores(np.delete(z, i, 0), z[i], k)[0] for i in range(N)) for k in (1, 2)]
+    check_results(s, want)
+
+
+def test_other_features_are_refused():
+    def pick(columns):
+        return ColumnTransformer([("pick", "passthrough", columns)])
+
+    pipe = Pipeline([("pick", pick([0, 1, 2])), ("mpt", BayesMPT(PPCA(1)))])
+    with pytest.raises(ValueError, match=r"(?s)not comparable.*features"):
+        MarginalLikelihoodSearch(pipe, {"pick": [pick([0, 1, 2]), pick([0, 1, 2, 3])]}).fit(X)
+    with pytest.raises(ValueError, match=r"(?s)not comparable.*features"):  # as many, but others
+        MarginalLikelihoodSearch(pipe, {"pick": [pick([0, 1, 2]), pick([1, 2, 3])]}).fit(X)
+
+
+def test_another_observed_value_is_refused():
+    def doubled(x):
+        loc = pyro.param("loc", lambda: x.mean(0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=2 * x)
+
+    with pytest.raises(ValueError, match=r"(?s)not comparable.*doubled"):
+        search("heldout", {"model": [loc_only, own_noise, doubled]}).fit(X)
+
+
+def test_integrated_against_point_estimated_is_refused():
+    """The maximised LML of one and the evidence of the other are different things."""
+    with pytest.raises(ValueError, match="not comparable"):
+        search("train", {"model": [PPCA(1), PPCA(2), gaussian(3.0)]}).fit(X)
+    with pytest.raises(ValueError, match="not comparable"):  # rows are tokens of one vector in one of them
+        search("auto", {"model": [PPCA(1), PPCA(2), shared_level]}).fit(X)
+    # held-out rows can be compared: both predict
+    s = search("heldout", {"model": [PPCA(1), gaussian(3.0)]}, cv=N).fit(X)
+    want = [sum(ppca_scores(np.delete(X, i, 0), X[i], 1)[0] for i in range(N)), gaussian_scores(X, 3.0).sum()]
+    check_results(s, want)
+
+
+def half_integrated(x):
+    """The level of a row integrated with a trained spread: something is point-estimated AND a latent sits in all rows."""
+    spread = pyro.param("spread", lambda: x.new_ones(()), constraint=constraints.positive)
+    level = pyro.sample("level", dist.Normal(x.new_zeros(()), spread))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("x", dist.Normal(level, x.new_ones(x.shape[1])).to_event(1), obs=x)
+
+
+def test_a_hyper_parameter_integrated_in_one_and_maximised_in_the_other_is_refused():
+    with pytest.raises(ValueError, match="not comparable"):
+        search("train", {"model": [half_integrated, shared_level]}).fit(X[:10])
+
+
+# ------------------------------------------------------------------------------------------------- failures, refit
+
+
+def broken(x):
+    raise RuntimeError("broken on purpose")
+
+
+def test_error_score():
+    grid = {"model": [PPCA(1), broken, PPCA(2)]}
+    s = search("train", grid).fit(X)
+    np.testing.assert_allclose(
+        s.cv_results_["lml"], [ppca_scores(X, X, 1).sum(), np.nan, ppca_scores(X, X, 2).sum()], atol=1e-6
+    )
+    assert s.best_index_ == 2 and s.cv_results_["rank_test_score"][1] == 3
+    assert "broken on purpose" in s.comparison_["diag"].iloc[-1]
+    assert s.comparison_["lml"].isna().tolist() == [False, False, True]
+    with pytest.raises(RuntimeError, match="on purpose"):
+        search("train", grid, error_score="raise").fit(X)
+    number = search("train", grid, error_score=-1000.0).fit(X)
+    assert number.cv_results_["mean_test_score"][1] == -1000.0
+    with pytest.raises(ValueError, match=r"(?s)all 2 candidates.*on purpose"):
+        search("train", {"model": [broken, broken]}).fit(X)
+
+
+def test_a_failed_candidate_beside_weights():
+    s = search("laplace", {"model": [PPCA(1), PPCA(T), PPCA(2)]}).fit(X)
+    w = s.comparison_["weight"]
+    assert w.iloc[:2].sum() == pytest.approx(1.0) and not w.iloc[2] > 0
+
+
+def test_a_candidate_that_fails_in_its_folds_only():
+    """Too few rows in a fold: the search goes on, and says so."""
+
+    def needs_all(x):
+        if len(x) == N - N // 3:
+            raise RuntimeError("too few rows")
+        loc_only(x)
+
+    s = search("heldout", {"model": [loc_only, needs_all]}, cv=3).fit(X)
+    assert s.best_index_ == 0 and "too few rows" in s.comparison_["diag"].iloc[1]
+    assert math.isnan(s.cv_results_["mean_test_score"][1])
+    assert np.isnan(s.cv_results_["split0_test_score"][1]) and np.isfinite(s.cv_results_["split0_test_score"][0])
+
+
+def test_refit():
+    smallest = search("laplace", refit=lambda results: int(np.argmin(results["lml"]))).fit(X)
+    assert smallest.best_index_ == int(np.argmin(smallest.cv_results_["lml"])) != int(np.argmax(smallest.cv_results_["lml"]))
+    k = (1, 2, 3)[smallest.best_index_]
+    np.testing.assert_allclose(smallest.score_samples(X), ppca_scores(X, X, k), atol=1e-7)
+    assert smallest.best_score_ == pytest.approx(min(smallest.cv_results_["mean_test_score"]))
+    off = search("laplace", refit=False).fit(X)
+    assert not hasattr(off, "best_estimator_") and off.best_params_ is not None
+    with pytest.raises(AttributeError, match="refit"):
+        off.score_samples(X)
+
+
+def test_the_best_is_fitted_on_all_rows():
+    s = search("heldout", cv=3).fit(X)
+    k = s.best_params_["model__n_components"]
+    np.testing.assert_allclose(s.score_samples(X), ppca_scores(X, X, k), atol=1e-7)
+    assert s.score(X) == pytest.approx(ppca_scores(X, X, k).mean(), abs=1e-8)
+
+
+# ------------------------------------------------------------------------------------------------- jobs, restarts
+
+
+@pytest.mark.parametrize("evidence", ["laplace", "heldout"])
+def test_two_jobs_give_what_one_gives(evidence):
+    one, two = (search(evidence, n_jobs=j, cv=3, n_repeats=2).fit(X) for j in (1, 2))
+    pd.testing.assert_frame_equal(one.comparison_, two.comparison_, rtol=1e-12)
+    np.testing.assert_array_equal(one.transform(X), two.transform(X))
+
+
+def test_two_jobs_of_a_local_program():
+    """A closure pickles with cloudpickle only."""
+    grid = {"model": [gaussian(2.0), gaussian(3.0)]}
+    one, two = (search("train", grid, n_jobs=j).fit(X) for j in (1, 2))
+    pd.testing.assert_frame_equal(one.comparison_, two.comparison_)
+
+
+class Crash(BaseException):
+    """The machine goes down: nothing may catch it."""
+
+
+@pytest.fixture
+def fits(monkeypatch):
+    """Counts fits; goes down in the one of number ``crash_at``."""
+
+    class Counter:
+        n, crash_at, error = 0, None, Crash
+
+    fit = BayesMPT.fit
+
+    def counted(self, X, y=None):
+        Counter.n += 1
+        if Counter.n == Counter.crash_at:
+            raise Counter.error("power cut")
+        return fit(self, X, y)
+
+    monkeypatch.setattr(BayesMPT, "fit", counted)
+    return Counter
+
+
+@pytest.mark.parametrize("error", [Crash, KeyboardInterrupt])
+def test_a_search_takes_up_after_a_crash(tmp_path, fits, error):
+    grid = {"model__n_components": [0, 1, 2, 3, 4]}
+    want = search("laplace", grid).fit(X).comparison_
+    assert fits.n == 5
+    fits.n, fits.crash_at, fits.error = 0, 3, error
+    with pytest.raises(error):
+        search("laplace", grid, checkpoint_dir=tmp_path).fit(X)
+    fits.n, fits.crash_at = 0, None
+    resumed = search("laplace", grid, checkpoint_dir=tmp_path).fit(X)
+    assert fits.n == 3  # the third on; the two that were done are read
+    pd.testing.assert_frame_equal(resumed.comparison_, want)
+    fits.n = 0
+    again = search("laplace", grid, checkpoint_dir=str(tmp_path)).fit(X)
+    assert fits.n == 0
+    pd.testing.assert_frame_equal(again.comparison_, want)
+    np.testing.assert_allclose(again.score_samples(X), ppca_scores(X, X, again.best_params_["model__n_components"]))
+
+
+def test_a_crash_in_the_folds_loses_one_candidate(tmp_path, fits):
+    want = search("heldout", cv=4).fit(X).comparison_
+    assert fits.n == 3 + 12
+    fits.n, fits.crash_at = 0, 3 + 4 + 2  # the second fold of the second candidate
+    with pytest.raises(Crash):
+        search("heldout", cv=4, checkpoint_dir=tmp_path).fit(X)
+    fits.n, fits.crash_at = 0, None
+    resumed = search("heldout", cv=4, checkpoint_dir=tmp_path).fit(X)
+    assert fits.n == 8
+    pd.testing.assert_frame_equal(resumed.comparison_, want)
+
+
+def test_a_checkpoint_is_of_its_data_and_settings(tmp_path, fits):
+    search("heldout", cv=3, checkpoint_dir=tmp_path).fit(X)
+
+    def n_fits(x=X, evidence="heldout", **kw):
+        fits.n = 0
+        s = search(evidence, checkpoint_dir=tmp_path, **{"cv": 3, **kw}).fit(x)
+        return fits.n, s
+
+    assert n_fits()[0] == 0
+    other = X.copy()
+    other[7, 3] += 1e-6
+    assert n_fits(other)[0] == 3 + 9
+    assert n_fits(X[::-1].copy())[0] == 3 + 9
+    count, s = n_fits(cv=4)
+    assert count >= 12
+    pd.testing.assert_frame_equal(s.comparison_, search("heldout", cv=4).fit(X).comparison_)
+    count, s = n_fits(X, "train")
+    np.testing.assert_allclose(s.cv_results_["lml"], [ppca_scores(X, X, k).sum() for k in (1, 2, 3)], atol=1e-6)
+    grid = {"model": [FactorAnalysis(1), FactorAnalysis(2), FactorAnalysis(3)]}
+    fits.n = 0
+    fa = search("laplace", grid, checkpoint_dir=tmp_path).fit(X)
+    assert fits.n == 3
+    np.testing.assert_allclose(
+        fa.cv_results_["lml"], [laplace_diagonal(covariance(X), N, k).log_evidence for k in (1, 2, 3)], atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("make", [gaussian, lambda m: gaussian(m, 2.0)])
+def test_a_checkpoint_tells_programs_apart(tmp_path, make):
+    """Two closures of one name that differ in what they hold: a stale score would be a wrong number."""
+    for mean in (3.0, 2.0):
+        s = search("train", {"model": [make(mean)]}, checkpoint_dir=tmp_path).fit(X)
+        sd = 1.0 if make is gaussian else 2.0
+        assert s.cv_results_["lml"][0] == pytest.approx(gaussian_scores(X, mean, sd).sum(), abs=1e-7)
+
+
+def test_a_torn_checkpoint_is_written_again(tmp_path, fits):
+    want = search("laplace", checkpoint_dir=tmp_path).fit(X).comparison_
+    for file in tmp_path.iterdir():
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[:50])
+    fits.n = 0
+    got = search("laplace", checkpoint_dir=tmp_path).fit(X)
+    assert fits.n == 3
+    pd.testing.assert_frame_equal(got.comparison_, want)
+
+
+def test_a_failed_candidate_is_tried_again(tmp_path, fits):
+    fits.crash_at, fits.error = 2, RuntimeError
+    first = search("train", checkpoint_dir=tmp_path).fit(X)
+    assert np.isnan(first.cv_results_["lml"][1])
+    fits.n, fits.crash_at = 0, None
+    second = search("train", checkpoint_dir=tmp_path).fit(X)
+    assert fits.n == 1
+    np.testing.assert_allclose(second.cv_results_["lml"], [ppca_scores(X, X, k).sum() for k in (1, 2, 3)], atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------- compare
+
+
+FITTED = {k: BayesMPT(PPCA(k), random_state=0).fit(X) for k in (1, 2, 3)}
+
+
+def test_compare_on_the_training_rows():
+    by_row = {f"k{k}": ppca_scores(X, X, k) for k in FITTED}
+    table = compare({f"k{k}": m for k, m in FITTED.items()}, X, evidence="train")
+    assert list(table.columns) == COLUMNS and list(table.index) == ["k3", "k2", "k1"]
+    np.testing.assert_allclose(table["lml"], [by_row[n].sum() for n in table.index], atol=1e-6)
+    check_dse(table, list(by_row), list(by_row.values()))
+    check_weights(table, False)
+    found = search("train").fit(X).comparison_
+    np.testing.assert_allclose(table.drop(columns="diag").to_numpy(float), found.drop(columns="diag").to_numpy(float), atol=1e-8)
+
+
+def test_compare_by_laplace_is_the_search():
+    table = compare({f"k{k}": m for k, m in FITTED.items()}, X, evidence="laplace")
+    found = search("laplace").fit(X).comparison_
+    np.testing.assert_allclose(table.drop(columns="diag").to_numpy(float), found.drop(columns="diag").to_numpy(float), atol=1e-8)
+
+
+def test_compare_on_new_rows():
+    new = np.random.default_rng(5).normal(size=(40, T)) + 3
+    by_row = {f"k{k}": ppca_scores(X, new, k) for k in FITTED}
+    table = compare({f"k{k}": m for k, m in FITTED.items()}, new, evidence="heldout")
+    for name in by_row:
+        assert table.loc[name, "lml"] == pytest.approx(by_row[name].sum(), abs=1e-5)
+    check_dse(table, list(by_row), list(by_row.values()))
+    assert (table["mc_dse"] == 0).all()
+
+
+def test_compare_refuses_what_is_not_comparable():
+    other_rows = BayesMPT(PPCA(1)).fit(X[:50])
+    scaled = make_pipeline(StandardScaler(), BayesMPT(PPCA(1))).fit(X)
+    narrow = BayesMPT(PPCA(1)).fit(X[:, :4])
+    fixed = BayesMPT(gaussian(3.0)).fit(X)
+    good = {"a": FITTED[1], "b": FITTED[2]}
+    for name, offender in {"rows": other_rows, "scaled": scaled, "narrow": narrow, "fixed": fixed}.items():
+        with pytest.raises(ValueError, match=rf"'{name}'"):
+            compare({**good, name: offender}, X, evidence="train")
+    with pytest.raises(ValueError, match="new rows"):
+        compare(good, X, evidence="heldout")
+    with pytest.raises(ValueError, match="fitted on"):
+        compare(good, X[:30], evidence="train")
+    with pytest.raises(Exception, match="not fitted"):
+        compare({**good, "raw": BayesMPT(PPCA(1))}, X)
+
+
+# ----------------------------------------------------------------------------------------------- real data, masks
+
+
+def test_the_kind_and_the_dimension_of_wine_by_held_out_likelihood():
+    """The order of candidates by our held-out rule is that of a plain loop over sklearn's folds."""
+    x = load_wine().data
+    x = x / x.std(0)
+    s = MarginalLikelihoodSearch(
+        BayesMPT(PPCA(1)), {"model__n_components": [1, 3, 5]}, evidence="heldout", cv=10, n_repeats=3, random_state=1
+    ).fit(x)
+    loop = []
+    for k in (1, 3, 5):
+        totals = [
+            sum(ppca_scores(x[a], x[b], k).sum() for a, b in KFold(10, shuffle=True, random_state=r).split(x))
+            for r in range(8)
+        ]
+        loop.append((np.mean(totals), np.std(totals, ddof=1)))
+    for (mean, sd), got in zip(loop, s.cv_results_["lml"], strict=True):
+        assert abs(got - mean) < 4 * sd * math.sqrt(1 / 3 + 1 / 8)
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_candidates_trained_on_masks():
+    s = MarginalLikelihoodSearch(
+        BayesMPT(PPCA(1), masks=UniformSize(8), max_iter=800, random_state=0), GRID, evidence="train"
+    ).fit(X)
+    want = np.array([ppca_scores(X, X, k).sum() for k in (1, 2, 3)])
+    assert (s.cv_results_["lml"] <= want + 1e-6).all()
+    assert (s.cv_results_["lml"] > want - 0.02 * N).all()
+
+
+def test_torch_threads_are_left_alone():
+    before = torch.get_num_threads()
+    search("heldout", cv=3).fit(X)
+    assert torch.get_num_threads() == before
