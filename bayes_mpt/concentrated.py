@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from scipy.linalg import eigh, svd
 from scipy.optimize import minimize
 
-__all__ = ["Factors", "NoiseFloorError", "Prior", "diagonal", "numerical_rank", "proportional"]
+__all__ = ["Factors", "NoiseFloorError", "Prior", "Spectrum", "diagonal", "proportional", "spectrum"]
 
 Array = NDArray[np.float64]
 
@@ -65,7 +65,26 @@ class Prior(NamedTuple):
     """N: how many rows' likelihood the prior stands against."""
 
 
-def proportional(cov: Array, n_latents: int, shape: Array) -> Factors:
+class Spectrum(NamedTuple):
+    """Eigenvalues, the largest first, and vectors of shape^-1/2 S shape^-1/2."""
+
+    value: Array
+    """(T,)"""
+    vectors: Array
+    """(T, T)"""
+    rank: int
+    """Directions in which the rows differ, whatever the columns' scales."""
+
+
+def spectrum(cov: Array, shape: Array) -> Spectrum:
+    """Decompose the covariance in units of a known noise shape (T,); serves every number of latents."""
+    root, rank = _root(cov)
+    # singular values of shape^-1/2 root, not eigenvalues of its square: half the digits would go
+    vectors, singular, _ = svd(root / np.sqrt(shape)[:, None], full_matrices=False)
+    return Spectrum(singular**2, vectors, rank)
+
+
+def proportional(cov: Array, n_latents: int, shape: Array, known: Spectrum | None = None) -> Factors:
     """Maximise over noise = c * shape, c > 0: one eigendecomposition (Tipping & Bishop 1999, eq. 8).
 
     Parameters
@@ -76,6 +95,8 @@ def proportional(cov: Array, n_latents: int, shape: Array) -> Factors:
         K < T.
     shape : array of shape (T,)
         Positive.
+    known : Spectrum, optional
+        ``spectrum(cov, shape)``, where several numbers of latents are tried.
 
     Raises
     ------
@@ -83,12 +104,9 @@ def proportional(cov: Array, n_latents: int, shape: Array) -> Factors:
         If K latents reproduce the covariance without noise.
     """
     n_tokens = len(cov)
-    root, rank = _root(cov)
+    value, vector, rank = spectrum(cov, shape) if known is None else known
     if n_latents >= rank:  # no direction is left for the noise
         raise NoiseFloorError(list(range(n_tokens)))
-    # singular values of psi^-1/2 root, not eigenvalues of its square: half the digits would go
-    vector, singular, _ = svd(root / np.sqrt(shape)[:, None], full_matrices=False)
-    value = singular**2
     c = value[n_latents:].mean()
     theta = np.maximum(value[:n_latents] / c, 1.0)
     lml = -0.5 * (
@@ -107,6 +125,7 @@ def diagonal(
     start: Array | None = None,
     prior: Prior | None = None,
     max_iter: int = 1000,
+    tol: float = 1e-10,
 ) -> Factors:
     """Maximise over a noise variance of each token by L-BFGS on their logarithms.
 
@@ -122,6 +141,8 @@ def diagonal(
         Maximise the posterior of log psi instead.
     max_iter : int, default=1000
         Of L-BFGS.
+    tol : float, default=1e-10
+        Relative change of the objective at which L-BFGS stops.
 
     Raises
     ------
@@ -152,7 +173,7 @@ def diagonal(
         jac=True,
         method="L-BFGS-B",
         bounds=bounds,
-        options={"maxiter": max_iter, "maxfun": 2 * max_iter, "maxcor": 30, "ftol": 1e-14, "gtol": 1e-8},
+        options={"maxiter": max_iter, "maxfun": 2 * max_iter, "maxcor": 30, "ftol": tol, "gtol": 1e-6},
     )
     log_noise = np.asarray(result.x)
     floor = np.flatnonzero(log_noise <= bounds[0][0] + 1e-3)
@@ -177,11 +198,6 @@ def _profile(corr: Array, n_latents: int, log_noise: Array) -> tuple[float, Arra
     all_theta = np.concatenate([theta, np.ones(len(corr) - len(kept))])
     grad = -0.5 * vector**2 @ (1 / all_theta - value / all_theta**2)
     return float(lml), grad, theta, vector[:, :n_latents]
-
-
-def numerical_rank(cov: Array) -> int:
-    """Directions in which the rows differ, whatever the columns' scales."""
-    return _root(cov)[1]
 
 
 def _root(cov: Array) -> tuple[Array, int]:

@@ -32,7 +32,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from bayes_mpt import training
-from bayes_mpt.concentrated import NoiseFloorError, numerical_rank
+from bayes_mpt.concentrated import NoiseFloorError, spectrum
 from bayes_mpt.evidence import Laplace, laplace_diagonal, laplace_proportional
 from bayes_mpt.masks import PermutationChain, Policy
 from bayes_mpt.models import PPCA
@@ -249,7 +249,7 @@ class BayesMPT(
                 fit = self._train(problem, table, warm=state is not None, seed=seed, context=context)
                 predictor = problem.read()
                 with torch.no_grad():
-                    total = float(problem.score()) * problem.n_rows
+                    total = float(problem.score_of(predictor)) * problem.n_rows
                     self._shared_latents = _shared_latents(predictor)
                 self._state = _save()
                 store_values = pyro.get_param_store()
@@ -318,7 +318,7 @@ class BayesMPT(
         complete = table if table.complete else table.available()
         rows, weight = complete.rows()
         whole = training.Problem(problem.predictor, problem.args, rows, weight, complete.n_rows)
-        return training.concentrate(whole, complete, self.max_iter)
+        return training.concentrate(whole, complete, self.max_iter, self.tol)
 
     def _best_of(self, train: Callable[[], training.Fit], problem: training.Problem) -> training.Fit:
         """Restart from fresh initial values and keep the best."""
@@ -350,10 +350,10 @@ class BayesMPT(
         n, n_tokens = table.n, len(table.mean)
         cov = table.cov.cpu().numpy()
         # K latents and a noise need K + 1 directions in which the rows differ
-        rank = numerical_rank(cov)
-        largest = min(n_tokens - 1, n - 2, rank - 1, MAX_AUTO)
+        known = spectrum(cov, np.ones(n_tokens))
+        largest = min(n_tokens - 1, n - 2, known.rank - 1, MAX_AUTO)
         self.selection_ = {
-            k: laplace_proportional(cov, n, k, np.ones(n_tokens)).log_evidence
+            k: laplace_proportional(cov, n, k, np.ones(n_tokens), known).log_evidence
             for k in range(max(largest, 0) + 1)
         }
         best = max(self.selection_, key=lambda k: self.selection_[k])
@@ -556,11 +556,13 @@ class BayesMPT(
         try:
             if isinstance(shape, np.ndarray):
                 return laplace_proportional(cov, table.n, k, shape)
-            return laplace_diagonal(cov, table.n, k)
+            return laplace_diagonal(
+                cov, table.n, k, start=self._shared_reading("laplace").noise[0].cpu().numpy()
+            )
         except NoiseFloorError as error:
             raise ValueError(
                 f"{k} latents leave no direction for the noise of these rows (n_samples = {table.n}, n_features = "
-                f"{len(cov)}, rank {numerical_rank(cov)}): use fewer latents, or drop columns that repeat others"
+                f"{len(cov)}, rank {np.linalg.matrix_rank(cov)}): use fewer latents, or drop columns that repeat others"
             ) from error
 
     def noise_shape(self) -> NDArray[np.float64] | str | None:

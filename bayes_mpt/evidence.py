@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import multigammaln
 
-from bayes_mpt.concentrated import Factors, Prior, diagonal, proportional
+from bayes_mpt.concentrated import Factors, Prior, Spectrum, diagonal, proportional
 
 __all__ = ["Laplace", "laplace_diagonal", "laplace_proportional"]
 
@@ -45,7 +45,9 @@ class Laplace(NamedTuple):
     """The point of expansion."""
 
 
-def laplace_proportional(cov: Array, n_rows: int, n_latents: int, shape: Array) -> Laplace:
+def laplace_proportional(
+    cov: Array, n_rows: int, n_latents: int, shape: Array, known: Spectrum | None = None
+) -> Laplace:
     """Noise c * shape with one unknown c (PPCA: shape of ones), expanded at the maximum of the likelihood.
 
     Parameters
@@ -58,6 +60,8 @@ def laplace_proportional(cov: Array, n_rows: int, n_latents: int, shape: Array) 
         K < T.
     shape : array of shape (T,)
         Known ratios of the noise variances.
+    known : Spectrum, optional
+        `bayes_mpt.concentrated.spectrum` of both, where several numbers of latents are tried.
 
     Examples
     --------
@@ -66,12 +70,12 @@ def laplace_proportional(cov: Array, n_rows: int, n_latents: int, shape: Array) 
     >>> int(np.argmax(scores))
     1
     """
-    factors = proportional(cov, n_latents, shape)
+    factors = proportional(cov, n_latents, shape, known)
     share = factors.noise[:1] / shape[:1] / (np.diag(cov) / shape).mean()
     return _around_orbit(factors, n_rows, np.ones((len(cov), 1)), share)
 
 
-def laplace_diagonal(cov: Array, n_rows: int, n_latents: int) -> Laplace:
+def laplace_diagonal(cov: Array, n_rows: int, n_latents: int, start: Array | None = None) -> Laplace:
     """A noise variance of its own for each token (factor analysis), expanded at its maximum a posteriori.
 
     The prior keeps the expansion away from zero variances (Heywood cases), at which maximum likelihood often ends.
@@ -84,9 +88,11 @@ def laplace_diagonal(cov: Array, n_rows: int, n_latents: int) -> Laplace:
         N.
     n_latents : int
         K.
+    start : array of shape (T,), optional
+        Noise variances to start the search for the maximum from.
     """
     variance = np.diag(cov)
-    factors = diagonal(cov, n_latents, prior=Prior(NOISE_SHAPE, NOISE_SHAPE / variance, n_rows))
+    factors = diagonal(cov, n_latents, start=start, prior=Prior(NOISE_SHAPE, NOISE_SHAPE / variance, n_rows))
     return _around_orbit(factors, n_rows, np.eye(len(cov)), factors.noise / variance)
 
 

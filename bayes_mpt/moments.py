@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 __all__ = ["Table"]
 
-CHUNK_CELLS = 2**19  # 4 MiB of float64: a chunk is read from memory once
+CHUNK_CELLS = 2**17  # 1 MiB of float64: a chunk is read from memory once and stays in the cache
 
 
 class Table:
@@ -58,14 +58,16 @@ class Table:
         incomplete = []
         for chunk in _chunks(x, device):
             mean = chunk.mean(0)
-            if bool(mean.isnan().any()):
-                missing = chunk.isnan().any(1)
-                incomplete.append(chunk[missing])
+            if (mean != mean).any():  # NaN, in numpy and torch alike
+                missing = (chunk != chunk).any(1)
+                incomplete.append(torch.as_tensor(chunk[missing]))
                 chunk = chunk[~missing]
+                if not len(chunk):
+                    continue
                 mean = chunk.mean(0)
-            if len(chunk):
-                centred = chunk - mean
-                self._merge(len(chunk), mean, centred.mT @ centred / len(chunk))
+            centred = chunk - mean
+            product = centred.T @ centred  # numpy knows that this is symmetric, which halves the work
+            self._merge(len(chunk), torch.as_tensor(mean), torch.as_tensor(product) / len(chunk))
         self.incomplete = torch.cat(incomplete) if incomplete else self.mean.new_zeros(0, n_tokens)
 
     def update(self, other: Table) -> Self:
@@ -135,10 +137,13 @@ class Table:
         self.n = total
 
 
-def _chunks(x: NDArray[np.floating] | Tensor, device: str) -> Iterator[Tensor]:
+def _chunks(x: NDArray[np.floating] | Tensor, device: str) -> Iterator[Any]:
+    """Blocks of rows in float64: numpy arrays on the CPU, tensors elsewhere."""
     step = max(1, CHUNK_CELLS // max(1, x.shape[1]))
     for start in range(0, len(x), step):
         chunk = x[start : start + step]
-        if not isinstance(chunk, Tensor):
-            chunk = torch.from_numpy(np.array(chunk, dtype=np.float64))
-        yield chunk.to(device=device, dtype=torch.float64)
+        if device == "cpu":
+            yield np.asarray(chunk, dtype=np.float64)
+        else:
+            chunk = chunk if isinstance(chunk, Tensor) else torch.from_numpy(np.array(chunk))
+            yield chunk.to(device=device, dtype=torch.float64)

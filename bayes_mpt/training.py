@@ -38,6 +38,8 @@ Report = Callable[[int, float], bool]
 
 WINDOW = 50  # steps between two looks of the stopping rule
 MAX_HALVINGS = 6
+LEAST_GAIN = 1e-4  # nats a row in a window, less than which halves the step
+N_CHECK_DRAWS = 4
 N_SCALE_PROBES = 4
 
 
@@ -60,7 +62,12 @@ class Problem:
 
     def score(self, masks: Policy | None = None, generator: torch.Generator | None = None) -> Tensor:
         """Mean score a row at the current parameters: exact, or over one draw of masks."""
-        predictor = self.read()
+        return self.score_of(self.read(), masks, generator)
+
+    def score_of(
+        self, predictor: Predictor, masks: Policy | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Mean score a row of a predictor that has read the program."""
         x = predictor.value if self.rows is None else self.rows
         if masks is None:
             by_row = predictor.joint(x)
@@ -90,7 +97,7 @@ class Fit:
 # ------------------------------------------------------------------------------------------------- closed form
 
 
-def concentrate(problem: Problem, table: Table, max_iter: int = 1000) -> Fit | None:
+def concentrate(problem: Problem, table: Table, max_iter: int, tol: float) -> Fit | None:
     """Solve for mean, loadings and noise where the program leaves them free; None where it does not.
 
     Free means that the solution can be reached: each part has parameters of its own, and Gauss-Newton on them ends
@@ -123,7 +130,7 @@ def concentrate(problem: Problem, table: Table, max_iter: int = 1000) -> Fit | N
             return None
         factors = concentrated.proportional(cov, n_latents, noise[0].detach().cpu().numpy())
     elif n_noise >= len(cov):
-        factors = concentrated.diagonal(cov, n_latents, max_iter=max_iter)
+        factors = concentrated.diagonal(cov, n_latents, max_iter=max_iter, tol=tol)
     else:
         return None
     target_loading = np.zeros((len(cov), n_latents))  # beyond T latents, columns of zeros
@@ -132,23 +139,59 @@ def concentrate(problem: Problem, table: Table, max_iter: int = 1000) -> Fit | N
     sd = table.cov.diagonal().sqrt()
     sd = torch.where(sd > 0, sd, torch.ones_like(sd))
     as_tensor = lambda a: torch.as_tensor(np.ascontiguousarray(a)).to(loc)  # noqa: E731
-    parts: list[tuple[set[str], str, Tensor, Tensor]] = [
-        (of_noise, "noise", as_tensor(np.log(factors.noise)), torch.ones_like(sd)),
-        (of_loading, "loading", as_tensor(target_loading), sd[:, None]),
-        (of_loc, "loc", table.mean, sd),
+    targets = {
+        "noise": (as_tensor(np.log(factors.noise)), torch.ones_like(sd)),
+        "loading": (as_tensor(target_loading), sd[:, None]),
+        "loc": (table.mean, sd),
+    }
+    names = {"noise": sorted(of_noise), "loading": sorted(of_loading), "loc": sorted(of_loc)}
+    # Where every part is its own parameter, or a rotation of it, one step along the transposed Jacobian arrives.
+    _step_along_transpose(reading, leaves, targets)
+    predictor = _exact(problem)
+    if not all(_reached(predictor.reading, part, *target) for part, target in targets.items()):
+        _restore(leaves, before)
+        for part, (target, unit) in targets.items():
+            if target.numel() and not _reach(problem, [leaves[n] for n in names[part]], part, target, unit):
+                _restore(leaves, before)
+                return None
+        predictor = _exact(problem)
+    with torch.no_grad():
+        got = float(problem.score_of(predictor))
+    if abs(got - factors.lml) > 1e-7 * (1 + abs(factors.lml)):
+        _restore(leaves, before)
+        return None
+    return Fit("concentrated", [got], factors.n_iter, True)
+
+
+def _part(reading: Reading, part: str) -> Tensor:
+    """loc (T,), loading (T, K) or log noise (T,)."""
+    out = getattr(reading, part)[0]
+    return out.log() if part == "noise" else out
+
+
+def _reached(reading: Reading, part: str, target: Tensor, unit: Tensor) -> bool:
+    miss = (target - _part(reading, part)).detach().abs()
+    return bool((miss <= 1e-11 * (unit + target.abs())).all())
+
+
+def _step_along_transpose(
+    reading: Reading, leaves: dict[str, Tensor], targets: dict[str, tuple[Tensor, Tensor]]
+) -> None:
+    outputs = [_part(reading, part) for part in targets]
+    misses = [(t - out).detach() for out, (t, _) in zip(outputs, targets.values(), strict=True)]
+    moving = [
+        (out, miss) for out, miss in zip(outputs, misses, strict=True) if out.requires_grad and out.numel()
     ]
-    reached = all(
-        _reach(problem, [leaves[n] for n in sorted(names)], part, target, unit)
-        for names, part, target, unit in parts
-        if target.numel()
+    grads = torch.autograd.grad(
+        [out for out, _ in moving],
+        list(leaves.values()),
+        [miss for _, miss in moving],
+        retain_graph=True,
+        materialize_grads=True,
     )
-    if reached:
-        with torch.no_grad():
-            got = float(problem.score())
-        if abs(got - factors.lml) <= 1e-7 * (1 + abs(factors.lml)):
-            return Fit("concentrated", [got], factors.n_iter, True)
-    _restore(leaves, before)
-    return None
+    with torch.no_grad():
+        for leaf, grad in zip(leaves.values(), grads, strict=True):
+            leaf += grad
 
 
 def _touches(reading: Reading, leaves: dict[str, Tensor]) -> dict[str, set[str]]:
@@ -188,11 +231,11 @@ def _reach(problem: Problem, leaves: list[Tensor], part: str, target: Tensor, un
     """Move these parameters until a part of the reading equals its target: Gauss-Newton, steps by LSMR."""
     sizes = [leaf.numel() for leaf in leaves]
     for _ in range(20):
-        out = getattr(_exact(problem).reading, part)[0]
-        out = out.log() if part == "noise" else out
-        miss = (target - out).detach()
-        if bool((miss.abs() <= 1e-11 * (unit + target.abs())).all()):
+        reading = _exact(problem).reading
+        if _reached(reading, part, target, unit):
             return True
+        out = _part(reading, part)
+        miss = (target - out).detach()
         dummy = torch.zeros_like(out, requires_grad=True)
         pulled = torch.cat(
             [
@@ -297,9 +340,10 @@ def train_on_masks(
 ) -> Fit:
     """Maximise the masked score by Adam, a fresh draw of masks each step.
 
-    The stopping rule looks at means over windows of 50 steps: where a window is not better than the best one by more
-    than ``tol`` and two standard errors, the step is halved and the training goes on from the window's average; after
-    six halvings it ends there.
+    After every window of 50 steps the average of its iterates is scored on one fixed draw of masks (and rows), the same
+    each time, so that two windows are compared without the noise of the masks. A window that gains less than ``tol``
+    (at least 1e-4) nats a row halves the step; after six halvings the training ends at the best average. Units are
+    taken afresh each window, since the map moves.
 
     Raises
     ------
@@ -310,53 +354,62 @@ def train_on_masks(
     leaves = problem.leaves()
     fit = Fit("adam")
     _check_start(problem, leaves)
-    start, unit, phi, adam = _fresh_adam(problem, leaves, learning_rate)
-    average = good = start.clone()
-    best, best_se, halvings, window = -math.inf, 0.0, 0, []
-    total = torch.zeros_like(start)
+    check_seed = int(torch.randint(2**31, (), generator=generator))
+
+    def check() -> float:
+        """The score on the fixed draw."""
+        fixed = torch.Generator().manual_seed(check_seed)
+        with torch.no_grad():
+            draws = [_batch(problem, batch_size, fixed).score(masks, fixed) for _ in range(N_CHECK_DRAWS)]
+        return float(torch.stack(draws).mean())
+
+    best = _flat(leaves).detach().clone()
+    best_check, rate, halvings, stopped = check(), learning_rate, 0, False
     try:
-        for step in range(max_iter):
-            batch = _batch(problem, batch_size, generator)
-            score = batch.score(masks, generator)
-            grads = torch.autograd.grad(score, list(leaves.values()), materialize_grads=True)
-            if not math.isfinite(float(score.detach())):
-                _assign(leaves, good)
-                _check_start(problem, leaves)
-                raise ModelError(
-                    f"the masked score became {float(score.detach())} at step {step}: lower learning_rate "
-                    f"(now {learning_rate})"
-                )
-            phi.grad = -unit * torch.cat([g.flatten() for g in grads])
-            adam.step()
-            theta = start + unit * phi.detach()
-            _assign(leaves, theta)
-            good = theta
-            total += theta
-            window.append(float(score.detach()))
-            fit.history.append(window[-1])
-            if report is not None and report(step + 1, window[-1]):
-                break
-            if len(window) == WINDOW:
-                average = total / WINDOW
-                mean, se = float(np.mean(window)), float(np.std(window, ddof=1) / math.sqrt(WINDOW))
-                stuck = mean - best <= tol + 2 * math.hypot(se, best_se)
-                if mean > best:
-                    best, best_se = mean, se
-                window, total = [], torch.zeros_like(start)
-                if stuck:
-                    halvings += 1
-                    if halvings > MAX_HALVINGS:
-                        fit.converged = True
+        while len(fit.history) < max_iter and halvings <= MAX_HALVINGS and not stopped:
+            start, unit, phi, adam = _fresh_adam(problem, leaves, rate)
+            total, n_steps = torch.zeros_like(start), 0
+            try:
+                for _ in range(min(WINDOW, max_iter - len(fit.history))):
+                    score = _batch(problem, batch_size, generator).score(masks, generator)
+                    value = float(score.detach())
+                    if not math.isfinite(value):
+                        _check_start(problem, leaves)
+                        raise ModelError(
+                            f"the masked score became {value} at step {len(fit.history)}: lower learning_rate (now "
+                            f"{learning_rate})"
+                        )
+                    grads = torch.autograd.grad(score, list(leaves.values()), materialize_grads=True)
+                    phi.grad = -unit * torch.cat([g.flatten() for g in grads])
+                    adam.step()
+                    theta = start + unit * phi.detach()
+                    _assign(leaves, theta)
+                    total += theta
+                    n_steps += 1
+                    fit.history.append(value)
+                    if report is not None and report(len(fit.history), value):
+                        stopped = True
                         break
-                    # from the average, in the units of the map as it is now
-                    _assign(leaves, average)
-                    rate = learning_rate * 0.5**halvings
-                    start, unit, phi, adam = _fresh_adam(problem, leaves, rate)
+            except KeyboardInterrupt:
+                fit.interrupted = stopped = True
+            if not n_steps:
+                break
+            average = total / n_steps
+            last = _flat(leaves).detach().clone()
+            _assign(leaves, average)
+            gain = check() - best_check
+            if gain > 0:
+                best, best_check = average, best_check + gain
+            if gain > max(tol, LEAST_GAIN):
+                _assign(leaves, last)
+            elif n_steps == WINDOW:
+                halvings += 1
+                rate *= 0.5
+                _assign(leaves, best)
     except KeyboardInterrupt:
         fit.interrupted = True
-    if window:  # stopped inside a window
-        average = total / len(window)
-    _assign(leaves, average)
+    _assign(leaves, best)
+    fit.converged = halvings > MAX_HALVINGS
     fit.n_iter = len(fit.history)
     return fit
 

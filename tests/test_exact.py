@@ -65,7 +65,12 @@ def tensor(a):
 def parts(seed, t, k):
     """Random loc (t,), loading (t, k), noise variances (t,) and rows (N, t)."""
     rng = np.random.default_rng(seed)
-    return rng.normal(size=t), rng.normal(size=(t, k)), rng.uniform(0.2, 2.0, t), 2 * rng.normal(size=(N_ROWS, t))
+    return (
+        rng.normal(size=t),
+        rng.normal(size=(t, k)),
+        rng.uniform(0.2, 2.0, t),
+        2 * rng.normal(size=(N_ROWS, t)),
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ the cases
@@ -167,7 +172,15 @@ def two_sites():
             pyro.sample("x", dist.Normal(mean, tensor(noise).sqrt()).to_event(1), obs=x)
 
     return case(
-        "two latent sites", program, (x,), x, loc, loading, noise, np.array([1.5, 0, 0, 0]), np.diag([4.0, 1, 1, 1])
+        "two latent sites",
+        program,
+        (x,),
+        x,
+        loc,
+        loading,
+        noise,
+        np.array([1.5, 0, 0, 0]),
+        np.diag([4.0, 1, 1, 1]),
     )
 
 
@@ -199,7 +212,9 @@ def latent_a_cell():
                 pyro.sample("x", dist.Normal(mean, tensor(noise).sqrt()), obs=x)
 
     w = np.concatenate([loading, 2 * np.eye(t)], 1)
-    return case("latent a cell", program, (x,), x, loc, w, noise, np.zeros(1 + t), np.diag([1.0] + [0.36] * t))
+    return case(
+        "latent a cell", program, (x,), x, loc, w, noise, np.zeros(1 + t), np.diag([1.0] + [0.36] * t)
+    )
 
 
 def covariates():
@@ -230,6 +245,32 @@ def heteroscedastic():
             pyro.sample("x", dist.Normal(tensor(loc) + z @ tensor(loading).T, sd).to_event(1), obs=x)
 
     return case("noise by row", program, (x, sd), x, loc, loading, sd**2)
+
+
+def sorted_rows(what, n=40):
+    """Maps that are alike in the first rows of the table and not in the last."""
+    t, k = 3, 1
+    loc, loading, noise, _ = parts(21, t, k)
+    rng = np.random.default_rng(210)
+    x, last = 2 * rng.normal(size=(n, t)), (np.arange(n) >= n - 5).astype(float)[:, None]
+    y = last if what != "noise" else np.sqrt(noise) * (1 + 3 * last)
+
+    def program(x, y):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(k), 1.0).to_event(1))
+            mean, sd = tensor(loc) + z @ tensor(loading).T, tensor(noise).sqrt()
+            if what == "offset":
+                mean = mean + 5 * y
+            elif what == "loading":
+                mean = tensor(loc) + (1 + 2 * y) * (z @ tensor(loading).T)
+            else:
+                sd = y
+            pyro.sample("x", dist.Normal(mean, sd).to_event(1), obs=x)
+
+    offset = loc + 5 * last if what == "offset" else np.tile(loc, (n, 1))
+    w = (1 + 2 * last * (what == "loading"))[:, :, None] * loading
+    variance = y**2 if what == "noise" else np.tile(noise, (n, 1))
+    return case(f"sorted rows, {what}", program, (x, y), x, offset, w, variance)
 
 
 def regression(n=6):
@@ -319,9 +360,7 @@ class Factors(PyroModule):
     def forward(self, x):
         with pyro.plate("rows", len(x)):
             z = pyro.sample("z", dist.Normal(x.new_zeros(self.loading.shape[1]), 1.0).to_event(1))
-            pyro.sample(
-                "x", dist.Normal(self.loc + z @ self.loading.T, self.noise.sqrt()).to_event(1), obs=x
-            )
+            pyro.sample("x", dist.Normal(self.loc + z @ self.loading.T, self.noise.sqrt()).to_event(1), obs=x)
 
 
 def pyro_module():
@@ -377,6 +416,9 @@ CASES = [
     latent_a_cell(),
     covariates(),
     heteroscedastic(),
+    sorted_rows("offset"),
+    sorted_rows("loading"),
+    sorted_rows("noise"),
     regression(),
     regression(10),
     outside_and_inside(),
@@ -437,9 +479,7 @@ def dense_conditionals(c, n, visible):
     v = np.diag(cov) - (gain * cov[:, seen]).sum(1)
     out = np.zeros(c.n_tokens)
     hidden = ~visible & ~np.isnan(c.x[n])
-    out[hidden] = (
-        -0.5 * (c.x[n, hidden] - m[hidden]) ** 2 / v[hidden] - 0.5 * np.log(2 * math.pi * v[hidden])
-    )
+    out[hidden] = -0.5 * (c.x[n, hidden] - m[hidden]) ** 2 / v[hidden] - 0.5 * np.log(2 * math.pi * v[hidden])
     return out
 
 
@@ -449,7 +489,9 @@ def dense_joint(c):
         mean, cov, *_ = c.map(n)
         seen = ~np.isnan(c.x[n])
         out.append(
-            multivariate_normal(mean[seen], cov[np.ix_(seen, seen)]).logpdf(c.x[n, seen]) if seen.any() else 0.0
+            multivariate_normal(mean[seen], cov[np.ix_(seen, seen)]).logpdf(c.x[n, seen])
+            if seen.any()
+            else 0.0
         )
     return np.array(out)
 
@@ -504,7 +546,9 @@ def test_area_under_the_masked_curve_is_the_lml(item):
     """sum_m S(x; m) = log p(x), S(m) the mean over all masks of m hidden tokens of their mean score."""
     visible = all_masks(item.n_tokens)
     size = (~visible).sum(1)
-    score = predictor_of(item).conditionals(tensor(item.x), torch.from_numpy(visible)).numpy().sum(-1)  # (S, N)
+    score = (
+        predictor_of(item).conditionals(tensor(item.x), torch.from_numpy(visible)).numpy().sum(-1)
+    )  # (S, N)
     area = sum((score[size == m] / m).mean(0) for m in range(1, item.n_tokens + 1))
     close(area, dense_joint(item))
 
@@ -535,7 +579,9 @@ def test_frozen_and_pickled_it_gives_the_same_without_the_program(item):
         again.read((x,))
 
 
-@pytest.mark.parametrize("c", [c for c in BY_ROW if not c.params and c.name != "PyroModule"], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "c", [c for c in BY_ROW if not c.params and c.name != "PyroModule"], ids=lambda c: c.name
+)
 def test_the_estimator_scores_a_program_with_nothing_to_train(c, holes):
     c = with_holes(c) if holes else c
     if holes:  # the empty row is refused or scored 0 elsewhere: leave it out here
@@ -606,7 +652,10 @@ def exact_conditionals(c, visible, digits=60):
                 row = mpmath.matrix([[cov[i, j] for j in seen]]) * inv if seen else None
                 var = cov[i, i] - (sum(row[j] * cov[i, seen[j]] for j in range(len(seen))) if seen else 0)
                 for n in range(len(c.x)):
-                    r = [mpmath.mpf(float(a)) - mpmath.mpf(float(b)) for a, b in zip(c.x[n], c.loc[0], strict=True)]
+                    r = [
+                        mpmath.mpf(float(a)) - mpmath.mpf(float(b))
+                        for a, b in zip(c.x[n], c.loc[0], strict=True)
+                    ]
                     m = sum(row[j] * r[seen[j]] for j in range(len(seen))) if seen else mpmath.mpf(0)
                     out[s, n, i] = float(-((r[i] - m) ** 2) / var / 2 - mpmath.log(2 * mpmath.pi * var) / 2)
         return out
@@ -631,7 +680,9 @@ def test_tiny_noise(relative):
     lml = sum((want[size == m].sum(-1) / m).mean(0) for m in range(1, 5))
     predictor = predictor_of(c)
     x = tensor(c.x)
-    slack = 1e-9 + 100 * np.finfo(float).eps / math.sqrt(relative)  # the condition of the square root, not of S
+    slack = 1e-9 + 100 * np.finfo(float).eps / math.sqrt(
+        relative
+    )  # the condition of the square root, not of S
     np.testing.assert_allclose(predictor.joint(x).numpy(), lml, rtol=0, atol=slack)
     np.testing.assert_allclose(
         predictor.conditionals(x, torch.from_numpy(visible)).numpy(), want, rtol=0, atol=slack
@@ -665,7 +716,15 @@ def test_scales(scale, k):
     by = np.logspace(-8, 8, t) if scale == "mixed" else np.full(t, scale)
     plain = case("plain", None, (x,), x, loc, loading, noise)
     scaled = predictor_of(
-        case("scaled", constants(by * loc, by[:, None] * loading, by**2 * noise), (x * by,), x, loc, loading, noise)
+        case(
+            "scaled",
+            constants(by * loc, by[:, None] * loading, by**2 * noise),
+            (x * by,),
+            x,
+            loc,
+            loading,
+            noise,
+        )
     )
     visible = all_masks(t)
     want = np.stack([[dense_conditionals(plain, n, v) for n in range(len(x))] for v in visible])
@@ -700,6 +759,8 @@ def test_masks_that_hide_a_size_only():
     """The number of masks of the battery, and that they are all different: a guard of the guard."""
     for t in (1, 4):
         visible = all_masks(t)
-        assert len({tuple(v) for v in visible}) == 2**t - 1 == sum(
-            len(list(combinations(range(t), m))) for m in range(1, t + 1)
+        assert (
+            len({tuple(v) for v in visible})
+            == 2**t - 1
+            == sum(len(list(combinations(range(t), m))) for m in range(1, t + 1))
         )

