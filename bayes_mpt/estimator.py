@@ -209,7 +209,9 @@ class BayesMPT(
             raise ValueError(
                 "partial_fit needs a program whose rows share one map; fit this one on all rows at once"
             )
-        return self._fit(X, y, seen=self._table if fitted else None, warm=fitted)
+        # a fit by masks goes on from where it was; an exact one ends at the maximum over all rows in any case
+        warm = fitted and self.masks is not None
+        return self._fit(X, y, seen=self._table if fitted else None, warm=warm)
 
     def _fit(self, X: ArrayLike, y: Any, *, seen: Table | None, warm: bool) -> Self:
         context = self._init_callback_context(max_subtasks=None)
@@ -301,7 +303,7 @@ class BayesMPT(
                     if fit is not None and table.complete:
                         return fit
                 train = partial(training.climb, problem, max_iter=self.max_iter, tol=self.tol, report=report)
-            fit = self._best_of(train, problem)
+            fit = self._best_of(train, problem, seed)
         except NoiseFloorError as error:
             raise ValueError(self._unbounded(error, problem)) from error
         if not fit.converged and not fit.interrupted:
@@ -320,7 +322,9 @@ class BayesMPT(
         whole = training.Problem(problem.predictor, problem.args, rows, weight, complete.n_rows)
         return training.concentrate(whole, complete, self.max_iter, self.tol)
 
-    def _best_of(self, train: Callable[[], training.Fit], problem: training.Problem) -> training.Fit:
+    def _best_of(
+        self, train: Callable[[], training.Fit], problem: training.Problem, seed: int
+    ) -> training.Fit:
         """Restart from fresh initial values and keep the best."""
         best = train()
         if self.n_init == 1:
@@ -329,8 +333,11 @@ class BayesMPT(
             best_score = float(problem.score())
         store = pyro.get_param_store()
         kept = _save()
-        for _ in range(self.n_init - 1):
+        for start in range(1, self.n_init):
             store.clear()
+            torch.manual_seed(
+                seed + start
+            )  # inside a fork of the generator; the program's first run draws from it
             if problem.predictor.model is not None:
                 choose(problem.predictor.model, problem.args)  # a first run, which makes new initial values
             fit = train()

@@ -119,7 +119,8 @@ class Table:
         sd = self.cov.diagonal().sqrt()
         unit = torch.where(sd > 0, sd, torch.ones_like(sd))
         value, vector = torch.linalg.eigh(self.cov / unit / unit[:, None])
-        root = unit * (vector * value.clamp(min=0).sqrt()).mT  # rows r_j with sum_j r_j' r_j = cov
+        value = torch.where(value > 1e-13 * n_tokens * value[-1], value, 0.0)  # no variation out of rounding
+        root = sd * (vector * value.sqrt()).mT  # rows r_j with sum_j r_j' r_j = cov
         step = math.sqrt(n_tokens) * root
         rows = torch.cat([self.mean + step, self.mean - step, self.incomplete])
         weight = torch.full((2 * n_tokens,), self.n / (2 * n_tokens), dtype=rows.dtype, device=rows.device)

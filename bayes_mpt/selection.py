@@ -18,7 +18,6 @@ import hashlib
 import math
 import os
 import pickle
-import re
 import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -455,16 +454,16 @@ _NOT_IN_KEY = {"n_jobs", "verbose", "refit", "checkpoint_dir", "error_score"}
 
 
 def _key(settings: dict[str, Any], args: tuple[Any, ...]) -> str:
-    """Of what a result depends on: settings, candidate and data; addresses of functions are left out."""
+    """Of what a result depends on: settings, candidate and data."""
     h = hashlib.sha256()
     for part in (settings, *args):
         if isinstance(part, Candidate):
-            part = (part.estimator, part.tokens)
+            part = (clone(part.estimator), part.tokens) if part.estimator is not None else part.error
         if hasattr(part, "shape") or isinstance(part, list):
             array = np.ascontiguousarray(np.asarray(part))
             h.update(repr((array.shape, array.dtype)).encode() + array.tobytes())
         else:
-            h.update(re.sub(r" at 0x[0-9a-f]+", "", repr(part)).encode())
+            h.update(cloudpickle.dumps(part))  # a function is its code and what it closes over, not its name
     return h.hexdigest()[:20]
 
 

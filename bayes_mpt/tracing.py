@@ -165,8 +165,11 @@ def structure(model: Model, args: tuple[Any, ...]) -> Structure:
     )
     trial, reading = init, None
     if by_row and _scale(node) == 1.0:
-        trial = _accepted_head(model, init, draft)
-        reading = _shared_map(model, trial, draft)
+        head = _accepted_head(model, init, draft)
+        trial = init if head is None else head
+        # With covariates a map that rows share now (a slope of zero, sorted groups) need not stay shared.
+        if head is not None and not _covariates(init):
+            reading = _shared_map(model, trial, draft)
     if reading is not None:
         draft = draft._replace(own_rows=False, plain=draft.observed_arg is not None)
     else:
@@ -284,6 +287,11 @@ def _affine(y: Tensor, probes: Tensor, structure: Structure, where: str) -> tupl
         size = torch.einsum("bdk,pk->pbd", slope.abs(), probes[n_latents + 1 :].abs()) + intercept.abs()
         finite = torch.isfinite(y).all()
         if not finite or not bool(((got - want).abs() <= _tolerance(y) * (size + size.amax(0))).all()):
+            broken = [n for n, p in pyro.get_param_store().items() if not bool(torch.isfinite(p).all())]
+            if broken:
+                raise ModelError(
+                    f"parameter {broken[0]!r} is not finite: check its initial value and constraint"
+                )
             what = "is not finite" if not finite else "is not affine in the latents"
             raise ModelError(
                 f"the mean of the {where} {what} {structure.latent_names}: this program is not linear-Gaussian, "
@@ -535,14 +543,22 @@ def _refuse_unregistered(reading: Reading) -> None:
         todo.extend(nxt for nxt, _ in fn.next_functions if nxt is not None)
 
 
-def _accepted_head(model: Model, args: tuple[Any, ...], structure: Structure) -> tuple[Any, ...]:
-    """A few real rows, where the program accepts fewer than all."""
-    head = _head(args, N_TRIAL_ROWS)
+def _accepted_head(model: Model, args: tuple[Any, ...], structure: Structure) -> tuple[Any, ...] | None:
+    """A few real rows, if the program accepts fewer than all: otherwise it holds something for each row."""
+    n_rows = len(args[0])
+    head = _head(args, min(N_TRIAL_ROWS, max(1, n_rows - 1)))
     try:
-        _run(model, head, _prior_means(structure, head))
+        _run(model, head, latent_values(structure, head[0].new_zeros(len(head[0]), structure.n_latents)))
     except (RuntimeError, ValueError, IndexError):
-        return args
+        return None
     return head
+
+
+def _covariates(args: tuple[Any, ...]) -> bool:
+    """Whether rows come with more than their tokens."""
+    n_rows = len(args[0])
+    with_rows = [a for a in args if isinstance(a, Tensor) and a.ndim and len(a) == n_rows]
+    return len(with_rows) > 1
 
 
 def _shared_map(model: Model, args: tuple[Any, ...], structure: Structure) -> Reading | None:

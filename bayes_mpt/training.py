@@ -36,9 +36,11 @@ __all__ = ["Fit", "Problem", "climb", "concentrate", "one_thread", "train_on_mas
 Report = Callable[[int, float], bool]
 """Called with (iteration, mean score a row) after each; True stops the training."""
 
-WINDOW = 50  # steps between two looks of the stopping rule
+WINDOW = 50  # steps between two looks of the stopping rule, at first
+WINDOW_GROWTH = 1.4  # with every halving of the step
 MAX_HALVINGS = 6
-LEAST_GAIN = 1e-4  # nats a row in a window, less than which halves the step
+STATIONARY = 1e-3  # nats a row and unit of the map: a steeper place is no maximum
+LEAST_GAIN = 5e-5  # nats a row in a window, less than which halves the step
 N_CHECK_DRAWS = 4
 N_SCALE_PROBES = 4
 
@@ -280,26 +282,33 @@ def climb(problem: Problem, *, max_iter: int, tol: float, report: Report | None 
     leaves = problem.leaves()
     fit = Fit("lbfgs")
     _check_start(problem, leaves)
-    unit = _units(problem, leaves)
-    start = _flat(leaves).detach()
-    best = (-math.inf, start)
+    best_theta, best = _flat(leaves).detach().clone(), -math.inf
 
-    def loss(phi: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        nonlocal best
-        theta = start + unit * torch.as_tensor(phi).to(start)
-        _assign(leaves, theta)
-        try:
-            score = problem.score()
-            grads = torch.autograd.grad(score, list(leaves.values()), materialize_grads=True)
-        except ModelError:  # the line search tried a point too far away
-            return 1e30, np.zeros(len(phi))
-        grad = unit * torch.cat([g.flatten() for g in grads])
-        value = float(score.detach())
-        if not math.isfinite(value) or not bool(torch.isfinite(grad).all()):
-            return 1e30, np.zeros(len(phi))
-        if value > best[0]:
-            best = (value, theta)
-        return -value, -grad.double().cpu().numpy()
+    def climb_once(budget: int) -> Any:
+        """L-BFGS in the units of the map at the start."""
+        unit, start = _units(problem, leaves), _flat(leaves).detach().clone()
+
+        def loss(phi: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+            nonlocal best, best_theta
+            theta = start + unit * torch.as_tensor(phi).to(start)
+            _assign(leaves, theta)
+            try:
+                score = problem.score()
+                grads = torch.autograd.grad(score, list(leaves.values()), materialize_grads=True)
+            except ValueError:  # the line search tried a point too far away; ModelError is one too
+                return 1e30, np.zeros(len(phi))
+            grad = unit * torch.cat([g.flatten() for g in grads])
+            value = float(score.detach())
+            if not math.isfinite(value) or not bool(torch.isfinite(grad).all()):
+                return 1e30, np.zeros(len(phi))
+            if value > best:
+                best, best_theta = value, theta
+            return -value, -grad.double().cpu().numpy()
+
+        options = {"maxiter": budget, "maxfun": 3 * budget, "maxcor": 30, "ftol": tol, "gtol": 1e-9}
+        return minimize(
+            loss, np.zeros(len(start)), jac=True, method="L-BFGS-B", callback=callback, options=options
+        )
 
     def callback(intermediate_result: Any) -> None:
         fit.history.append(-float(intermediate_result.fun))
@@ -307,19 +316,19 @@ def climb(problem: Problem, *, max_iter: int, tol: float, report: Report | None 
             raise StopIteration
 
     try:
-        result = minimize(
-            loss,
-            np.zeros(len(start)),
-            jac=True,
-            method="L-BFGS-B",
-            callback=callback,
-            options={"maxiter": max_iter, "maxfun": 3 * max_iter, "maxcor": 30, "ftol": tol, "gtol": 1e-9},
-        )
-        # status 2 is a line search that found no better point: converged to rounding, if it moved at all
-        fit.converged = result.status in (0, 2)
+        while len(fit.history) < max_iter:
+            before = best
+            result = climb_once(max_iter - len(fit.history))
+            _assign(leaves, best_theta)
+            if result.status not in (0, 2):  # out of iterations, or stopped from outside
+                break
+            # The units were those of the start; where the map has changed much, a climb may end short of the top.
+            if best - before <= 10 * tol * (1 + abs(best)):
+                fit.converged = _steepest(problem, leaves) <= STATIONARY
+                break
     except KeyboardInterrupt:
         fit.interrupted = True
-    _assign(leaves, best[1])
+    _assign(leaves, best_theta)
     fit.n_iter = len(fit.history)
     return fit
 
@@ -340,10 +349,10 @@ def train_on_masks(
 ) -> Fit:
     """Maximise the masked score by Adam, a fresh draw of masks each step.
 
-    After every window of 50 steps the average of its iterates is scored on one fixed draw of masks (and rows), the same
-    each time, so that two windows are compared without the noise of the masks. A window that gains less than ``tol``
-    (at least 1e-4) nats a row halves the step; after six halvings the training ends at the best average. Units are
-    taken afresh each window, since the map moves.
+    After every window of steps (50 at first, longer as the steps shrink) the average of its iterates is scored on one
+    fixed draw of masks and rows, so that two windows are compared without the noise of the masks. A window that gains
+    less than ``tol`` (at least 5e-5) nats a row halves the step; after six halvings the training ends at the best
+    average. Units are taken afresh each window, since the map moves.
 
     Raises
     ------
@@ -369,8 +378,9 @@ def train_on_masks(
         while len(fit.history) < max_iter and halvings <= MAX_HALVINGS and not stopped:
             start, unit, phi, adam = _fresh_adam(problem, leaves, rate)
             total, n_steps = torch.zeros_like(start), 0
+            window = round(WINDOW * WINDOW_GROWTH**halvings)
             try:
-                for _ in range(min(WINDOW, max_iter - len(fit.history))):
+                for _ in range(min(window, max_iter - len(fit.history))):
                     score = _batch(problem, batch_size, generator).score(masks, generator)
                     value = float(score.detach())
                     if not math.isfinite(value):
@@ -402,7 +412,7 @@ def train_on_masks(
                 best, best_check = average, best_check + gain
             if gain > max(tol, LEAST_GAIN):
                 _assign(leaves, last)
-            elif n_steps == WINDOW:
+            elif n_steps == window:
                 halvings += 1
                 rate *= 0.5
                 _assign(leaves, best)
@@ -450,6 +460,13 @@ def _exact(problem: Problem) -> Exact:
     if not isinstance(predictor, Exact):
         raise TypeError(f"this training needs an Exact predictor, got {type(predictor).__name__}")
     return predictor
+
+
+def _steepest(problem: Problem, leaves: dict[str, Tensor]) -> float:
+    """The largest slope of the mean score, nats a row and unit of the map."""
+    grads = torch.autograd.grad(problem.score(), list(leaves.values()), materialize_grads=True)
+    slope = _units(problem, leaves) * torch.cat([g.flatten() for g in grads])
+    return float(slope.abs().max())
 
 
 def _flat(leaves: dict[str, Tensor]) -> Tensor:

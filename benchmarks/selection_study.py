@@ -99,9 +99,9 @@ def maximise(kind: str, cov: np.ndarray, k: int) -> Factors:
 
 
 def laplace(kind: str, cov: np.ndarray, n: int, k: int) -> Laplace:
-    return (
-        laplace_proportional(cov, n, k, np.ones(len(cov))) if kind == "ppca" else laplace_diagonal(cov, n, k)
-    )
+    if kind == "ppca":
+        return laplace_proportional(cov, n, k, np.ones(len(cov)))
+    return laplace_diagonal(cov, n, k)
 
 
 def n_parameters(kind: str, d: int, k: int) -> int:
