@@ -223,11 +223,11 @@ class BayesMPT(
             model = deepcopy(model)  # a PyroModule trains in place
         state = self._state if warm and hasattr(self, "_state") else None
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
-        table = None
         self.__dict__.pop("selection_", None)
-        with training.one_thread(X.size):
-            if getattr(model, "n_components", None) == "auto":
-                table = self._grow_table(X, seen)
+        # The one pass over all rows, with all threads; what follows sees the moments only, if rows share a map.
+        table = self._grow_table(X, seen) if y is None else None
+        with training.one_thread(X.size if table is None else table.cov.numel()):
+            if table is not None and getattr(model, "n_components", None) == "auto":
                 model = self._choose_dimension(model, table)
                 state = None if state is not None and self.n_components_ != model.n_components else state
             with _Store() as store, _seeded(seed):
@@ -239,7 +239,7 @@ class BayesMPT(
                 store.begin(state)
                 self._refuse_subsampling(predictor, args)
                 if predictor.structure.plain:
-                    table = self._grow_table(X, seen) if table is None else table
+                    table = self._grow_table(X, seen) if table is None else table  # y was not used
                     # Few rows are scored themselves; many, and those of earlier calls, through their moments.
                     raw = seen is None and len(X) <= 2 * X.shape[1]
                     rows, weight = (self._tensor(X), None) if raw else table.rows()
@@ -561,11 +561,10 @@ class BayesMPT(
             )
         cov, k = table.cov.cpu().numpy(), self.n_components_
         try:
-            if isinstance(shape, np.ndarray):
-                return laplace_proportional(cov, table.n, k, shape)
-            return laplace_diagonal(
-                cov, table.n, k, start=self._shared_reading("laplace").noise[0].cpu().numpy()
-            )
+            with training.one_thread(cov.size):
+                if isinstance(shape, np.ndarray):
+                    return laplace_proportional(cov, table.n, k, shape)
+                return laplace_diagonal(cov, table.n, k)
         except NoiseFloorError as error:
             raise ValueError(
                 f"{k} latents leave no direction for the noise of these rows (n_samples = {table.n}, n_features = "

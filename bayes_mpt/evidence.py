@@ -75,7 +75,7 @@ def laplace_proportional(
     return _around_orbit(factors, n_rows, np.ones((len(cov), 1)), share)
 
 
-def laplace_diagonal(cov: Array, n_rows: int, n_latents: int, start: Array | None = None) -> Laplace:
+def laplace_diagonal(cov: Array, n_rows: int, n_latents: int) -> Laplace:
     """A noise variance of its own for each token (factor analysis), expanded at its maximum a posteriori.
 
     The prior keeps the expansion away from zero variances (Heywood cases), at which maximum likelihood often ends.
@@ -88,11 +88,9 @@ def laplace_diagonal(cov: Array, n_rows: int, n_latents: int, start: Array | Non
         N.
     n_latents : int
         K.
-    start : array of shape (T,), optional
-        Noise variances to start the search for the maximum from.
     """
     variance = np.diag(cov)
-    factors = diagonal(cov, n_latents, start=start, prior=Prior(NOISE_SHAPE, NOISE_SHAPE / variance, n_rows))
+    factors = diagonal(cov, n_latents, prior=Prior(NOISE_SHAPE, NOISE_SHAPE / variance, n_rows))
     return _around_orbit(factors, n_rows, np.eye(len(cov)), factors.noise / variance)
 
 

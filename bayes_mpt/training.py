@@ -23,6 +23,7 @@ from scipy.optimize import minimize
 from scipy.sparse.linalg import LinearOperator, lsmr
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
+from torch.distributions import constraints
 
 from bayes_mpt import concentrated
 from bayes_mpt.masks import Policy, torch_generator
@@ -505,7 +506,14 @@ def _units(problem: Problem, leaves: dict[str, Tensor]) -> Tensor:
     for name, part in zip(leaves, square.split([v.numel() for v in leaves.values()]), strict=True):
         if part.numel() and not bool((part > 0).any()):
             raise _untouched(name)
-    return torch.where(square > 0, square, torch.ones_like(square)).rsqrt().detach()
+    unit = torch.where(square > 0, square, torch.ones_like(square)).rsqrt().detach()
+    # A constrained parameter moves through a logarithm or the like: one is far, and at a bound its slope is zero.
+    bound = pyro.get_param_store().get_state()["constraints"]
+    most = [
+        torch.full_like(v.flatten(), math.inf if bound[n] is constraints.real else 1.0)
+        for n, v in leaves.items()
+    ]
+    return torch.minimum(unit, torch.cat(most))
 
 
 def _untouched(name: str) -> ModelError:
