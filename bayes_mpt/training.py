@@ -284,10 +284,11 @@ def climb(problem: Problem, *, max_iter: int, tol: float, report: Report | None 
     fit = Fit("lbfgs")
     _check_start(problem, leaves)
     best_theta, best = _flat(leaves).detach().clone(), -math.inf
+    least_unit = torch.full_like(best_theta, math.inf)
 
-    def climb_once(budget: int) -> Any:
-        """L-BFGS in the units of the map at the start."""
-        unit, start = _units(problem, leaves), _flat(leaves).detach().clone()
+    def climb_once(budget: int, unit: Tensor) -> Any:
+        """L-BFGS in these units."""
+        start = _flat(leaves).detach().clone()
 
         def loss(phi: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
             nonlocal best, best_theta
@@ -318,14 +319,15 @@ def climb(problem: Problem, *, max_iter: int, tol: float, report: Report | None 
 
     try:
         while len(fit.history) < max_iter:
-            before = best
-            result = climb_once(max_iter - len(fit.history))
+            before, unit = best, _units(problem, leaves)
+            least_unit = torch.minimum(least_unit, unit)
+            result = climb_once(max_iter - len(fit.history), unit)
             _assign(leaves, best_theta)
             if result.status not in (0, 2):  # out of iterations, or stopped from outside
                 break
             # The units were those of the start; where the map has changed much, a climb may end short of the top.
             if best - before <= 10 * tol * (1 + abs(best)):
-                fit.converged = _steepest(problem, leaves) <= STATIONARY
+                fit.converged = _steepest(problem, leaves, least_unit) <= STATIONARY
                 break
     except KeyboardInterrupt:
         fit.interrupted = True
@@ -463,11 +465,10 @@ def _exact(problem: Problem) -> Exact:
     return predictor
 
 
-def _steepest(problem: Problem, leaves: dict[str, Tensor]) -> float:
-    """The largest slope of the mean score, nats a row and unit of the map."""
+def _steepest(problem: Problem, leaves: dict[str, Tensor], unit: Tensor) -> float:
+    """The largest slope of the mean score, nats a row and unit."""
     grads = torch.autograd.grad(problem.score(), list(leaves.values()), materialize_grads=True)
-    slope = _units(problem, leaves) * torch.cat([g.flatten() for g in grads])
-    return float(slope.abs().max())
+    return float((unit * torch.cat([g.flatten() for g in grads])).abs().max())
 
 
 def _flat(leaves: dict[str, Tensor]) -> Tensor:
