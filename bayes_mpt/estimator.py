@@ -225,7 +225,7 @@ class BayesMPT(
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         self.__dict__.pop("selection_", None)
         # The one pass over all rows, with all threads; what follows sees the moments only, if rows share a map.
-        table = self._grow_table(X, seen) if y is None else None
+        table = None if y is not None and _takes_y(model) else self._grow_table(X, seen)
         with training.one_thread(X.size if table is None else table.cov.numel()):
             if table is not None and getattr(model, "n_components", None) == "auto":
                 model = self._choose_dimension(model, table)
@@ -239,7 +239,7 @@ class BayesMPT(
                 store.begin(state)
                 self._refuse_subsampling(predictor, args)
                 if predictor.structure.plain:
-                    table = self._grow_table(X, seen) if table is None else table  # y was not used
+                    table = self._grow_table(X, seen) if table is None else table
                     # Few rows are scored themselves; many, and those of earlier calls, through their moments.
                     raw = seen is None and len(X) <= 2 * X.shape[1]
                     rows, weight = (self._tensor(X), None) if raw else table.rows()
@@ -662,6 +662,10 @@ class BayesMPT(
             names = getattr(self, "feature_names_in_", np.arange(self.n_features_in_))
             which = ", ".join(str(names[i]) for i in cells.isnan().all(0).nonzero()[:, 0].tolist())
             raise ValueError(f"column {which} has no observed cell: nothing can be learnt of it. Drop it")
+        broken = (~torch.isfinite(table.cov.diagonal())).nonzero()[:, 0].tolist()
+        if broken:
+            names = getattr(self, "feature_names_in_", np.arange(self.n_features_in_))
+            raise ValueError(f"the squares of column {names[broken[0]]} overflow: rescale it")
         if table.complete and not bool((table.cov.diagonal() > 0).any()):
             raise ValueError(
                 f"all {table.n_rows} rows are equal: every column is constant, so the likelihood has no maximum"

@@ -66,7 +66,10 @@ class Table:
                     continue
                 mean = chunk.mean(0)
             centred = chunk - mean
-            product = centred.T @ centred  # numpy knows that this is symmetric, which halves the work
+            with np.errstate(
+                over="ignore", invalid="ignore"
+            ):  # an infinite covariance is for the caller to refuse
+                product = centred.T @ centred  # numpy knows that this is symmetric, which halves the work
             self._merge(len(chunk), torch.as_tensor(mean), torch.as_tensor(product) / len(chunk))
         self.incomplete = torch.cat(incomplete) if incomplete else self.mean.new_zeros(0, n_tokens)
 
