@@ -37,6 +37,8 @@ class Candidate:
     """(N,) nats: what the rows contribute; None without a rows plate."""
     replicates: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
     """(R,) evidence by repeat of the folds."""
+    n_scored: float = math.nan
+    """Rows that the evidence is a sum over."""
     splits: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
     """Mean nats a row by split."""
     tokens: str = ""
@@ -93,6 +95,8 @@ def compare(
     """
     if not estimators:
         raise ValueError("nothing to compare: got an empty dict")
+    if evidence not in ("auto", "laplace", "heldout", "train"):
+        raise ValueError(f"evidence must be 'auto', 'laplace', 'heldout' or 'train', got {evidence!r}")
     names, found = list(estimators), []
     for name, estimator in estimators.items():
         check_is_fitted(final_step(estimator), msg=f"{name!r} is not fitted: call fit first")
@@ -102,6 +106,12 @@ def compare(
             raise ValueError(f"{name!r} cannot be compared on these rows: {error}") from error
         found.append(Candidate(estimator, float(by_row.sum()), by_row, tokens=token_digest(estimator, X, y)))
     refuse_incomparable(names, found)
+    by_parts = [n for n, c in zip(names, found, strict=True) if not c.model.data_digest_]
+    if by_parts:
+        raise ValueError(
+            f"{', '.join(map(repr, by_parts))} were fitted by parts, so that it cannot be told whether these "
+            "rows were among them: fit all on the same rows at once"
+        )
     trained = [_trained_on(c.model, before_final(c.estimator, X)) for c in found]
     if any(trained) and not all(trained):
         others = [n for n, t in zip(names, trained, strict=True) if not t]
@@ -150,10 +160,10 @@ def choose_rule(evidence: str, found: list[Candidate]) -> tuple[str, str]:
 def refuse_incomparable(names: list[str], found: list[Candidate]) -> None:
     """All must score the same tokens, in the same units, in the same sense of a token."""
     kinds: dict[str, list[Any]] = {
-        "tokens (other rows, features or scaling)": [c.tokens for c in found],
         "sense of a row (independent rows against one vector)": [
             c.model.predictor_.structure.by_row for c in found
         ],
+        "tokens (other rows, features or scaling)": [c.tokens for c in found],
     }
     for what, values in kinds.items():
         common = max(values, key=values.count)
@@ -235,8 +245,3 @@ def token_digest(estimator: Any, X: Any, y: Any) -> str:
 
 def _trained_on(model: BayesMPT, X: Any) -> bool:
     return model.data_digest_ == model.digest(X)
-
-
-def n_scored_rows(candidate: Candidate) -> int:
-    by_row = candidate.by_row
-    return 1 if by_row is None else int((~np.isnan(by_row)).sum())

@@ -63,17 +63,17 @@ class BayesMPT(
         Kept for programs without an exact score; unused where the score is exact.
     masks : Policy, optional
         Train on masks drawn from this policy, by Adam. None maximises the exact score, deterministically.
-    predictor : "auto" or Predictor, default="auto"
-        How hidden tokens are predicted; chosen by reading the program.
+    predictor : "auto", default="auto"
+        How hidden tokens are predicted: chosen by reading the program.
     max_iter : int, default=2000
         Iterations of L-BFGS, or steps of Adam.
     tol : float, default=1e-10
-        L-BFGS stops when the mean score changes by less than this share of itself. Adam stops when the mean of 50
-        steps no longer rises by more than ``tol`` nats a row and two standard errors.
+        L-BFGS stops when the mean score changes by less than this share of itself. Adam halves
+        its step when a window of steps gains less than ``tol`` (at least 2e-5) nats a row, and stops after six.
     learning_rate : float, default=0.05
         Of Adam, in units in which the program's map moves by about one.
     batch_size : int, optional
-        Rows a step of Adam; all of them by default.
+        Rows a step of Adam; all of them by default. Needs independent rows.
     n_init : int, default=1
         Starts where the maximum has no closed form; the best is kept.
     warm_start : bool, default=False
@@ -108,7 +108,7 @@ class BayesMPT(
     complete_ : bool
         Whether no cell of the training rows was missing.
     data_digest_ : str
-        Fingerprint of the training rows.
+        Fingerprint of the training rows; empty after `partial_fit`, which has seen others before.
     selection_ : dict
         Where "auto" chose the dimension: ``{K: log evidence}``; with missing cells, from the pairs observed together.
     n_features_in_, feature_names_in_
@@ -127,7 +127,7 @@ class BayesMPT(
         "model": [callable, None],
         "guide": [callable, None],
         "masks": [Policy, None],
-        "predictor": [StrOptions({"auto"}), Predictor],
+        "predictor": [StrOptions({"auto"})],
         "max_iter": [Interval(Integral, 1, None, closed="left")],
         "tol": [Interval(Real, 0, None, closed="left")],
         "learning_rate": [Interval(Real, 0, None, closed="neither")],
@@ -147,7 +147,7 @@ class BayesMPT(
         *,
         guide: Callable[..., Any] | None = None,
         masks: Policy | None = None,
-        predictor: str | Predictor = "auto",
+        predictor: str = "auto",
         max_iter: int = 2000,
         tol: float = 1e-10,
         learning_rate: float = 0.05,
@@ -232,10 +232,10 @@ class BayesMPT(
                 state = None if state is not None and self.n_components_ != model.n_components else state
             with _Store() as store, _seeded(seed):
                 args = self._arguments(model, X[:MAX_INIT_ROWS], y if y is None else y[:MAX_INIT_ROWS])
-                predictor = self._choose_predictor(model, args)
+                predictor = choose(model, args)
                 if not predictor.structure.plain and len(X) > MAX_INIT_ROWS:
                     args = self._arguments(model, X, y)
-                    predictor = self._choose_predictor(model, args)
+                    predictor = choose(model, args)
                 store.begin(state)
                 self._refuse_subsampling(predictor, args)
                 if predictor.structure.plain:
@@ -264,7 +264,7 @@ class BayesMPT(
             )
         self._table = table
         self._store_fit(model, predictor, fit, total)
-        self.data_digest_ = _digest(X)
+        self.data_digest_ = _digest(X) if seen is None else ""
         self.complete_ = bool(table.complete) if table is not None else not bool(np.isnan(X).any())
         context.call_on_fit_task_end(estimator=self, X=X, y=y)
         return self
@@ -286,6 +286,11 @@ class BayesMPT(
 
         try:
             if self.masks is not None:
+                if self.batch_size is not None and not problem.predictor.structure.by_row:
+                    raise ModelError(
+                        f"batch_size={self.batch_size} needs independent rows, but a latent outside the rows plate "
+                        "makes all rows one vector: leave batch_size=None"
+                    )
                 train = partial(
                     training.train_on_masks,
                     problem,
@@ -327,7 +332,7 @@ class BayesMPT(
     ) -> training.Fit:
         """Restart from fresh initial values and keep the best."""
         best = train()
-        if self.n_init == 1:
+        if self.n_init == 1 or best.interrupted:
             return best
         with torch.no_grad():
             best_score = float(problem.score())
@@ -345,11 +350,10 @@ class BayesMPT(
                 score = float(problem.score())
             if score > best_score:
                 best, best_score, kept = fit, score, _save()
+            if fit.interrupted:
+                break
         _load(kept)
         return best
-
-    def _choose_predictor(self, model: Model, args: tuple[Any, ...]) -> Predictor:
-        return choose(model, args) if isinstance(self.predictor, str) else self.predictor
 
     def _choose_dimension(self, model: Any, table: Table) -> Any:
         """Rank all K by the evidence, on one covariance; the winner's model."""
@@ -513,7 +517,7 @@ class BayesMPT(
         return means.cpu().numpy()
 
     def sample(self, n_samples: int = 1) -> NDArray[np.float64]:
-        """Draw rows from the fitted model: (n_samples, T)."""
+        """Draw rows from the fitted model: (n_samples, T), the same ones at every call; ``random_state`` chooses."""
         reading = self._shared_reading("sample")
         if not isinstance(n_samples, Integral) or n_samples < 1:
             raise ValueError(f"n_samples must be an integer of at least 1, got {n_samples!r}")
@@ -643,9 +647,18 @@ class BayesMPT(
 
     def _arguments(self, model: Model, X: NDArray[np.floating], y: Any) -> tuple[Any, ...]:
         x = self._tensor(X)
-        if y is None or not _takes_y(model):
+        if not _takes_y(model):
             return (x,)
-        y = torch.as_tensor(np.asarray(y)).to(self.device)
+        if y is None:
+            if _needs_y(model):
+                raise ValueError(f"the program {model!r} takes a second argument: pass y")
+            return (x,)
+        y = np.asarray(y)
+        if len(y) != len(X):
+            raise ValueError(f"y must have a row for each of the {len(X)} rows of X, got {len(y)}")
+        if y.dtype.kind == "f" and np.isinf(y).any():
+            raise ValueError("y contains infinity")
+        y = torch.as_tensor(y).to(self.device)
         return x, y.double() if y.is_floating_point() else y
 
     def _tensor(self, X: NDArray[np.floating]) -> Tensor:
@@ -687,8 +700,10 @@ class BayesMPT(
 
     @staticmethod
     def _dtype_of(X: Any) -> Any:
-        dtype = getattr(X, "dtype", None)
-        return np.float32 if dtype == np.float32 else np.float64
+        dtypes = (
+            set(X.dtypes) if hasattr(X, "dtypes") else {getattr(X, "dtype", None)}
+        )  # a DataFrame has several
+        return np.float32 if dtypes == {np.dtype(np.float32)} else np.float64
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -770,6 +785,13 @@ def _takes_y(model: Model) -> bool:
     return sum(kind in positional for kind in kinds) > 1 or inspect.Parameter.VAR_POSITIONAL in kinds
 
 
+def _needs_y(model: Model) -> bool:
+    """Whether the program's second argument has no default."""
+    target = model.forward if isinstance(model, torch.nn.Module) else model
+    parameters = list(inspect.signature(target).parameters.values())
+    return len(parameters) > 1 and parameters[1].default is inspect.Parameter.empty
+
+
 def _shared_latents(predictor: Predictor) -> dict[str, Tensor]:
     """Posterior means of the latents that stand outside the rows plate, by site."""
     structure = predictor.structure
@@ -781,9 +803,11 @@ def _shared_latents(predictor: Predictor) -> dict[str, Tensor]:
 
 
 def _digest(X: NDArray[np.floating]) -> str:
-    """A fingerprint of rows, features and scaling: shape and up to 2^16 cells, spread over the table."""
+    """A fingerprint of rows, features and scaling: bits of blocks of rows, summed and xored, then hashed."""
     h = hashlib.sha256(repr(X.shape).encode())
-    step = max(1, X.size // 2**16)
-    h.update(np.ascontiguousarray(np.asarray(X[:: max(1, step)], dtype=np.float64)).tobytes())
-    h.update(np.asarray(X[-1:], dtype=np.float64).tobytes())
+    step = max(1, 2**17 // max(1, X.shape[1]))
+    for start in range(0, len(X), step):
+        bits = np.ascontiguousarray(X[start : start + step], dtype=np.float64).view(np.uint64)
+        h.update(np.bitwise_xor.reduce(bits, axis=0).tobytes())
+        h.update(np.add.reduce(bits, axis=0, dtype=np.uint64).tobytes())
     return h.hexdigest()[:16]

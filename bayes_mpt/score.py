@@ -5,6 +5,7 @@ score(x) = sum_k sum_i weight[k, i] * log p(x_i | x_visible[k])        (arXiv 23
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -351,8 +352,8 @@ class CumulativeMaskedScore(ELBO):
 
     def differentiable_loss(self, model: Model, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The negative score of the batch as a scalar tensor, nats."""
-        bound: Model = (lambda *a: model(*a, **kwargs)) if kwargs else model
-        predictor = self._predictor(model, bound, args).read(args)
+        args = _positional(model, args, kwargs)
+        predictor = self._predictor(model, args).read(args)
         draw = self.masks.draw(predictor.value.shape[1], self.generator)
         return -predictor.scale * masked_score(predictor, predictor.value, draw).sum()
 
@@ -371,13 +372,28 @@ class CumulativeMaskedScore(ELBO):
     def _get_trace(self, model: Model, guide: Any, args: Any, kwargs: Any) -> Any:
         raise NotImplementedError("the masked score reads the program itself: there is no single trace")
 
-    def _predictor(self, key: Any, model: Model, args: tuple[Any, ...]) -> Predictor:
+    def _predictor(self, model: Model, args: tuple[Any, ...]) -> Predictor:
         if isinstance(self.predictor, Predictor):
             return self.predictor
-        shapes = tuple(a.shape[1:] if isinstance(a, Tensor) else None for a in args)
-        if self._chosen is None or self._chosen[0] is not key or self._chosen[1] != shapes:
-            self._chosen = (key, shapes, choose(model, args))
+        # Anything but the number of rows may change what the program is.
+        key = tuple(a.shape[1:] if isinstance(a, Tensor) and a.ndim else repr(a) for a in args)
+        if self._chosen is None or self._chosen[0] is not model or self._chosen[1] != key:
+            self._chosen = (model, key, choose(model, args))
         return self._chosen[2]
+
+
+def _positional(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """All arguments in the order of the program's signature."""
+    if not kwargs:
+        return args
+    target = model.forward if isinstance(model, torch.nn.Module) else model
+    bound = inspect.signature(target).bind(*args, **kwargs)
+    bound.apply_defaults()
+    if bound.kwargs:
+        raise TypeError(
+            f"keyword-only arguments {sorted(bound.kwargs)} cannot be scored: make them positional"
+        )
+    return bound.args
 
 
 class _LossModule(torch.nn.Module):

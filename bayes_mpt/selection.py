@@ -15,11 +15,13 @@ Which number ranks is the ``evidence``:
 from __future__ import annotations
 
 import hashlib
+import inspect
 import math
 import os
 import pickle
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from numbers import Integral, Real
 from pathlib import Path
@@ -43,7 +45,6 @@ from bayes_mpt.comparison import (
     choose_rule,
     comparison_table,
     final_step,
-    n_scored_rows,
     refuse_incomparable,
     refuse_mixed_train,
     token_digest,
@@ -190,7 +191,7 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, BaseEstimator):
             check_array(
                 X, dtype=[np.float64, np.float32], ensure_all_finite="allow-nan", ensure_min_samples=2
             )
-        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        seed = self._partition_seed()
         found = self._run(_fit_candidate, [(self.estimator, p, X, y) for p in grid], "fit")
         good = _good(found)
         refuse_incomparable([n for n, c in zip(names, found, strict=True) if not c.error], good)
@@ -208,6 +209,17 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, BaseEstimator):
         _good(found)
         self._store(grid, names, found)
         return self
+
+    def _partition_seed(self) -> int:
+        """Of the partitions of the rows; a search that takes up from a directory keeps the seed found there."""
+        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        if self.checkpoint_dir is None or self.random_state is not None:
+            return seed
+        file = Path(self.checkpoint_dir) / "seed"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            file.write_text(str(seed))
+        return int(file.read_text())
 
     def _run(
         self, task: Callable[..., Candidate], arguments: list[tuple[Any, ...]], label: str
@@ -228,9 +240,9 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, BaseEstimator):
 
     def _store(self, grid: list[dict[str, Any]], names: list[str], found: list[Candidate]) -> None:
         failed = math.nan if self.error_score == "raise" else float(self.error_score)
-        rows = max(n_scored_rows(c) for c in found if not c.error)
+        rows = max(c.n_scored for c in found if not c.error)
         lml = np.array([c.evidence if not c.error else failed * rows for c in found])
-        mean = lml / np.array([n_scored_rows(c) if not c.error else rows for c in found])
+        mean = lml / np.array([c.n_scored if not c.error else rows for c in found])
         n_splits = max(len(c.splits) for c in found)
         splits = np.array([c.splits if len(c.splits) else np.full(n_splits, failed) for c in found]).reshape(
             len(found), n_splits
@@ -292,21 +304,21 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, BaseEstimator):
 
     def score(self, X: ArrayLike, y: Any = None) -> float:
         """Mean nats a row of the best candidate."""
-        return float(self._best().score(X, y) if y is not None else self._best().score(X))
+        return float(self._best().score(X, **_given(y)))
 
-    def score_samples(self, X: ArrayLike) -> NDArray[np.float64]:
+    def score_samples(self, X: ArrayLike, y: Any = None) -> NDArray[np.float64]:
         """Nats of each row under the best candidate."""
-        return np.asarray(self._best().score_samples(X))
+        return np.asarray(self._best().score_samples(X, **_given(y)))
 
     @available_if(lambda self: hasattr(self.estimator, "transform"))
-    def transform(self, X: ArrayLike) -> Any:
+    def transform(self, X: ArrayLike, y: Any = None) -> Any:
         """Posterior means of the best candidate's latents."""
-        return self._best().transform(X)
+        return self._best().transform(X, **_given(y))
 
     @available_if(lambda self: hasattr(self.estimator, "transform"))
     def fit_transform(self, X: ArrayLike, y: Any = None) -> Any:
         """Fit the search, then transform X by the best candidate."""
-        return self.fit(X, y).transform(X)
+        return self.fit(X, y).transform(X, y if hasattr(self._best(), "predict") else None)
 
     @available_if(lambda self: hasattr(self.estimator, "inverse_transform"))
     def inverse_transform(self, Z: ArrayLike) -> Any:
@@ -314,9 +326,14 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, BaseEstimator):
         return self._best().inverse_transform(Z)
 
     @available_if(lambda self: hasattr(self.estimator, "impute"))
-    def impute(self, X: ArrayLike) -> Any:
+    def impute(self, X: ArrayLike, y: Any = None) -> Any:
         """X with its missing cells filled by the best candidate."""
-        return self._best().impute(X)
+        return self._best().impute(X, **_given(y))
+
+    @available_if(lambda self: hasattr(getattr(self, "best_estimator_", None), "predict"))
+    def predict(self, X: ArrayLike) -> Any:
+        """Means of y for new rows under the best candidate, for programs ``model(x, y)``."""
+        return self._best().predict(X)
 
     @available_if(lambda self: hasattr(self.estimator, "sample"))
     def sample(self, n_samples: int = 1) -> Any:
@@ -382,24 +399,30 @@ def _score_candidate(
         else:
             candidate.evidence = float(candidate.by_row.sum())
             candidate.replicates = np.array([candidate.evidence])
-        candidate.splits = np.array([candidate.evidence / len(candidate.by_row)])
+        candidate.n_scored = float(len(candidate.by_row))
+        candidate.splits = np.array([candidate.evidence / candidate.n_scored])
     else:
         splits = _folds if rule == "heldout" else _blocks
-        total = np.zeros(len(X))
-        count = np.zeros(len(X))
-        replicates, means = [], []
+        by_row, replicates, means = [], [], []
         for repeat in range(n_repeats):
-            score = 0.0
+            total, count = np.zeros(len(X)), np.zeros(len(X))
             for train, test in splits(len(X), cv, visible_share, seed + repeat):
-                fitted = clone(model).fit(_rows(X, train), _rows(y, train))
-                by_row = fitted.score_samples(_rows(X, test), _rows(y, test))
-                total[test] += by_row
+                score = (
+                    clone(model)
+                    .fit(_rows(X, train), _rows(y, train))
+                    .score_samples(_rows(X, test), _rows(y, test))
+                )
+                total[test] += score
                 count[test] += 1
-                score += float(by_row.sum())
-                means.append(float(by_row.mean()))
-            replicates.append(score)
-        with np.errstate(invalid="ignore"):
-            candidate.by_row = total / count  # NaN for rows that no order ever hid
+                means.append(float(score.mean()))
+            # A row that a splitter hides more than once counts once, with its mean; one that stays visible not at all.
+            by_row.append(np.divide(total, count, out=np.full(len(X), math.nan), where=count > 0))
+            replicates.append(float(np.nansum(by_row[-1])))
+        shown = ~np.isnan(by_row)  # (R, N)
+        candidate.n_scored = float(shown.sum(1).mean())
+        candidate.by_row = np.divide(
+            np.nansum(by_row, 0), shown.sum(0), out=np.full(len(X), math.nan), where=shown.any(0)
+        )
         candidate.replicates = np.array(replicates)
         candidate.evidence = float(np.mean(replicates))
         candidate.splits = np.array(means)
@@ -463,7 +486,8 @@ def _key(settings: dict[str, Any], args: tuple[Any, ...]) -> str:
             array = np.ascontiguousarray(np.asarray(part))
             h.update(repr((array.shape, array.dtype)).encode() + array.tobytes())
         else:
-            h.update(cloudpickle.dumps(part))  # a function is its code and what it closes over, not its name
+            h.update(cloudpickle.dumps(part))  # what a closure holds is in there
+            h.update(_sources(part).encode())  # and here the module of an importable program
     return h.hexdigest()[:20]
 
 
@@ -483,11 +507,28 @@ def _sets_missing_model(params: dict[str, Any]) -> bool:
     )
 
 
+def _given(y: Any) -> dict[str, Any]:
+    return {} if y is None else {"y": y}
+
+
 def _good(found: list[Candidate]) -> list[Candidate]:
     good = [c for c in found if not c.error]
     if not good:
         raise ValueError(f"all {len(found)} candidates failed; the first one: {found[0].error}")
     return good
+
+
+def _sources(part: Any) -> str:
+    """Source text of the modules in which the programs of an estimator, or of its parameters, are written."""
+    values = part.values() if isinstance(part, dict) else part if isinstance(part, tuple) else (part,)
+    models = [getattr(final_step(v), "model", v) for v in values]
+    texts = []
+    for model in models:
+        module = inspect.getmodule(model if inspect.isfunction(model) else type(model))
+        if module is not None and not module.__name__.startswith(("builtins", "numpy", "sklearn", "torch")):
+            with suppress(OSError, TypeError):
+                texts.append(inspect.getsource(module))
+    return "".join(texts)
 
 
 def _cloned(params: dict[str, Any]) -> dict[str, Any]:
@@ -496,16 +537,24 @@ def _cloned(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def _names(grid: list[dict[str, Any]]) -> list[str]:
-    names = []
-    for params in grid:
-        parts = []
-        for key, value in params.items():
-            short = key.rpartition("__")[2]
-            if isinstance(value, BaseEstimator):
-                parts.append(type(value).__name__)
-            elif callable(value):
-                parts.append(getattr(value, "__name__", repr(value)))
-            else:
-                parts.append(f"{short}={value}")
-        names.append(" ".join(parts) or "as given")
+    """What the grid sets, in words: short where that tells candidates apart."""
+    for describe in (_short, repr):
+        names = [
+            " ".join(
+                describe(value)
+                if isinstance(value, BaseEstimator) or callable(value)
+                else f"{key.rpartition('__')[2]}={value}"
+                for key, value in params.items()
+            )
+            or "as given"
+            for params in grid
+        ]
+        if len(set(names)) == len(names):
+            return names
     return [n if names.count(n) == 1 else f"{n} #{i}" for i, n in enumerate(names)]
+
+
+def _short(value: Any) -> str:
+    return (
+        type(value).__name__ if isinstance(value, BaseEstimator) else getattr(value, "__name__", repr(value))
+    )

@@ -146,7 +146,7 @@ def structure(model: Model, args: tuple[Any, ...]) -> Structure:
             first, init = _run(model, args), args
         except Exception:
             raise error from None
-    observed, rows_plate, by_row = _sites(first, init)
+    observed, rows_plate, by_row = _sites(first)
     node = first.nodes[observed]
     n_rows = len(node["value"]) if by_row else 1
     latents = tuple(_latent(latent, rows_plate if by_row else None) for latent in _latent_nodes(first))
@@ -361,7 +361,7 @@ def _latent_nodes(trace: Trace) -> list[dict[str, Any]]:
     ]
 
 
-def _sites(trace: Trace, args: tuple[Any, ...]) -> tuple[str, str | None, bool]:
+def _sites(trace: Trace) -> tuple[str, str | None, bool]:
     """Name of the observed site, of the rows plate, and whether all latents live inside it."""
     observed = [n for n, node in trace.nodes.items() if node["type"] == "sample" and node["is_observed"]]
     for name in list(observed):
@@ -377,6 +377,10 @@ def _sites(trace: Trace, args: tuple[Any, ...]) -> tuple[str, str | None, bool]:
         )
     name = observed[0]
     node = trace.nodes[name]
+    if not node["value"].is_floating_point():
+        raise ModelError(
+            f"observed site {name!r} holds {node['value'].dtype}: pass it as floating point numbers"
+        )
     _normal(node)
     batch = len(node["fn"].batch_shape)
     frames = [f for f in node["cond_indep_stack"] if f.vectorized and batch + f.dim == 0]
@@ -500,7 +504,17 @@ def _value(
     if any(_has_missing(a) for a in args):
         # The filled cells gave finite parameters and maps; what the NaN themselves reach shows which tokens to drop.
         with torch.no_grad():
-            value = _run(model, args, sites).nodes[structure.observed]["value"]
+            try:
+                raw = _run(model, args, sites)
+                reached = [t.isnan().any() for t in _normal(raw.nodes[structure.observed])]
+            except ValueError:  # Pyro's own check of a mean or scale that is NaN
+                reached = [torch.tensor(True)]
+            if any(bool(r) for r in reached):
+                raise ModelError(
+                    f"missing cells reach the mean or scale of observed site {structure.observed!r}: covariates must "
+                    "be complete, only what is observed may be missing"
+                )
+            value = raw.nodes[structure.observed]["value"]
         n_cells = sum(int(a.isnan().sum()) for a in args if _has_missing(a))
         if int(value.isnan().sum()) > n_cells:
             raise ModelError(

@@ -23,7 +23,7 @@ class PPCA(BaseEstimator):
     Parameters
     ----------
     n_components : int or "auto", default="auto"
-        K, 0 <= K < T. `bayes_mpt.BayesMPT` ranks all K where it is "auto".
+        K >= 0; from K = T on the covariance is saturated. `bayes_mpt.BayesMPT` ranks all K where it is "auto".
 
     Examples
     --------
