@@ -42,7 +42,7 @@ WINDOW_GROWTH = 1.4  # with every halving of the step
 MAX_HALVINGS = 6
 STATIONARY = 1e-3  # nats a row and unit of the map: a steeper place is no maximum
 LEAST_GAIN = 2e-5  # nats a row in a window, less than which halves the step
-N_CHECK_DRAWS = 4
+N_CHECK_DRAWS = 16
 N_SCALE_PROBES = 4
 
 
