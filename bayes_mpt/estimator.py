@@ -39,6 +39,7 @@ from bayes_mpt.models import PPCA
 from bayes_mpt.moments import Table
 from bayes_mpt.predictors import Exact, Predictor, choose
 from bayes_mpt.score import ScoreEstimate, estimate
+from bayes_mpt.store import OwnStore, State, load, save, seeded
 from bayes_mpt.tracing import Model, ModelError, Reading, latent_values, token_means
 
 __all__ = ["BayesMPT"]
@@ -230,7 +231,7 @@ class BayesMPT(
             if table is not None and getattr(model, "n_components", None) == "auto":
                 model = self._choose_dimension(model, table)
                 state = None if state is not None and self.n_components_ != model.n_components else state
-            with _Store() as store, _seeded(seed):
+            with OwnStore() as store, seeded(seed):
                 args = self._arguments(model, X[:MAX_INIT_ROWS], y if y is None else y[:MAX_INIT_ROWS])
                 predictor = choose(model, args)
                 if not predictor.structure.plain and len(X) > MAX_INIT_ROWS:
@@ -253,7 +254,7 @@ class BayesMPT(
                 with torch.no_grad():
                     total = float(problem.score_of(predictor)) * problem.n_rows
                     self._shared_latents = _shared_latents(predictor)
-                self._state = _save()
+                self._state = save()
                 store_values = pyro.get_param_store()
                 self.params_ = {n: store_values[n].detach().cpu().numpy().copy() for n in self._state}
         takes_y = y is not None and _takes_y(model)
@@ -337,7 +338,7 @@ class BayesMPT(
         with torch.no_grad():
             best_score = float(problem.score())
         store = pyro.get_param_store()
-        kept = _save()
+        kept = save()
         for start in range(1, self.n_init):
             store.clear()
             torch.manual_seed(
@@ -349,10 +350,10 @@ class BayesMPT(
             with torch.no_grad():
                 score = float(problem.score())
             if score > best_score:
-                best, best_score, kept = fit, score, _save()
+                best, best_score, kept = fit, score, save()
             if fit.interrupted:
                 break
-        _load(kept)
+        load(kept)
         return best
 
     def _choose_dimension(self, model: Any, table: Table) -> Any:
@@ -628,7 +629,7 @@ class BayesMPT(
     @contextmanager
     def _fitted_program(self, args: tuple[Any, ...]) -> Iterator[Predictor]:
         """The program at its fitted parameters, on these arguments."""
-        with _Store() as store, _seeded(0):
+        with OwnStore() as store, seeded(0):
             predictor = choose(self.fitted_model_, args)
             store.begin(self._state)
             yield predictor
@@ -713,65 +714,6 @@ class BayesMPT(
 
 
 # ---------------------------------------------------------------------------------------------------------- helpers
-
-
-class _Store:
-    """A parameter store of one's own around a program: nothing outside it changes, networks of the program included.
-
-    `pyro.module` puts a network's own tensors into the store, where they are trained in place; so values are copied
-    into the store and out of it, and networks get theirs back at the end, also after Ctrl-C.
-    """
-
-    def __init__(self) -> None:
-        self._scope = pyro.get_param_store().scope()
-        self._lent: dict[Tensor, Tensor] = {}
-
-    def __enter__(self) -> Self:
-        self._scope.__enter__()
-        return self
-
-    def begin(self, state: State | None) -> None:
-        """After the program's first run: remember what its networks held, and start from ``state``."""
-        for _, leaf in pyro.get_param_store().named_parameters():
-            if isinstance(leaf, torch.nn.Parameter):
-                self._lent.setdefault(leaf, leaf.detach().clone())
-        if state is not None:
-            _load(state)
-
-    def __exit__(self, *error: Any) -> None:
-        with torch.no_grad():
-            for leaf, value in self._lent.items():
-                leaf.copy_(value)
-        self._scope.__exit__(None, None, None)
-
-
-State = dict[str, Tensor]
-"""Unconstrained parameters by name, detached copies."""
-
-
-def _save() -> State:
-    return {name: leaf.detach().clone() for name, leaf in pyro.get_param_store().named_parameters()}
-
-
-def _load(state: State) -> None:
-    with torch.no_grad():
-        for name, leaf in pyro.get_param_store().named_parameters():
-            if name not in state or state[name].shape != leaf.shape:
-                got = tuple(state[name].shape) if name in state else "none"
-                raise ValueError(
-                    f"parameter {name!r} has shape {tuple(leaf.shape)}, but the last fit left one of shape {got}: "
-                    "fit with warm_start=False"
-                )
-            leaf.copy_(state[name])
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Pyro programs draw initial values from torch's global generator; give it a seed and put it back."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield
 
 
 def _takes_y(model: Model) -> bool:

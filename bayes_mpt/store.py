@@ -1,0 +1,84 @@
+"""A parameter store, and a random state, of one's own around a Pyro program.
+
+Pyro keeps parameters in one global store, and programs draw their initial values from torch's global generator. A fit
+uses both and leaves both as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Self
+
+import pyro
+import torch
+from torch import Tensor
+
+__all__ = ["OwnStore", "State", "load", "save", "seeded"]
+
+
+class OwnStore:
+    """A parameter store of one's own around a program: nothing outside it changes, networks of the program included.
+
+    `pyro.module` puts a network's own tensors into the store, where they are trained in place; so values are copied
+    into the store and out of it, and networks get theirs back at the end, also after Ctrl-C.
+    """
+
+    def __init__(self) -> None:
+        self._scope = pyro.get_param_store().scope()
+        self._lent: dict[Tensor, Tensor] = {}
+
+    def __enter__(self) -> Self:
+        self._scope.__enter__()
+        return self
+
+    def begin(self, state: State | None) -> None:
+        """After the program's first run: remember what its networks held, and start from ``state``."""
+        for _, leaf in pyro.get_param_store().named_parameters():
+            if isinstance(leaf, torch.nn.Parameter):
+                self._lent.setdefault(leaf, leaf.detach().clone())
+        if state is not None:
+            load(state)
+
+    def __exit__(self, *error: Any) -> None:
+        with torch.no_grad():
+            for leaf, value in self._lent.items():
+                leaf.copy_(value)
+        self._scope.__exit__(None, None, None)
+
+
+State = dict[str, Tensor]
+"""Unconstrained parameters by name, detached copies."""
+
+
+def save() -> State:
+    """Copies of all parameters in the store."""
+    return {name: leaf.detach().clone() for name, leaf in pyro.get_param_store().named_parameters()}
+
+
+def load(state: State) -> None:
+    """Copy values into the store's parameters.
+
+    Raises
+    ------
+    ValueError
+        If a parameter is missing from ``state``, or has another shape there.
+    """
+    with torch.no_grad():
+        for name, leaf in pyro.get_param_store().named_parameters():
+            if name not in state or state[name].shape != leaf.shape:
+                got = tuple(state[name].shape) if name in state else "none"
+                raise ValueError(
+                    f"parameter {name!r} has shape {tuple(leaf.shape)}, but the last fit left one of shape {got}: "
+                    "fit with warm_start=False"
+                )
+            leaf.copy_(state[name])
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Pyro programs draw initial values from torch's global generator; give it a seed and put it back."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
