@@ -18,13 +18,15 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import eigh, svd
-from scipy.optimize import minimize
+from scipy.linalg.lapack import dpotrf, dpotrs
 
 __all__ = ["Factors", "NoiseFloorError", "Prior", "Spectrum", "diagonal", "proportional", "spectrum"]
 
 Array = NDArray[np.float64]
 
 FLOOR = 1e-8  # least noise variance, of the column's variance
+BOUNDS = (math.log(FLOOR), 10.0)  # of log psi
+LONGEST_STEP = 3.0
 LOG_2PI = math.log(2 * math.pi)
 
 
@@ -127,7 +129,7 @@ def diagonal(
     max_iter: int = 1000,
     tol: float = 1e-10,
 ) -> Factors:
-    """Maximise over a noise variance of each token by L-BFGS on their logarithms.
+    """Maximise over a noise variance of each token by Newton's method, with the exact Hessian, damped.
 
     Parameters
     ----------
@@ -140,9 +142,9 @@ def diagonal(
     prior : Prior, optional
         Maximise the posterior of log psi instead.
     max_iter : int, default=1000
-        Of L-BFGS.
+        Of Newton's method.
     tol : float, default=1e-10
-        Relative change of the objective at which L-BFGS stops.
+        Relative change of the objective at which it stops.
 
     Raises
     ------
@@ -155,49 +157,116 @@ def diagonal(
         raise NoiseFloorError(list(np.flatnonzero(~(sd > 0))))
     corr = cov / sd / sd[:, None]  # in units of the columns: the same path at every scale
     log_start = np.log(_unexplained(corr) if start is None else start / sd**2)
-    bounds = [(math.log(FLOOR), 10.0)] * len(cov)
     scaled = None if prior is None else prior._replace(rate=prior.rate * sd**2)
-
-    def loss(log_noise: Array) -> tuple[float, Array]:
-        value, grad, _, _ = _profile(corr, n_latents, log_noise)
-        if scaled is not None:
-            # log p(log psi) = a log psi - b psi + const, a row's share of it
-            ratio = scaled.rate * np.exp(log_noise)
-            value += (scaled.shape * log_noise - ratio).sum() / scaled.n_rows
-            grad = grad + (scaled.shape - ratio) / scaled.n_rows
-        return -value, -grad
-
-    result = minimize(
-        loss,
-        np.clip(log_start, bounds[0][0], bounds[0][1]),
-        jac=True,
-        method="L-BFGS-B",
-        bounds=bounds,
-        options={"maxiter": max_iter, "maxfun": 2 * max_iter, "maxcor": 30, "ftol": tol, "gtol": 1e-6},
-    )
-    log_noise = np.asarray(result.x)
-    floor = np.flatnonzero(log_noise <= bounds[0][0] + 1e-3)
+    log_noise, n_iter = _newton(corr, n_latents, np.clip(log_start, *BOUNDS), scaled, max_iter, tol)
+    floor = np.flatnonzero(log_noise <= BOUNDS[0] + 1e-3)
     if prior is None and len(floor):
         least = np.linalg.eigvalsh(corr[np.ix_(floor, floor)])[0]
         if least < 1e-7:
             raise NoiseFloorError(list(floor))
-    value, _, theta, vectors = _profile(corr, n_latents, log_noise)
-    lml = value - np.log(sd).sum()
-    return Factors(float(lml), np.exp(log_noise) * sd**2, theta, vectors, int(result.nit))
+    top = _Profile(corr, n_latents, log_noise)
+    value, vectors, _ = top.spectrum
+    theta, vectors = np.maximum(value[:n_latents], 1.0), vectors[:, :n_latents]
+    return Factors(float(top.lml - np.log(sd).sum()), np.exp(log_noise) * sd**2, theta, vectors, n_iter)
 
 
-def _profile(corr: Array, n_latents: int, log_noise: Array) -> tuple[float, Array, Array, Array]:
-    """LML a row at the best loadings, its gradient in log psi, theta and U."""
-    value, vector = _eigh(corr, np.exp(log_noise))
-    kept = value[:n_latents]
-    theta = np.maximum(kept, 1.0)
-    lml = -0.5 * (
-        len(corr) * LOG_2PI + log_noise.sum() + (np.log(theta) + kept / theta).sum() + value[n_latents:].sum()
-    )
-    # d LML / d log psi_i = -1/2 sum_k u_ik^2 (1/theta_k - lambda_k / theta_k^2), theta = 1 beyond K; 0 where kept
-    all_theta = np.concatenate([theta, np.ones(len(corr) - len(kept))])
-    grad = -0.5 * vector**2 @ (1 / all_theta - value / all_theta**2)
-    return float(lml), grad, theta, vector[:, :n_latents]
+class _Profile:
+    """LML a row at the best loadings as a function of log psi, with its derivatives."""
+
+    def __init__(self, corr: Array, n_latents: int, log_noise: Array):
+        root = np.exp(0.5 * log_noise)
+        value, vectors = np.linalg.eigh(corr / root / root[:, None])  # the smallest first
+        self.spectrum = Spectrum(value[::-1], vectors[:, ::-1], len(corr))
+        # theta_k = lambda_k for the latents that are used, 1 for all other directions
+        n_used = int((self.spectrum.value[:n_latents] > 1).sum())
+        self.rest, self.used = np.split(value, [len(corr) - n_used])  # lambda_m, lambda_k
+        self.v, self.u = np.split(vectors, [len(corr) - n_used], axis=1)
+        self.lml = -0.5 * (
+            len(corr) * LOG_2PI + log_noise.sum() + np.log(self.used).sum() + n_used + self.rest.sum()
+        )
+
+    def slope(self) -> Array:
+        """(T,) d LML / d log psi_i = -1/2 sum_m (1 - lambda_m) v_im^2, m over the unused directions."""
+        return -0.5 * self.v**2 @ (1 - self.rest)
+
+    def curvature(self) -> Array:
+        """Minus the Hessian (T, T) in log psi (Jennrich & Robinson 1969), k over the used directions.
+
+        1/2 (sum_m lambda_m v_im v_jm) (sum_m v_im v_jm)
+            + 1/2 sum_{k, m} (lambda_k + lambda_m)(1 - lambda_m) / (lambda_k - lambda_m) u_ik u_jk v_im v_jm
+        """
+        used, rest, u, v = self.used, self.rest, self.u, self.v
+        hessian = 0.5 * ((v * rest) @ v.T) * (v @ v.T)
+        if len(used):
+            gap = np.maximum(used[:, None] - rest, 1e-12)
+            weight = (used[:, None] + rest) * (1 - rest) / gap  # (K, T - K)
+            pairs = (u[:, :, None] * v[:, None, :]).reshape(len(u), -1)
+            hessian += 0.5 * (pairs * weight.ravel()) @ pairs.T
+        return hessian
+
+
+def _newton(
+    corr: Array, n_latents: int, log_noise: Array, prior: Prior | None, max_iter: int, tol: float
+) -> tuple[Array, int]:
+    """Maximise the profile within bounds by Newton steps, damped as by Levenberg and Marquardt.
+
+    Steps are taken in psi^1/2, where a maximum at zero variance (Heywood) is one step away and not infinitely far;
+    with a prior, which keeps away from zero, in log psi.
+    """
+    low, high = BOUNDS
+
+    def loss_at(log_noise: Array) -> tuple[float, _Profile]:
+        profile = _Profile(corr, n_latents, log_noise)
+        loss = -profile.lml
+        if prior is not None:
+            # log p(log psi) = a log psi - b psi + const, a row's share of it
+            loss -= float((prior.shape * log_noise - prior.rate * np.exp(log_noise)).sum()) / prior.n_rows
+        return loss, profile
+
+    damping = 1e-2
+    loss, profile = loss_at(log_noise)
+    for iteration in range(1, max_iter + 1):
+        slope, curvature = -profile.slope(), profile.curvature()
+        if prior is not None:
+            ratio = prior.rate * np.exp(log_noise)
+            slope -= (prior.shape - ratio) / prior.n_rows
+            curvature[np.diag_indices_from(curvature)] += ratio / prior.n_rows
+        else:  # d = 2 (change of psi^1/2) / psi^1/2 has the slope of log psi and half of it less curvature
+            curvature[np.diag_indices_from(curvature)] -= slope / 2
+        free = ~((log_noise <= low) & (slope > 0) | (log_noise >= high) & (slope < 0))
+        if not free.any() or np.abs(slope[free]).max() < 1e-8:
+            return log_noise, iteration
+        curvature, slope = curvature[np.ix_(free, free)], slope[free]
+        unit = np.maximum(np.abs(np.diag(curvature)), 1e-8)
+        while True:
+            factor, not_positive = dpotrf(curvature + np.diag(damping * unit), lower=1)
+            step = np.zeros_like(log_noise)
+            if not not_positive:
+                step[free] = -dpotrs(factor, slope, lower=1)[0]
+            if not_positive or np.abs(step).max() > LONGEST_STEP:
+                damping = max(4 * damping, 1e-3)
+                continue
+            moved = step if prior is not None else 2 * np.log(np.maximum(1 + step / 2, 1e-6))
+            trial = np.clip(log_noise + moved, low, high)
+            change = (trial - log_noise)[free]
+            if prior is None:
+                change = 2 * np.expm1(change / 2)
+            expected = -float(slope @ change + change @ curvature @ change / 2)
+            if expected < 1e-3 * tol * (1 + abs(loss)):  # nothing left that could be told from rounding
+                return log_noise, iteration
+            new_loss, new_profile = loss_at(trial)
+            gain = loss - new_loss
+            if gain > 1e-4 * expected:
+                break
+            damping *= 8
+        if gain > 0.75 * expected:
+            damping /= 10
+        elif gain < 0.25 * expected:
+            damping *= 4
+        log_noise, loss, profile = trial, new_loss, new_profile
+        if gain < tol * (1 + abs(loss)):
+            return log_noise, iteration
+    return log_noise, max_iter
 
 
 def _root(cov: Array) -> tuple[Array, int]:
@@ -207,13 +276,6 @@ def _root(cov: Array) -> tuple[Array, int]:
     value, vector = eigh(cov / unit / unit[:, None], driver="evd", check_finite=False)
     kept = value > 1e-13 * len(cov) * max(value[-1], 0.0)
     return unit[:, None] * vector * np.sqrt(np.where(kept, value, 0.0)), int(kept.sum())
-
-
-def _eigh(cov: Array, noise: Array) -> tuple[Array, Array]:
-    """Eigenvalues, the largest first, and vectors of psi^-1/2 S psi^-1/2."""
-    root = np.sqrt(noise)
-    value, vector = eigh(cov / root / root[:, None], driver="evd", check_finite=False)
-    return value[::-1], vector[:, ::-1]
 
 
 def _unexplained(corr: Array) -> Array:

@@ -67,9 +67,9 @@ class BayesMPT(
     predictor : "auto", default="auto"
         How hidden tokens are predicted: chosen by reading the program.
     max_iter : int, default=2000
-        Iterations of L-BFGS, or steps of Adam.
+        Iterations of Newton or L-BFGS, or steps of Adam.
     tol : float, default=1e-10
-        L-BFGS stops when the mean score changes by less than this share of itself. Adam halves
+        Newton and L-BFGS stop when the mean score changes by less than this share of itself. Adam halves
         its step when a window of steps gains less than ``tol`` (at least 2e-5) nats a row, and stops after six.
     learning_rate : float, default=0.05
         Of Adam, in units in which the program's map moves by about one.

@@ -13,7 +13,7 @@ with gradients to the program's parameters.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import pyro
@@ -163,20 +163,24 @@ def structure(model: Model, args: tuple[Any, ...]) -> Structure:
         sub_rows=n_rows if by_row and n_rows != len(init[0]) else None,
         spread=torch.cat(spread) if spread else init[0].new_zeros(0),
     )
-    trial, reading = init, None
+    trial, base, reading = init, None, None
     if by_row and _scale(node) == 1.0:
-        head = _accepted_head(model, init, draft)
-        trial = init if head is None else head
+        head = _head(init, min(N_TRIAL_ROWS, max(1, len(init[0]) - 1)))
+        # A program that refuses fewer rows holds something for each.
+        with suppress(RuntimeError, ValueError, IndexError):
+            trial, base = head, _trial_run(model, head, draft)
         # With covariates a map that rows share now (a slope of zero, sorted groups) need not stay shared.
-        if head is not None and not _covariates(init):
-            reading = _shared_map(model, trial, draft)
+        if base is not None and not _covariates(init):
+            reading = _shared_map(model, trial, draft, base)
+    if base is None:
+        trial, base = init, _trial_run(model, init, draft)
     if reading is not None:
         draft = draft._replace(own_rows=False, plain=draft.observed_arg is not None)
     else:
         reading = _read_rows(model, trial, draft)
     _refuse_unregistered(reading)
-    _refuse_dependence_on_x(model, trial, draft)
-    _compare_with_program(model, trial, draft, reading)
+    _refuse_dependence_on_x(model, trial, draft, base)
+    _compare_with_program(draft, reading, base)
     return draft
 
 
@@ -557,15 +561,28 @@ def _refuse_unregistered(reading: Reading) -> None:
         todo.extend(nxt for nxt, _ in fn.next_functions if nxt is not None)
 
 
-def _accepted_head(model: Model, args: tuple[Any, ...], structure: Structure) -> tuple[Any, ...] | None:
-    """A few real rows, if the program accepts fewer than all: otherwise it holds something for each row."""
-    n_rows = len(args[0])
-    head = _head(args, min(N_TRIAL_ROWS, max(1, n_rows - 1)))
-    try:
-        _run(model, head, latent_values(structure, head[0].new_zeros(len(head[0]), structure.n_latents)))
-    except (RuntimeError, ValueError, IndexError):
-        return None
-    return head
+class _Trial(NamedTuple):
+    """One run on real rows, each with random latents of its own, that all checks compare with."""
+
+    trace: Trace
+    z: Tensor
+    """(N, K)"""
+    loc: Tensor
+    """(N, T), as the others."""
+    scale: Tensor
+    value: Tensor
+
+
+def _trial_run(model: Model, args: tuple[Any, ...], structure: Structure, z: Tensor | None = None) -> _Trial:
+    """The program on these rows at latents z; by default one standard deviation away, no two rows alike."""
+    if z is None:
+        n_rows = _batch(structure, args)
+        factor = 0.5 + torch.arange(n_rows, dtype=args[0].dtype, device=args[0].device)[:, None] / n_rows
+        z = factor * _probes(structure, args[0])[structure.n_latents + 1]
+    with torch.no_grad():
+        trace = _run(model, args, latent_values(structure, z))
+        loc, scale = _token_normal(trace, structure)
+        return _Trial(trace, z, loc, scale, trace.nodes[structure.observed]["value"].reshape(loc.shape))
 
 
 def _covariates(args: tuple[Any, ...]) -> bool:
@@ -575,57 +592,37 @@ def _covariates(args: tuple[Any, ...]) -> bool:
     return len(with_rows) > 1
 
 
-def _shared_map(model: Model, args: tuple[Any, ...], structure: Structure) -> Reading | None:
+def _shared_map(model: Model, args: tuple[Any, ...], structure: Structure, base: _Trial) -> Reading | None:
     """The map read from probe rows, if the real rows have the same one; else None."""
     try:
         reading = _read_probes(model, args, structure)
     except (RuntimeError, ValueError, IndexError):
         return None  # the program does not take K + 4 rows, or they differ
     with torch.no_grad():
-        # the real rows, each with random latents of its own, near and far
-        rows = _batch(structure, args)
-        far = _probes(structure, args[0])[structure.n_latents + 1 :]
-        z = far[torch.arange(rows, device=far.device) % len(far)] * _row_factors(rows, far)
-        loc, scale, _ = _at(model, args, structure, z)
-        u = torch.linalg.solve(reading.latent_root, (z - reading.latent_loc)[..., None])
+        u = torch.linalg.solve(reading.latent_root, (base.z - reading.latent_loc)[..., None])
         want = (reading.loading @ u)[..., 0]
         size = (reading.loading.abs() @ u.abs())[..., 0] + reading.loc.abs()
-        same = (loc - reading.loc - want).abs() <= _tolerance(loc) * size
-        if not bool(same.all()) or not _close(scale.square(), reading.noise.expand_as(scale)):
+        same = (base.loc - reading.loc - want).abs() <= _tolerance(base.loc) * size
+        if not bool(same.all()) or not _close(base.scale.square(), reading.noise.expand_as(base.scale)):
             return None
     return reading
 
 
-def _row_factors(rows: int, like: Tensor) -> Tensor:
-    """(rows, 1) factors in 0.5 .. 1.5, no two rows alike."""
-    return 0.5 + torch.arange(rows, dtype=like.dtype, device=like.device)[:, None] / rows
-
-
-def _at(
-    model: Model, args: tuple[Any, ...], structure: Structure, z: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, scale and value of the tokens on these rows at latents z, (K,) for all or (rows, K)."""
-    trace = _run(model, args, latent_values(structure, z.expand(_batch(structure, args), -1)))
-    loc, scale = _token_normal(trace, structure)
-    return loc, scale, trace.nodes[structure.observed]["value"].reshape(loc.shape)
-
-
-def _refuse_dependence_on_x(model: Model, args: tuple[Any, ...], structure: Structure) -> None:
+def _refuse_dependence_on_x(model: Model, args: tuple[Any, ...], structure: Structure, base: _Trial) -> None:
     """The map may not look at the tokens, nor one row at other rows: change x and see what moves."""
     if structure.sub_rows is not None:
         return  # other rows every run; the estimator refuses such programs, SVI scales them
-    args = tuple(_fill(a) for a in args)
-    z = _probes(structure, args[0])[structure.n_latents + 1]
     with torch.no_grad():
-        base = _at(model, args, structure, z)
         for position, arg in enumerate(args):
             if not isinstance(arg, Tensor) or not arg.is_floating_point() or not arg.numel():
                 continue
             for changed_arg in _changes(arg):
-                after = _after(model, (*args[:position], changed_arg, *args[position + 1 :]), structure, z)
+                after = _after(
+                    model, (*args[:position], changed_arg, *args[position + 1 :]), structure, base.z
+                )
                 if after is None:
                     continue  # the program does not take such values: log(x) of negative ones, say
-                moves = [not _close(a, b) for a, b in zip(after, base, strict=True)]
+                moves = [not _close(a, b) for a, b in zip(after[2:], base[2:], strict=True)]
                 if moves[2] and (moves[0] or moves[1]):
                     raise ModelError(
                         f"the {'mean' if moves[0] else 'scale'} of observed site {structure.observed!r} changes with "
@@ -633,14 +630,14 @@ def _refuse_dependence_on_x(model: Model, args: tuple[Any, ...], structure: Stru
                         "hidden token would be scored with its own value. Compute the statistic outside, make it a "
                         "pyro.param, or pass covariates as a further argument"
                     )
-                if not structure.by_row or len(arg) != len(base[2]) or len(arg) < 2:
+                if not structure.by_row or len(arg) != len(base.value) or len(arg) < 2:
                     break
                 keep = len(arg) // 2
                 late = torch.cat([arg[:keep], changed_arg[keep:]])
-                after = _after(model, (*args[:position], late, *args[position + 1 :]), structure, z)
+                after = _after(model, (*args[:position], late, *args[position + 1 :]), structure, base.z)
                 if after is None:
                     continue
-                for what, a, b in zip(("mean", "scale", "value"), after, base, strict=True):
+                for what, a, b in zip(("mean", "scale", "value"), after[2:], base[2:], strict=True):
                     if not _close(a[:keep], b[:keep]):
                         raise ModelError(
                             f"the {what} of observed site {structure.observed!r} in one row depends on other rows of "
@@ -659,24 +656,18 @@ def _changes(arg: Tensor) -> list[Tensor]:
     return [(4 * random - 2) * size - arg, arg * (1 + 0.5 * random)]
 
 
-def _after(
-    model: Model, args: tuple[Any, ...], structure: Structure, z: Tensor
-) -> tuple[Tensor, Tensor, Tensor] | None:
+def _after(model: Model, args: tuple[Any, ...], structure: Structure, z: Tensor) -> _Trial | None:
     try:
-        after = _at(model, args, structure, z)
+        after = _trial_run(model, args, structure, z)
     except (RuntimeError, ValueError, IndexError):
         return None
-    return after if all(bool(torch.isfinite(t).all()) for t in after) else None
+    return after if all(bool(torch.isfinite(t).all()) for t in after[2:]) else None
 
 
-def _compare_with_program(
-    model: Model, args: tuple[Any, ...], structure: Structure, reading: Reading
-) -> None:
-    """The map must give the very log-density that the program gives itself, at a random point of the latents."""
-    args = tuple(_fill(a) for a in args)
-    z = _probes(structure, args[0])[structure.n_latents + 1].expand(_batch(structure, args), -1)
+def _compare_with_program(structure: Structure, reading: Reading, base: _Trial) -> None:
+    """The map must give the very log-density that the program gives itself."""
+    trace, z = base.trace, base.z
     with torch.no_grad():
-        trace = _run(model, args, latent_values(structure, z))
         trace.compute_log_prob()
         site = trace.nodes[structure.observed]
         want = sum(float(s["log_prob_sum"]) for s in trace.nodes.values() if s["type"] == "sample")

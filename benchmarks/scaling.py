@@ -4,7 +4,7 @@
 
 a: the program is read a few dozen times, on K + 4 probe rows each (b). N T: the rows are checked and read. N T^2: their
 covariance, after which nothing depends on N. I T^3: one eigendecomposition an iteration (PPCA: one in all; factor
-analysis: one for each step of L-BFGS). The five constants are fitted, non-negative, to all points in relative error;
+analysis: one for each step of Newton). The five constants are fitted, non-negative, to all points in relative error;
 the picture shows points and model. CPU seconds, which other work on the machine disturbs less than wall time; bars
 from the least to the greatest. Data: K latents with standard normal loadings, noise variances log-uniform on
 [0.3, 3].
