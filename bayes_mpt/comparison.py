@@ -20,7 +20,7 @@ from sklearn.pipeline import Pipeline
 from sklearn.utils.validation import check_is_fitted
 
 from bayes_mpt.estimator import BayesMPT
-from bayes_mpt.score import replicate_error
+from bayes_mpt.predictors.errors import replicate_error
 
 __all__ = ["Candidate", "compare"]
 
@@ -239,8 +239,10 @@ def before_final(estimator: Any, X: Any) -> Any:
 
 
 def token_digest(estimator: Any, X: Any, y: Any) -> str:
-    _, rows = final_step(estimator).read_rows(before_final(estimator, X), y)
-    return hashlib.sha256(repr(tuple(rows.shape)).encode() + rows.cpu().numpy().tobytes()).hexdigest()[:16]
+    with final_step(estimator).read_rows(before_final(estimator, X), y) as (_, rows):
+        return hashlib.sha256(repr(tuple(rows.shape)).encode() + rows.cpu().numpy().tobytes()).hexdigest()[
+            :16
+        ]
 
 
 def _trained_on(model: BayesMPT, X: Any) -> bool:

@@ -16,6 +16,7 @@ import numpy as np
 import pyro
 import torch
 from numpy.typing import ArrayLike, NDArray
+from pyro.infer.autoguide import AutoGuide
 from sklearn.base import (
     BaseEstimator,
     ClassNamePrefixFeaturesOutMixin,
@@ -32,21 +33,23 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from bayes_mpt import training
+from bayes_mpt.affine import Reading, token_means
 from bayes_mpt.concentrated import NoiseFloorError, spectrum
 from bayes_mpt.evidence import Laplace, laplace_diagonal, laplace_proportional
 from bayes_mpt.masks import PermutationChain, Policy
 from bayes_mpt.models import PPCA
 from bayes_mpt.moments import Table
-from bayes_mpt.predictors import Exact, Predictor, choose
+from bayes_mpt.predictors import Conditionals, LinearGaussian, Predictor, choose
 from bayes_mpt.score import ScoreEstimate, estimate
 from bayes_mpt.store import OwnStore, State, load, save, seeded
-from bayes_mpt.tracing import Model, ModelError, Reading, latent_values, token_means
+from bayes_mpt.tracing import Model, ModelError
 
 __all__ = ["BayesMPT"]
 
 MAX_INIT_ROWS = 4096  # rows with which a program first runs, which initialises its parameters
 MAX_AUTO = 50  # latent dimensions that "auto" tries at most
 CURVE_CHAINS = 8
+MAX_READ_CELLS = 2**18  # of programs that are read on the rows they score: cells at a time
 
 
 class BayesMPT(
@@ -61,11 +64,13 @@ class BayesMPT(
         `bayes_mpt.models`, a function, or a `PyroModule` (copied before it is trained). None is PPCA with the latent
         dimension ranked automatically.
     guide : callable, optional
-        Kept for programs without an exact score; unused where the score is exact.
+        Where latents that cannot be integrated are drawn from; trained with the program (copied if it is a module).
+        Unused where the score is exact.
     masks : Policy, optional
         Train on masks drawn from this policy, by Adam. None maximises the exact score, deterministically.
-    predictor : "auto", default="auto"
-        How hidden tokens are predicted: chosen by reading the program.
+    predictor : Predictor or "auto", default="auto"
+        How hidden tokens are predicted, such as ``Quadrature(64)``; "auto" takes the most exact way that fits the
+        program (`bayes_mpt.predictors.choose`), and `explain` says which and why.
     max_iter : int, default=2000
         Iterations of Newton or L-BFGS, or steps of Adam.
     tol : float, default=1e-10
@@ -128,7 +133,7 @@ class BayesMPT(
         "model": [callable, None],
         "guide": [callable, None],
         "masks": [Policy, None],
-        "predictor": [StrOptions({"auto"})],
+        "predictor": [StrOptions({"auto"}), Predictor],
         "max_iter": [Interval(Integral, 1, None, closed="left")],
         "tol": [Interval(Real, 0, None, closed="left")],
         "learning_rate": [Interval(Real, 0, None, closed="neither")],
@@ -148,7 +153,7 @@ class BayesMPT(
         *,
         guide: Callable[..., Any] | None = None,
         masks: Policy | None = None,
-        predictor: str = "auto",
+        predictor: Predictor | str = "auto",
         max_iter: int = 2000,
         tol: float = 1e-10,
         learning_rate: float = 0.05,
@@ -222,6 +227,7 @@ class BayesMPT(
         model = PPCA() if self.model is None else self.model
         if isinstance(model, torch.nn.Module):
             model = deepcopy(model)  # a PyroModule trains in place
+        guide = _own_guide(self.guide, model)
         state = self._state if warm and hasattr(self, "_state") else None
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         self.__dict__.pop("selection_", None)
@@ -229,18 +235,20 @@ class BayesMPT(
         table = None if y is not None and _takes_y(model) else self._grow_table(X, seen)
         with training.one_thread(X.size if table is None else table.cov.numel()):
             if table is not None and getattr(model, "n_components", None) == "auto":
+                _refuse_constant(table)
                 model = self._choose_dimension(model, table)
                 state = None if state is not None and self.n_components_ != model.n_components else state
             with OwnStore() as store, seeded(seed):
                 args = self._arguments(model, X[:MAX_INIT_ROWS], y if y is None else y[:MAX_INIT_ROWS])
-                predictor = choose(model, args)
+                predictor = choose(model, args, predictor=self.predictor, guide=guide)
                 if not predictor.structure.plain and len(X) > MAX_INIT_ROWS:
                     args = self._arguments(model, X, y)
-                    predictor = choose(model, args)
+                    predictor = choose(model, args, predictor=self.predictor, guide=guide)
                 store.begin(state)
                 self._refuse_subsampling(predictor, args)
                 if predictor.structure.plain:
                     table = self._grow_table(X, seen) if table is None else table
+                    _refuse_constant(table)
                     # Few rows are scored themselves; many, and those of earlier calls, through their moments.
                     raw = seen is None and len(X) <= 2 * X.shape[1]
                     rows, weight = (self._tensor(X), None) if raw else table.rows()
@@ -252,8 +260,25 @@ class BayesMPT(
                 fit = self._train(problem, table, warm=state is not None, seed=seed, context=context)
                 predictor = problem.read()
                 with torch.no_grad():
-                    total = float(problem.score_of(predictor)) * problem.n_rows
-                    self._shared_latents = _shared_latents(predictor)
+                    total, se = float(problem.score_of(predictor)) * problem.n_rows, 0.0
+                    if not predictor.exact:
+                        found = predictor.evidence(predictor.value)
+                        total, se = float(found.by_row.sum()), found.se
+                        warn_of(found.diagnostics)
+                    outside = {
+                        site.name
+                        for site in predictor.structure.latents
+                        if predictor.structure.rows_plate not in site.plates
+                    }
+                    self._shared_latents = [
+                        (share, {n: v.detach().clone() for n, v in values.items() if n in outside})
+                        for share, values in predictor.shared_latents(predictor.value)
+                    ]
+                    self._n_features_out = (
+                        predictor.posterior(predictor.value[:1]).mean.shape[1]
+                        if (predictor.structure.plain)
+                        else predictor.posterior(predictor.value).mean.shape[1]
+                    )
                 self._state = save()
                 store_values = pyro.get_param_store()
                 self.params_ = {n: store_values[n].detach().cpu().numpy().copy() for n in self._state}
@@ -264,7 +289,7 @@ class BayesMPT(
                 f"the log marginal likelihood is {total} at the fitted parameters: check the program"
             )
         self._table = table
-        self._store_fit(model, predictor, fit, total)
+        self._store_fit(model, guide, predictor, fit, total, se)
         self.data_digest_ = _digest(X) if seen is None else ""
         self.complete_ = bool(table.complete) if table is not None else not bool(np.isnan(X).any())
         context.call_on_fit_task_end(estimator=self, X=X, y=y)
@@ -275,6 +300,10 @@ class BayesMPT(
     ) -> training.Fit:
         if not problem.leaves():
             return training.Fit("nothing to train", converged=True)
+        if not problem.predictor.trainable:
+            raise ModelError(
+                f"{problem.predictor.name} scores a program and does not train it: choose another predictor"
+            )
 
         def report(step: int, score: float) -> bool:
             if self.verbose and (step == 1 or step % max(1, self.max_iter // 100) == 0):
@@ -296,6 +325,18 @@ class BayesMPT(
                     training.train_on_masks,
                     problem,
                     self.masks,
+                    max_iter=self.max_iter,
+                    learning_rate=self.learning_rate,
+                    batch_size=self.batch_size,
+                    random_state=seed,
+                    tol=self.tol,
+                    report=report,
+                )
+            elif problem.predictor.sampled:
+                train = partial(
+                    training.train_on_masks,
+                    problem,
+                    PermutationChain(),
                     max_iter=self.max_iter,
                     learning_rate=self.learning_rate,
                     batch_size=self.batch_size,
@@ -345,7 +386,13 @@ class BayesMPT(
                 seed + start
             )  # inside a fork of the generator; the program's first run draws from it
             if problem.predictor.model is not None:
-                choose(problem.predictor.model, problem.args)  # a first run, which makes new initial values
+                # a first run, which makes new initial values
+                choose(
+                    problem.predictor.model,
+                    problem.args,
+                    predictor=self.predictor,
+                    guide=problem.predictor.guide,
+                )
             fit = train()
             with torch.no_grad():
                 score = float(problem.score())
@@ -371,7 +418,7 @@ class BayesMPT(
         best = max(self.selection_, key=lambda k: self.selection_[k])
         return model.__class__(**{**model.get_params(), "n_components": best})
 
-    def _refuse_subsampling(self, predictor: Predictor, args: tuple[Any, ...]) -> None:
+    def _refuse_subsampling(self, predictor: Conditionals, args: tuple[Any, ...]) -> None:
         structure = predictor.structure
         scale = predictor.read(args).scale if structure.own_rows else 1.0
         if structure.sub_rows is not None or scale != 1.0:
@@ -399,22 +446,24 @@ class BayesMPT(
     def _store_fit(
         self,
         model: Model,
-        predictor: Predictor,
+        guide: Callable[..., Any] | None,
+        predictor: Conditionals,
         fit: training.Fit,
         total: float,
+        se: float,
     ) -> None:
         self.fitted_model_ = model
+        self.fitted_guide_ = guide
         self.predictor_ = predictor.freeze()
         self.log_marginal_likelihood_ = total
-        self.log_marginal_likelihood_se_ = 0.0
+        self.log_marginal_likelihood_se_ = se
         self.history_ = fit.history
         self.n_iter_ = max(1, fit.n_iter)
         self.converged_ = fit.converged
         self.fit_method_ = fit.method
         structure = predictor.structure
         self.n_components_ = structure.n_latents
-        self._n_features_out = structure.n_latents
-        if isinstance(self.predictor_, Exact) and structure.by_row and not structure.own_rows:
+        if isinstance(self.predictor_, LinearGaussian) and structure.by_row and not structure.own_rows:
             reading = self.predictor_.reading
             self.components_ = reading.loading[0].mT.cpu().numpy()
             self.mean_ = reading.loc[0].cpu().numpy()
@@ -433,9 +482,20 @@ class BayesMPT(
             Nats. A program whose rows are tokens of one vector (a latent outside the rows plate) has one number, the
             LML of all rows together.
         """
-        predictor, x = self.read_rows(X, y)
-        with torch.no_grad():
-            return predictor.joint(x).cpu().numpy()
+        check_is_fitted(self)
+        structure = self.predictor_.structure
+        if structure.plain or not structure.by_row:
+            with self.read_rows(X, y) as (predictor, x), torch.no_grad():
+                return predictor.evidence(x).by_row.cpu().numpy()
+        rows = self._check_rows(X, reset=False)
+        y = None if y is None else np.asarray(y)
+        step = max(256, MAX_READ_CELLS // rows.shape[1])
+        out = []
+        for i in range(0, len(rows), step):
+            part = rows[i : i + step], None if y is None else y[i : i + step]
+            with self._read_rows(*part) as (predictor, x), torch.no_grad():
+                out.append(predictor.evidence(x).by_row.cpu().numpy())
+        return np.concatenate(out)
 
     def score(self, X: ArrayLike, y: Any = None) -> float:
         """Mean of `score_samples`, nats a row."""
@@ -465,21 +525,23 @@ class BayesMPT(
         masks = PermutationChain() if masks is None else masks
         if not isinstance(masks, Policy):
             raise TypeError(f"masks must be a mask policy such as UniformSize(20), got {masks!r}")
-        predictor, x = self.read_rows(X, y)
-        table = Table(x) if predictor.structure.plain and len(x) > 2 * x.shape[1] else None
-        return estimate(
-            predictor,
-            x,
-            masks,
-            n_replicates=n_replicates,
-            random_state=self._seed(),
-            curve_rows=None if table is None else table.rows(),
-        )
+        with self.read_rows(X, y) as (predictor, x):
+            table = Table(x) if predictor.structure.plain and len(x) > 2 * x.shape[1] else None
+            return estimate(
+                predictor,
+                x,
+                masks,
+                n_replicates=n_replicates,
+                random_state=self._seed(),
+                curve_rows=None if table is None else table.rows(),
+            )
 
     def transform(self, X: ArrayLike, y: Any = None) -> NDArray[np.floating]:
-        """Posterior means of the latents given each row's observed cells, shape (N, K), in the dtype of X."""
-        predictor, x = self.read_rows(X, y)
-        with torch.no_grad():
+        """Posterior means of the latents given each row's observed cells, shape (N, K), in the dtype of X.
+
+        Of discrete latents the probabilities of their values.
+        """
+        with self.read_rows(X, y) as (predictor, x), torch.no_grad():
             return predictor.posterior(x).mean.cpu().numpy().astype(self._dtype_of(X), copy=False)
 
     def inverse_transform(self, Z: ArrayLike) -> NDArray[np.floating]:
@@ -496,8 +558,7 @@ class BayesMPT(
 
     def impute(self, X: ArrayLike, y: Any = None) -> NDArray[np.floating]:
         """X with its NaN cells replaced by their means given the observed cells of the row."""
-        predictor, x = self.read_rows(X, y)
-        with torch.no_grad():
+        with self.read_rows(X, y) as (predictor, x), torch.no_grad():
             filled = torch.where(x.isnan(), predictor.posterior(x).tokens, x)
         return filled.cpu().numpy().astype(self._dtype_of(X), copy=False)
 
@@ -505,16 +566,22 @@ class BayesMPT(
     def predict(self, X: ArrayLike) -> NDArray[np.float64]:
         """Means of y for new rows X, for programs ``model(x, y)``.
 
-        Latents that all rows share (regression weights) are at their posterior means given the training rows, those
-        of new rows at their means given these.
+        Averaged over the posterior of the latents that all rows share (regression weights) given the training rows;
+        those of new rows are at their means given these.
         """
         check_is_fitted(self)
         rows = self._check_rows(X, reset=False)
         assert self._y_like is not None
         shape, dtype = self._y_like
         args = self._arguments(self.fitted_model_, rows, np.zeros((len(rows), *shape), dtype=dtype))
+        structure = self.predictor_.structure
         with self._fitted_program(args), torch.no_grad():
-            means = token_means(self.fitted_model_, args, self.predictor_.structure, self._shared_latents)
+            means = torch.stack(
+                [
+                    share * token_means(self.fitted_model_, args, structure.observed, values)
+                    for share, values in self._shared_latents or [(1.0, {})]
+                ]
+            ).sum(0)
         return means.cpu().numpy()
 
     def sample(self, n_samples: int = 1) -> NDArray[np.float64]:
@@ -591,20 +658,26 @@ class BayesMPT(
         """How the score is computed, why, what is integrated and what is point-estimated."""
         check_is_fitted(self)
         s = self.predictor_.structure
-        latents = ", ".join(f"{site.name} ({site.width} {'a row' if site.row_axis is not None else 'in all'})"
-                            for site in s.latents)  # fmt: skip
-        tokens = (
-            f"the {self.n_features_in_} features of a row of site {s.observed!r}; rows are independent"
-            if s.by_row
-            else f"all observations of site {s.observed!r}, one vector"
+        latents = ", ".join(
+            f"{site.name} ({'discrete' if site.discrete else site.width} "
+            f"{'a row' if site.row_axis is not None else 'in all'})"
+            for site in s.latents
         )
-        why = "every mean is affine in the latents and every scale is free of them, checked by evaluation"
-        read = "on the real rows, whose maps differ" if s.own_rows else "once for all rows"
+        if not s.by_row:
+            tokens = f"all observations of site {s.observed!r}, one vector"
+        else:
+            tokens = f"the {s.n_tokens} observations of site {s.observed!r} in a row; rows are independent"
+        read = (
+            ""
+            if not isinstance(self.predictor_, LinearGaussian)
+            else ("; read on the real rows, whose maps differ" if s.own_rows else "; read once for all rows")
+        )
+        kind = self.predictor_.name
         return "\n".join(
             [
                 f"tokens:          {tokens}",
                 f"latents:         {latents or 'none'}",
-                f"predictor:       {type(self.predictor_).__name__}: {why}; read {read}",
+                f"predictor:       {kind}: {self.predictor_.why}{read}",
                 f"integrated:      {', '.join(s.latent_names) or 'nothing'}",
                 f"point-estimated: {', '.join(s.parameters) or 'nothing'}",
                 f"training:        {self.fit_method_}, {self.n_iter_} iterations",
@@ -615,22 +688,30 @@ class BayesMPT(
         """Fingerprint of a table, to tell whether the model was fitted on it (``data_digest_``)."""
         return _digest(self._check_rows(X, reset=False))
 
-    def read_rows(self, X: ArrayLike, y: Any = None) -> tuple[Predictor, Tensor]:
-        """The fitted predictor and the rows (N, T) that it scores, for X (and y)."""
+    @contextmanager
+    def read_rows(self, X: ArrayLike, y: Any = None) -> Iterator[tuple[Conditionals, Tensor]]:
+        """Inside ``with``: the fitted predictor and the rows (N, T) that it scores, for X (and y)."""
         check_is_fitted(self)
         rows = self._check_rows(X, reset=False)
         if self.predictor_.structure.plain:
-            return self.predictor_, self._tensor(rows)
-        args = self._arguments(self.fitted_model_, rows, y)
-        with self._fitted_program(args) as predictor, torch.no_grad():
-            predictor = predictor.read(args)
-        return predictor.freeze(), predictor.value
+            yield self.predictor_, self._tensor(rows)
+            return
+        with self._read_rows(rows, y) as found:
+            yield found
 
     @contextmanager
-    def _fitted_program(self, args: tuple[Any, ...]) -> Iterator[Predictor]:
+    def _read_rows(self, rows: NDArray[np.floating], y: Any) -> Iterator[tuple[Conditionals, Tensor]]:
+        args = self._arguments(self.fitted_model_, rows, y)
+        with self._fitted_program(args) as predictor:
+            with torch.no_grad():
+                predictor = predictor.read(args)
+            yield predictor, predictor.value
+
+    @contextmanager
+    def _fitted_program(self, args: tuple[Any, ...]) -> Iterator[Conditionals]:
         """The program at its fitted parameters, on these arguments."""
-        with OwnStore() as store, seeded(0):
-            predictor = choose(self.fitted_model_, args)
+        with OwnStore() as store, seeded(self._seed()):
+            predictor = choose(self.fitted_model_, args, predictor=self.predictor, guide=self.fitted_guide_)
             store.begin(self._state)
             yield predictor
 
@@ -680,17 +761,13 @@ class BayesMPT(
         if broken:
             names = getattr(self, "feature_names_in_", np.arange(self.n_features_in_))
             raise ValueError(f"the squares of column {names[broken[0]]} overflow: rescale it")
-        if table.complete and not bool((table.cov.diagonal() > 0).any()):
-            raise ValueError(
-                f"all {table.n_rows} rows are equal: every column is constant, so the likelihood has no maximum"
-            )
         return table
 
     def _shared_reading(self, what: str) -> Reading:
         check_is_fitted(self)
         predictor = self.predictor_
         structure = predictor.structure
-        if not isinstance(predictor, Exact) or not structure.by_row or structure.own_rows:
+        if not isinstance(predictor, LinearGaussian) or not structure.by_row or structure.own_rows:
             raise ValueError(f"{what} needs a program whose rows share one map; this one's rows differ")
         return predictor.reading
 
@@ -734,14 +811,34 @@ def _needs_y(model: Model) -> bool:
     return len(parameters) > 1 and parameters[1].default is inspect.Parameter.empty
 
 
-def _shared_latents(predictor: Predictor) -> dict[str, Tensor]:
-    """Posterior means of the latents that stand outside the rows plate, by site."""
-    structure = predictor.structure
-    if structure.by_row:
-        return {}
-    values = latent_values(structure, predictor.posterior(predictor.value).mean)
-    outside = {site.name for site in structure.latents if structure.rows_plate not in site.plates}
-    return {name: value.detach().clone() for name, value in values.items() if name in outside}
+def _own_guide(guide: Any, model: Model) -> Any:
+    """A guide that is a module trains in place: a copy; one of Pyro's automatic guides keeps to our model."""
+    if not isinstance(guide, torch.nn.Module):
+        return guide
+    copy = deepcopy(guide)
+    if isinstance(copy, AutoGuide):
+        copy._model = (model,)  # Pyro's copies lose it, and offer no other way to give it back
+    return copy
+
+
+def _refuse_constant(table: Table) -> None:
+    if table.complete and not bool((table.cov.diagonal() > 0).any()):
+        raise ValueError(
+            f"all {table.n_rows} rows are equal: every column is constant, so the likelihood has no maximum"
+        )
+
+
+def warn_of(diagnostics: dict[str, Any]) -> None:
+    """Say so where the error of an estimate is not to be believed."""
+    bad = diagnostics.get("rows_with_bad_k", 0)
+    if bad:
+        worst = ", ".join(f"{row} (k = {k:.2f})" for row, k in diagnostics["worst_rows"][:3])
+        warnings.warn(
+            f"the importance weights of {bad} rows have a tail so heavy (Pareto k > 0.7) that their error is not to be "
+            f"believed, the worst being rows {worst}: use more particles or a wider guide",
+            UserWarning,
+            stacklevel=5,
+        )
 
 
 def _digest(X: NDArray[np.floating]) -> str:

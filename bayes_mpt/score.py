@@ -15,8 +15,6 @@ import pyro
 import torch
 from numpy.typing import ArrayLike, NDArray
 from pyro.infer import ELBO
-from scipy.stats import norm
-from scipy.stats import t as student_t
 from torch import Tensor
 
 from bayes_mpt.masks import (
@@ -28,7 +26,8 @@ from bayes_mpt.masks import (
     require_lml,
     torch_generator,
 )
-from bayes_mpt.predictors import Predictor, choose
+from bayes_mpt.predictors import Conditionals, Predictor, choose
+from bayes_mpt.predictors.errors import replicate_error
 from bayes_mpt.tracing import Model
 
 __all__ = [
@@ -39,13 +38,12 @@ __all__ = [
     "estimate",
     "fixed_rate_bias",
     "masked_score",
-    "replicate_error",
 ]
 
 CHUNK = 2**22  # cells of (S, N, T) scored at once
 
 
-def masked_score(predictor: Predictor, x: Tensor, masks: Masks) -> Tensor:
+def masked_score(predictor: Conditionals, x: Tensor, masks: Masks) -> Tensor:
     """Weighted sum of the log predictives of hidden tokens.
 
     Parameters
@@ -64,8 +62,8 @@ def masked_score(predictor: Predictor, x: Tensor, masks: Masks) -> Tensor:
     """
     weight = masks.weight.to(x)
     if masks.order is not None:
-        if predictor.exact:
-            return predictor.joint(x)  # every chain of exact conditionals sums to the joint
+        if predictor.telescopes:
+            return predictor.joint(x)  # every chain sums to the joint
         return torch.einsum("cnt,ct->n", predictor.chain(x, masks.order.to(x.device)), weight)
     assert masks.visible is not None
     visible = masks.visible.to(x.device)
@@ -98,7 +96,8 @@ class ScoreEstimate:
     lml: NDArray[np.float64]
     """(N,) nats."""
     se: float
-    """Standard error of ``total`` over masks, from independent replicates' totals; 0 if exact, NaN if unknown."""
+    """Standard error of ``total``: over masks, from independent replicates' totals, or of the predictor where the masks
+    are a chain; 0 if exact, NaN if unknown."""
     by_size: Curve
     integrated: tuple[str, ...]
     """Latent sites integrated out."""
@@ -121,7 +120,7 @@ class ScoreEstimate:
 
 
 def estimate(
-    predictor: Predictor,
+    predictor: Conditionals,
     x: Tensor,
     masks: Policy,
     *,
@@ -162,16 +161,20 @@ def estimate(
     draws = [masks.draw(x.shape[1], generator) for _ in range(n_replicates)]
     chains = draws[0].order is not None
     with torch.no_grad():
-        if chains and predictor.exact:
-            lml, totals = predictor.joint(x), None
+        found = predictor.evidence(x) if chains and predictor.telescopes else None
+        if found is not None:
+            lml, totals = found.by_row, None
         else:
             scores = torch.stack([masked_score(predictor, x, draw) for draw in draws])  # (R, N)
             lml, totals = scores.mean(0), scores.sum(1).double().cpu().numpy()
         rows, weight = curve_rows if chains and curve_rows is not None else (x, x.new_ones(len(x)))
         curve = _curve(predictor, rows, weight, draws)
-    if totals is None:
-        se = 0.0
+    diagnostics = {"n_replicates": n_replicates, "masks": repr(masks), "totals": totals}
+    if found is not None:
+        se = found.se
+        diagnostics.update(found.diagnostics)
     else:
+        assert totals is not None
         se = replicate_error(totals)
     structure = predictor.structure
     return ScoreEstimate(
@@ -180,23 +183,12 @@ def estimate(
         curve,
         structure.latent_names,
         structure.parameters,
-        exact=totals is None,
-        diagnostics={"n_replicates": n_replicates, "masks": repr(masks), "totals": totals},
+        exact=predictor.exact and totals is None,
+        diagnostics=diagnostics,
     )
 
 
-def replicate_error(totals: NDArray[np.float64]) -> float:
-    """Standard error of the mean of R replicates, widened so that +- 2 of it cover 95 % also for a small R.
-
-    sd / sqrt(R) times t(R - 1, 0.977) / 2; NaN for one replicate.
-    """
-    n = len(totals)
-    if n < 2:
-        return math.nan
-    return float(totals.std(ddof=1) / math.sqrt(n) * student_t.ppf(norm.cdf(2), n - 1) / 2)
-
-
-def _curve(predictor: Predictor, x: Tensor, weight: Tensor, draws: list[Masks]) -> Curve:
+def _curve(predictor: Conditionals, x: Tensor, weight: Tensor, draws: list[Masks]) -> Curve:
     """Group the masks' means by size: S(m) is the mean over masks of the mean over hidden tokens."""
     n_tokens = x.shape[1]
     share = weight / weight.sum()
@@ -269,7 +261,11 @@ def fixed_rate_bias(
     >>> bias.value < 0, bias.se  # low rates see too many visible tokens; here all masks were enumerated
     (True, 0.0)
     """
-    predictor, x = estimator.read_rows(X)
+    with estimator.read_rows(X) as (predictor, x), torch.no_grad():
+        return _bias(predictor, x, rate, n_masks, random_state)
+
+
+def _bias(predictor: Conditionals, x: Tensor, rate: float, n_masks: int, random_state: RandomState) -> Bias:
     n_tokens = x.shape[1]
     policy = FixedRate(rate, n_masks)
     size = policy.size(n_tokens)
@@ -344,7 +340,7 @@ class CumulativeMaskedScore(ELBO):
         self.masks = PermutationChain() if masks is None else masks
         self.predictor = predictor
         self.generator = torch_generator(random_state)
-        self._chosen: tuple[Any, tuple[Any, ...], Predictor] | None = None
+        self._chosen: tuple[Any, Any, tuple[Any, ...], Conditionals] | None = None
 
     def __call__(self, model: Model, guide: Any = None, *example: Any) -> _LossModule:
         # Pyro's own takes (model, guide) and registers nothing of a plain function; the example makes its parameters.
@@ -353,7 +349,7 @@ class CumulativeMaskedScore(ELBO):
     def differentiable_loss(self, model: Model, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The negative score of the batch as a scalar tensor, nats."""
         args = _positional(model, args, kwargs)
-        predictor = self._predictor(model, args).read(args)
+        predictor = self._predictor(model, guide, args).read(args)
         draw = self.masks.draw(predictor.value.shape[1], self.generator)
         return -predictor.scale * masked_score(predictor, predictor.value, draw).sum()
 
@@ -372,14 +368,13 @@ class CumulativeMaskedScore(ELBO):
     def _get_trace(self, model: Model, guide: Any, args: Any, kwargs: Any) -> Any:
         raise NotImplementedError("the masked score reads the program itself: there is no single trace")
 
-    def _predictor(self, model: Model, args: tuple[Any, ...]) -> Predictor:
-        if isinstance(self.predictor, Predictor):
-            return self.predictor
+    def _predictor(self, model: Model, guide: Any, args: tuple[Any, ...]) -> Conditionals:
         # Anything but the number of rows may change what the program is.
         key = tuple(a.shape[1:] if isinstance(a, Tensor) and a.ndim else repr(a) for a in args)
-        if self._chosen is None or self._chosen[0] is not model or self._chosen[1] != key:
-            self._chosen = (model, key, choose(model, args))
-        return self._chosen[2]
+        if self._chosen is None or self._chosen[:3] != (model, guide, key):
+            found = choose(model, args, predictor=self.predictor, guide=guide)
+            self._chosen = (model, guide, key, found)
+        return self._chosen[3]
 
 
 def _positional(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:

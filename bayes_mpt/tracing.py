@@ -1,19 +1,14 @@
-"""Reading a Pyro program: what it observes, and the linear-Gaussian map from its latents to its tokens.
+"""What a Pyro program is made of: observed sites, latents, plates; and running it with latents set.
 
-A program is read by evaluation, never by name. Its latents are set to probe values, the mean and scale of the
-observed site are recorded, and affinity is checked at random points 1, 10 and 100 prior standard deviations away.
-What comes out is
-
-    x = loc + loading u + e,    u ~ N(0, I_K),    e ~ N(0, diag(noise)),    z = latent_loc + latent_root u
-
-`structure` does this once and finds out how the program may be read; `read` does it at every step of a training,
-with gradients to the program's parameters.
+A program is read by evaluation, never by name or by source. Its tokens are the values of its observed sites: all
+elements of them, site after site, where a site's distribution has a density for each element; a whole event (a
+Multinomial count, say) where it has not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import pyro
@@ -24,23 +19,15 @@ from pyro.distributions.torch import Independent
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-__all__ = [
-    "Model",
-    "ModelError",
-    "Reading",
-    "Structure",
-    "latent_values",
-    "read",
-    "structure",
-    "token_means",
-]
+__all__ = ["Latent", "Model", "ModelError", "Observed", "Program", "survey"]
 
 Model = Callable[..., Any]
 
-N_CHECKS = 3  # random points on top of the K + 1 that fix the affine map: at 1, 10 and 100 sd
-AFFINE_TOL = 1e-9
-N_TRIAL_ROWS = 8
 MAX_INIT_CELLS = 2**22
+NODES = "_nodes"  # the plate of nodes, left of a program's own plates
+MAX_VALUES = 4096  # of one discrete latent
+N_TRIAL_ROWS = 8
+CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
 class ModelError(ValueError):
@@ -58,33 +45,67 @@ class Latent(NamedTuple):
     plates: tuple[str, ...]
     """Names of the plates around the site."""
     width: int
-    """Latents that the site adds to K: of one row, or of the whole data set."""
+    """Numbers that the site adds to K: of one row, or of the whole data set."""
+    discrete: bool = False
+    """Its values can be enumerated."""
+    n_batch: int = 0
+    """Axes of the value that are no event."""
 
 
-class Structure(NamedTuple):
+class Observed(NamedTuple):
+    """One observed site."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Shape of the site's value in the first run."""
+    row_axis: int | None
+    """The axis of the rows plate in that shape."""
+    n_joint: int
+    """Axes, on the right, of an event that has one density for all of it: one token."""
+    kind: str
+    """Name of the distribution of a token."""
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of one row; of all observations without a rows plate."""
+        kept = self.shape[: len(self.shape) - self.n_joint]
+        n = 1
+        for axis, size in enumerate(kept):
+            n *= 1 if axis == self.row_axis else size
+        return n
+
+
+class Program(NamedTuple):
     """What a program is made of; found once."""
 
-    observed: str
+    sites: tuple[Observed, ...]
     latents: tuple[Latent, ...]
     parameters: tuple[str, ...]
     """Names of the `pyro.param`s (and module parameters) that the program touches: point-estimated."""
     rows_plate: str | None
     by_row: bool
     """True: latents are per row, tokens are the features of a row. False: all observations are ONE vector."""
-    own_rows: bool
-    """True: the map differs between rows (covariates, offsets), so the program is read on the real batch."""
-    observed_arg: int | None
-    """Position of the argument that the observed site's value equals; None if it is a transformation."""
-    plain: bool
-    """The value is that argument itself and nothing is scaled: `read` need not run the real batch."""
+    depth: int
+    """Plate dimensions that the program uses."""
     sub_rows: int | None
     """Rows that a sub-sampling plate draws; None where the program takes all rows it is given."""
-    spread: Tensor
-    """(K,) prior standard deviations of the latents in the first run: the unit of the probes."""
+    own_rows: bool = True
+    """Programs of this kind are read on the rows that they score."""
+    plain: bool = False
+
+    @property
+    def observed(self) -> str:
+        """Names of the observed sites."""
+        return ", ".join(site.name for site in self.sites)
+
+    @property
+    def n_tokens(self) -> int:
+        """T."""
+        return sum(site.n_tokens for site in self.sites)
 
     @property
     def n_latents(self) -> int:
-        """K."""
+        """Numbers that stand for the latents."""
         return sum(site.width for site in self.latents)
 
     @property
@@ -92,28 +113,19 @@ class Structure(NamedTuple):
         """Names of the latent sites: integrated."""
         return tuple(site.name for site in self.latents)
 
+    @property
+    def discrete(self) -> tuple[str, ...]:
+        """Names of the latents that can be enumerated."""
+        return tuple(site.name for site in self.latents if site.discrete)
 
-class Reading(NamedTuple):
-    """The linear-Gaussian map at the current parameters. B is 1 (shared by all rows) or N."""
-
-    loc: Tensor
-    """(B, T)"""
-    loading: Tensor
-    """(B, T, K)"""
-    noise: Tensor
-    """(B, T) variances."""
-    latent_loc: Tensor
-    """(B, K)"""
-    latent_root: Tensor
-    """(B, K, K)"""
-    scale: float
-    """Plate or `poutine.scale` factor of the observed site (minibatches)."""
-    value: Tensor
-    """(N, T), the observed value of this run; NaN where missing."""
+    @property
+    def continuous(self) -> tuple[str, ...]:
+        """Names of the others."""
+        return tuple(site.name for site in self.latents if not site.discrete)
 
 
 @torch.enable_grad()
-def structure(model: Model, args: tuple[Any, ...]) -> Structure:
+def survey(model: Model, args: tuple[Any, ...]) -> Program:
     """Run the program on real rows and find out what it is made of.
 
     The first run also creates the parameters that the program initialises from ``x``.
@@ -121,207 +133,54 @@ def structure(model: Model, args: tuple[Any, ...]) -> Structure:
     Parameters
     ----------
     model : callable
-        A Pyro program with one observed Normal site and Normal latents.
+        A Pyro program.
     args : tuple
-        What the program is called with; tensors have N rows. NaN cells are filled with column means.
+        What the program is called with; tensors have N rows. NaN cells are filled.
 
     Returns
     -------
-    Structure
+    Program
 
     Raises
     ------
     ModelError
-        If the program is not linear-Gaussian given its parameters, sub-samples, uses other rows of ``x``, or
-        holds trainable tensors that Pyro does not know of. The site is named.
+        If nothing is observed, a factor stands in the program, a token's distribution looks at the tokens, or
+        trainable tensors are unknown to Pyro. The site is named.
     """
-    args = tuple(_fill(a) for a in args)
-    init = _init_rows(args)
-    try:
-        first = _run(model, init)
-    except (RuntimeError, ValueError, IndexError) as error:
-        if init is args:
-            raise
-        try:  # the program insists on all its rows (data held in a closure, a plate of fixed size)
-            first, init = _run(model, args), args
-        except Exception:
-            raise error from None
-    observed, rows_plate, by_row = _sites(first)
-    node = first.nodes[observed]
-    n_rows = len(node["value"]) if by_row else 1
-    latents = tuple(_latent(latent, rows_plate if by_row else None) for latent in _latent_nodes(first))
-    spread = [_flat(_normal(first.nodes[site.name])[1].detach(), site, n_rows)[0] for site in latents]
-    draft = Structure(
-        observed,
-        latents,
+    args = tuple(fill(a) for a in args)
+    first, init = first_run(model, args)
+    nodes = observed_nodes(first)
+    latents = latent_nodes(first)
+    rows, by_row = _rows_plate(nodes, latents, len(init[0]))
+    sites = tuple(_observed(node, rows if by_row else None) for node in nodes)
+    n_rows = sites[0].shape[sites[0].row_axis] if by_row and sites[0].row_axis is not None else 1
+    program = Program(
+        sites,
+        tuple(describe_latent(node, rows if by_row else None) for node in latents),
         tuple(n for n, site in first.nodes.items() if site["type"] == "param"),
-        rows_plate,
+        rows,
         by_row,
-        own_rows=True,
-        observed_arg=_observed_arg(node["value"], init),
-        plain=False,
-        sub_rows=n_rows if by_row and n_rows != len(init[0]) else None,
-        spread=torch.cat(spread) if spread else init[0].new_zeros(0),
+        max((-f.dim for n in (*nodes, *latents) for f in n["cond_indep_stack"] if f.vectorized), default=0),
+        n_rows if by_row and n_rows != len(init[0]) else None,
     )
-    trial, base, reading = init, None, None
-    if by_row and _scale(node) == 1.0:
-        head = _head(init, min(N_TRIAL_ROWS, max(1, len(init[0]) - 1)))
-        # A program that refuses fewer rows holds something for each.
-        with suppress(RuntimeError, ValueError, IndexError):
-            trial, base = head, _trial_run(model, head, draft)
-        # With covariates a map that rows share now (a slope of zero, sorted groups) need not stay shared.
-        if base is not None and not _covariates(init):
-            reading = _shared_map(model, trial, draft, base)
-    if base is None:
-        trial, base = init, _trial_run(model, init, draft)
-    if reading is not None:
-        draft = draft._replace(own_rows=False, plain=draft.observed_arg is not None)
-    else:
-        reading = _read_rows(model, trial, draft)
-    _refuse_unregistered(reading)
-    _refuse_dependence_on_x(model, trial, draft, base)
-    _compare_with_program(draft, reading, base)
-    return draft
-
-
-def read(model: Model, args: tuple[Any, ...], structure: Structure) -> Reading:
-    """Read the program's map at its current parameters, with gradients to them.
-
-    One run on K + 4 probe rows where all rows share the map; K + 1 runs on the real batch elsewhere.
-    """
-    if structure.own_rows:
-        return _read_rows(model, args, structure)
-    reading = _read_probes(model, args, structure)
-    if structure.plain:
-        assert structure.observed_arg is not None
-        return reading._replace(value=args[structure.observed_arg])
-    sites = _prior_means(structure, args)
-    trace = _run(model, tuple(_fill(a) for a in args), sites)
-    value = _value(model, args, structure, trace, sites)
-    return reading._replace(value=value, scale=_scale(trace.nodes[structure.observed]))
-
-
-def token_means(
-    model: Model, args: tuple[Any, ...], structure: Structure, values: dict[str, Tensor]
-) -> Tensor:
-    """Means of the tokens at these latent values, the other latents at their means given them: (N, ...)."""
-    with _SetLatents(values, others_at_mean=True):
-        trace = poutine.trace(model).get_trace(*args)
-    return _normal(trace.nodes[structure.observed])[0]
-
-
-# ------------------------------------------------------------------------------------------------ the two readings
-
-
-def _read_probes(model: Model, args: tuple[Any, ...], structure: Structure) -> Reading:
-    """All probes in one run: row 0 has z = 0, rows 1..K a unit vector each, the last three are random."""
-    n_latents = structure.n_latents
-    n_probes = n_latents + 1 + N_CHECKS
-    rows = tuple(_fill(_cycle(a, n_probes)) for a in args)
-    probes = _probes(structure, rows[0])  # (P, K)
-    trace = _run(model, rows, latent_values(structure, probes))
-    loc, scale = _token_normal(trace, structure)  # (P, T)
-    latent_loc, latent_root = _latent_normal(trace, structure, n_probes)  # (P, K), (P, K, K)
-    where = f"observed site {structure.observed!r}"
-    _check_constant(scale, where)
-    map_loc, map_loading = _affine(loc[:, None], probes, structure, where)
-    prior_loc, prior_slope = _affine(latent_loc[:, None], probes, structure, "latent sites")
-    _check_constant(latent_root.flatten(1), "latent sites")
-    return _integrate_prior(
-        map_loc, map_loading, scale[:1].square(), prior_loc, prior_slope, latent_root[:1], rows[0]
-    )
-
-
-def _read_rows(model: Model, args: tuple[Any, ...], structure: Structure) -> Reading:
-    """One run for each probe, on the real batch: every row, or the one vector, has a map of its own."""
-    filled = tuple(_fill(a) for a in args)
-    probes = _probes(structure, filled[0])  # (P, K)
-    n_rows = _batch(structure, filled)
-    locs, scales, latent_locs, latent_roots = [], [], [], []
-    fixed: dict[str, Tensor] = {}
-    scale_factor, value = 1.0, None
-    for probe in probes:
-        sites = latent_values(structure, probe.expand(n_rows, -1))
-        trace = _run(model, filled, {**sites, **fixed})
-        if value is None:
-            # The rows that a sub-sampling plate drew in the first run stay for the others.
-            fixed = {n: node["value"] for n, node in trace.nodes.items() if _is_subsample(node)}
-            value = _value(model, args, structure, trace, {**sites, **fixed})
-            scale_factor = _scale(trace.nodes[structure.observed])
-        loc, scale = _token_normal(trace, structure)
-        latent_loc, latent_root = _latent_normal(trace, structure, n_rows)
-        locs.append(loc)
-        scales.append(scale)
-        latent_locs.append(latent_loc)
-        latent_roots.append(latent_root)
-    assert value is not None
-    where = f"observed site {structure.observed!r}"
-    scale, root = torch.stack(scales), torch.stack(latent_roots)
-    _check_constant(scale, where)
-    _check_constant(root, "latent sites")
-    map_loc, map_loading = _affine(torch.stack(locs), probes, structure, where)
-    prior_loc, prior_slope = _affine(torch.stack(latent_locs), probes, structure, "latent sites")
-    reading = _integrate_prior(
-        map_loc, map_loading, scale[0].square(), prior_loc, prior_slope, root[0], filled[0]
-    )
-    return reading._replace(scale=scale_factor, value=value)
-
-
-def _probes(structure: Structure, like: Tensor) -> Tensor:
-    """(K + 4, K): zeros, the unit vectors, and three random points, in units of the prior's spread."""
-    spread = structure.spread.to(like)
-    n_latents = len(spread)
-    generator = torch.Generator().manual_seed(0)
-    random = torch.randn(N_CHECKS, n_latents, generator=generator, dtype=torch.float64).to(like)
-    random = random * torch.tensor([1.0, 10.0, 100.0]).to(like)[:, None]
-    unit = torch.eye(n_latents, dtype=like.dtype, device=like.device)
-    return torch.cat([unit.new_zeros(1, n_latents), unit, random]) * spread
-
-
-def _affine(y: Tensor, probes: Tensor, structure: Structure, where: str) -> tuple[Tensor, Tensor]:
-    """y (P, B, D) at the probes (P, K) -> intercept (B, D) and slope (B, D, K), checked at the random points."""
-    n_latents = probes.shape[1]
-    intercept = y[0]
-    # slope_k = (y(e_k) - y(0)) / spread_k
-    slope = (y[1 : n_latents + 1] - intercept) / structure.spread.to(y)[:, None, None]
-    slope = slope.permute(1, 2, 0)
-    with torch.no_grad():
-        got = y[n_latents + 1 :]
-        want = intercept + torch.einsum("bdk,pk->pbd", slope, probes[n_latents + 1 :])
-        size = torch.einsum("bdk,pk->pbd", slope.abs(), probes[n_latents + 1 :].abs()) + intercept.abs()
-        finite = torch.isfinite(y).all()
-        if not finite or not bool(((got - want).abs() <= _tolerance(y) * (size + size.amax(0))).all()):
-            broken = [n for n, p in pyro.get_param_store().items() if not bool(torch.isfinite(p).all())]
-            if broken:
-                raise ModelError(
-                    f"parameter {broken[0]!r} is not finite: check its initial value and constraint"
-                )
-            what = "is not finite" if not finite else "is not affine in the latents"
-            raise ModelError(
-                f"the mean of the {where} {what} {structure.latent_names}: this program is not linear-Gaussian, "
-                "so its score has no closed form"
-            )
-    return intercept, slope
-
-
-def _integrate_prior(
-    loc: Tensor, loading: Tensor, noise: Tensor, b: Tensor, slope: Tensor, root: Tensor, like: Tensor
-) -> Reading:
-    """Latents may depend on earlier ones: z = b + A z + R u, so z = (I - A)^-1 (b + R u)."""
-    n_latents = b.shape[-1]
-    if n_latents and bool((slope != 0).any()):
-        left = torch.eye(n_latents, dtype=like.dtype, device=like.device) - slope
-        b = torch.linalg.solve(left, b[..., None])[..., 0]
-        root = torch.linalg.solve(left, root)
-    # x = loc + loading z + e = (loc + loading b) + (loading R) u + e
-    loc = loc + (loading @ b[..., None])[..., 0]
-    return Reading(loc, loading @ root, noise, b, root, 1.0, like)
+    for node in latents:
+        _check_latent(node)
+    if len({float(n["scale"]) for n in (*nodes, *latents)}) > 1:
+        scales = {n["name"]: float(n["scale"]) for n in (*nodes, *latents)}
+        raise ModelError(
+            f"sites have different scales {scales}: a score weighs all sites alike. Sub-sample the rows plate, or put "
+            "poutine.scale around the whole program"
+        )
+    _refuse_unregistered(first)
+    if program.sub_rows is None:
+        _refuse_dependence_on_x(model, init, program, first)
+    return program
 
 
 # ---------------------------------------------------------------------------------------------------- runs and sites
 
 
-class _SetLatents(poutine.messenger.Messenger):
+class SetLatents(poutine.messenger.Messenger):
     """Fix latent values, the others at their means if asked. Not `poutine.condition`: they stay latent sites."""
 
     def __init__(self, values: dict[str, Tensor], others_at_mean: bool = False):
@@ -333,14 +192,29 @@ class _SetLatents(poutine.messenger.Messenger):
         if msg["name"] in self.values:
             msg["value"] = self.values[msg["name"]]
             msg["done"] = True
-        elif self.others_at_mean and not msg["is_observed"] and not _is_subsample(msg):
+        elif self.others_at_mean and not msg["is_observed"] and not is_subsample(msg):
             msg["value"] = msg["fn"].mean
             msg["done"] = True
 
 
-def _run(model: Model, args: tuple[Any, ...], values: dict[str, Tensor] | None = None) -> Trace:
-    with _rng_untouched(active=values is None), _SetLatents(values or {}):
+def run(model: Model, args: tuple[Any, ...], values: dict[str, Tensor] | None = None) -> Trace:
+    """The trace of one run with these latent values; the random state stays as it was where latents are drawn."""
+    with _rng_untouched(active=values is None), SetLatents(values or {}):
         return poutine.trace(model).get_trace(*args)
+
+
+def first_run(model: Model, args: tuple[Any, ...]) -> tuple[Trace, tuple[Any, ...]]:
+    """The first run, which initialises parameters from x, on all rows unless the table is very large."""
+    init = init_rows(args)
+    try:
+        return run(model, init), init
+    except (RuntimeError, ValueError, IndexError) as error:
+        if init is args:
+            raise
+        try:  # the program insists on all its rows (data held in a closure, a plate of fixed size)
+            return run(model, args), args
+        except Exception:
+            raise error from None
 
 
 @contextmanager
@@ -353,200 +227,193 @@ def _rng_untouched(active: bool) -> Iterator[None]:
         yield
 
 
-def _is_subsample(node: dict[str, Any]) -> bool:
+def is_subsample(node: Any) -> bool:
     return node["type"] == "sample" and type(node["fn"]).__name__ == "_Subsample"
 
 
-def _latent_nodes(trace: Trace) -> list[dict[str, Any]]:
+def latent_nodes(trace: Trace) -> list[Any]:
     return [
         node
         for node in trace.nodes.values()
-        if node["type"] == "sample" and not node["is_observed"] and not _is_subsample(node)
+        if node["type"] == "sample" and not node["is_observed"] and not is_subsample(node)
     ]
 
 
-def _sites(trace: Trace) -> tuple[str, str | None, bool]:
-    """Name of the observed site, of the rows plate, and whether all latents live inside it."""
-    observed = [n for n, node in trace.nodes.items() if node["type"] == "sample" and node["is_observed"]]
-    for name in list(observed):
-        fn = trace.nodes[name]["fn"]
-        if isinstance(_base(fn), dist.Unit):
+def observed_nodes(trace: Trace) -> list[Any]:
+    """The observed sites; an error where there is none, or a factor."""
+    nodes = [n for n in trace.nodes.values() if n["type"] == "sample" and n["is_observed"]]
+    for node in nodes:
+        if isinstance(base(node["fn"]), dist.Unit):
             raise ModelError(
-                f"site {name!r} is a pyro.factor: the program is no normalised density of its tokens"
+                f"site {node['name']!r} is a pyro.factor: the program is no normalised density of its tokens"
             )
-    if len(observed) != 1:
+    if not nodes:
         raise ModelError(
-            f"the program must have one observed site, got {len(observed)} {observed}: write "
-            'pyro.sample("x", ..., obs=x)'
+            'the program must have at least one observed site, got none: write pyro.sample("x", ..., obs=x)'
         )
-    name = observed[0]
-    node = trace.nodes[name]
-    if not node["value"].is_floating_point():
-        raise ModelError(
-            f"observed site {name!r} holds {node['value'].dtype}: pass it as floating point numbers"
-        )
-    _normal(node)
-    batch = len(node["fn"].batch_shape)
-    frames = [f for f in node["cond_indep_stack"] if f.vectorized and batch + f.dim == 0]
-    rows = frames[0].name if frames else None
-    nodes = _latent_nodes(trace)
-    for latent in nodes:
-        _normal(latent)
-    by_row = rows is not None and all(
-        any(f.name == rows for f in latent["cond_indep_stack"]) for latent in nodes
-    )
-    return name, rows, by_row
+    return nodes
 
 
-def _latent(node: dict[str, Any], rows_plate: str | None) -> Latent:
+def describe_latent(node: Any, rows_plate: str | None) -> Latent:
     shape = tuple(node["value"].shape)
     plates = tuple(f.name for f in node["cond_indep_stack"])
     frames = [f for f in node["cond_indep_stack"] if f.name == rows_plate]
+    discrete = bool(getattr(node["fn"], "has_enumerate_support", False))
+    n_batch = len(node["fn"].batch_shape)
     if not frames:
-        return Latent(node["name"], shape, None, plates, node["value"].numel())
-    axis = len(node["fn"].batch_shape) + frames[0].dim
-    return Latent(node["name"], shape, axis, plates, node["value"].numel() // shape[axis])
+        return Latent(node["name"], shape, None, plates, node["value"].numel(), discrete, n_batch)
+    axis = n_batch + frames[0].dim
+    width = node["value"].numel() // max(1, shape[axis])
+    return Latent(node["name"], shape, axis, plates, width, discrete, n_batch)
 
 
-def _batch(structure: Structure, args: tuple[Any, ...]) -> int:
-    """Rows that a run on these arguments has."""
-    if not structure.by_row:
-        return 1
-    return structure.sub_rows or len(args[0])
+def _check_latent(node: Any) -> None:
+    """A discrete latent must have few enough values to sum over."""
+    fn = node["fn"]
+    if getattr(fn, "has_enumerate_support", False):
+        try:
+            n_values = len(fn.enumerate_support(expand=False))
+        except NotImplementedError as error:
+            raise ModelError(f"discrete latent {node['name']!r} cannot be enumerated: {error}") from error
+        if n_values > MAX_VALUES:
+            raise ModelError(
+                f"discrete latent {node['name']!r} has {n_values} values, more than {MAX_VALUES}: it cannot be summed "
+                "out. Use one with fewer, or a continuous latent"
+            )
+    elif getattr(fn.support, "is_discrete", False):
+        raise ModelError(
+            f"discrete latent {node['name']!r} is {type(base(fn)).__name__}, whose values have no end: it cannot be "
+            "summed out. Use Categorical or Binomial up to a largest value"
+        )
 
 
-def _flat(value: Tensor, site: Latent, n_rows: int) -> Tensor:
-    """A latent site's value (or scale) as (n_rows, width)."""
-    if site.row_axis is None:
-        return value.reshape(1, -1)
-    return value.movedim(site.row_axis, 0).reshape(n_rows, -1)
+def _observed(node: Any, rows_plate: str | None) -> Observed:
+    batch = len(node["fn"].batch_shape)
+    axes = [batch + f.dim for f in node["cond_indep_stack"] if f.name == rows_plate and f.vectorized]
+    fn = base(node["fn"])
+    shape = tuple(node["value"].shape)
+    return Observed(node["name"], shape, axes[0] if axes else None, fn.event_dim, type(fn).__name__)
 
 
-def latent_values(structure: Structure, z: Tensor) -> dict[str, Tensor]:
-    """z (n_rows, K) as values of the latent sites."""
-    values, start = {}, 0
-    for site in structure.latents:
-        part = z[:, start : start + site.width]
-        start += site.width
-        if site.row_axis is None:
-            values[site.name] = part.reshape(site.shape)
-        else:
-            rest = site.shape[: site.row_axis] + site.shape[site.row_axis + 1 :]
-            values[site.name] = part.reshape(len(z), *rest).movedim(0, site.row_axis)
-    return values
+def _rows_plate(nodes: list[Any], latents: list[Any], n_rows: int) -> tuple[str | None, bool]:
+    """The plate of the rows, and whether all latents live inside it.
+
+    It is a plate around every observed site; one of as many rows as ``x`` has, and around all latents, comes first.
+    """
+    common: list[str] = [f.name for f in nodes[0]["cond_indep_stack"] if f.vectorized]
+    sizes = {f.name: f.full_size or f.size for f in nodes[0]["cond_indep_stack"]}
+    for node in nodes[1:]:
+        here = {f.name for f in node["cond_indep_stack"] if f.vectorized}
+        common = [name for name in common if name in here]
+    around = {
+        name: all(any(f.name == name for f in node["cond_indep_stack"]) for node in latents)
+        for name in common
+    }
+    # the outermost of several plates that would do
+    dims = {f.name: f.dim for f in nodes[0]["cond_indep_stack"]}
+    ranked = sorted(common, key=lambda name: (sizes[name] != n_rows, not around[name], dims[name]))
+    if not ranked:
+        return None, False
+    return ranked[0], around[ranked[0]]
 
 
-def _prior_means(structure: Structure, args: tuple[Any, ...]) -> dict[str, Tensor]:
-    like = args[0]
-    return latent_values(structure, like.new_zeros(_batch(structure, args), structure.n_latents))
-
-
-def _base(fn: Any) -> Any:
+def base(fn: Any) -> Any:
     """The distribution under `Independent`, `expand` and masks."""
     while isinstance(fn, Independent | torch.distributions.Independent | dist.MaskedDistribution):
         fn = fn.base_dist
     return fn
 
 
-def _normal(node: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of a Normal (or MultivariateNormal latent) site, in the shape of its value."""
-    base = _base(node["fn"])
-    value = node["value"]
-    if isinstance(base, torch.distributions.Normal):
-        return base.loc.expand(value.shape), base.scale.expand(value.shape)
-    if isinstance(base, torch.distributions.MultivariateNormal) and not node["is_observed"]:
-        return base.loc.expand(value.shape), base.stddev.expand(value.shape)
-    kind = "observed" if node["is_observed"] else "latent"
-    raise ModelError(
-        f"{kind} site {node['name']!r} is {type(base).__name__}: only Normal tokens with Normal or "
-        "MultivariateNormal latents have an exact score"
+def n_rows_of(program: Program, args: tuple[Any, ...]) -> int:
+    """Rows that a run on these arguments has."""
+    if not program.by_row:
+        return 1
+    return program.sub_rows or len(args[0])
+
+
+def one_vector(program: Program) -> Program:
+    """The same program with all its observations as tokens of one vector."""
+    sites = tuple(s._replace(row_axis=None) for s in program.sites)
+    latents = tuple(
+        s._replace(row_axis=None, width=s.width * (1 if s.row_axis is None else s.shape[s.row_axis]))
+        for s in program.latents
     )
+    return program._replace(sites=sites, latents=latents, by_row=False)
 
 
-def _token_normal(trace: Trace, structure: Structure) -> tuple[Tensor, Tensor]:
-    loc, scale = _normal(trace.nodes[structure.observed])
-    shape = (len(loc), -1) if structure.by_row else (1, -1)
-    return loc.reshape(shape), scale.reshape(shape)
+# ------------------------------------------------------------------------------------------------------ the tokens
 
 
-def _latent_normal(trace: Trace, structure: Structure, n_rows: int) -> tuple[Tensor, Tensor]:
-    """Means (n_rows, K) and block-diagonal roots (n_rows, K, K) of the latents given the earlier ones."""
-    like = trace.nodes[structure.observed]["value"]
-    locs: list[Tensor] = []
-    blocks: list[Tensor] = []
-    for site in structure.latents:
-        node = trace.nodes[site.name]
-        loc, scale = _normal(node)
-        locs.append(_flat(loc, site, n_rows))
-        base = _base(node["fn"])
-        if isinstance(base, torch.distributions.MultivariateNormal):
-            width = base.event_shape[0]
-            tril = base.scale_tril.expand(*node["value"].shape, width)  # (..., D, D)
-            if site.row_axis is not None:
-                tril = tril.movedim(site.row_axis, 0)
-            tril = tril.reshape(n_rows, -1, width, width)
-            blocks.extend(tril.unbind(1))
-        else:
-            blocks.append(torch.diag_embed(_flat(scale, site, n_rows)))
-    if not locs:
-        return like.new_zeros(n_rows, 0), like.new_zeros(n_rows, 0, 0)
-    root = blocks[0]
-    if len(blocks) > 1:
-        root = torch.stack([torch.block_diag(*[b[n] for b in blocks]) for n in range(n_rows)])
-    return torch.cat(locs, 1), root
+def rows_first(value: Tensor, row_axis: int | None, n_joint: int = 0) -> Tensor:
+    """A site's value (or anything of that layout) as (N, tokens of the site)."""
+    if n_joint:
+        value = value.flatten(value.ndim - n_joint).sum(
+            -1
+        )  # a token of several numbers: NaN if one of them is
+    if row_axis is None:
+        return value.reshape(1, -1)
+    return value.movedim(row_axis, 0).reshape(value.shape[row_axis], -1)
 
 
-def _scale(node: dict[str, Any]) -> float:
-    return float(node["scale"])
+def token_values(trace: Trace, program: Program) -> Tensor:
+    """Values of the tokens of a run: (N, T) in floating point; a token of several numbers is their sum."""
+    parts = [rows_first(trace.nodes[s.name]["value"], s.row_axis, s.n_joint) for s in program.sites]
+    dtype = next((p.dtype for p in parts if p.is_floating_point()), torch.get_default_dtype())
+    return torch.cat([p.to(dtype) for p in parts], 1)
 
 
-def _value(
-    model: Model, args: tuple[Any, ...], structure: Structure, trace: Trace, sites: dict[str, Tensor]
+def read_values(
+    model: Model, args: tuple[Any, ...], program: Program, trace: Trace, sites: dict[str, Tensor]
 ) -> Tensor:
-    """The observed value as (N, T): a token that is computed from a missing cell is missing."""
-    value = trace.nodes[structure.observed]["value"]
-    if any(_has_missing(a) for a in args):
-        # The filled cells gave finite parameters and maps; what the NaN themselves reach shows which tokens to drop.
-        with torch.no_grad():
-            try:
-                raw = _run(model, args, sites)
-                reached = [t.isnan().any() for t in _normal(raw.nodes[structure.observed])]
-            except ValueError:  # Pyro's own check of a mean or scale that is NaN
-                reached = [torch.tensor(True)]
-            if any(bool(r) for r in reached):
-                raise ModelError(
-                    f"missing cells reach the mean or scale of observed site {structure.observed!r}: covariates must "
-                    "be complete, only what is observed may be missing"
-                )
-            value = raw.nodes[structure.observed]["value"]
-        n_cells = sum(int(a.isnan().sum()) for a in args if _has_missing(a))
-        if int(value.isnan().sum()) > n_cells:
+    """Values of the tokens (N, T) of a run on filled arguments, NaN where computed from a missing cell."""
+    value = token_values(trace, program)
+    if not any(has_missing(a) for a in args):
+        return value
+    # Other values in the missing cells: the tokens that move are the missing ones, and no distribution may move.
+    others = tuple(_fill_otherwise(a) for a in args)
+    with torch.no_grad(), pyro.validation_enabled(False):
+        try:
+            other = run(model, others, sites)
+        except (RuntimeError, ValueError, IndexError) as error:
             raise ModelError(
-                f"{n_cells} missing cells make {int(value.isnan().sum())} tokens of observed site "
-                f"{structure.observed!r} missing, since tokens are computed from several cells: observe the cells "
-                "themselves, or fill them before"
+                f"the program does not run on other values in the missing cells: {error}. Drop constant columns, and "
+                "make covariates complete"
+            ) from error
+        missing = token_values(other, program) != value
+        before, after = _own_log_probs(trace, trace, program), _own_log_probs(other, trace, program)
+    for site, a, b in zip(program.sites, after, before, strict=True):
+        if not bool((a == b).all()):
+            raise ModelError(
+                f"missing cells reach the distribution of observed site {site.name!r}: covariates must be complete, "
+                "only what is observed may be missing"
             )
-    return value.reshape(len(value), -1) if structure.by_row else value.reshape(1, -1)
+    n_cells = sum(int(a.isnan().sum()) for a in args if has_missing(a))
+    if int(missing.sum()) > n_cells:
+        raise ModelError(
+            f"{n_cells} missing cells make {int(missing.sum())} tokens of observed site {program.observed!r} missing, "
+            "since tokens are computed from several cells: observe the cells themselves, or fill them before"
+        )
+    return torch.where(missing, torch.nan, value)
 
 
-def _has_missing(arg: Any) -> bool:
-    return isinstance(arg, Tensor) and arg.is_floating_point() and bool(arg.isnan().any())
+# ------------------------------------------------------------------------------------------------------ the checks
 
 
-def _observed_arg(value: Tensor, args: tuple[Any, ...]) -> int | None:
-    for i, a in enumerate(args):
-        if isinstance(a, Tensor) and a.shape == value.shape and value.ndim == 2 and torch.equal(a, value):
-            return i
-    return None
+def _refuse_unregistered(trace: Trace) -> None:
+    """Every trainable tensor behind a site must be in the parameter store, or it is silently never trained."""
+    with torch.enable_grad():
+        densities = [
+            node["fn"].log_prob(node["value"]).sum()
+            for node in trace.nodes.values()
+            if node["type"] == "sample" and not is_subsample(node)
+        ]
+    refuse_unregistered(densities)
 
 
-# ---------------------------------------------------------------------------------------------------------- the checks
-
-
-def _refuse_unregistered(reading: Reading) -> None:
-    """Every trainable tensor behind the map must be in the parameter store, or it is silently never trained."""
+def refuse_unregistered(outputs: list[Tensor]) -> None:
+    """Every trainable tensor behind these must be in the parameter store."""
     known = {id(p) for _, p in pyro.get_param_store().named_parameters()}
-    seen, todo = set(), [t.grad_fn for t in reading[:5] if t.grad_fn is not None]
+    seen, todo = set(), [t.grad_fn for t in outputs if t.grad_fn is not None]
     while todo:
         fn = todo.pop()
         if fn in seen:
@@ -561,181 +428,97 @@ def _refuse_unregistered(reading: Reading) -> None:
         todo.extend(nxt for nxt, _ in fn.next_functions if nxt is not None)
 
 
-class _Trial(NamedTuple):
-    """One run on real rows, each with random latents of its own, that all checks compare with."""
+def _refuse_dependence_on_x(model: Model, args: tuple[Any, ...], program: Program, first: Trace) -> None:
+    """No token's distribution may look at the tokens: resample every column of an argument and see what moves.
 
-    trace: Trace
-    z: Tensor
-    """(N, K)"""
-    loc: Tensor
-    """(N, T), as the others."""
-    scale: Tensor
-    value: Tensor
-
-
-def _trial_run(model: Model, args: tuple[Any, ...], structure: Structure, z: Tensor | None = None) -> _Trial:
-    """The program on these rows at latents z; by default one standard deviation away, no two rows alike."""
-    if z is None:
-        n_rows = _batch(structure, args)
-        factor = 0.5 + torch.arange(n_rows, dtype=args[0].dtype, device=args[0].device)[:, None] / n_rows
-        z = factor * _probes(structure, args[0])[structure.n_latents + 1]
+    Columns are resampled, not shifted, so that counts stay counts; latents keep the values of the first run.
+    """
+    latents = {node["name"]: node["value"] for node in latent_nodes(first)}
     with torch.no_grad():
-        trace = _run(model, args, latent_values(structure, z))
-        loc, scale = _token_normal(trace, structure)
-        return _Trial(trace, z, loc, scale, trace.nodes[structure.observed]["value"].reshape(loc.shape))
-
-
-def _covariates(args: tuple[Any, ...]) -> bool:
-    """Whether rows come with more than their tokens."""
-    n_rows = len(args[0])
-    with_rows = [a for a in args if isinstance(a, Tensor) and a.ndim and len(a) == n_rows]
-    return len(with_rows) > 1
-
-
-def _shared_map(model: Model, args: tuple[Any, ...], structure: Structure, base: _Trial) -> Reading | None:
-    """The map read from probe rows, if the real rows have the same one; else None."""
-    try:
-        reading = _read_probes(model, args, structure)
-    except (RuntimeError, ValueError, IndexError):
-        return None  # the program does not take K + 4 rows, or they differ
-    with torch.no_grad():
-        u = torch.linalg.solve(reading.latent_root, (base.z - reading.latent_loc)[..., None])
-        want = (reading.loading @ u)[..., 0]
-        size = (reading.loading.abs() @ u.abs())[..., 0] + reading.loc.abs()
-        same = (base.loc - reading.loc - want).abs() <= _tolerance(base.loc) * size
-        if not bool(same.all()) or not _close(base.scale.square(), reading.noise.expand_as(base.scale)):
-            return None
-    return reading
-
-
-def _refuse_dependence_on_x(model: Model, args: tuple[Any, ...], structure: Structure, base: _Trial) -> None:
-    """The map may not look at the tokens, nor one row at other rows: change x and see what moves."""
-    if structure.sub_rows is not None:
-        return  # other rows every run; the estimator refuses such programs, SVI scales them
-    with torch.no_grad():
+        before = _own_log_probs(first, first, program)
         for position, arg in enumerate(args):
-            if not isinstance(arg, Tensor) or not arg.is_floating_point() or not arg.numel():
+            if not isinstance(arg, Tensor) or not arg.is_floating_point() or arg.ndim == 0 or len(arg) < 2:
                 continue
-            for changed_arg in _changes(arg):
-                after = _after(
-                    model, (*args[:position], changed_arg, *args[position + 1 :]), structure, base.z
-                )
-                if after is None:
-                    continue  # the program does not take such values: log(x) of negative ones, say
-                moves = [not _close(a, b) for a, b in zip(after[2:], base[2:], strict=True)]
-                if moves[2] and (moves[0] or moves[1]):
+            generator = torch.Generator().manual_seed(1)
+            index = torch.randint(len(arg), arg.shape, generator=generator).to(arg.device)
+            changed = torch.gather(arg, 0, index)
+            try:
+                with pyro.validation_enabled(False):
+                    trace = run(model, (*args[:position], changed, *args[position + 1 :]), latents)
+            except (RuntimeError, ValueError, IndexError):
+                continue  # the program does not take such values
+            moved = [
+                not torch.equal(trace.nodes[s.name]["value"], first.nodes[s.name]["value"])
+                for s in program.sites
+            ]
+            if not any(moved):
+                continue  # a covariate
+            after = _own_log_probs(trace, first, program)
+            for site, a, b in zip(program.sites, after, before, strict=True):
+                close = (a - b).abs() <= CLOSE.get(b.dtype, 1e-4) * (1 + b.abs())
+                if not bool((close | b.isnan() | (a == b)).all()):
                     raise ModelError(
-                        f"the {'mean' if moves[0] else 'scale'} of observed site {structure.observed!r} changes with "
-                        "the observed x itself (a statistic of x inside the program, or x as its own covariate): a "
-                        "hidden token would be scored with its own value. Compute the statistic outside, make it a "
+                        f"the distribution of observed site {site.name!r} changes with the observed x itself (a "
+                        "statistic of x inside the program, earlier tokens, or x as its own covariate): a hidden "
+                        "token would be scored with its own value. Compute the statistic outside, make it a "
                         "pyro.param, or pass covariates as a further argument"
                     )
-                if not structure.by_row or len(arg) != len(base.value) or len(arg) < 2:
-                    break
-                keep = len(arg) // 2
-                late = torch.cat([arg[:keep], changed_arg[keep:]])
-                after = _after(model, (*args[:position], late, *args[position + 1 :]), structure, base.z)
-                if after is None:
-                    continue
-                for what, a, b in zip(("mean", "scale", "value"), after[2:], base[2:], strict=True):
-                    if not _close(a[:keep], b[:keep]):
-                        raise ModelError(
-                            f"the {what} of observed site {structure.observed!r} in one row depends on other rows of "
-                            f"plate {structure.rows_plate!r} (a statistic of x inside the program), so rows are not "
-                            "independent: compute it outside the program, or make it a pyro.param"
-                        )
-                break  # one kind of change that the program takes is enough
 
 
-def _changes(arg: Tensor) -> list[Tensor]:
-    """Other values for an argument: shifted with changed signs; and, for programs that need positive ones, scaled."""
-    generator = torch.Generator().manual_seed(1)
-    random = torch.rand(arg.shape, generator=generator, dtype=torch.float64).to(arg)
-    size = arg.abs().mean(0) + arg.std(0, correction=0)
-    size = torch.where(size > 0, size, torch.ones_like(size))
-    return [(4 * random - 2) * size - arg, arg * (1 + 0.5 * random)]
-
-
-def _after(model: Model, args: tuple[Any, ...], structure: Structure, z: Tensor) -> _Trial | None:
-    try:
-        after = _trial_run(model, args, structure, z)
-    except (RuntimeError, ValueError, IndexError):
-        return None
-    return after if all(bool(torch.isfinite(t).all()) for t in after[2:]) else None
-
-
-def _compare_with_program(structure: Structure, reading: Reading, base: _Trial) -> None:
-    """The map must give the very log-density that the program gives itself."""
-    trace, z = base.trace, base.z
-    with torch.no_grad():
-        trace.compute_log_prob()
-        site = trace.nodes[structure.observed]
-        want = sum(float(s["log_prob_sum"]) for s in trace.nodes.values() if s["type"] == "sample")
-        # log p(x, z) = log N(z; b, R R') + log N(x; loc + loading u, noise),  u = R^-1 (z - b)
-        u = torch.linalg.solve(reading.latent_root, (z - reading.latent_loc)[..., None])
-        mean = reading.loc + (reading.loading @ u)[..., 0]
-        value = site["value"].reshape(len(mean), -1)
-        token = dist.Normal(mean, reading.noise.sqrt()).log_prob(value).sum()
-        logdet = torch.linalg.slogdet(reading.latent_root)[1].expand(len(z)).sum()
-        got = _scale(site) * float(token + dist.Normal(0.0, 1.0).log_prob(u).sum() - logdet)
-    if structure.sub_rows is None and not abs(got - want) <= _tolerance(z) * 1e3 * (1 + abs(want)):
-        raise ModelError(
-            f"read as a linear-Gaussian program its log-density is {got:.8g}, but the program's own is {want:.8g} "
-            f"(observed site {structure.observed!r}): a mask, a scale on one site or a factor hides in it"
-        )
-
-
-def _check_constant(scale: Tensor, where: str) -> None:
-    """scale (P, ...): the same at all probes, or the variance depends on the latents."""
-    with torch.no_grad():
-        if not _close(scale, scale[:1].expand_as(scale)):
-            raise ModelError(
-                f"the scale of the {where} depends on the latents: this program is not linear-Gaussian, so its "
-                "score has no closed form"
-            )
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape and a.shape[1:] != b.shape[1:]:
-        return False
-    a, b = a.detach(), b.detach()
-    return bool(((a - b).abs() <= _tolerance(a) * (a.abs() + b.abs())).all())
-
-
-def _tolerance(like: Tensor) -> float:
-    return AFFINE_TOL if like.dtype == torch.float64 else 1e-4
+def _own_log_probs(trace: Trace, values: Trace, program: Program) -> list[Tensor]:
+    """The log-densities of one run's tokens under another's distributions."""
+    with pyro.validation_enabled(False):
+        return [
+            base(trace.nodes[s.name]["fn"]).log_prob(values.nodes[s.name]["value"]) for s in program.sites
+        ]
 
 
 # -------------------------------------------------------------------------------------------------------- arguments
 
 
-def _fill(arg: Any) -> Any:
-    """NaN cells replaced by their column's mean, so that any program can run; they are never scored."""
+def fill(arg: Any) -> Any:
+    """NaN cells replaced, so that any program can run; they are never scored.
+
+    By their column's mean; in columns of whole numbers by the (lower) median, which stays in any support.
+    """
     if not isinstance(arg, Tensor) or not arg.is_floating_point():
         return arg
     missing = arg.isnan()
     if not bool(missing.any()):
         return arg
-    return torch.where(missing, arg.nanmean(0).nan_to_num(0.0), arg)
+    whole = ((arg == arg.round()) | missing).all(0)
+    value = torch.where(whole, arg.nanmedian(0).values, arg.nanmean(0))
+    return torch.where(missing, value.nan_to_num(0.0), arg)
 
 
-def _head(args: tuple[Any, ...], n_rows: int) -> tuple[Any, ...]:
+def _fill_otherwise(arg: Any) -> Any:
+    """NaN cells replaced by other values than `fill` takes: the column's least or largest, whichever is further."""
+    if not has_missing(arg):
+        return arg
+    first = fill(arg)
+    low = arg.nan_to_num(torch.inf).amin(0)
+    high = arg.nan_to_num(-torch.inf).amax(0)
+    value = torch.where((first - low).abs() >= (high - first).abs(), low, high)
+    value = torch.where(torch.isfinite(value) & (value != first), value, first + 1)
+    return torch.where(arg.isnan(), value, arg)
+
+
+def has_missing(arg: Any) -> bool:
+    return isinstance(arg, Tensor) and arg.is_floating_point() and bool(arg.isnan().any())
+
+
+def head(args: tuple[Any, ...], n_rows: int) -> tuple[Any, ...]:
+    """The first rows."""
     if not isinstance(args[0], Tensor):
         return args
     total = len(args[0])
     return tuple(a[:n_rows] if isinstance(a, Tensor) and a.ndim and len(a) == total else a for a in args)
 
 
-def _init_rows(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Rows for the first run, which initialises parameters from x: all of them unless the table is very large."""
+def init_rows(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Rows for the first run: all of them unless the table is very large."""
     if not args or not isinstance(args[0], Tensor) or args[0].ndim == 0:
         raise ModelError("the program must be called with a tensor of rows as its first argument")
     per_row = max(1, args[0][0].numel()) if len(args[0]) else 1
     n_rows = max(64, MAX_INIT_CELLS // per_row)
-    return args if len(args[0]) <= n_rows else _head(args, n_rows)
-
-
-def _cycle(arg: Any, n_rows: int) -> Any:
-    if not isinstance(arg, Tensor) or not arg.ndim:
-        return arg
-    return arg[:n_rows] if len(arg) >= n_rows else arg[torch.arange(n_rows, device=arg.device) % len(arg)]
+    return args if len(args[0]) <= n_rows else head(args, n_rows)

@@ -26,11 +26,12 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from bayes_mpt import concentrated
+from bayes_mpt.affine import Reading
 from bayes_mpt.masks import Policy, torch_generator
 from bayes_mpt.moments import Table
-from bayes_mpt.predictors import Exact, Predictor
+from bayes_mpt.predictors import Conditionals, LinearGaussian
 from bayes_mpt.score import masked_score
-from bayes_mpt.tracing import ModelError, Reading
+from bayes_mpt.tracing import ModelError
 
 __all__ = ["Fit", "Problem", "climb", "concentrate", "one_thread", "train_on_masks"]
 
@@ -50,7 +51,7 @@ N_SCALE_PROBES = 4
 class Problem:
     """What is maximised: the weighted score of these rows under this program."""
 
-    predictor: Predictor
+    predictor: Conditionals
     args: tuple[Any, ...]
     """What the program is called with when it is read."""
     rows: Tensor | None
@@ -59,7 +60,7 @@ class Problem:
     """(R,) of the rows; None: all one."""
     n_rows: int
 
-    def read(self) -> Predictor:
+    def read(self) -> Conditionals:
         """The predictor at the current parameters."""
         return self.predictor.read(self.args)
 
@@ -68,7 +69,7 @@ class Problem:
         return self.score_of(self.read(), masks, generator)
 
     def score_of(
-        self, predictor: Predictor, masks: Policy | None = None, generator: torch.Generator | None = None
+        self, predictor: Conditionals, masks: Policy | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
         """Mean score a row of a predictor that has read the program."""
         x = predictor.value if self.rows is None else self.rows
@@ -82,7 +83,7 @@ class Problem:
     def leaves(self) -> dict[str, Tensor]:
         """Unconstrained parameters of the program by name."""
         store = dict(pyro.get_param_store().named_parameters())
-        return {name: store[name] for name in self.predictor.structure.parameters}
+        return {name: store[name] for name in self.predictor.parameters}
 
 
 @dataclass
@@ -457,11 +458,11 @@ def _batch(problem: Problem, batch_size: int | None, generator: torch.Generator)
 # ------------------------------------------------------------------------------------------------------- shared
 
 
-def _exact(problem: Problem) -> Exact:
+def _exact(problem: Problem) -> LinearGaussian:
     """The linear-Gaussian map at the current parameters."""
     predictor = problem.read()
-    if not isinstance(predictor, Exact):
-        raise TypeError(f"this training needs an Exact predictor, got {type(predictor).__name__}")
+    if not isinstance(predictor, LinearGaussian):
+        raise TypeError(f"this training needs a linear-Gaussian program, got {type(predictor).__name__}")
     return predictor
 
 
@@ -490,12 +491,18 @@ def _restore(leaves: dict[str, Tensor], before: dict[str, Tensor]) -> None:
 
 
 def _units(problem: Problem, leaves: dict[str, Tensor]) -> Tensor:
-    """A step of one in each parameter should move the dimensionless map by about one.
+    """A step of one in each parameter should move the model by about one.
 
-    With J the Jacobian of that map, E (J' v)_j^2 over random signs v is sum_i J_ij^2.
+    Of a linear-Gaussian program: its dimensionless map, with J its Jacobian. Of others: the log-densities of the rows
+    in units of sqrt N, J'J being the empirical Fisher information of a row. Over random signs v,
+    E (J' v)_j^2 is sum_i J_ij^2.
     """
-    parts = _dimensionless(_exact(problem).reading)
-    outputs = torch.cat([part.flatten() for part in parts])
+    predictor = problem.read()
+    if isinstance(predictor, LinearGaussian):
+        outputs = torch.cat([part.flatten() for part in _dimensionless(predictor.reading)])
+    else:
+        outputs = _by_part(predictor)
+        outputs = outputs / math.sqrt(len(outputs))
     generator = torch.Generator().manual_seed(0)
     square = torch.zeros_like(_flat(leaves))
     for _ in range(N_SCALE_PROBES):
@@ -505,7 +512,7 @@ def _units(problem: Problem, leaves: dict[str, Tensor]) -> Tensor:
         )
         square += torch.cat([g.flatten() for g in grads]).square() / N_SCALE_PROBES
     for name, part in zip(leaves, square.split([v.numel() for v in leaves.values()]), strict=True):
-        if part.numel() and not bool((part > 0).any()):
+        if part.numel() and not bool((part > 0).any()) and isinstance(predictor, LinearGaussian):
             raise _untouched(name)
     unit = torch.where(square > 0, square, torch.ones_like(square)).rsqrt().detach()
     # A constrained parameter moves through a logarithm or the like: one is far, and at a bound its slope is zero.
@@ -514,7 +521,19 @@ def _units(problem: Problem, leaves: dict[str, Tensor]) -> Tensor:
         torch.full_like(v.flatten(), math.inf if bound[n] is constraints.real else 1.0)
         for n, v in leaves.items()
     ]
+    if predictor.sampled:
+        # What a few rows alone touch (a guide's own numbers for each row) would look flat: no further than its size.
+        most.append(_flat(leaves).detach().abs().clamp(min=1.0))
+        return torch.minimum(unit, torch.minimum(torch.cat(most[:-1]), most[-1]))
     return torch.minimum(unit, torch.cat(most))
+
+
+def _by_part(predictor: Conditionals) -> Tensor:
+    """Log-densities of rows; of one vector, of its tokens in turn."""
+    x = predictor.value
+    if len(x) > 1:
+        return predictor.joint(x)
+    return predictor.chain(x, torch.arange(x.shape[1], device=x.device)[None]).flatten()
 
 
 def _untouched(name: str) -> ModelError:

@@ -1,5 +1,15 @@
 """Ready Pyro programs. They import Pyro and nothing of bayes_mpt."""
 
+from bayes_mpt.models.latent_class import LatentClass
 from bayes_mpt.models.linear_gaussian import PPCA, FactorAnalysis
+from bayes_mpt.models.mixtures import GaussianMixture, MixtureOfFactorAnalyzers
+from bayes_mpt.models.regression import BayesianRegression
 
-__all__ = ["PPCA", "FactorAnalysis"]
+__all__ = [
+    "PPCA",
+    "BayesianRegression",
+    "FactorAnalysis",
+    "GaussianMixture",
+    "LatentClass",
+    "MixtureOfFactorAnalyzers",
+]

@@ -1,6 +1,22 @@
 """How log p(x_i | x_visible) is computed for a Pyro program: predictors."""
 
-from bayes_mpt.predictors.base import Posterior, Predictor, choose
+from bayes_mpt.predictors.base import Conditionals, Evidence, Posterior, Predictor
+from bayes_mpt.predictors.choice import choose
 from bayes_mpt.predictors.exact import Exact
+from bayes_mpt.predictors.importance import Importance
+from bayes_mpt.predictors.linear_gaussian import LinearGaussian
+from bayes_mpt.predictors.quadrature import Quadrature
+from bayes_mpt.predictors.smc import SequentialMonteCarlo
 
-__all__ = ["Exact", "Posterior", "Predictor", "choose"]
+__all__ = [
+    "Conditionals",
+    "Evidence",
+    "Exact",
+    "Importance",
+    "LinearGaussian",
+    "Posterior",
+    "Predictor",
+    "Quadrature",
+    "SequentialMonteCarlo",
+    "choose",
+]

@@ -1,42 +1,98 @@
-"""The predictor protocol, and the choice of a predictor for a program."""
+"""What every predictor offers, and the choice among them."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self
 
+from sklearn.base import BaseEstimator
 from torch import Tensor
 
-from bayes_mpt.tracing import Model, Structure
+from bayes_mpt.affine import Structure
+from bayes_mpt.tracing import Model, Program
 
-__all__ = ["Posterior", "Predictor", "choose"]
+__all__ = ["Conditionals", "Evidence", "Posterior", "Predictor"]
+
+Guide = Callable[..., Any]
 
 
 class Posterior(NamedTuple):
-    """The latents given the visible tokens of each row, and what they say of all tokens."""
+    """Latents and tokens of each row given what is visible of it."""
 
     mean: Tensor
-    """(N, K) latent means."""
+    """(N, K) posterior means of the latents; of a discrete one the probabilities of its values."""
     tokens: Tensor
-    """(N, T) means of all tokens."""
+    """(N, T) means of the tokens at those latents: what `impute` fills in."""
 
 
-class Predictor(ABC):
-    """log p(x_i | x_visible) of a program. Knows nothing of mask policies.
+class Evidence(NamedTuple):
+    """Log marginal likelihood of rows with the error of the conditionals."""
 
-    Rows ``x`` are (N, T) tensors; NaN cells are missing: never visible, never scored.
+    by_row: Tensor
+    """(N,) nats."""
+    se: float
+    """Standard error of their sum; for quadrature the change on refining the nodes. 0 where exact."""
+    diagnostics: dict[str, Any]
+
+
+class Predictor(BaseEstimator, ABC):
+    """A way to compute log p(x_i | x_visible): settings only, so that it can stand in a parameter grid."""
+
+    @abstractmethod
+    def bind(self, model: Model, args: tuple[Any, ...], guide: Guide | None = None) -> Conditionals:
+        """The conditionals of this program, found out about by running it on ``args``.
+
+        Parameters
+        ----------
+        model : callable
+            A Pyro program.
+        args : tuple
+            What it is called with; tensors have N rows, NaN where missing.
+        guide : callable, optional
+            Where latents are sampled.
+
+        Raises
+        ------
+        bayes_mpt.tracing.ModelError
+            If the program cannot be scored in this way; the message names the site.
+        """
+
+
+class Conditionals(ABC):
+    """log p(x_i | x_visible) of one program for any visible set, hidden tokens scored one at a time.
+
+    Rows ``x`` are (N, T), NaN where missing: such tokens are never visible and never scored. A mask is shared by all
+    rows. Everything is in nats.
     """
 
-    exact: bool
-    """Whether the conditionals are those of one joint density, without error, so that every chain sums to it."""
-    structure: Structure
+    structure: Structure | Program
     model: Model | None
-    """The program; None once frozen."""
+    """The program; None in a frozen predictor."""
+    exact: bool = False
+    """Whether the conditionals have no error."""
+    guide: Guide | None = None
+    """Trained with the program, where latents are drawn from it."""
+    name: str = ""
+    """Of the way, in words."""
+    sampled: bool = False
+    """Whether reading draws random nodes."""
+    trainable: bool = True
+    """Whether scores have gradients."""
+    telescopes: bool = True
+    """Whether a chain of conditionals adds up to `joint`, whatever its order."""
+    why: str = ""
+    """What was found that allows this way, for `BayesMPT.explain`."""
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of what a training moves: the program's parameters, and those of a guide."""
+        return self.structure.parameters
 
     @property
     @abstractmethod
     def value(self) -> Tensor:
-        """(N, T), the observed tokens of the run last read; NaN where missing."""
+        """(N, T) tokens of the run last read; NaN where missing."""
 
     @property
     @abstractmethod
@@ -44,11 +100,11 @@ class Predictor(ABC):
         """Plate or `poutine.scale` factor of the run last read."""
 
     @abstractmethod
-    def read(self, args: tuple[Any, ...]) -> Predictor:
+    def read(self, args: tuple[Any, ...]) -> Self:
         """Take the program's current parameters, with gradients. Opens no parameter store, caches no tensors."""
 
     @abstractmethod
-    def freeze(self) -> Predictor:
+    def freeze(self) -> Self:
         """The same as plain tensors: pickles, and needs neither the program nor a parameter store."""
 
     @abstractmethod
@@ -63,26 +119,14 @@ class Predictor(ABC):
     def joint(self, x: Tensor) -> Tensor:
         """Log-density of the observed tokens of each row, the sum of any chain: (N, T) -> (N,) nats."""
 
+    def shared_latents(self, x: Tensor) -> list[tuple[float, dict[str, Tensor]]]:
+        """Where rows are one vector: weighted posterior values of the latents given x, for predictions of new rows."""
+        return []
+
+    def evidence(self, x: Tensor) -> Evidence:
+        """`joint` with its error, as good as this way can make it."""
+        return Evidence(self.joint(x), 0.0, {})
+
     @abstractmethod
     def posterior(self, x: Tensor, visible: Tensor | None = None) -> Posterior:
         """Latents given the visible (T,) and observed tokens of each row: all observed ones by default."""
-
-
-def choose(model: Model, args: tuple[Any, ...]) -> Predictor:
-    """The predictor that fits a program: at present `Exact`, or an error that says why it does not fit.
-
-    Parameters
-    ----------
-    model : callable
-        A Pyro program.
-    args : tuple
-        What it is called with.
-
-    Raises
-    ------
-    bayes_mpt.tracing.ModelError
-        If the program is not linear-Gaussian given its parameters.
-    """
-    from bayes_mpt.predictors.exact import Exact  # the implementations import this file
-
-    return Exact(model, args)

@@ -1,4 +1,4 @@
-"""One battery for all linear-Gaussian programs: every number of `Exact` against dense algebra done here with numpy."""
+"""One battery for all linear-Gaussian programs: every number of `LinearGaussian` against dense algebra done here with numpy."""
 
 import math
 import pickle
@@ -17,7 +17,7 @@ from scipy.stats import multivariate_normal
 
 from bayes_mpt import BayesMPT
 from bayes_mpt.models import PPCA, FactorAnalysis
-from bayes_mpt.predictors import Exact, choose
+from bayes_mpt.predictors import LinearGaussian, choose
 
 N_ROWS = 7
 TOL = 1e-9  # nats
@@ -511,7 +511,7 @@ def close(got, want, tol=TOL):
 
 def test_what_was_read(item):
     predictor = predictor_of(item)
-    assert isinstance(predictor, Exact) and predictor.exact
+    assert isinstance(predictor, LinearGaussian) and predictor.exact
     np.testing.assert_array_equal(predictor.reading.value.numpy(), item.x)
     assert predictor.structure.by_row == (len(item.x) > 1)
     assert set(predictor.structure.parameters) >= set(item.params)

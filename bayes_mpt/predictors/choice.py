@@ -1,0 +1,76 @@
+"""Which way fits a program."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bayes_mpt.affine import NotAffine
+from bayes_mpt.predictors.base import Conditionals, Guide, Predictor
+from bayes_mpt.predictors.exact import Exact
+from bayes_mpt.predictors.importance import Importance
+from bayes_mpt.predictors.linear_gaussian import LinearGaussian
+from bayes_mpt.predictors.quadrature import MAX_WIDTH, Quadrature
+from bayes_mpt.tracing import Model, ModelError, fill, latent_nodes, run, survey
+
+__all__ = ["choose"]
+
+
+def _samples(guide: Guide, args: tuple[Any, ...]) -> bool:
+    """Whether a guide has any site: SVI wants one also where nothing is to be drawn."""
+    return bool(latent_nodes(run(guide, tuple(fill(a) for a in args))))
+
+
+def choose(
+    model: Model,
+    args: tuple[Any, ...],
+    *,
+    predictor: Predictor | str = "auto",
+    guide: Guide | None = None,
+) -> Conditionals:
+    """The conditionals of a program, in the most exact way that fits it.
+
+    "auto" takes, in this order: a closed form, where the program is linear-Gaussian given its parameters; the sum over
+    all values of discrete latents; with a guide, `Importance`; without one, `Quadrature` over up to four continuous
+    latents and `Importance` around the mode of each row's posterior for more.
+
+    Parameters
+    ----------
+    model : callable
+        A Pyro program.
+    args : tuple
+        What it is called with.
+    predictor : Predictor or "auto"
+        A way to take instead.
+    guide : callable, optional
+        For `Importance`.
+
+    Raises
+    ------
+    bayes_mpt.tracing.ModelError
+        If the program cannot be scored; the message names the site and what to do.
+    """
+    if isinstance(predictor, Predictor):
+        return predictor.bind(model, args, guide)
+    if predictor != "auto":
+        raise ValueError(
+            f"predictor must be 'auto' or a predictor such as Exact() or Importance(100), got {predictor!r}"
+        )
+    try:
+        return LinearGaussian(model, args)
+    except NotAffine:
+        program = survey(model, args)
+    if not program.continuous:
+        return Exact().bind(model, args)
+    if program.discrete and {s.kind for s in program.sites} <= {"Normal", "MultivariateNormal"}:
+        try:
+            return Exact().bind(model, args)
+        except ModelError:
+            pass  # not linear-Gaussian given the discrete latents either
+    if guide is not None and _samples(guide, args):
+        return Importance().bind(model, args, guide)
+    if sum(s.width for s in program.latents if not s.discrete) <= MAX_WIDTH:
+        return Quadrature().bind(model, args)
+    try:
+        return Quadrature().bind(model, args)  # few enough where the others are integrated in closed form
+    except ModelError:
+        return Importance().bind(model, args)

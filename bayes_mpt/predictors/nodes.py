@@ -1,0 +1,561 @@
+"""Weighted nodes over what cannot be integrated exactly, an exact inner model given each node.
+
+    Z(R) = sum_s w_s p(x_R | u_s),    log p(x_i | x_R) = log Z(R + i) - log Z(R),    Z(nothing) = 1
+
+The inner model answers for all nodes at once: `FactorsGiven` from the program's own log-densities, discrete latents
+summed out; `MapsGiven` from one linear-Gaussian map a node. Nodes are shared along a chain, so that it telescopes: its
+sum is log Z of all tokens, the importance-weighted bound where the nodes are sampled.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from bayes_mpt.affine import latent_values
+from bayes_mpt.factors import Factors, read_factors
+from bayes_mpt.latents import Space
+from bayes_mpt.predictors.base import Conditionals, Evidence, Guide, Posterior
+from bayes_mpt.predictors.linear_gaussian import LinearGaussian
+from bayes_mpt.tracing import (
+    Model,
+    ModelError,
+    Program,
+    fill,
+    is_subsample,
+    read_values,
+    rows_first,
+    run,
+)
+
+__all__ = [
+    "FactorsGiven",
+    "FixedSites",
+    "Given",
+    "MapsGiven",
+    "Nodes",
+    "Read",
+    "Reader",
+    "SideBySide",
+    "Stacked",
+    "constrained",
+    "enumerated",
+    "mixture_of_maps",
+    "program_values",
+]
+
+LEAST_SHARE = 1e-6  # of a node's weight that a prediction takes into account
+MAX_MAPS = 256  # joint values of a row's discrete latents, each with a map of its own
+
+
+# ------------------------------------------------------------------------------------------------- given the nodes
+
+
+class Given(ABC):
+    """The exact inner model of S nodes. A mask ``visible`` (T,) holds for all rows, NaN in x are missing."""
+
+    @abstractmethod
+    def log_joint(self, x: Tensor, visible: Tensor) -> Tensor:
+        """log p(u_s, x_R), up to what stands in the weights: (N, T), (T,) -> (S, N)."""
+
+    @abstractmethod
+    def predictive(self, x: Tensor, visible: Tensor) -> Tensor:
+        """log p(x_i | x_R, u_s) of the hidden tokens: (N, T), (T,) -> (S, N, T)."""
+
+    @abstractmethod
+    def chain(self, x: Tensor, order: Tensor) -> Tensor:
+        """`log_joint` of order[:t], t = 0..T: (N, T), (T,) -> (S, N, T + 1)."""
+
+    @abstractmethod
+    def means(self, x: Tensor, visible: Tensor) -> Tensor:
+        """E[x_i | x_R, u_s]: (S, N, T)."""
+
+    def latents(self, x: Tensor) -> list[dict[str, Tensor]]:
+        """Posterior means of latents that are integrated inside, of each node; for one vector."""
+        return []
+
+    def responsibilities(self, x: Tensor, visible: Tensor) -> Tensor:
+        """Probabilities of the values of what is summed out inside: (S, N, L)."""
+        return x.new_zeros(1, len(x), 0)
+
+    @abstractmethod
+    def detach(self) -> Given:
+        """Without gradients and programs."""
+
+
+@dataclass(frozen=True)
+class FactorsGiven(Given):
+    """Tokens are independent given nodes and discrete latents."""
+
+    factors: Factors
+
+    def log_joint(self, x: Tensor, visible: Tensor) -> Tensor:
+        return self.factors.log_joint(visible & ~x.isnan())
+
+    def predictive(self, x: Tensor, visible: Tensor) -> Tensor:
+        return self.factors.predictive(visible & ~x.isnan(), create_graph=torch.is_grad_enabled())
+
+    def chain(self, x: Tensor, order: Tensor) -> Tensor:
+        return self.factors.chain(~x.isnan(), order)
+
+    def means(self, x: Tensor, visible: Tensor) -> Tensor:
+        return self.factors.means(visible & ~x.isnan())
+
+    def responsibilities(self, x: Tensor, visible: Tensor) -> Tensor:
+        return self.factors.responsibilities(visible & ~x.isnan())
+
+    def detach(self) -> FactorsGiven:
+        return FactorsGiven(self.factors.detach())
+
+
+@dataclass(frozen=True)
+class MapsGiven(Given):
+    """Every node has a linear-Gaussian map."""
+
+    maps: tuple[LinearGaussian, ...]
+
+    def log_joint(self, x: Tensor, visible: Tensor) -> Tensor:
+        shown = torch.where(visible, x, torch.nan)
+        return torch.stack([m.joint(shown) for m in self.maps])
+
+    def predictive(self, x: Tensor, visible: Tensor) -> Tensor:
+        return torch.stack([m.conditionals(x, visible[None])[0] for m in self.maps])
+
+    def chain(self, x: Tensor, order: Tensor) -> Tensor:
+        steps = torch.stack([m.chain(x, order[None])[0][:, order] for m in self.maps]).cumsum(-1)
+        return torch.cat([torch.zeros_like(steps[..., :1]), steps], -1)
+
+    def means(self, x: Tensor, visible: Tensor) -> Tensor:
+        return torch.stack([m.posterior(x, visible).tokens for m in self.maps])
+
+    def latents(self, x: Tensor) -> list[dict[str, Tensor]]:
+        return [latent_values(m.structure, m.posterior(x).mean) for m in self.maps]
+
+    def detach(self) -> MapsGiven:
+        return MapsGiven(tuple(m.freeze() for m in self.maps))
+
+
+@dataclass(frozen=True)
+class SideBySide(Given):
+    """One vector under S linear-Gaussian maps, which stand where the maps of S rows would."""
+
+    maps: LinearGaussian
+
+    def log_joint(self, x: Tensor, visible: Tensor) -> Tensor:
+        return self.maps.joint(self._rows(torch.where(visible, x, torch.nan)))[:, None]
+
+    def predictive(self, x: Tensor, visible: Tensor) -> Tensor:
+        return self.maps.conditionals(self._rows(x), visible[None])[0][:, None]
+
+    def chain(self, x: Tensor, order: Tensor) -> Tensor:
+        steps = self.maps.chain(self._rows(x), order[None])[0][:, None, order].cumsum(-1)
+        return torch.cat([torch.zeros_like(steps[..., :1]), steps], -1)
+
+    def means(self, x: Tensor, visible: Tensor) -> Tensor:
+        return self.maps.posterior(self._rows(x), visible).tokens[:, None]
+
+    def latents(self, x: Tensor) -> list[dict[str, Tensor]]:
+        means = self.maps.posterior(self._rows(x)).mean
+        return [latent_values(self.maps.structure, mean[None]) for mean in means]
+
+    def detach(self) -> SideBySide:
+        return SideBySide(self.maps.freeze())
+
+    def _rows(self, x: Tensor) -> Tensor:
+        return x.expand(len(self.maps.reading.loc), -1)
+
+
+class Stacked(Given):
+    """Nodes that had to be read one by one."""
+
+    def __init__(self, parts: tuple[Given, ...]):
+        self.parts = parts
+
+    def log_joint(self, x: Tensor, visible: Tensor) -> Tensor:
+        return torch.cat([p.log_joint(x, visible) for p in self.parts])
+
+    def predictive(self, x: Tensor, visible: Tensor) -> Tensor:
+        return torch.cat([p.predictive(x, visible) for p in self.parts])
+
+    def chain(self, x: Tensor, order: Tensor) -> Tensor:
+        return torch.cat([p.chain(x, order) for p in self.parts])
+
+    def means(self, x: Tensor, visible: Tensor) -> Tensor:
+        return torch.cat([p.means(x, visible) for p in self.parts])
+
+    def detach(self) -> Stacked:
+        return Stacked(tuple(p.detach() for p in self.parts))
+
+
+# ------------------------------------------------------------------------------------------------------- the nodes
+
+
+class Read(NamedTuple):
+    """What reading a program at its nodes gives."""
+
+    given: Given
+    log_weight: Tensor
+    """(S, N)"""
+    value: Tensor
+    """(N, T) tokens, NaN where missing."""
+    scale: float
+    latents: Tensor
+    """(S, N, K): values of the latents at the nodes, site after site."""
+    names: tuple[str, ...]
+    """Of those sites."""
+
+
+class Reader(ABC):
+    """Where the nodes come from."""
+
+    program: Program
+    model: Model
+    exact: bool = False
+    located: bool = False
+    """Nodes are placed for the visible set they are used with, without error or almost."""
+    sampled: bool = False
+    """Nodes are random."""
+    guide: Guide | None = None
+    name: str
+    why: str
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of what a training moves."""
+        return self.program.parameters
+
+    @abstractmethod
+    def read(self, args: tuple[Any, ...], visible: Tensor | None = None) -> Read:
+        """Run the program; place the nodes for the visible (T,) tokens, by default all."""
+
+    def evidence(self, nodes: Nodes, x: Tensor) -> Evidence:
+        """log Z of each row with its error."""
+        return Evidence(nodes.joint(x), 0.0, {})
+
+
+class Nodes(Conditionals):
+    """The weighted sum over the nodes of a reader."""
+
+    def __init__(self, reader: Reader):
+        self.reader: Reader | None = reader
+        self.model = reader.model
+        self.structure = reader.program
+        self.why = reader.why
+        self.exact = reader.exact
+        self.sampled = reader.sampled
+        self.name = reader.name
+        self.guide = reader.guide
+        self.args: tuple[Any, ...] = ()
+        self._read: Read | None = None
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        return self.structure.parameters if self.reader is None else self.reader.parameters
+
+    @property
+    def last(self) -> Read:
+        """What was last read."""
+        if self._read is None:
+            raise RuntimeError("call read(args) first: this predictor has not read the program yet")
+        return self._read
+
+    @property
+    def value(self) -> Tensor:
+        return self.last.value
+
+    @property
+    def scale(self) -> float:
+        return self.last.scale
+
+    def read(self, args: tuple[Any, ...]) -> Nodes:
+        new = Nodes(self._thawed)
+        new.args, new._read = args, self._thawed.read(args)
+        return new
+
+    def freeze(self) -> Nodes:
+        new = Nodes(self._thawed)
+        new.reader = new.model = new.guide = None
+        return new
+
+    def evidence(self, x: Tensor) -> Evidence:
+        return self._thawed.evidence(self, x)
+
+    @property
+    def _thawed(self) -> Reader:
+        if self.reader is None:
+            raise RuntimeError("this predictor is frozen: it has no program to read")
+        return self.reader
+
+    def conditionals(self, x: Tensor, visible: Tensor) -> Tensor:
+        self._check(x)
+        if self.sampled and self.reader is not None and not self.reader.located:
+            raise ModelError(
+                "nodes from this guide have seen the hidden tokens, so single conditionals mean nothing, only the sum "
+                "of a whole chain: use PermutationChain, or give the guide an argument ``visible`` (N, T)"
+            )
+        out = []
+        for mask in visible:
+            read = self._at(mask)
+            # log Z(R + i) - log Z(R)
+            log_prob = read.log_weight + read.given.log_joint(x, mask)  # (S, N)
+            step = (log_prob[..., None] + read.given.predictive(x, mask)).logsumexp(0)
+            out.append(step - self._log_z(log_prob, x, mask)[:, None])
+        hidden = ~visible[:, None] & ~x.isnan()
+        return torch.where(hidden, torch.stack(out), 0.0)
+
+    def chain(self, x: Tensor, order: Tensor) -> Tensor:
+        self._check(x)
+        seen = ~x.isnan()
+        out = []
+        for tokens in order:
+            if self.reader is not None and self.reader.located:
+                out.append(self._relocated_chain(x, tokens))
+                continue
+            read = self.last
+            log_z = (read.log_weight[..., None] + read.given.chain(x, tokens)).logsumexp(0)  # (N, T + 1)
+            # Z(nothing) is 1, and not the mean of the weights; rows start at their first observed token
+            none_yet = torch.cat([torch.zeros_like(seen[:, :1]), seen[:, tokens]], 1).cumsum(1) == 0
+            steps = torch.where(none_yet, 0.0, log_z).diff(dim=1)
+            out.append(torch.empty_like(steps).index_copy(1, tokens, steps))
+        return torch.stack(out)
+
+    def joint(self, x: Tensor) -> Tensor:
+        self._check(x)
+        read = self.last
+        everything = torch.ones(x.shape[1], dtype=torch.bool, device=x.device)
+        log_prob = read.log_weight + read.given.log_joint(x, everything)
+        return self._log_z(log_prob, x, everything)
+
+    def posterior(self, x: Tensor, visible: Tensor | None = None) -> Posterior:
+        self._check(x)
+        mask = torch.ones(x.shape[1], dtype=torch.bool, device=x.device) if visible is None else visible
+        read = self._at(mask) if visible is not None else self.last
+        share = (read.log_weight + read.given.log_joint(x, mask)).softmax(0)[..., None]  # (S, N, 1)
+        summed = (share * read.given.responsibilities(x, mask)).sum(0)
+        latents = torch.cat([(share * read.latents).sum(0), summed], -1)
+        return Posterior(latents, (share * read.given.means(x, mask)).sum(0))
+
+    def shared_latents(self, x: Tensor) -> list[tuple[float, dict[str, Tensor]]]:
+        if self.structure.by_row or len(self.last.latents[0]) != 1:
+            return []
+        read = self.last
+        everything = torch.ones(x.shape[1], dtype=torch.bool, device=x.device)
+        share = (read.log_weight + read.given.log_joint(x, everything)).softmax(0)[:, 0]
+        inner = read.given.latents(x)
+        out = []
+        for s in range(len(share)):
+            if float(share[s]) < LEAST_SHARE:
+                continue
+            values, start = dict(inner[s]) if inner else {}, 0
+            for site in self.structure.latents:
+                if site.name in read.names:
+                    part = read.latents[s, 0, start : start + site.width]
+                    start += site.width
+                    values[site.name] = part.reshape(site.shape)
+            out.append((float(share[s]), values))
+        return out
+
+    def _at(self, mask: Tensor) -> Read:
+        """Nodes for this visible set."""
+        if self.reader is not None and self.reader.located and not bool(mask.all()):
+            return self.reader.read(self.args, mask)
+        return self.last
+
+    def _relocated_chain(self, x: Tensor, tokens: Tensor) -> Tensor:
+        visible = torch.zeros(x.shape[1], dtype=torch.bool, device=x.device)
+        out = torch.zeros_like(x)
+        for token in tokens:
+            out[:, token] = self.conditionals(x, visible[None])[0][:, token]
+            visible = visible.clone()
+            visible[token] = True
+        return out
+
+    def _log_z(self, log_prob: Tensor, x: Tensor, mask: Tensor) -> Tensor:
+        """(S, N) -> (N,); 0 for rows of which nothing is visible."""
+        some = (mask & ~x.isnan()).any(1)
+        return torch.where(some, log_prob.logsumexp(0), 0.0)
+
+    def _check(self, x: Tensor) -> None:
+        if x.shape != self.last.value.shape:
+            raise ModelError(
+                f"these conditionals were read on rows of shape {tuple(self.last.value.shape)}, got "
+                f"{tuple(x.shape)}: call read(args) with the rows to be scored"
+            )
+
+
+# ------------------------------------------------------------------------------------ all values of discrete latents
+
+
+class _Enumerated(Reader):
+    """No nodes at all: every latent is discrete, and summed out."""
+
+    exact = True
+    name = "Exact"
+
+    def __init__(self, model: Model, program: Program):
+        self.model, self.program = model, program
+        names = ", ".join(program.discrete)
+        self.why = f"the values of {names} are summed out" if names else "no latent stands in the program"
+
+    def read(self, args: tuple[Any, ...], visible: Tensor | None = None) -> Read:
+        filled = tuple(fill(a) for a in args)
+        factors = read_factors(self.model, filled, self.program)
+        value = program_values(self.model, args, filled, self.program)
+        zero = value.new_zeros(1, factors.n_rows)
+        return Read(
+            FactorsGiven(factors), zero, value, factors.scale, value.new_zeros(1, factors.n_rows, 0), ()
+        )
+
+
+def enumerated(model: Model, args: tuple[Any, ...], program: Program) -> Nodes:
+    """Programs whose latents are all discrete."""
+    reader = _Enumerated(model, program)
+    try:
+        read_factors(model, tuple(fill(a) for a in args), program)
+    except ModelError:
+        raise
+    except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
+        raise ModelError(
+            f"the program cannot run on all values of {list(program.discrete)} at once ({error}): index with them as "
+            "tensors that may have more axes on the left (probs[z]), without Python's if"
+        ) from error
+    return Nodes(reader)
+
+
+class _Maps(Reader):
+    """One node for each joint value of a row's discrete latents, with a linear-Gaussian map of its own."""
+
+    exact = True
+    name = "Exact"
+
+    def __init__(self, model: Model, args: tuple[Any, ...], program: Program):
+        self.model, self.program = model, program
+        values = _joint_values(model, args, program)
+        self.values = values
+        fixed = [FixedSites(model, v) for v in values]
+        self.maps = tuple(LinearGaussian(f, args) for f in fixed)
+        names = ", ".join(program.discrete)
+        self.why = (
+            f"the values of {names} are summed out, and given them every mean is affine in the other latents"
+        )
+        filled = tuple(fill(a) for a in args)
+        for v in values[:2]:
+            first, second = (self._log_prior(filled, v) for _ in range(2))
+            if not torch.allclose(first, second, rtol=1e-9, atol=1e-12):
+                raise ModelError(
+                    f"the distribution of {list(program.discrete)} depends on {list(program.continuous)}: given the "
+                    "discrete values the others are not Gaussian. Use Importance() with a guide"
+                )
+
+    def read(self, args: tuple[Any, ...], visible: Tensor | None = None) -> Read:
+        maps = tuple(m.read(args) for m in self.maps)
+        filled = tuple(fill(a) for a in args)
+        log_weight = torch.stack([self._log_prior(filled, v) for v in self.values])  # (S, N)
+        one_hot = torch.eye(len(maps), dtype=log_weight.dtype, device=log_weight.device)[:, None]
+        latents = one_hot.expand(-1, log_weight.shape[1], -1)
+        return Read(MapsGiven(maps), log_weight, maps[0].value, maps[0].scale, latents, ())
+
+    def _log_prior(self, filled: tuple[Any, ...], values: dict[str, Tensor]) -> Tensor:
+        """log p(discrete values) of each row (N,); the other latents are drawn, and must not matter."""
+        with torch.random.fork_rng():
+            trace = run(FixedSites(self.model, values, hide=False), filled)
+        parts = []
+        for site in self.program.latents:
+            if site.discrete:
+                node = trace.nodes[site.name]
+                parts.append(rows_first(node["fn"].log_prob(node["value"]), site.row_axis).sum(-1))
+        return torch.stack(parts).sum(0)
+
+
+def mixture_of_maps(model: Model, args: tuple[Any, ...], program: Program) -> Nodes:
+    """Programs that are linear-Gaussian given the discrete latents of each row."""
+    return Nodes(_Maps(model, args, program))
+
+
+def _joint_values(model: Model, args: tuple[Any, ...], program: Program) -> list[dict[str, Tensor]]:
+    """All joint values of a row's discrete latents."""
+    trace = run(model, tuple(fill(a) for a in args))
+    supports, sites = [], []
+    for site in program.latents:
+        if not site.discrete:
+            continue
+        if site.row_axis is None and program.by_row:
+            raise ModelError(f"discrete latent {site.name!r} stands outside the rows plate")
+        support = trace.nodes[site.name]["fn"].enumerate_support(expand=False)
+        event = trace.nodes[site.name]["fn"].event_dim
+        if site.row_axis is None or site.width != 1 or event:
+            raise ModelError(
+                f"discrete latent {site.name!r} has {site.width} values a row beside Gaussian tokens: only one value "
+                "a row and site can be summed together with linear-Gaussian maps. Write tokens that are independent "
+                "given the discrete latents, or use Importance() with a guide"
+            )
+        supports.append(support.reshape(-1))
+        sites.append(site)
+    n_maps = 1
+    for s in supports:
+        n_maps *= len(s)
+    if n_maps > MAX_MAPS:
+        raise ModelError(
+            f"discrete latents {[s.name for s in sites]} have {n_maps} joint values, more than {MAX_MAPS} "
+            "linear-Gaussian maps: use fewer values"
+        )
+    return [
+        {site.name: value for site, value in zip(sites, combination, strict=True)}
+        for combination in product(*supports)
+    ]
+
+
+class FixedSites:
+    """A program with some latents fixed, and by default no longer among its sites."""
+
+    def __init__(self, model: Model, values: dict[str, Tensor], hide: bool = True):
+        self.model, self.values, self.hide = model, values, hide
+
+    def __call__(self, *args: Any) -> Any:
+        """Run it."""
+        with ExitStack() as stack:
+            if self.hide:
+                stack.enter_context(poutine.block(hide=list(self.values)))
+            stack.enter_context(_Fix(self.values))
+            return self.model(*args)
+
+
+class _Fix(poutine.messenger.Messenger):
+    """Give sites a value that all their rows share, or one of their own shape."""
+
+    def __init__(self, values: dict[str, Tensor]):
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.values and not is_subsample(msg):
+            shape = msg["fn"].batch_shape + msg["fn"].event_shape
+            msg["value"] = self.values[msg["name"]].expand(shape)
+            msg["done"] = True
+
+
+def program_values(model: Model, args: tuple[Any, ...], filled: tuple[Any, ...], program: Program) -> Tensor:
+    """The tokens (N, T) of these rows, NaN where missing: one more run, latents drawn."""
+    with torch.no_grad():
+        trace = run(model, filled)
+        sites = {s.name: trace.nodes[s.name]["value"] for s in program.latents}
+        return read_values(model, args, program, trace, sites)
+
+
+def constrained(where: Space, u: Tensor) -> Tensor:
+    """Values of the latents at nodes u (S, N, d), side by side: (S, N, K)."""
+    out = []
+    for node in u.detach():
+        values, _ = where.values(node[None])
+        parts = [
+            rows_first(values[p.latent.name], p.latent.row_axis).expand(len(node), -1) for p in where.parts
+        ]
+        out.append(torch.cat(parts, -1))
+    return torch.stack(out)
