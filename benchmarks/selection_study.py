@@ -1,6 +1,6 @@
 """Which rule finds the latent dimension? A study on synthetic tables of known dimension.
 
-    python benchmarks/selection_study.py                 # 1000 tables, about 40 minutes on one core
+    python benchmarks/selection_study.py                 # 1000 tables, about 8 minutes on one core
     python benchmarks/selection_study.py --quick         # 40 tables
 
 Half of the tables come from probabilistic PCA, half from factor analysis with clearly unequal noise variances. On each

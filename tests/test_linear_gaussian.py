@@ -1,4 +1,4 @@
-"""One battery for all linear-Gaussian programs: every number of `LinearGaussian` against dense algebra done here with numpy."""
+"""One battery for all linear-Gaussian programs: every number against dense algebra done here with numpy."""
 
 import math
 import pickle
