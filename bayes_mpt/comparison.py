@@ -37,6 +37,8 @@ class Candidate:
     """(N,) nats: what the rows contribute; None without a rows plate."""
     replicates: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
     """(R,) evidence by repeat of the folds."""
+    se: float = 0.0
+    """Numerical error of the evidence that one evaluation states of itself; 0 where exact."""
     n_scored: float = math.nan
     """Rows that the evidence is a sum over."""
     splits: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
@@ -133,6 +135,9 @@ def compare(
     if rule == "laplace":
         for c in found:
             c.evidence = c.model.laplace(before_final(c.estimator, X)).log_evidence
+    if rule == "train":
+        for c in found:
+            c.evidence, c.se = c.model.log_marginal_likelihood_, c.model.log_marginal_likelihood_se_
     if rule != "laplace":
         for c in found:
             c.replicates = np.array([c.evidence])
@@ -197,7 +202,8 @@ def comparison_table(names: list[str], found: list[Candidate], rule: str) -> pd.
             continue
         exact = rule == "train" or (rule == "heldout" and len(c.replicates) == 1 and not len(c.splits))
         if exact:
-            mc_dse[i] = se[i] = 0.0
+            se[i] = c.se
+            mc_dse[i] = 0.0 if c is best else math.hypot(c.se, best.se)  # each has draws of its own
         elif rule in ("heldout", "cumulative"):
             mc_dse[i] = replicate_error(c.replicates - best.replicates)
             se[i] = replicate_error(c.replicates)

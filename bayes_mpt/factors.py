@@ -13,7 +13,7 @@ d log Z / d delta_i at zero is E[p(x_i | z) | x_R] = p(x_i | x_R). That is forwa
 from __future__ import annotations
 
 from collections import OrderedDict
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any, NamedTuple
 
 import pyro
@@ -48,12 +48,23 @@ class _Tokens(NamedTuple):
     site: Observed
     log_prob: Tensor
     """(enumerated..., S, plates..., event...)"""
-    mean: Tensor
-    """The same layout; NaN where a distribution has none."""
+    fn: Any
+    """The distribution of a token."""
     ordinal: frozenset[str]
     symbols: dict[int, str]
     n_event: int
     """Axes on the right that are no plates."""
+
+    def mean(self) -> Tensor:
+        """What a hidden token is filled in with, as ``log_prob`` is laid out: the mean, or the likeliest category."""
+        fn = self.fn
+        value = self.log_prob.new_tensor(float("nan"))
+        if not self.site.n_joint:
+            with suppress(NotImplementedError):
+                value = fn.mean
+                if hasattr(fn, "probs") and not bool(torch.isfinite(value).all()):
+                    value = fn.probs.argmax(-1).to(fn.probs)
+        return value.expand(self.log_prob.shape)
 
 
 class Factors(NamedTuple):
@@ -83,7 +94,7 @@ class Factors(NamedTuple):
 
     def detach(self) -> Factors:
         """Without gradients."""
-        tokens = tuple(t._replace(log_prob=t.log_prob.detach(), mean=t.mean.detach()) for t in self.tokens)
+        tokens = tuple(t._replace(log_prob=t.log_prob.detach()) for t in self.tokens)
         return self._replace(
             tokens=tokens, latents=tuple((o, _repack(f.detach(), f)) for o, f in self.latents)
         )
@@ -125,8 +136,8 @@ class Factors(NamedTuple):
     def means(self, visible: Tensor) -> Tensor:
         """E[x_i | x_R, u_s]: (N, T) bool -> (S, N, T)."""
         if not self.summed:
-            return torch.cat([self._by_row(t, t.mean) for t in self.tokens], -1)
-        return torch.cat(self._expectations(visible, [t.mean for t in self.tokens], False), -1)
+            return torch.cat([self._by_row(t, t.mean()) for t in self.tokens], -1)
+        return torch.cat(self._expectations(visible, [t.mean() for t in self.tokens], False), -1)
 
     def responsibilities(self, visible: Tensor) -> Tensor:
         """Probabilities of the values of each discrete latent given x_R and u_s, side by side: (S, N, L).
@@ -323,12 +334,11 @@ def read_factors(
         n_event = node["fn"].event_dim - site.n_joint
         for mask in _masks(node):
             log_prob = torch.where(mask[(...,) + (None,) * n_event] if mask.ndim else mask, log_prob, 0.0)
-        shape = log_prob.shape
         tokens.append(
             _Tokens(
                 site,
                 log_prob,
-                _mean(fn, site).expand(shape),
+                fn,
                 _ordinal(trace, node),
                 node["infer"]["_dim_to_symbol"],
                 n_event,
@@ -394,19 +404,6 @@ def _masks(node: Any) -> list[Tensor]:
             out.append(torch.as_tensor(mask))
         fn = fn.base_dist
     return out
-
-
-def _mean(fn: Any, site: Observed) -> Tensor:
-    """What a hidden token is filled in with: the mean, of categories the likeliest."""
-    value = torch.as_tensor(float("nan"))
-    if site.n_joint:
-        return value
-    try:
-        if hasattr(fn, "probs") and not torch.isfinite(fn.mean).all():
-            return fn.probs.argmax(-1).to(fn.probs)
-        return fn.mean
-    except NotImplementedError:
-        return value
 
 
 def _repack(tensor: Tensor, like: Tensor) -> Tensor:

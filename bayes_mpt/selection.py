@@ -393,13 +393,17 @@ def _score_candidate(
     X = before_final(candidate.estimator, X)
     model = candidate.model
     if rule in ("laplace", "train"):
-        candidate.by_row = np.asarray(model.score_samples(X, y))
         if rule == "laplace":
             candidate.evidence = model.laplace(X).log_evidence
-        else:
-            candidate.evidence = float(candidate.by_row.sum())
+        else:  # what the fit found: an integral over all latents may have taken long
+            candidate.evidence, candidate.se = (
+                model.log_marginal_likelihood_,
+                model.log_marginal_likelihood_se_,
+            )
             candidate.replicates = np.array([candidate.evidence])
-        candidate.n_scored = float(len(candidate.by_row))
+        if model.predictor_.structure.by_row:
+            candidate.by_row = np.asarray(model.score_samples(X, y))
+        candidate.n_scored = 1.0 if candidate.by_row is None else float(len(candidate.by_row))
         candidate.splits = np.array([candidate.evidence / candidate.n_scored])
     else:
         splits = _folds if rule == "heldout" else _blocks

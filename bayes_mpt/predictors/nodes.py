@@ -65,6 +65,11 @@ class Given(ABC):
     def log_joint(self, x: Tensor, visible: Tensor) -> Tensor:
         """log p(u_s, x_R), up to what stands in the weights: (N, T), (T,) -> (S, N)."""
 
+    def log_prior(self, x: Tensor) -> Tensor:
+        """What of `log_joint` is there without any token: (S, 1) or (S, N)."""
+        nothing = torch.zeros(x.shape[1], dtype=torch.bool, device=x.device)
+        return self.log_joint(x, nothing)
+
     @abstractmethod
     def predictive(self, x: Tensor, visible: Tensor) -> Tensor:
         """log p(x_i | x_R, u_s) of the hidden tokens: (N, T), (T,) -> (S, N, T)."""
@@ -96,6 +101,9 @@ class FactorsGiven(Given):
 
     factors: Factors
 
+    def log_prior(self, x: Tensor) -> Tensor:
+        return self.factors.log_prior()
+
     def log_joint(self, x: Tensor, visible: Tensor) -> Tensor:
         return self.factors.log_joint(visible & ~x.isnan())
 
@@ -120,6 +128,9 @@ class MapsGiven(Given):
     """Every node has a linear-Gaussian map."""
 
     maps: tuple[LinearGaussian, ...]
+
+    def log_prior(self, x: Tensor) -> Tensor:
+        return x.new_zeros(len(self.maps), 1)
 
     def log_joint(self, x: Tensor, visible: Tensor) -> Tensor:
         shown = torch.where(visible, x, torch.nan)
@@ -147,6 +158,9 @@ class SideBySide(Given):
     """One vector under S linear-Gaussian maps, which stand where the maps of S rows would."""
 
     maps: LinearGaussian
+
+    def log_prior(self, x: Tensor) -> Tensor:
+        return x.new_zeros(len(self.maps.reading.loc), 1)
 
     def log_joint(self, x: Tensor, visible: Tensor) -> Tensor:
         return self.maps.joint(self._rows(torch.where(visible, x, torch.nan)))[:, None]
@@ -177,6 +191,9 @@ class Stacked(Given):
 
     def __init__(self, parts: tuple[Given, ...]):
         self.parts = parts
+
+    def log_prior(self, x: Tensor) -> Tensor:
+        return torch.cat([p.log_prior(x) for p in self.parts])
 
     def log_joint(self, x: Tensor, visible: Tensor) -> Tensor:
         return torch.cat([p.log_joint(x, visible) for p in self.parts])

@@ -1,13 +1,16 @@
 """Sequential Monte Carlo over latents that all rows share: the evidence with everything integrated.
 
-Particles go from the prior to the posterior by tempering the likelihood (Del Moral, Doucet & Jasra 2006; Neal 2001),
-or by revealing tokens in turn (Chopin 2002), reweighted, resampled and moved by Hamiltonian Monte Carlo. A pilot run
-finds temperatures, scales and steps; with these frozen, each of R independent runs gives an unbiased estimate of Z.
+Particles go from a start q to the posterior along q^(1 - b) p(u, x)^b (Neal 2001; Del Moral, Doucet & Jasra 2006), or
+by revealing tokens in turn (Chopin 2002), reweighted, resampled and moved by Hamiltonian Monte Carlo. Half of q is the
+prior, so that no mode is missed which the prior reaches; the other half is a Student-t at the posterior's mode, so that
+the way is short where one mode is all there is. A pilot run finds temperatures, scales and steps; with these frozen,
+each of R independent runs gives an unbiased estimate of Z.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,22 +18,22 @@ import pyro
 import torch
 from torch import Tensor
 
-from bayes_mpt.factors import Factors, read_factors
-from bayes_mpt.latents import Space, space
 from bayes_mpt.predictors.base import Conditionals, Evidence, Guide, Posterior, Predictor
 from bayes_mpt.predictors.errors import replicate_error
-from bayes_mpt.predictors.nodes import constrained, program_values
-from bayes_mpt.predictors.placed import vectorises
-from bayes_mpt.tracing import NODES, Model, ModelError, Program, fill, one_vector, run, survey
+from bayes_mpt.predictors.nodes import Given, constrained, program_values
+from bayes_mpt.predictors.placed import Located, Placement
+from bayes_mpt.tracing import NODES, Model, ModelError, Program, fill, one_vector, survey
 
 __all__ = ["SequentialMonteCarlo"]
 
-CELLS = 2**22  # log-densities of tokens at a time
+CELLS = 2**19  # log-densities of tokens at a time
 KEEP = 0.5  # share of effective particles that a step of the temperature keeps
 TARGET = 0.8  # acceptance of the moves
 LEAPS = 4
 MAX_SD = 0.5  # of log Z between runs; above it there are twice the particles
 MAX_DOUBLINGS = 4
+DEGREES = 5.0  # of freedom of the start around the mode
+MAX_LOCATED = 64  # latents, up to which the mode and its curvature are looked for
 MAX_DRAWS = 200  # particles that a prediction averages over
 
 
@@ -104,22 +107,27 @@ class _Cloud:
 
     u: Tensor
     """(R, S, d)"""
-    log_prior: Tensor
-    """(R, S)"""
-    log_lik: Tensor
-    """(R, S), of what is visible."""
+    log_start: Tensor
+    """(R, S) log q(u)."""
+    log_end: Tensor
+    """(R, S) log p(u, x_R)."""
     slope: Tensor
-    """(2, R, S, d): of the prior, of the likelihood."""
+    """(2, R, S, d): of both."""
 
     def take(self, index: Tensor) -> _Cloud:
         """Particles index (R, S) of each run."""
         long = index[..., None].expand_as(self.u)
         return _Cloud(
             self.u.gather(1, long),
-            self.log_prior.gather(1, index),
-            self.log_lik.gather(1, index),
+            self.log_start.gather(1, index),
+            self.log_end.gather(1, index),
             self.slope.gather(2, long.expand_as(self.slope)),
         )
+
+    @property
+    def way(self) -> Tensor:
+        """(R, S) log p(u, x_R) - log q(u): what a step of the temperature weighs by."""
+        return self.log_end - self.log_start
 
 
 class _Particles(Conditionals):
@@ -132,14 +140,13 @@ class _Particles(Conditionals):
 
     def __init__(self, settings: SequentialMonteCarlo, model: Model, args: tuple[Any, ...], program: Program):
         self.settings, self.model, self.structure = settings, model, program
-        filled = tuple(fill(a) for a in args)
-        self.space: Space = space(program, run(model, filled), program.continuous)
-        self.vectorised = vectorises(model, filled, program, self.space)
-        summed = f"; {', '.join(program.discrete)} summed out" if program.discrete else ""
+        self.placement = Placement(model, args, program)
+        self.space = self.placement.space
         self.why = (
-            f"{settings.num_runs} runs of at least {settings.num_particles} particles over the "
-            f"{self.space.width} numbers of {', '.join(self.space.names)}, from the prior to the posterior{summed}"
+            f"{settings.num_runs} runs of at least {settings.num_particles} particles over the {self.space.width} "
+            f"numbers of {', '.join(self.space.names)}, from prior and mode to the posterior{self.placement.inside}"
         )
+        self._args: tuple[Any, ...] = ()
         self._filled: tuple[Any, ...] = ()
         self._value: Tensor | None = None
         self._scale = 1.0
@@ -159,7 +166,7 @@ class _Particles(Conditionals):
         if self.model is None:
             raise RuntimeError("this predictor is frozen: it has no program to read")
         new = self._copy()
-        new._filled = tuple(fill(a) for a in args)
+        new._args, new._filled = args, tuple(fill(a) for a in args)
         new._value = program_values(self.model, args, new._filled, self.structure)
         return new
 
@@ -172,12 +179,13 @@ class _Particles(Conditionals):
 
     def evidence(self, x: Tensor) -> Evidence:
         """log of the mean of Z over the runs, and its standard error, sd(Z) / (mean(Z) sqrt R) x t / 2."""
-        seen = ~x.isnan()
+        seen = ~x.isnan()[0]
         n = self.settings.num_particles
         with torch.no_grad(), pyro.validation_enabled(False):
+            located = self._locate(x, seen)
             for doubling in range(MAX_DOUBLINGS + 1):
-                stages, _ = self._pilot(n, seen)
-                log_z, self._cloud = self._runs(stages, n, seen)
+                stages, _ = self._pilot(n, x, seen, located)
+                log_z, self._cloud = self._runs(stages, n, x, seen, located)
                 if doubling == MAX_DOUBLINGS or float(log_z.std()) <= MAX_SD:
                     break
                 n *= 2
@@ -198,35 +206,35 @@ class _Particles(Conditionals):
         out = []
         with torch.no_grad(), pyro.validation_enabled(False):
             for mask in visible:
-                shown = mask & ~x.isnan()
-                cloud = self._posterior(shown)
-                predictive = self._predictive(cloud.u.flatten(0, 1), shown)  # (M, T)
+                cloud = self._posterior(x, mask & ~x.isnan()[0])
+                u = cloud.u.flatten(0, 1)
+                predictive = torch.cat([g.predictive(x, mask)[:, 0] for g, _ in self._given(u)])  # (M, T)
                 log_prob = predictive.logsumexp(0) - math.log(len(predictive))
                 out.append(torch.where(~mask & ~x.isnan(), log_prob, 0.0))
         return torch.stack(out)
 
     def chain(self, x: Tensor, order: Tensor) -> Tensor:
-        out = []
         with torch.no_grad(), pyro.validation_enabled(False):
-            for tokens in order:
-                out.append(self._reveal(x, tokens))
-        return torch.stack(out)
+            return torch.stack([self._reveal(x, tokens) for tokens in order])
 
     def posterior(self, x: Tensor, visible: Tensor | None = None) -> Posterior:
         with torch.no_grad(), pyro.validation_enabled(False):
-            shown = ~x.isnan() if visible is None else visible & ~x.isnan()
-            cloud = self._cloud if visible is None and self._cloud is not None else self._posterior(shown)
-            u = cloud.u.flatten(0, 1)[:, None]  # (M, 1, d)
-            means = [self._factors(part).means(shown).mean(0) * len(part) for part in self._chunks(u[:, 0])]
-            tokens = torch.stack(means).sum(0) / len(u)
-            return Posterior(constrained(self.space, u).mean(0), tokens)
+            shown = ~x.isnan()[0] if visible is None else visible & ~x.isnan()[0]
+            cloud = self._cloud if visible is None and self._cloud is not None else self._posterior(x, shown)
+            u = cloud.u.flatten(0, 1)
+            total = torch.stack([g.means(x, shown).sum(0) for g, _ in self._given(u)]).sum(0)
+            return Posterior(constrained(self.space, u[:, None]).mean(0), total / len(u))
 
     def shared_latents(self, x: Tensor) -> list[tuple[float, dict[str, Tensor]]]:
         with torch.no_grad(), pyro.validation_enabled(False):
-            cloud = self._posterior(~x.isnan()) if self._cloud is None else self._cloud
-        u = cloud.u.flatten(0, 1)
-        u = u[:: max(1, len(u) // MAX_DRAWS)]
-        return [(1 / len(u), self.space.values(v[None, None])[0]) for v in u]
+            cloud = self._posterior(x, ~x.isnan()[0]) if self._cloud is None else self._cloud
+            u = cloud.u.flatten(0, 1)
+            u = u[:: max(1, len(u) // MAX_DRAWS)]
+            inner = [values for g, _ in self._given(u) for values in g.latents(x)] or [{}] * len(u)
+        return [
+            (1 / len(u), {**self.space.values(v[None, None])[0], **values})
+            for v, values in zip(u, inner, strict=True)
+        ]
 
     # ------------------------------------------------------------------------------------------------- the particles
 
@@ -235,50 +243,59 @@ class _Particles(Conditionals):
         new.__dict__.update(self.__dict__)
         return new
 
-    def _pilot(self, n: int, seen: Tensor) -> tuple[list[_Stage], _Cloud]:
+    def _locate(self, x: Tensor, seen: Tensor) -> Located | None:
+        """Mode and curvature of the posterior, where there are few enough latents."""
+        if self.space.width > MAX_LOCATED or not bool(seen.any()):
+            return None
+        located = self.placement.locate(self._args, x, seen)
+        fine = torch.isfinite(located.mode).all() & torch.isfinite(located.root).all()
+        return located if bool(fine) else None
+
+    def _pilot(self, n: int, x: Tensor, seen: Tensor, located: Located | None) -> tuple[list[_Stage], _Cloud]:
         """One run that chooses each temperature so that half of the particles stay effective."""
-        cloud = self._prior(1, n, seen)
+        cloud = self._start(1, n, x, seen, located)
         stages: list[_Stage] = []
-        temperature, step = 0.0, 0.5 * self.space.width**-0.25 * 2
+        temperature, step = 0.0, self.space.width**-0.25
         while temperature < 1:
-            temperature = _next_temperature(cloud.log_lik[0], temperature)
-            before = stages[-1].temperature if stages else 0.0
-            log_w = (temperature - before) * cloud.log_lik
+            before, temperature = temperature, _next_temperature(cloud.way[0], temperature)
+            log_w = (temperature - before) * cloud.way
             root = _root(cloud.u[0], log_w[0].softmax(0))
             cloud = cloud.take(_systematic(log_w))
-            accepted = 0.0
             for _ in range(self.settings.num_moves):
-                cloud, accepted = self._move(cloud, temperature, root, step, seen)
+                cloud, accepted = self._move(cloud, temperature, root, step, x, seen, located)
                 step *= math.exp(accepted - TARGET)
             stages.append(_Stage(temperature, root, step))
         return stages, cloud
 
-    def _runs(self, stages: list[_Stage], n: int, seen: Tensor) -> tuple[Tensor, _Cloud]:
+    def _runs(
+        self, stages: list[_Stage], n: int, x: Tensor, seen: Tensor, located: Located | None
+    ) -> tuple[Tensor, _Cloud]:
         """R independent runs along frozen stages: log Z (R,)."""
-        cloud = self._prior(self.settings.num_runs, n, seen)
-        log_z = cloud.log_lik.new_zeros(self.settings.num_runs)
+        cloud = self._start(self.settings.num_runs, n, x, seen, located)
+        log_z = cloud.log_end.new_zeros(self.settings.num_runs)
         before = 0.0
         for stage in stages:
-            log_w = (stage.temperature - before) * cloud.log_lik
+            log_w = (stage.temperature - before) * cloud.way
             log_z = log_z + log_w.logsumexp(1) - math.log(n)
             cloud = cloud.take(_systematic(log_w))
             for _ in range(self.settings.num_moves):
-                cloud, _ = self._move(cloud, stage.temperature, stage.root, stage.step, seen)
+                cloud, _ = self._move(cloud, stage.temperature, stage.root, stage.step, x, seen, located)
             before = stage.temperature
         return log_z, cloud
 
-    def _posterior(self, shown: Tensor) -> _Cloud:
+    def _posterior(self, x: Tensor, shown: Tensor) -> _Cloud:
         """Particles given the shown tokens."""
+        located = self._locate(x, shown)
         if not bool(shown.any()):
-            return self._prior(1, self.settings.num_particles, shown)
-        return self._pilot(self.settings.num_particles, shown)[1]
+            return self._start(1, self.settings.num_particles, x, shown, None)
+        return self._pilot(self.settings.num_particles, x, shown, located)[1]
 
     def _reveal(self, x: Tensor, tokens: Tensor) -> Tensor:
         """log p(x_t | x_<t) of each token: particles reweighted token by token, moved when they degenerate."""
         n_runs, n = self.settings.num_runs, self.settings.num_particles
-        shown = torch.zeros_like(x, dtype=torch.bool)
-        cloud = self._prior(n_runs, n, shown)
-        log_w = torch.zeros_like(cloud.log_lik)
+        shown = torch.zeros(x.shape[1], dtype=torch.bool, device=x.device)
+        cloud = self._start(n_runs, n, x, shown, None)
+        log_w = torch.zeros_like(cloud.log_end)
         log_z = log_w.new_zeros(n_runs)
         out = torch.zeros_like(x)
         step = self.space.width**-0.25
@@ -287,56 +304,78 @@ class _Particles(Conditionals):
             if bool(x[0, token].isnan()):
                 continue
             shown = shown.clone()
-            shown[0, token] = True
-            log_lik = self._log_lik(cloud.u, shown)
-            gain = log_lik - cloud.log_lik
-            cloud = _Cloud(cloud.u, cloud.log_prior, log_lik, cloud.slope)
-            total = log_z + (log_w + gain).logsumexp(1) - math.log(n)
+            shown[token] = True
+            log_end = self._log_end(cloud.u, x, shown)
+            log_w = log_w + log_end - cloud.log_end
+            cloud = _Cloud(cloud.u, cloud.log_start, log_end, cloud.slope)
+            total = log_z + log_w.logsumexp(1) - math.log(n)
             now = total.logsumexp(0) - math.log(n_runs)  # log of the mean of Z
             out[0, token], before = now - before, now
-            log_w = log_w + gain
             share = log_w.softmax(1)
             if float((1 / share.square().sum(1)).min()) < KEEP * n:
                 log_z = total
                 root = _root(cloud.u.flatten(0, 1), share.flatten() / n_runs)
-                cloud = self._evaluate(cloud.take(_systematic(log_w)).u, shown)
+                cloud = self._evaluate(cloud.take(_systematic(log_w)).u, x, shown, None)
                 log_w = torch.zeros_like(log_w)
                 for _ in range(self.settings.num_moves):
-                    cloud, accepted = self._move(cloud, 1.0, root, step, shown)
+                    cloud, accepted = self._move(cloud, 1.0, root, step, x, shown, None)
                     step *= math.exp(accepted - TARGET)
         return out
 
-    def _prior(self, n_runs: int, n: int, seen: Tensor) -> _Cloud:
+    def _start(self, n_runs: int, n: int, x: Tensor, seen: Tensor, located: Located | None) -> _Cloud:
+        """Draws from q: the prior, and where it is located as many around the mode, in a random place of each run."""
         assert self.model is not None
-        if self.vectorised:
-            with pyro.plate(NODES, n_runs * n, dim=-1 - self.structure.depth):
+        u = self._prior_draws(n_runs * n).reshape(n_runs, n, -1)
+        if located is not None:
+            width = u.shape[-1]
+            normal = torch.randn(u.shape, dtype=u.dtype).to(u)
+            chi = torch.distributions.Chi2(torch.tensor(DEGREES, dtype=u.dtype)).sample((n_runs, n)).to(u)
+            t = normal * (DEGREES / chi)[..., None].sqrt()
+            around = located.mode[0] + t @ located.root[0].mT
+            # half and half, exactly: a stratified draw from the mixture
+            even = (torch.arange(n, device=u.device) % 2 == 0)[None, :, None]
+            u = torch.where(even, around, u)
+            assert width == located.mode.shape[1]
+        return self._evaluate(u, x, seen, located)
+
+    def _prior_draws(self, n: int) -> Tensor:
+        """Draws of the latents that take nodes (n, d)."""
+        assert self.model is not None
+        program = self.structure
+        if self.placement.vectorised and n > 1:
+            with pyro.plate(NODES, n, dim=-1 - program.depth):
                 trace = pyro.poutine.trace(self.model).get_trace(*self._filled)
             values = {name: trace.nodes[name]["value"] for name in self.space.names}
-            u = self.space.pack_values(values, n_runs * n, 1)
-        else:
-            draws = [pyro.poutine.trace(self.model).get_trace(*self._filled) for _ in range(n_runs * n)]
-            u = torch.cat([self.space.pack(d, 1) for d in draws])
-        return self._evaluate(u.reshape(n_runs, n, -1).detach(), seen)
+            return self.space.pack_values(values, n, 1)[:, 0].detach()
+        traces = [pyro.poutine.trace(self.model).get_trace(*self._filled) for _ in range(n)]
+        return torch.cat([self.space.pack(t, 1)[:, 0] for t in traces]).detach()
 
     def _move(
-        self, cloud: _Cloud, temperature: float, root: Tensor, step: float, seen: Tensor
+        self,
+        cloud: _Cloud,
+        temperature: float,
+        root: Tensor,
+        step: float,
+        x: Tensor,
+        seen: Tensor,
+        located: Located | None,
     ) -> tuple[_Cloud, float]:
         """Hamiltonian Monte Carlo in units of the particles' covariance root root'."""
-        jitter = step * (0.8 + 0.4 * torch.rand(*cloud.log_lik.shape, 1, dtype=cloud.u.dtype).to(cloud.u))
+        jitter = step * (0.8 + 0.4 * torch.rand(*cloud.log_end.shape, 1, dtype=cloud.u.dtype).to(cloud.u))
         momentum = torch.randn(cloud.u.shape, dtype=cloud.u.dtype).to(cloud.u)  # in units of root^-T
 
         def slope(c: _Cloud) -> Tensor:
             """root' grad of the tempered log-density."""
-            return (c.slope[0] + temperature * c.slope[1]).nan_to_num(0.0) @ root
+            return ((1 - temperature) * c.slope[0] + temperature * c.slope[1]).nan_to_num(0.0) @ root
 
         def energy(c: _Cloud, p: Tensor) -> Tensor:
-            value = c.log_prior + temperature * c.log_lik - 0.5 * p.square().sum(-1)
+            value = (1 - temperature) * c.log_start + temperature * c.log_end - 0.5 * p.square().sum(-1)
             return torch.where(value.isnan(), -torch.inf, value)
 
         new, p = cloud, momentum
         for _ in range(LEAPS):
             p = p + 0.5 * jitter * slope(new)
-            new = self._evaluate(new.u + jitter * (p @ root.mT), seen)
+            new = self._evaluate(new.u + jitter * (p @ root.mT), x, seen, located)
             p = p + 0.5 * jitter * slope(new)
         log_ratio = energy(new, p) - energy(cloud, momentum)
         accept = torch.rand(log_ratio.shape, dtype=log_ratio.dtype).to(log_ratio).log() < log_ratio
@@ -344,80 +383,86 @@ class _Particles(Conditionals):
         pick = accept[..., None]
         return _Cloud(
             torch.where(pick, new.u, cloud.u),
-            torch.where(accept, new.log_prior, cloud.log_prior),
-            torch.where(accept, new.log_lik, cloud.log_lik),
+            torch.where(accept, new.log_start, cloud.log_start),
+            torch.where(accept, new.log_end, cloud.log_end),
             torch.where(pick, new.slope, cloud.slope),
         ), rate
 
     # --------------------------------------------------------------------------------------------------- the program
 
-    def _evaluate(self, u: Tensor, seen: Tensor) -> _Cloud:
+    def _evaluate(self, u: Tensor, x: Tensor, seen: Tensor, located: Located | None) -> _Cloud:
         """Densities and slopes at u (R, S, d)."""
-        priors, liks, slopes = [], [], []
+        values, slopes = [], []
         with torch.enable_grad():
             for part in self._chunks(u.flatten(0, 1)):
                 leaf = part.detach().requires_grad_()
-                factors, log_det = self._factors_and_det(leaf)
-                prior = factors.log_prior()[:, 0]
-                lik = factors.log_joint(seen)[:, 0] - prior
-                prior = prior + log_det
-                pair = [
-                    torch.autograd.grad(t.sum(), leaf, retain_graph=True, materialize_grads=True)[0]
-                    if t.requires_grad
-                    else torch.zeros_like(leaf)
-                    for t in (prior, lik)
-                ]
-                priors.append(prior.detach())
-                liks.append(lik.detach())
-                slopes.append(torch.stack(pair))
-        shape = u.shape[:2]
-        lik = torch.cat(liks).reshape(shape)
-        prior = torch.cat(priors).reshape(shape)
-        bad = ~(torch.isfinite(lik) & torch.isfinite(prior))
+                given, log_det, _ = self.placement.at(self._args, self._filled, leaf[:, None])
+                start = (given.log_prior(x) + log_det)[:, 0]
+                end = (given.log_joint(x, seen) + log_det)[:, 0]
+                if located is not None:
+                    start = torch.logaddexp(start, _log_t(leaf, located)) - math.log(2)
+                pair = (start, end)
+                slopes.append(
+                    torch.stack(
+                        [
+                            torch.autograd.grad(t.sum(), leaf, retain_graph=True, materialize_grads=True)[0]
+                            if t.requires_grad
+                            else torch.zeros_like(leaf)
+                            for t in pair
+                        ]
+                    )
+                )
+                values.append(torch.stack(pair).detach())
+        start, end = torch.cat(values, 1).reshape(2, *u.shape[:2])
+        bad = ~(torch.isfinite(start) & torch.isfinite(end))  # no finite density: never taken
         return _Cloud(
             u,
-            torch.where(bad, -torch.inf, prior),
-            torch.where(bad, -1e300, lik),
+            torch.where(torch.isfinite(start), start, -1e290),
+            torch.where(bad, -1e300, end),
             torch.cat(slopes, 1).reshape(2, *u.shape),
         )
 
-    def _log_lik(self, u: Tensor, seen: Tensor) -> Tensor:
-        """log p(x_R | u) (R, S)."""
-        parts = []
-        for part in self._chunks(u.flatten(0, 1)):
-            factors = self._factors(part)
-            parts.append((factors.log_joint(seen) - factors.log_prior())[:, 0])
+    def _log_end(self, u: Tensor, x: Tensor, seen: Tensor) -> Tensor:
+        """log p(u, x_R) (R, S)."""
+        parts = [(g.log_joint(x, seen) + log_det)[:, 0] for g, log_det in self._given(u.flatten(0, 1))]
         return torch.cat(parts).reshape(u.shape[:2])
 
-    def _predictive(self, u: Tensor, seen: Tensor) -> Tensor:
-        return torch.cat([self._factors(part).predictive(seen)[:, 0] for part in self._chunks(u)])
+    def _given(self, u: Tensor) -> Iterator[tuple[Given, Tensor]]:
+        """The inner model at u (M, d), by chunks, and what it leaves out."""
+        for part in self._chunks(u):
+            given, log_det, _ = self.placement.at(self._args, self._filled, part[:, None])
+            yield given, log_det
 
     def _chunks(self, u: Tensor) -> tuple[Tensor, ...]:
-        n = max(1, CELLS // max(1, self.structure.n_tokens)) if self.vectorised else 1
-        return u.split(n)
-
-    def _factors(self, u: Tensor) -> Factors:
-        return self._factors_and_det(u)[0]
-
-    def _factors_and_det(self, u: Tensor) -> tuple[Factors, Tensor]:
-        assert self.model is not None
-        values, log_det = self.space.values(u[:, None])
-        return read_factors(self.model, self._filled, self.structure, values, len(u)), log_det[:, 0]
+        return u.split(max(1, CELLS // max(1, self.structure.n_tokens)))
 
 
-def _next_temperature(log_lik: Tensor, now: float) -> float:
+def _log_t(u: Tensor, located: Located) -> Tensor:
+    """Log-density of the Student-t around the mode: (M, d) -> (M,)."""
+    root, width = located.root[0], u.shape[1]
+    white = torch.linalg.solve(root, (u - located.mode[0]).mT).mT
+    return (
+        math.lgamma((DEGREES + width) / 2)
+        - math.lgamma(DEGREES / 2)
+        - width / 2 * math.log(DEGREES * math.pi)
+        - torch.linalg.slogdet(root)[1]
+        - (DEGREES + width) / 2 * torch.log1p(white.square().sum(-1) / DEGREES)
+    )
+
+
+def _next_temperature(way: Tensor, now: float) -> float:
     """The highest temperature that keeps a share of the particles effective, by bisection."""
 
     def ess(temperature: float) -> float:
-        share = ((temperature - now) * log_lik).softmax(0)
+        share = ((temperature - now) * way).softmax(0)
         return float(1 / share.square().sum())
 
-    if ess(1.0) >= KEEP * len(log_lik):
+    if ess(1.0) >= KEEP * len(way):
         return 1.0
     low, high = now, 1.0
     for _ in range(60):
         middle = 0.5 * (low + high)
-        low, high = (middle, high) if ess(middle) >= KEEP * len(log_lik) else (low, middle)
+        low, high = (middle, high) if ess(middle) >= KEEP * len(way) else (low, middle)
     return max(low, now + 1e-12)
 
 
