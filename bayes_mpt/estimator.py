@@ -42,7 +42,7 @@ from bayes_mpt.moments import Table
 from bayes_mpt.predictors import Conditionals, LinearGaussian, Predictor, choose
 from bayes_mpt.score import ScoreEstimate, estimate
 from bayes_mpt.store import OwnStore, State, load, save, seeded
-from bayes_mpt.tracing import Model, ModelError
+from bayes_mpt.tracing import Model, ModelError, Program
 
 __all__ = ["BayesMPT"]
 
@@ -420,7 +420,11 @@ class BayesMPT(
 
     def _refuse_subsampling(self, predictor: Conditionals, args: tuple[Any, ...]) -> None:
         structure = predictor.structure
-        scale = predictor.read(args).scale if structure.own_rows else 1.0
+        scale = 1.0
+        if isinstance(structure, Program):
+            scale = structure.scale
+        elif structure.own_rows:
+            scale = predictor.read(args).scale
         if structure.sub_rows is not None or scale != 1.0:
             raise ModelError(
                 f"plate {structure.rows_plate!r} sub-samples its rows (scale {scale:.4g}): BayesMPT makes minibatches "

@@ -89,6 +89,8 @@ class Program(NamedTuple):
     """Plate dimensions that the program uses."""
     sub_rows: int | None
     """Rows that a sub-sampling plate draws; None where the program takes all rows it is given."""
+    scale: float = 1.0
+    """Plate or `poutine.scale` factor of the sites."""
     own_rows: bool = True
     """Programs of this kind are read on the rows that they score."""
     plain: bool = False
@@ -162,6 +164,7 @@ def survey(model: Model, args: tuple[Any, ...]) -> Program:
         by_row,
         max((-f.dim for n in (*nodes, *latents) for f in n["cond_indep_stack"] if f.vectorized), default=0),
         n_rows if by_row and n_rows != len(init[0]) else None,
+        float(nodes[0]["scale"]),
     )
     for node in latents:
         _check_latent(node)

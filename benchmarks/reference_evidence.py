@@ -35,7 +35,7 @@ error is the one that it reports.
 quadrature. ``calls`` counts likelihoods of one parameter. Times are seconds on one thread; cpu is this
 process's.
 
-    python benchmarks/reference_evidence.py            # about a quarter of an hour; writes the JSON file
+    python benchmarks/reference_evidence.py            # 19 minutes, half in one dynesty run; writes the JSON
     python benchmarks/reference_evidence.py --quick    # seconds; writes nothing unless --out says where
 """
 

@@ -157,7 +157,12 @@ def _clusters(x: Tensor, n_components: int, covariance_type: str) -> _Clusters:
     spread[spread == 0] = 1.0
     rows = (rows - centre) / spread
     em = mixture.GaussianMixture(
-        n_components, covariance_type=covariance_type, reg_covar=REG_COVAR, random_state=seed
+        n_components,
+        covariance_type=covariance_type,
+        tol=1e-7,
+        reg_covar=REG_COVAR,
+        max_iter=1000,
+        random_state=seed,
     )
     with warnings.catch_warnings():  # a start need not have converged, nor use all of its clusters
         warnings.simplefilter("ignore", ConvergenceWarning)

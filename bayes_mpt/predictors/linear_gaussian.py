@@ -140,7 +140,7 @@ class LinearGaussian(Conditionals):
         u = self._latents(x, shown, groups)[0][0]  # (N, K)
         n_latents = self.structure.n_latents  # further columns are correlated noise
         mean = self.reading.latent_loc + (self.reading.latent_root @ u[:, :n_latents, None])[..., 0]
-        return Posterior(mean, loc + (loading @ u[..., None])[..., 0])
+        return Posterior(mean, loc + _times_rows(loading, u))
 
     def shared_latents(self, x: Tensor) -> list[tuple[float, dict[str, Tensor]]]:
         # the mean of the tokens is affine in the latents, so that their means are enough
@@ -184,7 +184,7 @@ class LinearGaussian(Conditionals):
         residual = torch.where(x.isnan(), 0.0, x - loc)
         u, factor = (t[0] for t in self._latents(x, groups.seen, groups))
         # r' S^-1 r = |r - W u|^2 / noise + |u|^2 at the posterior mean u: sums of squares, nothing cancels
-        rest = torch.where(seen[groups.index], residual - (loading @ u[..., None])[..., 0], 0.0)
+        rest = torch.where(seen[groups.index], residual - _times_rows(loading, u), 0.0)
         quadratic = (rest.square() / noise).sum(-1) + u.square().sum(-1)
         # log det S = log det noise + log det C^-1
         logdet = torch.where(seen, noise.log(), 0.0).sum(-1)
@@ -237,7 +237,7 @@ class LinearGaussian(Conditionals):
         """Means and variances (S, N, T) of all tokens given the shown ones (S, G, T)."""
         loc, loading, noise = self.reading[:3]
         u, factor = self._latents(x, shown, groups)
-        mean = loc + (u @ loading[0].mT if len(loading) == 1 else (loading @ u[..., None])[..., 0])
+        mean = loc + _times_rows(loading, u)
         # var_i = noise_i + w_i' C w_i
         root = torch.linalg.solve_triangular(factor, loading.mT, upper=False)  # (S, G, K, T)
         return mean, (noise + root.square().sum(-2))[:, groups.index]
@@ -261,6 +261,11 @@ def _group(x: Tensor, n_maps: int) -> _Groups:
         return _Groups(seen[None, :1], torch.zeros(len(x), dtype=torch.long, device=x.device))
     patterns, index = torch.unique(seen, dim=0, return_inverse=True)
     return _Groups(patterns[None], index)
+
+
+def _times_rows(matrix: Tensor, u: Tensor) -> Tensor:
+    """M_n u_n: (B, T, K), (..., N, K) -> (..., N, T); one product of matrices where they are shared."""
+    return u @ matrix[0].mT if len(matrix) == 1 else (matrix @ u[..., None])[..., 0]
 
 
 def _cholesky(matrix: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from bayes_mpt.tracing import (
     ModelError,
     Program,
     fill,
+    head,
     is_subsample,
     read_values,
     rows_first,
@@ -463,6 +464,9 @@ class _Maps(Reader):
             f"the values of {names} are summed out, and given them every mean is affine in the other latents"
         )
         filled = tuple(fill(a) for a in args)
+        own = any(m.structure.own_rows for m in self.maps) or not program.by_row
+        prior = self._log_prior(filled, values[0])
+        self.shared = not own and len(args) == 1 and bool((prior == prior[0]).all()) and len(prior) > 2
         for v in values[:2]:
             first, second = (self._log_prior(filled, v) for _ in range(2))
             if not torch.allclose(first, second, rtol=1e-9, atol=1e-12):
@@ -474,7 +478,11 @@ class _Maps(Reader):
     def read(self, args: tuple[Any, ...], visible: Tensor | None = None) -> Read:
         maps = tuple(m.read(args) for m in self.maps)
         filled = tuple(fill(a) for a in args)
-        log_weight = torch.stack([self._log_prior(filled, v) for v in self.values])  # (S, N)
+        # Rows that share their maps, and bring nothing but tokens, share the prior too: two stand for all.
+        few = head(filled, 2) if self.shared else filled
+        log_weight = torch.stack([self._log_prior(few, v) for v in self.values])  # (S, N)
+        if self.shared:
+            log_weight = log_weight[:, :1].expand(-1, len(filled[0]))
         one_hot = torch.eye(len(maps), dtype=log_weight.dtype, device=log_weight.device)[:, None]
         latents = one_hot.expand(-1, log_weight.shape[1], -1)
         return Read(MapsGiven(maps), log_weight, maps[0].value, maps[0].scale, latents, ())
