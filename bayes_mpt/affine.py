@@ -63,7 +63,8 @@ class NotAffine(ModelError):
 class Structure(NamedTuple):
     """What a program is made of; found once."""
 
-    observed: str
+    sites: tuple[str, ...]
+    """Names of the observed sites; their values side by side are the tokens."""
     latents: tuple[Latent, ...]
     parameters: tuple[str, ...]
     """Names of the `pyro.param`s (and module parameters) that the program touches: point-estimated."""
@@ -87,6 +88,16 @@ class Structure(NamedTuple):
     def n_latents(self) -> int:
         """K."""
         return sum(site.width for site in self.latents)
+
+    @property
+    def observed(self) -> str:
+        """Names of the observed sites."""
+        return ", ".join(self.sites)
+
+    @property
+    def site_names(self) -> tuple[str, ...]:
+        """Names of the observed sites, one by one."""
+        return self.sites
 
     @property
     def n_tokens(self) -> int:
@@ -143,22 +154,23 @@ def structure(model: Model, args: tuple[Any, ...]) -> Structure:
     """
     args = tuple(fill(a) for a in args)
     first, init = first_run(model, args)
-    observed, rows_plate, by_row = _sites(first)
-    node = first.nodes[observed]
+    sites, rows_plate, by_row = _sites(first)
+    node = first.nodes[sites[0]]
+    value = _tokens_of([first.nodes[name]["value"] for name in sites], by_row)
     n_rows = len(node["value"]) if by_row else 1
     latents = tuple(describe_latent(latent, rows_plate if by_row else None) for latent in latent_nodes(first))
     spread = [_flat(_normal(first.nodes[site.name])[1].detach(), site, n_rows)[0] for site in latents]
     draft = Structure(
-        observed,
+        sites,
         latents,
         tuple(n for n, site in first.nodes.items() if site["type"] == "param"),
         rows_plate,
         by_row,
         own_rows=True,
-        observed_arg=_observed_arg(node["value"], init),
+        observed_arg=_observed_arg(value, init, first.nodes[sites[0]]["value"].ndim),
         plain=False,
         sub_rows=n_rows if by_row and n_rows != len(init[0]) else None,
-        width=node["value"].numel() // n_rows,
+        width=value.shape[1],
         spread=torch.cat(spread) if spread else init[0].new_zeros(0),
     )
     trial, before, reading = init, None, None
@@ -196,14 +208,17 @@ def read(model: Model, args: tuple[Any, ...], structure: Structure) -> Reading:
     sites = _prior_means(structure, args)
     trace = run(model, tuple(fill(a) for a in args), sites)
     value = _value(model, args, structure, trace, sites)
-    return reading._replace(value=value, scale=_scale(trace.nodes[structure.observed]))
+    return reading._replace(value=value, scale=_scale(trace.nodes[structure.sites[0]]))
 
 
-def token_means(model: Model, args: tuple[Any, ...], observed: str, values: dict[str, Tensor]) -> Tensor:
+def token_means(
+    model: Model, args: tuple[Any, ...], sites: tuple[str, ...], values: dict[str, Tensor]
+) -> Tensor:
     """Means of the tokens at these latent values, the other latents at their means given them: (N, ...)."""
     with SetLatents(values, others_at_mean=True):
         trace = poutine.trace(model).get_trace(*args)
-    return trace.nodes[observed]["fn"].mean
+    means = [trace.nodes[name]["fn"].mean for name in sites]
+    return means[0] if len(means) == 1 else torch.cat([m.reshape(len(m), -1) for m in means], 1)
 
 
 # ------------------------------------------------------------------------------------------------ the two readings
@@ -247,7 +262,7 @@ def _read_rows(model: Model, args: tuple[Any, ...], structure: Structure) -> Rea
             # The rows that a sub-sampling plate drew in the first run stay for the others.
             fixed = {n: node["value"] for n, node in trace.nodes.items() if is_subsample(node)}
             value = _value(model, args, structure, trace, {**sites, **fixed})
-            scale_factor = _scale(trace.nodes[structure.observed])
+            scale_factor = _scale(trace.nodes[structure.sites[0]])
         loc, scale = _token_normal(trace, structure)
         latent_loc, latent_root = _latent_normal(trace, structure, n_rows)
         locs.append(loc)
@@ -298,12 +313,14 @@ def read_side_by_side(
     with pyro.plate(NODES, total, dim=-1 - depth):
         trace = run(model, filled, sites)
     by_probe = lambda t: t.reshape(n_nodes, n_probes, *t.shape[1:]).transpose(0, 1)  # noqa: E731
-    tokens = base(trace.nodes[structure.observed]["fn"])
+    if len(structure.sites) > 1:
+        raise NotAffine(f"several observed sites {structure.sites}: read one node at a time")
+    tokens = base(trace.nodes[structure.sites[0]]["fn"])
     if not isinstance(tokens, torch.distributions.Normal):
         raise NotAffine(f"observed site {structure.observed!r} is correlated: read one node at a time")
     loc, scale = tokens.loc, tokens.scale
     n_tokens = structure.width
-    wide = (total, *([1] * depth), *trace.nodes[structure.observed]["fn"].event_shape)
+    wide = (total, *([1] * depth), *trace.nodes[structure.sites[0]]["fn"].event_shape)
     shape = torch.broadcast_shapes(wide, loc.shape, scale.shape)
     loc, scale = (by_probe(t.expand(shape).reshape(total, n_tokens)) for t in (loc, scale))  # (P, S, T)
     where = f"observed site {structure.observed!r}"
@@ -390,31 +407,46 @@ def _with_correlated_noise(reading: Reading, tril: Tensor) -> Reading:
 # ---------------------------------------------------------------------------------------------------- runs and sites
 
 
-def _sites(trace: Trace) -> tuple[str, str | None, bool]:
-    """Name of the observed site, of the rows plate, and whether all latents live inside it."""
-    observed = [node["name"] for node in observed_nodes(trace)]
-    if len(observed) != 1:
-        raise NotAffine(
-            f"the program must have one observed site, got {len(observed)} {observed}: write "
-            'pyro.sample("x", ..., obs=x)'
-        )
-    name = observed[0]
-    node = trace.nodes[name]
-    if not node["value"].is_floating_point():
-        raise NotAffine(
-            f"observed site {name!r} holds {node['value'].dtype}: pass it as floating point numbers"
-        )
-    _normal(node)
-    batch = len(node["fn"].batch_shape)
-    frames = [f for f in node["cond_indep_stack"] if f.vectorized and batch + f.dim == 0]
-    rows = frames[0].name if frames else None
+def _sites(trace: Trace) -> tuple[tuple[str, ...], str | None, bool]:
+    """Names of the observed sites, of the rows plate, and whether all latents live inside it."""
+    observed = observed_nodes(trace)
+    for node in observed:
+        if not node["value"].is_floating_point():
+            raise NotAffine(
+                f"observed site {node['name']!r} holds {node['value'].dtype}: pass it as floating point numbers"
+            )
+        _normal(node)
+        if len(observed) > 1 and node["fn"].event_dim > base(node["fn"]).event_dim + 1:
+            raise NotAffine(f"observed site {node['name']!r} has an event of several axes beside other sites")
+        if len(observed) > 1 and isinstance(base(node["fn"]), torch.distributions.MultivariateNormal):
+            raise NotAffine(
+                f"observed site {node['name']!r} is MultivariateNormal beside other observed sites"
+            )
+    plates = [_outermost_plate(node) for node in observed]
+    rows = plates[0] if len(set(plates)) == 1 else None
+    if rows is None and len(observed) > 1:
+        raise NotAffine(f"observed sites {[n['name'] for n in observed]} stand in no common rows plate")
     nodes = latent_nodes(trace)
     for latent in nodes:
         _normal(latent)
     by_row = rows is not None and all(
         any(f.name == rows for f in latent["cond_indep_stack"]) for latent in nodes
     )
-    return name, rows, by_row
+    if len(observed) > 1 and len({float(n["scale"]) for n in observed}) > 1:
+        raise NotAffine("observed sites have different scales")
+    return tuple(node["name"] for node in observed), rows, by_row
+
+
+def _outermost_plate(node: Any) -> str | None:
+    """The plate of the leftmost batch axis."""
+    batch = len(node["fn"].batch_shape)
+    frames = [f for f in node["cond_indep_stack"] if f.vectorized and batch + f.dim == 0]
+    return frames[0].name if frames else None
+
+
+def _tokens_of(parts: list[Tensor], by_row: bool) -> Tensor:
+    """Values (means, scales) of the observed sites side by side: (N, T), or one vector (1, T)."""
+    return torch.cat([p.reshape((len(p), -1) if by_row else (1, -1)) for p in parts], 1)
 
 
 def _batch(structure: Structure, args: tuple[Any, ...]) -> int:
@@ -467,7 +499,7 @@ def _normal(node: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 def _correlated_noise(trace: Trace, structure: Structure) -> Tensor | None:
     """Lower factors (B, T, T) of the covariance of tokens that are one MultivariateNormal event; None of others."""
-    node = trace.nodes[structure.observed]
+    node = trace.nodes[structure.sites[0]]
     fn = base(node["fn"])
     if not isinstance(fn, torch.distributions.MultivariateNormal):
         return None
@@ -497,14 +529,18 @@ def _split_noise(tril: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _token_normal(trace: Trace, structure: Structure) -> tuple[Tensor, Tensor]:
-    loc, scale = _normal(trace.nodes[structure.observed])
-    shape = (len(loc), -1) if structure.by_row else (1, -1)
-    return loc.reshape(shape), scale.reshape(shape)
+    pairs = [_normal(trace.nodes[name]) for name in structure.sites]
+    loc, scale = zip(*pairs, strict=True)
+    return _tokens_of(list(loc), structure.by_row), _tokens_of(list(scale), structure.by_row)
+
+
+def _token_values(trace: Trace, structure: Structure) -> Tensor:
+    return _tokens_of([trace.nodes[name]["value"] for name in structure.sites], structure.by_row)
 
 
 def _latent_normal(trace: Trace, structure: Structure, n_rows: int) -> tuple[Tensor, Tensor]:
     """Means (n_rows, K) and block-diagonal roots (n_rows, K, K) of the latents given the earlier ones."""
-    like = trace.nodes[structure.observed]["value"]
+    like = trace.nodes[structure.sites[0]]["value"]
     locs: list[Tensor] = []
     blocks: list[Tensor] = []
     for site in structure.latents:
@@ -537,13 +573,13 @@ def _value(
     model: Model, args: tuple[Any, ...], structure: Structure, trace: Trace, sites: dict[str, Tensor]
 ) -> Tensor:
     """The observed value as (N, T): a token that is computed from a missing cell is missing."""
-    value = trace.nodes[structure.observed]["value"]
+    value = _token_values(trace, structure)
     if any(has_missing(a) for a in args):
         # The filled cells gave finite parameters and maps; what the NaN themselves reach shows which tokens to drop.
         with torch.no_grad():
             try:
                 raw = run(model, args, sites)
-                reached = [t.isnan().any() for t in _normal(raw.nodes[structure.observed])]
+                reached = [t.isnan().any() for t in _token_normal(raw, structure)]
             except ValueError:  # Pyro's own check of a mean or scale that is NaN
                 reached = [torch.tensor(True)]
             if any(bool(r) for r in reached):
@@ -551,7 +587,7 @@ def _value(
                     f"missing cells reach the mean or scale of observed site {structure.observed!r}: covariates must "
                     "be complete, only what is observed may be missing"
                 )
-            value = raw.nodes[structure.observed]["value"]
+            value = _token_values(raw, structure)
         n_cells = sum(int(a.isnan().sum()) for a in args if has_missing(a))
         if int(value.isnan().sum()) > n_cells:
             raise ModelError(
@@ -559,12 +595,19 @@ def _value(
                 f"{structure.observed!r} missing, since tokens are computed from several cells: observe the cells "
                 "themselves, or fill them before"
             )
-    return value.reshape(len(value), -1) if structure.by_row else value.reshape(1, -1)
+    return value
 
 
-def _observed_arg(value: Tensor, args: tuple[Any, ...]) -> int | None:
+def _observed_arg(value: Tensor, args: tuple[Any, ...], ndim: int) -> int | None:
+    """Which argument the tokens are; ``ndim`` of the first site's value tells a table from a vector."""
     for i, a in enumerate(args):
-        if isinstance(a, Tensor) and a.shape == value.shape and value.ndim == 2 and torch.equal(a, value):
+        if (
+            isinstance(a, Tensor)
+            and a.ndim == 2
+            and ndim <= 2
+            and a.shape == value.shape
+            and torch.equal(a, value)
+        ):
             return i
     return None
 
@@ -593,7 +636,7 @@ def _trial_run(model: Model, args: tuple[Any, ...], structure: Structure, z: Ten
     with torch.no_grad():
         trace = run(model, args, latent_values(structure, z))
         loc, scale = _token_normal(trace, structure)
-        return _Trial(trace, z, loc, scale, trace.nodes[structure.observed]["value"].reshape(loc.shape))
+        return _Trial(trace, z, loc, scale, _token_values(trace, structure))
 
 
 def _covariates(args: tuple[Any, ...]) -> bool:
@@ -684,12 +727,11 @@ def _compare_with_program(structure: Structure, reading: Reading, before: _Trial
     trace, z = before.trace, before.z
     with torch.no_grad():
         trace.compute_log_prob()
-        site = trace.nodes[structure.observed]
         want = sum(float(s["log_prob_sum"]) for s in trace.nodes.values() if s["type"] == "sample")
         # log p(x, z) = log N(z; b, R R') + log N(x; loc + loading u, noise),  u = R^-1 (z - b)
         u = torch.linalg.solve(reading.latent_root, (z - reading.latent_loc)[..., None])
         mean = reading.loc + (reading.loading[..., : structure.n_latents] @ u)[..., 0]
-        value = site["value"].reshape(len(mean), -1)
+        value = before.value
         root = reading.loading[..., structure.n_latents :]  # of correlated noise
         if root.shape[-1]:
             cov = root @ root.mT + torch.diag_embed(reading.noise)
@@ -697,7 +739,9 @@ def _compare_with_program(structure: Structure, reading: Reading, before: _Trial
         else:
             token = dist.Normal(mean, reading.noise.sqrt()).log_prob(value).sum()
         logdet = torch.linalg.slogdet(reading.latent_root)[1].expand(len(z)).sum()
-        got = _scale(site) * float(token + dist.Normal(0.0, 1.0).log_prob(u).sum() - logdet)
+        got = _scale(trace.nodes[structure.sites[0]]) * float(
+            token + dist.Normal(0.0, 1.0).log_prob(u).sum() - logdet
+        )
     if structure.sub_rows is None and not abs(got - want) <= _tolerance(z) * 1e3 * (1 + abs(want)):
         raise NotAffine(
             f"read as a linear-Gaussian program its log-density is {got:.8g}, but the program's own is {want:.8g} "

@@ -582,7 +582,7 @@ class BayesMPT(
         with self._fitted_program(args), torch.no_grad():
             means = torch.stack(
                 [
-                    share * token_means(self.fitted_model_, args, structure.observed, values)
+                    share * token_means(self.fitted_model_, args, structure.site_names, values)
                     for share, values in self._shared_latents or [(1.0, {})]
                 ]
             ).sum(0)

@@ -101,6 +101,11 @@ class Program(NamedTuple):
         return ", ".join(site.name for site in self.sites)
 
     @property
+    def site_names(self) -> tuple[str, ...]:
+        """Names of the observed sites, one by one."""
+        return tuple(site.name for site in self.sites)
+
+    @property
     def n_tokens(self) -> int:
         """T."""
         return sum(site.n_tokens for site in self.sites)
