@@ -625,6 +625,8 @@ class _Trial(NamedTuple):
     """(N, T), as the others."""
     scale: Tensor
     value: Tensor
+    prior: Tensor
+    """Means and roots of the latents given the earlier ones."""
 
 
 def _trial_run(model: Model, args: tuple[Any, ...], structure: Structure, z: Tensor | None = None) -> _Trial:
@@ -636,7 +638,9 @@ def _trial_run(model: Model, args: tuple[Any, ...], structure: Structure, z: Ten
     with torch.no_grad():
         trace = run(model, args, latent_values(structure, z))
         loc, scale = _token_normal(trace, structure)
-        return _Trial(trace, z, loc, scale, _token_values(trace, structure))
+        latent_loc, root = _latent_normal(trace, structure, _batch(structure, args))
+        prior = torch.cat([latent_loc, root.flatten(1)], 1)
+        return _Trial(trace, z, loc, scale, _token_values(trace, structure), prior)
 
 
 def _covariates(args: tuple[Any, ...]) -> bool:
@@ -681,9 +685,13 @@ def _refuse_dependence_on_x(
                 if after is None:
                     continue  # the program does not take such values: log(x) of negative ones, say
                 moves = [not _close(a, b) for a, b in zip(after[2:], before[2:], strict=True)]
-                if moves[2] and (moves[0] or moves[1]):
+                if moves[2] and (moves[0] or moves[1] or moves[3]):
+                    what = "mean" if moves[0] else "scale" if moves[1] else "prior"
+                    where = f"observed site {structure.observed!r}"
+                    if not (moves[0] or moves[1]):
+                        where = f"latents {', '.join(map(repr, structure.latent_names))}"
                     raise ModelError(
-                        f"the {'mean' if moves[0] else 'scale'} of observed site {structure.observed!r} changes with "
+                        f"the {what} of {where} changes with "
                         "the observed x itself (a statistic of x inside the program, or x as its own covariate): a "
                         "hidden token would be scored with its own value. Compute the statistic outside, make it a "
                         "pyro.param, or pass covariates as a further argument"
@@ -695,7 +703,9 @@ def _refuse_dependence_on_x(
                 after = _after(model, (*args[:position], late, *args[position + 1 :]), structure, before.z)
                 if after is None:
                     continue
-                for what, a, b in zip(("mean", "scale", "value"), after[2:], before[2:], strict=True):
+                for what, a, b in zip(
+                    ("mean", "scale", "value", "latents' prior"), after[2:], before[2:], strict=True
+                ):
                     if not _close(a[:keep], b[:keep]):
                         raise ModelError(
                             f"the {what} of observed site {structure.observed!r} in one row depends on other rows of "

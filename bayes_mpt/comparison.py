@@ -103,10 +103,11 @@ def compare(
     for name, estimator in estimators.items():
         check_is_fitted(final_step(estimator), msg=f"{name!r} is not fitted: call fit first")
         try:
-            by_row = np.asarray(final_step(estimator).score_samples(before_final(estimator, X), y))
+            by_row, se = final_step(estimator).score_rows(before_final(estimator, X), y)
         except ValueError as error:
             raise ValueError(f"{name!r} cannot be compared on these rows: {error}") from error
-        found.append(Candidate(estimator, float(by_row.sum()), by_row, tokens=token_digest(estimator, X, y)))
+        tokens = token_digest(estimator, X, y)
+        found.append(Candidate(estimator, float(by_row.sum()), by_row, se=se, tokens=tokens))
     refuse_incomparable(names, found)
     by_parts = [n for n, c in zip(names, found, strict=True) if not c.model.data_digest_]
     if by_parts:
@@ -202,8 +203,8 @@ def comparison_table(names: list[str], found: list[Candidate], rule: str) -> pd.
             continue
         exact = rule == "train" or (rule == "heldout" and len(c.replicates) == 1 and not len(c.splits))
         if exact:
-            se[i] = c.se
-            mc_dse[i] = 0.0 if c is best else math.hypot(c.se, best.se)  # each has draws of its own
+            se[i] = c.se  # draws of their own; too wide a difference where candidates share a seed
+            mc_dse[i] = 0.0 if c is best else math.hypot(c.se, best.se)
         elif rule in ("heldout", "cumulative"):
             mc_dse[i] = replicate_error(c.replicates - best.replicates)
             se[i] = replicate_error(c.replicates)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -486,20 +487,27 @@ class BayesMPT(
             Nats. A program whose rows are tokens of one vector (a latent outside the rows plate) has one number, the
             LML of all rows together.
         """
+        return self.score_rows(X, y)[0]
+
+    def score_rows(self, X: ArrayLike, y: Any = None) -> tuple[NDArray[np.float64], float]:
+        """`score_samples` (N,), and the standard error of their sum, 0 where the score is exact."""
         check_is_fitted(self)
         structure = self.predictor_.structure
         if structure.plain or not structure.by_row:
             with self.read_rows(X, y) as (predictor, x), torch.no_grad():
-                return predictor.evidence(x).by_row.cpu().numpy()
+                found = predictor.evidence(x)
+                return found.by_row.cpu().numpy(), found.se
         rows = self._check_rows(X, reset=False)
         y = None if y is None else np.asarray(y)
         step = max(256, MAX_READ_CELLS // rows.shape[1])
-        out = []
+        out, errors = [], []
         for i in range(0, len(rows), step):
             part = rows[i : i + step], None if y is None else y[i : i + step]
             with self._read_rows(*part) as (predictor, x), torch.no_grad():
-                out.append(predictor.evidence(x).by_row.cpu().numpy())
-        return np.concatenate(out)
+                found = predictor.evidence(x)
+                out.append(found.by_row.cpu().numpy())
+                errors.append(found.se)
+        return np.concatenate(out), math.hypot(*errors)
 
     def score(self, X: ArrayLike, y: Any = None) -> float:
         """Mean of `score_samples`, nats a row."""

@@ -42,6 +42,9 @@ from bayes_mpt.tracing import (
 __all__ = ["Factors", "read_factors"]
 
 
+UNDERFLOW = 1e-280
+
+
 class _Tokens(NamedTuple):
     """The tokens of one observed site."""
 
@@ -125,19 +128,72 @@ class Factors(NamedTuple):
                     for t in self.tokens]  # fmt: skip
         weights = [(t.log_prob - c).exp() for t, c in zip(self.tokens, ceilings, strict=True)]
         shares = self._expectations(visible, weights, create_graph)
-        return torch.cat(
+        out = torch.cat(
             [
                 share.clamp(min=torch.finfo(share.dtype).tiny).log() + self._by_row(t, c)
                 for t, share, c in zip(self.tokens, shares, ceilings, strict=True)
             ],
             -1,
         )
+        # A token so far from what is visible that its share underflows: by the difference itself.
+        lost = torch.cat([s.detach() for s in shares], -1) < UNDERFLOW
+        for token in (lost & ~visible).flatten(0, 1).any(0).nonzero()[:, 0]:
+            more = visible.clone()
+            more[:, token] = True
+            step = self.log_joint(more) - self.log_joint(visible)
+            out = torch.cat(
+                [
+                    out[..., :token],
+                    torch.where(lost[..., token], step, out[..., token])[..., None],
+                    out[..., token + 1 :],
+                ],
+                -1,
+            )
+        return out
 
     def means(self, visible: Tensor) -> Tensor:
         """E[x_i | x_R, u_s]: (N, T) bool -> (S, N, T)."""
         if not self.summed:
             return torch.cat([self._by_row(t, t.mean()) for t in self.tokens], -1)
-        return torch.cat(self._expectations(visible, [t.mean() for t in self.tokens], False), -1)
+        means = [t.mean() for t in self.tokens]
+        found = self._expectations(visible, means, False)
+        return torch.cat(
+            [
+                torch.where(
+                    self._by_row(
+                        t,
+                        m.flatten(0, max(0, self._left(t) - 1)).isnan().any(0)
+                        if self._left(t)
+                        else m.isnan(),
+                    ),
+                    torch.nan,
+                    f,
+                )
+                for t, m, f in zip(self.tokens, means, found, strict=True)
+            ],
+            -1,
+        )
+
+    def levels(self, visible: Tensor) -> Tensor | None:
+        """Probabilities of the categories of categorical tokens given x_R and u_s, 0 for others: (S, N, T, L)."""
+        probs = [t.fn.probs if t.site.kind == "Categorical" else None for t in self.tokens]
+        n_levels = max((p.shape[-1] for p in probs if p is not None), default=0)
+        if not n_levels:
+            return None
+        zero = [torch.zeros_like(t.log_prob) for t in self.tokens]
+        out = []
+        for level in range(n_levels):
+            weights = [
+                z if p is None or level >= p.shape[-1] else p[..., level].expand(z.shape)
+                for p, z in zip(probs, zero, strict=True)
+            ]
+            if self.summed:
+                out.append(torch.cat(self._expectations(visible, weights, False), -1))
+            else:
+                out.append(
+                    torch.cat([self._by_row(t, w) for t, w in zip(self.tokens, weights, strict=True)], -1)
+                )
+        return torch.stack(out, -1)
 
     def responsibilities(self, visible: Tensor) -> Tensor:
         """Probabilities of the values of each discrete latent given x_R and u_s, side by side: (S, N, L).
@@ -145,7 +201,9 @@ class Factors(NamedTuple):
         d log Z / d log p(z = k | parents) is the probability of k and its parents. Sites in further plates are left
         out.
         """
-        out = []
+        out: list[Tensor] = []
+        if not self.summed:
+            return self.tokens[0].log_prob.new_zeros(self.n_nodes, self.n_rows, 0)
         with torch.enable_grad():
             terms = [(o, _repack(f.detach().requires_grad_(), f)) for o, f in self.latents]
             bare = self._replace(latents=tuple(terms))

@@ -339,6 +339,11 @@ def n_rows_of(program: Program, args: tuple[Any, ...]) -> int:
     return program.sub_rows or len(args[0])
 
 
+def split_events(program: Program) -> Program:
+    """The same program with the elements of a MultivariateNormal as tokens, for those who can score them one by one."""
+    return program._replace(sites=tuple(s._replace(n_joint=0) for s in program.sites))
+
+
 def one_vector(program: Program) -> Program:
     """The same program with all its observations as tokens of one vector."""
     sites = tuple(s._replace(row_axis=None) for s in program.sites)
@@ -389,10 +394,10 @@ def read_values(
             ) from error
         missing = token_values(other, program) != value
         before, after = _own_log_probs(trace, trace, program), _own_log_probs(other, trace, program)
-    for site, a, b in zip(program.sites, after, before, strict=True):
+    for name, a, b in zip((*program.site_names, *program.latent_names), after, before, strict=True):
         if not bool((a == b).all()):
             raise ModelError(
-                f"missing cells reach the distribution of observed site {site.name!r}: covariates must be complete, "
+                f"missing cells reach the distribution of site {name!r}: covariates must be complete, "
                 "only what is observed may be missing"
             )
     n_cells = sum(int(a.isnan().sum()) for a in args if has_missing(a))
@@ -462,11 +467,11 @@ def _refuse_dependence_on_x(model: Model, args: tuple[Any, ...], program: Progra
             if not any(moved):
                 continue  # a covariate
             after = _own_log_probs(trace, first, program)
-            for site, a, b in zip(program.sites, after, before, strict=True):
+            for name, a, b in zip((*program.site_names, *program.latent_names), after, before, strict=True):
                 close = (a - b).abs() <= CLOSE.get(b.dtype, 1e-4) * (1 + b.abs())
                 if not bool((close | b.isnan() | (a == b)).all()):
                     raise ModelError(
-                        f"the distribution of observed site {site.name!r} changes with the observed x itself (a "
+                        f"the distribution of site {name!r} changes with the observed x itself (a "
                         "statistic of x inside the program, earlier tokens, or x as its own covariate): a hidden "
                         "token would be scored with its own value. Compute the statistic outside, make it a "
                         "pyro.param, or pass covariates as a further argument"
@@ -476,9 +481,11 @@ def _refuse_dependence_on_x(model: Model, args: tuple[Any, ...], program: Progra
 def _own_log_probs(trace: Trace, values: Trace, program: Program) -> list[Tensor]:
     """The log-densities of one run's tokens under another's distributions."""
     with pyro.validation_enabled(False):
-        return [
+        tokens = [
             base(trace.nodes[s.name]["fn"]).log_prob(values.nodes[s.name]["value"]) for s in program.sites
         ]
+        latents = [trace.nodes[s.name]["fn"].log_prob(values.nodes[s.name]["value"]) for s in program.latents]
+    return tokens + latents
 
 
 # -------------------------------------------------------------------------------------------------------- arguments
@@ -496,7 +503,7 @@ def fill(arg: Any) -> Any:
         return arg
     whole = ((arg == arg.round()) | missing).all(0)
     value = torch.where(whole, arg.nanmedian(0).values, arg.nanmean(0))
-    return torch.where(missing, value.nan_to_num(0.0), arg)
+    return torch.where(missing, value.nan_to_num(1.0), arg)  # a column without any cell: in most supports
 
 
 def _fill_otherwise(arg: Any) -> Any:

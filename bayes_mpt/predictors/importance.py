@@ -43,6 +43,7 @@ from bayes_mpt.tracing import (
 
 __all__ = ["Importance", "pareto_k"]
 
+LEAST_TAIL = 20  # weights to fit a tail to
 BAD_K = 0.7  # above it the error is not to be believed (Vehtari et al. 2024)
 DEGREES = 5.0  # of freedom of the draws around the mode
 
@@ -173,6 +174,12 @@ class _Guided(_Sampled):
                 f"the guide samples {extra[0]!r}, which the program does not have: remove it, or mark it "
                 'infer={"is_auxiliary": True}'
             )
+        random = [n for n in names if not isinstance(trace.nodes[n]["fn"], pyro.distributions.Delta)]
+        if not random:
+            raise ModelError(
+                f"the guide puts latent {program.continuous[0]!r} on a single point (Delta): nothing is drawn, so that "
+                "nothing can be integrated. Use a guide with a density, such as AutoNormal"
+            )
         # Where the guide couples rows, their weights cannot be told apart: one vector.
         coupled = program.by_row and any(
             all(f.name != program.rows_plate for f in trace.nodes[n]["cond_indep_stack"])
@@ -223,6 +230,11 @@ class _Guided(_Sampled):
             if node["name"] in self.program.latent_names:
                 values[node["name"]] = node["value"]
             log_q = log_q + self._by_row(node, n, n_rows)
+            if not bool(torch.isfinite(log_q.detach()).all()):
+                raise ModelError(
+                    f"the guide's density of site {node['name']!r} is not finite: check its parameters, and the "
+                    "learning rate if they were trained"
+                )
         factors = read_factors(self.model, filled, self.program, values, n)
         latents = []
         for site in self.program.latents:
@@ -258,6 +270,8 @@ class _Guided(_Sampled):
             first = filled[0]
             if shown is None:
                 shown = torch.ones((), dtype=torch.bool, device=first.device)
+            if shown.ndim == 2 and shown.shape != first.shape and shown.numel() == first.numel():
+                shown = shown.reshape(first.shape)  # rows that are one vector
             shown = shown.expand(first.shape)
             args = (torch.where(shown, first, 0.0), *filled[1:])
             kwargs["visible"] = shown
@@ -308,11 +322,11 @@ def _auxiliary(node: Any) -> bool:
 def pareto_k(log_weight: NDArray[np.float64]) -> NDArray[np.float64]:
     """Shape of the generalised Pareto tail of each row's weights (Zhang & Stephens 2009): (S, N) -> (N,).
 
-    Its largest min(S / 5, 3 sqrt(S)) weights are fitted; NaN with fewer than 25 draws.
+    Its largest min(S / 5, 3 sqrt(S)) weights are fitted; NaN with fewer than 100 draws, of which too few are tail.
     """
     n_draws, n_rows = log_weight.shape
     n_tail = int(min(n_draws / 5, 3 * math.sqrt(n_draws)))
-    if n_tail < 5:
+    if n_tail < LEAST_TAIL:
         return np.full(n_rows, np.nan)
     ordered = np.sort(log_weight - log_weight.max(0), axis=0)
     cut = np.exp(ordered[-n_tail - 1])

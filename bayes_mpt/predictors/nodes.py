@@ -34,6 +34,7 @@ from bayes_mpt.tracing import (
     read_values,
     rows_first,
     run,
+    split_events,
 )
 
 __all__ = [
@@ -87,6 +88,14 @@ class Given(ABC):
         """Posterior means of latents that are integrated inside, of each node; for one vector."""
         return []
 
+    def inner(self, x: Tensor, visible: Tensor) -> Tensor:
+        """Posterior means of latents that are integrated inside: (S, N, K)."""
+        return x.new_zeros(1, len(x), 0)
+
+    def levels(self, x: Tensor, visible: Tensor) -> Tensor | None:
+        """Probabilities of the categories of categorical tokens, 0 for others: (S, N, T, L); None without any."""
+        return None
+
     def responsibilities(self, x: Tensor, visible: Tensor) -> Tensor:
         """Probabilities of the values of what is summed out inside: (S, N, L)."""
         return x.new_zeros(1, len(x), 0)
@@ -120,6 +129,9 @@ class FactorsGiven(Given):
     def responsibilities(self, x: Tensor, visible: Tensor) -> Tensor:
         return self.factors.responsibilities(visible & ~x.isnan())
 
+    def levels(self, x: Tensor, visible: Tensor) -> Tensor | None:
+        return self.factors.levels(visible & ~x.isnan())
+
     def detach(self) -> FactorsGiven:
         return FactorsGiven(self.factors.detach())
 
@@ -146,6 +158,9 @@ class MapsGiven(Given):
 
     def means(self, x: Tensor, visible: Tensor) -> Tensor:
         return torch.stack([m.posterior(x, visible).tokens for m in self.maps])
+
+    def inner(self, x: Tensor, visible: Tensor) -> Tensor:
+        return torch.stack([m.posterior(x, visible).mean for m in self.maps])
 
     def latents(self, x: Tensor) -> list[dict[str, Tensor]]:
         return [latent_values(m.structure, m.posterior(x).mean) for m in self.maps]
@@ -175,6 +190,9 @@ class SideBySide(Given):
 
     def means(self, x: Tensor, visible: Tensor) -> Tensor:
         return self.maps.posterior(self._rows(x), visible).tokens[:, None]
+
+    def inner(self, x: Tensor, visible: Tensor) -> Tensor:
+        return self.maps.posterior(self._rows(x), visible).mean[:, None]
 
     def latents(self, x: Tensor) -> list[dict[str, Tensor]]:
         means = self.maps.posterior(self._rows(x)).mean
@@ -207,6 +225,14 @@ class Stacked(Given):
 
     def means(self, x: Tensor, visible: Tensor) -> Tensor:
         return torch.cat([p.means(x, visible) for p in self.parts])
+
+    def responsibilities(self, x: Tensor, visible: Tensor) -> Tensor:
+        return torch.cat([p.responsibilities(x, visible) for p in self.parts])
+
+    def levels(self, x: Tensor, visible: Tensor) -> Tensor | None:
+        parts = [p.levels(x, visible) for p in self.parts]
+        known = [p for p in parts if p is not None]
+        return torch.cat(known) if known else None
 
     def detach(self) -> Stacked:
         return Stacked(tuple(p.detach() for p in self.parts))
@@ -322,6 +348,9 @@ class Nodes(Conditionals):
         for mask in visible:
             read = self._at(mask)
             # log Z(R + i) - log Z(R)
+            if self.reader is not None and self.reader.located and not self.sampled:
+                out.append(self._each_at_its_own(x, mask))
+                continue
             log_prob = read.log_weight + read.given.log_joint(x, mask)  # (S, N)
             step = (log_prob[..., None] + read.given.predictive(x, mask)).logsumexp(0)
             out.append(step - self._log_z(log_prob, x, mask)[:, None])
@@ -356,9 +385,14 @@ class Nodes(Conditionals):
         mask = torch.ones(x.shape[1], dtype=torch.bool, device=x.device) if visible is None else visible
         read = self._at(mask) if visible is not None else self.last
         share = (read.log_weight + read.given.log_joint(x, mask)).softmax(0)[..., None]  # (S, N, 1)
-        summed = (share * read.given.responsibilities(x, mask)).sum(0)
-        latents = torch.cat([(share * read.latents).sum(0), summed], -1)
-        return Posterior(latents, (share * read.given.means(x, mask)).sum(0))
+        parts = (read.latents, read.given.inner(x, mask), read.given.responsibilities(x, mask))
+        latents = torch.cat([(share * part).sum(0) for part in parts], -1)
+        tokens = (share * read.given.means(x, mask)).sum(0)
+        levels = read.given.levels(x, mask)  # of categorical tokens: the likeliest, and not the mean of codes
+        if levels is not None:
+            chance = (share[..., None] * levels).sum(0)  # (N, T, L)
+            tokens = torch.where(chance.sum(-1) > 0, chance.argmax(-1).to(tokens), tokens)
+        return Posterior(latents, tokens)
 
     def shared_latents(self, x: Tensor) -> list[tuple[float, dict[str, Tensor]]]:
         if self.structure.by_row or len(self.last.latents[0]) != 1:
@@ -387,13 +421,30 @@ class Nodes(Conditionals):
         return self.last
 
     def _relocated_chain(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """Every Z at nodes of its own, so that the sum is that of all tokens."""
         visible = torch.zeros(x.shape[1], dtype=torch.bool, device=x.device)
-        out = torch.zeros_like(x)
+        out, before = torch.zeros_like(x), x.new_zeros(len(x))
         for token in tokens:
-            out[:, token] = self.conditionals(x, visible[None])[0][:, token]
             visible = visible.clone()
             visible[token] = True
+            now = self._z_at(x, visible)
+            out[:, token], before = now - before, now
         return out
+
+    def _each_at_its_own(self, x: Tensor, mask: Tensor) -> Tensor:
+        """log Z(R + i) - log Z(R) (N, T): a single token can move the posterior away from nodes placed without it."""
+        before = self._z_at(x, mask)
+        out = torch.zeros_like(x)
+        for token in (~mask).nonzero()[:, 0]:
+            more = mask.clone()
+            more[token] = True
+            out[:, token] = self._z_at(x, more) - before
+        return out
+
+    def _z_at(self, x: Tensor, mask: Tensor) -> Tensor:
+        """log Z (N,) of these tokens, nodes placed for them."""
+        read = self._at(mask)
+        return self._log_z(read.log_weight + read.given.log_joint(x, mask), x, mask)
 
     def _log_z(self, log_prob: Tensor, x: Tensor, mask: Tensor) -> Tensor:
         """(S, N) -> (N,); 0 for rows of which nothing is visible."""
@@ -483,8 +534,13 @@ class _Maps(Reader):
         log_weight = torch.stack([self._log_prior(few, v) for v in self.values])  # (S, N)
         if self.shared:
             log_weight = log_weight[:, :1].expand(-1, len(filled[0]))
-        one_hot = torch.eye(len(maps), dtype=log_weight.dtype, device=log_weight.device)[:, None]
-        latents = one_hot.expand(-1, log_weight.shape[1], -1)
+        # which value each site has at each node, a block of columns for each site
+        blocks = [
+            torch.stack([v[name] for v in self.values]).unique(return_inverse=True)[1]
+            for name in self.values[0]
+        ]
+        one_hot = torch.cat([torch.nn.functional.one_hot(b) for b in blocks], -1).to(log_weight)
+        latents = one_hot[:, None].expand(-1, log_weight.shape[1], -1)
         return Read(MapsGiven(maps), log_weight, maps[0].value, maps[0].scale, latents, ())
 
     def _log_prior(self, filled: tuple[Any, ...], values: dict[str, Tensor]) -> Tensor:
@@ -501,7 +557,7 @@ class _Maps(Reader):
 
 def mixture_of_maps(model: Model, args: tuple[Any, ...], program: Program) -> Nodes:
     """Programs that are linear-Gaussian given the discrete latents of each row."""
-    return Nodes(_Maps(model, args, program))
+    return Nodes(_Maps(model, args, split_events(program)))
 
 
 def _joint_values(model: Model, args: tuple[Any, ...], program: Program) -> list[dict[str, Tensor]]:

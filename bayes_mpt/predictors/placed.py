@@ -25,7 +25,17 @@ from bayes_mpt.predictors.nodes import (
     Stacked,
     program_values,
 )
-from bayes_mpt.tracing import NODES, Model, ModelError, Program, fill, n_rows_of, rows_first, run
+from bayes_mpt.tracing import (
+    NODES,
+    Model,
+    ModelError,
+    Program,
+    fill,
+    n_rows_of,
+    rows_first,
+    run,
+    split_events,
+)
 
 __all__ = ["Located", "Placement", "check_width", "vectorises"]
 
@@ -64,7 +74,6 @@ class Placement:
     """
 
     def __init__(self, model: Model, args: tuple[Any, ...], program: Program):
-        self.model, self.program = model, program
         filled = tuple(fill(a) for a in args)
         trace = run(model, filled)
         self._template: LinearGaussian | None = None
@@ -73,6 +82,8 @@ class Placement:
         if set(names) != set(program.continuous):
             fixed = FixedSites(model, {n: trace.nodes[n]["value"] for n in names})
             self._template = LinearGaussian(fixed, args)
+            program = split_events(program)
+        self.model, self.program = model, program
         self.space: Space = space(program, trace, names)
         self.gaussian = tuple(n for n in program.continuous if n not in names)
         if self._template is None:
@@ -265,7 +276,7 @@ def _awkward(model: Model, args: tuple[Any, ...], program: Program) -> tuple[str
         except NotAffine:
             continue
     rest = tuple(n for n in everything if n not in kept)
-    if not kept:
+    if not kept or not rest:  # all of them could be integrated, but nodes were asked for
         return everything
     try:  # one by one they are; all together?
         LinearGaussian(FixedSites(model, {n: drawn[n] for n in rest}), args)
