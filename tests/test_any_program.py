@@ -160,10 +160,6 @@ def test_latent_class_with_missing_cells():
     np.testing.assert_array_equal(filled[~np.isnan(x)], x[~np.isnan(x)])
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="factors._mean takes each class's likeliest code and averages these: 0.157 is neither a mean nor a code",
-)
 def test_imputed_codes():
     x = codes(40)
     model = fitted(latent_class, x)
@@ -377,11 +373,6 @@ def test_two_poisson_factors():
     assert model.transform(x).shape == (12, 2)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="Nodes._relocated_chain takes log Z(R + i) - log Z(R) on nodes placed for R alone: the curve's area is not "
-    "the LML",
-)
 def test_chain_by_quadrature_adds_up():
     """Counts of some hundred say far more about z than the prior, for which the first nodes are placed."""
     x = np.array([[150.0, 90.0], [2.0, 3.0], [40.0, 10.0]])
@@ -734,10 +725,6 @@ def test_units_do_not_matter(scale):
     assert score == pytest.approx(fitted(program, X).score(X), abs=1e-6)
 
 
-NO_LATENTS = "Factors.responsibilities asks for gradients of nothing where a program has no latents"
-
-
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason=NO_LATENTS)
 @pytest.mark.parametrize("gaps", [0.0, 0.1])
 def test_no_latents_and_no_normal_tokens(gaps):
     def program(x):
@@ -855,7 +842,7 @@ KINDS = pytest.mark.parametrize("program", [linear, coin, student])
 
 @KINDS
 def test_statistics_of_x_are_refused(program):
-    refused(lambda x: program(x, x.mean(0)), X, match="observed site 'x'")
+    refused(lambda x: program(x, x.mean(0)), X, match="site 'x'")
 
 
 @pytest.mark.parametrize("latent", [False, True])
@@ -868,7 +855,7 @@ def test_earlier_tokens_are_refused(latent):
             for t in range(1, 4):
                 pyro.sample(f"x{t}", dist.Normal(slope * x[:, t - 1] + c, 1.0), obs=x[:, t])
 
-    refused(program, X, match="observed site '.*x1.*' changes with the observed x itself")
+    refused(program, X, match="site '.*x1.*' changes with the observed x itself")
 
 
 def coin_by_x(x):
@@ -889,12 +876,21 @@ def student_by_x(x):
         pyro.sample("x", dist.StudentT(5.0, param("loc", np.zeros(4)) + z[..., None], 1.0).to_event(1), obs=x)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="only the tokens' distributions are checked for dependence on x, not the latents': a hidden token is scored "
-    "with its own value",
+@pytest.mark.parametrize(
+    "program",
+    [
+        coin_by_x,
+        student_by_x,
+        pytest.param(
+            normal_by_x,
+            marks=pytest.mark.xfail(
+                strict=True,
+                reason="affine._refuse_dependence_on_x looks at the tokens' distributions only, not the latents': a "
+                "hidden token is scored with its own value",
+            ),
+        ),
+    ],
 )
-@pytest.mark.parametrize("program", [coin_by_x, normal_by_x, student_by_x])
 def test_latents_that_look_at_x_are_refused(program):
     refused(program, X, match="site '[cz]'")
 
@@ -1013,10 +1009,6 @@ def test_wrong_predictors(program):
         refused(program, X, match="inside the rows plate 'rows'", predictor=SequentialMonteCarlo())
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="where every latent is integrated in closed form, Placement has no width: torch.cat() of nothing",
-)
 @pytest.mark.parametrize("predictor", [Quadrature(8), Importance(20)], ids=repr)
 def test_nodes_where_none_are_needed(predictor):
     truth = fitted(linear, X).log_marginal_likelihood_
@@ -1066,16 +1058,11 @@ ZERO_SLOPE = pytest.param(
     ),
     id="zero slope",
 )
-LATENT = pytest.param(
-    mixed_by_covariates,
-    marks=pytest.mark.xfail(
-        strict=True, reason="missing covariates in a latent's distribution are filled in silently"
-    ),
-    id="latent",
+
+
+@pytest.mark.parametrize(
+    "program", [extra_arguments, mixture_of_regressions(0.5), ZERO_SLOPE, mixed_by_covariates]
 )
-
-
-@pytest.mark.parametrize("program", [extra_arguments, mixture_of_regressions(0.5), ZERO_SLOPE, LATENT])
 def test_missing_covariates_are_refused(program):
     x, y = covariates()
     x[0, 0] = np.nan
@@ -1193,10 +1180,10 @@ def test_minibatches_of_svi_are_scaled_up(gaps):
     x[: round(gaps * len(x)), 1:] = np.nan
     by_row = -coin_lml(np.zeros(4), x)
     loss, program = CumulativeMaskedScore(random_state=0), minibatch_coin(10)
-    got = [loss.loss(program, None, tensor(x)) for _ in range(400)]
+    got = [loss.loss(program, None, tensor(x)) for _ in range(250)]
     # sampling 10 of 30 without replacement
     sd = 30 * by_row.std(ddof=1) / np.sqrt(10) * np.sqrt(20 / 30)
-    assert np.mean(got) == pytest.approx(by_row.sum(), abs=4 * sd / np.sqrt(400))
+    assert np.mean(got) == pytest.approx(by_row.sum(), abs=4 * sd / np.sqrt(250))
 
 
 @pytest.mark.xfail(
@@ -1256,7 +1243,7 @@ def test_svi_with_a_guide_raises_the_heldout_likelihood():
     svi = pyro.infer.SVI(program, guide, pyro.optim.Adam({"lr": 0.05}), loss)
     svi.step(tensor(train))
     before = heldout()
-    for _ in range(120):
+    for _ in range(80):
         svi.step(tensor(train))
     model = fitted(program, train)
     assert heldout() > before + 1

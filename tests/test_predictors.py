@@ -1206,7 +1206,9 @@ def test_nothing_left_for_nodes(predictor):
         assert "Exact" in str(error)
     else:
         truth = DenseGaussian(x[None], np.ones(6), 4 * np.ones((6, 6)) + 0.49 * np.eye(6))
-        close(ready.joint(ready.value), truth.log_z(np.ones((1, 6), bool)), 1e-9)
+        # draws were asked for, and have an error
+        tol = 1e-9 if isinstance(predictor, Quadrature) else 0.1
+        close(ready.joint(ready.value), truth.log_z(np.ones((1, 6), bool)), tol)
 
 
 def test_posterior_of_normal_latents_beside_discrete_ones():

@@ -270,7 +270,12 @@ class _Guided(_Sampled):
             first = filled[0]
             if shown is None:
                 shown = torch.ones((), dtype=torch.bool, device=first.device)
-            if shown.ndim == 2 and shown.shape != first.shape and shown.numel() == first.numel():
+            if (
+                shown.ndim
+                and shown.shape != first.shape
+                and shown.numel() == first.numel()
+                and not self.program.by_row
+            ):
                 shown = shown.reshape(first.shape)  # rows that are one vector
             shown = shown.expand(first.shape)
             args = (torch.where(shown, first, 0.0), *filled[1:])
