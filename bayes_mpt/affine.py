@@ -25,6 +25,7 @@ from bayes_mpt.tracing import (
     N_TRIAL_ROWS,
     NODES,
     Latent,
+    MissingCovariate,
     Model,
     ModelError,
     SetLatents,
@@ -173,7 +174,7 @@ def structure(model: Model, args: tuple[Any, ...]) -> Structure:
         width=value.shape[1],
         spread=torch.cat(spread) if spread else init[0].new_zeros(0),
     )
-    trial, before, reading = init, None, None
+    trial, before, whole, reading = init, None, None, None
     if by_row and _scale(node) == 1.0:
         few = head(init, min(N_TRIAL_ROWS, max(1, len(init[0]) - 1)))
         # A program that refuses fewer rows holds something for each.
@@ -182,6 +183,10 @@ def structure(model: Model, args: tuple[Any, ...]) -> Structure:
         # With covariates a map that rows share now (a slope of zero, sorted groups) need not stay shared.
         if before is not None and not _covariates(init):
             reading = _shared_map(model, trial, draft, before)
+        if reading is not None and len(init[0]) > len(trial[0]):
+            whole = _trial_run(model, init, draft)  # what holds for a few rows need not hold for all
+            if not _same_map(reading, draft, whole):
+                reading, trial, before = None, init, whole
     if before is None:
         trial, before = init, _trial_run(model, init, draft)
     if reading is not None:
@@ -190,7 +195,7 @@ def structure(model: Model, args: tuple[Any, ...]) -> Structure:
         reading = _read_rows(model, trial, draft)
     refuse_unregistered(list(reading[:5]))
     _refuse_dependence_on_x(model, trial, draft, before)
-    _compare_with_program(draft, reading, before)
+    _compare_with_program(draft, reading, before if whole is None or reading.loc.shape[0] > 1 else whole)
     return draft
 
 
@@ -583,7 +588,7 @@ def _value(
             except ValueError:  # Pyro's own check of a mean or scale that is NaN
                 reached = [torch.tensor(True)]
             if any(bool(r) for r in reached):
-                raise ModelError(
+                raise MissingCovariate(
                     f"missing cells reach the mean or scale of observed site {structure.observed!r}: covariates must "
                     "be complete, only what is observed may be missing"
                 )
@@ -656,6 +661,11 @@ def _shared_map(model: Model, args: tuple[Any, ...], structure: Structure, befor
         reading = _read_probes(model, args, structure)
     except (RuntimeError, ValueError, IndexError):
         return None  # the program does not take K + 4 rows, or they differ
+    return reading if _same_map(reading, structure, before) else None
+
+
+def _same_map(reading: Reading, structure: Structure, before: _Trial) -> bool:
+    """Whether these rows have this one map."""
     with torch.no_grad():
         u = torch.linalg.solve(reading.latent_root, (before.z - reading.latent_loc)[..., None])
         loading = reading.loading[..., : structure.n_latents]
@@ -663,9 +673,7 @@ def _shared_map(model: Model, args: tuple[Any, ...], structure: Structure, befor
         size = (loading.abs() @ u.abs())[..., 0] + reading.loc.abs()
         same = (before.loc - reading.loc - want).abs() <= _tolerance(before.loc) * size
         variance = reading.noise + reading.loading[..., structure.n_latents :].square().sum(-1)
-        if not bool(same.all()) or not _close(before.scale.square(), variance.expand_as(before.scale)):
-            return None
-    return reading
+        return bool(same.all()) and _close(before.scale.square(), variance.expand_as(before.scale))
 
 
 def _refuse_dependence_on_x(
@@ -689,7 +697,7 @@ def _refuse_dependence_on_x(
                     what = "mean" if moves[0] else "scale" if moves[1] else "prior"
                     where = f"observed site {structure.observed!r}"
                     if not (moves[0] or moves[1]):
-                        where = f"latents {', '.join(map(repr, structure.latent_names))}"
+                        where = f"latent site {', '.join(map(repr, structure.latent_names))}"
                     raise ModelError(
                         f"the {what} of {where} changes with "
                         "the observed x itself (a statistic of x inside the program, or x as its own covariate): a "

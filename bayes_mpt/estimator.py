@@ -571,6 +571,12 @@ class BayesMPT(
     def impute(self, X: ArrayLike, y: Any = None) -> NDArray[np.floating]:
         """X with its NaN cells replaced by their means given the observed cells of the row."""
         with self.read_rows(X, y) as (predictor, x), torch.no_grad():
+            cells = self._tensor(self._check_rows(X, reset=False))
+            if x.shape != cells.shape or not bool(((x == cells) | (x.isnan() & cells.isnan())).all()):
+                raise ValueError(
+                    f"impute fills cells of X, but the tokens of site {predictor.structure.observed!r} are not these "
+                    "cells in their order (observed in another order, transformed, or y): observe x itself"
+                )
             filled = torch.where(x.isnan(), predictor.posterior(x).tokens, x)
         return filled.cpu().numpy().astype(self._dtype_of(X), copy=False)
 
@@ -752,7 +758,7 @@ class BayesMPT(
             raise ValueError(f"y must have a row for each of the {len(X)} rows of X, got {len(y)}")
         if y.dtype.kind == "f" and np.isinf(y).any():
             raise ValueError("y contains infinity")
-        y = torch.as_tensor(y).to(self.device)
+        y = torch.as_tensor(y if y.flags.writeable else y.copy()).to(self.device)
         return x, y.double() if y.is_floating_point() else y
 
     def _tensor(self, X: NDArray[np.floating]) -> Tensor:

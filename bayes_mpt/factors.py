@@ -376,8 +376,6 @@ def read_factors(
     sizes: dict[str, int] = {}
     for node in latent_nodes(trace):
         log_prob = node["fn"].log_prob(node["value"])
-        if node["mask"] is not None:
-            log_prob = torch.where(torch.as_tensor(node["mask"]), log_prob, 0.0)
         latents.append((_ordinal(trace, node), packed.pack(log_prob, node["infer"]["_dim_to_symbol"])))
         own.append(node["infer"].get("_enumerate_symbol", ""))
         summed.add(own[-1])
@@ -390,8 +388,8 @@ def read_factors(
         fn = base(node["fn"])
         log_prob = fn.log_prob(node["value"])
         n_event = node["fn"].event_dim - site.n_joint
-        for mask in _masks(node):
-            log_prob = torch.where(mask[(...,) + (None,) * n_event] if mask.ndim else mask, log_prob, 0.0)
+        for mask, n_outer in _masks(node, n_event):
+            log_prob = torch.where(mask[(...,) + (None,) * n_outer] if mask.ndim else mask, log_prob, 0.0)
         tokens.append(
             _Tokens(
                 site,
@@ -451,15 +449,16 @@ def _ordinal(trace: Any, node: Any) -> frozenset[str]:
     return frozenset(trace.plate_to_symbol[f.name] for f in node["cond_indep_stack"] if f.vectorized)
 
 
-def _masks(node: Any) -> list[Tensor]:
-    """Masks of the program itself: `poutine.mask`, `MaskedDistribution`."""
-    out, fn = [], node["fn"]
+def _masks(node: Any, n_event: int) -> list[tuple[Tensor, int]]:
+    """Masks of the program itself (`poutine.mask`, `MaskedDistribution`), and how many event axes each leaves out."""
+    out, fn, inside = [], node["fn"], 0
     if node["mask"] is not None:
-        out.append(torch.as_tensor(node["mask"]))
+        out.append((torch.as_tensor(node["mask"]), n_event))
     while hasattr(fn, "base_dist"):
+        inside += getattr(fn, "reinterpreted_batch_ndims", 0)
         mask = getattr(fn, "_mask", None)
         if mask is not None:
-            out.append(torch.as_tensor(mask))
+            out.append((torch.as_tensor(mask), n_event - inside))
         fn = fn.base_dist
     return out
 

@@ -34,6 +34,10 @@ class ModelError(ValueError):
     """The program cannot be scored; the message names the site and what to do."""
 
 
+class MissingCovariate(ModelError):
+    """A cell is missing on which the tokens' distribution depends."""
+
+
 class Latent(NamedTuple):
     """One latent site."""
 
@@ -396,7 +400,7 @@ def read_values(
         before, after = _own_log_probs(trace, trace, program), _own_log_probs(other, trace, program)
     for name, a, b in zip((*program.site_names, *program.latent_names), after, before, strict=True):
         if not bool((a == b).all()):
-            raise ModelError(
+            raise MissingCovariate(
                 f"missing cells reach the distribution of site {name!r}: covariates must be complete, "
                 "only what is observed may be missing"
             )

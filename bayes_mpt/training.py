@@ -31,7 +31,7 @@ from bayes_mpt.masks import Policy, torch_generator
 from bayes_mpt.moments import Table
 from bayes_mpt.predictors import Conditionals, LinearGaussian
 from bayes_mpt.score import masked_score
-from bayes_mpt.tracing import ModelError
+from bayes_mpt.tracing import MissingCovariate, ModelError
 
 __all__ = ["Fit", "Problem", "climb", "concentrate", "one_thread", "train_on_masks"]
 
@@ -298,7 +298,13 @@ def climb(problem: Problem, *, max_iter: int, tol: float, report: Report | None 
             try:
                 score = problem.score()
                 grads = torch.autograd.grad(score, list(leaves.values()), materialize_grads=True)
-            except ValueError:  # the line search tried a point too far away; ModelError is one too
+            except MissingCovariate:
+                raise
+            except (
+                ValueError,
+                torch.linalg.LinAlgError,
+            ):
+                # the line search tried a point too far away; ModelError is a ValueError too
                 return 1e30, np.zeros(len(phi))
             grad = unit * torch.cat([g.flatten() for g in grads])
             value = float(score.detach())

@@ -12,6 +12,7 @@ import pyro
 import torch
 from numpy.typing import NDArray
 from pyro import poutine
+from pyro.distributions import constraints
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
@@ -32,12 +33,14 @@ from bayes_mpt.tracing import (
     Model,
     ModelError,
     Program,
+    base,
     fill,
     has_missing,
     latent_nodes,
     n_rows_of,
     one_vector,
     rows_first,
+    run,
     survey,
 )
 
@@ -174,6 +177,15 @@ class _Guided(_Sampled):
                 f"the guide samples {extra[0]!r}, which the program does not have: remove it, or mark it "
                 'infer={"is_auxiliary": True}'
             )
+        first = run(model, filled)
+        for name in program.continuous:
+            ours, theirs = first.nodes[name]["fn"].support, trace.nodes[name]["fn"].support
+            point = isinstance(base(trace.nodes[name]["fn"]), pyro.distributions.Delta)
+            if not point and _is_real(ours) and not _is_real(theirs):
+                raise ModelError(
+                    f"the guide draws latent {name!r} from {theirs}, while the program lets it be any real number: "
+                    "what the guide cannot reach would be left out. Use a guide of the same support"
+                )
         random = [n for n in names if not isinstance(trace.nodes[n]["fn"], pyro.distributions.Delta)]
         if not random:
             raise ModelError(
@@ -318,6 +330,12 @@ def _takes_visible(guide: Any) -> bool:
         return "visible" in inspect.signature(target).parameters
     except (TypeError, ValueError):
         return False
+
+
+def _is_real(support: Any) -> bool:
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support is constraints.real
 
 
 def _auxiliary(node: Any) -> bool:

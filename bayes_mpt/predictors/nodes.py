@@ -28,6 +28,7 @@ from bayes_mpt.tracing import (
     Model,
     ModelError,
     Program,
+    SetLatents,
     fill,
     head,
     is_subsample,
@@ -298,6 +299,7 @@ class Nodes(Conditionals):
         self.guide = reader.guide
         self.args: tuple[Any, ...] = ()
         self._read: Read | None = None
+        self._fixed: dict[str, Tensor] = {}
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -320,8 +322,19 @@ class Nodes(Conditionals):
 
     def read(self, args: tuple[Any, ...]) -> Nodes:
         new = Nodes(self._thawed)
-        new.args, new._read = args, self._thawed.read(args)
+        new.args, new._fixed = args, self._sub_sample(args)
+        with SetLatents(new._fixed):
+            new._read = self._thawed.read(args)
         return new
+
+    def _sub_sample(self, args: tuple[Any, ...]) -> dict[str, Tensor]:
+        """The rows that sub-sampling plates draw: once for all runs of a reading, of program and guide alike."""
+        if not isinstance(self.structure, Program) or (
+            self.structure.sub_rows is None and self.structure.scale == 1.0
+        ):
+            return {}
+        trace = run(self._thawed.model, tuple(fill(a) for a in args))
+        return {name: node["value"] for name, node in trace.nodes.items() if is_subsample(node)}
 
     def freeze(self) -> Nodes:
         new = Nodes(self._thawed)
@@ -417,7 +430,8 @@ class Nodes(Conditionals):
     def _at(self, mask: Tensor) -> Read:
         """Nodes for this visible set."""
         if self.reader is not None and self.reader.located and not bool(mask.all()):
-            return self.reader.read(self.args, mask)
+            with SetLatents(self._fixed):
+                return self.reader.read(self.args, mask)
         return self.last
 
     def _relocated_chain(self, x: Tensor, tokens: Tensor) -> Tensor:

@@ -205,7 +205,8 @@ class Placement:
             if not bool((gain > 1e-12).any()):
                 break
             with torch.no_grad():
-                u, moved = self._walk(args, filled, x, visible, u, step, log_prob.detach())
+                there = gain <= 1e-12 * (1 + log_prob.detach().abs())
+                u, moved = self._walk(args, filled, x, visible, u, step, log_prob.detach(), there)
             if not moved:
                 break
         self._last = u.detach()
@@ -221,10 +222,11 @@ class Placement:
         u: Tensor,
         step: Tensor,
         before: Tensor,
+        there: Tensor,
     ) -> tuple[Tensor, bool]:
-        """Halve the step of each row until it climbs."""
+        """Halve the step of each row until it climbs, of those that are not there yet."""
         share = torch.ones_like(before)
-        best, better = u.detach().clone(), torch.zeros_like(before, dtype=torch.bool)
+        best, better = u.detach().clone(), there.clone()
         for _ in range(20):
             trial = u + share[:, None] * step
             try:
@@ -238,7 +240,7 @@ class Placement:
             if bool(better.all()):
                 break
             share = torch.where(better, share, share / 2)
-        return best, bool(better.any())
+        return best, bool((better & ~there).any())
 
     def _log_prob(
         self, args: tuple[Any, ...], filled: tuple[Any, ...], x: Tensor, visible: Tensor, u: Tensor
