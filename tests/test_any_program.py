@@ -927,10 +927,6 @@ def test_one_site_of_another_scale_is_refused():
     refused(program, X, match="sites have different scales.*'c': 0.1")
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="_refuse_subsampling takes poutine.scale around a whole program for a sub-sampling plate",
-)
 def test_a_scale_around_the_whole_program_is_named_as_such():
     refused(lambda x: poutine.scale(coin, scale=0.1)(x), X, match=r"poutine\.scale")
 

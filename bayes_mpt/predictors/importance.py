@@ -25,6 +25,7 @@ from bayes_mpt.predictors.nodes import (
     Reader,
     Stacked,
     constrained,
+    nodes_first,
     program_values,
 )
 from bayes_mpt.predictors.placed import Placement
@@ -248,16 +249,11 @@ class _Guided(_Sampled):
                     "learning rate if they were trained"
                 )
         factors = read_factors(self.model, filled, self.program, values, n)
-        latents = []
-        for site in self.program.latents:
-            if site.name not in values:
-                continue
-            value, shape = values[site.name].detach(), list(site.shape)
-            if site.row_axis is not None:
-                shape[site.row_axis] = n_rows
-            value = value.expand(n, *([1] * max(0, value.ndim - 1 - len(shape))), *shape).reshape(n, *shape)
-            parts = [rows_first(v, site.row_axis).expand(n_rows, -1) for v in value]
-            latents.append(torch.stack(parts))
+        latents = [
+            nodes_first(values[site.name].detach(), site, n, n_rows)
+            for site in self.program.latents
+            if site.name in values
+        ]
         return FactorsGiven(factors), -log_q, factors.scale, torch.cat(latents, -1).to(log_q), factors.value
 
     def _by_row(self, node: Any, n: int, n_rows: int) -> Tensor:

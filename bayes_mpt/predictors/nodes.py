@@ -9,6 +9,7 @@ sum is log Z of all tokens, the importance-weighted bound where the nodes are sa
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from bayes_mpt.latents import Space
 from bayes_mpt.predictors.base import Conditionals, Evidence, Guide, Posterior
 from bayes_mpt.predictors.linear_gaussian import LinearGaussian
 from bayes_mpt.tracing import (
+    Latent,
     Model,
     ModelError,
     Program,
@@ -51,6 +53,7 @@ __all__ = [
     "constrained",
     "enumerated",
     "mixture_of_maps",
+    "nodes_first",
     "program_values",
 ]
 
@@ -646,11 +649,21 @@ def program_values(model: Model, args: tuple[Any, ...], filled: tuple[Any, ...],
 
 def constrained(where: Space, u: Tensor) -> Tensor:
     """Values of the latents at nodes u (S, N, d), side by side: (S, N, K)."""
-    out = []
-    for node in u.detach():
-        values, _ = where.values(node[None])
-        parts = [
-            rows_first(values[p.latent.name], p.latent.row_axis).expand(len(node), -1) for p in where.parts
-        ]
-        out.append(torch.cat(parts, -1))
-    return torch.stack(out)
+    values, _ = where.values(u.detach())
+    return torch.cat([nodes_first(values[p.latent.name], p.latent, *u.shape[:2]) for p in where.parts], -1)
+
+
+def nodes_first(value: Tensor, latent: Latent, n_nodes: int, n_rows: int) -> Tensor:
+    """A latent site's values at S nodes, (S, plates..., event...) or without S where it is 1, as (S, N, width)."""
+    shape = list(latent.shape)
+    if latent.row_axis is None:
+        return (
+            value.expand(n_nodes, *value.shape[n_nodes > 1 :]).reshape(n_nodes, 1, -1).expand(-1, n_rows, -1)
+        )
+    shape[latent.row_axis] = n_rows
+    value = (
+        value.reshape(n_nodes, *shape)
+        if value.numel() == n_nodes * math.prod(shape)
+        else value.expand(n_nodes, *shape)
+    )
+    return value.movedim(latent.row_axis + 1, 1).reshape(n_nodes, n_rows, -1)
