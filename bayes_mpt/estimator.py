@@ -428,7 +428,7 @@ class BayesMPT(
             scale = predictor.read(args).scale
         if structure.by_row and structure.sub_rows is None and scale != 1.0:
             raise ModelError(
-                f"poutine.scale weighs the program by {scale:.4g}, so that its score is no log marginal likelihood: fit "
+                f"poutine.scale weighs the program by {scale:.4g}, so that its score is no marginal likelihood: fit "
                 "the program itself, or train with pyro.infer.SVI and CumulativeMaskedScore, which take the weight"
             )
         if structure.sub_rows is not None or scale != 1.0:
