@@ -316,7 +316,9 @@ class BayesMPT(
             return bool(task.call_on_fit_task_end(estimator=self))
 
         try:
-            if self.masks is not None:
+            # random nodes need steps that average over them, whatever is hidden
+            masks = PermutationChain() if self.masks is None and problem.predictor.sampled else self.masks
+            if masks is not None:
                 if self.batch_size is not None and not problem.predictor.structure.by_row:
                     raise ModelError(
                         f"batch_size={self.batch_size} needs independent rows, but a latent outside the rows plate "
@@ -325,19 +327,7 @@ class BayesMPT(
                 train = partial(
                     training.train_on_masks,
                     problem,
-                    self.masks,
-                    max_iter=self.max_iter,
-                    learning_rate=self.learning_rate,
-                    batch_size=self.batch_size,
-                    random_state=seed,
-                    tol=self.tol,
-                    report=report,
-                )
-            elif problem.predictor.sampled:
-                train = partial(
-                    training.train_on_masks,
-                    problem,
-                    PermutationChain(),
+                    masks,
                     max_iter=self.max_iter,
                     learning_rate=self.learning_rate,
                     batch_size=self.batch_size,

@@ -95,13 +95,6 @@ class Factors(NamedTuple):
         """T."""
         return sum(t.site.n_tokens for t in self.tokens)
 
-    def detach(self) -> Factors:
-        """Without gradients."""
-        tokens = tuple(t._replace(log_prob=t.log_prob.detach()) for t in self.tokens)
-        return self._replace(
-            tokens=tokens, latents=tuple((o, _repack(f.detach(), f)) for o, f in self.latents)
-        )
-
     # ------------------------------------------------------------------------------------------------ the questions
 
     def log_joint(self, visible: Tensor) -> Tensor:

@@ -105,7 +105,7 @@ class Conditionals(ABC):
 
     @abstractmethod
     def freeze(self) -> Self:
-        """The same as plain tensors: pickles, and needs neither the program nor a parameter store."""
+        """Without the program: pickles. Plain tensors where rows share a map; others are to be bound and read anew."""
 
     @abstractmethod
     def conditionals(self, x: Tensor, visible: Tensor) -> Tensor:

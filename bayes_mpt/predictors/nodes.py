@@ -104,10 +104,6 @@ class Given(ABC):
         """Probabilities of the values of what is summed out inside: (S, N, L)."""
         return x.new_zeros(1, len(x), 0)
 
-    @abstractmethod
-    def detach(self) -> Given:
-        """Without gradients and programs."""
-
 
 @dataclass(frozen=True)
 class FactorsGiven(Given):
@@ -135,9 +131,6 @@ class FactorsGiven(Given):
 
     def levels(self, x: Tensor, visible: Tensor) -> Tensor | None:
         return self.factors.levels(visible & ~x.isnan())
-
-    def detach(self) -> FactorsGiven:
-        return FactorsGiven(self.factors.detach())
 
 
 @dataclass(frozen=True)
@@ -169,9 +162,6 @@ class MapsGiven(Given):
     def latents(self, x: Tensor) -> list[dict[str, Tensor]]:
         return [latent_values(m.structure, m.posterior(x).mean) for m in self.maps]
 
-    def detach(self) -> MapsGiven:
-        return MapsGiven(tuple(m.freeze() for m in self.maps))
-
 
 @dataclass(frozen=True)
 class SideBySide(Given):
@@ -201,9 +191,6 @@ class SideBySide(Given):
     def latents(self, x: Tensor) -> list[dict[str, Tensor]]:
         means = self.maps.posterior(self._rows(x)).mean
         return [latent_values(self.maps.structure, mean[None]) for mean in means]
-
-    def detach(self) -> SideBySide:
-        return SideBySide(self.maps.freeze())
 
     def _rows(self, x: Tensor) -> Tensor:
         return x.expand(len(self.maps.reading.loc), -1)
@@ -237,9 +224,6 @@ class Stacked(Given):
         parts = [p.levels(x, visible) for p in self.parts]
         known = [p for p in parts if p is not None]
         return torch.cat(known) if known else None
-
-    def detach(self) -> Stacked:
-        return Stacked(tuple(p.detach() for p in self.parts))
 
 
 # ------------------------------------------------------------------------------------------------------- the nodes

@@ -327,7 +327,6 @@ class _Particles(Conditionals):
         assert self.model is not None
         u = self._prior_draws(n_runs * n).reshape(n_runs, n, -1)
         if located is not None:
-            width = u.shape[-1]
             normal = torch.randn(u.shape, dtype=u.dtype).to(u)
             chi = torch.distributions.Chi2(torch.tensor(DEGREES, dtype=u.dtype)).sample((n_runs, n)).to(u)
             t = normal * (DEGREES / chi)[..., None].sqrt()
@@ -335,7 +334,6 @@ class _Particles(Conditionals):
             # half and half, exactly: a stratified draw from the mixture
             even = (torch.arange(n, device=u.device) % 2 == 0)[None, :, None]
             u = torch.where(even, around, u)
-            assert width == located.mode.shape[1]
         return self._evaluate(u, x, seen, located)
 
     def _prior_draws(self, n: int) -> Tensor:
