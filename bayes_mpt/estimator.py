@@ -7,7 +7,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from functools import partial
 from numbers import Integral, Real
@@ -43,11 +43,11 @@ from bayes_mpt.moments import Table
 from bayes_mpt.predictors import Conditionals, LinearGaussian, Predictor, choose
 from bayes_mpt.score import ScoreEstimate, estimate
 from bayes_mpt.store import OwnStore, State, load, save, seeded
-from bayes_mpt.tracing import Model, ModelError, Program
+from bayes_mpt.tracing import Model, ModelError, Program, fill, first_run
 
 __all__ = ["BayesMPT"]
 
-MAX_INIT_ROWS = 4096  # rows with which a program first runs, which initialises its parameters
+MAX_INIT_ROWS = 4096  # rows on which it is found out what a program is
 MAX_AUTO = 50  # latent dimensions that "auto" tries at most
 CURVE_CHAINS = 8
 MAX_READ_CELLS = 2**18  # of programs that are read on the rows they score: cells at a time
@@ -240,6 +240,11 @@ class BayesMPT(
                 model = self._choose_dimension(model, table)
                 state = None if state is not None and self.n_components_ != model.n_components else state
             with OwnStore() as store, seeded(seed):
+                if len(X) > MAX_INIT_ROWS:
+                    # Initial values from all rows, or a start that is a fit of its own (EM) would be one to the first
+                    # rows only. A program that cannot run says why below.
+                    with suppress(Exception):
+                        first_run(model, tuple(fill(a) for a in self._arguments(model, X, y)))
                 args = self._arguments(model, X[:MAX_INIT_ROWS], y if y is None else y[:MAX_INIT_ROWS])
                 predictor = choose(model, args, predictor=self.predictor, guide=guide)
                 if not predictor.structure.plain and len(X) > MAX_INIT_ROWS:

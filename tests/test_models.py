@@ -16,7 +16,9 @@ from scipy.special import gammaln, logsumexp
 from sklearn import mixture
 from sklearn.base import clone
 from sklearn.datasets import load_diabetes, load_iris, load_wine
+from sklearn.exceptions import ConvergenceWarning
 
+from bayes_mpt import BayesMPT
 from bayes_mpt.models import BayesianRegression, GaussianMixture, LatentClass, MixtureOfFactorAnalyzers
 
 SEED = 1991
@@ -576,3 +578,15 @@ def test_clone(program):
     assert vars(copy) == vars(program)
     name = next(iter(program.get_params()))
     assert copy.set_params(**{name: 7}).get_params()[name] == 7
+
+
+def test_start_is_fitted_to_all_rows_of_a_long_table() -> None:
+    """More rows than it takes to find out what a program is: EM must see them all, in whatever order they stand."""
+    rng = np.random.default_rng(3)
+    x = np.concatenate([rng.normal(size=(4100, 2)), rng.normal([30.0, 0.0], size=(900, 2))])
+    theirs = mixture.GaussianMixture(2, tol=1e-10, max_iter=1000, random_state=0).fit(x)
+    ours = BayesMPT(GaussianMixture(2), max_iter=1, random_state=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        ours.fit(x)
+    assert ours.log_marginal_likelihood_ / len(x) == pytest.approx(theirs.score(x), abs=1e-5)
