@@ -250,6 +250,7 @@ class BayesMPT(
                 if not predictor.structure.plain and len(X) > MAX_INIT_ROWS:
                     args = self._arguments(model, X, y)
                     predictor = choose(model, args, predictor=self.predictor, guide=guide)
+                self._initial = store.initial()
                 store.begin(state)
                 self._refuse_subsampling(predictor, args)
                 if predictor.structure.plain:
@@ -729,6 +730,7 @@ class BayesMPT(
     def _fitted_program(self, args: tuple[Any, ...]) -> Iterator[Conditionals]:
         """The program at its fitted parameters, on these arguments."""
         with OwnStore() as store, seeded(self._seed()):
+            store.prefill(self._initial)
             predictor = choose(self.fitted_model_, args, predictor=self.predictor, guide=self.fitted_guide_)
             store.begin(self._state)
             yield predictor

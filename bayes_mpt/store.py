@@ -13,8 +13,9 @@ from typing import Any, Self
 import pyro
 import torch
 from torch import Tensor
+from torch.distributions.constraints import Constraint
 
-__all__ = ["OwnStore", "State", "load", "save", "seeded"]
+__all__ = ["Initial", "OwnStore", "State", "load", "save", "seeded"]
 
 
 class OwnStore:
@@ -32,6 +33,22 @@ class OwnStore:
         self._scope.__enter__()
         return self
 
+    def initial(self) -> Initial:
+        """Parameters and constraints as a program's first run left them; networks make their own."""
+        store = pyro.get_param_store()
+        bounds = store.get_state()["constraints"]
+        return {
+            name: (leaf.detach().clone(), bounds[name])
+            for name, leaf in store.named_parameters()
+            if not isinstance(leaf, torch.nn.Parameter)
+        }
+
+    def prefill(self, initial: Initial) -> None:
+        """Before a program's first run on other rows: spare it the search for initial values."""
+        params = {name: value.clone().requires_grad_() for name, (value, _) in initial.items()}
+        bounds = {name: bound for name, (_, bound) in initial.items()}
+        pyro.get_param_store().set_state({"params": params, "constraints": bounds})
+
     def begin(self, state: State | None) -> None:
         """After the program's first run: remember what its networks held, and start from ``state``."""
         for _, leaf in pyro.get_param_store().named_parameters():
@@ -46,6 +63,9 @@ class OwnStore:
                 leaf.copy_(value)
         self._scope.__exit__(None, None, None)
 
+
+Initial = dict[str, tuple[Tensor, Constraint]]
+"""Unconstrained parameters by name, each with its constraint."""
 
 State = dict[str, Tensor]
 """Unconstrained parameters by name, detached copies."""

@@ -590,3 +590,28 @@ def test_start_is_fitted_to_all_rows_of_a_long_table() -> None:
         warnings.simplefilter("ignore", ConvergenceWarning)
         ours.fit(x)
     assert ours.log_marginal_likelihood_ / len(x) == pytest.approx(theirs.score(x), abs=1e-5)
+
+
+def test_scoring_does_not_look_for_initial_values_again() -> None:
+    """A start may be an EM, which is no business of whoever asks for a score."""
+    n_starts = 0
+
+    def two_groups(x):
+        def start():
+            nonlocal n_starts
+            n_starts += 1
+            return torch.stack([x.mean(0) - x.std(0), x.mean(0) + x.std(0)])
+
+        loc = pyro.param("loc", start)
+        scale = pyro.param("scale", lambda: x.std(0), dist.constraints.positive)
+        with pyro.plate("rows", len(x)):
+            c = pyro.sample("c", dist.Bernoulli(x.new_tensor(0.5))).long()
+            pyro.sample("x", dist.Normal(loc[c], scale).to_event(1), obs=x)
+
+    x = np.random.default_rng(1).normal(size=(60, 2)) + 4.0 * (np.arange(60) % 2)[:, None]
+    fitted = BayesMPT(two_groups, random_state=0).fit(x)
+    assert n_starts == 1
+    loc, scale = fitted.params_["loc"], fitted.params_["scale"]
+    truth = logsumexp([stats.norm(m, scale).logpdf(x[:7]).sum(1) for m in loc], axis=0) - math.log(2)
+    np.testing.assert_allclose(fitted.score_samples(x[:7]), truth, rtol=0, atol=1e-12)
+    assert n_starts == 1
