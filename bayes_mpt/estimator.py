@@ -43,7 +43,7 @@ from bayes_mpt.moments import Table
 from bayes_mpt.predictors import Conditionals, LinearGaussian, Predictor, choose
 from bayes_mpt.score import ScoreEstimate, estimate
 from bayes_mpt.store import OwnStore, State, load, save, seeded
-from bayes_mpt.tracing import Model, ModelError, Program, fill, first_run
+from bayes_mpt.tracing import Model, ModelError, Program, fill, first_run, init_rows
 
 __all__ = ["BayesMPT"]
 
@@ -244,7 +244,7 @@ class BayesMPT(
                     # Initial values from all rows, or a start that is a fit of its own (EM) would be one to the first
                     # rows only. A program that cannot run says why below.
                     with suppress(Exception):
-                        first_run(model, tuple(fill(a) for a in self._arguments(model, X, y)))
+                        first_run(model, tuple(fill(a) for a in init_rows(self._arguments(model, X, y))))
                 args = self._arguments(model, X[:MAX_INIT_ROWS], y if y is None else y[:MAX_INIT_ROWS])
                 predictor = choose(model, args, predictor=self.predictor, guide=guide)
                 if not predictor.structure.plain and len(X) > MAX_INIT_ROWS:
