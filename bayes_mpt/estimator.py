@@ -43,11 +43,12 @@ from bayes_mpt.moments import Table
 from bayes_mpt.predictors import Conditionals, LinearGaussian, Predictor, choose
 from bayes_mpt.score import ScoreEstimate, estimate
 from bayes_mpt.store import OwnStore, State, load, save, seeded
-from bayes_mpt.tracing import Model, ModelError, Program, fill, first_run, init_rows
+from bayes_mpt.tracing import Model, ModelError, Program, fill, first_run
 
 __all__ = ["BayesMPT"]
 
 MAX_INIT_ROWS = 4096  # rows on which it is found out what a program is
+MAX_INIT_CELLS = 2**20  # of a table on which a program first runs, which initialises its parameters
 MAX_AUTO = 50  # latent dimensions that "auto" tries at most
 CURVE_CHAINS = 8
 MAX_READ_CELLS = 2**18  # of programs that are read on the rows they score: cells at a time
@@ -240,11 +241,13 @@ class BayesMPT(
                 model = self._choose_dimension(model, table)
                 state = None if state is not None and self.n_components_ != model.n_components else state
             with OwnStore() as store, seeded(seed):
-                if len(X) > MAX_INIT_ROWS:
+                n_init = MAX_INIT_CELLS // X.shape[1]
+                if MAX_INIT_ROWS < min(len(X), n_init):
                     # Initial values from all rows, or a start that is a fit of its own (EM) would be one to the first
                     # rows only. A program that cannot run says why below.
                     with suppress(Exception):
-                        first_run(model, tuple(fill(a) for a in init_rows(self._arguments(model, X, y))))
+                        start = self._arguments(model, X[:n_init], None if y is None else y[:n_init])
+                        first_run(model, tuple(fill(a) for a in start))
                 args = self._arguments(model, X[:MAX_INIT_ROWS], y if y is None else y[:MAX_INIT_ROWS])
                 predictor = choose(model, args, predictor=self.predictor, guide=guide)
                 if not predictor.structure.plain and len(X) > MAX_INIT_ROWS:
