@@ -36,6 +36,8 @@ from bayes_mpt.tracing import (
     is_subsample,
     latent_nodes,
     n_rows_of,
+    rows_axis,
+    sum_by_row,
     token_values,
 )
 
@@ -74,8 +76,10 @@ class Factors(NamedTuple):
     """One run's log-densities."""
 
     tokens: tuple[_Tokens, ...]
+    prior: Tensor | None
+    """log p(u_s), (S, N), where nothing is summed."""
     latents: tuple[tuple[frozenset[str], Tensor], ...]
-    """Packed log-densities of the latent sites, with their plates."""
+    """Packed log-densities of the latent sites with their plates, where discrete ones are summed out."""
     own: tuple[str, ...]
     """The symbol that each of these sites is enumerated along; empty where it is not."""
     summed: frozenset[str]
@@ -99,17 +103,19 @@ class Factors(NamedTuple):
 
     def log_joint(self, visible: Tensor) -> Tensor:
         """log p(u_s, x_R): visible (N, T) bool -> (S, N)."""
-        if not self.summed:
-            tokens = self._plain()
-            if not bool(visible.all()):
-                tokens = torch.where(visible, tokens, 0.0)
-            return self._prior() + tokens.sum(-1)
+        if self.prior is not None:
+            total, complete = self.prior, bool(visible.all())
+            for t, m in self._layout(visible):
+                log_prob = t.log_prob if complete else torch.where(m, t.log_prob, 0.0)
+                axis = None if t.site.row_axis is None else t.site.row_axis - m.ndim
+                total = total + sum_by_row(log_prob, axis, self.n_nodes)
+            return total
         return self._contract([torch.where(m, t.log_prob, 0.0) for t, m in self._layout(visible)])
 
     def log_prior(self) -> Tensor:
         """log p(u_s), discrete latents summed out: (S, N)."""
-        if not self.summed:
-            return self._prior()
+        if self.prior is not None:
+            return self.prior
         device = self.tokens[0].log_prob.device
         return self.log_joint(torch.zeros(self.n_rows, self.n_tokens, dtype=torch.bool, device=device))
 
@@ -221,9 +227,9 @@ class Factors(NamedTuple):
 
     def chain(self, seen: Tensor, order: Tensor) -> Tensor:
         """log p(u_s, x_order[:t]) for t = 0..T: seen (N, T) bool, order (T,) -> (S, N, T + 1)."""
-        if not self.summed:
+        if self.prior is not None:
             steps = torch.where(seen, self._plain(), 0.0)[..., order].cumsum(-1)
-            prior = self._prior()[..., None].expand(*steps.shape[:2], 1)
+            prior = self.prior[..., None].expand(*steps.shape[:2], 1)
             return torch.cat([prior, prior + steps], -1)
         visible = torch.zeros_like(seen)
         out = [self.log_joint(visible)]
@@ -237,13 +243,8 @@ class Factors(NamedTuple):
 
     def _plain(self) -> Tensor:
         """(S, N, T) where nothing is summed."""
-        return torch.cat([self._by_row(t, t.log_prob) for t in self.tokens], -1)
-
-    def _prior(self) -> Tensor:
-        """log p(u_s), (S, N) where nothing is summed."""
-        if not self.latents:
-            return self.tokens[0].log_prob.new_zeros(self.n_nodes, self.n_rows)
-        return self._finish([(o, f) for o, f in self.latents])
+        parts = [self._by_row(t, t.log_prob) for t in self.tokens]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)  # the largest tensor of a run: not copied
 
     def _left(self, t: _Tokens) -> int:
         """Axes to the left of nodes and plates: those of enumerated sites."""
@@ -365,13 +366,10 @@ def read_factors(
         trace = poutine.trace(model).get_trace(*args)
     trace.symbolize_dims()
     n_rows = n_rows_of(program, args)
-    summed, latents, own = set(), [], []
     sizes: dict[str, int] = {}
-    for node in latent_nodes(trace):
-        log_prob = node["fn"].log_prob(node["value"])
-        latents.append((_ordinal(trace, node), packed.pack(log_prob, node["infer"]["_dim_to_symbol"])))
-        own.append(node["infer"].get("_enumerate_symbol", ""))
-        summed.add(own[-1])
+    hidden = [(node, node["fn"].log_prob(node["value"])) for node in latent_nodes(trace)]
+    own = tuple(node["infer"].get("_enumerate_symbol", "") for node, _ in hidden)
+    summed = frozenset(own) - {""}
     tokens = []
     scale = 1.0
     for site in program.sites:
@@ -404,11 +402,21 @@ def read_factors(
         if name in trace.plate_to_symbol and size > 1:
             kept += trace.plate_to_symbol[name]
             sizes[trace.plate_to_symbol[name]] = size
+    prior, latents = None, []
+    if summed:
+        latents = [
+            (_ordinal(trace, node), packed.pack(log_prob, node["infer"]["_dim_to_symbol"]))
+            for node, log_prob in hidden
+        ]
+    else:
+        parts = [sum_by_row(log_prob, rows_axis(node, program), n_nodes) for node, log_prob in hidden]
+        prior = sum(parts[1:], parts[0]) if parts else tokens[0].log_prob.new_zeros(n_nodes, n_rows)
     return Factors(
         tuple(tokens),
+        prior,
         tuple(latents),
-        tuple(own),
-        frozenset(summed - {""}),
+        own,
+        summed,
         kept,
         sizes,
         n_nodes,

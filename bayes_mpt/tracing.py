@@ -372,6 +372,23 @@ def rows_first(value: Tensor, row_axis: int | None, n_joint: int = 0) -> Tensor:
     return value.movedim(row_axis, 0).reshape(value.shape[row_axis], -1)
 
 
+def rows_axis(node: Any, program: Program) -> int | None:
+    """Where the rows are in the log-density of a site, counted from the right; None where they are one vector."""
+    if not program.by_row:
+        return None
+    return next((f.dim for f in node["cond_indep_stack"] if f.name == program.rows_plate and f.vectorized), None)
+
+
+def sum_by_row(log_prob: Tensor, axis: int | None, n: int) -> Tensor:
+    """Log-densities of one site in a run on n nodes, summed over all axes but nodes and rows: (n, N)."""
+    kept = {0} if n > 1 else set()
+    if axis is not None:
+        kept.add(axis % log_prob.ndim)
+    away = [i for i in range(log_prob.ndim) if i not in kept]
+    total = log_prob.sum(away) if away else log_prob
+    return total if total.ndim == 2 else total.reshape(-1, 1) if axis is None else total[None]
+
+
 def token_values(trace: Trace, program: Program) -> Tensor:
     """Values of the tokens of a run: (N, T) in floating point; a token of several numbers is their sum."""
     parts = [rows_first(trace.nodes[s.name]["value"], s.row_axis, s.n_joint) for s in program.sites]

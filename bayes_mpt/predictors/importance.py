@@ -40,8 +40,9 @@ from bayes_mpt.tracing import (
     latent_nodes,
     n_rows_of,
     one_vector,
-    rows_first,
+    rows_axis,
     run,
+    sum_by_row,
     survey,
 )
 
@@ -237,17 +238,16 @@ class _Guided(_Sampled):
         """The inner model at n draws, and - log q (n, N)."""
         guide_trace = self._guide_trace(filled, shown, n)
         n_rows = n_rows_of(self.program, filled)
-        log_q = filled[0].new_zeros(n, n_rows)
+        log_q: Tensor | float = 0.0
         values = {}
         for node in latent_nodes(guide_trace):
             if node["name"] in self.program.latent_names:
                 values[node["name"]] = node["value"]
-            log_q = log_q + self._by_row(node, n, n_rows)
-            if not bool(torch.isfinite(log_q.detach()).all()):
-                raise ModelError(
-                    f"the guide's density of site {node['name']!r} is not finite: check its parameters, and the "
-                    "learning rate if they were trained"
-                )
+            axis = rows_axis(node, self.program)
+            log_q = sum_by_row(node["fn"].log_prob(node["value"]), axis, n) + log_q
+        assert isinstance(log_q, Tensor)
+        if not bool(torch.isfinite(log_q.detach()).all()):
+            _refuse_infinite(guide_trace)
         factors = read_factors(self.model, filled, self.program, values, n)
         latents = [
             nodes_first(values[site.name].detach(), site, n, n_rows)
@@ -255,21 +255,6 @@ class _Guided(_Sampled):
             if site.name in values
         ]
         return FactorsGiven(factors), -log_q, factors.scale, torch.cat(latents, -1).to(log_q), factors.value
-
-    def _by_row(self, node: Any, n: int, n_rows: int) -> Tensor:
-        """A guide site's log-density: (n, N)."""
-        log_prob = node["fn"].log_prob(node["value"])
-        frames = [f for f in node["cond_indep_stack"] if f.name == self.program.rows_plate and f.vectorized]
-        if not self.program.by_row or not frames:
-            return (
-                log_prob.expand(n, *log_prob.shape[log_prob.ndim > 0 and n > 1 :])
-                .reshape(n, -1)
-                .sum(-1)[:, None]
-            )
-        axis = frames[0].dim + log_prob.ndim
-        if n == 1:
-            return rows_first(log_prob, axis).sum(-1)[None]
-        return log_prob.movedim(axis, 1).reshape(n, n_rows, -1).sum(-1)
 
     def _guide_trace(self, filled: tuple[Any, ...], shown: Tensor | None, n: int) -> Trace:
         kwargs: dict[str, Any] = {}
@@ -326,6 +311,15 @@ def _takes_visible(guide: Any) -> bool:
         return "visible" in inspect.signature(target).parameters
     except (TypeError, ValueError):
         return False
+
+
+def _refuse_infinite(guide_trace: Trace) -> None:
+    for node in latent_nodes(guide_trace):
+        if not bool(torch.isfinite(node["fn"].log_prob(node["value"])).all()):
+            raise ModelError(
+                f"the guide's density of site {node['name']!r} is not finite: check its parameters, and the "
+                "learning rate if they were trained"
+            )
 
 
 def _is_real(support: Any) -> bool:

@@ -449,8 +449,9 @@ class Nodes(Conditionals):
 
     def _log_z(self, log_prob: Tensor, x: Tensor, mask: Tensor) -> Tensor:
         """(S, N) -> (N,); 0 for rows of which nothing is visible."""
-        some = (mask & ~x.isnan()).any(1)
-        return torch.where(some, log_prob.logsumexp(0), 0.0)
+        log_z = log_prob.logsumexp(0)
+        none = ~(mask & ~x.isnan()).any(1)
+        return torch.where(none, 0.0, log_z) if bool(none.any()) else log_z
 
     def _check(self, x: Tensor) -> None:
         if x.shape != self.last.value.shape:
