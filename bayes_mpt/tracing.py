@@ -95,6 +95,8 @@ class Program(NamedTuple):
     """Rows that a sub-sampling plate draws; None where the program takes all rows it is given."""
     scale: float = 1.0
     """Plate or `poutine.scale` factor of the sites."""
+    tokens_from: int | None = None
+    """Position of the argument whose cells are the tokens as they stand, and that no distribution looks at."""
     own_rows: bool = True
     """Programs of this kind are read on the rows that they score."""
     plain: bool = False
@@ -185,7 +187,10 @@ def survey(model: Model, args: tuple[Any, ...]) -> Program:
         )
     _refuse_unregistered(first)
     if program.sub_rows is None:
-        _refuse_dependence_on_x(model, init, program, first)
+        tokens = _refuse_dependence_on_x(model, init, program, first)
+        if len(nodes) == 1 and not sites[0].n_joint:
+            whole = [i for i in tokens if nodes[0]["value"] is init[i]]
+            program = program._replace(tokens_from=whole[0] if whole else None)
     return program
 
 
@@ -462,11 +467,13 @@ def refuse_unregistered(outputs: list[Tensor]) -> None:
         todo.extend(nxt for nxt, _ in fn.next_functions if nxt is not None)
 
 
-def _refuse_dependence_on_x(model: Model, args: tuple[Any, ...], program: Program, first: Trace) -> None:
+def _refuse_dependence_on_x(model: Model, args: tuple[Any, ...], program: Program, first: Trace) -> list[int]:
     """No token's distribution may look at the tokens: resample every column of an argument and see what moves.
 
-    Columns are resampled, not shifted, so that counts stay counts; latents keep the values of the first run.
+    Columns are resampled, not shifted, so that counts stay counts; latents keep the values of the first run. The
+    positions of arguments that were found to be tokens, and to be looked at by no distribution, are returned.
     """
+    free = []
     latents = {node["name"]: node["value"] for node in latent_nodes(first)}
     with torch.no_grad():
         before = _own_log_probs(first, first, program)
@@ -497,6 +504,8 @@ def _refuse_dependence_on_x(model: Model, args: tuple[Any, ...], program: Progra
                         "token would be scored with its own value. Compute the statistic outside, make it a "
                         "pyro.param, or pass covariates as a further argument"
                     )
+            free.append(position)
+    return free
 
 
 def _own_log_probs(trace: Trace, values: Trace, program: Program) -> list[Tensor]:
@@ -512,19 +521,26 @@ def _own_log_probs(trace: Trace, values: Trace, program: Program) -> list[Tensor
 # -------------------------------------------------------------------------------------------------------- arguments
 
 
-def fill(arg: Any) -> Any:
-    """NaN cells replaced, so that any program can run; they are never scored.
+def fill(arg: Any, value: Tensor | None = None) -> Any:
+    """NaN cells replaced, by default by `filling`, so that any program can run; they are never scored.
 
-    By their column's mean; in columns of whole numbers by the (lower) median, which stays in any support.
+    The argument itself where nothing is missing.
     """
-    if not isinstance(arg, Tensor) or not arg.is_floating_point():
+    if not has_missing(arg):
         return arg
-    missing = arg.isnan()
-    if not bool(missing.any()):
-        return arg
-    whole = ((arg == arg.round()) | missing).all(0)
+    return torch.where(arg.isnan(), filling(arg) if value is None else value, arg)
+
+
+def filling(arg: Any) -> Tensor | None:
+    """What stands for the missing cells of each column: its mean; where all are whole numbers the (lower) median.
+
+    An observed value stays in any support. None for an argument that can have no missing cells.
+    """
+    if not isinstance(arg, Tensor) or not arg.is_floating_point() or arg.ndim == 0:
+        return None
+    whole = ((arg == arg.round()) | arg.isnan()).all(0)
     value = torch.where(whole, arg.nanmedian(0).values, arg.nanmean(0))
-    return torch.where(missing, value.nan_to_num(1.0), arg)  # a column without any cell: in most supports
+    return value.nan_to_num(1.0)  # a column without any cell: in most supports
 
 
 def _fill_otherwise(arg: Any) -> Any:

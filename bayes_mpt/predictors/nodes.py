@@ -625,7 +625,10 @@ class _Fix(poutine.messenger.Messenger):
 
 
 def program_values(model: Model, args: tuple[Any, ...], filled: tuple[Any, ...], program: Program) -> Tensor:
-    """The tokens (N, T) of these rows, NaN where missing: one more run, latents drawn."""
+    """The tokens (N, T) of these rows, NaN where missing: of the argument itself, or of more runs, latents drawn."""
+    position = program.tokens_from
+    if position is not None and not any(f is not a for f, a in zip(filled, args, strict=True) if a is not args[position]):
+        return rows_first(args[position], program.sites[0].row_axis)
     with torch.no_grad():
         trace = run(model, filled)
         sites = {s.name: trace.nodes[s.name]["value"] for s in program.latents}
