@@ -36,6 +36,8 @@ from bayes_mpt.tracing import (
     is_subsample,
     latent_nodes,
     n_rows_of,
+    node_of,
+    one_precision,
     token_values,
 )
 
@@ -64,9 +66,8 @@ class _Tokens(NamedTuple):
         value = self.log_prob.new_tensor(float("nan"))
         if not self.site.n_joint:
             with suppress(NotImplementedError):
-                value = fn.mean
-                if hasattr(fn, "probs") and not bool(torch.isfinite(value).all()):
-                    value = fn.probs.argmax(-1).to(fn.probs)
+                codes = isinstance(fn, torch.distributions.Categorical)
+                value = fn.probs.argmax(-1).to(fn.probs) if codes else fn.mean
         return value.expand(self.log_prob.shape)
 
 
@@ -169,7 +170,9 @@ class Factors(NamedTuple):
 
     def levels(self, visible: Tensor) -> Tensor | None:
         """Probabilities of the categories of categorical tokens given x_R and u_s, 0 for others: (S, N, T, L)."""
-        probs = [t.fn.probs if t.site.kind == "Categorical" else None for t in self.tokens]
+        probs = [
+            t.fn.probs if isinstance(t.fn, torch.distributions.Categorical) else None for t in self.tokens
+        ]
         n_levels = max((p.shape[-1] for p in probs if p is not None), default=0)
         if not n_levels:
             return None
@@ -241,9 +244,16 @@ class Factors(NamedTuple):
 
     def _prior(self) -> Tensor:
         """log p(u_s), (S, N) where nothing is summed."""
-        if not self.latents:
-            return self.tokens[0].log_prob.new_zeros(self.n_nodes, self.n_rows)
-        return self._finish([(o, f) for o, f in self.latents])
+        total = self.tokens[0].log_prob.new_zeros(self._kept_shape())
+        for _, term in self.latents:
+            dims = term._pyro_dims  # type: ignore[attr-defined]  # Pyro names packed axes so
+            away = [i for i, s in enumerate(dims) if s not in self.kept]
+            left = [s for s in dims if s in self.kept]
+            by_kept = (term.sum(away) if away else term).permute(
+                [left.index(s) for s in self.kept if s in left]
+            )
+            total = total + by_kept.reshape([self.sizes[s] if s in left else 1 for s in self.kept])
+        return total.reshape(self.n_nodes, self.n_rows)
 
     def _left(self, t: _Tokens) -> int:
         """Axes to the left of nodes and plates: those of enumerated sites."""
@@ -356,6 +366,7 @@ def read_factors(
     depth = program.depth
     first_free = -1 - depth - (n_nodes > 1)
     with ExitStack() as stack:
+        stack.enter_context(one_precision(args))
         if program.discrete:
             stack.enter_context(EnumMessenger(first_available_dim=first_free))
         if n_nodes > 1:
@@ -367,19 +378,20 @@ def read_factors(
     n_rows = n_rows_of(program, args)
     summed, latents, own = set(), [], []
     sizes: dict[str, int] = {}
+    dtype = node_of(trace, program.sites[0].name)["value"].dtype
     for node in latent_nodes(trace):
-        log_prob = node["fn"].log_prob(node["value"])
+        log_prob = node["fn"].log_prob(node["value"]).to(dtype)  # of constants in another precision
         latents.append((_ordinal(trace, node), packed.pack(log_prob, node["infer"]["_dim_to_symbol"])))
         own.append(node["infer"].get("_enumerate_symbol", ""))
         summed.add(own[-1])
     tokens = []
     scale = 1.0
     for site in program.sites:
-        node = trace.nodes[site.name]
+        node = node_of(trace, site.name)
         scale = float(node["scale"])
         _check_shape(node, site)
         fn = base(node["fn"])
-        log_prob = fn.log_prob(node["value"])
+        log_prob = fn.log_prob(node["value"]).to(dtype)
         n_event = node["fn"].event_dim - site.n_joint
         for mask, n_outer in _masks(node, n_event):
             log_prob = torch.where(mask[(...,) + (None,) * n_outer] if mask.ndim else mask, log_prob, 0.0)
