@@ -28,6 +28,7 @@ from bayes_mpt.tracing import (
     MissingCovariate,
     Model,
     ModelError,
+    Program,
     SetLatents,
     base,
     describe_latent,
@@ -38,8 +39,10 @@ from bayes_mpt.tracing import (
     is_subsample,
     latent_nodes,
     observed_nodes,
+    one_precision,
     refuse_unregistered,
     run,
+    token_values,
 )
 
 __all__ = [
@@ -51,6 +54,7 @@ __all__ = [
     "read_side_by_side",
     "structure",
     "token_means",
+    "tokens_of",
 ]
 
 N_CHECKS = 3  # random points on top of the K + 1 that fix the affine map: at 1, 10 and 100 sd
@@ -220,7 +224,7 @@ def token_means(
     model: Model, args: tuple[Any, ...], sites: tuple[str, ...], values: dict[str, Tensor]
 ) -> Tensor:
     """Means of the tokens at these latent values, the other latents at their means given them: (N, ...)."""
-    with SetLatents(values, others_at_mean=True):
+    with one_precision(args), SetLatents(values, others_at_mean=True):
         trace = poutine.trace(model).get_trace(*args)
     means = [trace.nodes[name]["fn"].mean for name in sites]
     return means[0] if len(means) == 1 else torch.cat([m.reshape(len(m), -1) for m in means], 1)
@@ -492,9 +496,9 @@ def _normal(node: dict[str, Any]) -> tuple[Tensor, Tensor]:
     fn = base(node["fn"])
     value = node["value"]
     if isinstance(fn, torch.distributions.Normal):
-        return fn.loc.expand(value.shape), fn.scale.expand(value.shape)
+        return fn.loc.expand(value.shape).to(value), fn.scale.expand(value.shape).to(value)
     if isinstance(fn, torch.distributions.MultivariateNormal):
-        return fn.loc.expand(value.shape), fn.stddev.expand(value.shape)
+        return fn.loc.expand(value.shape).to(value), fn.stddev.expand(value.shape).to(value)
     kind = "observed" if node["is_observed"] else "latent"
     raise NotAffine(
         f"{kind} site {node['name']!r} is {type(fn).__name__}: only Normal or MultivariateNormal tokens and latents "
@@ -515,7 +519,8 @@ def _correlated_noise(trace: Trace, structure: Structure) -> Tensor | None:
             f"observed site {node['name']!r} has several MultivariateNormal events a row: their noise is correlated "
             "in blocks, which is not read as one linear-Gaussian map"
         )
-    return fn.scale_tril.expand(*node["fn"].batch_shape, n_tokens, n_tokens).reshape(-1, n_tokens, n_tokens)
+    tril = fn.scale_tril.to(node["value"]).expand(*node["fn"].batch_shape, n_tokens, n_tokens)
+    return tril.reshape(-1, n_tokens, n_tokens)
 
 
 def _split_noise(tril: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -539,7 +544,10 @@ def _token_normal(trace: Trace, structure: Structure) -> tuple[Tensor, Tensor]:
     return _tokens_of(list(loc), structure.by_row), _tokens_of(list(scale), structure.by_row)
 
 
-def _token_values(trace: Trace, structure: Structure) -> Tensor:
+def tokens_of(trace: Trace, structure: Structure | Program) -> Tensor:
+    """Values of the tokens of a run (N, T), of a program that was found to be linear-Gaussian or of another."""
+    if isinstance(structure, Program):
+        return token_values(trace, structure)
     return _tokens_of([trace.nodes[name]["value"] for name in structure.sites], structure.by_row)
 
 
@@ -555,7 +563,7 @@ def _latent_normal(trace: Trace, structure: Structure, n_rows: int) -> tuple[Ten
         fn = base(node["fn"])
         if isinstance(fn, torch.distributions.MultivariateNormal):
             width = fn.event_shape[0]
-            tril = fn.scale_tril.expand(*node["value"].shape, width)  # (..., D, D)
+            tril = fn.scale_tril.to(loc).expand(*node["value"].shape, width)  # (..., D, D)
             if site.row_axis is not None:
                 tril = tril.movedim(site.row_axis, 0)
             tril = tril.reshape(n_rows, -1, width, width)
@@ -578,7 +586,7 @@ def _value(
     model: Model, args: tuple[Any, ...], structure: Structure, trace: Trace, sites: dict[str, Tensor]
 ) -> Tensor:
     """The observed value as (N, T): a token that is computed from a missing cell is missing."""
-    value = _token_values(trace, structure)
+    value = tokens_of(trace, structure)
     if any(has_missing(a) for a in args):
         # The filled cells gave finite parameters and maps; what the NaN themselves reach shows which tokens to drop.
         with torch.no_grad():
@@ -592,7 +600,7 @@ def _value(
                     f"missing cells reach the mean or scale of observed site {structure.observed!r}: covariates must "
                     "be complete, only what is observed may be missing"
                 )
-            value = _token_values(raw, structure)
+            value = tokens_of(raw, structure)
         n_cells = sum(int(a.isnan().sum()) for a in args if has_missing(a))
         if int(value.isnan().sum()) > n_cells:
             raise ModelError(
@@ -611,6 +619,7 @@ def _observed_arg(value: Tensor, args: tuple[Any, ...], ndim: int) -> int | None
             and a.ndim == 2
             and ndim <= 2
             and a.shape == value.shape
+            and a.dtype == value.dtype
             and torch.equal(a, value)
         ):
             return i
@@ -645,7 +654,7 @@ def _trial_run(model: Model, args: tuple[Any, ...], structure: Structure, z: Ten
         loc, scale = _token_normal(trace, structure)
         latent_loc, root = _latent_normal(trace, structure, _batch(structure, args))
         prior = torch.cat([latent_loc, root.flatten(1)], 1)
-        return _Trial(trace, z, loc, scale, _token_values(trace, structure), prior)
+        return _Trial(trace, z, loc, scale, tokens_of(trace, structure), prior)
 
 
 def _covariates(args: tuple[Any, ...]) -> bool:
@@ -684,7 +693,7 @@ def _refuse_dependence_on_x(
         return  # other rows every run; the estimator refuses such programs, SVI scales them
     with torch.no_grad():
         for position, arg in enumerate(args):
-            if not isinstance(arg, Tensor) or not arg.is_floating_point() or not arg.numel():
+            if not isinstance(arg, Tensor) or not arg.ndim or not arg.numel():
                 continue
             for changed_arg in _changes(arg):
                 after = _after(
@@ -726,6 +735,9 @@ def _refuse_dependence_on_x(
 def _changes(arg: Tensor) -> list[Tensor]:
     """Other values for an argument: shifted with changed signs; and, for programs that need positive ones, scaled."""
     generator = torch.Generator().manual_seed(1)
+    if not arg.is_floating_point():  # codes and whole numbers: resampled
+        index = torch.randint(len(arg), arg.shape, generator=generator)
+        return [torch.gather(arg, 0, index.to(arg.device))]
     random = torch.rand(arg.shape, generator=generator, dtype=torch.float64).to(arg)
     size = arg.abs().mean(0) + arg.std(0, correction=0)
     size = torch.where(size > 0, size, torch.ones_like(size))

@@ -34,7 +34,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from bayes_mpt import training
-from bayes_mpt.affine import Reading, token_means
+from bayes_mpt.affine import Reading, token_means, tokens_of
 from bayes_mpt.concentrated import NoiseFloorError, spectrum
 from bayes_mpt.evidence import Laplace, laplace_diagonal, laplace_proportional
 from bayes_mpt.masks import PermutationChain, Policy
@@ -43,7 +43,7 @@ from bayes_mpt.moments import Table
 from bayes_mpt.predictors import Conditionals, LinearGaussian, Predictor, choose
 from bayes_mpt.score import ScoreEstimate, estimate
 from bayes_mpt.store import OwnStore, State, load, save, seeded
-from bayes_mpt.tracing import Model, ModelError, Program, fill, first_run
+from bayes_mpt.tracing import Model, ModelError, Program, fill, first_run, not_finite, run
 
 __all__ = ["BayesMPT"]
 
@@ -228,7 +228,7 @@ class BayesMPT(
         context.call_on_fit_task_begin(estimator=self, X=X, y=y)
         model = PPCA() if self.model is None else self.model
         if isinstance(model, torch.nn.Module):
-            model = deepcopy(model)  # a PyroModule trains in place
+            model = deepcopy(model).double()  # a PyroModule trains in place
         guide = _own_guide(self.guide, model)
         state = self._state if warm and hasattr(self, "_state") else None
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
@@ -256,6 +256,15 @@ class BayesMPT(
                 self._initial = store.initial()
                 store.begin(state)
                 self._refuse_subsampling(predictor, args)
+                if predictor.one_by_one:
+                    warnings.warn(
+                        "the program does not run on several nodes at once, so that each is run by itself: slow "
+                        f"({predictor.name}: {predictor.why}). Write it without Python's if on latents, and with "
+                        "operations that take more axes on the left: (x * w).sum(-1) for x @ w, z[..., None] for "
+                        "z[:, None]",
+                        UserWarning,
+                        stacklevel=3,
+                    )
                 if predictor.structure.plain:
                     table = self._grow_table(X, seen) if table is None else table
                     _refuse_constant(table)
@@ -289,15 +298,16 @@ class BayesMPT(
                         if (predictor.structure.plain)
                         else predictor.posterior(predictor.value).mean.shape[1]
                     )
+                if not np.isfinite(total):
+                    raise ModelError(
+                        f"the log marginal likelihood is {total} at the fitted parameters: "
+                        f"{not_finite(model, args)}. Check what the program computes from these"
+                    )
                 self._state = save()
                 store_values = pyro.get_param_store()
                 self.params_ = {n: store_values[n].detach().cpu().numpy().copy() for n in self._state}
         takes_y = y is not None and _takes_y(model)
         self._y_like: tuple[tuple[int, ...], Any] | None = (y.shape[1:], y.dtype) if takes_y else None
-        if not np.isfinite(total):
-            raise ValueError(
-                f"the log marginal likelihood is {total} at the fitted parameters: check the program"
-            )
         self._table = table
         self._store_fit(model, guide, predictor, fit, total, se)
         self.data_digest_ = _digest(X) if seen is None else ""
@@ -354,9 +364,17 @@ class BayesMPT(
         except NoiseFloorError as error:
             raise ValueError(self._unbounded(error, problem)) from error
         if not fit.converged and not fit.interrupted:
+            if fit.n_iter >= self.max_iter:
+                what = f"raise max_iter (now {self.max_iter})"
+            elif problem.predictor.name == "Quadrature":
+                what = (
+                    f"with so few nodes the score is not smooth ({problem.predictor.why}). Give Quadrature a larger "
+                    "n_nodes; if that does not help, a parameter runs to infinity"
+                )
+            else:
+                what = "the score has no smooth maximum near params_, or one at infinity: see history_"
             warnings.warn(
-                f"the training stopped after {fit.n_iter} iterations without meeting its stopping rule: raise max_iter "
-                f"(now {self.max_iter})",
+                f"the training stopped after {fit.n_iter} iterations without meeting its stopping rule: {what}",
                 ConvergenceWarning,
                 stacklevel=4,
             )
@@ -429,6 +447,11 @@ class BayesMPT(
             raise ModelError(
                 f"poutine.scale weighs the program by {scale:.4g}, so that its score is no marginal likelihood: fit "
                 "the program itself, or train with pyro.infer.SVI and CumulativeMaskedScore, which take the weight"
+            )
+        if structure.sub_rows is not None and scale == 1.0:
+            raise ModelError(
+                f"no plate of the {len(args[0])} rows of X stands around observed site {structure.observed!r}: plate "
+                f'{structure.rows_plate!r} has {structure.sub_rows}. Write pyro.plate("rows", len(x)) around it'
             )
         if structure.sub_rows is not None or scale != 1.0:
             raise ModelError(
@@ -576,13 +599,42 @@ class BayesMPT(
         """X with its NaN cells replaced by their means given the observed cells of the row."""
         with self.read_rows(X, y) as (predictor, x), torch.no_grad():
             cells = self._tensor(self._check_rows(X, reset=False))
-            if x.shape != cells.shape or not bool(((x == cells) | (x.isnan() & cells.isnan())).all()):
-                raise ValueError(
-                    f"impute fills cells of X, but the tokens of site {predictor.structure.observed!r} are not these "
-                    "cells in their order (observed in another order, transformed, or y): observe x itself"
-                )
-            filled = torch.where(x.isnan(), predictor.posterior(x).tokens, x)
+            tokens = torch.where(x.isnan(), predictor.posterior(x).tokens, x)
+            if x.shape == cells.shape and bool(((x == cells) | (x.isnan() & cells.isnan())).all()):
+                filled = tokens
+            else:
+                y = None if y is None else np.asarray(y)
+                where = self._cells_of(self._arguments(self.fitted_model_, cells.cpu().numpy(), y))
+                filled = cells.flatten().index_copy(0, where, tokens.flatten()).reshape(cells.shape)
         return filled.cpu().numpy().astype(self._dtype_of(X), copy=False)
+
+    def _cells_of(self, args: tuple[Any, ...]) -> Tensor:
+        """Which cell of X each token is, in reading order: a column at a time is marked with numbers of its own."""
+        structure = self.predictor_.structure
+        filled = tuple(fill(a) for a in args)
+        generator = torch.Generator().manual_seed(0)
+        found: Tensor | None = None
+        with pyro.validation_enabled(False):
+            for column in range(filled[0].shape[1]):
+                marks = torch.rand(len(filled[0]), generator=generator, dtype=torch.float64).to(filled[0])
+                marked = filled[0].clone()
+                marked[:, column] = marks
+                try:
+                    trace = run(self.fitted_model_, (marked, *filled[1:]))
+                except (RuntimeError, ValueError, IndexError):
+                    continue  # an index, say: no token
+                value = tokens_of(trace, structure).flatten()
+                found = torch.full_like(value, -1, dtype=torch.long) if found is None else found
+                row = torch.searchsorted(marks.sort().values, value).clamp(max=len(marks) - 1)
+                row = marks.argsort()[row]
+                is_mark = marks[row] == value
+                found[is_mark] = (row * filled[0].shape[1] + column)[is_mark]
+        if found is None or bool((found < 0).any()):
+            raise ValueError(
+                f"impute fills cells of X, but not every token of site {structure.observed!r} is one of them "
+                "(transformed, computed from several, or y): observe cells of x themselves"
+            )
+        return found
 
     @available_if(lambda self: getattr(self, "_y_like", None) is not None)
     def predict(self, X: ArrayLike) -> NDArray[np.float64]:
@@ -838,7 +890,7 @@ def _own_guide(guide: Any, model: Model) -> Any:
     """A guide that is a module trains in place: a copy; one of Pyro's automatic guides keeps to our model."""
     if not isinstance(guide, torch.nn.Module):
         return guide
-    copy = deepcopy(guide)
+    copy = deepcopy(guide).double()
     if isinstance(copy, AutoGuide):
         copy._model = (model,)  # Pyro's copies lose it, and offer no other way to give it back
     return copy

@@ -36,6 +36,8 @@ from bayes_mpt.tracing import (
     is_subsample,
     latent_nodes,
     n_rows_of,
+    node_of,
+    one_precision,
     rows_axis,
     sum_by_row,
     token_values,
@@ -66,9 +68,8 @@ class _Tokens(NamedTuple):
         value = self.log_prob.new_tensor(float("nan"))
         if not self.site.n_joint:
             with suppress(NotImplementedError):
-                value = fn.mean
-                if hasattr(fn, "probs") and not bool(torch.isfinite(value).all()):
-                    value = fn.probs.argmax(-1).to(fn.probs)
+                codes = isinstance(fn, torch.distributions.Categorical)
+                value = fn.probs.argmax(-1).to(fn.probs) if codes else fn.mean
         return value.expand(self.log_prob.shape)
 
 
@@ -175,7 +176,9 @@ class Factors(NamedTuple):
 
     def levels(self, visible: Tensor) -> Tensor | None:
         """Probabilities of the categories of categorical tokens given x_R and u_s, 0 for others: (S, N, T, L)."""
-        probs = [t.fn.probs if t.site.kind == "Categorical" else None for t in self.tokens]
+        probs = [
+            t.fn.probs if isinstance(t.fn, torch.distributions.Categorical) else None for t in self.tokens
+        ]
         n_levels = max((p.shape[-1] for p in probs if p is not None), default=0)
         if not n_levels:
             return None
@@ -244,7 +247,9 @@ class Factors(NamedTuple):
     def _plain(self) -> Tensor:
         """(S, N, T) where nothing is summed."""
         parts = [self._by_row(t, t.log_prob) for t in self.tokens]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)  # the largest tensor of a run: not copied
+        return (
+            parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        )  # the largest tensor of a run: not copied
 
     def _left(self, t: _Tokens) -> int:
         """Axes to the left of nodes and plates: those of enumerated sites."""
@@ -357,6 +362,7 @@ def read_factors(
     depth = program.depth
     first_free = -1 - depth - (n_nodes > 1)
     with ExitStack() as stack:
+        stack.enter_context(one_precision(args))
         if program.discrete:
             stack.enter_context(EnumMessenger(first_available_dim=first_free))
         if n_nodes > 1:
@@ -367,17 +373,19 @@ def read_factors(
     trace.symbolize_dims()
     n_rows = n_rows_of(program, args)
     sizes: dict[str, int] = {}
-    hidden = [(node, node["fn"].log_prob(node["value"])) for node in latent_nodes(trace)]
+    dtype = node_of(trace, program.sites[0].name)["value"].dtype
+    # of constants in another precision
+    hidden = [(node, node["fn"].log_prob(node["value"]).to(dtype)) for node in latent_nodes(trace)]
     own = tuple(node["infer"].get("_enumerate_symbol", "") for node, _ in hidden)
     summed = frozenset(own) - {""}
     tokens = []
     scale = 1.0
     for site in program.sites:
-        node = trace.nodes[site.name]
+        node = node_of(trace, site.name)
         scale = float(node["scale"])
         _check_shape(node, site)
         fn = base(node["fn"])
-        log_prob = fn.log_prob(node["value"])
+        log_prob = fn.log_prob(node["value"]).to(dtype)
         n_event = node["fn"].event_dim - site.n_joint
         for mask, n_outer in _masks(node, n_event):
             log_prob = torch.where(mask[(...,) + (None,) * n_outer] if mask.ndim else mask, log_prob, 0.0)

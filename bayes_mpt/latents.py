@@ -10,7 +10,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import biject_to
 
-from bayes_mpt.tracing import Latent, Program
+from bayes_mpt.tracing import Latent, ModelError, Program, node_of
 
 __all__ = ["Space", "space"]
 
@@ -72,7 +72,17 @@ class Space(NamedTuple):
 
     def pack(self, trace: Trace, n_rows: int) -> Tensor:
         """u (1, N, d) of a run's values."""
-        return self.pack_values({n: trace.nodes[n]["value"] for n in self.names}, 1, n_rows)
+        values = {n: node_of(trace, n)["value"] for n in self.names}
+        for p in self.parts:
+            shape, got = list(p.latent.shape), values[p.latent.name].shape
+            if p.latent.row_axis is not None:
+                shape[p.latent.row_axis] = n_rows
+            if list(got) != shape:
+                raise ModelError(
+                    f"latent site {p.latent.name!r} had shape {p.latent.shape} when the program was first run and has "
+                    f"{tuple(got)} now: without a rows plate around it, the number of rows may not change"
+                )
+        return self.pack_values(values, 1, n_rows)
 
     def pack_values(self, values: dict[str, Tensor], n_nodes: int, n_rows: int) -> Tensor:
         """The inverse of `values`: (S, N, d)."""
@@ -103,9 +113,9 @@ def space(program: Program, trace: Trace, names: Iterable[str]) -> Space:
     for latent in program.latents:
         if latent.name not in set(names):
             continue
-        fn = trace.nodes[latent.name]["fn"]
+        node = node_of(trace, latent.name)
+        fn, value = node["fn"], node["value"]
         transform = biject_to(fn.support)
-        value = trace.nodes[latent.name]["value"]
         shape = tuple(transform.inverse_shape(value.shape))
         parts.append(_Part(latent, transform, shape, len(fn.batch_shape)))
     return Space(tuple(parts), program.depth, program.by_row)

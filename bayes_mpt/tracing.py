@@ -7,6 +7,7 @@ Multinomial count, say) where it has not.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ NODES = "_nodes"  # the plate of nodes, left of a program's own plates
 MAX_VALUES = 4096  # of one discrete latent
 N_TRIAL_ROWS = 8
 CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4}
+MIXED = re.compile("dtype|scalar type|data type|result type")  # in torch's messages about precision
 
 
 class ModelError(ValueError):
@@ -179,6 +181,10 @@ def survey(model: Model, args: tuple[Any, ...]) -> Program:
     )
     for node in latents:
         _check_latent(node)
+    for node in (*nodes, *latents):
+        _check_plates(node)
+    for node in nodes:
+        _check_support(node)
     if len({float(n["scale"]) for n in (*nodes, *latents)}) > 1:
         scales = {n["name"]: float(n["scale"]) for n in (*nodes, *latents)}
         raise ModelError(
@@ -216,8 +222,81 @@ class SetLatents(poutine.messenger.Messenger):
 
 def run(model: Model, args: tuple[Any, ...], values: dict[str, Tensor] | None = None) -> Trace:
     """The trace of one run with these latent values; the random state stays as it was where latents are drawn."""
-    with _rng_untouched(active=values is None), SetLatents(values or {}):
+    with one_precision(args), _rng_untouched(active=values is None), SetLatents(values or {}):
         return poutine.trace(model).get_trace(*args)
+
+
+@contextmanager
+def one_precision(args: tuple[Any, ...]) -> Iterator[None]:
+    """Run a program in the precision of its rows, however it is written: ``torch.zeros(4)``, targets of whole numbers.
+
+    To be entered before all other handlers of a run.
+    """
+    floating = [a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point()]
+    before = torch.get_default_dtype()
+    casts = _Casts(floating[0] if floating else before)
+    torch.set_default_dtype(casts.dtype)
+    try:
+        with casts:
+            yield
+    except ValueError as error:
+        first_line = str(error).splitlines()[0]
+        if first_line.startswith("Shape mismatch inside plate"):
+            raise ModelError(
+                f"{first_line}: append .to_event(1) where a row has several tokens or numbers, or give the outer plate "
+                "dim=-2"
+            ) from error
+        if not first_line.startswith("Expected parameter"):  # torch's, which names no site
+            raise
+        where = f"after site {casts.site!r}" if casts.site else "before its first site"
+        raise ModelError(
+            f"the program makes a distribution {where} that cannot be: {first_line}. Check the parameters, "
+            "and what is computed from latents far from zero (exp, division)"
+        ) from error
+    except RuntimeError as error:
+        if not MIXED.search(str(error)):
+            raise
+        short = [n for n, p in pyro.get_param_store().named_parameters() if p.dtype != casts.dtype]
+        what = (
+            f"parameters {short} are not {casts.dtype}" if short else f"not all its tensors are {casts.dtype}"
+        )
+        first_line = str(error).splitlines()[0]
+        where = f"after site {casts.site!r}" if casts.site else "before its first site"
+        raise ModelError(
+            f"the program mixes precisions {where}: {what}, as x is ({first_line}). Write constants with "
+            "dtype=x.dtype, and networks as network.to(x.dtype), which is network.double() for BayesMPT"
+        ) from error
+    finally:
+        torch.set_default_dtype(before)
+
+
+class _Casts(poutine.messenger.Messenger):
+    """Observed values, draws and initial values of parameters in one precision."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+        self.site = ""
+        """The last site that the program has reached."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if is_subsample(msg):
+            return
+        self.site = msg["name"]
+        if msg["is_observed"]:
+            msg["value"] = torch.as_tensor(msg["value"]).to(self.dtype)
+        elif msg["value"] is None and not getattr(msg["fn"], "has_enumerate_support", False):
+            value = msg["fn"](*msg["args"], **msg["kwargs"])
+            msg["value"] = value.to(self.dtype) if value.is_floating_point() else value
+
+    def _pyro_param(self, msg: Any) -> None:
+        name, *init = msg["args"]
+        if init and not isinstance(init[0], torch.nn.Parameter):  # networks are trained in place
+            first = init[0]
+            msg["args"] = (name, lambda: self._cast(first() if callable(first) else first))
+
+    def _cast(self, value: Any) -> Any:
+        return value.to(self.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def first_run(model: Model, args: tuple[Any, ...]) -> tuple[Trace, tuple[Any, ...]]:
@@ -258,17 +337,55 @@ def latent_nodes(trace: Trace) -> list[Any]:
 
 def observed_nodes(trace: Trace) -> list[Any]:
     """The observed sites; an error where there is none, or a factor."""
-    nodes = [n for n in trace.nodes.values() if n["type"] == "sample" and n["is_observed"]]
+    nodes = [
+        n
+        for n in trace.nodes.values()
+        if n["type"] == "sample" and n["is_observed"] and not n["infer"].get("_deterministic")
+    ]
     for node in nodes:
         if isinstance(base(node["fn"]), dist.Unit):
             raise ModelError(
                 f"site {node['name']!r} is a pyro.factor: the program is no normalised density of its tokens"
             )
+        got, want = tuple(node["value"].shape), tuple(node["fn"].shape())
+        if got != want:
+            raise ModelError(
+                f"observed site {node['name']!r} has values of shape {got} under a distribution of shape {want}: write "
+                "the rows plate with len(x), and .expand or .to_event where the distribution is too small"
+            )
     if not nodes:
         raise ModelError(
-            'the program must have at least one observed site, got none: write pyro.sample("x", ..., obs=x)'
+            f"the program must have at least one observed site, got none (it reached {list(trace.nodes)[1:-1]}): write "
+            'pyro.sample("x", ..., obs=x), where every run comes by'
         )
     return nodes
+
+
+def node_of(trace: Trace, name: str) -> Any:
+    """A site of a run."""
+    if name not in trace.nodes:
+        raise ModelError(
+            f"site {name!r} was there when the program was first run, and is not now (sites: {list(trace.nodes)}): "
+            "which sites there are may depend neither on chance nor on values of latents or parameters"
+        )
+    return trace.nodes[name]
+
+
+def not_finite(model: Model, args: tuple[Any, ...]) -> str:
+    """The sites whose log-density is not finite at latents drawn from the prior, in words."""
+    with pyro.validation_enabled(False):
+        trace = run(model, tuple(fill(a) for a in args))
+        found = {
+            name: node["fn"].log_prob(node["value"])
+            for name, node in trace.nodes.items()
+            if node["type"] == "sample" and not is_subsample(node)
+        }
+    bad = {n: float(t[~torch.isfinite(t)][0]) for n, t in found.items() if not bool(torch.isfinite(t).all())}
+    if not bad:
+        return "at latents drawn from the prior every site has a finite log-density: a parameter, or a latent's tail"
+    return "; ".join(
+        f"the log-density of site {n!r} is {v} at latents drawn from the prior" for n, v in bad.items()
+    )
 
 
 def describe_latent(node: Any, rows_plate: str | None) -> Latent:
@@ -301,6 +418,41 @@ def _check_latent(node: Any) -> None:
         raise ModelError(
             f"discrete latent {node['name']!r} is {type(base(fn)).__name__}, whose values have no end: it cannot be "
             "summed out. Use Categorical or Binomial up to a largest value"
+        )
+    elif isinstance(base(fn), dist.Delta):
+        raise ModelError(
+            f"latent {node['name']!r} is a Delta, which has nothing to integrate: compute it without pyro.sample, or "
+            "use pyro.deterministic"
+        )
+
+
+def _check_plates(node: Any) -> None:
+    """Every axis of a site belongs to an event or to a plate."""
+    dims = {f.dim for f in node["cond_indep_stack"] if f.vectorized}
+    shape = node["fn"].batch_shape
+    for dim in range(-len(shape), 0):
+        if shape[dim] > 1 and dim not in dims:
+            raise ModelError(
+                f"site {node['name']!r} has an axis of size {shape[dim]} that neither a plate nor an event declares: "
+                'put it into pyro.plate("rows", len(x)) where these are independent rows, or append .to_event(1)'
+            )
+
+
+def _check_support(node: Any) -> None:
+    """Tokens must be values that their distribution can take."""
+    fn = base(node["fn"])
+    if not fn._validate_args:
+        return
+    try:
+        fine = fn.support.check(node["value"])
+    except (NotImplementedError, AttributeError, RuntimeError):
+        return
+    if not bool(fine.all()):
+        bad = node["value"].expand(fine.shape)[~fine] if fine.shape == node["value"].shape else node["value"]
+        raise ModelError(
+            f"observed site {node['name']!r} has values outside the support of its {type(fn).__name__}, such as "
+            f"{float(bad.flatten()[0]):.6g}: check the column's coding, or take another distribution (at latents and "
+            "parameters as first drawn; a support that moves with them needs validate_args=False)"
         )
 
 
@@ -381,7 +533,9 @@ def rows_axis(node: Any, program: Program) -> int | None:
     """Where the rows are in the log-density of a site, counted from the right; None where they are one vector."""
     if not program.by_row:
         return None
-    return next((f.dim for f in node["cond_indep_stack"] if f.name == program.rows_plate and f.vectorized), None)
+    return next(
+        (f.dim for f in node["cond_indep_stack"] if f.name == program.rows_plate and f.vectorized), None
+    )
 
 
 def sum_by_row(log_prob: Tensor, axis: int | None, n: int) -> Tensor:
@@ -396,7 +550,7 @@ def sum_by_row(log_prob: Tensor, axis: int | None, n: int) -> Tensor:
 
 def token_values(trace: Trace, program: Program) -> Tensor:
     """Values of the tokens of a run: (N, T) in floating point; a token of several numbers is their sum."""
-    parts = [rows_first(trace.nodes[s.name]["value"], s.row_axis, s.n_joint) for s in program.sites]
+    parts = [rows_first(node_of(trace, s.name)["value"], s.row_axis, s.n_joint) for s in program.sites]
     dtype = next((p.dtype for p in parts if p.is_floating_point()), torch.get_default_dtype())
     return torch.cat([p.to(dtype) for p in parts], 1)
 
@@ -478,7 +632,7 @@ def _refuse_dependence_on_x(model: Model, args: tuple[Any, ...], program: Progra
     with torch.no_grad():
         before = _own_log_probs(first, first, program)
         for position, arg in enumerate(args):
-            if not isinstance(arg, Tensor) or not arg.is_floating_point() or arg.ndim == 0 or len(arg) < 2:
+            if not isinstance(arg, Tensor) or arg.ndim == 0 or len(arg) < 2:
                 continue
             generator = torch.Generator().manual_seed(1)
             index = torch.randint(len(arg), arg.shape, generator=generator).to(arg.device)
@@ -512,9 +666,12 @@ def _own_log_probs(trace: Trace, values: Trace, program: Program) -> list[Tensor
     """The log-densities of one run's tokens under another's distributions."""
     with pyro.validation_enabled(False):
         tokens = [
-            base(trace.nodes[s.name]["fn"]).log_prob(values.nodes[s.name]["value"]) for s in program.sites
+            base(node_of(trace, s.name)["fn"]).log_prob(node_of(values, s.name)["value"])
+            for s in program.sites
         ]
-        latents = [trace.nodes[s.name]["fn"].log_prob(values.nodes[s.name]["value"]) for s in program.latents]
+        latents = [
+            node_of(trace, s.name)["fn"].log_prob(node_of(values, s.name)["value"]) for s in program.latents
+        ]
     return tokens + latents
 
 

@@ -77,6 +77,8 @@ class Conditionals(ABC):
     """Of the way, in words."""
     sampled: bool = False
     """Whether reading draws random nodes."""
+    one_by_one: bool = False
+    """Whether nodes are run one by one, because the program does not take several at once: slow."""
     trainable: bool = True
     """Whether scores have gradients."""
     telescopes: bool = True

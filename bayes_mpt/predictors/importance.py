@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,12 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bayes_mpt.factors import read_factors
+from bayes_mpt.factors import Factors, read_factors
 from bayes_mpt.predictors.base import Evidence, Guide, Predictor
 from bayes_mpt.predictors.nodes import (
     FactorsGiven,
+    Given,
+    Mapped,
     Nodes,
     Read,
     Reader,
@@ -42,6 +45,7 @@ from bayes_mpt.tracing import (
     is_subsample,
     latent_nodes,
     n_rows_of,
+    one_precision,
     one_vector,
     rows_axis,
     run,
@@ -134,6 +138,7 @@ class _AroundMode(_Sampled):
     def __init__(self, placement: Placement, n_draws: int):
         self.placement, self.n_draws = placement, n_draws
         self.model, self.program = placement.model, placement.program
+        self.one_by_one = placement.one_by_one
         self.why = (
             f"{n_draws} Student-t draws of {', '.join(placement.space.names)} around the mode of each row's "
             f"posterior{placement.inside}"
@@ -201,7 +206,9 @@ class _Along(torch.autograd.Function):
         ]
         for i in range(len(leaves) - 1, 0, -1):  # later draws that were made from earlier ones
             if drawn.raw[i].requires_grad:
-                more = torch.autograd.grad(drawn.raw[i], leaves[:i], back[i], retain_graph=True, allow_unused=True)
+                more = torch.autograd.grad(
+                    drawn.raw[i], leaves[:i], back[i], retain_graph=True, allow_unused=True
+                )
                 back[:i] = [a if b is None else a + b for a, b in zip(back, more, strict=False)]
         return None, None, *back
 
@@ -271,6 +278,12 @@ class _Guided(_Sampled):
         first = run(model, filled)
         for name in program.continuous:
             ours, theirs = first.nodes[name]["fn"].support, trace.nodes[name]["fn"].support
+            shapes = [tuple(t.nodes[name]["value"].shape) for t in (first, trace)]
+            if shapes[0] != shapes[1]:
+                raise ModelError(
+                    f"the guide draws latent {name!r} with shape {shapes[1]}, which has shape {shapes[0]} in the "
+                    "program: give the guide's site the same plates and events"
+                )
             if not _is_point(trace.nodes[name]) and _is_real(ours) and not _is_real(theirs):
                 raise ModelError(
                     f"the guide draws latent {name!r} from {theirs}, while the program lets it be any real number: "
@@ -293,10 +306,21 @@ class _Guided(_Sampled):
         program = one_vector(program) if coupled else program
         self.program = program._replace(depth=self.depth)
         self.guide_parameters = tuple(n for n, s in trace.nodes.items() if s["type"] == "param")
+        self.mapped = False
         self.vectorised = self._try_together(filled)
-        self.squared = doubly_reparameterized and self.vectorised and self._moves_by_draws(filled, trace)
+        if not self.vectorised and not program.discrete:
+            self.mapped = True
+            self.vectorised = self.mapped = self._try_together(filled)
+        self.squared = (
+            doubly_reparameterized
+            and self.vectorised
+            and not self.mapped
+            and self._moves_by_draws(filled, trace)
+        )
+        self.one_by_one = not self.vectorised
         seen = ", which sees what is visible" if self.takes_visible else ""
         self.why = f"{n_draws} draws of {', '.join(program.continuous)} from the guide{seen}"
+        self.why += "; draw by draw" if self.one_by_one else ""
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -325,7 +349,7 @@ class _Guided(_Sampled):
 
     def _draw(
         self, filled: tuple[Any, ...], shown: Tensor | None, n: int, squared: bool = False
-    ) -> tuple[FactorsGiven, Tensor, float, Tensor, Tensor]:
+    ) -> tuple[Given, Tensor, float, Tensor, Tensor]:
         """The inner model at n draws, and - log q (n, N)."""
         n_rows = n_rows_of(self.program, filled)
         if squared:
@@ -335,13 +359,30 @@ class _Guided(_Sampled):
             log_q = self._log_q(trace, n)
             values = {node["name"]: node["value"] for node in latent_nodes(trace)}
         values = {name: value for name, value in values.items() if name in self.program.latent_names}
-        factors = read_factors(self.model, filled, self.program, values, n)
+        given, factors = self._given(filled, values, n)
         latents = [
             nodes_first(values[site.name].detach(), site, n, n_rows)
             for site in self.program.latents
             if site.name in values
         ]
-        return FactorsGiven(factors), -log_q, factors.scale, torch.cat(latents, -1).to(log_q), factors.value
+        return given, -log_q, factors.scale, torch.cat(latents, -1).to(log_q), factors.value
+
+    def _given(self, filled: tuple[Any, ...], values: dict[str, Tensor], n: int) -> tuple[Given, Factors]:
+        """The inner model at n draws, and the run of one of them at least."""
+        if n == 1 or not self.mapped:
+            factors = read_factors(self.model, filled, self.program, values, n)
+            return FactorsGiven(factors), factors
+        rows = n_rows_of(self.program, filled)
+        plain = {}
+        for site in self.program.latents:
+            if site.name in values:
+                shape = list(site.shape)
+                if site.row_axis is not None:
+                    shape[site.row_axis] = rows
+                v = values[site.name]
+                plain[site.name] = v.expand(n, *v.shape[1:]).reshape(n, *shape)
+        given = Mapped(partial(read_factors, self.model, filled, self.program), plain)
+        return given, given.factors({name: v[0] for name, v in plain.items()})
 
     def _log_q(self, guide_trace: Trace, n: int) -> Tensor:
         """(n, N)"""
@@ -354,7 +395,9 @@ class _Guided(_Sampled):
             _refuse_infinite(guide_trace)
         return log_q
 
-    def _along(self, filled: tuple[Any, ...], shown: Tensor | None, n: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def _along(
+        self, filled: tuple[Any, ...], shown: Tensor | None, n: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """log q (n, N) and the values of n draws, with the doubly reparameterised gradient."""
         drawn = _Drawn(self.program, n)
         with drawn:
@@ -390,6 +433,7 @@ class _Guided(_Sampled):
             args = (torch.where(shown, first, 0.0), *filled[1:])
             kwargs["visible"] = shown
         with ExitStack() as stack:
+            stack.enter_context(one_precision(filled))
             if n > 1:
                 stack.enter_context(pyro.plate(NODES, n, dim=-1 - self.depth))
             return poutine.trace(self.guide).get_trace(*args, **kwargs)
@@ -404,9 +448,9 @@ class _Guided(_Sampled):
                     for n in latent_nodes(trace)
                     if n["name"] in self.program.latent_names
                 }
-                together = read_factors(self.model, filled, self.program, values, 2)
+                together, _ = self._given(filled, values, 2)
                 seen = filled[0].new_ones(n_rows_of(self.program, filled), self.program.n_tokens).bool()
-                both = together.log_joint(seen)
+                both = together.log_joint(torch.zeros_like(seen, dtype=filled[0].dtype), seen)
                 alone = []
                 for s in range(2):
                     one = {}
@@ -416,7 +460,7 @@ class _Guided(_Sampled):
                             v = v.expand(2, *v.shape[1:])[s]
                             one[site.name] = v.reshape(site.shape)
                     alone.append(read_factors(self.model, filled, self.program, one).log_joint(seen))
-            except (RuntimeError, ValueError, IndexError, AssertionError):
+            except (RuntimeError, ValueError, IndexError, TypeError, AssertionError):
                 return False
         return bool(torch.allclose(both, torch.cat(alone), rtol=1e-5, equal_nan=True))
 

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
+import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
@@ -44,6 +46,7 @@ __all__ = [
     "FactorsGiven",
     "FixedSites",
     "Given",
+    "Mapped",
     "MapsGiven",
     "Nodes",
     "Read",
@@ -196,6 +199,41 @@ class SideBySide(Given):
         return x.expand(len(self.maps.reading.loc), -1)
 
 
+@dataclass(frozen=True)
+class Mapped(Given):
+    """`FactorsGiven` of a program that takes no further axes (``x @ w``): every node as if alone, all in one pass."""
+
+    factors: Callable[[dict[str, Tensor]], Factors]
+    """Of one node."""
+    values: dict[str, Tensor]
+    """(S, ...) of the continuous latents."""
+
+    def log_prior(self, x: Tensor) -> Tensor:
+        return self._each(lambda given: given.log_prior(x))
+
+    def log_joint(self, x: Tensor, visible: Tensor) -> Tensor:
+        return self._each(lambda given: given.log_joint(x, visible))
+
+    def predictive(self, x: Tensor, visible: Tensor) -> Tensor:
+        return self._each(lambda given: given.predictive(x, visible))
+
+    def chain(self, x: Tensor, order: Tensor) -> Tensor:
+        return self._each(lambda given: given.chain(x, order))
+
+    def means(self, x: Tensor, visible: Tensor) -> Tensor:
+        return self._each(lambda given: given.means(x, visible))
+
+    def levels(self, x: Tensor, visible: Tensor) -> Tensor | None:
+        first = FactorsGiven(self.factors({name: v[0] for name, v in self.values.items()}))
+        if first.levels(x, visible) is None:
+            return None
+        return self._each(lambda given: cast(Tensor, given.levels(x, visible)))
+
+    def _each(self, question: Callable[[FactorsGiven], Tensor]) -> Tensor:
+        with pyro.validation_enabled(False):  # a check would have to branch on its node
+            return torch.vmap(lambda v: question(FactorsGiven(self.factors(v))))(self.values)[:, 0]
+
+
 class Stacked(Given):
     """Nodes that had to be read one by one."""
 
@@ -254,6 +292,8 @@ class Reader(ABC):
     """Nodes are placed for the visible set they are used with, without error or almost."""
     sampled: bool = False
     """Nodes are random."""
+    one_by_one: bool = False
+    """Every node needs runs of its own."""
     guide: Guide | None = None
     name: str
     why: str
@@ -282,6 +322,7 @@ class Nodes(Conditionals):
         self.why = reader.why
         self.exact = reader.exact
         self.sampled = reader.sampled
+        self.one_by_one = reader.one_by_one
         self.name = reader.name
         self.guide = reader.guide
         self.args: tuple[Any, ...] = ()
@@ -493,6 +534,11 @@ def enumerated(model: Model, args: tuple[Any, ...], program: Program) -> Nodes:
     except ModelError:
         raise
     except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
+        if "alloc" in str(error) or "memory" in str(error):
+            raise ModelError(
+                f"summing out {list(program.discrete)} at once needs more memory than there is: each adds an axis to "
+                "what depends on it. Use fewer values, or pyro.markov where only neighbours depend on each other"
+            ) from error
         raise ModelError(
             f"the program cannot run on all values of {list(program.discrete)} at once ({error}): index with them as "
             "tensors that may have more axes on the left (probs[z]), without Python's if"
@@ -627,7 +673,9 @@ class _Fix(poutine.messenger.Messenger):
 def program_values(model: Model, args: tuple[Any, ...], filled: tuple[Any, ...], program: Program) -> Tensor:
     """The tokens (N, T) of these rows, NaN where missing: of the argument itself, or of more runs, latents drawn."""
     position = program.tokens_from
-    if position is not None and not any(f is not a for f, a in zip(filled, args, strict=True) if a is not args[position]):
+    if position is not None and not any(
+        f is not a for f, a in zip(filled, args, strict=True) if a is not args[position]
+    ):
         return rows_first(args[position], program.sites[0].row_axis)
     with torch.no_grad():
         trace = run(model, filled)

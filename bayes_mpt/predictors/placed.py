@@ -6,6 +6,7 @@ side, and nodes are placed around it: Gauss-Hermite nodes (Liu & Pierce 1994), o
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import pyro
@@ -13,13 +14,14 @@ import torch
 from torch import Tensor
 
 from bayes_mpt.affine import NotAffine, Reading, read_side_by_side
-from bayes_mpt.factors import Factors, read_factors
+from bayes_mpt.factors import read_factors
 from bayes_mpt.latents import Space, space
 from bayes_mpt.predictors.linear_gaussian import LinearGaussian
 from bayes_mpt.predictors.nodes import (
     FactorsGiven,
     FixedSites,
     Given,
+    Mapped,
     MapsGiven,
     SideBySide,
     Stacked,
@@ -30,14 +32,17 @@ from bayes_mpt.tracing import (
     Model,
     ModelError,
     Program,
+    SetLatents,
     fill,
+    is_subsample,
     n_rows_of,
+    node_of,
     rows_first,
     run,
     split_events,
 )
 
-__all__ = ["Located", "Placement", "check_width", "vectorises"]
+__all__ = ["Located", "Placement", "check_width"]
 
 MAX_STEPS = 100
 LONGEST_STEP = 5.0
@@ -86,16 +91,26 @@ class Placement:
         self.model, self.program = model, program
         self.space: Space = space(program, trace, names)
         self.gaussian = tuple(n for n in program.continuous if n not in names)
+        self.mapped = False
         if self._template is None:
-            self.vectorised = vectorises(model, filled, program, self.space)
+            self.vectorised = self._runs_together(filled, mapped=False)
+            self.mapped = (
+                not self.vectorised and not program.discrete and self._runs_together(filled, mapped=True)
+            )
         else:
             self.vectorised = not program.by_row and self._reads_side_by_side(args, filled)
 
     @property
+    def one_by_one(self) -> bool:
+        """Whether every node needs runs of its own."""
+        return not (self.vectorised or self.mapped)
+
+    @property
     def inside(self) -> str:
-        """What is integrated without nodes, in words."""
+        """What is integrated without nodes, and how nodes are run, in words."""
         out = f"; given them {', '.join(self.gaussian)} in closed form" if self.gaussian else ""
-        return out + (f"; {', '.join(self.program.discrete)} summed out" if self.program.discrete else "")
+        out += f"; {', '.join(self.program.discrete)} summed out" if self.program.discrete else ""
+        return out + ("; node by node" if self.one_by_one else "")
 
     def at(self, args: tuple[Any, ...], filled: tuple[Any, ...], u: Tensor) -> tuple[Given, Tensor, float]:
         """The inner model at nodes u (S, N, d), the weights' part (S, N) that it leaves out, and the scale."""
@@ -104,6 +119,8 @@ class Placement:
                 values, log_det = self.space.values(u)
                 factors = read_factors(self.model, filled, self.program, values, len(u))
                 return FactorsGiven(factors), log_det, factors.scale
+            if self.mapped:
+                return self._mapped(filled, u)
             parts = [self.at(args, filled, v[None]) for v in u]
             given = Stacked(tuple(p[0] for p in parts))
             return given, torch.cat([p[1] for p in parts]), parts[0][2]
@@ -118,6 +135,14 @@ class Placement:
             log_weight.append(log_det[0] + self._log_prior(filled, values, len(node)))
             scale = reading.scale
         return MapsGiven(tuple(maps)), torch.stack(log_weight), scale
+
+    def _mapped(self, filled: tuple[Any, ...], u: Tensor) -> tuple[Given, Tensor, float]:
+        """`at` for programs that take no further axes."""
+        values, log_det = self.space._replace(depth=0).values(u)
+        if len(u) == 1:
+            values = {name: v[None] for name, v in values.items()}
+        given = Mapped(partial(read_factors, self.model, filled, self.program), values)
+        return given, log_det, given.factors({name: v[0] for name, v in values.items()}).scale
 
     def _side_by_side(
         self, args: tuple[Any, ...], filled: tuple[Any, ...], u: Tensor
@@ -168,6 +193,30 @@ class Placement:
             except (RuntimeError, ValueError, IndexError, AssertionError):
                 return False
         return bool(torch.allclose(together, apart, rtol=1e-8))
+
+    def _runs_together(self, filled: tuple[Any, ...], mapped: bool) -> bool:
+        """Whether the program gives at two nodes in one run what it gives at each alone."""
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(0)
+            n_rows = n_rows_of(self.program, filled)
+            first = run(self.model, filled)
+            drawn_rows = {name: node["value"] for name, node in first.nodes.items() if is_subsample(node)}
+            u = torch.cat([self.space.pack(run(self.model, filled), n_rows) for _ in range(2)])
+            seen = torch.ones(n_rows, self.program.n_tokens, dtype=torch.bool, device=u.device)
+            x = u.new_zeros(seen.shape)
+
+            def log_joint(u: Tensor) -> Tensor:
+                values, _ = self.space.values(u)
+                factors = read_factors(self.model, filled, self.program, values, len(u))
+                return factors.log_joint(seen)
+
+            with SetLatents(drawn_rows):
+                apart = torch.cat([log_joint(u[:1]), log_joint(u[1:])])
+                try:
+                    together = self._mapped(filled, u)[0].log_joint(x, seen) if mapped else log_joint(u)
+                except (RuntimeError, ValueError, IndexError, TypeError, AssertionError):
+                    return False
+        return bool(torch.allclose(together, apart, rtol=1e-6, equal_nan=True))
 
     def start(self, filled: tuple[Any, ...]) -> Tensor:
         """(N, d): medians of a few draws from the prior."""
@@ -267,10 +316,9 @@ def _awkward(model: Model, args: tuple[Any, ...], program: Program) -> tuple[str
     with torch.random.fork_rng():
         torch.manual_seed(0)
         trace = run(model, tuple(fill(a) for a in args))
-    drawn = {n: trace.nodes[n]["value"].detach() for n in everything}
-    gaussian = [n for n in everything if type(trace.nodes[n]["fn"]).__name__ != "Delta"]
+    drawn = {n: node_of(trace, n)["value"].detach() for n in everything}
     kept = []
-    for name in gaussian:
+    for name in everything:
         others = {n: v for n, v in drawn.items() if n != name}
         try:
             LinearGaussian(FixedSites(model, others), args)
@@ -285,26 +333,6 @@ def _awkward(model: Model, args: tuple[Any, ...], program: Program) -> tuple[str
     except NotAffine:
         return everything
     return rest
-
-
-def vectorises(model: Model, filled: tuple[Any, ...], program: Program, where: Space) -> bool:
-    """Whether the program gives at two nodes side by side what it gives at each alone."""
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(0)
-        n_rows = n_rows_of(program, filled)
-        u = torch.cat([where.pack(run(model, filled), n_rows) for _ in range(2)])
-        seen = torch.ones(n_rows, program.n_tokens, dtype=torch.bool, device=u.device)
-
-        def log_joint(u: Tensor) -> Tensor:
-            factors: Factors = read_factors(model, filled, program, where.values(u)[0], len(u))
-            return factors.log_joint(seen)
-
-        apart = torch.cat([log_joint(u[:1]), log_joint(u[1:])])
-        try:
-            together = log_joint(u)
-        except (RuntimeError, ValueError, IndexError, AssertionError):
-            return False
-    return bool(torch.allclose(together, apart, rtol=1e-6, equal_nan=True))
 
 
 def check_width(width: int, most: int, what: str, program: Program) -> None:

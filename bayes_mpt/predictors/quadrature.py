@@ -69,6 +69,7 @@ class _Hermite(Reader):
     def __init__(self, placement: Placement, n_nodes: int):
         self.placement, self.n_nodes = placement, n_nodes
         self.model, self.program = placement.model, placement.program
+        self.one_by_one = placement.one_by_one
         self.why = (
             f"{n_nodes} Gauss-Hermite nodes along each of {placement.space.width} axes "
             f"({', '.join(placement.space.names)}), around the mode{placement.inside}"

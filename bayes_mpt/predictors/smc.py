@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from bayes_mpt.predictors.base import Conditionals, Evidence, Guide, Posterior, 
 from bayes_mpt.predictors.errors import replicate_error
 from bayes_mpt.predictors.nodes import Given, constrained, program_values
 from bayes_mpt.predictors.placed import Located, Placement
-from bayes_mpt.tracing import NODES, Model, ModelError, Program, fill, one_vector, survey
+from bayes_mpt.tracing import NODES, Model, ModelError, Program, fill, one_precision, one_vector, survey
 
 __all__ = ["SequentialMonteCarlo"]
 
@@ -142,6 +143,7 @@ class _Particles(Conditionals):
         self.settings, self.model, self.structure = settings, model, program
         self.placement = Placement(model, args, program)
         self.space = self.placement.space
+        self.one_by_one = self.placement.one_by_one
         self.why = (
             f"{settings.num_runs} runs of at least {settings.num_particles} particles over the {self.space.width} "
             f"numbers of {', '.join(self.space.names)}, from prior and mode to the posterior{self.placement.inside}"
@@ -341,12 +343,23 @@ class _Particles(Conditionals):
         assert self.model is not None
         program = self.structure
         if self.placement.vectorised and n > 1:
-            with pyro.plate(NODES, n, dim=-1 - program.depth):
+            with one_precision(self._filled), pyro.plate(NODES, n, dim=-1 - program.depth):
                 trace = pyro.poutine.trace(self.model).get_trace(*self._filled)
             values = {name: trace.nodes[name]["value"] for name in self.space.names}
             return self.space.pack_values(values, n, 1)[:, 0].detach()
-        traces = [pyro.poutine.trace(self.model).get_trace(*self._filled) for _ in range(n)]
+        if self.placement.mapped:
+            with suppress(RuntimeError), one_precision(self._filled), pyro.validation_enabled(False):
+                draw = torch.vmap(self._one_draw, randomness="different")
+                return self.space._replace(depth=0).pack_values(draw(torch.arange(n)), n, 1)[:, 0].detach()
+        with one_precision(self._filled):
+            traces = [pyro.poutine.trace(self.model).get_trace(*self._filled) for _ in range(n)]
         return torch.cat([self.space.pack(t, 1)[:, 0] for t in traces]).detach()
+
+    def _one_draw(self, _: Tensor) -> dict[str, Tensor]:
+        """Of the latents that take nodes."""
+        assert self.model is not None
+        trace = pyro.poutine.trace(self.model).get_trace(*self._filled)
+        return {name: trace.nodes[name]["value"] for name in self.space.names}
 
     def _move(
         self,
