@@ -250,13 +250,15 @@ class BayesMPT(
                         first_run(model, tuple(fill(a) for a in start))
                 args = self._arguments(model, X[:MAX_INIT_ROWS], y if y is None else y[:MAX_INIT_ROWS])
                 predictor = choose(model, args, predictor=self.predictor, guide=guide)
-                if not predictor.structure.plain and len(X) > MAX_INIT_ROWS:
+                moments = predictor.structure.plain and isinstance(predictor, LinearGaussian)
+                if not moments and len(X) > MAX_INIT_ROWS:
                     args = self._arguments(model, X, y)
-                    predictor = choose(model, args, predictor=self.predictor, guide=guide)
+                    if not predictor.structure.plain:
+                        predictor = choose(model, args, predictor=self.predictor, guide=guide)
                 self._initial = store.initial()
                 store.begin(state)
                 self._refuse_subsampling(predictor, args)
-                if predictor.structure.plain:
+                if moments:
                     table = self._grow_table(X, seen) if table is None else table
                     _refuse_constant(table)
                     # Few rows are scored themselves; many, and those of earlier calls, through their moments.
@@ -542,7 +544,8 @@ class BayesMPT(
         if not isinstance(masks, Policy):
             raise TypeError(f"masks must be a mask policy such as UniformSize(20), got {masks!r}")
         with self.read_rows(X, y) as (predictor, x):
-            table = Table(x) if predictor.structure.plain and len(x) > 2 * x.shape[1] else None
+            few = not isinstance(predictor, LinearGaussian) or len(x) <= 2 * x.shape[1]
+            table = None if few or not predictor.structure.plain else Table(x)
             return estimate(
                 predictor,
                 x,
