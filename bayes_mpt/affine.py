@@ -806,6 +806,7 @@ def _tolerance(like: Tensor) -> float:
 
 
 def cycle(arg: Any, n_rows: int) -> Any:
+    """So many rows, from the first again where there are fewer."""
     if not isinstance(arg, Tensor) or not arg.ndim:
         return arg
     return arg[:n_rows] if len(arg) >= n_rows else arg[torch.arange(n_rows, device=arg.device) % len(arg)]

@@ -144,7 +144,7 @@ class LinearGaussian(Conditionals):
         return n_tokens <= max(n_latents, MAX_DENSE)
 
     def joint_under_each(self, x: Tensor) -> Tensor:
-        """`joint` of complete rows under each of the B maps, which are no longer those of the rows: (N, T) -> (B, N)."""
+        """`joint` of complete rows under each of the B maps, which are not those of the rows: (N, T) -> (B, N)."""
         loc, loading, noise = self.reading[:3]
         # L L' = S:  log p(x) = -|L^-1 (x - loc)|^2 / 2 - log det L - T log(2 pi) / 2
         factor = self._covariance_factor(loading, noise)  # (B, T, T)

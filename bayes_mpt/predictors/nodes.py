@@ -566,9 +566,7 @@ class _Maps(Reader):
             value = args[0] if self.program.plain else program_values(self.model, args, filled, self.program)
             given = MapsGiven(maps, together)
         else:
-            labels = [
-                torch.full((len(args[0]),), s, device=args[0].device) for s in range(self.n_nodes)
-            ]
+            labels = [torch.full((len(args[0]),), s, device=args[0].device) for s in range(self.n_nodes)]
             maps = tuple(self.maps.read((*args, label)) for label in labels)
             log_weight = torch.stack([self._log_prior(filled, label) for label in labels])  # (S, N)
             value, given = maps[0].value, MapsGiven(maps)
@@ -657,7 +655,9 @@ class _Labelled:
     def __init__(self, model: Model, program: Program, values: dict[str, Tensor], hide: bool):
         self.model, self.values, self.hide = model, values, hide
         self.n_rows = program.sub_rows
-        self.axes = {s.name: (s.row_axis, s.n_batch) for s in program.latents if s.discrete}
+        self.axes = {
+            s.name: (s.row_axis or 0, s.n_batch) for s in program.latents if s.discrete
+        }  # all in the plate
 
     def __call__(self, *args: Any) -> Any:
         """Run it."""
