@@ -49,9 +49,11 @@ __all__ = [
     "NotAffine",
     "Reading",
     "Structure",
+    "cycle",
     "latent_values",
     "read",
     "read_side_by_side",
+    "same_by_label",
     "structure",
     "token_means",
     "tokens_of",
@@ -135,7 +137,7 @@ class Reading(NamedTuple):
 
 
 @torch.enable_grad()
-def structure(model: Model, args: tuple[Any, ...]) -> Structure:
+def structure(model: Model, args: tuple[Any, ...], n_trial: int = N_TRIAL_ROWS) -> Structure:
     """Run the program on real rows and find out what it is made of.
 
     The first run also creates the parameters that the program initialises from ``x``.
@@ -146,6 +148,8 @@ def structure(model: Model, args: tuple[Any, ...]) -> Structure:
         A Pyro program with one observed Normal site and Normal latents.
     args : tuple
         What the program is called with; tensors have N rows. NaN cells are filled with column means.
+    n_trial : int, default=8
+        Rows on which what one run can show is checked.
 
     Returns
     -------
@@ -180,7 +184,7 @@ def structure(model: Model, args: tuple[Any, ...]) -> Structure:
     )
     trial, before, whole, reading = init, None, None, None
     if by_row and _scale(node) == 1.0:
-        few = head(init, min(N_TRIAL_ROWS, max(1, len(init[0]) - 1)))
+        few = head(init, min(n_trial, max(1, len(init[0]) - 1)))
         # A program that refuses fewer rows holds something for each.
         with suppress(RuntimeError, ValueError, IndexError):
             trial, before = few, _trial_run(model, few, draft)
@@ -237,7 +241,7 @@ def _read_probes(model: Model, args: tuple[Any, ...], structure: Structure) -> R
     """All probes in one run: row 0 has z = 0, rows 1..K a unit vector each, the last three are random."""
     n_latents = structure.n_latents
     n_probes = n_latents + 1 + N_CHECKS
-    rows = tuple(fill(_cycle(a, n_probes)) for a in args)
+    rows = tuple(fill(cycle(a, n_probes)) for a in args)
     probes = _probes(structure, rows[0])  # (P, K)
     trace = run(model, rows, latent_values(structure, probes))
     loc, scale = _token_normal(trace, structure)  # (P, T)
@@ -260,6 +264,8 @@ def _read_rows(model: Model, args: tuple[Any, ...], structure: Structure) -> Rea
     """One run for each probe, on the real batch: every row, or the one vector, has a map of its own."""
     filled = tuple(fill(a) for a in args)
     probes = _probes(structure, filled[0])  # (P, K)
+    if not structure.n_latents:
+        probes = probes[:1]  # one run is like another
     n_rows = _batch(structure, filled)
     locs, scales, latent_locs, latent_roots, trils = [], [], [], [], []
     fixed: dict[str, Tensor] = {}
@@ -380,7 +386,8 @@ def _affine(y: Tensor, probes: Tensor, structure: Structure, where: str) -> tupl
         want = intercept + torch.einsum("bdk,pk->pbd", slope, probes[n_latents + 1 :])
         size = torch.einsum("bdk,pk->pbd", slope.abs(), probes[n_latents + 1 :].abs()) + intercept.abs()
         finite = torch.isfinite(y).all()
-        if not finite or not bool(((got - want).abs() <= _tolerance(y) * (size + size.amax(0))).all()):
+        size = size + size.amax(0) if len(size) else size
+        if not finite or not bool(((got - want).abs() <= _tolerance(y) * size).all()):
             broken = [n for n, p in pyro.get_param_store().items() if not bool(torch.isfinite(p).all())]
             if broken:
                 raise ModelError(
@@ -673,15 +680,25 @@ def _shared_map(model: Model, args: tuple[Any, ...], structure: Structure, befor
     return reading if _same_map(reading, structure, before) else None
 
 
-def _same_map(reading: Reading, structure: Structure, before: _Trial) -> bool:
-    """Whether these rows have this one map."""
+def same_by_label(
+    model: Model, args: tuple[Any, ...], structure: Structure, reading: Reading, label: Tensor
+) -> bool:
+    """Whether each of these rows has the map that its label (N,) numbers among the B of the reading."""
+    filled = tuple(fill(a) for a in args)
+    return _same_map(reading, structure, _trial_run(model, filled, structure), label)
+
+
+def _same_map(reading: Reading, structure: Structure, before: _Trial, label: Tensor | None = None) -> bool:
+    """Whether these rows have this one map, or each the one that its label numbers."""
     with torch.no_grad():
-        u = torch.linalg.solve(reading.latent_root, (before.z - reading.latent_loc)[..., None])
-        loading = reading.loading[..., : structure.n_latents]
+        of_rows = lambda t: t if label is None else t[label]  # noqa: E731
+        root, latent_loc, loc = (of_rows(t) for t in (reading.latent_root, reading.latent_loc, reading.loc))
+        u = torch.linalg.solve(root, (before.z - latent_loc)[..., None])
+        loading = of_rows(reading.loading[..., : structure.n_latents])
         want = (loading @ u)[..., 0]
-        size = (loading.abs() @ u.abs())[..., 0] + reading.loc.abs()
-        same = (before.loc - reading.loc - want).abs() <= _tolerance(before.loc) * size
-        variance = reading.noise + reading.loading[..., structure.n_latents :].square().sum(-1)
+        size = (loading.abs() @ u.abs())[..., 0] + loc.abs()
+        same = (before.loc - loc - want).abs() <= _tolerance(before.loc) * size
+        variance = of_rows(reading.noise + reading.loading[..., structure.n_latents :].square().sum(-1))
         return bool(same.all()) and _close(before.scale.square(), variance.expand_as(before.scale))
 
 
@@ -800,7 +817,8 @@ def _tolerance(like: Tensor) -> float:
     return AFFINE_TOL if like.dtype == torch.float64 else 1e-4
 
 
-def _cycle(arg: Any, n_rows: int) -> Any:
+def cycle(arg: Any, n_rows: int) -> Any:
+    """So many rows, from the first again where there are fewer."""
     if not isinstance(arg, Tensor) or not arg.ndim:
         return arg
     return arg[:n_rows] if len(arg) >= n_rows else arg[torch.arange(n_rows, device=arg.device) % len(arg)]

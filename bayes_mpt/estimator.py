@@ -24,6 +24,7 @@ from sklearn.base import (
     DensityMixin,
     TransformerMixin,
     _fit_context,
+    clone,
 )
 from sklearn.callback import CallbackSupportMixin
 from sklearn.exceptions import ConvergenceWarning
@@ -148,6 +149,8 @@ class BayesMPT(
     }
 
     _state: State  # the program's unconstrained parameters after the last fit
+    _bound: Conditionals | None  # the program as it was found to be, where that does not depend on its rows
+    _unit: Tensor | None  # of its parameters, where the model climbed by itself
 
     def __init__(
         self,
@@ -221,7 +224,19 @@ class BayesMPT(
         warm = fitted and self.masks is not None
         return self._fit(X, y, seen=self._table if fitted else None, warm=warm)
 
-    def _fit(self, X: ArrayLike, y: Any, *, seen: Table | None, warm: bool) -> Self:
+    def refit(self, X: ArrayLike, y: Any = None) -> Self:
+        """A new estimator of the same settings, fitted to other rows.
+
+        As ``clone(self).fit(X, y)``, from initial values of its own, which have seen no rows but these; only what the
+        program is made of, and the units of its parameters, are known already where rows share a map.
+        """
+        check_is_fitted(self)
+        new = clone(self)
+        return new._fit(X, y, seen=None, warm=False, like=self)
+
+    def _fit(
+        self, X: ArrayLike, y: Any, *, seen: Table | None, warm: bool, like: BayesMPT | None = None
+    ) -> Self:
         context = self._init_callback_context(max_subtasks=None)
         X = self._check_rows(X, reset=seen is None, n_least=2 if seen is None else 1)
         y = None if y is None else np.asarray(y)
@@ -235,24 +250,32 @@ class BayesMPT(
         self.__dict__.pop("selection_", None)
         # The one pass over all rows, with all threads; what follows sees the moments only, if rows share a map.
         table = None if y is not None and _takes_y(model) else self._grow_table(X, seen)
+        bound = None if like is None or isinstance(model, torch.nn.Module) else like._bound
         with training.one_thread(X.size if table is None else table.cov.numel()):
             if table is not None and getattr(model, "n_components", None) == "auto":
                 _refuse_constant(table)
                 model = self._choose_dimension(model, table)
                 state = None if state is not None and self.n_components_ != model.n_components else state
+                bound = None
             with OwnStore() as store, seeded(seed):
                 n_init = MAX_INIT_CELLS // X.shape[1]
-                if MAX_INIT_ROWS < min(len(X), n_init):
+                if bound is not None or MAX_INIT_ROWS < min(len(X), n_init):
                     # Initial values from all rows, or a start that is a fit of its own (EM) would be one to the first
                     # rows only. A program that cannot run says why below.
                     with suppress(Exception):
                         start = self._arguments(model, X[:n_init], None if y is None else y[:n_init])
                         first_run(model, tuple(fill(a) for a in start))
                 args = self._arguments(model, X[:MAX_INIT_ROWS], y if y is None else y[:MAX_INIT_ROWS])
-                predictor = choose(model, args, predictor=self.predictor, guide=guide)
-                if not predictor.structure.plain and len(X) > MAX_INIT_ROWS:
-                    args = self._arguments(model, X, y)
+                if bound is None or like is None or not _same_shapes(like._state):
                     predictor = choose(model, args, predictor=self.predictor, guide=guide)
+                else:
+                    predictor = bound
+                self._bound = predictor if predictor.structure.plain else None
+                moments = predictor.structure.plain and isinstance(predictor, LinearGaussian)
+                if not moments and len(X) > MAX_INIT_ROWS:
+                    args = self._arguments(model, X, y)
+                    if not predictor.structure.plain:
+                        predictor = choose(model, args, predictor=self.predictor, guide=guide)
                 self._initial = store.initial()
                 store.begin(state)
                 self._refuse_subsampling(predictor, args)
@@ -265,7 +288,7 @@ class BayesMPT(
                         UserWarning,
                         stacklevel=3,
                     )
-                if predictor.structure.plain:
+                if moments:
                     table = self._grow_table(X, seen) if table is None else table
                     _refuse_constant(table)
                     # Few rows are scored themselves; many, and those of earlier calls, through their moments.
@@ -275,11 +298,14 @@ class BayesMPT(
                 else:
                     table = None
                     n_rows = len(X) if predictor.structure.by_row else 1
-                    problem = training.Problem(predictor, args, None, None, n_rows)
+                    unit = None if like is None else like._unit
+                    problem = training.Problem(predictor, args, None, None, n_rows, unit)
                 fit = self._train(problem, table, warm=state is not None, seed=seed, context=context)
-                predictor = problem.read()
+                predictor = problem.read() if fit.last is None else fit.last
+                self._unit = fit.unit
                 with torch.no_grad():
-                    total, se = float(problem.score_of(predictor)) * problem.n_rows, 0.0
+                    score = float(problem.score_of(predictor)) if fit.last is None else fit.history[-1]
+                    total, se = score * problem.n_rows, 0.0
                     if not predictor.exact:
                         found = predictor.evidence(predictor.value)
                         total, se = float(found.by_row.sum()), found.se
@@ -565,7 +591,8 @@ class BayesMPT(
         if not isinstance(masks, Policy):
             raise TypeError(f"masks must be a mask policy such as UniformSize(20), got {masks!r}")
         with self.read_rows(X, y) as (predictor, x):
-            table = Table(x) if predictor.structure.plain and len(x) > 2 * x.shape[1] else None
+            few = not isinstance(predictor, LinearGaussian) or len(x) <= 2 * x.shape[1]
+            table = None if few or not predictor.structure.plain else Table(x)
             return estimate(
                 predictor,
                 x,
@@ -866,6 +893,12 @@ class BayesMPT(
 
 
 # ---------------------------------------------------------------------------------------------------------- helpers
+
+
+def _same_shapes(state: State) -> bool:
+    """Whether the store holds parameters of these names and shapes."""
+    here = dict(pyro.get_param_store().named_parameters())
+    return {n: v.shape for n, v in state.items()} == {n: v.shape for n, v in here.items()}
 
 
 def _takes_y(model: Model) -> bool:

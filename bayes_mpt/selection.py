@@ -411,11 +411,8 @@ def _score_candidate(
         for repeat in range(n_repeats):
             total, count = np.zeros(len(X)), np.zeros(len(X))
             for train, test in splits(len(X), cv, visible_share, seed + repeat):
-                score = (
-                    clone(model)
-                    .fit(_rows(X, train), _rows(y, train))
-                    .score_samples(_rows(X, test), _rows(y, test))
-                )
+                fold = model.refit(_rows(X, train), _rows(y, train))
+                score = fold.score_samples(_rows(X, test), _rows(y, test))
                 total[test] += score
                 count[test] += 1
                 means.append(float(score.mean()))

@@ -23,7 +23,7 @@ from scipy.optimize import minimize
 from scipy.sparse.linalg import LinearOperator, lsmr
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
-from torch.distributions import constraints
+from torch.distributions import constraints, transform_to
 
 from bayes_mpt import concentrated
 from bayes_mpt.affine import Reading
@@ -31,7 +31,7 @@ from bayes_mpt.masks import Policy, torch_generator
 from bayes_mpt.moments import Table
 from bayes_mpt.predictors import Conditionals, LinearGaussian
 from bayes_mpt.score import masked_score
-from bayes_mpt.tracing import MissingCovariate, ModelError
+from bayes_mpt.tracing import MissingCovariate, ModelError, has_missing
 
 __all__ = ["Fit", "Problem", "climb", "concentrate", "one_thread", "train_on_masks"]
 
@@ -45,6 +45,8 @@ STATIONARY = 1e-3  # nats a row and unit of the map: a steeper place is no maxim
 LEAST_GAIN = 2e-5  # nats a row in a window, less than which halves the step
 N_CHECK_DRAWS = 16
 N_SCALE_PROBES = 4
+N_SCALE_ROWS = 1024  # of a program whose rows share its maps
+OWN_STEPS = 100  # of a model's own way to climb: one that creeps is left to L-BFGS
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ class Problem:
     weight: Tensor | None
     """(R,) of the rows; None: all one."""
     n_rows: int
+    unit: Tensor | None = None
+    """Units of all parameters, found at a fit of the program to other rows."""
 
     def read(self) -> Conditionals:
         """The predictor at the current parameters."""
@@ -96,6 +100,10 @@ class Fit:
     n_iter: int = 0
     converged: bool = False
     interrupted: bool = False
+    unit: Tensor | None = None
+    """Units of all parameters where the model's own climb ended."""
+    last: Conditionals | None = None
+    """The predictor at the fitted parameters, where it has been read; its score is the last of the history."""
 
 
 # ------------------------------------------------------------------------------------------------- closed form
@@ -276,6 +284,10 @@ def _reach(problem: Problem, leaves: list[Tensor], part: str, target: Tensor, un
 def climb(problem: Problem, *, max_iter: int, tol: float, report: Report | None = None) -> Fit:
     """Maximise the exact score by L-BFGS (strong Wolfe line search) over all parameters.
 
+    A model may offer a method of its own, ``maximize(x, params, tol=, max_iter=)``, which takes complete rows and the
+    values of the parameters by name and returns better ones (an EM, say). It goes first; where its end is no maximum to
+    the tolerance, L-BFGS goes on from there.
+
     Raises
     ------
     ModelError
@@ -283,7 +295,15 @@ def climb(problem: Problem, *, max_iter: int, tol: float, report: Report | None 
     """
     leaves = problem.leaves()
     fit = Fit("lbfgs")
-    _check_start(problem, leaves)
+    own = _own_maximum(problem, leaves, tol, max_iter)
+    predictor, score, grad = _check_start(problem, leaves)
+    if own:
+        fit.unit = _units(predictor, leaves) if problem.unit is None else problem.unit
+        fit.history, fit.n_iter, fit.last = [score], 1, predictor
+        if float((fit.unit * grad).abs().max()) <= _slope(tol, score):
+            fit.method, fit.converged = "maximize, the model's own", True
+            return fit
+    fit.last = None
     best_theta, best = _flat(leaves).detach().clone(), -math.inf
     least_unit = torch.full_like(best_theta, math.inf)
 
@@ -326,7 +346,7 @@ def climb(problem: Problem, *, max_iter: int, tol: float, report: Report | None 
 
     try:
         while len(fit.history) < max_iter:
-            before, unit = best, _units(problem, leaves)
+            before, unit = best, _units(problem.read(), leaves)
             least_unit = torch.minimum(least_unit, unit)
             result = climb_once(max_iter - len(fit.history), unit)
             _assign(leaves, best_theta)
@@ -334,13 +354,34 @@ def climb(problem: Problem, *, max_iter: int, tol: float, report: Report | None 
                 break
             # The units were those of the start; where the map has changed much, a climb may end short of the top.
             if best - before <= 10 * tol * (1 + abs(best)):
-                fit.converged = _steepest(problem, leaves, least_unit) <= STATIONARY
+                steepest = _steepest(problem, leaves, least_unit)
+                fit.converged = steepest <= max(STATIONARY, _slope(tol, best))
                 break
     except KeyboardInterrupt:
         fit.interrupted = True
     _assign(leaves, best_theta)
     fit.n_iter = len(fit.history)
     return fit
+
+
+def _slope(tol: float, score: float) -> float:
+    """Of a parameter in its unit, where a step of one curves the score by about one, with no more than tol to gain."""
+    return math.sqrt(2 * tol * max(1.0, abs(score)))
+
+
+def _own_maximum(problem: Problem, leaves: dict[str, Tensor], tol: float, max_iter: int) -> bool:
+    """Let the model itself climb, if it offers to and no cell is missing."""
+    maximize = getattr(problem.predictor.model, "maximize", None)
+    if maximize is None or problem.rows is not None or any(has_missing(a) for a in problem.args):
+        return False
+    store = pyro.get_param_store()
+    bounds = store.get_state()["constraints"]
+    params = {name: store[name].detach() for name in leaves}
+    with torch.no_grad():
+        found = maximize(*problem.args, params, tol=tol, max_iter=min(max_iter, OWN_STEPS))
+        for name, value in found.items():
+            leaves[name].copy_(transform_to(bounds[name]).inv(value))
+    return True
 
 
 # ------------------------------------------------------------------------------------------------------- masks
@@ -440,7 +481,12 @@ def _fresh_adam(
     """Start, units, the steps phi in theta = start + unit phi, and their optimiser."""
     start = _flat(leaves).detach().clone()
     phi = torch.zeros_like(start).requires_grad_()
-    return start, _units(problem, leaves), phi, torch.optim.Adam([phi], lr=learning_rate, betas=(0.9, 0.99))
+    return (
+        start,
+        _units(problem.read(), leaves),
+        phi,
+        torch.optim.Adam([phi], lr=learning_rate, betas=(0.9, 0.99)),
+    )
 
 
 def _batch(problem: Problem, batch_size: int | None, generator: torch.Generator) -> Problem:
@@ -496,14 +542,13 @@ def _restore(leaves: dict[str, Tensor], before: dict[str, Tensor]) -> None:
             leaf.copy_(before[name])
 
 
-def _units(problem: Problem, leaves: dict[str, Tensor]) -> Tensor:
+def _units(predictor: Conditionals, leaves: dict[str, Tensor]) -> Tensor:
     """A step of one in each parameter should move the model by about one.
 
     Of a linear-Gaussian program: its dimensionless map, with J its Jacobian. Of others: the log-densities of the rows
     in units of sqrt N, J'J being the empirical Fisher information of a row. Over random signs v,
     E (J' v)_j^2 is sum_i J_ij^2.
     """
-    predictor = problem.read()
     if isinstance(predictor, LinearGaussian):
         outputs = torch.cat([part.flatten() for part in _dimensionless(predictor.reading)])
     else:
@@ -537,6 +582,8 @@ def _units(problem: Problem, leaves: dict[str, Tensor]) -> Tensor:
 def _by_part(predictor: Conditionals) -> Tensor:
     """Log-densities of rows; of one vector, of its tokens in turn."""
     x = predictor.value
+    if predictor.structure.plain:
+        x = x[:: -(-len(x) // N_SCALE_ROWS)]
     if len(x) > 1:
         return predictor.joint(x)
     return predictor.chain(x, torch.arange(x.shape[1], device=x.device)[None]).flatten()
@@ -555,21 +602,24 @@ def _check_finite(leaves: dict[str, Tensor]) -> None:
             raise ModelError(f"parameter {name!r} is not finite at the start: check its initial value")
 
 
-def _check_start(problem: Problem, leaves: dict[str, Tensor]) -> None:
+def _check_start(problem: Problem, leaves: dict[str, Tensor]) -> tuple[Conditionals, float, Tensor]:
+    """The predictor read, its score and gradient, both finite."""
     _check_finite(leaves)
-    score = problem.score()
+    predictor = problem.read()
+    score = problem.score_of(predictor)
     if not leaves:
         raise ModelError("the program has no pyro.param: there is nothing to train")
     if not bool(torch.isfinite(score)):
         raise ModelError(f"the score is {float(score.detach())} at the start: check the program and its data")
     grads: tuple[Tensor | None, ...] = (None,) * len(leaves)
     if score.requires_grad:
-        grads = torch.autograd.grad(score, list(leaves.values()), allow_unused=True)
+        grads = torch.autograd.grad(score, list(leaves.values()), allow_unused=True, retain_graph=True)
     for name, grad in zip(leaves, grads, strict=True):
         if grad is None:
             raise _untouched(name)
         if not bool(torch.isfinite(grad).all()):
             raise ModelError(f"the gradient of parameter {name!r} is not finite at the start")
+    return predictor, float(score.detach()), torch.cat([g.flatten() for g in grads if g is not None])
 
 
 @cache

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Callable, Iterable
 from functools import cache
 from numbers import Integral
 from typing import Any, Literal, NamedTuple
@@ -12,16 +14,24 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
-from sklearn import mixture
 from sklearn.base import BaseEstimator
+from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 __all__ = ["GaussianMixture", "MixtureOfFactorAnalyzers"]
 
 COVARIANCE_TYPES = ("full", "diag", "spherical")
+START_ROWS = 512  # on which the k-means of the start runs; EM sees them all
+START_TRIES = 3  # of that k-means
+START_TOL = 1e-3  # nats a row, of the EM of the start
+START_STEPS = 100
 REG_COVAR = 1e-6  # added to variances by the EM of the start, in units of the columns' variances
-LEAST_WEIGHT = 1e-6  # of a component at the start: the logarithm of an empty one is infinite
+LEAST_WEIGHT = 1e-6  # of a component: the logarithm of an empty one is infinite
+LEAST_VARIANCE = (
+    1e-10  # of a token given others, in units of its column's: below it a component has collapsed
+)
+MAX_PRODUCTS = 2**22  # numbers that EM holds beside the rows
 LEAST_NOISE = 1e-3  # of a factor analyser at the start, in units of the columns' variances
 
 
@@ -30,7 +40,12 @@ class GaussianMixture(BaseEstimator):
 
     Sites "component" (N,) and "x" (N, T); parameters "weights" (K,), "loc" (K, T), and "scale_tril"
     (K, T, T), the Cholesky factors of the covariances, if these are full, or else the standard deviations
-    "scale", (K, T) or (K, 1). They start at the end of one run of EM by scikit-learn.
+    "scale", (K, T) or (K, 1). They start at the end of a short EM from a k-means, variances raised by 1e-6 of the
+    columns'.
+
+    The likelihood of a mixture has no bound where a component can shrink onto a few rows. `maximize` adds nothing to
+    variances; instead, a component whose variance in some direction falls below 1e-10 of the columns' begins again,
+    empty and as wide as the table, with a warning that names it; if all do, that is an error.
 
     Parameters
     ----------
@@ -69,10 +84,73 @@ class GaussianMixture(BaseEstimator):
         with pyro.plate("rows", len(x)):
             c = pyro.sample("component", dist.Categorical(weights))
             if kind == "full":
-                tokens = dist.MultivariateNormal(loc[c], scale_tril=scale[c])
+                # the parameter's constraint has been checked; checking it for each row takes longer than the density
+                tokens = dist.MultivariateNormal(loc[c], scale_tril=scale[c], validate_args=False)
             else:
                 tokens = dist.Normal(loc[c], scale[c]).to_event(1)
             pyro.sample("x", tokens, obs=x)
+
+    def maximize(
+        self, x: Tensor, params: dict[str, Tensor], *, tol: float, max_iter: int
+    ) -> dict[str, Tensor]:
+        """Climb from ``params`` by EM.
+
+        Parameters
+        ----------
+        x : Tensor of shape (N, T)
+            Complete rows.
+        params : dict of Tensor
+            Values of the parameters, by name.
+        tol : float
+            EM ends with a step that gains no more than this share of the score, or nats a row where the score is small.
+        max_iter : int
+            Most steps.
+
+        Returns
+        -------
+        dict of Tensor
+            Better ones.
+
+        Raises
+        ------
+        ValueError
+            If all components collapse, so that the likelihood has no maximum. Of some, a warning says so.
+
+        Examples
+        --------
+        >>> pyro.clear_param_store()
+        >>> x = torch.tensor([[0.0], [2.0], [10.0], [12.0]], dtype=torch.float64)
+        >>> wide = {"weights": x.new_tensor([0.5, 0.5]), "loc": x[[0, 3]], "scale": x.new_ones(2, 1)}
+        >>> better = GaussianMixture(2, "diag").maximize(x, wide, tol=1e-9, max_iter=100)
+        >>> better["loc"].flatten()
+        tensor([ 1., 11.], dtype=torch.float64)
+        """
+        kind = self.covariance_type
+        table = _table(x, kind)
+        if kind == "full":
+            scale = params["scale_tril"].double() / table.spread[:, None]
+        else:
+            scale = params["scale"].double()
+            scale = scale / table.spread[: scale.shape[1]]
+        loc = (params["loc"].double() - table.centre) / table.spread
+        start = _Mixture(params["weights"].double(), loc, scale)
+        mix, collapsed = _em(table, start, kind, tol=tol, max_iter=max_iter, relative=True)
+        if collapsed:
+            which = ", ".join(f"{c} ({n:.4g} rows)" for c, n in collapsed.items())
+            what = (
+                f"component {which} has shrunk onto rows without spread in some direction, on the way to a likelihood "
+                "without bound: repeated rows, no more rows than columns, or columns that are constant or repeat others"
+            )
+            remedy = (
+                "fewer components or more rows, drop what repeats, or set covariance_type to 'diag' or 'spherical' "
+                f"(now {kind!r})"
+            )
+            if len(collapsed) == len(loc):
+                raise ValueError(f"{what}. Use {remedy}")
+            warnings.warn(
+                f"{what}. It began again, empty and wide. Better use {remedy}", UserWarning, stacklevel=2
+            )
+        return _in_units_of_x(table, mix, x)
 
 
 class MixtureOfFactorAnalyzers(BaseEstimator):
@@ -124,89 +202,236 @@ def _integer(name: str, value: Any, least: int) -> int:
     return int(value)
 
 
-# ----------------------------------------------------------------------------------------------- the starts
+# ------------------------------------------------------------------------------------------------------- EM
 
 
-class _Clusters(NamedTuple):
-    """What EM found in rows = (x - centre) / spread."""
+class _Table(NamedTuple):
+    """Rows in units in which EM's thresholds suit all columns: (x - centre) / spread."""
 
-    em: mixture.GaussianMixture
-    rows: np.ndarray  # (N, T)
-    centre: np.ndarray  # (T,)
-    spread: np.ndarray  # (T,)
-    weights: np.ndarray  # (K,), none of them zero
-    seed: int
-
-    @property
-    def loc(self) -> np.ndarray:
-        """(K, T), in the units of x."""
-        return self.centre + self.spread * self.em.means_
+    rows: Tensor
+    """(N, T), float64"""
+    centre: Tensor
+    """(T,)"""
+    spread: Tensor
+    """(T,)"""
 
 
-def _clusters(x: Tensor, n_components: int, covariance_type: str) -> _Clusters:
-    """EM by scikit-learn from a k-means, in units in which its regularisation suits all columns."""
-    seed = int(torch.randint(2**31 - 1, ()))
-    rows = x.detach().cpu().numpy().astype(np.float64)
-    n_least = max(2, n_components)  # for scikit-learn; a row given twice changes no frequency
-    if len(rows) < n_least:
-        rows = np.tile(rows, (-(-n_least // len(rows)), 1))
-    centre, spread = rows.mean(0), rows.std(0)
-    spread[np.ptp(rows, 0) == 0] = 0.0  # the mean of a constant need not be that constant
+class _Mixture(NamedTuple):
+    """Gaussians in the units of a table."""
+
+    weights: Tensor
+    """(K,), none of them zero"""
+    loc: Tensor
+    """(K, T)"""
+    scale: Tensor
+    """Cholesky factors (K, T, T) of the covariances, or standard deviations (K, T) or (K, 1)"""
+
+
+def _table(x: Tensor, covariance_type: str) -> _Table:
+    rows = x.detach().double()
+    centre, spread = rows.mean(0), rows.std(0, correction=0)
+    spread = torch.where((rows == rows[0]).all(0), 0.0, spread)  # the mean of a constant need not be it
     if covariance_type == "spherical":  # columns share their unit, or one variance would mean something else
-        spread[:] = np.sqrt(np.square(spread).mean())
-    spread[spread == 0] = 1.0
-    rows = (rows - centre) / spread
-    em = mixture.GaussianMixture(
-        n_components,
-        covariance_type=covariance_type,
-        tol=1e-7,
-        reg_covar=REG_COVAR,
-        max_iter=1000,
-        random_state=seed,
+        spread = spread.square().mean().sqrt().expand(len(spread))
+    spread = torch.where(spread == 0, 1.0, spread)
+    return _Table((rows - centre) / spread, centre, spread)
+
+
+def _products(rows: Tensor, covariance_type: str) -> Tensor:
+    """What EM sums over rows (N, T): 1, x and the products of tokens that the covariances are made of, (P, N)."""
+    x = rows.mT.contiguous()
+    if covariance_type == "full":
+        i, j = torch.tril_indices(len(x), len(x), device=x.device)
+        second = x[i] * x[j]
+    else:
+        second = x.square() if covariance_type == "diag" else x.square().sum(0, keepdim=True)
+    return torch.cat([x.new_ones(1, x.shape[1]), x, second])
+
+
+def _chunks(rows: Tensor, covariance_type: str) -> Callable[[], Iterable[Tensor]]:
+    """The products by chunks of rows: kept if they are few, made anew in each pass if not."""
+    n_tokens = rows.shape[1]
+    width = 1 + n_tokens + (n_tokens * (n_tokens + 1) // 2 if covariance_type == "full" else n_tokens)
+    parts = rows.split(max(1, MAX_PRODUCTS // width))
+    if len(parts) == 1:
+        kept = [_products(rows, covariance_type)]
+        return lambda: kept
+    return lambda: (_products(part, covariance_type) for part in parts)
+
+
+def _coefficients(mix: _Mixture) -> Tensor:
+    """log w_k N(x; loc_k, S_k) is linear in the products of x: (K, P)."""
+    # log w - log det S / 2 - T log(2 pi) / 2 - loc' S^-1 loc / 2  +  (S^-1 loc)' x  -  x' S^-1 x / 2
+    n_tokens = mix.loc.shape[1]
+    if mix.scale.ndim == 3:
+        log_det = mix.scale.diagonal(dim1=1, dim2=2).log().sum(1)
+        eye = torch.eye(n_tokens, dtype=mix.loc.dtype, device=mix.loc.device)
+        root = torch.linalg.solve_triangular(mix.scale, eye, upper=False)
+        precision = root.mT @ root
+        linear = (precision @ mix.loc[..., None])[..., 0]
+        i, j = torch.tril_indices(n_tokens, n_tokens, device=mix.loc.device)
+        second = precision[:, i, j] * torch.where(
+            i == j, -0.5, -1.0
+        )  # one product stands for (i, j) and (j, i)
+    else:
+        log_det = mix.scale.log().expand_as(mix.loc).sum(1)
+        linear = mix.loc / mix.scale.square()
+        second = -0.5 / mix.scale.square()
+    constant = mix.weights.log() - log_det - 0.5 * (linear * mix.loc).sum(1)
+    return torch.cat([constant[:, None] - 0.5 * n_tokens * math.log(2 * math.pi), linear, second], 1)
+
+
+def _m_step(
+    sums: Tensor, before: _Mixture, covariance_type: str, reg_covar: float
+) -> tuple[_Mixture, dict[int, float]]:
+    """The mixture whose expected products are these sums (K, P), and the rows of components that have collapsed."""
+    n_tokens = before.loc.shape[1]
+    count = sums[:, 0]
+    weights = (count / count.sum()).clamp(min=LEAST_WEIGHT)
+    empty = weights <= LEAST_WEIGHT  # says nothing of loc and scale, which stay
+    mean = sums / torch.where(empty, 1.0, count)[:, None]
+    loc, second = mean[:, 1 : n_tokens + 1], mean[:, n_tokens + 1 :]
+    if covariance_type == "full":
+        i, j = torch.tril_indices(n_tokens, n_tokens, device=loc.device)
+        cov = loc.new_zeros(len(loc), n_tokens, n_tokens)
+        cov[:, i, j] = second - loc[:, i] * loc[:, j]
+        cov.diagonal(dim1=1, dim2=2).add_(reg_covar)
+        scale, failed = torch.linalg.cholesky_ex(
+            torch.where(empty[:, None, None], torch.eye(n_tokens).to(cov), cov)
+        )
+        least = torch.where(failed > 0, 0.0, scale.diagonal(dim1=1, dim2=2).square().amin(1))
+    else:
+        if covariance_type == "diag":
+            variance = second - loc.square()
+        else:
+            variance = (second - loc.square().sum(1, keepdim=True)) / n_tokens
+        scale = (variance + reg_covar).clamp(min=0).sqrt()
+        least = scale.square().amin(1)
+    collapsed = ~(least > LEAST_VARIANCE) & ~empty  # NaN too
+    found = dict(zip(collapsed.nonzero()[:, 0].tolist(), count[collapsed].tolist(), strict=True))
+    if found:  # begin again, empty and as wide as the table
+        weights = torch.where(collapsed, LEAST_WEIGHT, weights)
+        loc[collapsed] = 0.0
+        scale[collapsed] = torch.eye(n_tokens).to(scale) if scale.ndim == 3 else 1.0
+    keep = empty.reshape(-1, *[1] * (scale.ndim - 1))
+    mix = _Mixture(
+        weights / weights.sum(),
+        torch.where(empty[:, None], before.loc, loc),
+        torch.where(keep, before.scale, scale),
     )
-    with warnings.catch_warnings():  # a start need not have converged, nor use all of its clusters
+    return mix, found
+
+
+def _em(
+    table: _Table,
+    mix: _Mixture,
+    covariance_type: str,
+    *,
+    tol: float,
+    max_iter: int,
+    relative: bool = False,
+    reg_covar: float = 0.0,
+) -> tuple[_Mixture, dict[int, float]]:
+    """EM until a step gains no more than ``tol`` nats a row; ``relative``: than that share of a score beyond 1.
+
+    Sums of products about the centre of the table cost digits, a share of 1e-16 T / v where v is the least variance:
+    little enough for the steps of a climb, whose end is judged elsewhere.
+    """
+    chunks = _chunks(table.rows, covariance_type)
+    unit = float(table.spread.log().sum())
+    before = -math.inf
+    collapsed: dict[int, float] = {}
+    for _ in range(max_iter):
+        coefficients = _coefficients(mix)
+        sums, total = torch.zeros_like(coefficients), 0.0
+        for products in chunks():
+            log_prob = coefficients @ products  # (K, n)
+            by_row = log_prob.logsumexp(0)
+            sums += (log_prob - by_row).exp() @ products.mT
+            total += float(by_row.sum())
+        score = total / len(table.rows) - unit
+        mix, found = _m_step(sums, mix, covariance_type, reg_covar)
+        collapsed |= found
+        if len(found) == len(sums):
+            break
+        if found:
+            before = -math.inf
+            continue
+        if not score - before > tol * (max(1.0, abs(score)) if relative else 1.0):
+            break
+        before = score
+    return mix, collapsed
+
+
+def _start(table: _Table, n_components: int, covariance_type: str, seed: int) -> _Mixture:
+    """EM from the clusters of a k-means on some of the rows."""
+    rows = table.rows
+    n_least = max(2, n_components)  # a row given twice changes no frequency
+    if len(rows) < n_least:
+        rows = rows.repeat(-(-n_least // len(rows)), 1)
+    rng = np.random.RandomState(seed)
+    some = rows.cpu().numpy()
+    if len(some) > START_ROWS:
+        some = some[np.sort(rng.choice(len(some), START_ROWS, replace=False))]
+    with warnings.catch_warnings():  # fewer distinct rows than clusters
         warnings.simplefilter("ignore", ConvergenceWarning)
-        em.fit(rows)
-    weights = np.maximum(em.weights_, LEAST_WEIGHT)
-    return _Clusters(em, rows, centre, spread, weights / weights.sum(), seed)
+        found = KMeans(n_components, n_init=START_TRIES, random_state=rng).fit(some)
+    centre = torch.from_numpy(found.cluster_centers_).to(rows)
+    # |x - m|^2 is least where m' x - |m|^2 / 2 is largest
+    nearest = (rows @ centre.mT - 0.5 * centre.square().sum(1)).argmax(1)
+    share = torch.nn.functional.one_hot(nearest, n_components).to(rows)  # (N, K)
+    shape = {"full": (rows.shape[1],) * 2, "diag": (rows.shape[1],), "spherical": (1,)}[covariance_type]
+    wide = torch.eye(rows.shape[1]).to(rows) if covariance_type == "full" else rows.new_ones(shape)
+    nothing = _Mixture(
+        rows.new_full((n_components,), 1 / n_components),
+        rows[:1].expand(n_components, -1),
+        wide.expand(n_components, *shape),
+    )
+    sums = share.mT @ _products(rows, covariance_type).mT
+    mix = _m_step(sums, nothing, covariance_type, REG_COVAR)[0]
+    return _em(table, mix, covariance_type, tol=START_TOL, max_iter=START_STEPS, reg_covar=REG_COVAR)[0]
 
 
 def _gaussian_start(x: Tensor, n_components: int, covariance_type: str) -> dict[str, Tensor]:
-    found = _clusters(x, n_components, covariance_type)
-    cov = found.em.covariances_  # (K, T, T), (K, T) or (K,)
-    start = {"weights": found.weights, "loc": found.loc}
-    if covariance_type == "full":
-        start["scale_tril"] = found.spread[:, None] * np.linalg.cholesky(cov)
-    elif covariance_type == "diag":
-        start["scale"] = found.spread * np.sqrt(cov)
+    table = _table(x, covariance_type)
+    seed = int(torch.randint(2**31 - 1, ()))
+    return _in_units_of_x(table, _start(table, n_components, covariance_type, seed), x)
+
+
+def _in_units_of_x(table: _Table, mix: _Mixture, x: Tensor) -> dict[str, Tensor]:
+    if mix.scale.ndim == 3:
+        scale = {"scale_tril": table.spread[:, None] * mix.scale}
     else:
-        start["scale"] = found.spread[:1] * np.sqrt(cov)[:, None]
-    return {name: torch.from_numpy(value).to(x) for name, value in start.items()}
+        scale = {"scale": table.spread[: mix.scale.shape[1]] * mix.scale}
+    values = {"weights": mix.weights, "loc": table.centre + table.spread * mix.loc, **scale}
+    return {name: value.to(x) for name, value in values.items()}
 
 
 def _factor_start(x: Tensor, n_components: int, n_factors: int) -> dict[str, Tensor]:
     """Clusters with diagonal covariances, then probabilistic PCA in each."""
-    found = _clusters(x, n_components, "diag")
-    share = found.em.predict_proba(found.rows)  # (N, K)
-    share /= np.maximum(share.sum(0), np.finfo(float).tiny)
-    away = found.rows - found.em.means_[:, None]  # (K, N, T)
-    cov = np.einsum("nk,knt,knu->ktu", share, away, away, optimize=True)  # (K, T, T)
-    value, vector = np.linalg.eigh(cov)  # ascending
+    seed = int(torch.randint(2**31 - 1, ()))
+    table = _table(x, "diag")
+    mix = _start(table, n_components, "diag", seed)
+    rows, loc, spread = table.rows, mix.loc, table.spread
+    share = (_coefficients(mix) @ _products(rows, "diag")).softmax(0)  # (K, N)
+    share = share / share.sum(1, keepdim=True).clamp(min=torch.finfo(share.dtype).tiny)
+    cov = torch.stack([((p[:, None] * (rows - m)).mT @ (rows - m)) for p, m in zip(share, loc, strict=True)])
+    value, vector = torch.linalg.eigh(cov)  # ascending
     n_tokens = x.shape[1]
     n_leading = min(n_factors, n_tokens)
     first = n_tokens - n_leading
-    rest = value[:, :first].mean(1, keepdims=True) if first else np.zeros((n_components, 1))
+    rest = value[:, :first].mean(1, keepdim=True) if first else value.new_zeros(n_components, 1)
     # W = U (L - rest)^1/2; not zero, which would be a saddle point
-    root = np.sqrt(np.maximum(value[:, first:] - rest, LEAST_NOISE))  # (K, n_leading)
-    rng = np.random.default_rng(found.seed)
-    loading = 0.1 * rng.normal(size=(n_components, n_tokens, n_factors))  # factors beyond T, if any
-    loading[..., :n_leading] = (vector[..., first:] * root[:, None])[..., ::-1]
-    variance = np.diagonal(cov, axis1=1, axis2=2)
-    noise = np.maximum(variance - np.square(loading).sum(-1), np.maximum(0.1 * variance, LEAST_NOISE))
+    root = (value[:, first:] - rest).clamp(min=LEAST_NOISE).sqrt()  # (K, n_leading)
+    random = np.random.default_rng(seed).normal(size=(n_components, n_tokens, n_factors))
+    loading = torch.from_numpy(0.1 * random).to(cov)  # factors beyond T, if any
+    loading[..., :n_leading] = (vector[..., first:] * root[:, None]).flip(-1)
+    variance = cov.diagonal(dim1=1, dim2=2)
+    noise = torch.maximum(variance - loading.square().sum(-1), (0.1 * variance).clamp(min=LEAST_NOISE))
     start = {
-        "weights": found.weights,
-        "loc": found.loc,
-        "loading": found.spread[:, None] * loading,
-        "noise_variance": np.square(found.spread) * noise,
+        "weights": mix.weights,
+        "loc": table.centre + spread * loc,
+        "loading": spread[:, None] * loading,
+        "noise_variance": spread.square() * noise,
     }
-    return {name: torch.from_numpy(value).to(x) for name, value in start.items()}
+    return {name: value.to(x) for name, value in start.items()}

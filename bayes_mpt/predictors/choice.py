@@ -6,7 +6,7 @@ from typing import Any
 
 from bayes_mpt.affine import NotAffine
 from bayes_mpt.predictors.base import Conditionals, Guide, Predictor
-from bayes_mpt.predictors.exact import Exact
+from bayes_mpt.predictors.exact import summed_out
 from bayes_mpt.predictors.importance import Importance
 from bayes_mpt.predictors.linear_gaussian import LinearGaussian
 from bayes_mpt.predictors.quadrature import MAX_WIDTH, Quadrature
@@ -57,13 +57,13 @@ def choose(
         )
     try:
         return LinearGaussian(model, args)
-    except NotAffine:
-        program = survey(model, args)
+    except NotAffine as error:
+        reason, program = error, survey(model, args)
     if not program.continuous:
-        return Exact().bind(model, args)
+        return summed_out(model, args, program, reason)
     if program.discrete and {s.kind for s in program.sites} <= {"Normal", "MultivariateNormal"}:
         try:
-            return Exact().bind(model, args)
+            return summed_out(model, args, program, reason)
         except ModelError:
             pass  # not linear-Gaussian given the discrete latents either
     if guide is not None and _samples(guide, args):

@@ -8,9 +8,9 @@ from bayes_mpt.affine import NotAffine
 from bayes_mpt.predictors.base import Conditionals, Guide, Predictor
 from bayes_mpt.predictors.linear_gaussian import LinearGaussian
 from bayes_mpt.predictors.nodes import enumerated, mixture_of_maps
-from bayes_mpt.tracing import Model, ModelError, survey
+from bayes_mpt.tracing import Model, ModelError, Program, survey
 
-__all__ = ["Exact"]
+__all__ = ["Exact", "summed_out"]
 
 
 class Exact(Predictor):
@@ -37,16 +37,19 @@ class Exact(Predictor):
         try:
             return LinearGaussian(model, args)
         except NotAffine as error:
-            reason = error
-        program = survey(model, args)
-        kinds = {site.kind for site in program.sites}
-        if program.discrete and kinds <= {"Normal", "MultivariateNormal"}:
-            if program.continuous or "MultivariateNormal" in kinds:
-                return mixture_of_maps(model, args, program)
-        if program.continuous:
-            raise ModelError(
-                f"{reason} Latent sites {list(program.continuous)} are neither linear-Gaussian nor discrete, so they "
-                "cannot be integrated exactly: use Quadrature() for up to four numbers a row, Importance() with a "
-                "guide, or SequentialMonteCarlo() for latents that all rows share"
-            )
-        return enumerated(model, args, program)
+            return summed_out(model, args, survey(model, args), error)
+
+
+def summed_out(model: Model, args: tuple[Any, ...], program: Program, reason: NotAffine) -> Conditionals:
+    """What of a program that is not linear-Gaussian is so given its discrete latents, or has no others."""
+    kinds = {site.kind for site in program.sites}
+    if program.discrete and kinds <= {"Normal", "MultivariateNormal"}:
+        if program.continuous or "MultivariateNormal" in kinds:
+            return mixture_of_maps(model, args, program)
+    if program.continuous:
+        raise ModelError(
+            f"{reason} Latent sites {list(program.continuous)} are neither linear-Gaussian nor discrete, so they "
+            "cannot be integrated exactly: use Quadrature() for up to four numbers a row, Importance() with a "
+            "guide, or SequentialMonteCarlo() for latents that all rows share"
+        )
+    return enumerated(model, args, program)

@@ -17,13 +17,15 @@ from torch import Tensor
 
 from bayes_mpt.affine import Reading, Structure, latent_values, read, structure
 from bayes_mpt.predictors.base import Conditionals, Posterior
-from bayes_mpt.tracing import Model, ModelError
+from bayes_mpt.tracing import N_TRIAL_ROWS, Model, ModelError
 
 __all__ = ["LinearGaussian"]
 
 LOG_2PI = math.log(2 * math.pi)
 SMALL_NOISE = 1e-5  # of the token's variance; below it the normal equations lose more than 1e-9
 CHUNK = 2**24  # numbers in one temporary
+CACHED_CHUNK = 2**17  # numbers in one temporary that stays in the cache
+MAX_DENSE = 32  # tokens up to which a dense factor is cheaper than the algebra of the latents
 
 
 class LinearGaussian(Conditionals):
@@ -35,6 +37,8 @@ class LinearGaussian(Conditionals):
         A Pyro program with Normal tokens whose means are affine in Normal latents.
     args : tuple
         What it is called with; N rows of T tokens.
+    n_trial : int, default=8
+        Rows on which what one run can show is checked.
 
     Raises
     ------
@@ -58,9 +62,9 @@ class LinearGaussian(Conditionals):
     why = "every mean is affine in the latents and every scale is free of them, checked by evaluation"
     structure: Structure
 
-    def __init__(self, model: Model, args: tuple[Any, ...]):
+    def __init__(self, model: Model, args: tuple[Any, ...], n_trial: int = N_TRIAL_ROWS):
         self.model: Model | None = model
-        self.structure = structure(model, args)
+        self.structure = structure(model, args, n_trial)
         self._reading: Reading | None = None
 
     @property
@@ -132,6 +136,31 @@ class LinearGaussian(Conditionals):
         if len(x) <= step or len(self.reading.loc) > 1:
             return self._joint(x)
         return torch.cat([self._joint(x[i : i + step]) for i in range(0, len(x), step)])
+
+    @property
+    def dense(self) -> bool:
+        """Whether the tokens' own covariance is as cheap as that of the latents."""
+        n_tokens, n_latents = self.reading.loading.shape[-2:]
+        return n_tokens <= max(n_latents, MAX_DENSE)
+
+    def joint_under_each(self, x: Tensor) -> Tensor:
+        """`joint` of complete rows under each of the B maps, which are not those of the rows: (N, T) -> (B, N)."""
+        loc, loading, noise = self.reading[:3]
+        # L L' = S:  log p(x) = -|L^-1 (x - loc)|^2 / 2 - log det L - T log(2 pi) / 2
+        factor = self._covariance_factor(loading, noise)  # (B, T, T)
+        eye = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+        root = torch.linalg.solve_triangular(factor, eye, upper=False)
+        log_det = factor.diagonal(dim1=-2, dim2=-1).abs().log().sum(-1)
+        constant = -log_det[:, None] - 0.5 * x.shape[1] * LOG_2PI  # (B, 1)
+        # differences to loc as a number; its gradient takes the short way, through a shift that is zero
+        centre = loc.detach()
+        shift = (root @ (loc - centre)[..., None]).mT  # (B, 1, T)
+        out = []
+        step = max(1, CACHED_CHUNK // max(1, loc.numel()))
+        for i in range(0, len(x), step):
+            white = (x[i : i + step] - centre[:, None]) @ root.mT - shift  # (B, n, T)
+            out.append(constant - 0.5 * (white * white).sum(-1))
+        return torch.cat(out, 1)
 
     def posterior(self, x: Tensor, visible: Tensor | None = None) -> Posterior:
         loc, loading = self.reading[:2]

@@ -22,19 +22,19 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from bayes_mpt.affine import latent_values
+from bayes_mpt.affine import cycle, latent_values, same_by_label
 from bayes_mpt.factors import Factors, read_factors
 from bayes_mpt.latents import Space
 from bayes_mpt.predictors.base import Conditionals, Evidence, Guide, Posterior
 from bayes_mpt.predictors.linear_gaussian import LinearGaussian
 from bayes_mpt.tracing import (
+    N_TRIAL_ROWS,
     Latent,
     Model,
     ModelError,
     Program,
     SetLatents,
     fill,
-    head,
     is_subsample,
     read_values,
     rows_first,
@@ -107,6 +107,10 @@ class Given(ABC):
         """Probabilities of the values of what is summed out inside: (S, N, L)."""
         return x.new_zeros(1, len(x), 0)
 
+    def freeze(self) -> Given | None:
+        """Plain tensors that serve for any rows; None where the model was read on its own."""
+        return None
+
 
 @dataclass(frozen=True)
 class FactorsGiven(Given):
@@ -141,13 +145,22 @@ class MapsGiven(Given):
     """Every node has a linear-Gaussian map."""
 
     maps: tuple[LinearGaussian, ...]
+    together: LinearGaussian | None = None
+    """The same maps in one reading, if all rows share them."""
 
     def log_prior(self, x: Tensor) -> Tensor:
         return x.new_zeros(len(self.maps), 1)
 
     def log_joint(self, x: Tensor, visible: Tensor) -> Tensor:
         shown = torch.where(visible, x, torch.nan)
+        if self.together is not None and self.together.dense and not bool(shown.isnan().any()):
+            return self.together.joint_under_each(x)
         return torch.stack([m.joint(shown) for m in self.maps])
+
+    def freeze(self) -> MapsGiven | None:
+        if self.together is None:
+            return None
+        return MapsGiven(tuple(m.freeze() for m in self.maps), self.together.freeze())
 
     def predictive(self, x: Tensor, visible: Tensor) -> Tensor:
         return torch.stack([m.conditionals(x, visible[None])[0] for m in self.maps])
@@ -367,10 +380,18 @@ class Nodes(Conditionals):
     def freeze(self) -> Nodes:
         new = Nodes(self._thawed)
         new.reader = new.model = new.guide = None
+        given = None if self._read is None else self._read.given.freeze()
+        if self._read is not None and given is not None:
+            weight, latents = self._read.log_weight.detach().clone(), self._read.latents.detach().clone()
+            new._read = self._read._replace(
+                given=given, log_weight=weight, latents=latents, value=self.value[:0]
+            )
         return new
 
     def evidence(self, x: Tensor) -> Evidence:
-        return self._thawed.evidence(self, x)
+        if self.reader is None:  # what is frozen and yet scores is exact
+            return Evidence(self.joint(x), 0.0, {})
+        return self.reader.evidence(self, x)
 
     @property
     def _thawed(self) -> Reader:
@@ -495,7 +516,8 @@ class Nodes(Conditionals):
         return torch.where(none, 0.0, log_z) if bool(none.any()) else log_z
 
     def _check(self, x: Tensor) -> None:
-        if x.shape != self.last.value.shape:
+        got, want = x.shape, self.last.value.shape
+        if got[1:] != want[1:] or (not self.structure.plain and len(x) != want[0]):
             raise ModelError(
                 f"these conditionals were read on rows of shape {tuple(self.last.value.shape)}, got "
                 f"{tuple(x.shape)}: call read(args) with the rows to be scored"
@@ -547,27 +569,32 @@ def enumerated(model: Model, args: tuple[Any, ...], program: Program) -> Nodes:
 
 
 class _Maps(Reader):
-    """One node for each joint value of a row's discrete latents, with a linear-Gaussian map of its own."""
+    """One node for each joint value of a row's discrete latents, with a linear-Gaussian map of its own.
+
+    The number of that value in each row is a covariate of a linear-Gaussian program, so that one program is found out
+    about, and not one for each value.
+    """
 
     exact = True
     name = "Exact"
 
     def __init__(self, model: Model, args: tuple[Any, ...], program: Program):
-        self.model, self.program = model, program
-        values = _joint_values(model, args, program)
-        self.values = values
-        fixed = [FixedSites(model, v) for v in values]
-        self.maps = tuple(LinearGaussian(f, args) for f in fixed)
+        self.model = model
+        self.values = _joint_values(model, args, program)  # (S,) of each site
+        self.n_nodes = len(next(iter(self.values.values())))
         names = ", ".join(program.discrete)
         self.why = (
             f"the values of {names} are summed out, and given them every mean is affine in the other latents"
         )
-        filled = tuple(fill(a) for a in args)
-        own = any(m.structure.own_rows for m in self.maps) or not program.by_row
-        prior = self._log_prior(filled, values[0])
-        self.shared = not own and len(args) == 1 and bool((prior == prior[0]).all()) and len(prior) > 2
-        for v in values[:2]:
-            first, second = (self._log_prior(filled, v) for _ in range(2))
+        self.program = program
+        label = torch.arange(len(args[0]), device=args[0].device) % self.n_nodes
+        self.maps = LinearGaussian(self._labelled(), (*args, label), max(N_TRIAL_ROWS, 2 * self.n_nodes))
+        self.shared = len(args) == 1 and program.sub_rows is None and self._same_for_all_rows(args, label)
+        plain = self.shared and self.maps.structure.observed_arg == 0 and program.scale == 1.0
+        self.program = program._replace(own_rows=not plain, plain=plain)
+        if program.continuous:
+            filled = tuple(fill(a) for a in args)
+            first, second = (self._log_prior(filled, label, seed) for seed in range(2))
             if not torch.allclose(first, second, rtol=1e-9, atol=1e-12):
                 raise ModelError(
                     f"the distribution of {list(program.discrete)} depends on {list(program.continuous)}: given the "
@@ -575,26 +602,53 @@ class _Maps(Reader):
                 )
 
     def read(self, args: tuple[Any, ...], visible: Tensor | None = None) -> Read:
-        maps = tuple(m.read(args) for m in self.maps)
         filled = tuple(fill(a) for a in args)
-        # Rows that share their maps, and bring nothing but tokens, share the prior too: two stand for all.
-        few = head(filled, 2) if self.shared else filled
-        log_weight = torch.stack([self._log_prior(few, v) for v in self.values])  # (S, N)
         if self.shared:
-            log_weight = log_weight[:, :1].expand(-1, len(filled[0]))
+            together, log_weight = self._read_shared(filled)
+            parts = [t.split(1) for t in together.reading[:5]]
+            maps = tuple(
+                together.with_reading(together.reading._replace(**dict(zip(_PARTS, part, strict=True))))
+                for part in zip(*parts, strict=True)
+            )
+            value = args[0] if self.program.plain else program_values(self.model, args, filled, self.program)
+            given = MapsGiven(maps, together)
+        else:
+            labels = [torch.full((len(args[0]),), s, device=args[0].device) for s in range(self.n_nodes)]
+            maps = tuple(self.maps.read((*args, label)) for label in labels)
+            log_weight = torch.stack([self._log_prior(filled, label) for label in labels])  # (S, N)
+            value, given = maps[0].value, MapsGiven(maps)
         # which value each site has at each node, a block of columns for each site
-        blocks = [
-            torch.stack([v[name] for v in self.values]).unique(return_inverse=True)[1]
-            for name in self.values[0]
-        ]
+        blocks = [v.unique(return_inverse=True)[1] for v in self.values.values()]
         one_hot = torch.cat([torch.nn.functional.one_hot(b) for b in blocks], -1).to(log_weight)
         latents = one_hot[:, None].expand(-1, log_weight.shape[1], -1)
-        return Read(MapsGiven(maps), log_weight, maps[0].value, maps[0].scale, latents, ())
+        return Read(given, log_weight, value, maps[0].scale, latents, ())
 
-    def _log_prior(self, filled: tuple[Any, ...], values: dict[str, Tensor]) -> Tensor:
+    def _labelled(self, hide: bool = True) -> _Labelled:
+        return _Labelled(self.model, self.program, self.values, hide)
+
+    def _read_shared(self, filled: tuple[Any, ...]) -> tuple[LinearGaussian, Tensor]:
+        """The S maps, and the logarithms (S, 1) of their weights, from a row for each."""
+        label = torch.arange(self.n_nodes, device=filled[0].device)
+        rows = tuple(cycle(a, self.n_nodes) for a in filled)
+        return self.maps.read((*rows, label)), self._log_prior(rows, label)[:, None]
+
+    def _same_for_all_rows(self, args: tuple[Any, ...], label: Tensor) -> bool:
+        """Whether maps and weights that are read from S rows are those of all rows; each row shows it for one value."""
+        filled = tuple(fill(a) for a in args)
+        try:
+            together, log_weight = self._read_shared(filled)
+        except (RuntimeError, ValueError, IndexError):
+            return False  # the program does not take S rows, or they differ
+        prior = self._log_prior(filled, label)
+        return bool((prior == log_weight[label, 0]).all()) and same_by_label(
+            self._labelled(), (*args, label), self.maps.structure, together.reading, label
+        )
+
+    def _log_prior(self, filled: tuple[Any, ...], label: Tensor, seed: int = 0) -> Tensor:
         """log p(discrete values) of each row (N,); the other latents are drawn, and must not matter."""
         with torch.random.fork_rng():
-            trace = run(FixedSites(self.model, values, hide=False), filled)
+            torch.manual_seed(seed)
+            trace = run(self._labelled(hide=False), (*filled, label))
         parts = []
         for site in self.program.latents:
             if site.discrete:
@@ -603,13 +657,16 @@ class _Maps(Reader):
         return torch.stack(parts).sum(0)
 
 
+_PARTS = ("loc", "loading", "noise", "latent_loc", "latent_root")
+
+
 def mixture_of_maps(model: Model, args: tuple[Any, ...], program: Program) -> Nodes:
     """Programs that are linear-Gaussian given the discrete latents of each row."""
     return Nodes(_Maps(model, args, split_events(program)))
 
 
-def _joint_values(model: Model, args: tuple[Any, ...], program: Program) -> list[dict[str, Tensor]]:
-    """All joint values of a row's discrete latents."""
+def _joint_values(model: Model, args: tuple[Any, ...], program: Program) -> dict[str, Tensor]:
+    """All joint values of a row's discrete latents: (S,) of each site."""
     trace = run(model, tuple(fill(a) for a in args))
     supports, sites = [], []
     for site in program.latents:
@@ -635,10 +692,30 @@ def _joint_values(model: Model, args: tuple[Any, ...], program: Program) -> list
             f"discrete latents {[s.name for s in sites]} have {n_maps} joint values, more than {MAX_MAPS} "
             "linear-Gaussian maps: use fewer values"
         )
-    return [
-        {site.name: value for site, value in zip(sites, combination, strict=True)}
-        for combination in product(*supports)
-    ]
+    columns = zip(*product(*supports), strict=True)
+    return {site.name: torch.stack(column) for site, column in zip(sites, columns, strict=True)}
+
+
+class _Labelled:
+    """A program in which a further argument (N,) numbers the joint value of each row's discrete latents."""
+
+    def __init__(self, model: Model, program: Program, values: dict[str, Tensor], hide: bool):
+        self.model, self.values, self.hide = model, values, hide
+        self.n_rows = program.sub_rows
+        self.axes = {
+            s.name: (s.row_axis or 0, s.n_batch) for s in program.latents if s.discrete
+        }  # all in the plate
+
+    def __call__(self, *args: Any) -> Any:
+        """Run it."""
+        *rest, label = args
+        sites = {}
+        for name, value in self.values.items():
+            axis, n_batch = self.axes[name]
+            shape = [1] * n_batch
+            shape[axis] = -1
+            sites[name] = value[label[: self.n_rows]].reshape(shape)
+        return FixedSites(self.model, sites, self.hide)(*rest)
 
 
 class FixedSites:
@@ -657,7 +734,7 @@ class FixedSites:
 
 
 class _Fix(poutine.messenger.Messenger):
-    """Give sites a value that all their rows share, or one of their own shape."""
+    """Give sites a value that all their rows share, or one for each row, or one of their own shape."""
 
     def __init__(self, values: dict[str, Tensor]):
         super().__init__()
