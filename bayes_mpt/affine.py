@@ -6,13 +6,14 @@ random points 1, 10 and 100 prior standard deviations away. What comes out is
     x = loc + loading u + e,    u ~ N(0, I_K),    e ~ N(0, diag(noise)),    z = latent_loc + latent_root u
 
 `structure` does this once and finds out how the program may be read; `read` does it at every step of a training,
-with gradients to the program's parameters.
+with gradients to the program's parameters. Both take a `Way` of reading: `Dense` here, one probe for every latent;
+where sites look at few latents each, `bayes_mpt.sparse.Sparse`.
 """
 
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import pyro
 import pyro.distributions as dist
@@ -43,9 +44,12 @@ from bayes_mpt.tracing import (
 )
 
 __all__ = [
+    "Dense",
+    "Map",
     "NotAffine",
     "Reading",
     "Structure",
+    "Way",
     "latent_values",
     "read",
     "read_side_by_side",
@@ -129,9 +133,57 @@ class Reading(NamedTuple):
     value: Tensor
     """(N, T), the observed value of this run; NaN where missing."""
 
+    def tokens_at(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Means and variances of the tokens given latents z (N, K), and the size of what the means are sums of."""
+        u = self._standard(z)
+        loading = self.loading[..., : z.shape[-1]]
+        mean = self.loc + (loading @ u[..., None])[..., 0]
+        size = self.loc.abs() + (loading.abs() @ u.abs()[..., None])[..., 0]
+        variance = self.noise + self.loading[..., z.shape[-1] :].square().sum(-1)
+        return mean, variance.expand(mean.shape), size
+
+    def log_joint(self, z: Tensor, value: Tensor) -> Tensor:
+        """log p(value, z), summed over rows."""
+        # log p(x, z) = log N(z; b, R R') + log N(x; loc + loading u, noise),  u = R^-1 (z - b)
+        mean, variance, _ = self.tokens_at(z)
+        root = self.loading[..., z.shape[-1] :]  # of correlated noise
+        if root.shape[-1]:
+            cov = root @ root.mT + torch.diag_embed(self.noise)
+            token = dist.MultivariateNormal(mean, cov).log_prob(value).sum()
+        else:
+            token = dist.Normal(mean, variance.sqrt()).log_prob(value).sum()
+        logdet = torch.linalg.slogdet(self.latent_root)[1].expand(len(z)).sum()
+        return token + dist.Normal(0.0, 1.0).log_prob(self._standard(z)).sum() - logdet
+
+    def _standard(self, z: Tensor) -> Tensor:
+        """u = R^-1 (z - b): (N, K)."""
+        return torch.linalg.solve(self.latent_root, (z - self.latent_loc)[..., None])[..., 0]
+
+
+class Map(Protocol):
+    """A linear-Gaussian map in some layout, a NamedTuple with fields ``scale`` and ``value``: what the checks ask."""
+
+    @property
+    def loc(self) -> Tensor: ...  # (B, T)
+    def tokens_at(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
+    def log_joint(self, z: Tensor, value: Tensor) -> Tensor: ...
+
+
+class Way(Protocol):
+    """How the map is found."""
+
+    def admit(self, structure: Structure) -> None:
+        """Say by an error of its own that the way is not meant for such a program."""
+
+    def on_probes(self, model: Model, args: tuple[Any, ...], structure: Structure) -> Any:
+        """The map that all rows share: one run on rows that are probes."""
+
+    def on_rows(self, model: Model, args: tuple[Any, ...], structure: Structure) -> Any:
+        """A map for every row, or of the one vector, and its value: runs on the rows themselves."""
+
 
 @torch.enable_grad()
-def structure(model: Model, args: tuple[Any, ...]) -> Structure:
+def structure(model: Model, args: tuple[Any, ...], way: Way | None = None) -> Structure:
     """Run the program on real rows and find out what it is made of.
 
     The first run also creates the parameters that the program initialises from ``x``.
@@ -142,6 +194,8 @@ def structure(model: Model, args: tuple[Any, ...]) -> Structure:
         A Pyro program with one observed Normal site and Normal latents.
     args : tuple
         What the program is called with; tensors have N rows. NaN cells are filled with column means.
+    way : Way, optional
+        How to read it; `Dense` by default.
 
     Returns
     -------
@@ -153,6 +207,7 @@ def structure(model: Model, args: tuple[Any, ...]) -> Structure:
         If the program is not linear-Gaussian given its parameters, sub-samples, uses other rows of ``x``, or
         holds trainable tensors that Pyro does not know of. The site is named.
     """
+    way = Dense() if way is None else way
     args = tuple(fill(a) for a in args)
     first, init = first_run(model, args)
     sites, rows_plate, by_row = _sites(first)
@@ -174,6 +229,7 @@ def structure(model: Model, args: tuple[Any, ...]) -> Structure:
         width=value.shape[1],
         spread=torch.cat(spread) if spread else init[0].new_zeros(0),
     )
+    way.admit(draft)
     trial, before, whole, reading = init, None, None, None
     if by_row and _scale(node) == 1.0:
         few = head(init, min(N_TRIAL_ROWS, max(1, len(init[0]) - 1)))
@@ -182,31 +238,32 @@ def structure(model: Model, args: tuple[Any, ...]) -> Structure:
             trial, before = few, _trial_run(model, few, draft)
         # With covariates a map that rows share now (a slope of zero, sorted groups) need not stay shared.
         if before is not None and not _covariates(init):
-            reading = _shared_map(model, trial, draft, before)
+            reading = _shared_map(model, trial, draft, before, way)
         if reading is not None and len(init[0]) > len(trial[0]):
             whole = _trial_run(model, init, draft)  # what holds for a few rows need not hold for all
-            if not _same_map(reading, draft, whole):
+            if not _same_map(reading, whole):
                 reading, trial, before = None, init, whole
     if before is None:
         trial, before = init, _trial_run(model, init, draft)
     if reading is not None:
         draft = draft._replace(own_rows=False, plain=draft.observed_arg is not None)
     else:
-        reading = _read_rows(model, trial, draft)
-    refuse_unregistered(list(reading[:5]))
+        reading = way.on_rows(model, trial, draft)
+    nodes = (*observed_nodes(first), *latent_nodes(first))
+    refuse_unregistered([t for n in nodes for t in _normal(n)])
     _refuse_dependence_on_x(model, trial, draft, before)
     _compare_with_program(draft, reading, before if whole is None or reading.loc.shape[0] > 1 else whole)
     return draft
 
 
-def read(model: Model, args: tuple[Any, ...], structure: Structure) -> Reading:
+def read(model: Model, args: tuple[Any, ...], structure: Structure, way: Way) -> Any:
     """Read the program's map at its current parameters, with gradients to them.
 
-    One run on K + 4 probe rows where all rows share the map; K + 1 runs on the real batch elsewhere.
+    Dense: one run on K + 4 probe rows where all rows share the map; K + 4 runs on the real batch elsewhere.
     """
     if structure.own_rows:
-        return _read_rows(model, args, structure)
-    reading = _read_probes(model, args, structure)
+        return way.on_rows(model, args, structure)
+    reading = way.on_probes(model, args, structure)
     if structure.plain:
         assert structure.observed_arg is not None
         return reading._replace(value=args[structure.observed_arg])
@@ -227,6 +284,19 @@ def token_means(
 
 
 # ------------------------------------------------------------------------------------------------ the two readings
+
+
+class Dense:
+    """One probe for every latent."""
+
+    def admit(self, structure: Structure) -> None:
+        pass
+
+    def on_probes(self, model: Model, args: tuple[Any, ...], structure: Structure) -> Reading:
+        return _read_probes(model, args, structure)
+
+    def on_rows(self, model: Model, args: tuple[Any, ...], structure: Structure) -> Reading:
+        return _read_rows(model, args, structure)
 
 
 def _read_probes(model: Model, args: tuple[Any, ...], structure: Structure) -> Reading:
@@ -356,12 +426,15 @@ def read_side_by_side(
 def _probes(structure: Structure, like: Tensor) -> Tensor:
     """(K + 4, K): zeros, the unit vectors, and three random points, in units of the prior's spread."""
     spread = structure.spread.to(like)
-    n_latents = len(spread)
+    unit = torch.diag(spread)
+    return torch.cat([unit.new_zeros(1, len(spread)), unit, random_points(spread)])
+
+
+def random_points(spread: Tensor) -> Tensor:
+    """(3, K): 1, 10 and 100 standard deviations (K,) away."""
     generator = torch.Generator().manual_seed(0)
-    random = torch.randn(N_CHECKS, n_latents, generator=generator, dtype=torch.float64).to(like)
-    random = random * torch.tensor([1.0, 10.0, 100.0]).to(like)[:, None]
-    unit = torch.eye(n_latents, dtype=like.dtype, device=like.device)
-    return torch.cat([unit.new_zeros(1, n_latents), unit, random]) * spread
+    random = torch.randn(N_CHECKS, len(spread), generator=generator, dtype=torch.float64).to(spread)
+    return random * torch.tensor([1.0, 10.0, 100.0]).to(spread)[:, None] * spread
 
 
 def _affine(y: Tensor, probes: Tensor, structure: Structure, where: str) -> tuple[Tensor, Tensor]:
@@ -372,22 +445,28 @@ def _affine(y: Tensor, probes: Tensor, structure: Structure, where: str) -> tupl
     slope = (y[1 : n_latents + 1] - intercept) / structure.spread.to(y)[:, None, None]
     slope = slope.permute(1, 2, 0)
     with torch.no_grad():
-        got = y[n_latents + 1 :]
-        want = intercept + torch.einsum("bdk,pk->pbd", slope, probes[n_latents + 1 :])
-        size = torch.einsum("bdk,pk->pbd", slope.abs(), probes[n_latents + 1 :].abs()) + intercept.abs()
-        finite = torch.isfinite(y).all()
-        if not finite or not bool(((got - want).abs() <= _tolerance(y) * (size + size.amax(0))).all()):
-            broken = [n for n, p in pyro.get_param_store().items() if not bool(torch.isfinite(p).all())]
-            if broken:
-                raise ModelError(
-                    f"parameter {broken[0]!r} is not finite: check its initial value and constraint"
-                )
-            what = "is not finite" if not finite else "is not affine in the latents"
-            raise NotAffine(
-                f"the mean of the {where} {what} {structure.latent_names}: this program is not linear-Gaussian, "
-                "so its score has no closed form"
-            )
+        far = probes[n_latents + 1 :]
+        want = intercept + torch.einsum("bdk,pk->pbd", slope, far)
+        size = torch.einsum("bdk,pk->pbd", slope.abs(), far.abs()) + intercept.abs()
+        check_affine(y[n_latents + 1 :], want, size, structure, where, bool(torch.isfinite(y).all()))
     return intercept, slope
+
+
+def check_affine(
+    got: Tensor, want: Tensor, size: Tensor, structure: Structure, where: str, finite: bool = True
+) -> None:
+    """Means at random points (P, ...) must be what the map says, up to rounding in parts of this size."""
+    finite = finite and bool(torch.isfinite(got).all())
+    if finite and bool(((got - want).abs() <= _tolerance(got) * (size + size.amax(0))).all()):
+        return
+    broken = [n for n, p in pyro.get_param_store().items() if not bool(torch.isfinite(p).all())]
+    if broken:
+        raise ModelError(f"parameter {broken[0]!r} is not finite: check its initial value and constraint")
+    what = "is not affine in the latents" if finite else "is not finite"
+    raise NotAffine(
+        f"the mean of the {where} {what} {structure.latent_names}: this program is not linear-Gaussian, "
+        "so its score has no closed form"
+    )
 
 
 def _integrate_prior(
@@ -429,8 +508,6 @@ def _sites(trace: Trace) -> tuple[tuple[str, ...], str | None, bool]:
             )
     plates = [_outermost_plate(node) for node in observed]
     rows = plates[0] if len(set(plates)) == 1 else None
-    if rows is None and len(observed) > 1:
-        raise NotAffine(f"observed sites {[n['name'] for n in observed]} stand in no common rows plate")
     nodes = latent_nodes(trace)
     for latent in nodes:
         _normal(latent)
@@ -543,11 +620,13 @@ def _token_values(trace: Trace, structure: Structure) -> Tensor:
     return _tokens_of([trace.nodes[name]["value"] for name in structure.sites], structure.by_row)
 
 
-def _latent_normal(trace: Trace, structure: Structure, n_rows: int) -> tuple[Tensor, Tensor]:
-    """Means (n_rows, K) and block-diagonal roots (n_rows, K, K) of the latents given the earlier ones."""
-    like = trace.nodes[structure.sites[0]]["value"]
+def latent_parts(trace: Trace, structure: Structure, n_rows: int) -> tuple[Tensor, list[Tensor]]:
+    """Of the latents given the earlier ones: means (n_rows, K), and a root of each site's covariance.
+
+    Standard deviations (n_rows, width) of independent ones, lower factors (n_rows, events, D, D) of others.
+    """
     locs: list[Tensor] = []
-    blocks: list[Tensor] = []
+    roots: list[Tensor] = []
     for site in structure.latents:
         node = trace.nodes[site.name]
         loc, scale = _normal(node)
@@ -558,16 +637,25 @@ def _latent_normal(trace: Trace, structure: Structure, n_rows: int) -> tuple[Ten
             tril = fn.scale_tril.expand(*node["value"].shape, width)  # (..., D, D)
             if site.row_axis is not None:
                 tril = tril.movedim(site.row_axis, 0)
-            tril = tril.reshape(n_rows, -1, width, width)
-            blocks.extend(tril.unbind(1))
+            roots.append(tril.reshape(n_rows, -1, width, width))
         else:
-            blocks.append(torch.diag_embed(_flat(scale, site, n_rows)))
+            roots.append(_flat(scale, site, n_rows))
     if not locs:
-        return like.new_zeros(n_rows, 0), like.new_zeros(n_rows, 0, 0)
-    root = blocks[0]
-    if len(blocks) > 1:
-        root = torch.stack([torch.block_diag(*[b[n] for b in blocks]) for n in range(n_rows)])
-    return torch.cat(locs, 1), root
+        return trace.nodes[structure.sites[0]]["value"].new_zeros(n_rows, 0), []
+    return torch.cat(locs, 1), roots
+
+
+def _latent_normal(trace: Trace, structure: Structure, n_rows: int) -> tuple[Tensor, Tensor]:
+    """Means (n_rows, K) and block-diagonal roots (n_rows, K, K) of the latents given the earlier ones."""
+    loc, roots = latent_parts(trace, structure, n_rows)
+    if not roots:
+        return loc, loc.new_zeros(n_rows, 0, 0)
+    blocks: list[Tensor] = []
+    for root in roots:
+        blocks.extend([torch.diag_embed(root)] if root.ndim == 2 else root.unbind(1))
+    if len(blocks) == 1:
+        return loc, blocks[0]
+    return loc, torch.stack([torch.block_diag(*[b[n] for b in blocks]) for n in range(n_rows)])
 
 
 def _scale(node: dict[str, Any]) -> float:
@@ -643,8 +731,8 @@ def _trial_run(model: Model, args: tuple[Any, ...], structure: Structure, z: Ten
     with torch.no_grad():
         trace = run(model, args, latent_values(structure, z))
         loc, scale = _token_normal(trace, structure)
-        latent_loc, root = _latent_normal(trace, structure, _batch(structure, args))
-        prior = torch.cat([latent_loc, root.flatten(1)], 1)
+        latent_loc, roots = latent_parts(trace, structure, _batch(structure, args))
+        prior = torch.cat([latent_loc, *[r.flatten(1) for r in roots]], 1)
         return _Trial(trace, z, loc, scale, _token_values(trace, structure), prior)
 
 
@@ -655,25 +743,21 @@ def _covariates(args: tuple[Any, ...]) -> bool:
     return len(with_rows) > 1
 
 
-def _shared_map(model: Model, args: tuple[Any, ...], structure: Structure, before: _Trial) -> Reading | None:
+def _shared_map(model: Model, args: tuple[Any, ...], structure: Structure, before: _Trial, way: Way) -> Any:
     """The map read from probe rows, if the real rows have the same one; else None."""
     try:
-        reading = _read_probes(model, args, structure)
+        reading = way.on_probes(model, args, structure)
     except (RuntimeError, ValueError, IndexError):
         return None  # the program does not take K + 4 rows, or they differ
-    return reading if _same_map(reading, structure, before) else None
+    return reading if _same_map(reading, before) else None
 
 
-def _same_map(reading: Reading, structure: Structure, before: _Trial) -> bool:
+def _same_map(reading: Map, before: _Trial) -> bool:
     """Whether these rows have this one map."""
     with torch.no_grad():
-        u = torch.linalg.solve(reading.latent_root, (before.z - reading.latent_loc)[..., None])
-        loading = reading.loading[..., : structure.n_latents]
-        want = (loading @ u)[..., 0]
-        size = (loading.abs() @ u.abs())[..., 0] + reading.loc.abs()
-        same = (before.loc - reading.loc - want).abs() <= _tolerance(before.loc) * size
-        variance = reading.noise + reading.loading[..., structure.n_latents :].square().sum(-1)
-        return bool(same.all()) and _close(before.scale.square(), variance.expand_as(before.scale))
+        mean, variance, size = reading.tokens_at(before.z)
+        same = (before.loc - mean).abs() <= _tolerance(before.loc) * size
+        return bool(same.all()) and _close(before.scale.square(), variance)
 
 
 def _refuse_dependence_on_x(
@@ -740,26 +824,13 @@ def _after(model: Model, args: tuple[Any, ...], structure: Structure, z: Tensor)
     return after if all(bool(torch.isfinite(t).all()) for t in after[2:]) else None
 
 
-def _compare_with_program(structure: Structure, reading: Reading, before: _Trial) -> None:
+def _compare_with_program(structure: Structure, reading: Map, before: _Trial) -> None:
     """The map must give the very log-density that the program gives itself."""
     trace, z = before.trace, before.z
     with torch.no_grad():
         trace.compute_log_prob()
         want = sum(float(s["log_prob_sum"]) for s in trace.nodes.values() if s["type"] == "sample")
-        # log p(x, z) = log N(z; b, R R') + log N(x; loc + loading u, noise),  u = R^-1 (z - b)
-        u = torch.linalg.solve(reading.latent_root, (z - reading.latent_loc)[..., None])
-        mean = reading.loc + (reading.loading[..., : structure.n_latents] @ u)[..., 0]
-        value = before.value
-        root = reading.loading[..., structure.n_latents :]  # of correlated noise
-        if root.shape[-1]:
-            cov = root @ root.mT + torch.diag_embed(reading.noise)
-            token = dist.MultivariateNormal(mean, cov).log_prob(value).sum()
-        else:
-            token = dist.Normal(mean, reading.noise.sqrt()).log_prob(value).sum()
-        logdet = torch.linalg.slogdet(reading.latent_root)[1].expand(len(z)).sum()
-        got = _scale(trace.nodes[structure.sites[0]]) * float(
-            token + dist.Normal(0.0, 1.0).log_prob(u).sum() - logdet
-        )
+        got = _scale(trace.nodes[structure.sites[0]]) * float(reading.log_joint(z, before.value))
     if structure.sub_rows is None and not abs(got - want) <= _tolerance(z) * 1e3 * (1 + abs(want)):
         raise NotAffine(
             f"read as a linear-Gaussian program its log-density is {got:.8g}, but the program's own is {want:.8g} "
