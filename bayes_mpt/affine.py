@@ -38,6 +38,7 @@ from bayes_mpt.tracing import (
     head,
     is_subsample,
     latent_nodes,
+    list_names,
     observed_nodes,
     refuse_unregistered,
     run,
@@ -96,8 +97,8 @@ class Structure(NamedTuple):
 
     @property
     def observed(self) -> str:
-        """Names of the observed sites."""
-        return ", ".join(self.sites)
+        """Names of the observed sites, in words."""
+        return list_names(self.sites)
 
     @property
     def site_names(self) -> tuple[str, ...]:
@@ -316,7 +317,7 @@ def _read_probes(model: Model, args: tuple[Any, ...], structure: Structure) -> R
     map_loc, map_loading = _affine(loc[:, None], probes, structure, where)
     prior_loc, prior_slope = _affine(latent_loc[:, None], probes, structure, "latent sites")
     _check_constant(latent_root.flatten(1), "latent sites")
-    reading = _integrate_prior(
+    reading = integrate_prior(
         map_loc, map_loading, scale[:1].square(), prior_loc, prior_slope, latent_root[:1], rows[0]
     )
     return reading if tril is None else _with_correlated_noise(reading, tril[:1])
@@ -352,7 +353,7 @@ def _read_rows(model: Model, args: tuple[Any, ...], structure: Structure) -> Rea
     _check_constant(root, "latent sites")
     map_loc, map_loading = _affine(torch.stack(locs), probes, structure, where)
     prior_loc, prior_slope = _affine(torch.stack(latent_locs), probes, structure, "latent sites")
-    reading = _integrate_prior(
+    reading = integrate_prior(
         map_loc, map_loading, scale[0].square(), prior_loc, prior_slope, root[0], filled[0]
     )
     if trils[0] is not None:
@@ -412,7 +413,7 @@ def read_side_by_side(
     latent_loc, latent_scale = torch.cat(locs, -1), torch.cat(scales, -1)  # (P, S, K)
     _check_constant(latent_scale, "latent sites")
     prior_loc, prior_slope = _affine(latent_loc, probes, structure, "latent sites")
-    return _integrate_prior(
+    return integrate_prior(
         map_loc,
         map_loading,
         scale[0].square(),
@@ -464,12 +465,12 @@ def check_affine(
         raise ModelError(f"parameter {broken[0]!r} is not finite: check its initial value and constraint")
     what = "is not affine in the latents" if finite else "is not finite"
     raise NotAffine(
-        f"the mean of the {where} {what} {structure.latent_names}: this program is not linear-Gaussian, "
+        f"the mean of the {where} {what} {list_names(structure.latent_names)}: this program is not linear-Gaussian, "
         "so its score has no closed form"
     )
 
 
-def _integrate_prior(
+def integrate_prior(
     loc: Tensor, loading: Tensor, noise: Tensor, b: Tensor, slope: Tensor, root: Tensor, like: Tensor
 ) -> Reading:
     """Latents may depend on earlier ones: z = b + A z + R u, so z = (I - A)^-1 (b + R u)."""
@@ -781,7 +782,7 @@ def _refuse_dependence_on_x(
                     what = "mean" if moves[0] else "scale" if moves[1] else "prior"
                     where = f"observed site {structure.observed!r}"
                     if not (moves[0] or moves[1]):
-                        where = f"latent site {', '.join(map(repr, structure.latent_names))}"
+                        where = f"latent site {list_names(map(repr, structure.latent_names))}"
                     raise ModelError(
                         f"the {what} of {where} changes with "
                         "the observed x itself (a statistic of x inside the program, or x as its own covariate): a "

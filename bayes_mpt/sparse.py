@@ -135,6 +135,16 @@ class SparseMap(NamedTuple):
         prior = Normal(0.0, 1.0).log_prob(u).sum() - logdet + 0.5 * math.log(2 * math.pi) * n_filled
         return Normal(mean, variance.sqrt()).log_prob(value).sum() + prior
 
+    def dense(self) -> affine.Reading:
+        """The map as matrices (K, K) and (T, K)."""
+        k, t = self.latent_loc.shape[1], self.loc.shape[1]
+        slope = _scatter(self.slope, self.layout.out * k + self.layout.into, (k + t, k))
+        root = _scatter(self.root, self.layout.root_row * k + self.layout.root_col, (k, k))
+        reading = affine.integrate_prior(
+            self.loc, slope[:, k:], self.noise, self.latent_loc, slope[:, :k], root, self.value
+        )
+        return reading._replace(scale=self.scale)
+
     def blocks(self) -> Blocks:
         """The map as a chain of blocks."""
         n, w, t = self.layout.n_blocks, self.layout.width, self.layout.n_slots

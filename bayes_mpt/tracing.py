@@ -7,7 +7,7 @@ Multinomial count, say) where it has not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ Model = Callable[..., Any]
 MAX_INIT_CELLS = 2**22
 NODES = "_nodes"  # the plate of nodes, left of a program's own plates
 MAX_VALUES = 4096  # of one discrete latent
+MOST_NAMES = 12  # in a message
 N_TRIAL_ROWS = 8
 CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
@@ -101,8 +102,8 @@ class Program(NamedTuple):
 
     @property
     def observed(self) -> str:
-        """Names of the observed sites."""
-        return ", ".join(site.name for site in self.sites)
+        """Names of the observed sites, in words."""
+        return list_names(self.site_names)
 
     @property
     def site_names(self) -> tuple[str, ...]:
@@ -187,6 +188,14 @@ def survey(model: Model, args: tuple[Any, ...]) -> Program:
     if program.sub_rows is None:
         _refuse_dependence_on_x(model, init, program, first)
     return program
+
+
+def list_names(names: Iterable[str]) -> str:
+    """Names in words, those in the middle of a long list left out."""
+    names = list(names)
+    if len(names) > MOST_NAMES:
+        names[3:-1] = [f"... ({len(names) - 4} more)"]
+    return ", ".join(names)
 
 
 # ---------------------------------------------------------------------------------------------------- runs and sites

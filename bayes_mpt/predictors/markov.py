@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayes_mpt.affine import Structure, latent_values, read, structure
+from bayes_mpt.affine import Reading, Structure, latent_values, read, structure
 from bayes_mpt.predictors.base import Conditionals, Posterior
 from bayes_mpt.predictors.linear_gaussian import CHUNK, LOG_2PI, Groups, LinearGaussian, cholesky, group_rows
 from bayes_mpt.sparse import Blocks, NotSparse, Sparse, SparseMap
@@ -153,6 +153,10 @@ class MarkovGaussian(Conditionals):
         if self.structure.by_row:
             return []
         return [(1.0, latent_values(self.structure, self.posterior(x).mean))]
+
+    def dense(self) -> Reading:
+        """The map as `LinearGaussian` has it, K x K and T x K matrices."""
+        return self.reading.dense()
 
     def _with(self, model: Model | None, reading: SparseMap) -> MarkovGaussian:
         new = object.__new__(MarkovGaussian)
