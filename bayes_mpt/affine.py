@@ -6,13 +6,14 @@ random points 1, 10 and 100 prior standard deviations away. What comes out is
     x = loc + loading u + e,    u ~ N(0, I_K),    e ~ N(0, diag(noise)),    z = latent_loc + latent_root u
 
 `structure` does this once and finds out how the program may be read; `read` does it at every step of a training,
-with gradients to the program's parameters.
+with gradients to the program's parameters. Both take a `Way` of reading: `Dense` here, one probe for every latent;
+where sites look at few latents each, `bayes_mpt.sparse.Sparse`.
 """
 
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import pyro
 import pyro.distributions as dist
@@ -38,6 +39,7 @@ from bayes_mpt.tracing import (
     head,
     is_subsample,
     latent_nodes,
+    list_names,
     observed_nodes,
     one_precision,
     refuse_unregistered,
@@ -46,9 +48,12 @@ from bayes_mpt.tracing import (
 )
 
 __all__ = [
+    "Dense",
+    "Map",
     "NotAffine",
     "Reading",
     "Structure",
+    "Way",
     "cycle",
     "latent_values",
     "read",
@@ -98,8 +103,8 @@ class Structure(NamedTuple):
 
     @property
     def observed(self) -> str:
-        """Names of the observed sites."""
-        return ", ".join(self.sites)
+        """Names of the observed sites, in words."""
+        return list_names(self.sites)
 
     @property
     def site_names(self) -> tuple[str, ...]:
@@ -135,9 +140,59 @@ class Reading(NamedTuple):
     value: Tensor
     """(N, T), the observed value of this run; NaN where missing."""
 
+    def tokens_at(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Means and variances of the tokens given latents z (N, K), and the size of what the means are sums of."""
+        u = self._standard(z)
+        loading = self.loading[..., : z.shape[-1]]
+        mean = self.loc + (loading @ u[..., None])[..., 0]
+        size = self.loc.abs() + (loading.abs() @ u.abs()[..., None])[..., 0]
+        variance = self.noise + self.loading[..., z.shape[-1] :].square().sum(-1)
+        return mean, variance.expand(mean.shape), size
+
+    def log_joint(self, z: Tensor, value: Tensor) -> Tensor:
+        """log p(value, z), summed over rows."""
+        # log p(x, z) = log N(z; b, R R') + log N(x; loc + loading u, noise),  u = R^-1 (z - b)
+        mean, variance, _ = self.tokens_at(z)
+        root = self.loading[..., z.shape[-1] :]  # of correlated noise
+        if root.shape[-1]:
+            cov = root @ root.mT + torch.diag_embed(self.noise)
+            token = dist.MultivariateNormal(mean, cov).log_prob(value).sum()
+        else:
+            token = dist.Normal(mean, variance.sqrt()).log_prob(value).sum()
+        logdet = torch.linalg.slogdet(self.latent_root)[1].expand(len(z)).sum()
+        return token + dist.Normal(0.0, 1.0).log_prob(self._standard(z)).sum() - logdet
+
+    def _standard(self, z: Tensor) -> Tensor:
+        """u = R^-1 (z - b): (N, K)."""
+        return torch.linalg.solve(self.latent_root, (z - self.latent_loc)[..., None])[..., 0]
+
+
+class Map(Protocol):
+    """A linear-Gaussian map in some layout, a NamedTuple with fields ``scale`` and ``value``: what the checks ask."""
+
+    @property
+    def loc(self) -> Tensor: ...  # (B, T)
+    def tokens_at(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
+    def log_joint(self, z: Tensor, value: Tensor) -> Tensor: ...
+
+
+class Way(Protocol):
+    """How the map is found."""
+
+    def admit(self, structure: Structure) -> None:
+        """Say by an error of its own that the way is not meant for such a program."""
+
+    def on_probes(self, model: Model, args: tuple[Any, ...], structure: Structure) -> Any:
+        """The map that all rows share: one run on rows that are probes."""
+
+    def on_rows(self, model: Model, args: tuple[Any, ...], structure: Structure) -> Any:
+        """A map for every row, or of the one vector, and its value: runs on the rows themselves."""
+
 
 @torch.enable_grad()
-def structure(model: Model, args: tuple[Any, ...], n_trial: int = N_TRIAL_ROWS) -> Structure:
+def structure(
+    model: Model, args: tuple[Any, ...], way: Way | None = None, n_trial: int = N_TRIAL_ROWS
+) -> Structure:
     """Run the program on real rows and find out what it is made of.
 
     The first run also creates the parameters that the program initialises from ``x``.
@@ -148,6 +203,8 @@ def structure(model: Model, args: tuple[Any, ...], n_trial: int = N_TRIAL_ROWS) 
         A Pyro program with one observed Normal site and Normal latents.
     args : tuple
         What the program is called with; tensors have N rows. NaN cells are filled with column means.
+    way : Way, optional
+        How to read it; `Dense` by default.
     n_trial : int, default=8
         Rows on which what one run can show is checked.
 
@@ -161,6 +218,7 @@ def structure(model: Model, args: tuple[Any, ...], n_trial: int = N_TRIAL_ROWS) 
         If the program is not linear-Gaussian given its parameters, sub-samples, uses other rows of ``x``, or
         holds trainable tensors that Pyro does not know of. The site is named.
     """
+    way = Dense() if way is None else way
     args = tuple(fill(a) for a in args)
     first, init = first_run(model, args)
     sites, rows_plate, by_row = _sites(first)
@@ -182,6 +240,7 @@ def structure(model: Model, args: tuple[Any, ...], n_trial: int = N_TRIAL_ROWS) 
         width=value.shape[1],
         spread=torch.cat(spread) if spread else init[0].new_zeros(0),
     )
+    way.admit(draft)
     trial, before, whole, reading = init, None, None, None
     if by_row and _scale(node) == 1.0:
         few = head(init, min(n_trial, max(1, len(init[0]) - 1)))
@@ -190,31 +249,32 @@ def structure(model: Model, args: tuple[Any, ...], n_trial: int = N_TRIAL_ROWS) 
             trial, before = few, _trial_run(model, few, draft)
         # With covariates a map that rows share now (a slope of zero, sorted groups) need not stay shared.
         if before is not None and not _covariates(init):
-            reading = _shared_map(model, trial, draft, before)
+            reading = _shared_map(model, trial, draft, before, way)
         if reading is not None and len(init[0]) > len(trial[0]):
             whole = _trial_run(model, init, draft)  # what holds for a few rows need not hold for all
-            if not _same_map(reading, draft, whole):
+            if not _same_map(reading, whole):
                 reading, trial, before = None, init, whole
     if before is None:
         trial, before = init, _trial_run(model, init, draft)
     if reading is not None:
         draft = draft._replace(own_rows=False, plain=draft.observed_arg is not None)
     else:
-        reading = _read_rows(model, trial, draft)
-    refuse_unregistered(list(reading[:5]))
+        reading = way.on_rows(model, trial, draft)
+    nodes = (*observed_nodes(first), *latent_nodes(first))
+    refuse_unregistered([t for n in nodes for t in _normal(n)])
     _refuse_dependence_on_x(model, trial, draft, before)
     _compare_with_program(draft, reading, before if whole is None or reading.loc.shape[0] > 1 else whole)
     return draft
 
 
-def read(model: Model, args: tuple[Any, ...], structure: Structure) -> Reading:
+def read(model: Model, args: tuple[Any, ...], structure: Structure, way: Way) -> Any:
     """Read the program's map at its current parameters, with gradients to them.
 
-    One run on K + 4 probe rows where all rows share the map; K + 1 runs on the real batch elsewhere.
+    Dense: one run on K + 4 probe rows where all rows share the map; K + 4 runs on the real batch elsewhere.
     """
     if structure.own_rows:
-        return _read_rows(model, args, structure)
-    reading = _read_probes(model, args, structure)
+        return way.on_rows(model, args, structure)
+    reading = way.on_probes(model, args, structure)
     if structure.plain:
         assert structure.observed_arg is not None
         return reading._replace(value=args[structure.observed_arg])
@@ -237,6 +297,19 @@ def token_means(
 # ------------------------------------------------------------------------------------------------ the two readings
 
 
+class Dense:
+    """One probe for every latent."""
+
+    def admit(self, structure: Structure) -> None:
+        pass
+
+    def on_probes(self, model: Model, args: tuple[Any, ...], structure: Structure) -> Reading:
+        return _read_probes(model, args, structure)
+
+    def on_rows(self, model: Model, args: tuple[Any, ...], structure: Structure) -> Reading:
+        return _read_rows(model, args, structure)
+
+
 def _read_probes(model: Model, args: tuple[Any, ...], structure: Structure) -> Reading:
     """All probes in one run: row 0 has z = 0, rows 1..K a unit vector each, the last three are random."""
     n_latents = structure.n_latents
@@ -254,7 +327,7 @@ def _read_probes(model: Model, args: tuple[Any, ...], structure: Structure) -> R
     map_loc, map_loading = _affine(loc[:, None], probes, structure, where)
     prior_loc, prior_slope = _affine(latent_loc[:, None], probes, structure, "latent sites")
     _check_constant(latent_root.flatten(1), "latent sites")
-    reading = _integrate_prior(
+    reading = integrate_prior(
         map_loc, map_loading, scale[:1].square(), prior_loc, prior_slope, latent_root[:1], rows[0]
     )
     return reading if tril is None else _with_correlated_noise(reading, tril[:1])
@@ -292,7 +365,7 @@ def _read_rows(model: Model, args: tuple[Any, ...], structure: Structure) -> Rea
     _check_constant(root, "latent sites")
     map_loc, map_loading = _affine(torch.stack(locs), probes, structure, where)
     prior_loc, prior_slope = _affine(torch.stack(latent_locs), probes, structure, "latent sites")
-    reading = _integrate_prior(
+    reading = integrate_prior(
         map_loc, map_loading, scale[0].square(), prior_loc, prior_slope, root[0], filled[0]
     )
     if trils[0] is not None:
@@ -352,7 +425,7 @@ def read_side_by_side(
     latent_loc, latent_scale = torch.cat(locs, -1), torch.cat(scales, -1)  # (P, S, K)
     _check_constant(latent_scale, "latent sites")
     prior_loc, prior_slope = _affine(latent_loc, probes, structure, "latent sites")
-    return _integrate_prior(
+    return integrate_prior(
         map_loc,
         map_loading,
         scale[0].square(),
@@ -366,12 +439,15 @@ def read_side_by_side(
 def _probes(structure: Structure, like: Tensor) -> Tensor:
     """(K + 4, K): zeros, the unit vectors, and three random points, in units of the prior's spread."""
     spread = structure.spread.to(like)
-    n_latents = len(spread)
+    unit = torch.diag(spread)
+    return torch.cat([unit.new_zeros(1, len(spread)), unit, random_points(spread)])
+
+
+def random_points(spread: Tensor) -> Tensor:
+    """(3, K): 1, 10 and 100 standard deviations (K,) away."""
     generator = torch.Generator().manual_seed(0)
-    random = torch.randn(N_CHECKS, n_latents, generator=generator, dtype=torch.float64).to(like)
-    random = random * torch.tensor([1.0, 10.0, 100.0]).to(like)[:, None]
-    unit = torch.eye(n_latents, dtype=like.dtype, device=like.device)
-    return torch.cat([unit.new_zeros(1, n_latents), unit, random]) * spread
+    random = torch.randn(N_CHECKS, len(spread), generator=generator, dtype=torch.float64).to(spread)
+    return random * torch.tensor([1.0, 10.0, 100.0]).to(spread)[:, None] * spread
 
 
 def _affine(y: Tensor, probes: Tensor, structure: Structure, where: str) -> tuple[Tensor, Tensor]:
@@ -382,26 +458,31 @@ def _affine(y: Tensor, probes: Tensor, structure: Structure, where: str) -> tupl
     slope = (y[1 : n_latents + 1] - intercept) / structure.spread.to(y)[:, None, None]
     slope = slope.permute(1, 2, 0)
     with torch.no_grad():
-        got = y[n_latents + 1 :]
-        want = intercept + torch.einsum("bdk,pk->pbd", slope, probes[n_latents + 1 :])
-        size = torch.einsum("bdk,pk->pbd", slope.abs(), probes[n_latents + 1 :].abs()) + intercept.abs()
-        finite = torch.isfinite(y).all()
-        size = size + size.amax(0) if len(size) else size
-        if not finite or not bool(((got - want).abs() <= _tolerance(y) * size).all()):
-            broken = [n for n, p in pyro.get_param_store().items() if not bool(torch.isfinite(p).all())]
-            if broken:
-                raise ModelError(
-                    f"parameter {broken[0]!r} is not finite: check its initial value and constraint"
-                )
-            what = "is not finite" if not finite else "is not affine in the latents"
-            raise NotAffine(
-                f"the mean of the {where} {what} {structure.latent_names}: this program is not linear-Gaussian, "
-                "so its score has no closed form"
-            )
+        far = probes[n_latents + 1 :]
+        want = intercept + torch.einsum("bdk,pk->pbd", slope, far)
+        size = torch.einsum("bdk,pk->pbd", slope.abs(), far.abs()) + intercept.abs()
+        check_affine(y[n_latents + 1 :], want, size, structure, where, bool(torch.isfinite(y).all()))
     return intercept, slope
 
 
-def _integrate_prior(
+def check_affine(
+    got: Tensor, want: Tensor, size: Tensor, structure: Structure, where: str, finite: bool = True
+) -> None:
+    """Means at random points (P, ...) must be what the map says, up to rounding in parts of this size."""
+    finite = finite and bool(torch.isfinite(got).all())
+    if finite and bool(((got - want).abs() <= _tolerance(got) * (size + size.amax(0))).all()):
+        return
+    broken = [n for n, p in pyro.get_param_store().items() if not bool(torch.isfinite(p).all())]
+    if broken:
+        raise ModelError(f"parameter {broken[0]!r} is not finite: check its initial value and constraint")
+    what = "is not affine in the latents" if finite else "is not finite"
+    raise NotAffine(
+        f"the mean of the {where} {what} {list_names(structure.latent_names)}: this program is not linear-Gaussian, "
+        "so its score has no closed form"
+    )
+
+
+def integrate_prior(
     loc: Tensor, loading: Tensor, noise: Tensor, b: Tensor, slope: Tensor, root: Tensor, like: Tensor
 ) -> Reading:
     """Latents may depend on earlier ones: z = b + A z + R u, so z = (I - A)^-1 (b + R u)."""
@@ -440,8 +521,6 @@ def _sites(trace: Trace) -> tuple[tuple[str, ...], str | None, bool]:
             )
     plates = [_outermost_plate(node) for node in observed]
     rows = plates[0] if len(set(plates)) == 1 else None
-    if rows is None and len(observed) > 1:
-        raise NotAffine(f"observed sites {[n['name'] for n in observed]} stand in no common rows plate")
     nodes = latent_nodes(trace)
     for latent in nodes:
         _normal(latent)
@@ -558,11 +637,13 @@ def tokens_of(trace: Trace, structure: Structure | Program) -> Tensor:
     return _tokens_of([trace.nodes[name]["value"] for name in structure.sites], structure.by_row)
 
 
-def _latent_normal(trace: Trace, structure: Structure, n_rows: int) -> tuple[Tensor, Tensor]:
-    """Means (n_rows, K) and block-diagonal roots (n_rows, K, K) of the latents given the earlier ones."""
-    like = trace.nodes[structure.sites[0]]["value"]
+def latent_parts(trace: Trace, structure: Structure, n_rows: int) -> tuple[Tensor, list[Tensor]]:
+    """Of the latents given the earlier ones: means (n_rows, K), and a root of each site's covariance.
+
+    Standard deviations (n_rows, width) of independent ones, lower factors (n_rows, events, D, D) of others.
+    """
     locs: list[Tensor] = []
-    blocks: list[Tensor] = []
+    roots: list[Tensor] = []
     for site in structure.latents:
         node = trace.nodes[site.name]
         loc, scale = _normal(node)
@@ -573,16 +654,25 @@ def _latent_normal(trace: Trace, structure: Structure, n_rows: int) -> tuple[Ten
             tril = fn.scale_tril.to(loc).expand(*node["value"].shape, width)  # (..., D, D)
             if site.row_axis is not None:
                 tril = tril.movedim(site.row_axis, 0)
-            tril = tril.reshape(n_rows, -1, width, width)
-            blocks.extend(tril.unbind(1))
+            roots.append(tril.reshape(n_rows, -1, width, width))
         else:
-            blocks.append(torch.diag_embed(_flat(scale, site, n_rows)))
+            roots.append(_flat(scale, site, n_rows))
     if not locs:
-        return like.new_zeros(n_rows, 0), like.new_zeros(n_rows, 0, 0)
-    root = blocks[0]
-    if len(blocks) > 1:
-        root = torch.stack([torch.block_diag(*[b[n] for b in blocks]) for n in range(n_rows)])
-    return torch.cat(locs, 1), root
+        return trace.nodes[structure.sites[0]]["value"].new_zeros(n_rows, 0), []
+    return torch.cat(locs, 1), roots
+
+
+def _latent_normal(trace: Trace, structure: Structure, n_rows: int) -> tuple[Tensor, Tensor]:
+    """Means (n_rows, K) and block-diagonal roots (n_rows, K, K) of the latents given the earlier ones."""
+    loc, roots = latent_parts(trace, structure, n_rows)
+    if not roots:
+        return loc, loc.new_zeros(n_rows, 0, 0)
+    blocks: list[Tensor] = []
+    for root in roots:
+        blocks.extend([torch.diag_embed(root)] if root.ndim == 2 else root.unbind(1))
+    if len(blocks) == 1:
+        return loc, blocks[0]
+    return loc, torch.stack([torch.block_diag(*[b[n] for b in blocks]) for n in range(n_rows)])
 
 
 def _scale(node: dict[str, Any]) -> float:
@@ -659,8 +749,8 @@ def _trial_run(model: Model, args: tuple[Any, ...], structure: Structure, z: Ten
     with torch.no_grad():
         trace = run(model, args, latent_values(structure, z))
         loc, scale = _token_normal(trace, structure)
-        latent_loc, root = _latent_normal(trace, structure, _batch(structure, args))
-        prior = torch.cat([latent_loc, root.flatten(1)], 1)
+        latent_loc, roots = latent_parts(trace, structure, _batch(structure, args))
+        prior = torch.cat([latent_loc, *[r.flatten(1) for r in roots]], 1)
         return _Trial(trace, z, loc, scale, tokens_of(trace, structure), prior)
 
 
@@ -671,13 +761,13 @@ def _covariates(args: tuple[Any, ...]) -> bool:
     return len(with_rows) > 1
 
 
-def _shared_map(model: Model, args: tuple[Any, ...], structure: Structure, before: _Trial) -> Reading | None:
+def _shared_map(model: Model, args: tuple[Any, ...], structure: Structure, before: _Trial, way: Way) -> Any:
     """The map read from probe rows, if the real rows have the same one; else None."""
     try:
-        reading = _read_probes(model, args, structure)
+        reading = way.on_probes(model, args, structure)
     except (RuntimeError, ValueError, IndexError):
         return None  # the program does not take K + 4 rows, or they differ
-    return reading if _same_map(reading, structure, before) else None
+    return reading if _same_map(reading, before) else None
 
 
 def same_by_label(
@@ -685,21 +775,17 @@ def same_by_label(
 ) -> bool:
     """Whether each of these rows has the map that its label (N,) numbers among the B of the reading."""
     filled = tuple(fill(a) for a in args)
-    return _same_map(reading, structure, _trial_run(model, filled, structure), label)
+    loc, loading, noise, latent_loc, root = (t[label] for t in reading[:5])
+    of_rows = Reading(loc, loading, noise, latent_loc, root, reading.scale, reading.value)
+    return _same_map(of_rows, _trial_run(model, filled, structure))
 
 
-def _same_map(reading: Reading, structure: Structure, before: _Trial, label: Tensor | None = None) -> bool:
-    """Whether these rows have this one map, or each the one that its label numbers."""
+def _same_map(reading: Map, before: _Trial) -> bool:
+    """Whether these rows have this one map."""
     with torch.no_grad():
-        of_rows = lambda t: t if label is None else t[label]  # noqa: E731
-        root, latent_loc, loc = (of_rows(t) for t in (reading.latent_root, reading.latent_loc, reading.loc))
-        u = torch.linalg.solve(root, (before.z - latent_loc)[..., None])
-        loading = of_rows(reading.loading[..., : structure.n_latents])
-        want = (loading @ u)[..., 0]
-        size = (loading.abs() @ u.abs())[..., 0] + loc.abs()
-        same = (before.loc - loc - want).abs() <= _tolerance(before.loc) * size
-        variance = of_rows(reading.noise + reading.loading[..., structure.n_latents :].square().sum(-1))
-        return bool(same.all()) and _close(before.scale.square(), variance.expand_as(before.scale))
+        mean, variance, size = reading.tokens_at(before.z)
+        same = (before.loc - mean).abs() <= _tolerance(before.loc) * size
+        return bool(same.all()) and _close(before.scale.square(), variance)
 
 
 def _refuse_dependence_on_x(
@@ -723,7 +809,7 @@ def _refuse_dependence_on_x(
                     what = "mean" if moves[0] else "scale" if moves[1] else "prior"
                     where = f"observed site {structure.observed!r}"
                     if not (moves[0] or moves[1]):
-                        where = f"latent site {', '.join(map(repr, structure.latent_names))}"
+                        where = f"latent site {list_names(map(repr, structure.latent_names))}"
                     raise ModelError(
                         f"the {what} of {where} changes with "
                         "the observed x itself (a statistic of x inside the program, or x as its own covariate): a "
@@ -769,26 +855,13 @@ def _after(model: Model, args: tuple[Any, ...], structure: Structure, z: Tensor)
     return after if all(bool(torch.isfinite(t).all()) for t in after[2:]) else None
 
 
-def _compare_with_program(structure: Structure, reading: Reading, before: _Trial) -> None:
+def _compare_with_program(structure: Structure, reading: Map, before: _Trial) -> None:
     """The map must give the very log-density that the program gives itself."""
     trace, z = before.trace, before.z
     with torch.no_grad():
         trace.compute_log_prob()
         want = sum(float(s["log_prob_sum"]) for s in trace.nodes.values() if s["type"] == "sample")
-        # log p(x, z) = log N(z; b, R R') + log N(x; loc + loading u, noise),  u = R^-1 (z - b)
-        u = torch.linalg.solve(reading.latent_root, (z - reading.latent_loc)[..., None])
-        mean = reading.loc + (reading.loading[..., : structure.n_latents] @ u)[..., 0]
-        value = before.value
-        root = reading.loading[..., structure.n_latents :]  # of correlated noise
-        if root.shape[-1]:
-            cov = root @ root.mT + torch.diag_embed(reading.noise)
-            token = dist.MultivariateNormal(mean, cov).log_prob(value).sum()
-        else:
-            token = dist.Normal(mean, reading.noise.sqrt()).log_prob(value).sum()
-        logdet = torch.linalg.slogdet(reading.latent_root)[1].expand(len(z)).sum()
-        got = _scale(trace.nodes[structure.sites[0]]) * float(
-            token + dist.Normal(0.0, 1.0).log_prob(u).sum() - logdet
-        )
+        got = _scale(trace.nodes[structure.sites[0]]) * float(reading.log_joint(z, before.value))
     if structure.sub_rows is None and not abs(got - want) <= _tolerance(z) * 1e3 * (1 + abs(want)):
         raise NotAffine(
             f"read as a linear-Gaussian program its log-density is {got:.8g}, but the program's own is {want:.8g} "

@@ -41,10 +41,10 @@ from bayes_mpt.evidence import Laplace, laplace_diagonal, laplace_proportional
 from bayes_mpt.masks import PermutationChain, Policy
 from bayes_mpt.models import PPCA
 from bayes_mpt.moments import Table
-from bayes_mpt.predictors import Conditionals, LinearGaussian, Predictor, choose
+from bayes_mpt.predictors import Conditionals, LinearGaussian, MarkovGaussian, Predictor, choose
 from bayes_mpt.score import ScoreEstimate, estimate
 from bayes_mpt.store import OwnStore, State, load, save, seeded
-from bayes_mpt.tracing import Model, ModelError, Program, fill, first_run, not_finite, run
+from bayes_mpt.tracing import Model, ModelError, Program, fill, first_run, list_names, not_finite, run
 
 __all__ = ["BayesMPT"]
 
@@ -759,7 +759,7 @@ class BayesMPT(
         """How the score is computed, why, what is integrated and what is point-estimated."""
         check_is_fitted(self)
         s = self.predictor_.structure
-        latents = ", ".join(
+        latents = list_names(
             f"{site.name} ({'discrete' if site.discrete else site.width} "
             f"{'a row' if site.row_axis is not None else 'in all'})"
             for site in s.latents
@@ -770,7 +770,7 @@ class BayesMPT(
             tokens = f"the {s.n_tokens} observations of site {s.observed!r} in a row; rows are independent"
         read = (
             ""
-            if not isinstance(self.predictor_, LinearGaussian)
+            if not isinstance(self.predictor_, LinearGaussian | MarkovGaussian)
             else ("; read on the real rows, whose maps differ" if s.own_rows else "; read once for all rows")
         )
         kind = self.predictor_.name
@@ -779,7 +779,7 @@ class BayesMPT(
                 f"tokens:          {tokens}",
                 f"latents:         {latents or 'none'}",
                 f"predictor:       {kind}: {self.predictor_.why}{read}",
-                f"integrated:      {', '.join(s.latent_names) or 'nothing'}",
+                f"integrated:      {list_names(s.latent_names) or 'nothing'}",
                 f"point-estimated: {', '.join(s.parameters) or 'nothing'}",
                 f"training:        {self.fit_method_}, {self.n_iter_} iterations",
             ]
@@ -869,9 +869,13 @@ class BayesMPT(
         check_is_fitted(self)
         predictor = self.predictor_
         structure = predictor.structure
-        if not isinstance(predictor, LinearGaussian) or not structure.by_row or structure.own_rows:
-            raise ValueError(f"{what} needs a program whose rows share one map; this one's rows differ")
-        return predictor.reading
+        if (
+            isinstance(predictor, LinearGaussian | MarkovGaussian)
+            and structure.by_row
+            and not structure.own_rows
+        ):
+            return predictor.reading if isinstance(predictor, LinearGaussian) else predictor.dense()
+        raise ValueError(f"{what} needs a program whose rows share one map; this one's rows differ")
 
     def _seed(self) -> int:
         """The same at every call of a fitted estimator, so that scores do not change from call to call."""

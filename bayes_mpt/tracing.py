@@ -8,7 +8,7 @@ Multinomial count, say) where it has not.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ Model = Callable[..., Any]
 MAX_INIT_CELLS = 2**22
 NODES = "_nodes"  # the plate of nodes, left of a program's own plates
 MAX_VALUES = 4096  # of one discrete latent
+MOST_NAMES = 12  # in a message
 N_TRIAL_ROWS = 8
 CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4}
 MIXED = re.compile("dtype|scalar type|data type|result type")  # in torch's messages about precision
@@ -105,8 +106,8 @@ class Program(NamedTuple):
 
     @property
     def observed(self) -> str:
-        """Names of the observed sites."""
-        return ", ".join(site.name for site in self.sites)
+        """Names of the observed sites, in words."""
+        return list_names(self.site_names)
 
     @property
     def site_names(self) -> tuple[str, ...]:
@@ -198,6 +199,14 @@ def survey(model: Model, args: tuple[Any, ...]) -> Program:
             whole = [i for i in tokens if nodes[0]["value"] is init[i]]
             program = program._replace(tokens_from=whole[0] if whole else None)
     return program
+
+
+def list_names(names: Iterable[str]) -> str:
+    """Names in words, those in the middle of a long list left out."""
+    names = list(names)
+    if len(names) > MOST_NAMES:
+        names[3:-1] = [f"... ({len(names) - 4} more)"]
+    return ", ".join(names)
 
 
 # ---------------------------------------------------------------------------------------------------- runs and sites
@@ -685,7 +694,9 @@ def fill(arg: Any, value: Tensor | None = None) -> Any:
     """
     if not has_missing(arg):
         return arg
-    return torch.where(arg.isnan(), filling(arg) if value is None else value, arg)
+    value = filling(arg) if value is None else value
+    assert value is not None
+    return torch.where(arg.isnan(), value, arg)
 
 
 def filling(arg: Any) -> Tensor | None:

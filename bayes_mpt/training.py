@@ -122,6 +122,8 @@ def concentrate(problem: Problem, table: Table, max_iter: int, tol: float) -> Fi
     """
     leaves = problem.leaves()
     _check_finite(leaves)
+    if not isinstance(problem.predictor, LinearGaussian):
+        return None
     reading = _exact(problem).reading
     loc, loading, noise = reading.loc, reading.loading, reading.noise
     n_latents = loading.shape[-1]

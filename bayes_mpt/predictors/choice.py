@@ -8,7 +8,7 @@ from bayes_mpt.affine import NotAffine
 from bayes_mpt.predictors.base import Conditionals, Guide, Predictor
 from bayes_mpt.predictors.exact import summed_out
 from bayes_mpt.predictors.importance import Importance
-from bayes_mpt.predictors.linear_gaussian import LinearGaussian
+from bayes_mpt.predictors.markov import closed_form
 from bayes_mpt.predictors.quadrature import MAX_WIDTH, Quadrature
 from bayes_mpt.tracing import Model, ModelError, fill, latent_nodes, run, survey
 
@@ -56,7 +56,7 @@ def choose(
             f"predictor must be 'auto' or a predictor such as Exact() or Importance(100), got {predictor!r}"
         )
     try:
-        return LinearGaussian(model, args)
+        return closed_form(model, args)
     except NotAffine as error:
         reason, program = error, survey(model, args)
     if not program.continuous:

@@ -6,7 +6,7 @@ from typing import Any
 
 from bayes_mpt.affine import NotAffine
 from bayes_mpt.predictors.base import Conditionals, Guide, Predictor
-from bayes_mpt.predictors.linear_gaussian import LinearGaussian
+from bayes_mpt.predictors.markov import closed_form
 from bayes_mpt.predictors.nodes import enumerated, mixture_of_maps
 from bayes_mpt.tracing import Model, ModelError, Program, survey
 
@@ -15,6 +15,9 @@ __all__ = ["Exact", "summed_out"]
 
 class Exact(Predictor):
     """No error: linear-Gaussian programs in closed form, discrete latents summed out, mixtures of both.
+
+    Linear-Gaussian programs in which every site looks at few latents (a local level, a linear dynamical system, lags)
+    take a time linear in their length; others that of dense algebra, cubic in the number of latents.
 
     Discrete latents are summed by Pyro's own tensor variable elimination, in time linear in the length of a chain
     written with `pyro.markov`. Where tokens are Normal given them, and Normal latents stand beside them, every joint
@@ -35,7 +38,7 @@ class Exact(Predictor):
 
     def bind(self, model: Model, args: tuple[Any, ...], guide: Guide | None = None) -> Conditionals:
         try:
-            return LinearGaussian(model, args)
+            return closed_form(model, args)
         except NotAffine as error:
             return summed_out(model, args, survey(model, args), error)
 

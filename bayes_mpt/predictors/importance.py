@@ -385,7 +385,7 @@ class _Guided(_Sampled):
         return given, given.factors({name: v[0] for name, v in plain.items()})
 
     def _log_q(self, guide_trace: Trace, n: int) -> Tensor:
-        """(n, N)"""
+        """The guide's log-density of its draws: (n, N)."""
         parts = [
             sum_by_row(node["fn"].log_prob(node["value"]), rows_axis(node, self.program), n)
             for node in latent_nodes(guide_trace)

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayes_mpt.affine import Reading, Structure, latent_values, read, structure
+from bayes_mpt.affine import Dense, Reading, Structure, latent_values, read, structure
 from bayes_mpt.predictors.base import Conditionals, Posterior
 from bayes_mpt.tracing import N_TRIAL_ROWS, Model, ModelError
 
-__all__ = ["LinearGaussian"]
+__all__ = ["Groups", "LinearGaussian", "cholesky", "group_rows"]
 
 LOG_2PI = math.log(2 * math.pi)
 SMALL_NOISE = 1e-5  # of the token's variance; below it the normal equations lose more than 1e-9
@@ -64,7 +64,7 @@ class LinearGaussian(Conditionals):
 
     def __init__(self, model: Model, args: tuple[Any, ...], n_trial: int = N_TRIAL_ROWS):
         self.model: Model | None = model
-        self.structure = structure(model, args, n_trial)
+        self.structure = structure(model, args, n_trial=n_trial)
         self._reading: Reading | None = None
 
     @property
@@ -87,7 +87,7 @@ class LinearGaussian(Conditionals):
     def read(self, args: tuple[Any, ...]) -> LinearGaussian:
         if self.model is None:
             raise RuntimeError("this predictor is frozen: it has no program to read")
-        return self._with(self.model, read(self.model, args, self.structure))
+        return self._with(self.model, read(self.model, args, self.structure, Dense()))
 
     def freeze(self) -> LinearGaussian:
         r = self.reading
@@ -98,7 +98,7 @@ class LinearGaussian(Conditionals):
         return self._with(None, plain)
 
     def conditionals(self, x: Tensor, visible: Tensor) -> Tensor:
-        groups = _group(x, len(self.reading.loc))
+        groups = group_rows(x, len(self.reading.loc))
         n_masks = len(visible)
         step = max(1, CHUNK // max(1, x.numel() * max(1, self.reading.loading.shape[-1])))
         out = x.new_zeros(n_masks, *x.shape)
@@ -113,7 +113,7 @@ class LinearGaussian(Conditionals):
 
     def chain(self, x: Tensor, order: Tensor) -> Tensor:
         loc, loading, noise = self.reading[:3]
-        groups = _group(x, len(loc))
+        groups = group_rows(x, len(loc))
         residual = torch.where(x.isnan(), 0.0, x - loc)
         seen = groups.seen[0]  # (G, T)
         out = []
@@ -164,7 +164,7 @@ class LinearGaussian(Conditionals):
 
     def posterior(self, x: Tensor, visible: Tensor | None = None) -> Posterior:
         loc, loading = self.reading[:2]
-        groups = _group(x, len(loc))
+        groups = group_rows(x, len(loc))
         shown = groups.seen if visible is None else groups.seen & visible
         u = self._latents(x, shown, groups)[0][0]  # (N, K)
         n_latents = self.structure.n_latents  # further columns are correlated noise
@@ -208,7 +208,7 @@ class LinearGaussian(Conditionals):
 
     def _joint(self, x: Tensor) -> Tensor:
         loc, loading, noise = self.reading[:3]
-        groups = _group(x, len(loc))
+        groups = group_rows(x, len(loc))
         seen = groups.seen[0]  # (G, T)
         residual = torch.where(x.isnan(), 0.0, x - loc)
         u, factor = (t[0] for t in self._latents(x, groups.seen, groups))
@@ -221,7 +221,7 @@ class LinearGaussian(Conditionals):
         count = seen.sum(-1).to(x)
         return -0.5 * (quadratic + (logdet + count * LOG_2PI)[groups.index])
 
-    def _latents(self, x: Tensor, shown: Tensor, groups: _Groups) -> tuple[Tensor, Tensor]:
+    def _latents(self, x: Tensor, shown: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
         """Posterior means of u (S, N, K) and a lower factor of their precision C^-1 (S, G, K, K), given the shown."""
         loc, loading, noise = self.reading[:3]
         residual = torch.where(x.isnan(), 0.0, x - loc)  # (N, T)
@@ -233,7 +233,7 @@ class LinearGaussian(Conditionals):
             outer = (scaled[..., :, None] * loading[..., None, :]).flatten(-2)  # (B, T, K K)
             weight = shown.to(x)
             inner = weight @ outer[0] if len(outer) == 1 else torch.einsum("sgt,gtk->sgk", weight, outer)
-            factor = _cholesky(inner.unflatten(-1, (n_latents, n_latents)) + eye)
+            factor = cholesky(inner.unflatten(-1, (n_latents, n_latents)) + eye)
             return _cholesky_solve_rows(
                 factor, self._weighted(residual, shown, scaled, groups), groups
             ), factor
@@ -249,11 +249,11 @@ class LinearGaussian(Conditionals):
     def _covariance_factor(self, loading: Tensor, noise: Tensor) -> Tensor:
         """Lower factor of W W' + diag(noise): (G, T, K), (G, T) -> (G, T, T)."""
         if not self._small_noise:
-            return _cholesky(loading @ loading.mT + torch.diag_embed(noise))
+            return cholesky(loading @ loading.mT + torch.diag_embed(noise))
         # [W, noise^1/2]' = Q R:  S = R' R, without squaring
         return torch.linalg.qr(torch.cat([loading, torch.diag_embed(noise.sqrt())], -1).mT, mode="r")[1].mT
 
-    def _weighted(self, residual: Tensor, shown: Tensor, scaled: Tensor, groups: _Groups) -> Tensor:
+    def _weighted(self, residual: Tensor, shown: Tensor, scaled: Tensor, groups: Groups) -> Tensor:
         """Sum over visible t of r_nt scaled_tk: (S, N, K), as S products of matrices where the map is shared."""
         if len(scaled) > 1:
             r = torch.where(shown[:, groups.index], residual, 0.0)
@@ -262,7 +262,7 @@ class LinearGaussian(Conditionals):
         visible = shown.any(1)  # (S, T)
         return residual @ (visible[..., None] * scaled)
 
-    def _predict(self, x: Tensor, shown: Tensor, groups: _Groups) -> tuple[Tensor, Tensor]:
+    def _predict(self, x: Tensor, shown: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
         """Means and variances (S, N, T) of all tokens given the shown ones (S, G, T)."""
         loc, loading, noise = self.reading[:3]
         u, factor = self._latents(x, shown, groups)
@@ -273,7 +273,7 @@ class LinearGaussian(Conditionals):
 
 
 @dataclass(frozen=True)
-class _Groups:
+class Groups:
     """Rows that share a factorisation: one missing pattern, or each row its own where maps differ."""
 
     seen: Tensor
@@ -282,14 +282,15 @@ class _Groups:
     """(N,) group of each row."""
 
 
-def _group(x: Tensor, n_maps: int) -> _Groups:
+def group_rows(x: Tensor, n_maps: int) -> Groups:
+    """Rows (N, T) by their missing cells; each its own group where there are several maps."""
     seen = ~x.isnan()
     if n_maps > 1:
-        return _Groups(seen[None], torch.arange(len(x), device=x.device))
+        return Groups(seen[None], torch.arange(len(x), device=x.device))
     if bool(seen.all()) and len(x):
-        return _Groups(seen[None, :1], torch.zeros(len(x), dtype=torch.long, device=x.device))
+        return Groups(seen[None, :1], torch.zeros(len(x), dtype=torch.long, device=x.device))
     patterns, index = torch.unique(seen, dim=0, return_inverse=True)
-    return _Groups(patterns[None], index)
+    return Groups(patterns[None], index)
 
 
 def _times_rows(matrix: Tensor, u: Tensor) -> Tensor:
@@ -297,7 +298,8 @@ def _times_rows(matrix: Tensor, u: Tensor) -> Tensor:
     return u @ matrix[0].mT if len(matrix) == 1 else (matrix @ u[..., None])[..., 0]
 
 
-def _cholesky(matrix: Tensor) -> Tensor:
+def cholesky(matrix: Tensor) -> Tensor:
+    """Lower factor (..., D, D), or an error that says what singular noise to look for."""
     factor, info = torch.linalg.cholesky_ex(matrix)
     if bool(info.any()):
         raise ModelError(
@@ -307,14 +309,14 @@ def _cholesky(matrix: Tensor) -> Tensor:
     return factor
 
 
-def _solve_rows(factor: Tensor, r: Tensor, groups: _Groups) -> Tensor:
+def _solve_rows(factor: Tensor, r: Tensor, groups: Groups) -> Tensor:
     """L_g(n)^-1 r_n: factor (G, T, T), r (N, T) -> (N, T)."""
     if len(factor) == 1:
         return torch.linalg.solve_triangular(factor[0], r.mT, upper=False).mT
     return torch.linalg.solve_triangular(factor[groups.index], r[..., None], upper=False)[..., 0]
 
 
-def _cholesky_solve_rows(factor: Tensor, r: Tensor, groups: _Groups) -> Tensor:
+def _cholesky_solve_rows(factor: Tensor, r: Tensor, groups: Groups) -> Tensor:
     """(L L')_g(n)^-1 r_n: factor (S, G, K, K), r (S, N, K) -> (S, N, K)."""
     if factor.shape[1] == 1:
         return torch.cholesky_solve(r.mT, factor[:, 0]).mT
