@@ -470,7 +470,8 @@ def check_affine(
 ) -> None:
     """Means at random points (P, ...) must be what the map says, up to rounding in parts of this size."""
     finite = finite and bool(torch.isfinite(got).all())
-    if finite and bool(((got - want).abs() <= _tolerance(got) * (size + size.amax(0))).all()):
+    size = size + size.amax(0) if len(size) else size
+    if finite and bool(((got - want).abs() <= _tolerance(got) * size).all()):
         return
     broken = [n for n, p in pyro.get_param_store().items() if not bool(torch.isfinite(p).all())]
     if broken:
