@@ -244,7 +244,9 @@ class Factors(NamedTuple):
     def _plain(self) -> Tensor:
         """(S, N, T) where nothing is summed."""
         parts = [self._by_row(t, t.log_prob) for t in self.tokens]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)  # the largest tensor of a run: not copied
+        return (
+            parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        )  # the largest tensor of a run: not copied
 
     def _left(self, t: _Tokens) -> int:
         """Axes to the left of nodes and plates: those of enumerated sites."""
@@ -453,12 +455,12 @@ def _ordinal(trace: Any, node: Any) -> frozenset[str]:
 def _masks(node: Any, n_event: int) -> list[tuple[Tensor, int]]:
     """Masks of the program itself (`poutine.mask`, `MaskedDistribution`), and how many event axes each leaves out."""
     out, fn, inside = [], node["fn"], 0
-    if node["mask"] is not None:
+    if node["mask"] is not None and node["mask"] is not True:
         out.append((torch.as_tensor(node["mask"]), n_event))
     while hasattr(fn, "base_dist"):
         inside += getattr(fn, "reinterpreted_batch_ndims", 0)
         mask = getattr(fn, "_mask", None)
-        if mask is not None:
+        if mask is not None and mask is not True:
             out.append((torch.as_tensor(mask), n_event - inside))
         fn = fn.base_dist
     return out

@@ -381,7 +381,9 @@ def rows_axis(node: Any, program: Program) -> int | None:
     """Where the rows are in the log-density of a site, counted from the right; None where they are one vector."""
     if not program.by_row:
         return None
-    return next((f.dim for f in node["cond_indep_stack"] if f.name == program.rows_plate and f.vectorized), None)
+    return next(
+        (f.dim for f in node["cond_indep_stack"] if f.name == program.rows_plate and f.vectorized), None
+    )
 
 
 def sum_by_row(log_prob: Tensor, axis: int | None, n: int) -> Tensor:
@@ -398,7 +400,7 @@ def token_values(trace: Trace, program: Program) -> Tensor:
     """Values of the tokens of a run: (N, T) in floating point; a token of several numbers is their sum."""
     parts = [rows_first(trace.nodes[s.name]["value"], s.row_axis, s.n_joint) for s in program.sites]
     dtype = next((p.dtype for p in parts if p.is_floating_point()), torch.get_default_dtype())
-    return torch.cat([p.to(dtype) for p in parts], 1)
+    return parts[0].to(dtype) if len(parts) == 1 else torch.cat([p.to(dtype) for p in parts], 1)
 
 
 def read_values(
