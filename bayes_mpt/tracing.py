@@ -530,7 +530,9 @@ def fill(arg: Any, value: Tensor | None = None) -> Any:
     """
     if not has_missing(arg):
         return arg
-    return torch.where(arg.isnan(), filling(arg) if value is None else value, arg)
+    value = filling(arg) if value is None else value
+    assert value is not None
+    return torch.where(arg.isnan(), value, arg)
 
 
 def filling(arg: Any) -> Tensor | None:
@@ -538,7 +540,7 @@ def filling(arg: Any) -> Tensor | None:
 
     An observed value stays in any support. None for an argument that can have no missing cells.
     """
-    if not isinstance(arg, Tensor) or not arg.is_floating_point() or arg.ndim == 0:
+    if not isinstance(arg, Tensor) or not arg.is_floating_point():
         return None
     whole = ((arg == arg.round()) | arg.isnan()).all(0)
     value = torch.where(whole, arg.nanmedian(0).values, arg.nanmean(0))
