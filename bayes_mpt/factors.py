@@ -370,14 +370,14 @@ def read_factors(
         stack.enter_context(_Enumerate())
         stack.enter_context(SetLatents(values or {}))
         trace = poutine.trace(model).get_trace(*args)
-    trace.symbolize_dims()
     n_rows = n_rows_of(program, args)
-    sizes: dict[str, int] = {}
     dtype = node_of(trace, program.sites[0].name)["value"].dtype
     # of constants in another precision
     hidden = [(node, node["fn"].log_prob(node["value"]).to(dtype)) for node in latent_nodes(trace)]
+    sums = any("_enumerate_dim" in node["infer"] for node, _ in hidden)
+    if sums:
+        trace.symbolize_dims()
     own = tuple(node["infer"].get("_enumerate_symbol", "") for node, _ in hidden)
-    summed = frozenset(own) - {""}
     tokens = []
     scale = 1.0
     for site in program.sites:
@@ -394,24 +394,24 @@ def read_factors(
                 site,
                 log_prob,
                 fn,
-                _ordinal(trace, node),
-                node["infer"]["_dim_to_symbol"],
+                _ordinal(trace, node) if sums else frozenset(),
+                node["infer"]["_dim_to_symbol"] if sums else {},
                 n_event,
             )
         )
-    for node in trace.nodes.values():
-        if node["type"] != "sample" or is_subsample(node):
-            continue
-        for frame in node["cond_indep_stack"]:
-            if frame.vectorized:
-                sizes[trace.plate_to_symbol[frame.name]] = frame.size
-    kept = ""
-    for name, size in ((NODES, n_nodes), (program.rows_plate if program.by_row else None, n_rows)):
-        if name in trace.plate_to_symbol and size > 1:
-            kept += trace.plate_to_symbol[name]
-            sizes[trace.plate_to_symbol[name]] = size
-    prior, latents = None, []
-    if summed:
+    prior, latents, kept = None, [], ""
+    sizes: dict[str, int] = {}
+    if sums:
+        for node in trace.nodes.values():
+            if node["type"] != "sample" or is_subsample(node):
+                continue
+            for frame in node["cond_indep_stack"]:
+                if frame.vectorized:
+                    sizes[trace.plate_to_symbol[frame.name]] = frame.size
+        for name, size in ((NODES, n_nodes), (program.rows_plate if program.by_row else None, n_rows)):
+            if name in trace.plate_to_symbol and size > 1:
+                kept += trace.plate_to_symbol[name]
+                sizes[trace.plate_to_symbol[name]] = size
         latents = [
             (_ordinal(trace, node), packed.pack(log_prob, node["infer"]["_dim_to_symbol"]))
             for node, log_prob in hidden
@@ -424,7 +424,7 @@ def read_factors(
         prior,
         tuple(latents),
         own,
-        summed,
+        frozenset(own) - {""},
         kept,
         sizes,
         n_nodes,
@@ -461,12 +461,12 @@ def _ordinal(trace: Any, node: Any) -> frozenset[str]:
 def _masks(node: Any, n_event: int) -> list[tuple[Tensor, int]]:
     """Masks of the program itself (`poutine.mask`, `MaskedDistribution`), and how many event axes each leaves out."""
     out, fn, inside = [], node["fn"], 0
-    if node["mask"] is not None:
+    if node["mask"] is not None and node["mask"] is not True:
         out.append((torch.as_tensor(node["mask"]), n_event))
     while hasattr(fn, "base_dist"):
         inside += getattr(fn, "reinterpreted_batch_ndims", 0)
         mask = getattr(fn, "_mask", None)
-        if mask is not None:
+        if mask is not None and mask is not True:
             out.append((torch.as_tensor(mask), n_event - inside))
         fn = fn.base_dist
     return out

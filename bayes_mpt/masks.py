@@ -68,6 +68,8 @@ def torch_generator(random_state: RandomState) -> torch.Generator:
 class Policy(BaseEstimator):
     """A rule for drawing masks: abstract; subclasses give `draw`."""
 
+    chains: ClassVar[bool] = False
+    """Whether every draw is a chain, along which conditionals that telescope add up to the joint density."""
     is_lml: ClassVar[bool]
     """Whether the expected score over the policy's draws is log p(x)."""
     deterministic: ClassVar[bool]
@@ -108,6 +110,7 @@ class PermutationChain(Policy):
     torch.Size([2, 4])
     """
 
+    chains = True
     is_lml = True
     deterministic = False
 

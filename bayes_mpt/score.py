@@ -350,8 +350,12 @@ class CumulativeMaskedScore(ELBO):
         """The negative score of the batch as a scalar tensor, nats."""
         args = _positional(model, args, kwargs)
         predictor = self._predictor(model, guide, args).read(args)
-        draw = self.masks.draw(predictor.value.shape[1], self.generator)
-        return -predictor.scale * masked_score(predictor, predictor.value, draw).sum()
+        if self.masks.chains and predictor.telescopes:  # whatever the order, which need not be drawn
+            score = predictor.joint(predictor.value)
+        else:
+            draw = self.masks.draw(predictor.value.shape[1], self.generator)
+            score = masked_score(predictor, predictor.value, draw)
+        return -predictor.scale * score.sum()
 
     def loss(self, model: Model, guide: Any, *args: Any, **kwargs: Any) -> float:
         """The negative score of the batch, nats."""

@@ -561,7 +561,7 @@ def token_values(trace: Trace, program: Program) -> Tensor:
     """Values of the tokens of a run: (N, T) in floating point; a token of several numbers is their sum."""
     parts = [rows_first(node_of(trace, s.name)["value"], s.row_axis, s.n_joint) for s in program.sites]
     dtype = next((p.dtype for p in parts if p.is_floating_point()), torch.get_default_dtype())
-    return torch.cat([p.to(dtype) for p in parts], 1)
+    return parts[0].to(dtype) if len(parts) == 1 else torch.cat([p.to(dtype) for p in parts], 1)
 
 
 def read_values(
@@ -704,7 +704,7 @@ def filling(arg: Any) -> Tensor | None:
 
     An observed value stays in any support. None for an argument that can have no missing cells.
     """
-    if not isinstance(arg, Tensor) or not arg.is_floating_point() or arg.ndim == 0:
+    if not isinstance(arg, Tensor) or not arg.is_floating_point():
         return None
     whole = ((arg == arg.round()) | arg.isnan()).all(0)
     value = torch.where(whole, arg.nanmedian(0).values, arg.nanmean(0))

@@ -67,9 +67,9 @@ class Importance(Predictor):
     ----------
     num_particles : int, default=100
         S draws for each row.
-    doubly_reparameterized : bool, default=True
-        Of the gradient along a chain in a guide's parameters: its terms weighted by the square of the draws' shares,
-        without the guide's score, which has the same expectation and less noise (Tucker, Lawson, Gu & Maddison 2019).
+    doubly_reparameterized : bool, default=False
+        Whether a chain's gradient in a guide's parameters is that of Tucker, Lawson, Gu & Maddison (2019): the same
+        expectation with less noise, which pays where neither few steps nor the noise of minibatches limit a training.
         False gives the gradient of the bound itself, that of `pyro.infer.RenyiELBO`. Guides whose draws have no
         ``rsample``, or that cannot be drawn side by side, have the latter in any case.
 
@@ -85,7 +85,7 @@ class Importance(Predictor):
     Gabry 2024), the worst rows by name; k above 0.7 warns.
     """
 
-    def __init__(self, num_particles: int = 100, doubly_reparameterized: bool = True):
+    def __init__(self, num_particles: int = 100, doubly_reparameterized: bool = False):
         self.num_particles = num_particles
         self.doubly_reparameterized = doubly_reparameterized
 
@@ -336,13 +336,13 @@ class _Guided(_Sampled):
         if self.vectorised or self.n_draws == 1:
             # nodes for one visible set (of a mask) serve two sums at once, with other shares of the weights
             squared = self.squared and visible is None and torch.is_grad_enabled()
-            draws = [self._draw(filled, shown, self.n_draws, squared)]
+            given, log_weight, scale, latents, tokens = self._draw(filled, shown, self.n_draws, squared)
         else:
             draws = [self._draw(filled, shown, 1) for _ in range(self.n_draws)]
-        given = draws[0][0] if len(draws) == 1 else Stacked(tuple(d[0] for d in draws))
-        log_weight, latents = torch.cat([d[1] for d in draws]), torch.cat([d[3] for d in draws])
-        scale = draws[0][2]
-        value = draws[0][4] if value is None else value
+            given, log_weight = Stacked(tuple(d[0] for d in draws)), torch.cat([d[1] for d in draws])
+            latents = torch.cat([d[3] for d in draws])
+            scale, tokens = draws[0][2], draws[0][4]
+        value = tokens if value is None else value
         return Read(
             given, log_weight - math.log(self.n_draws), value, scale, latents, self.program.continuous
         )
@@ -350,7 +350,7 @@ class _Guided(_Sampled):
     def _draw(
         self, filled: tuple[Any, ...], shown: Tensor | None, n: int, squared: bool = False
     ) -> tuple[Given, Tensor, float, Tensor, Tensor]:
-        """The inner model at n draws, and - log q (n, N)."""
+        """The inner model at n draws, - log q (n, N), the plates' scale, the latents and the tokens."""
         n_rows = n_rows_of(self.program, filled)
         if squared:
             log_q, values = self._along(filled, shown, n)
@@ -385,7 +385,7 @@ class _Guided(_Sampled):
         return given, given.factors({name: v[0] for name, v in plain.items()})
 
     def _log_q(self, guide_trace: Trace, n: int) -> Tensor:
-        """The guide's log-density of its draws: (n, N)."""
+        """Of the draws of this trace: (n, N)."""
         parts = [
             sum_by_row(node["fn"].log_prob(node["value"]), rows_axis(node, self.program), n)
             for node in latent_nodes(guide_trace)

@@ -750,9 +750,8 @@ class _Fix(poutine.messenger.Messenger):
 def program_values(model: Model, args: tuple[Any, ...], filled: tuple[Any, ...], program: Program) -> Tensor:
     """The tokens (N, T) of these rows, NaN where missing: of the argument itself, or of more runs, latents drawn."""
     position = program.tokens_from
-    if position is not None and not any(
-        f is not a for f, a in zip(filled, args, strict=True) if a is not args[position]
-    ):
+    others = [f is a for i, (f, a) in enumerate(zip(filled, args, strict=True)) if i != position]
+    if position is not None and all(others):  # complete, so that no distribution has seen a missing cell
         return rows_first(args[position], program.sites[0].row_axis)
     with torch.no_grad():
         trace = run(model, filled)
