@@ -149,8 +149,8 @@ class BayesMPT(
     }
 
     _state: State  # the program's unconstrained parameters after the last fit
+    _n_features_out: int  # numbers that `transform` gives a row
     _bound: Conditionals | None  # the program as it was found to be, where that does not depend on its rows
-    _unit: Tensor | None  # of its parameters, where the model climbed by itself
 
     def __init__(
         self,
@@ -228,7 +228,7 @@ class BayesMPT(
         """A new estimator of the same settings, fitted to other rows.
 
         As ``clone(self).fit(X, y)``, from initial values of its own, which have seen no rows but these; only what the
-        program is made of, and the units of its parameters, are known already where rows share a map.
+        program is made of is known already, where rows share a map.
         """
         check_is_fitted(self)
         new = clone(self)
@@ -298,11 +298,9 @@ class BayesMPT(
                 else:
                     table = None
                     n_rows = len(X) if predictor.structure.by_row else 1
-                    unit = None if like is None else like._unit
-                    problem = training.Problem(predictor, args, None, None, n_rows, unit)
+                    problem = training.Problem(predictor, args, None, None, n_rows)
                 fit = self._train(problem, table, warm=state is not None, seed=seed, context=context)
                 predictor = problem.read() if fit.last is None else fit.last
-                self._unit = fit.unit
                 with torch.no_grad():
                     score = float(problem.score_of(predictor)) if fit.last is None else fit.history[-1]
                     total, se = score * problem.n_rows, 0.0
@@ -319,11 +317,11 @@ class BayesMPT(
                         (share, {n: v.detach().clone() for n, v in values.items() if n in outside})
                         for share, values in predictor.shared_latents(predictor.value)
                     ]
-                    self._n_features_out = (
-                        predictor.posterior(predictor.value[:1]).mean.shape[1]
-                        if (predictor.structure.plain)
-                        else predictor.posterior(predictor.value).mean.shape[1]
-                    )
+                    if like is not None and predictor.structure is like.predictor_.structure:
+                        self._n_features_out = like._n_features_out
+                    else:
+                        one = predictor.value[:1] if predictor.structure.plain else predictor.value
+                        self._n_features_out = predictor.posterior(one).mean.shape[1]
                 if not np.isfinite(total):
                     raise ModelError(
                         f"the log marginal likelihood is {total} at the fitted parameters: "

@@ -45,7 +45,7 @@ STATIONARY = 1e-3  # nats a row and unit of the map: a steeper place is no maxim
 LEAST_GAIN = 2e-5  # nats a row in a window, less than which halves the step
 N_CHECK_DRAWS = 16
 N_SCALE_PROBES = 4
-N_SCALE_ROWS = 1024  # of a program whose rows share its maps
+N_SCALE_ROWS = 512  # of a program whose rows share its maps
 OWN_STEPS = 100  # of a model's own way to climb: one that creeps is left to L-BFGS
 
 
@@ -61,8 +61,6 @@ class Problem:
     weight: Tensor | None
     """(R,) of the rows; None: all one."""
     n_rows: int
-    unit: Tensor | None = None
-    """Units of all parameters, found at a fit of the program to other rows."""
 
     def read(self) -> Conditionals:
         """The predictor at the current parameters."""
@@ -100,8 +98,6 @@ class Fit:
     n_iter: int = 0
     converged: bool = False
     interrupted: bool = False
-    unit: Tensor | None = None
-    """Units of all parameters where the model's own climb ended."""
     last: Conditionals | None = None
     """The predictor at the fitted parameters, where it has been read; its score is the last of the history."""
 
@@ -300,9 +296,9 @@ def climb(problem: Problem, *, max_iter: int, tol: float, report: Report | None 
     own = _own_maximum(problem, leaves, tol, max_iter)
     predictor, score, grad = _check_start(problem, leaves)
     if own:
-        fit.unit = _units(predictor, leaves) if problem.unit is None else problem.unit
+        unit = _units(predictor, leaves)
         fit.history, fit.n_iter, fit.last = [score], 1, predictor
-        if float((fit.unit * grad).abs().max()) <= _slope(tol, score):
+        if float((unit * grad).abs().max()) <= _slope(tol, score):
             fit.method, fit.converged = "maximize, the model's own", True
             return fit
     fit.last = None

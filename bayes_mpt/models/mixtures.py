@@ -134,7 +134,9 @@ class GaussianMixture(BaseEstimator):
             scale = scale / table.spread[: scale.shape[1]]
         loc = (params["loc"].double() - table.centre) / table.spread
         start = _Mixture(params["weights"].double(), loc, scale)
-        mix, collapsed = _em(table, start, kind, tol=tol, max_iter=max_iter, relative=True)
+        mix, collapsed = _em(
+            table, _chunks(table.rows, kind), start, kind, tol=tol, max_iter=max_iter, relative=True
+        )
         if collapsed:
             which = ", ".join(f"{c} ({n:.4g} rows)" for c, n in collapsed.items())
             what = (
@@ -240,19 +242,28 @@ def _table(x: Tensor, covariance_type: str) -> _Table:
 def _products(rows: Tensor, covariance_type: str) -> Tensor:
     """What EM sums over rows (N, T): 1, x and the products of tokens that the covariances are made of, (P, N)."""
     x = rows.mT.contiguous()
-    if covariance_type == "full":
-        i, j = torch.tril_indices(len(x), len(x), device=x.device)
-        second = x[i] * x[j]
-    else:
+    n_tokens = len(x)
+    if covariance_type != "full":
         second = x.square() if covariance_type == "diag" else x.square().sum(0, keepdim=True)
-    return torch.cat([x.new_ones(1, x.shape[1]), x, second])
+        return torch.cat([x.new_ones(1, x.shape[1]), x, second])
+    out = x.new_empty(_width(n_tokens, covariance_type), x.shape[1])
+    out[0], out[1 : n_tokens + 1] = 1.0, x
+    end = n_tokens + 1
+    for i in range(n_tokens):  # in the order of tril_indices
+        torch.mul(x[: i + 1], x[i], out=out[end : end + i + 1])
+        end += i + 1
+    return out
+
+
+def _width(n_tokens: int, covariance_type: str) -> int:
+    """P of the products."""
+    second = {"full": n_tokens * (n_tokens + 1) // 2, "diag": n_tokens, "spherical": 1}
+    return 1 + n_tokens + second[covariance_type]
 
 
 def _chunks(rows: Tensor, covariance_type: str) -> Callable[[], Iterable[Tensor]]:
     """The products by chunks of rows: kept if they are few, made anew in each pass if not."""
-    n_tokens = rows.shape[1]
-    width = 1 + n_tokens + (n_tokens * (n_tokens + 1) // 2 if covariance_type == "full" else n_tokens)
-    parts = rows.split(max(1, MAX_PRODUCTS // width))
+    parts = rows.split(max(1, MAX_PRODUCTS // _width(rows.shape[1], covariance_type)))
     if len(parts) == 1:
         kept = [_products(rows, covariance_type)]
         return lambda: kept
@@ -324,6 +335,7 @@ def _m_step(
 
 def _em(
     table: _Table,
+    products: Callable[[], Iterable[Tensor]],
     mix: _Mixture,
     covariance_type: str,
     *,
@@ -332,34 +344,34 @@ def _em(
     relative: bool = False,
     reg_covar: float = 0.0,
 ) -> tuple[_Mixture, dict[int, float]]:
-    """EM until a step gains no more than ``tol`` nats a row; ``relative``: than that share of a score beyond 1.
+    """EM until a step gains about ``tol`` nats a row; ``relative``: that share of a score beyond 1.
 
     Sums of products about the centre of the table cost digits, a share of 1e-16 T / v where v is the least variance:
     little enough for the steps of a climb, whose end is judged elsewhere.
     """
-    chunks = _chunks(table.rows, covariance_type)
-    unit = float(table.spread.log().sum())
-    before = -math.inf
+    n_rows, unit = len(table.rows), float(table.spread.log().sum())
     collapsed: dict[int, float] = {}
+    coefficients = _coefficients(mix)
     for _ in range(max_iter):
-        coefficients = _coefficients(mix)
         sums, total = torch.zeros_like(coefficients), 0.0
-        for products in chunks():
-            log_prob = coefficients @ products  # (K, n)
-            by_row = log_prob.logsumexp(0)
-            sums += (log_prob - by_row).exp() @ products.mT
-            total += float(by_row.sum())
-        score = total / len(table.rows) - unit
+        for part in products():
+            log_prob = coefficients @ part  # (K, n)
+            top = log_prob.amax(0)
+            share = (log_prob - top).exp_()
+            sum_ = share.sum(0)
+            sums += (share / sum_) @ part.mT
+            total += float(top.sum() + sum_.log().sum())
         mix, found = _m_step(sums, mix, covariance_type, reg_covar)
         collapsed |= found
         if len(found) == len(sums):
             break
-        if found:
-            before = -math.inf
-            continue
-        if not score - before > tol * (max(1.0, abs(score)) if relative else 1.0):
+        before, coefficients = coefficients, _coefficients(mix)
+        # The score gains what the expected log-density does, and the divergence between the shares before and after,
+        # which is about as large where the steps are small and slow, and less elsewhere.
+        gain = 2 * float(((coefficients - before) * sums).sum()) / n_rows
+        score = total / n_rows - unit
+        if not found and not gain > tol * (max(1.0, abs(score)) if relative else 1.0):
             break
-        before = score
     return mix, collapsed
 
 
@@ -387,9 +399,21 @@ def _start(table: _Table, n_components: int, covariance_type: str, seed: int) ->
         rows[:1].expand(n_components, -1),
         wide.expand(n_components, *shape),
     )
-    sums = share.mT @ _products(rows, covariance_type).mT
+    products, start = _chunks(rows, covariance_type), 0
+    sums = rows.new_zeros(n_components, _width(rows.shape[1], covariance_type))
+    for part in products():
+        sums += share[start : start + part.shape[1]].mT @ part.mT
+        start += part.shape[1]
     mix = _m_step(sums, nothing, covariance_type, REG_COVAR)[0]
-    return _em(table, mix, covariance_type, tol=START_TOL, max_iter=START_STEPS, reg_covar=REG_COVAR)[0]
+    return _em(
+        table._replace(rows=rows),
+        products,
+        mix,
+        covariance_type,
+        tol=START_TOL,
+        max_iter=START_STEPS,
+        reg_covar=REG_COVAR,
+    )[0]
 
 
 def _gaussian_start(x: Tensor, n_components: int, covariance_type: str) -> dict[str, Tensor]:

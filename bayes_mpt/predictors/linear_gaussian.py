@@ -159,7 +159,7 @@ class LinearGaussian(Conditionals):
         step = max(1, CACHED_CHUNK // max(1, loc.numel()))
         for i in range(0, len(x), step):
             white = (x[i : i + step] - centre[:, None]) @ root.mT - shift  # (B, n, T)
-            out.append(constant - 0.5 * (white * white).sum(-1))
+            out.append(constant - 0.5 * white.square().sum(-1))
         return torch.cat(out, 1)
 
     def posterior(self, x: Tensor, visible: Tensor | None = None) -> Posterior:
@@ -251,7 +251,7 @@ class LinearGaussian(Conditionals):
         if not self._small_noise:
             return cholesky(loading @ loading.mT + torch.diag_embed(noise))
         # [W, noise^1/2]' = Q R:  S = R' R, without squaring
-        return torch.linalg.qr(torch.cat([loading, torch.diag_embed(noise.sqrt())], -1).mT, mode="r")[1].mT
+        return torch.linalg.qr(torch.cat([loading, torch.diag_embed(noise.sqrt())], -1).mT)[1].mT
 
     def _weighted(self, residual: Tensor, shown: Tensor, scaled: Tensor, groups: Groups) -> Tensor:
         """Sum over visible t of r_nt scaled_tk: (S, N, K), as S products of matrices where the map is shared."""

@@ -144,9 +144,22 @@ class FactorsGiven(Given):
 class MapsGiven(Given):
     """Every node has a linear-Gaussian map."""
 
-    maps: tuple[LinearGaussian, ...]
+    each: tuple[LinearGaussian, ...] = ()
     together: LinearGaussian | None = None
-    """The same maps in one reading, if all rows share them."""
+    """The maps in one reading instead, where all rows share them."""
+
+    @property
+    def maps(self) -> tuple[LinearGaussian, ...]:
+        """One by one."""
+        if self.together is None:
+            return self.each
+        reading = self.together.reading
+        parts = [t.split(1) for t in reading[:5]]
+        names = reading._fields[:5]
+        return tuple(
+            self.together.with_reading(reading._replace(**dict(zip(names, part, strict=True))))
+            for part in zip(*parts, strict=True)
+        )
 
     def log_prior(self, x: Tensor) -> Tensor:
         return x.new_zeros(len(self.maps), 1)
@@ -160,7 +173,7 @@ class MapsGiven(Given):
     def freeze(self) -> MapsGiven | None:
         if self.together is None:
             return None
-        return MapsGiven(tuple(m.freeze() for m in self.maps), self.together.freeze())
+        return MapsGiven(together=self.together.freeze())
 
     def predictive(self, x: Tensor, visible: Tensor) -> Tensor:
         return torch.stack([m.conditionals(x, visible[None])[0] for m in self.maps])
@@ -605,23 +618,18 @@ class _Maps(Reader):
         filled = tuple(fill(a) for a in args)
         if self.shared:
             together, log_weight = self._read_shared(filled)
-            parts = [t.split(1) for t in together.reading[:5]]
-            maps = tuple(
-                together.with_reading(together.reading._replace(**dict(zip(_PARTS, part, strict=True))))
-                for part in zip(*parts, strict=True)
-            )
             value = args[0] if self.program.plain else program_values(self.model, args, filled, self.program)
-            given = MapsGiven(maps, together)
+            given, scale = MapsGiven(together=together), together.scale
         else:
             labels = [torch.full((len(args[0]),), s, device=args[0].device) for s in range(self.n_nodes)]
             maps = tuple(self.maps.read((*args, label)) for label in labels)
             log_weight = torch.stack([self._log_prior(filled, label) for label in labels])  # (S, N)
-            value, given = maps[0].value, MapsGiven(maps)
+            value, given, scale = maps[0].value, MapsGiven(maps), maps[0].scale
         # which value each site has at each node, a block of columns for each site
         blocks = [v.unique(return_inverse=True)[1] for v in self.values.values()]
         one_hot = torch.cat([torch.nn.functional.one_hot(b) for b in blocks], -1).to(log_weight)
         latents = one_hot[:, None].expand(-1, log_weight.shape[1], -1)
-        return Read(given, log_weight, value, maps[0].scale, latents, ())
+        return Read(given, log_weight, value, scale, latents, ())
 
     def _labelled(self, hide: bool = True) -> _Labelled:
         return _Labelled(self.model, self.program, self.values, hide)
@@ -647,7 +655,7 @@ class _Maps(Reader):
     def _log_prior(self, filled: tuple[Any, ...], label: Tensor, seed: int = 0) -> Tensor:
         """log p(discrete values) of each row (N,); the other latents are drawn, and must not matter."""
         with torch.random.fork_rng():
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             trace = run(self._labelled(hide=False), (*filled, label))
         parts = []
         for site in self.program.latents:
@@ -655,9 +663,6 @@ class _Maps(Reader):
                 node = trace.nodes[site.name]
                 parts.append(rows_first(node["fn"].log_prob(node["value"]), site.row_axis).sum(-1))
         return torch.stack(parts).sum(0)
-
-
-_PARTS = ("loc", "loading", "noise", "latent_loc", "latent_root")
 
 
 def mixture_of_maps(model: Model, args: tuple[Any, ...], program: Program) -> Nodes:
