@@ -169,7 +169,7 @@ class SparseMap(NamedTuple):
         own = _scatter(self.slope[:, here], slot[here] * w + column[here] % w, (n, t, w))
         before = _scatter(self.slope[:, there], slot[there] * w + column[there] % w, (n, t, w))
         loc = _scatter(self.loc, self.layout.slot, (n, t))
-        noise = 1 + _scatter(self.noise - 1, self.layout.slot, (n, t))
+        noise = _scatter(self.noise, self.layout.slot, (n, t), fill=1.0)
         return Blocks(
             start,
             step,
@@ -199,9 +199,10 @@ class SparseMap(NamedTuple):
         return self.root[:, self.layout.root_row == self.layout.root_col]
 
 
-def _scatter(values: Tensor, index: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """(B, E) at E different places of zeros of this shape: (B, *shape)."""
-    return values.new_zeros(len(values), math.prod(shape)).index_copy(1, index, values).unflatten(1, shape)
+def _scatter(values: Tensor, index: Tensor, shape: tuple[int, ...], fill: float = 0.0) -> Tensor:
+    """(B, E) at E different places of an array of this shape: (B, *shape)."""
+    start = values.new_full((len(values), math.prod(shape)), fill)
+    return start.index_copy(1, index, values).unflatten(1, shape)
 
 
 class Sparse:

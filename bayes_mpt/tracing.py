@@ -589,6 +589,13 @@ def read_values(
                 f"missing cells reach the distribution of site {name!r}: covariates must be complete, "
                 "only what is observed may be missing"
             )
+    for site in program.sites:
+        if site.n_joint > 1 and bool(missing.any()):
+            raise ModelError(
+                f"site {site.name!r} ({site.kind}) has one density for a whole event of several axes, which a missing "
+                "cell would drop with all its other cells. Write a series as a loop of Normal sites, one or two for "
+                "each step: these are scored step by step, in time linear in the length"
+            )
     n_cells = sum(int(a.isnan().sum()) for a in args if has_missing(a))
     if int(missing.sum()) > n_cells:
         raise ModelError(

@@ -29,6 +29,8 @@ from bayes_mpt.tracing import Model, ModelError
 
 __all__ = ["MarkovGaussian", "closed_form"]
 
+MOST_LOST = 1e-7  # nats a token
+
 
 def closed_form(model: Model, args: tuple[Any, ...]) -> Conditionals:
     """The conditionals of a linear-Gaussian program, along a chain or dense: whichever needs less work.
@@ -134,6 +136,8 @@ class MarkovGaussian(Conditionals):
 
     def chain(self, x: Tensor, order: Tensor) -> Tensor:
         rows = _Rows(x, self.reading)
+        with torch.no_grad():
+            self._smooth(rows, rows.seen[None])  # refuses where digits are lost
         return torch.stack([self._chain(rows, tokens) for tokens in order])
 
     def joint(self, x: Tensor) -> Tensor:
@@ -181,7 +185,9 @@ class MarkovGaussian(Conditionals):
         leaves = _leaves(rows.blocks, rows.in_slots(shown), rows.residual, rows)
         tree = _up(leaves.stretch, plan, rows)
         outside = _down(tree, plan, rows)
-        return tree[-1].logdet[0, :, 0], _finish(leaves, outside, rows)
+        found = _finish(leaves, outside, rows)
+        _refuse_lost_digits(found, outside, rows)
+        return tree[-1].logdet[0, :, 0], found
 
     def _chain(self, rows: _Rows, order: Tensor) -> Tensor:
         """(N, T), by token."""
@@ -214,7 +220,7 @@ class _Rows:
 
     def __init__(self, x: Tensor, reading: SparseMap):
         if not bool((reading.noise > 0).all()):
-            raise ModelError(f"a noise variance is {float(reading.noise.min())}: every token needs noise")
+            raise ModelError(f"a noise variance is {reading.noise.min().item()}: every token needs noise")
         groups: Groups = group_rows(x, len(reading.loc))
         self.x, self.layout = x, reading.layout
         self.seen, self.index = groups.seen[0], groups.index  # (G, T), (N,)
@@ -291,11 +297,13 @@ class _Leaves(NamedTuple):
     stretch: _Stretch
     blocks: Blocks
     r: Tensor
-    """(S, G, m, w, w): r' r is the precision of u given z_(b-1) and the block's own tokens,"""
-    slope: Tensor
-    """(S, G, m, w, w) and r' (white - slope z_(b-1)) its product with the mean of u."""
+    """(S, G, m, w, w): r u has unit covariance given z_(b-1) and the block's own tokens,"""
     white: Tensor
-    """(S, V, m, w, R)"""
+    """(S, V, m, w, R): and mean white - slope z_(b-1)."""
+    slope: Tensor
+    """(S, G, m, w, w)"""
+    root: Tensor
+    """(S, G, m, w, w): z_b changes by root with r u."""
 
 
 class _Found(NamedTuple):
@@ -304,6 +312,8 @@ class _Found(NamedTuple):
     u: Tensor
     """(S, V, m, w, R), as z."""
     z: Tensor
+    earlier: Tensor
+    """Of the latents of the block before."""
     tokens: Tensor
     """(S, V, m, t, R)"""
     variance: Tensor
@@ -332,17 +342,19 @@ def _leaves(blocks: Blocks, shown: Tensor, residual: Tensor, rows: _Rows) -> _Le
     white = rows.of(bottom).mT @ y
     slope = bottom.mT @ before
     root = torch.linalg.solve_triangular(r, blocks.root.expand(*r.shape), left=False, upper=True)
-    # what is left of `before` and y once u is fitted to them: the projection on the complement of Q
+    # What is left of `before` and y once u is fitted to them. Both are projected on the complement of Q: one would do,
+    # were it not for the rounding errors of the other, which a small noise makes large.
     rest = torch.cat([-top @ slope, before - bottom @ slope], -2)
+    y = torch.cat([-rows.of(top) @ white, y - rows.of(bottom) @ white], -2)
     stretch = _Stretch(
         carry=blocks.step - root @ slope,
         cov=root @ root.mT,
         info=rest.mT @ rest,
         mean=blocks.start[..., None] + rows.of(root) @ white,
-        pull=rows.of(rest[..., width:, :]).mT @ y,
+        pull=rows.of(rest).mT @ y,
         logdet=2 * r.diagonal(dim1=-2, dim2=-1).abs().log().sum(-1),
     )
-    return _Leaves(stretch, blocks, r, slope, white)
+    return _Leaves(stretch, blocks, r, white, slope, root)
 
 
 def _between(cov: Tensor, info: Tensor) -> tuple[Tensor, Tensor]:
@@ -388,19 +400,40 @@ def _finish(leaves: _Leaves, outside: _Outside, rows: _Rows) -> _Found:
     meet, _ = _between(outside.cov, info)
     cov = _symmetric(meet @ outside.cov)
     mean = rows.of(meet) @ (outside.mean + rows.of(outside.cov) @ pull)
-    # u given z_(b-1) and everything: precision r' r + root' info root
-    told = blocks.root.mT @ outside.info
-    factor = cholesky(leaves.r.mT @ leaves.r + _symmetric(told @ blocks.root))
-    slope = torch.cholesky_solve(leaves.r.mT @ leaves.slope + told @ blocks.step, factor)
-    right = rows.of(leaves.r).mT @ leaves.white
-    right = right + blocks.root.mT @ outside.pull - rows.of(told) @ blocks.start[..., None]
-    u = torch.cholesky_solve(right, rows.of(factor)) - rows.of(slope) @ mean
-    before = blocks.before - blocks.own @ slope
-    root = torch.linalg.solve_triangular(factor, blocks.own.mT.expand(*factor.shape[:-1], -1), upper=False)
-    variance = blocks.noise + root.square().sum(-2) + ((before @ cov) * before).sum(-1)
+    # r u given z_(b-1) and everything: precision I + root' info root, where a small noise has cancelled
+    told = leaves.root.mT @ outside.info
+    eye = torch.eye(told.shape[-1], dtype=told.dtype, device=told.device)
+    factor = cholesky(eye + _symmetric(told @ leaves.root))
+    slope = torch.cholesky_solve(leaves.slope + told @ blocks.step, factor)
+    right = leaves.white + rows.of(leaves.root).mT @ outside.pull - rows.of(told) @ blocks.start[..., None]
+    v = torch.cholesky_solve(right, rows.of(factor)) - rows.of(slope) @ mean
+    u = torch.linalg.solve_triangular(rows.of(leaves.r), v, upper=True)
+    own = torch.linalg.solve_triangular(
+        leaves.r, blocks.own.expand(*leaves.r.shape[:-2], -1, -1), upper=True, left=False
+    )
+    before = blocks.before - own @ slope
+    spread = torch.linalg.solve_triangular(factor, own.mT, upper=False)
+    variance = blocks.noise + spread.square().sum(-2) + ((before @ cov) * before).sum(-1)
     z = blocks.start[..., None] + blocks.step @ mean + blocks.root @ u
     tokens = blocks.loc[..., None] + blocks.before @ mean + blocks.own @ u
-    return _Found(u, z, tokens, variance)
+    return _Found(u, z, mean, tokens, variance)
+
+
+@torch.no_grad()
+def _refuse_lost_digits(found: _Found, outside: _Outside, rows: _Rows) -> None:
+    """The same latents, found from the block that they are in and from the next one, must agree.
+
+    A gap changes the quadratic form by its product with the slope of what the tokens after it tell.
+    """
+    gap = (found.z - found.earlier.roll(-1, 2))[:, :, :-1]
+    slope = (outside.pull - rows.of(outside.info) @ found.z)[:, :, :-1]
+    lost = float((gap * slope).abs().sum((2, 3)).max()) if gap.numel() else 0.0
+    if not lost <= MOST_LOST * rows.x.shape[1]:
+        raise ModelError(
+            f"along the chain of latents float64 loses digits (the log-density has an error of about {lost:.1g}): some "
+            "standard deviations are too small beside others, such as noises of 1e-8 after a start of 1e6. Take a "
+            "narrower start, or give tokens and latents more noise"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------- the tree
