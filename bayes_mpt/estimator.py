@@ -232,11 +232,11 @@ class BayesMPT(
         """
         check_is_fitted(self)
         new = clone(self)
-        return new._fit(X, y, seen=None, warm=False, like=self)
+        new._like = self
+        return new.fit(X, y)
 
-    def _fit(
-        self, X: ArrayLike, y: Any, *, seen: Table | None, warm: bool, like: BayesMPT | None = None
-    ) -> Self:
+    def _fit(self, X: ArrayLike, y: Any, *, seen: Table | None, warm: bool) -> Self:
+        like: BayesMPT | None = self.__dict__.pop("_like", None)
         context = self._init_callback_context(max_subtasks=None)
         X = self._check_rows(X, reset=seen is None, n_least=2 if seen is None else 1)
         y = None if y is None else np.asarray(y)

@@ -623,3 +623,183 @@ def test_scoring_does_not_look_for_initial_values_again() -> None:
     truth = logsumexp([stats.norm(m, scale).logpdf(x[:7]).sum(1) for m in loc], axis=0) - math.log(2)
     np.testing.assert_allclose(fitted.score_samples(x[:7]), truth, rtol=0, atol=1e-12)
     assert n_starts == 1
+
+
+# ------------------------------------------------------------------------------------------- EM of their own
+
+
+def tight_em(kind, x, fitted):
+    """The maximum that scikit-learn reaches from these parameters, nothing added to variances."""
+    p = fitted.params_
+    if kind == "full":
+        precisions = np.linalg.inv(p["scale_tril"] @ np.swapaxes(p["scale_tril"], 1, 2))
+    else:
+        precisions = p["scale"] ** -2 if kind == "diag" else p["scale"][:, 0] ** -2
+    truth = mixture.GaussianMixture(
+        len(p["loc"]),
+        covariance_type=kind,
+        tol=0,
+        max_iter=2000,
+        reg_covar=0,
+        weights_init=p["weights"] / p["weights"].sum(),
+        means_init=p["loc"],
+        precisions_init=precisions,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return truth.fit(x)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fit_ends_at_a_maximum(kind):
+    """By the default tolerance EM of another library gains nothing more; by a wide one it may gain about as much."""
+    x = WINE[:, [0, 1, 2, 6]]
+    model = BayesMPT(GaussianMixture(2, kind), random_state=0).fit(x)
+    assert model.converged_
+    assert model.score(x) == pytest.approx(tight_em(kind, x, model).score(x), abs=1e-6)
+    loose = BayesMPT(GaussianMixture(2, kind), tol=1e-3, random_state=0).fit(x)
+    assert loose.converged_ and loose.fit_method_.startswith("maximize")
+    assert loose.score(x) > model.score(x) - 0.1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("max_products", [2**22, 100], ids=["at once", "by chunks"])
+def test_maximize_is_em(kind, max_products, monkeypatch):
+    """One step is one step of scikit-learn's."""
+    monkeypatch.setattr(mixtures, "MAX_PRODUCTS", max_products)
+    GaussianMixture(3, kind)(tensor(IRIS))
+    start = {name: p.detach() for name, p in pyro.get_param_store().items()}
+    got = GaussianMixture(3, kind).maximize(tensor(IRIS), start, tol=0.0, max_iter=1)
+    p = params()
+    root = p["scale_tril"] if kind == "full" else None
+    precisions = np.linalg.inv(root @ np.swapaxes(root, 1, 2)) if kind == "full" else p["scale"] ** -2
+    want = mixture.GaussianMixture(
+        3,
+        covariance_type=kind,
+        reg_covar=0,
+        max_iter=1,
+        weights_init=p["weights"] / p["weights"].sum(),
+        means_init=p["loc"],
+        precisions_init=precisions[:, 0] if kind == "spherical" else precisions,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        want.fit(IRIS)
+    np.testing.assert_allclose(got["weights"], want.weights_, rtol=1e-10)
+    np.testing.assert_allclose(got["loc"], want.means_, rtol=1e-10)
+    if kind == "full":
+        np.testing.assert_allclose(
+            got["scale_tril"] @ got["scale_tril"].mT, want.covariances_, rtol=1e-8, atol=1e-12
+        )
+    else:
+        np.testing.assert_allclose(
+            np.square(got["scale"].numpy()).squeeze(), want.covariances_.squeeze(), rtol=1e-9
+        )
+
+
+def test_a_component_on_repeated_rows_begins_again():
+    rng = np.random.default_rng(2)
+    x = tensor(np.concatenate([rng.normal(size=(60, 2)), np.full((5, 2), 3.0)]))
+    eye = torch.eye(2).double()
+    start = {
+        "weights": tensor([0.9, 0.1]),
+        "loc": tensor([[0.0, 0.0], [3.0, 3.0]]),
+        "scale_tril": torch.stack([eye, 0.1 * eye]),
+    }
+    with pytest.warns(UserWarning, match=r"component 1 \(5 rows\) has shrunk .*fewer components"):
+        got = GaussianMixture(2).maximize(x, start, tol=1e-3, max_iter=1)
+    np.testing.assert_allclose(got["loc"][1], x.mean(0))
+    cov = got["scale_tril"][1] @ got["scale_tril"][1].mT
+    np.testing.assert_allclose(cov, np.diag(x.numpy().var(0)), atol=1e-12)
+    assert 0 < got["weights"][1] < 1e-5
+
+
+def test_a_component_that_collapses_again_is_an_error():
+    x = np.concatenate([np.random.default_rng(2).normal(size=(60, 2)), np.full((5, 2), 99.0)])
+    with pytest.raises(ValueError, match=r"component \d \(5 rows\) has shrunk .*fewer components"):
+        BayesMPT(GaussianMixture(2), random_state=0).fit(x)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [AWKWARD["constant column"], AWKWARD["twin columns"], AWKWARD["wide"]],
+    ids=["constant", "twins", "wide"],
+)
+def test_rows_without_spread_are_refused(x):
+    with pytest.raises(ValueError, match="component .* without spread .*covariance_type"):
+        BayesMPT(GaussianMixture(2), random_state=0).fit(x)
+
+
+def test_an_empty_component_stays():
+    x = tensor(IRIS)
+    far = {
+        "weights": torch.tensor([0.5, 0.5]).double(),
+        "loc": torch.stack([x.mean(0), x.mean(0) + 1e4]),
+        "scale": x.std(0).expand(2, -1),
+    }
+    got = GaussianMixture(2, "diag").maximize(x, far, tol=1e-12, max_iter=50)
+    np.testing.assert_allclose(got["loc"][0], IRIS.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(got["loc"][1], far["loc"][1])
+    assert 0 < got["weights"][1] < 1e-5
+
+
+def test_a_model_may_bring_a_way_to_climb_that_is_no_good():
+    """It is a start, and no more: what it leaves is climbed to the top."""
+
+    class Wayward(GaussianMixture):
+        def maximize(self, x, params, *, tol, max_iter):
+            return {**params, "loc": params["loc"] + 0.5}
+
+    x = WINE[:, [0, 1, 2, 6]]
+    good = BayesMPT(GaussianMixture(1), random_state=0).fit(x)
+    model = BayesMPT(Wayward(1), random_state=0).fit(x)
+    assert model.fit_method_ == "lbfgs" and model.converged_
+    assert model.log_marginal_likelihood_ == pytest.approx(good.log_marginal_likelihood_, abs=1e-6)
+
+
+def test_missing_cells_are_left_to_the_climb():
+    x = WINE[:, [0, 1, 2, 6]].copy()
+    x[::7, 1] = np.nan
+    model = BayesMPT(GaussianMixture(2), random_state=0).fit(x)
+    p = model.params_
+    want = []
+    for row in x:
+        seen = ~np.isnan(row)
+        parts = [
+            np.log(w) + stats.multivariate_normal(m[seen], (r @ r.T)[np.ix_(seen, seen)]).logpdf(row[seen])
+            for w, m, r in zip(p["weights"], p["loc"], p["scale_tril"], strict=True)
+        ]
+        want.append(logsumexp(parts))
+    assert model.fit_method_ == "lbfgs"
+    np.testing.assert_allclose(model.score_samples(x), want, atol=1e-8)
+
+
+def test_scores_of_a_mixture_need_no_program():
+    x = WINE[:, [0, 1, 2, 6]]
+    model = BayesMPT(GaussianMixture(2), random_state=0).fit(x)
+    want, share, filled = model.score_samples(x[:9]), model.transform(x[:9]), x[:9].copy()
+    filled[0, 0] = np.nan
+    imputed = model.impute(filled)
+    model.fitted_model_ = None
+    np.testing.assert_array_equal(model.score_samples(x[:9]), want)
+    np.testing.assert_array_equal(model.transform(x[:9]), share)
+    np.testing.assert_array_equal(model.impute(filled), imputed)
+    p = model.params_
+    parts = [
+        np.log(w) + stats.multivariate_normal(m, r @ r.T).logpdf(x[:9])
+        for w, m, r in zip(p["weights"], p["loc"], p["scale_tril"], strict=True)
+    ]
+    np.testing.assert_allclose(want, logsumexp(parts, 0), atol=1e-9)
+    np.testing.assert_allclose(share, np.exp(parts - logsumexp(parts, 0)).T, atol=1e-9)
+
+
+@pytest.mark.parametrize("program", [GaussianMixture(2), MixtureOfFactorAnalyzers(2, 1)], ids=repr)
+def test_a_fold_is_a_fit_of_its_own(program):
+    """What is taken over from the fit to all rows is what the program is, and no number that has seen hidden rows."""
+    x = WINE[:, [0, 1, 2, 6]]
+    whole = BayesMPT(program, tol=1e-6, random_state=0).fit(x)
+    fold = whole.refit(x[::2])
+    alone = BayesMPT(program, tol=1e-6, random_state=0).fit(x[::2])
+    for name, value in alone.params_.items():
+        np.testing.assert_array_equal(fold.params_[name], value)
+    np.testing.assert_array_equal(fold.score_samples(x), alone.score_samples(x))

@@ -45,7 +45,7 @@ class GaussianMixture(BaseEstimator):
 
     The likelihood of a mixture has no bound where a component can shrink onto a few rows. `maximize` adds nothing to
     variances; instead, a component whose variance in some direction falls below 1e-10 of the columns' begins again,
-    empty and as wide as the table, with a warning that names it; if all do, that is an error.
+    empty and as wide as the table, with a warning that names it; if it collapses again, or all do, that is an error.
 
     Parameters
     ----------
@@ -114,7 +114,7 @@ class GaussianMixture(BaseEstimator):
         Raises
         ------
         ValueError
-            If all components collapse, so that the likelihood has no maximum. Of some, a warning says so.
+            If all components collapse, or one does twice; they are named. Of one that began again a warning says so.
 
         Examples
         --------
@@ -134,7 +134,7 @@ class GaussianMixture(BaseEstimator):
             scale = scale / table.spread[: scale.shape[1]]
         loc = (params["loc"].double() - table.centre) / table.spread
         start = _Mixture(params["weights"].double(), loc, scale)
-        mix, collapsed = _em(
+        mix, collapsed, hopeless = _em(
             table, _chunks(table.rows, kind), start, kind, tol=tol, max_iter=max_iter, relative=True
         )
         if collapsed:
@@ -147,7 +147,7 @@ class GaussianMixture(BaseEstimator):
                 "fewer components or more rows, drop what repeats, or set covariance_type to 'diag' or 'spherical' "
                 f"(now {kind!r})"
             )
-            if len(collapsed) == len(loc):
+            if hopeless:
                 raise ValueError(f"{what}. Use {remedy}")
             warnings.warn(
                 f"{what}. It began again, empty and wide. Better use {remedy}", UserWarning, stacklevel=2
@@ -343,14 +343,16 @@ def _em(
     max_iter: int,
     relative: bool = False,
     reg_covar: float = 0.0,
-) -> tuple[_Mixture, dict[int, float]]:
+) -> tuple[_Mixture, dict[int, float], bool]:
     """EM until a step gains about ``tol`` nats a row; ``relative``: that share of a score beyond 1.
 
     Sums of products about the centre of the table cost digits, a share of 1e-16 T / v where v is the least variance:
-    little enough for the steps of a climb, whose end is judged elsewhere.
+    little enough for the steps of a climb, whose end is judged elsewhere. Comes with the rows of components that have
+    collapsed and begun again, and whether that was in vain: all have, or one has twice.
     """
     n_rows, unit = len(table.rows), float(table.spread.log().sum())
     collapsed: dict[int, float] = {}
+    hopeless = False
     coefficients = _coefficients(mix)
     for _ in range(max_iter):
         sums, total = torch.zeros_like(coefficients), 0.0
@@ -362,8 +364,9 @@ def _em(
             sums += (share / sum_) @ part.mT
             total += float(top.sum() + sum_.log().sum())
         mix, found = _m_step(sums, mix, covariance_type, reg_covar)
+        hopeless = len(found) == len(sums) or not found.keys().isdisjoint(collapsed)
         collapsed |= found
-        if len(found) == len(sums):
+        if hopeless:
             break
         before, coefficients = coefficients, _coefficients(mix)
         # The score gains what the expected log-density does, and the divergence between the shares before and after,
@@ -372,7 +375,7 @@ def _em(
         score = total / n_rows - unit
         if not found and not gain > tol * (max(1.0, abs(score)) if relative else 1.0):
             break
-    return mix, collapsed
+    return mix, collapsed, hopeless
 
 
 def _start(table: _Table, n_components: int, covariance_type: str, seed: int) -> _Mixture:
