@@ -230,7 +230,7 @@ class Sparse:
         first[0] = 1.0
         if self.layout is None:
             self.layout = self._find(model, rows, structure, first, shared=True)
-        wanted = torch.is_grad_enabled()
+        wanted = torch.is_grad_enabled() and bool(structure.parameters)
         with torch.enable_grad():
             ran = _Run(model, rows, structure, probes)
             slope = ran.slopes(self.layout, first, wanted)[:1]
@@ -261,7 +261,7 @@ class Sparse:
         else:  # the points have been checked one by one; now every latent is at one of the three distances
             turn = torch.arange(points.shape[1], device=zero.device) % len(points)
             points = points.gather(0, turn[None])
-        wanted = torch.is_grad_enabled()
+        wanted = torch.is_grad_enabled() and bool(structure.parameters)
         with torch.enable_grad():
             ran = _Run(model, rows, structure, zero)
             slope = ran.slopes(self.layout, torch.ones_like(every), wanted)

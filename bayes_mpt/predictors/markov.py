@@ -72,8 +72,8 @@ class MarkovGaussian(Conditionals):
     ...         z = pyro.sample(f"z_{t}", dist.Normal(z, 1.0))
     ...         pyro.sample(f"x_{t}", dist.Normal(z, 1.0), obs=x[t])
     >>> x = torch.zeros(100, dtype=torch.float64)
-    >>> MarkovGaussian(walk, (x,)).read((x,)).joint(x[None])
-    tensor([-139.7371], dtype=torch.float64)
+    >>> MarkovGaussian(walk, (x,)).read((x,)).joint(x[None])  # N(0; 0, min(s, t) + [s = t])
+    tensor([-139.8533], dtype=torch.float64)
     """
 
     exact = True
