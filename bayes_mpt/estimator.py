@@ -284,10 +284,13 @@ class BayesMPT(
                         (share, {n: v.detach().clone() for n, v in values.items() if n in outside})
                         for share, values in predictor.shared_latents(predictor.value)
                     ]
+                    # numbers a row; of discrete latents one for each value, which only the posterior tells
                     self._n_features_out = (
-                        predictor.posterior(predictor.value[:1]).mean.shape[1]
-                        if (predictor.structure.plain)
-                        else predictor.posterior(predictor.value).mean.shape[1]
+                        predictor.posterior(
+                            predictor.value[: 1 if predictor.structure.plain else None]
+                        ).mean.shape[1]
+                        if any(site.discrete for site in predictor.structure.latents)
+                        else predictor.structure.n_latents
                     )
                 self._state = save()
                 store_values = pyro.get_param_store()
