@@ -12,7 +12,9 @@ where sites look at few latents each, `bayes_mpt.sparse.Sparse`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
+from operator import itemgetter
 from typing import Any, NamedTuple, Protocol
 
 import pyro
@@ -42,6 +44,7 @@ from bayes_mpt.tracing import (
     list_names,
     observed_nodes,
     one_precision,
+    plate_depth,
     refuse_unregistered,
     run,
     token_values,
@@ -66,6 +69,7 @@ __all__ = [
 
 N_CHECKS = 3  # random points on top of the K + 1 that fix the affine map: at 1, 10 and 100 sd
 AFFINE_TOL = 1e-9
+MAX_PROBED = 2**22  # numbers in one temporary of a run at several probes
 
 
 class NotAffine(ModelError):
@@ -95,6 +99,10 @@ class Structure(NamedTuple):
     """T."""
     spread: Tensor
     """(K,) prior standard deviations of the latents in the first run: the unit of the probes."""
+    depth: int
+    """Plate dimensions that the program uses."""
+    at_once: bool = False
+    """With ``own_rows``: the program broadcasts over a plate of probes, so that one run reads them all."""
 
     @property
     def n_latents(self) -> int:
@@ -188,6 +196,11 @@ class Way(Protocol):
     def on_rows(self, model: Model, args: tuple[Any, ...], structure: Structure) -> Any:
         """A map for every row, or of the one vector, and its value: runs on the rows themselves."""
 
+    def first_on_rows(
+        self, model: Model, args: tuple[Any, ...], structure: Structure
+    ) -> tuple[Structure, Any]:
+        """`on_rows` for the first time, and what it finds out for the others."""
+
 
 @torch.enable_grad()
 def structure(
@@ -225,8 +238,12 @@ def structure(
     node = first.nodes[sites[0]]
     value = _tokens_of([first.nodes[name]["value"] for name in sites], by_row)
     n_rows = len(node["value"]) if by_row else 1
-    latents = tuple(describe_latent(latent, rows_plate if by_row else None) for latent in latent_nodes(first))
-    spread = [_flat(_normal(first.nodes[site.name])[1].detach(), site, n_rows)[0] for site in latents]
+    nodes = latent_nodes(first)
+    latents = tuple(describe_latent(latent, rows_plate if by_row else None) for latent in nodes)
+    spread = [
+        _flat(_normal(n)[1].detach(), n["value"].shape, site.row_axis)[0, 0]
+        for n, site in zip(nodes, latents, strict=True)
+    ]
     draft = Structure(
         sites,
         latents,
@@ -239,6 +256,7 @@ def structure(
         sub_rows=n_rows if by_row and n_rows != len(init[0]) else None,
         width=value.shape[1],
         spread=torch.cat(spread) if spread else init[0].new_zeros(0),
+        depth=plate_depth((*observed_nodes(first), *nodes)),
     )
     way.admit(draft)
     trial, before, whole, reading = init, None, None, None
@@ -259,9 +277,8 @@ def structure(
     if reading is not None:
         draft = draft._replace(own_rows=False, plain=draft.observed_arg is not None)
     else:
-        reading = way.on_rows(model, trial, draft)
-    nodes = (*observed_nodes(first), *latent_nodes(first))
-    refuse_unregistered([t for n in nodes for t in _normal(n)])
+        draft, reading = way.first_on_rows(model, trial, draft)
+    refuse_unregistered([t for n in (*observed_nodes(first), *nodes) for t in _normal(n)])
     _refuse_dependence_on_x(model, trial, draft, before)
     _compare_with_program(draft, reading, before if whole is None or reading.loc.shape[0] > 1 else whole)
     return draft
@@ -270,7 +287,8 @@ def structure(
 def read(model: Model, args: tuple[Any, ...], structure: Structure, way: Way) -> Any:
     """Read the program's map at its current parameters, with gradients to them.
 
-    Dense: one run on K + 4 probe rows where all rows share the map; K + 4 runs on the real batch elsewhere.
+    Dense: one run on K + 4 probe rows where all rows share the map. Elsewhere one run on the real batch for each probe,
+    or one for all if the program broadcasts over a plate of probes.
     """
     if structure.own_rows:
         return way.on_rows(model, args, structure)
@@ -309,6 +327,13 @@ class Dense:
     def on_rows(self, model: Model, args: tuple[Any, ...], structure: Structure) -> Reading:
         return _read_rows(model, args, structure)
 
+    def first_on_rows(
+        self, model: Model, args: tuple[Any, ...], structure: Structure
+    ) -> tuple[Structure, Reading]:
+        together = _all_probes(model, args, structure)
+        structure = structure._replace(at_once=together is not None)
+        return structure, _read_rows(model, args, structure) if together is None else together
+
 
 def _read_probes(model: Model, args: tuple[Any, ...], structure: Structure) -> Reading:
     """All probes in one run: row 0 has z = 0, rows 1..K a unit vector each, the last three are random."""
@@ -317,11 +342,12 @@ def _read_probes(model: Model, args: tuple[Any, ...], structure: Structure) -> R
     rows = tuple(fill(cycle(a, n_probes)) for a in args)
     probes = _probes(structure, rows[0])  # (P, K)
     trace = run(model, rows, latent_values(structure, probes))
-    loc, scale = _token_normal(trace, structure)  # (P, T)
-    latent_loc, latent_root = _latent_normal(trace, structure, n_probes)  # (P, K), (P, K, K)
+    loc, scale = (t[0] for t in _token_normal(trace, structure))  # (P, T)
+    latent_loc, latent_root = (t[0] for t in _latent_normal(trace, structure))  # (P, K), (P, K, K)
     where = f"observed site {structure.observed!r}"
     _check_constant(scale, where)
-    tril = _correlated_noise(trace, structure)
+    noise_root = _correlated_noise(trace, structure)
+    tril = None if noise_root is None else noise_root[0]
     if tril is not None and len(tril) > 1:
         _check_constant(tril, where)
     map_loc, map_loading = _affine(loc[:, None], probes, structure, where)
@@ -333,45 +359,44 @@ def _read_probes(model: Model, args: tuple[Any, ...], structure: Structure) -> R
     return reading if tril is None else _with_correlated_noise(reading, tril[:1])
 
 
+class _Runs(NamedTuple):
+    """The program at P probes, B rows each."""
+
+    loc: Tensor
+    """(P, B, T)"""
+    scale: Tensor
+    latent_loc: Tensor
+    """(P, B, K), of each latent given the earlier ones."""
+    latent_root: Tensor
+    """(P, B, K, K)"""
+    noise_root: Tensor | None
+    """(P, B, T, T) of tokens that are one MultivariateNormal."""
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> _Runs:
+        """The same change to all."""
+        return _Runs(
+            change(self.loc),
+            change(self.scale),
+            change(self.latent_loc),
+            change(self.latent_root),
+            None if self.noise_root is None else change(self.noise_root),
+        )
+
+
 def _read_rows(model: Model, args: tuple[Any, ...], structure: Structure) -> Reading:
-    """One run for each probe, on the real batch: every row, or the one vector, has a map of its own."""
+    """The real batch at every probe: every row, or the one vector, has a map of its own."""
     filled = tuple(fill(a) for a in args)
     probes = _probes(structure, filled[0])  # (P, K)
     if not structure.n_latents:
         probes = probes[:1]  # one run is like another
-    n_rows = _batch(structure, filled)
-    locs, scales, latent_locs, latent_roots, trils = [], [], [], [], []
-    fixed: dict[str, Tensor] = {}
-    scale_factor, value = 1.0, None
-    for probe in probes:
-        sites = latent_values(structure, probe.expand(n_rows, -1))
-        trace = run(model, filled, {**sites, **fixed})
-        if value is None:
-            # The rows that a sub-sampling plate drew in the first run stay for the others.
-            fixed = {n: node["value"] for n, node in trace.nodes.items() if is_subsample(node)}
-            value = _value(model, args, structure, trace, {**sites, **fixed})
-            scale_factor = _scale(trace.nodes[structure.sites[0]])
-        loc, scale = _token_normal(trace, structure)
-        latent_loc, latent_root = _latent_normal(trace, structure, n_rows)
-        locs.append(loc)
-        scales.append(scale)
-        trils.append(_correlated_noise(trace, structure))
-        latent_locs.append(latent_loc)
-        latent_roots.append(latent_root)
-    assert value is not None
-    where = f"observed site {structure.observed!r}"
-    scale, root = torch.stack(scales), torch.stack(latent_roots)
-    _check_constant(scale, where)
-    _check_constant(root, "latent sites")
-    map_loc, map_loading = _affine(torch.stack(locs), probes, structure, where)
-    prior_loc, prior_slope = _affine(torch.stack(latent_locs), probes, structure, "latent sites")
-    reading = integrate_prior(
-        map_loc, map_loading, scale[0].square(), prior_loc, prior_slope, root[0], filled[0]
-    )
-    if trils[0] is not None:
-        _check_constant(torch.stack([t for t in trils if t is not None]), where)
-        reading = _with_correlated_noise(reading, trils[0].expand(len(reading.loc), -1, -1))
-    return reading._replace(scale=scale_factor, value=value)
+    if structure.at_once:
+        runs, trace = _run_at_once(model, filled, structure, probes)
+    else:
+        runs, trace = _run_apart(model, filled, structure, probes)
+    sites = _prior_means(structure, filled) | _sub_sample(trace)
+    value = _value(model, args, structure, trace, sites)
+    reading = _map_of(runs, probes, structure)
+    return reading._replace(scale=_scale(trace.nodes[structure.sites[0]]), value=value)
 
 
 def read_side_by_side(
@@ -381,59 +406,123 @@ def read_side_by_side(
     values: dict[str, Tensor],
     n_nodes: int,
     depth: int,
-) -> Reading:
-    """One map for each of S nodes, whose values (S, ...) of further latents are given: one run in all.
+) -> tuple[Reading, Tensor]:
+    """One map for each of S nodes, whose values (S, ...) of further latents are given, and their log-density (S,).
 
-    For programs whose rows are one vector. ``structure`` is that of the program at one node; B of the reading is S.
-    The program runs on a plate of S times K + 4 nodes, left of its ``depth`` plates.
+    For programs whose rows are one vector, of ``depth`` plate dimensions. ``structure`` is that of the program at one
+    node; B of the reading is S. All nodes and probes are one run.
     """
     filled = tuple(fill(a) for a in args)
     probes = _probes(structure, filled[0])  # (P, K)
     n_probes = len(probes)
-    total = n_nodes * n_probes
-    sites = {name: v.repeat_interleave(n_probes, 0) for name, v in values.items()}
-    start = 0
+    repeated = {name: v.repeat_interleave(n_probes, 0) for name, v in values.items()}
+    trace = _run_copies(model, filled, structure, probes.repeat(n_nodes, 1), depth, repeated)
+    by_probe = lambda t: t.reshape(n_nodes, n_probes, *t.shape[2:]).transpose(0, 1)  # noqa: E731
+    runs = _runs_of(trace, structure, n_nodes * n_probes)
+    reading = _map_of(runs.each(by_probe), probes, structure)
+    log_prior = filled[0].new_zeros(n_nodes, n_probes)
+    for name in values:
+        node = trace.nodes[name]
+        log_prior = log_prior + node["fn"].log_prob(node["value"]).reshape(n_nodes, n_probes, -1).sum(-1)
+    _check_constant(log_prior.mT, f"prior of {list(values)}")
+    return reading._replace(value=filled[0]), log_prior[:, 0]
+
+
+def _run_apart(
+    model: Model, filled: tuple[Any, ...], structure: Structure, probes: Tensor
+) -> tuple[_Runs, Trace]:
+    """One run for each probe; and the first."""
+    n_rows = _batch(structure, filled)
+    traces: list[Trace] = []
+    for probe in probes:
+        # The rows that a sub-sampling plate drew in the first run stay for the others.
+        fixed = _sub_sample(traces[0]) if traces else {}
+        traces.append(run(model, filled, latent_values(structure, probe.expand(n_rows, -1)) | fixed))
+    return _joined([_runs_of(trace, structure) for trace in traces]), traces[0]
+
+
+def _sub_sample(trace: Trace) -> dict[str, Tensor]:
+    """The rows that plates drew."""
+    return {name: node["value"] for name, node in trace.nodes.items() if is_subsample(node)}
+
+
+def _run_at_once(
+    model: Model, filled: tuple[Any, ...], structure: Structure, probes: Tensor
+) -> tuple[_Runs, Trace]:
+    """One run for all probes, or for as many as memory will bear; and the first."""
+    n_rows = _batch(structure, filled)
+    step = max(2, MAX_PROBED // max(1, n_rows * structure.width * structure.n_latents))
+    out, traces = [], []
+    for part in probes.split(step):
+        # An axis of the program as long as that of the probes could pass for it.
+        n_copies = len(part)
+        while n_copies in (n_rows, structure.width):
+            n_copies += 1
+        z = torch.cat([part, part[:1].expand(n_copies - len(part), -1)])
+        traces.append(_run_copies(model, filled, structure, z, structure.depth, {}))
+        out.append(_runs_of(traces[-1], structure, n_copies).each(itemgetter(slice(len(part)))))
+    return _joined(out), traces[0]
+
+
+def _run_copies(
+    model: Model,
+    filled: tuple[Any, ...],
+    structure: Structure,
+    z: Tensor,
+    depth: int,
+    values: dict[str, Tensor],
+) -> Trace:
+    """Copies of the program side by side, on a plate left of its own: all rows of each at latents z (P, K)."""
+    n_copies, n_rows = len(z), _batch(structure, filled)
+    sites, start = dict(values), 0
     for site in structure.latents:
-        part = probes[:, start : start + site.width].repeat(n_nodes, 1)
+        part = z[:, start : start + site.width]
         start += site.width
-        pad = (1,) * (depth - site.n_batch)
-        sites[site.name] = part.reshape(total, *pad, *site.shape)
-    with pyro.plate(NODES, total, dim=-1 - depth):
-        trace = run(model, filled, sites)
-    by_probe = lambda t: t.reshape(n_nodes, n_probes, *t.shape[1:]).transpose(0, 1)  # noqa: E731
-    if len(structure.sites) > 1:
-        raise NotAffine(f"several observed sites {structure.sites}: read one node at a time")
-    tokens = base(trace.nodes[structure.sites[0]]["fn"])
-    if not isinstance(tokens, torch.distributions.Normal):
-        raise NotAffine(f"observed site {structure.observed!r} is correlated: read one node at a time")
-    loc, scale = tokens.loc, tokens.scale
-    n_tokens = structure.width
-    wide = (total, *([1] * depth), *trace.nodes[structure.sites[0]]["fn"].event_shape)
-    shape = torch.broadcast_shapes(wide, loc.shape, scale.shape)
-    loc, scale = (by_probe(t.expand(shape).reshape(total, n_tokens)) for t in (loc, scale))  # (P, S, T)
+        if site.row_axis is None:
+            part = part.reshape(n_copies, *site.shape)
+        else:
+            rest = site.shape[: site.row_axis] + site.shape[site.row_axis + 1 :]
+            part = part.reshape(n_copies, 1, *rest).expand(n_copies, n_rows, *rest)
+            part = part.movedim(1, site.row_axis + 1)
+        sites[site.name] = part.reshape(n_copies, *[1] * (depth - site.n_batch), *part.shape[1:])
+    with pyro.plate(NODES, n_copies, dim=-1 - depth):
+        return run(model, filled, sites)
+
+
+def _all_probes(model: Model, args: tuple[Any, ...], structure: Structure) -> Reading | None:
+    """The map from one run at all probes, if that gives what runs apart give at the three random ones."""
+    if structure.sub_rows is not None:
+        return None  # other rows in every run
+    probes = _probes(structure, args[0])
+    try:
+        together, _ = _run_at_once(model, args, structure, probes)
+    except Exception:  # written for one set of latents at a time
+        return None
+    with torch.no_grad():
+        apart, _ = _run_apart(model, args, structure, probes[-N_CHECKS:])
+        for a, b in zip(together, apart, strict=True):
+            if a is None or b is None:
+                continue
+            size = b.abs() + b.abs().flatten(1).amax(1).reshape(-1, *[1] * (b.ndim - 1)) if b.numel() else b
+            if not bool(((a[-N_CHECKS:] - b).abs() <= _tolerance(b) * size).all()):
+                return None
+    return _map_of(together, probes, structure)
+
+
+def _map_of(runs: _Runs, probes: Tensor, structure: Structure) -> Reading:
+    """The affine map through the first K + 1 probes, checked at the others."""
     where = f"observed site {structure.observed!r}"
-    _check_constant(scale, where)
-    map_loc, map_loading = _affine(loc, probes, structure, where)
-    locs: list[Tensor] = []
-    scales: list[Tensor] = []
-    for site in structure.latents:
-        node = trace.nodes[site.name]
-        if isinstance(base(node["fn"]), torch.distributions.MultivariateNormal):
-            raise NotAffine(f"latent site {site.name!r} is MultivariateNormal: read one node at a time")
-        for t, out in zip(_normal(node), (locs, scales), strict=True):
-            out.append(by_probe(t.reshape(total, site.width)))
-    latent_loc, latent_scale = torch.cat(locs, -1), torch.cat(scales, -1)  # (P, S, K)
-    _check_constant(latent_scale, "latent sites")
-    prior_loc, prior_slope = _affine(latent_loc, probes, structure, "latent sites")
-    return integrate_prior(
-        map_loc,
-        map_loading,
-        scale[0].square(),
-        prior_loc,
-        prior_slope,
-        torch.diag_embed(latent_scale[0]),
-        filled[0],
+    _check_constant(runs.scale, where)
+    _check_constant(runs.latent_root, "latent sites")
+    loc, loading = _affine(runs.loc, probes, structure, where)
+    prior_loc, prior_slope = _affine(runs.latent_loc, probes, structure, "latent sites")
+    reading = integrate_prior(
+        loc, loading, runs.scale[0].square(), prior_loc, prior_slope, runs.latent_root[0], loc
     )
+    if runs.noise_root is None:
+        return reading
+    _check_constant(runs.noise_root, where)
+    return _with_correlated_noise(reading, runs.noise_root[0].expand(len(loc), -1, -1))
 
 
 def _probes(structure: Structure, like: Tensor) -> Tensor:
@@ -552,11 +641,13 @@ def _batch(structure: Structure, args: tuple[Any, ...]) -> int:
     return structure.sub_rows or len(args[0])
 
 
-def _flat(value: Tensor, site: Latent, n_rows: int) -> Tensor:
-    """A latent site's value (or scale) as (n_rows, width)."""
-    if site.row_axis is None:
-        return value.reshape(1, -1)
-    return value.movedim(site.row_axis, 0).reshape(n_rows, -1)
+def _flat(t: Tensor, shape: torch.Size, row_axis: int | None, n_copies: int = 1) -> Tensor:
+    """What stands for each number of a site's value of this shape, row by row of each copy: (P, B, width)."""
+    lead = t.shape[1 : max(1, t.ndim - len(shape))] if n_copies > 1 else ()
+    t = t.expand(n_copies, *lead, *shape).reshape(n_copies, *shape)
+    if row_axis is None:
+        return t.reshape(n_copies, 1, -1)
+    return t.movedim(row_axis + 1, 1).reshape(n_copies, shape[row_axis], -1)
 
 
 def latent_values(structure: Structure, z: Tensor) -> dict[str, Tensor]:
@@ -579,13 +670,12 @@ def _prior_means(structure: Structure, args: tuple[Any, ...]) -> dict[str, Tenso
 
 
 def _normal(node: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of a Normal or MultivariateNormal site, in the shape of its value."""
-    fn = base(node["fn"])
-    value = node["value"]
+    """Mean and standard deviation of a Normal or MultivariateNormal site, which broadcast to its value."""
+    fn, value = base(node["fn"]), node["value"]
     if isinstance(fn, torch.distributions.Normal):
-        return fn.loc.expand(value.shape).to(value), fn.scale.expand(value.shape).to(value)
+        return fn.loc.to(value), fn.scale.to(value)
     if isinstance(fn, torch.distributions.MultivariateNormal):
-        return fn.loc.expand(value.shape).to(value), fn.stddev.expand(value.shape).to(value)
+        return fn.loc.to(value), fn.stddev.to(value)
     kind = "observed" if node["is_observed"] else "latent"
     raise NotAffine(
         f"{kind} site {node['name']!r} is {type(fn).__name__}: only Normal or MultivariateNormal tokens and latents "
@@ -593,21 +683,21 @@ def _normal(node: dict[str, Any]) -> tuple[Tensor, Tensor]:
     )
 
 
-def _correlated_noise(trace: Trace, structure: Structure) -> Tensor | None:
-    """Lower factors (B, T, T) of the covariance of tokens that are one MultivariateNormal event; None of others."""
+def _correlated_noise(trace: Trace, structure: Structure, n_copies: int = 1) -> Tensor | None:
+    """Lower factors (P, B, T, T) of the covariance of tokens that are one MultivariateNormal; None of others."""
     node = trace.nodes[structure.sites[0]]
-    fn = base(node["fn"])
+    fn, value = base(node["fn"]), node["value"]
     if not isinstance(fn, torch.distributions.MultivariateNormal):
         return None
     n_tokens = fn.event_shape[0]
-    n_rows = len(node["value"]) if structure.by_row else 1
-    if node["value"].numel() != n_rows * n_tokens:
+    n_rows = len(value) if structure.by_row else 1
+    if value.numel() != n_rows * n_tokens:
         raise NotAffine(
             f"observed site {node['name']!r} has several MultivariateNormal events a row: their noise is correlated "
             "in blocks, which is not read as one linear-Gaussian map"
         )
-    tril = fn.scale_tril.to(node["value"]).expand(*node["fn"].batch_shape, n_tokens, n_tokens)
-    return tril.reshape(-1, n_tokens, n_tokens)
+    tril = _flat(fn.scale_tril.to(value), torch.Size((*value.shape, n_tokens)), None, n_copies)
+    return tril.reshape(n_copies, n_rows, n_tokens, n_tokens)
 
 
 def _split_noise(tril: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -625,10 +715,29 @@ def _split_noise(tril: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     return scale[..., None] * torch.linalg.cholesky(rest), left * scale.square()
 
 
-def _token_normal(trace: Trace, structure: Structure) -> tuple[Tensor, Tensor]:
-    pairs = [_normal(trace.nodes[name]) for name in structure.sites]
-    loc, scale = zip(*pairs, strict=True)
-    return _tokens_of(list(loc), structure.by_row), _tokens_of(list(scale), structure.by_row)
+def _runs_of(trace: Trace, structure: Structure, n_copies: int = 1) -> _Runs:
+    return _Runs(
+        *_token_normal(trace, structure, n_copies),
+        *_latent_normal(trace, structure, n_copies),
+        _correlated_noise(trace, structure, n_copies),
+    )
+
+
+def _joined(runs: list[_Runs]) -> _Runs:
+    loc, scale, latent_loc, latent_root, noise_root = zip(*runs, strict=True)
+    tril = None if noise_root[0] is None else torch.cat(noise_root)
+    return _Runs(torch.cat(loc), torch.cat(scale), torch.cat(latent_loc), torch.cat(latent_root), tril)
+
+
+def _token_normal(trace: Trace, structure: Structure, n_copies: int = 1) -> tuple[Tensor, Tensor]:
+    """Means and scales of the tokens (P, B, T)."""
+    locs: list[Tensor] = []
+    scales: list[Tensor] = []
+    for name in structure.sites:
+        node = trace.nodes[name]
+        for t, out in zip(_normal(node), (locs, scales), strict=True):
+            out.append(_flat(t, node["value"].shape, 0 if structure.by_row else None, n_copies))
+    return torch.cat(locs, -1), torch.cat(scales, -1)
 
 
 def tokens_of(trace: Trace, structure: Structure | Program) -> Tensor:
@@ -638,42 +747,44 @@ def tokens_of(trace: Trace, structure: Structure | Program) -> Tensor:
     return _tokens_of([trace.nodes[name]["value"] for name in structure.sites], structure.by_row)
 
 
-def latent_parts(trace: Trace, structure: Structure, n_rows: int) -> tuple[Tensor, list[Tensor]]:
-    """Of the latents given the earlier ones: means (n_rows, K), and a root of each site's covariance.
+def latent_parts(trace: Trace, structure: Structure, n_copies: int = 1) -> tuple[Tensor, list[Tensor]]:
+    """Of the latents given the earlier ones: means (P, B, K), and a root of each site's covariance.
 
-    Standard deviations (n_rows, width) of independent ones, lower factors (n_rows, events, D, D) of others.
+    Standard deviations (P, B, width) of independent ones, lower factors (P, B, events, D, D) of others.
     """
+    value = trace.nodes[structure.sites[0]]["value"]
+    lead = (n_copies, len(value) if structure.by_row else 1)
     locs: list[Tensor] = []
     roots: list[Tensor] = []
     for site in structure.latents:
         node = trace.nodes[site.name]
-        loc, scale = _normal(node)
-        locs.append(_flat(loc, site, n_rows))
+        shape = node["value"].shape[node["value"].ndim - len(site.shape) :]
+        loc, scale = (_flat(t, shape, site.row_axis, n_copies) for t in _normal(node))
+        locs.append(loc)
         fn = base(node["fn"])
         if isinstance(fn, torch.distributions.MultivariateNormal):
             width = fn.event_shape[0]
-            tril = fn.scale_tril.to(loc).expand(*node["value"].shape, width)  # (..., D, D)
-            if site.row_axis is not None:
-                tril = tril.movedim(site.row_axis, 0)
-            roots.append(tril.reshape(n_rows, -1, width, width))
+            tril = _flat(fn.scale_tril.to(loc), torch.Size((*shape, width)), site.row_axis, n_copies)
+            roots.append(tril.reshape(*lead, -1, width, width))
         else:
-            roots.append(_flat(scale, site, n_rows))
-    if not locs:
-        return trace.nodes[structure.sites[0]]["value"].new_zeros(n_rows, 0), []
-    return torch.cat(locs, 1), roots
+            roots.append(scale)
+    return torch.cat(locs, -1) if locs else value.new_zeros(*lead, 0), roots
 
 
-def _latent_normal(trace: Trace, structure: Structure, n_rows: int) -> tuple[Tensor, Tensor]:
-    """Means (n_rows, K) and block-diagonal roots (n_rows, K, K) of the latents given the earlier ones."""
-    loc, roots = latent_parts(trace, structure, n_rows)
-    if not roots:
-        return loc, loc.new_zeros(n_rows, 0, 0)
+def _latent_normal(trace: Trace, structure: Structure, n_copies: int = 1) -> tuple[Tensor, Tensor]:
+    """Means (P, B, K) and block-diagonal roots (P, B, K, K) of the latents given the earlier ones."""
+    loc, parts = latent_parts(trace, structure, n_copies)
     blocks: list[Tensor] = []
-    for root in roots:
-        blocks.extend([torch.diag_embed(root)] if root.ndim == 2 else root.unbind(1))
+    for part in parts:
+        blocks.extend([torch.diag_embed(part)] if part.ndim == 3 else part.unbind(2))
     if len(blocks) == 1:
         return loc, blocks[0]
-    return loc, torch.stack([torch.block_diag(*[b[n] for b in blocks]) for n in range(n_rows)])
+    root, start = loc.new_zeros(*loc.shape, loc.shape[-1]), 0
+    for block in blocks:
+        end = start + block.shape[-1]
+        root[..., start:end, start:end] = block
+        start = end
+    return loc, root
 
 
 def _scale(node: dict[str, Any]) -> float:
@@ -749,9 +860,9 @@ def _trial_run(model: Model, args: tuple[Any, ...], structure: Structure, z: Ten
         z = factor * _probes(structure, args[0])[structure.n_latents + 1]
     with torch.no_grad():
         trace = run(model, args, latent_values(structure, z))
-        loc, scale = _token_normal(trace, structure)
-        latent_loc, roots = latent_parts(trace, structure, _batch(structure, args))
-        prior = torch.cat([latent_loc, *[r.flatten(1) for r in roots]], 1)
+        loc, scale = (t[0] for t in _token_normal(trace, structure))
+        latent_loc, roots = latent_parts(trace, structure)
+        prior = torch.cat([latent_loc[0], *[r[0].flatten(1) for r in roots]], 1)
         return _Trial(trace, z, loc, scale, tokens_of(trace, structure), prior)
 
 
@@ -884,7 +995,7 @@ def _close(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape and a.shape[1:] != b.shape[1:]:
         return False
     a, b = a.detach(), b.detach()
-    return bool(((a - b).abs() <= _tolerance(a) * (a.abs() + b.abs())).all())
+    return torch.equal(a, b) or bool(((a - b).abs() <= _tolerance(a) * (a.abs() + b.abs())).all())
 
 
 def _tolerance(like: Tensor) -> float:

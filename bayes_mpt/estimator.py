@@ -317,11 +317,14 @@ class BayesMPT(
                         (share, {n: v.detach().clone() for n, v in values.items() if n in outside})
                         for share, values in predictor.shared_latents(predictor.value)
                     ]
+                    # numbers a row; of discrete latents one for each value, which only the posterior tells
                     if like is not None and predictor.structure is like.predictor_.structure:
                         self._n_features_out = like._n_features_out
-                    else:
+                    elif any(site.discrete for site in predictor.structure.latents):
                         one = predictor.value[:1] if predictor.structure.plain else predictor.value
                         self._n_features_out = predictor.posterior(one).mean.shape[1]
+                    else:
+                        self._n_features_out = predictor.structure.n_latents
                 if not np.isfinite(total):
                     raise ModelError(
                         f"the log marginal likelihood is {total} at the fitted parameters: "

@@ -288,6 +288,11 @@ class Sparse:
             _check(reading, structure, point.expand(n_rows, -1), other.means())
         return reading if wanted else _detached(reading)
 
+    def first_on_rows(
+        self, model: Model, args: tuple[Any, ...], structure: Structure
+    ) -> tuple[Structure, SparseMap]:
+        return structure, self.on_rows(model, args, structure)
+
     def _find(
         self, model: Model, rows: tuple[Any, ...], structure: Structure, weight: Tensor, shared: bool
     ) -> Layout:
@@ -345,8 +350,9 @@ class _Run:
             for name, v in latent_values(structure, z).items()
         }
         self.trace = run(model, rows, {**self.leaves, **(fixed or {})})
-        self.loc, self.scale = affine._token_normal(self.trace, structure)  # (N, T)
-        self.latent_loc, self.roots = latent_parts(self.trace, structure, len(z))
+        self.loc, self.scale = (t[0] for t in affine._token_normal(self.trace, structure))  # (N, T)
+        latent_loc, roots = latent_parts(self.trace, structure)
+        self.latent_loc, self.roots = latent_loc[0], [r[0] for r in roots]
         self.root = torch.cat([_lower(r) for r in self.roots], 1)  # (N, F)
 
     def means(self) -> Tensor:
@@ -367,7 +373,9 @@ class _Run:
             materialize_grads=True,
         )
         sites = self.structure.latents
-        return torch.cat([affine._flat(g, s, len(v)) for g, s in zip(grads, sites, strict=True)], 1)
+        return torch.cat(
+            [affine._flat(g, g.shape, s.row_axis)[0] for g, s in zip(grads, sites, strict=True)], 1
+        )
 
     def slopes(self, layout: Layout, weight: Tensor, create_graph: bool) -> Tensor:
         """Nonzeros of the map of the rows of weight 1: (N, E), whose colours are in order."""

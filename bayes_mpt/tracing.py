@@ -176,7 +176,7 @@ def survey(model: Model, args: tuple[Any, ...]) -> Program:
         tuple(n for n, site in first.nodes.items() if site["type"] == "param"),
         rows,
         by_row,
-        max((-f.dim for n in (*nodes, *latents) for f in n["cond_indep_stack"] if f.vectorized), default=0),
+        plate_depth((*nodes, *latents)),
         n_rows if by_row and n_rows != len(init[0]) else None,
         float(nodes[0]["scale"]),
     )
@@ -493,6 +493,11 @@ def _rows_plate(nodes: list[Any], latents: list[Any], n_rows: int) -> tuple[str 
     if not ranked:
         return None, False
     return ranked[0], around[ranked[0]]
+
+
+def plate_depth(nodes: Iterable[Any]) -> int:
+    """Plate dimensions around these sites."""
+    return max((-f.dim for n in nodes for f in n["cond_indep_stack"] if f.vectorized), default=0)
 
 
 def base(fn: Any) -> Any:

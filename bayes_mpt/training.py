@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,7 @@ WINDOW = 50  # steps between two looks of the stopping rule, at first
 WINDOW_GROWTH = 1.4  # with every halving of the step
 MAX_HALVINGS = 6
 STATIONARY = 1e-3  # nats a row and unit of the map: a steeper place is no maximum
+FURTHEST = 3.0  # e-folds by which the size of a parameter changes at once
 LEAST_GAIN = 2e-5  # nats a row in a window, less than which halves the step
 N_CHECK_DRAWS = 16
 N_SCALE_PROBES = 4
@@ -305,13 +306,16 @@ def climb(problem: Problem, *, max_iter: int, tol: float, report: Report | None 
     best_theta, best = _flat(leaves).detach().clone(), -math.inf
     least_unit = torch.full_like(best_theta, math.inf)
 
-    def climb_once(budget: int, unit: Tensor) -> Any:
-        """L-BFGS in these units."""
-        start = _flat(leaves).detach().clone()
+    def climb_once(n_steps: int, move: Callable[[Tensor], Tensor], furthest: float | None = None) -> bool:
+        """L-BFGS over the steps phi (n_steps,) that move the parameters; whether it ended by itself."""
+        phi_start = torch.zeros(n_steps).to(best_theta)
+        budget = max_iter - len(fit.history)
 
         def loss(phi: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
             nonlocal best, best_theta
-            theta = start + unit * torch.as_tensor(phi).to(start)
+            steps = torch.as_tensor(phi).to(phi_start).requires_grad_()
+            moved = move(steps)
+            theta = moved.detach()
             _assign(leaves, theta)
             try:
                 score = problem.score()
@@ -324,7 +328,7 @@ def climb(problem: Problem, *, max_iter: int, tol: float, report: Report | None 
             ):
                 # the line search tried a point too far away; ModelError is a ValueError too
                 return 1e30, np.zeros(len(phi))
-            grad = unit * torch.cat([g.flatten() for g in grads])
+            (grad,) = torch.autograd.grad(moved, steps, torch.cat([g.flatten() for g in grads]))
             value = float(score.detach())
             if not math.isfinite(value) or not bool(torch.isfinite(grad).all()):
                 return 1e30, np.zeros(len(phi))
@@ -333,9 +337,17 @@ def climb(problem: Problem, *, max_iter: int, tol: float, report: Report | None 
             return -value, -grad.double().cpu().numpy()
 
         options = {"maxiter": budget, "maxfun": 3 * budget, "maxcor": 30, "ftol": tol, "gtol": 1e-9}
-        return minimize(
-            loss, np.zeros(len(start)), jac=True, method="L-BFGS-B", callback=callback, options=options
+        result = minimize(
+            loss,
+            np.zeros(n_steps),
+            jac=True,
+            method="L-BFGS-B",
+            bounds=None if furthest is None else [(-furthest, furthest)] * n_steps,
+            callback=callback,
+            options=options,
         )
+        _assign(leaves, best_theta)
+        return result.status in (0, 2)  # and not out of iterations, or stopped from outside
 
     def callback(intermediate_result: Any) -> None:
         fit.history.append(-float(intermediate_result.fun))
@@ -346,14 +358,20 @@ def climb(problem: Problem, *, max_iter: int, tol: float, report: Report | None 
         while len(fit.history) < max_iter:
             before, unit = best, _units(problem.read(), leaves)
             least_unit = torch.minimum(least_unit, unit)
-            result = climb_once(max_iter - len(fit.history), unit)
-            _assign(leaves, best_theta)
-            if result.status not in (0, 2):  # out of iterations, or stopped from outside
+            start = _flat(leaves).detach().clone()
+            if not climb_once(len(unit), partial(torch.addcmul, start, unit)):
                 break
             # The units were those of the start; where the map has changed much, a climb may end short of the top.
-            if best - before <= 10 * tol * (1 + abs(best)):
-                steepest = _steepest(problem, leaves, least_unit)
+            if best - before > 10 * tol * (1 + abs(best)):
+                continue
+            # Latents far too wide hide it: in units of the noise the slope is nothing, though the way down is long.
+            rescaled, in_units = _rescaling(leaves), partial(torch.mul, least_unit)
+            if _steepest(problem, leaves, rescaled, len(leaves)) <= STATIONARY:
+                steepest = _steepest(problem, leaves, in_units, len(least_unit))
                 fit.converged = steepest <= max(STATIONARY, _slope(tol, best))
+                break
+            # Not all the way at once: loadings of zero are a saddle.
+            if not climb_once(len(leaves), rescaled, FURTHEST) or best - before <= 10 * tol * (1 + abs(best)):
                 break
     except KeyboardInterrupt:
         fit.interrupted = True
@@ -516,10 +534,26 @@ def _exact(problem: Problem) -> LinearGaussian:
     return predictor
 
 
-def _steepest(problem: Problem, leaves: dict[str, Tensor], unit: Tensor) -> float:
-    """The largest slope of the mean score, nats a row and unit."""
+def _steepest(
+    problem: Problem, leaves: dict[str, Tensor], move: Callable[[Tensor], Tensor], n_steps: int
+) -> float:
+    """The largest slope of the mean score, nats a row and step."""
     grads = torch.autograd.grad(problem.score(), list(leaves.values()), materialize_grads=True)
-    return float((unit * torch.cat([g.flatten() for g in grads])).abs().max())
+    steps = torch.zeros(n_steps).to(_flat(leaves)).requires_grad_()
+    (slope,) = torch.autograd.grad(move(steps), steps, torch.cat([g.flatten() for g in grads]))
+    return float(slope.abs().max())
+
+
+def _rescaling(leaves: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
+    """Steps, one for each parameter, in the logarithm of its size: a factor, or of a bounded one a shift."""
+    start = [leaf.detach().flatten().clone() for leaf in leaves.values()]
+    bound = pyro.get_param_store().get_state()["constraints"]
+    free = [bound[name] is constraints.real for name in leaves]
+
+    def move(phi: Tensor) -> Tensor:
+        return torch.cat([v * p.exp() if f else v + p for v, p, f in zip(start, phi, free, strict=True)])
+
+    return move
 
 
 def _flat(leaves: dict[str, Tensor]) -> Tensor:

@@ -13,7 +13,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from scipy.stats import multivariate_t
+from scipy.special import logsumexp
+from scipy.stats import multivariate_t, norm
 from sklearn.datasets import load_breast_cancer, load_diabetes
 
 from bayes_mpt import BayesMPT
@@ -169,3 +170,23 @@ def test_quadrature_and_particles_agree_where_both_apply():
     x, y = np.array(problem["x"]), np.array(problem["y"], dtype=float)
     model = BayesMPT(counts, predictor=Quadrature(12)).fit(x, y)
     assert model.log_marginal_likelihood_ == pytest.approx(-127.95535, abs=2e-4)
+
+
+def test_scale_whose_prior_depends_on_a_mean():
+    """Given v the mean w looks integrable in closed form, but v's own density hangs on w."""
+    x = np.random.default_rng(0).normal(0.5, 1.0, (12, 1))
+
+    def program(x):
+        w = pyro.sample("w", dist.Normal(x.new_zeros(()), 1.0))
+        v = pyro.sample("v", dist.LogNormal(w, 0.5))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Normal(w, v), obs=x[:, 0])
+
+    w, u = (
+        np.linspace(-6, 6, 1201)[:, None],
+        np.linspace(-6, 5, 1101),
+    )  # the trapezoid rule is exact to 1e-12 here
+    log_prob = norm.logpdf(w) + norm.logpdf(u, w, 0.5)
+    log_prob = log_prob + sum(norm.logpdf(a, w, np.exp(u)) for a in x[:, 0])
+    truth = logsumexp(log_prob) + 2 * math.log(0.01)
+    assert BayesMPT(program).fit(x).log_marginal_likelihood_ == pytest.approx(truth, abs=1e-6)

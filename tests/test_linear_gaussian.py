@@ -16,6 +16,7 @@ from pyro.nn import PyroModule, PyroParam, PyroSample
 from scipy.stats import multivariate_normal
 
 from bayes_mpt import BayesMPT
+from bayes_mpt.affine import read, structure
 from bayes_mpt.models import PPCA, FactorAnalysis
 from bayes_mpt.predictors import LinearGaussian, choose
 
@@ -764,3 +765,45 @@ def test_masks_that_hide_a_size_only():
             == 2**t - 1
             == sum(len(list(combinations(range(t), m))) for m in range(1, t + 1))
         )
+
+
+# ------------------------------------------------------------------------------------------------- all probes at once
+
+
+def random_slopes(x, c):
+    """Row latents, of which the second depends on the first, on covariates: every row has a map of its own."""
+    loading = pyro.param("loading", lambda: x.new_ones(x.shape[1]))
+    with pyro.plate("rows", len(x)):
+        a = pyro.sample("a", dist.Normal(c[:, 0], 1.5))
+        b = pyro.sample("b", dist.Normal((0.5 * a)[..., None].expand(*a.shape, 2), 2.0).to_event(1))
+        mean = loading * (a * c[:, 1])[..., None] + (b * c[:, :2]).sum(-1, keepdim=True)
+        pyro.sample("x", dist.Normal(mean, 0.1 + c[:, 2:].square()).to_event(1), obs=x)
+
+
+def correlated_weights(x, c):
+    """One vector, its weights one MultivariateNormal, its noise another."""
+    w = pyro.sample("w", dist.MultivariateNormal(x.new_zeros(3), torch.diag(c[0].square() + 1) + 0.5))
+    cov = torch.eye(len(x)).to(x) + 0.3
+    pyro.sample("x", dist.MultivariateNormal((c * w[..., None, :]).sum(-1), cov), obs=x[:, 0])
+
+
+def matrix_weights(x, c):
+    """Written for one set of weights at a time."""
+    w = pyro.sample("w", dist.Normal(x.new_zeros(3), 2.0).to_event(1))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("x", dist.Normal(c @ w, 1.0), obs=x[:, 0])
+
+
+@pytest.mark.parametrize("n_rows", [7, 8, 12])
+@pytest.mark.parametrize(
+    ("program", "at_once"), [(random_slopes, True), (correlated_weights, True), (matrix_weights, False)]
+)
+def test_all_probes_in_one_run_are_the_runs_apart(program, at_once, n_rows):
+    rng = np.random.default_rng(0)
+    args = tuple(torch.as_tensor(rng.normal(size=(n_rows, 3))) for _ in range(2))
+    with pyro.get_param_store().scope():
+        found = structure(program, args)
+        assert found.at_once is at_once
+        one, other = (read(program, args, found._replace(at_once=a)) for a in (at_once, False))
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)

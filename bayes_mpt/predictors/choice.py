@@ -69,8 +69,10 @@ def choose(
     if guide is not None and _samples(guide, args):
         return Importance().bind(model, args, guide)
     if sum(s.width for s in program.latents if not s.discrete) <= MAX_WIDTH:
-        return Quadrature().bind(model, args)
+        return Quadrature().bind_program(model, args, program)
     try:
-        return Quadrature().bind(model, args)  # few enough where the others are integrated in closed form
+        return Quadrature().bind_program(
+            model, args, program
+        )  # few enough where the others are integrated in closed form
     except ModelError:
         return Importance().bind(model, args)

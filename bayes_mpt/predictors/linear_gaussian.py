@@ -230,10 +230,13 @@ class LinearGaussian(Conditionals):
         if not self._small_noise:
             # C^-1 = I + W_R' D_R^-1 W_R,  u = C W_R' D_R^-1 r_R
             scaled = loading / noise[..., None]  # (B, T, K)
-            outer = (scaled[..., :, None] * loading[..., None, :]).flatten(-2)  # (B, T, K K)
             weight = shown.to(x)
-            inner = weight @ outer[0] if len(outer) == 1 else torch.einsum("sgt,gtk->sgk", weight, outer)
-            factor = cholesky(inner.unflatten(-1, (n_latents, n_latents)) + eye)
+            if len(loading) == 1:
+                outer = (scaled[0, :, :, None] * loading[0, :, None, :]).flatten(1)
+                inner = (weight @ outer).unflatten(-1, (n_latents, n_latents))
+            else:
+                inner = (weight[..., None] * scaled).mT @ loading
+            factor = cholesky(inner + eye)
             return _cholesky_solve_rows(
                 factor, self._weighted(residual, shown, scaled, groups), groups
             ), factor

@@ -306,6 +306,8 @@ class Read(NamedTuple):
     """(S, N, K): values of the latents at the nodes, site after site."""
     names: tuple[str, ...]
     """Of those sites."""
+    located: Any = None
+    """What the nodes were placed by, so that others can be placed alike."""
 
 
 class Reader(ABC):
@@ -377,8 +379,14 @@ class Nodes(Conditionals):
     def read(self, args: tuple[Any, ...]) -> Nodes:
         new = Nodes(self._thawed)
         new.args, new._fixed = args, self._sub_sample(args)
+        return new.rerun(lambda: self._thawed.read(args))
+
+    def rerun(self, read: Callable[[], Read]) -> Nodes:
+        """The same rows at other nodes."""
+        new = Nodes(self._thawed)
+        new.args, new._fixed = self.args, self._fixed
         with SetLatents(new._fixed):
-            new._read = self._thawed.read(args)
+            new._read = read()
         return new
 
     def _sub_sample(self, args: tuple[Any, ...]) -> dict[str, Tensor]:

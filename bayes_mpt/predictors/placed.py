@@ -6,14 +6,15 @@ side, and nodes are placed around it: Gauss-Hermite nodes (Liu & Pierce 1994), o
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
-import pyro
 import torch
 from torch import Tensor
 
-from bayes_mpt.affine import NotAffine, Reading, read_side_by_side
+from bayes_mpt.affine import NotAffine, read_side_by_side
 from bayes_mpt.factors import read_factors
 from bayes_mpt.latents import Space, space
 from bayes_mpt.predictors.linear_gaussian import LinearGaussian
@@ -28,11 +29,11 @@ from bayes_mpt.predictors.nodes import (
     program_values,
 )
 from bayes_mpt.tracing import (
-    NODES,
     Model,
     ModelError,
     Program,
     SetLatents,
+    base,
     fill,
     is_subsample,
     n_rows_of,
@@ -44,6 +45,8 @@ from bayes_mpt.tracing import (
 
 __all__ = ["Located", "Placement", "check_width"]
 
+GAUSSIAN = {"Normal", "MultivariateNormal"}
+LAST_GAIN = 1e-9  # nats: the next step would move the nodes by 1e-9 standard deviations
 MAX_STEPS = 100
 LONGEST_STEP = 5.0
 N_START_DRAWS = 9
@@ -81,12 +84,9 @@ class Placement:
     def __init__(self, model: Model, args: tuple[Any, ...], program: Program):
         filled = tuple(fill(a) for a in args)
         trace = run(model, filled)
-        self._template: LinearGaussian | None = None
         self._last: Tensor | None = None
-        names = _awkward(model, args, program)
-        if set(names) != set(program.continuous):
-            fixed = FixedSites(model, {n: trace.nodes[n]["value"] for n in names})
-            self._template = LinearGaussian(fixed, args)
+        names, self._template = _awkward(model, args, program)
+        if self._template is not None:
             program = split_events(program)
         self.model, self.program = model, program
         self.space: Space = space(program, trace, names)
@@ -98,7 +98,9 @@ class Placement:
                 not self.vectorised and not program.discrete and self._runs_together(filled, mapped=True)
             )
         else:
-            self.vectorised = not program.by_row and self._reads_side_by_side(args, filled)
+            self.vectorised = not program.by_row and self._reads_side_by_side(
+                args, filled, self.space.pack(trace, 1)[0].detach()
+            )
 
     @property
     def one_by_one(self) -> bool:
@@ -125,7 +127,7 @@ class Placement:
             given = Stacked(tuple(p[0] for p in parts))
             return given, torch.cat([p[1] for p in parts]), parts[0][2]
         if self.vectorised:
-            return self._side_by_side(args, filled, u)
+            return self._side_by_side(args, u)
         maps, log_weight = [], []
         scale = 1.0
         for node in u:
@@ -144,55 +146,36 @@ class Placement:
         given = Mapped(partial(read_factors, self.model, filled, self.program), values)
         return given, log_det, given.factors({name: v[0] for name, v in values.items()}).scale
 
-    def _side_by_side(
-        self, args: tuple[Any, ...], filled: tuple[Any, ...], u: Tensor
-    ) -> tuple[Given, Tensor, float]:
+    def _side_by_side(self, args: tuple[Any, ...], u: Tensor) -> tuple[Given, Tensor, float]:
         """`at` for linear-Gaussian maps of one vector: all nodes in one run."""
         assert self._template is not None
-        n_nodes = max(2, len(u))  # one node alone would have no axis
-        values, log_det = self.space.values(u.expand(n_nodes, -1, -1))
+        n_nodes = len(u)
+        values, log_det = self.space.values(u.expand(max(2, n_nodes), -1, -1))  # one alone would have no axis
+        values = {name: value[:n_nodes] for name, value in values.items()}
         structure = self._template.structure
-        reading = read_side_by_side(self.model, args, structure, values, n_nodes, self.program.depth)
-        prior = u.new_zeros(n_nodes, 1)
-        with pyro.plate(NODES, n_nodes, dim=-1 - self.program.depth):
-            trace = run(self.model, filled, {**values, **self._at_zero(n_nodes, u)})
-        for part in self.space.parts:
-            node = trace.nodes[part.latent.name]
-            prior = prior + node["fn"].log_prob(node["value"]).reshape(n_nodes, -1).sum(-1, keepdim=True)
-        kept = [t[: len(u)] for t in reading[:5]]
-        reading = Reading(kept[0], kept[1], kept[2], kept[3], kept[4], reading.scale, reading.value)
-        given = SideBySide(self._template.with_reading(reading))
-        return given, (log_det + prior)[: len(u)], 1.0
+        reading, prior = read_side_by_side(self.model, args, structure, values, n_nodes, self.program.depth)
+        return SideBySide(self._template.with_reading(reading)), log_det[:n_nodes] + prior[:, None], 1.0
 
-    def _at_zero(self, n_nodes: int, like: Tensor) -> dict[str, Tensor]:
-        """Any values of the latents that are integrated in closed form."""
+    def _reads_side_by_side(self, args: tuple[Any, ...], filled: tuple[Any, ...], drawn: Tensor) -> bool:
+        """Whether a node between two others has the map that it has alone."""
         assert self._template is not None
-        return {
-            site.name: like.new_zeros(n_nodes, *([1] * (self.program.depth - site.n_batch)), *site.shape)
-            for site in self._template.structure.latents
-        }
-
-    def _reads_side_by_side(self, args: tuple[Any, ...], filled: tuple[Any, ...]) -> bool:
-        """Whether two nodes side by side have the maps that each has alone."""
-        assert self._template is not None
-        start = self.start(filled)
-        u = torch.stack([start, start + 0.3])
+        u = torch.stack([drawn - 0.3, drawn, drawn + 0.3])
         x = program_values(self.model, args, filled, self.program)
         everything = torch.ones(x.shape[1], dtype=torch.bool, device=x.device)
 
-        def log_joint() -> Tensor:
+        def log_joint(u: Tensor) -> Tensor:
             given, part, _ = self.at(args, filled, u)
             return part + given.log_joint(x, everything)
 
         with torch.no_grad():
             self.vectorised = False
-            apart = log_joint()
+            apart = log_joint(u[1:2])
             self.vectorised = True
             try:
-                together = log_joint()
+                together = log_joint(u)
             except (RuntimeError, ValueError, IndexError, AssertionError):
                 return False
-        return bool(torch.allclose(together, apart, rtol=1e-8))
+        return bool(torch.allclose(together[1:2], apart, rtol=1e-8))
 
     def _runs_together(self, filled: tuple[Any, ...], mapped: bool) -> bool:
         """Whether the program gives at two nodes in one run what it gives at each alone."""
@@ -230,12 +213,12 @@ class Placement:
     def locate(self, args: tuple[Any, ...], x: Tensor, visible: Tensor) -> Located:
         """The mode of each row's latents given its visible tokens: Newton's method, saddles turned into descents."""
         filled = tuple(fill(a) for a in args)
-        u = self.start(filled)
-        if self._last is not None and self._last.shape == u.shape:
-            u = self._last  # a training asks again and again, with little change
+        shape = (n_rows_of(self.program, filled), self.space.width)
+        # a training asks again and again, with little change
+        u = self._last if self._last is not None and self._last.shape == shape else self.start(filled)
+        u = u.detach().requires_grad_()
+        log_prob = self._log_prob(args, filled, x, visible, u)
         for _ in range(MAX_STEPS):
-            u = u.detach().requires_grad_()
-            log_prob = self._log_prob(args, filled, x, visible, u)
             (slope,) = torch.autograd.grad(log_prob.sum(), u, create_graph=True)
             curvature = torch.stack(
                 [
@@ -251,11 +234,12 @@ class Placement:
             gain = (slope * step).sum(-1)  # (N,)
             longest = step.abs().amax(-1, keepdim=True)
             step = step * (LONGEST_STEP / longest.clamp(min=LONGEST_STEP))
-            if not bool((gain > 1e-12).any()):
+            if not bool((gain > LAST_GAIN).any()):
+                u = u + step
                 break
-            with torch.no_grad():
-                there = gain <= 1e-12 * (1 + log_prob.detach().abs())
-                u, moved = self._walk(args, filled, x, visible, u, step, log_prob.detach(), there)
+            before = log_prob.detach()
+            there = gain <= 1e-12 * (1 + before.abs())
+            u, log_prob, moved = self._walk(args, filled, x, visible, u.detach(), step, before, there)
             if not moved:
                 break
         self._last = u.detach()
@@ -272,24 +256,28 @@ class Placement:
         step: Tensor,
         before: Tensor,
         there: Tensor,
-    ) -> tuple[Tensor, bool]:
-        """Halve the step of each row until it climbs, of those that are not there yet."""
+    ) -> tuple[Tensor, Tensor, bool]:
+        """Halve the step of each row until it climbs, of those that are not there yet; log p there, and if any did."""
         share = torch.ones_like(before)
-        best, better = u.detach().clone(), there.clone()
+        better = there.clone()
+        best = u
         for _ in range(20):
-            trial = u + share[:, None] * step
+            trial = (u + share[:, None] * step).requires_grad_()
             try:
                 log_prob = self._log_prob(args, filled, x, visible, trial)
             except ValueError:  # so far away that the program refuses: all rows shorter
                 share = share / 2
                 continue
-            good = (log_prob > before) & torch.isfinite(log_prob) & ~better
-            best[good] = trial[good]
+            good = (log_prob.detach() > before) & torch.isfinite(log_prob.detach()) & ~better
+            if bool(good.all()):
+                return trial, log_prob, True
+            best = torch.where(good[:, None], trial.detach(), best)
             better |= good
             if bool(better.all()):
                 break
             share = torch.where(better, share, share / 2)
-        return best, bool((better & ~there).any())
+        best.requires_grad_()
+        return best, self._log_prob(args, filled, x, visible, best), bool((better & ~there).any())
 
     def _log_prob(
         self, args: tuple[Any, ...], filled: tuple[Any, ...], x: Tensor, visible: Tensor, u: Tensor
@@ -308,31 +296,44 @@ class Placement:
         return total
 
 
-def _awkward(model: Model, args: tuple[Any, ...], program: Program) -> tuple[str, ...]:
-    """The continuous latents that a linear-Gaussian map leaves over: all of them where there is no such map."""
+def _awkward(
+    model: Model, args: tuple[Any, ...], program: Program
+) -> tuple[tuple[str, ...], LinearGaussian | None]:
+    """The continuous latents that a linear-Gaussian map leaves over, with the map; all where there is none."""
     everything = program.continuous
-    if program.discrete or {s.kind for s in program.sites} - {"Normal", "MultivariateNormal"}:
-        return everything
+    if program.discrete or {s.kind for s in program.sites} - GAUSSIAN:
+        return everything, None
+    filled = tuple(fill(a) for a in args)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        trace = run(model, tuple(fill(a) for a in args))
+        trace = run(model, filled)
     drawn = {n: node_of(trace, n)["value"].detach() for n in everything}
-    kept = []
-    for name in everything:
-        others = {n: v for n, v in drawn.items() if n != name}
-        try:
-            LinearGaussian(FixedSites(model, others), args)
-            kept.append(name)
-        except NotAffine:
-            continue
+
+    def given(names: Iterable[str]) -> LinearGaussian | None:
+        with suppress(NotAffine):
+            return LinearGaussian(FixedSites(model, {n: drawn[n] for n in names}), args)
+        return None
+
+    normal = [n for n in everything if type(base(node_of(trace, n)["fn"])).__name__ in GAUSSIAN]
+    alone = {n: given(m for m in everything if m != n) for n in normal}
+    kept = [n for n, template in alone.items() if template is not None]
     rest = tuple(n for n in everything if n not in kept)
+
+    def stirs(name: str) -> bool:
+        """Whether the density of a latent that takes nodes depends on this one."""
+        moved = run(model, filled, {**drawn, name: drawn[name] + 1})
+        return any(
+            not torch.equal(*(t.nodes[n]["fn"].log_prob(drawn[n]) for t in (trace, moved))) for n in rest
+        )
+
+    while stirring := [n for n in kept if stirs(n)]:
+        kept = [n for n in kept if n not in stirring]
+        rest = tuple(n for n in everything if n not in kept)
     if not kept or not rest:  # all of them could be integrated, but nodes were asked for
-        return everything
-    try:  # one by one they are; all together?
-        LinearGaussian(FixedSites(model, {n: drawn[n] for n in rest}), args)
-    except NotAffine:
-        return everything
-    return rest
+        return everything, None
+    # one by one they are; all together?
+    template = alone[kept[0]] if len(kept) == 1 else given(rest)
+    return (everything if template is None else rest), template
 
 
 def check_width(width: int, most: int, what: str, program: Program) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from itertools import product
 from typing import Any
 
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from bayes_mpt.predictors.base import Evidence, Guide, Predictor
 from bayes_mpt.predictors.nodes import Nodes, Read, Reader, constrained, program_values
-from bayes_mpt.predictors.placed import Placement, check_width
-from bayes_mpt.tracing import Model, ModelError, fill, survey
+from bayes_mpt.predictors.placed import Located, Placement, check_width
+from bayes_mpt.tracing import Model, ModelError, Program, fill, survey
 
 __all__ = ["Quadrature"]
 
@@ -49,15 +50,24 @@ class Quadrature(Predictor):
         self.n_nodes = n_nodes
 
     def bind(self, model: Model, args: tuple[Any, ...], guide: Guide | None = None) -> Nodes:
+        return self.bind_program(model, args, survey(model, args))
+
+    def bind_program(self, model: Model, args: tuple[Any, ...], program: Program) -> Nodes:
+        """`bind` where the program's `survey` is known."""
         if self.n_nodes is not None and (not isinstance(self.n_nodes, int) or self.n_nodes < 2):
             raise ValueError(f"n_nodes must be an integer of at least 2, got {self.n_nodes!r}")
-        program = survey(model, args)
         if not program.continuous:
             raise ModelError("the program has no continuous latent: use Exact()")
         placement = Placement(model, args, program)
         width = placement.space.width
         check_width(width, MAX_WIDTH, "Quadrature", program)
         return Nodes(_Hermite(placement, self.n_nodes or NODES[max(1, width)]))
+
+
+@cache
+def _rule(n_nodes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Gauss-Hermite nodes and weights."""
+    return np.polynomial.hermite.hermgauss(n_nodes)
 
 
 class _Hermite(Reader):
@@ -80,8 +90,13 @@ class _Hermite(Reader):
         value = program_values(self.model, args, filled, self.program)
         if visible is None:
             visible = torch.ones(value.shape[1], dtype=torch.bool, device=value.device)
-        mode, root = self.placement.locate(args, value, visible)
-        one, weight = np.polynomial.hermite.hermgauss(self.n_nodes)
+        located = self.placement.locate(args, value, visible)
+        return self.around(args, filled, value, located)
+
+    def around(self, args: tuple[Any, ...], filled: tuple[Any, ...], value: Tensor, located: Located) -> Read:
+        """Nodes for rows whose posteriors are located."""
+        mode, root = located
+        one, weight = _rule(self.n_nodes)
         width = mode.shape[1]
         t = torch.as_tensor(np.array(list(product(one, repeat=width)))).to(mode).reshape(-1, width)  # (S, d)
         log_w = torch.as_tensor(np.array([sum(c) for c in product(np.log(weight), repeat=width)])).to(mode)
@@ -96,6 +111,7 @@ class _Hermite(Reader):
             scale,
             constrained(self.placement.space, u),
             self.placement.space.names,
+            located,
         )
 
     def evidence(self, nodes: Nodes, x: Tensor) -> Evidence:
@@ -103,6 +119,8 @@ class _Hermite(Reader):
         more = 2 * self.n_nodes if width <= 2 else self.n_nodes + 3
         finer = _Hermite(self.placement, more)
         few = nodes.joint(x)
-        many = Nodes(finer).read(nodes.args).joint(x)
+        filled = tuple(fill(a) for a in nodes.args)
+        read = nodes.rerun(lambda: finer.around(nodes.args, filled, nodes.value, nodes.last.located))
+        many = read.joint(x)
         change = float((many - few).sum())
         return Evidence(many, abs(change), {"n_nodes": more, f"change from {self.n_nodes} nodes": change})
