@@ -284,12 +284,13 @@ def structure(
     return draft
 
 
-def read(model: Model, args: tuple[Any, ...], structure: Structure, way: Way) -> Any:
+def read(model: Model, args: tuple[Any, ...], structure: Structure, way: Way | None = None) -> Any:
     """Read the program's map at its current parameters, with gradients to them.
 
     Dense: one run on K + 4 probe rows where all rows share the map. Elsewhere one run on the real batch for each probe,
     or one for all if the program broadcasts over a plate of probes.
     """
+    way = Dense() if way is None else way
     if structure.own_rows:
         return way.on_rows(model, args, structure)
     reading = way.on_probes(model, args, structure)

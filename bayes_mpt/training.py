@@ -366,9 +366,9 @@ def climb(problem: Problem, *, max_iter: int, tol: float, report: Report | None 
                 continue
             # Latents far too wide hide it: in units of the noise the slope is nothing, though the way down is long.
             rescaled, in_units = _rescaling(leaves), partial(torch.mul, least_unit)
-            if _steepest(problem, leaves, rescaled, len(leaves)) <= STATIONARY:
-                steepest = _steepest(problem, leaves, in_units, len(least_unit))
-                fit.converged = steepest <= max(STATIONARY, _slope(tol, best))
+            flat = max(STATIONARY, _slope(tol, best))
+            if _steepest(problem, leaves, rescaled, len(leaves)) <= flat:
+                fit.converged = _steepest(problem, leaves, in_units, len(least_unit)) <= flat
                 break
             # Not all the way at once: loadings of zero are a saddle.
             if not climb_once(len(leaves), rescaled, FURTHEST) or best - before <= 10 * tol * (1 + abs(best)):
