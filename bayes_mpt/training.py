@@ -367,12 +367,15 @@ def climb(problem: Problem, *, max_iter: int, tol: float, report: Report | None 
             # Latents far too wide hide it: in units of the noise the slope is nothing, though the way down is long.
             rescaled, in_units = _rescaling(leaves), partial(torch.mul, least_unit)
             flat = max(STATIONARY, _slope(tol, best))
-            if _steepest(problem, leaves, rescaled, len(leaves)) <= flat:
-                fit.converged = _steepest(problem, leaves, in_units, len(least_unit)) <= flat
-                break
-            # Not all the way at once: loadings of zero are a saddle.
-            if not climb_once(len(leaves), rescaled, FURTHEST) or best - before <= 10 * tol * (1 + abs(best)):
-                break
+            if _steepest(problem, leaves, rescaled, len(leaves)) > flat:
+                before = best
+                # Not all the way at once: loadings of zero are a saddle.
+                if not climb_once(len(leaves), rescaled, FURTHEST):
+                    break
+                if best - before > 10 * tol * (1 + abs(best)):
+                    continue
+            fit.converged = _steepest(problem, leaves, in_units, len(least_unit)) <= flat
+            break
     except KeyboardInterrupt:
         fit.interrupted = True
     _assign(leaves, best_theta)
