@@ -37,6 +37,7 @@ from pyro import poutine
 from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from pyro.ops.indexing import Vindex
 from pyro.optim import Adam
+from scipy.stats import t as student_t
 from sklearn.datasets import load_digits
 from timing import Report, run, spread
 from torch.distributions import constraints
@@ -386,7 +387,7 @@ def trainings(case, train, seed, rates):
 
 def tune(cases, seconds):
     """The best rate of each method and case on the validation seed."""
-    chosen = {}
+    chosen = json.loads(CHOSEN.read_text()) if CHOSEN.exists() else {}
     for case in cases:
         train, kept = case.data(VALIDATION_SEED)
         runs = trainings(case, train, VALIDATION_SEED, dict.fromkeys(losses(case), RATES))
@@ -401,8 +402,8 @@ def tune(cases, seconds):
             lml = {rate: curves[name, rate][1.0].lml for rate in RATES}
             best[name] = {"rate": max(lml, key=lml.get), "lml": {str(r): v for r, v in lml.items()}}
             print(f"   {case.name}, {name}: " + ", ".join(f"{r} {v:.4f}" for r, v in lml.items()), flush=True)
-        chosen[case.name] = best
-    CHOSEN.write_text(json.dumps({"seconds": seconds, "chosen": chosen}, indent=1) + "\n")
+        chosen[case.name] = {"seconds": seconds, **best}
+        CHOSEN.write_text(json.dumps(chosen, indent=1) + "\n")
 
 
 def warm_up():
@@ -416,7 +417,8 @@ def warm_up():
 def quality(report, case, seconds, n_seeds):
     """Held-out LML of every loss and seed; rows and verdicts."""
     found, steps = {}, {}
-    rates = {name: (v["rate"],) for name, v in json.loads(CHOSEN.read_text())["chosen"][case.name].items()}
+    chosen = json.loads(CHOSEN.read_text())[case.name]
+    rates = {name: (chosen[name]["rate"],) for name in losses(case)}
     for seed in range(FIRST_SEED, FIRST_SEED + n_seeds):
         train, test = case.data(seed)
         runs = {name: r for (name, _), r in trainings(case, train, seed, rates).items()}
@@ -470,15 +472,19 @@ def alike(found, name):
 
 
 def verdict(case, name, found, better):
-    """Equal or better within the spread over seeds; clearly better where the guide is far off."""
+    """No worse: an interval of the paired difference reaches above zero; better: the whole of it lies there."""
     ours = found[alike(found, name)]
     ahead = np.array([o[1.0].lml - c[1.0].lml for o, c in zip(ours, found[name], strict=True)])
     se = ahead.std(ddof=1) / math.sqrt(len(ahead)) if len(ahead) > 1 else math.nan
-    figure = f"{ahead.mean():+.4f} nats a row (standard error {se:.4f}; seeds {ahead.min():+.4f} to {ahead.max():+.4f})"
+    reach = se * float(student_t.ppf(0.975, len(ahead) - 1)) if len(ahead) > 1 else math.nan
+    figure = (
+        f"{ahead.mean():+.4f} nats a row (95 % interval {ahead.mean() - reach:+.4f} to {ahead.mean() + reach:+.4f}; "
+        f"{len(ahead)} paired seeds)"
+    )
     what = "better than" if better else "no worse than"
     passed = None
     if len(ahead) > 1:
-        passed = ahead.mean() > 2 * se if better else ahead.mean() > -2 * se
+        passed = ahead.mean() > reach if better else ahead.mean() > -reach
     return f"{case}: {what} {name} in equal time", passed, figure
 
 
@@ -636,6 +642,7 @@ def main(report: Report, args):
     cases = CASES if args.case is None else [c for c in CASES if args.case in c.name]
     warm_up()
     if args.tune:
+        args.quick = True  # no comparison to store
         return tune(cases, seconds)
     report.note(
         f"{seconds:.1f} seconds of training each, {n_seeds} seeds from {FIRST_SEED}, minibatches of {BATCH}, Adam, its "
