@@ -1831,3 +1831,40 @@ def test_no_latent_to_place():
             refused(
                 r"no continuous latent.*Exact", item.program, (item.x,), theta=item.theta, predictor=predictor
             )
+
+
+@pytest.mark.parametrize("noise", [1.0, 1e-9], ids=["normal equations", "QR"])
+def test_joint_under_each_map_with_its_gradient(noise):
+    """All maps at once against dense densities; a small noise goes another way, which must have gradients too."""
+    rng = rng_of("under each")
+    n_maps, n_tokens, n_latents = 3, 4, 2
+    leaves = [
+        tensor(a).requires_grad_()
+        for a in (
+            rng.normal(size=(n_maps, n_tokens)),
+            rng.normal(size=(n_maps, n_tokens, n_latents)),
+            noise * rng.uniform(0.5, 2.0, (n_maps, n_tokens)),
+        )
+    ]
+    loc, loading, variance = leaves
+    x = loc.detach()[[0, 1, 2, 0]] + tensor(rng.normal(size=(4, n_latents))) @ loading.detach()[0].mT
+
+    def program(x):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(n_latents), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z @ loading.detach()[0].mT, 1.0).to_event(1), obs=x)
+
+    like = LinearGaussian(program, (x,)).read((x,))
+    zeros = x.new_zeros(n_maps, n_latents)
+    maps = like.with_reading(
+        like.reading._replace(loc=loc, loading=loading, noise=variance, latent_loc=zeros)
+    )
+    got = maps.joint_under_each(x)
+    cov = loading @ loading.mT + torch.diag_embed(variance)
+    want = dist.MultivariateNormal(loc[:, None], cov[:, None]).log_prob(x)
+    rtol = 1e-9 if noise == 1.0 else 1e-5  # the dense covariance has squared the noise's share
+    np.testing.assert_allclose(got.detach(), want.detach(), rtol=rtol)
+    for a, b in zip(
+        torch.autograd.grad(got.sum(), leaves), torch.autograd.grad(want.sum(), leaves), strict=True
+    ):
+        assert float((a - b).abs().max()) <= 10 * rtol * float(b.abs().max())
