@@ -40,7 +40,7 @@ from bayes_mpt.evidence import Laplace, laplace_diagonal, laplace_proportional
 from bayes_mpt.masks import PermutationChain, Policy
 from bayes_mpt.models import PPCA
 from bayes_mpt.moments import Table
-from bayes_mpt.predictors import Conditionals, LinearGaussian, Predictor, choose
+from bayes_mpt.predictors import Conditionals, LinearGaussian, Predictive, Predictor, choose
 from bayes_mpt.score import ScoreEstimate, estimate
 from bayes_mpt.store import OwnStore, State, load, save, seeded
 from bayes_mpt.tracing import Model, ModelError, Program, fill, first_run
@@ -284,10 +284,9 @@ class BayesMPT(
                         (share, {n: v.detach().clone() for n, v in values.items() if n in outside})
                         for share, values in predictor.shared_latents(predictor.value)
                     ]
+                    rows = predictor.value[:1] if predictor.structure.plain else predictor.value
                     self._n_features_out = (
-                        predictor.posterior(predictor.value[:1]).mean.shape[1]
-                        if (predictor.structure.plain)
-                        else predictor.posterior(predictor.value).mean.shape[1]
+                        0 if predictor.remembers else predictor.posterior(rows).mean.shape[1]
                     )
                 self._state = save()
                 store_values = pyro.get_param_store()
@@ -299,6 +298,7 @@ class BayesMPT(
                 f"the log marginal likelihood is {total} at the fitted parameters: check the program"
             )
         self._table = table
+        self._seen = args if predictor.remembers else None
         self._store_fit(model, guide, predictor, fit, total, se)
         self.data_digest_ = _digest(X) if seen is None else ""
         self.complete_ = bool(table.complete) if table is not None else not bool(np.isnan(X).any())
@@ -489,7 +489,8 @@ class BayesMPT(
         -------
         array of shape (N,)
             Nats. A program whose rows are tokens of one vector (a latent outside the rows plate) has one number, the
-            LML of all rows together.
+            LML of all rows together; where the observations are one Gaussian vector (a Gaussian process), each y alone
+            given the training rows, NaN where y is missing.
         """
         return self.score_rows(X, y)[0]
 
@@ -497,6 +498,8 @@ class BayesMPT(
         """`score_samples` (N,), and the standard error of their sum, 0 where the score is exact."""
         check_is_fitted(self)
         structure = self.predictor_.structure
+        if self.predictor_.remembers:
+            return self._score_given_seen(X, y), 0.0
         if structure.plain or not structure.by_row:
             with self.read_rows(X, y) as (predictor, x), torch.no_grad():
                 found = predictor.evidence(x)
@@ -585,19 +588,41 @@ class BayesMPT(
         return filled.cpu().numpy().astype(self._dtype_of(X), copy=False)
 
     @available_if(lambda self: getattr(self, "_y_like", None) is not None)
-    def predict(self, X: ArrayLike) -> NDArray[np.float64]:
+    def predict(self, X: ArrayLike, return_std: bool = False, return_cov: bool = False) -> Any:
         """Means of y for new rows X, for programs ``model(x, y)``.
 
         Averaged over the posterior of the latents that all rows share (regression weights) given the training rows;
-        those of new rows are at their means given these.
+        those of new rows are at their means given these. Where the observations are one Gaussian vector (a Gaussian
+        process), given the training rows' observations.
+
+        Parameters
+        ----------
+        X : array-like of shape (M, P)
+        return_std, return_cov : bool, default=False
+            Of a Gaussian vector: also the standard deviations (M,) or the covariance (M, M) of the new observations,
+            their noise included.
         """
         check_is_fitted(self)
+        if return_std and return_cov:
+            raise ValueError("ask for return_std or return_cov, not both")
         rows = self._check_rows(X, reset=False)
         assert self._y_like is not None
+        if self._seen is not None:
+            found = self._predictive(rows, full=return_cov)
+            mean = found.mean.cpu().numpy()
+            if return_cov:
+                assert found.cov is not None
+                return mean, found.cov.cpu().numpy()
+            return (mean, found.var.sqrt().cpu().numpy()) if return_std else mean
+        if return_std or return_cov:
+            raise ValueError(
+                f"{self.predictor_.name} predicts means only: return_std and return_cov need observations that are "
+                "one Gaussian vector"
+            )
         shape, dtype = self._y_like
         args = self._arguments(self.fitted_model_, rows, np.zeros((len(rows), *shape), dtype=dtype))
         structure = self.predictor_.structure
-        with self._fitted_program(args), torch.no_grad():
+        with self._fitted_program(args) as _, torch.no_grad():
             means = torch.stack(
                 [
                     share * token_means(self.fitted_model_, args, structure.site_names, values)
@@ -605,6 +630,33 @@ class BayesMPT(
                 ]
             ).sum(0)
         return means.cpu().numpy()
+
+    @available_if(lambda self: getattr(self, "_seen", None) is not None)
+    def sample_y(self, X: ArrayLike, n_samples: int = 1, random_state: int | None = 0) -> NDArray[np.float64]:
+        """Draw observations of new rows together, given the training rows: (M, n_samples)."""
+        mean, cov = self.predict(X, return_cov=True)
+        rng = check_random_state(random_state)
+        return rng.multivariate_normal(mean, cov, n_samples).T
+
+    def _predictive(self, rows: NDArray[np.floating], *, full: bool = False) -> Predictive:
+        """New observations given those of the training rows."""
+        assert self._seen is not None and self._y_like is not None
+        shape, dtype = self._y_like
+        new = self._arguments(self.fitted_model_, rows, np.zeros((len(rows), *shape), dtype=dtype))
+        with self._fitted_program(self._seen) as predictor, torch.no_grad():
+            return predictor.predictive(self._seen, new, full=full)
+
+    def _score_given_seen(self, X: ArrayLike, y: Any) -> NDArray[np.float64]:
+        """log p(y_i | x_i, training rows) (N,)."""
+        if y is None:
+            raise ValueError("this model scores y given X: pass y")
+        rows = self._check_rows(X, reset=False)
+        found = self._predictive(rows)
+        value = self._arguments(self.fitted_model_, rows, y)[1].to(found.mean)
+        log_prob = torch.distributions.Normal(found.mean, found.var.sqrt(), validate_args=False).log_prob(
+            value
+        )
+        return log_prob.cpu().numpy()
 
     def sample(self, n_samples: int = 1) -> NDArray[np.float64]:
         """Draw rows from the fitted model: (n_samples, T), the same ones at every call; ``random_state`` chooses."""
