@@ -13,7 +13,15 @@ import pyro
 import pyro.distributions as dist
 import torch
 from gpytorch.constraints import Interval
-from gpytorch.kernels import Kernel, RBFKernel, ScaleKernel
+from gpytorch.kernels import (
+    AdditiveKernel,
+    Kernel,
+    LinearKernel,
+    PeriodicKernel,
+    ProductKernel,
+    RBFKernel,
+    ScaleKernel,
+)
 from gpytorch.means import ConstantMean, Mean
 from linear_operator.operators import DiagLinearOperator
 from pyro.distributions import constraints
@@ -24,6 +32,9 @@ __all__ = ["GaussianProcess"]
 
 NOISE_SHARE = 0.1  # of the variance of y, in the noise at the start
 LENGTH_SHARE = 0.3  # of the inputs' range, in a length-scale at the start
+PRIOR_SD = {"lengthscale": 1.0, "period_length": 1.0, "outputscale": 1.5, "variance": 1.5, "alpha": 1.0}
+NOISE_SD = 1.5
+OTHER_SD = 1.5  # of a parameter whose meaning is not known, unconstrained
 
 
 class GaussianProcess(BaseEstimator):
@@ -93,11 +104,122 @@ class GaussianProcess(BaseEstimator):
         noise = torch.zeros_like(loc) if known is None else known
         if self.noise is None:
             learnt = pyro.param("noise", lambda: NOISE_SHARE * _variance(y), constraints.positive)
-            noise = noise + learnt
+            noise = noise + learnt[..., None]  # one for each of several parameter values side by side
         else:
             noise = noise + _not_negative("noise", self.noise)
         tokens = gpytorch.distributions.MultivariateNormal(loc, cov + DiagLinearOperator(noise))
         pyro.sample("y", tokens, obs=y)
+
+    def hyperprior(self, x: Tensor, y: Tensor) -> dict[str, Any]:
+        """Priors of the hyper-parameters by the parameters' names, with centres in units of the data.
+
+        Each is a pair (loc, scale), in the shape of the parameter, of a normal distribution on its unconstrained
+        value, such as the logarithm; or a `torch.distributions.Distribution` of its natural value, where one is
+        registered with a gpytorch module that is no normal in the unconstrained one.
+        """
+        if self.noise_column is not None:
+            x = x[..., [c for c in range(x.shape[-1]) if c != self.noise_column % x.shape[-1]]]
+        kernel = ScaleKernel(RBFKernel(ard_num_dims=x.shape[-1])) if self.kernel is None else self.kernel
+        out: dict[str, Any] = {}
+        for prefix, module in (
+            ("kernel", kernel),
+            ("mean", ConstantMean() if self.mean is None else self.mean),
+        ):
+            module = deepcopy(module)
+            if next(module.parameters(), None) is not None:
+                module = module.to(x)
+            variances = _variances(module, _variance(y)) if isinstance(module, Kernel) else {}
+            for path, raw, constraint in module.named_parameters_and_constraints():
+                if not raw.requires_grad:
+                    continue
+                owner, name = _owner(module, path)
+                natural = name.removeprefix("raw_")
+                full = ".".join([prefix, *path.split(".")[:-1], natural])
+                given = _registered(owner, natural, raw)
+                if given is not None:
+                    out[full] = given
+                    continue
+                centre, sd = _centre(natural, raw, owner, x, y, variances.get(id(owner)))
+                out[full] = _unconstrained(centre, sd, _support(constraint))
+        if self.noise is None and self.likelihood is None:
+            centre = (NOISE_SHARE * _variance(y)).to(x)
+            out["noise"] = centre.log(), torch.full_like(centre, NOISE_SD)
+        return out
+
+
+def _variances(kernel: Kernel, variance: Any) -> dict[int, Any]:
+    """The prior variance that each kernel of an expression has to give, by id: a product's is that of one factor."""
+    out = {id(kernel): variance}
+    parts = [k for k in kernel.children() if isinstance(k, Kernel)]
+    if isinstance(kernel, AdditiveKernel | ProductKernel):
+        parts = list(kernel.kernels)
+    gives = [isinstance(kernel, ProductKernel) and _has_variance(k) for k in parts]
+    for i, part in enumerate(parts):
+        mine = variance
+        if isinstance(kernel, ScaleKernel) or (any(gives) and i != gives.index(True)):
+            mine = torch.ones_like(torch.as_tensor(variance))
+        out |= _variances(part, mine)
+    return out
+
+
+def _has_variance(kernel: Kernel) -> bool:
+    return any(path.endswith(("raw_outputscale", "raw_variance")) for path, _ in kernel.named_parameters())
+
+
+def _centre(
+    name: str, raw: Tensor, owner: Any, x: Tensor, y: Tensor, variance: Any
+) -> tuple[Tensor, Tensor | float]:
+    """Centre of the prior in natural units, and the standard deviation of the unconstrained value."""
+    centre, sd = _start(name, raw, owner, x, y), PRIOR_SD.get(name, OTHER_SD)
+    if name == "lengthscale" and not isinstance(owner, PeriodicKernel):
+        columns = x.shape[-1] if owner.active_dims is None else len(owner.active_dims)
+        centre = centre * math.sqrt(columns)  # distances grow with the number of columns
+    if name == "outputscale":
+        centre = variance * torch.ones_like(raw)
+    if name == "variance" and isinstance(owner, LinearKernel):
+        columns = x if owner.active_dims is None else x[..., owner.active_dims]
+        square = columns.square().reshape(-1, columns.shape[-1]).mean(0).sum()
+        centre = variance / torch.where(square > 0, square, 1.0) * torch.ones_like(raw)
+    if name in ("constant", "bias"):
+        return y.nanmean() * torch.ones_like(raw), float(_variance(y).sqrt())
+    if name == "weights":
+        spread = x.reshape(-1, x.shape[-1]).std(0)
+        unit = _variance(y).sqrt() / torch.where(spread > 0, spread, 1.0)
+        return centre, unit.reshape(-1, 1).expand_as(raw)
+    return centre, sd
+
+
+def _unconstrained(centre: Tensor, sd: Any, support: Any) -> tuple[Tensor, Tensor]:
+    """(loc, scale) of the unconstrained value whose natural value is centred there, inside the support."""
+    low, high = (float(getattr(support, f"{side}_bound", math.nan)) for side in ("lower", "upper"))
+    if math.isfinite(low):
+        room = high - low if math.isfinite(high) else centre.abs()
+        centre = torch.maximum(centre, low + 0.05 * room)
+    if math.isfinite(high):
+        room = high - low if math.isfinite(low) else centre.abs()
+        centre = torch.minimum(centre, high - 0.05 * room)
+    loc = torch.distributions.transform_to(support).inv(centre)
+    return loc, sd * torch.ones_like(loc)
+
+
+def _registered(owner: Any, name: str, raw: Tensor) -> Any:
+    """The prior that a gpytorch module holds for this parameter: (loc, scale) where its logarithm, or it, is normal."""
+    for prior, closure, _ in owner._priors.values():
+        value = closure(owner)
+        touched = torch.autograd.grad(value.sum(), raw, allow_unused=True)[0] if value.requires_grad else None
+        if touched is None:
+            continue
+        if not torch.equal(value, getattr(owner, name)) or prior.event_shape:
+            raise ValueError(
+                f"the prior registered for {name!r} of {type(owner).__name__} is not of the parameter's natural value, "
+                "each element alone: such a prior cannot be read. Register it on the parameter itself"
+            )
+        real = owner.constraint_for_parameter_name(f"raw_{name}") is None
+        one = torch.ones_like(raw).detach()
+        if isinstance(prior, torch.distributions.LogNormal if not real else torch.distributions.Normal):
+            return prior.loc.to(raw) * one, prior.scale.to(raw) * one
+        return prior
+    return None
 
 
 def _with_parameters(prefix: str, module: Any, x: Tensor, y: Tensor) -> Any:
@@ -138,7 +260,9 @@ def _support(constraint: Interval | None) -> Any:
 
 def _start(name: str, raw: Tensor, owner: Any, x: Tensor, y: Tensor) -> Tensor:
     """An initial value in units of the data, in the shape of the raw parameter."""
-    one = torch.ones_like(raw)
+    one = torch.ones_like(raw).detach()
+    if name == "lengthscale" and isinstance(owner, PeriodicKernel):
+        return one  # of sines
     if name in ("lengthscale", "period_length"):
         columns = x if owner.active_dims is None else x[..., owner.active_dims]
         extent = columns.reshape(-1, columns.shape[-1]).std(0) * math.sqrt(
@@ -163,8 +287,7 @@ def _variance(y: Tensor) -> Tensor:
 def _not_negative(name: str, value: Any) -> float:
     if (
         not isinstance(value, Real)
-        or (isinstance(value, bool | Integral)
-        and value < 0)
+        or (isinstance(value, bool | Integral) and value < 0)
         or not 0 <= float(value) < math.inf
     ):
         raise ValueError(f"{name} must be a number of at least 0, got {value!r}")

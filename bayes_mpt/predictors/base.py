@@ -132,6 +132,10 @@ class Conditionals(ABC):
     def joint(self, x: Tensor) -> Tensor:
         """Log-density of the observed tokens of each row, the sum of any chain: (N, T) -> (N,) nats."""
 
+    def joint_at(self, args: tuple[Any, ...], values: dict[str, Tensor]) -> Tensor:
+        """Log-density (B,) of a program's observations at B values (B, ...) of each parameter, side by side."""
+        raise NotImplementedError(f"{self.name} reads a program at one value of its parameters at a time")
+
     def shared_latents(self, x: Tensor) -> list[tuple[float, dict[str, Tensor]]]:
         """Where rows are one vector: weighted posterior values of the latents given x, for predictions of new rows."""
         return []

@@ -12,6 +12,7 @@ import math
 from typing import Any, NamedTuple
 
 import torch
+from pyro.poutine import substitute
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -23,6 +24,10 @@ __all__ = ["JointGaussian", "gaussian_program", "moments"]
 LOG_2PI = math.log(2 * math.pi)
 N_TRIAL_ROWS = 64  # rows on which it is found out what the program is
 PROJECTIVE_TOL = 1e-9
+NOT_DEFINITE = (
+    "the covariance of the observations is not positive definite in float64: rows repeat and there is no "
+    "noise, a hyper-parameter is out of range, or the kernel is no covariance. Give the observations noise"
+)
 
 
 class Moments(NamedTuple):
@@ -172,7 +177,28 @@ class JointGaussian(Conditionals):
                 out.append(_LogProb.apply(row - loc, cov))
             else:
                 out.append(_LogProb.apply((row - loc)[seen], cov[seen][:, seen]))
+            if math.isinf(float(out[-1].detach())):
+                raise ModelError(NOT_DEFINITE)
         return torch.stack(out)
+
+    def joint_at(self, args: tuple[Any, ...], values: dict[str, Tensor]) -> Tensor:
+        """`joint` of the observations (B,) at B values of each parameter, side by side; -inf where there is none."""
+        n = len(next(iter(values.values())))
+        wide = tuple(a.expand(n, *a.shape) if isinstance(a, Tensor) else a for a in args)
+        loc, cov, value = moments(substitute(self._program(), data=values), wide, self.structure)
+        n_tokens = loc.shape[-1]
+        if loc.shape != (n, n_tokens) or value.numel() != n * n_tokens:
+            raise ModelError("the program does not run at several values of its parameters side by side")
+        residual = value.reshape(n, n_tokens) - loc
+        seen = ~residual[0].isnan()
+        if not bool(seen.all()):
+            residual, cov = residual[:, seen], cov[:, seen][..., seen]
+        return _LogProb.apply(residual, cov)
+
+    def _program(self) -> Model:
+        if self.model is None:
+            raise RuntimeError("this predictor is frozen: it has no program to read")
+        return self.model
 
     def posterior(self, x: Tensor, visible: Tensor | None = None) -> Posterior:
         loc, cov, _ = self.last
@@ -203,28 +229,34 @@ class JointGaussian(Conditionals):
 
 
 class _LogProb(torch.autograd.Function):
-    """log N(r; 0, cov) of one vector, with the gradient in closed form: one inverse in place of the factor's rules.
+    """log N(r; 0, cov) of one vector, or of several, with the gradient in closed form: one inverse in place of the factor's rules.
 
     d/d cov = 1/2 (a a' - cov^-1),    d/d r = -a,    a = cov^-1 r
+
+    -inf, with no gradient to be used, where the covariance is not positive definite.
     """
 
     @staticmethod
     def forward(ctx: Any, residual: Tensor, cov: Tensor) -> Tensor:
-        root = _cholesky(cov)
-        white = torch.linalg.solve_triangular(root, residual[:, None], upper=False)
+        root, info = torch.linalg.cholesky_ex(cov)  # ([B,] T, T)
+        failed = (info != 0)[..., None, None]
+        if bool(failed.any()):
+            root = torch.where(failed, torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device), root)
+        white = torch.linalg.solve_triangular(root, residual[..., None], upper=False)
         ctx.save_for_backward(root, white)
-        log_det = 2 * root.diagonal().log().sum()
-        return -0.5 * (white.square().sum() + log_det + len(residual) * LOG_2PI)
+        log_det = 2 * root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        log_prob = -0.5 * (white.square().sum((-2, -1)) + log_det + residual.shape[-1] * LOG_2PI)
+        return torch.where(info == 0, log_prob, -math.inf)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         root, white = ctx.saved_tensors
-        a = torch.linalg.solve_triangular(root.mT, white, upper=True)  # (T, 1)
+        a = torch.linalg.solve_triangular(root.mT, white, upper=True)  # ([B,] T, 1)
         by_cov = None
         if ctx.needs_input_grad[1]:
-            by_cov = torch.cholesky_inverse(root).mul_(-0.5 * grad).addmm_(a, a.mT, alpha=0.5 * float(grad))
-        return -grad * a[:, 0], by_cov
+            by_cov = (a @ a.mT).sub_(torch.cholesky_inverse(root)).mul_(0.5 * grad[..., None, None])
+        return -grad[..., None] * a[..., 0], by_cov
 
 
 def _condition(loc: Tensor, cov: Tensor, row: Tensor, seen: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -240,8 +272,5 @@ def _condition(loc: Tensor, cov: Tensor, row: Tensor, seen: Tensor, hidden: Tens
 def _cholesky(cov: Tensor) -> Tensor:
     root, info = torch.linalg.cholesky_ex(cov)
     if bool(info.any()):
-        raise ModelError(
-            "the covariance of the observations is not positive definite in float64: rows repeat and there is no "
-            "noise, a hyper-parameter is out of range, or the kernel is no covariance. Give the observations noise"
-        )
+        raise ModelError(NOT_DEFINITE)
     return root
