@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from numbers import Integral, Real
 from typing import Any, ClassVar, Self
@@ -37,6 +38,15 @@ from bayes_mpt import training
 from bayes_mpt.affine import Reading, token_means
 from bayes_mpt.concentrated import NoiseFloorError, spectrum
 from bayes_mpt.evidence import Laplace, laplace_diagonal, laplace_proportional
+from bayes_mpt.hyperparameters import (
+    Integrated,
+    Prior,
+    assign,
+    far_from_centre,
+    hyperprior,
+    integrate,
+    log_likelihood,
+)
 from bayes_mpt.masks import PermutationChain, Policy
 from bayes_mpt.models import PPCA
 from bayes_mpt.moments import Table
@@ -51,6 +61,7 @@ MAX_INIT_ROWS = 4096  # rows on which it is found out what a program is
 MAX_INIT_CELLS = 2**20  # of a table on which a program first runs, which initialises its parameters
 MAX_AUTO = 50  # latent dimensions that "auto" tries at most
 CURVE_CHAINS = 8
+RUNAWAY = "the estimate of parameter"
 MAX_READ_CELLS = 2**18  # of programs that are read on the rows they score: cells at a time
 
 
@@ -83,7 +94,11 @@ class BayesMPT(
     batch_size : int, optional
         Rows a step of Adam; all of them by default. Needs independent rows.
     n_init : int, default=1
-        Starts where the maximum has no closed form; the best is kept.
+        Starts where the maximum has no closed form; the best is kept. Further ones are drawn from the hyperprior of a
+        model that has one, such as `bayes_mpt.models.GaussianProcess`, else from the program's initial values.
+    penalty : bool, default=False
+        Maximise the score plus the log hyperprior of the model's parameters (maximum a posteriori). What is reported
+        as a log marginal likelihood never includes it.
     warm_start : bool, default=False
         Start from the parameters of the last fit.
     random_state : int, RandomState or None
@@ -113,6 +128,8 @@ class BayesMPT(
         K.
     components_, mean_, noise_variance_ : arrays
         (K, T), (T,), () or (T,): the linear-Gaussian map in units of standard normal latents, where all rows share it.
+    at_map_ : bool
+        Whether the parameters are at the maximum a posteriori under the model's hyperprior, not at that of the score.
     complete_ : bool
         Whether no cell of the training rows was missing.
     data_digest_ : str
@@ -141,6 +158,7 @@ class BayesMPT(
         "learning_rate": [Interval(Real, 0, None, closed="neither")],
         "batch_size": [Interval(Integral, 1, None, closed="left"), None],
         "n_init": [Interval(Integral, 1, None, closed="left")],
+        "penalty": ["boolean"],
         "warm_start": ["boolean"],
         "random_state": ["random_state"],
         "device": [str],
@@ -161,6 +179,7 @@ class BayesMPT(
         learning_rate: float = 0.05,
         batch_size: int | None = None,
         n_init: int = 1,
+        penalty: bool = False,
         warm_start: bool = False,
         random_state: int | np.random.RandomState | None = None,
         device: str = "cpu",
@@ -175,6 +194,7 @@ class BayesMPT(
         self.learning_rate = learning_rate
         self.batch_size = batch_size
         self.n_init = n_init
+        self.penalty = penalty
         self.warm_start = warm_start
         self.random_state = random_state
         self.device = device
@@ -267,7 +287,13 @@ class BayesMPT(
                     table = None
                     n_rows = len(X) if predictor.structure.by_row else 1
                     problem = training.Problem(predictor, args, None, None, n_rows)
-                fit = self._train(problem, table, warm=state is not None, seed=seed, context=context)
+                leaves = _of_program(problem)
+                prior = hyperprior(model, args, leaves)
+                if self.penalty:
+                    problem = replace(problem, log_prior=_log_prior(model, prior, leaves))
+                fit = self._train(problem, table, prior, warm=state is not None, seed=seed, context=context)
+                if prior is not None:
+                    _warn_of_bounds(prior, _of_program(problem))
                 predictor = problem.read()
                 with torch.no_grad():
                     total, se = float(problem.score_of(predictor)) * problem.n_rows, 0.0
@@ -306,7 +332,14 @@ class BayesMPT(
         return self
 
     def _train(
-        self, problem: training.Problem, table: Table | None, *, warm: bool, seed: int, context: Any
+        self,
+        problem: training.Problem,
+        table: Table | None,
+        prior: Prior | None,
+        *,
+        warm: bool,
+        seed: int,
+        context: Any,
     ) -> training.Fit:
         if not problem.leaves():
             return training.Fit("nothing to train", converged=True)
@@ -345,12 +378,12 @@ class BayesMPT(
                     report=report,
                 )
             else:
-                if table is not None and (table.complete or not warm):
+                if table is not None and (table.complete or not warm) and problem.log_prior is None:
                     fit = self._solve(problem, table)
                     if fit is not None and table.complete:
                         return fit
                 train = partial(training.climb, problem, max_iter=self.max_iter, tol=self.tol, report=report)
-            fit = self._best_of(train, problem, seed)
+            fit = self._best_of(train, problem, prior, seed)
         except NoiseFloorError as error:
             raise ValueError(self._unbounded(error, problem)) from error
         if not fit.converged and not fit.interrupted:
@@ -370,9 +403,9 @@ class BayesMPT(
         return training.concentrate(whole, complete, self.max_iter, self.tol)
 
     def _best_of(
-        self, train: Callable[[], training.Fit], problem: training.Problem, seed: int
+        self, train: Callable[[], training.Fit], problem: training.Problem, prior: Prior | None, seed: int
     ) -> training.Fit:
-        """Restart from fresh initial values and keep the best."""
+        """Restart from draws of the hyperprior, or from fresh initial values, and keep the best."""
         best = train()
         if self.n_init == 1 or best.interrupted:
             return best
@@ -393,6 +426,9 @@ class BayesMPT(
                     predictor=self.predictor,
                     guide=problem.predictor.guide,
                 )
+            if prior is not None:
+                loc, scale = (torch.as_tensor(a) for a in (prior.loc, prior.scale))
+                assign(_of_program(problem), torch.normal(loc, scale))
             fit = train()
             with torch.no_grad():
                 score = float(problem.score())
@@ -470,6 +506,7 @@ class BayesMPT(
         self.n_iter_ = max(1, fit.n_iter)
         self.converged_ = fit.converged
         self.fit_method_ = fit.method
+        self.at_map_ = bool(self.penalty)
         structure = predictor.structure
         self.n_components_ = structure.n_latents
         if isinstance(self.predictor_, LinearGaussian) and structure.by_row and not structure.own_rows:
@@ -717,6 +754,73 @@ class BayesMPT(
                 f"{len(cov)}, rank {np.linalg.matrix_rank(cov)}): use fewer latents, or drop columns that repeat others"
             ) from error
 
+    def integrated(self, X: ArrayLike, y: Any = None) -> Integrated:
+        """Evidence of X (and y) with the hyper-parameters integrated under the model's hyperprior.
+
+        Importance sampling from a mixture around all modes that are found; see `bayes_mpt.hyperparameters`.
+
+        Raises
+        ------
+        ValueError
+            If the model offers no prior of its parameters (``model.hyperprior(x, y)``), or its LML is drawn.
+
+        Examples
+        --------
+        >>> from bayes_mpt.models import GaussianProcess
+        >>> rng = np.random.default_rng(0)
+        >>> X = rng.uniform(size=(40, 1))
+        >>> y = np.sin(6 * X[:, 0]) + 0.1 * rng.normal(size=40)
+        >>> model = BayesMPT(GaussianProcess()).fit(X, y)
+        >>> found = model.integrated(X, y)
+        >>> bool(found.log_evidence < model.log_marginal_likelihood_), bool(found.se < 0.2)
+        (True, True)
+        """
+        check_is_fitted(self)
+        rows = self._check_rows(X, reset=False)
+        args = self._arguments(self.fitted_model_, rows, y)
+        if self.n_hyperparameters() is None:
+            raise ValueError(
+                f"the integrated evidence needs a model that offers hyperprior(x, y) and an LML without draws, got "
+                f"{self.fitted_model_!r}: use evidence='heldout' or 'train'"
+            )
+        with training.one_thread(len(rows) ** 2), self._fitted_program(args) as predictor:
+            problem = training.Problem(predictor, args, None, None, 1)
+            leaves = _of_program(problem)
+            if not leaves:
+                return Integrated(float(problem.score()), 0.0, 1.0, math.nan, 1, ())
+            prior = hyperprior(self.fitted_model_, args, leaves)
+            assert prior is not None
+            current = torch.cat([leaf.detach().flatten() for leaf in leaves.values()]).cpu().double().numpy()
+            found = integrate(
+                log_likelihood(predictor, args, leaves), prior, current=current, seed=self._seed()
+            )
+        return found._replace(names=tuple(leaves))
+
+    def move_to_map(self, X: ArrayLike, y: Any, found: Integrated) -> None:
+        """Take the maximum a posteriori that `integrated` found on the training rows for the parameters."""
+        if not found.modes:
+            return
+        rows = self._check_rows(X, reset=False)
+        args = self._arguments(self.fitted_model_, rows, y)
+        with training.one_thread(len(rows) ** 2), self._fitted_program(args) as predictor, torch.no_grad():
+            problem = training.Problem(predictor, args, None, None, 1)
+            assign(_of_program(problem), torch.as_tensor(found.modes[0].theta))
+            read = problem.read()
+            self.log_marginal_likelihood_ = float(problem.score_of(read))
+            self.predictor_ = read.freeze()
+            self._state = save()
+            store = pyro.get_param_store()
+            self.params_ = {n: store[n].detach().cpu().numpy().copy() for n in self._state}
+        self.at_map_ = True
+
+    def n_hyperparameters(self) -> int | None:
+        """For the integrated evidence: how many parameters have a prior; None where it does not apply."""
+        check_is_fitted(self)
+        names = self.predictor_.structure.parameters
+        if self.predictor_.sampled or (names and not hasattr(self.fitted_model_, "hyperprior")):
+            return None
+        return sum(self.params_[name].size for name in names)
+
     def noise_shape(self) -> NDArray[np.float64] | str | None:
         """For the Laplace evidence: known ratios of the noise variances, "free", or None where it does not apply."""
         check_is_fitted(self)
@@ -747,13 +851,14 @@ class BayesMPT(
             else ("; read on the real rows, whose maps differ" if s.own_rows else "; read once for all rows")
         )
         kind = self.predictor_.name
+        where = ", at their maximum a posteriori under the model's hyperprior" if self.at_map_ else ""
         return "\n".join(
             [
                 f"tokens:          {tokens}",
                 f"latents:         {latents or 'none'}",
                 f"predictor:       {kind}: {self.predictor_.why}{read}",
                 f"integrated:      {', '.join(s.latent_names) or 'nothing'}",
-                f"point-estimated: {', '.join(s.parameters) or 'nothing'}",
+                f"point-estimated: {', '.join(s.parameters) or 'nothing'}{where}",
                 f"training:        {self.fit_method_}, {self.n_iter_} iterations",
             ]
         )
@@ -884,6 +989,40 @@ def _needs_y(model: Model) -> bool:
     target = model.forward if isinstance(model, torch.nn.Module) else model
     parameters = list(inspect.signature(target).parameters.values())
     return len(parameters) > 1 and parameters[1].default is inspect.Parameter.empty
+
+
+def _of_program(problem: training.Problem) -> dict[str, Tensor]:
+    """Unconstrained parameters of the program, those of a guide left out."""
+    leaves = problem.leaves()
+    return {name: leaves[name] for name in problem.predictor.structure.parameters}
+
+
+def _log_prior(model: Model, prior: Prior | None, leaves: dict[str, Tensor]) -> Callable[[], Tensor]:
+    if prior is None:
+        raise ValueError(
+            f"penalty=True needs a model that offers hyperprior(x, y), got {model!r}: write priors into the program by "
+            "pyro.sample, or leave penalty=False"
+        )
+    names = list(leaves)
+
+    def log_prior() -> Tensor:
+        store = dict(pyro.get_param_store().named_parameters())  # a restart makes new leaves
+        return prior.log_prob(torch.cat([store[name].flatten() for name in names])[None])[0]
+
+    return log_prior
+
+
+def _warn_of_bounds(prior: Prior, leaves: dict[str, Tensor]) -> None:
+    """Say so where an estimate has run away: the likelihood does not hold it."""
+    store = pyro.get_param_store()
+    for name in far_from_centre(prior, leaves):
+        value = np.array2string(store[name].detach().cpu().numpy().ravel(), precision=3, threshold=6)
+        warnings.warn(
+            f"{RUNAWAY} {name!r} has run away to {value}, towards the end of its range: the data do not determine it. "
+            "penalty=True holds it by the model's prior; evidence='integrated' averages over it",
+            ConvergenceWarning,
+            stacklevel=5,
+        )
 
 
 def _own_guide(guide: Any, model: Model) -> Any:

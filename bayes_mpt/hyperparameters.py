@@ -3,12 +3,13 @@
     log p(y) = log int p(y | theta) p(theta) d theta,    theta (D,) unconstrained: the logarithms of length-scales, say
 
 Climbs from several starts find the modes of p(y | theta) p(theta). Each is the place of a Student-t with the curvature
-found there; these and the prior make one mixture q, from which randomised Sobol points are drawn, equally many from each
-part m of the M, so that modes that overlap are not counted twice:
+found there; these and the prior make one mixture q, from which randomised Sobol points are drawn, so that modes that
+overlap are not counted twice:
 
-    Z_r = 1/M sum_m 1/n sum_i p(y | theta_mi) p(theta_mi) / q(theta_mi),    Z = mean of the replicates Z_r
+    Z_r = 1/n sum_i p(y | theta_i) p(theta_i) / q(theta_i),    Z = mean of the R replicates Z_r
 
-The points are doubled until the replicates agree. Everything is done in units of the prior, phi = (theta - loc) / scale.
+Where few of the draws are effective or the replicates differ, the mixture is fitted to them by EM and drawn from anew.
+Everything is done in units of the prior, phi = (theta - loc) / scale.
 """
 
 from __future__ import annotations
@@ -32,7 +33,17 @@ from bayes_mpt.predictors.errors import replicate_error
 from bayes_mpt.predictors.importance import pareto_k
 from bayes_mpt.tracing import Model, ModelError
 
-__all__ = ["Integrated", "LogLikelihood", "Mode", "Prior", "hyperprior", "integrate", "log_likelihood"]
+__all__ = [
+    "Integrated",
+    "LogLikelihood",
+    "Mode",
+    "Prior",
+    "assign",
+    "far_from_centre",
+    "hyperprior",
+    "integrate",
+    "log_likelihood",
+]
 
 Array = NDArray[np.float64]
 
@@ -64,6 +75,7 @@ MOST_PARTS = 12
 NEW_PART_SHRINKS = 3.0
 N_EM = 5
 LEAST_SHARE = 0.4  # of the draws that are effective, or the mixture is fitted to them
+FAR = 6.0  # prior standard deviations
 MAX_CELLS = 2**18  # of the covariances of points evaluated at a time
 
 
@@ -74,8 +86,14 @@ class Prior(NamedTuple):
     """(D,)"""
     scale: Array
     """(D,)"""
-    correction: Callable[[Array], tuple[Array, Array]] | None = None
-    """theta (B, D) -> log of true prior over normal (B,), with its gradient (B, D)."""
+    correction: Callable[[Tensor], Tensor] | None = None
+    """theta (B, D) -> log of the true prior over the normal one (B,)."""
+
+    def log_prob(self, theta: Tensor) -> Tensor:
+        """(B, D) -> (B,), with gradients."""
+        loc, scale = (torch.as_tensor(a).to(theta) for a in (self.loc, self.scale))
+        normal = torch.distributions.Normal(loc, scale, validate_args=False).log_prob(theta).sum(1)
+        return normal if self.correction is None else normal + self.correction(theta)
 
 
 class Mode(NamedTuple):
@@ -199,8 +217,12 @@ class _Joint:
         value = value - 0.5 * np.square(phi).sum(1) - 0.5 * phi.shape[1] * LOG_2PI
         grad = prior.scale * grad - phi if gradient else grad
         if prior.correction is not None:
-            extra, slope = prior.correction(theta)
-            value, grad = value + extra, grad + prior.scale * slope if gradient else grad
+            with torch.enable_grad():
+                t = torch.as_tensor(theta).requires_grad_()
+                extra = prior.correction(t)
+                slope = torch.autograd.grad(extra.sum(), t)[0].numpy()
+            value = value + extra.detach().numpy()
+            grad = grad + prior.scale * slope if gradient else grad
         return np.where(np.isnan(value), -np.inf, value), grad
 
 
@@ -238,7 +260,7 @@ def _climb(joint: _Joint, phi: Array) -> tuple[Array, Array]:
     step, t = np.zeros((n, d)), np.ones(n)
     slope = np.zeros(n)
 
-    def aim(rows: Array) -> None:
+    def aim(rows: NDArray[np.intp]) -> None:
         step[rows] = np.einsum("bij,bj->bi", inverse[rows], grad[rows])
         norm = np.linalg.norm(step[rows], axis=1)
         limit = np.where(fresh[rows], 0.5, LONGEST_STEP)
@@ -404,8 +426,8 @@ class _Mixture(NamedTuple):
 def hyperprior(model: Model, args: tuple[Any, ...], leaves: Mapping[str, Tensor]) -> Prior | None:
     """The prior that a model offers for its parameters in Pyro's store, by ``model.hyperprior(*args)``; or None.
 
-    That gives for each parameter by name the pair (loc, scale) of a normal distribution of its unconstrained value, or a
-    `torch.distributions.Distribution` of its natural value.
+    That gives for each parameter by name the pair (loc, scale) of a normal distribution of its unconstrained value, or
+    a `torch.distributions.Distribution` of its natural value.
 
     Raises
     ------
@@ -419,7 +441,9 @@ def hyperprior(model: Model, args: tuple[Any, ...], leaves: Mapping[str, Tensor]
     if missing:
         raise ModelError(f"hyperprior() of {type(model).__name__} has no prior for parameter {missing[0]!r}")
     supports = pyro.get_param_store().get_state()["constraints"]
-    loc, scale, others = [], [], []
+    loc: list[Array] = []
+    scale: list[Array] = []
+    others: list[tuple[slice, _Natural]] = []
     at = 0
     for name, leaf in leaves.items():
         given, part = found[name], slice(at, at + leaf.numel())
@@ -433,6 +457,18 @@ def hyperprior(model: Model, args: tuple[Any, ...], leaves: Mapping[str, Tensor]
             )
         at = part.stop
     return Prior(_joined(loc), _joined(scale), _correction(others) if others else None)
+
+
+def far_from_centre(prior: Prior, leaves: Mapping[str, Tensor]) -> list[str]:
+    """Names of parameters with an element further from the prior's centre than any sensible value."""
+    out, at = [], 0
+    for name, leaf in leaves.items():
+        part = slice(at, at + leaf.numel())
+        at = part.stop
+        off = (leaf.detach().flatten().cpu().double().numpy() - prior.loc[part]) / prior.scale[part]
+        if (np.abs(off) > FAR).any():
+            out.append(name)
+    return out
 
 
 class _Natural:
@@ -468,13 +504,8 @@ class _Natural:
         return (log_prob - normal).reshape(len(theta), -1).sum(1)
 
 
-def _correction(others: list[tuple[slice, _Natural]]) -> Callable[[Array], tuple[Array, Array]]:
-    def correction(theta: Array) -> tuple[Array, Array]:
-        t = torch.as_tensor(theta).requires_grad_()
-        value = torch.stack([other(t[:, part]) for part, other in others]).sum(0)
-        return value.detach().numpy(), torch.autograd.grad(value.sum(), t)[0].numpy()
-
-    return correction
+def _correction(others: list[tuple[slice, _Natural]]) -> Callable[[Tensor], Tensor]:
+    return lambda theta: torch.stack([other(theta[:, part]) for part, other in others]).sum(0)
 
 
 def log_likelihood(
@@ -536,7 +567,7 @@ class _One(torch.autograd.Function):
         grad = torch.zeros_like(theta)
         before = [leaf.detach().clone() for leaf in leaves.values()]
         try:
-            _set(leaves, theta)
+            assign(leaves, theta)
             with torch.enable_grad():
                 read = predictor.read(args)
                 value = read.joint(read.value).sum()
@@ -546,7 +577,7 @@ class _One(torch.autograd.Function):
         except (ValueError, torch.linalg.LinAlgError):  # ModelError is a ValueError too
             value = theta.new_tensor(-math.inf)
         finally:
-            _set(leaves, torch.cat([b.flatten() for b in before]))
+            assign(leaves, torch.cat([b.flatten() for b in before]))
         ctx.save_for_backward(grad)
         return value
 
@@ -555,7 +586,8 @@ class _One(torch.autograd.Function):
         return grad * ctx.saved_tensors[0], None, None, None
 
 
-def _set(leaves: Mapping[str, Tensor], theta: Tensor) -> None:
+def assign(leaves: Mapping[str, Tensor], theta: Tensor) -> None:
+    """Set a program's unconstrained parameters, theta (D,)."""
     with torch.no_grad():
         for leaf, part in zip(
             leaves.values(), theta.split([v.numel() for v in leaves.values()]), strict=True

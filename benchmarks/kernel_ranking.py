@@ -15,7 +15,8 @@ eight kernels, with a constant mean and the noise learnt:
 "True kernel": the rule finds the one that made the data. "Regret": what its pick loses in log density on 100 fresh
 observations, each alone given the data, against the best of all candidates, at either estimate. Differences are paired
 by data set, with normal 95 % intervals. On the first data sets the numbers are asserted to be those of
-`MarginalLikelihoodSearch`. Finished data sets are kept as JSON lines, and a run with the same arguments goes on from them.
+`MarginalLikelihoodSearch`. Finished data sets are kept as JSON lines, and a run with the same arguments goes on from
+them.
 """
 
 from __future__ import annotations
@@ -127,7 +128,7 @@ def candidate(kernel: Any, truth: Truth) -> dict[str, float]:
         theta, lml = maximise(likelihood, prior, np.stack([mode.theta for mode in found.modes]))
         fresh = []
         for at in (found.modes[0].theta, theta):
-            hyperparameters._set(leaves, torch.as_tensor(at))
+            hyperparameters.assign(leaves, torch.as_tensor(at))
             with torch.no_grad():
                 guess = predictor.predictive(seen, new)
                 fresh.append(

@@ -170,10 +170,11 @@ def _centre(
     name: str, raw: Tensor, owner: Any, x: Tensor, y: Tensor, variance: Any
 ) -> tuple[Tensor, Tensor | float]:
     """Centre of the prior in natural units, and the standard deviation of the unconstrained value."""
-    centre, sd = _start(name, raw, owner, x, y), PRIOR_SD.get(name, OTHER_SD)
+    centre: Any = _start(name, raw, owner, x, y)
+    sd = PRIOR_SD.get(name, OTHER_SD)
     if name == "lengthscale" and not isinstance(owner, PeriodicKernel):
-        columns = x.shape[-1] if owner.active_dims is None else len(owner.active_dims)
-        centre = centre * math.sqrt(columns)  # distances grow with the number of columns
+        n_columns = x.shape[-1] if owner.active_dims is None else len(owner.active_dims)
+        centre = centre * math.sqrt(n_columns)  # distances grow with the number of columns
     if name == "outputscale":
         centre = variance * torch.ones_like(raw)
     if name == "variance" and isinstance(owner, LinearKernel):
@@ -194,10 +195,10 @@ def _unconstrained(centre: Tensor, sd: Any, support: Any) -> tuple[Tensor, Tenso
     low, high = (float(getattr(support, f"{side}_bound", math.nan)) for side in ("lower", "upper"))
     if math.isfinite(low):
         room = high - low if math.isfinite(high) else centre.abs()
-        centre = torch.maximum(centre, low + 0.05 * room)
+        centre = torch.maximum(centre, torch.as_tensor(low + 0.05 * room).to(centre))
     if math.isfinite(high):
         room = high - low if math.isfinite(low) else centre.abs()
-        centre = torch.minimum(centre, high - 0.05 * room)
+        centre = torch.minimum(centre, torch.as_tensor(high - 0.05 * room).to(centre))
     loc = torch.distributions.transform_to(support).inv(centre)
     return loc, sd * torch.ones_like(loc)
 

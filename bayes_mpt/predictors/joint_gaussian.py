@@ -229,7 +229,7 @@ class JointGaussian(Conditionals):
 
 
 class _LogProb(torch.autograd.Function):
-    """log N(r; 0, cov) of one vector, or of several, with the gradient in closed form: one inverse in place of the factor's rules.
+    """log N(r; 0, cov) of one vector or several, with the gradient in closed form: one inverse, not the factor's rules.
 
     d/d cov = 1/2 (a a' - cov^-1),    d/d r = -a,    a = cov^-1 r
 
