@@ -75,8 +75,8 @@ MOST_PARTS = 12
 NEW_PART_SHRINKS = 3.0
 N_EM = 5
 LEAST_SHARE = 0.4  # of the draws that are effective, or the mixture is fitted to them
-FAR = 6.0  # prior standard deviations
-MAX_CELLS = 2**18  # of the covariances of points evaluated at a time
+FAR = 8.0  # prior standard deviations
+MAX_CELLS = 2**19  # of the covariances of points evaluated at a time
 
 
 class Prior(NamedTuple):
@@ -242,7 +242,9 @@ def _starts(joint: _Joint, current: Array | None, seed: int) -> Array:
     found = np.concatenate([lines[peak], cloud[best_cloud]])
     height = np.concatenate([on_line[peak], on_cloud[best_cloud]])
     best = np.argsort(-height, kind="stable")[: N_CLIMBS - len(sure)]
-    return np.concatenate([sure, found[best]])
+    starts = np.concatenate([sure, found[best]])
+    # off the lines, or a climb may end on a saddle between two modes that mirror each other
+    return starts + 1e-3 * np.random.default_rng([seed, 1]).normal(size=starts.shape)
 
 
 def _climb(joint: _Joint, phi: Array) -> tuple[Array, Array]:

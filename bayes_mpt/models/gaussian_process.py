@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from copy import deepcopy
+from copy import copy, deepcopy
 from numbers import Integral, Real
 from typing import Any
 
@@ -23,6 +23,7 @@ from gpytorch.kernels import (
     ScaleKernel,
 )
 from gpytorch.means import ConstantMean, Mean
+from linear_operator import to_dense
 from linear_operator.operators import DiagLinearOperator
 from pyro.distributions import constraints
 from sklearn.base import BaseEstimator
@@ -225,22 +226,41 @@ def _registered(owner: Any, name: str, raw: Tensor) -> Any:
 
 def _with_parameters(prefix: str, module: Any, x: Tensor, y: Tensor) -> Any:
     """A copy of a gpytorch module whose free parameters are `pyro.param`s, and the known ones in the dtype of x."""
-    module = deepcopy(module)
-    if next(module.parameters(), None) is not None:
-        module = module.to(x)
+    module = _copy(module, x)
     for path, raw, constraint in list(module.named_parameters_and_constraints()):
         owner, name = _owner(module, path)
         del owner._parameters[name]
         if not raw.requires_grad:
-            setattr(owner, name, raw.detach())
+            setattr(owner, name, raw.detach().to(x))
             continue
         natural = name.removeprefix("raw_")
         full = ".".join([prefix, *path.split(".")[:-1], natural])
         value = pyro.param(
-            full, lambda n=natural, r=raw, o=owner: _start(n, r, o, x, y), _support(constraint)
+            full, lambda n=natural, r=raw, o=owner: _first(n, r, o, module, x, y), _support(constraint)
         )
         setattr(owner, name, value if constraint is None else constraint.inverse_transform(value))
     return module
+
+
+def _copy(module: Any, x: Tensor) -> Any:
+    """Of the modules and of nothing in them, which is shared, but for buffers in the dtype of x: programs run often."""
+    new = copy(module)
+    new.__dict__ = dict(module.__dict__)
+    new._parameters = dict(module._parameters)
+    new._modules = {n: None if m is None else _copy(m, x) for n, m in module._modules.items()}
+    new._buffers = {
+        n: b.to(x) if b is not None and b.is_floating_point() else b for n, b in module._buffers.items()
+    }
+    if isinstance(module, LinearKernel):
+        # To add a low-rank operator to another gpytorch decomposes that one: n^3 for nothing, or an error.
+        new.forward = lambda *args, **kwargs: to_dense(type(module).forward(new, *args, **kwargs))
+    return new
+
+
+def _first(name: str, raw: Tensor, owner: Any, module: Any, x: Tensor, y: Tensor) -> Tensor:
+    """An initial value: the centre of the prior."""
+    variance = _variances(module, _variance(y)).get(id(owner)) if isinstance(module, Kernel) else None
+    return _centre(name, raw.to(x), owner, x, y, variance)[0]
 
 
 def _owner(module: Any, path: str) -> tuple[Any, str]:
