@@ -30,7 +30,7 @@ from torch.distributions import transform_to
 
 from bayes_mpt.predictors import Conditionals
 from bayes_mpt.predictors.errors import replicate_error
-from bayes_mpt.predictors.importance import pareto_k
+from bayes_mpt.predictors.importance import BAD_K, pareto_k
 from bayes_mpt.tracing import Model, ModelError
 
 __all__ = [
@@ -182,7 +182,8 @@ def integrate(
         share = np.exp(log_w - logsumexp(log_w)).ravel()
         ess = float(1 / np.square(share).sum())
         # Few effective draws hide what the mixture does not reach, and the replicates then agree on too little.
-        if se <= ENOUGH and (ess >= LEAST_SHARE * share.size or round_ >= 2):
+        k = float(pareto_k(log_w.reshape(-1, 1))[0])
+        if se <= ENOUGH and ((ess >= LEAST_SHARE * share.size and k <= BAD_K) or round_ >= 2):
             break
         # The next mixture depends on these draws and not on its own: each round is an estimate without bias.
         drawn.append((draws, log_p, mixture))
@@ -192,7 +193,7 @@ def integrate(
         float(top + math.log(z.mean())),
         se,
         ess,
-        float(pareto_k(log_w.reshape(-1, 1))[0]),
+        k,
         share.size,
         tuple(
             mode._replace(theta=prior.loc + prior.scale * mode.theta, root=prior.scale[:, None] * mode.root)
