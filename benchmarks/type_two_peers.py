@@ -4,8 +4,8 @@
 
 Columns and y are standardised and at most 200 rows are taken, evenly spaced. Peer: ``ConstantKernel * RBF +
 WhiteKernel``, each hyper-parameter within 1e-5 to 1e5 (1e-10 for the noise), ``n_restarts_optimizer=10``. Ours:
-`BayesMPT` with ``n_init=4``, the first start and three restarts, the same bounds on length-scale and variance; whether the noise ended
-inside the peer's is reported. Asked: an LML no lower than the peer's by more than 1e-4 nats.
+`BayesMPT` with ``n_init=4``, the first start and three restarts, the same bounds on length-scale and variance; whether
+the noise ended inside the peer's is reported. Asked: an LML no lower than the peer's by more than 1e-4 nats.
 """
 
 from __future__ import annotations
