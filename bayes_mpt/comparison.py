@@ -20,9 +20,13 @@ from sklearn.pipeline import Pipeline
 from sklearn.utils.validation import check_is_fitted
 
 from bayes_mpt.estimator import BayesMPT
+from bayes_mpt.hyperparameters import Integrated
 from bayes_mpt.predictors.errors import replicate_error
+from bayes_mpt.predictors.importance import BAD_K
 
 __all__ = ["Candidate", "compare"]
+
+MAX_INTEGRATED = 16  # hyper-parameters
 
 
 @dataclass
@@ -48,10 +52,18 @@ class Candidate:
     fit_time: float = 0.0
     score_time: float = 0.0
     error: str = ""
+    note: str = ""
+    """What to be wary of."""
 
     @property
     def model(self) -> BayesMPT:
         return final_step(self.estimator)
+
+    def take(self, found: Integrated) -> None:
+        """An evidence with the hyper-parameters integrated."""
+        self.evidence, self.se = found.log_evidence, found.se
+        if found.pareto_k > BAD_K:
+            self.note = f"integrated, but Pareto k {found.pareto_k:.2f}: se is not to be believed"
 
 
 def compare(
@@ -59,7 +71,7 @@ def compare(
     X: ArrayLike,
     y: Any = None,
     *,
-    evidence: Literal["auto", "laplace", "heldout", "train"] = "auto",
+    evidence: Literal["auto", "laplace", "integrated", "heldout", "train"] = "auto",
 ) -> pd.DataFrame:
     """Rank models that were fitted by hand, in the same table as `MarginalLikelihoodSearch.comparison_`.
 
@@ -71,9 +83,10 @@ def compare(
         Rows to compare on.
     y : array-like, optional
         As in `BayesMPT.fit`.
-    evidence : {"auto", "laplace", "heldout", "train"}, default="auto"
+    evidence : {"auto", "laplace", "integrated", "heldout", "train"}, default="auto"
         "heldout" scores X as new rows: no model may have been fitted on them. "auto" is "laplace" where all models
-        were fitted on X and declare their symmetries, "train" where they were fitted on X otherwise, else "heldout".
+        were fitted on X and declare their symmetries, "integrated" where they offer a prior of their few
+        hyper-parameters, "train" where they were fitted on X otherwise, else "heldout".
 
     Returns
     -------
@@ -97,8 +110,10 @@ def compare(
     """
     if not estimators:
         raise ValueError("nothing to compare: got an empty dict")
-    if evidence not in ("auto", "laplace", "heldout", "train"):
-        raise ValueError(f"evidence must be 'auto', 'laplace', 'heldout' or 'train', got {evidence!r}")
+    if evidence not in ("auto", "laplace", "integrated", "heldout", "train"):
+        raise ValueError(
+            f"evidence must be 'auto', 'laplace', 'integrated', 'heldout' or 'train', got {evidence!r}"
+        )
     names, found = list(estimators), []
     for name, estimator in estimators.items():
         check_is_fitted(final_step(estimator), msg=f"{name!r} is not fitted: call fit first")
@@ -126,7 +141,7 @@ def compare(
         rule = "heldout" if not all(trained) else choose_rule("auto", found)[0]
         rule = "train" if rule == "heldout" and all(trained) else rule
     else:
-        rule = evidence
+        rule = choose_rule(evidence, found)[0]
     if rule == "heldout" and any(trained):
         raise ValueError("evidence='heldout' needs new rows: the models were fitted on these")
     if rule != "heldout" and not all(trained):
@@ -136,6 +151,13 @@ def compare(
     if rule == "laplace":
         for c in found:
             c.evidence = c.model.laplace(before_final(c.estimator, X)).log_evidence
+    if rule == "integrated":
+        for c in found:
+            c.take(c.model.integrated(before_final(c.estimator, X), y))
+    if rule != "heldout":
+        for c in found:
+            if not c.model.predictor_.structure.by_row:
+                c.by_row = None
     if rule == "train":
         for c in found:
             c.evidence, c.se = c.model.log_marginal_likelihood_, c.model.log_marginal_likelihood_se_
@@ -147,12 +169,34 @@ def compare(
 
 def choose_rule(evidence: str, found: list[Candidate]) -> tuple[str, str]:
     """The rule that ranks, and why."""
+    models = [c.model for c in found]
+    vectors = [m for m in models if not m.predictor_.structure.by_row]
+    if evidence == "cumulative" and vectors:
+        raise ValueError(
+            "evidence='cumulative' needs independent rows: here they are tokens of one vector, and those of a block "
+            "are scored one by one, not together. Use 'integrated' or 'heldout'"
+        )
+    if evidence == "heldout" and not all(m.predictor_.remembers for m in vectors):
+        raise ValueError(
+            "evidence='heldout' needs independent rows, or observations that are one Gaussian vector: here rows are "
+            "tokens of one vector, and none can be scored given the others. Use 'train'"
+        )
     if evidence != "auto":
         return evidence, "asked for"
-    models = [c.model for c in found]
     if all(not m.predictor_.structure.parameters for m in models):
         return "train", "nothing is point-estimated: the LML is the evidence itself"
-    if any(not m.predictor_.structure.by_row for m in models):
+    sizes = [m.n_hyperparameters() for m in models]
+    if all(size is not None and size <= MAX_INTEGRATED for size in sizes):
+        return "integrated", (
+            f"every candidate offers a prior of its hyper-parameters, {MAX_INTEGRATED} at most: they are integrated, "
+            "and predictions are at their maximum a posteriori"
+        )
+    if vectors and all(m.predictor_.remembers for m in models):
+        return "heldout", (
+            "a candidate's hyper-parameters have no prior, or are many, so that they cannot be integrated: hidden rows "
+            "are predicted, each given the visible ones"
+        )
+    if vectors:
         return "train", "rows are tokens of one vector, so none can be held out: the LML at its maximum"
     missing = any(not m.complete_ for m in models)
     if all(m.noise_shape() is not None for m in models) and not missing:
@@ -201,7 +245,9 @@ def comparison_table(names: list[str], found: list[Candidate], rule: str) -> pd.
     for i, c in enumerate(found):
         if c.error:
             continue
-        exact = rule == "train" or (rule == "heldout" and len(c.replicates) == 1 and not len(c.splits))
+        exact = rule in ("train", "integrated") or (
+            rule == "heldout" and len(c.replicates) == 1 and not len(c.splits)
+        )
         if exact:
             se[i] = c.se  # draws of their own; too wide a difference where candidates share a seed
             mc_dse[i] = 0.0 if c is best else math.hypot(c.se, best.se)
@@ -214,7 +260,7 @@ def comparison_table(names: list[str], found: list[Candidate], rule: str) -> pd.
     with np.errstate(divide="ignore", invalid="ignore"):
         p_worse = norm.cdf(-np.abs(diff) / mc_dse)
     p_worse[order[0]] = math.nan
-    evidence = rule in ("laplace", "cumulative") or not any(
+    evidence = rule in ("laplace", "integrated", "cumulative") or not any(
         c.model.predictor_.structure.parameters for c in found if not c.error
     )
     weight = np.exp(diff) / np.nansum(np.exp(diff)) if evidence else np.full(len(found), math.nan)
@@ -229,7 +275,7 @@ def comparison_table(names: list[str], found: list[Candidate], rule: str) -> pd.
             "weight": weight[order],
             "log_bayes_factor": diff[order] if evidence else math.nan,
             "se": se[order],
-            "diag": [found[i].error or rule for i in order],
+            "diag": [found[i].error or found[i].note or rule for i in order],
         },
         index=pd.Index([names[i] for i in order], name="candidate"),
     )

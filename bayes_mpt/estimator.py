@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from numbers import Integral, Real
 from typing import Any, ClassVar, Self
@@ -38,10 +39,26 @@ from bayes_mpt import training
 from bayes_mpt.affine import Reading, token_means, tokens_of
 from bayes_mpt.concentrated import NoiseFloorError, spectrum
 from bayes_mpt.evidence import Laplace, laplace_diagonal, laplace_proportional
+from bayes_mpt.hyperparameters import (
+    Integrated,
+    Prior,
+    assign,
+    far_from_centre,
+    hyperprior,
+    integrate,
+    log_likelihood,
+)
 from bayes_mpt.masks import PermutationChain, Policy
 from bayes_mpt.models import PPCA
 from bayes_mpt.moments import Table
-from bayes_mpt.predictors import Conditionals, LinearGaussian, MarkovGaussian, Predictor, choose
+from bayes_mpt.predictors import (
+    Conditionals,
+    LinearGaussian,
+    MarkovGaussian,
+    Predictive,
+    Predictor,
+    choose,
+)
 from bayes_mpt.score import ScoreEstimate, estimate
 from bayes_mpt.store import OwnStore, State, load, save, seeded
 from bayes_mpt.tracing import Model, ModelError, Program, fill, first_run, list_names, not_finite, run
@@ -52,6 +69,7 @@ MAX_INIT_ROWS = 4096  # rows on which it is found out what a program is
 MAX_INIT_CELLS = 2**20  # of a table on which a program first runs, which initialises its parameters
 MAX_AUTO = 50  # latent dimensions that "auto" tries at most
 CURVE_CHAINS = 8
+RUNAWAY = "the estimate of parameter"
 MAX_READ_CELLS = 2**18  # of programs that are read on the rows they score: cells at a time
 
 
@@ -84,7 +102,11 @@ class BayesMPT(
     batch_size : int, optional
         Rows a step of Adam; all of them by default. Needs independent rows.
     n_init : int, default=1
-        Starts where the maximum has no closed form; the best is kept.
+        Starts where the maximum has no closed form; the best is kept. Further ones are drawn from the hyperprior of a
+        model that has one, such as `bayes_mpt.models.GaussianProcess`, else from the program's initial values.
+    penalty : bool, default=False
+        Maximise the score plus the log hyperprior of the model's parameters (maximum a posteriori). What is reported
+        as a log marginal likelihood never includes it.
     warm_start : bool, default=False
         Start from the parameters of the last fit.
     random_state : int, RandomState or None
@@ -114,6 +136,8 @@ class BayesMPT(
         K.
     components_, mean_, noise_variance_ : arrays
         (K, T), (T,), () or (T,): the linear-Gaussian map in units of standard normal latents, where all rows share it.
+    at_map_ : bool
+        Whether the parameters are at the maximum a posteriori under the model's hyperprior, not at that of the score.
     complete_ : bool
         Whether no cell of the training rows was missing.
     data_digest_ : str
@@ -142,6 +166,7 @@ class BayesMPT(
         "learning_rate": [Interval(Real, 0, None, closed="neither")],
         "batch_size": [Interval(Integral, 1, None, closed="left"), None],
         "n_init": [Interval(Integral, 1, None, closed="left")],
+        "penalty": ["boolean"],
         "warm_start": ["boolean"],
         "random_state": ["random_state"],
         "device": [str],
@@ -164,6 +189,7 @@ class BayesMPT(
         learning_rate: float = 0.05,
         batch_size: int | None = None,
         n_init: int = 1,
+        penalty: bool = False,
         warm_start: bool = False,
         random_state: int | np.random.RandomState | None = None,
         device: str = "cpu",
@@ -178,6 +204,7 @@ class BayesMPT(
         self.learning_rate = learning_rate
         self.batch_size = batch_size
         self.n_init = n_init
+        self.penalty = penalty
         self.warm_start = warm_start
         self.random_state = random_state
         self.device = device
@@ -299,7 +326,13 @@ class BayesMPT(
                     table = None
                     n_rows = len(X) if predictor.structure.by_row else 1
                     problem = training.Problem(predictor, args, None, None, n_rows)
-                fit = self._train(problem, table, warm=state is not None, seed=seed, context=context)
+                leaves = _of_program(problem)
+                prior = hyperprior(model, args, leaves)
+                if self.penalty:
+                    problem = replace(problem, log_prior=_log_prior(model, prior, leaves))
+                fit = self._train(problem, table, prior, warm=state is not None, seed=seed, context=context)
+                if prior is not None:
+                    _warn_of_bounds(prior, _of_program(problem))
                 predictor = problem.read() if fit.last is None else fit.last
                 with torch.no_grad():
                     score = float(problem.score_of(predictor)) if fit.last is None else fit.history[-1]
@@ -318,7 +351,9 @@ class BayesMPT(
                         for share, values in predictor.shared_latents(predictor.value)
                     ]
                     # numbers a row; of discrete latents one for each value, which only the posterior tells
-                    if like is not None and predictor.structure is like.predictor_.structure:
+                    if predictor.remembers:
+                        self._n_features_out = 0
+                    elif like is not None and predictor.structure is like.predictor_.structure:
                         self._n_features_out = like._n_features_out
                     elif any(site.discrete for site in predictor.structure.latents):
                         one = predictor.value[:1] if predictor.structure.plain else predictor.value
@@ -336,6 +371,7 @@ class BayesMPT(
         takes_y = y is not None and _takes_y(model)
         self._y_like: tuple[tuple[int, ...], Any] | None = (y.shape[1:], y.dtype) if takes_y else None
         self._table = table
+        self._seen = args if predictor.remembers else None
         self._store_fit(model, guide, predictor, fit, total, se)
         self.data_digest_ = _digest(X) if seen is None else ""
         self.complete_ = bool(table.complete) if table is not None else not bool(np.isnan(X).any())
@@ -343,7 +379,14 @@ class BayesMPT(
         return self
 
     def _train(
-        self, problem: training.Problem, table: Table | None, *, warm: bool, seed: int, context: Any
+        self,
+        problem: training.Problem,
+        table: Table | None,
+        prior: Prior | None,
+        *,
+        warm: bool,
+        seed: int,
+        context: Any,
     ) -> training.Fit:
         if not problem.leaves():
             return training.Fit("nothing to train", converged=True)
@@ -382,12 +425,12 @@ class BayesMPT(
                     report=report,
                 )
             else:
-                if table is not None and (table.complete or not warm):
+                if table is not None and (table.complete or not warm) and problem.log_prior is None:
                     fit = self._solve(problem, table)
                     if fit is not None and table.complete:
                         return fit
                 train = partial(training.climb, problem, max_iter=self.max_iter, tol=self.tol, report=report)
-            fit = self._best_of(train, problem, seed)
+            fit = self._best_of(train, problem, prior, seed)
         except NoiseFloorError as error:
             raise ValueError(self._unbounded(error, problem)) from error
         if not fit.converged and not fit.interrupted:
@@ -415,9 +458,9 @@ class BayesMPT(
         return training.concentrate(whole, complete, self.max_iter, self.tol)
 
     def _best_of(
-        self, train: Callable[[], training.Fit], problem: training.Problem, seed: int
+        self, train: Callable[[], training.Fit], problem: training.Problem, prior: Prior | None, seed: int
     ) -> training.Fit:
-        """Restart from fresh initial values and keep the best."""
+        """Restart from draws of the hyperprior, or from fresh initial values, and keep the best."""
         best = train()
         if self.n_init == 1 or best.interrupted:
             return best
@@ -438,6 +481,9 @@ class BayesMPT(
                     predictor=self.predictor,
                     guide=problem.predictor.guide,
                 )
+            if prior is not None:
+                loc, scale = (torch.as_tensor(a) for a in (prior.loc, prior.scale))
+                assign(_of_program(problem), torch.normal(loc, scale))
             fit = train()
             with torch.no_grad():
                 score = float(problem.score())
@@ -520,6 +566,7 @@ class BayesMPT(
         self.n_iter_ = max(1, fit.n_iter)
         self.converged_ = fit.converged
         self.fit_method_ = fit.method
+        self.at_map_ = bool(self.penalty)
         structure = predictor.structure
         self.n_components_ = structure.n_latents
         if isinstance(self.predictor_, LinearGaussian) and structure.by_row and not structure.own_rows:
@@ -539,7 +586,8 @@ class BayesMPT(
         -------
         array of shape (N,)
             Nats. A program whose rows are tokens of one vector (a latent outside the rows plate) has one number, the
-            LML of all rows together.
+            LML of all rows together; where the observations are one Gaussian vector (a Gaussian process), each y alone
+            given the training rows, NaN where y is missing.
         """
         return self.score_rows(X, y)[0]
 
@@ -547,6 +595,8 @@ class BayesMPT(
         """`score_samples` (N,), and the standard error of their sum, 0 where the score is exact."""
         check_is_fitted(self)
         structure = self.predictor_.structure
+        if self.predictor_.remembers:
+            return self._score_given_seen(X, y), 0.0
         if structure.plain or not structure.by_row:
             with self.read_rows(X, y) as (predictor, x), torch.no_grad():
                 found = predictor.evidence(x)
@@ -665,19 +715,41 @@ class BayesMPT(
         return found
 
     @available_if(lambda self: getattr(self, "_y_like", None) is not None)
-    def predict(self, X: ArrayLike) -> NDArray[np.float64]:
+    def predict(self, X: ArrayLike, return_std: bool = False, return_cov: bool = False) -> Any:
         """Means of y for new rows X, for programs ``model(x, y)``.
 
         Averaged over the posterior of the latents that all rows share (regression weights) given the training rows;
-        those of new rows are at their means given these.
+        those of new rows are at their means given these. Where the observations are one Gaussian vector (a Gaussian
+        process), given the training rows' observations.
+
+        Parameters
+        ----------
+        X : array-like of shape (M, P)
+        return_std, return_cov : bool, default=False
+            Of a Gaussian vector: also the standard deviations (M,) or the covariance (M, M) of the new observations,
+            their noise included.
         """
         check_is_fitted(self)
+        if return_std and return_cov:
+            raise ValueError("ask for return_std or return_cov, not both")
         rows = self._check_rows(X, reset=False)
         assert self._y_like is not None
+        if self._seen is not None:
+            found = self._predictive(rows, full=return_cov)
+            mean = found.mean.cpu().numpy()
+            if return_cov:
+                assert found.cov is not None
+                return mean, found.cov.cpu().numpy()
+            return (mean, found.var.sqrt().cpu().numpy()) if return_std else mean
+        if return_std or return_cov:
+            raise ValueError(
+                f"{self.predictor_.name} predicts means only: return_std and return_cov need observations that are "
+                "one Gaussian vector"
+            )
         shape, dtype = self._y_like
         args = self._arguments(self.fitted_model_, rows, np.zeros((len(rows), *shape), dtype=dtype))
         structure = self.predictor_.structure
-        with self._fitted_program(args), torch.no_grad():
+        with self._fitted_program(args) as _, torch.no_grad():
             means = torch.stack(
                 [
                     share * token_means(self.fitted_model_, args, structure.site_names, values)
@@ -685,6 +757,33 @@ class BayesMPT(
                 ]
             ).sum(0)
         return means.cpu().numpy()
+
+    @available_if(lambda self: getattr(self, "_seen", None) is not None)
+    def sample_y(self, X: ArrayLike, n_samples: int = 1, random_state: int | None = 0) -> NDArray[np.float64]:
+        """Draw observations of new rows together, given the training rows: (M, n_samples)."""
+        mean, cov = self.predict(X, return_cov=True)
+        rng = check_random_state(random_state)
+        return rng.multivariate_normal(mean, cov, n_samples).T
+
+    def _predictive(self, rows: NDArray[np.floating], *, full: bool = False) -> Predictive:
+        """New observations given those of the training rows."""
+        assert self._seen is not None and self._y_like is not None
+        shape, dtype = self._y_like
+        new = self._arguments(self.fitted_model_, rows, np.zeros((len(rows), *shape), dtype=dtype))
+        with self._fitted_program(self._seen) as predictor, torch.no_grad():
+            return predictor.predictive(self._seen, new, full=full)
+
+    def _score_given_seen(self, X: ArrayLike, y: Any) -> NDArray[np.float64]:
+        """log p(y_i | x_i, training rows) (N,)."""
+        if y is None:
+            raise ValueError("this model scores y given X: pass y")
+        rows = self._check_rows(X, reset=False)
+        found = self._predictive(rows)
+        value = self._arguments(self.fitted_model_, rows, y)[1].to(found.mean)
+        log_prob = torch.distributions.Normal(found.mean, found.var.sqrt(), validate_args=False).log_prob(
+            value
+        )
+        return log_prob.cpu().numpy()
 
     def sample(self, n_samples: int = 1) -> NDArray[np.float64]:
         """Draw rows from the fitted model: (n_samples, T), the same ones at every call; ``random_state`` chooses."""
@@ -745,6 +844,73 @@ class BayesMPT(
                 f"{len(cov)}, rank {np.linalg.matrix_rank(cov)}): use fewer latents, or drop columns that repeat others"
             ) from error
 
+    def integrated(self, X: ArrayLike, y: Any = None) -> Integrated:
+        """Evidence of X (and y) with the hyper-parameters integrated under the model's hyperprior.
+
+        Importance sampling from a mixture around all modes that are found; see `bayes_mpt.hyperparameters`.
+
+        Raises
+        ------
+        ValueError
+            If the model offers no prior of its parameters (``model.hyperprior(x, y)``), or its LML is drawn.
+
+        Examples
+        --------
+        >>> from bayes_mpt.models import GaussianProcess
+        >>> rng = np.random.default_rng(0)
+        >>> X = rng.uniform(size=(40, 1))
+        >>> y = np.sin(6 * X[:, 0]) + 0.1 * rng.normal(size=40)
+        >>> model = BayesMPT(GaussianProcess()).fit(X, y)
+        >>> found = model.integrated(X, y)
+        >>> bool(found.log_evidence < model.log_marginal_likelihood_), bool(found.se < 0.2)
+        (True, True)
+        """
+        check_is_fitted(self)
+        rows = self._check_rows(X, reset=False)
+        args = self._arguments(self.fitted_model_, rows, y)
+        if self.n_hyperparameters() is None:
+            raise ValueError(
+                f"the integrated evidence needs a model that offers hyperprior(x, y) and an LML without draws, got "
+                f"{self.fitted_model_!r}: use evidence='heldout' or 'train'"
+            )
+        with training.one_thread(len(rows) ** 2), self._fitted_program(args) as predictor:
+            problem = training.Problem(predictor, args, None, None, 1)
+            leaves = _of_program(problem)
+            if not leaves:
+                return Integrated(float(problem.score()), 0.0, 1.0, math.nan, 1, ())
+            prior = hyperprior(self.fitted_model_, args, leaves)
+            assert prior is not None
+            current = torch.cat([leaf.detach().flatten() for leaf in leaves.values()]).cpu().double().numpy()
+            found = integrate(
+                log_likelihood(predictor, args, leaves), prior, current=current, seed=self._seed()
+            )
+        return found._replace(names=tuple(leaves))
+
+    def move_to_map(self, X: ArrayLike, y: Any, found: Integrated) -> None:
+        """Take the maximum a posteriori that `integrated` found on the training rows for the parameters."""
+        if not found.modes:
+            return
+        rows = self._check_rows(X, reset=False)
+        args = self._arguments(self.fitted_model_, rows, y)
+        with training.one_thread(len(rows) ** 2), self._fitted_program(args) as predictor, torch.no_grad():
+            problem = training.Problem(predictor, args, None, None, 1)
+            assign(_of_program(problem), torch.as_tensor(found.modes[0].theta))
+            read = problem.read()
+            self.log_marginal_likelihood_ = float(problem.score_of(read))
+            self.predictor_ = read.freeze()
+            self._state = save()
+            store = pyro.get_param_store()
+            self.params_ = {n: store[n].detach().cpu().numpy().copy() for n in self._state}
+        self.at_map_ = True
+
+    def n_hyperparameters(self) -> int | None:
+        """For the integrated evidence: how many parameters have a prior; None where it does not apply."""
+        check_is_fitted(self)
+        names = self.predictor_.structure.parameters
+        if self.predictor_.sampled or (names and not hasattr(self.fitted_model_, "hyperprior")):
+            return None
+        return sum(self.params_[name].size for name in names)
+
     def noise_shape(self) -> NDArray[np.float64] | str | None:
         """For the Laplace evidence: known ratios of the noise variances, "free", or None where it does not apply."""
         check_is_fitted(self)
@@ -775,13 +941,14 @@ class BayesMPT(
             else ("; read on the real rows, whose maps differ" if s.own_rows else "; read once for all rows")
         )
         kind = self.predictor_.name
+        where = ", at their maximum a posteriori under the model's hyperprior" if self.at_map_ else ""
         return "\n".join(
             [
                 f"tokens:          {tokens}",
                 f"latents:         {latents or 'none'}",
                 f"predictor:       {kind}: {self.predictor_.why}{read}",
                 f"integrated:      {list_names(s.latent_names) or 'nothing'}",
-                f"point-estimated: {', '.join(s.parameters) or 'nothing'}",
+                f"point-estimated: {', '.join(s.parameters) or 'nothing'}{where}",
                 f"training:        {self.fit_method_}, {self.n_iter_} iterations",
             ]
         )
@@ -922,6 +1089,40 @@ def _needs_y(model: Model) -> bool:
     target = model.forward if isinstance(model, torch.nn.Module) else model
     parameters = list(inspect.signature(target).parameters.values())
     return len(parameters) > 1 and parameters[1].default is inspect.Parameter.empty
+
+
+def _of_program(problem: training.Problem) -> dict[str, Tensor]:
+    """Unconstrained parameters of the program, those of a guide left out."""
+    leaves = problem.leaves()
+    return {name: leaves[name] for name in problem.predictor.structure.parameters}
+
+
+def _log_prior(model: Model, prior: Prior | None, leaves: dict[str, Tensor]) -> Callable[[], Tensor]:
+    if prior is None:
+        raise ValueError(
+            f"penalty=True needs a model that offers hyperprior(x, y), got {model!r}: write priors into the program by "
+            "pyro.sample, or leave penalty=False"
+        )
+    names = list(leaves)
+
+    def log_prior() -> Tensor:
+        store = dict(pyro.get_param_store().named_parameters())  # a restart makes new leaves
+        return prior.log_prob(torch.cat([store[name].flatten() for name in names])[None])[0]
+
+    return log_prior
+
+
+def _warn_of_bounds(prior: Prior, leaves: dict[str, Tensor]) -> None:
+    """Say so where an estimate has run away: the likelihood does not hold it."""
+    store = pyro.get_param_store()
+    for name in far_from_centre(prior, leaves):
+        value = np.array2string(store[name].detach().cpu().numpy().ravel(), precision=3, threshold=6)
+        warnings.warn(
+            f"{RUNAWAY} {name!r} has run away to {value}, towards the end of its range: the data do not determine it. "
+            "penalty=True holds it by the model's prior; evidence='integrated' averages over it",
+            ConvergenceWarning,
+            stacklevel=5,
+        )
 
 
 def _own_guide(guide: Any, model: Model) -> Any:

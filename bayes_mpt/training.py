@@ -62,19 +62,22 @@ class Problem:
     weight: Tensor | None
     """(R,) of the rows; None: all one."""
     n_rows: int
+    log_prior: Callable[[], Tensor] | None = None
+    """Of the current parameters, added to the total score that is maximised."""
 
     def read(self) -> Conditionals:
         """The predictor at the current parameters."""
         return self.predictor.read(self.args)
 
     def score(self, masks: Policy | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """Mean score a row at the current parameters: exact, or over one draw of masks."""
-        return self.score_of(self.read(), masks, generator)
+        """Mean score a row at the current parameters, exact or over one draw of masks; with the log prior."""
+        score = self.score_of(self.read(), masks, generator)
+        return score if self.log_prior is None else score + self.log_prior() / self.n_rows
 
     def score_of(
         self, predictor: Conditionals, masks: Policy | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Mean score a row of a predictor that has read the program."""
+        """Mean score a row of a predictor that has read the program, without the log prior."""
         x = predictor.value if self.rows is None else self.rows
         if masks is None:
             by_row = predictor.joint(x)
@@ -512,6 +515,9 @@ def _batch(problem: Problem, batch_size: int | None, generator: torch.Generator)
     """A random minibatch, whose mean score estimates that of all rows."""
     if batch_size is None:
         return problem
+    log_prior, whole = problem.log_prior, problem.log_prior
+    if whole is not None:
+        log_prior = lambda: whole() * (batch_size / problem.n_rows)  # noqa: E731
     if problem.rows is not None:
         n = len(problem.rows)
         if problem.weight is None:
@@ -519,11 +525,11 @@ def _batch(problem: Problem, batch_size: int | None, generator: torch.Generator)
         else:
             index = torch.multinomial(problem.weight.cpu(), batch_size, replacement=True, generator=generator)
         index = index.to(problem.rows.device)
-        return Problem(problem.predictor, problem.args, problem.rows[index], None, len(index))
+        return Problem(problem.predictor, problem.args, problem.rows[index], None, len(index), log_prior)
     n = len(problem.args[0])
     index = torch.randperm(n, generator=generator)[:batch_size].to(problem.args[0].device)
     args = tuple(a[index] if isinstance(a, Tensor) and a.ndim and len(a) == n else a for a in problem.args)
-    return Problem(problem.predictor, args, None, None, len(index))
+    return Problem(problem.predictor, args, None, None, len(index), log_prior)
 
 
 # ------------------------------------------------------------------------------------------------------- shared

@@ -1,5 +1,6 @@
 """Ready Pyro programs. They import Pyro and nothing of bayes_mpt."""
 
+from bayes_mpt.models.gaussian_process import GaussianProcess
 from bayes_mpt.models.latent_class import LatentClass
 from bayes_mpt.models.linear_gaussian import PPCA, FactorAnalysis
 from bayes_mpt.models.mixtures import GaussianMixture, MixtureOfFactorAnalyzers
@@ -10,6 +11,7 @@ __all__ = [
     "BayesianRegression",
     "FactorAnalysis",
     "GaussianMixture",
+    "GaussianProcess",
     "LatentClass",
     "MixtureOfFactorAnalyzers",
 ]

@@ -1,6 +1,6 @@
 """How log p(x_i | x_visible) is computed for a Pyro program: predictors."""
 
-from bayes_mpt.predictors.base import Conditionals, Evidence, Posterior, Predictor
+from bayes_mpt.predictors.base import Conditionals, Evidence, Posterior, Predictive, Predictor
 from bayes_mpt.predictors.choice import choose
 from bayes_mpt.predictors.exact import Exact
 from bayes_mpt.predictors.importance import Importance
@@ -17,6 +17,7 @@ __all__ = [
     "LinearGaussian",
     "MarkovGaussian",
     "Posterior",
+    "Predictive",
     "Predictor",
     "Quadrature",
     "SequentialMonteCarlo",

@@ -12,7 +12,7 @@ from torch import Tensor
 from bayes_mpt.affine import Structure
 from bayes_mpt.tracing import Model, Program
 
-__all__ = ["Conditionals", "Evidence", "Posterior", "Predictor"]
+__all__ = ["Conditionals", "Evidence", "Posterior", "Predictive", "Predictor"]
 
 Guide = Callable[..., Any]
 
@@ -24,6 +24,17 @@ class Posterior(NamedTuple):
     """(N, K) posterior means of the latents; of a discrete one the probabilities of its values."""
     tokens: Tensor
     """(N, T) means of the tokens at those latents: what `impute` fills in."""
+
+
+class Predictive(NamedTuple):
+    """Gaussian prediction of new observations given those of the training rows."""
+
+    mean: Tensor
+    """(M,)"""
+    var: Tensor
+    """(M,) of each observation, its noise included."""
+    cov: Tensor | None
+    """(M, M), where it was asked for."""
 
 
 class Evidence(NamedTuple):
@@ -83,6 +94,8 @@ class Conditionals(ABC):
     """Whether scores have gradients."""
     telescopes: bool = True
     """Whether a chain of conditionals adds up to `joint`, whatever its order."""
+    remembers: bool = False
+    """Whether new observations are predicted from those of the training rows (`predictive`)."""
     why: str = ""
     """What was found that allows this way, for `BayesMPT.explain`."""
 
@@ -121,9 +134,17 @@ class Conditionals(ABC):
     def joint(self, x: Tensor) -> Tensor:
         """Log-density of the observed tokens of each row, the sum of any chain: (N, T) -> (N,) nats."""
 
+    def joint_at(self, args: tuple[Any, ...], values: dict[str, Tensor]) -> Tensor:
+        """Log-density (B,) of a program's observations at B values (B, ...) of each parameter, side by side."""
+        raise NotImplementedError(f"{self.name} reads a program at one value of its parameters at a time")
+
     def shared_latents(self, x: Tensor) -> list[tuple[float, dict[str, Tensor]]]:
         """Where rows are one vector: weighted posterior values of the latents given x, for predictions of new rows."""
         return []
+
+    def predictive(self, seen: tuple[Any, ...], new: tuple[Any, ...], *, full: bool = False) -> Predictive:
+        """Observations of new rows given those of the rows seen, both as the program's arguments."""
+        raise NotImplementedError(f"{self.name} does not predict rows from other rows")
 
     def evidence(self, x: Tensor) -> Evidence:
         """`joint` with its error, as good as this way can make it."""

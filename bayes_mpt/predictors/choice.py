@@ -8,6 +8,7 @@ from bayes_mpt.affine import NotAffine
 from bayes_mpt.predictors.base import Conditionals, Guide, Predictor
 from bayes_mpt.predictors.exact import summed_out
 from bayes_mpt.predictors.importance import Importance
+from bayes_mpt.predictors.joint_gaussian import JointGaussian, gaussian_program
 from bayes_mpt.predictors.markov import closed_form
 from bayes_mpt.predictors.quadrature import MAX_WIDTH, Quadrature
 from bayes_mpt.tracing import Model, ModelError, fill, latent_nodes, run, survey
@@ -55,6 +56,9 @@ def choose(
         raise ValueError(
             f"predictor must be 'auto' or a predictor such as Exact() or Importance(100), got {predictor!r}"
         )
+    vector = gaussian_program(model, args)
+    if vector is not None:
+        return JointGaussian(model, vector)
     try:
         return closed_form(model, args)
     except NotAffine as error:

@@ -6,6 +6,7 @@ from typing import Any
 
 from bayes_mpt.affine import NotAffine
 from bayes_mpt.predictors.base import Conditionals, Guide, Predictor
+from bayes_mpt.predictors.joint_gaussian import JointGaussian, gaussian_program
 from bayes_mpt.predictors.markov import closed_form
 from bayes_mpt.predictors.nodes import enumerated, mixture_of_maps
 from bayes_mpt.tracing import Model, ModelError, Program, survey
@@ -37,6 +38,9 @@ class Exact(Predictor):
     """
 
     def bind(self, model: Model, args: tuple[Any, ...], guide: Guide | None = None) -> Conditionals:
+        vector = gaussian_program(model, args)
+        if vector is not None:
+            return JointGaussian(model, vector)
         try:
             return closed_form(model, args)
         except NotAffine as error:
