@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from copy import deepcopy
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import gpytorch
@@ -13,12 +13,15 @@ import pyro
 import pyro.distributions as dist
 import torch
 from gpytorch.constraints import Interval
-from gpytorch.kernels import Kernel, RBFKernel, ScaleKernel
+from gpytorch.kernels import IndexKernel, Kernel, LinearKernel, PeriodicKernel, RBFKernel, ScaleKernel
 from gpytorch.means import ConstantMean, Mean
 from linear_operator.operators import DiagLinearOperator
 from pyro.distributions import constraints
 from sklearn.base import BaseEstimator
+from sklearn.gaussian_process import kernels as theirs
 from torch import Tensor
+
+from bayes_mpt.models.kernels import Line, check_columns, from_sklearn, kernel_name
 
 __all__ = ["GaussianProcess"]
 
@@ -36,12 +39,13 @@ class GaussianProcess(BaseEstimator):
 
     Parameters
     ----------
-    kernel : gpytorch.kernels.Kernel, optional
-        Default: ``ScaleKernel(RBFKernel(ard_num_dims=P))``.
+    kernel : gpytorch.kernels.Kernel or sklearn.gaussian_process.kernels.Kernel, optional
+        Default: ``ScaleKernel(RBFKernel(ard_num_dims=P))``. An expression of scikit-learn is translated
+        (`bayes_mpt.models.kernels.from_sklearn`): its WhiteKernel is the noise, of its bounds only "fixed" counts.
     mean : gpytorch.means.Mean, optional
         Default: ``ConstantMean()``.
     noise : float, optional
-        Known variance of the noise; None learns it.
+        Known variance of the noise; None learns it, or takes that of a fixed WhiteKernel.
     noise_column : int, optional
         Column of x that holds a known noise variance for each row, in addition; the kernel does not see it.
     likelihood : callable, optional
@@ -74,37 +78,73 @@ class GaussianProcess(BaseEstimator):
         self.likelihood = likelihood
 
     def __call__(self, x: Tensor, y: Tensor) -> None:
-        """Run the program on inputs x ([B,] N, P) and observations y ([B,] N)."""
-        known = None
-        if self.noise_column is not None:
-            column = self.noise_column % x.shape[-1]
-            known = x[..., column]
-            x = x[..., [c for c in range(x.shape[-1]) if c != column]]
-        kernel = ScaleKernel(RBFKernel(ard_num_dims=x.shape[-1])) if self.kernel is None else self.kernel
+        """Run the program on inputs x ([B,] N, P) and observations y ([B,] N), or y ([B,] N, 1)."""
+        if y.ndim == x.ndim and y.shape[-1] == 1:
+            y = y[..., 0]
+        if y.shape != x.shape[:-1]:
+            raise ValueError(
+                f"y must have one number for each row of x, shape {tuple(x.shape[:-1])}, got {tuple(y.shape)}: give "
+                "several outputs one below the other, with a column of x that says which (IndexKernel)"
+            )
+        known, x = self._known_noise(x)
+        kernel, level = self._kernel(x.shape[-1])
         mean = ConstantMean() if self.mean is None else self.mean
-        kernel = _with_parameters("kernel", kernel, x, y)
         loc = _with_parameters("mean", mean, x, y)(x)
-        cov = kernel(x)
+        cov = _with_parameters("kernel", kernel, x, y)(x)
         if self.likelihood is not None:
             u = pyro.sample("u", dist.Normal(torch.zeros_like(loc), 1.0).to_event(loc.ndim))
             f = loc + (torch.linalg.cholesky(cov.to_dense()) @ u[..., None])[..., 0]
             pyro.sample("y", self.likelihood(f).to_event(loc.ndim), obs=y)
             return
-        noise = torch.zeros_like(loc) if known is None else known
-        if self.noise is None:
-            learnt = pyro.param("noise", lambda: NOISE_SHARE * _variance(y), constraints.positive)
-            noise = noise + learnt
-        else:
-            noise = noise + _not_negative("noise", self.noise)
-        tokens = gpytorch.distributions.MultivariateNormal(loc, cov + DiagLinearOperator(noise))
+        if level is None:
+            level = pyro.param("noise", lambda: NOISE_SHARE * _variance(y), constraints.positive)
+        tokens = gpytorch.distributions.MultivariateNormal(loc, cov + DiagLinearOperator(known + level))
         pyro.sample("y", tokens, obs=y)
+
+    def _known_noise(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Variances that a column of x holds ([B,] N), zero without one, and the other columns."""
+        if self.noise_column is None:
+            return x.new_zeros(x.shape[:-1]), x
+        width = x.shape[-1]
+        if not -width <= self.noise_column < width:
+            raise ValueError(f"noise_column={self.noise_column} is not among the {width} columns of x")
+        column = self.noise_column % width
+        if bool((x[..., column] < 0).any()):
+            raise ValueError(f"column {column} of x holds variances of the noise, so it must not be negative")
+        return x[..., column], x[..., [c for c in range(width) if c != column]]
+
+    def _kernel(self, n_columns: int) -> tuple[Kernel, float | None]:
+        """The kernel for so many columns, and the variance of the noise if it is known."""
+        kernel, level = self.kernel, None if self.noise is None else _not_negative("noise", self.noise)
+        if kernel is None:
+            return ScaleKernel(RBFKernel(ard_num_dims=n_columns)), level
+        if isinstance(kernel, theirs.Kernel):
+            kernel, white = from_sklearn(self.kernel, n_columns)
+            if kernel is None:
+                raise ValueError(f"{self.kernel} is noise alone: add a kernel to it")
+            if level is not None and white is not None:
+                raise ValueError(f"the noise is given twice: noise={level}, and {white} in {self.kernel}")
+            level = white if level is None else level
+        if not isinstance(kernel, Kernel):
+            raise TypeError(
+                f"kernel must be a kernel of gpytorch or of sklearn.gaussian_process, got {kernel!r}"
+            )
+        check_columns(kernel, n_columns)
+        return kernel, level
+
+    def __repr__(self, N_CHAR_MAX: int = 700) -> str:
+        said = ["default" if self.kernel is None else kernel_name(self.kernel)]
+        for name in ("mean", "noise", "noise_column", "likelihood"):
+            value = getattr(self, name)
+            if value is not None:
+                word = value if isinstance(value, Real) else getattr(value, "__name__", type(value).__name__)
+                said.append(f"{name}={word}")
+        return f"GaussianProcess({', '.join(said)})"
 
 
 def _with_parameters(prefix: str, module: Any, x: Tensor, y: Tensor) -> Any:
     """A copy of a gpytorch module whose free parameters are `pyro.param`s, and the known ones in the dtype of x."""
-    module = deepcopy(module)
-    if next(module.parameters(), None) is not None:
-        module = module.to(x)
+    module = deepcopy(module).to(x)
     for path, raw, constraint in list(module.named_parameters_and_constraints()):
         owner, name = _owner(module, path)
         del owner._parameters[name]
@@ -114,7 +154,7 @@ def _with_parameters(prefix: str, module: Any, x: Tensor, y: Tensor) -> Any:
         natural = name.removeprefix("raw_")
         full = ".".join([prefix, *path.split(".")[:-1], natural])
         value = pyro.param(
-            full, lambda n=natural, r=raw, o=owner: _start(n, r, o, x, y), _support(constraint)
+            full, lambda n=natural, r=raw, o=owner: _start(n, r.detach(), o, x, y), _support(constraint)
         )
         setattr(owner, name, value if constraint is None else constraint.inverse_transform(value))
     return module
@@ -139,18 +179,26 @@ def _support(constraint: Interval | None) -> Any:
 def _start(name: str, raw: Tensor, owner: Any, x: Tensor, y: Tensor) -> Tensor:
     """An initial value in units of the data, in the shape of the raw parameter."""
     one = torch.ones_like(raw)
-    if name in ("lengthscale", "period_length"):
-        columns = x if owner.active_dims is None else x[..., owner.active_dims]
-        extent = columns.reshape(-1, columns.shape[-1]).std(0) * math.sqrt(
-            12
-        )  # of uniform inputs: their range
+    dims = getattr(owner, "active_dims", None)
+    columns = (x if dims is None else x[..., dims]).flatten(0, -2)  # (N, P)
+    if name == "period_length" or (name == "lengthscale" and not isinstance(owner, PeriodicKernel)):
+        # sqrt 12 standard deviations of uniform inputs are their range
+        extent = columns.std(0, correction=0) * math.sqrt(12)
         extent = torch.where(extent > 0, extent, 1.0)
         return LENGTH_SHARE * (extent if raw.shape[-1] == len(extent) else extent.mean()) * one
-    if name in ("outputscale", "variance"):
+    if name == "location":
+        return (columns.mean(0) if raw.shape[-1] == columns.shape[-1] else columns.mean()) * one
+    if name == "variance" and isinstance(owner, LinearKernel | Line):  # of a slope
+        spread = columns - columns.mean(0) if isinstance(owner, Line) else columns
+        square = spread.square().sum(-1).mean()
+        return _variance(y) / torch.where(square > 0, square, 1.0) * one
+    if isinstance(owner, IndexKernel):  # each task has half of the variance of its own, half of it in common
+        return _variance(y) / 2 * one if name == "var" else (_variance(y) / 2).sqrt() * raw
+    if name == "outputscale" or (name == "constant" and isinstance(owner, Kernel)):
         return _variance(y) * one
-    if name == "constant":
+    if name in ("constant", "bias"):
         return y.nanmean() * one
-    return one if name != "weights" and name != "bias" else 0 * one
+    return 0 * one if name == "weights" else one
 
 
 def _variance(y: Tensor) -> Tensor:
@@ -161,11 +209,6 @@ def _variance(y: Tensor) -> Tensor:
 
 
 def _not_negative(name: str, value: Any) -> float:
-    if (
-        not isinstance(value, Real)
-        or (isinstance(value, bool | Integral)
-        and value < 0)
-        or not 0 <= float(value) < math.inf
-    ):
+    if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= float(value) < math.inf:
         raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
     return float(value)
