@@ -41,6 +41,7 @@ from bayes_mpt.masks import PermutationChain, Policy
 from bayes_mpt.models import PPCA
 from bayes_mpt.moments import Table
 from bayes_mpt.predictors import Conditionals, LinearGaussian, Predictive, Predictor, choose
+from bayes_mpt.predictors.joint_gaussian import N_TRIAL_ROWS
 from bayes_mpt.score import ScoreEstimate, estimate
 from bayes_mpt.store import OwnStore, State, load, save, seeded
 from bayes_mpt.tracing import Model, ModelError, Program, fill, first_run
@@ -242,7 +243,7 @@ class BayesMPT(
                 state = None if state is not None and self.n_components_ != model.n_components else state
             with OwnStore() as store, seeded(seed):
                 n_init = MAX_INIT_CELLS // X.shape[1]
-                if MAX_INIT_ROWS < min(len(X), n_init):
+                if N_TRIAL_ROWS < min(len(X), n_init):
                     # Initial values from all rows, or a start that is a fit of its own (EM) would be one to the first
                     # rows only. A program that cannot run says why below.
                     with suppress(Exception):
@@ -256,6 +257,9 @@ class BayesMPT(
                 self._initial = store.initial()
                 store.begin(state)
                 self._refuse_subsampling(predictor, args)
+                if predictor.remembers:
+                    self._refuse_missing(X)
+                    _refuse_empty(y, predictor)
                 if predictor.structure.plain:
                     table = self._grow_table(X, seen) if table is None else table
                     _refuse_constant(table)
@@ -435,6 +439,16 @@ class BayesMPT(
                 f"plate {structure.rows_plate!r} sub-samples its rows (scale {scale:.4g}): BayesMPT makes minibatches "
                 'itself. Write pyro.plate("rows", len(x)) without subsample_size, or train with pyro.infer.SVI and '
                 "CumulativeMaskedScore"
+            )
+
+    def _refuse_missing(self, X: NDArray[np.floating]) -> None:
+        """Inputs of which every observation's distribution depends on all."""
+        columns = np.isnan(X).any(0).nonzero()[0]
+        if len(columns):
+            names = getattr(self, "feature_names_in_", np.arange(self.n_features_in_))
+            raise ValueError(
+                f"column {', '.join(str(names[c]) for c in columns)} of X has missing cells, on which the covariance of "
+                "the observations depends: fill them or drop these rows. Only y may be missing"
             )
 
     def _unbounded(self, error: NoiseFloorError, problem: training.Problem) -> str:
@@ -641,6 +655,7 @@ class BayesMPT(
     def _predictive(self, rows: NDArray[np.floating], *, full: bool = False) -> Predictive:
         """New observations given those of the training rows."""
         assert self._seen is not None and self._y_like is not None
+        self._refuse_missing(rows)
         shape, dtype = self._y_like
         new = self._arguments(self.fitted_model_, rows, np.zeros((len(rows), *shape), dtype=dtype))
         with self._fitted_program(self._seen) as predictor, torch.no_grad():
@@ -652,7 +667,7 @@ class BayesMPT(
             raise ValueError("this model scores y given X: pass y")
         rows = self._check_rows(X, reset=False)
         found = self._predictive(rows)
-        value = self._arguments(self.fitted_model_, rows, y)[1].to(found.mean)
+        value = self._arguments(self.fitted_model_, rows, y)[1].to(found.mean).reshape(found.mean.shape)
         log_prob = torch.distributions.Normal(found.mean, found.var.sqrt(), validate_args=False).log_prob(
             value
         )
@@ -900,6 +915,18 @@ def _refuse_constant(table: Table) -> None:
     if table.complete and not bool((table.cov.diagonal() > 0).any()):
         raise ValueError(
             f"all {table.n_rows} rows are equal: every column is constant, so the likelihood has no maximum"
+        )
+
+
+def _refuse_empty(y: NDArray[Any], predictor: Conditionals) -> None:
+    """Observations of one Gaussian vector from which nothing can be learnt."""
+    seen = y[~np.isnan(y)] if y.dtype.kind == "f" else y
+    if not seen.size:
+        raise ValueError("y has no observed value: nothing can be learnt of it")
+    if predictor.parameters and bool((seen == seen.flat[0]).all()):
+        raise ValueError(
+            f"all {seen.size} observed values of y are {seen.flat[0]}: the likelihood grows without bound as the variance "
+            "goes to zero. Leave out what is constant, or fix all hyper-parameters"
         )
 
 

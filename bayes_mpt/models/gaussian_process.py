@@ -21,7 +21,7 @@ from sklearn.base import BaseEstimator
 from sklearn.gaussian_process import kernels as theirs
 from torch import Tensor
 
-from bayes_mpt.models.kernels import Line, check_columns, from_sklearn, kernel_name
+from bayes_mpt.models.kernels import Line, check_columns, covar_dist, from_sklearn, kernel_name
 
 __all__ = ["GaussianProcess"]
 
@@ -86,6 +86,7 @@ class GaussianProcess(BaseEstimator):
                 f"y must have one number for each row of x, shape {tuple(x.shape[:-1])}, got {tuple(y.shape)}: give "
                 "several outputs one below the other, with a column of x that says which (IndexKernel)"
             )
+        y = y if y.is_floating_point() else y.to(x)
         known, x = self._known_noise(x)
         kernel, level = self._kernel(x.shape[-1])
         mean = ConstantMean() if self.mean is None else self.mean
@@ -145,6 +146,9 @@ class GaussianProcess(BaseEstimator):
 def _with_parameters(prefix: str, module: Any, x: Tensor, y: Tensor) -> Any:
     """A copy of a gpytorch module whose free parameters are `pyro.param`s, and the known ones in the dtype of x."""
     module = deepcopy(module).to(x)
+    for part in module.modules():
+        if isinstance(part, Kernel):
+            part.covar_dist = covar_dist
     for path, raw, constraint in list(module.named_parameters_and_constraints()):
         owner, name = _owner(module, path)
         del owner._parameters[name]

@@ -19,13 +19,15 @@ from gpytorch.kernels import (
     RQKernel,
     ScaleKernel,
 )
+from gpytorch.kernels.kernel import sq_dist
 from linear_operator import to_dense
 from sklearn.gaussian_process import kernels as theirs
 from torch import Tensor
 
-__all__ = ["Line", "Power", "check_columns", "from_sklearn", "kernel_name"]
+__all__ = ["Line", "Power", "check_columns", "covar_dist", "from_sklearn", "kernel_name"]
 
 NAMES = {RBFKernel: "RBF", RQKernel: "RQ", PeriodicKernel: "Periodic", LinearKernel: "Linear"}
+MOST_COLUMNS = 3  # of which squared distances are summed difference by difference
 HALVES = {0.5: "1/2", 1.5: "3/2", 2.5: "5/2"}
 
 
@@ -78,6 +80,31 @@ class Power(Kernel):
 
     def forward(self, x1: Tensor, x2: Tensor, diag: bool = False, **params: Any) -> Tensor:
         return to_dense(self.base_kernel(x1, x2, diag=diag, **params)) ** self.exponent
+
+
+def covar_dist(
+    x1: Tensor,
+    x2: Tensor,
+    diag: bool = False,
+    last_dim_is_batch: bool = False,
+    square_dist: bool = False,
+    **params: Any,
+) -> Tensor:
+    """Distances between the rows of x1 (..., N, P) and x2 (..., M, P), to stand in a kernel for gpytorch's own.
+
+    gpytorch expands |a - b|^2 into products, whose error, eps (range / length-scale)^2, is no longer small once its
+    root is taken: repeated inputs come to lie apart. Here differences are taken first, except where many columns make
+    that slow and no root follows.
+    """
+    if last_dim_is_batch:
+        x1, x2 = x1.mT[..., None], x2.mT[..., None]
+    if diag:
+        out = (x1 - x2).norm(dim=-1)
+        return out.square() if square_dist else out
+    if square_dist and x1.shape[-1] > MOST_COLUMNS:
+        return sq_dist(x1, x2, x1_eq_x2=torch.equal(x1, x2))
+    out = torch.cdist(x1, x2, compute_mode="donot_use_mm_for_euclid_dist")
+    return out.square() if square_dist else out
 
 
 # ------------------------------------------------------------------------------------------------ scikit-learn's

@@ -22,7 +22,10 @@ __all__ = ["JointGaussian", "gaussian_program", "moments"]
 
 LOG_2PI = math.log(2 * math.pi)
 N_TRIAL_ROWS = 64  # rows on which it is found out what the program is
-PROJECTIVE_TOL = 1e-9
+NO_FACTOR = (
+    "the covariance of the observations is not positive definite in float64: rows repeat and there is no noise, a "
+    "hyper-parameter is out of range, or the kernel is no covariance. Give the observations noise"
+)
 
 
 class Moments(NamedTuple):
@@ -58,7 +61,10 @@ def gaussian_program(model: Model, args: tuple[Any, ...]) -> Program | None:
         return None
     if not isinstance(base(sites[0]["fn"]), torch.distributions.MultivariateNormal):
         return None
-    program = survey(model, few)
+    try:
+        program = survey(model, few)
+    except RuntimeError as error:  # of the factor of the covariance
+        raise ModelError(NO_FACTOR) from error
     site = program.sites[0]._replace(shape=(len(args[0]),), n_joint=0)
     return program._replace(sites=(site,), depth=0)
 
@@ -240,8 +246,5 @@ def _condition(loc: Tensor, cov: Tensor, row: Tensor, seen: Tensor, hidden: Tens
 def _cholesky(cov: Tensor) -> Tensor:
     root, info = torch.linalg.cholesky_ex(cov)
     if bool(info.any()):
-        raise ModelError(
-            "the covariance of the observations is not positive definite in float64: rows repeat and there is no "
-            "noise, a hyper-parameter is out of range, or the kernel is no covariance. Give the observations noise"
-        )
+        raise ModelError(NO_FACTOR)
     return root
