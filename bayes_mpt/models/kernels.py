@@ -57,6 +57,11 @@ class Line(Kernel):
         """Of the slope."""
         return self.raw_variance_constraint.transform(self.raw_variance)
 
+    @variance.setter
+    def variance(self, value: Tensor | float) -> None:
+        value = torch.as_tensor(value).to(self.raw_variance)
+        self.initialize(raw_variance=self.raw_variance_constraint.inverse_transform(value))
+
     def forward(self, x1: Tensor, x2: Tensor, diag: bool = False, **params: Any) -> Tensor:
         a, b = x1 - self.location, x2 - self.location
         if diag:
