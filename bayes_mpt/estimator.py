@@ -330,7 +330,8 @@ class BayesMPT(
 
         try:
             # random nodes need steps that average over them, whatever is hidden
-            masks = PermutationChain() if self.masks is None and problem.predictor.sampled else self.masks
+            random = problem.predictor.sampled and not problem.predictor.climbs
+            masks = PermutationChain() if self.masks is None and random else self.masks
             if masks is not None:
                 if self.batch_size is not None and not problem.predictor.structure.by_row:
                     raise ModelError(
@@ -447,8 +448,8 @@ class BayesMPT(
         if len(columns):
             names = getattr(self, "feature_names_in_", np.arange(self.n_features_in_))
             raise ValueError(
-                f"column {', '.join(str(names[c]) for c in columns)} of X has missing cells, on which the covariance of "
-                "the observations depends: fill them or drop these rows. Only y may be missing"
+                f"column {', '.join(str(names[c]) for c in columns)} of X has missing cells, on which "
+                "the covariance of the observations depends: fill them or drop these rows. Only y may be missing"
             )
 
     def _unbounded(self, error: NoiseFloorError, problem: training.Problem) -> str:
@@ -925,8 +926,8 @@ def _refuse_empty(y: NDArray[Any], predictor: Conditionals) -> None:
         raise ValueError("y has no observed value: nothing can be learnt of it")
     if predictor.parameters and bool((seen == seen.flat[0]).all()):
         raise ValueError(
-            f"all {seen.size} observed values of y are {seen.flat[0]}: the likelihood grows without bound as the variance "
-            "goes to zero. Leave out what is constant, or fix all hyper-parameters"
+            f"all {seen.size} observed values of y are {seen.flat[0]}: the likelihood grows without bound as the "
+            "variance goes to zero. Leave out what is constant, or fix all hyper-parameters"
         )
 
 

@@ -21,11 +21,12 @@ from sklearn.base import BaseEstimator
 from sklearn.gaussian_process import kernels as theirs
 from torch import Tensor
 
-from bayes_mpt.models.kernels import Line, check_columns, covar_dist, from_sklearn, kernel_name
+from bayes_mpt.models.kernels import Line, check_columns, from_sklearn, kernel_name, with_own_algebra
 
 __all__ = ["GaussianProcess"]
 
 NOISE_SHARE = 0.1  # of the variance of y, in the noise at the start
+NUGGET = 1e-8  # of the mean variance of f, in its covariance before a likelihood: smooth kernels have no root without
 LENGTH_SHARE = 0.3  # of the inputs' range, in a length-scale at the start
 
 
@@ -94,7 +95,10 @@ class GaussianProcess(BaseEstimator):
         cov = _with_parameters("kernel", kernel, x, y)(x)
         if self.likelihood is not None:
             u = pyro.sample("u", dist.Normal(torch.zeros_like(loc), 1.0).to_event(loc.ndim))
-            f = loc + (torch.linalg.cholesky(cov.to_dense()) @ u[..., None])[..., 0]
+            dense = cov.to_dense()
+            nugget = NUGGET * dense.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+            root = torch.linalg.cholesky(dense + nugget * torch.eye(dense.shape[-1]).to(dense))
+            f = loc + (root @ u[..., None])[..., 0]
             pyro.sample("y", self.likelihood(f).to_event(loc.ndim), obs=y)
             return
         if level is None:
@@ -145,10 +149,7 @@ class GaussianProcess(BaseEstimator):
 
 def _with_parameters(prefix: str, module: Any, x: Tensor, y: Tensor) -> Any:
     """A copy of a gpytorch module whose free parameters are `pyro.param`s, and the known ones in the dtype of x."""
-    module = deepcopy(module).to(x)
-    for part in module.modules():
-        if isinstance(part, Kernel):
-            part.covar_dist = covar_dist
+    module = with_own_algebra(deepcopy(module).to(x))
     for path, raw, constraint in list(module.named_parameters_and_constraints()):
         owner, name = _owner(module, path)
         del owner._parameters[name]

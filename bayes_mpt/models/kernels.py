@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from linear_operator import to_dense
 from sklearn.gaussian_process import kernels as theirs
 from torch import Tensor
 
-__all__ = ["Line", "Power", "check_columns", "covar_dist", "from_sklearn", "kernel_name"]
+__all__ = ["Line", "Power", "check_columns", "from_sklearn", "kernel_name", "with_own_algebra"]
 
 NAMES = {RBFKernel: "RBF", RQKernel: "RQ", PeriodicKernel: "Periodic", LinearKernel: "Linear"}
 MOST_COLUMNS = 3  # of which squared distances are summed difference by difference
@@ -85,6 +86,26 @@ class Power(Kernel):
 
     def forward(self, x1: Tensor, x2: Tensor, diag: bool = False, **params: Any) -> Tensor:
         return to_dense(self.base_kernel(x1, x2, diag=diag, **params)) ** self.exponent
+
+
+def with_own_algebra(kernel: Kernel) -> Kernel:
+    """Replace, in place, what gpytorch computes with a needless loss.
+
+    Distances, see `covar_dist`; and sums with a LinearKernel, for which gpytorch factorises the rest of the sum at every
+    evaluation, with jitter, only to keep a root that is not asked for.
+    """
+    for part in kernel.modules():
+        if isinstance(part, Kernel):
+            part.covar_dist = covar_dist
+        if isinstance(part, LinearKernel):
+            part.forward = partial(_linear, part)
+    return kernel
+
+
+def _linear(kernel: LinearKernel, x1: Tensor, x2: Tensor, diag: bool = False, **params: Any) -> Tensor:
+    if diag:
+        return (kernel.variance[..., 0] * x1 * x2).sum(-1)
+    return (kernel.variance * x1) @ x2.mT
 
 
 def covar_dist(

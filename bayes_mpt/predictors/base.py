@@ -88,6 +88,8 @@ class Conditionals(ABC):
     """Of the way, in words."""
     sampled: bool = False
     """Whether reading draws random nodes."""
+    climbs: bool = False
+    """Whether there is an `objective` without random nodes."""
     trainable: bool = True
     """Whether scores have gradients."""
     telescopes: bool = True
@@ -131,6 +133,10 @@ class Conditionals(ABC):
     @abstractmethod
     def joint(self, x: Tensor) -> Tensor:
         """Log-density of the observed tokens of each row, the sum of any chain: (N, T) -> (N,) nats."""
+
+    def objective(self, args: tuple[Any, ...]) -> Tensor:
+        """A smooth approximation of `joint` (N,) at the program's current parameters, where that is random."""
+        raise NotImplementedError(f"{self.name} trains on its own score")
 
     def shared_latents(self, x: Tensor) -> list[tuple[float, dict[str, Tensor]]]:
         """Where rows are one vector: weighted posterior values of the latents given x, for predictions of new rows."""

@@ -254,6 +254,8 @@ class Reader(ABC):
     """Nodes are placed for the visible set they are used with, without error or almost."""
     sampled: bool = False
     """Nodes are random."""
+    climbs: bool = False
+    """There is an `objective`."""
     guide: Guide | None = None
     name: str
     why: str
@@ -266,6 +268,10 @@ class Reader(ABC):
     @abstractmethod
     def read(self, args: tuple[Any, ...], visible: Tensor | None = None) -> Read:
         """Run the program; place the nodes for the visible (T,) tokens, by default all."""
+
+    def objective(self, args: tuple[Any, ...]) -> Tensor:
+        """A smooth approximation of log Z (N,), to train on in place of random nodes."""
+        raise NotImplementedError
 
     def evidence(self, nodes: Nodes, x: Tensor) -> Evidence:
         """log Z of each row with its error."""
@@ -282,6 +288,7 @@ class Nodes(Conditionals):
         self.why = reader.why
         self.exact = reader.exact
         self.sampled = reader.sampled
+        self.climbs = reader.climbs
         self.name = reader.name
         self.guide = reader.guide
         self.args: tuple[Any, ...] = ()
@@ -327,6 +334,9 @@ class Nodes(Conditionals):
         new = Nodes(self._thawed)
         new.reader = new.model = new.guide = None
         return new
+
+    def objective(self, args: tuple[Any, ...]) -> Tensor:
+        return self._thawed.objective(args)
 
     def evidence(self, x: Tensor) -> Evidence:
         return self._thawed.evidence(self, x)
