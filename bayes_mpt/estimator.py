@@ -42,6 +42,7 @@ from bayes_mpt.models import PPCA
 from bayes_mpt.moments import Table
 from bayes_mpt.predictors import Conditionals, LinearGaussian, Predictive, Predictor, choose
 from bayes_mpt.predictors.joint_gaussian import N_TRIAL_ROWS
+from bayes_mpt.predictors.nodes import growing, means_of_new
 from bayes_mpt.score import ScoreEstimate, estimate
 from bayes_mpt.store import OwnStore, State, load, save, seeded
 from bayes_mpt.tracing import Model, ModelError, Program, fill, first_run
@@ -288,6 +289,10 @@ class BayesMPT(
                         (share, {n: v.detach().clone() for n, v in values.items() if n in outside})
                         for share, values in predictor.shared_latents(predictor.value)
                     ]
+                    shared = (
+                        isinstance(predictor.structure, Program) and len(args) > 1 and not predictor.exact
+                    )
+                    self._growing = growing(model, args, predictor.structure) if shared else ()
                     rows = predictor.value[:1] if predictor.structure.plain else predictor.value
                     self._n_features_out = (
                         0 if predictor.remembers else predictor.posterior(rows).mean.shape[1]
@@ -302,7 +307,7 @@ class BayesMPT(
                 f"the log marginal likelihood is {total} at the fitted parameters: check the program"
             )
         self._table = table
-        self._seen = args if predictor.remembers else None
+        self._seen = args if predictor.remembers or self._growing else None
         self._store_fit(model, guide, predictor, fit, total, se)
         self.data_digest_ = _digest(X) if seen is None else ""
         self.complete_ = bool(table.complete) if table is not None else not bool(np.isnan(X).any())
@@ -622,7 +627,7 @@ class BayesMPT(
             raise ValueError("ask for return_std or return_cov, not both")
         rows = self._check_rows(X, reset=False)
         assert self._y_like is not None
-        if self._seen is not None:
+        if self.predictor_.remembers:
             found = self._predictive(rows, full=return_cov)
             mean = found.mean.cpu().numpy()
             if return_cov:
@@ -637,6 +642,11 @@ class BayesMPT(
         shape, dtype = self._y_like
         args = self._arguments(self.fitted_model_, rows, np.zeros((len(rows), *shape), dtype=dtype))
         structure = self.predictor_.structure
+        if self._growing:
+            assert self._seen is not None and self._shared_latents
+            with self._fitted_program(self._seen) as _, torch.no_grad():
+                model, draws = self.fitted_model_, self._shared_latents
+                return means_of_new(model, self._seen, args, self._growing, draws).cpu().numpy()
         with self._fitted_program(args) as _, torch.no_grad():
             means = torch.stack(
                 [
@@ -646,7 +656,7 @@ class BayesMPT(
             ).sum(0)
         return means.cpu().numpy()
 
-    @available_if(lambda self: getattr(self, "_seen", None) is not None)
+    @available_if(lambda self: getattr(getattr(self, "predictor_", None), "remembers", False))
     def sample_y(self, X: ArrayLike, n_samples: int = 1, random_state: int | None = 0) -> NDArray[np.float64]:
         """Draw observations of new rows together, given the training rows: (M, n_samples)."""
         mean, cov = self.predict(X, return_cov=True)

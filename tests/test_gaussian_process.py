@@ -6,6 +6,7 @@ import gpytorch
 import numpy as np
 import pandas as pd
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from gpytorch.kernels import (
@@ -19,15 +20,18 @@ from gpytorch.kernels import (
 )
 from gpytorch.means import ConstantMean, LinearMean, ZeroMean
 from scipy.spatial.distance import cdist
+from scipy.special import expit, log_expit, logsumexp
 from scipy.stats import multivariate_normal, norm
 from sklearn.base import clone
-from sklearn.datasets import load_diabetes
-from sklearn.gaussian_process import GaussianProcessRegressor
+from sklearn.datasets import load_breast_cancer, load_diabetes, load_iris
+from sklearn.gaussian_process import GaussianProcessClassifier, GaussianProcessRegressor
 from sklearn.gaussian_process import kernels as theirs
+from torch.distributions import constraints
 
 from bayes_mpt import BayesMPT, MarginalLikelihoodSearch
 from bayes_mpt.models import GaussianProcess
 from bayes_mpt.models.kernels import Line, Power, from_sklearn, kernel_name
+from bayes_mpt.predictors import Importance
 
 C, RBF, RQ = theirs.ConstantKernel, theirs.RBF, theirs.RationalQuadratic
 SIN, DOT, WHITE = theirs.ExpSineSquared, theirs.DotProduct, theirs.WhiteKernel
@@ -460,3 +464,172 @@ def test_the_store_stays_clean():
     pyro.clear_param_store()
     BayesMPT(GaussianProcess()).fit(x, y)
     assert list(pyro.get_param_store().keys()) == []
+
+
+# ----------------------------------------------------------------------------------------------- other likelihoods
+
+
+def bernoulli(f):
+    return dist.Bernoulli(logits=f)
+
+
+def poisson(f):
+    return dist.Poisson(f.exp())
+
+
+def student(f):
+    scale = pyro.param("scale", lambda: f.new_tensor(0.3), constraint=constraints.positive)
+    return dist.StudentT(4.0, f, scale)
+
+
+LIKELIHOODS = {"Bernoulli": bernoulli, "Poisson": poisson, "Student t": lambda f: dist.StudentT(4.0, f, 0.3)}
+
+
+def latent(likelihood, kernel, **kwargs):
+    return BayesMPT(GaussianProcess(kernel, mean=ZeroMean(), likelihood=likelihood), random_state=0, **kwargs)
+
+
+def few(name):
+    """Inputs, outputs, the latent's covariance, and the nodes of a quadrature over its root."""
+    x = np.array([[0.0], [0.4], [1.5], [2.0]])
+    y = {"Bernoulli": [1.0, 1.0, 0.0], "Poisson": [2.0, 0.0, 7.0], "Student t": [0.1, 0.9, -0.4]}[name]
+    cov = 2.0 * np.exp(-0.5 * cdist(x, x, "sqeuclidean"))
+    node, weight = np.polynomial.hermite_e.hermegauss(60)
+    u = np.stack(np.meshgrid(node, node, node), -1).reshape(-1, 3)
+    w = np.stack(np.meshgrid(weight, weight, weight), -1).reshape(-1, 3).prod(1) / (2 * np.pi) ** 1.5
+    return x, np.array(y), cov, u, w
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_latent_evidence_and_predictions_against_quadrature(name):
+    x, y, cov, u, w = few(name)
+    f = torch.as_tensor(u @ np.linalg.cholesky(cov[:3, :3]).T)
+    p = w * LIKELIHOODS[name](f).log_prob(torch.as_tensor(y)).sum(-1).exp().numpy()
+    model = latent(LIKELIHOODS[name], fixed(2.0 * RBF(1.0)), predictor=Importance(20_000)).fit(x[:3], y)
+    lml, se = model.log_marginal_likelihood_, model.log_marginal_likelihood_se_
+    # 60 nodes resolve a Student t to a few thousandths
+    assert lml == pytest.approx(np.log(p.sum()), abs=4 * se + (5e-3 if name == "Student t" else 0))
+    assert se < 0.02
+    # the fourth point given the first three
+    slope = np.linalg.solve(cov[:3, :3], cov[:3, 3])
+    sd = np.sqrt(cov[3, 3] - slope @ cov[:3, 3])
+    node, weight = np.polynomial.hermite_e.hermegauss(60)
+    new = torch.as_tensor(f.numpy() @ slope)[:, None] + sd * torch.as_tensor(node)
+    mean = (LIKELIHOODS[name](new).mean.numpy() * weight / weight.sum()).sum(1)
+    truth = (p * mean).sum() / p.sum()
+    assert model.predict(x[3:])[0] == pytest.approx(truth, rel=0.05, abs=0.02)
+
+
+@pytest.fixture(scope="module")
+def cancer():
+    table = load_breast_cancer()
+    rows = np.random.default_rng(0).permutation(len(table.data))[:140]
+    x = (table.data - table.data.mean(0)) / table.data.std(0)
+    return x[rows, :5], table.target[rows].astype(float)
+
+
+def test_training_finds_the_maximum_of_laplaces_approximation(cancer):
+    x, y = cancer[0][:80], cancer[1][:80]
+    kernel = 4.0 * RBF(3.0)
+    theirs_fit = GaussianProcessClassifier(kernel).fit(x, y)
+    model = latent(bernoulli, kernel).fit(x, y)
+    assert model.history_[-1] == pytest.approx(theirs_fit.log_marginal_likelihood_value_, abs=1e-3)
+    assert model.converged_
+    level, length = np.exp(theirs_fit.kernel_.theta)
+    assert model.params_["kernel.outputscale"] == pytest.approx(level, rel=0.02)
+    assert model.params_["kernel.base_kernel.lengthscale"].item() == pytest.approx(length, rel=0.01)
+    # and what is reported is the integral itself: within its error of another one
+    cov = level * np.exp(-0.5 * cdist(x, x, "sqeuclidean") / length**2) + 1e-8 * level * np.eye(80)
+    truth, error, _, _ = by_own_draws(cov, y)
+    assert error < 0.05
+    difference = np.hypot(error, model.log_marginal_likelihood_se_)
+    assert abs(model.log_marginal_likelihood_ - truth) < 4 * difference + 1e-3
+
+
+def by_own_draws(cov, y, n_draws=40_000, n_rounds=40):
+    """Log evidence, its error, weights and function values of a logistic Gaussian process by importance sampling around its mode, wide in every direction."""
+    rng = np.random.default_rng(3)
+    root = np.linalg.cholesky(cov)
+    u = np.zeros(len(y))
+    for _ in range(n_rounds):
+        p = expit(root @ u)
+        precision = np.eye(len(y)) + root.T @ ((p * (1 - p))[:, None] * root)
+        u = u + np.linalg.solve(precision, root.T @ (y - p) - u)
+    value, vector = np.linalg.eigh(np.linalg.inv(precision))
+    spread = vector * np.sqrt(value)
+    # a few rounds of moments of the weighted draws along the axes that data narrow
+    shift = np.zeros(len(y))
+    for _ in range(6):
+        z = shift + rng.normal(size=(n_draws, len(y)))
+        f = (u + z @ spread.T) @ root.T
+        log_p = (log_expit(np.where(y == 1, f, -f))).sum(1) + norm.logpdf(u + z @ spread.T).sum(1)
+        log_w = log_p - norm.logpdf(z - shift).sum(1) + np.log(value).sum() / 2
+        share = np.exp(log_w - logsumexp(log_w))
+        shift = share @ z
+    error = np.sqrt(np.square(share).sum() - 1 / n_draws)
+    return logsumexp(log_w) - np.log(n_draws), error, share, f
+
+
+def test_classification_probabilities(cancer):
+    x, y = cancer
+    model = latent(bernoulli, 4.0 * RBF(3.0)).fit(x[:80], y[:80])
+    probability = model.predict(x[80:])
+    level, length = (
+        model.params_["kernel.outputscale"],
+        model.params_["kernel.base_kernel.lengthscale"].item(),
+    )
+
+    def cov(a, b):
+        return level * np.exp(-0.5 * cdist(a, b, "sqeuclidean") / length**2)
+
+    seen = cov(x[:80], x[:80]) + 1e-8 * level * np.eye(80)
+    _, error, share, f = by_own_draws(seen, y[:80])
+    slope = np.linalg.solve(seen, cov(x[:80], x[80:]))  # (80, M)
+    sd = np.sqrt(np.maximum(level - (slope * cov(x[:80], x[80:])).sum(0), 0))
+    node, weight = np.polynomial.hermite_e.hermegauss(30)
+    mean = sum(
+        w * (share @ expit(f @ slope + sd * z)) for z, w in zip(node, weight / weight.sum(), strict=True)
+    )
+    np.testing.assert_allclose(probability, mean, atol=0.05)
+    assert np.abs(probability - mean).mean() < 0.01
+    assert not hasattr(model, "sample_y")
+    with pytest.raises(ValueError, match="means only"):
+        model.predict(x[80:], return_std=True)
+
+
+def test_kernels_ranked_for_two_classes():
+    x, y = load_iris(return_X_y=True)
+    x, y = x[50::2, :2], (y[50::2] == 2).astype(float)
+    grid = {"model__kernel": [1.0 * RBF(1.0), 1.0 * DOT(1.0)]}
+    search = MarginalLikelihoodSearch(latent(bernoulli, None), grid, evidence="train").fit(x, y)
+    table = search.comparison_
+    assert set(table.index) == {"RBF", "Constant + Linear"}
+    assert (table["se"] > 0).all() and (table["se"] < 0.1).all()
+    assert table["mc_dse"].iloc[1] > 0
+
+
+@pytest.mark.filterwarnings(
+    "ignore:the importance weights"
+)  # one of a thousand draws stands out, as it should be said
+def test_a_likelihood_with_a_parameter_of_its_own():
+    rng = np.random.default_rng(0)
+    x = np.sort(rng.uniform(0, 6, 80))[:, None]
+    y = np.sin(x[:, 0]) + 0.2 * rng.standard_t(4, size=80)
+    model = latent(student, 1.0 * RBF(1.0)).fit(x, y)
+    assert set(model.params_) == {"kernel.outputscale", "kernel.base_kernel.lengthscale", "scale"}
+    assert 0.12 < model.params_["scale"] < 0.32
+    np.testing.assert_allclose(model.predict(x), np.sin(x[:, 0]), atol=0.25)
+
+
+def test_counts_with_gaps():
+    rng = np.random.default_rng(0)
+    x = np.sort(rng.uniform(0, 6, 60))[:, None]
+    rate = np.exp(1 + np.sin(x[:, 0]))
+    y = rng.poisson(rate).astype(float)
+    y[::9] = np.nan
+    model = BayesMPT(GaussianProcess(1.0 * RBF(1.0), likelihood=poisson), random_state=0).fit(x, y)
+    some = BayesMPT(GaussianProcess(1.0 * RBF(1.0), likelihood=poisson), random_state=0).fit(
+        x[~np.isnan(y)], y[~np.isnan(y)]
+    )
+    assert model.history_[-1] == pytest.approx(some.history_[-1], abs=1e-3)
+    assert np.abs(np.log(model.predict(x) / rate)).mean() < 0.25

@@ -165,7 +165,6 @@ class _AroundMode(_Sampled):
         latents = constrained(self.placement.space, u)
         return Read(given, log_weight, value, scale, latents, self.placement.space.names)
 
-
     def objective(self, args: tuple[Any, ...]) -> Tensor:
         value = program_values(self.model, args, tuple(fill(a) for a in args), self.program)
         visible = torch.ones(value.shape[1], dtype=torch.bool, device=value.device)

@@ -204,7 +204,7 @@ class Placement:
     def laplace(self, args: tuple[Any, ...], x: Tensor, visible: Tensor) -> Tensor:
         """Laplace's approximation of log Z of each row (N,), with its gradient to the program's parameters.
 
-            log p(u, x) + log |root| + d/2 log 2 pi,    root root' = (-d^2 log p / du^2)^-1,    at the mode u
+        log p(u, x) + log |root| + d/2 log 2 pi,    root root' = (-d^2 log p / du^2)^-1,    at the mode u
         """
         filled = tuple(fill(a) for a in args)
         mode = self.locate(args, x, visible).mode.requires_grad_()
