@@ -482,7 +482,7 @@ def student(f):
     return dist.StudentT(4.0, f, scale)
 
 
-LIKELIHOODS = {"Bernoulli": bernoulli, "Poisson": poisson, "Student t": lambda f: dist.StudentT(4.0, f, 0.3)}
+LIKELIHOODS = {"Bernoulli": bernoulli, "Poisson": poisson, "Student t": lambda f: dist.StudentT(4.0, f, 1.0)}
 
 
 def latent(likelihood, kernel, **kwargs):
@@ -492,7 +492,7 @@ def latent(likelihood, kernel, **kwargs):
 def few(name):
     """Inputs, outputs, the latent's covariance, and the nodes of a quadrature over its root."""
     x = np.array([[0.0], [0.4], [1.5], [2.0]])
-    y = {"Bernoulli": [1.0, 1.0, 0.0], "Poisson": [2.0, 0.0, 7.0], "Student t": [0.1, 0.9, -0.4]}[name]
+    y = {"Bernoulli": [1.0, 1.0, 0.0], "Poisson": [2.0, 0.0, 7.0], "Student t": [0.1, 3.0, -0.4]}[name]
     cov = 2.0 * np.exp(-0.5 * cdist(x, x, "sqeuclidean"))
     node, weight = np.polynomial.hermite_e.hermegauss(60)
     u = np.stack(np.meshgrid(node, node, node), -1).reshape(-1, 3)
@@ -507,8 +507,7 @@ def test_latent_evidence_and_predictions_against_quadrature(name):
     p = w * LIKELIHOODS[name](f).log_prob(torch.as_tensor(y)).sum(-1).exp().numpy()
     model = latent(LIKELIHOODS[name], fixed(2.0 * RBF(1.0)), predictor=Importance(20_000)).fit(x[:3], y)
     lml, se = model.log_marginal_likelihood_, model.log_marginal_likelihood_se_
-    # 60 nodes resolve a Student t to a few thousandths
-    assert lml == pytest.approx(np.log(p.sum()), abs=4 * se + (5e-3 if name == "Student t" else 0))
+    assert lml == pytest.approx(np.log(p.sum()), abs=4 * se)
     assert se < 0.02
     # the fourth point given the first three
     slope = np.linalg.solve(cov[:3, :3], cov[:3, 3])
@@ -547,7 +546,7 @@ def test_training_finds_the_maximum_of_laplaces_approximation(cancer):
 
 
 def by_own_draws(cov, y, n_draws=40_000, n_rounds=40):
-    """Log evidence, its error, weights and function values of a logistic Gaussian process by importance sampling around its mode, wide in every direction."""
+    """Of a logistic Gaussian process: log evidence, its error, weights of draws around the mode, and their f."""
     rng = np.random.default_rng(3)
     root = np.linalg.cholesky(cov)
     u = np.zeros(len(y))
@@ -583,7 +582,7 @@ def test_classification_probabilities(cancer):
         return level * np.exp(-0.5 * cdist(a, b, "sqeuclidean") / length**2)
 
     seen = cov(x[:80], x[:80]) + 1e-8 * level * np.eye(80)
-    _, error, share, f = by_own_draws(seen, y[:80])
+    _, _, share, f = by_own_draws(seen, y[:80])
     slope = np.linalg.solve(seen, cov(x[:80], x[80:]))  # (80, M)
     sd = np.sqrt(np.maximum(level - (slope * cov(x[:80], x[80:])).sum(0), 0))
     node, weight = np.polynomial.hermite_e.hermegauss(30)

@@ -91,8 +91,8 @@ class Power(Kernel):
 def with_own_algebra(kernel: Kernel) -> Kernel:
     """Replace, in place, what gpytorch computes with a needless loss.
 
-    Distances, see `covar_dist`; and sums with a LinearKernel, for which gpytorch factorises the rest of the sum at every
-    evaluation, with jitter, only to keep a root that is not asked for.
+    Distances, see `covar_dist`; and sums with a LinearKernel, for which gpytorch factorises the rest of the sum at
+    every evaluation, with jitter, only to keep a root that is not asked for.
     """
     for part in kernel.modules():
         if isinstance(part, Kernel):
