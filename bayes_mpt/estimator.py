@@ -289,10 +289,10 @@ class BayesMPT(
                         (share, {n: v.detach().clone() for n, v in values.items() if n in outside})
                         for share, values in predictor.shared_latents(predictor.value)
                     ]
-                    shared = (
-                        isinstance(predictor.structure, Program) and len(args) > 1 and not predictor.exact
-                    )
-                    self._growing = growing(model, args, predictor.structure) if shared else ()
+                    self._growing: tuple[str, ...] = ()
+                    structure = predictor.structure
+                    if isinstance(structure, Program) and len(args) > 1 and not predictor.exact:
+                        self._growing = growing(model, args, structure)
                     rows = predictor.value[:1] if predictor.structure.plain else predictor.value
                     self._n_features_out = (
                         0 if predictor.remembers else predictor.posterior(rows).mean.shape[1]

@@ -9,6 +9,7 @@ from numbers import Real
 from typing import Any
 
 import gpytorch
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -17,6 +18,7 @@ from gpytorch.kernels import IndexKernel, Kernel, LinearKernel, PeriodicKernel, 
 from gpytorch.means import ConstantMean, Mean
 from linear_operator.operators import DiagLinearOperator
 from pyro.distributions import constraints
+from scipy.signal import lombscargle
 from sklearn.base import BaseEstimator
 from sklearn.gaussian_process import kernels as theirs
 from torch import Tensor
@@ -27,6 +29,8 @@ __all__ = ["GaussianProcess"]
 
 NOISE_SHARE = 0.1  # of the variance of y, in the noise at the start
 NUGGET = 1e-8  # of the mean variance of f, in its covariance before a likelihood: smooth kernels have no root without
+MOST_ROWS = 4096  # that a period is looked for in
+MOST_WAVES = 1024  # of the shortest period looked for, in the range of the inputs
 LENGTH_SHARE = 0.3  # of the inputs' range, in a length-scale at the start
 
 
@@ -105,6 +109,28 @@ class GaussianProcess(BaseEstimator):
             level = pyro.param("noise", lambda: NOISE_SHARE * _variance(y), constraints.positive)
         tokens = gpytorch.distributions.MultivariateNormal(loc, cov + DiagLinearOperator(known + level))
         pyro.sample("y", tokens, obs=y)
+
+    def at(self, params: dict[str, Any], x: Tensor) -> tuple[Kernel, Mean, Tensor]:
+        """Kernel and mean at these values of the parameters, and the variances of the noise (N,) of rows x.
+
+        Parameters
+        ----------
+        params : dict of arrays
+            By name, as `bayes_mpt.BayesMPT.params_` has them.
+        x : tensor of shape (N, P)
+        """
+        known, x = self._known_noise(x)
+        kernel, level = self._kernel(x.shape[-1])
+        values = {name: torch.as_tensor(value).to(x) for name, value in params.items()}
+        level = values.pop("noise", x.new_zeros(())) if level is None else level
+        with pyro.poutine.substitute(data=values):
+            kernel = _with_parameters("kernel", kernel, x, x[:, 0])
+            mean = _with_parameters("mean", ConstantMean() if self.mean is None else self.mean, x, x[:, 0])
+        return kernel, mean, known + level
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """The columns of x that the kernel sees."""
+        return self._known_noise(x)[1]
 
     def _known_noise(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Variances that a column of x holds ([B,] N), zero without one, and the other columns."""
@@ -186,7 +212,10 @@ def _start(name: str, raw: Tensor, owner: Any, x: Tensor, y: Tensor) -> Tensor:
     one = torch.ones_like(raw)
     dims = getattr(owner, "active_dims", None)
     columns = (x if dims is None else x[..., dims]).flatten(0, -2)  # (N, P)
-    if name == "period_length" or (name == "lengthscale" and not isinstance(owner, PeriodicKernel)):
+    if name == "period_length":
+        periods = [_period(column, y.flatten()) for column in columns.mT]
+        return raw.new_tensor(periods if raw.shape[-1] == len(periods) else periods[0]) * one
+    if name == "lengthscale" and not isinstance(owner, PeriodicKernel):
         # sqrt 12 standard deviations of uniform inputs are their range
         extent = columns.std(0, correction=0) * math.sqrt(12)
         extent = torch.where(extent > 0, extent, 1.0)
@@ -204,6 +233,20 @@ def _start(name: str, raw: Tensor, owner: Any, x: Tensor, y: Tensor) -> Tensor:
     if name in ("constant", "bias"):
         return y.nanmean() * one
     return 0 * one if name == "weights" else one
+
+
+def _period(x: Tensor, y: Tensor) -> float:
+    """The strongest period of y along one column, a parabola taken off (Lomb 1976): at most a quarter of the range."""
+    seen = ~y.isnan()
+    every = max(1, int(seen.sum()) // MOST_ROWS)
+    at, value = (a[seen][::every].double().numpy(force=True) for a in (x, y))
+    extent = float(np.ptp(at)) if len(at) else 0.0
+    if len(at) < 10 or extent == 0:
+        return LENGTH_SHARE * extent or 1.0
+    at = (at - at.min()) / extent
+    value = value - np.polyval(np.polyfit(at, value, 2), at)
+    waves = np.arange(4, min(MOST_WAVES, len(at) / 2), 0.25)  # in the range
+    return extent / waves[lombscargle(at, value, 2 * np.pi * waves).argmax()]
 
 
 def _variance(y: Tensor) -> Tensor:
