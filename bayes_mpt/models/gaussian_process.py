@@ -122,11 +122,11 @@ class GaussianProcess(BaseEstimator):
         known, x = self._known_noise(x)
         kernel, level = self._kernel(x.shape[-1])
         values = {name: torch.as_tensor(value).to(x) for name, value in params.items()}
-        level = values.pop("noise", x.new_zeros(())) if level is None else level
+        noise = known + (values.pop("noise", 0.0) if level is None else level)
         with pyro.poutine.substitute(data=values):
             kernel = _with_parameters("kernel", kernel, x, x[:, 0])
             mean = _with_parameters("mean", ConstantMean() if self.mean is None else self.mean, x, x[:, 0])
-        return kernel, mean, known + level
+        return kernel, mean, noise
 
     def inputs(self, x: Tensor) -> Tensor:
         """The columns of x that the kernel sees."""
