@@ -59,6 +59,8 @@ from bayes_mpt.predictors import (
     Predictor,
     choose,
 )
+from bayes_mpt.predictors.joint_gaussian import N_TRIAL_ROWS
+from bayes_mpt.predictors.nodes import growing, means_of_new
 from bayes_mpt.score import ScoreEstimate, estimate
 from bayes_mpt.store import OwnStore, State, load, save, seeded
 from bayes_mpt.tracing import Model, ModelError, Program, fill, first_run, list_names, not_finite, run
@@ -286,7 +288,7 @@ class BayesMPT(
                 bound = None
             with OwnStore() as store, seeded(seed):
                 n_init = MAX_INIT_CELLS // X.shape[1]
-                if bound is not None or MAX_INIT_ROWS < min(len(X), n_init):
+                if bound is not None or N_TRIAL_ROWS < min(len(X), n_init):
                     # Initial values from all rows, or a start that is a fit of its own (EM) would be one to the first
                     # rows only. A program that cannot run says why below.
                     with suppress(Exception):
@@ -315,6 +317,9 @@ class BayesMPT(
                         UserWarning,
                         stacklevel=3,
                     )
+                if predictor.remembers:
+                    self._refuse_missing(X)
+                    _refuse_empty(y, predictor)
                 if moments:
                     table = self._grow_table(X, seen) if table is None else table
                     _refuse_constant(table)
@@ -350,6 +355,10 @@ class BayesMPT(
                         (share, {n: v.detach().clone() for n, v in values.items() if n in outside})
                         for share, values in predictor.shared_latents(predictor.value)
                     ]
+                    self._growing: tuple[str, ...] = ()
+                    structure = predictor.structure
+                    if isinstance(structure, Program) and len(args) > 1 and not predictor.exact:
+                        self._growing = growing(model, args, structure)
                     # numbers a row; of discrete latents one for each value, which only the posterior tells
                     if predictor.remembers:
                         self._n_features_out = 0
@@ -371,7 +380,7 @@ class BayesMPT(
         takes_y = y is not None and _takes_y(model)
         self._y_like: tuple[tuple[int, ...], Any] | None = (y.shape[1:], y.dtype) if takes_y else None
         self._table = table
-        self._seen = args if predictor.remembers else None
+        self._seen = args if predictor.remembers or self._growing else None
         self._store_fit(model, guide, predictor, fit, total, se)
         self.data_digest_ = _digest(X) if seen is None else ""
         self.complete_ = bool(table.complete) if table is not None else not bool(np.isnan(X).any())
@@ -406,7 +415,8 @@ class BayesMPT(
 
         try:
             # random nodes need steps that average over them, whatever is hidden
-            masks = PermutationChain() if self.masks is None and problem.predictor.sampled else self.masks
+            random = problem.predictor.sampled and not problem.predictor.climbs
+            masks = PermutationChain() if self.masks is None and random else self.masks
             if masks is not None:
                 if self.batch_size is not None and not problem.predictor.structure.by_row:
                     raise ModelError(
@@ -531,6 +541,16 @@ class BayesMPT(
                 f"plate {structure.rows_plate!r} sub-samples its rows (scale {scale:.4g}): BayesMPT makes minibatches "
                 'itself. Write pyro.plate("rows", len(x)) without subsample_size, or train with pyro.infer.SVI and '
                 "CumulativeMaskedScore"
+            )
+
+    def _refuse_missing(self, X: NDArray[np.floating]) -> None:
+        """Inputs of which every observation's distribution depends on all."""
+        columns = np.isnan(X).any(0).nonzero()[0]
+        if len(columns):
+            names = getattr(self, "feature_names_in_", np.arange(self.n_features_in_))
+            raise ValueError(
+                f"column {', '.join(str(names[c]) for c in columns)} of X has missing cells, on which "
+                "the covariance of the observations depends: fill them or drop these rows. Only y may be missing"
             )
 
     def _unbounded(self, error: NoiseFloorError, problem: training.Problem) -> str:
@@ -734,7 +754,7 @@ class BayesMPT(
             raise ValueError("ask for return_std or return_cov, not both")
         rows = self._check_rows(X, reset=False)
         assert self._y_like is not None
-        if self._seen is not None:
+        if self.predictor_.remembers:
             found = self._predictive(rows, full=return_cov)
             mean = found.mean.cpu().numpy()
             if return_cov:
@@ -749,6 +769,11 @@ class BayesMPT(
         shape, dtype = self._y_like
         args = self._arguments(self.fitted_model_, rows, np.zeros((len(rows), *shape), dtype=dtype))
         structure = self.predictor_.structure
+        if self._growing:
+            assert self._seen is not None and self._shared_latents
+            with self._fitted_program(self._seen) as _, torch.no_grad():
+                model, draws = self.fitted_model_, self._shared_latents
+                return means_of_new(model, self._seen, args, self._growing, draws).cpu().numpy()
         with self._fitted_program(args) as _, torch.no_grad():
             means = torch.stack(
                 [
@@ -758,7 +783,7 @@ class BayesMPT(
             ).sum(0)
         return means.cpu().numpy()
 
-    @available_if(lambda self: getattr(self, "_seen", None) is not None)
+    @available_if(lambda self: getattr(getattr(self, "predictor_", None), "remembers", False))
     def sample_y(self, X: ArrayLike, n_samples: int = 1, random_state: int | None = 0) -> NDArray[np.float64]:
         """Draw observations of new rows together, given the training rows: (M, n_samples)."""
         mean, cov = self.predict(X, return_cov=True)
@@ -768,6 +793,7 @@ class BayesMPT(
     def _predictive(self, rows: NDArray[np.floating], *, full: bool = False) -> Predictive:
         """New observations given those of the training rows."""
         assert self._seen is not None and self._y_like is not None
+        self._refuse_missing(rows)
         shape, dtype = self._y_like
         new = self._arguments(self.fitted_model_, rows, np.zeros((len(rows), *shape), dtype=dtype))
         with self._fitted_program(self._seen) as predictor, torch.no_grad():
@@ -779,7 +805,7 @@ class BayesMPT(
             raise ValueError("this model scores y given X: pass y")
         rows = self._check_rows(X, reset=False)
         found = self._predictive(rows)
-        value = self._arguments(self.fitted_model_, rows, y)[1].to(found.mean)
+        value = self._arguments(self.fitted_model_, rows, y)[1].to(found.mean).reshape(found.mean.shape)
         log_prob = torch.distributions.Normal(found.mean, found.var.sqrt(), validate_args=False).log_prob(
             value
         )
@@ -1139,6 +1165,18 @@ def _refuse_constant(table: Table) -> None:
     if table.complete and not bool((table.cov.diagonal() > 0).any()):
         raise ValueError(
             f"all {table.n_rows} rows are equal: every column is constant, so the likelihood has no maximum"
+        )
+
+
+def _refuse_empty(y: NDArray[Any], predictor: Conditionals) -> None:
+    """Observations of one Gaussian vector from which nothing can be learnt."""
+    seen = y[~np.isnan(y)] if y.dtype.kind == "f" else y
+    if not seen.size:
+        raise ValueError("y has no observed value: nothing can be learnt of it")
+    if predictor.parameters and bool((seen == seen.flat[0]).all()):
+        raise ValueError(
+            f"all {seen.size} observed values of y are {seen.flat[0]}: the likelihood grows without bound as the "
+            "variance goes to zero. Leave out what is constant, or fix all hyper-parameters"
         )
 
 

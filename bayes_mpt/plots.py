@@ -8,9 +8,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
+from bayes_mpt.discovery import Decomposition, decompose
 from bayes_mpt.score import Curve
 
-__all__ = ["MaskedCurveDisplay", "RankingDisplay"]
+__all__ = ["DecompositionDisplay", "MaskedCurveDisplay", "RankingDisplay"]
 
 
 class MaskedCurveDisplay:
@@ -96,6 +97,64 @@ class RankingDisplay:
         self.ax_.axvline(0, color="0.5", lw=0.8, ls=":")
         self.ax_.set_yticks(place, list(table.index))
         self.ax_.set(xlabel=f"log evidence below the best, nats ({self.comparison['diag'].iloc[0]})")
+        return self
+
+
+class DecompositionDisplay:
+    """A series and the additive parts of its Gaussian process, one below the other.
+
+    Parameters
+    ----------
+    x : array of shape (M,)
+        The input of each row, of one column.
+    parts : Decomposition
+        `bayes_mpt.discovery.decompose` at these rows.
+    seen : tuple of arrays, optional
+        Inputs and observations to draw above.
+
+    Attributes
+    ----------
+    axes_, figure_ : matplotlib artists
+        After `plot`.
+    """
+
+    def __init__(self, x: ArrayLike, parts: Decomposition, seen: tuple[ArrayLike, ArrayLike] | None = None):
+        self.x = np.ravel(x)
+        self.parts = parts
+        self.seen = seen
+
+    @classmethod
+    def from_estimator(
+        cls, estimator: Any, X: ArrayLike, y: ArrayLike | None = None, *, at: ArrayLike | None = None
+    ) -> Self:
+        """Draw the parts of a fitted `BayesMPT` or `KernelSearch` of one input column, at X or ``at`` other rows."""
+        rows = np.asarray(X if at is None else at, dtype=float)
+        if rows.ndim != 2 or rows.shape[1] != 1:
+            raise ValueError(f"only inputs of one column can be drawn, got shape {rows.shape}")
+        parts = decompose(getattr(estimator, "best_estimator_", estimator), rows)
+        return cls(rows, parts, None if y is None else (np.ravel(X), np.ravel(y))).plot()
+
+    def plot(self, axes: Any = None, *, names: list[str] | None = None) -> Self:
+        """Draw on J + 1 axes, or on new ones; bands are two standard deviations, ``names`` title the parts."""
+        names = self.parts.names if names is None else names
+        if axes is None:
+            import matplotlib.pyplot as plt
+
+            n = len(names) + 1
+            _, axes = plt.subplots(n, 1, figsize=(8, 1 + 1.9 * n), sharex=True, layout="constrained")
+        self.axes_, self.figure_ = axes, axes[0].figure
+        order = np.argsort(self.x)
+        x = self.x[order]
+        if self.seen is not None:
+            axes[0].plot(*self.seen, ".", color="0.6", ms=3)
+        axes[0].plot(x, self.parts.total[order], color="C0", lw=1)
+        axes[0].set_title("observations and the whole")
+        for j, name in enumerate(names):
+            mean, band = self.parts.mean[j][order], 2 * self.parts.sd[j][order]
+            axes[j + 1].plot(x, mean, color=f"C{j + 1}", lw=1)
+            axes[j + 1].fill_between(x, mean - band, mean + band, color=f"C{j + 1}", alpha=0.25, linewidth=0)
+            axes[j + 1].axhline(0, color="0.7", lw=0.6, zorder=0)
+            axes[j + 1].set_title(name)
         return self
 
 

@@ -32,9 +32,11 @@ from typing import Any, ClassVar, Literal, Self
 
 import cloudpickle
 import numpy as np
+from gpytorch.kernels import Kernel
 from joblib import Parallel, delayed
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, MetaEstimatorMixin, _fit_context, clone
+from sklearn.gaussian_process.kernels import Kernel as GaussianProcessKernel
 from sklearn.model_selection import BaseCrossValidator, KFold, ParameterGrid
 from sklearn.utils import check_array, check_random_state, get_tags
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
@@ -54,6 +56,7 @@ from bayes_mpt.comparison import (
 )
 from bayes_mpt.estimator import RUNAWAY, BayesMPT
 from bayes_mpt.masks import require_lml
+from bayes_mpt.models.kernels import kernel_name
 
 __all__ = ["MarginalLikelihoodSearch"]
 
@@ -566,6 +569,8 @@ def _names(grid: list[dict[str, Any]]) -> list[str]:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, Kernel | GaussianProcessKernel):
+        return kernel_name(value)
     return (
         type(value).__name__ if isinstance(value, BaseEstimator) else getattr(value, "__name__", repr(value))
     )

@@ -71,7 +71,10 @@ class Problem:
 
     def score(self, masks: Policy | None = None, generator: torch.Generator | None = None) -> Tensor:
         """Mean score a row at the current parameters, exact or over one draw of masks; with the log prior."""
-        score = self.score_of(self.read(), masks, generator)
+        if masks is None and self.predictor.climbs:
+            score = self.predictor.objective(self.args).sum() / self.n_rows
+        else:
+            score = self.score_of(self.read(), masks, generator)
         return score if self.log_prior is None else score + self.log_prior() / self.n_rows
 
     def score_of(
@@ -590,6 +593,8 @@ def _units(predictor: Conditionals, leaves: dict[str, Tensor]) -> Tensor:
     in units of sqrt N, J'J being the empirical Fisher information of a row. Over random signs v,
     E (J' v)_j^2 is sum_i J_ij^2.
     """
+    if predictor.climbs:  # one vector, of which no part is cheap to have alone
+        return torch.ones_like(_flat(leaves)).detach()
     if isinstance(predictor, LinearGaussian):
         outputs = torch.cat([part.flatten() for part in _dimensionless(predictor.reading)])
     else:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from copy import copy, deepcopy
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import gpytorch
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
 from gpytorch.constraints import Interval
 from gpytorch.kernels import (
     AdditiveKernel,
+    IndexKernel,
     Kernel,
     LinearKernel,
     PeriodicKernel,
@@ -23,15 +25,21 @@ from gpytorch.kernels import (
     ScaleKernel,
 )
 from gpytorch.means import ConstantMean, Mean
-from linear_operator import to_dense
 from linear_operator.operators import DiagLinearOperator
 from pyro.distributions import constraints
+from scipy.signal import lombscargle
 from sklearn.base import BaseEstimator
+from sklearn.gaussian_process import kernels as theirs
 from torch import Tensor
+
+from bayes_mpt.models.kernels import Line, check_columns, from_sklearn, kernel_name, with_own_algebra
 
 __all__ = ["GaussianProcess"]
 
 NOISE_SHARE = 0.1  # of the variance of y, in the noise at the start
+NUGGET = 1e-8  # of the mean variance of f, in its covariance before a likelihood: smooth kernels have no root without
+MOST_ROWS = 4096  # that a period is looked for in
+MOST_WAVES = 1024  # of the shortest period looked for, in the range of the inputs
 LENGTH_SHARE = 0.3  # of the inputs' range, in a length-scale at the start
 PRIOR_SD = {"lengthscale": 1.0, "period_length": 1.0, "outputscale": 1.5, "variance": 1.5, "alpha": 1.0}
 NOISE_SD = 1.5
@@ -48,12 +56,13 @@ class GaussianProcess(BaseEstimator):
 
     Parameters
     ----------
-    kernel : gpytorch.kernels.Kernel, optional
-        Default: ``ScaleKernel(RBFKernel(ard_num_dims=P))``.
+    kernel : gpytorch.kernels.Kernel or sklearn.gaussian_process.kernels.Kernel, optional
+        Default: ``ScaleKernel(RBFKernel(ard_num_dims=P))``. An expression of scikit-learn is translated
+        (`bayes_mpt.models.kernels.from_sklearn`): its WhiteKernel is the noise, of its bounds only "fixed" counts.
     mean : gpytorch.means.Mean, optional
         Default: ``ConstantMean()``.
     noise : float, optional
-        Known variance of the noise; None learns it.
+        Known variance of the noise; None learns it, or takes that of a fixed WhiteKernel.
     noise_column : int, optional
         Column of x that holds a known noise variance for each row, in addition; the kernel does not see it.
     likelihood : callable, optional
@@ -86,29 +95,32 @@ class GaussianProcess(BaseEstimator):
         self.likelihood = likelihood
 
     def __call__(self, x: Tensor, y: Tensor) -> None:
-        """Run the program on inputs x ([B,] N, P) and observations y ([B,] N)."""
-        known = None
-        if self.noise_column is not None:
-            column = self.noise_column % x.shape[-1]
-            known = x[..., column]
-            x = x[..., [c for c in range(x.shape[-1]) if c != column]]
-        kernel = ScaleKernel(RBFKernel(ard_num_dims=x.shape[-1])) if self.kernel is None else self.kernel
+        """Run the program on inputs x ([B,] N, P) and observations y ([B,] N), or y ([B,] N, 1)."""
+        if y.ndim == x.ndim and y.shape[-1] == 1:
+            y = y[..., 0]
+        if y.shape != x.shape[:-1]:
+            raise ValueError(
+                f"y must have one number for each row of x, shape {tuple(x.shape[:-1])}, got {tuple(y.shape)}: give "
+                "several outputs one below the other, with a column of x that says which (IndexKernel)"
+            )
+        y = y if y.is_floating_point() else y.to(x)
+        known, x = self._known_noise(x)
+        kernel, level = self._kernel(x.shape[-1])
         mean = ConstantMean() if self.mean is None else self.mean
-        kernel = _with_parameters("kernel", kernel, x, y)
         loc = _with_parameters("mean", mean, x, y)(x)
-        cov = kernel(x)
+        cov = _with_parameters("kernel", kernel, x, y)(x)
         if self.likelihood is not None:
             u = pyro.sample("u", dist.Normal(torch.zeros_like(loc), 1.0).to_event(loc.ndim))
-            f = loc + (torch.linalg.cholesky(cov.to_dense()) @ u[..., None])[..., 0]
+            dense = cov.to_dense()
+            nugget = NUGGET * dense.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+            root = torch.linalg.cholesky(dense + nugget * torch.eye(dense.shape[-1]).to(dense))
+            f = loc + (root @ u[..., None])[..., 0]
             pyro.sample("y", self.likelihood(f).to_event(loc.ndim), obs=y)
             return
-        noise = torch.zeros_like(loc) if known is None else known
-        if self.noise is None:
-            learnt = pyro.param("noise", lambda: NOISE_SHARE * _variance(y), constraints.positive)
-            noise = noise + learnt[..., None]  # one for each of several parameter values side by side
-        else:
-            noise = noise + _not_negative("noise", self.noise)
-        tokens = gpytorch.distributions.MultivariateNormal(loc, cov + DiagLinearOperator(noise))
+        if level is None:
+            level = pyro.param("noise", lambda: NOISE_SHARE * _variance(y), constraints.positive)
+            level = level[..., None]  # one for each of several parameter values side by side
+        tokens = gpytorch.distributions.MultivariateNormal(loc, cov + DiagLinearOperator(known + level))
         pyro.sample("y", tokens, obs=y)
 
     def hyperprior(self, x: Tensor, y: Tensor) -> dict[str, Any]:
@@ -118,9 +130,10 @@ class GaussianProcess(BaseEstimator):
         value, such as the logarithm; or a `torch.distributions.Distribution` of its natural value, where one is
         registered with a gpytorch module that is no normal in the unconstrained one.
         """
-        if self.noise_column is not None:
-            x = x[..., [c for c in range(x.shape[-1]) if c != self.noise_column % x.shape[-1]]]
-        kernel = ScaleKernel(RBFKernel(ard_num_dims=x.shape[-1])) if self.kernel is None else self.kernel
+        y = y[..., 0] if y.ndim == x.ndim else y
+        y = y if y.is_floating_point() else y.to(x)
+        x = self.inputs(x)
+        kernel, level = self._kernel(x.shape[-1])
         out: dict[str, Any] = {}
         for prefix, module in (
             ("kernel", kernel),
@@ -142,10 +155,72 @@ class GaussianProcess(BaseEstimator):
                     continue
                 centre, sd = _centre(natural, raw, owner, x, y, variances.get(id(owner)))
                 out[full] = _unconstrained(centre, sd, _support(constraint))
-        if self.noise is None and self.likelihood is None:
+        if level is None and self.likelihood is None:
             centre = (NOISE_SHARE * _variance(y)).to(x)
             out["noise"] = centre.log(), torch.full_like(centre, NOISE_SD)
         return out
+
+    def at(self, params: dict[str, Any], x: Tensor) -> tuple[Kernel, Mean, Tensor]:
+        """Kernel and mean at these values of the parameters, and the variances of the noise (N,) of rows x.
+
+        Parameters
+        ----------
+        params : dict of arrays
+            By name, as `bayes_mpt.BayesMPT.params_` has them.
+        x : tensor of shape (N, P)
+        """
+        known, x = self._known_noise(x)
+        kernel, level = self._kernel(x.shape[-1])
+        values = {name: torch.as_tensor(value).to(x) for name, value in params.items()}
+        noise = known + (values.pop("noise", 0.0) if level is None else level)
+        with pyro.poutine.substitute(data=values):
+            kernel = _with_parameters("kernel", kernel, x, x[:, 0])
+            mean = _with_parameters("mean", ConstantMean() if self.mean is None else self.mean, x, x[:, 0])
+        return kernel, mean, noise
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """The columns of x that the kernel sees."""
+        return self._known_noise(x)[1]
+
+    def _known_noise(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Variances that a column of x holds ([B,] N), zero without one, and the other columns."""
+        if self.noise_column is None:
+            return x.new_zeros(x.shape[:-1]), x
+        width = x.shape[-1]
+        if not -width <= self.noise_column < width:
+            raise ValueError(f"noise_column={self.noise_column} is not among the {width} columns of x")
+        column = self.noise_column % width
+        if bool((x[..., column] < 0).any()):
+            raise ValueError(f"column {column} of x holds variances of the noise, so it must not be negative")
+        return x[..., column], x[..., [c for c in range(width) if c != column]]
+
+    def _kernel(self, n_columns: int) -> tuple[Kernel, float | None]:
+        """The kernel for so many columns, and the variance of the noise if it is known."""
+        kernel, level = self.kernel, None if self.noise is None else _not_negative("noise", self.noise)
+        if kernel is None:
+            return ScaleKernel(RBFKernel(ard_num_dims=n_columns)), level
+        if isinstance(kernel, theirs.Kernel):
+            kernel, white = from_sklearn(self.kernel, n_columns)
+            if kernel is None:
+                raise ValueError(f"{self.kernel} is noise alone: add a kernel to it")
+            if level is not None and white is not None:
+                raise ValueError(f"the noise is given twice: noise={level}, and {white} in {self.kernel}")
+            level = white if level is None else level
+        if not isinstance(kernel, Kernel):
+            raise TypeError(
+                f"kernel must be a kernel of gpytorch or of sklearn.gaussian_process, got {kernel!r}"
+            )
+        check_columns(kernel, n_columns)
+        return kernel, level
+
+    def __repr__(self, N_CHAR_MAX: int = 700) -> str:
+        said = ["default" if self.kernel is None else kernel_name(self.kernel)]
+        for name in ("mean", "noise", "noise_column", "likelihood"):
+            value = getattr(self, name)
+            if value is not None:
+                word = value if isinstance(value, Real) else getattr(value, "__name__", type(value).__name__)
+                said.append(f"{name}={word}")
+        return f"GaussianProcess({', '.join(said)})"
 
 
 def _variances(kernel: Kernel, variance: Any) -> dict[int, Any]:
@@ -173,19 +248,21 @@ def _centre(
     """Centre of the prior in natural units, and the standard deviation of the unconstrained value."""
     centre: Any = _start(name, raw, owner, x, y)
     sd = PRIOR_SD.get(name, OTHER_SD)
+    columns = _columns(owner, x)
+    if name == "period_length":  # not where y has its strongest wave: a prior has not seen that
+        centre = LENGTH_SHARE * _extent(columns, raw) * torch.ones_like(raw)
     if name == "lengthscale" and not isinstance(owner, PeriodicKernel):
-        n_columns = x.shape[-1] if owner.active_dims is None else len(owner.active_dims)
-        centre = centre * math.sqrt(n_columns)  # distances grow with the number of columns
+        centre = centre * math.sqrt(columns.shape[-1])  # distances grow with the number of columns
     if name == "outputscale":
         centre = variance * torch.ones_like(raw)
-    if name == "variance" and isinstance(owner, LinearKernel):
-        columns = x if owner.active_dims is None else x[..., owner.active_dims]
-        square = columns.square().reshape(-1, columns.shape[-1]).mean(0).sum()
-        centre = variance / torch.where(square > 0, square, 1.0) * torch.ones_like(raw)
+    if name == "variance" and isinstance(owner, LinearKernel | Line):
+        centre = centre * variance / _variance(y)
+    if name == "location":
+        return centre, _extent(columns, raw)
     if name in ("constant", "bias"):
-        return y.nanmean() * torch.ones_like(raw), float(_variance(y).sqrt())
+        return centre, float(_variance(y).sqrt())
     if name == "weights":
-        spread = x.reshape(-1, x.shape[-1]).std(0)
+        spread = columns.std(0, correction=0)
         unit = _variance(y).sqrt() / torch.where(spread > 0, spread, 1.0)
         return centre, unit.reshape(-1, 1).expand_as(raw)
     return centre, sd
@@ -226,7 +303,7 @@ def _registered(owner: Any, name: str, raw: Tensor) -> Any:
 
 def _with_parameters(prefix: str, module: Any, x: Tensor, y: Tensor) -> Any:
     """A copy of a gpytorch module whose free parameters are `pyro.param`s, and the known ones in the dtype of x."""
-    module = _copy(module, x)
+    module = with_own_algebra(_copy(module, x))
     for path, raw, constraint in list(module.named_parameters_and_constraints()):
         owner, name = _owner(module, path)
         del owner._parameters[name]
@@ -251,14 +328,13 @@ def _copy(module: Any, x: Tensor) -> Any:
     new._buffers = {
         n: b.to(x) if b is not None and b.is_floating_point() else b for n, b in module._buffers.items()
     }
-    if isinstance(module, LinearKernel):
-        # To add a low-rank operator to another gpytorch decomposes that one: n^3 for nothing, or an error.
-        new.forward = lambda *args, **kwargs: to_dense(type(module).forward(new, *args, **kwargs))
     return new
 
 
 def _first(name: str, raw: Tensor, owner: Any, module: Any, x: Tensor, y: Tensor) -> Tensor:
-    """An initial value: the centre of the prior."""
+    """An initial value: the centre of the prior, but for periods, of which one is looked for in y."""
+    if name == "period_length":
+        return _start(name, raw.to(x), owner, x, y)
     variance = _variances(module, _variance(y)).get(id(owner)) if isinstance(module, Kernel) else None
     return _centre(name, raw.to(x), owner, x, y, variance)[0]
 
@@ -282,20 +358,53 @@ def _support(constraint: Interval | None) -> Any:
 def _start(name: str, raw: Tensor, owner: Any, x: Tensor, y: Tensor) -> Tensor:
     """An initial value in units of the data, in the shape of the raw parameter."""
     one = torch.ones_like(raw).detach()
-    if name == "lengthscale" and isinstance(owner, PeriodicKernel):
-        return one  # of sines
-    if name in ("lengthscale", "period_length"):
-        columns = x if owner.active_dims is None else x[..., owner.active_dims]
-        extent = columns.reshape(-1, columns.shape[-1]).std(0) * math.sqrt(
-            12
-        )  # of uniform inputs: their range
-        extent = torch.where(extent > 0, extent, 1.0)
-        return LENGTH_SHARE * (extent if raw.shape[-1] == len(extent) else extent.mean()) * one
-    if name in ("outputscale", "variance"):
+    columns = _columns(owner, x)
+    if name == "period_length":
+        periods = [_period(column, y.flatten()) for column in columns.mT]
+        return raw.new_tensor(periods if raw.shape[-1] == len(periods) else periods[0]) * one
+    if name == "lengthscale" and not isinstance(owner, PeriodicKernel):
+        return LENGTH_SHARE * _extent(columns, raw) * one
+    if name == "location":
+        return (columns.mean(0) if raw.shape[-1] == columns.shape[-1] else columns.mean()) * one
+    if name == "variance" and isinstance(owner, LinearKernel | Line):  # of a slope
+        spread = columns - columns.mean(0) if isinstance(owner, Line) else columns
+        square = spread.square().sum(-1).mean()
+        return _variance(y) / torch.where(square > 0, square, 1.0) * one
+    if isinstance(owner, IndexKernel):  # each task has half of the variance of its own, half of it in common
+        return _variance(y) / 2 * one if name == "var" else (_variance(y) / 2).sqrt() * raw
+    if name == "outputscale" or (name == "constant" and isinstance(owner, Kernel)):
         return _variance(y) * one
-    if name == "constant":
+    if name in ("constant", "bias"):
         return y.nanmean() * one
-    return one if name != "weights" and name != "bias" else 0 * one
+    return 0 * one if name == "weights" else one
+
+
+def _columns(owner: Any, x: Tensor) -> Tensor:
+    """The columns that a kernel or mean sees, (N, P)."""
+    dims = getattr(owner, "active_dims", None)
+    return (x if dims is None else x[..., dims]).flatten(0, -2)
+
+
+def _extent(columns: Tensor, raw: Tensor) -> Tensor:
+    """Ranges of the columns, one for each element of the parameter, or their mean."""
+    # sqrt 12 standard deviations of uniform inputs are their range
+    extent = columns.std(0, correction=0) * math.sqrt(12)
+    extent = torch.where(extent > 0, extent, 1.0)
+    return extent if raw.shape[-1] == len(extent) else extent.mean()
+
+
+def _period(x: Tensor, y: Tensor) -> float:
+    """The strongest period of y along one column, a parabola taken off (Lomb 1976): at most a quarter of the range."""
+    seen = ~y.isnan()
+    every = max(1, int(seen.sum()) // MOST_ROWS)
+    at, value = (a[seen][::every].double().numpy(force=True) for a in (x, y))
+    extent = float(np.ptp(at)) if len(at) else 0.0
+    if len(at) < 10 or extent == 0:
+        return LENGTH_SHARE * extent or 1.0
+    at = (at - at.min()) / extent
+    value = value - np.polyval(np.polyfit(at, value, 2), at)
+    waves = np.arange(4, min(MOST_WAVES, len(at) / 2), 0.25)  # in the range
+    return extent / waves[lombscargle(at, value, 2 * np.pi * waves).argmax()]
 
 
 def _variance(y: Tensor) -> Tensor:
@@ -306,10 +415,6 @@ def _variance(y: Tensor) -> Tensor:
 
 
 def _not_negative(name: str, value: Any) -> float:
-    if (
-        not isinstance(value, Real)
-        or (isinstance(value, bool | Integral) and value < 0)
-        or not 0 <= float(value) < math.inf
-    ):
+    if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= float(value) < math.inf:
         raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
     return float(value)

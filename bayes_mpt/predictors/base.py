@@ -90,6 +90,8 @@ class Conditionals(ABC):
     """Whether reading draws random nodes."""
     one_by_one: bool = False
     """Whether nodes are run one by one, because the program does not take several at once: slow."""
+    climbs: bool = False
+    """Whether there is an `objective` without random nodes."""
     trainable: bool = True
     """Whether scores have gradients."""
     telescopes: bool = True
@@ -137,6 +139,10 @@ class Conditionals(ABC):
     def joint_at(self, args: tuple[Any, ...], values: dict[str, Tensor]) -> Tensor:
         """Log-density (B,) of a program's observations at B values (B, ...) of each parameter, side by side."""
         raise NotImplementedError(f"{self.name} reads a program at one value of its parameters at a time")
+
+    def objective(self, args: tuple[Any, ...]) -> Tensor:
+        """A smooth approximation of `joint` (N,) at the program's current parameters, where that is random."""
+        raise NotImplementedError(f"{self.name} trains on its own score")
 
     def shared_latents(self, x: Tensor) -> list[tuple[float, dict[str, Tensor]]]:
         """Where rows are one vector: weighted posterior values of the latents given x, for predictions of new rows."""

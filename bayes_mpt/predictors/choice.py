@@ -15,6 +15,8 @@ from bayes_mpt.tracing import Model, ModelError, fill, latent_nodes, run, survey
 
 __all__ = ["choose"]
 
+N_DRAWS = 1000
+
 
 def _samples(guide: Guide, args: tuple[Any, ...]) -> bool:
     """Whether a guide has any site: SVI wants one also where nothing is to be drawn."""
@@ -79,4 +81,5 @@ def choose(
             model, args, program
         )  # few enough where the others are integrated in closed form
     except ModelError:
-        return Importance().bind(model, args)
+        # one integral over many latents deserves more draws than one of many rows
+        return (Importance() if program.by_row else Importance(N_DRAWS)).bind(model, args)

@@ -57,7 +57,9 @@ __all__ = ["Importance", "pareto_k"]
 
 LEAST_TAIL = 20  # weights to fit a tail to
 BAD_K = 0.7  # above it the error is not to be believed (Vehtari et al. 2024)
-DEGREES = 5.0  # of freedom of the draws around the mode
+N_WIDENINGS = 6  # steps from Laplace's Gaussian towards the closest one
+WIDENING_COST = 200_000_000
+DEGREES = 5.0  # of freedom of the draws around the mode, at least
 
 
 class Importance(Predictor):
@@ -137,6 +139,7 @@ class _AroundMode(_Sampled):
 
     def __init__(self, placement: Placement, n_draws: int):
         self.placement, self.n_draws = placement, n_draws
+        self.climbs = not placement.program.by_row
         self.model, self.program = placement.model, placement.program
         self.one_by_one = placement.one_by_one
         self.why = (
@@ -149,24 +152,38 @@ class _AroundMode(_Sampled):
         value = program_values(self.model, args, filled, self.program)
         if visible is None:
             visible = torch.ones(value.shape[1], dtype=torch.bool, device=value.device)
-        mode, root = self.placement.locate(args, value, visible)
+        near = self.placement.locate(args, value, visible)
+        if self.climbs:
+            # each draw costs a curvature, d^3 operations
+            n_pairs = max(4, min(64, WIDENING_COST // near.mode.shape[1] ** 3))
+            for _ in range(N_WIDENINGS):
+                half = torch.randn(n_pairs, *near.mode.shape, dtype=near.mode.dtype).to(near.mode)
+                near = self.placement.widen(args, value, visible, near, torch.cat([half, -half]))
+        mode, root = near
         n_rows, width = mode.shape
         # multivariate t: a normal vector over the root of a chi-square that its axes share
         normal = torch.randn(self.n_draws, n_rows, width, dtype=mode.dtype).to(mode)
-        chi = torch.distributions.Chi2(torch.tensor(DEGREES, dtype=mode.dtype))
-        t = normal * (DEGREES / chi.sample((self.n_draws, n_rows)).to(mode))[..., None].sqrt()
+        # In many dimensions the radius hardly varies, and that of few degrees of freedom would miss it.
+        degrees = max(DEGREES, 2.0 * width)
+        chi = torch.distributions.Chi2(torch.tensor(degrees, dtype=mode.dtype))
+        t = normal * (degrees / chi.sample((self.n_draws, n_rows)).to(mode))[..., None].sqrt()
         u = mode + (root @ t[..., None])[..., 0]
         log_q = (
-            math.lgamma((DEGREES + width) / 2)
-            - math.lgamma(DEGREES / 2)
-            - width / 2 * math.log(DEGREES * math.pi)
-            - (DEGREES + width) / 2 * torch.log1p(t.square().sum(-1) / DEGREES)
+            math.lgamma((degrees + width) / 2)
+            - math.lgamma(degrees / 2)
+            - width / 2 * math.log(degrees * math.pi)
+            - (degrees + width) / 2 * torch.log1p(t.square().sum(-1) / degrees)
             - torch.linalg.slogdet(root)[1]
         )
         given, part, scale = self.placement.at(args, filled, u)
         log_weight = part - log_q - math.log(self.n_draws)
         latents = constrained(self.placement.space, u)
         return Read(given, log_weight, value, scale, latents, self.placement.space.names)
+
+    def objective(self, args: tuple[Any, ...]) -> Tensor:
+        value = program_values(self.model, args, tuple(fill(a) for a in args), self.program)
+        visible = torch.ones(value.shape[1], dtype=torch.bool, device=value.device)
+        return self.placement.laplace(args, value, visible)
 
 
 class _Along(torch.autograd.Function):

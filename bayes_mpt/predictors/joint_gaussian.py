@@ -9,6 +9,7 @@ ever added to it.
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -63,7 +64,13 @@ def gaussian_program(model: Model, args: tuple[Any, ...]) -> Program | None:
         return None
     if not isinstance(base(sites[0]["fn"]), torch.distributions.MultivariateNormal):
         return None
-    program = survey(model, few)
+    try:
+        with warnings.catch_warnings():
+            # gpytorch's own density adds jitter, and says so; it is not what scores
+            warnings.filterwarnings("ignore", message="A not p.d., added jitter")
+            program = survey(model, few)
+    except RuntimeError as error:  # of the factor of the covariance
+        raise ModelError(NOT_DEFINITE) from error
     site = program.sites[0]._replace(shape=(len(args[0]),), n_joint=0)
     return program._replace(sites=(site,), depth=0)
 

@@ -6,7 +6,8 @@ side, and nodes are placed around it: Gauss-Hermite nodes (Liu & Pierce 1994), o
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
@@ -209,82 +210,55 @@ class Placement:
             draws = [self.space.pack(run(self.model, filled), n_rows)[0] for _ in range(N_START_DRAWS)]
         return torch.stack(draws).median(0).values
 
-    @torch.enable_grad()
     def locate(self, args: tuple[Any, ...], x: Tensor, visible: Tensor) -> Located:
         """The mode of each row's latents given its visible tokens: Newton's method, saddles turned into descents."""
         filled = tuple(fill(a) for a in args)
-        shape = (n_rows_of(self.program, filled), self.space.width)
-        # a training asks again and again, with little change
-        u = self._last if self._last is not None and self._last.shape == shape else self.start(filled)
-        u = u.detach().requires_grad_()
-        log_prob = self._log_prob(args, filled, x, visible, u)
-        for _ in range(MAX_STEPS):
-            (slope,) = torch.autograd.grad(log_prob.sum(), u, create_graph=True)
-            curvature = torch.stack(
-                [
-                    torch.autograd.grad(slope[:, j].sum(), u, retain_graph=True, materialize_grads=True)[0]
-                    for j in range(u.shape[1])
-                ],
-                -1,
-            )
-            slope = slope.detach()
-            value, vector = torch.linalg.eigh(-0.5 * (curvature + curvature.mT))
-            size = value.abs().clamp(min=1e-10)
-            step = (vector @ ((vector.mT @ slope[..., None]) / size[..., None]))[..., 0]
-            gain = (slope * step).sum(-1)  # (N,)
-            longest = step.abs().amax(-1, keepdim=True)
-            step = step * (LONGEST_STEP / longest.clamp(min=LONGEST_STEP))
-            if not bool((gain > LAST_GAIN).any()):
-                u = u + step
-                break
-            before = log_prob.detach()
-            there = gain <= 1e-12 * (1 + before.abs())
-            u, log_prob, moved = self._walk(args, filled, x, visible, u.detach(), step, before, there)
-            if not moved:
-                break
-        self._last = u.detach()
-        covariance_root = vector * size.rsqrt()[..., None, :]
-        return Located(u.detach(), covariance_root.detach())
+        u = self._last  # a training asks again and again, with little change
+        if u is None or u.shape != (n_rows_of(self.program, filled), self.space.width):
+            u = self.start(filled)
+        found = _climb(lambda u: self._log_prob(args, filled, x, visible, u[None])[0], u, MAX_STEPS)
+        self._last = found.mode
+        return found
 
-    def _walk(
-        self,
-        args: tuple[Any, ...],
-        filled: tuple[Any, ...],
-        x: Tensor,
-        visible: Tensor,
-        u: Tensor,
-        step: Tensor,
-        before: Tensor,
-        there: Tensor,
-    ) -> tuple[Tensor, Tensor, bool]:
-        """Halve the step of each row until it climbs, of those that are not there yet; log p there, and if any did."""
-        share = torch.ones_like(before)
-        better = there.clone()
-        best = u
-        for _ in range(20):
-            trial = (u + share[:, None] * step).requires_grad_()
-            try:
-                log_prob = self._log_prob(args, filled, x, visible, trial)
-            except ValueError:  # so far away that the program refuses: all rows shorter
-                share = share / 2
-                continue
-            good = (log_prob.detach() > before) & torch.isfinite(log_prob.detach()) & ~better
-            if bool(good.all()):
-                return trial, log_prob, True
-            best = torch.where(good[:, None], trial.detach(), best)
-            better |= good
-            if bool(better.all()):
-                break
-            share = torch.where(better, share, share / 2)
-        best.requires_grad_()
-        return best, self._log_prob(args, filled, x, visible, best), bool((better & ~there).any())
+    def widen(
+        self, args: tuple[Any, ...], x: Tensor, visible: Tensor, near: Located, draws: Tensor
+    ) -> Located:
+        """Newton's step of the mean log-density over draws (S, N, d) of a Gaussian, and the mean curvature there.
+
+        Both end at the Gaussian closest to the posterior (Opper & Archambeau 2009), where Laplace's sees a point.
+        """
+        filled = tuple(fill(a) for a in args)
+        offsets = (near.root @ draws[..., None])[..., 0]
+        return _climb(lambda u: self._log_prob(args, filled, x, visible, u + offsets).mean(0), near.mode, 1)
+
+    @torch.enable_grad()
+    def laplace(self, args: tuple[Any, ...], x: Tensor, visible: Tensor) -> Tensor:
+        """Laplace's approximation of log Z of each row (N,), with its gradient to the program's parameters.
+
+        log p(u, x) + log |root| + d/2 log 2 pi,    root root' = (-d^2 log p / du^2)^-1,    at the mode u
+        """
+        filled = tuple(fill(a) for a in args)
+        mode = self.locate(args, x, visible).mode.requires_grad_()
+        log_prob = self._log_prob(args, filled, x, visible, mode[None])[0]
+        (slope,) = torch.autograd.grad(log_prob.sum(), mode, create_graph=True)
+        root = _root(_curvature(slope, mode))
+        # The mode moves with the parameters as Newton's next step does, whose length is zero.
+        u = mode.detach() + _times_covariance(root, slope)
+        # d log |root| = 1/2 sum_s d (r_s' H r_s), H the second derivative, along the columns r_s of the root
+        along = u.new_zeros(u.shape[1], len(u), requires_grad=True)  # (d, N)
+        log_prob = self._log_prob(args, filled, x, visible, u + along[..., None] * root.permute(2, 0, 1))
+        (first,) = torch.autograd.grad(log_prob.sum(), along, create_graph=True)
+        (second,) = torch.autograd.grad(first.sum(), along, create_graph=True)
+        bend = 0.5 * second.sum(0)
+        log_root = torch.linalg.slogdet(root)[1] + bend - bend.detach()
+        return log_prob[0] + log_root + 0.5 * u.shape[1] * math.log(2 * math.pi)
 
     def _log_prob(
         self, args: tuple[Any, ...], filled: tuple[Any, ...], x: Tensor, visible: Tensor, u: Tensor
     ) -> Tensor:
-        """log p(u, x_R) (N,)."""
-        given, part, _ = self.at(args, filled, u[None])
-        return (part + given.log_joint(x, visible))[0]
+        """log p(u, x_R) of nodes u (S, N, d): (S, N)."""
+        given, part, _ = self.at(args, filled, u)
+        return part + given.log_joint(x, visible)
 
     def _log_prior(self, filled: tuple[Any, ...], values: dict[str, Tensor], n_rows: int) -> Tensor:
         """log p of the sites that take nodes, (N,)."""
@@ -294,6 +268,78 @@ class Placement:
             node = trace.nodes[part.latent.name]
             total = total + rows_first(node["fn"].log_prob(node["value"]), part.latent.row_axis).sum(-1)
         return total
+
+
+@torch.enable_grad()
+def _climb(log_prob: Callable[[Tensor], Tensor], u: Tensor, max_steps: int) -> Located:
+    """Newton's method on (N, d) -> (N,), all rows side by side, and the curvature at the last step but one."""
+    u = u.detach().requires_grad_()
+    before = log_prob(u)
+    for _ in range(max_steps):
+        (slope,) = torch.autograd.grad(before.sum(), u, create_graph=True)
+        root = _root(_curvature(slope, u))
+        slope = slope.detach()
+        step = _times_covariance(root, slope)
+        gain = (slope * step).sum(-1)  # (N,)
+        longest = step.abs().amax(-1, keepdim=True)
+        step = step * (LONGEST_STEP / longest.clamp(min=LONGEST_STEP))
+        if not bool((gain > LAST_GAIN).any()):  # Newton's last step squares what is left
+            u = u + step
+            break
+        there = gain <= 1e-12 * (1 + before.detach().abs())
+        u, before, moved = _walk(log_prob, u.detach(), step, before.detach(), there)
+        if not moved:
+            break
+    return Located(u.detach(), root)
+
+
+def _walk(
+    log_prob: Callable[[Tensor], Tensor], u: Tensor, step: Tensor, before: Tensor, there: Tensor
+) -> tuple[Tensor, Tensor, bool]:
+    """Halve the step of each row until it climbs, of those that are not there yet; log p there, and if any did."""
+    share = torch.ones_like(before)
+    best, better = u, there.clone()
+    for _ in range(20):
+        trial = (u + share[:, None] * step).requires_grad_()
+        try:
+            found = log_prob(trial)
+        except ValueError:  # so far away that the program refuses: all rows shorter
+            share = share / 2
+            continue
+        good = (found.detach() > before) & torch.isfinite(found.detach()) & ~better
+        if bool(good.all()):
+            return trial, found, True
+        best = torch.where(good[:, None], trial.detach(), best)
+        better |= good
+        if bool(better.all()):
+            break
+        share = torch.where(better, share, share / 2)
+    best.requires_grad_()
+    return best, log_prob(best), bool((better & ~there).any())
+
+
+def _curvature(slope: Tensor, u: Tensor) -> Tensor:
+    """-d slope / du of each row: (N, d), (N, d) -> (N, d, d)."""
+    n_rows, width = u.shape
+    one = torch.eye(width, dtype=u.dtype, device=u.device)[:, None].expand(-1, n_rows, -1)  # (d, N, d)
+    (rows,) = torch.autograd.grad(
+        slope, u, one, retain_graph=True, is_grads_batched=True, materialize_grads=True
+    )
+    return -0.5 * (rows.movedim(0, 1) + rows.permute(1, 2, 0))
+
+
+def _root(curvature: Tensor) -> Tensor:
+    """R with R R' = |H|^-1, (N, d, d); of a saddle the signs of its axes are dropped."""
+    lower, info = torch.linalg.cholesky_ex(curvature)
+    if not bool(info.any()):
+        one = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
+        return torch.linalg.solve_triangular(lower, one.expand_as(lower), upper=False).mT.detach()
+    value, vector = torch.linalg.eigh(curvature)
+    return (vector * value.abs().clamp(min=1e-10).rsqrt()[..., None, :]).detach()
+
+
+def _times_covariance(root: Tensor, slope: Tensor) -> Tensor:
+    return (root @ (root.mT @ slope[..., None]))[..., 0]
 
 
 def _awkward(
