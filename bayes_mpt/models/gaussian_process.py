@@ -163,8 +163,7 @@ def _variance(y: Tensor) -> Tensor:
 def _not_negative(name: str, value: Any) -> float:
     if (
         not isinstance(value, Real)
-        or (isinstance(value, bool | Integral)
-        and value < 0)
+        or (isinstance(value, bool | Integral) and value < 0)
         or not 0 <= float(value) < math.inf
     ):
         raise ValueError(f"{name} must be a number of at least 0, got {value!r}")

@@ -5,6 +5,7 @@ from bayes_mpt.predictors.choice import choose
 from bayes_mpt.predictors.exact import Exact
 from bayes_mpt.predictors.importance import Importance
 from bayes_mpt.predictors.linear_gaussian import LinearGaussian
+from bayes_mpt.predictors.nearest_neighbors import NearestNeighbors
 from bayes_mpt.predictors.quadrature import Quadrature
 from bayes_mpt.predictors.smc import SequentialMonteCarlo
 
@@ -14,6 +15,7 @@ __all__ = [
     "Exact",
     "Importance",
     "LinearGaussian",
+    "NearestNeighbors",
     "Posterior",
     "Predictive",
     "Predictor",

@@ -94,6 +94,8 @@ class Conditionals(ABC):
     """Whether a chain of conditionals adds up to `joint`, whatever its order."""
     remembers: bool = False
     """Whether new observations are predicted from those of the training rows (`predictive`)."""
+    divisible: bool = False
+    """Whether `joint` is a sum over tokens that can be estimated from some of them (`partial`)."""
     why: str = ""
     """What was found that allows this way, for `BayesMPT.explain`."""
 
@@ -131,6 +133,17 @@ class Conditionals(ABC):
     @abstractmethod
     def joint(self, x: Tensor) -> Tensor:
         """Log-density of the observed tokens of each row, the sum of any chain: (N, T) -> (N,) nats."""
+
+    def partial(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """`joint` estimated from these tokens, without bias if they are random: (N, T), (B,) -> (N,) nats."""
+        raise NotImplementedError(f"{self.name} has no terms to sample from")
+
+    def predicted(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of these tokens of one Gaussian vector, each given those before it: (1, T), (B,) -> (B,)."""
+        raise NotImplementedError(f"{self.name} does not predict tokens by a Gaussian")
+
+    def settle(self) -> None:  # noqa: B027
+        """Find out anew at the current parameters what was found out at earlier ones, such as which tokens are near."""
 
     def shared_latents(self, x: Tensor) -> list[tuple[float, dict[str, Tensor]]]:
         """Where rows are one vector: weighted posterior values of the latents given x, for predictions of new rows."""
