@@ -30,10 +30,11 @@ from bayes_mpt.affine import Reading
 from bayes_mpt.masks import Policy, torch_generator
 from bayes_mpt.moments import Table
 from bayes_mpt.predictors import Conditionals, LinearGaussian
+from bayes_mpt.predictors.joint_gaussian import JointGaussian
 from bayes_mpt.score import masked_score
-from bayes_mpt.tracing import MissingCovariate, ModelError
+from bayes_mpt.tracing import MissingCovariate, ModelError, Program, rows_of
 
-__all__ = ["Fit", "Problem", "climb", "concentrate", "one_thread", "train_on_masks"]
+__all__ = ["Fit", "Problem", "climb", "concentrate", "one_thread", "stages", "train_on_masks"]
 
 Report = Callable[[int, float], bool]
 """Called with (iteration, mean score a row) after each; True stops the training."""
@@ -45,6 +46,13 @@ STATIONARY = 1e-3  # nats a row and unit of the map: a steeper place is no maxim
 LEAST_GAIN = 2e-5  # nats a row in a window, less than which halves the step
 N_CHECK_DRAWS = 16
 N_SCALE_PROBES = 4
+# One Gaussian vector, coarse to fine:
+N_COARSE = 512  # tokens fitted exactly first, where many evaluations cost nothing
+N_MIDDLE = 8192  # terms of a longer sum fitted next
+N_UNIT_TOKENS = 256  # from which the units are found
+MAX_TURNED = 64  # parameters whose information matrix is taken whole
+LEAST_INFORMATION = 0.01  # of a direction, in the units of the single parameters
+GAIN_LEFT = 1e-3  # nats of all tokens
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,8 @@ class Problem:
     weight: Tensor | None
     """(R,) of the rows; None: all one."""
     n_rows: int
+    tokens: Tensor | None = None
+    """(B,) of a vector whose score is estimated from these alone; None: all."""
 
     def read(self) -> Conditionals:
         """The predictor at the current parameters."""
@@ -73,7 +83,9 @@ class Problem:
     ) -> Tensor:
         """Mean score a row of a predictor that has read the program."""
         x = predictor.value if self.rows is None else self.rows
-        if masks is None:
+        if self.tokens is not None:
+            by_row = predictor.partial(x, self.tokens)
+        elif masks is None:
             by_row = predictor.joint(x)
         else:
             by_row = masked_score(predictor, x, masks.draw(x.shape[1], generator))
@@ -273,6 +285,41 @@ def _reach(problem: Problem, leaves: list[Tensor], part: str, target: Tensor, un
 # ----------------------------------------------------------------------------------------------------- L-BFGS
 
 
+def stages(problem: Problem, seed: int) -> list[Problem]:
+    """The problem, behind smaller ones that lead to its maximum: of one long Gaussian vector, some of its tokens.
+
+    First a few rows exactly, where restarts and many iterations are cheap; then, of a sum of terms, a random sample.
+    """
+    if not problem.predictor.remembers:
+        return [problem]
+    tokens = _shuffled(problem, seed)
+    found = []
+    if len(tokens) >= 2 * N_COARSE:
+        found.append(_only(problem, tokens[:N_COARSE]))
+    if problem.predictor.divisible and len(tokens) >= 4 * N_MIDDLE:
+        found.append(_sampled(problem, tokens[:N_MIDDLE]))
+    return [*found, problem]
+
+
+def _shuffled(problem: Problem, seed: int) -> Tensor:
+    """The observed tokens of one vector in a random order."""
+    y = problem.args[-1]
+    tokens = (~y.isnan()).nonzero()[:, 0] if y.is_floating_point() else torch.arange(len(y), device=y.device)
+    return tokens[torch.randperm(len(tokens), generator=torch_generator(seed)).to(tokens.device)]
+
+
+def _only(problem: Problem, tokens: Tensor) -> Problem:
+    """The exact problem of these rows alone."""
+    predictor, args = problem.predictor, rows_of(problem.args, tokens)
+    assert predictor.model is not None and isinstance(predictor.structure, Program)
+    return Problem(JointGaussian(predictor.model, predictor.structure), args, None, None, 1)
+
+
+def _sampled(problem: Problem, tokens: Tensor) -> Problem:
+    """The problem with its score estimated from these tokens."""
+    return Problem(problem.predictor, problem.args, problem.rows, problem.weight, problem.n_rows, tokens)
+
+
 def climb(problem: Problem, *, max_iter: int, tol: float, report: Report | None = None) -> Fit:
     """Maximise the exact score by L-BFGS (strong Wolfe line search) over all parameters.
 
@@ -283,17 +330,19 @@ def climb(problem: Problem, *, max_iter: int, tol: float, report: Report | None 
     """
     leaves = problem.leaves()
     fit = Fit("lbfgs")
-    _check_start(problem, leaves)
+    _check_start(_small(problem) if problem.predictor.divisible else problem, leaves)
     best_theta, best = _flat(leaves).detach().clone(), -math.inf
+    best_slope = torch.full_like(best_theta, math.inf)
     least_unit = torch.full_like(best_theta, math.inf)
 
-    def climb_once(budget: int, unit: Tensor) -> Any:
-        """L-BFGS in these units."""
+    def climb_once(budget: int, unit: Tensor, turn: Tensor | None) -> Any:
+        """L-BFGS in these units: theta = start + unit * (turn phi)."""
         start = _flat(leaves).detach().clone()
 
         def loss(phi: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-            nonlocal best, best_theta
-            theta = start + unit * torch.as_tensor(phi).to(start)
+            nonlocal best, best_theta, best_slope
+            step = torch.as_tensor(phi).to(start)
+            theta = start + unit * (step if turn is None else turn @ step)
             _assign(leaves, theta)
             try:
                 score = problem.score()
@@ -307,14 +356,16 @@ def climb(problem: Problem, *, max_iter: int, tol: float, report: Report | None 
                 # the line search tried a point too far away; ModelError is a ValueError too
                 return 1e30, np.zeros(len(phi))
             grad = unit * torch.cat([g.flatten() for g in grads])
+            grad = grad if turn is None else turn.mT @ grad
             value = float(score.detach())
             if not math.isfinite(value) or not bool(torch.isfinite(grad).all()):
                 return 1e30, np.zeros(len(phi))
             if value > best:
-                best, best_theta = value, theta
+                best, best_theta, best_slope = value, theta, grad
             return -value, -grad.double().cpu().numpy()
 
-        options = {"maxiter": budget, "maxfun": 3 * budget, "maxcor": 30, "ftol": tol, "gtol": 1e-9}
+        gtol = 1e-9 if turn is None else math.sqrt(GAIN_LEFT) / 10
+        options = {"maxiter": budget, "maxfun": 3 * budget, "maxcor": 30, "ftol": tol, "gtol": gtol}
         return minimize(
             loss, np.zeros(len(start)), jac=True, method="L-BFGS-B", callback=callback, options=options
         )
@@ -326,11 +377,17 @@ def climb(problem: Problem, *, max_iter: int, tol: float, report: Report | None 
 
     try:
         while len(fit.history) < max_iter:
-            before, unit = best, _units(problem, leaves)
+            before, (unit, turn) = best, _metric(problem, leaves)
             least_unit = torch.minimum(least_unit, unit)
-            result = climb_once(max_iter - len(fit.history), unit)
+            result = climb_once(max_iter - len(fit.history), unit, turn)
             _assign(leaves, best_theta)
+            if not math.isfinite(best):
+                _check_start(problem, leaves)
             if result.status not in (0, 2):  # out of iterations, or stopped from outside
+                break
+            # in turned units the curvature is about one
+            if turn is not None and 0.5 * float(best_slope.square().sum()) <= GAIN_LEFT:
+                fit.converged = True
                 break
             # The units were those of the start; where the map has changed much, a climb may end short of the top.
             if best - before <= 10 * tol * (1 + abs(best)):
@@ -440,7 +497,12 @@ def _fresh_adam(
     """Start, units, the steps phi in theta = start + unit phi, and their optimiser."""
     start = _flat(leaves).detach().clone()
     phi = torch.zeros_like(start).requires_grad_()
-    return start, _units(problem, leaves), phi, torch.optim.Adam([phi], lr=learning_rate, betas=(0.9, 0.99))
+    return (
+        start,
+        _units(_small(problem), leaves),
+        phi,
+        torch.optim.Adam([phi], lr=learning_rate, betas=(0.9, 0.99)),
+    )
 
 
 def _batch(problem: Problem, batch_size: int | None, generator: torch.Generator) -> Problem:
@@ -457,7 +519,9 @@ def _batch(problem: Problem, batch_size: int | None, generator: torch.Generator)
         return Problem(problem.predictor, problem.args, problem.rows[index], None, len(index))
     n = len(problem.args[0])
     index = torch.randperm(n, generator=generator)[:batch_size].to(problem.args[0].device)
-    args = tuple(a[index] if isinstance(a, Tensor) and a.ndim and len(a) == n else a for a in problem.args)
+    if problem.predictor.divisible:
+        return _sampled(problem, index)
+    args = rows_of(problem.args, index)
     return Problem(problem.predictor, args, None, None, len(index))
 
 
@@ -507,7 +571,7 @@ def _units(problem: Problem, leaves: dict[str, Tensor]) -> Tensor:
     if isinstance(predictor, LinearGaussian):
         outputs = torch.cat([part.flatten() for part in _dimensionless(predictor.reading)])
     else:
-        outputs = _by_part(predictor)
+        outputs = _by_part(problem, predictor)
         outputs = outputs / math.sqrt(len(outputs))
     generator = torch.Generator().manual_seed(0)
     square = torch.zeros_like(_flat(leaves))
@@ -534,8 +598,57 @@ def _units(problem: Problem, leaves: dict[str, Tensor]) -> Tensor:
     return torch.minimum(unit, torch.cat(most))
 
 
-def _by_part(predictor: Conditionals) -> Tensor:
+def _metric(problem: Problem, leaves: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """`_units`, and of one Gaussian vector the turn in whose units the information of all tokens is one.
+
+    With mean m_i and variance v_i of each token given those before it, the information about the parameters is
+    sum_i  dm_i dm_i' / v_i + 1/2 d(log v_i) d(log v_i)',  found by differences on some of the tokens.
+    """
+    part = _small(problem)
+    unit = _units(part, leaves)
+    if not problem.predictor.remembers or len(unit) > MAX_TURNED:
+        return unit, None
+    start, step = _flat(leaves).detach().clone(), 1e-3 * unit
+    columns = []
+    with torch.no_grad():
+        _, var = _predicted(part, part.read())
+        for k in range(len(start)):
+            ends = []
+            for sign in (1, -1):
+                moved = start.clone()
+                moved[k] += sign * step[k]
+                _assign(leaves, moved)
+                mean_k, var_k = _predicted(part, part.read())
+                ends.append(torch.cat([mean_k / var.sqrt(), var_k.log() * math.sqrt(0.5)]))
+            columns.append((ends[0] - ends[1]) / 2e-3)
+        _assign(leaves, start)
+    jacobian = torch.stack(columns, 1)  # (2B, D) in steps of the units
+    if not bool(torch.isfinite(jacobian).all()):
+        return unit, None
+    information, turn = torch.linalg.eigh(jacobian.mT @ jacobian / (len(jacobian) / 2))
+    return unit, turn * (len(_shuffled(problem, 0)) * information.clamp(min=LEAST_INFORMATION)).rsqrt()
+
+
+def _small(problem: Problem) -> Problem:
+    """Of one long Gaussian vector, as much as tells the units; any other problem itself."""
+    if not problem.predictor.remembers:
+        return problem
+    some = _shuffled(problem, 0)[:N_UNIT_TOKENS]
+    return _sampled(problem, some) if problem.predictor.divisible else _only(problem, some)
+
+
+def _predicted(part: Problem, predictor: Conditionals) -> tuple[Tensor, Tensor]:
+    """Mean and variance of the tokens of a part of one vector."""
+    x = predictor.value
+    tokens = torch.arange(x.shape[1], device=x.device) if part.tokens is None else part.tokens
+    return predictor.predicted(x, tokens)
+
+
+def _by_part(problem: Problem, predictor: Conditionals) -> Tensor:
     """Log-densities of rows; of one vector, of its tokens in turn."""
+    if predictor.remembers:
+        mean, var = _predicted(problem, predictor)
+        return math.sqrt(2) * torch.cat([mean / var.detach().sqrt(), var.log() * math.sqrt(0.5)])
     x = predictor.value
     if len(x) > 1:
         return predictor.joint(x)

@@ -139,11 +139,12 @@ class Conditionals(ABC):
         raise NotImplementedError(f"{self.name} has no terms to sample from")
 
     def predicted(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance of these tokens of one Gaussian vector, each given those before it: (1, T), (B,) -> (B,)."""
+        """Mean and variance of tokens of one Gaussian vector, each given those before it: (1, T), (B,) -> (B,)."""
         raise NotImplementedError(f"{self.name} does not predict tokens by a Gaussian")
 
-    def settle(self) -> None:  # noqa: B027
-        """Find out anew at the current parameters what was found out at earlier ones, such as which tokens are near."""
+    def settle(self) -> bool:
+        """Find out anew, at the current parameters, which tokens are near; whether that has changed."""
+        return False
 
     def shared_latents(self, x: Tensor) -> list[tuple[float, dict[str, Tensor]]]:
         """Where rows are one vector: weighted posterior values of the latents given x, for predictions of new rows."""

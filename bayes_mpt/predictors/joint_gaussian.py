@@ -174,6 +174,14 @@ class JointGaussian(Conditionals):
                 out.append(_LogProb.apply((row - loc)[seen], cov[seen][:, seen]))
         return torch.stack(out)
 
+    def predicted(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        loc, cov, _ = self.last
+        kept = tokens[~x[0, tokens].isnan()]
+        # y_t given y_<t:  mean = y_t - L_tt (L^-1 r)_t,  variance = L_tt^2
+        root = cholesky(cov[kept][:, kept])
+        white = torch.linalg.solve_triangular(root, (x[0] - loc)[kept, None], upper=False)[:, 0]
+        return x[0, kept] - root.diagonal() * white, root.diagonal().square()
+
     def posterior(self, x: Tensor, visible: Tensor | None = None) -> Posterior:
         loc, cov, _ = self.last
         shown = ~x.isnan() if visible is None else ~x.isnan() & visible

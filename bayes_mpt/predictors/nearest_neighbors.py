@@ -35,7 +35,7 @@ __all__ = ["NearestNeighbors", "maxmin", "predecessors"]
 Points = NDArray[np.float64]
 Index = NDArray[np.int64]
 
-CHUNK = 2**18  # numbers of (B, m + 1, m + 1) at once: what a cache holds
+CHUNK = 2**19  # numbers of (B, m + 1, m + 1) at once: what a cache holds
 N_EXACT_ORDER = 2048  # points up to which the maxmin ordering is exact
 POOL = 4  # candidates for each place of a level of the ordering
 GROWTH = 1.3  # of the prefixes that the neighbours are searched in
@@ -323,71 +323,81 @@ def _search(
 
 
 def column_units(blocks: _Blocks, args: tuple[Any, ...], seed: int = 0) -> Points:
-    """The change of each column of x by which the covariance falls to half: (P,), inf where it makes no difference.
+    """Relative scales of the columns of x: (P,), inf where a column makes no difference.
 
-    Found by running the program on pairs of rows that differ in one column. The displacements halve from the column's
-    range down, and all values are the data's own, so that labels stay labels. Rounded to quarters of an octave: the
-    same at parameters that hardly differ.
+    The change of each by which the covariance falls to half, found by running the program on pairs of rows that differ
+    in one column. The displacements halve from the column's range down, and all values are the data's own, so that
+    labels stay labels. In units of their geometric mean, rounded to quarters of an octave: the same at parameters that
+    hardly differ.
     """
     x = args[0].reshape(len(args[0]), -1)
-    rng = np.random.default_rng(seed)
-    some = torch.from_numpy(rng.choice(len(x), min(len(x), N_BASE_ROWS), replace=False)).to(x.device)
-    halvings = max(12, math.ceil(math.log2(len(x))))
-    return np.array([_unit(blocks, args, some, x[:, c], c, halvings) for c in range(x.shape[1])])
+    some = np.random.default_rng(seed).choice(len(x), min(len(x), N_BASE_ROWS), replace=False)
+    unit = np.array([_unit(blocks, args, torch.from_numpy(some).to(x.device), c) for c in range(x.shape[1])])
+    matters = np.isfinite(unit)
+    octaves = np.log2(unit[matters])
+    unit[matters] = 2.0 ** (np.round(4 * (octaves - octaves.mean())) / 4) if matters.any() else 1.0
+    return unit
 
 
-def _unit(
-    blocks: _Blocks, args: tuple[Any, ...], some: Tensor, column: Tensor, c: int, halvings: int
-) -> float:
+def _unit(blocks: _Blocks, args: tuple[Any, ...], some: Tensor, c: int) -> float:
+    """The displacement in column c at which the covariance with the rows ``some`` has fallen to half."""
+    column = args[0].reshape(len(args[0]), -1)[:, c]
     known = column.unique()
     extent = known[-1] - known[0]
     if not float(extent) > 0:
         return math.inf
-    here = column[some]  # (S,)
-    steps = extent * torch.logspace(
+    halvings = max(12, math.ceil(math.log2(len(column))))
+    step = extent * torch.logspace(
         -halvings, 0, halvings + 1, base=2, dtype=column.dtype, device=column.device
     )
-    steps = torch.stack([steps, -steps], 1)  # (G, 2)
-    wanted = here[:, None, None] + steps  # (S, G, 2)
-    above = torch.searchsorted(known, wanted).clamp(max=len(known) - 1)
-    below = (above - 1).clamp(min=0)
-    nearer = (known[above] - wanted).abs() <= (wanted - known[below]).abs()
-    there = torch.where(nearer, known[above], known[below])
-    moved = (there - here[:, None, None]).abs()
-    # pairs (S G 2, 2) of the same row twice, the second displaced
-    pairs = some[:, None].expand(len(some), moved[0].numel()).reshape(-1, 1).expand(-1, 2)
-    first, *others = rows_of(args, pairs)
-    first = first.clone()
-    first.reshape(*pairs.shape, -1)[:, 1, c] = there.flatten()
-    step = CHUNK // 4
-    with torch.no_grad():
-        parts = [
-            blocks.together(*(a[i : i + step] if _is_rows(a) else a for a in (first, *others)))[1][:, 0, 1]
-            for i in range(0, len(pairs), step)
-        ]
-    cov = torch.cat(parts).reshape(moved.shape)
-    counts = moved > 0
-    n = counts.sum((0, 2))
-    level, size = (torch.where(counts, a, 0.0).sum((0, 2))[n > 0] / n[n > 0] for a in (cov, moved))
+    here = column[some, None, None]
+    wanted = here + torch.stack([step, -step], 1)  # (S, G, 2)
+    above = torch.searchsorted(known, wanted).clamp(1, len(known) - 1)
+    nearer = (known[above] - wanted).abs() <= (wanted - known[above - 1]).abs()
+    there = torch.where(nearer, known[above], known[above - 1])
+    moved = (there - here).abs()
+    # first no displacement at all
+    there, moved = (
+        torch.cat([here.expand(-1, 1, 2), there], 1),
+        torch.cat([moved.new_zeros(len(some), 1, 2), moved], 1),
+    )
+    level, size = _fall(
+        _covariances(blocks, args, some, c, there), moved, torch.cat([step.new_zeros(1), step])
+    )
+    if float(size[1:2].sum()) <= 2.0**-6 * float(extent):
+        level, size = level[1:], size[1:]  # a continuous column: without the noise that equal rows may share
     level = (level / level[0]).clamp(min=1e-12)
-    if not bool(torch.isfinite(level).all()):
+    if len(level) < 2 or not bool(torch.isfinite(level).all()):
         return math.inf
     fallen = (level < FALLEN).nonzero()[:, 0].tolist()
     if not fallen:
-        # as far as it goes it fell to f: as if it went on like exp(-(d / l)^2)
+        # all the way it falls to f: as if it went on like exp(-(d / l)^2)
         drop = -math.log(min(float(level[-1]), 1.0))
-        return math.inf if drop < 1e-6 else _rounded(float(size[-1]) * math.sqrt(-math.log(FALLEN) / drop))
+        return float(size[-1]) * math.sqrt(-math.log(FALLEN) / drop) if drop > 1e-6 else math.inf
     i = fallen[0]
-    if i == 0:
-        return _rounded(float(size[0]))
+    if float(size[i - 1]) == 0:
+        return float(size[i])
     # between two steps, linear in the logarithms
     (a, b), (f, g) = size[i - 1 : i + 1].log().tolist(), level[i - 1 : i + 1].log().tolist()
-    share = (math.log(FALLEN) - f) / (g - f)
-    return _rounded(math.exp(a + share * (b - a)))
+    return math.exp(a + (math.log(FALLEN) - f) / (g - f) * (b - a))
 
 
-def _rounded(unit: float) -> float:
-    return 2.0 ** (round(4 * math.log2(unit)) / 4)
+def _covariances(blocks: _Blocks, args: tuple[Any, ...], some: Tensor, c: int, there: Tensor) -> Tensor:
+    """Covariances of rows with themselves, column c displaced to ``there`` (S, G, 2): of that shape."""
+    pairs = some[:, None].expand(len(some), there[0].numel()).reshape(-1, 1).expand(-1, 2)
+    first, *others = rows_of(args, pairs)  # (B, 2, ...)
+    first = first.clone()
+    first.reshape(*pairs.shape, -1)[:, 1, c] = there.flatten()
+    with torch.no_grad():
+        return blocks.together(first, *others)[1][:, 0, 1].reshape(there.shape)
+
+
+def _fall(cov: Tensor, moved: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean covariance and displacement at each step that the data have, from (S, G, 2) to (G',) each."""
+    counts = (moved - step[:, None]).abs() <= 0.25 * step[:, None]
+    n = counts.sum((0, 2))
+    level, size = (torch.where(counts, a, 0.0).sum((0, 2))[n > 0] / n[n > 0] for a in (cov, moved))
+    return level, size
 
 
 # -------------------------------------------------------------------------------------------------- the conditionals
@@ -443,7 +453,7 @@ class _Neighbours(Conditionals):
         self.model: Model | None = None if blocks is None else blocks.model
         self.structure = program
         self.exact = self.telescopes = settings.m >= program.n_tokens - 1
-        self.name = repr(settings)
+        self.name = f"NearestNeighbors({settings.m}, ordering={settings.ordering!r})"
         self.why = (
             f"the observations are one Gaussian vector of {program.n_tokens} tokens, each predicted from its "
             f"{min(settings.m, program.n_tokens - 1)} nearest predecessors; no covariance of all of them is made"
@@ -466,16 +476,19 @@ class _Neighbours(Conditionals):
         blocks = self._program()
         site = self.structure.sites[0]._replace(shape=(len(args[0]),))
         new = _Neighbours(self.settings, blocks, self.structure._replace(sites=(site,)))
-        if self._memory.holds(args):
+        if not self._memory.source or self._memory.holds(args):
             new._memory = self._memory  # the program itself is run where tokens are scored
-            return new
         memory = new._memory
+        if memory.source:
+            return new
         memory.source, memory.versions = args, _versions(args)
         memory.args = tuple(fill(a) for a in args)
         rows = torch.arange(len(args[0]), device=args[0].device)
-        step = 1 + min(self.settings.m, len(rows) - 1)
+        width = 1 + min(self.settings.m, len(rows) - 1)
+        whole = len(rows) // width * width
         with torch.no_grad():
-            value = torch.cat([blocks(memory.args, part[None])[2][0] for part in rows.split(step)])
+            sets = [*rows[:whole].reshape(-1, width).split(max(1, CHUNK // width**2)), rows[None, whole:]]
+            value = torch.cat([blocks(memory.args, part)[2].flatten() for part in sets if part.numel()])
         missing = (
             args[-1].isnan() if args[-1].is_floating_point() else torch.zeros_like(value, dtype=torch.bool)
         )
@@ -485,8 +498,12 @@ class _Neighbours(Conditionals):
     def freeze(self) -> _Neighbours:
         return _Neighbours(self.settings, None, self.structure)
 
-    def settle(self) -> None:
-        self._memory.unit = None
+    def settle(self) -> bool:
+        before = self._memory.unit
+        if self._memory.value is None:
+            return False  # nothing read yet
+        self._memory.unit = self._units()
+        return before is not None and not np.array_equal(before, self._memory.unit)
 
     def joint(self, x: Tensor) -> Tensor:
         return torch.stack([self._total(row, self._layout(row)) for row in x])
@@ -546,7 +563,8 @@ class _Neighbours(Conditionals):
         diagnostics = {"m": self.settings.m, "ordering": self.settings.ordering}
         if self.exact:
             return Evidence(lml, 0.0, diagnostics)
-        changes, rng = [], np.random.default_rng(self.settings.random_state)
+        changes: list[tuple[float, float]] = []
+        rng = np.random.default_rng(self.settings.random_state)
         for row in x:
             layout = self._layout(row)
             n = len(layout.sets)
@@ -557,12 +575,11 @@ class _Neighbours(Conditionals):
             )
             some = torch.from_numpy(places).to(order.device)
             wider = torch.cat([order[torch.from_numpy(near).to(order.device)], order[some, None]], 1)
-            change = self._log_probs(row, wider, layout.place) - self._log_probs(
-                row, layout.sets[some], layout.place
-            )
-            sampling = 0.0 if len(some) == n else float(change.std()) / math.sqrt(len(some))
-            changes.append((n * float(change.mean()), n * sampling))
-        change, sampling = (float(np.sum(c)) for c in zip(*changes, strict=True))
+            by_token = self._log_probs(row, wider, layout.place)
+            by_token = by_token - self._log_probs(row, layout.sets[some], layout.place)
+            sampling = 0.0 if len(some) == n else float(by_token.std()) / math.sqrt(len(some))
+            changes.append((n * float(by_token.mean()), n * sampling))
+        change, sampling = np.sum(changes, axis=0).tolist()
         return Evidence(lml, math.hypot(change, sampling), {**diagnostics, "change_on_doubling_m": change})
 
     # ------------------------------------------------------------------------------------------------- the neighbours
@@ -572,16 +589,23 @@ class _Neighbours(Conditionals):
             raise RuntimeError("this predictor is frozen: it has no program to read")
         return self.blocks
 
+    def _units(self) -> Points:
+        return column_units(self._program(), self._memory.args, self.settings.random_state)
+
+    def _unit(self) -> Points:
+        """Of the columns of x, at the parameters at which they were first asked for."""
+        if self._memory.unit is None:
+            self._memory.unit = self._units()
+        return self._memory.unit
+
     def _layout(self, row: Tensor) -> _Layout:
         """Order and neighbours of the observed tokens of a row, found anew only where the units have changed."""
-        memory = self._memory
-        if memory.unit is None:
-            memory.unit = column_units(self._program(), memory.args, self.settings.random_state)
+        memory, unit = self._memory, self._unit()
         kept, seen = memory.layout, ~row.isnan()
-        if kept is not None and torch.equal(kept.seen, seen) and np.array_equal(kept.unit, memory.unit):
+        if kept is not None and torch.equal(kept.seen, seen) and np.array_equal(kept.unit, unit):
             return kept
         tokens = seen.nonzero()[:, 0]
-        points = self._points(memory.unit)[tokens.cpu().numpy()]
+        points = self._points(unit)[tokens.cpu().numpy()]
         if self.settings.ordering == "given":
             order = np.arange(len(points))
         elif self.settings.ordering == "random":
@@ -591,7 +615,7 @@ class _Neighbours(Conditionals):
         ordered = tokens[torch.from_numpy(order).to(tokens.device)]
         place = torch.zeros(len(row), dtype=torch.long, device=row.device)
         place[ordered] = torch.arange(len(ordered), device=row.device)
-        memory.layout = _Layout(seen, memory.unit, self._behind(ordered, points[order]), place)
+        memory.layout = _Layout(seen, unit, self._behind(ordered, points[order]), place)
         return memory.layout
 
     def _points(self, unit: Points, args: tuple[Any, ...] | None = None) -> Points:
@@ -608,14 +632,11 @@ class _Neighbours(Conditionals):
 
     def _given(self, seen: Tensor, hidden: Tensor, args: tuple[Any, ...] | None = None) -> Tensor:
         """Sets (H, m + 1) of hidden tokens, each behind the nearest of those seen."""
-        memory = self._memory
-        if memory.unit is None:
-            memory.unit = column_units(self._program(), memory.args, self.settings.random_state)
         tokens = seen.nonzero()[:, 0]
         m = min(self.settings.m, len(tokens))
         near = tokens.new_zeros(len(hidden), 0)
         if m and len(hidden):
-            points = self._points(memory.unit, args)
+            points = self._points(self._unit(), args)
             tree = cKDTree(points[tokens.cpu().numpy()], balanced_tree=False, compact_nodes=False)
             found = tree.query(
                 points[hidden.cpu().numpy()], k=np.arange(1, m + 1), workers=torch.get_num_threads()
@@ -664,10 +685,7 @@ class _Neighbours(Conditionals):
         """log p(y_t | nearest of y_<t) by token (T,)."""
         ordered = tokens[~row[tokens].isnan()]
         place = torch.zeros_like(tokens).index_copy(0, ordered, torch.arange(len(ordered), device=row.device))
-        if self._memory.unit is None:
-            self._layout(row)
-        assert self._memory.unit is not None
-        sets = self._behind(ordered, self._points(self._memory.unit)[ordered.cpu().numpy()])
+        sets = self._behind(ordered, self._points(self._unit())[ordered.cpu().numpy()])
         return torch.zeros_like(row).index_copy(0, ordered, self._log_probs(row, sets, place))
 
     def _total(self, row: Tensor, layout: _Layout, tokens: Tensor | None = None) -> Tensor:
