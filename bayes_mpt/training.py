@@ -48,10 +48,9 @@ N_CHECK_DRAWS = 16
 N_SCALE_PROBES = 4
 # One Gaussian vector, coarse to fine:
 N_COARSE = 512  # tokens fitted exactly first, where many evaluations cost nothing
-N_MIDDLE = 8192  # terms of a longer sum fitted next
-N_UNIT_TOKENS = 256  # from which the units are found
+N_MIDDLE = 4096  # terms of a longer sum fitted next
+N_UNIT_TOKENS = 512  # from which the units are found
 MAX_TURNED = 64  # parameters whose information matrix is taken whole
-LEAST_INFORMATION = 0.01  # of a direction, in the units of the single parameters
 GAIN_LEFT = 1e-3  # nats of all tokens
 
 
@@ -67,8 +66,8 @@ class Problem:
     weight: Tensor | None
     """(R,) of the rows; None: all one."""
     n_rows: int
-    tokens: Tensor | None = None
-    """(B,) of a vector whose score is estimated from these alone; None: all."""
+    some: tuple[Tensor, Tensor] | None = None
+    """Tokens (B,) of a vector and their weights (B,), from which its score is estimated; None: all of it."""
 
     def read(self) -> Conditionals:
         """The predictor at the current parameters."""
@@ -83,8 +82,8 @@ class Problem:
     ) -> Tensor:
         """Mean score a row of a predictor that has read the program."""
         x = predictor.value if self.rows is None else self.rows
-        if self.tokens is not None:
-            by_row = predictor.partial(x, self.tokens)
+        if self.some is not None:
+            by_row = predictor.partial(x, *self.some)
         elif masks is None:
             by_row = predictor.joint(x)
         else:
@@ -297,7 +296,7 @@ def stages(problem: Problem, seed: int) -> list[Problem]:
     if len(tokens) >= 2 * N_COARSE:
         found.append(_only(problem, tokens[:N_COARSE]))
     if problem.predictor.divisible and len(tokens) >= 4 * N_MIDDLE:
-        found.append(_sampled(problem, tokens[:N_MIDDLE]))
+        found.append(_sampled(problem, N_MIDDLE, torch_generator(seed)))
     return [*found, problem]
 
 
@@ -308,6 +307,11 @@ def _shuffled(problem: Problem, seed: int) -> Tensor:
     return tokens[torch.randperm(len(tokens), generator=torch_generator(seed)).to(tokens.device)]
 
 
+def _n_tokens(problem: Problem) -> int:
+    """Observed tokens of one vector."""
+    return len(_shuffled(problem, 0))
+
+
 def _only(problem: Problem, tokens: Tensor) -> Problem:
     """The exact problem of these rows alone."""
     predictor, args = problem.predictor, rows_of(problem.args, tokens)
@@ -315,9 +319,10 @@ def _only(problem: Problem, tokens: Tensor) -> Problem:
     return Problem(JointGaussian(predictor.model, predictor.structure), args, None, None, 1)
 
 
-def _sampled(problem: Problem, tokens: Tensor) -> Problem:
-    """The problem with its score estimated from these tokens."""
-    return Problem(problem.predictor, problem.args, problem.rows, problem.weight, problem.n_rows, tokens)
+def _sampled(problem: Problem, n_tokens: int, generator: torch.Generator) -> Problem:
+    """The problem with its score estimated from random tokens."""
+    some = problem.read().sample(n_tokens, generator)
+    return Problem(problem.predictor, problem.args, problem.rows, problem.weight, problem.n_rows, some)
 
 
 def climb(problem: Problem, *, max_iter: int, tol: float, report: Report | None = None) -> Fit:
@@ -520,7 +525,7 @@ def _batch(problem: Problem, batch_size: int | None, generator: torch.Generator)
     n = len(problem.args[0])
     index = torch.randperm(n, generator=generator)[:batch_size].to(problem.args[0].device)
     if problem.predictor.divisible:
-        return _sampled(problem, index)
+        return _sampled(problem, batch_size, generator)
     args = rows_of(problem.args, index)
     return Problem(problem.predictor, args, None, None, len(index))
 
@@ -613,7 +618,7 @@ def _metric(problem: Problem, leaves: dict[str, Tensor]) -> tuple[Tensor, Tensor
     with torch.no_grad():
         _, var = _predicted(part, part.read())
         for k in range(len(start)):
-            ends = []
+            ends: list[Tensor] = []
             for sign in (1, -1):
                 moved = start.clone()
                 moved[k] += sign * step[k]
@@ -625,22 +630,28 @@ def _metric(problem: Problem, leaves: dict[str, Tensor]) -> tuple[Tensor, Tensor
     jacobian = torch.stack(columns, 1)  # (2B, D) in steps of the units
     if not bool(torch.isfinite(jacobian).all()):
         return unit, None
-    information, turn = torch.linalg.eigh(jacobian.mT @ jacobian / (len(jacobian) / 2))
-    return unit, turn * (len(_shuffled(problem, 0)) * information.clamp(min=LEAST_INFORMATION)).rsqrt()
+    weight = (
+        part.some[1] if part.some is not None else jacobian.new_full((), _n_tokens(problem) / len(mean_k))
+    )
+    weight = weight.expand(len(mean_k)).repeat(2)
+    information, turn = torch.linalg.eigh(jacobian.mT @ (weight[:, None] * jacobian))
+    # no step beyond the unit of a single parameter: where the data say nothing, nor does their information
+    return unit, turn * information.clamp(min=1.0).rsqrt()
 
 
 def _small(problem: Problem) -> Problem:
     """Of one long Gaussian vector, as much as tells the units; any other problem itself."""
     if not problem.predictor.remembers:
         return problem
-    some = _shuffled(problem, 0)[:N_UNIT_TOKENS]
-    return _sampled(problem, some) if problem.predictor.divisible else _only(problem, some)
+    if problem.predictor.divisible:
+        return _sampled(problem, N_UNIT_TOKENS, torch_generator(0))
+    return _only(problem, _shuffled(problem, 0)[:N_UNIT_TOKENS])
 
 
 def _predicted(part: Problem, predictor: Conditionals) -> tuple[Tensor, Tensor]:
     """Mean and variance of the tokens of a part of one vector."""
     x = predictor.value
-    tokens = torch.arange(x.shape[1], device=x.device) if part.tokens is None else part.tokens
+    tokens = torch.arange(x.shape[1], device=x.device) if part.some is None else part.some[0]
     return predictor.predicted(x, tokens)
 
 

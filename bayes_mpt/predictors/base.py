@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
 from sklearn.base import BaseEstimator
-from torch import Tensor
+from torch import Generator, Tensor
 
 from bayes_mpt.affine import Structure
 from bayes_mpt.tracing import Model, Program
@@ -95,7 +95,7 @@ class Conditionals(ABC):
     remembers: bool = False
     """Whether new observations are predicted from those of the training rows (`predictive`)."""
     divisible: bool = False
-    """Whether `joint` is a sum over tokens that can be estimated from some of them (`partial`)."""
+    """Whether `joint` is a sum over tokens that can be estimated from some of them (`sample`, `partial`)."""
     why: str = ""
     """What was found that allows this way, for `BayesMPT.explain`."""
 
@@ -134,8 +134,12 @@ class Conditionals(ABC):
     def joint(self, x: Tensor) -> Tensor:
         """Log-density of the observed tokens of each row, the sum of any chain: (N, T) -> (N,) nats."""
 
-    def partial(self, x: Tensor, tokens: Tensor) -> Tensor:
-        """`joint` estimated from these tokens, without bias if they are random: (N, T), (B,) -> (N,) nats."""
+    def sample(self, n_tokens: int, generator: Generator) -> tuple[Tensor, Tensor]:
+        """Random tokens (B,) and weights (B,) with which their terms add up to `joint` in expectation."""
+        raise NotImplementedError(f"{self.name} has no terms to sample from")
+
+    def partial(self, x: Tensor, tokens: Tensor, weight: Tensor) -> Tensor:
+        """A weighted sum of the terms of these tokens: (N, T), (B,), (B,) -> (N,) nats."""
         raise NotImplementedError(f"{self.name} has no terms to sample from")
 
     def predicted(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:

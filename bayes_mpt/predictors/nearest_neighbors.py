@@ -508,8 +508,19 @@ class _Neighbours(Conditionals):
     def joint(self, x: Tensor) -> Tensor:
         return torch.stack([self._total(row, self._layout(row)) for row in x])
 
-    def partial(self, x: Tensor, tokens: Tensor) -> Tensor:
-        return torch.stack([self._total(row, self._layout(row), tokens) for row in x])
+    def sample(self, n_tokens: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        # A quarter are the first in the order, always: the few far apart, and alone in telling of long distances.
+        order = self._layout(self.value[0]).sets[:, -1]
+        n = len(order)
+        n_first = min(n, n_tokens // 4 + 1)
+        rest = n_first + torch.randperm(n - n_first, generator=generator)[: n_tokens - n_first]
+        places = torch.cat([torch.arange(n_first), rest])
+        weight = torch.ones(len(places), dtype=torch.float64)
+        weight[n_first:] = (n - n_first) / max(1, len(rest))
+        return order[places.to(order.device)], weight.to(self.value)
+
+    def partial(self, x: Tensor, tokens: Tensor, weight: Tensor) -> Tensor:
+        return torch.stack([self._total(row, self._layout(row), tokens, weight) for row in x])
 
     def predicted(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         layout = self._layout(x[0])
@@ -688,18 +699,23 @@ class _Neighbours(Conditionals):
         sets = self._behind(ordered, self._points(self._unit())[ordered.cpu().numpy()])
         return torch.zeros_like(row).index_copy(0, ordered, self._log_probs(row, sets, place))
 
-    def _total(self, row: Tensor, layout: _Layout, tokens: Tensor | None = None) -> Tensor:
-        """The sum over all observed tokens, or its estimate from some."""
-        sets, share = layout.sets, 1.0
-        if tokens is not None:
-            share = len(row) / len(tokens)
-            sets = sets[layout.place[tokens[layout.seen[tokens]]]]
+    def _total(
+        self, row: Tensor, layout: _Layout, tokens: Tensor | None = None, weight: Tensor | None = None
+    ) -> Tensor:
+        """The sum over all observed tokens, or a weighted one over some."""
+        sets = layout.sets
+        if tokens is not None and weight is not None:
+            seen = layout.seen[tokens]
+            sets, weight = sets[layout.place[tokens[seen]]], weight[seen]
         leaves = dict(pyro.get_param_store().named_parameters())
         moving = [leaves[n] for n in self.structure.parameters if leaves[n].requires_grad]
 
         def parts() -> Iterator[Tensor]:
+            done = 0
             for _, residual, cov in self._chunks(self._memory.args, row, sets, layout.place):
-                yield share * _LogProb.apply(residual, cov).sum()
+                terms = _LogProb.apply(residual, cov)
+                yield terms.sum() if weight is None else weight[done : done + len(terms)] @ terms
+                done += len(terms)
 
         if not torch.is_grad_enabled() or not moving:
             return torch.stack([row.new_zeros(()), *parts()]).sum()
