@@ -47,7 +47,7 @@ LEAST_GAIN = 2e-5  # nats a row in a window, less than which halves the step
 N_CHECK_DRAWS = 16
 N_SCALE_PROBES = 4
 # One Gaussian vector, coarse to fine:
-N_COARSE = 512  # tokens fitted exactly first, where many evaluations cost nothing
+N_COARSE = 512  # tokens, or a quarter of fewer, fitted exactly first, where many evaluations cost nothing
 N_MIDDLE = 4096  # terms of a longer sum fitted next
 N_UNIT_TOKENS = 512  # from which the units are found
 MAX_TURNED = 64  # parameters whose information matrix is taken whole
@@ -293,8 +293,8 @@ def stages(problem: Problem, seed: int) -> list[Problem]:
         return [problem]
     tokens = _shuffled(problem, seed)
     found = []
-    if len(tokens) >= 2 * N_COARSE:
-        found.append(_only(problem, tokens[:N_COARSE]))
+    if len(tokens) >= N_COARSE:
+        found.append(_only(problem, tokens[: min(N_COARSE, len(tokens) // 4)]))
     if problem.predictor.divisible and len(tokens) >= 4 * N_MIDDLE:
         found.append(_sampled(problem, N_MIDDLE, torch_generator(seed)))
     return [*found, problem]
@@ -341,12 +341,15 @@ def climb(problem: Problem, *, max_iter: int, tol: float, report: Report | None 
     least_unit = torch.full_like(best_theta, math.inf)
 
     def climb_once(budget: int, unit: Tensor, turn: Tensor | None) -> Any:
-        """L-BFGS in these units: theta = start + unit * (turn phi)."""
-        start = _flat(leaves).detach().clone()
+        """L-BFGS in these units: theta = start + scale unit * (turn phi)."""
+        start, scale = _flat(leaves).detach().clone(), 1.0
+        first: tuple[float, NDArray[np.float64]] | None = None
 
         def loss(phi: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
             nonlocal best, best_theta, best_slope
-            step = torch.as_tensor(phi).to(start)
+            if first is not None and not phi.any():
+                return first
+            step = scale * torch.as_tensor(phi).to(start)
             theta = start + unit * (step if turn is None else turn @ step)
             _assign(leaves, theta)
             try:
@@ -367,9 +370,14 @@ def climb(problem: Problem, *, max_iter: int, tol: float, report: Report | None 
                 return 1e30, np.zeros(len(phi))
             if value > best:
                 best, best_theta, best_slope = value, theta, grad
-            return -value, -grad.double().cpu().numpy()
+            return -value, -scale * grad.double().cpu().numpy()
 
-        gtol = 1e-9 if turn is None else math.sqrt(GAIN_LEFT) / 10
+        if turn is not None:
+            # L-BFGS takes a first step of length one: where the curvature is one, that of Newton's method
+            value, slope = loss(np.zeros(len(start)))
+            scale = float(np.linalg.norm(slope)) or 1.0
+            first = value, scale * slope
+        gtol = 1e-9 if turn is None else scale * math.sqrt(GAIN_LEFT) / 10
         options = {"maxiter": budget, "maxfun": 3 * budget, "maxcor": 30, "ftol": tol, "gtol": gtol}
         return minimize(
             loss, np.zeros(len(start)), jac=True, method="L-BFGS-B", callback=callback, options=options

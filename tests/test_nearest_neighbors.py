@@ -300,7 +300,7 @@ def test_units_do_not_depend_on_the_inputs_scale():
     pyro.clear_param_store()
     scale = np.array([1e6, 1e-4])
     scaled = read(8, GaussianProcess(kernel), (x * torch.from_numpy(scale), y))._layout(y).unit
-    assert (scaled[0] / scaled[1]) / (plain[0] / plain[1]) == pytest.approx(1e10, rel=0.05)
+    assert (scaled[0] / scaled[1]) / (plain[0] / plain[1]) == pytest.approx(1e10, rel=0.1)
     isotropic = gpytorch.kernels.ScaleKernel(gpytorch.kernels.MaternKernel(nu=1.5))
     pyro.clear_param_store()
     assert read(8, GaussianProcess(isotropic), (x, y))._layout(y).unit.tolist() == [1, 1]

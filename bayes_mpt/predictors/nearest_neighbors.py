@@ -393,7 +393,7 @@ def _covariances(blocks: _Blocks, args: tuple[Any, ...], some: Tensor, c: int, t
 
 def _fall(cov: Tensor, moved: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
     """Mean covariance and displacement at each step that the data have, from (S, G, 2) to (G',) each."""
-    counts = (moved - step[:, None]).abs() <= 0.25 * step[:, None]
+    counts = (moved - step[:, None]).abs() <= 0.1 * step[:, None]
     n = counts.sum((0, 2))
     level, size = (torch.where(counts, a, 0.0).sum((0, 2))[n > 0] / n[n > 0] for a in (cov, moved))
     return level, size
