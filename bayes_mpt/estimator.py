@@ -59,7 +59,7 @@ from bayes_mpt.predictors import (
     Predictor,
     choose,
 )
-from bayes_mpt.predictors.joint_gaussian import N_TRIAL_ROWS
+from bayes_mpt.predictors.joint_gaussian import N_TRIAL_ROWS, gaussian_program
 from bayes_mpt.predictors.nodes import growing, means_of_new
 from bayes_mpt.score import ScoreEstimate, estimate
 from bayes_mpt.store import OwnStore, State, load, save, seeded
@@ -70,6 +70,8 @@ __all__ = ["BayesMPT"]
 MAX_INIT_ROWS = 4096  # rows on which it is found out what a program is
 MAX_INIT_CELLS = 2**20  # of a table on which a program first runs, which initialises its parameters
 MAX_AUTO = 50  # latent dimensions that "auto" tries at most
+MAX_INIT_VECTOR = 1024  # rows of one Gaussian vector, which may mean a matrix of their square
+MAX_SETTLING = 2  # rounds of training in which what was found out at the start is found out anew
 CURVE_CHAINS = 8
 RUNAWAY = "the estimate of parameter"
 MAX_READ_CELLS = 2**18  # of programs that are read on the rows they score: cells at a time
@@ -287,24 +289,9 @@ class BayesMPT(
                 state = None if state is not None and self.n_components_ != model.n_components else state
                 bound = None
             with OwnStore() as store, seeded(seed):
-                n_init = MAX_INIT_CELLS // X.shape[1]
-                if bound is not None or N_TRIAL_ROWS < min(len(X), n_init):
-                    # Initial values from all rows, or a start that is a fit of its own (EM) would be one to the first
-                    # rows only. A program that cannot run says why below.
-                    with suppress(Exception):
-                        start = self._arguments(model, X[:n_init], None if y is None else y[:n_init])
-                        first_run(model, tuple(fill(a) for a in start))
-                args = self._arguments(model, X[:MAX_INIT_ROWS], y if y is None else y[:MAX_INIT_ROWS])
-                if bound is None or like is None or not _same_shapes(like._state):
-                    predictor = choose(model, args, predictor=self.predictor, guide=guide)
-                else:
-                    predictor = bound
+                predictor, args = self._bind(model, guide, X, y, like, bound)
                 self._bound = predictor if predictor.structure.plain else None
                 moments = predictor.structure.plain and isinstance(predictor, LinearGaussian)
-                if not moments and len(X) > MAX_INIT_ROWS:
-                    args = self._arguments(model, X, y)
-                    if not predictor.structure.plain:
-                        predictor = choose(model, args, predictor=self.predictor, guide=guide)
                 self._initial = store.initial()
                 store.begin(state)
                 self._refuse_subsampling(predictor, args)
@@ -338,11 +325,13 @@ class BayesMPT(
                 fit = self._train(problem, table, prior, warm=state is not None, seed=seed, context=context)
                 if prior is not None:
                     _warn_of_bounds(prior, _of_program(problem))
+                problem.predictor.settle()
                 predictor = problem.read() if fit.last is None else fit.last
                 with torch.no_grad():
-                    score = float(problem.score_of(predictor)) if fit.last is None else fit.history[-1]
-                    total, se = score * problem.n_rows, 0.0
-                    if not predictor.exact:
+                    if predictor.exact:
+                        score = float(problem.score_of(predictor)) if fit.last is None else fit.history[-1]
+                        total, se = score * problem.n_rows, 0.0
+                    else:
                         found = predictor.evidence(predictor.value)
                         total, se = float(found.by_row.sum()), found.se
                         warn_of(found.diagnostics)
@@ -387,6 +376,49 @@ class BayesMPT(
         context.call_on_fit_task_end(estimator=self, X=X, y=y)
         return self
 
+    def _bind(
+        self,
+        model: Model,
+        guide: Any,
+        X: NDArray[np.floating],
+        y: Any,
+        like: BayesMPT | None,
+        bound: Conditionals | None,
+    ) -> tuple[Conditionals, tuple[Any, ...]]:
+        """Run the program for the first time and choose its predictor; with what it is to be read on."""
+
+        def arguments(rows: Any) -> tuple[Any, ...]:
+            return self._arguments(model, X[rows], None if y is None else y[rows])
+
+        if y is not None and _takes_y(model):
+            args = arguments(slice(None))
+            with OwnStore():
+                vector = gaussian_program(model, args) is not None
+            if vector:
+                # Its covariance may be made whole: initial values from as many rows as that costs little, at random,
+                # since of a series the first rows are no sample.
+                some = torch.randperm(len(X))[:MAX_INIT_VECTOR].sort().values.numpy()
+                first_run(model, tuple(fill(a) for a in arguments(some)))
+                return choose(model, args, predictor=self.predictor, guide=guide), args
+        n_init = MAX_INIT_CELLS // X.shape[1]
+        if bound is not None or N_TRIAL_ROWS < min(len(X), n_init):
+            # Initial values from all rows, or a start that is a fit of its own (EM) would be one to the first rows
+            # only. A program that cannot run says why below.
+            with suppress(Exception):
+                first_run(model, tuple(fill(a) for a in arguments(slice(n_init))))
+        args = arguments(slice(MAX_INIT_ROWS))
+        if bound is None or like is None or not _same_shapes(like._state):
+            predictor = choose(model, args, predictor=self.predictor, guide=guide)
+        else:
+            predictor = bound
+        if len(X) > MAX_INIT_ROWS and not (
+            predictor.structure.plain and isinstance(predictor, LinearGaussian)
+        ):
+            args = arguments(slice(None))
+            if not predictor.structure.plain:
+                predictor = choose(model, args, predictor=self.predictor, guide=guide)
+        return predictor, args
+
     def _train(
         self,
         problem: training.Problem,
@@ -418,15 +450,15 @@ class BayesMPT(
             random = problem.predictor.sampled and not problem.predictor.climbs
             masks = PermutationChain() if self.masks is None and random else self.masks
             if masks is not None:
-                if self.batch_size is not None and not problem.predictor.structure.by_row:
+                whole = not (problem.predictor.structure.by_row or problem.predictor.divisible)
+                if self.batch_size is not None and whole:
                     raise ModelError(
                         f"batch_size={self.batch_size} needs independent rows, but a latent outside the rows plate "
                         "makes all rows one vector: leave batch_size=None"
                     )
                 train = partial(
                     training.train_on_masks,
-                    problem,
-                    masks,
+                    masks=masks,
                     max_iter=self.max_iter,
                     learning_rate=self.learning_rate,
                     batch_size=self.batch_size,
@@ -434,13 +466,21 @@ class BayesMPT(
                     tol=self.tol,
                     report=report,
                 )
+                first, *finer = [problem]
             else:
                 if table is not None and (table.complete or not warm) and problem.log_prior is None:
                     fit = self._solve(problem, table)
                     if fit is not None and table.complete:
                         return fit
-                train = partial(training.climb, problem, max_iter=self.max_iter, tol=self.tol, report=report)
-            fit = self._best_of(train, problem, prior, seed)
+                train = partial(training.climb, max_iter=self.max_iter, tol=self.tol, report=report)
+                first, *finer = training.stages(problem, seed)
+            fit = self._best_of(partial(train, first), first, prior, seed)
+            for stage in finer:
+                fit = fit if fit.interrupted else train(stage)
+            for _ in range(MAX_SETTLING):
+                if fit.interrupted or not problem.predictor.settle():
+                    break
+                fit = train(problem)
         except NoiseFloorError as error:
             raise ValueError(self._unbounded(error, problem)) from error
         if not fit.converged and not fit.interrupted:

@@ -741,10 +741,18 @@ def has_missing(arg: Any) -> bool:
 
 def head(args: tuple[Any, ...], n_rows: int) -> tuple[Any, ...]:
     """The first rows."""
-    if not isinstance(args[0], Tensor):
-        return args
+    return rows_of(args, slice(n_rows)) if isinstance(args[0], Tensor) else args
+
+
+def rows_of(args: tuple[Any, ...], index: Any) -> tuple[Any, ...]:
+    """Some rows, or sets of them, of each argument that has as many as the first."""
     total = len(args[0])
-    return tuple(a[:n_rows] if isinstance(a, Tensor) and a.ndim and len(a) == total else a for a in args)
+    return tuple(a[index] if isinstance(a, Tensor) and a.ndim and len(a) == total else a for a in args)
+
+
+def spread_rows(n_rows: int, n_wanted: int) -> Tensor:
+    """Evenly spaced indices: of a sorted table the first rows are no sample."""
+    return torch.linspace(0, n_rows - 1, min(n_rows, n_wanted)).round().long()
 
 
 def init_rows(args: tuple[Any, ...]) -> tuple[Any, ...]:

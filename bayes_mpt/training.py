@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
 
@@ -30,10 +30,11 @@ from bayes_mpt.affine import Reading
 from bayes_mpt.masks import Policy, torch_generator
 from bayes_mpt.moments import Table
 from bayes_mpt.predictors import Conditionals, LinearGaussian
+from bayes_mpt.predictors.joint_gaussian import JointGaussian
 from bayes_mpt.score import masked_score
-from bayes_mpt.tracing import MissingCovariate, ModelError, has_missing
+from bayes_mpt.tracing import MissingCovariate, ModelError, Program, has_missing, rows_of
 
-__all__ = ["Fit", "Problem", "climb", "concentrate", "one_thread", "train_on_masks"]
+__all__ = ["Fit", "Problem", "climb", "concentrate", "one_thread", "stages", "train_on_masks"]
 
 Report = Callable[[int, float], bool]
 """Called with (iteration, mean score a row) after each; True stops the training."""
@@ -48,6 +49,12 @@ N_CHECK_DRAWS = 16
 N_SCALE_PROBES = 4
 N_SCALE_ROWS = 512  # of a program whose rows share its maps
 OWN_STEPS = 100  # of a model's own way to climb: one that creeps is left to L-BFGS
+# One Gaussian vector, coarse to fine:
+N_COARSE = 512  # tokens, or a quarter of fewer, fitted exactly first, where many evaluations cost nothing
+N_MIDDLE = 4096  # terms of a longer sum fitted next
+N_UNIT_TOKENS = 512  # from which the units are found
+MAX_TURNED = 64  # parameters whose information matrix is taken whole
+GAIN_LEFT = 1e-3  # nats of all tokens
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,8 @@ class Problem:
     n_rows: int
     log_prior: Callable[[], Tensor] | None = None
     """Of the current parameters, added to the total score that is maximised."""
+    some: tuple[Tensor, Tensor] | None = None
+    """Tokens (B,) of a vector and their weights (B,), from which its score is estimated; None: all of it."""
 
     def read(self) -> Conditionals:
         """The predictor at the current parameters."""
@@ -82,7 +91,9 @@ class Problem:
     ) -> Tensor:
         """Mean score a row of a predictor that has read the program, without the log prior."""
         x = predictor.value if self.rows is None else self.rows
-        if masks is None:
+        if self.some is not None:
+            by_row = predictor.partial(x, *self.some)
+        elif masks is None:
             by_row = predictor.joint(x)
         else:
             by_row = masked_score(predictor, x, masks.draw(x.shape[1], generator))
@@ -286,6 +297,48 @@ def _reach(problem: Problem, leaves: list[Tensor], part: str, target: Tensor, un
 # ----------------------------------------------------------------------------------------------------- L-BFGS
 
 
+def stages(problem: Problem, seed: int) -> list[Problem]:
+    """The problem, behind smaller ones that lead to its maximum: of one long Gaussian vector, some of its tokens.
+
+    First a few rows exactly, where restarts and many iterations are cheap; then, of a sum of terms, a random sample.
+    """
+    if not problem.predictor.remembers:
+        return [problem]
+    tokens = _shuffled(problem, seed)
+    found = []
+    if len(tokens) >= N_COARSE:
+        found.append(_only(problem, tokens[: min(N_COARSE, len(tokens) // 4)]))
+    if problem.predictor.divisible and len(tokens) >= 4 * N_MIDDLE:
+        found.append(_sampled(problem, N_MIDDLE, torch_generator(seed)))
+    return [*found, problem]
+
+
+def _shuffled(problem: Problem, seed: int) -> Tensor:
+    """The observed tokens of one vector in a random order."""
+    y = problem.args[-1]
+    tokens = (~y.isnan()).nonzero()[:, 0] if y.is_floating_point() else torch.arange(len(y), device=y.device)
+    return tokens[torch.randperm(len(tokens), generator=torch_generator(seed)).to(tokens.device)]
+
+
+def _n_tokens(problem: Problem) -> int:
+    """Observed tokens of one vector."""
+    return len(_shuffled(problem, 0))
+
+
+def _only(problem: Problem, tokens: Tensor) -> Problem:
+    """The exact problem of these rows alone."""
+    predictor, args = problem.predictor, rows_of(problem.args, tokens)
+    assert predictor.model is not None and isinstance(predictor.structure, Program)
+    joint = JointGaussian(predictor.model, predictor.structure)
+    return Problem(joint, args, None, None, 1, problem.log_prior)
+
+
+def _sampled(problem: Problem, n_tokens: int, generator: torch.Generator) -> Problem:
+    """The problem with its score estimated from random tokens."""
+    some = problem.read().sample(n_tokens, generator)
+    return replace(problem, some=some)
+
+
 def climb(problem: Problem, *, max_iter: int, tol: float, report: Report | None = None) -> Fit:
     """Maximise the exact score by L-BFGS (strong Wolfe line search) over all parameters.
 
@@ -301,25 +354,33 @@ def climb(problem: Problem, *, max_iter: int, tol: float, report: Report | None 
     leaves = problem.leaves()
     fit = Fit("lbfgs")
     own = _own_maximum(problem, leaves, tol, max_iter)
-    predictor, score, grad = _check_start(problem, leaves)
+    predictor, score, grad = _check_start(_small(problem) if problem.predictor.divisible else problem, leaves)
     if own:
-        unit = _units(predictor, leaves)
+        unit = _units(problem, leaves, predictor)
         fit.history, fit.n_iter, fit.last = [score], 1, predictor
         if float((unit * grad).abs().max()) <= _slope(tol, score):
             fit.method, fit.converged = "maximize, the model's own", True
             return fit
     fit.last = None
     best_theta, best = _flat(leaves).detach().clone(), -math.inf
+    best_slope = torch.full_like(best_theta, math.inf)
     least_unit = torch.full_like(best_theta, math.inf)
 
-    def climb_once(n_steps: int, move: Callable[[Tensor], Tensor], furthest: float | None = None) -> bool:
-        """L-BFGS over the steps phi (n_steps,) that move the parameters; whether it ended by itself."""
-        phi_start = torch.zeros(n_steps).to(best_theta)
-        budget = max_iter - len(fit.history)
+    def climb_once(
+        n_steps: int, move: Callable[[Tensor], Tensor], furthest: float | None = None, newton: bool = False
+    ) -> bool:
+        """L-BFGS over the steps phi (n_steps,) that move the parameters; whether it ended by itself.
+
+        With ``newton`` the steps are such that the curvature is about one, and so the slope the best first step.
+        """
+        budget, scale = max_iter - len(fit.history), 1.0
+        first: tuple[float, NDArray[np.float64]] | None = None
 
         def loss(phi: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-            nonlocal best, best_theta
-            steps = torch.as_tensor(phi).to(phi_start).requires_grad_()
+            nonlocal best, best_theta, best_slope
+            if first is not None and not phi.any():
+                return first
+            steps = (scale * torch.as_tensor(phi).to(best_theta)).requires_grad_()
             moved = move(steps)
             theta = moved.detach()
             _assign(leaves, theta)
@@ -339,10 +400,16 @@ def climb(problem: Problem, *, max_iter: int, tol: float, report: Report | None 
             if not math.isfinite(value) or not bool(torch.isfinite(grad).all()):
                 return 1e30, np.zeros(len(phi))
             if value > best:
-                best, best_theta = value, theta
-            return -value, -grad.double().cpu().numpy()
+                best, best_theta, best_slope = value, theta, grad
+            return -value, -scale * grad.double().cpu().numpy()
 
-        options = {"maxiter": budget, "maxfun": 3 * budget, "maxcor": 30, "ftol": tol, "gtol": 1e-9}
+        if newton:
+            # L-BFGS takes a first step of length one: where the curvature is one, that of Newton's method
+            value, slope = loss(np.zeros(n_steps))
+            scale = float(np.linalg.norm(slope)) or 1.0
+            first = value, scale * slope
+        gtol = scale * math.sqrt(GAIN_LEFT) / 10 if newton else 1e-9
+        options = {"maxiter": budget, "maxfun": 3 * budget, "maxcor": 30, "ftol": tol, "gtol": gtol}
         result = minimize(
             loss,
             np.zeros(n_steps),
@@ -362,10 +429,17 @@ def climb(problem: Problem, *, max_iter: int, tol: float, report: Report | None 
 
     try:
         while len(fit.history) < max_iter:
-            before, unit = best, _units(problem.read(), leaves)
+            before, (unit, turn) = best, _metric(problem, leaves)
             least_unit = torch.minimum(least_unit, unit)
             start = _flat(leaves).detach().clone()
-            if not climb_once(len(unit), partial(torch.addcmul, start, unit)):
+            ended = climb_once(len(unit), _along(start, unit, turn), newton=turn is not None)
+            if not math.isfinite(best):
+                _check_start(problem, leaves)
+            if not ended:
+                break
+            # in turned units the curvature is about one
+            if turn is not None and 0.5 * float(best_slope.square().sum()) <= GAIN_LEFT:
+                fit.converged = True
                 break
             # The units were those of the start; where the map has changed much, a climb may end short of the top.
             if best - before > 10 * tol * (1 + abs(best)):
@@ -508,7 +582,7 @@ def _fresh_adam(
     phi = torch.zeros_like(start).requires_grad_()
     return (
         start,
-        _units(problem.read(), leaves),
+        _units(_small(problem), leaves),
         phi,
         torch.optim.Adam([phi], lr=learning_rate, betas=(0.9, 0.99)),
     )
@@ -531,8 +605,9 @@ def _batch(problem: Problem, batch_size: int | None, generator: torch.Generator)
         return Problem(problem.predictor, problem.args, problem.rows[index], None, len(index), log_prior)
     n = len(problem.args[0])
     index = torch.randperm(n, generator=generator)[:batch_size].to(problem.args[0].device)
-    args = tuple(a[index] if isinstance(a, Tensor) and a.ndim and len(a) == n else a for a in problem.args)
-    return Problem(problem.predictor, args, None, None, len(index), log_prior)
+    if problem.predictor.divisible:
+        return _sampled(problem, batch_size, generator)
+    return Problem(problem.predictor, rows_of(problem.args, index), None, None, len(index), log_prior)
 
 
 # ------------------------------------------------------------------------------------------------------- shared
@@ -586,19 +661,20 @@ def _restore(leaves: dict[str, Tensor], before: dict[str, Tensor]) -> None:
             leaf.copy_(before[name])
 
 
-def _units(predictor: Conditionals, leaves: dict[str, Tensor]) -> Tensor:
+def _units(problem: Problem, leaves: dict[str, Tensor], predictor: Conditionals | None = None) -> Tensor:
     """A step of one in each parameter should move the model by about one.
 
     Of a linear-Gaussian program: its dimensionless map, with J its Jacobian. Of others: the log-densities of the rows
     in units of sqrt N, J'J being the empirical Fisher information of a row. Over random signs v,
     E (J' v)_j^2 is sum_i J_ij^2.
     """
-    if predictor.climbs:  # one vector, of which no part is cheap to have alone
+    if problem.predictor.climbs:  # one vector, of which no part is cheap to have alone
         return torch.ones_like(_flat(leaves)).detach()
+    predictor = problem.read() if predictor is None else predictor
     if isinstance(predictor, LinearGaussian):
         outputs = torch.cat([part.flatten() for part in _dimensionless(predictor.reading)])
     else:
-        outputs = _by_part(predictor)
+        outputs = _by_part(problem, predictor)
         outputs = outputs / math.sqrt(len(outputs))
     generator = torch.Generator().manual_seed(0)
     square = torch.zeros_like(_flat(leaves))
@@ -625,8 +701,68 @@ def _units(predictor: Conditionals, leaves: dict[str, Tensor]) -> Tensor:
     return torch.minimum(unit, torch.cat(most))
 
 
-def _by_part(predictor: Conditionals) -> Tensor:
+def _along(start: Tensor, unit: Tensor, turn: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """Parameters after steps phi in these units: start + unit * (turn phi)."""
+    return lambda phi: start + unit * (phi if turn is None else turn @ phi)
+
+
+def _metric(problem: Problem, leaves: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """`_units`, and of one Gaussian vector the turn in whose units the information of all tokens is one.
+
+    With mean m_i and variance v_i of each token given those before it, the information about the parameters is
+    sum_i  dm_i dm_i' / v_i + 1/2 d(log v_i) d(log v_i)',  found by differences on some of the tokens.
+    """
+    part = _small(problem)
+    unit = _units(part, leaves)
+    if not problem.predictor.remembers or len(unit) > MAX_TURNED:
+        return unit, None
+    start, step = _flat(leaves).detach().clone(), 1e-3 * unit
+    columns = []
+    with torch.no_grad():
+        _, var = _predicted(part, part.read())
+        for k in range(len(start)):
+            ends: list[Tensor] = []
+            for sign in (1, -1):
+                moved = start.clone()
+                moved[k] += sign * step[k]
+                _assign(leaves, moved)
+                mean_k, var_k = _predicted(part, part.read())
+                ends.append(torch.cat([mean_k / var.sqrt(), var_k.log() * math.sqrt(0.5)]))
+            columns.append((ends[0] - ends[1]) / 2e-3)
+        _assign(leaves, start)
+    jacobian = torch.stack(columns, 1)  # (2B, D) in steps of the units
+    if not bool(torch.isfinite(jacobian).all()):
+        return unit, None
+    weight = (
+        part.some[1] if part.some is not None else jacobian.new_full((), _n_tokens(problem) / len(mean_k))
+    )
+    weight = weight.expand(len(mean_k)).repeat(2)
+    information, turn = torch.linalg.eigh(jacobian.mT @ (weight[:, None] * jacobian))
+    # no step beyond the unit of a single parameter: where the data say nothing, nor does their information
+    return unit, turn * information.clamp(min=1.0).rsqrt()
+
+
+def _small(problem: Problem) -> Problem:
+    """Of one long Gaussian vector, as much as tells the units; any other problem itself."""
+    if not problem.predictor.remembers:
+        return problem
+    if problem.predictor.divisible:
+        return _sampled(problem, N_UNIT_TOKENS, torch_generator(0))
+    return _only(problem, _shuffled(problem, 0)[:N_UNIT_TOKENS])
+
+
+def _predicted(part: Problem, predictor: Conditionals) -> tuple[Tensor, Tensor]:
+    """Mean and variance of the tokens of a part of one vector."""
+    x = predictor.value
+    tokens = torch.arange(x.shape[1], device=x.device) if part.some is None else part.some[0]
+    return predictor.predicted(x, tokens)
+
+
+def _by_part(problem: Problem, predictor: Conditionals) -> Tensor:
     """Log-densities of rows; of one vector, of its tokens in turn."""
+    if predictor.remembers:
+        mean, var = _predicted(problem, predictor)
+        return math.sqrt(2) * torch.cat([mean / var.detach().sqrt(), var.log() * math.sqrt(0.5)])
     x = predictor.value
     if predictor.structure.plain:
         x = x[:: -(-len(x) // N_SCALE_ROWS)]

@@ -6,6 +6,7 @@ from bayes_mpt.predictors.exact import Exact
 from bayes_mpt.predictors.importance import Importance
 from bayes_mpt.predictors.linear_gaussian import LinearGaussian
 from bayes_mpt.predictors.markov import MarkovGaussian
+from bayes_mpt.predictors.nearest_neighbors import NearestNeighbors
 from bayes_mpt.predictors.quadrature import Quadrature
 from bayes_mpt.predictors.smc import SequentialMonteCarlo
 
@@ -16,6 +17,7 @@ __all__ = [
     "Importance",
     "LinearGaussian",
     "MarkovGaussian",
+    "NearestNeighbors",
     "Posterior",
     "Predictive",
     "Predictor",

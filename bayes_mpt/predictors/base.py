@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
 from sklearn.base import BaseEstimator
-from torch import Tensor
+from torch import Generator, Tensor
 
 from bayes_mpt.affine import Structure
 from bayes_mpt.tracing import Model, Program
@@ -98,6 +98,8 @@ class Conditionals(ABC):
     """Whether a chain of conditionals adds up to `joint`, whatever its order."""
     remembers: bool = False
     """Whether new observations are predicted from those of the training rows (`predictive`)."""
+    divisible: bool = False
+    """Whether `joint` is a sum over tokens that can be estimated from some of them (`sample`, `partial`)."""
     why: str = ""
     """What was found that allows this way, for `BayesMPT.explain`."""
 
@@ -143,6 +145,22 @@ class Conditionals(ABC):
     def objective(self, args: tuple[Any, ...]) -> Tensor:
         """A smooth approximation of `joint` (N,) at the program's current parameters, where that is random."""
         raise NotImplementedError(f"{self.name} trains on its own score")
+
+    def sample(self, n_tokens: int, generator: Generator) -> tuple[Tensor, Tensor]:
+        """Random tokens (B,) and weights (B,) with which their terms add up to `joint` in expectation."""
+        raise NotImplementedError(f"{self.name} has no terms to sample from")
+
+    def partial(self, x: Tensor, tokens: Tensor, weight: Tensor) -> Tensor:
+        """A weighted sum of the terms of these tokens: (N, T), (B,), (B,) -> (N,) nats."""
+        raise NotImplementedError(f"{self.name} has no terms to sample from")
+
+    def predicted(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of tokens of one Gaussian vector, each given those before it: (1, T), (B,) -> (B,)."""
+        raise NotImplementedError(f"{self.name} does not predict tokens by a Gaussian")
+
+    def settle(self) -> bool:
+        """Find out anew, at the current parameters, which tokens are near; whether that has changed."""
+        return False
 
     def shared_latents(self, x: Tensor) -> list[tuple[float, dict[str, Tensor]]]:
         """Where rows are one vector: weighted posterior values of the latents given x, for predictions of new rows."""

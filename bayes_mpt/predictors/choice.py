@@ -10,12 +10,14 @@ from bayes_mpt.predictors.exact import summed_out
 from bayes_mpt.predictors.importance import Importance
 from bayes_mpt.predictors.joint_gaussian import JointGaussian, gaussian_program
 from bayes_mpt.predictors.markov import closed_form
+from bayes_mpt.predictors.nearest_neighbors import NearestNeighbors, near_conditionals
 from bayes_mpt.predictors.quadrature import MAX_WIDTH, Quadrature
 from bayes_mpt.tracing import Model, ModelError, fill, latent_nodes, run, survey
 
 __all__ = ["choose"]
 
 N_DRAWS = 1000
+MAX_JOINT = 4096  # tokens of one Gaussian vector whose covariance is made whole
 
 
 def _samples(guide: Guide, args: tuple[Any, ...]) -> bool:
@@ -32,9 +34,10 @@ def choose(
 ) -> Conditionals:
     """The conditionals of a program, in the most exact way that fits it.
 
-    "auto" takes, in this order: a closed form, where the program is linear-Gaussian given its parameters; the sum over
-    all values of discrete latents; with a guide, `Importance`; without one, `Quadrature` over up to four continuous
-    latents and `Importance` around the mode of each row's posterior for more.
+    "auto" takes, in this order: of observations that are one Gaussian vector the exact density up to 4096 of them,
+    beyond that `NearestNeighbors(30)`; a closed form, where the program is linear-Gaussian given its parameters; the
+    sum over all values of discrete latents; with a guide, `Importance`; without one, `Quadrature` over up to four
+    continuous latents and `Importance` around the mode of each row's posterior for more.
 
     Parameters
     ----------
@@ -60,6 +63,8 @@ def choose(
         )
     vector = gaussian_program(model, args)
     if vector is not None:
+        if len(args[0]) > MAX_JOINT:
+            return near_conditionals(NearestNeighbors(), model, args, vector)
         return JointGaussian(model, vector)
     try:
         return closed_form(model, args)

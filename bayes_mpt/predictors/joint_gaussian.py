@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bayes_mpt.predictors.base import Conditionals, Posterior, Predictive
-from bayes_mpt.tracing import Model, ModelError, Program, base, fill, head, run, survey
+from bayes_mpt.tracing import Model, ModelError, Program, base, fill, rows_of, run, spread_rows, survey
 
-__all__ = ["JointGaussian", "gaussian_program", "moments"]
+__all__ = ["JointGaussian", "cholesky", "gaussian_program", "moments"]
 
 LOG_2PI = math.log(2 * math.pi)
 N_TRIAL_ROWS = 64  # rows on which it is found out what the program is
@@ -54,7 +54,7 @@ def gaussian_program(model: Model, args: tuple[Any, ...]) -> Program | None:
     """
     if len(args) < 2 or not all(isinstance(a, Tensor) and a.ndim for a in args[:2]):
         return None
-    few = head(args, N_TRIAL_ROWS)
+    few = rows_of(args, spread_rows(len(args[0]), N_TRIAL_ROWS).to(args[0].device))
     try:
         trace = run(model, tuple(fill(a) for a in few))
     except (RuntimeError, ValueError, IndexError):
@@ -168,7 +168,7 @@ class JointGaussian(Conditionals):
             for row in x:
                 kept = tokens[~row[tokens].isnan()]
                 # L L' = cov[order, order]:  log p(y_t | y_<t) = -(L^-1 r)_t^2 / 2 - log L_tt - log(2 pi) / 2
-                root = _cholesky(cov[kept][:, kept])
+                root = cholesky(cov[kept][:, kept])
                 white = torch.linalg.solve_triangular(root, (row - loc)[kept, None], upper=False)[:, 0]
                 log_prob = -0.5 * (white.square() + LOG_2PI) - root.diagonal().log()
                 rows.append(torch.zeros_like(row).index_copy(0, kept, log_prob))
@@ -207,6 +207,14 @@ class JointGaussian(Conditionals):
             raise RuntimeError("this predictor is frozen: it has no program to read")
         return self.model
 
+    def predicted(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        loc, cov, _ = self.last
+        kept = tokens[~x[0, tokens].isnan()]
+        # y_t given y_<t:  mean = y_t - L_tt (L^-1 r)_t,  variance = L_tt^2
+        root = cholesky(cov[kept][:, kept])
+        white = torch.linalg.solve_triangular(root, (x[0] - loc)[kept, None], upper=False)[:, 0]
+        return x[0, kept] - root.diagonal() * white, root.diagonal().square()
+
     def posterior(self, x: Tensor, visible: Tensor | None = None) -> Posterior:
         loc, cov, _ = self.last
         shown = ~x.isnan() if visible is None else ~x.isnan() & visible
@@ -227,7 +235,7 @@ class JointGaussian(Conditionals):
         shown[len(seen[0]) :] = False
         hidden = torch.arange(len(seen[0]), len(shown), device=shown.device)
         # m_h + C_hs C_ss^-1 r_s,    C_hh - C_hs C_ss^-1 C_sh
-        root = _cholesky(cov[shown][:, shown])
+        root = cholesky(cov[shown][:, shown])
         across = torch.linalg.solve_triangular(root, cov[shown][:, hidden], upper=False)
         white = torch.linalg.solve_triangular(root, (value[0] - loc)[shown, None], upper=False)
         mean = loc[hidden] + (across.mT @ white)[:, 0]
@@ -269,14 +277,15 @@ class _LogProb(torch.autograd.Function):
 def _condition(loc: Tensor, cov: Tensor, row: Tensor, seen: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Means and variances of the hidden tokens, each alone, given the seen ones of a row (T,)."""
     # m_h + C_hs C_ss^-1 r_s,    C_hh - C_hs C_ss^-1 C_sh
-    root = _cholesky(cov[seen][:, seen])
+    root = cholesky(cov[seen][:, seen])
     across = torch.linalg.solve_triangular(root, cov[seen][:, hidden], upper=False)
     white = torch.linalg.solve_triangular(root, (row - loc)[seen, None], upper=False)
     mean = loc[hidden] + (across.mT @ white)[:, 0]
     return mean, cov.diagonal()[hidden] - across.square().sum(0)
 
 
-def _cholesky(cov: Tensor) -> Tensor:
+def cholesky(cov: Tensor) -> Tensor:
+    """Lower factors of covariances ([B,] T, T), or an error that says what to do."""
     root, info = torch.linalg.cholesky_ex(cov)
     if bool(info.any()):
         raise ModelError(NOT_DEFINITE)
