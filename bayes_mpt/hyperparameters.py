@@ -430,19 +430,14 @@ def hyperprior(model: Model, args: tuple[Any, ...], leaves: Mapping[str, Tensor]
     """The prior that a model offers for its parameters in Pyro's store, by ``model.hyperprior(*args)``; or None.
 
     That gives for each parameter by name the pair (loc, scale) of a normal distribution of its unconstrained value, or
-    a `torch.distributions.Distribution` of its natural value.
-
-    Raises
-    ------
-    ModelError
-        If a parameter has none.
+    a `torch.distributions.Distribution` of its natural value. None also where a parameter has no prior (one of a
+    likelihood that the user wrote, say): what is left of the others' would be no prior of the model.
     """
     if not hasattr(model, "hyperprior"):
         return None
     found = model.hyperprior(*args)
-    missing = [name for name in leaves if name not in found]
-    if missing:
-        raise ModelError(f"hyperprior() of {type(model).__name__} has no prior for parameter {missing[0]!r}")
+    if any(name not in found for name in leaves):
+        return None
     supports = pyro.get_param_store().get_state()["constraints"]
     loc: list[Array] = []
     scale: list[Array] = []

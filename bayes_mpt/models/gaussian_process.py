@@ -153,7 +153,7 @@ class GaussianProcess(BaseEstimator):
                 if given is not None:
                     out[full] = given
                     continue
-                centre, sd = _centre(natural, raw, owner, x, y, variances.get(id(owner)))
+                centre, sd = _centre(natural, raw.detach(), owner, x, y, variances.get(id(owner)))
                 out[full] = _unconstrained(centre, sd, _support(constraint))
         if level is None and self.likelihood is None:
             centre = (NOISE_SHARE * _variance(y)).to(x)
@@ -333,10 +333,11 @@ def _copy(module: Any, x: Tensor) -> Any:
 
 def _first(name: str, raw: Tensor, owner: Any, module: Any, x: Tensor, y: Tensor) -> Tensor:
     """An initial value: the centre of the prior, but for periods, of which one is looked for in y."""
+    raw = raw.detach().to(x)
     if name == "period_length":
-        return _start(name, raw.to(x), owner, x, y)
+        return _start(name, raw, owner, x, y)
     variance = _variances(module, _variance(y)).get(id(owner)) if isinstance(module, Kernel) else None
-    return _centre(name, raw.to(x), owner, x, y, variance)[0]
+    return _centre(name, raw, owner, x, y, variance)[0]
 
 
 def _owner(module: Any, path: str) -> tuple[Any, str]:
