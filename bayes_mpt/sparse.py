@@ -297,6 +297,7 @@ class Sparse:
         self, model: Model, rows: tuple[Any, ...], structure: Structure, weight: Tensor, shared: bool
     ) -> Layout:
         """Where the slopes are, and the blocks; an error if a dense map costs less."""
+        _refuse_dearer(structure, shared)
         zero = rows[0].new_zeros(len(weight), structure.n_latents)
         with torch.no_grad():
             ran = _Run(model, rows, structure, zero)
@@ -309,6 +310,7 @@ class Sparse:
             n_touched = int(moved.any(0).sum())
         if n_touched > MOST_TOUCHED:
             raise NotSparse(f"one latent reaches {n_touched} outputs")
+        _refuse_dearer(structure, shared, n_touched)
         with torch.enable_grad():
             try:
                 with _jittered():  # a slope that is zero now need not stay zero
@@ -316,20 +318,31 @@ class Sparse:
             except (RuntimeError, ValueError):  # the program does not take such parameters
                 found = _nonzeros(_Run(model, rows, structure, zero), weight, n_touched)
         layout = _arrange(*found, *_root_entries(ran.roots), structure, zero.device)
-        dense, sparse = costs(structure, layout, shared)
-        if sparse > dense:
-            raise NotSparse(f"{sparse:.3g} multiplications against {dense:.3g}")
+        _refuse_dearer(structure, shared, layout.n_colours, layout.n_blocks, layout.width, layout.n_slots)
         return layout
 
 
-def costs(structure: Structure, layout: Layout, shared: bool) -> tuple[float, float]:
+def _refuse_dearer(structure: Structure, shared: bool, *sizes: int) -> None:
+    dense, sparse = costs(structure, shared, *sizes)
+    if sparse > dense:
+        raise NotSparse(f"at least {sparse:.3g} multiplications against {dense:.3g}")
+
+
+def costs(
+    structure: Structure,
+    shared: bool,
+    n_colours: int = 1,
+    n_blocks: int = 1,
+    width: int = 1,
+    n_slots: int = 1,
+) -> tuple[float, float]:
     """Of reading the program and factorising its covariance, by a dense map and by this one, in multiplications."""
-    k, t, n = structure.n_latents, structure.n_tokens, layout.n_blocks
+    k, t = structure.n_latents, structure.n_tokens
     n_sites = len(structure.latents) + len(structure.sites)
     dense = (1 if shared else k + 4) * SITE_CALL * n_sites + t * k**2 + k**3 / 3
-    reading = ((1 if shared else 2) * SITE_CALL + layout.n_colours * SITE_PASS) * n_sites
-    algebra = n * layout.width**2 * (N_PRODUCTS * layout.width + 10 * layout.n_slots)
-    return dense, reading + algebra + OPERATION * N_OPERATIONS * (1 + math.log2(n))
+    reading = ((1 if shared else 2) * SITE_CALL + n_colours * SITE_PASS) * n_sites
+    algebra = n_blocks * width**2 * (N_PRODUCTS * width + 10 * n_slots)
+    return dense, reading + algebra + OPERATION * N_OPERATIONS * (1 + math.log2(n_blocks))
 
 
 class _Run:
