@@ -141,6 +141,8 @@ class GaussianProcess(BaseEstimator):
                     out[full] = given
                     continue
                 centre, sd = _centre(natural, raw, owner, x, y, variances.get(id(owner)))
+                if natural in ("constant", "bias"):
+                    sd = sd * _reach(kernel, module, x)
                 out[full] = _unconstrained(centre, sd, _support(constraint))
         if self.noise is None and self.likelihood is None:
             centre = (NOISE_SHARE * _variance(y)).to(x)
@@ -180,8 +182,8 @@ def _centre(
         centre = variance * torch.ones_like(raw)
     if name == "variance" and isinstance(owner, LinearKernel):
         columns = x if owner.active_dims is None else x[..., owner.active_dims]
-        square = columns.square().reshape(-1, columns.shape[-1]).mean(0).sum()
-        centre = variance / torch.where(square > 0, square, 1.0) * torch.ones_like(raw)
+        spread = columns.reshape(-1, columns.shape[-1]).var(0).sum()
+        centre = variance / torch.where(spread > 0, spread, 1.0) * torch.ones_like(raw)
     if name in ("constant", "bias"):
         return y.nanmean() * torch.ones_like(raw), float(_variance(y).sqrt())
     if name == "weights":
@@ -189,6 +191,15 @@ def _centre(
         unit = _variance(y).sqrt() / torch.where(spread > 0, spread, 1.0)
         return centre, unit.reshape(-1, 1).expand_as(raw)
     return centre, sd
+
+
+def _reach(kernel: Kernel, mean: Mean, x: Tensor) -> float:
+    """How much further than the data a constant may lie: where lines meet x = 0, in standard deviations of y."""
+    if not any(isinstance(k, LinearKernel) for k in kernel.modules()) and not hasattr(mean, "weights"):
+        return 1.0
+    columns = x.reshape(-1, x.shape[-1])
+    spread = columns.var(0).sum()
+    return float((1 + columns.mean(0).square().sum() / spread).sqrt()) if spread > 0 else 1.0
 
 
 def _unconstrained(centre: Tensor, sd: Any, support: Any) -> tuple[Tensor, Tensor]:
