@@ -304,6 +304,18 @@ def test_prior_is_in_units_of_the_data():
         assert b.modes[0].log_joint - shift == pytest.approx(a.modes[0].log_joint, abs=0.01)
 
 
+def test_a_line_far_from_the_origin_is_a_line():
+    """The constant of a line reaches to where it meets x = 0: without that a second kernel has to make up for it."""
+    rng = np.random.default_rng(0)
+    x = rng.uniform(1960, 2000, size=(40, 1))
+    y = 0.1 * x[:, 0] + rng.normal(size=40)
+    line, more = (
+        BayesMPT(GaussianProcess(KERNELS[name]), penalty=True).fit(x, y).integrated(x, y)
+        for name in ("linear", "sum")
+    )
+    assert line.log_evidence > more.log_evidence
+
+
 def test_registered_priors_replace_the_default():
     x, y = (torch.as_tensor(a) for a in wave())
     kernel = ScaleKernel(

@@ -154,6 +154,8 @@ class GaussianProcess(BaseEstimator):
                     out[full] = given
                     continue
                 centre, sd = _centre(natural, raw.detach(), owner, x, y, variances.get(id(owner)))
+                if natural in ("constant", "bias"):
+                    sd = sd * _reach(kernel, module, x)
                 out[full] = _unconstrained(centre, sd, _support(constraint))
         if level is None and self.likelihood is None:
             centre = (NOISE_SHARE * _variance(y)).to(x)
@@ -256,7 +258,8 @@ def _centre(
     if name == "outputscale":
         centre = variance * torch.ones_like(raw)
     if name == "variance" and isinstance(owner, LinearKernel | Line):
-        centre = centre * variance / _variance(y)
+        spread = columns.var(0).sum() if len(columns) > 1 else columns.new_zeros(())
+        centre = variance / torch.where(spread > 0, spread, 1.0) * torch.ones_like(raw)
     if name == "location":
         return centre, _extent(columns, raw)
     if name in ("constant", "bias"):
@@ -266,6 +269,15 @@ def _centre(
         unit = _variance(y).sqrt() / torch.where(spread > 0, spread, 1.0)
         return centre, unit.reshape(-1, 1).expand_as(raw)
     return centre, sd
+
+
+def _reach(kernel: Kernel, mean: Mean, x: Tensor) -> float:
+    """How much further than the data a constant may lie: where lines meet x = 0, in standard deviations of y."""
+    if not any(isinstance(k, LinearKernel) for k in kernel.modules()) and not hasattr(mean, "weights"):
+        return 1.0
+    columns = x.reshape(-1, x.shape[-1])
+    spread = columns.var(0).sum()
+    return float((1 + columns.mean(0).square().sum() / spread).sqrt()) if spread > 0 else 1.0
 
 
 def _unconstrained(centre: Tensor, sd: Any, support: Any) -> tuple[Tensor, Tensor]:
