@@ -104,7 +104,8 @@ class BayesMPT(
     learning_rate : float, default=0.05
         Of Adam, in units in which the program's map moves by about one.
     batch_size : int, optional
-        Rows a step of Adam; all of them by default. Needs independent rows.
+        Rows a step of Adam; all of them by default. Needs independent rows, or a predictor whose score is a sum over
+        tokens (`NearestNeighbors`): then tokens a step.
     n_init : int, default=1
         Starts where the maximum has no closed form; the best is kept. Further ones are drawn from the hyperprior of a
         model that has one, such as `bayes_mpt.models.GaussianProcess`, else from the program's initial values.
@@ -473,7 +474,7 @@ class BayesMPT(
                     if fit is not None and table.complete:
                         return fit
                 train = partial(training.climb, max_iter=self.max_iter, tol=self.tol, report=report)
-                first, *finer = training.stages(problem, seed)
+                first, *finer = [problem] if warm else training.stages(problem, seed)
             fit = self._best_of(partial(train, first), first, prior, seed)
             for stage in finer:
                 fit = fit if fit.interrupted else train(stage)

@@ -23,6 +23,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from gpytorch.kernels import MaternKernel, ScaleKernel
 from matplotlib.cbook import get_sample_data
+from matplotlib.colors import LogNorm, Normalize
 from scipy.spatial import cKDTree
 
 from bayes_mpt import BayesMPT
@@ -105,12 +106,12 @@ def main(output: Path, geoid_file: Path | None, share: float, m: int) -> None:
     wide = columns > 1.5 * rows
     figure, axes = plt.subplots(2, 2, figsize=(13, 7.5) if wide else (11, 9.5), layout="constrained")
     for ax, (title, values, colours) in zip(axes.flat, panels, strict=True):
-        limits = {
-            "terrain": (y.min(), y.max()),
-            "magma": (0, np.quantile(sd, 0.999)),
-            "RdBu": (-4, 4),
+        norm = {
+            "terrain": Normalize(y.min(), y.max()),
+            "magma": LogNorm(np.quantile(sd[hidden], 0.01), sd.max()),
+            "RdBu": Normalize(-4, 4),
         }[colours]
-        image = ax.imshow(values, cmap=colours, vmin=limits[0], vmax=limits[1], interpolation="nearest")
+        image = ax.imshow(values, cmap=colours, norm=norm, interpolation="nearest")
         unit = "" if colours == "RdBu" else field.unit
         figure.colorbar(image, ax=ax, shrink=0.8, label=unit)
         ax.set(title=title, xticks=[], yticks=[])

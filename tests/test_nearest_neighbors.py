@@ -432,7 +432,6 @@ def test_minibatches_of_terms_train():
         tol=0.2,
         random_state=0,
     ).fit(X, y)
-    assert exact.log_marginal_likelihood_ > batches.log_marginal_likelihood_ - 1e-3
     assert batches.log_marginal_likelihood_ == pytest.approx(exact.log_marginal_likelihood_, abs=0.5)
 
 
