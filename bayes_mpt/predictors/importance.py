@@ -71,7 +71,7 @@ class Importance(Predictor):
         S draws for each row.
     doubly_reparameterized : bool, default=False
         Whether a chain's gradient in a guide's parameters is that of Tucker, Lawson, Gu & Maddison (2019): the same
-        expectation with less noise, which pays where neither few steps nor the noise of minibatches limit a training.
+        expectation with less noise from the draws, for a step that takes a little longer.
         False gives the gradient of the bound itself, that of `pyro.infer.RenyiELBO`. Guides whose draws have no
         ``rsample``, or that cannot be drawn side by side, have the latter in any case.
 
