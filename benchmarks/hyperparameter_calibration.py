@@ -63,7 +63,7 @@ def draw(seed: int, index: int) -> tuple[str, torch.Tensor, torch.Tensor]:
         predictor, leaves, prior = opened(name, x, torch.as_tensor(rng.normal(size=n)))
         assign(leaves, torch.as_tensor(prior.loc + prior.scale * rng.normal(size=len(prior.loc))))
         loc, cov, _ = moments(predictor.model, (x, torch.zeros(n, dtype=x.dtype)), predictor.structure)
-    y = rng.multivariate_normal(loc.numpy(), cov.numpy(), method="eigh")
+    y = rng.multivariate_normal(loc.detach().numpy(), cov.detach().numpy(), method="eigh")
     return name, x, torch.as_tensor(y)
 
 
@@ -173,6 +173,11 @@ def main() -> None:
     args = parser.parse_args()
     n_references, n_rankings = (8, 16) if args.quick else (args.references, args.rankings)
     torch.set_num_threads(1)
+    references = []
+    for i in range(n_references):
+        name, x, y = draw(args.seed + 1, i)
+        references.append({"kind": name, "n": len(y)} | evidence(name, x, y, i, True))
+        print(references[-1], flush=True)
     rankings = []
     for i in range(n_rankings):
         name, x, y = draw(args.seed, i)
@@ -191,11 +196,6 @@ def main() -> None:
         ),
         flush=True,
     )
-    references = []
-    for i in range(n_references):
-        name, x, y = draw(args.seed + 1, i)
-        references.append({"kind": name, "n": len(y)} | evidence(name, x, y, i, True))
-        print(references[-1], flush=True)
     within = [
         abs(r["log_evidence"] - r["reference"]) <= 2 * math.hypot(r["se"], r["reference_se"])
         for r in references
