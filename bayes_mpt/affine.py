@@ -23,7 +23,6 @@ from torch import Tensor
 
 from bayes_mpt.tracing import (
     N_TRIAL_ROWS,
-    NODES,
     Latent,
     MissingCovariate,
     Model,
@@ -41,6 +40,7 @@ from bayes_mpt.tracing import (
     observed_nodes,
     one_precision,
     refuse_unregistered,
+    rows_first,
     run,
     token_values,
 )
@@ -300,61 +300,54 @@ def read_side_by_side(
     args: tuple[Any, ...],
     structure: Structure,
     values: dict[str, Tensor],
-    n_nodes: int,
-    depth: int,
-) -> Reading:
-    """One map for each of S nodes, whose values (S, ...) of further latents are given: one run in all.
+    priors: tuple[Latent, ...] = (),
+) -> tuple[Reading, Tensor]:
+    """The maps at S nodes, whose values (S, ...) of further latents are given, and log p of the ``priors`` there.
 
-    For programs whose rows are one vector. ``structure`` is that of the program at one node; B of the reading is S.
-    The program runs on a plate of S times K + 4 nodes, left of its ``depth`` plates.
+    One run for all nodes and probes, through `torch.vmap`. ``structure`` is that of the program at one node. B of the
+    reading is S times N, node after node (N is 1 where all observations are one vector).
     """
     filled = tuple(fill(a) for a in args)
     probes = _probes(structure, filled[0])  # (P, K)
-    n_probes = len(probes)
-    total = n_nodes * n_probes
-    sites = {name: v.repeat_interleave(n_probes, 0) for name, v in values.items()}
-    start = 0
-    for site in structure.latents:
-        part = probes[:, start : start + site.width].repeat(n_nodes, 1)
-        start += site.width
-        pad = (1,) * (depth - site.n_batch)
-        sites[site.name] = part.reshape(total, *pad, *site.shape)
-    with pyro.plate(NODES, total, dim=-1 - depth):
-        trace = run(model, filled, sites)
-    by_probe = lambda t: t.reshape(n_nodes, n_probes, *t.shape[1:]).transpose(0, 1)  # noqa: E731
-    if len(structure.sites) > 1:
-        raise NotAffine(f"several observed sites {structure.sites}: read one node at a time")
-    tokens = base(trace.nodes[structure.sites[0]]["fn"])
-    if not isinstance(tokens, torch.distributions.Normal):
-        raise NotAffine(f"observed site {structure.observed!r} is correlated: read one node at a time")
-    loc, scale = tokens.loc, tokens.scale
-    n_tokens = structure.width
-    wide = (total, *([1] * depth), *trace.nodes[structure.sites[0]]["fn"].event_shape)
-    shape = torch.broadcast_shapes(wide, loc.shape, scale.shape)
-    loc, scale = (by_probe(t.expand(shape).reshape(total, n_tokens)) for t in (loc, scale))  # (P, S, T)
+    n_probes, n_rows = len(probes), _batch(structure, filled)
+    n_nodes = len(next(iter(values.values())))
+    # rows that share a map, with nothing of their own among the values, are read on rows that are the probes
+    shared = structure.by_row and not structure.own_rows and not any(p.row_axis is not None for p in priors)
+    rows = tuple(fill(_cycle(a, n_probes)) for a in args) if shared else filled
+
+    def at(fixed: dict[str, Tensor], z: Tensor) -> tuple[Tensor, ...]:
+        trace = run(model, rows, {**fixed, **latent_values(structure, z)})
+        if _correlated_noise(trace, structure) is not None:
+            raise NotAffine(f"observed site {structure.observed!r} is correlated: read one node at a time")
+        prior = z.new_zeros(1 if shared else n_rows)
+        for p in priors:
+            node = trace.nodes[p.name]
+            prior = prior + rows_first(node["fn"].log_prob(node["value"]), p.row_axis).sum(-1)
+        return *_token_normal(trace, structure), *_latent_normal(trace, structure, len(z)), prior
+
+    with pyro.validation_enabled(False):  # a check would have to branch on its node
+        if shared:  # (S, P, ...) -> (P, S, ...)
+            loc, scale, latent_loc, latent_root, prior = torch.vmap(lambda v: at(v, probes))(values)
+            loc, scale, latent_loc, root = (t.movedim(1, 0) for t in (loc, scale, latent_loc, latent_root))
+        else:  # (S P, N, ...) -> (P, S N, ...)
+            each = {name: v.repeat_interleave(n_probes, 0) for name, v in values.items()}
+            found = torch.vmap(lambda v, z: at(v, z.expand(n_rows, -1)))(each, probes.repeat(n_nodes, 1))
+            loc, scale, latent_loc, root = (
+                t.unflatten(0, (n_nodes, n_probes)).movedim(1, 0).flatten(1, 2) for t in found[:4]
+            )
+            prior = found[4][::n_probes]
     where = f"observed site {structure.observed!r}"
     _check_constant(scale, where)
+    _check_constant(root, "latent sites")
     map_loc, map_loading = _affine(loc, probes, structure, where)
-    locs: list[Tensor] = []
-    scales: list[Tensor] = []
-    for site in structure.latents:
-        node = trace.nodes[site.name]
-        if isinstance(base(node["fn"]), torch.distributions.MultivariateNormal):
-            raise NotAffine(f"latent site {site.name!r} is MultivariateNormal: read one node at a time")
-        for t, out in zip(_normal(node), (locs, scales), strict=True):
-            out.append(by_probe(t.reshape(total, site.width)))
-    latent_loc, latent_scale = torch.cat(locs, -1), torch.cat(scales, -1)  # (P, S, K)
-    _check_constant(latent_scale, "latent sites")
     prior_loc, prior_slope = _affine(latent_loc, probes, structure, "latent sites")
-    return _integrate_prior(
-        map_loc,
-        map_loading,
-        scale[0].square(),
-        prior_loc,
-        prior_slope,
-        torch.diag_embed(latent_scale[0]),
-        filled[0],
+    reading = _integrate_prior(
+        map_loc, map_loading, scale[0].square(), prior_loc, prior_slope, root[0], filled[0]
     )
+    if shared:
+        each_row = [t.repeat_interleave(n_rows, 0) for t in reading[:5]]
+        reading = Reading(each_row[0], each_row[1], each_row[2], each_row[3], each_row[4], 1.0, filled[0])
+    return reading, prior
 
 
 def _probes(structure: Structure, like: Tensor) -> Tensor:
@@ -572,10 +565,15 @@ def _latent_normal(trace: Trace, structure: Structure, n_rows: int) -> tuple[Ten
             blocks.append(torch.diag_embed(_flat(scale, site, n_rows)))
     if not locs:
         return like.new_zeros(n_rows, 0), like.new_zeros(n_rows, 0, 0)
-    root = blocks[0]
-    if len(blocks) > 1:
-        root = torch.stack([torch.block_diag(*[b[n] for b in blocks]) for n in range(n_rows)])
-    return torch.cat(locs, 1), root
+    loc = torch.cat(locs, 1)
+    widths = [b.shape[-1] for b in blocks]
+    before = [sum(widths[:i]) for i in range(len(blocks))]
+    # block after block along the diagonal
+    root = sum(
+        torch.nn.functional.pad(b, (i, loc.shape[1] - i - w, i, loc.shape[1] - i - w))
+        for b, i, w in zip(blocks, before, widths, strict=True)
+    )
+    return loc, root  # type: ignore[return-value]  # a sum of at least one
 
 
 def _scale(node: dict[str, Any]) -> float:

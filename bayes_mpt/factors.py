@@ -353,8 +353,8 @@ def read_factors(
     program : Program
         Its `survey`.
     values : dict of name to Tensor
-        Of every continuous latent: its own shape where ``n_nodes`` is 1; with S nodes (S, 1..., batch..., event...),
-        the S left of all plates.
+        Of every continuous latent, and of those that the program leaves to others: its own shape where ``n_nodes``
+        is 1; with S nodes (S, 1..., batch..., event...), the S left of all plates.
     n_nodes : int, default=1
         S.
 
@@ -380,6 +380,8 @@ def read_factors(
     sizes: dict[str, int] = {}
     dtype = node_of(trace, program.sites[0].name)["value"].dtype
     for node in latent_nodes(trace):
+        if node["name"] not in program.latent_names:  # held: others have its density
+            continue
         log_prob = node["fn"].log_prob(node["value"]).to(dtype)  # of constants in another precision
         latents.append((_ordinal(trace, node), packed.pack(log_prob, node["infer"]["_dim_to_symbol"])))
         own.append(node["infer"].get("_enumerate_symbol", ""))

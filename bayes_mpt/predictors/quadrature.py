@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from itertools import product
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from bayes_mpt.predictors.base import Evidence, Guide, Predictor
 from bayes_mpt.predictors.nodes import Nodes, Read, Reader, constrained, program_values
-from bayes_mpt.predictors.placed import Placement, check_width
+from bayes_mpt.predictors.placed import Placement, check_width, hermite
 from bayes_mpt.tracing import Model, ModelError, fill, survey
 
 __all__ = ["Quadrature"]
@@ -61,7 +58,7 @@ class Quadrature(Predictor):
 
 
 class _Hermite(Reader):
-    """Nodes mode + sqrt(2) root t, at which the integrand is weighed by w exp(t't) |sqrt(2) root|."""
+    """Nodes around the mode, in units of the posterior's root."""
 
     located = True
     name = "Quadrature"
@@ -81,13 +78,9 @@ class _Hermite(Reader):
         if visible is None:
             visible = torch.ones(value.shape[1], dtype=torch.bool, device=value.device)
         mode, root = self.placement.locate(args, value, visible)
-        one, weight = np.polynomial.hermite.hermgauss(self.n_nodes)
-        width = mode.shape[1]
-        t = torch.as_tensor(np.array(list(product(one, repeat=width)))).to(mode).reshape(-1, width)  # (S, d)
-        log_w = torch.as_tensor(np.array([sum(c) for c in product(np.log(weight), repeat=width)])).to(mode)
-        u = mode + math.sqrt(2) * (root @ t[:, None, :, None])[..., 0]  # (S, N, d)
-        log_det = torch.linalg.slogdet(math.sqrt(2) * root)[1]  # (N,)
-        log_weight = (log_w + t.square().sum(-1))[:, None] + log_det
+        t, log_w = (a.to(mode) for a in hermite(mode.shape[1], self.n_nodes))  # (S, d), (S,)
+        u = mode + (root @ t[:, None, :, None])[..., 0]  # (S, N, d)
+        log_weight = log_w[:, None] + torch.linalg.slogdet(root)[1]
         given, part, scale = self.placement.at(args, filled, u)
         return Read(
             given,
@@ -101,8 +94,8 @@ class _Hermite(Reader):
     def evidence(self, nodes: Nodes, x: Tensor) -> Evidence:
         width = self.placement.space.width
         more = 2 * self.n_nodes if width <= 2 else self.n_nodes + 3
-        finer = _Hermite(self.placement, more)
         few = nodes.joint(x)
-        many = Nodes(finer).read(nodes.args).joint(x)
+        finer = Nodes(_Hermite(self.placement, more)).read(nodes.args)
+        many = finer.joint_refined(x)  # with more nodes in every row too, where rows have their own
         change = float((many - few).sum())
         return Evidence(many, abs(change), {"n_nodes": more, f"change from {self.n_nodes} nodes": change})
