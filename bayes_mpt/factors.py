@@ -372,8 +372,9 @@ def read_factors(
         trace = poutine.trace(model).get_trace(*args)
     n_rows = n_rows_of(program, args)
     dtype = node_of(trace, program.sites[0].name)["value"].dtype
-    # of constants in another precision
-    hidden = [(node, node["fn"].log_prob(node["value"]).to(dtype)) for node in latent_nodes(trace)]
+    # of constants in another precision; those that are held have their density elsewhere
+    own_nodes = [node for node in latent_nodes(trace) if node["name"] in program.latent_names]
+    hidden = [(node, node["fn"].log_prob(node["value"]).to(dtype)) for node in own_nodes]
     sums = any("_enumerate_dim" in node["infer"] for node, _ in hidden)
     if sums:
         trace.symbolize_dims()

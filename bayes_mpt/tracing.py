@@ -257,6 +257,11 @@ def one_precision(args: tuple[Any, ...]) -> Iterator[None]:
             ) from error
         if not first_line.startswith("Expected parameter"):  # torch's, which names no site
             raise
+        broken = [n for n, p in pyro.get_param_store().items() if not bool(torch.isfinite(p).all())]
+        if broken:
+            raise ModelError(
+                f"parameter {broken[0]!r} is not finite: check its initial value and constraint"
+            ) from error
         where = f"after site {casts.site!r}" if casts.site else "before its first site"
         raise ModelError(
             f"the program makes a distribution {where} that cannot be: {first_line}. Check the parameters, "
@@ -512,6 +517,19 @@ def n_rows_of(program: Program, args: tuple[Any, ...]) -> int:
     if not program.by_row:
         return 1
     return program.sub_rows or len(args[0])
+
+
+def rows_given_shared(program: Program, trace: Trace) -> Program | None:
+    """The program of the rows alone, its other latents held: None where no latent stands in the plate, or all do."""
+    rows = program.rows_plate
+    own = [s for s in program.latents if rows in s.plates]
+    if program.by_row or rows is None or not own or len(own) == len(program.latents):
+        return None
+    return program._replace(
+        sites=tuple(_observed(node_of(trace, s.name), rows) for s in program.sites),
+        latents=tuple(describe_latent(node_of(trace, s.name), rows) for s in own),
+        by_row=True,
+    )
 
 
 def split_events(program: Program) -> Program:
