@@ -121,7 +121,7 @@ class Placement:
         first = _node(self._held.draws, 0)
         with torch.random.fork_rng():
             trace = run(model, filled, first)
-        self._last: Tensor | None = None
+        self._last: tuple[torch.Size, Tensor] | None = None
         self._prior_mapped = True
         self.model, self.program = model, program
         names, self._template = _awkward(model, args, program, first)
@@ -372,8 +372,9 @@ class Placement:
         self, args: tuple[Any, ...], x: Tensor, visible: Tensor, held: dict[str, Tensor], n_nodes: int
     ) -> Located:
         filled = tuple(fill(a) for a in args)
-        u = self._last  # a training asks again and again, with little change
-        if u is None or u.shape != (n_rows_of(self.program, filled), self.space.width):
+        # a training asks again and again, with little change
+        shape, u = self._last or (None, None)
+        if u is None or shape != x.shape:
             u = self.start(filled)
         sure = SURE if self.rows is None else SURE_OF_NODES
         found = _climb(
@@ -382,7 +383,7 @@ class Placement:
             MAX_STEPS,
             sure,
         )
-        self._last = found.mode.mean(0)
+        self._last = x.shape, found.mode.mean(0)
         return found
 
     def widen(
