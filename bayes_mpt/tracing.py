@@ -264,8 +264,8 @@ def one_precision(args: tuple[Any, ...]) -> Iterator[None]:
             ) from error
         where = f"after site {casts.site!r}" if casts.site else "before its first site"
         raise ModelError(
-            f"the program makes a distribution {where} that cannot be: {first_line}. Check the parameters, "
-            "and what is computed from latents far from zero (exp, division)"
+            f"the program makes a distribution {where} that cannot be: {first_line.rstrip(':')}. Check the parameters "
+            f"{casts.parameters} and their constraints, and what is computed from latents far from zero (exp, division)"
         ) from error
     except RuntimeError as error:
         if not MIXED.search(str(error)):
@@ -292,6 +292,8 @@ class _Casts(poutine.messenger.Messenger):
         self.dtype = dtype
         self.site = ""
         """The last site that the program has reached."""
+        self.parameters: list[str] = []
+        """Those that it has reached."""
 
     def _pyro_sample(self, msg: Any) -> None:
         if is_subsample(msg):
@@ -305,6 +307,7 @@ class _Casts(poutine.messenger.Messenger):
 
     def _pyro_param(self, msg: Any) -> None:
         name, *init = msg["args"]
+        self.parameters.append(name)
         if init and not isinstance(init[0], torch.nn.Parameter):  # networks are trained in place
             first = init[0]
             msg["args"] = (name, lambda: self._cast(first() if callable(first) else first))
@@ -582,9 +585,22 @@ def sum_by_row(log_prob: Tensor, axis: int | None, n: int) -> Tensor:
 
 def token_values(trace: Trace, program: Program) -> Tensor:
     """Values of the tokens of a run: (N, T) in floating point; a token of several numbers is their sum."""
-    parts = [rows_first(node_of(trace, s.name)["value"], s.row_axis, s.n_joint) for s in program.sites]
+    for site in program.sites:
+        check_shape(node_of(trace, site.name), site)
+    parts = [rows_first(trace.nodes[s.name]["value"], s.row_axis, s.n_joint) for s in program.sites]
     dtype = next((p.dtype for p in parts if p.is_floating_point()), torch.get_default_dtype())
     return parts[0].to(dtype) if len(parts) == 1 else torch.cat([p.to(dtype) for p in parts], 1)
+
+
+def check_shape(node: Any, site: Observed) -> None:
+    """A site's value must have the shape that it had when the program was first run, but for the number of rows."""
+    got = tuple(node["value"].shape)
+    same = [a == b or axis == site.row_axis for axis, (a, b) in enumerate(zip(got, site.shape, strict=False))]
+    if len(got) != len(site.shape) or not all(same):
+        raise ModelError(
+            f"observed site {site.name!r} had shape {site.shape} when the program was first run and has {got} now: "
+            "tokens may not change between calls, nor may rows without a rows plate around them"
+        )
 
 
 def read_values(
