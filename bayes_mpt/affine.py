@@ -405,28 +405,58 @@ def read_side_by_side(
     args: tuple[Any, ...],
     structure: Structure,
     values: dict[str, Tensor],
-    n_nodes: int,
-    depth: int,
+    priors: tuple[Latent, ...],
+    depth: int | None,
 ) -> tuple[Reading, Tensor]:
-    """One map for each of S nodes, whose values (S, ...) of further latents are given, and their log-density (S,).
+    """The maps at S nodes, whose values (S, ...) of further latents are given, and log p of the ``priors`` there.
 
-    For programs whose rows are one vector, of ``depth`` plate dimensions. ``structure`` is that of the program at one
-    node; B of the reading is S. All nodes and probes are one run.
+    ``structure`` is that of the program at one node. B of the reading is S times N, node after node; the log-density is
+    (S, N) (N is 1 where all observations are one vector). All nodes and probes are one run: on a plate left of the
+    program's ``depth``, along which the values lie; through `torch.vmap` where that is None.
     """
     filled = tuple(fill(a) for a in args)
     probes = _probes(structure, filled[0])  # (P, K)
-    n_probes = len(probes)
-    repeated = {name: v.repeat_interleave(n_probes, 0) for name, v in values.items()}
-    trace = _run_copies(model, filled, structure, probes.repeat(n_nodes, 1), depth, repeated)
-    by_probe = lambda t: t.reshape(n_nodes, n_probes, *t.shape[2:]).transpose(0, 1)  # noqa: E731
-    runs = _runs_of(trace, structure, n_nodes * n_probes)
-    reading = _map_of(runs.each(by_probe), probes, structure)
-    log_prior = filled[0].new_zeros(n_nodes, n_probes)
-    for name in values:
-        node = trace.nodes[name]
-        log_prior = log_prior + node["fn"].log_prob(node["value"]).reshape(n_nodes, n_probes, -1).sum(-1)
-    _check_constant(log_prior.mT, f"prior of {list(values)}")
-    return reading._replace(value=filled[0]), log_prior[:, 0]
+    n_probes, n_rows = len(probes), _batch(structure, filled)
+    n_nodes = len(next(iter(values.values())))
+    # rows that share a map, with nothing of their own among the values, are read on rows that are the probes
+    shared = structure.by_row and not structure.own_rows and all(p.row_axis is None for p in priors)
+    if shared:
+        rows = tuple(fill(cycle(a, n_probes)) for a in args)
+        z = probes.expand(n_nodes, -1, -1)
+    else:
+        rows, z = filled, probes.repeat(n_nodes, 1)[:, None]
+        values = {name: v.repeat_interleave(n_probes, 0) for name, v in values.items()}
+    if depth is None:
+        runs, log_prior, scale = _map_copies(model, rows, structure, z, values, priors)
+    else:
+        trace = _run_copies(model, rows, structure, z, depth, values)
+        runs = _runs_of(trace, structure, len(z))
+        log_prior, scale = _log_prior(trace, priors, len(z), rows[0]), _scale(trace.nodes[structure.sites[0]])
+    if shared:  # (S, P, ...) -> (P, S, ...)
+        reading = _map_of(runs.each(lambda t: t.transpose(0, 1)), probes, structure)
+        return _each_row(reading, n_rows)._replace(value=filled[0]), log_prior
+    by_probe = lambda t: t.unflatten(0, (n_nodes, n_probes)).transpose(0, 1)  # noqa: E731
+    reading = _map_of(runs.each(lambda t: by_probe(t).flatten(1, 2)), probes, structure)
+    log_prior = by_probe(log_prior)  # (P, S, N)
+    _check_constant(log_prior, f"prior of {list_names([p.name for p in priors])}")
+    return reading._replace(scale=scale, value=filled[0]), log_prior[0]
+
+
+def _each_row(reading: Reading, n_rows: int) -> Reading:
+    """The same map for each of so many rows."""
+    loc, loading, noise, latent_loc, root = (t.repeat_interleave(n_rows, 0) for t in reading[:5])
+    return Reading(loc, loading, noise, latent_loc, root, reading.scale, reading.value)
+
+
+def _log_prior(trace: Trace, latents: tuple[Latent, ...], n_copies: int, like: Tensor) -> Tensor:
+    """Log-densities of these latents in a run of copies, row by row: (P, N), or (P, 1) where no row has its own."""
+    total = like.new_zeros(n_copies, 1)
+    for latent in latents:
+        node = trace.nodes[latent.name]
+        shape = node["value"].shape[node["value"].ndim - len(latent.shape) :][: latent.n_batch]
+        log_prob = node["fn"].log_prob(node["value"])
+        total = total + _flat(log_prob, shape, latent.row_axis, n_copies).sum(-1)
+    return total
 
 
 def _run_apart(
@@ -460,7 +490,7 @@ def _run_at_once(
         while n_copies in (n_rows, structure.width):
             n_copies += 1
         z = torch.cat([part, part[:1].expand(n_copies - len(part), -1)])
-        traces.append(_run_copies(model, filled, structure, z, structure.depth, {}))
+        traces.append(_run_copies(model, filled, structure, z[:, None], structure.depth, {}))
         out.append(_runs_of(traces[-1], structure, n_copies).each(itemgetter(slice(len(part)))))
     return _joined(out), traces[0]
 
@@ -473,21 +503,43 @@ def _run_copies(
     depth: int,
     values: dict[str, Tensor],
 ) -> Trace:
-    """Copies of the program side by side, on a plate left of its own: all rows of each at latents z (P, K)."""
+    """Copies of the program side by side, on a plate left of its own, at latents z (P, N, K), or (P, 1, K)."""
     n_copies, n_rows = len(z), _batch(structure, filled)
     sites, start = dict(values), 0
     for site in structure.latents:
-        part = z[:, start : start + site.width]
+        part = z[..., start : start + site.width]
         start += site.width
         if site.row_axis is None:
             part = part.reshape(n_copies, *site.shape)
         else:
             rest = site.shape[: site.row_axis] + site.shape[site.row_axis + 1 :]
-            part = part.reshape(n_copies, 1, *rest).expand(n_copies, n_rows, *rest)
+            part = part.reshape(n_copies, -1, *rest).expand(n_copies, n_rows, *rest)
             part = part.movedim(1, site.row_axis + 1)
         sites[site.name] = part.reshape(n_copies, *[1] * (depth - site.n_batch), *part.shape[1:])
     with pyro.plate(NODES, n_copies, dim=-1 - depth):
         return run(model, filled, sites)
+
+
+def _map_copies(
+    model: Model,
+    filled: tuple[Any, ...],
+    structure: Structure,
+    z: Tensor,
+    values: dict[str, Tensor],
+    priors: tuple[Latent, ...],
+) -> tuple[_Runs, Tensor, float]:
+    """`_run_copies` of a program that takes no further axes: its maps, log-densities of ``priors``, and scale."""
+    n_rows, scales = _batch(structure, filled), []
+
+    def alone(node: dict[str, Tensor], z: Tensor) -> tuple[Tensor, ...]:
+        trace = run(model, filled, node | latent_values(structure, z.expand(n_rows, -1)))
+        scales.append(_scale(trace.nodes[structure.sites[0]]))
+        found = (*_runs_of(trace, structure), _log_prior(trace, priors, 1, z))
+        return tuple(t[0] for t in found if t is not None)
+
+    with pyro.validation_enabled(False):  # a check would have to branch on its node
+        *runs, log_prior = torch.vmap(alone)(values, z)
+    return _Runs(*runs, *[None] * (5 - len(runs))), log_prior, scales[0]
 
 
 def _all_probes(model: Model, args: tuple[Any, ...], structure: Structure) -> Reading | None:
@@ -644,7 +696,7 @@ def _batch(structure: Structure, args: tuple[Any, ...]) -> int:
 
 def _flat(t: Tensor, shape: torch.Size, row_axis: int | None, n_copies: int = 1) -> Tensor:
     """What stands for each number of a site's value of this shape, row by row of each copy: (P, B, width)."""
-    lead = t.shape[1 : max(1, t.ndim - len(shape))] if n_copies > 1 else ()
+    lead = t.shape[1 : max(1, t.ndim - len(shape))]
     t = t.expand(n_copies, *lead, *shape).reshape(n_copies, *shape)
     if row_axis is None:
         return t.reshape(n_copies, 1, -1)

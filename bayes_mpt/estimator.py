@@ -276,7 +276,7 @@ class BayesMPT(
         model = PPCA() if self.model is None else self.model
         if isinstance(model, torch.nn.Module):
             model = deepcopy(model).double()  # a PyroModule trains in place
-        guide = _own_guide(self.guide, model)
+        guide = _own_guide(self.guide, self.model, model)
         state = self._state if warm and hasattr(self, "_state") else None
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         self.__dict__.pop("selection_", None)
@@ -1192,13 +1192,17 @@ def _warn_of_bounds(prior: Prior, leaves: dict[str, Tensor]) -> None:
         )
 
 
-def _own_guide(guide: Any, model: Model) -> Any:
+def _own_guide(guide: Any, original: Any, model: Model) -> Any:
     """A guide that is a module trains in place: a copy; one of Pyro's automatic guides keeps to our model."""
     if not isinstance(guide, torch.nn.Module):
         return guide
+    of = getattr(guide, "_model", None)
     copy = deepcopy(guide).double()
+    if of is not None:
+        guide._model = of
     if isinstance(copy, AutoGuide):
-        copy._model = (model,)  # Pyro's copies lose it, and offer no other way to give it back
+        # Pyro's copies lose it, and offer no other way to give it back; it may be a part of our model (poutine.block)
+        copy._model = of if of is not None and of[0] is not original else (model,)
     return copy
 
 

@@ -28,11 +28,11 @@ from torch import Tensor
 from bayes_mpt.tracing import (
     NODES,
     Model,
-    ModelError,
     Observed,
     Program,
     SetLatents,
     base,
+    check_shape,
     is_subsample,
     latent_nodes,
     n_rows_of,
@@ -372,8 +372,9 @@ def read_factors(
         trace = poutine.trace(model).get_trace(*args)
     n_rows = n_rows_of(program, args)
     dtype = node_of(trace, program.sites[0].name)["value"].dtype
-    # of constants in another precision
-    hidden = [(node, node["fn"].log_prob(node["value"]).to(dtype)) for node in latent_nodes(trace)]
+    # of constants in another precision; those that are held have their density elsewhere
+    own_nodes = [node for node in latent_nodes(trace) if node["name"] in program.latent_names]
+    hidden = [(node, node["fn"].log_prob(node["value"]).to(dtype)) for node in own_nodes]
     sums = any("_enumerate_dim" in node["infer"] for node, _ in hidden)
     if sums:
         trace.symbolize_dims()
@@ -383,7 +384,7 @@ def read_factors(
     for site in program.sites:
         node = node_of(trace, site.name)
         scale = float(node["scale"])
-        _check_shape(node, site)
+        check_shape(node, site)
         fn = base(node["fn"])
         log_prob = fn.log_prob(node["value"]).to(dtype)
         n_event = node["fn"].event_dim - site.n_joint
@@ -442,16 +443,6 @@ class _Enumerate(poutine.messenger.Messenger):
             return
         if getattr(msg["fn"], "has_enumerate_support", False):
             msg["infer"]["enumerate"] = "parallel"
-
-
-def _check_shape(node: Any, site: Observed) -> None:
-    got = tuple(node["value"].shape)
-    same = [a == b or axis == site.row_axis for axis, (a, b) in enumerate(zip(got, site.shape, strict=False))]
-    if len(got) != len(site.shape) or not all(same):
-        raise ModelError(
-            f"observed site {site.name!r} had shape {site.shape} when the program was first run and has {got} now: "
-            "tokens may not change between calls, nor may rows without a rows plate around them"
-        )
 
 
 def _ordinal(trace: Any, node: Any) -> frozenset[str]:

@@ -257,10 +257,15 @@ def one_precision(args: tuple[Any, ...]) -> Iterator[None]:
             ) from error
         if not first_line.startswith("Expected parameter"):  # torch's, which names no site
             raise
+        broken = [n for n, p in pyro.get_param_store().items() if not bool(torch.isfinite(p).all())]
+        if broken:
+            raise ModelError(
+                f"parameter {broken[0]!r} is not finite: check its initial value and constraint"
+            ) from error
         where = f"after site {casts.site!r}" if casts.site else "before its first site"
         raise ModelError(
-            f"the program makes a distribution {where} that cannot be: {first_line}. Check the parameters, "
-            "and what is computed from latents far from zero (exp, division)"
+            f"the program makes a distribution {where} that cannot be: {first_line.rstrip(':')}. Check the parameters "
+            f"{casts.parameters} and their constraints, and what is computed from latents far from zero (exp, division)"
         ) from error
     except RuntimeError as error:
         if not MIXED.search(str(error)):
@@ -287,6 +292,8 @@ class _Casts(poutine.messenger.Messenger):
         self.dtype = dtype
         self.site = ""
         """The last site that the program has reached."""
+        self.parameters: list[str] = []
+        """Those that it has reached."""
 
     def _pyro_sample(self, msg: Any) -> None:
         if is_subsample(msg):
@@ -300,6 +307,7 @@ class _Casts(poutine.messenger.Messenger):
 
     def _pyro_param(self, msg: Any) -> None:
         name, *init = msg["args"]
+        self.parameters.append(name)
         if init and not isinstance(init[0], torch.nn.Parameter):  # networks are trained in place
             first = init[0]
             msg["args"] = (name, lambda: self._cast(first() if callable(first) else first))
@@ -514,6 +522,19 @@ def n_rows_of(program: Program, args: tuple[Any, ...]) -> int:
     return program.sub_rows or len(args[0])
 
 
+def rows_given_shared(program: Program, trace: Trace) -> Program | None:
+    """The program of the rows alone, its other latents held: None where no latent stands in the plate, or all do."""
+    rows = program.rows_plate
+    own = [s for s in program.latents if rows in s.plates]
+    if program.by_row or rows is None or not own or len(own) == len(program.latents):
+        return None
+    return program._replace(
+        sites=tuple(_observed(node_of(trace, s.name), rows) for s in program.sites),
+        latents=tuple(describe_latent(node_of(trace, s.name), rows) for s in own),
+        by_row=True,
+    )
+
+
 def split_events(program: Program) -> Program:
     """The same program with the elements of a MultivariateNormal as tokens, for those who can score them one by one."""
     return program._replace(sites=tuple(s._replace(n_joint=0) for s in program.sites))
@@ -564,9 +585,22 @@ def sum_by_row(log_prob: Tensor, axis: int | None, n: int) -> Tensor:
 
 def token_values(trace: Trace, program: Program) -> Tensor:
     """Values of the tokens of a run: (N, T) in floating point; a token of several numbers is their sum."""
-    parts = [rows_first(node_of(trace, s.name)["value"], s.row_axis, s.n_joint) for s in program.sites]
+    for site in program.sites:
+        check_shape(node_of(trace, site.name), site)
+    parts = [rows_first(trace.nodes[s.name]["value"], s.row_axis, s.n_joint) for s in program.sites]
     dtype = next((p.dtype for p in parts if p.is_floating_point()), torch.get_default_dtype())
     return parts[0].to(dtype) if len(parts) == 1 else torch.cat([p.to(dtype) for p in parts], 1)
+
+
+def check_shape(node: Any, site: Observed) -> None:
+    """A site's value must have the shape that it had when the program was first run, but for the number of rows."""
+    got = tuple(node["value"].shape)
+    same = [a == b or axis == site.row_axis for axis, (a, b) in enumerate(zip(got, site.shape, strict=False))]
+    if len(got) != len(site.shape) or not all(same):
+        raise ModelError(
+            f"observed site {site.name!r} had shape {site.shape} when the program was first run and has {got} now: "
+            "tokens may not change between calls, nor may rows without a rows plate around them"
+        )
 
 
 def read_values(

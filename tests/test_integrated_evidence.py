@@ -129,7 +129,8 @@ def test_student_t_noise():
     truth = -159.790853156840
     model = BayesMPT(heavy_tails, predictor=Quadrature(40)).fit(x)
     assert model.log_marginal_likelihood_ == pytest.approx(truth, abs=1e-8)
-    close(BayesMPT(heavy_tails, predictor=SequentialMonteCarlo(), random_state=0).fit(x), truth)
+    # of 8 runs alone one seed in a hundred is more than three of its standard errors away
+    close(BayesMPT(heavy_tails, predictor=SequentialMonteCarlo(num_runs=32), random_state=0).fit(x), truth)
 
 
 # ------------------------------------------------------------------------------------------ generalised linear models

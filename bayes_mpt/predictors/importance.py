@@ -18,7 +18,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bayes_mpt.factors import Factors, read_factors
+from bayes_mpt.factors import read_factors
 from bayes_mpt.predictors.base import Evidence, Guide, Predictor
 from bayes_mpt.predictors.nodes import (
     FactorsGiven,
@@ -32,7 +32,7 @@ from bayes_mpt.predictors.nodes import (
     nodes_first,
     program_values,
 )
-from bayes_mpt.predictors.placed import Placement
+from bayes_mpt.predictors.placed import Placement, degrees_of, log_t
 from bayes_mpt.tracing import (
     NODES,
     Model,
@@ -59,7 +59,6 @@ LEAST_TAIL = 20  # weights to fit a tail to
 BAD_K = 0.7  # above it the error is not to be believed (Vehtari et al. 2024)
 N_WIDENINGS = 6  # steps from Laplace's Gaussian towards the closest one
 WIDENING_COST = 200_000_000
-DEGREES = 5.0  # of freedom of the draws around the mode, at least
 
 
 class Importance(Predictor):
@@ -118,7 +117,11 @@ class _Sampled(Reader):
         # relative variance of the mean weight: (sum_s share^2 - 1/S) S / (S - 1)
         variance = (share.square().sum(0) - 1 / n_draws).clamp(min=0) * n_draws / max(1, n_draws - 1)
         # E log Z^ = log Z - variance / 2: put back, so that rows do not add up their biases
-        by_row = nodes.joint(x).detach() + variance / 2
+        joint = nodes.joint(x).detach()
+        by_row = joint + variance / 2
+        # where rows have nodes of their own inside: what more of these change
+        finer = nodes.refined()
+        inside = torch.zeros_like(joint) if finer is nodes else finer.joint(x).detach() - joint
         k = pareto_k(log_w.double().cpu().numpy())
         worst = np.argsort(-np.nan_to_num(k, nan=-np.inf))[:5]
         diagnostics = {
@@ -129,7 +132,10 @@ class _Sampled(Reader):
             "ess_min": float(ess.min()),
             "ess_mean": float(ess.mean()),
         }
-        return Evidence(by_row, float(variance.sum().sqrt()), diagnostics)
+        if bool((inside != 0).any()):
+            diagnostics["change with more nodes in each row"] = float(inside.sum())
+        se = math.hypot(float(variance.sum().sqrt()), float(inside.sum()))
+        return Evidence(by_row + inside, se, diagnostics)
 
 
 class _AroundMode(_Sampled):
@@ -163,18 +169,11 @@ class _AroundMode(_Sampled):
         n_rows, width = mode.shape
         # multivariate t: a normal vector over the root of a chi-square that its axes share
         normal = torch.randn(self.n_draws, n_rows, width, dtype=mode.dtype).to(mode)
-        # In many dimensions the radius hardly varies, and that of few degrees of freedom would miss it.
-        degrees = max(DEGREES, 2.0 * width)
+        degrees = degrees_of(width)
         chi = torch.distributions.Chi2(torch.tensor(degrees, dtype=mode.dtype))
         t = normal * (degrees / chi.sample((self.n_draws, n_rows)).to(mode))[..., None].sqrt()
         u = mode + (root @ t[..., None])[..., 0]
-        log_q = (
-            math.lgamma((degrees + width) / 2)
-            - math.lgamma(degrees / 2)
-            - width / 2 * math.log(degrees * math.pi)
-            - (degrees + width) / 2 * torch.log1p(t.square().sum(-1) / degrees)
-            - torch.linalg.slogdet(root)[1]
-        )
+        log_q = log_t(t, degrees) - torch.linalg.slogdet(root)[1]
         given, part, scale = self.placement.at(args, filled, u)
         log_weight = part - log_q - math.log(self.n_draws)
         latents = constrained(self.placement.space, u)
@@ -281,6 +280,11 @@ class _Guided(_Sampled):
             trace = self._guide_trace(filled, None, 1)
         names = {node["name"] for node in latent_nodes(trace)}
         missing = [n for n in program.continuous if n not in names]
+        self.placement: Placement | None = None
+        if missing:  # those of each row may be left to nodes of their own
+            found = Placement(model, args, program)
+            if found.rows is not None and not set(found.space.names) & set(missing):
+                self.placement, missing = found, []
         if missing:
             raise ModelError(
                 f"the guide has no site for latent {missing[0]!r} of the program (it has {sorted(names)}): add "
@@ -293,7 +297,8 @@ class _Guided(_Sampled):
                 'infer={"is_auxiliary": True}'
             )
         first = run(model, filled)
-        for name in program.continuous:
+        drawn = program.continuous if self.placement is None else self.placement.space.names
+        for name in drawn:
             ours, theirs = first.nodes[name]["fn"].support, trace.nodes[name]["fn"].support
             shapes = [tuple(t.nodes[name]["value"].shape) for t in (first, trace)]
             if shapes[0] != shapes[1]:
@@ -324,10 +329,10 @@ class _Guided(_Sampled):
         self.program = program._replace(depth=self.depth)
         self.guide_parameters = tuple(n for n, s in trace.nodes.items() if s["type"] == "param")
         self.mapped = False
-        self.vectorised = self._try_together(filled)
-        if not self.vectorised and not program.discrete:
+        self.vectorised = self._try_together(args, filled)
+        if not self.vectorised and not program.discrete and self.placement is None:
             self.mapped = True
-            self.vectorised = self.mapped = self._try_together(filled)
+            self.vectorised = self.mapped = self._try_together(args, filled)
         self.squared = (
             doubly_reparameterized
             and self.vectorised
@@ -336,7 +341,9 @@ class _Guided(_Sampled):
         )
         self.one_by_one = not self.vectorised
         seen = ", which sees what is visible" if self.takes_visible else ""
-        self.why = f"{n_draws} draws of {', '.join(program.continuous)} from the guide{seen}"
+        self.why = f"{n_draws} draws of {', '.join(drawn)} from the guide{seen}"
+        self.why += self.placement.inside if self.placement is not None else ""
+        self.names = drawn
         self.why += "; draw by draw" if self.one_by_one else ""
 
     @property
@@ -353,21 +360,25 @@ class _Guided(_Sampled):
         if self.vectorised or self.n_draws == 1:
             # nodes for one visible set (of a mask) serve two sums at once, with other shares of the weights
             squared = self.squared and visible is None and torch.is_grad_enabled()
-            given, log_weight, scale, latents, tokens = self._draw(filled, shown, self.n_draws, squared)
+            given, log_weight, scale, latents, tokens = self._draw(args, filled, shown, self.n_draws, squared)
         else:
-            draws = [self._draw(filled, shown, 1) for _ in range(self.n_draws)]
+            draws = [self._draw(args, filled, shown, 1) for _ in range(self.n_draws)]
             given, log_weight = Stacked(tuple(d[0] for d in draws)), torch.cat([d[1] for d in draws])
             latents = torch.cat([d[3] for d in draws])
             scale, tokens = draws[0][2], draws[0][4]
-        value = tokens if value is None else value
-        return Read(
-            given, log_weight - math.log(self.n_draws), value, scale, latents, self.program.continuous
-        )
+        if value is None:
+            value = tokens if tokens is not None else program_values(self.model, args, filled, self.program)
+        return Read(given, log_weight - math.log(self.n_draws), value, scale, latents, self.names)
 
     def _draw(
-        self, filled: tuple[Any, ...], shown: Tensor | None, n: int, squared: bool = False
-    ) -> tuple[Given, Tensor, float, Tensor, Tensor]:
-        """The inner model at n draws, - log q (n, N), the plates' scale, the latents and the tokens."""
+        self,
+        args: tuple[Any, ...],
+        filled: tuple[Any, ...],
+        shown: Tensor | None,
+        n: int,
+        squared: bool = False,
+    ) -> tuple[Given, Tensor, float, Tensor, Tensor | None]:
+        """The inner model at n draws, the weights' part (n, N) that it leaves out, scale, latents, and tokens."""
         n_rows = n_rows_of(self.program, filled)
         if squared:
             log_q, values = self._along(filled, shown, n)
@@ -376,19 +387,21 @@ class _Guided(_Sampled):
             log_q = self._log_q(trace, n)
             values = {node["name"]: node["value"] for node in latent_nodes(trace)}
         values = {name: value for name, value in values.items() if name in self.program.latent_names}
-        given, factors = self._given(filled, values, n)
+        given, part, scale, tokens = self._given(args, filled, values, n)
         latents = [
             nodes_first(values[site.name].detach(), site, n, n_rows)
             for site in self.program.latents
             if site.name in values
         ]
-        return given, -log_q, factors.scale, torch.cat(latents, -1).to(log_q), factors.value
+        return given, part - log_q, scale, torch.cat(latents, -1).to(log_q), tokens
 
-    def _given(self, filled: tuple[Any, ...], values: dict[str, Tensor], n: int) -> tuple[Given, Factors]:
-        """The inner model at n draws, and the run of one of them at least."""
-        if n == 1 or not self.mapped:
+    def _given(
+        self, args: tuple[Any, ...], filled: tuple[Any, ...], values: dict[str, Tensor], n: int
+    ) -> tuple[Given, Tensor | float, float, Tensor | None]:
+        """The inner model at n draws, what of their log-density it leaves out, the scale, and tokens if it has them."""
+        if self.placement is None and (n == 1 or not self.mapped):
             factors = read_factors(self.model, filled, self.program, values, n)
-            return FactorsGiven(factors), factors
+            return FactorsGiven(factors), 0.0, factors.scale, factors.value
         rows = n_rows_of(self.program, filled)
         plain = {}
         for site in self.program.latents:
@@ -397,9 +410,13 @@ class _Guided(_Sampled):
                 if site.row_axis is not None:
                     shape[site.row_axis] = rows
                 v = values[site.name]
+                v = v[None] if n == 1 else v
                 plain[site.name] = v.expand(n, *v.shape[1:]).reshape(n, *shape)
+        if self.placement is not None:
+            return *self.placement.given(args, filled, plain), 1.0, None
         given = Mapped(partial(read_factors, self.model, filled, self.program), plain)
-        return given, given.factors({name: v[0] for name, v in plain.items()})
+        first = given.factors({name: v[0] for name, v in plain.items()})
+        return given, 0.0, first.scale, first.value
 
     def _log_q(self, guide_trace: Trace, n: int) -> Tensor:
         """Of the draws of this trace: (n, N)."""
@@ -455,7 +472,7 @@ class _Guided(_Sampled):
                 stack.enter_context(pyro.plate(NODES, n, dim=-1 - self.depth))
             return poutine.trace(self.guide).get_trace(*args, **kwargs)
 
-    def _try_together(self, filled: tuple[Any, ...]) -> bool:
+    def _try_together(self, args: tuple[Any, ...], filled: tuple[Any, ...]) -> bool:
         """Whether guide and program run on several draws side by side."""
         with torch.random.fork_rng(), torch.no_grad():
             try:
@@ -465,9 +482,10 @@ class _Guided(_Sampled):
                     for n in latent_nodes(trace)
                     if n["name"] in self.program.latent_names
                 }
-                together, _ = self._given(filled, values, 2)
+                together = self._given(args, filled, values, 2)[0]
                 seen = filled[0].new_ones(n_rows_of(self.program, filled), self.program.n_tokens).bool()
-                both = together.log_joint(torch.zeros_like(seen, dtype=filled[0].dtype), seen)
+                x = program_values(self.model, args, filled, self.program)
+                both = together.log_joint(x, seen)
                 alone = []
                 for s in range(2):
                     one = {}
@@ -476,7 +494,8 @@ class _Guided(_Sampled):
                             v = values[site.name]
                             v = v.expand(2, *v.shape[1:])[s]
                             one[site.name] = v.reshape(site.shape)
-                    alone.append(read_factors(self.model, filled, self.program, one).log_joint(seen))
+                    given = self._given(args, filled, one, 1)[0]
+                    alone.append(given.log_joint(x, seen))
             except (RuntimeError, ValueError, IndexError, TypeError, AssertionError):
                 return False
         return bool(torch.allclose(both, torch.cat(alone), rtol=1e-5, equal_nan=True))

@@ -1,10 +1,11 @@
-"""Weighted nodes over what cannot be integrated exactly, an exact inner model given each node.
+"""Weighted nodes over what cannot be integrated exactly, an inner model given each node that is exact, or nodes again.
 
     Z(R) = sum_s w_s p(x_R | u_s),    log p(x_i | x_R) = log Z(R + i) - log Z(R),    Z(nothing) = 1
 
 The inner model answers for all nodes at once: `FactorsGiven` from the program's own log-densities, discrete latents
-summed out; `MapsGiven` from one linear-Gaussian map a node. Nodes are shared along a chain, so that it telescopes: its
-sum is log Z of all tokens, the importance-weighted bound where the nodes are sampled.
+summed out; `MapsGiven` from one linear-Gaussian map a node; `RowsGiven` from nodes in each row. Nodes are shared along
+a chain, so that it telescopes: its sum is log Z of all tokens, the importance-weighted bound where the nodes are
+sampled.
 """
 
 from __future__ import annotations
@@ -51,8 +52,10 @@ __all__ = [
     "Mapped",
     "MapsGiven",
     "Nodes",
+    "PlacedRows",
     "Read",
     "Reader",
+    "RowsGiven",
     "SideBySide",
     "Stacked",
     "constrained",
@@ -73,11 +76,18 @@ MAX_MAPS = 256  # joint values of a row's discrete latents, each with a map of i
 
 
 class Given(ABC):
-    """The exact inner model of S nodes. A mask ``visible`` (T,) holds for all rows, NaN in x are missing."""
+    """The inner model of S nodes. A mask ``visible`` (T,) holds for all rows, NaN in x are missing.
+
+    All but `RowsGiven` are exact. For `log_joint` and what follows from it a mask may also be each row's own, (N, T).
+    """
 
     @abstractmethod
     def log_joint(self, x: Tensor, visible: Tensor) -> Tensor:
         """log p(u_s, x_R), up to what stands in the weights: (N, T), (T,) -> (S, N)."""
+
+    def refined(self) -> Given:
+        """The same with less error, to see it; itself where there is none."""
+        return self
 
     def log_prior(self, x: Tensor) -> Tensor:
         """What of `log_joint` is there without any token: (S, 1) or (S, N)."""
@@ -188,10 +198,12 @@ class MapsGiven(Given):
         return torch.cat([torch.zeros_like(steps[..., :1]), steps], -1)
 
     def means(self, x: Tensor, visible: Tensor) -> Tensor:
-        return torch.stack([m.posterior(x, visible).tokens for m in self.maps])
+        shown = torch.where(visible, x, torch.nan)
+        return torch.stack([m.posterior(shown).tokens for m in self.maps])
 
     def inner(self, x: Tensor, visible: Tensor) -> Tensor:
-        return torch.stack([m.posterior(x, visible).mean for m in self.maps])
+        shown = torch.where(visible, x, torch.nan)
+        return torch.stack([m.posterior(shown).mean for m in self.maps])
 
     def latents(self, x: Tensor) -> list[dict[str, Tensor]]:
         return [latent_values(m.structure, m.posterior(x).mean) for m in self.maps]
@@ -199,35 +211,42 @@ class MapsGiven(Given):
 
 @dataclass(frozen=True)
 class SideBySide(Given):
-    """One vector under S linear-Gaussian maps, which stand where the maps of S rows would."""
+    """N rows (or one vector) under S linear-Gaussian maps each, which stand where the maps of S N rows would."""
 
     maps: LinearGaussian
+    n_nodes: int
 
     def log_prior(self, x: Tensor) -> Tensor:
-        return x.new_zeros(len(self.maps.reading.loc), 1)
+        return x.new_zeros(self.n_nodes, 1)
 
     def log_joint(self, x: Tensor, visible: Tensor) -> Tensor:
-        return self.maps.joint(self._rows(torch.where(visible, x, torch.nan)))[:, None]
+        return self._nodes_first(self.maps.joint(self._rows(x, visible)))
 
     def predictive(self, x: Tensor, visible: Tensor) -> Tensor:
-        return self.maps.conditionals(self._rows(x), visible[None])[0][:, None]
+        return self._nodes_first(self.maps.conditionals(self._rows(x), visible[None])[0])
 
     def chain(self, x: Tensor, order: Tensor) -> Tensor:
-        steps = self.maps.chain(self._rows(x), order[None])[0][:, None, order].cumsum(-1)
+        steps = self._nodes_first(self.maps.chain(self._rows(x), order[None])[0][:, order].cumsum(-1))
         return torch.cat([torch.zeros_like(steps[..., :1]), steps], -1)
 
     def means(self, x: Tensor, visible: Tensor) -> Tensor:
-        return self.maps.posterior(self._rows(x), visible).tokens[:, None]
+        return self._nodes_first(self.maps.posterior(self._rows(x, visible)).tokens)
 
     def inner(self, x: Tensor, visible: Tensor) -> Tensor:
-        return self.maps.posterior(self._rows(x), visible).mean[:, None]
+        return self._nodes_first(self.maps.posterior(self._rows(x, visible)).mean)
 
     def latents(self, x: Tensor) -> list[dict[str, Tensor]]:
+        if len(x) != 1:
+            return []
         means = self.maps.posterior(self._rows(x)).mean
         return [latent_values(self.maps.structure, mean[None]) for mean in means]
 
-    def _rows(self, x: Tensor) -> Tensor:
-        return x.expand(len(self.maps.reading.loc), -1)
+    def _rows(self, x: Tensor, visible: Tensor | None = None) -> Tensor:
+        shown = x if visible is None else torch.where(visible, x, torch.nan)
+        return shown.expand(self.n_nodes, *shown.shape).flatten(0, 1)
+
+    def _nodes_first(self, t: Tensor) -> Tensor:
+        return t.unflatten(0, (self.n_nodes, -1))
 
 
 @dataclass(frozen=True)
@@ -293,6 +312,115 @@ class Stacked(Given):
         parts = [p.levels(x, visible) for p in self.parts]
         known = [p for p in parts if p is not None]
         return torch.cat(known) if known else None
+
+
+class PlacedRows(NamedTuple):
+    """Q nodes in each of N rows, for each of S nodes of the data set."""
+
+    given: Given
+    """The rows at S Q nodes."""
+    log_weight: Tensor
+    """(S, Q, N)"""
+    latents: Tensor
+    """(S, Q, N, d): values of the rows' latents there."""
+
+
+class RowsGiven(Given):
+    """One vector of observations in rows that are independent given each node, with latents of their own.
+
+        log p(x_R | u_s) = sum_n log sum_q w_nq p(x_nR | z_nq, u_s)
+
+    Every row's nodes are placed for what is visible of it. ``cells`` (N, T) tells where a row's tokens stand.
+    """
+
+    def __init__(
+        self,
+        place: Callable[[bool, Tensor, Tensor], PlacedRows],
+        cells: Tensor,
+        n_nodes: int,
+        fine: bool = False,
+    ):
+        self.place, self.cells, self.n_nodes, self.fine = place, cells, n_nodes, fine
+
+    def refined(self) -> Given:
+        return RowsGiven(self.place, self.cells, self.n_nodes, fine=True)
+
+    def log_prior(self, x: Tensor) -> Tensor:
+        return x.new_zeros(self.n_nodes, 1)
+
+    def log_joint(self, x: Tensor, visible: Tensor) -> Tensor:
+        return self._by_row(*self._in_rows(x, visible)).sum(-1, keepdim=True)
+
+    def predictive(self, x: Tensor, visible: Tensor) -> Tensor:
+        rows, shown = self._in_rows(x, visible)
+        before = self._by_row(rows, shown)
+        steps = []
+        for token in range(rows.shape[1]):  # one more in every row at once, each at nodes of its own
+            more = shown.clone()
+            more[:, token] = ~rows[:, token].isnan()
+            steps.append(self._by_row(rows, more) - before)
+        return self._in_line(torch.stack(steps, -1))
+
+    def chain(self, x: Tensor, order: Tensor) -> Tensor:
+        rows, seen = self._in_rows(x, torch.ones_like(x, dtype=torch.bool))
+        place = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=order.device))
+        turn = place[self.cells].sort(1)  # of each row's tokens: when they come, and which
+        shown, by_row = torch.zeros_like(seen), [x.new_zeros(self.n_nodes, len(rows))]
+        for token in turn.indices.T:  # the next one of every row at once
+            shown = shown.scatter(1, token[:, None], seen.gather(1, token[:, None]))
+            by_row.append(self._by_row(rows, shown))
+        steps = torch.stack(by_row, -1).diff(dim=-1)  # (S, N, T)
+        in_turn = torch.zeros_like(steps.flatten(1)).index_copy(1, turn.values.flatten(), steps.flatten(1))
+        return torch.nn.functional.pad(in_turn.cumsum(-1), (1, 0))[:, None]
+
+    def means(self, x: Tensor, visible: Tensor) -> Tensor:
+        return self._in_line(self._average(x, visible, lambda p, *seen: p.given.means(*seen)))
+
+    def inner(self, x: Tensor, visible: Tensor) -> Tensor:
+        def latents(placed: PlacedRows, rows: Tensor, shown: Tensor) -> Tensor:
+            more = placed.given.inner(rows, shown)
+            nodes = placed.latents.flatten(0, 1)
+            parts = [nodes] + [t for t in (more, placed.given.responsibilities(rows, shown)) if t.shape[-1]]
+            return torch.cat(parts, -1)
+
+        return self._average(x, visible, latents).flatten(1)[:, None]
+
+    def levels(self, x: Tensor, visible: Tensor) -> Tensor | None:
+        rows, shown = self._in_rows(x, visible)
+        if self.place(self.fine, rows, shown).given.levels(rows, shown) is None:
+            return None
+        found = self._average(x, visible, lambda p, *seen: cast(Tensor, p.given.levels(*seen)))
+        return torch.stack([self._in_line(t) for t in found.unbind(-1)], -1)
+
+    def _by_row(self, rows: Tensor, shown: Tensor) -> Tensor:
+        """log p(x_nR | u_s) (S, N)."""
+        log_prob = self._log_joint(self.place(self.fine, rows, shown), rows, shown)
+        return torch.where(shown.any(1), log_prob.logsumexp(1), 0.0)  # Z(nothing) is 1
+
+    def _log_joint(self, placed: PlacedRows, rows: Tensor, shown: Tensor) -> Tensor:
+        """Log p of what is shown of each row and its nodes (S, Q, N)."""
+        log_prob = placed.given.log_joint(rows, shown)
+        return placed.log_weight + log_prob.unflatten(0, placed.log_weight.shape[:2])
+
+    def _average(
+        self, x: Tensor, visible: Tensor, what: Callable[[PlacedRows, Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        """Posterior mean over the nodes of every row of something (S Q, N, ...): (S, N, ...)."""
+        rows, shown = self._in_rows(x, visible)
+        placed = self.place(self.fine, rows, shown)
+        share = self._log_joint(placed, rows, shown).softmax(1)
+        value = what(placed, rows, shown)
+        value = value.expand(share.shape[0] * share.shape[1], *value.shape[1:]).unflatten(0, share.shape[:2])
+        return (share.reshape(*share.shape, *(1,) * (value.ndim - 3)) * value).sum(1)
+
+    def _in_rows(self, x: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+        """The one vector as rows (N, T), and what is shown of them."""
+        return x[0, self.cells], (visible & ~x.isnan())[0, self.cells]
+
+    def _in_line(self, by_row: Tensor) -> Tensor:
+        """(S, N, T) as one vector: (S, 1, N T)."""
+        line = by_row.new_zeros(len(by_row), self.cells.numel())
+        return line.index_copy(1, self.cells.flatten(), by_row.flatten(1))[:, None]
 
 
 # ------------------------------------------------------------------------------------------------------- the nodes
@@ -477,6 +605,11 @@ class Nodes(Conditionals):
         everything = torch.ones(x.shape[1], dtype=torch.bool, device=x.device)
         log_prob = read.log_weight + read.given.log_joint(x, everything)
         return self._log_z(log_prob, x, everything)
+
+    def refined(self) -> Nodes:
+        """The same with less error of the inner model, to see it; itself where there is none."""
+        given = self.last.given.refined()
+        return self if given is self.last.given else self.rerun(lambda: self.last._replace(given=given))
 
     def posterior(self, x: Tensor, visible: Tensor | None = None) -> Posterior:
         self._check(x)

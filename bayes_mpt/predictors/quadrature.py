@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from functools import cache
-from itertools import product
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from bayes_mpt.predictors.base import Evidence, Guide, Predictor
 from bayes_mpt.predictors.nodes import Nodes, Read, Reader, constrained, program_values
-from bayes_mpt.predictors.placed import Located, Placement, check_width
+from bayes_mpt.predictors.placed import Located, Placement, check_width, hermite
 from bayes_mpt.tracing import Model, ModelError, Program, fill, survey
 
 __all__ = ["Quadrature"]
@@ -64,14 +60,8 @@ class Quadrature(Predictor):
         return Nodes(_Hermite(placement, self.n_nodes or NODES[max(1, width)]))
 
 
-@cache
-def _rule(n_nodes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Gauss-Hermite nodes and weights."""
-    return np.polynomial.hermite.hermgauss(n_nodes)
-
-
 class _Hermite(Reader):
-    """Nodes mode + sqrt(2) root t, at which the integrand is weighed by w exp(t't) |sqrt(2) root|."""
+    """Nodes around the mode, in units of the posterior's root."""
 
     located = True
     name = "Quadrature"
@@ -96,13 +86,9 @@ class _Hermite(Reader):
     def around(self, args: tuple[Any, ...], filled: tuple[Any, ...], value: Tensor, located: Located) -> Read:
         """Nodes for rows whose posteriors are located."""
         mode, root = located
-        one, weight = _rule(self.n_nodes)
-        width = mode.shape[1]
-        t = torch.as_tensor(np.array(list(product(one, repeat=width)))).to(mode).reshape(-1, width)  # (S, d)
-        log_w = torch.as_tensor(np.array([sum(c) for c in product(np.log(weight), repeat=width)])).to(mode)
-        u = mode + math.sqrt(2) * (root @ t[:, None, :, None])[..., 0]  # (S, N, d)
-        log_det = torch.linalg.slogdet(math.sqrt(2) * root)[1]  # (N,)
-        log_weight = (log_w + t.square().sum(-1))[:, None] + log_det
+        t, log_w = (a.to(mode) for a in hermite(mode.shape[1], self.n_nodes))  # (S, d), (S,)
+        u = mode + (root @ t[:, None, :, None])[..., 0]  # (S, N, d)
+        log_weight = log_w[:, None] + torch.linalg.slogdet(root)[1]
         given, part, scale = self.placement.at(args, filled, u)
         return Read(
             given,
@@ -121,6 +107,6 @@ class _Hermite(Reader):
         few = nodes.joint(x)
         filled = tuple(fill(a) for a in nodes.args)
         read = nodes.rerun(lambda: finer.around(nodes.args, filled, nodes.value, nodes.last.located))
-        many = read.joint(x)
+        many = read.refined().joint(x)  # with more nodes in every row too, where rows have their own
         change = float((many - few).sum())
         return Evidence(many, abs(change), {"n_nodes": more, f"change from {self.n_nodes} nodes": change})

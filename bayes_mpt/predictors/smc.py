@@ -22,7 +22,7 @@ from torch import Tensor
 from bayes_mpt.predictors.base import Conditionals, Evidence, Guide, Posterior, Predictor
 from bayes_mpt.predictors.errors import replicate_error
 from bayes_mpt.predictors.nodes import Given, constrained, program_values
-from bayes_mpt.predictors.placed import Located, Placement
+from bayes_mpt.predictors.placed import DEGREES, Located, Placement, log_t
 from bayes_mpt.tracing import NODES, Model, ModelError, Program, fill, one_precision, one_vector, survey
 
 __all__ = ["SequentialMonteCarlo"]
@@ -33,7 +33,6 @@ TARGET = 0.8  # acceptance of the moves
 LEAPS = 4
 MAX_SD = 0.5  # of log Z between runs; above it there are twice the particles
 MAX_DOUBLINGS = 4
-DEGREES = 5.0  # of freedom of the start around the mode
 MAX_LOCATED = 64  # latents, up to which the mode and its curvature are looked for
 MAX_DRAWS = 200  # particles that a prediction averages over
 
@@ -191,15 +190,30 @@ class _Particles(Conditionals):
                 if doubling == MAX_DOUBLINGS or float(log_z.std()) <= MAX_SD:
                     break
                 n *= 2
+            inside = self._inside(x, seen)
         relative = (log_z - log_z.logsumexp(0) + math.log(len(log_z))).exp()  # Z_r / mean Z
-        lml = log_z.logsumexp(0) - math.log(len(log_z))
+        lml = log_z.logsumexp(0) - math.log(len(log_z)) + inside
         diagnostics = {
             "num_particles": n,
             "num_temperatures": len(stages),
             "log_z": log_z.cpu().numpy(),
             "sd_log_z": float(log_z.std()),
         }
-        return Evidence(lml[None], replicate_error(relative.double().cpu().numpy()), diagnostics)
+        if inside:
+            diagnostics["change with more nodes in each row"] = inside
+        return Evidence(
+            lml[None], math.hypot(replicate_error(relative.double().cpu().numpy()), inside), diagnostics
+        )
+
+    def _inside(self, x: Tensor, seen: Tensor) -> float:
+        """log of the mean over the posterior of Z with more nodes in each row over Z: 0 where rows have none."""
+        assert self._cloud is not None
+        if self.placement.rows is None:
+            return 0.0
+        u = self._cloud.u.flatten(0, 1)
+        u = u[:: max(1, len(u) // MAX_DRAWS)]
+        change = [(g.refined().log_joint(x, seen) - g.log_joint(x, seen))[:, 0] for g, _ in self._given(u)]
+        return float(torch.cat(change).logsumexp(0)) - math.log(len(u))
 
     def joint(self, x: Tensor) -> Tensor:
         return self.evidence(x).by_row
@@ -342,12 +356,12 @@ class _Particles(Conditionals):
         """Draws of the latents that take nodes (n, d)."""
         assert self.model is not None
         program = self.structure
-        if self.placement.vectorised and n > 1:
+        if self.placement.vectorised and self.placement.rows is None and n > 1:
             with one_precision(self._filled), pyro.plate(NODES, n, dim=-1 - program.depth):
                 trace = pyro.poutine.trace(self.model).get_trace(*self._filled)
             values = {name: trace.nodes[name]["value"] for name in self.space.names}
             return self.space.pack_values(values, n, 1)[:, 0].detach()
-        if self.placement.mapped:
+        if not self.placement.one_by_one:
             with suppress(RuntimeError), one_precision(self._filled), pyro.validation_enabled(False):
                 draw = torch.vmap(self._one_draw, randomness="different")
                 return self.space._replace(depth=0).pack_values(draw(torch.arange(n)), n, 1)[:, 0].detach()
@@ -411,7 +425,9 @@ class _Particles(Conditionals):
                 start = (given.log_prior(x) + log_det)[:, 0]
                 end = (given.log_joint(x, seen) + log_det)[:, 0]
                 if located is not None:
-                    start = torch.logaddexp(start, _log_t(leaf, located)) - math.log(2)
+                    white = torch.linalg.solve(located.root[0], (leaf - located.mode[0]).mT).mT
+                    log_q = log_t(white) - torch.linalg.slogdet(located.root[0])[1]
+                    start = torch.logaddexp(start, log_q) - math.log(2)
                 pair = (start, end)
                 slopes.append(
                     torch.stack(
@@ -445,20 +461,7 @@ class _Particles(Conditionals):
             yield given, log_det
 
     def _chunks(self, u: Tensor) -> tuple[Tensor, ...]:
-        return u.split(max(1, CELLS // max(1, self.structure.n_tokens)))
-
-
-def _log_t(u: Tensor, located: Located) -> Tensor:
-    """Log-density of the Student-t around the mode: (M, d) -> (M,)."""
-    root, width = located.root[0], u.shape[1]
-    white = torch.linalg.solve(root, (u - located.mode[0]).mT).mT
-    return (
-        math.lgamma((DEGREES + width) / 2)
-        - math.lgamma(DEGREES / 2)
-        - width / 2 * math.log(DEGREES * math.pi)
-        - torch.linalg.slogdet(root)[1]
-        - (DEGREES + width) / 2 * torch.log1p(white.square().sum(-1) / DEGREES)
-    )
+        return u.split(max(1, CELLS // max(1, self.structure.n_tokens * self.placement.n_evaluations)))
 
 
 def _next_temperature(way: Tensor, now: float) -> float:
