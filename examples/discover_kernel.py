@@ -33,7 +33,7 @@ def main(output: Path, n_jobs: int) -> None:
     data = sunspots.load_pandas().data
     x, y = data[["YEAR"]].to_numpy(), np.sqrt(data["SUNACTIVITY"].to_numpy())
     base = [RBFKernel(), MaternKernel(nu=1.5), PeriodicKernel(), RQKernel()]
-    search = KernelSearch(base=base, max_depth=3, n_jobs=n_jobs, random_state=0, verbose=1).fit(x, y)
+    search = KernelSearch(base=base, max_depth=2, n_jobs=n_jobs, random_state=0, verbose=1).fit(x, y)
     print(f"{len(search.comparison_)} kernels tried, ranked by {search.evidence_}: {search.evidence_reason_}")
     with pd.option_context("display.width", 140, "display.float_format", "{:.2f}".format):
         print(search.comparison_[["rank", "lml", "lml_diff", "weight", "depth", "diag"]].head(8).to_string())
