@@ -32,7 +32,7 @@ from torch import Tensor
 __all__ = ["GaussianProcess"]
 
 NOISE_SHARE = 0.1  # of the variance of y, in the noise at the start
-LENGTH_SHARE = 0.3  # of the inputs' range, in a length-scale at the start
+LENGTH_SHARE = 0.2  # of the inputs' range, in a length-scale at the start
 PRIOR_SD = {"lengthscale": 1.0, "period_length": 1.0, "outputscale": 1.5, "variance": 1.5, "alpha": 1.0}
 NOISE_SD = 1.5
 OTHER_SD = 1.5  # of a parameter whose meaning is not known, unconstrained
