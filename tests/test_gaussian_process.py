@@ -273,7 +273,7 @@ def test_initial_values_come_from_all_rows():
     start = {n: float(torch.distributions.biject_to(c)(v)) for n, (v, c) in model._initial.items()}
     assert start["mean.constant"] == pytest.approx(y.mean())
     assert start["kernel.kernels.1.outputscale"] == pytest.approx(y.var(ddof=1))
-    assert start["kernel.kernels.1.base_kernel.lengthscale"] == pytest.approx(0.3 * x.std() * np.sqrt(12))
+    assert start["kernel.kernels.1.base_kernel.lengthscale"] == pytest.approx(0.2 * x.std() * np.sqrt(12))
     # the strongest wave of y, on a grid of quarters of a wave in the range
     waves = 100 / start["kernel.kernels.0.base_kernel.period_length"]
     assert waves == pytest.approx(100 / (2 * np.pi), abs=0.125)
