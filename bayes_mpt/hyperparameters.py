@@ -52,9 +52,11 @@ LogLikelihood = Callable[..., tuple[Array, Array]]
 
 LOG_2PI = math.log(2 * math.pi)
 REACH = 2.5  # prior standard deviations that a line of starts reaches to both sides
-N_LINE = 64  # starts on the line along each parameter: the likelihood of a period has many narrow peaks
+N_LINE = 64  # points on the line along each parameter through the best top; half as many through the prior's centre
 N_PRIOR = 64  # starts drawn from the prior
-N_CLIMBS = 6  # of the starts, the best of their kind
+N_CLIMBS = 6  # of the starts, the best
+MOST_CLIMBS = 8  # from the peaks beside the best top: a period that is hardly determined has many modes
+NEAR = 8.0  # nats below the best top
 MAX_ROUNDS = 200
 LONGEST_STEP = 2.0  # prior standard deviations
 GAIN = 1e-7  # nats that a further step promises, at which a climb ends
@@ -62,7 +64,7 @@ DIFFERENCE = 1e-4  # step of the finite differences, prior standard deviations
 MET = 0.02  # prior standard deviations between two climbs that are one
 SAME = 0.5  # distance of two modes in their own standard deviations, below which they are one
 LOWEST = 12.0  # nats below the highest, at which a mode is left out
-N_MODES = 6
+N_MODES = 10
 DEGREES = 5.0  # of freedom of the Student-t
 N_REPLICATES = 8
 FIRST_POINTS = 32  # of each replicate
@@ -71,7 +73,7 @@ MOST_ROUNDS = 6  # each with a better mixture and more points
 ENOUGH = 0.1  # nats: standard error at which they end
 PRIOR_SHARE = 0.1  # of the points, drawn from the prior
 N_NEW_PARTS = 2  # of the mixture a round
-MOST_PARTS = 12
+MOST_PARTS = 16
 NEW_PART_SHRINKS = 3.0
 N_EM = 5
 LEAST_SHARE = 0.4  # of the draws that are effective, or the mixture is fitted to them
@@ -163,7 +165,7 @@ def integrate(
         value = float(joint(np.zeros((1, 0)), gradient=False)[0][0])
         return Integrated(value, 0.0, 1.0, math.nan, 1, ())
     phi = None if current is None else (current - prior.loc) / prior.scale
-    modes = _modes(joint, _climb(joint, _starts(joint, phi, seed)))
+    modes = _modes(joint, _tops(joint, phi, seed))
     mixture = _Mixture.around(modes)
     points = FIRST_POINTS
     drawn: list[tuple[Array, Array, _Mixture]] = []
@@ -183,7 +185,8 @@ def integrate(
         ess = float(1 / np.square(share).sum())
         # Few effective draws hide what the mixture does not reach, and the replicates then agree on too little.
         k = float(pareto_k(log_w.reshape(-1, 1))[0])
-        if se <= ENOUGH and ((ess >= LEAST_SHARE * share.size and k <= BAD_K) or round_ >= 2):
+        trusted = (ess >= LEAST_SHARE * share.size or round_ >= 3) and (not k > BAD_K or round_ >= 4)
+        if se <= ENOUGH and trusted:
             break
         # The next mixture depends on these draws and not on its own: each round is an estimate without bias.
         drawn.append((draws, log_p, mixture))
@@ -227,25 +230,38 @@ class _Joint:
         return np.where(np.isnan(value), -np.inf, value), grad
 
 
-def _starts(joint: _Joint, current: Array | None, seed: int) -> Array:
-    """The best of: the centre of the prior, a line through it along each parameter, draws from the prior."""
+def _tops(joint: _Joint, current: Array | None, seed: int) -> tuple[Array, Array]:
+    """Tops (B, D) that climbs end at, and their values (B,): first from the prior, then from peaks beside the best."""
     d = len(joint.prior.loc)
-    line = np.linspace(-REACH, REACH, N_LINE)
-    lines = np.zeros((d, N_LINE, d))
-    lines[np.arange(d), :, np.arange(d)] = line
-    cloud = ndtri(np.clip(Sobol(d, rng=np.random.default_rng([seed, 0])).random(N_PRIOR), 1e-6, 1 - 1e-6))
     sure = np.zeros((1, d)) if current is None else np.stack([np.zeros(d), np.clip(current, -4, 4)])
-    value = joint(np.concatenate([lines.reshape(-1, d), cloud]), gradient=False)[0]
-    on_line, on_cloud = value[: d * N_LINE].reshape(d, N_LINE), value[d * N_LINE :]
-    edge = np.pad(on_line, ((0, 0), (1, 1)), constant_values=-np.inf)
-    peak = (on_line >= edge[:, :-2]) & (on_line > edge[:, 2:]) & np.isfinite(on_line)
-    best_cloud = np.argsort(-on_cloud)[: N_CLIMBS // 2]
-    found = np.concatenate([lines[peak], cloud[best_cloud]])
-    height = np.concatenate([on_line[peak], on_cloud[best_cloud]])
-    best = np.argsort(-height, kind="stable")[: N_CLIMBS - len(sure)]
-    starts = np.concatenate([sure, found[best]])
+    cloud = ndtri(np.clip(Sobol(d, rng=np.random.default_rng([seed, 0])).random(N_PRIOR), 1e-6, 1 - 1e-6))
+    on_cloud = joint(cloud, gradient=False)[0]
+    best = np.argsort(-on_cloud)[: N_CLIMBS // 2]
+    peaks, height = _peaks(joint, np.zeros(d), N_LINE // 2)
+    found = np.concatenate([peaks, cloud[best]])
+    order = np.argsort(-np.concatenate([height, on_cloud[best]]), kind="stable")
+    starts = np.concatenate([sure, found[order][: N_CLIMBS - len(sure)]])
     # off the lines, or a climb may end on a saddle between two modes that mirror each other
-    return starts + 1e-3 * np.random.default_rng([seed, 1]).normal(size=starts.shape)
+    starts += 1e-3 * np.random.default_rng([seed, 1]).normal(size=starts.shape)
+    phi, value = _climb(joint, starts)
+    top = int(np.argmax(value))
+    peaks, height = _peaks(joint, phi[top], N_LINE)
+    others = (height > value[top] - NEAR) & (np.linalg.norm(peaks - phi[top], axis=1) > 4 * REACH / N_LINE)
+    if not others.any():
+        return phi, value
+    more = _climb(joint, peaks[others][np.argsort(-height[others])][:MOST_CLIMBS])
+    return np.concatenate([phi, more[0]]), np.concatenate([value, more[1]])
+
+
+def _peaks(joint: _Joint, centre: Array, n: int) -> tuple[Array, Array]:
+    """Local maxima along each parameter, the others held: points (M, D) and their values (M,)."""
+    d = len(centre)
+    lines = np.tile(centre, (d, n, 1))
+    lines[np.arange(d), :, np.arange(d)] = np.linspace(-REACH, REACH, n)
+    value = joint(lines.reshape(-1, d), gradient=False)[0].reshape(d, n)
+    edge = np.pad(value, ((0, 0), (1, 1)), constant_values=-np.inf)
+    peak = (value >= edge[:, :-2]) & (value > edge[:, 2:]) & np.isfinite(value)
+    return lines[peak], value[peak]
 
 
 def _climb(joint: _Joint, phi: Array) -> tuple[Array, Array]:
