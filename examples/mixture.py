@@ -33,7 +33,7 @@ from bayes_mpt.models import GaussianMixture
 from bayes_mpt.plots import RankingDisplay
 
 COLUMNS = ["alcohol", "od280/od315_of_diluted_wines"]
-# A fourth diagonal component ends as a needle on a handful of wines with nearly equal alcohol: a likelihood without bound.
+# A fourth diagonal component ends as a needle on a few wines of nearly equal alcohol: a likelihood without bound.
 CANDIDATES = {"full": range(1, 4), "diag": range(1, 4), "spherical": range(1, 4)}
 
 
