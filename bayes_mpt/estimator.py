@@ -12,6 +12,7 @@ from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from numbers import Integral, Real
+from os import PathLike
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -38,6 +39,7 @@ from torch import Tensor
 from bayes_mpt import training
 from bayes_mpt.affine import Reading, token_means, tokens_of
 from bayes_mpt.concentrated import NoiseFloorError, spectrum
+from bayes_mpt.epochs import train_by_epochs
 from bayes_mpt.evidence import Laplace, laplace_diagonal, laplace_proportional
 from bayes_mpt.hyperparameters import (
     Integrated,
@@ -53,12 +55,14 @@ from bayes_mpt.models import PPCA
 from bayes_mpt.moments import Table
 from bayes_mpt.predictors import (
     Conditionals,
+    Evidence,
     LinearGaussian,
     MarkovGaussian,
     Predictive,
     Predictor,
     choose,
 )
+from bayes_mpt.predictors.base import together
 from bayes_mpt.predictors.joint_gaussian import N_TRIAL_ROWS, gaussian_program
 from bayes_mpt.predictors.nodes import growing, means_of_new
 from bayes_mpt.score import ScoreEstimate, estimate
@@ -73,6 +77,7 @@ MAX_AUTO = 50  # latent dimensions that "auto" tries at most
 MAX_INIT_VECTOR = 1024  # rows of one Gaussian vector, which may mean a matrix of their square
 MAX_SETTLING = 2  # rounds of training in which what was found out at the start is found out anew
 CURVE_CHAINS = 8
+RATE, NETWORK_RATE = 0.05, 1e-3  # of Adam, in units of the map; and of networks' own parameters
 RUNAWAY = "the estimate of parameter"
 MAX_READ_CELLS = 2**18  # of programs that are read on the rows they score: cells at a time
 
@@ -87,25 +92,37 @@ class BayesMPT(
     model : callable, optional
         A Pyro program called as ``model(x)``, or ``model(x, y)`` where y is given to `fit`; one of
         `bayes_mpt.models`, a function, or a `PyroModule` (copied before it is trained). None is PPCA with the latent
-        dimension ranked automatically.
+        dimension ranked automatically. What it may offer beside: a method ``guide``, a ``dtype`` for its rows
+        (`torch.float32`; float64 by default), and a ``batch_size`` and ``learning_rate`` of its own.
     guide : callable, optional
         Where latents that cannot be integrated are drawn from; trained with the program (copied if it is a module).
-        Unused where the score is exact.
+        Unused where the score is exact. None takes ``model.guide``, where there is one.
     masks : Policy, optional
         Train on masks drawn from this policy, by Adam. None maximises the exact score, deterministically.
     predictor : Predictor or "auto", default="auto"
         How hidden tokens are predicted, such as ``Quadrature(64)``; "auto" takes the most exact way that fits the
         program (`bayes_mpt.predictors.choose`), and `explain` says which and why.
     max_iter : int, default=2000
-        Iterations of Newton or L-BFGS, or steps of Adam.
+        Iterations of Newton or L-BFGS, steps of Adam, or epochs.
     tol : float, default=1e-10
         Newton and L-BFGS stop when the mean score changes by less than this share of itself. Adam halves
         its step when a window of steps gains less than ``tol`` (at least 2e-5) nats a row, and stops after six.
-    learning_rate : float, default=0.05
-        Of Adam, in units in which the program's map moves by about one.
+    learning_rate : float, optional
+        Of Adam, in units in which the program's map moves by about one; by epochs, of the parameters themselves. None
+        takes ``model.learning_rate``, or else 0.05 and by epochs 0.001.
     batch_size : int, optional
-        Rows a step of Adam; all of them by default. Needs independent rows, or a predictor whose score is a sum over
-        tokens (`NearestNeighbors`): then tokens a step.
+        Rows a step of Adam; None takes ``model.batch_size``, or else all of them. Needs independent rows, or a
+        predictor whose score is a sum over tokens (`NearestNeighbors`): then tokens a step.
+    early_stopping : bool, optional
+        Whether to train by epochs of minibatches, until rows that are held out score no better: for networks. None:
+        where the model has a ``batch_size`` of its own. In such a training masks are chains unless ``masks`` is given.
+    validation_fraction : float, default=0.1
+        Share of the rows held out by ``early_stopping``; 0 runs all of ``max_iter``.
+    n_iter_no_change : int, default=10
+        Epochs without a better score of these rows, after which the training stops, at the best.
+    checkpoint : path, optional
+        File to which the training by epochs writes where it is, after each, and from which it goes on if that exists,
+        to the same parameters bit for bit (on a CPU). Needs an integer ``random_state``.
     n_init : int, default=1
         Starts where the maximum has no closed form; the best is kept. Further ones are drawn from the hyperprior of a
         model that has one, such as `bayes_mpt.models.GaussianProcess`, else from the program's initial values.
@@ -168,8 +185,12 @@ class BayesMPT(
         "predictor": [StrOptions({"auto"}), Predictor],
         "max_iter": [Interval(Integral, 1, None, closed="left")],
         "tol": [Interval(Real, 0, None, closed="left")],
-        "learning_rate": [Interval(Real, 0, None, closed="neither")],
+        "learning_rate": [Interval(Real, 0, None, closed="neither"), None],
         "batch_size": [Interval(Integral, 1, None, closed="left"), None],
+        "early_stopping": ["boolean", None],
+        "validation_fraction": [Interval(Real, 0, 1, closed="left")],
+        "n_iter_no_change": [Interval(Integral, 1, None, closed="left")],
+        "checkpoint": [str, PathLike, None],
         "n_init": [Interval(Integral, 1, None, closed="left")],
         "penalty": ["boolean"],
         "warm_start": ["boolean"],
@@ -191,8 +212,12 @@ class BayesMPT(
         predictor: Predictor | str = "auto",
         max_iter: int = 2000,
         tol: float = 1e-10,
-        learning_rate: float = 0.05,
+        learning_rate: float | None = None,
         batch_size: int | None = None,
+        early_stopping: bool | None = None,
+        validation_fraction: float = 0.1,
+        n_iter_no_change: int = 10,
+        checkpoint: str | PathLike[str] | None = None,
         n_init: int = 1,
         penalty: bool = False,
         warm_start: bool = False,
@@ -208,6 +233,10 @@ class BayesMPT(
         self.tol = tol
         self.learning_rate = learning_rate
         self.batch_size = batch_size
+        self.early_stopping = early_stopping
+        self.validation_fraction = validation_fraction
+        self.n_iter_no_change = n_iter_no_change
+        self.checkpoint = checkpoint
         self.n_init = n_init
         self.penalty = penalty
         self.warm_start = warm_start
@@ -277,11 +306,12 @@ class BayesMPT(
         if isinstance(model, torch.nn.Module):
             model = deepcopy(model).double()  # a PyroModule trains in place
         guide = _own_guide(self.guide, self.model, model)
+        by_epochs = self.early_stopping if self.early_stopping is not None else hasattr(model, "batch_size")
         state = self._state if warm and hasattr(self, "_state") else None
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         self.__dict__.pop("selection_", None)
         # The one pass over all rows, with all threads; what follows sees the moments only, if rows share a map.
-        table = None if y is not None and _takes_y(model) else self._grow_table(X, seen)
+        table = None if by_epochs or (y is not None and _takes_y(model)) else self._grow_table(X, seen)
         bound = None if like is None or isinstance(model, torch.nn.Module) else like._bound
         with training.one_thread(X.size if table is None else table.cov.numel()):
             if table is not None and getattr(model, "n_components", None) == "auto":
@@ -290,7 +320,7 @@ class BayesMPT(
                 state = None if state is not None and self.n_components_ != model.n_components else state
                 bound = None
             with OwnStore() as store, seeded(seed):
-                predictor, args = self._bind(model, guide, X, y, like, bound)
+                predictor, args = self._bind(model, guide, X, y, like, bound, by_epochs)
                 self._bound = predictor if predictor.structure.plain else None
                 moments = predictor.structure.plain and isinstance(predictor, LinearGaussian)
                 self._initial = store.initial()
@@ -313,7 +343,7 @@ class BayesMPT(
                     _refuse_constant(table)
                     # Few rows are scored themselves; many, and those of earlier calls, through their moments.
                     raw = seen is None and len(X) <= 2 * X.shape[1]
-                    rows, weight = (self._tensor(X), None) if raw else table.rows()
+                    rows, weight = (self._tensor(X, model), None) if raw else table.rows()
                     problem = training.Problem(predictor, args, rows, weight, table.n_rows)
                 else:
                     table = None
@@ -323,17 +353,37 @@ class BayesMPT(
                 prior = hyperprior(model, args, leaves)
                 if self.penalty:
                     problem = replace(problem, log_prior=_log_prior(model, prior, leaves))
-                fit = self._train(problem, table, prior, warm=state is not None, seed=seed, context=context)
+                if by_epochs and (moments or predictor.remembers or not predictor.structure.by_row):
+                    raise ValueError(
+                        f"early_stopping holds rows out of a training by epochs, which {predictor.name} has no use for "
+                        f"({predictor.why}): leave early_stopping=None"
+                    )
+                fit = self._train(
+                    problem,
+                    table,
+                    prior,
+                    warm=state is not None,
+                    seed=seed,
+                    by_epochs=by_epochs,
+                    context=context,
+                )
                 if prior is not None:
                     _warn_of_bounds(prior, _of_program(problem))
                 problem.predictor.settle()
-                predictor = problem.read() if fit.last is None else fit.last
+                some = problem
+                if by_epochs:  # as many rows as the epochs never hold at once
+                    some = training.take_rows(problem, torch.arange(min(self._n_at_once(X), len(X))))
+                predictor = some.read() if fit.last is None else fit.last
                 with torch.no_grad():
-                    if predictor.exact:
+                    if predictor.exact and not by_epochs:
                         score = float(problem.score_of(predictor)) if fit.last is None else fit.history[-1]
                         total, se = score * problem.n_rows, 0.0
                     else:
-                        found = predictor.evidence(predictor.value)
+                        found = (
+                            together(self._evidence_by_parts(problem))
+                            if by_epochs
+                            else predictor.evidence(predictor.value)
+                        )
                         total, se = float(found.by_row.sum()), found.se
                         warn_of(found.diagnostics)
                     outside = {
@@ -385,6 +435,7 @@ class BayesMPT(
         y: Any,
         like: BayesMPT | None,
         bound: Conditionals | None,
+        by_epochs: bool,
     ) -> tuple[Conditionals, tuple[Any, ...]]:
         """Run the program for the first time and choose its predictor; with what it is to be read on."""
 
@@ -416,7 +467,7 @@ class BayesMPT(
             predictor.structure.plain and isinstance(predictor, LinearGaussian)
         ):
             args = arguments(slice(None))
-            if not predictor.structure.plain:
+            if not predictor.structure.plain and not by_epochs:
                 predictor = choose(model, args, predictor=self.predictor, guide=guide)
         return predictor, args
 
@@ -428,6 +479,7 @@ class BayesMPT(
         *,
         warm: bool,
         seed: int,
+        by_epochs: bool,
         context: Any,
     ) -> training.Fit:
         if not problem.leaves():
@@ -449,24 +501,28 @@ class BayesMPT(
         try:
             # random nodes need steps that average over them, whatever is hidden
             random = problem.predictor.sampled and not problem.predictor.climbs
-            masks = PermutationChain() if self.masks is None and random else self.masks
+            masks = PermutationChain() if self.masks is None and (random or by_epochs) else self.masks
             if masks is not None:
+                problem = replace(problem, predictor=problem.predictor.in_training())
                 whole = not (problem.predictor.structure.by_row or problem.predictor.divisible)
                 if self.batch_size is not None and whole:
                     raise ModelError(
                         f"batch_size={self.batch_size} needs independent rows, but a latent outside the rows plate "
                         "makes all rows one vector: leave batch_size=None"
                     )
+                rate = self.learning_rate or getattr(problem.predictor.model, "learning_rate", None)
                 train = partial(
                     training.train_on_masks,
                     masks=masks,
                     max_iter=self.max_iter,
-                    learning_rate=self.learning_rate,
+                    learning_rate=rate or RATE,
                     batch_size=self.batch_size,
                     random_state=seed,
                     tol=self.tol,
                     report=report,
                 )
+                if by_epochs:
+                    train = partial(self._train_by_epochs, masks=masks, rate=rate, seed=seed, report=report)
                 first, *finer = [problem]
             else:
                 if table is not None and (table.complete or not warm) and problem.log_prior is None:
@@ -500,6 +556,49 @@ class BayesMPT(
                 stacklevel=4,
             )
         return fit
+
+    def _train_by_epochs(
+        self,
+        problem: training.Problem,
+        *,
+        masks: Policy,
+        rate: float | None,
+        seed: int,
+        report: training.Report,
+    ) -> training.Fit:
+        if self.checkpoint is not None and not isinstance(self.random_state, Integral):
+            raise ValueError(
+                f"checkpoint needs an integer random_state, to hold out the same rows, got {self.random_state!r}"
+            )
+        n_out = math.ceil(self.validation_fraction * problem.n_rows)
+        if n_out >= problem.n_rows:
+            raise ValueError(
+                f"validation_fraction={self.validation_fraction} leaves none of {problem.n_rows} rows"
+            )
+        order = torch.randperm(problem.n_rows, generator=torch.Generator().manual_seed(seed))
+        batch_size = self.batch_size or getattr(problem.predictor.model, "batch_size", None) or problem.n_rows
+        return train_by_epochs(
+            training.take_rows(problem, order[n_out:]),
+            training.take_rows(problem, order[:n_out]) if n_out else None,
+            masks,
+            batch_size=batch_size,
+            max_epochs=self.max_iter,
+            learning_rate=rate or NETWORK_RATE,
+            patience=self.n_iter_no_change,
+            random_state=seed,
+            checkpoint=self.checkpoint,
+            report=report,
+        )
+
+    @staticmethod
+    def _n_at_once(X: NDArray[Any]) -> int:
+        """Rows of programs that are read on the rows they score."""
+        return max(256, MAX_READ_CELLS // X.shape[1])
+
+    def _evidence_by_parts(self, problem: training.Problem) -> Iterator[Evidence]:
+        for index in torch.arange(problem.n_rows).split(self._n_at_once(problem.args[0])):
+            predictor = training.take_rows(problem, index).read()
+            yield predictor.evidence(predictor.value)
 
     def _solve(self, problem: training.Problem, table: Table) -> training.Fit | None:
         """The closed-form maximum; with missing cells, that of the available pairs of cells, as a start."""
@@ -662,17 +761,9 @@ class BayesMPT(
             with self.read_rows(X, y) as (predictor, x), torch.no_grad():
                 found = predictor.evidence(x)
                 return found.by_row.cpu().numpy(), found.se
-        rows = self._check_rows(X, reset=False)
-        y = None if y is None else np.asarray(y)
-        step = max(256, MAX_READ_CELLS // rows.shape[1])
-        out, errors = [], []
-        for i in range(0, len(rows), step):
-            part = rows[i : i + step], None if y is None else y[i : i + step]
-            with self._read_rows(*part) as (predictor, x), torch.no_grad():
-                found = predictor.evidence(x)
-                out.append(found.by_row.cpu().numpy())
-                errors.append(found.se)
-        return np.concatenate(out), math.hypot(*errors)
+        with torch.no_grad():
+            found = together(predictor.evidence(x) for predictor, x in self._read_parts(X, y))
+        return found.by_row.cpu().numpy(), found.se
 
     def score(self, X: ArrayLike, y: Any = None) -> float:
         """Mean of `score_samples`, nats a row."""
@@ -719,8 +810,9 @@ class BayesMPT(
 
         Of discrete latents the probabilities of their values.
         """
-        with self.read_rows(X, y) as (predictor, x), torch.no_grad():
-            return predictor.posterior(x).mean.cpu().numpy().astype(self._dtype_of(X), copy=False)
+        with torch.no_grad():
+            means = [predictor.posterior(x).mean for predictor, x in self._read_parts(X, y)]
+        return torch.cat(means).cpu().numpy().astype(self._dtype_of(X), copy=False)
 
     def inverse_transform(self, Z: ArrayLike) -> NDArray[np.floating]:
         """Means of the tokens given latents: (N, K) -> (N, T)."""
@@ -736,9 +828,12 @@ class BayesMPT(
 
     def impute(self, X: ArrayLike, y: Any = None) -> NDArray[np.floating]:
         """X with its NaN cells replaced by their means given the observed cells of the row."""
-        with self.read_rows(X, y) as (predictor, x), torch.no_grad():
-            cells = self._tensor(self._check_rows(X, reset=False))
-            tokens = torch.where(x.isnan(), predictor.posterior(x).tokens, x)
+        check_is_fitted(self)
+        with torch.no_grad():
+            cells = self._tensor(self._check_rows(X, reset=False), self.fitted_model_)
+            parts = [(x, predictor.posterior(x).tokens) for predictor, x in self._read_parts(X, y)]
+            x = torch.cat([part[0] for part in parts])
+            tokens = torch.where(x.isnan(), torch.cat([part[1] for part in parts]), x)
             if x.shape == cells.shape and bool(((x == cells) | (x.isnan() & cells.isnan())).all()):
                 filled = tokens
             else:
@@ -1030,10 +1125,31 @@ class BayesMPT(
         check_is_fitted(self)
         rows = self._check_rows(X, reset=False)
         if self.predictor_.structure.plain:
-            yield self.predictor_, self._tensor(rows)
+            yield self.predictor_, self._tensor(rows, self.fitted_model_)
             return
         with self._read_rows(rows, y) as found:
             yield found
+
+    def _read_parts(self, X: ArrayLike, y: Any) -> Iterator[tuple[Conditionals, Tensor]]:
+        """As `read_rows`, a part of the rows after the other where that can be, to be used as they come."""
+        check_is_fitted(self)
+        structure = self.predictor_.structure
+        if structure.plain or not structure.by_row:
+            with self.read_rows(X, y) as whole:
+                yield whole
+            return
+        rows = self._check_rows(X, reset=False)
+        y = None if y is None else np.asarray(y)
+        step = self._n_at_once(rows)
+        parts = [
+            self._arguments(self.fitted_model_, rows[i : i + step], None if y is None else y[i : i + step])
+            for i in range(0, len(rows), step)
+        ]
+        with self._fitted_program(parts[0]) as predictor:
+            for args in parts:
+                with torch.no_grad():
+                    read = predictor.read(args)
+                yield read, read.value
 
     @contextmanager
     def _read_rows(self, rows: NDArray[np.floating], y: Any) -> Iterator[tuple[Conditionals, Tensor]]:
@@ -1065,7 +1181,7 @@ class BayesMPT(
         )
 
     def _arguments(self, model: Model, X: NDArray[np.floating], y: Any) -> tuple[Any, ...]:
-        x = self._tensor(X)
+        x = self._tensor(X, model)
         if not _takes_y(model):
             return (x,)
         if y is None:
@@ -1080,8 +1196,11 @@ class BayesMPT(
         y = torch.as_tensor(y if y.flags.writeable else y.copy()).to(self.device)
         return x, y.double() if y.is_floating_point() else y
 
-    def _tensor(self, X: NDArray[np.floating]) -> Tensor:
-        array = np.asarray(X, dtype=np.float64)
+    def _tensor(self, X: NDArray[np.floating], model: Model) -> Tensor:
+        """Rows in the model's precision."""
+        wanted = getattr(model, "dtype", None)
+        single = isinstance(wanted, torch.dtype) and wanted == torch.float32
+        array = np.asarray(X, dtype=np.float32 if single else np.float64)
         # torch has no read-only tensors; nothing here writes into its rows
         return torch.from_numpy(array if array.flags.writeable else array.copy()).to(self.device)
 
@@ -1193,7 +1312,10 @@ def _warn_of_bounds(prior: Prior, leaves: dict[str, Tensor]) -> None:
 
 
 def _own_guide(guide: Any, original: Any, model: Model) -> Any:
-    """A guide that is a module trains in place: a copy; one of Pyro's automatic guides keeps to our model."""
+    """The model's own by default. A module trains in place: a copy; Pyro's automatic guides keep to our model."""
+    if guide is None:
+        own = getattr(model, "guide", None)
+        return own if callable(own) else None
     if not isinstance(guide, torch.nn.Module):
         return guide
     of = getattr(guide, "_model", None)

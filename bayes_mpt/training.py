@@ -34,7 +34,18 @@ from bayes_mpt.predictors.joint_gaussian import JointGaussian
 from bayes_mpt.score import masked_score
 from bayes_mpt.tracing import MissingCovariate, ModelError, Program, has_missing, rows_of
 
-__all__ = ["Fit", "Problem", "climb", "concentrate", "one_thread", "stages", "train_on_masks"]
+__all__ = [
+    "Fit",
+    "Problem",
+    "Report",
+    "check_start",
+    "climb",
+    "concentrate",
+    "one_thread",
+    "stages",
+    "take_rows",
+    "train_on_masks",
+]
 
 Report = Callable[[int, float], bool]
 """Called with (iteration, mean score a row) after each; True stops the training."""
@@ -354,7 +365,7 @@ def climb(problem: Problem, *, max_iter: int, tol: float, report: Report | None 
     leaves = problem.leaves()
     fit = Fit("lbfgs")
     own = _own_maximum(problem, leaves, tol, max_iter)
-    predictor, score, grad = _check_start(_small(problem) if problem.predictor.divisible else problem, leaves)
+    predictor, score, grad = check_start(_small(problem) if problem.predictor.divisible else problem, leaves)
     if own:
         unit = _units(problem, leaves, predictor)
         fit.history, fit.n_iter, fit.last = [score], 1, predictor
@@ -434,7 +445,7 @@ def climb(problem: Problem, *, max_iter: int, tol: float, report: Report | None 
             start = _flat(leaves).detach().clone()
             ended = climb_once(len(unit), _along(start, unit, turn), newton=turn is not None)
             if not math.isfinite(best):
-                _check_start(problem, leaves)
+                check_start(problem, leaves)
             if not ended:
                 break
             # in turned units the curvature is about one
@@ -512,7 +523,7 @@ def train_on_masks(
     generator = torch_generator(random_state)
     leaves = problem.leaves()
     fit = Fit("adam")
-    _check_start(problem, leaves)
+    check_start(problem, leaves)
     check_seed = int(torch.randint(2**31, (), generator=generator))
 
     def check() -> float:
@@ -534,7 +545,7 @@ def train_on_masks(
                     score = _batch(problem, batch_size, generator).score(masks, generator)
                     value = float(score.detach())
                     if not math.isfinite(value):
-                        _check_start(problem, leaves)
+                        check_start(problem, leaves)
                         raise ModelError(
                             f"the masked score became {value} at step {len(fit.history)}: lower learning_rate (now "
                             f"{learning_rate})"
@@ -592,9 +603,7 @@ def _batch(problem: Problem, batch_size: int | None, generator: torch.Generator)
     """A random minibatch, whose mean score estimates that of all rows."""
     if batch_size is None:
         return problem
-    log_prior, whole = problem.log_prior, problem.log_prior
-    if whole is not None:
-        log_prior = lambda: whole() * (batch_size / problem.n_rows)  # noqa: E731
+    log_prior = _share_of(problem.log_prior, batch_size / problem.n_rows)
     if problem.rows is not None:
         n = len(problem.rows)
         if problem.weight is None:
@@ -603,11 +612,20 @@ def _batch(problem: Problem, batch_size: int | None, generator: torch.Generator)
             index = torch.multinomial(problem.weight.cpu(), batch_size, replacement=True, generator=generator)
         index = index.to(problem.rows.device)
         return Problem(problem.predictor, problem.args, problem.rows[index], None, len(index), log_prior)
-    n = len(problem.args[0])
-    index = torch.randperm(n, generator=generator)[:batch_size].to(problem.args[0].device)
     if problem.predictor.divisible:
         return _sampled(problem, batch_size, generator)
-    return Problem(problem.predictor, rows_of(problem.args, index), None, None, len(index), log_prior)
+    return take_rows(problem, torch.randperm(len(problem.args[0]), generator=generator)[:batch_size])
+
+
+def take_rows(problem: Problem, index: Tensor) -> Problem:
+    """The problem of some of its rows, whose mean score estimates that of all."""
+    log_prior = _share_of(problem.log_prior, len(index) / problem.n_rows)
+    args = rows_of(problem.args, index.to(problem.args[0].device))
+    return Problem(problem.predictor, args, None, None, len(index), log_prior)
+
+
+def _share_of(log_prior: Callable[[], Tensor] | None, share: float) -> Callable[[], Tensor] | None:
+    return None if log_prior is None else lambda: share * log_prior()
 
 
 # ------------------------------------------------------------------------------------------------------- shared
@@ -784,7 +802,7 @@ def _check_finite(leaves: dict[str, Tensor]) -> None:
             raise ModelError(f"parameter {name!r} is not finite at the start: check its initial value")
 
 
-def _check_start(problem: Problem, leaves: dict[str, Tensor]) -> tuple[Conditionals, float, Tensor]:
+def check_start(problem: Problem, leaves: dict[str, Tensor]) -> tuple[Conditionals, float, Tensor]:
     """The predictor read, its score and gradient, both finite."""
     _check_finite(leaves)
     predictor = problem.read()

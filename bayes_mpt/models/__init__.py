@@ -5,9 +5,11 @@ from bayes_mpt.models.latent_class import LatentClass
 from bayes_mpt.models.linear_gaussian import PPCA, FactorAnalysis
 from bayes_mpt.models.mixtures import GaussianMixture, MixtureOfFactorAnalyzers
 from bayes_mpt.models.regression import BayesianRegression
+from bayes_mpt.models.vae import VAE
 
 __all__ = [
     "PPCA",
+    "VAE",
     "BayesianRegression",
     "FactorAnalysis",
     "GaussianMixture",

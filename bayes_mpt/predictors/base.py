@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import accumulate
 from typing import Any, NamedTuple, Self
 
+import torch
 from sklearn.base import BaseEstimator
 from torch import Generator, Tensor
 
 from bayes_mpt.affine import Structure
 from bayes_mpt.tracing import Model, Program
 
-__all__ = ["Conditionals", "Evidence", "Posterior", "Predictive", "Predictor"]
+__all__ = ["Conditionals", "Evidence", "Posterior", "Predictive", "Predictor", "together"]
 
 Guide = Callable[..., Any]
 
@@ -45,6 +48,28 @@ class Evidence(NamedTuple):
     se: float
     """Standard error of their sum; for quadrature the change on refining the nodes. 0 where exact."""
     diagnostics: dict[str, Any]
+
+
+def together(parts: Iterable[Evidence]) -> Evidence:
+    """Of all rows, from that of one part of them after the other."""
+    parts = list(parts)
+    by_row = torch.cat([part.by_row for part in parts])
+    se = math.hypot(*(part.se for part in parts))
+    if len(parts) == 1 or "pareto_k" not in parts[0].diagnostics:
+        return Evidence(by_row, se, parts[0].diagnostics)
+    found = [part.diagnostics for part in parts]
+    starts = [0, *accumulate(len(part.by_row) for part in parts)]
+    worst = [(start + row, k) for start, d in zip(starts, found, strict=False) for row, k in d["worst_rows"]]
+    diagnostics = {
+        **found[0],
+        "pareto_k": max((d["pareto_k"] for d in found), key=lambda k: -math.inf if math.isnan(k) else k),
+        "rows_with_bad_k": sum(d["rows_with_bad_k"] for d in found),
+        "worst_rows": sorted(worst, key=lambda w: -math.inf if math.isnan(w[1]) else -w[1])[:5],
+        "ess_min": min(d["ess_min"] for d in found),
+        "ess_mean": sum(d["ess_mean"] * len(p.by_row) for d, p in zip(found, parts, strict=True))
+        / len(by_row),
+    }
+    return Evidence(by_row, se, diagnostics)
 
 
 class Predictor(BaseEstimator, ABC):
@@ -121,6 +146,10 @@ class Conditionals(ABC):
     @abstractmethod
     def read(self, args: tuple[Any, ...]) -> Self:
         """Take the program's current parameters, with gradients. Opens no parameter store, caches no tensors."""
+
+    def in_training(self) -> Self:
+        """The same with as much effort as a step of the training deserves: fewer random nodes."""
+        return self
 
     @abstractmethod
     def freeze(self) -> Self:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
+
+import torch
 
 from bayes_mpt.affine import NotAffine
 from bayes_mpt.predictors.base import Conditionals, Guide, Predictor
 from bayes_mpt.predictors.exact import summed_out
-from bayes_mpt.predictors.importance import Importance
+from bayes_mpt.predictors.importance import Importance, takes_visible
 from bayes_mpt.predictors.joint_gaussian import JointGaussian, gaussian_program
 from bayes_mpt.predictors.markov import closed_form
 from bayes_mpt.predictors.nearest_neighbors import NearestNeighbors, near_conditionals
@@ -22,7 +25,10 @@ MAX_JOINT = 4096  # tokens of one Gaussian vector whose covariance is made whole
 
 def _samples(guide: Guide, args: tuple[Any, ...]) -> bool:
     """Whether a guide has any site: SVI wants one also where nothing is to be drawn."""
-    return bool(latent_nodes(run(guide, tuple(fill(a) for a in args))))
+    filled = tuple(fill(a) for a in args)
+    if takes_visible(guide):
+        guide = partial(guide, visible=torch.ones_like(filled[0], dtype=torch.bool))
+    return bool(latent_nodes(run(guide, filled)))
 
 
 def choose(

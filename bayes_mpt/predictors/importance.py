@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from contextlib import ExitStack
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -53,12 +54,13 @@ from bayes_mpt.tracing import (
     survey,
 )
 
-__all__ = ["Importance", "pareto_k"]
+__all__ = ["Importance", "pareto_k", "takes_visible"]
 
 LEAST_TAIL = 20  # weights to fit a tail to
 BAD_K = 0.7  # above it the error is not to be believed (Vehtari et al. 2024)
 N_WIDENINGS = 6  # steps from Laplace's Gaussian towards the closest one
 WIDENING_COST = 200_000_000
+MOST_TOLD = 10  # draws of a step of the training, from a guide that is told what is visible
 
 
 class Importance(Predictor):
@@ -68,6 +70,9 @@ class Importance(Predictor):
     ----------
     num_particles : int, default=100
         S draws for each row.
+    training_particles : int, optional
+        As many of a step of the training. None: as many as ``num_particles``, but at most 10 of a guide that is told
+        what is visible, whose draws hardly cost less than the program at each of them.
     doubly_reparameterized : bool, default=False
         Whether a chain's gradient in a guide's parameters is that of Tucker, Lawson, Gu & Maddison (2019): the same
         expectation with less noise from the draws, for a step that takes a little longer.
@@ -86,19 +91,32 @@ class Importance(Predictor):
     Gabry 2024), the worst rows by name; k above 0.7 warns.
     """
 
-    def __init__(self, num_particles: int = 100, doubly_reparameterized: bool = False):
+    def __init__(
+        self,
+        num_particles: int = 100,
+        training_particles: int | None = None,
+        doubly_reparameterized: bool = False,
+    ):
         self.num_particles = num_particles
+        self.training_particles = training_particles
         self.doubly_reparameterized = doubly_reparameterized
 
     def bind(self, model: Model, args: tuple[Any, ...], guide: Guide | None = None) -> Nodes:
-        if not isinstance(self.num_particles, int) or self.num_particles < 1:
-            raise ValueError(f"num_particles must be an integer of at least 1, got {self.num_particles!r}")
+        for name in ("num_particles", "training_particles"):
+            value = getattr(self, name)
+            if (value is not None or name == "num_particles") and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
         program = survey(model, args)
         if not program.continuous:
             raise ModelError("the program has no continuous latent, so nothing to draw: use Exact()")
         if guide is None:
             return Nodes(_AroundMode(Placement(model, args, program), self.num_particles))
-        return Nodes(_Guided(model, guide, args, program, self.num_particles, self.doubly_reparameterized))
+        n_training = self.training_particles
+        if n_training is None:
+            n_training = min(self.num_particles, MOST_TOLD if takes_visible(guide) else self.num_particles)
+        return Nodes(
+            _Guided(model, guide, args, program, self.num_particles, n_training, self.doubly_reparameterized)
+        )
 
 
 class _Sampled(Reader):
@@ -267,11 +285,12 @@ class _Guided(_Sampled):
         args: tuple[Any, ...],
         program: Program,
         n_draws: int,
+        n_training: int,
         doubly_reparameterized: bool = False,
     ):
-        self.model, self.guide, self.n_draws = model, guide, n_draws
+        self.model, self.guide, self.n_draws, self.n_training = model, guide, n_draws, n_training
         self.depth = program.depth
-        self.takes_visible = _takes_visible(guide)
+        self.takes_visible = takes_visible(guide)
         self.located = self.takes_visible
         # the same whatever rows a step is given, and found once: a median costs as much as a third of a step
         self.fillings = tuple(filling(a) for a in args)
@@ -349,6 +368,11 @@ class _Guided(_Sampled):
     @property
     def parameters(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys((*self.program.parameters, *self.guide_parameters)))
+
+    def in_training(self) -> _Guided:
+        few = copy(self)
+        few.n_draws = self.n_training
+        return few
 
     def read(self, args: tuple[Any, ...], visible: Tensor | None = None) -> Read:
         filled = tuple(fill(a, v) for a, v in zip(args, self.fillings, strict=True))
@@ -501,7 +525,8 @@ class _Guided(_Sampled):
         return bool(torch.allclose(both, torch.cat(alone), rtol=1e-5, equal_nan=True))
 
 
-def _takes_visible(guide: Any) -> bool:
+def takes_visible(guide: Any) -> bool:
+    """Whether a guide is told which tokens are visible."""
     target = guide.forward if isinstance(guide, torch.nn.Module) else guide
     try:
         return "visible" in inspect.signature(target).parameters

@@ -470,6 +470,10 @@ class Reader(ABC):
     def read(self, args: tuple[Any, ...], visible: Tensor | None = None) -> Read:
         """Run the program; place the nodes for the visible (T,) tokens, by default all."""
 
+    def in_training(self) -> Reader:
+        """The reader whose nodes a step of the training takes: by default the same."""
+        return self
+
     def objective(self, args: tuple[Any, ...]) -> Tensor:
         """A smooth approximation of log Z (N,), to train on in place of random nodes."""
         raise NotImplementedError
@@ -520,6 +524,9 @@ class Nodes(Conditionals):
         new = Nodes(self._thawed)
         new.args, new._fixed = args, self._sub_sample(args)
         return new.rerun(lambda: self._thawed.read(args))
+
+    def in_training(self) -> Nodes:
+        return Nodes(self._thawed.in_training())
 
     def rerun(self, read: Callable[[], Read]) -> Nodes:
         """The same rows at other nodes."""

@@ -1,0 +1,192 @@
+"""Train networks: epochs of minibatches by Adam, stopped early by rows that are held out, resumable to the bit."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bayes_mpt.masks import Policy, torch_generator
+from bayes_mpt.tracing import ModelError
+from bayes_mpt.training import Fit, Problem, Report, check_start, take_rows
+
+__all__ = ["train_by_epochs"]
+
+LOOKS = 4  # draws of nodes and masks with which held-out rows are scored
+
+
+@dataclass
+class _Progress:
+    """What a training that goes on must know, beside the parameters."""
+
+    epoch: int
+    best_score: float
+    best: dict[str, Tensor]
+    stale: int
+    """Epochs since the best."""
+
+
+def train_by_epochs(
+    problem: Problem,
+    held_out: Problem | None,
+    masks: Policy,
+    *,
+    batch_size: int,
+    max_epochs: int,
+    learning_rate: float,
+    patience: int,
+    random_state: int | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    report: Report | None = None,
+) -> Fit:
+    """Maximise the masked score by Adam over minibatches; the parameters end where held-out rows score best.
+
+    Parameters
+    ----------
+    problem, held_out : Problem
+        Rows that train, and rows that tell when to stop: after ``patience`` epochs without a better score of them, on
+        the same masks and nodes at every look. None: all epochs are run, and the last parameters kept.
+    masks : Policy
+        A fresh draw each step.
+    batch_size : int
+        Rows a step.
+    max_epochs : int
+        Passes over the rows that train.
+    learning_rate : float
+        Of Adam.
+    patience : int
+        Epochs.
+    random_state : int, optional
+        For the order of the rows and the masks; nodes draw from torch's global generator.
+    checkpoint : path, optional
+        Written whole after each epoch; where it exists, the training goes on from it as if it had never stopped.
+    report : callable, optional
+        Called with (epoch, score a row); True stops.
+
+    Returns
+    -------
+    Fit
+        Its history is the score a row after each epoch, nats: of held-out rows, or else of the epoch's steps.
+
+    Raises
+    ------
+    ModelError
+        If a parameter, its gradient or the score is not finite; it is named.
+    ValueError
+        If the checkpoint is of another model.
+    """
+    generator = torch_generator(random_state)
+    leaves = problem.leaves()
+    fit = Fit("adam by epochs")
+    check_start(take_rows(problem, torch.arange(min(batch_size, problem.n_rows))), leaves)
+    look_seed = int(torch.randint(2**31, (), generator=generator))
+    adam = torch.optim.Adam(list(leaves.values()), lr=learning_rate)
+    progress = _Progress(0, -math.inf, _copies(leaves), 0)
+    file = None if checkpoint is None else Path(checkpoint)
+    if file is not None and file.exists():
+        progress = _resume(file, leaves, adam, generator, fit)
+    try:
+        while progress.epoch < max_epochs and progress.stale < patience:
+            total = 0.0
+            for index in torch.randperm(problem.n_rows, generator=generator).split(batch_size):
+                adam.zero_grad()
+                score = take_rows(problem, index).score(masks, generator)
+                total += len(index) * float(score.detach())
+                if not math.isfinite(total):
+                    raise ModelError(
+                        f"the masked score became {float(score)} in epoch {progress.epoch + 1}: lower learning_rate "
+                        f"(now {learning_rate})"
+                    )
+                (-score).backward()
+                adam.step()
+            progress.epoch += 1
+            value = total / problem.n_rows
+            if held_out is not None:
+                value = _look(held_out, masks, batch_size, look_seed)
+            fit.history.append(value)
+            progress.stale += 1
+            if value > progress.best_score or held_out is None:
+                progress.best_score, progress.best, progress.stale = value, _copies(leaves), 0
+            if file is not None:
+                _keep(file, progress, leaves, adam, generator, fit)
+            if report is not None and report(progress.epoch, value):
+                break
+    except KeyboardInterrupt:
+        fit.interrupted = True
+    with torch.no_grad():
+        for name, leaf in leaves.items():
+            leaf.copy_(progress.best[name])
+    fit.converged = progress.stale >= patience or held_out is None
+    fit.n_iter = progress.epoch
+    return fit
+
+
+def _look(held_out: Problem, masks: Policy, batch_size: int, seed: int) -> float:
+    """Mean score a row of what is held out, on the same draws each time; leaves the random state as it was."""
+    total = 0.0
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
+    with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(LOOKS):
+            for index in torch.arange(held_out.n_rows).split(batch_size):
+                total += len(index) * float(take_rows(held_out, index).score(masks, generator))
+    return total / LOOKS / held_out.n_rows
+
+
+def _copies(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: leaf.detach().clone() for name, leaf in leaves.items()}
+
+
+def _keep(
+    file: Path,
+    progress: _Progress,
+    leaves: dict[str, Tensor],
+    adam: torch.optim.Adam,
+    generator: torch.Generator,
+    fit: Fit,
+) -> None:
+    content: dict[str, Any] = {
+        "progress": vars(progress),
+        "leaves": _copies(leaves),
+        "adam": adam.state_dict(),
+        "generators": [generator.get_state(), torch.get_rng_state(), *_cuda_states()],
+        "history": fit.history,
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(f".{os.getpid()}.part")
+    torch.save(content, part)
+    part.replace(file)  # whole or not at all
+
+
+def _cuda_states() -> list[Tensor]:
+    return torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+
+def _resume(
+    file: Path, leaves: dict[str, Tensor], adam: torch.optim.Adam, generator: torch.Generator, fit: Fit
+) -> _Progress:
+    content = torch.load(file, weights_only=True)
+    found = {name: tuple(value.shape) for name, value in content["leaves"].items()}
+    wanted = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
+    if found != wanted:
+        raise ValueError(
+            f"{file} holds parameters {found}, the program has {wanted}: it is of another model. Remove it, or give "
+            "another checkpoint"
+        )
+    with torch.no_grad():
+        for name, leaf in leaves.items():
+            leaf.copy_(content["leaves"][name])
+    adam.load_state_dict(content["adam"])
+    own, ours, *cuda = content["generators"]
+    generator.set_state(own)
+    torch.set_rng_state(ours)
+    if cuda and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(cuda)
+    fit.history[:] = content["history"]
+    return _Progress(**content["progress"])
