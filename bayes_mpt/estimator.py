@@ -62,10 +62,12 @@ from bayes_mpt.predictors import (
     Predictor,
     choose,
 )
+from bayes_mpt.predictors.annealed import Annealed, AnnealedImportance, Bounds
 from bayes_mpt.predictors.base import together
 from bayes_mpt.predictors.joint_gaussian import N_TRIAL_ROWS, gaussian_program
-from bayes_mpt.predictors.nodes import growing, means_of_new
+from bayes_mpt.predictors.nodes import Nodes, growing, means_of_new
 from bayes_mpt.score import ScoreEstimate, estimate
+from bayes_mpt.simulation import simulate
 from bayes_mpt.store import OwnStore, State, load, save, seeded
 from bayes_mpt.tracing import Model, ModelError, Program, fill, first_run, list_names, not_finite, run
 
@@ -949,9 +951,12 @@ class BayesMPT(
 
     def sample(self, n_samples: int = 1) -> NDArray[np.float64]:
         """Draw rows from the fitted model: (n_samples, T), the same ones at every call; ``random_state`` chooses."""
-        reading = self._shared_reading("sample")
+        check_is_fitted(self)
         if not isinstance(n_samples, Integral) or n_samples < 1:
             raise ValueError(f"n_samples must be an integer of at least 1, got {n_samples!r}")
+        if isinstance(self.predictor_.structure, Program):
+            return self._simulate(int(n_samples))[0].double().cpu().numpy()
+        reading = self._shared_reading("sample")
         generator = torch.Generator().manual_seed(self._seed())
         draw = torch.randn(
             n_samples, self.n_components_ + len(reading.loc[0]), generator=generator, dtype=torch.float64
@@ -959,6 +964,74 @@ class BayesMPT(
         u, e = draw[:, : self.n_components_], draw[:, self.n_components_ :]
         x = reading.loc[0] + u @ reading.loading[0].mT + reading.noise[0].sqrt() * e
         return x.cpu().numpy()
+
+    def _simulate(self, n_rows: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Rows (N, T) from the fitted program, and the latents that made them."""
+        structure = self.predictor_.structure
+        if not isinstance(structure, Program) or not structure.by_row or structure.tokens_from != 0:
+            raise ValueError(
+                f"rows can be drawn where the program observes the cells of X itself and rows are independent, which "
+                f"{self.fitted_model_!r} does not"
+            )
+        rows = self._tensor(np.zeros((n_rows, self.n_features_in_)), self.fitted_model_)
+        with OwnStore() as store:
+            store.prefill(self._initial)
+            with seeded(self._seed()):
+                simulate(
+                    self.fitted_model_, (rows,), structure
+                )  # networks put their parameters into the store
+            store.begin(self._state)
+            with seeded(self._seed()):
+                return simulate(self.fitted_model_, (rows,), structure)
+
+    def sample_missing(self, X: ArrayLike, y: Any = None, *, n_samples: int = 1) -> NDArray[np.float64]:
+        """X with its NaN cells drawn together given the observed cells of the row, for multiple imputation.
+
+        Returns
+        -------
+        array of shape (n_samples, N, T)
+
+        Raises
+        ------
+        ValueError
+            If the program does not observe the cells of X, or its tokens are not independent given nodes of latents
+            (`Importance`, `Quadrature`).
+        """
+        check_is_fitted(self)
+        structure = self.predictor_.structure
+        if not isinstance(structure, Program) or not structure.by_row or structure.tokens_from != 0:
+            raise ValueError(
+                f"missing cells are drawn where the program observes the cells of X, row by row, and its latents are "
+                f"drawn or on a grid, got {self.predictor_.name}: use impute for their means"
+            )
+        with torch.no_grad():
+            try:
+                parts = [predictor.draw(x, n_samples) for predictor, x in self._read_parts(X, y)]
+            except NotImplementedError as error:
+                raise ValueError(f"{error}: use impute for their means") from error
+        return torch.cat(parts, 1).double().cpu().numpy()
+
+    def bidirectional(self, n_samples: int = 100) -> Bounds:
+        """How far off the LML is, bounded on rows simulated from the fitted model (bidirectional Monte Carlo).
+
+        Annealing from the guide bounds log p(x) from below in expectation, annealing back from the latents that made
+        x from above (Grosse, Ghahramani & Adams 2015). ``predictor`` says how: `AnnealedImportance`.
+
+        Returns
+        -------
+        Bounds
+            Of each simulated row, with the mean ``gap`` and its standard error.
+        """
+        check_is_fitted(self)
+        if not isinstance(self.predictor, AnnealedImportance):
+            raise ValueError(
+                f"bidirectional anneals: set_params(predictor=AnnealedImportance()), now {self.predictor!r}"
+            )
+        rows, latents = self._simulate(n_samples)
+        args = (rows,)
+        with self._fitted_program(args) as predictor:
+            assert isinstance(predictor, Nodes) and isinstance(predictor.reader, Annealed)
+            return predictor.reader.bounds(args, latents)
 
     def get_covariance(self) -> NDArray[np.float64]:
         """Covariance of a row: W W' + diag(noise), (T, T)."""

@@ -174,6 +174,13 @@ class Factors(NamedTuple):
             -1,
         )
 
+    def draw(self) -> Tensor | None:
+        """A draw of every token at every node, (S, N, T); None where latents are summed out or tokens are vectors."""
+        if self.summed or any(t.site.n_joint for t in self.tokens):
+            return None
+        drawn = [self._by_row(t, t.fn.expand(t.log_prob.shape).sample()) for t in self.tokens]
+        return torch.cat([d.to(self.tokens[0].log_prob) for d in drawn], -1)
+
     def levels(self, visible: Tensor) -> Tensor | None:
         """Probabilities of the categories of categorical tokens given x_R and u_s, 0 for others: (S, N, T, L)."""
         probs = [

@@ -1,5 +1,6 @@
 """How log p(x_i | x_visible) is computed for a Pyro program: predictors."""
 
+from bayes_mpt.predictors.annealed import AnnealedImportance
 from bayes_mpt.predictors.base import Conditionals, Evidence, Posterior, Predictive, Predictor
 from bayes_mpt.predictors.choice import choose
 from bayes_mpt.predictors.exact import Exact
@@ -11,6 +12,7 @@ from bayes_mpt.predictors.quadrature import Quadrature
 from bayes_mpt.predictors.smc import SequentialMonteCarlo
 
 __all__ = [
+    "AnnealedImportance",
     "Conditionals",
     "Evidence",
     "Exact",

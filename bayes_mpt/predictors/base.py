@@ -199,6 +199,10 @@ class Conditionals(ABC):
         """Observations of new rows given those of the rows seen, both as the program's arguments."""
         raise NotImplementedError(f"{self.name} does not predict rows from other rows")
 
+    def draw(self, x: Tensor, n_draws: int) -> Tensor:
+        """Rows with their missing tokens drawn together given the observed ones: (N, T) -> (D, N, T)."""
+        raise NotImplementedError(f"{self.name} has no draws of missing tokens")
+
     def evidence(self, x: Tensor) -> Evidence:
         """`joint` with its error, as good as this way can make it."""
         return Evidence(self.joint(x), 0.0, {})

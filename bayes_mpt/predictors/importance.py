@@ -7,7 +7,7 @@ import math
 from contextlib import ExitStack
 from copy import copy
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyro
@@ -54,7 +54,7 @@ from bayes_mpt.tracing import (
     survey,
 )
 
-__all__ = ["Importance", "pareto_k", "takes_visible"]
+__all__ = ["Drawn", "GuideDraws", "Importance", "Sampled", "pareto_k", "takes_visible"]
 
 LEAST_TAIL = 20  # weights to fit a tail to
 BAD_K = 0.7  # above it the error is not to be believed (Vehtari et al. 2024)
@@ -115,11 +115,13 @@ class Importance(Predictor):
         if n_training is None:
             n_training = min(self.num_particles, MOST_TOLD if takes_visible(guide) else self.num_particles)
         return Nodes(
-            _Guided(model, guide, args, program, self.num_particles, n_training, self.doubly_reparameterized)
+            GuideDraws(
+                model, guide, args, program, self.num_particles, n_training, self.doubly_reparameterized
+            )
         )
 
 
-class _Sampled(Reader):
+class Sampled(Reader):
     """What draws have in common: their error."""
 
     sampled = True
@@ -156,7 +158,7 @@ class _Sampled(Reader):
         return Evidence(by_row + inside, se, diagnostics)
 
 
-class _AroundMode(_Sampled):
+class _AroundMode(Sampled):
     """Student-t draws around the mode of each row's posterior."""
 
     located = True
@@ -216,7 +218,7 @@ class _Along(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, drawn: _Drawn, found: list[Tensor], *raw: Tensor) -> Any:
+    def forward(ctx: Any, drawn: _Leaves, found: list[Tensor], *raw: Tensor) -> Any:
         ctx.drawn, ctx.found = drawn, found
         return tuple(t.detach() for t in (*found, *drawn.leaves))
 
@@ -247,7 +249,7 @@ class _Along(torch.autograd.Function):
         return None, None, *back
 
 
-class _Drawn(poutine.messenger.Messenger):
+class _Leaves(poutine.messenger.Messenger):
     """Hands a guide's draws on as leaves, so that its later sites look at them apart from its parameters."""
 
     def __init__(self, program: Program, n: int):
@@ -275,7 +277,7 @@ class _Drawn(poutine.messenger.Messenger):
         self.layouts.append(layout)
 
 
-class _Guided(_Sampled):
+class GuideDraws(Sampled):
     """Draws from a guide."""
 
     def __init__(
@@ -331,6 +333,7 @@ class _Guided(_Sampled):
                     "what the guide cannot reach would be left out. Use a guide of the same support"
                 )
         random = [n for n in names if not isinstance(trace.nodes[n]["fn"], pyro.distributions.Delta)]
+        self.has_points = len(random) < len(names)
         if not random:
             raise ModelError(
                 f"the guide puts latent {program.continuous[0]!r} on a single point (Delta): nothing is drawn, so that "
@@ -369,7 +372,7 @@ class _Guided(_Sampled):
     def parameters(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys((*self.program.parameters, *self.guide_parameters)))
 
-    def in_training(self) -> _Guided:
+    def in_training(self) -> GuideDraws:
         few = copy(self)
         few.n_draws = self.n_training
         return few
@@ -393,6 +396,13 @@ class _Guided(_Sampled):
         if value is None:
             value = tokens if tokens is not None else program_values(self.model, args, filled, self.program)
         return Read(given, log_weight - math.log(self.n_draws), value, scale, latents, self.names)
+
+    def drawn(self, args: tuple[Any, ...], visible: Tensor | None) -> Drawn:
+        """The rows, and what the guide is told of them."""
+        filled = tuple(fill(a, v) for a, v in zip(args, self.fillings, strict=True))
+        value = program_values(self.model, args, filled, self.program)
+        shown = ~value.isnan() if visible is None else visible & ~value.isnan()
+        return Drawn(self, args, filled, value, shown)
 
     def _draw(
         self,
@@ -457,7 +467,7 @@ class _Guided(_Sampled):
         self, filled: tuple[Any, ...], shown: Tensor | None, n: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """log q (n, N) and the values of n draws, with the doubly reparameterised gradient."""
-        drawn = _Drawn(self.program, n)
+        drawn = _Leaves(self.program, n)
         with drawn:
             trace = self._guide_trace(filled, shown, n)
         points = {node["name"]: node["value"] for node in latent_nodes(trace) if _is_point(node)}
@@ -523,6 +533,33 @@ class _Guided(_Sampled):
             except (RuntimeError, ValueError, IndexError, TypeError, AssertionError):
                 return False
         return bool(torch.allclose(both, torch.cat(alone), rtol=1e-5, equal_nan=True))
+
+
+class Drawn(NamedTuple):
+    """A guide on some rows."""
+
+    reader: GuideDraws
+    args: tuple[Any, ...]
+    filled: tuple[Any, ...]
+    value: Tensor
+    """(N, T) tokens, NaN where missing."""
+    shown: Tensor
+    """(N, T) of them are visible."""
+
+    def draw(self, n: int) -> dict[str, Tensor]:
+        """Values of the latents at n draws."""
+        trace = self.reader._guide_trace(self.filled, self.shown, n)
+        return {k: trace.nodes[k]["value"].detach() for k in self.reader.names}
+
+    def log_q(self, values: dict[str, Tensor], n: int) -> Tensor:
+        """Log-density (n, N) of the guide at n values of the latents."""
+        with SetLatents(values):
+            trace = self.reader._guide_trace(self.filled, self.shown, n)
+        return self.reader._log_q(trace, n)
+
+    def given(self, values: dict[str, Tensor], n: int) -> tuple[Given, Tensor | float, float, Tensor | None]:
+        """The inner model at n values of the latents."""
+        return self.reader._given(self.args, self.filled, values, n)
 
 
 def takes_visible(guide: Any) -> bool:

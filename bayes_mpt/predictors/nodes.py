@@ -118,6 +118,10 @@ class Given(ABC):
         """Probabilities of the categories of categorical tokens, 0 for others: (S, N, T, L); None without any."""
         return None
 
+    def draw(self) -> Tensor | None:
+        """Tokens drawn at each node, independent given it: (S, N, T); None where they are not."""
+        return None
+
     def responsibilities(self, x: Tensor, visible: Tensor) -> Tensor:
         """Probabilities of the values of what is summed out inside: (S, N, L)."""
         return x.new_zeros(1, len(x), 0)
@@ -153,6 +157,9 @@ class FactorsGiven(Given):
 
     def levels(self, x: Tensor, visible: Tensor) -> Tensor | None:
         return self.factors.levels(visible & ~x.isnan())
+
+    def draw(self) -> Tensor | None:
+        return self.factors.draw()
 
 
 @dataclass(frozen=True)
@@ -631,6 +638,20 @@ class Nodes(Conditionals):
             chance = (share[..., None] * levels).sum(0)  # (N, T, L)
             tokens = torch.where(chance.sum(-1) > 0, chance.argmax(-1).to(tokens), tokens)
         return Posterior(latents, tokens)
+
+    def draw(self, x: Tensor, n_draws: int) -> Tensor:
+        self._check(x)
+        read = self.last
+        everything = torch.ones(x.shape[1], dtype=torch.bool, device=x.device)
+        share = (read.log_weight + read.given.log_joint(x, everything)).softmax(0)  # (S, N)
+        out = []
+        for node in torch.multinomial(share.mT, n_draws, replacement=True).mT:  # (N,) of each draw
+            tokens = read.given.draw()
+            if tokens is None:
+                return super().draw(x, n_draws)
+            picked = tokens.gather(0, node[None, :, None].expand(1, *tokens.shape[1:]))[0]
+            out.append(torch.where(x.isnan(), picked, x))
+        return torch.stack(out)
 
     def shared_latents(self, x: Tensor) -> list[tuple[float, dict[str, Tensor]]]:
         if self.structure.by_row or len(self.last.latents[0]) != 1:
