@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from bayes_mpt.training import Fit, Problem, Report, check_start, take_rows
 
 __all__ = ["train_by_epochs"]
 
-LOOKS = 4  # draws of nodes and masks with which held-out rows are scored
+LOOKS = 2  # draws of nodes and masks with which held-out rows are scored
 
 
 @dataclass
@@ -28,11 +29,12 @@ class _Progress:
     best_score: float
     best: dict[str, Tensor]
     stale: int
-    """Epochs since the best."""
+    """Epochs since the best, or since the stage began."""
+    stage: int
 
 
 def train_by_epochs(
-    problem: Problem,
+    stages: Sequence[Problem],
     held_out: Problem | None,
     masks: Policy,
     *,
@@ -48,9 +50,12 @@ def train_by_epochs(
 
     Parameters
     ----------
-    problem, held_out : Problem
-        Rows that train, and rows that tell when to stop: after ``patience`` epochs without a better score of them, on
-        the same masks and nodes at every look. None: all epochs are run, and the last parameters kept.
+    stages : sequence of Problem
+        Rows that train, first with cheap steps, last with all the effort.
+    held_out : Problem or None
+        Rows that tell when a stage has given what it can: after ``patience`` epochs without a better score of them, all
+        but the last after a third of these; on the same masks and nodes at every look. None: the stages share the
+        epochs, and the last parameters are kept.
     masks : Policy
         A fresh draw each step.
     batch_size : int
@@ -81,28 +86,41 @@ def train_by_epochs(
         If the checkpoint is of another model.
     """
     generator = torch_generator(random_state)
+    problem = stages[-1]
     leaves = problem.leaves()
     fit = Fit("adam by epochs")
     check_start(take_rows(problem, torch.arange(min(batch_size, problem.n_rows))), leaves)
     look_seed = int(torch.randint(2**31, (), generator=generator))
     adam = torch.optim.Adam(list(leaves.values()), lr=learning_rate)
-    progress = _Progress(0, -math.inf, _copies(leaves), 0)
+    progress = _Progress(0, -math.inf, _copies(leaves), 0, 0)
     file = None if checkpoint is None else Path(checkpoint)
     if file is not None and file.exists():
         progress = _resume(file, leaves, adam, generator, fit)
     try:
-        while progress.epoch < max_epochs and progress.stale < patience:
-            total = 0.0
+        while progress.epoch < max_epochs:
+            last = progress.stage == len(stages) - 1
+            if held_out is None:
+                over = progress.epoch >= (progress.stage + 1) * max_epochs // len(stages)
+            else:
+                over = progress.stale >= (patience if last else math.ceil(patience / 3))
+            if over and last:
+                break
+            if over:
+                progress.stage, progress.stale = progress.stage + 1, 0
+                continue
+            problem, total = stages[progress.stage], 0.0
             for index in torch.randperm(problem.n_rows, generator=generator).split(batch_size):
                 adam.zero_grad()
-                score = take_rows(problem, index).score(masks, generator)
+                some = take_rows(problem, index)
+                score = some.score(masks, generator)
                 total += len(index) * float(score.detach())
                 if not math.isfinite(total):
                     raise ModelError(
                         f"the masked score became {float(score)} in epoch {progress.epoch + 1}: lower learning_rate "
                         f"(now {learning_rate})"
                     )
-                (-score).backward()
+                dreamt = problem.predictor.dream(some.args, generator)
+                (-score if dreamt is None else -score - dreamt.mean()).backward()
                 adam.step()
             progress.epoch += 1
             value = total / problem.n_rows
@@ -121,7 +139,7 @@ def train_by_epochs(
     with torch.no_grad():
         for name, leaf in leaves.items():
             leaf.copy_(progress.best[name])
-    fit.converged = progress.stale >= patience or held_out is None
+    fit.converged = held_out is None or (progress.stage == len(stages) - 1 and progress.stale >= patience)
     fit.n_iter = progress.epoch
     return fit
 

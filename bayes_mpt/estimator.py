@@ -313,10 +313,12 @@ class BayesMPT(
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         self.__dict__.pop("selection_", None)
         # The one pass over all rows, with all threads; what follows sees the moments only, if rows share a map.
-        table = None if by_epochs or (y is not None and _takes_y(model)) else self._grow_table(X, seen)
+        auto = getattr(model, "n_components", None) == "auto"
+        own_rows = (by_epochs and not auto) or (y is not None and _takes_y(model))
+        table = None if own_rows else self._grow_table(X, seen)
         bound = None if like is None or isinstance(model, torch.nn.Module) else like._bound
         with training.one_thread(X.size if table is None else table.cov.numel()):
-            if table is not None and getattr(model, "n_components", None) == "auto":
+            if table is not None and auto:
                 _refuse_constant(table)
                 model = self._choose_dimension(model, table)
                 state = None if state is not None and self.n_components_ != model.n_components else state
@@ -505,7 +507,8 @@ class BayesMPT(
             random = problem.predictor.sampled and not problem.predictor.climbs
             masks = PermutationChain() if self.masks is None and (random or by_epochs) else self.masks
             if masks is not None:
-                problem = replace(problem, predictor=problem.predictor.in_training())
+                stages = [replace(problem, predictor=p) for p in problem.predictor.in_training()]
+                problem = stages[-1]
                 whole = not (problem.predictor.structure.by_row or problem.predictor.divisible)
                 if self.batch_size is not None and whole:
                     raise ModelError(
@@ -524,7 +527,14 @@ class BayesMPT(
                     report=report,
                 )
                 if by_epochs:
-                    train = partial(self._train_by_epochs, masks=masks, rate=rate, seed=seed, report=report)
+                    train = partial(
+                        self._train_by_epochs,
+                        stages=stages,
+                        masks=masks,
+                        rate=rate,
+                        seed=seed,
+                        report=report,
+                    )
                 first, *finer = [problem]
             else:
                 if table is not None and (table.complete or not warm) and problem.log_prior is None:
@@ -563,6 +573,7 @@ class BayesMPT(
         self,
         problem: training.Problem,
         *,
+        stages: list[training.Problem],
         masks: Policy,
         rate: float | None,
         seed: int,
@@ -580,7 +591,7 @@ class BayesMPT(
         order = torch.randperm(problem.n_rows, generator=torch.Generator().manual_seed(seed))
         batch_size = self.batch_size or getattr(problem.predictor.model, "batch_size", None) or problem.n_rows
         return train_by_epochs(
-            training.take_rows(problem, order[n_out:]),
+            [training.take_rows(stage, order[n_out:]) for stage in stages],
             training.take_rows(problem, order[:n_out]) if n_out else None,
             masks,
             batch_size=batch_size,
@@ -840,7 +851,9 @@ class BayesMPT(
                 filled = tokens
             else:
                 y = None if y is None else np.asarray(y)
-                where = self._cells_of(self._arguments(self.fitted_model_, cells.cpu().numpy(), y))
+                args = self._arguments(self.fitted_model_, cells.cpu().numpy(), y)
+                with self._fitted_program(args):
+                    where = self._cells_of(args)
                 filled = cells.flatten().index_copy(0, where, tokens.flatten()).reshape(cells.shape)
         return filled.cpu().numpy().astype(self._dtype_of(X), copy=False)
 

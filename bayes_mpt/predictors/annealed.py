@@ -139,7 +139,7 @@ class Annealed(Sampled):
     def parameters(self) -> tuple[str, ...]:
         return self.start.parameters
 
-    def in_training(self) -> GuideDraws:
+    def in_training(self) -> tuple[GuideDraws, ...]:
         return self.start.in_training()
 
     def read(self, args: tuple[Any, ...], visible: Tensor | None = None) -> Read:

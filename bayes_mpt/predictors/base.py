@@ -147,9 +147,13 @@ class Conditionals(ABC):
     def read(self, args: tuple[Any, ...]) -> Self:
         """Take the program's current parameters, with gradients. Opens no parameter store, caches no tensors."""
 
-    def in_training(self) -> Self:
-        """The same with as much effort as a step of the training deserves: fewer random nodes."""
-        return self
+    def dream(self, args: tuple[Any, ...], generator: Generator) -> Tensor | None:
+        """What a guide makes of latents whose rows were simulated (N,), to train it on; None if not asked for."""
+        return None
+
+    def in_training(self) -> tuple[Self, ...]:
+        """What a training goes through: cheap steps first, the last with as much effort as a step deserves."""
+        return (self,)
 
     @abstractmethod
     def freeze(self) -> Self:

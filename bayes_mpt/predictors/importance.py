@@ -34,6 +34,7 @@ from bayes_mpt.predictors.nodes import (
     program_values,
 )
 from bayes_mpt.predictors.placed import Placement, degrees_of, log_t
+from bayes_mpt.simulation import simulate
 from bayes_mpt.tracing import (
     NODES,
     Model,
@@ -60,6 +61,7 @@ LEAST_TAIL = 20  # weights to fit a tail to
 BAD_K = 0.7  # above it the error is not to be believed (Vehtari et al. 2024)
 N_WIDENINGS = 6  # steps from Laplace's Gaussian towards the closest one
 WIDENING_COST = 200_000_000
+GROWTH = 3  # of the number of draws from stage to stage of a training
 MOST_TOLD = 10  # draws of a step of the training, from a guide that is told what is visible
 
 
@@ -73,11 +75,16 @@ class Importance(Predictor):
     training_particles : int, optional
         As many of a step of the training. None: as many as ``num_particles``, but at most 10 of a guide that is told
         what is visible, whose draws hardly cost less than the program at each of them.
-    doubly_reparameterized : bool, default=False
+    doubly_reparameterized : bool, optional
         Whether a chain's gradient in a guide's parameters is that of Tucker, Lawson, Gu & Maddison (2019): the same
         expectation with less noise from the draws, for a step that takes a little longer.
-        False gives the gradient of the bound itself, that of `pyro.infer.RenyiELBO`. Guides whose draws have no
-        ``rsample``, or that cannot be drawn side by side, have the latter in any case.
+        False gives the gradient of the bound itself, that of `pyro.infer.RenyiELBO`. None: where the guide is told what
+        is visible. Guides whose draws have no ``rsample``, or that cannot be drawn side by side, have the latter in
+        any case.
+    dream : bool, default=False
+        Whether a guide that is told what is visible is trained also on rows that the program makes, random tokens of
+        them hidden (the sleep phase of Hinton, Dayan, Frey & Neal 1995): single conditionals of complete rows get
+        nearer, while the program itself learns more slowly. For trainings by epochs.
 
     Notes
     -----
@@ -95,10 +102,12 @@ class Importance(Predictor):
         self,
         num_particles: int = 100,
         training_particles: int | None = None,
-        doubly_reparameterized: bool = False,
+        doubly_reparameterized: bool | None = None,
+        dream: bool = False,
     ):
         self.num_particles = num_particles
         self.training_particles = training_particles
+        self.dream = dream
         self.doubly_reparameterized = doubly_reparameterized
 
     def bind(self, model: Model, args: tuple[Any, ...], guide: Guide | None = None) -> Nodes:
@@ -111,13 +120,13 @@ class Importance(Predictor):
             raise ModelError("the program has no continuous latent, so nothing to draw: use Exact()")
         if guide is None:
             return Nodes(_AroundMode(Placement(model, args, program), self.num_particles))
+        told = takes_visible(guide)
         n_training = self.training_particles
         if n_training is None:
-            n_training = min(self.num_particles, MOST_TOLD if takes_visible(guide) else self.num_particles)
+            n_training = min(self.num_particles, MOST_TOLD if told else self.num_particles)
+        twice = told if self.doubly_reparameterized is None else self.doubly_reparameterized
         return Nodes(
-            GuideDraws(
-                model, guide, args, program, self.num_particles, n_training, self.doubly_reparameterized
-            )
+            GuideDraws(model, guide, args, program, self.num_particles, n_training, twice, self.dream)
         )
 
 
@@ -289,8 +298,10 @@ class GuideDraws(Sampled):
         n_draws: int,
         n_training: int,
         doubly_reparameterized: bool = False,
+        dreams: bool = False,
     ):
         self.model, self.guide, self.n_draws, self.n_training = model, guide, n_draws, n_training
+        self.dreams = dreams
         self.depth = program.depth
         self.takes_visible = takes_visible(guide)
         self.located = self.takes_visible
@@ -372,10 +383,41 @@ class GuideDraws(Sampled):
     def parameters(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys((*self.program.parameters, *self.guide_parameters)))
 
-    def in_training(self) -> GuideDraws:
-        few = copy(self)
-        few.n_draws = self.n_training
-        return few
+    def dream(self, args: tuple[Any, ...], generator: torch.Generator) -> Tensor | None:
+        """Log-density (N,) under the guide of the latents of rows that the program makes, given some of their tokens.
+
+        Maximised by the guide, it is the sleep phase of Hinton, Dayan, Frey & Neal (1995): a guide as wide as the
+        posterior, for every set of visible tokens. None where that was not asked for.
+        """
+        if not self.dreams:
+            return None
+        told = self.takes_visible and self.placement is None and not self.has_points
+        if not told or not self.program.by_row or self.program.tokens_from != 0 or self.program.discrete:
+            raise ModelError(
+                "dream=True needs a guide that draws all latents and is told what is visible, and a program that "
+                "observes its first argument, row by row"
+            )
+        filled = tuple(fill(a) for a in args)
+        tokens, latents = simulate(self.model, filled, self.program)
+        # every number of visible tokens is as likely as any other, for each row its own
+        rank = torch.rand(tokens.shape, generator=generator).argsort(1)
+        size = torch.randint(tokens.shape[1] + 1, (len(tokens), 1), generator=generator)
+        with SetLatents(latents):
+            trace = self._guide_trace((tokens.to(filled[0]), *filled[1:]), (rank < size).to(tokens.device), 1)
+        return self._log_q(trace, 1)[0]
+
+    def in_training(self) -> tuple[GuideDraws, ...]:
+        """From one draw to as many as asked: with one a step costs least, and the last bring the bound nearest."""
+        n, rising = self.n_training, []
+        while n > 1 and self.takes_visible:
+            rising.append(n)
+            n = n // GROWTH
+        return tuple(self._with(k) for k in (max(1, n), *reversed(rising)))
+
+    def _with(self, n_draws: int) -> GuideDraws:
+        new = copy(self)
+        new.n_draws = n_draws
+        return new
 
     def read(self, args: tuple[Any, ...], visible: Tensor | None = None) -> Read:
         filled = tuple(fill(a, v) for a, v in zip(args, self.fillings, strict=True))

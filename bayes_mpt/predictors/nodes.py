@@ -477,9 +477,13 @@ class Reader(ABC):
     def read(self, args: tuple[Any, ...], visible: Tensor | None = None) -> Read:
         """Run the program; place the nodes for the visible (T,) tokens, by default all."""
 
-    def in_training(self) -> Reader:
-        """The reader whose nodes a step of the training takes: by default the same."""
-        return self
+    def dream(self, args: tuple[Any, ...], generator: torch.Generator) -> Tensor | None:
+        """What a guide makes of latents whose rows were simulated (N,), to train it on; None if not asked for."""
+        return None
+
+    def in_training(self) -> tuple[Reader, ...]:
+        """Readers whose nodes the steps of a training take, one after the other: by default the same."""
+        return (self,)
 
     def objective(self, args: tuple[Any, ...]) -> Tensor:
         """A smooth approximation of log Z (N,), to train on in place of random nodes."""
@@ -532,8 +536,11 @@ class Nodes(Conditionals):
         new.args, new._fixed = args, self._sub_sample(args)
         return new.rerun(lambda: self._thawed.read(args))
 
-    def in_training(self) -> Nodes:
-        return Nodes(self._thawed.in_training())
+    def dream(self, args: tuple[Any, ...], generator: torch.Generator) -> Tensor | None:
+        return self._thawed.dream(args, generator)
+
+    def in_training(self) -> tuple[Nodes, ...]:
+        return tuple(Nodes(reader) for reader in self._thawed.in_training())
 
     def rerun(self, read: Callable[[], Read]) -> Nodes:
         """The same rows at other nodes."""
