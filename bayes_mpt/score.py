@@ -41,6 +41,7 @@ __all__ = [
 ]
 
 CHUNK = 2**22  # cells of (S, N, T) scored at once
+MAX_RUNS = 32  # of a program for the curve along one chain, where each visible set takes one
 
 
 def masked_score(predictor: Conditionals, x: Tensor, masks: Masks) -> Tensor:
@@ -197,8 +198,11 @@ def _curve(predictor: Conditionals, x: Tensor, weight: Tensor, draws: list[Masks
         if draw.order is not None:
             order = draw.order.to(x.device)
             for tokens in order:
-                by_token = share @ predictor.chain(x, tokens[None])[0]  # (T,)
                 sizes.append(torch.arange(n_tokens, 0, -1))
+                if predictor.relocates and n_tokens > MAX_RUNS:
+                    values.append(_by_blocks(predictor, x, share, tokens).cpu())
+                    continue
+                by_token = share @ predictor.chain(x, tokens[None])[0]  # (T,)
                 values.append(by_token[tokens].cpu())
         else:
             assert draw.visible is not None
@@ -217,6 +221,14 @@ def _curve(predictor: Conditionals, x: Tensor, weight: Tensor, draws: list[Masks
         spread = np.bincount(size, (value - mean[size - 1]) ** 2, minlength=n_tokens + 1)[1:]
         se = np.where(count > 1, np.sqrt(spread / (count - 1) / count), np.nan)
     return Curve(np.arange(1, n_tokens + 1), mean, se)
+
+
+def _by_blocks(predictor: Conditionals, x: Tensor, share: Tensor, tokens: Tensor) -> Tensor:
+    """Steps of a chain (T,), in its order, all of a block at their mean: where each would cost a run of its own."""
+    ends = [round(len(tokens) * b / MAX_RUNS) for b in range(MAX_RUNS + 1)]
+    total = predictor.revealed(x, tokens, ends) @ share
+    length = torch.tensor(ends, device=x.device).diff()
+    return (total.diff() / length).repeat_interleave(length)
 
 
 class Bias(NamedTuple):

@@ -370,3 +370,12 @@ def clone_with(model, predictor):
     """The fitted model, scored in another way."""
     other = pickle.loads(pickle.dumps(model))
     return other.set_params(predictor=predictor)
+
+
+def test_curve_of_many_tokens_adds_up(digits):
+    """Beyond 32 tokens the curve is averaged over blocks of sizes: its area is still log p(x)."""
+    X = np.hstack([digits, digits[:, ::-1], digits[::-1]])[:200]
+    model = BayesMPT(VAE(1, hidden=(8,)), max_iter=5, learning_rate=0.01, random_state=0).fit(X)
+    found = clone_with(model, Importance(2000)).estimate(X[:20], n_replicates=2)
+    assert found.by_size.mean.shape == (48,)
+    assert abs(found.by_size.mean.sum() - found.total / 20) < 0.1

@@ -121,6 +121,8 @@ class Conditionals(ABC):
     """Whether scores have gradients."""
     telescopes: bool = True
     """Whether a chain of conditionals adds up to `joint`, whatever its order."""
+    relocates: bool = False
+    """Whether every visible set costs a run of the program (`revealed`)."""
     remembers: bool = False
     """Whether new observations are predicted from those of the training rows (`predictive`)."""
     divisible: bool = False
@@ -166,6 +168,10 @@ class Conditionals(ABC):
     @abstractmethod
     def chain(self, x: Tensor, order: Tensor) -> Tensor:
         """Score token order[c, t] given order[c, :t]: (N, T), (C, T) long -> (C, N, T) nats, by token."""
+
+    def revealed(self, x: Tensor, order: Tensor, sizes: list[int]) -> Tensor:
+        """Log-density of the first tokens of an order (T,), for each of some numbers of them: (len(sizes), N) nats."""
+        raise NotImplementedError(f"{self.name} gives all steps of a chain at once")
 
     @abstractmethod
     def joint(self, x: Tensor) -> Tensor:

@@ -506,6 +506,7 @@ class Nodes(Conditionals):
         self.sampled = reader.sampled
         self.one_by_one = reader.one_by_one
         self.climbs = reader.climbs
+        self.relocates = reader.located
         self.name = reader.name
         self.guide = reader.guide
         self.args: tuple[Any, ...] = ()
@@ -619,6 +620,14 @@ class Nodes(Conditionals):
             steps = torch.where(none_yet, 0.0, log_z).diff(dim=1)
             out.append(torch.empty_like(steps).index_copy(1, tokens, steps))
         return torch.stack(out)
+
+    def revealed(self, x: Tensor, order: Tensor, sizes: list[int]) -> Tensor:
+        self._check(x)
+        visible = torch.zeros(len(sizes), x.shape[1], dtype=torch.bool, device=x.device)
+        for mask, size in zip(visible, sizes, strict=True):
+            mask[order[:size]] = True
+        nothing = x.new_zeros(len(x))
+        return torch.stack([self._z_at(x, mask) if mask.any() else nothing for mask in visible])
 
     def joint(self, x: Tensor) -> Tensor:
         self._check(x)
