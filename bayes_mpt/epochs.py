@@ -35,7 +35,7 @@ class _Progress:
 
 def train_by_epochs(
     stages: Sequence[Problem],
-    held_out: Problem | None,
+    held_out: Sequence[Problem],
     masks: Policy,
     *,
     batch_size: int,
@@ -52,10 +52,10 @@ def train_by_epochs(
     ----------
     stages : sequence of Problem
         Rows that train, first with cheap steps, last with all the effort.
-    held_out : Problem or None
-        Rows that tell when a stage has given what it can: after ``patience`` epochs without a better score of them, all
-        but the last after a third of these; on the same masks and nodes at every look. None: the stages share the
-        epochs, and the last parameters are kept.
+    held_out : sequence of Problem
+        Of the same stages, rows that tell when one has given what it can: after ``patience`` epochs without a better
+        score of them, all but the last after a third of these; on the same masks and nodes at every look. Empty: the
+        stages share the epochs, and the last parameters are kept.
     masks : Policy
         A fresh draw each step.
     batch_size : int
@@ -76,7 +76,8 @@ def train_by_epochs(
     Returns
     -------
     Fit
-        Its history is the score a row after each epoch, nats: of held-out rows, or else of the epoch's steps.
+        Its history is the score a row after each epoch, nats: of held-out rows, or else of the epoch's steps; with as
+        much effort as the stage takes, so that it rises from stage to stage.
 
     Raises
     ------
@@ -99,7 +100,7 @@ def train_by_epochs(
     try:
         while progress.epoch < max_epochs:
             last = progress.stage == len(stages) - 1
-            if held_out is None:
+            if not held_out:
                 over = progress.epoch >= (progress.stage + 1) * max_epochs // len(stages)
             else:
                 over = progress.stale >= (patience if last else math.ceil(patience / 3))
@@ -107,6 +108,9 @@ def train_by_epochs(
                 break
             if over:
                 progress.stage, progress.stale = progress.stage + 1, 0
+                if held_out:  # from the best on, as the new stage sees it
+                    _assign(leaves, progress.best)
+                    progress.best_score = _look(held_out[progress.stage], masks, batch_size, look_seed)
                 continue
             problem, total = stages[progress.stage], 0.0
             for index in torch.randperm(problem.n_rows, generator=generator).split(batch_size):
@@ -124,11 +128,11 @@ def train_by_epochs(
                 adam.step()
             progress.epoch += 1
             value = total / problem.n_rows
-            if held_out is not None:
-                value = _look(held_out, masks, batch_size, look_seed)
+            if held_out:
+                value = _look(held_out[progress.stage], masks, batch_size, look_seed)
             fit.history.append(value)
             progress.stale += 1
-            if value > progress.best_score or held_out is None:
+            if value > progress.best_score or not held_out:
                 progress.best_score, progress.best, progress.stale = value, _copies(leaves), 0
             if file is not None:
                 _keep(file, progress, leaves, adam, generator, fit)
@@ -136,10 +140,8 @@ def train_by_epochs(
                 break
     except KeyboardInterrupt:
         fit.interrupted = True
-    with torch.no_grad():
-        for name, leaf in leaves.items():
-            leaf.copy_(progress.best[name])
-    fit.converged = held_out is None or (progress.stage == len(stages) - 1 and progress.stale >= patience)
+    _assign(leaves, progress.best)
+    fit.converged = not held_out or (progress.stage == len(stages) - 1 and progress.stale >= patience)
     fit.n_iter = progress.epoch
     return fit
 
@@ -155,6 +157,12 @@ def _look(held_out: Problem, masks: Policy, batch_size: int, seed: int) -> float
             for index in torch.arange(held_out.n_rows).split(batch_size):
                 total += len(index) * float(take_rows(held_out, index).score(masks, generator))
     return total / LOOKS / held_out.n_rows
+
+
+def _assign(leaves: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, leaf in leaves.items():
+            leaf.copy_(values[name])
 
 
 def _copies(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -197,9 +205,7 @@ def _resume(
             f"{file} holds parameters {found}, the program has {wanted}: it is of another model. Remove it, or give "
             "another checkpoint"
         )
-    with torch.no_grad():
-        for name, leaf in leaves.items():
-            leaf.copy_(content["leaves"][name])
+    _assign(leaves, content["leaves"])
     adam.load_state_dict(content["adam"])
     own, ours, *cuda = content["generators"]
     generator.set_state(own)

@@ -592,7 +592,7 @@ class BayesMPT(
         batch_size = self.batch_size or getattr(problem.predictor.model, "batch_size", None) or problem.n_rows
         return train_by_epochs(
             [training.take_rows(stage, order[n_out:]) for stage in stages],
-            training.take_rows(problem, order[:n_out]) if n_out else None,
+            [training.take_rows(stage, order[:n_out]) for stage in stages] if n_out else [],
             masks,
             batch_size=batch_size,
             max_epochs=self.max_iter,
