@@ -494,7 +494,7 @@ class BayesMPT(
             )
 
         def report(step: int, score: float) -> bool:
-            if self.verbose and (step == 1 or step % max(1, self.max_iter // 100) == 0):
+            if self.verbose and (by_epochs or step == 1 or step % max(1, self.max_iter // 100) == 0):
                 print(f"\r{step:>6}/{self.max_iter}  score {score:.6f} nats a row", end="", flush=True)
             if not hasattr(self, "_skl_callbacks"):
                 return False
