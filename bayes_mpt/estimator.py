@@ -61,7 +61,8 @@ from bayes_mpt.predictors import (
 )
 from bayes_mpt.predictors.joint_gaussian import N_TRIAL_ROWS, gaussian_program
 from bayes_mpt.predictors.nodes import growing, means_of_new
-from bayes_mpt.score import ScoreEstimate, estimate
+from bayes_mpt.predictors.self_predictive import sees_all, takes_visible
+from bayes_mpt.score import OWN_MASKS, ScoreEstimate, estimate
 from bayes_mpt.store import OwnStore, State, load, save, seeded
 from bayes_mpt.tracing import Model, ModelError, Program, fill, first_run, list_names, not_finite, run
 
@@ -92,7 +93,9 @@ class BayesMPT(
         Where latents that cannot be integrated are drawn from; trained with the program (copied if it is a module).
         Unused where the score is exact.
     masks : Policy, optional
-        Train on masks drawn from this policy, by Adam. None maximises the exact score, deterministically.
+        Train on masks drawn from this policy, by Adam. None maximises the exact score, deterministically. Programs
+        ``model(x, visible)`` are trained on one mask a row and step, by default of `UniformSize`; on `LeaveOneOut`
+        without ``batch_size``, the pseudo-likelihood, by L-BFGS.
     predictor : Predictor or "auto", default="auto"
         How hidden tokens are predicted, such as ``Quadrature(64)``; "auto" takes the most exact way that fits the
         program (`bayes_mpt.predictors.choose`), and `explain` says which and why.
@@ -362,7 +365,7 @@ class BayesMPT(
                 if not np.isfinite(total):
                     raise ModelError(
                         f"the log marginal likelihood is {total} at the fitted parameters: "
-                        f"{not_finite(model, args)}. Check what the program computes from these"
+                        f"{not_finite(sees_all(model), args)}. Check what the program computes from these"
                     )
                 self._state = save()
                 store_values = pyro.get_param_store()
@@ -406,7 +409,7 @@ class BayesMPT(
             # Initial values from all rows, or a start that is a fit of its own (EM) would be one to the first rows
             # only. A program that cannot run says why below.
             with suppress(Exception):
-                first_run(model, tuple(fill(a) for a in arguments(slice(n_init))))
+                first_run(sees_all(model), tuple(fill(a) for a in arguments(slice(n_init))))
         args = arguments(slice(MAX_INIT_ROWS))
         if bound is None or like is None or not _same_shapes(like._state):
             predictor = choose(model, args, predictor=self.predictor, guide=guide)
@@ -450,7 +453,11 @@ class BayesMPT(
             # random nodes need steps that average over them, whatever is hidden
             random = problem.predictor.sampled and not problem.predictor.climbs
             masks = PermutationChain() if self.masks is None and random else self.masks
-            if masks is not None:
+            if problem.predictor.own_masks:
+                masks = OWN_MASKS if masks is None else masks
+                problem = replace(problem, masks=masks)
+            fixed = problem.masks is not None and problem.masks.deterministic and self.batch_size is None
+            if masks is not None and not fixed:
                 whole = not (problem.predictor.structure.by_row or problem.predictor.divisible)
                 if self.batch_size is not None and whole:
                     raise ModelError(
@@ -658,7 +665,7 @@ class BayesMPT(
         structure = self.predictor_.structure
         if self.predictor_.remembers:
             return self._score_given_seen(X, y), 0.0
-        if structure.plain or not structure.by_row:
+        if structure.plain or not structure.by_row or self.predictor_.own_masks:
             with self.read_rows(X, y) as (predictor, x), torch.no_grad():
                 found = predictor.evidence(x)
                 return found.by_row.cpu().numpy(), found.se
@@ -974,7 +981,11 @@ class BayesMPT(
         """For the integrated evidence: how many parameters have a prior; None where it does not apply."""
         check_is_fitted(self)
         names = self.predictor_.structure.parameters
-        if self.predictor_.sampled or (names and not hasattr(self.fitted_model_, "hyperprior")):
+        if (
+            self.predictor_.sampled
+            or self.predictor_.own_masks
+            or (names and not hasattr(self.fitted_model_, "hyperprior"))
+        ):
             return None
         return sum(self.params_[name].size for name in names)
 
@@ -1141,7 +1152,9 @@ def _same_shapes(state: State) -> bool:
 
 
 def _takes_y(model: Model) -> bool:
-    """Whether the program has a second positional argument."""
+    """Whether the program has a second positional argument besides `visible`."""
+    if takes_visible(model):
+        return False
     target = model.forward if isinstance(model, torch.nn.Module) else model
     try:
         kinds = [p.kind for p in inspect.signature(target).parameters.values()]
@@ -1152,7 +1165,7 @@ def _takes_y(model: Model) -> bool:
 
 
 def _needs_y(model: Model) -> bool:
-    """Whether the program's second argument has no default."""
+    """Whether the program's second argument, which it has, has no default."""
     target = model.forward if isinstance(model, torch.nn.Module) else model
     parameters = list(inspect.signature(target).parameters.values())
     return len(parameters) > 1 and parameters[1].default is inspect.Parameter.empty

@@ -141,7 +141,7 @@ class Program(NamedTuple):
 
 
 @torch.enable_grad()
-def survey(model: Model, args: tuple[Any, ...]) -> Program:
+def survey(model: Model, args: tuple[Any, ...], *, own_masks: bool = False) -> Program:
     """Run the program on real rows and find out what it is made of.
 
     The first run also creates the parameters that the program initialises from ``x``.
@@ -152,6 +152,8 @@ def survey(model: Model, args: tuple[Any, ...]) -> Program:
         A Pyro program.
     args : tuple
         What the program is called with; tensors have N rows. NaN cells are filled.
+    own_masks : bool, default=False
+        The program hides tokens itself, and its distributions look at the visible ones.
 
     Returns
     -------
@@ -193,7 +195,7 @@ def survey(model: Model, args: tuple[Any, ...]) -> Program:
             "poutine.scale around the whole program"
         )
     _refuse_unregistered(first)
-    if program.sub_rows is None:
+    if program.sub_rows is None and not own_masks:
         tokens = _refuse_dependence_on_x(model, init, program, first)
         if len(nodes) == 1 and not sites[0].n_joint:
             whole = [i for i in tokens if nodes[0]["value"] is init[i]]
