@@ -4,14 +4,18 @@ from bayes_mpt.models.gaussian_process import GaussianProcess
 from bayes_mpt.models.latent_class import LatentClass
 from bayes_mpt.models.linear_gaussian import PPCA, FactorAnalysis
 from bayes_mpt.models.mixtures import GaussianMixture, MixtureOfFactorAnalyzers
+from bayes_mpt.models.potts import Couplings, FactoredAttention, Potts
 from bayes_mpt.models.regression import BayesianRegression
 
 __all__ = [
     "PPCA",
     "BayesianRegression",
+    "Couplings",
     "FactorAnalysis",
+    "FactoredAttention",
     "GaussianMixture",
     "GaussianProcess",
     "LatentClass",
     "MixtureOfFactorAnalyzers",
+    "Potts",
 ]
