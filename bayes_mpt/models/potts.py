@@ -353,7 +353,9 @@ class FactoredAttention(BaseEstimator):
         p = _tensors(params)
         w = torch.einsum("hij,hab->iajb", self._attention(p), p["value"])
         field = p["field"] if self.field else w.new_zeros(w.shape[:2])
-        return Couplings(field, 0.5 * (w + w.permute(2, 3, 0, 1))).zero_sum()
+        # What of w is a field of one of two sites is that site's alone: so the gauge comes before the symmetry.
+        field, w = Couplings(field, w).zero_sum()
+        return Couplings(field, 0.5 * (w + w.permute(2, 3, 0, 1)))
 
     def hyperprior(self, x: Tensor) -> dict[str, tuple[Any, Any]]:
         """Normal priors: values and scores around zero, fields wide around those of independent sites."""

@@ -26,8 +26,8 @@ def replicate_error(totals: NDArray[np.float64]) -> float:
 
 
 def disagreement(by_order: Tensor) -> dict[str, Any]:
-    """Of the scores (R, N) of rows along R chains: totals, their spread, and the log-density of the chains' mixture."""
-    n = len(by_order)
+    """Scores (R, N) of rows along R chains: totals, their spread, and the log-density of the chains' mixture."""
+    by_order, n = by_order.detach(), len(by_order)
     sd = by_order.std(0).square().mean().sqrt() if n > 1 else by_order.new_tensor(math.nan)
     return {
         "totals": by_order.sum(1).double().cpu().numpy(),
