@@ -75,6 +75,9 @@ MAX_INIT_VECTOR = 1024  # rows of one Gaussian vector, which may mean a matrix o
 MAX_SETTLING = 2  # rounds of training in which what was found out at the start is found out anew
 CURVE_CHAINS = 8
 RUNAWAY = "the estimate of parameter"
+MAX_CHAIN_CELLS = (
+    2**24
+)  # tokens times steps, up to which a network's score of its training rows is that of chains
 MAX_READ_CELLS = 2**18  # of programs that are read on the rows they score: cells at a time
 
 
@@ -111,7 +114,8 @@ class BayesMPT(
         tokens (`NearestNeighbors`): then tokens a step.
     n_init : int, default=1
         Starts where the maximum has no closed form; the best is kept. Further ones are drawn from the hyperprior of a
-        model that has one, such as `bayes_mpt.models.GaussianProcess`, else from the program's initial values.
+        model that has one, such as `bayes_mpt.models.GaussianProcess`, else (and for programs ``model(x, visible)``)
+        from the program's initial values.
     penalty : bool, default=False
         Maximise the score plus the log hyperprior of the model's parameters (maximum a posteriori). What is reported
         as a log marginal likelihood never includes it.
@@ -127,7 +131,8 @@ class BayesMPT(
     Attributes
     ----------
     log_marginal_likelihood_ : float
-        Total nats of the training rows' observed cells, at the fitted parameters.
+        Total nats of the training rows' observed cells, at the fitted parameters; of many rows under a program
+        ``model(x, visible)`` an unbiased estimate from a few random masks for each row.
     log_marginal_likelihood_se_ : float
         Its standard error over masks; 0 where it is exact.
     params_ : dict of arrays
@@ -335,6 +340,8 @@ class BayesMPT(
                     if predictor.exact:
                         score = float(problem.score_of(predictor)) if fit.last is None else fit.history[-1]
                         total, se = score * problem.n_rows, 0.0
+                    elif predictor.own_masks and predictor.value.numel() * X.shape[1] > MAX_CHAIN_CELLS:
+                        total, se = training.total_on_masks(problem, predictor, seed)
                     else:
                         found = predictor.evidence(predictor.value)
                         total, se = float(found.by_row.sum()), found.se
@@ -539,7 +546,8 @@ class BayesMPT(
                     predictor=self.predictor,
                     guide=problem.predictor.guide,
                 )
-            if prior is not None:
+            # a network's prior holds it; where it may start is its own affair
+            if prior is not None and not problem.predictor.own_masks:
                 loc, scale = (torch.as_tensor(a) for a in (prior.loc, prior.scale))
                 assign(_of_program(problem), torch.normal(loc, scale))
             fit = train()

@@ -30,11 +30,21 @@ from bayes_mpt.affine import Reading
 from bayes_mpt.masks import Policy, torch_generator
 from bayes_mpt.moments import Table
 from bayes_mpt.predictors import Conditionals, LinearGaussian
+from bayes_mpt.predictors.errors import replicate_error
 from bayes_mpt.predictors.joint_gaussian import JointGaussian
-from bayes_mpt.score import masked_score, training_masks
+from bayes_mpt.score import OWN_MASKS, masked_score, training_masks
 from bayes_mpt.tracing import MissingCovariate, ModelError, Program, has_missing, rows_of, spread_rows
 
-__all__ = ["Fit", "Problem", "climb", "concentrate", "one_thread", "stages", "train_on_masks"]
+__all__ = [
+    "Fit",
+    "Problem",
+    "climb",
+    "concentrate",
+    "one_thread",
+    "stages",
+    "total_on_masks",
+    "train_on_masks",
+]
 
 Report = Callable[[int, float], bool]
 """Called with (iteration, mean score a row) after each; True stops the training."""
@@ -581,6 +591,19 @@ def train_on_masks(
     fit.converged = halvings > MAX_HALVINGS
     fit.n_iter = len(fit.history)
     return fit
+
+
+def total_on_masks(problem: Problem, predictor: Conditionals, seed: int) -> tuple[float, float]:
+    """The total score of all rows and its standard error, from replicates of one random mask for each row.
+
+    Unbiased for the area under the masked curve, whatever was trained on; masks are independent between rows, so that
+    the error falls with their number.
+    """
+    generator = torch_generator(seed)
+    totals = np.array(
+        [float(problem.by_row(predictor, OWN_MASKS, generator).sum()) for _ in range(N_CHECK_DRAWS)]
+    )
+    return float(totals.mean()), replicate_error(totals)
 
 
 def _fresh_adam(

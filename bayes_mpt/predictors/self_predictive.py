@@ -57,7 +57,8 @@ class SelfPredictive(Predictor):
     Parameters
     ----------
     n_orders : int, default=4
-        Random orders that the score is averaged over. Each takes as many runs of the program as there are tokens.
+        Random orders that the score is averaged over. Each takes as many runs of the program as there are tokens; for
+        long rows ``estimate(X, masks=UniformSize(...))`` takes as many as it has masks.
     random_state : int, default=0
         For the orders; the same for all rows and all calls.
 
@@ -189,15 +190,17 @@ class SelfConditionals(Conditionals):
     def evidence(self, x: Tensor) -> Evidence:
         """The mean over orders; its error over orders, and how far these disagree.
 
-        Diagnostics: ``totals`` (C,) nats of all rows in each random order, ``total_given_order`` in the order of the
-        columns; ``order_sd`` the standard deviation between orders, root mean square over rows; ``log_mean_exp``
-        total nats of the rows under the mixture of the random orders, a normalised density.
+        Diagnostics: ``totals`` (C,) nats of all rows in each random order, and, where there are several,
+        ``total_given_order`` in the order of the columns; ``order_sd`` the standard deviation between orders, root mean
+        square over rows; ``log_mean_exp`` total nats of the rows under the mixture of the random orders, a normalised
+        density.
         """
         by_order = self._by_order(x)  # (C, N)
-        given = torch.arange(x.shape[1], device=x.device)[None]
         found = disagreement(by_order)
-        found["total_given_order"] = float(self.chain(x, given).detach().sum())
         found["n_orders"] = len(by_order)
+        if len(by_order) > 1:
+            given = torch.arange(x.shape[1], device=x.device)[None]
+            found["total_given_order"] = float(self.chain(x, given).detach().sum())
         return Evidence(by_order.mean(0), replicate_error(found["totals"]), found)
 
     def posterior(self, x: Tensor, visible: Tensor | None = None) -> Posterior:
