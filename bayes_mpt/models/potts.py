@@ -337,9 +337,10 @@ class FactoredAttention(BaseEstimator):
         tokens = one_hot(x.long(), n_levels) * visible[..., None].to(x)  # (N, L, C)
         attention, value = self._attention(params), params["value"]
         if n_heads < n_levels:
-            # sum_h A_h (V_h x): (L, H L) times (N, H L, C)
-            v = torch.einsum("njb,hab->nhja", tokens, value).flatten(1, 2)
+            # sum_h A_h (V_h x): (L, H L) times (H L, N C)
+            v = torch.einsum("njb,hab->hjna", tokens, value).flatten(0, 1).flatten(1)
             logits = attention.transpose(0, 1).flatten(1) @ v
+            logits = logits.reshape(n_sites, len(x), n_levels).transpose(0, 1)
         else:
             w = torch.einsum("hij,hab->jbia", attention, value).reshape(n_sites * n_levels, -1)
             logits = (tokens.flatten(1) @ w).reshape(tokens.shape)
