@@ -90,7 +90,7 @@ def main(output: Path) -> None:
     apart, residue = distances(folder, sequence)
     n_sites = X.shape[1]
 
-    program = FactoredAttention(n_heads=N_HEADS, prior_sd=PRIOR_SD)
+    program = FactoredAttention(N_HEADS, softmax=False, prior_sd=PRIOR_SD)
     network = BayesMPT(
         program,
         masks=LeaveOneOut(),
@@ -133,7 +133,7 @@ def main(output: Path) -> None:
     print(f"wrote {output / 'potts_contacts.png'}")
 
 
-N_HEADS, PRIOR_SD, N_STEPS = 8, 0.3, 150
+N_HEADS, PRIOR_SD, N_STEPS = 8, 0.1, 250
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
