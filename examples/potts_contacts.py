@@ -128,7 +128,7 @@ def main(output: Path) -> None:
     ax.set(
         xlabel="site", ylabel="site", title=f"The {n_sites} strongest long-range couplings", aspect="equal"
     )
-    ax.legend(loc="lower right", fontsize=8)
+    fig.legend(loc="outside lower center", ncols=3, fontsize=8)
     fig.savefig(output / "potts_contacts.png", dpi=110)
     print(f"wrote {output / 'potts_contacts.png'}")
 
