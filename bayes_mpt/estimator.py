@@ -66,10 +66,21 @@ from bayes_mpt.predictors.annealed import Annealed, AnnealedImportance, Bounds
 from bayes_mpt.predictors.base import together
 from bayes_mpt.predictors.joint_gaussian import N_TRIAL_ROWS, gaussian_program
 from bayes_mpt.predictors.nodes import Nodes, growing, means_of_new
-from bayes_mpt.score import ScoreEstimate, estimate
+from bayes_mpt.predictors.self_predictive import sees_all
+from bayes_mpt.score import OWN_MASKS, ScoreEstimate, estimate
 from bayes_mpt.simulation import simulate
 from bayes_mpt.store import OwnStore, State, load, save, seeded
-from bayes_mpt.tracing import Model, ModelError, Program, fill, first_run, list_names, not_finite, run
+from bayes_mpt.tracing import (
+    Model,
+    ModelError,
+    Program,
+    fill,
+    first_run,
+    list_names,
+    not_finite,
+    run,
+    takes_visible,
+)
 
 __all__ = ["BayesMPT"]
 
@@ -81,6 +92,7 @@ MAX_SETTLING = 2  # rounds of training in which what was found out at the start 
 CURVE_CHAINS = 8
 RATE, NETWORK_RATE = 0.05, 1e-3  # of Adam, in units of the map; and of networks' own parameters
 RUNAWAY = "the estimate of parameter"
+MAX_CHAIN_CELLS = 2**24  # tokens times steps, up to which a network's score of its training rows is of chains
 MAX_READ_CELLS = 2**18  # of programs that are read on the rows they score: cells at a time
 
 
@@ -100,7 +112,9 @@ class BayesMPT(
         Where latents that cannot be integrated are drawn from; trained with the program (copied if it is a module).
         Unused where the score is exact. None takes ``model.guide``, where there is one.
     masks : Policy, optional
-        Train on masks drawn from this policy, by Adam. None maximises the exact score, deterministically.
+        Train on masks drawn from this policy, by Adam. None maximises the exact score, deterministically. Programs
+        ``model(x, visible)`` are trained on one mask a row and step, by default of `UniformSize`; on `LeaveOneOut`
+        without ``batch_size``, the pseudo-likelihood, by L-BFGS.
     predictor : Predictor or "auto", default="auto"
         How hidden tokens are predicted, such as ``Quadrature(64)``; "auto" takes the most exact way that fits the
         program (`bayes_mpt.predictors.choose`), and `explain` says which and why.
@@ -127,7 +141,8 @@ class BayesMPT(
         to the same parameters bit for bit (on a CPU). Needs an integer ``random_state``.
     n_init : int, default=1
         Starts where the maximum has no closed form; the best is kept. Further ones are drawn from the hyperprior of a
-        model that has one, such as `bayes_mpt.models.GaussianProcess`, else from the program's initial values.
+        model that has one, such as `bayes_mpt.models.GaussianProcess`, else (and for programs ``model(x, visible)``)
+        from the program's initial values.
     penalty : bool, default=False
         Maximise the score plus the log hyperprior of the model's parameters (maximum a posteriori). What is reported
         as a log marginal likelihood never includes it.
@@ -143,7 +158,8 @@ class BayesMPT(
     Attributes
     ----------
     log_marginal_likelihood_ : float
-        Total nats of the training rows' observed cells, at the fitted parameters.
+        Total nats of the training rows' observed cells, at the fitted parameters; of many rows under a program
+        ``model(x, visible)`` an unbiased estimate from a few random masks for each row.
     log_marginal_likelihood_se_ : float
         Its standard error over masks; 0 where it is exact.
     params_ : dict of arrays
@@ -374,18 +390,20 @@ class BayesMPT(
                 if prior is not None:
                     _warn_of_bounds(prior, _of_program(problem))
                 problem.predictor.settle()
-                some = problem
-                if by_epochs:  # as many rows as the epochs never hold at once
+                some, by_parts = problem, by_epochs and not problem.predictor.own_masks
+                if by_parts:  # as many rows as the epochs never hold at once
                     some = training.take_rows(problem, torch.arange(min(self._n_at_once(X), len(X))))
                 predictor = some.read() if fit.last is None else fit.last
                 with torch.no_grad():
-                    if predictor.exact and not by_epochs:
+                    if predictor.exact and not by_parts:
                         score = float(problem.score_of(predictor)) if fit.last is None else fit.history[-1]
                         total, se = score * problem.n_rows, 0.0
+                    elif predictor.own_masks and predictor.value.numel() * X.shape[1] > MAX_CHAIN_CELLS:
+                        total, se = training.total_on_masks(problem, predictor, seed)
                     else:
                         found = (
                             together(self._evidence_by_parts(problem))
-                            if by_epochs
+                            if by_parts
                             else predictor.evidence(predictor.value)
                         )
                         total, se = float(found.by_row.sum()), found.se
@@ -416,7 +434,7 @@ class BayesMPT(
                 if not np.isfinite(total):
                     raise ModelError(
                         f"the log marginal likelihood is {total} at the fitted parameters: "
-                        f"{not_finite(model, args)}. Check what the program computes from these"
+                        f"{not_finite(sees_all(model), args)}. Check what the program computes from these"
                     )
                 self._state = save()
                 store_values = pyro.get_param_store()
@@ -461,7 +479,7 @@ class BayesMPT(
             # Initial values from all rows, or a start that is a fit of its own (EM) would be one to the first rows
             # only. A program that cannot run says why below.
             with suppress(Exception):
-                first_run(model, tuple(fill(a) for a in arguments(slice(n_init))))
+                first_run(sees_all(model), tuple(fill(a) for a in arguments(slice(n_init))))
         args = arguments(slice(MAX_INIT_ROWS))
         if bound is None or like is None or not _same_shapes(like._state):
             predictor = choose(model, args, predictor=self.predictor, guide=guide)
@@ -505,8 +523,15 @@ class BayesMPT(
         try:
             # random nodes need steps that average over them, whatever is hidden
             random = problem.predictor.sampled and not problem.predictor.climbs
-            masks = PermutationChain() if self.masks is None and (random or by_epochs) else self.masks
-            if masks is not None:
+            masks = self.masks
+            if masks is None and problem.predictor.own_masks:
+                masks = OWN_MASKS
+            elif masks is None and (random or by_epochs):
+                masks = PermutationChain()
+            if problem.predictor.own_masks:
+                problem = replace(problem, masks=masks)
+            fixed = problem.masks is not None and problem.masks.deterministic and self.batch_size is None
+            if masks is not None and (by_epochs or not fixed):
                 stages = [replace(problem, predictor=p) for p in problem.predictor.in_training()]
                 problem = stages[-1]
                 whole = not (problem.predictor.structure.by_row or problem.predictor.divisible)
@@ -644,7 +669,8 @@ class BayesMPT(
                     predictor=self.predictor,
                     guide=problem.predictor.guide,
                 )
-            if prior is not None:
+            # a network's prior holds it; where it may start is its own affair
+            if prior is not None and not problem.predictor.own_masks:
                 loc, scale = (torch.as_tensor(a) for a in (prior.loc, prior.scale))
                 assign(_of_program(problem), torch.normal(loc, scale))
             fit = train()
@@ -770,7 +796,7 @@ class BayesMPT(
         structure = self.predictor_.structure
         if self.predictor_.remembers:
             return self._score_given_seen(X, y), 0.0
-        if structure.plain or not structure.by_row:
+        if structure.plain or not structure.by_row or self.predictor_.own_masks:
             with self.read_rows(X, y) as (predictor, x), torch.no_grad():
                 found = predictor.evidence(x)
                 return found.by_row.cpu().numpy(), found.se
@@ -1155,7 +1181,11 @@ class BayesMPT(
         """For the integrated evidence: how many parameters have a prior; None where it does not apply."""
         check_is_fitted(self)
         names = self.predictor_.structure.parameters
-        if self.predictor_.sampled or (names and not hasattr(self.fitted_model_, "hyperprior")):
+        if (
+            self.predictor_.sampled
+            or self.predictor_.own_masks
+            or (names and not hasattr(self.fitted_model_, "hyperprior"))
+        ):
             return None
         return sum(self.params_[name].size for name in names)
 
@@ -1346,7 +1376,9 @@ def _same_shapes(state: State) -> bool:
 
 
 def _takes_y(model: Model) -> bool:
-    """Whether the program has a second positional argument."""
+    """Whether the program has a second positional argument besides `visible`."""
+    if takes_visible(model):
+        return False
     target = model.forward if isinstance(model, torch.nn.Module) else model
     try:
         kinds = [p.kind for p in inspect.signature(target).parameters.values()]
@@ -1357,7 +1389,7 @@ def _takes_y(model: Model) -> bool:
 
 
 def _needs_y(model: Model) -> bool:
-    """Whether the program's second argument has no default."""
+    """Whether the program's second argument, which it has, has no default."""
     target = model.forward if isinstance(model, torch.nn.Module) else model
     parameters = list(inspect.signature(target).parameters.values())
     return len(parameters) > 1 and parameters[1].default is inspect.Parameter.empty

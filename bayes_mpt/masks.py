@@ -31,6 +31,7 @@ __all__ = [
     "Policy",
     "RandomState",
     "UniformSize",
+    "one_each",
     "require_lml",
     "torch_generator",
 ]
@@ -39,14 +40,14 @@ RandomState = int | torch.Generator | None
 
 
 class Masks(NamedTuple):
-    """One draw of masks, shared by all rows. Exactly one of ``visible`` and ``order`` is set."""
+    """One draw of masks, shared by all rows or (`one_each`) each row's own. ``visible`` or ``order`` is set."""
 
     visible: Tensor | None
-    """(S, T) bool: the tokens that mask k leaves visible."""
+    """(S, T) bool: the tokens that mask k leaves visible; (S, N, T) of each row."""
     order: Tensor | None
     """(C, T) long: chains. Token ``order[c, t]`` is scored given ``order[c, :t]``; never expanded into T masks."""
     weight: Tensor
-    """(S, T), zero where visible; or (C, T) by token for chains. Float64."""
+    """As ``visible``, zero where that is; or (C, T) by token for chains. Float64."""
 
 
 def torch_generator(random_state: RandomState) -> torch.Generator:
@@ -246,6 +247,23 @@ class LeaveOneOut(Policy):
         _count("n_tokens", n_tokens)
         visible = ~torch.eye(n_tokens, dtype=torch.bool)
         return Masks(visible, None, (~visible).double())
+
+
+def one_each(masks: Masks, n_rows: int, random_state: RandomState = None) -> Masks:
+    """Give every row one of the S masks, all masks to about as many rows: the same expectation at 1/S of the cost.
+
+    Examples
+    --------
+    >>> one_each(UniformSize(n_masks=3).draw(5, random_state=0), 100, random_state=0).visible.shape
+    torch.Size([1, 100, 5])
+    """
+    if masks.visible is None:
+        raise ValueError("a chain cannot be split into masks: draw from UniformSize or EverySize")
+    n_masks, generator = len(masks.visible), torch_generator(random_state)
+    # (a random row + a random shift) mod S is uniform for every row, whatever N
+    shift = torch.randint(n_masks, (1,), generator=generator)
+    which = (torch.randperm(n_rows, generator=generator) + shift) % n_masks
+    return Masks(masks.visible[which][None], None, n_masks * masks.weight[which][None])
 
 
 def require_lml(policy: Policy, what: str) -> None:

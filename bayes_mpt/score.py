@@ -23,14 +23,17 @@ from bayes_mpt.masks import (
     PermutationChain,
     Policy,
     RandomState,
+    UniformSize,
+    one_each,
     require_lml,
     torch_generator,
 )
 from bayes_mpt.predictors import Conditionals, Predictor, choose
-from bayes_mpt.predictors.errors import replicate_error
+from bayes_mpt.predictors.errors import disagreement, replicate_error
 from bayes_mpt.tracing import Model
 
 __all__ = [
+    "OWN_MASKS",
     "Bias",
     "CumulativeMaskedScore",
     "Curve",
@@ -38,10 +41,12 @@ __all__ = [
     "estimate",
     "fixed_rate_bias",
     "masked_score",
+    "training_masks",
 ]
 
 CHUNK = 2**22  # cells of (S, N, T) scored at once
 MAX_RUNS = 32  # of a program for the curve along one chain, where each visible set takes one
+OWN_MASKS = UniformSize(64)  # one of them for each row of a step, where rows may have masks of their own
 
 
 def masked_score(predictor: Conditionals, x: Tensor, masks: Masks) -> Tensor:
@@ -68,12 +73,22 @@ def masked_score(predictor: Conditionals, x: Tensor, masks: Masks) -> Tensor:
         return torch.einsum("cnt,ct->n", predictor.chain(x, masks.order.to(x.device)), weight)
     assert masks.visible is not None
     visible = masks.visible.to(x.device)
+    if predictor.own_masks:
+        return predictor.weighed(x, visible, weight)
     step = max(1, CHUNK // max(1, x.numel()))
     parts = [
         torch.einsum("snt,st->n", predictor.conditionals(x, visible[i : i + step]), weight[i : i + step])
         for i in range(0, len(visible), step)
     ]
     return torch.stack(parts).sum(0)
+
+
+def training_masks(predictor: Conditionals, policy: Policy, x: Tensor, generator: torch.Generator) -> Masks:
+    """A draw of masks for one step: a mask for each row, where rows may have their own."""
+    draw = policy.draw(x.shape[1], generator)
+    if predictor.own_masks and draw.visible is not None and not policy.deterministic:
+        return one_each(draw, len(x), generator)
+    return draw
 
 
 # --------------------------------------------------------------------------------------------------- the estimate
@@ -163,11 +178,14 @@ def estimate(
     chains = draws[0].order is not None
     with torch.no_grad():
         found = predictor.evidence(x) if chains and predictor.telescopes else None
+        disagree: dict[str, Any] = {}
         if found is not None:
             lml, totals = found.by_row, None
         else:
             scores = torch.stack([masked_score(predictor, x, draw) for draw in draws])  # (R, N)
             lml, totals = scores.mean(0), scores.sum(1).double().cpu().numpy()
+            if chains:
+                disagree = disagreement(scores)
         rows, weight = curve_rows if chains and curve_rows is not None else (x, x.new_ones(len(x)))
         curve = _curve(predictor, rows, weight, draws)
     diagnostics = {"n_replicates": n_replicates, "masks": repr(masks), "totals": totals}
@@ -177,6 +195,7 @@ def estimate(
     else:
         assert totals is not None
         se = replicate_error(totals)
+        diagnostics.update(disagree)
     structure = predictor.structure
     return ScoreEstimate(
         lml.double().cpu().numpy(),
@@ -313,7 +332,8 @@ class CumulativeMaskedScore(ELBO):
     Parameters
     ----------
     masks : Policy, optional
-        What to hide; `PermutationChain` by default. Any policy may be trained on.
+        What to hide; `PermutationChain` by default, of a program ``model(x, visible)`` one of 64 masks of `UniformSize`
+        for each row. Any policy may be trained on.
     predictor : "auto" or Predictor, default="auto"
         How hidden tokens are predicted; chosen for the program at the first call, or when its shapes change.
     random_state : int, torch.Generator or None
@@ -349,7 +369,7 @@ class CumulativeMaskedScore(ELBO):
         random_state: RandomState = None,
     ):
         super().__init__()
-        self.masks = PermutationChain() if masks is None else masks
+        self.masks = masks
         self.predictor = predictor
         self.generator = torch_generator(random_state)
         self._chosen: tuple[Any, Any, tuple[Any, ...], Conditionals] | None = None
@@ -362,10 +382,13 @@ class CumulativeMaskedScore(ELBO):
         """The negative score of the batch as a scalar tensor, nats."""
         args = _positional(model, args, kwargs)
         predictor = self._predictor(model, guide, args).read(args)
-        if self.masks.chains and predictor.telescopes:  # whatever the order, which need not be drawn
+        masks = self.masks
+        if masks is None:
+            masks = OWN_MASKS if predictor.own_masks else PermutationChain()
+        if masks.chains and predictor.telescopes:  # whatever the order, which need not be drawn
             score = predictor.joint(predictor.value)
         else:
-            draw = self.masks.draw(predictor.value.shape[1], self.generator)
+            draw = training_masks(predictor, masks, predictor.value, self.generator)
             score = masked_score(predictor, predictor.value, draw)
         return -predictor.scale * score.sum()
 

@@ -7,6 +7,7 @@ Multinomial count, say) where it has not.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -141,7 +142,7 @@ class Program(NamedTuple):
 
 
 @torch.enable_grad()
-def survey(model: Model, args: tuple[Any, ...]) -> Program:
+def survey(model: Model, args: tuple[Any, ...], *, own_masks: bool = False) -> Program:
     """Run the program on real rows and find out what it is made of.
 
     The first run also creates the parameters that the program initialises from ``x``.
@@ -152,6 +153,8 @@ def survey(model: Model, args: tuple[Any, ...]) -> Program:
         A Pyro program.
     args : tuple
         What the program is called with; tensors have N rows. NaN cells are filled.
+    own_masks : bool, default=False
+        The program hides tokens itself, and its distributions look at the visible ones.
 
     Returns
     -------
@@ -193,7 +196,7 @@ def survey(model: Model, args: tuple[Any, ...]) -> Program:
             "poutine.scale around the whole program"
         )
     _refuse_unregistered(first)
-    if program.sub_rows is None:
+    if program.sub_rows is None and not own_masks:
         tokens = _refuse_dependence_on_x(model, init, program, first)
         if len(nodes) == 1 and not sites[0].n_joint:
             whole = [i for i in tokens if nodes[0]["value"] is init[i]]
@@ -227,6 +230,15 @@ class SetLatents(poutine.messenger.Messenger):
         elif self.others_at_mean and not msg["is_observed"] and not is_subsample(msg):
             msg["value"] = msg["fn"].mean
             msg["done"] = True
+
+
+def takes_visible(program: Any) -> bool:
+    """Whether a program or guide has an argument that tells it which tokens it sees."""
+    target = program.forward if isinstance(program, torch.nn.Module) else program
+    try:
+        return "visible" in inspect.signature(target).parameters
+    except (TypeError, ValueError):
+        return False
 
 
 def run(model: Model, args: tuple[Any, ...], values: dict[str, Tensor] | None = None) -> Trace:

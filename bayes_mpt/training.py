@@ -30,9 +30,10 @@ from bayes_mpt.affine import Reading
 from bayes_mpt.masks import Policy, torch_generator
 from bayes_mpt.moments import Table
 from bayes_mpt.predictors import Conditionals, LinearGaussian
+from bayes_mpt.predictors.errors import replicate_error
 from bayes_mpt.predictors.joint_gaussian import JointGaussian
-from bayes_mpt.score import masked_score
-from bayes_mpt.tracing import MissingCovariate, ModelError, Program, has_missing, rows_of
+from bayes_mpt.score import OWN_MASKS, masked_score, training_masks
+from bayes_mpt.tracing import MissingCovariate, ModelError, Program, has_missing, rows_of, spread_rows
 
 __all__ = [
     "Fit",
@@ -44,6 +45,7 @@ __all__ = [
     "one_thread",
     "stages",
     "take_rows",
+    "total_on_masks",
     "train_on_masks",
 ]
 
@@ -84,6 +86,8 @@ class Problem:
     """Of the current parameters, added to the total score that is maximised."""
     some: tuple[Tensor, Tensor] | None = None
     """Tokens (B,) of a vector and their weights (B,), from which its score is estimated; None: all of it."""
+    masks: Policy | None = None
+    """What is scored, on one draw that stays, where no other masks are asked for; None: the joint density."""
 
     def read(self) -> Conditionals:
         """The predictor at the current parameters."""
@@ -101,15 +105,22 @@ class Problem:
         self, predictor: Conditionals, masks: Policy | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
         """Mean score a row of a predictor that has read the program, without the log prior."""
-        x = predictor.value if self.rows is None else self.rows
-        if self.some is not None:
-            by_row = predictor.partial(x, *self.some)
-        elif masks is None:
-            by_row = predictor.joint(x)
-        else:
-            by_row = masked_score(predictor, x, masks.draw(x.shape[1], generator))
+        by_row = self.by_row(predictor, masks, generator)
         total = by_row.sum() if self.weight is None else self.weight @ by_row
         return total / self.n_rows
+
+    def by_row(
+        self, predictor: Conditionals, masks: Policy | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """The score of each row (R,) of a predictor that has read the program."""
+        x = predictor.value if self.rows is None else self.rows
+        if self.some is not None:
+            return predictor.partial(x, *self.some)
+        masks = self.masks if masks is None else masks
+        if masks is None:
+            return predictor.joint(x)
+        draw = training_masks(predictor, masks, x, torch_generator(0) if generator is None else generator)
+        return masked_score(predictor, x, draw)
 
     def leaves(self) -> dict[str, Tensor]:
         """Unconstrained parameters of the program by name."""
@@ -523,7 +534,7 @@ def train_on_masks(
     generator = torch_generator(random_state)
     leaves = problem.leaves()
     fit = Fit("adam")
-    check_start(problem, leaves)
+    check_start(problem if problem.masks is None else _small(problem), leaves)
     check_seed = int(torch.randint(2**31, (), generator=generator))
 
     def check() -> float:
@@ -585,6 +596,19 @@ def train_on_masks(
     return fit
 
 
+def total_on_masks(problem: Problem, predictor: Conditionals, seed: int) -> tuple[float, float]:
+    """The total score of all rows and its standard error, from replicates of one random mask for each row.
+
+    Unbiased for the area under the masked curve, whatever was trained on; masks are independent between rows, so that
+    the error falls with their number.
+    """
+    generator = torch_generator(seed)
+    totals = np.array(
+        [float(problem.by_row(predictor, OWN_MASKS, generator).sum()) for _ in range(N_CHECK_DRAWS)]
+    )
+    return float(totals.mean()), replicate_error(totals)
+
+
 def _fresh_adam(
     problem: Problem, leaves: dict[str, Tensor], learning_rate: float
 ) -> tuple[Tensor, Tensor, Tensor, torch.optim.Adam]:
@@ -621,7 +645,7 @@ def take_rows(problem: Problem, index: Tensor) -> Problem:
     """The problem of some of its rows, whose mean score estimates that of all."""
     log_prior = _share_of(problem.log_prior, len(index) / problem.n_rows)
     args = rows_of(problem.args, index.to(problem.args[0].device))
-    return Problem(problem.predictor, args, None, None, len(index), log_prior)
+    return replace(problem, args=args, n_rows=len(index), log_prior=log_prior)
 
 
 def _share_of(log_prior: Callable[[], Tensor] | None, share: float) -> Callable[[], Tensor] | None:
@@ -712,7 +736,7 @@ def _units(problem: Problem, leaves: dict[str, Tensor], predictor: Conditionals 
         torch.full_like(v.flatten(), math.inf if bound[n] is constraints.real else 1.0)
         for n, v in leaves.items()
     ]
-    if predictor.sampled:
+    if predictor.sampled or predictor.own_masks:
         # What a few rows alone touch (a guide's own numbers for each row) would look flat: no further than its size.
         most.append(_flat(leaves).detach().abs().clamp(min=1.0))
         return torch.minimum(unit, torch.minimum(torch.cat(most[:-1]), most[-1]))
@@ -761,7 +785,10 @@ def _metric(problem: Problem, leaves: dict[str, Tensor]) -> tuple[Tensor, Tensor
 
 
 def _small(problem: Problem) -> Problem:
-    """Of one long Gaussian vector, as much as tells the units; any other problem itself."""
+    """Of one long Gaussian vector, or of rows with masks of their own, as much as tells the units; or the problem."""
+    if problem.masks is not None:
+        some = spread_rows(len(problem.args[0]), N_SCALE_ROWS)
+        return replace(problem, args=rows_of(problem.args, some), n_rows=len(some))
     if not problem.predictor.remembers:
         return problem
     if problem.predictor.divisible:
@@ -782,6 +809,8 @@ def _by_part(problem: Problem, predictor: Conditionals) -> Tensor:
         mean, var = _predicted(problem, predictor)
         return math.sqrt(2) * torch.cat([mean / var.detach().sqrt(), var.log() * math.sqrt(0.5)])
     x = predictor.value
+    if problem.masks is not None:
+        return problem.by_row(predictor)
     if predictor.structure.plain:
         x = x[:: -(-len(x) // N_SCALE_ROWS)]
     if len(x) > 1:

@@ -4,6 +4,7 @@ from bayes_mpt.models.gaussian_process import GaussianProcess
 from bayes_mpt.models.latent_class import LatentClass
 from bayes_mpt.models.linear_gaussian import PPCA, FactorAnalysis
 from bayes_mpt.models.mixtures import GaussianMixture, MixtureOfFactorAnalyzers
+from bayes_mpt.models.potts import Couplings, FactoredAttention, Potts
 from bayes_mpt.models.regression import BayesianRegression
 from bayes_mpt.models.vae import VAE
 
@@ -11,9 +12,12 @@ __all__ = [
     "PPCA",
     "VAE",
     "BayesianRegression",
+    "Couplings",
     "FactorAnalysis",
+    "FactoredAttention",
     "GaussianMixture",
     "GaussianProcess",
     "LatentClass",
     "MixtureOfFactorAnalyzers",
+    "Potts",
 ]

@@ -9,6 +9,7 @@ from bayes_mpt.predictors.linear_gaussian import LinearGaussian
 from bayes_mpt.predictors.markov import MarkovGaussian
 from bayes_mpt.predictors.nearest_neighbors import NearestNeighbors
 from bayes_mpt.predictors.quadrature import Quadrature
+from bayes_mpt.predictors.self_predictive import SelfPredictive
 from bayes_mpt.predictors.smc import SequentialMonteCarlo
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Predictive",
     "Predictor",
     "Quadrature",
+    "SelfPredictive",
     "SequentialMonteCarlo",
     "choose",
 ]

@@ -119,6 +119,8 @@ class Conditionals(ABC):
     """Whether there is an `objective` without random nodes."""
     trainable: bool = True
     """Whether scores have gradients."""
+    own_masks: bool = False
+    """Whether masks may be each row's own, (S, N, T): then trained on one mask a row, and scored by `weighed`."""
     telescopes: bool = True
     """Whether a chain of conditionals adds up to `joint`, whatever its order."""
     relocates: bool = False
@@ -176,6 +178,10 @@ class Conditionals(ABC):
     @abstractmethod
     def joint(self, x: Tensor) -> Tensor:
         """Log-density of the observed tokens of each row, the sum of any chain: (N, T) -> (N,) nats."""
+
+    def weighed(self, x: Tensor, visible: Tensor, weight: Tensor) -> Tensor:
+        """Weighted sum (N,) of `conditionals` over masks and tokens; both (S, T), or (S, N, T)."""
+        raise NotImplementedError(f"{self.name} takes masks that all rows share")
 
     def joint_at(self, args: tuple[Any, ...], values: dict[str, Tensor]) -> Tensor:
         """Log-density (B,) of a program's observations at B values (B, ...) of each parameter, side by side."""

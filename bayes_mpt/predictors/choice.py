@@ -10,12 +10,13 @@ import torch
 from bayes_mpt.affine import NotAffine
 from bayes_mpt.predictors.base import Conditionals, Guide, Predictor
 from bayes_mpt.predictors.exact import summed_out
-from bayes_mpt.predictors.importance import Importance, takes_visible
+from bayes_mpt.predictors.importance import Importance
 from bayes_mpt.predictors.joint_gaussian import JointGaussian, gaussian_program
 from bayes_mpt.predictors.markov import closed_form
 from bayes_mpt.predictors.nearest_neighbors import NearestNeighbors, near_conditionals
 from bayes_mpt.predictors.quadrature import MAX_WIDTH, Quadrature
-from bayes_mpt.tracing import Model, ModelError, fill, latent_nodes, run, survey
+from bayes_mpt.predictors.self_predictive import SelfPredictive
+from bayes_mpt.tracing import Model, ModelError, fill, latent_nodes, run, survey, takes_visible
 
 __all__ = ["choose"]
 
@@ -40,10 +41,11 @@ def choose(
 ) -> Conditionals:
     """The conditionals of a program, in the most exact way that fits it.
 
-    "auto" takes, in this order: of observations that are one Gaussian vector the exact density up to 4096 of them,
-    beyond that `NearestNeighbors(30)`; a closed form, where the program is linear-Gaussian given its parameters; the
-    sum over all values of discrete latents; with a guide, `Importance`; without one, `Quadrature` over up to four
-    continuous latents and `Importance` around the mode of each row's posterior for more.
+    "auto" takes, in this order: of a program ``model(x, visible)`` what it says itself (`SelfPredictive`); of
+    observations that are one Gaussian vector the exact density up to 4096 of them, beyond that `NearestNeighbors(30)`;
+    a closed form, where the program is linear-Gaussian given its parameters; the sum over all values of discrete
+    latents; with a guide, `Importance`; without one, `Quadrature` over up to four continuous latents and `Importance`
+    around the mode of each row's posterior for more.
 
     Parameters
     ----------
@@ -67,6 +69,8 @@ def choose(
         raise ValueError(
             f"predictor must be 'auto' or a predictor such as Exact() or Importance(100), got {predictor!r}"
         )
+    if takes_visible(model):
+        return SelfPredictive().bind(model, args, guide)
     vector = gaussian_program(model, args)
     if vector is not None:
         if len(args[0]) > MAX_JOINT:

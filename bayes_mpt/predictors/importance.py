@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from contextlib import ExitStack
 from copy import copy
@@ -53,9 +52,10 @@ from bayes_mpt.tracing import (
     run,
     sum_by_row,
     survey,
+    takes_visible,
 )
 
-__all__ = ["Drawn", "GuideDraws", "Importance", "Sampled", "pareto_k", "takes_visible"]
+__all__ = ["Drawn", "GuideDraws", "Importance", "Sampled", "pareto_k"]
 
 LEAST_TAIL = 20  # weights to fit a tail to
 BAD_K = 0.7  # above it the error is not to be believed (Vehtari et al. 2024)
@@ -602,15 +602,6 @@ class Drawn(NamedTuple):
     def given(self, values: dict[str, Tensor], n: int) -> tuple[Given, Tensor | float, float, Tensor | None]:
         """The inner model at n values of the latents."""
         return self.reader._given(self.args, self.filled, values, n)
-
-
-def takes_visible(guide: Any) -> bool:
-    """Whether a guide is told which tokens are visible."""
-    target = guide.forward if isinstance(guide, torch.nn.Module) else guide
-    try:
-        return "visible" in inspect.signature(target).parameters
-    except (TypeError, ValueError):
-        return False
 
 
 def _is_point(node: Any) -> bool:

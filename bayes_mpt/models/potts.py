@@ -1,0 +1,481 @@
+"""Potts models of categorical sequences, and attention that factorises them (arXiv 2304.07235).
+
+    log p(x) = sum_i h_i(x_i) + sum_{i<j} W_ij(x_i, x_j) - log Z,      L sites, C levels
+
+`Potts` has these fields and couplings for parameters, `FactoredAttention` makes the couplings of attention between
+positions times values of tokens. Both are programs ``model(x, visible)``: they say what each hidden token is, given the
+visible ones. `Couplings` is the explicit joint density that either stands for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from itertools import pairwise
+from numbers import Integral
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import torch
+from numpy.typing import ArrayLike, NDArray
+from pyro.ops.stats import effective_sample_size, split_gelman_rubin
+from sklearn.base import BaseEstimator
+from torch import Tensor
+from torch.nn.functional import embedding_bag, one_hot
+
+__all__ = ["Couplings", "FactoredAttention", "LogPartition", "Potts", "Samples"]
+
+MAX_STATES = 2**24  # of the sites that are summed over together
+MEAN_FIELD_SWEEPS = 12
+START = 0.1  # sd of what must not start at zero, where two factors would both stay
+
+
+class Samples(NamedTuple):
+    """Draws of Gibbs chains."""
+
+    x: NDArray[np.int64]
+    """(chains, draws, L) levels."""
+    r_hat: float
+    """The worst split R-hat of the log-weight and of the indicators of all levels; NaN for fewer than four draws."""
+    ess: float
+    """The least effective sample size of these."""
+
+
+class LogPartition(NamedTuple):
+    """log Z with its error."""
+
+    value: float
+    se: float
+
+
+class Couplings(NamedTuple):
+    """A pairwise density of L sites with C levels each."""
+
+    field: Tensor
+    """(L, C)"""
+    coupling: Tensor
+    """(L, C, L, C), symmetric: W[i, a, j, b] = W[j, b, i, a]; zero for i = j."""
+
+    def log_weight(self, x: ArrayLike | Tensor) -> Tensor:
+        """log p(x) + log Z of levels x (N, L): (N,)."""
+        codes = torch.as_tensor(x).long()
+        own = self.field[torch.arange(codes.shape[1]), codes].sum(1)
+        # each pair twice
+        return own + 0.5 * self._local(codes).gather(2, codes[..., None])[..., 0].sum(1)
+
+    def log_prob(self, x: ArrayLike | Tensor, log_z: float | None = None) -> Tensor:
+        """log p(x) of levels x (N, L): (N,), with an exact log Z unless one is given."""
+        return self.log_weight(x) - (self.log_partition() if log_z is None else log_z)
+
+    def conditionals(self, x: ArrayLike | Tensor) -> Tensor:
+        """log p(x_i = a | all other sites): (N, L) -> (N, L, C)."""
+        return (self.field + self._local(torch.as_tensor(x).long())).log_softmax(-1)
+
+    def _local(self, codes: Tensor) -> Tensor:
+        """sum_j W_ij(a, x_j): (N, L) -> (N, L, C)."""
+        n_sites, n_levels = self.field.shape
+        table = self.coupling.reshape(n_sites * n_levels, -1)
+        at = codes + n_levels * torch.arange(n_sites)
+        return embedding_bag(at, table, mode="sum").reshape(len(codes), n_sites, n_levels)
+
+    def log_partition(self, max_states: int = MAX_STATES) -> Tensor:
+        """log Z, exactly: sites are summed out one by one from the left.
+
+        A site can go once no later one is coupled with it; the table then runs over the sites between, C^b of them
+        for couplings of range b, all C^(L - 1) where each site is coupled with each.
+
+        Raises
+        ------
+        ValueError
+            If the table would have more than ``max_states`` cells; see `annealed_log_partition`.
+        """
+        n_sites, n_levels = self.field.shape
+        pairs = self.coupling.abs().amax((1, 3)).nonzero()
+        reach = int((pairs[:, 0] - pairs[:, 1]).abs().max()) if len(pairs) else 0
+        if n_levels**reach > max_states:
+            raise ValueError(
+                f"log Z needs a table of {n_levels}^{reach} cells, more than {max_states}: couplings reach over "
+                f"{reach} sites. Use annealed_log_partition()"
+            )
+        table = self.field.new_zeros(())  # over the levels of sites first, ..., i - 1
+        first = 0
+        for i in range(n_sites):
+            before = list(range(first, i))
+            leaves = len(before) > 0 and len(before) == reach  # the first of them
+            new = []
+            for level in range(n_levels):  # one at a time: no table of all
+                term = table + self.field[i, level]
+                for k, j in enumerate(before):
+                    term = term + self.coupling[j, :, i, level].reshape(-1, *[1] * (len(before) - 1 - k))
+                new.append(term.logsumexp(0) if leaves else term)
+            table = torch.stack(new, -1)
+            if reach == 0:
+                table = table.logsumexp(-1)
+                first = i + 1
+            elif leaves:
+                first += 1
+        return table.flatten().logsumexp(0)
+
+    def annealed_log_partition(
+        self, n_chains: int = 256, n_steps: int = 500, random_state: int = 0
+    ) -> LogPartition:
+        """log Z by annealed importance sampling from independent sites: couplings grow from 0 to 1 in ``n_steps``.
+
+        The weights' mean is unbiased for Z; the standard error of its logarithm is sd(w) / (mean(w) sqrt(chains)),
+        to be believed while it is well below 1.
+        """
+        generator = torch.Generator().manual_seed(random_state)
+        free = Couplings(self.field, torch.zeros_like(self.coupling))
+        x = _draw(self.field.expand(n_chains, -1, -1), generator)
+        log_w = self.field.new_zeros(n_chains)
+        share = torch.linspace(0, 1, n_steps + 1, dtype=torch.float64)
+        tables = self._site_tables()
+        for now, after in pairwise(share):
+            # w *= f_after(x) / f_now(x), then a sweep that leaves f_after as it is
+            log_w = log_w + (after - now) * (self.log_weight(x) - free.log_weight(x))
+            _sweep(x, self.field, tables, float(after), generator)
+        start = self.field.logsumexp(1).sum()
+        w = (log_w - log_w.max()).exp()
+        se = float(w.std() / w.mean() / math.sqrt(n_chains))
+        return LogPartition(float(start + log_w.logsumexp(0) - math.log(n_chains)), se)
+
+    def sample(
+        self,
+        n_chains: int = 4,
+        n_draws: int = 1000,
+        *,
+        n_warmup: int = 200,
+        thin: int = 1,
+        random_state: int = 0,
+    ) -> Samples:
+        """Gibbs chains side by side, started from independent sites; ``thin`` sweeps between draws."""
+        generator = torch.Generator().manual_seed(random_state)
+        x = _draw(self.field.expand(n_chains, -1, -1), generator)
+        tables = self._site_tables()
+        draws = []
+        for sweep in range(n_warmup + n_draws * thin):
+            _sweep(x, self.field, tables, 1.0, generator)
+            if sweep >= n_warmup and (sweep - n_warmup + 1) % thin == 0:
+                draws.append(x.clone())
+        kept = torch.stack(draws, 1)  # (chains, draws, L)
+        r_hat = ess = math.nan
+        if n_draws >= 4 and n_chains > 1:
+            n_levels = self.field.shape[1]
+            weight = self.log_weight(kept.flatten(0, 1)).reshape(n_chains, n_draws, 1)
+            told = torch.cat([weight, one_hot(kept, n_levels).flatten(2).to(weight)], 2)
+            told = told[..., told.flatten(0, 1).std(0) > 0]  # a level that never occurs tells nothing
+            r_hat = float(split_gelman_rubin(told, 0, 1).nan_to_num(torch.inf).max())
+            ess = float(effective_sample_size(told, 0, 1).nan_to_num(0.0).min())
+        return Samples(kept.numpy(), r_hat, ess)
+
+    def _site_tables(self) -> Tensor:
+        """(L, L C, C): for each site, what every level of every other adds to its logits."""
+        n_sites, n_levels = self.field.shape
+        return self.coupling.permute(2, 0, 1, 3).reshape(n_sites, n_sites * n_levels, n_levels).contiguous()
+
+    def zero_sum(self) -> Couplings:
+        """The same density with couplings and fields that sum to zero over the levels of each site."""
+        w = self.coupling
+        by_a, by_both = w.mean(3, keepdim=True), w.mean((1, 3), keepdim=True)
+        gauged = w - by_a - w.mean(1, keepdim=True) + by_both
+        field = self.field + (by_a - by_both).sum(2)[..., 0]
+        return Couplings(field - field.mean(1, keepdim=True), gauged)
+
+    def contact_map(self, corrected: bool = True) -> Tensor:
+        """Strength of the couplings between sites (L, L): Frobenius norm in the zero-sum gauge.
+
+        ``corrected`` by the average product, F_ij - F_i F_j / F with means over partners (APC), which takes away what a
+        site has with all others.
+        """
+        norm = self.zero_sum().coupling.square().sum((1, 3)).sqrt()
+        if not corrected:
+            return norm
+        n = len(norm)
+        by_site = norm.sum(1) / (n - 1)
+        out = norm - by_site[:, None] * by_site / by_site.mean()
+        return out.fill_diagonal_(0.0)
+
+
+class Potts(BaseEstimator):
+    """A Potts model as a program: what each hidden site is, given the visible ones.
+
+    Rows are levels held as floats 0, ..., C - 1. Parameters "field" (L, C) and "coupling" (L, C, L, C), of which the
+    part that is symmetric and couples different sites counts; or, separable, "sites" (L, L) and "levels" (C, C):
+    W_iajb = J_ij U_ab. Trained on `bayes_mpt.masks.LeaveOneOut` this is maximum pseudo-likelihood (Besag): one hidden
+    site needs no sum. Of more hidden sites each is summed over the others, exactly where these have few states, and by
+    mean field where not.
+
+    Parameters
+    ----------
+    separable : bool, default=False
+        Couplings that are a product of one matrix between sites and one between levels.
+    field : bool, default=True
+        Whether there are fields.
+    n_levels : int or "auto", default="auto"
+        C; "auto" is the largest level of the first run plus one.
+    max_states : int, default=4096
+        States of the hidden sites of a row that are summed over exactly.
+    prior_sd : float, default=1.0
+        Of couplings, for ``BayesMPT(penalty=True)``.
+
+    Examples
+    --------
+    >>> from bayes_mpt import BayesMPT
+    >>> from bayes_mpt.masks import LeaveOneOut
+    >>> rng = np.random.default_rng(0)
+    >>> first = rng.integers(3, size=(300, 1))
+    >>> X = np.hstack([first, np.where(rng.random((300, 1)) < 0.8, first, rng.integers(3, size=(300, 1)))])
+    >>> fitted = BayesMPT(Potts(), masks=LeaveOneOut()).fit(X.astype(float))
+    >>> couplings = Potts().couplings(fitted.params_)
+    >>> bool(couplings.contact_map(corrected=False)[0, 1] > 1)
+    True
+    """
+
+    def __init__(
+        self,
+        separable: bool = False,
+        field: bool = True,
+        n_levels: int | Literal["auto"] = "auto",
+        max_states: int = 4096,
+        prior_sd: float = 1.0,
+    ):
+        self.separable = separable
+        self.field = field
+        self.n_levels = n_levels
+        self.max_states = max_states
+        self.prior_sd = prior_sd
+
+    def __call__(self, x: Tensor, visible: Tensor) -> None:
+        """Run the program on levels x (N, L), of which (N, L) are visible."""
+        n_sites, n_levels = x.shape[1], _n_levels(self.n_levels, x)
+        params = {}
+        if self.field:
+            params["field"] = pyro.param("field", lambda: _log_frequencies(x, n_levels))
+        if self.separable:
+            params["sites"] = pyro.param("sites", lambda: START * torch.randn(n_sites, n_sites))
+            params["levels"] = pyro.param("levels", lambda: START * torch.randn(n_levels, n_levels))
+        else:
+            shape = (n_sites, n_levels, n_sites, n_levels)
+            params["coupling"] = pyro.param("coupling", lambda: torch.zeros(shape))
+        logits = _hidden_logits(self._form(params), x, visible, self.max_states)
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Categorical(logits=logits).to_event(1), obs=x)
+
+    def couplings(self, params: Mapping[str, ArrayLike]) -> Couplings:
+        """The density at these parameters (``BayesMPT.params_``), in the zero-sum gauge."""
+        return self._form(_tensors(params)).zero_sum()
+
+    def hyperprior(self, x: Tensor) -> dict[str, tuple[Any, Any]]:
+        """Normal priors: couplings around zero, fields wide around those of independent sites."""
+        return _priors(("sites", "levels", "coupling"), self.prior_sd, x, _n_levels(self.n_levels, x))
+
+    def _form(self, params: Mapping[str, Tensor]) -> Couplings:
+        if self.separable:
+            sites, levels = (0.5 * (params[n] + params[n].mT) for n in ("sites", "levels"))
+            w = (sites - torch.diag(sites.diagonal()))[:, None, :, None] * levels[:, None, :]
+        else:
+            w = params["coupling"]
+            w = 0.5 * (w + w.permute(2, 3, 0, 1)) * _others(len(w)).to(w)[:, None, :, None]
+        return Couplings(params["field"] if self.field else w.new_zeros(w.shape[:2]), w)
+
+
+class FactoredAttention(BaseEstimator):
+    """Attention whose queries and keys look at positions and whose values look at tokens.
+
+        logits_i = h_i + sum_heads sum_{j visible, j != i} A_ij V x_j,      x_j one-hot
+
+    With one head that is a Potts model with separable couplings, A for J and V for U; with several a sum of such
+    products, which is a low-rank form of the general couplings. Hidden tokens add nothing. Parameters "attention"
+    (H, L, L), or "query" and "key" (H, L, d); "value" (H, C, C); "field" (L, C). Rows are levels held as floats.
+
+    Parameters
+    ----------
+    n_heads : int, default=1
+        H.
+    head_size : int, optional
+        d of queries and keys, A = query key' / sqrt(d) before the softmax; None leaves the L x L scores free.
+    softmax : bool, default=True
+        Attention is positive and sums to one over the other sites, as in a transformer. Without it one head holds
+        couplings of both signs.
+    field : bool, default=True
+        Whether there is an h.
+    n_levels : int or "auto", default="auto"
+        C; "auto" is the largest level of the first run plus one.
+    prior_sd : float, default=1.0
+        Of values and scores, for ``BayesMPT(penalty=True)``.
+    """
+
+    def __init__(
+        self,
+        n_heads: int = 1,
+        head_size: int | None = None,
+        softmax: bool = True,
+        field: bool = True,
+        n_levels: int | Literal["auto"] = "auto",
+        prior_sd: float = 1.0,
+    ):
+        self.n_heads = n_heads
+        self.head_size = head_size
+        self.softmax = softmax
+        self.field = field
+        self.n_levels = n_levels
+        self.prior_sd = prior_sd
+
+    def __call__(self, x: Tensor, visible: Tensor) -> None:
+        """Run the program on levels x (N, L), of which (N, L) are visible."""
+        n_sites, n_levels, n_heads = x.shape[1], _n_levels(self.n_levels, x), self.n_heads
+        params = {}
+        for name in ("attention",) if self.head_size is None else ("query", "key"):
+            shape = (n_heads, n_sites, n_sites if self.head_size is None else self.head_size)
+            sd = START if self.head_size is None else 1.0
+            params[name] = pyro.param(name, lambda shape=shape, sd=sd: sd * torch.randn(shape))
+        params["value"] = pyro.param("value", lambda: START * torch.randn(n_heads, n_levels, n_levels))
+        if self.field:
+            params["field"] = pyro.param("field", lambda: _log_frequencies(x, n_levels))
+        tokens = one_hot(x.long(), n_levels) * visible[..., None].to(x)  # (N, L, C)
+        attention, value = self._attention(params), params["value"]
+        if n_heads < n_levels:
+            # sum_h A_h (V_h x): (L, H L) times (H L, N C)
+            v = torch.einsum("njb,hab->hjna", tokens, value).flatten(0, 1).flatten(1)
+            logits = attention.transpose(0, 1).flatten(1) @ v
+            logits = logits.reshape(n_sites, len(x), n_levels).transpose(0, 1)
+        else:
+            w = torch.einsum("hij,hab->jbia", attention, value).reshape(n_sites * n_levels, -1)
+            logits = (tokens.flatten(1) @ w).reshape(tokens.shape)
+        if self.field:
+            logits = logits + params["field"]
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Categorical(logits=logits).to_event(1), obs=x)
+
+    def couplings(self, params: Mapping[str, ArrayLike]) -> Couplings:
+        """The Potts model of these parameters: W = sum_h A_h V_h made symmetric, in the zero-sum gauge."""
+        p = _tensors(params)
+        w = torch.einsum("hij,hab->iajb", self._attention(p), p["value"])
+        field = p["field"] if self.field else w.new_zeros(w.shape[:2])
+        # What of w is a field of one of two sites is that site's alone: so the gauge comes before the symmetry.
+        field, w = Couplings(field, w).zero_sum()
+        return Couplings(field, 0.5 * (w + w.permute(2, 3, 0, 1)))
+
+    def hyperprior(self, x: Tensor) -> dict[str, tuple[Any, Any]]:
+        """Normal priors: values and scores around zero, fields wide around those of independent sites."""
+        names = ("attention", "query", "key", "value")
+        return _priors(names, self.prior_sd, x, _n_levels(self.n_levels, x))
+
+    def _attention(self, params: Mapping[str, Tensor]) -> Tensor:
+        """(H, L, L), zero on the diagonal."""
+        if self.head_size is None:
+            scores = params["attention"]
+        else:
+            scores = params["query"] @ params["key"].mT / math.sqrt(self.head_size)
+        others = _others(scores.shape[1]).to(scores.device)
+        if self.softmax:
+            return scores.masked_fill(~others, -torch.inf).softmax(-1)
+        return scores * others
+
+
+# ---------------------------------------------------------------------------------------------------- hidden sites
+
+
+def _hidden_logits(form: Couplings, x: Tensor, visible: Tensor, max_states: int) -> Tensor:
+    """log p(x_i = a | x_visible) of hidden sites, up to a constant: (N, L, C)."""
+    n_sites, n_levels = form.field.shape
+    tokens = one_hot(x.long(), n_levels) * visible[..., None].to(x)
+    w = form.coupling.reshape(n_sites * n_levels, -1)
+    given = form.field + (tokens.flatten(1) @ w).reshape(tokens.shape)  # from what is visible
+    n_hidden = (~visible).sum(1)
+    if int(n_hidden.max()) <= 1:
+        return given
+    out = given.clone()
+    few = (n_hidden > 1) & (n_levels ** n_hidden.double() <= max_states)
+    many = (n_hidden > 1) & ~few
+    if bool(few.any()):
+        masks, group = visible[few].unique(dim=0, return_inverse=True)
+        rows = few.nonzero()[:, 0]
+        for k, mask in enumerate(masks):
+            sites = (~mask).nonzero()[:, 0]
+            part = rows[group == k]
+            found = _summed(given[part][:, sites], form.coupling[sites][:, :, sites])
+            out[part[:, None], sites] = found
+    if bool(many.any()):
+        out[many] = _mean_field(given[many], w, ~visible[many])
+    return out
+
+
+def _summed(field: Tensor, coupling: Tensor) -> Tensor:
+    """Log-marginals (N, m, C) of m sites with fields (N, m, C), by their C^m joint states."""
+    n, n_sites, n_levels = field.shape
+    joint = field.new_zeros(n, 1)  # over the states of the first sites
+    shape: list[int] = []
+    for i in range(n_sites):
+        term = joint.reshape(n, *shape, 1) + field[:, i].reshape(n, *[1] * i, n_levels)
+        for j in range(i):
+            term = term + coupling[j, :, i].reshape(*[1] * j, n_levels, *[1] * (i - j - 1), n_levels)
+        joint = term
+        shape.append(n_levels)
+    marginals = [joint.reshape(n, n_levels**i, n_levels, -1).logsumexp((1, 3)) for i in range(n_sites)]
+    return torch.stack(marginals, 1)
+
+
+def _mean_field(given: Tensor, w: Tensor, hidden: Tensor) -> Tensor:
+    """Logits (N, L, C) of hidden sites that see each other's probabilities; a few damped sweeps."""
+    logits = given
+    for _ in range(MEAN_FIELD_SWEEPS):
+        q = logits.softmax(-1) * hidden[..., None]
+        logits = 0.5 * (logits + given + (q.flatten(1) @ w).reshape(given.shape))
+    return logits
+
+
+# --------------------------------------------------------------------------------------------------------- sampling
+
+
+def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Levels with these logits (..., C): the largest after Gumbel noise."""
+    uniform = torch.rand(logits.shape, generator=generator, dtype=torch.float64)
+    return (logits - (-uniform.log()).log()).argmax(-1)
+
+
+def _sweep(x: Tensor, field: Tensor, tables: Tensor, share: float, generator: torch.Generator) -> None:
+    """Draw each site in turn given all others, in place: chains x (B, L), couplings times ``share``."""
+    n_sites, n_levels = field.shape
+    at = x + n_levels * torch.arange(n_sites)
+    for i in range(n_sites):
+        logits = field[i] + share * embedding_bag(at, tables[i], mode="sum")
+        x[:, i] = _draw(logits, generator)
+        at[:, i] = x[:, i] + n_levels * i
+
+
+# ---------------------------------------------------------------------------------------------------------- helpers
+
+
+def _n_levels(n_levels: Any, x: Tensor) -> int:
+    """C: as given, of the parameter that is there, or of the rows."""
+    store = pyro.get_param_store()
+    for name in ("value", "levels", "coupling"):
+        if name in store:
+            return int(store[name].shape[-1])
+    if n_levels == "auto":
+        return int(x.max()) + 1
+    if not isinstance(n_levels, Integral) or isinstance(n_levels, bool) or n_levels < 1:
+        raise ValueError(f'n_levels must be an integer of at least 1 or "auto", got {n_levels!r}')
+    return int(n_levels)
+
+
+def _log_frequencies(x: Tensor, n_levels: int) -> Tensor:
+    """Fields (L, C) of independent sites, with one more row of all levels."""
+    count = one_hot(x.long(), n_levels).sum(0).to(x)
+    return ((count + 1 / n_levels) / (len(x) + 1)).log()
+
+
+def _priors(names: tuple[str, ...], sd: float, x: Tensor, n_levels: int) -> dict[str, tuple[Any, Any]]:
+    wide = 10.0
+    return {**{name: (0.0, sd) for name in names}, "field": (_log_frequencies(x, n_levels), wide)}
+
+
+def _tensors(params: Mapping[str, ArrayLike]) -> dict[str, Tensor]:
+    return {name: torch.as_tensor(value) for name, value in params.items()}
+
+
+def _others(n_sites: int) -> Tensor:
+    return ~torch.eye(n_sites, dtype=torch.bool)

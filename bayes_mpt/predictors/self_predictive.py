@@ -1,0 +1,319 @@
+"""Programs that predict their own hidden tokens: networks trained on masks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Self
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from bayes_mpt.masks import PermutationChain
+from bayes_mpt.predictors.base import Conditionals, Evidence, Guide, Posterior, Predictor
+from bayes_mpt.predictors.errors import disagreement, replicate_error
+from bayes_mpt.tracing import (
+    Model,
+    ModelError,
+    Program,
+    base,
+    fill,
+    node_of,
+    one_precision,
+    rows_first,
+    survey,
+    takes_visible,
+    token_values,
+)
+
+__all__ = ["SelfConditionals", "SelfPredictive", "sees_all"]
+
+RUN_CELLS = 2**18  # rows x tokens of one run of the program
+CLOSE = (
+    2**26
+)  # roundings of log-densities, where sums are taken in another order; the root of these in single precision
+N_TRIAL = 4  # rows on which it is found out what a program looks at
+SHAKE = 0.5  # added to parameters meanwhile: at the start many a network gives the same whatever it sees
+
+
+class SelfPredictive(Predictor):
+    """What the program itself says of its hidden tokens, when it is told which are visible.
+
+    For programs ``model(x, visible)`` without latents: ``x`` (N, T) has zeros where a token is hidden or missing,
+    ``visible`` (N, T) bool tells which cells are shown, each row by its own mask, and ``pyro.sample("x", ..., obs=x)``
+    inside a rows plate gives each token a distribution. That of a hidden token is log p(x_i | x_visible); what stands
+    for visible tokens is not used.
+
+    Such conditionals need not fit together to one joint density: the sum along a chain,
+
+        log p_o(x) = sum_t log p(x_o(t) | x_o(<t)),
+
+    is a normalised log-density of a row for every order o, and differs between orders. The score is its mean over
+    random orders, which is the area under the masked curve. It is at most log mean_o p_o(x), the log-density of the
+    mixture over orders, by Jensen's inequality; and so in expectation at most minus the entropy of what made the rows.
+    `evidence` tells how far the orders disagree.
+
+    Parameters
+    ----------
+    n_orders : int, default=4
+        Random orders that the score is averaged over. Each takes as many runs of the program as there are tokens; for
+        long rows ``estimate(X, masks=UniformSize(...))`` takes as many as it has masks.
+    random_state : int, default=0
+        For the orders; the same for all rows and all calls.
+
+    Examples
+    --------
+    A network of one layer, which predicts each token from the mean of the visible ones:
+
+    >>> import pyro, pyro.distributions as dist, torch
+    >>> def model(x, visible):
+    ...     slope = pyro.param("slope", torch.tensor(0.0))
+    ...     mean = x.sum(1, keepdim=True) / visible.sum(1, keepdim=True).clamp(min=1)
+    ...     with pyro.plate("rows", len(x)):
+    ...         pyro.sample("x", dist.Normal(slope * mean, 1.0).expand(x.shape).to_event(1), obs=x)
+    >>> x = torch.tensor([[0.0, 1.0], [2.0, 2.0]], dtype=torch.float64)
+    >>> found = SelfPredictive().bind(model, (x,)).read((x,))
+    >>> found.conditionals(x, torch.tensor([[True, False]]))[0, 1]  # log N(2; 0, 1)
+    tensor([ 0.0000, -2.9189], dtype=torch.float64)
+    """
+
+    def __init__(self, n_orders: int = 4, random_state: int = 0):
+        self.n_orders = n_orders
+        self.random_state = random_state
+
+    def bind(self, model: Model, args: tuple[Any, ...], guide: Guide | None = None) -> Conditionals:
+        if not takes_visible(model):
+            raise ModelError(
+                "SelfPredictive needs a program that is told which tokens it sees: model(x, visible), with visible "
+                f"(N, T) bool; {model!r} has no argument of that name"
+            )
+        if len(args) != 1:
+            raise ModelError(f"a program model(x, visible) takes one table, got {len(args)} arguments")
+        program = survey(sees_all(model), args, own_masks=True)
+        if program.latents:
+            raise ModelError(
+                f"a program with an argument `visible` predicts hidden tokens itself, but this one has latent sites "
+                f"{list(program.latent_names)}: leave the argument out, and the latents are integrated"
+            )
+        (x,) = args
+        if not program.by_row or any(s.n_joint for s in program.sites) or program.n_tokens != x.shape[1]:
+            raise ModelError(
+                f"observed site {program.observed!r} must hold the {x.shape[1]} cells of each row, each with a "
+                'density of its own, inside pyro.plate("rows", len(x)): append .to_event(1) to their distribution'
+            )
+        found = SelfConditionals(self, model, program)
+        found.examine(x)
+        return found
+
+
+class SelfConditionals(Conditionals):
+    """The program, run once for every mask."""
+
+    name = "SelfPredictive"
+    telescopes = False
+    own_masks = True
+    why = "the program is told which tokens are visible and has no latents"
+
+    def __init__(self, settings: SelfPredictive, model: Model, program: Program):
+        self.settings = settings
+        self.model: Model | None = model
+        self.structure = self.program = program
+        self.blind = False
+        """Whether no token's distribution looks at the token itself: one run gives all T that hide one."""
+        self._rows: Tensor | None = None
+
+    @property
+    def value(self) -> Tensor:
+        assert self._rows is not None
+        return self._rows
+
+    @property
+    def scale(self) -> float:
+        return self.program.scale
+
+    def read(self, args: tuple[Any, ...]) -> Self:
+        new = copy.copy(self)
+        new._rows = args[0]
+        return new
+
+    def freeze(self) -> Self:
+        new = copy.copy(self)
+        new._rows = new.model = None
+        return new
+
+    # --------------------------------------------------------------------------------------------------- the scores
+
+    def conditionals(self, x: Tensor, visible: Tensor) -> Tensor:
+        n_masks, n = len(visible), len(x)
+        hidden = ~visible.expand(n_masks, n, -1) if visible.ndim == 3 else ~visible[:, None].expand(-1, n, -1)
+        parts = [
+            torch.where(hidden[mask, row] & ~x[row].isnan(), self._run(x[row], ~hidden[mask, row]), 0.0)
+            for mask, row in self._pairs(n_masks, x)
+        ]
+        return torch.cat(parts).reshape(n_masks, n, -1)
+
+    def weighed(self, x: Tensor, visible: Tensor, weight: Tensor) -> Tensor:
+        total = x.new_zeros(len(x))
+        if visible.ndim == 2 and self.blind:
+            alone = (~visible).sum(1) == 1
+            if bool(alone.any()):  # one run for all of them
+                once = (weight * ~visible)[alone].sum(0)
+                everything = torch.ones_like(x, dtype=torch.bool)
+                by_token = torch.cat(
+                    [self._run(x[row], everything[row]) for _, row in self._pairs(1, x)]
+                )  # (N, T)
+                total = torch.where(x.isnan(), 0.0, by_token) @ once
+                visible, weight = visible[~alone], weight[~alone]
+        spec = "snt,snt->n" if weight.ndim == 3 else "snt,st->n"
+        step = max(1, RUN_CELLS // max(1, x.numel()))
+        for i in range(0, len(visible), step):
+            part = self.conditionals(x, visible[i : i + step])
+            total = total + torch.einsum(spec, part, weight[i : i + step])
+        return total
+
+    def chain(self, x: Tensor, order: Tensor) -> Tensor:
+        n_chains, n_tokens = order.shape
+        place = order.argsort(dim=1)  # (C, T): when a token's turn comes
+        steps = []
+        for step, row in self._pairs(n_chains * n_tokens, x):  # step c T + t of chain c
+            c, t = step // n_tokens, step % n_tokens
+            token = order[c, t][:, None]
+            log_prob = self._run(x[row], place[c] < t[:, None])
+            steps.append(torch.where(x[row].isnan(), 0.0, log_prob).gather(1, token)[:, 0])
+        by_step = torch.cat(steps).reshape(n_chains, n_tokens, len(x))
+        return by_step.gather(1, place[..., None].expand_as(by_step)).mT
+
+    def joint(self, x: Tensor) -> Tensor:
+        return self._by_order(x).mean(0)
+
+    def evidence(self, x: Tensor) -> Evidence:
+        """The mean over orders; its error over orders, and how far these disagree.
+
+        Diagnostics: ``totals`` (C,) nats of all rows in each random order, and, where there are several,
+        ``total_given_order`` in the order of the columns; ``order_sd`` the standard deviation between orders, root mean
+        square over rows; ``log_mean_exp`` total nats of the rows under the mixture of the random orders, a normalised
+        density.
+        """
+        by_order = self._by_order(x)  # (C, N)
+        found = disagreement(by_order)
+        found["n_orders"] = len(by_order)
+        if len(by_order) > 1:
+            given = torch.arange(x.shape[1], device=x.device)[None]
+            found["total_given_order"] = float(self.chain(x, given).detach().sum())
+        return Evidence(by_order.mean(0), replicate_error(found["totals"]), found)
+
+    def posterior(self, x: Tensor, visible: Tensor | None = None) -> Posterior:
+        shown = ~x.isnan() if visible is None else visible & ~x.isnan()
+        tokens = torch.cat([self._run(x[row], shown[row], means=True) for _, row in self._pairs(1, x)])
+        return Posterior(x.new_zeros(len(x), 0), tokens)
+
+    def _by_order(self, x: Tensor) -> Tensor:
+        """log p_o(x) of every random order: (C, N)."""
+        drawn = PermutationChain(self.settings.n_orders).draw(x.shape[1], self.settings.random_state).order
+        assert drawn is not None
+        return torch.stack([self.chain(x, order[None])[0].sum(1) for order in drawn.to(x.device)])
+
+    # ------------------------------------------------------------------------------------------------------ running
+
+    def _pairs(self, n_masks: int, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """All pairs of masks and rows, rows fastest, as many at a time as a run of the program takes."""
+        total, step = n_masks * len(x), max(1, RUN_CELLS // x.shape[1])
+        for start in range(0, total, step):
+            pair = torch.arange(start, min(start + step, total), device=x.device)
+            yield pair // len(x), pair % len(x)
+
+    def _run(self, x: Tensor, visible: Tensor, *, means: bool = False) -> Tensor:
+        """log p(x_i | x_visible) (B, T) of every token of B rows, each under its own mask; or the tokens' means."""
+        if self.model is None:
+            raise ModelError("a frozen program cannot be run: use it through the estimator that was fitted")
+        seen = visible & ~x.isnan()
+        shown = torch.where(seen, x, 0.0)
+        # the first run was checked; checks of each would cost a tenth of the time
+        with one_precision((shown,)), pyro.validation_enabled(False):
+            trace = poutine.trace(self.model).get_trace(shown, visible=seen)
+        # Nothing but the distribution's own density of the true value, which the program has not seen.
+        value, parts, start = fill(x, x.new_zeros(())), [], 0
+        for site in self.program.sites:
+            fn = base(node_of(trace, site.name)["fn"])
+            if means:
+                # a likeliest category stands for the mean, which codes do not have
+                found = (
+                    fn.probs.argmax(-1).to(x) if isinstance(fn, torch.distributions.Categorical) else fn.mean
+                )
+            else:
+                cells = value[:, start : start + site.n_tokens]
+                found = fn.log_prob(_as_site(cells, site.shape, site.row_axis))
+            parts.append(rows_first(found, site.row_axis))
+            start += site.n_tokens
+        return torch.cat(parts, 1)
+
+    # -------------------------------------------------------------------------------------------------- the program
+
+    @torch.no_grad()
+    def examine(self, x: Tensor) -> None:
+        """Refuse a program whose rows look at each other; see whether tokens look at themselves."""
+        x = fill(x)
+        with one_precision((x,)):
+            trace = poutine.trace(self.model).get_trace(x, visible=torch.ones_like(x, dtype=torch.bool))
+        if not torch.equal(token_values(trace, self.program), x):
+            raise ModelError(
+                f"the tokens of observed site {self.program.observed!r} must be the cells of x as they stand, so "
+                "that hidden ones can be scored: write obs=x"
+            )
+        n_tokens = x.shape[1]
+        some = x[torch.linspace(0, len(x) - 1, N_TRIAL).round().long()]
+        with _shaken():
+            everything = torch.ones_like(some, dtype=torch.bool)
+            seeing_all = self._run(some, everything)
+            alone = torch.cat(
+                [self._run(row[None], e[None]) for row, e in zip(some, everything, strict=True)]
+            )
+            if not _close(seeing_all, alone):
+                raise ModelError(
+                    "a row's distribution changes with the other rows of the batch, or from run to run (batch "
+                    "normalisation, dropout): a row must be predicted from its own visible tokens alone"
+                )
+            if _close(seeing_all, self._run(some, ~everything)):
+                return  # nothing looks at anything
+            each = ~torch.eye(n_tokens, dtype=torch.bool, device=x.device)
+            hiding_one = self.conditionals(some, each)  # (T, N, T)
+            self.blind = _close(hiding_one.diagonal(dim1=0, dim2=2), seeing_all)
+        if self.blind:
+            self.why += "; no token looks at itself, so that one run gives all that are hidden alone"
+
+
+def sees_all(model: Model) -> Model:
+    """The program as one of ``x`` alone, of which it sees every cell; others as they are."""
+    if not takes_visible(model):
+        return model
+    return lambda x: model(x, visible=torch.ones_like(x, dtype=torch.bool))
+
+
+@contextmanager
+def _shaken() -> Iterator[None]:
+    """Parameters with noise added, so that what they let a program look at shows; then as they were."""
+    leaves = [leaf for _, leaf in pyro.get_param_store().named_parameters()]
+    before = [leaf.detach().clone() for leaf in leaves]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        for leaf in leaves:
+            leaf += SHAKE * torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf)
+        yield
+    finally:
+        for leaf, value in zip(leaves, before, strict=True):
+            leaf.copy_(value)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    least = torch.finfo(b.dtype).eps
+    return bool(((a - b).abs() <= min(CLOSE * least, least**0.5) * (1 + b.abs())).all())
+
+
+def _as_site(cells: Tensor, shape: tuple[int, ...], row_axis: int | None) -> Tensor:
+    """(B, tokens of a site) in the layout of its value."""
+    assert row_axis is not None
+    rest = shape[:row_axis] + shape[row_axis + 1 :]
+    return cells.reshape(len(cells), *rest).movedim(0, row_axis)
