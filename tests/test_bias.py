@@ -288,7 +288,7 @@ def test_a_misspecified_program_ends_lower():
 
 
 def test_pixels_have_the_same_maxima():
-    """Without a closed form: at the truth every S(m) has a zero gradient; at the best misspecified LML none has that sees a token."""
+    """No closed form: every S(m) is stationary at the truth, and none that sees a token at a misspecified best LML."""
     case = CASES["pixels"]
     x, weight = population(case, 6)
     for size in range(1, 7):

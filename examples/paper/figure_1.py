@@ -1,7 +1,7 @@
 """Figure 1 of arXiv 2306.00520: the masked score of PPCA against the exact LML, by the number of masks of every size.
 
-Left and centre: D = 5 and 50 tokens, N = 100 rows, K = 2, five seeds with data of their own. Right: D = 512, only the size
-m = 76 (15 %), whose difference does not go to zero: it is the bias B = LML - T S(m), read off the masked curve below.
+Left and centre: D = 5 and 50 tokens, N = 100 rows, K = 2, five seeds with data of their own. Right: D = 512, only size
+m = 76 (15 %), whose difference does not go to zero: it is the bias B = LML - T S(m), read off the masked curve.
 Writes figure_1.png and figure_1.json.
 
     python examples/paper/figure_1.py [--output DIR]
@@ -70,8 +70,8 @@ def main() -> None:
         draw(found, fixed[True]),
         source="arXiv 2306.00520, Figure 1 (a picture)",
         differences=[
-            f"the number of masks takes {len(MASKS)} values from 1 to 199, where the published code takes 0 to 199 (0 is 0/0); "
-            f"at D = 512 it is {MASKS_512}",
+            f"the number of masks takes {len(MASKS)} values from 1 to 199; the published code takes 0 (0/0) to 199; "
+            f"at D = 512 it is one of {MASKS_512}",
             "masks of our own draws, fresh at every point as in the code",
             "the last column: the same loadings and latents, but independent noise of variance 0.2 a cell",
         ],

@@ -1,9 +1,9 @@
 """Figures 4 and 5 (left) of arXiv 2306.00520: the area under the masked curve, and how it grows while PPCA is trained.
 
-Figure 4: S(m), nats a hidden token, against the share of hidden tokens, N = 1000 rows of D = 200 tokens; K = 5 with 1 and
-with 100 masks of every size, K = 50 with 5, five seeds. Figure 5: D = 50, K = 2, loadings trained by Adam (rate 0.01, all
-rows, 20 masks of every size a step) from random ones; the curve every 100 steps. All on data as published; the table has
-the areas on data with the model's own noise beside them.
+Figure 4: S(m), nats a hidden token, against the share of hidden tokens, N = 1000 rows of D = 200 tokens; K = 5 with 1
+and with 100 masks of every size, K = 50 with 5, five seeds. Figure 5: D = 50, K = 2, loadings trained by Adam (rate
+0.01, all rows, 20 masks of every size a step) from random ones; the curve every 100 steps. All on data as published;
+the table has the LML of data with the model's own noise beside it.
 Writes figure_4.png and figure_4.json.
 
     python examples/paper/figure_4.py [--output DIR]
@@ -59,8 +59,8 @@ def main() -> None:
         source="arXiv 2306.00520, Figures 4 and 5 left (pictures; the LML of K = 5 from Table 1)",
         differences=[
             "masks of our own draws, five seeds; the authors' own are in table_1.py",
-            "the published code of the K = 50 panel hides 171 of 200 tokens for every bar; here the rate varies, as the "
-            "figure's axis says",
+            "the published code of the K = 50 panel hides 171 of 200 tokens for every bar; here the rate varies, as "
+            "the figure's axis says",
             "a tail begins where a token costs 0.2 nats more than at m = 1; the paper reads it off its picture",
             "figure 5: 600 steps and a curve every 100, as the paper says, where the code has 350 and 50",
         ],
@@ -111,7 +111,7 @@ def training() -> list[dict]:
         factors(x, pyro.param("loading", start.clone))
 
     found = []
-    with pyro.get_param_store().scope() as state:
+    with pyro.get_param_store().scope():
         svi = pyro.infer.SVI(
             program,
             lambda x: None,

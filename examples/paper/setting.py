@@ -1,8 +1,8 @@
 """What the experiments of arXiv 2306.00520 share: the authors' data, a program of it, and how numbers are kept.
 
 The authors' code (pmorenoz/MPT-LML, commit f6893a1) draws one noise value of standard deviation 0.2 a ROW and adds it
-to all cells of the row; its model, x = W z + e, has independent noise of VARIANCE 0.2 in every cell. ``shared=True`` is the
-former, ``shared=False`` draws what the model says, with the same loadings and latents.
+to all cells of the row; its model, x = W z + e, has independent noise of VARIANCE 0.2 in every cell. ``shared=True`` is
+the former, ``shared=False`` draws what the model says, with the same loadings and latents.
 """
 
 from __future__ import annotations
@@ -82,10 +82,10 @@ def report(
     rows: list[list[str]],
     numbers: dict,
 ) -> None:
-    """Print the table; write the picture, and the numbers beside the published ones."""
+    """Print the table, in Markdown; write the picture, and the numbers beside the published ones."""
     width = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
-    for line in [columns, *rows]:
-        print("  ".join(cell.ljust(w) for cell, w in zip(line, width, strict=True)).rstrip())
+    for line in [columns, ["-" * w for w in width], *rows]:
+        print("| " + " | ".join(cell.ljust(w) for cell, w in zip(line, width, strict=True)) + " |")
     print("\nDifferences in setting:", *differences, sep="\n  - ")
     figure.savefig(output / f"{name}.png", dpi=120)
     plt.close(figure)

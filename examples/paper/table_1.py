@@ -1,7 +1,8 @@
 """Table 1 of arXiv 2306.00520: the masked score of PPCA with 1, 10 and 100 masks of every size against the exact LML.
 
-N = 1000 rows of D = 200 tokens, K = 5 latents. The paper does not state this setting; it is the one of its code's figure 4,
-and the numbers agree to all printed digits. Masks are the published ones: five seeds, the first m of a fresh random order.
+N = 1000 rows of D = 200 tokens, K = 5 latents. The paper does not state this setting; it is that of its figure 4, and
+the numbers agree to all printed digits. Masks are the published ones: the first m of a fresh random order, five
+seeds.
 The table is computed on the data as published (one noise value a row), and on data with the noise that the model has.
 Writes table_1.png and table_1.json.
 
@@ -38,7 +39,7 @@ def main() -> None:
     found = {}
     for shared in (True, False):
         loading, x = generated(N, D, K, SEED, shared=shared)
-        model = BayesMPT(lambda x, w=torch.from_numpy(loading): factors(x, w)).fit(x)
+        model = BayesMPT(lambda x, w=loading: factors(x, torch.from_numpy(w))).fit(x)
         few = few_rows(x)
         exact = model.score(x)
         # independent noise has full rank, hence D rows in the place of 6: of the largest draws one seed is enough
@@ -51,7 +52,7 @@ def main() -> None:
         }
         found["as its code computes" if shared else "corrected noise"] = {"exact": exact, **scores}
 
-        # Known otherwise: dense algebra; the few rows and the rows themselves; a chain needs one order and has no noise.
+        # Known otherwise: dense algebra; few rows and the rows themselves; a chain needs one order and has no noise.
         assert abs(exact - lml(loading, x)) < 1e-8
         whole = masked_score(model.predictor_, torch.from_numpy(x), masks[1][0]).mean()
         assert abs(whole - scores[1][0]) < 1e-6
