@@ -1,7 +1,6 @@
 """Figures of Moreno-Munoz, Recasens & Hauberg (NeurIPS 2023), arXiv 2306.00520, by their own generator and seeds."""
 
 import math
-from itertools import combinations
 
 import numpy as np
 import pyro
@@ -161,37 +160,3 @@ def test_bias_of_a_fixed_rate_in_512_dimensions(shared, bias):
     assert abs(got.value - want) < 3.5 * math.hypot(error, got.se)
     assert got.value == pytest.approx(bias, abs=0.1 + 3 * got.se)
     assert got.value < -5
-
-
-def test_identities_of_the_bias():
-    """Tail: E_R log p(x_R) over |R| = T - M is the sum of S(m) beyond M; JOINT blocks are the sum up to M. Of what is
-    trained on, T S(M), the bias needs both."""
-    t, hidden_size = 8, 3
-    rng = np.random.default_rng(0)
-    w = rng.normal(size=(t, 2))
-    cov = w @ w.T + NOISE * np.eye(t)
-    x = rng.multivariate_normal(np.zeros(t), cov, size=4)
-    predictor = choose(program_of(w), (torch.from_numpy(x),)).read((torch.from_numpy(x),))
-
-    def s(m):
-        hidden = torch.zeros(math.comb(t, m), t, dtype=torch.bool)
-        hidden.scatter_(1, torch.combinations(torch.arange(t), m), True)
-        weight = hidden.double() / m / len(hidden)
-        return masked_score(predictor, torch.from_numpy(x), Masks(~hidden, None, weight)).numpy()
-
-    curve = np.array([s(m) for m in range(1, t + 1)])  # (T, N)
-    lml = multivariate_normal(np.zeros(t), cov).logpdf(x)
-    np.testing.assert_allclose(curve.sum(0), lml, atol=1e-9)
-    tail = np.mean(
-        [
-            multivariate_normal(np.zeros(t - hidden_size), cov[np.ix_(r, r)]).logpdf(x[:, r])
-            for r in combinations(range(t), t - hidden_size)
-        ],
-        axis=0,
-    )
-    np.testing.assert_allclose(curve[hidden_size:].sum(0), tail, atol=1e-9)
-    np.testing.assert_allclose(curve[:hidden_size].sum(0), lml - tail, atol=1e-9)
-    bias = fixed_rate_bias(BayesMPT(program_of(w)).fit(x), x, hidden_size / t)
-    assert bias.value == pytest.approx((lml - t * curve[hidden_size - 1]).mean(), abs=1e-9)
-    # the joint block in the place of tokens alone is another number
-    assert abs((curve[:hidden_size].sum(0) - hidden_size * curve[hidden_size - 1]).mean()) > 0.01
