@@ -12,6 +12,7 @@ import pytest
 import torch
 from pyro.distributions import constraints
 from scipy.spatial.distance import cdist
+from sklearn.gaussian_process import kernels as theirs
 
 from bayes_mpt import BayesMPT, training
 from bayes_mpt.masks import PermutationChain
@@ -403,6 +404,23 @@ def test_choice_by_size(monkeypatch):
     assert (
         "NearestNeighbors(30, ordering='maxmin')" in fitted.explain() and "of 51 tokens" in fitted.explain()
     )
+
+
+@pytest.mark.parametrize("columns, nu", [(1, 0.5), (2, math.inf), (3, 1.5)])
+def test_kernels_rank_as_by_the_exact_likelihood(columns, nu):
+    rng = np.random.default_rng(0)
+    X = rng.random((250, columns))
+    cov = theirs.Matern(0.2 * columns, nu=nu)(X) + 0.04 * np.eye(250)
+    y = np.linalg.cholesky(cov) @ rng.normal(size=250)
+    found = {}
+    for other in (0.5, 1.5, math.inf):
+        model = GaussianProcess(1.0 * theirs.Matern(nu=other))
+        found[other] = [
+            BayesMPT(model, predictor=p, random_state=0).fit(X, y).log_marginal_likelihood_
+            for p in (Exact(), NearestNeighbors(30))
+        ]
+    by_exact, by_neighbours = (sorted(found, key=lambda k, i=i: -found[k][i]) for i in (0, 1))
+    assert by_neighbours == by_exact
 
 
 def test_fit_is_the_exact_one_with_all_neighbours():
