@@ -12,6 +12,7 @@ import pytest
 import torch
 from pyro.distributions import constraints
 from scipy.spatial.distance import cdist
+from sklearn.gaussian_process import kernels as theirs
 
 from bayes_mpt import BayesMPT, training
 from bayes_mpt.masks import PermutationChain
@@ -76,15 +77,18 @@ def conditional(cov, r, i, near):
     return weights @ r[near], cov[i, i] - weights @ cov[near, i]
 
 
-def vecchia(x, y, theta, order, m):
+def vecchia(x, y, theta, order, m, home=None):
     """log p by token, neighbours found by sorting all distances. The kernel's distance is a sum over columns, and
-    equal scales of the columns make Euclid's the one that neighbours are near in."""
+    equal scales of the columns make Euclid's the one that neighbours are near in. Tokens of one home see the neighbours
+    of all of them, and each other, as far as they come before."""
+    home = torch.arange(len(x)) if home is None else home
     cov, r = dense_cov(x, theta), y - theta["centre"]
     gap = torch.from_numpy(cdist(x.numpy(), x.numpy()))
     out = torch.zeros(len(x), dtype=x.dtype)
+    sets = [{i, *order[:t][gap[i, order[:t]].argsort()[:m]].tolist()} for t, i in enumerate(order.tolist())]
     for t, i in enumerate(order.tolist()):
-        before = order[:t]
-        near = before[gap[i, before].argsort()[:m]]
+        shared = set().union(*(sets[s] for s, j in enumerate(order.tolist()) if home[j] == home[i]))
+        near = torch.tensor([j for j in order[:t].tolist() if j in shared], dtype=torch.long)
         mean, var = conditional(cov, r, i, near)
         log_prob = -0.5 * ((r[i] - mean) ** 2 / var + var.log() + math.log(2 * math.pi))
         out = out.index_put((torch.tensor(i),), log_prob)
@@ -98,6 +102,12 @@ def thetas():
 def read(m, model=broadcasting, args=None, **settings):
     args = data() if args is None else args
     return NearestNeighbors(m, **settings).bind(model, args).read(args)
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """Vecchia's own approximation: no token shares its neighbours."""
+    monkeypatch.setattr("bayes_mpt.predictors.nearest_neighbors.MAX_GROUP", 1)
 
 
 @pytest.fixture(autouse=True)
@@ -123,7 +133,7 @@ def test_all_predecessors_are_exact(model, ordering):
 
 @pytest.mark.parametrize("model", [broadcasting, unbatched, one_by_one])
 @pytest.mark.parametrize("m", [1, 4, 11])
-def test_few_neighbours_equal_the_textbook(model, m):
+def test_few_neighbours_equal_the_textbook(model, m, alone):
     x, y = data()
     near = read(m, model, ordering="given")
     order = torch.arange(N)
@@ -134,7 +144,7 @@ def test_few_neighbours_equal_the_textbook(model, m):
     assert not near.exact and not near.telescopes
 
 
-def test_any_order():
+def test_any_order(alone):
     x, y = data()
     order = torch.stack([torch.randperm(N, generator=torch.Generator().manual_seed(s)) for s in range(3)])
     with torch.no_grad():
@@ -143,12 +153,50 @@ def test_any_order():
         assert torch.allclose(got, vecchia(x, y, thetas(), tokens, 6), rtol=0, atol=1e-11)
 
 
+def test_shared_neighbours_equal_the_textbook():
+    x, y = data(250)
+    near = read(9, args=(x, y))
+    layout = near._layout(y)
+    sizes = torch.bincount(layout.home)
+    assert sizes.sum() == 250 and 2 < sizes.double().mean() and sizes.max() <= 8
+    truth = vecchia(x, y, thetas(), layout.order, 9, layout.home)
+    with torch.no_grad():
+        assert float(near.joint(y[None])) == pytest.approx(float(truth.sum()), abs=1e-10)
+        assert torch.allclose(near.chain(y[None], layout.order[None])[0, 0], truth, rtol=0, atol=1e-11)
+        tokens = torch.tensor([7, 200, 31])
+        mean, var = near.predicted(y[None], tokens)
+    assert torch.allclose(
+        dist.Normal(mean, var.sqrt()).log_prob(y[tokens]), truth[tokens], rtol=0, atol=1e-11
+    )
+
+
+@pytest.mark.parametrize("n_columns", [1, 2, 3, 8])
+def test_sharing_sees_more_for_no_more(monkeypatch, n_columns):
+    """Every token sees at least its own m, so that none is predicted worse if the truth is the program."""
+    x, y = data(600, n_columns)
+    m, tokens = 12, torch.arange(600)
+    shared = read(m, args=(x, y))
+    sets = shared._layout(y).groups
+    assert sets.start.diff().square().sum() <= 600 * (m + 1) ** 2
+    with torch.no_grad():
+        truth = Exact().bind(broadcasting, (x, y)).read((x, y)).last.cov.logdet()
+        _, less = shared.predicted(y[None], tokens)
+        monkeypatch.setattr("bayes_mpt.predictors.nearest_neighbors.MAX_GROUP", 1)
+        _, more = read(m, args=(x, y)).predicted(y[None], tokens)
+    assert bool((less <= more * (1 + 1e-12)).all())
+    losses = less.log().sum() - truth, more.log().sum() - truth
+    assert 0 < losses[0] < (0.9 if n_columns <= 2 else 1 + 1e-9) * losses[1]
+
+
+@pytest.mark.parametrize("m", [5, 11])
 @pytest.mark.parametrize("model", [broadcasting, unbatched])
-def test_gradients_equal_those_of_the_textbook(model):
+def test_gradients_equal_those_of_the_textbook(model, m):
     x, y = data()
-    near = read(5, model, ordering="given")
+    near = read(m, model, ordering="given")
+    home = near._layout(y).home
+    assert (len(home.unique()) < N) == (m == 11)
     theta = {name: value.requires_grad_() for name, value in thetas().items()}
-    vecchia(x, y, theta, torch.arange(N), 5).sum().backward()
+    vecchia(x, y, theta, torch.arange(N), m, home).sum().backward()
     leaves = dict(pyro.get_param_store().named_parameters())
     grads = torch.autograd.grad(near.joint(y[None]).sum(), list(leaves.values()))
     for name, grad in zip(leaves, grads, strict=True):
@@ -157,12 +205,14 @@ def test_gradients_equal_those_of_the_textbook(model):
         assert float(grad) == pytest.approx(float(truth), rel=1e-9)
 
 
-def test_gradients_of_a_term():
+@pytest.mark.parametrize("own", [[[4], [4], [4]], [[0, 2, 4], [1, 2, -1], [3, -1, -1]]])
+def test_gradients_of_a_term(own):
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(3, 5, 5, generator=generator, dtype=torch.float64)
     cov = (a @ a.mT + torch.eye(5, dtype=torch.float64)).requires_grad_()
     residual = torch.randn(3, 5, generator=generator, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda r, c: _LogProb.apply(r, 0.5 * (c + c.mT)), (residual, cov))
+    places = torch.tensor(own)
+    assert torch.autograd.gradcheck(lambda r, c: _LogProb.apply(r, 0.5 * (c + c.mT), places), (residual, cov))
 
 
 def test_gradients_by_chunks(monkeypatch):
@@ -322,7 +372,8 @@ def test_error_covers_the_distance_to_the_truth():
 
 def test_sampled_terms_are_unbiased():
     x, y = data(300)
-    near = read(6, args=(x, y))
+    near = read(20, args=(x, y))
+    assert near._layout(y).groups.own.shape[1] > 1  # whole groups are drawn
     generator = torch.Generator().manual_seed(0)
     leaves = [leaf for _, leaf in pyro.get_param_store().named_parameters()]
 
@@ -353,6 +404,23 @@ def test_choice_by_size(monkeypatch):
     assert (
         "NearestNeighbors(30, ordering='maxmin')" in fitted.explain() and "of 51 tokens" in fitted.explain()
     )
+
+
+@pytest.mark.parametrize("columns, nu", [(1, 0.5), (2, math.inf), (3, 1.5)])
+def test_kernels_rank_as_by_the_exact_likelihood(columns, nu):
+    rng = np.random.default_rng(0)
+    X = rng.random((250, columns))
+    cov = theirs.Matern(0.2 * columns, nu=nu)(X) + 0.04 * np.eye(250)
+    y = np.linalg.cholesky(cov) @ rng.normal(size=250)
+    found = {}
+    for other in (0.5, 1.5, math.inf):
+        model = GaussianProcess(1.0 * theirs.Matern(nu=other))
+        found[other] = [
+            BayesMPT(model, predictor=p, random_state=0).fit(X, y).log_marginal_likelihood_
+            for p in (Exact(), NearestNeighbors(30))
+        ]
+    by_exact, by_neighbours = (sorted(found, key=lambda k, i=i: -found[k][i]) for i in (0, 1))
+    assert by_neighbours == by_exact
 
 
 def test_fit_is_the_exact_one_with_all_neighbours():
@@ -494,7 +562,7 @@ def test_memory_of_many_rows_is_bounded():
 # ----------------------------------------------------------------------------------------------------- another library
 
 
-def test_gpboost_agrees():
+def test_gpboost_agrees(alone):
     gpboost = pytest.importorskip("gpboost", reason="GPBoost is not installed")
     x, y = data(300)
     m, theta = 8, thetas()

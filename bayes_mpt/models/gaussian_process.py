@@ -25,7 +25,7 @@ from gpytorch.kernels import (
     ScaleKernel,
 )
 from gpytorch.means import ConstantMean, Mean
-from linear_operator.operators import DiagLinearOperator
+from linear_operator import to_linear_operator
 from pyro.distributions import constraints
 from scipy.signal import lombscargle
 from sklearn.base import BaseEstimator
@@ -120,7 +120,11 @@ class GaussianProcess(BaseEstimator):
         if level is None:
             level = pyro.param("noise", lambda: NOISE_SHARE * _variance(y), constraints.positive)
             level = level[..., None]  # one for each of several parameter values side by side
-        tokens = gpytorch.distributions.MultivariateNormal(loc, cov + DiagLinearOperator(known + level))
+        dense = cov.to_dense()
+        dense = torch.diagonal_scatter(
+            dense, dense.diagonal(dim1=-2, dim2=-1) + known + level, dim1=-2, dim2=-1
+        )
+        tokens = gpytorch.distributions.MultivariateNormal(loc, to_linear_operator(dense))  # unfactorised
         pyro.sample("y", tokens, obs=y)
 
     def hyperprior(self, x: Tensor, y: Tensor) -> dict[str, Any]:

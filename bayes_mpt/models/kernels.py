@@ -91,14 +91,16 @@ class Power(Kernel):
 def with_own_algebra(kernel: Kernel) -> Kernel:
     """Replace, in place, what gpytorch computes with a needless loss.
 
-    Distances, see `covar_dist`; and sums with a LinearKernel, for which gpytorch factorises the rest of the sum at
-    every evaluation, with jitter, only to keep a root that is not asked for.
+    Distances, see `covar_dist`; a power, for which logarithms are faster; and sums with a LinearKernel, for which
+    gpytorch factorises the rest of the sum at every evaluation, with jitter, only to keep a root that is not asked for.
     """
     for part in kernel.modules():
         if isinstance(part, Kernel):
             part.covar_dist = covar_dist
         if isinstance(part, LinearKernel):
             part.forward = partial(_linear, part)
+        if isinstance(part, RQKernel):
+            part.forward = partial(_rational, part)
     return kernel
 
 
@@ -106,6 +108,20 @@ def _linear(kernel: LinearKernel, x1: Tensor, x2: Tensor, diag: bool = False, **
     if diag:
         return (kernel.variance[..., 0] * x1 * x2).sum(-1)
     return (kernel.variance * x1) @ x2.mT
+
+
+def _rational(
+    kernel: RQKernel,
+    x1: Tensor,
+    x2: Tensor,
+    diag: bool = False,
+    last_dim_is_batch: bool = False,
+    **params: Any,
+) -> Tensor:
+    square = covar_dist(x1 / kernel.lengthscale, x2 / kernel.lengthscale, diag, last_dim_is_batch, True)
+    alpha = kernel.alpha if diag else kernel.alpha[..., None]
+    alpha = alpha[..., None] if last_dim_is_batch else alpha
+    return (-alpha * (1 + square / (2 * alpha)).log()).exp()  # a power takes twice as long
 
 
 def covar_dist(
@@ -129,6 +145,9 @@ def covar_dist(
         return out.square() if square_dist else out
     if square_dist and x1.shape[-1] > MOST_COLUMNS:
         return sq_dist(x1, x2, x1_eq_x2=torch.equal(x1, x2))
+    if x1.shape[-1] == 1:
+        gap = x1 - x2.mT
+        return gap.square() if square_dist else gap.abs()
     out = torch.cdist(x1, x2, compute_mode="donot_use_mm_for_euclid_dist")
     return out.square() if square_dist else out
 

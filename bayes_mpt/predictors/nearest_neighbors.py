@@ -1,14 +1,15 @@
 """Conditionals of a long Gaussian vector, each token predicted from its nearest neighbours alone (Vecchia 1988).
 
-    log p(y) = sum_i log p(y_i | y_N(i)),    N(i) the m nearest of those that come before i in an ordering
+    log p(y) = sum_i log p(y_i | y_N(i)),    N(i) at least the m nearest of those that come before i in an ordering
 
-With K the covariance (m + 1, m + 1) of [N(i), i], L its Cholesky factor, r the residuals, v = L^-T e_last, z = v' r and
-a = K_N^-1 r_N (0 at i):
+A few tokens close together share one set, the union of their m nearest and of themselves, in their order: each is
+given all before it in the set, more than its own m, for no more work (Guinness 2018). With K the covariance (k, k) of
+the set, L its Cholesky factor, r the residuals, z = L^-1 r, and for the place i in it v = L^-T e_i, a = L^-T [z_<i, 0]:
 
-    log p(y_i | y_N) = log v_last - z^2 / 2 - log(2 pi) / 2
-    d/dK = 1/2 [z (v a' + a v') + (z^2 - 1) v v'],    d/dr = -z v
+    log p(y_i | y_N) = -log L_ii - z_i^2 / 2 - log(2 pi) / 2
+    d/dK = 1/2 [z_i (v a' + a v') + (z_i^2 - 1) v v'],    d/dr = -z_i v
 
-The program itself is run on batches of such sets of rows, (B, m + 1, P), so that no matrix of N x N is ever made.
+The program itself is run on batches of such sets of rows, (B, k, P), so that no matrix of N x N is ever made.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ __all__ = ["NearestNeighbors", "maxmin", "predecessors"]
 Points = NDArray[np.float64]
 Index = NDArray[np.int64]
 
-CHUNK = 2**19  # numbers of (B, m + 1, m + 1) at once: what a cache holds
+CHUNK = 2**18  # numbers of (B, k, k) at once: what a cache holds
+MAX_GROUP = 8  # tokens that share one set
 N_EXACT_ORDER = 2048  # points up to which the maxmin ordering is exact
 POOL = 4  # candidates for each place of a level of the ordering
 GROWTH = 1.3  # of the prefixes that the neighbours are searched in
@@ -58,7 +60,8 @@ class NearestNeighbors(Predictor):
     Parameters
     ----------
     m : int, default=30
-        Neighbours of each token.
+        Neighbours of each token, at least: a few tokens close together are given those of all of them, where this costs
+        no more.
     ordering : {"maxmin", "random", "given"}, default="maxmin"
         The order of the tokens. "maxmin" takes the point furthest from those before it: coarse to fine, so that
         neighbours lie around and not on one side.
@@ -319,6 +322,108 @@ def _search(
     return np.concatenate(left)
 
 
+# -------------------------------------------------------------------------------------------------- shared neighbours
+
+
+class _Groups(NamedTuple):
+    """Sets of tokens, in each of which some are predicted, each from all that stand before it."""
+
+    tokens: Tensor
+    """The sets one behind another, the widest first."""
+    start: Tensor
+    """(G + 1,) where each begins in ``tokens``."""
+    own: Tensor
+    """(G, b) the places within its set of those that are predicted; -1 where they are fewer."""
+
+    @property
+    def predicted(self) -> Tensor:
+        """(G, b) the tokens that are predicted; of no meaning where ``own`` is -1."""
+        return self.tokens[self.start[:-1, None] + self.own.clamp(min=0)]
+
+    def of(self, order: Tensor) -> _Groups:
+        """Sets of places as sets of the tokens there."""
+        device = order.device
+        return _Groups(order[self.tokens.to(device)], self.start.to(device), self.own.to(device))
+
+    def only(self, which: Tensor) -> _Groups:
+        """Some of the sets, by their places in ascending order."""
+        width = self.start.diff()[which]
+        start = torch.cat([width.new_zeros(1), width.cumsum(0)])
+        shift = (self.start[which] - start[:-1]).repeat_interleave(width)
+        return _Groups(
+            self.tokens[torch.arange(len(shift), device=shift.device) + shift], start, self.own[which]
+        )
+
+
+def _alone(sets: Tensor) -> _Groups:
+    """Sets (B, k), of each of which the last is predicted."""
+    n, k = sets.shape
+    start = torch.arange(n + 1, device=sets.device) * k
+    return _Groups(sets.flatten(), start, start.new_full((n, 1), k - 1))
+
+
+def _grouped(points: Points, m: int) -> tuple[_Groups, Index]:
+    """Of points in their order, the sets that give each at least its m nearest predecessors; and the set of each.
+
+    Groups are as large as they may be without more entries in the covariances than if each point stood alone.
+    """
+    n = len(points)
+    near = predecessors(points, m)
+    size = MAX_GROUP
+    while True:
+        label = _neighbourhoods(points, size)
+        groups, rank = _united(near, np.arange(n), label)
+        if size == 1 or float(groups.start.diff().double().square().sum()) <= n * (m + 1) ** 2:
+            return groups, rank[label]
+        size //= 2
+
+
+def _neighbourhoods(points: Points, size: int) -> Index:
+    """Labels of groups of at most ``size`` points, close to each other in space and in the order.
+
+    Places [size, 2 size), [2 size, 4 size) and so on are each halved across their widest side, and these again.
+    """
+    n = len(points)
+    if size == 1:
+        return np.arange(n)
+    label = np.zeros(n, dtype=np.int64)
+    low = size
+    while low < n:
+        part = points[low : 2 * low]
+        side = np.zeros(len(part), dtype=np.int64)
+        for _ in range(math.ceil(math.log2(len(part) / size))):
+            order = np.argsort(side, kind="stable")
+            begin = np.flatnonzero(np.diff(side[order], prepend=-1))
+            extent = np.maximum.reduceat(part[order], begin) - np.minimum.reduceat(part[order], begin)
+            order = np.lexsort((part[np.arange(len(part)), extent.argmax(1)[side]], side))
+            count = np.diff(begin, append=len(part))
+            side[order] = 2 * side[order] + (
+                np.arange(len(part)) >= np.repeat(begin + (count + 1) // 2, count)
+            )
+        label[low : 2 * low] = label[:low].max() + 1 + side
+        low *= 2
+    return label
+
+
+def _united(near: Index, places: Index, label: Index) -> tuple[_Groups, Index]:
+    """Of each label, the union of its places and of those near that come before; and its rank among the sets."""
+    n = 1 + int(places.max(initial=0))
+    mine = label * n + places
+    keys = np.sort(np.concatenate([mine, (label[:, None] * n + near)[near < places[:, None]]]))
+    keys = keys[np.diff(keys, prepend=-1) > 0]
+    width = np.bincount(keys // n)
+    rank = np.empty(len(width), dtype=np.int64)
+    rank[np.argsort(-width, kind="stable")] = np.arange(len(width))
+    keys = np.sort(rank[keys // n] * n + keys % n)
+    start = np.concatenate([[0], np.cumsum(np.sort(width)[::-1])])
+    mine = np.sort(rank[label] * n + places)
+    count = np.bincount(mine // n)
+    own = np.full((len(width), count.max(initial=1)), -1)
+    nth = np.arange(len(mine)) - np.repeat(np.cumsum(count) - count, count)
+    own[mine // n, nth] = np.searchsorted(keys, mine) - start[mine // n]
+    return _Groups(*map(torch.from_numpy, (keys % n, start, own))), rank
+
+
 # -------------------------------------------------------------------------------------------------------- the units
 
 
@@ -409,10 +514,12 @@ class _Layout(NamedTuple):
     """(T,) bool: the observed tokens."""
     unit: Points
     """(P,) of each column of x."""
-    sets: Tensor
-    """(n, m + 1) tokens in their order, each behind its neighbours."""
-    place: Tensor
-    """(T,) of each token in the order."""
+    groups: _Groups
+    """The sets of tokens in their order."""
+    home: Tensor
+    """(T,) the set that predicts each token."""
+    order: Tensor
+    """(n,) the observed tokens."""
 
 
 class _Memory:
@@ -454,8 +561,8 @@ class _Neighbours(Conditionals):
         self.exact = self.telescopes = settings.m >= program.n_tokens - 1
         self.name = f"NearestNeighbors({settings.m}, ordering={settings.ordering!r})"
         self.why = (
-            f"the observations are one Gaussian vector of {program.n_tokens} tokens, each predicted from its "
-            f"{min(settings.m, program.n_tokens - 1)} nearest predecessors; no covariance of all of them is made"
+            f"the observations are one Gaussian vector of {program.n_tokens} tokens, each predicted from at least "
+            f"its {min(settings.m, program.n_tokens - 1)} nearest predecessors; no covariance of all of them is made"
         )
         self._memory = _Memory()
 
@@ -512,23 +619,38 @@ class _Neighbours(Conditionals):
         return torch.stack([self._total(row, self._layout(row)) for row in x])
 
     def sample(self, n_tokens: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        # A quarter are the first in the order, always: the few far apart, and alone in telling of long distances.
-        order = self._layout(self.value[0]).sets[:, -1]
-        n = len(order)
-        n_first = min(n, n_tokens // 4 + 1)
-        rest = n_first + torch.randperm(n - n_first, generator=generator)[: n_tokens - n_first]
-        places = torch.cat([torch.arange(n_first), rest])
-        weight = torch.ones(len(places), dtype=torch.float64)
-        weight[n_first:] = (n - n_first) / max(1, len(rest))
-        return order[places.to(order.device)], weight.to(self.value)
+        # Whole groups. A quarter are the first in the order, always: the few far apart, and alone in telling of long
+        # distances.
+        layout = self._layout(self.value[0])
+        groups, order = layout.groups, layout.order
+        first = layout.home[order[: n_tokens // 4 + 1]].unique()
+        others = torch.ones(len(groups.own), dtype=torch.bool, device=first.device)
+        others[first] = False
+        rest = others.nonzero()[:, 0]
+        rest = rest[torch.randperm(len(rest), generator=generator).to(rest.device)]
+        n_first = int((groups.own[first] >= 0).sum())
+        n_left = len(order) - n_first
+        n_drawn = math.ceil(len(rest) * min(1.0, max(0, n_tokens - n_first) / max(1, n_left)))
+        which = torch.cat([first, rest[:n_drawn]])
+        weight = torch.ones(groups.own[which].shape).to(self.value)
+        weight[len(first) :] = len(rest) / max(1, n_drawn)
+        mine = groups.own[which] >= 0
+        return groups.predicted[which][mine], weight[mine]
 
     def partial(self, x: Tensor, tokens: Tensor, weight: Tensor) -> Tensor:
-        return torch.stack([self._total(row, self._layout(row), tokens, weight) for row in x])
+        by_token = torch.zeros_like(x[0]).index_add(0, tokens, weight)
+        return torch.stack([self._total(row, self._layout(row), tokens, by_token) for row in x])
 
     def predicted(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         layout = self._layout(x[0])
         tokens = tokens[layout.seen[tokens]]
-        return self._moments(self._memory.args, x[0], layout.sets[layout.place[tokens]], layout.place)
+        groups = layout.groups.only(layout.home[tokens].unique())
+        mine = groups.own >= 0
+        mean, var = (
+            torch.zeros_like(x[0]).index_copy(0, groups.predicted[mine], part[mine])[tokens]
+            for part in self._moments(self._memory.args, x[0], groups)
+        )
+        return mean, var
 
     def chain(self, x: Tensor, order: Tensor) -> Tensor:
         return torch.stack([torch.stack([self._chain(row, tokens) for row in x]) for tokens in order])
@@ -538,8 +660,8 @@ class _Neighbours(Conditionals):
         for s, mask in enumerate(visible):
             for n, row in enumerate(x):
                 hidden = (~mask & ~row.isnan()).nonzero()[:, 0]
-                sets = self._given(mask & ~row.isnan(), hidden)
-                out[s, n] = torch.zeros_like(row).index_copy(0, hidden, self._log_probs(row, sets))
+                groups = self._given(mask & ~row.isnan(), hidden)
+                out[s, n] = torch.zeros_like(row).index_copy(0, hidden, self._log_probs(row, groups)[:, 0])
         return out
 
     def posterior(self, x: Tensor, visible: Tensor | None = None) -> Posterior:
@@ -548,7 +670,7 @@ class _Neighbours(Conditionals):
         for row, seen in zip(x, shown, strict=True):
             hidden = (~seen).nonzero()[:, 0]
             mean, _ = self._moments(self._memory.args, row, self._given(seen, hidden))
-            rows.append(torch.where(seen, row, 0.0).index_copy(0, hidden, mean))
+            rows.append(torch.where(seen, row, 0.0).index_copy(0, hidden, mean[:, 0]))
         return Posterior(x.new_zeros(len(x), 0), torch.stack(rows))
 
     def predictive(self, seen: tuple[Any, ...], new: tuple[Any, ...], *, full: bool = False) -> Predictive:
@@ -559,10 +681,11 @@ class _Neighbours(Conditionals):
         )
         hidden = torch.arange(len(seen[0]), len(args[0]), device=args[0].device)
         row = torch.cat([read.value[0], read.value.new_full((len(hidden),), torch.nan)])
-        sets = read._given(~row.isnan(), hidden, args)
+        groups = read._given(~row.isnan(), hidden, args)
         if not full:
-            return Predictive(*read._moments(args, row, sets), None)
-        rows = sets[:, :-1].unique()
+            mean, var = read._moments(args, row, groups)
+            return Predictive(mean[:, 0], var[:, 0], None)
+        rows = groups.tokens[groups.tokens < len(seen[0])].unique()
         if len(rows) + len(hidden) > MAX_FULL:
             raise ValueError(
                 f"the covariance among {len(hidden)} new rows and their {len(rows)} neighbours would be of more than "
@@ -584,18 +707,22 @@ class _Neighbours(Conditionals):
         rng = np.random.default_rng(self.settings.random_state)
         for row in x:
             layout = self._layout(row)
-            n = len(layout.sets)
-            places = np.sort(rng.choice(n, min(n, N_ERROR_TERMS), replace=False))
-            order = layout.sets[:, -1]
-            near = predecessors(
-                self._points(layout.unit)[order.cpu().numpy()], min(2 * self.settings.m, n - 1), places
-            )
-            some = torch.from_numpy(places).to(order.device)
-            wider = torch.cat([order[torch.from_numpy(near).to(order.device)], order[some, None]], 1)
-            by_token = self._log_probs(row, wider, layout.place)
-            by_token = by_token - self._log_probs(row, layout.sets[some], layout.place)
-            sampling = 0.0 if len(some) == n else float(by_token.std()) / math.sqrt(len(some))
-            changes.append((n * float(by_token.mean()), n * sampling))
+            order = layout.order.cpu().numpy()
+            n_groups = len(layout.groups.own)
+            n_some = min(n_groups, math.ceil(n_groups * N_ERROR_TERMS / len(order)))
+            which = torch.from_numpy(np.sort(rng.choice(n_groups, n_some, replace=False))).to(row.device)
+            home = layout.home[layout.order]
+            places = torch.isin(home, which).nonzero()[:, 0].cpu().numpy()
+            points = self._points(layout.unit)[order]
+            near = predecessors(points, min(2 * self.settings.m, len(order) - 1), places)
+            label = torch.searchsorted(which, home[places]).cpu().numpy()
+            wider, rank = _united(near, places, label)
+            by_group = self._log_probs(row, wider.of(layout.order)).sum(1)[
+                torch.from_numpy(rank).to(row.device)
+            ]
+            by_group = by_group - self._log_probs(row, layout.groups.only(which)).sum(1)
+            sampling = 0.0 if n_some == n_groups else float(by_group.std()) / math.sqrt(n_some)
+            changes.append((n_groups * float(by_group.mean()), n_groups * sampling))
         change, sampling = np.sum(changes, axis=0).tolist()
         return Evidence(
             lml, 2 * math.hypot(change, sampling), {**diagnostics, "change_on_doubling_m": change}
@@ -632,9 +759,8 @@ class _Neighbours(Conditionals):
         else:
             order = maxmin(points, self.settings.random_state)
         ordered = tokens[torch.from_numpy(order).to(tokens.device)]
-        place = torch.zeros(len(row), dtype=torch.long, device=row.device)
-        place[ordered] = torch.arange(len(ordered), device=row.device)
-        memory.layout = _Layout(seen, unit, self._behind(ordered, points[order]), place)
+        groups, home = self._behind(ordered, points[order])
+        memory.layout = _Layout(seen, unit, groups, home, ordered)
         return memory.layout
 
     def _points(self, unit: Points, args: tuple[Any, ...] | None = None) -> Points:
@@ -644,13 +770,14 @@ class _Neighbours(Conditionals):
         matters = np.isfinite(unit)
         return points[:, matters] / unit[matters] if matters.any() else points
 
-    def _behind(self, ordered: Tensor, points: Points) -> Tensor:
-        """Sets (n, m + 1) of tokens in their order, each behind its neighbours."""
-        near = predecessors(points, min(self.settings.m, len(points) - 1))
-        return torch.cat([ordered[torch.from_numpy(near).to(ordered.device)], ordered[:, None]], 1)
+    def _behind(self, ordered: Tensor, points: Points) -> tuple[_Groups, Tensor]:
+        """Sets of tokens in their order, and of each token (T,) the set that predicts it."""
+        groups, home = _grouped(points, min(self.settings.m, len(points) - 1))
+        homes = torch.from_numpy(home).to(ordered.device)
+        return groups.of(ordered), homes.new_zeros(self.structure.n_tokens).index_copy(0, ordered, homes)
 
-    def _given(self, seen: Tensor, hidden: Tensor, args: tuple[Any, ...] | None = None) -> Tensor:
-        """Sets (H, m + 1) of hidden tokens, each behind the nearest of those seen."""
+    def _given(self, seen: Tensor, hidden: Tensor, args: tuple[Any, ...] | None = None) -> _Groups:
+        """Hidden tokens (H,), each behind the m nearest of those seen."""
         tokens = seen.nonzero()[:, 0]
         m = min(self.settings.m, len(tokens))
         near = tokens.new_zeros(len(hidden), 0)
@@ -661,68 +788,74 @@ class _Neighbours(Conditionals):
                 points[hidden.cpu().numpy()], k=np.arange(1, m + 1), workers=torch.get_num_threads()
             )[1]
             near = tokens[torch.from_numpy(found).to(tokens.device)]
-        return torch.cat([near, hidden[:, None]], 1)
+        return _alone(torch.cat([near, hidden[:, None]], 1))
 
     # --------------------------------------------------------------------------------------------------- the algebra
 
     def _chunks(
-        self, args: tuple[Any, ...], row: Tensor, sets: Tensor, place: Tensor | None = None
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Means (B,) of the last tokens, residuals (B, k) and covariances (B, k, k) of the sets, by chunks."""
-        width = sets.shape[1]
-        for part in sets.split(max(1, CHUNK // width**2)):
-            loc, cov, _ = self._program()(args, part)
-            residual = row[part] - loc
-            if place is not None:
-                # what comes after the last is no neighbour: a row of the identity, whose residual is 0
-                later = place[part] > place[part[:, -1:]]
-                if bool(later.any()):
-                    outside = later[:, :, None] | later[:, None, :]
-                    cov = torch.where(outside, torch.eye(width, dtype=cov.dtype, device=cov.device), cov)
-                    residual = torch.where(later, 0.0, residual)
-            yield loc[:, -1], residual, cov
+        self, args: tuple[Any, ...], row: Tensor, groups: _Groups
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """By chunks: places (B, b) of the predicted in sets of k; means, residuals (B, k), covariances (B, k, k)."""
+        width = groups.start.diff()
+        done = 0
+        while done < len(width):
+            k = int(width[done])  # of the widest
+            part = slice(done, done + max(1, CHUNK // k**2))
+            done = part.stop
+            here = torch.arange(k, device=width.device)
+            beyond = here >= width[part, None]
+            sets = groups.tokens[(groups.start[:-1][part, None] + here).clamp(max=len(groups.tokens) - 1)]
+            loc, cov, _ = self._program()(args, sets)
+            residual = (row[sets] - loc).nan_to_num(0.0)  # of a hidden one, which stands last
+            if bool(beyond.any()):
+                # beyond the end of a set: rows of the identity, whose residuals are 0
+                outside = beyond[:, :, None] | beyond[:, None, :]
+                cov = torch.where(outside, torch.eye(k, dtype=cov.dtype, device=cov.device), cov)
+                residual = torch.where(beyond, 0.0, residual)
+            yield groups.own[part], loc, residual, cov
 
-    def _log_probs(self, row: Tensor, sets: Tensor, place: Tensor | None = None) -> Tensor:
-        """Log-density (B,) of the last of each set given the others."""
-        parts = [_LogProb.apply(r, cov) for _, r, cov in self._chunks(self._memory.args, row, sets, place)]
-        return torch.cat(parts) if parts else row.new_zeros(0)
+    def _log_probs(self, row: Tensor, groups: _Groups) -> Tensor:
+        """Log-densities (G, b) of the predicted of each set, 0 where they are fewer."""
+        parts = [
+            _LogProb.apply(r, cov, own) for own, _, r, cov in self._chunks(self._memory.args, row, groups)
+        ]
+        return torch.cat(parts) if parts else row.new_zeros(groups.own.shape)
 
-    def _moments(
-        self, args: tuple[Any, ...], row: Tensor, sets: Tensor, place: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Mean and variance (B,) of the last of each set given the others."""
-        means, variances = [row.new_zeros(0)], [row.new_zeros(0)]
-        for loc, residual, cov in self._chunks(args, row, sets, place):
-            # with L = [[L_N, 0], [l', s]]:  mean = loc + l' L_N^-1 r_N,  variance = s^2
-            root = cholesky(cov)
-            white = torch.linalg.solve_triangular(root[:, :-1, :-1], residual[:, :-1, None], upper=False)
-            means.append(loc + (root[:, -1:, :-1] @ white)[:, 0, 0])
-            variances.append(root[:, -1, -1].square())
+    def _moments(self, args: tuple[Any, ...], row: Tensor, groups: _Groups) -> tuple[Tensor, Tensor]:
+        """Means and variances (G, b) of the predicted of each set."""
+        empty = row.new_zeros(0, groups.own.shape[1])
+        means, variances = [empty], [empty]
+        for own, loc, residual, cov in self._chunks(args, row, groups):
+            # r_i = L_i. z,  of which L_i,<i z_<i is predicted:  mean = loc + r_i - L_ii z_i,  variance = L_ii^2
+            root, white, at = _whitened(residual, cov, own)
+            scale = root.diagonal(dim1=1, dim2=2).gather(1, at)
+            means.append(loc.gather(1, at) + residual.gather(1, at) - scale * white[..., 0].gather(1, at))
+            variances.append(scale.square())
         return torch.cat(means), torch.cat(variances)
 
     def _chain(self, row: Tensor, tokens: Tensor) -> Tensor:
         """log p(y_t | nearest of y_<t) by token (T,)."""
         ordered = tokens[~row[tokens].isnan()]
-        place = torch.zeros_like(tokens).index_copy(0, ordered, torch.arange(len(ordered), device=row.device))
-        sets = self._behind(ordered, self._points(self._unit())[ordered.cpu().numpy()])
-        return torch.zeros_like(row).index_copy(0, ordered, self._log_probs(row, sets, place))
+        groups, _ = self._behind(ordered, self._points(self._unit())[ordered.cpu().numpy()])
+        mine = groups.own >= 0
+        return torch.zeros_like(row).index_copy(0, groups.predicted[mine], self._log_probs(row, groups)[mine])
 
     def _total(
         self, row: Tensor, layout: _Layout, tokens: Tensor | None = None, weight: Tensor | None = None
     ) -> Tensor:
-        """The sum over all observed tokens, or a weighted one over some."""
-        sets = layout.sets
-        if tokens is not None and weight is not None:
-            seen = layout.seen[tokens]
-            sets, weight = sets[layout.place[tokens[seen]]], weight[seen]
+        """The sum over all observed tokens, or over some, with weights (T,)."""
+        groups = layout.groups
+        if tokens is not None:
+            groups = groups.only(layout.home[tokens[layout.seen[tokens]]].unique())
+        by_set = None if weight is None else weight[groups.predicted]
         leaves = dict(pyro.get_param_store().named_parameters())
         moving = [leaves[n] for n in self.structure.parameters if leaves[n].requires_grad]
 
         def parts() -> Iterator[Tensor]:
             done = 0
-            for _, residual, cov in self._chunks(self._memory.args, row, sets, layout.place):
-                terms = _LogProb.apply(residual, cov)
-                yield terms.sum() if weight is None else weight[done : done + len(terms)] @ terms
+            for own, _, residual, cov in self._chunks(self._memory.args, row, groups):
+                terms = _LogProb.apply(residual, cov, own)
+                yield terms.sum() if by_set is None else (by_set[done : done + len(terms)] * terms).sum()
                 done += len(terms)
 
         if not torch.is_grad_enabled() or not moving:
@@ -754,29 +887,39 @@ class _Sum(torch.autograd.Function):
 
 
 class _LogProb(torch.autograd.Function):
-    """Log-density (B,) of the last of each residual (B, k) given the others, with covariances (B, k, k)."""
+    """Log-densities (B, b) of those in the places ``own`` of residuals (B, k), each given all before it."""
 
     @staticmethod
-    def forward(ctx: Any, residual: Tensor, cov: Tensor) -> Tensor:
-        root = cholesky(cov)
-        white = torch.linalg.solve_triangular(root, residual[..., None], upper=False)  # (B, k, 1)
-        ctx.save_for_backward(root, white)
-        # v_last = 1 / L_last,  z = v' r = (L^-1 r)_last
-        return -0.5 * (white[:, -1, 0].square() + LOG_2PI) - root[:, -1, -1].log()
+    def forward(ctx: Any, residual: Tensor, cov: Tensor, own: Tensor) -> Tensor:
+        root, white, at = _whitened(residual, cov, own)
+        ctx.save_for_backward(root, white, own)
+        scale = root.diagonal(dim1=1, dim2=2).gather(1, at)
+        return torch.where(
+            own >= 0, -0.5 * (white[..., 0].gather(1, at).square() + LOG_2PI) - scale.log(), 0.0
+        )
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        root, white = ctx.saved_tensors
-        z = white[:, -1]  # (B, 1)
-        # L^-T [(L^-1 r)_N, 0] = [K_N^-1 r_N, 0] and L^-T e_last, together
-        right = torch.cat([white, torch.zeros_like(white)], 2)
-        right[:, -1, 0], right[:, -1, 1] = 0.0, 1.0
-        a, v = torch.linalg.solve_triangular(root.mT, right, upper=True).unbind(2)  # (B, k) each
-        by_residual = -grad[:, None] * z * v
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        root, white, own = ctx.saved_tensors
+        at = own.clamp(min=0)[:, None, :]
+        grad = torch.where(own >= 0, grad, 0.0)[:, None, :]
+        z = white.mT.gather(2, at)  # (B, 1, b)
+        # L^-T [z_<i, 0] and L^-T e_i, together
+        before = torch.arange(white.shape[1], device=own.device)[:, None] < at  # (B, k, b)
+        unit = torch.zeros_like(before, dtype=white.dtype).scatter_(1, at, 1.0)
+        a, v = torch.linalg.solve_triangular(root.mT, torch.cat([white * before, unit], 2), upper=True).chunk(
+            2, 2
+        )
+        by_residual = -(grad * z * v).sum(2)
         if not ctx.needs_input_grad[1]:
-            return by_residual, None
-        # 1/2 [z (v a' + a v') + (z^2 - 1) v v'] = 1/2 (v b' + b v'),  b = z a + (z^2 - 1)/2 v
-        half = 0.5 * grad[:, None] * (z * a + 0.5 * (z.square() - 1) * v)
-        outer = half[:, :, None] * v[:, None, :]
-        return by_residual, outer + outer.mT
+            return by_residual, None, None
+        # 1/2 [z (v a' + a v') + (z^2 - 1) v v'] = 1/2 (v b' + b v'),  b = z a + (z^2 - 1)/2 v,  summed over i
+        outer = (0.5 * grad * (z * a + 0.5 * (z.square() - 1) * v)) @ v.mT
+        return by_residual, outer + outer.mT, None
+
+
+def _whitened(residual: Tensor, cov: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """L (B, k, k), z = L^-1 r (B, k, 1), and places (B, b) that can be gathered from."""
+    root = cholesky(cov)
+    return root, torch.linalg.solve_triangular(root, residual[..., None], upper=False), own.clamp(min=0)
