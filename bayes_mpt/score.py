@@ -179,15 +179,25 @@ def estimate(
     with torch.no_grad():
         found = predictor.evidence(x) if chains and predictor.telescopes else None
         disagree: dict[str, Any] = {}
+        steps: list[Tensor] | None = None
         if found is not None:
             lml, totals = found.by_row, None
         else:
-            scores = torch.stack([masked_score(predictor, x, draw) for draw in draws])  # (R, N)
+            if chains:  # once for the scores and the curve
+                steps = [
+                    predictor.chain(x, draw.order.to(x.device)) for draw in draws if draw.order is not None
+                ]
+                by_draw = [
+                    torch.einsum("cnt,ct->n", s, d.weight.to(x)) for s, d in zip(steps, draws, strict=True)
+                ]
+            else:
+                by_draw = [masked_score(predictor, x, draw) for draw in draws]
+            scores = torch.stack(by_draw)  # (R, N)
             lml, totals = scores.mean(0), scores.sum(1).double().cpu().numpy()
             if chains:
                 disagree = disagreement(scores)
         rows, weight = curve_rows if chains and curve_rows is not None else (x, x.new_ones(len(x)))
-        curve = _curve(predictor, rows, weight, draws)
+        curve = _curve(predictor, rows, weight, draws, steps)
     diagnostics = {"n_replicates": n_replicates, "masks": repr(masks), "totals": totals}
     if found is not None:
         se = found.se
@@ -208,20 +218,23 @@ def estimate(
     )
 
 
-def _curve(predictor: Conditionals, x: Tensor, weight: Tensor, draws: list[Masks]) -> Curve:
+def _curve(
+    predictor: Conditionals, x: Tensor, weight: Tensor, draws: list[Masks], steps: list[Tensor] | None
+) -> Curve:
     """Group the masks' means by size: S(m) is the mean over masks of the mean over hidden tokens."""
     n_tokens = x.shape[1]
     share = weight / weight.sum()
     sizes, values = [], []
-    for draw in draws:
+    for r, draw in enumerate(draws):
         if draw.order is not None:
             order = draw.order.to(x.device)
-            for tokens in order:
+            for c, tokens in enumerate(order):
                 sizes.append(torch.arange(n_tokens, 0, -1))
                 if predictor.relocates and n_tokens > MAX_RUNS:
                     values.append(_by_blocks(predictor, x, share, tokens).cpu())
                     continue
-                by_token = share @ predictor.chain(x, tokens[None])[0]  # (T,)
+                known = predictor.chain(x, tokens[None])[0] if steps is None else steps[r][c]  # (N, T)
+                by_token = share @ known  # (T,)
                 values.append(by_token[tokens].cpu())
         else:
             assert draw.visible is not None

@@ -59,6 +59,7 @@ STATIONARY = 1e-3  # nats a row and unit of the map: a steeper place is no maxim
 FURTHEST = 3.0  # e-folds by which the size of a parameter changes at once
 LEAST_GAIN = 2e-5  # nats a row in a window, less than which halves the step
 N_CHECK_DRAWS = 16
+N_TOTALS = 8  # replicates of a score from one mask a row
 N_SCALE_PROBES = 4
 N_SCALE_ROWS = 512  # of a program whose rows share its maps
 OWN_STEPS = 100  # of a model's own way to climb: one that creeps is left to L-BFGS
@@ -603,9 +604,7 @@ def total_on_masks(problem: Problem, predictor: Conditionals, seed: int) -> tupl
     the error falls with their number.
     """
     generator = torch_generator(seed)
-    totals = np.array(
-        [float(problem.by_row(predictor, OWN_MASKS, generator).sum()) for _ in range(N_CHECK_DRAWS)]
-    )
+    totals = np.array([float(problem.by_row(predictor, OWN_MASKS, generator).sum()) for _ in range(N_TOTALS)])
     return float(totals.mean()), replicate_error(totals)
 
 

@@ -344,6 +344,9 @@ def test_errors_name_what_is_wrong():
     x = torch.tensor([[0.0, 1.0], [1.0, 2.0]], dtype=torch.float64)
     with pytest.raises(ValueError, match="n_levels must be an integer"):
         choose(Potts(n_levels=0), (x,))
+    est = BayesMPT(Potts(), masks=LeaveOneOut(), penalty=True).fit(np.eye(4)[:, :3])
+    with pytest.raises(ValueError, match=r"level 2, .* has 2 of them"):
+        est.score_samples(np.array([[0.0, 2.0, 1.0]]))
 
 
 def test_masks_of_each_row():

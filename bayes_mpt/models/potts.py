@@ -454,7 +454,13 @@ def _n_levels(n_levels: Any, x: Tensor) -> int:
     store = pyro.get_param_store()
     for name in ("value", "levels", "coupling"):
         if name in store:
-            return int(store[name].shape[-1])
+            found = int(store[name].shape[-1])
+            if int(x.max()) >= found:
+                raise ValueError(
+                    f"x holds level {int(x.max())}, but the model has {found} of them, from 0: set n_levels to "
+                    "the number of levels that there are"
+                )
+            return found
     if n_levels == "auto":
         return int(x.max()) + 1
     if not isinstance(n_levels, Integral) or isinstance(n_levels, bool) or n_levels < 1:

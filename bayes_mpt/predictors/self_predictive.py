@@ -75,8 +75,9 @@ class SelfPredictive(Predictor):
     ...     with pyro.plate("rows", len(x)):
     ...         pyro.sample("x", dist.Normal(slope * mean, 1.0).expand(x.shape).to_event(1), obs=x)
     >>> x = torch.tensor([[0.0, 1.0], [2.0, 2.0]], dtype=torch.float64)
+    >>> pyro.clear_param_store()
     >>> found = SelfPredictive().bind(model, (x,)).read((x,))
-    >>> found.conditionals(x, torch.tensor([[True, False]]))[0, 1]  # log N(2; 0, 1)
+    >>> found.conditionals(x, torch.tensor([[True, False]]))[0, 1].detach()  # log N(2; 0, 1)
     tensor([ 0.0000, -2.9189], dtype=torch.float64)
     """
 
