@@ -92,9 +92,8 @@ def test_prior_masses_anew(size):
     (found,) = [
         r for r in RESULTS["bernoulli_mnist"]["rows"] if r[0].endswith(f"L = {size}") and "mass" in r[0]
     ]
-    assert float(found[1]) == pytest.approx(mass, abs=5.1e-4) and float(found[2]) == pytest.approx(
-        mass, abs=5.1e-4
-    )
+    assert float(found[2]) == pytest.approx(mass, abs=5.1e-5)
+    assert float(found[3]) == pytest.approx(mass * (size / (size - 1)) ** 2, abs=5.1e-5)
 
 
 def test_summaries_are_those_of_the_runs():

@@ -46,8 +46,8 @@ def main() -> None:
     for name, key, form in [
         ("D = 512: exact LML", "exact", "{:.2f}"),
         ("D = 512: bias of m = 76", "bias", "{:.2f}"),
-        ("   of it: sizes beyond 76", "tail", "{:.2f}"),
-        ("   of it: dependence within the mask", "within", "{:.2f}"),
+        ("D = 512: of it, sizes beyond 76", "tail", "{:.2f}"),
+        ("D = 512: of it, dependence within the mask", "within", "{:.2f}"),
     ]:
         error = " ± {:.2f}" if key == "bias" else ""
         cells = [form.format(fixed[s][key]) + error.format(fixed[s]["se"]) for s in (True, False)]

@@ -204,12 +204,12 @@ def draw(trained: dict, optima: dict) -> plt.Figure:
         t = trained[True]
         ax.plot(t[name]["objective"].T, color=color, lw=0.6, alpha=0.2)
         ax.plot(t[name]["curves"].T, color=color, lw=1.2)
-        ax.plot([], [], color=color, lw=0.8, alpha=0.4, label="masked score of each step")
+        ax.plot([], [], color=color, lw=0.8, alpha=0.4, label="score of each step")
         ax.plot([], [], color=color, lw=1.2, label="exact LML")
-        ax.axhline(t["truth"], color="k", ls="--", lw=1, label="LML of the true loadings")
+        ax.axhline(t["truth"], color="k", ls="--", lw=1, label="LML of the truth")
         if t[name]["bias"]:
             level = t["truth"] - t[name]["bias"]
-            ax.axhline(level, color="k", ls=":", lw=1, label="minus the bias: where the score ends")
+            ax.axhline(level, color="k", ls=":", lw=1, label="the same − bias")
         ax.set(xlabel="step of Adam", ylabel="nats a row", title=name, ylim=(-16, 0), xlim=(0, STEPS))
         ax.legend(fontsize="small", loc="upper left", ncols=2)
     ax = axes.flat[3]
