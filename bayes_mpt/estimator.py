@@ -532,8 +532,18 @@ class BayesMPT(
                 problem = replace(problem, masks=masks)
             fixed = problem.masks is not None and problem.masks.deterministic and self.batch_size is None
             if masks is not None and (by_epochs or not fixed):
-                stages = [replace(problem, predictor=p) for p in problem.predictor.in_training()]
-                problem = stages[-1]
+                stages = [problem]
+                if masks.chains:
+                    stages = [replace(problem, predictor=p) for p in problem.predictor.in_training()]
+                    problem = stages[-1]
+                elif problem.predictor.sampled and problem.predictor.relocates:
+                    warnings.warn(
+                        "nodes that a guide draws anew for every mask make a ratio of two estimates, which is no bound "
+                        "on the log marginal likelihood: with few of them the guide can raise it while that falls. "
+                        "Leave masks=None, which shares them along a chain, or take many: Importance(100)",
+                        UserWarning,
+                        stacklevel=4,
+                    )
                 whole = not (problem.predictor.structure.by_row or problem.predictor.divisible)
                 if self.batch_size is not None and whole:
                     raise ModelError(
