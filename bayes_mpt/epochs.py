@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyro
 import torch
 from torch import Tensor
 
@@ -112,24 +113,18 @@ def train_by_epochs(
                     _assign(leaves, progress.best)
                     progress.best_score = _look(held_out[progress.stage], masks, batch_size, look_seed)
                 continue
-            problem, total = stages[progress.stage], 0.0
-            for index in torch.randperm(problem.n_rows, generator=generator).split(batch_size):
-                adam.zero_grad()
-                some = take_rows(problem, index)
-                score = some.score(masks, generator)
-                total += len(index) * float(score.detach())
-                if not math.isfinite(total):
+            problem = stages[progress.stage]
+            # the first epoch has shown every row to the distributions' checks, which take a tenth of a step
+            with pyro.validation_enabled(progress.epoch == 0):
+                value = _epoch(problem, masks, adam, generator, batch_size)
+                if not math.isfinite(value):
                     raise ModelError(
-                        f"the masked score became {float(score)} in epoch {progress.epoch + 1}: lower learning_rate "
-                        f"(now {learning_rate})"
+                        f"the masked score became {value} in epoch {progress.epoch + 1}: lower learning_rate (now "
+                        f"{learning_rate})"
                     )
-                dreamt = problem.predictor.dream(some.args, generator)
-                (-score if dreamt is None else -score - dreamt.mean()).backward()
-                adam.step()
+                if held_out:
+                    value = _look(held_out[progress.stage], masks, batch_size, look_seed)
             progress.epoch += 1
-            value = total / problem.n_rows
-            if held_out:
-                value = _look(held_out[progress.stage], masks, batch_size, look_seed)
             fit.history.append(value)
             progress.stale += 1
             if value > progress.best_score or not held_out:
@@ -144,6 +139,25 @@ def train_by_epochs(
     fit.converged = not held_out or (progress.stage == len(stages) - 1 and progress.stale >= patience)
     fit.n_iter = progress.epoch
     return fit
+
+
+def _epoch(
+    problem: Problem, masks: Policy, adam: torch.optim.Adam, generator: torch.Generator, batch_size: int
+) -> float:
+    """One pass over the rows: the mean score a row of its steps, or the first that is not finite."""
+    total = 0.0
+    for index in torch.randperm(problem.n_rows, generator=generator).split(batch_size):
+        adam.zero_grad()
+        some = take_rows(problem, index)
+        score = some.score(masks, generator)
+        value = float(score.detach())
+        if not math.isfinite(value):
+            return value
+        dreamt = problem.predictor.dream(some.args, generator)
+        (-score if dreamt is None else -score - dreamt.mean()).backward()
+        adam.step()
+        total += len(index) * value
+    return total / problem.n_rows
 
 
 def _look(held_out: Problem, masks: Policy, batch_size: int, seed: int) -> float:

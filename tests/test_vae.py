@@ -220,7 +220,8 @@ class TestTraining:
 
     def test_masks_train_too(self, digits):
         model = BayesMPT(VAE(1, hidden=(8,)), masks=UniformSize(2), max_iter=2, random_state=0)
-        model.fit(digits[:200])
+        with pytest.warns(UserWarning, match="no bound"):
+            model.fit(digits[:200])
         assert np.isfinite(model.score(digits[:50]))
 
 
