@@ -331,11 +331,11 @@ class MaskedLanguageModel:
             start = rows.stop
         device = self.model.get_input_embeddings().weight.device
         shown = truth.masked_fill(hidden, self.tokenizer.mask_token_id)
-        logits = self.model(
-            input_ids=shown.to(device), attention_mask=attention.to(device)
-        ).logits  # (B, L, V)
         row, place = weight.nonzero(as_tuple=True)  # the hidden tokens that are scored
-        logits = logits[row.to(device), place.to(device)]
+        with _head_at(self.model, row.to(device), place.to(device)):
+            logits = self.model(input_ids=shown.to(device), attention_mask=attention.to(device)).logits
+        if logits.ndim == 3:  # (B, L, V): a head that is not reached so
+            logits = logits[row.to(device), place.to(device)]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         log_prob = -torch.nn.functional.cross_entropy(logits, truth[row, place].to(device), reduction="none")
         return weight.new_zeros(n_copies).index_add_(0, row, weight[row, place] * log_prob.double().cpu())
@@ -445,3 +445,18 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def _head_at(model: Any, row: Tensor, place: Tensor) -> Iterator[None]:
+    """Project on the vocabulary at these places alone, which is most of the work of a small model."""
+    head = model.get_output_embeddings()
+    if head is None:
+        yield
+        return
+    # (B, L, d) to (n, d)
+    handle = head.register_forward_pre_hook(lambda _, args: (args[0][row, place], *args[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
