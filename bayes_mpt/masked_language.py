@@ -82,10 +82,10 @@ class MaskedLanguageModel:
         Any ``...ForMaskedLM`` of `transformers`, or what is called as ``model(input_ids=, attention_mask=).logits``.
     tokenizer : PreTrainedTokenizerBase
         Its own: their vocabularies must agree.
-    batch_tokens : int, default=4096
+    batch_tokens : int, default=2048
         Tokens in one run of the model, padding included. Masked copies of texts of about the same length run side by
-        side, as many as fit, and at least one. This bounds memory: the logits, ``batch_tokens`` times the vocabulary,
-        stand in it up to three times.
+        side, as many as fit, and at least one. This bounds memory, of which the logits of scored tokens take most: at
+        most ``batch_tokens`` times the vocabulary, twice.
 
     Examples
     --------
@@ -107,7 +107,7 @@ class MaskedLanguageModel:
     True
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, batch_tokens: int = 4096):
+    def __init__(self, model: Any, tokenizer: Any, *, batch_tokens: int = 2048):
         self.model = model
         self.tokenizer = tokenizer
         self.batch_tokens = batch_tokens

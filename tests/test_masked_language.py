@@ -197,6 +197,15 @@ def test_batches_change_nothing_and_are_bounded(kind):
         assert list(one.n_tokens) == LENGTHS
 
 
+def test_head_that_cannot_be_found():
+    model, cut = network(), tokenizer()
+    truth = MaskedLanguageModel(model, cut).score_samples(TEXTS)
+    model.get_output_embeddings = lambda: None
+    np.testing.assert_allclose(
+        MaskedLanguageModel(model, cut).score_samples(TEXTS), truth, rtol=0, atol=1e-10
+    )
+
+
 def test_single_precision():
     model, cut = network(), tokenizer()
     double = MaskedLanguageModel(model, cut).estimate(TEXTS)
