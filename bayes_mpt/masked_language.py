@@ -261,7 +261,8 @@ class MaskedLanguageModel:
 
     def _limit(self) -> int:
         """Tokens of the longest text."""
-        limit = min(int(min(self.tokenizer.model_max_length, MAX_LENGTH)), MAX_LENGTH)
+        places = getattr(getattr(self.model, "config", None), "max_position_embeddings", MAX_LENGTH)
+        limit = int(min(self.tokenizer.model_max_length, places, MAX_LENGTH))
         for name, module in self.model.named_modules():
             if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
                 # RoBERTa and its kin number places from behind that of padding
@@ -281,6 +282,7 @@ class MaskedLanguageModel:
         generator = torch_generator(random_state)
         total: dict[tuple[int, int], float] = {}  # by replicate and text
         with _evaluating(self.model):
+            self._examine(texts)
             for batch in self._batches(texts, policy, n_replicates, generator):
                 by_copy = self._run(texts, batch)
                 for piece, found in zip(batch, by_copy.split([len(p.hidden) for p in batch]), strict=True):
@@ -288,6 +290,25 @@ class MaskedLanguageModel:
                     total[at] = total.get(at, 0.0) + float(found.sum())
         rows = max(r for r, _ in total) + 1
         return np.array([[total[r, i] for i in range(len(texts))] for r in range(rows)])
+
+    def _examine(self, texts: list[_Text]) -> None:
+        """Refuse a model that looks at padding in spite of the attention mask, where texts are padded."""
+        by_length = {
+            len(text.ids): i for i, text in enumerate(texts) if 2 * len(text.ids) <= self.batch_tokens
+        }
+        if len(by_length) < 2:
+            return  # none is padded
+        pair = []
+        for i in (by_length[min(by_length)], by_length[max(by_length)]):
+            all_hidden = torch.ones(1, texts[i].n_tokens, dtype=torch.bool)
+            pair.append(_Copies(i, 0, all_hidden, all_hidden.double()))
+        alone, beside = self._run(texts, pair[:1])[0], self._run(texts, pair)[0]
+        eps = torch.finfo(self.model.get_input_embeddings().weight.dtype).eps
+        if abs(alone - beside) > eps**0.5 * (1 + abs(alone)):
+            raise ValueError(
+                f"{type(self.model).__name__} looks at padding in spite of the attention mask: set batch_tokens=1, "
+                "so that texts are run one by one"
+            )
 
     def _batches(
         self, texts: list[_Text], policy: Policy, n_replicates: int, generator: torch.Generator

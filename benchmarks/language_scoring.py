@@ -11,8 +11,8 @@ Asked: no more than a tenth more for ten times as many.
 
 Ranking: eight tiny BERTs trained shorter or longer, wider or narrower, at all mask sizes or at 15 %, on texts of 12
 tokens from a hidden Markov chain whose log-density is known. On fresh texts: area (its own masks), log-density of the
-mixture of 64 random orders, truth. Asked: the same ranking by both, on each of three sets of 300 fresh texts (shown: the
-last).
+mixture of 64 random orders, truth. Asked: the same ranking by both, on each of three sets of 300 fresh texts (the last
+is shown).
 """
 
 import sys
@@ -89,7 +89,7 @@ def speed(report, args):
     chains = [cut(c)["input_ids"] for c in CHAINS.values()]
     few = 4 if args.quick else 1
     cases = {
-        "antibody model, ten chains of 118 to 125": (network(checkpoint()), cut, chains[::few]),
+        "antibody model, ten chains of 118 to 124": (network(checkpoint()), cut, chains[::few]),
         "BERT 256 x 4, 30 522 words": (
             bert(30_522, 256, 4),
             words(30_522),

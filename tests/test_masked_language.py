@@ -191,7 +191,7 @@ def test_batches_change_nothing_and_are_bounded(kind):
         sizes.clear()
         found[batch_tokens] = MaskedLanguageModel(model, cut, batch_tokens=batch_tokens).estimate(TEXTS)
         assert max(sizes) <= max(batch_tokens, 2 + max(LENGTHS))
-        assert len(sizes) == {1: 8 * 16 * 4, 10_000: 1}.get(batch_tokens, len(sizes))
+        assert len(sizes) == {1: 8 * 16 * 4, 10_000: 1 + 2}.get(batch_tokens, len(sizes))
     for one in found.values():
         np.testing.assert_allclose(one.score, found[10_000].score, rtol=0, atol=1e-10)
         assert list(one.n_tokens) == LENGTHS
@@ -221,6 +221,16 @@ def test_token_ids_in_place_of_texts():
     truth = lm.score_samples(TEXTS)
     for texts in (ids, padded, [torch.tensor(i) for i in ids]):
         np.testing.assert_array_equal(lm.score_samples(texts), truth)
+
+
+def test_models_that_look_at_padding():
+    more = {"tpu_short_seq_length": 8, "num_attention_heads": 2}
+    lm = MaskedLanguageModel(network("FNet", **more), tokenizer())
+    with pytest.raises(ValueError, match="FNetForMaskedLM looks at padding .* set batch_tokens=1"):
+        lm.pseudo_log_likelihood(TEXTS)
+    lm.batch_tokens = 1
+    found = lm.pseudo_log_likelihood(TEXTS)
+    np.testing.assert_allclose(found[:1], lm.pseudo_log_likelihood(TEXTS[:1]), rtol=0, atol=1e-10)
 
 
 def test_missing_and_unknown_tokens():
@@ -330,7 +340,7 @@ def test_what_is_refused():
         MaskedLanguageModel(lm.model, lm.tokenizer, batch_tokens=0).score_samples(TEXTS)
 
 
-@pytest.mark.parametrize("kind, limit", [("Bert", 16), ("Roberta", 16 - PAD - 1)])
+@pytest.mark.parametrize("kind, limit", [("Bert", 16), ("Roberta", 16 - PAD - 1), ("RoFormer", 16)])
 def test_over_long_texts_name_the_limit(kind, limit):
     lm = MaskedLanguageModel(network(kind), tokenizer())
     assert np.isfinite(lm.score_samples(["cat " * (limit - 2)], n_replicates=1)).all()
