@@ -110,11 +110,11 @@ class RateCurve(NamedTuple):
     """The masked curve of rows of different lengths: nats a hidden token against the share of tokens hidden."""
 
     rate: NDArray[np.float64]
-    """(R,) rising, in (0, 1]."""
+    """(n_rates,) rising, in (0, 1]."""
     mean: NDArray[np.float64]
-    """(R,) averaged over rows, each weighed by its tokens."""
+    """(n_rates,) averaged over rows, each weighed by its tokens."""
     se: NDArray[np.float64]
-    """(R,) standard errors over masks."""
+    """(n_rates,) standard errors over masks."""
 
     @property
     def area(self) -> float:
