@@ -89,7 +89,7 @@ class MaskedLanguageModel:
 
     Examples
     --------
-    >>> import pytest, torch
+    >>> import numpy as np, pytest
     >>> transformers = pytest.importorskip("transformers")
     >>> words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat", "sat"]
     >>> tokenizer = transformers.BertTokenizer(vocab={word: i for i, word in enumerate(words)})
@@ -101,10 +101,8 @@ class MaskedLanguageModel:
     ... )
     >>> found.n_tokens
     array([3, 2])
-    >>> bool(
-    ...     (abs(found.score - found.n_tokens * -torch.tensor(8.0).log().item()) < 0.5).all()
-    ... )  # it knows nothing
-    True
+    >>> (abs(found.score / found.n_tokens + np.log(8)) < 0.3).tolist()  # it knows nothing
+    [True, True]
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, batch_tokens: int = 2048):
@@ -368,7 +366,7 @@ def compare_language_models(
     *,
     masks: Policy | None = None,
     n_replicates: int = 8,
-    random_state: int = 0,
+    random_state: RandomState = 0,
 ) -> pd.DataFrame:
     """Rank masked language models by their score of the same texts, which none of them should have been trained on.
 
@@ -384,8 +382,8 @@ def compare_language_models(
         With ``is_lml``.
     n_replicates : int, default=8
         Draws of masks.
-    random_state : int, default=0
-        For the draws.
+    random_state : int, torch.Generator or None, default=0
+        For the draws; the same for all models.
 
     Returns
     -------
@@ -412,9 +410,10 @@ def compare_language_models(
             f"not comparable: the tokenizers of {', '.join(map(repr, others))} cut the texts into other tokens than "
             f"that of {next(iter(models))!r}"
         )
+    seed = torch_generator(random_state).initial_seed()
     found = []
     for name, model in models.items():
-        scores = model._estimate(read[name], masks, n_replicates, random_state)
+        scores = model._estimate(read[name], masks, n_replicates, seed)
         totals = scores.diagnostics["totals"]
         note = "area under the masked curve"
         found.append(Candidate(None, scores.total, scores.score, totals, scores.se, note=note))
