@@ -34,7 +34,7 @@ class Candidate:
     """What one candidate's evaluation found."""
 
     estimator: Any = None
-    """Fitted on all rows; a Pipeline or a BayesMPT."""
+    """Fitted on all rows; a Pipeline or a BayesMPT. None of a network that was trained elsewhere."""
     evidence: float = math.nan
     """Total nats."""
     by_row: NDArray[np.float64] | None = None
@@ -58,6 +58,11 @@ class Candidate:
     @property
     def model(self) -> BayesMPT:
         return final_step(self.estimator)
+
+    @property
+    def is_evidence(self) -> bool:
+        """Whether no parameter was point-estimated; those of a network always were."""
+        return self.estimator is not None and not self.model.predictor_.structure.parameters
 
     def take(self, found: Integrated) -> None:
         """An evidence with the hyper-parameters integrated."""
@@ -260,8 +265,8 @@ def comparison_table(names: list[str], found: list[Candidate], rule: str) -> pd.
     with np.errstate(divide="ignore", invalid="ignore"):
         p_worse = norm.cdf(-np.abs(diff) / mc_dse)
     p_worse[order[0]] = math.nan
-    evidence = rule in ("laplace", "integrated", "cumulative") or not any(
-        c.model.predictor_.structure.parameters for c in found if not c.error
+    evidence = rule in ("laplace", "integrated", "cumulative") or all(
+        c.is_evidence for c in found if not c.error
     )
     weight = np.exp(diff) / np.nansum(np.exp(diff)) if evidence else np.full(len(found), math.nan)
     frame = pd.DataFrame(

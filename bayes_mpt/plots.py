@@ -9,18 +9,18 @@ import pandas as pd
 from numpy.typing import ArrayLike
 
 from bayes_mpt.discovery import Decomposition, decompose
-from bayes_mpt.score import Curve
+from bayes_mpt.score import Curve, RateCurve
 
 __all__ = ["DecompositionDisplay", "MaskedCurveDisplay", "RankingDisplay"]
 
 
 class MaskedCurveDisplay:
-    """The masked curve S(x; m) against the number of hidden tokens; the area under it is the LML.
+    """The masked curve S(x; m) against the number of hidden tokens, or their share; the area under it is the LML.
 
     Parameters
     ----------
-    curve : Curve
-        `bayes_mpt.score.ScoreEstimate.by_size`.
+    curve : Curve or RateCurve
+        `bayes_mpt.score.ScoreEstimate.by_size`, or `bayes_mpt.masked_language.MaskedLanguageModel.masked_curve`.
 
     Attributes
     ----------
@@ -28,7 +28,7 @@ class MaskedCurveDisplay:
         After `plot`.
     """
 
-    def __init__(self, curve: Curve):
+    def __init__(self, curve: Curve | RateCurve):
         self.curve = curve
 
     @classmethod
@@ -39,6 +39,10 @@ class MaskedCurveDisplay:
     def plot(self, ax: Any = None, *, label: str | None = None, color: str | None = None) -> Self:
         """Draw on ``ax``, or on new axes."""
         self.ax_, self.figure_ = _axes(ax)
+        if isinstance(self.curve, RateCurve):
+            label_x, area = "share of tokens hidden", f"{self.curve.area:.2f} nats a token"
+        else:
+            label_x, area = "hidden tokens m", f"{np.nansum(self.curve.mean):.2f} nats a row"
         size, mean, se = self.curve
         (self.line_,) = self.ax_.plot(size, mean, label=label, color=color)
         band = 2 * np.nan_to_num(se)
@@ -46,11 +50,10 @@ class MaskedCurveDisplay:
             size, mean - band, mean + band, alpha=0.3, color=self.line_.get_color()
         )
         self.ax_.fill_between(size, mean, 0, alpha=0.08, color=self.line_.get_color(), linewidth=0)
-        total = float(np.nansum(mean))
         self.ax_.set(
-            xlabel="hidden tokens m",
+            xlabel=label_x,
             ylabel="S(m), nats per hidden token",
-            title=f"area under the masked curve: {total:.2f} nats a row",
+            title=f"area under the masked curve: {area}",
         )
         return self
 

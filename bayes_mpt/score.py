@@ -37,6 +37,7 @@ __all__ = [
     "Bias",
     "CumulativeMaskedScore",
     "Curve",
+    "RateCurve",
     "ScoreEstimate",
     "estimate",
     "fixed_rate_bias",
@@ -103,6 +104,23 @@ class Curve(NamedTuple):
     """(T,) S(x; m); NaN for sizes that no mask had."""
     se: NDArray[np.float64]
     """(T,) standard errors over masks; NaN where a size was drawn once."""
+
+
+class RateCurve(NamedTuple):
+    """The masked curve of rows of different lengths: nats a hidden token against the share of tokens hidden."""
+
+    rate: NDArray[np.float64]
+    """(n_rates,) rising, in (0, 1]."""
+    mean: NDArray[np.float64]
+    """(n_rates,) averaged over rows, each weighed by its tokens."""
+    se: NDArray[np.float64]
+    """(n_rates,) standard errors over masks."""
+
+    @property
+    def area(self) -> float:
+        """By trapezoids, the ends held at the outermost values: nats a token, about the score over the tokens."""
+        ends = self.mean[0] * self.rate[0] + self.mean[-1] * (1 - self.rate[-1])
+        return float(np.trapezoid(self.mean, self.rate) + ends)
 
 
 @dataclass(frozen=True)

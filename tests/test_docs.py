@@ -20,6 +20,8 @@ def test_code_blocks_run(page, tmp_path, monkeypatch):
     pyplot.switch_backend("Agg")
     monkeypatch.chdir(tmp_path)  # what a page writes is not left in the checkout
     text = page.read_text()
+    if "from transformers import" in text:
+        pytest.importorskip("transformers", reason="the extra `language` is not installed")
     namespace = {"__name__": "__main__"}
     with pyro.get_param_store().scope():
         for block in BLOCK.finditer(text):
