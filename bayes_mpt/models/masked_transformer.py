@@ -62,7 +62,8 @@ class MaskedTransformer(BaseEstimator):
     >>> from bayes_mpt import BayesMPT
     >>> rng = np.random.default_rng(0)
     >>> X = (np.arange(6) + rng.integers(3, size=(300, 1))) % 3.0  # a cycle: one token tells the others
-    >>> fitted = BayesMPT(MaskedTransformer(16, 1, 2), max_iter=30, learning_rate=0.01, random_state=0).fit(X)
+    >>> settings = {"max_iter": 30, "learning_rate": 0.01, "validation_fraction": 0.0, "random_state": 0}
+    >>> fitted = BayesMPT(MaskedTransformer(16, 1, 2), **settings).fit(X)
     >>> bool(abs(fitted.score(X) + np.log(3)) < 0.1)
     True
     """
@@ -210,6 +211,7 @@ class _InBatch(dist.Categorical):
         self._all = h @ embedding.flatten(0, 1).mT  # (N, T, V)
         self._log_q = unigram.flatten().log_softmax(0)  # (V,)
         self._hidden = hidden
+        self.states = h
         own = (self._all + self._log_q).unflatten(-1, embedding.shape[:2])  # (N, T, G, L)
         own = own[:, torch.arange(len(group), device=group.device), group]
         super().__init__(logits=own.masked_fill(~possible, -torch.inf))
