@@ -17,6 +17,7 @@ import torch
 from timing import Report, run
 
 from bayes_mpt import BayesMPT
+from bayes_mpt.masks import PermutationChain
 from bayes_mpt.models import MaskedTransformer
 from bayes_mpt.predictors import SelfPredictive
 
@@ -52,9 +53,8 @@ def main(report: Report, args):
         model = BayesMPT(MaskedTransformer(width, **kind), predictor=SelfPredictive(1), random_state=seed)
         model.fit(x)
         cpu = time.process_time() - start
-        model.set_params(predictor=SelfPredictive(4))
         with model.read_rows(ROWS.astype(np.float32)) as (predictor, rows), torch.no_grad():
-            by_order = predictor._by_order(rows).double().numpy()  # (4, 3^T)
+            by_order = predictor.chain(rows, PermutationChain(4).draw(T, 0).order).sum(-1).numpy()  # (4, 3^T)
         missed = -entropy - float(p @ by_order.mean(0))
         report.row(
             width=width,

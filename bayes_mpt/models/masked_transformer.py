@@ -119,9 +119,8 @@ class MaskedTransformer(BaseEstimator):
         """The last states (N, T, D) of embedded tokens (N, T, D), hidden ones replaced."""
         n, n_tokens, d = tokens.shape
         heads = (n, n_tokens, self.n_heads, d // self.n_heads)
-        unseen = (
-            visible[:, :, None] & ~visible[:, None]
-        )  # (N, T, T): visible ones look, hidden ones are looked at
+        # (N, T, T): a visible token looks, a hidden one is looked at
+        unseen = visible[:, :, None] & ~visible[:, None]
         h = torch.where(visible[..., None], tokens, _normal("mask", d)) + _normal("position", n_tokens, d)
         for layer in range(self.n_layers):
             name = f"layer{layer}"
