@@ -329,6 +329,8 @@ class BayesMPT(
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         self.__dict__.pop("selection_", None)
         # The one pass over all rows, with all threads; what follows sees the moments only, if rows share a map.
+        if by_epochs:
+            self._refuse_unobserved(np.isnan(X).all(0))
         auto = getattr(model, "n_components", None) == "auto"
         own_rows = (by_epochs and not auto) or (y is not None and _takes_y(model))
         table = None if own_rows else self._grow_table(X, seen)
@@ -1334,16 +1336,19 @@ class BayesMPT(
         table = Table(X, self.device)
         if seen is not None:
             table.update(seen)
-        cells = table.incomplete
-        if not table.n and bool(cells.isnan().all(0).any()):
-            names = getattr(self, "feature_names_in_", np.arange(self.n_features_in_))
-            which = ", ".join(str(names[i]) for i in cells.isnan().all(0).nonzero()[:, 0].tolist())
-            raise ValueError(f"column {which} has no observed cell: nothing can be learnt of it. Drop it")
+        if not table.n:
+            self._refuse_unobserved(table.incomplete.isnan().all(0).cpu().numpy())
         broken = (~torch.isfinite(table.cov.diagonal())).nonzero()[:, 0].tolist()
         if broken:
             names = getattr(self, "feature_names_in_", np.arange(self.n_features_in_))
             raise ValueError(f"the squares of column {names[broken[0]]} overflow: rescale it")
         return table
+
+    def _refuse_unobserved(self, columns: NDArray[np.bool_]) -> None:
+        if columns.any():
+            names = getattr(self, "feature_names_in_", np.arange(self.n_features_in_))
+            which = ", ".join(str(names[i]) for i in columns.nonzero()[0])
+            raise ValueError(f"column {which} has no observed cell: nothing can be learnt of it. Drop it")
 
     def _shared_reading(self, what: str) -> Reading:
         check_is_fitted(self)

@@ -304,6 +304,8 @@ class TestModel:
             BayesMPT(VAE(1), max_iter=1).fit(digits[:50]).bidirectional()
         with pytest.raises(ValueError, match="guide"):
             choose(lambda x: VAE(1)(x), (torch.zeros(5, 3),), predictor=AnnealedImportance())
+        with pytest.raises(ValueError, match="column 3 has no observed cell"):
+            BayesMPT(VAE(1)).fit(np.where(np.arange(16) == 3, np.nan, digits))
         with pytest.raises(ValueError, match="early_stopping"):
             BayesMPT(early_stopping=True).fit(load_wine().data)
 

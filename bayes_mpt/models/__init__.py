@@ -3,6 +3,7 @@
 from bayes_mpt.models.gaussian_process import GaussianProcess
 from bayes_mpt.models.latent_class import LatentClass
 from bayes_mpt.models.linear_gaussian import PPCA, FactorAnalysis
+from bayes_mpt.models.masked_transformer import MaskedTransformer, contrastive_loss
 from bayes_mpt.models.mixtures import GaussianMixture, MixtureOfFactorAnalyzers
 from bayes_mpt.models.potts import Couplings, FactoredAttention, Potts
 from bayes_mpt.models.regression import BayesianRegression
@@ -18,6 +19,8 @@ __all__ = [
     "GaussianMixture",
     "GaussianProcess",
     "LatentClass",
+    "MaskedTransformer",
     "MixtureOfFactorAnalyzers",
     "Potts",
+    "contrastive_loss",
 ]

@@ -1,0 +1,289 @@
+"""A transformer that predicts its own hidden tokens, and the contrastive loss with tied weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import torch
+from sklearn.base import BaseEstimator
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["MaskedTransformer", "contrastive_loss"]
+
+MASK_TOKENS, HEADS = ("learned", "optimized"), ("softmax", "contrastive")
+RAREST = 1e-2  # probability of a code at the start, shared by those that a column never shows
+MAX_LEVELS = 2**15  # of a column that nothing was said of: more are no codes
+START = 0.02  # sd of embeddings and of what is added to the residual stream
+
+
+class MaskedTransformer(BaseEstimator):
+    """A small bidirectional transformer of categorical tokens: what each hidden one is, given the visible ones.
+
+        h_i = p_i + (e(x_i) where visible, else the mask token);    L times:  h += attention(norm h),  h += mlp(norm h)
+        log p(x_i = a | visible) = e(a)' norm(h_i) + b_i(a) - log of the sum over a
+
+    The output is tied to the input embedding e, and its bias starts at the log shares of each column, so that the
+    training starts at independent columns. Rows are codes 0, ..., L - 1 held as floats; NaN is missing. Parameters:
+    "embedding" (G, L, D), "mask" (D,), "position" (T, D), "bias" (T, L) or "unigram" (G, L), and those of the layers.
+
+    Parameters
+    ----------
+    width : int, default=64
+        D, a multiple of ``n_heads``.
+    n_layers : int, default=2
+        Each of attention and of a network of one hidden layer of 4 D, pre-norm.
+    n_heads : int, default=4
+        Of the attention.
+    n_levels : int or sequence of int, optional
+        L, for all columns or of each one; then codes that a column cannot have get no probability. None takes the
+        largest code of the first rows, and one, for all columns; what a column never shows begins rare.
+    groups : sequence of int, optional
+        For each column its group; the columns of one share the embeddings of their codes. None: all of them, as for
+        the letters of a sequence or the grey levels of pixels; ``range(T)``: a code means another thing in each.
+    mask_token : {"learned", "optimized"}, default="learned"
+        "optimized": visible tokens do not attend to hidden ones in the first layer; to the logits of such pairs
+        log(1 - g_l) is added, g_l falling evenly from one to zero in the last of the layers (with one layer, one). This
+        is a reconstruction of the recalibration of masked token optimisation (arXiv 2404.08330), whose code is not to
+        be had; the penalties of that paper are left out.
+    head : {"softmax", "contrastive"}, default="softmax"
+        "contrastive": trained on negatives from the batch (arXiv 2309.08351), `contrastive_loss` over its hidden cells;
+        read out as p(a) proportional to q(a) exp(e(a)' norm(h)), with q the frequency of the code over all hidden
+        cells. Meant for complete rows: a missing cell counts as code 0 among the negatives.
+
+    Examples
+    --------
+    >>> from bayes_mpt import BayesMPT
+    >>> rng = np.random.default_rng(0)
+    >>> X = (np.arange(6) + rng.integers(3, size=(300, 1))) % 3.0  # a cycle: one token tells the others
+    >>> settings = {"max_iter": 30, "learning_rate": 0.01, "validation_fraction": 0.0, "random_state": 0}
+    >>> fitted = BayesMPT(MaskedTransformer(16, 1, 2), **settings).fit(X)
+    >>> bool(abs(fitted.score(X) + np.log(3)) < 0.1)
+    True
+    """
+
+    dtype: ClassVar[torch.dtype] = torch.float32
+    """Of rows and network."""
+    batch_size: ClassVar[int] = 128
+    """Rows a step of the training, unless another number is asked for."""
+    learning_rate: ClassVar[float] = 1e-3
+    """Of Adam, likewise."""
+
+    def __init__(
+        self,
+        width: int = 64,
+        n_layers: int = 2,
+        n_heads: int = 4,
+        *,
+        n_levels: int | Sequence[int] | None = None,
+        groups: Sequence[int] | None = None,
+        mask_token: Literal["learned", "optimized"] = "learned",
+        head: Literal["softmax", "contrastive"] = "softmax",
+    ):
+        self.width = width
+        self.n_layers = n_layers
+        self.n_heads = n_heads
+        self.n_levels = n_levels
+        self.groups = groups
+        self.mask_token = mask_token
+        self.head = head
+
+    def __call__(self, x: Tensor, visible: Tensor) -> None:
+        """Run the program on codes x (N, T), of which (N, T) are visible; what x holds elsewhere is not looked at."""
+        self._check()
+        shown = torch.where(visible, x, 0.0)
+        group, n_levels = self._groups(x), self._levels(shown)  # (T,), (T,)
+        codes = _codes(shown, n_levels)
+        n_groups, most = int(group.max()) + 1, int(n_levels.max())
+        possible = torch.arange(most, device=x.device) < n_levels[:, None]  # (T, L)
+        embedding = _normal("embedding", n_groups, most, self.width)
+        h = self._encode(embedding[group, codes], visible)  # (N, T, D)
+        if self.head == "contrastive":
+            start = lambda: _log_shares(codes, group, n_groups, most).to(x)  # noqa: E731
+            tokens: Any = _InBatch(h, embedding, pyro.param("unigram", start), group, possible, ~visible)
+        else:
+            column = torch.arange(x.shape[1], device=x.device)
+            bias = pyro.param("bias", lambda: _log_shares(codes, column, len(column), most).to(x))  # (T, L)
+            logits = bias + torch.einsum("ntd,tld->ntl", h, embedding[group])
+            tokens = dist.Categorical(logits=logits.masked_fill(~possible, -torch.inf))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", tokens.to_event(1), obs=x)
+
+    def _encode(self, tokens: Tensor, visible: Tensor) -> Tensor:
+        """The last states (N, T, D) of embedded tokens (N, T, D), hidden ones replaced."""
+        n, n_tokens, d = tokens.shape
+        heads = (n, n_tokens, self.n_heads, d // self.n_heads)
+        # (N, T, T): a visible token looks, a hidden one is looked at
+        unseen = visible[:, :, None] & ~visible[:, None]
+        h = torch.where(visible[..., None], tokens, _normal("mask", d)) + _normal("position", n_tokens, d)
+        for layer in range(self.n_layers):
+            name = f"layer{layer}"
+            states = F.linear(_norm(f"{name}.norm1", h), _normal(f"{name}.attend", 3 * d, d, sd=d**-0.5))
+            q, k, v = (part.reshape(heads).transpose(1, 2) for part in states.chunk(3, -1))  # (N, H, T, D/H)
+            found = F.scaled_dot_product_attention(q, k, v, attn_mask=self._recalibrate(layer, unseen, h))
+            found = found.transpose(1, 2).reshape(n, n_tokens, d)
+            h = h + F.linear(found, _normal(f"{name}.attended", d, d))
+            up = F.linear(
+                _norm(f"{name}.norm2", h),
+                _normal(f"{name}.up", 4 * d, d, sd=d**-0.5),
+                pyro.param(f"{name}.up_bias", lambda: torch.zeros(4 * d)),
+            )
+            h = h + F.linear(F.gelu(up), _normal(f"{name}.down", d, 4 * d))
+        return _norm("norm", h)
+
+    def _recalibrate(self, layer: int, unseen: Tensor, like: Tensor) -> Tensor | None:
+        """What is added to the attention logits (N, 1, T, T): log(1 - g_l) from visible to hidden tokens."""
+        share = 1 - layer / max(1, self.n_layers - 1)  # g_l
+        if self.mask_token == "learned" or share == 0:
+            return None
+        added = math.log1p(-share) if share < 1 else -math.inf
+        return torch.where(unseen, added, 0.0).to(like)[:, None]
+
+    def _check(self) -> None:
+        for name in ("width", "n_layers", "n_heads"):
+            value = getattr(self, name)
+            if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        if self.width % self.n_heads:
+            raise ValueError(
+                f"width must be a multiple of n_heads, got width={self.width}, n_heads={self.n_heads}"
+            )
+        for name, known in (("mask_token", MASK_TOKENS), ("head", HEADS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+
+    def _groups(self, x: Tensor) -> Tensor:
+        """Group of each column (T,), numbered from 0."""
+        n_tokens = x.shape[1]
+        given = np.zeros(n_tokens) if self.groups is None else np.asarray(self.groups)
+        if given.shape != (n_tokens,):
+            raise ValueError(
+                f"groups must name one group for each of {n_tokens} columns, got {self.groups!r}"
+            )
+        return torch.as_tensor(np.unique(given, return_inverse=True)[1], device=x.device)
+
+    def _levels(self, shown: Tensor) -> Tensor:
+        """Number of levels of each column (T,)."""
+        store, n_tokens = pyro.get_param_store(), shown.shape[1]
+        if self.n_levels is not None:
+            given = np.asarray(self.n_levels)
+            if given.dtype.kind not in "iu" or given.shape not in ((), (n_tokens,)) or (given < 1).any():
+                raise ValueError(
+                    f"n_levels must be an integer of at least 1, or one for each of {n_tokens} columns, got "
+                    f"{self.n_levels!r}"
+                )
+            return torch.as_tensor(np.broadcast_to(given, (n_tokens,)).copy(), device=shown.device)
+        if "embedding" in store:
+            found = int(store["embedding"].shape[1])
+        else:
+            top = shown.amax(0)  # (T,)
+            found = int(top.max()) + 1
+            if found > MAX_LEVELS:
+                raise ValueError(
+                    f"column {int(top.argmax())} holds {top.max():g}: columns must be codes 0, 1, ..., such as "
+                    f"OrdinalEncoder makes; for more than {MAX_LEVELS} levels give n_levels"
+                )
+        return torch.full((n_tokens,), found, device=shown.device)
+
+
+class _InBatch(dist.Categorical):
+    """Codes with probabilities proportional to q(a) exp(e(a)' h); learnt from the hidden codes of the batch.
+
+    Where gradients are tracked the log-density of a hidden code is
+
+        log q(x_i) + e(x_i)' h_i - log 1/K sum_{k hidden} exp(e(x_k)' h_i)
+
+    whose last two terms are minus the contrastive loss, plus log K, and estimate log p(x_i | visible) / q(x_i). The sum
+    runs over the different codes, each times its count, which is the same and takes K V numbers instead of K K.
+    """
+
+    def __init__(
+        self, h: Tensor, embedding: Tensor, unigram: Tensor, group: Tensor, possible: Tensor, hidden: Tensor
+    ):
+        self._at = group * embedding.shape[1]  # (T,): where the codes of a column begin among all V = G L
+        self._all = h @ embedding.flatten(0, 1).mT  # (N, T, V)
+        self._log_q = unigram.flatten().log_softmax(0)  # (V,)
+        self._hidden = hidden
+        self.states = h
+        own = (self._all + self._log_q).unflatten(-1, embedding.shape[:2])  # (N, T, G, L)
+        own = own[:, torch.arange(len(group), device=group.device), group]
+        super().__init__(logits=own.masked_fill(~possible, -torch.inf))
+
+    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> _InBatch:
+        if torch.Size(batch_shape) != self.batch_shape:
+            raise NotImplementedError("each cell has states of its own")
+        return self  # a plate that the cells fill already
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if not torch.is_grad_enabled() or not bool(self._hidden.any()):
+            return super().log_prob(value)
+        at = self._at + value.long()  # (N, T)
+        count = torch.bincount(at[self._hidden], minlength=len(self._log_q)).to(self._all)
+        ratio = self._all.gather(-1, at[..., None])[..., 0] - (self._all + count.log()).logsumexp(-1)
+        return self._log_q[at] + ratio + count.sum().log()
+
+
+def contrastive_loss(out: Tensor, embedding: Tensor) -> Tensor:
+    """Contrastive weight tying (Godey et al., arXiv 2309.08351): each output against the embeddings of all K tokens.
+
+        -1/K sum_i log [ exp(o_i' e_i) / sum_k exp(o_i' e_k) ]
+
+    the cross-entropy of the K x K logits whose truth is the diagonal; a repeated token is a negative too. It is no
+    likelihood: the logits tend to log p(w | context) / q(w), with q the frequency of w in the batch, so that those of
+    a vocabulary are e(w)' o + log q(w).
+
+    Parameters
+    ----------
+    out : Tensor of shape (K, D)
+        Last states at the hidden tokens.
+    embedding : Tensor of shape (K, D)
+        Input embeddings of what these tokens are.
+
+    Examples
+    --------
+    >>> contrastive_loss(torch.zeros(4, 2), torch.ones(4, 2))  # log 4
+    tensor(1.3863)
+    """
+    logits = out @ embedding.mT  # (K, K)
+    return (logits.logsumexp(1) - logits.diagonal()).mean()
+
+
+# ---------------------------------------------------------------------------------------------------------- helpers
+
+
+def _normal(name: str, *shape: int, sd: float = START) -> Tensor:
+    return pyro.param(name, lambda: sd * torch.randn(shape))
+
+
+def _norm(name: str, h: Tensor) -> Tensor:
+    """Each state in units of its own spread; scale and shift are learnt."""
+    d = h.shape[-1]
+    scale = pyro.param(f"{name}.scale", lambda: torch.ones(d))
+    return F.layer_norm(h, (d,), scale, pyro.param(f"{name}.shift", lambda: torch.zeros(d)))
+
+
+def _codes(shown: Tensor, n_levels: Tensor) -> Tensor:
+    """Whole numbers (N, T), each below the number of levels of its column."""
+    codes = shown.long()
+    bad = (codes < 0) | (codes >= n_levels) | (codes != shown)
+    if bool(bad.any()):
+        row, column = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"column {column} must hold codes 0, ..., {int(n_levels[column]) - 1}, got {float(shown[row, column]):g}: "
+            "see n_levels"
+        )
+    return codes
+
+
+def _log_shares(codes: Tensor, at: Tensor, n_groups: int, n_levels: int) -> Tensor:
+    """Log shares of the codes among those of each group of columns, (G, L)."""
+    cells = (at * n_levels + codes).flatten()
+    count = torch.bincount(cells, minlength=n_groups * n_levels).reshape(n_groups, n_levels)
+    share = count / count.sum(1, keepdim=True)
+    return share.clamp(min=RAREST / n_levels).log()

@@ -1,0 +1,314 @@
+"""The masked transformer: what it sees, what it learns of a source of known density, and its contrastive head."""
+
+import math
+
+import numpy as np
+import pyro
+import pytest
+import torch
+from sklearn.base import clone
+from sklearn.exceptions import ConvergenceWarning
+from torch.nn import functional as F
+
+from bayes_mpt import BayesMPT
+from bayes_mpt.masks import UniformSize, one_each
+from bayes_mpt.models import Couplings, MaskedTransformer, contrastive_loss
+from bayes_mpt.predictors import SelfPredictive
+from bayes_mpt.tracing import base
+
+T, L = 6, 3
+KINDS = [
+    {},
+    {"mask_token": "optimized"},
+    {"head": "contrastive"},
+    {"groups": range(T), "n_levels": [3, 2, 3, 4, 3, 3]},
+]
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind():
+    pyro.clear_param_store()
+    torch.manual_seed(1991)
+    before = torch.get_rng_state()
+    yield
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def source():
+    """A chain of sites with three levels, neighbours alike."""
+    w = torch.zeros(T, L, T, L, dtype=torch.float64)
+    for i in range(T - 1):
+        w[i, :, i + 1] = w[i + 1, :, i] = 2.0 * torch.eye(L, dtype=torch.float64)
+    field = torch.zeros(T, L, dtype=torch.float64)
+    field[::2, 0] = 0.5
+    return Couplings(field, w)
+
+
+STATES = torch.cartesian_prod(*[torch.arange(L)] * T)  # (L^T, T)
+TABLE = source().log_prob(STATES)
+
+
+def sample(n, seed):
+    index = torch.multinomial(TABLE.exp(), n, True, generator=torch.Generator().manual_seed(seed))
+    return STATES[index].numpy().astype(np.float32)
+
+
+def gap(model):
+    """Entropy of the source that the area misses, nats a row: expectation over all L^T rows."""
+    return float(TABLE.exp().numpy() @ (TABLE.numpy() - model.score_samples(STATES.float().numpy())))
+
+
+def said(model, x, visible):
+    return base(pyro.poutine.trace(model).get_trace(x, visible).nodes["x"]["fn"]).logits
+
+
+def logits(model, x, visible):
+    """What is said of all tokens (N, T, L), at parameters away from their start."""
+    with pyro.get_param_store().scope(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        first = torch.as_tensor(sample(50, 9)).clamp(max=1)
+        model(first, torch.ones_like(first, dtype=torch.bool))
+        with torch.no_grad():
+            for _, leaf in pyro.get_param_store().named_parameters():
+                leaf += 0.3 * torch.randn(leaf.shape)
+            return said(model, x, visible)
+
+
+# -------------------------------------------------------------------------------------------------------- the program
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_hidden_changes_nothing(kind):
+    model = MaskedTransformer(16, 2, 2, **{"n_levels": L, **kind})
+    generator = torch.Generator().manual_seed(0)
+    x = torch.as_tensor(sample(40, 0)).clamp(max=1)
+    visible = torch.rand(x.shape, generator=generator) < 0.5
+    found = logits(model, x, visible)
+    for other in (x.roll(1, 0), x.flip(1), 1e6 + x, torch.full_like(x, torch.nan)):
+        changed = torch.where(visible, x, other)
+        assert torch.equal(logits(model, changed, visible), found)
+    # what is visible does change it, and rows keep to themselves
+    moved = x.clone()
+    moved[:, 0] = 1 - x[:, 0]
+    by_row = (logits(model, moved, visible) - found).nan_to_num(0.0)[:, 1:].abs().amax((1, 2))
+    assert bool((by_row[visible[:, 0]] > 1e-4).all()) and bool((by_row[~visible[:, 0]] == 0).all())
+
+
+def test_codes_that_a_column_cannot_have_get_no_probability():
+    model = MaskedTransformer(16, 2, 2, groups=range(T), n_levels=[3, 2, 3, 4, 3, 3])
+    x = torch.as_tensor(sample(40, 0)).clamp(max=1)
+    found = logits(model, x, x == 0).exp()
+    assert found.shape == (40, T, 4)
+    np.testing.assert_allclose(found.sum(-1), 1.0, atol=1e-6)
+    assert bool((found[:, 1, 2:] == 0).all()) and bool((found[:, 0, 3] == 0).all())
+    assert bool((found[:, 3] > 0).all())
+
+
+def test_visible_tokens_see_no_hidden_ones_in_the_first_layer():
+    """With one layer, what is said at visible tokens is the same whatever the mask token; else it is not."""
+    x = torch.as_tensor(sample(30, 0))
+    visible = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    visible[:, 0] = True
+    for mask_token, n_layers, same in (
+        ("optimized", 1, True),
+        ("learned", 1, False),
+        ("optimized", 3, False),
+    ):
+        model = MaskedTransformer(16, n_layers, 2, mask_token=mask_token)
+        with pyro.get_param_store().scope(), torch.random.fork_rng(), torch.no_grad():
+            first = said(model, x, visible)
+            pyro.param("mask").add_(torch.linspace(-1, 1, 16))
+            second = said(model, x, visible)
+        assert torch.equal(first[visible], second[visible]) is same
+        assert not torch.equal(first[~visible], second[~visible])
+
+
+def test_training_starts_at_independent_columns():
+    X = sample(300, 0)
+    with pytest.warns(ConvergenceWarning):
+        model = BayesMPT(MaskedTransformer(16), max_iter=1, learning_rate=1e-9, random_state=0).fit(X)
+    shares = np.stack([np.bincount(c.astype(int), minlength=L) for c in X.T]) / len(X)
+    independent = (shares * np.log(shares)).sum()
+    assert abs(model.score(X) - independent) < 0.03
+
+
+# ---------------------------------------------------------------------------------------------------------- learning
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    with pyro.get_param_store().scope(), torch.random.fork_rng():
+        return {
+            n: BayesMPT(MaskedTransformer(24), learning_rate=3e-3, random_state=0).fit(sample(n, 0))
+            for n in (400, 3000)
+        }
+
+
+def test_area_lies_below_the_exact_log_likelihood_and_approaches_it(fitted):
+    """In expectation, where no sampling error hides a network that knows what it cannot know."""
+    few, many = gap(fitted[400]), gap(fitted[3000])
+    shares = torch.stack([F.one_hot(c, L).double().T @ TABLE.exp() for c in STATES.T])  # (T, L)
+    independent = -float((shares * shares.log()).sum()) + float(TABLE.exp() @ TABLE)
+    assert 0 < many < 0.1
+    assert many < 0.5 * few and few < 0.5 * independent
+    fresh = sample(2000, 1)  # and on rows as they come
+    assert abs(source().log_prob(fresh).numpy() - fitted[3000].score_samples(fresh)).mean() < 0.5
+
+
+def test_orders_disagree_and_it_is_told(fitted):
+    fresh = sample(300, 1)
+    spread = {}
+    for n, model in fitted.items():
+        told = model.estimate(fresh).diagnostics
+        assert told["log_mean_exp"] > np.mean(told["totals"])
+        spread[n] = told["order_sd"]
+    assert 0 < spread[3000] < spread[400]
+
+
+@pytest.mark.parametrize("kind", [{"mask_token": "optimized"}, {"head": "contrastive"}])
+def test_the_other_kinds_learn_as_well(kind):
+    settings = {"learning_rate": 3e-3, "validation_fraction": 0.0, "max_iter": 25, "random_state": 0}
+    model = BayesMPT(MaskedTransformer(24, **kind), predictor=SelfPredictive(2), **settings).fit(
+        sample(1500, 0)
+    )
+    assert 0 < gap(model) < 0.2
+
+
+@pytest.mark.filterwarnings("ignore:the training stopped")
+def test_missing_cells_and_columns_with_other_levels():
+    """A column of two levels, one of five, each its own codes; the second tells the first."""
+    rng = np.random.default_rng(0)
+    five = rng.integers(5, size=2000)
+    X = np.stack([five >= 3, five, rng.integers(3, size=2000)], 1).astype(float)
+    whole = X.copy()
+    X[rng.random(X.shape) < 0.2] = np.nan
+    model = BayesMPT(
+        MaskedTransformer(16, 1, 2, groups=range(3), n_levels=(2, 5, 3)),
+        learning_rate=5e-3,
+        max_iter=40,
+        predictor=SelfPredictive(2),
+        random_state=0,
+    ).fit(X)
+    filled = model.impute(X)
+    told = np.isnan(X[:, 0]) & ~np.isnan(X[:, 1])
+    assert (filled[~np.isnan(X)] == X[~np.isnan(X)]).all()
+    assert (filled[told, 0] == whole[told, 0]).mean() > 0.99
+    # -log p: the entropy of five levels and of three, the first column being known
+    assert abs(model.score(whole) + math.log(15)) < 0.1
+    # of a row without a cell nothing is scored
+    assert model.score_samples(np.full((1, 3), np.nan))[0] == 0.0
+
+
+def test_resumes_to_the_bit(tmp_path):
+    X = sample(300, 0)
+    settings = {"random_state": 3, "learning_rate": 3e-3}
+    file = tmp_path / "training.pt"
+    with pytest.warns(ConvergenceWarning):
+        whole = BayesMPT(MaskedTransformer(16), max_iter=4, **settings).fit(X)
+    with pytest.warns(ConvergenceWarning):
+        BayesMPT(MaskedTransformer(16), max_iter=2, checkpoint=file, **settings).fit(X)
+    with pytest.warns(ConvergenceWarning):
+        resumed = BayesMPT(MaskedTransformer(16), max_iter=4, checkpoint=file, **settings).fit(X)
+    assert resumed.history_ == whole.history_
+    assert all((resumed.params_[k] == whole.params_[k]).all() for k in whole.params_)
+    assert all(v.dtype == np.float32 for v in whole.params_.values())
+
+
+# --------------------------------------------------------------------------------------------------- contrastive head
+
+
+def test_contrastive_loss_is_the_cross_entropy_of_all_pairs():
+    generator = torch.Generator().manual_seed(0)
+    out, embedding = torch.randn(2, 70, 16, generator=generator)
+    embedding[3] = embedding[5]  # a repeated token stays a negative
+    expected = F.cross_entropy(out @ embedding.T, torch.arange(70))
+    assert abs(float(contrastive_loss(out, embedding) - expected)) < 1e-6
+    huge = contrastive_loss(1e3 * out, embedding)  # exp would overflow
+    assert bool(torch.isfinite(huge))
+    wide = (1e3 * out).double() @ embedding.double().T
+    np.testing.assert_allclose(huge, F.cross_entropy(wide, torch.arange(70)), rtol=1e-6)
+
+
+def test_in_training_the_head_has_the_contrastive_loss():
+    """Minus its log-densities, less those of the code's frequency, is the loss over all hidden cells, less log K."""
+    model = MaskedTransformer(16, 1, 2, head="contrastive", groups=[0, 0, 0, 1, 1, 1])
+    x = torch.as_tensor(sample(30, 0))
+    visible = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    with pyro.get_param_store().scope(), torch.random.fork_rng():
+        fn = base(pyro.poutine.trace(model).get_trace(x, visible).nodes["x"]["fn"])
+        store = pyro.get_param_store()
+        group = torch.tensor([0, 0, 0, 1, 1, 1])
+        log_q = store["unigram"].flatten().log_softmax(0).reshape(2, L)[group, x.long()]
+        states = fn.states
+        expected = contrastive_loss(states[~visible], store["embedding"][group, x.long()][~visible])
+        k = int((~visible).sum())
+        got = -(fn.log_prob(x) - log_q)[~visible].mean() + math.log(k)
+        assert abs(float((got - expected).detach())) < 1e-5
+        with torch.no_grad():  # read out: a density of its own
+            each = torch.stack([fn.log_prob(torch.full_like(x, a)) for a in range(L)])
+            np.testing.assert_allclose(each.exp().sum(0), 1.0, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"width": 0}, "width must be an integer"),
+        ({"n_layers": 1.5}, "n_layers must be an integer"),
+        ({"n_heads": 5}, "multiple of n_heads"),
+        ({"mask_token": "none"}, "mask_token must be one of"),
+        ({"head": "none"}, "head must be one of"),
+        ({"groups": [0, 1]}, "one group for each of 6 columns"),
+        ({"n_levels": [3, 3]}, "one for each of 6 columns"),
+        ({"n_levels": 0}, "n_levels must be an integer"),
+        ({"n_levels": 2}, r"column \d must hold codes 0, ..., 1, got 2"),
+        ({"n_levels": [3, 3, 3, 2, 3, 3]}, r"column 3 must hold codes 0, ..., 1, got 2"),
+    ],
+)
+def test_refused_settings(change, words):
+    model = clone(MaskedTransformer(16)).set_params(**change)
+    with pytest.raises(ValueError, match=words):
+        BayesMPT(model, random_state=0).fit(sample(60, 0))
+
+
+@pytest.mark.parametrize(
+    ("cell", "words"),
+    [(-1.0, "column 2 must hold codes"), (0.5, "column 2 must hold codes"), (1e6, "column 2 holds 1e")],
+)
+def test_refused_cells(cell, words):
+    X = sample(60, 0)
+    X[7, 2] = cell
+    with pytest.raises(ValueError, match=words):
+        BayesMPT(MaskedTransformer(16), random_state=0).fit(X)
+
+
+def test_refused_rows(fitted):
+    model = fitted[400]
+    X = sample(20, 2)
+    X[4, 1] = L
+    with pytest.raises(ValueError, match="column 1 must hold codes 0, ..., 2, got 3"):
+        model.score(X)
+    with pytest.raises(ValueError, match="0 sample"):
+        model.score(np.empty((0, T)))
+    with pytest.raises(ValueError, match="0 sample|minimum of 2"):
+        BayesMPT(MaskedTransformer(16)).fit(np.empty((0, T)))
+    with pytest.raises(ValueError, match="features"):
+        model.score(X[:, :3])
+
+
+def test_one_mask_a_row_is_what_it_is_trained_on():
+    """A step of training is one run of the network, each row under its own mask."""
+    seen = []
+
+    class Spy(MaskedTransformer):
+        def __call__(self, x, visible):
+            if torch.is_grad_enabled() and not bool(visible.all()):
+                seen.append(visible)
+            super().__call__(x, visible)
+
+    with pytest.warns(ConvergenceWarning):
+        BayesMPT(Spy(16, 1, 2), max_iter=1, random_state=0, predictor=SelfPredictive(1)).fit(sample(256, 0))
+    assert len(one_each(UniformSize(64).draw(T, 0), 128, 0).visible) == 1
+    assert all(len(v) <= 128 for v in seen) and len(seen[0].unique(dim=0)) > 5
