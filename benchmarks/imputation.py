@@ -15,7 +15,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from sklearn.datasets import load_diabetes, load_wine
+from sklearn.datasets import load_breast_cancer, load_diabetes, load_wine
 from sklearn.experimental import enable_iterative_imputer  # noqa: F401  # makes the import below work
 from sklearn.impute import IterativeImputer, SimpleImputer
 from sklearn.preprocessing import StandardScaler
@@ -24,7 +24,7 @@ from bayes_mpt import BayesMPT, MarginalLikelihoodSearch
 from bayes_mpt.models import PPCA, VAE
 
 RESULTS = Path(__file__).parent / "results" / "imputation.json"
-TABLES = {"wine": load_wine, "diabetes": load_diabetes}
+TABLES = {"wine": load_wine, "diabetes": load_diabetes, "breast cancer": load_breast_cancer}
 DIMENSIONS = [1, 2, 4]
 
 
