@@ -210,7 +210,7 @@ def draw(curves: dict, params: dict[str, Tensor], independent: float) -> plt.Fig
     left.set(
         xlabel="step of Adam",
         ylabel="held-out LML, nats an image",
-        title="judged by one integral",
+        title="judged by one integral, on 250 of the images",
         ylim=(-300, -190),
     )
     left.legend(fontsize="small", loc="lower right")
