@@ -68,9 +68,11 @@ class AnnealedImportance(Predictor):
     >>> from bayes_mpt import BayesMPT
     >>> from bayes_mpt.models import VAE
     >>> X = (torch.rand(200, 6, generator=torch.Generator().manual_seed(0)) < 0.3).numpy().astype("float32")
-    >>> model = BayesMPT(VAE(1, hidden=(8,)), max_iter=3, n_iter_no_change=3, random_state=0).fit(X)
-    >>> sharper = model.set_params(predictor=AnnealedImportance(8, 20)).score_samples(X)
-    >>> sharper.shape
+    >>> way = AnnealedImportance(num_particles=8, num_temperatures=20)
+    >>> model = BayesMPT(
+    ...     VAE(1, hidden=(8,)), predictor=way, max_iter=3, validation_fraction=0, random_state=0
+    ... )
+    >>> model.fit(X).score_samples(X).shape
     (200,)
     """
 
