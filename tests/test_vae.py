@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import pickle
 import subprocess
 import sys
 import textwrap
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pyro
@@ -382,3 +384,13 @@ def test_curve_of_many_tokens_adds_up(digits):
     found = clone_with(model, Importance(2000)).estimate(X[:20], n_replicates=2)
     assert found.by_size.mean.shape == (48,)
     assert abs(found.by_size.mean.sum() - found.total / 20) < 0.1
+
+
+def test_the_page_gives_the_measured_figures():
+    root = Path(__file__).parents[1]
+    page = (root / "docs" / "deep_models.md").read_text()
+    for run in json.loads((root / "benchmarks" / "results" / "deep_training.json").read_text())["summary"]:
+        ours = run["loss"].startswith("masked")
+        figure = f"{run['lml']:.1f}" if ours else f"{-run['ours above']:+.1f} ± {run['se']:.1f}"
+        line = next(line for line in page.splitlines() if line.startswith(f"| {run['loss']} |"))
+        assert line.split("|")[2 + [0.0, 0.3, 0.6].index(run["missing"])].strip() == figure
