@@ -127,7 +127,7 @@ class BayesMPT(
         Of Adam, in units in which the program's map moves by about one; by epochs, of the parameters themselves. None
         takes ``model.learning_rate``, or else 0.05 and by epochs 0.001.
     batch_size : int, optional
-        Rows a step of Adam; None takes ``model.batch_size``, or else all of them. Needs independent rows, or a
+        Rows a step of Adam; None takes by epochs ``model.batch_size``, or else all of them. Needs independent rows, or a
         predictor whose score is a sum over tokens (`NearestNeighbors`): then tokens a step.
     early_stopping : bool, optional
         Whether to train by epochs of minibatches, until rows that are held out score no better: for networks. None:
@@ -1028,9 +1028,8 @@ class BayesMPT(
         with OwnStore() as store:
             store.prefill(self._initial)
             with seeded(self._seed()):
-                simulate(
-                    self.fitted_model_, (rows,), structure
-                )  # networks put their parameters into the store
+                # networks put their parameters into the store
+                simulate(self.fitted_model_, (rows,), structure)
             store.begin(self._state)
             with seeded(self._seed()):
                 return simulate(self.fitted_model_, (rows,), structure)

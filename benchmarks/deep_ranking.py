@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sklearn.base import clone
 
 from bayes_mpt import BayesMPT, MarginalLikelihoodSearch
 from bayes_mpt.models import VAE
@@ -39,7 +40,7 @@ def one(k: int, seed: int) -> dict[str, Any]:
     deep = BayesMPT(VAE(hidden=(64,)), learning_rate=3e-3, max_iter=200, random_state=seed)
     grid = {"model__latent_dim": CANDIDATES}
     search = MarginalLikelihoodSearch(deep, grid, evidence="heldout", cv=3).fit(X)
-    truth = {n: BayesMPT.score(m, fresh) for n, m in zip(CANDIDATES, fitted(search, X), strict=True)}
+    truth = {n: m.score(fresh) for n, m in zip(CANDIDATES, fitted(search, X), strict=True)}
     pick = search.best_params_["model__latent_dim"]
     return {
         "true": k,
@@ -51,8 +52,6 @@ def one(k: int, seed: int) -> dict[str, Any]:
 
 
 def fitted(search: MarginalLikelihoodSearch, X: np.ndarray) -> list[BayesMPT]:
-    from sklearn.base import clone
-
     return [clone(search.estimator).set_params(**p).fit(X) for p in search.cv_results_["params"]]
 
 
