@@ -127,8 +127,8 @@ class BayesMPT(
         Of Adam, in units in which the program's map moves by about one; by epochs, of the parameters themselves. None
         takes ``model.learning_rate``, or else 0.05 and by epochs 0.001.
     batch_size : int, optional
-        Rows a step of Adam; None takes by epochs ``model.batch_size``, or else all of them. Needs independent rows, or a
-        predictor whose score is a sum over tokens (`NearestNeighbors`): then tokens a step.
+        Rows a step of Adam; None takes by epochs ``model.batch_size``, or else all of them. Needs independent rows, or
+        a predictor whose score is a sum over tokens (`NearestNeighbors`): then tokens a step.
     early_stopping : bool, optional
         Whether to train by epochs of minibatches, until rows that are held out score no better: for networks. None:
         where the model has a ``batch_size`` of its own. In such a training masks are chains unless ``masks`` is given.
