@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
-from functools import partial
 from numbers import Integral, Real
 from os import PathLike
 from typing import Any, ClassVar, Self
@@ -38,9 +35,9 @@ from torch import Tensor
 
 from bayes_mpt import training
 from bayes_mpt.affine import Reading, token_means, tokens_of
-from bayes_mpt.concentrated import NoiseFloorError, spectrum
-from bayes_mpt.epochs import train_by_epochs
+from bayes_mpt.concentrated import NoiseFloorError
 from bayes_mpt.evidence import Laplace, laplace_diagonal, laplace_proportional
+from bayes_mpt.fitting import Trainer, bind, choose_dimension, log_prior, of_program, refuse_subsampling
 from bayes_mpt.hyperparameters import (
     Integrated,
     Prior,
@@ -64,33 +61,35 @@ from bayes_mpt.predictors import (
 )
 from bayes_mpt.predictors.annealed import Annealed, AnnealedImportance, Bounds
 from bayes_mpt.predictors.base import together
-from bayes_mpt.predictors.joint_gaussian import N_TRIAL_ROWS, gaussian_program
 from bayes_mpt.predictors.nodes import Nodes, growing, means_of_new
 from bayes_mpt.predictors.self_predictive import sees_all
-from bayes_mpt.score import OWN_MASKS, ScoreEstimate, estimate
+from bayes_mpt.rows import (
+    arguments,
+    as_tensor,
+    digest,
+    grow_table,
+    refuse_constant,
+    refuse_empty,
+    refuse_missing,
+    refuse_unobserved,
+    takes_y,
+)
+from bayes_mpt.score import ScoreEstimate, estimate
 from bayes_mpt.simulation import simulate
-from bayes_mpt.store import OwnStore, State, load, save, seeded
+from bayes_mpt.store import OwnStore, State, save, seeded
 from bayes_mpt.tracing import (
     Model,
     ModelError,
     Program,
     fill,
-    first_run,
     list_names,
     not_finite,
     run,
-    takes_visible,
 )
 
 __all__ = ["BayesMPT"]
 
-MAX_INIT_ROWS = 4096  # rows on which it is found out what a program is
-MAX_INIT_CELLS = 2**20  # of a table on which a program first runs, which initialises its parameters
-MAX_AUTO = 50  # latent dimensions that "auto" tries at most
-MAX_INIT_VECTOR = 1024  # rows of one Gaussian vector, which may mean a matrix of their square
-MAX_SETTLING = 2  # rounds of training in which what was found out at the start is found out anew
 CURVE_CHAINS = 8
-RATE, NETWORK_RATE = 0.05, 1e-3  # of Adam, in units of the map; and of networks' own parameters
 RUNAWAY = "the estimate of parameter"
 MAX_CHAIN_CELLS = 2**24  # tokens times steps, up to which a network's score of its training rows is of chains
 MAX_READ_CELLS = 2**18  # of programs that are read on the rows they score: cells at a time
@@ -324,30 +323,41 @@ class BayesMPT(
         if isinstance(model, torch.nn.Module):
             model = deepcopy(model).double()  # a PyroModule trains in place
         guide = _own_guide(self.guide, self.model, model)
-        by_epochs = self.early_stopping if self.early_stopping is not None else hasattr(model, "batch_size")
         state = self._state if warm and hasattr(self, "_state") else None
-        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        trainer = self._trainer(model, context)
+        with_y = y is not None and takes_y(model)
         self.__dict__.pop("selection_", None)
         # The one pass over all rows, with all threads; what follows sees the moments only, if rows share a map.
-        if by_epochs:
-            self._refuse_unobserved(np.isnan(X).all(0))
+        if trainer.by_epochs:
+            refuse_unobserved(np.isnan(X).all(0), trainer.names)
         auto = getattr(model, "n_components", None) == "auto"
-        own_rows = (by_epochs and not auto) or (y is not None and _takes_y(model))
-        table = None if own_rows else self._grow_table(X, seen)
-        bound = None if like is None or isinstance(model, torch.nn.Module) else like._bound
+        own_rows = (trainer.by_epochs and not auto) or with_y
+        table = None if own_rows else grow_table(X, seen, self.device, trainer.names)
+        known = None
+        if like is not None and like._bound is not None and not isinstance(model, torch.nn.Module):
+            known = like._bound, like._state
         with training.one_thread(X.size if table is None else table.cov.numel()):
             if table is not None and auto:
-                _refuse_constant(table)
-                model = self._choose_dimension(model, table)
+                refuse_constant(table)
+                model, self.selection_ = choose_dimension(model, table)
                 state = None if state is not None and self.n_components_ != model.n_components else state
-                bound = None
-            with OwnStore() as store, seeded(seed):
-                predictor, args = self._bind(model, guide, X, y, like, bound, by_epochs)
+                known = None
+            with OwnStore() as store, seeded(trainer.seed):
+                predictor, args = bind(
+                    model,
+                    guide,
+                    lambda rows: arguments(model, X[rows], None if y is None else y[rows], self.device),
+                    X.shape,
+                    self.predictor,
+                    takes_y=with_y,
+                    by_epochs=trainer.by_epochs,
+                    known=known,
+                )
                 self._bound = predictor if predictor.structure.plain else None
                 moments = predictor.structure.plain and isinstance(predictor, LinearGaussian)
                 self._initial = store.initial()
                 store.begin(state)
-                self._refuse_subsampling(predictor, args)
+                refuse_subsampling(predictor, args)
                 if predictor.one_by_one:
                     warnings.warn(
                         "the program does not run on several nodes at once, so that each is run by itself: slow "
@@ -355,162 +365,59 @@ class BayesMPT(
                         "operations that take more axes on the left: (x * w).sum(-1) for x @ w, z[..., None] for "
                         "z[:, None]",
                         UserWarning,
-                        stacklevel=3,
+                        stacklevel=4,
                     )
                 if predictor.remembers:
-                    self._refuse_missing(X)
-                    _refuse_empty(y, predictor)
+                    refuse_missing(X, trainer.names)
+                    refuse_empty(y, estimated=bool(predictor.parameters))
                 if moments:
-                    table = self._grow_table(X, seen) if table is None else table
-                    _refuse_constant(table)
+                    table = grow_table(X, seen, self.device, trainer.names) if table is None else table
+                    refuse_constant(table)
                     # Few rows are scored themselves; many, and those of earlier calls, through their moments.
                     raw = seen is None and len(X) <= 2 * X.shape[1]
-                    rows, weight = (self._tensor(X, model), None) if raw else table.rows()
+                    rows, weight = (as_tensor(X, model, self.device), None) if raw else table.rows()
                     problem = training.Problem(predictor, args, rows, weight, table.n_rows)
                 else:
                     table = None
                     n_rows = len(X) if predictor.structure.by_row else 1
                     problem = training.Problem(predictor, args, None, None, n_rows)
-                leaves = _of_program(problem)
+                leaves = of_program(problem)
                 prior = hyperprior(model, args, leaves)
                 if self.penalty:
-                    problem = replace(problem, log_prior=_log_prior(model, prior, leaves))
-                if by_epochs and (moments or predictor.remembers or not predictor.structure.by_row):
+                    problem = replace(problem, log_prior=log_prior(model, prior, leaves))
+                if trainer.by_epochs and (moments or predictor.remembers or not predictor.structure.by_row):
                     raise ValueError(
                         f"early_stopping holds rows out of a training by epochs, which {predictor.name} has no use for "
                         f"({predictor.why}): leave early_stopping=None"
                     )
-                fit = self._train(
-                    problem,
-                    table,
-                    prior,
-                    warm=state is not None,
-                    seed=seed,
-                    by_epochs=by_epochs,
-                    context=context,
-                )
+                fit = trainer.train(problem, table, prior, warm=state is not None)
                 if prior is not None:
-                    _warn_of_bounds(prior, _of_program(problem))
+                    _warn_of_bounds(prior, problem)
                 problem.predictor.settle()
-                some, by_parts = problem, by_epochs and not problem.predictor.own_masks
-                if by_parts:  # as many rows as the epochs never hold at once
-                    some = training.take_rows(problem, torch.arange(min(self._n_at_once(X), len(X))))
-                predictor = some.read() if fit.last is None else fit.last
-                with torch.no_grad():
-                    if predictor.exact and not by_parts:
-                        score = float(problem.score_of(predictor)) if fit.last is None else fit.history[-1]
-                        total, se = score * problem.n_rows, 0.0
-                    elif predictor.own_masks and predictor.value.numel() * X.shape[1] > MAX_CHAIN_CELLS:
-                        total, se = training.total_on_masks(problem, predictor, seed)
-                    else:
-                        found = (
-                            together(self._evidence_by_parts(problem))
-                            if by_parts
-                            else predictor.evidence(predictor.value)
-                        )
-                        total, se = float(found.by_row.sum()), found.se
-                        warn_of(found.diagnostics)
-                    outside = {
-                        site.name
-                        for site in predictor.structure.latents
-                        if predictor.structure.rows_plate not in site.plates
-                    }
-                    self._shared_latents = [
-                        (share, {n: v.detach().clone() for n, v in values.items() if n in outside})
-                        for share, values in predictor.shared_latents(predictor.value)
-                    ]
-                    self._growing: tuple[str, ...] = ()
-                    structure = predictor.structure
-                    if isinstance(structure, Program) and len(args) > 1 and not predictor.exact:
-                        self._growing = growing(model, args, structure)
-                    # numbers a row; of discrete latents one for each value, which only the posterior tells
-                    if predictor.remembers:
-                        self._n_features_out = 0
-                    elif like is not None and predictor.structure is like.predictor_.structure:
-                        self._n_features_out = like._n_features_out
-                    elif any(site.discrete for site in predictor.structure.latents):
-                        one = predictor.value[:1] if predictor.structure.plain else predictor.value
-                        self._n_features_out = predictor.posterior(one).mean.shape[1]
-                    else:
-                        self._n_features_out = predictor.structure.n_latents
+                predictor, total, se = self._score_of_training(problem, fit, trainer)
                 if not np.isfinite(total):
                     raise ModelError(
                         f"the log marginal likelihood is {total} at the fitted parameters: "
                         f"{not_finite(sees_all(model), args)}. Check what the program computes from these"
                     )
+                self._keep_latents(model, predictor, args, like)
                 self._state = save()
                 store_values = pyro.get_param_store()
                 self.params_ = {n: store_values[n].detach().cpu().numpy().copy() for n in self._state}
-        takes_y = y is not None and _takes_y(model)
-        self._y_like: tuple[tuple[int, ...], Any] | None = (y.shape[1:], y.dtype) if takes_y else None
+        self._y_like: tuple[tuple[int, ...], Any] | None = (y.shape[1:], y.dtype) if with_y else None
         self._table = table
         self._seen = args if predictor.remembers or self._growing else None
         self._store_fit(model, guide, predictor, fit, total, se)
-        self.data_digest_ = _digest(X) if seen is None else ""
+        self.data_digest_ = digest(X) if seen is None else ""
         self.complete_ = bool(table.complete) if table is not None else not bool(np.isnan(X).any())
         context.call_on_fit_task_end(estimator=self, X=X, y=y)
         return self
 
-    def _bind(
-        self,
-        model: Model,
-        guide: Any,
-        X: NDArray[np.floating],
-        y: Any,
-        like: BayesMPT | None,
-        bound: Conditionals | None,
-        by_epochs: bool,
-    ) -> tuple[Conditionals, tuple[Any, ...]]:
-        """Run the program for the first time and choose its predictor; with what it is to be read on."""
-
-        def arguments(rows: Any) -> tuple[Any, ...]:
-            return self._arguments(model, X[rows], None if y is None else y[rows])
-
-        if y is not None and _takes_y(model):
-            args = arguments(slice(None))
-            with OwnStore():
-                vector = gaussian_program(model, args) is not None
-            if vector:
-                # Its covariance may be made whole: initial values from as many rows as that costs little, at random,
-                # since of a series the first rows are no sample.
-                some = torch.randperm(len(X))[:MAX_INIT_VECTOR].sort().values.numpy()
-                first_run(model, tuple(fill(a) for a in arguments(some)))
-                return choose(model, args, predictor=self.predictor, guide=guide), args
-        n_init = MAX_INIT_CELLS // X.shape[1]
-        if bound is not None or N_TRIAL_ROWS < min(len(X), n_init):
-            # Initial values from all rows, or a start that is a fit of its own (EM) would be one to the first rows
-            # only. A program that cannot run says why below.
-            with suppress(Exception):
-                first_run(sees_all(model), tuple(fill(a) for a in arguments(slice(n_init))))
-        args = arguments(slice(MAX_INIT_ROWS))
-        if bound is None or like is None or not _same_shapes(like._state):
-            predictor = choose(model, args, predictor=self.predictor, guide=guide)
-        else:
-            predictor = bound
-        if len(X) > MAX_INIT_ROWS and not (
-            predictor.structure.plain and isinstance(predictor, LinearGaussian)
-        ):
-            args = arguments(slice(None))
-            if not predictor.structure.plain and not by_epochs:
-                predictor = choose(model, args, predictor=self.predictor, guide=guide)
-        return predictor, args
-
-    def _train(
-        self,
-        problem: training.Problem,
-        table: Table | None,
-        prior: Prior | None,
-        *,
-        warm: bool,
-        seed: int,
-        by_epochs: bool,
-        context: Any,
-    ) -> training.Fit:
-        if not problem.leaves():
-            return training.Fit("nothing to train", converged=True)
-        if not problem.predictor.trainable:
-            raise ModelError(
-                f"{problem.predictor.name} scores a program and does not train it: choose another predictor"
+    def _trainer(self, model: Model, context: Any) -> Trainer:
+        by_epochs = self.early_stopping if self.early_stopping is not None else hasattr(model, "batch_size")
+        if by_epochs and self.checkpoint is not None and not isinstance(self.random_state, Integral):
+            raise ValueError(
+                f"checkpoint needs an integer random_state, to hold out the same rows, got {self.random_state!r}"
             )
 
         def report(step: int, score: float) -> bool:
@@ -522,123 +429,68 @@ class BayesMPT(
             task.call_on_fit_task_begin(estimator=self)
             return bool(task.call_on_fit_task_end(estimator=self))
 
-        try:
-            # random nodes need steps that average over them, whatever is hidden
-            random = problem.predictor.sampled and not problem.predictor.climbs
-            masks = self.masks
-            if masks is None and problem.predictor.own_masks:
-                masks = OWN_MASKS
-            elif masks is None and (random or by_epochs):
-                masks = PermutationChain()
-            if problem.predictor.own_masks:
-                problem = replace(problem, masks=masks)
-            fixed = problem.masks is not None and problem.masks.deterministic and self.batch_size is None
-            if masks is not None and (by_epochs or not fixed):
-                stages = [problem]
-                if masks.chains:
-                    stages = [replace(problem, predictor=p) for p in problem.predictor.in_training()]
-                    problem = stages[-1]
-                elif problem.predictor.sampled and problem.predictor.relocates:
-                    warnings.warn(
-                        "nodes that a guide draws anew for every mask make a ratio of two estimates, which is no bound "
-                        "on the log marginal likelihood: with few of them the guide can raise it while that falls. "
-                        "Leave masks=None, which shares them along a chain, or take many: Importance(100)",
-                        UserWarning,
-                        stacklevel=4,
-                    )
-                whole = not (problem.predictor.structure.by_row or problem.predictor.divisible)
-                if self.batch_size is not None and whole:
-                    raise ModelError(
-                        f"batch_size={self.batch_size} needs independent rows, but a latent outside the rows plate "
-                        "makes all rows one vector: leave batch_size=None"
-                    )
-                rate = self.learning_rate or getattr(problem.predictor.model, "learning_rate", None)
-                train = partial(
-                    training.train_on_masks,
-                    masks=masks,
-                    max_iter=self.max_iter,
-                    learning_rate=rate or RATE,
-                    batch_size=self.batch_size,
-                    random_state=seed,
-                    tol=self.tol,
-                    report=report,
-                )
-                if by_epochs:
-                    train = partial(
-                        self._train_by_epochs,
-                        stages=stages,
-                        masks=masks,
-                        rate=rate,
-                        seed=seed,
-                        report=report,
-                    )
-                first, *finer = [problem]
-            else:
-                if table is not None and (table.complete or not warm) and problem.log_prior is None:
-                    fit = self._solve(problem, table)
-                    if fit is not None and table.complete:
-                        return fit
-                train = partial(training.climb, max_iter=self.max_iter, tol=self.tol, report=report)
-                first, *finer = [problem] if warm else training.stages(problem, seed)
-            fit = self._best_of(partial(train, first), first, prior, seed)
-            for stage in finer:
-                fit = fit if fit.interrupted else train(stage)
-            for _ in range(MAX_SETTLING):
-                if fit.interrupted or not problem.predictor.settle():
-                    break
-                fit = train(problem)
-        except NoiseFloorError as error:
-            raise ValueError(self._unbounded(error, problem)) from error
-        if not fit.converged and not fit.interrupted:
-            if fit.n_iter >= self.max_iter:
-                what = f"raise max_iter (now {self.max_iter})"
-            elif problem.predictor.name == "Quadrature":
-                what = (
-                    f"with so few nodes the score is not smooth ({problem.predictor.why}). Give Quadrature a larger "
-                    "n_nodes; if that does not help, a parameter runs to infinity"
-                )
-            else:
-                what = "the score has no smooth maximum near params_, or one at infinity: see history_"
-            warnings.warn(
-                f"the training stopped after {fit.n_iter} iterations without meeting its stopping rule: {what}",
-                ConvergenceWarning,
-                stacklevel=4,
-            )
-        return fit
-
-    def _train_by_epochs(
-        self,
-        problem: training.Problem,
-        *,
-        stages: list[training.Problem],
-        masks: Policy,
-        rate: float | None,
-        seed: int,
-        report: training.Report,
-    ) -> training.Fit:
-        if self.checkpoint is not None and not isinstance(self.random_state, Integral):
-            raise ValueError(
-                f"checkpoint needs an integer random_state, to hold out the same rows, got {self.random_state!r}"
-            )
-        n_out = math.ceil(self.validation_fraction * problem.n_rows)
-        if n_out >= problem.n_rows:
-            raise ValueError(
-                f"validation_fraction={self.validation_fraction} leaves none of {problem.n_rows} rows"
-            )
-        order = torch.randperm(problem.n_rows, generator=torch.Generator().manual_seed(seed))
-        batch_size = self.batch_size or getattr(problem.predictor.model, "batch_size", None) or problem.n_rows
-        return train_by_epochs(
-            [training.take_rows(stage, order[n_out:]) for stage in stages],
-            [training.take_rows(stage, order[:n_out]) for stage in stages] if n_out else [],
-            masks,
-            batch_size=batch_size,
-            max_epochs=self.max_iter,
-            learning_rate=rate or NETWORK_RATE,
-            patience=self.n_iter_no_change,
-            random_state=seed,
+        return Trainer(
+            predictor=self.predictor,
+            masks=self.masks,
+            max_iter=self.max_iter,
+            tol=self.tol,
+            learning_rate=self.learning_rate,
+            batch_size=self.batch_size,
+            validation_fraction=self.validation_fraction,
+            n_iter_no_change=self.n_iter_no_change,
             checkpoint=self.checkpoint,
+            n_init=self.n_init,
+            by_epochs=by_epochs,
+            seed=int(check_random_state(self.random_state).randint(2**31 - 1)),
+            names=self._names(),
             report=report,
         )
+
+    @torch.no_grad()
+    def _score_of_training(
+        self, problem: training.Problem, fit: training.Fit, trainer: Trainer
+    ) -> tuple[Conditionals, float, float]:
+        """The predictor at the fitted parameters, and the total score of the training rows with its error."""
+        by_parts = trainer.by_epochs and not problem.predictor.own_masks
+        some = problem
+        if by_parts:  # as many rows as the epochs never hold at once
+            step = min(self._n_at_once(problem.args[0]), problem.n_rows)
+            some = training.take_rows(problem, torch.arange(step))
+        predictor = some.read() if fit.last is None else fit.last
+        if predictor.exact and not by_parts:
+            score = float(problem.score_of(predictor)) if fit.last is None else fit.history[-1]
+            return predictor, score * problem.n_rows, 0.0
+        if predictor.own_masks and predictor.value.numel() * problem.args[0].shape[1] > MAX_CHAIN_CELLS:
+            return predictor, *training.total_on_masks(problem, predictor, trainer.seed)
+        parts = self._evidence_by_parts(problem) if by_parts else [predictor.evidence(predictor.value)]
+        found = together(parts)
+        warn_of(found.diagnostics)
+        return predictor, float(found.by_row.sum()), found.se
+
+    @torch.no_grad()
+    def _keep_latents(
+        self, model: Model, predictor: Conditionals, args: tuple[Any, ...], like: BayesMPT | None
+    ) -> None:
+        """What is said of latents later: those that all rows share, those that come with rows, numbers a row."""
+        structure = predictor.structure
+        outside = {site.name for site in structure.latents if structure.rows_plate not in site.plates}
+        self._shared_latents = [
+            (share, {n: v.detach().clone() for n, v in values.items() if n in outside})
+            for share, values in predictor.shared_latents(predictor.value)
+        ]
+        self._growing: tuple[str, ...] = ()
+        if isinstance(structure, Program) and len(args) > 1 and not predictor.exact:
+            self._growing = growing(model, args, structure)
+        # numbers a row; of discrete latents one for each value, which only the posterior tells
+        if predictor.remembers:
+            self._n_features_out = 0
+        elif like is not None and structure is like.predictor_.structure:
+            self._n_features_out = like._n_features_out
+        elif any(site.discrete for site in structure.latents):
+            one = predictor.value[:1] if structure.plain else predictor.value
+            self._n_features_out = predictor.posterior(one).mean.shape[1]
+        else:
+            self._n_features_out = structure.n_latents
 
     @staticmethod
     def _n_at_once(X: NDArray[Any]) -> int:
@@ -649,115 +501,6 @@ class BayesMPT(
         for index in torch.arange(problem.n_rows).split(self._n_at_once(problem.args[0])):
             predictor = training.take_rows(problem, index).read()
             yield predictor.evidence(predictor.value)
-
-    def _solve(self, problem: training.Problem, table: Table) -> training.Fit | None:
-        """The closed-form maximum; with missing cells, that of the available pairs of cells, as a start."""
-        complete = table if table.complete else table.available()
-        rows, weight = complete.rows()
-        whole = training.Problem(problem.predictor, problem.args, rows, weight, complete.n_rows)
-        return training.concentrate(whole, complete, self.max_iter, self.tol)
-
-    def _best_of(
-        self, train: Callable[[], training.Fit], problem: training.Problem, prior: Prior | None, seed: int
-    ) -> training.Fit:
-        """Restart from draws of the hyperprior, or from fresh initial values, and keep the best."""
-        best = train()
-        if self.n_init == 1 or best.interrupted:
-            return best
-        with torch.no_grad():
-            best_score = float(problem.score())
-        store = pyro.get_param_store()
-        kept = save()
-        for start in range(1, self.n_init):
-            store.clear()
-            torch.manual_seed(
-                seed + start
-            )  # inside a fork of the generator; the program's first run draws from it
-            if problem.predictor.model is not None:
-                # a first run, which makes new initial values
-                choose(
-                    problem.predictor.model,
-                    problem.args,
-                    predictor=self.predictor,
-                    guide=problem.predictor.guide,
-                )
-            # a network's prior holds it; where it may start is its own affair
-            if prior is not None and not problem.predictor.own_masks:
-                loc, scale = (torch.as_tensor(a) for a in (prior.loc, prior.scale))
-                assign(_of_program(problem), torch.normal(loc, scale))
-            fit = train()
-            with torch.no_grad():
-                score = float(problem.score())
-            if score > best_score:
-                best, best_score, kept = fit, score, save()
-            if fit.interrupted:
-                break
-        load(kept)
-        return best
-
-    def _choose_dimension(self, model: Any, table: Table) -> Any:
-        """Rank all K by the evidence, on one covariance; the winner's model."""
-        table = table if table.complete else table.available()
-        n, n_tokens = table.n, len(table.mean)
-        cov = table.cov.cpu().numpy()
-        # K latents and a noise need K + 1 directions in which the rows differ
-        known = spectrum(cov, np.ones(n_tokens))
-        largest = min(n_tokens - 1, n - 2, known.rank - 1, MAX_AUTO)
-        self.selection_ = {
-            k: laplace_proportional(cov, n, k, np.ones(n_tokens), known).log_evidence
-            for k in range(max(largest, 0) + 1)
-        }
-        best = max(self.selection_, key=lambda k: self.selection_[k])
-        return model.__class__(**{**model.get_params(), "n_components": best})
-
-    def _refuse_subsampling(self, predictor: Conditionals, args: tuple[Any, ...]) -> None:
-        structure = predictor.structure
-        scale = 1.0
-        if isinstance(structure, Program):
-            scale = structure.scale
-        elif structure.own_rows:
-            scale = predictor.read(args).scale
-        if structure.by_row and structure.sub_rows is None and scale != 1.0:
-            raise ModelError(
-                f"poutine.scale weighs the program by {scale:.4g}, so that its score is no marginal likelihood: fit "
-                "the program itself, or train with pyro.infer.SVI and CumulativeMaskedScore, which take the weight"
-            )
-        if structure.sub_rows is not None and scale == 1.0:
-            raise ModelError(
-                f"no plate of the {len(args[0])} rows of X stands around observed site {structure.observed!r}: plate "
-                f'{structure.rows_plate!r} has {structure.sub_rows}. Write pyro.plate("rows", len(x)) around it'
-            )
-        if structure.sub_rows is not None or scale != 1.0:
-            raise ModelError(
-                f"plate {structure.rows_plate!r} sub-samples its rows (scale {scale:.4g}): BayesMPT makes minibatches "
-                'itself. Write pyro.plate("rows", len(x)) without subsample_size, or train with pyro.infer.SVI and '
-                "CumulativeMaskedScore"
-            )
-
-    def _refuse_missing(self, X: NDArray[np.floating]) -> None:
-        """Inputs of which every observation's distribution depends on all."""
-        columns = np.isnan(X).any(0).nonzero()[0]
-        if len(columns):
-            names = getattr(self, "feature_names_in_", np.arange(self.n_features_in_))
-            raise ValueError(
-                f"column {', '.join(str(names[c]) for c in columns)} of X has missing cells, on which "
-                "the covariance of the observations depends: fill them or drop these rows. Only y may be missing"
-            )
-
-    def _unbounded(self, error: NoiseFloorError, problem: training.Problem) -> str:
-        names = getattr(self, "feature_names_in_", None)
-        columns = [repr(str(names[c])) if names is not None else str(c) for c in error.columns]
-        n_tokens = self.n_features_in_
-        if len(columns) == n_tokens:
-            return (
-                f"{problem.predictor.structure.n_latents} latents reproduce these rows (n_samples = "
-                f"{problem.n_rows}, n_features = {n_tokens}) without any noise, so the likelihood has no "
-                "maximum: use fewer latents or more rows, and look for constant or duplicated columns"
-            )
-        return (
-            f"columns {', '.join(columns)} are constant, duplicated, or exact combinations of others: the likelihood "
-            "grows without bound as their noise goes to zero. Drop columns until none repeats another, or use PPCA"
-        )
 
     def _store_fit(
         self,
@@ -881,7 +624,7 @@ class BayesMPT(
         """X with its NaN cells replaced by their means given the observed cells of the row."""
         check_is_fitted(self)
         with torch.no_grad():
-            cells = self._tensor(self._check_rows(X, reset=False), self.fitted_model_)
+            cells = self._tensor(self._check_rows(X, reset=False))
             parts = [(x, predictor.posterior(x).tokens) for predictor, x in self._read_parts(X, y)]
             x = torch.cat([part[0] for part in parts])
             tokens = torch.where(x.isnan(), torch.cat([part[1] for part in parts]), x)
@@ -889,7 +632,7 @@ class BayesMPT(
                 filled = tokens
             else:
                 y = None if y is None else np.asarray(y)
-                args = self._arguments(self.fitted_model_, cells.cpu().numpy(), y)
+                args = self._arguments(cells.cpu().numpy(), y)
                 with self._fitted_program(args):
                     where = self._cells_of(args)
                 filled = cells.flatten().index_copy(0, where, tokens.flatten()).reshape(cells.shape)
@@ -956,7 +699,7 @@ class BayesMPT(
                 "one Gaussian vector"
             )
         shape, dtype = self._y_like
-        args = self._arguments(self.fitted_model_, rows, np.zeros((len(rows), *shape), dtype=dtype))
+        args = self._arguments(rows, np.zeros((len(rows), *shape), dtype=dtype))
         structure = self.predictor_.structure
         if self._growing:
             assert self._seen is not None and self._shared_latents
@@ -982,9 +725,9 @@ class BayesMPT(
     def _predictive(self, rows: NDArray[np.floating], *, full: bool = False) -> Predictive:
         """New observations given those of the training rows."""
         assert self._seen is not None and self._y_like is not None
-        self._refuse_missing(rows)
+        refuse_missing(rows, self._names())
         shape, dtype = self._y_like
-        new = self._arguments(self.fitted_model_, rows, np.zeros((len(rows), *shape), dtype=dtype))
+        new = self._arguments(rows, np.zeros((len(rows), *shape), dtype=dtype))
         with self._fitted_program(self._seen) as predictor, torch.no_grad():
             return predictor.predictive(self._seen, new, full=full)
 
@@ -994,7 +737,7 @@ class BayesMPT(
             raise ValueError("this model scores y given X: pass y")
         rows = self._check_rows(X, reset=False)
         found = self._predictive(rows)
-        value = self._arguments(self.fitted_model_, rows, y)[1].to(found.mean).reshape(found.mean.shape)
+        value = self._arguments(rows, y)[1].to(found.mean).reshape(found.mean.shape)
         log_prob = torch.distributions.Normal(found.mean, found.var.sqrt(), validate_args=False).log_prob(
             value
         )
@@ -1024,7 +767,7 @@ class BayesMPT(
                 f"rows can be drawn where the program observes the cells of X itself and rows are independent, which "
                 f"{self.fitted_model_!r} does not"
             )
-        rows = self._tensor(np.zeros((n_rows, self.n_features_in_)), self.fitted_model_)
+        rows = self._tensor(np.zeros((n_rows, self.n_features_in_)))
         with OwnStore() as store:
             store.prefill(self._initial)
             with seeded(self._seed()):
@@ -1152,7 +895,7 @@ class BayesMPT(
         """
         check_is_fitted(self)
         rows = self._check_rows(X, reset=False)
-        args = self._arguments(self.fitted_model_, rows, y)
+        args = self._arguments(rows, y)
         if self.n_hyperparameters() is None:
             raise ValueError(
                 f"the integrated evidence needs a model that offers hyperprior(x, y) and an LML without draws, got "
@@ -1160,7 +903,7 @@ class BayesMPT(
             )
         with training.one_thread(len(rows) ** 2), self._fitted_program(args) as predictor:
             problem = training.Problem(predictor, args, None, None, 1)
-            leaves = _of_program(problem)
+            leaves = of_program(problem)
             if not leaves:
                 return Integrated(float(problem.score()), 0.0, 1.0, math.nan, 1, ())
             prior = hyperprior(self.fitted_model_, args, leaves)
@@ -1176,10 +919,10 @@ class BayesMPT(
         if not found.modes:
             return
         rows = self._check_rows(X, reset=False)
-        args = self._arguments(self.fitted_model_, rows, y)
+        args = self._arguments(rows, y)
         with training.one_thread(len(rows) ** 2), self._fitted_program(args) as predictor, torch.no_grad():
             problem = training.Problem(predictor, args, None, None, 1)
-            assign(_of_program(problem), torch.as_tensor(found.modes[0].theta))
+            assign(of_program(problem), torch.as_tensor(found.modes[0].theta))
             read = problem.read()
             self.log_marginal_likelihood_ = float(problem.score_of(read))
             self.predictor_ = read.freeze()
@@ -1244,7 +987,7 @@ class BayesMPT(
 
     def digest(self, X: ArrayLike) -> str:
         """Fingerprint of a table, to tell whether the model was fitted on it (``data_digest_``)."""
-        return _digest(self._check_rows(X, reset=False))
+        return digest(self._check_rows(X, reset=False))
 
     @contextmanager
     def read_rows(self, X: ArrayLike, y: Any = None) -> Iterator[tuple[Conditionals, Tensor]]:
@@ -1252,7 +995,7 @@ class BayesMPT(
         check_is_fitted(self)
         rows = self._check_rows(X, reset=False)
         if self.predictor_.structure.plain:
-            yield self.predictor_, self._tensor(rows, self.fitted_model_)
+            yield self.predictor_, self._tensor(rows)
             return
         with self._read_rows(rows, y) as found:
             yield found
@@ -1269,7 +1012,7 @@ class BayesMPT(
         y = None if y is None else np.asarray(y)
         step = self._n_at_once(rows)
         parts = [
-            self._arguments(self.fitted_model_, rows[i : i + step], None if y is None else y[i : i + step])
+            self._arguments(rows[i : i + step], None if y is None else y[i : i + step])
             for i in range(0, len(rows), step)
         ]
         with self._fitted_program(parts[0]) as predictor:
@@ -1280,7 +1023,7 @@ class BayesMPT(
 
     @contextmanager
     def _read_rows(self, rows: NDArray[np.floating], y: Any) -> Iterator[tuple[Conditionals, Tensor]]:
-        args = self._arguments(self.fitted_model_, rows, y)
+        args = self._arguments(rows, y)
         with self._fitted_program(args) as predictor:
             with torch.no_grad():
                 predictor = predictor.read(args)
@@ -1307,47 +1050,15 @@ class BayesMPT(
             ensure_min_samples=n_least,
         )
 
-    def _arguments(self, model: Model, X: NDArray[np.floating], y: Any) -> tuple[Any, ...]:
-        x = self._tensor(X, model)
-        if not _takes_y(model):
-            return (x,)
-        if y is None:
-            if _needs_y(model):
-                raise ValueError(f"the program {model!r} takes a second argument: pass y")
-            return (x,)
-        y = np.asarray(y)
-        if len(y) != len(X):
-            raise ValueError(f"y must have a row for each of the {len(X)} rows of X, got {len(y)}")
-        if y.dtype.kind == "f" and np.isinf(y).any():
-            raise ValueError("y contains infinity")
-        y = torch.as_tensor(y if y.flags.writeable else y.copy()).to(self.device)
-        return x, y.double() if y.is_floating_point() else y
+    def _arguments(self, rows: NDArray[np.floating], y: Any) -> tuple[Any, ...]:
+        return arguments(self.fitted_model_, rows, y, self.device)
 
-    def _tensor(self, X: NDArray[np.floating], model: Model) -> Tensor:
-        """Rows in the model's precision."""
-        wanted = getattr(model, "dtype", None)
-        single = isinstance(wanted, torch.dtype) and wanted == torch.float32
-        array = np.asarray(X, dtype=np.float32 if single else np.float64)
-        # torch has no read-only tensors; nothing here writes into its rows
-        return torch.from_numpy(array if array.flags.writeable else array.copy()).to(self.device)
+    def _tensor(self, rows: NDArray[np.floating]) -> Tensor:
+        return as_tensor(rows, self.fitted_model_, self.device)
 
-    def _grow_table(self, X: NDArray[np.floating], seen: Table | None) -> Table:
-        table = Table(X, self.device)
-        if seen is not None:
-            table.update(seen)
-        if not table.n:
-            self._refuse_unobserved(table.incomplete.isnan().all(0).cpu().numpy())
-        broken = (~torch.isfinite(table.cov.diagonal())).nonzero()[:, 0].tolist()
-        if broken:
-            names = getattr(self, "feature_names_in_", np.arange(self.n_features_in_))
-            raise ValueError(f"the squares of column {names[broken[0]]} overflow: rescale it")
-        return table
-
-    def _refuse_unobserved(self, columns: NDArray[np.bool_]) -> None:
-        if columns.any():
-            names = getattr(self, "feature_names_in_", np.arange(self.n_features_in_))
-            which = ", ".join(str(names[i]) for i in columns.nonzero()[0])
-            raise ValueError(f"column {which} has no observed cell: nothing can be learnt of it. Drop it")
+    def _names(self) -> NDArray[Any]:
+        """Of the columns, for errors."""
+        return getattr(self, "feature_names_in_", np.arange(self.n_features_in_))
 
     def _shared_reading(self, what: str) -> Reading:
         check_is_fitted(self)
@@ -1383,61 +1094,16 @@ class BayesMPT(
 # ---------------------------------------------------------------------------------------------------------- helpers
 
 
-def _same_shapes(state: State) -> bool:
-    """Whether the store holds parameters of these names and shapes."""
-    here = dict(pyro.get_param_store().named_parameters())
-    return {n: v.shape for n, v in state.items()} == {n: v.shape for n, v in here.items()}
-
-
-def _takes_y(model: Model) -> bool:
-    """Whether the program has a second positional argument besides `visible`."""
-    if takes_visible(model):
-        return False
-    target = model.forward if isinstance(model, torch.nn.Module) else model
-    try:
-        kinds = [p.kind for p in inspect.signature(target).parameters.values()]
-    except (TypeError, ValueError):
-        return True
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(kind in positional for kind in kinds) > 1 or inspect.Parameter.VAR_POSITIONAL in kinds
-
-
-def _needs_y(model: Model) -> bool:
-    """Whether the program's second argument, which it has, has no default."""
-    target = model.forward if isinstance(model, torch.nn.Module) else model
-    parameters = list(inspect.signature(target).parameters.values())
-    return len(parameters) > 1 and parameters[1].default is inspect.Parameter.empty
-
-
-def _of_program(problem: training.Problem) -> dict[str, Tensor]:
-    """Unconstrained parameters of the program, those of a guide left out."""
-    leaves = problem.leaves()
-    return {name: leaves[name] for name in problem.predictor.structure.parameters}
-
-
-def _log_prior(model: Model, prior: Prior | None, leaves: dict[str, Tensor]) -> Callable[[], Tensor]:
-    if prior is None:
-        raise ValueError(
-            f"penalty=True needs a model that offers hyperprior(x, y), got {model!r}: write priors into the program by "
-            "pyro.sample, or leave penalty=False"
-        )
-    names = list(leaves)
-
-    def log_prior() -> Tensor:
-        store = dict(pyro.get_param_store().named_parameters())  # a restart makes new leaves
-        return prior.log_prob(torch.cat([store[name].flatten() for name in names])[None])[0]
-
-    return log_prior
-
-
-def _warn_of_bounds(prior: Prior, leaves: dict[str, Tensor]) -> None:
+def _warn_of_bounds(prior: Prior, problem: training.Problem) -> None:
     """Say so where an estimate has run away: the likelihood does not hold it."""
     store = pyro.get_param_store()
-    for name in far_from_centre(prior, leaves):
+    drawn = problem.predictor.sampled or problem.predictor.own_masks
+    averaged = "" if drawn else "; evidence='integrated' averages over it"
+    for name in far_from_centre(prior, of_program(problem)):
         value = np.array2string(store[name].detach().cpu().numpy().ravel(), precision=3, threshold=6)
         warnings.warn(
             f"{RUNAWAY} {name!r} has run away to {value}, towards the end of its range: the data do not determine it. "
-            "penalty=True holds it by the model's prior; evidence='integrated' averages over it",
+            f"penalty=True holds it by the model's prior{averaged}",
             ConvergenceWarning,
             stacklevel=5,
         )
@@ -1460,25 +1126,6 @@ def _own_guide(guide: Any, original: Any, model: Model) -> Any:
     return copy
 
 
-def _refuse_constant(table: Table) -> None:
-    if table.complete and not bool((table.cov.diagonal() > 0).any()):
-        raise ValueError(
-            f"all {table.n_rows} rows are equal: every column is constant, so the likelihood has no maximum"
-        )
-
-
-def _refuse_empty(y: NDArray[Any], predictor: Conditionals) -> None:
-    """Observations of one Gaussian vector from which nothing can be learnt."""
-    seen = y[~np.isnan(y)] if y.dtype.kind == "f" else y
-    if not seen.size:
-        raise ValueError("y has no observed value: nothing can be learnt of it")
-    if predictor.parameters and bool((seen == seen.flat[0]).all()):
-        raise ValueError(
-            f"all {seen.size} observed values of y are {seen.flat[0]}: the likelihood grows without bound as the "
-            "variance goes to zero. Leave out what is constant, or fix all hyper-parameters"
-        )
-
-
 def warn_of(diagnostics: dict[str, Any]) -> None:
     """Say so where the error of an estimate is not to be believed."""
     bad = diagnostics.get("rows_with_bad_k", 0)
@@ -1488,16 +1135,5 @@ def warn_of(diagnostics: dict[str, Any]) -> None:
             f"the importance weights of {bad} rows have a tail so heavy (Pareto k > 0.7) that their error is not to be "
             f"believed, the worst being rows {worst}: use more particles or a wider guide",
             UserWarning,
-            stacklevel=5,
+            stacklevel=7,
         )
-
-
-def _digest(X: NDArray[np.floating]) -> str:
-    """A fingerprint of rows, features and scaling: bits of blocks of rows, summed and xored, then hashed."""
-    h = hashlib.sha256(repr(X.shape).encode())
-    step = max(1, 2**17 // max(1, X.shape[1]))
-    for start in range(0, len(X), step):
-        bits = np.ascontiguousarray(X[start : start + step], dtype=np.float64).view(np.uint64)
-        h.update(np.bitwise_xor.reduce(bits, axis=0).tobytes())
-        h.update(np.add.reduce(bits, axis=0, dtype=np.uint64).tobytes())
-    return h.hexdigest()[:16]

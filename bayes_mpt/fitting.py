@@ -1,0 +1,393 @@
+"""From a program and rows to a trained one: how it is read, which training fits it, where it starts again."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from os import PathLike
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from numpy.typing import NDArray
+from sklearn.exceptions import ConvergenceWarning
+from torch import Tensor
+
+from bayes_mpt import training
+from bayes_mpt.concentrated import NoiseFloorError, spectrum
+from bayes_mpt.epochs import train_by_epochs
+from bayes_mpt.evidence import laplace_proportional
+from bayes_mpt.hyperparameters import Prior, assign
+from bayes_mpt.masks import PermutationChain, Policy
+from bayes_mpt.moments import Table
+from bayes_mpt.predictors import Conditionals, LinearGaussian, Predictor, choose
+from bayes_mpt.predictors.base import Guide
+from bayes_mpt.predictors.joint_gaussian import N_TRIAL_ROWS, gaussian_program
+from bayes_mpt.predictors.self_predictive import sees_all
+from bayes_mpt.score import OWN_MASKS
+from bayes_mpt.store import OwnStore, State, load, save
+from bayes_mpt.tracing import Model, ModelError, Program, fill, first_run
+
+__all__ = ["Trainer", "bind", "choose_dimension", "log_prior", "of_program", "refuse_subsampling"]
+
+MAX_INIT_ROWS = 4096  # rows on which it is found out what a program is
+MAX_INIT_CELLS = 2**20  # of a table on which a program first runs, which initialises its parameters
+MAX_INIT_VECTOR = 1024  # rows of one Gaussian vector, which may mean a matrix of their square
+MAX_AUTO = 50  # latent dimensions that "auto" tries at most
+MAX_SETTLING = 2  # rounds of training in which what was found out at the start is found out anew
+RATE, NETWORK_RATE = 0.05, 1e-3  # of Adam, in units of the map; and of networks' own parameters
+
+# ---------------------------------------------------------------------------------------------- what a program is
+
+
+def bind(
+    model: Model,
+    guide: Guide | None,
+    arguments: Callable[[Any], tuple[Any, ...]],
+    shape: tuple[int, int],
+    predictor: Predictor | str,
+    *,
+    takes_y: bool,
+    by_epochs: bool,
+    known: tuple[Conditionals, State] | None = None,
+) -> tuple[Conditionals, tuple[Any, ...]]:
+    """Run the program for the first time and choose its predictor; with what it is to be read on.
+
+    Parameters
+    ----------
+    model, guide : callable
+        The program, in a parameter store of its own.
+    arguments : callable
+        What the program is called with for some rows: an index of them.
+    shape : (N, T)
+        Of the table.
+    predictor : Predictor or "auto"
+        As in `BayesMPT`.
+    takes_y : bool
+        Whether there is a second argument: then all rows are read.
+    by_epochs : bool
+        Whether the rows are never read all at once.
+    known : tuple, optional
+        The predictor and the parameters of another fit of the same program, whose rows share one map.
+    """
+    n_rows, n_columns = shape
+    if takes_y:
+        args = arguments(slice(None))
+        with OwnStore():
+            vector = gaussian_program(model, args) is not None
+        if vector:
+            # Its covariance may be made whole: initial values from as many rows as that costs little, at random,
+            # since of a series the first rows are no sample.
+            some = torch.randperm(n_rows)[:MAX_INIT_VECTOR].sort().values.numpy()
+            first_run(model, tuple(fill(a) for a in arguments(some)))
+            return choose(model, args, predictor=predictor, guide=guide), args
+    n_init = MAX_INIT_CELLS // n_columns
+    if known is not None or N_TRIAL_ROWS < min(n_rows, n_init):
+        # Initial values from all rows, or a start that is a fit of its own (EM) would be one to the first rows
+        # only. A program that cannot run says why below.
+        with suppress(Exception):
+            first_run(sees_all(model), tuple(fill(a) for a in arguments(slice(n_init))))
+    args = arguments(slice(MAX_INIT_ROWS))
+    if known is not None and _same_shapes(known[1]):
+        found = known[0]
+    else:
+        found = choose(model, args, predictor=predictor, guide=guide)
+    if n_rows > MAX_INIT_ROWS and not (found.structure.plain and isinstance(found, LinearGaussian)):
+        args = arguments(slice(None))
+        if not found.structure.plain and not by_epochs:
+            found = choose(model, args, predictor=predictor, guide=guide)
+    return found, args
+
+
+def choose_dimension(model: Any, table: Table) -> tuple[Any, dict[int, float]]:
+    """Rank all K by the evidence, on one covariance: the winner's model, and ``{K: log evidence}``."""
+    table = table if table.complete else table.available()
+    n, n_tokens = table.n, len(table.mean)
+    cov = table.cov.cpu().numpy()
+    # K latents and a noise need K + 1 directions in which the rows differ
+    known = spectrum(cov, np.ones(n_tokens))
+    largest = min(n_tokens - 1, n - 2, known.rank - 1, MAX_AUTO)
+    evidence = {
+        k: laplace_proportional(cov, n, k, np.ones(n_tokens), known).log_evidence
+        for k in range(max(largest, 0) + 1)
+    }
+    best = max(evidence, key=lambda k: evidence[k])
+    return model.__class__(**{**model.get_params(), "n_components": best}), evidence
+
+
+def refuse_subsampling(predictor: Conditionals, args: tuple[Any, ...]) -> None:
+    """Programs whose score is that of other rows than they are given, or weighed."""
+    structure = predictor.structure
+    scale = 1.0
+    if isinstance(structure, Program):
+        scale = structure.scale
+    elif structure.own_rows:
+        scale = predictor.read(args).scale
+    if structure.by_row and structure.sub_rows is None and scale != 1.0:
+        raise ModelError(
+            f"poutine.scale weighs the program by {scale:.4g}, so that its score is no marginal likelihood: fit "
+            "the program itself, or train with pyro.infer.SVI and CumulativeMaskedScore, which take the weight"
+        )
+    if structure.sub_rows is not None and scale == 1.0:
+        raise ModelError(
+            f"no plate of the {len(args[0])} rows of X stands around observed site {structure.observed!r}: plate "
+            f'{structure.rows_plate!r} has {structure.sub_rows}. Write pyro.plate("rows", len(x)) around it'
+        )
+    if structure.sub_rows is not None or scale != 1.0:
+        raise ModelError(
+            f"plate {structure.rows_plate!r} sub-samples its rows (scale {scale:.4g}): BayesMPT makes minibatches "
+            'itself. Write pyro.plate("rows", len(x)) without subsample_size, or train with pyro.infer.SVI and '
+            "CumulativeMaskedScore"
+        )
+
+
+def of_program(problem: training.Problem) -> dict[str, Tensor]:
+    """Unconstrained parameters of the program, those of a guide left out."""
+    leaves = problem.leaves()
+    return {name: leaves[name] for name in problem.predictor.structure.parameters}
+
+
+def log_prior(model: Model, prior: Prior | None, leaves: dict[str, Tensor]) -> Callable[[], Tensor]:
+    """The penalty: log-density of the parameters under the model's hyperprior."""
+    if prior is None:
+        raise ValueError(
+            f"penalty=True needs a model that offers hyperprior(x, y), got {model!r}: write priors into the program by "
+            "pyro.sample, or leave penalty=False"
+        )
+    names = list(leaves)
+
+    def at_present() -> Tensor:
+        store = dict(pyro.get_param_store().named_parameters())  # a restart makes new leaves
+        return prior.log_prob(torch.cat([store[name].flatten() for name in names])[None])[0]
+
+    return at_present
+
+
+# --------------------------------------------------------------------------------------------------- its training
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Train a problem in the way that fits it: closed form, L-BFGS, Adam on masks, or epochs of minibatches.
+
+    Its settings are those of `BayesMPT`, of the same names.
+    """
+
+    predictor: Predictor | str
+    masks: Policy | None
+    max_iter: int
+    tol: float
+    learning_rate: float | None
+    batch_size: int | None
+    validation_fraction: float
+    n_iter_no_change: int
+    checkpoint: str | PathLike[str] | None
+    n_init: int
+    by_epochs: bool
+    seed: int
+    names: NDArray[Any]
+    """Of the columns (T,), for errors."""
+    report: training.Report
+
+    def train(
+        self, problem: training.Problem, table: Table | None, prior: Prior | None, *, warm: bool
+    ) -> training.Fit:
+        """Move the parameters in Pyro's store to where the score is highest.
+
+        Parameters
+        ----------
+        problem : Problem
+            What is maximised.
+        table : Table or None
+            Moments of the rows, where these are all that the score needs.
+        prior : Prior or None
+            Of the parameters, from which further starts are drawn.
+        warm : bool
+            Whether the parameters are those of an earlier fit.
+        """
+        if not problem.leaves():
+            return training.Fit("nothing to train", converged=True)
+        if not problem.predictor.trainable:
+            raise ModelError(
+                f"{problem.predictor.name} scores a program and does not train it: choose another predictor"
+            )
+        try:
+            fit = self._train(problem, table, prior, warm)
+        except NoiseFloorError as error:
+            raise ValueError(self._unbounded(error, problem)) from error
+        if not fit.converged and not fit.interrupted:
+            if fit.n_iter >= self.max_iter:
+                what = f"raise max_iter (now {self.max_iter})"
+            elif problem.predictor.name == "Quadrature":
+                what = (
+                    f"with so few nodes the score is not smooth ({problem.predictor.why}). Give Quadrature a larger "
+                    "n_nodes; if that does not help, a parameter runs to infinity"
+                )
+            else:
+                what = "the score has no smooth maximum near params_, or one at infinity: see history_"
+            warnings.warn(
+                f"the training stopped after {fit.n_iter} iterations without meeting its stopping rule: {what}",
+                ConvergenceWarning,
+                stacklevel=5,
+            )
+        return fit
+
+    def _train(
+        self, problem: training.Problem, table: Table | None, prior: Prior | None, warm: bool
+    ) -> training.Fit:
+        masks = self._policy(problem)
+        if problem.predictor.own_masks:
+            problem = replace(problem, masks=masks)
+        fixed = problem.masks is not None and problem.masks.deterministic and self.batch_size is None
+        finer: list[training.Problem] = []
+        if masks is None or (fixed and not self.by_epochs):
+            if table is not None and (table.complete or not warm) and problem.log_prior is None:
+                fit = self._solve(problem, table)
+                if fit is not None and table.complete:
+                    return fit
+            train = partial(training.climb, max_iter=self.max_iter, tol=self.tol, report=self.report)
+            first, *finer = [problem] if warm else training.stages(problem, self.seed)
+        else:
+            stages = self._stages(problem, masks)
+            first = problem = stages[-1]
+            rate = self.learning_rate or getattr(problem.predictor.model, "learning_rate", None)
+            if self.by_epochs:
+                train = partial(self._train_by_epochs, stages=stages, masks=masks, rate=rate or NETWORK_RATE)
+            else:
+                train = partial(
+                    training.train_on_masks,
+                    masks=masks,
+                    max_iter=self.max_iter,
+                    learning_rate=rate or RATE,
+                    batch_size=self.batch_size,
+                    random_state=self.seed,
+                    tol=self.tol,
+                    report=self.report,
+                )
+        fit = self._best_of(partial(train, first), first, prior)
+        for stage in finer:
+            fit = fit if fit.interrupted else train(stage)
+        for _ in range(MAX_SETTLING):
+            if fit.interrupted or not problem.predictor.settle():
+                break
+            fit = train(problem)
+        return fit
+
+    def _policy(self, problem: training.Problem) -> Policy | None:
+        """The masks of the training; None for the exact score."""
+        predictor = problem.predictor
+        if self.masks is not None:
+            return self.masks
+        if predictor.own_masks:
+            return OWN_MASKS
+        # random nodes need steps that average over them, whatever is hidden
+        random = predictor.sampled and not predictor.climbs
+        return PermutationChain() if random or self.by_epochs else None
+
+    def _stages(self, problem: training.Problem, masks: Policy) -> list[training.Problem]:
+        """The problem with cheap steps first, where its predictor has such."""
+        predictor = problem.predictor
+        if self.batch_size is not None and not (predictor.structure.by_row or predictor.divisible):
+            raise ModelError(
+                f"batch_size={self.batch_size} needs independent rows, but a latent outside the rows plate "
+                "makes all rows one vector: leave batch_size=None"
+            )
+        if masks.chains:
+            return [replace(problem, predictor=p) for p in predictor.in_training()]
+        if predictor.sampled and predictor.relocates:
+            warnings.warn(
+                "nodes that a guide draws anew for every mask make a ratio of two estimates, which is no bound "
+                "on the log marginal likelihood: with few of them the guide can raise it while that falls. "
+                "Leave masks=None, which shares them along a chain, or take many: Importance(100)",
+                UserWarning,
+                stacklevel=7,
+            )
+        return [problem]
+
+    def _train_by_epochs(
+        self, problem: training.Problem, *, stages: list[training.Problem], masks: Policy, rate: float
+    ) -> training.Fit:
+        n_out = math.ceil(self.validation_fraction * problem.n_rows)
+        if n_out >= problem.n_rows:
+            raise ValueError(
+                f"validation_fraction={self.validation_fraction} leaves none of {problem.n_rows} rows"
+            )
+        order = torch.randperm(problem.n_rows, generator=torch.Generator().manual_seed(self.seed))
+        batch_size = self.batch_size or getattr(problem.predictor.model, "batch_size", None) or problem.n_rows
+        return train_by_epochs(
+            [training.take_rows(stage, order[n_out:]) for stage in stages],
+            [training.take_rows(stage, order[:n_out]) for stage in stages] if n_out else [],
+            masks,
+            batch_size=batch_size,
+            max_epochs=self.max_iter,
+            learning_rate=rate,
+            patience=self.n_iter_no_change,
+            random_state=self.seed,
+            checkpoint=self.checkpoint,
+            report=self.report,
+        )
+
+    def _solve(self, problem: training.Problem, table: Table) -> training.Fit | None:
+        """The closed-form maximum; with missing cells, that of the available pairs of cells, as a start."""
+        complete = table if table.complete else table.available()
+        rows, weight = complete.rows()
+        whole = training.Problem(problem.predictor, problem.args, rows, weight, complete.n_rows)
+        return training.concentrate(whole, complete, self.max_iter, self.tol)
+
+    def _best_of(
+        self, train: Callable[[], training.Fit], problem: training.Problem, prior: Prior | None
+    ) -> training.Fit:
+        """Restart from draws of the hyperprior, or from fresh initial values, and keep the best."""
+        best = train()
+        if self.n_init == 1 or best.interrupted:
+            return best
+        with torch.no_grad():
+            best_score = float(problem.score())
+        store = pyro.get_param_store()
+        kept = save()
+        model, guide = problem.predictor.model, problem.predictor.guide
+        for start in range(1, self.n_init):
+            store.clear()
+            # inside a fork of the generator; the program's first run draws from it
+            torch.manual_seed(self.seed + start)
+            if model is not None:
+                # a first run, which makes new initial values
+                choose(model, problem.args, predictor=self.predictor, guide=guide)
+            # a network's prior holds it; where it may start is its own affair
+            if prior is not None and not problem.predictor.own_masks:
+                loc, scale = (torch.as_tensor(a) for a in (prior.loc, prior.scale))
+                assign(of_program(problem), torch.normal(loc, scale))
+            fit = train()
+            with torch.no_grad():
+                score = float(problem.score())
+            if score > best_score:
+                best, best_score, kept = fit, score, save()
+            if fit.interrupted:
+                break
+        load(kept)
+        return best
+
+    def _unbounded(self, error: NoiseFloorError, problem: training.Problem) -> str:
+        columns = [self.names[c] for c in error.columns]
+        if len(columns) == len(self.names):
+            return (
+                f"{problem.predictor.structure.n_latents} latents reproduce these rows (n_samples = "
+                f"{problem.n_rows}, n_features = {len(self.names)}) without any noise, so the likelihood has no "
+                "maximum: use fewer latents or more rows, and look for constant or duplicated columns"
+            )
+        named = ", ".join(repr(str(c)) if isinstance(c, str) else str(c) for c in columns)
+        return (
+            f"columns {named} are constant, duplicated, or exact combinations of others: the likelihood "
+            "grows without bound as their noise goes to zero. Drop columns until none repeats another, or use PPCA"
+        )
+
+
+def _same_shapes(state: State) -> bool:
+    """Whether the store holds parameters of these names and shapes."""
+    here = dict(pyro.get_param_store().named_parameters())
+    return {n: v.shape for n, v in state.items()} == {n: v.shape for n, v in here.items()}
