@@ -297,10 +297,10 @@ def before_final(estimator: Any, X: Any) -> Any:
 
 
 def token_digest(estimator: Any, X: Any, y: Any) -> str:
+    """Fingerprint of the tokens that are scored, the same whether a model takes them in single or double precision."""
     with final_step(estimator).read_rows(before_final(estimator, X), y) as (_, rows):
-        return hashlib.sha256(repr(tuple(rows.shape)).encode() + rows.cpu().numpy().tobytes()).hexdigest()[
-            :16
-        ]
+        shape = repr(tuple(rows.shape)).encode()
+        return hashlib.sha256(shape + rows.float().cpu().numpy().tobytes()).hexdigest()[:16]
 
 
 def _trained_on(model: BayesMPT, X: Any) -> bool:

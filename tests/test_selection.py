@@ -20,7 +20,7 @@ from sklearn.preprocessing import StandardScaler
 from bayes_mpt import BayesMPT, MarginalLikelihoodSearch, compare
 from bayes_mpt.evidence import laplace_diagonal, laplace_proportional
 from bayes_mpt.masks import UniformSize
-from bayes_mpt.models import PPCA, FactorAnalysis
+from bayes_mpt.models import PPCA, VAE, FactorAnalysis
 
 N, T = 60, 6
 RNG = np.random.default_rng(1991)
@@ -392,6 +392,15 @@ def test_other_features_are_refused():
         MarginalLikelihoodSearch(pipe, {"pick": [pick([0, 1, 2]), pick([0, 1, 2, 3])]}).fit(X)
     with pytest.raises(ValueError, match=r"(?s)not comparable.*features"):  # as many, but others
         MarginalLikelihoodSearch(pipe, {"pick": [pick([0, 1, 2]), pick([1, 2, 3])]}).fit(X)
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning", "ignore:the importance weights")
+def test_single_and_double_precision_are_compared():
+    models = [PPCA(1), VAE(1, likelihood="gaussian", hidden=(4,))]
+    kept = MarginalLikelihoodSearch(
+        BayesMPT(max_iter=3, random_state=0), {"model": models}, evidence="heldout", cv=2
+    )
+    assert np.isfinite(kept.fit(X).cv_results_["lml"]).all()
 
 
 def test_another_observed_value_is_refused():
