@@ -748,6 +748,8 @@ class BayesMPT(
         check_is_fitted(self)
         if not isinstance(n_samples, Integral) or n_samples < 1:
             raise ValueError(f"n_samples must be an integer of at least 1, got {n_samples!r}")
+        if self.predictor_.own_masks:  # a row of which nothing is known
+            return self.sample_missing(np.full((int(n_samples), self.n_features_in_), np.nan))[0]
         if isinstance(self.predictor_.structure, Program):
             return self._simulate(int(n_samples))[0].double().cpu().numpy()
         reading = self._shared_reading("sample")
@@ -788,11 +790,12 @@ class BayesMPT(
         ------
         ValueError
             If the program does not observe the cells of X, or its tokens are not independent given nodes of latents
-            (`Importance`, `Quadrature`).
+            (`Importance`, `Quadrature`), unless it is told what is visible: then cells are drawn one by one.
         """
         check_is_fitted(self)
         structure = self.predictor_.structure
-        if not isinstance(structure, Program) or not structure.by_row or structure.tokens_from != 0:
+        cells = isinstance(structure, Program) and structure.by_row and structure.tokens_from == 0
+        if not (cells or self.predictor_.own_masks):
             raise ValueError(
                 f"missing cells are drawn where the program observes the cells of X, row by row, and its latents are "
                 f"drawn or on a grid, got {self.predictor_.name}: use impute for their means"

@@ -205,15 +205,16 @@ def estimate(
                 steps = [
                     predictor.chain(x, draw.order.to(x.device)) for draw in draws if draw.order is not None
                 ]
-                by_draw = [
-                    torch.einsum("cnt,ct->n", s, d.weight.to(x)) for s, d in zip(steps, draws, strict=True)
+                by_chain = [
+                    torch.einsum("cnt,ct->cn", s, d.weight.to(x)) for s, d in zip(steps, draws, strict=True)
                 ]
+                by_draw = [parts.sum(0) for parts in by_chain]
+                # each chain alone is log p(x) along its order
+                disagree = disagreement(torch.cat([len(parts) * parts for parts in by_chain]))
             else:
                 by_draw = [masked_score(predictor, x, draw) for draw in draws]
             scores = torch.stack(by_draw)  # (R, N)
             lml, totals = scores.mean(0), scores.sum(1).double().cpu().numpy()
-            if chains:
-                disagree = disagreement(scores)
         rows, weight = curve_rows if chains and curve_rows is not None else (x, x.new_ones(len(x)))
         curve = _curve(predictor, rows, weight, draws, steps)
     diagnostics = {"n_replicates": n_replicates, "masks": repr(masks), "totals": totals}
@@ -223,7 +224,7 @@ def estimate(
     else:
         assert totals is not None
         se = replicate_error(totals)
-        diagnostics.update(disagree)
+        diagnostics.update(disagree, totals=totals)
     structure = predictor.structure
     return ScoreEstimate(
         lml.double().cpu().numpy(),

@@ -12,7 +12,7 @@ import torch
 from sklearn.base import clone
 
 from bayes_mpt import BayesMPT, MarginalLikelihoodSearch
-from bayes_mpt.masks import EverySize, LeaveOneOut, UniformSize, one_each
+from bayes_mpt.masks import EverySize, LeaveOneOut, PermutationChain, UniformSize, one_each
 from bayes_mpt.predictors import Exact, SelfPredictive, choose
 from bayes_mpt.score import CumulativeMaskedScore, estimate, masked_score
 from bayes_mpt.tracing import ModelError
@@ -286,6 +286,55 @@ def test_a_network_learns_the_density_from_masks(fitted):
     assert abs(told.total / 5000 - score) < 4 * (told.se / 5000 + 1e-4)
     assert told.diagnostics["log_mean_exp"] >= told.total
     assert np.isfinite(told.by_size.mean).all()
+
+
+def test_draws_are_of_the_conditional_density():
+    """Consistent conditionals, drawn one by one in any order, are draws from the density that they belong to."""
+    n = 20_000
+    some = torch.tensor([[math.nan, 1.0, math.nan, math.nan]], dtype=torch.float64)
+    torch.manual_seed(0)
+    drawn = bound(table, some).draw(some, n)[:, 0]
+    assert bool((drawn[:, 1] == 1).all())
+    place = (drawn @ torch.tensor([8.0, 4, 2, 1], dtype=torch.float64)).long()
+    share = torch.bincount(place, minlength=2**T) / n
+    truth = torch.where(STATES[:, 1] == 1, TABLE, -torch.inf).softmax(0)
+    z = (share - truth) / (truth * (1 - truth) / n).sqrt().clamp(min=1e-12)
+    assert bool((z.abs() < 4).all())
+
+
+@pytest.mark.filterwarnings("ignore:the training stopped")
+def test_a_network_makes_rows(fitted):
+    drawn = fitted.sample(4000)
+    np.testing.assert_array_equal(drawn, fitted.sample(4000))
+    place = (torch.as_tensor(drawn) @ torch.tensor([8.0, 4, 2, 1]).double()).long()
+    share = torch.bincount(place, minlength=2**T) / 4000
+    orders = torch.tensor(list(permutations(range(T))))
+    with fitted.read_rows(STATES.numpy()) as (found, rows), torch.no_grad():
+        mixture = found.chain(rows, orders).sum(-1).exp().mean(0)  # of all orders, by enumeration
+    z = (share - mixture) / (mixture * (1 - mixture) / 4000).sqrt()
+    assert bool((z.abs() < 4).all())
+    x = sample(6, 5)
+    holes = x.copy()
+    holes[:, 2] = np.nan
+    filled = fitted.sample_missing(holes, n_samples=3)
+    assert filled.shape == (3, 6, T) and not np.isnan(filled).any()
+    np.testing.assert_array_equal(np.delete(filled, 2, axis=2), np.repeat(np.delete(x, 2, 1)[None], 3, 0))
+
+
+def test_chains_of_one_draw_count_one_by_one():
+    """Two draws of three chains are six orders to the diagnostics, and two replicates to the error."""
+    found = bound(network, STATES)
+    told = estimate(found, STATES, PermutationChain(3), n_replicates=2, random_state=0)
+    generator = torch.Generator().manual_seed(0)
+    orders = torch.cat([PermutationChain(3).draw(T, generator).order for _ in range(2)])
+    by_order = found.chain(STATES, orders).sum(-1).detach()  # (6, N)
+    assert told.diagnostics["order_sd"] == pytest.approx(
+        float(by_order.std(0).square().mean().sqrt()), abs=1e-12
+    )
+    mixture = (by_order.logsumexp(0) - math.log(6)).sum()
+    assert told.diagnostics["log_mean_exp"] == pytest.approx(float(mixture), abs=1e-10)
+    assert told.diagnostics["totals"].shape == (2,)
+    assert told.total == pytest.approx(float(by_order.mean(0).sum()), abs=1e-10)
 
 
 @pytest.mark.filterwarnings("ignore:the training stopped")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -208,8 +208,21 @@ class SelfConditionals(Conditionals):
 
     def posterior(self, x: Tensor, visible: Tensor | None = None) -> Posterior:
         shown = ~x.isnan() if visible is None else visible & ~x.isnan()
-        tokens = torch.cat([self._run(x[row], shown[row], means=True) for _, row in self._pairs(1, x)])
+        tokens = torch.cat([self._run(x[row], shown[row], _mean) for _, row in self._pairs(1, x)])
         return Posterior(x.new_zeros(len(x), 0), tokens)
+
+    @torch.no_grad()
+    def draw(self, x: Tensor, n_draws: int) -> Tensor:
+        """Missing tokens one after the other, in an order of each row and draw, given the observed and drawn ones."""
+        rows = x.repeat(n_draws, 1)
+        while bool(rows.isnan().any()):
+            index = rows.isnan().any(1).nonzero()[:, 0]
+            token = torch.multinomial(rows[index].isnan().to(x), 1)  # (B, 1)
+            for _, part in self._pairs(1, rows[index]):
+                some, at = rows[index[part]], token[part]
+                drawn = self._run(some, ~some.isnan(), _drawn)
+                rows[index[part]] = some.scatter(1, at, drawn.gather(1, at))
+        return rows.reshape(n_draws, *x.shape)
 
     def _by_order(self, x: Tensor) -> Tensor:
         """log p_o(x) of every random order: (C, N)."""
@@ -226,8 +239,11 @@ class SelfConditionals(Conditionals):
             pair = torch.arange(start, min(start + step, total), device=x.device)
             yield pair // len(x), pair % len(x)
 
-    def _run(self, x: Tensor, visible: Tensor, *, means: bool = False) -> Tensor:
-        """log p(x_i | x_visible) (B, T) of every token of B rows, each under its own mask; or the tokens' means."""
+    def _run(self, x: Tensor, visible: Tensor, of: Callable[[Any, Tensor], Tensor] | None = None) -> Tensor:
+        """log p(x_i | x_visible) (B, T) of every token of B rows, each under its own mask.
+
+        Or what else ``of`` makes of the tokens' distributions and true values.
+        """
         if self.model is None:
             raise ModelError("a frozen program cannot be run: use it through the estimator that was fitted")
         seen = visible & ~x.isnan()
@@ -239,15 +255,9 @@ class SelfConditionals(Conditionals):
         value, parts, start = fill(x, x.new_zeros(())), [], 0
         for site in self.program.sites:
             fn = base(node_of(trace, site.name)["fn"])
-            if means:
-                # a likeliest category stands for the mean, which codes do not have
-                found = (
-                    fn.probs.argmax(-1).to(x) if isinstance(fn, torch.distributions.Categorical) else fn.mean
-                )
-            else:
-                cells = value[:, start : start + site.n_tokens]
-                found = fn.log_prob(_as_site(cells, site.shape, site.row_axis))
-            parts.append(rows_first(found, site.row_axis))
+            cells = _as_site(value[:, start : start + site.n_tokens], site.shape, site.row_axis)
+            found = fn.log_prob(cells) if of is None else of(fn, cells)
+            parts.append(rows_first(found.to(x), site.row_axis))
             start += site.n_tokens
         return torch.cat(parts, 1)
 
@@ -306,6 +316,15 @@ def _shaken() -> Iterator[None]:
     finally:
         for leaf, value in zip(leaves, before, strict=True):
             leaf.copy_(value)
+
+
+def _mean(fn: Any, value: Tensor) -> Tensor:
+    # a likeliest category stands for the mean, which codes do not have
+    return fn.probs.argmax(-1) if isinstance(fn, torch.distributions.Categorical) else fn.mean
+
+
+def _drawn(fn: Any, value: Tensor) -> Tensor:
+    return fn.sample()
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
