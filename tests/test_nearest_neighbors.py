@@ -21,6 +21,7 @@ from bayes_mpt.predictors import Exact, NearestNeighbors, choose
 from bayes_mpt.predictors.nearest_neighbors import _LogProb, maxmin, predecessors
 from bayes_mpt.store import OwnStore
 from bayes_mpt.tracing import ModelError
+from bayes_mpt.training import lbfgs
 
 N, P = 60, 2
 THETA = {"amplitude": 1.3, "length": 0.3, "noise": 0.2, "centre": 0.4}
@@ -479,8 +480,8 @@ def test_training_by_stages_ends_at_the_same_maximum(monkeypatch):
     X, y = (a.numpy() for a in data(400))
     settings = dict(predictor=NearestNeighbors(10), random_state=0)
     whole = BayesMPT(broadcasting, **settings).fit(X, y)
-    monkeypatch.setattr(training, "N_COARSE", 50)
-    monkeypatch.setattr(training, "N_MIDDLE", 100)
+    monkeypatch.setattr(lbfgs, "N_COARSE", 50)
+    monkeypatch.setattr(lbfgs, "N_MIDDLE", 100)
     counts = []
     stages = training.stages
     monkeypatch.setattr(training, "stages", lambda *a: counts.append(len(found := stages(*a))) or found)

@@ -1,0 +1,26 @@
+"""Maximise a score over the parameters of a Pyro program.
+
+The first way that fits: `concentrate` solves for mean, loadings and noise where the program leaves them free; `climb`
+runs L-BFGS on the exact score; `train_on_masks` runs Adam on sampled masks. All work on the parameters that stand in
+Pyro's parameter store at the time, in units found from the program itself, so that the path is the same whatever the
+columns' scales.
+"""
+
+from bayes_mpt.training.adam import total_on_masks, train_on_masks
+from bayes_mpt.training.closed_form import concentrate
+from bayes_mpt.training.lbfgs import climb, stages
+from bayes_mpt.training.problem import Fit, Problem, Report, check_start, one_thread, take_rows
+
+__all__ = [
+    "Fit",
+    "Problem",
+    "Report",
+    "check_start",
+    "climb",
+    "concentrate",
+    "one_thread",
+    "stages",
+    "take_rows",
+    "total_on_masks",
+    "train_on_masks",
+]

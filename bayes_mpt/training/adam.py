@@ -1,0 +1,166 @@
+"""Climb the score of sampled masks by Adam."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bayes_mpt.masks import Policy, torch_generator
+from bayes_mpt.predictors import Conditionals
+from bayes_mpt.predictors.errors import replicate_error
+from bayes_mpt.score import OWN_MASKS
+from bayes_mpt.tracing import ModelError
+from bayes_mpt.training.problem import (
+    Fit,
+    Problem,
+    Report,
+    assign,
+    check_start,
+    flat,
+    share_of,
+    take_rows,
+)
+from bayes_mpt.training.units import sampled, small, units
+
+__all__ = ["total_on_masks", "train_on_masks"]
+
+WINDOW = 50  # steps between two looks of the stopping rule, at first
+WINDOW_GROWTH = 1.4  # with every halving of the step
+MAX_HALVINGS = 6
+LEAST_GAIN = 2e-5  # nats a row in a window, less than which halves the step
+N_CHECK_DRAWS = 16
+N_TOTALS = 8  # replicates of a score from one mask a row
+
+
+def train_on_masks(
+    problem: Problem,
+    masks: Policy,
+    *,
+    max_iter: int,
+    learning_rate: float,
+    batch_size: int | None = None,
+    random_state: int | None = None,
+    tol: float = 0.0,
+    report: Report | None = None,
+) -> Fit:
+    """Maximise the masked score by Adam, a fresh draw of masks each step.
+
+    After every window of steps (50 at first, longer as the steps shrink) the average of its iterates is scored on one
+    fixed draw of masks and rows, so that two windows are compared without the noise of the masks. A window that gains
+    less than ``tol`` (at least 2e-5) nats a row halves the step; after six halvings the training ends at the best
+    average. Units are taken afresh each window, since the map moves.
+
+    Raises
+    ------
+    ModelError
+        If a parameter or its gradient is not finite, or touches nothing; it is named.
+    """
+    generator = torch_generator(random_state)
+    leaves = problem.leaves()
+    fit = Fit("adam")
+    check_start(problem if problem.masks is None else small(problem), leaves)
+    check_seed = int(torch.randint(2**31, (), generator=generator))
+
+    def check() -> float:
+        """The score on the fixed draw."""
+        fixed = torch.Generator().manual_seed(check_seed)
+        with torch.no_grad():
+            draws = [_batch(problem, batch_size, fixed).score(masks, fixed) for _ in range(N_CHECK_DRAWS)]
+        return float(torch.stack(draws).mean())
+
+    best = flat(leaves).detach().clone()
+    best_check, rate, halvings, stopped = check(), learning_rate, 0, False
+    try:
+        while len(fit.history) < max_iter and halvings <= MAX_HALVINGS and not stopped:
+            start, unit, phi, adam = _fresh_adam(problem, leaves, rate)
+            total, n_steps = torch.zeros_like(start), 0
+            window = round(WINDOW * WINDOW_GROWTH**halvings)
+            try:
+                for _ in range(min(window, max_iter - len(fit.history))):
+                    score = _batch(problem, batch_size, generator).score(masks, generator)
+                    value = float(score.detach())
+                    if not math.isfinite(value):
+                        check_start(problem, leaves)
+                        raise ModelError(
+                            f"the masked score became {value} at step {len(fit.history)}: lower learning_rate (now "
+                            f"{learning_rate})"
+                        )
+                    grads = torch.autograd.grad(score, list(leaves.values()), materialize_grads=True)
+                    phi.grad = -unit * torch.cat([g.flatten() for g in grads])
+                    adam.step()
+                    theta = start + unit * phi.detach()
+                    assign(leaves, theta)
+                    total += theta
+                    n_steps += 1
+                    fit.history.append(value)
+                    if report is not None and report(len(fit.history), value):
+                        stopped = True
+                        break
+            except KeyboardInterrupt:
+                fit.interrupted = stopped = True
+            if not n_steps:
+                break
+            average = total / n_steps
+            last = flat(leaves).detach().clone()
+            assign(leaves, average)
+            gain = check() - best_check
+            if gain > 0:
+                best, best_check = average, best_check + gain
+            if gain > max(tol, LEAST_GAIN):
+                assign(leaves, last)
+            elif n_steps == window:
+                halvings += 1
+                rate *= 0.5
+                assign(leaves, best)
+    except KeyboardInterrupt:
+        fit.interrupted = True
+    assign(leaves, best)
+    fit.converged = halvings > MAX_HALVINGS
+    fit.n_iter = len(fit.history)
+    return fit
+
+
+def _fresh_adam(
+    problem: Problem, leaves: dict[str, Tensor], learning_rate: float
+) -> tuple[Tensor, Tensor, Tensor, torch.optim.Adam]:
+    """Start, units, the steps phi in theta = start + unit phi, and their optimiser."""
+    start = flat(leaves).detach().clone()
+    phi = torch.zeros_like(start).requires_grad_()
+    return (
+        start,
+        units(small(problem), leaves),
+        phi,
+        torch.optim.Adam([phi], lr=learning_rate, betas=(0.9, 0.99)),
+    )
+
+
+def _batch(problem: Problem, batch_size: int | None, generator: torch.Generator) -> Problem:
+    """A random minibatch, whose mean score estimates that of all rows."""
+    if batch_size is None:
+        return problem
+    log_prior = share_of(problem.log_prior, batch_size / problem.n_rows)
+    if problem.rows is not None:
+        n = len(problem.rows)
+        if problem.weight is None:
+            index = torch.randperm(n, generator=generator)[:batch_size]
+        else:
+            index = torch.multinomial(problem.weight.cpu(), batch_size, replacement=True, generator=generator)
+        index = index.to(problem.rows.device)
+        return Problem(problem.predictor, problem.args, problem.rows[index], None, len(index), log_prior)
+    if problem.predictor.divisible:
+        return sampled(problem, batch_size, generator)
+    return take_rows(problem, torch.randperm(len(problem.args[0]), generator=generator)[:batch_size])
+
+
+def total_on_masks(problem: Problem, predictor: Conditionals, seed: int) -> tuple[float, float]:
+    """The total score of all rows and its standard error, from replicates of one random mask for each row.
+
+    Unbiased for the area under the masked curve, whatever was trained on; masks are independent between rows, so that
+    the error falls with their number.
+    """
+    generator = torch_generator(seed)
+    totals = np.array([float(problem.by_row(predictor, OWN_MASKS, generator).sum()) for _ in range(N_TOTALS)])
+    return float(totals.mean()), replicate_error(totals)

@@ -1,0 +1,191 @@
+"""Mean, loadings and noise solved for, where a program leaves them free."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.sparse.linalg import LinearOperator, lsmr
+from torch import Tensor
+
+from bayes_mpt import concentrated
+from bayes_mpt.affine import Reading
+from bayes_mpt.moments import Table
+from bayes_mpt.predictors import LinearGaussian
+from bayes_mpt.training.problem import (
+    Fit,
+    Problem,
+    check_finite,
+    restore,
+    untouched,
+)
+from bayes_mpt.training.units import dimensionless
+
+__all__ = ["concentrate"]
+
+
+def concentrate(problem: Problem, table: Table, max_iter: int, tol: float) -> Fit | None:
+    """Solve for mean, loadings and noise where the program leaves them free; None where it does not.
+
+    Free means that the solution can be reached: each part has parameters of its own, and Gauss-Newton on them ends
+    at the target. Nothing of the program's form is assumed. ``problem`` scores the rows of ``table``, all complete.
+
+    Raises
+    ------
+    concentrated.NoiseFloorError
+        If the likelihood has no maximum.
+    """
+    leaves = problem.leaves()
+    check_finite(leaves)
+    if not isinstance(problem.predictor, LinearGaussian):
+        return None
+    reading = _exact(problem).reading
+    loc, loading, noise = reading.loc, reading.loading, reading.noise
+    n_latents = loading.shape[-1]
+    if len(loc) != 1 or not table.n:
+        return None
+    touches = _touches(reading, leaves)
+    for name in leaves:
+        if leaves[name].numel() and not any(name in names for names in touches.values()):
+            raise untouched(name)
+    of_loc, of_noise = touches["loc"], touches["noise"]
+    of_loading = touches["loading"] - of_noise
+    if of_loc & (of_noise | touches["loading"]) or not of_loc or (n_latents and not of_loading):
+        return None
+    cov = table.cov.cpu().numpy()
+    n_noise = sum(leaves[n].numel() for n in of_noise)
+    if n_noise == 1:
+        if n_latents >= len(cov):
+            return None
+        factors = concentrated.proportional(cov, n_latents, noise[0].detach().cpu().numpy())
+    elif n_noise >= len(cov):
+        factors = concentrated.diagonal(cov, n_latents, max_iter=max_iter, tol=tol)
+    else:
+        return None
+    target_loading = np.zeros((len(cov), n_latents))  # beyond T latents, columns of zeros
+    target_loading[:, : factors.loading.shape[1]] = factors.loading
+    before = {n: leaf.detach().clone() for n, leaf in leaves.items()}
+    sd = table.cov.diagonal().sqrt()
+    sd = torch.where(sd > 0, sd, torch.ones_like(sd))
+    as_tensor = lambda a: torch.as_tensor(np.ascontiguousarray(a)).to(loc)  # noqa: E731
+    targets = {
+        "noise": (as_tensor(np.log(factors.noise)), torch.ones_like(sd)),
+        "loading": (as_tensor(target_loading), sd[:, None]),
+        "loc": (table.mean, sd),
+    }
+    names = {"noise": sorted(of_noise), "loading": sorted(of_loading), "loc": sorted(of_loc)}
+    # Where every part is its own parameter, or a rotation of it, one step along the transposed Jacobian arrives.
+    _step_along_transpose(reading, leaves, targets)
+    predictor = _exact(problem)
+    if not all(_reached(predictor.reading, part, *target) for part, target in targets.items()):
+        restore(leaves, before)
+        for part, (target, unit) in targets.items():
+            if target.numel() and not _reach(problem, [leaves[n] for n in names[part]], part, target, unit):
+                restore(leaves, before)
+                return None
+        predictor = _exact(problem)
+    with torch.no_grad():
+        got = float(problem.score_of(predictor))
+    if abs(got - factors.lml) > 1e-7 * (1 + abs(factors.lml)):
+        restore(leaves, before)
+        return None
+    return Fit("concentrated", [got], factors.n_iter, True)
+
+
+def _exact(problem: Problem) -> LinearGaussian:
+    """The linear-Gaussian map at the current parameters."""
+    predictor = problem.read()
+    if not isinstance(predictor, LinearGaussian):
+        raise TypeError(f"this training needs a linear-Gaussian program, got {type(predictor).__name__}")
+    return predictor
+
+
+def _part(reading: Reading, part: str) -> Tensor:
+    """loc (T,), loading (T, K) or log noise (T,)."""
+    out = getattr(reading, part)[0]
+    return out.log() if part == "noise" else out
+
+
+def _reached(reading: Reading, part: str, target: Tensor, unit: Tensor) -> bool:
+    miss = (target - _part(reading, part)).detach().abs()
+    return bool((miss <= 1e-11 * (unit + target.abs())).all())
+
+
+def _step_along_transpose(
+    reading: Reading, leaves: dict[str, Tensor], targets: dict[str, tuple[Tensor, Tensor]]
+) -> None:
+    outputs = [_part(reading, part) for part in targets]
+    misses = [(t - out).detach() for out, (t, _) in zip(outputs, targets.values(), strict=True)]
+    moving = [
+        (out, miss) for out, miss in zip(outputs, misses, strict=True) if out.requires_grad and out.numel()
+    ]
+    grads = torch.autograd.grad(
+        [out for out, _ in moving],
+        list(leaves.values()),
+        [miss for _, miss in moving],
+        retain_graph=True,
+        materialize_grads=True,
+    )
+    with torch.no_grad():
+        for leaf, grad in zip(leaves.values(), grads, strict=True):
+            leaf += grad
+
+
+def _touches(reading: Reading, leaves: dict[str, Tensor]) -> dict[str, set[str]]:
+    """Which parameters move which part of the map."""
+    generator = torch.Generator().manual_seed(0)
+    found: dict[str, set[str]] = {"loc": set(), "loading": set(), "noise": set()}
+    pull: dict[str, dict[str, float]] = {name: {} for name in leaves}
+    for part, out in zip(found, dimensionless(reading), strict=True):
+        if not out.requires_grad or not out.numel():
+            continue
+        probe = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out)
+        grads = torch.autograd.grad(out, list(leaves.values()), probe, retain_graph=True, allow_unused=True)
+        for name, grad in zip(leaves, grads, strict=True):
+            pull[name][part] = 0.0 if grad is None or not grad.numel() else float(grad.abs().max())
+    for name, parts in pull.items():
+        # a slope is a difference of two means: what cancels in it leaves a rounding error, no dependence
+        strongest = max(parts.values(), default=0.0)
+        for part, size in parts.items():
+            if size > 1e-9 * strongest:
+                found[part].add(name)
+    return found
+
+
+def _reach(problem: Problem, leaves: list[Tensor], part: str, target: Tensor, unit: Tensor) -> bool:
+    """Move these parameters until a part of the reading equals its target: Gauss-Newton, steps by LSMR."""
+    sizes = [leaf.numel() for leaf in leaves]
+    for _ in range(20):
+        reading = _exact(problem).reading
+        if _reached(reading, part, target, unit):
+            return True
+        out = _part(reading, part)
+        miss = (target - out).detach()
+        dummy = torch.zeros_like(out, requires_grad=True)
+        pulled = torch.cat(
+            [
+                g.flatten()
+                for g in torch.autograd.grad(out, leaves, dummy, create_graph=True, materialize_grads=True)
+            ]
+        )
+
+        def jvp(
+            v: NDArray[np.float64], pulled: Tensor = pulled, dummy: Tensor = dummy
+        ) -> NDArray[np.float64]:
+            u = torch.from_numpy(np.ascontiguousarray(v, dtype=np.float64)).flatten().to(pulled)
+            return torch.autograd.grad(pulled, dummy, u, retain_graph=True)[0].flatten().cpu().numpy()
+
+        def vjp(v: NDArray[np.float64], out: Tensor = out) -> NDArray[np.float64]:
+            u = torch.from_numpy(np.ascontiguousarray(v, dtype=np.float64)).reshape(out.shape).to(out)
+            grads = torch.autograd.grad(out, leaves, u, retain_graph=True, materialize_grads=True)
+            return torch.cat([g.flatten() for g in grads]).cpu().numpy()
+
+        jacobian = LinearOperator((out.numel(), sum(sizes)), matvec=jvp, rmatvec=vjp, dtype=np.float64)
+        step = lsmr(jacobian, miss.flatten().cpu().numpy(), atol=1e-14, btol=1e-14, conlim=0, maxiter=100)[0]
+        if not np.isfinite(step).all():
+            return False
+        parts = torch.as_tensor(step).split(sizes)
+        with torch.no_grad():
+            for leaf, change in zip(leaves, parts, strict=True):
+                leaf += change.reshape(leaf.shape).to(leaf)
+    return False

@@ -1,0 +1,224 @@
+"""Climb the exact score by L-BFGS."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import minimize
+from torch import Tensor
+from torch.distributions import constraints, transform_to
+
+from bayes_mpt.masks import torch_generator
+from bayes_mpt.tracing import MissingCovariate, has_missing
+from bayes_mpt.training.problem import (
+    Fit,
+    Problem,
+    Report,
+    assign,
+    check_start,
+    flat,
+)
+from bayes_mpt.training.units import metric, only, sampled, shuffled, small, units
+
+__all__ = ["climb", "stages"]
+
+STATIONARY = 1e-3  # nats a row and unit of the map: a steeper place is no maximum
+FURTHEST = 3.0  # e-folds by which the size of a parameter changes at once
+OWN_STEPS = 100  # of a model's own way to climb: one that creeps is left to L-BFGS
+N_COARSE = 512  # tokens, or a quarter of fewer, fitted exactly first, where many evaluations cost nothing
+N_MIDDLE = 4096  # terms of a longer sum fitted next
+GAIN_LEFT = 1e-3  # nats of all tokens
+
+
+def stages(problem: Problem, seed: int) -> list[Problem]:
+    """The problem, behind smaller ones that lead to its maximum: of one long Gaussian vector, some of its tokens.
+
+    First a few rows exactly, where restarts and many iterations are cheap; then, of a sum of terms, a random sample.
+    """
+    if not problem.predictor.remembers:
+        return [problem]
+    tokens = shuffled(problem, seed)
+    found = []
+    if len(tokens) >= N_COARSE:
+        found.append(only(problem, tokens[: min(N_COARSE, len(tokens) // 4)]))
+    if problem.predictor.divisible and len(tokens) >= 4 * N_MIDDLE:
+        found.append(sampled(problem, N_MIDDLE, torch_generator(seed)))
+    return [*found, problem]
+
+
+def climb(problem: Problem, *, max_iter: int, tol: float, report: Report | None = None) -> Fit:
+    """Maximise the exact score by L-BFGS (strong Wolfe line search) over all parameters.
+
+    A model may offer a method of its own, ``maximize(x, params, tol=, max_iter=)``, which takes complete rows and the
+    values of the parameters by name and returns better ones (an EM, say). It goes first; where its end is no maximum to
+    the tolerance, L-BFGS goes on from there.
+
+    Raises
+    ------
+    ModelError
+        If a parameter or its gradient is not finite at the start, or touches nothing; it is named.
+    """
+    leaves = problem.leaves()
+    fit = Fit("lbfgs")
+    own = _own_maximum(problem, leaves, tol, max_iter)
+    predictor, score, grad = check_start(small(problem) if problem.predictor.divisible else problem, leaves)
+    if own:
+        unit = units(problem, leaves, predictor)
+        fit.history, fit.n_iter, fit.last = [score], 1, predictor
+        if float((unit * grad).abs().max()) <= _slope(tol, score):
+            fit.method, fit.converged = "maximize, the model's own", True
+            return fit
+    fit.last = None
+    best_theta, best = flat(leaves).detach().clone(), -math.inf
+    best_slope = torch.full_like(best_theta, math.inf)
+    least_unit = torch.full_like(best_theta, math.inf)
+
+    def climb_once(
+        n_steps: int, move: Callable[[Tensor], Tensor], furthest: float | None = None, newton: bool = False
+    ) -> bool:
+        """L-BFGS over the steps phi (n_steps,) that move the parameters; whether it ended by itself.
+
+        With ``newton`` the steps are such that the curvature is about one, and so the slope the best first step.
+        """
+        budget, scale = max_iter - len(fit.history), 1.0
+        first: tuple[float, NDArray[np.float64]] | None = None
+
+        def loss(phi: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+            nonlocal best, best_theta, best_slope
+            if first is not None and not phi.any():
+                return first
+            steps = (scale * torch.as_tensor(phi).to(best_theta)).requires_grad_()
+            moved = move(steps)
+            theta = moved.detach()
+            assign(leaves, theta)
+            try:
+                score = problem.score()
+                grads = torch.autograd.grad(score, list(leaves.values()), materialize_grads=True)
+            except MissingCovariate:
+                raise
+            except (
+                ValueError,
+                torch.linalg.LinAlgError,
+            ):
+                # the line search tried a point too far away; ModelError is a ValueError too
+                return 1e30, np.zeros(len(phi))
+            (grad,) = torch.autograd.grad(moved, steps, torch.cat([g.flatten() for g in grads]))
+            value = float(score.detach())
+            if not math.isfinite(value) or not bool(torch.isfinite(grad).all()):
+                return 1e30, np.zeros(len(phi))
+            if value > best:
+                best, best_theta, best_slope = value, theta, grad
+            return -value, -scale * grad.double().cpu().numpy()
+
+        if newton:
+            # L-BFGS takes a first step of length one: where the curvature is one, that of Newton's method
+            value, slope = loss(np.zeros(n_steps))
+            scale = float(np.linalg.norm(slope)) or 1.0
+            first = value, scale * slope
+        gtol = scale * math.sqrt(GAIN_LEFT) / 10 if newton else 1e-9
+        options = {"maxiter": budget, "maxfun": 3 * budget, "maxcor": 30, "ftol": tol, "gtol": gtol}
+        result = minimize(
+            loss,
+            np.zeros(n_steps),
+            jac=True,
+            method="L-BFGS-B",
+            bounds=None if furthest is None else [(-furthest, furthest)] * n_steps,
+            callback=callback,
+            options=options,
+        )
+        assign(leaves, best_theta)
+        return result.status in (0, 2)  # and not out of iterations, or stopped from outside
+
+    def callback(intermediate_result: Any) -> None:
+        fit.history.append(-float(intermediate_result.fun))
+        if report is not None and report(len(fit.history), fit.history[-1]):
+            raise StopIteration
+
+    try:
+        while len(fit.history) < max_iter:
+            before, (unit, turn) = best, metric(problem, leaves)
+            least_unit = torch.minimum(least_unit, unit)
+            start = flat(leaves).detach().clone()
+            ended = climb_once(len(unit), _along(start, unit, turn), newton=turn is not None)
+            if not math.isfinite(best):
+                check_start(problem, leaves)
+            if not ended:
+                break
+            # in turned units the curvature is about one
+            if turn is not None and 0.5 * float(best_slope.square().sum()) <= GAIN_LEFT:
+                fit.converged = True
+                break
+            # The units were those of the start; where the map has changed much, a climb may end short of the top.
+            if best - before > 10 * tol * (1 + abs(best)):
+                continue
+            # Latents far too wide hide it: in units of the noise the slope is nothing, though the way down is long.
+            rescaled, in_units = _rescaling(leaves), partial(torch.mul, least_unit)
+            level = max(STATIONARY, _slope(tol, best))
+            if _steepest(problem, leaves, rescaled, len(leaves)) > level:
+                before = best
+                # Not all the way at once: loadings of zero are a saddle.
+                if not climb_once(len(leaves), rescaled, FURTHEST):
+                    break
+                if best - before > 10 * tol * (1 + abs(best)):
+                    continue
+            fit.converged = _steepest(problem, leaves, in_units, len(least_unit)) <= level
+            break
+    except KeyboardInterrupt:
+        fit.interrupted = True
+    assign(leaves, best_theta)
+    fit.n_iter = len(fit.history)
+    return fit
+
+
+def _along(start: Tensor, unit: Tensor, turn: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """Parameters after steps phi in these units: start + unit * (turn phi)."""
+    return lambda phi: start + unit * (phi if turn is None else turn @ phi)
+
+
+def _slope(tol: float, score: float) -> float:
+    """Of a parameter in its unit, where a step of one curves the score by about one, with no more than tol to gain."""
+    return math.sqrt(2 * tol * max(1.0, abs(score)))
+
+
+def _own_maximum(problem: Problem, leaves: dict[str, Tensor], tol: float, max_iter: int) -> bool:
+    """Let the model itself climb, if it offers to and no cell is missing."""
+    maximize = getattr(problem.predictor.model, "maximize", None)
+    if maximize is None or problem.rows is not None or any(has_missing(a) for a in problem.args):
+        return False
+    store = pyro.get_param_store()
+    bounds = store.get_state()["constraints"]
+    params = {name: store[name].detach() for name in leaves}
+    with torch.no_grad():
+        found = maximize(*problem.args, params, tol=tol, max_iter=min(max_iter, OWN_STEPS))
+        for name, value in found.items():
+            leaves[name].copy_(transform_to(bounds[name]).inv(value))
+    return True
+
+
+def _steepest(
+    problem: Problem, leaves: dict[str, Tensor], move: Callable[[Tensor], Tensor], n_steps: int
+) -> float:
+    """The largest slope of the mean score, nats a row and step."""
+    grads = torch.autograd.grad(problem.score(), list(leaves.values()), materialize_grads=True)
+    steps = torch.zeros(n_steps).to(flat(leaves)).requires_grad_()
+    (slope,) = torch.autograd.grad(move(steps), steps, torch.cat([g.flatten() for g in grads]))
+    return float(slope.abs().max())
+
+
+def _rescaling(leaves: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
+    """Steps, one for each parameter, in the logarithm of its size: a factor, or of a bounded one a shift."""
+    start = [leaf.detach().flatten().clone() for leaf in leaves.values()]
+    bound = pyro.get_param_store().get_state()["constraints"]
+    free = [bound[name] is constraints.real for name in leaves]
+
+    def move(phi: Tensor) -> Tensor:
+        return torch.cat([v * p.exp() if f else v + p for v, p, f in zip(start, phi, free, strict=True)])
+
+    return move

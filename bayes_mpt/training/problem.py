@@ -1,0 +1,200 @@
+"""What is maximised over the parameters in Pyro's store, and how it went."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+import pyro
+import torch
+from threadpoolctl import ThreadpoolController
+from torch import Tensor
+
+from bayes_mpt.masks import Policy, torch_generator
+from bayes_mpt.predictors import Conditionals
+from bayes_mpt.score import masked_score, training_masks
+from bayes_mpt.tracing import ModelError, rows_of
+
+__all__ = [
+    "Fit",
+    "Problem",
+    "Report",
+    "assign",
+    "check_finite",
+    "check_start",
+    "flat",
+    "one_thread",
+    "restore",
+    "share_of",
+    "take_rows",
+    "untouched",
+]
+
+Report = Callable[[int, float], bool]
+"""Called with (iteration, mean score a row) after each; True stops the training."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is maximised: the weighted score of these rows under this program."""
+
+    predictor: Conditionals
+    args: tuple[Any, ...]
+    """What the program is called with when it is read."""
+    rows: Tensor | None
+    """(R, T) rows to score; None: the observed value of each reading."""
+    weight: Tensor | None
+    """(R,) of the rows; None: all one."""
+    n_rows: int
+    log_prior: Callable[[], Tensor] | None = None
+    """Of the current parameters, added to the total score that is maximised."""
+    some: tuple[Tensor, Tensor] | None = None
+    """Tokens (B,) of a vector and their weights (B,), from which its score is estimated; None: all of it."""
+    masks: Policy | None = None
+    """What is scored, on one draw that stays, where no other masks are asked for; None: the joint density."""
+
+    def read(self) -> Conditionals:
+        """The predictor at the current parameters."""
+        return self.predictor.read(self.args)
+
+    def score(self, masks: Policy | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """Mean score a row at the current parameters, exact or over one draw of masks; with the log prior."""
+        if masks is None and self.predictor.climbs:
+            score = self.predictor.objective(self.args).sum() / self.n_rows
+        else:
+            score = self.score_of(self.read(), masks, generator)
+        return score if self.log_prior is None else score + self.log_prior() / self.n_rows
+
+    def score_of(
+        self, predictor: Conditionals, masks: Policy | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Mean score a row of a predictor that has read the program, without the log prior."""
+        by_row = self.by_row(predictor, masks, generator)
+        total = by_row.sum() if self.weight is None else self.weight @ by_row
+        return total / self.n_rows
+
+    def by_row(
+        self, predictor: Conditionals, masks: Policy | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """The score of each row (R,) of a predictor that has read the program."""
+        x = predictor.value if self.rows is None else self.rows
+        if self.some is not None:
+            return predictor.partial(x, *self.some)
+        masks = self.masks if masks is None else masks
+        if masks is None:
+            return predictor.joint(x)
+        draw = training_masks(predictor, masks, x, torch_generator(0) if generator is None else generator)
+        return masked_score(predictor, x, draw)
+
+    def leaves(self) -> dict[str, Tensor]:
+        """Unconstrained parameters of the program by name."""
+        store = dict(pyro.get_param_store().named_parameters())
+        return {name: store[name] for name in self.predictor.parameters}
+
+
+@dataclass
+class Fit:
+    """How a training went."""
+
+    method: str
+    history: list[float] = field(default_factory=list)
+    """Mean score a row after each iteration."""
+    n_iter: int = 0
+    converged: bool = False
+    interrupted: bool = False
+    last: Conditionals | None = None
+    """The predictor at the fitted parameters, where it has been read; its score is the last of the history."""
+
+
+def take_rows(problem: Problem, index: Tensor) -> Problem:
+    """The problem of some of its rows, whose mean score estimates that of all."""
+    log_prior = share_of(problem.log_prior, len(index) / problem.n_rows)
+    args = rows_of(problem.args, index.to(problem.args[0].device))
+    return replace(problem, args=args, n_rows=len(index), log_prior=log_prior)
+
+
+def share_of(log_prior: Callable[[], Tensor] | None, share: float) -> Callable[[], Tensor] | None:
+    """A log prior of all rows as seen by a part of them."""
+    return None if log_prior is None else lambda: share * log_prior()
+
+
+# ------------------------------------------------------------------------------------------- the parameters
+
+
+def flat(leaves: dict[str, Tensor]) -> Tensor:
+    """All of them in one vector."""
+    return torch.cat([leaf.flatten() for leaf in leaves.values()])
+
+
+def assign(leaves: dict[str, Tensor], theta: Tensor) -> None:
+    """Set them from one vector, as `flat` makes it."""
+    with torch.no_grad():
+        for leaf, value in zip(
+            leaves.values(), theta.split([v.numel() for v in leaves.values()]), strict=True
+        ):
+            leaf.copy_(value.reshape(leaf.shape))
+
+
+def restore(leaves: dict[str, Tensor], before: dict[str, Tensor]) -> None:
+    """Set them from copies by name."""
+    with torch.no_grad():
+        for name, leaf in leaves.items():
+            leaf.copy_(before[name])
+
+
+def check_finite(leaves: dict[str, Tensor]) -> None:
+    """Refuse initial values that are not."""
+    for name, leaf in leaves.items():
+        if not bool(torch.isfinite(leaf).all()):
+            raise ModelError(f"parameter {name!r} is not finite at the start: check its initial value")
+
+
+def untouched(name: str) -> ModelError:
+    """A parameter on which the score does not depend."""
+    return ModelError(
+        f"parameter {name!r} does not touch the score: nothing in the observed site depends on it, or only through "
+        ".detach(). Remove it, or use it"
+    )
+
+
+def check_start(problem: Problem, leaves: dict[str, Tensor]) -> tuple[Conditionals, float, Tensor]:
+    """The predictor read, its score and gradient, both finite."""
+    check_finite(leaves)
+    predictor = problem.read()
+    score = problem.score_of(predictor)
+    if not leaves:
+        raise ModelError("the program has no pyro.param: there is nothing to train")
+    if not bool(torch.isfinite(score)):
+        raise ModelError(f"the score is {float(score.detach())} at the start: check the program and its data")
+    grads: tuple[Tensor | None, ...] = (None,) * len(leaves)
+    if score.requires_grad:
+        grads = torch.autograd.grad(score, list(leaves.values()), allow_unused=True, retain_graph=True)
+    for name, grad in zip(leaves, grads, strict=True):
+        if grad is None:
+            raise untouched(name)
+        if not bool(torch.isfinite(grad).all()):
+            raise ModelError(f"the gradient of parameter {name!r} is not finite at the start")
+    return predictor, float(score.detach()), torch.cat([g.flatten() for g in grads if g is not None])
+
+
+@cache
+def _threads() -> ThreadpoolController:
+    return ThreadpoolController()
+
+
+@contextmanager
+def one_thread(n_cells: int) -> Iterator[None]:
+    """One thread around small algebra, where handing work to threads costs more than the work; then as before."""
+    if n_cells > 2**21:
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with _threads().limit(limits=1):
+            yield
+    finally:
+        torch.set_num_threads(before)
