@@ -18,7 +18,8 @@ from bayes_mpt import BayesMPT, training
 from bayes_mpt.masks import PermutationChain
 from bayes_mpt.models import GaussianProcess
 from bayes_mpt.predictors import Exact, NearestNeighbors, choose
-from bayes_mpt.predictors.nearest_neighbors import _LogProb, maxmin, predecessors
+from bayes_mpt.predictors.nearest_neighbors import _LogProb
+from bayes_mpt.predictors.neighborhoods import maxmin, predecessors
 from bayes_mpt.store import OwnStore
 from bayes_mpt.tracing import ModelError
 from bayes_mpt.training import lbfgs
@@ -108,7 +109,7 @@ def read(m, model=broadcasting, args=None, **settings):
 @pytest.fixture
 def alone(monkeypatch):
     """Vecchia's own approximation: no token shares its neighbours."""
-    monkeypatch.setattr("bayes_mpt.predictors.nearest_neighbors.MAX_GROUP", 1)
+    monkeypatch.setattr("bayes_mpt.predictors.neighborhoods.MAX_GROUP", 1)
 
 
 @pytest.fixture(autouse=True)
@@ -182,7 +183,7 @@ def test_sharing_sees_more_for_no_more(monkeypatch, n_columns):
     with torch.no_grad():
         truth = Exact().bind(broadcasting, (x, y)).read((x, y)).last.cov.logdet()
         _, less = shared.predicted(y[None], tokens)
-        monkeypatch.setattr("bayes_mpt.predictors.nearest_neighbors.MAX_GROUP", 1)
+        monkeypatch.setattr("bayes_mpt.predictors.neighborhoods.MAX_GROUP", 1)
         _, more = read(m, args=(x, y)).predicted(y[None], tokens)
     assert bool((less <= more * (1 + 1e-12)).all())
     losses = less.log().sum() - truth, more.log().sum() - truth
@@ -288,7 +289,7 @@ def test_maxmin_takes_the_furthest():
 def test_maxmin_of_many_points_is_nearly_exact(monkeypatch):
     points = np.random.default_rng(0).random((3000, 2))
     quick = maxmin(points)
-    monkeypatch.setattr("bayes_mpt.predictors.nearest_neighbors.N_EXACT_ORDER", 3000)
+    monkeypatch.setattr("bayes_mpt.predictors.neighborhoods.N_EXACT_ORDER", 3000)
     exact = maxmin(points)
     assert sorted(quick) == sorted(exact) == list(range(3000))
 
