@@ -61,7 +61,8 @@ from bayes_mpt.predictors import (
 )
 from bayes_mpt.predictors.annealed import Annealed, AnnealedImportance, Bounds
 from bayes_mpt.predictors.base import together
-from bayes_mpt.predictors.nodes import Nodes, growing, means_of_new
+from bayes_mpt.predictors.new_rows import growing, means_of_new
+from bayes_mpt.predictors.nodes import Nodes
 from bayes_mpt.predictors.self_predictive import sees_all
 from bayes_mpt.rows import (
     arguments,

@@ -6,9 +6,9 @@ from typing import Any
 
 from bayes_mpt.affine import NotAffine
 from bayes_mpt.predictors.base import Conditionals, Guide, Predictor
+from bayes_mpt.predictors.enumeration import enumerated, mixture_of_maps
 from bayes_mpt.predictors.joint_gaussian import JointGaussian, gaussian_program
 from bayes_mpt.predictors.markov import closed_form
-from bayes_mpt.predictors.nodes import enumerated, mixture_of_maps
 from bayes_mpt.tracing import Model, ModelError, Program, survey
 
 __all__ = ["Exact", "summed_out"]

@@ -20,18 +20,8 @@ from torch.autograd.function import once_differentiable
 
 from bayes_mpt.factors import read_factors
 from bayes_mpt.predictors.base import Evidence, Guide, Predictor
-from bayes_mpt.predictors.nodes import (
-    FactorsGiven,
-    Given,
-    Mapped,
-    Nodes,
-    Read,
-    Reader,
-    Stacked,
-    constrained,
-    nodes_first,
-    program_values,
-)
+from bayes_mpt.predictors.given import FactorsGiven, Given, Mapped, Stacked
+from bayes_mpt.predictors.nodes import Nodes, Read, Reader, constrained, nodes_first, program_values
 from bayes_mpt.predictors.placed import Placement, degrees_of, log_t
 from bayes_mpt.simulation import simulate
 from bayes_mpt.tracing import (

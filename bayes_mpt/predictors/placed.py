@@ -27,10 +27,8 @@ from torch import Tensor
 from bayes_mpt.affine import NotAffine, read_side_by_side
 from bayes_mpt.factors import read_factors
 from bayes_mpt.latents import Space, space
-from bayes_mpt.predictors.linear_gaussian import LinearGaussian
-from bayes_mpt.predictors.nodes import (
+from bayes_mpt.predictors.given import (
     FactorsGiven,
-    FixedSites,
     Given,
     Mapped,
     MapsGiven,
@@ -38,9 +36,9 @@ from bayes_mpt.predictors.nodes import (
     RowsGiven,
     SideBySide,
     Stacked,
-    constrained,
-    program_values,
 )
+from bayes_mpt.predictors.linear_gaussian import LinearGaussian
+from bayes_mpt.predictors.nodes import FixedSites, constrained, program_values
 from bayes_mpt.tracing import (
     Latent,
     Model,

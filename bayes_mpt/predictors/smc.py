@@ -21,7 +21,8 @@ from torch import Tensor
 
 from bayes_mpt.predictors.base import Conditionals, Evidence, Guide, Posterior, Predictor
 from bayes_mpt.predictors.errors import replicate_error
-from bayes_mpt.predictors.nodes import Given, constrained, program_values
+from bayes_mpt.predictors.given import Given
+from bayes_mpt.predictors.nodes import constrained, program_values
 from bayes_mpt.predictors.placed import DEGREES, Located, Placement, log_t
 from bayes_mpt.tracing import NODES, Model, ModelError, Program, fill, one_precision, one_vector, survey
 
