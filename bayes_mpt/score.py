@@ -105,6 +105,14 @@ class Curve(NamedTuple):
     se: NDArray[np.float64]
     """(T,) standard errors over masks; NaN where a size was drawn once."""
 
+    @property
+    def area(self) -> float:
+        """Nats a row. A size that no mask had counts as the next that one had: of equal `Blocks` this is the score."""
+        drawn = ~np.isnan(self.mean)
+        ends = self.size[drawn]
+        ends[-1] = self.size[-1]  # and the largest, if missing, as the last before it
+        return float(self.mean[drawn] @ np.diff(ends, prepend=0))
+
 
 class RateCurve(NamedTuple):
     """The masked curve of rows of different lengths: nats a hidden token against the share of tokens hidden."""
@@ -171,7 +179,7 @@ def estimate(
     x : Tensor of shape (N, T)
         Rows.
     masks : Policy
-        With ``is_lml``.
+        With ``is_lml``; of a program ``model(x, visible)`` also in `Blocks`.
     n_replicates : int, default=8
         R, independent draws of the policy; the standard error needs two.
     random_state : int, torch.Generator or None
@@ -188,7 +196,7 @@ def estimate(
     ValueError
         If the policy's expectation is not the LML.
     """
-    require_lml(masks, "estimate")
+    require_lml(masks, "estimate", independent=predictor.independent)
     if n_replicates < 1:
         raise ValueError(f"n_replicates must be at least 1, got {n_replicates}")
     generator = torch_generator(random_state)
