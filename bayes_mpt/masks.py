@@ -262,7 +262,8 @@ class Blocks(Policy):
     Parameters
     ----------
     masks : Policy
-        Of masks, to which a block is a token: `UniformSize`, `EverySize`, `FixedRate`, `LeaveOneOut`.
+        To which a block is a token. A `PermutationChain` becomes P masks an order, so that each block counts once:
+        where they are as different as an image's middle and border, far less noisy than masks of random sizes.
     groups : array-like of shape (T,)
         Labels. Tokens with one label are a block.
 
@@ -283,13 +284,16 @@ class Blocks(Policy):
     def draw(self, n_tokens: int, random_state: RandomState = None) -> Masks:
         _count("n_tokens", n_tokens)
         label = _labels(self.groups, n_tokens)  # (T,)
-        drawn = self.masks.draw(int(label.max()) + 1, random_state)
-        if drawn.visible is None:
-            raise ValueError(
-                f"Blocks needs a policy of masks, such as EverySize(), got {self.masks!r}, which draws chains: "
-                "PermutationChain(groups=...) keeps tokens together"
-            )
-        return Masks(drawn.visible[:, label], None, drawn.weight[:, label])
+        n_blocks = int(label.max()) + 1
+        visible, order, weight = self.masks.draw(n_blocks, random_state)
+        if (
+            order is not None
+        ):  # (C, P): every step is a mask, of which the block whose turn has come is scored
+            turn, step = order.argsort(dim=1)[:, None], torch.arange(n_blocks)[:, None]
+            visible = (turn < step).flatten(0, 1)  # (C P, P)
+            weight = (weight[:, None] * (turn == step)).flatten(0, 1)
+        assert visible is not None
+        return Masks(visible[:, label], None, weight[:, label])
 
 
 def one_each(masks: Masks, n_rows: int, random_state: RandomState = None) -> Masks:
@@ -330,8 +334,8 @@ def require_lml(policy: Policy, what: str, *, independent: bool = False) -> None
         require_lml(policy.masks, what)
         if not independent:
             raise ValueError(
-                f"{what} needs masks whose expected score is the log marginal likelihood (LML). Blocks are scored token "
-                "by token, and the sum is a block's log-density only if its tokens are independent given what is "
+                f"{what} needs masks whose expected score is the log marginal likelihood (LML). Blocks are scored "
+                "token by token, and the sum is a block's log-density only if its tokens are independent given what is "
                 f"visible, as a program model(x, visible) says. Use {policy.masks!r} itself, or "
                 "PermutationChain(groups=...)"
             )

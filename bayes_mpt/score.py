@@ -247,7 +247,7 @@ def estimate(
 def _curve(
     predictor: Conditionals, x: Tensor, weight: Tensor, draws: list[Masks], steps: list[Tensor] | None
 ) -> Curve:
-    """Group the masks' means by size: S(m) is the mean over masks of the mean over hidden tokens."""
+    """Group the masks' means by size: S(m) is the mean over masks of the mean over tokens scored."""
     n_tokens = x.shape[1]
     share = weight / weight.sum()
     sizes, values = [], []
@@ -264,13 +264,13 @@ def _curve(
                 values.append(by_token[tokens].cpu())
         else:
             assert draw.visible is not None
-            hidden = (~draw.visible).sum(1)
+            sizes.append((~draw.visible).sum(1))
+            # of a chain of blocks not all that is hidden
+            scored = (draw.weight / draw.weight.sum(1, keepdim=True)).to(x)
             step = max(1, CHUNK // max(1, x.numel()))
-            for i in range(0, len(hidden), step):
-                visible = draw.visible[i : i + step].to(x.device)
-                by_mask = torch.einsum("snt,n->s", predictor.conditionals(x, visible), share).cpu()
-                sizes.append(hidden[i : i + step])
-                values.append(by_mask / hidden[i : i + step])
+            for i in range(0, len(scored), step):
+                found = predictor.conditionals(x, draw.visible[i : i + step].to(x.device))
+                values.append(torch.einsum("snt,st,n->s", found, scored[i : i + step], share).cpu())
     size, value = torch.cat(sizes).numpy(), torch.cat(values).double().numpy()
     count = np.bincount(size, minlength=n_tokens + 1)[1:]
     with np.errstate(divide="ignore", invalid="ignore"):

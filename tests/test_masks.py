@@ -462,7 +462,7 @@ def test_blocks_are_the_masks_of_fewer_tokens(policy):
 BLOCKS = [0, 1, 1, 0, 2]
 
 
-@pytest.mark.parametrize("policy", [UniformSize(2), EverySize()], ids=repr)
+@pytest.mark.parametrize("policy", [UniformSize(2), EverySize(), PermutationChain(2)], ids=repr)
 def test_the_expectation_of_blocks_is_a_mean_over_their_orders(policy, conditional):
     table, joint = conditional
     by_order = []
@@ -484,9 +484,23 @@ def test_blocks_of_one_token_are_no_blocks(conditional):
         assert score(Blocks(policy, range(T)).draw(T, 3), table) == score(policy.draw(T, 3), table)
 
 
+def test_chains_of_blocks_are_the_sum_along_one_order(conditional):
+    """Every token counts once in each order, given the blocks before its own."""
+    table, _ = conditional
+    chains = PermutationChain(3).draw(3, SEED)
+    total = 0.0
+    for order in chains.order.numpy():
+        for step, block in enumerate(order):
+            subset = sum(1 << i for i in range(T) if BLOCKS[i] in order[:step])
+            total += sum(table[subset, i] for i in range(T) if BLOCKS[i] == block) / 3
+    masks = Blocks(PermutationChain(3), BLOCKS).draw(T, SEED)
+    assert masks.order is None and masks.visible.shape == (9, T)
+    assert not bool(masks.weight[masks.visible].any())
+    np.testing.assert_allclose(masks.weight.sum(0), 1.0, rtol=1e-12)
+    assert score(masks, table) == pytest.approx(total, abs=1e-12)
+
+
 def test_refused_blocks():
-    with pytest.raises(ValueError, match="which draws chains"):
-        Blocks(PermutationChain(), GROUPS).draw(8)
     with pytest.raises(ValueError, match=r"wanted shape \(8,\), got \(2,\)"):
         Blocks(EverySize(), [0, 1]).draw(8)
     with pytest.raises(ValueError, match="n_masks must be an integer"):
