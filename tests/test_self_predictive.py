@@ -328,7 +328,7 @@ def test_search_by_held_out_rows():
     x = sample(300, 3)
     search = MarginalLikelihoodSearch(
         BayesMPT(table, predictor=SelfPredictive(2), batch_size=100, max_iter=60, random_state=0),
-        {"model": [network, Independent()]},
+        [{"model": [network]}, {"model": [Independent()], "masks": [Blocks(UniformSize(8), [0, 0, 1, 1])]}],
         evidence="heldout",
         cv=2,
         error_score="raise",
