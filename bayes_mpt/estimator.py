@@ -576,7 +576,8 @@ class BayesMPT(
         y : array-like, optional
             As in `fit`.
         masks : Policy, optional
-            Must have ``is_lml``; `PermutationChain` by default, which is exact where the conditionals are.
+            Must have ``is_lml``; `PermutationChain` by default, which is exact where the conditionals are. A program
+            ``model(x, visible)`` takes `Blocks` too.
         n_replicates : int, default=8
             Independent draws of the policy.
 

@@ -23,6 +23,7 @@ from sklearn.base import BaseEstimator
 from torch import Tensor
 
 __all__ = [
+    "Blocks",
     "EverySize",
     "FixedRate",
     "LeaveOneOut",
@@ -125,11 +126,7 @@ class PermutationChain(Policy):
         generator = torch_generator(random_state)
         key = torch.rand(n_chains, n_tokens, generator=generator, dtype=torch.float64)
         if self.groups is not None:
-            if np.shape(self.groups) != (n_tokens,):
-                raise ValueError(
-                    f"groups must hold one label a token: wanted shape ({n_tokens},), got {np.shape(self.groups)}"
-                )
-            label = torch.from_numpy(np.unique(np.asarray(self.groups), return_inverse=True)[1])
+            label = _labels(self.groups, n_tokens)
             place = torch.rand(n_chains, int(label.max()) + 1, generator=generator).argsort(dim=1)
             key = key + place[:, label]  # the group decides first, the token's own draw inside the group
         weight = torch.full((n_chains, n_tokens), 1.0 / n_chains, dtype=torch.float64)
@@ -249,6 +246,56 @@ class LeaveOneOut(Policy):
         return Masks(visible, None, (~visible).double())
 
 
+class Blocks(Policy):
+    """Another policy's masks, drawn over blocks of tokens that are hidden and shown together: patches of images, say.
+
+    Hidden tokens are scored one by one all the same. With S(x; m) the mean over masks of m of the P blocks of (1/m)
+    times the sum over the hidden tokens, all sizes together are
+
+        sum_{m=1}^P S(x; m) = mean over orders of the blocks of  sum_b sum_{i in b} log p(x_i | x_blocks before b)
+
+    NOT the LML where tokens of a block depend on each other beyond what is visible, as latents make them do. Where they
+    are independent given what is visible, as a program ``model(x, visible)`` says
+    (`bayes_mpt.predictors.SelfPredictive`), each order gives a density of rows, and a score of all sizes may be
+    reported like that of single tokens.
+
+    Parameters
+    ----------
+    masks : Policy
+        To which a block is a token. A `PermutationChain` becomes P masks an order, so that each block counts once:
+        where they are as different as an image's middle and border, far less noisy than masks of random sizes.
+    groups : array-like of shape (T,)
+        Labels. Tokens with one label are a block.
+
+    Examples
+    --------
+    >>> Blocks(EverySize(), ["a", "b", "a"]).draw(3, random_state=1).visible
+    tensor([[False,  True, False],
+            [False, False, False]])
+    """
+
+    is_lml = False
+    deterministic = False
+
+    def __init__(self, masks: Policy, groups: ArrayLike):
+        self.masks = masks
+        self.groups = groups
+
+    def draw(self, n_tokens: int, random_state: RandomState = None) -> Masks:
+        _count("n_tokens", n_tokens)
+        label = _labels(self.groups, n_tokens)  # (T,)
+        n_blocks = int(label.max()) + 1
+        visible, order, weight = self.masks.draw(n_blocks, random_state)
+        if (
+            order is not None
+        ):  # (C, P): every step is a mask, of which the block whose turn has come is scored
+            turn, step = order.argsort(dim=1)[:, None], torch.arange(n_blocks)[:, None]
+            visible = (turn < step).flatten(0, 1)  # (C P, P)
+            weight = (weight[:, None] * (turn == step)).flatten(0, 1)
+        assert visible is not None
+        return Masks(visible[:, label], None, weight[:, label])
+
+
 def one_each(masks: Masks, n_rows: int, random_state: RandomState = None) -> Masks:
     """Give every row one of the S masks, all masks to about as many rows: the same expectation at 1/S of the cost.
 
@@ -266,20 +313,47 @@ def one_each(masks: Masks, n_rows: int, random_state: RandomState = None) -> Mas
     return Masks(masks.visible[which][None], None, n_masks * masks.weight[which][None])
 
 
-def require_lml(policy: Policy, what: str) -> None:
+def require_lml(policy: Policy, what: str, *, independent: bool = False) -> None:
     """Refuse a policy whose expected score is not the LML where an LML is reported.
+
+    Parameters
+    ----------
+    policy : Policy
+        What is asked for.
+    what : str
+        That reports it.
+    independent : bool, default=False
+        Whether hidden tokens are independent of each other given the visible ones, so that `Blocks` may be hidden.
 
     Raises
     ------
     ValueError
         If ``policy.is_lml`` is False.
     """
-    if not policy.is_lml:
+    if isinstance(policy, Blocks):
+        require_lml(policy.masks, what)
+        if not independent:
+            raise ValueError(
+                f"{what} needs masks whose expected score is the log marginal likelihood (LML). Blocks are scored "
+                "token by token, and the sum is a block's log-density only if its tokens are independent given what is "
+                f"visible, as a program model(x, visible) says. Use {policy.masks!r} itself, or "
+                "PermutationChain(groups=...)"
+            )
+    elif not policy.is_lml:
         raise ValueError(
             f"{what} needs masks whose expected score is the log marginal likelihood (LML), got {policy!r}, whose "
             "expectation is something else: it leaves out mask sizes. Use PermutationChain, UniformSize or "
             "EverySize."
         )
+
+
+def _labels(groups: ArrayLike, n_tokens: int) -> Tensor:
+    """Number of each token's group (T,)."""
+    if np.shape(groups) != (n_tokens,):
+        raise ValueError(
+            f"groups must hold one label a token: wanted shape ({n_tokens},), got {np.shape(groups)}"
+        )
+    return torch.from_numpy(np.unique(np.asarray(groups), return_inverse=True)[1])
 
 
 def _stack(size: Tensor, n_tokens: int, scale: float, generator: torch.Generator) -> Masks:

@@ -42,8 +42,9 @@ class MaskedCurveDisplay:
         if isinstance(self.curve, RateCurve):
             label_x, area = "share of tokens hidden", f"{self.curve.area:.2f} nats a token"
         else:
-            label_x, area = "hidden tokens m", f"{np.nansum(self.curve.mean):.2f} nats a row"
-        size, mean, se = self.curve
+            label_x, area = "hidden tokens m", f"{self.curve.area:.2f} nats a row"
+        drawn = ~np.isnan(self.curve.mean)
+        size, mean, se = (a[drawn] for a in self.curve)
         (self.line_,) = self.ax_.plot(size, mean, label=label, color=color)
         band = 2 * np.nan_to_num(se)
         self.errorbar_ = self.ax_.fill_between(

@@ -105,6 +105,14 @@ class Curve(NamedTuple):
     se: NDArray[np.float64]
     """(T,) standard errors over masks; NaN where a size was drawn once."""
 
+    @property
+    def area(self) -> float:
+        """Nats a row. A size that no mask had counts as the next that one had: of equal `Blocks` this is the score."""
+        drawn = ~np.isnan(self.mean)
+        ends = self.size[drawn]
+        ends[-1] = self.size[-1]  # and the largest, if missing, as the last before it
+        return float(self.mean[drawn] @ np.diff(ends, prepend=0))
+
 
 class RateCurve(NamedTuple):
     """The masked curve of rows of different lengths: nats a hidden token against the share of tokens hidden."""
@@ -171,7 +179,7 @@ def estimate(
     x : Tensor of shape (N, T)
         Rows.
     masks : Policy
-        With ``is_lml``.
+        With ``is_lml``; of a program ``model(x, visible)`` also in `Blocks`.
     n_replicates : int, default=8
         R, independent draws of the policy; the standard error needs two.
     random_state : int, torch.Generator or None
@@ -188,7 +196,7 @@ def estimate(
     ValueError
         If the policy's expectation is not the LML.
     """
-    require_lml(masks, "estimate")
+    require_lml(masks, "estimate", independent=predictor.independent)
     if n_replicates < 1:
         raise ValueError(f"n_replicates must be at least 1, got {n_replicates}")
     generator = torch_generator(random_state)
@@ -240,7 +248,7 @@ def estimate(
 def _curve(
     predictor: Conditionals, x: Tensor, weight: Tensor, draws: list[Masks], steps: list[Tensor] | None
 ) -> Curve:
-    """Group the masks' means by size: S(m) is the mean over masks of the mean over hidden tokens."""
+    """Group the masks' means by size: S(m) is the mean over masks of the mean over tokens scored."""
     n_tokens = x.shape[1]
     share = weight / weight.sum()
     sizes, values = [], []
@@ -257,13 +265,13 @@ def _curve(
                 values.append(by_token[tokens].cpu())
         else:
             assert draw.visible is not None
-            hidden = (~draw.visible).sum(1)
+            sizes.append((~draw.visible).sum(1))
+            # of a chain of blocks not all that is hidden
+            scored = (draw.weight / draw.weight.sum(1, keepdim=True)).to(x)
             step = max(1, CHUNK // max(1, x.numel()))
-            for i in range(0, len(hidden), step):
-                visible = draw.visible[i : i + step].to(x.device)
-                by_mask = torch.einsum("snt,n->s", predictor.conditionals(x, visible), share).cpu()
-                sizes.append(hidden[i : i + step])
-                values.append(by_mask / hidden[i : i + step])
+            for i in range(0, len(scored), step):
+                found = predictor.conditionals(x, draw.visible[i : i + step].to(x.device))
+                values.append(torch.einsum("snt,st,n->s", found, scored[i : i + step], share).cpu())
     size, value = torch.cat(sizes).numpy(), torch.cat(values).double().numpy()
     count = np.bincount(size, minlength=n_tokens + 1)[1:]
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -57,6 +57,7 @@ from bayes_mpt.comparison import (
 from bayes_mpt.estimator import RUNAWAY, BayesMPT
 from bayes_mpt.masks import require_lml
 from bayes_mpt.models.kernels import kernel_name
+from bayes_mpt.tracing import takes_visible
 
 __all__ = ["MarginalLikelihoodSearch"]
 
@@ -190,9 +191,10 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, BaseEstimator):
                 "param_grid sets model__..., but the estimator has no model: write BayesMPT(PPCA()), say"
             )
         for params in grid:
-            masks = final_step(clone(self.estimator).set_params(**_cloned(params))).masks
-            if masks is not None:
-                require_lml(masks, "MarginalLikelihoodSearch")
+            candidate = final_step(clone(self.estimator).set_params(**_cloned(params)))
+            if candidate.masks is not None:
+                independent = takes_visible(candidate.model)
+                require_lml(candidate.masks, "MarginalLikelihoodSearch", independent=independent)
         if model is self.estimator:  # what stands before a model in a Pipeline may take anything
             check_array(
                 X, dtype=[np.float64, np.float32], ensure_all_finite="allow-nan", ensure_min_samples=2

@@ -1,14 +1,23 @@
 """Mask policies against a Gaussian of five tokens whose conditionals are worked out here, one by one, with numpy."""
 
 import math
-from itertools import combinations, pairwise
+from itertools import combinations, pairwise, permutations
 
 import numpy as np
 import pytest
 import torch
 from sklearn.base import clone
 
-from bayes_mpt.masks import EverySize, FixedRate, LeaveOneOut, Masks, PermutationChain, UniformSize
+from bayes_mpt.masks import (
+    Blocks,
+    EverySize,
+    FixedRate,
+    LeaveOneOut,
+    Masks,
+    PermutationChain,
+    UniformSize,
+    require_lml,
+)
 
 SEED = 1991
 T = 5
@@ -433,3 +442,76 @@ def test_no_tokens(policy, n_tokens):
 def test_bad_seed(seed):
     with pytest.raises((ValueError, TypeError), match="(?i)seed|random_state|generator"):
         UniformSize().draw(T, seed)
+
+
+# -- blocks
+
+
+@pytest.mark.parametrize("policy", [UniformSize(3), EverySize(2), FixedRate(0.5, 4), LeaveOneOut()], ids=repr)
+def test_blocks_are_the_masks_of_fewer_tokens(policy):
+    """Whatever the labels: a block has the visibility and the weight of its token."""
+    named = np.array(["b", "a", "c"])[GROUPS]
+    few, many = policy.draw(3, SEED), Blocks(policy, named).draw(8, SEED)
+    assert many.order is None and many.visible.shape == many.weight.shape == (len(few.visible), 8)
+    for token, label in enumerate(named):
+        block = "abc".index(label)
+        assert torch.equal(many.visible[:, token], few.visible[:, block])
+        assert torch.equal(many.weight[:, token], few.weight[:, block])
+
+
+BLOCKS = [0, 1, 1, 0, 2]
+
+
+@pytest.mark.parametrize("policy", [UniformSize(2), EverySize(), PermutationChain(2)], ids=repr)
+def test_the_expectation_of_blocks_is_a_mean_over_their_orders(policy, conditional):
+    table, joint = conditional
+    by_order = []
+    for order in permutations(range(3)):
+        subset, total = 0, 0.0
+        for block in order:
+            tokens = [i for i in range(T) if BLOCKS[i] == block]
+            total += sum(table[subset, i] for i in tokens)
+            subset |= sum(1 << i for i in tokens)
+        by_order.append(total)
+    assert abs(np.mean(by_order) - joint) > 0.5, "and that is not the LML of a model with latents"
+    values = draws(Blocks(policy, BLOCKS), table, 10_000)
+    assert values.std() > 0.1 and z_score(values, np.mean(by_order)) < 3
+
+
+def test_blocks_of_one_token_are_no_blocks(conditional):
+    table, _ = conditional
+    for policy in (UniformSize(3), EverySize()):
+        assert score(Blocks(policy, range(T)).draw(T, 3), table) == score(policy.draw(T, 3), table)
+
+
+def test_chains_of_blocks_are_the_sum_along_one_order(conditional):
+    """Every token counts once in each order, given the blocks before its own."""
+    table, _ = conditional
+    chains = PermutationChain(3).draw(3, SEED)
+    total = 0.0
+    for order in chains.order.numpy():
+        for step, block in enumerate(order):
+            subset = sum(1 << i for i in range(T) if BLOCKS[i] in order[:step])
+            total += sum(table[subset, i] for i in range(T) if BLOCKS[i] == block) / 3
+    masks = Blocks(PermutationChain(3), BLOCKS).draw(T, SEED)
+    assert masks.order is None and masks.visible.shape == (9, T)
+    assert not bool(masks.weight[masks.visible].any())
+    np.testing.assert_allclose(masks.weight.sum(0), 1.0, rtol=1e-12)
+    assert score(masks, table) == pytest.approx(total, abs=1e-12)
+
+
+def test_refused_blocks():
+    with pytest.raises(ValueError, match=r"wanted shape \(8,\), got \(2,\)"):
+        Blocks(EverySize(), [0, 1]).draw(8)
+    with pytest.raises(ValueError, match="n_masks must be an integer"):
+        Blocks(EverySize(0), GROUPS).draw(8)
+
+
+def test_where_blocks_may_be_reported():
+    require_lml(Blocks(EverySize(), GROUPS), "it", independent=True)
+    assert not Blocks(EverySize(), GROUPS).is_lml
+    with pytest.raises(ValueError, match=r"it needs masks .*LML.* Blocks .* EverySize\(\) itself"):
+        require_lml(Blocks(EverySize(), GROUPS), "it")
+    for policy in (FixedRate(), LeaveOneOut()):  # sizes are missing all the same
+        with pytest.raises(ValueError, match="leaves out mask sizes"):
+            require_lml(Blocks(policy, GROUPS), "it", independent=True)

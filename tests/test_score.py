@@ -16,7 +16,7 @@ from scipy.stats import t as t_dist
 
 import bayes_mpt.score as score_module
 from bayes_mpt import BayesMPT, MarginalLikelihoodSearch
-from bayes_mpt.masks import EverySize, FixedRate, LeaveOneOut, Masks, PermutationChain, UniformSize
+from bayes_mpt.masks import Blocks, EverySize, FixedRate, LeaveOneOut, Masks, PermutationChain, UniformSize
 from bayes_mpt.models import PPCA, FactorAnalysis
 from bayes_mpt.predictors import Importance, choose
 from bayes_mpt.score import CumulativeMaskedScore, estimate, fixed_rate_bias, masked_score
@@ -244,7 +244,9 @@ def test_one_size_fails_the_identity(policy):
     assert not policy.is_lml
 
 
-@pytest.mark.parametrize("policy", [FixedRate(), LeaveOneOut()], ids=repr)
+@pytest.mark.parametrize(
+    "policy", [FixedRate(), LeaveOneOut(), Blocks(EverySize(), [0, 0, 1, 1, 2, 2])], ids=repr
+)
 def test_such_masks_are_refused_where_an_lml_is_reported(policy):
     name = type(policy).__name__
     with pytest.raises(ValueError, match=rf"(?s)LML.*{name}"):
@@ -312,6 +314,20 @@ def test_the_curve_falls_with_the_size_under_the_true_model():
     x = np.random.default_rng(3).multivariate_normal(LOC, COV, size=20_000)
     e = BayesMPT(constants()).fit(x).estimate(x, masks=EverySize(30), n_replicates=2)
     assert (np.diff(e.by_size.mean) < 0.02).all() and e.by_size.mean[0] - e.by_size.mean[-1] > 0.2
+
+
+def test_the_area_where_sizes_are_missing():
+    """A size that no mask had counts as the next one up, and above the last as that."""
+    nan, size = np.nan, np.arange(1, 7)
+    blocks = score_module.Curve(size, np.array([nan, -3.0, nan, -4.0, nan, -5.0]), np.zeros(6))
+    assert blocks.area == 2 * (-3 - 4 - 5)
+    some = score_module.Curve(size, np.array([nan, nan, -3.0, -4.0, nan, nan]), np.zeros(6))
+    assert some.area == 3 * -3 + 3 * -4
+    e = estimate(predictor_of(), tensor(X), EverySize(2), n_replicates=2, random_state=0)
+    assert e.by_size.area * N == pytest.approx(e.total, abs=1e-9)
+    pytest.importorskip("matplotlib.pyplot").switch_backend("Agg")
+    display = e.plot()
+    assert display.ax_.get_title().endswith(f"{e.total / N:.2f} nats a row")
 
 
 # ---------------------------------------------------------------------------------------------- the fixed-rate bias

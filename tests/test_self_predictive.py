@@ -12,7 +12,7 @@ import torch
 from sklearn.base import clone
 
 from bayes_mpt import BayesMPT, MarginalLikelihoodSearch
-from bayes_mpt.masks import EverySize, LeaveOneOut, PermutationChain, UniformSize, one_each
+from bayes_mpt.masks import Blocks, EverySize, FixedRate, LeaveOneOut, PermutationChain, UniformSize, one_each
 from bayes_mpt.predictors import Exact, SelfPredictive, choose
 from bayes_mpt.score import CumulativeMaskedScore, estimate, masked_score
 from bayes_mpt.tracing import ModelError
@@ -154,6 +154,27 @@ def test_two_inequalities_by_enumeration():
     # the area under the masked curve, over all masks
     drawn = estimate(found, STATES, EverySize(200), n_replicates=8, random_state=0)
     assert abs(drawn.total - float(area.sum())) < 3 * drawn.se
+
+
+def test_blocks_by_enumeration():
+    """Hidden tokens are independent given what is visible, so that each order of blocks is a density too."""
+    x, groups = STATES, np.array([0, 1, 1, 0])
+    found = bound(network, x)
+    by_order = []
+    for first, then in ((0, 1), (1, 0)):
+        visible = torch.tensor(np.stack([np.zeros(T, bool), groups == first]))
+        nothing, one = found.conditionals(x, visible).detach()
+        by_order.append(nothing[:, groups == first].sum(1) + one[:, groups == then].sum(1))
+    by_order = torch.stack(by_order)  # (2, 2^T)
+    np.testing.assert_allclose(by_order.logsumexp(1), 0.0, atol=1e-12)
+    area, p = by_order.mean(0), TABLE.exp()
+    assert float(p @ area) < float(p @ (by_order.logsumexp(0) - math.log(2))) < float(p @ TABLE)
+    drawn = estimate(found, x, Blocks(EverySize(100), groups), n_replicates=8, random_state=0)
+    assert abs(drawn.total - float(area.sum())) < 3 * drawn.se + 1e-9
+    assert np.isnan(drawn.by_size.mean[[0, 2]]).all()
+    assert drawn.by_size.area * len(x) == pytest.approx(drawn.total)
+    with pytest.raises(ValueError, match="leaves out mask sizes"):
+        estimate(found, x, Blocks(FixedRate(0.5), groups))
 
 
 def test_disagreement_is_reported():
@@ -356,7 +377,7 @@ def test_search_by_held_out_rows():
     x = sample(300, 3)
     search = MarginalLikelihoodSearch(
         BayesMPT(table, predictor=SelfPredictive(2), batch_size=100, max_iter=60, random_state=0),
-        {"model": [network, Independent()]},
+        [{"model": [network]}, {"model": [Independent()], "masks": [Blocks(UniformSize(8), [0, 0, 1, 1])]}],
         evidence="heldout",
         cv=2,
         error_score="raise",

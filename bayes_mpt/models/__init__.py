@@ -5,6 +5,7 @@ from bayes_mpt.models.latent_class import LatentClass
 from bayes_mpt.models.linear_gaussian import PPCA, FactorAnalysis
 from bayes_mpt.models.masked_transformer import MaskedTransformer, contrastive_loss
 from bayes_mpt.models.mixtures import GaussianMixture, MixtureOfFactorAnalyzers
+from bayes_mpt.models.patches import MaskedPatches
 from bayes_mpt.models.potts import Couplings, FactoredAttention, Potts
 from bayes_mpt.models.regression import BayesianRegression
 from bayes_mpt.models.vae import VAE
@@ -19,6 +20,7 @@ __all__ = [
     "GaussianMixture",
     "GaussianProcess",
     "LatentClass",
+    "MaskedPatches",
     "MaskedTransformer",
     "MixtureOfFactorAnalyzers",
     "Potts",

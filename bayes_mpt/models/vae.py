@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import lru_cache
 from numbers import Integral
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -14,8 +14,9 @@ import torch
 from pyro.distributions import constraints
 from sklearn.base import BaseEstimator
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from bayes_mpt.models.networks import with_params
 
 __all__ = ["VAE"]
 
@@ -191,17 +192,11 @@ class _Net(NamedTuple):
 
 
 def _network(name: str, given: nn.Module | None, kind: _Net, like: Tensor) -> Callable[[Tensor], Tensor]:
-    """A network whose parameters are `pyro.param`s, so that it has no state of its own."""
     net = _skeleton(kind) if given is None else given
     for part in net.modules():
         if isinstance(part, _BatchNorm):
             raise ValueError(f"the {name} holds {part}, which makes rows depend on each other: use LayerNorm")
-    fresh = cache(lambda: dict((_build(kind) if given is None else given).named_parameters()))
-    params = {
-        n: pyro.param(f"{name}.{n}", lambda n=n: fresh()[n].detach().clone().to(like))
-        for n, _ in net.named_parameters()
-    }
-    return lambda x: functional_call(net, params, (x,))
+    return with_params(name, net, lambda: _build(kind) if given is None else given, like)
 
 
 @lru_cache(maxsize=64)

@@ -121,6 +121,8 @@ class Conditionals(ABC):
     """Whether scores have gradients."""
     own_masks: bool = False
     """Whether masks may be each row's own, (S, N, T): then trained on one mask a row, and scored by `weighed`."""
+    independent: bool = False
+    """Whether hidden tokens are independent of each other given the visible ones (`bayes_mpt.masks.Blocks`)."""
     telescopes: bool = True
     """Whether a chain of conditionals adds up to `joint`, whatever its order."""
     relocates: bool = False

@@ -115,7 +115,7 @@ class SelfConditionals(Conditionals):
 
     name = "SelfPredictive"
     telescopes = False
-    own_masks = True
+    own_masks = independent = True
     why = "the program is told which tokens are visible and has no latents"
 
     def __init__(self, settings: SelfPredictive, model: Model, program: Program):
