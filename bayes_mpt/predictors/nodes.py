@@ -36,6 +36,7 @@ from bayes_mpt.tracing import (
     Program,
     SetLatents,
     fill,
+    has_missing,
     head,
     is_subsample,
     read_values,
@@ -141,7 +142,7 @@ class FactorsGiven(Given):
         return self.factors.log_prior()
 
     def log_joint(self, x: Tensor, visible: Tensor) -> Tensor:
-        return self.factors.log_joint(visible & ~x.isnan())
+        return self.factors.log_joint(visible & ~x.isnan() if has_missing(x) else visible.expand(x.shape))
 
     def predictive(self, x: Tensor, visible: Tensor) -> Tensor:
         return self.factors.predictive(visible & ~x.isnan(), create_graph=torch.is_grad_enabled())
@@ -725,6 +726,8 @@ class Nodes(Conditionals):
     def _log_z(self, log_prob: Tensor, x: Tensor, mask: Tensor) -> Tensor:
         """(S, N) -> (N,); 0 for rows of which nothing is visible."""
         log_z = log_prob.logsumexp(0)
+        if bool(mask.any()) and not has_missing(x):
+            return log_z
         none = ~(mask & ~x.isnan()).any(1)
         return torch.where(none, 0.0, log_z) if bool(none.any()) else log_z
 
