@@ -1,10 +1,16 @@
-"""Train networks: epochs of minibatches by Adam, stopped early by rows that are held out, resumable to the bit."""
+"""Train networks: epochs of minibatches by Adam, stopped early by rows that are held out, resumable to the bit.
+
+Two things make a large learning rate safe, whatever the loss: its first steps are small (those of a rate that is large
+at once push latents out of use before the decoder has learnt what to do with them), and what is looked at and kept is
+a running mean of the parameters over about an epoch, not the last step's.
+"""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +26,7 @@ from bayes_mpt.training import Fit, Problem, Report, check_start, take_rows
 __all__ = ["train_by_epochs"]
 
 LOOKS = 2  # draws of nodes and masks with which held-out rows are scored
+WARM_UP = 300  # steps over which the learning rate rises from zero, or a tenth of all that there may be
 
 
 @dataclass
@@ -27,6 +34,8 @@ class _Progress:
     """What a training that goes on must know, beside the parameters."""
 
     epoch: int
+    mean: dict[str, Tensor]
+    """Of the parameters over the last steps, about an epoch of them."""
     best_score: float
     best: dict[str, Tensor]
     stale: int
@@ -47,7 +56,7 @@ def train_by_epochs(
     checkpoint: str | os.PathLike[str] | None = None,
     report: Report | None = None,
 ) -> Fit:
-    """Maximise the masked score by Adam over minibatches; the parameters end where held-out rows score best.
+    """Maximise the masked score by Adam over minibatches; the parameters' running mean ends where it scores best.
 
     Parameters
     ----------
@@ -64,7 +73,7 @@ def train_by_epochs(
     max_epochs : int
         Passes over the rows that train.
     learning_rate : float
-        Of Adam.
+        Of Adam, after the first 300 steps (or a tenth of them all), over which it rises.
     patience : int
         Epochs.
     random_state : int, optional
@@ -93,8 +102,10 @@ def train_by_epochs(
     fit = Fit("adam by epochs")
     check_start(take_rows(problem, torch.arange(min(batch_size, problem.n_rows))), leaves)
     look_seed = int(torch.randint(2**31, (), generator=generator))
-    adam = torch.optim.Adam(list(leaves.values()), lr=learning_rate)
-    progress = _Progress(0, -math.inf, _copies(leaves), 0, 0)
+    adam = torch.optim.Adam(list(leaves.values()), lr=learning_rate, fused=True)
+    n_steps = math.ceil(problem.n_rows / batch_size) * max_epochs
+    rising = learning_rate / max(1, min(WARM_UP, n_steps // 10))
+    progress = _Progress(0, _copies(leaves), -math.inf, _copies(leaves), 0, 0)
     file = None if checkpoint is None else Path(checkpoint)
     if file is not None and file.exists():
         progress = _resume(file, leaves, adam, generator, fit)
@@ -111,24 +122,26 @@ def train_by_epochs(
                 progress.stage, progress.stale = progress.stage + 1, 0
                 if held_out:  # from the best on, as the new stage sees it
                     _assign(leaves, progress.best)
+                    progress.mean = _copies(leaves)
                     progress.best_score = _look(held_out[progress.stage], masks, batch_size, look_seed)
                 continue
             problem = stages[progress.stage]
             # the first epoch has shown every row to the distributions' checks, which take a tenth of a step
             with pyro.validation_enabled(progress.epoch == 0):
-                value = _epoch(problem, masks, adam, generator, batch_size)
+                value = _epoch(problem, masks, adam, generator, batch_size, progress, learning_rate, rising)
                 if not math.isfinite(value):
                     raise ModelError(
                         f"the masked score became {value} in epoch {progress.epoch + 1}: lower learning_rate (now "
                         f"{learning_rate})"
                     )
                 if held_out:
-                    value = _look(held_out[progress.stage], masks, batch_size, look_seed)
+                    with _at(leaves, progress.mean):
+                        value = _look(held_out[progress.stage], masks, batch_size, look_seed)
             progress.epoch += 1
             fit.history.append(value)
             progress.stale += 1
             if value > progress.best_score or not held_out:
-                progress.best_score, progress.best, progress.stale = value, _copies(leaves), 0
+                progress.best_score, progress.best, progress.stale = value, _copies(progress.mean), 0
             if file is not None:
                 _keep(file, progress, leaves, adam, generator, fit)
             if report is not None and report(progress.epoch, value):
@@ -142,11 +155,20 @@ def train_by_epochs(
 
 
 def _epoch(
-    problem: Problem, masks: Policy, adam: torch.optim.Adam, generator: torch.Generator, batch_size: int
+    problem: Problem,
+    masks: Policy,
+    adam: torch.optim.Adam,
+    generator: torch.Generator,
+    batch_size: int,
+    progress: _Progress,
+    learning_rate: float,
+    rising: float,
 ) -> float:
     """One pass over the rows: the mean score a row of its steps, or the first that is not finite."""
     total = 0.0
-    for index in torch.randperm(problem.n_rows, generator=generator).split(batch_size):
+    batches = torch.randperm(problem.n_rows, generator=generator).split(batch_size)
+    (group,) = adam.param_groups
+    for step, index in enumerate(batches, progress.epoch * len(batches) + 1):
         adam.zero_grad()
         some = take_rows(problem, index)
         score = some.score(masks, generator)
@@ -155,7 +177,11 @@ def _epoch(
             return value
         dreamt = problem.predictor.dream(some.args, generator)
         (-score if dreamt is None else -score - dreamt.mean()).backward()
+        group["lr"] = min(learning_rate, step * rising)
         adam.step()
+        with torch.no_grad():
+            for mean, leaf in zip(progress.mean.values(), group["params"], strict=True):
+                mean.lerp_(leaf, 1 / min(step, len(batches)))
         total += len(index) * value
     return total / problem.n_rows
 
@@ -171,6 +197,17 @@ def _look(held_out: Problem, masks: Policy, batch_size: int, seed: int) -> float
             for index in torch.arange(held_out.n_rows).split(batch_size):
                 total += len(index) * float(take_rows(held_out, index).score(masks, generator))
     return total / LOOKS / held_out.n_rows
+
+
+@contextmanager
+def _at(leaves: dict[str, Tensor], values: dict[str, Tensor]) -> Iterator[None]:
+    """The parameters at other values for a while."""
+    before = _copies(leaves)
+    _assign(leaves, values)
+    try:
+        yield
+    finally:
+        _assign(leaves, before)
 
 
 def _assign(leaves: dict[str, Tensor], values: dict[str, Tensor]) -> None:

@@ -68,7 +68,7 @@ class VAE(BaseEstimator):
     """Of rows and networks."""
     batch_size: ClassVar[int] = 128
     """Rows a step of the training, unless another number is asked for."""
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 3e-3
     """Of Adam, likewise."""
 
     def __init__(

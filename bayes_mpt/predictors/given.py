@@ -14,6 +14,7 @@ from torch import Tensor
 from bayes_mpt.affine import latent_values
 from bayes_mpt.factors import Factors
 from bayes_mpt.predictors.linear_gaussian import LinearGaussian
+from bayes_mpt.tracing import has_missing
 
 __all__ = ["FactorsGiven", "Given", "Mapped", "MapsGiven", "PlacedRows", "RowsGiven", "SideBySide", "Stacked"]
 
@@ -84,7 +85,7 @@ class FactorsGiven(Given):
         return self.factors.log_prior()
 
     def log_joint(self, x: Tensor, visible: Tensor) -> Tensor:
-        return self.factors.log_joint(visible & ~x.isnan())
+        return self.factors.log_joint(visible & ~x.isnan() if has_missing(x) else visible.expand(x.shape))
 
     def predictive(self, x: Tensor, visible: Tensor) -> Tensor:
         return self.factors.predictive(visible & ~x.isnan(), create_graph=torch.is_grad_enabled())

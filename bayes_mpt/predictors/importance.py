@@ -521,16 +521,12 @@ class GuideDraws(Sampled):
         if self.takes_visible:
             first = filled[0]
             if shown is None:
-                shown = torch.ones((), dtype=torch.bool, device=first.device)
-            if (
-                shown.ndim
-                and shown.shape != first.shape
-                and shown.numel() == first.numel()
-                and not self.program.by_row
-            ):
-                shown = shown.reshape(first.shape)  # rows that are one vector
-            shown = shown.expand(first.shape)
-            args = (torch.where(shown, first, 0.0), *filled[1:])
+                shown = torch.ones((), dtype=torch.bool, device=first.device).expand(first.shape)
+            else:
+                if shown.numel() == first.numel() and not self.program.by_row:
+                    shown = shown.reshape(first.shape)  # rows that are one vector
+                shown = shown.expand(first.shape)
+                args = (torch.where(shown, first, 0.0), *filled[1:])
             kwargs["visible"] = shown
         with ExitStack() as stack:
             stack.enter_context(one_precision(filled))

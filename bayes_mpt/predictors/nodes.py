@@ -30,6 +30,7 @@ from bayes_mpt.tracing import (
     Program,
     SetLatents,
     fill,
+    has_missing,
     is_subsample,
     read_values,
     rows_first,
@@ -333,6 +334,8 @@ class Nodes(Conditionals):
     def _log_z(self, log_prob: Tensor, x: Tensor, mask: Tensor) -> Tensor:
         """(S, N) -> (N,); 0 for rows of which nothing is visible."""
         log_z = log_prob.logsumexp(0)
+        if bool(mask.any()) and not has_missing(x):
+            return log_z
         none = ~(mask & ~x.isnan()).any(1)
         return torch.where(none, 0.0, log_z) if bool(none.any()) else log_z
 
