@@ -20,6 +20,7 @@ from bayes_mpt.tracing import (
     ModelError,
     Program,
     base,
+    factor_nodes,
     fill,
     node_of,
     one_precision,
@@ -46,6 +47,10 @@ class SelfPredictive(Predictor):
     ``visible`` (N, T) bool tells which cells are shown, each row by its own mask, and ``pyro.sample("x", ..., obs=x)``
     inside a rows plate gives each token a distribution. That of a hidden token is log p(x_i | x_visible); what stands
     for visible tokens is not used.
+
+    A penalty is a factor, ``pyro.factor("name", ...)`` with a number for each row, inside the plate, in nats a hidden
+    token: it is added to each hidden token's log-density where gradients are tracked, and so trains the program and
+    enters no score.
 
     Such conditionals need not fit together to one joint density: the sum along a chain,
 
@@ -249,7 +254,11 @@ class SelfConditionals(Conditionals):
                 found = fn.log_prob(_as_site(cells, site.shape, site.row_axis))
             parts.append(rows_first(found, site.row_axis))
             start += site.n_tokens
-        return torch.cat(parts, 1)
+        by_token = torch.cat(parts, 1)
+        if torch.is_grad_enabled() and not means:
+            for node in factor_nodes(trace):
+                by_token = by_token + base(node["fn"]).log_factor[..., None]
+        return by_token
 
     # -------------------------------------------------------------------------------------------------- the program
 
