@@ -17,10 +17,8 @@ embeddings (no singularity). They stand in the program's stead for its parameter
 layer of plain and optimised networks as they train.
 """
 
-import tempfile
 import time
-import warnings
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import pyro
@@ -28,15 +26,16 @@ import torch
 from pyro.poutine.messenger import Messenger
 from scipy.stats import t as student
 from sklearn.datasets import load_digits
-from sklearn.exceptions import ConvergenceWarning
 from timing import Report, run
 
-from bayes_mpt import BayesMPT
+from bayes_mpt.epochs import train_by_epochs
 from bayes_mpt.masks import EverySize, FixedRate
 from bayes_mpt.models import MaskedTransformer, OptimizedMask
 from bayes_mpt.predictors import SelfPredictive
+from bayes_mpt.score import OWN_MASKS, masked_score
+from bayes_mpt.training import Problem
 
-WIDTH, HIDDEN, N_FRESH, LAST = 32, 0.6, 300, 5
+WIDTH, HIDDEN, N_FRESH, N_HELD_OUT, LAST = 32, 0.6, 300, 300, 5
 LONG = 10.0  # of the frozen vector, in units of a vector of D standard normals
 NOTHING = {"recalibrate": False, "spatial": 0.0, "singular": 0.0, "falling": 0.0}
 TERMS = {
@@ -46,19 +45,19 @@ TERMS = {
     "falling alone": OptimizedMask(**{**NOTHING, "falling": 0.1}),
 }
 CONTROLS = ("frozen and long", "one for each position", "mean of the embeddings")
-MAIN = {"plain": "learned", "optimized": OptimizedMask(), **TERMS, **dict.fromkeys(CONTROLS, "learned")}
 HALF = ", half the rate"
 RATES = {"plain": "learned", "optimized": OptimizedMask(), "plain" + HALF: "learned"}
+MAIN = {**RATES, **TERMS, **dict.fromkeys(CONTROLS, "learned")}
 SIZES = {**RATES, "singular alone": TERMS["singular alone"], "optimized" + HALF: OptimizedMask()}
 SETTINGS = {
     "60 % hidden, 2 layers": {
         "layers": 2,
         "masks": FixedRate(HIDDEN),
-        "rate": 3e-3,
+        "rate": 2e-3,
         "epochs": 24,
         "kinds": MAIN,
     },
-    "all sizes, 2 layers": {"layers": 2, "masks": None, "rate": 5e-3, "epochs": 36, "kinds": SIZES},
+    "all sizes, 2 layers": {"layers": 2, "masks": OWN_MASKS, "rate": 5e-3, "epochs": 36, "kinds": SIZES},
     "60 % hidden, 4 layers": {
         "layers": 4,
         "masks": FixedRate(HIDDEN),
@@ -67,8 +66,7 @@ SETTINGS = {
         "kinds": RATES,
     },
 }
-LOOKS = (1, 4, 12)  # epochs after which the probe looks, beside the last
-STEPS: list[float] = []  # CPU clock at each training step
+LOOKS = (1, 5, 10)  # epochs after which the probe looks, beside the last
 
 
 class Instead(Messenger):
@@ -92,20 +90,14 @@ class Instead(Messenger):
         msg["done"] = msg["stop"] = True  # no parameter of its own
 
 
-class Watched(MaskedTransformer):
-    """The transformer, its steps timed, perhaps with another mask vector."""
+class Controlled(MaskedTransformer):
+    """The transformer with another mask vector."""
 
-    def __init__(self, width, n_layers, n_heads, *, control=None, **settings):
-        super().__init__(width, n_layers, n_heads, **settings)
-        self.control = control
+    control = ""
 
     def __call__(self, x, visible):
-        if torch.is_grad_enabled() and not bool(visible.all()):
-            STEPS.append(time.process_time())
-        if self.control is None:
-            return super().__call__(x, visible)
         with Instead(self.control):
-            return super().__call__(x, visible)
+            super().__call__(x, visible)
 
 
 def tokens():
@@ -115,39 +107,43 @@ def tokens():
     return (blocks @ [1, 2, 4, 8]).astype(np.float32)
 
 
-def train(name, kind, setting, looks, X, fresh, seed):
-    """History, seconds of CPU time an epoch, score of fresh rows a row, and H^l after some epochs."""
-    program = Watched(
-        WIDTH,
-        setting["layers"],
-        4,
-        n_levels=16,
-        mask_token=kind,
-        control=name if name in CONTROLS else None,
+def train(name, kind, setting, rows, seed):
+    """Score of held-out rows after each epoch, median seconds of CPU time an epoch, score of fresh rows, H^l."""
+    fresh, held_out, train = (torch.as_tensor(r) for r in np.split(rows, [N_FRESH, N_FRESH + N_HELD_OUT]))
+    program = (Controlled if name in CONTROLS else MaskedTransformer)(
+        WIDTH, setting["layers"], 4, n_levels=16, mask_token=kind
     )
-    shown = np.random.default_rng(1).random(fresh.shape) > HIDDEN
-    seconds, probe = 0.0, {}
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        for epochs in looks:  # goes on from the file, to the bit
-            STEPS.clear()
-            mpt = BayesMPT(
-                program,
-                masks=setting["masks"],
-                predictor=SelfPredictive(1),
-                max_iter=epochs,
-                n_iter_no_change=10**6,
-                validation_fraction=0.2,
-                batch_size=64,
-                learning_rate=setting["rate"] / (2 if name.endswith(HALF) else 1),
-                checkpoint=Path(folder) / "training.pt",
-                random_state=seed,
-            ).fit(X)
-            seconds += STEPS[-1] - STEPS[0]
-            if name not in CONTROLS:
-                probe[epochs] = program.heterogeneity(mpt.params_, fresh, shown).tolist()
-    found = mpt.estimate(fresh, masks=EverySize(1), n_replicates=2)
-    return np.array(mpt.history_), seconds / epochs, found.total / len(fresh), probe
+    program.control = name
+    shown = torch.rand(fresh.shape, generator=torch.Generator().manual_seed(1)) > HIDDEN
+    clock, probe = [], {}
+
+    def look(epoch, _):
+        clock.append(time.process_time())
+        if name in ("plain", "optimized") and (epoch in LOOKS or epoch == setting["epochs"]):
+            params = {n: p.detach().numpy() for n, p in pyro.get_param_store().named_parameters()}
+            probe[epoch] = program.heterogeneity(params, fresh, shown).tolist()
+
+    with pyro.get_param_store().scope():
+        torch.manual_seed(seed)
+        predictor = SelfPredictive(1).bind(program, (train,))
+        problem = Problem(predictor, (train,), None, None, len(train))
+        clock.append(time.process_time())
+        fit = train_by_epochs(
+            [problem],
+            [replace(problem, args=(held_out,), n_rows=len(held_out))],
+            setting["masks"],
+            batch_size=64,
+            max_epochs=setting["epochs"],
+            learning_rate=setting["rate"] / (2 if name.endswith(HALF) else 1),
+            patience=setting["epochs"],
+            random_state=seed,
+            report=look,
+        )
+        with torch.no_grad():
+            read = predictor.read((fresh,))
+            score = float(masked_score(read, fresh, EverySize(2).draw(16, 0)).mean())
+    seconds = float(np.median(np.diff(clock)))  # of an epoch and its look at the held-out rows
+    return np.array(fit.history), seconds, score, probe
 
 
 def epochs_to(history, target):
@@ -173,7 +169,6 @@ def interval(values):
 
 def main(report: Report, args):
     begun = time.perf_counter()
-    X = tokens()
     settings = {name: s | {"epochs": 6, "kinds": RATES} if args.quick else s for name, s in SETTINGS.items()}
     runs: dict[tuple[str, str], list] = {(n, kind): [] for n, s in settings.items() for kind in s["kinds"]}
     for seed in range(2 if args.quick else args.seeds):
@@ -181,14 +176,10 @@ def main(report: Report, args):
         if seed > 1 and elapsed * (seed + 1) / seed > args.minutes:
             report.note(f"{seed} of {args.seeds} seeds in {args.minutes} minutes")
             break
-        order = np.random.default_rng(seed).permutation(len(X))
-        fresh, rest = X[order[:N_FRESH]], X[order[N_FRESH:]]
+        rows = np.random.default_rng(seed).permutation(tokens())
         for name, kind in list(runs)[:: 1 if seed % 2 == 0 else -1]:
             setting = settings[name]
-            last, mask = setting["epochs"], setting["kinds"][kind]
-            probed = name == next(iter(settings)) and kind in ("plain", "optimized") and not args.quick
-            looks = (*LOOKS, last) if probed else (last,)
-            history, seconds, score, probe = train(kind, mask, setting, looks, rest, fresh, seed)
+            history, seconds, score, probe = train(kind, setting["kinds"][kind], setting, rows, seed)
             runs[name, kind].append((history, seconds, score))
             report.row(
                 setting=name,
@@ -196,7 +187,7 @@ def main(report: Report, args):
                 seed=seed,
                 final=float(history[-LAST:].mean()),
                 fresh=score,
-                cpu_seconds=seconds * last,
+                cpu_seconds=seconds * len(history),
                 heterogeneity=probe,
                 history=history.tolist(),
             )
