@@ -288,6 +288,8 @@ class SelfConditionals(Conditionals):
                 )
             if _close(seeing_all, self._run(some, ~everything)):
                 return  # nothing looks at anything
+            if factor_nodes(trace):
+                return  # which may look at what is hidden
             each = ~torch.eye(n_tokens, dtype=torch.bool, device=x.device)
             hiding_one = self.conditionals(some, each)  # (T, N, T)
             self.blind = _close(hiding_one.diagonal(dim1=0, dim2=2), seeing_all)
