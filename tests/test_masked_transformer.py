@@ -1,6 +1,8 @@
 """The masked transformer: what it sees, what it learns of a source of known density, and its contrastive head."""
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pyro
@@ -408,6 +410,19 @@ def test_resumes_to_the_bit(tmp_path):
     assert resumed.history_ == whole.history_
     assert all((resumed.params_[k] == whole.params_[k]).all() for k in whole.params_)
     assert all(v.dtype == np.float32 for v in whole.params_.values())
+
+
+def test_the_page_gives_the_measured_figures_of_the_mask_token():
+    root = Path(__file__).parents[1]
+    page = (root / "docs" / "self_predictive.md").read_text().splitlines()
+    rows = json.loads((root / "benchmarks" / "results" / "mask_token.json").read_text())["rows"]
+    for run in (row for row in rows if "variant" in row):
+        figures = (
+            f"{run['speed_up']:.2f} ({run['low']:.2f} to {run['high']:.2f})",
+            f"{run['speed_up_cpu']:.2f}",
+            f"{run['ahead']:+.2f} ({run['ahead_low']:+.2f} to {run['ahead_high']:+.2f})",
+        )
+        assert " | ".join(("| " + run["setting"], run["variant"], *figures)) + " |" in page
 
 
 # --------------------------------------------------------------------------------------------------- contrastive head
