@@ -423,6 +423,11 @@ def test_the_page_gives_the_measured_figures_of_the_mask_token():
             f"{run['ahead']:+.2f} ({run['ahead_low']:+.2f} to {run['ahead_high']:+.2f})",
         )
         assert " | ".join(("| " + run["setting"], run["variant"], *figures)) + " |" in page
+    probes = [row for row in rows if row.get("heterogeneity") and row["setting"].startswith("60 % hidden, 2")]
+    for kind in ("plain", "optimized"):
+        for epoch in ("1", "24"):
+            found = [row["heterogeneity"][epoch] for row in probes if row["kind"] == kind]
+            assert ", ".join(f"{h:.2f}" for h in np.mean(found, 0)) in " ".join(page)
 
 
 # --------------------------------------------------------------------------------------------------- contrastive head
