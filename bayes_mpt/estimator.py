@@ -165,7 +165,7 @@ class BayesMPT(
     params_ : dict of arrays
         The program's parameters.
     history_ : list of float
-        Mean score a row after each iteration.
+        Mean score a row after each iteration; of what is maximised, a ``penalty`` included, where no rows are held out.
     n_iter_ : int
         Iterations.
     converged_ : bool

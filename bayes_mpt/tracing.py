@@ -154,7 +154,8 @@ def survey(model: Model, args: tuple[Any, ...], *, own_masks: bool = False) -> P
     args : tuple
         What the program is called with; tensors have N rows. NaN cells are filled.
     own_masks : bool, default=False
-        The program hides tokens itself, and its distributions look at the visible ones.
+        The program hides tokens itself, and its distributions look at the visible ones. It may have factors
+        (`factor_nodes`), which train it and enter no score.
 
     Returns
     -------
@@ -168,7 +169,8 @@ def survey(model: Model, args: tuple[Any, ...], *, own_masks: bool = False) -> P
     """
     args = tuple(fill(a) for a in args)
     first, init = first_run(model, args)
-    nodes = observed_nodes(first)
+    factors = factor_nodes(first)
+    nodes = observed_nodes(first, factors_too=own_masks)
     latents = latent_nodes(first)
     rows, by_row = _rows_plate(nodes, latents, len(init[0]))
     sites = tuple(_observed(node, rows if by_row else None) for node in nodes)
@@ -189,8 +191,8 @@ def survey(model: Model, args: tuple[Any, ...], *, own_masks: bool = False) -> P
         _check_plates(node)
     for node in nodes:
         _check_support(node)
-    if len({float(n["scale"]) for n in (*nodes, *latents)}) > 1:
-        scales = {n["name"]: float(n["scale"]) for n in (*nodes, *latents)}
+    scales = {n["name"]: float(n["scale"]) for n in (*nodes, *latents, *factors)}
+    if len(set(scales.values())) > 1:
         raise ModelError(
             f"sites have different scales {scales}: a score weighs all sites alike. Sub-sample the rows plate, or put "
             "poutine.scale around the whole program"
@@ -364,18 +366,25 @@ def latent_nodes(trace: Trace) -> list[Any]:
     ]
 
 
-def observed_nodes(trace: Trace) -> list[Any]:
-    """The observed sites; an error where there is none, or a factor."""
+def factor_nodes(trace: Trace) -> list[Any]:
+    """The sites of `pyro.factor`; the log-factor of one is ``base(node["fn"]).log_factor``."""
+    return [n for n in trace.nodes.values() if n["type"] == "sample" and isinstance(base(n["fn"]), dist.Unit)]
+
+
+def observed_nodes(trace: Trace, *, factors_too: bool = False) -> list[Any]:
+    """The observed sites; an error where there is none, or a factor, unless these may stand beside."""
     nodes = [
         n
         for n in trace.nodes.values()
         if n["type"] == "sample" and n["is_observed"] and not n["infer"].get("_deterministic")
     ]
+    factors = [n["name"] for n in factor_nodes(trace)]
+    if factors and not factors_too:
+        raise ModelError(
+            f"site {factors[0]!r} is a pyro.factor: the program is no normalised density of its tokens"
+        )
+    nodes = [n for n in nodes if n["name"] not in factors]
     for node in nodes:
-        if isinstance(base(node["fn"]), dist.Unit):
-            raise ModelError(
-                f"site {node['name']!r} is a pyro.factor: the program is no normalised density of its tokens"
-            )
         got, want = tuple(node["value"].shape), tuple(node["fn"].shape())
         if got != want:
             raise ModelError(

@@ -247,6 +247,57 @@ def test_programs_that_cannot_be_scored_so(model, words):
         choose(model, (STATES + 1,))
 
 
+def test_a_factor_trains_and_enters_no_score():
+    """Normal tokens of one mean, pulled to zero: mean(x) / (1 + strength) is the maximum, and scored as a density."""
+    strength = 0.5
+
+    def pulled(x, visible):
+        mean = pyro.param("mean", lambda: x.new_tensor(0.1))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Normal(mean, 1.0).expand(x.shape).to_event(1), obs=x)
+            pyro.factor("pull", -0.5 * strength * mean.square().expand(len(x)))
+
+    X = 2 + np.random.default_rng(0).normal(size=(50, T))
+    found = BayesMPT(pulled, masks=LeaveOneOut(), random_state=0).fit(X)
+    mean = X.mean() / (1 + strength)
+    np.testing.assert_allclose(found.params_["mean"], mean, rtol=1e-6)
+    density = dist.Normal(torch.tensor(mean), 1.0).log_prob(torch.as_tensor(X)).sum(1)
+    np.testing.assert_allclose(found.score_samples(X), density, rtol=1e-5)
+    np.testing.assert_allclose(found.log_marginal_likelihood_, density.sum(), rtol=1e-5)
+
+
+def test_a_factor_that_looks_at_what_is_hidden_is_seen_for_every_mask():
+    def counted(x, visible):
+        network(x * visible, visible)
+        with pyro.plate("cells", len(x)):
+            pyro.factor("shown", 0.1 * visible.sum(1).to(x))
+
+    def blind(x, visible):
+        w = pyro.param("w", lambda: torch.randn(T, T, dtype=torch.float64)).tril(-1)
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Bernoulli(logits=(x * visible) @ w).to_event(1), obs=x)
+            pyro.factor("shown", 0.1 * visible.sum(1).to(x))
+
+    each = ~torch.eye(T, dtype=torch.bool)
+    for model in (counted, blind):
+        found = bound(model, STATES)
+        scored = found.weighed(STATES, each, (~each).double()).detach()
+        with torch.no_grad():
+            plain = found.weighed(STATES, each, (~each).double())
+        np.testing.assert_allclose(scored - plain, T * 0.1 * (T - 1), atol=1e-12)
+
+
+def scaled_factor(x, visible):
+    network(x, visible)
+    with pyro.plate("others", len(x)), pyro.poutine.scale(scale=2.0):
+        pyro.factor("penalty", torch.zeros(len(x), dtype=x.dtype))
+
+
+def test_a_factor_of_another_scale_is_refused():
+    with pytest.raises(ModelError, match="different scales"):
+        bound(scaled_factor, STATES)
+
+
 def test_only_programs_told_what_is_visible():
     def plain(x):
         with pyro.plate("rows", len(x)):

@@ -20,6 +20,7 @@ from bayes_mpt.tracing import (
     ModelError,
     Program,
     base,
+    factor_nodes,
     fill,
     node_of,
     one_precision,
@@ -46,6 +47,10 @@ class SelfPredictive(Predictor):
     ``visible`` (N, T) bool tells which cells are shown, each row by its own mask, and ``pyro.sample("x", ..., obs=x)``
     inside a rows plate gives each token a distribution. That of a hidden token is log p(x_i | x_visible); what stands
     for visible tokens is not used.
+
+    A penalty is a factor, ``pyro.factor("name", ...)`` with a number for each row, inside the plate, in nats a hidden
+    token: it is added to each hidden token's log-density where gradients are tracked, and so trains the program and
+    enters no score.
 
     Such conditionals need not fit together to one joint density: the sum along a chain,
 
@@ -259,7 +264,11 @@ class SelfConditionals(Conditionals):
             found = fn.log_prob(cells) if of is None else of(fn, cells)
             parts.append(rows_first(found.to(x), site.row_axis))
             start += site.n_tokens
-        return torch.cat(parts, 1)
+        by_token = torch.cat(parts, 1)
+        if torch.is_grad_enabled() and not means:
+            for node in factor_nodes(trace):
+                by_token = by_token + base(node["fn"]).log_factor[..., None]
+        return by_token
 
     # -------------------------------------------------------------------------------------------------- the program
 
@@ -289,6 +298,8 @@ class SelfConditionals(Conditionals):
                 )
             if _close(seeing_all, self._run(some, ~everything)):
                 return  # nothing looks at anything
+            if factor_nodes(trace):
+                return  # which may look at what is hidden
             each = ~torch.eye(n_tokens, dtype=torch.bool, device=x.device)
             hiding_one = self.conditionals(some, each)  # (T, N, T)
             self.blind = _close(hiding_one.diagonal(dim1=0, dim2=2), seeing_all)
