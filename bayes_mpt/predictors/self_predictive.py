@@ -45,7 +45,8 @@ class SelfPredictive(Predictor):
     For programs ``model(x, visible)`` without latents: ``x`` (N, T) has zeros where a token is hidden or missing,
     ``visible`` (N, T) bool tells which cells are shown, each row by its own mask, and ``pyro.sample("x", ..., obs=x)``
     inside a rows plate gives each token a distribution. That of a hidden token is log p(x_i | x_visible); what stands
-    for visible tokens is not used.
+    for visible tokens is not used. A distribution with an attribute ``takes_missing`` is asked for the densities of
+    tokens that are NaN where missing; others get a value in their place, and what they say of it is not used.
 
     Such conditionals need not fit together to one joint density: the sum along a chain,
 
@@ -240,12 +241,11 @@ class SelfConditionals(Conditionals):
         for site in self.program.sites:
             fn = base(node_of(trace, site.name)["fn"])
             if means:
-                # a likeliest category stands for the mean, which codes do not have
-                found = (
-                    fn.probs.argmax(-1).to(x) if isinstance(fn, torch.distributions.Categorical) else fn.mean
-                )
+                # the likeliest stands for the mean, which codes do not have
+                found = fn.mode.to(x) if bool(fn.mean.isnan().all()) else fn.mean
             else:
-                cells = value[:, start : start + site.n_tokens]
+                given = x if getattr(fn, "takes_missing", False) else value
+                cells = given[:, start : start + site.n_tokens]
                 found = fn.log_prob(_as_site(cells, site.shape, site.row_axis))
             parts.append(rows_first(found, site.row_axis))
             start += site.n_tokens
