@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bayes_mpt import BayesMPT
 from bayes_mpt.masks import UniformSize, one_each
 from bayes_mpt.models import Couplings, MaskedTransformer, contrastive_loss, masked_transformer
-from bayes_mpt.models.masked_transformer import PART, _Codes
+from bayes_mpt.models.masked_transformer import PART, _Codes, _LookedUp
 from bayes_mpt.predictors import SelfPredictive
 from bayes_mpt.tracing import base
 
@@ -265,7 +265,9 @@ def codes_of(contrastive, seed=0):
     x = (torch.rand(20, T, generator=generator).double() * N_LEVELS).floor()
     for leaf in leaves:
         leaf.requires_grad_()
-    return _Codes(*leaves, GROUP, N_LEVELS, hidden, contrastive), x, hidden, leaves
+    h, e, b = leaves
+    table = _LookedUp.apply(e.flatten(0, 1))
+    return _Codes(h, table, b, GROUP, N_LEVELS, hidden, contrastive), x, hidden, leaves
 
 
 @pytest.mark.parametrize("part", [PART, 7])
@@ -344,8 +346,8 @@ class Largest(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for t in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(t, torch.Tensor) and t.untyped_storage().nbytes() >= t.numel() * t.element_size():
-                self.n = max(self.n, t.numel())
+            if isinstance(t, torch.Tensor) and not t.is_sparse:  # whose values are dense tensors
+                self.n = max(self.n, t.untyped_storage().nbytes() // t.element_size())
         return out
 
 

@@ -109,11 +109,12 @@ class MaskedTransformer(BaseEstimator):
         of_bias, n_biases = (group, n_groups) if contrastive else (column, len(column))
         _check_memory(n_groups * most, n_groups * most * self.width + n_biases * most, x)
         embedding = _normal("embedding", n_groups, most, self.width)
-        h = self._encode(F.embedding(group * most + codes, embedding.flatten(0, 1)), visible)  # (N, T, D)
+        table = _LookedUp.apply(embedding.flatten(0, 1))  # (V, D)
+        h = self._encode(F.embedding(group * most + codes, table, sparse=True), visible)  # (N, T, D)
         bias = pyro.param(
             "unigram" if contrastive else "bias", lambda: _log_shares(codes, of_bias, n_biases, most).to(x)
         )  # (G, L) or (T, L)
-        tokens = _Codes(h, embedding, bias, group, n_levels, ~visible, contrastive)
+        tokens = _Codes(h, table, bias, group, n_levels, ~visible, contrastive)
         with pyro.plate("rows", len(x)):
             pyro.sample("x", tokens.to_event(1), obs=x)
 
@@ -215,7 +216,7 @@ class _Codes(dist.TorchDistribution):
     def __init__(
         self,
         h: Tensor,
-        embedding: Tensor,
+        table: Tensor,
         bias: Tensor,
         group: Tensor,
         n_levels: Tensor,
@@ -223,7 +224,7 @@ class _Codes(dist.TorchDistribution):
         contrastive: bool,
     ):
         self.states = h  # (N, T, D)
-        self._embedding, self._bias = embedding, bias  # (G, L, D), (T, L) or with the contrastive head (G, L)
+        self._table, self._bias = table, bias  # (G L, D), (T, L) or with the contrastive head (G, L)
         self._group, self._n_levels = group, n_levels  # (T,), (T,)
         self._asked = hidden if bool(hidden.any()) else ~hidden  # (N, T)
         self._contrastive = contrastive
@@ -258,8 +259,7 @@ class _Codes(dist.TorchDistribution):
 
     def _read(self, cells: Tensor, codes: Tensor, what: _Reading) -> Tensor:
         """Something of the logits of these cells, (N, T, ...); of other cells 0."""
-        n_groups, most, _ = self._embedding.shape
-        bias, by_group = self._bias, self._contrastive
+        bias, by_group, most = self._bias, self._contrastive, self._bias.shape[1]
         if bool((self._n_levels < most).any()):
             possible = torch.arange(most, device=bias.device) < self._n_levels[:, None]  # (T, L)
             bias = (bias[self._group] if by_group else bias).masked_fill(~possible, -torch.inf)
@@ -267,21 +267,24 @@ class _Codes(dist.TorchDistribution):
         index = cells.flatten().nonzero()[:, 0]  # (K,)
         group = self._group.expand_as(cells).flatten()[index]
         index = index[group.argsort(stable=True)]
-        size = group.bincount(minlength=n_groups).tolist()
+        size = group.bincount(minlength=len(self._table) // most).tolist()
         h, code = self.states.flatten(0, 1)[index], codes.flatten()[index]
         each = zip(*(t.split(size) for t in (h, index % len(self._group), code)), strict=True)
         found = [
             _by_parts(what, h_g, e, bias[g, None] if by_group else bias, column, code_g)
-            for g, (e, (h_g, column, code_g)) in enumerate(zip(self._embedding, each, strict=True))
+            for g, (e, (h_g, column, code_g)) in enumerate(zip(self._table.split(most), each, strict=True))
         ]
         return _spread(index, torch.cat(found), cells.shape)
 
     def _in_batch(self, cells: Tensor, codes: Tensor) -> Tensor:
         """What these cells learn from each other, (N, T); of other cells 0."""
         index = cells.flatten().nonzero()[:, 0]  # (K,)
-        at = (self._group * self._embedding.shape[1] + codes).flatten()[index]  # (K,) among all V = G L codes
+        at = (self._group * self._bias.shape[1] + codes).flatten()[index]  # (K,) among all V = G L codes
         distinct, which, count = at.unique(return_inverse=True, return_counts=True)  # (U,), (K,), (U,)
-        h, e = self.states.flatten(0, 1)[index], F.embedding(distinct, self._embedding.flatten(0, 1))
+        h, e = (
+            self.states.flatten(0, 1)[index],
+            F.embedding(distinct, self._table, sparse=True),
+        )
         times = count.to(e).log()
         # e(x_i)' h_i + log count(x_i) - log sum_u count(u) exp(e(u)' h_i)
         found = _by_parts(_log_prob, h, e, times[None], torch.zeros_like(at), which)
@@ -374,6 +377,18 @@ def _check_memory(n_codes: int, n_numbers: int, x: Tensor) -> None:
 
 def _normal(name: str, *shape: int, sd: float = START) -> Tensor:
     return pyro.param(name, lambda: sd * torch.randn(shape))
+
+
+class _LookedUp(torch.autograd.Function):
+    """A table whose sparse gradients, one for each time that rows are looked up, become one that is dense."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor) -> Tensor:
+        return table.view_as(table)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.to_dense() if gradient.is_sparse else gradient
 
 
 def _norm(name: str, h: Tensor) -> Tensor:
