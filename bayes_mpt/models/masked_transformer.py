@@ -105,14 +105,17 @@ class MaskedTransformer(BaseEstimator):
         group, n_levels = self._groups(x), self._levels(shown)  # (T,), (T,)
         codes = _codes(shown, n_levels)
         n_groups, most = int(group.max()) + 1, int(n_levels.max())
-        contrastive, column = self.head == "contrastive", torch.arange(x.shape[1], device=x.device)
-        of_bias, n_biases = (group, n_groups) if contrastive else (column, len(column))
+        contrastive = self.head == "contrastive"
+        row = (
+            group if contrastive else torch.arange(x.shape[1], device=x.device)
+        )  # of the biases, for each column
+        n_biases = int(row.max()) + 1
         _check_memory(n_groups * most, n_groups * most * self.width + n_biases * most, x)
         embedding = _normal("embedding", n_groups, most, self.width)
         table = _LookedUp.apply(embedding.flatten(0, 1))  # (V, D)
         h = self._encode(F.embedding(group * most + codes, table, sparse=True), visible)  # (N, T, D)
         bias = pyro.param(
-            "unigram" if contrastive else "bias", lambda: _log_shares(codes, of_bias, n_biases, most).to(x)
+            "unigram" if contrastive else "bias", lambda: _log_shares(codes, row, n_biases, most).to(x)
         )  # (G, L) or (T, L)
         tokens = _Codes(h, table, bias, group, n_levels, ~visible, contrastive)
         with pyro.plate("rows", len(x)):
@@ -243,7 +246,7 @@ class _Codes(dist.TorchDistribution):
     @property
     def mean(self) -> Tensor:
         """Codes have none."""
-        return torch.full(self.batch_shape, torch.nan)
+        return self.states.new_full(self.batch_shape, torch.nan)
 
     def expand(self, batch_shape: torch.Size, _instance: Any = None) -> _Codes:
         if torch.Size(batch_shape) != self.batch_shape:
@@ -281,11 +284,8 @@ class _Codes(dist.TorchDistribution):
         index = cells.flatten().nonzero()[:, 0]  # (K,)
         at = (self._group * self._bias.shape[1] + codes).flatten()[index]  # (K,) among all V = G L codes
         distinct, which, count = at.unique(return_inverse=True, return_counts=True)  # (U,), (K,), (U,)
-        h, e = (
-            self.states.flatten(0, 1)[index],
-            F.embedding(distinct, self._table, sparse=True),
-        )
-        times = count.to(e).log()
+        h = self.states.flatten(0, 1)[index]  # (K, D)
+        e, times = F.embedding(distinct, self._table, sparse=True), count.to(h).log()  # (U, D), (U,)
         # e(x_i)' h_i + log count(x_i) - log sum_u count(u) exp(e(u)' h_i)
         found = _by_parts(_log_prob, h, e, times[None], torch.zeros_like(at), which)
         log_q = self._bias.flatten().log_softmax(0)[at]
