@@ -11,10 +11,12 @@ import torch
 from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bayes_mpt import BayesMPT
 from bayes_mpt.masks import UniformSize, one_each
-from bayes_mpt.models import Couplings, MaskedTransformer, OptimizedMask, contrastive_loss
+from bayes_mpt.models import Couplings, MaskedTransformer, OptimizedMask, contrastive_loss, masked_transformer
+from bayes_mpt.models.masked_transformer import PART, _Codes, _LookedUp
 from bayes_mpt.predictors import SelfPredictive
 from bayes_mpt.tracing import base
 
@@ -372,8 +374,9 @@ def test_the_other_kinds_learn_as_well(kind):
     assert 0 < gap(model) < 0.2
 
 
+@pytest.mark.parametrize("head", ["softmax", "contrastive"])
 @pytest.mark.filterwarnings("ignore:the training stopped")
-def test_missing_cells_and_columns_with_other_levels():
+def test_missing_cells_and_columns_with_other_levels(head):
     """A column of two levels, one of five, each its own codes; the second tells the first."""
     rng = np.random.default_rng(0)
     five = rng.integers(5, size=2000)
@@ -381,7 +384,7 @@ def test_missing_cells_and_columns_with_other_levels():
     whole = X.copy()
     X[rng.random(X.shape) < 0.2] = np.nan
     model = BayesMPT(
-        MaskedTransformer(16, 1, 2, groups=range(3), n_levels=(2, 5, 3)),
+        MaskedTransformer(16, 1, 2, groups=range(3), n_levels=(2, 5, 3), head=head),
         learning_rate=5e-3,
         max_iter=40,
         predictor=SelfPredictive(2),
@@ -462,10 +465,203 @@ def test_in_training_the_head_has_the_contrastive_loss():
         assert abs(float((got - expected).detach())) < 1e-5
         with torch.no_grad():  # read out: a density of its own
             each = torch.stack([fn.log_prob(torch.full_like(x, a)) for a in range(L)])
-            np.testing.assert_allclose(each.exp().sum(0), 1.0, atol=1e-5)
+            np.testing.assert_allclose(each.exp().sum(0)[~visible], 1.0, atol=1e-5)
+
+
+N_LEVELS = torch.tensor([5, 3, 4, 5, 2, 5])
+GROUP = torch.tensor([1, 0, 0, 1, 0, 1])
+
+
+def codes_of(contrastive, seed=0):
+    """What is said of 20 rows in double precision, the truth, what is hidden, and the leaves."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (2 if contrastive else T, 5)
+    leaves = [torch.randn(s, generator=generator).double() for s in ((20, T, 8), (2, 5, 8), shape)]
+    hidden = torch.rand(20, T, generator=generator) < 0.6
+    x = (torch.rand(20, T, generator=generator).double() * N_LEVELS).floor()
+    for leaf in leaves:
+        leaf.requires_grad_()
+    h, e, b = leaves
+    table = _LookedUp.apply(e.flatten(0, 1))
+    return _Codes(h, table, b, GROUP, N_LEVELS, hidden, contrastive), x, hidden, leaves
+
+
+@pytest.mark.parametrize("contrastive", [False, True])
+def test_draws_follow_the_read_out(contrastive):
+    """A cell is drawn anew 4000 times; and through the estimator, missing cells alone."""
+    fn, *_ = codes_of(contrastive)
+    n = 4000
+    with torch.no_grad(), torch.random.fork_rng():
+        drawn = torch.stack([fn.sample() for _ in range(n)])
+        share = F.one_hot(drawn, 5).double().mean(0)  # (20, T, 5)
+        p = fn.logits.exp()
+    z = (share - p) / (p * (1 - p) / n).sqrt().clamp(min=1e-9)
+    assert float(z.abs().max()) < 5 and bool((share[p == 0] == 0).all())
+
+
+def test_fills_holes_and_makes_rows(fitted):
+    x = sample(20, 4)
+    holes = np.where(np.random.default_rng(0).random(x.shape) < 0.3, np.nan, x)
+    filled = fitted[3000].sample_missing(holes, n_samples=3)
+    made = fitted[3000].sample(2000)
+    assert np.isin(filled, range(L)).all() and np.isin(made, range(L)).all()
+    np.testing.assert_array_equal(filled[:, ~np.isnan(holes)], np.repeat(x[~np.isnan(holes)][None], 3, 0))
+    # neighbours of the source are alike far more often than by chance, and so are those of made-up rows
+    alike = lambda rows: float((np.diff(rows, axis=1) == 0).mean())  # noqa: E731
+    assert abs(alike(made) - alike(sample(20000, 5))) < 0.05
+
+
+@pytest.mark.parametrize("part", [PART, 7])
+@pytest.mark.parametrize("contrastive", [False, True])
+def test_reads_out_what_brute_force_says(contrastive, part, monkeypatch):
+    monkeypatch.setattr(masked_transformer, "PART", part)
+    fn, x, hidden, (h, e, b) = codes_of(contrastive)
+    expected = torch.zeros(20, T).double()
+    logits = torch.full((20, T, 5), -torch.inf).double()
+    for n in range(20):
+        for t in range(T):
+            bias = b[GROUP[t] if contrastive else t]
+            own = torch.stack([h[n, t] @ e[GROUP[t], a] + bias[a] for a in range(N_LEVELS[t])])
+            expected[n, t] = own[int(x[n, t])] - own.logsumexp(0)
+            logits[n, t, : len(own)] = own.detach()
+    with torch.set_grad_enabled(not contrastive):
+        found = fn.log_prob(x)
+        np.testing.assert_allclose(found.detach(), torch.where(hidden, expected, 0.0).detach(), atol=1e-12)
+        np.testing.assert_allclose(fn.logits.detach(), logits.log_softmax(-1), atol=1e-12)
+        assert torch.equal(fn.mode, logits.argmax(-1)) and bool(fn.mean.isnan().all())
+    if not contrastive:
+        wanted = torch.autograd.grad(expected[hidden].sum(), (h, e, b))
+        for got, grad in zip(torch.autograd.grad(found.sum(), (h, e, b)), wanted, strict=True):
+            np.testing.assert_allclose(got, grad, atol=1e-12)
+
+
+@pytest.mark.parametrize("part", [PART, 7])
+def test_trains_on_all_pairs_of_hidden_cells(part, monkeypatch):
+    """Values and gradients are those of the cross-entropy of K x K logits; missing cells are not among them."""
+    monkeypatch.setattr(masked_transformer, "PART", part)
+    fn, x, hidden, leaves = codes_of(True)
+    x[torch.rand(x.shape, generator=torch.Generator().manual_seed(1)) < 0.2] = torch.nan
+    there = hidden & ~x.isnan()
+    h, e, b = leaves
+    code = x[there].long()
+    group = GROUP.expand_as(x)[there]
+    k = len(code)
+    pairs = h[there] @ e[group, code].mT  # (K, K)
+    log_q = b.flatten().log_softmax(0).reshape(2, 5)[group, code]
+    wanted = log_q + math.log(k) - F.cross_entropy(pairs, torch.arange(k), reduction="none")
+    found = fn.log_prob(x)
+    assert bool((found[~there] == 0).all())
+    np.testing.assert_allclose(found[there].detach(), wanted.detach(), atol=1e-12)
+    weight = torch.rand(k, generator=torch.Generator().manual_seed(2)).double()
+    theirs = torch.autograd.grad(weight @ wanted, leaves)
+    for got, grad in zip(torch.autograd.grad(weight @ found[there], leaves), theirs, strict=True):
+        np.testing.assert_allclose(got, grad, atol=1e-12)
+    nothing = fn.log_prob(torch.full_like(x, torch.nan))
+    assert bool((nothing == 0).all()) and nothing.requires_grad
+
+
+def test_missing_cells_are_no_negatives():
+    """The score of a table with empty cells is that of the hidden cells that it has."""
+    x = torch.as_tensor(sample(40, 0))
+    model = MaskedTransformer(16, 1, 2, n_levels=L, head="contrastive")
+    with pyro.get_param_store().scope(), torch.random.fork_rng():
+        predictor = SelfPredictive().bind(model, (x,))
+        x[torch.rand(x.shape, generator=torch.Generator().manual_seed(1)) < 0.3] = torch.nan
+        visible = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+        found = predictor.conditionals(x, visible[None])[0]
+        fn = base(pyro.poutine.trace(model).get_trace(x.nan_to_num(0), visible & ~x.isnan()).nodes["x"]["fn"])
+        there = ~visible & ~x.isnan()
+        code = x[there].long()
+        expected = contrastive_loss(fn.states[there], pyro.param("embedding")[0, code])
+        log_q = pyro.param("unigram")[0].log_softmax(0)[code]
+        got = -(found[there] - log_q).mean() + math.log(len(code))
+        assert abs(float((got - expected).detach())) < 1e-5
+        assert bool((found[~there] == 0).all())
+
+
+class Largest(TorchDispatchMode):
+    """Numbers in the largest tensor that any operation gave."""
+
+    n = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(t, torch.Tensor) and not t.is_sparse:  # whose values are dense tensors
+                self.n = max(self.n, t.untyped_storage().nbytes() // t.element_size())
+        return out
+
+
+def test_a_step_holds_no_logits_of_the_vocabulary(monkeypatch):
+    """The contrastive head has nothing larger than the embeddings; the softmax head a part of its logits."""
+    n, n_codes, width = 32, 3000, 8
+    x = torch.randint(n_codes, (n, T), generator=torch.Generator().manual_seed(0)).float()
+    visible = torch.rand(n, T, generator=torch.Generator().manual_seed(1)) < 0.5
+    k, table = int((~visible).sum()), n_codes * width
+    assert k * n_codes > 5 * table
+
+    def largest(head, read_out=False):
+        model = MaskedTransformer(width, 1, 2, n_levels=n_codes, head=head)
+        with pyro.get_param_store().scope(), torch.random.fork_rng():
+            predictor = SelfPredictive().bind(model, (x,))
+            with Largest() as mode, torch.set_grad_enabled(not read_out):
+                score = predictor.conditionals(x, visible[None]).sum()
+                if not read_out:
+                    score.backward()
+        return mode.n
+
+    assert largest("contrastive") == table
+    assert largest("softmax") == k * n_codes
+    monkeypatch.setattr(masked_transformer, "PART", 5 * n_codes)
+    assert largest("softmax") == table
+    assert largest("contrastive", read_out=True) == table
+
+
+def test_read_out_needs_the_frequencies():
+    """Contexts with known conditionals: e'h plus the log frequencies comes to the entropy, e'h alone does not."""
+    generator = torch.Generator().manual_seed(0)
+    n_contexts, n_words = 6, 30
+    words = (1.5 * torch.randn(n_words, generator=generator)).double()  # some are frequent
+    given = (words + torch.randn(n_contexts, n_words, generator=generator).double()).softmax(1)
+    entropy = -float((given * given.log()).sum(1).mean())
+    n = 8000
+    context = torch.randint(n_contexts, (n,), generator=generator)
+    word = torch.multinomial(given[context], 1, generator=generator)[:, 0]
+    X = torch.stack([context, word], 1).numpy().astype(np.float32)
+    missed = {}
+    for head in ("softmax", "contrastive"):
+        program = MaskedTransformer(16, 1, 2, groups=range(2), n_levels=(n_contexts, n_words), head=head)
+        settings = {"batch_size": 400, "learning_rate": 5e-3, "max_iter": 25, "validation_fraction": 0.0}
+        model = BayesMPT(program, predictor=SelfPredictive(1), random_state=0, **settings).fit(X)
+        rows = torch.stack([torch.arange(n_contexts), torch.zeros(n_contexts)], 1)
+        with model.read_rows(rows.numpy()) as _, torch.no_grad():
+            for name in (head, "e'h alone")[: 1 + (head == "contrastive")]:
+                if name == "e'h alone":
+                    pyro.param("unigram").zero_()
+                log_p = said(model.fitted_model_, rows, torch.tensor([True, False]).expand(6, 2))[:, 1]
+                missed[name] = -float((given * log_p).sum(1).mean()) - entropy
+    # 6 x 29 free parameters learnt from n rows cost 0.011 nats at best
+    assert 0 < missed["softmax"] < 0.04 and 0 < missed["contrastive"] < 0.04
+    assert missed["e'h alone"] > 0.2
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize("head", ["softmax", "contrastive"])
+def test_refuses_a_vocabulary_larger_than_memory(head):
+    model = MaskedTransformer(64, n_levels=10**9, head=head)
+    with pytest.raises(ValueError, match=r"of 1000000000 codes take \S+ GiB in training, this device has"):
+        BayesMPT(model).fit(sample(60, 0))
+
+
+def test_refuses_hidden_codes_out_of_range():
+    x = torch.as_tensor(sample(40, 0))
+    with pyro.get_param_store().scope(), torch.random.fork_rng():
+        predictor = SelfPredictive().bind(MaskedTransformer(16, 1, 2), (x,))
+        x[3, 1] = L
+        with pytest.raises(ValueError, match="column 1 must hold codes 0, ..., 2, got 3"):
+            predictor.conditionals(x, torch.zeros_like(x, dtype=torch.bool)[None, :1].expand(1, 40, T))
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, ClassVar, Literal
@@ -16,12 +17,15 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 __all__ = ["MaskedTransformer", "OptimizedMask", "contrastive_loss"]
 
 HEADS = ("softmax", "contrastive")
 RAREST = 1e-2  # probability of a code at the start, shared by those that a column never shows
 MAX_LEVELS = 2**15  # of a column that nothing was said of: more are no codes
+PART = 2**25  # logits that are held at once
+COPIES = 6  # of parameters in training: value, gradient and its parts, two moments of Adam, the best so far
 START = 0.02  # sd of embeddings and of what is added to the residual stream
 NOWHERE = -1e4  # a logit whose exponential is zero, and whose product with that too
 
@@ -101,7 +105,7 @@ class MaskedTransformer(BaseEstimator):
     head : {"softmax", "contrastive"}, default="softmax"
         "contrastive": trained on negatives from the batch (arXiv 2309.08351), `contrastive_loss` over its hidden cells;
         read out as p(a) proportional to q(a) exp(e(a)' norm(h)), with q the frequency of the code over all hidden
-        cells. Meant for complete rows: a missing cell counts as code 0 among the negatives.
+        cells. A step then computes nothing for codes that are not in the batch: for vocabularies of thousands.
 
     Examples
     --------
@@ -147,17 +151,21 @@ class MaskedTransformer(BaseEstimator):
         group, n_levels = self._groups(x), self._levels(shown)  # (T,), (T,)
         codes = _codes(shown, n_levels)
         n_groups, most = int(group.max()) + 1, int(n_levels.max())
-        possible = torch.arange(most, device=x.device) < n_levels[:, None]  # (T, L)
+        contrastive = self.head == "contrastive"
+        row = (
+            group if contrastive else torch.arange(x.shape[1], device=x.device)
+        )  # of the biases, for each column
+        n_biases = int(row.max()) + 1
+        _check_memory(n_groups * most, n_groups * most * self.width + n_biases * most, x)
         embedding = _normal("embedding", n_groups, most, self.width)
-        h, states, mass = self._encode(embedding[group, codes], visible)  # (N, T, D)
-        if self.head == "contrastive":
-            start = lambda: _log_shares(codes, group, n_groups, most).to(x)  # noqa: E731
-            tokens: Any = _InBatch(h, embedding, pyro.param("unigram", start), group, possible, ~visible)
-        else:
-            column = torch.arange(x.shape[1], device=x.device)
-            bias = pyro.param("bias", lambda: _log_shares(codes, column, len(column), most).to(x))  # (T, L)
-            logits = bias + torch.einsum("ntd,tld->ntl", h, embedding[group])
-            tokens = dist.Categorical(logits=logits.masked_fill(~possible, -torch.inf))
+        table = _LookedUp.apply(embedding.flatten(0, 1))  # (V, D)
+        h, states, mass = self._encode(
+            F.embedding(group * most + codes, table, sparse=True), visible
+        )  # (N, T, D)
+        bias = pyro.param(
+            "unigram" if contrastive else "bias", lambda: _log_shares(codes, row, n_biases, most).to(x)
+        )  # (G, L) or (T, L)
+        tokens = _Codes(h, table, bias, group, n_levels, ~visible, contrastive)
         with pyro.plate("rows", len(x)):
             pyro.sample("x", tokens.to_event(1), obs=x)
             for name, penalty in self._penalties(states, mass, visible).items():
@@ -315,41 +323,104 @@ class MaskedTransformer(BaseEstimator):
         return torch.full((n_tokens,), found, device=shown.device)
 
 
-class _InBatch(dist.Categorical):
-    """Codes with probabilities proportional to q(a) exp(e(a)' h); learnt from the hidden codes of the batch.
+_Reading = Callable[[Tensor, Tensor], Tensor]  # of logits (K, C) and codes (K,)
 
-    Where gradients are tracked the log-density of a hidden code is
 
-        log q(x_i) + e(x_i)' h_i - log 1/K sum_{k hidden} exp(e(x_k)' h_i)
+class _Codes(dist.TorchDistribution):
+    """What is said of the hidden codes: p(a) proportional to exp(b(a) + e(a)' h), b of the column or of its group.
+
+    With the contrastive head, where gradients are tracked, the log-density of a hidden code is instead
+
+        log q(x_i) + e(x_i)' h_i - log 1/K sum_{k hidden} exp(e(x_k)' h_i),    log q = b - log of the sum over all a
 
     whose last two terms are minus the contrastive loss, plus log K, and estimate log p(x_i | visible) / q(x_i). The sum
-    runs over the different codes, each times its count, which is the same and takes K V numbers instead of K K.
+    runs over the different codes of the K hidden cells, each times its count, which is the same: of codes that are not
+    in the batch nothing is computed. Visible cells get 0, unless all are visible; missing ones, NaN, are no negatives.
     """
 
-    def __init__(
-        self, h: Tensor, embedding: Tensor, unigram: Tensor, group: Tensor, possible: Tensor, hidden: Tensor
-    ):
-        self._at = group * embedding.shape[1]  # (T,): where the codes of a column begin among all V = G L
-        self._all = h @ embedding.flatten(0, 1).mT  # (N, T, V)
-        self._log_q = unigram.flatten().log_softmax(0)  # (V,)
-        self._hidden = hidden
-        self.states = h
-        own = (self._all + self._log_q).unflatten(-1, embedding.shape[:2])  # (N, T, G, L)
-        own = own[:, torch.arange(len(group), device=group.device), group]
-        super().__init__(logits=own.masked_fill(~possible, -torch.inf))
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+    takes_missing = True
 
-    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> _InBatch:
+    def __init__(
+        self,
+        h: Tensor,
+        table: Tensor,
+        bias: Tensor,
+        group: Tensor,
+        n_levels: Tensor,
+        hidden: Tensor,
+        contrastive: bool,
+    ):
+        self.states = h  # (N, T, D)
+        self._table, self._bias = table, bias  # (G L, D), (T, L) or with the contrastive head (G, L)
+        self._group, self._n_levels = group, n_levels  # (T,), (T,)
+        self._asked = hidden if bool(hidden.any()) else ~hidden  # (N, T)
+        self._contrastive = contrastive
+        super().__init__(h.shape[:2], validate_args=False)
+
+    @property
+    def logits(self) -> Tensor:
+        """Log-probabilities of all codes (N, T, L): much memory, which `log_prob` does without."""
+        return self._read(torch.ones_like(self._asked), self._group.new_zeros(self.batch_shape), _all_of)
+
+    @property
+    def mode(self) -> Tensor:
+        """The likeliest codes (N, T)."""
+        return self._read(torch.ones_like(self._asked), self._group.new_zeros(self.batch_shape), _likeliest)
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008  # as torch has it
+        """Codes (N, T), each drawn for itself; of one draw only."""
+        if sample_shape != torch.Size():
+            raise NotImplementedError("one draw at a time")
+        return self._read(torch.ones_like(self._asked), self._group.new_zeros(self.batch_shape), _drawn)
+
+    @property
+    def mean(self) -> Tensor:
+        """Codes have none."""
+        return self.states.new_full(self.batch_shape, torch.nan)
+
+    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> _Codes:
         if torch.Size(batch_shape) != self.batch_shape:
             raise NotImplementedError("each cell has states of its own")
         return self  # a plate that the cells fill already
 
     def log_prob(self, value: Tensor) -> Tensor:
-        if not torch.is_grad_enabled() or not bool(self._hidden.any()):
-            return super().log_prob(value)
-        at = self._at + value.long()  # (N, T)
-        count = torch.bincount(at[self._hidden], minlength=len(self._log_q)).to(self._all)
-        ratio = self._all.gather(-1, at[..., None])[..., 0] - (self._all + count.log()).logsumexp(-1)
-        return self._log_q[at] + ratio + count.sum().log()
+        cells = self._asked & ~value.isnan()
+        codes = _codes(torch.where(cells, value, 0.0), self._n_levels)  # (N, T)
+        if self._contrastive and torch.is_grad_enabled():
+            return self._in_batch(cells, codes)
+        return self._read(cells, codes, _log_prob)
+
+    def _read(self, cells: Tensor, codes: Tensor, what: _Reading) -> Tensor:
+        """Something of the logits of these cells, (N, T, ...); of other cells 0."""
+        bias, by_group, most = self._bias, self._contrastive, self._bias.shape[1]
+        if bool((self._n_levels < most).any()):
+            possible = torch.arange(most, device=bias.device) < self._n_levels[:, None]  # (T, L)
+            bias = (bias[self._group] if by_group else bias).masked_fill(~possible, -torch.inf)
+            by_group = False
+        index = cells.flatten().nonzero()[:, 0]  # (K,)
+        group = self._group.expand_as(cells).flatten()[index]
+        index = index[group.argsort(stable=True)]
+        size = group.bincount(minlength=len(self._table) // most).tolist()
+        h, code = self.states.flatten(0, 1)[index], codes.flatten()[index]
+        each = zip(*(t.split(size) for t in (h, index % len(self._group), code)), strict=True)
+        found = [
+            _by_parts(what, h_g, e, bias[g, None] if by_group else bias, column, code_g)
+            for g, (e, (h_g, column, code_g)) in enumerate(zip(self._table.split(most), each, strict=True))
+        ]
+        return _spread(index, torch.cat(found), cells.shape)
+
+    def _in_batch(self, cells: Tensor, codes: Tensor) -> Tensor:
+        """What these cells learn from each other, (N, T); of other cells 0."""
+        index = cells.flatten().nonzero()[:, 0]  # (K,)
+        at = (self._group * self._bias.shape[1] + codes).flatten()[index]  # (K,) among all V = G L codes
+        distinct, which, count = at.unique(return_inverse=True, return_counts=True)  # (U,), (K,), (U,)
+        h = self.states.flatten(0, 1)[index]  # (K, D)
+        e, times = F.embedding(distinct, self._table, sparse=True), count.to(h).log()  # (U, D), (U,)
+        # e(x_i)' h_i + log count(x_i) - log sum_u count(u) exp(e(u)' h_i)
+        found = _by_parts(_log_prob, h, e, times[None], torch.zeros_like(at), which)
+        log_q = self._bias.flatten().log_softmax(0)[at]
+        return _spread(index, log_q + found - times[which] + math.log(max(1, len(at))), cells.shape)
 
 
 def contrastive_loss(out: Tensor, embedding: Tensor) -> Tensor:
@@ -380,8 +451,79 @@ def contrastive_loss(out: Tensor, embedding: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------- helpers
 
 
+def _by_parts(what: _Reading, h: Tensor, e: Tensor, bias: Tensor, row: Tensor, code: Tensor) -> Tensor:
+    """Something of the logits b(a) + e(a)' h of cells h (K, D) and codes e (C, D), and of each cell's own code (K,).
+
+    ``bias`` is one row for all, or has a ``row`` for each cell. Logits of more than `PART` pairs are never held: on the
+    way back they are computed again.
+    """
+
+    def some(h: Tensor, e: Tensor, bias: Tensor, row: Tensor, code: Tensor) -> Tensor:
+        return what(torch.addmm(bias if len(bias) == 1 else bias.index_select(0, row), h, e.mT), code)
+
+    size = max(1, PART // max(1, len(e)))
+    if len(h) <= size:
+        return some(h, e, bias, row, code)
+    return torch.cat(
+        [
+            checkpoint(some, h_k, e, bias, row_k, code_k, use_reentrant=False, preserve_rng_state=False)
+            for h_k, row_k, code_k in zip(h.split(size), row.split(size), code.split(size), strict=True)
+        ]
+    )
+
+
+def _log_prob(logits: Tensor, code: Tensor) -> Tensor:
+    return -F.cross_entropy(logits, code, reduction="none")
+
+
+def _likeliest(logits: Tensor, code: Tensor) -> Tensor:
+    return logits.argmax(1)
+
+
+def _drawn(logits: Tensor, code: Tensor) -> Tensor:
+    return torch.multinomial(logits.softmax(1), 1)[:, 0]
+
+
+def _all_of(logits: Tensor, code: Tensor) -> Tensor:
+    return logits.log_softmax(1)
+
+
+def _spread(index: Tensor, found: Tensor, shape: torch.Size) -> Tensor:
+    """Values (K, ...) at these of all cells (N, T, ...), elsewhere 0."""
+    whole = found.new_zeros(shape.numel(), *found.shape[1:])
+    return whole.index_copy(0, index, found).unflatten(0, shape)
+
+
+def _check_memory(n_codes: int, n_numbers: int, x: Tensor) -> None:
+    """Refuse parameters that cannot be trained on this device, before the system ends the process."""
+    if x.is_cuda:
+        has = torch.cuda.mem_get_info(x.device)[1]
+    elif hasattr(os, "sysconf"):
+        has = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        return  # this system does not say
+    need = COPIES * x.element_size() * n_numbers
+    if need > has:
+        raise ValueError(
+            f"embeddings and biases of {n_codes} codes take {need / 2**30:.3g} GiB in training, this device has "
+            f"{has / 2**30:.3g}: give rare codes one in common (n_levels), or a smaller width"
+        )
+
+
 def _normal(name: str, *shape: int, sd: float = START) -> Tensor:
     return pyro.param(name, lambda: sd * torch.randn(shape))
+
+
+class _LookedUp(torch.autograd.Function):
+    """A table whose sparse gradients, one for each time that rows are looked up, become one that is dense."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor) -> Tensor:
+        return table.view_as(table)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.to_dense() if gradient.is_sparse else gradient
 
 
 def _norm(name: str, h: Tensor) -> Tensor:

@@ -46,7 +46,8 @@ class SelfPredictive(Predictor):
     For programs ``model(x, visible)`` without latents: ``x`` (N, T) has zeros where a token is hidden or missing,
     ``visible`` (N, T) bool tells which cells are shown, each row by its own mask, and ``pyro.sample("x", ..., obs=x)``
     inside a rows plate gives each token a distribution. That of a hidden token is log p(x_i | x_visible); what stands
-    for visible tokens is not used.
+    for visible tokens is not used. A distribution with an attribute ``takes_missing`` is asked for the densities of
+    tokens that are NaN where missing; others get a value in their place, and what they say of it is not used.
 
     A penalty is a factor, ``pyro.factor("name", ...)`` with a number for each row, inside the plate, in nats a hidden
     token: it is added to each hidden token's log-density where gradients are tracked, and so trains the program and
@@ -260,12 +261,13 @@ class SelfConditionals(Conditionals):
         value, parts, start = fill(x, x.new_zeros(())), [], 0
         for site in self.program.sites:
             fn = base(node_of(trace, site.name)["fn"])
-            cells = _as_site(value[:, start : start + site.n_tokens], site.shape, site.row_axis)
+            given = x if getattr(fn, "takes_missing", False) else value
+            cells = _as_site(given[:, start : start + site.n_tokens], site.shape, site.row_axis)
             found = fn.log_prob(cells) if of is None else of(fn, cells)
             parts.append(rows_first(found.to(x), site.row_axis))
             start += site.n_tokens
         by_token = torch.cat(parts, 1)
-        if torch.is_grad_enabled() and not means:
+        if torch.is_grad_enabled() and of is None:
             for node in factor_nodes(trace):
                 by_token = by_token + base(node["fn"]).log_factor[..., None]
         return by_token
@@ -330,8 +332,8 @@ def _shaken() -> Iterator[None]:
 
 
 def _mean(fn: Any, value: Tensor) -> Tensor:
-    # a likeliest category stands for the mean, which codes do not have
-    return fn.probs.argmax(-1) if isinstance(fn, torch.distributions.Categorical) else fn.mean
+    # the likeliest stands for the mean, which codes do not have
+    return fn.mode if bool(fn.mean.isnan().all()) else fn.mean
 
 
 def _drawn(fn: Any, value: Tensor) -> Tensor:
