@@ -417,7 +417,7 @@ def test_resumes_to_the_bit(tmp_path):
 
 def test_the_page_gives_the_measured_figures_of_the_mask_token():
     root = Path(__file__).parents[1]
-    page = (root / "docs" / "self_predictive.md").read_text().splitlines()
+    page = (root / "docs" / "masked_transformer.md").read_text().splitlines()
     rows = json.loads((root / "benchmarks" / "results" / "mask_token.json").read_text())["rows"]
     for run in (row for row in rows if "variant" in row):
         figures = (
