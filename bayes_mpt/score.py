@@ -206,6 +206,7 @@ def estimate(
         found = predictor.evidence(x) if chains and predictor.telescopes else None
         disagree: dict[str, Any] = {}
         steps: list[Tensor] | None = None
+        means: list[Tensor] | None = None
         if found is not None:
             lml, totals = found.by_row, None
         else:
@@ -220,11 +221,12 @@ def estimate(
                 # each chain alone is log p(x) along its order
                 disagree = disagreement(torch.cat([len(parts) * parts for parts in by_chain]))
             else:
-                by_draw = [masked_score(predictor, x, draw) for draw in draws]
+                both = [_by_row_and_mask(predictor, x, draw) for draw in draws]
+                by_draw, means = [by_row for by_row, _ in both], [by_mask for _, by_mask in both]
             scores = torch.stack(by_draw)  # (R, N)
             lml, totals = scores.mean(0), scores.sum(1).double().cpu().numpy()
         rows, weight = curve_rows if chains and curve_rows is not None else (x, x.new_ones(len(x)))
-        curve = _curve(predictor, rows, weight, draws, steps)
+        curve = _curve(predictor, rows, weight, draws, steps if means is None else means)
     diagnostics = {"n_replicates": n_replicates, "masks": repr(masks), "totals": totals}
     if found is not None:
         se = found.se
@@ -245,10 +247,28 @@ def estimate(
     )
 
 
+def _by_row_and_mask(predictor: Conditionals, x: Tensor, draw: Masks) -> tuple[Tensor, Tensor]:
+    """The score of each row (N,), and of each mask (S,) the mean over rows and tokens scored."""
+    assert draw.visible is not None
+    weight = draw.weight.to(x)
+    # of a chain of blocks not all that is hidden
+    scored = weight / weight.sum(1, keepdim=True)
+    by_row, by_mask = x.new_zeros(len(x)), []
+    step = max(1, CHUNK // max(1, x.numel()))
+    for i in range(0, len(weight), step):
+        found = predictor.conditionals(x, draw.visible[i : i + step].to(x.device))  # (S', N, T)
+        by_row = by_row + torch.einsum("snt,st->n", found, weight[i : i + step])
+        by_mask.append(torch.einsum("snt,st->s", found, scored[i : i + step]) / len(x))
+    return by_row, torch.cat(by_mask)
+
+
 def _curve(
-    predictor: Conditionals, x: Tensor, weight: Tensor, draws: list[Masks], steps: list[Tensor] | None
+    predictor: Conditionals, x: Tensor, weight: Tensor, draws: list[Masks], known: list[Tensor] | None
 ) -> Curve:
-    """Group the masks' means by size: S(m) is the mean over masks of the mean over tokens scored."""
+    """Group the masks' means by size: S(m) is the mean over masks of the mean over tokens scored.
+
+    ``known`` of each draw: the steps of its chains (C, N, T), or the means of its masks (S,).
+    """
     n_tokens = x.shape[1]
     share = weight / weight.sum()
     sizes, values = [], []
@@ -260,18 +280,13 @@ def _curve(
                 if predictor.relocates and n_tokens > MAX_RUNS:
                     values.append(_by_blocks(predictor, x, share, tokens).cpu())
                     continue
-                known = predictor.chain(x, tokens[None])[0] if steps is None else steps[r][c]  # (N, T)
-                by_token = share @ known  # (T,)
+                steps = predictor.chain(x, tokens[None])[0] if known is None else known[r][c]  # (N, T)
+                by_token = share @ steps  # (T,)
                 values.append(by_token[tokens].cpu())
         else:
-            assert draw.visible is not None
+            assert draw.visible is not None and known is not None
             sizes.append((~draw.visible).sum(1))
-            # of a chain of blocks not all that is hidden
-            scored = (draw.weight / draw.weight.sum(1, keepdim=True)).to(x)
-            step = max(1, CHUNK // max(1, x.numel()))
-            for i in range(0, len(scored), step):
-                found = predictor.conditionals(x, draw.visible[i : i + step].to(x.device))
-                values.append(torch.einsum("snt,st,n->s", found, scored[i : i + step], share).cpu())
+            values.append(known[r].cpu())
     size, value = torch.cat(sizes).numpy(), torch.cat(values).double().numpy()
     count = np.bincount(size, minlength=n_tokens + 1)[1:]
     with np.errstate(divide="ignore", invalid="ignore"):
