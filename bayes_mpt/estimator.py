@@ -124,8 +124,8 @@ class BayesMPT(
         Newton and L-BFGS stop when the mean score changes by less than this share of itself. Adam halves
         its step when a window of steps gains less than ``tol`` (at least 2e-5) nats a row, and stops after six.
     learning_rate : float, optional
-        Of Adam, in units in which the program's map moves by about one; by epochs, of the parameters themselves. None
-        takes ``model.learning_rate``, or else 0.05 and by epochs 0.001.
+        Of Adam, in units in which the program's map moves by about one; by epochs, of the parameters themselves, after
+        a rise over the first steps. None takes ``model.learning_rate``, or else 0.05 and by epochs 0.001.
     batch_size : int, optional
         Rows a step of Adam; None takes by epochs ``model.batch_size``, or else all of them. Needs independent rows, or
         a predictor whose score is a sum over tokens (`NearestNeighbors`): then tokens a step.
