@@ -20,7 +20,6 @@ from torch import Tensor
 
 from bayes_mpt import training
 from bayes_mpt.concentrated import NoiseFloorError, spectrum
-from bayes_mpt.epochs import train_by_epochs
 from bayes_mpt.evidence import laplace_proportional
 from bayes_mpt.hyperparameters import Prior, assign
 from bayes_mpt.masks import PermutationChain, Policy
@@ -319,7 +318,7 @@ class Trainer:
             )
         order = torch.randperm(problem.n_rows, generator=torch.Generator().manual_seed(self.seed))
         batch_size = self.batch_size or getattr(problem.predictor.model, "batch_size", None) or problem.n_rows
-        return train_by_epochs(
+        return training.train_by_epochs(
             [training.take_rows(stage, order[n_out:]) for stage in stages],
             [training.take_rows(stage, order[:n_out]) for stage in stages] if n_out else [],
             masks,

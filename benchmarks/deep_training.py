@@ -36,11 +36,11 @@ from pyro import poutine
 from pyro.infer import RenyiELBO, Trace_ELBO
 from torch import Tensor
 
-from bayes_mpt.epochs import train_by_epochs
 from bayes_mpt.masks import PermutationChain
 from bayes_mpt.models import VAE
 from bayes_mpt.predictors import AnnealedImportance, Importance
 from bayes_mpt.training import Problem, take_rows
+from bayes_mpt.training.epochs import train_by_epochs
 
 RESULTS = Path(__file__).parent / "results" / "deep_training.json"
 BATCH, PEERS_RATE, N_HELD_OUT, PARTICLES = 128, 1e-3, 400, 10

@@ -28,12 +28,12 @@ from scipy.stats import t as student
 from sklearn.datasets import load_digits
 from timing import Report, run
 
-from bayes_mpt.epochs import train_by_epochs
 from bayes_mpt.masks import EverySize, FixedRate
 from bayes_mpt.models import MaskedTransformer, OptimizedMask
 from bayes_mpt.predictors import SelfPredictive
 from bayes_mpt.score import OWN_MASKS, masked_score
 from bayes_mpt.training import Problem
+from bayes_mpt.training.epochs import train_by_epochs
 
 WIDTH, HIDDEN, N_FRESH, N_HELD_OUT, LAST = 32, 0.6, 300, 300, 5
 LONG = 10.0  # of the frozen vector, in units of a vector of D standard normals

@@ -8,11 +8,11 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from bayes_mpt.epochs import train_by_epochs
 from bayes_mpt.masks import PermutationChain
 from bayes_mpt.predictors import choose
 from bayes_mpt.store import OwnStore
 from bayes_mpt.training import Problem
+from bayes_mpt.training.epochs import train_by_epochs
 
 N_ROWS, BATCH, EPOCHS = 6, 2, 20
 POINT = torch.tensor([[1.0, -2.0, 30.0]], dtype=torch.float64)

@@ -187,7 +187,7 @@ class TestTraining:
         script = textwrap.dedent(
             f"""
             import os, signal, numpy as np
-            import bayes_mpt.epochs as epochs
+            from bayes_mpt.training import epochs
             from bayes_mpt import BayesMPT
             from bayes_mpt.models import VAE
             keep = epochs._keep

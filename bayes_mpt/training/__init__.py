@@ -1,13 +1,15 @@
 """Maximise a score over the parameters of a Pyro program.
 
 The first way that fits: `concentrate` solves for mean, loadings and noise where the program leaves them free; `climb`
-runs L-BFGS on the exact score; `train_on_masks` runs Adam on sampled masks. All work on the parameters that stand in
+runs L-BFGS on the exact score; `train_on_masks` runs Adam on sampled masks. They work on the parameters that stand in
 Pyro's parameter store at the time, in units found from the program itself, so that the path is the same whatever the
-columns' scales.
+columns' scales. `train_by_epochs` is for networks, in the parameters' own units: minibatches, held-out rows,
+checkpoints.
 """
 
 from bayes_mpt.training.adam import total_on_masks, train_on_masks
 from bayes_mpt.training.closed_form import concentrate
+from bayes_mpt.training.epochs import train_by_epochs
 from bayes_mpt.training.lbfgs import climb, stages
 from bayes_mpt.training.problem import Fit, Problem, Report, check_start, one_thread, take_rows
 
@@ -22,5 +24,6 @@ __all__ = [
     "stages",
     "take_rows",
     "total_on_masks",
+    "train_by_epochs",
     "train_on_masks",
 ]

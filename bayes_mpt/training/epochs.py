@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bayes_mpt.masks import Policy, torch_generator
 from bayes_mpt.tracing import ModelError
-from bayes_mpt.training import Fit, Problem, Report, check_start, take_rows
+from bayes_mpt.training.problem import Fit, Problem, Report, check_start, restore, take_rows
 
 __all__ = ["train_by_epochs"]
 
@@ -121,7 +121,7 @@ def train_by_epochs(
             if over:
                 progress.stage, progress.stale = progress.stage + 1, 0
                 if held_out:  # from the best on, as the new stage sees it
-                    _assign(leaves, progress.best)
+                    restore(leaves, progress.best)
                     progress.mean = _copies(leaves)
                     progress.best_score = _look(held_out[progress.stage], masks, batch_size, look_seed)
                 continue
@@ -148,7 +148,7 @@ def train_by_epochs(
                 break
     except KeyboardInterrupt:
         fit.interrupted = True
-    _assign(leaves, progress.best)
+    restore(leaves, progress.best)
     fit.converged = not held_out or (progress.stage == len(stages) - 1 and progress.stale >= patience)
     fit.n_iter = progress.epoch
     return fit
@@ -203,17 +203,11 @@ def _look(held_out: Problem, masks: Policy, batch_size: int, seed: int) -> float
 def _at(leaves: dict[str, Tensor], values: dict[str, Tensor]) -> Iterator[None]:
     """The parameters at other values for a while."""
     before = _copies(leaves)
-    _assign(leaves, values)
+    restore(leaves, values)
     try:
         yield
     finally:
-        _assign(leaves, before)
-
-
-def _assign(leaves: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, leaf in leaves.items():
-            leaf.copy_(values[name])
+        restore(leaves, before)
 
 
 def _copies(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -256,7 +250,7 @@ def _resume(
             f"{file} holds parameters {found}, the program has {wanted}: it is of another model. Remove it, or give "
             "another checkpoint"
         )
-    _assign(leaves, content["leaves"])
+    restore(leaves, content["leaves"])
     adam.load_state_dict(content["adam"])
     own, ours, *cuda = content["generators"]
     generator.set_state(own)
