@@ -3,8 +3,8 @@
 Handwritten digits of scikit-learn in 16 tokens of 16 codes (2 x 2 pixels, black or white), `MaskedTransformer` of width
 32. Each variant trains the same epochs from the same seed, and after each epoch the same held-out rows are scored under
 the same masks. Three settings: two layers and 60 % of the tokens hidden; masks of every size, the package's default;
-four layers and 60 % hidden. The learning rate suits the plain network in the first; in the other two it is too large
-for it, as half the rate shows, at which the optimised one is compared with the plain one at half the rate too.
+four layers and 60 % hidden. With masks of every size the learning rate is too large for the plain network, as half the
+rate shows, at which the optimised one is compared with the plain one at half the rate too.
 
 Speed-up: the lower of the two final scores (mean of the last five epochs) is the target, which both reach; the plain
 network's epochs to it over the variant's, of curves made monotone. Above one, the variant is faster. In CPU time: that,
