@@ -23,6 +23,7 @@ from bayes_mpt.estimator import BayesMPT
 from bayes_mpt.hyperparameters import Integrated
 from bayes_mpt.predictors.errors import replicate_error
 from bayes_mpt.predictors.importance import BAD_K
+from bayes_mpt.tracing import Observed
 
 __all__ = ["Candidate", "compare"]
 
@@ -219,6 +220,10 @@ def refuse_incomparable(names: list[str], found: list[Candidate]) -> None:
             c.model.predictor_.structure.by_row for c in found
         ],
         "tokens (other rows, features or scaling)": [c.tokens for c in found],
+        "kind of token (codes that have probabilities against numbers that have densities)": [
+            {isinstance(site, Observed) and site.discrete for site in c.model.predictor_.structure.sites}
+            for c in found
+        ],
     }
     for what, values in kinds.items():
         common = max(values, key=values.count)

@@ -37,7 +37,15 @@ from bayes_mpt import training
 from bayes_mpt.affine import Reading, token_means, tokens_of
 from bayes_mpt.concentrated import NoiseFloorError
 from bayes_mpt.evidence import Laplace, laplace_diagonal, laplace_proportional
-from bayes_mpt.fitting import Trainer, bind, choose_dimension, log_prior, of_program, refuse_subsampling
+from bayes_mpt.fitting import (
+    MAX_INIT_ROWS,
+    Trainer,
+    bind,
+    choose_dimension,
+    log_prior,
+    of_program,
+    refuse_subsampling,
+)
 from bayes_mpt.hyperparameters import (
     Integrated,
     Prior,
@@ -83,6 +91,7 @@ from bayes_mpt.tracing import (
     ModelError,
     Program,
     fill,
+    filling,
     list_names,
     not_finite,
     run,
@@ -138,7 +147,8 @@ class BayesMPT(
         Epochs without a better score of these rows, after which the training stops, at the best.
     checkpoint : path, optional
         File to which the training by epochs writes where it is, after each, and from which it goes on if that exists,
-        to the same parameters bit for bit (on a CPU). Needs an integer ``random_state``.
+        to the same parameters bit for bit (on a CPU). It is of one training on its rows: needs an integer
+        ``random_state`` and ``n_init=1``.
     n_init : int, default=1
         Starts where the maximum has no closed form; the best is kept. Further ones are drawn from the hyperprior of a
         model that has one, such as `bayes_mpt.models.GaussianProcess`, else (and for programs ``model(x, visible)``)
@@ -219,6 +229,7 @@ class BayesMPT(
 
     _state: State  # the program's unconstrained parameters after the last fit
     _n_features_out: int  # numbers that `transform` gives a row
+    _typical: Tensor | None  # a value (T,) of each column, for a program that is told what it sees
     _bound: Conditionals | None  # the program as it was found to be, where that does not depend on its rows
 
     def __init__(
@@ -402,6 +413,7 @@ class BayesMPT(
                         f"{not_finite(sees_all(model), args)}. Check what the program computes from these"
                     )
                 self._keep_latents(model, predictor, args, like)
+                self._typical = filling(args[0][:MAX_INIT_ROWS]) if predictor.own_masks else None
                 self._state = save()
                 store_values = pyro.get_param_store()
                 self.params_ = {n: store_values[n].detach().cpu().numpy().copy() for n in self._state}
@@ -419,6 +431,10 @@ class BayesMPT(
         if by_epochs and self.checkpoint is not None and not isinstance(self.random_state, Integral):
             raise ValueError(
                 f"checkpoint needs an integer random_state, to hold out the same rows, got {self.random_state!r}"
+            )
+        if by_epochs and self.checkpoint is not None and self.n_init > 1:
+            raise ValueError(
+                f"checkpoint holds one training, but n_init={self.n_init}: leave one of them out"
             )
 
         def report(step: int, score: float) -> bool:
@@ -1037,6 +1053,10 @@ class BayesMPT(
     @contextmanager
     def _fitted_program(self, args: tuple[Any, ...]) -> Iterator[Conditionals]:
         """The program at its fitted parameters, on these arguments."""
+        if (
+            self._typical is not None
+        ):  # of columns without any cell nothing else tells what values they may have
+            args = (fill(args[0], self._typical),)
         with OwnStore() as store, seeded(self._seed()):
             store.prefill(self._initial)
             predictor = choose(self.fitted_model_, args, predictor=self.predictor, guide=self.fitted_guide_)

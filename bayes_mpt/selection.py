@@ -192,6 +192,11 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, BaseEstimator):
             )
         for params in grid:
             candidate = final_step(clone(self.estimator).set_params(**_cloned(params)))
+            if candidate.checkpoint is not None:
+                raise ValueError(
+                    f"checkpoint={candidate.checkpoint!r} holds one training, and a search makes many: leave it None, "
+                    "and give the search a checkpoint_dir"
+                )
             if candidate.masks is not None:
                 independent = takes_visible(candidate.model)
                 require_lml(candidate.masks, "MarginalLikelihoodSearch", independent=independent)

@@ -72,6 +72,8 @@ class Observed(NamedTuple):
     """Axes, on the right, of an event that has one density for all of it: one token."""
     kind: str
     """Name of the distribution of a token."""
+    discrete: bool
+    """Whether a token has a probability, and no density."""
 
     @property
     def n_tokens(self) -> int:
@@ -499,7 +501,11 @@ def _observed(node: Any, rows_plate: str | None) -> Observed:
     axes = [batch + f.dim for f in node["cond_indep_stack"] if f.name == rows_plate and f.vectorized]
     fn = base(node["fn"])
     shape = tuple(node["value"].shape)
-    return Observed(node["name"], shape, axes[0] if axes else None, fn.event_dim, type(fn).__name__)
+    try:
+        discrete = bool(fn.support.is_discrete)
+    except (NotImplementedError, AttributeError):
+        discrete = bool(fn.has_enumerate_support)
+    return Observed(node["name"], shape, axes[0] if axes else None, fn.event_dim, type(fn).__name__, discrete)
 
 
 def _rows_plate(nodes: list[Any], latents: list[Any], n_rows: int) -> tuple[str | None, bool]:

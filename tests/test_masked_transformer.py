@@ -415,6 +415,27 @@ def test_resumes_to_the_bit(tmp_path):
     assert all(v.dtype == np.float32 for v in whole.params_.values())
 
 
+def test_a_checkpoint_is_of_one_training_on_its_rows(tmp_path):
+    """Folds of a cross-validation would be scored after a training on all rows, further starts be the first again."""
+    file = tmp_path / "training.pt"
+    settings = {"max_iter": 1, "validation_fraction": 0.0, "random_state": 3, "checkpoint": file}
+    BayesMPT(MaskedTransformer(16), **settings).fit(sample(300, 0))
+    with pytest.raises(ValueError, match="other rows"):
+        BayesMPT(MaskedTransformer(16), **settings).fit(sample(300, 0)[:200])
+    with pytest.raises(ValueError, match="n_init=2"):
+        BayesMPT(MaskedTransformer(16), n_init=2, **settings).fit(sample(300, 0))
+
+
+def test_a_column_of_one_level_may_be_missing():
+    X = np.column_stack([sample(300, 0), np.zeros(300)])
+    settings = {"max_iter": 1, "validation_fraction": 0.0, "random_state": 0}
+    model = BayesMPT(MaskedTransformer(16, n_levels=[L] * T + [1]), **settings).fit(X)
+    assert (model.sample(20)[:, T] == 0).all()
+    without = np.where(np.arange(T + 1) == T, np.nan, X[:5])
+    np.testing.assert_array_equal(model.impute(without), X[:5])
+    assert np.isfinite(model.score_samples(without)).all()
+
+
 def test_the_page_gives_the_measured_figures_of_the_mask_token():
     root = Path(__file__).parents[1]
     page = (root / "docs" / "masked_transformer.md").read_text().splitlines()

@@ -20,7 +20,7 @@ from sklearn.preprocessing import StandardScaler
 from bayes_mpt import BayesMPT, MarginalLikelihoodSearch, compare
 from bayes_mpt.evidence import laplace_diagonal, laplace_proportional
 from bayes_mpt.masks import UniformSize
-from bayes_mpt.models import PPCA, VAE, FactorAnalysis
+from bayes_mpt.models import PPCA, VAE, FactorAnalysis, MaskedPatches, MaskedTransformer
 
 N, T = 60, 6
 RNG = np.random.default_rng(1991)
@@ -413,6 +413,23 @@ def test_another_observed_value_is_refused():
         search("heldout", {"model": [loc_only, own_noise, doubled]}).fit(X)
 
 
+def test_probabilities_against_densities_are_refused():
+    """A density is as large as the data are coarse, a probability at most one."""
+    codes = (X > 3).astype("float32")
+    networks = [
+        MaskedPatches((2, 3), patch=1, width=8, likelihood="bernoulli"),
+        MaskedPatches((2, 3), patch=1, width=8, likelihood="categorical"),
+        MaskedTransformer(8, 1, 2),
+    ]
+    settings = {"max_iter": 1, "validation_fraction": 0.0, "random_state": 0}
+    s = MarginalLikelihoodSearch(BayesMPT(**settings), {"model": networks}, cv=2).fit(codes)
+    assert s.comparison_["lml"].notna().all()
+    normal = MaskedPatches((2, 3), patch=1, width=8, likelihood="gaussian")
+    for other in (normal, PPCA(1)):
+        with pytest.raises(ValueError, match=r"(?s)not comparable.*densities"):
+            MarginalLikelihoodSearch(BayesMPT(**settings), {"model": [*networks, other]}, cv=2).fit(codes)
+
+
 def test_integrated_against_point_estimated_is_refused():
     """The maximised LML of one and the evidence of the other are different things."""
     with pytest.raises(ValueError, match="not comparable"):
@@ -618,6 +635,13 @@ def test_a_checkpoint_tells_programs_apart(tmp_path, make):
         s = search("train", {"model": [make(mean)]}, checkpoint_dir=tmp_path).fit(X)
         sd = 1.0 if make is gaussian else 2.0
         assert s.cv_results_["lml"][0] == pytest.approx(gaussian_scores(X, mean, sd).sum(), abs=1e-7)
+
+
+def test_refuses_the_checkpoint_of_a_training(tmp_path):
+    """All candidates and folds would be what the first of them left there."""
+    estimator = BayesMPT(PPCA(1), checkpoint=tmp_path / "training.pt", random_state=0)
+    with pytest.raises(ValueError, match="checkpoint_dir"):
+        MarginalLikelihoodSearch(estimator, GRID).fit(X)
 
 
 def test_a_torn_checkpoint_is_written_again(tmp_path, fits):

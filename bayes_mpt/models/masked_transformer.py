@@ -339,6 +339,7 @@ class _Codes(dist.TorchDistribution):
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
+    support = dist.constraints.nonnegative_integer
     takes_missing = True
 
     def __init__(

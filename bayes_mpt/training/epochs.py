@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from bayes_mpt.masks import Policy, torch_generator
+from bayes_mpt.rows import digest
 from bayes_mpt.tracing import ModelError
 from bayes_mpt.training.problem import Fit, Problem, Report, check_start, restore, take_rows
 
@@ -79,7 +80,8 @@ def train_by_epochs(
     random_state : int, optional
         For the order of the rows and the masks; nodes draw from torch's global generator.
     checkpoint : path, optional
-        Written whole after each epoch; where it exists, the training goes on from it as if it had never stopped.
+        Written whole after each epoch; where it exists, the training goes on from it as if it had never stopped. It
+        knows its rows, since the scores of others would be those of rows that had been trained on.
     report : callable, optional
         Called with (epoch, score a row); True stops.
 
@@ -94,7 +96,7 @@ def train_by_epochs(
     ModelError
         If a parameter, its gradient or the score is not finite; it is named.
     ValueError
-        If the checkpoint is of another model.
+        If the checkpoint is of another model, or of other rows.
     """
     generator = torch_generator(random_state)
     problem = stages[-1]
@@ -107,8 +109,9 @@ def train_by_epochs(
     rising = learning_rate / max(1, min(WARM_UP, n_steps // 10))
     progress = _Progress(0, _copies(leaves), -math.inf, _copies(leaves), 0, 0)
     file = None if checkpoint is None else Path(checkpoint)
+    rows = [] if file is None else [digest(a.reshape(len(a), -1).cpu().numpy()) for a in problem.args]
     if file is not None and file.exists():
-        progress = _resume(file, leaves, adam, generator, fit)
+        progress = _resume(file, leaves, adam, generator, fit, rows)
     try:
         while progress.epoch < max_epochs:
             last = progress.stage == len(stages) - 1
@@ -143,7 +146,7 @@ def train_by_epochs(
             if value > progress.best_score or not held_out:
                 progress.best_score, progress.best, progress.stale = value, _copies(progress.mean), 0
             if file is not None:
-                _keep(file, progress, leaves, adam, generator, fit)
+                _keep(file, progress, leaves, adam, generator, fit, rows)
             if report is not None and report(progress.epoch, value):
                 break
     except KeyboardInterrupt:
@@ -221,8 +224,10 @@ def _keep(
     adam: torch.optim.Adam,
     generator: torch.Generator,
     fit: Fit,
+    rows: list[str],
 ) -> None:
     content: dict[str, Any] = {
+        "rows": rows,
         "progress": vars(progress),
         "leaves": _copies(leaves),
         "adam": adam.state_dict(),
@@ -240,7 +245,12 @@ def _cuda_states() -> list[Tensor]:
 
 
 def _resume(
-    file: Path, leaves: dict[str, Tensor], adam: torch.optim.Adam, generator: torch.Generator, fit: Fit
+    file: Path,
+    leaves: dict[str, Tensor],
+    adam: torch.optim.Adam,
+    generator: torch.Generator,
+    fit: Fit,
+    rows: list[str],
 ) -> _Progress:
     content = torch.load(file, weights_only=True)
     found = {name: tuple(value.shape) for name, value in content["leaves"].items()}
@@ -249,6 +259,10 @@ def _resume(
         raise ValueError(
             f"{file} holds parameters {found}, the program has {wanted}: it is of another model. Remove it, or give "
             "another checkpoint"
+        )
+    if content.get("rows") != rows:
+        raise ValueError(
+            f"{file} is of a training on other rows. Remove it, or give another checkpoint (a cross-validation, none)"
         )
     restore(leaves, content["leaves"])
     adam.load_state_dict(content["adam"])
