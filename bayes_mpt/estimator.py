@@ -569,7 +569,7 @@ class BayesMPT(
         if self.predictor_.remembers:
             return self._score_given_seen(X, y), 0.0
         if structure.plain or not structure.by_row or self.predictor_.own_masks:
-            with self.read_rows(X, y) as (predictor, x), torch.no_grad():
+            with self.read_rows(X, y) as (predictor, x):
                 found = predictor.evidence(x)
                 return found.by_row.cpu().numpy(), found.se
         with torch.no_grad():
@@ -1012,13 +1012,15 @@ class BayesMPT(
 
     @contextmanager
     def read_rows(self, X: ArrayLike, y: Any = None) -> Iterator[tuple[Conditionals, Tensor]]:
-        """Inside ``with``: the fitted predictor and the rows (N, T) that it scores, for X (and y)."""
+        """Inside ``with``, where no gradients are tracked: the fitted predictor and the rows (N, T) that it scores."""
         check_is_fitted(self)
         rows = self._check_rows(X, reset=False)
         if self.predictor_.structure.plain:
-            yield self.predictor_, self._tensor(rows)
+            with torch.no_grad():
+                yield self.predictor_, self._tensor(rows)
             return
-        with self._read_rows(rows, y) as found:
+        # a network's penalties, and the loss of a contrastive head, stand in its scores where gradients are
+        with self._read_rows(rows, y) as found, torch.no_grad():
             yield found
 
     def _read_parts(self, X: ArrayLike, y: Any) -> Iterator[tuple[Conditionals, Tensor]]:

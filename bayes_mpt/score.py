@@ -347,7 +347,7 @@ def fixed_rate_bias(
     >>> bias.value < 0, bias.se  # low rates see too many visible tokens; here all masks were enumerated
     (True, 0.0)
     """
-    with estimator.read_rows(X) as (predictor, x), torch.no_grad():
+    with estimator.read_rows(X) as (predictor, x):
         return _bias(predictor, x, rate, n_masks, random_state)
 
 

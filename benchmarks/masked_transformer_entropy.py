@@ -14,7 +14,6 @@ import time
 from itertools import pairwise
 
 import numpy as np
-import torch
 from timing import Report, run
 
 from bayes_mpt import BayesMPT
@@ -55,7 +54,7 @@ def main(report: Report, args):
         model = BayesMPT(MaskedTransformer(width, **kind), predictor=SelfPredictive(1), random_state=seed)
         model.fit(x)
         cpu = time.process_time() - start
-        with model.read_rows(ROWS.astype(np.float32)) as (predictor, rows), torch.no_grad():
+        with model.read_rows(ROWS.astype(np.float32)) as (predictor, rows):
             by_order = predictor.chain(rows, PermutationChain(4).draw(T, 0).order).sum(-1).numpy()  # (4, 3^T)
         missed = -entropy - float(p @ by_order.mean(0))
         report.row(

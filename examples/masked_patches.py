@@ -19,7 +19,6 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 from scipy.special import log_softmax, logsumexp, softmax
 from sklearn.datasets import load_digits
 from sklearn.exceptions import ConvergenceWarning
@@ -100,7 +99,7 @@ def main(output: Path) -> None:
     ]
     scores = {}
     for name, model in networks.items():
-        with model.read_rows(fresh) as (predictor, x), torch.no_grad():
+        with model.read_rows(fresh) as (predictor, x):
             scores[name] = [masked_score(predictor, x, m).numpy() for m in masks]
     for name, mixture in mixtures.items():
         scores[name] = [mixture.score(fresh, m) for m in masks]
