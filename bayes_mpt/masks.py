@@ -283,12 +283,13 @@ class Blocks(Policy):
 
     def draw(self, n_tokens: int, random_state: RandomState = None) -> Masks:
         _count("n_tokens", n_tokens)
+        if not isinstance(self.masks, Policy):
+            raise TypeError(f"masks must be a mask policy such as UniformSize(20), got {self.masks!r}")
         label = _labels(self.groups, n_tokens)  # (T,)
         n_blocks = int(label.max()) + 1
         visible, order, weight = self.masks.draw(n_blocks, random_state)
-        if (
-            order is not None
-        ):  # (C, P): every step is a mask, of which the block whose turn has come is scored
+        if order is not None:
+            # (C, P): every step is a mask, of which the block whose turn has come is scored
             turn, step = order.argsort(dim=1)[:, None], torch.arange(n_blocks)[:, None]
             visible = (turn < step).flatten(0, 1)  # (C P, P)
             weight = (weight[:, None] * (turn == step)).flatten(0, 1)

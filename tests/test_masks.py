@@ -501,6 +501,8 @@ def test_chains_of_blocks_are_the_sum_along_one_order(conditional):
 
 
 def test_refused_blocks():
+    with pytest.raises(TypeError, match="must be a mask policy"):
+        Blocks("chain", GROUPS).draw(8, SEED)
     with pytest.raises(ValueError, match=r"wanted shape \(8,\), got \(2,\)"):
         Blocks(EverySize(), [0, 1]).draw(8)
     with pytest.raises(ValueError, match="n_masks must be an integer"):
