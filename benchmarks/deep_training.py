@@ -239,7 +239,7 @@ def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
             line.update({key: float(np.mean([r[key] for r in mine])) for key in keys})
             line["ours above"] = float(gain.mean())
             line["se"] = float(gain.std(ddof=1) / np.sqrt(len(gain))) if len(gain) > 1 else None
-            if loss == OURS:
+            if loss == OURS and all((missing, "Trace_ELBO", r["seed"]) in table for r in mine):
                 level = {r["seed"]: table[missing, "Trace_ELBO", r["seed"]]["held out"] for r in mine}
                 line["seconds to Trace_ELBO's level"] = [
                     next((t for t, v in r["looks"] if v >= level[r["seed"]]), None) for r in mine
