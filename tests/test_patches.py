@@ -350,7 +350,7 @@ def test_refused_settings(change, words):
 def test_values_outside_the_support(fitted, cell):
     X = sample(60, 0)
     X[7, 2] = cell
-    words = f"codes 0, ..., 1, got {cell:g} in column 2"
+    words = f"column 2 must hold codes 0, ..., 1, got {cell:g}"
     with pytest.raises(ValueError, match=words):
         BayesMPT(PROGRAM, random_state=0).fit(X)
     with pytest.raises(ValueError, match=words):

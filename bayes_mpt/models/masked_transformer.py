@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -18,6 +18,8 @@ from sklearn.base import BaseEstimator
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+from bayes_mpt.models.networks import check_transformer, codes_of
 
 __all__ = ["MaskedTransformer", "OptimizedMask", "contrastive_loss"]
 
@@ -149,7 +151,7 @@ class MaskedTransformer(BaseEstimator):
         self._check()
         shown = torch.where(visible, x, 0.0)
         group, n_levels = self._groups(x), self._levels(shown)  # (T,), (T,)
-        codes = _codes(shown, n_levels)
+        codes = codes_of(shown, n_levels)
         n_groups, most = int(group.max()) + 1, int(n_levels.max())
         contrastive = self.head == "contrastive"
         row = (
@@ -268,14 +270,7 @@ class MaskedTransformer(BaseEstimator):
         return found
 
     def _check(self) -> None:
-        for name in ("width", "n_layers", "n_heads"):
-            value = getattr(self, name)
-            if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-        if self.width % self.n_heads:
-            raise ValueError(
-                f"width must be a multiple of n_heads, got width={self.width}, n_heads={self.n_heads}"
-            )
+        check_transformer(self.width, self.n_layers, self.n_heads)
         if self.head not in HEADS:
             raise ValueError(f"head must be one of {', '.join(HEADS)}, got {self.head!r}")
         if not isinstance(self.mask_token, OptimizedMask) and self.mask_token not in MASK_TOKENS:
@@ -387,7 +382,7 @@ class _Codes(dist.TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         cells = self._asked & ~value.isnan()
-        codes = _codes(torch.where(cells, value, 0.0), self._n_levels)  # (N, T)
+        codes = codes_of(torch.where(cells, value, 0.0), self._n_levels)  # (N, T)
         if self._contrastive and torch.is_grad_enabled():
             return self._in_batch(cells, codes)
         return self._read(cells, codes, _log_prob)
@@ -548,19 +543,6 @@ def _heterogeneity(h: Tensor, visible: Tensor, temperature: float) -> Tensor:
     entropy = z.logsumexp(-1) - (z.softmax(-1) * z).sum(-1)  # (N, T)
     mean = _mean_where(entropy, ~visible) / n_visible.clamp(min=2).log()
     return torch.where((n_visible > 1) & ~visible.all(1), mean, 1.0)
-
-
-def _codes(shown: Tensor, n_levels: Tensor) -> Tensor:
-    """Whole numbers (N, T), each below the number of levels of its column."""
-    codes = shown.long()
-    bad = (codes < 0) | (codes >= n_levels) | (codes != shown)
-    if bool(bad.any()):
-        row, column = bad.nonzero()[0].tolist()
-        raise ValueError(
-            f"column {column} must hold codes 0, ..., {int(n_levels[column]) - 1}, got {float(shown[row, column]):g}: "
-            "see n_levels"
-        )
-    return codes
 
 
 def _log_shares(codes: Tensor, at: Tensor, n_groups: int, n_levels: int) -> Tensor:

@@ -1,15 +1,17 @@
-"""Networks of torch as parts of a Pyro program."""
+"""What the networks of the models share: torch modules as parts of a program, sizes, codes as inputs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from numbers import Integral
 
 import pyro
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-__all__ = ["with_params"]
+__all__ = ["check_transformer", "codes_of", "with_params"]
 
 
 def with_params(
@@ -42,3 +44,26 @@ def with_params(
         for n, _ in net.named_parameters()
     }
     return lambda x: functional_call(net, params, (x,))
+
+
+def check_transformer(width: int, n_layers: int, n_heads: int) -> None:
+    """Refuse sizes that no transformer has."""
+    for name, value in {"width": width, "n_layers": n_layers, "n_heads": n_heads}.items():
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    if width % n_heads:
+        raise ValueError(f"width must be a multiple of n_heads, got width={width}, n_heads={n_heads}")
+
+
+def codes_of(shown: Tensor, n_levels: int | Tensor) -> Tensor:
+    """Rows of codes as whole numbers (N, T), each below the number of levels, of all columns or of each (T,)."""
+    codes = shown.long()
+    bad = (codes < 0) | (codes >= n_levels) | (codes != shown)
+    if bool(bad.any()):
+        row, column = bad.nonzero()[0].tolist()
+        top = int(torch.as_tensor(n_levels).expand(shown.shape[1])[column]) - 1
+        raise ValueError(
+            f"column {column} must hold codes 0, ..., {top}, got {float(shown[row, column]):g}: another n_levels or "
+            "likelihood may fit"
+        )
+    return codes

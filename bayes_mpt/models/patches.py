@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from numbers import Integral
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -16,7 +15,7 @@ from sklearn.base import BaseEstimator
 from torch import Tensor, nn
 from torch.nn.functional import one_hot, softplus
 
-from bayes_mpt.models.networks import with_params
+from bayes_mpt.models.networks import check_transformer, codes_of, with_params
 
 __all__ = ["MaskedPatches"]
 
@@ -139,14 +138,7 @@ class MaskedPatches(BaseEstimator):
             pyro.sample("x", self._distribution(start, out).to_event(1), obs=x)
 
     def _check(self, x: Tensor) -> NDArray[np.int64]:
-        for name in ("width", "n_layers", "n_heads"):
-            value = getattr(self, name)
-            if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-        if self.width % self.n_heads:
-            raise ValueError(
-                f"width must be a multiple of n_heads, got width={self.width}, n_heads={self.n_heads}"
-            )
+        check_transformer(self.width, self.n_layers, self.n_heads)
         if self.likelihood not in LIKELIHOODS:
             raise ValueError(f"likelihood must be one of {', '.join(LIKELIHOODS)}, got {self.likelihood!r}")
         patches = self.patches
@@ -163,7 +155,7 @@ class MaskedPatches(BaseEstimator):
             return torch.stack([shown.mean(0), torch.where(sd > 0, sd, 1.0).log()], -1)
         n_levels = 2 if self.likelihood == "bernoulli" else self.n_levels
         n_levels = max(1, int(shown.max()) + 1) if n_levels is None else n_levels
-        codes = _codes(shown, n_levels)
+        codes = codes_of(shown, n_levels)
         count = torch.stack([(codes == level).sum(0) for level in range(n_levels)], -1)
         log_share = ((count + 1 / n_levels) / (len(shown) + 1)).log()  # no level is impossible
         return log_share.diff(dim=-1) if self.likelihood == "bernoulli" else log_share
@@ -173,7 +165,7 @@ class MaskedPatches(BaseEstimator):
         if self.likelihood == "gaussian":
             return ((shown - start[:, 0]) / start[:, 1].exp())[..., None]
         n_levels = 2 if self.likelihood == "bernoulli" else start.shape[1]
-        codes = _codes(shown, n_levels)
+        codes = codes_of(shown, n_levels)
         return one_hot(codes, n_levels)[..., 1:].to(shown)
 
     def _distribution(self, start: Tensor, out: Tensor) -> Any:
@@ -229,16 +221,3 @@ def _skeleton(kind: _Net) -> nn.Module:
     """The network without values."""
     with torch.device("meta"):
         return _Transformer(kind)
-
-
-def _codes(shown: Tensor, n_levels: int) -> Tensor:
-    """Whole numbers (N, T), each below the number of levels."""
-    codes = shown.long()
-    bad = (codes < 0) | (codes >= n_levels) | (codes != shown)
-    if bool(bad.any()):
-        row, column = bad.nonzero()[0].tolist()
-        raise ValueError(
-            f"pixels must be codes 0, ..., {n_levels - 1}, got {float(shown[row, column]):g} in column {column}: see "
-            "likelihood and n_levels"
-        )
-    return codes
