@@ -36,6 +36,7 @@ from torch import Tensor
 from bayes_mpt import training
 from bayes_mpt.affine import Reading, token_means, tokens_of
 from bayes_mpt.concentrated import NoiseFloorError
+from bayes_mpt.devices import check_device, moved
 from bayes_mpt.evidence import Laplace, laplace_diagonal, laplace_proportional
 from bayes_mpt.fitting import (
     MAX_INIT_ROWS,
@@ -306,6 +307,8 @@ class BayesMPT(
         are read on their own rows (covariates) cannot be fitted by parts.
         """
         fitted = hasattr(self, "predictor_")
+        if fitted:
+            self._come()
         if fitted and self._table is None:
             raise ValueError(
                 "partial_fit needs a program whose rows share one map; fit this one on all rows at once"
@@ -321,11 +324,15 @@ class BayesMPT(
         program is made of is known already, where rows share a map.
         """
         check_is_fitted(self)
+        self._come()
         new = clone(self)
         new._like = self
         return new.fit(X, y)
 
     def _fit(self, X: ArrayLike, y: Any, *, seen: Table | None, warm: bool) -> Self:
+        check_device(self.device)
+        if warm and hasattr(self, "_state"):
+            self._come()
         like: BayesMPT | None = self.__dict__.pop("_like", None)
         context = self._init_callback_context(max_subtasks=None)
         X = self._check_rows(X, reset=seen is None, n_least=2 if seen is None else 1)
@@ -333,8 +340,8 @@ class BayesMPT(
         context.call_on_fit_task_begin(estimator=self, X=X, y=y)
         model = PPCA() if self.model is None else self.model
         if isinstance(model, torch.nn.Module):
-            model = deepcopy(model).double()  # a PyroModule trains in place
-        guide = _own_guide(self.guide, self.model, model)
+            model = deepcopy(model).double().to(self.device)  # a PyroModule trains in place
+        guide = _own_guide(self.guide, self.model, model, self.device)
         state = self._state if warm and hasattr(self, "_state") else None
         trainer = self._trainer(model, context)
         with_y = y is not None and takes_y(model)
@@ -528,6 +535,7 @@ class BayesMPT(
         total: float,
         se: float,
     ) -> None:
+        self._fitted_on = self.device
         self.fitted_model_ = model
         self.fitted_guide_ = guide
         self.predictor_ = predictor.freeze()
@@ -607,7 +615,7 @@ class BayesMPT(
             raise TypeError(f"masks must be a mask policy such as UniformSize(20), got {masks!r}")
         with self.read_rows(X, y) as (predictor, x):
             few = not isinstance(predictor, LinearGaussian) or len(x) <= 2 * x.shape[1]
-            table = None if few or not predictor.structure.plain else Table(x)
+            table = None if few or not predictor.structure.plain else Table(x, str(x.device))
             return estimate(
                 predictor,
                 x,
@@ -1067,7 +1075,26 @@ class BayesMPT(
 
     # ------------------------------------------------------------------------------------------------------- checks
 
+    def _come(self) -> None:
+        """Bring what the fit left to `device`, where that was set since, or where a file does not know of it."""
+        if self.device != self._fitted_on:
+            check_device(self.device)
+            self.__dict__.update(self._left_by_fit(self.device))
+
+    def _left_by_fit(self, device: str) -> dict[str, Any]:
+        """What is no setting, its tensors on this device."""
+        settings = self.get_params(deep=False)
+        found = moved({k: v for k, v in vars(self).items() if k not in settings}, device)
+        return {**found, "_fitted_on": device}
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        # a file may be read where there is no such device
+        return {**state, **self._left_by_fit("cpu")} if getattr(self, "_fitted_on", "cpu") != "cpu" else state
+
     def _check_rows(self, X: ArrayLike, *, reset: bool, n_least: int = 1) -> NDArray[np.floating]:
+        if not reset:
+            self._come()
         return validate_data(
             self,
             X,
@@ -1089,6 +1116,7 @@ class BayesMPT(
 
     def _shared_reading(self, what: str) -> Reading:
         check_is_fitted(self)
+        self._come()
         predictor = self.predictor_
         structure = predictor.structure
         if (
@@ -1136,7 +1164,7 @@ def _warn_of_bounds(prior: Prior, problem: training.Problem) -> None:
         )
 
 
-def _own_guide(guide: Any, original: Any, model: Model) -> Any:
+def _own_guide(guide: Any, original: Any, model: Model, device: str) -> Any:
     """The model's own by default. A module trains in place: a copy; Pyro's automatic guides keep to our model."""
     if guide is None:
         own = getattr(model, "guide", None)
@@ -1144,7 +1172,7 @@ def _own_guide(guide: Any, original: Any, model: Model) -> Any:
     if not isinstance(guide, torch.nn.Module):
         return guide
     of = getattr(guide, "_model", None)
-    copy = deepcopy(guide).double()
+    copy = deepcopy(guide).double().to(device)
     if of is not None:
         guide._model = of
     if isinstance(copy, AutoGuide):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import pyro
@@ -253,16 +253,19 @@ def run(model: Model, args: tuple[Any, ...], values: dict[str, Tensor] | None = 
 
 @contextmanager
 def one_precision(args: tuple[Any, ...]) -> Iterator[None]:
-    """Run a program in the precision of its rows, however it is written: ``torch.zeros(4)``, targets of whole numbers.
+    """Run a program in the precision of its rows and where they are, however it is written: ``torch.zeros(4)``.
 
     To be entered before all other handlers of a run.
     """
-    floating = [a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point()]
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    floating = [a.dtype for a in tensors if a.is_floating_point()]
     before = torch.get_default_dtype()
     casts = _Casts(floating[0] if floating else before)
+    # a default device looks at each call of torch: only where rows are not on the one that is the default anyway
+    away = bool(tensors) and tensors[0].device.type != "cpu"
     torch.set_default_dtype(casts.dtype)
     try:
-        with casts:
+        with tensors[0].device if away else nullcontext(), casts:
             yield
     except ValueError as error:
         first_line = str(error).splitlines()[0]

@@ -148,6 +148,7 @@ class Sampled(Reader):
             "pareto_k": float(np.nanmax(k)) if not np.isnan(k).all() else math.nan,
             "rows_with_bad_k": int((k > BAD_K).sum()),
             "worst_rows": [(int(i), float(k[i])) for i in worst],
+            "log_weight_sd": float(log_w.std(0, correction=1 if n_draws > 1 else 0).mean()),
             "ess_min": float(ess.min()),
             "ess_mean": float(ess.mean()),
         }

@@ -27,7 +27,10 @@ from bayes_mpt.training.problem import Fit, Problem, Report, check_start, restor
 __all__ = ["train_by_epochs"]
 
 LOOKS = 2  # draws of nodes and masks with which held-out rows are scored
+MOST_STEPS = 3000  # of a stage, the last excepted: of many rows a cheap one would never have given all it can
 WARM_UP = 300  # steps over which the learning rate rises from zero, or a tenth of all that there may be
+
+STAGE_STEPS = (10**9, 10**9)
 
 
 @dataclass
@@ -42,6 +45,8 @@ class _Progress:
     stale: int
     """Epochs since the best, or since the stage began."""
     stage: int
+    begun: int
+    """Epoch in which the stage began."""
 
 
 def train_by_epochs(
@@ -65,8 +70,8 @@ def train_by_epochs(
         Rows that train, first with cheap steps, last with all the effort.
     held_out : sequence of Problem
         Of the same stages, rows that tell when one has given what it can: after ``patience`` epochs without a better
-        score of them, all but the last after a third of these; on the same masks and nodes at every look. Empty: the
-        stages share the epochs, and the last parameters are kept.
+        score of them, all but the last after a third of these, or 3000 steps; on the same masks and nodes at every
+        look. Empty: the stages share the epochs, and the last parameters are kept.
     masks : Policy
         A fresh draw each step.
     batch_size : int
@@ -105,9 +110,10 @@ def train_by_epochs(
     check_start(take_rows(problem, torch.arange(min(batch_size, problem.n_rows))), leaves)
     look_seed = int(torch.randint(2**31, (), generator=generator))
     adam = torch.optim.Adam(list(leaves.values()), lr=learning_rate, fused=True)
-    n_steps = math.ceil(problem.n_rows / batch_size) * max_epochs
+    per_epoch = math.ceil(problem.n_rows / batch_size)
+    n_steps = per_epoch * max_epochs
     rising = learning_rate / max(1, min(WARM_UP, n_steps // 10))
-    progress = _Progress(0, _copies(leaves), -math.inf, _copies(leaves), 0, 0)
+    progress = _Progress(0, _copies(leaves), -math.inf, _copies(leaves), 0, 0, 0)
     file = None if checkpoint is None else Path(checkpoint)
     rows = [] if file is None else [digest(a.reshape(len(a), -1).cpu().numpy()) for a in problem.args]
     if file is not None and file.exists():
@@ -117,12 +123,15 @@ def train_by_epochs(
             last = progress.stage == len(stages) - 1
             if not held_out:
                 over = progress.epoch >= (progress.stage + 1) * max_epochs // len(stages)
+            elif last:
+                over = progress.stale >= patience
             else:
-                over = progress.stale >= (patience if last else math.ceil(patience / 3))
+                long = (progress.epoch - progress.begun) * per_epoch >= MOST_STEPS
+                over = long or progress.stale >= math.ceil(patience / 3)
             if over and last:
                 break
             if over:
-                progress.stage, progress.stale = progress.stage + 1, 0
+                progress.stage, progress.stale, progress.begun = progress.stage + 1, 0, progress.epoch
                 if held_out:  # from the best on, as the new stage sees it
                     restore(leaves, progress.best)
                     progress.mean = _copies(leaves)

@@ -1,0 +1,78 @@
+"""Where tensors are: refuse a device that is not there, take everything that holds tensors to another."""
+
+from __future__ import annotations
+
+import pickle
+from io import BytesIO
+from typing import Any
+
+import cloudpickle
+import torch
+from torch import Tensor, nn
+
+__all__ = ["check_device", "moved"]
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that torch cannot compute on here."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device={device!r} is not one that torch finds here ({str(error).splitlines()[0]}): "
+            'set_params(device="cpu")'
+        ) from error
+
+
+def moved(content: Any, device: str) -> Any:
+    """A copy of anything that can be pickled, its tensors on this device; those that were one still are.
+
+    Examples
+    --------
+    >>> x = torch.ones(2)
+    >>> a, b = moved([x, {"x": x}], "cpu")
+    >>> a is b["x"], a is x
+    (True, False)
+    """
+    file = BytesIO()
+    apart = _WithoutTensors(file)
+    apart.dump(content)
+    file.seek(0)
+    return _WithTensors(file, [_at(t, device) for t in apart.tensors]).load()
+
+
+class _WithoutTensors(cloudpickle.Pickler):
+    """Numbers tensors in place of writing them."""
+
+    def __init__(self, file: BytesIO):
+        super().__init__(file)
+        self.tensors: list[Tensor] = []
+        self._number: dict[int, int] = {}
+
+    def persistent_id(self, obj: Any) -> int | None:
+        if not isinstance(obj, Tensor):
+            return None
+        if id(obj) not in self._number:
+            self._number[id(obj)] = len(self.tensors)
+            self.tensors.append(obj)
+        return self._number[id(obj)]
+
+
+class _WithTensors(pickle.Unpickler):
+    """Takes them from a list."""
+
+    def __init__(self, file: BytesIO, tensors: list[Tensor]):
+        super().__init__(file)
+        self._tensors = tensors
+
+    def persistent_load(self, pid: int) -> Tensor:
+        return self._tensors[pid]
+
+
+def _at(t: Tensor, device: str) -> Tensor:
+    there = t.detach().clone().to(device)
+    return (
+        nn.Parameter(there, t.requires_grad)
+        if isinstance(t, nn.Parameter)
+        else there.requires_grad_(t.requires_grad)
+    )
