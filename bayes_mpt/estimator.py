@@ -36,7 +36,7 @@ from torch import Tensor
 from bayes_mpt import training
 from bayes_mpt.affine import Reading, token_means, tokens_of
 from bayes_mpt.concentrated import NoiseFloorError
-from bayes_mpt.devices import check_device, moved
+from bayes_mpt.devices import at_once, check_device, moved
 from bayes_mpt.evidence import Laplace, laplace_diagonal, laplace_proportional
 from bayes_mpt.fitting import (
     MAX_INIT_ROWS,
@@ -516,10 +516,9 @@ class BayesMPT(
         else:
             self._n_features_out = structure.n_latents
 
-    @staticmethod
-    def _n_at_once(X: NDArray[Any]) -> int:
+    def _n_at_once(self, X: NDArray[Any]) -> int:
         """Rows of programs that are read on the rows they score."""
-        return max(256, MAX_READ_CELLS // X.shape[1])
+        return max(256, at_once(MAX_READ_CELLS, torch.device(self.device)) // X.shape[1])
 
     def _evidence_by_parts(self, problem: training.Problem) -> Iterator[Evidence]:
         for index in torch.arange(problem.n_rows).split(self._n_at_once(problem.args[0])):

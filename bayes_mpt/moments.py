@@ -16,6 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bayes_mpt.devices import at_once
+
 __all__ = ["Table"]
 
 CHUNK_CELLS = 2**17  # 1 MiB of float64: a chunk is read from memory once and stays in the cache
@@ -143,7 +145,7 @@ class Table:
 
 def _chunks(x: NDArray[np.floating] | Tensor, device: str) -> Iterator[Any]:
     """Blocks of rows in float64: numpy arrays on the CPU, tensors elsewhere."""
-    step = max(1, CHUNK_CELLS // max(1, x.shape[1]))
+    step = max(1, at_once(CHUNK_CELLS, torch.device(device)) // max(1, x.shape[1]))
     for start in range(0, len(x), step):
         chunk = x[start : start + step]
         if device == "cpu":

@@ -260,7 +260,7 @@ def one_precision(args: tuple[Any, ...]) -> Iterator[None]:
     tensors = [a for a in args if isinstance(a, Tensor)]
     floating = [a.dtype for a in tensors if a.is_floating_point()]
     before = torch.get_default_dtype()
-    casts = _Casts(floating[0] if floating else before)
+    casts = _Casts(floating[0] if floating else before, tensors[0].device if tensors else None)
     # a default device looks at each call of torch: only where rows are not on the one that is the default anyway
     away = bool(tensors) and tensors[0].device.type != "cpu"
     torch.set_default_dtype(casts.dtype)
@@ -304,11 +304,11 @@ def one_precision(args: tuple[Any, ...]) -> Iterator[None]:
 
 
 class _Casts(poutine.messenger.Messenger):
-    """Observed values, draws and initial values of parameters in one precision."""
+    """Observed values, draws and initial values of parameters in one precision, the latter in one place."""
 
-    def __init__(self, dtype: torch.dtype):
+    def __init__(self, dtype: torch.dtype, device: torch.device | None):
         super().__init__()
-        self.dtype = dtype
+        self.dtype, self.device = dtype, device
         self.site = ""
         """The last site that the program has reached."""
         self.parameters: list[str] = []
@@ -332,7 +332,8 @@ class _Casts(poutine.messenger.Messenger):
             msg["args"] = (name, lambda: self._cast(first() if callable(first) else first))
 
     def _cast(self, value: Any) -> Any:
-        return value.to(self.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+        floating = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(device=self.device, dtype=self.dtype) if floating else value
 
 
 def first_run(model: Model, args: tuple[Any, ...]) -> tuple[Trace, tuple[Any, ...]]:

@@ -82,7 +82,7 @@ def _start(x: Tensor, n_classes: int, n_levels: int) -> Tensor:
     codes = x.detach().round().long().clamp(max=n_levels - 1)  # (N, T)
     total = torch.stack([(codes == level).sum(0) for level in range(n_levels)], -1).to(x)  # (T, L)
     everywhere = (total + 1 / n_levels) / (n_rows + 1)
-    drawn = torch.randint(n_rows, (n_classes, START_ROWS)).to(x.device)
+    drawn = torch.randint(n_rows, (n_classes, START_ROWS), device="cpu").to(x.device)
     # one class at a time, and no one-hot table of all rows
     own = torch.stack([torch.nn.functional.one_hot(codes[rows], n_levels).to(x).mean(0) for rows in drawn])
     return (1 - START_SHARE) * own + START_SHARE * everywhere

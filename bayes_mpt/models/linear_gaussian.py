@@ -89,7 +89,7 @@ def _factors(x: Tensor, n_components: int | str, noise: Tensor) -> None:
 
 def _random_loading(x: Tensor, n_components: int) -> Tensor:
     sd = _spread(x)[:, None] / max(1, n_components) ** 0.5
-    return 0.5 * sd * torch.randn(x.shape[1], n_components, dtype=x.dtype, device=x.device)
+    return 0.5 * sd * torch.randn(x.shape[1], n_components, dtype=x.dtype, device="cpu").to(x)
 
 
 def _spread(x: Tensor) -> Tensor:

@@ -421,7 +421,7 @@ def _start(table: _Table, n_components: int, covariance_type: str, seed: int) ->
 
 def _gaussian_start(x: Tensor, n_components: int, covariance_type: str) -> dict[str, Tensor]:
     table = _table(x, covariance_type)
-    seed = int(torch.randint(2**31 - 1, ()))
+    seed = int(torch.randint(2**31 - 1, (), device="cpu"))
     return _in_units_of_x(table, _start(table, n_components, covariance_type, seed), x)
 
 
@@ -436,7 +436,7 @@ def _in_units_of_x(table: _Table, mix: _Mixture, x: Tensor) -> dict[str, Tensor]
 
 def _factor_start(x: Tensor, n_components: int, n_factors: int) -> dict[str, Tensor]:
     """Clusters with diagonal covariances, then probabilistic PCA in each."""
-    seed = int(torch.randint(2**31 - 1, ()))
+    seed = int(torch.randint(2**31 - 1, (), device="cpu"))
     table = _table(x, "diag")
     mix = _start(table, n_components, "diag", seed)
     rows, loc, spread = table.rows, mix.loc, table.spread

@@ -38,7 +38,12 @@ def with_params(
     >>> bool((with_params("net", net, lambda: net, x)(x) == net(x)).all()), sorted(pyro.get_param_store())
     (True, ['net.bias', 'net.weight'])
     """
-    values = cache(lambda: dict(fresh().named_parameters()))
+
+    @cache
+    def values() -> dict[str, nn.Parameter]:
+        with torch.device("cpu"):  # the same draws wherever they go
+            return dict(fresh().named_parameters())
+
     params = {
         n: pyro.param(f"{name}.{n}", lambda n=n: values()[n].detach().clone().to(like))
         for n, _ in net.named_parameters()

@@ -254,8 +254,8 @@ class Potts(BaseEstimator):
         if self.field:
             params["field"] = pyro.param("field", lambda: _log_frequencies(x, n_levels))
         if self.separable:
-            params["sites"] = pyro.param("sites", lambda: START * torch.randn(n_sites, n_sites))
-            params["levels"] = pyro.param("levels", lambda: START * torch.randn(n_levels, n_levels))
+            params["sites"] = pyro.param("sites", lambda: START * _normal(x, n_sites, n_sites))
+            params["levels"] = pyro.param("levels", lambda: START * _normal(x, n_levels, n_levels))
         else:
             shape = (n_sites, n_levels, n_sites, n_levels)
             params["coupling"] = pyro.param("coupling", lambda: torch.zeros(shape))
@@ -330,8 +330,8 @@ class FactoredAttention(BaseEstimator):
         for name in ("attention",) if self.head_size is None else ("query", "key"):
             shape = (n_heads, n_sites, n_sites if self.head_size is None else self.head_size)
             sd = START if self.head_size is None else 1.0
-            params[name] = pyro.param(name, lambda shape=shape, sd=sd: sd * torch.randn(shape))
-        params["value"] = pyro.param("value", lambda: START * torch.randn(n_heads, n_levels, n_levels))
+            params[name] = pyro.param(name, lambda shape=shape, sd=sd: sd * _normal(x, *shape))
+        params["value"] = pyro.param("value", lambda: START * _normal(x, n_heads, n_levels, n_levels))
         if self.field:
             params["field"] = pyro.param("field", lambda: _log_frequencies(x, n_levels))
         tokens = one_hot(x.long(), n_levels) * visible[..., None].to(x)  # (N, L, C)
@@ -481,6 +481,11 @@ def _priors(names: tuple[str, ...], sd: float, x: Tensor, n_levels: int) -> dict
 
 def _tensors(params: Mapping[str, ArrayLike]) -> dict[str, Tensor]:
     return {name: torch.as_tensor(value) for name, value in params.items()}
+
+
+def _normal(x: Tensor, *shape: int) -> Tensor:
+    """Draws where x is, the same wherever that is."""
+    return torch.randn(shape, device="cpu").to(x)
 
 
 def _others(n_sites: int) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bayes_mpt.affine import Dense, Reading, Structure, latent_values, read, structure
+from bayes_mpt.devices import at_once
 from bayes_mpt.predictors.base import Conditionals, Posterior
 from bayes_mpt.tracing import N_TRIAL_ROWS, Model, ModelError
 
@@ -156,7 +157,7 @@ class LinearGaussian(Conditionals):
         centre = loc.detach()
         shift = (root @ (loc - centre)[..., None]).mT  # (B, 1, T)
         out = []
-        step = max(1, CACHED_CHUNK // max(1, loc.numel()))
+        step = max(1, at_once(CACHED_CHUNK, x.device) // max(1, loc.numel()))
         for i in range(0, len(x), step):
             white = (x[i : i + step] - centre[:, None]) @ root.mT - shift  # (B, n, T)
             out.append(constant - 0.5 * white.square().sum(-1))

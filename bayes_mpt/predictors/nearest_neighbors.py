@@ -26,6 +26,7 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from bayes_mpt.devices import at_once
 from bayes_mpt.predictors.base import Conditionals, Evidence, Guide, Posterior, Predictive, Predictor
 from bayes_mpt.predictors.joint_gaussian import LOG_2PI, JointGaussian, cholesky, gaussian_program
 from bayes_mpt.predictors.neighborhoods import (
@@ -346,7 +347,10 @@ class _Neighbours(Conditionals):
         width = 1 + min(self.settings.m, len(rows) - 1)
         whole = len(rows) // width * width
         with torch.no_grad():
-            sets = [*rows[:whole].reshape(-1, width).split(max(1, CHUNK // width**2)), rows[None, whole:]]
+            sets = [
+                *rows[:whole].reshape(-1, width).split(max(1, at_once(CHUNK, rows.device) // width**2)),
+                rows[None, whole:],
+            ]
             value = torch.cat([blocks(memory.args, part)[2].flatten() for part in sets if part.numel()])
         missing = (
             args[-1].isnan() if args[-1].is_floating_point() else torch.zeros_like(value, dtype=torch.bool)
@@ -553,7 +557,7 @@ class _Neighbours(Conditionals):
         done = 0
         while done < len(width):
             k = int(width[done])  # of the widest
-            part = slice(done, done + max(1, CHUNK // k**2))
+            part = slice(done, done + max(1, at_once(CHUNK, width.device) // k**2))
             done = part.stop
             here = torch.arange(k, device=width.device)
             beyond = here >= width[part, None]

@@ -12,6 +12,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from bayes_mpt.devices import at_once
 from bayes_mpt.masks import PermutationChain
 from bayes_mpt.predictors.base import Conditionals, Evidence, Guide, Posterior, Predictor
 from bayes_mpt.predictors.errors import disagreement, replicate_error
@@ -175,7 +176,7 @@ class SelfConditionals(Conditionals):
                 total = torch.where(x.isnan(), 0.0, by_token) @ once
                 visible, weight = visible[~alone], weight[~alone]
         spec = "snt,snt->n" if weight.ndim == 3 else "snt,st->n"
-        step = max(1, RUN_CELLS // max(1, x.numel()))
+        step = max(1, at_once(RUN_CELLS, x.device) // max(1, x.numel()))
         for i in range(0, len(visible), step):
             part = self.conditionals(x, visible[i : i + step])
             total = total + torch.einsum(spec, part, weight[i : i + step])
@@ -240,7 +241,7 @@ class SelfConditionals(Conditionals):
 
     def _pairs(self, n_masks: int, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """All pairs of masks and rows, rows fastest, as many at a time as a run of the program takes."""
-        total, step = n_masks * len(x), max(1, RUN_CELLS // x.shape[1])
+        total, step = n_masks * len(x), max(1, at_once(RUN_CELLS, x.device) // x.shape[1])
         for start in range(0, total, step):
             pair = torch.arange(start, min(start + step, total), device=x.device)
             yield pair // len(x), pair % len(x)

@@ -77,11 +77,13 @@ def _n_tokens(problem: Problem) -> int:
 def dimensionless(reading: Reading) -> tuple[Tensor, Tensor, Tensor]:
     """loc and loading in units of what the other tokens leave unexplained of each token, and log noise."""
     with torch.no_grad():
-        scaled = reading.loading / reading.noise[..., None]
-        inner = scaled.mT @ reading.loading
-        inner = inner + torch.eye(inner.shape[-1], dtype=inner.dtype, device=inner.device)
+        loading, noise = reading.loading, reading.noise[..., None]
+        eye = torch.eye(loading.shape[-1], dtype=loading.dtype, device=loading.device)
+        # R'R = I + W' psi^-1 W, by QR: where a noise is all but zero its Cholesky factor has no digits left
+        stacked = torch.cat([eye.expand(*loading.shape[:-2], -1, -1), loading / noise.sqrt()], -2)
+        upper = torch.linalg.qr(stacked, mode="r")[1]
         # diag(S^-1) = 1/psi - diag(psi^-1 W C W' psi^-1)
-        root = torch.linalg.solve_triangular(torch.linalg.cholesky(inner), scaled.mT, upper=False)
+        root = torch.linalg.solve_triangular(upper.mT, (loading / noise).mT, upper=False)
         unit = (1 / reading.noise - root.square().sum(-2)).rsqrt()
     return reading.loc / unit, reading.loading / unit[..., None], reading.noise.log()
 
