@@ -12,12 +12,10 @@ from torch import Tensor, nn
 
 __all__ = ["at_once", "check_device", "moved"]
 
-GPU_SHARE = 8  # times as much at once as a CPU's cache holds
 
-
-def at_once(n_numbers: int, device: torch.device) -> int:
+def at_once(n_numbers: int, device: torch.device, times: int = 8) -> int:
     """How many numbers one step should make where so many stay in a CPU's cache: a GPU wants more work in each."""
-    return n_numbers if device.type == "cpu" else GPU_SHARE * n_numbers
+    return n_numbers if device.type == "cpu" else times * n_numbers
 
 
 def check_device(device: str) -> None:

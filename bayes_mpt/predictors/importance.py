@@ -25,7 +25,9 @@ from bayes_mpt.predictors.nodes import Nodes, Read, Reader, constrained, nodes_f
 from bayes_mpt.predictors.placed import Placement, degrees_of, log_t
 from bayes_mpt.simulation import simulate
 from bayes_mpt.tracing import (
+    CLOSE,
     NODES,
+    Latent,
     Model,
     ModelError,
     Program,
@@ -39,6 +41,7 @@ from bayes_mpt.tracing import (
     one_precision,
     one_vector,
     rows_axis,
+    rows_of,
     run,
     sum_by_row,
     survey,
@@ -52,6 +55,7 @@ BAD_K = 0.7  # above it the error is not to be believed (Vehtari et al. 2024)
 N_WIDENINGS = 6  # steps from Laplace's Gaussian towards the closest one
 WIDENING_COST = 200_000_000
 GROWTH = 3  # of the number of draws from stage to stage of a training
+N_TRIAL_ROWS = 64
 MOST_TOLD = 10  # draws of a step of the training, from a guide that is told what is visible
 
 
@@ -473,12 +477,9 @@ class GuideDraws(Sampled):
         plain = {}
         for site in self.program.latents:
             if site.name in values:
-                shape = list(site.shape)
-                if site.row_axis is not None:
-                    shape[site.row_axis] = rows
                 v = values[site.name]
                 v = v[None] if n == 1 else v
-                plain[site.name] = v.expand(n, *v.shape[1:]).reshape(n, *shape)
+                plain[site.name] = v.expand(n, *v.shape[1:]).reshape(n, *_shape(site, rows))
         if self.placement is not None:
             return *self.placement.given(args, filled, plain), 1.0, None
         given = Mapped(partial(read_factors, self.model, filled, self.program), plain)
@@ -537,6 +538,11 @@ class GuideDraws(Sampled):
 
     def _try_together(self, args: tuple[Any, ...], filled: tuple[Any, ...]) -> bool:
         """Whether guide and program run on several draws side by side."""
+        if self.program.by_row:
+            args, filled = (
+                rows_of(a, torch.arange(min(N_TRIAL_ROWS, len(filled[0])))) for a in (args, filled)
+            )
+        n_rows = n_rows_of(self.program, filled)
         with torch.random.fork_rng(), torch.no_grad():
             try:
                 trace = self._guide_trace(filled, None, 2)
@@ -546,7 +552,7 @@ class GuideDraws(Sampled):
                     if n["name"] in self.program.latent_names
                 }
                 together = self._given(args, filled, values, 2)[0]
-                seen = filled[0].new_ones(n_rows_of(self.program, filled), self.program.n_tokens).bool()
+                seen = filled[0].new_ones(n_rows, self.program.n_tokens).bool()
                 x = program_values(self.model, args, filled, self.program)
                 both = together.log_joint(x, seen)
                 alone = []
@@ -555,13 +561,14 @@ class GuideDraws(Sampled):
                     for site in self.program.latents:
                         if site.name in values:
                             v = values[site.name]
-                            v = v.expand(2, *v.shape[1:])[s]
-                            one[site.name] = v.reshape(site.shape)
+                            one[site.name] = v.expand(2, *v.shape[1:])[s].reshape(_shape(site, n_rows))
                     given = self._given(args, filled, one, 1)[0]
                     alone.append(given.log_joint(x, seen))
             except (RuntimeError, ValueError, IndexError, TypeError, AssertionError):
                 return False
-        return bool(torch.allclose(both, torch.cat(alone), rtol=1e-5, equal_nan=True))
+        # sums of many tokens in single precision: a GPU adds them up in another order
+        rtol = max(1e-5, CLOSE[both.dtype])
+        return bool(torch.allclose(both, torch.cat(alone), rtol=rtol, equal_nan=True))
 
 
 class Drawn(NamedTuple):
@@ -589,6 +596,14 @@ class Drawn(NamedTuple):
     def given(self, values: dict[str, Tensor], n: int) -> tuple[Given, Tensor | float, float, Tensor | None]:
         """The inner model at n values of the latents."""
         return self.reader._given(self.args, self.filled, values, n)
+
+
+def _shape(site: Latent, n_rows: int) -> list[int]:
+    """Of one draw for so many rows."""
+    shape = list(site.shape)
+    if site.row_axis is not None:
+        shape[site.row_axis] = n_rows
+    return shape
 
 
 def _is_point(node: Any) -> bool:

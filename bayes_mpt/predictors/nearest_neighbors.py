@@ -42,6 +42,7 @@ from bayes_mpt.tracing import Model, ModelError, Program, base, fill, rows_of, r
 
 __all__ = ["NearestNeighbors"]
 
+GPU_TIMES = 64  # as many on a GPU
 CHUNK = 2**18  # numbers of (B, k, k) at once: what a cache holds
 N_TRIAL_ROWS = 16  # on which it is found out how the program takes batches
 N_BASE_ROWS = 4  # around which the correlation is followed
@@ -348,7 +349,9 @@ class _Neighbours(Conditionals):
         whole = len(rows) // width * width
         with torch.no_grad():
             sets = [
-                *rows[:whole].reshape(-1, width).split(max(1, at_once(CHUNK, rows.device) // width**2)),
+                *rows[:whole]
+                .reshape(-1, width)
+                .split(max(1, at_once(CHUNK, rows.device, GPU_TIMES) // width**2)),
                 rows[None, whole:],
             ]
             value = torch.cat([blocks(memory.args, part)[2].flatten() for part in sets if part.numel()])
@@ -557,7 +560,7 @@ class _Neighbours(Conditionals):
         done = 0
         while done < len(width):
             k = int(width[done])  # of the widest
-            part = slice(done, done + max(1, at_once(CHUNK, width.device) // k**2))
+            part = slice(done, done + max(1, at_once(CHUNK, width.device, GPU_TIMES) // k**2))
             done = part.stop
             here = torch.arange(k, device=width.device)
             beyond = here >= width[part, None]
