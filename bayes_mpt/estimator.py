@@ -101,6 +101,7 @@ from bayes_mpt.tracing import (
 __all__ = ["BayesMPT"]
 
 CURVE_CHAINS = 8
+WIDE = 2.0  # nats, of the logarithms of a row's weights: the mean of a few of them misses what is rare
 RUNAWAY = "the estimate of parameter"
 MAX_CHAIN_CELLS = 2**24  # tokens times steps, up to which a network's score of its training rows is of chains
 MAX_READ_CELLS = 2**18  # of programs that are read on the rows they score: cells at a time
@@ -1188,6 +1189,15 @@ def warn_of(diagnostics: dict[str, Any]) -> None:
         warnings.warn(
             f"the importance weights of {bad} rows have a tail so heavy (Pareto k > 0.7) that their error is not to be "
             f"believed, the worst being rows {worst}: use more particles or a wider guide",
+            UserWarning,
+            stacklevel=7,
+        )
+    sd = diagnostics.get("log_weight_sd", 0.0)
+    if sd > WIDE and math.isnan(diagnostics["pareto_k"]):  # too few for a tail to be fitted
+        warnings.warn(
+            f"the importance weights of a row spread over {sd:.1f} nats (standard deviation, on average), of which "
+            f"{diagnostics['num_particles']} draws see too little: the evidence is probably too low by more than its "
+            "error. Use more particles, or more temperatures where they are annealed",
             UserWarning,
             stacklevel=7,
         )
