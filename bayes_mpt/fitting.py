@@ -301,7 +301,7 @@ class Trainer:
         if predictor.sampled and predictor.relocates:
             warnings.warn(
                 "nodes that a guide draws anew for every mask make a ratio of two estimates, which is no bound "
-                "on the log marginal likelihood: with few of them the guide can raise it while that falls. "
+                "on the log marginal likelihood: with few of them it rises while the guide leaves the posterior. "
                 "Leave masks=None, which shares them along a chain, or take many: Importance(100)",
                 UserWarning,
                 stacklevel=7,

@@ -1,8 +1,9 @@
-"""Annealed importance sampling: draws from a guide, led to each row's posterior before they are weighed."""
+"""Annealed importance sampling: draws from guide or prior, led to each row's posterior before they are weighed."""
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,13 +15,14 @@ from bayes_mpt.latents import Space, space
 from bayes_mpt.predictors.base import Guide, Predictor
 from bayes_mpt.predictors.importance import Drawn, GuideDraws, Importance, Sampled
 from bayes_mpt.predictors.nodes import Nodes, Read, constrained
+from bayes_mpt.simulation import simulate
 from bayes_mpt.tracing import Model, ModelError, run
 
 __all__ = ["AnnealedImportance", "Bounds"]
 
 TARGET = 0.7  # acceptance of the moves
 N_PILOT = 2  # particles that find the steps
-N_SCALE = 16  # draws of the guide that tell its scale
+N_SCALE = 16  # draws that tell the scale of the start
 PILOT_RATE = 0.5  # by which log steps follow the acceptance
 
 
@@ -44,12 +46,14 @@ class Bounds(NamedTuple):
 
 
 class AnnealedImportance(Predictor):
-    """Importance sampling whose draws go from the guide q to the posterior before they are weighed (Neal 2001).
+    """Importance sampling whose draws go to the posterior before they are weighed (Neal 2001).
 
     Along b = 0 .. 1 each particle moves by Hamiltonian Monte Carlo on q(u)^(1 - b) p(u, x)^b, and collects
-    (b_k - b_(k-1)) log p(u, x) / q(u) on its way. The mean of the weights is unbiased for p(x) whatever the guide, so
-    a poor guide costs steps and no bias. Step sizes of every row and temperature come from a pilot run and are frozen.
-    A training takes the guide's draws as they are (`Importance`).
+    (b_k - b_(k-1)) log p(u, x) / q(u) on its way. The mean of the weights is unbiased for p(x), so its logarithm is low
+    on the average: the less, the more steps, and the nearer the start q. That is the guide or the prior, row by row
+    whichever a pilot run of two chains finds better: a guide may be far off, on rows unlike those that it learnt from
+    for one. Step sizes of every row and temperature come from the pilot runs too, and are frozen. A training takes the
+    guide's draws as they are (`Importance`).
 
     Parameters
     ----------
@@ -133,7 +137,7 @@ class Annealed(Sampled):
         self.settings, self.start = settings, start
         self.model, self.program, self.guide = start.model, start.program, start.guide
         self.why = (
-            f"{settings.num_particles} draws of {', '.join(start.names)} from the guide, annealed to each row's "
+            f"{settings.num_particles} draws of {', '.join(start.names)} from guide or prior, annealed to each row's "
             f"posterior in {settings.num_temperatures} steps"
         )
 
@@ -148,7 +152,7 @@ class Annealed(Sampled):
         drawn = self.start.drawn(args, visible)
         path = _Path(self, drawn)
         with torch.no_grad():
-            steps = path.pilot()
+            steps = path.begin()
             end, log_w = path.forward(steps, self.settings.num_particles)
             given, part, scale, _ = drawn.given(path.values(end.u), len(end.u))
             # nodes so weighed that sum_s w_s p(x_R, u_s) is the mean of the chains' weights
@@ -157,12 +161,12 @@ class Annealed(Sampled):
         return Read(given, log_weight, drawn.value, scale, latents, path.space.names)
 
     def bounds(self, args: tuple[Any, ...], latents: dict[str, Tensor]) -> Bounds:
-        """Forward from the guide and back from the latents that made these rows (Grosse, Ghahramani & Adams 2015)."""
+        """Forward from the start, and back from the latents that made these rows (Grosse, Ghahramani & Adams 2015)."""
         drawn = self.start.drawn(args, None)
         path = _Path(self, drawn)
         n = self.settings.num_particles
         with torch.no_grad():
-            steps = path.pilot()
+            steps = path.begin()
             lower = path.forward(steps, n)[1].logsumexp(0) - math.log(n)
             exact = path.space.pack_values({k: v[None] for k, v in latents.items()}, 1, drawn.value.shape[0])
             upper = math.log(n) - (-path.backward(steps, exact.expand(n, *exact.shape[1:]))).logsumexp(0)
@@ -170,7 +174,7 @@ class Annealed(Sampled):
 
 
 class _Path:
-    """From the guide to the posterior of each row."""
+    """From guide or prior to the posterior of each row."""
 
     def __init__(self, reader: Annealed, drawn: Drawn):
         self.settings, self.start, self.drawn = reader.settings, reader.start, drawn
@@ -178,23 +182,39 @@ class _Path:
         self.space: Space = space(reader.program, trace, reader.start.names)
         self.n_rows = len(drawn.value)
         self.beta = torch.linspace(0, 1, self.settings.num_temperatures + 1, dtype=torch.float64).tolist()
-        first = self._draw(N_SCALE)
-        self.scale = first.std(0).clamp(min=1e-6)  # (N, d): the unit of the moves
+        self.from_prior: Tensor = torch.zeros(self.n_rows, dtype=torch.bool, device=drawn.value.device)
+        """(N,) Where a row starts."""
+        self.scale: Tensor
+        """(N, d) The unit of its moves."""
 
     def values(self, u: Tensor) -> dict[str, Tensor]:
         """Of the latent sites at u (S, N, d)."""
         return self.space.values(u)[0]
 
-    def pilot(self) -> list[Tensor]:
-        """Step sizes (N, 1) of the moves at each temperature."""
+    def begin(self) -> list[Tensor]:
+        """Choose where each row starts; the step sizes (N, 1) of its moves at each temperature."""
+        pilots = []
+        for prior in (False, True):
+            self.from_prior = torch.full_like(self.from_prior, prior)
+            self.scale = self._draw(N_SCALE).std(0).clamp(min=1e-6)
+            pilots.append((self.scale, *self._pilot()))
+        (scale, steps, log_w), (scale_prior, steps_prior, log_w_prior) = pilots
+        self.from_prior = ~(log_w >= log_w_prior)
+        pick = self.from_prior[:, None]
+        self.scale = torch.where(pick, scale_prior, scale)
+        return [torch.where(pick, b, a) for a, b in zip(steps, steps_prior, strict=True)]
+
+    def _pilot(self) -> tuple[list[Tensor], Tensor]:
+        """Step sizes, and the mean logarithm (N,) of the weights: the better a start, the higher."""
         point = self._at(self._draw(N_PILOT))
         log_step = torch.full_like(point.u[0, :, :1], math.log(0.5 * self.space.width**-0.25))
-        steps = []
-        for beta in self.beta[1:]:
+        steps, log_w = [], torch.zeros_like(point.log_end)
+        for before, beta in pairwise(self.beta):
+            log_w = log_w + (beta - before) * (point.log_end - point.log_start)
             point, accepted = self._move(point, beta, log_step.exp())
             log_step = log_step + PILOT_RATE * (accepted.mean(0)[:, None] - TARGET)
             steps.append(log_step.exp())
-        return steps
+        return steps, log_w.mean(0)
 
     def forward(self, steps: list[Tensor], n: int) -> tuple[_Point, Tensor]:
         """Ends of n chains of each row, and the logarithms (S, N) of the weights they collected."""
@@ -207,7 +227,7 @@ class _Path:
         return point, log_w
 
     def backward(self, steps: list[Tensor], u: Tensor) -> Tensor:
-        """The same weights (S, N) of chains that go from exact draws u (S, N, d) of the posterior to the guide."""
+        """The same weights (S, N) of chains that go from exact draws u (S, N, d) of the posterior to the start."""
         point = self._at(u)
         log_w = torch.zeros_like(point.log_end)
         way = list(zip(self.beta, self.beta[1:], steps, strict=False))
@@ -218,16 +238,24 @@ class _Path:
         return log_w
 
     def _draw(self, n: int) -> Tensor:
-        """Draws of the guide (n, N, d)."""
-        return self.space.pack_values(self.drawn.draw(n), n, self.n_rows)
+        """Draws (n, N, d) of where the rows start."""
+        guide = self.space.pack_values(self.drawn.draw(n), n, self.n_rows)
+        if not bool(self.from_prior.any()):
+            return guide
+        draws = []
+        for _ in range(n):
+            _, latents = simulate(self.start.model, self.drawn.filled, self.start.program)
+            draws.append(self.space.pack_values({k: v[None] for k, v in latents.items()}, 1, self.n_rows))
+        return torch.where(self.from_prior[:, None], torch.cat(draws), guide)
 
     def _at(self, u: Tensor) -> _Point:
         """Densities and slopes at u (S, N, d)."""
         with torch.enable_grad():
             leaf = u.detach().requires_grad_()
             values, log_det = self.space.values(leaf)
-            start = self.drawn.log_q(values, len(u)) + log_det
             given, part, _, _ = self.drawn.given(values, len(u))
+            guide, prior = self.drawn.log_q(values, len(u)), given.log_prior(self.drawn.value) + part
+            start = torch.where(self.from_prior, prior, guide) + log_det
             end = given.log_joint(self.drawn.value, self.drawn.shown) + part + log_det
             slopes = [
                 torch.autograd.grad(t.sum(), leaf, retain_graph=True, materialize_grads=True)[0]
@@ -236,7 +264,7 @@ class _Path:
         return _Point(u, start.detach(), end.detach(), torch.stack(slopes))
 
     def _move(self, point: _Point, beta: float, step: Tensor) -> tuple[_Point, Tensor]:
-        """Hamiltonian Monte Carlo in units of the guide's scale; with the chances (S, N) that it was accepted."""
+        """Hamiltonian Monte Carlo in units of the start's scale; with the chances (S, N) that it was accepted."""
         unit = step * self.scale
 
         def slope(at: _Point) -> Tensor:

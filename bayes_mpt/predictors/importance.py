@@ -300,6 +300,7 @@ class GuideDraws(Sampled):
         self.depth = program.depth
         self.takes_visible = takes_visible(guide)
         self.located = self.takes_visible
+        self.away = args[0].device.type != "cpu"
         # the same whatever rows a step is given, and found once: a median costs as much as a third of a step
         self.fillings = tuple(filling(a) for a in args)
         filled = tuple(fill(a) for a in args)
@@ -402,9 +403,12 @@ class GuideDraws(Sampled):
         return self._log_q(trace, 1)[0]
 
     def in_training(self) -> tuple[GuideDraws, ...]:
-        """From one draw to as many as asked: with one a step costs least, and the last bring the bound nearest."""
+        """From one draw to as many as asked: with one a step costs least, and the last bring the bound nearest.
+
+        On a GPU all at once: until they fill it they cost what one does.
+        """
         n, rising = self.n_training, []
-        while n > 1 and self.takes_visible:
+        while n > 1 and self.takes_visible and not self.away:
             rising.append(n)
             n = n // GROWTH
         return tuple(self._with(k) for k in (max(1, n), *reversed(rising)))
