@@ -1,9 +1,11 @@
 """Every Python block of README and docs runs, page by page, each page in one namespace."""
 
+import json
 import re
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pyro
 import pytest
 
@@ -38,3 +40,21 @@ def test_no_block_escapes():
         text = page.read_text()
         fences = re.findall(r"^ *(?:```|~~~) *\{?\.?(?:py|pycon|python)", text, re.MULTILINE | re.IGNORECASE)
         assert len(fences) == len(BLOCK.findall(text)), page.name
+
+
+def test_the_page_of_the_gpu_gives_the_measured_figures():
+    page = (ROOT / "docs" / "gpu.md").read_text()
+    rows = json.loads((ROOT / "benchmarks" / "results" / "gpu.json").read_text())["rows"]
+    ratio = {r["case"]: np.median(np.divide(r["peer_wall"], r["ours_wall"])) for r in rows if "case" in r}
+    shown = [
+        float(line.rsplit("|", 2)[1])
+        for line in page.splitlines()
+        if re.match(r"\| (exact|the same|step)", line)
+    ]
+    step = "masked score ({0}) against {1}({0}), batch {2}".format
+    cases = [f"n = 10000, exact, against GPyTorch by {way}" for way in ("Cholesky", "default")]
+    cases += [step(10, "RenyiELBO", batch) for batch in (128, 8192, 32768)]
+    cases += [f"masked score (1) against Trace_ELBO, batch {batch}" for batch in (128, 32768)]
+    assert shown == [round(ratio[case], 2) for case in cases]
+    fit = {r["n"]: r["fit_s"] for r in rows if "fit_s" in r}
+    assert f"{fit[100_000]:.1f} seconds for 100 000 points, {fit[1_000_000]:.0f} seconds" in page

@@ -22,6 +22,7 @@ __all__ = ["AnnealedImportance", "Bounds"]
 
 TARGET = 0.7  # acceptance of the moves
 N_PILOT = 2  # particles that find the steps
+MARGIN = 2.0  # nats by which the prior must be better: pilots are noisy
 N_SCALE = 16  # draws that tell the scale of the start
 PILOT_RATE = 0.5  # by which log steps follow the acceptance
 
@@ -50,17 +51,17 @@ class AnnealedImportance(Predictor):
 
     Along b = 0 .. 1 each particle moves by Hamiltonian Monte Carlo on q(u)^(1 - b) p(u, x)^b, and collects
     (b_k - b_(k-1)) log p(u, x) / q(u) on its way. The mean of the weights is unbiased for p(x), so its logarithm is low
-    on the average: the less, the more steps, and the nearer the start q. That is the guide or the prior, row by row
-    whichever a pilot run of two chains finds better: a guide may be far off, on rows unlike those that it learnt from
-    for one. Step sizes of every row and temperature come from the pilot runs too, and are frozen. A training takes the
-    guide's draws as they are (`Importance`).
+    on the average: the less, the more steps, and the nearer the start q. That is the guide, or for a row of which a
+    pilot run of two chains finds it better by far the prior: a guide may be far off, on rows unlike those that it
+    learnt from for one. Step sizes of every row and temperature come from the pilot runs too, and are frozen. A
+    training takes the guide's draws as they are (`Importance`).
 
     Parameters
     ----------
     num_particles : int, default=16
         S chains for each row.
     num_temperatures : int, default=50
-        Steps of b, evenly spaced.
+        Steps of b: even ones from the guide, from the prior growing in proportion.
     num_leaps : int, default=3
         Leapfrog steps of each move.
     training_particles : int, default=10
@@ -181,7 +182,6 @@ class _Path:
         trace = run(reader.model, drawn.filled)
         self.space: Space = space(reader.program, trace, reader.start.names)
         self.n_rows = len(drawn.value)
-        self.beta = torch.linspace(0, 1, self.settings.num_temperatures + 1, dtype=torch.float64).tolist()
         self.from_prior: Tensor = torch.zeros(self.n_rows, dtype=torch.bool, device=drawn.value.device)
         """(N,) Where a row starts."""
         self.scale: Tensor
@@ -191,6 +191,15 @@ class _Path:
         """Of the latent sites at u (S, N, d)."""
         return self.space.values(u)[0]
 
+    @property
+    def beta(self) -> Tensor:
+        """(num_temperatures + 1, N) From 0 to 1, in small steps first from a prior, which is far away."""
+        like = self.drawn.value
+        t = torch.linspace(0, 1, self.settings.num_temperatures + 1, dtype=like.dtype, device=like.device)[
+            :, None
+        ]
+        return torch.where(self.from_prior, t.square(), t)
+
     def begin(self) -> list[Tensor]:
         """Choose where each row starts; the step sizes (N, 1) of its moves at each temperature."""
         pilots = []
@@ -199,7 +208,7 @@ class _Path:
             self.scale = self._draw(N_SCALE).std(0).clamp(min=1e-6)
             pilots.append((self.scale, *self._pilot()))
         (scale, steps, log_w), (scale_prior, steps_prior, log_w_prior) = pilots
-        self.from_prior = ~(log_w >= log_w_prior)
+        self.from_prior = ~(log_w + MARGIN >= log_w_prior)
         pick = self.from_prior[:, None]
         self.scale = torch.where(pick, scale_prior, scale)
         return [torch.where(pick, b, a) for a, b in zip(steps, steps_prior, strict=True)]
@@ -220,20 +229,19 @@ class _Path:
         """Ends of n chains of each row, and the logarithms (S, N) of the weights they collected."""
         point = self._at(self._draw(n))
         log_w = torch.zeros_like(point.log_end)
-        for before, beta, step in zip(self.beta, self.beta[1:], steps, strict=False):
+        for k, (before, beta) in enumerate(pairwise(self.beta), 1):
             log_w = log_w + (beta - before) * (point.log_end - point.log_start)
-            if beta < 1:  # a move at the end changes no weight
-                point, _ = self._move(point, beta, step)
+            if k < len(steps):  # a move at the end changes no weight
+                point, _ = self._move(point, beta, steps[k - 1])
         return point, log_w
 
     def backward(self, steps: list[Tensor], u: Tensor) -> Tensor:
         """The same weights (S, N) of chains that go from exact draws u (S, N, d) of the posterior to the start."""
         point = self._at(u)
         log_w = torch.zeros_like(point.log_end)
-        way = list(zip(self.beta, self.beta[1:], steps, strict=False))
-        for before, beta, step in reversed(way):
-            if beta < 1:
-                point, _ = self._move(point, beta, step)
+        for k, (before, beta) in reversed(list(enumerate(pairwise(self.beta), 1))):
+            if k < len(steps):
+                point, _ = self._move(point, beta, steps[k - 1])
             log_w = log_w + (beta - before) * (point.log_end - point.log_start)
         return log_w
 
@@ -263,12 +271,13 @@ class _Path:
             ]
         return _Point(u, start.detach(), end.detach(), torch.stack(slopes))
 
-    def _move(self, point: _Point, beta: float, step: Tensor) -> tuple[_Point, Tensor]:
+    def _move(self, point: _Point, beta: Tensor, step: Tensor) -> tuple[_Point, Tensor]:
         """Hamiltonian Monte Carlo in units of the start's scale; with the chances (S, N) that it was accepted."""
         unit = step * self.scale
 
         def slope(at: _Point) -> Tensor:
-            return ((1 - beta) * at.slope[0] + beta * at.slope[1]).nan_to_num(0.0)
+            b = beta[:, None]
+            return ((1 - b) * at.slope[0] + b * at.slope[1]).nan_to_num(0.0)
 
         def energy(at: _Point, p: Tensor) -> Tensor:
             value = (1 - beta) * at.log_start + beta * at.log_end - 0.5 * p.square().sum(-1)

@@ -108,7 +108,7 @@ def draw(found: dict, alone: float) -> plt.Figure:
     figure, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for name, f in found.items():
         ax.plot(EPOCHS, f["lml"], "o-", label=name, ms=4)
-    ax.set_ylim(alone - 6, None)
+    ax.set_ylim(alone - 1, None)
     ax.axhline(alone, color="0.6", ls=":", label="pixels independent")
     ax.set(xlabel="epochs", ylabel="LML of fresh rows, nats a row", title="A deep model, trained on masks")
     ax.legend()
