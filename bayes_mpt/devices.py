@@ -1,8 +1,10 @@
-"""Where tensors are: refuse a device that is not there, take everything that holds tensors to another."""
+"""Devices: refuse one that is not there, take what holds tensors to another, leave all random states as they were."""
 
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from typing import Any
 
@@ -10,7 +12,7 @@ import cloudpickle
 import torch
 from torch import Tensor, nn
 
-__all__ = ["at_once", "check_device", "moved"]
+__all__ = ["at_once", "check_device", "moved", "own_random_state"]
 
 
 def at_once(n_numbers: int, device: torch.device, times: int = 8) -> int:
@@ -27,6 +29,16 @@ def check_device(device: str) -> None:
             f"device={device!r} is not one that torch finds here ({str(error).splitlines()[0]}): "
             'set_params(device="cpu")'
         ) from error
+
+
+@contextmanager
+def own_random_state(seed: int | None = None) -> Iterator[None]:
+    """Programs draw from torch's global generators: give them a seed, if there is one, and put them back."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
 
 
 def moved(content: Any, device: str) -> Any:

@@ -36,7 +36,7 @@ from torch import Tensor
 from bayes_mpt import training
 from bayes_mpt.affine import Reading, token_means, tokens_of
 from bayes_mpt.concentrated import NoiseFloorError
-from bayes_mpt.devices import at_once, check_device, moved
+from bayes_mpt.devices import at_once, check_device, moved, own_random_state
 from bayes_mpt.evidence import Laplace, laplace_diagonal, laplace_proportional
 from bayes_mpt.fitting import (
     MAX_INIT_ROWS,
@@ -86,7 +86,7 @@ from bayes_mpt.rows import (
 )
 from bayes_mpt.score import ScoreEstimate, estimate
 from bayes_mpt.simulation import simulate
-from bayes_mpt.store import OwnStore, State, save, seeded
+from bayes_mpt.store import OwnStore, State, save
 from bayes_mpt.tracing import (
     Model,
     ModelError,
@@ -362,7 +362,7 @@ class BayesMPT(
                 model, self.selection_ = choose_dimension(model, table)
                 state = None if state is not None and self.n_components_ != model.n_components else state
                 known = None
-            with OwnStore() as store, seeded(trainer.seed):
+            with OwnStore() as store, own_random_state(trainer.seed):
                 predictor, args = bind(
                     model,
                     guide,
@@ -798,11 +798,11 @@ class BayesMPT(
         rows = self._tensor(np.zeros((n_rows, self.n_features_in_)))
         with OwnStore() as store:
             store.prefill(self._initial)
-            with seeded(self._seed()):
+            with own_random_state(self._seed()):
                 # networks put their parameters into the store
                 simulate(self.fitted_model_, (rows,), structure)
             store.begin(self._state)
-            with seeded(self._seed()):
+            with own_random_state(self._seed()):
                 return simulate(self.fitted_model_, (rows,), structure)
 
     def sample_missing(self, X: ArrayLike, y: Any = None, *, n_samples: int = 1) -> NDArray[np.float64]:
@@ -1067,7 +1067,7 @@ class BayesMPT(
             self._typical is not None
         ):  # of columns without any cell nothing else tells what values they may have
             args = (fill(args[0], self._typical),)
-        with OwnStore() as store, seeded(self._seed()):
+        with OwnStore() as store, own_random_state(self._seed()):
             store.prefill(self._initial)
             predictor = choose(self.fitted_model_, args, predictor=self.predictor, guide=self.fitted_guide_)
             store.begin(self._state)

@@ -28,6 +28,7 @@ from scipy.stats.qmc import Sobol
 from torch import Tensor
 from torch.distributions import transform_to
 
+from bayes_mpt.devices import own_random_state
 from bayes_mpt.predictors import Conditionals
 from bayes_mpt.predictors.errors import replicate_error
 from bayes_mpt.predictors.importance import BAD_K, pareto_k
@@ -495,8 +496,7 @@ class _Natural:
         self.given, self.shape = given, leaf.shape
         self.transform = transform_to(support)
         low, high = (float(getattr(support, f"{side}_bound", math.nan)) for side in ("lower", "upper"))
-        with torch.random.fork_rng(), torch.no_grad():
-            torch.manual_seed(0)
+        with own_random_state(0), torch.no_grad():
             draws = given.expand(self.shape).sample(torch.Size([4096])).double()
             mass = torch.ones(self.shape, dtype=torch.float64)
             if given.support is torch.distributions.constraints.real:

@@ -1,13 +1,10 @@
-"""A parameter store, and a random state, of one's own around a Pyro program.
+"""A parameter store of one's own around a Pyro program.
 
-Pyro keeps parameters in one global store, and programs draw their initial values from torch's global generator. A fit
-uses both and leaves both as they were.
+Pyro keeps parameters in one global store. A fit uses it and leaves it as it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Self
 
 import pyro
@@ -15,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 
-__all__ = ["Initial", "OwnStore", "State", "load", "save", "seeded"]
+__all__ = ["Initial", "OwnStore", "State", "load", "save"]
 
 
 class OwnStore:
@@ -93,12 +90,3 @@ def load(state: State) -> None:
                     "fit with warm_start=False"
                 )
             leaf.copy_(state[name])
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Pyro programs draw initial values from torch's global generator; give it a seed and put it back."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield

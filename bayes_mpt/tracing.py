@@ -21,6 +21,8 @@ from pyro.distributions.torch import Independent
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from bayes_mpt.devices import own_random_state
+
 __all__ = ["Latent", "Model", "ModelError", "Observed", "Program", "survey"]
 
 Model = Callable[..., Any]
@@ -356,7 +358,7 @@ def _rng_untouched(active: bool) -> Iterator[None]:
     if not active:
         yield
         return
-    with torch.random.fork_rng():
+    with own_random_state():
         yield
 
 

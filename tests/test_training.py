@@ -240,6 +240,22 @@ def test_missing_cells_reach_a_maximum():
     assert model.score(holes) == pytest.approx(best, abs=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:the training stopped", "ignore:the estimate of")
+def test_missing_cells_and_a_noise_that_goes_to_zero():
+    """Two factors for four columns: the likelihood is bounded, and reached where two columns have no noise left."""
+    x = load_iris().data
+    holes = np.where(np.random.default_rng(0).random(x.shape) < 0.1, np.nan, x)
+    model = BayesMPT(FactorAnalysis(2), random_state=8).fit(holes)
+
+    def unpack(theta):
+        loading = theta[4:12].reshape(4, 2)
+        return theta[:4], loading @ loading.T + torch.diag(theta[12:].exp())
+
+    rng = np.random.default_rng(1)
+    starts = [np.concatenate([np.nanmean(holes, 0), rng.normal(size=8), np.full(4, -2.0)]) for _ in range(2)]
+    assert model.score(holes) == pytest.approx(dense_optimum(holes, unpack, starts), abs=1e-4)
+
+
 # ------------------------------------------------------------------------------------------ the general way: L-BFGS
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bayes_mpt.affine import cycle, same_by_label
+from bayes_mpt.devices import own_random_state
 from bayes_mpt.factors import read_factors
 from bayes_mpt.predictors.given import FactorsGiven, MapsGiven
 from bayes_mpt.predictors.linear_gaussian import LinearGaussian
@@ -143,8 +144,7 @@ class _Maps(Reader):
 
     def _log_prior(self, filled: tuple[Any, ...], label: Tensor, seed: int = 0) -> Tensor:
         """log p(discrete values) of each row (N,); the other latents are drawn, and must not matter."""
-        with torch.random.fork_rng():
-            torch.default_generator.manual_seed(seed)
+        with own_random_state(seed):
             trace = run(self._labelled(hide=False), (*filled, label))
         parts = []
         for site in self.program.latents:

@@ -18,6 +18,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from bayes_mpt.devices import own_random_state
 from bayes_mpt.factors import read_factors
 from bayes_mpt.predictors.base import Evidence, Guide, Predictor
 from bayes_mpt.predictors.given import FactorsGiven, Given, Mapped, Stacked
@@ -304,7 +305,7 @@ class GuideDraws(Sampled):
         # the same whatever rows a step is given, and found once: a median costs as much as a third of a step
         self.fillings = tuple(filling(a) for a in args)
         filled = tuple(fill(a) for a in args)
-        with torch.random.fork_rng():
+        with own_random_state():
             trace = self._guide_trace(filled, None, 1)
         names = {node["name"] for node in latent_nodes(trace)}
         missing = [n for n in program.continuous if n not in names]
@@ -547,7 +548,7 @@ class GuideDraws(Sampled):
                 rows_of(a, torch.arange(min(N_TRIAL_ROWS, len(filled[0])))) for a in (args, filled)
             )
         n_rows = n_rows_of(self.program, filled)
-        with torch.random.fork_rng(), torch.no_grad():
+        with own_random_state(), torch.no_grad():
             try:
                 trace = self._guide_trace(filled, None, 2)
                 values = {

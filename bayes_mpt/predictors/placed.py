@@ -25,6 +25,7 @@ from scipy.stats import chi2, norm, qmc
 from torch import Tensor
 
 from bayes_mpt.affine import NotAffine, read_side_by_side
+from bayes_mpt.devices import own_random_state
 from bayes_mpt.factors import read_factors
 from bayes_mpt.latents import Space, space
 from bayes_mpt.predictors.given import (
@@ -117,7 +118,7 @@ class Placement:
         filled = tuple(fill(a) for a in args)
         self._held = held or _Held((), {})
         first = _node(self._held.draws, 0)
-        with torch.random.fork_rng():
+        with own_random_state():
             trace = run(model, filled, first)
         self._last: tuple[torch.Size, Tensor] | None = None
         self._prior_mapped = True
@@ -213,7 +214,7 @@ class Placement:
         for s in range(len(log_det)):
             node = _node(values, s)
             maps.append(self._template.with_model(FixedSites(self.model, node)).read(args))
-            with torch.random.fork_rng():  # the others are drawn, and do not matter
+            with own_random_state():  # the others are drawn, and do not matter
                 trace = run(FixedSites(self.model, node, hide=False), filled)
             priors.append(_log_prior(trace, latents, filled[0]))
         return MapsGiven(tuple(maps)), log_det + torch.stack(priors), maps[0].scale
@@ -642,7 +643,7 @@ def _rule(width: int, fine: bool) -> tuple[Tensor, Tensor]:
 def _draws(model: Model, filled: tuple[Any, ...], n: int) -> list[Trace]:
     """Runs that differ, always the same ones."""
     traces = []
-    with torch.random.fork_rng():
+    with own_random_state():
         for seed in range(n):
             torch.manual_seed(seed)
             traces.append(run(model, filled))  # which leaves the random state as it was
@@ -670,8 +671,7 @@ def _awkward(
     if program.discrete or {s.kind for s in program.sites} - GAUSSIAN:
         return everything, None
     filled = tuple(fill(a) for a in args)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+    with own_random_state(0):
         trace = run(model, filled)
     drawn = {n: node_of(trace, n)["value"].detach() for n in everything}
 

@@ -19,6 +19,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from bayes_mpt.devices import own_random_state
 from bayes_mpt.masks import Policy, torch_generator
 from bayes_mpt.rows import digest
 from bayes_mpt.tracing import ModelError
@@ -201,9 +202,7 @@ def _epoch(
 def _look(held_out: Problem, masks: Policy, batch_size: int, seed: int) -> float:
     """Mean score a row of what is held out, on the same draws each time; leaves the random state as it was."""
     total = 0.0
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
-    with torch.no_grad(), torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+    with torch.no_grad(), own_random_state(seed):
         generator = torch.Generator().manual_seed(seed)
         for _ in range(LOOKS):
             for index in torch.arange(held_out.n_rows).split(batch_size):
