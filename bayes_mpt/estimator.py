@@ -163,7 +163,7 @@ class BayesMPT(
     random_state : int, RandomState or None
         For initial values, masks and draws.
     device : str, default="cpu"
-        Where the algebra is done, such as "cuda".
+        Where the algebra is done, such as "cuda". A fitted estimator follows it; in a file all is on the CPU.
     verbose : int, default=0
         1 shows a progress line.
 

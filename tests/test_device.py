@@ -287,3 +287,12 @@ class TestWhatAFitIsUsedFor:
             for device in ("cpu", DEVICE)
         )
         close(there.cv_results_["mean_test_score"], here.cv_results_["mean_test_score"])
+
+
+@pytest.mark.parametrize("device", ["nonsense", "xla"])
+def test_a_device_that_is_not_there(device):
+    with pytest.raises(ValueError, match="not one that torch finds here"):
+        BayesMPT(device=device).fit(IRIS)
+    fitted = BayesMPT().fit(IRIS).set_params(device=device)
+    with pytest.raises(ValueError, match="not one that torch finds here"):
+        fitted.score(IRIS)
