@@ -177,6 +177,9 @@ if DEVICE == "pretended":
         def get_rng_state(self, device: Any = 0) -> Tensor:
             return torch.get_rng_state()
 
+        def get_amp_supported_dtype(self) -> list[torch.dtype]:
+            return []
+
         def set_rng_state(self, state: Tensor, device: Any = 0) -> None:
             pass
 

@@ -42,7 +42,6 @@ from bayes_mpt.tracing import (
     one_precision,
     one_vector,
     rows_axis,
-    rows_of,
     run,
     sum_by_row,
     survey,
@@ -56,7 +55,6 @@ BAD_K = 0.7  # above it the error is not to be believed (Vehtari et al. 2024)
 N_WIDENINGS = 6  # steps from Laplace's Gaussian towards the closest one
 WIDENING_COST = 200_000_000
 GROWTH = 3  # of the number of draws from stage to stage of a training
-N_TRIAL_ROWS = 64
 MOST_TOLD = 10  # draws of a step of the training, from a guide that is told what is visible
 
 
@@ -543,10 +541,6 @@ class GuideDraws(Sampled):
 
     def _try_together(self, args: tuple[Any, ...], filled: tuple[Any, ...]) -> bool:
         """Whether guide and program run on several draws side by side."""
-        if self.program.by_row:
-            args, filled = (
-                rows_of(a, torch.arange(min(N_TRIAL_ROWS, len(filled[0])))) for a in (args, filled)
-            )
         n_rows = n_rows_of(self.program, filled)
         with own_random_state(), torch.no_grad():
             try:
