@@ -88,8 +88,6 @@ class _WithTensors(pickle.Unpickler):
 
 def _at(t: Tensor, device: str) -> Tensor:
     there = t.detach().clone().to(device)
-    return (
-        nn.Parameter(there, t.requires_grad)
-        if isinstance(t, nn.Parameter)
-        else there.requires_grad_(t.requires_grad)
-    )
+    if isinstance(t, nn.Parameter):
+        return nn.Parameter(there, t.requires_grad)
+    return there.requires_grad_(t.requires_grad)

@@ -1073,7 +1073,7 @@ class BayesMPT(
             store.begin(self._state)
             yield predictor
 
-    # ------------------------------------------------------------------------------------------------------- checks
+    # ------------------------------------------------------------------------------------------------- where it is
 
     def _come(self) -> None:
         """Bring what the fit left to `device`, where that was set since, or where a file does not know of it."""
@@ -1091,6 +1091,8 @@ class BayesMPT(
         state = super().__getstate__()
         # a file may be read where there is no such device
         return {**state, **self._left_by_fit("cpu")} if getattr(self, "_fitted_on", "cpu") != "cpu" else state
+
+    # ------------------------------------------------------------------------------------------------------- checks
 
     def _check_rows(self, X: ArrayLike, *, reset: bool, n_least: int = 1) -> NDArray[np.floating]:
         if not reset:

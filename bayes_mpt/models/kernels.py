@@ -150,9 +150,8 @@ def covar_dist(
         return gap.square() if square_dist else gap.abs()
     if x1.device.type != "cpu":  # where cdist takes longer than a Cholesky factor of the same size
         square = sum((a - b.mT).square() for a, b in zip(x1.split(1, -1), x2.split(1, -1), strict=True))
-        return (
-            square if square_dist else square.clamp(min=torch.finfo(square.dtype).tiny).sqrt()
-        )  # a slope at zero
+        # a root has no slope at zero, unless zero is the least number instead
+        return square if square_dist else square.clamp(min=torch.finfo(square.dtype).tiny).sqrt()
     out = torch.cdist(x1, x2, compute_mode="donot_use_mm_for_euclid_dist")
     return out.square() if square_dist else out
 

@@ -348,12 +348,8 @@ class _Neighbours(Conditionals):
         width = 1 + min(self.settings.m, len(rows) - 1)
         whole = len(rows) // width * width
         with torch.no_grad():
-            sets = [
-                *rows[:whole]
-                .reshape(-1, width)
-                .split(max(1, at_once(CHUNK, rows.device, GPU_TIMES) // width**2)),
-                rows[None, whole:],
-            ]
+            step = max(1, at_once(CHUNK, rows.device, GPU_TIMES) // width**2)
+            sets = [*rows[:whole].reshape(-1, width).split(step), rows[None, whole:]]
             value = torch.cat([blocks(memory.args, part)[2].flatten() for part in sets if part.numel()])
         missing = (
             args[-1].isnan() if args[-1].is_floating_point() else torch.zeros_like(value, dtype=torch.bool)

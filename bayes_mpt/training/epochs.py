@@ -31,8 +31,6 @@ LOOKS = 2  # draws of nodes and masks with which held-out rows are scored
 MOST_STEPS = 3000  # of a stage, the last excepted: of many rows a cheap one would never have given all it can
 WARM_UP = 300  # steps over which the learning rate rises from zero, or a tenth of all that there may be
 
-STAGE_STEPS = (10**9, 10**9)
-
 
 @dataclass
 class _Progress:

@@ -84,9 +84,8 @@ class Problem:
         if self.some is not None:
             return predictor.partial(x, *self.some)
         masks = self.masks if masks is None else masks
-        if masks is None or (
-            masks.chains and predictor.telescopes
-        ):  # whatever the order, it sums to the joint
+        # a chain sums to the joint, whatever its order
+        if masks is None or (masks.chains and predictor.telescopes):
             return predictor.joint(x)
         draw = training_masks(predictor, masks, x, torch_generator(0) if generator is None else generator)
         return masked_score(predictor, x, draw)
