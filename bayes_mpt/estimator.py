@@ -35,7 +35,7 @@ from torch import Tensor
 
 from bayes_mpt import training
 from bayes_mpt.affine import Reading, token_means, tokens_of
-from bayes_mpt.concentrated import NoiseFloorError
+from bayes_mpt.concentrated import NoiseFloorError, spectrum
 from bayes_mpt.devices import at_once, check_device, moved, own_random_state
 from bayes_mpt.evidence import Laplace, laplace_diagonal, laplace_proportional
 from bayes_mpt.fitting import (
@@ -56,9 +56,10 @@ from bayes_mpt.hyperparameters import (
     integrate,
     log_likelihood,
 )
+from bayes_mpt.location import location_parameter
 from bayes_mpt.masks import PermutationChain, Policy
 from bayes_mpt.models import PPCA
-from bayes_mpt.moments import Table
+from bayes_mpt.moments import Table, far_means
 from bayes_mpt.predictors import (
     Conditionals,
     Evidence,
@@ -104,6 +105,7 @@ CURVE_CHAINS = 8
 WIDE = 2.0  # nats, of the logarithms of a row's weights: the mean of a few of them misses what is rare
 RUNAWAY = "the estimate of parameter"
 MAX_CHAIN_CELLS = 2**24  # tokens times steps, up to which a network's score of its training rows is of chains
+MAX_LOCATION_ROWS = 64  # on which it is found out whether a program moves with its rows
 MAX_READ_CELLS = 2**18  # of programs that are read on the rows they score: cells at a time
 
 
@@ -231,6 +233,8 @@ class BayesMPT(
 
     _state: State  # the program's unconstrained parameters after the last fit
     _n_features_out: int  # numbers that `transform` gives a row
+    _shift: NDArray[np.float64] | None  # (T,) subtracted from all rows that the program sees
+    _location: str | None  # the parameter to which it is added in `params_`
     _typical: Tensor | None  # a value (T,) of each column, for a program that is told what it sees
     _bound: Conditionals | None  # the program as it was found to be, where that does not depend on its rows
 
@@ -352,21 +356,35 @@ class BayesMPT(
             refuse_unobserved(np.isnan(X).all(0), trainer.names)
         auto = getattr(model, "n_components", None) == "auto"
         own_rows = (trainer.by_epochs and not auto) or with_y
-        table = None if own_rows else grow_table(X, seen, self.device, trainer.names)
+        shift, location = (None, None) if seen is None else (self._shift, self._location)
+        table = None if own_rows else grow_table(X, seen, self.device, trainer.names, shift)
+        if table is not None and seen is None:
+            shift = far_means(table)
+            table = table if shift is None else grow_table(X, None, self.device, trainer.names, shift)
         known = None
         if like is not None and like._bound is not None and not isinstance(model, torch.nn.Module):
             known = like._bound, like._state
-        with training.one_thread(X.size if table is None else table.cov.numel()):
+        with training.one_thread(X.size if table is None else table.n_cells):
             if table is not None and auto:
                 refuse_constant(table)
-                model, self.selection_ = choose_dimension(model, table)
+                model, self.selection_, at_floor = choose_dimension(model, table)
+                trainer = replace(trainer, at_floor=at_floor)
                 state = None if state is not None and self.n_components_ != model.n_components else state
                 known = None
+            if shift is not None and seen is None:
+                some = arguments(model, X[:MAX_LOCATION_ROWS], None, self.device, shift)
+                with own_random_state(trainer.seed):
+                    location = location_parameter(model, some, shift != 0)
+                if location is None:  # its rows cannot be told from where they lie
+                    assert table is not None
+                    table, shift = table.moved(torch.as_tensor(shift).to(table.mean)), None
             with OwnStore() as store, own_random_state(trainer.seed):
                 predictor, args = bind(
                     model,
                     guide,
-                    lambda rows: arguments(model, X[rows], None if y is None else y[rows], self.device),
+                    lambda rows: arguments(
+                        model, X[rows], None if y is None else y[rows], self.device, shift
+                    ),
                     X.shape,
                     self.predictor,
                     takes_y=with_y,
@@ -391,11 +409,12 @@ class BayesMPT(
                     refuse_missing(X, trainer.names)
                     refuse_empty(y, estimated=bool(predictor.parameters))
                 if moments:
-                    table = grow_table(X, seen, self.device, trainer.names) if table is None else table
+                    if table is None:
+                        table = grow_table(X, seen, self.device, trainer.names)
                     refuse_constant(table)
                     # Few rows are scored themselves; many, and those of earlier calls, through their moments.
                     raw = seen is None and len(X) <= 2 * X.shape[1]
-                    rows, weight = (as_tensor(X, model, self.device), None) if raw else table.rows()
+                    rows, weight = (as_tensor(X, model, self.device, shift), None) if raw else table.rows()
                     problem = training.Problem(predictor, args, rows, weight, table.n_rows)
                 else:
                     table = None
@@ -423,8 +442,8 @@ class BayesMPT(
                 self._keep_latents(model, predictor, args, like)
                 self._typical = filling(args[0][:MAX_INIT_ROWS]) if predictor.own_masks else None
                 self._state = save()
-                store_values = pyro.get_param_store()
-                self.params_ = {n: store_values[n].detach().cpu().numpy().copy() for n in self._state}
+                self._shift, self._location = shift, location
+                self.params_ = self._parameters()
         self._y_like: tuple[tuple[int, ...], Any] | None = (y.shape[1:], y.dtype) if with_y else None
         self._table = table
         self._seen = args if predictor.remembers or self._growing else None
@@ -433,6 +452,18 @@ class BayesMPT(
         self.complete_ = bool(table.complete) if table is not None else not bool(np.isnan(X).any())
         context.call_on_fit_task_end(estimator=self, X=X, y=y)
         return self
+
+    def _parameters(self) -> dict[str, NDArray[Any]]:
+        """Those in the store by name, of the rows themselves."""
+        store = pyro.get_param_store()
+        found = {n: store[n].detach().cpu().numpy().copy() for n in self._state}
+        if self._location is not None:
+            found[self._location] = self._unshifted(found[self._location])
+        return found
+
+    def _unshifted(self, rows: NDArray[Any]) -> NDArray[Any]:
+        """What was subtracted from the rows before the program saw them added again."""
+        return rows if self._shift is None else rows + self._shift
 
     def _trainer(self, model: Model, context: Any) -> Trainer:
         by_epochs = self.early_stopping if self.early_stopping is not None else hasattr(model, "batch_size")
@@ -551,7 +582,7 @@ class BayesMPT(
         if isinstance(self.predictor_, LinearGaussian) and structure.by_row and not structure.own_rows:
             reading = self.predictor_.reading
             self.components_ = reading.loading[0].mT.cpu().numpy()
-            self.mean_ = reading.loc[0].cpu().numpy()
+            self.mean_ = self._unshifted(reading.loc[0].cpu().numpy())
             noise = reading.noise[0].cpu().numpy()
             tied = np.ndim(self.params_.get("noise_variance", noise)) == 0
             self.noise_variance_ = float(noise[0]) if tied else noise
@@ -642,9 +673,8 @@ class BayesMPT(
             raise ValueError(f"latents must have shape (N, {self.n_components_}), got {tuple(z.shape)}")
         # u = R^-1 (z - b), x = loc + W u
         u = torch.linalg.solve(reading.latent_root[0], (z - reading.latent_loc[0]).mT).mT
-        return (
-            (reading.loc[0] + u @ reading.loading[0].mT).cpu().numpy().astype(self._dtype_of(Z), copy=False)
-        )
+        rows = (reading.loc[0] + u @ reading.loading[0].mT).cpu().numpy()
+        return self._unshifted(rows).astype(self._dtype_of(Z), copy=False)
 
     def impute(self, X: ArrayLike, y: Any = None) -> NDArray[np.floating]:
         """X with its NaN cells replaced by their means given the observed cells of the row."""
@@ -658,11 +688,11 @@ class BayesMPT(
                 filled = tokens
             else:
                 y = None if y is None else np.asarray(y)
-                args = self._arguments(cells.cpu().numpy(), y)
+                args = self._arguments(self._check_rows(X, reset=False), y)
                 with self._fitted_program(args):
                     where = self._cells_of(args)
                 filled = cells.flatten().index_copy(0, where, tokens.flatten()).reshape(cells.shape)
-        return filled.cpu().numpy().astype(self._dtype_of(X), copy=False)
+        return self._unshifted(filled.cpu().numpy()).astype(self._dtype_of(X), copy=False)
 
     def _cells_of(self, args: tuple[Any, ...]) -> Tensor:
         """Which cell of X each token is, in reading order: a column at a time is marked with numbers of its own."""
@@ -777,7 +807,7 @@ class BayesMPT(
         if self.predictor_.own_masks:  # a row of which nothing is known
             return self.sample_missing(np.full((int(n_samples), self.n_features_in_), np.nan))[0]
         if isinstance(self.predictor_.structure, Program):
-            return self._simulate(int(n_samples))[0].double().cpu().numpy()
+            return self._unshifted(self._simulate(int(n_samples))[0].double().cpu().numpy())
         reading = self._shared_reading("sample")
         generator = torch.Generator().manual_seed(self._seed())
         draw = torch.randn(
@@ -785,7 +815,7 @@ class BayesMPT(
         ).to(reading.loc)
         u, e = draw[:, : self.n_components_], draw[:, self.n_components_ :]
         x = reading.loc[0] + u @ reading.loading[0].mT + reading.noise[0].sqrt() * e
-        return x.cpu().numpy()
+        return self._unshifted(x.cpu().numpy())
 
     def _simulate(self, n_rows: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Rows (N, T) from the fitted program, and the latents that made them."""
@@ -831,7 +861,7 @@ class BayesMPT(
                 parts = [predictor.draw(x, n_samples) for predictor, x in self._read_parts(X, y)]
             except NotImplementedError as error:
                 raise ValueError(f"{error}: use impute for their means") from error
-        return torch.cat(parts, 1).double().cpu().numpy()
+        return self._unshifted(torch.cat(parts, 1).double().cpu().numpy())
 
     def bidirectional(self, n_samples: int = 100) -> Bounds:
         """How far off the LML is, bounded on rows simulated from the fitted model (bidirectional Monte Carlo).
@@ -878,7 +908,7 @@ class BayesMPT(
             If the model does not declare that its loadings are free up to rotation (``model.rotations``).
         """
         check_is_fitted(self)
-        table = Table(self._check_rows(X, reset=False), self.device)
+        table = Table(self._check_rows(X, reset=False), self.device, self._shift)
         shape = self.noise_shape()
         if shape is None:
             raise ValueError(
@@ -889,16 +919,17 @@ class BayesMPT(
             raise ValueError(
                 "the Laplace evidence needs complete rows, got missing cells: use evidence='heldout'"
             )
-        cov, k = table.cov.cpu().numpy(), self.n_components_
+        cov, k = table.covariance, self.n_components_
         try:
-            with training.one_thread(cov.size):
+            with training.one_thread(table.n_cells):
                 if isinstance(shape, np.ndarray):
                     return laplace_proportional(cov, table.n, k, shape)
                 return laplace_diagonal(cov, table.n, k)
         except NoiseFloorError as error:
+            rank = spectrum(cov, np.ones(len(table.mean)), 0).rank
             raise ValueError(
                 f"{k} latents leave no direction for the noise of these rows (n_samples = {table.n}, n_features = "
-                f"{len(cov)}, rank {np.linalg.matrix_rank(cov)}): use fewer latents, or drop columns that repeat others"
+                f"{len(table.mean)}, rank {rank}): use fewer latents, or drop columns that repeat others"
             ) from error
 
     def integrated(self, X: ArrayLike, y: Any = None) -> Integrated:
@@ -956,8 +987,7 @@ class BayesMPT(
             self.log_marginal_likelihood_ = float(problem.score_of(read))
             self.predictor_ = read.freeze()
             self._state = save()
-            store = pyro.get_param_store()
-            self.params_ = {n: store[n].detach().cpu().numpy().copy() for n in self._state}
+            self.params_ = self._parameters()
         self.at_map_ = True
 
     def n_hyperparameters(self) -> int | None:
@@ -1107,10 +1137,10 @@ class BayesMPT(
         )
 
     def _arguments(self, rows: NDArray[np.floating], y: Any) -> tuple[Any, ...]:
-        return arguments(self.fitted_model_, rows, y, self.device)
+        return arguments(self.fitted_model_, rows, y, self.device, self._shift)
 
     def _tensor(self, rows: NDArray[np.floating]) -> Tensor:
-        return as_tensor(rows, self.fitted_model_, self.device)
+        return as_tensor(rows, self.fitted_model_, self.device, self._shift)
 
     def _names(self) -> NDArray[Any]:
         """Of the columns, for errors."""

@@ -10,7 +10,7 @@ rotation chosen so that V = U diag(s), s_k = (theta_k - 1)^1/2,
 with var_i the variance of token i, tau^2 the mean of W_ik^2 / var_i (empirical), d = T K + P parameters (V, eta) and
 |d(W, psi)| their Jacobian, G the g = K (K - 1)/2 tangents of the orbit, Q the normal directions, H = N x Fisher
 information + prior precision (of the loadings: its mean over the tokens). In the basis U the loadings' part of H falls
-apart into single entries and 2 x 2 blocks, so the whole costs O(T^2 K^2) and not (T K)^3.
+apart into single entries and 2 x 2 blocks, so the whole costs O(T^2 K^2), or O(T K^4) of many tokens, and not (T K)^3.
 
 PPCA treats all directions of the token space alike, so there var_i is the mean variance, and there is one psi.
 """
@@ -24,13 +24,14 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import multigammaln
 
-from bayes_mpt.concentrated import Factors, Prior, Spectrum, diagonal, proportional
+from bayes_mpt.concentrated import Factors, Prior, Root, Spectrum, diagonal, proportional, variances
 
 __all__ = ["Laplace", "laplace_diagonal", "laplace_proportional"]
 
 Array = NDArray[np.float64]
 
 LOG_2PI = math.log(2 * math.pi)
+MAX_DENSE = 1000  # tokens up to which a matrix of them is made: it keeps digits where a noise is all but zero
 NOISE_SHAPE = 2.0  # psi_i ~ Gamma(2, 2 / var_i): mean var_i, no weight at zero, soft towards it
 
 
@@ -46,13 +47,13 @@ class Laplace(NamedTuple):
 
 
 def laplace_proportional(
-    cov: Array, n_rows: int, n_latents: int, shape: Array, known: Spectrum | None = None
+    cov: Array | Root, n_rows: int, n_latents: int, shape: Array, known: Spectrum | None = None
 ) -> Laplace:
     """Noise c * shape with one unknown c (PPCA: shape of ones), expanded at the maximum of the likelihood.
 
     Parameters
     ----------
-    cov : array of shape (T, T)
+    cov : array of shape (T, T), or Root
         Covariance of the rows, divided by N.
     n_rows : int
         N.
@@ -71,55 +72,52 @@ def laplace_proportional(
     1
     """
     factors = proportional(cov, n_latents, shape, known)
-    share = factors.noise[:1] / shape[:1] / (np.diag(cov) / shape).mean()
-    return _around_orbit(factors, n_rows, np.ones((len(cov), 1)), share)
+    share = factors.noise[:1] / shape[:1] / (variances(cov) / shape).mean()
+    return _around_orbit(factors, n_rows, share)
 
 
-def laplace_diagonal(cov: Array, n_rows: int, n_latents: int) -> Laplace:
+def laplace_diagonal(cov: Array | Root, n_rows: int, n_latents: int) -> Laplace:
     """A noise variance of its own for each token (factor analysis), expanded at its maximum a posteriori.
 
     The prior keeps the expansion away from zero variances (Heywood cases), at which maximum likelihood often ends.
 
     Parameters
     ----------
-    cov : array of shape (T, T)
+    cov : array of shape (T, T), or Root
         Covariance of the rows, divided by N.
     n_rows : int
         N.
     n_latents : int
         K.
     """
-    variance = np.diag(cov)
+    variance = variances(cov)
     factors = diagonal(cov, n_latents, prior=Prior(NOISE_SHAPE, NOISE_SHAPE / variance, n_rows))
-    return _around_orbit(factors, n_rows, np.eye(len(cov)), factors.noise / variance)
+    return _around_orbit(factors, n_rows, factors.noise / variance)
 
 
-def _around_orbit(factors: Factors, n_rows: int, design: Array, share: Array) -> Laplace:
-    """Integrate over loadings and eta, log psi = design @ eta, around the orbit of rotations.
+def _around_orbit(factors: Factors, n_rows: int, share: Array) -> Laplace:
+    """Integrate over loadings and noises around the orbit of rotations.
 
-    ``share`` (P,) is each noise in units of its prior mean, psi / var.
+    ``share`` (P,) is each noise in units of its prior mean, psi / var: of all tokens together (P = 1), or of each (T).
     """
     # Columns of zero loading have no orbit and no information: their prior integrates to one.
     used = factors.spectrum > 1 + 1e-10
     theta, u = factors.spectrum[used], factors.vectors[:, used]  # (K,), (T, K)
     n_tokens, n_latents = u.shape
-    n_noise = design.shape[1]
+    n_noise = len(share)
     lml = n_rows * factors.lml
     # density of log psi: a^a / Gamma(a) share^a exp(-a share), curvature a share
     a = NOISE_SHAPE
     log_prior = float((a * np.log(a * share) - a * share - math.lgamma(a)).sum())
-    curvature = np.diag(a * share)
-    # R = I + V V';  H_pp = N/4 (I + R o R^-1)
-    r = np.eye(n_tokens) + (u * (theta - 1)) @ u.T
-    r_inverse = np.eye(n_tokens) - (u * ((theta - 1) / theta)) @ u.T
-    h_noise = n_rows / 4 * (np.eye(n_tokens) + r * r_inverse)
+    curvature = a * share
     if not n_latents:
-        h = design.T @ h_noise @ design + curvature
-        value = lml + log_prior + 0.5 * n_noise * LOG_2PI - 0.5 * np.linalg.slogdet(h)[1]
+        # H_pp = N/2
+        h = n_rows * n_tokens / (2 * n_noise) + curvature
+        value = lml + log_prior + 0.5 * n_noise * LOG_2PI - 0.5 * np.log(h).sum()
         return Laplace(float(value), lml, factors)
     s = np.sqrt(theta - 1)
     # W_ik ~ N(0, tau^2 var_i), so V_ik ~ N(0, tau^2 / share_i)
-    token_share = design @ share
+    token_share = np.broadcast_to(share, n_tokens)
     tau2 = ((u * s) ** 2 * token_share[:, None]).mean()
     precision = token_share.mean() / tau2
     d, m = s / theta, (theta - 1) / theta
@@ -136,14 +134,16 @@ def _around_orbit(factors: Factors, n_rows: int, design: Array, share: Array) ->
         + 2 * s[low] * s[high] * d[low] * d[high]
     )
     log_det += np.log(h_pair).sum()
-    # Coupling of the loadings to log psi_i in the same basis, then the Schur complement
-    outside = np.eye(n_tokens) - u @ u.T
-    coupled = n_rows**2 / 4 * outside * ((u * ((d + s) ** 2 / h_outside)) @ u.T)
-    own = n_rows * d * u**2 / np.sqrt(h_own)
+    # Coupling of the loadings to log psi in the same basis
+    outside = (d + s) ** 2 / h_outside
+    own = n_rows * d / np.sqrt(h_own)
     pair = s[high] * (d[high] + s[high] / theta[low]) + s[low] * (d[low] + s[low] / theta[high])
-    pair = n_rows / 2 * u[:, low] * u[:, high] * pair / np.sqrt(norm2 * h_pair)
-    schur = h_noise - coupled - own @ own.T - pair @ pair.T
-    sign, log_det_noise = np.linalg.slogdet(design.T @ schur @ design + curvature)
+    pair = n_rows / 2 * pair / np.sqrt(norm2 * h_pair)
+    if n_noise == 1:
+        # summed over all tokens R o R^-1 is T, and u_l o u_k is 1 for l = k and 0 else
+        sign, log_det_noise = 1.0, np.log(n_rows * n_tokens / 2 - np.square(own).sum() + curvature[0])
+    else:
+        sign, log_det_noise = _log_det_noise(u, theta, n_rows, curvature, outside, own, pair)
     if sign <= 0:
         raise FloatingPointError(
             "the curvature of the noise variances is not positive: the Laplace evidence fails"
@@ -155,6 +155,40 @@ def _around_orbit(factors: Factors, n_rows: int, design: Array, share: Array) ->
     value = lml + log_loading + log_prior + 0.5 * n_free * LOG_2PI - 0.5 * log_det
     value += 0.5 * np.log(norm2).sum() + _log_volume(n_latents)
     return Laplace(float(value), lml, factors)
+
+
+def _log_det_noise(
+    u: Array, theta: Array, n_rows: int, curvature: Array, outside: Array, own: Array, pair: Array
+) -> tuple[float, float]:
+    """Sign and logarithm of the determinant of the noises' part of H, its coupling to the loadings taken off.
+
+    With V = U diag(s), R = I + V V' and o the product of elements,
+
+        N/4 (I + R o R^-1) + diag(curvature) - N^2/4 (I - U U') o (U diag(outside) U') - sum_lk m_lk^2 f_lk f_lk'
+
+    where f_lk = u_l o u_k (T,) for l <= k and m their couplings, own and pair. Every term is diagonal or of such f:
+    D + F M F', of which the determinant costs T K^4 / 4 and no matrix of tokens is made.
+    """
+    n_tokens, n_latents = u.shape
+    a, b = theta - 1, (theta - 1) / theta
+    diagonal = n_rows / 4 * (2 + u**2 @ (a - b)) - n_rows**2 / 4 * (u**2 @ outside) + curvature  # (T,)
+    low, high = np.triu_indices(n_latents, 1)
+    f = np.concatenate([u**2, u[:, low] * u[:, high]], 1)
+    weight = np.concatenate(
+        [
+            n_rows**2 / 4 * outside - n_rows / 4 * a * b - own**2,
+            n_rows**2 / 4 * (outside[low] + outside[high])
+            - n_rows / 4 * (a[low] * b[high] + a[high] * b[low])
+            - pair**2,
+        ]
+    )
+    if f.shape[1] < n_tokens > MAX_DENSE:
+        # |D + F M F'| = |D| |I + M F' D^-1 F|
+        inner = np.eye(f.shape[1]) + weight[:, None] * (f.T @ (f / diagonal[:, None]))
+        sign, log_det = np.linalg.slogdet(inner)
+        return sign * np.prod(np.sign(diagonal)), log_det + np.log(np.abs(diagonal)).sum()
+    sign, log_det = np.linalg.slogdet(np.diag(diagonal) + (f * weight) @ f.T)
+    return sign, log_det
 
 
 def _log_volume(k: int) -> float:

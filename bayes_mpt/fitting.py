@@ -103,20 +103,42 @@ def bind(
     return found, args
 
 
-def choose_dimension(model: Any, table: Table) -> tuple[Any, dict[int, float]]:
-    """Rank all K by the evidence, on one covariance: the winner's model, and ``{K: log evidence}``."""
+def choose_dimension(model: Any, table: Table) -> tuple[Any, dict[int, float], bool]:
+    """Rank all K by the evidence, on one covariance.
+
+    Returns
+    -------
+    model
+        With the best K.
+    evidence
+        ``{K: log evidence}``.
+    at_floor
+        Whether K latents reproduce these rows without noise, so that the likelihood is unbounded there.
+    """
     table = table if table.complete else table.available()
     n, n_tokens = table.n, len(table.mean)
-    cov = table.cov.cpu().numpy()
+    cov, shape = table.covariance, np.ones(n_tokens)
+    most = min(n_tokens - 1, n - 2, MAX_AUTO)
     # K latents and a noise need K + 1 directions in which the rows differ
-    known = spectrum(cov, np.ones(n_tokens))
-    largest = min(n_tokens - 1, n - 2, known.rank - 1, MAX_AUTO)
+    known = spectrum(cov, shape, max(most, 0))
+    largest = min(most, known.rank - 1)
     evidence = {
-        k: laplace_proportional(cov, n, k, np.ones(n_tokens), known).log_evidence
-        for k in range(max(largest, 0) + 1)
+        k: laplace_proportional(cov, n, k, shape, known).log_evidence for k in range(max(largest, 0) + 1)
     }
     best = max(evidence, key=lambda k: evidence[k])
-    return model.__class__(**{**model.get_params(), "n_components": best}), evidence
+    # rows differ in at most n - 1 directions, and in none along a constant column
+    at_floor = 0 < known.rank < min(n - 1, int((table.variance > 0).sum())) and known.rank <= MAX_AUTO
+    if at_floor:
+        best = known.rank
+        evidence[best] = math.inf
+        warnings.warn(
+            f"the {n} rows of {n_tokens} columns have rank {best}: with {best} latent dimensions or more no noise is "
+            f"left and the likelihood is unbounded. Taken are {best}, with a noise of the size of rounding errors; "
+            + (f"{best + 1} to {most} are left out" if most > best else "no larger number is tried"),
+            ConvergenceWarning,
+            stacklevel=5,
+        )
+    return model.__class__(**{**model.get_params(), "n_components": best}), evidence, at_floor
 
 
 def refuse_subsampling(predictor: Conditionals, args: tuple[Any, ...]) -> None:
@@ -192,6 +214,8 @@ class Trainer:
     names: NDArray[Any]
     """Of the columns (T,), for errors."""
     report: training.Report
+    at_floor: bool = False
+    """Whether a noise that goes to zero is held at the size of rounding errors, and not refused."""
 
     def train(
         self, problem: training.Problem, table: Table | None, prior: Prior | None, *, warm: bool
@@ -219,7 +243,7 @@ class Trainer:
             fit = self._train(problem, table, prior, warm)
         except NoiseFloorError as error:
             raise ValueError(self._unbounded(error, problem)) from error
-        if not fit.converged and not fit.interrupted:
+        if not fit.converged and not fit.interrupted and not self.at_floor:
             if fit.n_iter >= self.max_iter:
                 what = f"raise max_iter (now {self.max_iter})"
             elif problem.predictor.name == "Quadrature":
@@ -336,7 +360,7 @@ class Trainer:
         complete = table if table.complete else table.available()
         rows, weight = complete.rows()
         whole = training.Problem(problem.predictor, problem.args, rows, weight, complete.n_rows)
-        return training.concentrate(whole, complete, self.max_iter, self.tol)
+        return training.concentrate(whole, complete, self.max_iter, self.tol, at_floor=self.at_floor)
 
     def _best_of(
         self, train: Callable[[], training.Fit], problem: training.Problem, prior: Prior | None

@@ -28,18 +28,24 @@ __all__ = [
 ]
 
 
-def as_tensor(X: NDArray[np.floating], model: Model, device: str) -> Tensor:
-    """Rows in the model's precision."""
+def as_tensor(
+    X: NDArray[np.floating], model: Model, device: str, shift: NDArray[np.float64] | None = None
+) -> Tensor:
+    """Rows in the model's precision, less the shift (T,)."""
     wanted = getattr(model, "dtype", None)
     single = isinstance(wanted, torch.dtype) and wanted == torch.float32
+    if shift is not None:
+        X = np.asarray(X, dtype=np.float64) - shift
     array = np.asarray(X, dtype=np.float32 if single else np.float64)
     # torch has no read-only tensors; nothing here writes into its rows
     return torch.from_numpy(array if array.flags.writeable else array.copy()).to(device)
 
 
-def arguments(model: Model, X: NDArray[np.floating], y: Any, device: str) -> tuple[Any, ...]:
-    """What the program is called with: rows, and y where it takes it."""
-    x = as_tensor(X, model, device)
+def arguments(
+    model: Model, X: NDArray[np.floating], y: Any, device: str, shift: NDArray[np.float64] | None = None
+) -> tuple[Any, ...]:
+    """What the program is called with: rows, less the shift, and y where it takes it."""
+    x = as_tensor(X, model, device, shift)
     if not takes_y(model):
         return (x,)
     if y is None:
@@ -75,14 +81,20 @@ def needs_y(model: Model) -> bool:
     return len(parameters) > 1 and parameters[1].default is inspect.Parameter.empty
 
 
-def grow_table(X: NDArray[np.floating], seen: Table | None, device: str, names: NDArray[Any]) -> Table:
-    """The moments of these rows and of those seen before; ``names`` (T,) are of the columns, for errors."""
-    table = Table(X, device)
+def grow_table(
+    X: NDArray[np.floating],
+    seen: Table | None,
+    device: str,
+    names: NDArray[Any],
+    shift: NDArray[np.float64] | None = None,
+) -> Table:
+    """The moments of these rows, less the shift, and of those seen before; ``names`` (T,) of columns, for errors."""
+    table = Table(X, device, shift)
     if seen is not None:
         table.update(seen)
     if not table.n:
         refuse_unobserved(table.incomplete.isnan().all(0).cpu().numpy(), names)
-    broken = (~torch.isfinite(table.cov.diagonal())).nonzero()[:, 0].tolist()
+    broken = (~torch.isfinite(table.variance)).nonzero()[:, 0].tolist()
     if broken:
         raise ValueError(f"the squares of column {names[broken[0]]} overflow: rescale it")
     return table
@@ -107,7 +119,7 @@ def refuse_missing(X: NDArray[np.floating], names: NDArray[Any]) -> None:
 
 def refuse_constant(table: Table) -> None:
     """Rows that are all equal."""
-    if table.complete and not bool((table.cov.diagonal() > 0).any()):
+    if table.complete and not bool((table.variance > 0).any()):
         raise ValueError(
             f"all {table.n_rows} rows are equal: every column is constant, so the likelihood has no maximum"
         )
