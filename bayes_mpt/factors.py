@@ -278,7 +278,7 @@ class Factors(NamedTuple):
         lead = part.shape[:-2]
         axis = t.site.row_axis
         if axis is None:
-            return part.reshape(*lead, *shape)
+            return part.reshape((*lead, *shape))  # of a scalar site no axis may be left
         rest = shape[:axis] + shape[axis + 1 :]
         return part.reshape(*lead, part.shape[-2], *rest).movedim(len(lead), len(lead) + axis)
 

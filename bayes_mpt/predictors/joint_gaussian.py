@@ -149,7 +149,7 @@ class JointGaussian(Conditionals):
         return new
 
     def conditionals(self, x: Tensor, visible: Tensor) -> Tensor:
-        loc, cov, _ = self.last
+        loc, cov = self._moments_for(x)
         out = x.new_zeros(len(visible), *x.shape)
         for s, mask in enumerate(visible):
             for n, row in enumerate(x):
@@ -161,7 +161,7 @@ class JointGaussian(Conditionals):
         return out
 
     def chain(self, x: Tensor, order: Tensor) -> Tensor:
-        loc, cov, _ = self.last
+        loc, cov = self._moments_for(x)
         out = []
         for tokens in order:
             rows = []
@@ -176,7 +176,7 @@ class JointGaussian(Conditionals):
         return torch.stack(out)
 
     def joint(self, x: Tensor) -> Tensor:
-        loc, cov, _ = self.last
+        loc, cov = self._moments_for(x)
         out = []
         for row in x:
             seen = ~row.isnan()
@@ -202,13 +202,20 @@ class JointGaussian(Conditionals):
             residual, cov = residual[:, seen], cov[:, seen][..., seen]
         return _LogProb.apply(residual, cov)
 
+    def _moments_for(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and covariance of the tokens of x (R, T)."""
+        loc, cov, _ = self.last
+        if x.shape[1] != len(loc):
+            raise ModelError(f"the observations that were read are {len(loc)}, got x of shape {tuple(x.shape)}")
+        return loc, cov
+
     def _program(self) -> Model:
         if self.model is None:
             raise RuntimeError("this predictor is frozen: it has no program to read")
         return self.model
 
     def predicted(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        loc, cov, _ = self.last
+        loc, cov = self._moments_for(x)
         kept = tokens[~x[0, tokens].isnan()]
         # y_t given y_<t:  mean = y_t - L_tt (L^-1 r)_t,  variance = L_tt^2
         root = cholesky(cov[kept][:, kept])
@@ -216,7 +223,7 @@ class JointGaussian(Conditionals):
         return x[0, kept] - root.diagonal() * white, root.diagonal().square()
 
     def posterior(self, x: Tensor, visible: Tensor | None = None) -> Posterior:
-        loc, cov, _ = self.last
+        loc, cov = self._moments_for(x)
         shown = ~x.isnan() if visible is None else ~x.isnan() & visible
         tokens = []
         for row, seen in zip(x, shown, strict=True):
