@@ -91,8 +91,8 @@ def refuse_other_rows(x: Tensor, read: Tensor) -> None:
         return
     what = "other values than" if x.shape == read.shape else f"shape {tuple(x.shape)} in place of"
     raise ModelError(
-        f"these conditionals answer for the rows that were last read, of shape {tuple(read.shape)}; x has {what} these: "
-        "call read(args) with the rows to be scored, and pass its `value` as x"
+        f"these conditionals answer for the rows that were last read, of shape {tuple(read.shape)}; x has {what} "
+        "these: call read(args) with the rows to be scored, and pass its `value` as x"
     )
 
 

@@ -206,7 +206,9 @@ class JointGaussian(Conditionals):
         """Mean and covariance of the tokens of x (R, T)."""
         loc, cov, _ = self.last
         if x.shape[1] != len(loc):
-            raise ModelError(f"the observations that were read are {len(loc)}, got x of shape {tuple(x.shape)}")
+            raise ModelError(
+                f"the observations that were read are {len(loc)}, got x of shape {tuple(x.shape)}"
+            )
         return loc, cov
 
     def _program(self) -> Model:

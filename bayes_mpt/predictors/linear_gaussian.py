@@ -287,7 +287,7 @@ class Groups:
 
 
 def group_rows(x: Tensor, loc: Tensor) -> Groups:
-    """Rows (N, T) by their missing cells; each its own group where there are several maps, with means ``loc`` (B, T)."""
+    """Rows (N, T) by their missing cells; each its own group where there are several maps, of means ``loc`` (B, T)."""
     if x.shape[1] != loc.shape[1]:
         raise ModelError(f"rows have {loc.shape[1]} tokens, got x of shape {tuple(x.shape)}")
     seen = ~x.isnan()
