@@ -207,7 +207,7 @@ def survey(model: Model, args: tuple[Any, ...], *, own_masks: bool = False) -> P
         tokens = _refuse_dependence_on_x(model, init, program, first)
         if len(nodes) == 1 and not sites[0].n_joint:
             whole = [i for i in tokens if nodes[0]["value"] is init[i]]
-            if whole and _hides_only(model, init, whole[0], first):
+            if whole and nan_shows(model, init, whole[0], first):
                 program = program._replace(tokens_from=whole[0])
     return program
 
@@ -693,6 +693,14 @@ def read_values(
                 "cell would drop with all its other cells. Write a series as a loop of Normal sites, one or two for "
                 "each step: these are scored step by step, in time linear in the length"
             )
+        lost = shown[site.name].isnan()
+        if site.n_joint == 1 and bool((lost.any(-1) & ~lost.all(-1)).any()):
+            raise ModelError(
+                f"site {site.name!r} ({site.kind}) has one density for a whole event, and of some events a few cells "
+                "alone are missing: the observed ones would be dropped with them. Leave these rows out, or make them "
+                "missing whole; of a Gaussian process, use bayes_mpt.models.GaussianProcess, which takes missing "
+                "observations"
+            )
     n_cells = sum(int(a.isnan().sum()) for a in args if has_missing(a))
     if int(missing.sum()) > n_cells:
         raise ModelError(
@@ -938,14 +946,18 @@ class _OtherLatents(poutine.messenger.Messenger):
                 msg["value"] = torch.where(value == before, swapped, value)
 
 
-def _hides_only(model: Model, args: tuple[Any, ...], position: int, first: Trace) -> bool:
+def nan_shows(model: Model, args: tuple[Any, ...], position: int, first: Trace) -> bool:
     """Whether NaN in the argument that is observed as it stands are NaN there too, and no mask hides other cells."""
     trace, holes = run_with_holes(model, args, position, first)
     if trace is None:
         return True
     (node,) = observed_nodes(trace)
+    missing = node["value"].isnan()
+    if missing.numel() != holes.numel():
+        return False
+    holes = holes.reshape(missing.shape)
     newly = own_shown(first.nodes[node["name"]]) & ~own_shown(node)
-    return torch.equal(node["value"].isnan(), holes) and not bool((newly & ~holes).any())
+    return torch.equal(missing, holes) and not bool((newly & ~holes).any())
 
 
 def run_with_holes(

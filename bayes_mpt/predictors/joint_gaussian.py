@@ -18,9 +18,22 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bayes_mpt.predictors.base import Conditionals, Posterior, Predictive
-from bayes_mpt.tracing import Model, ModelError, Program, base, fill, rows_of, run, spread_rows, survey
+from bayes_mpt.tracing import (
+    Model,
+    ModelError,
+    Program,
+    base,
+    fill,
+    has_missing,
+    nan_shows,
+    own_shown,
+    rows_of,
+    run,
+    spread_rows,
+    survey,
+)
 
-__all__ = ["JointGaussian", "cholesky", "gaussian_program", "moments"]
+__all__ = ["JointGaussian", "cholesky", "gaussian_program", "missing_of", "moments"]
 
 LOG_2PI = math.log(2 * math.pi)
 N_TRIAL_ROWS = 64  # rows on which it is found out what the program is
@@ -71,8 +84,15 @@ def gaussian_program(model: Model, args: tuple[Any, ...]) -> Program | None:
             program = survey(model, few)
     except RuntimeError as error:  # of the factor of the covariance
         raise ModelError(NOT_DEFINITE) from error
+    if not bool(own_shown(sites[0]).all()):
+        raise ModelError(
+            f"a mask hides observed site {sites[0]['name']!r}, which is one Gaussian vector: take it away and leave "
+            "missing observations NaN, which the package leaves out"
+        )
+    last = len(few) - 1
+    shows = few[last].is_floating_point() and nan_shows(model, tuple(fill(a) for a in few), last, trace)
     site = program.sites[0]._replace(shape=(len(args[0]),), n_joint=0)
-    return program._replace(sites=(site,), depth=0)
+    return program._replace(sites=(site,), depth=0, tokens_from=last if shows else None)
 
 
 def moments(model: Model, args: tuple[Any, ...], program: Program) -> Moments:
@@ -81,10 +101,22 @@ def moments(model: Model, args: tuple[Any, ...], program: Program) -> Moments:
     node = trace.nodes[program.sites[0].name]
     fn = base(node["fn"])
     value = node["value"]
-    # The tokens are the last argument itself, or none may be missing.
-    missing = args[-1].isnan() if args[-1].is_floating_point() else torch.zeros_like(value, dtype=torch.bool)
-    value = torch.where(missing.reshape(value.shape), torch.nan, value.to(fn.loc))
+    value = torch.where(missing_of(args, program).reshape(value.shape), torch.nan, value.to(fn.loc))
     return Moments(fn.loc, fn.covariance_matrix, value.reshape(1, -1))
+
+
+def missing_of(args: tuple[Any, ...], program: Program) -> Tensor:
+    """Which observations are missing: those of the last argument, in its shape, where it is what is observed."""
+    y = args[-1]
+    if not has_missing(y):
+        return torch.zeros(y.shape, dtype=torch.bool, device=y.device)
+    if program.tokens_from is None:
+        raise ModelError(
+            f"the program fills in missing cells of observed site {program.observed!r} itself, or computes it from "
+            "several: write obs=y with y the last argument, and leave the cells NaN. Missing cells are left out by the "
+            "package"
+        )
+    return y.isnan()
 
 
 class JointGaussian(Conditionals):
