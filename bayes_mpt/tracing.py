@@ -32,6 +32,7 @@ NODES = "_nodes"  # the plate of nodes, left of a program's own plates
 MAX_VALUES = 4096  # of one discrete latent
 MOST_NAMES = 12  # in a message
 N_TRIAL_ROWS = 8
+N_OTHERS = 3  # draws of all latents that are tried to see whether observed values move
 CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4}
 MIXED = re.compile("dtype|scalar type|data type|result type")  # in torch's messages about precision
 
@@ -823,7 +824,13 @@ def check_observed(model: Model, args: tuple[Any, ...], first: Trace, *, own_mas
 
 def _refuse_moving_values(model: Model, args: tuple[Any, ...], first: Trace, nodes: list[Any]) -> None:
     """No observed value may change with latents, or from run to run."""
-    changed = _run_on_others(model, args, first, {})
+    changed = None
+    for seed in range(1, 1 + N_OTHERS):
+        with suppress(RuntimeError, ValueError, IndexError):  # far out in a prior a program may break
+            changed = _run_on_others(model, args, first, {}, seed)
+            break
+    if changed is None:
+        return  # where it is trained it says why
     for node in nodes:
         name = node["name"]
         if _same(node["value"], node_of(changed, name)["value"]):
@@ -913,9 +920,11 @@ def _visible_log_probs(trace: Trace) -> dict[str, Tensor]:
     }
 
 
-def _run_on_others(model: Model, args: tuple[Any, ...], first: Trace, held: dict[str, Tensor]) -> Trace:
+def _run_on_others(
+    model: Model, args: tuple[Any, ...], first: Trace, held: dict[str, Tensor], seed: int = 1
+) -> Trace:
     """A run at other latents than the first, but for those that are held; plates keep the rows that they drew."""
-    with torch.no_grad(), pyro.validation_enabled(False), own_random_state(1), _OtherLatents(first, held):
+    with torch.no_grad(), pyro.validation_enabled(False), own_random_state(seed), _OtherLatents(first, held):
         return run(model, args, {**held, **_sub_samples(first)})
 
 
