@@ -210,6 +210,17 @@ def test_a_mask_of_what_is_missing_is_as_good_as_none(predictor):
     assert model.log_marginal_likelihood_ == pytest.approx(with_wide_mean(SEEN), abs=error)
 
 
+@pytest.mark.parametrize("value", [zeros, lambda x: x[:, 0]], ids=["filled", "as it is"])
+def test_an_obs_mask_of_what_is_missing(value):
+    def program(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=value(x), obs_mask=observed(x))
+
+    model = BayesMPT(program).fit(HOLES)
+    assert model.log_marginal_likelihood_ == pytest.approx(with_wide_mean(SEEN), abs=1e-9)
+
+
 def test_masks_of_missing_cells_beside_parameters():
     def program(x):
         mu = pyro.param("mu", torch.tensor(0.0))
