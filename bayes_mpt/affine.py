@@ -34,8 +34,10 @@ from bayes_mpt.tracing import (
     Program,
     SetLatents,
     base,
+    check_observed,
     describe_latent,
     fill,
+    fill_otherwise,
     first_run,
     has_missing,
     head,
@@ -44,10 +46,16 @@ from bayes_mpt.tracing import (
     list_names,
     observed_nodes,
     one_precision,
+    own_shown,
+    plate_axis,
     plate_depth,
     refuse_unregistered,
+    rows_first,
+    rows_plate_of,
     run,
+    run_with_holes,
     token_values,
+    values_with_gaps,
 )
 
 __all__ = [
@@ -101,6 +109,8 @@ class Structure(NamedTuple):
     """(K,) prior standard deviations of the latents in the first run: the unit of the probes."""
     depth: int
     """Plate dimensions that the program uses."""
+    row_axes: tuple[int | None, ...]
+    """The axis of the rows plate in the value of each observed site."""
     at_once: bool = False
     """With ``own_rows``: the program broadcasts over a plate of probes, so that one run reads them all."""
 
@@ -234,10 +244,17 @@ def structure(
     way = Dense() if way is None else way
     args = tuple(fill(a) for a in args)
     first, init = first_run(model, args)
-    sites, rows_plate, by_row = _sites(first)
+    sites, rows_plate, by_row, row_axes = _sites(first, len(init[0]))
+    check_observed(model, init, first)
     node = first.nodes[sites[0]]
-    value = _tokens_of([first.nodes[name]["value"] for name in sites], by_row)
-    n_rows = len(node["value"]) if by_row else 1
+    values = [first.nodes[name]["value"] for name in sites]
+    if any(v.requires_grad for v in values):
+        raise NotAffine(
+            f"observed values of site {list_names(sites)!r} are computed with parameters, so that they are not read as "
+            "data with one linear-Gaussian map"
+        )
+    value = _tokens_of(values, row_axes)
+    n_rows = len(value)
     nodes = latent_nodes(first)
     latents = tuple(describe_latent(latent, rows_plate if by_row else None) for latent in nodes)
     spread = [
@@ -257,7 +274,9 @@ def structure(
         width=value.shape[1],
         spread=torch.cat(spread) if spread else init[0].new_zeros(0),
         depth=plate_depth((*observed_nodes(first), *nodes)),
+        row_axes=row_axes,
     )
+    draft = _without_false_argument(model, init, draft, first)
     way.admit(draft)
     trial, before, whole, reading = init, None, None, None
     if by_row and _scale(node) == 1.0:
@@ -647,8 +666,8 @@ def _with_correlated_noise(reading: Reading, tril: Tensor) -> Reading:
 # ---------------------------------------------------------------------------------------------------- runs and sites
 
 
-def _sites(trace: Trace) -> tuple[tuple[str, ...], str | None, bool]:
-    """Names of the observed sites, of the rows plate, and whether all latents live inside it."""
+def _sites(trace: Trace, n_rows: int) -> tuple[tuple[str, ...], str | None, bool, tuple[int | None, ...]]:
+    """Names of the observed sites, of the rows plate, whether all latents live inside it, and its axis in each site."""
     observed = observed_nodes(trace)
     for node in observed:
         if not node["value"].is_floating_point():
@@ -662,29 +681,22 @@ def _sites(trace: Trace) -> tuple[tuple[str, ...], str | None, bool]:
             raise NotAffine(
                 f"observed site {node['name']!r} is MultivariateNormal beside other observed sites"
             )
-    plates = [_outermost_plate(node) for node in observed]
-    rows = plates[0] if len(set(plates)) == 1 else None
     nodes = latent_nodes(trace)
     for latent in nodes:
         _normal(latent)
-    by_row = rows is not None and all(
-        any(f.name == rows for f in latent["cond_indep_stack"]) for latent in nodes
-    )
+    rows, by_row = rows_plate_of(observed, nodes, n_rows)
+    axes = tuple(plate_axis(node, rows) if by_row else None for node in observed)
     if len(observed) > 1 and len({float(n["scale"]) for n in observed}) > 1:
         raise NotAffine("observed sites have different scales")
-    return tuple(node["name"] for node in observed), rows, by_row
+    for node in observed:
+        if not bool(own_shown(node).all()):
+            raise NotAffine(f"a mask hides values of observed site {node['name']!r}")
+    return tuple(node["name"] for node in observed), rows, by_row, axes
 
 
-def _outermost_plate(node: Any) -> str | None:
-    """The plate of the leftmost batch axis."""
-    batch = len(node["fn"].batch_shape)
-    frames = [f for f in node["cond_indep_stack"] if f.vectorized and batch + f.dim == 0]
-    return frames[0].name if frames else None
-
-
-def _tokens_of(parts: list[Tensor], by_row: bool) -> Tensor:
-    """Values (means, scales) of the observed sites side by side: (N, T), or one vector (1, T)."""
-    return torch.cat([p.reshape((len(p), -1) if by_row else (1, -1)) for p in parts], 1)
+def _tokens_of(parts: list[Tensor], row_axes: tuple[int | None, ...]) -> Tensor:
+    """Values of the observed sites side by side: (N, T), or one vector (1, T)."""
+    return torch.cat([rows_first(p, axis) for p, axis in zip(parts, row_axes, strict=True)], 1)
 
 
 def _batch(structure: Structure, args: tuple[Any, ...]) -> int:
@@ -743,7 +755,8 @@ def _correlated_noise(trace: Trace, structure: Structure, n_copies: int = 1) -> 
     if not isinstance(fn, torch.distributions.MultivariateNormal):
         return None
     n_tokens = fn.event_shape[0]
-    n_rows = len(value) if structure.by_row else 1
+    axis = structure.row_axes[0]
+    n_rows = 1 if axis is None else value.shape[axis]
     if value.numel() != n_rows * n_tokens:
         raise NotAffine(
             f"observed site {node['name']!r} has several MultivariateNormal events a row: their noise is correlated "
@@ -786,10 +799,10 @@ def _token_normal(trace: Trace, structure: Structure, n_copies: int = 1) -> tupl
     """Means and scales of the tokens (P, B, T)."""
     locs: list[Tensor] = []
     scales: list[Tensor] = []
-    for name in structure.sites:
+    for name, axis in zip(structure.sites, structure.row_axes, strict=True):
         node = trace.nodes[name]
         for t, out in zip(_normal(node), (locs, scales), strict=True):
-            out.append(_flat(t, node["value"].shape, 0 if structure.by_row else None, n_copies))
+            out.append(_flat(t, node["value"].shape, axis, n_copies))
     return torch.cat(locs, -1), torch.cat(scales, -1)
 
 
@@ -797,7 +810,7 @@ def tokens_of(trace: Trace, structure: Structure | Program) -> Tensor:
     """Values of the tokens of a run (N, T), of a program that was found to be linear-Gaussian or of another."""
     if isinstance(structure, Program):
         return token_values(trace, structure)
-    return _tokens_of([trace.nodes[name]["value"] for name in structure.sites], structure.by_row)
+    return _tokens_of([trace.nodes[name]["value"] for name in structure.sites], structure.row_axes)
 
 
 def latent_parts(trace: Trace, structure: Structure, n_copies: int = 1) -> tuple[Tensor, list[Tensor]]:
@@ -805,8 +818,8 @@ def latent_parts(trace: Trace, structure: Structure, n_copies: int = 1) -> tuple
 
     Standard deviations (P, B, width) of independent ones, lower factors (P, B, events, D, D) of others.
     """
-    value = trace.nodes[structure.sites[0]]["value"]
-    lead = (n_copies, len(value) if structure.by_row else 1)
+    value, axis = trace.nodes[structure.sites[0]]["value"], structure.row_axes[0]
+    lead = (n_copies, 1 if axis is None else value.shape[axis])
     locs: list[Tensor] = []
     roots: list[Tensor] = []
     for site in structure.latents:
@@ -848,6 +861,12 @@ def _value(
     model: Model, args: tuple[Any, ...], structure: Structure, trace: Trace, sites: dict[str, Tensor]
 ) -> Tensor:
     """The observed value as (N, T): a token that is computed from a missing cell is missing."""
+    for name in structure.sites:
+        if not bool(own_shown(trace.nodes[name]).all()):
+            raise ModelError(
+                f"a mask hides values of observed site {name!r}, and did not when the program was first run: leave the "
+                "cells NaN, which the package leaves out, or show the masked rows when the predictor is made"
+            )
     value = tokens_of(trace, structure)
     if any(has_missing(a) for a in args):
         # The filled cells gave finite parameters and maps; what the NaN themselves reach shows which tokens to drop.
@@ -862,8 +881,16 @@ def _value(
                     f"missing cells reach the mean or scale of observed site {structure.observed!r}: covariates must "
                     "be complete, only what is observed may be missing"
                 )
-            value = tokens_of(raw, structure)
         n_cells = sum(int(a.isnan().sum()) for a in args if has_missing(a))
+        with_gaps = tokens_of(raw, structure)
+        whole = all(bool(own_shown(raw.nodes[name]).all()) for name in structure.sites)
+        if not whole or int(with_gaps.isnan().sum()) < n_cells:
+            # missing cells without a token, or the program has a view of its own of them
+            with torch.no_grad():
+                other = run(model, tuple(fill_otherwise(a) for a in args), sites)
+            shown = values_with_gaps(model, args, structure.sites, trace, other, sites)
+            with_gaps = _tokens_of([shown[name] for name in structure.sites], structure.row_axes)
+        value = with_gaps
         if int(value.isnan().sum()) > n_cells:
             raise ModelError(
                 f"{n_cells} missing cells make {int(value.isnan().sum())} tokens of observed site "
@@ -886,6 +913,21 @@ def _observed_arg(value: Tensor, args: tuple[Any, ...], ndim: int) -> int | None
         ):
             return i
     return None
+
+
+def _without_false_argument(
+    model: Model, args: tuple[Any, ...], structure: Structure, first: Trace
+) -> Structure:
+    """Missing cells of the argument that the tokens are must be missing there too, or the tokens are not it."""
+    if structure.observed_arg is None:
+        return structure
+    trace, holes = run_with_holes(model, args, structure.observed_arg, first)
+    if trace is None:
+        return structure
+    shown = _tokens_of([own_shown(trace.nodes[name]) for name in structure.sites], structure.row_axes)
+    if torch.equal(tokens_of(trace, structure).isnan(), holes) and bool((shown | holes).all()):
+        return structure
+    return structure._replace(observed_arg=None)
 
 
 # ---------------------------------------------------------------------------------------------------------- the checks

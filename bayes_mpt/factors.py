@@ -38,6 +38,7 @@ from bayes_mpt.tracing import (
     n_rows_of,
     node_of,
     one_precision,
+    own_masks,
     rows_axis,
     sum_by_row,
     token_values,
@@ -278,7 +279,7 @@ class Factors(NamedTuple):
         lead = part.shape[:-2]
         axis = t.site.row_axis
         if axis is None:
-            return part.reshape(*lead, *shape)
+            return part.reshape((*lead, *shape))  # of a scalar site no axis may be left
         rest = shape[:axis] + shape[axis + 1 :]
         return part.reshape(*lead, part.shape[-2], *rest).movedim(len(lead), len(lead) + axis)
 
@@ -395,7 +396,7 @@ def read_factors(
         fn = base(node["fn"])
         log_prob = fn.log_prob(node["value"]).to(dtype)
         n_event = node["fn"].event_dim - site.n_joint
-        for mask, n_outer in _masks(node, n_event):
+        for mask, n_outer in own_masks(node, n_event):
             log_prob = torch.where(mask[(...,) + (None,) * n_outer] if mask.ndim else mask, log_prob, 0.0)
         tokens.append(
             _Tokens(
@@ -454,20 +455,6 @@ class _Enumerate(poutine.messenger.Messenger):
 
 def _ordinal(trace: Any, node: Any) -> frozenset[str]:
     return frozenset(trace.plate_to_symbol[f.name] for f in node["cond_indep_stack"] if f.vectorized)
-
-
-def _masks(node: Any, n_event: int) -> list[tuple[Tensor, int]]:
-    """Masks of the program itself (`poutine.mask`, `MaskedDistribution`), and how many event axes each leaves out."""
-    out, fn, inside = [], node["fn"], 0
-    if node["mask"] is not None and node["mask"] is not True:
-        out.append((torch.as_tensor(node["mask"]), n_event))
-    while hasattr(fn, "base_dist"):
-        inside += getattr(fn, "reinterpreted_batch_ndims", 0)
-        mask = getattr(fn, "_mask", None)
-        if mask is not None and mask is not True:
-            out.append((torch.as_tensor(mask), n_event - inside))
-        fn = fn.base_dist
-    return out
 
 
 def _repack(tensor: Tensor, like: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple
 
 import pyro
@@ -32,6 +32,7 @@ NODES = "_nodes"  # the plate of nodes, left of a program's own plates
 MAX_VALUES = 4096  # of one discrete latent
 MOST_NAMES = 12  # in a message
 N_TRIAL_ROWS = 8
+N_OTHERS = 3  # draws of all latents that are tried to see whether observed values move
 CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4}
 MIXED = re.compile("dtype|scalar type|data type|result type")  # in torch's messages about precision
 
@@ -176,7 +177,7 @@ def survey(model: Model, args: tuple[Any, ...], *, own_masks: bool = False) -> P
     factors = factor_nodes(first)
     nodes = observed_nodes(first, factors_too=own_masks)
     latents = latent_nodes(first)
-    rows, by_row = _rows_plate(nodes, latents, len(init[0]))
+    rows, by_row = rows_plate_of(nodes, latents, len(init[0]))
     sites = tuple(_observed(node, rows if by_row else None) for node in nodes)
     n_rows = sites[0].shape[sites[0].row_axis] if by_row and sites[0].row_axis is not None else 1
     program = Program(
@@ -195,6 +196,7 @@ def survey(model: Model, args: tuple[Any, ...], *, own_masks: bool = False) -> P
         _check_plates(node)
     for node in nodes:
         _check_support(node)
+    check_observed(model, init, first, own_masks=own_masks)
     scales = {n["name"]: float(n["scale"]) for n in (*nodes, *latents, *factors)}
     if len(set(scales.values())) > 1:
         raise ModelError(
@@ -206,7 +208,8 @@ def survey(model: Model, args: tuple[Any, ...], *, own_masks: bool = False) -> P
         tokens = _refuse_dependence_on_x(model, init, program, first)
         if len(nodes) == 1 and not sites[0].n_joint:
             whole = [i for i in tokens if nodes[0]["value"] is init[i]]
-            program = program._replace(tokens_from=whole[0] if whole else None)
+            if whole and nan_shows(model, init, whole[0], first):
+                program = program._replace(tokens_from=whole[0])
     return program
 
 
@@ -391,7 +394,7 @@ def observed_nodes(trace: Trace, *, factors_too: bool = False) -> list[Any]:
         raise ModelError(
             f"site {factors[0]!r} is a pyro.factor: the program is no normalised density of its tokens"
         )
-    nodes = [n for n in nodes if n["name"] not in factors]
+    nodes = [n for n in nodes if n["name"] not in factors and not _repeats_itself(n)]
     for node in nodes:
         got, want = tuple(node["value"].shape), tuple(node["fn"].shape())
         if got != want:
@@ -405,6 +408,16 @@ def observed_nodes(trace: Trace, *, factors_too: bool = False) -> list[Any]:
             'pyro.sample("x", ..., obs=x), where every run comes by'
         )
     return nodes
+
+
+def _repeats_itself(node: Any) -> bool:
+    """Whether a site is a Delta at its own value, which reparametrised latents leave behind: nothing to score."""
+    fn = base(node["fn"])
+    return (
+        isinstance(fn, dist.Delta)
+        and fn.v is node["value"]
+        and not bool(torch.as_tensor(fn.log_density).any())
+    )
 
 
 def node_of(trace: Trace, name: str) -> Any:
@@ -503,18 +516,25 @@ def _check_support(node: Any) -> None:
 
 
 def _observed(node: Any, rows_plate: str | None) -> Observed:
-    batch = len(node["fn"].batch_shape)
-    axes = [batch + f.dim for f in node["cond_indep_stack"] if f.name == rows_plate and f.vectorized]
     fn = base(node["fn"])
     shape = tuple(node["value"].shape)
     try:
         discrete = bool(fn.support.is_discrete)
     except (NotImplementedError, AttributeError):
         discrete = bool(fn.has_enumerate_support)
-    return Observed(node["name"], shape, axes[0] if axes else None, fn.event_dim, type(fn).__name__, discrete)
+    return Observed(
+        node["name"], shape, plate_axis(node, rows_plate), fn.event_dim, type(fn).__name__, discrete
+    )
 
 
-def _rows_plate(nodes: list[Any], latents: list[Any], n_rows: int) -> tuple[str | None, bool]:
+def plate_axis(node: Any, plate: str | None) -> int | None:
+    """The axis of a plate in the value of a site."""
+    batch = len(node["fn"].batch_shape)
+    axes = [batch + f.dim for f in node["cond_indep_stack"] if f.name == plate and f.vectorized]
+    return axes[0] if axes else None
+
+
+def rows_plate_of(nodes: list[Any], latents: list[Any], n_rows: int) -> tuple[str | None, bool]:
     """The plate of the rows, and whether all latents live inside it.
 
     It is a plate around every observed site; one of as many rows as ``x`` has, and around all latents, comes first.
@@ -620,7 +640,11 @@ def token_values(trace: Trace, program: Program) -> Tensor:
     """Values of the tokens of a run: (N, T) in floating point; a token of several numbers is their sum."""
     for site in program.sites:
         check_shape(node_of(trace, site.name), site)
-    parts = [rows_first(trace.nodes[s.name]["value"], s.row_axis, s.n_joint) for s in program.sites]
+    return _tokens({s.name: trace.nodes[s.name]["value"] for s in program.sites}, program)
+
+
+def _tokens(values: dict[str, Tensor], program: Program) -> Tensor:
+    parts = [rows_first(values[s.name], s.row_axis, s.n_joint) for s in program.sites]
     dtype = next((p.dtype for p in parts if p.is_floating_point()), torch.get_default_dtype())
     return parts[0].to(dtype) if len(parts) == 1 else torch.cat([p.to(dtype) for p in parts], 1)
 
@@ -644,7 +668,7 @@ def read_values(
     if not any(has_missing(a) for a in args):
         return value
     # Other values in the missing cells: the tokens that move are the missing ones, and no distribution may move.
-    others = tuple(_fill_otherwise(a) for a in args)
+    others = tuple(fill_otherwise(a) for a in args)
     with torch.no_grad(), pyro.validation_enabled(False):
         try:
             other = run(model, others, sites)
@@ -653,7 +677,6 @@ def read_values(
                 f"the program does not run on other values in the missing cells: {error}. Drop constant columns, and "
                 "make covariates complete"
             ) from error
-        missing = token_values(other, program) != value
         before, after = _own_log_probs(trace, trace, program), _own_log_probs(other, trace, program)
     for name, a, b in zip((*program.site_names, *program.latent_names), after, before, strict=True):
         if not bool((a == b).all()):
@@ -661,6 +684,9 @@ def read_values(
                 f"missing cells reach the distribution of site {name!r}: covariates must be complete, "
                 "only what is observed may be missing"
             )
+    shown = values_with_gaps(model, args, program.site_names, trace, other, sites)
+    with_gaps = _tokens(shown, program)
+    missing = with_gaps.isnan() & ~value.isnan()
     for site in program.sites:
         if site.n_joint > 1 and bool(missing.any()):
             raise ModelError(
@@ -668,16 +694,301 @@ def read_values(
                 "cell would drop with all its other cells. Write a series as a loop of Normal sites, one or two for "
                 "each step: these are scored step by step, in time linear in the length"
             )
+        lost = shown[site.name].isnan()
+        if site.n_joint == 1 and bool((lost.any(-1) & ~lost.all(-1)).any()):
+            raise ModelError(
+                f"site {site.name!r} ({site.kind}) has one density for a whole event, and of some events a few cells "
+                "alone are missing: the observed ones would be dropped with them. Leave these rows out, or make them "
+                "missing whole; of a Gaussian process, use bayes_mpt.models.GaussianProcess, which takes missing "
+                "observations"
+            )
     n_cells = sum(int(a.isnan().sum()) for a in args if has_missing(a))
     if int(missing.sum()) > n_cells:
         raise ModelError(
             f"{n_cells} missing cells make {int(missing.sum())} tokens of observed site {program.observed!r} missing, "
             "since tokens are computed from several cells: observe the cells themselves, or fill them before"
         )
-    return torch.where(missing, torch.nan, value)
+    return with_gaps
+
+
+def values_with_gaps(
+    model: Model,
+    args: tuple[Any, ...],
+    names: Iterable[str],
+    filled: Trace,
+    other: Trace,
+    sites: dict[str, Tensor],
+) -> dict[str, Tensor]:
+    """Values of the observed sites of a run on filled arguments, NaN where they are computed from a missing cell.
+
+    A value is, if it moves with what is filled in (``other`` is a run with other fillings), or with NaN in place. A
+    program that leaves missing cells out by a mask of its own is taken at its word; one that would hide more than
+    these, or count what it fills in itself as observed, is refused.
+    """
+    names = tuple(names)
+    try:
+        with torch.no_grad(), pyro.validation_enabled(False):
+            raw: Trace | None = run(model, args, sites)
+    except (RuntimeError, ValueError, IndexError, TypeError):
+        raw = None  # the program does not take NaN: it has no view of its own
+    out = {}
+    for name in names:
+        value = node_of(filled, name)["value"]
+        moves = node_of(other, name)["value"] != value
+        if raw is not None:
+            node = node_of(raw, name)
+            moves = moves | (node["value"] != value)
+            hidden = ~own_shown(node) & own_shown(filled.nodes[name])
+            if bool((hidden & ~moves).any()):
+                raise ModelError(
+                    f"a mask of the program hides observed cells of site {name!r} where others are missing: take the "
+                    "mask away and leave the cells NaN. Missing cells are left out by the package"
+                )
+            if bool((moves & ~hidden & _in_support(node)).any()):
+                raise ModelError(
+                    f"the program fills in missing cells of observed site {name!r} itself (nan_to_num, a comparison), "
+                    "and they would be scored as observed: write obs=x and leave the cells NaN. Missing cells are "
+                    "left out by the package"
+                )
+        out[name] = torch.where(moves, torch.nan, value)
+    return out
+
+
+def _in_support(node: Any) -> Tensor:
+    """Where a site's value is one that its distribution can take: NaN is none, nor what NaN becomes as an integer."""
+    fn, value = base(node["fn"]), node["value"]
+    number = ~value.isnan()
+    try:
+        fine = fn.support.check(value)
+    except (NotImplementedError, AttributeError, RuntimeError):
+        return number
+    return number & fine[(...,) + (None,) * (value.ndim - fine.ndim)]
+
+
+def own_masks(node: Any, n_event: int) -> list[tuple[Tensor, int]]:
+    """Masks of the program itself (`poutine.mask`, `MaskedDistribution`), and how many event axes each leaves out."""
+    out, fn, inside = [], node["fn"], 0
+    if node["mask"] is not None and node["mask"] is not True:
+        out.append((torch.as_tensor(node["mask"]), n_event))
+    while hasattr(fn, "base_dist"):
+        inside += getattr(fn, "reinterpreted_batch_ndims", 0)
+        mask = getattr(fn, "_mask", None)
+        if mask is not None and mask is not True:
+            out.append((torch.as_tensor(mask), n_event - inside))
+        fn = fn.base_dist
+    return out
+
+
+def own_shown(node: Any) -> Tensor:
+    """Which numbers of a site's value the program's own masks leave: bool, in the shape of the value."""
+    value = node["value"]
+    shown = torch.ones(value.shape, dtype=torch.bool, device=value.device)
+    for mask, n_outer in own_masks(node, node["fn"].event_dim):
+        shown = shown & (mask[(...,) + (None,) * n_outer] if mask.ndim else mask)
+    return shown
 
 
 # ------------------------------------------------------------------------------------------------------ the checks
+
+
+def check_observed(model: Model, args: tuple[Any, ...], first: Trace, *, own_masks: bool = False) -> None:
+    """What is observed must be data, and every prior whole, in the first run of a program and in further ones.
+
+    Parameters
+    ----------
+    model : callable
+        A Pyro program.
+    args : tuple
+        Filled: what it was first run on.
+    first : Trace
+        That run.
+    own_masks : bool, default=False
+        The program hides tokens itself: its masks are no matter.
+
+    Raises
+    ------
+    ModelError
+        If observed values move with latents, or otherwise than by a shift with parameters; if a mask hides all that is
+        observed, or a latent on which something visible depends. The site is named.
+    """
+    nodes = observed_nodes(first, factors_too=own_masks)
+    if not own_masks and not any(bool(own_shown(node).any()) for node in nodes):
+        raise ModelError(
+            f"a mask of the program hides every value of {list_names(repr(n['name']) for n in nodes)}: nothing is left "
+            "to score. Take the mask away; missing cells are left NaN in x, and left out by the package"
+        )
+    _refuse_masked_latents(model, args, first)
+    _refuse_moving_values(model, args, first, nodes)
+    _refuse_scaled_values(model, args, first, nodes)
+
+
+def _refuse_moving_values(model: Model, args: tuple[Any, ...], first: Trace, nodes: list[Any]) -> None:
+    """No observed value may change with latents, or from run to run."""
+    changed = None
+    for seed in range(1, 1 + N_OTHERS):
+        with suppress(RuntimeError, ValueError, IndexError):  # far out in a prior a program may break
+            changed = _run_on_others(model, args, first, {}, seed)
+            break
+    if changed is None:
+        return  # where it is trained it says why
+    for node in nodes:
+        name = node["name"]
+        if _same(node["value"], node_of(changed, name)["value"]):
+            continue
+        latents = [n["name"] for n in latent_nodes(first)]
+        held = {n["name"]: n["value"] for n in latent_nodes(first)}
+        if not latents or not _same(
+            node["value"], node_of(_run_on_others(model, args, first, held), name)["value"]
+        ):
+            raise ModelError(
+                f"observed values of site {name!r} change from run to run: what is observed must be data. Draw random "
+                "numbers outside the program, or by pyro.sample"
+            )
+        raise ModelError(
+            f"observed values of site {name!r} change with the latents {list_names(map(repr, latents))}: what is "
+            "observed must be data. Put the latents into the distribution: of a residual, pyro.sample("
+            f"{name!r}, dist.Normal(0, 1), obs=x - mu), write pyro.sample({name!r}, dist.Normal(mu, 1), obs=x)"
+        )
+
+
+def _refuse_scaled_values(model: Model, args: tuple[Any, ...], first: Trace, nodes: list[Any]) -> None:
+    """Observed values may be shifted by parameters, which keeps their density; anything else has a Jacobian.
+
+    The data are the last argument that a value depends on, v(x); with d v / d x free of parameters they are shifted.
+    """
+    names = [n["name"] for n in nodes if n["value"].requires_grad]
+    if not names:
+        return
+    leaves = tuple(
+        a.detach().clone().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a
+        for a in args
+    )
+    latents = {n["name"]: n["value"].detach() for n in latent_nodes(first)}
+    trace = run(model, leaves, {**latents, **_sub_samples(first)})
+    parameters = [p for _, p in pyro.get_param_store().named_parameters()]
+    for name in names:
+        value = node_of(trace, name)["value"]
+        inputs = [a for a in leaves if isinstance(a, Tensor) and a.requires_grad]
+        slopes = torch.autograd.grad(value.sum(), inputs, create_graph=True, allow_unused=True)
+        found = [s for s in slopes if s is not None]
+        if found and not _moves(found[-1], parameters):
+            continue
+        raise ModelError(
+            f"observed values of site {name!r} are computed with parameters, and not by a shift alone (obs=x * scale): "
+            "their density is not that of the data, which has a Jacobian besides. Observe the data, obs=x, and put the "
+            "parameters into the distribution, such as a TransformedDistribution"
+        )
+
+
+def _moves(output: Tensor, parameters: list[Tensor]) -> bool:
+    if not output.requires_grad:
+        return False
+    grads = torch.autograd.grad(output.sum(), parameters, retain_graph=True, allow_unused=True)
+    return any(g is not None and bool((g != 0).any()) for g in grads)
+
+
+def _refuse_masked_latents(model: Model, args: tuple[Any, ...], first: Trace) -> None:
+    """A latent may be masked only where nothing that is visible depends on it, as behind the end of a series."""
+    masked = {n["name"]: own_shown(n) for n in latent_nodes(first)}
+    masked = {name: shown for name, shown in masked.items() if not bool(shown.all())}
+    if not masked:
+        return
+    held = {n["name"]: n["value"] for n in latent_nodes(first)}
+    other = _run_on_others(model, args, first, {n: v for n, v in held.items() if n not in masked})
+    for name, shown in masked.items():
+        held[name] = torch.where(shown, held[name], node_of(other, name)["value"])
+    with torch.no_grad(), pyro.validation_enabled(False):
+        moved = run(model, args, {**held, **_sub_samples(first)})
+        before, after = _visible_log_probs(first), _visible_log_probs(moved)
+    if all(_same(before[name], after[name]) for name in before):
+        return
+    name = next(iter(masked))
+    raise ModelError(
+        f"latent site {name!r} is masked (poutine.mask), so that its prior is not counted although visible values "
+        "depend on it: such a program has no marginal likelihood. Take the mask off the latent, and give it a wide "
+        "prior if it is to be free"
+    )
+
+
+def _visible_log_probs(trace: Trace) -> dict[str, Tensor]:
+    """Log-densities of all sites, 0 where masks of the program hide them."""
+    trace.compute_log_prob()
+    return {
+        name: node["log_prob"]
+        for name, node in trace.nodes.items()
+        if node["type"] == "sample" and not is_subsample(node)
+    }
+
+
+def _run_on_others(
+    model: Model, args: tuple[Any, ...], first: Trace, held: dict[str, Tensor], seed: int = 1
+) -> Trace:
+    """A run at other latents than the first, but for those that are held; plates keep the rows that they drew."""
+    with torch.no_grad(), pyro.validation_enabled(False), own_random_state(seed), _OtherLatents(first, held):
+        return run(model, args, {**held, **_sub_samples(first)})
+
+
+def _sub_samples(trace: Trace) -> dict[str, Tensor]:
+    return {name: node["value"] for name, node in trace.nodes.items() if is_subsample(node)}
+
+
+class _OtherLatents(poutine.messenger.Messenger):
+    """Draw latents anew; of discrete ones take the next value wherever a draw repeats the first run's."""
+
+    def __init__(self, first: Trace, held: dict[str, Tensor]):
+        super().__init__()
+        self.first, self.held = first, held
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        fn, name = msg["fn"], msg["name"]
+        if msg["is_observed"] or name in self.held or name not in self.first.nodes:
+            return
+        if not getattr(fn, "has_enumerate_support", False):
+            return
+        before, value = self.first.nodes[name]["value"], msg["value"]
+        if before.shape != value.shape:
+            return
+        with suppress(NotImplementedError):
+            low, *others = fn.enumerate_support(expand=False)[:2]
+            if others:
+                swapped = torch.where(value == low, others[0], low).to(value)
+                msg["value"] = torch.where(value == before, swapped, value)
+
+
+def nan_shows(model: Model, args: tuple[Any, ...], position: int, first: Trace) -> bool:
+    """Whether NaN in the argument that is observed as it stands are NaN there too, and no mask hides other cells."""
+    trace, holes = run_with_holes(model, args, position, first)
+    if trace is None:
+        return True
+    (node,) = observed_nodes(trace)
+    missing = node["value"].isnan()
+    if missing.numel() != holes.numel():
+        return False
+    holes = holes.reshape(missing.shape)
+    newly = own_shown(first.nodes[node["name"]]) & ~own_shown(node)
+    return torch.equal(missing, holes) and not bool((newly & ~holes).any())
+
+
+def run_with_holes(
+    model: Model, args: tuple[Any, ...], position: int, first: Trace
+) -> tuple[Trace | None, Tensor]:
+    """A run with NaN in one cell of every second row of an argument, if the program takes them; and which these are."""
+    x = args[position]
+    holes = torch.zeros(x.shape, dtype=torch.bool, device=x.device).reshape(len(x), -1)
+    rows = torch.arange(0, len(x), 2, device=x.device)
+    holes[rows, (rows // 2) % holes.shape[1]] = True
+    holes = holes.reshape(x.shape)
+    changed = (*args[:position], torch.where(holes, torch.nan, x), *args[position + 1 :])
+    latents = {n["name"]: n["value"] for n in latent_nodes(first)}
+    try:
+        with torch.no_grad(), pyro.validation_enabled(False):
+            return run(model, changed, {**latents, **_sub_samples(first)}), holes
+    except (RuntimeError, ValueError, IndexError, TypeError):
+        return None, holes
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def _refuse_unregistered(trace: Trace) -> None:
@@ -790,7 +1101,7 @@ def filling(arg: Any) -> Tensor | None:
     return value.nan_to_num(1.0)  # a column without any cell: in most supports
 
 
-def _fill_otherwise(arg: Any) -> Any:
+def fill_otherwise(arg: Any) -> Any:
     """NaN cells replaced by other values than `fill` takes: the column's least or largest, whichever is further."""
     if not has_missing(arg):
         return arg

@@ -13,9 +13,17 @@ from sklearn.base import BaseEstimator
 from torch import Generator, Tensor
 
 from bayes_mpt.affine import Structure
-from bayes_mpt.tracing import Model, Program
+from bayes_mpt.tracing import Model, ModelError, Program
 
-__all__ = ["Conditionals", "Evidence", "Posterior", "Predictive", "Predictor", "together"]
+__all__ = [
+    "Conditionals",
+    "Evidence",
+    "Posterior",
+    "Predictive",
+    "Predictor",
+    "refuse_other_rows",
+    "together",
+]
 
 Guide = Callable[..., Any]
 
@@ -72,6 +80,20 @@ def together(parts: Iterable[Evidence]) -> Evidence:
         },
     }
     return Evidence(by_row, se, diagnostics)
+
+
+def refuse_other_rows(x: Tensor, read: Tensor) -> None:
+    """Rows ``x`` must be the rows that were read, NaN where these are: (N, T) both.
+
+    For conditionals that hold log-densities of the rows last read and would answer for those, whatever ``x`` says.
+    """
+    if x is read or (x.shape == read.shape and bool(((x == read) | (x.isnan() & read.isnan())).all())):
+        return
+    what = "other values than" if x.shape == read.shape else f"shape {tuple(x.shape)} in place of"
+    raise ModelError(
+        f"these conditionals answer for the rows that were last read, of shape {tuple(read.shape)}; x has {what} "
+        "these: call read(args) with the rows to be scored, and pass its `value` as x"
+    )
 
 
 class Predictor(BaseEstimator, ABC):

@@ -18,9 +18,22 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bayes_mpt.predictors.base import Conditionals, Posterior, Predictive
-from bayes_mpt.tracing import Model, ModelError, Program, base, fill, rows_of, run, spread_rows, survey
+from bayes_mpt.tracing import (
+    Model,
+    ModelError,
+    Program,
+    base,
+    fill,
+    has_missing,
+    nan_shows,
+    own_shown,
+    rows_of,
+    run,
+    spread_rows,
+    survey,
+)
 
-__all__ = ["JointGaussian", "cholesky", "gaussian_program", "moments"]
+__all__ = ["JointGaussian", "cholesky", "gaussian_program", "missing_of", "moments"]
 
 LOG_2PI = math.log(2 * math.pi)
 N_TRIAL_ROWS = 64  # rows on which it is found out what the program is
@@ -71,8 +84,15 @@ def gaussian_program(model: Model, args: tuple[Any, ...]) -> Program | None:
             program = survey(model, few)
     except RuntimeError as error:  # of the factor of the covariance
         raise ModelError(NOT_DEFINITE) from error
+    if not bool(own_shown(sites[0]).all()):
+        raise ModelError(
+            f"a mask hides observed site {sites[0]['name']!r}, which is one Gaussian vector: take it away and leave "
+            "missing observations NaN, which the package leaves out"
+        )
+    last = len(few) - 1
+    shows = few[last].is_floating_point() and nan_shows(model, tuple(fill(a) for a in few), last, trace)
     site = program.sites[0]._replace(shape=(len(args[0]),), n_joint=0)
-    return program._replace(sites=(site,), depth=0)
+    return program._replace(sites=(site,), depth=0, tokens_from=last if shows else None)
 
 
 def moments(model: Model, args: tuple[Any, ...], program: Program) -> Moments:
@@ -81,10 +101,22 @@ def moments(model: Model, args: tuple[Any, ...], program: Program) -> Moments:
     node = trace.nodes[program.sites[0].name]
     fn = base(node["fn"])
     value = node["value"]
-    # The tokens are the last argument itself, or none may be missing.
-    missing = args[-1].isnan() if args[-1].is_floating_point() else torch.zeros_like(value, dtype=torch.bool)
-    value = torch.where(missing.reshape(value.shape), torch.nan, value.to(fn.loc))
+    value = torch.where(missing_of(args, program).reshape(value.shape), torch.nan, value.to(fn.loc))
     return Moments(fn.loc, fn.covariance_matrix, value.reshape(1, -1))
+
+
+def missing_of(args: tuple[Any, ...], program: Program) -> Tensor:
+    """Which observations are missing: those of the last argument, in its shape, where it is what is observed."""
+    y = args[-1]
+    if not has_missing(y):
+        return torch.zeros(y.shape, dtype=torch.bool, device=y.device)
+    if program.tokens_from is None:
+        raise ModelError(
+            f"the program fills in missing cells of observed site {program.observed!r} itself, or computes it from "
+            "several: write obs=y with y the last argument, and leave the cells NaN. Missing cells are left out by the "
+            "package"
+        )
+    return y.isnan()
 
 
 class JointGaussian(Conditionals):
@@ -149,7 +181,7 @@ class JointGaussian(Conditionals):
         return new
 
     def conditionals(self, x: Tensor, visible: Tensor) -> Tensor:
-        loc, cov, _ = self.last
+        loc, cov = self._moments_for(x)
         out = x.new_zeros(len(visible), *x.shape)
         for s, mask in enumerate(visible):
             for n, row in enumerate(x):
@@ -161,7 +193,7 @@ class JointGaussian(Conditionals):
         return out
 
     def chain(self, x: Tensor, order: Tensor) -> Tensor:
-        loc, cov, _ = self.last
+        loc, cov = self._moments_for(x)
         out = []
         for tokens in order:
             rows = []
@@ -176,7 +208,7 @@ class JointGaussian(Conditionals):
         return torch.stack(out)
 
     def joint(self, x: Tensor) -> Tensor:
-        loc, cov, _ = self.last
+        loc, cov = self._moments_for(x)
         out = []
         for row in x:
             seen = ~row.isnan()
@@ -202,13 +234,22 @@ class JointGaussian(Conditionals):
             residual, cov = residual[:, seen], cov[:, seen][..., seen]
         return _LogProb.apply(residual, cov)
 
+    def _moments_for(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and covariance of the tokens of x (R, T)."""
+        loc, cov, _ = self.last
+        if x.shape[1] != len(loc):
+            raise ModelError(
+                f"the observations that were read are {len(loc)}, got x of shape {tuple(x.shape)}"
+            )
+        return loc, cov
+
     def _program(self) -> Model:
         if self.model is None:
             raise RuntimeError("this predictor is frozen: it has no program to read")
         return self.model
 
     def predicted(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        loc, cov, _ = self.last
+        loc, cov = self._moments_for(x)
         kept = tokens[~x[0, tokens].isnan()]
         # y_t given y_<t:  mean = y_t - L_tt (L^-1 r)_t,  variance = L_tt^2
         root = cholesky(cov[kept][:, kept])
@@ -216,7 +257,7 @@ class JointGaussian(Conditionals):
         return x[0, kept] - root.diagonal() * white, root.diagonal().square()
 
     def posterior(self, x: Tensor, visible: Tensor | None = None) -> Posterior:
-        loc, cov, _ = self.last
+        loc, cov = self._moments_for(x)
         shown = ~x.isnan() if visible is None else ~x.isnan() & visible
         tokens = []
         for row, seen in zip(x, shown, strict=True):

@@ -99,7 +99,7 @@ class LinearGaussian(Conditionals):
         return self._with(None, plain)
 
     def conditionals(self, x: Tensor, visible: Tensor) -> Tensor:
-        groups = group_rows(x, len(self.reading.loc))
+        groups = group_rows(x, self.reading.loc)
         n_masks = len(visible)
         step = max(1, CHUNK // max(1, x.numel() * max(1, self.reading.loading.shape[-1])))
         out = x.new_zeros(n_masks, *x.shape)
@@ -114,7 +114,7 @@ class LinearGaussian(Conditionals):
 
     def chain(self, x: Tensor, order: Tensor) -> Tensor:
         loc, loading, noise = self.reading[:3]
-        groups = group_rows(x, len(loc))
+        groups = group_rows(x, loc)
         residual = torch.where(x.isnan(), 0.0, x - loc)
         seen = groups.seen[0]  # (G, T)
         out = []
@@ -165,7 +165,7 @@ class LinearGaussian(Conditionals):
 
     def posterior(self, x: Tensor, visible: Tensor | None = None) -> Posterior:
         loc, loading = self.reading[:2]
-        groups = group_rows(x, len(loc))
+        groups = group_rows(x, loc)
         shown = groups.seen if visible is None else groups.seen & visible
         u = self._latents(x, shown, groups)[0][0]  # (N, K)
         n_latents = self.structure.n_latents  # further columns are correlated noise
@@ -209,7 +209,7 @@ class LinearGaussian(Conditionals):
 
     def _joint(self, x: Tensor) -> Tensor:
         loc, loading, noise = self.reading[:3]
-        groups = group_rows(x, len(loc))
+        groups = group_rows(x, loc)
         seen = groups.seen[0]  # (G, T)
         residual = torch.where(x.isnan(), 0.0, x - loc)
         u, factor = (t[0] for t in self._latents(x, groups.seen, groups))
@@ -286,10 +286,17 @@ class Groups:
     """(N,) group of each row."""
 
 
-def group_rows(x: Tensor, n_maps: int) -> Groups:
-    """Rows (N, T) by their missing cells; each its own group where there are several maps."""
+def group_rows(x: Tensor, loc: Tensor) -> Groups:
+    """Rows (N, T) by their missing cells; each its own group where there are several maps, of means ``loc`` (B, T)."""
+    if x.shape[1] != loc.shape[1]:
+        raise ModelError(f"rows have {loc.shape[1]} tokens, got x of shape {tuple(x.shape)}")
     seen = ~x.isnan()
-    if n_maps > 1:
+    if len(loc) > 1:
+        if len(x) != len(loc):
+            raise ModelError(
+                f"each of the {len(loc)} rows that were read has a map of its own, got {len(x)} rows: call read(args) "
+                "with the rows to be scored"
+            )
         return Groups(seen[None], torch.arange(len(x), device=x.device))
     if bool(seen.all()) and len(x):
         return Groups(seen[None, :1], torch.zeros(len(x), dtype=torch.long, device=x.device))

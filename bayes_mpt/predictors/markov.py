@@ -221,7 +221,7 @@ class _Rows:
     def __init__(self, x: Tensor, reading: SparseMap):
         if not bool((reading.noise > 0).all()):
             raise ModelError(f"a noise variance is {reading.noise.min().item()}: every token needs noise")
-        groups: Groups = group_rows(x, len(reading.loc))
+        groups: Groups = group_rows(x, reading.loc)
         self.x, self.layout = x, reading.layout
         self.seen, self.index = groups.seen[0], groups.index  # (G, T), (N,)
         self.one = len(self.seen) == 1

@@ -28,7 +28,13 @@ from torch.autograd.function import once_differentiable
 
 from bayes_mpt.devices import at_once
 from bayes_mpt.predictors.base import Conditionals, Evidence, Guide, Posterior, Predictive, Predictor
-from bayes_mpt.predictors.joint_gaussian import LOG_2PI, JointGaussian, cholesky, gaussian_program
+from bayes_mpt.predictors.joint_gaussian import (
+    LOG_2PI,
+    JointGaussian,
+    cholesky,
+    gaussian_program,
+    missing_of,
+)
 from bayes_mpt.predictors.neighborhoods import (
     Groups,
     Points,
@@ -351,10 +357,8 @@ class _Neighbours(Conditionals):
             step = max(1, at_once(CHUNK, rows.device, GPU_TIMES) // width**2)
             sets = [*rows[:whole].reshape(-1, width).split(step), rows[None, whole:]]
             value = torch.cat([blocks(memory.args, part)[2].flatten() for part in sets if part.numel()])
-        missing = (
-            args[-1].isnan() if args[-1].is_floating_point() else torch.zeros_like(value, dtype=torch.bool)
-        )
-        memory.value = torch.where(missing.reshape(value.shape), torch.nan, value)[None]
+        missing = missing_of(args, self.structure).reshape(value.shape)
+        memory.value = torch.where(missing, torch.nan, value)[None]
         return new
 
     def freeze(self) -> _Neighbours:

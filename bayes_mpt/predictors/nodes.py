@@ -21,7 +21,7 @@ from pyro import poutine
 from torch import Tensor
 
 from bayes_mpt.latents import Space
-from bayes_mpt.predictors.base import Conditionals, Evidence, Guide, Posterior
+from bayes_mpt.predictors.base import Conditionals, Evidence, Guide, Posterior, refuse_other_rows
 from bayes_mpt.predictors.given import Given
 from bayes_mpt.tracing import (
     Latent,
@@ -184,6 +184,7 @@ class Nodes(Conditionals):
         return self._thawed.objective(args)
 
     def evidence(self, x: Tensor) -> Evidence:
+        self._check(x)
         if self.reader is None:  # what is frozen and yet scores is exact
             return Evidence(self.joint(x), 0.0, {})
         return self.reader.evidence(self, x)
@@ -281,6 +282,7 @@ class Nodes(Conditionals):
     def shared_latents(self, x: Tensor) -> list[tuple[float, dict[str, Tensor]]]:
         if self.structure.by_row or len(self.last.latents[0]) != 1:
             return []
+        self._check(x)
         read = self.last
         everything = torch.ones(x.shape[1], dtype=torch.bool, device=x.device)
         share = (read.log_weight + read.given.log_joint(x, everything)).softmax(0)[:, 0]
@@ -340,12 +342,12 @@ class Nodes(Conditionals):
         return torch.where(none, 0.0, log_z) if bool(none.any()) else log_z
 
     def _check(self, x: Tensor) -> None:
-        got, want = x.shape, self.last.value.shape
-        if got[1:] != want[1:] or (not self.structure.plain and len(x) != want[0]):
-            raise ModelError(
-                f"these conditionals were read on rows of shape {tuple(self.last.value.shape)}, got "
-                f"{tuple(x.shape)}: call read(args) with the rows to be scored"
-            )
+        """Maps that all rows share answer for any rows; whatever else was read answers for the rows read."""
+        value = self.last.value
+        if not self.structure.plain:
+            refuse_other_rows(x, value)
+        elif x.shape[1:] != value.shape[1:]:
+            raise ModelError(f"rows have {value.shape[1]} tokens, got x of shape {tuple(x.shape)}")
 
 
 # ------------------------------------------------------------------------------------------------- values at nodes

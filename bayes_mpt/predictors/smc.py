@@ -19,7 +19,14 @@ import pyro
 import torch
 from torch import Tensor
 
-from bayes_mpt.predictors.base import Conditionals, Evidence, Guide, Posterior, Predictor
+from bayes_mpt.predictors.base import (
+    Conditionals,
+    Evidence,
+    Guide,
+    Posterior,
+    Predictor,
+    refuse_other_rows,
+)
 from bayes_mpt.predictors.errors import replicate_error
 from bayes_mpt.predictors.given import Given
 from bayes_mpt.predictors.nodes import constrained, program_values
@@ -152,7 +159,7 @@ class _Particles(Conditionals):
         self._filled: tuple[Any, ...] = ()
         self._value: Tensor | None = None
         self._scale = 1.0
-        self._cloud: _Cloud | None = None
+        self._integrated: tuple[Evidence, _Cloud] | None = None
 
     @property
     def value(self) -> Tensor:
@@ -170,28 +177,42 @@ class _Particles(Conditionals):
         new = self._copy()
         new._args, new._filled = args, tuple(fill(a) for a in args)
         new._value = program_values(self.model, args, new._filled, self.structure)
+        new._integrated = None
         return new
 
     def freeze(self) -> _Particles:
         new = self._copy()
-        new.model, new._cloud = None, None
+        new.model, new._integrated = None, None
         return new
 
     # ---------------------------------------------------------------------------------------------- what it gives
 
     def evidence(self, x: Tensor) -> Evidence:
-        """log of the mean of Z over the runs, and its standard error, sd(Z) / (mean(Z) sqrt R) x t / 2."""
+        """log of the mean of Z over the runs, and its standard error, sd(Z) / (mean(Z) sqrt R) x t / 2.
+
+        The runs are made once for a reading: what is asked of it later, in whatever order, has the same particles.
+        """
+        return self._integrate(x)[0]
+
+    def _integrate(self, x: Tensor) -> tuple[Evidence, _Cloud]:
+        """The evidence of the rows that were read, and particles of their posterior."""
+        refuse_other_rows(x, self.value)
+        if self._integrated is None:
+            self._integrated = self._run_all(x)
+        return self._integrated
+
+    def _run_all(self, x: Tensor) -> tuple[Evidence, _Cloud]:
         seen = ~x.isnan()[0]
         n = self.settings.num_particles
         with torch.no_grad(), pyro.validation_enabled(False):
             located = self._locate(x, seen)
             for doubling in range(MAX_DOUBLINGS + 1):
                 stages, _ = self._pilot(n, x, seen, located)
-                log_z, self._cloud = self._runs(stages, n, x, seen, located)
+                log_z, cloud = self._runs(stages, n, x, seen, located)
                 if doubling == MAX_DOUBLINGS or float(log_z.std()) <= MAX_SD:
                     break
                 n *= 2
-            inside = self._inside(x, seen)
+            inside = self._inside(x, seen, cloud)
         relative = (log_z - log_z.logsumexp(0) + math.log(len(log_z))).exp()  # Z_r / mean Z
         lml = log_z.logsumexp(0) - math.log(len(log_z)) + inside
         diagnostics = {
@@ -202,16 +223,14 @@ class _Particles(Conditionals):
         }
         if inside:
             diagnostics["change with more nodes in each row"] = inside
-        return Evidence(
-            lml[None], math.hypot(replicate_error(relative.double().cpu().numpy()), inside), diagnostics
-        )
+        se = math.hypot(replicate_error(relative.double().cpu().numpy()), inside)
+        return Evidence(lml[None], se, diagnostics), cloud
 
-    def _inside(self, x: Tensor, seen: Tensor) -> float:
+    def _inside(self, x: Tensor, seen: Tensor, cloud: _Cloud) -> float:
         """log of the mean over the posterior of Z with more nodes in each row over Z: 0 where rows have none."""
-        assert self._cloud is not None
         if self.placement.rows is None:
             return 0.0
-        u = self._cloud.u.flatten(0, 1)
+        u = cloud.u.flatten(0, 1)
         u = u[:: max(1, len(u) // MAX_DRAWS)]
         change = [(g.refined().log_joint(x, seen) - g.log_joint(x, seen))[:, 0] for g, _ in self._given(u)]
         return float(torch.cat(change).logsumexp(0)) - math.log(len(u))
@@ -220,6 +239,7 @@ class _Particles(Conditionals):
         return self.evidence(x).by_row
 
     def conditionals(self, x: Tensor, visible: Tensor) -> Tensor:
+        refuse_other_rows(x, self.value)
         out = []
         with torch.no_grad(), pyro.validation_enabled(False):
             for mask in visible:
@@ -231,21 +251,22 @@ class _Particles(Conditionals):
         return torch.stack(out)
 
     def chain(self, x: Tensor, order: Tensor) -> Tensor:
+        refuse_other_rows(x, self.value)
         with torch.no_grad(), pyro.validation_enabled(False):
             return torch.stack([self._reveal(x, tokens) for tokens in order])
 
     def posterior(self, x: Tensor, visible: Tensor | None = None) -> Posterior:
+        refuse_other_rows(x, self.value)
         with torch.no_grad(), pyro.validation_enabled(False):
             shown = ~x.isnan()[0] if visible is None else visible & ~x.isnan()[0]
-            cloud = self._cloud if visible is None and self._cloud is not None else self._posterior(x, shown)
+            cloud = self._integrate(x)[1] if visible is None else self._posterior(x, shown)
             u = cloud.u.flatten(0, 1)
             total = torch.stack([g.means(x, shown).sum(0) for g, _ in self._given(u)]).sum(0)
             return Posterior(constrained(self.space, u[:, None]).mean(0), total / len(u))
 
     def shared_latents(self, x: Tensor) -> list[tuple[float, dict[str, Tensor]]]:
         with torch.no_grad(), pyro.validation_enabled(False):
-            cloud = self._posterior(x, ~x.isnan()[0]) if self._cloud is None else self._cloud
-            u = cloud.u.flatten(0, 1)
+            u = self._integrate(x)[1].u.flatten(0, 1)
             u = u[:: max(1, len(u) // MAX_DRAWS)]
             inner = [values for g, _ in self._given(u) for values in g.latents(x)] or [{}] * len(u)
         return [
