@@ -35,6 +35,7 @@ from torch import Tensor
 
 from bayes_mpt import training
 from bayes_mpt.affine import Reading, token_means, tokens_of
+from bayes_mpt.atomic import all_or_nothing
 from bayes_mpt.concentrated import NoiseFloorError
 from bayes_mpt.devices import at_once, check_device, moved, own_random_state
 from bayes_mpt.evidence import Laplace, laplace_diagonal, laplace_proportional
@@ -56,6 +57,7 @@ from bayes_mpt.hyperparameters import (
     integrate,
     log_likelihood,
 )
+from bayes_mpt.inputs import read_numbers, read_table, unmasked
 from bayes_mpt.masks import PermutationChain, Policy
 from bayes_mpt.models import PPCA
 from bayes_mpt.moments import Table
@@ -81,6 +83,7 @@ from bayes_mpt.rows import (
     refuse_constant,
     refuse_empty,
     refuse_missing,
+    refuse_one_row,
     refuse_unobserved,
     takes_y,
 )
@@ -277,6 +280,7 @@ class BayesMPT(
 
     # ------------------------------------------------------------------------------------------------------- fit
 
+    @all_or_nothing
     @_fit_context(prefer_skip_nested_validation=True)
     def fit(self, X: ArrayLike, y: Any = None) -> Self:
         """Maximise the masked score of X.
@@ -284,7 +288,8 @@ class BayesMPT(
         Parameters
         ----------
         X : array-like of shape (N, T)
-            NaN cells are missing. A memory map is read by chunks and never copied.
+            NaN cells are missing, and those that a `numpy.ma` array masks. A memory map is read by chunks and never
+            copied.
         y : array-like of shape (N, ...), optional
             Second argument of the program, if it takes one.
 
@@ -296,10 +301,12 @@ class BayesMPT(
         ------
         ValueError
             If X or a parameter is unfit, the program cannot be scored exactly (`bayes_mpt.tracing.ModelError`), or
-            the likelihood has no maximum; the message names the column, site or parameter.
+            the likelihood has no maximum; the message names the column, site or parameter. The estimator is then what
+            it was before, fitted or not.
         """
         return self._fit(X, y, seen=None, warm=self.warm_start)
 
+    @all_or_nothing
     @_fit_context(prefer_skip_nested_validation=True)
     def partial_fit(self, X: ArrayLike, y: Any = None) -> Self:
         """Add rows to those seen so far and fit again, from the last parameters.
@@ -336,16 +343,16 @@ class BayesMPT(
             self._come()
         like: BayesMPT | None = self.__dict__.pop("_like", None)
         context = self._init_callback_context(max_subtasks=None)
-        X = self._check_rows(X, reset=seen is None, n_least=2 if seen is None else 1)
-        y = None if y is None else np.asarray(y)
-        context.call_on_fit_task_begin(estimator=self, X=X, y=y)
         model = PPCA() if self.model is None else self.model
+        X = self._check_rows(X, reset=seen is None)
+        y = None if y is None or not takes_y(model) else read_numbers(y, len(X))
+        context.call_on_fit_task_begin(estimator=self, X=X, y=y)
         if isinstance(model, torch.nn.Module):
             model = deepcopy(model).double().to(self.device)  # a PyroModule trains in place
         guide = _own_guide(self.guide, self.model, model, self.device)
         state = self._state if warm and hasattr(self, "_state") else None
         trainer = self._trainer(model, context)
-        with_y = y is not None and takes_y(model)
+        with_y = y is not None
         self.__dict__.pop("selection_", None)
         # The one pass over all rows, with all threads; what follows sees the moments only, if rows share a map.
         if trainer.by_epochs:
@@ -358,6 +365,7 @@ class BayesMPT(
             known = like._bound, like._state
         with training.one_thread(X.size if table is None else table.cov.numel()):
             if table is not None and auto:
+                refuse_one_row(table.n_rows, ("n_components",))
                 refuse_constant(table)
                 model, self.selection_ = choose_dimension(model, table)
                 state = None if state is not None and self.n_components_ != model.n_components else state
@@ -378,6 +386,8 @@ class BayesMPT(
                 self._initial = store.initial()
                 store.begin(state)
                 refuse_subsampling(predictor, args)
+                if seen is None:
+                    refuse_one_row(len(X), predictor.structure.parameters)
                 if predictor.one_by_one:
                     warnings.warn(
                         "the program does not run on several nodes at once, so that each is run by itself: slow "
@@ -392,7 +402,8 @@ class BayesMPT(
                     refuse_empty(y, estimated=bool(predictor.parameters))
                 if moments:
                     table = grow_table(X, seen, self.device, trainer.names) if table is None else table
-                    refuse_constant(table)
+                    if predictor.structure.parameters:
+                        refuse_constant(table)
                     # Few rows are scored themselves; many, and those of earlier calls, through their moments.
                     raw = seen is None and len(X) <= 2 * X.shape[1]
                     rows, weight = (as_tensor(X, model, self.device), None) if raw else table.rows()
@@ -637,7 +648,7 @@ class BayesMPT(
     def inverse_transform(self, Z: ArrayLike) -> NDArray[np.floating]:
         """Means of the tokens given latents: (N, K) -> (N, T)."""
         reading = self._shared_reading("inverse_transform")
-        z = torch.as_tensor(check_array(Z, dtype=np.float64)).to(reading.loc)
+        z = torch.as_tensor(check_array(unmasked(Z), dtype=np.float64)).to(reading.loc)
         if z.shape[1] != self.n_components_:
             raise ValueError(f"latents must have shape (N, {self.n_components_}), got {tuple(z.shape)}")
         # u = R^-1 (z - b), x = loc + W u
@@ -657,7 +668,6 @@ class BayesMPT(
             if x.shape == cells.shape and bool(((x == cells) | (x.isnan() & cells.isnan())).all()):
                 filled = tokens
             else:
-                y = None if y is None else np.asarray(y)
                 args = self._arguments(cells.cpu().numpy(), y)
                 with self._fitted_program(args):
                     where = self._cells_of(args)
@@ -692,7 +702,7 @@ class BayesMPT(
             )
         return found
 
-    @available_if(lambda self: getattr(self, "_y_like", None) is not None)
+    @available_if(lambda self: self._predicts_y())
     def predict(self, X: ArrayLike, return_std: bool = False, return_cov: bool = False) -> Any:
         """Means of y for new rows X, for programs ``model(x, y)``.
 
@@ -741,9 +751,10 @@ class BayesMPT(
             ).sum(0)
         return means.cpu().numpy()
 
-    @available_if(lambda self: getattr(getattr(self, "predictor_", None), "remembers", False))
+    @available_if(lambda self: self._predicts_y() and (self._is_unfitted() or self.predictor_.remembers))
     def sample_y(self, X: ArrayLike, n_samples: int = 1, random_state: int | None = 0) -> NDArray[np.float64]:
         """Draw observations of new rows together, given the training rows: (M, n_samples)."""
+        check_is_fitted(self)
         mean, cov = self.predict(X, return_cov=True)
         rng = check_random_state(random_state)
         return rng.multivariate_normal(mean, cov, n_samples).T
@@ -943,6 +954,7 @@ class BayesMPT(
             )
         return found._replace(names=tuple(leaves))
 
+    @all_or_nothing
     def move_to_map(self, X: ArrayLike, y: Any, found: Integrated) -> None:
         """Take the maximum a posteriori that `integrated` found on the training rows for the parameters."""
         if not found.modes:
@@ -1040,7 +1052,7 @@ class BayesMPT(
                 yield whole
             return
         rows = self._check_rows(X, reset=False)
-        y = None if y is None else np.asarray(y)
+        y = self._targets(y, len(rows))
         step = self._n_at_once(rows)
         parts = [
             self._arguments(rows[i : i + step], None if y is None else y[i : i + step])
@@ -1094,23 +1106,32 @@ class BayesMPT(
 
     # ------------------------------------------------------------------------------------------------------- checks
 
-    def _check_rows(self, X: ArrayLike, *, reset: bool, n_least: int = 1) -> NDArray[np.floating]:
+    def _check_rows(self, X: ArrayLike, *, reset: bool) -> NDArray[np.floating]:
         if not reset:
+            check_is_fitted(self)
             self._come()
         return validate_data(
-            self,
-            X,
-            reset=reset,
-            dtype=[np.float64, np.float32],
-            ensure_all_finite="allow-nan",
-            ensure_min_samples=n_least,
+            self, read_table(X), reset=reset, dtype=[np.float64, np.float32], ensure_all_finite="allow-nan"
         )
+
+    def _targets(self, y: Any, n_rows: int) -> NDArray[Any] | None:
+        """The program's second argument; None where it takes none."""
+        return None if y is None or not takes_y(self.fitted_model_) else read_numbers(y, n_rows)
 
     def _arguments(self, rows: NDArray[np.floating], y: Any) -> tuple[Any, ...]:
         return arguments(self.fitted_model_, rows, y, self.device)
 
     def _tensor(self, rows: NDArray[np.floating]) -> Tensor:
         return as_tensor(rows, self.fitted_model_, self.device)
+
+    def _is_unfitted(self) -> bool:
+        return not hasattr(self, "predictor_")
+
+    def _predicts_y(self) -> bool:
+        """Whether there is a y to predict; of a program that is not fitted yet whether it takes one."""
+        if self._is_unfitted():
+            return self.model is not None and takes_y(self.model)
+        return self._y_like is not None
 
     def _names(self) -> NDArray[Any]:
         """Of the columns, for errors."""

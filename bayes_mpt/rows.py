@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bayes_mpt.inputs import read_numbers
 from bayes_mpt.moments import Table
-from bayes_mpt.tracing import Model, takes_visible
+from bayes_mpt.tracing import Model, list_names, takes_visible
 
 __all__ = [
     "arguments",
@@ -23,6 +25,7 @@ __all__ = [
     "refuse_constant",
     "refuse_empty",
     "refuse_missing",
+    "refuse_one_row",
     "refuse_unobserved",
     "takes_y",
 ]
@@ -46,11 +49,7 @@ def arguments(model: Model, X: NDArray[np.floating], y: Any, device: str) -> tup
         if needs_y(model):
             raise ValueError(f"the program {model!r} takes a second argument: pass y")
         return (x,)
-    y = np.asarray(y)
-    if len(y) != len(X):
-        raise ValueError(f"y must have a row for each of the {len(X)} rows of X, got {len(y)}")
-    if y.dtype.kind == "f" and np.isinf(y).any():
-        raise ValueError("y contains infinity")
+    y = read_numbers(y, len(X))
     y = torch.as_tensor(y if y.flags.writeable else y.copy()).to(device)
     return x, y.double() if y.is_floating_point() else y
 
@@ -102,6 +101,15 @@ def refuse_missing(X: NDArray[np.floating], names: NDArray[Any]) -> None:
         raise ValueError(
             f"column {', '.join(str(names[c]) for c in columns)} of X has missing cells, on which "
             "the covariance of the observations depends: fill them or drop these rows. Only y may be missing"
+        )
+
+
+def refuse_one_row(n_rows: int, parameters: Sequence[str]) -> None:
+    """One row says nothing of how rows differ; it can be scored where no parameter is estimated from it."""
+    if n_rows == 1 and parameters:
+        raise ValueError(
+            f"X has 1 sample, from which the program estimates {list_names(parameters)}: give 2 rows or more. One is "
+            "enough where the program has no parameters, so that all is integrated"
         )
 
 

@@ -712,7 +712,7 @@ def refuse_unregistered(outputs: list[Tensor]) -> None:
 def _refuse_dependence_on_x(model: Model, args: tuple[Any, ...], program: Program, first: Trace) -> list[int]:
     """No token's distribution may look at the tokens: resample every column of an argument and see what moves.
 
-    Columns are resampled, not shifted, so that counts stay counts; latents keep the values of the first run. The
+    Columns are resampled, so that counts stay counts; latents keep the values of the first run. The
     positions of arguments that were found to be tokens, and to be looked at by no distribution, are returned.
     """
     free = []
@@ -720,11 +720,9 @@ def _refuse_dependence_on_x(model: Model, args: tuple[Any, ...], program: Progra
     with torch.no_grad():
         before = _own_log_probs(first, first, program)
         for position, arg in enumerate(args):
-            if not isinstance(arg, Tensor) or arg.ndim == 0 or len(arg) < 2:
+            if not isinstance(arg, Tensor) or arg.ndim == 0 or not len(arg):
                 continue
-            generator = torch.Generator().manual_seed(1)
-            index = torch.randint(len(arg), arg.shape, generator=generator).to(arg.device)
-            changed = torch.gather(arg, 0, index)
+            changed = _other_rows(arg)
             try:
                 with pyro.validation_enabled(False):
                     trace = run(model, (*args[:position], changed, *args[position + 1 :]), latents)
@@ -748,6 +746,15 @@ def _refuse_dependence_on_x(model: Model, args: tuple[Any, ...], program: Progra
                     )
             free.append(position)
     return free
+
+
+def _other_rows(arg: Tensor) -> Tensor:
+    """Every column resampled; a single row shifted, which keeps whole numbers whole."""
+    if len(arg) == 1:
+        return ~arg if arg.dtype == torch.bool else arg + 1
+    generator = torch.Generator().manual_seed(1)
+    index = torch.randint(len(arg), arg.shape, generator=generator).to(arg.device)
+    return torch.gather(arg, 0, index)
 
 
 def _own_log_probs(trace: Trace, values: Trace, program: Program) -> list[Tensor]:
