@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-__all__ = ["all_or_nothing"]
+__all__ = ["all_or_nothing", "restored_on_failure"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -35,12 +36,19 @@ def all_or_nothing(method: Callable[Concatenate[E, P], R]) -> Callable[Concatena
 
     @wraps(method)
     def guarded(self: E, *args: P.args, **kwargs: P.kwargs) -> R:
-        before: dict[str, Any] = dict(vars(self))
-        try:
+        with restored_on_failure(self):
             return method(self, *args, **kwargs)
-        except BaseException:
-            vars(self).clear()
-            vars(self).update(before)
-            raise
 
     return guarded
+
+
+@contextmanager
+def restored_on_failure(estimator: Any) -> Iterator[None]:
+    """The same for what is inside ``with``."""
+    before = dict(vars(estimator))
+    try:
+        yield
+    except BaseException:
+        vars(estimator).clear()
+        vars(estimator).update(before)
+        raise

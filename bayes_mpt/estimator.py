@@ -35,7 +35,7 @@ from torch import Tensor
 
 from bayes_mpt import training
 from bayes_mpt.affine import Reading, token_means, tokens_of
-from bayes_mpt.atomic import all_or_nothing
+from bayes_mpt.atomic import all_or_nothing, restored_on_failure
 from bayes_mpt.concentrated import NoiseFloorError
 from bayes_mpt.devices import at_once, check_device, moved, own_random_state
 from bayes_mpt.evidence import Laplace, laplace_diagonal, laplace_proportional
@@ -280,7 +280,6 @@ class BayesMPT(
 
     # ------------------------------------------------------------------------------------------------------- fit
 
-    @all_or_nothing
     @_fit_context(prefer_skip_nested_validation=True)
     def fit(self, X: ArrayLike, y: Any = None) -> Self:
         """Maximise the masked score of X.
@@ -304,9 +303,10 @@ class BayesMPT(
             the likelihood has no maximum; the message names the column, site or parameter. The estimator is then what
             it was before, fitted or not.
         """
-        return self._fit(X, y, seen=None, warm=self.warm_start)
+        context = self._init_callback_context(max_subtasks=None)
+        with restored_on_failure(self):
+            return self._fit(X, y, context, seen=None, warm=self.warm_start)
 
-    @all_or_nothing
     @_fit_context(prefer_skip_nested_validation=True)
     def partial_fit(self, X: ArrayLike, y: Any = None) -> Self:
         """Add rows to those seen so far and fit again, from the last parameters.
@@ -323,7 +323,9 @@ class BayesMPT(
             )
         # a fit by masks goes on from where it was; an exact one ends at the maximum over all rows in any case
         warm = fitted and self.masks is not None
-        return self._fit(X, y, seen=self._table if fitted else None, warm=warm)
+        context = self._init_callback_context(max_subtasks=None)
+        with restored_on_failure(self):
+            return self._fit(X, y, context, seen=self._table if fitted else None, warm=warm)
 
     def refit(self, X: ArrayLike, y: Any = None) -> Self:
         """A new estimator of the same settings, fitted to other rows.
@@ -337,12 +339,11 @@ class BayesMPT(
         new._like = self
         return new.fit(X, y)
 
-    def _fit(self, X: ArrayLike, y: Any, *, seen: Table | None, warm: bool) -> Self:
+    def _fit(self, X: ArrayLike, y: Any, context: Any, *, seen: Table | None, warm: bool) -> Self:
         check_device(self.device)
         if warm and hasattr(self, "_state"):
             self._come()
         like: BayesMPT | None = self.__dict__.pop("_like", None)
-        context = self._init_callback_context(max_subtasks=None)
         model = PPCA() if self.model is None else self.model
         X = self._check_rows(X, reset=seen is None)
         y = None if y is None or not takes_y(model) else read_numbers(y, len(X))

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from numbers import Integral
 
 import pyro
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-__all__ = ["check_transformer", "codes_of", "with_params"]
+from bayes_mpt.models.checks import check_memory
+
+__all__ = ["check_heads", "codes_of", "with_params"]
 
 
 def with_params(
@@ -38,6 +39,8 @@ def with_params(
     >>> bool((with_params("net", net, lambda: net, x)(x) == net(x)).all()), sorted(pyro.get_param_store())
     (True, ['net.bias', 'net.weight'])
     """
+    n_numbers = sum(p.numel() for p in net.parameters())
+    check_memory(f"the {n_numbers} parameters of {name!r}", n_numbers, like, "use smaller layers")
 
     @cache
     def values() -> dict[str, nn.Parameter]:
@@ -51,11 +54,8 @@ def with_params(
     return lambda x: functional_call(net, params, (x,))
 
 
-def check_transformer(width: int, n_layers: int, n_heads: int) -> None:
-    """Refuse sizes that no transformer has."""
-    for name, value in {"width": width, "n_layers": n_layers, "n_heads": n_heads}.items():
-        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+def check_heads(width: int, n_heads: int) -> None:
+    """Refuse states that heads cannot share evenly."""
     if width % n_heads:
         raise ValueError(f"width must be a multiple of n_heads, got width={width}, n_heads={n_heads}")
 

@@ -5,17 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from numbers import Integral
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
-from sklearn.base import BaseEstimator
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bayes_mpt.models.checks import (
+    CheckedModel,
+    Instance,
+    IntegersFrom,
+    OneOf,
+    Sequence,
+    warn_of_skipped_levels,
+)
 from bayes_mpt.models.networks import with_params
 
 __all__ = ["VAE"]
@@ -27,7 +33,7 @@ CHANNELS = 32  # of the first convolution
 RAREST = 1e-2  # probability of a category at the start
 
 
-class VAE(BaseEstimator):
+class VAE(CheckedModel):
     """Deep latent-variable model (Kingma & Welling 2014): z ~ N(0, I), tokens independent given decoder(z).
 
     Sites "z" (N, K) and "x" (N, T). It has a guide of its own, `guide`, a Normal whose mean and scale come from a
@@ -70,6 +76,15 @@ class VAE(BaseEstimator):
     """Rows a step of the training, unless another number is asked for."""
     learning_rate: ClassVar[float] = 3e-3
     """Of Adam, likewise."""
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        "latent_dim": [IntegersFrom(1)],
+        "likelihood": [OneOf(*LIKELIHOODS)],
+        "hidden": [Sequence(IntegersFrom(1), "a tuple of integers of at least 1, such as (200, 200)")],
+        "image_shape": [Sequence(IntegersFrom(1), "a tuple (height, width)", 2), None],
+        "encoder": [Instance(nn.Module, "a torch.nn.Module"), None],
+        "decoder": [Instance(nn.Module, "a torch.nn.Module"), None],
+        "n_levels": [IntegersFrom(1), None],
+    }
 
     def __init__(
         self,
@@ -95,7 +110,7 @@ class VAE(BaseEstimator):
         self._check(x)
         k, start = self.latent_dim, self._start(x)
         widths = (k, *reversed(self.hidden), start["shift"].numel())
-        decode = _network("decoder", self.decoder, _Net(widths, self.image_shape, encodes=False), x)
+        decode = _network("decoder", self.decoder, _Net(widths, self._image(), encodes=False), x)
         with pyro.plate("rows", len(x)):
             z = pyro.sample("z", dist.Normal(x.new_zeros(k), 1.0).to_event(1))
             pyro.sample("x", self._tokens(decode(z), start, x).to_event(1), obs=x)
@@ -114,18 +129,14 @@ class VAE(BaseEstimator):
             seen = (x - start["shift"]) / start["spread"] * shown
         inputs = torch.cat([seen, shown], -1)
         widths = (inputs.shape[-1], *self.hidden, 2 * self.latent_dim)
-        encode = _network("encoder", self.encoder, _Net(widths, self.image_shape, encodes=True), x)
+        encode = _network("encoder", self.encoder, _Net(widths, self._image(), encodes=True), x)
         loc, spread = encode(inputs).chunk(2, -1)
         with pyro.plate("rows", len(x)):
             scale = LEAST_SCALE + nn.functional.softplus(spread + math.log(math.e - 1))  # one at the start
             pyro.sample("z", dist.Normal(loc, scale).to_event(1))
 
     def _check(self, x: Tensor) -> None:
-        k = self.latent_dim
-        if not isinstance(k, Integral) or isinstance(k, bool) or k < 1:
-            raise ValueError(f"latent_dim must be an integer of at least 1, got {k!r}")
-        if self.likelihood not in LIKELIHOODS:
-            raise ValueError(f"likelihood must be one of {', '.join(LIKELIHOODS)}, got {self.likelihood!r}")
+        self._validate_params()
         if self.image_shape is not None:
             height, width = self.image_shape
             if height * width != x.shape[-1] or height % 4 or width % 4:
@@ -133,6 +144,9 @@ class VAE(BaseEstimator):
                     f"image_shape must be (height, width), both divisible by 4, with a pixel for each of the "
                     f"{x.shape[-1]} columns, got {self.image_shape}"
                 )
+
+    def _image(self) -> tuple[int, int] | None:
+        return None if self.image_shape is None else (int(self.image_shape[0]), int(self.image_shape[1]))
 
     def _start(self, x: Tensor) -> dict[str, Tensor]:
         """Where tokens stand before the decoder moves them."""
@@ -167,11 +181,13 @@ def _log_shares(x: Tensor, n_levels: int | None) -> Tensor:
     """Log shares of the codes of each token, (T, L)."""
     codes = x.long()
     found = int(codes.max()) + 1
-    n_levels = found if n_levels is None else n_levels
+    given, n_levels = n_levels, found if n_levels is None else n_levels
     if found > n_levels or bool((x != codes).any()) or bool((codes < 0).any()):
         raise ValueError(
             f"categorical tokens must be codes 0, ..., {n_levels - 1}, got {x.min()} to {x.max()}"
         )
+    if given is None:
+        warn_of_skipped_levels(codes)
     return nn.functional.one_hot(codes, n_levels).to(x).mean(0).clamp(min=RAREST / n_levels).log()
 
 
