@@ -340,7 +340,7 @@ def decompose(estimator: BayesMPT, X: ArrayLike | None = None) -> Decomposition:
     """
     check_is_fitted(estimator)
     program = estimator.fitted_model_
-    if not isinstance(program, GaussianProcess) or program.likelihood is not None:
+    if not isinstance(program, GaussianProcess) or program.likelihood_function is not None:
         raise TypeError(f"only a GaussianProcess with Gaussian noise has additive parts, got {program!r}")
     x, y = _seen(estimator)
     new = x if X is None else torch.as_tensor(check_array(read_table(X), dtype=np.float64)).to(x)

@@ -47,6 +47,7 @@ from bayes_mpt.fitting import (
     log_prior,
     of_program,
     refuse_subsampling,
+    warn_of_ignored_rows,
 )
 from bayes_mpt.hyperparameters import (
     Integrated,
@@ -78,6 +79,7 @@ from bayes_mpt.predictors.self_predictive import sees_all
 from bayes_mpt.rows import (
     arguments,
     as_tensor,
+    check_program,
     digest,
     grow_table,
     refuse_constant,
@@ -345,6 +347,9 @@ class BayesMPT(
             self._come()
         like: BayesMPT | None = self.__dict__.pop("_like", None)
         model = PPCA() if self.model is None else self.model
+        check_program(model, with_y=y is not None and takes_y(model))
+        if self.guide is not None:
+            check_program(self.guide, with_y=y is not None and takes_y(model), name="guide")
         X = self._check_rows(X, reset=seen is None)
         y = None if y is None or not takes_y(model) else read_numbers(y, len(X))
         context.call_on_fit_task_begin(estimator=self, X=X, y=y)
@@ -389,6 +394,7 @@ class BayesMPT(
                 refuse_subsampling(predictor, args)
                 if seen is None:
                     refuse_one_row(len(X), predictor.structure.parameters)
+                warn_of_ignored_rows(predictor, model, args)
                 if predictor.one_by_one:
                     warnings.warn(
                         "the program does not run on several nodes at once, so that each is run by itself: slow "

@@ -10,15 +10,17 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from sklearn.base import BaseEstimator
 from torch import Tensor
 
 from bayes_mpt.inputs import read_numbers
 from bayes_mpt.moments import Table
-from bayes_mpt.tracing import Model, list_names, takes_visible
+from bayes_mpt.tracing import Model, ModelError, list_names, takes_visible
 
 __all__ = [
     "arguments",
     "as_tensor",
+    "check_program",
     "digest",
     "grow_table",
     "needs_y",
@@ -52,6 +54,42 @@ def arguments(model: Model, X: NDArray[np.floating], y: Any, device: str) -> tup
     y = read_numbers(y, len(X))
     y = torch.as_tensor(y if y.flags.writeable else y.copy()).to(device)
     return x, y.double() if y.is_floating_point() else y
+
+
+def check_program(program: Any, *, with_y: bool, name: str = "model") -> None:
+    """Refuse a program (or guide) that cannot be called, before anything runs; its hyper-parameters check themselves.
+
+    Raises
+    ------
+    TypeError
+        If it is a class.
+    ModelError
+        If it does not take the arguments that it is called with.
+    """
+    if isinstance(program, type):
+        raise TypeError(
+            f"{name} must be a program, got the class {program.__name__}: write {program.__name__}(...)"
+        )
+    if isinstance(program, BaseEstimator) and hasattr(program, "_parameter_constraints"):
+        program._validate_params()
+    target = program.forward if isinstance(program, torch.nn.Module) else program
+    try:
+        signature = inspect.signature(target)
+    except (TypeError, ValueError):
+        return  # it does not say
+    if name == "model" and not with_y and takes_y(program) and needs_y(program):
+        raise ValueError(f"the program {program!r} takes a second argument: pass y")
+    args = ["x", "y"][: 1 + with_y]
+    told = {"visible": None} if takes_visible(program) else {}
+    try:
+        signature.bind(*args, **told)
+    except TypeError as error:
+        said = getattr(program, "__name__", repr(program))
+        call = ", ".join([*args, *told])
+        raise ModelError(
+            f"{name} {said}{signature} is called as {said}({call}), which it does not take ({error}): write "
+            f"def {said}({call}), and give it other arguments by functools.partial"
+        ) from None
 
 
 def takes_y(model: Model) -> bool:

@@ -85,7 +85,7 @@ class NumbersFrom(_Constraint):
 class Instance(_Constraint):
     """Objects of a class, in words of one's own."""
 
-    def __init__(self, of: type, words: str):
+    def __init__(self, of: type | tuple[type, ...], words: str):
         super().__init__()
         self.of, self.words = of, words
 
@@ -143,7 +143,7 @@ def check_memory(what: str, n_numbers: int, x: Tensor, remedy: str) -> None:
 
 def unmasked(a: Any) -> Any:
     """Masked cells of `numpy.ma` as NaN; what has no mask as it is."""
-    return a.astype(np.float64).filled(np.nan) if isinstance(a, np.ma.MaskedArray) else a
+    return np.ma.filled(a.astype(np.float64), np.nan) if isinstance(a, np.ma.MaskedArray) else a
 
 
 def warn_of_skipped_levels(codes: Tensor, seen: Tensor | None = None) -> None:

@@ -103,8 +103,8 @@ def _random_loading(x: Tensor, n_components: int) -> Tensor:
     n_tokens = x.shape[1]
     if n_components > n_tokens:
         warnings.warn(
-            f"n_components={n_components} are more latents than the {n_tokens} columns of x: the covariance is free "
-            f"from {n_tokens} on, so that more change nothing and only take time",
+            f"n_components={n_components} is more than the {n_tokens} columns of x: {n_tokens} latents give any "
+            "covariance, so that further ones change nothing and only take time",
             UserWarning,
             stacklevel=2,
         )

@@ -456,8 +456,8 @@ def _factor_start(x: Tensor, n_components: int, n_factors: int) -> dict[str, Ten
     n_tokens = x.shape[1]
     if n_factors > n_tokens:
         warnings.warn(
-            f"n_factors={n_factors} are more factors than the {n_tokens} columns of x: a component's covariance is "
-            f"free from {n_tokens} on, so that more change nothing and only take time",
+            f"n_factors={n_factors} is more than the {n_tokens} columns of x: {n_tokens} factors give any covariance, so "
+            "that further ones change nothing and only take time",
             UserWarning,
             stacklevel=2,
         )
