@@ -6,12 +6,12 @@ Constraints are those of scikit-learn's own parameter validation, in words of ou
 from __future__ import annotations
 
 import os
-import warnings
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
 from sklearn.utils._param_validation import InvalidParameterError, _Constraint, make_constraint
 from torch import Tensor
@@ -24,8 +24,8 @@ __all__ = [
     "OneOf",
     "Sequence",
     "check_memory",
+    "skipped_levels",
     "unmasked",
-    "warn_of_skipped_levels",
 ]
 
 COPIES = 6  # of parameters in training: value, gradient and its parts, two moments of Adam, the best so far
@@ -49,6 +49,10 @@ class CheckedModel(BaseEstimator):
                 words = [str(c) for c in allowed]
                 joined = (", or " if "," in words[0] else " or ").join(words)
                 raise InvalidParameterError(f"{type(self).__name__}: {name} must be {joined}, got {value!r}")
+
+    def advice(self, X: NDArray[np.floating]) -> list[str]:
+        """What is odd about these settings for rows X (N, T), NaN where missing: sentences, of which fits warn."""
+        return []
 
 
 class IntegersFrom(_Constraint):
@@ -146,19 +150,14 @@ def unmasked(a: Any) -> Any:
     return np.ma.filled(a.astype(np.float64), np.nan) if isinstance(a, np.ma.MaskedArray) else a
 
 
-def warn_of_skipped_levels(codes: Tensor, seen: Tensor | None = None) -> None:
-    """Say so where no cell holds a level below the largest, so that the number of levels is in doubt.
-
-    ``codes`` are whole numbers from 0, any shape; only cells where ``seen`` count.
-    """
-    count = torch.bincount((codes if seen is None else codes[seen]).flatten().long())
-    skipped = (count == 0).nonzero()[:, 0].tolist()
-    if skipped:
-        shown = ", ".join(map(str, skipped[:MOST_SHOWN])) + (", ..." if len(skipped) > MOST_SHOWN else "")
-        warnings.warn(
-            f"the codes of x go up to {len(count) - 1}, but no cell of the first rows holds {shown}: each level takes "
-            f"parameters and some probability. Recode the columns (OrdinalEncoder), or give n_levels={len(count)} if "
-            "these levels exist",
-            UserWarning,
-            stacklevel=2,
-        )
+def skipped_levels(X: NDArray[np.floating]) -> list[str]:
+    """A sentence where no cell of X holds a level below the largest, so that the number of levels is in doubt."""
+    count = np.bincount(X[~np.isnan(X)].astype(np.int64))
+    skipped = np.flatnonzero(count == 0).tolist()
+    if not skipped:
+        return []
+    shown = ", ".join(map(str, skipped[:MOST_SHOWN])) + (", ..." if len(skipped) > MOST_SHOWN else "")
+    return [
+        f"the codes of X go up to {len(count) - 1}, but no cell holds {shown}: each level takes parameters and some "
+        f"probability. Recode the columns (OrdinalEncoder), or give n_levels={len(count)} if these levels exist"
+    ]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from numpy.typing import NDArray
 from pyro.distributions import constraints
 from torch import Tensor
 
-from bayes_mpt.models.checks import CheckedModel, IntegersFrom, OneOf, check_memory, warn_of_skipped_levels
+from bayes_mpt.models.checks import CheckedModel, IntegersFrom, OneOf, check_memory, skipped_levels
 
 __all__ = ["LatentClass"]
 
@@ -64,7 +66,7 @@ class LatentClass(CheckedModel):
         weights = pyro.param("weights", lambda: x.new_full((n_classes,), 1 / n_classes), constraints.simplex)
         probs = pyro.param(
             "probs",
-            lambda: _start(x, n_classes, n_levels, warn=given == "auto"),
+            lambda: _start(x, n_classes, n_levels),
             constraints.simplex,
         )
         if highest > probs.shape[-1] - 1:
@@ -76,14 +78,15 @@ class LatentClass(CheckedModel):
             c = pyro.sample("class", dist.Categorical(weights))
             pyro.sample("x", dist.Categorical(probs[c]).to_event(1), obs=x)
 
+    def advice(self, X: NDArray[np.floating]) -> list[str]:
+        return skipped_levels(X) if self.n_levels == "auto" else []
 
-def _start(x: Tensor, n_classes: int, n_levels: int, warn: bool) -> Tensor:
+
+def _start(x: Tensor, n_classes: int, n_levels: int) -> Tensor:
     """Frequencies (C, T, L) in a few rows of each class, mixed with those in all rows; none is zero."""
     n_rows = len(x)
     # a cell filled with the column's mean counts as the nearest code
     codes = x.detach().round().long().clamp(max=n_levels - 1)  # (N, T)
-    if warn:
-        warn_of_skipped_levels(codes)
     total = torch.stack([(codes == level).sum(0) for level in range(n_levels)], -1).to(x)  # (T, L)
     everywhere = (total + 1 / n_levels) / (n_rows + 1)
     drawn = torch.randint(n_rows, (n_classes, START_ROWS), device="cpu").to(x.device)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from numpy.typing import NDArray
 from pyro.distributions import constraints
 from torch import Tensor
 
 from bayes_mpt.models.checks import CheckedModel, IntegersFrom, OneOf, check_memory
 
-__all__ = ["PPCA", "FactorAnalysis"]
+__all__ = ["PPCA", "FactorAnalysis", "surplus_latents"]
 
 
 class PPCA(CheckedModel):
@@ -53,6 +54,9 @@ class PPCA(CheckedModel):
         noise = pyro.param("noise_variance", lambda: _spread(x).square().mean() / 2, constraints.positive)
         _factors(x, self.n_components, noise)
 
+    def advice(self, X: NDArray[np.floating]) -> list[str]:
+        return surplus_latents("n_components", self.n_components, X)
+
 
 class FactorAnalysis(CheckedModel):
     """Factor analysis: x = loc + W z + e, e ~ N(0, diag(psi)).
@@ -85,6 +89,20 @@ class FactorAnalysis(CheckedModel):
         noise = pyro.param("noise_variance", lambda: _spread(x).square() / 2, constraints.positive)
         _factors(x, self.n_components, noise)
 
+    def advice(self, X: NDArray[np.floating]) -> list[str]:
+        return surplus_latents("n_components", self.n_components, X)
+
+
+def surplus_latents(name: str, n_latents: Any, X: NDArray[np.floating]) -> list[str]:
+    """A sentence where there are more latents than columns."""
+    n_tokens = X.shape[1]
+    if n_latents == "auto" or n_latents <= n_tokens:
+        return []
+    return [
+        f"{name}={n_latents} is more than the {n_tokens} columns of X: so many latents as columns give any covariance, "
+        "and further ones change nothing but take time"
+    ]
+
 
 def _factors(x: Tensor, n_components: Any, noise: Tensor) -> None:
     """The program of both: latents, then tokens."""
@@ -100,14 +118,6 @@ def _factors(x: Tensor, n_components: Any, noise: Tensor) -> None:
 
 
 def _random_loading(x: Tensor, n_components: int) -> Tensor:
-    n_tokens = x.shape[1]
-    if n_components > n_tokens:
-        warnings.warn(
-            f"n_components={n_components} is more than the {n_tokens} columns of x: {n_tokens} latents give any "
-            "covariance, so that further ones change nothing and only take time",
-            UserWarning,
-            stacklevel=2,
-        )
     sd = _spread(x)[:, None] / max(1, n_components) ** 0.5
     return 0.5 * sd * torch.randn(x.shape[1], n_components, dtype=x.dtype, device="cpu").to(x)
 

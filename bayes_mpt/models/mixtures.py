@@ -12,12 +12,14 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from numpy.typing import NDArray
 from pyro.distributions import constraints
 from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from bayes_mpt.models.checks import CheckedModel, IntegersFrom, OneOf, check_memory
+from bayes_mpt.models.linear_gaussian import surplus_latents
 
 __all__ = ["GaussianMixture", "MixtureOfFactorAnalyzers"]
 
@@ -211,6 +213,9 @@ class MixtureOfFactorAnalyzers(CheckedModel):
             z = pyro.sample("z", dist.Normal(x.new_zeros(n_factors), 1.0).to_event(1))
             mean = loc[c] + (loading[c] @ z[..., None])[..., 0]
             pyro.sample("x", dist.Normal(mean, noise[c].sqrt()).to_event(1), obs=x)
+
+    def advice(self, X: NDArray[np.floating]) -> list[str]:
+        return surplus_latents("n_factors", self.n_factors, X)
 
 
 # ------------------------------------------------------------------------------------------------------- EM
@@ -454,13 +459,6 @@ def _factor_start(x: Tensor, n_components: int, n_factors: int) -> dict[str, Ten
     cov = torch.stack([((p[:, None] * (rows - m)).mT @ (rows - m)) for p, m in zip(share, loc, strict=True)])
     value, vector = torch.linalg.eigh(cov)  # ascending
     n_tokens = x.shape[1]
-    if n_factors > n_tokens:
-        warnings.warn(
-            f"n_factors={n_factors} is more than the {n_tokens} columns of x: {n_tokens} factors give any covariance, so "
-            "that further ones change nothing and only take time",
-            UserWarning,
-            stacklevel=2,
-        )
     n_leading = min(n_factors, n_tokens)
     first = n_tokens - n_leading
     rest = value[:, :first].mean(1, keepdim=True) if first else value.new_zeros(n_components, 1)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import one_hot, softplus
 
-from bayes_mpt.models.checks import CheckedModel, IntegersFrom, OneOf, warn_of_skipped_levels
+from bayes_mpt.models.checks import CheckedModel, IntegersFrom, OneOf, skipped_levels
 from bayes_mpt.models.networks import check_heads, codes_of, with_params
 
 __all__ = ["MaskedPatches"]
@@ -149,6 +149,9 @@ class MaskedPatches(CheckedModel):
         check_heads(self.width, self.n_heads)
         _ = self.patches
 
+    def advice(self, X: NDArray[np.floating]) -> list[str]:
+        return skipped_levels(X) if self.likelihood == "categorical" and self.n_levels is None else []
+
     def _check(self, x: Tensor) -> NDArray[np.int64]:
         self._validate_params()
         patches = self.patches
@@ -166,8 +169,6 @@ class MaskedPatches(CheckedModel):
         n_levels = 2 if self.likelihood == "bernoulli" else self.n_levels
         n_levels = max(1, int(shown.max()) + 1) if n_levels is None else n_levels
         codes = codes_of(shown, n_levels)
-        if self.likelihood == "categorical" and self.n_levels is None:
-            warn_of_skipped_levels(codes)
         count = torch.stack([(codes == level).sum(0) for level in range(n_levels)], -1)
         log_share = ((count + 1 / n_levels) / (len(shown) + 1)).log()  # no level is impossible
         return log_share.diff(dim=-1) if self.likelihood == "bernoulli" else log_share

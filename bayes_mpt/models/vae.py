@@ -7,9 +7,11 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, ClassVar, Literal, NamedTuple
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from numpy.typing import NDArray
 from pyro.distributions import constraints
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -20,7 +22,7 @@ from bayes_mpt.models.checks import (
     IntegersFrom,
     OneOf,
     Sequence,
-    warn_of_skipped_levels,
+    skipped_levels,
 )
 from bayes_mpt.models.networks import with_params
 
@@ -135,6 +137,9 @@ class VAE(CheckedModel):
             scale = LEAST_SCALE + nn.functional.softplus(spread + math.log(math.e - 1))  # one at the start
             pyro.sample("z", dist.Normal(loc, scale).to_event(1))
 
+    def advice(self, X: NDArray[np.floating]) -> list[str]:
+        return skipped_levels(X) if self.likelihood == "categorical" and self.n_levels is None else []
+
     def _check(self, x: Tensor) -> None:
         self._validate_params()
         if self.image_shape is not None:
@@ -181,13 +186,11 @@ def _log_shares(x: Tensor, n_levels: int | None) -> Tensor:
     """Log shares of the codes of each token, (T, L)."""
     codes = x.long()
     found = int(codes.max()) + 1
-    given, n_levels = n_levels, found if n_levels is None else n_levels
+    n_levels = found if n_levels is None else n_levels
     if found > n_levels or bool((x != codes).any()) or bool((codes < 0).any()):
         raise ValueError(
             f"categorical tokens must be codes 0, ..., {n_levels - 1}, got {x.min()} to {x.max()}"
         )
-    if given is None:
-        warn_of_skipped_levels(codes)
     return nn.functional.one_hot(codes, n_levels).to(x).mean(0).clamp(min=RAREST / n_levels).log()
 
 
