@@ -61,6 +61,7 @@ from bayes_mpt.hyperparameters import (
 from bayes_mpt.inputs import read_numbers, read_table, unmasked
 from bayes_mpt.masks import PermutationChain, Policy
 from bayes_mpt.models import PPCA
+from bayes_mpt.models.checks import CheckedModel
 from bayes_mpt.moments import Table
 from bayes_mpt.predictors import (
     Conditionals,
@@ -395,6 +396,8 @@ class BayesMPT(
                 if seen is None:
                     refuse_one_row(len(X), predictor.structure.parameters)
                 warn_of_ignored_rows(predictor, model, args)
+                for sentence in model.advice(X) if isinstance(model, CheckedModel) else ():
+                    warnings.warn(sentence, UserWarning, stacklevel=4)
                 if predictor.one_by_one:
                     warnings.warn(
                         "the program does not run on several nodes at once, so that each is run by itself: slow "

@@ -23,8 +23,8 @@ from bayes_mpt.models.checks import (
     IntegersFrom,
     OneOf,
     check_memory,
+    skipped_levels,
     unmasked,
-    warn_of_skipped_levels,
 )
 from bayes_mpt.models.networks import check_heads, codes_of
 
@@ -185,7 +185,7 @@ class MaskedTransformer(CheckedModel):
             F.embedding(group * most + codes, table, sparse=True), visible
         )  # (N, T, D)
         bias = pyro.param(
-            "unigram" if contrastive else "bias", lambda: self._first_biases(codes, row, n_biases, most).to(x)
+            "unigram" if contrastive else "bias", lambda: _log_shares(codes, row, n_biases, most).to(x)
         )  # (G, L) or (T, L)
         tokens = _Codes(h, table, bias, group, n_levels, ~visible, contrastive)
         with pyro.plate("rows", len(x)):
@@ -299,10 +299,8 @@ class MaskedTransformer(CheckedModel):
                 f"weights and margin of mask_token must be at least 0, its temperature above 0, got {mask!r}"
             )
 
-    def _first_biases(self, codes: Tensor, row: Tensor, n_biases: int, n_levels: int) -> Tensor:
-        if self.n_levels is None:
-            warn_of_skipped_levels(codes)
-        return _log_shares(codes, row, n_biases, n_levels)
+    def advice(self, X: NDArray[np.floating]) -> list[str]:
+        return skipped_levels(X) if self.n_levels is None else []
 
     def _groups(self, x: Tensor) -> Tensor:
         """Group of each column (T,), numbered from 0."""

@@ -29,7 +29,7 @@ from bayes_mpt.models.checks import (
     NumbersFrom,
     OneOf,
     check_memory,
-    warn_of_skipped_levels,
+    skipped_levels,
 )
 from bayes_mpt.models.networks import codes_of
 
@@ -285,6 +285,9 @@ class Potts(CheckedModel):
         with pyro.plate("rows", len(x)):
             pyro.sample("x", dist.Categorical(logits=logits).to_event(1), obs=x)
 
+    def advice(self, X: NDArray[np.floating]) -> list[str]:
+        return skipped_levels(X) if self.n_levels == "auto" else []
+
     def couplings(self, params: Mapping[str, ArrayLike]) -> Couplings:
         """The density at these parameters (``BayesMPT.params_``), in the zero-sum gauge."""
         return self._form(_tensors(params)).zero_sum()
@@ -384,6 +387,9 @@ class FactoredAttention(CheckedModel):
             logits = logits + params["field"]
         with pyro.plate("rows", len(x)):
             pyro.sample("x", dist.Categorical(logits=logits).to_event(1), obs=x)
+
+    def advice(self, X: NDArray[np.floating]) -> list[str]:
+        return skipped_levels(X) if self.n_levels == "auto" else []
 
     def couplings(self, params: Mapping[str, ArrayLike]) -> Couplings:
         """The Potts model of these parameters: W = sum_h A_h V_h made symmetric, in the zero-sum gauge."""
@@ -498,10 +504,7 @@ def _n_levels(n_levels: Any, x: Tensor) -> int:
                     "the number of levels that there are"
                 )
             return found
-    if n_levels != "auto":
-        return int(n_levels)
-    warn_of_skipped_levels(x.nan_to_num(0.0).clamp(min=0), ~x.isnan())
-    return highest + 1
+    return highest + 1 if n_levels == "auto" else int(n_levels)
 
 
 def _log_frequencies(x: Tensor, n_levels: int, seen: Tensor | None = None) -> Tensor:
