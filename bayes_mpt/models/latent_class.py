@@ -59,7 +59,7 @@ class LatentClass(CheckedModel):
         if not lowest >= 0:  # NaN too
             raise ValueError(f"x must hold codes 0, 1, 2, ..., got {lowest:g}")
         n_levels = round(highest) + 1 if given == "auto" else int(given)
-        what = f"{n_classes} classes with {n_levels} levels"
+        what = f"classes for n_classes={n_classes}, n_levels={n_levels}"
         check_memory(
             what, n_classes * x.shape[1] * n_levels, x, "use fewer, or codes without gaps (OrdinalEncoder)"
         )

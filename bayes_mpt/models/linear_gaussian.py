@@ -109,7 +109,9 @@ def _factors(x: Tensor, n_components: Any, noise: Tensor) -> None:
     n_components = int(n_components)
     n_rows, n_tokens = x.shape
     # loadings, and covariances of the latents
-    check_memory(f"{n_components} components", n_components * (n_tokens + n_components), x, "use fewer")
+    check_memory(
+        f"loadings for n_components={n_components}", n_components * (n_tokens + n_components), x, "use fewer"
+    )
     loc = pyro.param("loc", lambda: x.mean(0))
     loading = pyro.param("loading", lambda: _random_loading(x, n_components))
     with pyro.plate("rows", n_rows):

@@ -26,7 +26,7 @@ from bayes_mpt.models.checks import (
     skipped_levels,
     unmasked,
 )
-from bayes_mpt.models.networks import check_heads, codes_of
+from bayes_mpt.models.networks import check_heads, check_layers, codes_of
 
 __all__ = ["MaskedTransformer", "OptimizedMask", "contrastive_loss"]
 
@@ -164,6 +164,7 @@ class MaskedTransformer(CheckedModel):
     def __call__(self, x: Tensor, visible: Tensor) -> None:
         """Run the program on codes x (N, T), of which (N, T) are visible; what x holds elsewhere is not looked at."""
         self._validate_params()
+        check_layers(self.width, self.n_layers, x)
         shown = torch.where(visible, x, 0.0)
         group, n_levels = self._groups(x), self._levels(shown)  # (T,), (T,)
         codes = codes_of(shown, n_levels)

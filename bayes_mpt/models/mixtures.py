@@ -80,7 +80,7 @@ class GaussianMixture(CheckedModel):
         self._validate_params()
         n_components, kind = int(self.n_components), self.covariance_type
         n_numbers = n_components * (_width(x.shape[1], kind) + max(0, n_components - len(x)))
-        check_memory(f"{n_components} components of {len(x)} rows", n_numbers, x, "use fewer components")
+        check_memory(f"components for n_components={n_components}", n_numbers, x, "use fewer")
         start = cache(lambda: _gaussian_start(x, n_components, kind))  # one EM for all parameters
         weights = pyro.param("weights", lambda: start()["weights"], constraints.simplex)
         loc = pyro.param("loc", lambda: start()["loc"])
@@ -201,8 +201,8 @@ class MixtureOfFactorAnalyzers(CheckedModel):
         n_numbers = n_components * (
             (n_factors + 1) * (x.shape[1] + n_factors) + max(0, n_components - len(x))
         )
-        what = f"{n_components} components with {n_factors} factors, of {len(x)} rows,"
-        check_memory(what, n_numbers, x, "use fewer components or factors")
+        what = f"components for n_components={n_components}, n_factors={n_factors}"
+        check_memory(what, n_numbers, x, "use fewer")
         start = cache(lambda: _factor_start(x, n_components, n_factors))
         weights = pyro.param("weights", lambda: start()["weights"], constraints.simplex)
         loc = pyro.param("loc", lambda: start()["loc"])

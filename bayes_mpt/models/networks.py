@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from bayes_mpt.models.checks import check_memory
 
-__all__ = ["check_heads", "codes_of", "with_params"]
+__all__ = ["check_heads", "check_layers", "codes_of", "with_params"]
 
 
 def with_params(
@@ -39,8 +39,6 @@ def with_params(
     >>> bool((with_params("net", net, lambda: net, x)(x) == net(x)).all()), sorted(pyro.get_param_store())
     (True, ['net.bias', 'net.weight'])
     """
-    n_numbers = sum(p.numel() for p in net.parameters())
-    check_memory(f"the {n_numbers} parameters of {name!r}", n_numbers, like, "use smaller layers")
 
     @cache
     def values() -> dict[str, nn.Parameter]:
@@ -58,6 +56,14 @@ def check_heads(width: int, n_heads: int) -> None:
     """Refuse states that heads cannot share evenly."""
     if width % n_heads:
         raise ValueError(f"width must be a multiple of n_heads, got width={width}, n_heads={n_heads}")
+
+
+def check_layers(width: int, n_layers: int, like: Tensor) -> None:
+    """Refuse layers of a transformer that no memory holds, before they are made."""
+    # attention 4 width^2, the network between layers 8 width^2
+    check_memory(
+        f"layers for width={width}, n_layers={n_layers}", 12 * width**2 * n_layers, like, "use fewer"
+    )
 
 
 def codes_of(shown: Tensor, n_levels: int | Tensor) -> Tensor:

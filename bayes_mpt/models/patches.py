@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot, softplus
 
 from bayes_mpt.models.checks import CheckedModel, IntegersFrom, OneOf, skipped_levels
-from bayes_mpt.models.networks import check_heads, codes_of, with_params
+from bayes_mpt.models.networks import check_heads, check_layers, codes_of, with_params
 
 __all__ = ["MaskedPatches"]
 
@@ -154,6 +154,7 @@ class MaskedPatches(CheckedModel):
 
     def _check(self, x: Tensor) -> NDArray[np.int64]:
         self._validate_params()
+        check_layers(self.width, self.n_layers, x)
         patches = self.patches
         if len(patches) != x.shape[1]:
             raise ValueError(

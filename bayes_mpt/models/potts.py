@@ -269,7 +269,7 @@ class Potts(CheckedModel):
         shown = torch.where(visible, x, 0.0)
         n_sites, n_levels = x.shape[1], _n_levels(self.n_levels, shown)
         if not self.separable:
-            what = f"the couplings of {n_sites} sites with {n_levels} levels"
+            what = f"couplings of {n_sites} sites for n_levels={n_levels}"
             check_memory(what, (n_sites * n_levels) ** 2, x, "use separable=True, or fewer sites")
         codes = codes_of(shown, n_levels)
         params = {}
@@ -363,7 +363,8 @@ class FactoredAttention(CheckedModel):
         shown = torch.where(visible, x, 0.0)
         n_sites, n_levels, n_heads = x.shape[1], _n_levels(self.n_levels, shown), self.n_heads
         n_numbers = n_heads * (n_sites * (self.head_size or n_sites) + n_levels**2)
-        check_memory(f"{n_heads} heads", n_numbers, x, "use fewer or smaller ones")
+        what = f"heads for n_heads={n_heads}, head_size={self.head_size}, n_levels={n_levels}"
+        check_memory(what, n_numbers, x, "use fewer or smaller ones")
         codes = codes_of(shown, n_levels)
         params = {}
         for name in ("attention",) if self.head_size is None else ("query", "key"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ from bayes_mpt.models.checks import (
     IntegersFrom,
     OneOf,
     Sequence,
+    check_memory,
     skipped_levels,
 )
 from bayes_mpt.models.networks import with_params
@@ -189,8 +191,10 @@ def _log_shares(x: Tensor, n_levels: int | None) -> Tensor:
     n_levels = found if n_levels is None else n_levels
     if found > n_levels or bool((x != codes).any()) or bool((codes < 0).any()):
         raise ValueError(
-            f"categorical tokens must be codes 0, ..., {n_levels - 1}, got {x.min()} to {x.max()}"
+            f"categorical tokens must be codes 0, ..., {n_levels - 1}, got {x.min()} to {x.max()}: another n_levels or "
+            "likelihood may fit"
         )
+    check_memory(f"codes for n_levels={n_levels}", x.shape[-1] * n_levels, x, "use fewer")
     return nn.functional.one_hot(codes, n_levels).to(x).mean(0).clamp(min=RAREST / n_levels).log()
 
 
@@ -211,11 +215,38 @@ class _Net(NamedTuple):
 
 
 def _network(name: str, given: nn.Module | None, kind: _Net, like: Tensor) -> Callable[[Tensor], Tensor]:
+    if given is None:
+        n_numbers = sum(a * b for a, b in pairwise(kind.widths))
+        sizes = " -> ".join(map(str, kind.widths))
+        check_memory(f"the {name}'s layers {sizes} (latent_dim, hidden)", n_numbers, like, "use smaller ones")
     net = _skeleton(kind) if given is None else given
     for part in net.modules():
         if isinstance(part, _BatchNorm):
             raise ValueError(f"the {name} holds {part}, which makes rows depend on each other: use LayerNorm")
-    return with_params(name, net, lambda: _build(kind) if given is None else given, like)
+    run = with_params(name, net, lambda: _build(kind) if given is None else given, like)
+    return run if given is None else _checked(name, run, kind)
+
+
+def _checked(name: str, run: Callable[[Tensor], Tensor], kind: _Net) -> Callable[[Tensor], Tensor]:
+    """A network that the user gave, whose output must have its width."""
+    n_in, n_out = kind.widths[0], kind.widths[-1]
+
+    def checked(x: Tensor) -> Tensor:
+        try:
+            out = run(x)
+        except RuntimeError as error:
+            raise ValueError(
+                f"VAE: the {name} must take (..., {n_in}) to (..., {n_out}), and fails on {tuple(x.shape)}: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
+        if out.shape != (*x.shape[:-1], n_out):
+            raise ValueError(
+                f"VAE: the {name} must take (..., {n_in}) to (..., {n_out}), and takes {tuple(x.shape)} to "
+                f"{tuple(out.shape)}"
+            )
+        return out
+
+    return checked
 
 
 @lru_cache(maxsize=64)
