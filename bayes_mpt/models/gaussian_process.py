@@ -135,7 +135,12 @@ class GaussianProcess(CheckedModel):
             nugget = NUGGET * dense.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
             root = torch.linalg.cholesky(dense + nugget * torch.eye(dense.shape[-1]).to(dense))
             f = loc + (root @ u[..., None])[..., 0]
-            tokens = likelihood(f)
+            try:
+                tokens = likelihood(f)
+            except TypeError as error:
+                raise TypeError(
+                    f"GaussianProcess: likelihood cannot be called with f alone: {error}"
+                ) from error
             if not hasattr(tokens, "to_event"):
                 raise TypeError(
                     "GaussianProcess: likelihood must give a distribution of y, such as lambda f: "

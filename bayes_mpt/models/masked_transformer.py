@@ -307,7 +307,7 @@ class MaskedTransformer(CheckedModel):
         """Group of each column (T,), numbered from 0."""
         n_tokens = x.shape[1]
         given = np.zeros(n_tokens) if self.groups is None else np.asarray(self.groups)
-        if given.shape != (n_tokens,):
+        if given.shape != (n_tokens,) or given.dtype.kind == "O":
             raise ValueError(
                 f"groups must name one group for each of {n_tokens} columns, got {self.groups!r}"
             )
