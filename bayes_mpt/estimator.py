@@ -967,6 +967,7 @@ class BayesMPT(
     @all_or_nothing
     def move_to_map(self, X: ArrayLike, y: Any, found: Integrated) -> None:
         """Take the maximum a posteriori that `integrated` found on the training rows for the parameters."""
+        check_is_fitted(self)
         if not found.modes:
             return
         rows = self._check_rows(X, reset=False)
