@@ -1,4 +1,4 @@
-"""What is passed as X and y: masked arrays, tensors, one row; what is no table; and an estimator after a fit that failed."""
+"""What is passed as X and y: masked arrays, tensors, one row, what is no table; estimators after a fit that failed."""
 
 import inspect
 import math

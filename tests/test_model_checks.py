@@ -1,4 +1,4 @@
-"""What a model, a program or a guide must be is checked before anything runs; what is odd about them gives a warning."""
+"""What a model, program or guide must be is checked before anything runs; what is odd about them gives a warning."""
 
 import time
 
@@ -180,7 +180,7 @@ def test_means_and_likelihoods_by_name(named, given):
         with torch.random.fork_rng():
             torch.manual_seed(0)
             trace = pyro.poutine.trace(GaussianProcess(**settings)).get_trace(x, y)
-        found.append(float(trace.log_prob_sum()))
+        found.append(float(trace.log_prob_sum().detach()))
     pyro.clear_param_store()
     assert found[0] == found[1]
 
@@ -275,8 +275,8 @@ def test_more_latents_than_columns(model):
         FactoredAttention(),
         VAE(1, "categorical", hidden=(2,)),
         MaskedTransformer(8, 1, 1),
-    ]
-    + [MaskedPatches((1, 2), (1, 1), 8, 1, 1, likelihood="categorical")],
+        MaskedPatches((1, 2), (1, 1), 8, 1, 1, likelihood="categorical"),
+    ],
     ids=lambda m: type(m).__name__,
 )
 def test_codes_that_skip_a_level(model):

@@ -366,6 +366,7 @@ def test_masks_of_each_row():
     "program", [Potts(), Potts(n_levels=3), Potts(separable=True), FactoredAttention()], ids=repr
 )
 @pytest.mark.parametrize("penalty", [False, True])
+@pytest.mark.filterwarnings("ignore:the estimate of parameter")
 def test_missing_cells_against_enumeration(program, penalty):
     """They are summed out of what a fitted Potts model says, and out of the pseudo-likelihood that trains it."""
     x = rows(general(3, 3, 5), 60, 6)
