@@ -284,6 +284,8 @@ def structure(
         # A program that refuses fewer rows holds something for each.
         with suppress(RuntimeError, ValueError, IndexError):
             trial, before = few, _trial_run(model, few, draft)
+            if len(before.value) != len(few[0]):  # rows of its own, whatever it is given
+                trial, before = init, None
         # With covariates a map that rows share now (a slope of zero, sorted groups) need not stay shared.
         if before is not None and not _covariates(init):
             reading = _shared_map(model, trial, draft, before, way)

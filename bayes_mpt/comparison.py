@@ -21,6 +21,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from bayes_mpt.estimator import BayesMPT
 from bayes_mpt.hyperparameters import Integrated
+from bayes_mpt.inputs import unmasked
 from bayes_mpt.predictors.errors import replicate_error
 from bayes_mpt.predictors.importance import BAD_K
 from bayes_mpt.tracing import Observed
@@ -114,8 +115,14 @@ def compare(
     >>> list(compare(fitted, X).index)
     ['ppca', 'fa']
     """
+    if not isinstance(estimators, Mapping):
+        raise TypeError(
+            "estimators must be a dict of names and fitted estimators, such as {'first': first, 'second': second}, got "
+            f"{type(estimators).__name__}"
+        )
     if not estimators:
         raise ValueError("nothing to compare: got an empty dict")
+    X, y = unmasked(X), unmasked(y)
     if evidence not in ("auto", "laplace", "integrated", "heldout", "train"):
         raise ValueError(
             f"evidence must be 'auto', 'laplace', 'integrated', 'heldout' or 'train', got {evidence!r}"

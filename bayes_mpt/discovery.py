@@ -34,7 +34,9 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
+from bayes_mpt.atomic import all_or_nothing
 from bayes_mpt.estimator import BayesMPT
+from bayes_mpt.inputs import read_table
 from bayes_mpt.models import GaussianProcess
 from bayes_mpt.models.kernels import Line, kernel_name
 from bayes_mpt.selection import MarginalLikelihoodSearch
@@ -145,6 +147,7 @@ class KernelSearch(MetaEstimatorMixin, BaseEstimator):
         self.random_state = random_state
         self.verbose = verbose
 
+    @all_or_nothing
     @_fit_context(prefer_skip_nested_validation=False)
     def fit(self, X: ArrayLike, y: ArrayLike) -> Self:
         """Grow and rank kernels on inputs X (N, P) and observations y (N,), NaN where missing.
@@ -155,6 +158,7 @@ class KernelSearch(MetaEstimatorMixin, BaseEstimator):
         estimator = BayesMPT(GaussianProcess()) if self.estimator is None else self.estimator
         if not isinstance(estimator.model, GaussianProcess):
             raise TypeError(f"estimator must have a GaussianProcess as its model, got {estimator.model!r}")
+        X = read_table(X)
         width = check_array(X, ensure_all_finite="allow-nan").shape[1]
         base = _default_base(width, estimator.model.noise_column) if self.base is None else list(self.base)
         for kernel in base:
@@ -336,10 +340,10 @@ def decompose(estimator: BayesMPT, X: ArrayLike | None = None) -> Decomposition:
     """
     check_is_fitted(estimator)
     program = estimator.fitted_model_
-    if not isinstance(program, GaussianProcess) or program.likelihood is not None:
+    if not isinstance(program, GaussianProcess) or program.likelihood_function is not None:
         raise TypeError(f"only a GaussianProcess with Gaussian noise has additive parts, got {program!r}")
     x, y = _seen(estimator)
-    new = x if X is None else torch.as_tensor(check_array(X, dtype=np.float64)).to(x)
+    new = x if X is None else torch.as_tensor(check_array(read_table(X), dtype=np.float64)).to(x)
     with torch.no_grad():
         kernel, mean, noise = program.at(estimator.params_, x)
         noise_new = program.at(estimator.params_, new)[2]

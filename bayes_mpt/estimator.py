@@ -35,6 +35,7 @@ from torch import Tensor
 
 from bayes_mpt import training
 from bayes_mpt.affine import Reading, token_means, tokens_of
+from bayes_mpt.atomic import all_or_nothing, restored_on_failure
 from bayes_mpt.concentrated import NoiseFloorError, spectrum
 from bayes_mpt.devices import at_once, check_device, moved, own_random_state
 from bayes_mpt.evidence import Laplace, laplace_diagonal, laplace_proportional
@@ -46,6 +47,7 @@ from bayes_mpt.fitting import (
     log_prior,
     of_program,
     refuse_subsampling,
+    warn_of_ignored_rows,
 )
 from bayes_mpt.hyperparameters import (
     Integrated,
@@ -56,9 +58,11 @@ from bayes_mpt.hyperparameters import (
     integrate,
     log_likelihood,
 )
+from bayes_mpt.inputs import read_numbers, read_table, unmasked
 from bayes_mpt.location import location_parameter
 from bayes_mpt.masks import PermutationChain, Policy
 from bayes_mpt.models import PPCA
+from bayes_mpt.models.checks import CheckedModel
 from bayes_mpt.moments import Table, far_means
 from bayes_mpt.predictors import (
     Conditionals,
@@ -77,11 +81,13 @@ from bayes_mpt.predictors.self_predictive import sees_all
 from bayes_mpt.rows import (
     arguments,
     as_tensor,
+    check_program,
     digest,
     grow_table,
     refuse_constant,
     refuse_empty,
     refuse_missing,
+    refuse_one_row,
     refuse_unobserved,
     takes_y,
 )
@@ -288,7 +294,8 @@ class BayesMPT(
         Parameters
         ----------
         X : array-like of shape (N, T)
-            NaN cells are missing. A memory map is read by chunks and never copied.
+            NaN cells are missing, and those that a `numpy.ma` array masks. A memory map is read by chunks and never
+            copied.
         y : array-like of shape (N, ...), optional
             Second argument of the program, if it takes one.
 
@@ -300,9 +307,12 @@ class BayesMPT(
         ------
         ValueError
             If X or a parameter is unfit, the program cannot be scored exactly (`bayes_mpt.tracing.ModelError`), or
-            the likelihood has no maximum; the message names the column, site or parameter.
+            the likelihood has no maximum; the message names the column, site or parameter. The estimator is then what
+            it was before, fitted or not.
         """
-        return self._fit(X, y, seen=None, warm=self.warm_start)
+        context = self._init_callback_context(max_subtasks=None)
+        with restored_on_failure(self):
+            return self._fit(X, y, context, seen=None, warm=self.warm_start)
 
     @_fit_context(prefer_skip_nested_validation=True)
     def partial_fit(self, X: ArrayLike, y: Any = None) -> Self:
@@ -320,7 +330,9 @@ class BayesMPT(
             )
         # a fit by masks goes on from where it was; an exact one ends at the maximum over all rows in any case
         warm = fitted and self.masks is not None
-        return self._fit(X, y, seen=self._table if fitted else None, warm=warm)
+        context = self._init_callback_context(max_subtasks=None)
+        with restored_on_failure(self):
+            return self._fit(X, y, context, seen=self._table if fitted else None, warm=warm)
 
     def refit(self, X: ArrayLike, y: Any = None) -> Self:
         """A new estimator of the same settings, fitted to other rows.
@@ -334,22 +346,24 @@ class BayesMPT(
         new._like = self
         return new.fit(X, y)
 
-    def _fit(self, X: ArrayLike, y: Any, *, seen: Table | None, warm: bool) -> Self:
+    def _fit(self, X: ArrayLike, y: Any, context: Any, *, seen: Table | None, warm: bool) -> Self:
         check_device(self.device)
         if warm and hasattr(self, "_state"):
             self._come()
         like: BayesMPT | None = self.__dict__.pop("_like", None)
-        context = self._init_callback_context(max_subtasks=None)
-        X = self._check_rows(X, reset=seen is None, n_least=2 if seen is None else 1)
-        y = None if y is None else np.asarray(y)
-        context.call_on_fit_task_begin(estimator=self, X=X, y=y)
         model = PPCA() if self.model is None else self.model
+        check_program(model, with_y=y is not None and takes_y(model))
+        if self.guide is not None:
+            check_program(self.guide, with_y=y is not None and takes_y(model), name="guide")
+        X = self._check_rows(X, reset=seen is None)
+        y = None if y is None or not takes_y(model) else read_numbers(y, len(X))
+        context.call_on_fit_task_begin(estimator=self, X=X, y=y)
         if isinstance(model, torch.nn.Module):
             model = deepcopy(model).double().to(self.device)  # a PyroModule trains in place
         guide = _own_guide(self.guide, self.model, model, self.device)
         state = self._state if warm and hasattr(self, "_state") else None
         trainer = self._trainer(model, context)
-        with_y = y is not None and takes_y(model)
+        with_y = y is not None
         self.__dict__.pop("selection_", None)
         # The one pass over all rows, with all threads; what follows sees the moments only, if rows share a map.
         if trainer.by_epochs:
@@ -366,6 +380,7 @@ class BayesMPT(
             known = like._bound, like._state
         with training.one_thread(X.size if table is None else table.n_cells):
             if table is not None and auto:
+                refuse_one_row(table.n_rows, ("n_components",))
                 refuse_constant(table)
                 model, self.selection_, at_floor = choose_dimension(model, table)
                 trainer = replace(trainer, at_floor=at_floor)
@@ -396,6 +411,11 @@ class BayesMPT(
                 self._initial = store.initial()
                 store.begin(state)
                 refuse_subsampling(predictor, args)
+                if seen is None:
+                    refuse_one_row(len(X), predictor.structure.parameters)
+                warn_of_ignored_rows(predictor, model, args)
+                for sentence in model.advice(X) if isinstance(model, CheckedModel) else ():
+                    warnings.warn(sentence, UserWarning, stacklevel=4)
                 if predictor.one_by_one:
                     warnings.warn(
                         "the program does not run on several nodes at once, so that each is run by itself: slow "
@@ -411,7 +431,8 @@ class BayesMPT(
                 if moments:
                     if table is None:
                         table = grow_table(X, seen, self.device, trainer.names)
-                    refuse_constant(table)
+                    if predictor.structure.parameters:
+                        refuse_constant(table)
                     # Few rows are scored themselves; many, and those of earlier calls, through their moments.
                     raw = seen is None and len(X) <= 2 * X.shape[1]
                     rows, weight = (as_tensor(X, model, self.device, shift), None) if raw else table.rows()
@@ -668,7 +689,7 @@ class BayesMPT(
     def inverse_transform(self, Z: ArrayLike) -> NDArray[np.floating]:
         """Means of the tokens given latents: (N, K) -> (N, T)."""
         reading = self._shared_reading("inverse_transform")
-        z = torch.as_tensor(check_array(Z, dtype=np.float64)).to(reading.loc)
+        z = torch.as_tensor(check_array(unmasked(Z), dtype=np.float64)).to(reading.loc)
         if z.shape[1] != self.n_components_:
             raise ValueError(f"latents must have shape (N, {self.n_components_}), got {tuple(z.shape)}")
         # u = R^-1 (z - b), x = loc + W u
@@ -687,7 +708,6 @@ class BayesMPT(
             if x.shape == cells.shape and bool(((x == cells) | (x.isnan() & cells.isnan())).all()):
                 filled = tokens
             else:
-                y = None if y is None else np.asarray(y)
                 args = self._arguments(self._check_rows(X, reset=False), y)
                 with self._fitted_program(args):
                     where = self._cells_of(args)
@@ -722,7 +742,7 @@ class BayesMPT(
             )
         return found
 
-    @available_if(lambda self: getattr(self, "_y_like", None) is not None)
+    @available_if(lambda self: self._predicts_y())
     def predict(self, X: ArrayLike, return_std: bool = False, return_cov: bool = False) -> Any:
         """Means of y for new rows X, for programs ``model(x, y)``.
 
@@ -771,9 +791,10 @@ class BayesMPT(
             ).sum(0)
         return means.cpu().numpy()
 
-    @available_if(lambda self: getattr(getattr(self, "predictor_", None), "remembers", False))
+    @available_if(lambda self: self._predicts_y() and (self._is_unfitted() or self.predictor_.remembers))
     def sample_y(self, X: ArrayLike, n_samples: int = 1, random_state: int | None = 0) -> NDArray[np.float64]:
         """Draw observations of new rows together, given the training rows: (M, n_samples)."""
+        check_is_fitted(self)
         mean, cov = self.predict(X, return_cov=True)
         rng = check_random_state(random_state)
         return rng.multivariate_normal(mean, cov, n_samples).T
@@ -974,8 +995,10 @@ class BayesMPT(
             )
         return found._replace(names=tuple(leaves))
 
+    @all_or_nothing
     def move_to_map(self, X: ArrayLike, y: Any, found: Integrated) -> None:
         """Take the maximum a posteriori that `integrated` found on the training rows for the parameters."""
+        check_is_fitted(self)
         if not found.modes:
             return
         rows = self._check_rows(X, reset=False)
@@ -1070,7 +1093,7 @@ class BayesMPT(
                 yield whole
             return
         rows = self._check_rows(X, reset=False)
-        y = None if y is None else np.asarray(y)
+        y = self._targets(y, len(rows))
         step = self._n_at_once(rows)
         parts = [
             self._arguments(rows[i : i + step], None if y is None else y[i : i + step])
@@ -1124,23 +1147,32 @@ class BayesMPT(
 
     # ------------------------------------------------------------------------------------------------------- checks
 
-    def _check_rows(self, X: ArrayLike, *, reset: bool, n_least: int = 1) -> NDArray[np.floating]:
+    def _check_rows(self, X: ArrayLike, *, reset: bool) -> NDArray[np.floating]:
         if not reset:
+            check_is_fitted(self)
             self._come()
         return validate_data(
-            self,
-            X,
-            reset=reset,
-            dtype=[np.float64, np.float32],
-            ensure_all_finite="allow-nan",
-            ensure_min_samples=n_least,
+            self, read_table(X), reset=reset, dtype=[np.float64, np.float32], ensure_all_finite="allow-nan"
         )
+
+    def _targets(self, y: Any, n_rows: int) -> NDArray[Any] | None:
+        """The program's second argument; None where it takes none."""
+        return None if y is None or not takes_y(self.fitted_model_) else read_numbers(y, n_rows)
 
     def _arguments(self, rows: NDArray[np.floating], y: Any) -> tuple[Any, ...]:
         return arguments(self.fitted_model_, rows, y, self.device, self._shift)
 
     def _tensor(self, rows: NDArray[np.floating]) -> Tensor:
         return as_tensor(rows, self.fitted_model_, self.device, self._shift)
+
+    def _is_unfitted(self) -> bool:
+        return not hasattr(self, "predictor_")
+
+    def _predicts_y(self) -> bool:
+        """Whether there is a y to predict; of a program that is not fitted yet whether it takes one."""
+        if self._is_unfitted():
+            return self.model is not None and takes_y(self.model)
+        return self._y_like is not None
 
     def _names(self) -> NDArray[Any]:
         """Of the columns, for errors."""

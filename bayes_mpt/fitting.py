@@ -19,6 +19,7 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from bayes_mpt import training
+from bayes_mpt.affine import tokens_of
 from bayes_mpt.concentrated import NoiseFloorError, spectrum
 from bayes_mpt.evidence import laplace_proportional
 from bayes_mpt.hyperparameters import Prior, assign
@@ -30,9 +31,27 @@ from bayes_mpt.predictors.joint_gaussian import N_TRIAL_ROWS, gaussian_program
 from bayes_mpt.predictors.self_predictive import sees_all
 from bayes_mpt.score import OWN_MASKS
 from bayes_mpt.store import OwnStore, State, load, save
-from bayes_mpt.tracing import Model, ModelError, Program, fill, first_run
+from bayes_mpt.tracing import (
+    Model,
+    ModelError,
+    Program,
+    fill,
+    first_run,
+    head,
+    resampled,
+    run,
+    shifted,
+)
 
-__all__ = ["Trainer", "bind", "choose_dimension", "log_prior", "of_program", "refuse_subsampling"]
+__all__ = [
+    "Trainer",
+    "bind",
+    "choose_dimension",
+    "log_prior",
+    "of_program",
+    "refuse_subsampling",
+    "warn_of_ignored_rows",
+]
 
 MAX_INIT_ROWS = 4096  # rows on which it is found out what a program is
 MAX_INIT_CELLS = 2**20  # of a table on which a program first runs, which initialises its parameters
@@ -165,6 +184,34 @@ def refuse_subsampling(predictor: Conditionals, args: tuple[Any, ...]) -> None:
             'itself. Write pyro.plate("rows", len(x)) without subsample_size, or train with pyro.infer.SVI and '
             "CumulativeMaskedScore"
         )
+
+
+def warn_of_ignored_rows(predictor: Conditionals, model: Model, args: tuple[Any, ...]) -> None:
+    """Say so where no argument changes what a program observes."""
+    structure = predictor.structure
+    if structure.plain or predictor.own_masks:
+        return  # its tokens are the cells of X
+    filled = tuple(fill(a) for a in args)
+    for some in (head(filled, N_TRIAL_ROWS), filled):  # a program may insist on all its rows
+        with suppress(RuntimeError, ValueError, IndexError), torch.no_grad(), pyro.validation_enabled(False):
+            value = tokens_of(run(model, some), structure)
+            break
+    else:
+        return
+    for change in (resampled, shifted):  # resampled rows may be equal, shifted ones have values out of range
+        try:
+            with torch.no_grad(), pyro.validation_enabled(False):
+                other = tokens_of(run(model, tuple(change(a) for a in some)), structure)
+        except (RuntimeError, ValueError, IndexError):
+            continue
+        if not torch.equal(value, other):
+            return
+    warnings.warn(
+        f"observed site {structure.observed!r} does not change with X: the rows that were given are ignored, and "
+        "whatever they are the score is the same. Write obs=x, or a part of it",
+        UserWarning,
+        stacklevel=5,
+    )
 
 
 def of_program(problem: training.Problem) -> dict[str, Tensor]:

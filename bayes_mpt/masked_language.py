@@ -5,6 +5,8 @@ A sub-word is a token here. Those that the tokenizer adds (begin, end, padding) 
 
 from __future__ import annotations
 
+import math
+from collections import UserDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,6 +36,8 @@ __all__ = ["MaskedLanguageModel", "TextScores", "compare_language_models"]
 
 MASKS = UniformSize(16)
 RATES = tuple(r / 20 for r in range(1, 20))
+CLOSE = 64  # roundings of logits
+N_TRIALS = 8  # tokens in the middle of three, which show what a model looks at
 MAX_PADDING = 0.01  # of the vocabulary: rows that an embedding has beyond it to be of a round size
 MAX_LENGTH = 10**9  # a tokenizer that knows no limit says 1e30
 
@@ -228,8 +232,7 @@ class MaskedLanguageModel:
                 f"the tokenizer has {n_tokens} tokens and the model's embedding {n_rows} rows: they do not belong "
                 "together"
             )
-        if isinstance(texts, str) or not len(texts):
-            raise ValueError(f"texts must be a list of at least one, got {texts!r}")
+        texts = _list_of(texts)
         # An unknown word is a word.
         named = {
             getattr(tokenizer, f"{name}_token_id") for name in ("cls", "sep", "bos", "eos", "pad", "mask")
@@ -240,9 +243,7 @@ class MaskedLanguageModel:
         for i, text in enumerate(texts):
             if isinstance(text, str):
                 text = tokenizer(text, truncation=False, verbose=False)["input_ids"]
-            ids = torch.as_tensor(text, dtype=torch.long).cpu()
-            if ids.ndim != 1:
-                raise ValueError(f"a text must be a string or token ids, got shape {tuple(ids.shape)} at {i}")
+            ids = _token_ids(text, i)
             ids = ids[ids != tokenizer.pad_token_id] if tokenizer.pad_token_id is not None else ids
             if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < n_rows:
                 raise ValueError(f"token ids must be in 0..{n_rows - 1}: text {i} has others")
@@ -280,6 +281,7 @@ class MaskedLanguageModel:
         generator = torch_generator(random_state)
         total: dict[tuple[int, int], float] = {}  # by replicate and text
         with _evaluating(self.model):
+            self._refuse_other_kinds(texts[0])
             self._examine(texts)
             for batch in self._batches(texts, policy, n_replicates, generator):
                 by_copy = self._run(texts, batch)
@@ -288,6 +290,33 @@ class MaskedLanguageModel:
                     total[at] = total.get(at, 0.0) + float(found.sum())
         rows = max(r for r, _ in total) + 1
         return np.array([[total[r, i] for i in range(len(texts))] for r in range(rows)])
+
+    def _refuse_other_kinds(self, text: _Text) -> None:
+        """Refuse a model without logits of each token, and a causal one, by what three tokens change at both sides."""
+        if _is_known_masked(self.model):
+            return
+        name, n_rows = type(self.model).__name__, self.model.get_input_embeddings().weight.shape[0]
+        others = torch.arange(min(N_TRIALS, n_rows))
+        ids = torch.full((1 + len(others), min(3, self._limit())), int(text.ids[text.own[0]]))
+        ids[1:, ids.shape[1] // 2] = others
+        device = self.model.get_input_embeddings().weight.device
+        out = self.model(input_ids=ids.to(device), attention_mask=torch.ones_like(ids).to(device))
+        logits = getattr(out, "logits", None)
+        if logits is None or logits.shape[:2] != ids.shape or logits.shape[2] < len(self.tokenizer):
+            got = "no logits" if logits is None else f"logits of shape {tuple(logits.shape)}"
+            raise ValueError(
+                f"{name} is no masked language model: of {ids.shape[1]} tokens in {len(ids)} texts it gives {got}, in "
+                f"place of {(*ids.shape, len(self.tokenizer))}. Load it by AutoModelForMaskedLM"
+            )
+        if ids.shape[1] < 3:
+            return
+        before, _, after = (logits[1:] - logits[0]).abs().amax((0, 2)).tolist()
+        rounding = CLOSE * torch.finfo(logits.dtype).eps * float(logits.abs().max())
+        if before == 0 < after or before <= rounding < after:
+            raise ValueError(
+                f"{name} is a causal language model: what it says at a token looks at the tokens before it only, and "
+                "is of the next token. Masked scores need a model that looks at both sides, such as BERT"
+            )
 
     def _examine(self, texts: list[_Text]) -> None:
         """Refuse a model that looks at padding in spite of the attention mask, where texts are padded."""
@@ -396,6 +425,8 @@ def compare_language_models(
     ValueError
         If the models do not score the same tokens.
     """
+    if not isinstance(models, Mapping):
+        raise TypeError(f"models must be a dict of names and models, got {type(models).__name__}")
     if not models:
         raise ValueError("nothing to compare: got an empty dict")
     masks = MASKS if masks is None else masks
@@ -418,6 +449,46 @@ def compare_language_models(
         note = "area under the masked curve"
         found.append(Candidate(None, scores.total, scores.score, totals, scores.se, note=note))
     return comparison_table(list(models), found, "heldout")
+
+
+def _list_of(texts: Any) -> Sequence[Any]:
+    """Texts one by one; what is something else, but could be read as a list, is refused."""
+    if isinstance(texts, Mapping | UserDict):  # whose keys would be taken for texts
+        raise TypeError(
+            f"texts must be a list of strings or of token ids, got {type(texts).__name__}: pass the texts themselves "
+            '(what tokenizer(texts) gives holds token ids as its "input_ids")'
+        )
+    if isinstance(texts, pd.DataFrame):
+        raise TypeError("texts must be a list of strings, got a DataFrame: pass the column that holds them")
+    if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
+        raise ValueError(f"texts must be a list of at least one, got {texts!r}")
+    texts = texts if isinstance(texts, Tensor) else list(texts)
+    if not len(texts):
+        raise ValueError(f"texts must be a list of at least one, got {texts!r}")
+    return texts
+
+
+def _token_ids(text: Any, i: int) -> Tensor:
+    """Token ids (L,) of text number i, which is no string."""
+    if isinstance(text, Mapping | UserDict):
+        found = f"a {type(text).__name__}"
+    elif isinstance(text, tuple | list) and any(isinstance(part, str) for part in text):
+        found = f"{len(text)} strings: score each by itself, or join them to one"
+    elif text is None or (isinstance(text, float) and math.isnan(text)) or text is pd.NA:
+        found = f"{text!r}: leave missing texts out"
+    else:
+        try:
+            ids = text.detach().cpu() if isinstance(text, Tensor) else torch.as_tensor(np.asarray(text))
+        except (TypeError, ValueError):
+            found = repr(text)
+        else:
+            if not ids.numel():
+                ids = ids.long()
+            whole = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+            if ids.ndim == 1 and whole:
+                return ids.long()
+            found = f"{ids.dtype} of shape {tuple(ids.shape)}".replace("torch.", "")
+    raise ValueError(f"a text must be a string or token ids, text {i} is {found}")
 
 
 class _Text(NamedTuple):
@@ -453,6 +524,19 @@ def _copies(text: int, draw: int, masks: Masks) -> Iterable[_Copies]:
         _Copies(text, draw * n_chains + c, place >= step, (place == step).double())
         for c, place in enumerate(masks.order.argsort(dim=1))
     )
+
+
+def _is_known_masked(model: Any) -> bool:
+    """Whether `transformers` lists the class as a masked language model and nothing else."""
+    if not type(model).__module__.startswith("transformers."):
+        return False
+    from transformers.models.auto import modeling_auto as auto
+
+    masked, causal = (
+        set(getattr(auto, f"MODEL_FOR_{kind}_LM_MAPPING_NAMES").values()) for kind in ("MASKED", "CAUSAL")
+    )
+    name, config = type(model).__name__, model.config
+    return name in masked - causal and not getattr(config, "is_decoder", False)
 
 
 @contextmanager

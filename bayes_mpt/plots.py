@@ -9,6 +9,7 @@ import pandas as pd
 from numpy.typing import ArrayLike
 
 from bayes_mpt.discovery import Decomposition, decompose
+from bayes_mpt.inputs import unmasked
 from bayes_mpt.score import Curve, RateCurve
 
 __all__ = ["DecompositionDisplay", "MaskedCurveDisplay", "RankingDisplay"]
@@ -132,6 +133,7 @@ class DecompositionDisplay:
         cls, estimator: Any, X: ArrayLike, y: ArrayLike | None = None, *, at: ArrayLike | None = None
     ) -> Self:
         """Draw the parts of a fitted `BayesMPT` or `KernelSearch` of one input column, at X or ``at`` other rows."""
+        X, at, y = unmasked(X), unmasked(at), unmasked(y)
         rows = np.asarray(X if at is None else at, dtype=float)
         if rows.ndim != 2 or rows.shape[1] != 1:
             raise ValueError(f"only inputs of one column can be drawn, got shape {rows.shape}")

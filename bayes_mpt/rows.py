@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from sklearn.base import BaseEstimator
 from torch import Tensor
 
+from bayes_mpt.inputs import read_numbers
 from bayes_mpt.moments import Table
-from bayes_mpt.tracing import Model, takes_visible
+from bayes_mpt.tracing import Model, ModelError, list_names, takes_visible
 
 __all__ = [
     "arguments",
     "as_tensor",
+    "check_program",
     "digest",
     "grow_table",
     "needs_y",
     "refuse_constant",
     "refuse_empty",
     "refuse_missing",
+    "refuse_one_row",
     "refuse_unobserved",
     "takes_y",
 ]
@@ -52,13 +57,45 @@ def arguments(
         if needs_y(model):
             raise ValueError(f"the program {model!r} takes a second argument: pass y")
         return (x,)
-    y = np.asarray(y)
-    if len(y) != len(X):
-        raise ValueError(f"y must have a row for each of the {len(X)} rows of X, got {len(y)}")
-    if y.dtype.kind == "f" and np.isinf(y).any():
-        raise ValueError("y contains infinity")
+    y = read_numbers(y, len(X))
     y = torch.as_tensor(y if y.flags.writeable else y.copy()).to(device)
     return x, y.double() if y.is_floating_point() else y
+
+
+def check_program(program: Any, *, with_y: bool, name: str = "model") -> None:
+    """Refuse a program (or guide) that cannot be called, before anything runs; its hyper-parameters check themselves.
+
+    Raises
+    ------
+    TypeError
+        If it is a class.
+    ModelError
+        If it does not take the arguments that it is called with.
+    """
+    if isinstance(program, type):
+        raise TypeError(
+            f"{name} must be a program, got the class {program.__name__}: write {program.__name__}(...)"
+        )
+    if isinstance(program, BaseEstimator) and hasattr(program, "_parameter_constraints"):
+        program._validate_params()
+    target = program.forward if isinstance(program, torch.nn.Module) else program
+    try:
+        signature = inspect.signature(target)
+    except (TypeError, ValueError):
+        return  # it does not say
+    if name == "model" and not with_y and takes_y(program) and needs_y(program):
+        raise ValueError(f"the program {program!r} takes a second argument: pass y")
+    args = ["x", "y"][: 1 + with_y]
+    told = {"visible": None} if takes_visible(program) else {}
+    try:
+        signature.bind(*args, **told)
+    except TypeError as error:
+        said = getattr(program, "__name__", repr(program))
+        call = ", ".join([*args, *told])
+        raise ModelError(
+            f"{name} {said}{signature} is called as {said}({call}), which it does not take ({error}): write "
+            f"def {said}({call}), and give it other arguments by functools.partial"
+        ) from None
 
 
 def takes_y(model: Model) -> bool:
@@ -114,6 +151,15 @@ def refuse_missing(X: NDArray[np.floating], names: NDArray[Any]) -> None:
         raise ValueError(
             f"column {', '.join(str(names[c]) for c in columns)} of X has missing cells, on which "
             "the covariance of the observations depends: fill them or drop these rows. Only y may be missing"
+        )
+
+
+def refuse_one_row(n_rows: int, parameters: Sequence[str]) -> None:
+    """One row says nothing of how rows differ; it can be scored where no parameter is estimated from it."""
+    if n_rows == 1 and parameters:
+        raise ValueError(
+            f"X has 1 sample, from which the program estimates {list_names(parameters)}: give 2 rows or more. One is "
+            "enough where the program has no parameters, so that all is integrated"
         )
 
 

@@ -44,6 +44,7 @@ from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_is_fitted
 from tqdm.auto import tqdm
 
+from bayes_mpt.atomic import all_or_nothing
 from bayes_mpt.comparison import (
     Candidate,
     before_final,
@@ -55,6 +56,7 @@ from bayes_mpt.comparison import (
     token_digest,
 )
 from bayes_mpt.estimator import RUNAWAY, BayesMPT
+from bayes_mpt.inputs import read_table, unmasked
 from bayes_mpt.masks import require_lml
 from bayes_mpt.models.kernels import kernel_name
 from bayes_mpt.tracing import takes_visible
@@ -167,6 +169,7 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, BaseEstimator):
         self.random_state = random_state
         self.verbose = verbose
 
+    @all_or_nothing
     @_fit_context(prefer_skip_nested_validation=False)
     def fit(self, X: ArrayLike, y: Any = None) -> Self:
         """Fit and rank all candidates on X (N, T).
@@ -200,10 +203,10 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, BaseEstimator):
             if candidate.masks is not None:
                 independent = takes_visible(candidate.model)
                 require_lml(candidate.masks, "MarginalLikelihoodSearch", independent=independent)
+        X, y = unmasked(X), unmasked(y)
         if model is self.estimator:  # what stands before a model in a Pipeline may take anything
-            check_array(
-                X, dtype=[np.float64, np.float32], ensure_all_finite="allow-nan", ensure_min_samples=2
-            )
+            X = read_table(X)
+            check_array(X, dtype=[np.float64, np.float32], ensure_all_finite="allow-nan")
         seed = self._partition_seed()
         found = self._run(_fit_candidate, [(self.estimator, p, X, y, self.evidence) for p in grid], "fit")
         good = _good(found)

@@ -272,7 +272,8 @@ def one_precision(args: tuple[Any, ...]) -> Iterator[None]:
     try:
         with tensors[0].device if away else nullcontext(), casts:
             yield
-    except ValueError as error:
+    except ValueError as raised:
+        error = _own_error(raised)
         first_line = str(error).splitlines()[0]
         if first_line.startswith("Shape mismatch inside plate"):
             raise ModelError(
@@ -280,7 +281,9 @@ def one_precision(args: tuple[Any, ...]) -> Iterator[None]:
                 "dim=-2"
             ) from error
         if not first_line.startswith("Expected parameter"):  # torch's, which names no site
-            raise
+            if error is raised:
+                raise
+            raise error from error.__cause__
         broken = [n for n, p in pyro.get_param_store().items() if not bool(torch.isfinite(p).all())]
         if broken:
             raise ModelError(
@@ -306,6 +309,13 @@ def one_precision(args: tuple[Any, ...]) -> Iterator[None]:
         ) from error
     finally:
         torch.set_default_dtype(before)
+
+
+def _own_error(error: BaseException) -> BaseException:
+    """What a program raised, without the table of shapes that Pyro's trace puts below it."""
+    while "Trace Shapes:" in str(error) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 class _Casts(poutine.messenger.Messenger):
@@ -1023,7 +1033,7 @@ def refuse_unregistered(outputs: list[Tensor]) -> None:
 def _refuse_dependence_on_x(model: Model, args: tuple[Any, ...], program: Program, first: Trace) -> list[int]:
     """No token's distribution may look at the tokens: resample every column of an argument and see what moves.
 
-    Columns are resampled, not shifted, so that counts stay counts; latents keep the values of the first run. The
+    Columns are resampled, so that counts stay counts; latents keep the values of the first run. The
     positions of arguments that were found to be tokens, and to be looked at by no distribution, are returned.
     """
     free = []
@@ -1031,11 +1041,9 @@ def _refuse_dependence_on_x(model: Model, args: tuple[Any, ...], program: Progra
     with torch.no_grad():
         before = _own_log_probs(first, first, program)
         for position, arg in enumerate(args):
-            if not isinstance(arg, Tensor) or arg.ndim == 0 or len(arg) < 2:
+            if not isinstance(arg, Tensor) or arg.ndim == 0 or not len(arg):
                 continue
-            generator = torch.Generator().manual_seed(1)
-            index = torch.randint(len(arg), arg.shape, generator=generator).to(arg.device)
-            changed = torch.gather(arg, 0, index)
+            changed = resampled(arg) if len(arg) > 1 else shifted(arg)
             try:
                 with pyro.validation_enabled(False):
                     trace = run(model, (*args[:position], changed, *args[position + 1 :]), latents)
@@ -1059,6 +1067,22 @@ def _refuse_dependence_on_x(model: Model, args: tuple[Any, ...], program: Progra
                     )
             free.append(position)
     return free
+
+
+def resampled(arg: Any) -> Any:
+    """Every column of an argument resampled by itself: counts stay counts."""
+    if not isinstance(arg, Tensor) or not arg.ndim:
+        return arg
+    generator = torch.Generator().manual_seed(1)
+    index = torch.randint(len(arg), arg.shape, generator=generator).to(arg.device)
+    return torch.gather(arg, 0, index)
+
+
+def shifted(arg: Any) -> Any:
+    """Every cell of an argument one larger: whole numbers stay whole."""
+    if not isinstance(arg, Tensor):
+        return arg
+    return ~arg if arg.dtype == torch.bool else arg + 1
 
 
 def _own_log_probs(trace: Trace, values: Trace, program: Program) -> list[Tensor]:

@@ -403,6 +403,7 @@ def test_two_or_three_rows_factor_analysis_is_unbounded(x, model, n_rows):
         assert (estimator.noise_variance_ > 1e-12).all(), "a variance of zero is not a fit"
 
 
+@pytest.mark.filterwarnings("ignore:n_components=8 is more than the 5 columns")
 @pytest.mark.parametrize("n_components", [T, T + 3])
 @pytest.mark.parametrize("kind", [PPCA, FactorAnalysis])
 def test_as_many_latents_as_columns(x, kind, n_components):

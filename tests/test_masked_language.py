@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -387,3 +388,103 @@ def test_pretrained_antibody_model():
     assert models["pretrained"].pseudo_log_likelihood(texts).sum() > table.lml["pretrained"]
     with pytest.raises(ValueError, match="is 144:"):  # of 146 places two are not for tokens
         models["fresh"].score_samples(["A" * 143])
+
+
+@pytest.mark.parametrize(
+    ("texts", "words"),
+    [
+        (["dog", None], "text 1 is None: leave missing texts out"),
+        (["dog", float("nan")], "text 1 is nan"),
+        ([("the cat", "dog")], "text 0 is 2 strings"),
+        ([b"dog"], "text 0 is b'dog'"),
+        ([[2.0, 6.0, 3.0]], "text 0 is float64"),
+        ([[True, False]], "text 0 is bool"),
+        ([7], r"text 0 is int64 of shape \(\)"),
+        ([[[2, 6, 3]]], r"text 0 is int64 of shape \(1, 3\)"),
+        ({"dog": 1}, "got dict"),
+        (pd.DataFrame({"text": ["dog"]}), "got a DataFrame: pass the column"),
+        (None, "a list of at least one"),
+        (7, "a list of at least one"),
+    ],
+)
+def test_what_is_no_text(texts, words):
+    lm = MaskedLanguageModel(network(), tokenizer())
+    for ask in (lm.score_samples, lm.pseudo_log_likelihood, lm.masked_curve):
+        with pytest.raises((ValueError, TypeError), match=words):
+            ask(texts)
+    with pytest.raises((ValueError, TypeError), match=words):
+        compare_language_models({"a": lm}, texts)
+
+
+def test_tokenized_texts_are_no_texts():
+    lm = MaskedLanguageModel(network(), tokenizer())
+    for tensors in ("pt", None):
+        with pytest.raises(TypeError, match="got BatchEncoding: pass the texts themselves"):
+            lm.score_samples(lm.tokenizer(TEXTS, padding=True, return_tensors=tensors))
+    with pytest.raises(ValueError, match="text 1 is a BatchEncoding"):
+        lm.score_samples(["dog", lm.tokenizer("dog")])
+
+
+def test_texts_in_other_containers():
+    lm = MaskedLanguageModel(network(), tokenizer())
+    want = lm.score_samples(TEXTS)
+    for texts in (tuple(TEXTS), np.array(TEXTS), pd.Series(TEXTS, index=[3, 1, 4, 2]), iter(TEXTS)):
+        np.testing.assert_array_equal(lm.score_samples(texts), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["GPT2", "Bert"])
+def test_causal_models_are_refused(kind, dtype):
+    torch.manual_seed(0)
+    if kind == "GPT2":
+        config = transformers.GPT2Config(
+            vocab_size=len(WORDS),
+            n_embd=8,
+            n_layer=1,
+            n_head=2,
+            n_positions=16,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+        model = transformers.GPT2LMHeadModel(config)
+    else:
+        model = transformers.BertLMHeadModel(
+            transformers.BertConfig(
+                vocab_size=len(WORDS),
+                hidden_size=8,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                is_decoder=True,
+            )
+        )
+    with pytest.raises(ValueError, match=f"{type(model).__name__} is a causal language model"):
+        MaskedLanguageModel(model.to(dtype), tokenizer()).score_samples(TEXTS)
+
+
+@pytest.mark.parametrize("kind", ["BertModel", "BertForSequenceClassification", "BertForTokenClassification"])
+def test_models_without_logits_of_tokens_are_refused(kind):
+    model = getattr(transformers, kind)(network().config)
+    with pytest.raises(ValueError, match=f"{kind} is no masked language model.*AutoModelForMaskedLM"):
+        MaskedLanguageModel(model, tokenizer()).score_samples(TEXTS)
+
+
+def test_a_model_of_ones_own_is_looked_at():
+    """One that is not of transformers, with a look to both sides."""
+    inner = network()
+
+    class Own(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.config = inner, inner.config
+
+        def get_input_embeddings(self):
+            return self.inner.get_input_embeddings()
+
+        def get_output_embeddings(self):
+            return self.inner.get_output_embeddings()
+
+        def forward(self, **kwargs):
+            return self.inner(**kwargs)
+
+    found = [MaskedLanguageModel(m, tokenizer()).score_samples(TEXTS) for m in (Own().eval(), inner)]
+    np.testing.assert_array_equal(*found)

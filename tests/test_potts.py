@@ -360,3 +360,55 @@ def test_masks_of_each_row():
     for n in range(0, len(x), 7):
         alone = found.conditionals(x[n : n + 1], own[0, n : n + 1])[0, 0].detach()
         assert abs(float(together[n] - alone @ weight[0, n])) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "program", [Potts(), Potts(n_levels=3), Potts(separable=True), FactoredAttention()], ids=repr
+)
+@pytest.mark.parametrize("penalty", [False, True])
+@pytest.mark.filterwarnings("ignore:the estimate of parameter")
+def test_missing_cells_against_enumeration(program, penalty):
+    """They are summed out of what a fitted Potts model says, and out of the pseudo-likelihood that trains it."""
+    x = rows(general(3, 3, 5), 60, 6)
+    x[torch.rand(x.shape, generator=torch.Generator().manual_seed(7)).numpy() < 0.15] = np.nan
+    model = BayesMPT(program, masks=LeaveOneOut(), penalty=penalty, random_state=0, tol=1e-6).fit(x)
+    assert not model.complete_
+    if isinstance(program, FactoredAttention):  # hidden tokens add nothing: no joint density to compare with
+        assert np.isfinite(model.score(x))
+        return
+    form = program.couplings(model.params_)
+    every = states(3, 3)
+    weight = log_weights(form, every)
+
+    def log_share(row, given):
+        """log p of the observed cells of a row, given some of them."""
+
+        def total(cells):
+            fits = [(every[:, i].numpy() == row[i]) | (i not in cells) for i in range(3)]
+            return np.logaddexp.reduce(weight[np.logical_and.reduce(fits)])
+
+        return total(set(np.flatnonzero(~np.isnan(row)))) - total(given)
+
+    np.testing.assert_allclose(
+        model.score_samples(x), [log_share(row, set()) for row in x], rtol=0, atol=1e-10
+    )
+    if not penalty:
+        pseudo = [
+            log_share(row, set(np.flatnonzero(~np.isnan(row))) - {i})
+            for row in x
+            for i in np.flatnonzero(~np.isnan(row))
+        ]
+        assert model.history_[-1] == pytest.approx(sum(pseudo) / len(x), abs=1e-10)
+    observed = ~np.isnan(x)
+    loc = program.hyperprior(torch.as_tensor(x))["field"][0].numpy()
+    count = np.stack([(x == level).sum(0) for level in range(3)], 1)  # NaN is no level
+    np.testing.assert_allclose(loc, np.log((count + 1 / 3) / (observed.sum(0)[:, None] + 1)), rtol=1e-12)
+
+
+@pytest.mark.parametrize("program", [Potts(), FactoredAttention()], ids=repr)
+@pytest.mark.parametrize(("cell", "words"), [(-1.0, "got -1"), (0.5, "got 0.5|support")])
+def test_cells_that_are_no_levels(program, cell, words):
+    x = rows(general(3, 3, 5), 20, 6)
+    x[4, 1] = cell
+    with pytest.raises(ValueError, match=words):
+        BayesMPT(program, masks=LeaveOneOut()).fit(x)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from copy import copy, deepcopy
 from numbers import Real
-from typing import Any
+from typing import Any, ClassVar
 
 import gpytorch
 import numpy as np
@@ -24,14 +24,14 @@ from gpytorch.kernels import (
     RBFKernel,
     ScaleKernel,
 )
-from gpytorch.means import ConstantMean, Mean
+from gpytorch.means import ConstantMean, LinearMean, Mean, ZeroMean
 from linear_operator import to_linear_operator
 from pyro.distributions import constraints
 from scipy.signal import lombscargle
-from sklearn.base import BaseEstimator
 from sklearn.gaussian_process import kernels as theirs
 from torch import Tensor
 
+from bayes_mpt.models.checks import CheckedModel, Instance, IntegersFrom, NumbersFrom, OneOf
 from bayes_mpt.models.kernels import Line, check_columns, from_sklearn, kernel_name, with_own_algebra
 
 __all__ = ["GaussianProcess"]
@@ -44,9 +44,15 @@ LENGTH_SHARE = 0.2  # of the inputs' range, in a length-scale at the start
 PRIOR_SD = {"lengthscale": 1.0, "period_length": 1.0, "outputscale": 1.5, "variance": 1.5, "alpha": 1.0}
 NOISE_SD = 1.5
 OTHER_SD = 1.5  # of a parameter whose meaning is not known, unconstrained
+MEANS = {"zero": lambda n: ZeroMean(), "constant": lambda n: ConstantMean(), "linear": LinearMean}
+LIKELIHOODS = {
+    "gaussian": None,
+    "bernoulli": lambda f: dist.Bernoulli(logits=f),
+    "poisson": lambda f: dist.Poisson(f.exp()),
+}
 
 
-class GaussianProcess(BaseEstimator):
+class GaussianProcess(CheckedModel):
     """Gaussian process: y ~ N(m(x), k(x, x') + noise), or y ~ likelihood(f) with f ~ N(m(x), k(x, x')).
 
     Site "y" (N,), the observations of one vector; with a likelihood also the latent "u" (N,), f = m + L u. Parameters
@@ -59,15 +65,16 @@ class GaussianProcess(BaseEstimator):
     kernel : gpytorch.kernels.Kernel or sklearn.gaussian_process.kernels.Kernel, optional
         Default: ``ScaleKernel(RBFKernel(ard_num_dims=P))``. An expression of scikit-learn is translated
         (`bayes_mpt.models.kernels.from_sklearn`): its WhiteKernel is the noise, of its bounds only "fixed" counts.
-    mean : gpytorch.means.Mean, optional
+    mean : gpytorch.means.Mean or {"zero", "constant", "linear"}, optional
         Default: ``ConstantMean()``.
     noise : float, optional
         Known variance of the noise; None learns it, or takes that of a fixed WhiteKernel.
     noise_column : int, optional
         Column of x that holds a known noise variance for each row, in addition; the kernel does not see it.
-    likelihood : callable, optional
+    likelihood : callable or {"gaussian", "bernoulli", "poisson"}, optional
         From latent function values to a distribution of y with their shape, such as
-        ``lambda f: dist.Poisson(f.exp())``. None: Gaussian noise, integrated in closed form.
+        ``lambda f: dist.Poisson(f.exp())``, which is "poisson"; "bernoulli" takes them for logits. None or "gaussian":
+        Gaussian noise, integrated in closed form.
 
     Examples
     --------
@@ -79,14 +86,25 @@ class GaussianProcess(BaseEstimator):
     (torch.Size([1, 10]), torch.Size([442]))
     """
 
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        "kernel": [
+            Instance((Kernel, theirs.Kernel), "a kernel of gpytorch or of sklearn.gaussian_process"),
+            None,
+        ],
+        "mean": [OneOf(*MEANS), Instance(Mean, "a gpytorch.means.Mean"), None],
+        "noise": [NumbersFrom(), None],
+        "noise_column": [IntegersFrom(None), None],
+        "likelihood": [OneOf(*LIKELIHOODS), callable, None],
+    }
+
     def __init__(
         self,
         kernel: Kernel | None = None,
         *,
-        mean: Mean | None = None,
+        mean: Mean | str | None = None,
         noise: float | None = None,
         noise_column: int | None = None,
-        likelihood: Callable[[Tensor], Any] | None = None,
+        likelihood: Callable[[Tensor], Any] | str | None = None,
     ):
         self.kernel = kernel
         self.mean = mean
@@ -96,6 +114,7 @@ class GaussianProcess(BaseEstimator):
 
     def __call__(self, x: Tensor, y: Tensor) -> None:
         """Run the program on inputs x ([B,] N, P) and observations y ([B,] N), or y ([B,] N, 1)."""
+        self._validate_params()
         if y.ndim == x.ndim and y.shape[-1] == 1:
             y = y[..., 0]
         if y.shape != x.shape[:-1]:
@@ -106,16 +125,28 @@ class GaussianProcess(BaseEstimator):
         y = y if y.is_floating_point() else y.to(x)
         known, x = self._known_noise(x)
         kernel, level = self._kernel(x.shape[-1])
-        mean = ConstantMean() if self.mean is None else self.mean
+        mean = self._mean(x.shape[-1])
         loc = _with_parameters("mean", mean, x, y)(x)
         cov = _with_parameters("kernel", kernel, x, y)(x)
-        if self.likelihood is not None:
+        likelihood = self.likelihood_function
+        if likelihood is not None:
             u = pyro.sample("u", dist.Normal(torch.zeros_like(loc), 1.0).to_event(loc.ndim))
             dense = cov.to_dense()
             nugget = NUGGET * dense.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
             root = torch.linalg.cholesky(dense + nugget * torch.eye(dense.shape[-1]).to(dense))
             f = loc + (root @ u[..., None])[..., 0]
-            pyro.sample("y", self.likelihood(f).to_event(loc.ndim), obs=y)
+            try:
+                tokens = likelihood(f)
+            except TypeError as error:
+                raise TypeError(
+                    f"GaussianProcess: likelihood cannot be called with f alone: {error}"
+                ) from error
+            if not hasattr(tokens, "to_event"):
+                raise TypeError(
+                    "GaussianProcess: likelihood must give a distribution of y, such as lambda f: "
+                    f"dist.Poisson(f.exp()), got {type(tokens).__name__}"
+                )
+            pyro.sample("y", tokens.to_event(loc.ndim), obs=y)
             return
         if level is None:
             level = pyro.param("noise", lambda: NOISE_SHARE * _variance(y), constraints.positive)
@@ -141,7 +172,7 @@ class GaussianProcess(BaseEstimator):
         out: dict[str, Any] = {}
         for prefix, module in (
             ("kernel", kernel),
-            ("mean", ConstantMean() if self.mean is None else self.mean),
+            ("mean", self._mean(x.shape[-1])),
         ):
             module = deepcopy(module)
             if next(module.parameters(), None) is not None:
@@ -161,7 +192,7 @@ class GaussianProcess(BaseEstimator):
                 if natural in ("constant", "bias"):
                     sd = sd * _reach(kernel, module, x)
                 out[full] = _unconstrained(centre, sd, _support(constraint))
-        if level is None and self.likelihood is None:
+        if level is None and self.likelihood_function is None:
             centre = (NOISE_SHARE * _variance(y)).to(x)
             out["noise"] = centre.log(), torch.full_like(centre, NOISE_SD)
         return out
@@ -181,8 +212,21 @@ class GaussianProcess(BaseEstimator):
         noise = known + (values.pop("noise", 0.0) if level is None else level)
         with pyro.poutine.substitute(data=values):
             kernel = _with_parameters("kernel", kernel, x, x[:, 0])
-            mean = _with_parameters("mean", ConstantMean() if self.mean is None else self.mean, x, x[:, 0])
+            mean = _with_parameters("mean", self._mean(x.shape[-1]), x, x[:, 0])
         return kernel, mean, noise
+
+    @property
+    def likelihood_function(self) -> Callable[[Tensor], Any] | None:
+        """`likelihood` as a function, a name looked up; None where the noise is Gaussian."""
+        return LIKELIHOODS[self.likelihood] if isinstance(self.likelihood, str) else self.likelihood
+
+    def _mean(self, n_columns: int) -> Mean:
+        """The mean function, of so many columns."""
+        mean = "constant" if self.mean is None else self.mean
+        if not isinstance(mean, str):
+            return mean
+        with torch.random.fork_rng(devices=[]):  # a linear one draws values, which are not used
+            return MEANS[mean](n_columns)
 
     def inputs(self, x: Tensor) -> Tensor:
         """The columns of x that the kernel sees."""
@@ -202,7 +246,8 @@ class GaussianProcess(BaseEstimator):
 
     def _kernel(self, n_columns: int) -> tuple[Kernel, float | None]:
         """The kernel for so many columns, and the variance of the noise if it is known."""
-        kernel, level = self.kernel, None if self.noise is None else _not_negative("noise", self.noise)
+        self._validate_params()
+        kernel, level = self.kernel, None if self.noise is None else float(self.noise)
         if kernel is None:
             return ScaleKernel(RBFKernel(ard_num_dims=n_columns)), level
         if isinstance(kernel, theirs.Kernel):
@@ -212,10 +257,6 @@ class GaussianProcess(BaseEstimator):
             if level is not None and white is not None:
                 raise ValueError(f"the noise is given twice: noise={level}, and {white} in {self.kernel}")
             level = white if level is None else level
-        if not isinstance(kernel, Kernel):
-            raise TypeError(
-                f"kernel must be a kernel of gpytorch or of sklearn.gaussian_process, got {kernel!r}"
-            )
         check_columns(kernel, n_columns)
         return kernel, level
 
@@ -224,7 +265,11 @@ class GaussianProcess(BaseEstimator):
         for name in ("mean", "noise", "noise_column", "likelihood"):
             value = getattr(self, name)
             if value is not None:
-                word = value if isinstance(value, Real) else getattr(value, "__name__", type(value).__name__)
+                word = (
+                    value
+                    if isinstance(value, Real | str)
+                    else getattr(value, "__name__", type(value).__name__)
+                )
                 said.append(f"{name}={word}")
         return f"GaussianProcess({', '.join(said)})"
 
@@ -429,9 +474,3 @@ def _variance(y: Tensor) -> Tensor:
     seen = y[~y.isnan()].double()
     variance = seen.var() if len(seen) > 1 else seen.new_ones(())
     return torch.where(variance > 0, variance, 1.0)
-
-
-def _not_negative(name: str, value: Any) -> float:
-    if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= float(value) < math.inf:
-        raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
-    return float(value)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from numbers import Integral
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from numpy.typing import NDArray
 from pyro.distributions import constraints
-from sklearn.base import BaseEstimator
 from torch import Tensor
+
+from bayes_mpt.models.checks import CheckedModel, IntegersFrom, OneOf, check_memory, skipped_levels
 
 __all__ = ["LatentClass"]
 
@@ -18,7 +20,7 @@ START_ROWS = 16  # rows that a class starts from: averages over many more would 
 START_SHARE = 0.2  # of the frequencies in all rows, in those that a class starts from
 
 
-class LatentClass(BaseEstimator):
+class LatentClass(CheckedModel):
     """Latent class analysis: tokens are codes 0, ..., L - 1, independent given the class of the row.
 
     Sites "class" (N,) and "x" (N, T), codes held as floats; parameters "weights" (C,) and "probs" (C, T, L).
@@ -40,23 +42,31 @@ class LatentClass(BaseEstimator):
     (torch.Size([3]), torch.Size([2, 3, 3]))
     """
 
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        "n_classes": [IntegersFrom(1)],
+        "n_levels": [IntegersFrom(1), OneOf("auto")],
+    }
+
     def __init__(self, n_classes: int = 2, n_levels: int | Literal["auto"] = "auto"):
         self.n_classes = n_classes
         self.n_levels = n_levels
 
     def __call__(self, x: Tensor) -> None:
         """Run the program on codes x (N, T)."""
-        n_classes = _at_least_one("n_classes", self.n_classes)
-        n_levels = self.n_levels
-        if n_levels != "auto":
-            n_levels = _at_least_one("n_levels", n_levels, ' or "auto"')
+        self._validate_params()
+        n_classes, given = int(self.n_classes), self.n_levels
         lowest, highest = float(x.min()), float(x.max())
         if not lowest >= 0:  # NaN too
             raise ValueError(f"x must hold codes 0, 1, 2, ..., got {lowest:g}")
+        n_levels = round(highest) + 1 if given == "auto" else int(given)
+        what = f"classes for n_classes={n_classes}, n_levels={n_levels}"
+        check_memory(
+            what, n_classes * x.shape[1] * n_levels, x, "use fewer, or codes without gaps (OrdinalEncoder)"
+        )
         weights = pyro.param("weights", lambda: x.new_full((n_classes,), 1 / n_classes), constraints.simplex)
         probs = pyro.param(
             "probs",
-            lambda: _start(x, n_classes, round(highest) + 1 if n_levels == "auto" else n_levels),
+            lambda: _start(x, n_classes, n_levels),
             constraints.simplex,
         )
         if highest > probs.shape[-1] - 1:
@@ -68,11 +78,8 @@ class LatentClass(BaseEstimator):
             c = pyro.sample("class", dist.Categorical(weights))
             pyro.sample("x", dist.Categorical(probs[c]).to_event(1), obs=x)
 
-
-def _at_least_one(name: str, value: Any, alternative: str = "") -> int:
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1{alternative}, got {value!r}")
-    return int(value)
+    def advice(self, X: NDArray[np.floating]) -> list[str]:
+        return skipped_levels(X) if self.n_levels == "auto" else []
 
 
 def _start(x: Tensor, n_classes: int, n_levels: int) -> Tensor:

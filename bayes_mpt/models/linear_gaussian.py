@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from numbers import Integral
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from numpy.typing import NDArray
 from pyro.distributions import constraints
-from sklearn.base import BaseEstimator
 from torch import Tensor
 
-__all__ = ["PPCA", "FactorAnalysis"]
+from bayes_mpt.models.checks import CheckedModel, IntegersFrom, OneOf, check_memory
+
+__all__ = ["PPCA", "FactorAnalysis", "surplus_latents"]
 
 
-class PPCA(BaseEstimator):
+class PPCA(CheckedModel):
     """Probabilistic principal component analysis (Tipping & Bishop 1999): x = loc + W z + e, e ~ N(0, v I).
 
     Sites "z" (N, K) and "x" (N, T); parameters "loc" (T,), "loading" (T, K), "noise_variance" ().
@@ -34,17 +36,29 @@ class PPCA(BaseEstimator):
     """
 
     rotations = True  # any rotation of z gives the same density: its orbit is integrated in the evidence
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        "n_components": [IntegersFrom(0), OneOf("auto")]
+    }
 
     def __init__(self, n_components: int | Literal["auto"] = "auto"):
         self.n_components = n_components
 
     def __call__(self, x: Tensor) -> None:
         """Run the program on rows x (N, T)."""
+        self._validate_params()
+        if self.n_components == "auto":
+            raise ValueError(
+                "PPCA: n_components must be an integer of at least 0 where the program is run, got 'auto': "
+                "BayesMPT(PPCA()) chooses it"
+            )
         noise = pyro.param("noise_variance", lambda: _spread(x).square().mean() / 2, constraints.positive)
         _factors(x, self.n_components, noise)
 
+    def advice(self, X: NDArray[np.floating]) -> list[str]:
+        return surplus_latents("n_components", self.n_components, X)
 
-class FactorAnalysis(BaseEstimator):
+
+class FactorAnalysis(CheckedModel):
     """Factor analysis: x = loc + W z + e, e ~ N(0, diag(psi)).
 
     Sites "z" (N, K) and "x" (N, T); parameters "loc" (T,), "loading" (T, K), "noise_variance" (T,).
@@ -64,22 +78,40 @@ class FactorAnalysis(BaseEstimator):
     """
 
     rotations = True
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {"n_components": [IntegersFrom(0)]}
 
     def __init__(self, n_components: int = 2):
         self.n_components = n_components
 
     def __call__(self, x: Tensor) -> None:
         """Run the program on rows x (N, T)."""
+        self._validate_params()
         noise = pyro.param("noise_variance", lambda: _spread(x).square() / 2, constraints.positive)
         _factors(x, self.n_components, noise)
 
+    def advice(self, X: NDArray[np.floating]) -> list[str]:
+        return surplus_latents("n_components", self.n_components, X)
 
-def _factors(x: Tensor, n_components: int | str, noise: Tensor) -> None:
+
+def surplus_latents(name: str, n_latents: Any, X: NDArray[np.floating]) -> list[str]:
+    """A sentence where there are more latents than columns."""
+    n_tokens = X.shape[1]
+    if n_latents == "auto" or n_latents <= n_tokens:
+        return []
+    return [
+        f"{name}={n_latents} is more than the {n_tokens} columns of X: so many latents as columns give any covariance, "
+        "and further ones change nothing but take time"
+    ]
+
+
+def _factors(x: Tensor, n_components: Any, noise: Tensor) -> None:
     """The program of both: latents, then tokens."""
-    if not isinstance(n_components, Integral) or isinstance(n_components, bool) or n_components < 0:
-        raise ValueError(f"n_components must be an integer of at least 0, got {n_components!r}")
     n_components = int(n_components)
     n_rows, n_tokens = x.shape
+    # loadings, and covariances of the latents
+    check_memory(
+        f"loadings for n_components={n_components}", n_components * (n_tokens + n_components), x, "use fewer"
+    )
     loc = pyro.param("loc", lambda: x.mean(0))
     loading = pyro.param("loading", lambda: _random_loading(x, n_components))
     with pyro.plate("rows", n_rows):

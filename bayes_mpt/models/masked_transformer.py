@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -14,12 +13,20 @@ import pyro
 import pyro.distributions as dist
 import torch
 from numpy.typing import ArrayLike, NDArray
-from sklearn.base import BaseEstimator
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from bayes_mpt.models.networks import check_transformer, codes_of
+from bayes_mpt.models.checks import (
+    CheckedModel,
+    Instance,
+    IntegersFrom,
+    OneOf,
+    check_memory,
+    skipped_levels,
+    unmasked,
+)
+from bayes_mpt.models.networks import check_heads, check_layers, codes_of
 
 __all__ = ["MaskedTransformer", "OptimizedMask", "contrastive_loss"]
 
@@ -27,7 +34,6 @@ HEADS = ("softmax", "contrastive")
 RAREST = 1e-2  # probability of a code at the start, shared by those that a column never shows
 MAX_LEVELS = 2**15  # of a column that nothing was said of: more are no codes
 PART = 2**25  # logits that are held at once
-COPIES = 6  # of parameters in training: value, gradient and its parts, two moments of Adam, the best so far
 START = 0.02  # sd of embeddings and of what is added to the residual stream
 NOWHERE = -1e4  # a logit whose exponential is zero, and whose product with that too
 
@@ -76,7 +82,7 @@ class OptimizedMask:
 MASK_TOKENS = {"learned": OptimizedMask(False, 0.0, 0.0, 0.0), "optimized": OptimizedMask()}
 
 
-class MaskedTransformer(BaseEstimator):
+class MaskedTransformer(CheckedModel):
     """A small bidirectional transformer of categorical tokens: what each hidden one is, given the visible ones.
 
         h_i = p_i + (e(x_i) where visible, else the mask token);    L times:  h += attention(norm h),  h += mlp(norm h)
@@ -126,6 +132,15 @@ class MaskedTransformer(BaseEstimator):
     """Rows a step of the training, unless another number is asked for."""
     learning_rate: ClassVar[float] = 1e-3
     """Of Adam, likewise."""
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        "width": [IntegersFrom(1)],
+        "n_layers": [IntegersFrom(1)],
+        "n_heads": [IntegersFrom(1)],
+        "n_levels": [IntegersFrom(1), "array-like", None],
+        "groups": ["array-like", None],
+        "mask_token": [OneOf(*MASK_TOKENS), Instance(OptimizedMask, "an OptimizedMask")],
+        "head": [OneOf(*HEADS)],
+    }
 
     def __init__(
         self,
@@ -148,7 +163,8 @@ class MaskedTransformer(BaseEstimator):
 
     def __call__(self, x: Tensor, visible: Tensor) -> None:
         """Run the program on codes x (N, T), of which (N, T) are visible; what x holds elsewhere is not looked at."""
-        self._check()
+        self._validate_params()
+        check_layers(self.width, self.n_layers, x)
         shown = torch.where(visible, x, 0.0)
         group, n_levels = self._groups(x), self._levels(shown)  # (T,), (T,)
         codes = codes_of(shown, n_levels)
@@ -158,7 +174,12 @@ class MaskedTransformer(BaseEstimator):
             group if contrastive else torch.arange(x.shape[1], device=x.device)
         )  # of the biases, for each column
         n_biases = int(row.max()) + 1
-        _check_memory(n_groups * most, n_groups * most * self.width + n_biases * most, x)
+        check_memory(
+            f"embeddings and biases of {n_groups * most} codes",
+            n_groups * most * self.width + n_biases * most,
+            x,
+            "give rare codes one in common (n_levels), or a smaller width",
+        )
         embedding = _normal("embedding", n_groups, most, self.width)
         table = _LookedUp.apply(embedding.flatten(0, 1))  # (V, D)
         h, states, mass = self._encode(
@@ -187,7 +208,7 @@ class MaskedTransformer(BaseEstimator):
         visible : bool array of shape (N, T)
             Rows with fewer than two visible tokens, or none hidden, are left out.
         """
-        x = torch.as_tensor(np.asarray(X))
+        x = torch.as_tensor(np.asarray(unmasked(X)))
         seen = torch.as_tensor(np.asarray(visible)) & ~x.isnan()
         some = (seen.sum(1) > 1) & ~seen.all(1)
         x, seen = x[some], seen[some]
@@ -269,14 +290,9 @@ class MaskedTransformer(BaseEstimator):
                 found["falling"] = mask.falling * (by_layer.diff(dim=0) + mask.margin).relu().sum(0)
         return found
 
-    def _check(self) -> None:
-        check_transformer(self.width, self.n_layers, self.n_heads)
-        if self.head not in HEADS:
-            raise ValueError(f"head must be one of {', '.join(HEADS)}, got {self.head!r}")
-        if not isinstance(self.mask_token, OptimizedMask) and self.mask_token not in MASK_TOKENS:
-            raise ValueError(
-                f"mask_token must be one of {', '.join(MASK_TOKENS)}, or an OptimizedMask, got {self.mask_token!r}"
-            )
+    def _validate_params(self) -> None:
+        super()._validate_params()
+        check_heads(self.width, self.n_heads)
         mask = self._mask
         weights = (mask.spatial, mask.singular, mask.falling, mask.margin, mask.temperature)
         if not all(isinstance(w, Real) and 0 <= w < math.inf for w in weights) or not mask.temperature:
@@ -284,11 +300,14 @@ class MaskedTransformer(BaseEstimator):
                 f"weights and margin of mask_token must be at least 0, its temperature above 0, got {mask!r}"
             )
 
+    def advice(self, X: NDArray[np.floating]) -> list[str]:
+        return skipped_levels(X) if self.n_levels is None else []
+
     def _groups(self, x: Tensor) -> Tensor:
         """Group of each column (T,), numbered from 0."""
         n_tokens = x.shape[1]
         given = np.zeros(n_tokens) if self.groups is None else np.asarray(self.groups)
-        if given.shape != (n_tokens,):
+        if given.shape != (n_tokens,) or given.dtype.kind == "O":
             raise ValueError(
                 f"groups must name one group for each of {n_tokens} columns, got {self.groups!r}"
             )
@@ -488,22 +507,6 @@ def _spread(index: Tensor, found: Tensor, shape: torch.Size) -> Tensor:
     """Values (K, ...) at these of all cells (N, T, ...), elsewhere 0."""
     whole = found.new_zeros(shape.numel(), *found.shape[1:])
     return whole.index_copy(0, index, found).unflatten(0, shape)
-
-
-def _check_memory(n_codes: int, n_numbers: int, x: Tensor) -> None:
-    """Refuse parameters that cannot be trained on this device, before the system ends the process."""
-    if x.is_cuda:
-        has = torch.cuda.mem_get_info(x.device)[1]
-    elif hasattr(os, "sysconf"):
-        has = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    else:
-        return  # this system does not say
-    need = COPIES * x.element_size() * n_numbers
-    if need > has:
-        raise ValueError(
-            f"embeddings and biases of {n_codes} codes take {need / 2**30:.3g} GiB in training, this device has "
-            f"{has / 2**30:.3g}: give rare codes one in common (n_levels), or a smaller width"
-        )
 
 
 def _normal(name: str, *shape: int, sd: float = START) -> Tensor:

@@ -6,18 +6,20 @@ import math
 import warnings
 from collections.abc import Callable, Iterable
 from functools import cache
-from numbers import Integral
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from numpy.typing import NDArray
 from pyro.distributions import constraints
-from sklearn.base import BaseEstimator
 from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
+
+from bayes_mpt.models.checks import CheckedModel, IntegersFrom, OneOf, check_memory
+from bayes_mpt.models.linear_gaussian import surplus_latents
 
 __all__ = ["GaussianMixture", "MixtureOfFactorAnalyzers"]
 
@@ -35,7 +37,7 @@ MAX_PRODUCTS = 2**22  # numbers that EM holds beside the rows
 LEAST_NOISE = 1e-3  # of a factor analyser at the start, in units of the columns' variances
 
 
-class GaussianMixture(BaseEstimator):
+class GaussianMixture(CheckedModel):
     """Mixture of Gaussians: x ~ N(loc_c, S_c) in component c, which has the probability weights_c.
 
     Sites "component" (N,) and "x" (N, T); parameters "weights" (K,), "loc" (K, T), and "scale_tril"
@@ -64,16 +66,21 @@ class GaussianMixture(BaseEstimator):
     (torch.Size([150]), torch.Size([3, 4, 4]))
     """
 
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        "n_components": [IntegersFrom(1)],
+        "covariance_type": [OneOf(*COVARIANCE_TYPES)],
+    }
+
     def __init__(self, n_components: int = 2, covariance_type: Literal["full", "diag", "spherical"] = "full"):
         self.n_components = n_components
         self.covariance_type = covariance_type
 
     def __call__(self, x: Tensor) -> None:
         """Run the program on rows x (N, T)."""
-        n_components = _integer("n_components", self.n_components, 1)
-        kind = self.covariance_type
-        if kind not in COVARIANCE_TYPES:
-            raise ValueError(f"covariance_type must be one of {', '.join(COVARIANCE_TYPES)}, got {kind!r}")
+        self._validate_params()
+        n_components, kind = int(self.n_components), self.covariance_type
+        n_numbers = n_components * (_width(x.shape[1], kind) + max(0, n_components - len(x)))
+        check_memory(f"components for n_components={n_components}", n_numbers, x, "use fewer")
         start = cache(lambda: _gaussian_start(x, n_components, kind))  # one EM for all parameters
         weights = pyro.param("weights", lambda: start()["weights"], constraints.simplex)
         loc = pyro.param("loc", lambda: start()["loc"])
@@ -155,7 +162,7 @@ class GaussianMixture(BaseEstimator):
         return _in_units_of_x(table, mix, x)
 
 
-class MixtureOfFactorAnalyzers(BaseEstimator):
+class MixtureOfFactorAnalyzers(CheckedModel):
     """Mixture of factor analysers (Ghahramani & Hinton 1996): x = loc_c + W_c z + e, e ~ N(0, diag(psi_c)).
 
     Sites "component" (N,), "z" (N, F) and "x" (N, T); parameters "weights" (K,), "loc" (K, T), "loading"
@@ -178,14 +185,24 @@ class MixtureOfFactorAnalyzers(BaseEstimator):
     (torch.Size([178, 2]), torch.Size([3, 13, 2]))
     """
 
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        "n_components": [IntegersFrom(1)],
+        "n_factors": [IntegersFrom(0)],
+    }
+
     def __init__(self, n_components: int = 2, n_factors: int = 1):
         self.n_components = n_components
         self.n_factors = n_factors
 
     def __call__(self, x: Tensor) -> None:
         """Run the program on rows x (N, T)."""
-        n_components = _integer("n_components", self.n_components, 1)
-        n_factors = _integer("n_factors", self.n_factors, 0)
+        self._validate_params()
+        n_components, n_factors = int(self.n_components), int(self.n_factors)
+        n_numbers = n_components * (
+            (n_factors + 1) * (x.shape[1] + n_factors) + max(0, n_components - len(x))
+        )
+        what = f"components for n_components={n_components}, n_factors={n_factors}"
+        check_memory(what, n_numbers, x, "use fewer")
         start = cache(lambda: _factor_start(x, n_components, n_factors))
         weights = pyro.param("weights", lambda: start()["weights"], constraints.simplex)
         loc = pyro.param("loc", lambda: start()["loc"])
@@ -197,11 +214,8 @@ class MixtureOfFactorAnalyzers(BaseEstimator):
             mean = loc[c] + (loading[c] @ z[..., None])[..., 0]
             pyro.sample("x", dist.Normal(mean, noise[c].sqrt()).to_event(1), obs=x)
 
-
-def _integer(name: str, value: Any, least: int) -> int:
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-    return int(value)
+    def advice(self, X: NDArray[np.floating]) -> list[str]:
+        return surplus_latents("n_factors", self.n_factors, X)
 
 
 # ------------------------------------------------------------------------------------------------------- EM

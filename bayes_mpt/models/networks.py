@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from numbers import Integral
 
 import pyro
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-__all__ = ["check_transformer", "codes_of", "with_params"]
+from bayes_mpt.models.checks import check_memory
+
+__all__ = ["check_heads", "check_layers", "codes_of", "with_params"]
 
 
 def with_params(
@@ -51,13 +52,18 @@ def with_params(
     return lambda x: functional_call(net, params, (x,))
 
 
-def check_transformer(width: int, n_layers: int, n_heads: int) -> None:
-    """Refuse sizes that no transformer has."""
-    for name, value in {"width": width, "n_layers": n_layers, "n_heads": n_heads}.items():
-        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+def check_heads(width: int, n_heads: int) -> None:
+    """Refuse states that heads cannot share evenly."""
     if width % n_heads:
         raise ValueError(f"width must be a multiple of n_heads, got width={width}, n_heads={n_heads}")
+
+
+def check_layers(width: int, n_layers: int, like: Tensor) -> None:
+    """Refuse layers of a transformer that no memory holds, before they are made."""
+    # attention 4 width^2, the network between layers 8 width^2
+    check_memory(
+        f"layers for width={width}, n_layers={n_layers}", 12 * width**2 * n_layers, like, "use fewer"
+    )
 
 
 def codes_of(shown: Tensor, n_levels: int | Tensor) -> Tensor:

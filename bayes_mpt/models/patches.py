@@ -11,11 +11,11 @@ import pyro
 import pyro.distributions as dist
 import torch
 from numpy.typing import NDArray
-from sklearn.base import BaseEstimator
 from torch import Tensor, nn
 from torch.nn.functional import one_hot, softplus
 
-from bayes_mpt.models.networks import check_transformer, codes_of, with_params
+from bayes_mpt.models.checks import CheckedModel, IntegersFrom, OneOf, skipped_levels
+from bayes_mpt.models.networks import check_heads, check_layers, codes_of, with_params
 
 __all__ = ["MaskedPatches"]
 
@@ -25,7 +25,7 @@ SEEN = 0.3  # sd of what embeds a pixel; positions have one, or patches would be
 SAID = 0.02  # and of what reads a pixel, so that the training starts at independent ones
 
 
-class MaskedPatches(BaseEstimator):
+class MaskedPatches(CheckedModel):
     """A small transformer whose tokens are the patches of an image (He et al. 2022), with a distribution of each pixel.
 
         h_p = position_p + embed(pixels of patch p where visible, else 0; which are visible)
@@ -75,6 +75,13 @@ class MaskedPatches(BaseEstimator):
     """Rows a step of the training, unless another number is asked for."""
     learning_rate: ClassVar[float] = 1e-3
     """Of Adam, likewise."""
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        "width": [IntegersFrom(1)],
+        "n_layers": [IntegersFrom(1)],
+        "n_heads": [IntegersFrom(1)],
+        "likelihood": [OneOf(*LIKELIHOODS)],
+        "n_levels": [IntegersFrom(1), None],
+    }
 
     def __init__(
         self,
@@ -137,10 +144,17 @@ class MaskedPatches(BaseEstimator):
         with pyro.plate("rows", len(x)):
             pyro.sample("x", self._distribution(start, out).to_event(1), obs=x)
 
+    def _validate_params(self) -> None:
+        super()._validate_params()
+        check_heads(self.width, self.n_heads)
+        _ = self.patches
+
+    def advice(self, X: NDArray[np.floating]) -> list[str]:
+        return skipped_levels(X) if self.likelihood == "categorical" and self.n_levels is None else []
+
     def _check(self, x: Tensor) -> NDArray[np.int64]:
-        check_transformer(self.width, self.n_layers, self.n_heads)
-        if self.likelihood not in LIKELIHOODS:
-            raise ValueError(f"likelihood must be one of {', '.join(LIKELIHOODS)}, got {self.likelihood!r}")
+        self._validate_params()
+        check_layers(self.width, self.n_layers, x)
         patches = self.patches
         if len(patches) != x.shape[1]:
             raise ValueError(

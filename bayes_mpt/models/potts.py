@@ -12,8 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from itertools import pairwise
-from numbers import Integral
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import pyro
@@ -21,9 +20,18 @@ import pyro.distributions as dist
 import torch
 from numpy.typing import ArrayLike, NDArray
 from pyro.ops.stats import effective_sample_size, split_gelman_rubin
-from sklearn.base import BaseEstimator
 from torch import Tensor
 from torch.nn.functional import embedding_bag, one_hot
+
+from bayes_mpt.models.checks import (
+    CheckedModel,
+    IntegersFrom,
+    NumbersFrom,
+    OneOf,
+    check_memory,
+    skipped_levels,
+)
+from bayes_mpt.models.networks import codes_of
 
 __all__ = ["Couplings", "FactoredAttention", "LogPartition", "Potts", "Samples"]
 
@@ -198,7 +206,7 @@ class Couplings(NamedTuple):
         return out.fill_diagonal_(0.0)
 
 
-class Potts(BaseEstimator):
+class Potts(CheckedModel):
     """A Potts model as a program: what each hidden site is, given the visible ones.
 
     Rows are levels held as floats 0, ..., C - 1. Parameters "field" (L, C) and "coupling" (L, C, L, C), of which the
@@ -233,6 +241,14 @@ class Potts(BaseEstimator):
     True
     """
 
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        "separable": ["boolean"],
+        "field": ["boolean"],
+        "n_levels": [IntegersFrom(1), OneOf("auto")],
+        "max_states": [IntegersFrom(1)],
+        "prior_sd": [NumbersFrom(positive=True)],
+    }
+
     def __init__(
         self,
         separable: bool = False,
@@ -248,20 +264,29 @@ class Potts(BaseEstimator):
         self.prior_sd = prior_sd
 
     def __call__(self, x: Tensor, visible: Tensor) -> None:
-        """Run the program on levels x (N, L), of which (N, L) are visible."""
-        n_sites, n_levels = x.shape[1], _n_levels(self.n_levels, x)
+        """Run the program on levels x (N, L), of which (N, L) are visible; what x holds elsewhere is not looked at."""
+        self._validate_params()
+        shown = torch.where(visible, x, 0.0)
+        n_sites, n_levels = x.shape[1], _n_levels(self.n_levels, shown)
+        if not self.separable:
+            what = f"couplings of {n_sites} sites for n_levels={n_levels}"
+            check_memory(what, (n_sites * n_levels) ** 2, x, "use separable=True, or fewer sites")
+        codes = codes_of(shown, n_levels)
         params = {}
         if self.field:
-            params["field"] = pyro.param("field", lambda: _log_frequencies(x, n_levels))
+            params["field"] = pyro.param("field", lambda: _log_frequencies(x, n_levels, visible))
         if self.separable:
             params["sites"] = pyro.param("sites", lambda: START * _normal(x, n_sites, n_sites))
             params["levels"] = pyro.param("levels", lambda: START * _normal(x, n_levels, n_levels))
         else:
             shape = (n_sites, n_levels, n_sites, n_levels)
             params["coupling"] = pyro.param("coupling", lambda: torch.zeros(shape))
-        logits = _hidden_logits(self._form(params), x, visible, self.max_states)
+        logits = _hidden_logits(self._form(params), codes, visible, self.max_states)
         with pyro.plate("rows", len(x)):
             pyro.sample("x", dist.Categorical(logits=logits).to_event(1), obs=x)
+
+    def advice(self, X: NDArray[np.floating]) -> list[str]:
+        return skipped_levels(X) if self.n_levels == "auto" else []
 
     def couplings(self, params: Mapping[str, ArrayLike]) -> Couplings:
         """The density at these parameters (``BayesMPT.params_``), in the zero-sum gauge."""
@@ -281,7 +306,7 @@ class Potts(BaseEstimator):
         return Couplings(params["field"] if self.field else w.new_zeros(w.shape[:2]), w)
 
 
-class FactoredAttention(BaseEstimator):
+class FactoredAttention(CheckedModel):
     """Attention whose queries and keys look at positions and whose values look at tokens.
 
         logits_i = h_i + sum_heads sum_{j visible, j != i} A_ij V x_j,      x_j one-hot
@@ -307,6 +332,15 @@ class FactoredAttention(BaseEstimator):
         Of values and scores, for ``BayesMPT(penalty=True)``.
     """
 
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        "n_heads": [IntegersFrom(1)],
+        "head_size": [IntegersFrom(1), None],
+        "softmax": ["boolean"],
+        "field": ["boolean"],
+        "n_levels": [IntegersFrom(1), OneOf("auto")],
+        "prior_sd": [NumbersFrom(positive=True)],
+    }
+
     def __init__(
         self,
         n_heads: int = 1,
@@ -324,8 +358,14 @@ class FactoredAttention(BaseEstimator):
         self.prior_sd = prior_sd
 
     def __call__(self, x: Tensor, visible: Tensor) -> None:
-        """Run the program on levels x (N, L), of which (N, L) are visible."""
-        n_sites, n_levels, n_heads = x.shape[1], _n_levels(self.n_levels, x), self.n_heads
+        """Run the program on levels x (N, L), of which (N, L) are visible; what x holds elsewhere is not looked at."""
+        self._validate_params()
+        shown = torch.where(visible, x, 0.0)
+        n_sites, n_levels, n_heads = x.shape[1], _n_levels(self.n_levels, shown), self.n_heads
+        n_numbers = n_heads * (n_sites * (self.head_size or n_sites) + n_levels**2)
+        what = f"heads for n_heads={n_heads}, head_size={self.head_size}, n_levels={n_levels}"
+        check_memory(what, n_numbers, x, "use fewer or smaller ones")
+        codes = codes_of(shown, n_levels)
         params = {}
         for name in ("attention",) if self.head_size is None else ("query", "key"):
             shape = (n_heads, n_sites, n_sites if self.head_size is None else self.head_size)
@@ -333,8 +373,8 @@ class FactoredAttention(BaseEstimator):
             params[name] = pyro.param(name, lambda shape=shape, sd=sd: sd * _normal(x, *shape))
         params["value"] = pyro.param("value", lambda: START * _normal(x, n_heads, n_levels, n_levels))
         if self.field:
-            params["field"] = pyro.param("field", lambda: _log_frequencies(x, n_levels))
-        tokens = one_hot(x.long(), n_levels) * visible[..., None].to(x)  # (N, L, C)
+            params["field"] = pyro.param("field", lambda: _log_frequencies(x, n_levels, visible))
+        tokens = one_hot(codes, n_levels) * visible[..., None].to(x)  # (N, L, C)
         attention, value = self._attention(params), params["value"]
         if n_heads < n_levels:
             # sum_h A_h (V_h x): (L, H L) times (H L, N C)
@@ -348,6 +388,9 @@ class FactoredAttention(BaseEstimator):
             logits = logits + params["field"]
         with pyro.plate("rows", len(x)):
             pyro.sample("x", dist.Categorical(logits=logits).to_event(1), obs=x)
+
+    def advice(self, X: NDArray[np.floating]) -> list[str]:
+        return skipped_levels(X) if self.n_levels == "auto" else []
 
     def couplings(self, params: Mapping[str, ArrayLike]) -> Couplings:
         """The Potts model of these parameters: W = sum_h A_h V_h made symmetric, in the zero-sum gauge."""
@@ -378,10 +421,10 @@ class FactoredAttention(BaseEstimator):
 # ---------------------------------------------------------------------------------------------------- hidden sites
 
 
-def _hidden_logits(form: Couplings, x: Tensor, visible: Tensor, max_states: int) -> Tensor:
+def _hidden_logits(form: Couplings, codes: Tensor, visible: Tensor, max_states: int) -> Tensor:
     """log p(x_i = a | x_visible) of hidden sites, up to a constant: (N, L, C)."""
     n_sites, n_levels = form.field.shape
-    tokens = one_hot(x.long(), n_levels) * visible[..., None].to(x)
+    tokens = one_hot(codes, n_levels) * visible[..., None].to(form.field)
     w = form.coupling.reshape(n_sites * n_levels, -1)
     given = form.field + (tokens.flatten(1) @ w).reshape(tokens.shape)  # from what is visible
     n_hidden = (~visible).sum(1)
@@ -450,28 +493,27 @@ def _sweep(x: Tensor, field: Tensor, tables: Tensor, share: float, generator: to
 
 
 def _n_levels(n_levels: Any, x: Tensor) -> int:
-    """C: as given, of the parameter that is there, or of the rows."""
+    """C: as given, of the parameter that is there, or of the rows; NaN in these is no level."""
+    highest = int(x.nan_to_num(0.0).max())
     store = pyro.get_param_store()
     for name in ("value", "levels", "coupling"):
         if name in store:
             found = int(store[name].shape[-1])
-            if int(x.max()) >= found:
+            if highest >= found:
                 raise ValueError(
-                    f"x holds level {int(x.max())}, but the model has {found} of them, from 0: set n_levels to "
+                    f"x holds level {highest}, but the model has {found} of them, from 0: set n_levels to "
                     "the number of levels that there are"
                 )
             return found
-    if n_levels == "auto":
-        return int(x.max()) + 1
-    if not isinstance(n_levels, Integral) or isinstance(n_levels, bool) or n_levels < 1:
-        raise ValueError(f'n_levels must be an integer of at least 1 or "auto", got {n_levels!r}')
-    return int(n_levels)
+    return highest + 1 if n_levels == "auto" else int(n_levels)
 
 
-def _log_frequencies(x: Tensor, n_levels: int) -> Tensor:
-    """Fields (L, C) of independent sites, with one more row of all levels."""
-    count = one_hot(x.long(), n_levels).sum(0).to(x)
-    return ((count + 1 / n_levels) / (len(x) + 1)).log()
+def _log_frequencies(x: Tensor, n_levels: int, seen: Tensor | None = None) -> Tensor:
+    """Fields (L, C) of independent sites, with one more row of all levels; of the cells that are seen."""
+    seen = ~x.isnan() if seen is None else seen
+    codes = codes_of(torch.where(seen, x, 0.0), n_levels)
+    count = (one_hot(codes, n_levels) * seen[..., None]).sum(0).to(x)
+    return ((count + 1 / n_levels) / (seen.sum(0)[:, None] + 1)).log()
 
 
 def _priors(names: tuple[str, ...], sd: float, x: Tensor, n_levels: int) -> dict[str, tuple[Any, Any]]:

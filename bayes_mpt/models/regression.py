@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyro
@@ -13,14 +12,15 @@ import torch
 from numpy.typing import ArrayLike
 from scipy.linalg import solve_triangular
 from scipy.special import betaln, gammaln
-from sklearn.base import BaseEstimator
 from sklearn.utils import check_X_y
 from torch import Tensor
+
+from bayes_mpt.models.checks import CheckedModel, NumbersFrom, unmasked
 
 __all__ = ["BayesianRegression"]
 
 
-class BayesianRegression(BaseEstimator):
+class BayesianRegression(CheckedModel):
     """Linear regression, conjugate prior: y = x w + e, e ~ N(0, v), w ~ N(0, s^2 v I), v ~ InvGamma(a, b).
 
     Sites "noise_variance" (), "weights" (P,) and "y" (N,); no parameters, so nothing is fitted. Rows of x are
@@ -46,6 +46,13 @@ class BayesianRegression(BaseEstimator):
     >>> bool(model.log_evidence(X, y) > model.log_evidence(X[:, :2], y))
     True
     """
+
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        "prior_scale": [NumbersFrom(positive=True)],
+        "noise_shape": [NumbersFrom(positive=True)],
+        "noise_rate": [NumbersFrom(positive=True)],
+        "fit_intercept": ["boolean"],
+    }
 
     def __init__(
         self,
@@ -90,7 +97,7 @@ class BayesianRegression(BaseEstimator):
             (b / a) (I + s^2 X X').
         """
         prior_scale, a, b = self._prior()
-        x, y = check_X_y(X, y, dtype=np.float64, y_numeric=True)
+        x, y = check_X_y(unmasked(X), unmasked(y), dtype=np.float64, y_numeric=True)
         y = np.asarray(y, dtype=np.float64)
         x = prior_scale * (np.column_stack([x, np.ones(len(x))]) if self.fit_intercept else x)
         n_rows, n_weights = x.shape
@@ -114,19 +121,10 @@ class BayesianRegression(BaseEstimator):
         )
 
     def _prior(self) -> tuple[float, float, float]:
-        return (
-            _positive("prior_scale", self.prior_scale),
-            _positive("noise_shape", self.noise_shape),
-            _positive("noise_rate", self.noise_rate),
-        )
+        self._validate_params()
+        return float(self.prior_scale), float(self.noise_shape), float(self.noise_rate)
 
 
 def _upper(a: np.ndarray) -> np.ndarray:
     """R of a = Q R."""
     return np.asarray(np.linalg.qr(a, mode="r"))
-
-
-def _positive(name: str, value: Any) -> float:
-    if not isinstance(value, Real) or isinstance(value, bool) or not 0 < float(value) < math.inf:
-        raise ValueError(f"{name} must be a positive number, got {value!r}")
-    return float(value)

@@ -5,17 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from numbers import Integral
+from itertools import pairwise
 from typing import Any, ClassVar, Literal, NamedTuple
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from numpy.typing import NDArray
 from pyro.distributions import constraints
-from sklearn.base import BaseEstimator
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bayes_mpt.models.checks import (
+    CheckedModel,
+    Instance,
+    IntegersFrom,
+    OneOf,
+    Sequence,
+    check_memory,
+    skipped_levels,
+)
 from bayes_mpt.models.networks import with_params
 
 __all__ = ["VAE"]
@@ -27,7 +37,7 @@ CHANNELS = 32  # of the first convolution
 RAREST = 1e-2  # probability of a category at the start
 
 
-class VAE(BaseEstimator):
+class VAE(CheckedModel):
     """Deep latent-variable model (Kingma & Welling 2014): z ~ N(0, I), tokens independent given decoder(z).
 
     Sites "z" (N, K) and "x" (N, T). It has a guide of its own, `guide`, a Normal whose mean and scale come from a
@@ -70,6 +80,15 @@ class VAE(BaseEstimator):
     """Rows a step of the training, unless another number is asked for."""
     learning_rate: ClassVar[float] = 3e-3
     """Of Adam, likewise."""
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        "latent_dim": [IntegersFrom(1)],
+        "likelihood": [OneOf(*LIKELIHOODS)],
+        "hidden": [Sequence(IntegersFrom(1), "a tuple of integers of at least 1, such as (200, 200)")],
+        "image_shape": [Sequence(IntegersFrom(1), "a tuple (height, width)", 2), None],
+        "encoder": [Instance(nn.Module, "a torch.nn.Module"), None],
+        "decoder": [Instance(nn.Module, "a torch.nn.Module"), None],
+        "n_levels": [IntegersFrom(1), None],
+    }
 
     def __init__(
         self,
@@ -95,7 +114,7 @@ class VAE(BaseEstimator):
         self._check(x)
         k, start = self.latent_dim, self._start(x)
         widths = (k, *reversed(self.hidden), start["shift"].numel())
-        decode = _network("decoder", self.decoder, _Net(widths, self.image_shape, encodes=False), x)
+        decode = _network("decoder", self.decoder, _Net(widths, self._image(), encodes=False), x)
         with pyro.plate("rows", len(x)):
             z = pyro.sample("z", dist.Normal(x.new_zeros(k), 1.0).to_event(1))
             pyro.sample("x", self._tokens(decode(z), start, x).to_event(1), obs=x)
@@ -114,18 +133,17 @@ class VAE(BaseEstimator):
             seen = (x - start["shift"]) / start["spread"] * shown
         inputs = torch.cat([seen, shown], -1)
         widths = (inputs.shape[-1], *self.hidden, 2 * self.latent_dim)
-        encode = _network("encoder", self.encoder, _Net(widths, self.image_shape, encodes=True), x)
+        encode = _network("encoder", self.encoder, _Net(widths, self._image(), encodes=True), x)
         loc, spread = encode(inputs).chunk(2, -1)
         with pyro.plate("rows", len(x)):
             scale = LEAST_SCALE + nn.functional.softplus(spread + math.log(math.e - 1))  # one at the start
             pyro.sample("z", dist.Normal(loc, scale).to_event(1))
 
+    def advice(self, X: NDArray[np.floating]) -> list[str]:
+        return skipped_levels(X) if self.likelihood == "categorical" and self.n_levels is None else []
+
     def _check(self, x: Tensor) -> None:
-        k = self.latent_dim
-        if not isinstance(k, Integral) or isinstance(k, bool) or k < 1:
-            raise ValueError(f"latent_dim must be an integer of at least 1, got {k!r}")
-        if self.likelihood not in LIKELIHOODS:
-            raise ValueError(f"likelihood must be one of {', '.join(LIKELIHOODS)}, got {self.likelihood!r}")
+        self._validate_params()
         if self.image_shape is not None:
             height, width = self.image_shape
             if height * width != x.shape[-1] or height % 4 or width % 4:
@@ -133,6 +151,9 @@ class VAE(BaseEstimator):
                     f"image_shape must be (height, width), both divisible by 4, with a pixel for each of the "
                     f"{x.shape[-1]} columns, got {self.image_shape}"
                 )
+
+    def _image(self) -> tuple[int, int] | None:
+        return None if self.image_shape is None else (int(self.image_shape[0]), int(self.image_shape[1]))
 
     def _start(self, x: Tensor) -> dict[str, Tensor]:
         """Where tokens stand before the decoder moves them."""
@@ -170,8 +191,10 @@ def _log_shares(x: Tensor, n_levels: int | None) -> Tensor:
     n_levels = found if n_levels is None else n_levels
     if found > n_levels or bool((x != codes).any()) or bool((codes < 0).any()):
         raise ValueError(
-            f"categorical tokens must be codes 0, ..., {n_levels - 1}, got {x.min()} to {x.max()}"
+            f"categorical tokens must be codes 0, ..., {n_levels - 1}, got {x.min()} to {x.max()}: another n_levels or "
+            "likelihood may fit"
         )
+    check_memory(f"codes for n_levels={n_levels}", x.shape[-1] * n_levels, x, "use fewer")
     return nn.functional.one_hot(codes, n_levels).to(x).mean(0).clamp(min=RAREST / n_levels).log()
 
 
@@ -192,11 +215,38 @@ class _Net(NamedTuple):
 
 
 def _network(name: str, given: nn.Module | None, kind: _Net, like: Tensor) -> Callable[[Tensor], Tensor]:
+    if given is None:
+        n_numbers = sum(a * b for a, b in pairwise(kind.widths))
+        sizes = " -> ".join(map(str, kind.widths))
+        check_memory(f"the {name}'s layers {sizes} (latent_dim, hidden)", n_numbers, like, "use smaller ones")
     net = _skeleton(kind) if given is None else given
     for part in net.modules():
         if isinstance(part, _BatchNorm):
             raise ValueError(f"the {name} holds {part}, which makes rows depend on each other: use LayerNorm")
-    return with_params(name, net, lambda: _build(kind) if given is None else given, like)
+    run = with_params(name, net, lambda: _build(kind) if given is None else given, like)
+    return run if given is None else _checked(name, run, kind)
+
+
+def _checked(name: str, run: Callable[[Tensor], Tensor], kind: _Net) -> Callable[[Tensor], Tensor]:
+    """A network that the user gave, whose output must have its width."""
+    n_in, n_out = kind.widths[0], kind.widths[-1]
+
+    def checked(x: Tensor) -> Tensor:
+        try:
+            out = run(x)
+        except RuntimeError as error:
+            raise ValueError(
+                f"VAE: the {name} must take (..., {n_in}) to (..., {n_out}), and fails on {tuple(x.shape)}: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
+        if out.shape != (*x.shape[:-1], n_out):
+            raise ValueError(
+                f"VAE: the {name} must take (..., {n_in}) to (..., {n_out}), and takes {tuple(x.shape)} to "
+                f"{tuple(out.shape)}"
+            )
+        return out
+
+    return checked
 
 
 @lru_cache(maxsize=64)

@@ -131,6 +131,8 @@ class SelfConditionals(Conditionals):
         self.structure = self.program = program
         self.blind = False
         """Whether no token's distribution looks at the token itself: one run gives all T that hide one."""
+        self.blind_in_part = False
+        """Whether that holds for rows with missing cells too."""
         self._rows: Tensor | None = None
 
     @property
@@ -164,17 +166,27 @@ class SelfConditionals(Conditionals):
         return torch.cat(parts).reshape(n_masks, n, -1)
 
     def weighed(self, x: Tensor, visible: Tensor, weight: Tensor) -> Tensor:
+        if visible.ndim == 3 or not self.blind:
+            return self._weighed_by_mask(x, visible, weight)
+        alone = (~visible).sum(1) == 1
+        if not bool(alone.any()):
+            return self._weighed_by_mask(x, visible, weight)
+        quick = ~x.isnan().any(1) | self.blind_in_part  # (N,): one run for all masks that hide one token
+        once = (weight * ~visible)[alone].sum(0)
+        some, others = quick.nonzero()[:, 0], (~quick).nonzero()[:, 0]
+        everything = torch.ones_like(x, dtype=torch.bool)
+        by_token = [self._run(x[some][row], everything[row]) for _, row in self._pairs(1, x[some])]
         total = x.new_zeros(len(x))
-        if visible.ndim == 2 and self.blind:
-            alone = (~visible).sum(1) == 1
-            if bool(alone.any()):  # one run for all of them
-                once = (weight * ~visible)[alone].sum(0)
-                everything = torch.ones_like(x, dtype=torch.bool)
-                by_token = torch.cat(
-                    [self._run(x[row], everything[row]) for _, row in self._pairs(1, x)]
-                )  # (N, T)
-                total = torch.where(x.isnan(), 0.0, by_token) @ once
-                visible, weight = visible[~alone], weight[~alone]
+        if by_token:
+            found = torch.where(x[some].isnan(), 0.0, torch.cat(by_token)) @ once
+            total = total.index_add(0, some, found)
+        if len(others):
+            found = self._weighed_by_mask(x[others], visible[alone], weight[alone])
+            total = total.index_add(0, others, found)
+        return total + self._weighed_by_mask(x, visible[~alone], weight[~alone])
+
+    def _weighed_by_mask(self, x: Tensor, visible: Tensor, weight: Tensor) -> Tensor:
+        total = x.new_zeros(len(x))
         spec = "snt,snt->n" if weight.ndim == 3 else "snt,st->n"
         step = max(1, at_once(RUN_CELLS, x.device) // max(1, x.numel()))
         for i in range(0, len(visible), step):
@@ -306,6 +318,13 @@ class SelfConditionals(Conditionals):
             each = ~torch.eye(n_tokens, dtype=torch.bool, device=x.device)
             hiding_one = self.conditionals(some, each)  # (T, N, T)
             self.blind = _close(hiding_one.diagonal(dim1=0, dim2=2), seeing_all)
+            if self.blind:
+                holes = torch.arange(len(some), device=x.device)[:, None] % n_tokens == torch.arange(
+                    n_tokens, device=x.device
+                )
+                part = torch.where(holes, torch.nan, some)
+                hiding_one = self.conditionals(part, each).diagonal(dim1=0, dim2=2)
+                self.blind_in_part = _close(hiding_one, torch.where(holes, 0.0, self._run(part, everything)))
         if self.blind:
             self.why += "; no token looks at itself, so that one run gives all that are hidden alone"
 

@@ -1,0 +1,141 @@
+"""What users pass as X and y, made ready for scikit-learn's checks; what is no table of numbers is refused in words.
+
+Masked cells of `numpy.ma` become NaN, which is missing here; tensors leave their graph and their device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+__all__ = ["read_numbers", "read_table", "unmasked"]
+
+NO_NUMBERS = "OSUMmV"  # kinds of numpy arrays whose cells need not be numbers
+
+
+def unmasked(a: Any) -> Any:
+    """Masked cells as NaN; what has no mask as it is.
+
+    Examples
+    --------
+    >>> unmasked(np.ma.masked_array([1, 2], [False, True]))
+    array([ 1., nan])
+    """
+    if isinstance(a, list | tuple) and any(isinstance(row, np.ma.MaskedArray) for row in a):
+        a = np.ma.array(a)
+    if not isinstance(a, np.ma.MaskedArray):
+        return a
+    if a.dtype.kind in "biu":  # which have no NaN
+        a = a.astype(np.float64)
+    elif a.dtype.kind not in "fc":
+        a = a.astype(object)
+    return np.asarray(a.filled(np.nan))
+
+
+def read_table(X: Any) -> Any:
+    """A table X for scikit-learn's own checks.
+
+    Raises
+    ------
+    TypeError
+        If it is no table, such as a DataLoader.
+    ValueError
+        If a column holds text or dates; the column is named, and a cell of it.
+    """
+    X = _array(X, "X")
+    if isinstance(X, list | tuple):
+        with suppress(ValueError):  # rows of different lengths: scikit-learn says so
+            X = np.asarray(X)
+    if isinstance(X, pd.DataFrame):
+        columns: Iterable[tuple[Any, Any]] = (
+            (name, X.iloc[:, j].to_numpy(dtype=object))
+            for j, (name, dtype) in enumerate(X.dtypes.items())
+            if not pd.api.types.is_numeric_dtype(dtype)
+        )
+    elif isinstance(X, np.ndarray) and X.ndim == 2 and X.dtype.kind in NO_NUMBERS:
+        columns = enumerate(X.T)
+    else:
+        return X
+    for name, column in columns:
+        _refuse_text(
+            column,
+            f"column {name!r} of X",
+            "encode the column first, by scikit-learn's OrdinalEncoder (one column of codes) or OneHotEncoder (a "
+            "column of 0 and 1 for each value), or drop it",
+        )
+    # what pandas calls missing in a column of Python objects
+    objects = isinstance(X, pd.DataFrame) and any(dtype.kind == "O" for dtype in X.dtypes)
+    return X.where(X.notna(), np.nan) if objects else X
+
+
+def read_numbers(y: Any, n_rows: int) -> NDArray[Any]:
+    """A second argument of a program, as an array of numbers for each of the rows of X.
+
+    Raises
+    ------
+    TypeError
+        If it is no array, such as a DataLoader.
+    ValueError
+        If it holds text, dates, infinities or complex numbers, or has another number of rows.
+    """
+    y = _array(y, "y")
+    if isinstance(y, pd.Series | pd.DataFrame):
+        missing = bool(np.asarray(y.isna()).any())
+        numeric = all(
+            map(pd.api.types.is_numeric_dtype, y.dtypes if isinstance(y, pd.DataFrame) else [y.dtype])
+        )
+        y = y.to_numpy(dtype=np.float64, na_value=np.nan) if missing and numeric else y.to_numpy()
+    y = np.asarray(y)
+    if y.dtype.kind == "c":
+        raise ValueError("y holds complex numbers: give their real and imaginary parts as two columns")
+    if y.dtype.kind in NO_NUMBERS:
+        _refuse_text(y.ravel(), "y", "encode it first, by scikit-learn's LabelEncoder (codes 0, 1, ...)")
+        y = np.where(pd.isna(y), np.nan, y).astype(np.float64)
+    if not y.ndim or len(y) != n_rows:
+        got = len(y) if y.ndim else "a single number"
+        raise ValueError(f"y must have a row for each of the {n_rows} rows of X, got {got}")
+    if y.dtype.kind == "f" and np.isinf(y).any():
+        raise ValueError("y contains infinity")
+    return y
+
+
+def _array(a: Any, name: str) -> Any:
+    """Without mask, graph and device."""
+    if isinstance(a, DataLoader | Dataset | Iterator | Mapping):
+        raise TypeError(
+            f"{name} must be an array with all rows, got {type(a).__name__}: stack its rows into one array, or map "
+            "them from a file (numpy.memmap). BayesMPT makes minibatches itself (batch_size=...)"
+        )
+    if isinstance(a, Tensor):
+        if a.layout != torch.strided:
+            raise TypeError(f"{name} is a sparse tensor, and dense data are required: pass {name}.to_dense()")
+        a = a.detach().cpu()
+        return (a.float() if a.dtype in (torch.bfloat16, torch.float16) else a).numpy()
+    return unmasked(a)
+
+
+def _refuse_text(cells: Any, what: str, remedy: str) -> None:
+    """Cells that are neither numbers nor missing: the first of them is shown."""
+    dates = cells.dtype.kind in "Mm"  # which become numbers without a word
+    if not dates:
+        with suppress(TypeError, ValueError):
+            cells.astype(np.float64)
+            return
+    for cell in cells:
+        if cell is None or cell is pd.NA:
+            continue
+        shown = repr(cell.item() if isinstance(cell, np.generic) and not dates else cell)
+        if dates:
+            raise ValueError(f"{what} holds the date {shown}: make it a number, such as days since the first")
+        try:
+            float(cell)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{what} holds {shown}, which is no number ({error}): {remedy}") from None
