@@ -128,6 +128,7 @@ def diagonal(
     prior: Prior | None = None,
     max_iter: int = 1000,
     tol: float = 1e-10,
+    refuse: bool = True,
 ) -> Factors:
     """Maximise over a noise variance of each token by Newton's method, with the exact Hessian, damped.
 
@@ -145,6 +146,8 @@ def diagonal(
         Of Newton's method.
     tol : float, default=1e-10
         Relative change of the objective at which it stops.
+    refuse : bool, default=True
+        Whether a likelihood without bound is an error; else the noise ends at its floor.
 
     Raises
     ------
@@ -160,7 +163,7 @@ def diagonal(
     scaled = None if prior is None else prior._replace(rate=prior.rate * sd**2)
     log_noise, n_iter = _newton(corr, n_latents, np.clip(log_start, *BOUNDS), scaled, max_iter, tol)
     floor = np.flatnonzero(log_noise <= BOUNDS[0] + 1e-3)
-    if prior is None and len(floor):
+    if prior is None and refuse and len(floor):
         least = np.linalg.eigvalsh(corr[np.ix_(floor, floor)])[0]
         if least < 1e-7:
             raise NoiseFloorError(list(floor))

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator, lsmr
 from torch import Tensor
 
-from bayes_mpt import concentrated
+from bayes_mpt import concentrated, incomplete
 from bayes_mpt.affine import Reading
 from bayes_mpt.moments import Table
 from bayes_mpt.predictors import LinearGaussian
@@ -23,16 +23,21 @@ from bayes_mpt.training.units import dimensionless
 
 __all__ = ["concentrate"]
 
+LIFTED = 1e-3  # of its column's variance: no step of EM starts from a noise further down
 
-def concentrate(problem: Problem, table: Table, max_iter: int, tol: float) -> Fit | None:
+
+def concentrate(
+    problem: Problem, table: Table, max_iter: int, tol: float, *, n_init: int = 1, seed: int = 0
+) -> Fit | None:
     """Solve for mean, loadings and noise where the program leaves them free; None where it does not.
 
     Free means that the solution can be reached: each part has parameters of its own, and Gauss-Newton on them ends
-    at the target. Nothing of the program's form is assumed. ``problem`` scores the rows of ``table``, all complete.
+    at the target. Nothing of the program's form is assumed. ``problem`` scores the rows of ``table``. Where cells are
+    missing the maximum has no closed form: it is climbed to by EM from ``n_init`` starts (`bayes_mpt.incomplete`).
 
     Raises
     ------
-    concentrated.NoiseFloorError
+    concentrated.NoiseFloorError, incomplete.FewCellsError
         If the likelihood has no maximum.
     """
     leaves = problem.leaves()
@@ -42,7 +47,7 @@ def concentrate(problem: Problem, table: Table, max_iter: int, tol: float) -> Fi
     reading = _exact(problem).reading
     loc, loading, noise = reading.loc, reading.loading, reading.noise
     n_latents = loading.shape[-1]
-    if len(loc) != 1 or not table.n:
+    if len(loc) != 1 or not table.n_rows:
         return None
     touches = _touches(reading, leaves)
     for name in leaves:
@@ -52,26 +57,45 @@ def concentrate(problem: Problem, table: Table, max_iter: int, tol: float) -> Fi
     of_loading = touches["loading"] - of_noise
     if of_loc & (of_noise | touches["loading"]) or not of_loc or (n_latents and not of_loading):
         return None
-    cov = table.cov.cpu().numpy()
-    n_noise = sum(leaves[n].numel() for n in of_noise)
+    n_noise, n_tokens = sum(leaves[n].numel() for n in of_noise), loading.shape[-2]
     if n_noise == 1:
-        if n_latents >= len(cov):
+        if n_latents >= n_tokens:
             return None
-        factors = concentrated.proportional(cov, n_latents, noise[0].detach().cpu().numpy())
-    elif n_noise >= len(cov):
-        factors = concentrated.diagonal(cov, n_latents, max_iter=max_iter, tol=tol)
+        shape = noise[0].detach().cpu().numpy()
+
+        def best(cov: NDArray[np.float64], near: NDArray[np.float64] | None = None) -> concentrated.Factors:
+            return concentrated.proportional(cov, n_latents, shape)
+
+    elif n_noise >= n_tokens:
+        shape = None
+
+        def best(cov: NDArray[np.float64], near: NDArray[np.float64] | None = None) -> concentrated.Factors:
+            if near is None:
+                return concentrated.diagonal(cov, n_latents, max_iter=max_iter, tol=tol)
+            near = np.maximum(near, LIFTED * np.diag(cov))
+            return concentrated.diagonal(cov, n_latents, start=near, max_iter=max_iter, tol=tol, refuse=False)
+
     else:
         return None
-    target_loading = np.zeros((len(cov), n_latents))  # beyond T latents, columns of zeros
+    if table.complete:
+        factors, mean, moments = best(table.cov.cpu().numpy()), table.mean, table
+    else:
+        if shape is None:
+            incomplete.refuse_few_cells(table, n_latents)
+        factors = incomplete.maximise(
+            table, n_latents, best, shape, n_init=n_init, seed=seed, max_iter=max_iter, tol=tol
+        )
+        mean, moments = torch.as_tensor(factors.mean).to(loc), table.available()
+    target_loading = np.zeros((n_tokens, n_latents))  # beyond T latents, columns of zeros
     target_loading[:, : factors.loading.shape[1]] = factors.loading
     before = {n: leaf.detach().clone() for n, leaf in leaves.items()}
-    sd = table.cov.diagonal().sqrt()
+    sd = moments.cov.diagonal().sqrt()
     sd = torch.where(sd > 0, sd, torch.ones_like(sd))
     as_tensor = lambda a: torch.as_tensor(np.ascontiguousarray(a)).to(loc)  # noqa: E731
     targets = {
         "noise": (as_tensor(np.log(factors.noise)), torch.ones_like(sd)),
         "loading": (as_tensor(target_loading), sd[:, None]),
-        "loc": (table.mean, sd),
+        "loc": (mean, sd),
     }
     names = {"noise": sorted(of_noise), "loading": sorted(of_loading), "loc": sorted(of_loc)}
     # Where every part is its own parameter, or a rotation of it, one step along the transposed Jacobian arrives.
@@ -86,10 +110,10 @@ def concentrate(problem: Problem, table: Table, max_iter: int, tol: float) -> Fi
         predictor = _exact(problem)
     with torch.no_grad():
         got = float(problem.score_of(predictor))
-    if abs(got - factors.lml) > 1e-7 * (1 + abs(factors.lml)):
+    if abs(got - factors.lml) > (1e-7 if table.complete else 1e-5) * (1 + abs(factors.lml)):
         restore(leaves, before)
         return None
-    return Fit("concentrated", [got], factors.n_iter, True)
+    return Fit("concentrated" if table.complete else "em", [got], factors.n_iter, table.complete)
 
 
 def _exact(problem: Problem) -> LinearGaussian:
