@@ -220,10 +220,22 @@ class Trainer:
             )
         try:
             fit = self._train(problem, table, prior, warm)
+            if table is not None and not table.complete:
+                fit.at_zero = training.noise_at_zero(problem)
         except NoiseFloorError as error:
             raise ValueError(self._unbounded(error, problem)) from error
         except FewCellsError as error:
             raise ValueError(self._few_cells(error)) from error
+        if fit.at_zero:
+            one = len(fit.at_zero) == 1
+            warnings.warn(
+                f"the estimate of the noise variance of column{'' if one else 's'} {self._named(fit.at_zero)} is zero: "
+                f"{'its' if one else 'their'} observed cells are explained without any noise, as it happens with few "
+                "cells or too many latents, so that errors and intervals that come of this fit are too small. Use "
+                "fewer latents, or a model whose columns share one noise (PPCA)",
+                ConvergenceWarning,
+                stacklevel=5,
+            )
         if not fit.converged and not fit.interrupted:
             if fit.n_iter >= self.max_iter:
                 what = f"raise max_iter (now {self.max_iter})"
@@ -256,6 +268,8 @@ class Trainer:
                 if fit is not None and table.complete:
                     return fit
                 solved = fit is not None
+                if solved:  # before L-BFGS runs to where there is no bound
+                    training.noise_at_zero(problem)
             train = partial(training.climb, max_iter=self.max_iter, tol=self.tol, report=self.report)
             first, *finer = [problem] if warm else training.stages(problem, self.seed)
         else:
@@ -397,22 +411,16 @@ class Trainer:
         return best if not brief or best.converged or best.interrupted else train()
 
     def _named(self, columns: list[int]) -> str:
-        return ", ".join(
-            repr(str(self.names[c])) if isinstance(self.names[c], str) else str(self.names[c])
-            for c in columns
-        )
+        names = [self.names[c] for c in columns]
+        return ", ".join(repr(str(name)) if isinstance(name, str) else str(name) for name in names)
 
     def _few_cells(self, error: FewCellsError) -> str:
-        most = max(error.n_cells)
-        count = (
-            f"{most} observed cell{'s' * (most > 1)}"
-            if len(set(error.n_cells)) == 1
-            else f"at most {most} observed cells"
-        )
+        counted = zip(error.columns, error.n_cells, strict=True)
+        which = ", ".join(f"{self._named([column])} ({n_cells})" for column, n_cells in counted)
         return (
-            f"column{'s' * (len(error.columns) > 1)} {self._named(error.columns)} {'have' if len(error.columns) > 1 else 'has'} "
-            f"{count}, which a mean and {error.n_latents} latents reproduce without noise, so that the likelihood has no "
-            "maximum: drop what has so few cells, use fewer latents, or a model whose columns share one noise (PPCA)"
+            f"too few observed cells in column {which}: a mean and {error.n_latents} latents reproduce them without "
+            "noise, so the likelihood has no maximum. Drop the column, use fewer latents, or a model whose columns "
+            "share one noise (PPCA)"
         )
 
     def _unbounded(self, error: NoiseFloorError, problem: training.Problem) -> str:

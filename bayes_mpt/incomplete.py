@@ -1,7 +1,8 @@
 """The Gaussian factor likelihood of rows with missing cells, maximised by EM.
 
-What EM fills in is the cells, not the latents. At x ~ N(m, W W' + diag(psi)) a row that shows the tokens o is expected
-to be m + W f where a cell is missing, with f the posterior mean of its latents, and the missing cells have the covariance
+What EM fills in is the cells, not the latents. At x ~ N(m, W W' + diag(psi)) a row that shows the tokens o is
+expected to be m + W f where a cell is missing, with f the posterior mean of its latents; its missing cells have the
+covariance
 
     diag(psi) + W C W',    C = (I + W_o' diag(psi_o)^-1 W_o)^-1,    f = C W_o' diag(psi_o)^-1 (x_o - m_o)
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +35,7 @@ TRIAL_ROWS = 4096  # incomplete rows on which starts are compared
 LEAST_SHOWN = 64  # of them that show a column, where there are so many
 TRIAL_STEPS, TRIAL_TOL = 100, 1e-8  # of a start; the best goes on
 MAX_STEPS = 300  # what is slower than that is left to L-BFGS
+PUSH = 0.05  # of a standard deviation, by which the first start is moved away from a saddle
 ALIKE = (
     0.01  # largest difference of two correlations, below which two starts are on the way to the same place
 )
@@ -146,8 +149,10 @@ def _starts(
     first = proportional(cov, min(n_latents, n_tokens - 1), shape)
     loading = np.zeros((n_tokens, n_latents))
     loading[:, : first.loading.shape[1]] = first.loading
-    found = [Maximum(-math.inf, mean, loading, first.noise)]
     variance = np.diag(cov)
+    # Columns that are never seen together have no covariance there, and would keep to none: a saddle.
+    loading += PUSH * np.sqrt(variance)[:, None] * rng.normal(size=loading.shape)
+    found = [Maximum(-math.inf, mean, loading, first.noise)]
     noise = shape * (variance / shape).mean() / 2
     for _ in range(1, n_init):
         random = rng.normal(size=(n_tokens, n_latents)) * np.sqrt(0.5 * variance / max(1, n_latents))[:, None]
@@ -239,10 +244,10 @@ class _Cells:
         total, first, second = 0.0, np.zeros(n_tokens), np.zeros((n_tokens, n_tokens))
         step = max(1, CHUNK // max(1, n_latents * (n_latents + n_tokens)))
         edges = np.searchsorted(self.index, np.arange(0, len(self.shown) + step, step))
-        for g, (start, end) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+        for g, (start, end) in enumerate(pairwise(edges)):
             groups = slice(g * step, (g + 1) * step)
             shown, count = self.shown[groups], self.count[groups]
-            precision = (shown @ outer).reshape(-1, n_latents, n_latents) + np.eye(n_latents)
+            precision = (shown @ outer).reshape(len(shown), n_latents, n_latents) + np.eye(n_latents)
             factor = np.linalg.cholesky(precision)
             log_det = shown @ np.log(noise) + 2 * np.log(np.diagonal(factor, axis1=1, axis2=2)).sum(1)
             root = np.linalg.inv(factor)  # C = root' root
