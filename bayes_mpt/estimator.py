@@ -185,6 +185,8 @@ class BayesMPT(
         Iterations.
     converged_ : bool
         Whether the training ended by its own rule.
+    noise_at_zero_ : list of str
+        Columns whose noise variance has ended at zero, of which a warning tells; looked for where cells are missing.
     predictor_ : Predictor
         Frozen: needs neither program nor parameter store.
     n_components_ : int
@@ -547,6 +549,7 @@ class BayesMPT(
         self.history_ = fit.history
         self.n_iter_ = max(1, fit.n_iter)
         self.converged_ = fit.converged
+        self.noise_at_zero_ = [str(self._names()[c]) for c in fit.at_zero]
         self.fit_method_ = fit.method
         self.at_map_ = bool(self.penalty)
         structure = predictor.structure

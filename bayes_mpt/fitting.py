@@ -31,7 +31,7 @@ from bayes_mpt.predictors.joint_gaussian import N_TRIAL_ROWS, gaussian_program
 from bayes_mpt.predictors.self_predictive import sees_all
 from bayes_mpt.score import OWN_MASKS
 from bayes_mpt.store import OwnStore, State, load, save
-from bayes_mpt.tracing import Model, ModelError, Program, fill, first_run
+from bayes_mpt.tracing import Model, ModelError, Program, fill, first_run, has_missing
 
 __all__ = ["Trainer", "bind", "choose_dimension", "log_prior", "of_program", "refuse_subsampling"]
 
@@ -236,6 +236,8 @@ class Trainer:
                 ConvergenceWarning,
                 stacklevel=5,
             )
+        if table is None and any(has_missing(a) for a in problem.args):
+            self._warn_of_collapse(problem)
         if not fit.converged and not fit.interrupted:
             if fit.n_iter >= self.max_iter:
                 what = f"raise max_iter (now {self.max_iter})"
@@ -413,6 +415,19 @@ class Trainer:
     def _named(self, columns: list[int]) -> str:
         names = [self.names[c] for c in columns]
         return ", ".join(repr(str(name)) if isinstance(name, str) else str(name) for name in names)
+
+    def _warn_of_collapse(self, problem: training.Problem) -> None:
+        """Components of a mixture; where no cell is missing its own `maximize` looks after them."""
+        found = training.collapsed(problem)
+        if found:
+            which = ", ".join(f"{c} (column {self._named(columns)})" for c, columns in found.items())
+            warnings.warn(
+                f"component {which} has lost its spread, on the way to a likelihood without bound: repeated rows, few "
+                "observed cells, or columns that are constant or repeat others. Use fewer components, or drop what "
+                "repeats and what has few cells",
+                ConvergenceWarning,
+                stacklevel=6,
+            )
 
     def _few_cells(self, error: FewCellsError) -> str:
         counted = zip(error.columns, error.n_cells, strict=True)

@@ -178,9 +178,9 @@ def _some(rows: Array, weight: Array, rng: np.random.Generator) -> tuple[Array, 
 
 def _best(cells: _Cells, starts: list[Maximum], m_step: Step) -> Maximum:
     """The best end of the starts, all climbing side by side; those on the way to one place go on as one."""
-    climbing, ended = starts, []
+    climbing, ended = starts, list[Maximum]()
     for _ in range(TRIAL_STEPS):
-        moved = []
+        moved = list[Maximum]()
         for at in climbing:
             new = cells.step(at, m_step)
             (moved if new.lml - at.lml > TRIAL_TOL * (1 + abs(new.lml)) else ended).append(new)

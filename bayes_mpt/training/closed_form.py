@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -58,34 +60,21 @@ def concentrate(
     if of_loc & (of_noise | touches["loading"]) or not of_loc or (n_latents and not of_loading):
         return None
     n_noise, n_tokens = sum(leaves[n].numel() for n in of_noise), loading.shape[-2]
-    if n_noise == 1:
-        if n_latents >= n_tokens:
-            return None
-        shape = noise[0].detach().cpu().numpy()
-
-        def best(cov: NDArray[np.float64], near: NDArray[np.float64] | None = None) -> concentrated.Factors:
-            return concentrated.proportional(cov, n_latents, shape)
-
-    elif n_noise >= n_tokens:
-        shape = None
-
-        def best(cov: NDArray[np.float64], near: NDArray[np.float64] | None = None) -> concentrated.Factors:
-            if near is None:
-                return concentrated.diagonal(cov, n_latents, max_iter=max_iter, tol=tol)
-            near = np.maximum(near, LIFTED * np.diag(cov))
-            return concentrated.diagonal(cov, n_latents, start=near, max_iter=max_iter, tol=tol, refuse=False)
-
-    else:
+    tied = n_noise == 1
+    if (tied and n_latents >= n_tokens) or (not tied and n_noise < n_tokens):
         return None
+    shape = noise[0].detach().cpu().numpy() if tied else None
+    solve = partial(_best, n_latents=n_latents, shape=shape, max_iter=max_iter, tol=tol)
     if table.complete:
-        factors, mean, moments = best(table.cov.cpu().numpy()), table.mean, table
-    else:
-        if shape is None:
-            incomplete.refuse_few_cells(table, n_latents)
-        factors = incomplete.maximise(
-            table, n_latents, best, shape, n_init=n_init, seed=seed, max_iter=max_iter, tol=tol
+        moments, best = table, solve(table.cov.cpu().numpy())
+        factors = incomplete.Maximum(
+            best.lml, table.mean.cpu().numpy(), best.loading, best.noise, best.n_iter
         )
-        mean, moments = torch.as_tensor(factors.mean).to(loc), table.available()
+    else:
+        moments = table.available()
+        factors = incomplete.maximise(
+            table, n_latents, solve, shape, n_init=n_init, seed=seed, max_iter=max_iter, tol=tol
+        )
     target_loading = np.zeros((n_tokens, n_latents))  # beyond T latents, columns of zeros
     target_loading[:, : factors.loading.shape[1]] = factors.loading
     before = {n: leaf.detach().clone() for n, leaf in leaves.items()}
@@ -95,7 +84,7 @@ def concentrate(
     targets = {
         "noise": (as_tensor(np.log(factors.noise)), torch.ones_like(sd)),
         "loading": (as_tensor(target_loading), sd[:, None]),
-        "loc": (mean, sd),
+        "loc": (as_tensor(factors.mean), sd),
     }
     names = {"noise": sorted(of_noise), "loading": sorted(of_loading), "loc": sorted(of_loc)}
     # Where every part is its own parameter, or a rotation of it, one step along the transposed Jacobian arrives.
@@ -113,7 +102,27 @@ def concentrate(
     if abs(got - factors.lml) > (1e-7 if table.complete else 1e-5) * (1 + abs(factors.lml)):
         restore(leaves, before)
         return None
+    if not table.complete and not tied:  # all is free, so that the likelihood has no maximum there
+        incomplete.refuse_few_cells(table, n_latents)
     return Fit("concentrated" if table.complete else "em", [got], factors.n_iter, table.complete)
+
+
+def _best(
+    cov: NDArray[np.float64],
+    near: NDArray[np.float64] | None = None,
+    *,
+    n_latents: int,
+    shape: NDArray[np.float64] | None,
+    max_iter: int,
+    tol: float,
+) -> concentrated.Factors:
+    """The best loadings and noise for a covariance; from a noise that is near it, as a step of EM."""
+    if shape is not None:
+        return concentrated.proportional(cov, n_latents, shape)
+    if near is None:
+        return concentrated.diagonal(cov, n_latents, max_iter=max_iter, tol=tol)
+    near = np.maximum(near, LIFTED * np.diag(cov))
+    return concentrated.diagonal(cov, n_latents, start=near, max_iter=max_iter, tol=tol, refuse=False)
 
 
 def _exact(problem: Problem) -> LinearGaussian:

@@ -1,4 +1,4 @@
-"""Noise variances that a training has left at zero, and whether the likelihood grows without bound there."""
+"""Variances that a training has left at zero, and whether the likelihood grows without bound there."""
 
 from __future__ import annotations
 
@@ -7,14 +7,20 @@ from torch import Tensor
 
 from bayes_mpt.concentrated import NoiseFloorError
 from bayes_mpt.predictors import LinearGaussian
+from bayes_mpt.predictors.given import MapsGiven
+from bayes_mpt.predictors.nodes import Nodes
 from bayes_mpt.training.problem import Problem
 
-__all__ = ["noise_at_zero"]
+__all__ = ["collapsed", "noise_at_zero"]
 
 SMALL = 1e-3  # of a token's variance: a larger noise is none that vanishes
 LOWER = 1e-4  # by which a noise is multiplied to see whether it matters
 LEAST = 1e-8  # of a token's variance: from here on down, where a noise is smaller yet and sums have lost their digits
 NOTHING = 0.01  # nats of all rows, below which it does not
+COLLAPSED = (
+    1e-10  # of the columns' variances: below it a component of a mixture has no spread in some direction
+)
+ITS_SHARE = 0.5  # of the largest, from which a column is named
 MUCH = 1.0  # nats of all rows, by which a bounded likelihood does not rise
 
 
@@ -55,6 +61,29 @@ def noise_at_zero(problem: Problem) -> list[int]:
         if columns and gain(found) > MUCH:
             raise NoiseFloorError(columns)
     return columns
+
+
+@torch.no_grad()
+def collapsed(problem: Problem) -> dict[int, list[int]]:
+    """Components of a mixture of Gaussian maps that have lost their spread, and the columns in whose direction."""
+    predictor = problem.read()
+    given = predictor.last.given if isinstance(predictor, Nodes) else None
+    if not isinstance(given, MapsGiven) or given.together is None:
+        return {}
+    reading, x = given.together.reading, predictor.value
+    seen = ~x.isnan()
+    mean = x.nan_to_num(0.0).sum(0) / seen.sum(0)
+    sd = (torch.where(seen, x - mean, 0.0).square().sum(0) / seen.sum(0)).sqrt()
+    unit = torch.where(sd > 0, sd, torch.ones_like(sd))
+    loading = reading.loading / unit[:, None]
+    cov = loading @ loading.mT + torch.diag_embed(reading.noise / unit.square())  # (S, T, T)
+    value, vector = torch.linalg.eigh(cov)
+    lost = value < COLLAPSED  # (S, T)
+    share = (vector.square() * lost[:, None]).sum(-1)  # (S, T), of each column's axis
+    return {
+        component: (share[component] >= ITS_SHARE * share[component].max()).nonzero()[:, 0].tolist()
+        for component in lost.any(1).nonzero()[:, 0].tolist()
+    }
 
 
 def _tied(noise: Tensor, leaves: list[Tensor]) -> Tensor:
