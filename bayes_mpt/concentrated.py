@@ -185,6 +185,7 @@ def diagonal(
     prior: Prior | None = None,
     max_iter: int = 1000,
     tol: float = 1e-10,
+    refuse: bool = True,
 ) -> Factors:
     """Maximise over a noise variance of each token: by Newton's method with the exact Hessian, damped.
 
@@ -204,6 +205,8 @@ def diagonal(
         Of either.
     tol : float, default=1e-10
         Relative change of the objective at which it stops.
+    refuse : bool, default=True
+        Whether a likelihood without bound is an error; else the noise ends at its floor.
 
     Raises
     ------
@@ -232,7 +235,7 @@ def diagonal(
         theta, vectors = np.maximum(value[:n_latents], 1.0), vectors[:, :n_latents]
         factors = Factors(float(top.lml), np.exp(log_noise), theta, vectors, n_iter)
     floor = np.flatnonzero(np.log(factors.noise) <= BOUNDS[0] + 1e-3)
-    if prior is None and len(floor):
+    if prior is None and refuse and len(floor):
         among = (
             cov.rows[:, floor].T @ cov.rows[:, floor] if isinstance(cov, Root) else cov[np.ix_(floor, floor)]
         )

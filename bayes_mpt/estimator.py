@@ -10,7 +10,7 @@ from copy import deepcopy
 from dataclasses import replace
 from numbers import Integral, Real
 from os import PathLike
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import pyro
@@ -158,11 +158,14 @@ class BayesMPT(
     checkpoint : path, optional
         File to which the training by epochs writes where it is, after each, and from which it goes on if that exists,
         to the same parameters bit for bit (on a CPU). It is of one training on its rows: needs an integer
-        ``random_state`` and ``n_init=1``.
-    n_init : int, default=1
+        ``random_state``, and no ``n_init`` above 1.
+    n_init : int or "auto", default="auto"
         Starts where the maximum has no closed form; the best is kept. Further ones are drawn from the hyperprior of a
         model that has one, such as `bayes_mpt.models.GaussianProcess`, else (and for programs ``model(x, visible)``)
-        from the program's initial values.
+        from the program's initial values. "auto" is 1, but 4 where cells are missing and the rows share a
+        linear-Gaussian map (PPCA, factor analysis, programs of that kind): there are local maxima and saddles. Such a
+        map with free mean, loadings and noise is fitted by an EM of its own, of which one start is made of the pairs
+        of cells observed together and the others are random; L-BFGS goes on from the best.
     penalty : bool, default=False
         Maximise the score plus the log hyperprior of the model's parameters (maximum a posteriori). What is reported
         as a log marginal likelihood never includes it.
@@ -190,6 +193,8 @@ class BayesMPT(
         Iterations.
     converged_ : bool
         Whether the training ended by its own rule.
+    noise_at_zero_ : list of str
+        Columns whose noise variance has ended at zero, of which a warning tells; looked for where cells are missing.
     predictor_ : Predictor
         Frozen: needs neither program nor parameter store.
     n_components_ : int
@@ -229,7 +234,7 @@ class BayesMPT(
         "validation_fraction": [Interval(Real, 0, 1, closed="left")],
         "n_iter_no_change": [Interval(Integral, 1, None, closed="left")],
         "checkpoint": [str, PathLike, None],
-        "n_init": [Interval(Integral, 1, None, closed="left")],
+        "n_init": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
         "penalty": ["boolean"],
         "warm_start": ["boolean"],
         "random_state": ["random_state"],
@@ -259,7 +264,7 @@ class BayesMPT(
         validation_fraction: float = 0.1,
         n_iter_no_change: int = 10,
         checkpoint: str | PathLike[str] | None = None,
-        n_init: int = 1,
+        n_init: int | Literal["auto"] = "auto",
         penalty: bool = False,
         warm_start: bool = False,
         random_state: int | np.random.RandomState | None = None,
@@ -492,7 +497,7 @@ class BayesMPT(
             raise ValueError(
                 f"checkpoint needs an integer random_state, to hold out the same rows, got {self.random_state!r}"
             )
-        if by_epochs and self.checkpoint is not None and self.n_init > 1:
+        if by_epochs and self.checkpoint is not None and self.n_init not in ("auto", 1):
             raise ValueError(
                 f"checkpoint holds one training, but n_init={self.n_init}: leave one of them out"
             )
@@ -596,6 +601,7 @@ class BayesMPT(
         self.history_ = fit.history
         self.n_iter_ = max(1, fit.n_iter)
         self.converged_ = fit.converged
+        self.noise_at_zero_ = [str(self._names()[c]) for c in fit.at_zero]
         self.fit_method_ = fit.method
         self.at_map_ = bool(self.penalty)
         structure = predictor.structure

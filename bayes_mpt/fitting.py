@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from os import PathLike
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyro
@@ -23,6 +23,7 @@ from bayes_mpt.affine import tokens_of
 from bayes_mpt.concentrated import NoiseFloorError, spectrum
 from bayes_mpt.evidence import laplace_proportional
 from bayes_mpt.hyperparameters import Prior, assign
+from bayes_mpt.incomplete import FewCellsError
 from bayes_mpt.masks import PermutationChain, Policy
 from bayes_mpt.moments import Table
 from bayes_mpt.predictors import Conditionals, LinearGaussian, Predictor, choose
@@ -37,6 +38,7 @@ from bayes_mpt.tracing import (
     Program,
     fill,
     first_run,
+    has_missing,
     head,
     resampled,
     run,
@@ -58,6 +60,8 @@ MAX_INIT_CELLS = 2**20  # of a table on which a program first runs, which initia
 MAX_INIT_VECTOR = 1024  # rows of one Gaussian vector, which may mean a matrix of their square
 MAX_AUTO = 50  # latent dimensions that "auto" tries at most
 MAX_SETTLING = 2  # rounds of training in which what was found out at the start is found out anew
+STARTS_WITH_HOLES = 4  # of a linear-Gaussian map with missing cells, where n_init is "auto"
+TRIAL_STEPS = 20  # of L-BFGS from each of these, where no EM is known; the best goes on
 RATE, NETWORK_RATE = 0.05, 1e-3  # of Adam, in units of the map; and of networks' own parameters
 
 # ---------------------------------------------------------------------------------------------- what a program is
@@ -255,7 +259,7 @@ class Trainer:
     validation_fraction: float
     n_iter_no_change: int
     checkpoint: str | PathLike[str] | None
-    n_init: int
+    n_init: int | Literal["auto"]
     by_epochs: bool
     seed: int
     names: NDArray[Any]
@@ -288,8 +292,24 @@ class Trainer:
             )
         try:
             fit = self._train(problem, table, prior, warm)
+            if table is not None and not table.complete:
+                fit.at_zero = training.noise_at_zero(problem)
         except NoiseFloorError as error:
             raise ValueError(self._unbounded(error, problem)) from error
+        except FewCellsError as error:
+            raise ValueError(self._few_cells(error)) from error
+        if fit.at_zero:
+            one = len(fit.at_zero) == 1
+            warnings.warn(
+                f"the estimate of the noise variance of column{'' if one else 's'} {self._named(fit.at_zero)} is zero: "
+                f"{'its' if one else 'their'} observed cells are explained without any noise, as it happens with few "
+                "cells or too many latents, so that errors and intervals that come of this fit are too small. Use "
+                "fewer latents, or a model whose columns share one noise (PPCA)",
+                ConvergenceWarning,
+                stacklevel=5,
+            )
+        if table is None and any(has_missing(a) for a in problem.args):
+            self._warn_of_collapse(problem)
         if not fit.converged and not fit.interrupted and not self.at_floor:
             if fit.n_iter >= self.max_iter:
                 what = f"raise max_iter (now {self.max_iter})"
@@ -315,11 +335,15 @@ class Trainer:
             problem = replace(problem, masks=masks)
         fixed = problem.masks is not None and problem.masks.deterministic and self.batch_size is None
         finer: list[training.Problem] = []
+        n_init, solved = self._n_starts(table, warm), False
         if masks is None or (fixed and not self.by_epochs):
             if table is not None and (table.complete or not warm) and problem.log_prior is None:
-                fit = self._solve(problem, table)
+                fit = self._solve(problem, table, n_init)
                 if fit is not None and table.complete:
                     return fit
+                solved = fit is not None
+                if solved:  # before L-BFGS runs to where there is no bound
+                    training.noise_at_zero(problem)
             train = partial(training.climb, max_iter=self.max_iter, tol=self.tol, report=self.report)
             first, *finer = [problem] if warm else training.stages(problem, self.seed)
         else:
@@ -339,7 +363,8 @@ class Trainer:
                     tol=self.tol,
                     report=self.report,
                 )
-        fit = self._best_of(partial(train, first), first, prior)
+        # EM has compared starts already
+        fit = train(first) if solved else self._best_of(partial(train, first), first, prior, n_init)
         for stage in finer:
             fit = fit if fit.interrupted else train(stage)
         for _ in range(MAX_SETTLING):
@@ -402,26 +427,43 @@ class Trainer:
             report=self.report,
         )
 
-    def _solve(self, problem: training.Problem, table: Table) -> training.Fit | None:
-        """The closed-form maximum; with missing cells, that of the available pairs of cells, as a start."""
-        complete = table if table.complete else table.available()
-        rows, weight = complete.rows()
-        whole = training.Problem(problem.predictor, problem.args, rows, weight, complete.n_rows)
-        return training.concentrate(whole, complete, self.max_iter, self.tol, at_floor=self.at_floor)
+    def _n_starts(self, table: Table | None, warm: bool) -> int:
+        """How many starts: one unless asked, and several where missing cells make local maxima and saddles likely."""
+        if self.n_init != "auto":
+            return self.n_init
+        exact = self.masks is None and not self.by_epochs
+        return STARTS_WITH_HOLES if table is not None and not table.complete and exact and not warm else 1
+
+    def _solve(self, problem: training.Problem, table: Table, n_init: int) -> training.Fit | None:
+        """The closed-form maximum; with missing cells, the best end of EM from several starts."""
+        rows, weight = table.rows()
+        whole = training.Problem(problem.predictor, problem.args, rows, weight, table.n_rows)
+        return training.concentrate(
+            whole, table, self.max_iter, self.tol, n_init=n_init, seed=self.seed, at_floor=self.at_floor
+        )
 
     def _best_of(
-        self, train: Callable[[], training.Fit], problem: training.Problem, prior: Prior | None
+        self,
+        train: Callable[..., training.Fit],
+        problem: training.Problem,
+        prior: Prior | None,
+        n_init: int,
     ) -> training.Fit:
         """Restart from draws of the hyperprior, or from fresh initial values, and keep the best."""
-        best = train()
-        if self.n_init == 1 or best.interrupted:
+        if n_init == 1:
+            return train()
+        brief = self.n_init == "auto"  # a few steps from each start, then the best of them to its end
+        attempt = partial(train, max_iter=min(TRIAL_STEPS, self.max_iter)) if brief else train
+        first = save()
+        best = attempt()
+        if best.interrupted:
             return best
         with torch.no_grad():
             best_score = float(problem.score())
         store = pyro.get_param_store()
         kept = save()
         model, guide = problem.predictor.model, problem.predictor.guide
-        for start in range(1, self.n_init):
+        for start in range(1, n_init):
             store.clear()
             # inside a fork of the generator; the program's first run draws from it
             torch.manual_seed(self.seed + start)
@@ -432,7 +474,9 @@ class Trainer:
             if prior is not None and not problem.predictor.own_masks:
                 loc, scale = (torch.as_tensor(a) for a in (prior.loc, prior.scale))
                 assign(of_program(problem), torch.normal(loc, scale))
-            fit = train()
+            if brief and _same(first, save()):
+                break  # initial values without chance
+            fit = attempt()
             with torch.no_grad():
                 score = float(problem.score())
             if score > best_score:
@@ -440,7 +484,33 @@ class Trainer:
             if fit.interrupted:
                 break
         load(kept)
-        return best
+        return best if not brief or best.converged or best.interrupted else train()
+
+    def _named(self, columns: list[int]) -> str:
+        names = [self.names[c] for c in columns]
+        return ", ".join(repr(str(name)) if isinstance(name, str) else str(name) for name in names)
+
+    def _warn_of_collapse(self, problem: training.Problem) -> None:
+        """Components of a mixture; where no cell is missing its own `maximize` looks after them."""
+        found = training.collapsed(problem)
+        if found:
+            which = ", ".join(f"{c} (column {self._named(columns)})" for c, columns in found.items())
+            warnings.warn(
+                f"component {which} has lost its spread, on the way to a likelihood without bound: repeated rows, few "
+                "observed cells, or columns that are constant or repeat others. Use fewer components, or drop what "
+                "repeats and what has few cells",
+                ConvergenceWarning,
+                stacklevel=6,
+            )
+
+    def _few_cells(self, error: FewCellsError) -> str:
+        counted = zip(error.columns, error.n_cells, strict=True)
+        which = ", ".join(f"{self._named([column])} ({n_cells})" for column, n_cells in counted)
+        return (
+            f"too few observed cells in column {which}: a mean and {error.n_latents} latents reproduce them without "
+            "noise, so the likelihood has no maximum. Drop the column, use fewer latents, or a model whose columns "
+            "share one noise (PPCA)"
+        )
 
     def _unbounded(self, error: NoiseFloorError, problem: training.Problem) -> str:
         columns = [self.names[c] for c in error.columns]
@@ -450,11 +520,16 @@ class Trainer:
                 f"{problem.n_rows}, n_features = {len(self.names)}) without any noise, so the likelihood has no "
                 "maximum: use fewer latents or more rows, and look for constant or duplicated columns"
             )
-        named = ", ".join(repr(str(c)) if isinstance(c, str) else str(c) for c in columns)
+        named = self._named(error.columns)
         return (
             f"columns {named} are constant, duplicated, or exact combinations of others: the likelihood "
             "grows without bound as their noise goes to zero. Drop columns until none repeats another, or use PPCA"
         )
+
+
+def _same(one: State, other: State) -> bool:
+    """Whether two states hold the same parameters with the same values."""
+    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
 
 
 def _same_shapes(state: State) -> bool:

@@ -152,6 +152,14 @@ class Table:
         self.incomplete = torch.cat([self.incomplete, other.incomplete])
         return self
 
+    def of_cells(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the observed cells of each column: how many, their mean, and their squares around it summed, (T,) each."""
+        cells = self.incomplete
+        count = self.n + (~cells.isnan()).sum(0)
+        mean = (self.n * self.mean + cells.nan_to_num(0.0).sum(0)) / count
+        around = torch.where(cells.isnan(), 0.0, cells - mean).square().sum(0)
+        return count, mean, self.n * (self.variance + (self.mean - mean).square()) + around
+
     def available(self) -> Table:
         """Moments of the pairs of cells that were observed together: a start, not an estimate.
 
@@ -237,18 +245,9 @@ def far_means(table: Table) -> NDArray[np.float64] | None:
 
     None where there is no such column. Less these, a column keeps the digits of its spread.
     """
-    count, mean, square = _of_cells(table)
+    count, mean, square = table.of_cells()
     far = torch.isfinite(mean) & (mean.abs() > FAR * (square / count).sqrt())
     return torch.where(far, mean, 0.0).cpu().numpy() if bool(far.any()) else None
-
-
-def _of_cells(table: Table) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the observed cells of each column: how many, their mean, and the sum of squares around it, (T,) each."""
-    cells = table.incomplete
-    count = table.n + (~cells.isnan()).sum(0)
-    mean = (table.n * table.mean + cells.nan_to_num(0.0).sum(0)) / count
-    around = torch.where(cells.isnan(), 0.0, cells - mean).square().sum(0)
-    return count, mean, table.n * (table.variance + (table.mean - mean).square()) + around
 
 
 def _moments_of_few(rows: Tensor) -> tuple[int, Tensor, None, Tensor]:

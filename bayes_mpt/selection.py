@@ -390,7 +390,9 @@ def _fit_candidate(estimator: Any, params: dict[str, Any], X: Any, y: Any, evide
             warnings.filterwarnings("ignore", RUNAWAY)
         fitted = clone(estimator).set_params(**_cloned(params)).fit(X, y)
     fit_time = time.perf_counter() - start
-    return Candidate(fitted, tokens=token_digest(fitted, X, y), fit_time=fit_time)
+    zero = final_step(fitted).noise_at_zero_
+    note = f"the noise variance of column {', '.join(map(repr, zero))} is zero" if zero else ""
+    return Candidate(fitted, tokens=token_digest(fitted, X, y), fit_time=fit_time, note=note)
 
 
 def _score_candidate(

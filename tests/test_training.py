@@ -249,10 +249,11 @@ def test_missing_cells_and_a_noise_that_goes_to_zero():
 
     def unpack(theta):
         loading = theta[4:12].reshape(4, 2)
-        return theta[:4], loading @ loading.T + torch.diag(theta[12:].exp())
+        return theta[:4], loading @ loading.T + torch.diag(theta[12:].square() + 1e-12)
 
+    # in standard deviations: in the logarithm of a variance the optimiser too ends 0.0015 nats a row too low
     rng = np.random.default_rng(1)
-    starts = [np.concatenate([np.nanmean(holes, 0), rng.normal(size=8), np.full(4, -2.0)]) for _ in range(2)]
+    starts = [np.concatenate([np.nanmean(holes, 0), rng.normal(size=8), np.full(4, 0.3)]) for _ in range(2)]
     assert model.score(holes) == pytest.approx(dense_optimum(holes, unpack, starts), abs=1e-4)
 
 
@@ -560,6 +561,9 @@ def test_restarts_keep_the_best():
         assert model.history_[-1] == pytest.approx(best, abs=1e-8)  # of the start that won
 
 
+@pytest.mark.filterwarnings(
+    "ignore:the estimate of the noise variance of column 2"
+)  # from the first rows alone
 @pytest.mark.parametrize("missing", [False, True], ids=["complete", "missing"])
 @pytest.mark.parametrize("model", [PPCA(2), FactorAnalysis(2)], ids=repr)
 def test_partial_fit_equals_fit(model, missing):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator, lsmr
 from torch import Tensor
 
-from bayes_mpt import concentrated
+from bayes_mpt import concentrated, incomplete
 from bayes_mpt.affine import Reading
 from bayes_mpt.moments import Table
 from bayes_mpt.predictors import LinearGaussian
@@ -23,19 +25,30 @@ from bayes_mpt.training.units import dimensionless
 
 __all__ = ["concentrate"]
 
+LIFTED = 1e-3  # of its column's variance: no step of EM starts from a noise further down
+
 
 def concentrate(
-    problem: Problem, table: Table, max_iter: int, tol: float, *, at_floor: bool = False
+    problem: Problem,
+    table: Table,
+    max_iter: int,
+    tol: float,
+    *,
+    n_init: int = 1,
+    seed: int = 0,
+    at_floor: bool = False,
 ) -> Fit | None:
     """Solve for mean, loadings and noise where the program leaves them free; None where it does not.
 
     Free means that the solution can be reached: each part has parameters of its own, and Gauss-Newton on them ends
-    at the target. Nothing of the program's form is assumed. ``problem`` scores the rows of ``table``, all complete.
-    ``at_floor``: where the likelihood has no maximum for want of noise, take one of the size of rounding errors.
+    at the target. Nothing of the program's form is assumed. ``problem`` scores the rows of ``table``. Where cells are
+    missing the maximum has no closed form: it is climbed to by EM from ``n_init`` starts (`bayes_mpt.incomplete`).
+    ``at_floor``: where the likelihood of complete rows has no maximum for want of noise, take one of the size of
+    rounding errors.
 
     Raises
     ------
-    concentrated.NoiseFloorError
+    concentrated.NoiseFloorError, incomplete.FewCellsError
         If the likelihood has no maximum.
     """
     leaves = problem.leaves()
@@ -45,7 +58,7 @@ def concentrate(
     reading = _exact(problem).reading
     loc, loading, noise = reading.loc, reading.loading, reading.noise
     n_latents = loading.shape[-1]
-    if len(loc) != 1 or not table.n:
+    if len(loc) != 1 or not table.n_rows:
         return None
     touches = _touches(reading, leaves)
     for name in leaves:
@@ -55,27 +68,32 @@ def concentrate(
     of_loading = touches["loading"] - of_noise
     if of_loc & (of_noise | touches["loading"]) or not of_loc or (n_latents and not of_loading):
         return None
-    cov, n_tokens = table.covariance, len(table.mean)
-    n_noise = sum(leaves[n].numel() for n in of_noise)
-    if n_noise == 1:
-        if n_latents >= n_tokens:
-            return None
-        shape = noise[0].detach().cpu().numpy()
-        factors = concentrated.proportional(cov, n_latents, shape, at_floor=at_floor)
-    elif n_noise >= n_tokens:
-        factors = concentrated.diagonal(cov, n_latents, max_iter=max_iter, tol=tol)
-    else:
+    n_noise, n_tokens = sum(leaves[n].numel() for n in of_noise), loading.shape[-2]
+    tied = n_noise == 1
+    if (tied and n_latents >= n_tokens) or (not tied and n_noise < n_tokens):
         return None
+    shape = noise[0].detach().cpu().numpy() if tied else None
+    solve = partial(_best, n_latents=n_latents, shape=shape, max_iter=max_iter, tol=tol)
+    if table.complete:
+        moments, best = table, solve(table.covariance, at_floor=at_floor)
+        factors = incomplete.Maximum(
+            best.lml, table.mean.cpu().numpy(), best.loading, best.noise, best.n_iter
+        )
+    else:
+        moments = table.available()
+        factors = incomplete.maximise(
+            table, n_latents, solve, shape, n_init=n_init, seed=seed, max_iter=max_iter, tol=tol
+        )
     target_loading = np.zeros((n_tokens, n_latents))  # beyond T latents, columns of zeros
     target_loading[:, : factors.loading.shape[1]] = factors.loading
     before = {n: leaf.detach().clone() for n, leaf in leaves.items()}
-    sd = table.variance.sqrt()
+    sd = moments.variance.sqrt()
     sd = torch.where(sd > 0, sd, torch.ones_like(sd))
     as_tensor = lambda a: torch.as_tensor(np.ascontiguousarray(a)).to(loc)  # noqa: E731
     targets = {
         "noise": (as_tensor(np.log(factors.noise)), torch.ones_like(sd)),
         "loading": (as_tensor(target_loading), sd[:, None]),
-        "loc": (table.mean, sd),
+        "loc": (as_tensor(factors.mean), sd),
     }
     names = {"noise": sorted(of_noise), "loading": sorted(of_loading), "loc": sorted(of_loc)}
     # Where every part is its own parameter, a rotation of it, or one that all tokens share, a step along the transposed
@@ -91,11 +109,34 @@ def concentrate(
         predictor = _exact(problem)
     with torch.no_grad():
         got = float(problem.score_of(predictor))
-    # a noise of the size of rounding errors sees these
-    if abs(got - factors.lml) > (1e-3 if at_floor else 1e-7) * (1 + abs(factors.lml)):
+    # EM ends close by, and a noise of the size of rounding errors sees these
+    off = 1e-3 if at_floor else 1e-7 if table.complete else 1e-5
+    if abs(got - factors.lml) > off * (1 + abs(factors.lml)):
         restore(leaves, before)
         return None
-    return Fit("concentrated", [got], factors.n_iter, converged=not at_floor)
+    if not table.complete and not tied:  # all is free, so that the likelihood has no maximum there
+        incomplete.refuse_few_cells(table, n_latents)
+    method = "concentrated" if table.complete else "em"
+    return Fit(method, [got], factors.n_iter, converged=table.complete and not at_floor)
+
+
+def _best(
+    cov: NDArray[np.float64] | concentrated.Root,
+    near: NDArray[np.float64] | None = None,
+    *,
+    n_latents: int,
+    shape: NDArray[np.float64] | None,
+    max_iter: int,
+    tol: float,
+    at_floor: bool = False,
+) -> concentrated.Factors:
+    """The best loadings and noise for a covariance; from a noise that is near it, as a step of EM."""
+    if shape is not None:
+        return concentrated.proportional(cov, n_latents, shape, at_floor=at_floor)
+    if near is None:
+        return concentrated.diagonal(cov, n_latents, max_iter=max_iter, tol=tol)
+    near = np.maximum(near, LIFTED * concentrated.variances(cov))
+    return concentrated.diagonal(cov, n_latents, start=near, max_iter=max_iter, tol=tol, refuse=False)
 
 
 def _exact(problem: Problem) -> LinearGaussian:

@@ -106,6 +106,8 @@ class Fit:
     n_iter: int = 0
     converged: bool = False
     interrupted: bool = False
+    at_zero: list[int] = field(default_factory=list)
+    """Columns whose noise variance has ended at zero."""
     last: Conditionals | None = None
     """The predictor at the fitted parameters, where it has been read; its score is the last of the history."""
 
