@@ -318,15 +318,17 @@ class BayesMPT(
         warm = fitted and self.masks is not None
         return self._fit(X, y, seen=self._table if fitted else None, warm=warm)
 
-    def refit(self, X: ArrayLike, y: Any = None) -> Self:
+    def refit(self, X: ArrayLike, y: Any = None, *, random_state: int | None = None) -> Self:
         """A new estimator of the same settings, fitted to other rows.
 
         As ``clone(self).fit(X, y)``, from initial values of its own, which have seen no rows but these; only what the
-        program is made of is known already, where rows share a map.
+        program is made of is known already, where rows share a map. ``random_state`` is taken if it has none.
         """
         check_is_fitted(self)
         self._come()
         new = clone(self)
+        if new.random_state is None:
+            new.random_state = random_state
         new._like = self
         return new.fit(X, y)
 
