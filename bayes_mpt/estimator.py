@@ -36,6 +36,7 @@ from torch import Tensor
 from bayes_mpt import training
 from bayes_mpt.affine import Reading, token_means, tokens_of
 from bayes_mpt.concentrated import NoiseFloorError
+from bayes_mpt.criteria import n_free_parameters
 from bayes_mpt.devices import at_once, check_device, moved, own_random_state
 from bayes_mpt.evidence import Laplace, laplace_diagonal, laplace_proportional
 from bayes_mpt.fitting import (
@@ -694,13 +695,55 @@ class BayesMPT(
             )
         return found
 
-    @available_if(lambda self: getattr(self, "_y_like", None) is not None)
-    def predict(self, X: ArrayLike, return_std: bool = False, return_cov: bool = False) -> Any:
-        """Means of y for new rows X, for programs ``model(x, y)``.
+    def _takes_labels(self) -> bool:
+        """Whether each row has one discrete latent, whose value is its label."""
+        structure = getattr(getattr(self, "predictor_", None), "structure", None)
+        return isinstance(structure, Program) and structure.one_label and self._y_like is None
 
-        Averaged over the posterior of the latents that all rows share (regression weights) given the training rows;
-        those of new rows are at their means given these. Where the observations are one Gaussian vector (a Gaussian
-        process), given the training rows' observations.
+    @available_if(_takes_labels)
+    def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:
+        """Probabilities of the values of each row's one discrete latent given its observed cells: (N, K).
+
+        Of a mixture, of its components. A row without any observed cell has those before any data.
+        """
+        with torch.no_grad():
+            parts = [predictor.label_probabilities(x) for predictor, x in self._read_parts(X, None)]
+        return torch.cat(parts).double().cpu().numpy()
+
+    def _counts_parameters(self) -> bool:
+        """Whether rows are independent and something was estimated by the likelihood."""
+        if not hasattr(self, "predictor_"):
+            return False
+        found = self.predictor_
+        return bool(found.structure.by_row and found.structure.parameters) and not (
+            found.remembers or found.own_masks
+        )
+
+    @available_if(_counts_parameters)
+    def aic(self, X: ArrayLike, y: Any = None) -> float:
+        """Akaike information criterion, -2 log p(X) + 2 P with P free parameters: the lower the better."""
+        return self._criterion(X, y, lambda n_rows: 2.0)
+
+    @available_if(_counts_parameters)
+    def bic(self, X: ArrayLike, y: Any = None) -> float:
+        """Bayesian information criterion, -2 log p(X) + P log N with P free parameters: the lower the better."""
+        return self._criterion(X, y, math.log)
+
+    def _criterion(self, X: ArrayLike, y: Any, price: Callable[[int], float]) -> float:
+        by_row = self.score_samples(X, y)
+        of_program = {name: self.params_[name] for name in self.predictor_.structure.parameters}
+        constraints = {name: constraint for name, (_, constraint) in self._initial.items()}
+        n_free = n_free_parameters(self.fitted_model_, of_program, constraints)
+        return float(-2 * by_row.sum() + n_free * price(len(by_row)))
+
+    @available_if(lambda self: self._takes_labels() or getattr(self, "_y_like", None) is not None)
+    def predict(self, X: ArrayLike, return_std: bool = False, return_cov: bool = False) -> Any:
+        """Means of y for new rows X, for programs ``model(x, y)``; labels of rows, for mixtures.
+
+        A program of x alone in which each row has one discrete latent gives the likeliest value of it (N,), counted
+        from 0. Means of y are averaged over the posterior of the latents that all rows share (regression weights) given
+        the training rows; those of new rows are at their means given these. Where the observations are one Gaussian
+        vector (a Gaussian process), given the training rows' observations.
 
         Parameters
         ----------
@@ -712,6 +755,10 @@ class BayesMPT(
         check_is_fitted(self)
         if return_std and return_cov:
             raise ValueError("ask for return_std or return_cov, not both")
+        if self._takes_labels():
+            if return_std or return_cov:
+                raise ValueError("labels have neither return_std nor return_cov: see predict_proba")
+            return self.predict_proba(X).argmax(1)
         rows = self._check_rows(X, reset=False)
         assert self._y_like is not None
         if self.predictor_.remembers:

@@ -47,6 +47,7 @@ from bayes_mpt.comparison import comparison_table
 from bayes_mpt.estimator import RUNAWAY, BayesMPT
 from bayes_mpt.masks import require_lml
 from bayes_mpt.models.kernels import kernel_name
+from bayes_mpt.rows import takes_y
 from bayes_mpt.rules import (
     Candidate,
     before_final,
@@ -338,7 +339,8 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, BaseEstimator):
     @available_if(lambda self: hasattr(self.estimator, "transform"))
     def fit_transform(self, X: ArrayLike, y: Any = None) -> Any:
         """Fit the search, then transform X by the best candidate."""
-        return self.fit(X, y).transform(X, y if hasattr(self._best(), "predict") else None)
+        model = final_step(self.fit(X, y)._best()).fitted_model_
+        return self.transform(X, y if takes_y(model) else None)
 
     @available_if(lambda self: hasattr(self.estimator, "inverse_transform"))
     def inverse_transform(self, Z: ArrayLike) -> Any:

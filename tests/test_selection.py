@@ -21,7 +21,15 @@ from sklearn.preprocessing import FunctionTransformer, QuantileTransformer, Stan
 from bayes_mpt import BayesMPT, MarginalLikelihoodSearch, compare
 from bayes_mpt.evidence import laplace_diagonal, laplace_proportional
 from bayes_mpt.masks import UniformSize
-from bayes_mpt.models import PPCA, VAE, FactorAnalysis, GaussianMixture, MaskedPatches, MaskedTransformer
+from bayes_mpt.models import (
+    PPCA,
+    VAE,
+    FactorAnalysis,
+    GaussianMixture,
+    GaussianProcess,
+    MaskedPatches,
+    MaskedTransformer,
+)
 
 N, T = 60, 6
 RNG = np.random.default_rng(1991)
@@ -540,6 +548,23 @@ def test_refit():
     assert not hasattr(off, "best_estimator_") and off.best_params_ is not None
     with pytest.raises(AttributeError, match="refit"):
         off.score_samples(X)
+
+
+def test_the_best_predicts_with_its_errors():
+    x = np.linspace(0, 3, 12)[:, None]
+    y = np.sin(3 * x[:, 0]) + 0.1 * RNG.normal(size=12)
+    new = np.array([[0.4], [1.3], [4.0]])
+    s = MarginalLikelihoodSearch(BayesMPT(GaussianProcess(), penalty=True), {"tol": [1e-8]}, evidence="train")
+    best = s.fit(x, y).best_estimator_
+    mean, cov = s.predict(new, return_cov=True)
+    np.testing.assert_array_equal(s.predict(new), mean)
+    np.testing.assert_array_equal(cov, best.predict(new, return_cov=True)[1])
+    np.testing.assert_allclose(s.predict(new, return_std=True)[1], np.sqrt(np.diag(cov)), rtol=1e-9)
+    pipe = make_pipeline(StandardScaler(), BayesMPT(GaussianProcess(), penalty=True))
+    piped = MarginalLikelihoodSearch(pipe, {"bayesmpt__tol": [1e-8]}, evidence="train").fit(x, y)
+    z = (new - x.mean()) / x.std()
+    want = piped.best_estimator_[-1].predict(z, return_std=True)[1]
+    np.testing.assert_allclose(piped.predict(new, return_std=True)[1], want, rtol=1e-9)
 
 
 def test_the_best_is_fitted_on_all_rows():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from numbers import Integral
-from typing import Literal
+from typing import Any, Literal
 
 import pyro
 import pyro.distributions as dist
 import torch
+from numpy.typing import NDArray
 from pyro.distributions import constraints
 from sklearn.base import BaseEstimator
 from torch import Tensor
@@ -43,6 +45,11 @@ class PPCA(BaseEstimator):
         noise = pyro.param("noise_variance", lambda: _spread(x).square().mean() / 2, constraints.positive)
         _factors(x, self.n_components, noise)
 
+    def n_free_parameters(self, params: Mapping[str, NDArray[Any]]) -> int:
+        """How many numbers of the fitted density are free."""
+        n_tokens, n_latents = params["loading"].shape
+        return n_tokens + n_free_of_factors(n_tokens, n_latents, params["noise_variance"].size)
+
 
 class FactorAnalysis(BaseEstimator):
     """Factor analysis: x = loc + W z + e, e ~ N(0, diag(psi)).
@@ -72,6 +79,18 @@ class FactorAnalysis(BaseEstimator):
         """Run the program on rows x (N, T)."""
         noise = pyro.param("noise_variance", lambda: _spread(x).square() / 2, constraints.positive)
         _factors(x, self.n_components, noise)
+
+    def n_free_parameters(self, params: Mapping[str, NDArray[Any]]) -> int:
+        """How many numbers of the fitted density are free."""
+        n_tokens, n_latents = params["loading"].shape
+        return n_tokens + n_free_of_factors(n_tokens, n_latents, params["noise_variance"].size)
+
+
+def n_free_of_factors(n_tokens: int, n_latents: int, n_noise: int) -> int:
+    """Free numbers of W W' + diag(psi): rotations of W change nothing, and no covariance has more than its own."""
+    rank = min(n_tokens, n_latents)
+    loading = n_tokens * rank - rank * (rank - 1) // 2
+    return min(loading + n_noise, n_tokens * (n_tokens + 1) // 2)
 
 
 def _factors(x: Tensor, n_components: int | str, noise: Tensor) -> None:

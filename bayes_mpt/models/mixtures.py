@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from numbers import Integral
 from typing import Any, Literal, NamedTuple
@@ -13,11 +13,14 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from numpy.typing import NDArray
 from pyro.distributions import constraints
 from sklearn.base import BaseEstimator
 from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
+
+from bayes_mpt.models.linear_gaussian import n_free_of_factors
 
 __all__ = ["GaussianMixture", "MixtureOfFactorAnalyzers"]
 
@@ -196,6 +199,12 @@ class MixtureOfFactorAnalyzers(BaseEstimator):
             z = pyro.sample("z", dist.Normal(x.new_zeros(n_factors), 1.0).to_event(1))
             mean = loc[c] + (loading[c] @ z[..., None])[..., 0]
             pyro.sample("x", dist.Normal(mean, noise[c].sqrt()).to_event(1), obs=x)
+
+    def n_free_parameters(self, params: Mapping[str, NDArray[Any]]) -> int:
+        """How many numbers of the fitted density are free."""
+        n_components, n_tokens, n_factors = params["loading"].shape
+        of_each = n_tokens + n_free_of_factors(n_tokens, n_factors, n_tokens)
+        return n_components - 1 + n_components * of_each
 
 
 def _integer(name: str, value: Any, least: int) -> int:
