@@ -74,6 +74,7 @@ from bayes_mpt.predictors.base import together
 from bayes_mpt.predictors.new_rows import growing, means_of_new
 from bayes_mpt.predictors.nodes import Nodes
 from bayes_mpt.predictors.self_predictive import sees_all
+from bayes_mpt.repeats import repeated_columns
 from bayes_mpt.rows import (
     arguments,
     as_tensor,
@@ -927,7 +928,8 @@ class BayesMPT(
             If the model does not declare that its loadings are free up to rotation (``model.rotations``).
         """
         check_is_fitted(self)
-        table = Table(self._check_rows(X, reset=False), self.device)
+        rows = self._check_rows(X, reset=False)
+        table = Table(rows, self.device)
         shape = self.noise_shape()
         if shape is None:
             raise ValueError(
@@ -947,7 +949,8 @@ class BayesMPT(
         except NoiseFloorError as error:
             raise ValueError(
                 f"{k} latents leave no direction for the noise of these rows (n_samples = {table.n}, n_features = "
-                f"{len(cov)}, rank {np.linalg.matrix_rank(cov)}): use fewer latents, or drop columns that repeat others"
+                f"{len(cov)}, rank {np.linalg.matrix_rank(cov)}): use fewer latents, or drop columns that repeat "
+                f"others ({list_names(map(str, self._names()[repeated_columns(rows)])) or 'none found'})"
             ) from error
 
     def integrated(self, X: ArrayLike, y: Any = None) -> Integrated:

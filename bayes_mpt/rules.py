@@ -17,7 +17,8 @@ from sklearn.pipeline import Pipeline
 from bayes_mpt.estimator import BayesMPT
 from bayes_mpt.hyperparameters import Integrated
 from bayes_mpt.predictors.importance import BAD_K
-from bayes_mpt.tracing import Observed
+from bayes_mpt.repeats import flat_direction, repeated_columns
+from bayes_mpt.tracing import Observed, Program, list_names
 
 __all__ = [
     "Candidate",
@@ -28,10 +29,13 @@ __all__ = [
     "give_evidence",
     "refuse_incomparable",
     "refuse_mixed_train",
+    "refuse_unbounded",
     "token_digest",
 ]
 
 MAX_INTEGRATED = 16  # hyper-parameters
+N_TRIED = 64  # rows on which a density is tried for its width
+WIDTH = 1e-3  # of the least spread of the rows: a density that is narrower where they have none narrows to nothing
 
 
 @dataclass
@@ -188,6 +192,7 @@ def give_evidence(
     # Densities of all candidates are of the same table: what stands before the model is fitted once, on all rows.
     X = before_final(candidate.estimator, X)
     model = candidate.model
+    refuse_unbounded(model, X, y)
     if rule in ("laplace", "integrated", "train"):
         if rule == "laplace":
             candidate.evidence = model.laplace(X).log_evidence
@@ -230,6 +235,47 @@ def give_evidence(
     candidate.evidence = float(np.mean(replicates))
     candidate.splits = np.array(means)
     return candidate
+
+
+def refuse_unbounded(model: BayesMPT, X: Any, y: Any = None) -> None:
+    """A density of the cells of X that has no width where the rows have none: its likelihood grows without bound.
+
+    Trainings that are solved refuse such columns; one that climbs ends somewhere on the way, at thousands of nats.
+    """
+    structure = model.predictor_.structure
+    cells = structure.plain or (isinstance(structure, Program) and structure.tokens_from == 0)
+    codes = isinstance(structure, Program) and any(site.discrete for site in structure.sites)
+    if not (structure.by_row and structure.parameters and cells) or codes or model.predictor_.own_masks:
+        return
+    rows = np.asarray(X, dtype=np.float64)
+    constant = np.nanmin(rows, 0) == np.nanmax(rows, 0)
+    step = flat_direction(rows)
+    if constant.any():  # also where no row is complete
+        unit = np.nanstd(rows, 0)
+        step = np.where(constant, np.median(unit[~constant]), 0.0)
+    if step is None:
+        return
+    some = np.unique(np.linspace(0, len(rows) - 1, N_TRIED).round().astype(int))
+    here = _rows(X, some)
+    lost = model.score_samples(here, _rows(y, some)) - model.score_samples(
+        here + WIDTH * step, _rows(y, some)
+    )
+    if not np.nanmean(lost) > 0.5:
+        return
+    n_rows, n_columns = rows.shape
+    observed = (~np.isnan(rows)).sum(0)
+    which, found = "that are constant or repeat others", constant.nonzero()[0].tolist()
+    if not found and (observed.min() == n_rows or (~np.isnan(rows)).all(1).sum() > n_columns):
+        found = repeated_columns(rows)
+    if not found:  # complete rows are too few to tell
+        which = f"with the fewest observed cells ({observed.min()})"
+        found = np.flatnonzero(observed == observed.min()).tolist()
+    names = getattr(model, "feature_names_in_", np.arange(n_columns))[found]
+    raise ValueError(
+        "the likelihood has no maximum: the fitted density is without width in a direction in which these rows "
+        f"(n_samples = {n_rows}, n_features = {n_columns}) have none. Columns {which}: "
+        f"{list_names(repr(n) if isinstance(n, str) else str(n) for n in names)}. Drop them, or use fewer latents"
+    )
 
 
 def fit_seed(random_state: Any, drawn: int) -> int | None:

@@ -29,6 +29,7 @@ from bayes_mpt.models import (
     GaussianProcess,
     MaskedPatches,
     MaskedTransformer,
+    MixtureOfFactorAnalyzers,
 )
 
 N, T = 60, 6
@@ -510,6 +511,56 @@ def test_error_score():
     assert number.cv_results_["mean_test_score"][1] == -1000.0
     with pytest.raises(ValueError, match=r"(?s)all 2 candidates.*on purpose"):
         search("train", {"model": [broken, broken]}).fit(X)
+
+
+def repeated(what, holes=False):
+    """(N, 5) with a column that says nothing new, in a table with names."""
+    x = RNG.normal(size=(N, 2)) @ RNG.normal(size=(2, 5)) + 0.5 * RNG.normal(size=(N, 5))
+    x[:, 3] = {"constant": 2.5, "duplicated": x[:, 1], "sum": x[:, :3].sum(1)}[what]
+    x[RNG.random(x.shape) < 0.1 * holes] = np.nan
+    return pd.DataFrame(x, columns=list("abcde"))
+
+
+NO_BOUND = [PPCA(5), MixtureOfFactorAnalyzers(2), GaussianMixture(2)]
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+@pytest.mark.parametrize(
+    "what, named, models",
+    [
+        ("constant", "'d'", [*NO_BOUND, FactorAnalysis(1), GaussianMixture(2, "diag")]),
+        ("duplicated", "'b'|'d'", [*NO_BOUND, FactorAnalysis(1)]),
+        ("sum", "'[abcd]'", [PPCA(4), PPCA(5), GaussianMixture(2)]),
+    ],
+)
+def test_a_likelihood_without_bound_is_an_error_that_names_columns(what, named, models):
+    """A density can be as narrow as it likes where the rows have no spread: any number of nats would come first."""
+    x = repeated(what)
+    grid = {"model": [PPCA(1), *models]}
+    s = MarginalLikelihoodSearch(BayesMPT(max_iter=100, random_state=0), grid, evidence="train").fit(x)
+    failed = s.comparison_.iloc[1:]
+    assert s.best_index_ == 0 and failed["lml"].isna().all() and len(failed) == len(models)
+    assert failed["diag"].str.contains(named).all() and not failed["diag"].str.contains("'e'").any()
+    assert failed["diag"].str.contains("repeat|duplicated|without").all()
+    assert s.cv_results_["lml"][0] == pytest.approx(ppca_scores(x.to_numpy(), x.to_numpy(), 1).sum())
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_a_constant_column_with_missing_cells_too():
+    x = repeated("constant", holes=True)
+    grid = {"model": [PPCA(1), PPCA(5), FactorAnalysis(1), GaussianMixture(2, "diag")]}
+    s = MarginalLikelihoodSearch(BayesMPT(max_iter=60, random_state=0), grid, evidence="train").fit(x)
+    assert s.best_index_ == 0 and s.comparison_["diag"].iloc[1:].str.contains("'d'").all()
+    fits = {"one": BayesMPT(PPCA(1)).fit(x), "five": BayesMPT(PPCA(5), max_iter=60).fit(x)}
+    assert "'d'" in compare(fits, x, evidence="train").loc["five", "diag"]
+
+
+def test_a_narrow_density_that_has_a_bound_is_no_error():
+    """Columns that repeat others are reproduced with a shared noise, and few rows leave most directions flat."""
+    loud = RNG.normal(size=(N, 1)) @ RNG.normal(size=(1, T)) * 1e3 + RNG.normal(size=(N, T))
+    for x in (repeated("sum"), RNG.normal(size=(8, 20)), loud, 1e6 + X):
+        table = search("train", {"model": [PPCA(0), PPCA(1), PPCA(2)]}).fit(x).comparison_
+        assert table["lml"].notna().all()
 
 
 def test_a_failed_candidate_beside_weights():

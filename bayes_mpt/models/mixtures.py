@@ -38,6 +38,10 @@ MAX_PRODUCTS = 2**22  # numbers that EM holds beside the rows
 LEAST_NOISE = 1e-3  # of a factor analyser at the start, in units of the columns' variances
 
 
+class CollapseError(ValueError):
+    """The likelihood has no bound: a component shrinks onto rows without spread."""
+
+
 class GaussianMixture(BaseEstimator):
     """Mixture of Gaussians: x ~ N(loc_c, S_c) in component c, which has the probability weights_c.
 
@@ -151,7 +155,7 @@ class GaussianMixture(BaseEstimator):
                 f"(now {kind!r})"
             )
             if hopeless:
-                raise ValueError(f"{what}. Use {remedy}")
+                raise CollapseError(f"{what}. Use {remedy}")
             warnings.warn(
                 f"{what}. It began again, empty and wide. Better use {remedy}", UserWarning, stacklevel=2
             )
