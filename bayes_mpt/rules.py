@@ -35,7 +35,9 @@ __all__ = [
 
 MAX_INTEGRATED = 16  # hyper-parameters
 N_TRIED = 64  # rows on which a density is tried for its width
-WIDTH = 1e-3  # of the least spread of the rows: a density that is narrower where they have none narrows to nothing
+WIDTH = (
+    1e-3  # of the least spread of the rows; a density narrower than this where they have none is degenerate
+)
 
 
 @dataclass
@@ -238,21 +240,25 @@ def give_evidence(
 
 
 def refuse_unbounded(model: BayesMPT, X: Any, y: Any = None) -> None:
-    """A density of the cells of X that has no width where the rows have none: its likelihood grows without bound.
+    """Raise ValueError where the rows X do not vary in some direction and the fitted density has no width there.
 
-    Trainings that are solved refuse such columns; one that climbs ends somewhere on the way, at thousands of nats.
+    The likelihood grows without bound then. Fits with a closed form refuse such columns; one that climbs ends
+    somewhere on the way, at thousands of nats.
     """
     structure = model.predictor_.structure
     cells = structure.plain or (isinstance(structure, Program) and structure.tokens_from == 0)
     codes = isinstance(structure, Program) and any(site.discrete for site in structure.sites)
     if not (structure.by_row and structure.parameters and cells) or codes or model.predictor_.own_masks:
         return
-    rows = np.asarray(X, dtype=np.float64)
+    with model.read_rows(X, y) as (_, x):
+        rows = x.double().cpu().numpy()
+    if rows.shape[1] != model.n_features_in_:
+        return
     constant = np.nanmin(rows, 0) == np.nanmax(rows, 0)
     step = flat_direction(rows)
     if constant.any():  # also where no row is complete
         unit = np.nanstd(rows, 0)
-        step = np.where(constant, np.median(unit[~constant]), 0.0)
+        step = np.where(constant, 1.0 if constant.all() else np.median(unit[~constant]), 0.0)
     if step is None:
         return
     some = np.unique(np.linspace(0, len(rows) - 1, N_TRIED).round().astype(int))
@@ -272,8 +278,8 @@ def refuse_unbounded(model: BayesMPT, X: Any, y: Any = None) -> None:
         found = np.flatnonzero(observed == observed.min()).tolist()
     names = getattr(model, "feature_names_in_", np.arange(n_columns))[found]
     raise ValueError(
-        "the likelihood has no maximum: the fitted density is without width in a direction in which these rows "
-        f"(n_samples = {n_rows}, n_features = {n_columns}) have none. Columns {which}: "
+        f"the likelihood has no maximum: these rows (n_samples = {n_rows}, n_features = {n_columns}) do not vary in "
+        f"some direction, and the fitted density has shrunk to zero width there. Columns {which}: "
         f"{list_names(repr(n) if isinstance(n, str) else str(n) for n in names)}. Drop them, or use fewer latents"
     )
 
