@@ -6,71 +6,36 @@ over new rows.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from scipy.stats import norm
-from sklearn.pipeline import Pipeline
+from sklearn.model_selection import BaseCrossValidator
+from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
 from bayes_mpt.estimator import BayesMPT
-from bayes_mpt.hyperparameters import Integrated
 from bayes_mpt.inputs import unmasked
 from bayes_mpt.predictors.errors import replicate_error
-from bayes_mpt.predictors.importance import BAD_K
-from bayes_mpt.tracing import Observed
+from bayes_mpt.rules import (
+    Candidate,
+    before_final,
+    choose_rule,
+    final_step,
+    fit_seed,
+    give_evidence,
+    refuse_incomparable,
+    refuse_mixed_train,
+    token_digest,
+)
 
-__all__ = ["Candidate", "compare"]
+__all__ = ["Candidate", "compare", "comparison_table"]
 
-MAX_INTEGRATED = 16  # hyper-parameters
-
-
-@dataclass
-class Candidate:
-    """What one candidate's evaluation found."""
-
-    estimator: Any = None
-    """Fitted on all rows; a Pipeline or a BayesMPT. None of a network that was trained elsewhere."""
-    evidence: float = math.nan
-    """Total nats."""
-    by_row: NDArray[np.float64] | None = None
-    """(N,) nats: what the rows contribute; None without a rows plate."""
-    replicates: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
-    """(R,) evidence by repeat of the folds."""
-    se: float = 0.0
-    """Numerical error of the evidence that one evaluation states of itself; 0 where exact."""
-    n_scored: float = math.nan
-    """Rows that the evidence is a sum over."""
-    splits: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
-    """Mean nats a row by split."""
-    tokens: str = ""
-    """Fingerprint of what was scored."""
-    fit_time: float = 0.0
-    score_time: float = 0.0
-    error: str = ""
-    note: str = ""
-    """What to be wary of."""
-
-    @property
-    def model(self) -> BayesMPT:
-        return final_step(self.estimator)
-
-    @property
-    def is_evidence(self) -> bool:
-        """Whether no parameter was point-estimated; those of a network always were."""
-        return self.estimator is not None and not self.model.predictor_.structure.parameters
-
-    def take(self, found: Integrated) -> None:
-        """An evidence with the hyper-parameters integrated."""
-        self.evidence, self.se = found.log_evidence, found.se
-        if found.pareto_k > BAD_K:
-            self.note = f"integrated, but Pareto k {found.pareto_k:.2f}: se is not to be believed"
+RULES = ("auto", "laplace", "integrated", "heldout", "train")
 
 
 def compare(
@@ -79,32 +44,48 @@ def compare(
     y: Any = None,
     *,
     evidence: Literal["auto", "laplace", "integrated", "heldout", "train"] = "auto",
+    cv: int | BaseCrossValidator = 5,
+    n_repeats: int = 1,
+    random_state: int | np.random.RandomState | None = None,
 ) -> pd.DataFrame:
     """Rank models that were fitted by hand, in the same table as `MarginalLikelihoodSearch.comparison_`.
+
+    On the rows that the models were fitted on, this does what a search over them would do. On new rows it ranks by
+    their log predictive, which no model has seen.
 
     Parameters
     ----------
     estimators : dict of name to fitted BayesMPT or Pipeline
-        All fitted on X, or none of them.
+        All fitted on X, or none of them. They are left as they are.
     X : array-like of shape (N, T)
         Rows to compare on.
     y : array-like, optional
         As in `BayesMPT.fit`.
     evidence : {"auto", "laplace", "integrated", "heldout", "train"}, default="auto"
-        "heldout" scores X as new rows: no model may have been fitted on them. "auto" is "laplace" where all models
-        were fitted on X and declare their symmetries, "integrated" where they offer a prior of their few
-        hyper-parameters, "train" where they were fitted on X otherwise, else "heldout".
+        On the training rows "auto" is that of `MarginalLikelihoodSearch`: "laplace" where all models declare their
+        symmetries and no cell is missing, "integrated" where they offer a prior of their few hyper-parameters, else
+        "heldout", which fits each model again for each fold. "train", the LML at its maximum, rises with every
+        surplus parameter: it is taken by itself only where nothing is point-estimated, and then is the evidence.
+        On new rows "auto" is "heldout", which scores them as they are.
+    cv : int or splitter, default=5
+        Folds of "heldout" on the training rows.
+    n_repeats : int, default=1
+        Random partitions into folds, averaged; two or more give the error ``mc_dse``.
+    random_state : int, RandomState or None
+        For the partitions, and for fits in folds whose estimator has none.
 
     Returns
     -------
     DataFrame
-        Best first; see `MarginalLikelihoodSearch`.
+        Best first; see `MarginalLikelihoodSearch`. Its ``attrs`` hold the rule that was taken, "evidence", and why,
+        "reason".
 
     Raises
     ------
     ValueError
         If the numbers are not comparable, with the offenders' names: another scaling, other features, other training
-        rows, another thing integrated.
+        rows, another thing integrated. If parameters are point-estimated and no row can be held out: then only
+        ``evidence="train"`` is left, and is to be asked for.
 
     Examples
     --------
@@ -112,8 +93,9 @@ def compare(
     >>> from bayes_mpt.models import PPCA, FactorAnalysis
     >>> X = load_iris().data
     >>> fitted = {"ppca": BayesMPT(PPCA(2)).fit(X), "fa": BayesMPT(FactorAnalysis(1)).fit(X)}
-    >>> list(compare(fitted, X).index)
-    ['ppca', 'fa']
+    >>> table = compare(fitted, X)
+    >>> list(table.index), table.attrs["evidence"]
+    (['ppca', 'fa'], 'laplace')
     """
     if not isinstance(estimators, Mapping):
         raise TypeError(
@@ -123,7 +105,7 @@ def compare(
     if not estimators:
         raise ValueError("nothing to compare: got an empty dict")
     X, y = unmasked(X), unmasked(y)
-    if evidence not in ("auto", "laplace", "integrated", "heldout", "train"):
+    if evidence not in RULES:
         raise ValueError(
             f"evidence must be 'auto', 'laplace', 'integrated', 'heldout' or 'train', got {evidence!r}"
         )
@@ -131,125 +113,81 @@ def compare(
     for name, estimator in estimators.items():
         check_is_fitted(final_step(estimator), msg=f"{name!r} is not fitted: call fit first")
         try:
-            by_row, se = final_step(estimator).score_rows(before_final(estimator, X), y)
+            found.append(Candidate(estimator, tokens=token_digest(estimator, X, y)))
         except ValueError as error:
             raise ValueError(f"{name!r} cannot be compared on these rows: {error}") from error
-        tokens = token_digest(estimator, X, y)
-        found.append(Candidate(estimator, float(by_row.sum()), by_row, se=se, tokens=tokens))
     refuse_incomparable(names, found)
+    seen = _all_trained_on(names, found, X)
+    rule, why = _rule(evidence, found, seen)
+    if rule == "train":
+        refuse_mixed_train(names, found)
+    seed = int(check_random_state(random_state).randint(2**31 - 1))
+    own_state = fit_seed(random_state, seed)
+    for i, c in enumerate(found):
+        if not seen:
+            _score_new_rows(c, X, y)
+            continue
+        try:
+            give_evidence(c, X, y, rule, cv=cv, n_repeats=n_repeats, seed=seed, random_state=own_state)
+        except Exception as error:
+            found[i] = Candidate(c.estimator, error=f"{type(error).__name__}: {error}")
+    if all(c.error for c in found):
+        raise ValueError(f"all {len(found)} models failed; the first one: {found[0].error}")
+    table = comparison_table(names, found, rule)
+    table.attrs |= {"evidence": rule, "reason": why}
+    return table
+
+
+def _all_trained_on(names: list[str], found: list[Candidate], X: Any) -> bool:
+    """Whether all models were fitted on these rows, or none; where nothing was estimated, rows are as good as new."""
+    if all(_is_integral(c) for c in found):
+        return all(_trained_on(c, X) for c in found)
     by_parts = [n for n, c in zip(names, found, strict=True) if not c.model.data_digest_]
     if by_parts:
         raise ValueError(
             f"{', '.join(map(repr, by_parts))} were fitted by parts, so that it cannot be told whether these "
             "rows were among them: fit all on the same rows at once"
         )
-    trained = [_trained_on(c.model, before_final(c.estimator, X)) for c in found]
+    trained = [_trained_on(c, X) for c in found]
     if any(trained) and not all(trained):
         others = [n for n, t in zip(names, trained, strict=True) if not t]
         raise ValueError(
             f"{', '.join(map(repr, others))} were not fitted on these rows and the rest were: fit all on the same "
             "rows, or compare all on new ones"
         )
-    if evidence == "auto":
-        rule = "heldout" if not all(trained) else choose_rule("auto", found)[0]
-        rule = "train" if rule == "heldout" and all(trained) else rule
-    else:
-        rule = choose_rule(evidence, found)[0]
-    if rule == "heldout" and any(trained):
-        raise ValueError("evidence='heldout' needs new rows: the models were fitted on these")
-    if rule != "heldout" and not all(trained):
-        raise ValueError(f"evidence={rule!r} needs the rows that the models were fitted on: got others")
-    if rule == "train":
-        refuse_mixed_train(names, found)
-    if rule == "laplace":
-        for c in found:
-            c.evidence = c.model.laplace(before_final(c.estimator, X)).log_evidence
-    if rule == "integrated":
-        for c in found:
-            c.take(c.model.integrated(before_final(c.estimator, X), y))
-    if rule != "heldout":
-        for c in found:
-            if not c.model.predictor_.structure.by_row:
-                c.by_row = None
-    if rule == "train":
-        for c in found:
-            c.evidence, c.se = c.model.log_marginal_likelihood_, c.model.log_marginal_likelihood_se_
-    if rule != "laplace":
-        for c in found:
-            c.replicates = np.array([c.evidence])
-    return comparison_table(names, found, rule)
+    return all(trained)
 
 
-def choose_rule(evidence: str, found: list[Candidate]) -> tuple[str, str]:
-    """The rule that ranks, and why."""
-    models = [c.model for c in found]
-    vectors = [m for m in models if not m.predictor_.structure.by_row]
-    if evidence == "cumulative" and vectors:
-        raise ValueError(
-            "evidence='cumulative' needs independent rows: here they are tokens of one vector, and those of a block "
-            "are scored one by one, not together. Use 'integrated' or 'heldout'"
-        )
-    if evidence == "heldout" and not all(m.predictor_.remembers for m in vectors):
-        raise ValueError(
-            "evidence='heldout' needs independent rows, or observations that are one Gaussian vector: here rows are "
-            "tokens of one vector, and none can be scored given the others. Use 'train'"
-        )
-    if evidence != "auto":
-        return evidence, "asked for"
-    if all(not m.predictor_.structure.parameters for m in models):
-        return "train", "nothing is point-estimated: the LML is the evidence itself"
-    sizes = [m.n_hyperparameters() for m in models]
-    if all(size is not None and size <= MAX_INTEGRATED for size in sizes):
-        return "integrated", (
-            f"every candidate offers a prior of its hyper-parameters, {MAX_INTEGRATED} at most: they are integrated, "
-            "and predictions are at their maximum a posteriori"
-        )
-    if vectors and all(m.predictor_.remembers for m in models):
-        return "heldout", (
-            "a candidate's hyper-parameters have no prior, or are many, so that they cannot be integrated: hidden rows "
-            "are predicted, each given the visible ones"
-        )
-    if vectors:
-        return "train", "rows are tokens of one vector, so none can be held out: the LML at its maximum"
-    missing = any(not m.complete_ for m in models)
-    if all(m.noise_shape() is not None for m in models) and not missing:
-        return "laplace", "every candidate declares its loadings free up to rotation, and no cell is missing"
-    why = (
-        "cells are missing" if missing else "a candidate's point estimates have no declared prior or symmetry"
-    )
-    return "heldout", f"{why}, so that they cannot be integrated: hidden rows are predicted"
-
-
-def refuse_incomparable(names: list[str], found: list[Candidate]) -> None:
-    """All must score the same tokens, in the same units, in the same sense of a token."""
-    kinds: dict[str, list[Any]] = {
-        "sense of a row (independent rows against one vector)": [
-            c.model.predictor_.structure.by_row for c in found
-        ],
-        "tokens (other rows, features or scaling)": [c.tokens for c in found],
-        "kind of token (codes that have probabilities against numbers that have densities)": [
-            {isinstance(site, Observed) and site.discrete for site in c.model.predictor_.structure.sites}
-            for c in found
-        ],
-    }
-    for what, values in kinds.items():
-        common = max(values, key=values.count)
-        others = [n for n, v in zip(names, values, strict=True) if v != common]
-        if others:
+def _rule(evidence: str, found: list[Candidate], seen: bool) -> tuple[str, str]:
+    """The rule that ranks, and why; ``seen``: the models were fitted on the rows."""
+    if seen:
+        rule, why = choose_rule(evidence, found)
+        if evidence == "auto" and rule == "train" and not all(c.is_evidence for c in found):
             raise ValueError(
-                f"not comparable: {', '.join(map(repr, others))} differ from the rest in their {what}. Marginal "
-                "likelihoods are densities of the same numbers or nothing"
+                f"{why}, by which models that differ in their parameters are not to be ranked. Ask for "
+                "evidence='train' if that is what you want, or compare on new rows"
             )
+        return rule, why
+    if all(_is_integral(c) for c in found) and evidence in ("auto", "train"):
+        return "train", "nothing is point-estimated: the LML is the evidence itself"
+    if evidence == "auto":
+        return "heldout", "none of the models was fitted on these rows: they are predicted"
+    rule, why = choose_rule(evidence, found)
+    if rule != "heldout":
+        raise ValueError(f"evidence={rule!r} needs the rows that the models were fitted on: got others")
+    return rule, why
 
 
-def refuse_mixed_train(names: list[str], found: list[Candidate]) -> None:
-    fixed = [not c.model.predictor_.structure.parameters for c in found]
-    if any(fixed) and not all(fixed):
-        others = [n for n, f in zip(names, fixed, strict=True) if f]
-        raise ValueError(
-            "not comparable by evidence='train': nothing is point-estimated in "
-            f"{', '.join(map(repr, others))}, while the others are at their maximum over parameters. Use 'heldout'"
-        )
+def _is_integral(candidate: Candidate) -> bool:
+    """Whether the score of any rows is their evidence, whatever rows the model has seen."""
+    return candidate.is_evidence and not candidate.model.predictor_.remembers
+
+
+def _score_new_rows(candidate: Candidate, X: Any, y: Any) -> None:
+    rows, candidate.se = candidate.model.score_rows(before_final(candidate.estimator, X), y)
+    candidate.evidence = float(np.nansum(rows))  # of a missing y there is none
+    candidate.replicates = np.array([candidate.evidence])
+    candidate.by_row = rows
 
 
 def comparison_table(names: list[str], found: list[Candidate], rule: str) -> pd.DataFrame:
@@ -292,28 +230,13 @@ def comparison_table(names: list[str], found: list[Candidate], rule: str) -> pd.
             "weight": weight[order],
             "log_bayes_factor": diff[order] if evidence else math.nan,
             "se": se[order],
-            "diag": [found[i].error or found[i].note or rule for i in order],
+            "diag": [found[i].label(rule) for i in order],
         },
         index=pd.Index([names[i] for i in order], name="candidate"),
     )
     return frame
 
 
-def final_step(estimator: Any) -> Any:
-    return estimator[-1] if isinstance(estimator, Pipeline) else estimator
-
-
-def before_final(estimator: Any, X: Any) -> Any:
-    """X as the model sees it."""
-    return estimator[:-1].transform(X) if isinstance(estimator, Pipeline) and len(estimator) > 1 else X
-
-
-def token_digest(estimator: Any, X: Any, y: Any) -> str:
-    """Fingerprint of the tokens that are scored, the same whether a model takes them in single or double precision."""
-    with final_step(estimator).read_rows(before_final(estimator, X), y) as (_, rows):
-        shape = repr(tuple(rows.shape)).encode()
-        return hashlib.sha256(shape + rows.float().cpu().numpy().tobytes()).hexdigest()[:16]
-
-
-def _trained_on(model: BayesMPT, X: Any) -> bool:
-    return model.data_digest_ == model.digest(X)
+def _trained_on(candidate: Candidate, X: Any) -> bool:
+    model: BayesMPT = candidate.model
+    return model.data_digest_ == model.digest(before_final(candidate.estimator, X))

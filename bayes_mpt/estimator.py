@@ -37,6 +37,7 @@ from bayes_mpt import training
 from bayes_mpt.affine import Reading, token_means, tokens_of
 from bayes_mpt.atomic import all_or_nothing, restored_on_failure
 from bayes_mpt.concentrated import NoiseFloorError, spectrum
+from bayes_mpt.criteria import n_free_parameters
 from bayes_mpt.devices import at_once, check_device, moved, own_random_state
 from bayes_mpt.evidence import Laplace, laplace_diagonal, laplace_proportional
 from bayes_mpt.fitting import (
@@ -78,6 +79,7 @@ from bayes_mpt.predictors.base import together
 from bayes_mpt.predictors.new_rows import growing, means_of_new
 from bayes_mpt.predictors.nodes import Nodes
 from bayes_mpt.predictors.self_predictive import sees_all
+from bayes_mpt.repeats import repeated_columns
 from bayes_mpt.rows import (
     arguments,
     as_tensor,
@@ -339,15 +341,17 @@ class BayesMPT(
         with restored_on_failure(self):
             return self._fit(X, y, context, seen=self._table if fitted else None, warm=warm)
 
-    def refit(self, X: ArrayLike, y: Any = None) -> Self:
+    def refit(self, X: ArrayLike, y: Any = None, *, random_state: int | None = None) -> Self:
         """A new estimator of the same settings, fitted to other rows.
 
         As ``clone(self).fit(X, y)``, from initial values of its own, which have seen no rows but these; only what the
-        program is made of is known already, where rows share a map.
+        program is made of is known already, where rows share a map. ``random_state`` is taken if it has none.
         """
         check_is_fitted(self)
         self._come()
         new = clone(self)
+        if new.random_state is None:
+            new.random_state = random_state
         new._like = self
         return new.fit(X, y)
 
@@ -748,13 +752,55 @@ class BayesMPT(
             )
         return found
 
-    @available_if(lambda self: self._predicts_y())
-    def predict(self, X: ArrayLike, return_std: bool = False, return_cov: bool = False) -> Any:
-        """Means of y for new rows X, for programs ``model(x, y)``.
+    def _takes_labels(self) -> bool:
+        """Whether each row has one discrete latent, whose value is its label."""
+        structure = getattr(getattr(self, "predictor_", None), "structure", None)
+        return isinstance(structure, Program) and structure.one_label and self._y_like is None
 
-        Averaged over the posterior of the latents that all rows share (regression weights) given the training rows;
-        those of new rows are at their means given these. Where the observations are one Gaussian vector (a Gaussian
-        process), given the training rows' observations.
+    @available_if(_takes_labels)
+    def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:
+        """Probabilities of the values of each row's one discrete latent given its observed cells: (N, K).
+
+        Of a mixture, of its components. A row without any observed cell has those before any data.
+        """
+        with torch.no_grad():
+            parts = [predictor.label_probabilities(x) for predictor, x in self._read_parts(X, None)]
+        return torch.cat(parts).double().cpu().numpy()
+
+    def _counts_parameters(self) -> bool:
+        """Whether rows are independent and something was estimated by the likelihood."""
+        if not hasattr(self, "predictor_"):
+            return False
+        found = self.predictor_
+        return bool(found.structure.by_row and found.structure.parameters) and not (
+            found.remembers or found.own_masks
+        )
+
+    @available_if(_counts_parameters)
+    def aic(self, X: ArrayLike, y: Any = None) -> float:
+        """Akaike information criterion, -2 log p(X) + 2 P with P free parameters: the lower the better."""
+        return self._criterion(X, y, lambda n_rows: 2.0)
+
+    @available_if(_counts_parameters)
+    def bic(self, X: ArrayLike, y: Any = None) -> float:
+        """Bayesian information criterion, -2 log p(X) + P log N with P free parameters: the lower the better."""
+        return self._criterion(X, y, math.log)
+
+    def _criterion(self, X: ArrayLike, y: Any, price: Callable[[int], float]) -> float:
+        by_row = self.score_samples(X, y)
+        of_program = {name: self.params_[name] for name in self.predictor_.structure.parameters}
+        constraints = {name: constraint for name, (_, constraint) in self._initial.items()}
+        n_free = n_free_parameters(self.fitted_model_, of_program, constraints)
+        return float(-2 * by_row.sum() + n_free * price(len(by_row)))
+
+    @available_if(lambda self: self._takes_labels() or self._predicts_y())
+    def predict(self, X: ArrayLike, return_std: bool = False, return_cov: bool = False) -> Any:
+        """Means of y for new rows X, for programs ``model(x, y)``; labels of rows, for mixtures.
+
+        A program of x alone in which each row has one discrete latent gives the likeliest value of it (N,), counted
+        from 0. Means of y are averaged over the posterior of the latents that all rows share (regression weights) given
+        the training rows; those of new rows are at their means given these. Where the observations are one Gaussian
+        vector (a Gaussian process), given the training rows' observations.
 
         Parameters
         ----------
@@ -766,6 +812,10 @@ class BayesMPT(
         check_is_fitted(self)
         if return_std and return_cov:
             raise ValueError("ask for return_std or return_cov, not both")
+        if self._takes_labels():
+            if return_std or return_cov:
+                raise ValueError("labels have neither return_std nor return_cov: see predict_proba")
+            return self.predict_proba(X).argmax(1)
         rows = self._check_rows(X, reset=False)
         assert self._y_like is not None
         if self.predictor_.remembers:
@@ -935,7 +985,8 @@ class BayesMPT(
             If the model does not declare that its loadings are free up to rotation (``model.rotations``).
         """
         check_is_fitted(self)
-        table = Table(self._check_rows(X, reset=False), self.device, self._shift)
+        rows = self._check_rows(X, reset=False)
+        table = Table(rows, self.device, self._shift)
         shape = self.noise_shape()
         if shape is None:
             raise ValueError(
@@ -956,7 +1007,8 @@ class BayesMPT(
             rank = spectrum(cov, np.ones(len(table.mean)), 0).rank
             raise ValueError(
                 f"{k} latents leave no direction for the noise of these rows (n_samples = {table.n}, n_features = "
-                f"{len(table.mean)}, rank {rank}): use fewer latents, or drop columns that repeat others"
+                f"{len(table.mean)}, rank {rank}): use fewer latents, or drop columns that repeat others "
+                f"({list_names(map(str, self._names()[repeated_columns(rows)])) or 'none found'})"
             ) from error
 
     def integrated(self, X: ArrayLike, y: Any = None) -> Integrated:

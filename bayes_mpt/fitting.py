@@ -25,11 +25,13 @@ from bayes_mpt.evidence import laplace_proportional
 from bayes_mpt.hyperparameters import Prior, assign
 from bayes_mpt.incomplete import FewCellsError
 from bayes_mpt.masks import PermutationChain, Policy
+from bayes_mpt.models.mixtures import CollapseError
 from bayes_mpt.moments import Table
 from bayes_mpt.predictors import Conditionals, LinearGaussian, Predictor, choose
 from bayes_mpt.predictors.base import Guide
 from bayes_mpt.predictors.joint_gaussian import N_TRIAL_ROWS, gaussian_program
 from bayes_mpt.predictors.self_predictive import sees_all
+from bayes_mpt.repeats import repeated_columns
 from bayes_mpt.score import OWN_MASKS
 from bayes_mpt.store import OwnStore, State, load, save
 from bayes_mpt.tracing import (
@@ -40,6 +42,7 @@ from bayes_mpt.tracing import (
     first_run,
     has_missing,
     head,
+    list_names,
     resampled,
     run,
     shifted,
@@ -298,6 +301,8 @@ class Trainer:
             raise ValueError(self._unbounded(error, problem)) from error
         except FewCellsError as error:
             raise ValueError(self._few_cells(error)) from error
+        except CollapseError as error:
+            raise ValueError(f"{error}{self._repeats(problem)}") from error
         if fit.at_zero:
             one = len(fit.at_zero) == 1
             warnings.warn(
@@ -512,6 +517,15 @@ class Trainer:
             "share one noise (PPCA)"
         )
 
+    def _repeats(self, problem: training.Problem) -> str:
+        """Which columns are constant or repeat others, to be added to an error."""
+        rows = problem.args[0] if problem.rows is None else problem.rows
+        found = repeated_columns(rows.detach().cpu().double().numpy())
+        if not found:
+            return ""
+        names = list_names(repr(str(n)) if isinstance(n, str) else str(n) for n in self.names[found])
+        return f". Columns that are constant or repeat others here: {names}"
+
     def _unbounded(self, error: NoiseFloorError, problem: training.Problem) -> str:
         columns = [self.names[c] for c in error.columns]
         if len(columns) == len(self.names):
@@ -519,6 +533,7 @@ class Trainer:
                 f"{problem.predictor.structure.n_latents} latents reproduce these rows (n_samples = "
                 f"{problem.n_rows}, n_features = {len(self.names)}) without any noise, so the likelihood has no "
                 "maximum: use fewer latents or more rows, and look for constant or duplicated columns"
+                f"{self._repeats(problem)}"
             )
         named = self._named(error.columns)
         return (

@@ -30,7 +30,7 @@ from bayes_mpt.masks import (
 )
 from bayes_mpt.predictors import Conditionals, Predictor, choose
 from bayes_mpt.predictors.errors import disagreement, replicate_error
-from bayes_mpt.tracing import Model
+from bayes_mpt.tracing import Model, list_names
 
 __all__ = [
     "OWN_MASKS",
@@ -153,6 +153,19 @@ class ScoreEstimate:
     def total(self) -> float:
         """Sum over rows, nats."""
         return float(self.lml.sum())
+
+    def __str__(self) -> str:
+        """One line: the number, its error, and what was integrated."""
+        if self.exact:
+            error = "exact"
+        else:
+            error = "standard error unknown" if math.isnan(self.se) else f"standard error {self.se:.2g}"
+        rows = f"{len(self.lml)} row" + "s" * (len(self.lml) != 1)
+        return (
+            f"log marginal likelihood {self.total:.10g} nats of {rows} ({error}); "
+            f"integrated: {list_names(self.integrated) or 'nothing'}; "
+            f"point-estimated: {list_names(self.point_estimated) or 'nothing'}"
+        )
 
     def plot(self, ax: Any = None) -> Any:
         """Draw the area under the masked curve; see `bayes_mpt.plots.MaskedCurveDisplay`."""

@@ -25,7 +25,6 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from itertools import pairwise
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -37,7 +36,7 @@ from joblib import Parallel, delayed
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, MetaEstimatorMixin, _fit_context, clone
 from sklearn.gaussian_process.kernels import Kernel as GaussianProcessKernel
-from sklearn.model_selection import BaseCrossValidator, KFold, ParameterGrid
+from sklearn.model_selection import BaseCrossValidator, ParameterGrid
 from sklearn.utils import check_array, check_random_state, get_tags
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.metaestimators import available_if
@@ -45,20 +44,23 @@ from sklearn.utils.validation import check_is_fitted
 from tqdm.auto import tqdm
 
 from bayes_mpt.atomic import all_or_nothing
-from bayes_mpt.comparison import (
-    Candidate,
-    before_final,
-    choose_rule,
-    comparison_table,
-    final_step,
-    refuse_incomparable,
-    refuse_mixed_train,
-    token_digest,
-)
+from bayes_mpt.comparison import comparison_table
 from bayes_mpt.estimator import RUNAWAY, BayesMPT
 from bayes_mpt.inputs import read_table, unmasked
 from bayes_mpt.masks import require_lml
 from bayes_mpt.models.kernels import kernel_name
+from bayes_mpt.rows import takes_y
+from bayes_mpt.rules import (
+    Candidate,
+    before_final,
+    choose_rule,
+    final_step,
+    fit_seed,
+    give_evidence,
+    refuse_incomparable,
+    refuse_mixed_train,
+    token_digest,
+)
 from bayes_mpt.tracing import takes_visible
 
 __all__ = ["MarginalLikelihoodSearch"]
@@ -94,7 +96,7 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, BaseEstimator):
     checkpoint_dir : path, optional
         Where each finished candidate is written; a search over the same data and grid takes up from there.
     random_state : int, RandomState or None
-        For the partitions of the rows.
+        For the partitions of the rows, and for all in ``estimator`` whose own ``random_state`` is None.
     verbose : int, default=0
         1 shows a progress bar.
 
@@ -208,18 +210,24 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, BaseEstimator):
             X = read_table(X)
             check_array(X, dtype=[np.float64, np.float32], ensure_all_finite="allow-nan")
         seed = self._partition_seed()
-        found = self._run(_fit_candidate, [(self.estimator, p, X, y, self.evidence) for p in grid], "fit")
+        state = fit_seed(self.random_state, seed)
+        found = self._run(
+            _fit_candidate, [(self.estimator, p, X, y, self.evidence, state) for p in grid], "fit"
+        )
         good = _good(found)
         refuse_incomparable([n for n, c in zip(names, found, strict=True) if not c.error], good)
         self.evidence_, self.evidence_reason_ = choose_rule(self.evidence, good)
         if self.evidence_ == "train":
             refuse_mixed_train([n for n, c in zip(names, found, strict=True) if not c.error], good)
+        settings = {
+            "cv": self.cv,
+            "n_repeats": self.n_repeats,
+            "visible_share": self.visible_share,
+            "seed": seed,
+        }
         found = self._run(
             _score_candidate,
-            [
-                (c, X, y, self.evidence_, self.cv, self.n_repeats, self.visible_share, seed, self.error_score)
-                for c in found
-            ],
+            [(c, X, y, self.evidence_, settings) for c in found],
             self.evidence_,
         )
         _good(found)
@@ -334,7 +342,8 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, BaseEstimator):
     @available_if(lambda self: hasattr(self.estimator, "transform"))
     def fit_transform(self, X: ArrayLike, y: Any = None) -> Any:
         """Fit the search, then transform X by the best candidate."""
-        return self.fit(X, y).transform(X, y if hasattr(self._best(), "predict") else None)
+        model = final_step(self.fit(X, y)._best()).fitted_model_
+        return self.transform(X, y if takes_y(model) else None)
 
     @available_if(lambda self: hasattr(self.estimator, "inverse_transform"))
     def inverse_transform(self, Z: ArrayLike) -> Any:
@@ -347,9 +356,27 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, BaseEstimator):
         return self._best().impute(X, **_given(y))
 
     @available_if(lambda self: hasattr(getattr(self, "best_estimator_", None), "predict"))
-    def predict(self, X: ArrayLike) -> Any:
-        """Means of y for new rows under the best candidate, for programs ``model(x, y)``."""
-        return self._best().predict(X)
+    def predict(self, X: ArrayLike, return_std: bool = False, return_cov: bool = False) -> Any:
+        """As `BayesMPT.predict`, by the best candidate: means of y, or labels of the rows."""
+        asked = {"return_std": return_std, "return_cov": return_cov}
+        return self._best().predict(X, **{name: True for name, value in asked.items() if value})
+
+    @available_if(lambda self: hasattr(getattr(self, "best_estimator_", None), "predict_proba"))
+    def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:
+        """As `BayesMPT.predict_proba`, by the best candidate."""
+        return np.asarray(self._best().predict_proba(X))
+
+    @available_if(lambda self: hasattr(final_step(getattr(self, "best_estimator_", None)), "bic"))
+    def bic(self, X: ArrayLike, y: Any = None) -> float:
+        """Bayesian information criterion of the best candidate on X: the lower the better."""
+        best = self._best()
+        return float(final_step(best).bic(before_final(best, X), y))
+
+    @available_if(lambda self: hasattr(final_step(getattr(self, "best_estimator_", None)), "aic"))
+    def aic(self, X: ArrayLike, y: Any = None) -> float:
+        """Akaike information criterion of the best candidate on X: the lower the better."""
+        best = self._best()
+        return float(final_step(best).aic(before_final(best, X), y))
 
     @available_if(lambda self: hasattr(self.estimator, "sample"))
     def sample(self, n_samples: int = 1) -> Any:
@@ -382,98 +409,32 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, BaseEstimator):
 # --------------------------------------------------------------------------------------------------- one candidate
 
 
-def _fit_candidate(estimator: Any, params: dict[str, Any], X: Any, y: Any, evidence: str) -> Candidate:
-    """Fit on all rows."""
+def _fit_candidate(
+    estimator: Any, params: dict[str, Any], X: Any, y: Any, evidence: str, random_state: int | None
+) -> Candidate:
+    """Fit on all rows; ``random_state`` is for whatever has none."""
     start = time.perf_counter()
+    candidate = clone(estimator).set_params(**_cloned(params))
+    if random_state is not None:
+        candidate.set_params(**dict.fromkeys(_unseeded(candidate), random_state))
     with warnings.catch_warnings():
         if evidence in ("auto", "integrated"):  # where an estimate runs away, the integral does not
             warnings.filterwarnings("ignore", RUNAWAY)
-        fitted = clone(estimator).set_params(**_cloned(params)).fit(X, y)
+        fitted = candidate.fit(X, y)
     fit_time = time.perf_counter() - start
     zero = final_step(fitted).noise_at_zero_
     note = f"the noise variance of column {', '.join(map(repr, zero))} is zero" if zero else ""
     return Candidate(fitted, tokens=token_digest(fitted, X, y), fit_time=fit_time, note=note)
 
 
-def _score_candidate(
-    candidate: Candidate,
-    X: Any,
-    y: Any,
-    rule: str,
-    cv: int | BaseCrossValidator,
-    n_repeats: int,
-    visible_share: float,
-    seed: int,
-    error_score: Any,
-) -> Candidate:
+def _score_candidate(candidate: Candidate, X: Any, y: Any, rule: str, settings: dict[str, Any]) -> Candidate:
     """Give a fitted candidate its evidence."""
     if candidate.error:
         return candidate
     start = time.perf_counter()
-    # Densities of all candidates are of the same table: what stands before the model is fitted once, on all rows.
-    X = before_final(candidate.estimator, X)
-    model = candidate.model
-    if rule in ("laplace", "integrated", "train"):
-        if rule == "laplace":
-            candidate.evidence = model.laplace(X).log_evidence
-        elif rule == "integrated":
-            integrated = model.integrated(X, y)
-            candidate.take(integrated)
-            model.move_to_map(X, y, integrated)
-        else:  # what the fit found: an integral over all latents may have taken long
-            candidate.evidence, candidate.se = (
-                model.log_marginal_likelihood_,
-                model.log_marginal_likelihood_se_,
-            )
-            candidate.replicates = np.array([candidate.evidence])
-        if model.predictor_.structure.by_row:
-            candidate.by_row = np.asarray(model.score_samples(X, y))
-        candidate.n_scored = 1.0 if candidate.by_row is None else float(len(candidate.by_row))
-        candidate.splits = np.array([candidate.evidence / candidate.n_scored])
-    else:
-        splits = _folds if rule == "heldout" else _blocks
-        by_row, replicates, means = [], [], []
-        for repeat in range(n_repeats):
-            total, count = np.zeros(len(X)), np.zeros(len(X))
-            for train, test in splits(len(X), cv, visible_share, seed + repeat):
-                fold = model.refit(_rows(X, train), _rows(y, train))
-                score = fold.score_samples(_rows(X, test), _rows(y, test))
-                total[test] += score
-                count[test] += 1
-                means.append(float(np.nanmean(score)))  # of a missing y there is none
-            # A row that a splitter hides more than once counts once, with its mean; one that stays visible not at all.
-            by_row.append(np.divide(total, count, out=np.full(len(X), math.nan), where=count > 0))
-            replicates.append(float(np.nansum(by_row[-1])))
-        shown = ~np.isnan(by_row)  # (R, N)
-        candidate.n_scored = float(shown.sum(1).mean())
-        candidate.by_row = np.divide(
-            np.nansum(by_row, 0), shown.sum(0), out=np.full(len(X), math.nan), where=shown.any(0)
-        )
-        candidate.replicates = np.array(replicates)
-        candidate.evidence = float(np.mean(replicates))
-        candidate.splits = np.array(means)
+    candidate = give_evidence(candidate, X, y, rule, to_map=True, **settings)
     candidate.score_time = time.perf_counter() - start
     return candidate
-
-
-def _folds(
-    n: int, cv: int | BaseCrossValidator, visible_share: float, seed: int
-) -> list[tuple[NDArray[Any], NDArray[Any]]]:
-    splitter: Any = cv
-    if isinstance(cv, Integral):
-        splitter = KFold(min(int(cv), n), shuffle=True, random_state=seed % 2**32)
-    return list(splitter.split(np.empty((n, 1))))
-
-
-def _blocks(
-    n: int, cv: int | BaseCrossValidator, visible_share: float, seed: int
-) -> list[tuple[NDArray[Any], NDArray[Any]]]:
-    """Rows in a random order, each block predicted from all rows before it."""
-    if not isinstance(cv, Integral):
-        raise ValueError(f"evidence='cumulative' takes an int for cv, the number of blocks, got {cv!r}")
-    order = np.random.RandomState(seed % 2**32).permutation(n)
-    edges = np.linspace(max(2, round(visible_share * n)), n, int(cv) + 1).round().astype(int)
-    return [(order[:a], order[a:b]) for a, b in pairwise(edges) if b > a]
 
 
 def _checkpointed(
@@ -520,10 +481,13 @@ def _key(settings: dict[str, Any], args: tuple[Any, ...]) -> str:
 # ----------------------------------------------------------------------------------------------------------- helpers
 
 
-def _rows(a: Any, index: NDArray[Any]) -> Any:
-    if a is None:
-        return None
-    return a.iloc[index] if hasattr(a, "iloc") else np.asarray(a)[index]
+def _unseeded(estimator: Any) -> list[str]:
+    """Names of the parameters of an estimator, its steps and its model that are a random_state of None."""
+    return [
+        name
+        for name, value in estimator.get_params().items()
+        if value is None and name.rpartition("__")[2] == "random_state"
+    ]
 
 
 def _sets_missing_model(params: dict[str, Any]) -> bool:

@@ -141,6 +141,14 @@ class Program(NamedTuple):
         return tuple(site.name for site in self.latents if site.discrete)
 
     @property
+    def one_label(self) -> bool:
+        """Whether each row has one discrete latent, a label of the row."""
+        found = [site for site in self.latents if site.discrete]
+        if len(found) != 1 or found[0].row_axis is None or not self.by_row:
+            return False
+        return all(n == 1 for i, n in enumerate(found[0].shape[: found[0].n_batch]) if i != found[0].row_axis)
+
+    @property
     def continuous(self) -> tuple[str, ...]:
         """Names of the others."""
         return tuple(site.name for site in self.latents if not site.discrete)

@@ -1389,7 +1389,7 @@ def test_search_over_components_and_over_programs():
         "coin": fitted(coin, x),
         "ppca": BayesMPT(PPCA(1)).fit(x),
     }
-    table = compare(models, x)
+    table = compare(models, x, evidence="train")
     assert table.index[0] == "two"
     for name, model in models.items():
         assert table.loc[name, "lml"] == pytest.approx(model.log_marginal_likelihood_)

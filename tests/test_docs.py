@@ -6,6 +6,7 @@ import textwrap
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyro
 import pytest
 
@@ -32,6 +33,20 @@ def test_code_blocks_run(page, tmp_path, monkeypatch):
             code = "\n" * above + textwrap.dedent(block["code"])
             exec(compile(code, str(page), "exec"), namespace)
     pyplot.close("all")
+
+
+def test_the_readme_prints_what_it_promises(capsys, monkeypatch):
+    """In a terminal of 80 columns pandas leaves out the columns in the middle of a wide table."""
+    monkeypatch.setenv("COLUMNS", "80")
+    block = BLOCK.search((ROOT / "README.md").read_text())["code"]
+    promised = ("lml_diff", "dse", "weight", "log_bayes_factor")
+    with pd.option_context("display.max_columns", 0, "display.width", 80):  # of a terminal: as many as fit
+        exec(block, {"__name__": "__main__"})
+    lines = capsys.readouterr().out.splitlines()
+    header = next(line for line in lines if "lml_diff" in line)
+    assert header.split() == list(promised)
+    table = lines[lines.index(header) + 2 :][:5]
+    assert all(len(line) <= 80 and "..." not in line for line in (header, *table))
 
 
 def test_no_block_escapes():

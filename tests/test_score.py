@@ -213,6 +213,21 @@ def test_an_exact_estimate_says_so():
         assert e.total == pytest.approx(lml_of(x).sum(), abs=1e-9)
 
 
+def test_an_estimate_prints_as_one_line():
+    """The number, its error, what was integrated: what is known of it here, and nothing of its arrays."""
+    total = lml_of().sum()
+    model = BayesMPT(constants()).fit(X)
+    exact = str(model.estimate(X))
+    assert "\n" not in exact and f"{total:.7g}" in exact and "exact" in exact
+    assert "integrated: z;" in exact and "point-estimated: nothing" in exact and f"{N} rows" in exact
+    drawn = model.estimate(X, masks=UniformSize(5), n_replicates=4)
+    assert f"standard error {drawn.se:.2g}" in str(drawn) and f"{drawn.total:.7g}" in str(drawn)
+    once = str(model.estimate(X, masks=UniformSize(5), n_replicates=1))
+    assert "standard error unknown" in once and "\n" not in once
+    fitted = BayesMPT(PPCA(1)).fit(X)
+    assert all(name in str(fitted.estimate(X[:1])) for name in (*fitted.params_, "1 row ("))
+
+
 def test_estimates_name_what_is_point_estimated():
     model = BayesMPT(FactorAnalysis(1)).fit(RNG.normal(size=(60, 5)))
     e = model.estimate(RNG.normal(size=(9, 5)))

@@ -11,16 +11,26 @@ import torch
 from pyro.distributions import constraints
 from scipy.stats import multivariate_normal, norm
 from scipy.stats import t as student_t
+from sklearn.base import BaseEstimator, TransformerMixin, clone
 from sklearn.compose import ColumnTransformer
 from sklearn.datasets import load_wine
 from sklearn.model_selection import GridSearchCV, KFold, ParameterGrid
 from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.preprocessing import FunctionTransformer, QuantileTransformer, StandardScaler
 
 from bayes_mpt import BayesMPT, MarginalLikelihoodSearch, compare
 from bayes_mpt.evidence import laplace_diagonal, laplace_proportional
 from bayes_mpt.masks import UniformSize
-from bayes_mpt.models import PPCA, VAE, FactorAnalysis, MaskedPatches, MaskedTransformer
+from bayes_mpt.models import (
+    PPCA,
+    VAE,
+    FactorAnalysis,
+    GaussianMixture,
+    GaussianProcess,
+    MaskedPatches,
+    MaskedTransformer,
+    MixtureOfFactorAnalyzers,
+)
 
 N, T = 60, 6
 RNG = np.random.default_rng(1991)
@@ -383,6 +393,30 @@ def test_a_pipeline_held_out_scores_one_table():
     check_results(s, want)
 
 
+class Halved(TransformerMixin, BaseEstimator):
+    """Learns nothing, so that nothing tells whether it is fitted."""
+
+    def fit(self, X, y=None):
+        return self
+
+    def transform(self, X):
+        return np.asarray(X) / 2
+
+
+@pytest.mark.parametrize("evidence", ["laplace", "heldout"])
+@pytest.mark.parametrize("step", [Halved(), FunctionTransformer(lambda x: x / 2), "passthrough", None])
+def test_a_step_that_learns_nothing(step, evidence):
+    pipe = Pipeline([("scale", StandardScaler()), ("half", step), ("mpt", BayesMPT(PPCA(1), random_state=0))])
+    grid = {"mpt__model__n_components": [1, 2]}
+    s = MarginalLikelihoodSearch(pipe, grid, evidence=evidence, cv=2, random_state=0).fit(X)
+    z = (X - X.mean(0)) / X.std(0) / (1 if step in ("passthrough", None) else 2)
+    plain = search(evidence, {"model__n_components": [1, 2]}, cv=2).fit(z)
+    np.testing.assert_allclose(numbers(s.comparison_), numbers(plain.comparison_), rtol=1e-9)
+    np.testing.assert_allclose(s.score_samples(X), plain.score_samples(z), rtol=1e-9)
+    table = compare({"one": s.best_estimator_}, X, evidence="train")
+    assert table["lml"].iloc[0] == pytest.approx(s.score_samples(X).sum())
+
+
 def test_other_features_are_refused():
     def pick(columns):
         return ColumnTransformer([("pick", "passthrough", columns)])
@@ -479,6 +513,56 @@ def test_error_score():
         search("train", {"model": [broken, broken]}).fit(X)
 
 
+def repeated(what, holes=False):
+    """(N, 5) with a column that says nothing new, in a table with names."""
+    x = RNG.normal(size=(N, 2)) @ RNG.normal(size=(2, 5)) + 0.5 * RNG.normal(size=(N, 5))
+    x[:, 3] = {"constant": 2.5, "duplicated": x[:, 1], "sum": x[:, :3].sum(1)}[what]
+    x[RNG.random(x.shape) < 0.1 * holes] = np.nan
+    return pd.DataFrame(x, columns=list("abcde"))
+
+
+NO_BOUND = [PPCA(5), MixtureOfFactorAnalyzers(2), GaussianMixture(2)]
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+@pytest.mark.parametrize(
+    "what, named, models",
+    [
+        ("constant", "'d'", [*NO_BOUND, FactorAnalysis(1), GaussianMixture(2, "diag")]),
+        ("duplicated", "'b'|'d'", [*NO_BOUND, FactorAnalysis(1)]),
+        ("sum", "'[abcd]'", [PPCA(4), PPCA(5), GaussianMixture(2)]),
+    ],
+)
+def test_a_likelihood_without_bound_is_an_error_that_names_columns(what, named, models):
+    """A density can be as narrow as it likes where the rows have no spread: any number of nats would come first."""
+    x = repeated(what)
+    grid = {"model": [PPCA(1), *models]}
+    s = MarginalLikelihoodSearch(BayesMPT(max_iter=100, random_state=0), grid, evidence="train").fit(x)
+    failed = s.comparison_.iloc[1:]
+    assert s.best_index_ == 0 and failed["lml"].isna().all() and len(failed) == len(models)
+    assert failed["diag"].str.contains(named).all() and not failed["diag"].str.contains("'e'").any()
+    assert failed["diag"].str.contains("repeat|duplicated|without").all()
+    assert s.cv_results_["lml"][0] == pytest.approx(ppca_scores(x.to_numpy(), x.to_numpy(), 1).sum())
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_a_constant_column_with_missing_cells_too():
+    x = repeated("constant", holes=True)
+    grid = {"model": [PPCA(1), PPCA(5), FactorAnalysis(1), GaussianMixture(2, "diag")]}
+    s = MarginalLikelihoodSearch(BayesMPT(max_iter=60, random_state=0), grid, evidence="train").fit(x)
+    assert s.best_index_ == 0 and s.comparison_["diag"].iloc[1:].str.contains("'d'").all()
+    fits = {"one": BayesMPT(PPCA(1)).fit(x), "five": BayesMPT(PPCA(5), max_iter=60).fit(x)}
+    assert "'d'" in compare(fits, x, evidence="train").loc["five", "diag"]
+
+
+def test_a_narrow_density_that_has_a_bound_is_no_error():
+    """Columns that repeat others are reproduced with a shared noise, and few rows leave most directions flat."""
+    loud = RNG.normal(size=(N, 1)) @ RNG.normal(size=(1, T)) * 1e3 + RNG.normal(size=(N, T))
+    for x in (repeated("sum"), RNG.normal(size=(8, 20)), loud, 1e6 + X):
+        table = search("train", {"model": [PPCA(0), PPCA(1), PPCA(2)]}).fit(x).comparison_
+        assert table["lml"].notna().all()
+
+
 def test_a_failed_candidate_beside_weights():
     s = search("laplace", {"model": [PPCA(1), PPCA(T), PPCA(2)]}).fit(X)
     w = s.comparison_["weight"]
@@ -517,11 +601,65 @@ def test_refit():
         off.score_samples(X)
 
 
+def test_the_best_predicts_with_its_errors():
+    x = np.linspace(0, 3, 12)[:, None]
+    y = np.sin(3 * x[:, 0]) + 0.1 * RNG.normal(size=12)
+    new = np.array([[0.4], [1.3], [4.0]])
+    s = MarginalLikelihoodSearch(BayesMPT(GaussianProcess(), penalty=True), {"tol": [1e-8]}, evidence="train")
+    best = s.fit(x, y).best_estimator_
+    mean, cov = s.predict(new, return_cov=True)
+    np.testing.assert_array_equal(s.predict(new), mean)
+    np.testing.assert_array_equal(cov, best.predict(new, return_cov=True)[1])
+    np.testing.assert_allclose(s.predict(new, return_std=True)[1], np.sqrt(np.diag(cov)), rtol=1e-9)
+    pipe = make_pipeline(StandardScaler(), BayesMPT(GaussianProcess(), penalty=True))
+    piped = MarginalLikelihoodSearch(pipe, {"bayesmpt__tol": [1e-8]}, evidence="train").fit(x, y)
+    z = (new - x.mean()) / x.std()
+    want = piped.best_estimator_[-1].predict(z, return_std=True)[1]
+    np.testing.assert_allclose(piped.predict(new, return_std=True)[1], want, rtol=1e-9)
+
+
 def test_the_best_is_fitted_on_all_rows():
     s = search("heldout", cv=3).fit(X)
     k = s.best_params_["model__n_components"]
     np.testing.assert_allclose(s.score_samples(X), ppca_scores(X, X, k), atol=1e-7)
     assert s.score(X) == pytest.approx(ppca_scores(X, X, k).mean(), abs=1e-8)
+
+
+@pytest.mark.parametrize("in_pipeline", [False, True])
+def test_the_same_call_gives_the_same_ranking(in_pipeline):
+    """Starts of the k-means differ from fit to fit, unless a seed comes from somewhere."""
+    x = np.random.default_rng(3).normal(size=(40, 4))
+
+    def found(estimator, random_state):
+        prefix = "mpt__" if in_pipeline else ""
+        if in_pipeline:
+            steps = [("normal", QuantileTransformer(n_quantiles=9, subsample=20)), ("mpt", estimator)]
+            estimator = Pipeline(steps)
+        grid = {f"{prefix}model__n_components": [3, 5]}
+        s = MarginalLikelihoodSearch(estimator, grid, cv=2, random_state=random_state).fit(x)
+        states = {k: v for k, v in estimator.get_params().items() if k.endswith("random_state")}
+        assert states.pop(f"{prefix}random_state") == own  # ours is not touched
+        assert all(v is None for v in states.values())
+        return s
+
+    own = None
+    mixture = BayesMPT(GaussianMixture(covariance_type="diag"))
+    one, two = (found(mixture, 5) for _ in range(2))
+    pd.testing.assert_frame_equal(one.comparison_, two.comparison_)
+    assert (numbers(found(mixture, 6).comparison_) != numbers(one.comparison_)).any()
+    model = one.best_estimator_[-1] if in_pipeline else one.best_estimator_
+    assert model.random_state == 5
+    if in_pipeline:
+        assert one.best_estimator_[0].random_state == 5
+    else:
+        seeded = (
+            found(clone(mixture), np.random.RandomState(5)),
+            found(clone(mixture), np.random.RandomState(5)),
+        )
+        pd.testing.assert_frame_equal(*(s.comparison_ for s in seeded))
+        own = 11
+        mixture.set_params(random_state=11)
+        assert found(mixture, 5).best_estimator_.random_state == 11
 
 
 # ------------------------------------------------------------------------------------------------- jobs, restarts
@@ -704,6 +842,89 @@ def test_compare_on_new_rows():
     assert (table["mc_dse"] == 0).all()
 
 
+def numbers(table):
+    return table.drop(columns="diag").to_numpy(float)
+
+
+CLUSTERS = np.concatenate([RNG.normal(size=(30, 3)), RNG.normal(size=(30, 3)) + 4])
+
+
+def test_compare_does_what_the_search_does_where_parameters_are_point_estimated():
+    """Two clusters: by the maximised likelihood three would come first."""
+    grid = {"model__n_components": [1, 2, 3]}
+    fits = {
+        f"n_components={k}": BayesMPT(GaussianMixture(k, "diag"), random_state=7).fit(CLUSTERS)
+        for k in (1, 2, 3)
+    }
+    before = {name: (m.log_marginal_likelihood_, m.score_samples(CLUSTERS)) for name, m in fits.items()}
+    best_by_train = max(fits, key=lambda name: fits[name].log_marginal_likelihood_)
+    table = compare(fits, CLUSTERS, cv=3, n_repeats=2, random_state=3)
+    s = MarginalLikelihoodSearch(
+        BayesMPT(GaussianMixture(2, "diag"), random_state=7), grid, cv=3, n_repeats=2, random_state=3
+    ).fit(CLUSTERS)
+    assert table.index[0] == "n_components=2" != best_by_train == "n_components=3"
+    assert list(table.index) == list(s.comparison_.index)
+    np.testing.assert_allclose(numbers(table), numbers(s.comparison_), rtol=1e-9)
+    assert (table["diag"] == "heldout").all() and table["weight"].isna().all()
+    assert (table["mc_dse"].iloc[1:] > 0).all()  # never an error of zero
+    assert table.attrs["evidence"] == "heldout" and table.attrs["reason"] == s.evidence_reason_
+    for name, model in fits.items():  # left as they were
+        assert model.log_marginal_likelihood_ == before[name][0]
+        np.testing.assert_array_equal(model.score_samples(CLUSTERS), before[name][1])
+    train = compare(fits, CLUSTERS, evidence="train")
+    assert train.index[0] == "n_components=3" and (train["diag"] == "train").all()
+
+
+def test_compare_takes_what_is_comparable_of_mixed_families():
+    fits = {m: BayesMPT(p, random_state=0).fit(X) for m, p in (("ppca", PPCA(1)), ("loc", loc_only))}
+    assert (compare(fits, X, cv=3, random_state=0)["diag"] == "heldout").all()
+    table = compare({"ppca": fits["ppca"], "fa": BayesMPT(FactorAnalysis(1)).fit(X)}, X)
+    assert table["diag"].tolist() == ["laplace"] * 2 and table["weight"].sum() == pytest.approx(1)
+    # asked for on the rows of the fits, folds hold rows out, and leave-one-out has one partition only
+    x = X[:12]
+    loo = compare({k: BayesMPT(PPCA(k)).fit(x) for k in (1, 2)}, x, evidence="heldout", cv=len(x))
+    for k in (1, 2):
+        want = sum(ppca_scores(np.delete(x, i, 0), x[i], k)[0] for i in range(len(x)))
+        assert loo.loc[k, "lml"] == pytest.approx(want, abs=1e-5)
+
+
+def test_compare_says_where_everything_is_integrated():
+    fits = {m: BayesMPT(gaussian(m)).fit(X) for m in (2.5, 3.0)}
+    for rows in (X, X[:20]):  # an evidence of any rows: none has taught them anything
+        for asked in ("auto", "train"):
+            table = compare(fits, rows, evidence=asked)
+            assert (table["diag"] == "integrated").all() and (table["mc_dse"] == 0).all()
+            check_weights(table, True)
+            for m in fits:
+                assert table.loc[m, "lml"] == pytest.approx(gaussian_scores(rows, m).sum(), abs=1e-8)
+    s = search("auto", {"model": [gaussian(2.5), gaussian(3.0)]}).fit(X)
+    assert (s.comparison_["diag"] == "integrated").all()
+
+
+def test_compare_refuses_the_maximised_likelihood_of_one_vector_unless_asked():
+    fits = {"half": BayesMPT(half_integrated).fit(X[:10]), "again": BayesMPT(half_integrated).fit(X[:10])}
+    with pytest.raises(ValueError, match="evidence='train'"):
+        compare(fits, X[:10])
+    assert (compare(fits, X[:10], evidence="train")["diag"] == "train").all()
+
+
+def test_compare_gives_a_model_that_fails_in_its_folds_its_error():
+    calls = []
+
+    def fails_again(x):
+        if calls and len(x) == N - N // 3:
+            raise RuntimeError("too few rows")
+        loc_only(x)
+
+    fits = {"loc": BayesMPT(loc_only).fit(X), "fails": BayesMPT(fails_again).fit(X)}
+    calls.append(1)
+    table = compare(fits, X, cv=3)
+    assert table.index[0] == "loc" and "too few rows" in table.loc["fails", "diag"]
+    assert math.isnan(table.loc["fails", "lml"])
+    with pytest.raises(ValueError, match="too few rows"):
+        compare({"fails": fits["fails"]}, X, cv=3)
+
+
 def test_compare_refuses_what_is_not_comparable():
     other_rows = BayesMPT(PPCA(1)).fit(X[:50])
     scaled = make_pipeline(StandardScaler(), BayesMPT(PPCA(1))).fit(X)
@@ -713,10 +934,10 @@ def test_compare_refuses_what_is_not_comparable():
     for name, offender in {"rows": other_rows, "scaled": scaled, "narrow": narrow, "fixed": fixed}.items():
         with pytest.raises(ValueError, match=rf"'{name}'"):
             compare({**good, name: offender}, X, evidence="train")
-    with pytest.raises(ValueError, match="new rows"):
-        compare(good, X, evidence="heldout")
     with pytest.raises(ValueError, match="fitted on"):
         compare(good, X[:30], evidence="train")
+    with pytest.raises(TypeError, match="by name"):
+        compare(list(good.values()), X)
     with pytest.raises(Exception, match="not fitted"):
         compare({**good, "raw": BayesMPT(PPCA(1))}, X)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -57,6 +58,11 @@ class PPCA(CheckedModel):
     def advice(self, X: NDArray[np.floating]) -> list[str]:
         return surplus_latents("n_components", self.n_components, X)
 
+    def n_free_parameters(self, params: Mapping[str, NDArray[Any]]) -> int:
+        """How many numbers of the fitted density are free."""
+        n_tokens, n_latents = params["loading"].shape
+        return n_tokens + n_free_of_factors(n_tokens, n_latents, params["noise_variance"].size)
+
 
 class FactorAnalysis(CheckedModel):
     """Factor analysis: x = loc + W z + e, e ~ N(0, diag(psi)).
@@ -91,6 +97,18 @@ class FactorAnalysis(CheckedModel):
 
     def advice(self, X: NDArray[np.floating]) -> list[str]:
         return surplus_latents("n_components", self.n_components, X)
+
+    def n_free_parameters(self, params: Mapping[str, NDArray[Any]]) -> int:
+        """How many numbers of the fitted density are free."""
+        n_tokens, n_latents = params["loading"].shape
+        return n_tokens + n_free_of_factors(n_tokens, n_latents, params["noise_variance"].size)
+
+
+def n_free_of_factors(n_tokens: int, n_latents: int, n_noise: int) -> int:
+    """Free numbers of W W' + diag(psi): rotations of W change nothing, and no covariance has more than its own."""
+    rank = min(n_tokens, n_latents)
+    loading = n_tokens * rank - rank * (rank - 1) // 2
+    return min(loading + n_noise, n_tokens * (n_tokens + 1) // 2)
 
 
 def surplus_latents(name: str, n_latents: Any, X: NDArray[np.floating]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -19,7 +19,7 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from bayes_mpt.models.checks import CheckedModel, IntegersFrom, OneOf, check_memory
-from bayes_mpt.models.linear_gaussian import surplus_latents
+from bayes_mpt.models.linear_gaussian import n_free_of_factors, surplus_latents
 
 __all__ = ["GaussianMixture", "MixtureOfFactorAnalyzers"]
 
@@ -35,6 +35,10 @@ LEAST_VARIANCE = (
 )
 MAX_PRODUCTS = 2**22  # numbers that EM holds beside the rows
 LEAST_NOISE = 1e-3  # of a factor analyser at the start, in units of the columns' variances
+
+
+class CollapseError(ValueError):
+    """The likelihood has no bound: a component shrinks onto rows without spread."""
 
 
 class GaussianMixture(CheckedModel):
@@ -155,7 +159,7 @@ class GaussianMixture(CheckedModel):
                 f"(now {kind!r})"
             )
             if hopeless:
-                raise ValueError(f"{what}. Use {remedy}")
+                raise CollapseError(f"{what}. Use {remedy}")
             warnings.warn(
                 f"{what}. It began again, empty and wide. Better use {remedy}", UserWarning, stacklevel=2
             )
@@ -216,6 +220,12 @@ class MixtureOfFactorAnalyzers(CheckedModel):
 
     def advice(self, X: NDArray[np.floating]) -> list[str]:
         return surplus_latents("n_factors", self.n_factors, X)
+
+    def n_free_parameters(self, params: Mapping[str, NDArray[Any]]) -> int:
+        """How many numbers of the fitted density are free."""
+        n_components, n_tokens, n_factors = params["loading"].shape
+        of_each = n_tokens + n_free_of_factors(n_tokens, n_factors, n_tokens)
+        return n_components - 1 + n_components * of_each
 
 
 # ------------------------------------------------------------------------------------------------------- EM

@@ -249,6 +249,10 @@ class Conditionals(ABC):
         """`joint` with its error, as good as this way can make it."""
         return Evidence(self.joint(x), 0.0, {})
 
+    def label_probabilities(self, x: Tensor) -> Tensor:
+        """Of the values of each row's discrete latents given its observed tokens, site after site: (N, L)."""
+        raise NotImplementedError(f"{self.name} has no discrete latents")
+
     @abstractmethod
     def posterior(self, x: Tensor, visible: Tensor | None = None) -> Posterior:
         """Latents given the visible (T,) and observed tokens of each row: all observed ones by default."""

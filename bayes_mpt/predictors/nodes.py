@@ -265,6 +265,18 @@ class Nodes(Conditionals):
             tokens = torch.where(chance.sum(-1) > 0, chance.argmax(-1).to(tokens), tokens)
         return Posterior(latents, tokens)
 
+    def label_probabilities(self, x: Tensor) -> Tensor:
+        self._check(x)
+        read = self.last
+        everything = torch.ones(x.shape[1], dtype=torch.bool, device=x.device)
+        share = (read.log_weight + read.given.log_joint(x, everything)).softmax(0)[..., None]  # (S, N, 1)
+        found = (share * read.given.responsibilities(x, everything)).sum(0)  # (N, L)
+        if (
+            not read.names
+        ):  # each node stands for values of discrete latents, and what is continuous is inside
+            found = torch.cat([(share * read.latents).sum(0), found], -1)
+        return found
+
     def draw(self, x: Tensor, n_draws: int) -> Tensor:
         self._check(x)
         read = self.last

@@ -1,0 +1,71 @@
+"""AIC and BIC: the log-likelihood at its maximum, less a charge for the numbers that were free to move.
+
+AIC = -2 log p(X) + 2 P,    BIC = -2 log p(X) + P log N
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pyro.distributions import constraints
+from torch.distributions.constraints import Constraint
+
+__all__ = ["n_free_parameters"]
+
+
+def n_free_parameters(
+    model: Any, params: Mapping[str, NDArray[Any]], constraint_of: Mapping[str, Constraint]
+) -> int:
+    """P: how many numbers of the parameters are free.
+
+    What the constraints take away is known: a simplex of K probabilities has K - 1 free numbers, a covariance or its
+    Cholesky factor T (T + 1) / 2. Directions in which the density does not change, such as rotations of loadings, are
+    known to the models that offer ``n_free_parameters(params)``.
+
+    Parameters
+    ----------
+    model : callable
+        A Pyro program.
+    params : dict of arrays
+        Values of its parameters.
+    constraint_of : dict of Constraint
+        Of those that have one.
+    """
+    own = getattr(model, "n_free_parameters", None)
+    if own is not None:
+        return int(own(params))
+    return sum(_n_free(np.shape(value), constraint_of.get(name)) for name, value in params.items())
+
+
+_SIMPLEX = (type(constraints.simplex), type(constraints.sphere))
+_TRIANGLE = tuple(
+    type(c)
+    for c in (
+        constraints.lower_cholesky,
+        constraints.softplus_lower_cholesky,
+        constraints.lower_triangular,
+        constraints.positive_definite,
+        constraints.positive_semidefinite,
+        constraints.symmetric,
+    )
+)
+_STRICT_TRIANGLE = tuple(
+    type(c) for c in (constraints.corr_cholesky, constraints.corr_matrix, constraints.unit_lower_cholesky)
+)
+
+
+def _n_free(shape: tuple[int, ...], constraint: Constraint | None) -> int:
+    while isinstance(constraint, constraints.independent):
+        constraint = constraint.base_constraint
+    n = shape[-1] if shape else 1
+    if isinstance(constraint, _SIMPLEX):
+        return prod(shape[:-1]) * (n - 1)
+    if isinstance(constraint, _STRICT_TRIANGLE):  # before the triangles, of which they are
+        return prod(shape[:-2]) * n * (n - 1) // 2
+    if isinstance(constraint, _TRIANGLE):
+        return prod(shape[:-2]) * n * (n + 1) // 2
+    return prod(shape)
