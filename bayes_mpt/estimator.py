@@ -902,7 +902,7 @@ class BayesMPT(
                 f"rows can be drawn where the program observes the cells of X itself and rows are independent, which "
                 f"{self.fitted_model_!r} does not"
             )
-        rows = self._tensor(np.zeros((n_rows, self.n_features_in_)))
+        rows = as_tensor(np.zeros((n_rows, self.n_features_in_)), self.fitted_model_, self.device)
         with OwnStore() as store:
             store.prefill(self._initial)
             with own_random_state(self._seed()):

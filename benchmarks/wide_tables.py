@@ -1,9 +1,9 @@
 """Tables with more columns than rows: scikit-learn's FactorAnalysis and PCA against BayesMPT.
 
 Data: K = 3 latents with standard normal loadings and a noise of 0.5 in all columns, seed 0. The peer's FactorAnalysis
-at tol=1e-8 with its exact SVD ("lapack"). Likelihoods are totals in nats of the training rows. PPCA is compared with the
-closed form of Tipping & Bishop from singular values of the rows, its time with scikit-learn's PCA, which is that
-decomposition and no more.
+at tol=1e-8 with an exact SVD ("lapack"). Likelihoods are totals in nats of the training rows. PPCA is compared with the
+closed form of Tipping & Bishop from singular values of the rows, and with the time of scikit-learn's PCA, which is
+that decomposition and no more.
 """
 
 import numpy as np
