@@ -99,8 +99,8 @@ def compare(
     """
     if not isinstance(estimators, Mapping):
         raise TypeError(
-            "estimators must be a dict of names and fitted estimators, such as {'first': first, 'second': second}, got "
-            f"{type(estimators).__name__}"
+            "compare takes models by name: estimators must be a dict of names and fitted estimators, such as "
+            f"{{'first': first, 'second': second}}, got {type(estimators).__name__}"
         )
     if not estimators:
         raise ValueError("nothing to compare: got an empty dict")

@@ -769,8 +769,8 @@ class BayesMPT(
 
     def _counts_parameters(self) -> bool:
         """Whether rows are independent and something was estimated by the likelihood."""
-        if not hasattr(self, "predictor_"):
-            return False
+        if self._is_unfitted():
+            return True
         found = self.predictor_
         return bool(found.structure.by_row and found.structure.parameters) and not (
             found.remembers or found.own_masks

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from bayes_mpt.store import OwnStore
-from bayes_mpt.tracing import Model, fill, first_run, is_subsample, run
+from bayes_mpt.tracing import Model, fill, first_run, is_subsample, run, takes_visible
 
 __all__ = ["location_parameter"]
 
@@ -37,6 +37,8 @@ def location_parameter(model: Model, args: tuple[Any, ...], moved: NDArray[np.bo
     moved : array of shape (T,)
         The columns that are to move.
     """
+    if takes_visible(model):
+        return None
     rows = fill(args[0])
     sd = rows.std(0, correction=0)
     generator = torch.Generator().manual_seed(0)

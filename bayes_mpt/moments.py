@@ -246,7 +246,8 @@ def far_means(table: Table) -> NDArray[np.float64] | None:
     None where there is no such column. Less these, a column keeps the digits of its spread.
     """
     count, mean, square = table.of_cells()
-    far = torch.isfinite(mean) & (mean.abs() > FAR * (square / count).sqrt())
+    sd = (square / count).sqrt()
+    far = torch.isfinite(mean) & (sd > 0) & (mean.abs() > FAR * sd)
     return torch.where(far, mean, 0.0).cpu().numpy() if bool(far.any()) else None
 
 

@@ -267,6 +267,7 @@ def test_more_latents_than_columns(model):
 
 
 @pytest.mark.filterwarnings("ignore:the training stopped")
+@pytest.mark.filterwarnings("ignore:the importance weights")  # of the autoencoder, after one step
 @pytest.mark.parametrize(
     "model",
     [
