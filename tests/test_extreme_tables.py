@@ -285,19 +285,20 @@ def test_a_users_program_moves_too():
     np.testing.assert_allclose(model.params_["centre"], X.mean(0), rtol=1e-15)
 
 
-def test_a_program_with_a_prior_of_its_mean_is_not_moved():
-    # x_n = m + e, m ~ N(1e6, 1): the truth by the dense covariance of all rows, of numbers of which 1e6 is taken off
+@pytest.mark.parametrize(("centre", "sd"), [(1e6, 1.0), (1.7e9, 1.0), (2.0**30, 2.0**-13), (-3e11, 1.0)])
+def test_a_program_with_a_prior_of_its_mean_is_not_moved(centre, sd):
+    # x_n = m + e, m ~ N(centre, sd): the truth by the dense covariance of all rows less the centre, which is exact
     def program(x):
-        m = pyro.sample("m", dist.Normal(x.new_tensor(1e6), 1.0))
+        m = pyro.sample("m", dist.Normal(x.new_tensor(centre), sd))
         with pyro.plate("rows", len(x)):
-            pyro.sample("x", dist.Normal(m, 0.5), obs=x[:, 0])
+            pyro.sample("x", dist.Normal(m, sd / 2), obs=x[:, 0])
 
     rng = np.random.default_rng(0)
-    off = 2 + 0.5 * rng.normal(size=40)
-    model = BayesMPT(program).fit(1e6 + off[:, None])
-    want = multivariate_normal(np.zeros(40), 0.25 * np.eye(40) + 1).logpdf((1e6 + off) - 1e6)
+    X = centre + sd * (2 + 0.5 * rng.normal(size=40))
+    model = BayesMPT(program).fit(X[:, None])
+    want = multivariate_normal(np.zeros(40), sd**2 * (np.eye(40) / 4 + 1)).logpdf(X - centre)
     assert model.predictor_.name == "Exact"
-    assert model.log_marginal_likelihood_ == pytest.approx(want, rel=1e-7)
+    assert model.log_marginal_likelihood_ == pytest.approx(want, rel=1e-9)
 
 
 def test_a_program_with_a_bound_on_its_mean_is_not_moved():
