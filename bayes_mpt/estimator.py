@@ -417,7 +417,8 @@ class BayesMPT(
                 predictor, total, se = self._score_of_training(problem, fit, trainer)
                 if not np.isfinite(total):
                     raise ModelError(
-                        f"the log marginal likelihood is {total} at the fitted parameters: "
+                        f"the log marginal likelihood is {total} at the fitted parameters"
+                        f"{training.impossible(problem, predictor)}: "
                         f"{not_finite(sees_all(model), args)}. Check what the program computes from these"
                     )
                 self._keep_latents(model, predictor, args, like)

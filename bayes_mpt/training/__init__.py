@@ -11,7 +11,7 @@ from bayes_mpt.training.adam import total_on_masks, train_on_masks
 from bayes_mpt.training.closed_form import concentrate
 from bayes_mpt.training.epochs import train_by_epochs
 from bayes_mpt.training.lbfgs import climb, stages
-from bayes_mpt.training.problem import Fit, Problem, Report, check_start, one_thread, take_rows
+from bayes_mpt.training.problem import Fit, Problem, Report, check_start, impossible, one_thread, take_rows
 
 __all__ = [
     "Fit",
@@ -20,6 +20,7 @@ __all__ = [
     "check_start",
     "climb",
     "concentrate",
+    "impossible",
     "one_thread",
     "stages",
     "take_rows",
