@@ -46,6 +46,8 @@ __all__ = ["Decomposition", "KernelSearch", "decompose"]
 Expression = tuple[tuple[int, ...], ...]
 """A sum of products of base kernels by their place, sorted."""
 
+ENDS = 0.01  # nats, by which the ends of trainings of one likelihood differ
+
 
 class Decomposition(NamedTuple):
     """A series in its additive parts: m(x) and one function for each summand of the kernel."""
@@ -153,7 +155,7 @@ class KernelSearch(MetaEstimatorMixin, BaseEstimator):
         """Grow and rank kernels on inputs X (N, P) and observations y (N,), NaN where missing.
 
         The growth ends where the best of a depth is not better than the best so far by more than the error of their
-        difference.
+        difference, or than 0.01 nats, by which trainings to the same tolerance differ.
         """
         estimator = BayesMPT(GaussianProcess()) if self.estimator is None else self.estimator
         if not isinstance(estimator.model, GaussianProcess):
@@ -188,7 +190,7 @@ class KernelSearch(MetaEstimatorMixin, BaseEstimator):
             tables.append(table)
             self.path_.append(table.index[0])
             leader = table.iloc[0]
-            error = 0.0 if best is None else math.hypot(*np.nan_to_num([leader["se"], self._best_se]))
+            error = 0.0 if best is None else math.hypot(*np.nan_to_num([leader["se"], self._best_se]), ENDS)
             if best is not None and not leader["lml"] > self.best_score_ + error:
                 break
             best = candidates[search.best_index_]

@@ -466,7 +466,8 @@ class BayesMPT(
                 predictor, total, se = self._score_of_training(problem, fit, trainer)
                 if not np.isfinite(total):
                     raise ModelError(
-                        f"the log marginal likelihood is {total} at the fitted parameters: "
+                        f"the log marginal likelihood is {total} at the fitted parameters"
+                        f"{training.impossible(problem, predictor)}: "
                         f"{not_finite(sees_all(model), args)}. Check what the program computes from these"
                     )
                 self._keep_latents(model, predictor, args, like)
@@ -1276,11 +1277,14 @@ def _warn_of_bounds(prior: Prior, problem: training.Problem) -> None:
     store = pyro.get_param_store()
     drawn = problem.predictor.sampled or problem.predictor.own_masks
     averaged = "" if drawn else "; evidence='integrated' averages over it"
-    for name in far_from_centre(prior, of_program(problem)):
+    held = "" if problem.log_prior is not None else f". penalty=True holds it by the model's prior{averaged}"
+    floored = getattr(problem.predictor.model, "floored", None)
+    at_floor: dict[str, str] = {} if floored is None else floored(*problem.args)
+    for name in dict.fromkeys([*at_floor, *far_from_centre(prior, of_program(problem))]):
         value = np.array2string(store[name].detach().cpu().numpy().ravel(), precision=3, threshold=6)
+        why = at_floor.get(name, "towards the end of its range: the data do not determine it")
         warnings.warn(
-            f"{RUNAWAY} {name!r} has run away to {value}, towards the end of its range: the data do not determine it. "
-            f"penalty=True holds it by the model's prior{averaged}",
+            f"{RUNAWAY} {name!r} has run away to {value}, {why}{held}",
             ConvergenceWarning,
             stacklevel=5,
         )

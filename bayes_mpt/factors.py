@@ -25,6 +25,7 @@ from pyro.ops.rings import LogRing
 from pyro.poutine.enum_messenger import EnumMessenger
 from torch import Tensor
 
+from bayes_mpt.densities import log_density
 from bayes_mpt.tracing import (
     NODES,
     Model,
@@ -382,7 +383,7 @@ def read_factors(
     dtype = node_of(trace, program.sites[0].name)["value"].dtype
     # of constants in another precision; those that are held have their density elsewhere
     own_nodes = [node for node in latent_nodes(trace) if node["name"] in program.latent_names]
-    hidden = [(node, node["fn"].log_prob(node["value"]).to(dtype)) for node in own_nodes]
+    hidden = [(node, log_density(node["fn"], node["value"]).to(dtype)) for node in own_nodes]
     sums = any("_enumerate_dim" in node["infer"] for node, _ in hidden)
     if sums:
         trace.symbolize_dims()
@@ -394,7 +395,7 @@ def read_factors(
         scale = float(node["scale"])
         check_shape(node, site)
         fn = base(node["fn"])
-        log_prob = fn.log_prob(node["value"]).to(dtype)
+        log_prob = log_density(fn, node["value"]).to(dtype)
         n_event = node["fn"].event_dim - site.n_joint
         for mask, n_outer in own_masks(node, n_event):
             log_prob = torch.where(mask[(...,) + (None,) * n_outer] if mask.ndim else mask, log_prob, 0.0)

@@ -21,6 +21,7 @@ from pyro.distributions.torch import Independent
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from bayes_mpt.densities import log_density
 from bayes_mpt.devices import own_random_state
 
 __all__ = ["Latent", "Model", "ModelError", "Observed", "Program", "survey"]
@@ -39,6 +40,10 @@ MIXED = re.compile("dtype|scalar type|data type|result type")  # in torch's mess
 
 class ModelError(ValueError):
     """The program cannot be scored; the message names the site and what to do."""
+
+
+class NotPositiveDefinite(ModelError, torch.linalg.LinAlgError):
+    """A matrix that the program computes has no factor: where latents are proposed, the proposal is impossible."""
 
 
 class MissingCovariate(ModelError):
@@ -302,6 +307,13 @@ def one_precision(args: tuple[Any, ...]) -> Iterator[None]:
             f"the program makes a distribution {where} that cannot be: {first_line.rstrip(':')}. Check the parameters "
             f"{casts.parameters} and their constraints, and what is computed from latents far from zero (exp, division)"
         ) from error
+    except torch.linalg.LinAlgError as error:
+        first_line = str(error).splitlines()[0]
+        where = f"after site {casts.site!r}" if casts.site else "before its first site"
+        raise NotPositiveDefinite(
+            f"the program needs a matrix {where} that cannot be factorised ({first_line}). Add to the diagonal of a "
+            "covariance, or keep what it is computed from nearer to sensible values by a narrower prior"
+        ) from error
     except RuntimeError as error:
         if not MIXED.search(str(error)):
             raise
@@ -453,7 +465,7 @@ def not_finite(model: Model, args: tuple[Any, ...]) -> str:
     with pyro.validation_enabled(False):
         trace = run(model, tuple(fill(a) for a in args))
         found = {
-            name: node["fn"].log_prob(node["value"])
+            name: log_density(node["fn"], node["value"])
             for name, node in trace.nodes.items()
             if node["type"] == "sample" and not is_subsample(node)
         }

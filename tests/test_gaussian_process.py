@@ -3,6 +3,7 @@
 import warnings
 
 import gpytorch
+import mpmath
 import numpy as np
 import pandas as pd
 import pyro
@@ -24,6 +25,7 @@ from scipy.special import expit, log_expit, logsumexp
 from scipy.stats import multivariate_normal, norm
 from sklearn.base import clone
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_iris
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.gaussian_process import GaussianProcessClassifier, GaussianProcessRegressor
 from sklearn.gaussian_process import kernels as theirs
 from torch.distributions import constraints
@@ -467,6 +469,131 @@ def test_the_store_stays_clean():
     pyro.clear_param_store()
     BayesMPT(GaussianProcess()).fit(x, y)
     assert list(pyro.get_param_store().keys()) == []
+
+
+# -------------------------------------------------------------------------------------- observations without noise
+
+FLOOR = 1e-8  # of the variance of y, as the docstring says
+
+
+def to_fifty_digits(cov, r):
+    """log N(r; 0, cov) where float64 has few digits left."""
+    with mpmath.workdps(50):
+        lower = mpmath.cholesky(mpmath.matrix(cov.tolist()))
+        white = mpmath.lu_solve(lower, mpmath.matrix(r.tolist()))
+        log_det = 2 * mpmath.fsum(mpmath.log(lower[i, i]) for i in range(len(r)))
+        return float(-(mpmath.fdot(white, white) + log_det + len(r) * mpmath.log(2 * mpmath.pi)) / 2)
+
+
+def curve(n):
+    x = np.linspace(0, 5, n)[:, None]
+    return x, np.sin(x[:, 0])
+
+
+@pytest.mark.parametrize("n", [3, 4, 7, 10, 20, 41, 100, 200])
+def test_a_curve_without_noise(n):
+    x, y = curve(n)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        fit = BayesMPT(GaussianProcess()).fit(x, y)
+        sk = GaussianProcessRegressor(1.0 * RBF() + WHITE()).fit(x, y)
+    assert fit.log_marginal_likelihood_ > sk.log_marginal_likelihood_value_ - 1e-6
+    assert fit.converged_
+    floor = FLOOR * y.var(ddof=1)
+    assert fit.params_["noise"] >= floor
+    if n >= 10:  # of fewer points noise explains some part
+        assert fit.params_["noise"] == pytest.approx(floor, rel=0.01)
+        assert [str(w.message) for w in said if "noise=" in str(w.message)]
+    middle = (x[:-1] + x[1:]) / 2
+    if n >= 10:
+        np.testing.assert_allclose(fit.predict(middle), np.sin(middle[:, 0]), atol=1e-2)
+    if n == 20:
+        p = {name.rsplit(".", 1)[-1]: v.item() for name, v in fit.params_.items()}
+        cov = p["outputscale"] * np.exp(-0.5 * cdist(x, x, "sqeuclidean") / p["lengthscale"] ** 2)
+        truth = to_fifty_digits(cov + p["noise"] * np.eye(n), y - p["constant"])
+        assert fit.log_marginal_likelihood_ == pytest.approx(
+            truth, abs=1e-4
+        )  # of 106 nats, at a condition of 2e10
+
+
+PLANE = np.random.default_rng(0).uniform(size=(20, 2))
+LINE = np.linspace(0, 5, 20)[:, None]
+WITHOUT_NOISE = {
+    "linear": (LINE, 2 * LINE[:, 0] + 1, None),
+    "linear, a linear kernel": (LINE, 2 * LINE[:, 0], LinearKernel()),
+    "parabola": (LINE, LINE[:, 0] ** 2, None),
+    "two columns": (PLANE, np.sin(3 * PLANE[:, 0]) * np.cos(2 * PLANE[:, 1]), None),
+    "repeated": (np.r_[LINE, LINE], np.sin(np.r_[LINE, LINE][:, 0]), None),
+    "small units": (LINE, 1e-60 * np.sin(LINE[:, 0]), None),
+    "of scikit-learn": (LINE, np.sin(LINE[:, 0]), 1.0 * RBF()),
+    "Matern": (LINE, np.sin(LINE[:, 0]), ScaleKernel(MaternKernel(nu=2.5))),
+    "periodic": (curve(60)[0], np.sin(4 * curve(60)[0][:, 0]), ScaleKernel(PeriodicKernel())),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_NOISE)
+@pytest.mark.filterwarnings("ignore:the estimate of parameter 'mean")  # far from a parabola too
+def test_other_observations_without_noise(name):
+    x, y, kernel = WITHOUT_NOISE[name]
+    with pytest.warns(ConvergenceWarning, match="'noise'.* its floor, 1e-08 of the variance of y.*noise="):
+        fit = BayesMPT(GaussianProcess(kernel)).fit(x, y)
+    assert fit.params_["noise"] == pytest.approx(FLOOR * y.var(ddof=1), rel=0.05)
+    np.testing.assert_allclose(fit.predict(x), y, atol=2e-3 * np.ptp(y))
+    if kernel is None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            sk = GaussianProcessRegressor(y.var() * RBF(np.ones(x.shape[1])) + WHITE(1e-3)).fit(
+                x, y - y.mean()
+            )
+        assert fit.log_marginal_likelihood_ > sk.log_marginal_likelihood_value_
+
+
+@pytest.mark.parametrize("noise", [1e-4, 1e-6, 1e-9])
+def test_a_small_noise_that_is_given_is_taken_as_it_is(noise):
+    x, y = curve(20)
+    fit = BayesMPT(GaussianProcess(fixed(2.0 * RBF(1.5)), mean=ZeroMean(), noise=noise)).fit(x, y)
+    cov = 2.0 * np.exp(-0.5 * cdist(x, x, "sqeuclidean") / 1.5**2)
+    truth = to_fifty_digits(cov + noise * np.eye(20), y)
+    assert fit.log_marginal_likelihood_ == pytest.approx(truth, rel=1e-5)
+
+
+def test_without_noise_in_searches():
+    x, y = curve(14)
+    grid = {"model__kernel": [ScaleKernel(RBFKernel()), LinearKernel()]}
+    for evidence in ("heldout", "integrated"):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            search = MarginalLikelihoodSearch(BayesMPT(GaussianProcess()), grid, evidence=evidence).fit(x, y)
+        table = search.comparison_
+        assert table.index[0] == "RBF" and np.isfinite(table["lml"]).all()
+        assert set(table["diag"]) == {evidence}
+        assert evidence == "integrated" or any("noise=" in str(w.message) for w in said)
+
+
+@pytest.mark.filterwarnings("ignore:the estimate of parameter 'noise'")
+def test_integrated_over_the_noise_that_is_not_there():
+    x, y = curve(12)
+    model = BayesMPT(GaussianProcess(fixed(4.0 * RBF(2.5)), mean=ZeroMean())).fit(x, y)
+    found = model.integrated(x, y)
+    cov, variance = 4.0 * np.exp(-0.5 * cdist(x, x, "sqeuclidean") / 2.5**2), y.var(ddof=1)
+    value, vector = np.linalg.eigh(cov)
+    at = np.linspace(-40, 10, 20_001)  # the logarithm of the noise, but for its floor
+    noisy = value.clip(0) + (np.exp(4 * at[:, None]) + (FLOOR * variance) ** 4) ** 0.25
+    log_p = norm(0, np.sqrt(noisy)).logpdf(vector.T @ y).sum(1) + norm(np.log(0.1 * variance), 1.5).logpdf(at)
+    truth = logsumexp(log_p) + np.log(at[1] - at[0])
+    assert found.log_evidence == pytest.approx(truth, abs=max(4 * found.se, 0.02))
+    assert found.se < 0.1
+
+
+@pytest.mark.filterwarnings("ignore:the estimate of parameter '(mean|kernel)")
+@pytest.mark.filterwarnings("ignore:the training stopped")  # a slope of k(x, x) of 1e9 has few digits
+def test_a_kernel_of_large_variance_is_no_noise():
+    """What keeps the covariance positive definite must not explain the observations."""
+    x = np.linspace(0, 86_400, 50)[:, None] + 1.7e9  # seconds of a day, and lines that start in 1970
+    y = np.linspace(0, 1, 50) + 0.1 * np.random.default_rng(0).normal(size=50)
+    fit = BayesMPT(GaussianProcess(LinearKernel())).fit(x, y)
+    residual = y - np.polyval(np.polyfit(np.linspace(-1, 1, 50), y, 1), np.linspace(-1, 1, 50))
+    assert fit.params_["noise"] == pytest.approx(residual.var(ddof=1), rel=0.05)
 
 
 # ----------------------------------------------------------------------------------------------- other likelihoods

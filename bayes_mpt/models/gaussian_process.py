@@ -33,10 +33,12 @@ from torch import Tensor
 
 from bayes_mpt.models.checks import CheckedModel, Instance, IntegersFrom, NumbersFrom, OneOf
 from bayes_mpt.models.kernels import Line, check_columns, from_sklearn, kernel_name, with_own_algebra
+from bayes_mpt.models.noise_floor import above_rounding, noise_above
 
 __all__ = ["GaussianProcess"]
 
 NOISE_SHARE = 0.1  # of the variance of y, in the noise at the start
+FLOOR = 1e-8  # of the variance of y, the least noise that is learned
 NUGGET = 1e-8  # of the mean variance of f, in its covariance before a likelihood: smooth kernels have no root without
 MOST_ROWS = 4096  # that a period is looked for in
 MOST_WAVES = 1024  # of the shortest period looked for, in the range of the inputs
@@ -59,6 +61,10 @@ class GaussianProcess(CheckedModel):
     "noise" and one for each free parameter of kernel and mean by its path, such as "kernel.base_kernel.lengthscale",
     in natural units. They start in units of the data, whatever values the modules hold; what has
     ``requires_grad=False`` there is known and keeps its value.
+
+    A noise that is learned is at least 1e-8 of the variance of y: the likelihood of a curve without noise grows without
+    bound as it goes to zero. A fit that ends at this floor warns. So that the covariance keeps digits in float64, a
+    noise near its floor is lifted to 1e-11 of k(x, x), by no more than 100 floors. A given noise is taken as it is.
 
     Parameters
     ----------
@@ -148,13 +154,10 @@ class GaussianProcess(CheckedModel):
                 )
             pyro.sample("y", tokens.to_event(loc.ndim), obs=y)
             return
-        if level is None:
-            level = pyro.param("noise", lambda: NOISE_SHARE * _variance(y), constraints.positive)
-            level = level[..., None]  # one for each of several parameter values side by side
         dense = cov.to_dense()
-        dense = torch.diagonal_scatter(
-            dense, dense.diagonal(dim1=-2, dim2=-1) + known + level, dim1=-2, dim2=-1
-        )
+        own = dense.diagonal(dim1=-2, dim2=-1)
+        noise = level if level is not None else above_rounding(*_learned_noise(y), own)
+        dense = torch.diagonal_scatter(dense, own + known + noise, dim1=-2, dim2=-1)
         tokens = gpytorch.distributions.MultivariateNormal(loc, to_linear_operator(dense))  # unfactorised
         pyro.sample("y", tokens, obs=y)
 
@@ -196,6 +199,24 @@ class GaussianProcess(CheckedModel):
             centre = (NOISE_SHARE * _variance(y)).to(x)
             out["noise"] = centre.log(), torch.full_like(centre, NOISE_SD)
         return out
+
+    def floored(self, x: Tensor, y: Tensor) -> dict[str, str]:
+        """The parameters in Pyro's store that are at their least value, each with a sentence that says so.
+
+        Parameters
+        ----------
+        x, y : tensors of shapes (N, P), (N,)
+            The rows that they were trained on.
+        """
+        if "noise" not in pyro.get_param_store():
+            return {}
+        floor = FLOOR * float(_variance(y))
+        if float(pyro.param("noise").detach()) <= 2 * floor:
+            return {
+                "noise": f"its floor, {FLOOR:g} of the variance of y: these observations show no noise. Where they "
+                f"have none, give a small variance, such as noise={100 * floor:.0e}"
+            }
+        return {}
 
     def at(self, params: dict[str, Any], x: Tensor) -> tuple[Kernel, Mean, Tensor]:
         """Kernel and mean at these values of the parameters, and the variances of the noise (N,) of rows x.
@@ -474,3 +495,14 @@ def _variance(y: Tensor) -> Tensor:
     seen = y[~y.isnan()].double()
     variance = seen.var() if len(seen) > 1 else seen.new_ones(())
     return torch.where(variance > 0, variance, 1.0)
+
+
+def _learned_noise(y: Tensor) -> tuple[Tensor, float]:
+    """The parameter "noise", () or (B,) of several parameter values side by side, and its floor."""
+    # Once made it keeps the floor of the rows that it was made on. The public way to a constraint changes the store.
+    bound = pyro.get_param_store()._constraints.get("noise")
+    if isinstance(bound, noise_above):
+        return pyro.param("noise"), bound.lower_bound
+    variance = _variance(y)
+    floor = float(FLOOR * variance)
+    return pyro.param("noise", NOISE_SHARE * variance, noise_above(floor)), floor

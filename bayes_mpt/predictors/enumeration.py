@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bayes_mpt.affine import cycle, same_by_label
+from bayes_mpt.densities import log_density
 from bayes_mpt.devices import own_random_state
 from bayes_mpt.factors import read_factors
 from bayes_mpt.predictors.given import FactorsGiven, MapsGiven
@@ -150,7 +151,7 @@ class _Maps(Reader):
         for site in self.program.latents:
             if site.discrete:
                 node = trace.nodes[site.name]
-                parts.append(rows_first(node["fn"].log_prob(node["value"]), site.row_axis).sum(-1))
+                parts.append(rows_first(log_density(node["fn"], node["value"]), site.row_axis).sum(-1))
         return torch.stack(parts).sum(0)
 
 

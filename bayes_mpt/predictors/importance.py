@@ -134,6 +134,8 @@ class Sampled(Reader):
         with torch.no_grad():
             log_w = nodes.last.log_weight + nodes.last.given.log_joint(x, everything)  # (S, N)
         n_draws = len(log_w)
+        # of a row that is impossible under every draw, all are worth the same
+        log_w = torch.where(log_w.amax(0) == -math.inf, 0.0, log_w)
         share = log_w.softmax(0)
         ess = 1 / share.square().sum(0)
         # relative variance of the mean weight: (sum_s share^2 - 1/S) S / (S - 1)

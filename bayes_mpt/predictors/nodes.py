@@ -211,7 +211,7 @@ class Nodes(Conditionals):
                 continue
             log_prob = read.log_weight + read.given.log_joint(x, mask)  # (S, N)
             step = (log_prob[..., None] + read.given.predictive(x, mask)).logsumexp(0)
-            out.append(step - self._log_z(log_prob, x, mask)[:, None])
+            out.append(_gain(step, self._log_z(log_prob, x, mask)[:, None]))
         hidden = ~visible[:, None] & ~x.isnan()
         return torch.where(hidden, torch.stack(out), 0.0)
 
@@ -227,7 +227,8 @@ class Nodes(Conditionals):
             log_z = (read.log_weight[..., None] + read.given.chain(x, tokens)).logsumexp(0)  # (N, T + 1)
             # Z(nothing) is 1, and not the mean of the weights; rows start at their first observed token
             none_yet = torch.cat([torch.zeros_like(seen[:, :1]), seen[:, tokens]], 1).cumsum(1) == 0
-            steps = torch.where(none_yet, 0.0, log_z).diff(dim=1)
+            log_z = torch.where(none_yet, 0.0, log_z)
+            steps = _gain(log_z[:, 1:], log_z[:, :-1])
             out.append(torch.empty_like(steps).index_copy(1, tokens, steps))
         return torch.stack(out)
 
@@ -327,7 +328,7 @@ class Nodes(Conditionals):
             visible = visible.clone()
             visible[token] = True
             now = self._z_at(x, visible)
-            out[:, token], before = now - before, now
+            out[:, token], before = _gain(now, before), now
         return out
 
     def _each_at_its_own(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -337,7 +338,7 @@ class Nodes(Conditionals):
         for token in (~mask).nonzero()[:, 0]:
             more = mask.clone()
             more[token] = True
-            out[:, token] = self._z_at(x, more) - before
+            out[:, token] = _gain(self._z_at(x, more), before)
         return out
 
     def _z_at(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -360,6 +361,11 @@ class Nodes(Conditionals):
             refuse_other_rows(x, value)
         elif x.shape[1:] != value.shape[1:]:
             raise ModelError(f"rows have {value.shape[1]} tokens, got x of shape {tuple(x.shape)}")
+
+
+def _gain(now: Tensor, before: Tensor) -> Tensor:
+    """log Z(R + i) - log Z(R); -inf too of what follows something impossible."""
+    return torch.where(before == -math.inf, before, now - before)
 
 
 # ------------------------------------------------------------------------------------------------- values at nodes

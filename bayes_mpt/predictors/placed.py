@@ -25,6 +25,7 @@ from scipy.stats import chi2, norm, qmc
 from torch import Tensor
 
 from bayes_mpt.affine import NotAffine, read_side_by_side
+from bayes_mpt.densities import log_density
 from bayes_mpt.devices import own_random_state
 from bayes_mpt.factors import read_factors
 from bayes_mpt.latents import Space, space
@@ -659,7 +660,7 @@ def _log_prior(trace: Trace, latents: tuple[Latent, ...], like: Tensor) -> Tenso
     total = like.new_zeros(1)
     for latent in latents:
         node = node_of(trace, latent.name)
-        total = total + rows_first(node["fn"].log_prob(node["value"]), latent.row_axis).sum(-1)
+        total = total + rows_first(log_density(node["fn"], node["value"]), latent.row_axis).sum(-1)
     return total
 
 

@@ -12,6 +12,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from bayes_mpt.densities import log_density
 from bayes_mpt.devices import at_once
 from bayes_mpt.masks import PermutationChain
 from bayes_mpt.predictors.base import Conditionals, Evidence, Guide, Posterior, Predictor
@@ -276,7 +277,7 @@ class SelfConditionals(Conditionals):
             fn = base(node_of(trace, site.name)["fn"])
             given = x if getattr(fn, "takes_missing", False) else value
             cells = _as_site(given[:, start : start + site.n_tokens], site.shape, site.row_axis)
-            found = fn.log_prob(cells) if of is None else of(fn, cells)
+            found = log_density(fn, cells) if of is None else of(fn, cells)
             parts.append(rows_first(found.to(x), site.row_axis))
             start += site.n_tokens
         by_token = torch.cat(parts, 1)

@@ -10,7 +10,7 @@ each of R independent runs gives an unbiased estimate of Z.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -42,6 +42,8 @@ LEAPS = 4
 MAX_SD = 0.5  # of log Z between runs; above it there are twice the particles
 MAX_DOUBLINGS = 4
 MAX_LOCATED = 64  # latents, up to which the mode and its curvature are looked for
+IMPOSSIBLE = -1e300  # log-density of particles that have none, finite so that differences are numbers
+NEVER = -1e280  # below it no particle is possible
 MAX_DRAWS = 200  # particles that a prediction averages over
 
 
@@ -215,6 +217,8 @@ class _Particles(Conditionals):
             inside = self._inside(x, seen, cloud)
         relative = (log_z - log_z.logsumexp(0) + math.log(len(log_z))).exp()  # Z_r / mean Z
         lml = log_z.logsumexp(0) - math.log(len(log_z)) + inside
+        if float(lml) < NEVER:
+            lml = lml.new_tensor(-math.inf)
         diagnostics = {
             "num_particles": n,
             "num_temperatures": len(stages),
@@ -285,7 +289,10 @@ class _Particles(Conditionals):
         """Mode and curvature of the posterior, where there are few enough latents."""
         if self.space.width > MAX_LOCATED or not bool(seen.any()):
             return None
-        located = self.placement.locate(self._args, x, seen)
+        try:
+            located = self.placement.locate(self._args, x, seen)
+        except torch.linalg.LinAlgError:
+            return None  # on the way to the mode; the prior alone is the start
         fine = torch.isfinite(located.mode).all() & torch.isfinite(located.root).all()
         return located if bool(fine) else None
 
@@ -348,7 +355,7 @@ class _Particles(Conditionals):
             cloud = _Cloud(cloud.u, cloud.log_start, log_end, cloud.slope)
             total = log_z + log_w.logsumexp(1) - math.log(n)
             now = total.logsumexp(0) - math.log(n_runs)  # log of the mean of Z
-            out[0, token], before = now - before, now
+            out[0, token], before = -math.inf if float(now) < NEVER else now - before, now
             share = log_w.softmax(1)
             if float((1 / share.square().sum(1)).min()) < KEEP * n:
                 log_z = total
@@ -378,24 +385,38 @@ class _Particles(Conditionals):
         """Draws of the latents that take nodes (n, d)."""
         assert self.model is not None
         program = self.structure
-        if self.placement.vectorised and self.placement.rows is None and n > 1:
-            with one_precision(self._filled), pyro.plate(NODES, n, dim=-1 - program.depth):
-                trace = pyro.poutine.trace(self.model).get_trace(*self._filled)
-            values = {name: trace.nodes[name]["value"] for name in self.space.names}
-            return self.space.pack_values(values, n, 1)[:, 0].detach()
-        if not self.placement.one_by_one:
-            with suppress(RuntimeError), one_precision(self._filled), pyro.validation_enabled(False):
-                draw = torch.vmap(self._one_draw, randomness="different")
-                return self.space._replace(depth=0).pack_values(draw(torch.arange(n)), n, 1)[:, 0].detach()
-        with one_precision(self._filled):
-            traces = [pyro.poutine.trace(self.model).get_trace(*self._filled) for _ in range(n)]
-        return torch.cat([self.space.pack(t, 1)[:, 0] for t in traces]).detach()
+        with pyro.validation_enabled(
+            False
+        ):  # a matrix without a factor is no error, but an impossible particle
+            if self.placement.vectorised and self.placement.rows is None and n > 1:
+                with one_precision(self._filled), pyro.plate(NODES, n, dim=-1 - program.depth):
+                    values = self._one_draw()
+                if len(values) == len(self.space.names):
+                    return self.space.pack_values(values, n, 1)[:, 0].detach()
+            if not self.placement.one_by_one:
+                with suppress(RuntimeError, KeyError), one_precision(self._filled):
+                    drawn = torch.vmap(lambda _: self._one_draw(), randomness="different")(torch.arange(n))
+                    return self.space._replace(depth=0).pack_values(drawn, n, 1)[:, 0].detach()
+            with one_precision(self._filled):
+                draws = [self._one_draw() for _ in range(n)]
+        whole = next((d for d in draws if len(d) == len(self.space.names)), None)
+        if whole is None:
+            raise ModelError(
+                f"a matrix that the program computes is not positive definite at any of {n} draws from the prior: add "
+                "to its diagonal, or write a narrower prior"
+            )
+        # where it failed before all latents were drawn, the others stand for them: that particle is impossible
+        values = {name: torch.stack([(whole | d)[name] for d in draws]) for name in self.space.names}
+        return self.space._replace(depth=0).pack_values(values, n, 1)[:, 0].detach()
 
-    def _one_draw(self, _: Tensor) -> dict[str, Tensor]:
-        """Of the latents that take nodes."""
+    def _one_draw(self) -> dict[str, Tensor]:
+        """Of the latents that take nodes; of those before a matrix without a Cholesky factor, where there is one."""
         assert self.model is not None
-        trace = pyro.poutine.trace(self.model).get_trace(*self._filled)
-        return {name: trace.nodes[name]["value"] for name in self.space.names}
+        tracer = pyro.poutine.trace(self.model)
+        with suppress(torch.linalg.LinAlgError):
+            tracer.get_trace(*self._filled)
+        nodes = tracer.trace.nodes
+        return {name: nodes[name]["value"] for name in self.space.names if name in nodes}
 
     def _move(
         self,
@@ -442,38 +463,51 @@ class _Particles(Conditionals):
         values, slopes = [], []
         with torch.enable_grad():
             for part in self._chunks(u.flatten(0, 1)):
-                leaf = part.detach().requires_grad_()
-                given, log_det, _ = self.placement.at(self._args, self._filled, leaf[:, None])
-                start = (given.log_prior(x) + log_det)[:, 0]
-                end = (given.log_joint(x, seen) + log_det)[:, 0]
-                if located is not None:
-                    white = torch.linalg.solve(located.root[0], (leaf - located.mode[0]).mT).mT
-                    log_q = log_t(white) - torch.linalg.slogdet(located.root[0])[1]
-                    start = torch.logaddexp(start, log_q) - math.log(2)
-                pair = (start, end)
-                slopes.append(
-                    torch.stack(
-                        [
-                            torch.autograd.grad(t.sum(), leaf, retain_graph=True, materialize_grads=True)[0]
-                            if t.requires_grad
-                            else torch.zeros_like(leaf)
-                            for t in pair
-                        ]
-                    )
+                value, slope = _by_halves(
+                    lambda some: self._both(some, x, seen, located),
+                    part,
+                    (part.new_full((2, 1), -math.inf), part.new_zeros(2, 1, part.shape[1])),
                 )
-                values.append(torch.stack(pair).detach())
+                values.append(value)
+                slopes.append(slope)
         start, end = torch.cat(values, 1).reshape(2, *u.shape[:2])
         bad = ~(torch.isfinite(start) & torch.isfinite(end))  # no finite density: never taken
         return _Cloud(
             u,
-            torch.where(torch.isfinite(start), start, -1e290),
-            torch.where(bad, -1e300, end),
+            torch.where(torch.isfinite(start), start, 0.1 * IMPOSSIBLE),
+            torch.where(bad, IMPOSSIBLE, end),
             torch.cat(slopes, 1).reshape(2, *u.shape),
         )
 
+    def _both(self, u: Tensor, x: Tensor, seen: Tensor, located: Located | None) -> tuple[Tensor, Tensor]:
+        """log q(u) and log p(u, x_R) at u (M, d), (2, M), and their slopes (2, M, d)."""
+        leaf = u.detach().requires_grad_()
+        given, log_det, _ = self.placement.at(self._args, self._filled, leaf[:, None])
+        start = (given.log_prior(x) + log_det)[:, 0]
+        end = (given.log_joint(x, seen) + log_det)[:, 0]
+        if located is not None:
+            white = torch.linalg.solve(located.root[0], (leaf - located.mode[0]).mT).mT
+            log_q = log_t(white) - torch.linalg.slogdet(located.root[0])[1]
+            start = torch.logaddexp(start, log_q) - math.log(2)
+        slopes = [
+            torch.autograd.grad(t.sum(), leaf, retain_graph=True, materialize_grads=True)[0]
+            if t.requires_grad
+            else torch.zeros_like(leaf)
+            for t in (start, end)
+        ]
+        return torch.stack([start, end]).detach(), torch.stack(slopes)
+
     def _log_end(self, u: Tensor, x: Tensor, seen: Tensor) -> Tensor:
         """log p(u, x_R) (R, S)."""
-        parts = [(g.log_joint(x, seen) + log_det)[:, 0] for g, log_det in self._given(u.flatten(0, 1))]
+
+        def log_end(part: Tensor) -> tuple[Tensor]:
+            given, log_det, _ = self.placement.at(self._args, self._filled, part[:, None])
+            return ((given.log_joint(x, seen) + log_det)[:, 0],)
+
+        parts = [
+            _by_halves(log_end, part, (u.new_tensor([-math.inf]),))[0]
+            for part in self._chunks(u.flatten(0, 1))
+        ]
         return torch.cat(parts).reshape(u.shape[:2])
 
     def _given(self, u: Tensor) -> Iterator[tuple[Given, Tensor]]:
@@ -484,6 +518,22 @@ class _Particles(Conditionals):
 
     def _chunks(self, u: Tensor) -> tuple[Tensor, ...]:
         return u.split(max(1, CELLS // max(1, self.structure.n_tokens * self.placement.n_evaluations)))
+
+
+def _by_halves(
+    of: Callable[[Tensor], tuple[Tensor, ...]], u: Tensor, impossible: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """of(u), particles u (M, d) side by side, with what stands for one at which a matrix has no Cholesky factor.
+
+    Particles side by side fail together: they are halved down to those that fail.
+    """
+    try:
+        return of(u)
+    except torch.linalg.LinAlgError:
+        if len(u) == 1:
+            return impossible
+    halves = [_by_halves(of, part, impossible) for part in u.chunk(2)]
+    return tuple(torch.cat(parts, min(1, parts[0].ndim - 1)) for parts in zip(*halves, strict=True))
 
 
 def _next_temperature(way: Tensor, now: float) -> float:

@@ -11,7 +11,7 @@ from bayes_mpt.training.adam import total_on_masks, train_on_masks
 from bayes_mpt.training.closed_form import concentrate
 from bayes_mpt.training.epochs import train_by_epochs
 from bayes_mpt.training.lbfgs import climb, stages
-from bayes_mpt.training.problem import Fit, Problem, Report, check_start, one_thread, take_rows
+from bayes_mpt.training.problem import Fit, Problem, Report, check_start, impossible, one_thread, take_rows
 from bayes_mpt.training.vanishing import collapsed, noise_at_zero
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "climb",
     "collapsed",
     "concentrate",
+    "impossible",
     "noise_at_zero",
     "one_thread",
     "stages",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -26,6 +27,7 @@ __all__ = [
     "check_finite",
     "check_start",
     "flat",
+    "impossible",
     "one_thread",
     "restore",
     "share_of",
@@ -163,6 +165,19 @@ def untouched(name: str) -> ModelError:
     )
 
 
+@torch.no_grad()
+def impossible(problem: Problem, predictor: Conditionals) -> str:
+    """The rows that have no chance at all under a program that has been read, in words; empty without any."""
+    by_row = problem.by_row(predictor)
+    if len(by_row) < 2:
+        return ""
+    rows = (by_row == -math.inf).nonzero()[:, 0].tolist()
+    if not rows:
+        return ""
+    named = ", ".join(map(str, rows[:5])) + (f" and {len(rows) - 5} others" if len(rows) > 5 else "")
+    return f", since row{'s' * (len(rows) > 1)} {named} (counted from 0) cannot occur under the program"
+
+
 def check_start(problem: Problem, leaves: dict[str, Tensor]) -> tuple[Conditionals, float, Tensor]:
     """The predictor read, its score and gradient, both finite."""
     check_finite(leaves)
@@ -171,7 +186,10 @@ def check_start(problem: Problem, leaves: dict[str, Tensor]) -> tuple[Conditiona
     if not leaves:
         raise ModelError("the program has no pyro.param: there is nothing to train")
     if not bool(torch.isfinite(score)):
-        raise ModelError(f"the score is {float(score.detach())} at the start: check the program and its data")
+        raise ModelError(
+            f"the score is {float(score.detach())} at the start{impossible(problem, predictor)}: check the program and "
+            "its data"
+        )
     grads: tuple[Tensor | None, ...] = (None,) * len(leaves)
     if score.requires_grad:
         grads = torch.autograd.grad(score, list(leaves.values()), allow_unused=True, retain_graph=True)
