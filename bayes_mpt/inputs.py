@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
+from scipy.sparse import issparse
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -109,6 +110,8 @@ def read_numbers(y: Any, n_rows: int) -> NDArray[Any]:
 
 def _array(a: Any, name: str) -> Any:
     """Without mask, graph and device."""
+    if issparse(a):
+        return a  # scikit-learn refuses it
     if isinstance(a, DataLoader | Dataset | Iterator | Mapping):
         raise TypeError(
             f"{name} must be an array with all rows, got {type(a).__name__}: stack its rows into one array, or map "

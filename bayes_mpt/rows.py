@@ -158,8 +158,8 @@ def refuse_one_row(n_rows: int, parameters: Sequence[str]) -> None:
     """One row says nothing of how rows differ; it can be scored where no parameter is estimated from it."""
     if n_rows == 1 and parameters:
         raise ValueError(
-            f"X has 1 sample, from which the program estimates {list_names(parameters)}: give 2 rows or more. One is "
-            "enough where the program has no parameters, so that all is integrated"
+            f"X has 1 sample while a minimum of 2 is required to estimate {list_names(parameters)}. One row is enough "
+            "where the program has no parameters, so that all is integrated"
         )
 
 

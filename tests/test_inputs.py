@@ -220,7 +220,7 @@ def test_one_row_of_programs_without_parameters():
     ids=repr,
 )
 def test_one_row_estimates_nothing(model):
-    with pytest.raises(ValueError, match="X has 1 sample, from which the program estimates"):
+    with pytest.raises(ValueError, match="X has 1 sample while a minimum of 2 is required to estimate"):
         BayesMPT(model).fit(np.ones((1, 3)), [1.0])
 
 
