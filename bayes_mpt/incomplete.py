@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from bayes_mpt.concentrated import Factors, NoiseFloorError, proportional
 from bayes_mpt.moments import Table
 
-__all__ = ["FewCellsError", "Maximum", "maximise", "refuse_few_cells"]
+__all__ = ["FewCellsError", "Maximum", "maximise", "refuse_constant_columns", "too_few"]
 
 Array = NDArray[np.float64]
 Step = Callable[[Array, Array], Factors]
@@ -64,30 +64,32 @@ class Maximum(NamedTuple):
     n_iter: int = 0
 
 
-def refuse_few_cells(table: Table, n_latents: int) -> None:
-    """Refuse columns whose own noise may go to zero because they show too few cells, or equal ones.
+def too_few(table: Table, n_latents: int) -> FewCellsError | None:
+    """What is wrong where a column's own noise may go to zero because it shows too few cells.
 
     Take K columns that one row shows beside column t, and their noise to zero: where they are observed the latents are
     known, at a finite likelihood. A mean and K loadings, K + 1 numbers, then reproduce K + 1 cells of column t without
     noise, and the likelihood grows without bound as its noise goes to zero. Fewer columns beside it tell fewer latents.
+    """
+    seen = ~table.incomplete.isnan()
+    count = table.n + seen.sum(0)
+    beside = torch.where(seen, seen.sum(1, keepdim=True) - 1, 0)
+    most = beside.amax(0) if len(beside) else count * 0
+    most = most.clamp(min=seen.shape[1] - 1 if table.n else 0)  # columns beside it in one row
+    few = (count <= most.clamp(max=n_latents) + 1).nonzero()[:, 0].tolist()
+    return FewCellsError(few, count[few].tolist(), n_latents) if few else None
+
+
+def refuse_constant_columns(table: Table) -> None:
+    """Refuse columns whose observed cells are equal: their own noise goes to zero.
 
     Raises
     ------
-    FewCellsError
-        Of too few cells.
     NoiseFloorError
-        Of equal ones.
     """
-    seen = ~table.incomplete.isnan()
-    n_tokens = seen.shape[1]
     count, mean, square = table.of_cells()
-    beside = torch.where(seen, seen.sum(1, keepdim=True) - 1, 0)
-    most = beside.amax(0) if len(beside) else count * 0
-    most = most.clamp(min=n_tokens - 1 if table.n else 0)  # columns beside it in one row
-    few = (count <= most.clamp(max=n_latents) + 1).nonzero()[:, 0].tolist()
-    if few:
-        raise FewCellsError(few, count[few].tolist(), n_latents)
-    constant = (square / count).sqrt() <= 1e-15 * mean.abs()
+    # one cell is that of a column of too few
+    constant = ((square / count).sqrt() <= 1e-15 * mean.abs()) & (count > 1)
     if bool(constant.any()):
         raise NoiseFloorError(constant.nonzero()[:, 0].tolist())
 
@@ -131,7 +133,7 @@ def maximise(
     shape = np.diag(cov) if shape is None else shape
     starts = _starts(mean, cov, n_latents, shape, n_init, rng)
     some = _some(rows, weight, rng)
-    best = _best(_Cells(*some), starts, m_step)
+    best = _best(_Cells(*some), starts, m_step, min(max_iter, TRIAL_STEPS))
     cells = _Cells(rows, weight)
     found = _climb(cells, best, m_step, min(max_iter, MAX_STEPS), tol)
     return found._replace(n_iter=best.n_iter + found.n_iter)
@@ -172,10 +174,10 @@ def _some(rows: Array, weight: Array, rng: np.random.Generator) -> tuple[Array, 
     return rows[np.concatenate([rest, index])], np.concatenate([weight[rest], share])
 
 
-def _best(cells: _Cells, starts: list[Maximum], m_step: Step) -> Maximum:
+def _best(cells: _Cells, starts: list[Maximum], m_step: Step, max_iter: int) -> Maximum:
     """The best end of the starts, all climbing side by side; those on the way to one place go on as one."""
     climbing, ended = starts, list[Maximum]()
-    for _ in range(TRIAL_STEPS):
+    for _ in range(max_iter):
         moved = list[Maximum]()
         for at in climbing:
             new = cells.step(at, m_step)

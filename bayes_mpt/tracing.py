@@ -1142,6 +1142,9 @@ def filling(arg: Any) -> Tensor | None:
         return None
     whole = ((arg == arg.round()) | arg.isnan()).all(0)
     value = torch.where(whole, arg.nanmedian(0).values, arg.nanmean(0))
+    # of cells that are equal the mean need not be they, to the last digit
+    low, high = arg.nan_to_num(torch.inf).amin(0), arg.nan_to_num(-torch.inf).amax(0)
+    value = torch.where(low <= high, value.clamp(low, high), value)
     return value.nan_to_num(1.0)  # a column without any cell: in most supports
 
 

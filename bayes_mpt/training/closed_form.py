@@ -25,7 +25,8 @@ from bayes_mpt.training.units import dimensionless
 
 __all__ = ["concentrate"]
 
-LIFTED = 1e-3  # of its column's variance: no step of EM starts from a noise further down
+STEPS = 3  # of Newton's method in a step of EM, which moves on anyhow
+LIFTED = 1e-5  # of its column's variance: no step of EM starts from a noise further down
 
 
 def concentrate(
@@ -74,6 +75,10 @@ def concentrate(
         return None
     shape = noise[0].detach().cpu().numpy() if tied else None
     solve = partial(_best, n_latents=n_latents, shape=shape, max_iter=max_iter, tol=tol)
+    wrong = None
+    if not tied and not table.complete:
+        incomplete.refuse_constant_columns(table)
+        wrong = incomplete.too_few(table, n_latents)
     if table.complete:
         moments, best = table, solve(table.covariance, at_floor=at_floor)
         factors = incomplete.Maximum(
@@ -82,7 +87,14 @@ def concentrate(
     else:
         moments = table.available()
         factors = incomplete.maximise(
-            table, n_latents, solve, shape, n_init=n_init, seed=seed, max_iter=max_iter, tol=tol
+            table,
+            n_latents,
+            solve,
+            shape,
+            n_init=n_init,
+            seed=seed,
+            max_iter=1 if wrong else max_iter,
+            tol=tol,
         )
     target_loading = np.zeros((n_tokens, n_latents))  # beyond T latents, columns of zeros
     target_loading[:, : factors.loading.shape[1]] = factors.loading
@@ -90,6 +102,7 @@ def concentrate(
     sd = moments.variance.sqrt()
     sd = torch.where(sd > 0, sd, torch.ones_like(sd))
     as_tensor = lambda a: torch.as_tensor(np.ascontiguousarray(a)).to(loc)  # noqa: E731
+    sd = torch.maximum(sd, as_tensor(factors.noise).sqrt())  # of a constant column, rounding
     targets = {
         "noise": (as_tensor(np.log(factors.noise)), torch.ones_like(sd)),
         "loading": (as_tensor(target_loading), sd[:, None]),
@@ -114,8 +127,8 @@ def concentrate(
     if abs(got - factors.lml) > off * (1 + abs(factors.lml)):
         restore(leaves, before)
         return None
-    if not table.complete and not tied:  # all is free, so that the likelihood has no maximum there
-        incomplete.refuse_few_cells(table, n_latents)
+    if wrong is not None:  # all is free, so that the likelihood has no maximum there
+        raise wrong
     method = "concentrated" if table.complete else "em"
     return Fit(method, [got], factors.n_iter, converged=table.complete and not at_floor)
 
@@ -136,7 +149,7 @@ def _best(
     if near is None:
         return concentrated.diagonal(cov, n_latents, max_iter=max_iter, tol=tol)
     near = np.maximum(near, LIFTED * concentrated.variances(cov))
-    return concentrated.diagonal(cov, n_latents, start=near, max_iter=max_iter, tol=tol, refuse=False)
+    return concentrated.diagonal(cov, n_latents, start=near, max_iter=STEPS, tol=tol, refuse=False)
 
 
 def _exact(problem: Problem) -> LinearGaussian:
