@@ -69,7 +69,7 @@ class Candidate:
         """An evidence with the hyper-parameters integrated."""
         self.evidence, self.se = found.log_evidence, found.se
         if found.pareto_k > BAD_K:
-            self.note = f"integrated, but Pareto k {found.pareto_k:.2f}: se is not to be believed"
+            self.note = f"integrated, but Pareto k {found.pareto_k:.2f}: se is unreliable"
 
 
 def compare(
@@ -133,8 +133,8 @@ def compare(
     by_parts = [n for n, c in zip(names, found, strict=True) if not c.model.data_digest_]
     if by_parts:
         raise ValueError(
-            f"{', '.join(map(repr, by_parts))} were fitted by parts, so that it cannot be told whether these "
-            "rows were among them: fit all on the same rows at once"
+            f"{', '.join(map(repr, by_parts))} were fitted by partial_fit, so it is not known whether these rows were "
+            "among theirs: fit all on the same rows at once"
         )
     trained = [_trained_on(c.model, before_final(c.estimator, X)) for c in found]
     if any(trained) and not all(trained):
@@ -216,7 +216,7 @@ def choose_rule(evidence: str, found: list[Candidate]) -> tuple[str, str]:
 def refuse_incomparable(names: list[str], found: list[Candidate]) -> None:
     """All must score the same tokens, in the same units, in the same sense of a token."""
     kinds: dict[str, list[Any]] = {
-        "sense of a row (independent rows against one vector)": [
+        "meaning of a row (independent rows against one vector)": [
             c.model.predictor_.structure.by_row for c in found
         ],
         "tokens (other rows, features or scaling)": [c.tokens for c in found],
@@ -231,7 +231,7 @@ def refuse_incomparable(names: list[str], found: list[Candidate]) -> None:
         if others:
             raise ValueError(
                 f"not comparable: {', '.join(map(repr, others))} differ from the rest in their {what}. Marginal "
-                "likelihoods are densities of the same numbers or nothing"
+                "likelihoods can only be compared as densities of the same numbers"
             )
 
 

@@ -50,7 +50,7 @@ class OptimizedMask:
 
     with H^0 that of the embeddings alone, without positions, and H = 1 where fewer than two are visible or none hidden.
     These are sites `pyro.factor`, named as the weights are: they train, and enter no score. A reconstruction from the
-    abstract and summaries of arXiv 2404.08330, whose formulas and code were not to be had: not the authors' losses.
+    abstract and summaries of arXiv 2404.08330, whose formulas and code were not available: not the authors' losses.
 
     Parameters
     ----------
@@ -502,7 +502,7 @@ def _check_memory(n_codes: int, n_numbers: int, x: Tensor) -> None:
     if need > has:
         raise ValueError(
             f"embeddings and biases of {n_codes} codes take {need / 2**30:.3g} GiB in training, this device has "
-            f"{has / 2**30:.3g}: give rare codes one in common (n_levels), or a smaller width"
+            f"{has / 2**30:.3g}: merge rare codes into one (n_levels), or take a smaller width"
         )
 
 
