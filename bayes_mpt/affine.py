@@ -761,8 +761,8 @@ def _correlated_noise(trace: Trace, structure: Structure, n_copies: int = 1) -> 
     n_rows = 1 if axis is None else value.shape[axis]
     if value.numel() != n_rows * n_tokens:
         raise NotAffine(
-            f"observed site {node['name']!r} has several MultivariateNormal events a row: their noise is correlated "
-            "in blocks, which is not read as one linear-Gaussian map"
+            f"observed site {node['name']!r} has several MultivariateNormal events a row: noise that is correlated in "
+            "blocks is not supported"
         )
     tril = _flat(fn.scale_tril.to(value), torch.Size((*value.shape, n_tokens)), None, n_copies)
     return tril.reshape(n_copies, n_rows, n_tokens, n_tokens)
@@ -1078,7 +1078,7 @@ def _compare_with_program(structure: Structure, reading: Map, before: _Trial) ->
     if structure.sub_rows is None and not abs(got - want) <= _tolerance(z) * 1e3 * (1 + abs(want)) + rounding:
         raise NotAffine(
             f"read as a linear-Gaussian program its log-density is {got:.8g}, but the program's own is {want:.8g} "
-            f"(observed site {structure.observed!r}): a mask, a scale on one site or a factor hides in it"
+            f"(observed site {structure.observed!r}): it contains a mask, a scale on one site or a factor"
         )
 
 

@@ -145,8 +145,8 @@ def _all_trained_on(names: list[str], found: list[Candidate], X: Any) -> bool:
     by_parts = [n for n, c in zip(names, found, strict=True) if not c.model.data_digest_]
     if by_parts:
         raise ValueError(
-            f"{', '.join(map(repr, by_parts))} were fitted by parts, so that it cannot be told whether these "
-            "rows were among them: fit all on the same rows at once"
+            f"{', '.join(map(repr, by_parts))} were fitted by partial_fit, so it is not known whether these rows were "
+            "among theirs: fit all on the same rows at once"
         )
     trained = [_trained_on(c, X) for c in found]
     if any(trained) and not all(trained):

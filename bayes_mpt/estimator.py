@@ -427,9 +427,10 @@ class BayesMPT(
                     warnings.warn(sentence, UserWarning, stacklevel=4)
                 if predictor.one_by_one:
                     warnings.warn(
-                        "the program does not run on several nodes at once, so that each is run by itself: slow "
+                        "the program does not run on several nodes at once, so each is run by itself, which is slow "
                         f"({predictor.name}: {predictor.why}). Write it without Python's if on latents, and with "
-                        "operations that take more axes on the left: (x * w).sum(-1) for x @ w, z[..., None] for "
+                        "operations that broadcast over leading batch dimensions: (x * w).sum(-1) for x @ w, z[..., "
+                        "None] for "
                         "z[:, None]",
                         UserWarning,
                         stacklevel=4,
@@ -456,7 +457,7 @@ class BayesMPT(
                     problem = replace(problem, log_prior=log_prior(model, prior, leaves))
                 if trainer.by_epochs and (moments or predictor.remembers or not predictor.structure.by_row):
                     raise ValueError(
-                        f"early_stopping holds rows out of a training by epochs, which {predictor.name} has no use for "
+                        f"early_stopping holds rows out of a training by epochs, which {predictor.name} does not use "
                         f"({predictor.why}): leave early_stopping=None"
                     )
                 fit = trainer.train(problem, table, prior, warm=state is not None)
@@ -955,7 +956,7 @@ class BayesMPT(
         check_is_fitted(self)
         if not isinstance(self.predictor, AnnealedImportance):
             raise ValueError(
-                f"bidirectional anneals: set_params(predictor=AnnealedImportance()), now {self.predictor!r}"
+                f"bidirectional needs annealing: set_params(predictor=AnnealedImportance()), now {self.predictor!r}"
             )
         rows, latents = self._simulate(n_samples)
         args = (rows,)
@@ -1111,7 +1112,11 @@ class BayesMPT(
         read = (
             ""
             if not isinstance(self.predictor_, LinearGaussian | MarkovGaussian)
-            else ("; read on the real rows, whose maps differ" if s.own_rows else "; read once for all rows")
+            else (
+                "; read on the real rows, since each row has its own map"
+                if s.own_rows
+                else "; read once for all rows"
+            )
         )
         kind = self.predictor_.name
         where = ", at their maximum a posteriori under the model's hyperprior" if self.at_map_ else ""
@@ -1273,7 +1278,7 @@ class BayesMPT(
 
 
 def _warn_of_bounds(prior: Prior, problem: training.Problem) -> None:
-    """Say so where an estimate has run away: the likelihood does not hold it."""
+    """Say so where an estimate diverges: the likelihood does not hold it."""
     store = pyro.get_param_store()
     drawn = problem.predictor.sampled or problem.predictor.own_masks
     averaged = "" if drawn else "; evidence='integrated' averages over it"
@@ -1284,7 +1289,7 @@ def _warn_of_bounds(prior: Prior, problem: training.Problem) -> None:
         value = np.array2string(store[name].detach().cpu().numpy().ravel(), precision=3, threshold=6)
         why = at_floor.get(name, "towards the end of its range: the data do not determine it")
         warnings.warn(
-            f"{RUNAWAY} {name!r} has run away to {value}, {why}{held}",
+            f"{RUNAWAY} {name!r} diverged to {value}, {why}{held}",
             ConvergenceWarning,
             stacklevel=5,
         )
@@ -1308,13 +1313,13 @@ def _own_guide(guide: Any, original: Any, model: Model, device: str) -> Any:
 
 
 def warn_of(diagnostics: dict[str, Any]) -> None:
-    """Say so where the error of an estimate is not to be believed."""
+    """Say so where the error of an estimate is unreliable."""
     bad = diagnostics.get("rows_with_bad_k", 0)
     if bad:
         worst = ", ".join(f"{row} (k = {k:.2f})" for row, k in diagnostics["worst_rows"][:3])
         warnings.warn(
-            f"the importance weights of {bad} rows have a tail so heavy (Pareto k > 0.7) that their error is not to be "
-            f"believed, the worst being rows {worst}: use more particles or a wider guide",
+            f"the importance weights of {bad} rows have a tail so heavy (Pareto k > 0.7) that their error is "
+            f"unreliable, the worst being rows {worst}: use more particles or a wider guide",
             UserWarning,
             stacklevel=7,
         )
@@ -1322,7 +1327,7 @@ def warn_of(diagnostics: dict[str, Any]) -> None:
     if sd > WIDE and math.isnan(diagnostics["pareto_k"]):  # too few for a tail to be fitted
         warnings.warn(
             f"the importance weights of a row spread over {sd:.1f} nats (standard deviation, on average), of which "
-            f"{diagnostics['num_particles']} draws see too little: the evidence is probably too low by more than its "
+            f"{diagnostics['num_particles']} draws cover too little: the evidence is probably too low by more than its "
             "error. Use more particles, or more temperatures where they are annealed",
             UserWarning,
             stacklevel=7,

@@ -124,7 +124,7 @@ class Integrated(NamedTuple):
     ess: float
     """Effective number of draws."""
     pareto_k: float
-    """Tail of their weights; above 0.7 the error is not to be believed."""
+    """Tail of their weights; above 0.7 the error is unreliable."""
     n_draws: int
     modes: tuple[Mode, ...]
     """Highest first: the maximum a posteriori."""

@@ -224,7 +224,7 @@ class MaskedLanguageModel:
         tokenizer = self.tokenizer
         if tokenizer.mask_token_id is None:
             raise ValueError(
-                f"{type(tokenizer).__name__} has no mask token: it is not that of a masked model"
+                f"{type(tokenizer).__name__} has no mask token: it does not belong to a masked model"
             )
         n_tokens, n_rows = len(tokenizer), self.model.get_input_embeddings().weight.shape[0]
         if not n_tokens <= n_rows <= (1 + MAX_PADDING) * n_tokens:
@@ -438,8 +438,8 @@ def compare_language_models(
     others = [name for name, found in zip(models, tokens, strict=True) if found != tokens[0]]
     if others:
         raise ValueError(
-            f"not comparable: the tokenizers of {', '.join(map(repr, others))} cut the texts into other tokens than "
-            f"that of {next(iter(models))!r}"
+            f"not comparable: the tokenizers of {', '.join(map(repr, others))} split the texts into other tokens than "
+            f"the tokenizer of {next(iter(models))!r}"
         )
     seed = torch_generator(random_state).initial_seed()
     found = []

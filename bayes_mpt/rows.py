@@ -141,7 +141,7 @@ def refuse_unobserved(columns: NDArray[np.bool_], names: NDArray[Any]) -> None:
     """Columns (T,) of which no cell was seen."""
     if columns.any():
         which = ", ".join(str(names[i]) for i in columns.nonzero()[0])
-        raise ValueError(f"column {which} has no observed cell: nothing can be learnt of it. Drop it")
+        raise ValueError(f"column {which} has no observed cell: nothing can be learned about it. Drop it")
 
 
 def refuse_missing(X: NDArray[np.floating], names: NDArray[Any]) -> None:
@@ -175,7 +175,7 @@ def refuse_empty(y: NDArray[Any], *, estimated: bool) -> None:
     """Observations of one Gaussian vector from which nothing can be learnt; ``estimated``: parameters are."""
     seen = y[~np.isnan(y)] if y.dtype.kind == "f" else y
     if not seen.size:
-        raise ValueError("y has no observed value: nothing can be learnt of it")
+        raise ValueError("y has no observed value: nothing can be learned about it")
     if estimated and bool((seen == seen.flat[0]).all()):
         raise ValueError(
             f"all {seen.size} observed values of y are {seen.flat[0]}: the likelihood grows without bound as the "

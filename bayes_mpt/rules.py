@@ -83,7 +83,7 @@ class Candidate:
         """An evidence with the hyper-parameters integrated."""
         self.evidence, self.se = found.log_evidence, found.se
         if found.pareto_k > BAD_K:
-            self.note = f"integrated, but Pareto k {found.pareto_k:.2f}: se is not to be believed"
+            self.note = f"integrated, but Pareto k {found.pareto_k:.2f}: se is unreliable"
 
 
 def choose_rule(evidence: str, found: list[Candidate]) -> tuple[str, str]:
@@ -129,7 +129,7 @@ def choose_rule(evidence: str, found: list[Candidate]) -> tuple[str, str]:
 def refuse_incomparable(names: list[str], found: list[Candidate]) -> None:
     """All must score the same tokens, in the same units, in the same sense of a token."""
     kinds: dict[str, list[Any]] = {
-        "sense of a row (independent rows against one vector)": [
+        "meaning of a row (independent rows against one vector)": [
             c.model.predictor_.structure.by_row for c in found
         ],
         "tokens (other rows, features or scaling)": [c.tokens for c in found],
@@ -144,7 +144,7 @@ def refuse_incomparable(names: list[str], found: list[Candidate]) -> None:
         if others:
             raise ValueError(
                 f"not comparable: {', '.join(map(repr, others))} differ from the rest in their {what}. Marginal "
-                "likelihoods are densities of the same numbers or nothing"
+                "likelihoods can only be compared as densities of the same numbers"
             )
 
 

@@ -508,8 +508,8 @@ class _LossModule(torch.nn.Module):
         self.guide = guide
         if not example:
             raise TypeError(
-                "CumulativeMaskedScore()(model, guide, *example) needs an example batch: the program's parameters "
-                "come to be when it runs"
+                "CumulativeMaskedScore()(model, guide, *example) needs an example batch: the program's parameters are "
+                "created when it runs"
             )
         with pyro.get_param_store().scope() as state:
             loss.loss(model, guide, *example)

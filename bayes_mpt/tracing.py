@@ -422,7 +422,7 @@ def observed_nodes(trace: Trace, *, factors_too: bool = False) -> list[Any]:
     factors = [n["name"] for n in factor_nodes(trace)]
     if factors and not factors_too:
         raise ModelError(
-            f"site {factors[0]!r} is a pyro.factor: the program is no normalised density of its tokens"
+            f"site {factors[0]!r} is a pyro.factor: the program is not a normalised density of its tokens"
         )
     nodes = [n for n in nodes if n["name"] not in factors and not _repeats_itself(n)]
     for node in nodes:
@@ -435,7 +435,7 @@ def observed_nodes(trace: Trace, *, factors_too: bool = False) -> list[Any]:
     if not nodes:
         raise ModelError(
             f"the program must have at least one observed site, got none (it reached {list(trace.nodes)[1:-1]}): write "
-            'pyro.sample("x", ..., obs=x), where every run comes by'
+            'pyro.sample("x", ..., obs=x), where every run reaches it'
         )
     return nodes
 
@@ -455,7 +455,7 @@ def node_of(trace: Trace, name: str) -> Any:
     if name not in trace.nodes:
         raise ModelError(
             f"site {name!r} was there when the program was first run, and is not now (sites: {list(trace.nodes)}): "
-            "which sites there are may depend neither on chance nor on values of latents or parameters"
+            "the sites of a program must not depend on chance, nor on values of latents or parameters"
         )
     return trace.nodes[name]
 
@@ -471,7 +471,10 @@ def not_finite(model: Model, args: tuple[Any, ...]) -> str:
         }
     bad = {n: float(t[~torch.isfinite(t)][0]) for n, t in found.items() if not bool(torch.isfinite(t).all())}
     if not bad:
-        return "at latents drawn from the prior every site has a finite log-density: a parameter, or a latent's tail"
+        return (
+            "at latents drawn from the prior every site has a finite log-density, so the cause is a parameter or an "
+            "extreme value of a latent"
+        )
     return "; ".join(
         f"the log-density of site {n!r} is {v} at latents drawn from the prior" for n, v in bad.items()
     )
@@ -505,7 +508,7 @@ def _check_latent(node: Any) -> None:
             )
     elif getattr(fn.support, "is_discrete", False):
         raise ModelError(
-            f"discrete latent {node['name']!r} is {type(base(fn)).__name__}, whose values have no end: it cannot be "
+            f"discrete latent {node['name']!r} is {type(base(fn)).__name__}, which has infinite support: it cannot be "
             "summed out. Use Categorical or Binomial up to a largest value"
         )
     elif isinstance(base(fn), dist.Delta):

@@ -1025,9 +1025,9 @@ def test_parameters_that_touch_nothing_are_named(program, settings):
         param("idle", 0.0)
         program(x)
 
-    refused(useless, X, match="parameter 'idle' does not touch the score", **settings)
+    refused(useless, X, match="parameter 'idle' has no effect on the score", **settings)
     detached = lambda x: program(x, param("idle", 0.0).detach())  # noqa: E731
-    refused(detached, X, match="parameter 'idle' does not touch the score", **settings)
+    refused(detached, X, match="parameter 'idle' has no effect on the score", **settings)
 
 
 def test_parameters_of_a_guide_that_touch_nothing_are_named():

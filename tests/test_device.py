@@ -50,7 +50,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:the importance weights",
     "ignore:the training stopped",
     "ignore:the estimate of",
-    "ignore:.*run away",
+    "ignore:.*diverged to",
 )
 
 

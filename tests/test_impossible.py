@@ -335,3 +335,44 @@ def test_a_matrix_that_never_has_a_factor_is_named():
     x = np.linspace(0, 3, 12)[:, None]
     with pytest.raises(ValueError, match="a matrix after site 'length' that cannot be factorised"):
         BayesMPT(program, predictor=SequentialMonteCarlo(64)).fit(x, np.sin(x[:, 0]))
+
+
+# ------------------------------------------------------------------------------------------------------- tiny noise
+
+LOADING = np.random.default_rng(0).normal(size=(4, 2))
+
+
+def factors(x, noise, classes):
+    with rows_of(x):
+        shift = pyro.sample("k", dist.Categorical(x.new_ones(2)))[..., None] if classes else 0.0
+        z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(shift + z @ x.new_tensor(LOADING).T, noise).to_event(1), obs=x)
+
+
+def gaussian(row, noise):
+    """The density of the cells of a row that are there, in 80 digits."""
+    seen = np.flatnonzero(~np.isnan(row))
+    loading = mpmath.matrix(LOADING[seen].tolist())
+    cov = loading * loading.T + mpmath.mpf(noise) ** 2 * mpmath.eye(len(seen))
+    r = mpmath.matrix([mpmath.mpf(float(v)) for v in row[seen]])
+    return -((r.T * mpmath.inverse(cov) * r)[0] + mpmath.log(mpmath.det(2 * mpmath.pi * cov))) / 2
+
+
+@pytest.mark.parametrize("classes", [False, True])
+@pytest.mark.parametrize("noise", [1e-8, 1e-10, 1e-12])
+def test_tiny_noise_keeps_the_digits_that_rows_have(noise, classes):
+    rng = np.random.default_rng(1)
+    rows = rng.normal(size=(4, 2)) @ LOADING.T + noise * rng.normal(size=(4, 4))
+    rows[0, 1] = np.nan
+    with mpmath.workdps(80):
+        truth = [gaussian(row, noise) for row in rows]
+        if classes:
+            truth = [
+                mpmath.log((mpmath.exp(a) + mpmath.exp(gaussian(r - 1, noise))) / 2)
+                for a, r in zip(truth, rows, strict=True)
+            ]
+        truth = np.array([float(v) for v in truth])
+    found = BayesMPT(lambda x: factors(x, noise, classes)).fit(rows).score_samples(rows)
+    np.testing.assert_allclose(
+        found, truth, rtol=0, atol=1e-15 / noise
+    )  # the rows' own rounding in units of the noise

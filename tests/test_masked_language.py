@@ -312,7 +312,9 @@ def test_comparison_of_other_tokens_is_refused():
         "sub-words": MaskedLanguageModel(network(), tokenizer()),
         "words": MaskedLanguageModel(network(seed=1), tokenizer(words)),
     }
-    with pytest.raises(ValueError, match="'words' cut the texts into other tokens than that of 'sub-words'"):
+    with pytest.raises(
+        ValueError, match="'words' split the texts into other tokens than the tokenizer of 'sub-words'"
+    ):
         compare_language_models(models, TEXTS)
     assert len(compare_language_models(models, ["the dog"])) == 2  # the same tokens under other numbers
     with pytest.raises(ValueError, match="nothing to compare"):

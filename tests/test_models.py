@@ -706,7 +706,7 @@ def test_a_component_on_repeated_rows_begins_again():
         "loc": tensor([[0.0, 0.0], [3.0, 3.0]]),
         "scale_tril": torch.stack([eye, 0.1 * eye]),
     }
-    with pytest.warns(UserWarning, match=r"component 1 \(5 rows\) has shrunk .*fewer components"):
+    with pytest.warns(UserWarning, match=r"component 1 \(5 rows\) has collapsed .*fewer components"):
         got = GaussianMixture(2).maximize(x, start, tol=1e-3, max_iter=1)
     np.testing.assert_allclose(got["loc"][1], x.mean(0))
     cov = got["scale_tril"][1] @ got["scale_tril"][1].mT
@@ -716,7 +716,7 @@ def test_a_component_on_repeated_rows_begins_again():
 
 def test_a_component_that_collapses_again_is_an_error():
     x = np.concatenate([np.random.default_rng(2).normal(size=(60, 2)), np.full((5, 2), 99.0)])
-    with pytest.raises(ValueError, match=r"component \d \(5 rows\) has shrunk .*fewer components"):
+    with pytest.raises(ValueError, match=r"component \d \(5 rows\) has collapsed .*fewer components"):
         BayesMPT(GaussianMixture(2), random_state=0).fit(x)
 
 

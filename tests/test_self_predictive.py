@@ -238,7 +238,7 @@ def half(x, visible):
     [
         (with_latent, r"latent sites \['z'\]"),
         (batch_norm, "other rows of the batch"),
-        (doubled, "cells of x as they stand"),
+        (doubled, "cells of x, unchanged"),
         (half, "must hold the 4 cells"),
     ],
 )

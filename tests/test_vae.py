@@ -166,7 +166,7 @@ class TestEvidence:
 
         X = np.random.default_rng(0).normal(size=(50, 2))
         model = BayesMPT(program, guide=guide, predictor=Importance(10), random_state=0)
-        with pytest.warns(UserWarning, match="10 draws see too little"):
+        with pytest.warns(UserWarning, match="10 draws cover too little"):
             model.fit(X)
         truth = norm.logpdf(X, 0, (1 + 0.02**2) ** 0.5).sum()
         assert model.log_marginal_likelihood_ + 10 * model.log_marginal_likelihood_se_ < truth

@@ -373,7 +373,7 @@ def _registered(owner: Any, name: str, raw: Tensor) -> Any:
         if not torch.equal(value, getattr(owner, name)) or prior.event_shape:
             raise ValueError(
                 f"the prior registered for {name!r} of {type(owner).__name__} is not of the parameter's natural value, "
-                "each element alone: such a prior cannot be read. Register it on the parameter itself"
+                "element by element: such a prior is not supported. Register it on the parameter itself"
             )
         real = owner.constraint_for_parameter_name(f"raw_{name}") is None
         one = torch.ones_like(raw).detach()

@@ -233,7 +233,7 @@ def _translate(kernel: theirs.Kernel, n_columns: int) -> Kernel:
             return _set(RBFKernel(ard_num_dims=_ard(kernel)), kernel, lengthscale="length_scale")
         if kernel.nu not in HALVES:
             raise ValueError(
-                f"Matern with nu={kernel.nu} is not to be had: gpytorch has 0.5, 1.5 and 2.5, and RBF for infinity"
+                f"Matern with nu={kernel.nu} is not supported: gpytorch has 0.5, 1.5 and 2.5, and RBF for infinity"
             )
         return _set(MaternKernel(nu=kernel.nu, ard_num_dims=_ard(kernel)), kernel, lengthscale="length_scale")
     if isinstance(kernel, theirs.RBF):

@@ -56,7 +56,7 @@ class OptimizedMask:
 
     with H^0 that of the embeddings alone, without positions, and H = 1 where fewer than two are visible or none hidden.
     These are sites `pyro.factor`, named as the weights are: they train, and enter no score. A reconstruction from the
-    abstract and summaries of arXiv 2404.08330, whose formulas and code were not to be had: not the authors' losses.
+    abstract and summaries of arXiv 2404.08330, whose formulas and code were not available: not the authors' losses.
 
     Parameters
     ----------
@@ -178,7 +178,7 @@ class MaskedTransformer(CheckedModel):
             f"embeddings and biases of {n_groups * most} codes",
             n_groups * most * self.width + n_biases * most,
             x,
-            "give rare codes one in common (n_levels), or a smaller width",
+            "merge rare codes into one (n_levels), or take a smaller width",
         )
         embedding = _normal("embedding", n_groups, most, self.width)
         table = _LookedUp.apply(embedding.flatten(0, 1))  # (V, D)

@@ -151,8 +151,9 @@ class GaussianMixture(CheckedModel):
         if collapsed:
             which = ", ".join(f"{c} ({n:.4g} rows)" for c, n in collapsed.items())
             what = (
-                f"component {which} has shrunk onto rows without spread in some direction, on the way to a likelihood "
-                "without bound: repeated rows, no more rows than columns, or columns that are constant or repeat others"
+                f"component {which} has collapsed onto rows without spread in some direction, where the likelihood "
+                "grows without bound: repeated rows, no more rows than columns, or columns that are constant or "
+                "repeat others"
             )
             remedy = (
                 "fewer components or more rows, drop what repeats, or set covariance_type to 'diag' or 'spherical' "
@@ -161,7 +162,9 @@ class GaussianMixture(CheckedModel):
             if hopeless:
                 raise CollapseError(f"{what}. Use {remedy}")
             warnings.warn(
-                f"{what}. It began again, empty and wide. Better use {remedy}", UserWarning, stacklevel=2
+                f"{what}. It was reset to an empty, wide component. Better use {remedy}",
+                UserWarning,
+                stacklevel=2,
             )
         return _in_units_of_x(table, mix, x)
 

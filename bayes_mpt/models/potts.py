@@ -132,7 +132,7 @@ class Couplings(NamedTuple):
         """log Z by annealed importance sampling from independent sites: couplings grow from 0 to 1 in ``n_steps``.
 
         The weights' mean is unbiased for Z; the standard error of its logarithm is sd(w) / (mean(w) sqrt(chains)),
-        to be believed while it is well below 1.
+        reliable while it is well below 1.
         """
         generator = torch.Generator().manual_seed(random_state)
         free = Couplings(self.field, torch.zeros_like(self.coupling))

@@ -132,8 +132,8 @@ class Annealed(Sampled):
     def __init__(self, settings: AnnealedImportance, start: GuideDraws):
         if start.one_by_one or start.mapped or start.placement is not None or start.has_points:
             raise ModelError(
-                "AnnealedImportance moves all draws of the guide side by side, which program and guide must take, and "
-                "the guide must draw every latent from a density: use Importance()"
+                "AnnealedImportance moves all draws of the guide at once: program and guide must broadcast over "
+                "leading batch dimensions, and the guide must draw every latent from a density: use Importance()"
             )
         self.settings, self.start = settings, start
         self.model, self.program, self.guide = start.model, start.program, start.guide

@@ -207,7 +207,7 @@ class Conditionals(ABC):
 
     def weighed(self, x: Tensor, visible: Tensor, weight: Tensor) -> Tensor:
         """Weighted sum (N,) of `conditionals` over masks and tokens; both (S, T), or (S, N, T)."""
-        raise NotImplementedError(f"{self.name} takes masks that all rows share")
+        raise NotImplementedError(f"{self.name} supports only masks that all rows share")
 
     def joint_at(self, args: tuple[Any, ...], values: dict[str, Tensor]) -> Tensor:
         """Log-density (B,) of a program's observations at B values (B, ...) of each parameter, side by side."""
@@ -219,11 +219,11 @@ class Conditionals(ABC):
 
     def sample(self, n_tokens: int, generator: Generator) -> tuple[Tensor, Tensor]:
         """Random tokens (B,) and weights (B,) with which their terms add up to `joint` in expectation."""
-        raise NotImplementedError(f"{self.name} has no terms to sample from")
+        raise NotImplementedError(f"{self.name} cannot estimate its score from a sample of tokens")
 
     def partial(self, x: Tensor, tokens: Tensor, weight: Tensor) -> Tensor:
         """A weighted sum of the terms of these tokens: (N, T), (B,), (B,) -> (N,) nats."""
-        raise NotImplementedError(f"{self.name} has no terms to sample from")
+        raise NotImplementedError(f"{self.name} cannot estimate its score from a sample of tokens")
 
     def predicted(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance of tokens of one Gaussian vector, each given those before it: (1, T), (B,) -> (B,)."""

@@ -40,7 +40,7 @@ class _Enumerated(Reader):
     def __init__(self, model: Model, program: Program):
         self.model, self.program = model, program
         names = ", ".join(program.discrete)
-        self.why = f"the values of {names} are summed out" if names else "no latent stands in the program"
+        self.why = f"the values of {names} are summed out" if names else "the program has no latents"
 
     def read(self, args: tuple[Any, ...], visible: Tensor | None = None) -> Read:
         filled = tuple(fill(a) for a in args)
@@ -66,8 +66,8 @@ def enumerated(model: Model, args: tuple[Any, ...], program: Program) -> Nodes:
                 "what depends on it. Use fewer values, or pyro.markov where only neighbours depend on each other"
             ) from error
         raise ModelError(
-            f"the program cannot run on all values of {list(program.discrete)} at once ({error}): index with them as "
-            "tensors that may have more axes on the left (probs[z]), without Python's if"
+            f"the program cannot run on all values of {list(program.discrete)} at once ({error}): write operations "
+            "that broadcast over leading batch dimensions (probs[z]), without Python's if"
         ) from error
     return Nodes(reader)
 
@@ -168,7 +168,7 @@ def _joint_values(model: Model, args: tuple[Any, ...], program: Program) -> dict
         if not site.discrete:
             continue
         if site.row_axis is None and program.by_row:
-            raise ModelError(f"discrete latent {site.name!r} stands outside the rows plate")
+            raise ModelError(f"discrete latent {site.name!r} is outside the rows plate")
         support = trace.nodes[site.name]["fn"].enumerate_support(expand=False)
         event = trace.nodes[site.name]["fn"].event_dim
         if site.row_axis is None or site.width != 1 or event:

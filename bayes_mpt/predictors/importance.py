@@ -51,7 +51,7 @@ from bayes_mpt.tracing import (
 __all__ = ["Drawn", "GuideDraws", "Importance", "Sampled", "pareto_k"]
 
 LEAST_TAIL = 20  # weights to fit a tail to
-BAD_K = 0.7  # above it the error is not to be believed (Vehtari et al. 2024)
+BAD_K = 0.7  # above it the error is unreliable (Vehtari et al. 2024)
 N_WIDENINGS = 6  # steps from Laplace's Gaussian towards the closest one
 WIDENING_COST = 200_000_000
 GROWTH = 3  # of the number of draws from stage to stage of a training

@@ -40,7 +40,7 @@ N_TRIAL_ROWS = 64  # rows on which it is found out what the program is
 PROJECTIVE_TOL = 1e-9
 NOT_DEFINITE = (
     "the covariance of the observations is not positive definite in float64: rows repeat and there is no "
-    "noise, a hyper-parameter is out of range, or the kernel is no covariance. Give the observations noise"
+    "noise, a hyper-parameter is out of range, or the kernel is not a valid covariance. Give the observations noise"
 )
 
 
@@ -227,7 +227,7 @@ class JointGaussian(Conditionals):
         loc, cov, value = moments(substitute(self._program(), data=values), wide, self.structure)
         n_tokens = loc.shape[-1]
         if loc.shape != (n, n_tokens) or value.numel() != n * n_tokens:
-            raise ModelError("the program does not run at several values of its parameters side by side")
+            raise ModelError("the program cannot be evaluated at several values of its parameters at once")
         residual = value.reshape(n, n_tokens) - loc
         seen = ~residual[0].isnan()
         if not bool(seen.all()):

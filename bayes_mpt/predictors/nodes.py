@@ -199,8 +199,8 @@ class Nodes(Conditionals):
         self._check(x)
         if self.sampled and self.reader is not None and not self.reader.located:
             raise ModelError(
-                "nodes from this guide have seen the hidden tokens, so single conditionals mean nothing, only the sum "
-                "of a whole chain: use PermutationChain, or give the guide an argument ``visible`` (N, T)"
+                "this guide has seen the hidden tokens, so single conditionals are meaningless and only the sum of a "
+                "whole chain is valid: use PermutationChain, or give the guide an argument ``visible`` (N, T)"
             )
         out = []
         for mask in visible:

@@ -296,7 +296,7 @@ class SelfConditionals(Conditionals):
             trace = poutine.trace(self.model).get_trace(x, visible=torch.ones_like(x, dtype=torch.bool))
         if not torch.equal(token_values(trace, self.program), x):
             raise ModelError(
-                f"the tokens of observed site {self.program.observed!r} must be the cells of x as they stand, so "
+                f"the tokens of observed site {self.program.observed!r} must be the cells of x, unchanged, so "
                 "that hidden ones can be scored: write obs=x"
             )
         n_tokens = x.shape[1]

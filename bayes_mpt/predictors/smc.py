@@ -91,7 +91,7 @@ class SequentialMonteCarlo(Predictor):
             raise ModelError("the program has no continuous latent to sample: use Exact()")
         if program.by_row:
             raise ModelError(
-                f"all latents {list(program.latent_names)} stand inside the rows plate {program.rows_plate!r}: rows "
+                f"all latents {list(program.latent_names)} are inside the rows plate {program.rows_plate!r}: rows "
                 "are independent, and each is integrated by itself. Use Quadrature(), or Importance() with a guide"
             )
         if program.parameters:

@@ -263,12 +263,13 @@ def _resume(
     wanted = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
     if found != wanted:
         raise ValueError(
-            f"{file} holds parameters {found}, the program has {wanted}: it is of another model. Remove it, or give "
-            "another checkpoint"
+            f"{file} holds parameters {found}, the program has {wanted}: it belongs to another model. Remove it, or "
+            "give another checkpoint"
         )
     if content.get("rows") != rows:
         raise ValueError(
-            f"{file} is of a training on other rows. Remove it, or give another checkpoint (a cross-validation, none)"
+            f"{file} belongs to a training on other rows. Remove it, or give another checkpoint (none in a "
+            "cross-validation)"
         )
     restore(leaves, content["leaves"])
     adam.load_state_dict(content["adam"])

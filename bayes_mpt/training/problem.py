@@ -160,7 +160,7 @@ def check_finite(leaves: dict[str, Tensor]) -> None:
 def untouched(name: str) -> ModelError:
     """A parameter on which the score does not depend."""
     return ModelError(
-        f"parameter {name!r} does not touch the score: nothing in the observed site depends on it, or only through "
+        f"parameter {name!r} has no effect on the score: nothing in the observed site depends on it, or only through "
         ".detach(). Remove it, or use it"
     )
 
