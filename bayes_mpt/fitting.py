@@ -321,7 +321,7 @@ class Trainer:
             elif problem.predictor.name == "Quadrature":
                 what = (
                     f"with so few nodes the score is not smooth ({problem.predictor.why}). Give Quadrature a larger "
-                    "n_nodes; if that does not help, a parameter runs to infinity"
+                    "n_nodes; if that does not help, a parameter diverges"
                 )
             else:
                 what = "the score has no smooth maximum near params_, or one at infinity: see history_"
