@@ -134,7 +134,7 @@ def test_columns_that_are_never_seen_together(k, known, n_init):
 
 def test_a_search_over_two_panels():
     search = MarginalLikelihoodSearch(
-        BayesMPT(PPCA(), random_state=0), {"model__n_components": [1, 2, 4]}, cv=3, random_state=0
+        BayesMPT(PPCA(), random_state=0), {"model__n_components": [1, 2, 4]}, cv=2, random_state=0
     ).fit(two_panels())
     assert search.best_params_ == {"model__n_components": 2}
 
