@@ -134,14 +134,16 @@ def test_columns_that_are_never_seen_together(k, known, n_init):
 
 def test_a_search_over_two_panels():
     search = MarginalLikelihoodSearch(
-        BayesMPT(PPCA(), random_state=0), {"model__n_components": [1, 2, 4]}, cv=3, random_state=0
+        BayesMPT(PPCA(), random_state=0), {"model__n_components": [1, 2, 4]}, cv=2, random_state=0
     ).fit(two_panels())
     assert search.best_params_ == {"model__n_components": 2}
 
 
 @pytest.mark.filterwarnings("ignore:the estimate of the noise variance")
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("model, noise", [(PPCA(2), tied), (FactorAnalysis(2), free)], ids=repr)
+@pytest.mark.parametrize(
+    "model, noise", [(PPCA(2), tied), (FactorAnalysis(2), free)], ids=["PPCA", "FactorAnalysis"]
+)
 def test_small_tables_reach_the_best_of_many_starts(seed, model, noise):
     x = small(seed, 80, 6, 0.35)
     fit = BayesMPT(model, random_state=0).fit(x)
