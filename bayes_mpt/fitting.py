@@ -199,8 +199,12 @@ def warn_of_ignored_rows(predictor: Conditionals, model: Model, args: tuple[Any,
     if structure.plain or predictor.own_masks:
         return  # its tokens are the cells of X
     filled = tuple(fill(a) for a in args)
-    for some in (head(filled, N_TRIAL_ROWS), filled):  # a program may insist on all its rows
-        with suppress(RuntimeError, ValueError, IndexError), torch.no_grad(), pyro.validation_enabled(False):
+    refused = (RuntimeError, ValueError, IndexError, KeyError)
+    for some in (
+        head(filled, N_TRIAL_ROWS),
+        filled,
+    ):  # a program may insist on all its rows, or have a site for each
+        with suppress(*refused), torch.no_grad(), pyro.validation_enabled(False):
             value = tokens_of(run(model, some), structure)
             break
     else:
@@ -209,7 +213,7 @@ def warn_of_ignored_rows(predictor: Conditionals, model: Model, args: tuple[Any,
         try:
             with torch.no_grad(), pyro.validation_enabled(False):
                 other = tokens_of(run(model, tuple(change(a) for a in some)), structure)
-        except (RuntimeError, ValueError, IndexError):
+        except refused:
             continue
         if not torch.equal(value, other):
             return

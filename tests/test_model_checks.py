@@ -255,6 +255,12 @@ def test_rows_that_are_not_ignored():
         with pyro.plate("rows", len(x)):
             pyro.sample("x", dist.Normal(0.0, 1.0), obs=x.sum(1) > 0.0)
 
+    def series(x):
+        for t in range(len(x)):
+            pyro.sample(f"x_{t}", dist.Normal(0.0, 1.0), obs=x[t, 0])
+
+    BayesMPT(series).fit(X[:9])
+    BayesMPT(series).fit(np.tile(X[:, :1], (3, 1)))
     BayesMPT(normal).fit(np.ones((4, 2)))
     BayesMPT(computed).fit(X)
     BayesMPT(BayesianRegression()).fit(X, X[:, 0])
