@@ -1237,7 +1237,11 @@ def certain(x):
         (too_large_a_plate, {}, r"site 'x' has values of shape \(30, 4\).*\(31, 4\).*len\(x\)"),
         (no_event, {}, r"at site x dim -1, 30 vs 4: append .to_event\(1\)"),
         (negative_gamma, {}, r"site 'x' has values outside the support of its Gamma, such as -"),
-        (impossible, {"predictor": Importance(5)}, r"is nan.*log-density of site 'x' is -inf"),
+        (
+            impossible,
+            {"predictor": Importance(5)},
+            r"is -inf.*density 0 at every draw.*log-density of site 'x' is -inf",
+        ),
         (certain, {}, r"latent 'z' is a Delta.*deterministic"),
     ],
 )

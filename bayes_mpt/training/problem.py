@@ -175,7 +175,12 @@ def impossible(problem: Problem, predictor: Conditionals) -> str:
     if not rows:
         return ""
     named = ", ".join(map(str, rows[:5])) + (f" and {len(rows) - 5} others" if len(rows) > 5 else "")
-    return f", since row{'s' * (len(rows) > 1)} {named} (counted from 0) cannot occur under the program"
+    why = (
+        "have density 0 at every draw of the latents"
+        if predictor.sampled
+        else "cannot occur under the program"
+    )
+    return f", since rows [{named}] (counted from 0) {why}"
 
 
 def check_start(problem: Problem, leaves: dict[str, Tensor]) -> tuple[Conditionals, float, Tensor]:
