@@ -19,7 +19,6 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from bayes_mpt import training
-from bayes_mpt.affine import tokens_of
 from bayes_mpt.concentrated import NoiseFloorError, spectrum
 from bayes_mpt.evidence import laplace_proportional
 from bayes_mpt.hyperparameters import Prior, assign
@@ -200,22 +199,25 @@ def warn_of_ignored_rows(predictor: Conditionals, model: Model, args: tuple[Any,
         return  # its tokens are the cells of X
     filled = tuple(fill(a) for a in args)
     refused = (RuntimeError, ValueError, IndexError, KeyError)
-    for some in (
-        head(filled, N_TRIAL_ROWS),
-        filled,
-    ):  # a program may insist on all its rows, or have a site for each
-        with suppress(*refused), torch.no_grad(), pyro.validation_enabled(False):
-            value = tokens_of(run(model, some), structure)
+
+    def observed(some: tuple[Any, ...]) -> list[Tensor]:
+        with torch.no_grad(), pyro.validation_enabled(False):
+            trace = run(model, some)
+            return [trace.nodes[name]["value"] for name in structure.site_names]
+
+    # a program may insist on all its rows, or have a site for each
+    for some in (head(filled, N_TRIAL_ROWS), filled):
+        with suppress(*refused):
+            before = observed(some)
             break
     else:
         return
     for change in (resampled, shifted):  # resampled rows may be equal, shifted ones have values out of range
         try:
-            with torch.no_grad(), pyro.validation_enabled(False):
-                other = tokens_of(run(model, tuple(change(a) for a in some)), structure)
+            after = observed(tuple(change(a) for a in some))
         except refused:
             continue
-        if not torch.equal(value, other):
+        if not all(map(torch.equal, before, after)):
             return
     warnings.warn(
         f"observed site {structure.observed!r} does not change with X: the rows that were given are ignored, and "

@@ -199,6 +199,8 @@ class Table:
         if not self.n:
             return self.incomplete, self.mean.new_ones(len(self.incomplete))
         root = _some_root(self._cov, self._root)
+        if not len(root):  # of a single row
+            root = root.new_zeros(1, len(self.mean))
         step = math.sqrt(len(root)) * root
         rows = torch.cat([self.mean + step, self.mean - step, self.incomplete])
         weight = torch.full((2 * len(root),), self.n / (2 * len(root)), dtype=rows.dtype, device=rows.device)
