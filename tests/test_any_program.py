@@ -169,6 +169,7 @@ def test_imputed_codes():
         assert filled[n, t] in (pytest.approx(share @ np.arange(3)), pytest.approx(share.argmax()))
 
 
+@pytest.mark.slow
 def test_more_starts_are_no_worse_and_warm_start_ends_at_once():
     x = codes(40)
     one = fitted(latent_class, x)
@@ -181,6 +182,7 @@ def test_more_starts_are_no_worse_and_warm_start_ends_at_once():
         model.partial_fit(x)
 
 
+@pytest.mark.slow
 def test_training_on_masks_and_minibatches_climbs():
     x = codes(40, gaps=0.05)
     settings = {"masks": UniformSize(2), "max_iter": 30, "batch_size": 20}
@@ -242,6 +244,7 @@ def forward(theta, x):
     return logsumexp(a, axis=1)
 
 
+@pytest.mark.slow
 def test_hidden_markov_model():
     draw = rng(0)
     z = np.cumsum(draw.uniform(size=(25, 6)) < 0.2, axis=1) % 2
@@ -282,6 +285,7 @@ def mixed_lml(theta, x):
     return logsumexp(out, axis=1)
 
 
+@pytest.mark.slow
 def test_columns_of_different_kinds_in_a_data_frame():
     draw = rng(6)
     c = draw.integers(2, size=120)
@@ -424,6 +428,7 @@ class Encoder(torch.nn.Module):
         return h[..., : self.width], (h[..., self.width :] - 0.5).exp()
 
 
+@pytest.mark.slow
 def test_six_latents_with_an_amortised_guide():
     with torch.random.fork_rng():
         encoder = Encoder(5, 6)
@@ -663,6 +668,7 @@ def branching(x, y):
         pyro.sample("y", dist.Bernoulli(logits=sign * x @ weight), obs=y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("predictor", [Quadrature(20), Importance(100), SMALL_SMC], ids=repr)
 def test_programs_for_one_node_at_a_time_run_on_many(predictor):
     """``x @ w`` takes no further axes on the left; torch.vmap runs it on all nodes, to the same numbers."""

@@ -573,6 +573,7 @@ def test_a_subsampled_plate_is_named(x):
         BayesMPT(model=subsampled).fit(x)
 
 
+@pytest.mark.slow
 def test_a_subsampled_plate_in_the_loss_is_named_or_scaled(x):
     """An error that names the plate, or an unbiased estimate of the whole table's loss."""
     rows = torch.as_tensor(x)

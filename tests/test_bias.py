@@ -125,11 +125,13 @@ def mean_over_masks(case, x, size, value):
     )
 
 
+@pytest.mark.slow
 def test_the_area_is_the_lml(enumerated):
     _, _, lml, curve = enumerated
     np.testing.assert_allclose(curve.sum(0), lml, rtol=0, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_beyond_a_size_lies_the_lml_of_what_it_leaves_visible(enumerated):
     """Tail: sum over m > M of S(m) = E_R log p(x_R), |R| = T - M."""
     case, x, _, curve = enumerated
@@ -146,6 +148,7 @@ def test_up_to_a_size_lies_the_joint_block(enumerated):
         np.testing.assert_allclose(curve[:size].sum(0), want, rtol=0, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_the_bias_is_a_tail_and_a_dependence_within_the_mask(enumerated):
     """B = LML - T S(M) = [sum over m > M of S(m) - (T - M) S(M)] + E_M [log p(x_M | x_R) - sum_i log p(x_i | x_R)]."""
     case, x, lml, curve = enumerated
@@ -178,6 +181,7 @@ def population(case, n_tokens):
     return x, np.exp(case.block(x, list(range(n_tokens)), []))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_size_of_the_bias(case):
     """Under the true model S(m) falls with m: low rates flatter, high ones hurt, and B differs between parameters."""
@@ -261,6 +265,7 @@ def largest_lml(cov, n_latents):
     return -0.5 * (np.log(2 * math.pi * theta) + value / theta).sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [[1], [2], [4], [6], range(1, 9)], ids=str)
 def test_a_well_specified_program_ends_at_the_truth_whatever_the_size(sizes):
     case = CASES["linear-Gaussian"]
@@ -270,12 +275,14 @@ def test_a_well_specified_program_ends_at_the_truth_whatever_the_size(sizes):
     assert lml_after_training(gaussian_factors(2), x, weight, sizes) == pytest.approx(want, abs=1e-7)
 
 
+@pytest.mark.slow
 def test_with_everything_hidden_only_the_marginals_are_learnt():
     case = CASES["linear-Gaussian"]
     x, weight = population(case, 8)
     assert lml_after_training(gaussian_factors(2), x, weight, [8]) < largest_lml(case.cov, 2) - 1
 
 
+@pytest.mark.slow
 def test_a_misspecified_program_ends_lower():
     """Three factors made the rows and one is fitted: each size has its own maximum, only all of them the LML's."""
     case = LinearGaussian(np.random.default_rng(0).normal(size=(8, 3)))
@@ -287,6 +294,7 @@ def test_a_misspecified_program_ends_lower():
     assert everything == pytest.approx(best, abs=1e-7)
 
 
+@pytest.mark.slow
 def test_pixels_have_the_same_maxima():
     """No closed form: every S(m) is stationary at the truth, and none that sees a token at a misspecified best LML."""
     case = CASES["pixels"]

@@ -166,6 +166,7 @@ def fitted(case, device):
     return clone(model).set_params(device=device, random_state=0).fit(*data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXACT)
 def test_same_fit(name):
     _, *data = EXACT[name]
@@ -175,6 +176,7 @@ def test_same_fit(name):
     assert there.params_.keys() == here.params_.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RANDOM)
 def test_runs(name):
     _, *data = RANDOM[name]
@@ -207,6 +209,7 @@ class TestWhatAFitIsUsedFor:
         here, there = (fitted((BayesMPT(FactorAnalysis(1)), IRIS), device) for device in ("cpu", DEVICE))
         close(there.laplace(IRIS).log_evidence, here.laplace(IRIS).log_evidence)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("predictor", ["auto", NearestNeighbors(8)])
     def test_gaussian_process(self, predictor):
         case = BayesMPT(GaussianProcess(1.0 * RBF()), predictor=predictor), LINE, WAVE
@@ -227,10 +230,12 @@ class TestWhatAFitIsUsedFor:
         assert there.sample(5).shape == (5, 16)
         assert np.isfinite(there.sample_missing(X[:5], n_samples=2)).all()
 
+    @pytest.mark.slow
     def test_bounds(self):
         case = BayesMPT(VAE(2, hidden=(8,)), predictor=AnnealedImportance(4, 10), max_iter=1), PIXELS[:40]
         assert np.isfinite(fitted(case, DEVICE).bidirectional(20).gap)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "name", ["ppca", "mixture", "regression", "gaussian process", "potts", "own program, quadrature"]
     )
@@ -245,6 +250,7 @@ class TestWhatAFitIsUsedFor:
         close(back.set_params(device="cpu").score_samples(*data), there.score_samples(*data))
         close(back.set_params(device=DEVICE).score_samples(*data), there.score_samples(*data), 1e-9)
 
+    @pytest.mark.slow
     def test_network(self):
         class Program(PyroModule):
             def __init__(self):

@@ -63,6 +63,7 @@ def test_parts_are_those_of_dense_algebra(series):
     np.testing.assert_allclose(parts.noise_sd, 0.1)
 
 
+@pytest.mark.slow
 def test_parts_sum_to_the_whole(search, series):
     parts = search.decompose()
     seen = ~np.isnan(series[1])

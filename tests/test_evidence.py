@@ -248,6 +248,7 @@ def brute_force(s, n_draws=40_000):
     return log_w.max() + math.log(w.mean()) + math.log(volume)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("kind, t, k", [("ppca", 4, 1), ("ppca", 5, 2), ("fa", 6, 1), ("fa", 6, 2)])
 def test_against_brute_force_integration(kind, t, k, seed):

@@ -149,6 +149,7 @@ def test_ppca_reaches_its_closed_form_where_the_covariance_is_all_but_singular(n
     assert model.log_marginal_likelihood_ == pytest.approx(tipping_bishop(X, 3), rel=1e-12, abs=atol)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise", [1e-3, 1e-5, 1e-6, 1e-7, 1e-10])
 def test_auto_finds_one_dimension_under_little_noise(noise):
     for seed in range(20):

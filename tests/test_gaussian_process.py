@@ -127,6 +127,7 @@ def _of_gpytorch(kernel, noise, x, y):
     return log_prob.item() * len(y)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:A not p.d., added jitter")  # gpytorch's own, of a linear kernel
 @pytest.mark.parametrize("name", [*ANYWHERE, *ALONG_ONE_COLUMN, *ARD])
 @pytest.mark.parametrize("data", ["diabetes", "co2"])
@@ -531,6 +532,7 @@ WITHOUT_NOISE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WITHOUT_NOISE)
 @pytest.mark.filterwarnings("ignore:the estimate of parameter 'mean")  # far from a parabola too
 def test_other_observations_without_noise(name):
@@ -557,6 +559,7 @@ def test_a_small_noise_that_is_given_is_taken_as_it_is(noise):
     assert fit.log_marginal_likelihood_ == pytest.approx(truth, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_without_noise_in_searches():
     x, y = curve(14)
     grid = {"model__kernel": [ScaleKernel(RBFKernel()), LinearKernel()]}
@@ -630,6 +633,7 @@ def few(name):
     return x, np.array(y), cov, u, w
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LIKELIHOODS)
 def test_latent_evidence_and_predictions_against_quadrature(name):
     x, y, cov, u, w = few(name)
@@ -657,6 +661,7 @@ def cancer():
     return x[rows, :5], table.target[rows].astype(float)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(
     "ignore:the importance weights"
 )  # one of a thousand draws may stand out: k = 0.72
@@ -702,6 +707,7 @@ def by_own_draws(cov, y, n_draws=40_000, n_rounds=40):
     return logsumexp(log_w) - np.log(n_draws), error, share, f
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(
     "ignore:the importance weights"
 )  # one of a thousand draws may stand out: k = 0.72
@@ -732,6 +738,7 @@ def test_classification_probabilities(cancer):
         model.predict(x[80:], return_std=True)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the estimate of parameter")  # a part that these data do without vanishes
 def test_kernels_ranked_for_two_classes():
     x, y = load_iris(return_X_y=True)
@@ -744,6 +751,7 @@ def test_kernels_ranked_for_two_classes():
     assert table["mc_dse"].iloc[1] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(
     "ignore:the importance weights"
 )  # one of a thousand draws stands out, as it should be said
@@ -757,6 +765,7 @@ def test_a_likelihood_with_a_parameter_of_its_own():
     np.testing.assert_allclose(model.predict(x), np.sin(x[:, 0]), atol=0.25)
 
 
+@pytest.mark.slow
 def test_counts_with_gaps():
     rng = np.random.default_rng(0)
     x = np.sort(rng.uniform(0, 6, 60))[:, None]

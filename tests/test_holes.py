@@ -122,6 +122,7 @@ def test_factor_analysis_reaches_the_best_of_many_starts(which, known):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_init", ["auto", 1])
 @pytest.mark.parametrize("k, known", [(1, -1043.06), (2, -937.76), (3, -936.55)])
 def test_columns_that_are_never_seen_together(k, known, n_init):
@@ -132,6 +133,7 @@ def test_columns_that_are_never_seen_together(k, known, n_init):
     assert model.log_marginal_likelihood_ == pytest.approx(optimum(x, k, *tied(6), n_starts=3), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_a_search_over_two_panels():
     search = MarginalLikelihoodSearch(
         BayesMPT(PPCA(), random_state=0), {"model__n_components": [1, 2, 4]}, cv=2, random_state=0
@@ -139,6 +141,7 @@ def test_a_search_over_two_panels():
     assert search.best_params_ == {"model__n_components": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the estimate of the noise variance")
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
@@ -172,6 +175,7 @@ def two_noises(x):
         pyro.sample("x", dist.Normal(loc + z @ loading.T, noise.sqrt()).to_event(1), obs=x)
 
 
+@pytest.mark.slow
 def test_programs_of_ones_own():
     x = tables()[2]
     model = BayesMPT(own_program, random_state=0).fit(x)
@@ -228,6 +232,7 @@ def test_a_noise_at_zero_is_named_where_the_likelihood_is_highest_there():
     )
 
 
+@pytest.mark.slow
 def test_a_search_says_of_which_column():
     x = pd.DataFrame(tables()[0][:, :6], columns=list("abcdef"))
     with pytest.warns(ConvergenceWarning, match=ZERO):

@@ -289,6 +289,7 @@ def test_periods(period):
 # -------------------------------------------------------------------------------------------- the prior
 
 
+@pytest.mark.slow
 def test_prior_is_in_units_of_the_data():
     """Other units of x and y: the same posterior, the evidence shifted by the Jacobian."""
     x, y = wave(30)
@@ -388,6 +389,7 @@ def test_penalty_is_the_maximum_a_posteriori():
         BayesMPT(PPCA(1), penalty=True).fit(np.random.default_rng(0).normal(size=(20, 3)))
 
 
+@pytest.mark.slow
 def test_any_program_may_offer_a_prior():
     """Rows that are independent: theta the log variance of N(0, exp theta), with a closed gradient; one by one."""
 
@@ -498,6 +500,7 @@ def no_prior(x, y):
     pyro.sample("y", dist.MultivariateNormal(x.new_zeros(len(x)), cov), obs=y)
 
 
+@pytest.mark.slow
 def test_programs_without_a_prior_are_held_out(line):
     x, y = line
     search = MarginalLikelihoodSearch(

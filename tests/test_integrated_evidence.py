@@ -52,6 +52,7 @@ def diabetes():
     return x * math.sqrt(len(x)), (y - y.mean()) / y.std()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", subsets())
 def test_regression_on_subsets_of_features(diabetes, columns):
     x, y = diabetes

@@ -137,6 +137,7 @@ def drawn(name, missing):
 # ------------------------------------------------------------------------------------------- against dense algebra
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", [False, True])
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_equal_to_dense_algebra(name, missing, always):
@@ -355,6 +356,7 @@ def by_statsmodels(kind, start, x):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llevel", "lltrend"])
 @pytest.mark.parametrize("series", ["nile", "co2"])
 def test_against_statsmodels(kind, series):

@@ -173,6 +173,7 @@ def test_each_order_is_normalised():
     assert np.exp(lm.pseudo_log_likelihood(texts)).sum() != pytest.approx(1, abs=1e-3)  # which is no density
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["Bert", "Roberta"])
 def test_batches_change_nothing_and_are_bounded(kind):
     model, cut = network(kind), tokenizer()

@@ -308,6 +308,7 @@ def test_terms_left_out_leave_the_plain_network_to_the_bit():
         )
 
 
+@pytest.mark.slow
 def test_a_penalty_does_what_it_is_for():
     """Left to itself heterogeneity rises in the last layer; with the penalty it falls in all."""
     X = sample(500, 0)
@@ -344,6 +345,7 @@ def fitted():
         }
 
 
+@pytest.mark.slow
 def test_area_lies_below_the_exact_log_likelihood_and_approaches_it(fitted):
     """In expectation, where no sampling error hides a network that knows what it cannot know."""
     few, many = gap(fitted[400]), gap(fitted[3000])
@@ -365,6 +367,7 @@ def test_orders_disagree_and_it_is_told(fitted):
     assert 0 < spread[3000] < spread[400]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [{"mask_token": "optimized"}, {"head": "contrastive"}])
 def test_the_other_kinds_learn_as_well(kind):
     settings = {"learning_rate": 3e-3, "validation_fraction": 0.0, "max_iter": 25, "random_state": 0}
@@ -374,6 +377,7 @@ def test_the_other_kinds_learn_as_well(kind):
     assert 0 < gap(model) < 0.2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["softmax", "contrastive"])
 @pytest.mark.filterwarnings("ignore:the training stopped")
 def test_missing_cells_and_columns_with_other_levels(head):
@@ -507,6 +511,7 @@ def codes_of(contrastive, seed=0):
     return _Codes(h, table, b, GROUP, N_LEVELS, hidden, contrastive), x, hidden, leaves
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("contrastive", [False, True])
 def test_draws_follow_the_read_out(contrastive):
     """A cell is drawn anew 4000 times; and through the estimator, missing cells alone."""
@@ -638,6 +643,7 @@ def test_a_step_holds_no_logits_of_the_vocabulary(monkeypatch):
     assert largest("contrastive", read_out=True) == table
 
 
+@pytest.mark.slow
 def test_read_out_needs_the_frequencies():
     """Contexts with known conditionals: e'h plus the log frequencies comes to the entropy, e'h alone does not."""
     generator = torch.Generator().manual_seed(0)

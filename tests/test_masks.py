@@ -324,6 +324,7 @@ def test_every_chain_is_the_lml(policy, conditional):
     np.testing.assert_allclose(draws(policy, table, 200), joint, rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", [UniformSize(), UniformSize(3), EverySize()], ids=repr)
 def test_unbiased(policy, conditional):
     table, joint = conditional
@@ -332,6 +333,7 @@ def test_unbiased(policy, conditional):
     assert z_score(values, joint) < 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed_offset", [0, 10_000])
 def test_unbiased_over_integer_seeds(seed_offset, conditional):
     table, joint = conditional
@@ -339,6 +341,7 @@ def test_unbiased_over_integer_seeds(seed_offset, conditional):
     assert z_score(values, joint) < 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("policy", "m"), [(FixedRate(0.2), 1), (FixedRate(0.4), 2), (FixedRate(0.4, n_masks=3), 2)]
 )
@@ -361,6 +364,7 @@ def test_leave_one_out_is_the_pseudo_likelihood_and_not_the_lml(conditional):
 # -- spread: the exact variances come from enumeration
 
 
+@pytest.mark.slow
 def test_spread_of_single_masks_is_the_enumerated_one(conditional):
     table, joint = conditional
     mean, variance = mean_by_size(table)
@@ -371,6 +375,7 @@ def test_spread_of_single_masks_is_the_enumerated_one(conditional):
     assert every < uniform
 
 
+@pytest.mark.slow
 def test_stratified_masks_are_less_noisy_than_independent_ones(conditional):
     table, _ = conditional
     _, variance = mean_by_size(table)
@@ -382,6 +387,7 @@ def test_stratified_masks_are_less_noisy_than_independent_ones(conditional):
     assert stratified.std() < 1.08 * left
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", [UniformSize(), EverySize(), FixedRate(0.4)], ids=repr)
 def test_spread_falls_as_one_over_the_root_of_the_replicates(policy, conditional):
     table, _ = conditional
@@ -462,6 +468,7 @@ def test_blocks_are_the_masks_of_fewer_tokens(policy):
 BLOCKS = [0, 1, 1, 0, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", [UniformSize(2), EverySize(), PermutationChain(2)], ids=repr)
 def test_the_expectation_of_blocks_is_a_mean_over_their_orders(policy, conditional):
     table, joint = conditional

@@ -372,6 +372,7 @@ def test_error_covers_the_distance_to_the_truth():
     assert gaps[-1] < gaps[0] / 4 and errors[-1] < errors[0] / 4
 
 
+@pytest.mark.slow
 def test_sampled_terms_are_unbiased():
     x, y = data(300)
     near = read(20, args=(x, y))
@@ -408,6 +409,7 @@ def test_choice_by_size(monkeypatch):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns, nu", [(1, 0.5), (2, math.inf), (3, 1.5)])
 def test_kernels_rank_as_by_the_exact_likelihood(columns, nu):
     rng = np.random.default_rng(0)
@@ -491,6 +493,7 @@ def test_training_by_stages_ends_at_the_same_maximum(monkeypatch):
     assert staged.log_marginal_likelihood_ == pytest.approx(whole.log_marginal_likelihood_, abs=5e-3)
 
 
+@pytest.mark.slow
 def test_minibatches_of_terms_train():
     X, y = (a.numpy() for a in data(200))
     exact = BayesMPT(broadcasting, predictor=NearestNeighbors(5)).fit(X, y)
@@ -555,6 +558,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux")
 def test_memory_of_many_rows_is_bounded():
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)

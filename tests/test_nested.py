@@ -107,6 +107,7 @@ def test_random_intercepts_by_draws(predictor):
         assert "particles over the 1 numbers of slope," in model.explain()
 
 
+@pytest.mark.slow
 def test_conditionals_and_chains():
     y = tensor(Y[:3])
     read, value = bound(Quadrature(20), logistic, tensor(X[:3]), y)

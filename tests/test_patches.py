@@ -239,6 +239,7 @@ def area_of(model):
         return masked_score(predictor, x, every_mask()).double()
 
 
+@pytest.mark.slow
 def test_training_starts_at_independent_pixels(fitted):
     share = (sample(4000, 0).astype(float).sum(0) + 0.5) / 4001
     independent = STATES @ torch.tensor(np.log(share)) + (1 - STATES) @ torch.tensor(np.log1p(-share))
@@ -270,6 +271,7 @@ def test_single_pixels_can_be_hidden_too(fitted):
     assert abs(filled[:, LABEL == 1] - 1 / (1 + np.exp(-ratio))).mean() < 0.1  # by halves 0.40
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the training stopped")
 def test_missing_pixels_in_training():
     X = sample(3000, 3)
@@ -289,6 +291,7 @@ def test_missing_pixels_in_training():
     assert nothing.total == 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the training stopped")
 def test_normal_pixels():
     """Two patches whose pixels are pairs of a bivariate Normal; scales must shrink where the other patch is seen."""

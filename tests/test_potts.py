@@ -286,6 +286,7 @@ def test_fit_on_leave_one_out_is_the_maximum_of_the_pseudo_likelihood():
     assert abs(est.score(x) - float(form.log_prob(x).mean())) < 1e-9  # its conditionals fit one joint density
 
 
+@pytest.mark.slow
 def test_training_on_all_masks_comes_near_the_maximum_of_the_likelihood():
     truth = general(3, 2, 11)
     x = rows(truth, 500, 1)
@@ -312,6 +313,7 @@ def error(program, form, x, **settings):
     return float((w - true).square().sum() / true.square().sum())
 
 
+@pytest.mark.slow
 def test_error_of_the_couplings_falls_with_the_rows():
     sizes, errors = (250, 1000, 4000), []
     for seed in range(4):
@@ -324,6 +326,7 @@ def test_error_of_the_couplings_falls_with_the_rows():
     assert np.max(errors, 0)[-1] < 0.02
 
 
+@pytest.mark.slow
 def test_a_sum_of_two_products_needs_two_heads():
     form = separable(6, 3, 5, n_products=2)
     x = rows(form, 4000, 3)
@@ -362,6 +365,7 @@ def test_masks_of_each_row():
         assert abs(float(together[n] - alone @ weight[0, n])) < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "program", [Potts(), Potts(n_levels=3), Potts(separable=True), FactoredAttention()], ids=repr
 )

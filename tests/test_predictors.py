@@ -868,6 +868,7 @@ def test_joint(case):
         assert found.se == 0
 
 
+@pytest.mark.slow
 def test_conditionals(case):
     ready = case.read()
     visible = masks_of(case.n_tokens, 6 if case.exact else 2)
@@ -877,6 +878,7 @@ def test_conditionals(case):
     assert (got.detach().numpy()[~hidden] == 0).all()
 
 
+@pytest.mark.slow
 def test_chains(case):
     ready = case.read()
     t = case.n_tokens
@@ -898,6 +900,7 @@ def test_chains(case):
     close(got.sum(-1), np.broadcast_to(truth.log_z(seen), got.shape[:2]), case.step_tol * t)
 
 
+@pytest.mark.slow
 def test_posterior(case):
     ready = case.read()
     truth = case.truth(case.theta)
@@ -915,6 +918,7 @@ def test_posterior(case):
     close(everything.tokens.nan_to_num(), last.tokens.detach().nan_to_num(), 1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", ["first", "with a hole", "nothing seen"])
 def test_one_row(case, keep):
     ready = case.read()
@@ -936,6 +940,7 @@ def test_one_row(case, keep):
         assert float(alone.joint(alone.value).detach()) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["joint", "conditionals"])
 def test_gradients(case, what):
     ready = case.read()
@@ -973,6 +978,7 @@ def test_gradients(case, what):
         assert abs(have - want) * unit <= slack * (1 + abs(want) * unit), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "policy", [UniformSize(1), EverySize(1), PermutationChain(1)], ids=lambda p: type(p).__name__
 )
@@ -1006,6 +1012,7 @@ def test_averaged_over_masks_the_score_is_the_lml(item, policy):
 # --------------------------------------------------------------------------------------- exact: further identities
 
 
+@pytest.mark.slow
 def test_a_long_chain_against_the_forward_algorithm():
     item, forward = hmm("Normal", n_steps=60, n_states=3, n_rows=4)
     ready = item.read()
@@ -1238,6 +1245,7 @@ def test_fifty_heads_of_a_hundred(a, b, value):
     assert got.se < 1e-6
 
 
+@pytest.mark.slow
 def test_regression_with_an_unknown_noise():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(30, 3))
@@ -1513,6 +1521,7 @@ def test_draws_around_the_mode(item):
     close(got, true_conditionals(truth, item.x, visible), 0.15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["AutoNormal", "AutoDiagonalNormal", "AutoMultivariateNormal"])
 def test_automatic_guides(kind):
     x = tensor(COUNTS)

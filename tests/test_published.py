@@ -76,6 +76,7 @@ def test_true_lml(table_1):
     assert BayesMPT(program_of(w)).fit(x.numpy()).score(x.numpy()) == pytest.approx(want.mean(), abs=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_each, mean, sd", [(1, -60.44, 0.47), (10, -60.22, 0.12), (100, -60.34, 0.03)])
 def test_table_1_with_the_papers_own_masks(table_1, n_each, mean, sd):
     _, x, few, predictor = table_1
@@ -90,6 +91,7 @@ def test_table_1_with_the_papers_own_masks(table_1, n_each, mean, sd):
     assert np.std(found) - 0.006 <= sd <= np.std(found, ddof=1) + 0.006
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_each, sd", [(1, 0.47), (10, 0.12)])
 def test_table_1_with_our_masks(table_1, n_each, sd):
     """The same policy by our own draws: unbiased, and as noisy as the five published seeds."""
@@ -135,6 +137,7 @@ def test_the_shared_noise_lets_other_loadings_pass_the_truth():
 # ------------------------------------------------------------------------------------------------- the fixed rate
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared, bias", [(True, -7.2), (False, -6.4)])
 def test_bias_of_a_fixed_rate_in_512_dimensions(shared, bias):
     """Figure 1, right: 76 of 512 tokens hidden. The bias is not zero, and low rates look too good."""

@@ -148,6 +148,7 @@ def all_totals(draws):
     return (by_mask * torch.cat([d.weight for d in draws])).sum(1).reshape(len(draws), -1).sum(1).numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", [UniformSize(1), UniformSize(T), EverySize(1), EverySize(3)], ids=repr)
 def test_unbiased_with_the_right_spread(policy):
     n_draws, generator = 10_000, torch.Generator().manual_seed(SEED)
@@ -186,6 +187,7 @@ def test_the_replicates_of_an_estimate(policy):
     assert not e.exact
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_replicates", [2, 3, 8])
 @pytest.mark.parametrize("policy", [EverySize(2), UniformSize(2 * T)], ids=repr)
 def test_the_standard_error_covers(policy, n_replicates):
@@ -278,6 +280,7 @@ def test_such_masks_are_refused_where_an_lml_is_reported(policy):
 # ----------------------------------------------------------------------------------------------------- the curve
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", [EverySize(4), UniformSize(20), PermutationChain(5)], ids=repr)
 def test_the_curve_by_size(policy):
     e = estimate(predictor_of(), tensor(X), policy, n_replicates=200, random_state=SEED)
@@ -299,6 +302,7 @@ def test_the_area_under_the_curve_of_chains_is_exact():
         assert e.by_size.mean.sum() * N == pytest.approx(lml_of(x).sum(), abs=1e-9)
 
 
+@pytest.mark.slow
 def test_standard_errors_of_the_curve():
     """Their size is that of the real spread over seeds."""
     found = [
@@ -325,6 +329,7 @@ def test_the_curve_of_many_rows(missing):
         assert (abs(e.by_size.mean - curve) < 4 * e.by_size.se).all()
 
 
+@pytest.mark.slow
 def test_the_curve_falls_with_the_size_under_the_true_model():
     x = np.random.default_rng(3).multivariate_normal(LOC, COV, size=20_000)
     e = BayesMPT(constants()).fit(x).estimate(x, masks=EverySize(30), n_replicates=2)
@@ -475,6 +480,7 @@ def test_gradients_of_masks(policy, store):
         np.testing.assert_allclose(got, g, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_each_step_draws_fresh_masks(store):
     set_params()
     loss = CumulativeMaskedScore(UniformSize(2), random_state=0)
@@ -503,6 +509,7 @@ def test_a_minibatch_is_scaled_up_to_all_rows(store):
     np.testing.assert_allclose(store["loc"].grad.numpy(), want, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_random_minibatches_are_unbiased(store):
     loss, program = CumulativeMaskedScore(), sub_sampled(size=4)
     pyro.set_rng_seed(SEED)
@@ -513,6 +520,7 @@ def test_random_minibatches_are_unbiased(store):
     assert values.std() == pytest.approx(sd, rel=0.1)
 
 
+@pytest.mark.slow
 def test_random_minibatches_with_masks_are_unbiased(store):
     loss, program = CumulativeMaskedScore(UniformSize(3), random_state=0), sub_sampled(size=5)
     pyro.set_rng_seed(SEED)
@@ -525,6 +533,7 @@ def test_poutine_scale_is_honoured(store):
     assert CumulativeMaskedScore().loss(program, no_guide, tensor(X)) == pytest.approx(-2.5 * LML, abs=1e-8)
 
 
+@pytest.mark.slow
 def test_svi_reaches_the_closed_form_optimum(store):
     """Tipping & Bishop: eigenvalues of the covariance give the maximum."""
     x = np.random.default_rng(6).multivariate_normal(LOC, COV, size=100)
@@ -725,6 +734,7 @@ WORK = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("work", WORK.values(), ids=WORK.keys())
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_random_states_and_parameter_store_stay_as_they_were(work, store):

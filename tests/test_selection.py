@@ -190,6 +190,7 @@ def test_keys_are_those_of_grid_search_cv():
 # ---------------------------------------------------------------------------------------------- held out, cumulative
 
 
+@pytest.mark.slow
 def test_leave_one_out_against_a_loop():
     """With as many folds as rows there is one partition only."""
     s = search("heldout", cv=N).fit(X)
@@ -200,6 +201,7 @@ def test_leave_one_out_against_a_loop():
     assert s.n_splits_ == N
 
 
+@pytest.mark.slow
 def test_held_out_folds_against_a_loop(record):
     s = search("heldout", cv=4, n_repeats=3).fit(X)
     assert s.n_splits_ == 12
@@ -225,6 +227,7 @@ def test_held_out_folds_against_a_loop(record):
         )
 
 
+@pytest.mark.slow
 def test_the_errors_of_repeated_folds():
     """From the splits' scores alone: folds of one size, so a repeat's total is the fold size times their sum."""
     s = search("heldout", cv=4, n_repeats=5).fit(X)
@@ -278,6 +281,7 @@ def test_cumulative_against_a_loop(share, cv, record):
     check_weights(s.comparison_, True)
 
 
+@pytest.mark.slow
 def test_cumulative_of_a_program_with_nothing_to_train(record):
     """Then log p(rest | share) is the rest's own LML, whatever the blocks."""
     s = MarginalLikelihoodSearch(
@@ -315,6 +319,7 @@ def shared_level(x):
         pyro.sample("x", dist.Normal(level, x.new_ones(x.shape[1])).to_event(1), obs=x)
 
 
+@pytest.mark.slow
 def test_auto_takes_the_rule_that_fits_and_says_why():
     holes = np.where(np.random.default_rng(0).random(X.shape) < 0.05, np.nan, X)
     cases = [
@@ -382,6 +387,7 @@ def test_one_scaling_for_all_is_fine():
     np.testing.assert_allclose(s.best_estimator_.score_samples(X), ppca_scores(z, z, 2), atol=1e-7)
 
 
+@pytest.mark.slow
 def test_a_pipeline_held_out_scores_one_table():
     """The scaler is fitted once, on all rows, so that every split's density is of the same numbers."""
     pipe = make_pipeline(StandardScaler(), BayesMPT(PPCA(1)))
@@ -403,6 +409,7 @@ class Halved(TransformerMixin, BaseEstimator):
         return np.asarray(X) / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("evidence", ["laplace", "heldout"])
 @pytest.mark.parametrize("step", [Halved(), FunctionTransformer(lambda x: x / 2), "passthrough", None])
 def test_a_step_that_learns_nothing(step, evidence):
@@ -428,6 +435,7 @@ def test_other_features_are_refused():
         MarginalLikelihoodSearch(pipe, {"pick": [pick([0, 1, 2]), pick([1, 2, 3])]}).fit(X)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning", "ignore:the importance weights")
 def test_single_and_double_precision_are_compared():
     models = [PPCA(1), VAE(1, likelihood="gaussian", hidden=(4,))]
@@ -447,6 +455,7 @@ def test_another_observed_value_is_refused():
         search("heldout", {"model": [loc_only, own_noise, doubled]}).fit(X)
 
 
+@pytest.mark.slow
 def test_probabilities_against_densities_are_refused():
     """A density is as large as the data are coarse, a probability at most one."""
     codes = (X > 3).astype("float32")
@@ -464,6 +473,7 @@ def test_probabilities_against_densities_are_refused():
             MarginalLikelihoodSearch(BayesMPT(**settings), {"model": [*networks, other]}, cv=2).fit(codes)
 
 
+@pytest.mark.slow
 def test_integrated_against_point_estimated_is_refused():
     """The maximised LML of one and the evidence of the other are different things."""
     with pytest.raises(ValueError, match="not comparable"):
@@ -524,6 +534,7 @@ def repeated(what, holes=False):
 NO_BOUND = [PPCA(5), MixtureOfFactorAnalyzers(2), GaussianMixture(2)]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 @pytest.mark.parametrize(
     "what, named, models",
@@ -545,6 +556,7 @@ def test_a_likelihood_without_bound_is_an_error_that_names_columns(what, named, 
     assert s.cv_results_["lml"][0] == pytest.approx(ppca_scores(x.to_numpy(), x.to_numpy(), 1).sum())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_a_constant_column_with_missing_cells_too():
     x = repeated("constant", holes=True)
@@ -625,6 +637,7 @@ def test_the_best_is_fitted_on_all_rows():
     assert s.score(X) == pytest.approx(ppca_scores(X, X, k).mean(), abs=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_pipeline", [False, True])
 def test_the_same_call_gives_the_same_ranking(in_pipeline):
     """Starts of the k-means differ from fit to fit, unless a seed comes from somewhere."""
@@ -665,6 +678,7 @@ def test_the_same_call_gives_the_same_ranking(in_pipeline):
 # ------------------------------------------------------------------------------------------------- jobs, restarts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("evidence", ["laplace", "heldout"])
 def test_two_jobs_give_what_one_gives(evidence):
     one, two = (search(evidence, n_jobs=j, cv=3, n_repeats=2).fit(X) for j in (1, 2))
@@ -735,6 +749,7 @@ def test_a_crash_in_the_folds_loses_one_candidate(tmp_path, fits):
     pd.testing.assert_frame_equal(resumed.comparison_, want)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_of_its_data_and_settings(tmp_path, fits):
     search("heldout", cv=3, checkpoint_dir=tmp_path).fit(X)
 
@@ -849,6 +864,7 @@ def numbers(table):
 CLUSTERS = np.concatenate([RNG.normal(size=(30, 3)), RNG.normal(size=(30, 3)) + 4])
 
 
+@pytest.mark.slow
 def test_compare_does_what_the_search_does_where_parameters_are_point_estimated():
     """Two clusters: by the maximised likelihood three would come first."""
     grid = {"model__n_components": [1, 2, 3]}
@@ -945,6 +961,7 @@ def test_compare_refuses_what_is_not_comparable():
 # ----------------------------------------------------------------------------------------------- real data, masks
 
 
+@pytest.mark.slow
 def test_the_kind_and_the_dimension_of_wine_by_held_out_likelihood():
     """The order of candidates by our held-out rule is that of a plain loop over sklearn's folds."""
     x = load_wine().data
@@ -968,6 +985,7 @@ def test_the_kind_and_the_dimension_of_wine_by_held_out_likelihood():
         assert abs(got - mean) < 4 * sd * math.sqrt(1 / 3 + 1 / 8)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_candidates_trained_on_masks():
     s = MarginalLikelihoodSearch(

@@ -344,6 +344,7 @@ def fitted():
         return BayesMPT(Net(), batch_size=200, max_iter=600, random_state=0, tol=1e-3).fit(sample(2000, 0))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the training stopped")
 def test_a_network_learns_the_density_from_masks(fitted):
     fresh = sample(5000, 1)
@@ -424,6 +425,7 @@ def test_scores_of_rows_do_not_depend_on_their_neighbours(fitted):
     assert fitted.transform(fresh).shape == (50, 0)
 
 
+@pytest.mark.slow
 def test_search_by_held_out_rows():
     x = sample(300, 3)
     search = MarginalLikelihoodSearch(

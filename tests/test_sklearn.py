@@ -30,6 +30,7 @@ def a_search():
     return MarginalLikelihoodSearch(BayesMPT(model=PPCA(1)), {"model__n_components": [1, 2]})
 
 
+@pytest.mark.slow
 @parametrize_with_checks([BayesMPT(), a_search()])
 def test_scikit_learn_checks(estimator, check):
     check(estimator)
@@ -48,6 +49,7 @@ TRANSFORMER_CHECKS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(
     "ignore:X (has|does not have valid) feature names"
 )  # the checks mix arrays and frames
@@ -191,6 +193,7 @@ def test_pipeline_with_standard_scaler(x):
     assert pipe.transform(x).shape == (N_ROWS, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_jobs", [None, 2])
 def test_grid_search_over_latent_dimensions(x, n_jobs):
     dimensions, folds = [1, 2, 3], KFold(4)

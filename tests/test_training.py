@@ -152,6 +152,7 @@ def test_reported_scores_are_those_of_the_fitted_parameters(data):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, k", [("iris", 1), ("wine", 2), ("wine", 3), ("breast cancer", 3), ("breast cancer", 5)]
 )
@@ -199,18 +200,21 @@ def masks_alone(x, k, n_masks):
     assert model.fit_method_ == "adam"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DATA)
 def test_masks_alone_from_a_random_start(name):
     """Raw data: columns' scales differ 1e5-fold in breast cancer."""
     masks_alone(*DATA[name], MASKS_ALONE[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["wine", "breast cancer"])
 def test_masks_alone_on_standardised_columns(name):
     x, k = DATA[name]
     masks_alone((x - x.mean(0)) / x.std(0), k, MASKS_ALONE[name])
 
 
+@pytest.mark.slow
 def test_minibatches_of_masks():
     x, k = DATA["iris"]
     model = BayesMPT(
@@ -375,6 +379,7 @@ CONSTRAINED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONSTRAINED)
 def test_constrained_programs_against_scipy(name):
     program, unpack, n = CONSTRAINED[name]
@@ -484,6 +489,7 @@ def test_scale_invariance(model, scale):
     np.testing.assert_allclose(other.mean_ / by, one.mean_, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1e-8, 1.0, 1e4])
 def test_converged_means_stationary(scale):
     """A start in absolute units (noise 1, loadings N(0, 1)), far from data in other units: found, or owned up to."""
@@ -504,6 +510,7 @@ def test_converged_means_stationary(scale):
         assert float(leaf.grad.abs().max()) * unit < 1e-2  # nats a row and a unit of the data
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1e-8, 1e8])
 def test_masks_train_alike_at_all_scales(scale):
     kw = {"masks": UniformSize(8), "max_iter": 500, "random_state": 0}
@@ -547,6 +554,7 @@ def two_hills(x):
         pyro.sample("x", dist.Normal((a**3 - 3 * a).expand(2), 1.0).to_event(1), obs=x)
 
 
+@pytest.mark.slow
 def test_restarts_keep_the_best():
     x = 5 + np.random.default_rng(0).normal(size=(40, 2))
     m = x.mean()
@@ -561,7 +569,9 @@ def test_restarts_keep_the_best():
         assert model.history_[-1] == pytest.approx(best, abs=1e-8)  # of the start that won
 
 
-@pytest.mark.filterwarnings("ignore:the estimate of the noise variance of column")  # from the first rows alone
+@pytest.mark.filterwarnings(
+    "ignore:the estimate of the noise variance of column"
+)  # from the first rows alone
 @pytest.mark.parametrize("missing", [False, True], ids=["complete", "missing"])
 @pytest.mark.parametrize("model", [PPCA(2), FactorAnalysis(2)], ids=repr)
 def test_partial_fit_equals_fit(model, missing):

@@ -77,6 +77,7 @@ def with_holes(X, share, seed=0):
 
 
 class TestEvidence:
+    @pytest.mark.slow
     @pytest.mark.parametrize("share", [0.0, 0.4])
     def test_importance_against_a_grid(self, fitted, digits, share):
         X = with_holes(digits[:60], share)
@@ -86,6 +87,7 @@ class TestEvidence:
         assert abs(got.sum() - truth.sum()) < 4 * se + 1e-3
         assert np.abs(got - truth).max() < 0.2
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("share", [0.0, 0.4])
     def test_annealing_against_a_grid(self, fitted, digits, share):
         X = with_holes(digits[:60], share)
@@ -95,6 +97,7 @@ class TestEvidence:
         assert abs(got.sum() - truth.sum()) < 4 * se
         assert np.abs(got - truth).max() < 0.2
 
+    @pytest.mark.slow
     def test_annealing_mends_a_guide_that_is_wrong(self):
         """A linear-Gaussian program, whose LML is known, and a guide far from the posterior."""
         loading = torch.tensor([[1.0, 0.5], [-0.7, 1.2], [0.3, 0.3], [2.0, -1.0]], dtype=torch.float64)
@@ -178,6 +181,7 @@ class TestEvidence:
             with torch.random.fork_rng():
                 assert Importance(3).bind(model, (x,), model.guide).reader.vectorised
 
+    @pytest.mark.slow
     def test_both_bounds_enclose_the_grid(self, fitted):
         model = clone_with(fitted, AnnealedImportance(16, 30))
         bounds = model.bidirectional(200)
@@ -190,6 +194,7 @@ class TestEvidence:
         few = clone_with(fitted, Importance(2)).estimate(digits[:300])
         assert few.se > 0 and few.total < by_grid(fitted, digits[:300]).sum() + 4 * few.se
 
+    @pytest.mark.slow
     def test_conditionals_of_single_cells(self, fitted, digits):
         """log p(x_i | visible) for masks of all sizes, by the same grid."""
         X = digits[:40].astype(float)
@@ -230,6 +235,7 @@ class TestTraining:
         one, two = (BayesMPT(VAE(2, hidden=(8,)), max_iter=2, random_state=5).fit(digits[:300]) for _ in "ab")
         assert all((one.params_[k] == two.params_[k]).all() for k in one.params_)
 
+    @pytest.mark.slow
     def test_resumes_to_the_bit(self, digits, tmp_path):
         """Killed in another process between two epochs."""
         settings = "VAE(2, hidden=(8,)), max_iter=6, random_state=3"
@@ -262,6 +268,7 @@ class TestTraining:
         with pytest.raises(ValueError, match="integer random_state"):
             BayesMPT(VAE(2, hidden=(8,)), checkpoint=file).fit(digits[:400])
 
+    @pytest.mark.slow
     def test_with_missing_cells(self, digits):
         X = with_holes(digits, 0.4)
         model = BayesMPT(VAE(2, hidden=(24,)), max_iter=30, learning_rate=0.01, random_state=0).fit(X)
@@ -280,6 +287,7 @@ class TestTraining:
 
 
 class TestModel:
+    @pytest.mark.slow
     @pytest.mark.parametrize("likelihood", ["gaussian", "studentt"])
     def test_real_columns_in_their_own_units(self, likelihood):
         X = load_wine().data.astype(np.float64)
@@ -307,6 +315,7 @@ class TestModel:
         with pytest.raises(ValueError, match="codes"):
             BayesMPT(VAE(2, "categorical", n_levels=2)).fit(np.nan_to_num(X))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("likelihood", ["bernoulli", "categorical"])
     def test_convolutional(self, likelihood):
         X = (load_digits().data[:256] > 8).astype(np.float32)
@@ -375,6 +384,7 @@ class TestDraws:
         assert np.abs(drawn.mean(0) - mean).max() < 5 * 0.5 / math.sqrt(20000)
         assert (fitted.sample(5) == fitted.sample(5)).all()
 
+    @pytest.mark.slow
     def test_missing_cells_are_drawn_together(self, fitted, digits):
         """Of two hidden cells, the four probabilities, by the grid."""
         X = digits[:5].astype(float).copy()
@@ -396,6 +406,7 @@ class TestDraws:
             model.sample_missing(load_wine().data)
 
 
+@pytest.mark.slow
 def test_search_over_the_latent_dimension():
     """Rows of a decoder with two latents: one is too few, and held-out rows say so."""
     rng = np.random.default_rng(0)
@@ -429,6 +440,7 @@ def clone_with(model, predictor):
     return other.set_params(predictor=predictor)
 
 
+@pytest.mark.slow
 def test_curve_of_many_tokens_adds_up(digits):
     """Beyond 32 tokens the curve is averaged over blocks of sizes: its area is still log p(x)."""
     X = np.hstack([digits, digits[:, ::-1], digits[::-1]])[:200]
