@@ -245,7 +245,6 @@ def structure(
     args = tuple(fill(a) for a in args)
     first, init = first_run(model, args)
     sites, rows_plate, by_row, row_axes = _sites(first, len(init[0]))
-    check_observed(model, init, first)
     node = first.nodes[sites[0]]
     values = [first.nodes[name]["value"] for name in sites]
     if any(v.requires_grad for v in values):
@@ -276,8 +275,9 @@ def structure(
         depth=plate_depth((*observed_nodes(first), *nodes)),
         row_axes=row_axes,
     )
-    draft = _without_false_argument(model, init, draft, first)
     way.admit(draft)
+    check_observed(model, init, first)
+    draft = _without_false_argument(model, init, draft, first)
     trial, before, whole, reading = init, None, None, None
     if by_row and _scale(node) == 1.0:
         few = head(init, min(n_trial, max(1, len(init[0]) - 1)))
