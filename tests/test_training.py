@@ -561,9 +561,7 @@ def test_restarts_keep_the_best():
         assert model.history_[-1] == pytest.approx(best, abs=1e-8)  # of the start that won
 
 
-@pytest.mark.filterwarnings(
-    "ignore:the estimate of the noise variance of column 2"
-)  # from the first rows alone
+@pytest.mark.filterwarnings("ignore:the estimate of the noise variance")  # from the first rows alone
 @pytest.mark.parametrize("missing", [False, True], ids=["complete", "missing"])
 @pytest.mark.parametrize("model", [PPCA(2), FactorAnalysis(2)], ids=repr)
 def test_partial_fit_equals_fit(model, missing):
