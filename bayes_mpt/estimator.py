@@ -164,10 +164,11 @@ class BayesMPT(
     n_init : int or "auto", default="auto"
         Starts where the maximum has no closed form; the best is kept. Further ones are drawn from the hyperprior of a
         model that has one, such as `bayes_mpt.models.GaussianProcess`, else (and for programs ``model(x, visible)``)
-        from the program's initial values. "auto" is 1, but 4 where cells are missing and the rows share a
+        from the program's initial values. "auto" is 1, but 8 where cells are missing and the rows share a
         linear-Gaussian map (PPCA, factor analysis, programs of that kind): there are local maxima and saddles. Such a
         map with free mean, loadings and noise is fitted by an EM of its own, of which one start is made of the pairs
-        of cells observed together and the others are random; L-BFGS goes on from the best.
+        of cells observed together and the others are random; L-BFGS goes on from the best. Of other programs "auto"
+        tries 4 starts for a few steps.
     penalty : bool, default=False
         Maximise the score plus the log hyperprior of the model's parameters (maximum a posteriori). What is reported
         as a log marginal likelihood never includes it.

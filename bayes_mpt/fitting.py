@@ -62,8 +62,8 @@ MAX_INIT_CELLS = 2**20  # of a table on which a program first runs, which initia
 MAX_INIT_VECTOR = 1024  # rows of one Gaussian vector, which may mean a matrix of their square
 MAX_AUTO = 50  # latent dimensions that "auto" tries at most
 MAX_SETTLING = 2  # rounds of training in which what was found out at the start is found out anew
-STARTS_WITH_HOLES = 4  # of a linear-Gaussian map with missing cells, where n_init is "auto"
-TRIAL_STEPS = 20  # of L-BFGS from each of these, where no EM is known; the best goes on
+STARTS_WITH_HOLES = 8  # of a linear-Gaussian map with missing cells, where n_init is "auto"
+TRIALS, TRIAL_STEPS = 4, 20  # starts and steps of L-BFGS instead, where no EM is known; the best goes on
 RATE, NETWORK_RATE = 0.05, 1e-3  # of Adam, in units of the map; and of networks' own parameters
 
 # ---------------------------------------------------------------------------------------------- what a program is
@@ -465,6 +465,7 @@ class Trainer:
             return train()
         brief = self.n_init == "auto"  # a few steps from each start, then the best of them to its end
         attempt = partial(train, max_iter=min(TRIAL_STEPS, self.max_iter)) if brief else train
+        n_init = min(n_init, TRIALS) if brief else n_init
         first = save()
         best = attempt()
         if best.interrupted:

@@ -35,6 +35,7 @@ TRIAL_ROWS = 4096  # incomplete rows on which starts are compared
 LEAST_SHOWN = 64  # of them that show a column, where there are so many
 TRIAL_STEPS, TRIAL_TOL = 100, 1e-8  # of a start; the best goes on
 MAX_STEPS = 300  # what is slower than that is left to L-BFGS
+LEAST_SHARE = 0.01  # of a column's variance that is noise at a start, where it is random
 PUSH = 0.05  # of a standard deviation, by which the first start is moved away from a saddle
 ALIKE = (
     0.01  # largest difference of two correlations, below which two starts are on the way to the same place
@@ -130,7 +131,6 @@ def maximise(
     available = table.available()
     mean, cov = available.mean.cpu().numpy(), available.cov.cpu().numpy()
     rng = np.random.default_rng(seed)
-    shape = np.diag(cov) if shape is None else shape
     starts = _starts(mean, cov, n_latents, shape, n_init, rng)
     some = _some(rows, weight, rng)
     best = _best(_Cells(*some), starts, m_step, min(max_iter, TRIAL_STEPS))
@@ -140,20 +140,27 @@ def maximise(
 
 
 def _starts(
-    mean: Array, cov: Array, n_latents: int, shape: Array, n_init: int, rng: np.random.Generator
+    mean: Array, cov: Array, n_latents: int, shape: Array | None, n_init: int, rng: np.random.Generator
 ) -> list[Maximum]:
-    """Principal components of the available pairs, then random loadings; half of the variance is noise or more."""
-    n_tokens = len(cov)
+    """Principal components of the available pairs, random loadings, and then random shares of noise as well.
+
+    Where noises are free there may be one maximum for each column whose noise can go to zero, and a climb from noises
+    that are all large ends in the same one again and again.
+    """
+    n_tokens, variance = len(cov), np.diag(cov)
+    free, shape = shape is None, variance if shape is None else shape
     first = proportional(cov, min(n_latents, n_tokens - 1), shape)
     loading = np.zeros((n_tokens, n_latents))
     loading[:, : first.loading.shape[1]] = first.loading
-    variance = np.diag(cov)
     # Columns that are never seen together have no covariance there, and would keep to none: a saddle.
     loading += PUSH * np.sqrt(variance)[:, None] * rng.normal(size=loading.shape)
     found = [Maximum(-math.inf, mean, loading, first.noise)]
-    noise = shape * (variance / shape).mean() / 2
-    for _ in range(1, n_init):
-        random = rng.normal(size=(n_tokens, n_latents)) * np.sqrt(0.5 * variance / max(1, n_latents))[:, None]
+    for start in range(1, n_init):
+        noise = shape * (variance / shape).mean() / 2
+        if free and start > 1:
+            noise = variance * LEAST_SHARE ** rng.uniform(size=n_tokens)
+        explained = np.maximum(variance - noise, variance * LEAST_SHARE)
+        random = rng.normal(size=(n_tokens, n_latents)) * np.sqrt(explained / max(1, n_latents))[:, None]
         found.append(Maximum(-math.inf, mean, random, noise))
     return found
 

@@ -25,7 +25,7 @@ from bayes_mpt.training.units import dimensionless
 
 __all__ = ["concentrate"]
 
-STEPS = 3  # of Newton's method in a step of EM, which moves on anyhow
+STEPS = 2  # of Newton's method in a step of EM, which moves on anyhow
 LIFTED = 1e-5  # of its column's variance: no step of EM starts from a noise further down
 
 
