@@ -78,11 +78,21 @@ def test_rows_that_cannot_occur(program, predictor):
             BayesMPT(program, predictor=predictor, random_state=0).fit(bad)
 
 
-def test_masked_scores_of_rows_that_cannot_occur():
-    """Not a number nowhere, whether the impossible cell is among the hidden or the visible ones."""
-    model = BayesMPT(with_latent, random_state=0).fit(POSSIBLE)
-    curve = model.masked_curve(ROWS[:2]) if hasattr(model, "masked_curve") else None
-    assert curve is None or not np.isnan(np.asarray(curve)).any()
+@pytest.mark.parametrize(
+    "program, predictor",
+    [
+        (constants, "auto"),
+        (with_latent, "auto"),
+        (with_latent, Importance(50)),
+        (shared, "auto"),
+        (shared, SequentialMonteCarlo(64)),
+    ],
+)
+def test_masked_curve_of_rows_that_cannot_occur(program, predictor):
+    """Every mask size has masks that hide the impossible cell and ones that show it: all end at -inf, none at NaN."""
+    model = BayesMPT(program, predictor=predictor, random_state=0).fit(POSSIBLE)
+    found = model.estimate(ROWS[:2])
+    assert found.lml[-1] == -np.inf and (found.by_size.mean == -np.inf).all()
 
 
 @pytest.mark.parametrize("predictor", ["auto", SequentialMonteCarlo()])

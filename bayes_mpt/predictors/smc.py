@@ -334,7 +334,11 @@ class _Particles(Conditionals):
             cloud = _Cloud(cloud.u, cloud.log_start, log_end, cloud.slope)
             total = log_z + log_w.logsumexp(1) - math.log(n)
             now = total.logsumexp(0) - math.log(n_runs)  # log of the mean of Z
-            out[0, token], before = -math.inf if float(now) < NEVER else now - before, now
+            if float(now) < NEVER:  # and so is all that follows
+                rest = tokens[int((tokens == token).nonzero()) :]
+                out[0, rest] = torch.where(x[0, rest].isnan(), 0.0, -math.inf).to(x)
+                return out
+            out[0, token], before = now - before, now
             share = log_w.softmax(1)
             if float((1 / share.square().sum(1)).min()) < KEEP * n:
                 log_z = total
