@@ -41,7 +41,6 @@ from bayes_mpt.tracing import (
     first_run,
     has_missing,
     head,
-    list_names,
     resampled,
     run,
     shifted,
@@ -528,10 +527,7 @@ class Trainer:
         """Which columns are constant or repeat others, to be added to an error."""
         rows = problem.args[0] if problem.rows is None else problem.rows
         found = repeated_columns(rows.detach().cpu().double().numpy())
-        if not found:
-            return ""
-        names = list_names(repr(str(n)) if isinstance(n, str) else str(n) for n in self.names[found])
-        return f". Columns that are constant or repeat others here: {names}"
+        return f". Columns that are constant or repeat others here: {self._named(found)}" if found else ""
 
     def _unbounded(self, error: NoiseFloorError, problem: training.Problem) -> str:
         columns = [self.names[c] for c in error.columns]

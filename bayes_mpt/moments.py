@@ -169,8 +169,7 @@ class Table:
         cells = self.incomplete
         seen = (~cells.isnan()).to(cells)
         count = self.n + seen.mT @ seen  # (T, T)
-        single = count.diagonal()
-        mean = (self.n * self.mean + cells.nan_to_num(0.0).sum(0)) / single
+        single, mean, _ = self.of_cells()
         centred = torch.where(cells.isnan(), 0.0, cells - mean)
         shift = self.mean - mean
         product = self.n * (self.cov + torch.outer(shift, shift)) + centred.mT @ centred

@@ -302,17 +302,16 @@ def one_precision(args: tuple[Any, ...]) -> Iterator[None]:
             raise ModelError(
                 f"parameter {broken[0]!r} is not finite: check its initial value and constraint"
             ) from error
-        where = f"after site {casts.site!r}" if casts.site else "before its first site"
         raise ModelError(
-            f"the program makes a distribution {where} that cannot be: {first_line.rstrip(':')}. Check the parameters "
-            f"{casts.parameters} and their constraints, and what is computed from latents far from zero (exp, division)"
+            f"the program makes a distribution {casts.where} that cannot be: {first_line.rstrip(':')}. Check the "
+            f"parameters {casts.parameters} and their constraints, and what is computed from latents far from zero "
+            "(exp, division)"
         ) from error
     except torch.linalg.LinAlgError as error:
         first_line = str(error).splitlines()[0]
-        where = f"after site {casts.site!r}" if casts.site else "before its first site"
         raise NotPositiveDefinite(
-            f"the program needs a matrix {where} that cannot be factorised ({first_line}). Add to the diagonal of a "
-            "covariance, or keep what it is computed from nearer to sensible values by a narrower prior"
+            f"the program needs a matrix {casts.where} that cannot be factorised ({first_line}). Add to the "
+            "diagonal of a covariance, or keep what it is computed from nearer to sensible values by a narrower prior"
         ) from error
     except RuntimeError as error:
         if not MIXED.search(str(error)):
@@ -322,9 +321,8 @@ def one_precision(args: tuple[Any, ...]) -> Iterator[None]:
             f"parameters {short} are not {casts.dtype}" if short else f"not all its tensors are {casts.dtype}"
         )
         first_line = str(error).splitlines()[0]
-        where = f"after site {casts.site!r}" if casts.site else "before its first site"
         raise ModelError(
-            f"the program mixes precisions {where}: {what}, as x is ({first_line}). Write constants with "
+            f"the program mixes precisions {casts.where}: {what}, as x is ({first_line}). Write constants with "
             "dtype=x.dtype, and networks as network.to(x.dtype), which is network.double() for BayesMPT"
         ) from error
     finally:
@@ -348,6 +346,11 @@ class _Casts(poutine.messenger.Messenger):
         """The last site that the program has reached."""
         self.parameters: list[str] = []
         """Those that it has reached."""
+
+    @property
+    def where(self) -> str:
+        """How far the program came, in words."""
+        return f"after site {self.site!r}" if self.site else "before its first site"
 
     def _pyro_sample(self, msg: Any) -> None:
         if is_subsample(msg):

@@ -95,23 +95,18 @@ def test_auto_of_a_wide_table_finds_the_dimension():
     assert max(found.selection_) == 38
 
 
-def test_wide_tables_are_ranked_by_the_evidence_of_the_dense_formula():
-    # more tokens than `evidence.MAX_DENSE`: the determinant by rows against the one of all tokens
-    from bayes_mpt import evidence
+def test_wide_tables_are_ranked_by_the_evidence_of_the_dense_formula(monkeypatch):
+    # the determinant by latents, of more tokens than `evidence.MAX_DENSE`, against the one of all tokens
+    def evidences():
+        grid = {"model__n_components": [0, 1, 2, 3, 4]}
+        return (
+            MarginalLikelihoodSearch(BayesMPT(FactorAnalysis()), grid).fit(X).cv_results_["mean_test_score"]
+        )
 
     X = factors(30, 60, 2, 0.5)
-    search = MarginalLikelihoodSearch(
-        BayesMPT(FactorAnalysis()), {"model__n_components": [0, 1, 2, 3, 4]}
-    ).fit(X)
-    want = search.cv_results_["mean_test_score"]
-    before, evidence.MAX_DENSE = evidence.MAX_DENSE, 10
-    try:
-        got = MarginalLikelihoodSearch(
-            BayesMPT(FactorAnalysis()), {"model__n_components": [0, 1, 2, 3, 4]}
-        ).fit(X)
-    finally:
-        evidence.MAX_DENSE = before
-    np.testing.assert_allclose(got.cv_results_["mean_test_score"], want, rtol=1e-10)
+    want = evidences()
+    monkeypatch.setattr("bayes_mpt.evidence.MAX_DENSE", 10)
+    np.testing.assert_allclose(evidences(), want, rtol=1e-10)
 
 
 def test_wide_tables_by_parts_are_those_at_once():
