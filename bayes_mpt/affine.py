@@ -162,8 +162,8 @@ class Reading(NamedTuple):
         """Means and variances of the tokens given latents z (N, K), and the size of what the means are sums of."""
         u = self._standard(z)
         loading = self.loading[..., : z.shape[-1]]
-        mean = self.loc + (loading @ u[..., None])[..., 0]
-        size = self.loc.abs() + (loading.abs() @ u.abs()[..., None])[..., 0]
+        mean = self.loc + _applied(loading, u)
+        size = self.loc.abs() + _applied(loading.abs(), u.abs())
         variance = self.noise + self.loading[..., z.shape[-1] :].square().sum(-1)
         return mean, variance.expand(mean.shape), size
 
@@ -183,6 +183,12 @@ class Reading(NamedTuple):
     def _standard(self, z: Tensor) -> Tensor:
         """u = R^-1 (z - b): (N, K)."""
         return torch.linalg.solve(self.latent_root, (z - self.latent_loc)[..., None])[..., 0]
+
+
+def _applied(loading: Tensor, u: Tensor) -> Tensor:
+    """Loadings (B, T, K) times latents (N, K): (N, T)."""
+    # one product of matrices where all rows share the loadings, which broadcasting would copy for each
+    return u @ loading[0].mT if len(loading) == 1 else (loading @ u[..., None])[..., 0]
 
 
 class Map(Protocol):
@@ -212,40 +218,27 @@ class Way(Protocol):
         """`on_rows` for the first time, and what it finds out for the others."""
 
 
+class Outline(NamedTuple):
+    """What a first run tells of a program, whichever way its map is read."""
+
+    first: Trace
+    args: tuple[Any, ...]
+    """Filled; the rows of that run."""
+    structure: Structure
+    """As if every row had a map of its own."""
+
+
 @torch.enable_grad()
-def structure(
-    model: Model, args: tuple[Any, ...], way: Way | None = None, n_trial: int = N_TRIAL_ROWS
-) -> Structure:
-    """Run the program on real rows and find out what it is made of.
-
-    The first run also creates the parameters that the program initialises from ``x``.
-
-    Parameters
-    ----------
-    model : callable
-        A Pyro program with one observed Normal site and Normal latents.
-    args : tuple
-        What the program is called with; tensors have N rows. NaN cells are filled with column means.
-    way : Way, optional
-        How to read it; `Dense` by default.
-    n_trial : int, default=8
-        Rows on which what one run can show is checked.
-
-    Returns
-    -------
-    Structure
+def first_look(model: Model, args: tuple[Any, ...]) -> Outline:
+    """Run the program for the first time, which creates the parameters that it initialises from ``x``.
 
     Raises
     ------
     ModelError
-        If the program is not linear-Gaussian given its parameters, sub-samples, uses other rows of ``x``, or
-        holds trainable tensors that Pyro does not know of. The site is named.
+        If what it observes or its latents are not Normal, or observed values are computed with parameters.
     """
-    way = Dense() if way is None else way
-    args = tuple(fill(a) for a in args)
-    first, init = first_run(model, args)
+    first, init = first_run(model, tuple(fill(a) for a in args))
     sites, rows_plate, by_row, row_axes = _sites(first, len(init[0]))
-    node = first.nodes[sites[0]]
     values = [first.nodes[name]["value"] for name in sites]
     if any(v.requires_grad for v in values):
         raise NotAffine(
@@ -275,6 +268,46 @@ def structure(
         depth=plate_depth((*observed_nodes(first), *nodes)),
         row_axes=row_axes,
     )
+    return Outline(first, init, draft)
+
+
+@torch.enable_grad()
+def structure(
+    model: Model,
+    args: tuple[Any, ...],
+    way: Way | None = None,
+    n_trial: int = N_TRIAL_ROWS,
+    outline: Outline | None = None,
+) -> Structure:
+    """Run the program on real rows and find out what it is made of.
+
+    Parameters
+    ----------
+    model : callable
+        A Pyro program with one observed Normal site and Normal latents.
+    args : tuple
+        What the program is called with; tensors have N rows. NaN cells are filled with column means.
+    way : Way, optional
+        How to read it; `Dense` by default.
+    n_trial : int, default=8
+        Rows on which what one run can show is checked.
+    outline : Outline, optional
+        What `first_look` found out on these rows, where it has been asked already.
+
+    Returns
+    -------
+    Structure
+
+    Raises
+    ------
+    ModelError
+        If the program is not linear-Gaussian given its parameters, sub-samples, uses other rows of ``x``, or
+        holds trainable tensors that Pyro does not know of. The site is named.
+    """
+    way = Dense() if way is None else way
+    first, init, draft = first_look(model, args) if outline is None else outline
+    nodes, node = latent_nodes(first), first.nodes[draft.sites[0]]
+    by_row = draft.by_row
     way.admit(draft)
     check_observed(model, init, first)
     draft = _without_false_argument(model, init, draft, first)
@@ -1027,6 +1060,8 @@ def _refuse_dependence_on_x(
                     )
                 if not structure.by_row or len(arg) != len(before.value) or len(arg) < 2:
                     break
+                if position == structure.observed_arg and torch.equal(after.value, changed_arg):
+                    break  # the tokens are this argument, and nothing else moved with it: no row looks at another
                 keep = len(arg) // 2
                 late = torch.cat([arg[:keep], changed_arg[keep:]])
                 after = _after(model, (*args[:position], late, *args[position + 1 :]), structure, before.z)

@@ -37,7 +37,10 @@ def own_random_state(seed: int | None = None) -> Iterator[None]:
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         if seed is not None:
-            torch.manual_seed(seed)
+            # torch.manual_seed also notes a call stack for the day when CUDA may start: a millisecond
+            torch.default_generator.manual_seed(seed)
+            if devices:
+                torch.cuda.manual_seed_all(seed)
         yield
 
 

@@ -110,7 +110,9 @@ def bind(
             first_run(model, tuple(fill(a) for a in arguments(some)))
             return choose(model, args, predictor=predictor, guide=guide), args
     n_init = MAX_INIT_CELLS // n_columns
-    if known is not None or N_TRIAL_ROWS < min(n_rows, n_init):
+    # "auto" begins with a run on all rows itself, if they are not too many
+    begins_whole = predictor == "auto" and not takes_y and n_rows <= min(n_init, MAX_INIT_ROWS)
+    if known is not None or (N_TRIAL_ROWS < min(n_rows, n_init) and not begins_whole):
         # Initial values from all rows, or a start that is a fit of its own (EM) would be one to the first rows
         # only. A program that cannot run says why below.
         with suppress(Exception):
@@ -448,9 +450,13 @@ class Trainer:
         """The closed-form maximum; with missing cells, the best end of EM from several starts."""
         rows, weight = table.rows()
         whole = training.Problem(problem.predictor, problem.args, rows, weight, table.n_rows)
-        return training.concentrate(
+        fit = training.concentrate(
             whole, table, self.max_iter, self.tol, n_init=n_init, seed=self.seed, at_floor=self.at_floor
         )
+        if fit is not None and fit.last is not None and problem.weight is None:
+            with torch.no_grad():  # of the rows themselves, where these are at hand
+                fit.history = [float(problem.score_of(fit.last))]
+        return fit
 
     def _best_of(
         self,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayes_mpt.affine import Dense, Reading, Structure, latent_values, read, structure
+from bayes_mpt.affine import Dense, Outline, Reading, Structure, latent_values, read, structure
 from bayes_mpt.devices import at_once
 from bayes_mpt.predictors.base import Conditionals, Posterior
 from bayes_mpt.tracing import N_TRIAL_ROWS, Model, ModelError
@@ -40,6 +40,8 @@ class LinearGaussian(Conditionals):
         What it is called with; N rows of T tokens.
     n_trial : int, default=8
         Rows on which what one run can show is checked.
+    outline : bayes_mpt.affine.Outline, optional
+        What a first look at the program on these rows has found.
 
     Raises
     ------
@@ -63,9 +65,16 @@ class LinearGaussian(Conditionals):
     why = "every mean is affine in the latents and every scale is free of them, checked by evaluation"
     structure: Structure
 
-    def __init__(self, model: Model, args: tuple[Any, ...], n_trial: int = N_TRIAL_ROWS):
+    def __init__(
+        self,
+        model: Model,
+        args: tuple[Any, ...],
+        n_trial: int = N_TRIAL_ROWS,
+        *,
+        outline: Outline | None = None,
+    ):
         self.model: Model | None = model
-        self.structure = structure(model, args, n_trial=n_trial)
+        self.structure = structure(model, args, n_trial=n_trial, outline=outline)
         self._reading: Reading | None = None
 
     @property

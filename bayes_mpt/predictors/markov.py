@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayes_mpt.affine import Reading, Structure, latent_values, read, structure
+from bayes_mpt.affine import Outline, Reading, Structure, first_look, latent_values, read, structure
 from bayes_mpt.predictors.base import Conditionals, Posterior
 from bayes_mpt.predictors.linear_gaussian import CHUNK, LOG_2PI, Groups, LinearGaussian, cholesky, group_rows
 from bayes_mpt.sparse import Blocks, NotSparse, Sparse, SparseMap
@@ -40,10 +40,11 @@ def closed_form(model: Model, args: tuple[Any, ...]) -> Conditionals:
     bayes_mpt.affine.NotAffine
         If the program is something else; the message names the site.
     """
+    outline = first_look(model, args)
     try:
-        return MarkovGaussian(model, args)
+        return MarkovGaussian(model, args, outline=outline)
     except NotSparse:
-        return LinearGaussian(model, args)
+        return LinearGaussian(model, args, outline=outline)
 
 
 class MarkovGaussian(Conditionals):
@@ -55,6 +56,8 @@ class MarkovGaussian(Conditionals):
         A Pyro program with Normal tokens and latents, the mean of each affine in a few latents.
     args : tuple
         What it is called with; N rows of T tokens.
+    outline : bayes_mpt.affine.Outline, optional
+        What a first look at the program on these rows has found.
 
     Raises
     ------
@@ -80,10 +83,10 @@ class MarkovGaussian(Conditionals):
     name = "Exact"
     structure: Structure
 
-    def __init__(self, model: Model, args: tuple[Any, ...]):
+    def __init__(self, model: Model, args: tuple[Any, ...], *, outline: Outline | None = None):
         self.model: Model | None = model
         self._way = Sparse()
-        self.structure = structure(model, args, self._way)
+        self.structure = structure(model, args, self._way, outline=outline)
         self._reading: SparseMap | None = None
         assert self._way.layout is not None
         layout = self._way.layout

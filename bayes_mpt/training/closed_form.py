@@ -130,7 +130,7 @@ def concentrate(
     if wrong is not None:  # all is free, so that the likelihood has no maximum there
         raise wrong
     method = "concentrated" if table.complete else "em"
-    return Fit(method, [got], factors.n_iter, converged=table.complete and not at_floor)
+    return Fit(method, [got], factors.n_iter, converged=table.complete and not at_floor, last=predictor)
 
 
 def _best(
