@@ -358,6 +358,22 @@ def test_units_do_not_depend_on_the_inputs_scale():
     assert read(8, GaussianProcess(isotropic), (x, y))._layout(y).unit.tolist() == [1, 1]
 
 
+@pytest.mark.parametrize("n_rows", [3, 5, 7, 10, 11, 30])
+def test_rows_on_a_regular_grid(n_rows):
+    """Few grids have two rows half their range apart, or a quarter."""
+    x = torch.linspace(0, 12, n_rows, dtype=torch.float64)[:, None]
+    y = torch.sin(x[:, 0])
+    cov = torch.exp(-0.5 * (x - x.mT) ** 2) + 0.1 * torch.eye(n_rows, dtype=torch.float64)
+    want = dist.MultivariateNormal(torch.zeros(n_rows, dtype=torch.float64), cov).log_prob(y)
+
+    def smooth(x, y):
+        cov = torch.exp(-0.5 * torch.cdist(x, x) ** 2) + 0.1 * torch.eye(x.shape[-2], dtype=x.dtype)
+        pyro.sample("y", dist.MultivariateNormal(torch.zeros_like(y), cov), obs=y)
+
+    got = choose(smooth, (x, y), predictor=NearestNeighbors(n_rows)).read((x, y)).joint(y[None])
+    assert got.item() == pytest.approx(want.item(), rel=1e-12)
+
+
 def test_error_covers_the_distance_to_the_truth():
     x, y = data(400)
     exact = Exact().bind(broadcasting, (x, y)).read((x, y))

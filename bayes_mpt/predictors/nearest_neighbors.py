@@ -53,6 +53,7 @@ CHUNK = 2**18  # numbers of (B, k, k) at once: what a cache holds
 N_TRIAL_ROWS = 16  # on which it is found out how the program takes batches
 N_BASE_ROWS = 4  # around which the correlation is followed
 FALLEN = 0.5  # the share of the covariance at which a displacement counts as one unit
+WITHIN = (0.1, 1 / 3)  # shares of a step by which a displacement of the data may differ from it
 N_ERROR_TERMS = 4096  # whose change on doubling m stands for that of all
 MAX_FULL = 4096  # rows of a dense covariance
 CLOSE = 1e-9
@@ -227,13 +228,20 @@ def _unit(blocks: _Blocks, args: tuple[Any, ...], some: Tensor, c: int) -> float
         torch.cat([here.expand(-1, 1, 2), there], 1),
         torch.cat([moved.new_zeros(len(some), 1, 2), moved], 1),
     )
-    level, size = _fall(
-        _covariances(blocks, args, some, c, there), moved, torch.cat([step.new_zeros(1), step])
-    )
-    if float(size[1:2].sum()) <= 2.0**-6 * float(extent):
-        level, size = level[1:], size[1:]  # a continuous column: without the noise that equal rows may share
+    cov, step = _covariances(blocks, args, some, c, there), torch.cat([step.new_zeros(1), step])
+    for within in WITHIN:  # a grid may have no displacement near a step
+        level, size = _fall(cov, moved, step, within)
+        if float(size[1:2].sum()) <= 2.0**-6 * float(extent):
+            level, size = (
+                level[1:],
+                size[1:],
+            )  # a continuous column: without the noise that equal rows may share
+        if len(level) > 1:
+            break
+    else:
+        return math.inf
     level = (level / level[0]).clamp(min=1e-12)
-    if len(level) < 2 or not bool(torch.isfinite(level).all()):
+    if not bool(torch.isfinite(level).all()):
         return math.inf
     fallen = (level < FALLEN).nonzero()[:, 0].tolist()
     i = fallen[0] if fallen else len(level) - 1
@@ -257,9 +265,9 @@ def _covariances(blocks: _Blocks, args: tuple[Any, ...], some: Tensor, c: int, t
         return blocks.together(first, *others)[1][:, 0, 1].reshape(there.shape)
 
 
-def _fall(cov: Tensor, moved: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+def _fall(cov: Tensor, moved: Tensor, step: Tensor, within: float) -> tuple[Tensor, Tensor]:
     """Mean covariance and displacement at each step that the data have, from (S, G, 2) to (G',) each."""
-    counts = (moved - step[:, None]).abs() <= 0.1 * step[:, None]
+    counts = (moved - step[:, None]).abs() <= within * step[:, None]
     n = counts.sum((0, 2))
     level, size = (torch.where(counts, a, 0.0).sum((0, 2))[n > 0] / n[n > 0] for a in (cov, moved))
     return level, size
