@@ -1,8 +1,8 @@
 """Training on random masks alone, from a random start, against the closed form of PPCA.
 
-`BayesMPT(PPCA(k), masks=UniformSize(n))` never sees the exact score: each step of Adam draws n masks of all sizes. How far
-from the closed-form maximum of Tipping & Bishop (1999) it ends, in nats a row, on raw columns (scales differ by up to
-1e5) and standardised ones.
+`BayesMPT(PPCA(k), masks=UniformSize(n))` never sees the exact score: each step of Adam draws n masks of all sizes. How
+far from the closed-form maximum of Tipping & Bishop (1999) it ends, nats a row, on raw columns (scales differ up to
+1e5-fold) and standardised ones.
 """
 
 import time
