@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -184,11 +185,14 @@ def refuse_empty(y: NDArray[Any], *, estimated: bool) -> None:
 
 
 def digest(X: NDArray[np.floating]) -> str:
-    """A fingerprint of rows, features and scaling: bits of blocks of rows, summed and xored, then hashed."""
+    """A fingerprint of rows, features and scaling: of each block of rows the checksum and sums by column, hashed.
+
+    A checksum tells orders apart and takes half the time of a cryptographic hash; the sums make it longer.
+    """
     h = hashlib.sha256(repr(X.shape).encode())
     step = max(1, 2**17 // max(1, X.shape[1]))
     for start in range(0, len(X), step):
         bits = np.ascontiguousarray(X[start : start + step], dtype=np.float64).view(np.uint64)
-        h.update(np.bitwise_xor.reduce(bits, axis=0).tobytes())
+        h.update(zlib.crc32(bits.data).to_bytes(4))
         h.update(np.add.reduce(bits, axis=0, dtype=np.uint64).tobytes())
     return h.hexdigest()[:16]
