@@ -142,6 +142,27 @@ def test_masks_in_chunks_of_any_size(monkeypatch):
         assert abs(got.total - model.log_marginal_likelihood_) < 3 * got.se
 
 
+def test_the_weighted_sum_in_chunks_of_any_size(monkeypatch):
+    """Masks of one size weigh otherwise than those of another: summed here one by one, with their weights."""
+    x = torch.as_tensor(correlated())
+    read = Quadrature(8).bind(one_latent_of_six, (x,)).read((x,))
+    masks = UniformSize(12).draw(6, torch.Generator().manual_seed(0))
+    assert len(masks.weight.unique()) > 2
+    want = sum(
+        (read.conditionals(x, v[None])[0] * w).sum(1)
+        for v, w in zip(masks.visible, masks.weight.to(x), strict=True)
+    )
+    for cells in (40 * 6, 40 * 6 * 5, 2**22):
+        monkeypatch.setattr(score, "CHUNK", cells)
+        torch.testing.assert_close(score.masked_score(read, x, masks), want, rtol=1e-12, atol=0)
+
+
+def one_latent_of_six(x):
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+        pyro.sample("x", dist.StudentT(5.0, z[..., None].expand(*z.shape, 6), 1.0).to_event(1), obs=x)
+
+
 @pytest.mark.parametrize("name", ["CHUNK", "CACHED_CHUNK", "MAX_DENSE"])
 def test_algebra_in_chunks_of_any_size(monkeypatch, name):
     x = correlated(30, 7)
@@ -172,13 +193,14 @@ def test_errors_of_parts_add_up(monkeypatch):
     model = BayesMPT(recentred, predictor=Importance(10), max_iter=3, random_state=0)
     with pytest.warns():
         model.fit(x)
-    whole = model.estimate(x)
+    _, whole = model.score_rows(x)
     monkeypatch.setattr(estimator, "MAX_READ_CELLS", 256)  # parts of 256 rows
-    parts = model.estimate(x)
-    assert whole.se > 0
-    assert parts.se == pytest.approx(whole.se, rel=0.15)  # the mean of eight parts' errors would be a third
-    alone = [model.estimate(x[i : i + 256]).se for i in range(0, 2048, 256)]
-    assert parts.se == pytest.approx(math.sqrt(sum(s**2 for s in alone)), rel=0.15)
+    _, parts = model.score_rows(x)
+    alone = [model.score_rows(x[i : i + 256])[1] for i in range(0, 2048, 256)]
+    assert min(alone) > 0
+    # the mean of eight parts' errors would be a third of it, their sum three times as much
+    assert parts == pytest.approx(whole, rel=0.15)
+    assert parts == pytest.approx(math.sqrt(sum(s**2 for s in alone)), rel=0.15)
 
 
 # ------------------------------------------------------------------------------------------- which rows, and how often
