@@ -17,7 +17,15 @@ from sklearn.mixture import GaussianMixture
 
 from bayes_mpt.masks import EverySize, Masks, PermutationChain, UniformSize
 from bayes_mpt.models import BayesianRegression
-from bayes_mpt.predictors import Exact, Importance, LinearGaussian, Quadrature, SequentialMonteCarlo, choose
+from bayes_mpt.predictors import (
+    Exact,
+    Importance,
+    LinearGaussian,
+    NearestNeighbors,
+    Quadrature,
+    SequentialMonteCarlo,
+    choose,
+)
 from bayes_mpt.predictors.importance import pareto_k
 from bayes_mpt.score import masked_score
 from bayes_mpt.store import OwnStore
@@ -61,10 +69,14 @@ class States:
 
 
 class Gaussians:
-    """The same with Gaussian tokens in each state: log_w (S,), mean (S, T), cov (S, T, T)."""
+    """The same with Gaussian tokens in each state: log_w (S,), mean (S, T), cov (S, T, T).
 
-    def __init__(self, x, log_w, mean, cov):
+    With one state, latents of zero mean may have covariances (K, T) with the tokens.
+    """
+
+    def __init__(self, x, log_w, mean, cov, latents=None):
         self.x, self.log_w, self.mean, self.cov = x, np.asarray(log_w), np.asarray(mean), np.asarray(cov)
+        self.latents = latents
 
     def _log_terms(self, shown):
         out = np.empty((len(self.log_w), len(self.x)))
@@ -94,7 +106,15 @@ class Gaussians:
         return out
 
     def latent_means(self, shown):
-        return None
+        if self.latents is None:
+            return None
+        ((mean, cov),) = zip(self.mean, self.cov, strict=True)
+        return np.array(
+            [
+                self.latents[:, on] @ np.linalg.solve(cov[np.ix_(on, on)], (row - mean)[on])
+                for row, on in zip(self.x, shown, strict=True)
+            ]
+        )
 
 
 class Case(NamedTuple):
@@ -734,6 +754,101 @@ def discrete_in_quadrature():
                 predictor=Quadrature(), tol=1e-6, exact=False)  # fmt: skip
 
 
+# ------------------------------------------------------------------------------------------- cases: one Gaussian each
+
+
+def linear_map(side):
+    """Factor analysis with a latent that depends on another; the plate of rows on either side of the columns'."""
+    rng = rng_of("map")
+    x = holes(2 * rng.normal(size=(N_ROWS, 4)))
+    theta = {
+        "m": rng.normal(size=4),
+        "w": rng.normal(size=(4, 2)),
+        "s": 0.3 * rng.normal(size=4),
+        "a": np.array(0.7),
+    }
+
+    def program(x):
+        n, t = x.shape
+        if side == "event":
+            with pyro.plate("rows", n):
+                u = pyro.sample("u", dist.Normal(x.new_zeros(()), 1.0))
+                v = pyro.sample("v", dist.Normal(param("a") * u, 0.5))
+                mean = param("m") + torch.stack([u, v], -1) @ param("w").mT
+                pyro.sample("x", dist.Normal(mean, param("s").exp()).to_event(1), obs=x)
+            return
+        with pyro.plate("rows", n, dim=-2):
+            u = pyro.sample("u", dist.Normal(x.new_zeros(()), 1.0))
+            v = pyro.sample("v", dist.Normal(param("a") * u, 0.5))
+            with pyro.plate("columns", t, dim=-1):
+                mean = param("m") + u * param("w")[:, 0] + v * param("w")[:, 1]
+                pyro.sample("x", dist.Normal(mean, param("s").exp()), obs=x)
+
+    def truth(t):
+        prior = np.array([[1.0, t["a"]], [t["a"], t["a"] ** 2 + 0.25]])
+        cov = t["w"] @ prior @ t["w"].T + np.diag(np.exp(2 * t["s"]))
+        return Gaussians(x, [0.0], t["m"][None], cov[None], prior @ t["w"].T)
+
+    return Case(f"a linear map, columns by {side}", program, x, truth, theta)
+
+
+def walk(by_row):
+    """A random walk with noise: one series with gaps, or one for each row."""
+    length = 18
+    rng = rng_of("walk")
+    x = holes(np.cumsum(rng.normal(size=(4 if by_row else 1, length)), 1), row=by_row)
+    if not by_row:
+        x[0, [3, 4, 9]] = np.nan
+    theta = {"q": np.array(-0.3), "r": np.array(0.2)}
+
+    def series(x):
+        z = x.new_zeros(())
+        for t in pyro.markov(range(length)):
+            z = pyro.sample(f"z_{t}", dist.Normal(z, param("q").exp()))
+            pyro.sample(f"x_{t}", dist.Normal(z, param("r").exp()), obs=x[..., t])
+
+    def rows(x):
+        with pyro.plate("rows", len(x)):
+            z = x.new_zeros(len(x))
+            for t in pyro.markov(range(length)):
+                z = pyro.sample(f"z_{t}", dist.Normal(z, param("q").exp()))
+                pyro.sample(f"x_{t}", dist.Normal(z, param("r").exp()), obs=x[:, t])
+
+    def truth(t):
+        step = np.arange(length)
+        latent = np.exp(2 * t["q"]) * (1 + np.minimum(step, step[:, None]))
+        cov = latent + np.exp(2 * t["r"]) * np.eye(length)
+        return Gaussians(x, [0.0], np.zeros((1, length)), cov[None], latent)
+
+    args = None if by_row else (x[0],)
+    return Case(
+        "walks, one a row" if by_row else "a walk", rows if by_row else series, x, truth, theta, args=args
+    )
+
+
+def gaussian_vector(predictor):
+    """Observations that are one Gaussian vector over rows with inputs; with all neighbours an exact one."""
+    n = 9
+    rng = rng_of("vector")
+    inputs = np.sort(rng.uniform(size=(n, 1)), 0)
+    y = rng.normal(size=n)
+    y[[2, 7]] = np.nan
+    theta = {"m": np.array(0.3), "l": np.array(-1.0), "s": np.array(-0.7)}
+
+    def program(x, y):
+        cov = torch.exp(-0.5 * (torch.cdist(x, x) / param("l").exp()) ** 2)
+        cov = cov + param("s").exp() * torch.eye(x.shape[-2], dtype=x.dtype)
+        pyro.sample("y", dist.MultivariateNormal(param("m") * torch.ones_like(y), cov), obs=y)
+
+    def truth(t):
+        gap = (inputs - inputs.T) / np.exp(t["l"])
+        cov = np.exp(-0.5 * gap**2) + np.exp(t["s"]) * np.eye(n)
+        return Gaussians(y[None], [0.0], np.full((1, n), t["m"]), cov[None])
+
+    name = "one Gaussian vector" if predictor == "auto" else "one Gaussian vector by neighbours"
+    return Case(name, program, y[None], truth, theta, args=(inputs, y), predictor=predictor)
+
+
 class BetaBernoulli(NamedTuple):
     """Closed form: all rows share a Beta latent."""
 
@@ -789,6 +904,12 @@ EXACT = [
     factor_analysers(),
     two_switches(),
     *(correlated(s, latent) for s in (1e-4, 1.0, 1e4) for latent in (False, True)),
+    linear_map("event"),
+    linear_map("plate"),
+    walk(False),
+    walk(True),
+    gaussian_vector("auto"),
+    gaussian_vector(NearestNeighbors(9)),
 ]
 PLACED = [
     normal_latents("Poisson", 1, loose=1e-6),
@@ -916,6 +1037,21 @@ def test_posterior(case):
     everything = ready.posterior(ready.value)
     last = ready.posterior(ready.value, torch.ones(case.n_tokens, dtype=torch.bool))
     close(everything.tokens.nan_to_num(), last.tokens.detach().nan_to_num(), 1e-9)
+
+
+def test_a_reading_keeps_its_answers(case):
+    """Whatever is asked in between: the evidence, and other rows of the same program."""
+    ready = case.read()
+    before = ready.posterior(ready.value), ready.joint(ready.value)
+    ready.evidence(ready.value)
+    if ready.structure.by_row:
+        other = ready.read(tuple(a[1:3] for a in case.tensors()))
+        want = case.truth(case.theta).log_z(~np.isnan(case.x))[1:3]
+        close(other.joint(other.value), want, case.tol)
+    after = ready.posterior(ready.value), ready.joint(ready.value)
+    torch.testing.assert_close(after[0].mean, before[0].mean, rtol=0, atol=1e-12, equal_nan=True)
+    torch.testing.assert_close(after[0].tokens, before[0].tokens, rtol=0, atol=1e-12, equal_nan=True)
+    torch.testing.assert_close(after[1], before[1], rtol=0, atol=1e-12)
 
 
 @pytest.mark.slow

@@ -100,6 +100,7 @@ class _Hermite(Reader):
             located,
         )
 
+    @torch.no_grad()
     def evidence(self, nodes: Nodes, x: Tensor) -> Evidence:
         width = self.placement.space.width
         more = 2 * self.n_nodes if width <= 2 else self.n_nodes + 3
