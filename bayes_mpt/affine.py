@@ -24,6 +24,7 @@ from pyro import poutine
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from bayes_mpt.devices import own_random_state
 from bayes_mpt.tracing import (
     N_TRIAL_ROWS,
     NODES,
@@ -309,32 +310,43 @@ def structure(
     nodes, node = latent_nodes(first), first.nodes[draft.sites[0]]
     by_row = draft.by_row
     way.admit(draft)
-    check_observed(model, init, first)
-    draft = _without_false_argument(model, init, draft, first)
+    # With covariates a map that rows share now (a slope of zero, sorted groups) need not stay shared.
+    shareable = by_row and _scale(node) == 1.0 and not _covariates(init)
     trial, before, whole, reading = init, None, None, None
+    few = head(init, min(n_trial, max(1, len(init[0]) - 1)))
+    if shareable:
+        with suppress(RuntimeError, ValueError, IndexError), own_random_state(1):
+            whole = _trial_run(model, init, draft)
+    check_observed(model, init, first, other=None if whole is None else whole.trace)
+    draft = _without_false_argument(model, init, draft, first)
+    if whole is not None:
+        reading = _shared_map(model, few, draft, whole, way)
+    if whole is not None and reading is not None:
+        draft = draft._replace(own_rows=False, plain=draft.observed_arg is not None)
+        refuse_unregistered([t for n in (*observed_nodes(first), *nodes) for t in _normal(n)])
+        _refuse_dependence_on_x(
+            model, few, draft, whole.head(len(few[0]))
+        )  # no row looks at how many there are
+        _compare_with_program(draft, reading, whole)
+        return draft
     if by_row and _scale(node) == 1.0:
-        few = head(init, min(n_trial, max(1, len(init[0]) - 1)))
         # A program that refuses fewer rows holds something for each.
         with suppress(RuntimeError, ValueError, IndexError):
             trial, before = few, _trial_run(model, few, draft)
             if len(before.value) != len(few[0]):  # rows of its own, whatever it is given
                 trial, before = init, None
-        # With covariates a map that rows share now (a slope of zero, sorted groups) need not stay shared.
-        if before is not None and not _covariates(init):
-            reading = _shared_map(model, trial, draft, before, way)
-        if reading is not None and len(init[0]) > len(trial[0]):
-            whole = _trial_run(model, init, draft)  # what holds for a few rows need not hold for all
-            if not _same_map(reading, whole):
-                reading, trial, before = None, init, whole
+        if (
+            before is not None
+            and whole is not None
+            and _shared_map(model, few, draft, before, way) is not None
+        ):
+            trial, before = init, whole  # what holds for a few rows does not hold for all
     if before is None:
         trial, before = init, _trial_run(model, init, draft)
-    if reading is not None:
-        draft = draft._replace(own_rows=False, plain=draft.observed_arg is not None)
-    else:
-        draft, reading = way.first_on_rows(model, trial, draft)
+    draft, reading = way.first_on_rows(model, trial, draft)
     refuse_unregistered([t for n in (*observed_nodes(first), *nodes) for t in _normal(n)])
     _refuse_dependence_on_x(model, trial, draft, before)
-    _compare_with_program(draft, reading, before if whole is None or reading.loc.shape[0] > 1 else whole)
+    _compare_with_program(draft, reading, before)
     return draft
 
 
@@ -980,6 +992,10 @@ class _Trial(NamedTuple):
     value: Tensor
     prior: Tensor
     """Means and roots of the latents given the earlier ones."""
+
+    def head(self, n_rows: int) -> _Trial:
+        """Of the first rows alone, where these do not look at the others."""
+        return _Trial(self.trace, *(t[:n_rows] for t in self[1:]))
 
 
 def _trial_run(model: Model, args: tuple[Any, ...], structure: Structure, z: Tensor | None = None) -> _Trial:

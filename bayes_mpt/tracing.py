@@ -827,7 +827,14 @@ def own_shown(node: Any) -> Tensor:
 # ------------------------------------------------------------------------------------------------------ the checks
 
 
-def check_observed(model: Model, args: tuple[Any, ...], first: Trace, *, own_masks: bool = False) -> None:
+def check_observed(
+    model: Model,
+    args: tuple[Any, ...],
+    first: Trace,
+    *,
+    own_masks: bool = False,
+    other: Trace | None = None,
+) -> None:
     """What is observed must be data, and every prior whole, in the first run of a program and in further ones.
 
     Parameters
@@ -840,6 +847,8 @@ def check_observed(model: Model, args: tuple[Any, ...], first: Trace, *, own_mas
         That run.
     own_masks : bool, default=False
         The program hides tokens itself: its masks are no matter.
+    other : Trace, optional
+        Another run on the same rows, at other latents and under another random state.
 
     Raises
     ------
@@ -854,7 +863,8 @@ def check_observed(model: Model, args: tuple[Any, ...], first: Trace, *, own_mas
             "to score. Take the mask away; missing cells are left NaN in x, and left out by the package"
         )
     _refuse_masked_latents(model, args, first)
-    _refuse_moving_values(model, args, first, nodes)
+    if other is None or not all(_same(n["value"], node_of(other, n["name"])["value"]) for n in nodes):
+        _refuse_moving_values(model, args, first, nodes)
     _refuse_scaled_values(model, args, first, nodes)
 
 
