@@ -111,7 +111,7 @@ def concentrate(
     names = {"noise": sorted(of_noise), "loading": sorted(of_loading), "loc": sorted(of_loc)}
     # Where every part is its own parameter, a rotation of it, or one that all tokens share, a step along the transposed
     # Jacobian arrives.
-    _step_along_transpose(reading, leaves, targets)
+    _step_along_transpose(reading, leaves, targets, names)
     predictor = _exact(problem)
     if not all(_reached(predictor.reading, part, *target) for part, target in targets.items()):
         restore(leaves, before)
@@ -172,36 +172,35 @@ def _reached(reading: Reading, part: str, target: Tensor, unit: Tensor) -> bool:
 
 
 def _step_along_transpose(
-    reading: Reading, leaves: dict[str, Tensor], targets: dict[str, tuple[Tensor, Tensor]]
+    reading: Reading,
+    leaves: dict[str, Tensor],
+    targets: dict[str, tuple[Tensor, Tensor]],
+    names: dict[str, list[str]],
 ) -> None:
     """Each part by itself: the step a J' miss of steepest descent, with the length that is best for a linear part."""
-    change = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
-    for part, (target, _) in targets.items():
-        out = _part(reading, part)
-        if not out.requires_grad or not out.numel():
-            continue
-        miss = (target - out).detach()
-        dummy = torch.zeros_like(out, requires_grad=True)
-        pulled = torch.autograd.grad(
-            out, list(leaves.values()), dummy, create_graph=True, materialize_grads=True
-        )  # J' dummy, whose slope in the direction of a step v is J v
-        steps = torch.autograd.grad(
-            out, list(leaves.values()), miss, retain_graph=True, materialize_grads=True
-        )
-        moving = [i for i, p in enumerate(pulled) if p.requires_grad]
-        if not moving:
-            continue
-        pushed = torch.autograd.grad(
-            [pulled[i] for i in moving], dummy, [steps[i] for i in moving], retain_graph=True
-        )[0]
-        # |miss - a J J' miss|^2 is least at a = |J' miss|^2 / |J J' miss|^2
-        size = pushed.square().sum()
-        length = sum(step.square().sum() for step in steps) / size if size > 0 else 0.0
-        for name, step in zip(leaves, steps, strict=True):
-            change[name] += length * step
+    parts = {part: _part(reading, part) for part in targets}
+    parts = {part: out for part, out in parts.items() if out.requires_grad and out.numel()}
+    own = [(part, name) for part in parts for name in names[part]]
+    if not own:
+        return
+    outs, moved = list(parts.values()), [leaves[name] for _, name in own]
+    miss = [(targets[part][0] - out).detach() for part, out in parts.items()]
+    dummies = [torch.zeros_like(out, requires_grad=True) for out in outs]
+    # J' dummy, whose slope in the direction of a step v is J v; parts have leaves of their own
+    pulled = torch.autograd.grad(outs, moved, dummies, create_graph=True, materialize_grads=True)
+    steps = torch.autograd.grad(outs, moved, miss, retain_graph=True, materialize_grads=True)
+    moving = [i for i, p in enumerate(pulled) if p.requires_grad]
+    pushed = torch.autograd.grad(
+        [pulled[i] for i in moving], dummies, [steps[i] for i in moving], materialize_grads=True
+    )
     with torch.no_grad():
-        for name, leaf in leaves.items():
-            leaf += change[name]
+        for part, push in zip(parts, pushed, strict=True):
+            # |miss - a J J' miss|^2 is least at a = |J' miss|^2 / |J J' miss|^2
+            mine = [(name, step) for (of, name), step in zip(own, steps, strict=True) if of == part]
+            size = push.square().sum()
+            length = sum(step.square().sum() for _, step in mine) / size if size > 0 else 0.0
+            for name, step in mine:
+                leaves[name] += length * step
 
 
 def _touches(reading: Reading, leaves: dict[str, Tensor]) -> dict[str, set[str]]:
