@@ -12,6 +12,7 @@ where sites look at few latents each, `bayes_mpt.sparse.Sparse`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from operator import itemgetter
@@ -76,6 +77,7 @@ __all__ = [
     "tokens_of",
 ]
 
+LOG_2PI = math.log(2 * math.pi)
 N_CHECKS = 3  # random points on top of the K + 1 that fix the affine map: at 1, 10 and 100 sd
 AFFINE_TOL = 1e-9
 MAX_PROBED = 2**22  # numbers in one temporary of a run at several probes
@@ -168,16 +170,15 @@ class Reading(NamedTuple):
         variance = self.noise + self.loading[..., z.shape[-1] :].square().sum(-1)
         return mean, variance.expand(mean.shape), size
 
-    def log_joint(self, z: Tensor, value: Tensor) -> Tensor:
-        """log p(value, z), summed over rows."""
+    def log_joint(self, z: Tensor, value: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+        """log p(value, z), summed over rows, from the means and variances of the tokens at z."""
         # log p(x, z) = log N(z; b, R R') + log N(x; loc + loading u, noise),  u = R^-1 (z - b)
-        mean, variance, _ = self.tokens_at(z)
         root = self.loading[..., z.shape[-1] :]  # of correlated noise
         if root.shape[-1]:
             cov = root @ root.mT + torch.diag_embed(self.noise)
             token = dist.MultivariateNormal(mean, cov).log_prob(value).sum()
         else:
-            token = dist.Normal(mean, variance.sqrt()).log_prob(value).sum()
+            token = -0.5 * ((value - mean).square() / variance + variance.log() + LOG_2PI).sum()
         logdet = torch.linalg.slogdet(self.latent_root)[1].expand(len(z)).sum()
         return token + dist.Normal(0.0, 1.0).log_prob(self._standard(z)).sum() - logdet
 
@@ -198,7 +199,7 @@ class Map(Protocol):
     @property
     def loc(self) -> Tensor: ...  # (B, T)
     def tokens_at(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
-    def log_joint(self, z: Tensor, value: Tensor) -> Tensor: ...
+    def log_joint(self, z: Tensor, value: Tensor, mean: Tensor, variance: Tensor) -> Tensor: ...
 
 
 class Way(Protocol):
@@ -1121,9 +1122,11 @@ def _compare_with_program(structure: Structure, reading: Map, before: _Trial) ->
     with torch.no_grad():
         trace.compute_log_prob()
         want = sum(float(s["log_prob_sum"]) for s in trace.nodes.values() if s["type"] == "sample")
-        got = _scale(trace.nodes[structure.sites[0]]) * float(reading.log_joint(z, before.value))
-        # A mean that is large beside its noise is rounded: d log N(x; m, v) = (x - m) / v dm,  dm = eps (|x| + |m|)
         mean, variance, size = reading.tokens_at(z)
+        got = _scale(trace.nodes[structure.sites[0]]) * float(
+            reading.log_joint(z, before.value, mean, variance)
+        )
+        # A mean that is large beside its noise is rounded: d log N(x; m, v) = (x - m) / v dm,  dm = eps (|x| + |m|)
         rounded = torch.finfo(z.dtype).eps * (before.value.abs() + size)
         rounding = 8 * float(((before.value - mean).abs() / variance * rounded).sum())
     if structure.sub_rows is None and not abs(got - want) <= _tolerance(z) * 1e3 * (1 + abs(want)) + rounding:

@@ -123,9 +123,8 @@ class SparseMap(NamedTuple):
             1, self.layout.out, part.abs()
         )
 
-    def log_joint(self, z: Tensor, value: Tensor) -> Tensor:
-        """log p(value, z), summed over rows."""
-        mean, variance, _ = self.tokens_at(z)
+    def log_joint(self, z: Tensor, value: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+        """log p(value, z), summed over rows, from the means and variances of the tokens at z."""
         rest = z - self.means_at(z)[0][:, : z.shape[-1]]
         _, root = self._latent_blocks()
         rest = _scatter(rest, self.layout.place, (self.layout.n_blocks, self.layout.width))
