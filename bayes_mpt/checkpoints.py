@@ -169,6 +169,8 @@ def _taken_out(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         return _taken_out(value.item(), path, tensors)
     if isinstance(value, Tensor | np.ndarray):
         kind = "tensor" if isinstance(value, Tensor) else "array"
+        if isinstance(value, np.ndarray) and value.dtype.kind not in "biuf":
+            raise TypeError(f"{path} is of {value.dtype}, which a file does not hold")
         found = value.detach().cpu() if isinstance(value, Tensor) else _from_numpy(value)
         if found.dtype not in _CODES or found.layout != torch.strided:
             raise TypeError(f"{path} is of {found.dtype}, {found.layout}, which a file does not hold")

@@ -265,6 +265,8 @@ class _Walk:
             return _hashed("Generator", [self.of(value.bit_generator.state, path)])
         if isinstance(value, torch.Generator):
             return _hashed("torch.Generator", [self.of(value.get_state(), path)])
+        if isinstance(value, np.ufunc) and value.__name__.isidentifier():
+            return _hashed("ufunc", [value.__name__, str(value.types), str(value.identity)])
         if isinstance(value, torch.jit.ScriptModule | torch.jit.ScriptFunction):
             raise CannotDigest(path, f"a {type(value).__name__}")
         if isinstance(value, torch.nn.Module):
@@ -435,6 +437,10 @@ class _Walk:
         # the order of its parts means something: they may be gone through one after the other
         for name, part in state.pop("_modules", {}).items():
             parts.append(_hashed(name, [self.of(part, f"{path}.{name}")]))
+        # torch numbers the hooks of a process one after the other
+        state = {
+            k: list(v.values()) if "_hooks" in k and isinstance(v, dict) else v for k, v in state.items()
+        }
         return _hashed("network", [*parts, self._attributes(state, path)])
 
     def _object(self, value: Any, path: str) -> bytes:

@@ -235,7 +235,7 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, BaseEstimator):
         _good(found)
         self._store(grid, names, found)
         unmade = self._winner is not None and self._winner.estimator is None
-        self._rows = (X, y) if unmade else None
+        self._rows = (X, y, digest_of((X, y))) if unmade else None
         return self
 
     def _partition_seed(self) -> int:
@@ -355,7 +355,13 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, BaseEstimator):
                 f"{type(self).__name__} object has no best_estimator_: not fitted, or refit=False"
             )
         if winner.estimator is None and self._rows is not None:
-            with_estimator(winner, *self._rows)
+            X, y, before = self._rows
+            if digest_of((X, y)) != before:
+                raise RuntimeError(
+                    "the rows have changed since fit, in place, and the best candidate is to be made on them as they "
+                    "were: call fit again"
+                )
+            with_estimator(winner, X, y)
             self._rows = None
         return winner.estimator
 

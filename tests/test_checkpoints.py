@@ -634,6 +634,7 @@ def test_folds_go_on_from_a_stored_fit(tmp_path):
     pd.testing.assert_frame_equal(got.comparison_, want.comparison_, check_exact=True)
 
 
+@pytest.mark.slow
 def test_two_jobs_take_up_too(tmp_path, no_fits):
     first = searched(tmp_path, n_jobs=2)
     no_fits()
@@ -719,7 +720,7 @@ def test_nothing_is_executed(make, tmp_path):
     assert not marker.exists()
     for file in files:
         assert sum(str(file) in str(w.message) for w in said) == 1
-    pd.testing.assert_frame_equal(got.comparison_, want.comparison_, check_exact=True)
+    pd.testing.assert_frame_equal(got.comparison_, want.comparison_, rtol=1e-12)
 
 
 def test_a_file_under_another_name_is_no_result(tmp_path):
@@ -833,14 +834,15 @@ class Learner(pyro.nn.PyroModule):
 def trained(file, model=None, rows=X, **settings):
     base = {"max_iter": 4, "validation_fraction": 0.25, "random_state": 0, "predictor": Importance(2)}
     with warnings.catch_warnings():
-        for said in ("the training stopped", "the importance weights"):
+        for said in ("the training stopped", "the importance weights", "nodes that"):
             warnings.filterwarnings("ignore", said)
         return BayesMPT(model or Learner(), checkpoint=file, **base | settings).fit(rows)
 
 
 def test_goes_on_to_the_bit(tmp_path):
-    whole = trained(None)
-    trained(tmp_path / "t", max_iter=2)
+    start = Learner()
+    whole = trained(None, start)
+    trained(tmp_path / "t", start, max_iter=2)
     went_on = trained(tmp_path / "t")  # from other starting values
     assert went_on.history_ == whole.history_
     for name, value in whole.params_.items():
@@ -856,7 +858,7 @@ OTHERS = {
     "validation_fraction": ({"validation_fraction": 0.5}, "validation_fraction 0.25, now 0.5"),
     "n_iter_no_change": ({"n_iter_no_change": 3}, "n_iter_no_change 10, now 3"),
     "random_state": ({"random_state": 1}, "random_state 0, now 1"),
-    "rows": ({"rows": X[::-1]}, "other rows"),
+    "rows": ({"rows": X[::-1].copy()}, "other rows"),
 }
 
 

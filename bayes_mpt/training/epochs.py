@@ -241,6 +241,7 @@ def _epoch(
 ) -> float:
     """One pass over the rows: the mean score a row of its steps, or the first that is not finite."""
     total = 0.0
+    problem.predictor.forget()  # one that goes on from a checkpoint knows nothing of the epochs before
     batches = torch.randperm(problem.n_rows, generator=generator).split(batch_size)
     (group,) = adam.param_groups
     for step, index in enumerate(batches, progress.epoch * len(batches) + 1):
@@ -264,6 +265,7 @@ def _epoch(
 def _look(held_out: Problem, masks: Policy, batch_size: int, seed: int) -> float:
     """Mean score a row of what is held out, on the same draws each time; leaves the random state as it was."""
     total = 0.0
+    held_out.predictor.forget()
     with torch.no_grad(), own_random_state(seed):
         generator = torch.Generator().manual_seed(seed)
         for _ in range(LOOKS):
