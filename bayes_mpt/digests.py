@@ -7,6 +7,7 @@ to and what it holds. What has no value that could be read is refused, never pas
 
 from __future__ import annotations
 
+import copyreg
 import dis
 import enum
 import functools
@@ -248,6 +249,8 @@ class _Walk:
         if isinstance(value, functools.partial):
             held = (value.func, value.args, value.keywords)
             return _hashed("partial", [self.of(part, path) for part in held])
+        if isinstance(value, functools.cached_property):  # with a lock
+            return _hashed("cached property", [self.of(value.func, path)])
         if isinstance(value, functools._lru_cache_wrapper):
             return _hashed("cached", [self.of(value.__wrapped__, path)])
         if isinstance(value, types.CellType):
@@ -449,7 +452,8 @@ class _Walk:
         if kind.__name__ == "OpOverload" or isinstance(value, torch.dtype | torch.device):
             return _hashed(kind.__name__, [str(value)])
         try:
-            made = value.__reduce_ex__(4)
+            reduced = copyreg.dispatch_table.get(kind)
+            made = value.__reduce_ex__(4) if reduced is None else reduced(value)
         except Exception:
             raise CannotDigest(path, f"a {kind.__module__}.{kind.__qualname__}") from None
         if isinstance(made, str):
