@@ -410,6 +410,7 @@ print(count[0])
 """
 
 
+@pytest.mark.slow
 def test_processes_share_a_folder(tmp_path):
     """Two at once, of other hash seeds, and a third that finds all done: it runs no program."""
     script = tmp_path / "own_script.py"
@@ -580,7 +581,10 @@ def test_only_numbers_text_and_tensors_are_written(tmp_path):
 # ------------------------------------------------------------------------------------------------------- the search
 
 
-@pytest.mark.parametrize("kind", KINDS)
+SLOW = ("Gaussian process", "VAE", "draws without a seed")
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow) if k in SLOW else k for k in KINDS])
 def test_what_is_taken_up_is_what_was_finished(kind, tmp_path, no_fits):
     """To the bit: the table, the scores of the winner, its latents and all that it says of its training."""
     first = searched(tmp_path, kind)
