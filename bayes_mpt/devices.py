@@ -12,7 +12,7 @@ import cloudpickle
 import torch
 from torch import Tensor, nn
 
-__all__ = ["at_once", "check_device", "moved", "own_random_state"]
+__all__ = ["at_once", "check_device", "moved", "own_random_state", "random_states", "set_random_states"]
 
 
 def at_once(n_numbers: int, device: torch.device, times: int = 8) -> int:
@@ -42,6 +42,20 @@ def own_random_state(seed: int | None = None) -> Iterator[None]:
             if devices:
                 torch.cuda.manual_seed_all(seed)
         yield
+
+
+def random_states() -> list[Tensor]:
+    """Of torch's global generators: the CPU's, then those of all GPUs."""
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return [torch.get_rng_state(), *gpus]
+
+
+def set_random_states(states: list[Tensor]) -> None:
+    """Put back what `random_states` gave, those of GPUs as far as they are here."""
+    torch.set_rng_state(states[0])
+    if torch.cuda.is_available():
+        for i, state in enumerate(states[1 : torch.cuda.device_count() + 1]):
+            torch.cuda.set_rng_state(state, i)
 
 
 def moved(content: Any, device: str) -> Any:

@@ -38,7 +38,15 @@ from bayes_mpt.affine import Reading, token_means, tokens_of
 from bayes_mpt.atomic import all_or_nothing, restored_on_failure
 from bayes_mpt.concentrated import NoiseFloorError, spectrum
 from bayes_mpt.criteria import n_free_parameters
-from bayes_mpt.devices import at_once, check_device, moved, own_random_state
+from bayes_mpt.devices import (
+    at_once,
+    check_device,
+    moved,
+    own_random_state,
+    random_states,
+    set_random_states,
+)
+from bayes_mpt.digests import CannotDigest, digest_of, in_words
 from bayes_mpt.evidence import Laplace, laplace_diagonal, laplace_proportional
 from bayes_mpt.fitting import (
     MAX_INIT_ROWS,
@@ -95,7 +103,7 @@ from bayes_mpt.rows import (
 )
 from bayes_mpt.score import ScoreEstimate, estimate
 from bayes_mpt.simulation import simulate
-from bayes_mpt.store import OwnStore, State, save
+from bayes_mpt.store import OwnStore, State, load, save
 from bayes_mpt.tracing import (
     Model,
     ModelError,
@@ -159,8 +167,8 @@ class BayesMPT(
         Epochs without a better score of these rows, after which the training stops, at the best.
     checkpoint : path, optional
         File to which the training by epochs writes where it is, after each, and from which it goes on if that exists,
-        to the same parameters bit for bit (on a CPU). It is of one training on its rows: needs an integer
-        ``random_state``, and no ``n_init`` above 1.
+        to the same parameters bit for bit (on a CPU). It is of one training on its rows, with its settings, of which
+        ``max_iter`` alone may change: needs an integer ``random_state``, and no ``n_init`` above 1.
     n_init : int or "auto", default="auto"
         Starts where the maximum has no closed form; the best is kept. Further ones are drawn from the hyperprior of a
         model that has one, such as `bayes_mpt.models.GaussianProcess`, else (and for programs ``model(x, visible)``)
@@ -251,6 +259,8 @@ class BayesMPT(
     _location: str | None  # the parameter to which it is added in `params_`
     _typical: Tensor | None  # a value (T,) of each column, for a program that is told what it sees
     _bound: Conditionals | None  # the program as it was found to be, where that does not depend on its rows
+    _trained_with: int  # the seed of the training
+    _random_after: list[Tensor]  # torch's random states at its end, from which its score was drawn
 
     def __init__(
         self,
@@ -356,7 +366,64 @@ class BayesMPT(
         new._like = self
         return new.fit(X, y)
 
-    def _fit(self, X: ArrayLike, y: Any, context: Any, *, seen: Table | None, warm: bool) -> Self:
+    def _dump(self) -> dict[str, Any]:
+        """What a fit has found out by training, in numbers, text and tensors: `_restore` makes it again of them."""
+        check_is_fitted(self)
+        return {
+            "seed": self._trained_with,
+            "random": self._random_after,
+            "parameters": dict(self._state),
+            "buffers": {name: buffer.detach().clone() for name, buffer in self._buffers().items()},
+            "digest": self.data_digest_,
+            **{name: getattr(self, name) for name in _NUMBERS_OF_FIT},
+        }
+
+    def _restore(self, X: ArrayLike, y: Any, left: dict[str, Any]) -> Self:
+        """Be as a fit to X has left an estimator of the same settings (`_dump`), without training.
+
+        The program is run once, as at the start of a fit, and read at the parameters that were found.
+
+        Raises
+        ------
+        ValueError
+            If the rows are others, the program has other parameters, or their log marginal likelihood differs.
+        """
+        with restored_on_failure(self), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what there is to warn of was said by the fit
+            self._fit(X, y, _Unwatched(), seen=None, warm=False, left=left)
+            total, wanted = self.log_marginal_likelihood_, float(left["log_marginal_likelihood_"])
+            single = any(v.dtype == torch.float32 for v in self._state.values())
+            if self.data_digest_ != left["digest"]:
+                raise ValueError("the rows are not those of that fit")
+            if not math.isclose(total, wanted, rel_tol=1e-3 if single else 1e-6, abs_tol=1e-6):
+                raise ValueError(
+                    f"the log marginal likelihood at its parameters is {total}, where the fit found {wanted}"
+                )
+            for name, kind in _NUMBERS_OF_FIT.items():
+                setattr(self, name, kind(left[name]))
+            _set_buffers(left["buffers"], self.fitted_model_, self.fitted_guide_)
+        return self
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """What the networks of program and guide keep beside their parameters, such as running means."""
+        found = {"model": self.fitted_model_, "guide": self.fitted_guide_}
+        return {
+            f"{kind}.{name}": buffer
+            for kind, net in found.items()
+            if isinstance(net, torch.nn.Module)
+            for name, buffer in net.named_buffers()
+        }
+
+    def _fit(
+        self,
+        X: ArrayLike,
+        y: Any,
+        context: Any,
+        *,
+        seen: Table | None,
+        warm: bool,
+        left: dict[str, Any] | None = None,
+    ) -> Self:
         check_device(self.device)
         if warm and hasattr(self, "_state"):
             self._come()
@@ -373,6 +440,8 @@ class BayesMPT(
         guide = _own_guide(self.guide, self.model, model, self.device)
         state = self._state if warm and hasattr(self, "_state") else None
         trainer = self._trainer(model, context)
+        if left is not None:
+            trainer = replace(trainer, seed=int(left["seed"]))
         with_y = y is not None
         self.__dict__.pop("selection_", None)
         # The one pass over all rows, with all threads; what follows sees the moments only, if rows share a map.
@@ -461,7 +530,12 @@ class BayesMPT(
                         f"early_stopping holds rows out of a training by epochs, which {predictor.name} does not use "
                         f"({predictor.why}): leave early_stopping=None"
                     )
-                fit = trainer.train(problem, table, prior, warm=state is not None)
+                if left is None:
+                    fit = trainer.train(problem, table, prior, warm=state is not None)
+                    self._trained_with, self._random_after = trainer.seed, random_states()
+                else:  # trained before: what that found, and where it left the draws
+                    fit = _found_before(left, model, guide)
+                    self._trained_with, self._random_after = trainer.seed, left["random"]
                 if prior is not None:
                     _warn_of_bounds(prior, problem)
                 problem.predictor.settle()
@@ -528,12 +602,35 @@ class BayesMPT(
             validation_fraction=self.validation_fraction,
             n_iter_no_change=self.n_iter_no_change,
             checkpoint=self.checkpoint,
+            asked=self._asked() if by_epochs and self.checkpoint is not None else {},
             n_init=self.n_init,
             by_epochs=by_epochs,
             seed=int(check_random_state(self.random_state).randint(2**31 - 1)),
             names=self._names(),
             report=report,
         )
+
+    def _asked(self) -> dict[str, tuple[str, str]]:
+        """What a checkpoint is of, by name: in words, and a digest in which parameters to be trained are shapes."""
+        names = (
+            "model",
+            "guide",
+            "predictor",
+            "masks",
+            "validation_fraction",
+            "n_iter_no_change",
+            "random_state",
+        )
+        found = {}
+        for name in names:
+            value = getattr(self, name)
+            try:
+                found[name] = in_words(value), digest_of(value, name, initial=False)
+            except CannotDigest as error:
+                raise ValueError(
+                    f"checkpoint={self.checkpoint!r} could not tell this training from others: {error}. Leave it None"
+                ) from error
+        return found
 
     @torch.no_grad()
     def _score_of_training(
@@ -1294,6 +1391,48 @@ def _warn_of_bounds(prior: Prior, problem: training.Problem) -> None:
             ConvergenceWarning,
             stacklevel=5,
         )
+
+
+class _Unwatched:
+    """A task of which no callback is told."""
+
+    def call_on_fit_task_begin(self, **about: Any) -> None: ...
+
+    def call_on_fit_task_end(self, **about: Any) -> None: ...
+
+
+# What a fit says of itself and its training, and what each is in a file.
+_NUMBERS_OF_FIT: dict[str, Callable[[Any], Any]] = {
+    "log_marginal_likelihood_": float,
+    "log_marginal_likelihood_se_": float,
+    "history_": lambda values: [float(v) for v in values],
+    "n_iter_": int,
+    "converged_": bool,
+    "noise_at_zero_": lambda names: [str(n) for n in names],
+    "fit_method_": str,
+    "at_map_": bool,
+}
+
+
+def _found_before(left: dict[str, Any], model: Model, guide: Callable[..., Any] | None) -> training.Fit:
+    """Put what a training found (`BayesMPT._dump`) into the parameter store and the networks."""
+    here = {name for name, _ in pyro.get_param_store().named_parameters()}
+    if here != set(left["parameters"]):
+        raise ValueError(
+            f"the program has parameters {sorted(here)}, the fit had {sorted(left['parameters'])}"
+        )
+    load(left["parameters"])
+    _set_buffers(left["buffers"], model, guide)
+    set_random_states(left["random"])
+    return training.Fit(str(left["fit_method_"]))
+
+
+@torch.no_grad()
+def _set_buffers(found: State, model: Any, guide: Any) -> None:
+    """Give networks what `BayesMPT._buffers` found in them."""
+    for name, value in found.items():
+        kind, _, inside = name.partition(".")
+        (model if kind == "model" else guide).get_buffer(inside).copy_(value)
 
 
 def _own_guide(guide: Any, original: Any, model: Model, device: str) -> Any:

@@ -269,6 +269,8 @@ class Trainer:
     validation_fraction: float
     n_iter_no_change: int
     checkpoint: str | PathLike[str] | None
+    asked: dict[str, tuple[str, str]]
+    """What a checkpoint is of, by name: in words, and a digest."""
     n_init: int | Literal["auto"]
     by_epochs: bool
     seed: int
@@ -436,6 +438,7 @@ class Trainer:
             patience=self.n_iter_no_change,
             random_state=self.seed,
             checkpoint=self.checkpoint,
+            asked=self.asked,
             report=self.report,
         )
 

@@ -22,6 +22,7 @@ from bayes_mpt.tracing import Observed, Program, list_names
 
 __all__ = [
     "Candidate",
+    "Facts",
     "before_final",
     "choose_rule",
     "final_step",
@@ -40,12 +41,50 @@ WIDTH = (
 )
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What the rules must know of a fitted model, in numbers and text: a file tells them without the model."""
+
+    by_row: bool
+    """Whether rows are independent."""
+    remembers: bool
+    """Whether new rows are predicted given those of the fit."""
+    discrete: tuple[bool, ...]
+    """Which kinds of tokens there are."""
+    parameters: tuple[str, ...]
+    """What is point-estimated."""
+    n_hyperparameters: int | None
+    """As `BayesMPT.n_hyperparameters`."""
+    rotates: bool
+    """Whether loadings are declared free up to rotation."""
+    complete: bool
+    """Whether no cell was missing."""
+    converged: bool
+    """Whether the training ended by its own rule."""
+
+    @classmethod
+    def of(cls, model: BayesMPT) -> Facts:
+        structure = model.predictor_.structure
+        discrete = {isinstance(site, Observed) and site.discrete for site in structure.sites}
+        return cls(
+            by_row=bool(structure.by_row),
+            remembers=bool(model.predictor_.remembers),
+            discrete=tuple(sorted(discrete)),
+            parameters=tuple(structure.parameters),
+            n_hyperparameters=model.n_hyperparameters(),
+            rotates=model.noise_shape() is not None,
+            complete=model.complete_,
+            converged=model.converged_,
+        )
+
+
 @dataclass
 class Candidate:
     """What one candidate's evaluation found."""
 
     estimator: Any = None
-    """Fitted on all rows; a Pipeline or a BayesMPT. None of a network that was trained elsewhere."""
+    """Fitted on all rows; a Pipeline or a BayesMPT. None of a network that was trained elsewhere, and while what the
+    fit found is only known from a file."""
     evidence: float = math.nan
     """Total nats."""
     by_row: NDArray[np.float64] | None = None
@@ -65,15 +104,27 @@ class Candidate:
     error: str = ""
     note: str = ""
     """What to be wary of."""
+    known: Facts | None = None
+    """Of the fitted model, where they were told; `facts` asks the model otherwise."""
+    unfitted: Any = None
+    """What is to be fitted, and what its fit has left in a file (``left``), while there is no ``estimator``."""
+    left: dict[str, Any] | None = None
 
     @property
     def model(self) -> BayesMPT:
         return final_step(self.estimator)
 
     @property
+    def facts(self) -> Facts:
+        """What the rules must know of the fitted model."""
+        if self.known is None:
+            self.known = Facts.of(self.model)
+        return self.known
+
+    @property
     def is_evidence(self) -> bool:
         """Whether no parameter was point-estimated; those of a network always were."""
-        return self.estimator is not None and not self.model.predictor_.structure.parameters
+        return (self.estimator is not None or self.known is not None) and not self.facts.parameters
 
     def label(self, rule: str) -> str:
         """What to say of the number: the rule, or that nothing stands at an estimate; an error or a doubt instead."""
@@ -88,37 +139,37 @@ class Candidate:
 
 def choose_rule(evidence: str, found: list[Candidate]) -> tuple[str, str]:
     """The rule that ranks, and why."""
-    models = [c.model for c in found]
-    vectors = [m for m in models if not m.predictor_.structure.by_row]
+    models = [c.facts for c in found]
+    vectors = [m for m in models if not m.by_row]
     if evidence == "cumulative" and vectors:
         raise ValueError(
             "evidence='cumulative' needs independent rows: here they are tokens of one vector, and those of a block "
             "are scored one by one, not together. Use 'integrated' or 'heldout'"
         )
-    if evidence == "heldout" and not all(m.predictor_.remembers for m in vectors):
+    if evidence == "heldout" and not all(m.remembers for m in vectors):
         raise ValueError(
             "evidence='heldout' needs independent rows, or observations that are one Gaussian vector: here rows are "
             "tokens of one vector, and none can be scored given the others. Use 'train'"
         )
     if evidence != "auto":
         return evidence, "asked for"
-    if all(not m.predictor_.structure.parameters for m in models):
+    if all(not m.parameters for m in models):
         return "train", "nothing is point-estimated: the LML is the evidence itself"
-    sizes = [m.n_hyperparameters() for m in models]
+    sizes = [m.n_hyperparameters for m in models]
     if all(size is not None and size <= MAX_INTEGRATED for size in sizes):
         return "integrated", (
             f"every candidate offers a prior of its hyper-parameters, {MAX_INTEGRATED} at most: they are integrated, "
             "and predictions are at their maximum a posteriori"
         )
-    if vectors and all(m.predictor_.remembers for m in models):
+    if vectors and all(m.remembers for m in models):
         return "heldout", (
             "a candidate's hyper-parameters have no prior, or are many, so that they cannot be integrated: hidden rows "
             "are predicted, each given the visible ones"
         )
     if vectors:
         return "train", "rows are tokens of one vector, so none can be held out: the LML at its maximum"
-    missing = any(not m.complete_ for m in models)
-    if all(m.noise_shape() is not None for m in models) and not missing:
+    missing = any(not m.complete for m in models)
+    if all(m.rotates for m in models) and not missing:
         return "laplace", "every candidate declares its loadings free up to rotation, and no cell is missing"
     why = (
         "cells are missing" if missing else "a candidate's point estimates have no declared prior or symmetry"
@@ -129,13 +180,10 @@ def choose_rule(evidence: str, found: list[Candidate]) -> tuple[str, str]:
 def refuse_incomparable(names: list[str], found: list[Candidate]) -> None:
     """All must score the same tokens, in the same units, in the same sense of a token."""
     kinds: dict[str, list[Any]] = {
-        "meaning of a row (independent rows against one vector)": [
-            c.model.predictor_.structure.by_row for c in found
-        ],
+        "meaning of a row (independent rows against one vector)": [c.facts.by_row for c in found],
         "tokens (other rows, features or scaling)": [c.tokens for c in found],
         "kind of token (codes that have probabilities against numbers that have densities)": [
-            {isinstance(site, Observed) and site.discrete for site in c.model.predictor_.structure.sites}
-            for c in found
+            c.facts.discrete for c in found
         ],
     }
     for what, values in kinds.items():
@@ -150,7 +198,7 @@ def refuse_incomparable(names: list[str], found: list[Candidate]) -> None:
 
 def refuse_mixed_train(names: list[str], found: list[Candidate]) -> None:
     """The LML of some at a maximum over parameters, of others with nothing to maximise over."""
-    fixed = [not c.model.predictor_.structure.parameters for c in found]
+    fixed = [not c.facts.parameters for c in found]
     if any(fixed) and not all(fixed):
         others = [n for n, f in zip(names, fixed, strict=True) if f]
         raise ValueError(

@@ -16,20 +16,15 @@ Which number ranks is the ``evidence``:
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import math
 import os
-import pickle
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-import cloudpickle
 import numpy as np
 from gpytorch.kernels import Kernel
 from joblib import Parallel, delayed
@@ -45,6 +40,7 @@ from tqdm.auto import tqdm
 
 from bayes_mpt.atomic import all_or_nothing
 from bayes_mpt.comparison import comparison_table
+from bayes_mpt.digests import CannotDigest, digest_of
 from bayes_mpt.estimator import RUNAWAY, BayesMPT
 from bayes_mpt.inputs import read_table, unmasked
 from bayes_mpt.masks import require_lml
@@ -61,6 +57,7 @@ from bayes_mpt.rules import (
     refuse_mixed_train,
     token_digest,
 )
+from bayes_mpt.stored import Slot, prepare, seed_in, with_estimator
 from bayes_mpt.tracing import takes_visible
 
 __all__ = ["MarginalLikelihoodSearch"]
@@ -94,7 +91,9 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, BaseEstimator):
     error_score : "raise" or float, default=nan
         What a candidate that cannot be fitted scores; its message stands in ``comparison_["diag"]``.
     checkpoint_dir : path, optional
-        Where each finished candidate is written; a search over the same data and grid takes up from there.
+        Where each finished candidate is written, in numbers, text and tensors; a search that asks for the same, with
+        the same programs on the same data, takes up from there, in any process. A candidate of which that cannot be
+        told is named by a warning and not written.
     random_state : int, RandomState or None
         For the partitions of the rows, and for all in ``estimator`` whose own ``random_state`` is None.
     verbose : int, default=0
@@ -110,7 +109,8 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, BaseEstimator):
     cv_results_ : dict
         With scikit-learn's keys; scores are mean nats a row. ``lml`` holds the totals.
     best_estimator_, best_params_, best_score_, best_index_
-        As in scikit-learn; ``best_score_`` is in nats a row.
+        As in scikit-learn; ``best_score_`` is in nats a row. An estimator that was found finished in
+        ``checkpoint_dir`` is made of what is stored when it is first asked for.
     evidence_, evidence_reason_ : str
         The rule that was used, and why.
     n_splits_ : int
@@ -211,8 +211,9 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, BaseEstimator):
             check_array(X, dtype=[np.float64, np.float32], ensure_all_finite="allow-nan")
         seed = self._partition_seed()
         state = fit_seed(self.random_state, seed)
+        keys = self._keys(grid, names, X, y, state)
         found = self._run(
-            _fit_candidate, [(self.estimator, p, X, y, self.evidence, state) for p in grid], "fit"
+            _fit_candidate, [(self.estimator, p, X, y, self.evidence, state) for p in grid], "fit", keys
         )
         good = _good(found)
         refuse_incomparable([n for n, c in zip(names, found, strict=True) if not c.error], good)
@@ -229,35 +230,71 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, BaseEstimator):
             _score_candidate,
             [(c, X, y, self.evidence_, settings) for c in found],
             self.evidence_,
+            self._score_keys(keys, settings),
         )
         _good(found)
         self._store(grid, names, found)
+        unmade = self._winner is not None and self._winner.estimator is None
+        self._rows = (X, y, digest_of((X, y))) if unmade else None
         return self
 
     def _partition_seed(self) -> int:
         """Of the partitions of the rows; a search that takes up from a directory keeps the seed found there."""
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
-        if self.checkpoint_dir is None or self.random_state is not None:
+        if self.checkpoint_dir is None:
             return seed
-        file = Path(self.checkpoint_dir) / "seed"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if not file.exists():
-            file.write_text(str(seed))
-        return int(file.read_text())
+        prepare(Path(self.checkpoint_dir))
+        return seed if self.random_state is not None else seed_in(Path(self.checkpoint_dir), seed)
+
+    def _keys(
+        self, grid: list[dict[str, Any]], names: list[str], X: Any, y: Any, state: int | None
+    ) -> list[str | None]:
+        """Digest of all that each candidate's fit depends on; None where there is none, of which a warning tells."""
+        if self.checkpoint_dir is None:
+            return [None] * len(grid)
+        keys: list[str | None] = []
+        refused: dict[str, list[str]] = {}
+        data: str | None = None
+        for name, params in zip(names, grid, strict=True):
+            try:
+                data = data or digest_of((X, y), "the data")
+                candidate = _unfitted(self.estimator, params, state)
+                asked = {"estimator": digest_of(candidate), "data": data, "evidence": self.evidence}
+                keys.append(digest_of(asked))
+            except CannotDigest as error:
+                refused.setdefault(str(error), []).append(name)
+                keys.append(None)
+        for why, whose in refused.items():
+            warnings.warn(
+                f"nothing of {', '.join(map(repr, whose))} is kept in checkpoint_dir or taken from it: {why}",
+                UserWarning,
+                stacklevel=3,
+            )
+        return keys
+
+    def _score_keys(self, keys: list[str | None], settings: dict[str, Any]) -> list[str | None]:
+        """The same of the evidence."""
+        asked = settings if self.evidence_ in ("heldout", "cumulative") else {}
+        try:
+            return [k and digest_of({"fit": k, "rule": self.evidence_, **asked}, "search") for k in keys]
+        except CannotDigest as error:
+            warnings.warn(f"no evidence is kept in checkpoint_dir: {error}", UserWarning, stacklevel=3)
+            return [None] * len(keys)
 
     def _run(
-        self, task: Callable[..., Candidate], arguments: list[tuple[Any, ...]], label: str
+        self,
+        task: Callable[..., Candidate],
+        arguments: list[tuple[Any, ...]],
+        label: str,
+        keys: list[str | None],
     ) -> list[Candidate]:
         """Do one task for every candidate, in parallel, taking finished ones from the checkpoint directory."""
-        directory = None if self.checkpoint_dir is None else Path(self.checkpoint_dir)
         jobs = []
-        for i, args in enumerate(arguments):
-            file = None
-            if directory is not None:
-                directory.mkdir(parents=True, exist_ok=True)
-                settings = {k: v for k, v in self.get_params().items() if k not in _NOT_IN_KEY}
-                file = directory / f"{i:04d}-{label}-{_key(settings, args)}.pkl"
-            jobs.append(delayed(_checkpointed)(file, task, args, self.error_score))
+        for args, key in zip(arguments, keys, strict=True):
+            slot = None
+            if key is not None and self.checkpoint_dir is not None:
+                slot = Slot.of(Path(self.checkpoint_dir), label, key, _to_fit(args))
+            jobs.append(delayed(_checkpointed)(slot, task, args, self.error_score))
         parallel = Parallel(n_jobs=self.n_jobs, return_as="generator")
         results = parallel(jobs)
         return list(tqdm(results, total=len(jobs), desc=label, disable=not self.verbose))
@@ -303,22 +340,52 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, BaseEstimator):
         self.best_index_ = int(self.refit(results)) if callable(self.refit) else int(order[0])
         self.best_params_ = grid[self.best_index_]
         self.best_score_ = float(mean[self.best_index_])
+        self._winner = found[self.best_index_] if self.refit else None
         if self.refit:
-            self.best_estimator_ = found[self.best_index_].estimator
             self.refit_time_ = 0.0  # the candidate was fitted on all rows already
-            if hasattr(self.best_estimator_, "feature_names_in_"):
-                self.feature_names_in_ = self.best_estimator_.feature_names_in_
 
     # ---------------------------------------------------------------------------- the best candidate, as an estimator
 
     @property
+    def best_estimator_(self) -> Any:
+        """The best candidate, fitted on all rows."""
+        winner: Candidate | None = vars(self).get("_winner")
+        if winner is None:
+            raise AttributeError(
+                f"{type(self).__name__} object has no best_estimator_: not fitted, or refit=False"
+            )
+        if winner.estimator is None and self._rows is not None:
+            X, y, before = self._rows
+            if digest_of((X, y)) != before:
+                raise RuntimeError(
+                    "the rows have changed since fit, in place, and the best candidate is to be made on them as they "
+                    "were: call fit again"
+                )
+            with_estimator(winner, X, y)
+            self._rows = None
+        return winner.estimator
+
+    def __getstate__(self) -> dict[str, Any]:
+        if vars(self).get("_rows") is not None:
+            _ = self.best_estimator_  # a file holds the estimator, and no rows
+        state: dict[str, Any] = super().__getstate__()
+        return state
+
+    @property
     def n_features_in_(self) -> int:
         """Columns of X in `fit`."""
-        if not hasattr(self, "best_estimator_"):
-            raise AttributeError(
-                f"{type(self).__name__} object has no n_features_in_ attribute: it is not fitted"
-            )
-        return int(self.best_estimator_.n_features_in_)
+        return int(self._of_best("n_features_in_"))
+
+    @property
+    def feature_names_in_(self) -> NDArray[Any]:
+        """Names of the columns of X in `fit`, where it had any."""
+        return np.asarray(self._of_best("feature_names_in_"))
+
+    def _of_best(self, name: str) -> Any:
+        best = getattr(self, "best_estimator_", None)
+        if best is None or not hasattr(best, name):
+            raise AttributeError(f"{type(self).__name__} object has no {name} attribute: it is not fitted")
+        return getattr(best, name)
 
     def _best(self) -> Any:
         check_is_fitted(self)
@@ -414,9 +481,7 @@ def _fit_candidate(
 ) -> Candidate:
     """Fit on all rows; ``random_state`` is for whatever has none."""
     start = time.perf_counter()
-    candidate = clone(estimator).set_params(**_cloned(params))
-    if random_state is not None:
-        candidate.set_params(**dict.fromkeys(_unseeded(candidate), random_state))
+    candidate = _unfitted(estimator, params, random_state)
     with warnings.catch_warnings():
         if evidence in ("auto", "integrated"):  # where an estimate runs away, the integral does not
             warnings.filterwarnings("ignore", RUNAWAY)
@@ -427,55 +492,55 @@ def _fit_candidate(
     return Candidate(fitted, tokens=token_digest(fitted, X, y), fit_time=fit_time, note=note)
 
 
+def _unfitted(estimator: Any, params: dict[str, Any], random_state: int | None) -> Any:
+    """What is fitted."""
+    candidate = clone(estimator).set_params(**_cloned(params))
+    if random_state is not None:
+        candidate.set_params(**dict.fromkeys(_unseeded(candidate), random_state))
+    return candidate
+
+
+def _to_fit(args: tuple[Any, ...]) -> Any:
+    """The same, of the arguments of either task; None of a candidate that failed."""
+    if not isinstance(args[0], Candidate):
+        estimator, params, _, _, _, random_state = args
+        return _unfitted(estimator, params, random_state)
+    candidate: Candidate = args[0]
+    fitted = candidate.estimator
+    return candidate.unfitted if fitted is None else clone(fitted)
+
+
 def _score_candidate(candidate: Candidate, X: Any, y: Any, rule: str, settings: dict[str, Any]) -> Candidate:
     """Give a fitted candidate its evidence."""
     if candidate.error:
         return candidate
     start = time.perf_counter()
-    candidate = give_evidence(candidate, X, y, rule, to_map=True, **settings)
+    candidate = give_evidence(with_estimator(candidate, X, y), X, y, rule, to_map=True, **settings)
     candidate.score_time = time.perf_counter() - start
     return candidate
 
 
 def _checkpointed(
-    file: Path | None, task: Callable[..., Candidate], args: tuple[Any, ...], error_score: Any
+    slot: Slot | None, task: Callable[..., Candidate], args: tuple[Any, ...], error_score: Any
 ) -> Candidate:
-    """Run a task unless its result is on disk; write results whole or not at all."""
-    if file is not None and file.exists():
-        try:
-            with file.open("rb") as stream:
-                return pickle.load(stream)
-        except (EOFError, pickle.UnpicklingError):
-            file.unlink()
+    """Run a task unless its result is on disk; one that fails, or is not finished, leaves nothing there."""
+    if slot is not None and slot.found is None and not _failed(args):
+        slot.look(_to_fit(args))  # another search may have been faster
+    if slot is not None and slot.found is not None:
+        return slot.found
     try:
         result = task(*args)
     except Exception as error:
         if error_score == "raise":
             raise
         return Candidate(error=f"{type(error).__name__}: {error}")
-    if file is not None:
-        part = file.with_suffix(f".{os.getpid()}.part")
-        part.write_bytes(cloudpickle.dumps(result))
-        part.replace(file)
+    if slot is not None and not result.error:
+        slot.put(result)
     return result
 
 
-_NOT_IN_KEY = {"n_jobs", "verbose", "refit", "checkpoint_dir", "error_score"}
-
-
-def _key(settings: dict[str, Any], args: tuple[Any, ...]) -> str:
-    """Of what a result depends on: settings, candidate and data."""
-    h = hashlib.sha256()
-    for part in (settings, *args):
-        if isinstance(part, Candidate):
-            part = (clone(part.estimator), part.tokens) if part.estimator is not None else part.error
-        if hasattr(part, "shape") or isinstance(part, list):
-            array = np.ascontiguousarray(np.asarray(part))
-            h.update(repr((array.shape, array.dtype)).encode() + array.tobytes())
-        else:
-            h.update(cloudpickle.dumps(part))  # what a closure holds is in there
-            h.update(_sources(part).encode())  # and here the module of an importable program
-    return h.hexdigest()[:20]
+def _failed(args: tuple[Any, ...]) -> bool:
+    return isinstance(args[0], Candidate) and bool(args[0].error)
 
 
 # ----------------------------------------------------------------------------------------------------------- helpers
@@ -506,19 +571,6 @@ def _good(found: list[Candidate]) -> list[Candidate]:
     if not good:
         raise ValueError(f"all {len(found)} candidates failed; the first one: {found[0].error}")
     return good
-
-
-def _sources(part: Any) -> str:
-    """Source text of the modules in which the programs of an estimator, or of its parameters, are written."""
-    values = part.values() if isinstance(part, dict) else part if isinstance(part, tuple) else (part,)
-    models = [getattr(final_step(v), "model", v) for v in values]
-    texts = []
-    for model in models:
-        module = inspect.getmodule(model if inspect.isfunction(model) else type(model))
-        if module is not None and not module.__name__.startswith(("builtins", "numpy", "sklearn", "torch")):
-            with suppress(OSError, TypeError):
-                texts.append(inspect.getsource(module))
-    return "".join(texts)
 
 
 def _cloned(params: dict[str, Any]) -> dict[str, Any]:

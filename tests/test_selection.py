@@ -803,7 +803,8 @@ def test_a_torn_checkpoint_is_written_again(tmp_path, fits):
         if file.is_file():
             file.write_bytes(file.read_bytes()[:50])
     fits.n = 0
-    got = search("laplace", checkpoint_dir=tmp_path).fit(X)
+    with pytest.warns(UserWarning, match="set aside"):
+        got = search("laplace", checkpoint_dir=tmp_path).fit(X)
     assert fits.n == 3
     pd.testing.assert_frame_equal(got.comparison_, want)
 

@@ -233,6 +233,10 @@ class Conditionals(ABC):
         """Find out anew, at the current parameters, which tokens are near; whether that has changed."""
         return False
 
+    def forget(self) -> None:
+        """Leave what earlier readings have found to make the next one shorter: that gives what a first one would."""
+        return
+
     def shared_latents(self, x: Tensor) -> list[tuple[float, dict[str, Tensor]]]:
         """Where rows are one vector: weighted posterior values of the latents given x, for predictions of new rows."""
         return []

@@ -169,6 +169,11 @@ class Nodes(Conditionals):
         trace = run(self._thawed.model, tuple(fill(a) for a in args))
         return {name: node["value"] for name, node in trace.nodes.items() if is_subsample(node)}
 
+    def forget(self) -> None:
+        placement = getattr(self.reader, "placement", None)
+        if placement is not None:
+            placement.forget()
+
     def freeze(self) -> Nodes:
         new = Nodes(self._thawed)
         new.reader = new.model = new.guide = None

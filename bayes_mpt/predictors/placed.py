@@ -356,6 +356,10 @@ class Placement:
             draws = [self.space.pack(t, n_rows)[0] for t in _draws(self.model, filled, N_START_DRAWS)]
         return torch.stack(draws).median(0).values
 
+    def forget(self) -> None:
+        """Look for the next modes from the start, not from the last ones."""
+        self._last = None
+
     def locate(self, args: tuple[Any, ...], x: Tensor, visible: Tensor) -> Located:
         """The mode of each row's latents given its visible tokens: Newton's method, saddles turned into descents."""
         found = self._locate(args, x, visible, {}, 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,8 @@ import pyro
 import torch
 from torch import Tensor
 
-from bayes_mpt.devices import own_random_state
+from bayes_mpt.checkpoints import make_room, read, write
+from bayes_mpt.devices import own_random_state, random_states, set_random_states
 from bayes_mpt.masks import Policy, torch_generator
 from bayes_mpt.rows import digest
 from bayes_mpt.tracing import ModelError
@@ -27,6 +28,7 @@ from bayes_mpt.training.problem import Fit, Problem, Report, check_start, restor
 
 __all__ = ["train_by_epochs"]
 
+KIND = "training by epochs"  # of its file
 LOOKS = 2  # draws of nodes and masks with which held-out rows are scored
 MOST_STEPS = 3000  # of a stage, the last excepted: of many rows a cheap one would never have given all it can
 WARM_UP = 300  # steps over which the learning rate rises from zero, or a tenth of all that there may be
@@ -48,6 +50,46 @@ class _Progress:
     """Epoch in which the stage began."""
 
 
+@dataclass
+class _State:
+    """What a training moves, and what moves it."""
+
+    leaves: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    """What networks keep beside their parameters."""
+    adam: torch.optim.Adam
+    generator: torch.Generator
+    fit: Fit
+
+    def checked(self, content: dict[str, Any]) -> dict[str, Any]:
+        """The content of a file, if it is of the kind that `_keep` writes; a TypeError or KeyError otherwise."""
+        progress, size = content["progress"], self.generator.get_state().numel()
+        tensors = {name: content[name] for name in ("leaves", "buffers")}
+        tensors |= {name: progress[name] for name in ("mean", "best")}
+        sound = (
+            set(progress) == set(_Progress.__annotations__)
+            and all(type(progress[n]) is int for n in ("epoch", "stale", "stage", "begun"))
+            and type(progress["best_score"]) is float
+            and all(isinstance(t, Tensor) for found in tensors.values() for t in found.values())
+            and all(isinstance(t, Tensor) for step in content["adam"] for t in step.values())
+            and all(type(r) is str for r in content["rows"])
+            and all(type(t) is str for both in content["told"].values() for t in both)
+            and all(len(both) == 2 for both in content["told"].values())
+            and all(type(v) is float for v in content["history"])
+            and len(content["generators"]) >= 2
+            and all(g.dtype == torch.uint8 and g.ndim == 1 for g in content["generators"])
+            and all(g.numel() == size for g in content["generators"][:2])
+        )
+        shapes = {name: t.shape for name, t in content["leaves"].items()}
+        for found in (progress["mean"], progress["best"]):
+            sound = sound and {name: t.shape for name, t in found.items()} == shapes
+        for step, shape in zip(content["adam"], shapes.values(), strict=True):
+            sound = sound and all(step[n].shape == shape for n in ("exp_avg", "exp_avg_sq") if step)
+        if not sound:
+            raise TypeError("not what a training keeps")
+        return content
+
+
 def train_by_epochs(
     stages: Sequence[Problem],
     held_out: Sequence[Problem],
@@ -59,6 +101,7 @@ def train_by_epochs(
     patience: int,
     random_state: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
+    asked: Mapping[str, tuple[str, str]] | None = None,
     report: Report | None = None,
 ) -> Fit:
     """Maximise the masked score by Adam over minibatches; the parameters' running mean ends where it scores best.
@@ -84,8 +127,11 @@ def train_by_epochs(
     random_state : int, optional
         For the order of the rows and the masks; nodes draw from torch's global generator.
     checkpoint : path, optional
-        Written whole after each epoch; where it exists, the training goes on from it as if it had never stopped. It
-        knows its rows, since the scores of others would be those of rows that had been trained on.
+        Written whole after each epoch (`bayes_mpt.checkpoints`); where it exists, the training goes on from it as if
+        it had never stopped. It knows its rows, since the scores of others would be those of rows that had been trained
+        on, and its settings. A file that is damaged, or none of ours, is set aside with a warning.
+    asked : dict, optional
+        What else a checkpoint must agree in, by name: in words, and a digest of it (`bayes_mpt.digests`).
     report : callable, optional
         Called with (epoch, score a row); True stops.
 
@@ -100,7 +146,9 @@ def train_by_epochs(
     ModelError
         If a parameter, its gradient or the score is not finite; it is named.
     ValueError
-        If the checkpoint is of another model, or of other rows.
+        If the checkpoint is of another model, other settings, or other rows; which is named.
+    CheckpointError
+        If it cannot be written.
     """
     generator = torch_generator(random_state)
     problem = stages[-1]
@@ -115,8 +163,24 @@ def train_by_epochs(
     progress = _Progress(0, _copies(leaves), -math.inf, _copies(leaves), 0, 0, 0)
     file = None if checkpoint is None else Path(checkpoint)
     rows = [] if file is None else [digest(a.reshape(len(a), -1).cpu().numpy()) for a in problem.args]
-    if file is not None and file.exists():
-        progress = _resume(file, leaves, adam, generator, fit, rows)
+    told = {
+        **dict(asked or {}),
+        "batch_size": (str(batch_size), repr(batch_size)),
+        "learning_rate": (str(learning_rate), repr(learning_rate)),
+    }
+    networks = {"model": problem.predictor.model, "guide": problem.predictor.guide}
+    buffers = {
+        f"{kind}.{name}": buffer
+        for kind, net in networks.items()
+        if isinstance(net, torch.nn.Module)
+        for name, buffer in net.named_buffers()
+    }
+    state = _State(leaves, buffers, adam, generator, fit)
+    if file is not None:
+        make_room(file.parent, file.name)
+        found = read(file, KIND, state.checked)
+        if found is not None:
+            progress = _resume(file, found, state, rows, told)
     try:
         while progress.epoch < max_epochs:
             last = progress.stage == len(stages) - 1
@@ -154,7 +218,7 @@ def train_by_epochs(
             if value > progress.best_score or not held_out:
                 progress.best_score, progress.best, progress.stale = value, _copies(progress.mean), 0
             if file is not None:
-                _keep(file, progress, leaves, adam, generator, fit, rows)
+                _keep(file, progress, state, rows, told)
             if report is not None and report(progress.epoch, value):
                 break
     except KeyboardInterrupt:
@@ -177,6 +241,7 @@ def _epoch(
 ) -> float:
     """One pass over the rows: the mean score a row of its steps, or the first that is not finite."""
     total = 0.0
+    problem.predictor.forget()  # one that goes on from a checkpoint knows nothing of the epochs before
     batches = torch.randperm(problem.n_rows, generator=generator).split(batch_size)
     (group,) = adam.param_groups
     for step, index in enumerate(batches, progress.epoch * len(batches) + 1):
@@ -200,6 +265,7 @@ def _epoch(
 def _look(held_out: Problem, masks: Policy, batch_size: int, seed: int) -> float:
     """Mean score a row of what is held out, on the same draws each time; leaves the random state as it was."""
     total = 0.0
+    held_out.predictor.forget()
     with torch.no_grad(), own_random_state(seed):
         generator = torch.Generator().manual_seed(seed)
         for _ in range(LOOKS):
@@ -224,59 +290,60 @@ def _copies(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _keep(
-    file: Path,
-    progress: _Progress,
-    leaves: dict[str, Tensor],
-    adam: torch.optim.Adam,
-    generator: torch.Generator,
-    fit: Fit,
-    rows: list[str],
+    file: Path, progress: _Progress, state: _State, rows: list[str], told: dict[str, tuple[str, str]]
 ) -> None:
+    steps = state.adam.state_dict()["state"]
     content: dict[str, Any] = {
         "rows": rows,
+        "told": {name: list(both) for name, both in told.items()},
         "progress": vars(progress),
-        "leaves": _copies(leaves),
-        "adam": adam.state_dict(),
-        "generators": [generator.get_state(), torch.get_rng_state(), *_cuda_states()],
-        "history": fit.history,
+        "leaves": _copies(state.leaves),
+        "buffers": _copies(state.buffers),
+        "adam": [steps.get(i, {}) for i in range(len(state.leaves))],
+        "generators": [state.generator.get_state(), *random_states()],
+        "history": state.fit.history,
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(f".{os.getpid()}.part")
-    torch.save(content, part)
-    part.replace(file)  # whole or not at all
-
-
-def _cuda_states() -> list[Tensor]:
-    return torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    write(file, KIND, content)
 
 
 def _resume(
     file: Path,
-    leaves: dict[str, Tensor],
-    adam: torch.optim.Adam,
-    generator: torch.Generator,
-    fit: Fit,
+    content: dict[str, Any],
+    state: _State,
     rows: list[str],
+    told: dict[str, tuple[str, str]],
 ) -> _Progress:
-    content = torch.load(file, weights_only=True)
+    """Go on from a checkpoint, if it is one of this training."""
+    advice = "Remove it, or give another checkpoint"
+    for name, (now, value) in told.items():
+        was, before = content["told"].get(name, ("none", ""))
+        if before != value and name != "model":
+            raise ValueError(
+                f"{file} was written with {name} {was}, now {now}: it belongs to another training. {advice}"
+            )
     found = {name: tuple(value.shape) for name, value in content["leaves"].items()}
-    wanted = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
+    wanted = {name: tuple(leaf.shape) for name, leaf in state.leaves.items()}
     if found != wanted:
         raise ValueError(
-            f"{file} holds parameters {found}, the program has {wanted}: it belongs to another model. Remove it, or "
-            "give another checkpoint"
+            f"{file} holds parameters {found}, the program has {wanted}: it belongs to another model. {advice}"
         )
-    if content.get("rows") != rows:
-        raise ValueError(
-            f"{file} belongs to a training on other rows. Remove it, or give another checkpoint (none in a "
-            "cross-validation)"
-        )
-    restore(leaves, content["leaves"])
-    adam.load_state_dict(content["adam"])
-    own, ours, *cuda = content["generators"]
-    generator.set_state(own)
-    torch.set_rng_state(ours)
-    if cuda and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(cuda)
-    fit.history[:] = content["history"]
+    now, value = told.get("model", ("", ""))
+    was, before = content["told"].get("model", ("", ""))
+    if before != value:
+        differ = f"{was}, now {now}" if was != now else f"{was}, whose code, values or packages have changed"
+        raise ValueError(f"{file} was written with model {differ}: it belongs to another model. {advice}")
+    sizes = {name: tuple(value.shape) for name, value in content["buffers"].items()}
+    if sizes != {name: tuple(value.shape) for name, value in state.buffers.items()}:
+        raise ValueError(f"{file} holds buffers {sizes} of networks: it belongs to another model. {advice}")
+    if content["rows"] != rows:
+        raise ValueError(f"{file} belongs to a training on other rows. {advice} (none in a cross-validation)")
+    restore(state.leaves, content["leaves"])
+    restore(state.buffers, content["buffers"])
+    of_adam = state.adam.state_dict()
+    of_adam["state"] = {i: step for i, step in enumerate(content["adam"]) if step}
+    state.adam.load_state_dict(of_adam)
+    own, *ours = content["generators"]
+    state.generator.set_state(own)
+    set_random_states(ours)
+    state.fit.history[:] = content["history"]
     return _Progress(**content["progress"])
