@@ -22,7 +22,6 @@ import math
 import os
 import pickle
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from numbers import Integral, Real
@@ -33,6 +32,7 @@ import cloudpickle
 import numpy as np
 from gpytorch.kernels import Kernel
 from joblib import Parallel, delayed
+from joblib.parallel import get_active_backend
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, MetaEstimatorMixin, _fit_context, clone
 from sklearn.gaussian_process.kernels import Kernel as GaussianProcessKernel
@@ -45,7 +45,7 @@ from tqdm.auto import tqdm
 
 from bayes_mpt.atomic import all_or_nothing
 from bayes_mpt.comparison import comparison_table
-from bayes_mpt.estimator import RUNAWAY, BayesMPT
+from bayes_mpt.estimator import BayesMPT, may_diverge
 from bayes_mpt.inputs import read_table, unmasked
 from bayes_mpt.masks import require_lml
 from bayes_mpt.models.kernels import kernel_name
@@ -182,6 +182,7 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, BaseEstimator):
             If candidates are not comparable (they score other tokens, or one integrates what another
             point-estimates), with the offenders' names; if every candidate fails; if training masks are no LML.
         """
+        _check_backend()
         grid = list(ParameterGrid(self.param_grid))
         if not grid:
             raise ValueError(f"param_grid holds no candidates: got {self.param_grid!r}")
@@ -417,9 +418,8 @@ def _fit_candidate(
     candidate = clone(estimator).set_params(**_cloned(params))
     if random_state is not None:
         candidate.set_params(**dict.fromkeys(_unseeded(candidate), random_state))
-    with warnings.catch_warnings():
-        if evidence in ("auto", "integrated"):  # where an estimate runs away, the integral does not
-            warnings.filterwarnings("ignore", RUNAWAY)
+    # where an estimate runs away, the integral does not
+    with may_diverge(evidence in ("auto", "integrated")):
         fitted = candidate.fit(X, y)
     fit_time = time.perf_counter() - start
     zero = final_step(fitted).noise_at_zero_
@@ -479,6 +479,16 @@ def _key(settings: dict[str, Any], args: tuple[Any, ...]) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------- helpers
+
+
+def _check_backend() -> None:
+    """Refuse a backend of joblib that gives no result before the last one is there: finished ones are kept at once."""
+    backend, _ = get_active_backend()
+    if not backend.supports_return_generator:
+        raise ValueError(
+            f"a search takes each candidate as it is finished, which joblib's {type(backend).__name__} does not "
+            "offer: use parallel_config(backend='loky'), joblib's default, or 'threading'"
+        )
 
 
 def _unseeded(estimator: Any) -> list[str]:
