@@ -1286,7 +1286,7 @@ _DIVERGING = ContextVar("diverging", default=False)
 
 @contextmanager
 def may_diverge(active: bool) -> Iterator[None]:
-    """Inside, fits of this thread do not warn of estimates that diverge. Filters of warnings are those of all threads."""
+    """Inside, fits of this thread do not warn of estimates that diverge; filters of warnings are every thread's."""
     token = _DIVERGING.set(active)
     try:
         yield
