@@ -87,7 +87,7 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, BaseEstimator):
     visible_share : float, default=0.5
         Share of rows that "cumulative" starts from.
     n_jobs : int, optional
-        Candidates evaluated at a time, by joblib.
+        Candidates evaluated at a time, by joblib: in processes (loky), or in threads, which take turns.
     refit : bool or callable, default=True
         Keep the best candidate, fitted on all rows, as ``best_estimator_``. A callable takes ``cv_results_`` and
         returns an index (a one-standard-error rule, say).
