@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from copy import deepcopy
 from dataclasses import replace
 from numbers import Integral, Real
@@ -102,6 +103,7 @@ from bayes_mpt.rows import (
     takes_y,
 )
 from bayes_mpt.score import ScoreEstimate, estimate
+from bayes_mpt.serial import left_as_found, methods_take_turns, turn
 from bayes_mpt.simulation import simulate
 from bayes_mpt.store import OwnStore, State, load, save
 from bayes_mpt.tracing import (
@@ -119,12 +121,12 @@ __all__ = ["BayesMPT"]
 
 CURVE_CHAINS = 8
 WIDE = 2.0  # nats, of the logarithms of a row's weights: the mean of a few of them misses what is rare
-RUNAWAY = "the estimate of parameter"
 MAX_CHAIN_CELLS = 2**24  # tokens times steps, up to which a network's score of its training rows is of chains
 MAX_LOCATION_ROWS = 64  # on which it is found out whether a program moves with its rows
 MAX_READ_CELLS = 2**18  # of programs that are read on the rows they score: cells at a time
 
 
+@methods_take_turns(store=True, but=("fit", "partial_fit"), inherited=("fit_transform",))
 class BayesMPT(
     CallbackSupportMixin, ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, BaseEstimator
 ):
@@ -329,7 +331,7 @@ class BayesMPT(
             it was before, fitted or not.
         """
         context = self._init_callback_context(max_subtasks=None)
-        with restored_on_failure(self):
+        with turn(), left_as_found(store=True), restored_on_failure(self):
             return self._fit(X, y, context, seen=None, warm=self.warm_start)
 
     @_fit_context(prefer_skip_nested_validation=True)
@@ -339,17 +341,17 @@ class BayesMPT(
         Of complete rows only mean and covariance are kept, so a stream of any length fits in memory. Programs that
         are read on their own rows (covariates) cannot be fitted by parts.
         """
-        fitted = hasattr(self, "predictor_")
-        if fitted:
-            self._come()
-        if fitted and self._table is None:
-            raise ValueError(
-                "partial_fit needs a program whose rows share one map; fit this one on all rows at once"
-            )
-        # a fit by masks goes on from where it was; an exact one ends at the maximum over all rows in any case
-        warm = fitted and self.masks is not None
         context = self._init_callback_context(max_subtasks=None)
-        with restored_on_failure(self):
+        with turn(), left_as_found(store=True), restored_on_failure(self):
+            fitted = hasattr(self, "predictor_")
+            if fitted:
+                self._come()
+            if fitted and self._table is None:
+                raise ValueError(
+                    "partial_fit needs a program whose rows share one map; fit this one on all rows at once"
+                )
+            # a fit by masks goes on from where it was; an exact one ends at the maximum over all rows in any case
+            warm = fitted and self.masks is not None
             return self._fit(X, y, context, seen=self._table if fitted else None, warm=warm)
 
     def refit(self, X: ArrayLike, y: Any = None, *, random_state: int | None = None) -> Self:
@@ -388,7 +390,7 @@ class BayesMPT(
         ValueError
             If the rows are others, the program has other parameters, or their log marginal likelihood differs.
         """
-        with restored_on_failure(self), warnings.catch_warnings():
+        with turn(), left_as_found(store=True), restored_on_failure(self), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what there is to warn of was said by the fit
             self._fit(X, y, _Unwatched(), seen=None, warm=False, left=left)
             total, wanted = self.log_marginal_likelihood_, float(left["log_marginal_likelihood_"])
@@ -1236,15 +1238,16 @@ class BayesMPT(
     @contextmanager
     def read_rows(self, X: ArrayLike, y: Any = None) -> Iterator[tuple[Conditionals, Tensor]]:
         """Inside ``with``, where no gradients are tracked: the fitted predictor and the rows (N, T) that it scores."""
-        check_is_fitted(self)
-        rows = self._check_rows(X, reset=False)
-        if self.predictor_.structure.plain:
-            with torch.no_grad():
-                yield self.predictor_, self._tensor(rows)
-            return
-        # a network's penalties, and the loss of a contrastive head, stand in its scores where gradients are
-        with self._read_rows(rows, y) as found, torch.no_grad():
-            yield found
+        with turn(), left_as_found(store=True):
+            check_is_fitted(self)
+            rows = self._check_rows(X, reset=False)
+            if self.predictor_.structure.plain:
+                with torch.no_grad():
+                    yield self.predictor_, self._tensor(rows)
+                return
+            # a network's penalties, and the loss of a contrastive head, stand in its scores where gradients are
+            with self._read_rows(rows, y) as found, torch.no_grad():
+                yield found
 
     def _read_parts(self, X: ArrayLike, y: Any) -> Iterator[tuple[Conditionals, Tensor]]:
         """As `read_rows`, a part of the rows after the other where that can be, to be used as they come."""
@@ -1375,8 +1378,23 @@ class BayesMPT(
 # ---------------------------------------------------------------------------------------------------------- helpers
 
 
+_DIVERGING = ContextVar("diverging", default=False)
+
+
+@contextmanager
+def may_diverge(active: bool) -> Iterator[None]:
+    """Inside, fits of this thread do not warn of estimates that diverge; filters of warnings are every thread's."""
+    token = _DIVERGING.set(active)
+    try:
+        yield
+    finally:
+        _DIVERGING.reset(token)
+
+
 def _warn_of_bounds(prior: Prior, problem: training.Problem) -> None:
     """Say so where an estimate diverges: the likelihood does not hold it."""
+    if _DIVERGING.get():
+        return
     store = pyro.get_param_store()
     drawn = problem.predictor.sampled or problem.predictor.own_masks
     averaged = "" if drawn else "; evidence='integrated' averages over it"
@@ -1387,7 +1405,7 @@ def _warn_of_bounds(prior: Prior, problem: training.Problem) -> None:
         value = np.array2string(store[name].detach().cpu().numpy().ravel(), precision=3, threshold=6)
         why = at_floor.get(name, "towards the end of its range: the data do not determine it")
         warnings.warn(
-            f"{RUNAWAY} {name!r} diverged to {value}, {why}{held}",
+            f"the estimate of parameter {name!r} diverged to {value}, {why}{held}",
             ConvergenceWarning,
             stacklevel=5,
         )

@@ -31,6 +31,7 @@ from bayes_mpt.masks import (
 )
 from bayes_mpt.predictors.errors import disagreement, replicate_error
 from bayes_mpt.score import RateCurve
+from bayes_mpt.serial import methods_take_turns, takes_turns
 
 __all__ = ["MaskedLanguageModel", "TextScores", "compare_language_models"]
 
@@ -65,6 +66,7 @@ class TextScores:
         return float(self.score.sum())
 
 
+@methods_take_turns()
 class MaskedLanguageModel:
     """What a masked language model says of whole texts, which are never shown to it in full.
 
@@ -389,6 +391,7 @@ class MaskedLanguageModel:
         return weight.new_zeros(n_copies).index_add_(0, row, weight[row, place] * log_prob.double().cpu())
 
 
+@takes_turns
 def compare_language_models(
     models: Mapping[str, MaskedLanguageModel],
     texts: Sequence[Any],

@@ -30,6 +30,7 @@ from bayes_mpt.masks import (
 )
 from bayes_mpt.predictors import Conditionals, Predictor, choose
 from bayes_mpt.predictors.errors import disagreement, replicate_error
+from bayes_mpt.serial import left_as_found, methods_take_turns, takes_turns, turn
 from bayes_mpt.tracing import Model, list_names
 
 __all__ = [
@@ -392,6 +393,7 @@ def _bias(predictor: Conditionals, x: Tensor, rate: float, n_masks: int, random_
 # --------------------------------------------------------------------------------------------------------- the loss
 
 
+@methods_take_turns()
 class CumulativeMaskedScore(ELBO):
     """The negative masked score of a Pyro program, as a loss for `pyro.infer.SVI` or any torch optimiser.
 
@@ -511,7 +513,7 @@ class _LossModule(torch.nn.Module):
                 "CumulativeMaskedScore()(model, guide, *example) needs an example batch: the program's parameters are "
                 "created when it runs"
             )
-        with pyro.get_param_store().scope() as state:
+        with turn(), left_as_found(store=True), pyro.get_param_store().scope() as state:
             loss.loss(model, guide, *example)
         self._constraints = state["constraints"]
         self._leaves = list(state["params"])
@@ -521,6 +523,7 @@ class _LossModule(torch.nn.Module):
                 f"p{i}", leaf if isinstance(leaf, torch.nn.Parameter) else torch.nn.Parameter(leaf)
             )
 
+    @takes_turns
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The loss on a batch: total nats, to minimise."""
         with pyro.get_param_store().scope({"params": self.named_leaves(), "constraints": self._constraints}):

@@ -28,6 +28,7 @@ from typing import Any, ClassVar, Literal, Self
 import numpy as np
 from gpytorch.kernels import Kernel
 from joblib import Parallel, delayed
+from joblib.parallel import get_active_backend
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, MetaEstimatorMixin, _fit_context, clone
 from sklearn.gaussian_process.kernels import Kernel as GaussianProcessKernel
@@ -41,7 +42,7 @@ from tqdm.auto import tqdm
 from bayes_mpt.atomic import all_or_nothing
 from bayes_mpt.comparison import comparison_table
 from bayes_mpt.digests import CannotDigest, digest_of
-from bayes_mpt.estimator import RUNAWAY, BayesMPT
+from bayes_mpt.estimator import BayesMPT, may_diverge
 from bayes_mpt.inputs import read_table, unmasked
 from bayes_mpt.masks import require_lml
 from bayes_mpt.models.kernels import kernel_name
@@ -84,7 +85,7 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, BaseEstimator):
     visible_share : float, default=0.5
         Share of rows that "cumulative" starts from.
     n_jobs : int, optional
-        Candidates evaluated at a time, by joblib.
+        Candidates evaluated at a time, by joblib: in processes (loky), or in threads, which take turns.
     refit : bool or callable, default=True
         Keep the best candidate, fitted on all rows, as ``best_estimator_``. A callable takes ``cv_results_`` and
         returns an index (a one-standard-error rule, say).
@@ -182,6 +183,7 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, BaseEstimator):
             If candidates are not comparable (they score other tokens, or one integrates what another
             point-estimates), with the offenders' names; if every candidate fails; if training masks are no LML.
         """
+        _check_backend()
         grid = list(ParameterGrid(self.param_grid))
         if not grid:
             raise ValueError(f"param_grid holds no candidates: got {self.param_grid!r}")
@@ -482,9 +484,8 @@ def _fit_candidate(
     """Fit on all rows; ``random_state`` is for whatever has none."""
     start = time.perf_counter()
     candidate = _unfitted(estimator, params, random_state)
-    with warnings.catch_warnings():
-        if evidence in ("auto", "integrated"):  # where an estimate runs away, the integral does not
-            warnings.filterwarnings("ignore", RUNAWAY)
+    # where an estimate runs away, the integral does not
+    with may_diverge(evidence in ("auto", "integrated")):
         fitted = candidate.fit(X, y)
     fit_time = time.perf_counter() - start
     zero = final_step(fitted).noise_at_zero_
@@ -544,6 +545,16 @@ def _failed(args: tuple[Any, ...]) -> bool:
 
 
 # ----------------------------------------------------------------------------------------------------------- helpers
+
+
+def _check_backend() -> None:
+    """Refuse a backend of joblib that gives no result before the last one is there: finished ones are kept at once."""
+    backend, _ = get_active_backend()
+    if not backend.supports_return_generator:
+        raise ValueError(
+            f"a search takes each candidate as it is finished, which joblib's {type(backend).__name__} does not "
+            "offer: use parallel_config(backend='loky'), joblib's default, or 'threading'"
+        )
 
 
 def _unseeded(estimator: Any) -> list[str]:

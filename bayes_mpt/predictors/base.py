@@ -13,6 +13,7 @@ from sklearn.base import BaseEstimator
 from torch import Generator, Tensor
 
 from bayes_mpt.affine import Structure
+from bayes_mpt.serial import methods_take_turns
 from bayes_mpt.tracing import Model, ModelError, Program
 
 __all__ = [
@@ -99,6 +100,10 @@ def refuse_other_rows(x: Tensor, read: Tensor) -> None:
 class Predictor(BaseEstimator, ABC):
     """A way to compute log p(x_i | x_visible): settings only, so that it can stand in a parameter grid."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        methods_take_turns()(cls)
+
     @abstractmethod
     def bind(self, model: Model, args: tuple[Any, ...], guide: Guide | None = None) -> Conditionals:
         """The conditionals of this program, found out about by running it on ``args``.
@@ -125,6 +130,10 @@ class Conditionals(ABC):
     Rows ``x`` are (N, T), NaN where missing: such tokens are never visible and never scored. A mask is shared by all
     rows. Everything is in nats.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        methods_take_turns()(cls)
 
     structure: Structure | Program
     model: Model | None

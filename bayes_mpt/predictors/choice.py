@@ -16,6 +16,7 @@ from bayes_mpt.predictors.markov import closed_form
 from bayes_mpt.predictors.nearest_neighbors import NearestNeighbors, near_conditionals
 from bayes_mpt.predictors.quadrature import MAX_WIDTH, Quadrature
 from bayes_mpt.predictors.self_predictive import SelfPredictive
+from bayes_mpt.serial import takes_turns
 from bayes_mpt.tracing import Model, ModelError, fill, latent_nodes, run, survey, takes_visible
 
 __all__ = ["choose"]
@@ -32,6 +33,7 @@ def _samples(guide: Guide, args: tuple[Any, ...]) -> bool:
     return bool(latent_nodes(run(guide, filled)))
 
 
+@takes_turns
 def choose(
     model: Model,
     args: tuple[Any, ...],
