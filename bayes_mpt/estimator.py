@@ -60,6 +60,7 @@ from bayes_mpt.hyperparameters import (
     log_likelihood,
 )
 from bayes_mpt.inputs import read_numbers, read_table, unmasked
+from bayes_mpt.interrupts import check, discarded, interruptible, to_be_discarded
 from bayes_mpt.location import location_parameter
 from bayes_mpt.masks import PermutationChain, Policy
 from bayes_mpt.models import PPCA
@@ -196,6 +197,8 @@ class BayesMPT(
         Iterations.
     converged_ : bool
         Whether the training ended by its own rule.
+    interrupted_ : bool
+        Whether Ctrl-C has cut the training short; then the parameters are the best until then.
     noise_at_zero_ : list of str
         Columns whose noise variance has ended at zero, of which a warning tells; looked for where cells are missing.
     predictor_ : Predictor
@@ -249,6 +252,7 @@ class BayesMPT(
     _n_features_out: int  # numbers that `transform` gives a row
     _shift: NDArray[np.float64] | None  # (T,) subtracted from all rows that the program sees
     _location: str | None  # the parameter to which it is added in `params_`
+    _y_like: tuple[tuple[int, ...], Any] | None  # shape and type of one row's y
     _typical: Tensor | None  # a value (T,) of each column, for a program that is told what it sees
     _bound: Conditionals | None  # the program as it was found to be, where that does not depend on its rows
 
@@ -317,10 +321,15 @@ class BayesMPT(
             If X or a parameter is unfit, the program cannot be scored exactly (`bayes_mpt.tracing.ModelError`), or
             the likelihood has no maximum; the message names the column, site or parameter. The estimator is then what
             it was before, fitted or not.
+        KeyboardInterrupt
+            At Ctrl-C, always. Before the first iteration the estimator is then what it was before. After it, it is
+            fitted, with the best parameters until then: ``interrupted_`` is True and ``converged_`` False; a second
+            Ctrl-C while its scores are computed leaves it what it was before.
         """
         context = self._init_callback_context(max_subtasks=None)
-        with restored_on_failure(self):
-            return self._fit(X, y, context, seen=None, warm=self.warm_start)
+        with interruptible(), restored_on_failure(self):
+            self._fit(X, y, context, seen=None, warm=self.warm_start)
+        return self._whole()
 
     @_fit_context(prefer_skip_nested_validation=True)
     def partial_fit(self, X: ArrayLike, y: Any = None) -> Self:
@@ -339,8 +348,15 @@ class BayesMPT(
         # a fit by masks goes on from where it was; an exact one ends at the maximum over all rows in any case
         warm = fitted and self.masks is not None
         context = self._init_callback_context(max_subtasks=None)
-        with restored_on_failure(self):
-            return self._fit(X, y, context, seen=self._table if fitted else None, warm=warm)
+        with interruptible(), restored_on_failure(self):
+            self._fit(X, y, context, seen=self._table if fitted else None, warm=warm)
+        return self._whole()
+
+    def _whole(self) -> Self:
+        """The estimator, whose attributes are all of one fit: so Ctrl-C is raised here that cut it short."""
+        if self.interrupted_:
+            raise KeyboardInterrupt
+        return self
 
     def refit(self, X: ArrayLike, y: Any = None, *, random_state: int | None = None) -> Self:
         """A new estimator of the same settings, fitted to other rows.
@@ -354,9 +370,10 @@ class BayesMPT(
         if new.random_state is None:
             new.random_state = random_state
         new._like = self
-        return new.fit(X, y)
+        with discarded():  # by Ctrl-C nobody gets it
+            return new.fit(X, y)
 
-    def _fit(self, X: ArrayLike, y: Any, context: Any, *, seen: Table | None, warm: bool) -> Self:
+    def _fit(self, X: ArrayLike, y: Any, context: Any, *, seen: Table | None, warm: bool) -> None:
         check_device(self.device)
         if warm and hasattr(self, "_state"):
             self._come()
@@ -462,29 +479,43 @@ class BayesMPT(
                         f"({predictor.why}): leave early_stopping=None"
                     )
                 fit = trainer.train(problem, table, prior, warm=state is not None)
-                if prior is not None:
-                    _warn_of_bounds(prior, problem)
-                problem.predictor.settle()
-                predictor, total, se = self._score_of_training(problem, fit, trainer)
-                if not np.isfinite(total):
-                    raise ModelError(
-                        f"the log marginal likelihood is {total} at the fitted parameters"
-                        f"{training.impossible(problem, predictor)}: "
-                        f"{not_finite(sees_all(model), args)}. Check what the program computes from these"
+                if fit.interrupted and to_be_discarded():
+                    raise KeyboardInterrupt
+
+                def complete() -> None:
+                    """Score the rows and set all that the fit leaves."""
+                    if prior is not None and not fit.interrupted:
+                        _warn_of_bounds(prior, problem)
+                    problem.predictor.settle()
+                    predictor, total, se = self._score_of_training(problem, fit, trainer)
+                    if not np.isfinite(total):
+                        raise ModelError(
+                            f"the log marginal likelihood is {total} at the fitted parameters"
+                            f"{training.impossible(problem, predictor)}: "
+                            f"{not_finite(sees_all(model), args)}. Check what the program computes from these"
+                        )
+                    self._keep_latents(model, predictor, args, like)
+                    self._typical = filling(args[0][:MAX_INIT_ROWS]) if predictor.own_masks else None
+                    self._state = save()
+                    self._shift, self._location = shift, location
+                    self.params_ = self._parameters()
+                    self._y_like = (y.shape[1:], y.dtype) if y is not None else None
+                    self._table = table
+                    self._seen = args if predictor.remembers or self._growing else None
+                    self._store_fit(model, guide, predictor, fit, total, se)
+                    self.data_digest_ = digest(X) if seen is None else ""
+                    self.complete_ = (
+                        bool(table.complete) if table is not None else not bool(np.isnan(X).any())
                     )
-                self._keep_latents(model, predictor, args, like)
-                self._typical = filling(args[0][:MAX_INIT_ROWS]) if predictor.own_masks else None
-                self._state = save()
-                self._shift, self._location = shift, location
-                self.params_ = self._parameters()
-        self._y_like: tuple[tuple[int, ...], Any] | None = (y.shape[1:], y.dtype) if with_y else None
-        self._table = table
-        self._seen = args if predictor.remembers or self._growing else None
-        self._store_fit(model, guide, predictor, fit, total, se)
-        self.data_digest_ = digest(X) if seen is None else ""
-        self.complete_ = bool(table.complete) if table is not None else not bool(np.isnan(X).any())
+
+                try:
+                    complete()
+                except KeyboardInterrupt:
+                    if fit.interrupted or to_be_discarded():
+                        raise
+                    fit.interrupted, fit.converged = True, False
+                    complete()
         context.call_on_fit_task_end(estimator=self, X=X, y=y)
-        return self
 
     def _parameters(self) -> dict[str, NDArray[Any]]:
         """Those in the store by name, of the rows themselves."""
@@ -510,6 +541,7 @@ class BayesMPT(
             )
 
         def report(step: int, score: float) -> bool:
+            check()
             if self.verbose and (by_epochs or step == 1 or step % max(1, self.max_iter // 100) == 0):
                 print(f"\r{step:>6}/{self.max_iter}  score {score:.6f} nats a row", end="", flush=True)
             if not hasattr(self, "_skl_callbacks"):
@@ -608,6 +640,7 @@ class BayesMPT(
         self.history_ = fit.history
         self.n_iter_ = max(1, fit.n_iter)
         self.converged_ = fit.converged
+        self.interrupted_ = fit.interrupted
         self.noise_at_zero_ = [str(self._names()[c]) for c in fit.at_zero]
         self.fit_method_ = fit.method
         self.at_map_ = bool(self.penalty)
@@ -1292,7 +1325,7 @@ def _warn_of_bounds(prior: Prior, problem: training.Problem) -> None:
         warnings.warn(
             f"{RUNAWAY} {name!r} diverged to {value}, {why}{held}",
             ConvergenceWarning,
-            stacklevel=5,
+            stacklevel=6,
         )
 
 
@@ -1322,7 +1355,7 @@ def warn_of(diagnostics: dict[str, Any]) -> None:
             f"the importance weights of {bad} rows have a tail so heavy (Pareto k > 0.7) that their error is "
             f"unreliable, the worst being rows {worst}: use more particles or a wider guide",
             UserWarning,
-            stacklevel=7,
+            stacklevel=8,
         )
     sd = diagnostics.get("log_weight_sd", 0.0)
     if sd > WIDE and math.isnan(diagnostics["pareto_k"]):  # too few for a tail to be fitted
@@ -1331,5 +1364,5 @@ def warn_of(diagnostics: dict[str, Any]) -> None:
             f"{diagnostics['num_particles']} draws cover too little: the evidence is probably too low by more than its "
             "error. Use more particles, or more temperatures where they are annealed",
             UserWarning,
-            stacklevel=7,
+            stacklevel=8,
         )
