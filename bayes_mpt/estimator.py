@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -80,6 +81,7 @@ from bayes_mpt.predictors.base import together
 from bayes_mpt.predictors.new_rows import growing, means_of_new
 from bayes_mpt.predictors.nodes import Nodes
 from bayes_mpt.predictors.self_predictive import sees_all
+from bayes_mpt.progress import Line, part, tell
 from bayes_mpt.repeats import repeated_columns
 from bayes_mpt.rows import (
     arguments,
@@ -180,7 +182,8 @@ class BayesMPT(
     device : str, default="cpu"
         Where the algebra is done, such as "cuda". A fitted estimator follows it; in a file all is on the CPU.
     verbose : int, default=0
-        1 shows a progress line.
+        1 shows on stderr where the training is, and at its end what it came to: one line that changes in a terminal,
+        a line at times in a file.
 
     Attributes
     ----------
@@ -327,8 +330,8 @@ class BayesMPT(
             Ctrl-C while its scores are computed leaves it what it was before.
         """
         context = self._init_callback_context(max_subtasks=None)
-        with interruptible(), restored_on_failure(self):
-            self._fit(X, y, context, seen=None, warm=self.warm_start)
+        with interruptible(), restored_on_failure(self), self._shown() as line:
+            self._fit(X, y, context, line, seen=None, warm=self.warm_start)
         return self._whole()
 
     @_fit_context(prefer_skip_nested_validation=True)
@@ -348,8 +351,8 @@ class BayesMPT(
         # a fit by masks goes on from where it was; an exact one ends at the maximum over all rows in any case
         warm = fitted and self.masks is not None
         context = self._init_callback_context(max_subtasks=None)
-        with interruptible(), restored_on_failure(self):
-            self._fit(X, y, context, seen=self._table if fitted else None, warm=warm)
+        with interruptible(), restored_on_failure(self), self._shown() as line:
+            self._fit(X, y, context, line, seen=self._table if fitted else None, warm=warm)
         return self._whole()
 
     def _whole(self) -> Self:
@@ -370,10 +373,25 @@ class BayesMPT(
         if new.random_state is None:
             new.random_state = random_state
         new._like = self
-        with discarded():  # by Ctrl-C nobody gets it
+        with discarded(), part(new, X, y):  # after Ctrl-C nobody would see it
             return new.fit(X, y)
 
-    def _fit(self, X: ArrayLike, y: Any, context: Any, *, seen: Table | None, warm: bool) -> None:
+    @contextmanager
+    def _shown(self) -> Iterator[Line]:
+        """Where the training says where it is; what it came to is said at the end, of an exact one too."""
+        line, start, text = Line(), time.perf_counter(), ""
+        try:
+            yield line
+            if self.verbose:
+                text = (
+                    f"{self.fit_method_}, {self.n_iter_} iteration{'' if self.n_iter_ == 1 else 's'}, log marginal "
+                    f"likelihood {self.log_marginal_likelihood_:.4f} nats, {time.perf_counter() - start:.2f} s"
+                    f"{'' if self.converged_ else ', not converged'}"
+                )
+        finally:
+            line.end(text)
+
+    def _fit(self, X: ArrayLike, y: Any, context: Any, line: Line, *, seen: Table | None, warm: bool) -> None:
         check_device(self.device)
         if warm and hasattr(self, "_state"):
             self._come()
@@ -389,7 +407,7 @@ class BayesMPT(
             model = deepcopy(model).double().to(self.device)  # a PyroModule trains in place
         guide = _own_guide(self.guide, self.model, model, self.device)
         state = self._state if warm and hasattr(self, "_state") else None
-        trainer = self._trainer(model, context)
+        trainer = self._trainer(model, context, line)
         with_y = y is not None
         self.__dict__.pop("selection_", None)
         # The one pass over all rows, with all threads; what follows sees the moments only, if rows share a map.
@@ -529,7 +547,7 @@ class BayesMPT(
         """What was subtracted from the rows before the program saw them added again."""
         return rows if self._shift is None else rows + self._shift
 
-    def _trainer(self, model: Model, context: Any) -> Trainer:
+    def _trainer(self, model: Model, context: Any, line: Line) -> Trainer:
         by_epochs = self.early_stopping if self.early_stopping is not None else hasattr(model, "batch_size")
         if by_epochs and self.checkpoint is not None and not isinstance(self.random_state, Integral):
             raise ValueError(
@@ -542,8 +560,9 @@ class BayesMPT(
 
         def report(step: int, score: float) -> bool:
             check()
+            tell(step, self.max_iter)
             if self.verbose and (by_epochs or step == 1 or step % max(1, self.max_iter // 100) == 0):
-                print(f"\r{step:>6}/{self.max_iter}  score {score:.6f} nats a row", end="", flush=True)
+                line.show(f"{step:>6}/{self.max_iter}  score {score:.6f} nats a row")
             if not hasattr(self, "_skl_callbacks"):
                 return False
             task = context.subcontext(task_name="iteration")

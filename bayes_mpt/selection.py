@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import logging
 import math
 import os
 import pickle
@@ -32,23 +33,25 @@ from typing import Any, ClassVar, Literal, Self
 import cloudpickle
 import numpy as np
 from gpytorch.kernels import Kernel
-from joblib import Parallel, delayed
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, MetaEstimatorMixin, _fit_context, clone
+from sklearn.callback import CallbackSupportMixin
 from sklearn.gaussian_process.kernels import Kernel as GaussianProcessKernel
 from sklearn.model_selection import BaseCrossValidator, ParameterGrid
 from sklearn.utils import check_array, check_random_state, get_tags
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_is_fitted
-from tqdm.auto import tqdm
 
-from bayes_mpt.atomic import all_or_nothing
+from bayes_mpt.atomic import restored_on_failure
 from bayes_mpt.comparison import comparison_table
 from bayes_mpt.estimator import RUNAWAY, BayesMPT
 from bayes_mpt.inputs import read_table, unmasked
+from bayes_mpt.interrupts import interruptible
 from bayes_mpt.masks import require_lml
 from bayes_mpt.models.kernels import kernel_name
+from bayes_mpt.partial import Finished
+from bayes_mpt.progress import Bar, Channel, Task, fitted_in_task, log
 from bayes_mpt.rows import takes_y
 from bayes_mpt.rules import (
     Candidate,
@@ -57,10 +60,12 @@ from bayes_mpt.rules import (
     final_step,
     fit_seed,
     give_evidence,
+    not_converged,
     refuse_incomparable,
     refuse_mixed_train,
     token_digest,
 )
+from bayes_mpt.tasks import side_by_side
 from bayes_mpt.tracing import takes_visible
 
 __all__ = ["MarginalLikelihoodSearch"]
@@ -68,7 +73,7 @@ __all__ = ["MarginalLikelihoodSearch"]
 Evidence = Literal["auto", "laplace", "integrated", "heldout", "cumulative", "train"]
 
 
-class MarginalLikelihoodSearch(MetaEstimatorMixin, BaseEstimator):
+class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEstimator):
     """Fit every candidate of a grid and rank them by marginal likelihood.
 
     Parameters
@@ -98,7 +103,10 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, BaseEstimator):
     random_state : int, RandomState or None
         For the partitions of the rows, and for all in ``estimator`` whose own ``random_state`` is None.
     verbose : int, default=0
-        1 shows a progress bar.
+        1 shows on stderr how many candidates are done, and where the one is that was heard of last: a bar in a terminal
+        or a notebook, lines in a file. The logger ``bayes_mpt`` says it too, at level INFO; `set_callbacks` takes
+        scikit-learn's, such as ``ProgressBar()``, whose tasks are the two stages, their candidates, and of these the
+        iterations of the fit or the folds.
 
     Attributes
     ----------
@@ -106,7 +114,8 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, BaseEstimator):
         One row a candidate, best first: ``rank``; ``lml``, total evidence in nats; ``lml_diff`` to the best (<= 0);
         ``mc_dse``, numerical error of that difference; ``p_worse`` = Phi(-abs(lml_diff) / mc_dse), the probability
         that the order of the two is that error's doing; ``dse``, spread of the difference over new rows; ``weight``
-        and ``log_bayes_factor`` where the number is an evidence; ``se``, numerical error of ``lml``; ``diag``.
+        and ``log_bayes_factor`` where the number is an evidence; ``se``, numerical error of ``lml``; ``diag``, the
+        rule, or what to be wary of (a training that did not converge), or what failed.
     cv_results_ : dict
         With scikit-learn's keys; scores are mean nats a row. ``lml`` holds the totals.
     best_estimator_, best_params_, best_score_, best_index_
@@ -115,6 +124,10 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, BaseEstimator):
         The rule that was used, and why.
     n_splits_ : int
         Splits a candidate.
+    partial_ : DataFrame
+        Only after Ctrl-C: what was finished until then, a row a candidate: ``lml``, NaN where it was fitted but not
+        scored yet; ``fit_time`` and ``score_time`` in seconds; ``diag``. All else is as it was before; the next `fit`
+        that succeeds removes it. With a ``checkpoint_dir`` that one goes on from there.
 
     Examples
     --------
@@ -171,7 +184,6 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, BaseEstimator):
         self.random_state = random_state
         self.verbose = verbose
 
-    @all_or_nothing
     @_fit_context(prefer_skip_nested_validation=False)
     def fit(self, X: ArrayLike, y: Any = None) -> Self:
         """Fit and rank all candidates on X (N, T).
@@ -181,11 +193,25 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, BaseEstimator):
         ValueError
             If candidates are not comparable (they score other tokens, or one integrates what another
             point-estimates), with the offenders' names; if every candidate fails; if training masks are no LML.
+        KeyboardInterrupt
+            At Ctrl-C, when nothing runs any more, in other processes neither; ``partial_`` has what was finished.
         """
+        finished = Finished()
+        root = self._init_callback_context(max_subtasks=2)
+        try:
+            with interruptible(), restored_on_failure(self):
+                self._fit(X, y, finished, root)
+                self.__dict__.pop("partial_", None)
+        except KeyboardInterrupt:
+            self.partial_ = finished.table()
+            raise
+        return self
+
+    def _fit(self, X: ArrayLike, y: Any, finished: Finished, root: Any) -> None:
         grid = list(ParameterGrid(self.param_grid))
         if not grid:
             raise ValueError(f"param_grid holds no candidates: got {self.param_grid!r}")
-        names = _names(grid)
+        names = finished.names = _names(grid)
         model = final_step(self.estimator)
         if not isinstance(model, BayesMPT):
             raise TypeError(
@@ -209,16 +235,22 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, BaseEstimator):
         if model is self.estimator:  # what stands before a model in a Pipeline may take anything
             X = read_table(X)
             check_array(X, dtype=[np.float64, np.float32], ensure_all_finite="allow-nan")
+        root.call_on_fit_task_begin(estimator=self, X=X, y=y)
         seed = self._partition_seed()
         state = fit_seed(self.random_state, seed)
         found = self._run(
-            _fit_candidate, [(self.estimator, p, X, y, self.evidence, state) for p in grid], "fit"
+            _fit_candidate,
+            [(self.estimator, p, X, y, self.evidence, state) for p in grid],
+            "fit",
+            finished,
+            root,
         )
         good = _good(found)
         refuse_incomparable([n for n, c in zip(names, found, strict=True) if not c.error], good)
         self.evidence_, self.evidence_reason_ = choose_rule(self.evidence, good)
         if self.evidence_ == "train":
             refuse_mixed_train([n for n, c in zip(names, found, strict=True) if not c.error], good)
+        finished.rule = self.evidence_
         settings = {
             "cv": self.cv,
             "n_repeats": self.n_repeats,
@@ -229,10 +261,15 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, BaseEstimator):
             _score_candidate,
             [(c, X, y, self.evidence_, settings) for c in found],
             self.evidence_,
+            finished,
+            root,
         )
         _good(found)
         self._store(grid, names, found)
-        return self
+        root.call_on_fit_task_end(estimator=self, X=X, y=y)
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return hasattr(self, "comparison_")  # partial_ alone is no fit
 
     def _partition_seed(self) -> int:
         """Of the partitions of the rows; a search that takes up from a directory keeps the seed found there."""
@@ -246,21 +283,71 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, BaseEstimator):
         return int(file.read_text())
 
     def _run(
-        self, task: Callable[..., Candidate], arguments: list[tuple[Any, ...]], label: str
+        self,
+        task: Callable[..., Candidate],
+        arguments: list[tuple[Any, ...]],
+        label: str,
+        finished: Finished,
+        root: Any,
     ) -> list[Candidate]:
         """Do one task for every candidate, in parallel, taking finished ones from the checkpoint directory."""
         directory = None if self.checkpoint_dir is None else Path(self.checkpoint_dir)
-        jobs = []
+        names, total = finished.names, len(arguments)
+        bar = Bar(label, total, shown=bool(self.verbose))
+        found: list[Candidate] = [Candidate()] * total
+
+        def hear(i: int, text: str) -> None:
+            if text:
+                bar.moved(f"{names[i]}: {text}")
+            elif not (i in finished.found and finished.found[i].error):
+                log.info("candidate %r: %s begins", names[i], label)
+
+        def done(i: int, candidate: Candidate) -> None:
+            failed_before = i in finished.found and finished.found[i].error
+            found[i] = finished.found[i] = candidate
+            said = _said(candidate, label)
+            bar.done(f"{names[i]}: {said}")
+            if not failed_before:
+                log.info("candidate %r: %s", names[i], said)
+
+        listens = self.verbose or log.isEnabledFor(logging.INFO)
+        channel = Channel(hear) if listens else None
+        contexts = self._contexts(root, label, total)
+        calls = []
         for i, args in enumerate(arguments):
             file = None
             if directory is not None:
                 directory.mkdir(parents=True, exist_ok=True)
                 settings = {k: v for k, v in self.get_params().items() if k not in _NOT_IN_KEY}
                 file = directory / f"{i:04d}-{label}-{_key(settings, args)}.pkl"
-            jobs.append(delayed(_checkpointed)(file, task, args, self.error_score))
-        parallel = Parallel(n_jobs=self.n_jobs, return_as="generator")
-        results = parallel(jobs)
-        return list(tqdm(results, total=len(jobs), desc=label, disable=not self.verbose))
+            one = Task(i, channel, contexts[i], self if contexts[i] is not None else None)
+            calls.append((one, _checkpointed, (file, task, args, self.error_score)))
+        try:
+            side_by_side(calls, self.n_jobs, done)
+        finally:
+            bar.close()
+            if channel is not None:
+                channel.close()
+        if contexts[0] is not None:
+            contexts[0].parent.call_on_fit_task_end(estimator=self)
+        return found
+
+    def _contexts(self, root: Any, label: str, total: int) -> list[Any]:
+        """Places of the candidates of a stage in scikit-learn's tree of tasks; None where no callback looks at it."""
+        if not any(hasattr(e, "_skl_callbacks") for e in (self, final_step(self.estimator), self.estimator)):
+            return [None] * total
+        stage = root.subcontext(
+            task_name="fits" if label == "fit" else f"evidence {label}",
+            max_subtasks=total,
+            sequential_subtasks=False,
+        ).call_on_fit_task_begin(estimator=self)
+        n_folds: int | None = 0
+        if label in ("heldout", "cumulative"):
+            n_folds = self.n_repeats * int(self.cv) if isinstance(self.cv, Integral) else None
+        # all ahead: a context that is sent to another process must not change meanwhile
+        return [
+            stage.subcontext(task_name="candidate", task_id=i, max_subtasks=n_folds) for i in range(total)
+        ]
 
     def _store(self, grid: list[dict[str, Any]], names: list[str], found: list[Candidate]) -> None:
         failed = math.nan if self.error_score == "raise" else float(self.error_score)
@@ -417,14 +504,16 @@ def _fit_candidate(
     candidate = clone(estimator).set_params(**_cloned(params))
     if random_state is not None:
         candidate.set_params(**dict.fromkeys(_unseeded(candidate), random_state))
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), fitted_in_task(candidate, X, y):
         if evidence in ("auto", "integrated"):  # where an estimate runs away, the integral does not
             warnings.filterwarnings("ignore", RUNAWAY)
         fitted = candidate.fit(X, y)
     fit_time = time.perf_counter() - start
     zero = final_step(fitted).noise_at_zero_
     note = f"the noise variance of column {', '.join(map(repr, zero))} is zero" if zero else ""
-    return Candidate(fitted, tokens=token_digest(fitted, X, y), fit_time=fit_time, note=note)
+    candidate = Candidate(fitted, tokens=token_digest(fitted, X, y), fit_time=fit_time, note=note)
+    candidate.doubt(not_converged(final_step(fitted)))
+    return candidate
 
 
 def _score_candidate(candidate: Candidate, X: Any, y: Any, rule: str, settings: dict[str, Any]) -> Candidate:
@@ -499,6 +588,17 @@ def _sets_missing_model(params: dict[str, Any]) -> bool:
 
 def _given(y: Any) -> dict[str, Any]:
     return {} if y is None else {"y": y}
+
+
+def _said(candidate: Candidate, label: str) -> str:
+    """How a candidate has fared in a stage, in a few words."""
+    if candidate.error:
+        return f"failed: {candidate.error}"
+    if label == "fit":
+        return f"fitted in {candidate.fit_time:.2f} s"
+    return (
+        f"finished, LML {candidate.evidence:.2f} ({label}), {candidate.fit_time + candidate.score_time:.2f} s"
+    )
 
 
 def _good(found: list[Candidate]) -> list[Candidate]:
