@@ -41,7 +41,7 @@ from bayes_mpt.inputs import read_table
 from bayes_mpt.interrupts import interruptible
 from bayes_mpt.models import GaussianProcess
 from bayes_mpt.models.kernels import Line, kernel_name
-from bayes_mpt.partial import Finished, finished_table
+from bayes_mpt.partial import Finished, Partial, finished_table
 from bayes_mpt.selection import MarginalLikelihoodSearch
 
 __all__ = ["Decomposition", "KernelSearch", "decompose"]
@@ -165,13 +165,12 @@ class KernelSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEstimator):
         """
         finished: list[pd.DataFrame] = []
         root = self._init_callback_context(max_subtasks=self.max_depth)
-        try:
-            with interruptible(), restored_on_failure(self):
-                self._fit(X, y, finished, root)
-                self.__dict__.pop("partial_", None)
-        except KeyboardInterrupt:
-            self.partial_ = pd.concat(finished) if finished else Finished().table().assign(depth=1)
-            raise
+
+        def table() -> pd.DataFrame:
+            return pd.concat(finished) if finished else Finished().table().assign(depth=1)
+
+        with interruptible(), Partial(self, table), restored_on_failure(self):
+            self._fit(X, y, finished, root)
         return self
 
     def _fit(self, X: ArrayLike, y: ArrayLike, finished: list[pd.DataFrame], root: Any) -> None:

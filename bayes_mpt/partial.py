@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +11,7 @@ import pandas as pd
 
 from bayes_mpt.rules import Candidate
 
-__all__ = ["Finished", "finished_table"]
+__all__ = ["Finished", "Partial", "finished_table"]
 
 
 @dataclass
@@ -36,6 +37,25 @@ class Finished:
             },
             index=pd.Index([self.names[i] for i, _ in found], name="candidate"),
         )
+
+
+class Partial:
+    """Inside ``with``: at Ctrl-C the search gets a table as its ``partial_``; where it succeeds, it loses an older one.
+
+    A second Ctrl-C does not come between (`bayes_mpt.interrupts`).
+    """
+
+    def __init__(self, search: Any, table: Callable[[], pd.DataFrame]):
+        self._search, self._table = search, table
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            self._search.partial_ = self._table()
+        elif error is None:
+            vars(self._search).pop("partial_", None)
 
 
 def finished_table(search: Any) -> pd.DataFrame:

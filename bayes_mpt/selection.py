@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import logging
 import math
 import os
 import pickle
@@ -50,8 +49,8 @@ from bayes_mpt.inputs import read_table, unmasked
 from bayes_mpt.interrupts import interruptible
 from bayes_mpt.masks import require_lml
 from bayes_mpt.models.kernels import kernel_name
-from bayes_mpt.partial import Finished
-from bayes_mpt.progress import Bar, Channel, Task, fitted_in_task, log
+from bayes_mpt.partial import Finished, Partial
+from bayes_mpt.progress import fitted_in_task
 from bayes_mpt.rows import takes_y
 from bayes_mpt.rules import (
     Candidate,
@@ -65,7 +64,7 @@ from bayes_mpt.rules import (
     refuse_mixed_train,
     token_digest,
 )
-from bayes_mpt.tasks import side_by_side
+from bayes_mpt.stages import Stage
 from bayes_mpt.tracing import takes_visible
 
 __all__ = ["MarginalLikelihoodSearch"]
@@ -198,13 +197,8 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEst
         """
         finished = Finished()
         root = self._init_callback_context(max_subtasks=2)
-        try:
-            with interruptible(), restored_on_failure(self):
-                self._fit(X, y, finished, root)
-                self.__dict__.pop("partial_", None)
-        except KeyboardInterrupt:
-            self.partial_ = finished.table()
-            raise
+        with interruptible(), Partial(self, finished.table), restored_on_failure(self):
+            self._fit(X, y, finished, root)
         return self
 
     def _fit(self, X: ArrayLike, y: Any, finished: Finished, root: Any) -> None:
@@ -292,62 +286,15 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEst
     ) -> list[Candidate]:
         """Do one task for every candidate, in parallel, taking finished ones from the checkpoint directory."""
         directory = None if self.checkpoint_dir is None else Path(self.checkpoint_dir)
-        names, total = finished.names, len(arguments)
-        bar = Bar(label, total, shown=bool(self.verbose))
-        found: list[Candidate] = [Candidate()] * total
-
-        def hear(i: int, text: str) -> None:
-            if text:
-                bar.moved(f"{names[i]}: {text}")
-            elif not (i in finished.found and finished.found[i].error):
-                log.info("candidate %r: %s begins", names[i], label)
-
-        def done(i: int, candidate: Candidate) -> None:
-            failed_before = i in finished.found and finished.found[i].error
-            found[i] = finished.found[i] = candidate
-            said = _said(candidate, label)
-            bar.done(f"{names[i]}: {said}")
-            if not failed_before:
-                log.info("candidate %r: %s", names[i], said)
-
-        listens = self.verbose or log.isEnabledFor(logging.INFO)
-        channel = Channel(hear) if listens else None
-        contexts = self._contexts(root, label, total)
-        calls = []
+        calls: list[tuple[Callable[..., Candidate], tuple[Any, ...]]] = []
         for i, args in enumerate(arguments):
             file = None
             if directory is not None:
                 directory.mkdir(parents=True, exist_ok=True)
                 settings = {k: v for k, v in self.get_params().items() if k not in _NOT_IN_KEY}
                 file = directory / f"{i:04d}-{label}-{_key(settings, args)}.pkl"
-            one = Task(i, channel, contexts[i], self if contexts[i] is not None else None)
-            calls.append((one, _checkpointed, (file, task, args, self.error_score)))
-        try:
-            side_by_side(calls, self.n_jobs, done)
-        finally:
-            bar.close()
-            if channel is not None:
-                channel.close()
-        if contexts[0] is not None:
-            contexts[0].parent.call_on_fit_task_end(estimator=self)
-        return found
-
-    def _contexts(self, root: Any, label: str, total: int) -> list[Any]:
-        """Places of the candidates of a stage in scikit-learn's tree of tasks; None where no callback looks at it."""
-        if not any(hasattr(e, "_skl_callbacks") for e in (self, final_step(self.estimator), self.estimator)):
-            return [None] * total
-        stage = root.subcontext(
-            task_name="fits" if label == "fit" else f"evidence {label}",
-            max_subtasks=total,
-            sequential_subtasks=False,
-        ).call_on_fit_task_begin(estimator=self)
-        n_folds: int | None = 0
-        if label in ("heldout", "cumulative"):
-            n_folds = self.n_repeats * int(self.cv) if isinstance(self.cv, Integral) else None
-        # all ahead: a context that is sent to another process must not change meanwhile
-        return [
-            stage.subcontext(task_name="candidate", task_id=i, max_subtasks=n_folds) for i in range(total)
-        ]
+            calls.append((_checkpointed, (file, task, args, self.error_score)))
+        return Stage(self, label, finished, root).run(calls)
 
     def _store(self, grid: list[dict[str, Any]], names: list[str], found: list[Candidate]) -> None:
         failed = math.nan if self.error_score == "raise" else float(self.error_score)
@@ -588,17 +535,6 @@ def _sets_missing_model(params: dict[str, Any]) -> bool:
 
 def _given(y: Any) -> dict[str, Any]:
     return {} if y is None else {"y": y}
-
-
-def _said(candidate: Candidate, label: str) -> str:
-    """How a candidate has fared in a stage, in a few words."""
-    if candidate.error:
-        return f"failed: {candidate.error}"
-    if label == "fit":
-        return f"fitted in {candidate.fit_time:.2f} s"
-    return (
-        f"finished, LML {candidate.evidence:.2f} ({label}), {candidate.fit_time + candidate.score_time:.2f} s"
-    )
 
 
 def _good(found: list[Candidate]) -> list[Candidate]:

@@ -19,7 +19,7 @@ TO_STOP = 4.0  # seconds that threads have to hear of it
 
 
 def side_by_side(
-    calls: list[tuple[Task, Callable[..., Any], tuple[Any, ...]]],
+    calls: list[tuple[Task, tuple[Callable[..., Any], tuple[Any, ...]]]],
     n_jobs: int | None,
     done: Callable[[int, Any], None],
 ) -> None:
@@ -27,7 +27,7 @@ def side_by_side(
 
     Parameters
     ----------
-    calls : list of (task, function, arguments)
+    calls : list of (task, (function, arguments))
         Each is made inside of its task.
     n_jobs : int, optional
         As in joblib.
@@ -40,7 +40,7 @@ def side_by_side(
         Of a call, or by Ctrl-C: the first. Processes that were started are killed then, threads are told to stop.
     """
     stop = Stop()
-    jobs = [delayed(_call)(i, stop, *call) for i, call in enumerate(calls)]
+    jobs = [delayed(_call)(i, stop, task, *call) for i, (task, call) in enumerate(calls)]
     backend, _ = get_active_backend()
     try:
         if backend.supports_return_generator:
