@@ -28,6 +28,7 @@ from bayes_mpt.rules import (
     final_step,
     fit_seed,
     give_evidence,
+    not_converged,
     refuse_incomparable,
     refuse_mixed_train,
     token_digest,
@@ -113,9 +114,11 @@ def compare(
     for name, estimator in estimators.items():
         check_is_fitted(final_step(estimator), msg=f"{name!r} is not fitted: call fit first")
         try:
-            found.append(Candidate(estimator, tokens=token_digest(estimator, X, y)))
+            candidate = Candidate(estimator, tokens=token_digest(estimator, X, y))
         except ValueError as error:
             raise ValueError(f"{name!r} cannot be compared on these rows: {error}") from error
+        candidate.doubt(not_converged(final_step(estimator)))
+        found.append(candidate)
     refuse_incomparable(names, found)
     seen = _all_trained_on(names, found, X)
     rule, why = _rule(evidence, found, seen)

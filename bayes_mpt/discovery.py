@@ -29,16 +29,19 @@ from gpytorch.kernels import (
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import norm
 from sklearn.base import BaseEstimator, MetaEstimatorMixin, _fit_context, clone
+from sklearn.callback import CallbackSupportMixin
 from sklearn.utils import check_array
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
-from bayes_mpt.atomic import all_or_nothing
+from bayes_mpt.atomic import restored_on_failure
 from bayes_mpt.estimator import BayesMPT
 from bayes_mpt.inputs import read_table
+from bayes_mpt.interrupts import interruptible
 from bayes_mpt.models import GaussianProcess
 from bayes_mpt.models.kernels import Line, kernel_name
+from bayes_mpt.partial import Finished, Partial, finished_table
 from bayes_mpt.selection import MarginalLikelihoodSearch
 
 __all__ = ["Decomposition", "KernelSearch", "decompose"]
@@ -69,7 +72,7 @@ class Decomposition(NamedTuple):
         return self.offset + self.mean.sum(0)
 
 
-class KernelSearch(MetaEstimatorMixin, BaseEstimator):
+class KernelSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEstimator):
     """Grow the kernel of a Gaussian process from a base set, greedily, and keep the best by evidence.
 
     Parameters
@@ -90,7 +93,8 @@ class KernelSearch(MetaEstimatorMixin, BaseEstimator):
         What a candidate that cannot be fitted scores.
     random_state : int, RandomState or None
     verbose : int, default=0
-        1 shows a progress bar at each depth.
+        1 shows at each depth what `MarginalLikelihoodSearch` does; log and callbacks are as there, the depths a stage
+        above.
 
     Attributes
     ----------
@@ -106,6 +110,8 @@ class KernelSearch(MetaEstimatorMixin, BaseEstimator):
         The best of each depth.
     evidence_, evidence_reason_ : str
         The rule that was used, and why.
+    partial_ : DataFrame
+        Only after Ctrl-C: what was finished until then, as of `MarginalLikelihoodSearch`, with the column ``depth``.
 
     Examples
     --------
@@ -149,14 +155,25 @@ class KernelSearch(MetaEstimatorMixin, BaseEstimator):
         self.random_state = random_state
         self.verbose = verbose
 
-    @all_or_nothing
     @_fit_context(prefer_skip_nested_validation=False)
     def fit(self, X: ArrayLike, y: ArrayLike) -> Self:
         """Grow and rank kernels on inputs X (N, P) and observations y (N,), NaN where missing.
 
         The growth ends where the best of a depth is not better than the best so far by more than the error of their
-        difference, or than 0.01 nats, by which trainings to the same tolerance differ.
+        difference, or than 0.01 nats, by which trainings to the same tolerance differ. Ctrl-C ends it as it does
+        `MarginalLikelihoodSearch.fit`.
         """
+        finished: list[pd.DataFrame] = []
+        root = self._init_callback_context(max_subtasks=self.max_depth)
+
+        def table() -> pd.DataFrame:
+            return pd.concat(finished) if finished else Finished().table().assign(depth=1)
+
+        with interruptible(), Partial(self, table), restored_on_failure(self):
+            self._fit(X, y, finished, root)
+        return self
+
+    def _fit(self, X: ArrayLike, y: ArrayLike, finished: list[pd.DataFrame], root: Any) -> None:
         estimator = BayesMPT(GaussianProcess()) if self.estimator is None else self.estimator
         if not isinstance(estimator.model, GaussianProcess):
             raise TypeError(f"estimator must have a GaussianProcess as its model, got {estimator.model!r}")
@@ -168,6 +185,7 @@ class KernelSearch(MetaEstimatorMixin, BaseEstimator):
                 raise TypeError(f"base must hold kernels of gpytorch without a ScaleKernel, got {kernel!r}")
         if not base:
             raise ValueError("base is empty: give at least one kernel")
+        root.call_on_fit_task_begin(estimator=self, X=X, y=y)
         tried: set[Expression] = set()
         tables: list[pd.DataFrame] = []
         best, self.path_ = None, []
@@ -185,7 +203,18 @@ class KernelSearch(MetaEstimatorMixin, BaseEstimator):
                 error_score=self.error_score,
                 random_state=self.random_state,
                 verbose=self.verbose,
-            ).fit(X, y)
+            )
+            level = root.subcontext(task_name="depth")
+            try:
+                with level.propagate_callback_context(search):
+                    level.call_on_fit_task_begin(estimator=self, X=X, y=y)
+                    search.fit(X, y)
+            except KeyboardInterrupt:
+                if hasattr(search, "partial_"):
+                    finished.append(search.partial_.assign(depth=depth))
+                raise
+            level.call_on_fit_task_end(estimator=self, X=X, y=y)
+            finished.append(finished_table(search).assign(depth=depth))
             table = search.comparison_.assign(depth=depth)
             tables.append(table)
             self.path_.append(table.index[0])
@@ -199,7 +228,10 @@ class KernelSearch(MetaEstimatorMixin, BaseEstimator):
             self.evidence_, self.evidence_reason_ = search.evidence_, search.evidence_reason_
             candidates = _grown(best, base)
         self.comparison_ = _joined(tables)
-        return self
+        root.call_on_fit_task_end(estimator=self, X=X, y=y)
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return hasattr(self, "best_estimator_")  # partial_ alone is no fit
 
     def predict(self, X: ArrayLike, return_std: bool = False, return_cov: bool = False) -> Any:
         """As `BayesMPT.predict`, by the best kernel."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -69,6 +70,7 @@ from bayes_mpt.hyperparameters import (
     log_likelihood,
 )
 from bayes_mpt.inputs import read_numbers, read_table, unmasked
+from bayes_mpt.interrupts import check, discarded, interruptible, to_be_discarded
 from bayes_mpt.location import location_parameter
 from bayes_mpt.masks import PermutationChain, Policy
 from bayes_mpt.models import PPCA
@@ -88,6 +90,7 @@ from bayes_mpt.predictors.base import together
 from bayes_mpt.predictors.new_rows import growing, means_of_new
 from bayes_mpt.predictors.nodes import Nodes
 from bayes_mpt.predictors.self_predictive import sees_all
+from bayes_mpt.progress import Line, part, tell
 from bayes_mpt.repeats import repeated_columns
 from bayes_mpt.rows import (
     arguments,
@@ -189,7 +192,8 @@ class BayesMPT(
     device : str, default="cpu"
         Where the algebra is done, such as "cuda". A fitted estimator follows it; in a file all is on the CPU.
     verbose : int, default=0
-        1 shows a progress line.
+        1 shows on stderr where the training is, and at its end what it came to: one line that changes in a terminal,
+        a line at times in a file.
 
     Attributes
     ----------
@@ -206,6 +210,8 @@ class BayesMPT(
         Iterations.
     converged_ : bool
         Whether the training ended by its own rule.
+    interrupted_ : bool
+        Whether Ctrl-C has cut the training short; then the parameters are the best until then.
     noise_at_zero_ : list of str
         Columns whose noise variance has ended at zero, of which a warning tells; looked for where cells are missing.
     predictor_ : Predictor
@@ -259,6 +265,7 @@ class BayesMPT(
     _n_features_out: int  # numbers that `transform` gives a row
     _shift: NDArray[np.float64] | None  # (T,) subtracted from all rows that the program sees
     _location: str | None  # the parameter to which it is added in `params_`
+    _y_like: tuple[tuple[int, ...], Any] | None  # shape and type of one row's y
     _typical: Tensor | None  # a value (T,) of each column, for a program that is told what it sees
     _bound: Conditionals | None  # the program as it was found to be, where that does not depend on its rows
     _trained_with: int  # the seed of the training
@@ -329,10 +336,21 @@ class BayesMPT(
             If X or a parameter is unfit, the program cannot be scored exactly (`bayes_mpt.tracing.ModelError`), or
             the likelihood has no maximum; the message names the column, site or parameter. The estimator is then what
             it was before, fitted or not.
+        KeyboardInterrupt
+            At Ctrl-C, always. Before the first iteration the estimator is then what it was before. After it, it is
+            fitted, with the best parameters until then: ``interrupted_`` is True and ``converged_`` False; a second
+            Ctrl-C while its scores are computed leaves it what it was before.
         """
         context = self._init_callback_context(max_subtasks=None)
-        with turn(), left_as_found(store=True), restored_on_failure(self):
-            return self._fit(X, y, context, seen=None, warm=self.warm_start)
+        with (
+            turn(),
+            left_as_found(store=True),
+            interruptible(),
+            restored_on_failure(self),
+            self._shown() as line,
+        ):
+            self._fit(X, y, context, line, seen=None, warm=self.warm_start)
+        return self._whole()
 
     @_fit_context(prefer_skip_nested_validation=True)
     def partial_fit(self, X: ArrayLike, y: Any = None) -> Self:
@@ -342,7 +360,13 @@ class BayesMPT(
         are read on their own rows (covariates) cannot be fitted by parts.
         """
         context = self._init_callback_context(max_subtasks=None)
-        with turn(), left_as_found(store=True), restored_on_failure(self):
+        with (
+            turn(),
+            left_as_found(store=True),
+            interruptible(),
+            restored_on_failure(self),
+            self._shown() as line,
+        ):
             fitted = hasattr(self, "predictor_")
             if fitted:
                 self._come()
@@ -352,7 +376,14 @@ class BayesMPT(
                 )
             # a fit by masks goes on from where it was; an exact one ends at the maximum over all rows in any case
             warm = fitted and self.masks is not None
-            return self._fit(X, y, context, seen=self._table if fitted else None, warm=warm)
+            self._fit(X, y, context, line, seen=self._table if fitted else None, warm=warm)
+        return self._whole()
+
+    def _whole(self) -> Self:
+        """The estimator, whose attributes are all of one fit: so Ctrl-C is raised here that cut it short."""
+        if self.interrupted_:
+            raise KeyboardInterrupt
+        return self
 
     def refit(self, X: ArrayLike, y: Any = None, *, random_state: int | None = None) -> Self:
         """A new estimator of the same settings, fitted to other rows.
@@ -366,7 +397,8 @@ class BayesMPT(
         if new.random_state is None:
             new.random_state = random_state
         new._like = self
-        return new.fit(X, y)
+        with discarded(), part(new, X, y):  # after Ctrl-C nobody would see it
+            return new.fit(X, y)
 
     def _dump(self) -> dict[str, Any]:
         """What a fit has found out by training, in numbers, text and tensors: `_restore` makes it again of them."""
@@ -392,7 +424,7 @@ class BayesMPT(
         """
         with turn(), left_as_found(store=True), restored_on_failure(self), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what there is to warn of was said by the fit
-            self._fit(X, y, _Unwatched(), seen=None, warm=False, left=left)
+            self._fit(X, y, _Unwatched(), Line(), seen=None, warm=False, left=left)
             total, wanted = self.log_marginal_likelihood_, float(left["log_marginal_likelihood_"])
             single = any(v.dtype == torch.float32 for v in self._state.values())
             if self.data_digest_ != left["digest"]:
@@ -416,16 +448,32 @@ class BayesMPT(
             for name, buffer in net.named_buffers()
         }
 
+    @contextmanager
+    def _shown(self) -> Iterator[Line]:
+        """Where the training says where it is; what it came to is said at the end, of an exact one too."""
+        line, start, text = Line(), time.perf_counter(), ""
+        try:
+            yield line
+            if self.verbose:
+                text = (
+                    f"{self.fit_method_}, {self.n_iter_} iteration{'' if self.n_iter_ == 1 else 's'}, log marginal "
+                    f"likelihood {self.log_marginal_likelihood_:.4f} nats, {time.perf_counter() - start:.2f} s"
+                    f"{'' if self.converged_ else ', not converged'}"
+                )
+        finally:
+            line.end(text)
+
     def _fit(
         self,
         X: ArrayLike,
         y: Any,
         context: Any,
+        line: Line,
         *,
         seen: Table | None,
         warm: bool,
         left: dict[str, Any] | None = None,
-    ) -> Self:
+    ) -> None:
         check_device(self.device)
         if warm and hasattr(self, "_state"):
             self._come()
@@ -441,7 +489,7 @@ class BayesMPT(
             model = deepcopy(model).double().to(self.device)  # a PyroModule trains in place
         guide = _own_guide(self.guide, self.model, model, self.device)
         state = self._state if warm and hasattr(self, "_state") else None
-        trainer = self._trainer(model, context)
+        trainer = self._trainer(model, context, line)
         if left is not None:
             trainer = replace(trainer, seed=int(left["seed"]))
         with_y = y is not None
@@ -534,33 +582,50 @@ class BayesMPT(
                     )
                 if left is None:
                     fit = trainer.train(problem, table, prior, warm=state is not None)
+                    if fit.interrupted:
+                        store.unwind()
+                        if to_be_discarded():
+                            raise KeyboardInterrupt
                     self._trained_with, self._random_after = trainer.seed, random_states()
                 else:  # trained before: what that found, and where it left the draws
                     fit = _found_before(left, model, guide)
                     self._trained_with, self._random_after = trainer.seed, left["random"]
-                if prior is not None:
-                    _warn_of_bounds(prior, problem)
-                problem.predictor.settle()
-                predictor, total, se = self._score_of_training(problem, fit, trainer)
-                if not np.isfinite(total):
-                    raise ModelError(
-                        f"the log marginal likelihood is {total} at the fitted parameters"
-                        f"{training.impossible(problem, predictor)}: "
-                        f"{not_finite(sees_all(model), args)}. Check what the program computes from these"
+
+                def complete() -> None:
+                    """Score the rows and set all that the fit leaves."""
+                    if prior is not None and not fit.interrupted:
+                        _warn_of_bounds(prior, problem)
+                    problem.predictor.settle()
+                    predictor, total, se = self._score_of_training(problem, fit, trainer)
+                    if not np.isfinite(total):
+                        raise ModelError(
+                            f"the log marginal likelihood is {total} at the fitted parameters"
+                            f"{training.impossible(problem, predictor)}: "
+                            f"{not_finite(sees_all(model), args)}. Check what the program computes from these"
+                        )
+                    self._keep_latents(model, predictor, args, like)
+                    self._typical = filling(args[0][:MAX_INIT_ROWS]) if predictor.own_masks else None
+                    self._state = save()
+                    self._shift, self._location = shift, location
+                    self.params_ = self._parameters()
+                    self._y_like = (y.shape[1:], y.dtype) if y is not None else None
+                    self._table = table
+                    self._seen = args if predictor.remembers or self._growing else None
+                    self._store_fit(model, guide, predictor, fit, total, se)
+                    self.data_digest_ = digest(X) if seen is None else ""
+                    self.complete_ = (
+                        bool(table.complete) if table is not None else not bool(np.isnan(X).any())
                     )
-                self._keep_latents(model, predictor, args, like)
-                self._typical = filling(args[0][:MAX_INIT_ROWS]) if predictor.own_masks else None
-                self._state = save()
-                self._shift, self._location = shift, location
-                self.params_ = self._parameters()
-        self._y_like: tuple[tuple[int, ...], Any] | None = (y.shape[1:], y.dtype) if with_y else None
-        self._table = table
-        self._seen = args if predictor.remembers or self._growing else None
-        self._store_fit(model, guide, predictor, fit, total, se)
-        self.data_digest_ = digest(X) if seen is None else ""
-        self.complete_ = bool(table.complete) if table is not None else not bool(np.isnan(X).any())
+
+                try:
+                    complete()
+                except KeyboardInterrupt:
+                    if fit.interrupted or to_be_discarded():
+                        raise
+                    store.unwind()
+                    fit.interrupted, fit.converged = True, False
+                    complete()
         context.call_on_fit_task_end(estimator=self, X=X, y=y)
-        return self
 
     def _parameters(self) -> dict[str, NDArray[Any]]:
         """Those in the store by name, of the rows themselves."""
@@ -574,7 +639,7 @@ class BayesMPT(
         """What was subtracted from the rows before the program saw them added again."""
         return rows if self._shift is None else rows + self._shift
 
-    def _trainer(self, model: Model, context: Any) -> Trainer:
+    def _trainer(self, model: Model, context: Any, line: Line) -> Trainer:
         by_epochs = self.early_stopping if self.early_stopping is not None else hasattr(model, "batch_size")
         if by_epochs and self.checkpoint is not None and not isinstance(self.random_state, Integral):
             raise ValueError(
@@ -586,8 +651,10 @@ class BayesMPT(
             )
 
         def report(step: int, score: float) -> bool:
+            check()
+            tell(step, self.max_iter)
             if self.verbose and (by_epochs or step == 1 or step % max(1, self.max_iter // 100) == 0):
-                print(f"\r{step:>6}/{self.max_iter}  score {score:.6f} nats a row", end="", flush=True)
+                line.show(f"{step:>6}/{self.max_iter}  score {score:.6f} nats a row")
             if not hasattr(self, "_skl_callbacks"):
                 return False
             task = context.subcontext(task_name="iteration")
@@ -707,6 +774,7 @@ class BayesMPT(
         self.history_ = fit.history
         self.n_iter_ = max(1, fit.n_iter)
         self.converged_ = fit.converged
+        self.interrupted_ = fit.interrupted
         self.noise_at_zero_ = [str(self._names()[c]) for c in fit.at_zero]
         self.fit_method_ = fit.method
         self.at_map_ = bool(self.penalty)
@@ -1407,7 +1475,7 @@ def _warn_of_bounds(prior: Prior, problem: training.Problem) -> None:
         warnings.warn(
             f"the estimate of parameter {name!r} diverged to {value}, {why}{held}",
             ConvergenceWarning,
-            stacklevel=5,
+            stacklevel=6,
         )
 
 
@@ -1479,7 +1547,7 @@ def warn_of(diagnostics: dict[str, Any]) -> None:
             f"the importance weights of {bad} rows have a tail so heavy (Pareto k > 0.7) that their error is "
             f"unreliable, the worst being rows {worst}: use more particles or a wider guide",
             UserWarning,
-            stacklevel=7,
+            stacklevel=8,
         )
     sd = diagnostics.get("log_weight_sd", 0.0)
     if sd > WIDE and math.isnan(diagnostics["pareto_k"]):  # too few for a tail to be fitted
@@ -1488,5 +1556,5 @@ def warn_of(diagnostics: dict[str, Any]) -> None:
             f"{diagnostics['num_particles']} draws cover too little: the evidence is probably too low by more than its "
             "error. Use more particles, or more temperatures where they are annealed",
             UserWarning,
-            stacklevel=7,
+            stacklevel=8,
         )

@@ -295,6 +295,12 @@ class Trainer:
             Of the parameters, from which further starts are drawn.
         warm : bool
             Whether the parameters are those of an earlier fit.
+
+        Raises
+        ------
+        KeyboardInterrupt
+            By Ctrl-C before the first iteration; after it the fit ends where it is best, and says that it was
+            interrupted.
         """
         if not problem.leaves():
             return training.Fit("nothing to train", converged=True)
@@ -302,16 +308,22 @@ class Trainer:
             raise ModelError(
                 f"{problem.predictor.name} scores a program and does not train it: choose another predictor"
             )
+        ended = _Ended()
         try:
-            fit = self._train(problem, table, prior, warm)
-            if table is not None and not table.complete:
-                fit.at_zero = training.noise_at_zero(problem)
+            try:
+                fit = ended.keep(self._train(problem, table, prior, warm, ended))
+                if table is not None and not table.complete and not fit.interrupted:
+                    fit.at_zero = training.noise_at_zero(problem)
+            except KeyboardInterrupt:
+                fit = ended.interrupted()
         except NoiseFloorError as error:
             raise ValueError(self._unbounded(error, problem)) from error
         except FewCellsError as error:
             raise ValueError(self._few_cells(error)) from error
         except CollapseError as error:
             raise ValueError(f"{error}{self._repeats(problem)}") from error
+        if fit.interrupted:
+            return fit
         if fit.at_zero:
             one = len(fit.at_zero) == 1
             warnings.warn(
@@ -324,7 +336,7 @@ class Trainer:
             )
         if table is None and any(has_missing(a) for a in problem.args):
             self._warn_of_collapse(problem)
-        if not fit.converged and not fit.interrupted and not self.at_floor:
+        if not fit.converged and not self.at_floor:
             if fit.n_iter >= self.max_iter:
                 what = f"raise max_iter (now {self.max_iter})"
             elif problem.predictor.name == "Quadrature":
@@ -342,7 +354,7 @@ class Trainer:
         return fit
 
     def _train(
-        self, problem: training.Problem, table: Table | None, prior: Prior | None, warm: bool
+        self, problem: training.Problem, table: Table | None, prior: Prior | None, warm: bool, ended: _Ended
     ) -> training.Fit:
         masks = self._policy(problem)
         if problem.predictor.own_masks:
@@ -353,11 +365,12 @@ class Trainer:
         if masks is None or (fixed and not self.by_epochs):
             if table is not None and (table.complete or not warm) and problem.log_prior is None:
                 fit = self._solve(problem, table, n_init)
-                if fit is not None and table.complete:
+                if fit is not None and (table.complete or fit.interrupted):
                     return fit
                 solved = fit is not None
-                if solved:  # before L-BFGS runs to where there is no bound
-                    training.noise_at_zero(problem)
+                if fit is not None:
+                    ended.keep(fit)
+                    training.noise_at_zero(problem)  # before L-BFGS runs to where there is no bound
             train = partial(training.climb, max_iter=self.max_iter, tol=self.tol, report=self.report)
             first, *finer = [problem] if warm else training.stages(problem, self.seed)
         else:
@@ -378,11 +391,17 @@ class Trainer:
                     report=self.report,
                 )
         # EM has compared starts already
-        fit = train(first) if solved else self._best_of(partial(train, first), first, prior, n_init)
+        fit = train(first) if solved else self._best_of(partial(train, first), first, prior, n_init, ended)
         for stage in finer:
-            fit = fit if fit.interrupted else train(stage)
+            if fit.interrupted:
+                break
+            ended.keep(fit)
+            fit = train(stage)
         for _ in range(MAX_SETTLING):
-            if fit.interrupted or not problem.predictor.settle():
+            if fit.interrupted:
+                break
+            ended.keep(fit)
+            if not problem.predictor.settle():
                 break
             fit = train(problem)
         return fit
@@ -467,6 +486,7 @@ class Trainer:
         problem: training.Problem,
         prior: Prior | None,
         n_init: int,
+        ended: _Ended,
     ) -> training.Fit:
         """Restart from draws of the hyperprior, or from fresh initial values, and keep the best."""
         if n_init == 1:
@@ -475,7 +495,7 @@ class Trainer:
         attempt = partial(train, max_iter=min(TRIAL_STEPS, self.max_iter)) if brief else train
         n_init = min(n_init, TRIALS) if brief else n_init
         first = save()
-        best = attempt()
+        best = ended.keep(attempt())
         if best.interrupted:
             return best
         with torch.no_grad():
@@ -500,8 +520,9 @@ class Trainer:
             with torch.no_grad():
                 score = float(problem.score())
             if score > best_score:
-                best, best_score, kept = fit, score, save()
+                best, best_score, kept = ended.keep(fit), score, save()
             if fit.interrupted:
+                best.interrupted, best.converged = True, False
                 break
         load(kept)
         return best if not brief or best.converged or best.interrupted else train()
@@ -552,6 +573,30 @@ class Trainer:
             f"columns {named} are constant, duplicated, or exact combinations of others: the likelihood "
             "grows without bound as their noise goes to zero. Drop columns until none repeats another, or use PPCA"
         )
+
+
+class _Ended:
+    """The best training that has ended, to go back to where Ctrl-C is pressed in what comes after it."""
+
+    def __init__(self) -> None:
+        self._fit: training.Fit | None = None
+
+    def keep(self, fit: training.Fit) -> training.Fit:
+        """Remember this fit, whose parameters stand in the store."""
+        store = pyro.get_param_store().get_state()
+        self._fit, self._store, self._state = fit, store, save()
+        return fit
+
+    def interrupted(self) -> training.Fit:
+        """The fit that was remembered, its parameters in the store; else raises KeyboardInterrupt."""
+        if self._fit is None:
+            raise KeyboardInterrupt
+        store = pyro.get_param_store()
+        store.clear()  # another start may have left parameters of its own
+        store.set_state(self._store)
+        load(self._state)
+        self._fit.interrupted, self._fit.converged = True, False
+        return self._fit
 
 
 def _same(one: State, other: State) -> bool:

@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from bayes_mpt.concentrated import Factors, NoiseFloorError, proportional
+from bayes_mpt.interrupts import check
 from bayes_mpt.moments import Table
 
 __all__ = ["FewCellsError", "Maximum", "maximise", "refuse_constant_columns", "too_few"]
@@ -63,6 +64,8 @@ class Maximum(NamedTuple):
     noise: Array
     """(T,) psi."""
     n_iter: int = 0
+    interrupted: bool = False
+    """By Ctrl-C, on the way."""
 
 
 def too_few(table: Table, n_latents: int) -> FewCellsError | None:
@@ -106,7 +109,7 @@ def maximise(
     max_iter: int,
     tol: float,
 ) -> Maximum:
-    """Climb by EM from several starts, and from the best of them to the end.
+    """Climb by EM from several starts, and from the best of them to the end, or from the first step on to Ctrl-C.
 
     Parameters
     ----------
@@ -135,6 +138,8 @@ def maximise(
     some = _some(rows, weight, rng)
     best = _best(_Cells(*some), starts, m_step, min(max_iter, TRIAL_STEPS))
     cells = _Cells(rows, weight)
+    if best.interrupted:
+        return best._replace(lml=cells.expect(best)[0])
     found = _climb(cells, best, m_step, min(max_iter, MAX_STEPS), tol)
     return found._replace(n_iter=best.n_iter + found.n_iter)
 
@@ -183,18 +188,25 @@ def _some(rows: Array, weight: Array, rng: np.random.Generator) -> tuple[Array, 
 
 def _best(cells: _Cells, starts: list[Maximum], m_step: Step, max_iter: int) -> Maximum:
     """The best end of the starts, all climbing side by side; those on the way to one place go on as one."""
-    climbing, ended = starts, list[Maximum]()
-    for _ in range(max_iter):
-        moved = list[Maximum]()
-        for at in climbing:
-            new = cells.step(at, m_step)
-            (moved if new.lml - at.lml > TRIAL_TOL * (1 + abs(new.lml)) else ended).append(new)
-        climbing = []
-        for new in sorted(moved, key=lambda m: -m.lml):
-            if not any(_alike(new, better) for better in [*climbing, *ended] if better.lml >= new.lml):
-                climbing.append(new)
-        if not climbing:
-            break
+    climbing, ended, moved = starts, list[Maximum](), list[Maximum]()
+    try:
+        for _ in range(max_iter):
+            moved = []
+            for at in climbing:
+                check()
+                new = cells.step(at, m_step)
+                (moved if new.lml - at.lml > TRIAL_TOL * (1 + abs(new.lml)) else ended).append(new)
+            climbing = []
+            for new in sorted(moved, key=lambda m: -m.lml):
+                if not any(_alike(new, better) for better in [*climbing, *ended] if better.lml >= new.lml):
+                    climbing.append(new)
+            if not climbing:
+                break
+    except KeyboardInterrupt:
+        best = max([*climbing, *ended, *moved], key=lambda m: m.lml)
+        if not best.n_iter:
+            raise
+        return best._replace(interrupted=True)
     return max([*climbing, *ended], key=lambda m: m.lml)
 
 
@@ -209,13 +221,19 @@ def _alike(one: Maximum, other: Maximum) -> bool:
 
 
 def _climb(cells: _Cells, at: Maximum, m_step: Step, max_iter: int, tol: float) -> Maximum:
-    lml = -math.inf
-    for _ in range(max_iter):
-        new = cells.step(at, m_step)
-        if not new.lml - lml > tol * (1 + abs(new.lml)):
-            return at._replace(lml=new.lml)
-        lml, at = new.lml, new
-    return at._replace(lml=cells.expect(at)[0])
+    lml, interrupted = -math.inf, False
+    try:
+        for _ in range(max_iter):
+            check()
+            new = cells.step(at, m_step)
+            if not new.lml - lml > tol * (1 + abs(new.lml)):
+                return at._replace(lml=new.lml)
+            lml, at = new.lml, new
+    except KeyboardInterrupt:
+        if not at.n_iter:
+            raise
+        interrupted = True
+    return at._replace(lml=cells.expect(at)[0], interrupted=interrupted)
 
 
 class _Cells:

@@ -28,6 +28,7 @@ __all__ = [
     "final_step",
     "fit_seed",
     "give_evidence",
+    "not_converged",
     "refuse_incomparable",
     "refuse_mixed_train",
     "refuse_unbounded",
@@ -130,11 +131,15 @@ class Candidate:
         """What to say of the number: the rule, or that nothing stands at an estimate; an error or a doubt instead."""
         return self.error or self.note or ("integrated" if rule == "train" and self.is_evidence else rule)
 
+    def doubt(self, why: str) -> None:
+        """Add what to be wary of, if there is anything."""
+        self.note = "; ".join(filter(None, [self.note, why]))
+
     def take(self, found: Integrated) -> None:
         """An evidence with the hyper-parameters integrated."""
         self.evidence, self.se = found.log_evidence, found.se
         if found.pareto_k > BAD_K:
-            self.note = f"integrated, but Pareto k {found.pareto_k:.2f}: se is unreliable"
+            self.doubt(f"integrated, but Pareto k {found.pareto_k:.2f}: se is unreliable")
 
 
 def choose_rule(evidence: str, found: list[Candidate]) -> tuple[str, str]:
@@ -264,11 +269,12 @@ def give_evidence(
         candidate.splits = np.array([candidate.evidence / candidate.n_scored])
         return candidate
     splits = _folds if rule == "heldout" else _blocks
-    by_row, replicates, means = [], [], []
+    by_row, replicates, means, n_cut_short = [], [], [], 0
     for repeat in range(n_repeats):
         total, count = np.zeros(len(X)), np.zeros(len(X))
         for train, test in splits(len(X), cv, visible_share, seed + repeat):
             fold = model.refit(_rows(X, train), _rows(y, train), random_state=random_state)
+            n_cut_short += not fold.converged_
             score = fold.score_samples(_rows(X, test), _rows(y, test))
             total[test] += score
             count[test] += 1
@@ -284,7 +290,16 @@ def give_evidence(
     candidate.replicates = np.array(replicates)
     candidate.evidence = float(np.mean(replicates))
     candidate.splits = np.array(means)
+    if n_cut_short:
+        candidate.doubt(f"{n_cut_short} of {len(means)} fits to folds not converged")
     return candidate
+
+
+def not_converged(model: BayesMPT) -> str:
+    """What to say of a training that did not end by its own rule; nothing of one that did."""
+    if model.converged_:
+        return ""
+    return f"not converged after {model.n_iter_} iteration{'' if model.n_iter_ == 1 else 's'}"
 
 
 def refuse_unbounded(model: BayesMPT, X: Any, y: Any = None) -> None:

@@ -27,25 +27,26 @@ from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from gpytorch.kernels import Kernel
-from joblib import Parallel, delayed
-from joblib.parallel import get_active_backend
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, MetaEstimatorMixin, _fit_context, clone
+from sklearn.callback import CallbackSupportMixin
 from sklearn.gaussian_process.kernels import Kernel as GaussianProcessKernel
 from sklearn.model_selection import BaseCrossValidator, ParameterGrid
 from sklearn.utils import check_array, check_random_state, get_tags
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_is_fitted
-from tqdm.auto import tqdm
 
 from bayes_mpt.atomic import all_or_nothing
 from bayes_mpt.comparison import comparison_table
 from bayes_mpt.digests import CannotDigest, digest_of
 from bayes_mpt.estimator import BayesMPT, may_diverge
 from bayes_mpt.inputs import read_table, unmasked
+from bayes_mpt.interrupts import interruptible
 from bayes_mpt.masks import require_lml
 from bayes_mpt.models.kernels import kernel_name
+from bayes_mpt.partial import Finished, Partial
+from bayes_mpt.progress import fitted_in_task
 from bayes_mpt.rows import takes_y
 from bayes_mpt.rules import (
     Candidate,
@@ -54,10 +55,12 @@ from bayes_mpt.rules import (
     final_step,
     fit_seed,
     give_evidence,
+    not_converged,
     refuse_incomparable,
     refuse_mixed_train,
     token_digest,
 )
+from bayes_mpt.stages import Stage
 from bayes_mpt.stored import Slot, prepare, seed_in, with_estimator
 from bayes_mpt.tracing import takes_visible
 
@@ -66,7 +69,7 @@ __all__ = ["MarginalLikelihoodSearch"]
 Evidence = Literal["auto", "laplace", "integrated", "heldout", "cumulative", "train"]
 
 
-class MarginalLikelihoodSearch(MetaEstimatorMixin, BaseEstimator):
+class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEstimator):
     """Fit every candidate of a grid and rank them by marginal likelihood.
 
     Parameters
@@ -98,7 +101,10 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, BaseEstimator):
     random_state : int, RandomState or None
         For the partitions of the rows, and for all in ``estimator`` whose own ``random_state`` is None.
     verbose : int, default=0
-        1 shows a progress bar.
+        1 shows on stderr how many candidates are done, and where the one is that was heard of last: a bar in a terminal
+        or a notebook, lines in a file. The logger ``bayes_mpt`` says it too, at level INFO; `set_callbacks` takes
+        scikit-learn's, such as ``ProgressBar()``, whose tasks are the two stages, their candidates, and of these the
+        iterations of the fit or the folds.
 
     Attributes
     ----------
@@ -106,7 +112,8 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, BaseEstimator):
         One row a candidate, best first: ``rank``; ``lml``, total evidence in nats; ``lml_diff`` to the best (<= 0);
         ``mc_dse``, numerical error of that difference; ``p_worse`` = Phi(-abs(lml_diff) / mc_dse), the probability
         that the order of the two is that error's doing; ``dse``, spread of the difference over new rows; ``weight``
-        and ``log_bayes_factor`` where the number is an evidence; ``se``, numerical error of ``lml``; ``diag``.
+        and ``log_bayes_factor`` where the number is an evidence; ``se``, numerical error of ``lml``; ``diag``, the
+        rule, or what to be wary of (a training that did not converge), or what failed.
     cv_results_ : dict
         With scikit-learn's keys; scores are mean nats a row. ``lml`` holds the totals.
     best_estimator_, best_params_, best_score_, best_index_
@@ -116,6 +123,10 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, BaseEstimator):
         The rule that was used, and why.
     n_splits_ : int
         Splits a candidate.
+    partial_ : DataFrame
+        Only after Ctrl-C: what was finished until then, a row a candidate: ``lml``, NaN where it was fitted but not
+        scored yet; ``fit_time`` and ``score_time`` in seconds; ``diag``. All else is as it was before; the next `fit`
+        that succeeds removes it. With a ``checkpoint_dir`` that one goes on from there.
 
     Examples
     --------
@@ -172,7 +183,6 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, BaseEstimator):
         self.random_state = random_state
         self.verbose = verbose
 
-    @all_or_nothing
     @_fit_context(prefer_skip_nested_validation=False)
     def fit(self, X: ArrayLike, y: Any = None) -> Self:
         """Fit and rank all candidates on X (N, T).
@@ -182,12 +192,21 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, BaseEstimator):
         ValueError
             If candidates are not comparable (they score other tokens, or one integrates what another
             point-estimates), with the offenders' names; if every candidate fails; if training masks are no LML.
+        KeyboardInterrupt
+            At Ctrl-C, when nothing runs any more, in other processes neither; ``partial_`` has what was finished.
         """
-        _check_backend()
+        finished = Finished()
+        root = self._init_callback_context(max_subtasks=2)
+        with interruptible(), Partial(self, finished.table):
+            self._fit(X, y, finished, root)
+        return self
+
+    @all_or_nothing
+    def _fit(self, X: ArrayLike, y: Any, finished: Finished, root: Any) -> None:
         grid = list(ParameterGrid(self.param_grid))
         if not grid:
             raise ValueError(f"param_grid holds no candidates: got {self.param_grid!r}")
-        names = _names(grid)
+        names = finished.names = _names(grid)
         model = final_step(self.estimator)
         if not isinstance(model, BayesMPT):
             raise TypeError(
@@ -211,17 +230,24 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, BaseEstimator):
         if model is self.estimator:  # what stands before a model in a Pipeline may take anything
             X = read_table(X)
             check_array(X, dtype=[np.float64, np.float32], ensure_all_finite="allow-nan")
+        root.call_on_fit_task_begin(estimator=self, X=X, y=y)
         seed = self._partition_seed()
         state = fit_seed(self.random_state, seed)
         keys = self._keys(grid, names, X, y, state)
         found = self._run(
-            _fit_candidate, [(self.estimator, p, X, y, self.evidence, state) for p in grid], "fit", keys
+            _fit_candidate,
+            [(self.estimator, p, X, y, self.evidence, state) for p in grid],
+            "fit",
+            keys,
+            finished,
+            root,
         )
         good = _good(found)
         refuse_incomparable([n for n, c in zip(names, found, strict=True) if not c.error], good)
         self.evidence_, self.evidence_reason_ = choose_rule(self.evidence, good)
         if self.evidence_ == "train":
             refuse_mixed_train([n for n, c in zip(names, found, strict=True) if not c.error], good)
+        finished.rule = self.evidence_
         settings = {
             "cv": self.cv,
             "n_repeats": self.n_repeats,
@@ -233,12 +259,17 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, BaseEstimator):
             [(c, X, y, self.evidence_, settings) for c in found],
             self.evidence_,
             self._score_keys(keys, settings),
+            finished,
+            root,
         )
         _good(found)
         self._store(grid, names, found)
         unmade = self._winner is not None and self._winner.estimator is None
         self._rows = (X, y, digest_of((X, y))) if unmade else None
-        return self
+        root.call_on_fit_task_end(estimator=self, X=X, y=y)
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return hasattr(self, "comparison_")  # partial_ alone is no fit
 
     def _partition_seed(self) -> int:
         """Of the partitions of the rows; a search that takes up from a directory keeps the seed found there."""
@@ -289,17 +320,17 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, BaseEstimator):
         arguments: list[tuple[Any, ...]],
         label: str,
         keys: list[str | None],
+        finished: Finished,
+        root: Any,
     ) -> list[Candidate]:
         """Do one task for every candidate, in parallel, taking finished ones from the checkpoint directory."""
-        jobs = []
+        calls: list[tuple[Callable[..., Candidate], tuple[Any, ...]]] = []
         for args, key in zip(arguments, keys, strict=True):
             slot = None
             if key is not None and self.checkpoint_dir is not None:
                 slot = Slot.of(Path(self.checkpoint_dir), label, key, _to_fit(args))
-            jobs.append(delayed(_checkpointed)(slot, task, args, self.error_score))
-        parallel = Parallel(n_jobs=self.n_jobs, return_as="generator")
-        results = parallel(jobs)
-        return list(tqdm(results, total=len(jobs), desc=label, disable=not self.verbose))
+            calls.append((_checkpointed, (slot, task, args, self.error_score)))
+        return Stage(self, label, finished, root).run(calls)
 
     def _store(self, grid: list[dict[str, Any]], names: list[str], found: list[Candidate]) -> None:
         failed = math.nan if self.error_score == "raise" else float(self.error_score)
@@ -485,12 +516,14 @@ def _fit_candidate(
     start = time.perf_counter()
     candidate = _unfitted(estimator, params, random_state)
     # where an estimate runs away, the integral does not
-    with may_diverge(evidence in ("auto", "integrated")):
+    with may_diverge(evidence in ("auto", "integrated")), fitted_in_task(candidate, X, y):
         fitted = candidate.fit(X, y)
     fit_time = time.perf_counter() - start
     zero = final_step(fitted).noise_at_zero_
     note = f"the noise variance of column {', '.join(map(repr, zero))} is zero" if zero else ""
-    return Candidate(fitted, tokens=token_digest(fitted, X, y), fit_time=fit_time, note=note)
+    candidate = Candidate(fitted, tokens=token_digest(fitted, X, y), fit_time=fit_time, note=note)
+    candidate.doubt(not_converged(final_step(fitted)))
+    return candidate
 
 
 def _unfitted(estimator: Any, params: dict[str, Any], random_state: int | None) -> Any:
@@ -545,16 +578,6 @@ def _failed(args: tuple[Any, ...]) -> bool:
 
 
 # ----------------------------------------------------------------------------------------------------------- helpers
-
-
-def _check_backend() -> None:
-    """Refuse a backend of joblib that gives no result before the last one is there: finished ones are kept at once."""
-    backend, _ = get_active_backend()
-    if not backend.supports_return_generator:
-        raise ValueError(
-            f"a search takes each candidate as it is finished, which joblib's {type(backend).__name__} does not "
-            "offer: use parallel_config(backend='loky'), joblib's default, or 'threading'"
-        )
 
 
 def _unseeded(estimator: Any) -> list[str]:

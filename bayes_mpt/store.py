@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import pyro
 import torch
+from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 
@@ -19,14 +20,18 @@ class OwnStore:
     """A parameter store of one's own around a program: nothing outside it changes, networks of the program included.
 
     `pyro.module` puts a network's own tensors into the store, where they are trained in place; so values are copied
-    into the store and out of it, and networks get theirs back at the end, also after Ctrl-C.
+    into the store and out of it, and networks get theirs back at the end, also after Ctrl-C; so does Pyro's stack of
+    handlers, on which an interrupted program may have left its own.
     """
 
     def __init__(self) -> None:
         self._scope = pyro.get_param_store().scope()
         self._lent: dict[Tensor, Tensor] = {}
+        self._handlers: list[Any] = []
+        self._plates: list[Any] = []
 
     def __enter__(self) -> Self:
+        self._handlers, self._plates = list(_PYRO_STACK), list(_DIM_ALLOCATOR._stack)
         self._scope.__enter__()
         return self
 
@@ -59,6 +64,11 @@ class OwnStore:
             for leaf, value in self._lent.items():
                 leaf.copy_(value)
         self._scope.__exit__(None, None, None)
+        self.unwind()
+
+    def unwind(self) -> None:
+        """Leave the handlers that a program has entered by hand and that Ctrl-C has kept it from leaving."""
+        _PYRO_STACK[:], _DIM_ALLOCATOR._stack[:] = self._handlers, self._plates
 
 
 Initial = dict[str, tuple[Tensor, Constraint]]

@@ -18,6 +18,7 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions.torch import Independent
+from pyro.poutine import runtime
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
@@ -264,9 +265,17 @@ def takes_visible(program: Any) -> bool:
 
 
 def run(model: Model, args: tuple[Any, ...], values: dict[str, Tensor] | None = None) -> Trace:
-    """The trace of one run with these latent values; the random state stays as it was where latents are drawn."""
-    with one_precision(args), _rng_untouched(active=values is None), SetLatents(values or {}):
-        return poutine.trace(model).get_trace(*args)
+    """The trace of one run with these latent values; the random state stays as it was where latents are drawn.
+
+    A program that fails inside of handlers that it has entered itself leaves them to nobody.
+    """
+    handlers, plates = list(runtime._PYRO_STACK), list(runtime._DIM_ALLOCATOR._stack)
+    try:
+        with one_precision(args), _rng_untouched(active=values is None), SetLatents(values or {}):
+            return poutine.trace(model).get_trace(*args)
+    except BaseException:
+        runtime._PYRO_STACK[:], runtime._DIM_ALLOCATOR._stack[:] = handlers, plates
+        raise
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
+from bayes_mpt.interrupts import Interrupted
 from bayes_mpt.models.checks import CheckedModel, IntegersFrom, OneOf, check_memory
 from bayes_mpt.models.linear_gaussian import n_free_of_factors, surplus_latents
 
@@ -126,6 +127,8 @@ class GaussianMixture(CheckedModel):
         ------
         ValueError
             If all components collapse, or one does twice; they are named. Of one that began again a warning says so.
+        bayes_mpt.interrupts.Interrupted
+            At Ctrl-C after the first step, with the parameters as they are then.
 
         Examples
         --------
@@ -145,9 +148,12 @@ class GaussianMixture(CheckedModel):
             scale = scale / table.spread[: scale.shape[1]]
         loc = (params["loc"].double() - table.centre) / table.spread
         start = _Mixture(params["weights"].double(), loc, scale)
-        mix, collapsed, hopeless = _em(
-            table, _chunks(table.rows, kind), start, kind, tol=tol, max_iter=max_iter, relative=True
-        )
+        try:
+            mix, collapsed, hopeless = _em(
+                table, _chunks(table.rows, kind), start, kind, tol=tol, max_iter=max_iter, relative=True
+            )
+        except Interrupted as press:
+            raise Interrupted(_in_units_of_x(table, press.found, x)) from press
         if collapsed:
             which = ", ".join(f"{c} ({n:.4g} rows)" for c, n in collapsed.items())
             what = (
@@ -381,27 +387,33 @@ def _em(
     collapsed: dict[int, float] = {}
     hopeless = False
     coefficients = _coefficients(mix)
-    for _ in range(max_iter):
-        sums, total = torch.zeros_like(coefficients), 0.0
-        for part in products():
-            log_prob = coefficients @ part  # (K, n)
-            top = log_prob.amax(0)
-            share = (log_prob - top).exp_()
-            sum_ = share.sum(0)
-            sums += (share / sum_) @ part.mT
-            total += float(top.sum() + sum_.log().sum())
-        mix, found = _m_step(sums, mix, covariance_type, reg_covar)
-        hopeless = len(found) == len(sums) or not found.keys().isdisjoint(collapsed)
-        collapsed |= found
-        if hopeless:
-            break
-        before, coefficients = coefficients, _coefficients(mix)
-        # The score gains what the expected log-density does, and the divergence between the shares before and after,
-        # which is about as large where the steps are small and slow, and less elsewhere.
-        gain = 2 * float(((coefficients - before) * sums).sum()) / n_rows
-        score = total / n_rows - unit
-        if not found and not gain > tol * (max(1.0, abs(score)) if relative else 1.0):
-            break
+    first = mix
+    try:
+        for _ in range(max_iter):
+            sums, total = torch.zeros_like(coefficients), 0.0
+            for part in products():
+                log_prob = coefficients @ part  # (K, n)
+                top = log_prob.amax(0)
+                share = (log_prob - top).exp_()
+                sum_ = share.sum(0)
+                sums += (share / sum_) @ part.mT
+                total += float(top.sum() + sum_.log().sum())
+            mix, found = _m_step(sums, mix, covariance_type, reg_covar)
+            hopeless = len(found) == len(sums) or not found.keys().isdisjoint(collapsed)
+            collapsed |= found
+            if hopeless:
+                break
+            before, coefficients = coefficients, _coefficients(mix)
+            # The score gains what the expected log-density does, and the divergence between the shares before and
+            # after, which is about as large where the steps are small and slow, and less elsewhere.
+            gain = 2 * float(((coefficients - before) * sums).sum()) / n_rows
+            score = total / n_rows - unit
+            if not found and not gain > tol * (max(1.0, abs(score)) if relative else 1.0):
+                break
+    except KeyboardInterrupt as press:
+        if mix is first:
+            raise
+        raise Interrupted(mix) from press
     return mix, collapsed, hopeless
 
 

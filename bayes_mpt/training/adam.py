@@ -100,6 +100,8 @@ def train_on_masks(
                         stopped = True
                         break
             except KeyboardInterrupt:
+                if not fit.history:
+                    raise
                 fit.interrupted = stopped = True
             if not n_steps:
                 break
@@ -116,9 +118,11 @@ def train_on_masks(
                 rate *= 0.5
                 assign(leaves, best)
     except KeyboardInterrupt:
+        if not fit.history:
+            raise
         fit.interrupted = True
     assign(leaves, best)
-    fit.converged = halvings > MAX_HALVINGS
+    fit.converged = halvings > MAX_HALVINGS and not fit.interrupted
     fit.n_iter = len(fit.history)
     return fit
 

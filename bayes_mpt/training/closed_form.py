@@ -51,6 +51,8 @@ def concentrate(
     ------
     concentrated.NoiseFloorError, incomplete.FewCellsError
         If the likelihood has no maximum.
+    KeyboardInterrupt
+        By Ctrl-C before EM has come anywhere, or to where the program cannot follow; else the fit says so.
     """
     leaves = problem.leaves()
     check_finite(leaves)
@@ -118,7 +120,7 @@ def concentrate(
         for part, (target, unit) in targets.items():
             if target.numel() and not _reach(problem, [leaves[n] for n in names[part]], part, target, unit):
                 restore(leaves, before)
-                return None
+                return _unreached(factors)
         predictor = _exact(problem)
     with torch.no_grad():
         got = float(problem.score_of(predictor))
@@ -126,11 +128,25 @@ def concentrate(
     off = 1e-3 if at_floor else 1e-7 if table.complete else 1e-5
     if abs(got - factors.lml) > off * (1 + abs(factors.lml)):
         restore(leaves, before)
-        return None
+        return _unreached(factors)
     if wrong is not None:  # all is free, so that the likelihood has no maximum there
         raise wrong
     method = "concentrated" if table.complete else "em"
-    return Fit(method, [got], factors.n_iter, converged=table.complete and not at_floor, last=predictor)
+    return Fit(
+        method,
+        [got],
+        factors.n_iter,
+        converged=table.complete and not at_floor,
+        interrupted=factors.interrupted,
+        last=predictor,
+    )
+
+
+def _unreached(factors: incomplete.Maximum) -> Fit | None:
+    """No fit: the program cannot reach these factors. Another climb may, unless this one was interrupted."""
+    if factors.interrupted:
+        raise KeyboardInterrupt
+    return None
 
 
 def _best(

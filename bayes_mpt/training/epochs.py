@@ -222,9 +222,12 @@ def train_by_epochs(
             if report is not None and report(progress.epoch, value):
                 break
     except KeyboardInterrupt:
+        if not fit.history:
+            raise
         fit.interrupted = True
     restore(leaves, progress.best)
-    fit.converged = not held_out or (progress.stage == len(stages) - 1 and progress.stale >= patience)
+    ended = not held_out or (progress.stage == len(stages) - 1 and progress.stale >= patience)
+    fit.converged = ended and not fit.interrupted
     fit.n_iter = progress.epoch
     return fit
 

@@ -15,6 +15,7 @@ from scipy.optimize import minimize
 from torch import Tensor
 from torch.distributions import constraints, transform_to
 
+from bayes_mpt.interrupts import Interrupted
 from bayes_mpt.masks import torch_generator
 from bayes_mpt.tracing import MissingCovariate, has_missing
 from bayes_mpt.training.problem import (
@@ -29,6 +30,7 @@ from bayes_mpt.training.units import metric, only, sampled, shuffled, small, uni
 
 __all__ = ["climb", "stages"]
 
+OWN = "maximize, the model's own"
 STATIONARY = 1e-3  # nats a row and unit of the map: a steeper place is no maximum
 FURTHEST = 3.0  # e-folds by which the size of a parameter changes at once
 OWN_STEPS = 100  # of a model's own way to climb: one that creeps is left to L-BFGS
@@ -58,7 +60,8 @@ def climb(problem: Problem, *, max_iter: int, tol: float, report: Report | None 
 
     A model may offer a method of its own, ``maximize(x, params, tol=, max_iter=)``, which takes complete rows and the
     values of the parameters by name and returns better ones (an EM, say). It goes first; where its end is no maximum to
-    the tolerance, L-BFGS goes on from there.
+    the tolerance, L-BFGS goes on from there. At Ctrl-C it may raise `bayes_mpt.interrupts.Interrupted` with the best
+    so far.
 
     Raises
     ------
@@ -67,15 +70,22 @@ def climb(problem: Problem, *, max_iter: int, tol: float, report: Report | None 
     """
     leaves = problem.leaves()
     fit = Fit("lbfgs")
-    own = _own_maximum(problem, leaves, tol, max_iter)
+    try:
+        own = _own_maximum(problem, leaves, tol, max_iter)
+    except Interrupted:
+        own, fit.interrupted = True, True
     predictor, score, grad = check_start(small(problem) if problem.predictor.divisible else problem, leaves)
     if own:
-        unit = units(problem, leaves, predictor)
-        fit.history, fit.n_iter, fit.last = [score], 1, predictor
-        if float((unit * grad).abs().max()) <= _slope(tol, score):
-            fit.method, fit.converged = "maximize, the model's own", True
+        fit.history, fit.n_iter = [score], 1
+        try:
+            if not fit.interrupted:
+                unit = units(problem, leaves, predictor)
+                fit.converged = float((unit * grad).abs().max()) <= _slope(tol, score)
+        except KeyboardInterrupt:
+            fit.interrupted = True
+        if fit.interrupted or fit.converged:
+            fit.method, fit.last = OWN, predictor
             return fit
-    fit.last = None
     best_theta, best = flat(leaves).detach().clone(), -math.inf
     best_slope = torch.full_like(best_theta, math.inf)
     least_unit = torch.full_like(best_theta, math.inf)
@@ -171,7 +181,9 @@ def climb(problem: Problem, *, max_iter: int, tol: float, report: Report | None 
             fit.converged = _steepest(problem, leaves, in_units, len(least_unit)) <= level
             break
     except KeyboardInterrupt:
-        fit.interrupted = True
+        if not fit.history:
+            raise
+        fit.interrupted, fit.converged = True, False
     assign(leaves, best_theta)
     fit.n_iter = len(fit.history)
     return fit
@@ -196,9 +208,15 @@ def _own_maximum(problem: Problem, leaves: dict[str, Tensor], tol: float, max_it
     bounds = store.get_state()["constraints"]
     params = {name: store[name].detach() for name in leaves}
     with torch.no_grad():
-        found = maximize(*problem.args, params, tol=tol, max_iter=min(max_iter, OWN_STEPS))
+        press = None
+        try:
+            found = maximize(*problem.args, params, tol=tol, max_iter=min(max_iter, OWN_STEPS))
+        except Interrupted as error:
+            press, found = error, error.found
         for name, value in found.items():
             leaves[name].copy_(transform_to(bounds[name]).inv(value))
+    if press is not None:
+        raise press
     return True
 
 

@@ -14,6 +14,7 @@ import torch
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
+from bayes_mpt.interrupts import check_stop
 from bayes_mpt.masks import Policy, torch_generator
 from bayes_mpt.predictors import Conditionals
 from bayes_mpt.score import masked_score, training_masks
@@ -60,11 +61,13 @@ class Problem:
 
     def read(self) -> Conditionals:
         """The predictor at the current parameters."""
+        check_stop()
         return self.predictor.read(self.args)
 
     def score(self, masks: Policy | None = None, generator: torch.Generator | None = None) -> Tensor:
         """Mean score a row at the current parameters, exact or over one draw of masks; with the log prior."""
         if masks is None and self.predictor.climbs:
+            check_stop()
             score = self.predictor.objective(self.args).sum() / self.n_rows
         else:
             score = self.score_of(self.read(), masks, generator)
@@ -108,6 +111,7 @@ class Fit:
     n_iter: int = 0
     converged: bool = False
     interrupted: bool = False
+    """By Ctrl-C; the parameters are the best until then."""
     at_zero: list[int] = field(default_factory=list)
     """Columns whose noise variance has ended at zero."""
     last: Conditionals | None = None
