@@ -9,6 +9,7 @@ test:     ## unit tests, doctests, and the code blocks of README and docs
 lint:     ## rules, format, types
 	ruff check .
 	ruff format --check .
+	lint-imports
 	mypy
 
 docs:     ## the site, into site/

@@ -18,9 +18,9 @@ from sklearn.model_selection import BaseCrossValidator
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
+from bayes_mpt.diagnostics import replicate_error
 from bayes_mpt.estimator import BayesMPT
 from bayes_mpt.inputs import unmasked
-from bayes_mpt.predictors.errors import replicate_error
 from bayes_mpt.rules import (
     Candidate,
     before_final,

@@ -43,6 +43,7 @@ from bayes_mpt.models import GaussianProcess
 from bayes_mpt.models.kernels import Line, kernel_name
 from bayes_mpt.partial import Finished, Partial, finished_table
 from bayes_mpt.selection import MarginalLikelihoodSearch
+from bayes_mpt.serial import takes_turns
 
 __all__ = ["Decomposition", "KernelSearch", "decompose"]
 
@@ -265,6 +266,7 @@ class KernelSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEstimator):
         """The additive parts of the best kernel at rows X, by default those of the training."""
         return decompose(self._best, X)
 
+    @takes_turns
     def describe(self, unit: str = "") -> str:
         """The best kernel in words, from its fitted hyper-parameters.
 
@@ -356,6 +358,7 @@ def _joined(tables: list[pd.DataFrame]) -> pd.DataFrame:
 # -------------------------------------------------------------------------------------------------- decomposition
 
 
+@takes_turns
 def decompose(estimator: BayesMPT, X: ArrayLike | None = None) -> Decomposition:
     """Split the prediction of a Gaussian process into the summands of its kernel, each given the training rows.
 

@@ -29,9 +29,8 @@ from torch import Tensor
 from torch.distributions import transform_to
 
 from bayes_mpt.devices import own_random_state
+from bayes_mpt.diagnostics import BAD_K, pareto_k, replicate_error
 from bayes_mpt.predictors import Conditionals
-from bayes_mpt.predictors.errors import replicate_error
-from bayes_mpt.predictors.importance import BAD_K, pareto_k
 from bayes_mpt.tracing import Model, ModelError
 
 __all__ = [

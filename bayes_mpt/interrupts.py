@@ -18,18 +18,10 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Self
 
-__all__ = ["Interrupted", "Stop", "check", "check_stop", "discarded", "interruptible", "to_be_discarded"]
+__all__ = ["Stop", "check", "check_stop", "discarded", "interruptible", "to_be_discarded"]
 
 SWITCHING = {"__enter__", "__exit__", "__del__"}
 AGAIN, LONGEST = 0.005, 1.0  # seconds until a press comes again, and for which one may be put off
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C in a climb that has come some way: ``found`` is the best so far."""
-
-    def __init__(self, found: Any):
-        super().__init__()
-        self.found = found
 
 
 class interruptible:

@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from bayes_mpt.comparison import Candidate, comparison_table
+from bayes_mpt.diagnostics import disagreement, replicate_error
 from bayes_mpt.masks import (
     FixedRate,
     LeaveOneOut,
@@ -29,7 +30,6 @@ from bayes_mpt.masks import (
     require_lml,
     torch_generator,
 )
-from bayes_mpt.predictors.errors import disagreement, replicate_error
 from bayes_mpt.score import RateCurve
 from bayes_mpt.serial import methods_take_turns, takes_turns
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from bayes_mpt.discovery import Decomposition, decompose
+from bayes_mpt.curves import Curve, RateCurve
 from bayes_mpt.inputs import unmasked
-from bayes_mpt.score import Curve, RateCurve
+
+if TYPE_CHECKING:
+    from bayes_mpt.discovery import Decomposition
 
 __all__ = ["DecompositionDisplay", "MaskedCurveDisplay", "RankingDisplay"]
 
@@ -132,12 +134,20 @@ class DecompositionDisplay:
     def from_estimator(
         cls, estimator: Any, X: ArrayLike, y: ArrayLike | None = None, *, at: ArrayLike | None = None
     ) -> Self:
-        """Draw the parts of a fitted `BayesMPT` or `KernelSearch` of one input column, at X or ``at`` other rows."""
+        """Draw the parts that a fitted `KernelSearch` of one input column finds, at X or ``at`` other rows.
+
+        Those of a `BayesMPT` are drawn by ``DecompositionDisplay(x, decompose(model, X)).plot()``.
+        """
         X, at, y = unmasked(X), unmasked(at), unmasked(y)
         rows = np.asarray(X if at is None else at, dtype=float)
         if rows.ndim != 2 or rows.shape[1] != 1:
             raise ValueError(f"only inputs of one column can be drawn, got shape {rows.shape}")
-        parts = decompose(getattr(estimator, "best_estimator_", estimator), rows)
+        if not hasattr(estimator, "decompose"):
+            raise TypeError(
+                f"from_estimator draws what a KernelSearch finds, got {type(estimator).__name__}: write "
+                "DecompositionDisplay(x, bayes_mpt.discovery.decompose(model, X)).plot()"
+            )
+        parts = estimator.decompose(rows)
         return cls(rows, parts, None if y is None else (np.ravel(X), np.ravel(y))).plot()
 
     def plot(self, axes: Any = None, *, names: list[str] | None = None) -> Self:

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from sklearn.model_selection import BaseCrossValidator, KFold
 from sklearn.pipeline import Pipeline
 
+from bayes_mpt.diagnostics import BAD_K
 from bayes_mpt.estimator import BayesMPT
 from bayes_mpt.hyperparameters import Integrated
-from bayes_mpt.predictors.importance import BAD_K
 from bayes_mpt.repeats import flat_direction, repeated_columns
 from bayes_mpt.tracing import Observed, Program, list_names
 

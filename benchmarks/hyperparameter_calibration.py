@@ -30,10 +30,10 @@ from kernel_ranking import KINDS, kernels
 from scipy.special import logsumexp
 from scipy.stats import binom
 
+from bayes_mpt.diagnostics import replicate_error
 from bayes_mpt.hyperparameters import LogLikelihood, Prior, assign, hyperprior, integrate, log_likelihood
 from bayes_mpt.models import GaussianProcess
 from bayes_mpt.predictors import choose
-from bayes_mpt.predictors.errors import replicate_error
 from bayes_mpt.predictors.joint_gaussian import moments
 
 RESULTS = Path(__file__).parent / "results"

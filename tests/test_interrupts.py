@@ -24,7 +24,7 @@ from sklearn.exceptions import NotFittedError
 from sklearn.utils.validation import check_is_fitted
 
 from bayes_mpt import BayesMPT, KernelSearch, MarginalLikelihoodSearch, compare
-from bayes_mpt.interrupts import Interrupted, check_stop, interruptible
+from bayes_mpt.interrupts import check_stop, interruptible
 from bayes_mpt.masks import UniformSize
 from bayes_mpt.models import PPCA, VAE, FactorAnalysis, GaussianMixture
 from bayes_mpt.progress import Task
@@ -193,7 +193,7 @@ class OwnClimb:
 
     def maximize(self, x, params, *, tol, max_iter):
         half = 0.5 * (params["loc"] + x.mean(0) - 0.5)
-        raise Interrupted({"loc": half})
+        raise KeyboardInterrupt({"loc": half})
 
 
 def test_a_model_of_ones_own_may_keep_its_best():

@@ -15,6 +15,7 @@ from scipy import stats
 from scipy.special import betaln, expit, gammaln, logsumexp, softmax
 from sklearn.mixture import GaussianMixture
 
+from bayes_mpt.diagnostics import pareto_k
 from bayes_mpt.masks import EverySize, Masks, PermutationChain, UniformSize
 from bayes_mpt.models import BayesianRegression
 from bayes_mpt.predictors import (
@@ -26,7 +27,6 @@ from bayes_mpt.predictors import (
     SequentialMonteCarlo,
     choose,
 )
-from bayes_mpt.predictors.importance import pareto_k
 from bayes_mpt.score import masked_score
 from bayes_mpt.store import OwnStore
 from bayes_mpt.tracing import ModelError

@@ -34,7 +34,6 @@ from torch import Tensor
 from bayes_mpt.models.checks import CheckedModel, Instance, IntegersFrom, NumbersFrom, OneOf
 from bayes_mpt.models.kernels import Line, check_columns, from_sklearn, kernel_name, with_own_algebra
 from bayes_mpt.models.noise_floor import above_rounding, noise_above
-from bayes_mpt.serial import takes_turns
 
 __all__ = ["GaussianProcess"]
 
@@ -219,7 +218,6 @@ class GaussianProcess(CheckedModel):
             }
         return {}
 
-    @takes_turns
     def at(self, params: dict[str, Any], x: Tensor) -> tuple[Kernel, Mean, Tensor]:
         """Kernel and mean at these values of the parameters, and the variances of the noise (N,) of rows x.
 

@@ -27,7 +27,6 @@ from bayes_mpt.models.checks import (
     unmasked,
 )
 from bayes_mpt.models.networks import check_heads, check_layers, codes_of
-from bayes_mpt.serial import takes_turns
 
 __all__ = ["MaskedTransformer", "OptimizedMask", "contrastive_loss"]
 
@@ -195,7 +194,6 @@ class MaskedTransformer(CheckedModel):
             for name, penalty in self._penalties(states, mass, visible).items():
                 pyro.factor(name, -penalty)
 
-    @takes_turns
     def heterogeneity(
         self, params: Mapping[str, ArrayLike], X: ArrayLike, visible: ArrayLike
     ) -> NDArray[np.float64]:

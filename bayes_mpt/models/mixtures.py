@@ -18,7 +18,6 @@ from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
-from bayes_mpt.interrupts import Interrupted
 from bayes_mpt.models.checks import CheckedModel, IntegersFrom, OneOf, check_memory
 from bayes_mpt.models.linear_gaussian import n_free_of_factors, surplus_latents
 
@@ -127,8 +126,8 @@ class GaussianMixture(CheckedModel):
         ------
         ValueError
             If all components collapse, or one does twice; they are named. Of one that began again a warning says so.
-        bayes_mpt.interrupts.Interrupted
-            At Ctrl-C after the first step, with the parameters as they are then.
+        KeyboardInterrupt
+            At Ctrl-C; after the first step its argument is the parameters as they are then.
 
         Examples
         --------
@@ -152,8 +151,10 @@ class GaussianMixture(CheckedModel):
             mix, collapsed, hopeless = _em(
                 table, _chunks(table.rows, kind), start, kind, tol=tol, max_iter=max_iter, relative=True
             )
-        except Interrupted as press:
-            raise Interrupted(_in_units_of_x(table, press.found, x)) from press
+        except KeyboardInterrupt as press:
+            if not press.args:
+                raise
+            raise KeyboardInterrupt(_in_units_of_x(table, press.args[0], x)) from press
         if collapsed:
             which = ", ".join(f"{c} ({n:.4g} rows)" for c, n in collapsed.items())
             what = (
@@ -413,7 +414,7 @@ def _em(
     except KeyboardInterrupt as press:
         if mix is first:
             raise
-        raise Interrupted(mix) from press
+        raise KeyboardInterrupt(mix) from press
     return mix, collapsed, hopeless
 
 

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyro
 import torch
-from numpy.typing import NDArray
 from pyro import poutine
 from pyro.distributions import constraints
 from pyro.poutine.trace_struct import Trace
@@ -19,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bayes_mpt.devices import own_random_state
+from bayes_mpt.diagnostics import BAD_K, pareto_k
 from bayes_mpt.factors import read_factors
 from bayes_mpt.predictors.base import Evidence, Guide, Predictor
 from bayes_mpt.predictors.given import FactorsGiven, Given, Mapped, Stacked
@@ -48,10 +48,8 @@ from bayes_mpt.tracing import (
     takes_visible,
 )
 
-__all__ = ["Drawn", "GuideDraws", "Importance", "Sampled", "pareto_k"]
+__all__ = ["Drawn", "GuideDraws", "Importance", "Sampled"]
 
-LEAST_TAIL = 20  # weights to fit a tail to
-BAD_K = 0.7  # above it the error is unreliable (Vehtari et al. 2024)
 N_WIDENINGS = 6  # steps from Laplace's Gaussian towards the closest one
 WIDENING_COST = 200_000_000
 GROWTH = 3  # of the number of draws from stage to stage of a training
@@ -628,31 +626,3 @@ def _is_real(support: Any) -> bool:
 
 def _auxiliary(node: Any) -> bool:
     return bool(node["infer"].get("is_auxiliary"))
-
-
-def pareto_k(log_weight: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Shape of the generalised Pareto tail of each row's weights (Zhang & Stephens 2009): (S, N) -> (N,).
-
-    Its largest min(S / 5, 3 sqrt(S)) weights are fitted; NaN with fewer than 100 draws, of which too few are tail.
-    """
-    n_draws, n_rows = log_weight.shape
-    n_tail = int(min(n_draws / 5, 3 * math.sqrt(n_draws)))
-    if n_tail < LEAST_TAIL:
-        return np.full(n_rows, np.nan)
-    ordered = np.sort(log_weight - log_weight.max(0), axis=0)
-    cut = np.exp(ordered[-n_tail - 1])
-    tail = np.exp(ordered[-n_tail:]) - cut  # (M, N), exceedances
-    tail = np.maximum(tail, np.finfo(float).tiny)
-    m = 30 + int(math.sqrt(n_tail))
-    grid = np.arange(1, m + 1)[:, None]
-    quartile = tail[int(n_tail / 4 + 0.5) - 1]
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        theta = 1 / tail[-1] + (1 - np.sqrt(m / (grid - 0.5))) / (3 * quartile)  # (m, N)
-        k = np.log1p(-theta[:, None] * tail).mean(1)
-        profile = n_tail * (np.log(-theta / k) - k - 1)
-        weight = 1 / np.exp(profile[:, None] - profile).sum(0)
-        weight = np.where(weight >= 10 * np.finfo(float).eps, weight, 0.0)
-        best = (theta * weight).sum(0) / weight.sum(0)
-        shape = np.log1p(-best * tail).mean(0)
-    # a prior of ten observations at 1/2
-    return shape * n_tail / (n_tail + 10) + 0.5 * 10 / (n_tail + 10)

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from bayes_mpt.densities import log_density
 from bayes_mpt.devices import at_once
+from bayes_mpt.diagnostics import disagreement, replicate_error
 from bayes_mpt.masks import PermutationChain
 from bayes_mpt.predictors.base import Conditionals, Evidence, Guide, Posterior, Predictor
-from bayes_mpt.predictors.errors import disagreement, replicate_error
 from bayes_mpt.tracing import (
     Model,
     ModelError,

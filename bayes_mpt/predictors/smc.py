@@ -19,6 +19,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from bayes_mpt.diagnostics import replicate_error
 from bayes_mpt.predictors.base import (
     Conditionals,
     Evidence,
@@ -27,7 +28,6 @@ from bayes_mpt.predictors.base import (
     Predictor,
     refuse_other_rows,
 )
-from bayes_mpt.predictors.errors import replicate_error
 from bayes_mpt.predictors.given import Given
 from bayes_mpt.predictors.nodes import constrained, program_values
 from bayes_mpt.predictors.placed import DEGREES, Located, Placement, log_t

@@ -15,7 +15,6 @@ from scipy.optimize import minimize
 from torch import Tensor
 from torch.distributions import constraints, transform_to
 
-from bayes_mpt.interrupts import Interrupted
 from bayes_mpt.masks import torch_generator
 from bayes_mpt.tracing import MissingCovariate, has_missing
 from bayes_mpt.training.problem import (
@@ -60,8 +59,7 @@ def climb(problem: Problem, *, max_iter: int, tol: float, report: Report | None 
 
     A model may offer a method of its own, ``maximize(x, params, tol=, max_iter=)``, which takes complete rows and the
     values of the parameters by name and returns better ones (an EM, say). It goes first; where its end is no maximum to
-    the tolerance, L-BFGS goes on from there. At Ctrl-C it may raise `bayes_mpt.interrupts.Interrupted` with the best
-    so far.
+    the tolerance, L-BFGS goes on from there. At Ctrl-C it may raise ``KeyboardInterrupt(params)`` with the best so far.
 
     Raises
     ------
@@ -70,10 +68,7 @@ def climb(problem: Problem, *, max_iter: int, tol: float, report: Report | None 
     """
     leaves = problem.leaves()
     fit = Fit("lbfgs")
-    try:
-        own = _own_maximum(problem, leaves, tol, max_iter)
-    except Interrupted:
-        own, fit.interrupted = True, True
+    own, fit.interrupted = _own_maximum(problem, leaves, tol, max_iter)
     predictor, score, grad = check_start(small(problem) if problem.predictor.divisible else problem, leaves)
     if own:
         fit.history, fit.n_iter = [score], 1
@@ -199,25 +194,25 @@ def _slope(tol: float, score: float) -> float:
     return math.sqrt(2 * tol * max(1.0, abs(score)))
 
 
-def _own_maximum(problem: Problem, leaves: dict[str, Tensor], tol: float, max_iter: int) -> bool:
-    """Let the model itself climb, if it offers to and no cell is missing."""
+def _own_maximum(problem: Problem, leaves: dict[str, Tensor], tol: float, max_iter: int) -> tuple[bool, bool]:
+    """Let the model itself climb, if it offers to and no cell is missing: whether it did, and was interrupted."""
     maximize = getattr(problem.predictor.model, "maximize", None)
     if maximize is None or problem.rows is not None or any(has_missing(a) for a in problem.args):
-        return False
+        return False, False
     store = pyro.get_param_store()
     bounds = store.get_state()["constraints"]
     params = {name: store[name].detach() for name in leaves}
     with torch.no_grad():
-        press = None
+        interrupted = False
         try:
             found = maximize(*problem.args, params, tol=tol, max_iter=min(max_iter, OWN_STEPS))
-        except Interrupted as error:
-            press, found = error, error.found
+        except KeyboardInterrupt as press:
+            if not press.args:
+                raise
+            interrupted, found = True, press.args[0]
         for name, value in found.items():
             leaves[name].copy_(transform_to(bounds[name]).inv(value))
-    if press is not None:
-        raise press
-    return True
+    return True, interrupted
 
 
 def _steepest(

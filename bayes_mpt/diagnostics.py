@@ -1,0 +1,67 @@
+"""Whether an error can be believed: spread of replicates and of orders, the tail of importance weights."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import norm
+from scipy.stats import t as student_t
+from torch import Tensor
+
+__all__ = ["BAD_K", "disagreement", "pareto_k", "replicate_error"]
+
+LEAST_TAIL = 20  # weights to fit a tail to
+BAD_K = 0.7  # above it the error is unreliable (Vehtari et al. 2024)
+
+
+def replicate_error(totals: NDArray[np.float64]) -> float:
+    """Standard error of the mean of R replicates, widened so that +- 2 of it cover 95 % also for a small R.
+
+    sd / sqrt(R) times t(R - 1, 0.977) / 2; NaN for one replicate.
+    """
+    n = len(totals)
+    if n < 2:
+        return math.nan
+    return float(totals.std(ddof=1) / math.sqrt(n) * student_t.ppf(norm.cdf(2), n - 1) / 2)
+
+
+def disagreement(by_order: Tensor) -> dict[str, Any]:
+    """Scores (R, N) of rows along R chains: totals, their spread, and the log-density of the chains' mixture."""
+    by_order, n = by_order.detach(), len(by_order)
+    sd = by_order.std(0).square().mean().sqrt() if n > 1 else by_order.new_tensor(math.nan)
+    return {
+        "totals": by_order.sum(1).double().cpu().numpy(),
+        "order_sd": float(sd),
+        "log_mean_exp": float((by_order.logsumexp(0) - math.log(n)).sum()),
+    }
+
+
+def pareto_k(log_weight: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Shape of the generalised Pareto tail of each row's weights (Zhang & Stephens 2009): (S, N) -> (N,).
+
+    Its largest min(S / 5, 3 sqrt(S)) weights are fitted; NaN with fewer than 100 draws, of which too few are tail.
+    """
+    n_draws, n_rows = log_weight.shape
+    n_tail = int(min(n_draws / 5, 3 * math.sqrt(n_draws)))
+    if n_tail < LEAST_TAIL:
+        return np.full(n_rows, np.nan)
+    ordered = np.sort(log_weight - log_weight.max(0), axis=0)
+    cut = np.exp(ordered[-n_tail - 1])
+    tail = np.exp(ordered[-n_tail:]) - cut  # (M, N), exceedances
+    tail = np.maximum(tail, np.finfo(float).tiny)
+    m = 30 + int(math.sqrt(n_tail))
+    grid = np.arange(1, m + 1)[:, None]
+    quartile = tail[int(n_tail / 4 + 0.5) - 1]
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        theta = 1 / tail[-1] + (1 - np.sqrt(m / (grid - 0.5))) / (3 * quartile)  # (m, N)
+        k = np.log1p(-theta[:, None] * tail).mean(1)
+        profile = n_tail * (np.log(-theta / k) - k - 1)
+        weight = 1 / np.exp(profile[:, None] - profile).sum(0)
+        weight = np.where(weight >= 10 * np.finfo(float).eps, weight, 0.0)
+        best = (theta * weight).sum(0) / weight.sum(0)
+        shape = np.log1p(-best * tail).mean(0)
+    # a prior of ten observations at 1/2
+    return shape * n_tail / (n_tail + 10) + 0.5 * 10 / (n_tail + 10)
