@@ -426,6 +426,10 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEst
             raise AttributeError("refit=False: there is no best_estimator_ to use")
         return self.best_estimator_
 
+    def _offering(self) -> Any:
+        """Whose methods are offered: the best candidate's, and before `fit` those of ``estimator``."""
+        return getattr(self, "best_estimator_", None) if hasattr(self, "comparison_") else self.estimator
+
     def score(self, X: ArrayLike, y: Any = None) -> float:
         """Mean nats a row of the best candidate."""
         return float(self._best().score(X, **_given(y)))
@@ -455,24 +459,24 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEst
         """X with its missing cells filled by the best candidate."""
         return self._best().impute(X, **_given(y))
 
-    @available_if(lambda self: hasattr(getattr(self, "best_estimator_", None), "predict"))
+    @available_if(lambda self: hasattr(self._offering(), "predict"))
     def predict(self, X: ArrayLike, return_std: bool = False, return_cov: bool = False) -> Any:
         """As `BayesMPT.predict`, by the best candidate: means of y, or labels of the rows."""
         asked = {"return_std": return_std, "return_cov": return_cov}
         return self._best().predict(X, **{name: True for name, value in asked.items() if value})
 
-    @available_if(lambda self: hasattr(getattr(self, "best_estimator_", None), "predict_proba"))
+    @available_if(lambda self: hasattr(self._offering(), "predict_proba"))
     def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:
         """As `BayesMPT.predict_proba`, by the best candidate."""
         return np.asarray(self._best().predict_proba(X))
 
-    @available_if(lambda self: hasattr(final_step(getattr(self, "best_estimator_", None)), "bic"))
+    @available_if(lambda self: hasattr(final_step(self._offering()), "bic"))
     def bic(self, X: ArrayLike, y: Any = None) -> float:
         """Bayesian information criterion of the best candidate on X: the lower the better."""
         best = self._best()
         return float(final_step(best).bic(before_final(best, X), y))
 
-    @available_if(lambda self: hasattr(final_step(getattr(self, "best_estimator_", None)), "aic"))
+    @available_if(lambda self: hasattr(final_step(self._offering()), "aic"))
     def aic(self, X: ArrayLike, y: Any = None) -> float:
         """Akaike information criterion of the best candidate on X: the lower the better."""
         best = self._best()

@@ -14,6 +14,7 @@ from scipy.stats import t as student_t
 from sklearn.base import BaseEstimator, TransformerMixin, clone
 from sklearn.compose import ColumnTransformer
 from sklearn.datasets import load_wine
+from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV, KFold, ParameterGrid
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import FunctionTransformer, QuantileTransformer, StandardScaler
@@ -566,6 +567,20 @@ def test_a_constant_column_with_missing_cells_too():
     five = BayesMPT(PPCA(5), max_iter=60, random_state=0).fit(x)
     fits = {"one": BayesMPT(PPCA(1)).fit(x), "five": five}
     assert "'d'" in compare(fits, x, evidence="train").loc["five", "diag"]
+
+
+@pytest.mark.parametrize(
+    ("estimator", "call"),
+    [
+        (BayesMPT(GaussianMixture(2)), lambda s: s.bic(X)),
+        (BayesMPT(GaussianProcess()), lambda s: s.predict(X)),
+        (BayesMPT(PPCA(1)), lambda s: s.transform(X)),
+        (BayesMPT(PPCA(1)), lambda s: s.score(X)),
+    ],
+)
+def test_a_search_that_is_not_fitted_says_so(estimator, call):
+    with pytest.raises(NotFittedError):
+        call(MarginalLikelihoodSearch(estimator, {"n_init": [1, 2]}))
 
 
 def test_a_narrow_density_that_has_a_bound_is_no_error():
