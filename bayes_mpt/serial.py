@@ -28,6 +28,8 @@ from threadpoolctl import ThreadpoolController
 
 __all__ = ["left_as_found", "methods_take_turns", "takes_turns", "turn"]
 
+AFTER_FORK = "autograd's threading in combination with fork"  # in torch's own message
+
 P = ParamSpec("P")
 R = TypeVar("R")
 C = TypeVar("C", bound=type)
@@ -101,6 +103,12 @@ class left_as_found:
             raise
         finally:
             _Now.outermost = None
+        if _Now.forked and isinstance(error[0], RuntimeError) and AFTER_FORK in str(error[0]):
+            raise RuntimeError(
+                "this process was forked from one in which torch had begun to compute gradients beside another device "
+                'than the CPU, by threads that are not here: start processes by "spawn" (multiprocessing), '
+                "or by joblib's default backend, loky"
+            ) from error[0]
 
 
 class _Now:

@@ -1006,7 +1006,7 @@ def test_the_kind_and_the_dimension_of_wine_by_held_out_likelihood():
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_candidates_trained_on_masks():
     s = MarginalLikelihoodSearch(
-        BayesMPT(PPCA(1), masks=UniformSize(12), max_iter=400, random_state=0), GRID, evidence="train"
+        BayesMPT(PPCA(1), masks=UniformSize(12), max_iter=250, random_state=0), GRID, evidence="train"
     ).fit(X)
     want = np.array([ppca_scores(X, X, k).sum() for k in (1, 2, 3)])
     assert (s.cv_results_["lml"] <= want + 1e-6).all()

@@ -157,7 +157,7 @@ def test_reported_scores_are_those_of_the_fitted_parameters(data):
     "name, k", [("iris", 1), ("wine", 2), ("wine", 3), ("breast cancer", 3), ("breast cancer", 5)]
 )
 def test_factor_analysis_is_no_lower_than_scikit_learn(name, k):
-    x = DATA[name][0]
+    x = DATA[name][0][:, :: 2 if name == "breast cancer" else 1]  # the peer takes long for 30 columns
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         theirs = SkFactorAnalysis(k, tol=1e-8, max_iter=20_000, svd_method="lapack").fit(x)
@@ -187,13 +187,10 @@ def test_the_maximum_is_stationary():
     np.testing.assert_allclose(model.components_ @ inverse @ covariance(x), model.components_, atol=1e-5)
 
 
-PIXELS = DATA["digits"][0][:, DATA["digits"][0].std(0) > 1][:, 1::4]
-# Of the larger tables some columns, at which this takes seconds: benchmarks/masks_alone.py has them whole.
+# Of a larger table some columns, at which this takes seconds: benchmarks/masks_alone.py has them whole.
 MASKS_ALONE = {
     "iris": (*DATA["iris"], 16),
-    "wine": (*DATA["wine"], 32),
     "breast cancer": (DATA["breast cancer"][0][:, :10], 4, 16),
-    "digits": (PIXELS, 4, 16),
 }
 
 
@@ -215,17 +212,16 @@ def test_masks_alone_from_a_random_start(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["wine", "breast cancer"])
-def test_masks_alone_on_standardised_columns(name):
-    x, k, n_masks = MASKS_ALONE[name]
-    masks_alone((x - x.mean(0)) / x.std(0), k, n_masks)
+def test_masks_alone_on_standardised_columns():
+    x, k = DATA["wine"]
+    masks_alone((x - x.mean(0)) / x.std(0), k, 16)
 
 
 @pytest.mark.slow
 def test_minibatches_of_masks():
     x, k = DATA["iris"]
     model = BayesMPT(
-        PPCA(k), masks=PermutationChain(), batch_size=50, max_iter=3000, learning_rate=0.02, random_state=0
+        PPCA(k), masks=PermutationChain(), batch_size=50, max_iter=2000, learning_rate=0.03, random_state=0
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -520,7 +516,7 @@ def test_converged_means_stationary(scale):
 @pytest.mark.slow
 @pytest.mark.parametrize("scale", [1e-8, 1e8])
 def test_masks_train_alike_at_all_scales(scale):
-    kw = {"masks": UniformSize(8), "max_iter": 500, "random_state": 0}
+    kw = {"masks": UniformSize(8), "max_iter": 250, "random_state": 0}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         one = BayesMPT(PPCA(1), **kw).fit(SMALL_X)
@@ -569,8 +565,8 @@ def test_restarts_keep_the_best():
     trap = -math.log(2 * math.pi) - 0.5 * ((x - 2) ** 2).sum(1).mean()
     single = [BayesMPT(two_hills, random_state=s).fit(x).score(x) for s in range(6)]
     assert min(single) == pytest.approx(trap, abs=1e-6)  # the trap is real
-    for seed in range(3):
-        model = BayesMPT(two_hills, n_init=20, random_state=seed).fit(x)
+    for seed in range(2):
+        model = BayesMPT(two_hills, n_init=12, random_state=seed).fit(x)
         assert model.score(x) == pytest.approx(best, abs=1e-8)
         assert model.log_marginal_likelihood_ / 40 == pytest.approx(best, abs=1e-8)
         assert model.history_[-1] == pytest.approx(best, abs=1e-8)  # of the start that won

@@ -389,7 +389,7 @@ class TestDraws:
         """Of two hidden cells, the four probabilities, by the grid."""
         X = digits[:5].astype(float).copy()
         X[:, [5, 9]] = np.nan
-        drawn = clone_with(fitted, Importance(2000)).sample_missing(X, n_samples=4000)
+        drawn = clone_with(fitted, Importance(500)).sample_missing(X, n_samples=2000)
         assert (drawn[:, ~np.isnan(X)] == X[~np.isnan(X)]).all()
         base = by_grid(fitted, X)
         for a in (0.0, 1.0):
