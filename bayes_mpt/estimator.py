@@ -266,8 +266,10 @@ class BayesMPT(
     _shift: NDArray[np.float64] | None  # (T,) subtracted from all rows that the program sees
     _location: str | None  # the parameter to which it is added in `params_`
     _y_like: tuple[tuple[int, ...], Any] | None  # shape and type of one row's y
-    _typical: Tensor | None  # a value (T,) of each column, for a program that is told what it sees
-    _bound: Conditionals | None  # the program as it was found to be, where that does not depend on its rows
+    _fill_values: Tensor | None  # a value (T,) of each column, for a program that is told what it sees
+    _analysis: (
+        Conditionals | None
+    )  # the program as it was found to be, where that does not depend on its rows
     _trained_with: int  # the seed of the training
     _random_after: list[Tensor]  # torch's random states at its end, from which its score was drawn
 
@@ -369,7 +371,7 @@ class BayesMPT(
         ):
             fitted = hasattr(self, "predictor_")
             if fitted:
-                self._come()
+                self._sync_device()
             if fitted and self._table is None:
                 raise ValueError(
                     "partial_fit needs a program whose rows share one map; fit this one on all rows at once"
@@ -392,11 +394,11 @@ class BayesMPT(
         program is made of is known already, where rows share a map. ``random_state`` is taken if it has none.
         """
         check_is_fitted(self)
-        self._come()
+        self._sync_device()
         new = clone(self)
         if new.random_state is None:
             new.random_state = random_state
-        new._like = self
+        new._template = self
         with discarded(), part(new, X, y):  # after Ctrl-C nobody would see it
             return new.fit(X, y)
 
@@ -476,8 +478,8 @@ class BayesMPT(
     ) -> None:
         check_device(self.device)
         if warm and hasattr(self, "_state"):
-            self._come()
-        like: BayesMPT | None = self.__dict__.pop("_like", None)
+            self._sync_device()
+        template: BayesMPT | None = self.__dict__.pop("_template", None)
         model = PPCA() if self.model is None else self.model
         check_program(model, with_y=y is not None and takes_y(model))
         if self.guide is not None:
@@ -505,8 +507,8 @@ class BayesMPT(
             shift = far_means(table)
             table = table if shift is None else grow_table(X, None, self.device, trainer.names, shift)
         known = None
-        if like is not None and like._bound is not None and not isinstance(model, torch.nn.Module):
-            known = like._bound, like._state
+        if template is not None and template._analysis is not None and not isinstance(model, torch.nn.Module):
+            known = template._analysis, template._state
         with training.one_thread(X.size if table is None else table.n_cells):
             if table is not None and auto:
                 refuse_one_row(table.n_rows, ("n_components",))
@@ -535,7 +537,7 @@ class BayesMPT(
                     by_epochs=trainer.by_epochs,
                     known=known,
                 )
-                self._bound = predictor if predictor.structure.plain else None
+                self._analysis = predictor if predictor.structure.plain else None
                 moments = predictor.structure.plain and isinstance(predictor, LinearGaussian)
                 self._initial = store.initial()
                 store.begin(state)
@@ -603,8 +605,8 @@ class BayesMPT(
                             f"{training.impossible(problem, predictor)}: "
                             f"{not_finite(sees_all(model), args)}. Check what the program computes from these"
                         )
-                    self._keep_latents(model, predictor, args, like)
-                    self._typical = filling(args[0][:MAX_INIT_ROWS]) if predictor.own_masks else None
+                    self._keep_latents(model, predictor, args, template)
+                    self._fill_values = filling(args[0][:MAX_INIT_ROWS]) if predictor.own_masks else None
                     self._state = save()
                     self._shift, self._location = shift, location
                     self.params_ = self._parameters()
@@ -724,7 +726,7 @@ class BayesMPT(
 
     @torch.no_grad()
     def _keep_latents(
-        self, model: Model, predictor: Conditionals, args: tuple[Any, ...], like: BayesMPT | None
+        self, model: Model, predictor: Conditionals, args: tuple[Any, ...], template: BayesMPT | None
     ) -> None:
         """What is said of latents later: those that all rows share, those that come with rows, numbers a row."""
         structure = predictor.structure
@@ -739,8 +741,8 @@ class BayesMPT(
         # numbers a row; of discrete latents one for each value, which only the posterior tells
         if predictor.remembers:
             self._n_features_out = 0
-        elif like is not None and structure is like.predictor_.structure:
-            self._n_features_out = like._n_features_out
+        elif template is not None and structure is template.predictor_.structure:
+            self._n_features_out = template._n_features_out
         elif any(site.discrete for site in structure.latents):
             one = predictor.value[:1] if structure.plain else predictor.value
             self._n_features_out = predictor.posterior(one).mean.shape[1]
@@ -1350,9 +1352,9 @@ class BayesMPT(
     def _fitted_program(self, args: tuple[Any, ...]) -> Iterator[Conditionals]:
         """The program at its fitted parameters, on these arguments."""
         if (
-            self._typical is not None
+            self._fill_values is not None
         ):  # of columns without any cell nothing else tells what values they may have
-            args = (fill(args[0], self._typical),)
+            args = (fill(args[0], self._fill_values),)
         with OwnStore() as store, own_random_state(self._seed()):
             store.prefill(self._initial)
             predictor = choose(self.fitted_model_, args, predictor=self.predictor, guide=self.fitted_guide_)
@@ -1361,7 +1363,7 @@ class BayesMPT(
 
     # ------------------------------------------------------------------------------------------------- where it is
 
-    def _come(self) -> None:
+    def _sync_device(self) -> None:
         """Bring what the fit left to `device`, where that was set since, or where a file does not know of it."""
         if self.device != self._fitted_on:
             check_device(self.device)
@@ -1383,7 +1385,7 @@ class BayesMPT(
     def _check_rows(self, X: ArrayLike, *, reset: bool) -> NDArray[np.floating]:
         if not reset:
             check_is_fitted(self)
-            self._come()
+            self._sync_device()
         return validate_data(
             self, read_table(X), reset=reset, dtype=[np.float64, np.float32], ensure_all_finite="allow-nan"
         )
@@ -1413,7 +1415,7 @@ class BayesMPT(
 
     def _shared_reading(self, what: str) -> Reading:
         check_is_fitted(self)
-        self._come()
+        self._sync_device()
         predictor = self.predictor_
         structure = predictor.structure
         if (

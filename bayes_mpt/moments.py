@@ -106,12 +106,12 @@ class Table:
         """Two more passes over the complete rows: what the mean missed, then a root without squaring."""
         missed = torch.zeros_like(self.mean)
         for chunk in _chunks(x, device, shift):
-            missed += _complete(chunk - _like(self.mean, chunk)).sum(0)
+            missed += _complete(chunk - _same_kind(self.mean, chunk)).sum(0)
         self.mean = self.mean + missed / self.n
         root = self.mean.new_zeros(0, len(self.mean))
         waiting: list[Tensor] = []
         for chunk in _chunks(x, device, shift):
-            waiting.append(_complete(chunk - _like(self.mean, chunk)))
+            waiting.append(_complete(chunk - _same_kind(self.mean, chunk)))
             # a factorisation of few rows more than columns would do the work of the columns again and again
             if sum(map(len, waiting)) >= 4 * len(self.mean):
                 root, waiting = _triangular(torch.cat([root, *waiting])), []
@@ -311,7 +311,7 @@ def _complete(chunk: Any) -> Tensor:
     return rows[~rows.isnan().any(1)]
 
 
-def _like(values: Tensor, chunk: Any) -> Any:
+def _same_kind(values: Tensor, chunk: Any) -> Any:
     """A tensor as an array where the chunk is one."""
     return values if isinstance(chunk, Tensor) else values.cpu().numpy()
 
