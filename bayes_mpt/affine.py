@@ -98,11 +98,11 @@ class Structure(NamedTuple):
     rows_plate: str | None
     by_row: bool
     """True: latents are per row, tokens are the features of a row. False: all observations are ONE vector."""
-    own_rows: bool
+    per_row: bool
     """True: the map differs between rows (covariates, offsets), so the program is read on the real batch."""
-    observed_arg: int | None
+    observed_argument: int | None
     """Position of the argument that the observed site's value equals; None if it is a transformation."""
-    plain: bool
+    scores_input: bool
     """The value is that argument itself and nothing is scaled: `read` need not run the real batch."""
     sub_rows: int | None
     """Rows that a sub-sampling plate draws; None where the program takes all rows it is given."""
@@ -115,7 +115,7 @@ class Structure(NamedTuple):
     row_axes: tuple[int | None, ...]
     """The axis of the rows plate in the value of each observed site."""
     at_once: bool = False
-    """With ``own_rows``: the program broadcasts over a plate of probes, so that one run reads them all."""
+    """With ``per_row``: the program broadcasts over a plate of probes, so that one run reads them all."""
 
     @property
     def n_latents(self) -> int:
@@ -261,9 +261,9 @@ def first_look(model: Model, args: tuple[Any, ...]) -> Outline:
         tuple(n for n, site in first.nodes.items() if site["type"] == "param"),
         rows_plate,
         by_row,
-        own_rows=True,
-        observed_arg=_observed_arg(value, init, first.nodes[sites[0]]["value"].ndim),
-        plain=False,
+        per_row=True,
+        observed_argument=_find_observed_argument(value, init, first.nodes[sites[0]]["value"].ndim),
+        scores_input=False,
         sub_rows=n_rows if by_row and n_rows != len(init[0]) else None,
         width=value.shape[1],
         spread=torch.cat(spread) if spread else init[0].new_zeros(0),
@@ -323,7 +323,7 @@ def structure(
     if whole is not None:
         reading = _shared_map(model, few, draft, whole, way)
     if whole is not None and reading is not None:
-        draft = draft._replace(own_rows=False, plain=draft.observed_arg is not None)
+        draft = draft._replace(per_row=False, scores_input=draft.observed_argument is not None)
         refuse_unregistered([t for n in (*observed_nodes(first), *nodes) for t in _normal(n)])
         _refuse_dependence_on_x(
             model, few, draft, whole.head(len(few[0]))
@@ -358,12 +358,12 @@ def read(model: Model, args: tuple[Any, ...], structure: Structure, way: Way | N
     or one for all if the program broadcasts over a plate of probes.
     """
     way = Dense() if way is None else way
-    if structure.own_rows:
+    if structure.per_row:
         return way.on_rows(model, args, structure)
     reading = way.on_probes(model, args, structure)
-    if structure.plain:
-        assert structure.observed_arg is not None
-        return reading._replace(value=args[structure.observed_arg])
+    if structure.scores_input:
+        assert structure.observed_argument is not None
+        return reading._replace(value=args[structure.observed_argument])
     sites = _prior_means(structure, args)
     trace = run(model, tuple(fill(a) for a in args), sites)
     value = _value(model, args, structure, trace, sites)
@@ -486,7 +486,7 @@ def read_side_by_side(
     n_probes, n_rows = len(probes), _batch(structure, filled)
     n_nodes = len(next(iter(values.values())))
     # rows that share a map, with nothing of their own among the values, are read on rows that are the probes
-    shared = structure.by_row and not structure.own_rows and all(p.row_axis is None for p in priors)
+    shared = structure.by_row and not structure.per_row and all(p.row_axis is None for p in priors)
     if shared:
         rows = tuple(fill(cycle(a, n_probes)) for a in args)
         z = probes.expand(n_nodes, -1, -1)
@@ -948,7 +948,7 @@ def _value(
     return value
 
 
-def _observed_arg(value: Tensor, args: tuple[Any, ...], ndim: int) -> int | None:
+def _find_observed_argument(value: Tensor, args: tuple[Any, ...], ndim: int) -> int | None:
     """Which argument the tokens are; ``ndim`` of the first site's value tells a table from a vector."""
     for i, a in enumerate(args):
         if (
@@ -967,15 +967,15 @@ def _without_false_argument(
     model: Model, args: tuple[Any, ...], structure: Structure, first: Trace
 ) -> Structure:
     """Missing cells of the argument that the tokens are must be missing there too, or the tokens are not it."""
-    if structure.observed_arg is None:
+    if structure.observed_argument is None:
         return structure
-    trace, holes = run_with_holes(model, args, structure.observed_arg, first)
+    trace, holes = run_with_holes(model, args, structure.observed_argument, first)
     if trace is None:
         return structure
     shown = _tokens_of([own_shown(trace.nodes[name]) for name in structure.sites], structure.row_axes)
     if torch.equal(tokens_of(trace, structure).isnan(), holes) and bool((shown | holes).all()):
         return structure
-    return structure._replace(observed_arg=None)
+    return structure._replace(observed_argument=None)
 
 
 # ---------------------------------------------------------------------------------------------------------- the checks
@@ -1077,7 +1077,7 @@ def _refuse_dependence_on_x(
                     )
                 if not structure.by_row or len(arg) != len(before.value) or len(arg) < 2:
                     break
-                if position == structure.observed_arg and torch.equal(after.value, changed_arg):
+                if position == structure.observed_argument and torch.equal(after.value, changed_arg):
                     break  # the tokens are this argument, and nothing else moved with it: no row looks at another
                 keep = len(arg) // 2
                 late = torch.cat([arg[:keep], changed_arg[keep:]])

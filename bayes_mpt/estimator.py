@@ -500,9 +500,9 @@ class BayesMPT(
         if trainer.by_epochs:
             refuse_unobserved(np.isnan(X).all(0), trainer.names)
         auto = getattr(model, "n_components", None) == "auto"
-        own_rows = (trainer.by_epochs and not auto) or with_y
+        per_row = (trainer.by_epochs and not auto) or with_y
         shift, location = (None, None) if seen is None else (self._shift, self._location)
-        table = None if own_rows else grow_table(X, seen, self.device, trainer.names, shift)
+        table = None if per_row else grow_table(X, seen, self.device, trainer.names, shift)
         if table is not None and seen is None:
             shift = far_means(table)
             table = table if shift is None else grow_table(X, None, self.device, trainer.names, shift)
@@ -537,8 +537,8 @@ class BayesMPT(
                     by_epochs=trainer.by_epochs,
                     known=known,
                 )
-                self._analysis = predictor if predictor.structure.plain else None
-                moments = predictor.structure.plain and isinstance(predictor, LinearGaussian)
+                self._analysis = predictor if predictor.structure.scores_input else None
+                moments = predictor.structure.scores_input and isinstance(predictor, LinearGaussian)
                 self._initial = store.initial()
                 store.begin(state)
                 refuse_subsampling(predictor, args)
@@ -744,7 +744,7 @@ class BayesMPT(
         elif template is not None and structure is template.predictor_.structure:
             self._n_features_out = template._n_features_out
         elif any(site.discrete for site in structure.latents):
-            one = predictor.value[:1] if structure.plain else predictor.value
+            one = predictor.value[:1] if structure.scores_input else predictor.value
             self._n_features_out = predictor.posterior(one).mean.shape[1]
         else:
             self._n_features_out = structure.n_latents
@@ -782,7 +782,7 @@ class BayesMPT(
         self.at_map_ = bool(self.penalty)
         structure = predictor.structure
         self.n_components_ = structure.n_latents
-        if isinstance(self.predictor_, LinearGaussian) and structure.by_row and not structure.own_rows:
+        if isinstance(self.predictor_, LinearGaussian) and structure.by_row and not structure.per_row:
             reading = self.predictor_.reading
             self.components_ = reading.loading[0].mT.cpu().numpy()
             self.mean_ = self._unshifted(reading.loc[0].cpu().numpy())
@@ -810,7 +810,7 @@ class BayesMPT(
         structure = self.predictor_.structure
         if self.predictor_.remembers:
             return self._score_given_seen(X, y), 0.0
-        if structure.plain or not structure.by_row or self.predictor_.own_masks:
+        if structure.scores_input or not structure.by_row or self.predictor_.own_masks:
             with self.read_rows(X, y) as (predictor, x):
                 found = predictor.evidence(x)
                 return found.by_row.cpu().numpy(), found.se
@@ -849,7 +849,7 @@ class BayesMPT(
             raise TypeError(f"masks must be a mask policy such as UniformSize(20), got {masks!r}")
         with self.read_rows(X, y) as (predictor, x):
             few = not isinstance(predictor, LinearGaussian) or len(x) <= 2 * x.shape[1]
-            table = None if few or not predictor.structure.plain else Table(x, str(x.device))
+            table = None if few or not predictor.structure.scores_input else Table(x, str(x.device))
             return estimate(
                 predictor,
                 x,
@@ -1069,7 +1069,7 @@ class BayesMPT(
     def _simulate(self, n_rows: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Rows (N, T) from the fitted program, and the latents that made them."""
         structure = self.predictor_.structure
-        if not isinstance(structure, Program) or not structure.by_row or structure.tokens_from != 0:
+        if not isinstance(structure, Program) or not structure.by_row or structure.observed_argument != 0:
             raise ValueError(
                 f"rows can be drawn where the program observes the cells of X itself and rows are independent, which "
                 f"{self.fitted_model_!r} does not"
@@ -1099,7 +1099,7 @@ class BayesMPT(
         """
         check_is_fitted(self)
         structure = self.predictor_.structure
-        cells = isinstance(structure, Program) and structure.by_row and structure.tokens_from == 0
+        cells = isinstance(structure, Program) and structure.by_row and structure.observed_argument == 0
         if not (cells or self.predictor_.own_masks):
             raise ValueError(
                 f"missing cells are drawn where the program observes the cells of X, row by row, and its latents are "
@@ -1259,7 +1259,7 @@ class BayesMPT(
         """For the Laplace evidence: known ratios of the noise variances, "free", or None where it does not apply."""
         check_is_fitted(self)
         structure = self.predictor_.structure
-        if not getattr(self.fitted_model_, "rotations", False) or not structure.plain:
+        if not getattr(self.fitted_model_, "rotations", False) or not structure.scores_input:
             return None
         noise = np.atleast_1d(self.params_.get("noise_variance", np.empty(0)))
         if len(noise) == 1:
@@ -1284,7 +1284,7 @@ class BayesMPT(
             if not isinstance(self.predictor_, LinearGaussian | MarkovGaussian)
             else (
                 "; read on the real rows, since each row has its own map"
-                if s.own_rows
+                if s.per_row
                 else "; read once for all rows"
             )
         )
@@ -1311,7 +1311,7 @@ class BayesMPT(
         with turn(), left_as_found(store=True):
             check_is_fitted(self)
             rows = self._check_rows(X, reset=False)
-            if self.predictor_.structure.plain:
+            if self.predictor_.structure.scores_input:
                 with torch.no_grad():
                     yield self.predictor_, self._tensor(rows)
                 return
@@ -1323,7 +1323,7 @@ class BayesMPT(
         """As `read_rows`, a part of the rows after the other where that can be, to be used as they come."""
         check_is_fitted(self)
         structure = self.predictor_.structure
-        if structure.plain or not structure.by_row:
+        if structure.scores_input or not structure.by_row:
             with self.read_rows(X, y) as whole:
                 yield whole
             return
@@ -1421,7 +1421,7 @@ class BayesMPT(
         if (
             isinstance(predictor, LinearGaussian | MarkovGaussian)
             and structure.by_row
-            and not structure.own_rows
+            and not structure.per_row
         ):
             return predictor.reading if isinstance(predictor, LinearGaussian) else predictor.dense()
         raise ValueError(f"{what} needs a program whose rows share one map; this one's rows differ")

@@ -122,9 +122,9 @@ def bind(
         found = known[0]
     else:
         found = choose(model, args, predictor=predictor, guide=guide)
-    if n_rows > MAX_INIT_ROWS and not (found.structure.plain and isinstance(found, LinearGaussian)):
+    if n_rows > MAX_INIT_ROWS and not (found.structure.scores_input and isinstance(found, LinearGaussian)):
         args = arguments(slice(None))
-        if not found.structure.plain and not by_epochs:
+        if not found.structure.scores_input and not by_epochs:
             found = choose(model, args, predictor=predictor, guide=guide)
     return found, args
 
@@ -173,7 +173,7 @@ def refuse_subsampling(predictor: Conditionals, args: tuple[Any, ...]) -> None:
     scale = 1.0
     if isinstance(structure, Program):
         scale = structure.scale
-    elif structure.own_rows:
+    elif structure.per_row:
         scale = predictor.read(args).scale
     if structure.by_row and structure.sub_rows is None and scale != 1.0:
         raise ModelError(
@@ -196,7 +196,7 @@ def refuse_subsampling(predictor: Conditionals, args: tuple[Any, ...]) -> None:
 def warn_of_ignored_rows(predictor: Conditionals, model: Model, args: tuple[Any, ...]) -> None:
     """Say so where no argument changes what a program observes."""
     structure = predictor.structure
-    if structure.plain or predictor.own_masks:
+    if structure.scores_input or predictor.own_masks:
         return  # its tokens are the cells of X
     filled = tuple(fill(a) for a in args)
     refused = (RuntimeError, ValueError, IndexError, KeyError)

@@ -110,11 +110,12 @@ class Program(NamedTuple):
     """Rows that a sub-sampling plate draws; None where the program takes all rows it is given."""
     scale: float = 1.0
     """Plate or `poutine.scale` factor of the sites."""
-    tokens_from: int | None = None
+    observed_argument: int | None = None
     """Position of the argument whose cells are the tokens as they stand, and that no distribution looks at."""
-    own_rows: bool = True
+    per_row: bool = True
     """Programs of this kind are read on the rows that they score."""
-    plain: bool = False
+    scores_input: bool = False
+    """The tokens are an argument itself and nothing is scaled: rows are scored without a run of their own."""
 
     @property
     def observed(self) -> str:
@@ -223,7 +224,7 @@ def survey(model: Model, args: tuple[Any, ...], *, own_masks: bool = False) -> P
         if len(nodes) == 1 and not sites[0].n_joint:
             whole = [i for i in tokens if nodes[0]["value"] is init[i]]
             if whole and nan_shows(model, init, whole[0], first):
-                program = program._replace(tokens_from=whole[0])
+                program = program._replace(observed_argument=whole[0])
     return program
 
 

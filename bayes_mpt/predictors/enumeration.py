@@ -94,8 +94,8 @@ class _Maps(Reader):
         label = torch.arange(len(args[0]), device=args[0].device) % self.n_nodes
         self.maps = LinearGaussian(self._labelled(), (*args, label), max(N_TRIAL_ROWS, 2 * self.n_nodes))
         self.shared = len(args) == 1 and program.sub_rows is None and self._same_for_all_rows(args, label)
-        plain = self.shared and self.maps.structure.observed_arg == 0 and program.scale == 1.0
-        self.program = program._replace(own_rows=not plain, plain=plain)
+        scores_input = self.shared and self.maps.structure.observed_argument == 0 and program.scale == 1.0
+        self.program = program._replace(per_row=not scores_input, scores_input=scores_input)
         if program.continuous:
             filled = tuple(fill(a) for a in args)
             first, second = (self._log_prior(filled, label, seed) for seed in range(2))
@@ -109,7 +109,11 @@ class _Maps(Reader):
         filled = tuple(fill(a) for a in args)
         if self.shared:
             together, log_weight = self._read_shared(filled)
-            value = args[0] if self.program.plain else program_values(self.model, args, filled, self.program)
+            value = (
+                args[0]
+                if self.program.scores_input
+                else program_values(self.model, args, filled, self.program)
+            )
             given, scale = MapsGiven(together=together), together.scale
         else:
             labels = [torch.full((len(args[0]),), s, device=args[0].device) for s in range(self.n_nodes)]

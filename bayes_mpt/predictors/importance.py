@@ -387,7 +387,12 @@ class GuideDraws(Sampled):
         if not self.dreams:
             return None
         told = self.takes_visible and self.placement is None and not self.has_points
-        if not told or not self.program.by_row or self.program.tokens_from != 0 or self.program.discrete:
+        if (
+            not told
+            or not self.program.by_row
+            or self.program.observed_argument != 0
+            or self.program.discrete
+        ):
             raise ModelError(
                 "dream=True needs a guide that draws all latents and is told what is visible, and a program that "
                 "observes its first argument, row by row"

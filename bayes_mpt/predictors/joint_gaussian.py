@@ -92,7 +92,7 @@ def gaussian_program(model: Model, args: tuple[Any, ...]) -> Program | None:
     last = len(few) - 1
     shows = few[last].is_floating_point() and nan_shows(model, tuple(fill(a) for a in few), last, trace)
     site = program.sites[0]._replace(shape=(len(args[0]),), n_joint=0)
-    return program._replace(sites=(site,), depth=0, tokens_from=last if shows else None)
+    return program._replace(sites=(site,), depth=0, observed_argument=last if shows else None)
 
 
 def moments(model: Model, args: tuple[Any, ...], program: Program) -> Moments:
@@ -110,7 +110,7 @@ def missing_of(args: tuple[Any, ...], program: Program) -> Tensor:
     y = args[-1]
     if not has_missing(y):
         return torch.zeros(y.shape, dtype=torch.bool, device=y.device)
-    if program.tokens_from is None:
+    if program.observed_argument is None:
         raise ModelError(
             f"the program fills in missing cells of observed site {program.observed!r} itself, or computes it from "
             "several: write obs=y with y the last argument, and leave the cells NaN. Missing cells are left out by the "

@@ -362,7 +362,7 @@ class Nodes(Conditionals):
     def _check(self, x: Tensor) -> None:
         """Maps that all rows share answer for any rows; whatever else was read answers for the rows read."""
         value = self.last.value
-        if not self.structure.plain:
+        if not self.structure.scores_input:
             refuse_other_rows(x, value)
         elif x.shape[1:] != value.shape[1:]:
             raise ModelError(f"rows have {value.shape[1]} tokens, got x of shape {tuple(x.shape)}")
@@ -407,7 +407,7 @@ class _Fix(poutine.messenger.Messenger):
 
 def program_values(model: Model, args: tuple[Any, ...], filled: tuple[Any, ...], program: Program) -> Tensor:
     """The tokens (N, T) of these rows, NaN where missing: of the argument itself, or of more runs, latents drawn."""
-    position = program.tokens_from
+    position = program.observed_argument
     others = [f is a for i, (f, a) in enumerate(zip(filled, args, strict=True)) if i != position]
     if position is not None and all(others):  # complete, so that no distribution has seen a missing cell
         return rows_first(args[position], program.sites[0].row_axis)

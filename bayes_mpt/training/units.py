@@ -179,7 +179,7 @@ def _by_part(problem: Problem, predictor: Conditionals) -> Tensor:
     x = predictor.value
     if problem.masks is not None:
         return problem.by_row(predictor)
-    if predictor.structure.plain:
+    if predictor.structure.scores_input:
         x = x[:: -(-len(x) // N_SCALE_ROWS)]
     if len(x) > 1:
         return predictor.joint(x)
