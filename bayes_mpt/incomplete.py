@@ -33,10 +33,10 @@ Step = Callable[[Array, Array], Factors]
 
 LOG_2PI = math.log(2 * math.pi)
 TRIAL_ROWS = 4096  # incomplete rows on which starts are compared
-LEAST_SHOWN = 64  # of them that show a column, where there are so many
+MIN_SHOWN = 64  # of them that show a column, where there are so many
 TRIAL_STEPS, TRIAL_TOL = 100, 1e-8  # of a start; the best goes on
 MAX_STEPS = 300  # what is slower than that is left to L-BFGS
-LEAST_SHARE = 0.01  # of a column's variance that is noise at a start, where it is random
+MIN_SHARE = 0.01  # of a column's variance that is noise at a start, where it is random
 PUSH = 0.05  # of a standard deviation, by which the first start is moved away from a saddle
 ALIKE = (
     0.01  # largest difference of two correlations, below which two starts are on the way to the same place
@@ -163,8 +163,8 @@ def _starts(
     for start in range(1, n_init):
         noise = shape * (variance / shape).mean() / 2
         if free and start > 1:
-            noise = variance * LEAST_SHARE ** rng.uniform(size=n_tokens)
-        explained = np.maximum(variance - noise, variance * LEAST_SHARE)
+            noise = variance * MIN_SHARE ** rng.uniform(size=n_tokens)
+        explained = np.maximum(variance - noise, variance * MIN_SHARE)
         random = rng.normal(size=(n_tokens, n_latents)) * np.sqrt(explained / max(1, n_latents))[:, None]
         found.append(Maximum(-math.inf, mean, random, noise))
     return found
@@ -177,7 +177,7 @@ def _some(rows: Array, weight: Array, rng: np.random.Generator) -> tuple[Array, 
         return rows, weight
     order = rng.permutation(holes)
     shown = ~np.isnan(rows[order])
-    kept = (shown & (shown.cumsum(0) <= LEAST_SHOWN)).any(1)
+    kept = (shown & (shown.cumsum(0) <= MIN_SHOWN)).any(1)
     kept[:TRIAL_ROWS] = True
     index = order[kept]
     # the complete rows are a few that stand for all of them

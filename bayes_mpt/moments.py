@@ -26,7 +26,7 @@ from bayes_mpt.devices import at_once
 __all__ = ["Table", "far_means"]
 
 CHUNK_CELLS = 2**17  # 1 MiB of float64: a chunk is read from memory once and stays in the cache
-LEAST_CONDITION = 1e-6  # of the correlations; below it less than ten digits are left of the least variances
+MIN_CONDITION = 1e-6  # of the correlations; below it less than ten digits are left of the least variances
 FAR = 1e3  # standard deviations: means farther from zero cost the spread three digits and more
 
 
@@ -302,7 +302,7 @@ def _ill_conditioned(cov: Tensor) -> bool:
         return True
     # |R|_1 <= T
     rcond, _ = dpocon(factor, np.abs(corr).sum(0).max(), uplo="L")
-    return bool(rcond < LEAST_CONDITION)
+    return bool(rcond < MIN_CONDITION)
 
 
 def _complete(chunk: Any) -> Tensor:

@@ -30,9 +30,9 @@ from bayes_mpt.tracing import Model, base, fill, is_subsample, run
 
 __all__ = ["Blocks", "Layout", "NotSparse", "Sparse", "SparseMap"]
 
-LEAST_LATENTS = 16  # below, a dense map costs nothing
-MOST_TOUCHED = 64  # outputs that one latent may reach
-MOST_WIDE = 64  # latents in a block
+MIN_LATENTS = 16  # below, a dense map costs nothing
+MAX_TOUCHED = 64  # outputs that one latent may reach
+MAX_WIDTH = 64  # latents in a block
 PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97)
 JITTER = 0.05  # of the parameters, so that no slope is zero by their start
 # What things cost, in multiplications: a site's call, a backward pass through it, an operation on tensors.
@@ -217,7 +217,7 @@ class Sparse:
         self.layout: Layout | None = None
 
     def admit(self, structure: Structure) -> None:
-        if structure.n_latents < LEAST_LATENTS:
+        if structure.n_latents < MIN_LATENTS:
             raise NotSparse(f"{structure.n_latents} latents")
 
     def on_probes(self, model: Model, args: tuple[Any, ...], structure: Structure) -> SparseMap:
@@ -307,7 +307,7 @@ class Sparse:
             unit[:, structure.n_latents // 2] = structure.spread[structure.n_latents // 2]
             moved = _Run(model, rows, structure, unit).means() != ran.means()
             n_touched = int(moved.any(0).sum())
-        if n_touched > MOST_TOUCHED:
+        if n_touched > MAX_TOUCHED:
             raise NotSparse(f"one latent reaches {n_touched} outputs")
         _refuse_dearer(structure, shared, n_touched)
         with torch.enable_grad():
@@ -539,14 +539,14 @@ def _arrange(
         )
         together = np.stack([place[root_row.numpy()], place[root_col.numpy()]])
         span = int((pairs[0] - pairs[1]).max(initial=0))
-        most = MOST_WIDE if best is None else best[0] - 1
+        most = MAX_WIDTH if best is None else best[0] - 1
         for width in range(max(1, (span + 2) // 2), most + 1):
             high, low = pairs // width
             if (high - low <= 1).all() and (together[0] // width == together[1] // width).all():
                 best = width, place
                 break
     if best is None:
-        raise NotSparse(f"no order of the latents has blocks of at most {MOST_WIDE}")
+        raise NotSparse(f"no order of the latents has blocks of at most {MAX_WIDTH}")
     width, place = best
     n_blocks = -(-k // width)
     # A token stands in the block of the last latent that it depends on; those without any, spread evenly.

@@ -32,7 +32,7 @@ Model = Callable[..., Any]
 MAX_INIT_CELLS = 2**22
 NODES = "_nodes"  # the plate of nodes, left of a program's own plates
 MAX_VALUES = 4096  # of one discrete latent
-MOST_NAMES = 12  # in a message
+MAX_NAMES = 12  # in a message
 N_TRIAL_ROWS = 8
 N_OTHERS = 3  # draws of all latents that are tried to see whether observed values move
 CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -231,7 +231,7 @@ def survey(model: Model, args: tuple[Any, ...], *, own_masks: bool = False) -> P
 def list_names(names: Iterable[str]) -> str:
     """Names in words, those in the middle of a long list left out."""
     names = list(names)
-    if len(names) > MOST_NAMES:
+    if len(names) > MAX_NAMES:
         names[3:-1] = [f"... ({len(names) - 4} more)"]
     return ", ".join(names)
 

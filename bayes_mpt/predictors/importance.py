@@ -53,7 +53,7 @@ __all__ = ["Drawn", "GuideDraws", "Importance", "Sampled"]
 N_WIDENINGS = 6  # steps from Laplace's Gaussian towards the closest one
 WIDENING_COST = 200_000_000
 GROWTH = 3  # of the number of draws from stage to stage of a training
-MOST_TOLD = 10  # draws of a step of the training, from a guide that is told what is visible
+MAX_CONDITIONED_DRAWS = 10  # draws of a step of the training, from a guide that is told what is visible
 
 
 class Importance(Predictor):
@@ -114,7 +114,7 @@ class Importance(Predictor):
         told = takes_visible(guide)
         n_training = self.training_particles
         if n_training is None:
-            n_training = min(self.num_particles, MOST_TOLD if told else self.num_particles)
+            n_training = min(self.num_particles, MAX_CONDITIONED_DRAWS if told else self.num_particles)
         twice = told if self.doubly_reparameterized is None else self.doubly_reparameterized
         return Nodes(
             GuideDraws(model, guide, args, program, self.num_particles, n_training, twice, self.dream)

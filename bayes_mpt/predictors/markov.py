@@ -29,7 +29,7 @@ from bayes_mpt.tracing import Model, ModelError
 
 __all__ = ["MarkovGaussian", "closed_form"]
 
-MOST_LOST = 1e-7  # nats a token
+MAX_LOST = 1e-7  # nats a token
 
 
 def closed_form(model: Model, args: tuple[Any, ...]) -> Conditionals:
@@ -431,7 +431,7 @@ def _refuse_lost_digits(found: _Found, outside: _Outside, rows: _Rows) -> None:
     gap = (found.z - found.earlier.roll(-1, 2))[:, :, :-1]
     slope = (outside.pull - rows.of(outside.info) @ found.z)[:, :, :-1]
     lost = float((gap * slope).abs().sum((2, 3)).max()) if gap.numel() else 0.0
-    if not lost <= MOST_LOST * rows.x.shape[1]:
+    if not lost <= MAX_LOST * rows.x.shape[1]:
         raise ModelError(
             f"along the chain of latents float64 loses digits (the log-density has an error of about {lost:.1g}): some "
             "standard deviations are too small beside others, such as noises of 1e-8 after a start of 1e6. Take a "

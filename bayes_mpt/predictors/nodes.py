@@ -39,7 +39,7 @@ from bayes_mpt.tracing import (
 
 __all__ = ["FixedSites", "Nodes", "Read", "Reader", "constrained", "nodes_first", "program_values"]
 
-LEAST_SHARE = 1e-6  # of a node's weight that a prediction takes into account
+MIN_SHARE = 1e-6  # of a node's weight that a prediction takes into account
 
 
 class Read(NamedTuple):
@@ -307,7 +307,7 @@ class Nodes(Conditionals):
         inner = read.given.latents(x)
         out = []
         for s in range(len(share)):
-            if float(share[s]) < LEAST_SHARE:
+            if float(share[s]) < MIN_SHARE:
                 continue
             values, start = dict(inner[s]) if inner else {}, 0
             for site in self.structure.latents:
