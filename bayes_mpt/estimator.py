@@ -85,7 +85,7 @@ from bayes_mpt.predictors import (
     Predictor,
     choose,
 )
-from bayes_mpt.predictors.annealed import Annealed, AnnealedImportance, Bounds
+from bayes_mpt.predictors.annealed import Annealed, AnnealedImportance, Bracket
 from bayes_mpt.predictors.base import together
 from bayes_mpt.predictors.new_rows import growing, means_of_new
 from bayes_mpt.predictors.nodes import Nodes
@@ -1112,7 +1112,7 @@ class BayesMPT(
                 raise ValueError(f"{error}: use impute for their means") from error
         return self._unshifted(torch.cat(parts, 1).double().cpu().numpy())
 
-    def bidirectional(self, n_samples: int = 100) -> Bounds:
+    def bidirectional(self, n_samples: int = 100) -> Bracket:
         """How far off the LML is, bounded on rows simulated from the fitted model (bidirectional Monte Carlo).
 
         Annealing from the guide bounds log p(x) from below in expectation, annealing back from the latents that made
@@ -1120,7 +1120,7 @@ class BayesMPT(
 
         Returns
         -------
-        Bounds
+        Bracket
             Of each simulated row, with the mean ``gap`` and its standard error.
         """
         check_is_fitted(self)
@@ -1132,7 +1132,7 @@ class BayesMPT(
         args = (rows,)
         with self._fitted_program(args) as predictor:
             assert isinstance(predictor, Nodes) and isinstance(predictor.reader, Annealed)
-            return predictor.reader.bounds(args, latents)
+            return predictor.reader.bracket(args, latents)
 
     def get_covariance(self) -> NDArray[np.float64]:
         """Covariance of a row: W W' + diag(noise), (T, T)."""

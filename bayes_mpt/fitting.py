@@ -371,7 +371,7 @@ class Trainer:
                 if fit is not None:
                     ended.keep(fit)
                     training.noise_at_zero(problem)  # before L-BFGS runs to where there is no bound
-            train = partial(training.climb, max_iter=self.max_iter, tol=self.tol, report=self.report)
+            train = partial(training.maximize_lbfgs, max_iter=self.max_iter, tol=self.tol, report=self.report)
             first, *finer = [problem] if warm else training.stages(problem, self.seed)
         else:
             stages = self._stages(problem, masks)

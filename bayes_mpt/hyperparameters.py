@@ -243,13 +243,13 @@ def _tops(joint: _Joint, current: Array | None, seed: int) -> tuple[Array, Array
     starts = np.concatenate([sure, found[order][: N_CLIMBS - len(sure)]])
     # off the lines, or a climb may end on a saddle between two modes that mirror each other
     starts += 1e-3 * np.random.default_rng([seed, 1]).normal(size=starts.shape)
-    phi, value = _climb(joint, starts)
+    phi, value = _maximize_bfgs(joint, starts)
     top = int(np.argmax(value))
     peaks, height = _peaks(joint, phi[top], N_LINE)
     others = (height > value[top] - NEAR) & (np.linalg.norm(peaks - phi[top], axis=1) > 4 * REACH / N_LINE)
     if not others.any():
         return phi, value
-    more = _climb(joint, peaks[others][np.argsort(-height[others])][:MAX_CLIMBS])
+    more = _maximize_bfgs(joint, peaks[others][np.argsort(-height[others])][:MAX_CLIMBS])
     return np.concatenate([phi, more[0]]), np.concatenate([value, more[1]])
 
 
@@ -264,7 +264,7 @@ def _peaks(joint: _Joint, centre: Array, n: int) -> tuple[Array, Array]:
     return lines[peak], value[peak]
 
 
-def _climb(joint: _Joint, phi: Array) -> tuple[Array, Array]:
+def _maximize_bfgs(joint: _Joint, phi: Array) -> tuple[Array, Array]:
     """BFGS with backtracking from all starts side by side: tops (B, D) and their values (B,)."""
     value, grad = joint(phi)
     good = np.isfinite(value) & np.isfinite(grad).all(1)

@@ -140,7 +140,7 @@ def maximise(
     cells = _Cells(rows, weight)
     if best.interrupted:
         return best._replace(lml=cells.expect(best)[0])
-    found = _climb(cells, best, m_step, min(max_iter, MAX_STEPS), tol)
+    found = _maximize_em(cells, best, m_step, min(max_iter, MAX_STEPS), tol)
     return found._replace(n_iter=best.n_iter + found.n_iter)
 
 
@@ -220,7 +220,7 @@ def _alike(one: Maximum, other: Maximum) -> bool:
     return bool(max(np.abs(difference * unit * unit[:, None]).max(), noise.max()) < ALIKE)
 
 
-def _climb(cells: _Cells, at: Maximum, m_step: Step, max_iter: int, tol: float) -> Maximum:
+def _maximize_em(cells: _Cells, at: Maximum, m_step: Step, max_iter: int, tol: float) -> Maximum:
     lml, interrupted = -math.inf, False
     try:
         for _ in range(max_iter):

@@ -381,7 +381,7 @@ class Placement:
         if u is None or shape != x.shape:
             u = self.start(filled)
         sure = SURE if self.rows is None else SURE_OF_NODES
-        found = _climb(
+        found = _newton(
             lambda u: self._log_prob(args, filled, x, visible, u, held),
             u.expand(n_nodes, *u.shape),
             MAX_STEPS,
@@ -403,7 +403,7 @@ class Placement:
         def log_prob(u: Tensor) -> Tensor:
             return self._log_prob(args, filled, x, visible, u[0] + offsets, {}).mean(0, keepdim=True)
 
-        found = _climb(log_prob, near.mode[None], 1, SURE)
+        found = _newton(log_prob, near.mode[None], 1, SURE)
         return Located(found.mode[0], found.root[0])
 
     @torch.enable_grad()
@@ -443,7 +443,7 @@ class Placement:
 
 
 @torch.enable_grad()
-def _climb(log_prob: Callable[[Tensor], Tensor], u: Tensor, max_steps: int, sure: float) -> Located:
+def _newton(log_prob: Callable[[Tensor], Tensor], u: Tensor, max_steps: int, sure: float) -> Located:
     """Newton's method on (S, N, d) -> (S, N), all rows side by side, and the curvature at the last step but one.
 
     Of a log-density no more than the share ``sure`` is to be gained by a step that need not climb.
