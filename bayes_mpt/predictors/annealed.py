@@ -130,7 +130,7 @@ class Annealed(Sampled):
     located = True
 
     def __init__(self, settings: AnnealedImportance, start: GuideDraws):
-        if start.one_by_one or start.mapped or start.placement is not None or start.has_points:
+        if start.one_by_one or start.mapped or start.adaptive is not None or start.has_points:
             raise ModelError(
                 "AnnealedImportance moves all draws of the guide at once: program and guide must broadcast over "
                 "leading batch dimensions, and the guide must draw every latent from a density: use Importance()"

@@ -170,9 +170,9 @@ class Nodes(Conditionals):
         return {name: node["value"] for name, node in trace.nodes.items() if is_subsample(node)}
 
     def forget(self) -> None:
-        placement = getattr(self.reader, "placement", None)
-        if placement is not None:
-            placement.forget()
+        adaptive = getattr(self.reader, "adaptive", None)
+        if adaptive is not None:
+            adaptive.forget()
 
     def freeze(self) -> Nodes:
         new = Nodes(self._thawed)
