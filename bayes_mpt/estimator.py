@@ -36,7 +36,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from bayes_mpt import training
-from bayes_mpt.affine import Reading, token_means, tokens_of
+from bayes_mpt.affine import DenseMap, token_means, tokens_of
 from bayes_mpt.atomic import all_or_nothing, restored_on_failure
 from bayes_mpt.concentrated import NoiseFloorError, spectrum
 from bayes_mpt.criteria import n_free_parameters
@@ -1413,7 +1413,7 @@ class BayesMPT(
         """Of the columns, for errors."""
         return getattr(self, "feature_names_in_", np.arange(self.n_features_in_))
 
-    def _shared_reading(self, what: str) -> Reading:
+    def _shared_reading(self, what: str) -> DenseMap:
         check_is_fitted(self)
         self._sync_device()
         predictor = self.predictor_

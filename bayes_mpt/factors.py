@@ -356,7 +356,7 @@ def read_factors(
     args : tuple
         Filled: no NaN.
     program : Program
-        Its `survey`.
+        What `analyze` found.
     values : dict of name to Tensor
         Of every continuous latent: its own shape where ``n_nodes`` is 1; with S nodes (S, 1..., batch..., event...),
         the S left of all plates.

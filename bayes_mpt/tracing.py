@@ -25,7 +25,7 @@ from torch import Tensor
 from bayes_mpt.densities import log_density
 from bayes_mpt.devices import own_random_state
 
-__all__ = ["Latent", "Model", "ModelError", "Observed", "Program", "survey"]
+__all__ = ["Latent", "Model", "ModelError", "Observed", "Program", "analyze"]
 
 Model = Callable[..., Any]
 
@@ -162,7 +162,7 @@ class Program(NamedTuple):
 
 
 @torch.enable_grad()
-def survey(model: Model, args: tuple[Any, ...], *, own_masks: bool = False) -> Program:
+def analyze(model: Model, args: tuple[Any, ...], *, own_masks: bool = False) -> Program:
     """Run the program on real rows and find out what it is made of.
 
     The first run also creates the parameters that the program initialises from ``x``.

@@ -101,7 +101,7 @@ class AdaptiveNodes:
     args : tuple
         What it is called with.
     program : Program
-        Its `survey`.
+        What `analyze` found.
     held : _Held, optional
         Latents that are no part of ``program``: every evaluation is given values of them.
 

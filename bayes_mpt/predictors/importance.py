@@ -33,6 +33,7 @@ from bayes_mpt.tracing import (
     ModelError,
     Program,
     SetLatents,
+    analyze,
     base,
     fill,
     filling,
@@ -44,7 +45,6 @@ from bayes_mpt.tracing import (
     rows_axis,
     run,
     sum_by_row,
-    survey,
     takes_visible,
 )
 
@@ -106,7 +106,7 @@ class Importance(Predictor):
             value = getattr(self, name)
             if (value is not None or name == "num_particles") and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-        program = survey(model, args)
+        program = analyze(model, args)
         if not program.continuous:
             raise ModelError("the program has no continuous latent, so nothing to draw: use Exact()")
         if guide is None:

@@ -22,6 +22,7 @@ from bayes_mpt.tracing import (
     Model,
     ModelError,
     Program,
+    analyze,
     base,
     fill,
     has_missing,
@@ -30,7 +31,6 @@ from bayes_mpt.tracing import (
     rows_of,
     run,
     spread_rows,
-    survey,
 )
 
 __all__ = ["JointGaussian", "cholesky", "gaussian_program", "missing_of", "moments"]
@@ -56,7 +56,7 @@ class Moments(NamedTuple):
 
 
 def gaussian_program(model: Model, args: tuple[Any, ...]) -> Program | None:
-    """The `survey` of a program without latents whose one observed site is a Gaussian vector over all rows.
+    """What `analyze` finds of a program without latents whose one observed site is a Gaussian vector over all rows.
 
     Found on a few rows, since a run on all of them may build a matrix of N x N; None if it is something else.
 
@@ -81,7 +81,7 @@ def gaussian_program(model: Model, args: tuple[Any, ...]) -> Program | None:
         with warnings.catch_warnings():
             # gpytorch's own density adds jitter, and says so; it is not what scores
             warnings.filterwarnings("ignore", message="A not p.d., added jitter")
-            program = survey(model, few)
+            program = analyze(model, few)
     except RuntimeError as error:  # of the factor of the covariance
         raise ModelError(NOT_DEFINITE) from error
     if not bool(own_shown(sites[0]).all()):

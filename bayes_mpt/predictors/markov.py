@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayes_mpt.affine import Outline, Reading, Structure, first_look, latent_values, read, structure
+from bayes_mpt.affine import AffineForm, DenseMap, Outline, affine_form, first_look, latent_values, read
 from bayes_mpt.predictors.base import Conditionals, Posterior
 from bayes_mpt.predictors.linear_gaussian import CHUNK, LOG_2PI, Groups, LinearGaussian, cholesky, group_rows
 from bayes_mpt.sparse import Blocks, NotSparse, Sparse, SparseMap
@@ -81,12 +81,12 @@ class MarkovGaussian(Conditionals):
 
     exact = True
     name = "Exact"
-    structure: Structure
+    structure: AffineForm
 
     def __init__(self, model: Model, args: tuple[Any, ...], *, outline: Outline | None = None):
         self.model: Model | None = model
         self._way = Sparse()
-        self.structure = structure(model, args, self._way, outline=outline)
+        self.structure = affine_form(model, args, self._way, outline=outline)
         self._reading: SparseMap | None = None
         assert self._way.layout is not None
         layout = self._way.layout
@@ -161,7 +161,7 @@ class MarkovGaussian(Conditionals):
             return []
         return [(1.0, latent_values(self.structure, self.posterior(x).mean))]
 
-    def dense(self) -> Reading:
+    def dense(self) -> DenseMap:
         """The map as `LinearGaussian` has it, K x K and T x K matrices."""
         return self.reading.dense()
 

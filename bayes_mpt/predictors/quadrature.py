@@ -10,7 +10,7 @@ from torch import Tensor
 from bayes_mpt.predictors.adaptive import AdaptiveNodes, LaplaceApproximation, check_width, hermite
 from bayes_mpt.predictors.base import Evidence, Guide, Predictor
 from bayes_mpt.predictors.nodes import Nodes, Read, Reader, constrained, program_values
-from bayes_mpt.tracing import Model, ModelError, Program, fill, survey
+from bayes_mpt.tracing import Model, ModelError, Program, analyze, fill
 
 __all__ = ["Quadrature"]
 
@@ -46,10 +46,10 @@ class Quadrature(Predictor):
         self.n_nodes = n_nodes
 
     def bind(self, model: Model, args: tuple[Any, ...], guide: Guide | None = None) -> Nodes:
-        return self.bind_program(model, args, survey(model, args))
+        return self.bind_program(model, args, analyze(model, args))
 
     def bind_program(self, model: Model, args: tuple[Any, ...], program: Program) -> Nodes:
-        """`bind` where the program's `survey` is known."""
+        """`bind` where it is known what `analyze` finds."""
         if self.n_nodes is not None and (not isinstance(self.n_nodes, int) or self.n_nodes < 2):
             raise ValueError(f"n_nodes must be an integer of at least 2, got {self.n_nodes!r}")
         if not program.continuous:

@@ -21,13 +21,13 @@ from bayes_mpt.tracing import (
     Model,
     ModelError,
     Program,
+    analyze,
     base,
     factor_nodes,
     fill,
     node_of,
     one_precision,
     rows_first,
-    survey,
     takes_visible,
     token_values,
 )
@@ -101,7 +101,7 @@ class SelfPredictive(Predictor):
             )
         if len(args) != 1:
             raise ModelError(f"a program model(x, visible) takes one table, got {len(args)} arguments")
-        program = survey(sees_all(model), args, own_masks=True)
+        program = analyze(sees_all(model), args, own_masks=True)
         if program.latents:
             raise ModelError(
                 f"a program with an argument `visible` predicts hidden tokens itself, but this one has latent sites "

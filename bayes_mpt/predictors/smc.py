@@ -31,7 +31,7 @@ from bayes_mpt.predictors.base import (
 )
 from bayes_mpt.predictors.given import Given
 from bayes_mpt.predictors.nodes import constrained, program_values
-from bayes_mpt.tracing import NODES, Model, ModelError, Program, fill, one_precision, one_vector, survey
+from bayes_mpt.tracing import NODES, Model, ModelError, Program, analyze, fill, one_precision, one_vector
 
 __all__ = ["SequentialMonteCarlo"]
 
@@ -86,7 +86,7 @@ class SequentialMonteCarlo(Predictor):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-        program = survey(model, args)
+        program = analyze(model, args)
         if not program.continuous:
             raise ModelError("the program has no continuous latent to sample: use Exact()")
         if program.by_row:

@@ -11,7 +11,7 @@ from scipy.sparse.linalg import LinearOperator, lsmr
 from torch import Tensor
 
 from bayes_mpt import concentrated, incomplete
-from bayes_mpt.affine import Reading
+from bayes_mpt.affine import DenseMap
 from bayes_mpt.moments import Table
 from bayes_mpt.predictors import LinearGaussian
 from bayes_mpt.training.problem import (
@@ -176,19 +176,19 @@ def _exact(problem: Problem) -> LinearGaussian:
     return predictor
 
 
-def _part(reading: Reading, part: str) -> Tensor:
+def _part(reading: DenseMap, part: str) -> Tensor:
     """loc (T,), loading (T, K) or log noise (T,)."""
     out = getattr(reading, part)[0]
     return out.log() if part == "noise" else out
 
 
-def _reached(reading: Reading, part: str, target: Tensor, unit: Tensor) -> bool:
+def _reached(reading: DenseMap, part: str, target: Tensor, unit: Tensor) -> bool:
     miss = (target - _part(reading, part)).detach().abs()
     return bool((miss <= 1e-11 * (unit + target.abs())).all())
 
 
 def _step_along_transpose(
-    reading: Reading,
+    reading: DenseMap,
     leaves: dict[str, Tensor],
     targets: dict[str, tuple[Tensor, Tensor]],
     names: dict[str, list[str]],
@@ -219,7 +219,7 @@ def _step_along_transpose(
                 leaves[name] += length * step
 
 
-def _touches(reading: Reading, leaves: dict[str, Tensor]) -> dict[str, set[str]]:
+def _touches(reading: DenseMap, leaves: dict[str, Tensor]) -> dict[str, set[str]]:
     """Which parameters move which part of the map."""
     generator = torch.Generator().manual_seed(0)
     found: dict[str, set[str]] = {"loc": set(), "loading": set(), "noise": set()}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from bayes_mpt.affine import Reading
+from bayes_mpt.affine import DenseMap
 from bayes_mpt.masks import torch_generator
 from bayes_mpt.predictors import Conditionals, LinearGaussian
 from bayes_mpt.predictors.joint_gaussian import JointGaussian
@@ -74,7 +74,7 @@ def _n_tokens(problem: Problem) -> int:
 # ---------------------------------------------------------------------------------------------------- units
 
 
-def dimensionless(reading: Reading) -> tuple[Tensor, Tensor, Tensor]:
+def dimensionless(reading: DenseMap) -> tuple[Tensor, Tensor, Tensor]:
     """loc and loading in units of what the other tokens leave unexplained of each token, and log noise."""
     with torch.no_grad():
         loading, noise = reading.loading, reading.noise[..., None]
