@@ -75,7 +75,7 @@ from bayes_mpt.location import location_parameter
 from bayes_mpt.masks import PermutationChain, Policy
 from bayes_mpt.models import PPCA
 from bayes_mpt.models.checks import CheckedModel
-from bayes_mpt.moments import Table, far_means
+from bayes_mpt.moments import SufficientStatistics, far_means
 from bayes_mpt.predictors import (
     Conditionals,
     Evidence,
@@ -97,13 +97,13 @@ from bayes_mpt.rows import (
     as_tensor,
     check_program,
     digest,
-    grow_table,
     refuse_constant,
     refuse_empty,
     refuse_missing,
     refuse_one_row,
     refuse_unobserved,
     takes_y,
+    update_statistics,
 )
 from bayes_mpt.score import ScoreEstimate, estimate
 from bayes_mpt.serial import left_as_found, methods_take_turns, turn
@@ -372,13 +372,13 @@ class BayesMPT(
             fitted = hasattr(self, "predictor_")
             if fitted:
                 self._sync_device()
-            if fitted and self._table is None:
+            if fitted and self._statistics is None:
                 raise ValueError(
                     "partial_fit needs a program whose rows share one map; fit this one on all rows at once"
                 )
             # a fit by masks goes on from where it was; an exact one ends at the maximum over all rows in any case
             warm = fitted and self.masks is not None
-            self._fit(X, y, context, line, seen=self._table if fitted else None, warm=warm)
+            self._fit(X, y, context, line, seen=self._statistics if fitted else None, warm=warm)
         return self._whole()
 
     def _whole(self) -> Self:
@@ -472,7 +472,7 @@ class BayesMPT(
         context: Any,
         line: Line,
         *,
-        seen: Table | None,
+        seen: SufficientStatistics | None,
         warm: bool,
         left: dict[str, Any] | None = None,
     ) -> None:
@@ -502,18 +502,20 @@ class BayesMPT(
         auto = getattr(model, "n_components", None) == "auto"
         per_row = (trainer.by_epochs and not auto) or with_y
         shift, location = (None, None) if seen is None else (self._shift, self._location)
-        table = None if per_row else grow_table(X, seen, self.device, trainer.names, shift)
-        if table is not None and seen is None:
-            shift = far_means(table)
-            table = table if shift is None else grow_table(X, None, self.device, trainer.names, shift)
+        statistics = None if per_row else update_statistics(X, seen, self.device, trainer.names, shift)
+        if statistics is not None and seen is None:
+            shift = far_means(statistics)
+            statistics = (
+                statistics if shift is None else update_statistics(X, None, self.device, trainer.names, shift)
+            )
         known = None
         if template is not None and template._analysis is not None and not isinstance(model, torch.nn.Module):
             known = template._analysis, template._state
-        with training.one_thread(X.size if table is None else table.n_cells):
-            if table is not None and auto:
-                refuse_one_row(table.n_rows, ("n_components",))
-                refuse_constant(table)
-                model, self.selection_, at_floor = choose_dimension(model, table)
+        with training.one_thread(X.size if statistics is None else statistics.n_cells):
+            if statistics is not None and auto:
+                refuse_one_row(statistics.n_rows, ("n_components",))
+                refuse_constant(statistics)
+                model, self.selection_, at_floor = choose_dimension(model, statistics)
                 trainer = replace(trainer, at_floor=at_floor)
                 state = None if state is not None and self.n_components_ != model.n_components else state
                 known = None
@@ -522,8 +524,8 @@ class BayesMPT(
                 with own_random_state(trainer.seed):
                     location = location_parameter(model, some, shift != 0)
                 if location is None:  # its rows cannot be told from where they lie
-                    assert table is not None
-                    table, shift = table.moved(torch.as_tensor(shift).to(table.mean)), None
+                    assert statistics is not None
+                    statistics, shift = statistics.moved(torch.as_tensor(shift).to(statistics.mean)), None
             with OwnStore() as store, own_random_state(trainer.seed):
                 predictor, args = bind(
                     model,
@@ -561,16 +563,18 @@ class BayesMPT(
                     refuse_missing(X, trainer.names)
                     refuse_empty(y, estimated=bool(predictor.parameters))
                 if moments:
-                    if table is None:
-                        table = grow_table(X, seen, self.device, trainer.names)
+                    if statistics is None:
+                        statistics = update_statistics(X, seen, self.device, trainer.names)
                     if predictor.structure.parameters:
-                        refuse_constant(table)
+                        refuse_constant(statistics)
                     # Few rows are scored themselves; many, and those of earlier calls, through their moments.
                     raw = seen is None and len(X) <= 2 * X.shape[1]
-                    rows, weight = (as_tensor(X, model, self.device, shift), None) if raw else table.rows()
-                    problem = training.Problem(predictor, args, rows, weight, table.n_rows)
+                    rows, weight = (
+                        (as_tensor(X, model, self.device, shift), None) if raw else statistics.rows()
+                    )
+                    problem = training.Problem(predictor, args, rows, weight, statistics.n_rows)
                 else:
-                    table = None
+                    statistics = None
                     n_rows = len(X) if predictor.structure.by_row else 1
                     problem = training.Problem(predictor, args, None, None, n_rows)
                 leaves = of_program(problem)
@@ -583,7 +587,7 @@ class BayesMPT(
                         f"({predictor.why}): leave early_stopping=None"
                     )
                 if left is None:
-                    fit = trainer.train(problem, table, prior, warm=state is not None)
+                    fit = trainer.train(problem, statistics, prior, warm=state is not None)
                     if fit.interrupted:
                         store.unwind()
                         if to_be_discarded():
@@ -611,12 +615,12 @@ class BayesMPT(
                     self._shift, self._location = shift, location
                     self.params_ = self._parameters()
                     self._y_like = (y.shape[1:], y.dtype) if y is not None else None
-                    self._table = table
+                    self._statistics = statistics
                     self._seen = args if predictor.remembers or self._growing else None
                     self._store_fit(model, guide, predictor, fit, total, se)
                     self.data_digest_ = digest(X) if seen is None else ""
                     self.complete_ = (
-                        bool(table.complete) if table is not None else not bool(np.isnan(X).any())
+                        bool(statistics.complete) if statistics is not None else not bool(np.isnan(X).any())
                     )
 
                 try:
@@ -849,14 +853,18 @@ class BayesMPT(
             raise TypeError(f"masks must be a mask policy such as UniformSize(20), got {masks!r}")
         with self.read_rows(X, y) as (predictor, x):
             few = not isinstance(predictor, LinearGaussian) or len(x) <= 2 * x.shape[1]
-            table = None if few or not predictor.structure.scores_input else Table(x, str(x.device))
+            statistics = (
+                None
+                if few or not predictor.structure.scores_input
+                else SufficientStatistics(x, str(x.device))
+            )
             return estimate(
                 predictor,
                 x,
                 masks,
                 n_replicates=n_replicates,
                 random_state=self._seed(),
-                curve_rows=None if table is None else table.rows(),
+                curve_rows=None if statistics is None else statistics.rows(),
             )
 
     def transform(self, X: ArrayLike, y: Any = None) -> NDArray[np.floating]:
@@ -1158,28 +1166,28 @@ class BayesMPT(
         """
         check_is_fitted(self)
         rows = self._check_rows(X, reset=False)
-        table = Table(rows, self.device, self._shift)
+        statistics = SufficientStatistics(rows, self.device, self._shift)
         shape = self.noise_shape()
         if shape is None:
             raise ValueError(
                 f"the Laplace evidence needs a factor model that declares rotations = True, got "
                 f"{self.fitted_model_!r}: use evidence='heldout'"
             )
-        if not table.complete:
+        if not statistics.complete:
             raise ValueError(
                 "the Laplace evidence needs complete rows, got missing cells: use evidence='heldout'"
             )
-        cov, k = table.covariance, self.n_components_
+        cov, k = statistics.covariance, self.n_components_
         try:
-            with training.one_thread(table.n_cells):
+            with training.one_thread(statistics.n_cells):
                 if isinstance(shape, np.ndarray):
-                    return laplace_proportional(cov, table.n, k, shape)
-                return laplace_diagonal(cov, table.n, k)
+                    return laplace_proportional(cov, statistics.n, k, shape)
+                return laplace_diagonal(cov, statistics.n, k)
         except NoiseFloorError as error:
-            rank = spectrum(cov, np.ones(len(table.mean)), 0).rank
+            rank = spectrum(cov, np.ones(len(statistics.mean)), 0).rank
             raise ValueError(
-                f"{k} latents leave no direction for the noise of these rows (n_samples = {table.n}, n_features = "
-                f"{len(table.mean)}, rank {rank}): use fewer latents, or drop columns that repeat others "
+                f"{k} latents leave no direction for the noise of these rows (n_samples = {statistics.n}, n_features = "
+                f"{len(statistics.mean)}, rank {rank}): use fewer latents, or drop columns that repeat others "
                 f"({list_names(map(str, self._names()[repeated_columns(rows)])) or 'none found'})"
             ) from error
 

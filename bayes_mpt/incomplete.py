@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from bayes_mpt.concentrated import Factors, NoiseFloorError, proportional
 from bayes_mpt.interrupts import check
-from bayes_mpt.moments import Table
+from bayes_mpt.moments import SufficientStatistics
 
 __all__ = ["FewCellsError", "Maximum", "maximise", "refuse_constant_columns", "too_few"]
 
@@ -68,30 +68,30 @@ class Maximum(NamedTuple):
     """By Ctrl-C, on the way."""
 
 
-def too_few(table: Table, n_latents: int) -> FewCellsError | None:
+def too_few(statistics: SufficientStatistics, n_latents: int) -> FewCellsError | None:
     """What is wrong where a column's own noise may go to zero because it shows too few cells.
 
     Take K columns that one row shows beside column t, and their noise to zero: where they are observed the latents are
     known, at a finite likelihood. A mean and K loadings, K + 1 numbers, then reproduce K + 1 cells of column t without
     noise, and the likelihood grows without bound as its noise goes to zero. Fewer columns beside it tell fewer latents.
     """
-    seen = ~table.incomplete.isnan()
-    count = table.n + seen.sum(0)
+    seen = ~statistics.incomplete.isnan()
+    count = statistics.n + seen.sum(0)
     beside = torch.where(seen, seen.sum(1, keepdim=True) - 1, 0)
     most = beside.amax(0) if len(beside) else count * 0
-    most = most.clamp(min=seen.shape[1] - 1 if table.n else 0)  # columns beside it in one row
+    most = most.clamp(min=seen.shape[1] - 1 if statistics.n else 0)  # columns beside it in one row
     few = (count <= most.clamp(max=n_latents) + 1).nonzero()[:, 0].tolist()
     return FewCellsError(few, count[few].tolist(), n_latents) if few else None
 
 
-def refuse_constant_columns(table: Table) -> None:
+def refuse_constant_columns(statistics: SufficientStatistics) -> None:
     """Refuse columns whose observed cells are equal: their own noise goes to zero.
 
     Raises
     ------
     NoiseFloorError
     """
-    count, mean, square = table.of_cells()
+    count, mean, square = statistics.of_cells()
     # one cell is that of a column of too few
     constant = ((square / count).sqrt() <= 1e-15 * mean.abs()) & (count > 1)
     if bool(constant.any()):
@@ -99,7 +99,7 @@ def refuse_constant_columns(table: Table) -> None:
 
 
 def maximise(
-    table: Table,
+    statistics: SufficientStatistics,
     n_latents: int,
     m_step: Step,
     shape: Array | None,
@@ -113,7 +113,7 @@ def maximise(
 
     Parameters
     ----------
-    table : Table
+    statistics : SufficientStatistics
         Complete rows as moments, and incomplete ones.
     n_latents : int
         K.
@@ -130,8 +130,8 @@ def maximise(
     tol : float
         EM ends with a step that gains no more than this share of the score.
     """
-    rows, weight = (t.cpu().numpy() for t in table.rows())
-    available = table.available()
+    rows, weight = (t.cpu().numpy() for t in statistics.rows())
+    available = statistics.available()
     mean, cov = available.mean.cpu().numpy(), available.cov.cpu().numpy()
     rng = np.random.default_rng(seed)
     starts = _starts(mean, cov, n_latents, shape, n_init, rng)

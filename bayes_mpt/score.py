@@ -164,7 +164,8 @@ def estimate(
     random_state : int, torch.Generator or None
         For the draws.
     curve_rows : (Tensor, Tensor), optional
-        Weighted rows that stand for ``x`` (`bayes_mpt.moments.Table`), to average the curve of chains over.
+        Weighted rows that stand for ``x`` (`bayes_mpt.moments.SufficientStatistics`), to average the curve of chains
+        over.
 
     Returns
     -------

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bayes_mpt import concentrated, incomplete
 from bayes_mpt.affine import DenseMap
-from bayes_mpt.moments import Table
+from bayes_mpt.moments import SufficientStatistics
 from bayes_mpt.predictors import LinearGaussian
 from bayes_mpt.training.problem import (
     Fit,
@@ -31,7 +31,7 @@ LIFTED = 1e-5  # of its column's variance: no step of EM starts from a noise fur
 
 def concentrate(
     problem: Problem,
-    table: Table,
+    statistics: SufficientStatistics,
     max_iter: int,
     tol: float,
     *,
@@ -42,8 +42,8 @@ def concentrate(
     """Solve for mean, loadings and noise where the program leaves them free; None where it does not.
 
     Free means that the solution can be reached: each part has parameters of its own, and Gauss-Newton on them ends
-    at the target. Nothing of the program's form is assumed. ``problem`` scores the rows of ``table``. Where cells are
-    missing the maximum has no closed form: it is climbed to by EM from ``n_init`` starts (`bayes_mpt.incomplete`).
+    at the target. Nothing of the program's form is assumed. ``problem`` scores the rows of ``statistics``. Where cells
+    are missing the maximum has no closed form: EM goes there from ``n_init`` starts (`bayes_mpt.incomplete`).
     ``at_floor``: where the likelihood of complete rows has no maximum for want of noise, take one of the size of
     rounding errors.
 
@@ -61,7 +61,7 @@ def concentrate(
     reading = _exact(problem).reading
     loc, loading, noise = reading.loc, reading.loading, reading.noise
     n_latents = loading.shape[-1]
-    if len(loc) != 1 or not table.n_rows:
+    if len(loc) != 1 or not statistics.n_rows:
         return None
     touches = _touches(reading, leaves)
     for name in leaves:
@@ -78,18 +78,18 @@ def concentrate(
     shape = noise[0].detach().cpu().numpy() if tied else None
     solve = partial(_best, n_latents=n_latents, shape=shape, max_iter=max_iter, tol=tol)
     wrong = None
-    if not tied and not table.complete:
-        incomplete.refuse_constant_columns(table)
-        wrong = incomplete.too_few(table, n_latents)
-    if table.complete:
-        moments, best = table, solve(table.covariance, at_floor=at_floor)
+    if not tied and not statistics.complete:
+        incomplete.refuse_constant_columns(statistics)
+        wrong = incomplete.too_few(statistics, n_latents)
+    if statistics.complete:
+        moments, best = statistics, solve(statistics.covariance, at_floor=at_floor)
         factors = incomplete.Maximum(
-            best.lml, table.mean.cpu().numpy(), best.loading, best.noise, best.n_iter
+            best.lml, statistics.mean.cpu().numpy(), best.loading, best.noise, best.n_iter
         )
     else:
-        moments = table.available()
+        moments = statistics.available()
         factors = incomplete.maximise(
-            table,
+            statistics,
             n_latents,
             solve,
             shape,
@@ -125,18 +125,18 @@ def concentrate(
     with torch.no_grad():
         got = float(problem.score_of(predictor))
     # EM ends close by, and a noise of the size of rounding errors sees these
-    off = 1e-3 if at_floor else 1e-7 if table.complete else 1e-5
+    off = 1e-3 if at_floor else 1e-7 if statistics.complete else 1e-5
     if abs(got - factors.lml) > off * (1 + abs(factors.lml)):
         restore(leaves, before)
         return _unreached(factors)
     if wrong is not None:  # all is free, so that the likelihood has no maximum there
         raise wrong
-    method = "concentrated" if table.complete else "em"
+    method = "concentrated" if statistics.complete else "em"
     return Fit(
         method,
         [got],
         factors.n_iter,
-        converged=table.complete and not at_floor,
+        converged=statistics.complete and not at_floor,
         interrupted=factors.interrupted,
         last=predictor,
     )
