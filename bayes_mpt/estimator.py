@@ -38,7 +38,6 @@ from torch import Tensor
 from bayes_mpt import training
 from bayes_mpt.affine import DenseMap, token_means, tokens_of
 from bayes_mpt.atomic import all_or_nothing, restored_on_failure
-from bayes_mpt.concentrated import NoiseFloorError, spectrum
 from bayes_mpt.criteria import n_free_parameters
 from bayes_mpt.devices import (
     at_once,
@@ -90,6 +89,7 @@ from bayes_mpt.predictors.base import together
 from bayes_mpt.predictors.new_rows import growing, means_of_new
 from bayes_mpt.predictors.nodes import Nodes
 from bayes_mpt.predictors.self_predictive import sees_all
+from bayes_mpt.profile import NoiseFloorError, spectrum
 from bayes_mpt.progress import Line, part, tell
 from bayes_mpt.repeats import repeated_columns
 from bayes_mpt.rows import (

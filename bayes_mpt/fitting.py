@@ -19,7 +19,6 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from bayes_mpt import training
-from bayes_mpt.concentrated import NoiseFloorError, spectrum
 from bayes_mpt.evidence import laplace_proportional
 from bayes_mpt.hyperparameters import Prior, assign
 from bayes_mpt.incomplete import FewCellsError
@@ -30,6 +29,7 @@ from bayes_mpt.predictors import Conditionals, LinearGaussian, Predictor, choose
 from bayes_mpt.predictors.base import Guide
 from bayes_mpt.predictors.joint_gaussian import N_TRIAL_ROWS, gaussian_program
 from bayes_mpt.predictors.self_predictive import sees_all
+from bayes_mpt.profile import NoiseFloorError, spectrum
 from bayes_mpt.repeats import repeated_columns
 from bayes_mpt.score import OWN_MASKS
 from bayes_mpt.store import OwnStore, State, load, save
@@ -488,7 +488,7 @@ class Trainer:
         """The closed-form maximum; with missing cells, the best end of EM from several starts."""
         rows, weight = statistics.rows()
         whole = training.Problem(problem.predictor, problem.args, rows, weight, statistics.n_rows)
-        fit = training.concentrate(
+        fit = training.maximize_profile(
             whole, statistics, self.max_iter, self.tol, n_init=n_init, seed=self.seed, at_floor=self.at_floor
         )
         if fit is not None and fit.last is not None and problem.weight is None:

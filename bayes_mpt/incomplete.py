@@ -7,7 +7,7 @@ covariance
     diag(psi) + W C W',    C = (I + W_o' diag(psi_o)^-1 W_o)^-1,    f = C W_o' diag(psi_o)^-1 (x_o - m_o)
 
 Summed over the rows this is the mean and covariance of a complete table, for which the best loadings and noise are
-known (`bayes_mpt.concentrated`). So each step solves a complete problem: few steps are needed, and a noise that goes to
+known (`bayes_mpt.profile`). So each step solves a complete problem: few steps are needed, and a noise that goes to
 zero does not hold them up as it does a climb in its logarithm.
 """
 
@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bayes_mpt.concentrated import Factors, NoiseFloorError, proportional
 from bayes_mpt.interrupts import check
 from bayes_mpt.moments import SufficientStatistics
+from bayes_mpt.profile import Factors, NoiseFloorError, proportional
 
 __all__ = ["FewCellsError", "Maximum", "maximise", "refuse_constant_columns", "too_few"]
 

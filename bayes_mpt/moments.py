@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from scipy.linalg.lapack import dpocon, dpotrf
 from torch import Tensor
 
-from bayes_mpt.concentrated import Root
 from bayes_mpt.devices import at_once
+from bayes_mpt.profile import Root
 
 __all__ = ["SufficientStatistics", "far_means"]
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator, lsmr
 from torch import Tensor
 
-from bayes_mpt import concentrated, incomplete
+from bayes_mpt import incomplete, profile
 from bayes_mpt.affine import DenseMap
 from bayes_mpt.moments import SufficientStatistics
 from bayes_mpt.predictors import LinearGaussian
@@ -23,13 +23,13 @@ from bayes_mpt.training.problem import (
 )
 from bayes_mpt.training.units import dimensionless
 
-__all__ = ["concentrate"]
+__all__ = ["maximize_profile"]
 
 STEPS = 2  # of Newton's method in a step of EM, which moves on anyhow
 LIFTED = 1e-5  # of its column's variance: no step of EM starts from a noise further down
 
 
-def concentrate(
+def maximize_profile(
     problem: Problem,
     statistics: SufficientStatistics,
     max_iter: int,
@@ -49,7 +49,7 @@ def concentrate(
 
     Raises
     ------
-    concentrated.NoiseFloorError, incomplete.FewCellsError
+    profile.NoiseFloorError, incomplete.FewCellsError
         If the likelihood has no maximum.
     KeyboardInterrupt
         By Ctrl-C before EM has come anywhere, or to where the program cannot follow; else the fit says so.
@@ -131,7 +131,7 @@ def concentrate(
         return _unreached(factors)
     if wrong is not None:  # all is free, so that the likelihood has no maximum there
         raise wrong
-    method = "concentrated" if statistics.complete else "em"
+    method = "profile likelihood" if statistics.complete else "em"
     return Fit(
         method,
         [got],
@@ -150,7 +150,7 @@ def _unreached(factors: incomplete.Maximum) -> Fit | None:
 
 
 def _best(
-    cov: NDArray[np.float64] | concentrated.Root,
+    cov: NDArray[np.float64] | profile.Root,
     near: NDArray[np.float64] | None = None,
     *,
     n_latents: int,
@@ -158,14 +158,14 @@ def _best(
     max_iter: int,
     tol: float,
     at_floor: bool = False,
-) -> concentrated.Factors:
+) -> profile.Factors:
     """The best loadings and noise for a covariance; from a noise that is near it, as a step of EM."""
     if shape is not None:
-        return concentrated.proportional(cov, n_latents, shape, at_floor=at_floor)
+        return profile.proportional(cov, n_latents, shape, at_floor=at_floor)
     if near is None:
-        return concentrated.diagonal(cov, n_latents, max_iter=max_iter, tol=tol)
-    near = np.maximum(near, LIFTED * concentrated.variances(cov))
-    return concentrated.diagonal(cov, n_latents, start=near, max_iter=STEPS, tol=tol, refuse=False)
+        return profile.diagonal(cov, n_latents, max_iter=max_iter, tol=tol)
+    near = np.maximum(near, LIFTED * profile.variances(cov))
+    return profile.diagonal(cov, n_latents, start=near, max_iter=STEPS, tol=tol, refuse=False)
 
 
 def _exact(problem: Problem) -> LinearGaussian:

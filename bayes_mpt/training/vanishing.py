@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bayes_mpt.concentrated import NoiseFloorError
 from bayes_mpt.predictors import LinearGaussian
 from bayes_mpt.predictors.given import MapsGiven
 from bayes_mpt.predictors.nodes import Nodes
+from bayes_mpt.profile import NoiseFloorError
 from bayes_mpt.training.problem import Problem
 
 __all__ = ["collapsed", "noise_at_zero"]

@@ -1,4 +1,4 @@
-"""The Gaussian factor likelihood with mean and loadings maximised out.
+"""The profile likelihood of Gaussian factors: mean and loadings are maximised out.
 
 With S the covariance (T, T) of the rows, x ~ N(mean, W W' + diag(psi)) and psi fixed, the best loadings follow from
 one eigendecomposition (Joreskog 1967; Tipping & Bishop 1999 for psi = v I):
