@@ -266,7 +266,7 @@ class BayesMPT(
     _shift: NDArray[np.float64] | None  # (T,) subtracted from all rows that the program sees
     _location: str | None  # the parameter to which it is added in `params_`
     _y_like: tuple[tuple[int, ...], Any] | None  # shape and type of one row's y
-    _fill_values: Tensor | None  # a value (T,) of each column, for a program that is told what it sees
+    _fill_values: Tensor | None  # a value (T,) of each column, for a program that is conditioned on the mask
     _analysis: (
         Conditionals | None
     )  # the program as it was found to be, where that does not depend on its rows
@@ -1103,7 +1103,7 @@ class BayesMPT(
         ------
         ValueError
             If the program does not observe the cells of X, or its tokens are not independent given nodes of latents
-            (`Importance`, `Quadrature`), unless it is told what is visible: then cells are drawn one by one.
+            (`Importance`, `Quadrature`), unless it is conditioned on the mask: then cells are drawn one by one.
         """
         check_is_fitted(self)
         structure = self.predictor_.structure
@@ -1490,7 +1490,7 @@ def _warn_of_bounds(prior: Prior, problem: training.Problem) -> None:
 
 
 class _Unwatched:
-    """A task of which no callback is told."""
+    """A task that no callback hears of."""
 
     def call_on_fit_task_begin(self, **about: Any) -> None: ...
 

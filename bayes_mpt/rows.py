@@ -87,12 +87,12 @@ def check_program(program: Any, *, with_y: bool, name: str = "model") -> None:
     if name == "model" and not with_y and takes_y(program) and needs_y(program):
         raise ValueError(f"the program {program!r} takes a second argument: pass y")
     args = ["x", "y"][: 1 + with_y]
-    told = {"visible": None} if takes_visible(program) else {}
+    visible = {"visible": None} if takes_visible(program) else {}
     try:
-        signature.bind(*args, **told)
+        signature.bind(*args, **visible)
     except TypeError as error:
         said = getattr(program, "__name__", repr(program))
-        call = ", ".join([*args, *told])
+        call = ", ".join([*args, *visible])
         raise ModelError(
             f"{name} {said}{signature} is called as {said}({call}), which it does not take ({error}): write "
             f"def {said}({call}), and give it other arguments by functools.partial"

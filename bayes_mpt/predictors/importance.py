@@ -53,7 +53,7 @@ __all__ = ["Drawn", "GuideDraws", "Importance", "Sampled"]
 N_WIDENINGS = 6  # steps from Laplace's Gaussian towards the closest one
 WIDENING_COST = 200_000_000
 GROWTH = 3  # of the number of draws from stage to stage of a training
-MAX_CONDITIONED_DRAWS = 10  # draws of a step of the training, from a guide that is told what is visible
+MAX_CONDITIONED_DRAWS = 10  # draws of a step of the training, from a guide that is conditioned on the mask
 
 
 class Importance(Predictor):
@@ -64,16 +64,16 @@ class Importance(Predictor):
     num_particles : int, default=100
         S draws for each row.
     training_particles : int, optional
-        As many of a step of the training. None: as many as ``num_particles``, but at most 10 of a guide that is told
-        what is visible, whose draws hardly cost less than the program at each of them.
+        As many of a step of the training. None: as many as ``num_particles``, but at most 10 of a guide that is
+        conditioned on the mask, whose draws hardly cost less than the program at each of them.
     doubly_reparameterized : bool, optional
         Whether a chain's gradient in a guide's parameters is that of Tucker, Lawson, Gu & Maddison (2019): the same
         expectation with less noise from the draws, for a step that takes a little longer.
-        False gives the gradient of the bound itself, that of `pyro.infer.RenyiELBO`. None: where the guide is told what
-        is visible. Guides whose draws have no ``rsample``, or that cannot be drawn side by side, have the latter in
-        any case.
+        False gives the gradient of the bound itself, that of `pyro.infer.RenyiELBO`. None: where the guide is
+        conditioned on the mask. Guides whose draws have no ``rsample``, or that cannot be drawn side by side, have the
+        latter in any case.
     dream : bool, default=False
-        Whether a guide that is told what is visible is trained also on rows that the program makes, random tokens of
+        Whether a guide that is conditioned on the mask is trained also on rows that the program makes, random tokens of
         them hidden (the sleep phase of Hinton, Dayan, Frey & Neal 1995): single conditionals of complete rows get
         nearer, while the program itself learns more slowly. For trainings by epochs.
 
@@ -111,11 +111,13 @@ class Importance(Predictor):
             raise ModelError("the program has no continuous latent, so nothing to draw: use Exact()")
         if guide is None:
             return Nodes(_AroundMode(AdaptiveNodes(model, args, program), self.num_particles))
-        told = takes_visible(guide)
+        conditioned_on_mask = takes_visible(guide)
         n_training = self.training_particles
         if n_training is None:
-            n_training = min(self.num_particles, MAX_CONDITIONED_DRAWS if told else self.num_particles)
-        twice = told if self.doubly_reparameterized is None else self.doubly_reparameterized
+            n_training = min(
+                self.num_particles, MAX_CONDITIONED_DRAWS if conditioned_on_mask else self.num_particles
+            )
+        twice = conditioned_on_mask if self.doubly_reparameterized is None else self.doubly_reparameterized
         return Nodes(
             GuideDraws(model, guide, args, program, self.num_particles, n_training, twice, self.dream)
         )
@@ -386,15 +388,15 @@ class GuideDraws(Sampled):
         """
         if not self.dreams:
             return None
-        told = self.takes_visible and self.adaptive is None and not self.has_points
+        conditioned_on_mask = self.takes_visible and self.adaptive is None and not self.has_points
         if (
-            not told
+            not conditioned_on_mask
             or not self.program.by_row
             or self.program.observed_argument != 0
             or self.program.discrete
         ):
             raise ModelError(
-                "dream=True needs a guide that draws all latents and is told what is visible, and a program that "
+                "dream=True needs a guide that draws all latents and is conditioned on the mask, and a program that "
                 "observes its first argument, row by row"
             )
         filled = tuple(fill(a) for a in args)
@@ -443,7 +445,7 @@ class GuideDraws(Sampled):
         return Read(given, log_weight - math.log(self.n_draws), value, scale, latents, self.names)
 
     def drawn(self, args: tuple[Any, ...], visible: Tensor | None) -> Drawn:
-        """The rows, and what the guide is told of them."""
+        """The rows, and what the guide sees of them."""
         filled = tuple(fill(a, v) for a, v in zip(args, self.fillings, strict=True))
         value = program_values(self.model, args, filled, self.program)
         shown = ~value.isnan() if visible is None else visible & ~value.isnan()

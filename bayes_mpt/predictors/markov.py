@@ -378,8 +378,8 @@ def _forward(mean: Tensor, cov: Tensor, right: _Stretch, meet: Tensor, rows: _Ro
 def _backward(left: _Stretch, pull: Tensor, info: Tensor, meet: Tensor, rows: _Rows) -> tuple[Tensor, Tensor]:
     """What a stretch and the tokens after it tell of the latents before it: meet = (I + cov info)^-1."""
     carry = meet @ left.carry
-    told = rows.of(carry).mT @ (pull - rows.of(info) @ left.mean)
-    return told + left.pull, _symmetric(left.carry.mT @ info @ carry) + left.info
+    message = rows.of(carry).mT @ (pull - rows.of(info) @ left.mean)
+    return message + left.pull, _symmetric(left.carry.mT @ info @ carry) + left.info
 
 
 def _join(left: _Stretch, right: _Stretch, rows: _Rows) -> _Stretch:
@@ -404,11 +404,11 @@ def _finish(leaves: _Leaves, outside: _Outside, rows: _Rows) -> _Found:
     cov = _symmetric(meet @ outside.cov)
     mean = rows.of(meet) @ (outside.mean + rows.of(outside.cov) @ pull)
     # r u given z_(b-1) and everything: precision I + root' info root, where a small noise has cancelled
-    told = leaves.root.mT @ outside.info
-    eye = torch.eye(told.shape[-1], dtype=told.dtype, device=told.device)
-    factor = cholesky(eye + _symmetric(told @ leaves.root))
-    slope = torch.cholesky_solve(leaves.slope + told @ blocks.step, factor)
-    right = leaves.white + rows.of(leaves.root).mT @ outside.pull - rows.of(told) @ blocks.start[..., None]
+    pulled = leaves.root.mT @ outside.info
+    eye = torch.eye(pulled.shape[-1], dtype=pulled.dtype, device=pulled.device)
+    factor = cholesky(eye + _symmetric(pulled @ leaves.root))
+    slope = torch.cholesky_solve(leaves.slope + pulled @ blocks.step, factor)
+    right = leaves.white + rows.of(leaves.root).mT @ outside.pull - rows.of(pulled) @ blocks.start[..., None]
     v = torch.cholesky_solve(right, rows.of(factor)) - rows.of(slope) @ mean
     u = torch.linalg.solve_triangular(rows.of(leaves.r), v, upper=True)
     own = torch.linalg.solve_triangular(
