@@ -30,12 +30,12 @@ from bayes_mpt.devices import own_random_state
 from bayes_mpt.factors import read_factors
 from bayes_mpt.latents import Space, space
 from bayes_mpt.predictors.given import (
-    FactorsGiven,
+    AffineBatch,
+    Factorized,
     Given,
     Mapped,
-    MapsGiven,
+    NestedRows,
     PlacedRows,
-    RowsGiven,
     SideBySide,
     Stacked,
 )
@@ -184,12 +184,12 @@ class AdaptiveNodes:
         if self.vectorised or len(u) == 1:
             nodes = self._on_plate(values) if len(u) > 1 else _node(values, 0)
             factors = read_factors(self.model, filled, self.program, nodes, len(u))
-            return FactorsGiven(factors), log_det, factors.scale
+            return Factorized(factors), log_det, factors.scale
         alone = partial(read_factors, self.model, filled, self.program)
         if self.mapped:
             return Mapped(alone, values), log_det, alone(_node(values, 0)).scale
         parts = [alone(_node(values, s)) for s in range(len(u))]
-        return Stacked(tuple(FactorsGiven(f) for f in parts)), log_det, parts[0].scale
+        return Stacked(tuple(Factorized(f) for f in parts)), log_det, parts[0].scale
 
     def given(
         self, args: tuple[Any, ...], filled: tuple[Any, ...], values: dict[str, Tensor]
@@ -218,7 +218,7 @@ class AdaptiveNodes:
             with own_random_state():  # the others are drawn, and do not matter
                 trace = run(FixedSites(self.model, node, hide=False), filled)
             priors.append(_log_prior(trace, latents, filled[0]))
-        return MapsGiven(tuple(maps)), log_det + torch.stack(priors), maps[0].scale
+        return AffineBatch(tuple(maps)), log_det + torch.stack(priors), maps[0].scale
 
     def _on_plate(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Values (S, ...) for a run on a plate of nodes, left of all plates."""
@@ -567,11 +567,11 @@ class _Rows:
             how.append(f"{', '.join(self.adaptive.program.discrete)} summed out")
         return "; ".join(how) + ("; node by node" if self.adaptive.one_by_one else "")
 
-    def given(self, args: tuple[Any, ...], filled: tuple[Any, ...], held: dict[str, Tensor]) -> RowsGiven:
+    def given(self, args: tuple[Any, ...], filled: tuple[Any, ...], held: dict[str, Tensor]) -> NestedRows:
         """The rows at S values (S, ...) of the latents of the data set."""
         place = partial(self._place, args, filled, held)
         n_nodes = len(next(iter(held.values())))
-        return RowsGiven(place, self.cells.to(filled[0].device), n_nodes)
+        return NestedRows(place, self.cells.to(filled[0].device), n_nodes)
 
     def _place(
         self,

@@ -12,7 +12,7 @@ from bayes_mpt.affine import cycle, same_by_label
 from bayes_mpt.densities import log_density
 from bayes_mpt.devices import own_random_state
 from bayes_mpt.factors import read_factors
-from bayes_mpt.predictors.given import FactorsGiven, MapsGiven
+from bayes_mpt.predictors.given import AffineBatch, Factorized
 from bayes_mpt.predictors.linear_gaussian import LinearGaussian
 from bayes_mpt.predictors.nodes import FixedSites, Nodes, Read, Reader, program_values
 from bayes_mpt.tracing import (
@@ -48,7 +48,7 @@ class _Enumerated(Reader):
         value = program_values(self.model, args, filled, self.program)
         zero = value.new_zeros(1, factors.n_rows)
         return Read(
-            FactorsGiven(factors), zero, value, factors.scale, value.new_zeros(1, factors.n_rows, 0), ()
+            Factorized(factors), zero, value, factors.scale, value.new_zeros(1, factors.n_rows, 0), ()
         )
 
 
@@ -114,12 +114,12 @@ class _Maps(Reader):
                 if self.program.scores_input
                 else program_values(self.model, args, filled, self.program)
             )
-            given, scale = MapsGiven(together=together), together.scale
+            given, scale = AffineBatch(together=together), together.scale
         else:
             labels = [torch.full((len(args[0]),), s, device=args[0].device) for s in range(self.n_nodes)]
             maps = tuple(self.maps.read((*args, label)) for label in labels)
             log_weight = torch.stack([self._log_prior(filled, label) for label in labels])  # (S, N)
-            value, given, scale = maps[0].value, MapsGiven(maps), maps[0].scale
+            value, given, scale = maps[0].value, AffineBatch(maps), maps[0].scale
         # which value each site has at each node, a block of columns for each site
         blocks = [v.unique(return_inverse=True)[1] for v in self.values.values()]
         one_hot = torch.cat([torch.nn.functional.one_hot(b) for b in blocks], -1).to(log_weight)

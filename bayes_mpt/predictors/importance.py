@@ -22,7 +22,7 @@ from bayes_mpt.diagnostics import BAD_K, pareto_k
 from bayes_mpt.factors import read_factors
 from bayes_mpt.predictors.adaptive import AdaptiveNodes, degrees_of, log_t
 from bayes_mpt.predictors.base import Evidence, Guide, Predictor
-from bayes_mpt.predictors.given import FactorsGiven, Given, Mapped, Stacked
+from bayes_mpt.predictors.given import Factorized, Given, Mapped, Stacked
 from bayes_mpt.predictors.nodes import Nodes, Read, Reader, constrained, nodes_first, program_values
 from bayes_mpt.simulation import simulate
 from bayes_mpt.tracing import (
@@ -482,7 +482,7 @@ class GuideDraws(Sampled):
         """The inner model at n draws, what of their log-density it leaves out, the scale, and tokens if it has them."""
         if self.adaptive is None and (n == 1 or not self.mapped):
             factors = read_factors(self.model, filled, self.program, values, n)
-            return FactorsGiven(factors), 0.0, factors.scale, factors.value
+            return Factorized(factors), 0.0, factors.scale, factors.value
         rows = n_rows_of(self.program, filled)
         plain = {}
         for site in self.program.latents:

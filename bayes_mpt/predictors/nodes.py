@@ -2,9 +2,9 @@
 
     Z(R) = sum_s w_s p(x_R | u_s),    log p(x_i | x_R) = log Z(R + i) - log Z(R),    Z(nothing) = 1
 
-The inner model answers for all nodes at once: `FactorsGiven` from the program's own log-densities, discrete latents
-summed out; `MapsGiven` from one linear-Gaussian map a node; `RowsGiven` from nodes in each row. Nodes are shared along
-a chain, so that it telescopes: its sum is log Z of all tokens, the importance-weighted bound where the nodes are
+The inner model answers for all nodes at once: `Factorized` from the program's own log-densities, discrete latents
+summed out; `AffineBatch` from one linear-Gaussian map a node; `NestedRows` from nodes in each row. Nodes are shared
+along a chain, so that it telescopes: its sum is log Z of all tokens, the importance-weighted bound where the nodes are
 sampled.
 """
 
