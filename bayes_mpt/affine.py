@@ -595,7 +595,10 @@ def _map_copies(
     values: dict[str, Tensor],
     priors: tuple[Latent, ...],
 ) -> tuple[_Runs, Tensor, float]:
-    """`_run_copies` of a program that takes no further axes: its maps, log-densities of ``priors``, and scale."""
+    """`_run_copies` of a program that does not broadcast over leading batch dimensions.
+
+    Its maps, log-densities of ``priors``, and scale.
+    """
     n_rows, scales = _batch(structure, filled), []
 
     def alone(node: dict[str, Tensor], z: Tensor) -> tuple[Tensor, ...]:

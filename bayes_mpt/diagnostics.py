@@ -1,4 +1,4 @@
-"""Whether an error can be believed: spread of replicates and of orders, the tail of importance weights."""
+"""Whether an error is reliable: spread of replicates and of orders, the tail of importance weights."""
 
 from __future__ import annotations
 

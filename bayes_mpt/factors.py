@@ -261,7 +261,7 @@ class Factors(NamedTuple):
         )  # the largest tensor of a run: not copied
 
     def _left(self, t: _Tokens) -> int:
-        """Axes to the left of nodes and plates: those of enumerated sites."""
+        """Leading dimensions before nodes and plates: those of enumerated sites."""
         depth = -min([d for d, s in t.symbols.items() if s not in self.summed], default=0)
         return max(0, t.log_prob.ndim - t.n_event - depth)
 

@@ -99,7 +99,7 @@ def training_masks(predictor: Conditionals, policy: Policy, x: Tensor, generator
 
 @dataclass(frozen=True)
 class ScoreEstimate:
-    """Log marginal likelihood of each row, with what it takes to believe it."""
+    """Log marginal likelihood of each row, with what shows whether it is reliable."""
 
     lml: NDArray[np.float64]
     """(N,) nats."""

@@ -211,7 +211,7 @@ class SideBySide(Given):
 
 @dataclass(frozen=True)
 class Mapped(Given):
-    """`Factorized` of a program that takes no further axes (``x @ w``): every node as if alone, all in one pass."""
+    """`Factorized` of a program that does not broadcast over leading batch dimensions (``x @ w``): by `torch.vmap`."""
 
     factors: Callable[[dict[str, Tensor]], Factors]
     """Of one node."""
