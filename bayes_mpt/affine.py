@@ -5,7 +5,7 @@ random points 1, 10 and 100 prior standard deviations away. What comes out is
 
     x = loc + loading u + e,    u ~ N(0, I_K),    e ~ N(0, diag(noise)),    z = latent_loc + latent_root u
 
-`structure` does this once and finds out how the program may be read; `read` does it at every step of a training,
+`affine_form` does this once and finds out how the program may be read; `read` does it at every step of a training,
 with gradients to the program's parameters. Both take a `Way` of reading: `Dense` here, one probe for every latent;
 where sites look at few latents each, `bayes_mpt.sparse.Sparse`.
 """
@@ -61,18 +61,18 @@ from bayes_mpt.tracing import (
 )
 
 __all__ = [
+    "AffineForm",
     "Dense",
+    "DenseMap",
     "Map",
     "NotAffine",
-    "Reading",
-    "Structure",
     "Way",
+    "affine_form",
     "cycle",
     "latent_values",
     "read",
     "read_side_by_side",
     "same_by_label",
-    "structure",
     "token_means",
     "tokens_of",
 ]
@@ -87,7 +87,7 @@ class NotAffine(ModelError):
     """The program is not linear-Gaussian given its parameters; it may be scored in another way."""
 
 
-class Structure(NamedTuple):
+class AffineForm(NamedTuple):
     """What a program is made of; found once."""
 
     sites: tuple[str, ...]
@@ -98,11 +98,11 @@ class Structure(NamedTuple):
     rows_plate: str | None
     by_row: bool
     """True: latents are per row, tokens are the features of a row. False: all observations are ONE vector."""
-    own_rows: bool
+    per_row: bool
     """True: the map differs between rows (covariates, offsets), so the program is read on the real batch."""
-    observed_arg: int | None
+    observed_argument: int | None
     """Position of the argument that the observed site's value equals; None if it is a transformation."""
-    plain: bool
+    scores_input: bool
     """The value is that argument itself and nothing is scaled: `read` need not run the real batch."""
     sub_rows: int | None
     """Rows that a sub-sampling plate draws; None where the program takes all rows it is given."""
@@ -115,7 +115,7 @@ class Structure(NamedTuple):
     row_axes: tuple[int | None, ...]
     """The axis of the rows plate in the value of each observed site."""
     at_once: bool = False
-    """With ``own_rows``: the program broadcasts over a plate of probes, so that one run reads them all."""
+    """With ``per_row``: the program broadcasts over a plate of probes, so that one run reads them all."""
 
     @property
     def n_latents(self) -> int:
@@ -143,7 +143,7 @@ class Structure(NamedTuple):
         return tuple(site.name for site in self.latents)
 
 
-class Reading(NamedTuple):
+class DenseMap(NamedTuple):
     """The linear-Gaussian map at the current parameters. B is 1 (shared by all rows) or N."""
 
     loc: Tensor
@@ -205,19 +205,19 @@ class Map(Protocol):
 class Way(Protocol):
     """How the map is found."""
 
-    def admit(self, structure: Structure) -> None:
+    def check_applicable(self, structure: AffineForm) -> None:
         """Say by an error of its own that the way is not meant for such a program."""
 
-    def on_probes(self, model: Model, args: tuple[Any, ...], structure: Structure) -> Any:
+    def read_shared(self, model: Model, args: tuple[Any, ...], structure: AffineForm) -> Any:
         """The map that all rows share: one run on rows that are probes."""
 
-    def on_rows(self, model: Model, args: tuple[Any, ...], structure: Structure) -> Any:
+    def read_per_row(self, model: Model, args: tuple[Any, ...], structure: AffineForm) -> Any:
         """A map for every row, or of the one vector, and its value: runs on the rows themselves."""
 
-    def first_on_rows(
-        self, model: Model, args: tuple[Any, ...], structure: Structure
-    ) -> tuple[Structure, Any]:
-        """`on_rows` for the first time, and what it finds out for the others."""
+    def first_read_per_row(
+        self, model: Model, args: tuple[Any, ...], structure: AffineForm
+    ) -> tuple[AffineForm, Any]:
+        """`read_per_row` for the first time, and what it finds out for the others."""
 
 
 class Outline(NamedTuple):
@@ -226,7 +226,7 @@ class Outline(NamedTuple):
     first: Trace
     args: tuple[Any, ...]
     """Filled; the rows of that run."""
-    structure: Structure
+    structure: AffineForm
     """As if every row had a map of its own."""
 
 
@@ -255,15 +255,15 @@ def first_look(model: Model, args: tuple[Any, ...]) -> Outline:
         _flat(_normal(n)[1].detach(), n["value"].shape, site.row_axis)[0, 0]
         for n, site in zip(nodes, latents, strict=True)
     ]
-    draft = Structure(
+    draft = AffineForm(
         sites,
         latents,
         tuple(n for n, site in first.nodes.items() if site["type"] == "param"),
         rows_plate,
         by_row,
-        own_rows=True,
-        observed_arg=_observed_arg(value, init, first.nodes[sites[0]]["value"].ndim),
-        plain=False,
+        per_row=True,
+        observed_argument=_find_observed_argument(value, init, first.nodes[sites[0]]["value"].ndim),
+        scores_input=False,
         sub_rows=n_rows if by_row and n_rows != len(init[0]) else None,
         width=value.shape[1],
         spread=torch.cat(spread) if spread else init[0].new_zeros(0),
@@ -274,13 +274,13 @@ def first_look(model: Model, args: tuple[Any, ...]) -> Outline:
 
 
 @torch.enable_grad()
-def structure(
+def affine_form(
     model: Model,
     args: tuple[Any, ...],
     way: Way | None = None,
     n_trial: int = N_TRIAL_ROWS,
     outline: Outline | None = None,
-) -> Structure:
+) -> AffineForm:
     """Run the program on real rows and find out what it is made of.
 
     Parameters
@@ -298,7 +298,7 @@ def structure(
 
     Returns
     -------
-    Structure
+    AffineForm
 
     Raises
     ------
@@ -310,7 +310,7 @@ def structure(
     first, init, draft = first_look(model, args) if outline is None else outline
     nodes, node = latent_nodes(first), first.nodes[draft.sites[0]]
     by_row = draft.by_row
-    way.admit(draft)
+    way.check_applicable(draft)
     # With covariates a map that rows share now (a slope of zero, sorted groups) need not stay shared.
     shareable = by_row and _scale(node) == 1.0 and not _covariates(init)
     trial, before, whole, reading = init, None, None, None
@@ -323,7 +323,7 @@ def structure(
     if whole is not None:
         reading = _shared_map(model, few, draft, whole, way)
     if whole is not None and reading is not None:
-        draft = draft._replace(own_rows=False, plain=draft.observed_arg is not None)
+        draft = draft._replace(per_row=False, scores_input=draft.observed_argument is not None)
         refuse_unregistered([t for n in (*observed_nodes(first), *nodes) for t in _normal(n)])
         _refuse_dependence_on_x(
             model, few, draft, whole.head(len(few[0]))
@@ -344,26 +344,26 @@ def structure(
             trial, before = init, whole  # what holds for a few rows does not hold for all
     if before is None:
         trial, before = init, _trial_run(model, init, draft)
-    draft, reading = way.first_on_rows(model, trial, draft)
+    draft, reading = way.first_read_per_row(model, trial, draft)
     refuse_unregistered([t for n in (*observed_nodes(first), *nodes) for t in _normal(n)])
     _refuse_dependence_on_x(model, trial, draft, before)
     _compare_with_program(draft, reading, before)
     return draft
 
 
-def read(model: Model, args: tuple[Any, ...], structure: Structure, way: Way | None = None) -> Any:
+def read(model: Model, args: tuple[Any, ...], structure: AffineForm, way: Way | None = None) -> Any:
     """Read the program's map at its current parameters, with gradients to them.
 
     Dense: one run on K + 4 probe rows where all rows share the map. Elsewhere one run on the real batch for each probe,
     or one for all if the program broadcasts over a plate of probes.
     """
     way = Dense() if way is None else way
-    if structure.own_rows:
-        return way.on_rows(model, args, structure)
-    reading = way.on_probes(model, args, structure)
-    if structure.plain:
-        assert structure.observed_arg is not None
-        return reading._replace(value=args[structure.observed_arg])
+    if structure.per_row:
+        return way.read_per_row(model, args, structure)
+    reading = way.read_shared(model, args, structure)
+    if structure.scores_input:
+        assert structure.observed_argument is not None
+        return reading._replace(value=args[structure.observed_argument])
     sites = _prior_means(structure, args)
     trace = run(model, tuple(fill(a) for a in args), sites)
     value = _value(model, args, structure, trace, sites)
@@ -386,24 +386,24 @@ def token_means(
 class Dense:
     """One probe for every latent."""
 
-    def admit(self, structure: Structure) -> None:
+    def check_applicable(self, structure: AffineForm) -> None:
         pass
 
-    def on_probes(self, model: Model, args: tuple[Any, ...], structure: Structure) -> Reading:
+    def read_shared(self, model: Model, args: tuple[Any, ...], structure: AffineForm) -> DenseMap:
         return _read_probes(model, args, structure)
 
-    def on_rows(self, model: Model, args: tuple[Any, ...], structure: Structure) -> Reading:
+    def read_per_row(self, model: Model, args: tuple[Any, ...], structure: AffineForm) -> DenseMap:
         return _read_rows(model, args, structure)
 
-    def first_on_rows(
-        self, model: Model, args: tuple[Any, ...], structure: Structure
-    ) -> tuple[Structure, Reading]:
+    def first_read_per_row(
+        self, model: Model, args: tuple[Any, ...], structure: AffineForm
+    ) -> tuple[AffineForm, DenseMap]:
         together = _all_probes(model, args, structure)
         structure = structure._replace(at_once=together is not None)
         return structure, _read_rows(model, args, structure) if together is None else together
 
 
-def _read_probes(model: Model, args: tuple[Any, ...], structure: Structure) -> Reading:
+def _read_probes(model: Model, args: tuple[Any, ...], structure: AffineForm) -> DenseMap:
     """All probes in one run: row 0 has z = 0, rows 1..K a unit vector each, the last three are random."""
     n_latents = structure.n_latents
     n_probes = n_latents + 1 + N_CHECKS
@@ -451,7 +451,7 @@ class _Runs(NamedTuple):
         )
 
 
-def _read_rows(model: Model, args: tuple[Any, ...], structure: Structure) -> Reading:
+def _read_rows(model: Model, args: tuple[Any, ...], structure: AffineForm) -> DenseMap:
     """The real batch at every probe: every row, or the one vector, has a map of its own."""
     filled = tuple(fill(a) for a in args)
     probes = _probes(structure, filled[0])  # (P, K)
@@ -470,11 +470,11 @@ def _read_rows(model: Model, args: tuple[Any, ...], structure: Structure) -> Rea
 def read_side_by_side(
     model: Model,
     args: tuple[Any, ...],
-    structure: Structure,
+    structure: AffineForm,
     values: dict[str, Tensor],
     priors: tuple[Latent, ...],
     depth: int | None,
-) -> tuple[Reading, Tensor]:
+) -> tuple[DenseMap, Tensor]:
     """The maps at S nodes, whose values (S, ...) of further latents are given, and log p of the ``priors`` there.
 
     ``structure`` is that of the program at one node. B of the reading is S times N, node after node; the log-density is
@@ -486,7 +486,7 @@ def read_side_by_side(
     n_probes, n_rows = len(probes), _batch(structure, filled)
     n_nodes = len(next(iter(values.values())))
     # rows that share a map, with nothing of their own among the values, are read on rows that are the probes
-    shared = structure.by_row and not structure.own_rows and all(p.row_axis is None for p in priors)
+    shared = structure.by_row and not structure.per_row and all(p.row_axis is None for p in priors)
     if shared:
         rows = tuple(fill(cycle(a, n_probes)) for a in args)
         z = probes.expand(n_nodes, -1, -1)
@@ -509,10 +509,10 @@ def read_side_by_side(
     return reading._replace(scale=scale, value=filled[0]), log_prior[0]
 
 
-def _each_row(reading: Reading, n_rows: int) -> Reading:
+def _each_row(reading: DenseMap, n_rows: int) -> DenseMap:
     """The same map for each of so many rows."""
     loc, loading, noise, latent_loc, root = (t.repeat_interleave(n_rows, 0) for t in reading[:5])
-    return Reading(loc, loading, noise, latent_loc, root, reading.scale, reading.value)
+    return DenseMap(loc, loading, noise, latent_loc, root, reading.scale, reading.value)
 
 
 def _log_prior(trace: Trace, latents: tuple[Latent, ...], n_copies: int, like: Tensor) -> Tensor:
@@ -527,7 +527,7 @@ def _log_prior(trace: Trace, latents: tuple[Latent, ...], n_copies: int, like: T
 
 
 def _run_apart(
-    model: Model, filled: tuple[Any, ...], structure: Structure, probes: Tensor
+    model: Model, filled: tuple[Any, ...], structure: AffineForm, probes: Tensor
 ) -> tuple[_Runs, Trace]:
     """One run for each probe; and the first."""
     n_rows = _batch(structure, filled)
@@ -545,7 +545,7 @@ def _sub_sample(trace: Trace) -> dict[str, Tensor]:
 
 
 def _run_at_once(
-    model: Model, filled: tuple[Any, ...], structure: Structure, probes: Tensor
+    model: Model, filled: tuple[Any, ...], structure: AffineForm, probes: Tensor
 ) -> tuple[_Runs, Trace]:
     """One run for all probes, or for as many as memory will bear; and the first."""
     n_rows = _batch(structure, filled)
@@ -565,7 +565,7 @@ def _run_at_once(
 def _run_copies(
     model: Model,
     filled: tuple[Any, ...],
-    structure: Structure,
+    structure: AffineForm,
     z: Tensor,
     depth: int,
     values: dict[str, Tensor],
@@ -590,12 +590,15 @@ def _run_copies(
 def _map_copies(
     model: Model,
     filled: tuple[Any, ...],
-    structure: Structure,
+    structure: AffineForm,
     z: Tensor,
     values: dict[str, Tensor],
     priors: tuple[Latent, ...],
 ) -> tuple[_Runs, Tensor, float]:
-    """`_run_copies` of a program that takes no further axes: its maps, log-densities of ``priors``, and scale."""
+    """`_run_copies` of a program that does not broadcast over leading batch dimensions.
+
+    Its maps, log-densities of ``priors``, and scale.
+    """
     n_rows, scales = _batch(structure, filled), []
 
     def alone(node: dict[str, Tensor], z: Tensor) -> tuple[Tensor, ...]:
@@ -609,7 +612,7 @@ def _map_copies(
     return _Runs(*runs, *[None] * (5 - len(runs))), log_prior, scales[0]
 
 
-def _all_probes(model: Model, args: tuple[Any, ...], structure: Structure) -> Reading | None:
+def _all_probes(model: Model, args: tuple[Any, ...], structure: AffineForm) -> DenseMap | None:
     """The map from one run at all probes, if that gives what runs apart give at the three random ones."""
     if structure.sub_rows is not None:
         return None  # other rows in every run
@@ -629,7 +632,7 @@ def _all_probes(model: Model, args: tuple[Any, ...], structure: Structure) -> Re
     return _map_of(together, probes, structure)
 
 
-def _map_of(runs: _Runs, probes: Tensor, structure: Structure) -> Reading:
+def _map_of(runs: _Runs, probes: Tensor, structure: AffineForm) -> DenseMap:
     """The affine map through the first K + 1 probes, checked at the others."""
     where = f"observed site {structure.observed!r}"
     _check_constant(runs.scale, where)
@@ -645,7 +648,7 @@ def _map_of(runs: _Runs, probes: Tensor, structure: Structure) -> Reading:
     return _with_correlated_noise(reading, runs.noise_root[0].expand(len(loc), -1, -1))
 
 
-def _probes(structure: Structure, like: Tensor) -> Tensor:
+def _probes(structure: AffineForm, like: Tensor) -> Tensor:
     """(K + 4, K): zeros, the unit vectors, and three random points, in units of the prior's spread."""
     spread = structure.spread.to(like)
     unit = torch.diag(spread)
@@ -659,7 +662,7 @@ def random_points(spread: Tensor) -> Tensor:
     return random * torch.tensor([1.0, 10.0, 100.0]).to(spread)[:, None] * spread
 
 
-def _affine(y: Tensor, probes: Tensor, structure: Structure, where: str) -> tuple[Tensor, Tensor]:
+def _affine(y: Tensor, probes: Tensor, structure: AffineForm, where: str) -> tuple[Tensor, Tensor]:
     """y (P, B, D) at the probes (P, K) -> intercept (B, D) and slope (B, D, K), checked at the random points."""
     n_latents = probes.shape[1]
     intercept = y[0]
@@ -675,7 +678,7 @@ def _affine(y: Tensor, probes: Tensor, structure: Structure, where: str) -> tupl
 
 
 def check_affine(
-    got: Tensor, want: Tensor, size: Tensor, structure: Structure, where: str, finite: bool = True
+    got: Tensor, want: Tensor, size: Tensor, structure: AffineForm, where: str, finite: bool = True
 ) -> None:
     """Means at random points (P, ...) must be what the map says, up to rounding in parts of this size."""
     finite = finite and bool(torch.isfinite(got).all())
@@ -694,7 +697,7 @@ def check_affine(
 
 def integrate_prior(
     loc: Tensor, loading: Tensor, noise: Tensor, b: Tensor, slope: Tensor, root: Tensor, like: Tensor
-) -> Reading:
+) -> DenseMap:
     """Latents may depend on earlier ones: z = b + A z + R u, so z = (I - A)^-1 (b + R u)."""
     n_latents = b.shape[-1]
     if n_latents and bool((slope != 0).any()):
@@ -703,10 +706,10 @@ def integrate_prior(
         root = torch.linalg.solve(left, root)
     # x = loc + loading z + e = (loc + loading b) + (loading R) u + e
     loc = loc + (loading @ b[..., None])[..., 0]
-    return Reading(loc, loading @ root, noise, b, root, 1.0, like)
+    return DenseMap(loc, loading @ root, noise, b, root, 1.0, like)
 
 
-def _with_correlated_noise(reading: Reading, tril: Tensor) -> Reading:
+def _with_correlated_noise(reading: DenseMap, tril: Tensor) -> DenseMap:
     loading, noise = _split_noise(tril, reading.noise.sqrt())
     return reading._replace(loading=torch.cat([reading.loading, loading], -1), noise=noise)
 
@@ -747,7 +750,7 @@ def _tokens_of(parts: list[Tensor], row_axes: tuple[int | None, ...]) -> Tensor:
     return torch.cat([rows_first(p, axis) for p, axis in zip(parts, row_axes, strict=True)], 1)
 
 
-def _batch(structure: Structure, args: tuple[Any, ...]) -> int:
+def _batch(structure: AffineForm, args: tuple[Any, ...]) -> int:
     """Rows that a run on these arguments has."""
     if not structure.by_row:
         return 1
@@ -763,7 +766,7 @@ def _flat(t: Tensor, shape: torch.Size, row_axis: int | None, n_copies: int = 1)
     return t.movedim(row_axis + 1, 1).reshape(n_copies, shape[row_axis], -1)
 
 
-def latent_values(structure: Structure, z: Tensor) -> dict[str, Tensor]:
+def latent_values(structure: AffineForm, z: Tensor) -> dict[str, Tensor]:
     """z (n_rows, K) as values of the latent sites."""
     values, start = {}, 0
     for site in structure.latents:
@@ -777,7 +780,7 @@ def latent_values(structure: Structure, z: Tensor) -> dict[str, Tensor]:
     return values
 
 
-def _prior_means(structure: Structure, args: tuple[Any, ...]) -> dict[str, Tensor]:
+def _prior_means(structure: AffineForm, args: tuple[Any, ...]) -> dict[str, Tensor]:
     like = args[0]
     return latent_values(structure, like.new_zeros(_batch(structure, args), structure.n_latents))
 
@@ -796,7 +799,7 @@ def _normal(node: dict[str, Any]) -> tuple[Tensor, Tensor]:
     )
 
 
-def _correlated_noise(trace: Trace, structure: Structure, n_copies: int = 1) -> Tensor | None:
+def _correlated_noise(trace: Trace, structure: AffineForm, n_copies: int = 1) -> Tensor | None:
     """Lower factors (P, B, T, T) of the covariance of tokens that are one MultivariateNormal; None of others."""
     node = trace.nodes[structure.sites[0]]
     fn, value = base(node["fn"]), node["value"]
@@ -829,7 +832,7 @@ def _split_noise(tril: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     return scale[..., None] * torch.linalg.cholesky(rest), left * scale.square()
 
 
-def _runs_of(trace: Trace, structure: Structure, n_copies: int = 1) -> _Runs:
+def _runs_of(trace: Trace, structure: AffineForm, n_copies: int = 1) -> _Runs:
     return _Runs(
         *_token_normal(trace, structure, n_copies),
         *_latent_normal(trace, structure, n_copies),
@@ -843,7 +846,7 @@ def _joined(runs: list[_Runs]) -> _Runs:
     return _Runs(torch.cat(loc), torch.cat(scale), torch.cat(latent_loc), torch.cat(latent_root), tril)
 
 
-def _token_normal(trace: Trace, structure: Structure, n_copies: int = 1) -> tuple[Tensor, Tensor]:
+def _token_normal(trace: Trace, structure: AffineForm, n_copies: int = 1) -> tuple[Tensor, Tensor]:
     """Means and scales of the tokens (P, B, T)."""
     locs: list[Tensor] = []
     scales: list[Tensor] = []
@@ -854,14 +857,14 @@ def _token_normal(trace: Trace, structure: Structure, n_copies: int = 1) -> tupl
     return torch.cat(locs, -1), torch.cat(scales, -1)
 
 
-def tokens_of(trace: Trace, structure: Structure | Program) -> Tensor:
+def tokens_of(trace: Trace, structure: AffineForm | Program) -> Tensor:
     """Values of the tokens of a run (N, T), of a program that was found to be linear-Gaussian or of another."""
     if isinstance(structure, Program):
         return token_values(trace, structure)
     return _tokens_of([trace.nodes[name]["value"] for name in structure.sites], structure.row_axes)
 
 
-def latent_parts(trace: Trace, structure: Structure, n_copies: int = 1) -> tuple[Tensor, list[Tensor]]:
+def latent_parts(trace: Trace, structure: AffineForm, n_copies: int = 1) -> tuple[Tensor, list[Tensor]]:
     """Of the latents given the earlier ones: means (P, B, K), and a root of each site's covariance.
 
     Standard deviations (P, B, width) of independent ones, lower factors (P, B, events, D, D) of others.
@@ -885,7 +888,7 @@ def latent_parts(trace: Trace, structure: Structure, n_copies: int = 1) -> tuple
     return torch.cat(locs, -1) if locs else value.new_zeros(*lead, 0), roots
 
 
-def _latent_normal(trace: Trace, structure: Structure, n_copies: int = 1) -> tuple[Tensor, Tensor]:
+def _latent_normal(trace: Trace, structure: AffineForm, n_copies: int = 1) -> tuple[Tensor, Tensor]:
     """Means (P, B, K) and block-diagonal roots (P, B, K, K) of the latents given the earlier ones."""
     loc, parts = latent_parts(trace, structure, n_copies)
     blocks: list[Tensor] = []
@@ -906,7 +909,7 @@ def _scale(node: dict[str, Any]) -> float:
 
 
 def _value(
-    model: Model, args: tuple[Any, ...], structure: Structure, trace: Trace, sites: dict[str, Tensor]
+    model: Model, args: tuple[Any, ...], structure: AffineForm, trace: Trace, sites: dict[str, Tensor]
 ) -> Tensor:
     """The observed value as (N, T): a token that is computed from a missing cell is missing."""
     for name in structure.sites:
@@ -948,7 +951,7 @@ def _value(
     return value
 
 
-def _observed_arg(value: Tensor, args: tuple[Any, ...], ndim: int) -> int | None:
+def _find_observed_argument(value: Tensor, args: tuple[Any, ...], ndim: int) -> int | None:
     """Which argument the tokens are; ``ndim`` of the first site's value tells a table from a vector."""
     for i, a in enumerate(args):
         if (
@@ -964,18 +967,18 @@ def _observed_arg(value: Tensor, args: tuple[Any, ...], ndim: int) -> int | None
 
 
 def _without_false_argument(
-    model: Model, args: tuple[Any, ...], structure: Structure, first: Trace
-) -> Structure:
+    model: Model, args: tuple[Any, ...], structure: AffineForm, first: Trace
+) -> AffineForm:
     """Missing cells of the argument that the tokens are must be missing there too, or the tokens are not it."""
-    if structure.observed_arg is None:
+    if structure.observed_argument is None:
         return structure
-    trace, holes = run_with_holes(model, args, structure.observed_arg, first)
+    trace, holes = run_with_holes(model, args, structure.observed_argument, first)
     if trace is None:
         return structure
     shown = _tokens_of([own_shown(trace.nodes[name]) for name in structure.sites], structure.row_axes)
     if torch.equal(tokens_of(trace, structure).isnan(), holes) and bool((shown | holes).all()):
         return structure
-    return structure._replace(observed_arg=None)
+    return structure._replace(observed_argument=None)
 
 
 # ---------------------------------------------------------------------------------------------------------- the checks
@@ -999,7 +1002,7 @@ class _Trial(NamedTuple):
         return _Trial(self.trace, *(t[:n_rows] for t in self[1:]))
 
 
-def _trial_run(model: Model, args: tuple[Any, ...], structure: Structure, z: Tensor | None = None) -> _Trial:
+def _trial_run(model: Model, args: tuple[Any, ...], structure: AffineForm, z: Tensor | None = None) -> _Trial:
     """The program on these rows at latents z; by default one standard deviation away, no two rows alike."""
     if z is None:
         n_rows = _batch(structure, args)
@@ -1020,22 +1023,22 @@ def _covariates(args: tuple[Any, ...]) -> bool:
     return len(with_rows) > 1
 
 
-def _shared_map(model: Model, args: tuple[Any, ...], structure: Structure, before: _Trial, way: Way) -> Any:
+def _shared_map(model: Model, args: tuple[Any, ...], structure: AffineForm, before: _Trial, way: Way) -> Any:
     """The map read from probe rows, if the real rows have the same one; else None."""
     try:
-        reading = way.on_probes(model, args, structure)
+        reading = way.read_shared(model, args, structure)
     except (RuntimeError, ValueError, IndexError):
         return None  # the program does not take K + 4 rows, or they differ
     return reading if _same_map(reading, before) else None
 
 
 def same_by_label(
-    model: Model, args: tuple[Any, ...], structure: Structure, reading: Reading, label: Tensor
+    model: Model, args: tuple[Any, ...], structure: AffineForm, reading: DenseMap, label: Tensor
 ) -> bool:
     """Whether each of these rows has the map that its label (N,) numbers among the B of the reading."""
     filled = tuple(fill(a) for a in args)
     loc, loading, noise, latent_loc, root = (t[label] for t in reading[:5])
-    of_rows = Reading(loc, loading, noise, latent_loc, root, reading.scale, reading.value)
+    of_rows = DenseMap(loc, loading, noise, latent_loc, root, reading.scale, reading.value)
     return _same_map(of_rows, _trial_run(model, filled, structure))
 
 
@@ -1048,7 +1051,7 @@ def _same_map(reading: Map, before: _Trial) -> bool:
 
 
 def _refuse_dependence_on_x(
-    model: Model, args: tuple[Any, ...], structure: Structure, before: _Trial
+    model: Model, args: tuple[Any, ...], structure: AffineForm, before: _Trial
 ) -> None:
     """The map may not look at the tokens, nor one row at other rows: change x and see what moves."""
     if structure.sub_rows is not None:
@@ -1077,7 +1080,7 @@ def _refuse_dependence_on_x(
                     )
                 if not structure.by_row or len(arg) != len(before.value) or len(arg) < 2:
                     break
-                if position == structure.observed_arg and torch.equal(after.value, changed_arg):
+                if position == structure.observed_argument and torch.equal(after.value, changed_arg):
                     break  # the tokens are this argument, and nothing else moved with it: no row looks at another
                 keep = len(arg) // 2
                 late = torch.cat([arg[:keep], changed_arg[keep:]])
@@ -1108,7 +1111,7 @@ def _changes(arg: Tensor) -> list[Tensor]:
     return [(4 * random - 2) * size - arg, arg * (1 + 0.5 * random)]
 
 
-def _after(model: Model, args: tuple[Any, ...], structure: Structure, z: Tensor) -> _Trial | None:
+def _after(model: Model, args: tuple[Any, ...], structure: AffineForm, z: Tensor) -> _Trial | None:
     try:
         after = _trial_run(model, args, structure, z)
     except (RuntimeError, ValueError, IndexError):
@@ -1116,7 +1119,7 @@ def _after(model: Model, args: tuple[Any, ...], structure: Structure, z: Tensor)
     return after if all(bool(torch.isfinite(t).all()) for t in after[2:]) else None
 
 
-def _compare_with_program(structure: Structure, reading: Map, before: _Trial) -> None:
+def _compare_with_program(structure: AffineForm, reading: Map, before: _Trial) -> None:
     """The map must give the very log-density that the program gives itself."""
     trace, z = before.trace, before.z
     with torch.no_grad():

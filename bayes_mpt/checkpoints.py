@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 FORMAT = "bayes_mpt 1"
-MOST_HEADER = 2**28  # bytes
+MAX_HEADER = 2**28  # bytes
 ZEROS = "0" * 64
 SUFFIX = ".safetensors"
 
@@ -132,7 +132,7 @@ def decode(raw: bytes, kind: str) -> dict[str, Any]:
     if raw[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
         raise DamagedError("it is a pickle, a zip or of an older version, none of which is opened")
     length = int.from_bytes(raw[:8], "little")
-    if length > min(len(raw) - 8, MOST_HEADER) or raw[8:9] != b"{":
+    if length > min(len(raw) - 8, MAX_HEADER) or raw[8:9] != b"{":
         raise DamagedError("it is not a file of ours, or cut off")
     try:
         header = json.loads(raw[8 : 8 + length])

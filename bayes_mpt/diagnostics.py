@@ -1,4 +1,4 @@
-"""Whether an error can be believed: spread of replicates and of orders, the tail of importance weights."""
+"""Whether an error is reliable: spread of replicates and of orders, the tail of importance weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 __all__ = ["BAD_K", "disagreement", "pareto_k", "replicate_error"]
 
-LEAST_TAIL = 20  # weights to fit a tail to
+MIN_TAIL = 20  # weights to fit a tail to
 BAD_K = 0.7  # above it the error is unreliable (Vehtari et al. 2024)
 
 
@@ -46,7 +46,7 @@ def pareto_k(log_weight: NDArray[np.float64]) -> NDArray[np.float64]:
     """
     n_draws, n_rows = log_weight.shape
     n_tail = int(min(n_draws / 5, 3 * math.sqrt(n_draws)))
-    if n_tail < LEAST_TAIL:
+    if n_tail < MIN_TAIL:
         return np.full(n_rows, np.nan)
     ordered = np.sort(log_weight - log_weight.max(0), axis=0)
     cut = np.exp(ordered[-n_tail - 1])

@@ -36,9 +36,8 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from bayes_mpt import training
-from bayes_mpt.affine import Reading, token_means, tokens_of
+from bayes_mpt.affine import DenseMap, token_means, tokens_of
 from bayes_mpt.atomic import all_or_nothing, restored_on_failure
-from bayes_mpt.concentrated import NoiseFloorError, spectrum
 from bayes_mpt.criteria import n_free_parameters
 from bayes_mpt.devices import (
     at_once,
@@ -75,7 +74,7 @@ from bayes_mpt.location import location_parameter
 from bayes_mpt.masks import PermutationChain, Policy
 from bayes_mpt.models import PPCA
 from bayes_mpt.models.checks import CheckedModel
-from bayes_mpt.moments import Table, far_means
+from bayes_mpt.moments import SufficientStatistics, far_means
 from bayes_mpt.predictors import (
     Conditionals,
     Evidence,
@@ -85,11 +84,12 @@ from bayes_mpt.predictors import (
     Predictor,
     choose,
 )
-from bayes_mpt.predictors.annealed import Annealed, AnnealedImportance, Bounds
+from bayes_mpt.predictors.annealed import Annealed, AnnealedImportance, Bracket
 from bayes_mpt.predictors.base import together
 from bayes_mpt.predictors.new_rows import growing, means_of_new
 from bayes_mpt.predictors.nodes import Nodes
 from bayes_mpt.predictors.self_predictive import sees_all
+from bayes_mpt.profile import NoiseFloorError, spectrum
 from bayes_mpt.progress import Line, part, tell
 from bayes_mpt.repeats import repeated_columns
 from bayes_mpt.rows import (
@@ -97,13 +97,13 @@ from bayes_mpt.rows import (
     as_tensor,
     check_program,
     digest,
-    grow_table,
     refuse_constant,
     refuse_empty,
     refuse_missing,
     refuse_one_row,
     refuse_unobserved,
     takes_y,
+    update_statistics,
 )
 from bayes_mpt.score import ScoreEstimate, estimate
 from bayes_mpt.serial import left_as_found, methods_take_turns, turn
@@ -266,8 +266,10 @@ class BayesMPT(
     _shift: NDArray[np.float64] | None  # (T,) subtracted from all rows that the program sees
     _location: str | None  # the parameter to which it is added in `params_`
     _y_like: tuple[tuple[int, ...], Any] | None  # shape and type of one row's y
-    _typical: Tensor | None  # a value (T,) of each column, for a program that is told what it sees
-    _bound: Conditionals | None  # the program as it was found to be, where that does not depend on its rows
+    _fill_values: Tensor | None  # a value (T,) of each column, for a program that is conditioned on the mask
+    _analysis: (
+        Conditionals | None
+    )  # the program as it was found to be, where that does not depend on its rows
     _trained_with: int  # the seed of the training
     _random_after: list[Tensor]  # torch's random states at its end, from which its score was drawn
 
@@ -369,14 +371,14 @@ class BayesMPT(
         ):
             fitted = hasattr(self, "predictor_")
             if fitted:
-                self._come()
-            if fitted and self._table is None:
+                self._sync_device()
+            if fitted and self._statistics is None:
                 raise ValueError(
                     "partial_fit needs a program whose rows share one map; fit this one on all rows at once"
                 )
             # a fit by masks goes on from where it was; an exact one ends at the maximum over all rows in any case
             warm = fitted and self.masks is not None
-            self._fit(X, y, context, line, seen=self._table if fitted else None, warm=warm)
+            self._fit(X, y, context, line, seen=self._statistics if fitted else None, warm=warm)
         return self._whole()
 
     def _whole(self) -> Self:
@@ -392,11 +394,11 @@ class BayesMPT(
         program is made of is known already, where rows share a map. ``random_state`` is taken if it has none.
         """
         check_is_fitted(self)
-        self._come()
+        self._sync_device()
         new = clone(self)
         if new.random_state is None:
             new.random_state = random_state
-        new._like = self
+        new._template = self
         with discarded(), part(new, X, y):  # after Ctrl-C nobody would see it
             return new.fit(X, y)
 
@@ -470,14 +472,14 @@ class BayesMPT(
         context: Any,
         line: Line,
         *,
-        seen: Table | None,
+        seen: SufficientStatistics | None,
         warm: bool,
         left: dict[str, Any] | None = None,
     ) -> None:
         check_device(self.device)
         if warm and hasattr(self, "_state"):
-            self._come()
-        like: BayesMPT | None = self.__dict__.pop("_like", None)
+            self._sync_device()
+        template: BayesMPT | None = self.__dict__.pop("_template", None)
         model = PPCA() if self.model is None else self.model
         check_program(model, with_y=y is not None and takes_y(model))
         if self.guide is not None:
@@ -498,20 +500,22 @@ class BayesMPT(
         if trainer.by_epochs:
             refuse_unobserved(np.isnan(X).all(0), trainer.names)
         auto = getattr(model, "n_components", None) == "auto"
-        own_rows = (trainer.by_epochs and not auto) or with_y
+        per_row = (trainer.by_epochs and not auto) or with_y
         shift, location = (None, None) if seen is None else (self._shift, self._location)
-        table = None if own_rows else grow_table(X, seen, self.device, trainer.names, shift)
-        if table is not None and seen is None:
-            shift = far_means(table)
-            table = table if shift is None else grow_table(X, None, self.device, trainer.names, shift)
+        statistics = None if per_row else update_statistics(X, seen, self.device, trainer.names, shift)
+        if statistics is not None and seen is None:
+            shift = far_means(statistics)
+            statistics = (
+                statistics if shift is None else update_statistics(X, None, self.device, trainer.names, shift)
+            )
         known = None
-        if like is not None and like._bound is not None and not isinstance(model, torch.nn.Module):
-            known = like._bound, like._state
-        with training.one_thread(X.size if table is None else table.n_cells):
-            if table is not None and auto:
-                refuse_one_row(table.n_rows, ("n_components",))
-                refuse_constant(table)
-                model, self.selection_, at_floor = choose_dimension(model, table)
+        if template is not None and template._analysis is not None and not isinstance(model, torch.nn.Module):
+            known = template._analysis, template._state
+        with training.one_thread(X.size if statistics is None else statistics.n_cells):
+            if statistics is not None and auto:
+                refuse_one_row(statistics.n_rows, ("n_components",))
+                refuse_constant(statistics)
+                model, self.selection_, at_floor = choose_dimension(model, statistics)
                 trainer = replace(trainer, at_floor=at_floor)
                 state = None if state is not None and self.n_components_ != model.n_components else state
                 known = None
@@ -520,8 +524,8 @@ class BayesMPT(
                 with own_random_state(trainer.seed):
                     location = location_parameter(model, some, shift != 0)
                 if location is None:  # its rows cannot be told from where they lie
-                    assert table is not None
-                    table, shift = table.moved(torch.as_tensor(shift).to(table.mean)), None
+                    assert statistics is not None
+                    statistics, shift = statistics.moved(torch.as_tensor(shift).to(statistics.mean)), None
             with OwnStore() as store, own_random_state(trainer.seed):
                 predictor, args = bind(
                     model,
@@ -535,8 +539,8 @@ class BayesMPT(
                     by_epochs=trainer.by_epochs,
                     known=known,
                 )
-                self._bound = predictor if predictor.structure.plain else None
-                moments = predictor.structure.plain and isinstance(predictor, LinearGaussian)
+                self._analysis = predictor if predictor.structure.scores_input else None
+                moments = predictor.structure.scores_input and isinstance(predictor, LinearGaussian)
                 self._initial = store.initial()
                 store.begin(state)
                 refuse_subsampling(predictor, args)
@@ -559,16 +563,18 @@ class BayesMPT(
                     refuse_missing(X, trainer.names)
                     refuse_empty(y, estimated=bool(predictor.parameters))
                 if moments:
-                    if table is None:
-                        table = grow_table(X, seen, self.device, trainer.names)
+                    if statistics is None:
+                        statistics = update_statistics(X, seen, self.device, trainer.names)
                     if predictor.structure.parameters:
-                        refuse_constant(table)
+                        refuse_constant(statistics)
                     # Few rows are scored themselves; many, and those of earlier calls, through their moments.
                     raw = seen is None and len(X) <= 2 * X.shape[1]
-                    rows, weight = (as_tensor(X, model, self.device, shift), None) if raw else table.rows()
-                    problem = training.Problem(predictor, args, rows, weight, table.n_rows)
+                    rows, weight = (
+                        (as_tensor(X, model, self.device, shift), None) if raw else statistics.rows()
+                    )
+                    problem = training.Problem(predictor, args, rows, weight, statistics.n_rows)
                 else:
-                    table = None
+                    statistics = None
                     n_rows = len(X) if predictor.structure.by_row else 1
                     problem = training.Problem(predictor, args, None, None, n_rows)
                 leaves = of_program(problem)
@@ -581,7 +587,7 @@ class BayesMPT(
                         f"({predictor.why}): leave early_stopping=None"
                     )
                 if left is None:
-                    fit = trainer.train(problem, table, prior, warm=state is not None)
+                    fit = trainer.train(problem, statistics, prior, warm=state is not None)
                     if fit.interrupted:
                         store.unwind()
                         if to_be_discarded():
@@ -603,18 +609,18 @@ class BayesMPT(
                             f"{training.impossible(problem, predictor)}: "
                             f"{not_finite(sees_all(model), args)}. Check what the program computes from these"
                         )
-                    self._keep_latents(model, predictor, args, like)
-                    self._typical = filling(args[0][:MAX_INIT_ROWS]) if predictor.own_masks else None
+                    self._keep_latents(model, predictor, args, template)
+                    self._fill_values = filling(args[0][:MAX_INIT_ROWS]) if predictor.own_masks else None
                     self._state = save()
                     self._shift, self._location = shift, location
                     self.params_ = self._parameters()
                     self._y_like = (y.shape[1:], y.dtype) if y is not None else None
-                    self._table = table
+                    self._statistics = statistics
                     self._seen = args if predictor.remembers or self._growing else None
                     self._store_fit(model, guide, predictor, fit, total, se)
                     self.data_digest_ = digest(X) if seen is None else ""
                     self.complete_ = (
-                        bool(table.complete) if table is not None else not bool(np.isnan(X).any())
+                        bool(statistics.complete) if statistics is not None else not bool(np.isnan(X).any())
                     )
 
                 try:
@@ -724,7 +730,7 @@ class BayesMPT(
 
     @torch.no_grad()
     def _keep_latents(
-        self, model: Model, predictor: Conditionals, args: tuple[Any, ...], like: BayesMPT | None
+        self, model: Model, predictor: Conditionals, args: tuple[Any, ...], template: BayesMPT | None
     ) -> None:
         """What is said of latents later: those that all rows share, those that come with rows, numbers a row."""
         structure = predictor.structure
@@ -739,10 +745,10 @@ class BayesMPT(
         # numbers a row; of discrete latents one for each value, which only the posterior tells
         if predictor.remembers:
             self._n_features_out = 0
-        elif like is not None and structure is like.predictor_.structure:
-            self._n_features_out = like._n_features_out
+        elif template is not None and structure is template.predictor_.structure:
+            self._n_features_out = template._n_features_out
         elif any(site.discrete for site in structure.latents):
-            one = predictor.value[:1] if structure.plain else predictor.value
+            one = predictor.value[:1] if structure.scores_input else predictor.value
             self._n_features_out = predictor.posterior(one).mean.shape[1]
         else:
             self._n_features_out = structure.n_latents
@@ -780,7 +786,7 @@ class BayesMPT(
         self.at_map_ = bool(self.penalty)
         structure = predictor.structure
         self.n_components_ = structure.n_latents
-        if isinstance(self.predictor_, LinearGaussian) and structure.by_row and not structure.own_rows:
+        if isinstance(self.predictor_, LinearGaussian) and structure.by_row and not structure.per_row:
             reading = self.predictor_.reading
             self.components_ = reading.loading[0].mT.cpu().numpy()
             self.mean_ = self._unshifted(reading.loc[0].cpu().numpy())
@@ -808,7 +814,7 @@ class BayesMPT(
         structure = self.predictor_.structure
         if self.predictor_.remembers:
             return self._score_given_seen(X, y), 0.0
-        if structure.plain or not structure.by_row or self.predictor_.own_masks:
+        if structure.scores_input or not structure.by_row or self.predictor_.own_masks:
             with self.read_rows(X, y) as (predictor, x):
                 found = predictor.evidence(x)
                 return found.by_row.cpu().numpy(), found.se
@@ -847,14 +853,18 @@ class BayesMPT(
             raise TypeError(f"masks must be a mask policy such as UniformSize(20), got {masks!r}")
         with self.read_rows(X, y) as (predictor, x):
             few = not isinstance(predictor, LinearGaussian) or len(x) <= 2 * x.shape[1]
-            table = None if few or not predictor.structure.plain else Table(x, str(x.device))
+            statistics = (
+                None
+                if few or not predictor.structure.scores_input
+                else SufficientStatistics(x, str(x.device))
+            )
             return estimate(
                 predictor,
                 x,
                 masks,
                 n_replicates=n_replicates,
                 random_state=self._seed(),
-                curve_rows=None if table is None else table.rows(),
+                curve_rows=None if statistics is None else statistics.rows(),
             )
 
     def transform(self, X: ArrayLike, y: Any = None) -> NDArray[np.floating]:
@@ -1067,7 +1077,7 @@ class BayesMPT(
     def _simulate(self, n_rows: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Rows (N, T) from the fitted program, and the latents that made them."""
         structure = self.predictor_.structure
-        if not isinstance(structure, Program) or not structure.by_row or structure.tokens_from != 0:
+        if not isinstance(structure, Program) or not structure.by_row or structure.observed_argument != 0:
             raise ValueError(
                 f"rows can be drawn where the program observes the cells of X itself and rows are independent, which "
                 f"{self.fitted_model_!r} does not"
@@ -1093,11 +1103,11 @@ class BayesMPT(
         ------
         ValueError
             If the program does not observe the cells of X, or its tokens are not independent given nodes of latents
-            (`Importance`, `Quadrature`), unless it is told what is visible: then cells are drawn one by one.
+            (`Importance`, `Quadrature`), unless it is conditioned on the mask: then cells are drawn one by one.
         """
         check_is_fitted(self)
         structure = self.predictor_.structure
-        cells = isinstance(structure, Program) and structure.by_row and structure.tokens_from == 0
+        cells = isinstance(structure, Program) and structure.by_row and structure.observed_argument == 0
         if not (cells or self.predictor_.own_masks):
             raise ValueError(
                 f"missing cells are drawn where the program observes the cells of X, row by row, and its latents are "
@@ -1110,7 +1120,7 @@ class BayesMPT(
                 raise ValueError(f"{error}: use impute for their means") from error
         return self._unshifted(torch.cat(parts, 1).double().cpu().numpy())
 
-    def bidirectional(self, n_samples: int = 100) -> Bounds:
+    def bidirectional(self, n_samples: int = 100) -> Bracket:
         """How far off the LML is, bounded on rows simulated from the fitted model (bidirectional Monte Carlo).
 
         Annealing from the guide bounds log p(x) from below in expectation, annealing back from the latents that made
@@ -1118,7 +1128,7 @@ class BayesMPT(
 
         Returns
         -------
-        Bounds
+        Bracket
             Of each simulated row, with the mean ``gap`` and its standard error.
         """
         check_is_fitted(self)
@@ -1130,7 +1140,7 @@ class BayesMPT(
         args = (rows,)
         with self._fitted_program(args) as predictor:
             assert isinstance(predictor, Nodes) and isinstance(predictor.reader, Annealed)
-            return predictor.reader.bounds(args, latents)
+            return predictor.reader.bracket(args, latents)
 
     def get_covariance(self) -> NDArray[np.float64]:
         """Covariance of a row: W W' + diag(noise), (T, T)."""
@@ -1156,28 +1166,28 @@ class BayesMPT(
         """
         check_is_fitted(self)
         rows = self._check_rows(X, reset=False)
-        table = Table(rows, self.device, self._shift)
+        statistics = SufficientStatistics(rows, self.device, self._shift)
         shape = self.noise_shape()
         if shape is None:
             raise ValueError(
                 f"the Laplace evidence needs a factor model that declares rotations = True, got "
                 f"{self.fitted_model_!r}: use evidence='heldout'"
             )
-        if not table.complete:
+        if not statistics.complete:
             raise ValueError(
                 "the Laplace evidence needs complete rows, got missing cells: use evidence='heldout'"
             )
-        cov, k = table.covariance, self.n_components_
+        cov, k = statistics.covariance, self.n_components_
         try:
-            with training.one_thread(table.n_cells):
+            with training.one_thread(statistics.n_cells):
                 if isinstance(shape, np.ndarray):
-                    return laplace_proportional(cov, table.n, k, shape)
-                return laplace_diagonal(cov, table.n, k)
+                    return laplace_proportional(cov, statistics.n, k, shape)
+                return laplace_diagonal(cov, statistics.n, k)
         except NoiseFloorError as error:
-            rank = spectrum(cov, np.ones(len(table.mean)), 0).rank
+            rank = spectrum(cov, np.ones(len(statistics.mean)), 0).rank
             raise ValueError(
-                f"{k} latents leave no direction for the noise of these rows (n_samples = {table.n}, n_features = "
-                f"{len(table.mean)}, rank {rank}): use fewer latents, or drop columns that repeat others "
+                f"{k} latents leave no direction for the noise of these rows (n_samples = {statistics.n}, n_features = "
+                f"{len(statistics.mean)}, rank {rank}): use fewer latents, or drop columns that repeat others "
                 f"({list_names(map(str, self._names()[repeated_columns(rows)])) or 'none found'})"
             ) from error
 
@@ -1257,7 +1267,7 @@ class BayesMPT(
         """For the Laplace evidence: known ratios of the noise variances, "free", or None where it does not apply."""
         check_is_fitted(self)
         structure = self.predictor_.structure
-        if not getattr(self.fitted_model_, "rotations", False) or not structure.plain:
+        if not getattr(self.fitted_model_, "rotations", False) or not structure.scores_input:
             return None
         noise = np.atleast_1d(self.params_.get("noise_variance", np.empty(0)))
         if len(noise) == 1:
@@ -1282,7 +1292,7 @@ class BayesMPT(
             if not isinstance(self.predictor_, LinearGaussian | MarkovGaussian)
             else (
                 "; read on the real rows, since each row has its own map"
-                if s.own_rows
+                if s.per_row
                 else "; read once for all rows"
             )
         )
@@ -1309,7 +1319,7 @@ class BayesMPT(
         with turn(), left_as_found(store=True):
             check_is_fitted(self)
             rows = self._check_rows(X, reset=False)
-            if self.predictor_.structure.plain:
+            if self.predictor_.structure.scores_input:
                 with torch.no_grad():
                     yield self.predictor_, self._tensor(rows)
                 return
@@ -1321,7 +1331,7 @@ class BayesMPT(
         """As `read_rows`, a part of the rows after the other where that can be, to be used as they come."""
         check_is_fitted(self)
         structure = self.predictor_.structure
-        if structure.plain or not structure.by_row:
+        if structure.scores_input or not structure.by_row:
             with self.read_rows(X, y) as whole:
                 yield whole
             return
@@ -1350,9 +1360,9 @@ class BayesMPT(
     def _fitted_program(self, args: tuple[Any, ...]) -> Iterator[Conditionals]:
         """The program at its fitted parameters, on these arguments."""
         if (
-            self._typical is not None
+            self._fill_values is not None
         ):  # of columns without any cell nothing else tells what values they may have
-            args = (fill(args[0], self._typical),)
+            args = (fill(args[0], self._fill_values),)
         with OwnStore() as store, own_random_state(self._seed()):
             store.prefill(self._initial)
             predictor = choose(self.fitted_model_, args, predictor=self.predictor, guide=self.fitted_guide_)
@@ -1361,7 +1371,7 @@ class BayesMPT(
 
     # ------------------------------------------------------------------------------------------------- where it is
 
-    def _come(self) -> None:
+    def _sync_device(self) -> None:
         """Bring what the fit left to `device`, where that was set since, or where a file does not know of it."""
         if self.device != self._fitted_on:
             check_device(self.device)
@@ -1383,7 +1393,7 @@ class BayesMPT(
     def _check_rows(self, X: ArrayLike, *, reset: bool) -> NDArray[np.floating]:
         if not reset:
             check_is_fitted(self)
-            self._come()
+            self._sync_device()
         return validate_data(
             self, read_table(X), reset=reset, dtype=[np.float64, np.float32], ensure_all_finite="allow-nan"
         )
@@ -1411,15 +1421,15 @@ class BayesMPT(
         """Of the columns, for errors."""
         return getattr(self, "feature_names_in_", np.arange(self.n_features_in_))
 
-    def _shared_reading(self, what: str) -> Reading:
+    def _shared_reading(self, what: str) -> DenseMap:
         check_is_fitted(self)
-        self._come()
+        self._sync_device()
         predictor = self.predictor_
         structure = predictor.structure
         if (
             isinstance(predictor, LinearGaussian | MarkovGaussian)
             and structure.by_row
-            and not structure.own_rows
+            and not structure.per_row
         ):
             return predictor.reading if isinstance(predictor, LinearGaussian) else predictor.dense()
         raise ValueError(f"{what} needs a program whose rows share one map; this one's rows differ")
@@ -1480,7 +1490,7 @@ def _warn_of_bounds(prior: Prior, problem: training.Problem) -> None:
 
 
 class _Unwatched:
-    """A task of which no callback is told."""
+    """A task that no callback hears of."""
 
     def call_on_fit_task_begin(self, **about: Any) -> None: ...
 

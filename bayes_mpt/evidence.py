@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import multigammaln
 
-from bayes_mpt.concentrated import Factors, Prior, Root, Spectrum, diagonal, proportional, variances
+from bayes_mpt.profile import Factors, Prior, Root, Spectrum, diagonal, proportional, variances
 
 __all__ = ["Laplace", "laplace_diagonal", "laplace_proportional"]
 
@@ -62,7 +62,7 @@ def laplace_proportional(
     shape : array of shape (T,)
         Known ratios of the noise variances.
     known : Spectrum, optional
-        `bayes_mpt.concentrated.spectrum` of both, where several numbers of latents are tried.
+        `bayes_mpt.profile.spectrum` of both, where several numbers of latents are tried.
 
     Examples
     --------

@@ -261,7 +261,7 @@ class Factors(NamedTuple):
         )  # the largest tensor of a run: not copied
 
     def _left(self, t: _Tokens) -> int:
-        """Axes to the left of nodes and plates: those of enumerated sites."""
+        """Leading dimensions before nodes and plates: those of enumerated sites."""
         depth = -min([d for d, s in t.symbols.items() if s not in self.summed], default=0)
         return max(0, t.log_prob.ndim - t.n_event - depth)
 
@@ -356,7 +356,7 @@ def read_factors(
     args : tuple
         Filled: no NaN.
     program : Program
-        Its `survey`.
+        What `analyze` found.
     values : dict of name to Tensor
         Of every continuous latent: its own shape where ``n_nodes`` is 1; with S nodes (S, 1..., batch..., event...),
         the S left of all plates.

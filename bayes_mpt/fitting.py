@@ -19,17 +19,17 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from bayes_mpt import training
-from bayes_mpt.concentrated import NoiseFloorError, spectrum
 from bayes_mpt.evidence import laplace_proportional
 from bayes_mpt.hyperparameters import Prior, assign
 from bayes_mpt.incomplete import FewCellsError
 from bayes_mpt.masks import PermutationChain, Policy
 from bayes_mpt.models.mixtures import CollapseError
-from bayes_mpt.moments import Table
+from bayes_mpt.moments import SufficientStatistics
 from bayes_mpt.predictors import Conditionals, LinearGaussian, Predictor, choose
 from bayes_mpt.predictors.base import Guide
 from bayes_mpt.predictors.joint_gaussian import N_TRIAL_ROWS, gaussian_program
 from bayes_mpt.predictors.self_predictive import sees_all
+from bayes_mpt.profile import NoiseFloorError, spectrum
 from bayes_mpt.repeats import repeated_columns
 from bayes_mpt.score import OWN_MASKS
 from bayes_mpt.store import OwnStore, State, load, save
@@ -122,14 +122,14 @@ def bind(
         found = known[0]
     else:
         found = choose(model, args, predictor=predictor, guide=guide)
-    if n_rows > MAX_INIT_ROWS and not (found.structure.plain and isinstance(found, LinearGaussian)):
+    if n_rows > MAX_INIT_ROWS and not (found.structure.scores_input and isinstance(found, LinearGaussian)):
         args = arguments(slice(None))
-        if not found.structure.plain and not by_epochs:
+        if not found.structure.scores_input and not by_epochs:
             found = choose(model, args, predictor=predictor, guide=guide)
     return found, args
 
 
-def choose_dimension(model: Any, table: Table) -> tuple[Any, dict[int, float], bool]:
+def choose_dimension(model: Any, statistics: SufficientStatistics) -> tuple[Any, dict[int, float], bool]:
     """Rank all K by the evidence, on one covariance.
 
     Returns
@@ -141,9 +141,9 @@ def choose_dimension(model: Any, table: Table) -> tuple[Any, dict[int, float], b
     at_floor
         Whether K latents reproduce these rows without noise, so that the likelihood is unbounded there.
     """
-    table = table if table.complete else table.available()
-    n, n_tokens = table.n, len(table.mean)
-    cov, shape = table.covariance, np.ones(n_tokens)
+    statistics = statistics if statistics.complete else statistics.available()
+    n, n_tokens = statistics.n, len(statistics.mean)
+    cov, shape = statistics.covariance, np.ones(n_tokens)
     most = min(n_tokens - 1, n - 2, MAX_AUTO)
     # K latents and a noise need K + 1 directions in which the rows differ
     known = spectrum(cov, shape, max(most, 0))
@@ -153,7 +153,7 @@ def choose_dimension(model: Any, table: Table) -> tuple[Any, dict[int, float], b
     }
     best = max(evidence, key=lambda k: evidence[k])
     # rows differ in at most n - 1 directions, and in none along a constant column
-    at_floor = 0 < known.rank < min(n - 1, int((table.variance > 0).sum())) and known.rank <= MAX_AUTO
+    at_floor = 0 < known.rank < min(n - 1, int((statistics.variance > 0).sum())) and known.rank <= MAX_AUTO
     if at_floor:
         best = known.rank
         evidence[best] = math.inf
@@ -173,7 +173,7 @@ def refuse_subsampling(predictor: Conditionals, args: tuple[Any, ...]) -> None:
     scale = 1.0
     if isinstance(structure, Program):
         scale = structure.scale
-    elif structure.own_rows:
+    elif structure.per_row:
         scale = predictor.read(args).scale
     if structure.by_row and structure.sub_rows is None and scale != 1.0:
         raise ModelError(
@@ -196,7 +196,7 @@ def refuse_subsampling(predictor: Conditionals, args: tuple[Any, ...]) -> None:
 def warn_of_ignored_rows(predictor: Conditionals, model: Model, args: tuple[Any, ...]) -> None:
     """Say so where no argument changes what a program observes."""
     structure = predictor.structure
-    if structure.plain or predictor.own_masks:
+    if structure.scores_input or predictor.own_masks:
         return  # its tokens are the cells of X
     filled = tuple(fill(a) for a in args)
     refused = (RuntimeError, ValueError, IndexError, KeyError)
@@ -281,7 +281,12 @@ class Trainer:
     """Whether a noise that goes to zero is held at the size of rounding errors, and not refused."""
 
     def train(
-        self, problem: training.Problem, table: Table | None, prior: Prior | None, *, warm: bool
+        self,
+        problem: training.Problem,
+        statistics: SufficientStatistics | None,
+        prior: Prior | None,
+        *,
+        warm: bool,
     ) -> training.Fit:
         """Move the parameters in Pyro's store to where the score is highest.
 
@@ -289,7 +294,7 @@ class Trainer:
         ----------
         problem : Problem
             What is maximised.
-        table : Table or None
+        statistics : SufficientStatistics or None
             Moments of the rows, where these are all that the score needs.
         prior : Prior or None
             Of the parameters, from which further starts are drawn.
@@ -311,8 +316,8 @@ class Trainer:
         ended = _Ended()
         try:
             try:
-                fit = ended.keep(self._train(problem, table, prior, warm, ended))
-                if table is not None and not table.complete and not fit.interrupted:
+                fit = ended.keep(self._train(problem, statistics, prior, warm, ended))
+                if statistics is not None and not statistics.complete and not fit.interrupted:
                     fit.at_zero = training.noise_at_zero(problem)
             except KeyboardInterrupt:
                 fit = ended.interrupted()
@@ -334,7 +339,7 @@ class Trainer:
                 ConvergenceWarning,
                 stacklevel=5,
             )
-        if table is None and any(has_missing(a) for a in problem.args):
+        if statistics is None and any(has_missing(a) for a in problem.args):
             self._warn_of_collapse(problem)
         if not fit.converged and not self.at_floor:
             if fit.n_iter >= self.max_iter:
@@ -354,24 +359,29 @@ class Trainer:
         return fit
 
     def _train(
-        self, problem: training.Problem, table: Table | None, prior: Prior | None, warm: bool, ended: _Ended
+        self,
+        problem: training.Problem,
+        statistics: SufficientStatistics | None,
+        prior: Prior | None,
+        warm: bool,
+        ended: _Ended,
     ) -> training.Fit:
         masks = self._policy(problem)
         if problem.predictor.own_masks:
             problem = replace(problem, masks=masks)
         fixed = problem.masks is not None and problem.masks.deterministic and self.batch_size is None
         finer: list[training.Problem] = []
-        n_init, solved = self._n_starts(table, warm), False
+        n_init, solved = self._n_starts(statistics, warm), False
         if masks is None or (fixed and not self.by_epochs):
-            if table is not None and (table.complete or not warm) and problem.log_prior is None:
-                fit = self._solve(problem, table, n_init)
-                if fit is not None and (table.complete or fit.interrupted):
+            if statistics is not None and (statistics.complete or not warm) and problem.log_prior is None:
+                fit = self._solve(problem, statistics, n_init)
+                if fit is not None and (statistics.complete or fit.interrupted):
                     return fit
                 solved = fit is not None
                 if fit is not None:
                     ended.keep(fit)
                     training.noise_at_zero(problem)  # before L-BFGS runs to where there is no bound
-            train = partial(training.climb, max_iter=self.max_iter, tol=self.tol, report=self.report)
+            train = partial(training.maximize_lbfgs, max_iter=self.max_iter, tol=self.tol, report=self.report)
             first, *finer = [problem] if warm else training.stages(problem, self.seed)
         else:
             stages = self._stages(problem, masks)
@@ -461,19 +471,25 @@ class Trainer:
             report=self.report,
         )
 
-    def _n_starts(self, table: Table | None, warm: bool) -> int:
+    def _n_starts(self, statistics: SufficientStatistics | None, warm: bool) -> int:
         """How many starts: one unless asked, and several where missing cells make local maxima and saddles likely."""
         if self.n_init != "auto":
             return self.n_init
         exact = self.masks is None and not self.by_epochs
-        return STARTS_WITH_HOLES if table is not None and not table.complete and exact and not warm else 1
+        return (
+            STARTS_WITH_HOLES
+            if statistics is not None and not statistics.complete and exact and not warm
+            else 1
+        )
 
-    def _solve(self, problem: training.Problem, table: Table, n_init: int) -> training.Fit | None:
+    def _solve(
+        self, problem: training.Problem, statistics: SufficientStatistics, n_init: int
+    ) -> training.Fit | None:
         """The closed-form maximum; with missing cells, the best end of EM from several starts."""
-        rows, weight = table.rows()
-        whole = training.Problem(problem.predictor, problem.args, rows, weight, table.n_rows)
-        fit = training.concentrate(
-            whole, table, self.max_iter, self.tol, n_init=n_init, seed=self.seed, at_floor=self.at_floor
+        rows, weight = statistics.rows()
+        whole = training.Problem(problem.predictor, problem.args, rows, weight, statistics.n_rows)
+        fit = training.maximize_profile(
+            whole, statistics, self.max_iter, self.tol, n_init=n_init, seed=self.seed, at_floor=self.at_floor
         )
         if fit is not None and fit.last is not None and problem.weight is None:
             with torch.no_grad():  # of the rows themselves, where these are at hand

@@ -55,7 +55,7 @@ REACH = 2.5  # prior standard deviations that a line of starts reaches to both s
 N_LINE = 64  # points on the line along each parameter through the best top; half as many through the prior's centre
 N_PRIOR = 64  # starts drawn from the prior
 N_CLIMBS = 6  # of the starts, the best
-MOST_CLIMBS = 8  # from the peaks beside the best top: a period that is hardly determined has many modes
+MAX_CLIMBS = 8  # from the peaks beside the best top: a period that is hardly determined has many modes
 NEAR = 8.0  # nats below the best top
 MAX_ROUNDS = 200
 LONGEST_STEP = 2.0  # prior standard deviations
@@ -68,15 +68,15 @@ N_MODES = 10
 DEGREES = 5.0  # of freedom of the Student-t
 N_REPLICATES = 8
 FIRST_POINTS = 32  # of each replicate
-MOST_POINTS = 512
-MOST_ROUNDS = 6  # each with a better mixture and more points
+MAX_POINTS = 512
+MAX_MIXTURE_ROUNDS = 6  # each with a better mixture and more points
 ENOUGH = 0.1  # nats: standard error at which they end
 PRIOR_SHARE = 0.1  # of the points, drawn from the prior
 N_NEW_PARTS = 2  # of the mixture a round
-MOST_PARTS = 16
+MAX_PARTS = 16
 NEW_PART_SHRINKS = 3.0
 N_EM = 5
-LEAST_SHARE = 0.4  # of the draws that are effective, or the mixture is fitted to them
+MIN_SHARE = 0.4  # of the draws that are effective, or the mixture is fitted to them
 FAR = 8.0  # prior standard deviations
 MAX_CELLS = 2**19  # of the covariances of points evaluated at a time
 
@@ -169,7 +169,7 @@ def integrate(
     mixture = _Mixture.around(modes)
     points = FIRST_POINTS
     drawn: list[tuple[Array, Array, _Mixture]] = []
-    for round_ in range(MOST_ROUNDS):
+    for round_ in range(MAX_MIXTURE_ROUNDS):
         engines = [
             Sobol(len(prior.loc) + 2, rng=np.random.default_rng([seed, round_, r]))
             for r in range(N_REPLICATES)
@@ -185,13 +185,13 @@ def integrate(
         ess = float(1 / np.square(share).sum())
         # Few effective draws hide what the mixture does not reach, and the replicates then agree on too little.
         k = float(pareto_k(log_w.reshape(-1, 1))[0])
-        trusted = (ess >= LEAST_SHARE * share.size or round_ >= 3) and (not k > BAD_K or round_ >= 4)
+        trusted = (ess >= MIN_SHARE * share.size or round_ >= 3) and (not k > BAD_K or round_ >= 4)
         if se <= ENOUGH and trusted:
             break
         # The next mixture depends on these draws and not on its own: each round is an estimate without bias.
         drawn.append((draws, log_p, mixture))
         mixture = mixture.fitted(drawn)
-        points = min(2 * points, MOST_POINTS) if round_ else points
+        points = min(2 * points, MAX_POINTS) if round_ else points
     return Integrated(
         float(top + math.log(z.mean())),
         se,
@@ -243,13 +243,13 @@ def _tops(joint: _Joint, current: Array | None, seed: int) -> tuple[Array, Array
     starts = np.concatenate([sure, found[order][: N_CLIMBS - len(sure)]])
     # off the lines, or a climb may end on a saddle between two modes that mirror each other
     starts += 1e-3 * np.random.default_rng([seed, 1]).normal(size=starts.shape)
-    phi, value = _climb(joint, starts)
+    phi, value = _maximize_bfgs(joint, starts)
     top = int(np.argmax(value))
     peaks, height = _peaks(joint, phi[top], N_LINE)
     others = (height > value[top] - NEAR) & (np.linalg.norm(peaks - phi[top], axis=1) > 4 * REACH / N_LINE)
     if not others.any():
         return phi, value
-    more = _climb(joint, peaks[others][np.argsort(-height[others])][:MOST_CLIMBS])
+    more = _maximize_bfgs(joint, peaks[others][np.argsort(-height[others])][:MAX_CLIMBS])
     return np.concatenate([phi, more[0]]), np.concatenate([value, more[1]])
 
 
@@ -264,7 +264,7 @@ def _peaks(joint: _Joint, centre: Array, n: int) -> tuple[Array, Array]:
     return lines[peak], value[peak]
 
 
-def _climb(joint: _Joint, phi: Array) -> tuple[Array, Array]:
+def _maximize_bfgs(joint: _Joint, phi: Array) -> tuple[Array, Array]:
     """BFGS with backtracking from all starts side by side: tops (B, D) and their values (B,)."""
     value, grad = joint(phi)
     good = np.isfinite(value) & np.isfinite(grad).all(1)
@@ -411,7 +411,7 @@ class _Mixture(NamedTuple):
         d, ess = phi.shape[1], 1 / np.square(w).sum()
         centre, root, share = self.centre, self.root, self.share
         for _ in range(N_NEW_PARTS):  # at the draw that the mixture misses most
-            if len(centre) >= MOST_PARTS:
+            if len(centre) >= MAX_PARTS:
                 break
             miss = log_p - _Mixture(share, centre, root).log_prob(phi)
             i = int(np.argmax(np.where(w > 0.2 / len(w), miss, -np.inf)))

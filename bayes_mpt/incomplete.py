@@ -7,7 +7,7 @@ covariance
     diag(psi) + W C W',    C = (I + W_o' diag(psi_o)^-1 W_o)^-1,    f = C W_o' diag(psi_o)^-1 (x_o - m_o)
 
 Summed over the rows this is the mean and covariance of a complete table, for which the best loadings and noise are
-known (`bayes_mpt.concentrated`). So each step solves a complete problem: few steps are needed, and a noise that goes to
+known (`bayes_mpt.profile`). So each step solves a complete problem: few steps are needed, and a noise that goes to
 zero does not hold them up as it does a climb in its logarithm.
 """
 
@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bayes_mpt.concentrated import Factors, NoiseFloorError, proportional
 from bayes_mpt.interrupts import check
-from bayes_mpt.moments import Table
+from bayes_mpt.moments import SufficientStatistics
+from bayes_mpt.profile import Factors, NoiseFloorError, proportional
 
 __all__ = ["FewCellsError", "Maximum", "maximise", "refuse_constant_columns", "too_few"]
 
@@ -33,10 +33,10 @@ Step = Callable[[Array, Array], Factors]
 
 LOG_2PI = math.log(2 * math.pi)
 TRIAL_ROWS = 4096  # incomplete rows on which starts are compared
-LEAST_SHOWN = 64  # of them that show a column, where there are so many
+MIN_SHOWN = 64  # of them that show a column, where there are so many
 TRIAL_STEPS, TRIAL_TOL = 100, 1e-8  # of a start; the best goes on
 MAX_STEPS = 300  # what is slower than that is left to L-BFGS
-LEAST_SHARE = 0.01  # of a column's variance that is noise at a start, where it is random
+MIN_SHARE = 0.01  # of a column's variance that is noise at a start, where it is random
 PUSH = 0.05  # of a standard deviation, by which the first start is moved away from a saddle
 ALIKE = (
     0.01  # largest difference of two correlations, below which two starts are on the way to the same place
@@ -68,30 +68,30 @@ class Maximum(NamedTuple):
     """By Ctrl-C, on the way."""
 
 
-def too_few(table: Table, n_latents: int) -> FewCellsError | None:
+def too_few(statistics: SufficientStatistics, n_latents: int) -> FewCellsError | None:
     """What is wrong where a column's own noise may go to zero because it shows too few cells.
 
     Take K columns that one row shows beside column t, and their noise to zero: where they are observed the latents are
     known, at a finite likelihood. A mean and K loadings, K + 1 numbers, then reproduce K + 1 cells of column t without
     noise, and the likelihood grows without bound as its noise goes to zero. Fewer columns beside it tell fewer latents.
     """
-    seen = ~table.incomplete.isnan()
-    count = table.n + seen.sum(0)
+    seen = ~statistics.incomplete.isnan()
+    count = statistics.n + seen.sum(0)
     beside = torch.where(seen, seen.sum(1, keepdim=True) - 1, 0)
     most = beside.amax(0) if len(beside) else count * 0
-    most = most.clamp(min=seen.shape[1] - 1 if table.n else 0)  # columns beside it in one row
+    most = most.clamp(min=seen.shape[1] - 1 if statistics.n else 0)  # columns beside it in one row
     few = (count <= most.clamp(max=n_latents) + 1).nonzero()[:, 0].tolist()
     return FewCellsError(few, count[few].tolist(), n_latents) if few else None
 
 
-def refuse_constant_columns(table: Table) -> None:
+def refuse_constant_columns(statistics: SufficientStatistics) -> None:
     """Refuse columns whose observed cells are equal: their own noise goes to zero.
 
     Raises
     ------
     NoiseFloorError
     """
-    count, mean, square = table.of_cells()
+    count, mean, square = statistics.of_cells()
     # one cell is that of a column of too few
     constant = ((square / count).sqrt() <= 1e-15 * mean.abs()) & (count > 1)
     if bool(constant.any()):
@@ -99,7 +99,7 @@ def refuse_constant_columns(table: Table) -> None:
 
 
 def maximise(
-    table: Table,
+    statistics: SufficientStatistics,
     n_latents: int,
     m_step: Step,
     shape: Array | None,
@@ -113,7 +113,7 @@ def maximise(
 
     Parameters
     ----------
-    table : Table
+    statistics : SufficientStatistics
         Complete rows as moments, and incomplete ones.
     n_latents : int
         K.
@@ -130,8 +130,8 @@ def maximise(
     tol : float
         EM ends with a step that gains no more than this share of the score.
     """
-    rows, weight = (t.cpu().numpy() for t in table.rows())
-    available = table.available()
+    rows, weight = (t.cpu().numpy() for t in statistics.rows())
+    available = statistics.available()
     mean, cov = available.mean.cpu().numpy(), available.cov.cpu().numpy()
     rng = np.random.default_rng(seed)
     starts = _starts(mean, cov, n_latents, shape, n_init, rng)
@@ -140,7 +140,7 @@ def maximise(
     cells = _Cells(rows, weight)
     if best.interrupted:
         return best._replace(lml=cells.expect(best)[0])
-    found = _climb(cells, best, m_step, min(max_iter, MAX_STEPS), tol)
+    found = _maximize_em(cells, best, m_step, min(max_iter, MAX_STEPS), tol)
     return found._replace(n_iter=best.n_iter + found.n_iter)
 
 
@@ -163,8 +163,8 @@ def _starts(
     for start in range(1, n_init):
         noise = shape * (variance / shape).mean() / 2
         if free and start > 1:
-            noise = variance * LEAST_SHARE ** rng.uniform(size=n_tokens)
-        explained = np.maximum(variance - noise, variance * LEAST_SHARE)
+            noise = variance * MIN_SHARE ** rng.uniform(size=n_tokens)
+        explained = np.maximum(variance - noise, variance * MIN_SHARE)
         random = rng.normal(size=(n_tokens, n_latents)) * np.sqrt(explained / max(1, n_latents))[:, None]
         found.append(Maximum(-math.inf, mean, random, noise))
     return found
@@ -177,7 +177,7 @@ def _some(rows: Array, weight: Array, rng: np.random.Generator) -> tuple[Array, 
         return rows, weight
     order = rng.permutation(holes)
     shown = ~np.isnan(rows[order])
-    kept = (shown & (shown.cumsum(0) <= LEAST_SHOWN)).any(1)
+    kept = (shown & (shown.cumsum(0) <= MIN_SHOWN)).any(1)
     kept[:TRIAL_ROWS] = True
     index = order[kept]
     # the complete rows are a few that stand for all of them
@@ -220,7 +220,7 @@ def _alike(one: Maximum, other: Maximum) -> bool:
     return bool(max(np.abs(difference * unit * unit[:, None]).max(), noise.max()) < ALIKE)
 
 
-def _climb(cells: _Cells, at: Maximum, m_step: Step, max_iter: int, tol: float) -> Maximum:
+def _maximize_em(cells: _Cells, at: Maximum, m_step: Step, max_iter: int, tol: float) -> Maximum:
     lml, interrupted = -math.inf, False
     try:
         for _ in range(max_iter):

@@ -20,17 +20,17 @@ from numpy.typing import NDArray
 from scipy.linalg.lapack import dpocon, dpotrf
 from torch import Tensor
 
-from bayes_mpt.concentrated import Root
 from bayes_mpt.devices import at_once
+from bayes_mpt.profile import Root
 
-__all__ = ["Table", "far_means"]
+__all__ = ["SufficientStatistics", "far_means"]
 
 CHUNK_CELLS = 2**17  # 1 MiB of float64: a chunk is read from memory once and stays in the cache
-LEAST_CONDITION = 1e-6  # of the correlations; below it less than ten digits are left of the least variances
+MIN_CONDITION = 1e-6  # of the correlations; below it less than ten digits are left of the least variances
 FAR = 1e3  # standard deviations: means farther from zero cost the spread three digits and more
 
 
-class Table:
+class SufficientStatistics:
     """Count, mean and covariance of the complete rows, and the incomplete rows themselves.
 
     Parameters
@@ -55,7 +55,7 @@ class Table:
     Examples
     --------
     >>> x = torch.arange(20.0, dtype=torch.float64).reshape(10, 2) ** 2
-    >>> rows, weights = Table(x).rows()
+    >>> rows, weights = SufficientStatistics(x).rows()
     >>> rows.shape, float(weights.sum())
     (torch.Size([4, 2]), 10.0)
     """
@@ -106,12 +106,12 @@ class Table:
         """Two more passes over the complete rows: what the mean missed, then a root without squaring."""
         missed = torch.zeros_like(self.mean)
         for chunk in _chunks(x, device, shift):
-            missed += _complete(chunk - _like(self.mean, chunk)).sum(0)
+            missed += _complete(chunk - _same_kind(self.mean, chunk)).sum(0)
         self.mean = self.mean + missed / self.n
         root = self.mean.new_zeros(0, len(self.mean))
         waiting: list[Tensor] = []
         for chunk in _chunks(x, device, shift):
-            waiting.append(_complete(chunk - _like(self.mean, chunk)))
+            waiting.append(_complete(chunk - _same_kind(self.mean, chunk)))
             # a factorisation of few rows more than columns would do the work of the columns again and again
             if sum(map(len, waiting)) >= 4 * len(self.mean):
                 root, waiting = _triangular(torch.cat([root, *waiting])), []
@@ -146,8 +146,8 @@ class Table:
         assert held is not None
         return held.numel()
 
-    def update(self, other: Table) -> Self:
-        """Add another table's rows."""
+    def update(self, other: SufficientStatistics) -> Self:
+        """Add the rows of others."""
         self._merge(other.n, other.mean, other._cov, other._root)
         self.incomplete = torch.cat([self.incomplete, other.incomplete])
         return self
@@ -160,7 +160,7 @@ class Table:
         around = torch.where(cells.isnan(), 0.0, cells - mean).square().sum(0)
         return count, mean, self.n * (self.variance + (self.mean - mean).square()) + around
 
-    def available(self) -> Table:
+    def available(self) -> SufficientStatistics:
         """Moments of the pairs of cells that were observed together: a start, not an estimate.
 
         Each covariance is the mean over the rows that show both tokens, which is consistent where cells are missing at
@@ -176,7 +176,7 @@ class Table:
         sd = (product.diagonal() / single).sqrt()
         unit = torch.where(sd > 0, sd, torch.ones_like(sd))
         value, vector = torch.linalg.eigh(product / count.clamp(min=1) / unit / unit[:, None])
-        result = Table(cells[:0], device=str(cells.device))
+        result = SufficientStatistics(cells[:0], device=str(cells.device))
         result.mean = mean
         result._root = None
         result._cov = unit * unit[:, None] * ((vector * value.clamp(min=1e-3)) @ vector.mT)
@@ -205,9 +205,9 @@ class Table:
         weight = torch.full((2 * len(root),), self.n / (2 * len(root)), dtype=rows.dtype, device=rows.device)
         return rows, torch.cat([weight, weight.new_ones(len(self.incomplete))])
 
-    def moved(self, by: Tensor) -> Table:
+    def moved(self, by: Tensor) -> SufficientStatistics:
         """The table of the same rows with ``by`` (T,) added to each."""
-        new = object.__new__(Table)
+        new = object.__new__(SufficientStatistics)
         new.n, new._cov, new._root = self.n, self._cov, self._root
         new.mean, new.incomplete = self.mean + by, self.incomplete + by
         return new
@@ -241,12 +241,12 @@ class Table:
         self.n = total
 
 
-def far_means(table: Table) -> NDArray[np.float64] | None:
+def far_means(statistics: SufficientStatistics) -> NDArray[np.float64] | None:
     """The means (T,) of the observed cells of columns whose mean is far from zero beside their spread; 0 of others.
 
     None where there is no such column. Less these, a column keeps the digits of its spread.
     """
-    count, mean, square = table.of_cells()
+    count, mean, square = statistics.of_cells()
     sd = (square / count).sqrt()
     far = torch.isfinite(mean) & (sd > 0) & (mean.abs() > FAR * sd)
     return torch.where(far, mean, 0.0).cpu().numpy() if bool(far.any()) else None
@@ -302,7 +302,7 @@ def _ill_conditioned(cov: Tensor) -> bool:
         return True
     # |R|_1 <= T
     rcond, _ = dpocon(factor, np.abs(corr).sum(0).max(), uplo="L")
-    return bool(rcond < LEAST_CONDITION)
+    return bool(rcond < MIN_CONDITION)
 
 
 def _complete(chunk: Any) -> Tensor:
@@ -311,7 +311,7 @@ def _complete(chunk: Any) -> Tensor:
     return rows[~rows.isnan().any(1)]
 
 
-def _like(values: Tensor, chunk: Any) -> Any:
+def _same_kind(values: Tensor, chunk: Any) -> Any:
     """A tensor as an array where the chunk is one."""
     return values if isinstance(chunk, Tensor) else values.cpu().numpy()
 

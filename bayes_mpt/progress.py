@@ -197,7 +197,7 @@ class Task:
             self._hear(self.index, text)
 
     def moved(self, step: int, most: int) -> None:
-        """An iteration, of which not each is told."""
+        """An iteration; not each is reported."""
         if self._hear is not None and time.monotonic() - self._told >= OFTEN:
             part = f"fit {self._parts}, " if self._parts else ""
             self.say(f"{part}iteration {step} of at most {most}")

@@ -15,7 +15,7 @@ from sklearn.base import BaseEstimator
 from torch import Tensor
 
 from bayes_mpt.inputs import read_numbers
-from bayes_mpt.moments import Table
+from bayes_mpt.moments import SufficientStatistics
 from bayes_mpt.tracing import Model, ModelError, list_names, takes_visible
 
 __all__ = [
@@ -23,7 +23,6 @@ __all__ = [
     "as_tensor",
     "check_program",
     "digest",
-    "grow_table",
     "needs_y",
     "refuse_constant",
     "refuse_empty",
@@ -31,6 +30,7 @@ __all__ = [
     "refuse_one_row",
     "refuse_unobserved",
     "takes_y",
+    "update_statistics",
 ]
 
 
@@ -87,12 +87,12 @@ def check_program(program: Any, *, with_y: bool, name: str = "model") -> None:
     if name == "model" and not with_y and takes_y(program) and needs_y(program):
         raise ValueError(f"the program {program!r} takes a second argument: pass y")
     args = ["x", "y"][: 1 + with_y]
-    told = {"visible": None} if takes_visible(program) else {}
+    visible = {"visible": None} if takes_visible(program) else {}
     try:
-        signature.bind(*args, **told)
+        signature.bind(*args, **visible)
     except TypeError as error:
         said = getattr(program, "__name__", repr(program))
-        call = ", ".join([*args, *told])
+        call = ", ".join([*args, *visible])
         raise ModelError(
             f"{name} {said}{signature} is called as {said}({call}), which it does not take ({error}): write "
             f"def {said}({call}), and give it other arguments by functools.partial"
@@ -119,23 +119,23 @@ def needs_y(model: Model) -> bool:
     return len(parameters) > 1 and parameters[1].default is inspect.Parameter.empty
 
 
-def grow_table(
+def update_statistics(
     X: NDArray[np.floating],
-    seen: Table | None,
+    seen: SufficientStatistics | None,
     device: str,
     names: NDArray[Any],
     shift: NDArray[np.float64] | None = None,
-) -> Table:
+) -> SufficientStatistics:
     """The moments of these rows, less the shift, and of those seen before; ``names`` (T,) of columns, for errors."""
-    table = Table(X, device, shift)
+    statistics = SufficientStatistics(X, device, shift)
     if seen is not None:
-        table.update(seen)
-    if not table.n:
-        refuse_unobserved(table.incomplete.isnan().all(0).cpu().numpy(), names)
-    broken = (~torch.isfinite(table.variance)).nonzero()[:, 0].tolist()
+        statistics.update(seen)
+    if not statistics.n:
+        refuse_unobserved(statistics.incomplete.isnan().all(0).cpu().numpy(), names)
+    broken = (~torch.isfinite(statistics.variance)).nonzero()[:, 0].tolist()
     if broken:
         raise ValueError(f"the squares of column {names[broken[0]]} overflow: rescale it")
-    return table
+    return statistics
 
 
 def refuse_unobserved(columns: NDArray[np.bool_], names: NDArray[Any]) -> None:
@@ -164,11 +164,11 @@ def refuse_one_row(n_rows: int, parameters: Sequence[str]) -> None:
         )
 
 
-def refuse_constant(table: Table) -> None:
+def refuse_constant(statistics: SufficientStatistics) -> None:
     """Rows that are all equal."""
-    if table.complete and not bool((table.variance > 0).any()):
+    if statistics.complete and not bool((statistics.variance > 0).any()):
         raise ValueError(
-            f"all {table.n_rows} rows are equal: every column is constant, so the likelihood has no maximum"
+            f"all {statistics.n_rows} rows are equal: every column is constant, so the likelihood has no maximum"
         )
 
 

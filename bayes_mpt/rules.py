@@ -309,7 +309,7 @@ def refuse_unbounded(model: BayesMPT, X: Any, y: Any = None) -> None:
     somewhere on the way, at thousands of nats.
     """
     structure = model.predictor_.structure
-    cells = structure.plain or (isinstance(structure, Program) and structure.tokens_from == 0)
+    cells = structure.scores_input or (isinstance(structure, Program) and structure.observed_argument == 0)
     codes = isinstance(structure, Program) and any(site.discrete for site in structure.sites)
     if not (structure.by_row and structure.parameters and cells) or codes or model.predictor_.own_masks:
         return

@@ -99,7 +99,7 @@ def training_masks(predictor: Conditionals, policy: Policy, x: Tensor, generator
 
 @dataclass(frozen=True)
 class ScoreEstimate:
-    """Log marginal likelihood of each row, with what it takes to believe it."""
+    """Log marginal likelihood of each row, with what shows whether it is reliable."""
 
     lml: NDArray[np.float64]
     """(N,) nats."""
@@ -164,7 +164,8 @@ def estimate(
     random_state : int, torch.Generator or None
         For the draws.
     curve_rows : (Tensor, Tensor), optional
-        Weighted rows that stand for ``x`` (`bayes_mpt.moments.Table`), to average the curve of chains over.
+        Weighted rows that stand for ``x`` (`bayes_mpt.moments.SufficientStatistics`), to average the curve of chains
+        over.
 
     Returns
     -------

@@ -519,7 +519,7 @@ def _fit_candidate(
     """Fit on all rows; ``random_state`` is for whatever has none."""
     start = time.perf_counter()
     candidate = _unfitted(estimator, params, random_state)
-    # where an estimate runs away, the integral does not
+    # where an estimate diverges, the integral does not
     with may_diverge(evidence in ("auto", "integrated")), fitted_in_task(candidate, X, y):
         fitted = candidate.fit(X, y)
     fit_time = time.perf_counter() - start

@@ -25,14 +25,14 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal, Normal
 
 from bayes_mpt import affine
-from bayes_mpt.affine import Structure, latent_parts, latent_values
+from bayes_mpt.affine import AffineForm, latent_parts, latent_values
 from bayes_mpt.tracing import Model, base, fill, is_subsample, run
 
 __all__ = ["Blocks", "Layout", "NotSparse", "Sparse", "SparseMap"]
 
-LEAST_LATENTS = 16  # below, a dense map costs nothing
-MOST_TOUCHED = 64  # outputs that one latent may reach
-MOST_WIDE = 64  # latents in a block
+MIN_LATENTS = 16  # below, a dense map costs nothing
+MAX_TOUCHED = 64  # outputs that one latent may reach
+MAX_WIDTH = 64  # latents in a block
 PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97)
 JITTER = 0.05  # of the parameters, so that no slope is zero by their start
 # What things cost, in multiplications: a site's call, a backward pass through it, an operation on tensors.
@@ -134,7 +134,7 @@ class SparseMap(NamedTuple):
         prior = Normal(0.0, 1.0).log_prob(u).sum() - logdet + 0.5 * math.log(2 * math.pi) * n_filled
         return Normal(mean, variance.sqrt()).log_prob(value).sum() + prior
 
-    def dense(self) -> affine.Reading:
+    def dense(self) -> affine.DenseMap:
         """The map as matrices (K, K) and (T, K)."""
         k, t = self.latent_loc.shape[1], self.loc.shape[1]
         slope = _scatter(self.slope, self.layout.out * k + self.layout.into, (k + t, k))
@@ -216,11 +216,11 @@ class Sparse:
     def __init__(self) -> None:
         self.layout: Layout | None = None
 
-    def admit(self, structure: Structure) -> None:
-        if structure.n_latents < LEAST_LATENTS:
+    def check_applicable(self, structure: AffineForm) -> None:
+        if structure.n_latents < MIN_LATENTS:
             raise NotSparse(f"{structure.n_latents} latents")
 
-    def on_probes(self, model: Model, args: tuple[Any, ...], structure: Structure) -> SparseMap:
+    def read_shared(self, model: Model, args: tuple[Any, ...], structure: AffineForm) -> SparseMap:
         """One run: row 0 has z = 0 and gives the slopes, the others check that these hold everywhere."""
         n_probes = 1 + affine.N_CHECKS
         rows = tuple(fill(affine.cycle(a, n_probes)) for a in args)
@@ -248,7 +248,7 @@ class Sparse:
         _check(reading, structure, probes[1:], ran.means()[1:])
         return reading if wanted else _detached(reading)
 
-    def on_rows(self, model: Model, args: tuple[Any, ...], structure: Structure) -> SparseMap:
+    def read_per_row(self, model: Model, args: tuple[Any, ...], structure: AffineForm) -> SparseMap:
         """A run at z = 0 gives the slopes of all rows; others, far away, check that these hold everywhere."""
         rows = tuple(fill(a) for a in args)
         n_rows = affine._batch(structure, rows)
@@ -287,13 +287,13 @@ class Sparse:
             _check(reading, structure, point.expand(n_rows, -1), other.means())
         return reading if wanted else _detached(reading)
 
-    def first_on_rows(
-        self, model: Model, args: tuple[Any, ...], structure: Structure
-    ) -> tuple[Structure, SparseMap]:
-        return structure, self.on_rows(model, args, structure)
+    def first_read_per_row(
+        self, model: Model, args: tuple[Any, ...], structure: AffineForm
+    ) -> tuple[AffineForm, SparseMap]:
+        return structure, self.read_per_row(model, args, structure)
 
     def _find(
-        self, model: Model, rows: tuple[Any, ...], structure: Structure, weight: Tensor, shared: bool
+        self, model: Model, rows: tuple[Any, ...], structure: AffineForm, weight: Tensor, shared: bool
     ) -> Layout:
         """Where the slopes are, and the blocks; an error if a dense map costs less."""
         _refuse_dearer(structure, shared)
@@ -307,7 +307,7 @@ class Sparse:
             unit[:, structure.n_latents // 2] = structure.spread[structure.n_latents // 2]
             moved = _Run(model, rows, structure, unit).means() != ran.means()
             n_touched = int(moved.any(0).sum())
-        if n_touched > MOST_TOUCHED:
+        if n_touched > MAX_TOUCHED:
             raise NotSparse(f"one latent reaches {n_touched} outputs")
         _refuse_dearer(structure, shared, n_touched)
         with torch.enable_grad():
@@ -321,14 +321,14 @@ class Sparse:
         return layout
 
 
-def _refuse_dearer(structure: Structure, shared: bool, *sizes: int) -> None:
+def _refuse_dearer(structure: AffineForm, shared: bool, *sizes: int) -> None:
     dense, sparse = costs(structure, shared, *sizes)
     if sparse > dense:
         raise NotSparse(f"at least {sparse:.3g} multiplications against {dense:.3g}")
 
 
 def costs(
-    structure: Structure,
+    structure: AffineForm,
     shared: bool,
     n_colours: int = 1,
     n_blocks: int = 1,
@@ -351,7 +351,7 @@ class _Run:
         self,
         model: Model,
         rows: tuple[Any, ...],
-        structure: Structure,
+        structure: AffineForm,
         z: Tensor,
         fixed: dict[str, Tensor] | None = None,
     ):
@@ -421,12 +421,12 @@ def _root_entries(roots: list[Tensor]) -> tuple[Tensor, Tensor]:
     return torch.cat(rows), torch.cat(cols)
 
 
-def _far(structure: Structure, like: Tensor) -> Tensor:
+def _far(structure: AffineForm, like: Tensor) -> Tensor:
     """(3, K): random points at 1, 10 and 100 standard deviations."""
     return affine.random_points(structure.spread.to(like))
 
 
-def _check(reading: SparseMap, structure: Structure, z: Tensor, got: Tensor) -> None:
+def _check(reading: SparseMap, structure: AffineForm, z: Tensor, got: Tensor) -> None:
     with torch.no_grad():
         want, size = reading.means_at(z)
         affine.check_affine(got, want, size, structure, f"sites of {structure.observed!r} and the latents")
@@ -514,7 +514,7 @@ def _arrange(
     into: NDArray[np.int64],
     root_row: Tensor,
     root_col: Tensor,
-    structure: Structure,
+    structure: AffineForm,
     device: torch.device,
 ) -> Layout:
     """Colours of the outputs, and an order of the latents in which each depends on its own block or the one before."""
@@ -539,14 +539,14 @@ def _arrange(
         )
         together = np.stack([place[root_row.numpy()], place[root_col.numpy()]])
         span = int((pairs[0] - pairs[1]).max(initial=0))
-        most = MOST_WIDE if best is None else best[0] - 1
+        most = MAX_WIDTH if best is None else best[0] - 1
         for width in range(max(1, (span + 2) // 2), most + 1):
             high, low = pairs // width
             if (high - low <= 1).all() and (together[0] // width == together[1] // width).all():
                 best = width, place
                 break
     if best is None:
-        raise NotSparse(f"no order of the latents has blocks of at most {MOST_WIDE}")
+        raise NotSparse(f"no order of the latents has blocks of at most {MAX_WIDTH}")
     width, place = best
     n_blocks = -(-k // width)
     # A token stands in the block of the last latent that it depends on; those without any, spread evenly.

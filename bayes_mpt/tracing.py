@@ -25,14 +25,14 @@ from torch import Tensor
 from bayes_mpt.densities import log_density
 from bayes_mpt.devices import own_random_state
 
-__all__ = ["Latent", "Model", "ModelError", "Observed", "Program", "survey"]
+__all__ = ["Latent", "Model", "ModelError", "Observed", "Program", "analyze"]
 
 Model = Callable[..., Any]
 
 MAX_INIT_CELLS = 2**22
 NODES = "_nodes"  # the plate of nodes, left of a program's own plates
 MAX_VALUES = 4096  # of one discrete latent
-MOST_NAMES = 12  # in a message
+MAX_NAMES = 12  # in a message
 N_TRIAL_ROWS = 8
 N_OTHERS = 3  # draws of all latents that are tried to see whether observed values move
 CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -110,11 +110,12 @@ class Program(NamedTuple):
     """Rows that a sub-sampling plate draws; None where the program takes all rows it is given."""
     scale: float = 1.0
     """Plate or `poutine.scale` factor of the sites."""
-    tokens_from: int | None = None
+    observed_argument: int | None = None
     """Position of the argument whose cells are the tokens as they stand, and that no distribution looks at."""
-    own_rows: bool = True
+    per_row: bool = True
     """Programs of this kind are read on the rows that they score."""
-    plain: bool = False
+    scores_input: bool = False
+    """The tokens are an argument itself and nothing is scaled: rows are scored without a run of their own."""
 
     @property
     def observed(self) -> str:
@@ -161,7 +162,7 @@ class Program(NamedTuple):
 
 
 @torch.enable_grad()
-def survey(model: Model, args: tuple[Any, ...], *, own_masks: bool = False) -> Program:
+def analyze(model: Model, args: tuple[Any, ...], *, own_masks: bool = False) -> Program:
     """Run the program on real rows and find out what it is made of.
 
     The first run also creates the parameters that the program initialises from ``x``.
@@ -223,14 +224,14 @@ def survey(model: Model, args: tuple[Any, ...], *, own_masks: bool = False) -> P
         if len(nodes) == 1 and not sites[0].n_joint:
             whole = [i for i in tokens if nodes[0]["value"] is init[i]]
             if whole and nan_shows(model, init, whole[0], first):
-                program = program._replace(tokens_from=whole[0])
+                program = program._replace(observed_argument=whole[0])
     return program
 
 
 def list_names(names: Iterable[str]) -> str:
     """Names in words, those in the middle of a long list left out."""
     names = list(names)
-    if len(names) > MOST_NAMES:
+    if len(names) > MAX_NAMES:
         names[3:-1] = [f"... ({len(names) - 4} more)"]
     return ", ".join(names)
 

@@ -1,4 +1,4 @@
-"""Is the reported standard error to be believed? Estimates of known log marginal likelihoods, over many seeds.
+"""Is the reported standard error reliable? Estimates of known log marginal likelihoods, over many seeds.
 
 Data and parameters are fixed; only the seed of the estimate differs. Six kinds of estimate, two models of each:
 

@@ -159,7 +159,7 @@ def maximise(likelihood: Any, prior: Prior, extra: np.ndarray) -> tuple[np.ndarr
 
     flat = Flat(likelihood, prior)
     starts = np.concatenate([np.zeros((1, len(prior.loc))), (extra[:3] - prior.loc) / prior.scale])
-    phi, value = hyperparameters._climb(flat, starts)
+    phi, value = hyperparameters._maximize_bfgs(flat, starts)
     best = int(np.argmax(value))
     return prior.loc + prior.scale * phi[best], float(value[best])
 

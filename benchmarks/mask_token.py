@@ -67,7 +67,7 @@ SETTINGS = {
         "kinds": RATES,
     },
 }
-LOOKS = (1, 5, 10)  # epochs after which the probe looks, beside the last
+PROBED_EPOCHS = (1, 5, 10)  # epochs after which the probe looks, beside the last
 
 
 class Instead(Messenger):
@@ -120,7 +120,7 @@ def train(name, kind, setting, rows, seed):
 
     def look(epoch, _):
         clock.append(time.process_time())
-        if name in ("plain", "optimized") and (epoch in LOOKS or epoch == setting["epochs"]):
+        if name in ("plain", "optimized") and (epoch in PROBED_EPOCHS or epoch == setting["epochs"]):
             params = {n: p.detach().numpy() for n, p in pyro.get_param_store().named_parameters()}
             probe[epoch] = program.heterogeneity(params, fresh, shown).tolist()
 

@@ -17,7 +17,7 @@ from timing import Report, interleave, run
 
 import bayes_mpt.models
 from bayes_mpt import BayesMPT
-from bayes_mpt.moments import Table
+from bayes_mpt.moments import SufficientStatistics
 
 FITS = {"PPCA(10)": "PPCA(10)", "FactorAnalysis(10)": "FactorAnalysis(10)", "default": "None"}
 CHILD = """
@@ -95,7 +95,7 @@ def main(report: Report, args):
         calls |= {name: lambda name=name: estimator(name).fit(x) for name in FITS}
         # where the time goes: the passes over the rows, each alone
         fitted = estimator("PPCA(10)").fit(x[:1000])
-        calls |= {"check and digest": lambda: fitted.digest(x), "moments": lambda: Table(x)}
+        calls |= {"check and digest": lambda: fitted.digest(x), "moments": lambda: SufficientStatistics(x)}
         timings = interleave(calls, repeats)
         product = timings["product"]
         for name in FITS:

@@ -16,7 +16,7 @@ from timing import RESULTS, Report, interleave, run
 
 from bayes_mpt import BayesMPT
 from bayes_mpt.models import PPCA, FactorAnalysis
-from bayes_mpt.moments import Table
+from bayes_mpt.moments import SufficientStatistics
 
 MODELS = {"PPCA": PPCA, "FactorAnalysis": FactorAnalysis}
 BASE = {"N": 4000, "T": 100, "K": 5}
@@ -57,7 +57,7 @@ def main(report: Report, args):
             at = {**BASE, axis: value}
             x = data(**at)
             calls = {name: lambda m=m, k=at["K"], x=x: BayesMPT(m(k)).fit(x) for name, m in MODELS.items()}
-            timings = interleave({**calls, "moments": lambda x=x: Table(x)}, repeats)
+            timings = interleave({**calls, "moments": lambda x=x: SufficientStatistics(x)}, repeats)
             moments = timings.pop("moments")
             for name, timing in timings.items():
                 points.append(

@@ -33,8 +33,8 @@ from bayes_mpt import BayesMPT
 from bayes_mpt.models import GaussianProcess
 
 RESULTS = Path(__file__).parent / "results"
-LOW, HIGH, LEAST_NOISE = 1e-5, 1e5, 1e-10
-MOST_ROWS = 200
+LOW, HIGH, MIN_NOISE = 1e-5, 1e5, 1e-10
+MAX_ROWS = 200
 
 
 def series(y: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -65,14 +65,14 @@ def main() -> None:
     warnings.simplefilter("ignore")
     rows = []
     for name, (x, y) in sets().items():
-        index = np.linspace(0, len(y) - 1, min(len(y), MOST_ROWS)).round().astype(int)
+        index = np.linspace(0, len(y) - 1, min(len(y), MAX_ROWS)).round().astype(int)
         x, y = x[index], y[index]
         x = x[:, x.std(0) > 0]
         x, y = (x - x.mean(0)) / x.std(0), (y - y.mean()) / y.std()
         p = x.shape[1] if x.shape[1] <= 6 else 1  # a length-scale for each of few columns
         kernel = ConstantKernel(1.0, (LOW, HIGH)) * RBF(
             np.ones(p) if p > 1 else 1.0, (LOW, HIGH)
-        ) + WhiteKernel(0.1, (LEAST_NOISE, HIGH))
+        ) + WhiteKernel(0.1, (MIN_NOISE, HIGH))
         start = time.process_time()
         peer = GaussianProcessRegressor(kernel, alpha=0.0, n_restarts_optimizer=10, random_state=0).fit(x, y)
         theirs, their_time = peer.log_marginal_likelihood_value_, time.process_time() - start
@@ -83,7 +83,7 @@ def main() -> None:
         start = time.process_time()
         fit = BayesMPT(ours, n_init=4, random_state=0).fit(x, y)
         our_time = time.process_time() - start
-        inside = fit.params_["noise"].min() >= LEAST_NOISE * (1 - 1e-6)
+        inside = fit.params_["noise"].min() >= MIN_NOISE * (1 - 1e-6)
         rows.append(
             {
                 "set": name,

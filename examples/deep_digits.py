@@ -50,10 +50,10 @@ def main(output: Path) -> None:
     rough = best.score(X_fresh)
     best.set_params(predictor=AnnealedImportance(16, 60))
     by_row, se = best.score_rows(X_fresh)
-    bounds = best.bidirectional(100)
+    bracket = best.bidirectional(100)
     print(f"{len(fresh)} fresh rows, nats a row: {rough:.2f} by draws of the guide,")
     print(f"  {by_row.mean():.2f} +- {se / len(fresh):.2f} annealed")
-    print(f"both bounds of rows made up by the model: {bounds.gap:.3f} +- {bounds.gap_se:.3f} apart")
+    print(f"both bounds of rows made up by the model: {bracket.gap:.3f} +- {bracket.gap_se:.3f} apart")
 
     filled, missing = best.impute(X_fresh), np.isnan(X_fresh)
     error = np.square(filled - fresh)[missing].mean()

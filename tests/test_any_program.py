@@ -671,7 +671,7 @@ def branching(x, y):
 @pytest.mark.slow
 @pytest.mark.parametrize("predictor", [Quadrature(20), Importance(100), SMALL_SMC], ids=repr)
 def test_programs_for_one_node_at_a_time_run_on_many(predictor):
-    """``x @ w`` takes no further axes on the left; torch.vmap runs it on all nodes, to the same numbers."""
+    """``x @ w`` does not broadcast over leading batch dimensions; torch.vmap runs it, to the same numbers."""
     x, y = logistic_data()
     model = fitted(matmul, x, y, predictor=predictor)
     assert not model.predictor_.one_by_one

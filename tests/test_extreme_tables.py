@@ -79,7 +79,7 @@ def test_factor_analysis_of_wide_tables_is_at_least_as_likely_as_scikit_learn(n,
 def test_a_weak_signal_in_a_wide_table_is_found_as_by_the_dense_method(monkeypatch, n, t, k):
     X = factors(n, t, k, 3.0)
     by_rows = BayesMPT(FactorAnalysis(k)).fit(X)
-    monkeypatch.setattr("bayes_mpt.concentrated.MAX_DENSE", 1000)
+    monkeypatch.setattr("bayes_mpt.profile.MAX_DENSE", 1000)
     by_newton = BayesMPT(FactorAnalysis(k)).fit(X)
     assert by_rows.log_marginal_likelihood_ >= by_newton.log_marginal_likelihood_ - 1e-6
     # d log p / d log psi is zero at a maximum, but where a noise ends at zero

@@ -16,7 +16,7 @@ from pyro.nn import PyroModule, PyroParam, PyroSample
 from scipy.stats import multivariate_normal
 
 from bayes_mpt import BayesMPT
-from bayes_mpt.affine import read, structure
+from bayes_mpt.affine import affine_form, read
 from bayes_mpt.models import PPCA, FactorAnalysis
 from bayes_mpt.predictors import LinearGaussian, choose
 
@@ -802,7 +802,7 @@ def test_all_probes_in_one_run_are_the_runs_apart(program, at_once, n_rows):
     rng = np.random.default_rng(0)
     args = tuple(torch.as_tensor(rng.normal(size=(n_rows, 3))) for _ in range(2))
     with pyro.get_param_store().scope():
-        found = structure(program, args)
+        found = affine_form(program, args)
         assert found.at_once is at_once
         one, other = (read(program, args, found._replace(at_once=a)) for a in (at_once, False))
     for a, b in zip(one, other, strict=True):

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from bayes_mpt import BayesMPT
 from bayes_mpt.masks import Blocks, EverySize, FixedRate, Masks, PermutationChain, UniformSize
 from bayes_mpt.models import MaskedPatches
-from bayes_mpt.models.patches import LEAST_SCALE, _Net, _Transformer
+from bayes_mpt.models.patches import MIN_SCALE, _Net, _Transformer
 from bayes_mpt.predictors import SelfPredictive
 from bayes_mpt.score import estimate, masked_score
 from bayes_mpt.tracing import base
@@ -320,8 +320,8 @@ def test_a_constant_pixel_has_a_bounded_density():
         model(x, torch.ones_like(x, dtype=torch.bool))
         pyro.param("network.read.bias").fill_(-1e6)
         fn = base(pyro.poutine.trace(model).get_trace(x, x > 0).nodes["x"]["fn"])
-    assert float(fn.scale[0, 3]) == LEAST_SCALE
-    np.testing.assert_allclose(fn.scale[0], LEAST_SCALE * np.where(np.arange(8) == 3, 1.0, x.std(0)))
+    assert float(fn.scale[0, 3]) == MIN_SCALE
+    np.testing.assert_allclose(fn.scale[0], MIN_SCALE * np.where(np.arange(8) == 3, 1.0, x.std(0)))
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals

@@ -336,7 +336,7 @@ def test_a_sum_of_two_products_needs_two_heads():
 
 def test_penalty_holds_couplings_that_rows_do_not():
     x = np.array([[0.0, 0.0, 1.0], [1.0, 1.0, 0.0], [1.0, 1.0, 1.0], [0.0, 0.0, 0.0]] * 5)
-    with pytest.warns(ConvergenceWarning):  # two columns are equal: their coupling has no end
+    with pytest.warns(ConvergenceWarning):  # two columns are equal: their coupling diverges
         free = BayesMPT(Potts(), masks=LeaveOneOut(), random_state=0).fit(x)
     held = BayesMPT(Potts(), masks=LeaveOneOut(), penalty=True, random_state=0).fit(x)
     norms = [Potts().couplings(e.params_).contact_map(corrected=False)[0, 1] for e in (free, held)]

@@ -120,14 +120,14 @@ class TestEvidence:
             torch.manual_seed(0)
             read = AnnealedImportance(32, 60).bind(program, (x,), guide).read((x,))
             found = read.evidence(read.value)
-            bounds = AnnealedImportance(8, 20).bind(program, (x,), guide).reader.bounds((x,), {"z": z})
+            bracket = AnnealedImportance(8, 20).bind(program, (x,), guide).reader.bracket((x,), {"z": z})
         assert found.se < 1.5
         assert abs(float(found.by_row.sum() - truth.sum())) < 4 * found.se
         posterior_cov = torch.linalg.inv(torch.eye(2, dtype=torch.float64) + loading.mT @ loading / 0.25)
         mean = x @ loading @ posterior_cov / 0.25
         assert float((read.posterior(x).mean - mean).square().mean().sqrt()) < 0.2
-        low, high = (float((b - truth.numpy()).mean()) for b in bounds[:2])
-        assert low < 0.05 and high > -0.05 and 0 < bounds.gap < 3
+        low, high = (float((b - truth.numpy()).mean()) for b in bracket[:2])
+        assert low < 0.05 and high > -0.05 and 0 < bracket.gap < 3
 
     @pytest.mark.parametrize("loc, scale", [(None, 1.0), (3.0, 0.01)])
     def test_annealing_starts_from_the_better_of_guide_and_prior(self, loc, scale):
@@ -184,11 +184,11 @@ class TestEvidence:
     @pytest.mark.slow
     def test_both_bounds_enclose_the_grid(self, fitted):
         model = clone_with(fitted, AnnealedImportance(16, 30))
-        bounds = model.bidirectional(200)
+        bracket = model.bidirectional(200)
         truth = by_grid(model, model.sample(200))
-        assert (bounds.lower - truth).mean() < 0.02
-        assert (bounds.upper - truth).mean() > -0.02
-        assert -0.02 < bounds.gap < 0.3
+        assert (bracket.lower - truth).mean() < 0.02
+        assert (bracket.upper - truth).mean() > -0.02
+        assert -0.02 < bracket.gap < 0.3
 
     def test_more_particles_are_no_lower(self, fitted, digits):
         few = clone_with(fitted, Importance(2)).estimate(digits[:300])

@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 COPIES = 6  # of parameters in training: value, gradient and its parts, two moments of Adam, the best so far
-MOST_SHOWN = 5  # levels, in a warning
+MAX_SHOWN = 5  # levels, in a warning
 
 
 class CheckedModel(BaseEstimator):
@@ -156,7 +156,7 @@ def skipped_levels(X: NDArray[np.floating]) -> list[str]:
     skipped = np.flatnonzero(count == 0).tolist()
     if not skipped:
         return []
-    shown = ", ".join(map(str, skipped[:MOST_SHOWN])) + (", ..." if len(skipped) > MOST_SHOWN else "")
+    shown = ", ".join(map(str, skipped[:MAX_SHOWN])) + (", ..." if len(skipped) > MAX_SHOWN else "")
     return [
         f"the codes of X go up to {len(count) - 1}, but no cell holds {shown}: each level takes parameters and some "
         f"probability. Recode the columns (OrdinalEncoder), or give n_levels={len(count)} if these levels exist"

@@ -40,8 +40,8 @@ __all__ = ["GaussianProcess"]
 NOISE_SHARE = 0.1  # of the variance of y, in the noise at the start
 FLOOR = 1e-8  # of the variance of y, the least noise that is learned
 NUGGET = 1e-8  # of the mean variance of f, in its covariance before a likelihood: smooth kernels have no root without
-MOST_ROWS = 4096  # that a period is looked for in
-MOST_WAVES = 1024  # of the shortest period looked for, in the range of the inputs
+MAX_ROWS = 4096  # that a period is looked for in
+MAX_WAVES = 1024  # of the shortest period looked for, in the range of the inputs
 LENGTH_SHARE = 0.2  # of the inputs' range, in a length-scale at the start
 PRIOR_SD = {"lengthscale": 1.0, "period_length": 1.0, "outputscale": 1.5, "variance": 1.5, "alpha": 1.0}
 NOISE_SD = 1.5
@@ -479,14 +479,14 @@ def _extent(columns: Tensor, raw: Tensor) -> Tensor:
 def _period(x: Tensor, y: Tensor) -> float:
     """The strongest period of y along one column, a parabola taken off (Lomb 1976): at most a quarter of the range."""
     seen = ~y.isnan()
-    every = max(1, int(seen.sum()) // MOST_ROWS)
+    every = max(1, int(seen.sum()) // MAX_ROWS)
     at, value = (a[seen][::every].double().numpy(force=True) for a in (x, y))
     extent = float(np.ptp(at)) if len(at) else 0.0
     if len(at) < 10 or extent == 0:
         return LENGTH_SHARE * extent or 1.0
     at = (at - at.min()) / extent
     value = value - np.polyval(np.polyfit(at, value, 2), at)
-    waves = np.arange(4, min(MOST_WAVES, len(at) / 2), 0.25)  # in the range
+    waves = np.arange(4, min(MAX_WAVES, len(at) / 2), 0.25)  # in the range
     return extent / waves[lombscargle(at, value, 2 * np.pi * waves).argmax()]
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 __all__ = ["Line", "Power", "check_columns", "from_sklearn", "kernel_name", "with_own_algebra"]
 
 NAMES = {RBFKernel: "RBF", RQKernel: "RQ", PeriodicKernel: "Periodic", LinearKernel: "Linear"}
-MOST_COLUMNS = 3  # of which squared distances are summed difference by difference
+MAX_COLUMNS = 3  # of which squared distances are summed difference by difference
 HALVES = {0.5: "1/2", 1.5: "3/2", 2.5: "5/2"}
 
 
@@ -143,7 +143,7 @@ def covar_dist(
     if diag:
         out = (x1 - x2).norm(dim=-1)
         return out.square() if square_dist else out
-    if square_dist and x1.shape[-1] > MOST_COLUMNS:
+    if square_dist and x1.shape[-1] > MAX_COLUMNS:
         return sq_dist(x1, x2, x1_eq_x2=torch.equal(x1, x2))
     if x1.shape[-1] == 1:
         gap = x1 - x2.mT

@@ -29,12 +29,10 @@ START_TRIES = 3  # of that k-means
 START_TOL = 1e-3  # nats a row, of the EM of the start
 START_STEPS = 100
 REG_COVAR = 1e-6  # added to variances by the EM of the start, in units of the columns' variances
-LEAST_WEIGHT = 1e-6  # of a component: the logarithm of an empty one is infinite
-LEAST_VARIANCE = (
-    1e-10  # of a token given others, in units of its column's: below it a component has collapsed
-)
+MIN_WEIGHT = 1e-6  # of a component: the logarithm of an empty one is infinite
+MIN_VARIANCE = 1e-10  # of a token given others, in units of its column's: below it a component has collapsed
 MAX_PRODUCTS = 2**22  # numbers that EM holds beside the rows
-LEAST_NOISE = 1e-3  # of a factor analyser at the start, in units of the columns' variances
+MIN_NOISE = 1e-3  # of a factor analyser at the start, in units of the columns' variances
 
 
 class CollapseError(ValueError):
@@ -332,8 +330,8 @@ def _m_step(
     """The mixture whose expected products are these sums (K, P), and the rows of components that have collapsed."""
     n_tokens = before.loc.shape[1]
     count = sums[:, 0]
-    weights = (count / count.sum()).clamp(min=LEAST_WEIGHT)
-    empty = weights <= LEAST_WEIGHT  # says nothing of loc and scale, which stay
+    weights = (count / count.sum()).clamp(min=MIN_WEIGHT)
+    empty = weights <= MIN_WEIGHT  # says nothing of loc and scale, which stay
     mean = sums / torch.where(empty, 1.0, count)[:, None]
     loc, second = mean[:, 1 : n_tokens + 1], mean[:, n_tokens + 1 :]
     if covariance_type == "full":
@@ -352,10 +350,10 @@ def _m_step(
             variance = (second - loc.square().sum(1, keepdim=True)) / n_tokens
         scale = (variance + reg_covar).clamp(min=0).sqrt()
         least = scale.square().amin(1)
-    collapsed = ~(least > LEAST_VARIANCE) & ~empty  # NaN too
+    collapsed = ~(least > MIN_VARIANCE) & ~empty  # NaN too
     found = dict(zip(collapsed.nonzero()[:, 0].tolist(), count[collapsed].tolist(), strict=True))
     if found:  # begin again, empty and as wide as the table
-        weights = torch.where(collapsed, LEAST_WEIGHT, weights)
+        weights = torch.where(collapsed, MIN_WEIGHT, weights)
         loc[collapsed] = 0.0
         scale[collapsed] = torch.eye(n_tokens).to(scale) if scale.ndim == 3 else 1.0
     keep = empty.reshape(-1, *[1] * (scale.ndim - 1))
@@ -489,12 +487,12 @@ def _factor_start(x: Tensor, n_components: int, n_factors: int) -> dict[str, Ten
     first = n_tokens - n_leading
     rest = value[:, :first].mean(1, keepdim=True) if first else value.new_zeros(n_components, 1)
     # W = U (L - rest)^1/2; not zero, which would be a saddle point
-    root = (value[:, first:] - rest).clamp(min=LEAST_NOISE).sqrt()  # (K, n_leading)
+    root = (value[:, first:] - rest).clamp(min=MIN_NOISE).sqrt()  # (K, n_leading)
     random = np.random.default_rng(seed).normal(size=(n_components, n_tokens, n_factors))
     loading = torch.from_numpy(0.1 * random).to(cov)  # factors beyond T, if any
     loading[..., :n_leading] = (vector[..., first:] * root[:, None]).flip(-1)
     variance = cov.diagonal(dim1=1, dim2=2)
-    noise = torch.maximum(variance - loading.square().sum(-1), (0.1 * variance).clamp(min=LEAST_NOISE))
+    noise = torch.maximum(variance - loading.square().sum(-1), (0.1 * variance).clamp(min=MIN_NOISE))
     start = {
         "weights": mix.weights,
         "loc": table.centre + spread * loc,

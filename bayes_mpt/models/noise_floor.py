@@ -15,7 +15,7 @@ from torch.distributions.transforms import Transform
 __all__ = ["above_rounding", "noise_above"]
 
 ROUNDING = 1e-11  # of k(x, x), the least noise beside it: the Cholesky factor of 4096 rows needs 3e-12
-MOST_LIFT = 100  # floors, to which a large k(x, x) lifts the noise: more would stand for the noise of the observations
+MAX_LIFT = 100  # floors, to which a large k(x, x) lifts the noise: more would stand for the noise of the observations
 
 
 class noise_above(constraints.greater_than):
@@ -75,7 +75,7 @@ for _registry in (biject_to, transform_to):
 def above_rounding(noise: Tensor, floor: float, own: Tensor) -> Tensor:
     """The noise of each row ([B,] N) beside the variance that the kernel gives it, ``own`` ([B,] N).
 
-        (noise^4 + lift^4)^(1/4),    1 / lift = 1 / (ROUNDING k(x, x)) + 1 / (MOST_LIFT floor)
+        (noise^4 + lift^4)^(1/4),    1 / lift = 1 / (ROUNDING k(x, x)) + 1 / (MAX_LIFT floor)
 
     Parameters
     ----------
@@ -83,6 +83,6 @@ def above_rounding(noise: Tensor, floor: float, own: Tensor) -> Tensor:
         Learned, above ``floor``; of several parameter values side by side.
     """
     own = ROUNDING / floor * own
-    lift = own / (1 + own / MOST_LIFT)  # in floors
+    lift = own / (1 + own / MAX_LIFT)  # in floors
     noise = noise[..., None]
     return noise * (1 + (lift * (floor / noise)) ** 4) ** 0.25

@@ -20,7 +20,7 @@ from bayes_mpt.models.networks import check_heads, check_layers, codes_of, with_
 __all__ = ["MaskedPatches"]
 
 LIKELIHOODS = ("bernoulli", "categorical", "gaussian")
-LEAST_SCALE = 1e-2  # of a Normal pixel in units of its spread, or the density of a constant one had no bound
+MIN_SCALE = 1e-2  # of a Normal pixel in units of its spread, or the density of a constant one had no bound
 SEEN = 0.3  # sd of what embeds a pixel; positions have one, or patches would be told apart late
 SAID = 0.02  # and of what reads a pixel, so that the training starts at independent ones
 
@@ -189,7 +189,7 @@ class MaskedPatches(CheckedModel):
         if self.likelihood == "categorical":
             return dist.Categorical(logits=start + out, validate_args=True)
         unit = start[:, 1].exp()
-        scale = LEAST_SCALE + softplus(out[..., 1] + math.log(math.e - 1))  # about one at the start
+        scale = MIN_SCALE + softplus(out[..., 1] + math.log(math.e - 1))  # about one at the start
         return dist.Normal(start[:, 0] + unit * out[..., 0], unit * scale)
 
 

@@ -172,10 +172,10 @@ class Couplings(NamedTuple):
         if n_draws >= 4 and n_chains > 1:
             n_levels = self.field.shape[1]
             weight = self.log_weight(kept.flatten(0, 1)).reshape(n_chains, n_draws, 1)
-            told = torch.cat([weight, one_hot(kept, n_levels).flatten(2).to(weight)], 2)
-            told = told[..., told.flatten(0, 1).std(0) > 0]  # a level that never occurs tells nothing
-            r_hat = float(split_gelman_rubin(told, 0, 1).nan_to_num(torch.inf).max())
-            ess = float(effective_sample_size(told, 0, 1).nan_to_num(0.0).min())
+            traced = torch.cat([weight, one_hot(kept, n_levels).flatten(2).to(weight)], 2)
+            traced = traced[..., traced.flatten(0, 1).std(0) > 0]  # a level that never occurs says nothing
+            r_hat = float(split_gelman_rubin(traced, 0, 1).nan_to_num(torch.inf).max())
+            ess = float(effective_sample_size(traced, 0, 1).nan_to_num(0.0).min())
         return Samples(kept.numpy(), r_hat, ess)
 
     def _site_tables(self) -> Tensor:

@@ -31,7 +31,7 @@ from bayes_mpt.models.networks import with_params
 __all__ = ["VAE"]
 
 LIKELIHOODS = ("bernoulli", "gaussian", "categorical", "studentt")
-LEAST_SCALE = 1e-3  # of a latent in the guide, in units of the prior
+MIN_SCALE = 1e-3  # of a latent in the guide, in units of the prior
 DEGREES = 4.0  # of freedom of Student-t tokens
 CHANNELS = 32  # of the first convolution
 RAREST = 1e-2  # probability of a category at the start
@@ -136,7 +136,7 @@ class VAE(CheckedModel):
         encode = _network("encoder", self.encoder, _Net(widths, self._image(), encodes=True), x)
         loc, spread = encode(inputs).chunk(2, -1)
         with pyro.plate("rows", len(x)):
-            scale = LEAST_SCALE + nn.functional.softplus(spread + math.log(math.e - 1))  # one at the start
+            scale = MIN_SCALE + nn.functional.softplus(spread + math.log(math.e - 1))  # one at the start
             pyro.sample("z", dist.Normal(loc, scale).to_event(1))
 
     def advice(self, X: NDArray[np.floating]) -> list[str]:

@@ -18,7 +18,7 @@ from bayes_mpt.predictors.nodes import Nodes, Read, constrained
 from bayes_mpt.simulation import simulate
 from bayes_mpt.tracing import Model, ModelError, run
 
-__all__ = ["AnnealedImportance", "Bounds"]
+__all__ = ["AnnealedImportance", "Bracket"]
 
 TARGET = 0.7  # acceptance of the moves
 N_PILOT = 2  # particles that find the steps
@@ -27,7 +27,7 @@ N_SCALE = 16  # draws that tell the scale of the start
 PILOT_RATE = 0.5  # by which log steps follow the acceptance
 
 
-class Bounds(NamedTuple):
+class Bracket(NamedTuple):
     """Bidirectional Monte Carlo on rows that were simulated from the program; nats."""
 
     lower: NDArray[np.float64]
@@ -130,7 +130,7 @@ class Annealed(Sampled):
     located = True
 
     def __init__(self, settings: AnnealedImportance, start: GuideDraws):
-        if start.one_by_one or start.mapped or start.placement is not None or start.has_points:
+        if start.one_by_one or start.mapped or start.adaptive is not None or start.has_points:
             raise ModelError(
                 "AnnealedImportance moves all draws of the guide at once: program and guide must broadcast over "
                 "leading batch dimensions, and the guide must draw every latent from a density: use Importance()"
@@ -161,7 +161,7 @@ class Annealed(Sampled):
             latents = constrained(path.space, end.u)
         return Read(given, log_weight, drawn.value, scale, latents, path.space.names)
 
-    def bounds(self, args: tuple[Any, ...], latents: dict[str, Tensor]) -> Bounds:
+    def bracket(self, args: tuple[Any, ...], latents: dict[str, Tensor]) -> Bracket:
         """Forward from the start, and back from the latents that made these rows (Grosse, Ghahramani & Adams 2015)."""
         drawn = self.start.drawn(args, None)
         path = _Path(self, drawn)
@@ -171,7 +171,7 @@ class Annealed(Sampled):
             lower = path.forward(steps, n)[1].logsumexp(0) - math.log(n)
             exact = path.space.pack_values({k: v[None] for k, v in latents.items()}, 1, drawn.value.shape[0])
             upper = math.log(n) - (-path.backward(steps, exact.expand(n, *exact.shape[1:]))).logsumexp(0)
-        return Bounds(lower.double().cpu().numpy(), upper.double().cpu().numpy())
+        return Bracket(lower.double().cpu().numpy(), upper.double().cpu().numpy())
 
 
 class _Path:

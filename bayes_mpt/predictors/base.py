@@ -12,7 +12,7 @@ import torch
 from sklearn.base import BaseEstimator
 from torch import Generator, Tensor
 
-from bayes_mpt.affine import Structure
+from bayes_mpt.affine import AffineForm
 from bayes_mpt.serial import methods_take_turns
 from bayes_mpt.tracing import Model, ModelError, Program
 
@@ -135,7 +135,7 @@ class Conditionals(ABC):
         super().__init_subclass__(**kwargs)
         methods_take_turns()(cls)
 
-    structure: Structure | Program
+    structure: AffineForm | Program
     model: Model | None
     """The program; None in a frozen predictor."""
     exact: bool = False

@@ -17,7 +17,7 @@ from bayes_mpt.predictors.nearest_neighbors import NearestNeighbors, near_condit
 from bayes_mpt.predictors.quadrature import MAX_WIDTH, Quadrature
 from bayes_mpt.predictors.self_predictive import SelfPredictive
 from bayes_mpt.serial import takes_turns
-from bayes_mpt.tracing import Model, ModelError, fill, latent_nodes, run, survey, takes_visible
+from bayes_mpt.tracing import Model, ModelError, analyze, fill, latent_nodes, run, takes_visible
 
 __all__ = ["choose"]
 
@@ -81,7 +81,7 @@ def choose(
     try:
         return closed_form(model, args)
     except NotAffine as error:
-        reason, program = error, survey(model, args)
+        reason, program = error, analyze(model, args)
     if not program.continuous:
         return summed_out(model, args, program, reason)
     if program.discrete and {s.kind for s in program.sites} <= {"Normal", "MultivariateNormal"}:

@@ -12,7 +12,7 @@ from bayes_mpt.affine import cycle, same_by_label
 from bayes_mpt.densities import log_density
 from bayes_mpt.devices import own_random_state
 from bayes_mpt.factors import read_factors
-from bayes_mpt.predictors.given import FactorsGiven, MapsGiven
+from bayes_mpt.predictors.given import AffineBatch, Factorized
 from bayes_mpt.predictors.linear_gaussian import LinearGaussian
 from bayes_mpt.predictors.nodes import FixedSites, Nodes, Read, Reader, program_values
 from bayes_mpt.tracing import (
@@ -48,7 +48,7 @@ class _Enumerated(Reader):
         value = program_values(self.model, args, filled, self.program)
         zero = value.new_zeros(1, factors.n_rows)
         return Read(
-            FactorsGiven(factors), zero, value, factors.scale, value.new_zeros(1, factors.n_rows, 0), ()
+            Factorized(factors), zero, value, factors.scale, value.new_zeros(1, factors.n_rows, 0), ()
         )
 
 
@@ -94,8 +94,8 @@ class _Maps(Reader):
         label = torch.arange(len(args[0]), device=args[0].device) % self.n_nodes
         self.maps = LinearGaussian(self._labelled(), (*args, label), max(N_TRIAL_ROWS, 2 * self.n_nodes))
         self.shared = len(args) == 1 and program.sub_rows is None and self._same_for_all_rows(args, label)
-        plain = self.shared and self.maps.structure.observed_arg == 0 and program.scale == 1.0
-        self.program = program._replace(own_rows=not plain, plain=plain)
+        scores_input = self.shared and self.maps.structure.observed_argument == 0 and program.scale == 1.0
+        self.program = program._replace(per_row=not scores_input, scores_input=scores_input)
         if program.continuous:
             filled = tuple(fill(a) for a in args)
             first, second = (self._log_prior(filled, label, seed) for seed in range(2))
@@ -109,13 +109,17 @@ class _Maps(Reader):
         filled = tuple(fill(a) for a in args)
         if self.shared:
             together, log_weight = self._read_shared(filled)
-            value = args[0] if self.program.plain else program_values(self.model, args, filled, self.program)
-            given, scale = MapsGiven(together=together), together.scale
+            value = (
+                args[0]
+                if self.program.scores_input
+                else program_values(self.model, args, filled, self.program)
+            )
+            given, scale = AffineBatch(together=together), together.scale
         else:
             labels = [torch.full((len(args[0]),), s, device=args[0].device) for s in range(self.n_nodes)]
             maps = tuple(self.maps.read((*args, label)) for label in labels)
             log_weight = torch.stack([self._log_prior(filled, label) for label in labels])  # (S, N)
-            value, given, scale = maps[0].value, MapsGiven(maps), maps[0].scale
+            value, given, scale = maps[0].value, AffineBatch(maps), maps[0].scale
         # which value each site has at each node, a block of columns for each site
         blocks = [v.unique(return_inverse=True)[1] for v in self.values.values()]
         one_hot = torch.cat([torch.nn.functional.one_hot(b) for b in blocks], -1).to(log_weight)

@@ -9,7 +9,7 @@ from bayes_mpt.predictors.base import Conditionals, Guide, Predictor
 from bayes_mpt.predictors.enumeration import enumerated, mixture_of_maps
 from bayes_mpt.predictors.joint_gaussian import JointGaussian, gaussian_program
 from bayes_mpt.predictors.markov import closed_form
-from bayes_mpt.tracing import Model, ModelError, Program, survey
+from bayes_mpt.tracing import Model, ModelError, Program, analyze
 
 __all__ = ["Exact", "summed_out"]
 
@@ -44,7 +44,7 @@ class Exact(Predictor):
         try:
             return closed_form(model, args)
         except NotAffine as error:
-            return summed_out(model, args, survey(model, args), error)
+            return summed_out(model, args, analyze(model, args), error)
 
 
 def summed_out(model: Model, args: tuple[Any, ...], program: Program, reason: NotAffine) -> Conditionals:

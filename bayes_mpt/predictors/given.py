@@ -16,13 +16,22 @@ from bayes_mpt.factors import Factors
 from bayes_mpt.predictors.linear_gaussian import LinearGaussian
 from bayes_mpt.tracing import has_missing
 
-__all__ = ["FactorsGiven", "Given", "Mapped", "MapsGiven", "PlacedRows", "RowsGiven", "SideBySide", "Stacked"]
+__all__ = [
+    "AffineBatch",
+    "Factorized",
+    "Given",
+    "Mapped",
+    "NestedRows",
+    "PlacedRows",
+    "SideBySide",
+    "Stacked",
+]
 
 
 class Given(ABC):
     """The inner model of S nodes. A mask ``visible`` (T,) holds for all rows, NaN in x are missing.
 
-    All but `RowsGiven` are exact. For `log_joint` and what follows from it a mask may also be each row's own, (N, T).
+    All but `NestedRows` are exact. For `log_joint` and what follows from it a mask may also be each row's own, (N, T).
     """
 
     @abstractmethod
@@ -76,7 +85,7 @@ class Given(ABC):
 
 
 @dataclass(frozen=True)
-class FactorsGiven(Given):
+class Factorized(Given):
     """Tokens are independent given nodes and discrete latents."""
 
     factors: Factors
@@ -107,7 +116,7 @@ class FactorsGiven(Given):
 
 
 @dataclass(frozen=True)
-class MapsGiven(Given):
+class AffineBatch(Given):
     """Every node has a linear-Gaussian map."""
 
     each: tuple[LinearGaussian, ...] = ()
@@ -136,10 +145,10 @@ class MapsGiven(Given):
             return self.together.joint_under_each(x)
         return torch.stack([m.joint(shown) for m in self.maps])
 
-    def freeze(self) -> MapsGiven | None:
+    def freeze(self) -> AffineBatch | None:
         if self.together is None:
             return None
-        return MapsGiven(together=self.together.freeze())
+        return AffineBatch(together=self.together.freeze())
 
     def predictive(self, x: Tensor, visible: Tensor) -> Tensor:
         return torch.stack([m.conditionals(x, visible[None])[0] for m in self.maps])
@@ -202,7 +211,7 @@ class SideBySide(Given):
 
 @dataclass(frozen=True)
 class Mapped(Given):
-    """`FactorsGiven` of a program that takes no further axes (``x @ w``): every node as if alone, all in one pass."""
+    """`Factorized` of a program that does not broadcast over leading batch dimensions (``x @ w``): by `torch.vmap`."""
 
     factors: Callable[[dict[str, Tensor]], Factors]
     """Of one node."""
@@ -225,14 +234,14 @@ class Mapped(Given):
         return self._each(lambda given: given.means(x, visible))
 
     def levels(self, x: Tensor, visible: Tensor) -> Tensor | None:
-        first = FactorsGiven(self.factors({name: v[0] for name, v in self.values.items()}))
+        first = Factorized(self.factors({name: v[0] for name, v in self.values.items()}))
         if first.levels(x, visible) is None:
             return None
         return self._each(lambda given: cast(Tensor, given.levels(x, visible)))
 
-    def _each(self, question: Callable[[FactorsGiven], Tensor]) -> Tensor:
+    def _each(self, question: Callable[[Factorized], Tensor]) -> Tensor:
         with pyro.validation_enabled(False):  # a check would have to branch on its node
-            return torch.vmap(lambda v: question(FactorsGiven(self.factors(v))))(self.values)[:, 0]
+            return torch.vmap(lambda v: question(Factorized(self.factors(v))))(self.values)[:, 0]
 
 
 class Stacked(Given):
@@ -276,7 +285,7 @@ class PlacedRows(NamedTuple):
     """(S, Q, N, d): values of the rows' latents there."""
 
 
-class RowsGiven(Given):
+class NestedRows(Given):
     """One vector of observations in rows that are independent given each node, with latents of their own.
 
         log p(x_R | u_s) = sum_n log sum_q w_nq p(x_nR | z_nq, u_s)
@@ -294,7 +303,7 @@ class RowsGiven(Given):
         self.place, self.cells, self.n_nodes, self.fine = place, cells, n_nodes, fine
 
     def refined(self) -> Given:
-        return RowsGiven(self.place, self.cells, self.n_nodes, fine=True)
+        return NestedRows(self.place, self.cells, self.n_nodes, fine=True)
 
     def log_prior(self, x: Tensor) -> Tensor:
         return x.new_zeros(self.n_nodes, 1)

@@ -20,10 +20,10 @@ from torch.autograd.function import once_differentiable
 from bayes_mpt.devices import own_random_state
 from bayes_mpt.diagnostics import BAD_K, pareto_k
 from bayes_mpt.factors import read_factors
+from bayes_mpt.predictors.adaptive import AdaptiveNodes, degrees_of, log_t
 from bayes_mpt.predictors.base import Evidence, Guide, Predictor
-from bayes_mpt.predictors.given import FactorsGiven, Given, Mapped, Stacked
+from bayes_mpt.predictors.given import Factorized, Given, Mapped, Stacked
 from bayes_mpt.predictors.nodes import Nodes, Read, Reader, constrained, nodes_first, program_values
-from bayes_mpt.predictors.placed import Placement, degrees_of, log_t
 from bayes_mpt.simulation import simulate
 from bayes_mpt.tracing import (
     CLOSE,
@@ -33,6 +33,7 @@ from bayes_mpt.tracing import (
     ModelError,
     Program,
     SetLatents,
+    analyze,
     base,
     fill,
     filling,
@@ -44,7 +45,6 @@ from bayes_mpt.tracing import (
     rows_axis,
     run,
     sum_by_row,
-    survey,
     takes_visible,
 )
 
@@ -53,7 +53,7 @@ __all__ = ["Drawn", "GuideDraws", "Importance", "Sampled"]
 N_WIDENINGS = 6  # steps from Laplace's Gaussian towards the closest one
 WIDENING_COST = 200_000_000
 GROWTH = 3  # of the number of draws from stage to stage of a training
-MOST_TOLD = 10  # draws of a step of the training, from a guide that is told what is visible
+MAX_CONDITIONED_DRAWS = 10  # draws of a step of the training, from a guide that is conditioned on the mask
 
 
 class Importance(Predictor):
@@ -64,16 +64,16 @@ class Importance(Predictor):
     num_particles : int, default=100
         S draws for each row.
     training_particles : int, optional
-        As many of a step of the training. None: as many as ``num_particles``, but at most 10 of a guide that is told
-        what is visible, whose draws hardly cost less than the program at each of them.
+        As many of a step of the training. None: as many as ``num_particles``, but at most 10 of a guide that is
+        conditioned on the mask, whose draws hardly cost less than the program at each of them.
     doubly_reparameterized : bool, optional
         Whether a chain's gradient in a guide's parameters is that of Tucker, Lawson, Gu & Maddison (2019): the same
         expectation with less noise from the draws, for a step that takes a little longer.
-        False gives the gradient of the bound itself, that of `pyro.infer.RenyiELBO`. None: where the guide is told what
-        is visible. Guides whose draws have no ``rsample``, or that cannot be drawn side by side, have the latter in
-        any case.
+        False gives the gradient of the bound itself, that of `pyro.infer.RenyiELBO`. None: where the guide is
+        conditioned on the mask. Guides whose draws have no ``rsample``, or that cannot be drawn side by side, have the
+        latter in any case.
     dream : bool, default=False
-        Whether a guide that is told what is visible is trained also on rows that the program makes, random tokens of
+        Whether a guide that is conditioned on the mask is trained also on rows that the program makes, random tokens of
         them hidden (the sleep phase of Hinton, Dayan, Frey & Neal 1995): single conditionals of complete rows get
         nearer, while the program itself learns more slowly. For trainings by epochs.
 
@@ -106,16 +106,18 @@ class Importance(Predictor):
             value = getattr(self, name)
             if (value is not None or name == "num_particles") and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-        program = survey(model, args)
+        program = analyze(model, args)
         if not program.continuous:
             raise ModelError("the program has no continuous latent, so nothing to draw: use Exact()")
         if guide is None:
-            return Nodes(_AroundMode(Placement(model, args, program), self.num_particles))
-        told = takes_visible(guide)
+            return Nodes(_AroundMode(AdaptiveNodes(model, args, program), self.num_particles))
+        conditioned_on_mask = takes_visible(guide)
         n_training = self.training_particles
         if n_training is None:
-            n_training = min(self.num_particles, MOST_TOLD if told else self.num_particles)
-        twice = told if self.doubly_reparameterized is None else self.doubly_reparameterized
+            n_training = min(
+                self.num_particles, MAX_CONDITIONED_DRAWS if conditioned_on_mask else self.num_particles
+            )
+        twice = conditioned_on_mask if self.doubly_reparameterized is None else self.doubly_reparameterized
         return Nodes(
             GuideDraws(model, guide, args, program, self.num_particles, n_training, twice, self.dream)
         )
@@ -166,14 +168,14 @@ class _AroundMode(Sampled):
 
     located = True
 
-    def __init__(self, placement: Placement, n_draws: int):
-        self.placement, self.n_draws = placement, n_draws
-        self.climbs = not placement.program.by_row
-        self.model, self.program = placement.model, placement.program
-        self.one_by_one = placement.one_by_one
+    def __init__(self, adaptive: AdaptiveNodes, n_draws: int):
+        self.adaptive, self.n_draws = adaptive, n_draws
+        self.climbs = not adaptive.program.by_row
+        self.model, self.program = adaptive.model, adaptive.program
+        self.one_by_one = adaptive.one_by_one
         self.why = (
-            f"{n_draws} Student-t draws of {', '.join(placement.space.names)} around the mode of each row's "
-            f"posterior{placement.inside}"
+            f"{n_draws} Student-t draws of {', '.join(adaptive.space.names)} around the mode of each row's "
+            f"posterior{adaptive.inside}"
         )
 
     def read(self, args: tuple[Any, ...], visible: Tensor | None = None) -> Read:
@@ -181,13 +183,13 @@ class _AroundMode(Sampled):
         value = program_values(self.model, args, filled, self.program)
         if visible is None:
             visible = torch.ones(value.shape[1], dtype=torch.bool, device=value.device)
-        near = self.placement.locate(args, value, visible)
+        near = self.adaptive.locate(args, value, visible)
         if self.climbs:
             # each draw costs a curvature, d^3 operations
             n_pairs = max(4, min(64, WIDENING_COST // near.mode.shape[1] ** 3))
             for _ in range(N_WIDENINGS):
                 half = torch.randn(n_pairs, *near.mode.shape, dtype=near.mode.dtype).to(near.mode)
-                near = self.placement.widen(args, value, visible, near, torch.cat([half, -half]))
+                near = self.adaptive.refine_gaussian(args, value, visible, near, torch.cat([half, -half]))
         mode, root = near
         n_rows, width = mode.shape
         # multivariate t: a normal vector over the root of a chi-square that its axes share
@@ -197,15 +199,15 @@ class _AroundMode(Sampled):
         t = normal * (degrees / chi.sample((self.n_draws, n_rows)).to(mode))[..., None].sqrt()
         u = mode + (root @ t[..., None])[..., 0]
         log_q = log_t(t, degrees) - torch.linalg.slogdet(root)[1]
-        given, part, scale = self.placement.at(args, filled, u)
+        given, part, scale = self.adaptive.at(args, filled, u)
         log_weight = part - log_q - math.log(self.n_draws)
-        latents = constrained(self.placement.space, u)
-        return Read(given, log_weight, value, scale, latents, self.placement.space.names)
+        latents = constrained(self.adaptive.space, u)
+        return Read(given, log_weight, value, scale, latents, self.adaptive.space.names)
 
     def objective(self, args: tuple[Any, ...]) -> Tensor:
         value = program_values(self.model, args, tuple(fill(a) for a in args), self.program)
         visible = torch.ones(value.shape[1], dtype=torch.bool, device=value.device)
-        return self.placement.laplace(args, value, visible)
+        return self.adaptive.laplace(args, value, visible)
 
 
 class _Along(torch.autograd.Function):
@@ -307,11 +309,11 @@ class GuideDraws(Sampled):
             trace = self._guide_trace(filled, None, 1)
         names = {node["name"] for node in latent_nodes(trace)}
         missing = [n for n in program.continuous if n not in names]
-        self.placement: Placement | None = None
+        self.adaptive: AdaptiveNodes | None = None
         if missing:  # those of each row may be left to nodes of their own
-            found = Placement(model, args, program)
+            found = AdaptiveNodes(model, args, program)
             if found.rows is not None and not set(found.space.names) & set(missing):
-                self.placement, missing = found, []
+                self.adaptive, missing = found, []
         if missing:
             raise ModelError(
                 f"the guide has no site for latent {missing[0]!r} of the program (it has {sorted(names)}): add "
@@ -324,7 +326,7 @@ class GuideDraws(Sampled):
                 'infer={"is_auxiliary": True}'
             )
         first = run(model, filled)
-        drawn = program.continuous if self.placement is None else self.placement.space.names
+        drawn = program.continuous if self.adaptive is None else self.adaptive.space.names
         for name in drawn:
             ours, theirs = first.nodes[name]["fn"].support, trace.nodes[name]["fn"].support
             shapes = [tuple(t.nodes[name]["value"].shape) for t in (first, trace)]
@@ -358,7 +360,7 @@ class GuideDraws(Sampled):
         self.guide_parameters = tuple(n for n, s in trace.nodes.items() if s["type"] == "param")
         self.mapped = False
         self.vectorised = self._try_together(args, filled)
-        if not self.vectorised and not program.discrete and self.placement is None:
+        if not self.vectorised and not program.discrete and self.adaptive is None:
             self.mapped = True
             self.vectorised = self.mapped = self._try_together(args, filled)
         self.squared = (
@@ -370,7 +372,7 @@ class GuideDraws(Sampled):
         self.one_by_one = not self.vectorised
         seen = ", which sees what is visible" if self.takes_visible else ""
         self.why = f"{n_draws} draws of {', '.join(drawn)} from the guide{seen}"
-        self.why += self.placement.inside if self.placement is not None else ""
+        self.why += self.adaptive.inside if self.adaptive is not None else ""
         self.names = drawn
         self.why += "; draw by draw" if self.one_by_one else ""
 
@@ -386,10 +388,15 @@ class GuideDraws(Sampled):
         """
         if not self.dreams:
             return None
-        told = self.takes_visible and self.placement is None and not self.has_points
-        if not told or not self.program.by_row or self.program.tokens_from != 0 or self.program.discrete:
+        conditioned_on_mask = self.takes_visible and self.adaptive is None and not self.has_points
+        if (
+            not conditioned_on_mask
+            or not self.program.by_row
+            or self.program.observed_argument != 0
+            or self.program.discrete
+        ):
             raise ModelError(
-                "dream=True needs a guide that draws all latents and is told what is visible, and a program that "
+                "dream=True needs a guide that draws all latents and is conditioned on the mask, and a program that "
                 "observes its first argument, row by row"
             )
         filled = tuple(fill(a) for a in args)
@@ -438,7 +445,7 @@ class GuideDraws(Sampled):
         return Read(given, log_weight - math.log(self.n_draws), value, scale, latents, self.names)
 
     def drawn(self, args: tuple[Any, ...], visible: Tensor | None) -> Drawn:
-        """The rows, and what the guide is told of them."""
+        """The rows, and what the guide sees of them."""
         filled = tuple(fill(a, v) for a, v in zip(args, self.fillings, strict=True))
         value = program_values(self.model, args, filled, self.program)
         shown = ~value.isnan() if visible is None else visible & ~value.isnan()
@@ -473,9 +480,9 @@ class GuideDraws(Sampled):
         self, args: tuple[Any, ...], filled: tuple[Any, ...], values: dict[str, Tensor], n: int
     ) -> tuple[Given, Tensor | float, float, Tensor | None]:
         """The inner model at n draws, what of their log-density it leaves out, the scale, and tokens if it has them."""
-        if self.placement is None and (n == 1 or not self.mapped):
+        if self.adaptive is None and (n == 1 or not self.mapped):
             factors = read_factors(self.model, filled, self.program, values, n)
-            return FactorsGiven(factors), 0.0, factors.scale, factors.value
+            return Factorized(factors), 0.0, factors.scale, factors.value
         rows = n_rows_of(self.program, filled)
         plain = {}
         for site in self.program.latents:
@@ -483,8 +490,8 @@ class GuideDraws(Sampled):
                 v = values[site.name]
                 v = v[None] if n == 1 else v
                 plain[site.name] = v.expand(n, *v.shape[1:]).reshape(n, *_shape(site, rows))
-        if self.placement is not None:
-            return *self.placement.given(args, filled, plain), 1.0, None
+        if self.adaptive is not None:
+            return *self.adaptive.given(args, filled, plain), 1.0, None
         given = Mapped(partial(read_factors, self.model, filled, self.program), plain)
         first = given.factors({name: v[0] for name, v in plain.items()})
         return given, 0.0, first.scale, first.value

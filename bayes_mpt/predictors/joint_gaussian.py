@@ -22,6 +22,7 @@ from bayes_mpt.tracing import (
     Model,
     ModelError,
     Program,
+    analyze,
     base,
     fill,
     has_missing,
@@ -30,7 +31,6 @@ from bayes_mpt.tracing import (
     rows_of,
     run,
     spread_rows,
-    survey,
 )
 
 __all__ = ["JointGaussian", "cholesky", "gaussian_program", "missing_of", "moments"]
@@ -56,7 +56,7 @@ class Moments(NamedTuple):
 
 
 def gaussian_program(model: Model, args: tuple[Any, ...]) -> Program | None:
-    """The `survey` of a program without latents whose one observed site is a Gaussian vector over all rows.
+    """What `analyze` finds of a program without latents whose one observed site is a Gaussian vector over all rows.
 
     Found on a few rows, since a run on all of them may build a matrix of N x N; None if it is something else.
 
@@ -81,7 +81,7 @@ def gaussian_program(model: Model, args: tuple[Any, ...]) -> Program | None:
         with warnings.catch_warnings():
             # gpytorch's own density adds jitter, and says so; it is not what scores
             warnings.filterwarnings("ignore", message="A not p.d., added jitter")
-            program = survey(model, few)
+            program = analyze(model, few)
     except RuntimeError as error:  # of the factor of the covariance
         raise ModelError(NOT_DEFINITE) from error
     if not bool(own_shown(sites[0]).all()):
@@ -92,7 +92,7 @@ def gaussian_program(model: Model, args: tuple[Any, ...]) -> Program | None:
     last = len(few) - 1
     shows = few[last].is_floating_point() and nan_shows(model, tuple(fill(a) for a in few), last, trace)
     site = program.sites[0]._replace(shape=(len(args[0]),), n_joint=0)
-    return program._replace(sites=(site,), depth=0, tokens_from=last if shows else None)
+    return program._replace(sites=(site,), depth=0, observed_argument=last if shows else None)
 
 
 def moments(model: Model, args: tuple[Any, ...], program: Program) -> Moments:
@@ -110,7 +110,7 @@ def missing_of(args: tuple[Any, ...], program: Program) -> Tensor:
     y = args[-1]
     if not has_missing(y):
         return torch.zeros(y.shape, dtype=torch.bool, device=y.device)
-    if program.tokens_from is None:
+    if program.observed_argument is None:
         raise ModelError(
             f"the program fills in missing cells of observed site {program.observed!r} itself, or computes it from "
             "several: write obs=y with y the last argument, and leave the cells NaN. Missing cells are left out by the "

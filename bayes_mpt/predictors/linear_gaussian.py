@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayes_mpt.affine import Dense, Outline, Reading, Structure, latent_values, read, structure
+from bayes_mpt.affine import AffineForm, Dense, DenseMap, Outline, affine_form, latent_values, read
 from bayes_mpt.devices import at_once
 from bayes_mpt.predictors.base import Conditionals, Posterior
 from bayes_mpt.tracing import N_TRIAL_ROWS, Model, ModelError
@@ -63,7 +63,7 @@ class LinearGaussian(Conditionals):
     exact = True
     name = "Exact"
     why = "every mean is affine in the latents and every scale is free of them, checked by evaluation"
-    structure: Structure
+    structure: AffineForm
 
     def __init__(
         self,
@@ -74,11 +74,11 @@ class LinearGaussian(Conditionals):
         outline: Outline | None = None,
     ):
         self.model: Model | None = model
-        self.structure = structure(model, args, n_trial=n_trial, outline=outline)
-        self._reading: Reading | None = None
+        self.structure = affine_form(model, args, n_trial=n_trial, outline=outline)
+        self._reading: DenseMap | None = None
 
     @property
-    def reading(self) -> Reading:
+    def reading(self) -> DenseMap:
         """The linear-Gaussian map at the parameters last read."""
         if self._reading is None:
             raise RuntimeError(
@@ -104,8 +104,8 @@ class LinearGaussian(Conditionals):
         loc, loading, noise, latent_loc, latent_root = (
             t.detach().clone() for t in (r.loc, r.loading, r.noise, r.latent_loc, r.latent_root)
         )
-        plain = Reading(loc, loading, noise, latent_loc, latent_root, r.scale, value=loc[:0])
-        return self._with(None, plain)
+        detached = DenseMap(loc, loading, noise, latent_loc, latent_root, r.scale, value=loc[:0])
+        return self._with(None, detached)
 
     def conditionals(self, x: Tensor, visible: Tensor) -> Tensor:
         groups = group_rows(x, self.reading.loc)
@@ -207,11 +207,11 @@ class LinearGaussian(Conditionals):
         new.model, new.structure, new._reading = model, self.structure, None
         return new
 
-    def with_reading(self, reading: Reading) -> LinearGaussian:
+    def with_reading(self, reading: DenseMap) -> LinearGaussian:
         """The conditionals of a map that was read elsewhere."""
         return self._with(self.model, reading)
 
-    def _with(self, model: Model | None, reading: Reading) -> LinearGaussian:
+    def _with(self, model: Model | None, reading: DenseMap) -> LinearGaussian:
         new = object.__new__(LinearGaussian)
         new.model, new.structure, new._reading = model, self.structure, reading
         return new

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayes_mpt.affine import Outline, Reading, Structure, first_look, latent_values, read, structure
+from bayes_mpt.affine import AffineForm, DenseMap, Outline, affine_form, first_look, latent_values, read
 from bayes_mpt.predictors.base import Conditionals, Posterior
 from bayes_mpt.predictors.linear_gaussian import CHUNK, LOG_2PI, Groups, LinearGaussian, cholesky, group_rows
 from bayes_mpt.sparse import Blocks, NotSparse, Sparse, SparseMap
@@ -29,7 +29,7 @@ from bayes_mpt.tracing import Model, ModelError
 
 __all__ = ["MarkovGaussian", "closed_form"]
 
-MOST_LOST = 1e-7  # nats a token
+MAX_LOST = 1e-7  # nats a token
 
 
 def closed_form(model: Model, args: tuple[Any, ...]) -> Conditionals:
@@ -81,12 +81,12 @@ class MarkovGaussian(Conditionals):
 
     exact = True
     name = "Exact"
-    structure: Structure
+    structure: AffineForm
 
     def __init__(self, model: Model, args: tuple[Any, ...], *, outline: Outline | None = None):
         self.model: Model | None = model
         self._way = Sparse()
-        self.structure = structure(model, args, self._way, outline=outline)
+        self.structure = affine_form(model, args, self._way, outline=outline)
         self._reading: SparseMap | None = None
         assert self._way.layout is not None
         layout = self._way.layout
@@ -161,7 +161,7 @@ class MarkovGaussian(Conditionals):
             return []
         return [(1.0, latent_values(self.structure, self.posterior(x).mean))]
 
-    def dense(self) -> Reading:
+    def dense(self) -> DenseMap:
         """The map as `LinearGaussian` has it, K x K and T x K matrices."""
         return self.reading.dense()
 
@@ -378,8 +378,8 @@ def _forward(mean: Tensor, cov: Tensor, right: _Stretch, meet: Tensor, rows: _Ro
 def _backward(left: _Stretch, pull: Tensor, info: Tensor, meet: Tensor, rows: _Rows) -> tuple[Tensor, Tensor]:
     """What a stretch and the tokens after it tell of the latents before it: meet = (I + cov info)^-1."""
     carry = meet @ left.carry
-    told = rows.of(carry).mT @ (pull - rows.of(info) @ left.mean)
-    return told + left.pull, _symmetric(left.carry.mT @ info @ carry) + left.info
+    message = rows.of(carry).mT @ (pull - rows.of(info) @ left.mean)
+    return message + left.pull, _symmetric(left.carry.mT @ info @ carry) + left.info
 
 
 def _join(left: _Stretch, right: _Stretch, rows: _Rows) -> _Stretch:
@@ -404,11 +404,11 @@ def _finish(leaves: _Leaves, outside: _Outside, rows: _Rows) -> _Found:
     cov = _symmetric(meet @ outside.cov)
     mean = rows.of(meet) @ (outside.mean + rows.of(outside.cov) @ pull)
     # r u given z_(b-1) and everything: precision I + root' info root, where a small noise has cancelled
-    told = leaves.root.mT @ outside.info
-    eye = torch.eye(told.shape[-1], dtype=told.dtype, device=told.device)
-    factor = cholesky(eye + _symmetric(told @ leaves.root))
-    slope = torch.cholesky_solve(leaves.slope + told @ blocks.step, factor)
-    right = leaves.white + rows.of(leaves.root).mT @ outside.pull - rows.of(told) @ blocks.start[..., None]
+    pulled = leaves.root.mT @ outside.info
+    eye = torch.eye(pulled.shape[-1], dtype=pulled.dtype, device=pulled.device)
+    factor = cholesky(eye + _symmetric(pulled @ leaves.root))
+    slope = torch.cholesky_solve(leaves.slope + pulled @ blocks.step, factor)
+    right = leaves.white + rows.of(leaves.root).mT @ outside.pull - rows.of(pulled) @ blocks.start[..., None]
     v = torch.cholesky_solve(right, rows.of(factor)) - rows.of(slope) @ mean
     u = torch.linalg.solve_triangular(rows.of(leaves.r), v, upper=True)
     own = torch.linalg.solve_triangular(
@@ -431,7 +431,7 @@ def _refuse_lost_digits(found: _Found, outside: _Outside, rows: _Rows) -> None:
     gap = (found.z - found.earlier.roll(-1, 2))[:, :, :-1]
     slope = (outside.pull - rows.of(outside.info) @ found.z)[:, :, :-1]
     lost = float((gap * slope).abs().sum((2, 3)).max()) if gap.numel() else 0.0
-    if not lost <= MOST_LOST * rows.x.shape[1]:
+    if not lost <= MAX_LOST * rows.x.shape[1]:
         raise ModelError(
             f"along the chain of latents float64 loses digits (the log-density has an error of about {lost:.1g}): some "
             "standard deviations are too small beside others, such as noises of 1e-8 after a start of 1e6. Take a "

@@ -12,10 +12,10 @@ from bayes_mpt.tracing import (
     Model,
     ModelError,
     Program,
+    analyze,
     fill,
     head,
     run,
-    survey,
 )
 
 __all__ = ["growing", "means_of_new"]
@@ -68,7 +68,7 @@ def means_of_new(
     both = tuple(
         torch.cat([fill(a), b]) if isinstance(a, Tensor) else a for a, b in zip(seen, new, strict=True)
     )
-    program = survey(model, both)
+    program = analyze(model, both)
     longer = dict(values)
     for name in names:
         fresh = torch.stack([even[torch.randperm(N_DRAWS)] for _ in range(n_new)], -1)
@@ -83,7 +83,7 @@ def means_of_new(
 
     found = means(both, program, longer)  # (S, N + M)
     old = tuple(fill(a) for a in seen)
-    few = means(old, survey(model, old), {n: v[:2] for n, v in values.items()})
+    few = means(old, analyze(model, old), {n: v[:2] for n, v in values.items()})
     if not torch.allclose(few, found[:2, :n_seen], rtol=1e-5, atol=1e-8):
         raise ModelError(
             f"new rows change what latents {list(names)} mean for the old ones, so that they cannot be predicted: map "

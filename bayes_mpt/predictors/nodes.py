@@ -2,9 +2,9 @@
 
     Z(R) = sum_s w_s p(x_R | u_s),    log p(x_i | x_R) = log Z(R + i) - log Z(R),    Z(nothing) = 1
 
-The inner model answers for all nodes at once: `FactorsGiven` from the program's own log-densities, discrete latents
-summed out; `MapsGiven` from one linear-Gaussian map a node; `RowsGiven` from nodes in each row. Nodes are shared along
-a chain, so that it telescopes: its sum is log Z of all tokens, the importance-weighted bound where the nodes are
+The inner model answers for all nodes at once: `Factorized` from the program's own log-densities, discrete latents
+summed out; `AffineBatch` from one linear-Gaussian map a node; `NestedRows` from nodes in each row. Nodes are shared
+along a chain, so that it telescopes: its sum is log Z of all tokens, the importance-weighted bound where the nodes are
 sampled.
 """
 
@@ -39,7 +39,7 @@ from bayes_mpt.tracing import (
 
 __all__ = ["FixedSites", "Nodes", "Read", "Reader", "constrained", "nodes_first", "program_values"]
 
-LEAST_SHARE = 1e-6  # of a node's weight that a prediction takes into account
+MIN_SHARE = 1e-6  # of a node's weight that a prediction takes into account
 
 
 class Read(NamedTuple):
@@ -170,9 +170,9 @@ class Nodes(Conditionals):
         return {name: node["value"] for name, node in trace.nodes.items() if is_subsample(node)}
 
     def forget(self) -> None:
-        placement = getattr(self.reader, "placement", None)
-        if placement is not None:
-            placement.forget()
+        adaptive = getattr(self.reader, "adaptive", None)
+        if adaptive is not None:
+            adaptive.forget()
 
     def freeze(self) -> Nodes:
         new = Nodes(self._thawed)
@@ -307,7 +307,7 @@ class Nodes(Conditionals):
         inner = read.given.latents(x)
         out = []
         for s in range(len(share)):
-            if float(share[s]) < LEAST_SHARE:
+            if float(share[s]) < MIN_SHARE:
                 continue
             values, start = dict(inner[s]) if inner else {}, 0
             for site in self.structure.latents:
@@ -362,7 +362,7 @@ class Nodes(Conditionals):
     def _check(self, x: Tensor) -> None:
         """Maps that all rows share answer for any rows; whatever else was read answers for the rows read."""
         value = self.last.value
-        if not self.structure.plain:
+        if not self.structure.scores_input:
             refuse_other_rows(x, value)
         elif x.shape[1:] != value.shape[1:]:
             raise ModelError(f"rows have {value.shape[1]} tokens, got x of shape {tuple(x.shape)}")
@@ -407,7 +407,7 @@ class _Fix(poutine.messenger.Messenger):
 
 def program_values(model: Model, args: tuple[Any, ...], filled: tuple[Any, ...], program: Program) -> Tensor:
     """The tokens (N, T) of these rows, NaN where missing: of the argument itself, or of more runs, latents drawn."""
-    position = program.tokens_from
+    position = program.observed_argument
     others = [f is a for i, (f, a) in enumerate(zip(filled, args, strict=True)) if i != position]
     if position is not None and all(others):  # complete, so that no distribution has seen a missing cell
         return rows_first(args[position], program.sites[0].row_axis)

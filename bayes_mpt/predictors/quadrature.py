@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bayes_mpt.predictors.adaptive import AdaptiveNodes, LaplaceApproximation, check_width, hermite
 from bayes_mpt.predictors.base import Evidence, Guide, Predictor
 from bayes_mpt.predictors.nodes import Nodes, Read, Reader, constrained, program_values
-from bayes_mpt.predictors.placed import Located, Placement, check_width, hermite
-from bayes_mpt.tracing import Model, ModelError, Program, fill, survey
+from bayes_mpt.tracing import Model, ModelError, Program, analyze, fill
 
 __all__ = ["Quadrature"]
 
@@ -46,18 +46,18 @@ class Quadrature(Predictor):
         self.n_nodes = n_nodes
 
     def bind(self, model: Model, args: tuple[Any, ...], guide: Guide | None = None) -> Nodes:
-        return self.bind_program(model, args, survey(model, args))
+        return self.bind_program(model, args, analyze(model, args))
 
     def bind_program(self, model: Model, args: tuple[Any, ...], program: Program) -> Nodes:
-        """`bind` where the program's `survey` is known."""
+        """`bind` where it is known what `analyze` finds."""
         if self.n_nodes is not None and (not isinstance(self.n_nodes, int) or self.n_nodes < 2):
             raise ValueError(f"n_nodes must be an integer of at least 2, got {self.n_nodes!r}")
         if not program.continuous:
             raise ModelError("the program has no continuous latent: use Exact()")
-        placement = Placement(model, args, program)
-        width = placement.space.width
+        adaptive = AdaptiveNodes(model, args, program)
+        width = adaptive.space.width
         check_width(width, MAX_WIDTH, "Quadrature", program)
-        return Nodes(_Hermite(placement, self.n_nodes or NODES[max(1, width)]))
+        return Nodes(_Hermite(adaptive, self.n_nodes or NODES[max(1, width)]))
 
 
 class _Hermite(Reader):
@@ -66,13 +66,13 @@ class _Hermite(Reader):
     located = True
     name = "Quadrature"
 
-    def __init__(self, placement: Placement, n_nodes: int):
-        self.placement, self.n_nodes = placement, n_nodes
-        self.model, self.program = placement.model, placement.program
-        self.one_by_one = placement.one_by_one
+    def __init__(self, adaptive: AdaptiveNodes, n_nodes: int):
+        self.adaptive, self.n_nodes = adaptive, n_nodes
+        self.model, self.program = adaptive.model, adaptive.program
+        self.one_by_one = adaptive.one_by_one
         self.why = (
-            f"{n_nodes} Gauss-Hermite nodes along each of {placement.space.width} axes "
-            f"({', '.join(placement.space.names)}), around the mode{placement.inside}"
+            f"{n_nodes} Gauss-Hermite nodes along each of {adaptive.space.width} axes "
+            f"({', '.join(adaptive.space.names)}), around the mode{adaptive.inside}"
         )
 
     def read(self, args: tuple[Any, ...], visible: Tensor | None = None) -> Read:
@@ -80,31 +80,33 @@ class _Hermite(Reader):
         value = program_values(self.model, args, filled, self.program)
         if visible is None:
             visible = torch.ones(value.shape[1], dtype=torch.bool, device=value.device)
-        located = self.placement.locate(args, value, visible)
+        located = self.adaptive.locate(args, value, visible)
         return self.around(args, filled, value, located)
 
-    def around(self, args: tuple[Any, ...], filled: tuple[Any, ...], value: Tensor, located: Located) -> Read:
+    def around(
+        self, args: tuple[Any, ...], filled: tuple[Any, ...], value: Tensor, located: LaplaceApproximation
+    ) -> Read:
         """Nodes for rows whose posteriors are located."""
         mode, root = located
         t, log_w = (a.to(mode) for a in hermite(mode.shape[1], self.n_nodes))  # (S, d), (S,)
         u = mode + (root @ t[:, None, :, None])[..., 0]  # (S, N, d)
         log_weight = log_w[:, None] + torch.linalg.slogdet(root)[1]
-        given, part, scale = self.placement.at(args, filled, u)
+        given, part, scale = self.adaptive.at(args, filled, u)
         return Read(
             given,
             log_weight + part,
             value,
             scale,
-            constrained(self.placement.space, u),
-            self.placement.space.names,
+            constrained(self.adaptive.space, u),
+            self.adaptive.space.names,
             located,
         )
 
     @torch.no_grad()
     def evidence(self, nodes: Nodes, x: Tensor) -> Evidence:
-        width = self.placement.space.width
+        width = self.adaptive.space.width
         more = 2 * self.n_nodes if width <= 2 else self.n_nodes + 3
-        finer = _Hermite(self.placement, more)
+        finer = _Hermite(self.adaptive, more)
         few = nodes.joint(x)
         filled = tuple(fill(a) for a in nodes.args)
         read = nodes.rerun(lambda: finer.around(nodes.args, filled, nodes.value, nodes.last.located))

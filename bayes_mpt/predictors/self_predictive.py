@@ -21,13 +21,13 @@ from bayes_mpt.tracing import (
     Model,
     ModelError,
     Program,
+    analyze,
     base,
     factor_nodes,
     fill,
     node_of,
     one_precision,
     rows_first,
-    survey,
     takes_visible,
     token_values,
 )
@@ -43,7 +43,7 @@ SHAKE = 0.5  # added to parameters meanwhile: at the start many a network gives 
 
 
 class SelfPredictive(Predictor):
-    """What the program itself says of its hidden tokens, when it is told which are visible.
+    """What the program itself says of its hidden tokens, when it is conditioned on the mask.
 
     For programs ``model(x, visible)`` without latents: ``x`` (N, T) has zeros where a token is hidden or missing,
     ``visible`` (N, T) bool tells which cells are shown, each row by its own mask, and ``pyro.sample("x", ..., obs=x)``
@@ -96,12 +96,12 @@ class SelfPredictive(Predictor):
     def bind(self, model: Model, args: tuple[Any, ...], guide: Guide | None = None) -> Conditionals:
         if not takes_visible(model):
             raise ModelError(
-                "SelfPredictive needs a program that is told which tokens it sees: model(x, visible), with visible "
+                "SelfPredictive needs a program that is conditioned on the mask: model(x, visible), with visible "
                 f"(N, T) bool; {model!r} has no argument of that name"
             )
         if len(args) != 1:
             raise ModelError(f"a program model(x, visible) takes one table, got {len(args)} arguments")
-        program = survey(sees_all(model), args, own_masks=True)
+        program = analyze(sees_all(model), args, own_masks=True)
         if program.latents:
             raise ModelError(
                 f"a program with an argument `visible` predicts hidden tokens itself, but this one has latent sites "
@@ -124,7 +124,7 @@ class SelfConditionals(Conditionals):
     name = "SelfPredictive"
     telescopes = False
     own_masks = independent = True
-    why = "the program is told which tokens are visible and has no latents"
+    why = "the program is conditioned on the mask and has no latents"
 
     def __init__(self, settings: SelfPredictive, model: Model, program: Program):
         self.settings = settings

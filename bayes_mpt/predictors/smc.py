@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from bayes_mpt.diagnostics import replicate_error
+from bayes_mpt.predictors.adaptive import DEGREES, AdaptiveNodes, LaplaceApproximation, log_t
 from bayes_mpt.predictors.base import (
     Conditionals,
     Evidence,
@@ -30,8 +31,7 @@ from bayes_mpt.predictors.base import (
 )
 from bayes_mpt.predictors.given import Given
 from bayes_mpt.predictors.nodes import constrained, program_values
-from bayes_mpt.predictors.placed import DEGREES, Located, Placement, log_t
-from bayes_mpt.tracing import NODES, Model, ModelError, Program, fill, one_precision, one_vector, survey
+from bayes_mpt.tracing import NODES, Model, ModelError, Program, analyze, fill, one_precision, one_vector
 
 __all__ = ["SequentialMonteCarlo"]
 
@@ -86,7 +86,7 @@ class SequentialMonteCarlo(Predictor):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-        program = survey(model, args)
+        program = analyze(model, args)
         if not program.continuous:
             raise ModelError("the program has no continuous latent to sample: use Exact()")
         if program.by_row:
@@ -150,12 +150,12 @@ class _Particles(Conditionals):
 
     def __init__(self, settings: SequentialMonteCarlo, model: Model, args: tuple[Any, ...], program: Program):
         self.settings, self.model, self.structure = settings, model, program
-        self.placement = Placement(model, args, program)
-        self.space = self.placement.space
-        self.one_by_one = self.placement.one_by_one
+        self.adaptive = AdaptiveNodes(model, args, program)
+        self.space = self.adaptive.space
+        self.one_by_one = self.adaptive.one_by_one
         self.why = (
             f"{settings.num_runs} runs of at least {settings.num_particles} particles over the {self.space.width} "
-            f"numbers of {', '.join(self.space.names)}, from prior and mode to the posterior{self.placement.inside}"
+            f"numbers of {', '.join(self.space.names)}, from prior and mode to the posterior{self.adaptive.inside}"
         )
         self._args: tuple[Any, ...] = ()
         self._filled: tuple[Any, ...] = ()
@@ -232,7 +232,7 @@ class _Particles(Conditionals):
 
     def _inside(self, x: Tensor, seen: Tensor, cloud: _Cloud) -> float:
         """log of the mean over the posterior of Z with more nodes in each row over Z: 0 where rows have none."""
-        if self.placement.rows is None:
+        if self.adaptive.rows is None:
             return 0.0
         u = cloud.u.flatten(0, 1)
         u = u[:: max(1, len(u) // MAX_DRAWS)]
@@ -285,18 +285,20 @@ class _Particles(Conditionals):
         new.__dict__.update(self.__dict__)
         return new
 
-    def _locate(self, x: Tensor, seen: Tensor) -> Located | None:
+    def _locate(self, x: Tensor, seen: Tensor) -> LaplaceApproximation | None:
         """Mode and curvature of the posterior, where there are few enough latents."""
         if self.space.width > MAX_LOCATED or not bool(seen.any()):
             return None
         try:
-            located = self.placement.locate(self._args, x, seen)
+            located = self.adaptive.locate(self._args, x, seen)
         except torch.linalg.LinAlgError:
             return None  # on the way to the mode; the prior alone is the start
         fine = torch.isfinite(located.mode).all() & torch.isfinite(located.root).all()
         return located if bool(fine) else None
 
-    def _pilot(self, n: int, x: Tensor, seen: Tensor, located: Located | None) -> tuple[list[_Stage], _Cloud]:
+    def _pilot(
+        self, n: int, x: Tensor, seen: Tensor, located: LaplaceApproximation | None
+    ) -> tuple[list[_Stage], _Cloud]:
         """One run that chooses each temperature so that half of the particles stay effective."""
         cloud = self._start(1, n, x, seen, located)
         stages: list[_Stage] = []
@@ -313,7 +315,7 @@ class _Particles(Conditionals):
         return stages, cloud
 
     def _runs(
-        self, stages: list[_Stage], n: int, x: Tensor, seen: Tensor, located: Located | None
+        self, stages: list[_Stage], n: int, x: Tensor, seen: Tensor, located: LaplaceApproximation | None
     ) -> tuple[Tensor, _Cloud]:
         """R independent runs along frozen stages: log Z (R,)."""
         cloud = self._start(self.settings.num_runs, n, x, seen, located)
@@ -371,7 +373,9 @@ class _Particles(Conditionals):
                     step *= math.exp(accepted - TARGET)
         return out
 
-    def _start(self, n_runs: int, n: int, x: Tensor, seen: Tensor, located: Located | None) -> _Cloud:
+    def _start(
+        self, n_runs: int, n: int, x: Tensor, seen: Tensor, located: LaplaceApproximation | None
+    ) -> _Cloud:
         """Draws from q: the prior, and where it is located as many around the mode, in a random place of each run."""
         assert self.model is not None
         u = self._prior_draws(n_runs * n).reshape(n_runs, n, -1)
@@ -392,12 +396,12 @@ class _Particles(Conditionals):
         with pyro.validation_enabled(
             False
         ):  # a matrix without a factor is no error, but an impossible particle
-            if self.placement.vectorised and self.placement.rows is None and n > 1:
+            if self.adaptive.vectorised and self.adaptive.rows is None and n > 1:
                 with one_precision(self._filled), pyro.plate(NODES, n, dim=-1 - program.depth):
                     values = self._one_draw()
                 if len(values) == len(self.space.names):
                     return self.space.pack_values(values, n, 1)[:, 0].detach()
-            if not self.placement.one_by_one:
+            if not self.adaptive.one_by_one:
                 with suppress(RuntimeError, KeyError), one_precision(self._filled):
                     drawn = torch.vmap(lambda _: self._one_draw(), randomness="different")(torch.arange(n))
                     return self.space._replace(depth=0).pack_values(drawn, n, 1)[:, 0].detach()
@@ -430,7 +434,7 @@ class _Particles(Conditionals):
         step: float,
         x: Tensor,
         seen: Tensor,
-        located: Located | None,
+        located: LaplaceApproximation | None,
     ) -> tuple[_Cloud, float]:
         """Hamiltonian Monte Carlo in units of the particles' covariance root root'."""
         jitter = step * (0.8 + 0.4 * torch.rand(*cloud.log_end.shape, 1, dtype=cloud.u.dtype).to(cloud.u))
@@ -462,7 +466,7 @@ class _Particles(Conditionals):
 
     # --------------------------------------------------------------------------------------------------- the program
 
-    def _evaluate(self, u: Tensor, x: Tensor, seen: Tensor, located: Located | None) -> _Cloud:
+    def _evaluate(self, u: Tensor, x: Tensor, seen: Tensor, located: LaplaceApproximation | None) -> _Cloud:
         """Densities and slopes at u (R, S, d)."""
         values, slopes = [], []
         with torch.enable_grad():
@@ -483,10 +487,12 @@ class _Particles(Conditionals):
             torch.cat(slopes, 1).reshape(2, *u.shape),
         )
 
-    def _both(self, u: Tensor, x: Tensor, seen: Tensor, located: Located | None) -> tuple[Tensor, Tensor]:
+    def _both(
+        self, u: Tensor, x: Tensor, seen: Tensor, located: LaplaceApproximation | None
+    ) -> tuple[Tensor, Tensor]:
         """log q(u) and log p(u, x_R) at u (M, d), (2, M), and their slopes (2, M, d)."""
         leaf = u.detach().requires_grad_()
-        given, log_det, _ = self.placement.at(self._args, self._filled, leaf[:, None])
+        given, log_det, _ = self.adaptive.at(self._args, self._filled, leaf[:, None])
         start = (given.log_prior(x) + log_det)[:, 0]
         end = (given.log_joint(x, seen) + log_det)[:, 0]
         if located is not None:
@@ -505,7 +511,7 @@ class _Particles(Conditionals):
         """log p(u, x_R) (R, S)."""
 
         def log_end(part: Tensor) -> tuple[Tensor]:
-            given, log_det, _ = self.placement.at(self._args, self._filled, part[:, None])
+            given, log_det, _ = self.adaptive.at(self._args, self._filled, part[:, None])
             return ((given.log_joint(x, seen) + log_det)[:, 0],)
 
         parts = [
@@ -517,11 +523,11 @@ class _Particles(Conditionals):
     def _given(self, u: Tensor) -> Iterator[tuple[Given, Tensor]]:
         """The inner model at u (M, d), by chunks, and what it leaves out."""
         for part in self._chunks(u):
-            given, log_det, _ = self.placement.at(self._args, self._filled, part[:, None])
+            given, log_det, _ = self.adaptive.at(self._args, self._filled, part[:, None])
             yield given, log_det
 
     def _chunks(self, u: Tensor) -> tuple[Tensor, ...]:
-        return u.split(max(1, CELLS // max(1, self.structure.n_tokens * self.placement.n_evaluations)))
+        return u.split(max(1, CELLS // max(1, self.structure.n_tokens * self.adaptive.n_evaluations)))
 
 
 def _by_halves(

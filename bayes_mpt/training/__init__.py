@@ -1,16 +1,16 @@
 """Maximise a score over the parameters of a Pyro program.
 
-The first way that fits: `concentrate` solves for mean, loadings and noise where the program leaves them free, by EM
-where cells are missing; `climb` runs L-BFGS on the exact score; `train_on_masks` runs Adam on sampled masks. They work
-on the parameters that stand in Pyro's parameter store at the time, in units found from the program itself, so that the
-path is the same whatever the columns' scales. `train_by_epochs` is for networks, in the parameters' own units:
-minibatches, held-out rows, checkpoints. `noise_at_zero` and `collapsed` look at where a training has ended.
+The first way that fits: `maximize_profile` solves for mean, loadings and noise where the program leaves them free, by
+EM where cells are missing; `maximize_lbfgs` runs L-BFGS on the exact score; `train_on_masks` runs Adam on sampled
+masks. They work on the parameters that stand in Pyro's parameter store at the time, in units found from the program
+itself, so that the path is the same whatever the columns' scales. `train_by_epochs` is for networks, in the parameters'
+own units: minibatches, held-out rows, checkpoints. `noise_at_zero` and `collapsed` look at where a training has ended.
 """
 
 from bayes_mpt.training.adam import total_on_masks, train_on_masks
-from bayes_mpt.training.closed_form import concentrate
+from bayes_mpt.training.closed_form import maximize_profile
 from bayes_mpt.training.epochs import train_by_epochs
-from bayes_mpt.training.lbfgs import climb, stages
+from bayes_mpt.training.lbfgs import maximize_lbfgs, stages
 from bayes_mpt.training.problem import Fit, Problem, Report, check_start, impossible, one_thread, take_rows
 from bayes_mpt.training.vanishing import collapsed, noise_at_zero
 
@@ -19,10 +19,10 @@ __all__ = [
     "Problem",
     "Report",
     "check_start",
-    "climb",
     "collapsed",
-    "concentrate",
     "impossible",
+    "maximize_lbfgs",
+    "maximize_profile",
     "noise_at_zero",
     "one_thread",
     "stages",

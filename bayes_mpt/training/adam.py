@@ -30,7 +30,7 @@ __all__ = ["total_on_masks", "train_on_masks"]
 WINDOW = 50  # steps between two looks of the stopping rule, at first
 WINDOW_GROWTH = 1.4  # with every halving of the step
 MAX_HALVINGS = 6
-LEAST_GAIN = 2e-5  # nats a row in a window, less than which halves the step
+MIN_GAIN = 2e-5  # nats a row in a window, less than which halves the step
 N_CHECK_DRAWS = 16
 N_TOTALS = 8  # replicates of a score from one mask a row
 
@@ -111,7 +111,7 @@ def train_on_masks(
             gain = check() - best_check
             if gain > 0:
                 best, best_check = average, best_check + gain
-            if gain > max(tol, LEAST_GAIN):
+            if gain > max(tol, MIN_GAIN):
                 assign(leaves, last)
             elif n_steps == window:
                 halvings += 1

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator, lsmr
 from torch import Tensor
 
-from bayes_mpt import concentrated, incomplete
-from bayes_mpt.affine import Reading
-from bayes_mpt.moments import Table
+from bayes_mpt import incomplete, profile
+from bayes_mpt.affine import DenseMap
+from bayes_mpt.moments import SufficientStatistics
 from bayes_mpt.predictors import LinearGaussian
 from bayes_mpt.training.problem import (
     Fit,
@@ -23,15 +23,15 @@ from bayes_mpt.training.problem import (
 )
 from bayes_mpt.training.units import dimensionless
 
-__all__ = ["concentrate"]
+__all__ = ["maximize_profile"]
 
 STEPS = 2  # of Newton's method in a step of EM, which moves on anyhow
 LIFTED = 1e-5  # of its column's variance: no step of EM starts from a noise further down
 
 
-def concentrate(
+def maximize_profile(
     problem: Problem,
-    table: Table,
+    statistics: SufficientStatistics,
     max_iter: int,
     tol: float,
     *,
@@ -42,14 +42,14 @@ def concentrate(
     """Solve for mean, loadings and noise where the program leaves them free; None where it does not.
 
     Free means that the solution can be reached: each part has parameters of its own, and Gauss-Newton on them ends
-    at the target. Nothing of the program's form is assumed. ``problem`` scores the rows of ``table``. Where cells are
-    missing the maximum has no closed form: it is climbed to by EM from ``n_init`` starts (`bayes_mpt.incomplete`).
+    at the target. Nothing of the program's form is assumed. ``problem`` scores the rows of ``statistics``. Where cells
+    are missing the maximum has no closed form: EM goes there from ``n_init`` starts (`bayes_mpt.incomplete`).
     ``at_floor``: where the likelihood of complete rows has no maximum for want of noise, take one of the size of
     rounding errors.
 
     Raises
     ------
-    concentrated.NoiseFloorError, incomplete.FewCellsError
+    profile.NoiseFloorError, incomplete.FewCellsError
         If the likelihood has no maximum.
     KeyboardInterrupt
         By Ctrl-C before EM has come anywhere, or to where the program cannot follow; else the fit says so.
@@ -61,7 +61,7 @@ def concentrate(
     reading = _exact(problem).reading
     loc, loading, noise = reading.loc, reading.loading, reading.noise
     n_latents = loading.shape[-1]
-    if len(loc) != 1 or not table.n_rows:
+    if len(loc) != 1 or not statistics.n_rows:
         return None
     touches = _touches(reading, leaves)
     for name in leaves:
@@ -78,18 +78,18 @@ def concentrate(
     shape = noise[0].detach().cpu().numpy() if tied else None
     solve = partial(_best, n_latents=n_latents, shape=shape, max_iter=max_iter, tol=tol)
     wrong = None
-    if not tied and not table.complete:
-        incomplete.refuse_constant_columns(table)
-        wrong = incomplete.too_few(table, n_latents)
-    if table.complete:
-        moments, best = table, solve(table.covariance, at_floor=at_floor)
+    if not tied and not statistics.complete:
+        incomplete.refuse_constant_columns(statistics)
+        wrong = incomplete.too_few(statistics, n_latents)
+    if statistics.complete:
+        moments, best = statistics, solve(statistics.covariance, at_floor=at_floor)
         factors = incomplete.Maximum(
-            best.lml, table.mean.cpu().numpy(), best.loading, best.noise, best.n_iter
+            best.lml, statistics.mean.cpu().numpy(), best.loading, best.noise, best.n_iter
         )
     else:
-        moments = table.available()
+        moments = statistics.available()
         factors = incomplete.maximise(
-            table,
+            statistics,
             n_latents,
             solve,
             shape,
@@ -125,18 +125,18 @@ def concentrate(
     with torch.no_grad():
         got = float(problem.score_of(predictor))
     # EM ends close by, and a noise of the size of rounding errors sees these
-    off = 1e-3 if at_floor else 1e-7 if table.complete else 1e-5
+    off = 1e-3 if at_floor else 1e-7 if statistics.complete else 1e-5
     if abs(got - factors.lml) > off * (1 + abs(factors.lml)):
         restore(leaves, before)
         return _unreached(factors)
     if wrong is not None:  # all is free, so that the likelihood has no maximum there
         raise wrong
-    method = "concentrated" if table.complete else "em"
+    method = "profile likelihood" if statistics.complete else "em"
     return Fit(
         method,
         [got],
         factors.n_iter,
-        converged=table.complete and not at_floor,
+        converged=statistics.complete and not at_floor,
         interrupted=factors.interrupted,
         last=predictor,
     )
@@ -150,7 +150,7 @@ def _unreached(factors: incomplete.Maximum) -> Fit | None:
 
 
 def _best(
-    cov: NDArray[np.float64] | concentrated.Root,
+    cov: NDArray[np.float64] | profile.Root,
     near: NDArray[np.float64] | None = None,
     *,
     n_latents: int,
@@ -158,14 +158,14 @@ def _best(
     max_iter: int,
     tol: float,
     at_floor: bool = False,
-) -> concentrated.Factors:
+) -> profile.Factors:
     """The best loadings and noise for a covariance; from a noise that is near it, as a step of EM."""
     if shape is not None:
-        return concentrated.proportional(cov, n_latents, shape, at_floor=at_floor)
+        return profile.proportional(cov, n_latents, shape, at_floor=at_floor)
     if near is None:
-        return concentrated.diagonal(cov, n_latents, max_iter=max_iter, tol=tol)
-    near = np.maximum(near, LIFTED * concentrated.variances(cov))
-    return concentrated.diagonal(cov, n_latents, start=near, max_iter=STEPS, tol=tol, refuse=False)
+        return profile.diagonal(cov, n_latents, max_iter=max_iter, tol=tol)
+    near = np.maximum(near, LIFTED * profile.variances(cov))
+    return profile.diagonal(cov, n_latents, start=near, max_iter=STEPS, tol=tol, refuse=False)
 
 
 def _exact(problem: Problem) -> LinearGaussian:
@@ -176,19 +176,19 @@ def _exact(problem: Problem) -> LinearGaussian:
     return predictor
 
 
-def _part(reading: Reading, part: str) -> Tensor:
+def _part(reading: DenseMap, part: str) -> Tensor:
     """loc (T,), loading (T, K) or log noise (T,)."""
     out = getattr(reading, part)[0]
     return out.log() if part == "noise" else out
 
 
-def _reached(reading: Reading, part: str, target: Tensor, unit: Tensor) -> bool:
+def _reached(reading: DenseMap, part: str, target: Tensor, unit: Tensor) -> bool:
     miss = (target - _part(reading, part)).detach().abs()
     return bool((miss <= 1e-11 * (unit + target.abs())).all())
 
 
 def _step_along_transpose(
-    reading: Reading,
+    reading: DenseMap,
     leaves: dict[str, Tensor],
     targets: dict[str, tuple[Tensor, Tensor]],
     names: dict[str, list[str]],
@@ -219,7 +219,7 @@ def _step_along_transpose(
                 leaves[name] += length * step
 
 
-def _touches(reading: Reading, leaves: dict[str, Tensor]) -> dict[str, set[str]]:
+def _touches(reading: DenseMap, leaves: dict[str, Tensor]) -> dict[str, set[str]]:
     """Which parameters move which part of the map."""
     generator = torch.Generator().manual_seed(0)
     found: dict[str, set[str]] = {"loc": set(), "loading": set(), "noise": set()}

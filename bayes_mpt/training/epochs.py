@@ -29,8 +29,8 @@ from bayes_mpt.training.problem import Fit, Problem, Report, check_start, restor
 __all__ = ["train_by_epochs"]
 
 KIND = "training by epochs"  # of its file
-LOOKS = 2  # draws of nodes and masks with which held-out rows are scored
-MOST_STEPS = 3000  # of a stage, the last excepted: of many rows a cheap one would never have given all it can
+N_VALIDATION_DRAWS = 2  # draws of nodes and masks with which held-out rows are scored
+MAX_STEPS = 3000  # of a stage, the last excepted: of many rows a cheap one would never have given all it can
 WARM_UP = 300  # steps over which the learning rate rises from zero, or a tenth of all that there may be
 
 
@@ -189,7 +189,7 @@ def train_by_epochs(
             elif last:
                 over = progress.stale >= patience
             else:
-                long = (progress.epoch - progress.begun) * per_epoch >= MOST_STEPS
+                long = (progress.epoch - progress.begun) * per_epoch >= MAX_STEPS
                 over = long or progress.stale >= math.ceil(patience / 3)
             if over and last:
                 break
@@ -271,10 +271,10 @@ def _look(held_out: Problem, masks: Policy, batch_size: int, seed: int) -> float
     held_out.predictor.forget()
     with torch.no_grad(), own_random_state(seed):
         generator = torch.Generator().manual_seed(seed)
-        for _ in range(LOOKS):
+        for _ in range(N_VALIDATION_DRAWS):
             for index in torch.arange(held_out.n_rows).split(batch_size):
                 total += len(index) * float(take_rows(held_out, index).score(masks, generator))
-    return total / LOOKS / held_out.n_rows
+    return total / N_VALIDATION_DRAWS / held_out.n_rows
 
 
 @contextmanager

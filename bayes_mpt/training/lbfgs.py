@@ -27,7 +27,7 @@ from bayes_mpt.training.problem import (
 )
 from bayes_mpt.training.units import metric, only, sampled, shuffled, small, units
 
-__all__ = ["climb", "stages"]
+__all__ = ["maximize_lbfgs", "stages"]
 
 OWN = "maximize, the model's own"
 STATIONARY = 1e-3  # nats a row and unit of the map: a steeper place is no maximum
@@ -54,7 +54,7 @@ def stages(problem: Problem, seed: int) -> list[Problem]:
     return [*found, problem]
 
 
-def climb(problem: Problem, *, max_iter: int, tol: float, report: Report | None = None) -> Fit:
+def maximize_lbfgs(problem: Problem, *, max_iter: int, tol: float, report: Report | None = None) -> Fit:
     """Maximise the exact score by L-BFGS (strong Wolfe line search) over all parameters.
 
     A model may offer a method of its own, ``maximize(x, params, tol=, max_iter=)``, which takes complete rows and the
@@ -85,7 +85,7 @@ def climb(problem: Problem, *, max_iter: int, tol: float, report: Report | None 
     best_slope = torch.full_like(best_theta, math.inf)
     least_unit = torch.full_like(best_theta, math.inf)
 
-    def climb_once(
+    def run_lbfgs(
         n_steps: int, move: Callable[[Tensor], Tensor], furthest: float | None = None, newton: bool = False
     ) -> bool:
         """L-BFGS over the steps phi (n_steps,) that move the parameters; whether it ended by itself.
@@ -148,16 +148,16 @@ def climb(problem: Problem, *, max_iter: int, tol: float, report: Report | None 
 
     try:
         while len(fit.history) < max_iter:
-            before, (unit, turn) = best, metric(problem, leaves)
+            before, (unit, whiten) = best, metric(problem, leaves)
             least_unit = torch.minimum(least_unit, unit)
             start = flat(leaves).detach().clone()
-            ended = climb_once(len(unit), _along(start, unit, turn), newton=turn is not None)
+            ended = run_lbfgs(len(unit), _along(start, unit, whiten), newton=whiten is not None)
             if not math.isfinite(best):
                 check_start(problem, leaves)
             if not ended:
                 break
-            # in turned units the curvature is about one
-            if turn is not None and 0.5 * float(best_slope.square().sum()) <= GAIN_LEFT:
+            # in whitened units the curvature is about one
+            if whiten is not None and 0.5 * float(best_slope.square().sum()) <= GAIN_LEFT:
                 fit.converged = True
                 break
             # The units were those of the start; where the map has changed much, a climb may end short of the top.
@@ -166,14 +166,14 @@ def climb(problem: Problem, *, max_iter: int, tol: float, report: Report | None 
             # Latents far too wide hide it: in units of the noise the slope is nothing, though the way down is long.
             rescaled, in_units = _rescaling(leaves), partial(torch.mul, least_unit)
             level = max(STATIONARY, _slope(tol, best))
-            if _steepest(problem, leaves, rescaled, len(leaves)) > level:
+            if _max_slope(problem, leaves, rescaled, len(leaves)) > level:
                 before = best
                 # Not all the way at once: loadings of zero are a saddle.
-                if not climb_once(len(leaves), rescaled, FURTHEST):
+                if not run_lbfgs(len(leaves), rescaled, FURTHEST):
                     break
                 if best - before > 10 * tol * (1 + abs(best)):
                     continue
-            fit.converged = _steepest(problem, leaves, in_units, len(least_unit)) <= level
+            fit.converged = _max_slope(problem, leaves, in_units, len(least_unit)) <= level
             break
     except KeyboardInterrupt:
         if not fit.history:
@@ -184,9 +184,9 @@ def climb(problem: Problem, *, max_iter: int, tol: float, report: Report | None 
     return fit
 
 
-def _along(start: Tensor, unit: Tensor, turn: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """Parameters after steps phi in these units: start + unit * (turn phi)."""
-    return lambda phi: start + unit * (phi if turn is None else turn @ phi)
+def _along(start: Tensor, unit: Tensor, whiten: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """Parameters after steps phi in these units: start + unit * (whiten phi)."""
+    return lambda phi: start + unit * (phi if whiten is None else whiten @ phi)
 
 
 def _slope(tol: float, score: float) -> float:
@@ -215,7 +215,7 @@ def _own_maximum(problem: Problem, leaves: dict[str, Tensor], tol: float, max_it
     return True, interrupted
 
 
-def _steepest(
+def _max_slope(
     problem: Problem, leaves: dict[str, Tensor], move: Callable[[Tensor], Tensor], n_steps: int
 ) -> float:
     """The largest slope of the mean score, nats a row and step."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from bayes_mpt.affine import Reading
+from bayes_mpt.affine import DenseMap
 from bayes_mpt.masks import torch_generator
 from bayes_mpt.predictors import Conditionals, LinearGaussian
 from bayes_mpt.predictors.joint_gaussian import JointGaussian
@@ -27,7 +27,7 @@ __all__ = ["dimensionless", "metric", "only", "sampled", "shuffled", "small", "u
 N_SCALE_PROBES = 4
 N_SCALE_ROWS = 512  # of a program whose rows share its maps
 N_UNIT_TOKENS = 512  # from which the units are found
-MAX_TURNED = 64  # parameters whose information matrix is taken whole
+MAX_WHITENED = 64  # parameters whose information matrix is taken whole
 
 
 # ------------------------------------------------------------------------------------------- parts of a problem
@@ -74,7 +74,7 @@ def _n_tokens(problem: Problem) -> int:
 # ---------------------------------------------------------------------------------------------------- units
 
 
-def dimensionless(reading: Reading) -> tuple[Tensor, Tensor, Tensor]:
+def dimensionless(reading: DenseMap) -> tuple[Tensor, Tensor, Tensor]:
     """loc and loading in units of what the other tokens leave unexplained of each token, and log noise."""
     with torch.no_grad():
         loading, noise = reading.loading, reading.noise[..., None]
@@ -129,14 +129,14 @@ def units(problem: Problem, leaves: dict[str, Tensor], predictor: Conditionals |
 
 
 def metric(problem: Problem, leaves: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-    """`_units`, and of one Gaussian vector the turn in whose units the information of all tokens is one.
+    """`units`, and of one Gaussian vector the matrix that whitens: in its units the information of all tokens is one.
 
     With mean m_i and variance v_i of each token given those before it, the information about the parameters is
     sum_i  dm_i dm_i' / v_i + 1/2 d(log v_i) d(log v_i)',  found by differences on some of the tokens.
     """
     part = small(problem)
     unit = units(part, leaves)
-    if not problem.predictor.remembers or len(unit) > MAX_TURNED:
+    if not problem.predictor.remembers or len(unit) > MAX_WHITENED:
         return unit, None
     start, step = flat(leaves).detach().clone(), 1e-3 * unit
     columns = []
@@ -159,9 +159,9 @@ def metric(problem: Problem, leaves: dict[str, Tensor]) -> tuple[Tensor, Tensor 
         part.some[1] if part.some is not None else jacobian.new_full((), _n_tokens(problem) / len(mean_k))
     )
     weight = weight.expand(len(mean_k)).repeat(2)
-    information, turn = torch.linalg.eigh(jacobian.mT @ (weight[:, None] * jacobian))
+    information, vectors = torch.linalg.eigh(jacobian.mT @ (weight[:, None] * jacobian))
     # no step beyond the unit of a single parameter: where the data say nothing, nor does their information
-    return unit, turn * information.clamp(min=1.0).rsqrt()
+    return unit, vectors * information.clamp(min=1.0).rsqrt()
 
 
 def _predicted(part: Problem, predictor: Conditionals) -> tuple[Tensor, Tensor]:
@@ -179,7 +179,7 @@ def _by_part(problem: Problem, predictor: Conditionals) -> Tensor:
     x = predictor.value
     if problem.masks is not None:
         return problem.by_row(predictor)
-    if predictor.structure.plain:
+    if predictor.structure.scores_input:
         x = x[:: -(-len(x) // N_SCALE_ROWS)]
     if len(x) > 1:
         return predictor.joint(x)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bayes_mpt.concentrated import NoiseFloorError
 from bayes_mpt.predictors import LinearGaussian
-from bayes_mpt.predictors.given import MapsGiven
+from bayes_mpt.predictors.given import AffineBatch
 from bayes_mpt.predictors.nodes import Nodes
+from bayes_mpt.profile import NoiseFloorError
 from bayes_mpt.training.problem import Problem
 
 __all__ = ["collapsed", "noise_at_zero"]
@@ -68,7 +68,7 @@ def collapsed(problem: Problem) -> dict[int, list[int]]:
     """Components of a mixture of Gaussian maps that have lost their spread, and the columns in whose direction."""
     predictor = problem.read()
     given = predictor.last.given if isinstance(predictor, Nodes) else None
-    if not isinstance(given, MapsGiven) or given.together is None:
+    if not isinstance(given, AffineBatch) or given.together is None:
         return {}
     reading, x = given.together.reading, predictor.value
     seen = ~x.isnan()

@@ -1,4 +1,4 @@
-"""The Gaussian factor likelihood with mean and loadings maximised out.
+"""The profile likelihood of Gaussian factors: mean and loadings are maximised out.
 
 With S the covariance (T, T) of the rows, x ~ N(mean, W W' + diag(psi)) and psi fixed, the best loadings follow from
 one eigendecomposition (Joreskog 1967; Tipping & Bishop 1999 for psi = v I):
@@ -41,7 +41,7 @@ BOUNDS = (math.log(FLOOR), 10.0)  # of log psi
 LONGEST_STEP = 3.0
 LOG_2PI = math.log(2 * math.pi)
 ROUNDING = float(np.finfo(np.float64).eps)
-LEAST_OF_SQUARES = (
+MIN_EIGENVALUE_RATIO = (
     1e-9  # of the largest eigenvalue of a squared matrix: smaller ones have lost too many digits
 )
 MAX_DENSE = 200  # tokens up to which Newton's method on their covariance costs less than steps by rows
@@ -122,7 +122,7 @@ def _spectrum_of_root(rows: Array, shape: Array, n_vectors: int | None) -> Spect
     n_rows, n_tokens = rows.shape
     if n_rows < n_tokens:
         value, vectors = eigh(scaled @ scaled.T, driver="evd", check_finite=False)
-        if n_rows and value[0] > LEAST_OF_SQUARES * value[-1]:
+        if n_rows and value[0] > MIN_EIGENVALUE_RATIO * value[-1]:
             value = value[::-1]
             vectors = scaled.T @ vectors[:, ::-1][:, :n_vectors] / np.sqrt(value[:n_vectors])
             return Spectrum(value, vectors, n_rows)

@@ -30,12 +30,12 @@ from bayes_mpt.devices import own_random_state
 from bayes_mpt.factors import read_factors
 from bayes_mpt.latents import Space, space
 from bayes_mpt.predictors.given import (
-    FactorsGiven,
+    AffineBatch,
+    Factorized,
     Given,
     Mapped,
-    MapsGiven,
+    NestedRows,
     PlacedRows,
-    RowsGiven,
     SideBySide,
     Stacked,
 )
@@ -58,7 +58,7 @@ from bayes_mpt.tracing import (
     split_events,
 )
 
-__all__ = ["Located", "Placement", "check_width", "degrees_of", "hermite", "log_t"]
+__all__ = ["AdaptiveNodes", "LaplaceApproximation", "check_width", "degrees_of", "hermite", "log_t"]
 
 GAUSSIAN = {"Normal", "MultivariateNormal"}
 LAST_GAIN = 1e-9  # nats: the next step would move the nodes by 1e-9 standard deviations
@@ -74,7 +74,7 @@ ROW_DRAWS = 128  # points where there are more
 CANNOT = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
 
 
-class Located(NamedTuple):
+class LaplaceApproximation(NamedTuple):
     """A Gaussian approximation of each row's posterior."""
 
     mode: Tensor
@@ -91,7 +91,7 @@ class _Held(NamedTuple):
     """(2, ...) two values of each, to find out with what the program is."""
 
 
-class Placement:
+class AdaptiveNodes:
     """A program at chosen values of some of its continuous latents, the rest of them integrated given these.
 
     Parameters
@@ -101,7 +101,7 @@ class Placement:
     args : tuple
         What it is called with.
     program : Program
-        Its `survey`.
+        What `analyze` found.
     held : _Held, optional
         Latents that are no part of ``program``: every evaluation is given values of them.
 
@@ -124,10 +124,10 @@ class Placement:
         self._last: tuple[torch.Size, Tensor] | None = None
         self._prior_mapped = True
         self.model, self.program = model, program
-        names, self._template = _awkward(model, args, program, first)
+        names, self._template = _non_conjugate(model, args, program, first)
         self.rows = self._rows(args, filled, trace, names)
         if self.rows is not None:
-            own = self.rows.placement.program.latent_names
+            own = self.rows.adaptive.program.latent_names
             names, self._template = tuple(n for n in program.continuous if n not in own), None
         elif self._template is not None:
             self.program = split_events(program)
@@ -136,7 +136,7 @@ class Placement:
         self.gaussian = tuple(n for n in inside if n not in names)
         self.vectorised = self.mapped = False
         if self.rows is not None:
-            self.vectorised = not self.rows.placement.one_by_one
+            self.vectorised = not self.rows.adaptive.one_by_one
             self._prior_mapped = self._maps_prior(filled)
         else:
             together = self._runs_together if self._template is None else self._reads_side_by_side
@@ -162,7 +162,7 @@ class Placement:
     def n_evaluations(self) -> int:
         """How often a node costs the log-densities of all tokens, at the most."""
         if self.rows is not None:
-            return self.rows.n_nodes * self.rows.placement.n_evaluations
+            return self.rows.n_nodes * self.rows.adaptive.n_evaluations
         return 1 if self._template is None else self._template.structure.n_latents + 4
 
     def at(
@@ -184,12 +184,12 @@ class Placement:
         if self.vectorised or len(u) == 1:
             nodes = self._on_plate(values) if len(u) > 1 else _node(values, 0)
             factors = read_factors(self.model, filled, self.program, nodes, len(u))
-            return FactorsGiven(factors), log_det, factors.scale
+            return Factorized(factors), log_det, factors.scale
         alone = partial(read_factors, self.model, filled, self.program)
         if self.mapped:
             return Mapped(alone, values), log_det, alone(_node(values, 0)).scale
         parts = [alone(_node(values, s)) for s in range(len(u))]
-        return Stacked(tuple(FactorsGiven(f) for f in parts)), log_det, parts[0].scale
+        return Stacked(tuple(Factorized(f) for f in parts)), log_det, parts[0].scale
 
     def given(
         self, args: tuple[Any, ...], filled: tuple[Any, ...], values: dict[str, Tensor]
@@ -218,7 +218,7 @@ class Placement:
             with own_random_state():  # the others are drawn, and do not matter
                 trace = run(FixedSites(self.model, node, hide=False), filled)
             priors.append(_log_prior(trace, latents, filled[0]))
-        return MapsGiven(tuple(maps)), log_det + torch.stack(priors), maps[0].scale
+        return AffineBatch(tuple(maps)), log_det + torch.stack(priors), maps[0].scale
 
     def _on_plate(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Values (S, ...) for a run on a plate of nodes, left of all plates."""
@@ -244,10 +244,10 @@ class Placement:
         draws = [{s.name: node_of(t, s.name)["value"].detach() for s in shared} for t in traces]
         held = _Held(shared, {s.name: torch.stack([d[s.name] for d in draws]) for s in shared})
         try:
-            placement = Placement(self.model, args, own, held)
+            adaptive = AdaptiveNodes(self.model, args, own, held)
         except ModelError:
             return None
-        rows = _Rows.of(placement, {n: node_of(trace, n)["value"].detach() for n in own.latent_names})
+        rows = _Rows.of(adaptive, {n: node_of(trace, n)["value"].detach() for n in own.latent_names})
         others = {n: node_of(traces[0], n)["value"].detach() for n in own.latent_names}
         return rows if self._separates(args, filled, rows, others) else None
 
@@ -255,7 +255,7 @@ class Placement:
         self, args: tuple[Any, ...], filled: tuple[Any, ...], rows: _Rows, others: dict[str, Tensor]
     ) -> bool:
         """Whether each row looks at its own latents only, and the latents of the data set at no row's."""
-        at = rows.placement
+        at = rows.adaptive
         latents, node = at._held.latents, _node(at._held.draws, 0)
         x = program_values(self.model, args, filled, at.program)
         with torch.no_grad():
@@ -298,7 +298,7 @@ class Placement:
         assert self.rows is not None
         with torch.no_grad():
             try:
-                self._log_prior(filled, self.rows.placement._held.draws)
+                self._log_prior(filled, self.rows.adaptive._held.draws)
             except CANNOT:
                 return False
         return True
@@ -360,28 +360,28 @@ class Placement:
         """Look for the next modes from the start, not from the last ones."""
         self._last = None
 
-    def locate(self, args: tuple[Any, ...], x: Tensor, visible: Tensor) -> Located:
+    def locate(self, args: tuple[Any, ...], x: Tensor, visible: Tensor) -> LaplaceApproximation:
         """The mode of each row's latents given its visible tokens: Newton's method, saddles turned into descents."""
         found = self._locate(args, x, visible, {}, 1)
-        return Located(found.mode[0], found.root[0])
+        return LaplaceApproximation(found.mode[0], found.root[0])
 
     def locate_rows(
         self, args: tuple[Any, ...], x: Tensor, visible: Tensor, held: dict[str, Tensor]
-    ) -> Located:
+    ) -> LaplaceApproximation:
         """The same at each of S values of the latents that are held: (S, N, d), (S, N, d, d)."""
         detached = {name: v.detach() for name, v in held.items()}
         return self._locate(args, x, visible, detached, len(next(iter(held.values()))))
 
     def _locate(
         self, args: tuple[Any, ...], x: Tensor, visible: Tensor, held: dict[str, Tensor], n_nodes: int
-    ) -> Located:
+    ) -> LaplaceApproximation:
         filled = tuple(fill(a) for a in args)
         # a training asks again and again, with little change
         shape, u = self._last or (None, None)
         if u is None or shape != x.shape:
             u = self.start(filled)
         sure = SURE if self.rows is None else SURE_OF_NODES
-        found = _climb(
+        found = _newton(
             lambda u: self._log_prob(args, filled, x, visible, u, held),
             u.expand(n_nodes, *u.shape),
             MAX_STEPS,
@@ -390,9 +390,9 @@ class Placement:
         self._last = x.shape, found.mode.mean(0)
         return found
 
-    def widen(
-        self, args: tuple[Any, ...], x: Tensor, visible: Tensor, near: Located, draws: Tensor
-    ) -> Located:
+    def refine_gaussian(
+        self, args: tuple[Any, ...], x: Tensor, visible: Tensor, near: LaplaceApproximation, draws: Tensor
+    ) -> LaplaceApproximation:
         """Newton's step of the mean log-density over draws (S, N, d) of a Gaussian, and the mean curvature there.
 
         Both end at the Gaussian closest to the posterior (Opper & Archambeau 2009), where Laplace's sees a point.
@@ -403,8 +403,8 @@ class Placement:
         def log_prob(u: Tensor) -> Tensor:
             return self._log_prob(args, filled, x, visible, u[0] + offsets, {}).mean(0, keepdim=True)
 
-        found = _climb(log_prob, near.mode[None], 1, SURE)
-        return Located(found.mode[0], found.root[0])
+        found = _newton(log_prob, near.mode[None], 1, SURE)
+        return LaplaceApproximation(found.mode[0], found.root[0])
 
     @torch.enable_grad()
     def laplace(self, args: tuple[Any, ...], x: Tensor, visible: Tensor) -> Tensor:
@@ -443,7 +443,9 @@ class Placement:
 
 
 @torch.enable_grad()
-def _climb(log_prob: Callable[[Tensor], Tensor], u: Tensor, max_steps: int, sure: float) -> Located:
+def _newton(
+    log_prob: Callable[[Tensor], Tensor], u: Tensor, max_steps: int, sure: float
+) -> LaplaceApproximation:
     """Newton's method on (S, N, d) -> (S, N), all rows side by side, and the curvature at the last step but one.
 
     Of a log-density no more than the share ``sure`` is to be gained by a step that need not climb.
@@ -465,7 +467,7 @@ def _climb(log_prob: Callable[[Tensor], Tensor], u: Tensor, max_steps: int, sure
         u, before, moved = _walk(log_prob, u.detach(), step, before.detach(), there)
         if not moved:
             break
-    return Located(u.detach(), root)
+    return LaplaceApproximation(u.detach(), root)
 
 
 def _walk(
@@ -526,7 +528,7 @@ def _times_covariance(root: Tensor, slope: Tensor) -> Tensor:
 class _Rows:
     """How each row is integrated given latents of the data set."""
 
-    placement: Placement
+    adaptive: AdaptiveNodes
     """Of the program of the rows alone."""
     values: dict[str, Tensor]
     """Any values of the rows' latents."""
@@ -534,24 +536,24 @@ class _Rows:
     """(N, T): where each row's tokens stand in the one vector of all observations."""
 
     @classmethod
-    def of(cls, placement: Placement, values: dict[str, Tensor]) -> _Rows:
+    def of(cls, adaptive: AdaptiveNodes, values: dict[str, Tensor]) -> _Rows:
         parts, start = [], 0
-        for site in placement.program.sites:
+        for site in adaptive.program.sites:
             kept = site.shape[: len(site.shape) - site.n_joint]
             size = math.prod(kept)
             parts.append(rows_first(torch.arange(start, start + size).reshape(kept), site.row_axis))
             start += size
-        return cls(placement, values, torch.cat(parts, 1))
+        return cls(adaptive, values, torch.cat(parts, 1))
 
     @property
     def n_nodes(self) -> int:
         """Q, of each row."""
-        width = self.placement.space.width
+        width = self.adaptive.space.width
         return ROW_NODES[width] ** width if width <= MAX_HERMITE else ROW_DRAWS
 
     @property
     def why(self) -> str:
-        names, width = ", ".join(self.placement.space.names), self.placement.space.width
+        names, width = ", ".join(self.adaptive.space.names), self.adaptive.space.width
         how = []
         if 0 < width <= MAX_HERMITE:
             how.append(
@@ -559,17 +561,17 @@ class _Rows:
             )
         elif width:
             how.append(f"{names} with {ROW_DRAWS} points around the mode")
-        if self.placement.gaussian:
-            how.append(f"{', '.join(self.placement.gaussian)} in closed form")
-        if self.placement.program.discrete:
-            how.append(f"{', '.join(self.placement.program.discrete)} summed out")
-        return "; ".join(how) + ("; node by node" if self.placement.one_by_one else "")
+        if self.adaptive.gaussian:
+            how.append(f"{', '.join(self.adaptive.gaussian)} in closed form")
+        if self.adaptive.program.discrete:
+            how.append(f"{', '.join(self.adaptive.program.discrete)} summed out")
+        return "; ".join(how) + ("; node by node" if self.adaptive.one_by_one else "")
 
-    def given(self, args: tuple[Any, ...], filled: tuple[Any, ...], held: dict[str, Tensor]) -> RowsGiven:
+    def given(self, args: tuple[Any, ...], filled: tuple[Any, ...], held: dict[str, Tensor]) -> NestedRows:
         """The rows at S values (S, ...) of the latents of the data set."""
         place = partial(self._place, args, filled, held)
         n_nodes = len(next(iter(held.values())))
-        return RowsGiven(place, self.cells.to(filled[0].device), n_nodes)
+        return NestedRows(place, self.cells.to(filled[0].device), n_nodes)
 
     def _place(
         self,
@@ -581,7 +583,7 @@ class _Rows:
         visible: Tensor,
     ) -> PlacedRows:
         """Q nodes for each of S nodes of the data set and each row, for what is visible (N, T) of it."""
-        at, width = self.placement, self.placement.space.width
+        at, width = self.adaptive, self.adaptive.space.width
         n_nodes, n_rows = len(next(iter(held.values()))), len(x)
         t, log_w = _rule(width, fine)
         t, log_w = t.to(x), log_w.to(x)  # (Q, d), (Q,)
@@ -668,7 +670,7 @@ def _log_prior(trace: Trace, latents: tuple[Latent, ...], like: Tensor) -> Tenso
     return total
 
 
-def _awkward(
+def _non_conjugate(
     model: Model, args: tuple[Any, ...], program: Program, held: dict[str, Tensor]
 ) -> tuple[tuple[str, ...], LinearGaussian | None]:
     """The continuous latents that a linear-Gaussian map leaves over, with the map; all where there is none."""
