@@ -28,6 +28,7 @@ from bayes_mpt.predictors import (
     SequentialMonteCarlo,
     choose,
 )
+from bayes_mpt.predictors.placed import log_t
 from bayes_mpt.score import masked_score
 from bayes_mpt.store import OwnStore
 from bayes_mpt.tracing import ModelError
@@ -1719,6 +1720,13 @@ def test_pareto_k(k):
     assert np.abs(got - want).max() < 5 * (1 + k) / math.sqrt(m)
     assert np.isnan(pareto_k(log_w[:20])).all()
     assert np.allclose(pareto_k(log_w + 700), got)
+
+
+@pytest.mark.parametrize(("width", "degrees"), [(1, 5.0), (2, 5.0), (9, 18.0)])
+def test_student_t_is_that_of_pyro(width, degrees):
+    t = 3 * torch.randn(20, 4, width, dtype=torch.float64, generator=torch.Generator().manual_seed(width))
+    peer = dist.MultivariateStudentT(degrees, torch.zeros_like(t[0, 0]), torch.eye(width).double())
+    np.testing.assert_allclose(log_t(t, degrees), peer.log_prob(t), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(("n_draws", "n_rows"), [(100, 30), (117, 7), (1000, 20), (4000, 5)])
