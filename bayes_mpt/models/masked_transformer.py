@@ -139,7 +139,9 @@ class MaskedTransformer(CheckedModel):
         """States (N, T, D) of the tokens before the layers, without positions, and after each of them: n_layers + 1.
 
         For subclasses, as `attend` is: both run within the plate of rows, so that a penalty of one's own is a
-        `pyro.factor` (N,) there, which trains and enters no score.
+        `pyro.factor` (N,) there, which trains and enters no score. Layers are kept by hand: those of
+        `torch.nn.TransformerEncoderLayer` say the same (to 5e-15) but for biases in attention and output, which cannot
+        be left out alone, and let no subclass into their attention.
 
         Parameters
         ----------

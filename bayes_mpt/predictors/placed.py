@@ -446,7 +446,8 @@ class Placement:
 def _climb(log_prob: Callable[[Tensor], Tensor], u: Tensor, max_steps: int, sure: float) -> Located:
     """Newton's method on (S, N, d) -> (S, N), all rows side by side, and the curvature at the last step but one.
 
-    Of a log-density no more than the share ``sure`` is to be gained by a step that need not climb.
+    Of a log-density no more than the share ``sure`` is to be gained by a step that need not climb. Kept by hand:
+    scipy's optimisers climb one row at a time, and not within torch's graph.
     """
     u = u.detach().requires_grad_()
     before = log_prob(u)

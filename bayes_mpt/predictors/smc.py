@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import pyro
 import torch
+from scipy.optimize import brentq
 from torch import Tensor
 
 from bayes_mpt.diagnostics import replicate_error
@@ -499,19 +500,13 @@ def _by_halves(
 
 
 def _next_temperature(way: Tensor, now: float) -> float:
-    """The highest temperature that keeps a share of the particles effective, by bisection."""
+    """The highest temperature that keeps a share of the particles effective."""
 
-    def ess(temperature: float) -> float:
+    def more(temperature: float) -> float:
         share = ((temperature - now) * way).softmax(0)
-        return float(1 / share.square().sum())
+        return float(1 / share.square().sum()) - KEEP * len(way)
 
-    if ess(1.0) >= KEEP * len(way):
-        return 1.0
-    low, high = now, 1.0
-    for _ in range(60):
-        middle = 0.5 * (low + high)
-        low, high = (middle, high) if ess(middle) >= KEEP * len(way) else (low, middle)
-    return max(low, now + 1e-12)
+    return 1.0 if more(1.0) >= 0 else max(brentq(more, now, 1.0, xtol=1e-15, maxiter=1000), now + 1e-12)
 
 
 def _systematic(log_w: Tensor) -> Tensor:
