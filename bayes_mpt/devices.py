@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -10,7 +9,7 @@ from typing import Any
 
 import cloudpickle
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 __all__ = ["at_once", "check_device", "moved", "own_random_state", "random_states", "set_random_states"]
 
@@ -69,42 +68,6 @@ def moved(content: Any, device: str) -> Any:
     (True, False)
     """
     file = BytesIO()
-    apart = _WithoutTensors(file)
-    apart.dump(content)
+    torch.save(content, file, pickle_module=cloudpickle)
     file.seek(0)
-    return _WithTensors(file, [_at(t, device) for t in apart.tensors]).load()
-
-
-class _WithoutTensors(cloudpickle.Pickler):
-    """Numbers tensors in place of writing them."""
-
-    def __init__(self, file: BytesIO):
-        super().__init__(file)
-        self.tensors: list[Tensor] = []
-        self._number: dict[int, int] = {}
-
-    def persistent_id(self, obj: Any) -> int | None:
-        if not isinstance(obj, Tensor):
-            return None
-        if id(obj) not in self._number:
-            self._number[id(obj)] = len(self.tensors)
-            self.tensors.append(obj)
-        return self._number[id(obj)]
-
-
-class _WithTensors(pickle.Unpickler):
-    """Takes them from a list."""
-
-    def __init__(self, file: BytesIO, tensors: list[Tensor]):
-        super().__init__(file)
-        self._tensors = tensors
-
-    def persistent_load(self, pid: int) -> Tensor:
-        return self._tensors[pid]
-
-
-def _at(t: Tensor, device: str) -> Tensor:
-    there = t.detach().clone().to(device)
-    if isinstance(t, nn.Parameter):
-        return nn.Parameter(there, t.requires_grad)
-    return there.requires_grad_(t.requires_grad)
+    return torch.load(file, map_location=device, weights_only=False)  # what was written here just now

@@ -42,7 +42,9 @@ def disagreement(by_order: Tensor) -> dict[str, Any]:
 def pareto_k(log_weight: NDArray[np.float64]) -> NDArray[np.float64]:
     """Shape of the generalised Pareto tail of each row's weights (Zhang & Stephens 2009): (S, N) -> (N,).
 
-    Its largest min(S / 5, 3 sqrt(S)) weights are fitted; NaN with fewer than 100 draws, of which too few are tail.
+    Its largest min(S / 5, 3 sqrt(S)) weights are fitted; NaN with fewer than 100 draws, of which too few are tail. The
+    fit is `pyro.ops.stats.fit_generalized_pareto` of all rows at once: kept by hand, because Pyro's, a row at a time,
+    takes 0.33 ms a row, which makes ``score_samples`` of 20 000 rows with 100 draws 7.3 s in place of 1.5.
     """
     n_draws, n_rows = log_weight.shape
     n_tail = int(min(n_draws / 5, 3 * math.sqrt(n_draws)))

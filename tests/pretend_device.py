@@ -7,12 +7,14 @@ conversion to numpy. A tensor that a program forgot to move is found by it, nume
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.serialization import _serialization_tls
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map
@@ -22,6 +24,7 @@ __all__ = ["DEVICE", "away"]
 CAN = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
 DEVICE = "cuda" if torch.cuda.is_available() else "pretended" if CAN else None
 aten = torch.ops.aten
+REBUILD = torch._utils._rebuild_tensor
 MOVES = (aten.copy_, aten._to_copy)
 TAKES_INDICES = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index)
 
@@ -29,7 +32,10 @@ TAKES_INDICES = (aten.index, aten.index_put, aten.index_put_, aten._index_put_im
 @contextmanager
 def away() -> Iterator[None]:
     """`DEVICE` can be computed on."""
-    with nullcontext() if DEVICE == "cuda" else _Factories():
+    if DEVICE == "cuda":
+        yield
+        return
+    with _Factories(), mock.patch.object(torch._utils, "_rebuild_tensor", _rebuilt):
         yield
 
 
@@ -54,6 +60,9 @@ class _There(Tensor):
 
     def tolist(self) -> Any:
         return self.here.tolist()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _loaded, (self.here, self.requires_grad, isinstance(self, torch.nn.Parameter))
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -137,6 +146,19 @@ class _Fetch(torch.autograd.Function):
         return _There(grad)
 
 
+def _loaded(here: Tensor, requires_grad: bool, is_parameter: bool) -> Tensor:
+    """What was away when it was saved: the numbers are where `torch.load` has put them."""
+    if is_parameter:
+        return torch.nn.Parameter(here, requires_grad)
+    return here.detach().requires_grad_(requires_grad)
+
+
+def _rebuilt(*parts: Any) -> Tensor:
+    """A tensor that `torch.load` makes of what was read."""
+    here = REBUILD(*parts)
+    return _There(here) if _is_there(_serialization_tls.map_location) else here
+
+
 def _here(a: Any) -> Any:
     return a.here if isinstance(a, _There) else a
 
@@ -184,6 +206,9 @@ if DEVICE == "pretended":
             pass
 
     backend_registration._setup_privateuseone_for_python_backend(rename=DEVICE, backend_module=_Backend())
+    torch.serialization.register_package(
+        0, lambda storage: None, lambda storage, location: storage if _is_there(location) else None
+    )  # `torch.load` leaves the numbers here
     made = torch.library.Library("aten", "IMPL")  # what autograd makes by itself
     made.impl("empty.memory_format", _empty, "PrivateUse1")
     made.impl("empty_strided", _empty_strided, "PrivateUse1")

@@ -17,7 +17,7 @@ from scipy.stats import gamma, multivariate_normal, multivariate_t, norm
 from sklearn.exceptions import ConvergenceWarning
 
 from bayes_mpt import BayesMPT, MarginalLikelihoodSearch, compare
-from bayes_mpt.hyperparameters import Prior, hyperprior, integrate, log_likelihood
+from bayes_mpt.hyperparameters import Prior, _Mixture, hyperprior, integrate, log_likelihood
 from bayes_mpt.models import PPCA, BayesianRegression, GaussianProcess, gaussian_process
 from bayes_mpt.predictors import choose
 
@@ -43,6 +43,21 @@ def close(found, truth, most=0.15):
     """Within four of the stated errors, of eight replicates each (t: one in 200 is further off), and these small."""
     assert found.se <= most
     assert abs(found.log_evidence - truth) <= 4 * found.se
+
+
+@pytest.mark.parametrize("d", [1, 2, 7])
+def test_the_mixture_is_of_the_densities_of_pyro(d):
+    """Student-t parts whose roots are not triangular, and the prior."""
+    rng = np.random.default_rng(d)
+    root, centre, phi = rng.normal(size=(3, d, d)), rng.normal(size=(3, d)), 4 * rng.normal(size=(50, d))
+    share = np.array([0.2, 0.3, 0.4, 0.1])
+    lower = torch.linalg.cholesky(torch.as_tensor(root @ root.mT))
+    parts = dist.MultivariateStudentT(5.0, torch.as_tensor(centre), lower).log_prob(
+        torch.as_tensor(phi)[:, None]
+    )
+    prior = dist.Normal(torch.zeros(d).double(), 1.0).to_event(1).log_prob(torch.as_tensor(phi))
+    want = logsumexp(np.column_stack([parts, prior]), axis=1, b=share)
+    np.testing.assert_allclose(_Mixture(share, centre, root).log_prob(phi), want, rtol=1e-12, atol=0)
 
 
 # -------------------------------------------------------------------------------------------- closed forms, grids

@@ -1,8 +1,6 @@
 """The masked transformer: what it sees, what it learns of a source of known density, and its contrastive head."""
 
-import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pyro
@@ -15,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bayes_mpt import BayesMPT
 from bayes_mpt.masks import UniformSize, one_each
-from bayes_mpt.models import Couplings, MaskedTransformer, OptimizedMask, contrastive_loss, masked_transformer
+from bayes_mpt.models import Couplings, MaskedTransformer, contrastive_loss, masked_transformer
 from bayes_mpt.models.masked_transformer import PART, _Codes, _LookedUp
 from bayes_mpt.predictors import SelfPredictive
 from bayes_mpt.tracing import base
@@ -23,7 +21,6 @@ from bayes_mpt.tracing import base
 T, L = 6, 3
 KINDS = [
     {},
-    {"mask_token": "optimized"},
     {"head": "contrastive"},
     {"groups": range(T), "n_levels": [3, 2, 3, 4, 3, 3]},
 ]
@@ -108,28 +105,13 @@ def test_codes_that_a_column_cannot_have_get_no_probability():
     assert bool((found[:, 3] > 0).all())
 
 
-def test_visible_tokens_see_no_hidden_ones_in_the_first_layer():
-    """With one layer, what is said at visible tokens is the same whatever the mask token; else it is not."""
-    x = torch.as_tensor(sample(30, 0))
-    visible = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) < 0.5
-    visible[:, 0] = True
-    for mask_token, n_layers, same in (
-        ("optimized", 1, True),
-        ("learned", 1, False),
-        ("optimized", 3, False),
-    ):
-        model = MaskedTransformer(16, n_layers, 2, mask_token=mask_token)
-        with pyro.get_param_store().scope(), torch.random.fork_rng(), torch.no_grad():
-            first = said(model, x, visible)
-            pyro.param("mask").add_(torch.linspace(-1, 1, 16))
-            second = said(model, x, visible)
-        assert torch.equal(first[visible], second[visible]) is same
-        assert not torch.equal(first[~visible], second[~visible])
+def by_hand(p, x, visible, n_heads, n_layers, pulled=lambda layer, seen: 1.0):
+    """The network in numpy, token by token.
 
-
-def by_hand(p, x, visible, n_heads, mask, n_layers):
-    """The network in numpy, token by token: logits (N, T, L), H (N, L + 1) and attention to hidden tokens (N, L)."""
-    n, n_tokens, d = *x.shape, p["mask"].shape[-1]
+    Logits (N, T, L), states (N, layers + 1, T, D), shares of attention (N, layers, H, T, T); ``pulled`` says by what
+    the pull of visible tokens to all of them is multiplied.
+    """
+    n_tokens, d = x.shape[1], p["mask"].shape[-1]
     size = d // n_heads
 
     def norm(h, name):
@@ -137,23 +119,13 @@ def by_hand(p, x, visible, n_heads, mask, n_layers):
         unit = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
         return unit * p[f"{name}.scale"] + p[f"{name}.shift"]
 
-    def entropy(h, seen):
-        rows = []
-        for i in np.flatnonzero(~seen):
-            cos = [h[i] @ h[j] / np.linalg.norm(h[i]) / np.linalg.norm(h[j]) for j in np.flatnonzero(seen)]
-            share = np.exp(np.array(cos) / mask.temperature)
-            share = share / share.sum()
-            rows.append(-(share * np.log(share)).sum() / np.log(len(cos)))
-        return np.mean(rows)
-
-    logits, states, mass = [], [], np.zeros((n, n_layers))
-    for row in range(n):
+    logits, states, shares = [], [], np.zeros((len(x), n_layers, n_heads, n_tokens, n_tokens))
+    for row in range(len(x)):
         seen = visible[row]
         h = np.stack([p["embedding"][0, int(x[row, t])] if seen[t] else p["mask"] for t in range(n_tokens)])
         of_row = [h]
         h = h + p["position"]
         for layer in range(n_layers):
-            g = (1 - layer / (n_layers - 1) if n_layers > 1 else 1.0) if mask.recalibrate else 0.0
             q, k, v = np.split(norm(h, f"layer{layer}.norm1") @ p[f"layer{layer}.attend"].T, 3, axis=-1)
             found = np.zeros((n_tokens, d))
             for head in range(n_heads):
@@ -161,21 +133,18 @@ def by_hand(p, x, visible, n_heads, mask, n_layers):
                 for i in range(n_tokens):
                     pull = np.exp(q[i, own] @ k[:, own].T / math.sqrt(size))
                     if seen[i]:
-                        pull = pull * np.where(seen, 1.0, 1.0 - g)
-                    share = pull / pull.sum()
-                    found[i, own] = share @ v[:, own]
-                    if seen[i]:
-                        mass[row, layer] += share[~seen].sum() / seen.sum() / n_heads
+                        pull = pull * pulled(layer, seen)
+                    shares[row, layer, head, i] = pull / pull.sum()
+                    found[i, own] = shares[row, layer, head, i] @ v[:, own]
             h = h + found @ p[f"layer{layer}.attended"].T
             up = norm(h, f"layer{layer}.norm2") @ p[f"layer{layer}.up"].T + p[f"layer{layer}.up_bias"]
             bump = 0.5 * up * (1 + np.vectorize(math.erf)(up / math.sqrt(2)))
             h = h + bump @ p[f"layer{layer}.down"].T
             of_row.append(h)
-        said = norm(h, "norm") @ p["embedding"][0].T + p["bias"]
-        logits.append(said - np.log(np.exp(said).sum(-1, keepdims=True)))
+        out = norm(h, "norm") @ p["embedding"][0].T + p["bias"]
+        logits.append(out - np.log(np.exp(out).sum(-1, keepdims=True)))
         states.append(of_row)
-    h_by_layer = [[entropy(h, seen) for h in of_row] for of_row, seen in zip(states, visible, strict=True)]
-    return np.stack(logits), np.array(h_by_layer), mass
+    return np.stack(logits), np.array(states), shares
 
 
 @pytest.fixture
@@ -205,123 +174,14 @@ def rows_and_masks(n=12):
 
 
 @pytest.mark.parametrize("n_layers", [1, 2, 4])
-@pytest.mark.parametrize(
-    "mask",
-    [
-        OptimizedMask(False, 0.0, 0.0, 0.0),
-        OptimizedMask(True, 0.0, 0.0, 0.0),
-        OptimizedMask(False, 0.7, 0.0, 0.0),
-        OptimizedMask(False, 0.0, 0.7, 0.0, temperature=0.3),
-        OptimizedMask(False, 0.0, 0.0, 0.7, margin=0.05),
-        OptimizedMask(True, 0.4, 0.5, 0.6, margin=0.1, temperature=0.2),
-    ],
-)
-def test_attention_and_penalties_are_those_written_out(in_double, mask, n_layers):
+def test_the_network_is_the_one_written_out(in_double, n_layers):
     x, visible = rows_and_masks()
-    model = MaskedTransformer(8, n_layers, 2, n_levels=L, mask_token=mask)
+    model = MaskedTransformer(8, n_layers, 2, n_levels=L)
     params = shaken(model, x)
-    nodes = pyro.poutine.trace(model).get_trace(x, visible).nodes
-    expected, h, mass = by_hand(params, x.numpy(), visible.numpy(), 2, mask, n_layers)
-    np.testing.assert_allclose(base(nodes["x"]["fn"]).logits.detach(), expected, rtol=0, atol=1e-11)
-    early = np.linspace(1, 0, n_layers) if n_layers > 1 else np.ones(1)
-    terms = {
-        "spatial": mask.spatial * mass @ early / early.sum(),
-        "singular": mask.singular * (1 - h[:, 0]),
-        "falling": mask.falling * np.maximum(np.diff(h, axis=1) + mask.margin, 0).sum(1),
-    }
-    for name, term in terms.items():
-        assert (name in nodes) is bool(getattr(mask, name))
-        if name in nodes:
-            found = -base(nodes[name]["fn"]).log_factor.detach()
-            np.testing.assert_allclose(found, term, rtol=0, atol=1e-11)
-            excluded = (
-                name == "spatial" and mask.recalibrate and n_layers < 3
-            )  # where g is one or zero everywhere
-            assert bool((found == 0).all()) is excluded
-    method = model.heterogeneity(params, x, visible)
-    np.testing.assert_allclose(method, h.mean(0), rtol=0, atol=1e-11)
-
-
-def test_heterogeneity_where_it_has_no_meaning(in_double):
-    """Rows with one visible token, none, or all: left out of the mean, no penalty but the margin, finite gradients."""
-    x, visible = rows_and_masks(6)
-    visible[0], visible[1], visible[2] = False, True, False
-    visible[2, 3] = True
-    mask = OptimizedMask(True, 1.0, 1.0, 1.0, margin=0.25)
-    model = MaskedTransformer(8, 3, 2, n_levels=L, mask_token=mask)
-    params = shaken(model, x)
-    _, h, _ = by_hand(params, x[3:].numpy(), visible[3:].numpy(), 2, mask, 3)
-    holed = x.clone()
-    holed[3:][~visible[3:]] = torch.nan  # missing is hidden
-    found = model.heterogeneity(params, holed, torch.where(holed.isnan(), True, visible))
-    np.testing.assert_allclose(found, h.mean(0), rtol=0, atol=1e-11)
-    nodes = pyro.poutine.trace(model).get_trace(x, visible).nodes
-    factors = {name: base(nodes[name]["fn"]).log_factor for name in ("spatial", "singular", "falling")}
-    assert bool((factors["singular"][:3] == 0).all()) and bool((factors["spatial"][:2] == 0).all())
-    np.testing.assert_allclose(factors["falling"][:3].detach(), -0.75, atol=1e-12)
-    sum(f.sum() for f in factors.values()).backward()
-    assert all(
-        bool(leaf.grad.isfinite().all())
-        for leaf in dict(pyro.get_param_store().named_parameters()).values()
-        if leaf.grad is not None
-    )
-
-
-def test_penalties_train_and_enter_no_score(in_double):
-    x, visible = rows_and_masks()
-    mask = OptimizedMask(False, 0.4, 0.5, 0.6, margin=0.1)
-    plain, penalised = (MaskedTransformer(8, 2, 2, n_levels=L, mask_token=m) for m in ("learned", mask))
-    params = shaken(plain, x)
-    _, h, mass = by_hand(params, x.numpy(), visible.numpy(), 2, mask, 2)
-    each = 0.4 * mass[:, 0] + 0.5 * (1 - h[:, 0]) + 0.6 * np.maximum(np.diff(h, axis=1) + 0.1, 0).sum(1)
-    weight = torch.rand(1, *x.shape, generator=torch.Generator().manual_seed(2))
-    scores = {}
-    for name, model in {"plain": plain, "penalised": penalised}.items():
-        read = SelfPredictive(2).bind(model, (x,)).read((x,))
-        with torch.no_grad():
-            scores[name] = (read.weighed(x, visible[None], weight), read.joint(x), read.evidence(x).by_row)
-        scores[f"{name}, trained"] = (read.weighed(x, visible[None], weight).detach(),)
-    for a, b in zip(scores["plain"], scores["penalised"], strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-12)
-    np.testing.assert_array_equal(scores["plain"][0], scores["plain, trained"][0])
-    lost = (scores["penalised"][0] - scores["penalised, trained"][0]).numpy()
-    hidden_weight = (weight[0] * ~visible).sum(1).numpy()
-    np.testing.assert_allclose(lost, each * hidden_weight, rtol=1e-9)
-
-
-def test_terms_left_out_leave_the_plain_network_to_the_bit():
-    settings = {"max_iter": 2, "random_state": 0, "validation_fraction": 0.0, "predictor": SelfPredictive(1)}
-    fits = [
-        BayesMPT(MaskedTransformer(16, 2, 2, mask_token=mask), **settings).fit(sample(256, 0))
-        for mask in ("learned", OptimizedMask(False, 0.0, 0.0, 0.0), "optimized", OptimizedMask())
-    ]
-    for a, b, same in ((0, 1, True), (2, 3, True), (0, 2, False)):
-        equal = [bool((fits[a].params_[k] == fits[b].params_[k]).all()) for k in fits[0].params_]
-        assert all(equal) is same
-    # penalties alone say nothing else at the same parameters
-    x = torch.as_tensor(sample(30, 0))
-    visible = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) < 0.5
-    plain = logits(MaskedTransformer(16, 2, 2, n_levels=L), x, visible)
-    for mask in (OptimizedMask(False, 0.0, 1.0, 0.0), OptimizedMask(False, 0.0, 0.0, 1.0)):
-        assert torch.equal(
-            logits(MaskedTransformer(16, 2, 2, n_levels=L, mask_token=mask), x, visible), plain
-        )
-
-
-@pytest.mark.slow
-def test_a_penalty_does_what_it_is_for():
-    """Left to itself heterogeneity rises in the last layer; with the penalty it falls in all."""
-    X = sample(500, 0)
-    visible = np.random.default_rng(0).random(X.shape) < 0.5
-    settings = {"max_iter": 12, "random_state": 0, "validation_fraction": 0.0, "learning_rate": 3e-3}
-    rise = []
-    for falling in (0.0, 1.0):
-        program = MaskedTransformer(
-            16, 2, 2, mask_token=OptimizedMask(False, 0.0, 0.0, falling, temperature=0.02)
-        )
-        mpt = BayesMPT(program, predictor=SelfPredictive(1), **settings).fit(X)
-        rise.append(np.diff(program.heterogeneity(mpt.params_, X, visible)).max())
-    assert rise[1] < 0 < 0.05 < rise[0]
+    with torch.no_grad():
+        found = said(model, x, visible)
+    expected, _, _ = by_hand(params, x.numpy(), visible.numpy(), 2, n_layers)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-11)
 
 
 def test_training_starts_at_independent_columns():
@@ -368,10 +228,9 @@ def test_orders_disagree_and_it_is_told(fitted):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [{"mask_token": "optimized"}, {"head": "contrastive"}])
-def test_the_other_kinds_learn_as_well(kind):
+def test_the_contrastive_head_learns_as_well():
     settings = {"learning_rate": 3e-3, "validation_fraction": 0.0, "max_iter": 25, "random_state": 0}
-    model = BayesMPT(MaskedTransformer(24, **kind), predictor=SelfPredictive(2), **settings).fit(
+    model = BayesMPT(MaskedTransformer(24, head="contrastive"), predictor=SelfPredictive(2), **settings).fit(
         sample(1500, 0)
     )
     assert 0 < gap(model) < 0.2
@@ -438,24 +297,6 @@ def test_a_column_of_one_level_may_be_missing():
     without = np.where(np.arange(T + 1) == T, np.nan, X[:5])
     np.testing.assert_array_equal(model.impute(without), X[:5])
     assert np.isfinite(model.score_samples(without)).all()
-
-
-def test_the_page_gives_the_measured_figures_of_the_mask_token():
-    root = Path(__file__).parents[1]
-    page = (root / "docs" / "masked_transformer.md").read_text().splitlines()
-    rows = json.loads((root / "benchmarks" / "results" / "mask_token.json").read_text())["rows"]
-    for run in (row for row in rows if "variant" in row):
-        figures = (
-            f"{run['speed_up']:.2f} ({run['low']:.2f} to {run['high']:.2f})",
-            f"{run['speed_up_cpu']:.2f}",
-            f"{run['ahead']:+.2f} ({run['ahead_low']:+.2f} to {run['ahead_high']:+.2f})",
-        )
-        assert " | ".join(("| " + run["setting"], run["variant"], *figures)) + " |" in page
-    probes = [row for row in rows if row.get("heterogeneity") and row["setting"].startswith("60 % hidden, 2")]
-    for kind in ("plain", "optimized"):
-        for epoch in ("1", "24"):
-            found = [row["heterogeneity"][epoch] for row in probes if row["kind"] == kind]
-            assert ", ".join(f"{h:.2f}" for h in np.mean(found, 0)) in " ".join(page)
 
 
 # --------------------------------------------------------------------------------------------------- contrastive head
@@ -697,9 +538,6 @@ def test_refuses_hidden_codes_out_of_range():
         ({"width": 0}, "width must be an integer"),
         ({"n_layers": 1.5}, "n_layers must be an integer"),
         ({"n_heads": 5}, "multiple of n_heads"),
-        ({"mask_token": "none"}, "mask_token must be one of learned, optimized, or an OptimizedMask"),
-        ({"mask_token": OptimizedMask(spatial=-1.0)}, "at least 0"),
-        ({"mask_token": OptimizedMask(temperature=0.0)}, "temperature above 0"),
         ({"head": "none"}, "head must be one of"),
         ({"groups": [0, 1]}, "one group for each of 6 columns"),
         ({"n_levels": [3, 3]}, "one for each of 6 columns"),

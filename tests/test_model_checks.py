@@ -22,7 +22,6 @@ from bayes_mpt.models import (
     MaskedPatches,
     MaskedTransformer,
     MixtureOfFactorAnalyzers,
-    OptimizedMask,
     Potts,
 )
 
@@ -85,8 +84,7 @@ MISTAKES = [
         | {
             "n_levels": (-1, 0, 1.5, "x", True, 2, [4, 4], [4, 4, 4, 2], object),
             "groups": (3, [0, 1], [None] * 4),
-        }
-        | {"mask_token": (*NO_WORD, OptimizedMask(spatial="a"), OptimizedMask(temperature=0))},
+        },
     ),
     (
         BayesianRegression(),

@@ -11,6 +11,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import autoguide
+from pyro.ops.stats import fit_generalized_pareto
 from scipy import stats
 from scipy.special import betaln, expit, gammaln, logsumexp, softmax
 from sklearn.mixture import GaussianMixture
@@ -27,6 +28,7 @@ from bayes_mpt.predictors import (
     SequentialMonteCarlo,
     choose,
 )
+from bayes_mpt.predictors.adaptive import log_t
 from bayes_mpt.score import masked_score
 from bayes_mpt.store import OwnStore
 from bayes_mpt.tracing import ModelError
@@ -1718,6 +1720,26 @@ def test_pareto_k(k):
     assert np.abs(got - want).max() < 5 * (1 + k) / math.sqrt(m)
     assert np.isnan(pareto_k(log_w[:20])).all()
     assert np.allclose(pareto_k(log_w + 700), got)
+
+
+@pytest.mark.parametrize(("width", "degrees"), [(1, 5.0), (2, 5.0), (9, 18.0)])
+def test_student_t_is_that_of_pyro(width, degrees):
+    t = 3 * torch.randn(20, 4, width, dtype=torch.float64, generator=torch.Generator().manual_seed(width))
+    peer = dist.MultivariateStudentT(degrees, torch.zeros_like(t[0, 0]), torch.eye(width).double())
+    np.testing.assert_allclose(log_t(t, degrees), peer.log_prob(t), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("n_draws", "n_rows"), [(100, 30), (117, 7), (1000, 20), (4000, 5)])
+def test_pareto_k_is_that_of_pyro(n_draws, n_rows):
+    rng = np.random.default_rng(n_draws)
+    log_w = rng.exponential(size=(n_draws, n_rows)) * rng.uniform(0.1, 1.5, n_rows)
+    log_w[:, 0] = 0.0  # weights that are all equal
+    log_w[:, 1] = np.where(rng.random(n_draws) < 0.5, -np.inf, log_w[:, 1])
+    ordered = np.sort(np.exp(log_w - log_w.max(0)), 0)
+    n_tail = int(min(n_draws / 5, 3 * math.sqrt(n_draws)))
+    tails = np.maximum(ordered[-n_tail:] - ordered[-n_tail - 1], np.finfo(float).tiny)  # (M, N)
+    want = [fit_generalized_pareto(torch.as_tensor(tail.copy()))[0] for tail in tails.T]
+    np.testing.assert_allclose(pareto_k(log_w), want, rtol=0, atol=1e-10)
 
 
 def test_pareto_k_against_arviz():

@@ -3,7 +3,7 @@
 from bayes_mpt.models.gaussian_process import GaussianProcess
 from bayes_mpt.models.latent_class import LatentClass
 from bayes_mpt.models.linear_gaussian import PPCA, FactorAnalysis
-from bayes_mpt.models.masked_transformer import MaskedTransformer, OptimizedMask, contrastive_loss
+from bayes_mpt.models.masked_transformer import MaskedTransformer, contrastive_loss
 from bayes_mpt.models.mixtures import GaussianMixture, MixtureOfFactorAnalyzers
 from bayes_mpt.models.patches import MaskedPatches
 from bayes_mpt.models.potts import Couplings, FactoredAttention, Potts
@@ -23,7 +23,6 @@ __all__ = [
     "MaskedPatches",
     "MaskedTransformer",
     "MixtureOfFactorAnalyzers",
-    "OptimizedMask",
     "Potts",
     "contrastive_loss",
 ]

@@ -3,83 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from numbers import Real
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from bayes_mpt.models.checks import (
     CheckedModel,
-    Instance,
     IntegersFrom,
     OneOf,
     check_memory,
     skipped_levels,
-    unmasked,
 )
 from bayes_mpt.models.networks import check_heads, check_layers, codes_of
 
-__all__ = ["MaskedTransformer", "OptimizedMask", "contrastive_loss"]
+__all__ = ["MaskedTransformer", "contrastive_loss"]
 
 HEADS = ("softmax", "contrastive")
 RAREST = 1e-2  # probability of a code at the start, shared by those that a column never shows
 MAX_LEVELS = 2**15  # of a column that nothing was said of: more are no codes
 PART = 2**25  # logits that are held at once
 START = 0.02  # sd of embeddings and of what is added to the residual stream
-NOWHERE = -1e4  # a logit whose exponential is zero, and whose product with that too
-
-
-@dataclass(frozen=True)
-class OptimizedMask:
-    """What is asked of a mask token and of the attention to it: masked token optimisation, reconstructed.
-
-    With M hidden and R visible tokens of a row, layers l = 1, ..., L, and g_l falling evenly from one to zero in the
-    last of the layers (with one layer, one), training minimises the loss of each hidden token plus
-
-        spatial    L_spa = sum_l g_l a_l / sum_l g_l,    a_l: attention of visible tokens to hidden ones, mean over R
-        singular   L_e = 1 - H^0
-        falling    L_r = sum_l relu(H^l - H^(l-1) + margin)
-
-    each times its weight. H^l is how little a hidden token's state after layer l resembles any visible one's in
-    particular, the entropy of the affinities between them as a share of its greatest value, mean over M:
-
-        P_ij = softmax over visible j of cos(h_i, h_j) / temperature,        H = - mean_i sum_j P_ij log P_ij / log |R|
-
-    with H^0 that of the embeddings alone, without positions, and H = 1 where fewer than two are visible or none hidden.
-    These are sites `pyro.factor`, named as the weights are: they train, and enter no score. A reconstruction from the
-    abstract and summaries of arXiv 2404.08330, whose formulas and code were not available: not the authors' losses.
-
-    Parameters
-    ----------
-    recalibrate : bool, default=True
-        Add log(1 - g_l) to the attention logits from visible to hidden tokens: no attention in the first layer, all
-        of it in the last.
-    spatial, singular, falling : float
-        Weights in nats a hidden token; 0 leaves a term out.
-    margin : float, default=0.0
-        By how much H is to fall from layer to layer.
-    temperature : float, default=0.1
-        Of the affinities.
-    """
-
-    recalibrate: bool = True
-    spatial: float = 0.1
-    singular: float = 0.1
-    falling: float = 0.1
-    margin: float = 0.0
-    temperature: float = 0.1
-
-
-MASK_TOKENS = {"learned": OptimizedMask(False, 0.0, 0.0, 0.0), "optimized": OptimizedMask()}
 
 
 class MaskedTransformer(CheckedModel):
@@ -106,10 +57,6 @@ class MaskedTransformer(CheckedModel):
     groups : sequence of int, optional
         For each column its group; the columns of one share the embeddings of their codes. None: all of them, as for
         the letters of a sequence or the grey levels of pixels; ``range(T)``: a code means another thing in each.
-    mask_token : {"learned", "optimized"} or OptimizedMask, default="learned"
-        "optimized" is ``OptimizedMask()``: visible tokens do not attend to hidden ones in early layers, and penalties
-        hold the mask token away from what it hides. A reconstruction of masked token optimisation (arXiv 2404.08330),
-        not the authors' losses. "learned": nothing of this.
     head : {"softmax", "contrastive"}, default="softmax"
         "contrastive": trained on negatives from the batch (arXiv 2309.08351), `contrastive_loss` over its hidden cells;
         read out as p(a) proportional to q(a) exp(e(a)' norm(h)), with q the frequency of the code over all hidden
@@ -138,7 +85,6 @@ class MaskedTransformer(CheckedModel):
         "n_heads": [IntegersFrom(1)],
         "n_levels": [IntegersFrom(1), "array-like", None],
         "groups": ["array-like", None],
-        "mask_token": [OneOf(*MASK_TOKENS), Instance(OptimizedMask, "an OptimizedMask")],
         "head": [OneOf(*HEADS)],
     }
 
@@ -150,7 +96,6 @@ class MaskedTransformer(CheckedModel):
         *,
         n_levels: int | Sequence[int] | None = None,
         groups: Sequence[int] | None = None,
-        mask_token: Literal["learned", "optimized"] | OptimizedMask = "learned",
         head: Literal["softmax", "contrastive"] = "softmax",
     ):
         self.width = width
@@ -158,7 +103,6 @@ class MaskedTransformer(CheckedModel):
         self.n_heads = n_heads
         self.n_levels = n_levels
         self.groups = groups
-        self.mask_token = mask_token
         self.head = head
 
     def __call__(self, x: Tensor, visible: Tensor) -> None:
@@ -182,60 +126,40 @@ class MaskedTransformer(CheckedModel):
         )
         embedding = _normal("embedding", n_groups, most, self.width)
         table = _LookedUp.apply(embedding.flatten(0, 1))  # (V, D)
-        h, states, mass = self._encode(
-            F.embedding(group * most + codes, table, sparse=True), visible
-        )  # (N, T, D)
-        bias = pyro.param(
-            "unigram" if contrastive else "bias", lambda: _log_shares(codes, row, n_biases, most).to(x)
-        )  # (G, L) or (T, L)
-        tokens = _Codes(h, table, bias, group, n_levels, ~visible, contrastive)
+        tokens = F.embedding(group * most + codes, table, sparse=True)  # (N, T, D)
         with pyro.plate("rows", len(x)):
-            pyro.sample("x", tokens.to_event(1), obs=x)
-            for name, penalty in self._penalties(states, mass, visible).items():
-                pyro.factor(name, -penalty)
+            h = _norm("norm", self.states(tokens, visible)[-1])
+            bias = pyro.param(
+                "unigram" if contrastive else "bias", lambda: _log_shares(codes, row, n_biases, most).to(x)
+            )  # (G, L) or (T, L)
+            said = _Codes(h, table, bias, group, n_levels, ~visible, contrastive)
+            pyro.sample("x", said.to_event(1), obs=x)
 
-    def heterogeneity(
-        self, params: Mapping[str, ArrayLike], X: ArrayLike, visible: ArrayLike
-    ) -> NDArray[np.float64]:
-        """H^l of the embeddings and after each layer (n_layers + 1,), mean over rows: see `OptimizedMask`.
+    def states(self, tokens: Tensor, visible: Tensor) -> list[Tensor]:
+        """States (N, T, D) of the tokens before the layers, without positions, and after each of them: n_layers + 1.
+
+        For subclasses, as `attend` is: both run within the plate of rows, so that a penalty of one's own is a
+        `pyro.factor` (N,) there, which trains and enters no score. Layers are kept by hand: those of
+        `torch.nn.TransformerEncoderLayer` say the same (to 5e-15) but for biases in attention and output, which cannot
+        be left out alone, and let no subclass into their attention.
 
         Parameters
         ----------
-        params : mapping
-            Parameters of the program (``BayesMPT.params_``).
-        X : array of shape (N, T)
-            Codes; NaN is missing, and hidden.
-        visible : bool array of shape (N, T)
-            Rows with fewer than two visible tokens, or none hidden, are left out.
-        """
-        x = torch.as_tensor(np.asarray(unmasked(X)))
-        seen = torch.as_tensor(np.asarray(visible)) & ~x.isnan()
-        some = (seen.sum(1) > 1) & ~seen.all(1)
-        x, seen = x[some], seen[some]
-        with pyro.get_param_store().scope(), torch.no_grad():
-            for name, value in params.items():
-                pyro.param(name, torch.as_tensor(np.asarray(value)))
-            codes = torch.where(seen, x, 0.0).long()
-            _, states, _ = self._encode(pyro.param("embedding")[self._groups(x), codes], seen)
-            found = [_heterogeneity(h, seen, self._mask.temperature).mean() for h in states]
-        return torch.stack(found).double().numpy()
-
-    def _encode(self, tokens: Tensor, visible: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Embedded tokens (N, T, D), hidden ones replaced: the last states, those of each layer, and `_attend`'s mass.
-
-        The first of the L + 1 states are without positions.
+        tokens : Tensor of shape (N, T, D)
+            Embedded tokens; in place of the hidden ones the mask token stands.
+        visible : bool Tensor of shape (N, T)
+            Which are shown.
         """
         n, n_tokens, d = tokens.shape
         heads = (n, n_tokens, self.n_heads, d // self.n_heads)
         h = torch.where(visible[..., None], tokens, _normal("mask", d))
-        states, mass = [h], []
+        states = [h]
         h = h + _normal("position", n_tokens, d)
         for layer in range(self.n_layers):
             name = f"layer{layer}"
             qkv = F.linear(_norm(f"{name}.norm1", h), _normal(f"{name}.attend", 3 * d, d, sd=d**-0.5))
             q, k, v = (part.reshape(heads).transpose(1, 2) for part in qkv.chunk(3, -1))  # (N, H, T, D/H)
-            found, on_hidden = self._attend(layer, q, k, v, visible)
-            found = found.transpose(1, 2).reshape(n, n_tokens, d)
+            found = self.attend(layer, q, k, v, visible).transpose(1, 2).reshape(n, n_tokens, d)
             h = h + F.linear(found, _normal(f"{name}.attended", d, d))
             up = F.linear(
                 _norm(f"{name}.norm2", h),
@@ -244,61 +168,15 @@ class MaskedTransformer(CheckedModel):
             )
             h = h + F.linear(F.gelu(up), _normal(f"{name}.down", d, 4 * d))
             states.append(h)
-            mass.append(on_hidden)
-        return _norm("norm", h), states, mass
+        return states
 
-    @property
-    def _mask(self) -> OptimizedMask:
-        given = self.mask_token
-        return given if isinstance(given, OptimizedMask) else MASK_TOKENS[given]
-
-    def _early(self, layer: int) -> float:
-        """g_l, from one to zero."""
-        return 1 - layer / max(1, self.n_layers - 1)
-
-    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
-        """What tokens find (N, H, T, D/H), and the share of their attention that visible ones pay to hidden ones (N,).
-
-        The share is zero where nobody asks for it.
-        """
-        early, mask = self._early(layer), self._mask
-        added = None
-        if mask.recalibrate and early > 0:
-            unseen = visible[:, :, None] & ~visible[:, None]  # (N, T, T): visible looks, hidden is looked at
-            added = torch.where(unseen, math.log1p(-early) if early < 1 else -math.inf, 0.0).to(q)[:, None]
-        if not mask.spatial or early == 0 or (mask.recalibrate and early == 1):
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=added), q.new_zeros(len(q))
-        # one more column of values, which is one at hidden tokens, comes out as the attention to them
-        hidden = (~visible).to(v)[:, None, :, None].expand(*v.shape[:3], 1)
-        both = F.scaled_dot_product_attention(q, k, torch.cat([v, hidden], -1), attn_mask=added)
-        return both[..., :-1], _mean_where(both[..., -1].mean(1), visible)
-
-    def _penalties(self, states: list[Tensor], mass: list[Tensor], visible: Tensor) -> dict[str, Tensor]:
-        """The weighted terms of the mask token that are asked for, each (N,)."""
-        mask, found = self._mask, {}
-        if mask.spatial:
-            early = [self._early(layer) for layer in range(self.n_layers)]
-            weight = mask.spatial / sum(early)
-            parts = [weight * g * m for g, m in zip(early, mass, strict=True)]
-            found["spatial"] = torch.stack(parts).sum(0)
-        if mask.singular or mask.falling:
-            needed = states if mask.falling else states[:1]
-            by_layer = torch.stack([_heterogeneity(h, visible, mask.temperature) for h in needed])
-            if mask.singular:
-                found["singular"] = mask.singular * (1 - by_layer[0])
-            if mask.falling:
-                found["falling"] = mask.falling * (by_layer.diff(dim=0) + mask.margin).relu().sum(0)
-        return found
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+        """What tokens find in this layer (N, H, T, D/H), from queries, keys and values of that shape; all to all."""
+        return F.scaled_dot_product_attention(q, k, v)
 
     def _validate_params(self) -> None:
         super()._validate_params()
         check_heads(self.width, self.n_heads)
-        mask = self._mask
-        weights = (mask.spatial, mask.singular, mask.falling, mask.margin, mask.temperature)
-        if not all(isinstance(w, Real) and 0 <= w < math.inf for w in weights) or not mask.temperature:
-            raise ValueError(
-                f"weights and margin of mask_token must be at least 0, its temperature above 0, got {mask!r}"
-            )
 
     def advice(self, X: NDArray[np.floating]) -> list[str]:
         return skipped_levels(X) if self.n_levels is None else []
@@ -530,22 +408,6 @@ def _norm(name: str, h: Tensor) -> Tensor:
     d = h.shape[-1]
     scale = pyro.param(f"{name}.scale", lambda: torch.ones(d))
     return F.layer_norm(h, (d,), scale, pyro.param(f"{name}.shift", lambda: torch.zeros(d)))
-
-
-def _mean_where(value: Tensor, where: Tensor) -> Tensor:
-    """Mean of each row's values (N, T) where asked for; 0 where nowhere."""
-    return (value * where).sum(1) / where.sum(1).clamp(min=1)
-
-
-def _heterogeneity(h: Tensor, visible: Tensor, temperature: float) -> Tensor:
-    """How little the states h (N, T, D) of hidden tokens resemble any visible one's in particular: (N,) in 0..1."""
-    unit = F.normalize(h, dim=-1)
-    n_visible = visible.sum(1)
-    z = (unit @ unit.mT / temperature).masked_fill(~visible[:, None], NOWHERE)  # (N, T, T)
-    # entropy of softmax z = log sum exp z - sum p z
-    entropy = z.logsumexp(-1) - (z.softmax(-1) * z).sum(-1)  # (N, T)
-    mean = _mean_where(entropy, ~visible) / n_visible.clamp(min=2).log()
-    return torch.where((n_visible > 1) & ~visible.all(1), mean, 1.0)
 
 
 def _log_shares(codes: Tensor, at: Tensor, n_groups: int, n_levels: int) -> Tensor:

@@ -15,6 +15,7 @@ from bayes_mpt.latents import Space, space
 from bayes_mpt.predictors.base import Guide, Predictor
 from bayes_mpt.predictors.importance import Drawn, GuideDraws, Importance, Sampled
 from bayes_mpt.predictors.nodes import Nodes, Read, constrained
+from bayes_mpt.predictors.tempering import Particles, hmc_move
 from bayes_mpt.simulation import simulate
 from bayes_mpt.tracing import Model, ModelError, run
 
@@ -108,19 +109,6 @@ class AnnealedImportance(Predictor):
         start = Importance(self.num_particles, self.training_particles).bind(model, args, guide).reader
         assert isinstance(start, GuideDraws)
         return Nodes(Annealed(self, start))
-
-
-class _Point(NamedTuple):
-    """Particles of N rows."""
-
-    u: Tensor
-    """(S, N, d)"""
-    log_start: Tensor
-    """(S, N) log q(u)."""
-    log_end: Tensor
-    """(S, N) log p(u, x_R)."""
-    slope: Tensor
-    """(2, S, N, d) of both."""
 
 
 class Annealed(Sampled):
@@ -225,7 +213,7 @@ class _Path:
             steps.append(log_step.exp())
         return steps, log_w.mean(0)
 
-    def forward(self, steps: list[Tensor], n: int) -> tuple[_Point, Tensor]:
+    def forward(self, steps: list[Tensor], n: int) -> tuple[Particles, Tensor]:
         """Ends of n chains of each row, and the logarithms (S, N) of the weights they collected."""
         point = self._at(self._draw(n))
         log_w = torch.zeros_like(point.log_end)
@@ -256,7 +244,7 @@ class _Path:
             draws.append(self.space.pack_values({k: v[None] for k, v in latents.items()}, 1, self.n_rows))
         return torch.where(self.from_prior[:, None], torch.cat(draws), guide)
 
-    def _at(self, u: Tensor) -> _Point:
+    def _at(self, u: Tensor) -> Particles:
         """Densities and slopes at u (S, N, d)."""
         with torch.enable_grad():
             leaf = u.detach().requires_grad_()
@@ -269,33 +257,11 @@ class _Path:
                 torch.autograd.grad(t.sum(), leaf, retain_graph=True, materialize_grads=True)[0]
                 for t in (start, end)
             ]
-        return _Point(u, start.detach(), end.detach(), torch.stack(slopes))
+        return Particles(u, start.detach(), end.detach(), torch.stack(slopes))
 
-    def _move(self, point: _Point, beta: Tensor, step: Tensor) -> tuple[_Point, Tensor]:
+    def _move(self, point: Particles, beta: Tensor, step: Tensor) -> tuple[Particles, Tensor]:
         """Hamiltonian Monte Carlo in units of the start's scale; with the chances (S, N) that it was accepted."""
-        unit = step * self.scale
-
-        def slope(at: _Point) -> Tensor:
-            b = beta[:, None]
-            return ((1 - b) * at.slope[0] + b * at.slope[1]).nan_to_num(0.0)
-
-        def energy(at: _Point, p: Tensor) -> Tensor:
-            value = (1 - beta) * at.log_start + beta * at.log_end - 0.5 * p.square().sum(-1)
-            return torch.where(value.isnan(), -torch.inf, value)
-
         momentum = torch.randn_like(point.u)
-        new, p = point, momentum
-        for _ in range(self.settings.num_leaps):
-            p = p + 0.5 * unit * slope(new)
-            new = self._at(new.u + unit * p)
-            p = p + 0.5 * unit * slope(new)
-        log_ratio = energy(new, p) - energy(point, momentum)
-        accept = torch.rand_like(log_ratio).log() < log_ratio  # (S, N)
-        pick = accept[..., None]
-        after = _Point(
-            torch.where(pick, new.u, point.u),
-            torch.where(accept, new.log_start, point.log_start),
-            torch.where(accept, new.log_end, point.log_end),
-            torch.where(pick, new.slope, point.slope),
+        return hmc_move(
+            self._at, point, beta, step * self.scale, momentum, torch.rand_like, self.settings.num_leaps
         )
-        return after, log_ratio.clamp(max=0).exp().nan_to_num(0.0)

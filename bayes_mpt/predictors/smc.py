@@ -12,11 +12,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pyro
 import torch
+from scipy.optimize import brentq
 from torch import Tensor
 
 from bayes_mpt.diagnostics import replicate_error
@@ -31,6 +31,7 @@ from bayes_mpt.predictors.base import (
 )
 from bayes_mpt.predictors.given import Given
 from bayes_mpt.predictors.nodes import constrained, program_values
+from bayes_mpt.predictors.tempering import Particles, hmc_move
 from bayes_mpt.tracing import NODES, Model, ModelError, Program, analyze, fill, one_precision, one_vector
 
 __all__ = ["SequentialMonteCarlo"]
@@ -111,35 +112,6 @@ class _Stage(NamedTuple):
     step: float
 
 
-@dataclass(frozen=True)
-class _Cloud:
-    """Particles of R runs."""
-
-    u: Tensor
-    """(R, S, d)"""
-    log_start: Tensor
-    """(R, S) log q(u)."""
-    log_end: Tensor
-    """(R, S) log p(u, x_R)."""
-    slope: Tensor
-    """(2, R, S, d): of both."""
-
-    def take(self, index: Tensor) -> _Cloud:
-        """Particles index (R, S) of each run."""
-        long = index[..., None].expand_as(self.u)
-        return _Cloud(
-            self.u.gather(1, long),
-            self.log_start.gather(1, index),
-            self.log_end.gather(1, index),
-            self.slope.gather(2, long.expand_as(self.slope)),
-        )
-
-    @property
-    def way(self) -> Tensor:
-        """(R, S) log p(u, x_R) - log q(u): what a step of the temperature weighs by."""
-        return self.log_end - self.log_start
-
-
 class _Particles(Conditionals):
     """The conditionals that particles give."""
 
@@ -161,7 +133,7 @@ class _Particles(Conditionals):
         self._filled: tuple[Any, ...] = ()
         self._value: Tensor | None = None
         self._scale = 1.0
-        self._integrated: tuple[Evidence, _Cloud] | None = None
+        self._integrated: tuple[Evidence, Particles] | None = None
 
     @property
     def value(self) -> Tensor:
@@ -196,14 +168,14 @@ class _Particles(Conditionals):
         """
         return self._integrate(x)[0]
 
-    def _integrate(self, x: Tensor) -> tuple[Evidence, _Cloud]:
+    def _integrate(self, x: Tensor) -> tuple[Evidence, Particles]:
         """The evidence of the rows that were read, and particles of their posterior."""
         refuse_other_rows(x, self.value)
         if self._integrated is None:
             self._integrated = self._run_all(x)
         return self._integrated
 
-    def _run_all(self, x: Tensor) -> tuple[Evidence, _Cloud]:
+    def _run_all(self, x: Tensor) -> tuple[Evidence, Particles]:
         seen = ~x.isnan()[0]
         n = self.settings.num_particles
         with torch.no_grad(), pyro.validation_enabled(False):
@@ -230,7 +202,7 @@ class _Particles(Conditionals):
         se = math.hypot(replicate_error(relative.double().cpu().numpy()), inside)
         return Evidence(lml[None], se, diagnostics), cloud
 
-    def _inside(self, x: Tensor, seen: Tensor, cloud: _Cloud) -> float:
+    def _inside(self, x: Tensor, seen: Tensor, cloud: Particles) -> float:
         """log of the mean over the posterior of Z with more nodes in each row over Z: 0 where rows have none."""
         if self.adaptive.rows is None:
             return 0.0
@@ -298,7 +270,7 @@ class _Particles(Conditionals):
 
     def _pilot(
         self, n: int, x: Tensor, seen: Tensor, located: LaplaceApproximation | None
-    ) -> tuple[list[_Stage], _Cloud]:
+    ) -> tuple[list[_Stage], Particles]:
         """One run that chooses each temperature so that half of the particles stay effective."""
         cloud = self._start(1, n, x, seen, located)
         stages: list[_Stage] = []
@@ -316,7 +288,7 @@ class _Particles(Conditionals):
 
     def _runs(
         self, stages: list[_Stage], n: int, x: Tensor, seen: Tensor, located: LaplaceApproximation | None
-    ) -> tuple[Tensor, _Cloud]:
+    ) -> tuple[Tensor, Particles]:
         """R independent runs along frozen stages: log Z (R,)."""
         cloud = self._start(self.settings.num_runs, n, x, seen, located)
         log_z = cloud.log_end.new_zeros(self.settings.num_runs)
@@ -330,7 +302,7 @@ class _Particles(Conditionals):
             before = stage.temperature
         return log_z, cloud
 
-    def _posterior(self, x: Tensor, shown: Tensor) -> _Cloud:
+    def _posterior(self, x: Tensor, shown: Tensor) -> Particles:
         """Particles given the shown tokens."""
         located = self._locate(x, shown)
         if not bool(shown.any()):
@@ -354,7 +326,7 @@ class _Particles(Conditionals):
             shown[token] = True
             log_end = self._log_end(cloud.u, x, shown)
             log_w = log_w + log_end - cloud.log_end
-            cloud = _Cloud(cloud.u, cloud.log_start, log_end, cloud.slope)
+            cloud = Particles(cloud.u, cloud.log_start, log_end, cloud.slope)
             total = log_z + log_w.logsumexp(1) - math.log(n)
             now = total.logsumexp(0) - math.log(n_runs)  # log of the mean of Z
             if float(now) < NEVER:  # and so is all that follows
@@ -375,7 +347,7 @@ class _Particles(Conditionals):
 
     def _start(
         self, n_runs: int, n: int, x: Tensor, seen: Tensor, located: LaplaceApproximation | None
-    ) -> _Cloud:
+    ) -> Particles:
         """Draws from q: the prior, and where it is located as many around the mode, in a random place of each run."""
         assert self.model is not None
         u = self._prior_draws(n_runs * n).reshape(n_runs, n, -1)
@@ -428,45 +400,32 @@ class _Particles(Conditionals):
 
     def _move(
         self,
-        cloud: _Cloud,
+        cloud: Particles,
         temperature: float,
         root: Tensor,
         step: float,
         x: Tensor,
         seen: Tensor,
         located: LaplaceApproximation | None,
-    ) -> tuple[_Cloud, float]:
+    ) -> tuple[Particles, float]:
         """Hamiltonian Monte Carlo in units of the particles' covariance root root'."""
         jitter = step * (0.8 + 0.4 * torch.rand(*cloud.log_end.shape, 1, dtype=cloud.u.dtype).to(cloud.u))
         momentum = torch.randn(cloud.u.shape, dtype=cloud.u.dtype).to(cloud.u)  # in units of root^-T
 
-        def slope(c: _Cloud) -> Tensor:
-            """root' grad of the tempered log-density."""
-            return ((1 - temperature) * c.slope[0] + temperature * c.slope[1]).nan_to_num(0.0) @ root
+        def at(u: Tensor) -> Particles:
+            return self._evaluate(u, x, seen, located)
 
-        def energy(c: _Cloud, p: Tensor) -> Tensor:
-            value = (1 - temperature) * c.log_start + temperature * c.log_end - 0.5 * p.square().sum(-1)
-            return torch.where(value.isnan(), -torch.inf, value)
+        def uniform(like: Tensor) -> Tensor:
+            return torch.rand(like.shape, dtype=like.dtype).to(like)
 
-        new, p = cloud, momentum
-        for _ in range(LEAPS):
-            p = p + 0.5 * jitter * slope(new)
-            new = self._evaluate(new.u + jitter * (p @ root.mT), x, seen, located)
-            p = p + 0.5 * jitter * slope(new)
-        log_ratio = energy(new, p) - energy(cloud, momentum)
-        accept = torch.rand(log_ratio.shape, dtype=log_ratio.dtype).to(log_ratio).log() < log_ratio
-        rate = float(log_ratio.clamp(max=0).exp().nan_to_num(0.0).mean())
-        pick = accept[..., None]
-        return _Cloud(
-            torch.where(pick, new.u, cloud.u),
-            torch.where(accept, new.log_start, cloud.log_start),
-            torch.where(accept, new.log_end, cloud.log_end),
-            torch.where(pick, new.slope, cloud.slope),
-        ), rate
+        moved, chance = hmc_move(at, cloud, temperature, jitter, momentum, uniform, LEAPS, root)
+        return moved, float(chance.mean())
 
     # --------------------------------------------------------------------------------------------------- the program
 
-    def _evaluate(self, u: Tensor, x: Tensor, seen: Tensor, located: LaplaceApproximation | None) -> _Cloud:
+    def _evaluate(
+        self, u: Tensor, x: Tensor, seen: Tensor, located: LaplaceApproximation | None
+    ) -> Particles:
         """Densities and slopes at u (R, S, d)."""
         values, slopes = [], []
         with torch.enable_grad():
@@ -480,7 +439,7 @@ class _Particles(Conditionals):
                 slopes.append(slope)
         start, end = torch.cat(values, 1).reshape(2, *u.shape[:2])
         bad = ~(torch.isfinite(start) & torch.isfinite(end))  # no finite density: never taken
-        return _Cloud(
+        return Particles(
             u,
             torch.where(torch.isfinite(start), start, 0.1 * IMPOSSIBLE),
             torch.where(bad, IMPOSSIBLE, end),
@@ -547,19 +506,13 @@ def _by_halves(
 
 
 def _next_temperature(way: Tensor, now: float) -> float:
-    """The highest temperature that keeps a share of the particles effective, by bisection."""
+    """The highest temperature that keeps a share of the particles effective."""
 
-    def ess(temperature: float) -> float:
+    def more(temperature: float) -> float:
         share = ((temperature - now) * way).softmax(0)
-        return float(1 / share.square().sum())
+        return float(1 / share.square().sum()) - KEEP * len(way)
 
-    if ess(1.0) >= KEEP * len(way):
-        return 1.0
-    low, high = now, 1.0
-    for _ in range(60):
-        middle = 0.5 * (low + high)
-        low, high = (middle, high) if ess(middle) >= KEEP * len(way) else (low, middle)
-    return max(low, now + 1e-12)
+    return 1.0 if more(1.0) >= 0 else max(brentq(more, now, 1.0, xtol=1e-15, maxiter=1000), now + 1e-12)
 
 
 def _systematic(log_w: Tensor) -> Tensor:
