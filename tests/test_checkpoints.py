@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -803,6 +804,50 @@ def test_leftovers_of_killed_processes_go(tmp_path):
     dead.write_bytes(b"half")
     searched(tmp_path)
     assert mine.exists() and not dead.exists()
+
+
+KILLED = """
+import os, signal, sys
+import numpy as np
+from bayes_mpt import BayesMPT, MarginalLikelihoodSearch
+from bayes_mpt.models import PPCA
+
+folder, where, n = sys.argv[1], sys.argv[2], int(sys.argv[3])
+calls, real = 0, getattr(os, where)
+
+def killed(*args, **kwargs):
+    global calls
+    calls += 1
+    if calls == n:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args, **kwargs)
+
+X = np.random.default_rng(5).normal(size=(40, 4))
+settings = {"evidence": "heldout", "cv": 2, "random_state": 0, "checkpoint_dir": folder}
+if n:
+    setattr(os, where, killed)
+search = MarginalLikelihoodSearch(BayesMPT(PPCA(1)), {"model__n_components": [0, 1, 2]}, **settings).fit(X)
+print(search.comparison_["lml"].to_dict())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("where", "n"), [("fsync", 5), ("replace", 4)])
+def test_a_search_that_is_killed_inside_a_write_goes_on(tmp_path, where, n):
+    def ran(folder, n):
+        command = [sys.executable, "-c", KILLED, str(tmp_path / folder), where, str(n)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert ran("runs", n).returncode == -signal.SIGKILL
+    finished = {f.name: f.stat().st_mtime_ns for f in (tmp_path / "runs").glob("*.safetensors")}
+    assert finished
+    again, undisturbed = ran("runs", 0), ran("others", 0)
+    assert again.stdout == undisturbed.stdout != ""
+    files = {f.name: f.stat().st_mtime_ns for f in (tmp_path / "runs").iterdir()}
+    assert finished.items() <= files.items()  # not written again
+    assert files.keys() == {
+        f.name for f in (tmp_path / "others").iterdir()
+    }  # and nothing is left lying about
 
 
 def test_searches_of_a_folder_share_a_seed(tmp_path):
