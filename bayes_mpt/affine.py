@@ -25,7 +25,6 @@ from pyro import poutine
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from bayes_mpt.devices import own_random_state
 from bayes_mpt.tracing import (
     N_TRIAL_ROWS,
     NODES,
@@ -311,43 +310,32 @@ def affine_form(
     nodes, node = latent_nodes(first), first.nodes[draft.sites[0]]
     by_row = draft.by_row
     way.check_applicable(draft)
-    # With covariates a map that rows share now (a slope of zero, sorted groups) need not stay shared.
-    shareable = by_row and _scale(node) == 1.0 and not _covariates(init)
-    trial, before, whole, reading = init, None, None, None
-    few = head(init, min(n_trial, max(1, len(init[0]) - 1)))
-    if shareable:
-        with suppress(RuntimeError, ValueError, IndexError), own_random_state(1):
-            whole = _trial_run(model, init, draft)
-    check_observed(model, init, first, other=None if whole is None else whole.trace)
+    check_observed(model, init, first)
     draft = _without_false_argument(model, init, draft, first)
-    if whole is not None:
-        reading = _shared_map(model, few, draft, whole, way)
-    if whole is not None and reading is not None:
-        draft = draft._replace(per_row=False, scores_input=draft.observed_argument is not None)
-        refuse_unregistered([t for n in (*observed_nodes(first), *nodes) for t in _normal(n)])
-        _refuse_dependence_on_x(
-            model, few, draft, whole.head(len(few[0]))
-        )  # no row looks at how many there are
-        _compare_with_program(draft, reading, whole)
-        return draft
+    trial, before, whole, reading = init, None, None, None
     if by_row and _scale(node) == 1.0:
-        # A program that refuses fewer rows holds something for each.
+        few = head(init, min(n_trial, max(1, len(init[0]) - 1)))
+        # A program that refuses fewer rows holds something for each, and is checked on all of them.
         with suppress(RuntimeError, ValueError, IndexError):
             trial, before = few, _trial_run(model, few, draft)
             if len(before.value) != len(few[0]):  # rows of its own, whatever it is given
                 trial, before = init, None
-        if (
-            before is not None
-            and whole is not None
-            and _shared_map(model, few, draft, before, way) is not None
-        ):
-            trial, before = init, whole  # what holds for a few rows does not hold for all
+        # With covariates a map that rows share now (a slope of zero, sorted groups) need not stay shared.
+        if before is not None and not _covariates(init):
+            reading = _shared_map(model, trial, draft, before, way)
+        if reading is not None and len(init[0]) > len(trial[0]):
+            whole = _trial_run(model, init, draft)  # what holds for a few rows need not hold for all
+            if not _same_map(reading, whole):
+                reading, trial, before = None, init, whole
     if before is None:
         trial, before = init, _trial_run(model, init, draft)
-    draft, reading = way.first_read_per_row(model, trial, draft)
+    if reading is not None:
+        draft = draft._replace(per_row=False, scores_input=draft.observed_argument is not None)
+    else:
+        draft, reading = way.first_read_per_row(model, trial, draft)
     refuse_unregistered([t for n in (*observed_nodes(first), *nodes) for t in _normal(n)])
     _refuse_dependence_on_x(model, trial, draft, before)
-    _compare_with_program(draft, reading, before)
+    _compare_with_program(draft, reading, before if whole is None or reading.loc.shape[0] > 1 else whole)
     return draft
 
 
@@ -997,10 +985,6 @@ class _Trial(NamedTuple):
     prior: Tensor
     """Means and roots of the latents given the earlier ones."""
 
-    def head(self, n_rows: int) -> _Trial:
-        """Of the first rows alone, where these do not look at the others."""
-        return _Trial(self.trace, *(t[:n_rows] for t in self[1:]))
-
 
 def _trial_run(model: Model, args: tuple[Any, ...], structure: AffineForm, z: Tensor | None = None) -> _Trial:
     """The program on these rows at latents z; by default one standard deviation away, no two rows alike."""
@@ -1080,8 +1064,6 @@ def _refuse_dependence_on_x(
                     )
                 if not structure.by_row or len(arg) != len(before.value) or len(arg) < 2:
                     break
-                if position == structure.observed_argument and torch.equal(after.value, changed_arg):
-                    break  # the tokens are this argument, and nothing else moved with it: no row looks at another
                 keep = len(arg) // 2
                 late = torch.cat([arg[:keep], changed_arg[keep:]])
                 after = _after(model, (*args[:position], late, *args[position + 1 :]), structure, before.z)

@@ -651,6 +651,11 @@ class BayesMPT(
             raise ValueError(
                 f"checkpoint needs an integer random_state, to hold out the same rows, got {self.random_state!r}"
             )
+        if self.checkpoint is not None and not by_epochs:
+            raise ValueError(
+                f"checkpoint={self.checkpoint!r} is of a training by epochs, which this model is not trained by: leave "
+                "it None, or set early_stopping=True"
+            )
         if by_epochs and self.checkpoint is not None and self.n_init not in ("auto", 1):
             raise ValueError(
                 f"checkpoint holds one training, but n_init={self.n_init}: leave one of them out"
@@ -1305,7 +1310,8 @@ class BayesMPT(
                 f"predictor:       {kind}: {self.predictor_.why}{read}",
                 f"integrated:      {list_names(s.latent_names) or 'nothing'}",
                 f"point-estimated: {', '.join(s.parameters) or 'nothing'}{where}",
-                f"training:        {self.fit_method_}, {self.n_iter_} iterations",
+                f"training:        {self.fit_method_}, {self.n_iter_} iterations"
+                + (", interrupted" if self.interrupted_ else ""),
             ]
         )
 

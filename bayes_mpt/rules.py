@@ -110,6 +110,8 @@ class Candidate:
     unfitted: Any = None
     """What is to be fitted, and what its fit has left in a file (``left``), while there is no ``estimator``."""
     left: dict[str, Any] | None = None
+    taken_up: bool = False
+    """Whether this is from a file, of the stage that it was last in."""
 
     @property
     def model(self) -> BayesMPT:

@@ -21,6 +21,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -265,7 +266,8 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEst
         _good(found)
         self._store(grid, names, found)
         unmade = self._winner is not None and self._winner.estimator is None
-        self._rows = (X, y, digest_of((X, y))) if unmade else None
+        # A copy: the caller may change the table before the winner is asked for. A memory map is not one to copy.
+        self._rows = (_kept(X), _kept(y), digest_of((X, y))) if unmade else None
         root.call_on_fit_task_end(estimator=self, X=X, y=y)
 
     def __sklearn_is_fitted__(self) -> bool:
@@ -370,7 +372,7 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEst
         self.multimetric_ = False
         self.candidate_names_ = names
         self.comparison_ = comparison_table(names, found, self.evidence_)
-        self.best_index_ = int(self.refit(results)) if callable(self.refit) else int(order[0])
+        self.best_index_ = _index(self.refit(results), len(grid)) if callable(self.refit) else int(order[0])
         self.best_params_ = grid[self.best_index_]
         self.best_score_ = float(mean[self.best_index_])
         self._winner = found[self.best_index_] if self.refit else None
@@ -555,6 +557,7 @@ def _score_candidate(candidate: Candidate, X: Any, y: Any, rule: str, settings: 
     start = time.perf_counter()
     candidate = give_evidence(with_estimator(candidate, X, y), X, y, rule, to_map=True, **settings)
     candidate.score_time = time.perf_counter() - start
+    candidate.taken_up = False
     return candidate
 
 
@@ -565,6 +568,7 @@ def _checkpointed(
     if slot is not None and slot.found is None and not _failed(args):
         slot.look(_to_fit(args))  # another search may have been faster
     if slot is not None and slot.found is not None:
+        slot.found.taken_up = True
         return slot.found
     try:
         result = task(*args)
@@ -582,6 +586,20 @@ def _failed(args: tuple[Any, ...]) -> bool:
 
 
 # ----------------------------------------------------------------------------------------------------------- helpers
+
+
+def _kept(rows: Any) -> Any:
+    """Rows that nobody else changes."""
+    return rows if isinstance(rows, np.memmap) else deepcopy(rows)
+
+
+def _index(asked: Any, n_candidates: int) -> int:
+    """What a callable ``refit`` has returned."""
+    if not isinstance(asked, Integral) or not 0 <= int(asked) < n_candidates:
+        raise ValueError(
+            f"refit must return the place of a candidate in cv_results_, 0 to {n_candidates - 1}, got {asked!r}"
+        )
+    return int(asked)
 
 
 def _unseeded(estimator: Any) -> list[str]:

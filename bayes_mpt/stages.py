@@ -97,6 +97,10 @@ def _said(candidate: Candidate, label: str) -> str:
     """How a candidate has fared in a stage, in a few words."""
     if candidate.error:
         return f"failed: {candidate.error}"
+    if candidate.taken_up and label == FITS:
+        return "fit taken up from checkpoint_dir"
+    if candidate.taken_up:
+        return f"taken up from checkpoint_dir, LML {candidate.evidence:.2f} ({label})"
     if label == FITS:
         return f"fitted in {candidate.fit_time:.2f} s"
     return (

@@ -843,7 +843,6 @@ def check_observed(
     first: Trace,
     *,
     own_masks: bool = False,
-    other: Trace | None = None,
 ) -> None:
     """What is observed must be data, and every prior whole, in the first run of a program and in further ones.
 
@@ -857,8 +856,6 @@ def check_observed(
         That run.
     own_masks : bool, default=False
         The program hides tokens itself: its masks are no matter.
-    other : Trace, optional
-        Another run on the same rows, at other latents and under another random state.
 
     Raises
     ------
@@ -873,8 +870,7 @@ def check_observed(
             "to score. Take the mask away; missing cells are left NaN in x, and left out by the package"
         )
     _refuse_masked_latents(model, args, first)
-    if other is None or not all(_same(n["value"], node_of(other, n["name"])["value"]) for n in nodes):
-        _refuse_moving_values(model, args, first, nodes)
+    _refuse_moving_values(model, args, first, nodes)
     _refuse_scaled_values(model, args, first, nodes)
 
 

@@ -655,16 +655,39 @@ def test_a_search_that_was_taken_up_can_be_pickled(tmp_path):
 
 
 def test_rows_that_change_under_a_search(tmp_path):
-    """The winner is made when it is asked for; of other rows than were ranked it is none."""
-    searched(tmp_path)
+    """The winner is made when it is asked for, on the rows that were ranked."""
+    first = searched(tmp_path)
     rows = X.copy()
     again = MarginalLikelihoodSearch(
         BayesMPT(PPCA()), PAIR, evidence="train", random_state=0, checkpoint_dir=tmp_path
     )
     again.fit(rows)
     rows[0] += 1.0
-    with pytest.raises(RuntimeError, match="changed since fit"):
-        again.best_estimator_  # noqa: B018
+    assert again.n_features_in_ == X.shape[1]
+    np.testing.assert_array_equal(again.score_samples(X), first.score_samples(X))
+
+
+def test_a_log_tells_what_was_taken_up(tmp_path, caplog):
+    with caplog.at_level("INFO", "bayes_mpt"):
+        searched(tmp_path)
+        assert "taken up" not in caplog.text
+        searched(tmp_path)
+    assert caplog.text.count("fit taken up from checkpoint_dir") == 2
+    assert caplog.text.count(": taken up from checkpoint_dir, LML") == 2
+
+
+def test_a_checkpoint_of_no_training_by_epochs_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="is of a training by epochs"):
+        BayesMPT(PPCA(1), checkpoint=tmp_path / "training").fit(X)
+
+
+def test_a_refit_that_names_no_candidate(tmp_path):
+    for index in (2, -1, "a", 0.0):
+        search = MarginalLikelihoodSearch(
+            BayesMPT(PPCA()), PAIR, evidence="train", refit=lambda r, i=index: i
+        )
+        with pytest.raises(ValueError, match="refit must return the place of a candidate"):
+            search.fit(X)
 
 
 def test_a_stored_fit_that_does_not_lead_there_is_made_anew(tmp_path):

@@ -6,6 +6,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.distributions import constraints
 from pyro.infer.reparam import LocScaleReparam
 from scipy import optimize, stats
 
@@ -479,3 +480,70 @@ def test_particles_of_a_reading_do_not_depend_on_what_was_asked_before():
     assert means[0] == means[1] == pytest.approx(float(x.sum()) / 21, abs=0.1)
     other = read.read((-x,))  # what was found for other rows is gone
     assert float(other.posterior(other.value).mean) == pytest.approx(-float(x.sum()) / 21, abs=0.1)
+
+
+# ------------------------------------------------------------------------- dependences that a few rows do not show
+
+
+def linear(mean=lambda x: 0.0, prior=lambda x: 0.0, value=lambda x, z: x, k=1, refuses=lambda n: False):
+    """Factor analysis with fixed loadings, something added to its mean, to its prior's mean, to what it observes."""
+    loading = torch.randn(4, k, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def program(x):
+        if refuses(len(x)):
+            raise ValueError("so many rows are not taken")
+        scale = pyro.param("scale", x.new_tensor(1.0), constraints.positive)
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(k) + prior(x), 1.0).to_event(1))
+            loc = z @ loading.mT + mean(x)
+            pyro.sample("x", dist.Normal(loc, scale * x.new_ones(4)).to_event(1), obs=value(x, z))
+
+    program.loading = loading
+    return program
+
+
+@pytest.mark.parametrize(("k", "n"), [(5, 9), (7, 20)])
+@pytest.mark.parametrize("where", ["mean", "prior"])
+def test_a_program_that_refuses_few_rows_is_checked_on_all(k, n, where):
+    """As many rows as probes are taken, or all; in both the first row is looked at."""
+    program = linear(**{where: lambda x: x[0, :1]}, k=k, refuses=lambda rows: rows < 9)
+    with pytest.raises(ModelError, match="changes with the observed x itself"):
+        BayesMPT(program, random_state=0).fit(np.random.default_rng(1).normal(size=(n, 4)))
+
+
+@pytest.mark.parametrize(("k", "n"), [(1, 5), (2, 6), (4, 8), (5, 9)])
+def test_a_parameter_of_each_row_where_rows_are_as_many_as_probes(k, n):
+    """x ~ N(c_n, W W' + s): a shift for each row, zero at first; its maximum is that of least squares."""
+    x = np.random.default_rng(1).normal(size=(n, 4))
+    shifts = lambda x: pyro.param("shift", lambda: x.new_zeros(n, 1))  # noqa: E731
+    program = linear(mean=shifts, k=k)
+    model = BayesMPT(program, random_state=0).fit(x)
+    cov = (program.loading @ program.loading.mT).numpy() + model.params_["scale"] ** 2 * np.eye(4)
+    one = np.linalg.solve(cov, np.ones(4))
+    best = x @ one / one.sum()
+    np.testing.assert_allclose(model.params_["shift"][:, 0], best, atol=1e-4)
+    want = sum(
+        stats.multivariate_normal(np.full(4, c), cov).logpdf(row) for c, row in zip(best, x, strict=True)
+    )
+    assert model.log_marginal_likelihood_ == pytest.approx(want, abs=1e-6)
+
+
+def test_values_that_move_only_far_out_in_the_prior():
+    program = linear(value=lambda x, z: x + torch.relu(z.abs() - 2.35))
+    with pytest.raises(ModelError, match="change with the latents"):
+        BayesMPT(program).fit(np.random.default_rng(1).normal(size=(64, 4)))
+
+
+def test_a_statistic_that_only_a_change_of_some_rows_moves():
+    program = linear(mean=lambda x: (x.mean().abs() > 2).double())
+    with pytest.raises(ModelError, match="depends on other rows"):
+        BayesMPT(program).fit(np.random.default_rng(1).normal(5.0, size=(20, 4)))
+
+
+def test_a_number_of_rows_is_no_dependence_on_their_values():
+    x = np.random.default_rng(1).normal(size=(20, 4))
+    program = linear(mean=lambda x: 1.0 if len(x) < 10 else 0.0, k=6)
+    model = BayesMPT(program, random_state=0).fit(x)
+    cov = (program.loading @ program.loading.mT).numpy() + model.params_["scale"] ** 2 * np.eye(4)
+    want = stats.multivariate_normal(np.zeros(4), cov).logpdf(x).sum()
+    assert model.log_marginal_likelihood_ == pytest.approx(want, abs=1e-9)
