@@ -570,7 +570,9 @@ class BayesMPT(
                     # Few rows are scored themselves; many, and those of earlier calls, through their moments.
                     raw = seen is None and len(X) <= 2 * X.shape[1]
                     rows, weight = (
-                        (as_tensor(X, model, self.device, shift), None) if raw else statistics.rows()
+                        (as_tensor(X, model, self.device, shift), None)
+                        if raw
+                        else statistics.rows(args[0].dtype)
                     )
                     problem = training.Problem(predictor, args, rows, weight, statistics.n_rows)
                 else:
@@ -869,7 +871,7 @@ class BayesMPT(
                 masks,
                 n_replicates=n_replicates,
                 random_state=self._seed(),
-                curve_rows=None if statistics is None else statistics.rows(),
+                curve_rows=None if statistics is None else statistics.rows(x.dtype),
             )
 
     def transform(self, X: ArrayLike, y: Any = None) -> NDArray[np.floating]:

@@ -486,7 +486,7 @@ class Trainer:
         self, problem: training.Problem, statistics: SufficientStatistics, n_init: int
     ) -> training.Fit | None:
         """The closed-form maximum; with missing cells, the best end of EM from several starts."""
-        rows, weight = statistics.rows()
+        rows, weight = statistics.rows(problem.args[0].dtype)
         whole = training.Problem(problem.predictor, problem.args, rows, weight, statistics.n_rows)
         fit = training.maximize_profile(
             whole, statistics, self.max_iter, self.tol, n_init=n_init, seed=self.seed, at_floor=self.at_floor

@@ -193,17 +193,17 @@ class SufficientStatistics:
         """Whether no cell is missing."""
         return not len(self.incomplete)
 
-    def rows(self) -> tuple[Tensor, Tensor]:
-        """Weighted rows (R, T), (R,) that stand for the table; the weights add up to N."""
+    def rows(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+        """Weighted rows (R, T), (R,) that stand for the table, for a program of this dtype; the weights add up to N."""
         if not self.n:
-            return self.incomplete, self.mean.new_ones(len(self.incomplete))
+            return self.incomplete.to(dtype), self.mean.new_ones(len(self.incomplete), dtype=dtype)
         root = _some_root(self._cov, self._root)
         if not len(root):  # of a single row
             root = root.new_zeros(1, len(self.mean))
         step = math.sqrt(len(root)) * root
         rows = torch.cat([self.mean + step, self.mean - step, self.incomplete])
         weight = torch.full((2 * len(root),), self.n / (2 * len(root)), dtype=rows.dtype, device=rows.device)
-        return rows, torch.cat([weight, weight.new_ones(len(self.incomplete))])
+        return rows.to(dtype), torch.cat([weight, weight.new_ones(len(self.incomplete))]).to(dtype)
 
     def moved(self, by: Tensor) -> SufficientStatistics:
         """The table of the same rows with ``by`` (T,) added to each."""

@@ -807,3 +807,30 @@ def test_all_probes_in_one_run_are_the_runs_apart(program, at_once, n_rows):
         one, other = (read(program, args, found._replace(at_once=a)) for a in (at_once, False))
     for a, b in zip(one, other, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+class InSinglePrecision:
+    """Factor analysis with one noise, by a program whose rows are single precision."""
+
+    dtype = torch.float32
+
+    def __call__(self, x):
+        loc = pyro.param("loc", lambda: x.mean(0))
+        loading = pyro.param("loading", lambda: torch.linspace(1, 2, x.shape[1])[:, None])
+        scale = pyro.param("scale", x.new_tensor(1.0), constraints.positive)
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(1), 1.0).to_event(1))
+            mean = loc + z @ loading.mT
+            pyro.sample("x", dist.Normal(mean, scale * x.new_ones(x.shape[1])).to_event(1), obs=x)
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")  # so few digits
+@pytest.mark.parametrize("share", [0.0, 0.1])
+def test_many_rows_in_single_precision(share):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(50, 1)) @ rng.normal(size=(1, 4)) + 0.5 * rng.normal(size=(50, 4))
+    rows = np.where(rng.random(x.shape) < share, np.nan, x)
+    best = BayesMPT(PPCA(1), random_state=0).fit(rows)
+    model = BayesMPT(InSinglePrecision(), random_state=0).fit(rows)
+    assert model.log_marginal_likelihood_ == pytest.approx(best.log_marginal_likelihood_, abs=0.02)
+    assert model.score(rows) * 50 == pytest.approx(model.log_marginal_likelihood_, rel=1e-4)
