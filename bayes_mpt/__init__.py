@@ -2,13 +2,13 @@
 
 import logging
 
-from bayes_mpt.comparison import compare
-from bayes_mpt.discovery import KernelSearch
-from bayes_mpt.estimator import BayesMPT
-from bayes_mpt.selection import MarginalLikelihoodSearch
+from bayes_mpt.estimators.bayes_mpt import BayesMPT
+from bayes_mpt.estimators.comparison import compare
+from bayes_mpt.estimators.kernel_search import KernelSearch, decompose
+from bayes_mpt.estimators.search import MarginalLikelihoodSearch
 
 __version__ = "0.1.0"
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())  # silent unless the user wants it
 
-__all__ = ["BayesMPT", "KernelSearch", "MarginalLikelihoodSearch", "compare"]
+__all__ = ["BayesMPT", "KernelSearch", "MarginalLikelihoodSearch", "compare", "decompose"]

@@ -12,7 +12,7 @@ from bayes_mpt.curves import Curve, RateCurve
 from bayes_mpt.inputs import unmasked
 
 if TYPE_CHECKING:
-    from bayes_mpt.discovery import Decomposition
+    from bayes_mpt.estimators.kernel_search import Decomposition
 
 __all__ = ["DecompositionDisplay", "MaskedCurveDisplay", "RankingDisplay"]
 
@@ -23,7 +23,7 @@ class MaskedCurveDisplay:
     Parameters
     ----------
     curve : Curve or RateCurve
-        `bayes_mpt.score.ScoreEstimate.by_size`, or `bayes_mpt.masked_language.MaskedLanguageModel.masked_curve`.
+        `bayes_mpt.score.ScoreEstimate.by_size`, or `bayes_mpt.language.MaskedLanguageModel.masked_curve`.
 
     Attributes
     ----------
@@ -115,7 +115,7 @@ class DecompositionDisplay:
     x : array of shape (M,)
         The input of each row, of one column.
     parts : Decomposition
-        `bayes_mpt.discovery.decompose` at these rows.
+        `bayes_mpt.decompose` at these rows.
     seen : tuple of arrays, optional
         Inputs and observations to draw above.
 
@@ -145,7 +145,7 @@ class DecompositionDisplay:
         if not hasattr(estimator, "decompose"):
             raise TypeError(
                 f"from_estimator draws what a KernelSearch finds, got {type(estimator).__name__}: write "
-                "DecompositionDisplay(x, bayes_mpt.discovery.decompose(model, X)).plot()"
+                "DecompositionDisplay(x, bayes_mpt.decompose(model, X)).plot()"
             )
         parts = estimator.decompose(rows)
         return cls(rows, parts, None if y is None else (np.ravel(X), np.ravel(y))).plot()

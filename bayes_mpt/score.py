@@ -31,8 +31,8 @@ from bayes_mpt.masks import (
     torch_generator,
 )
 from bayes_mpt.predictors import Conditionals, Predictor, choose
-from bayes_mpt.serial import left_as_found, methods_take_turns, takes_turns, turn
-from bayes_mpt.tracing import Model, list_names
+from bayes_mpt.program.tracing import Model, list_names
+from bayes_mpt.runtime.serial import left_as_found, methods_take_turns, takes_turns, turn
 
 __all__ = [
     "OWN_MASKS",
@@ -164,7 +164,7 @@ def estimate(
     random_state : int, torch.Generator or None
         For the draws.
     curve_rows : (Tensor, Tensor), optional
-        Weighted rows that stand for ``x`` (`bayes_mpt.moments.SufficientStatistics`), to average the curve of chains
+        Weighted rows that stand for ``x`` (of `SufficientStatistics`), to average the curve of chains
         over.
 
     Returns

@@ -25,7 +25,7 @@ deviation of error / se, ``bias`` and ``sd`` those of the error, ``se`` the root
 Rankings: the second model's estimates are shifted so that the true difference takes, over the seeds of a pair, values
 spread evenly over +- 4 of the pair's median mc_dse, in random order, each seed used once. In bins of ``p_worse`` the
 share of pairs put in the wrong order is held against the mean of p_worse. Table and errors are the package's own
-(`bayes_mpt.comparison.comparison_table`). Intervals are Clopper-Pearson's, 95 %.
+(`bayes_mpt.estimators.comparison.comparison_table`). Intervals are Clopper-Pearson's, 95 %.
 """
 
 import math
@@ -43,12 +43,12 @@ from scipy.stats import binomtest
 from timing import RESULTS, Report, run
 
 from bayes_mpt import BayesMPT
-from bayes_mpt.comparison import Candidate, comparison_table
+from bayes_mpt.estimators.comparison import Candidate, comparison_table
 from bayes_mpt.masks import UniformSize
 from bayes_mpt.models import PPCA, BayesianRegression
 from bayes_mpt.predictors import Conditionals, Importance, Quadrature, SequentialMonteCarlo
+from bayes_mpt.program.store import OwnStore
 from bayes_mpt.score import estimate
-from bayes_mpt.store import OwnStore
 
 SEEDS, QUICK = 400, 12
 SLOW = 0.5  # share of them for sequential Monte Carlo

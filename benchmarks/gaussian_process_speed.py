@@ -27,7 +27,7 @@ from timing import RESULTS, Report, Timing, interleave, run
 from bayes_mpt import BayesMPT
 from bayes_mpt.models import GaussianProcess
 from bayes_mpt.predictors import Exact, NearestNeighbors
-from bayes_mpt.store import OwnStore
+from bayes_mpt.program.store import OwnStore
 
 PARTS = ("exact", "accuracy", "peer", "scaling")
 NOISE = 0.1

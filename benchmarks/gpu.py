@@ -31,7 +31,7 @@ from torch import Tensor
 from bayes_mpt import BayesMPT
 from bayes_mpt.models import VAE, GaussianProcess
 from bayes_mpt.predictors import Exact, NearestNeighbors
-from bayes_mpt.store import OwnStore
+from bayes_mpt.program.store import OwnStore
 
 PARTS = ("step", "exact", "neighbours")
 GPU = torch.cuda.is_available()

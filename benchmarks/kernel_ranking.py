@@ -7,7 +7,7 @@ Each data set has 40 to 150 inputs, uniform, and observations from one of eight 
 are log-uniform in ranges that owe nothing to the package's priors (`draw`). On each every rule chooses among the same
 eight kernels, with a constant mean and the noise learnt:
 
-- integrated: the package's default, `bayes_mpt.hyperparameters.integrate`; predicts at the maximum a posteriori;
+- integrated: the package's default, `bayes_mpt.evidence.integrated.integrate`; predicts at the maximum a posteriori;
 - laplace: Laplace's approximation at the same modes, summed; predicts there too;
 - BIC: maximised LML - log(n) / 2 for each parameter; predicts at the maximum of the LML;
 - LML: the maximised LML itself.
@@ -37,8 +37,9 @@ import pyro
 import torch
 from gpytorch.kernels import LinearKernel, MaternKernel, PeriodicKernel, RBFKernel, RQKernel, ScaleKernel
 
-from bayes_mpt import BayesMPT, MarginalLikelihoodSearch, hyperparameters
-from bayes_mpt.hyperparameters import Prior, hyperprior, integrate, log_likelihood
+from bayes_mpt import BayesMPT, MarginalLikelihoodSearch
+from bayes_mpt.evidence import integrated
+from bayes_mpt.evidence.integrated import Prior, hyperprior, integrate, log_likelihood
 from bayes_mpt.models import GaussianProcess
 from bayes_mpt.predictors import choose
 
@@ -128,7 +129,7 @@ def candidate(kernel: Any, truth: Truth) -> dict[str, float]:
         theta, lml = maximise(likelihood, prior, np.stack([mode.theta for mode in found.modes]))
         fresh = []
         for at in (found.modes[0].theta, theta):
-            hyperparameters.assign(leaves, torch.as_tensor(at))
+            integrated.assign(leaves, torch.as_tensor(at))
             with torch.no_grad():
                 guess = predictor.predictive(seen, new)
                 fresh.append(
@@ -152,14 +153,14 @@ def candidate(kernel: Any, truth: Truth) -> dict[str, float]:
 def maximise(likelihood: Any, prior: Prior, extra: np.ndarray) -> tuple[np.ndarray, float]:
     """The maximum of the LML from the three highest modes and the centre of the prior."""
 
-    class Flat(hyperparameters._Joint):
+    class Flat(integrated._Joint):
         def __call__(self, phi: np.ndarray, gradient: bool = True) -> Any:
             value, grad = self.log_likelihood(self.prior.loc + self.prior.scale * phi, gradient=gradient)
             return np.where(np.isnan(value), -np.inf, value), self.prior.scale * grad
 
     flat = Flat(likelihood, prior)
     starts = np.concatenate([np.zeros((1, len(prior.loc))), (extra[:3] - prior.loc) / prior.scale])
-    phi, value = hyperparameters._maximize_bfgs(flat, starts)
+    phi, value = integrated._maximize_bfgs(flat, starts)
     best = int(np.argmax(value))
     return prior.loc + prior.scale * phi[best], float(value[best])
 

@@ -25,7 +25,7 @@ from scipy.stats import kendalltau
 from timing import Report, interleave, run
 from transformers import BertConfig, BertForMaskedLM, BertTokenizer
 
-from bayes_mpt.masked_language import MaskedLanguageModel
+from bayes_mpt.language import MaskedLanguageModel
 from bayes_mpt.masks import FixedRate, PermutationChain, UniformSize
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))

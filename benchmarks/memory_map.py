@@ -17,7 +17,7 @@ from timing import Report, interleave, run
 
 import bayes_mpt.models
 from bayes_mpt import BayesMPT
-from bayes_mpt.moments import SufficientStatistics
+from bayes_mpt.program.statistics import SufficientStatistics
 
 FITS = {"PPCA(10)": "PPCA(10)", "FactorAnalysis(10)": "FactorAnalysis(10)", "default": "None"}
 CHILD = """

@@ -16,7 +16,7 @@ from timing import RESULTS, Report, interleave, run
 
 from bayes_mpt import BayesMPT
 from bayes_mpt.models import PPCA, FactorAnalysis
-from bayes_mpt.moments import SufficientStatistics
+from bayes_mpt.program.statistics import SufficientStatistics
 
 MODELS = {"PPCA": PPCA, "FactorAnalysis": FactorAnalysis}
 BASE = {"N": 4000, "T": 100, "K": 5}

@@ -11,7 +11,7 @@ table every rule chooses among the same candidates, K = 1 .. min(D // 2, 8):
 - 5 folds, 5 x 5 folds: held-out log likelihood; the first of the five repeats is the rule "5 folds";
 - AIC, BIC: penalised maximum likelihood, with the rotations taken off the count of parameters.
 
-For speed the fits are made on covariances by `bayes_mpt.profile`, which `BayesMPT.fit` itself uses, and not
+For speed the fits are made on covariances by `predictors.gaussian.profile`, which `BayesMPT.fit` itself uses, and not
 through the estimators; on the first tables of each kind the numbers are asserted to be those of
 `MarginalLikelihoodSearch`.
 
@@ -44,7 +44,7 @@ from sklearn.model_selection import KFold
 from sklearn.utils import check_random_state
 
 from bayes_mpt.evidence import Laplace, laplace_diagonal, laplace_proportional
-from bayes_mpt.profile import Factors, NoiseFloorError, diagonal, proportional
+from bayes_mpt.predictors.gaussian.profile import Factors, NoiseFloorError, diagonal, proportional
 
 RESULTS = Path(__file__).parent / "results"
 LOG_2PI = math.log(2 * math.pi)

@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from bayes_mpt.masked_language import MaskedLanguageModel, compare_language_models
+from bayes_mpt.language import MaskedLanguageModel, compare_language_models
 from bayes_mpt.masks import PermutationChain
 from bayes_mpt.plots import MaskedCurveDisplay
 

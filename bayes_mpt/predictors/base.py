@@ -12,9 +12,9 @@ import torch
 from sklearn.base import BaseEstimator
 from torch import Generator, Tensor
 
-from bayes_mpt.affine import AffineForm
-from bayes_mpt.serial import methods_take_turns
-from bayes_mpt.tracing import Model, ModelError, Program
+from bayes_mpt.program.affine import AffineForm
+from bayes_mpt.program.tracing import Model, ModelError, Program
+from bayes_mpt.runtime.serial import methods_take_turns
 
 __all__ = [
     "Conditionals",
@@ -119,7 +119,7 @@ class Predictor(BaseEstimator, ABC):
 
         Raises
         ------
-        bayes_mpt.tracing.ModelError
+        bayes_mpt.program.tracing.ModelError
             If the program cannot be scored in this way; the message names the site.
         """
 

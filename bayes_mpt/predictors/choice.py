@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 
-from bayes_mpt.affine import NotAffine
 from bayes_mpt.predictors.base import Conditionals, Guide, Predictor
 from bayes_mpt.predictors.exact import summed_out
-from bayes_mpt.predictors.importance import Importance
-from bayes_mpt.predictors.joint_gaussian import JointGaussian, gaussian_program
-from bayes_mpt.predictors.markov import closed_form
-from bayes_mpt.predictors.nearest_neighbors import NearestNeighbors, near_conditionals
-from bayes_mpt.predictors.quadrature import MAX_WIDTH, Quadrature
+from bayes_mpt.predictors.gaussian.markov import closed_form
+from bayes_mpt.predictors.gaussian.nearest_neighbors import NearestNeighbors, near_conditionals
+from bayes_mpt.predictors.gaussian.process import JointGaussian, gaussian_program
+from bayes_mpt.predictors.nodes.importance import Importance
+from bayes_mpt.predictors.nodes.quadrature import MAX_WIDTH, Quadrature
 from bayes_mpt.predictors.self_predictive import SelfPredictive
-from bayes_mpt.serial import takes_turns
-from bayes_mpt.tracing import Model, ModelError, analyze, fill, latent_nodes, run, takes_visible
+from bayes_mpt.program.affine import NotAffine
+from bayes_mpt.program.tracing import Model, ModelError, analyze, fill, latent_nodes, run, takes_visible
+from bayes_mpt.runtime.serial import takes_turns
 
 __all__ = ["choose"]
 
@@ -62,7 +62,7 @@ def choose(
 
     Raises
     ------
-    bayes_mpt.tracing.ModelError
+    bayes_mpt.program.tracing.ModelError
         If the program cannot be scored; the message names the site and what to do.
     """
     if isinstance(predictor, Predictor):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from bayes_mpt.affine import NotAffine
 from bayes_mpt.predictors.base import Conditionals, Guide, Predictor
-from bayes_mpt.predictors.enumeration import enumerated, mixture_of_maps
-from bayes_mpt.predictors.joint_gaussian import JointGaussian, gaussian_program
-from bayes_mpt.predictors.markov import closed_form
-from bayes_mpt.tracing import Model, ModelError, Program, analyze
+from bayes_mpt.predictors.gaussian.markov import closed_form
+from bayes_mpt.predictors.gaussian.process import JointGaussian, gaussian_program
+from bayes_mpt.predictors.nodes.enumeration import enumerated, mixture_of_maps
+from bayes_mpt.program.affine import NotAffine
+from bayes_mpt.program.tracing import Model, ModelError, Program, analyze
 
 __all__ = ["Exact", "summed_out"]
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayes_mpt.factors import read_factors
-from bayes_mpt.tracing import (
+from bayes_mpt.program.factors import read_factors
+from bayes_mpt.program.tracing import (
     Model,
     ModelError,
     Program,

@@ -12,12 +12,12 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from bayes_mpt.densities import log_density
-from bayes_mpt.devices import at_once
 from bayes_mpt.diagnostics import disagreement, replicate_error
 from bayes_mpt.masks import PermutationChain
 from bayes_mpt.predictors.base import Conditionals, Evidence, Guide, Posterior, Predictor
-from bayes_mpt.tracing import (
+from bayes_mpt.program.densities import log_density
+from bayes_mpt.program.devices import at_once
+from bayes_mpt.program.tracing import (
     Model,
     ModelError,
     Program,

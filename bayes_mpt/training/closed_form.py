@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator, lsmr
 from torch import Tensor
 
-from bayes_mpt import incomplete, profile
-from bayes_mpt.affine import DenseMap
-from bayes_mpt.moments import SufficientStatistics
 from bayes_mpt.predictors import LinearGaussian
+from bayes_mpt.predictors.gaussian import incomplete, profile
+from bayes_mpt.program.affine import DenseMap
+from bayes_mpt.program.statistics import SufficientStatistics
 from bayes_mpt.training.problem import (
     Fit,
     Problem,
@@ -43,7 +43,7 @@ def maximize_profile(
 
     Free means that the solution can be reached: each part has parameters of its own, and Gauss-Newton on them ends
     at the target. Nothing of the program's form is assumed. ``problem`` scores the rows of ``statistics``. Where cells
-    are missing the maximum has no closed form: EM goes there from ``n_init`` starts (`bayes_mpt.incomplete`).
+    are missing the maximum has no closed form: EM goes there from ``n_init`` starts (`incomplete`).
     ``at_floor``: where the likelihood of complete rows has no maximum for want of noise, take one of the size of
     rounding errors.
 

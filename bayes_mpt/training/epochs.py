@@ -19,11 +19,11 @@ import pyro
 import torch
 from torch import Tensor
 
-from bayes_mpt.checkpoints import make_room, read, write
-from bayes_mpt.devices import own_random_state, random_states, set_random_states
 from bayes_mpt.masks import Policy, torch_generator
-from bayes_mpt.rows import digest
-from bayes_mpt.tracing import ModelError
+from bayes_mpt.program.devices import own_random_state, random_states, set_random_states
+from bayes_mpt.program.statistics import digest_of_rows
+from bayes_mpt.program.tracing import ModelError
+from bayes_mpt.runtime.checkpoints import make_room, read, write
 from bayes_mpt.training.problem import Fit, Problem, Report, check_start, restore, take_rows
 
 __all__ = ["train_by_epochs"]
@@ -127,11 +127,11 @@ def train_by_epochs(
     random_state : int, optional
         For the order of the rows and the masks; nodes draw from torch's global generator.
     checkpoint : path, optional
-        Written whole after each epoch (`bayes_mpt.checkpoints`); where it exists, the training goes on from it as if
+        Written whole after each epoch (`checkpoints`); where it exists, the training goes on from it as if
         it had never stopped. It knows its rows, since the scores of others would be those of rows that had been trained
         on, and its settings. A file that is damaged, or none of ours, is set aside with a warning.
     asked : dict, optional
-        What else a checkpoint must agree in, by name: in words, and a digest of it (`bayes_mpt.digests`).
+        What else a checkpoint must agree in, by name: in words, and a digest of it (`bayes_mpt.runtime.digests`).
     report : callable, optional
         Called with (epoch, score a row); True stops.
 
@@ -162,7 +162,7 @@ def train_by_epochs(
     rising = learning_rate / max(1, min(WARM_UP, n_steps // 10))
     progress = _Progress(0, _copies(leaves), -math.inf, _copies(leaves), 0, 0, 0)
     file = None if checkpoint is None else Path(checkpoint)
-    rows = [] if file is None else [digest(a.reshape(len(a), -1).cpu().numpy()) for a in problem.args]
+    rows = [] if file is None else [digest_of_rows(a.reshape(len(a), -1).cpu().numpy()) for a in problem.args]
     told = {
         **dict(asked or {}),
         "batch_size": (str(batch_size), repr(batch_size)),

@@ -14,11 +14,11 @@ import torch
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
-from bayes_mpt.interrupts import check_stop
 from bayes_mpt.masks import Policy, torch_generator
 from bayes_mpt.predictors import Conditionals
+from bayes_mpt.program.tracing import ModelError, rows_of
+from bayes_mpt.runtime.interrupts import check_stop
 from bayes_mpt.score import masked_score, training_masks
-from bayes_mpt.tracing import ModelError, rows_of
 
 __all__ = [
     "Fit",

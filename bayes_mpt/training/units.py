@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from bayes_mpt.affine import DenseMap
 from bayes_mpt.masks import torch_generator
 from bayes_mpt.predictors import Conditionals, LinearGaussian
-from bayes_mpt.predictors.joint_gaussian import JointGaussian
-from bayes_mpt.tracing import Program, rows_of, spread_rows
+from bayes_mpt.predictors.gaussian.process import JointGaussian
+from bayes_mpt.program.affine import DenseMap
+from bayes_mpt.program.tracing import Program, rows_of, spread_rows
 from bayes_mpt.training.problem import (
     Problem,
     assign,

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from bayes_mpt.predictors import LinearGaussian
-from bayes_mpt.predictors.given import AffineBatch
-from bayes_mpt.predictors.nodes import Nodes
-from bayes_mpt.profile import NoiseFloorError
+from bayes_mpt.predictors.gaussian.profile import NoiseFloorError
+from bayes_mpt.predictors.nodes.given import AffineBatch
+from bayes_mpt.predictors.nodes.weighted import Nodes
 from bayes_mpt.training.problem import Problem
 
 __all__ = ["collapsed", "noise_at_zero"]

@@ -1,0 +1,1 @@
+"""What users call: one estimator, comparisons and searches of its candidates; what they take in, what they store."""

@@ -1,0 +1,245 @@
+"""Compare marginal likelihoods: what is comparable, by which rule, and the table.
+
+Two errors stand in the table and are never mixed: ``mc_dse`` is the numerical error of a difference, ``dse`` its spread
+over new rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike
+from scipy.stats import norm
+from sklearn.model_selection import BaseCrossValidator
+from sklearn.utils import check_random_state
+from sklearn.utils.validation import check_is_fitted
+
+from bayes_mpt.diagnostics import replicate_error
+from bayes_mpt.estimators.bayes_mpt import BayesMPT
+from bayes_mpt.estimators.rules import (
+    Candidate,
+    before_final,
+    choose_rule,
+    final_step,
+    fit_seed,
+    give_evidence,
+    not_converged,
+    refuse_incomparable,
+    refuse_mixed_train,
+    token_digest,
+)
+from bayes_mpt.inputs import unmasked
+
+__all__ = ["Candidate", "compare", "comparison_table"]
+
+RULES = ("auto", "laplace", "integrated", "heldout", "train")
+
+
+def compare(
+    estimators: Mapping[str, Any],
+    X: ArrayLike,
+    y: Any = None,
+    *,
+    evidence: Literal["auto", "laplace", "integrated", "heldout", "train"] = "auto",
+    cv: int | BaseCrossValidator = 5,
+    n_repeats: int = 1,
+    random_state: int | np.random.RandomState | None = None,
+) -> pd.DataFrame:
+    """Rank models that were fitted by hand, in the same table as `MarginalLikelihoodSearch.comparison_`.
+
+    On the rows that the models were fitted on, this does what a search over them would do. On new rows it ranks by
+    their log predictive, which no model has seen.
+
+    Parameters
+    ----------
+    estimators : dict of name to fitted BayesMPT or Pipeline
+        All fitted on X, or none of them. They are left as they are.
+    X : array-like of shape (N, T)
+        Rows to compare on.
+    y : array-like, optional
+        As in `BayesMPT.fit`.
+    evidence : {"auto", "laplace", "integrated", "heldout", "train"}, default="auto"
+        On the training rows "auto" is that of `MarginalLikelihoodSearch`: "laplace" where all models declare their
+        symmetries and no cell is missing, "integrated" where they offer a prior of their few hyper-parameters, else
+        "heldout", which fits each model again for each fold. "train", the LML at its maximum, rises with every
+        surplus parameter: it is taken by itself only where nothing is point-estimated, and then is the evidence.
+        On new rows "auto" is "heldout", which scores them as they are.
+    cv : int or splitter, default=5
+        Folds of "heldout" on the training rows.
+    n_repeats : int, default=1
+        Random partitions into folds, averaged; two or more give the error ``mc_dse``.
+    random_state : int, RandomState or None
+        For the partitions, and for fits in folds whose estimator has none.
+
+    Returns
+    -------
+    DataFrame
+        Best first; see `MarginalLikelihoodSearch`. Its ``attrs`` hold the rule that was taken, "evidence", and why,
+        "reason".
+
+    Raises
+    ------
+    ValueError
+        If the numbers are not comparable, with the offenders' names: another scaling, other features, other training
+        rows, another thing integrated. If parameters are point-estimated and no row can be held out: then only
+        ``evidence="train"`` is left, and is to be asked for.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_iris
+    >>> from bayes_mpt.models import PPCA, FactorAnalysis
+    >>> X = load_iris().data
+    >>> fitted = {"ppca": BayesMPT(PPCA(2)).fit(X), "fa": BayesMPT(FactorAnalysis(1)).fit(X)}
+    >>> table = compare(fitted, X)
+    >>> list(table.index), table.attrs["evidence"]
+    (['ppca', 'fa'], 'laplace')
+    """
+    if not isinstance(estimators, Mapping):
+        raise TypeError(
+            "compare takes models by name: estimators must be a dict of names and fitted estimators, such as "
+            f"{{'first': first, 'second': second}}, got {type(estimators).__name__}"
+        )
+    if not estimators:
+        raise ValueError("nothing to compare: got an empty dict")
+    X, y = unmasked(X), unmasked(y)
+    if evidence not in RULES:
+        raise ValueError(
+            f"evidence must be 'auto', 'laplace', 'integrated', 'heldout' or 'train', got {evidence!r}"
+        )
+    names, found = list(estimators), []
+    for name, estimator in estimators.items():
+        check_is_fitted(final_step(estimator), msg=f"{name!r} is not fitted: call fit first")
+        try:
+            candidate = Candidate(estimator, tokens=token_digest(estimator, X, y))
+        except ValueError as error:
+            raise ValueError(f"{name!r} cannot be compared on these rows: {error}") from error
+        candidate.doubt(not_converged(final_step(estimator)))
+        found.append(candidate)
+    refuse_incomparable(names, found)
+    seen = _all_trained_on(names, found, X)
+    rule, why = _rule(evidence, found, seen)
+    if rule == "train":
+        refuse_mixed_train(names, found)
+    seed = int(check_random_state(random_state).randint(2**31 - 1))
+    own_state = fit_seed(random_state, seed)
+    for i, c in enumerate(found):
+        if not seen:
+            _score_new_rows(c, X, y)
+            continue
+        try:
+            give_evidence(c, X, y, rule, cv=cv, n_repeats=n_repeats, seed=seed, random_state=own_state)
+        except Exception as error:
+            found[i] = Candidate(c.estimator, error=f"{type(error).__name__}: {error}")
+    if all(c.error for c in found):
+        raise ValueError(f"all {len(found)} models failed; the first one: {found[0].error}")
+    table = comparison_table(names, found, rule)
+    table.attrs |= {"evidence": rule, "reason": why}
+    return table
+
+
+def _all_trained_on(names: list[str], found: list[Candidate], X: Any) -> bool:
+    """Whether all models were fitted on these rows, or none; where nothing was estimated, rows are as good as new."""
+    if all(_is_integral(c) for c in found):
+        return all(_trained_on(c, X) for c in found)
+    by_parts = [n for n, c in zip(names, found, strict=True) if not c.model.data_digest_]
+    if by_parts:
+        raise ValueError(
+            f"{', '.join(map(repr, by_parts))} were fitted by partial_fit, so it is not known whether these rows were "
+            "among theirs: fit all on the same rows at once"
+        )
+    trained = [_trained_on(c, X) for c in found]
+    if any(trained) and not all(trained):
+        others = [n for n, t in zip(names, trained, strict=True) if not t]
+        raise ValueError(
+            f"{', '.join(map(repr, others))} were not fitted on these rows and the rest were: fit all on the same "
+            "rows, or compare all on new ones"
+        )
+    return all(trained)
+
+
+def _rule(evidence: str, found: list[Candidate], seen: bool) -> tuple[str, str]:
+    """The rule that ranks, and why; ``seen``: the models were fitted on the rows."""
+    if seen:
+        rule, why = choose_rule(evidence, found)
+        if evidence == "auto" and rule == "train" and not all(c.is_evidence for c in found):
+            raise ValueError(
+                f"{why}, by which models that differ in their parameters are not to be ranked. Ask for "
+                "evidence='train' if that is what you want, or compare on new rows"
+            )
+        return rule, why
+    if all(_is_integral(c) for c in found) and evidence in ("auto", "train"):
+        return "train", "nothing is point-estimated: the LML is the evidence itself"
+    if evidence == "auto":
+        return "heldout", "none of the models was fitted on these rows: they are predicted"
+    rule, why = choose_rule(evidence, found)
+    if rule != "heldout":
+        raise ValueError(f"evidence={rule!r} needs the rows that the models were fitted on: got others")
+    return rule, why
+
+
+def _is_integral(candidate: Candidate) -> bool:
+    """Whether the score of any rows is their evidence, whatever rows the model has seen."""
+    return candidate.is_evidence and not candidate.model.predictor_.remembers
+
+
+def _score_new_rows(candidate: Candidate, X: Any, y: Any) -> None:
+    rows, candidate.se = candidate.model.score_rows(before_final(candidate.estimator, X), y)
+    candidate.evidence = float(np.nansum(rows))  # of a missing y there is none
+    candidate.replicates = np.array([candidate.evidence])
+    candidate.by_row = rows
+
+
+def comparison_table(names: list[str], found: list[Candidate], rule: str) -> pd.DataFrame:
+    """The table, best first; `MarginalLikelihoodSearch` says what the columns are."""
+    lml = np.array([c.evidence for c in found])
+    order = np.argsort(np.where(np.isnan(lml), -np.inf, lml) * -1, kind="stable")
+    best = found[order[0]]
+    diff = lml - best.evidence
+    mc_dse, dse, se = (np.full(len(found), math.nan) for _ in range(3))
+    for i, c in enumerate(found):
+        if c.error:
+            continue
+        exact = rule in ("train", "integrated") or (
+            rule == "heldout" and len(c.replicates) == 1 and not len(c.splits)
+        )
+        if exact:
+            se[i] = c.se  # draws of their own; too wide a difference where candidates share a seed
+            mc_dse[i] = 0.0 if c is best else math.hypot(c.se, best.se)
+        elif rule in ("heldout", "cumulative"):
+            mc_dse[i] = replicate_error(c.replicates - best.replicates)
+            se[i] = replicate_error(c.replicates)
+        if c.by_row is not None and best.by_row is not None and len(c.by_row) > 1 and c is not best:
+            pair = (c.by_row - best.by_row)[~np.isnan(c.by_row)]
+            dse[i] = math.sqrt(len(pair)) * pair.std(ddof=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        p_worse = norm.cdf(-np.abs(diff) / mc_dse)
+    p_worse[order[0]] = math.nan
+    evidence = rule in ("laplace", "integrated", "cumulative") or all(
+        c.is_evidence for c in found if not c.error
+    )
+    weight = np.exp(diff) / np.nansum(np.exp(diff)) if evidence else np.full(len(found), math.nan)
+    frame = pd.DataFrame(
+        {
+            "rank": np.arange(len(found)),
+            "lml": lml[order],
+            "lml_diff": diff[order],
+            "mc_dse": mc_dse[order],
+            "p_worse": p_worse[order],
+            "dse": dse[order],
+            "weight": weight[order],
+            "log_bayes_factor": diff[order] if evidence else math.nan,
+            "se": se[order],
+            "diag": [found[i].label(rule) for i in order],
+        },
+        index=pd.Index([names[i] for i in order], name="candidate"),
+    )
+    return frame
+
+
+def _trained_on(candidate: Candidate, X: Any) -> bool:
+    model: BayesMPT = candidate.model
+    return model.data_digest_ == model.digest(before_final(candidate.estimator, X))

@@ -1,0 +1,488 @@
+"""Discover the kernel of a Gaussian process: sums and products grown from a base set, ranked by evidence.
+
+A candidate is a sum of products, each with a scale of its own. From the best so far the next ones come by adding a base
+kernel, multiplying one product by it, or exchanging one factor (Duvenaud, Lloyd, Grosse, Tenenbaum & Ghahramani 2013).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from copy import deepcopy
+from numbers import Integral, Real
+from typing import Any, ClassVar, Literal, NamedTuple, Self
+
+import numpy as np
+import pandas as pd
+import torch
+from gpytorch.kernels import (
+    AdditiveKernel,
+    Kernel,
+    LinearKernel,
+    MaternKernel,
+    PeriodicKernel,
+    ProductKernel,
+    RBFKernel,
+    RQKernel,
+    ScaleKernel,
+)
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import norm
+from sklearn.base import BaseEstimator, MetaEstimatorMixin, _fit_context, clone
+from sklearn.callback import CallbackSupportMixin
+from sklearn.utils import check_array
+from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils.validation import check_is_fitted
+from torch import Tensor
+
+from bayes_mpt.estimators.bayes_mpt import BayesMPT
+from bayes_mpt.estimators.partial import Finished, Partial, finished_table
+from bayes_mpt.estimators.search import MarginalLikelihoodSearch
+from bayes_mpt.inputs import read_table
+from bayes_mpt.models import GaussianProcess
+from bayes_mpt.models.kernels import Line, kernel_name
+from bayes_mpt.runtime.atomic import restored_on_failure
+from bayes_mpt.runtime.interrupts import interruptible
+from bayes_mpt.runtime.serial import takes_turns
+
+__all__ = ["Decomposition", "KernelSearch", "decompose"]
+
+Expression = tuple[tuple[int, ...], ...]
+"""A sum of products of base kernels by their place, sorted."""
+
+ENDS = 0.01  # nats, by which the ends of trainings of one likelihood differ
+
+
+class Decomposition(NamedTuple):
+    """A series in its additive parts: m(x) and one function for each summand of the kernel."""
+
+    names: list[str]
+    """Of the J summands."""
+    mean: NDArray[np.float64]
+    """(J, M) posterior means; with ``offset`` they sum to the prediction."""
+    sd: NDArray[np.float64]
+    """(J, M) posterior standard deviations, each part alone."""
+    offset: NDArray[np.float64]
+    """(M,) the mean function."""
+    noise_sd: NDArray[np.float64]
+    """(M,)"""
+
+    @property
+    def total(self) -> NDArray[np.float64]:
+        """The prediction (M,)."""
+        return self.offset + self.mean.sum(0)
+
+
+class KernelSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEstimator):
+    """Grow the kernel of a Gaussian process from a base set, greedily, and keep the best by evidence.
+
+    Parameters
+    ----------
+    estimator : BayesMPT, optional
+        With a `bayes_mpt.models.GaussianProcess`, whose kernel the search sets. Its noise is the white part of every
+        candidate.
+    base : sequence of gpytorch kernels, optional
+        Without scales. Default: RBF, Matern 1/2, 3/2 and 5/2, periodic, rational quadratic and linear along each
+        column of X.
+    max_depth : int, default=4
+        Base kernels in an expression, at most.
+    evidence : str, default="auto"
+        As in `MarginalLikelihoodSearch`. "train", the LML at its maximum, never finds a kernel too large.
+    n_jobs : int, optional
+        Candidates evaluated at a time, by joblib.
+    error_score : "raise" or float, default=nan
+        What a candidate that cannot be fitted scores.
+    random_state : int, RandomState or None
+    verbose : int, default=0
+        1 shows at each depth what `MarginalLikelihoodSearch` does; log and callbacks are as there, the depths a stage
+        above.
+
+    Attributes
+    ----------
+    comparison_ : DataFrame
+        All candidates that were tried, best first; see `MarginalLikelihoodSearch`. Its column ``depth`` tells when.
+    best_estimator_ : BayesMPT
+        With the best kernel, fitted.
+    best_kernel_ : str
+        Its name.
+    best_score_ : float
+        Its evidence, nats.
+    path_ : list of str
+        The best of each depth.
+    evidence_, evidence_reason_ : str
+        The rule that was used, and why.
+    partial_ : DataFrame
+        Only after Ctrl-C: what was finished until then, as of `MarginalLikelihoodSearch`, with the column ``depth``.
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> x = np.linspace(0, 10, 60)[:, None]
+    >>> y = np.sin(2 * np.pi * x[:, 0]) + 0.1 * rng.normal(size=60)
+    >>> search = KernelSearch(base=[PeriodicKernel(), RBFKernel()], max_depth=1).fit(x, y)
+    >>> search.describe(unit="years")
+    'a period of 1.00 years, plus noise of sd 0.0...'
+    """
+
+    _parameter_constraints: ClassVar[dict[str, Any]] = {
+        "estimator": [BayesMPT, None],
+        "base": ["array-like", None],
+        "max_depth": [Interval(Integral, 1, None, closed="left")],
+        "evidence": [str],
+        "n_jobs": [Integral, None],
+        "error_score": [StrOptions({"raise"}), Real],
+        "random_state": ["random_state"],
+        "verbose": ["verbose"],
+    }
+
+    def __init__(
+        self,
+        estimator: BayesMPT | None = None,
+        *,
+        base: Sequence[Kernel] | None = None,
+        max_depth: int = 4,
+        evidence: str = "auto",
+        n_jobs: int | None = None,
+        error_score: float | Literal["raise"] = math.nan,
+        random_state: int | np.random.RandomState | None = None,
+        verbose: int = 0,
+    ):
+        self.estimator = estimator
+        self.base = base
+        self.max_depth = max_depth
+        self.evidence = evidence
+        self.n_jobs = n_jobs
+        self.error_score = error_score
+        self.random_state = random_state
+        self.verbose = verbose
+
+    @_fit_context(prefer_skip_nested_validation=False)
+    def fit(self, X: ArrayLike, y: ArrayLike) -> Self:
+        """Grow and rank kernels on inputs X (N, P) and observations y (N,), NaN where missing.
+
+        The growth ends where the best of a depth is not better than the best so far by more than the error of their
+        difference, or than 0.01 nats, by which trainings to the same tolerance differ. Ctrl-C ends it as it does
+        `MarginalLikelihoodSearch.fit`.
+        """
+        finished: list[pd.DataFrame] = []
+        root = self._init_callback_context(max_subtasks=self.max_depth)
+
+        def table() -> pd.DataFrame:
+            return pd.concat(finished) if finished else Finished().table().assign(depth=1)
+
+        with interruptible(), Partial(self, table), restored_on_failure(self):
+            self._fit(X, y, finished, root)
+        return self
+
+    def _fit(self, X: ArrayLike, y: ArrayLike, finished: list[pd.DataFrame], root: Any) -> None:
+        estimator = BayesMPT(GaussianProcess()) if self.estimator is None else self.estimator
+        if not isinstance(estimator.model, GaussianProcess):
+            raise TypeError(f"estimator must have a GaussianProcess as its model, got {estimator.model!r}")
+        X = read_table(X)
+        width = check_array(X, ensure_all_finite="allow-nan").shape[1]
+        base = _default_base(width, estimator.model.noise_column) if self.base is None else list(self.base)
+        for kernel in base:
+            if not isinstance(kernel, Kernel) or isinstance(kernel, ScaleKernel):
+                raise TypeError(f"base must hold kernels of gpytorch without a ScaleKernel, got {kernel!r}")
+        if not base:
+            raise ValueError("base is empty: give at least one kernel")
+        root.call_on_fit_task_begin(estimator=self, X=X, y=y)
+        tried: set[Expression] = set()
+        tables: list[pd.DataFrame] = []
+        best, self.path_ = None, []
+        candidates: list[Expression] = [((i,),) for i in range(len(base))]
+        for depth in range(1, self.max_depth + 1):
+            candidates = [c for c in dict.fromkeys(candidates) if c not in tried]
+            if not candidates:
+                break
+            tried.update(candidates)
+            search = MarginalLikelihoodSearch(
+                clone(estimator),
+                {"model__kernel": [_kernel(c, base) for c in candidates]},
+                evidence=self.evidence,  # type: ignore[arg-type]  # checked there
+                n_jobs=self.n_jobs,
+                error_score=self.error_score,
+                random_state=self.random_state,
+                verbose=self.verbose,
+            )
+            level = root.subcontext(task_name="depth")
+            try:
+                with level.propagate_callback_context(search):
+                    level.call_on_fit_task_begin(estimator=self, X=X, y=y)
+                    search.fit(X, y)
+            except KeyboardInterrupt:
+                if hasattr(search, "partial_"):
+                    finished.append(search.partial_.assign(depth=depth))
+                raise
+            level.call_on_fit_task_end(estimator=self, X=X, y=y)
+            finished.append(finished_table(search).assign(depth=depth))
+            table = search.comparison_.assign(depth=depth)
+            tables.append(table)
+            self.path_.append(table.index[0])
+            leader = table.iloc[0]
+            error = 0.0 if best is None else math.hypot(*np.nan_to_num([leader["se"], self._best_se]), ENDS)
+            if best is not None and not leader["lml"] > self.best_score_ + error:
+                break
+            best = candidates[search.best_index_]
+            self.best_score_, self._best_se = float(leader["lml"]), float(leader["se"])
+            self.best_estimator_, self.best_kernel_ = search.best_estimator_, str(table.index[0])
+            self.evidence_, self.evidence_reason_ = search.evidence_, search.evidence_reason_
+            candidates = _grown(best, base)
+        self.comparison_ = _joined(tables)
+        root.call_on_fit_task_end(estimator=self, X=X, y=y)
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return hasattr(self, "best_estimator_")  # partial_ alone is no fit
+
+    def predict(self, X: ArrayLike, return_std: bool = False, return_cov: bool = False) -> Any:
+        """As `BayesMPT.predict`, by the best kernel."""
+        return self._best.predict(X, return_std=return_std, return_cov=return_cov)
+
+    def sample_y(self, X: ArrayLike, n_samples: int = 1, random_state: int | None = 0) -> NDArray[np.float64]:
+        """As `BayesMPT.sample_y`, by the best kernel."""
+        return self._best.sample_y(X, n_samples, random_state)
+
+    def score_samples(self, X: ArrayLike, y: ArrayLike) -> NDArray[np.float64]:
+        """Nats of each new y given the training rows."""
+        return self._best.score_samples(X, y)
+
+    def score(self, X: ArrayLike, y: ArrayLike) -> float:
+        """Mean of `score_samples`."""
+        return self._best.score(X, y)
+
+    @property
+    def n_features_in_(self) -> int:
+        """Columns of X in `fit`."""
+        if not hasattr(self, "best_estimator_"):
+            raise AttributeError("not fitted")
+        return int(self.best_estimator_.n_features_in_)
+
+    @property
+    def _best(self) -> BayesMPT:
+        check_is_fitted(self, "best_estimator_")
+        return self.best_estimator_
+
+    def decompose(self, X: ArrayLike | None = None) -> Decomposition:
+        """The additive parts of the best kernel at rows X, by default those of the training."""
+        return decompose(self._best, X)
+
+    @takes_turns
+    def describe(self, unit: str = "") -> str:
+        """The best kernel in words, from its fitted hyper-parameters.
+
+        Parameters
+        ----------
+        unit : str
+            Of the inputs, such as "years".
+        """
+        model = self._best
+        x, _ = _seen(model)
+        program = model.fitted_model_
+        assert isinstance(program, GaussianProcess)
+        kernel, _, noise = program.at(model.params_, x)
+        several = x.shape[1] > 1
+        words = [_in_words(k, x, unit, several) for k in _summands(kernel)]
+        sd = float(noise.mean().sqrt())
+        return ", plus ".join([*words, f"noise of sd {_number(sd)}"])
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.estimator_type = "regressor"
+        tags.target_tags.required = True
+        tags.input_tags.allow_nan = False
+        return tags
+
+
+# ---------------------------------------------------------------------------------------------------- expressions
+
+
+def _default_base(width: int, noise_column: int | None) -> list[Kernel]:
+    columns = range(width - (noise_column is not None))
+    out: list[Kernel] = []
+    for c in columns:
+        where: dict[str, Any] = {} if len(columns) == 1 else {"active_dims": [c]}
+        out += [
+            RBFKernel(**where),
+            *(MaternKernel(nu=nu, **where) for nu in (0.5, 1.5, 2.5)),
+            PeriodicKernel(**where),
+            RQKernel(**where),
+            Line(**where),
+        ]
+    return out
+
+
+def _grown(best: Expression, base: list[Kernel]) -> list[Expression]:
+    """One more base kernel in a sum or a product, or another one in place of one."""
+    out = []
+    for i in range(len(base)):
+        out.append((*best, (i,)))
+        for t, product in enumerate(best):
+            rest = best[:t] + best[t + 1 :]
+            out.append((*rest, (*product, i)))
+            out += [(*rest, (*product[:f], i, *product[f + 1 :])) for f in range(len(product))]
+    tidy = [tuple(sorted(tuple(sorted(product)) for product in e)) for e in out]
+    return [e for e in tidy if not _redundant(e, base)]
+
+
+def _redundant(expression: Expression, base: list[Kernel]) -> bool:
+    """Whether a smaller expression says the same: only lines gain by being multiplied, and lose by being added."""
+    lines = {i for i, k in enumerate(base) if isinstance(k, Line | LinearKernel)}
+    squares = any(i not in lines and product.count(i) > 1 for product in expression for i in product)
+    return squares or any(expression.count((i,)) > 1 for i in lines)
+
+
+def _kernel(expression: Expression, base: list[Kernel]) -> Kernel:
+    terms = []
+    for product in expression:
+        factors = [deepcopy(base[i]) for i in product]
+        terms.append(ScaleKernel(factors[0] if len(factors) == 1 else ProductKernel(*factors)))
+    return terms[0] if len(terms) == 1 else AdditiveKernel(*terms)
+
+
+def _joined(tables: list[pd.DataFrame]) -> pd.DataFrame:
+    """One table of those of all depths, in their columns, against the best of all."""
+    out = pd.concat(tables).sort_values("lml", ascending=False, kind="stable")
+    best, others = out.iloc[0], np.arange(len(out)) > 0
+    diff = out["lml"] - best["lml"]
+    out["rank"] = np.arange(len(out))
+    out["lml_diff"] = diff
+    out["mc_dse"] = np.where(others, np.hypot(out["se"], best["se"]), 0.0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        out["p_worse"] = np.where(others, norm.cdf(-np.abs(diff) / out["mc_dse"]), math.nan)
+    if out["weight"].notna().any():
+        out["weight"] = np.exp(diff) / np.exp(diff).sum()
+        out["log_bayes_factor"] = diff
+    return out
+
+
+# -------------------------------------------------------------------------------------------------- decomposition
+
+
+@takes_turns
+def decompose(estimator: BayesMPT, X: ArrayLike | None = None) -> Decomposition:
+    """Split the prediction of a Gaussian process into the summands of its kernel, each given the training rows.
+
+        f_j | y ~ N(K_j (K + noise)^-1 (y - m), K_j** - K_j (K + noise)^-1 K_j'),    K = sum_j K_j
+
+    Parameters
+    ----------
+    estimator : BayesMPT
+        A fitted `bayes_mpt.models.GaussianProcess` with Gaussian noise.
+    X : array-like of shape (M, P), optional
+        Where; by default at the training rows.
+
+    Returns
+    -------
+    Decomposition
+    """
+    check_is_fitted(estimator)
+    program = estimator.fitted_model_
+    if not isinstance(program, GaussianProcess) or program.likelihood_function is not None:
+        raise TypeError(f"only a GaussianProcess with Gaussian noise has additive parts, got {program!r}")
+    x, y = _seen(estimator)
+    new = x if X is None else torch.as_tensor(check_array(read_table(X), dtype=np.float64)).to(x)
+    with torch.no_grad():
+        kernel, mean, noise = program.at(estimator.params_, x)
+        noise_new = program.at(estimator.params_, new)[2]
+        x, new = program.inputs(x), program.inputs(new)
+        cov = kernel(x).to_dense() + torch.diag(noise)
+        root = torch.linalg.cholesky(cov)
+        white = torch.linalg.solve_triangular(root, (y - mean(x))[:, None], upper=False)
+        means, sds, names = [], [], []
+        for part in _summands(kernel):
+            across = torch.linalg.solve_triangular(root, part(x, new).to_dense(), upper=False)  # (N, M)
+            means.append((across.mT @ white)[:, 0])
+            alone = part(new, new, diag=True)
+            sds.append((alone - across.square().sum(0)).clamp(min=0).sqrt())
+            names.append(kernel_name(part))
+        as_array = lambda t: t.cpu().numpy()  # noqa: E731
+        return Decomposition(
+            names,
+            as_array(torch.stack(means)),
+            as_array(torch.stack(sds)),
+            as_array(mean(new)),
+            as_array((torch.zeros(len(new)).to(new) + noise_new).sqrt()),
+        )
+
+
+def _seen(model: BayesMPT) -> tuple[Tensor, Tensor]:
+    """Training rows whose y was observed."""
+    if model._seen is None:
+        raise TypeError(f"{model.predictor_.name} does not predict from training rows")
+    x, y = model._seen
+    y = y.reshape(len(x)).to(x)
+    return x[~y.isnan()], y[~y.isnan()]
+
+
+def _summands(kernel: Kernel) -> list[Kernel]:
+    return list(kernel.kernels) if isinstance(kernel, AdditiveKernel) else [kernel]
+
+
+# ---------------------------------------------------------------------------------------------------------- words
+
+
+def _in_words(kernel: Kernel, x: Tensor, unit: str, several: bool) -> str:
+    """One summand: what leads it, and what the other factors do to that."""
+    while isinstance(kernel, ScaleKernel):
+        kernel = kernel.base_kernel
+    factors = list(kernel.kernels) if isinstance(kernel, ProductKernel) else [kernel]
+    order = [PeriodicKernel, RBFKernel, MaternKernel, RQKernel]
+    factors.sort(key=lambda k: next((i for i, c in enumerate(order) if isinstance(k, c)), len(order)))
+    lines = [k for k in factors if isinstance(k, Line | LinearKernel)]
+    if len(lines) == len(factors):
+        shapes = ["a straight line", "a parabola", "a cubic"]
+        out = shapes[len(lines) - 1] if len(lines) <= 3 else f"a polynomial of degree {len(lines)}"
+        return out + _where(factors[0], several)
+    lead, rest = factors[0], factors[1:]
+    out = _leading(lead, x, unit) + _where(lead, several)
+    for k in rest:
+        out += f" {_changing(k, unit)}{_where(k, several)}"
+    return out
+
+
+def _leading(kernel: Kernel, x: Tensor, unit: str) -> str:
+    if isinstance(kernel, PeriodicKernel):
+        return f"a period of {_quantity(kernel.period_length, unit)}"
+    if isinstance(kernel, RBFKernel):
+        long = float(kernel.lengthscale.min()) > float(np.ptp(x.cpu().numpy(), 0).max()) / 8
+        return f"a smooth {'trend' if long else 'curve'} over {_quantity(kernel.lengthscale, unit)}"
+    if isinstance(kernel, MaternKernel):
+        kind = {0.5: "rough", 1.5: "once differentiable", 2.5: "twice differentiable"}[kernel.nu]
+        return f"a {kind} curve over {_quantity(kernel.lengthscale, unit)}"
+    if isinstance(kernel, RQKernel):
+        return f"a curve over many scales around {_quantity(kernel.lengthscale, unit)}"
+    return kernel_name(kernel)
+
+
+def _changing(kernel: Kernel, unit: str) -> str:
+    if isinstance(kernel, PeriodicKernel):
+        return f"that recurs every {_quantity(kernel.period_length, unit)}"
+    if isinstance(kernel, Line):
+        return f"whose amplitude grows linearly from zero at {_quantity(kernel.location, unit)}"
+    if isinstance(kernel, LinearKernel):
+        return "whose amplitude grows linearly from zero at 0"
+    if isinstance(kernel, RBFKernel):
+        return f"that slowly changes over {_quantity(kernel.lengthscale, unit)}"
+    if isinstance(kernel, MaternKernel):
+        return f"that changes, not smoothly, over {_quantity(kernel.lengthscale, unit)}"
+    if isinstance(kernel, RQKernel):
+        return f"that changes over many scales around {_quantity(kernel.lengthscale, unit)}"
+    return f"times {kernel_name(kernel)}"
+
+
+def _where(kernel: Kernel, several: bool) -> str:
+    if not several or kernel.active_dims is None:
+        return ""
+    return f" along column {', '.join(map(str, kernel.active_dims.tolist()))}"
+
+
+def _quantity(value: Tensor, unit: str) -> str:
+    numbers = ", ".join(_number(float(v)) for v in value.flatten())
+    return f"{numbers} {unit}".strip()
+
+
+def _number(value: float) -> str:
+    """Three digits, without powers of ten where they can be avoided."""
+    if value == 0 or not 1e-3 <= abs(value) < 1e5:
+        return f"{value:.3g}"
+    return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"

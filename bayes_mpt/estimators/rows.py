@@ -1,0 +1,181 @@
+"""What comes in: a table, and the second argument of a program, as tensors; and what is refused of them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.base import BaseEstimator
+from torch import Tensor
+
+from bayes_mpt.inputs import read_numbers
+from bayes_mpt.program.statistics import SufficientStatistics
+from bayes_mpt.program.tracing import Model, ModelError, list_names, takes_visible
+
+__all__ = [
+    "arguments",
+    "as_tensor",
+    "check_program",
+    "needs_y",
+    "refuse_constant",
+    "refuse_empty",
+    "refuse_missing",
+    "refuse_one_row",
+    "refuse_unobserved",
+    "takes_y",
+    "update_statistics",
+]
+
+
+def as_tensor(
+    X: NDArray[np.floating], model: Model, device: str, shift: NDArray[np.float64] | None = None
+) -> Tensor:
+    """Rows in the model's precision, less the shift (T,)."""
+    wanted = getattr(model, "dtype", None)
+    single = isinstance(wanted, torch.dtype) and wanted == torch.float32
+    if shift is not None:
+        X = np.asarray(X, dtype=np.float64) - shift
+    array = np.asarray(X, dtype=np.float32 if single else np.float64)
+    # torch has no read-only tensors; nothing here writes into its rows
+    return torch.from_numpy(array if array.flags.writeable else array.copy()).to(device)
+
+
+def arguments(
+    model: Model, X: NDArray[np.floating], y: Any, device: str, shift: NDArray[np.float64] | None = None
+) -> tuple[Any, ...]:
+    """What the program is called with: rows, less the shift, and y where it takes it."""
+    x = as_tensor(X, model, device, shift)
+    if not takes_y(model):
+        return (x,)
+    if y is None:
+        if needs_y(model):
+            raise ValueError(f"the program {model!r} takes a second argument: pass y")
+        return (x,)
+    y = read_numbers(y, len(X))
+    y = torch.as_tensor(y if y.flags.writeable else y.copy()).to(device)
+    return x, y.double() if y.is_floating_point() else y
+
+
+def check_program(program: Any, *, with_y: bool, name: str = "model") -> None:
+    """Refuse a program (or guide) that cannot be called, before anything runs; its hyper-parameters check themselves.
+
+    Raises
+    ------
+    TypeError
+        If it is a class.
+    ModelError
+        If it does not take the arguments that it is called with.
+    """
+    if isinstance(program, type):
+        raise TypeError(
+            f"{name} must be a program, got the class {program.__name__}: write {program.__name__}(...)"
+        )
+    if isinstance(program, BaseEstimator) and hasattr(program, "_parameter_constraints"):
+        program._validate_params()
+    target = program.forward if isinstance(program, torch.nn.Module) else program
+    try:
+        signature = inspect.signature(target)
+    except (TypeError, ValueError):
+        return  # it does not say
+    if name == "model" and not with_y and takes_y(program) and needs_y(program):
+        raise ValueError(f"the program {program!r} takes a second argument: pass y")
+    args = ["x", "y"][: 1 + with_y]
+    visible = {"visible": None} if takes_visible(program) else {}
+    try:
+        signature.bind(*args, **visible)
+    except TypeError as error:
+        said = getattr(program, "__name__", repr(program))
+        call = ", ".join([*args, *visible])
+        raise ModelError(
+            f"{name} {said}{signature} is called as {said}({call}), which it does not take ({error}): write "
+            f"def {said}({call}), and give it other arguments by functools.partial"
+        ) from None
+
+
+def takes_y(model: Model) -> bool:
+    """Whether the program has a second positional argument besides `visible`."""
+    if takes_visible(model):
+        return False
+    target = model.forward if isinstance(model, torch.nn.Module) else model
+    try:
+        kinds = [p.kind for p in inspect.signature(target).parameters.values()]
+    except (TypeError, ValueError):
+        return True
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(kind in positional for kind in kinds) > 1 or inspect.Parameter.VAR_POSITIONAL in kinds
+
+
+def needs_y(model: Model) -> bool:
+    """Whether the program's second argument, which it has, has no default."""
+    target = model.forward if isinstance(model, torch.nn.Module) else model
+    parameters = list(inspect.signature(target).parameters.values())
+    return len(parameters) > 1 and parameters[1].default is inspect.Parameter.empty
+
+
+def update_statistics(
+    X: NDArray[np.floating],
+    seen: SufficientStatistics | None,
+    device: str,
+    names: NDArray[Any],
+    shift: NDArray[np.float64] | None = None,
+) -> SufficientStatistics:
+    """The moments of these rows, less the shift, and of those seen before; ``names`` (T,) of columns, for errors."""
+    statistics = SufficientStatistics(X, device, shift)
+    if seen is not None:
+        statistics.update(seen)
+    if not statistics.n:
+        refuse_unobserved(statistics.incomplete.isnan().all(0).cpu().numpy(), names)
+    broken = (~torch.isfinite(statistics.variance)).nonzero()[:, 0].tolist()
+    if broken:
+        raise ValueError(f"the squares of column {names[broken[0]]} overflow: rescale it")
+    return statistics
+
+
+def refuse_unobserved(columns: NDArray[np.bool_], names: NDArray[Any]) -> None:
+    """Columns (T,) of which no cell was seen."""
+    if columns.any():
+        which = ", ".join(str(names[i]) for i in columns.nonzero()[0])
+        raise ValueError(f"column {which} has no observed cell: nothing can be learned about it. Drop it")
+
+
+def refuse_missing(X: NDArray[np.floating], names: NDArray[Any]) -> None:
+    """Inputs of which every observation's distribution depends on all."""
+    columns = np.isnan(X).any(0).nonzero()[0]
+    if len(columns):
+        raise ValueError(
+            f"column {', '.join(str(names[c]) for c in columns)} of X has missing cells, on which "
+            "the covariance of the observations depends: fill them or drop these rows. Only y may be missing"
+        )
+
+
+def refuse_one_row(n_rows: int, parameters: Sequence[str]) -> None:
+    """One row says nothing of how rows differ; it can be scored where no parameter is estimated from it."""
+    if n_rows == 1 and parameters:
+        raise ValueError(
+            f"X has 1 sample while a minimum of 2 is required to estimate {list_names(parameters)}. One row is enough "
+            "where the program has no parameters, so that all is integrated"
+        )
+
+
+def refuse_constant(statistics: SufficientStatistics) -> None:
+    """Rows that are all equal."""
+    if statistics.complete and not bool((statistics.variance > 0).any()):
+        raise ValueError(
+            f"all {statistics.n_rows} rows are equal: every column is constant, so the likelihood has no maximum"
+        )
+
+
+def refuse_empty(y: NDArray[Any], *, estimated: bool) -> None:
+    """Observations of one Gaussian vector from which nothing can be learnt; ``estimated``: parameters are."""
+    seen = y[~np.isnan(y)] if y.dtype.kind == "f" else y
+    if not seen.size:
+        raise ValueError("y has no observed value: nothing can be learned about it")
+    if estimated and bool((seen == seen.flat[0]).all()):
+        raise ValueError(
+            f"all {seen.size} observed values of y are {seen.flat[0]}: the likelihood grows without bound as the "
+            "variance goes to zero. Leave out what is constant, or fix all hyper-parameters"
+        )

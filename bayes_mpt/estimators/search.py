@@ -1,0 +1,661 @@
+"""Rank candidates by marginal likelihood: a search over a parameter grid.
+
+Which number ranks is the ``evidence``:
+
+- "laplace": loadings and noise integrated out around the rotation orbit (`bayes_mpt.evidence.laplace`); one fit
+  a candidate.
+- "integrated": a few hyper-parameters (of a kernel, say) integrated under the model's hyperprior
+  (`bayes_mpt.evidence.integrated`); the candidates are left at their maximum a posteriori, which predicts better.
+- "heldout": log predictive of hidden rows, K folds, repeated.
+- "cumulative": rows revealed in blocks, each predicted from those before it, from a visible share on: the conditional
+  LML, log p(rest | visible share).
+- "train": the LML at its maximum. It rises with every surplus parameter and cannot choose a dimension; kept to compare
+  with other tools, and right where nothing is point-estimated.
+- "auto": "laplace" where every candidate declares its symmetries and no cell is missing; "integrated" where every one
+  offers a prior of its few hyper-parameters; "train" where nothing is point-estimated; "heldout" elsewhere.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import numpy as np
+from gpytorch.kernels import Kernel
+from numpy.typing import ArrayLike, NDArray
+from sklearn.base import BaseEstimator, MetaEstimatorMixin, _fit_context, clone
+from sklearn.callback import CallbackSupportMixin
+from sklearn.gaussian_process.kernels import Kernel as GaussianProcessKernel
+from sklearn.model_selection import BaseCrossValidator, ParameterGrid
+from sklearn.utils import check_array, check_random_state, get_tags
+from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
+from sklearn.utils.metaestimators import available_if
+from sklearn.utils.validation import check_is_fitted
+
+from bayes_mpt.estimators.bayes_mpt import BayesMPT, may_diverge
+from bayes_mpt.estimators.comparison import comparison_table
+from bayes_mpt.estimators.partial import Finished, Partial
+from bayes_mpt.estimators.rows import takes_y
+from bayes_mpt.estimators.rules import (
+    Candidate,
+    before_final,
+    choose_rule,
+    final_step,
+    fit_seed,
+    give_evidence,
+    not_converged,
+    refuse_incomparable,
+    refuse_mixed_train,
+    token_digest,
+)
+from bayes_mpt.estimators.stages import Stage
+from bayes_mpt.estimators.stored import Slot, prepare, seed_in, with_estimator
+from bayes_mpt.inputs import read_table, unmasked
+from bayes_mpt.masks import require_lml
+from bayes_mpt.models.kernels import kernel_name
+from bayes_mpt.program.tracing import takes_visible
+from bayes_mpt.runtime.atomic import all_or_nothing
+from bayes_mpt.runtime.digests import CannotDigest, digest_of
+from bayes_mpt.runtime.interrupts import interruptible
+from bayes_mpt.runtime.progress import fitted_in_task
+
+__all__ = ["MarginalLikelihoodSearch"]
+
+Evidence = Literal["auto", "laplace", "integrated", "heldout", "cumulative", "train"]
+
+
+class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEstimator):
+    """Fit every candidate of a grid and rank them by marginal likelihood.
+
+    Parameters
+    ----------
+    estimator : BayesMPT or Pipeline ending in one
+        With a model, where the grid sets ``model__...``.
+    param_grid : dict or list of dicts
+        As in `sklearn.model_selection.GridSearchCV`.
+    evidence : {"auto", "laplace", "integrated", "heldout", "cumulative", "train"}, default="auto"
+        What ranks; see the module's page. `evidence_` and `evidence_reason_` say which rule was taken and why.
+    cv : int or splitter, default=5
+        Folds of "heldout", blocks of "cumulative" (an int). A splitter, such as `sklearn.model_selection.KFold`, is
+        used as it is.
+    n_repeats : int, default=1
+        Random partitions (or orders) of the rows, averaged; two or more give the error ``mc_dse``.
+    visible_share : float, default=0.5
+        Share of rows that "cumulative" starts from.
+    n_jobs : int, optional
+        Candidates evaluated at a time, by joblib: in processes (loky), or in threads, which take turns.
+    refit : bool or callable, default=True
+        Keep the best candidate, fitted on all rows, as ``best_estimator_``. A callable takes ``cv_results_`` and
+        returns an index (a one-standard-error rule, say).
+    error_score : "raise" or float, default=nan
+        What a candidate that cannot be fitted scores; its message stands in ``comparison_["diag"]``.
+    checkpoint_dir : path, optional
+        Where each finished candidate is written, in numbers, text and tensors; a search that asks for the same, with
+        the same programs on the same data, takes up from there, in any process. A candidate of which that cannot be
+        told is named by a warning and not written.
+    random_state : int, RandomState or None
+        For the partitions of the rows, and for all in ``estimator`` whose own ``random_state`` is None.
+    verbose : int, default=0
+        1 shows on stderr how many candidates are done, and where the one is that was heard of last: a bar in a terminal
+        or a notebook, lines in a file. The logger ``bayes_mpt`` says it too, at level INFO; `set_callbacks` takes
+        scikit-learn's, such as ``ProgressBar()``, whose tasks are the two stages, their candidates, and of these the
+        iterations of the fit or the folds.
+
+    Attributes
+    ----------
+    comparison_ : DataFrame
+        One row a candidate, best first: ``rank``; ``lml``, total evidence in nats; ``lml_diff`` to the best (<= 0);
+        ``mc_dse``, numerical error of that difference; ``p_worse`` = Phi(-abs(lml_diff) / mc_dse), the probability
+        that the order of the two is that error's doing; ``dse``, spread of the difference over new rows; ``weight``
+        and ``log_bayes_factor`` where the number is an evidence; ``se``, numerical error of ``lml``; ``diag``, the
+        rule, or what to be wary of (a training that did not converge), or what failed.
+    cv_results_ : dict
+        With scikit-learn's keys; scores are mean nats a row. ``lml`` holds the totals.
+    best_estimator_, best_params_, best_score_, best_index_
+        As in scikit-learn; ``best_score_`` is in nats a row. An estimator that was found finished in
+        ``checkpoint_dir`` is made of what is stored when it is first asked for.
+    evidence_, evidence_reason_ : str
+        The rule that was used, and why.
+    n_splits_ : int
+        Splits a candidate.
+    partial_ : DataFrame
+        Only after Ctrl-C: what was finished until then, a row a candidate: ``lml``, NaN where it was fitted but not
+        scored yet; ``fit_time`` and ``score_time`` in seconds; ``diag``. All else is as it was before; the next `fit`
+        that succeeds removes it. With a ``checkpoint_dir`` that one goes on from there.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_iris
+    >>> from bayes_mpt.models import PPCA
+    >>> search = MarginalLikelihoodSearch(BayesMPT(PPCA(1)), {"model__n_components": [0, 1, 2, 3]})
+    >>> search.fit(load_iris().data).best_params_
+    {'model__n_components': 3}
+    >>> search.evidence_
+    'laplace'
+    """
+
+    _parameter_constraints: ClassVar[dict[str, Any]] = {
+        "estimator": [HasMethods(["fit", "score_samples"])],
+        "param_grid": [dict, list],
+        "evidence": [StrOptions({"auto", "laplace", "integrated", "heldout", "cumulative", "train"})],
+        "cv": [Interval(Integral, 2, None, closed="left"), HasMethods(["split", "get_n_splits"])],
+        "n_repeats": [Interval(Integral, 1, None, closed="left")],
+        "visible_share": [Interval(Real, 0, 1, closed="neither")],
+        "n_jobs": [Integral, None],
+        "refit": ["boolean", callable],
+        "error_score": [StrOptions({"raise"}), Real],
+        "checkpoint_dir": [str, os.PathLike, None],
+        "random_state": ["random_state"],
+        "verbose": ["verbose"],
+    }
+
+    def __init__(
+        self,
+        estimator: Any,
+        param_grid: dict[str, Sequence[Any]] | list[dict[str, Sequence[Any]]],
+        *,
+        evidence: Evidence = "auto",
+        cv: int | BaseCrossValidator = 5,
+        n_repeats: int = 1,
+        visible_share: float = 0.5,
+        n_jobs: int | None = None,
+        refit: bool | Callable[[dict[str, Any]], int] = True,
+        error_score: float | Literal["raise"] = math.nan,
+        checkpoint_dir: str | os.PathLike[str] | None = None,
+        random_state: int | np.random.RandomState | None = None,
+        verbose: int = 0,
+    ):
+        self.estimator = estimator
+        self.param_grid = param_grid
+        self.evidence = evidence
+        self.cv = cv
+        self.n_repeats = n_repeats
+        self.visible_share = visible_share
+        self.n_jobs = n_jobs
+        self.refit = refit
+        self.error_score = error_score
+        self.checkpoint_dir = checkpoint_dir
+        self.random_state = random_state
+        self.verbose = verbose
+
+    @_fit_context(prefer_skip_nested_validation=False)
+    def fit(self, X: ArrayLike, y: Any = None) -> Self:
+        """Fit and rank all candidates on X (N, T).
+
+        Raises
+        ------
+        ValueError
+            If candidates are not comparable (they score other tokens, or one integrates what another
+            point-estimates), with the offenders' names; if every candidate fails; if training masks are no LML.
+        KeyboardInterrupt
+            At Ctrl-C, when nothing runs any more, in other processes neither; ``partial_`` has what was finished.
+        """
+        finished = Finished()
+        root = self._init_callback_context(max_subtasks=2)
+        with interruptible(), Partial(self, finished.table):
+            self._fit(X, y, finished, root)
+        return self
+
+    @all_or_nothing
+    def _fit(self, X: ArrayLike, y: Any, finished: Finished, root: Any) -> None:
+        grid = list(ParameterGrid(self.param_grid))
+        if not grid:
+            raise ValueError(f"param_grid holds no candidates: got {self.param_grid!r}")
+        names = finished.names = _names(grid)
+        model = final_step(self.estimator)
+        if not isinstance(model, BayesMPT):
+            raise TypeError(
+                f"estimator must be a BayesMPT or a Pipeline ending in one, got {type(model).__name__}"
+            )
+        if model.model is None and any(_sets_missing_model(params) for params in grid):
+            raise ValueError(
+                "param_grid sets model__..., but the estimator has no model: write BayesMPT(PPCA()), say"
+            )
+        for params in grid:
+            candidate = final_step(clone(self.estimator).set_params(**_cloned(params)))
+            if candidate.checkpoint is not None:
+                raise ValueError(
+                    f"checkpoint={candidate.checkpoint!r} holds one training, and a search makes many: leave it None, "
+                    "and give the search a checkpoint_dir"
+                )
+            if candidate.masks is not None:
+                independent = takes_visible(candidate.model)
+                require_lml(candidate.masks, "MarginalLikelihoodSearch", independent=independent)
+        X, y = unmasked(X), unmasked(y)
+        if model is self.estimator:  # what stands before a model in a Pipeline may take anything
+            X = read_table(X)
+            check_array(X, dtype=[np.float64, np.float32], ensure_all_finite="allow-nan")
+        root.call_on_fit_task_begin(estimator=self, X=X, y=y)
+        seed = self._partition_seed()
+        state = fit_seed(self.random_state, seed)
+        keys = self._keys(grid, names, X, y, state)
+        found = self._run(
+            _fit_candidate,
+            [(self.estimator, p, X, y, self.evidence, state) for p in grid],
+            "fit",
+            keys,
+            finished,
+            root,
+        )
+        good = _good(found)
+        refuse_incomparable([n for n, c in zip(names, found, strict=True) if not c.error], good)
+        self.evidence_, self.evidence_reason_ = choose_rule(self.evidence, good)
+        if self.evidence_ == "train":
+            refuse_mixed_train([n for n, c in zip(names, found, strict=True) if not c.error], good)
+        finished.rule = self.evidence_
+        settings = {
+            "cv": self.cv,
+            "n_repeats": self.n_repeats,
+            "visible_share": self.visible_share,
+            "seed": seed,
+        }
+        found = self._run(
+            _score_candidate,
+            [(c, X, y, self.evidence_, settings) for c in found],
+            self.evidence_,
+            self._score_keys(keys, settings),
+            finished,
+            root,
+        )
+        _good(found)
+        self._store(grid, names, found)
+        unmade = self._winner is not None and self._winner.estimator is None
+        # A copy: the caller may change the table before the winner is asked for. A memory map is not one to copy.
+        self._rows = (_kept(X), _kept(y), digest_of((X, y))) if unmade else None
+        root.call_on_fit_task_end(estimator=self, X=X, y=y)
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return hasattr(self, "comparison_")  # partial_ alone is no fit
+
+    def _partition_seed(self) -> int:
+        """Of the partitions of the rows; a search that takes up from a directory keeps the seed found there."""
+        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        if self.checkpoint_dir is None:
+            return seed
+        prepare(Path(self.checkpoint_dir))
+        return seed if self.random_state is not None else seed_in(Path(self.checkpoint_dir), seed)
+
+    def _keys(
+        self, grid: list[dict[str, Any]], names: list[str], X: Any, y: Any, state: int | None
+    ) -> list[str | None]:
+        """Digest of all that each candidate's fit depends on; None where there is none, of which a warning tells."""
+        if self.checkpoint_dir is None:
+            return [None] * len(grid)
+        keys: list[str | None] = []
+        refused: dict[str, list[str]] = {}
+        data: str | None = None
+        for name, params in zip(names, grid, strict=True):
+            try:
+                data = data or digest_of((X, y), "the data")
+                candidate = _unfitted(self.estimator, params, state)
+                asked = {"estimator": digest_of(candidate), "data": data, "evidence": self.evidence}
+                keys.append(digest_of(asked))
+            except CannotDigest as error:
+                refused.setdefault(str(error), []).append(name)
+                keys.append(None)
+        for why, whose in refused.items():
+            warnings.warn(
+                f"nothing of {', '.join(map(repr, whose))} is kept in checkpoint_dir or taken from it: {why}",
+                UserWarning,
+                stacklevel=3,
+            )
+        return keys
+
+    def _score_keys(self, keys: list[str | None], settings: dict[str, Any]) -> list[str | None]:
+        """The same of the evidence."""
+        asked = settings if self.evidence_ in ("heldout", "cumulative") else {}
+        try:
+            return [k and digest_of({"fit": k, "rule": self.evidence_, **asked}, "search") for k in keys]
+        except CannotDigest as error:
+            warnings.warn(f"no evidence is kept in checkpoint_dir: {error}", UserWarning, stacklevel=3)
+            return [None] * len(keys)
+
+    def _run(
+        self,
+        task: Callable[..., Candidate],
+        arguments: list[tuple[Any, ...]],
+        label: str,
+        keys: list[str | None],
+        finished: Finished,
+        root: Any,
+    ) -> list[Candidate]:
+        """Do one task for every candidate, in parallel, taking finished ones from the checkpoint directory."""
+        calls: list[tuple[Callable[..., Candidate], tuple[Any, ...]]] = []
+        for args, key in zip(arguments, keys, strict=True):
+            slot = None
+            if key is not None and self.checkpoint_dir is not None:
+                slot = Slot.of(Path(self.checkpoint_dir), label, key, _to_fit(args))
+            calls.append((_checkpointed, (slot, task, args, self.error_score)))
+        return Stage(self, label, finished, root).run(calls)
+
+    def _store(self, grid: list[dict[str, Any]], names: list[str], found: list[Candidate]) -> None:
+        failed = math.nan if self.error_score == "raise" else float(self.error_score)
+        rows = max(c.n_scored for c in found if not c.error)
+        lml = np.array([c.evidence if not c.error else failed * rows for c in found])
+        mean = lml / np.array([c.n_scored if not c.error else rows for c in found])
+        n_splits = max(len(c.splits) for c in found)
+        splits = np.array([c.splits if len(c.splits) else np.full(n_splits, failed) for c in found]).reshape(
+            len(found), n_splits
+        )
+        order = np.argsort(np.where(np.isnan(mean), -np.inf, mean) * -1, kind="stable")
+        rank = np.empty(len(found), dtype=np.int32)
+        rank[order] = np.arange(1, len(found) + 1)
+        results: dict[str, Any] = {
+            "mean_fit_time": np.array([c.fit_time for c in found]),
+            "std_fit_time": np.zeros(len(found)),
+            "mean_score_time": np.array([c.score_time for c in found]),
+            "std_score_time": np.zeros(len(found)),
+        }
+        for key in sorted({k for p in grid for k in p}):
+            column = np.ma.masked_all(len(grid), dtype=object)
+            for i, params in enumerate(grid):
+                if key in params:
+                    column[i] = params[key]
+            results[f"param_{key}"] = column
+        results["params"] = grid
+        for i in range(n_splits):
+            results[f"split{i}_test_score"] = splits[:, i]
+        results |= {
+            "mean_test_score": mean,
+            "std_test_score": splits.std(1),
+            "rank_test_score": rank,
+            "lml": lml,
+        }
+        self.cv_results_ = results
+        self.n_splits_ = n_splits
+        self.multimetric_ = False
+        self.candidate_names_ = names
+        self.comparison_ = comparison_table(names, found, self.evidence_)
+        self.best_index_ = _index(self.refit(results), len(grid)) if callable(self.refit) else int(order[0])
+        self.best_params_ = grid[self.best_index_]
+        self.best_score_ = float(mean[self.best_index_])
+        self._winner = found[self.best_index_] if self.refit else None
+        if self.refit:
+            self.refit_time_ = 0.0  # the candidate was fitted on all rows already
+
+    # ---------------------------------------------------------------------------- the best candidate, as an estimator
+
+    @property
+    def best_estimator_(self) -> Any:
+        """The best candidate, fitted on all rows."""
+        winner: Candidate | None = vars(self).get("_winner")
+        if winner is None:
+            raise AttributeError(
+                f"{type(self).__name__} object has no best_estimator_: not fitted, or refit=False"
+            )
+        if winner.estimator is None and self._rows is not None:
+            X, y, before = self._rows
+            if digest_of((X, y)) != before:
+                raise RuntimeError(
+                    "the rows have changed since fit, in place, and the best candidate is to be made on them as they "
+                    "were: call fit again"
+                )
+            with_estimator(winner, X, y)
+            self._rows = None
+        return winner.estimator
+
+    def __getstate__(self) -> dict[str, Any]:
+        if vars(self).get("_rows") is not None:
+            _ = self.best_estimator_  # a file holds the estimator, and no rows
+        state: dict[str, Any] = super().__getstate__()
+        return state
+
+    @property
+    def n_features_in_(self) -> int:
+        """Columns of X in `fit`."""
+        return int(self._of_best("n_features_in_"))
+
+    @property
+    def feature_names_in_(self) -> NDArray[Any]:
+        """Names of the columns of X in `fit`, where it had any."""
+        return np.asarray(self._of_best("feature_names_in_"))
+
+    def _of_best(self, name: str) -> Any:
+        best = getattr(self, "best_estimator_", None)
+        if best is None or not hasattr(best, name):
+            raise AttributeError(f"{type(self).__name__} object has no {name} attribute: it is not fitted")
+        return getattr(best, name)
+
+    def _best(self) -> Any:
+        check_is_fitted(self)
+        if not self.refit:
+            raise AttributeError("refit=False: there is no best_estimator_ to use")
+        return self.best_estimator_
+
+    def _offering(self) -> Any:
+        """Whose methods are offered: the best candidate's, and before `fit` those of ``estimator``."""
+        return getattr(self, "best_estimator_", None) if hasattr(self, "comparison_") else self.estimator
+
+    def score(self, X: ArrayLike, y: Any = None) -> float:
+        """Mean nats a row of the best candidate."""
+        return float(self._best().score(X, **_given(y)))
+
+    def score_samples(self, X: ArrayLike, y: Any = None) -> NDArray[np.float64]:
+        """Nats of each row under the best candidate."""
+        return np.asarray(self._best().score_samples(X, **_given(y)))
+
+    @available_if(lambda self: hasattr(self.estimator, "transform"))
+    def transform(self, X: ArrayLike, y: Any = None) -> Any:
+        """Posterior means of the best candidate's latents."""
+        return self._best().transform(X, **_given(y))
+
+    @available_if(lambda self: hasattr(self.estimator, "transform"))
+    def fit_transform(self, X: ArrayLike, y: Any = None) -> Any:
+        """Fit the search, then transform X by the best candidate."""
+        model = final_step(self.fit(X, y)._best()).fitted_model_
+        return self.transform(X, y if takes_y(model) else None)
+
+    @available_if(lambda self: hasattr(self.estimator, "inverse_transform"))
+    def inverse_transform(self, Z: ArrayLike) -> Any:
+        """Means of the tokens given latents, under the best candidate."""
+        return self._best().inverse_transform(Z)
+
+    @available_if(lambda self: hasattr(self.estimator, "impute"))
+    def impute(self, X: ArrayLike, y: Any = None) -> Any:
+        """X with its missing cells filled by the best candidate."""
+        return self._best().impute(X, **_given(y))
+
+    @available_if(lambda self: hasattr(self._offering(), "predict"))
+    def predict(self, X: ArrayLike, return_std: bool = False, return_cov: bool = False) -> Any:
+        """As `BayesMPT.predict`, by the best candidate: means of y, or labels of the rows."""
+        asked = {"return_std": return_std, "return_cov": return_cov}
+        return self._best().predict(X, **{name: True for name, value in asked.items() if value})
+
+    @available_if(lambda self: hasattr(self._offering(), "predict_proba"))
+    def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:
+        """As `BayesMPT.predict_proba`, by the best candidate."""
+        return np.asarray(self._best().predict_proba(X))
+
+    @available_if(lambda self: hasattr(final_step(self._offering()), "bic"))
+    def bic(self, X: ArrayLike, y: Any = None) -> float:
+        """Bayesian information criterion of the best candidate on X: the lower the better."""
+        best = self._best()
+        return float(final_step(best).bic(before_final(best, X), y))
+
+    @available_if(lambda self: hasattr(final_step(self._offering()), "aic"))
+    def aic(self, X: ArrayLike, y: Any = None) -> float:
+        """Akaike information criterion of the best candidate on X: the lower the better."""
+        best = self._best()
+        return float(final_step(best).aic(before_final(best, X), y))
+
+    @available_if(lambda self: hasattr(self.estimator, "sample"))
+    def sample(self, n_samples: int = 1) -> Any:
+        """Rows drawn from the best candidate."""
+        return self._best().sample(n_samples)
+
+    @available_if(lambda self: hasattr(self.estimator, "get_feature_names_out"))
+    def get_feature_names_out(self, input_features: ArrayLike | None = None) -> Any:
+        """Names of the best candidate's latents."""
+        return self._best().get_feature_names_out(input_features)
+
+    @available_if(lambda self: hasattr(self.estimator, "set_output"))
+    def set_output(self, *, transform: str | None = None) -> Self:
+        """Container of `transform`'s output, as in scikit-learn."""
+        self.estimator.set_output(transform=transform)
+        if hasattr(self, "best_estimator_"):
+            self.best_estimator_.set_output(transform=transform)
+        return self
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        inner = get_tags(self.estimator)
+        tags.estimator_type = inner.estimator_type
+        tags.input_tags = inner.input_tags
+        tags.transformer_tags = inner.transformer_tags
+        tags.target_tags = inner.target_tags
+        return tags
+
+
+# --------------------------------------------------------------------------------------------------- one candidate
+
+
+def _fit_candidate(
+    estimator: Any, params: dict[str, Any], X: Any, y: Any, evidence: str, random_state: int | None
+) -> Candidate:
+    """Fit on all rows; ``random_state`` is for whatever has none."""
+    start = time.perf_counter()
+    candidate = _unfitted(estimator, params, random_state)
+    # where an estimate diverges, the integral does not
+    with may_diverge(evidence in ("auto", "integrated")), fitted_in_task(candidate, X, y):
+        fitted = candidate.fit(X, y)
+    fit_time = time.perf_counter() - start
+    zero = final_step(fitted).noise_at_zero_
+    note = f"the noise variance of column {', '.join(map(repr, zero))} is zero" if zero else ""
+    candidate = Candidate(fitted, tokens=token_digest(fitted, X, y), fit_time=fit_time, note=note)
+    candidate.doubt(not_converged(final_step(fitted)))
+    return candidate
+
+
+def _unfitted(estimator: Any, params: dict[str, Any], random_state: int | None) -> Any:
+    """What is fitted."""
+    candidate = clone(estimator).set_params(**_cloned(params))
+    if random_state is not None:
+        candidate.set_params(**dict.fromkeys(_unseeded(candidate), random_state))
+    return candidate
+
+
+def _to_fit(args: tuple[Any, ...]) -> Any:
+    """The same, of the arguments of either task; None of a candidate that failed."""
+    if not isinstance(args[0], Candidate):
+        estimator, params, _, _, _, random_state = args
+        return _unfitted(estimator, params, random_state)
+    candidate: Candidate = args[0]
+    fitted = candidate.estimator
+    return candidate.unfitted if fitted is None else clone(fitted)
+
+
+def _score_candidate(candidate: Candidate, X: Any, y: Any, rule: str, settings: dict[str, Any]) -> Candidate:
+    """Give a fitted candidate its evidence."""
+    if candidate.error:
+        return candidate
+    start = time.perf_counter()
+    candidate = give_evidence(with_estimator(candidate, X, y), X, y, rule, to_map=True, **settings)
+    candidate.score_time = time.perf_counter() - start
+    candidate.taken_up = False
+    return candidate
+
+
+def _checkpointed(
+    slot: Slot | None, task: Callable[..., Candidate], args: tuple[Any, ...], error_score: Any
+) -> Candidate:
+    """Run a task unless its result is on disk; one that fails, or is not finished, leaves nothing there."""
+    if slot is not None and slot.found is None and not _failed(args):
+        slot.look(_to_fit(args))  # another search may have been faster
+    if slot is not None and slot.found is not None:
+        slot.found.taken_up = True
+        return slot.found
+    try:
+        result = task(*args)
+    except Exception as error:
+        if error_score == "raise":
+            raise
+        return Candidate(error=f"{type(error).__name__}: {error}")
+    if slot is not None and not result.error:
+        slot.put(result)
+    return result
+
+
+def _failed(args: tuple[Any, ...]) -> bool:
+    return isinstance(args[0], Candidate) and bool(args[0].error)
+
+
+# ----------------------------------------------------------------------------------------------------------- helpers
+
+
+def _kept(rows: Any) -> Any:
+    """Rows that nobody else changes."""
+    return rows if isinstance(rows, np.memmap) else deepcopy(rows)
+
+
+def _index(asked: Any, n_candidates: int) -> int:
+    """What a callable ``refit`` has returned."""
+    if not isinstance(asked, Integral) or not 0 <= int(asked) < n_candidates:
+        raise ValueError(
+            f"refit must return the place of a candidate in cv_results_, 0 to {n_candidates - 1}, got {asked!r}"
+        )
+    return int(asked)
+
+
+def _unseeded(estimator: Any) -> list[str]:
+    """Names of the parameters of an estimator, its steps and its model that are a random_state of None."""
+    return [
+        name
+        for name, value in estimator.get_params().items()
+        if value is None and name.rpartition("__")[2] == "random_state"
+    ]
+
+
+def _sets_missing_model(params: dict[str, Any]) -> bool:
+    """Whether a parameter of ``model`` is set without a model in the same candidate."""
+    return any(
+        key.rpartition("__")[0].endswith("model") and key.rpartition("__")[0] not in params for key in params
+    )
+
+
+def _given(y: Any) -> dict[str, Any]:
+    return {} if y is None else {"y": y}
+
+
+def _good(found: list[Candidate]) -> list[Candidate]:
+    good = [c for c in found if not c.error]
+    if not good:
+        raise ValueError(f"all {len(found)} candidates failed; the first one: {found[0].error}")
+    return good
+
+
+def _cloned(params: dict[str, Any]) -> dict[str, Any]:
+    """Fresh copies, as grid search makes them: candidates must not share a model that stands in the grid."""
+    return {k: clone(v, safe=False) for k, v in params.items()}
+
+
+def _names(grid: list[dict[str, Any]]) -> list[str]:
+    """What the grid sets, in words: short where that tells candidates apart."""
+    for describe in (_short, repr):
+        names = [
+            " ".join(
+                describe(value)
+                if isinstance(value, BaseEstimator) or callable(value)
+                else f"{key.rpartition('__')[2]}={value}"
+                for key, value in params.items()
+            )
+            or "as given"
+            for params in grid
+        ]
+        if len(set(names)) == len(names):
+            return names
+    return [n if names.count(n) == 1 else f"{n} #{i}" for i, n in enumerate(names)]
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Kernel | GaussianProcessKernel):
+        return kernel_name(value)
+    return (
+        type(value).__name__ if isinstance(value, BaseEstimator) else getattr(value, "__name__", repr(value))
+    )

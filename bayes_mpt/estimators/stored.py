@@ -1,0 +1,176 @@
+"""Results of a search in a folder: which file holds what was asked, how one is taken up, and how a model is made again.
+
+A file holds what a candidate's evaluation found (`bayes_mpt.estimators.rules.Candidate`) and what its training left, in
+the format of `bayes_mpt.runtime.checkpoints`. Its name is the stage and the digest of all that the result depends on
+(`bayes_mpt.runtime.digests`). The model itself is not in it: it is made of the estimator that the search was given.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.base import clone
+from sklearn.pipeline import Pipeline
+
+from bayes_mpt.estimators.rules import Candidate, Facts, final_step
+from bayes_mpt.runtime.checkpoints import SUFFIX, make_room, read, set_aside, write
+
+__all__ = ["Slot", "prepare", "seed_in", "with_estimator"]
+
+OLDER = re.compile(r"\d{4}-[a-z]+-[0-9a-f]{20}(\.\d+)?\.(pkl|part)|seed")  # before there was a format
+STEM = 32  # digits of a digest in the name of a file; the file holds all of them
+
+_NUMBERS = ("evidence", "se", "n_scored", "fit_time", "score_time")
+_TEXTS = ("tokens", "error", "note")
+
+
+@dataclass
+class Slot:
+    """Where one result is, or will be."""
+
+    file: Path
+    label: str
+    """The stage of the search."""
+    asked: str
+    """Digest of what the result depends on."""
+    found: Candidate | None = None
+
+    @classmethod
+    def of(cls, folder: Path, label: str, asked: str, unfitted: Any) -> Slot:
+        """With what is in the folder already."""
+        slot = cls(folder / f"{label}-{asked[:STEM]}{SUFFIX}", label, asked)
+        slot.look(unfitted)
+        return slot
+
+    def look(self, unfitted: Any) -> None:
+        """Take up a result that is there; ``unfitted`` is the estimator whose fit it is of."""
+        self.found = read(self.file, "candidate", self._candidate)
+        if self.found is not None:
+            self.found.unfitted = unfitted
+
+    def put(self, result: Candidate) -> None:
+        """Write a result down."""
+        facts = asdict(result.facts)
+        numbers = {k: float(getattr(result, k)) for k in _NUMBERS}
+        arrays = {k: np.asarray(getattr(result, k), float) for k in ("replicates", "splits")}
+        by_row = None if result.by_row is None else np.asarray(result.by_row)
+        content = {
+            "asked": self.asked,
+            "stage": self.label,
+            **numbers,
+            **arrays,
+            **{k: getattr(result, k) for k in _TEXTS},
+            "by_row": by_row,
+            "facts": facts,
+            "left": result.left if result.estimator is None else result.model._dump(),
+        }
+        write(self.file, "candidate", content)
+
+    def _candidate(self, content: dict[str, Any]) -> Candidate:
+        """Of the content of a file, of which nothing is taken on trust."""
+        if content["asked"] != self.asked or content["stage"] != self.label:
+            raise ValueError("of something else")
+        arrays = {k: _vector(content[k]) for k in ("replicates", "splits")}
+        by_row = None if content["by_row"] is None else _vector(content["by_row"])
+        numbers: dict[str, Any] = {k: _as(float, content[k]) for k in _NUMBERS}
+        texts = {k: _as(str, content[k]) for k in _TEXTS}
+        facts, left = content["facts"], content["left"]
+        n = facts["n_hyperparameters"]
+        known = Facts(
+            **{k: _as(bool, facts[k]) for k in ("by_row", "remembers", "rotates", "complete", "converged")},
+            discrete=tuple(_as(bool, v) for v in facts["discrete"]),
+            parameters=tuple(_as(str, v) for v in facts["parameters"]),
+            n_hyperparameters=None if n is None else _as(int, n),
+        )
+        tensors = [*left["parameters"].values(), *left["buffers"].values(), *left["random"]]
+        if not all(isinstance(t, torch.Tensor) for t in tensors):
+            raise TypeError("not tensors")
+        for name, kind in (("seed", int), ("digest", str), ("log_marginal_likelihood_", float)):
+            _as(kind, left[name])
+        found = Candidate(by_row=by_row, known=known, left=left)
+        for name, value in (numbers | arrays | texts).items():
+            setattr(found, name, value)
+        return found
+
+
+def prepare(folder: Path) -> None:
+    """Have the folder, that can be written to, without what versions before this format have left there."""
+    make_room(folder)
+    older = sorted(f for f in folder.iterdir() if OLDER.fullmatch(f.name))
+    if older:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for file in older:
+                set_aside(file, "it is of an older version")
+        more = f" and {len(older) - 1} others" if len(older) > 1 else ""
+        warnings.warn(
+            f"checkpoint {older[0]}{more} of an older version, whose files are not opened: set aside with the ending "
+            "aside, and what they stood for is computed anew",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def seed_in(folder: Path, drawn: int) -> int:
+    """The seed of the searches in a folder: the first one's, of all that may begin at once."""
+
+    def made(content: dict[str, Any]) -> int:
+        return _as(int, content["seed"])
+
+    file = folder / f"seed{SUFFIX}"
+    found = read(file, "seed", made)
+    if found is None:
+        write(file, "seed", {"seed": drawn}, once=True)
+        found = read(file, "seed", made)
+    return drawn if found is None else int(found)
+
+
+def with_estimator(candidate: Candidate, X: Any, y: Any) -> Candidate:
+    """Make a candidate's estimator of what its fit has left; where that does not lead there, fit it again."""
+    if candidate.estimator is not None or candidate.left is None:
+        return candidate
+    left = candidate.left
+    try:
+        estimator = _restored(clone(candidate.unfitted), X, y, left)
+    except Exception as error:
+        warnings.warn(
+            f"what is stored of the fit of {candidate.unfitted!r} does not make it again ({error}): it is fitted anew",
+            UserWarning,
+            stacklevel=3,
+        )
+        estimator = clone(candidate.unfitted).fit(X, y)
+    candidate.estimator, candidate.unfitted, candidate.left = estimator, None, None
+    return candidate
+
+
+def _restored(estimator: Any, X: Any, y: Any, left: dict[str, Any]) -> Any:
+    """The estimator as its fit left it; what stands before a model in a Pipeline is fitted."""
+    if isinstance(estimator, Pipeline):
+        for i, (name, step) in enumerate(estimator.steps[:-1]):
+            if step is not None and step != "passthrough":
+                X = (
+                    step.fit_transform(X, y)
+                    if hasattr(step, "fit_transform")
+                    else step.fit(X, y).transform(X)
+                )
+                estimator.steps[i] = (name, step)
+    final_step(estimator)._restore(X, y, left)
+    return estimator
+
+
+def _vector(value: Any) -> np.ndarray[Any, Any]:
+    if not isinstance(value, np.ndarray) or value.dtype.kind != "f" or value.ndim != 1:
+        raise TypeError("not a vector")
+    return value
+
+
+def _as(kind: type, value: Any) -> Any:
+    if type(value) is not kind:
+        raise TypeError(f"not {kind.__name__}")
+    return value

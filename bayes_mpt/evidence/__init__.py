@@ -1,0 +1,19 @@
+"""Evidence of a program with its parameters integrated: Laplace around the orbit, importance samples around modes.
+
+They are given densities and know no estimator; nothing is refitted here.
+"""
+
+from bayes_mpt.evidence.integrated import Integrated, Mode, Prior, hyperprior, integrate, log_likelihood
+from bayes_mpt.evidence.laplace import Laplace, laplace_diagonal, laplace_proportional
+
+__all__ = [
+    "Integrated",
+    "Laplace",
+    "Mode",
+    "Prior",
+    "hyperprior",
+    "integrate",
+    "laplace_diagonal",
+    "laplace_proportional",
+    "log_likelihood",
+]

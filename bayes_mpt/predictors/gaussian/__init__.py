@@ -1,0 +1,1 @@
+"""Exact conditionals by Gaussian algebra: linear maps, chains, one vector of rows, its nearest neighbours."""

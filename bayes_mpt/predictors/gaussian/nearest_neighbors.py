@@ -1,0 +1,693 @@
+"""Conditionals of a long Gaussian vector, each token predicted from its nearest neighbours alone (Vecchia 1988).
+
+    log p(y) = sum_i log p(y_i | y_N(i)),    N(i) at least the m nearest of those that come before i in an ordering
+
+A few tokens close together share one set, the union of their m nearest and of themselves, in their order: each is
+given all before it in the set, more than its own m, for no more work (Guinness 2018). With K the covariance (k, k) of
+the set, L its Cholesky factor, r the residuals, z = L^-1 r, and for the place i in it v = L^-T e_i, a = L^-T [z_<i, 0]:
+
+    log p(y_i | y_N) = -log L_ii - z_i^2 / 2 - log(2 pi) / 2
+    d/dK = 1/2 [z_i (v a' + a v') + (z_i^2 - 1) v v'],    d/dr = -z_i v
+
+The program itself is run on batches of such sets of rows, (B, k, P), so that no matrix of N x N is ever made.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from numbers import Integral
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyro
+import torch
+from scipy.spatial import cKDTree
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from bayes_mpt.predictors.base import Conditionals, Evidence, Guide, Posterior, Predictive, Predictor
+from bayes_mpt.predictors.gaussian.neighborhoods import (
+    Groups,
+    Points,
+    alone,
+    grouped,
+    maxmin,
+    predecessors,
+    united,
+)
+from bayes_mpt.predictors.gaussian.process import (
+    LOG_2PI,
+    JointGaussian,
+    cholesky,
+    gaussian_program,
+    missing_of,
+)
+from bayes_mpt.program.devices import at_once
+from bayes_mpt.program.tracing import Model, ModelError, Program, base, fill, rows_of, run, spread_rows
+
+__all__ = ["NearestNeighbors"]
+
+GPU_TIMES = 64  # as many on a GPU
+CHUNK = 2**18  # numbers of (B, k, k) at once: what a cache holds
+N_TRIAL_ROWS = 16  # on which it is found out how the program takes batches
+N_BASE_ROWS = 4  # around which the correlation is followed
+FALLEN = 0.5  # the share of the covariance at which a displacement counts as one unit
+WITHIN = (0.1, 1 / 3)  # shares of a step by which a displacement of the data may differ from it
+N_ERROR_TERMS = 4096  # whose change on doubling m stands for that of all
+MAX_FULL = 4096  # rows of a dense covariance
+CLOSE = 1e-9
+
+
+class NearestNeighbors(Predictor):
+    """Gaussian vectors of any length: each token given the m nearest before it, in time and memory linear in N.
+
+    For programs ``model(x, y)`` that observe all rows as one MultivariateNormal and give any subset of the rows the
+    covariance that it has among all: a Gaussian process, ours or one's own. Near is what is highly correlated: each
+    column of x is scaled by the displacement at which the covariance has fallen by half, found by running the program.
+    With m = N - 1 nothing is left out, and the score is exact.
+
+    Parameters
+    ----------
+    m : int, default=30
+        Neighbours of each token, at least: a few tokens close together are given those of all of them, where this costs
+        no more.
+    ordering : {"maxmin", "random", "given"}, default="maxmin"
+        The order of the tokens. "maxmin" takes the point furthest from those before it: coarse to fine, so that
+        neighbours lie around and not on one side.
+    random_state : int, default=0
+        Of a random order, and of the samples that errors and units are taken from.
+
+    Examples
+    --------
+    >>> import pyro.distributions as dist
+    >>> def model(x, y):
+    ...     cov = torch.exp(-torch.cdist(x, x)) + 0.1 * torch.eye(x.shape[-2], dtype=x.dtype)
+    ...     pyro.sample("y", dist.MultivariateNormal(torch.zeros_like(y), cov), obs=y)
+    >>> x = torch.linspace(0, 50, 200, dtype=torch.float64)[:, None]
+    >>> args = x, x.sin()[:, 0]
+    >>> near, exact = (p.bind(model, args).read(args) for p in (NearestNeighbors(20), NearestNeighbors(199)))
+    >>> near.exact, exact.exact, bool(abs(near.joint(near.value) - exact.joint(exact.value)) < 0.01)
+    (False, True, True)
+    """
+
+    def __init__(self, m: int = 30, *, ordering: str = "maxmin", random_state: int = 0):
+        self.m = m
+        self.ordering = ordering
+        self.random_state = random_state
+
+    def bind(self, model: Model, args: tuple[Any, ...], guide: Guide | None = None) -> Conditionals:
+        if not isinstance(self.m, Integral) or isinstance(self.m, bool) or self.m < 1:
+            raise ValueError(f"m must be an integer of at least 1, got {self.m!r}")
+        if self.ordering not in ("maxmin", "random", "given"):
+            raise ValueError(f"ordering must be 'maxmin', 'random' or 'given', got {self.ordering!r}")
+        program = gaussian_program(model, args)
+        if program is None:
+            raise ModelError(
+                "NearestNeighbors needs a program model(x, y) without latents that observes y (N,) as one "
+                "MultivariateNormal over all rows, such as GaussianProcess: choose another predictor"
+            )
+        return near_conditionals(self, model, args, program)
+
+
+def near_conditionals(
+    settings: NearestNeighbors, model: Model, args: tuple[Any, ...], program: Program
+) -> Conditionals:
+    """The conditionals of a program known to be a Gaussian vector."""
+    return _Neighbours(settings, _Blocks(model, program, args), program)
+
+
+# --------------------------------------------------------------------------------------------------- the program
+
+
+class _Blocks:
+    """The program on many sets of rows at once."""
+
+    def __init__(self, model: Model, program: Program, args: tuple[Any, ...]):
+        self.model = model
+        self.site = program.sites[0].name
+        self.together: Callable[..., tuple[Tensor, Tensor, Tensor]] = self._find_out(args)
+
+    def __call__(self, args: tuple[Any, ...], sets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Means (B, k), covariances (B, k, k) and values (B, k) of sets (B, k) of rows, with gradients."""
+        return self.together(*rows_of(args, sets))
+
+    def _one(self, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """A single run: on one set (k, ...), or on all sets (B, k, ...) where the program broadcasts."""
+        node = run(self.model, args).nodes[self.site]
+        fn = base(node["fn"])
+        return fn.loc, fn.covariance_matrix, node["value"].to(fn.loc)
+
+    def _mapped(self, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        dims = tuple(0 if _is_rows(a) else None for a in args)
+        with pyro.validation_enabled(False):  # a check of values has no place under vmap
+            return torch.func.vmap(self._one, in_dims=dims)(*args)
+
+    def _in_turn(self, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        n = len(args[0])
+        parts = [self._one(*(a[b] if _is_rows(a) else a for a in args)) for b in range(n)]
+        loc, cov, value = zip(*parts, strict=True)
+        return torch.stack(loc), torch.stack(cov), torch.stack(value)
+
+    def _find_out(self, args: tuple[Any, ...]) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+        """How the program takes batches; refuse one whose rows depend on which others are there."""
+        rows = spread_rows(len(args[0]), N_TRIAL_ROWS).to(args[0].device)
+        half = len(rows) // 2 or 1
+        places = torch.stack(
+            [torch.arange(half) * 2 % len(rows), torch.arange(half), torch.arange(half).flip(0)]
+        )
+        few = tuple(fill(a) for a in rows_of(args, rows))
+        with torch.no_grad():
+            loc, cov, _ = self._one(*few)
+            alone = rows_of(few, places.to(rows.device))
+            truth = self._in_turn(*alone)
+            whole = loc[places], cov[places[:, :, None], places[:, None, :]]
+            if not all(_close(a, b) for a, b in zip(truth[:2], whole, strict=True)):
+                raise ModelError(
+                    f"the distribution of site {self.site!r} over some rows changes with the other rows there are (a "
+                    "statistic of all rows inside the program, or their number), so that rows cannot be predicted from "
+                    "neighbours alone: compute it outside the program, or use predictor=Exact()"
+                )
+            for way in (self._one, self._mapped):
+                try:
+                    found = way(*alone)
+                except Exception:
+                    continue  # whatever a program that was written for one set of rows does with several
+                if all(a.shape == b.shape and _close(a, b) for a, b in zip(found, truth, strict=True)):
+                    return way
+        return self._in_turn
+
+
+def _is_rows(arg: Any) -> bool:
+    return isinstance(arg, Tensor) and arg.ndim > 0
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return bool(((a - b).abs() <= CLOSE * b.abs().max().clamp(min=1e-300)).all())
+
+
+# -------------------------------------------------------------------------------------------------------- the units
+
+
+def column_units(blocks: _Blocks, args: tuple[Any, ...], seed: int = 0) -> Points:
+    """Relative scales of the columns of x: (P,), inf where a column makes no difference.
+
+    The change of each by which the covariance falls to half, found by running the program on pairs of rows that differ
+    in one column. The displacements halve from the column's range down, and all values are the data's own, so that
+    labels stay labels. In units of their geometric mean, rounded to 4 %: the same at parameters that hardly differ, and
+    one where the kernel treats columns alike.
+    """
+    x = args[0].reshape(len(args[0]), -1)
+    some = np.random.default_rng(seed).choice(len(x), min(len(x), N_BASE_ROWS), replace=False)
+    unit = np.array([_unit(blocks, args, torch.from_numpy(some).to(x.device), c) for c in range(x.shape[1])])
+    matters = np.isfinite(unit)
+    octaves = np.log2(unit[matters])
+    unit[matters] = 2.0 ** (np.round(16 * (octaves - octaves.mean())) / 16) if matters.any() else 1.0
+    return unit
+
+
+def _unit(blocks: _Blocks, args: tuple[Any, ...], some: Tensor, c: int) -> float:
+    """The displacement in column c at which the covariance with the rows ``some`` has fallen to half."""
+    column = args[0].reshape(len(args[0]), -1)[:, c]
+    known = column.unique()
+    extent = known[-1] - known[0]
+    if not float(extent) > 0:
+        return math.inf
+    halvings = max(12, math.ceil(math.log2(len(column))))
+    step = extent * torch.logspace(
+        -halvings, 0, halvings + 1, base=2, dtype=column.dtype, device=column.device
+    )
+    here = column[some, None, None]
+    wanted = here + torch.stack([step, -step], 1)  # (S, G, 2)
+    above = torch.searchsorted(known, wanted).clamp(1, len(known) - 1)
+    nearer = (known[above] - wanted).abs() <= (wanted - known[above - 1]).abs()
+    there = torch.where(nearer, known[above], known[above - 1])
+    moved = (there - here).abs()
+    # first no displacement at all
+    there, moved = (
+        torch.cat([here.expand(-1, 1, 2), there], 1),
+        torch.cat([moved.new_zeros(len(some), 1, 2), moved], 1),
+    )
+    cov, step = _covariances(blocks, args, some, c, there), torch.cat([step.new_zeros(1), step])
+    for within in WITHIN:  # a grid may have no displacement near a step
+        level, size = _fall(cov, moved, step, within)
+        if float(size[1:2].sum()) <= 2.0**-6 * float(extent):
+            level, size = (
+                level[1:],
+                size[1:],
+            )  # a continuous column: without the noise that equal rows may share
+        if len(level) > 1:
+            break
+    else:
+        return math.inf
+    level = (level / level[0]).clamp(min=1e-12)
+    if not bool(torch.isfinite(level).all()):
+        return math.inf
+    fallen = (level < FALLEN).nonzero()[:, 0].tolist()
+    i = fallen[0] if fallen else len(level) - 1
+    if not fallen or float(size[i - 1]) == 0:
+        # no step short of it or none beyond: as if it fell like exp(-(d / l)^2)
+        drop = -math.log(min(float(level[i]), 1.0))
+        return float(size[i]) * math.sqrt(-math.log(FALLEN) / drop) if drop > 1e-6 else math.inf
+    # between two steps like exp(-(d / l)^c): log(-log level) is linear in log d
+    a, b = size[i - 1 : i + 1].log().tolist()
+    f, g = level[i - 1 : i + 1].clamp(max=1 - 1e-12).log().neg().log().tolist()
+    return math.exp(a + (math.log(-math.log(FALLEN)) - f) / (g - f) * (b - a))
+
+
+def _covariances(blocks: _Blocks, args: tuple[Any, ...], some: Tensor, c: int, there: Tensor) -> Tensor:
+    """Covariances of rows with themselves, column c displaced to ``there`` (S, G, 2): of that shape."""
+    pairs = some[:, None].expand(len(some), there[0].numel()).reshape(-1, 1).expand(-1, 2)
+    first, *others = rows_of(args, pairs)  # (B, 2, ...)
+    first = first.clone()
+    first.reshape(*pairs.shape, -1)[:, 1, c] = there.flatten()
+    with torch.no_grad():
+        return blocks.together(first, *others)[1][:, 0, 1].reshape(there.shape)
+
+
+def _fall(cov: Tensor, moved: Tensor, step: Tensor, within: float) -> tuple[Tensor, Tensor]:
+    """Mean covariance and displacement at each step that the data have, from (S, G, 2) to (G',) each."""
+    counts = (moved - step[:, None]).abs() <= within * step[:, None]
+    n = counts.sum((0, 2))
+    level, size = (torch.where(counts, a, 0.0).sum((0, 2))[n > 0] / n[n > 0] for a in (cov, moved))
+    return level, size
+
+
+# -------------------------------------------------------------------------------------------------- the conditionals
+
+
+class _Layout(NamedTuple):
+    """Which tokens each observed one is predicted from."""
+
+    seen: Tensor
+    """(T,) bool: the observed tokens."""
+    unit: Points
+    """(P,) of each column of x."""
+    groups: Groups
+    """The sets of tokens in their order."""
+    home: Tensor
+    """(T,) the set that predicts each token."""
+    order: Tensor
+    """(n,) the observed tokens."""
+
+
+class _Memory:
+    """What is found out once about the rows, and shared by the copies that `read` makes."""
+
+    def __init__(self) -> None:
+        self.source: tuple[Any, ...] = ()
+        self.versions: list[int] = []
+        self.args: tuple[Any, ...] = ()  # without missing cells
+        self.value: Tensor | None = None
+        self.unit: Points | None = None
+        self.layout: _Layout | None = None
+
+    def holds(self, args: tuple[Any, ...]) -> bool:
+        return (
+            len(self.source) == len(args)
+            and all(a is b for a, b in zip(args, self.source, strict=True))
+            and self.versions == _versions(args)
+        )
+
+
+def _versions(args: tuple[Any, ...]) -> list[int]:
+    """Changes when a tensor is written into."""
+    return [a._version for a in args if isinstance(a, Tensor)]
+
+
+class _Neighbours(Conditionals):
+    """See `NearestNeighbors`."""
+
+    remembers = True
+    divisible = True
+    structure: Program
+
+    def __init__(self, settings: NearestNeighbors, blocks: _Blocks | None, program: Program):
+        self.settings = settings
+        self.blocks = blocks
+        self.model: Model | None = None if blocks is None else blocks.model
+        self.structure = program
+        self.exact = self.telescopes = settings.m >= program.n_tokens - 1
+        self.name = f"NearestNeighbors({settings.m}, ordering={settings.ordering!r})"
+        self.why = (
+            f"the observations are one Gaussian vector of {program.n_tokens} tokens, each predicted from at least "
+            f"its {min(settings.m, program.n_tokens - 1)} nearest predecessors; no covariance of all of them is made"
+        )
+        self._memory = _Memory()
+
+    # ------------------------------------------------------------------------------------------------- the contract
+
+    @property
+    def value(self) -> Tensor:
+        if self._memory.value is None:
+            raise RuntimeError("call read(args) first: this predictor has not read the program yet")
+        return self._memory.value
+
+    @property
+    def scale(self) -> float:
+        return self.structure.scale
+
+    def read(self, args: tuple[Any, ...]) -> _Neighbours:
+        blocks = self._program()
+        site = self.structure.sites[0]._replace(shape=(len(args[0]),))
+        new = _Neighbours(self.settings, blocks, self.structure._replace(sites=(site,)))
+        if not self._memory.source or self._memory.holds(args):
+            new._memory = self._memory  # the program itself is run where tokens are scored
+        memory = new._memory
+        if memory.source:
+            return new
+        memory.source, memory.versions = args, _versions(args)
+        memory.args = tuple(fill(a) for a in args)
+        rows = torch.arange(len(args[0]), device=args[0].device)
+        width = 1 + min(self.settings.m, len(rows) - 1)
+        whole = len(rows) // width * width
+        with torch.no_grad():
+            step = max(1, at_once(CHUNK, rows.device, GPU_TIMES) // width**2)
+            sets = [*rows[:whole].reshape(-1, width).split(step), rows[None, whole:]]
+            value = torch.cat([blocks(memory.args, part)[2].flatten() for part in sets if part.numel()])
+        missing = missing_of(args, self.structure).reshape(value.shape)
+        memory.value = torch.where(missing, torch.nan, value)[None]
+        return new
+
+    def freeze(self) -> _Neighbours:
+        return _Neighbours(self.settings, None, self.structure)
+
+    def settle(self) -> bool:
+        if self._memory.unit is None:
+            return False  # nothing found out yet
+        before, now = self._memory.unit, self._units()
+        self._memory.unit = now
+        same = np.isfinite(before) & np.isfinite(now)
+        return not (
+            np.array_equal(np.isfinite(before), np.isfinite(now))
+            and bool((np.abs(np.log2(before[same] / now[same])) < 0.25).all())
+        )
+
+    def joint(self, x: Tensor) -> Tensor:
+        return torch.stack([self._total(row, self._layout(row)) for row in x])
+
+    def sample(self, n_tokens: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        # Whole groups. A quarter are the first in the order, always: the few far apart, and alone in telling of long
+        # distances.
+        layout = self._layout(self.value[0])
+        groups, order = layout.groups, layout.order
+        first = layout.home[order[: n_tokens // 4 + 1]].unique()
+        others = torch.ones(len(groups.own), dtype=torch.bool, device=first.device)
+        others[first] = False
+        rest = others.nonzero()[:, 0]
+        rest = rest[torch.randperm(len(rest), generator=generator).to(rest.device)]
+        n_first = int((groups.own[first] >= 0).sum())
+        n_left = len(order) - n_first
+        n_drawn = math.ceil(len(rest) * min(1.0, max(0, n_tokens - n_first) / max(1, n_left)))
+        which = torch.cat([first, rest[:n_drawn]])
+        weight = torch.ones(groups.own[which].shape).to(self.value)
+        weight[len(first) :] = len(rest) / max(1, n_drawn)
+        mine = groups.own[which] >= 0
+        return groups.predicted[which][mine], weight[mine]
+
+    def partial(self, x: Tensor, tokens: Tensor, weight: Tensor) -> Tensor:
+        by_token = torch.zeros_like(x[0]).index_add(0, tokens, weight)
+        return torch.stack([self._total(row, self._layout(row), tokens, by_token) for row in x])
+
+    def predicted(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        layout = self._layout(x[0])
+        tokens = tokens[layout.seen[tokens]]
+        groups = layout.groups.only(layout.home[tokens].unique())
+        mine = groups.own >= 0
+        mean, var = (
+            torch.zeros_like(x[0]).index_copy(0, groups.predicted[mine], part[mine])[tokens]
+            for part in self._moments(self._memory.args, x[0], groups)
+        )
+        return mean, var
+
+    def chain(self, x: Tensor, order: Tensor) -> Tensor:
+        return torch.stack([torch.stack([self._chain(row, tokens) for row in x]) for tokens in order])
+
+    def conditionals(self, x: Tensor, visible: Tensor) -> Tensor:
+        out = x.new_zeros(len(visible), *x.shape)
+        for s, mask in enumerate(visible):
+            for n, row in enumerate(x):
+                hidden = (~mask & ~row.isnan()).nonzero()[:, 0]
+                groups = self._given(mask & ~row.isnan(), hidden)
+                out[s, n] = torch.zeros_like(row).index_copy(0, hidden, self._log_probs(row, groups)[:, 0])
+        return out
+
+    def posterior(self, x: Tensor, visible: Tensor | None = None) -> Posterior:
+        shown = ~x.isnan() if visible is None else ~x.isnan() & visible
+        rows = []
+        for row, seen in zip(x, shown, strict=True):
+            hidden = (~seen).nonzero()[:, 0]
+            mean, _ = self._moments(self._memory.args, row, self._given(seen, hidden))
+            rows.append(torch.where(seen, row, 0.0).index_copy(0, hidden, mean[:, 0]))
+        return Posterior(x.new_zeros(len(x), 0), torch.stack(rows))
+
+    def predictive(self, seen: tuple[Any, ...], new: tuple[Any, ...], *, full: bool = False) -> Predictive:
+        """Each new row given its m nearest rows seen; with ``full`` all of them given the neighbours of any."""
+        read = self.read(seen)
+        args = tuple(
+            torch.cat([a, b]) if _is_rows(a) else a for a, b in zip(read._memory.args, new, strict=True)
+        )
+        hidden = torch.arange(len(seen[0]), len(args[0]), device=args[0].device)
+        row = torch.cat([read.value[0], read.value.new_full((len(hidden),), torch.nan)])
+        groups = read._given(~row.isnan(), hidden, args)
+        if not full:
+            mean, var = read._moments(args, row, groups)
+            return Predictive(mean[:, 0], var[:, 0], None)
+        rows = groups.tokens[groups.tokens < len(seen[0])].unique()
+        if len(rows) + len(hidden) > MAX_FULL:
+            raise ValueError(
+                f"the covariance among {len(hidden)} new rows and their {len(rows)} neighbours would be of more than "
+                f"{MAX_FULL} rows: ask for fewer rows at a time, or for standard deviations"
+            )
+        exact = JointGaussian(read._program().model, self.structure)
+        return exact.predictive(rows_of(seen, rows), new, full=True)
+
+    def evidence(self, x: Tensor) -> Evidence:
+        """The score, and its error from the change that twice the neighbours make to a sample of the tokens.
+
+        Twice that change, as if the error fell like 1/m.
+        """
+        lml = self.joint(x)
+        diagnostics = {"m": self.settings.m, "ordering": self.settings.ordering}
+        if self.exact:
+            return Evidence(lml, 0.0, diagnostics)
+        changes: list[tuple[float, float]] = []
+        rng = np.random.default_rng(self.settings.random_state)
+        for row in x:
+            layout = self._layout(row)
+            order = layout.order.cpu().numpy()
+            n_groups = len(layout.groups.own)
+            n_some = min(n_groups, math.ceil(n_groups * N_ERROR_TERMS / len(order)))
+            which = torch.from_numpy(np.sort(rng.choice(n_groups, n_some, replace=False))).to(row.device)
+            home = layout.home[layout.order]
+            places = torch.isin(home, which).nonzero()[:, 0].cpu().numpy()
+            points = self._points(layout.unit)[order]
+            near = predecessors(points, min(2 * self.settings.m, len(order) - 1), places)
+            label = torch.searchsorted(which, home[places]).cpu().numpy()
+            wider, rank = united(near, places, label)
+            by_group = self._log_probs(row, wider.of(layout.order)).sum(1)[
+                torch.from_numpy(rank).to(row.device)
+            ]
+            by_group = by_group - self._log_probs(row, layout.groups.only(which)).sum(1)
+            sampling = 0.0 if n_some == n_groups else float(by_group.std()) / math.sqrt(n_some)
+            changes.append((n_groups * float(by_group.mean()), n_groups * sampling))
+        change, sampling = np.sum(changes, axis=0).tolist()
+        return Evidence(
+            lml, 2 * math.hypot(change, sampling), {**diagnostics, "change_on_doubling_m": change}
+        )
+
+    # ------------------------------------------------------------------------------------------------- the neighbours
+
+    def _program(self) -> _Blocks:
+        if self.blocks is None:
+            raise RuntimeError("this predictor is frozen: it has no program to read")
+        return self.blocks
+
+    def _units(self) -> Points:
+        return column_units(self._program(), self._memory.args, self.settings.random_state)
+
+    def _unit(self) -> Points:
+        """Of the columns of x, at the parameters at which they were first asked for."""
+        if self._memory.unit is None:
+            self._memory.unit = self._units()
+        return self._memory.unit
+
+    def _layout(self, row: Tensor) -> _Layout:
+        """Order and neighbours of the observed tokens of a row, found anew only where the units have changed."""
+        memory, unit = self._memory, self._unit()
+        kept, seen = memory.layout, ~row.isnan()
+        if kept is not None and torch.equal(kept.seen, seen) and np.array_equal(kept.unit, unit):
+            return kept
+        tokens = seen.nonzero()[:, 0]
+        points = self._points(unit)[tokens.cpu().numpy()]
+        if self.settings.ordering == "given":
+            order = np.arange(len(points))
+        elif self.settings.ordering == "random":
+            order = np.random.default_rng(self.settings.random_state).permutation(len(points))
+        else:
+            order = maxmin(points, self.settings.random_state)
+        ordered = tokens[torch.from_numpy(order).to(tokens.device)]
+        groups, home = self._behind(ordered, points[order])
+        memory.layout = _Layout(seen, unit, groups, home, ordered)
+        return memory.layout
+
+    def _points(self, unit: Points, args: tuple[Any, ...] | None = None) -> Points:
+        """The rows (N, P) in these units, without what makes no difference."""
+        x = (self._memory.args if args is None else args)[0]
+        points = x.reshape(len(x), -1).cpu().numpy().astype(np.float64)
+        matters = np.isfinite(unit)
+        return points[:, matters] / unit[matters] if matters.any() else points
+
+    def _behind(self, ordered: Tensor, points: Points) -> tuple[Groups, Tensor]:
+        """Sets of tokens in their order, and of each token (T,) the set that predicts it."""
+        groups, home = grouped(points, min(self.settings.m, len(points) - 1))
+        homes = torch.from_numpy(home).to(ordered.device)
+        return groups.of(ordered), homes.new_zeros(self.structure.n_tokens).index_copy(0, ordered, homes)
+
+    def _given(self, seen: Tensor, hidden: Tensor, args: tuple[Any, ...] | None = None) -> Groups:
+        """Hidden tokens (H,), each behind the m nearest of those seen."""
+        tokens = seen.nonzero()[:, 0]
+        m = min(self.settings.m, len(tokens))
+        near = tokens.new_zeros(len(hidden), 0)
+        if m and len(hidden):
+            points = self._points(self._unit(), args)
+            tree = cKDTree(points[tokens.cpu().numpy()], balanced_tree=False, compact_nodes=False)
+            found = tree.query(
+                points[hidden.cpu().numpy()], k=np.arange(1, m + 1), workers=torch.get_num_threads()
+            )[1]
+            near = tokens[torch.from_numpy(found).to(tokens.device)]
+        return alone(torch.cat([near, hidden[:, None]], 1))
+
+    # --------------------------------------------------------------------------------------------------- the algebra
+
+    def _chunks(
+        self, args: tuple[Any, ...], row: Tensor, groups: Groups
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """By chunks: places (B, b) of the predicted in sets of k; means, residuals (B, k), covariances (B, k, k)."""
+        width = groups.start.diff()
+        done = 0
+        while done < len(width):
+            k = int(width[done])  # of the widest
+            part = slice(done, done + max(1, at_once(CHUNK, width.device, GPU_TIMES) // k**2))
+            done = part.stop
+            here = torch.arange(k, device=width.device)
+            beyond = here >= width[part, None]
+            sets = groups.tokens[(groups.start[:-1][part, None] + here).clamp(max=len(groups.tokens) - 1)]
+            loc, cov, _ = self._program()(args, sets)
+            residual = (row[sets] - loc).nan_to_num(0.0)  # of a hidden one, which stands last
+            if bool(beyond.any()):
+                # beyond the end of a set: rows of the identity, whose residuals are 0
+                outside = beyond[:, :, None] | beyond[:, None, :]
+                cov = torch.where(outside, torch.eye(k, dtype=cov.dtype, device=cov.device), cov)
+                residual = torch.where(beyond, 0.0, residual)
+            yield groups.own[part], loc, residual, cov
+
+    def _log_probs(self, row: Tensor, groups: Groups) -> Tensor:
+        """Log-densities (G, b) of the predicted of each set, 0 where they are fewer."""
+        parts = [
+            _LogProb.apply(r, cov, own) for own, _, r, cov in self._chunks(self._memory.args, row, groups)
+        ]
+        return torch.cat(parts) if parts else row.new_zeros(groups.own.shape)
+
+    def _moments(self, args: tuple[Any, ...], row: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
+        """Means and variances (G, b) of the predicted of each set."""
+        empty = row.new_zeros(0, groups.own.shape[1])
+        means, variances = [empty], [empty]
+        for own, loc, residual, cov in self._chunks(args, row, groups):
+            # r_i = L_i. z,  of which L_i,<i z_<i is predicted:  mean = loc + r_i - L_ii z_i,  variance = L_ii^2
+            root, white, at = _whitened(residual, cov, own)
+            scale = root.diagonal(dim1=1, dim2=2).gather(1, at)
+            means.append(loc.gather(1, at) + residual.gather(1, at) - scale * white[..., 0].gather(1, at))
+            variances.append(scale.square())
+        return torch.cat(means), torch.cat(variances)
+
+    def _chain(self, row: Tensor, tokens: Tensor) -> Tensor:
+        """log p(y_t | nearest of y_<t) by token (T,)."""
+        ordered = tokens[~row[tokens].isnan()]
+        groups, _ = self._behind(ordered, self._points(self._unit())[ordered.cpu().numpy()])
+        mine = groups.own >= 0
+        return torch.zeros_like(row).index_copy(0, groups.predicted[mine], self._log_probs(row, groups)[mine])
+
+    def _total(
+        self, row: Tensor, layout: _Layout, tokens: Tensor | None = None, weight: Tensor | None = None
+    ) -> Tensor:
+        """The sum over all observed tokens, or over some, with weights (T,)."""
+        groups = layout.groups
+        if tokens is not None:
+            groups = groups.only(layout.home[tokens[layout.seen[tokens]]].unique())
+        by_set = None if weight is None else weight[groups.predicted]
+        leaves = dict(pyro.get_param_store().named_parameters())
+        moving = [leaves[n] for n in self.structure.parameters if leaves[n].requires_grad]
+
+        def parts() -> Iterator[Tensor]:
+            done = 0
+            for own, _, residual, cov in self._chunks(self._memory.args, row, groups):
+                terms = _LogProb.apply(residual, cov, own)
+                yield terms.sum() if by_set is None else (by_set[done : done + len(terms)] * terms).sum()
+                done += len(terms)
+
+        if not torch.is_grad_enabled() or not moving:
+            return torch.stack([row.new_zeros(()), *parts()]).sum()
+        return _Sum.apply(parts, *moving)
+
+
+class _Sum(torch.autograd.Function):
+    """A sum of many parts and its gradient to the leaves, without keeping more than one part's graph at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, parts: Callable[[], Iterator[Tensor]], *leaves: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64, device=leaves[0].device)
+        grads = [torch.zeros_like(leaf) for leaf in leaves]
+        with torch.enable_grad():
+            for part in parts():
+                total = total + part.detach()
+                for grad, more in zip(
+                    grads, torch.autograd.grad(part, leaves, materialize_grads=True), strict=True
+                ):
+                    grad += more
+        ctx.save_for_backward(*grads)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, *(grad * g for g in ctx.saved_tensors))
+
+
+class _LogProb(torch.autograd.Function):
+    """Log-densities (B, b) of those in the places ``own`` of residuals (B, k), each given all before it."""
+
+    @staticmethod
+    def forward(ctx: Any, residual: Tensor, cov: Tensor, own: Tensor) -> Tensor:
+        root, white, at = _whitened(residual, cov, own)
+        ctx.save_for_backward(root, white, own)
+        scale = root.diagonal(dim1=1, dim2=2).gather(1, at)
+        return torch.where(
+            own >= 0, -0.5 * (white[..., 0].gather(1, at).square() + LOG_2PI) - scale.log(), 0.0
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        root, white, own = ctx.saved_tensors
+        at = own.clamp(min=0)[:, None, :]
+        grad = torch.where(own >= 0, grad, 0.0)[:, None, :]
+        z = white.mT.gather(2, at)  # (B, 1, b)
+        # L^-T [z_<i, 0] and L^-T e_i, together
+        before = torch.arange(white.shape[1], device=own.device)[:, None] < at  # (B, k, b)
+        unit = torch.zeros_like(before, dtype=white.dtype).scatter_(1, at, 1.0)
+        a, v = torch.linalg.solve_triangular(root.mT, torch.cat([white * before, unit], 2), upper=True).chunk(
+            2, 2
+        )
+        by_residual = -(grad * z * v).sum(2)
+        if not ctx.needs_input_grad[1]:
+            return by_residual, None, None
+        # 1/2 [z (v a' + a v') + (z^2 - 1) v v'] = 1/2 (v b' + b v'),  b = z a + (z^2 - 1)/2 v,  summed over i
+        outer = (0.5 * grad * (z * a + 0.5 * (z.square() - 1) * v)) @ v.mT
+        return by_residual, outer + outer.mT, None
+
+
+def _whitened(residual: Tensor, cov: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """L (B, k, k), z = L^-1 r (B, k, 1), and places (B, b) that can be gathered from."""
+    root = cholesky(cov)
+    return root, torch.linalg.solve_triangular(root, residual[..., None], upper=False), own.clamp(min=0)

@@ -1,0 +1,333 @@
+"""Exact conditionals of programs whose observations are one Gaussian vector: Gaussian processes.
+
+    y ~ N(loc(x), cov(x)),    log p(y) = -1/2 r' cov^-1 r - 1/2 log det cov - T/2 log 2 pi,    r = y - loc
+
+The tokens are the observations. One Cholesky factor of the covariance gives every chain of conditionals; no jitter is
+ever added to it.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+from pyro.poutine import substitute
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from bayes_mpt.predictors.base import Conditionals, Posterior, Predictive
+from bayes_mpt.program.tracing import (
+    Model,
+    ModelError,
+    Program,
+    analyze,
+    base,
+    fill,
+    has_missing,
+    nan_shows,
+    own_shown,
+    rows_of,
+    run,
+    spread_rows,
+)
+
+__all__ = ["JointGaussian", "cholesky", "gaussian_program", "missing_of", "moments"]
+
+LOG_2PI = math.log(2 * math.pi)
+N_TRIAL_ROWS = 64  # rows on which it is found out what the program is
+PROJECTIVE_TOL = 1e-9
+NOT_DEFINITE = (
+    "the covariance of the observations is not positive definite in float64: rows repeat and there is no "
+    "noise, a hyper-parameter is out of range, or the kernel is not a valid covariance. Give the observations noise"
+)
+
+
+class Moments(NamedTuple):
+    """Mean and covariance of all observations of one run."""
+
+    loc: Tensor
+    """(T,)"""
+    cov: Tensor
+    """(T, T)"""
+    value: Tensor
+    """(1, T) NaN where missing."""
+
+
+def gaussian_program(model: Model, args: tuple[Any, ...]) -> Program | None:
+    """What `analyze` finds of a program without latents whose one observed site is a Gaussian vector over all rows.
+
+    Found on a few rows, since a run on all of them may build a matrix of N x N; None if it is something else.
+
+    Raises
+    ------
+    ModelError
+        If it is one, and cannot be scored.
+    """
+    if len(args) < 2 or not all(isinstance(a, Tensor) and a.ndim for a in args[:2]):
+        return None
+    few = rows_of(args, spread_rows(len(args[0]), N_TRIAL_ROWS).to(args[0].device))
+    try:
+        trace = run(model, tuple(fill(a) for a in few))
+    except (RuntimeError, ValueError, IndexError):
+        return None  # it says why where it is run on all its rows
+    sites = [n for n in trace.nodes.values() if n["type"] == "sample"]
+    if len(sites) != 1 or not sites[0]["is_observed"] or tuple(sites[0]["value"].shape) != (len(few[0]),):
+        return None
+    if not isinstance(base(sites[0]["fn"]), torch.distributions.MultivariateNormal):
+        return None
+    try:
+        with warnings.catch_warnings():
+            # gpytorch's own density adds jitter, and says so; it is not what scores
+            warnings.filterwarnings("ignore", message="A not p.d., added jitter")
+            program = analyze(model, few)
+    except RuntimeError as error:  # of the factor of the covariance
+        raise ModelError(NOT_DEFINITE) from error
+    if not bool(own_shown(sites[0]).all()):
+        raise ModelError(
+            f"a mask hides observed site {sites[0]['name']!r}, which is one Gaussian vector: take it away and leave "
+            "missing observations NaN, which the package leaves out"
+        )
+    last = len(few) - 1
+    shows = few[last].is_floating_point() and nan_shows(model, tuple(fill(a) for a in few), last, trace)
+    site = program.sites[0]._replace(shape=(len(args[0]),), n_joint=0)
+    return program._replace(sites=(site,), depth=0, observed_argument=last if shows else None)
+
+
+def moments(model: Model, args: tuple[Any, ...], program: Program) -> Moments:
+    """Run the program on these rows, with gradients to its parameters."""
+    trace = run(model, tuple(fill(a) for a in args))
+    node = trace.nodes[program.sites[0].name]
+    fn = base(node["fn"])
+    value = node["value"]
+    value = torch.where(missing_of(args, program).reshape(value.shape), torch.nan, value.to(fn.loc))
+    return Moments(fn.loc, fn.covariance_matrix, value.reshape(1, -1))
+
+
+def missing_of(args: tuple[Any, ...], program: Program) -> Tensor:
+    """Which observations are missing: those of the last argument, in its shape, where it is what is observed."""
+    y = args[-1]
+    if not has_missing(y):
+        return torch.zeros(y.shape, dtype=torch.bool, device=y.device)
+    if program.observed_argument is None:
+        raise ModelError(
+            f"the program fills in missing cells of observed site {program.observed!r} itself, or computes it from "
+            "several: write obs=y with y the last argument, and leave the cells NaN. Missing cells are left out by the "
+            "package"
+        )
+    return y.isnan()
+
+
+class JointGaussian(Conditionals):
+    """Closed-form conditionals of a Gaussian vector, found to be one by running the program.
+
+    Parameters
+    ----------
+    model : callable
+        A Pyro program ``model(x, y)`` without latents that observes y (N,) as one MultivariateNormal.
+    program : Program
+        Its `gaussian_program`.
+
+    Examples
+    --------
+    >>> import pyro, pyro.distributions as dist, torch
+    >>> def model(x, y):
+    ...     cov = torch.exp(-torch.cdist(x, x)) + torch.eye(len(x), dtype=x.dtype)
+    ...     pyro.sample("y", dist.MultivariateNormal(x.new_zeros(len(x)), cov), obs=y)
+    >>> args = torch.zeros(2, 1, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    >>> JointGaussian(model, gaussian_program(model, args)).read(args).joint(
+    ...     args[1][None]
+    ... )  # N(0; 0, [[2, 1], [1, 2]])
+    tensor([-2.3872], dtype=torch.float64)
+    """
+
+    exact = True
+    remembers = True
+    name = "Exact"
+    why = "the observations are one Gaussian vector, whose covariance the program gives"
+    structure: Program
+
+    def __init__(self, model: Model, program: Program):
+        self.model: Model | None = model
+        self.structure = program
+        self._moments: Moments | None = None
+
+    @property
+    def last(self) -> Moments:
+        """Mean and covariance at the parameters last read."""
+        if self._moments is None:
+            raise RuntimeError("call read(args) first: this predictor has not read the program yet")
+        return self._moments
+
+    @property
+    def value(self) -> Tensor:
+        return self.last.value
+
+    @property
+    def scale(self) -> float:
+        return self.structure.scale
+
+    def read(self, args: tuple[Any, ...]) -> JointGaussian:
+        if self.model is None:
+            raise RuntimeError("this predictor is frozen: it has no program to read")
+        new = JointGaussian(self.model, self.structure)
+        new._moments = moments(self.model, args, self.structure)
+        return new
+
+    def freeze(self) -> JointGaussian:
+        new = object.__new__(JointGaussian)
+        new.model, new.structure, new._moments = None, self.structure, None
+        return new
+
+    def conditionals(self, x: Tensor, visible: Tensor) -> Tensor:
+        loc, cov = self._moments_for(x)
+        out = x.new_zeros(len(visible), *x.shape)
+        for s, mask in enumerate(visible):
+            for n, row in enumerate(x):
+                seen = mask & ~row.isnan()
+                hidden = ~mask & ~row.isnan()
+                mean, var = _condition(loc, cov, row, seen, hidden)
+                log_prob = -0.5 * ((row[hidden] - mean).square() / var + var.log() + LOG_2PI)
+                out[s, n] = torch.zeros_like(row).masked_scatter(hidden, log_prob)
+        return out
+
+    def chain(self, x: Tensor, order: Tensor) -> Tensor:
+        loc, cov = self._moments_for(x)
+        out = []
+        for tokens in order:
+            rows = []
+            for row in x:
+                kept = tokens[~row[tokens].isnan()]
+                # L L' = cov[order, order]:  log p(y_t | y_<t) = -(L^-1 r)_t^2 / 2 - log L_tt - log(2 pi) / 2
+                root = cholesky(cov[kept][:, kept])
+                white = torch.linalg.solve_triangular(root, (row - loc)[kept, None], upper=False)[:, 0]
+                log_prob = -0.5 * (white.square() + LOG_2PI) - root.diagonal().log()
+                rows.append(torch.zeros_like(row).index_copy(0, kept, log_prob))
+            out.append(torch.stack(rows))
+        return torch.stack(out)
+
+    def joint(self, x: Tensor) -> Tensor:
+        loc, cov = self._moments_for(x)
+        out = []
+        for row in x:
+            seen = ~row.isnan()
+            if bool(seen.all()):
+                out.append(_LogProb.apply(row - loc, cov))
+            else:
+                out.append(_LogProb.apply((row - loc)[seen], cov[seen][:, seen]))
+            if math.isinf(float(out[-1].detach())):
+                raise ModelError(NOT_DEFINITE)
+        return torch.stack(out)
+
+    def joint_at(self, args: tuple[Any, ...], values: dict[str, Tensor]) -> Tensor:
+        """`joint` of the observations (B,) at B values of each parameter, side by side; -inf where there is none."""
+        n = len(next(iter(values.values())))
+        wide = tuple(a.expand(n, *a.shape) if isinstance(a, Tensor) else a for a in args)
+        loc, cov, value = moments(substitute(self._program(), data=values), wide, self.structure)
+        n_tokens = loc.shape[-1]
+        if loc.shape != (n, n_tokens) or value.numel() != n * n_tokens:
+            raise ModelError("the program cannot be evaluated at several values of its parameters at once")
+        residual = value.reshape(n, n_tokens) - loc
+        seen = ~residual[0].isnan()
+        if not bool(seen.all()):
+            residual, cov = residual[:, seen], cov[:, seen][..., seen]
+        return _LogProb.apply(residual, cov)
+
+    def _moments_for(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and covariance of the tokens of x (R, T)."""
+        loc, cov, _ = self.last
+        if x.shape[1] != len(loc):
+            raise ModelError(
+                f"the observations that were read are {len(loc)}, got x of shape {tuple(x.shape)}"
+            )
+        return loc, cov
+
+    def _program(self) -> Model:
+        if self.model is None:
+            raise RuntimeError("this predictor is frozen: it has no program to read")
+        return self.model
+
+    def predicted(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        loc, cov = self._moments_for(x)
+        kept = tokens[~x[0, tokens].isnan()]
+        # y_t given y_<t:  mean = y_t - L_tt (L^-1 r)_t,  variance = L_tt^2
+        root = cholesky(cov[kept][:, kept])
+        white = torch.linalg.solve_triangular(root, (x[0] - loc)[kept, None], upper=False)[:, 0]
+        return x[0, kept] - root.diagonal() * white, root.diagonal().square()
+
+    def posterior(self, x: Tensor, visible: Tensor | None = None) -> Posterior:
+        loc, cov = self._moments_for(x)
+        shown = ~x.isnan() if visible is None else ~x.isnan() & visible
+        tokens = []
+        for row, seen in zip(x, shown, strict=True):
+            mean, _ = _condition(loc, cov, row, seen, ~seen)
+            tokens.append(torch.where(seen, row, 0.0).masked_scatter(~seen, mean))
+        return Posterior(x.new_zeros(len(x), 0), torch.stack(tokens))
+
+    def predictive(self, seen: tuple[Any, ...], new: tuple[Any, ...], *, full: bool = False) -> Predictive:
+        if self.model is None:
+            raise RuntimeError("this predictor is frozen: it has no program to read")
+        both = tuple(
+            torch.cat([a, b]) if isinstance(a, Tensor) else a for a, b in zip(seen, new, strict=True)
+        )
+        loc, cov, value = moments(self.model, both, self.structure)
+        shown = ~value[0].isnan()
+        shown[len(seen[0]) :] = False
+        hidden = torch.arange(len(seen[0]), len(shown), device=shown.device)
+        # m_h + C_hs C_ss^-1 r_s,    C_hh - C_hs C_ss^-1 C_sh
+        root = cholesky(cov[shown][:, shown])
+        across = torch.linalg.solve_triangular(root, cov[shown][:, hidden], upper=False)
+        white = torch.linalg.solve_triangular(root, (value[0] - loc)[shown, None], upper=False)
+        mean = loc[hidden] + (across.mT @ white)[:, 0]
+        whole = cov[hidden][:, hidden] - across.mT @ across if full else None
+        return Predictive(mean, cov.diagonal()[hidden] - across.square().sum(0), whole)
+
+
+class _LogProb(torch.autograd.Function):
+    """log N(r; 0, cov) of one vector or several, with the gradient in closed form: one inverse, not the factor's rules.
+
+    d/d cov = 1/2 (a a' - cov^-1),    d/d r = -a,    a = cov^-1 r
+
+    -inf, with no gradient to be used, where the covariance is not positive definite.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, residual: Tensor, cov: Tensor) -> Tensor:
+        root, info = torch.linalg.cholesky_ex(cov)  # ([B,] T, T)
+        failed = (info != 0)[..., None, None]
+        if bool(failed.any()):
+            root = torch.where(failed, torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device), root)
+        white = torch.linalg.solve_triangular(root, residual[..., None], upper=False)
+        ctx.save_for_backward(root, white)
+        log_det = 2 * root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        log_prob = -0.5 * (white.square().sum((-2, -1)) + log_det + residual.shape[-1] * LOG_2PI)
+        return torch.where(info == 0, log_prob, -math.inf)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        root, white = ctx.saved_tensors
+        a = torch.linalg.solve_triangular(root.mT, white, upper=True)  # ([B,] T, 1)
+        by_cov = None
+        if ctx.needs_input_grad[1]:
+            by_cov = (a @ a.mT).sub_(torch.cholesky_inverse(root)).mul_(0.5 * grad[..., None, None])
+        return -grad[..., None] * a[..., 0], by_cov
+
+
+def _condition(loc: Tensor, cov: Tensor, row: Tensor, seen: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Means and variances of the hidden tokens, each alone, given the seen ones of a row (T,)."""
+    # m_h + C_hs C_ss^-1 r_s,    C_hh - C_hs C_ss^-1 C_sh
+    root = cholesky(cov[seen][:, seen])
+    across = torch.linalg.solve_triangular(root, cov[seen][:, hidden], upper=False)
+    white = torch.linalg.solve_triangular(root, (row - loc)[seen, None], upper=False)
+    mean = loc[hidden] + (across.mT @ white)[:, 0]
+    return mean, cov.diagonal()[hidden] - across.square().sum(0)
+
+
+def cholesky(cov: Tensor) -> Tensor:
+    """Lower factors of covariances ([B,] T, T), or an error that says what to do."""
+    root, info = torch.linalg.cholesky_ex(cov)
+    if bool(info.any()):
+        raise ModelError(NOT_DEFINITE)
+    return root

@@ -1,0 +1,467 @@
+"""The profile likelihood of Gaussian factors: mean and loadings are maximised out.
+
+With S the covariance (T, T) of the rows, x ~ N(mean, W W' + diag(psi)) and psi fixed, the best loadings follow from
+one eigendecomposition (Joreskog 1967; Tipping & Bishop 1999 for psi = v I):
+
+    psi^-1/2 S psi^-1/2 = sum_i lambda_i u_i u_i',    theta_k = max(lambda_k, 1),    W = psi^1/2 U (theta - 1)^1/2
+
+    LML / N = -1/2 [ T log 2 pi + sum_i log psi_i + sum_{k<=K} (log theta_k + lambda_k / theta_k) + sum_{k>K} lambda_k ]
+
+so that only the noise is left to be searched. Where S is given as R' R with fewer rows R than columns, all of it is
+algebra of the rows: the eigenvectors are u = psi^-1/2 R' e / lambda^1/2 with e those of R psi^-1 R', and S is not made.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import eigh, svd
+from scipy.linalg.lapack import dpotrf, dpotrs
+from scipy.optimize import minimize
+
+from bayes_mpt.program.statistics import Root
+
+__all__ = [
+    "Factors",
+    "NoiseFloorError",
+    "Prior",
+    "Spectrum",
+    "diagonal",
+    "proportional",
+    "spectrum",
+    "variances",
+]
+
+Array = NDArray[np.float64]
+
+FLOOR = 1e-8  # least noise variance, of the column's variance
+BOUNDS = (math.log(FLOOR), 10.0)  # of log psi
+LONGEST_STEP = 3.0
+LOG_2PI = math.log(2 * math.pi)
+ROUNDING = float(np.finfo(np.float64).eps)
+MIN_EIGENVALUE_RATIO = (
+    1e-9  # of the largest eigenvalue of a squared matrix: smaller ones have lost too many digits
+)
+MAX_DENSE = 200  # tokens up to which Newton's method on their covariance costs less than steps by rows
+
+
+class NoiseFloorError(ValueError):
+    """The likelihood has no maximum: these columns can be reproduced without noise."""
+
+    def __init__(self, columns: list[int]):
+        self.columns = columns
+        super().__init__(f"columns {columns} are reproduced without noise")
+
+
+class Factors(NamedTuple):
+    """A maximum over the loadings."""
+
+    lml: float
+    """Nats a row."""
+    noise: Array
+    """(T,) psi."""
+    spectrum: Array
+    """(K,) theta, the leading eigenvalues of psi^-1/2 S psi^-1/2, at least 1."""
+    vectors: Array
+    """(T, K) U."""
+    n_iter: int
+
+    @property
+    def loading(self) -> Array:
+        """(T, K) W."""
+        return np.sqrt(self.noise)[:, None] * self.vectors * np.sqrt(self.spectrum - 1)
+
+
+class Prior(NamedTuple):
+    """psi_i ~ Gamma(shape, rate_i)."""
+
+    shape: float
+    rate: Array
+    """(T,)"""
+    n_rows: int
+    """N: how many rows' likelihood the prior stands against."""
+
+
+class Spectrum(NamedTuple):
+    """Eigenvalues, the largest first, and vectors of shape^-1/2 S shape^-1/2."""
+
+    value: Array
+    """(R,), R <= T: the others are zero."""
+    vectors: Array
+    """(T, n), of the n largest."""
+    rank: int
+    """Directions in which the rows differ, whatever the columns' scales."""
+
+
+def variances(cov: Array | Root) -> Array:
+    """(T,) the diagonal."""
+    return np.square(cov.rows).sum(0) if isinstance(cov, Root) else np.diag(cov)
+
+
+def spectrum(cov: Array | Root, shape: Array, n_vectors: int | None = None) -> Spectrum:
+    """Decompose the covariance in units of a known noise shape (T,); serves every number of latents up to n_vectors."""
+    if isinstance(cov, Root):
+        return _spectrum_of_root(cov.rows, shape, n_vectors)
+    root, rank = _root(cov)
+    # singular values of shape^-1/2 root, not eigenvalues of its square: half the digits would go
+    vectors, singular, _ = svd(root / np.sqrt(shape)[:, None], full_matrices=False)
+    return Spectrum(singular**2, vectors, rank)
+
+
+def _spectrum_of_root(rows: Array, shape: Array, n_vectors: int | None) -> Spectrum:
+    scaled = rows / np.sqrt(shape)  # (R, T)
+    n_rows, n_tokens = rows.shape
+    if n_rows < n_tokens:
+        value, vectors = eigh(scaled @ scaled.T, driver="evd", check_finite=False)
+        if n_rows and value[0] > MIN_EIGENVALUE_RATIO * value[-1]:
+            value = value[::-1]
+            vectors = scaled.T @ vectors[:, ::-1][:, :n_vectors] / np.sqrt(value[:n_vectors])
+            return Spectrum(value, vectors, n_rows)
+    vectors, singular, _ = svd(scaled.T, full_matrices=False, check_finite=False)
+    sd = np.sqrt(np.square(rows).sum(0))
+    alike = singular
+    if not (shape == sd**2).all():
+        alike = svd(rows / np.where(sd > 0, sd, 1.0), compute_uv=False, check_finite=False)
+    rank = int((alike > ROUNDING * max(100, n_tokens) * alike.max(initial=0.0)).sum())
+    return Spectrum(singular**2, vectors[:, :n_vectors], rank)
+
+
+def proportional(
+    cov: Array | Root, n_latents: int, shape: Array, known: Spectrum | None = None, *, at_floor: bool = False
+) -> Factors:
+    """Maximise over noise = c * shape, c > 0: one eigendecomposition (Tipping & Bishop 1999, eq. 8).
+
+    Parameters
+    ----------
+    cov : array of shape (T, T), or Root
+        Covariance, divided by N.
+    n_latents : int
+        K < T.
+    shape : array of shape (T,)
+        Positive.
+    known : Spectrum, optional
+        ``spectrum(cov, shape)``, where several numbers of latents are tried.
+    at_floor : bool, default=False
+        Where K latents reproduce the covariance, take a noise of the size of rounding errors.
+
+    Raises
+    ------
+    NoiseFloorError
+        If K latents reproduce the covariance without noise.
+    """
+    n_tokens = len(shape)
+    value, vector, rank = spectrum(cov, shape, n_latents) if known is None else known
+    largest = value[0] if len(value) else 0.0
+    rest = value[n_latents:].sum()
+    c = rest / (n_tokens - n_latents)
+    if n_latents >= rank:  # no direction is left for the noise
+        if not at_floor or not largest:
+            raise NoiseFloorError(list(range(n_tokens)))
+        c = max(c, largest * (10 * ROUNDING * max(100, n_tokens)) ** 2)
+    theta = np.maximum(value[:n_latents] / c, 1.0)
+    lml = -0.5 * (
+        n_tokens * LOG_2PI
+        + np.log(c * shape).sum()
+        + (np.log(theta) + value[:n_latents] / c / theta).sum()
+        + rest / c
+    )
+    return Factors(float(lml), c * shape, theta, vector[:, :n_latents], 1)
+
+
+def diagonal(
+    cov: Array | Root,
+    n_latents: int,
+    *,
+    start: Array | None = None,
+    prior: Prior | None = None,
+    max_iter: int = 1000,
+    tol: float = 1e-10,
+    refuse: bool = True,
+) -> Factors:
+    """Maximise over a noise variance of each token: by Newton's method with the exact Hessian, damped.
+
+    Of many tokens and fewer rows by steps that cost as much as the rows have numbers.
+
+    Parameters
+    ----------
+    cov : array of shape (T, T), or Root
+        Covariance, divided by N.
+    n_latents : int
+        K.
+    start : array of shape (T,), optional
+        Noise variances to start from; 1 / diag(cov^-1) by default, what the other tokens leave unexplained.
+    prior : Prior, optional
+        Maximise the posterior of log psi instead.
+    max_iter : int, default=1000
+        Of either.
+    tol : float, default=1e-10
+        Relative change of the objective at which it stops.
+    refuse : bool, default=True
+        Whether a likelihood without bound is an error; else the noise ends at its floor.
+
+    Raises
+    ------
+    NoiseFloorError
+        If the likelihood grows without bound: columns that are duplicates, constant, or linear combinations of
+        K others.
+    """
+    sd = np.sqrt(variances(cov))
+    if not (sd > 0).all():
+        raise NoiseFloorError(list(np.flatnonzero(~(sd > 0))))
+    # in units of the columns: the same path at every scale
+    scaled = None if prior is None else prior._replace(rate=prior.rate * sd**2)
+    given = None if start is None else np.clip(np.log(start / sd**2), *BOUNDS)
+    if isinstance(cov, Root) and len(cov.rows) < len(sd) > MAX_DENSE:
+        rows = cov.rows / sd
+        if prior is None and n_latents >= len(rows):
+            raise NoiseFloorError(list(range(len(sd))))
+        factors = _by_rows(rows, n_latents, given, scaled, max_iter, tol)
+    else:
+        corr = cov.rows.T @ cov.rows if isinstance(cov, Root) else cov
+        corr = corr / sd / sd[:, None]
+        log_start = np.log(_unexplained(corr)) if given is None else given
+        log_noise, n_iter = _newton(corr, n_latents, log_start, scaled, max_iter, tol)
+        top = _Profile(corr, n_latents, log_noise)
+        value, vectors, _ = top.spectrum
+        theta, vectors = np.maximum(value[:n_latents], 1.0), vectors[:, :n_latents]
+        factors = Factors(float(top.lml), np.exp(log_noise), theta, vectors, n_iter)
+    floor = np.flatnonzero(np.log(factors.noise) <= BOUNDS[0] + 1e-3)
+    if prior is None and refuse and len(floor):
+        among = (
+            cov.rows[:, floor].T @ cov.rows[:, floor] if isinstance(cov, Root) else cov[np.ix_(floor, floor)]
+        )
+        if np.linalg.eigvalsh(among / sd[floor] / sd[floor, None])[0] < 1e-7:
+            raise NoiseFloorError(list(floor))
+    return factors._replace(lml=float(factors.lml - np.log(sd).sum()), noise=factors.noise * sd**2)
+
+
+def _by_rows(
+    rows: Array, n_latents: int, log_noise: Array | None, prior: Prior | None, max_iter: int, tol: float
+) -> Factors:
+    """`diagonal` of columns of unit variance from fewer rows (R, T) than columns.
+
+    With the loadings at their best for psi, d LML / d log psi_i = -1/2 (1 - s_i / psi_i), s_i what they leave of the
+    variance of token i. So psi = s at the maximum, and steps to psi = s, the faster the more tokens there are; they go
+    on by a quasi-Newton method where they are slow.
+    """
+    n_tokens = rows.shape[1]
+
+    best = _at_rows(rows, n_latents, np.zeros(n_tokens) if log_noise is None else log_noise, prior)
+    gain, n_iter = np.inf, 0
+    while n_iter < max_iter:
+        if np.abs(best.free_slope()).max(initial=0.0) < 1e-8:
+            return best.factors(n_iter)
+        new = _at_rows(rows, n_latents, best.fixed_point(), prior)
+        n_iter += 1
+        before, gain = gain, best.loss - new.loss
+        if gain > 0:
+            best = new
+        if abs(gain) < 1e-3 * tol * (1 + abs(best.loss)):
+            return best.factors(n_iter)
+        if gain < 0 or gain > before / 2:  # too long a step, or slow
+            break
+
+    def loss_and_slope(log_noise: Array) -> tuple[float, Array]:
+        here = _at_rows(rows, n_latents, log_noise, prior)
+        return here.loss, here.slope
+
+    found = minimize(
+        loss_and_slope,
+        best.log_noise,
+        jac=True,
+        method="L-BFGS-B",
+        bounds=[BOUNDS] * n_tokens,
+        options={"maxiter": max(1, max_iter - n_iter), "maxfun": 10 * max_iter, "maxcor": 20}
+        | {"ftol": 1e-4 * tol, "gtol": 1e-9},
+    )
+    last = _at_rows(rows, n_latents, found.x, prior)
+    return (last if last.loss <= best.loss else best).factors(n_iter + found.nit)
+
+
+class _AtRows(NamedTuple):
+    """The profile of `_by_rows` at one noise."""
+
+    log_noise: Array
+    """(T,)"""
+    loss: float
+    """Minus the LML a row, less a row's share of the log prior."""
+    lml: float
+    left: Array
+    """(T,) s: of each token's variance what the loadings leave."""
+    theta: Array
+    """(K,), at least 1."""
+    u: Array
+    """(T, K)"""
+    prior: Prior | None
+
+    @property
+    def slope(self) -> Array:
+        """(T,) of the loss in log psi: 1/2 (1 - s / psi) - (a - b psi) / N."""
+        psi = np.exp(self.log_noise)
+        slope = 0.5 * (1 - self.left / psi)
+        return (
+            slope
+            if self.prior is None
+            else slope - (self.prior.shape - self.prior.rate * psi) / self.prior.n_rows
+        )
+
+    def free_slope(self) -> Array:
+        """The slope but for tokens that it holds at a bound."""
+        slope = self.slope
+        held = (self.log_noise <= BOUNDS[0]) & (slope > 0) | (self.log_noise >= BOUNDS[1]) & (slope < 0)
+        return slope[~held]
+
+    def fixed_point(self) -> Array:
+        """(T,) log psi where the slope would be zero, were s what it is.
+
+        A log psi + s / (2 psi) + B psi is least at psi = ((A^2 + 2 B s)^1/2 - A) / (2 B), A = 1/2 - a/N, B = b/N.
+        """
+        if self.prior is None:
+            psi = self.left
+        else:
+            a, b = 0.5 - self.prior.shape / self.prior.n_rows, self.prior.rate / self.prior.n_rows
+            psi = (np.sqrt(a * a + 2 * b * self.left) - a) / (2 * b)
+        return np.clip(np.log(np.maximum(psi, FLOOR)), *BOUNDS)
+
+    def factors(self, n_iter: int) -> Factors:
+        return Factors(self.lml, np.exp(self.log_noise), self.theta, self.u, n_iter)
+
+
+def _at_rows(rows: Array, n_latents: int, log_noise: Array, prior: Prior | None) -> _AtRows:
+    scaled = rows * np.exp(-0.5 * log_noise)  # (R, T)
+    gram = scaled @ scaled.T  # numpy knows that this is symmetric
+    value, vectors = eigh(gram, driver="evd", check_finite=False)
+    value, vectors = value[::-1][:n_latents], vectors[:, ::-1][:, :n_latents]
+    theta = np.maximum(value, 1.0)
+    u = scaled.T @ vectors / np.sqrt(np.maximum(value, FLOOR))  # (T, K)
+    left = np.maximum(1 - np.exp(log_noise) * (u**2 @ (theta - 1)), 0.0)
+    # as in `proportional`; a latent whose eigenvalue is below one has no loading
+    lml = -0.5 * (
+        len(log_noise) * LOG_2PI
+        + log_noise.sum()
+        + (np.log(theta) + value / theta).sum()
+        + np.trace(gram)
+        - value.sum()
+    )
+    loss = -lml
+    if prior is not None:
+        loss -= float((prior.shape * log_noise - prior.rate * np.exp(log_noise)).sum()) / prior.n_rows
+    return _AtRows(log_noise, float(loss), float(lml), left, theta, u, prior)
+
+
+class _Profile:
+    """LML a row at the best loadings as a function of log psi, with its derivatives."""
+
+    def __init__(self, corr: Array, n_latents: int, log_noise: Array):
+        root = np.exp(0.5 * log_noise)
+        value, vectors = np.linalg.eigh(corr / root / root[:, None])  # the smallest first
+        self.spectrum = Spectrum(value[::-1], vectors[:, ::-1], len(corr))
+        # theta_k = lambda_k for the latents that are used, 1 for all other directions
+        n_used = int((self.spectrum.value[:n_latents] > 1).sum())
+        self.rest, self.used = np.split(value, [len(corr) - n_used])  # lambda_m, lambda_k
+        self.v, self.u = np.split(vectors, [len(corr) - n_used], axis=1)
+        self.lml = -0.5 * (
+            len(corr) * LOG_2PI + log_noise.sum() + np.log(self.used).sum() + n_used + self.rest.sum()
+        )
+
+    def slope(self) -> Array:
+        """(T,) d LML / d log psi_i = -1/2 sum_m (1 - lambda_m) v_im^2, m over the unused directions."""
+        return -0.5 * self.v**2 @ (1 - self.rest)
+
+    def curvature(self) -> Array:
+        """Minus the Hessian (T, T) in log psi (Jennrich & Robinson 1969), k over the used directions.
+
+        1/2 (sum_m lambda_m v_im v_jm) (sum_m v_im v_jm)
+            + 1/2 sum_{k, m} (lambda_k + lambda_m)(1 - lambda_m) / (lambda_k - lambda_m) u_ik u_jk v_im v_jm
+        """
+        used, rest, u, v = self.used, self.rest, self.u, self.v
+        hessian = 0.5 * ((v * rest) @ v.T) * (v @ v.T)
+        if len(used):
+            gap = np.maximum(used[:, None] - rest, 1e-12)
+            weight = (used[:, None] + rest) * (1 - rest) / gap  # (K, T - K)
+            pairs = (u[:, :, None] * v[:, None, :]).reshape(len(u), -1)
+            hessian += 0.5 * (pairs * weight.ravel()) @ pairs.T
+        return hessian
+
+
+def _newton(
+    corr: Array, n_latents: int, log_noise: Array, prior: Prior | None, max_iter: int, tol: float
+) -> tuple[Array, int]:
+    """Maximise the profile within bounds by Newton steps, damped as by Levenberg and Marquardt.
+
+    Steps are taken in psi^1/2, where a maximum at zero variance (Heywood) is one step away and not infinitely far;
+    with a prior, which keeps away from zero, in log psi.
+    """
+    low, high = BOUNDS
+
+    def loss_at(log_noise: Array) -> tuple[float, _Profile]:
+        profile = _Profile(corr, n_latents, log_noise)
+        loss = -profile.lml
+        if prior is not None:
+            # log p(log psi) = a log psi - b psi + const, a row's share of it
+            loss -= float((prior.shape * log_noise - prior.rate * np.exp(log_noise)).sum()) / prior.n_rows
+        return loss, profile
+
+    damping = 1e-2
+    loss, profile = loss_at(log_noise)
+    for iteration in range(1, max_iter + 1):
+        slope, curvature = -profile.slope(), profile.curvature()
+        if prior is not None:
+            ratio = prior.rate * np.exp(log_noise)
+            slope -= (prior.shape - ratio) / prior.n_rows
+            curvature[np.diag_indices_from(curvature)] += ratio / prior.n_rows
+        else:  # d = 2 (change of psi^1/2) / psi^1/2 has the slope of log psi and half of it less curvature
+            curvature[np.diag_indices_from(curvature)] -= slope / 2
+        free = ~((log_noise <= low) & (slope > 0) | (log_noise >= high) & (slope < 0))
+        if not free.any() or np.abs(slope[free]).max() < 1e-8:
+            return log_noise, iteration
+        curvature, slope = curvature[np.ix_(free, free)], slope[free]
+        unit = np.maximum(np.abs(np.diag(curvature)), 1e-8)
+        while True:
+            factor, not_positive = dpotrf(curvature + np.diag(damping * unit), lower=1)
+            step = np.zeros_like(log_noise)
+            if not not_positive:
+                step[free] = -dpotrs(factor, slope, lower=1)[0]
+            if not_positive or np.abs(step).max() > LONGEST_STEP:
+                damping = max(4 * damping, 1e-3)
+                continue
+            moved = step if prior is not None else 2 * np.log(np.maximum(1 + step / 2, 1e-6))
+            trial = np.clip(log_noise + moved, low, high)
+            change = (trial - log_noise)[free]
+            if prior is None:
+                change = 2 * np.expm1(change / 2)
+            expected = -float(slope @ change + change @ curvature @ change / 2)
+            if expected < 1e-3 * tol * (1 + abs(loss)):  # nothing left that could be told from rounding
+                return log_noise, iteration
+            new_loss, new_profile = loss_at(trial)
+            gain = loss - new_loss
+            if gain > 1e-4 * expected:
+                break
+            damping *= 8
+        if gain > 0.75 * expected:
+            damping /= 10
+        elif gain < 0.25 * expected:
+            damping *= 4
+        log_noise, loss, profile = trial, new_loss, new_profile
+        if gain < tol * (1 + abs(loss)):
+            return log_noise, iteration
+    return log_noise, max_iter
+
+
+def _root(cov: Array) -> tuple[Array, int]:
+    """A root of the covariance, taken in correlation units (scales of 1e-8 to 1e8 keep their digits), and its rank."""
+    sd = np.sqrt(np.diag(cov))
+    unit = np.where(sd > 0, sd, 1.0)
+    value, vector = eigh(cov / unit / unit[:, None], driver="evd", check_finite=False)
+    kept = value > 1e-13 * len(cov) * max(value[-1], 0.0)
+    return unit[:, None] * vector * np.sqrt(np.where(kept, value, 0.0)), int(kept.sum())
+
+
+def _unexplained(corr: Array) -> Array:
+    """1 / diag(R^-1): the variance that a regression on the other tokens leaves; a ridge where R is singular."""
+    value, vector = eigh(corr)
+    value = np.maximum(value, 1e-3)
+    return np.clip(1 / (vector**2 @ (1 / value)), 1e-3, 1.0)

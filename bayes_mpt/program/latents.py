@@ -1,0 +1,121 @@
+"""Continuous latents as real vectors: unconstrained, one vector a row or one for the whole data set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+from torch.distributions import biject_to
+
+from bayes_mpt.program.tracing import Latent, ModelError, Program, node_of
+
+__all__ = ["Space", "space"]
+
+
+class _Part(NamedTuple):
+    latent: Latent
+    transform: Any
+    """From the real numbers to the site's support."""
+    shape: tuple[int, ...]
+    """Of the unconstrained value."""
+    n_batch: int
+    """Batch axes of the site."""
+
+
+class Space(NamedTuple):
+    """The unconstrained space of some latents."""
+
+    parts: tuple[_Part, ...]
+    depth: int
+    """Plate axes of the program."""
+    by_row: bool
+
+    @property
+    def width(self) -> int:
+        """d, numbers a row (or in all)."""
+        return sum(self._size(p) for p in self.parts)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the sites."""
+        return tuple(p.latent.name for p in self.parts)
+
+    def values(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Values of the sites at u (S, N, d), and log |d value / d u| (S, N); S = 1 has no axis of its own."""
+        n_nodes, n_rows = u.shape[:2]
+        values, log_det, start = {}, u.new_zeros(n_nodes, n_rows), 0
+        for p in self.parts:
+            size = self._size(p)
+            part = u[..., start : start + size]
+            start += size
+            axis = p.latent.row_axis
+            if axis is None:
+                raw = part.reshape(n_nodes, *p.shape)
+            else:
+                rest = p.shape[:axis] + p.shape[axis + 1 :]
+                raw = part.reshape(n_nodes, n_rows, *rest).movedim(1, axis + 1)
+            value = p.transform(raw)
+            jacobian = p.transform.log_abs_det_jacobian(raw, value)
+            if axis is None:
+                log_det = log_det + jacobian.reshape(n_nodes, 1, -1).sum(-1)
+            else:
+                log_det = log_det + jacobian.movedim(axis + 1, 1).reshape(n_nodes, n_rows, -1).sum(-1)
+            if n_nodes == 1:
+                values[p.latent.name] = value[0]
+            else:
+                pad = (1,) * (self.depth - p.n_batch)
+                values[p.latent.name] = value.reshape(n_nodes, *pad, *value.shape[1:])
+        return values, log_det
+
+    def pack(self, trace: Trace, n_rows: int) -> Tensor:
+        """u (1, N, d) of a run's values."""
+        values = {n: node_of(trace, n)["value"] for n in self.names}
+        for p in self.parts:
+            shape, got = list(p.latent.shape), values[p.latent.name].shape
+            if p.latent.row_axis is not None:
+                shape[p.latent.row_axis] = n_rows
+            if list(got) != shape:
+                raise ModelError(
+                    f"latent site {p.latent.name!r} had shape {p.latent.shape} when the program was first run and has "
+                    f"{tuple(got)} now: without a rows plate around it, the number of rows may not change"
+                )
+        return self.pack_values(values, 1, n_rows)
+
+    def pack_values(self, values: dict[str, Tensor], n_nodes: int, n_rows: int) -> Tensor:
+        """The inverse of `values`: (S, N, d)."""
+        out = []
+        for p in self.parts:
+            value = values[p.latent.name]
+            shape = list(p.latent.shape)
+            if p.latent.row_axis is not None:
+                shape[p.latent.row_axis] = n_rows
+            raw = p.transform.inv(value.expand(n_nodes, *([1] * max(0, value.ndim - 1 - len(shape))), *shape)
+                                  .reshape(n_nodes, *shape))  # fmt: skip
+            if p.latent.row_axis is None:
+                out.append(raw.reshape(n_nodes, 1, -1).expand(-1, n_rows if self.by_row else 1, -1))
+            else:
+                out.append(raw.movedim(p.latent.row_axis + 1, 1).reshape(n_nodes, n_rows, -1))
+        return torch.cat(out, -1)
+
+    def _size(self, p: _Part) -> int:
+        size = 1
+        for axis, n in enumerate(p.shape):
+            size *= 1 if axis == p.latent.row_axis else n
+        return size
+
+
+def space(program: Program, trace: Trace, names: Iterable[str]) -> Space:
+    """The unconstrained space of these continuous latents, as they stood in a run."""
+    parts = []
+    for latent in program.latents:
+        if latent.name not in set(names):
+            continue
+        node = node_of(trace, latent.name)
+        fn, value = node["fn"], node["value"]
+        transform = biject_to(fn.support)
+        shape = tuple(transform.inverse_shape(value.shape))
+        parts.append(_Part(latent, transform, shape, len(fn.batch_shape)))
+    return Space(tuple(parts), program.depth, program.by_row)

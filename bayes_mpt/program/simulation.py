@@ -1,0 +1,31 @@
+"""Draw rows from a program."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from bayes_mpt.program.tracing import Model, Program, node_of, one_precision, token_values
+
+__all__ = ["simulate"]
+
+
+def simulate(model: Model, args: tuple[Any, ...], program: Program) -> tuple[Tensor, dict[str, Tensor]]:
+    """Tokens (N, T) and the latents that made them, drawn from the program.
+
+    Parameters
+    ----------
+    model : callable
+        A Pyro program, at the current parameters.
+    args : tuple
+        What it is called with: of the observed argument only the shape matters.
+    program : Program
+        What was found out about it.
+    """
+    with torch.no_grad(), one_precision(args):
+        trace = poutine.trace(poutine.uncondition(model)).get_trace(*args)
+    latents = {site.name: node_of(trace, site.name)["value"] for site in program.latents}
+    return token_values(trace, program), latents

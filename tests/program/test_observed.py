@@ -1,0 +1,549 @@
+"""What is observed must be data: values that move, cells that the program fills in or hides itself, rows not read."""
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.distributions import constraints
+from pyro.infer.reparam import LocScaleReparam
+from scipy import optimize, stats
+
+from bayes_mpt import BayesMPT
+from bayes_mpt.masks import PermutationChain, UniformSize
+from bayes_mpt.predictors import (
+    Exact,
+    Importance,
+    NearestNeighbors,
+    Quadrature,
+    SequentialMonteCarlo,
+    choose,
+)
+from bayes_mpt.program.tracing import ModelError
+from bayes_mpt.score import CumulativeMaskedScore, masked_score
+
+X = 2 + np.random.default_rng(0).normal(size=(30, 1))
+z = X[:, 0]
+HOLES = X.copy()
+HOLES[::3] = np.nan
+SEEN = HOLES[~np.isnan(HOLES)]
+
+
+@pytest.fixture(autouse=True)
+def own_state():
+    """Tests that read programs themselves leave no parameters and no seed behind."""
+    with pyro.get_param_store().scope(), torch.random.fork_rng():
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        yield
+
+
+CHOICES = pytest.mark.parametrize(
+    "predictor", ["auto", Exact(), Quadrature(), Importance(50), SequentialMonteCarlo(16, 2)], ids=str
+)
+
+
+def with_wide_mean(values):
+    """Log-density of values with unit noise around one mean ~ N(0, 10^2)."""
+    n = len(values)
+    return stats.multivariate_normal(np.zeros(n), np.eye(n) + 100).logpdf(values)
+
+
+def shared_mean(x, value=lambda x: x[:, 0], hide=lambda x: True):
+    mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+    with pyro.plate("rows", len(x)), poutine.mask(mask=hide(x)):
+        pyro.sample("x", dist.Normal(mu, 1.0), obs=value(x))
+
+
+# ---------------------------------------------------------------------------------------- values that move
+
+
+def residual(x):
+    mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("r", dist.Normal(0.0, 1.0), obs=x[:, 0] - mu)
+
+
+def residual_of_a_row(x):
+    with pyro.plate("rows", len(x)):
+        mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+        pyro.sample("r", dist.Normal(0.0, 1.0), obs=x[:, 0] - mu)
+
+
+def student_residual(x):
+    with pyro.plate("rows", len(x)):
+        mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+        pyro.sample("r", dist.StudentT(5.0, 0.0, 1.0), obs=x[:, 0] - mu)
+
+
+def switched(x):
+    """Moved by a discrete latent that a draw of the prior hardly ever changes."""
+    with pyro.plate("rows", len(x)):
+        c = pyro.sample("c", dist.Bernoulli(x.new_tensor(1e-6)))
+        pyro.sample("r", dist.Normal(0.0, 1.0), obs=x[:, 0] - c)
+
+
+@pytest.mark.parametrize("program", [residual, residual_of_a_row, student_residual, switched])
+def test_values_that_move_with_latents_are_refused(program):
+    with pytest.raises(ModelError, match=r"site 'r' change with the latents '(mu|c)'.*obs=x"):
+        BayesMPT(program).fit(X)
+
+
+@CHOICES
+def test_every_predictor_refuses_them(predictor):
+    with pytest.raises(ModelError, match="site 'r' change with the latents 'mu'"):
+        BayesMPT(residual, predictor=predictor).fit(X)
+
+
+@pytest.mark.parametrize("program", [residual, residual_of_a_row, student_residual])
+def test_values_that_move_are_refused_as_a_loss_of_svi(program):
+    pyro.clear_param_store()
+    with pytest.raises(ModelError, match="site 'r' change with the latents 'mu'"):
+        CumulativeMaskedScore().loss(program, None, torch.from_numpy(X))
+
+
+def test_values_that_change_from_run_to_run_are_refused():
+    with pytest.raises(ModelError, match="site 'x' change from run to run"):
+        BayesMPT(lambda x: shared_mean(x, lambda x: x[:, 0] + torch.rand(len(x)))).fit(X)
+
+
+def test_scaled_observations_of_a_gaussian_vector_are_refused():
+    scaled = gaussian_vector(lambda y: y * pyro.param("s", torch.tensor(1.0)))
+    for predictor in ("auto", NearestNeighbors(5)):
+        with pytest.raises(ModelError, match="site 'y'.*Jacobian"):
+            BayesMPT(scaled, predictor=predictor).fit(X, z)
+
+
+def shifted(kind, start):
+    """Tokens shifted by a parameter, under some distribution and latents."""
+
+    def program(x):
+        mu = pyro.param("mu", torch.tensor(start))
+        with pyro.plate("rows", len(x)):
+            loc = x.new_zeros(len(x))
+            if kind == "latent":
+                loc = loc + pyro.sample("a", dist.Normal(0.0, 1.0))
+            fn = dist.StudentT(5.0, loc, 1.0) if kind == "student" else dist.Normal(loc, 1.0)
+            pyro.sample("r", fn, obs=x[:, 0] - mu)
+
+    return program
+
+
+@pytest.mark.parametrize("start", [0.0, 1.0])  # at 0 the values are the cells themselves
+@pytest.mark.parametrize("kind", ["normal", "student", "latent"])
+def test_a_shift_by_a_parameter_keeps_its_density(kind, start):
+    best = {
+        "normal": stats.norm(z.mean(), 1).logpdf(z).sum(),
+        "latent": stats.norm(z.mean(), 2**0.5).logpdf(z).sum(),
+        "student": -optimize.minimize_scalar(lambda m: -stats.t(5, m).logpdf(z).sum()).fun,
+    }[kind]
+    model = BayesMPT(shifted(kind, start), random_state=0).fit(X)
+    assert model.log_marginal_likelihood_ == pytest.approx(best, abs=1e-7)
+
+
+def test_a_residual_of_a_regression_by_parameters():
+    x = np.random.default_rng(1).normal(size=(30, 2))
+    y = x @ [1.0, -2.0] + z
+
+    def program(x, y):
+        w = pyro.param("w", torch.zeros(2))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("r", dist.Normal(0.0, 1.0), obs=y - x @ w)
+
+    model = BayesMPT(program).fit(x, y)
+    w, square, *_ = np.linalg.lstsq(x, y)
+    np.testing.assert_allclose(model.params_["w"], w, atol=1e-5)
+    truth = -0.5 * square[0] - 15 * np.log(2 * np.pi)
+    assert model.log_marginal_likelihood_ == pytest.approx(truth, abs=1e-8)
+
+
+@pytest.mark.parametrize("start", [1.0, 1.3])
+@pytest.mark.parametrize(
+    "fn", [dist.Normal(0.0, 1.0), dist.StudentT(5.0, 0.0, 1.0)], ids=["normal", "student"]
+)
+def test_values_scaled_by_a_parameter_are_refused(fn, start):
+    def program(x):
+        s = pyro.param("s", torch.tensor(start))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("r", fn, obs=x[:, 0] * s)
+
+    with pytest.raises(ModelError, match="site 'r'.*Jacobian"):
+        BayesMPT(program).fit(X)
+    pyro.clear_param_store()
+    with pytest.raises(ModelError, match="site 'r'.*Jacobian"):
+        CumulativeMaskedScore().loss(program, None, torch.from_numpy(X))
+
+
+def test_reparametrised_latents_leave_no_tokens():
+    rows = np.random.default_rng(0).normal(size=(20, 3))
+
+    def program(x):
+        with pyro.plate("rows", len(x)):
+            c = pyro.sample("c", dist.Normal(0.0, 1.5))
+            pyro.sample("x", dist.Normal(c[..., None], 1.0).expand([*c.shape, 3]).to_event(1), obs=x)
+
+    model = BayesMPT(poutine.reparam(program, {"c": LocScaleReparam(0.0)})).fit(rows)
+    truth = stats.multivariate_normal(np.zeros(3), np.eye(3) + 1.5**2).logpdf(rows)
+    np.testing.assert_allclose(model.score_samples(rows), truth, atol=1e-10)
+    assert len(model.estimate(rows).by_size.size) == 3
+
+
+# -------------------------------------------------------------------------------- cells that the program hides
+
+
+def observed(x):
+    return ~x[:, 0].isnan()
+
+
+def zeros(x):
+    return x[:, 0].nan_to_num(0.0)
+
+
+@CHOICES
+def test_a_mask_of_what_is_missing_is_as_good_as_none(predictor):
+    if isinstance(predictor, SequentialMonteCarlo):
+        pytest.skip("noisy")
+    model = BayesMPT(lambda x: shared_mean(x, zeros, observed), predictor=predictor, random_state=0).fit(
+        HOLES
+    )
+    error = max(1e-8, 4 * model.log_marginal_likelihood_se_)
+    assert model.log_marginal_likelihood_ == pytest.approx(with_wide_mean(SEEN), abs=error)
+
+
+@pytest.mark.parametrize("value", [zeros, lambda x: x[:, 0]], ids=["filled", "as it is"])
+def test_an_obs_mask_of_what_is_missing(value):
+    def program(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=value(x), obs_mask=observed(x))
+
+    model = BayesMPT(program).fit(HOLES)
+    assert model.log_marginal_likelihood_ == pytest.approx(with_wide_mean(SEEN), abs=1e-9)
+
+
+def test_masks_of_missing_cells_beside_parameters():
+    def program(x):
+        mu = pyro.param("mu", torch.tensor(0.0))
+        with pyro.plate("rows", len(x)), poutine.mask(mask=observed(x)):
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=zeros(x))
+
+    model = BayesMPT(program).fit(HOLES)
+    truth = stats.norm(SEEN.mean(), 1).logpdf(SEEN).sum()
+    assert model.log_marginal_likelihood_ == pytest.approx(truth, abs=1e-8)
+
+
+def filled_by_parameters(x):
+    mu = pyro.param("mu", torch.tensor(0.0))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("x", dist.Normal(mu, 1.0), obs=zeros(x))
+
+
+def filled_beside_students(x):
+    with pyro.plate("rows", len(x)):
+        mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+        pyro.sample("x", dist.StudentT(5.0, mu, 1.0), obs=zeros(x))
+
+
+def signs(x):
+    with pyro.plate("rows", len(x)):
+        pyro.sample("x", dist.Bernoulli(pyro.param("p", torch.tensor(0.5))), obs=(x[:, 0] > 2).double())
+
+
+@pytest.mark.parametrize(
+    "program", [lambda x: shared_mean(x, zeros), filled_by_parameters, filled_beside_students, signs]
+)
+def test_missing_cells_that_the_program_fills_in_are_refused(program):
+    with pytest.raises(ModelError, match="fills in missing cells of observed site 'x'.*leave the cells NaN"):
+        BayesMPT(program).fit(HOLES)
+    model = BayesMPT(program).fit(X)  # no cell is missing: nothing is filled in
+    assert np.isfinite(model.log_marginal_likelihood_)
+    with pytest.raises(ModelError, match="fills in missing cells of observed site 'x'"):
+        model.score_samples(HOLES)
+
+
+def gaussian_vector(value):
+    def program(x, y):
+        cov = torch.exp(-torch.cdist(x, x)) + torch.eye(len(x))
+        pyro.sample("y", dist.MultivariateNormal(x.new_zeros(len(x)), cov), obs=value(y))
+
+    return program
+
+
+@pytest.mark.parametrize("predictor", ["auto", NearestNeighbors(29)], ids=str)
+def test_missing_observations_of_a_gaussian_vector(predictor):
+    x, seen = np.arange(30.0)[:, None], ~np.isnan(HOLES[:, 0])
+    cov = (np.exp(-np.abs(x - x.T)) + np.eye(30))[np.ix_(seen, seen)]
+    truth = stats.multivariate_normal(np.zeros(len(cov)), cov).logpdf(SEEN)
+    model = BayesMPT(gaussian_vector(lambda y: y), predictor=predictor).fit(x, HOLES[:, 0])
+    assert model.log_marginal_likelihood_ == pytest.approx(truth, abs=1e-9)
+    with pytest.raises(ModelError, match="fills in missing cells of observed site 'y'"):
+        BayesMPT(gaussian_vector(lambda y: y.nan_to_num(0.0)), predictor=predictor).fit(x, HOLES[:, 0])
+
+
+@pytest.mark.parametrize("predictor", ["auto", Quadrature()], ids=str)
+def test_masks_that_hide_observed_cells_of_rows_with_gaps_are_refused(predictor):
+    """Complete cases only: a program that leaves out whole rows."""
+
+    def program(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+        with pyro.plate("rows", len(x)), poutine.mask(mask=~x.isnan().any(1)):
+            pyro.sample("x", dist.Normal(mu, 1.0).expand([len(x), 2]).to_event(1), obs=x)
+
+    with pytest.raises(ModelError, match="hides observed cells of site 'x'.*leave the cells NaN"):
+        BayesMPT(program, predictor=predictor).fit(np.hstack([X, HOLES]))
+
+
+@pytest.mark.parametrize("latent", [True, False])
+def test_programs_of_which_everything_is_masked_are_refused(latent):
+    def program(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0)) if latent else pyro.param("mu", torch.tensor(0.0))
+        with pyro.plate("rows", len(x)), poutine.mask(mask=False):
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=x[:, 0])
+
+    with pytest.raises(ModelError, match="hides every value of 'x'"):
+        BayesMPT(program).fit(X)
+
+
+@pytest.mark.parametrize("how", ["handler", "distribution"])
+@pytest.mark.parametrize("token", [lambda m: dist.Normal(m, 1.0), lambda m: dist.Poisson(m.exp())])
+def test_masked_priors_are_refused(token, how):
+    def program(x):
+        prior = dist.Normal(0.0, 1.0)
+        with poutine.mask(mask=how != "handler"):
+            mu = pyro.sample("mu", prior.mask(False) if how == "distribution" else prior)
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", token(mu), obs=x[:, 0])
+
+    with pytest.raises(ModelError, match="latent site 'mu' is masked"):
+        BayesMPT(program).fit(np.abs(X.round()))
+
+
+def test_series_masked_behind_their_ends():
+    """Latents may be masked where nothing visible depends on them: two-state chains of different lengths."""
+    step, loc = torch.tensor([[0.9, 0.1], [0.3, 0.7]]).double(), torch.tensor([-1.0, 1.5]).double()
+    lengths, x = [4, 2, 3], np.random.default_rng(0).normal(size=(3, 4))
+
+    def program(x):
+        with pyro.plate("rows", len(x)):
+            state = None
+            for t in pyro.markov(range(4)):
+                with poutine.mask(mask=t < torch.tensor(lengths)):
+                    p = step[0] if state is None else step[state]
+                    state = pyro.sample(f"z_{t}", dist.Categorical(p))
+                    pyro.sample(f"x_{t}", dist.Normal(loc[state], 1.0), obs=x[:, t])
+
+    def forward(row):
+        p = step[0].numpy() * stats.norm(loc.numpy(), 1).pdf(row[0])
+        for value in row[1:]:
+            p = (p @ step.numpy()) * stats.norm(loc.numpy(), 1).pdf(value)
+        return np.log(p.sum())
+
+    truth = [forward(row[:n]) for row, n in zip(x, lengths, strict=True)]
+    np.testing.assert_allclose(BayesMPT(program).fit(x).score_samples(x), truth, atol=1e-10)
+
+
+# ------------------------------------------------------------------------------------- rows and their plate
+
+
+@pytest.mark.parametrize("width", [1, 2])
+@pytest.mark.parametrize("holes", [False, True])
+def test_a_plate_of_rows_right_of_a_plate_of_columns(width, holes):
+    x = np.random.default_rng(0).normal(size=(7, 3))
+    if holes:
+        x[[1, 4], [0, 2]] = np.nan
+    loading = torch.tensor([[1.0, 1.0, 1.0], [0.5, -1.0, 2.0]]).double()[:width]
+
+    def program(x):
+        with pyro.plate("rows", len(x), dim=-1):
+            c = pyro.sample("c", dist.Normal(x.new_zeros(len(x), width), 1.0).to_event(1))
+            with pyro.plate("columns", 3, dim=-2):
+                pyro.sample("x", dist.Normal((c @ loading).transpose(-1, -2), 1.0), obs=x.mT)
+
+    cov = np.eye(3) + loading.numpy().T @ loading.numpy()
+    truth = []
+    for row in x:
+        seen = ~np.isnan(row)
+        truth.append(
+            stats.multivariate_normal(np.zeros(seen.sum()), cov[np.ix_(seen, seen)]).logpdf(row[seen])
+        )
+    model = BayesMPT(program).fit(x)
+    np.testing.assert_allclose(model.score_samples(x), truth, atol=1e-10)
+    np.testing.assert_allclose(model.score_samples(x[:4]), truth[:4], atol=1e-10)
+    assert model.log_marginal_likelihood_se_ == 0 and model.transform(x).shape == (7, width)
+
+
+# --------------------------------------------------------------------------------------- rows that were not read
+
+
+def coins(x):
+    with pyro.plate("rows", len(x)):
+        c = pyro.sample("c", dist.Bernoulli(x.new_tensor(0.5)))
+        pyro.sample(
+            "x",
+            dist.Bernoulli(torch.where(c == 1, 0.9, 0.2)[..., None].expand(*c.shape, 3)).to_event(1),
+            obs=x,
+        )
+
+
+def students(x):
+    with pyro.plate("rows", len(x)):
+        c = pyro.sample("c", dist.Normal(x.new_zeros(()), 1.0))
+        pyro.sample("x", dist.StudentT(5.0, c[..., None].expand(*c.shape, 3), 1.0).to_event(1), obs=x)
+
+
+def one_mean(x):
+    m = pyro.sample("m", dist.Normal(x.new_zeros(()), 1.0))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("x", dist.Normal(m, 1.0).expand([len(x), 3]).to_event(1), obs=x)
+
+
+A = torch.ones(4, 3, dtype=torch.float64)
+B = A * torch.tensor([1.0, 0.0, 0.0])
+VISIBLE = torch.tensor([[True, False, True]])
+QUESTIONS = {
+    "joint": lambda read, x, wide: read.joint(x),
+    "conditionals": lambda read, x, wide: read.conditionals(x, VISIBLE.repeat(1, wide)),
+    "chain": lambda read, x, wide: read.chain(x, torch.arange(3 * wide)[None]),
+    "evidence": lambda read, x, wide: read.evidence(x),
+    "posterior": lambda read, x, wide: read.posterior(x),
+    "shared_latents": lambda read, x, wide: read.shared_latents(x),
+    "masked_score": lambda read, x, wide: masked_score(read, x, UniformSize(2).draw(3 * wide, 0)),
+    "chain score": lambda read, x, wide: masked_score(read, x, PermutationChain().draw(3 * wide, 0)),
+}
+
+
+@pytest.mark.parametrize(
+    ("program", "predictor"),
+    [
+        (coins, "auto"),
+        (students, Quadrature(8)),
+        (students, Importance(10)),
+        (one_mean, SequentialMonteCarlo(8, 2, 1)),
+    ],
+    ids=["sum", "quadrature", "importance", "particles"],
+)
+@torch.no_grad()
+def test_rows_that_were_not_read_are_refused(program, predictor):
+    read = choose(program, (A,), predictor=predictor).read((A,))
+    line = isinstance(predictor, SequentialMonteCarlo)
+    a, b = (x.reshape(1, -1) if line else x for x in (A, B))
+    wide = 4 if line else 1
+    holed = a.clone()
+    holed[0, 0] = torch.nan
+    for name, ask in QUESTIONS.items():
+        if name == "shared_latents" and not line:
+            continue  # there are none
+        ask(read, a.clone(), wide)  # the same values are the same rows
+        for other in (b, holed):
+            with pytest.raises(ModelError, match="answer for the rows that were last read"):
+                ask(read, other, wide)
+        with pytest.raises(ModelError, match=r"last read, of shape .* has shape"):
+            ask(read, torch.cat([a, a]), wide)
+
+
+@torch.no_grad()
+def test_maps_of_each_row_refuse_another_number_of_rows():
+    def program(x, t):
+        with pyro.plate("rows", len(x)):
+            c = pyro.sample("c", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal((c * t)[..., None].expand(*c.shape, 3), 1.0).to_event(1), obs=x)
+
+    t = torch.arange(4).double()
+    read = choose(program, (A, t)).read((A, t))
+    covs = [np.eye(3) + float(s) ** 2 for s in t]
+    truth = [stats.multivariate_normal(np.zeros(3), c).logpdf(B[0].numpy()) for c in covs]
+    np.testing.assert_allclose(read.joint(B), truth, atol=1e-12)  # the maps do not look at the tokens
+    for other, match in ((B[:1], "call read"), (B[:, :1], "3 tokens")):
+        with pytest.raises(ModelError, match=match):
+            read.joint(other)
+
+
+@torch.no_grad()
+def test_particles_of_a_reading_do_not_depend_on_what_was_asked_before():
+    x = torch.full((20, 1), -2.0, dtype=torch.float64)
+
+    def program(x):
+        m = pyro.sample("m", dist.Normal(x.new_zeros(()), 1.0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Normal(m, 1.0), obs=x[:, 0])
+
+    bound = choose(program, (x,), predictor=SequentialMonteCarlo(64, 4))
+    means = []
+    for first in ("posterior", "evidence"):
+        torch.manual_seed(0)
+        read = bound.read((x,))
+        getattr(read, first)(read.value)
+        again = read.evidence(read.value), read.evidence(read.value)
+        assert float(again[0].by_row) == float(again[1].by_row)
+        means.append(float(read.posterior(read.value).mean))
+    assert means[0] == means[1] == pytest.approx(float(x.sum()) / 21, abs=0.1)
+    other = read.read((-x,))  # what was found for other rows is gone
+    assert float(other.posterior(other.value).mean) == pytest.approx(-float(x.sum()) / 21, abs=0.1)
+
+
+# ------------------------------------------------------------------------- dependences that a few rows do not show
+
+
+def linear(mean=lambda x: 0.0, prior=lambda x: 0.0, value=lambda x, z: x, k=1, refuses=lambda n: False):
+    """Factor analysis with fixed loadings, something added to its mean, to its prior's mean, to what it observes."""
+    loading = torch.randn(4, k, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def program(x):
+        if refuses(len(x)):
+            raise ValueError("so many rows are not taken")
+        scale = pyro.param("scale", x.new_tensor(1.0), constraints.positive)
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(k) + prior(x), 1.0).to_event(1))
+            loc = z @ loading.mT + mean(x)
+            pyro.sample("x", dist.Normal(loc, scale * x.new_ones(4)).to_event(1), obs=value(x, z))
+
+    program.loading = loading
+    return program
+
+
+@pytest.mark.parametrize(("k", "n"), [(5, 9), (7, 20)])
+@pytest.mark.parametrize("where", ["mean", "prior"])
+def test_a_program_that_refuses_few_rows_is_checked_on_all(k, n, where):
+    """As many rows as probes are taken, or all; in both the first row is looked at."""
+    program = linear(**{where: lambda x: x[0, :1]}, k=k, refuses=lambda rows: rows < 9)
+    with pytest.raises(ModelError, match="changes with the observed x itself"):
+        BayesMPT(program, random_state=0).fit(np.random.default_rng(1).normal(size=(n, 4)))
+
+
+@pytest.mark.parametrize(("k", "n"), [(1, 5), (2, 6), (4, 8), (5, 9)])
+def test_a_parameter_of_each_row_where_rows_are_as_many_as_probes(k, n):
+    """x ~ N(c_n, W W' + s): a shift for each row, zero at first; its maximum is that of least squares."""
+    x = np.random.default_rng(1).normal(size=(n, 4))
+    shifts = lambda x: pyro.param("shift", lambda: x.new_zeros(n, 1))  # noqa: E731
+    program = linear(mean=shifts, k=k)
+    model = BayesMPT(program, random_state=0).fit(x)
+    cov = (program.loading @ program.loading.mT).numpy() + model.params_["scale"] ** 2 * np.eye(4)
+    one = np.linalg.solve(cov, np.ones(4))
+    best = x @ one / one.sum()
+    np.testing.assert_allclose(model.params_["shift"][:, 0], best, atol=1e-4)
+    want = sum(
+        stats.multivariate_normal(np.full(4, c), cov).logpdf(row) for c, row in zip(best, x, strict=True)
+    )
+    assert model.log_marginal_likelihood_ == pytest.approx(want, abs=1e-6)
+
+
+def test_values_that_move_only_far_out_in_the_prior():
+    program = linear(value=lambda x, z: x + torch.relu(z.abs() - 2.35))
+    with pytest.raises(ModelError, match="change with the latents"):
+        BayesMPT(program).fit(np.random.default_rng(1).normal(size=(64, 4)))
+
+
+def test_a_statistic_that_only_a_change_of_some_rows_moves():
+    program = linear(mean=lambda x: (x.mean().abs() > 2).double())
+    with pytest.raises(ModelError, match="depends on other rows"):
+        BayesMPT(program).fit(np.random.default_rng(1).normal(5.0, size=(20, 4)))
+
+
+def test_a_number_of_rows_is_no_dependence_on_their_values():
+    x = np.random.default_rng(1).normal(size=(20, 4))
+    program = linear(mean=lambda x: 1.0 if len(x) < 10 else 0.0, k=6)
+    model = BayesMPT(program, random_state=0).fit(x)
+    cov = (program.loading @ program.loading.mT).numpy() + model.params_["scale"] ** 2 * np.eye(4)
+    want = stats.multivariate_normal(np.zeros(4), cov).logpdf(x).sum()
+    assert model.log_marginal_likelihood_ == pytest.approx(want, abs=1e-9)
