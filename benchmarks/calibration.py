@@ -43,7 +43,8 @@ from scipy.stats import binomtest
 from timing import RESULTS, Report, run
 
 from bayes_mpt import BayesMPT
-from bayes_mpt.estimators.comparison import Candidate, comparison_table
+from bayes_mpt.estimators.candidates import Candidate
+from bayes_mpt.estimators.comparison import comparison_table
 from bayes_mpt.masks import UniformSize
 from bayes_mpt.models import PPCA, BayesianRegression
 from bayes_mpt.predictors import Conditionals, Importance, Quadrature, SequentialMonteCarlo

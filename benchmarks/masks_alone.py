@@ -17,6 +17,7 @@ from timing import Report, run
 from bayes_mpt import BayesMPT
 from bayes_mpt.masks import UniformSize
 from bayes_mpt.models import PPCA
+from bayes_mpt.training import Steps
 
 CASES = {
     "iris": (load_iris, 2, 16),
@@ -32,7 +33,9 @@ def main(report: Report, args):
         sd = raw.std(0)
         for scaled, x in (("raw", raw), ("standardised", (raw / np.where(sd > 0, sd, 1))[:, sd > 0])):
             start = time.process_time()
-            model = BayesMPT(PPCA(k), masks=UniformSize(n_masks), max_iter=6000, random_state=1991)
+            model = BayesMPT(
+                PPCA(k), masks=UniformSize(n_masks), training=Steps(max_iter=6000), random_state=1991
+            )
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ConvergenceWarning)
                 model.fit(x)

@@ -46,6 +46,7 @@ from torch.distributions import constraints
 from bayes_mpt import BayesMPT
 from bayes_mpt.predictors import Importance, Quadrature
 from bayes_mpt.score import CumulativeMaskedScore
+from bayes_mpt.training import Ascent
 
 K, N_DRAWS, BATCH, DEGREES = 2, 10, 100, 3.0
 RATES = (0.02, 0.05, 0.1)
@@ -499,7 +500,10 @@ def deterministic(report, found, n_seeds):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = BayesMPT(
-                bernoulli, predictor=Quadrature(8), max_iter=MAX_ITER, tol=1e-7, random_state=seed
+                bernoulli,
+                predictor=Quadrature(8),
+                training=Ascent(max_iter=MAX_ITER, tol=1e-7),
+                random_state=seed,
             ).fit(train.numpy())
         seconds.append(time.process_time() - begun)
         p = {n: torch.as_tensor(v) for n, v in model.params_.items()}

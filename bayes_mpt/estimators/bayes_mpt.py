@@ -7,8 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from numbers import Integral, Real
-from os import PathLike
+from numbers import Integral
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -32,12 +31,13 @@ from bayes_mpt.estimators import integrals, predictions, sampling
 from bayes_mpt.estimators.criteria import criterion
 from bayes_mpt.estimators.fit import fit_program
 from bayes_mpt.estimators.fitted import OPTIONAL, Fitted
+from bayes_mpt.estimators.names import check_names
 from bayes_mpt.estimators.report import Unwatched, explain, reporter, shown
 from bayes_mpt.estimators.rows import check_program, dtype_of, takes_y
 from bayes_mpt.estimators.stored_fit import restored
 from bayes_mpt.estimators.trainer import trainer_of
-from bayes_mpt.evidence.integrated import Integrated
-from bayes_mpt.evidence.laplace import Laplace
+from bayes_mpt.evidence.integrated import IntegratedEvidence
+from bayes_mpt.evidence.laplace import LaplaceEvidence
 from bayes_mpt.inputs import read_numbers, read_table, unmasked
 from bayes_mpt.masks import Policy
 from bayes_mpt.models import PPCA
@@ -50,6 +50,7 @@ from bayes_mpt.runtime.interrupts import discarded, interruptible
 from bayes_mpt.runtime.progress import Line, part
 from bayes_mpt.runtime.serial import left_as_found, methods_take_turns, turn
 from bayes_mpt.score import ScoreEstimate
+from bayes_mpt.training import Ascent, Epochs, Steps, Training
 
 __all__ = ["BayesMPT", "move_to_map"]
 
@@ -102,40 +103,20 @@ class BayesMPT(
     model : callable, optional
         A Pyro program called as ``model(x)``, or ``model(x, y)`` where y is given to `fit`; one of
         `bayes_mpt.models`, a function, or a `PyroModule` (copied before it is trained). None is PPCA with the latent
-        dimension ranked automatically. What it may offer beside: a method ``guide``, a ``dtype`` for its rows
-        (`torch.float32`; float64 by default), and a ``batch_size`` and ``learning_rate`` of its own.
+        dimension ranked automatically. What it may offer beside: `bayes_mpt.program.offers.Offers`.
     guide : callable, optional
         Where latents that cannot be integrated are drawn from; trained with the program (copied if it is a module).
         Unused where the score is exact. None takes ``model.guide``, where there is one.
     masks : Policy, optional
-        Train on masks drawn from this policy, by Adam. None maximises the exact score, deterministically. Programs
-        ``model(x, visible)`` are trained on one mask a row and step, by default of `UniformSize`; on `LeaveOneOut`
-        without ``batch_size``, the pseudo-likelihood, by L-BFGS.
+        Train on masks drawn from this policy. None maximises the exact score, deterministically. Programs
+        ``model(x, visible)`` are trained on one mask a row and step, by default of `UniformSize`; on `LeaveOneOut`,
+        the pseudo-likelihood, by `Ascent`.
     predictor : Predictor or "auto", default="auto"
         How hidden tokens are predicted, such as ``Quadrature(64)``; "auto" takes the most exact way that fits the
         program (`bayes_mpt.predictors.choose`), and `explain` says which and why.
-    max_iter : int, default=2000
-        Iterations of Newton or L-BFGS, steps of Adam, or epochs.
-    tol : float, default=1e-10
-        Newton and L-BFGS stop when the mean score changes by less than this share of itself. Adam halves
-        its step when a window of steps gains less than ``tol`` (at least 2e-5) nats a row, and stops after six.
-    learning_rate : float, optional
-        Of Adam, in units in which the program's map moves by about one; by epochs, of the parameters themselves, after
-        a rise over the first steps. None takes ``model.learning_rate``, or else 0.05 and by epochs 0.001.
-    batch_size : int, optional
-        Rows a step of Adam; None takes by epochs ``model.batch_size``, or else all of them. Needs independent rows, or
-        a predictor whose score is a sum over tokens (`NearestNeighbors`): then tokens a step.
-    early_stopping : bool, optional
-        Whether to train by epochs of minibatches, until rows that are held out score no better: for networks. None:
-        where the model has a ``batch_size`` of its own. In such a training masks are chains unless ``masks`` is given.
-    validation_fraction : float, default=0.1
-        Share of the rows held out by ``early_stopping``; 0 runs all of ``max_iter``.
-    n_iter_no_change : int, default=10
-        Epochs without a better score of these rows, after which the training stops, at the best.
-    checkpoint : path, optional
-        File to which the training by epochs writes where it is, after each, and from which it goes on if that exists,
-        to the same parameters bit for bit (on a CPU). It is of one training on its rows, with its settings, of which
-        ``max_iter`` alone may change: needs an integer ``random_state``, and no ``n_init`` above 1.
+    training : Ascent, Steps or Epochs, optional
+        How it is trained (`bayes_mpt.training`). None takes what fits: `Ascent` of an exact score, `Steps` of Adam
+        where the score is drawn or ``masks`` are, `Epochs` of minibatches where the model has a ``batch_size``.
     n_init : int or "auto", default="auto"
         Starts where the maximum has no closed form; the best is kept. Further ones are drawn from the hyperprior of a
         model that has one, such as `bayes_mpt.models.GaussianProcess`, else (and for programs ``model(x, visible)``)
@@ -207,14 +188,7 @@ class BayesMPT(
         "guide": [callable, None],
         "masks": [Policy, None],
         "predictor": [StrOptions({"auto"}), Predictor],
-        "max_iter": [Interval(Integral, 1, None, closed="left")],
-        "tol": [Interval(Real, 0, None, closed="left")],
-        "learning_rate": [Interval(Real, 0, None, closed="neither"), None],
-        "batch_size": [Interval(Integral, 1, None, closed="left"), None],
-        "early_stopping": ["boolean", None],
-        "validation_fraction": [Interval(Real, 0, 1, closed="left")],
-        "n_iter_no_change": [Interval(Integral, 1, None, closed="left")],
-        "checkpoint": [str, PathLike, None],
+        "training": [Ascent, Steps, Epochs, None],
         "n_init": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
         "penalty": ["boolean"],
         "warm_start": ["boolean"],
@@ -233,14 +207,7 @@ class BayesMPT(
         guide: Callable[..., Any] | None = None,
         masks: Policy | None = None,
         predictor: Predictor | str = "auto",
-        max_iter: int = 2000,
-        tol: float = 1e-10,
-        learning_rate: float | None = None,
-        batch_size: int | None = None,
-        early_stopping: bool | None = None,
-        validation_fraction: float = 0.1,
-        n_iter_no_change: int = 10,
-        checkpoint: str | PathLike[str] | None = None,
+        training: Training | None = None,
         n_init: int | Literal["auto"] = "auto",
         penalty: bool = False,
         warm_start: bool = False,
@@ -252,14 +219,7 @@ class BayesMPT(
         self.guide = guide
         self.masks = masks
         self.predictor = predictor
-        self.max_iter = max_iter
-        self.tol = tol
-        self.learning_rate = learning_rate
-        self.batch_size = batch_size
-        self.early_stopping = early_stopping
-        self.validation_fraction = validation_fraction
-        self.n_iter_no_change = n_iter_no_change
-        self.checkpoint = checkpoint
+        self.training = training
         self.n_init = n_init
         self.penalty = penalty
         self.warm_start = warm_start
@@ -366,7 +326,7 @@ class BayesMPT(
         y = read_numbers(y, len(X)) if with_y else None
         context.call_on_fit_task_begin(estimator=self, X=X, y=y)
         trainer = trainer_of(self, model, getattr(self, "feature_names_in_", np.arange(self.n_features_in_)))
-        report = reporter(self, context, line, self.max_iter, every=trainer.by_epochs)
+        report = reporter(self, context, line, trainer.limit, every=trainer.by_epochs)
         trainer = replace(trainer, report=report, seed=trainer.seed if left is None else int(left["seed"]))
         found = fit_program(
             model,
@@ -400,6 +360,11 @@ class BayesMPT(
         return self
 
     # ------------------------------------------------------------------------------------------------ what it has
+
+    def set_params(self, **params: Any) -> Self:
+        """Set settings, ``training__learning_rate`` too; see scikit-learn."""
+        check_names(self, params)
+        return super().set_params(**params)
 
     def _keep(self, fitted: Fitted) -> None:
         for name in OPTIONAL:
@@ -590,20 +555,21 @@ class BayesMPT(
         """Inverse of the covariance, by Woodbury: (T, T)."""
         return predictions.precision(self._current())
 
-    def laplace(self, X: ArrayLike) -> Laplace:
+    def laplace(self, X: ArrayLike) -> LaplaceEvidence:
         """Evidence of X with loadings and noise variances integrated out (Laplace around the orbit of rotations).
 
         Raises
         ------
         ValueError
-            If the model does not declare that its loadings are free up to rotation (``model.rotations``).
+            If the model does not declare that its loadings are free up to rotation (``model.symmetries``).
         """
         return integrals.laplace_evidence(*self._ready(X))
 
-    def integrated(self, X: ArrayLike, y: Any = None) -> Integrated:
+    def integrated(self, X: ArrayLike, y: Any = None, *, se: float = 0.1) -> IntegratedEvidence:
         """Evidence of X (and y) with the hyper-parameters integrated under the model's hyperprior.
 
-        Importance sampling from a mixture around all modes that are found; see `bayes_mpt.evidence.integrated`.
+        Importance sampling from a mixture around all modes that are found, until the standard error is ``se``, or six
+        times the draws have been doubled; see `bayes_mpt.evidence.integrated`.
 
         Raises
         ------
@@ -621,7 +587,7 @@ class BayesMPT(
         >>> bool(found.log_evidence < model.log_marginal_likelihood_), bool(found.se < 0.2)
         (True, True)
         """
-        return integrals.integrated_evidence(*self._ready(X), y)
+        return integrals.integrated_evidence(*self._ready(X), y, se)
 
     def explain(self) -> str:
         """How the score is computed, why, what is integrated and what is point-estimated."""
@@ -637,7 +603,7 @@ class BayesMPT(
 
 
 @all_or_nothing
-def move_to_map(estimator: BayesMPT, X: ArrayLike, y: Any, found: Integrated) -> None:
+def move_to_map(estimator: BayesMPT, X: ArrayLike, y: Any, found: IntegratedEvidence) -> None:
     """Take the maximum a posteriori that `BayesMPT.integrated` found on the training rows for the parameters."""
     with turn(), left_as_found(store=True):
         estimator._keep(integrals.at_mode(*estimator._ready(X), y, found))

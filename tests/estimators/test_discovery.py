@@ -17,6 +17,7 @@ from bayes_mpt.estimators.kernel_search import _grown, _kernel, decompose
 from bayes_mpt.models import PPCA, GaussianProcess
 from bayes_mpt.models.kernels import Line, kernel_name
 from bayes_mpt.plots import DecompositionDisplay
+from bayes_mpt.training import Ascent
 
 # evidence="train" maximises, and a part that the data do without vanishes
 pytestmark = pytest.mark.filterwarnings("ignore:the estimate of parameter")
@@ -164,7 +165,7 @@ def test_words():
         + ScaleKernel(MaternKernel(nu=2.5)): "a twice differentiable curve",
     }
     for kernel, words in cases.items():
-        fitted = BayesMPT(GaussianProcess(kernel, noise=0.01), max_iter=3)
+        fitted = BayesMPT(GaussianProcess(kernel, noise=0.01), training=Ascent(max_iter=3))
         with pytest.warns():
             fitted.fit(x, y)
         found = KernelSearch()
