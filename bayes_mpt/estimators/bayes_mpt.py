@@ -90,6 +90,7 @@ from bayes_mpt.predictors.nodes.annealed import Annealed, AnnealedImportance, Br
 from bayes_mpt.predictors.nodes.weighted import Nodes
 from bayes_mpt.predictors.self_predictive import sees_all
 from bayes_mpt.program.affine import DenseMap, token_means, tokens_of
+from bayes_mpt.program.arguments import fill, filling
 from bayes_mpt.program.devices import (
     at_once,
     check_device,
@@ -99,19 +100,11 @@ from bayes_mpt.program.devices import (
     set_random_states,
 )
 from bayes_mpt.program.location import location_parameter
+from bayes_mpt.program.program import Model, ModelError, Program, list_names
+from bayes_mpt.program.run import not_finite, run
 from bayes_mpt.program.simulation import simulate
 from bayes_mpt.program.statistics import SufficientStatistics, digest_of_rows, far_means
 from bayes_mpt.program.store import OwnStore, State, load, save
-from bayes_mpt.program.tracing import (
-    Model,
-    ModelError,
-    Program,
-    fill,
-    filling,
-    list_names,
-    not_finite,
-    run,
-)
 from bayes_mpt.runtime.atomic import all_or_nothing, restored_on_failure
 from bayes_mpt.runtime.digests import CannotDigest, digest_of, in_words
 from bayes_mpt.runtime.interrupts import check, discarded, interruptible, to_be_discarded

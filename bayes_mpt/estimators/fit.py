@@ -30,20 +30,11 @@ from bayes_mpt.predictors.gaussian.incomplete import FewCellsError
 from bayes_mpt.predictors.gaussian.process import N_TRIAL_ROWS, gaussian_program
 from bayes_mpt.predictors.gaussian.profile import NoiseFloorError, spectrum
 from bayes_mpt.predictors.self_predictive import sees_all
+from bayes_mpt.program.arguments import fill, has_missing, head, resampled, shifted
+from bayes_mpt.program.program import Model, ModelError, Program
+from bayes_mpt.program.run import first_run, run
 from bayes_mpt.program.statistics import SufficientStatistics
 from bayes_mpt.program.store import OwnStore, State, load, save
-from bayes_mpt.program.tracing import (
-    Model,
-    ModelError,
-    Program,
-    fill,
-    first_run,
-    has_missing,
-    head,
-    resampled,
-    run,
-    shifted,
-)
 from bayes_mpt.score import OWN_MASKS
 
 __all__ = [

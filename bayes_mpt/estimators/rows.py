@@ -13,8 +13,9 @@ from sklearn.base import BaseEstimator
 from torch import Tensor
 
 from bayes_mpt.inputs import read_numbers
+from bayes_mpt.program.program import Model, ModelError, list_names
+from bayes_mpt.program.run import takes_visible
 from bayes_mpt.program.statistics import SufficientStatistics
-from bayes_mpt.program.tracing import Model, ModelError, list_names, takes_visible
 
 __all__ = [
     "arguments",

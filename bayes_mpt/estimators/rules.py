@@ -18,7 +18,7 @@ from bayes_mpt.diagnostics import BAD_K
 from bayes_mpt.estimators.bayes_mpt import BayesMPT
 from bayes_mpt.estimators.repeats import flat_direction, repeated_columns
 from bayes_mpt.evidence.integrated import Integrated
-from bayes_mpt.program.tracing import Observed, Program, list_names
+from bayes_mpt.program.program import Observed, Program, list_names
 
 __all__ = [
     "Candidate",

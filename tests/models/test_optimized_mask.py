@@ -14,7 +14,7 @@ from test_masked_transformer import L, by_hand, gap, logits, rows_and_masks, sai
 from bayes_mpt import BayesMPT
 from bayes_mpt.models import MaskedTransformer
 from bayes_mpt.predictors import SelfPredictive
-from bayes_mpt.program.tracing import base
+from bayes_mpt.program.sites import base
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from optimized_mask import NOTHING, OptimizedMaskTransformer
