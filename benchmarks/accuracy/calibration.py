@@ -26,6 +26,11 @@ Rankings: the second model's estimates are shifted so that the true difference t
 spread evenly over +- 4 of the pair's median mc_dse, in random order, each seed used once. In bins of ``p_worse`` the
 share of pairs put in the wrong order is held against the mean of p_worse. Table and errors are the package's own
 (`bayes_mpt.estimators.comparison.comparison_table`). Intervals are Clopper-Pearson's, 95 %.
+
+Asked, on 12 models and 6 pairs, 200 to 400 seeds: the truth within +-2 standard errors in 90 to 99 % of seeds, and
+rankings wrong as often as ``p_worse`` says.
+
+Found: in 94.5 to 96.0 % of seeds (pairs 94.0 to 95.5 %), and all five bins inside (calibration.png).
 """
 
 import math
@@ -33,7 +38,6 @@ import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -47,7 +51,7 @@ from bayes_mpt import BayesMPT
 from bayes_mpt.estimators.comparison import Candidate, comparison_table
 from bayes_mpt.masks import UniformSize
 from bayes_mpt.models import PPCA, BayesianRegression
-from bayes_mpt.predictors import Conditionals, Importance, Quadrature, SequentialMonteCarlo
+from bayes_mpt.predictors import Importance, Quadrature, SequentialMonteCarlo
 from bayes_mpt.program.store import OwnStore
 from bayes_mpt.score import estimate
 
@@ -79,7 +83,6 @@ class Case(NamedTuple):
     truth: float
     find: Callable[[int], Found]
     """The estimate from a seed."""
-    predictor: Conditionals
 
 
 # --------------------------------------------------------------------------------------------------- the twelve models
@@ -94,7 +97,7 @@ def sampled(kind, name, truth, predictor, args):
         found = read.evidence(read.value)
         return Found(float(found.by_row.sum()), found.se)
 
-    return Case(kind, name, truth, find, predictor)
+    return Case(kind, name, truth, find)
 
 
 def coins():
@@ -217,23 +220,22 @@ def masked():
 
         with torch.no_grad():
             truth = float(predictor.joint(rows).sum())
-        yield Case("masks", f"PPCA({k})", truth, find, predictor)
+        yield Case("masks", f"PPCA({k})", truth, find)
 
 
 # ------------------------------------------------------------------------------------------------------- calibration
 
 
-def candidate(case, found, shift=0.0):
+def candidate(found, shift=0.0):
     """What the package's comparison takes; ``shift`` moves estimate and truth together."""
     totals = np.array([found.value]) if found.replicates is None else found.replicates
-    model = SimpleNamespace(predictor_=case.predictor)
-    return Candidate(model, found.value + shift, replicates=totals + shift, se=found.se)
+    return Candidate(evidence=found.value + shift, replicates=totals + shift, se=found.se)
 
 
-def compared(pair, a, b, shift=0.0):
+def compared(a, b, shift=0.0):
     """(difference first - second, mc_dse, p_worse) by the package's table."""
     rule = "train" if a.replicates is None else "cumulative"  # the latter: errors from paired replicates
-    table = comparison_table(["first", "second"], [candidate(pair[0], a), candidate(pair[1], b, shift)], rule)
+    table = comparison_table(["first", "second"], [candidate(a), candidate(b, shift)], rule)
     worse = table.iloc[1]
     sign = -1.0 if worse.name == "first" else 1.0
     return -sign * worse["lml_diff"], worse["mc_dse"], worse["p_worse"]
@@ -285,17 +287,15 @@ def main(report: Report, args):
             first, same = found
             second = same if paired else same[-1:] + same[:-1]
             truth = pair[0].truth - pair[1].truth
-            diff, mc_dse, _ = np.array([compared(pair, *both) for both in zip(first, second, strict=True)]).T
+            diff, mc_dse, _ = np.array([compared(*both) for both in zip(first, second, strict=True)]).T
             shares.append(covered(report, f"{kind}: difference", "pair", diff - truth, mc_dse))
             level = SPREAD * float(np.median(mc_dse))
             if not paired:
-                diff, mc_dse, _ = np.array(
-                    [compared(pair, *both) for both in zip(first, same, strict=True)]
-                ).T
+                diff, mc_dse, _ = np.array([compared(*both) for both in zip(first, same, strict=True)]).T
                 shares.append(covered(report, f"{kind}: same seed", "same", diff - truth, mc_dse))
             wanted = rng.permutation(np.linspace(-level, level, n))
             for a, b, true in zip(first, second, wanted, strict=True):
-                got, _, p_worse = compared(pair, a, b, shift=truth - true)
+                got, _, p_worse = compared(a, b, shift=truth - true)
                 rankings.append((p_worse, got * true < 0))
     bins = ranked(report, np.array(rankings))
     verdicts(report, shares, bins, args.quick)

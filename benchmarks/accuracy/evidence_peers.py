@@ -6,6 +6,12 @@ Ours are Pyro programs through `BayesMPT(...).fit`; the peer has the likelihood 
 as many live points as its own error estimate asks for, sqrt(information / nlive) = 0.1, run to its end (dlogz 0.01).
 For the logistic regression it samples by random walks: its default, bounding ellipsoids, needs thirty times longer
 there because three columns are nearly collinear. Each of ours states an error no larger than the peer's.
+
+Asked, at the same error: the conjugate regression 100 times faster, the logistic regression 10 times.
+
+Found (`--repeats 1`, one repetition on one of two Xeon cores that a dozen other jobs shared): by the clock of the CPU
+963 times (90 against 0.094 s; error 1e-13) and 25 times (se 0.05). By the wall clock 3701 and 20 times, which because
+of the other jobs says little about the first.
 """
 
 import json

@@ -13,6 +13,12 @@ Judged from outside, by public names only, in processes forked for each try:
 Counted: finished work lost (a finished file is written again; what is all finished is trained again), unfinished or
 damaged work used (ranked, or taken up without a word), raw errors (hangs, swallowed presses and stops of more than five
 seconds included), foreign code executed, wrong numbers.
+
+Asked: in 100 presses and 60 kills at random moments, 200 flips, 20 other kinds of damage, a malicious file of each
+kind, a disk of 200 kB, two and three searches at once, and 400 fits and scores of 8 threads, each of these five counts
+is 0.
+
+Found: all five are 0 in 828 tries, in 12 minutes with other jobs on both cores; the disk was a tmpfs of 200 kB.
 """
 
 import gzip

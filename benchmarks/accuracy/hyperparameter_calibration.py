@@ -10,6 +10,11 @@ for inputs on (0, 1) and observations of mean 0 and variance 1), 25 to 60 inputs
    likelihoods, in four runs of 1024 particles. Asked: within twice the stated error in at least 90 % of the fits.
 2. Posterior weights over all eight kernels. Asked: in every bin of the top kernel's weight the share of data sets in
    which it is the true one lies within the 95 % binomial interval of the mean weight. A plot.
+
+Found: 37 of 40 fits are within twice the error, both errors counted (the reference's is as large as ours: by ours alone
+24); the other three are 0.09 nats off. Periodic kernels are included. All five bins are inside: mean weights 0.21,
+0.27, 0.36, 0.55, 0.90 and hit rates 0.22, 0.31, 0.36, 0.58, 0.83, the last at the edge of its interval
+(hyperparameter_calibration.png).
 """
 
 from __future__ import annotations

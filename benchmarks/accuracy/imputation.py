@@ -6,6 +6,15 @@ held-out rows, cells missing there too: the errors of the best of either kind, a
 draws of the missing cells by the VAE (`BayesMPT.sample_missing`).
 
     python benchmarks/accuracy/imputation.py [--seeds 3]
+
+Asked: a smaller squared error, and 90 % intervals that cover nine of ten cells.
+
+Found (`--seeds 3`), mean squared errors on wine, diabetes and breast cancer, in this order: the pick of PPCA and `VAE`
+(Gaussian tokens), kind and dimension (1 to 16) by held-out rows, 0.604, 0.517 and 0.238; `VAE` alone 0.604, 0.530 and
+0.264; PPCA alone 0.675, 0.509 and 0.206; `IterativeImputer` 0.798, 0.719 and 0.199; column means 1.033, 0.976 and
+1.019. On breast cancer, 30 columns that nearly repeat each other, the pick falls behind: a density of rows is not won
+where squared errors are, and PPCA fills in better than the `VAE` that is picked. The intervals cover 86.8, 89.7 and
+92.5 % of the cells: too few on wine, whose 178 rows are few for a network.
 """
 
 from __future__ import annotations

@@ -7,6 +7,11 @@ the squared relative error of the couplings, |W - W_true|^2 / |W_true|^2 in the 
 -1 +- 0.1 from M = 500), about ten times below that of the full model. On a teacher that is a sum of two such products
 one head must fail and two succeed. Gap: cross-entropy of one hidden site above that of the teacher, on 8000 fresh
 rows, nats a site.
+
+Found: the slopes of `FactoredAttention` are -1.03, -0.92 and -0.93 for M = 500 to 16 000 with three teachers; those of
+the full model -1.04, -1.06 and -1.11. The last falls short, few rows of the first teacher being too few for it. The
+errors are 12.6, 14.1 and 9.9 times smaller than the full model's (0.0013 against 0.016 at M = 16 000, first teacher).
+Two products: the errors of one head are 0.30, 0.46 and 0.44, those of two at most 0.0095.
 """
 
 import sys

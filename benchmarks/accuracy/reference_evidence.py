@@ -37,6 +37,8 @@ process's.
 
     python benchmarks/accuracy/reference_evidence.py            # 19 minutes, half in one dynesty run; writes the JSON
     python benchmarks/accuracy/reference_evidence.py --quick    # seconds; writes nothing unless --out says where
+
+Asked: nothing; these are references for the tests, and the values are in reference_evidence.json.
 """
 
 import argparse

@@ -6,6 +6,8 @@ Columns and y are standardised and at most 200 rows are taken, evenly spaced. Pe
 WhiteKernel``, each hyper-parameter within 1e-5 to 1e5 (1e-10 for the noise), ``n_restarts_optimizer=10``. Ours:
 `BayesMPT` with ``n_init=4``, the first start and three restarts, the same bounds on length-scale and variance; whether
 the noise ended inside the peer's is reported. Asked: an LML no lower than the peer's by more than 1e-4 nats.
+
+Found: maxima from 3 restarts equal to 2e-10 nats or higher (by up to 5e-8) in all ten.
 """
 
 from __future__ import annotations

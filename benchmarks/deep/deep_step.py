@@ -4,6 +4,15 @@ Network 784-400-20-400-784, loss and gradients, one thread. Memory is what autog
 for each storage.
 
     python benchmarks/deep/deep_step.py [--repeats 15]
+
+Asked, for batches of 32, 128 and 512: a step no slower than `Trace_ELBO` with one draw and
+`RenyiELBO(num_particles=10)` with ten, and its memory no more.
+
+Found (`--repeats 100`, two Intel Xeon cores), median ratios of CPU time. One draw against `Trace_ELBO`: 1.20, 1.23 and
+1.12, so slower: program and guide are read site by site, and the gradient is doubly reparameterised, by a second way
+back through the guide (quartiles 1.04 to 1.34, 100 repetitions). Ten draws against `RenyiELBO`, its own gradient: 1.00,
+1.00 and 0.98; doubly reparameterised: 1.00, 1.04 and 0.98. Memory kept for the way back is the same to 1 %: 2.0, 3.9
+and 11.4 MB with one draw, 3.9, 11.7 and 42.8 with ten.
 """
 
 from __future__ import annotations

@@ -21,6 +21,24 @@ doubly reparameterised gradients of the guide is set beside it.
 2. The paper's experiment with a Bernoulli model. Its code scores hidden tokens as p(x_hidden), without the visible
 ones (`shortcut`); what the theorem sums is log p(x_i | x_visible). Both are set beside the exact value while a model
 is trained, and a model is trained on each of them.
+
+Asked: the LML of held-out rows no worse after 2.5 seconds of CPU time each, over 5 fresh seeds, and better where the
+guide is far off.
+
+Found, in one comparison, fixed beforehand: each method's learning rate by one validation seed (`--tune`), everything
+committed before the run (the seeds are new, the digits themselves are not). Nats a row ahead of the peer, 95 % interval
+over paired seeds in brackets, first of `Trace_ELBO` (`TraceEnum_ELBO` for the mixture), then of `TraceMeanField_ELBO`:
+
+    Student-t            +0.047 (0.017 to 0.078)    +0.042 (0.007 to 0.077)    ahead of both
+    Poisson              +0.51 (-0.09 to 1.10)      +0.21 (0.07 to 0.36)       of the first in the mean, not established
+    mixture of decoders  +0.20 (-0.59 to 0.98)      +0.13 (-0.61 to 0.87)      undecided
+    Bernoulli            -0.003 (-0.053 to 0.047)   +0.010 (-0.055 to 0.076)   even
+    30 % missing         -0.043 (-0.102 to 0.017)   -0.039 (-0.080 to 0.001)   intervals that barely reach zero
+
+`RenyiELBO`, the same bound: even in all five (-0.016 to +0.051, each interval around 0), in as many steps (510 each
+with missing cells). Doubly reparameterised gradients: ahead by 0.03 to 0.20 with missing cells, at a larger learning
+rate; even on Bernoulli and Student-t; behind on Poisson. The paper's shortcut is far from the LML (up to 4.5 nats a
+row), yet training on it was no worse here.
 """
 
 import json

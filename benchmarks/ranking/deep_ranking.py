@@ -4,6 +4,11 @@ A decoder with random weights, wide enough to be curved, makes 1000 binary rows 
 rows that were not fitted; the regret is what the pick loses on 1000 fresh rows against the best candidate.
 
     python benchmarks/ranking/deep_ranking.py [--seeds 3]
+
+Asked, for decoders of 1, 2 and 4 latents: the known dimension, or nothing lost.
+
+Found (`--seeds 2`): the true dimension in 3 of 6 sets, two more latents in the others. On 1000 fresh rows the pick is
+the best of five candidates in 2 sets and loses 0.028 to 0.067 nats a row in the rest (mean of all 0.032).
 """
 
 from __future__ import annotations

@@ -17,6 +17,14 @@ observations, each alone given the data, against the best of all candidates, at 
 by data set, with normal 95 % intervals. On the first data sets the numbers are asserted to be those of
 `MarginalLikelihoodSearch`. Finished data sets are kept as JSON lines, and a run with the same arguments goes on from
 them.
+
+Asked, on 500 sets: the true kernel as often as by BIC (5 points more as the goal), a regret no worse, and far ahead of
+the maximised likelihood.
+
+Found, on 504 sets: 52.6 % found and 1.36 nats lost on 100 fresh points; BIC 45.4 % and 2.50, the maximised likelihood
+31.2 % and 3.49. Paired, 95 % intervals: against BIC +7.1 points (3.0 to 11.3) and -1.15 nats (-1.77 to -0.53); against
+the maximised likelihood +21 points (17 to 26) and -2.14 nats (-2.90 to -1.38). Laplace's approximation is as good as
+its correction here. RBF and linear kernels are found less often than by BIC, which prefers few parameters.
 """
 
 from __future__ import annotations

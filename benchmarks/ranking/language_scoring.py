@@ -13,6 +13,13 @@ Ranking: eight tiny BERTs trained shorter or longer, wider or narrower, at all m
 tokens from a hidden Markov chain whose log-density is known. On fresh texts: area (its own masks), log-density of the
 mixture of 64 random orders, truth. Asked: the same ranking by both, on each of three sets of 300 fresh texts (the last
 is shown).
+
+Found, on one of two Xeon cores that other jobs shared. Tokens a second of CPU time: antibody model of 0.57 million
+parameters 50 600 against 32 700 (1.55 times), BERT 256 x 4 with 30 522 words 6 090 against 2 560 (2.4), BERT 32 x 2
+with 105 words 286 000 against 40 500 (7.0); totals equal to 1.4e-9 of themselves. Ten times as many texts take 1.09
+times the memory (125 MB with `batch_tokens=1024`, 471 with 4096). The ranking falls short: Kendall's tau 0.79, 0.79 and
+0.86 on the three sets (a model trained at 15 % whose orders disagree by 1.5 nats); 0.90, 0.90 and 1 among the seven
+trained at all mask sizes, where one pair is within 0.03 nats a text by area.
 """
 
 import sys

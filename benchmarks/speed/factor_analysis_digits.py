@@ -5,6 +5,13 @@ Scikit-learn at its default tolerance (tol=1e-2), and at tol=1e-8 with as many i
 SVD, "randomized", is noisier than 1e-8 and stops the iteration early, at a lower likelihood; "lapack" is run as well,
 and the one that gets further counts. The likelihood is scikit-learn's `score`, mean nats a row of the training rows;
 our parameters are scored by the same code.
+
+Asked: at the default tolerance no slower and a higher likelihood, for K = 5, 10 and 20 latents; at `tol=1e-8` equal
+likelihoods and 20 times faster, for K = 20.
+
+Found: at the default tolerance 4.0, 2.9 and 1.4 times as fast, with a likelihood higher by 0.0044, 0.0027 and 0.143
+nats a row (at K = 20 the peer stops after 12 iterations). At `tol=1e-8` more than 328 times as fast: after 3000
+iterations (11.9 s, against 0.037 s) the peer is still 0.034 nats a row below.
 """
 
 import sys

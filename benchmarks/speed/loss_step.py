@@ -7,6 +7,13 @@ particles: the peer, `RenyiELBO(alpha=0, num_particles=10)`, computes the same n
 for that number and its gradient at the same draws first; then for steps of `pyro.infer.SVI` with the same program,
 guide, rows and Adam, in turn. The peer runs its particles side by side (``vectorize_particles=True``), and one by
 one, its default.
+
+Asked: the same number and gradient, and a step no slower.
+
+Found, with other jobs on both cores: equal to 1e-10. A step takes 0.98 and 0.98 times the peer's CPU time on two small
+models (3 to 7 ms a step), 0.92 and 1.03 times on two of 1000 x 64. The last is slower, within the clock's noise: 0.95
+and 1.02 in other runs. It is 1.2 to 3.8 times as fast as the peer's one-by-one form. With `doubly_reparameterized=True`
+a small step takes about 5 % longer.
 """
 
 import sys

@@ -4,6 +4,10 @@
 ``X.T @ X`` of the whole map, the file in the page cache, against a fit, interleaved. Memory: each fit in a fresh
 process whose anonymous memory (RssAnon; the map's own pages do not count) is sampled every millisecond from outside,
 less what it had after its imports and the opening of the map.
+
+Asked: under 700 MB of anonymous memory, and at most 3 times the time of the pass.
+
+Found: 39 to 50 MB, and 1.8 to 1.9 times.
 """
 
 import select

@@ -6,6 +6,14 @@ defaults (it stops at a gain of 1e-3 nats a row), and takes the least BIC: ten f
 ``MarginalLikelihoodSearch`` with held-out evidence by five folds: sixty fits, at a tolerance of 1e-4 of the score,
 about the peer's. Accuracy is the rate of k = 5 and what the chosen mixture lies below the truth's density on 10 000
 fresh rows, nats a row.
+
+Asked: held-out evidence in place of BIC within 3 times as long as the peer's ten fits.
+
+Found (`--repeats 3`): 5.8 times as long, which falls short. That is the median of ratios of wall time; in CPU time 6.0
+and 6.2. The machine carried a load of 12 on two cores, so that seconds mean nothing. It is sixty fits against ten;
+about a quarter is EM, a quarter is one score with its gradient that judges where EM ended, a tenth the units of that
+judgement, the rest starts, reading the program and bookkeeping. Both pick the true k = 5 in 6 of 6 sets; the losses on
+fresh rows lie between 0.0001 less and less than 0.00001 more nats a row than the peer's.
 """
 
 import sys

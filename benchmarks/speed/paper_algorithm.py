@@ -14,6 +14,10 @@ Time until the exact log marginal likelihood is within 1e-3 nats a row of its cl
 after every step with the clock stopped, and the first step that comes within counts, although the masks' noise may
 take the next ones out again: both favour the peer. A peer that does not get there before the cap gives a lower bound.
 The gap is that of BayesMPT at its end.
+
+Asked: at N = 2000, 100 times faster at D = 10 and 1000 times at D = 50.
+
+Found: 142 times (from 64 to 474 over five seeds) and 3167 times (from 2152 to 3618).
 """
 
 import math

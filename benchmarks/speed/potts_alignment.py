@@ -5,6 +5,12 @@ site, Adam on minibatches of 128 sequences, float64, no penalty, the same number
 by hand: one-hot tokens, two products, `cross_entropy`. `fit` does more than the loop: it finds its units, judges
 windows of steps on held draws of masks, and ends with an estimate of the area under the masked curve with its error.
 Beside the time: the pseudo-likelihood of the training sequences that each reaches, nats a site (the loop's step 0.01).
+
+Asked: no more than twice the CPU time of the loop, for 150 steps of 128 of 1854 rhomboid proteases, 135 sites.
+
+Found, in one repetition with other jobs on both cores: 2.13 times, which falls short; units, judging windows of steps
+and the estimate of the area are in it. The pseudo-likelihood reached in these steps is -1.096 nats a site, the loop's
+(its step not tuned) -1.142.
 """
 
 import sys

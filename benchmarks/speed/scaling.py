@@ -8,6 +8,10 @@ analysis: one for each step of Newton). The five constants are fitted, non-negat
 the picture shows points and model. CPU seconds, which other work on the machine disturbs less than wall time; bars
 from the least to the greatest. Data: K latents with standard normal loadings, noise variances log-uniform on
 [0.3, 3].
+
+Asked: every time within a factor 2 of the model, and after the covariance nothing that grows with N but the checks.
+
+Found: every time is within a factor 1.7 of the model (scaling.png).
 """
 
 import sys

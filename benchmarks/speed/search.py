@@ -6,6 +6,11 @@ that the last ones are hardly visible. The peer is ``GridSearchCV(FactorAnalysis
 ``MarginalLikelihoodSearch(BayesMPT(FactorAnalysis()))``, all defaults: evidence "auto". Accuracy is the rate of K = 10
 and the score of each search's best estimator on 10 000 fresh rows; the held-out loss is what it lies below the data's
 own density, nats a row.
+
+Asked: 5 times faster and as accurate.
+
+Found: 5.5 times on strong signals, but 2.2 on weak ones, where the peer's EM stops early; the median of all is 3.6,
+which falls short. K = 10 is found in 12 of 12 sets, by the peer in 10.
 """
 
 import sys

@@ -4,6 +4,14 @@ Data: K = 3 latents with standard normal loadings and a noise of 0.5 in all colu
 at tol=1e-8 with an exact SVD ("lapack"). Likelihoods are totals in nats of the training rows. PPCA is compared with the
 closed form of Tipping & Bishop from singular values of the rows, and with the time of scikit-learn's PCA, which is
 that decomposition and no more.
+
+Asked: factor analysis no slower in CPU time and its likelihood no lower; PPCA the closed form to 1e-9 of itself.
+
+Found, with other jobs on both cores: the likelihoods of factor analysis are equal to 3e-9 nats or better at all sizes.
+In CPU time it is 1.22 times as fast at 300 x 500, 1.11 at 40 x 20 000 and 1.08 at 100 x 1000, but 0.50 at 40 x 2000 and
+0.33 at 40 x 600: slower there, since running and checking the program costs more than the peer's whole fit. PPCA equals
+the closed form to 7e-16 of itself at all four sizes, in 1.9 to 10 times the CPU time of `PCA` up to 1000 x 784 and in
+0.59 of it at 2000 x 5000 (one repetition).
 """
 
 import sys
