@@ -12,6 +12,7 @@ Found: maxima from 3 restarts equal to 2e-10 nats or higher (by up to 5e-8) in a
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import time
@@ -108,4 +109,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     main()

@@ -33,7 +33,7 @@ over paired seeds in brackets, first of `Trace_ELBO` (`TraceEnum_ELBO` for the m
     Poisson              +0.51 (-0.09 to 1.10)      +0.21 (0.07 to 0.36)       of the first in the mean, not established
     mixture of decoders  +0.20 (-0.59 to 0.98)      +0.13 (-0.61 to 0.87)      undecided
     Bernoulli            -0.003 (-0.053 to 0.047)   +0.010 (-0.055 to 0.076)   even
-    30 % missing         -0.043 (-0.102 to 0.017)   -0.039 (-0.080 to 0.001)   intervals that barely reach zero
+    30 % missing         -0.043 (-0.102 to 0.017)   -0.039 (-0.080 to 0.001)   behind; the last barely reaches zero
 
 `RenyiELBO`, the same bound: even in all five (-0.016 to +0.051, each interval around 0), in as many steps (510 each
 with missing cells). Doubly reparameterised gradients: ahead by 0.03 to 0.20 with missing cells, at a larger learning
