@@ -44,7 +44,7 @@ from bayes_mpt.models import PPCA
 from bayes_mpt.predictors import Conditionals, Predictor
 from bayes_mpt.predictors.nodes.annealed import Bracket
 from bayes_mpt.program.devices import check_device
-from bayes_mpt.program.tracing import Model, Program
+from bayes_mpt.program.program import Model, Program
 from bayes_mpt.runtime.atomic import all_or_nothing, restored_on_failure
 from bayes_mpt.runtime.interrupts import discarded, interruptible
 from bayes_mpt.runtime.progress import Line, part

@@ -17,9 +17,11 @@ from bayes_mpt.predictors.base import Guide
 from bayes_mpt.predictors.gaussian.process import N_TRIAL_ROWS, gaussian_program
 from bayes_mpt.predictors.gaussian.profile import spectrum
 from bayes_mpt.predictors.self_predictive import sees_all
+from bayes_mpt.program.arguments import fill
+from bayes_mpt.program.program import Model
+from bayes_mpt.program.run import first_run
 from bayes_mpt.program.statistics import SufficientStatistics
 from bayes_mpt.program.store import OwnStore, State
-from bayes_mpt.program.tracing import Model, fill, first_run
 from bayes_mpt.warnings import UnboundedWarning, warn
 
 __all__ = ["MAX_INIT_ROWS", "bind", "choose_dimension"]

@@ -15,7 +15,7 @@ from bayes_mpt.diagnostics import BAD_K
 from bayes_mpt.estimators.bayes_mpt import BayesMPT
 from bayes_mpt.estimators.integrals import n_hyperparameters, noise_shape
 from bayes_mpt.evidence.integrated import IntegratedEvidence
-from bayes_mpt.program.tracing import Observed
+from bayes_mpt.program.program import Observed
 
 __all__ = [
     "Candidate",

@@ -17,8 +17,10 @@ from bayes_mpt.estimators.rows import refuse_empty, refuse_missing
 from bayes_mpt.evidence.integrated import Prior, far_from_centre
 from bayes_mpt.predictors import Conditionals
 from bayes_mpt.predictors.gaussian.process import N_TRIAL_ROWS
+from bayes_mpt.program.arguments import fill, head, resampled, shifted
 from bayes_mpt.program.offers import offered
-from bayes_mpt.program.tracing import Model, ModelError, Program, fill, head, resampled, run, shifted
+from bayes_mpt.program.program import Model, ModelError, Program
+from bayes_mpt.program.run import run
 from bayes_mpt.warnings import (
     AdviceWarning,
     DivergenceWarning,

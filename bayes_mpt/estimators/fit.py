@@ -32,12 +32,14 @@ from bayes_mpt.predictors import Conditionals, Evidence, LinearGaussian
 from bayes_mpt.predictors.base import Guide, together
 from bayes_mpt.predictors.new_rows import growing
 from bayes_mpt.predictors.self_predictive import sees_all
+from bayes_mpt.program.arguments import filling
 from bayes_mpt.program.devices import own_random_state, random_states, set_random_states
 from bayes_mpt.program.location import location_parameter
 from bayes_mpt.program.offers import offered
+from bayes_mpt.program.program import Model, ModelError, Program
+from bayes_mpt.program.run import not_finite
 from bayes_mpt.program.statistics import SufficientStatistics, digest_of_rows, far_means
 from bayes_mpt.program.store import Initial, OwnStore, State, load, save
-from bayes_mpt.program.tracing import Model, ModelError, Program, filling, not_finite
 from bayes_mpt.runtime.interrupts import to_be_discarded
 
 __all__ = ["fit_program", "parameters", "set_buffers"]

@@ -18,11 +18,12 @@ from bayes_mpt.inputs import read_numbers
 from bayes_mpt.predictors import Conditionals, LinearGaussian, MarkovGaussian, Predictor, choose
 from bayes_mpt.predictors.base import Guide
 from bayes_mpt.program.affine import DenseMap
+from bayes_mpt.program.arguments import fill
 from bayes_mpt.program.devices import at_once, check_device, moved, own_random_state
 from bayes_mpt.program.offers import offered
+from bayes_mpt.program.program import Model, ModelError, list_names
 from bayes_mpt.program.statistics import SufficientStatistics
 from bayes_mpt.program.store import Initial, OwnStore, State
-from bayes_mpt.program.tracing import Model, ModelError, fill, list_names
 
 __all__ = ["OPTIONAL", "Fitted", "Latents", "n_at_once"]
 

@@ -18,9 +18,9 @@ from bayes_mpt.evidence.integrated import IntegratedEvidence, assign, hyperprior
 from bayes_mpt.evidence.laplace import LaplaceEvidence, laplace_diagonal, laplace_proportional
 from bayes_mpt.predictors.gaussian.profile import NoiseFloorError, spectrum
 from bayes_mpt.program.offers import offered
+from bayes_mpt.program.program import list_names
 from bayes_mpt.program.statistics import SufficientStatistics
 from bayes_mpt.program.store import save
-from bayes_mpt.program.tracing import list_names
 
 __all__ = ["at_mode", "integrated_evidence", "laplace_evidence", "n_hyperparameters", "noise_shape"]
 

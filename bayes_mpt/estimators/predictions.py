@@ -17,8 +17,9 @@ from bayes_mpt.predictors import LinearGaussian, Predictive
 from bayes_mpt.predictors.base import together
 from bayes_mpt.predictors.new_rows import means_of_new
 from bayes_mpt.program.affine import token_means, tokens_of
+from bayes_mpt.program.arguments import fill
+from bayes_mpt.program.run import run
 from bayes_mpt.program.statistics import SufficientStatistics
-from bayes_mpt.program.tracing import fill, run
 from bayes_mpt.score import ScoreEstimate, estimate
 
 __all__ = [

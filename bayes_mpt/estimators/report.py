@@ -10,7 +10,7 @@ from typing import Any
 from bayes_mpt import training
 from bayes_mpt.estimators.fitted import Fitted
 from bayes_mpt.predictors import LinearGaussian, MarkovGaussian
-from bayes_mpt.program.tracing import list_names
+from bayes_mpt.program.program import list_names
 from bayes_mpt.runtime.interrupts import check
 from bayes_mpt.runtime.progress import Line, tell
 

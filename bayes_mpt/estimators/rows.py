@@ -15,8 +15,9 @@ from torch import Tensor
 
 from bayes_mpt.inputs import read_numbers, read_table
 from bayes_mpt.program.offers import offered
+from bayes_mpt.program.program import Model, ModelError, list_names
+from bayes_mpt.program.run import takes_visible
 from bayes_mpt.program.statistics import SufficientStatistics, digest_of_rows
-from bayes_mpt.program.tracing import Model, ModelError, list_names, takes_visible
 
 __all__ = [
     "arguments",

@@ -15,9 +15,9 @@ from bayes_mpt.estimators.rows import as_tensor
 from bayes_mpt.predictors.nodes.annealed import Annealed, AnnealedImportance, Bracket
 from bayes_mpt.predictors.nodes.weighted import Nodes
 from bayes_mpt.program.devices import own_random_state
+from bayes_mpt.program.program import Program
 from bayes_mpt.program.simulation import simulate
 from bayes_mpt.program.store import OwnStore
-from bayes_mpt.program.tracing import Program
 
 __all__ = ["bracket", "draw_missing", "draw_rows"]
 

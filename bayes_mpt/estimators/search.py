@@ -53,7 +53,7 @@ from bayes_mpt.estimators.stored import Slot, prepare, seed_in, with_estimator
 from bayes_mpt.inputs import read_table, unmasked
 from bayes_mpt.masks import require_lml
 from bayes_mpt.models.kernels import kernel_name
-from bayes_mpt.program.tracing import takes_visible
+from bayes_mpt.program.run import takes_visible
 from bayes_mpt.runtime.atomic import all_or_nothing
 from bayes_mpt.runtime.digests import CannotDigest, digest_of
 from bayes_mpt.runtime.interrupts import interruptible

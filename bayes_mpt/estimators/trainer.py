@@ -22,10 +22,11 @@ from bayes_mpt.models.mixtures import CollapseError
 from bayes_mpt.predictors import Predictor, choose
 from bayes_mpt.predictors.gaussian.incomplete import FewCellsError
 from bayes_mpt.predictors.gaussian.profile import NoiseFloorError
+from bayes_mpt.program.arguments import has_missing
 from bayes_mpt.program.offers import offered
+from bayes_mpt.program.program import ModelError
 from bayes_mpt.program.statistics import SufficientStatistics
 from bayes_mpt.program.store import State, load, save
-from bayes_mpt.program.tracing import ModelError, has_missing
 from bayes_mpt.runtime.digests import CannotDigest, digest_of, in_words
 from bayes_mpt.score import OWN_MASKS
 from bayes_mpt.training import Ascent, Epochs, Fit, Problem, Report, Steps, Training

@@ -9,7 +9,7 @@ import numpy as np
 from bayes_mpt.estimators.bayes_mpt import BayesMPT
 from bayes_mpt.estimators.repeats import flat_direction, repeated_columns
 from bayes_mpt.estimators.rows import rows_of
-from bayes_mpt.program.tracing import Program, list_names
+from bayes_mpt.program.program import Program, list_names
 
 __all__ = ["refuse_unbounded"]
 

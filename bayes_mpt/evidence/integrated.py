@@ -33,7 +33,7 @@ from bayes_mpt.predictors import Conditionals
 from bayes_mpt.predictors.nodes.adaptive import log_t
 from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.offers import offered
-from bayes_mpt.program.tracing import Model, ModelError
+from bayes_mpt.program.program import Model, ModelError
 
 __all__ = [
     "IntegratedEvidence",

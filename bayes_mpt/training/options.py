@@ -14,7 +14,7 @@ from sklearn.utils._param_validation import Interval
 
 from bayes_mpt.masks import Policy
 from bayes_mpt.program.offers import offered
-from bayes_mpt.program.tracing import ModelError
+from bayes_mpt.program.program import ModelError
 from bayes_mpt.training.adam import train_on_masks
 from bayes_mpt.training.epochs import train_by_epochs
 from bayes_mpt.training.lbfgs import maximize_lbfgs

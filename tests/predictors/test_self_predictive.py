@@ -14,7 +14,7 @@ from sklearn.base import clone
 from bayes_mpt import BayesMPT, HeldOut, MarginalLikelihoodSearch
 from bayes_mpt.masks import Blocks, EverySize, FixedRate, LeaveOneOut, PermutationChain, UniformSize, one_each
 from bayes_mpt.predictors import Exact, SelfPredictive, choose
-from bayes_mpt.program.tracing import ModelError
+from bayes_mpt.program.program import ModelError
 from bayes_mpt.score import CumulativeMaskedScore, estimate, masked_score
 from bayes_mpt.training import Steps
 
