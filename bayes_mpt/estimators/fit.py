@@ -130,6 +130,8 @@ def fit_program(
     if isinstance(model, torch.nn.Module):
         model = deepcopy(model).double().to(device)  # a PyroModule trains in place
     guide = _own_guide(guide, original, model, device)
+    if left is not None:
+        trainer = replace(trainer, seed=int(left["seed"]))
     auto = offered(model, "n_components") == "auto"
     # The one pass over all rows, with all threads; what follows sees the moments only, if rows share a map.
     table = _survey(X, y, trainer, device, more, auto=auto)

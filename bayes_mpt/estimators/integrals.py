@@ -72,7 +72,20 @@ def n_hyperparameters(fitted: Fitted) -> int | None:
 
 
 def integrated_evidence(fitted: Fitted, rows: NDArray[np.floating], y: Any, se: float) -> IntegratedEvidence:
-    """Evidence of rows with the hyper-parameters integrated under the model's hyperprior."""
+    """Evidence of rows with the hyper-parameters integrated under the model's hyperprior.
+
+    Examples
+    --------
+    >>> from bayes_mpt import BayesMPT
+    >>> from bayes_mpt.models import GaussianProcess
+    >>> rng = np.random.default_rng(0)
+    >>> X = rng.uniform(size=(40, 1))
+    >>> y = np.sin(6 * X[:, 0]) + 0.1 * rng.normal(size=40)
+    >>> model = BayesMPT(GaussianProcess()).fit(X, y)
+    >>> found = model.integrated(X, y)
+    >>> bool(found.log_evidence < model.log_marginal_likelihood_), bool(found.se < 0.2)
+    (True, True)
+    """
     args = fitted.arguments(rows, y)
     if n_hyperparameters(fitted) is None:
         raise ValueError(

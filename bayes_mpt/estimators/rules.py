@@ -29,10 +29,14 @@ from sklearn.base import BaseEstimator
 from sklearn.model_selection import BaseCrossValidator, KFold
 from sklearn.utils._param_validation import HasMethods, Interval
 
-from bayes_mpt.estimators.bayes_mpt import move_to_map
+from bayes_mpt.estimators.bayes_mpt import BayesMPT
 from bayes_mpt.estimators.candidates import Candidate, before_final
+from bayes_mpt.estimators.integrals import at_mode
 from bayes_mpt.estimators.rows import rows_of
 from bayes_mpt.estimators.unbounded import refuse_unbounded
+from bayes_mpt.evidence.integrated import IntegratedEvidence
+from bayes_mpt.runtime.atomic import all_or_nothing
+from bayes_mpt.runtime.serial import left_as_found, turn
 
 __all__ = [
     "RULES",
@@ -93,7 +97,7 @@ class Integrated(BaseEstimator):
         found = candidate.model.integrated(X, y, se=self.se)
         candidate.take(found)
         if to_map:
-            move_to_map(candidate.model, X, y, found)
+            _move_to_map(candidate.model, X, y, found)
         candidate.replicates = np.array([candidate.evidence])
         _of_one_fit(candidate, X, y)
 
@@ -376,6 +380,13 @@ def _by_refits(candidate: Candidate, X: Any, y: Any, repeats: list[Splits], rand
     candidate.splits = np.array(means)
     if n_cut_short:
         candidate.doubt(f"{n_cut_short} of {len(means)} fits to folds not converged")
+
+
+@all_or_nothing
+def _move_to_map(model: BayesMPT, X: Any, y: Any, found: IntegratedEvidence) -> None:
+    """Take the maximum a posteriori that was found on the training rows for the parameters."""
+    with turn(), left_as_found(store=True):
+        model._keep(at_mode(*model._ready(X), y, found))
 
 
 def fit_seed(random_state: Any, drawn: int) -> int | None:

@@ -141,7 +141,7 @@ def test_refused(series):
     x, y = series
     with pytest.raises(TypeError, match="without a ScaleKernel"):
         KernelSearch(base=[ScaleKernel(RBFKernel())]).fit(x, y)
-    with pytest.raises(TypeError, match="GaussianProcess as its model"):
+    with pytest.raises(TypeError, match=r"needs BayesMPT\(GaussianProcess"):
         KernelSearch(BayesMPT(PPCA(1))).fit(x, y)
     with pytest.raises(ValueError, match="base is empty"):
         KernelSearch(base=[]).fit(x, y)

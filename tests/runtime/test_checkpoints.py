@@ -911,9 +911,7 @@ class Learner(pyro.nn.PyroModule):
 
 
 def trained(file, model=None, rows=X, training=None, **settings):
-    epochs = Epochs(
-        **{"max_epochs": 4, "training": Epochs(validation_fraction=0.25, checkpoint=file)} | (training or {})
-    )
+    epochs = Epochs(**{"max_epochs": 4, "validation_fraction": 0.25, "checkpoint": file} | (training or {}))
     base = {"training": epochs, "random_state": 0, "predictor": Importance(2)}
     with warnings.catch_warnings():
         for said in ("the training stopped", "the importance weights", "nodes that"):
@@ -934,11 +932,11 @@ def test_goes_on_to_the_bit(tmp_path):
 
 OTHERS = {
     "model": ({"model": Learner(2.0)}, "another model"),
-    "batch_size": ({"training": {"training": Steps(batch_size=5)}}, "batch_size 6, now 5"),
-    "learning_rate": ({"training": {"training": Steps(learning_rate=0.02)}}, "learning_rate 0.001, now 0.02"),
+    "batch_size": ({"training": {"batch_size": 5}}, "batch_size 6, now 5"),
+    "learning_rate": ({"training": {"learning_rate": 0.02}}, "learning_rate 0.001, now 0.02"),
     "predictor": ({"predictor": Importance(3)}, r"predictor Importance\(num_particles=2\), now"),
     "validation_fraction": (
-        {"training": {"training": Epochs(validation_fraction=0.5)}},
+        {"training": {"validation_fraction": 0.5}},
         "validation_fraction 0.25, now 0.5",
     ),
     "patience": ({"training": {"patience": 3}}, "patience 10, now 3"),
