@@ -31,6 +31,7 @@ __all__ = [
     "IgnoredRowsWarning",
     "NoBoundWarning",
     "NotConvergedWarning",
+    "PrecisionWarning",
     "SlowProgramWarning",
     "UnboundedWarning",
     "ZeroNoiseWarning",
@@ -77,6 +78,10 @@ class SlowProgramWarning(UserWarning):
 
 class AdviceWarning(UserWarning):
     """A model finds its settings odd for these rows."""
+
+
+class PrecisionWarning(UserWarning):
+    """A density has few digits left."""
 
 
 class CheckpointWarning(UserWarning):

@@ -69,6 +69,7 @@ class Laplace(BaseEstimator):
 
     name: ClassVar[str] = "laplace"
     n_fits: ClassVar[int] = 0
+    _parameter_constraints: ClassVar[dict[str, Any]] = {}
 
     def evaluate(self, candidate: Candidate, X: Any, y: Any, **seeds: Any) -> None:
         """Give a candidate, which was fitted to X as its model sees it, its evidence."""
@@ -107,6 +108,7 @@ class Train(BaseEstimator):
 
     name: ClassVar[str] = "train"
     n_fits: ClassVar[int] = 0
+    _parameter_constraints: ClassVar[dict[str, Any]] = {}
 
     def evaluate(self, candidate: Candidate, X: Any, y: Any, **seeds: Any) -> None:
         """As `Laplace.evaluate`."""

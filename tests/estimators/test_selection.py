@@ -443,9 +443,9 @@ def test_other_features_are_refused():
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning", "ignore:the importance weights")
 def test_single_and_double_precision_are_compared():
-    models = [PPCA(1), VAE(1, likelihood="gaussian", hidden=(4,))]
+    network = {"model": [VAE(1, likelihood="gaussian", hidden=(4,))], "training": [Epochs(max_epochs=3)]}
     kept = MarginalLikelihoodSearch(
-        BayesMPT(training=Ascent(max_iter=3), random_state=0), {"model": models}, evidence=HeldOut(cv=2)
+        BayesMPT(random_state=0), [{"model": [PPCA(1)]}, network], evidence=HeldOut(cv=2)
     )
     assert np.isfinite(kept.fit(X).cv_results_["lml"]).all()
 
