@@ -4,7 +4,8 @@ import logging
 
 from bayes_mpt.estimators.bayes_mpt import BayesMPT
 from bayes_mpt.estimators.comparison import compare
-from bayes_mpt.estimators.kernel_search import KernelSearch, decompose
+from bayes_mpt.estimators.decomposition import decompose
+from bayes_mpt.estimators.kernel_search import KernelSearch
 from bayes_mpt.estimators.rows import data_digest
 from bayes_mpt.estimators.rules import Auto, Cumulative, HeldOut, Integrated, Laplace, Train
 from bayes_mpt.estimators.search import MarginalLikelihoodSearch

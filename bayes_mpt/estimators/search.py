@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from numbers import Integral, Real
@@ -15,11 +14,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
-from gpytorch.kernels import Kernel
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, MetaEstimatorMixin, _fit_context, clone
 from sklearn.callback import CallbackSupportMixin
-from sklearn.gaussian_process.kernels import Kernel as GaussianProcessKernel
 from sklearn.model_selection import ParameterGrid
 from sklearn.utils import check_array, check_random_state, get_tags
 from sklearn.utils._param_validation import StrOptions
@@ -30,11 +27,19 @@ from bayes_mpt.estimators.candidates import (
     Candidate,
     before_final,
     final_step,
-    not_converged,
     refuse_unwrapped,
-    token_digest,
 )
 from bayes_mpt.estimators.comparison import comparison_table
+from bayes_mpt.estimators.evaluation import (
+    checkpointed,
+    cloned,
+    fit_candidate,
+    names_of,
+    results_of,
+    score_candidate,
+    to_fit,
+    unfitted,
+)
 from bayes_mpt.estimators.partial import Finished, Partial
 from bayes_mpt.estimators.rows import takes_y
 from bayes_mpt.estimators.rules import (
@@ -43,7 +48,6 @@ from bayes_mpt.estimators.rules import (
     Rule,
     choose_rule,
     fit_seed,
-    give_evidence,
     refuse_incomparable,
     refuse_mixed_train,
     rule_of,
@@ -52,13 +56,11 @@ from bayes_mpt.estimators.stages import Stage
 from bayes_mpt.estimators.stored import Slot, prepare, seed_in, with_estimator
 from bayes_mpt.inputs import read_table, unmasked
 from bayes_mpt.masks import require_lml
-from bayes_mpt.models.kernels import kernel_name
 from bayes_mpt.program.run import takes_visible
 from bayes_mpt.runtime.atomic import all_or_nothing
 from bayes_mpt.runtime.digests import CannotDigest, digest_of
 from bayes_mpt.runtime.interrupts import interruptible
-from bayes_mpt.runtime.progress import fitted_in_task
-from bayes_mpt.warnings import CheckpointWarning, DivergenceWarning, warn, warnings_of
+from bayes_mpt.warnings import CheckpointWarning, warn
 
 __all__ = ["MarginalLikelihoodSearch"]
 
@@ -187,12 +189,12 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEst
         grid = list(ParameterGrid(self.param_grid))
         if not grid:
             raise ValueError(f"param_grid holds no candidates: got {self.param_grid!r}")
-        names = finished.names = _names(grid)
+        names = finished.names = names_of(grid)
         asked = rule_of(self.evidence)
         model = final_step(self.estimator)
         refuse_unwrapped(self.estimator, "estimator")
         for params in grid:
-            candidate = final_step(clone(self.estimator).set_params(**_cloned(params)))
+            candidate = final_step(clone(self.estimator).set_params(**cloned(params)))
             checkpoint = getattr(candidate.training, "checkpoint", None)
             if checkpoint is not None:
                 raise ValueError(
@@ -211,7 +213,7 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEst
         state = fit_seed(self.random_state, seed)
         keys = self._keys(grid, names, X, y, state)
         found = self._run(
-            _fit_candidate,
+            fit_candidate,
             [(self.estimator, p, X, y, asked.name, state) for p in grid],
             "fit",
             keys,
@@ -226,7 +228,7 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEst
             refuse_mixed_train([n for n, c in zip(names, found, strict=True) if not c.error], good)
         finished.rule = self.evidence_
         found = self._run(
-            _score_candidate,
+            score_candidate,
             [(c, X, y, rule, seed) for c in found],
             rule.name,
             self._score_keys(keys, rule, seed),
@@ -268,7 +270,7 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEst
         for name, params in zip(names, grid, strict=True):
             try:
                 data = data or digest_of((X, y), "the data")
-                candidate = _unfitted(self.estimator, params, state)
+                candidate = unfitted(self.estimator, params, state)
                 asked = {
                     "estimator": digest_of(candidate),
                     "data": data,
@@ -309,49 +311,21 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEst
         for name, args, key in zip(finished.names, arguments, keys, strict=True):
             slot = None
             if key is not None and folder is not None:
-                slot = Slot.of(folder, label, key, _to_fit(args))
-            calls.append((_checkpointed, (slot, task, args, self.error_score, name)))
+                slot = Slot.of(folder, label, key, to_fit(args))
+            calls.append((checkpointed, (slot, task, args, self.error_score, name)))
         return Stage(self, label, finished, root, n_fits).run(calls)
 
     def _store(self, grid: list[dict[str, Any]], names: list[str], found: list[Candidate]) -> None:
         failed = math.nan if self.error_score == "raise" else float(self.error_score)
-        rows = max(c.n_scored for c in found if not c.error)
-        lml = np.array([c.evidence if not c.error else failed * rows for c in found])
-        mean = lml / np.array([c.n_scored if not c.error else rows for c in found])
-        n_splits = max(len(c.splits) for c in found)
-        splits = np.array([c.splits if len(c.splits) else np.full(n_splits, failed) for c in found]).reshape(
-            len(found), n_splits
-        )
-        order = np.argsort(np.where(np.isnan(mean), -np.inf, mean) * -1, kind="stable")
-        rank = np.empty(len(found), dtype=np.int32)
-        rank[order] = np.arange(1, len(found) + 1)
-        results: dict[str, Any] = {
-            "mean_fit_time": np.array([c.fit_time for c in found]),
-            "std_fit_time": np.zeros(len(found)),
-            "mean_score_time": np.array([c.score_time for c in found]),
-            "std_score_time": np.zeros(len(found)),
-        }
-        for key in sorted({k for p in grid for k in p}):
-            column = np.ma.masked_all(len(grid), dtype=object)
-            for i, params in enumerate(grid):
-                if key in params:
-                    column[i] = params[key]
-            results[f"param_{key}"] = column
-        results["params"] = grid
-        for i in range(n_splits):
-            results[f"split{i}_test_score"] = splits[:, i]
-        results |= {
-            "mean_test_score": mean,
-            "std_test_score": splits.std(1),
-            "rank_test_score": rank,
-            "lml": lml,
-        }
+        results = results_of(grid, found, failed)
+        mean = results["mean_test_score"]
+        best = int(np.argmin(results["rank_test_score"]))
         self.cv_results_ = results
-        self.n_splits_ = n_splits
+        self.n_splits_ = max(len(c.splits) for c in found)
         self.multimetric_ = False
         self.candidate_names_ = names
         self.comparison_ = comparison_table(names, found, self.evidence_)
-        self.best_index_ = _index(self.refit(results), len(grid)) if callable(self.refit) else int(order[0])
+        self.best_index_ = _index(self.refit(results), len(grid)) if callable(self.refit) else best
         self.best_params_ = grid[self.best_index_]
         self.best_score_ = float(mean[self.best_index_])
         self._winner = found[self.best_index_] if self.refit else None
@@ -491,84 +465,6 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEst
         return tags
 
 
-# --------------------------------------------------------------------------------------------------- one candidate
-
-
-def _fit_candidate(
-    estimator: Any, params: dict[str, Any], X: Any, y: Any, evidence: str, random_state: int | None
-) -> Candidate:
-    """Fit on all rows; ``random_state`` is for whatever has none."""
-    start = time.perf_counter()
-    candidate = _unfitted(estimator, params, random_state)
-    # where an estimate diverges, the integral does not
-    silent = (DivergenceWarning,) if evidence in ("auto", "integrated") else ()
-    with warnings_of(silent=silent), fitted_in_task(candidate, X, y):
-        fitted = candidate.fit(X, y)
-    fit_time = time.perf_counter() - start
-    zero = final_step(fitted).noise_at_zero_
-    note = f"the noise variance of column {', '.join(map(repr, zero))} is zero" if zero else ""
-    candidate = Candidate(fitted, tokens=token_digest(fitted, X, y), fit_time=fit_time, note=note)
-    candidate.doubt(not_converged(final_step(fitted)))
-    return candidate
-
-
-def _unfitted(estimator: Any, params: dict[str, Any], random_state: int | None) -> Any:
-    """What is fitted."""
-    candidate = clone(estimator).set_params(**_cloned(params))
-    if random_state is not None:
-        candidate.set_params(**dict.fromkeys(_unseeded(candidate), random_state))
-    return candidate
-
-
-def _to_fit(args: tuple[Any, ...]) -> Any:
-    """The same, of the arguments of either task; None of a candidate that failed."""
-    if not isinstance(args[0], Candidate):
-        estimator, params, _, _, _, random_state = args
-        return _unfitted(estimator, params, random_state)
-    candidate: Candidate = args[0]
-    fitted = candidate.estimator
-    return candidate.unfitted if fitted is None else clone(fitted)
-
-
-def _score_candidate(candidate: Candidate, X: Any, y: Any, rule: Rule, seed: int) -> Candidate:
-    """Give a fitted candidate its evidence."""
-    if candidate.error:
-        return candidate
-    start = time.perf_counter()
-    candidate = give_evidence(with_estimator(candidate, X, y), X, y, rule, seed=seed, to_map=True)
-    candidate.score_time = time.perf_counter() - start
-    candidate.taken_up = False
-    return candidate
-
-
-def _checkpointed(
-    slot: Slot | None, task: Callable[..., Candidate], args: tuple[Any, ...], error_score: Any, name: str
-) -> Candidate:
-    """Run a task unless its result is on disk; one that fails, or is not finished, leaves nothing there.
-
-    Its warnings name the candidate.
-    """
-    if slot is not None and slot.found is None and not _failed(args):
-        slot.look(_to_fit(args))  # another search may have been faster
-    if slot is not None and slot.found is not None:
-        slot.found.taken_up = True
-        return slot.found
-    try:
-        with warnings_of(name):
-            result = task(*args)
-    except Exception as error:
-        if error_score == "raise":
-            raise
-        return Candidate(error=f"{type(error).__name__}: {error}")
-    if slot is not None and not result.error:
-        slot.put(result)
-    return result
-
-
-def _failed(args: tuple[Any, ...]) -> bool:
-    return isinstance(args[0], Candidate) and bool(args[0].error)
-
-
 # ----------------------------------------------------------------------------------------------------------- helpers
 
 
@@ -586,15 +482,6 @@ def _index(asked: Any, n_candidates: int) -> int:
     return int(asked)
 
 
-def _unseeded(estimator: Any) -> list[str]:
-    """Names of the parameters of an estimator, its steps and its model that are a random_state of None."""
-    return [
-        name
-        for name, value in estimator.get_params().items()
-        if value is None and name.rpartition("__")[2] == "random_state"
-    ]
-
-
 def _given(y: Any) -> dict[str, Any]:
     return {} if y is None else {"y": y}
 
@@ -604,34 +491,3 @@ def _good(found: list[Candidate]) -> list[Candidate]:
     if not good:
         raise ValueError(f"all {len(found)} candidates failed; the first one: {found[0].error}")
     return good
-
-
-def _cloned(params: dict[str, Any]) -> dict[str, Any]:
-    """Fresh copies, as grid search makes them: candidates must not share a model that stands in the grid."""
-    return {k: clone(v, safe=False) for k, v in params.items()}
-
-
-def _names(grid: list[dict[str, Any]]) -> list[str]:
-    """What the grid sets, in words: short where that tells candidates apart."""
-    for describe in (_short, repr):
-        names = [
-            " ".join(
-                describe(value)
-                if isinstance(value, BaseEstimator) or callable(value)
-                else f"{key.rpartition('__')[2]}={value}"
-                for key, value in params.items()
-            )
-            or "as given"
-            for params in grid
-        ]
-        if len(set(names)) == len(names):
-            return names
-    return [n if names.count(n) == 1 else f"{n} #{i}" for i, n in enumerate(names)]
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, Kernel | GaussianProcessKernel):
-        return kernel_name(value)
-    return (
-        type(value).__name__ if isinstance(value, BaseEstimator) else getattr(value, "__name__", repr(value))
-    )

@@ -13,7 +13,8 @@ from sklearn.base import clone
 from sklearn.gaussian_process import kernels as theirs
 
 from bayes_mpt import BayesMPT, KernelSearch
-from bayes_mpt.estimators.kernel_search import _grown, _kernel, decompose
+from bayes_mpt.estimators.decomposition import decompose
+from bayes_mpt.estimators.kernel_search import _grown, _kernel
 from bayes_mpt.models import PPCA, GaussianProcess
 from bayes_mpt.models.kernels import Line, kernel_name
 from bayes_mpt.plots import DecompositionDisplay
