@@ -13,7 +13,7 @@ from sklearn.base import BaseEstimator
 from torch import Generator, Tensor
 
 from bayes_mpt.program.affine import AffineForm
-from bayes_mpt.program.tracing import Model, ModelError, Program
+from bayes_mpt.program.program import Model, ModelError, Program
 from bayes_mpt.runtime.serial import methods_take_turns
 
 __all__ = [
@@ -119,7 +119,7 @@ class Predictor(BaseEstimator, ABC):
 
         Raises
         ------
-        bayes_mpt.program.tracing.ModelError
+        bayes_mpt.program.program.ModelError
             If the program cannot be scored in this way; the message names the site.
         """
 

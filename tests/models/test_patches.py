@@ -19,7 +19,7 @@ from bayes_mpt.masks import Blocks, EverySize, FixedRate, Masks, PermutationChai
 from bayes_mpt.models import MaskedPatches
 from bayes_mpt.models.patches import MIN_SCALE, _Net, _Transformer
 from bayes_mpt.predictors import SelfPredictive
-from bayes_mpt.program.tracing import base
+from bayes_mpt.program.sites import base
 from bayes_mpt.score import estimate, masked_score
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")

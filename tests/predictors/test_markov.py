@@ -16,8 +16,8 @@ from torch.distributions import constraints
 from bayes_mpt import BayesMPT
 from bayes_mpt.masks import PermutationChain, UniformSize
 from bayes_mpt.predictors import LinearGaussian, MarkovGaussian, choose
-from bayes_mpt.program import sparse
-from bayes_mpt.program.tracing import ModelError
+from bayes_mpt.program.affine import sparse
+from bayes_mpt.program.program import ModelError
 from bayes_mpt.score import CumulativeMaskedScore, masked_score
 
 F64 = torch.float64

@@ -20,8 +20,8 @@ from bayes_mpt.models import GaussianProcess
 from bayes_mpt.predictors import Exact, NearestNeighbors, choose
 from bayes_mpt.predictors.gaussian.nearest_neighbors import _LogProb
 from bayes_mpt.predictors.gaussian.neighborhoods import maxmin, predecessors
+from bayes_mpt.program.program import ModelError
 from bayes_mpt.program.store import OwnStore
-from bayes_mpt.program.tracing import ModelError
 from bayes_mpt.training import lbfgs
 
 N, P = 60, 2

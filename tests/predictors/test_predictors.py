@@ -29,8 +29,8 @@ from bayes_mpt.predictors import (
     choose,
 )
 from bayes_mpt.predictors.nodes.adaptive import log_t
+from bayes_mpt.program.program import ModelError
 from bayes_mpt.program.store import OwnStore
-from bayes_mpt.program.tracing import ModelError
 from bayes_mpt.score import masked_score
 
 N_ROWS = 5

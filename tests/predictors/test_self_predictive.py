@@ -15,7 +15,7 @@ from truths import every_row
 from bayes_mpt import BayesMPT, MarginalLikelihoodSearch
 from bayes_mpt.masks import Blocks, EverySize, FixedRate, LeaveOneOut, PermutationChain, UniformSize, one_each
 from bayes_mpt.predictors import Exact, SelfPredictive, choose
-from bayes_mpt.program.tracing import ModelError
+from bayes_mpt.program.program import ModelError
 from bayes_mpt.score import CumulativeMaskedScore, estimate, masked_score
 
 pytestmark = pytest.mark.usefixtures("own_store")

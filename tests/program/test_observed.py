@@ -21,7 +21,7 @@ from bayes_mpt.predictors import (
     SequentialMonteCarlo,
     choose,
 )
-from bayes_mpt.program.tracing import ModelError
+from bayes_mpt.program.program import ModelError
 from bayes_mpt.score import CumulativeMaskedScore, masked_score
 
 pytestmark = pytest.mark.usefixtures("own_store")

@@ -15,7 +15,7 @@ from truths import log_density
 from bayes_mpt import BayesMPT
 from bayes_mpt.masks import PermutationChain
 from bayes_mpt.predictors import Importance, Quadrature, SequentialMonteCarlo
-from bayes_mpt.program.tracing import ModelError
+from bayes_mpt.program.program import ModelError
 
 
 def column(values):

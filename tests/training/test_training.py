@@ -158,7 +158,7 @@ def test_the_maximum_is_stationary():
 
 @pytest.mark.slow
 def test_masks_alone_from_a_random_start():
-    """Raw data, whose columns' scales differ 1e4-fold; masks_alone.py of the benchmarks has whole tables."""
+    """Raw data, whose columns' scales differ 1e4-fold; `benchmarks/accuracy/masks_alone.py` has whole tables."""
     x, k = DATA["breast cancer"][0][:, :6], 2
     model = BayesMPT(PPCA(k), masks=UniformSize(16), max_iter=800, random_state=1991)
     with warnings.catch_warnings():

@@ -32,8 +32,9 @@ from bayes_mpt.program.affine import (
     latent_values,
     read,
 )
-from bayes_mpt.program.sparse import Blocks, NotSparse, Sparse, SparseMap
-from bayes_mpt.program.tracing import Model, ModelError
+from bayes_mpt.program.affine.sparse import Sparse
+from bayes_mpt.program.affine.sparse_map import Blocks, NotSparse, SparseMap
+from bayes_mpt.program.program import Model, ModelError
 
 __all__ = ["MarkovGaussian", "closed_form"]
 
@@ -69,7 +70,7 @@ class MarkovGaussian(Conditionals):
 
     Raises
     ------
-    bayes_mpt.program.sparse.NotSparse
+    bayes_mpt.program.affine.sparse.NotSparse
         If `LinearGaussian` needs less work.
     bayes_mpt.program.affine.NotAffine
         If the program is not linear-Gaussian; the message names the site.

@@ -43,8 +43,11 @@ from bayes_mpt.predictors.gaussian.process import (
     gaussian_program,
     missing_of,
 )
+from bayes_mpt.program.arguments import fill, rows_of, spread_rows
 from bayes_mpt.program.devices import at_once
-from bayes_mpt.program.tracing import Model, ModelError, Program, base, fill, rows_of, run, spread_rows
+from bayes_mpt.program.program import Model, ModelError, Program
+from bayes_mpt.program.run import run
+from bayes_mpt.program.sites import base
 
 __all__ = ["NearestNeighbors"]
 

@@ -37,26 +37,15 @@ from bayes_mpt.predictors.nodes.given import (
 )
 from bayes_mpt.predictors.nodes.weighted import FixedSites, constrained, program_values
 from bayes_mpt.program.affine import NotAffine, read_side_by_side
+from bayes_mpt.program.arguments import fill
 from bayes_mpt.program.densities import log_density
 from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.factors import read_factors
 from bayes_mpt.program.latents import Space, space
-from bayes_mpt.program.tracing import (
-    Latent,
-    Model,
-    ModelError,
-    Program,
-    SetLatents,
-    base,
-    fill,
-    is_subsample,
-    n_rows_of,
-    node_of,
-    rows_first,
-    rows_given_shared,
-    run,
-    split_events,
-)
+from bayes_mpt.program.layout import rows_first
+from bayes_mpt.program.program import Latent, Model, ModelError, Program, n_rows_of, split_events
+from bayes_mpt.program.run import SetLatents, run
+from bayes_mpt.program.sites import base, is_subsample, node_of, rows_given_shared
 
 __all__ = ["AdaptiveNodes", "LaplaceApproximation", "check_width", "degrees_of", "hermite", "log_t"]
 

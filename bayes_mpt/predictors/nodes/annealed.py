@@ -16,8 +16,9 @@ from bayes_mpt.predictors.nodes.importance import Drawn, GuideDraws, Importance,
 from bayes_mpt.predictors.nodes.tempering import Particles, hmc_move
 from bayes_mpt.predictors.nodes.weighted import Nodes, Read, constrained
 from bayes_mpt.program.latents import Space, space
+from bayes_mpt.program.program import Model, ModelError
+from bayes_mpt.program.run import run
 from bayes_mpt.program.simulation import simulate
-from bayes_mpt.program.tracing import Model, ModelError, run
 
 __all__ = ["AnnealedImportance", "Bracket"]
 

@@ -11,20 +11,14 @@ from torch import Tensor
 from bayes_mpt.predictors.gaussian.linear import LinearGaussian
 from bayes_mpt.predictors.nodes.given import AffineBatch, Factorized
 from bayes_mpt.predictors.nodes.weighted import FixedSites, Nodes, Read, Reader, program_values
-from bayes_mpt.program.affine import cycle, same_by_label
+from bayes_mpt.program.affine import same_by_label
+from bayes_mpt.program.arguments import N_TRIAL_ROWS, cycle, fill
 from bayes_mpt.program.densities import log_density
 from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.factors import read_factors
-from bayes_mpt.program.tracing import (
-    N_TRIAL_ROWS,
-    Model,
-    ModelError,
-    Program,
-    fill,
-    rows_first,
-    run,
-    split_events,
-)
+from bayes_mpt.program.layout import rows_first
+from bayes_mpt.program.program import Model, ModelError, Program, split_events
+from bayes_mpt.program.run import run
 
 __all__ = ["enumerated", "mixture_of_maps"]
 

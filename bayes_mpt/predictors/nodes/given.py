@@ -13,8 +13,8 @@ from torch import Tensor
 
 from bayes_mpt.predictors.gaussian.linear import LinearGaussian
 from bayes_mpt.program.affine import latent_values
+from bayes_mpt.program.arguments import has_missing
 from bayes_mpt.program.factors import Factors
-from bayes_mpt.program.tracing import has_missing
 
 __all__ = [
     "AffineBatch",

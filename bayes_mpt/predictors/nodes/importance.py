@@ -22,31 +22,16 @@ from bayes_mpt.predictors.base import Evidence, Guide, Predictor
 from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes, degrees_of, log_t
 from bayes_mpt.predictors.nodes.given import Factorized, Given, Mapped, Stacked
 from bayes_mpt.predictors.nodes.weighted import Nodes, Read, Reader, constrained, nodes_first, program_values
+from bayes_mpt.program.analysis import analyze
+from bayes_mpt.program.arguments import fill, filling
+from bayes_mpt.program.checks import CLOSE
 from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.factors import read_factors
+from bayes_mpt.program.layout import rows_axis, sum_by_row
+from bayes_mpt.program.program import Latent, Model, ModelError, Program, n_rows_of, one_vector
+from bayes_mpt.program.run import NODES, SetLatents, one_precision, run, takes_visible
 from bayes_mpt.program.simulation import simulate
-from bayes_mpt.program.tracing import (
-    CLOSE,
-    NODES,
-    Latent,
-    Model,
-    ModelError,
-    Program,
-    SetLatents,
-    analyze,
-    base,
-    fill,
-    filling,
-    is_subsample,
-    latent_nodes,
-    n_rows_of,
-    one_precision,
-    one_vector,
-    rows_axis,
-    run,
-    sum_by_row,
-    takes_visible,
-)
+from bayes_mpt.program.sites import base, is_subsample, latent_nodes
 
 __all__ = ["Drawn", "GuideDraws", "Importance", "Sampled"]
 

@@ -10,7 +10,9 @@ from torch import Tensor
 from bayes_mpt.predictors.base import Evidence, Guide, Predictor
 from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes, LaplaceApproximation, check_width, hermite
 from bayes_mpt.predictors.nodes.weighted import Nodes, Read, Reader, constrained, program_values
-from bayes_mpt.program.tracing import Model, ModelError, Program, analyze, fill
+from bayes_mpt.program.analysis import analyze
+from bayes_mpt.program.arguments import fill
+from bayes_mpt.program.program import Model, ModelError, Program
 
 __all__ = ["Quadrature"]
 

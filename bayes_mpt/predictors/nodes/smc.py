@@ -32,16 +32,10 @@ from bayes_mpt.predictors.nodes.adaptive import DEGREES, AdaptiveNodes, LaplaceA
 from bayes_mpt.predictors.nodes.given import Given
 from bayes_mpt.predictors.nodes.tempering import Particles, hmc_move
 from bayes_mpt.predictors.nodes.weighted import constrained, program_values
-from bayes_mpt.program.tracing import (
-    NODES,
-    Model,
-    ModelError,
-    Program,
-    analyze,
-    fill,
-    one_precision,
-    one_vector,
-)
+from bayes_mpt.program.analysis import analyze
+from bayes_mpt.program.arguments import fill
+from bayes_mpt.program.program import Model, ModelError, Program, one_vector
+from bayes_mpt.program.run import NODES, one_precision
 
 __all__ = ["SequentialMonteCarlo"]
 
