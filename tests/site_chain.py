@@ -7,7 +7,7 @@ import pyro
 import torch
 from truths import every_row
 
-from bayes_mpt.program.tracing import base
+from bayes_mpt.program.sites import base
 
 T, L = 6, 3
 STATES = torch.from_numpy(every_row(T, L))  # (L^T, T)
