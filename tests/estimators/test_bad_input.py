@@ -11,8 +11,9 @@ import pyro.distributions as dist
 import pytest
 import scipy.sparse
 import torch
-from scipy.stats import multivariate_normal
 from sklearn.exceptions import NotFittedError
+from tables import with_holes
+from truths import factor_covariance, log_density
 
 from bayes_mpt import BayesMPT, Cumulative, HeldOut, Integrated, MarginalLikelihoodSearch, compare
 from bayes_mpt.masks import FixedRate, LeaveOneOut, UniformSize
@@ -45,15 +46,6 @@ def empty_parameter_store():
     pyro.clear_param_store()
     yield
     pyro.clear_param_store()
-
-
-def log_density(x, mean, cov):
-    out = np.zeros(len(x))
-    for n, row in enumerate(x):
-        seen = np.flatnonzero(~np.isnan(row))
-        if seen.size:
-            out[n] = multivariate_normal(mean[seen], cov[np.ix_(seen, seen)]).logpdf(row[seen])
-    return out
 
 
 def ppca_lml(x, n_components):
@@ -272,9 +264,7 @@ def test_a_column_without_values_after_fit_is_merely_missing(x, model):
     estimator = BayesMPT(model=model).fit(x)
     hollow = x.copy()
     hollow[:, 2] = np.nan
-    cov = estimator.components_.T @ estimator.components_ + np.diag(
-        np.broadcast_to(estimator.noise_variance_, T)
-    )
+    cov = factor_covariance(estimator.components_, estimator.noise_variance_)
     truth = log_density(hollow, estimator.mean_, cov)
     np.testing.assert_allclose(estimator.score_samples(hollow), truth, rtol=0, atol=1e-9)
     assert np.isfinite(estimator.transform(hollow)).all() and np.isfinite(estimator.impute(hollow)).all()
@@ -398,7 +388,7 @@ def test_two_or_three_rows_factor_analysis_is_unbounded(x, model, n_rows):
     except ValueError as error:
         assert any(word in str(error).lower() for word in ("unbounded", "row", "sample", "column", "noise"))
     else:
-        cov = estimator.components_.T @ estimator.components_ + np.diag(estimator.noise_variance_)
+        cov = factor_covariance(estimator.components_, estimator.noise_variance_)
         truth = log_density(x[:n_rows], estimator.mean_, cov)
         np.testing.assert_allclose(estimator.score_samples(x[:n_rows]), truth, rtol=1e-9, atol=1e-9)
         assert (estimator.noise_variance_ > 1e-12).all(), "a variance of zero is not a fit"
@@ -436,7 +426,7 @@ def test_more_columns_than_rows(x):
 
 def test_the_reference_program_is_exact(x):
     np.testing.assert_allclose(scored(plain, x), log_density(x, LOC, COVARIANCE), rtol=0, atol=1e-9)
-    holes = np.where(np.random.default_rng(SEED).random(x.shape) < 0.2, np.nan, x)
+    holes = with_holes(x, 0.2, SEED)
     np.testing.assert_allclose(scored(plain, holes), log_density(holes, LOC, COVARIANCE), rtol=0, atol=1e-9)
 
 
@@ -519,7 +509,7 @@ def test_a_batch_mean_behind_leading_zeros(x):
 @pytest.mark.parametrize("program", ["twice", "flipped", "rotated"])
 def test_missing_cells_of_a_transformed_observation(x, program):
     """A missing cell is the missing token only where tokens are cells in place; else an error, or the right token."""
-    holes = np.where(np.random.default_rng(SEED).random(x.shape) < 0.2, np.nan, x)
+    holes = with_holes(x, 0.2, SEED)
     model, tokens = {
         "twice": (twice, 2 * holes),
         "flipped": (flipped, holes[:, ::-1]),
@@ -637,7 +627,7 @@ def test_scales_in_a_program(x, missing):
             mean = (loc + latent(x) @ loading.T) * unit
             pyro.sample("x", dist.Normal(mean, scale * unit).to_event(1), obs=x)
 
-    rows = np.where(np.random.default_rng(SEED).random(x.shape) < 0.2, np.nan, x) if missing else x
+    rows = with_holes(x, 0.2, SEED) if missing else x
     units = (~np.isnan(rows) * np.log(SCALES)).sum(1)
     truth = log_density(rows, LOC, COVARIANCE) - units
     np.testing.assert_allclose(scored(program, rows * SCALES), truth, rtol=0, atol=1e-8)

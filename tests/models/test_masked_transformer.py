@@ -6,74 +6,28 @@ import numpy as np
 import pyro
 import pytest
 import torch
+from site_chain import STATES, TABLE, L, T, gap, log_source, logits, rows_and_masks, said, sample, shaken
 from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from truths import transformer_by_hand
 
 from bayes_mpt import BayesMPT
 from bayes_mpt.masks import UniformSize, one_each
-from bayes_mpt.models import Couplings, MaskedTransformer, contrastive_loss, masked_transformer
+from bayes_mpt.models import MaskedTransformer, contrastive_loss, masked_transformer
 from bayes_mpt.models.masked_transformer import PART, _Codes, _LookedUp
 from bayes_mpt.predictors import SelfPredictive
 from bayes_mpt.program.sites import base
 from bayes_mpt.training import Epochs
 
-T, L = 6, 3
+pytestmark = pytest.mark.usefixtures("nothing_left_behind")
+
 KINDS = [
     {},
     {"head": "contrastive"},
     {"groups": range(T), "n_levels": [3, 2, 3, 4, 3, 3]},
 ]
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_behind():
-    pyro.clear_param_store()
-    torch.manual_seed(1991)
-    before = torch.get_rng_state()
-    yield
-    assert torch.equal(before, torch.get_rng_state())
-
-
-def source():
-    """A chain of sites with three levels, neighbours alike."""
-    w = torch.zeros(T, L, T, L, dtype=torch.float64)
-    for i in range(T - 1):
-        w[i, :, i + 1] = w[i + 1, :, i] = 2.0 * torch.eye(L, dtype=torch.float64)
-    field = torch.zeros(T, L, dtype=torch.float64)
-    field[::2, 0] = 0.5
-    return Couplings(field, w)
-
-
-STATES = torch.cartesian_prod(*[torch.arange(L)] * T)  # (L^T, T)
-TABLE = source().log_prob(STATES)
-
-
-def sample(n, seed):
-    index = torch.multinomial(TABLE.exp(), n, True, generator=torch.Generator().manual_seed(seed))
-    return STATES[index].numpy().astype(np.float32)
-
-
-def gap(model):
-    """Entropy of the source that the area misses, nats a row: expectation over all L^T rows."""
-    return float(TABLE.exp().numpy() @ (TABLE.numpy() - model.score_samples(STATES.float().numpy())))
-
-
-def said(model, x, visible):
-    return base(pyro.poutine.trace(model).get_trace(x, visible).nodes["x"]["fn"]).logits
-
-
-def logits(model, x, visible):
-    """What is said of all tokens (N, T, L), at parameters away from their start."""
-    with pyro.get_param_store().scope(), torch.random.fork_rng():
-        torch.manual_seed(0)
-        first = torch.as_tensor(sample(50, 9)).clamp(max=1)
-        model(first, torch.ones_like(first, dtype=torch.bool))
-        with torch.no_grad():
-            for _, leaf in pyro.get_param_store().named_parameters():
-                leaf += 0.3 * torch.randn(leaf.shape)
-            return said(model, x, visible)
 
 
 # -------------------------------------------------------------------------------------------------------- the program
@@ -106,82 +60,14 @@ def test_codes_that_a_column_cannot_have_get_no_probability():
     assert bool((found[:, 3] > 0).all())
 
 
-def by_hand(p, x, visible, n_heads, n_layers, pulled=lambda layer, seen: 1.0):
-    """The network in numpy, token by token.
-
-    Logits (N, T, L), states (N, layers + 1, T, D), shares of attention (N, layers, H, T, T); ``pulled`` says by what
-    the pull of visible tokens to all of them is multiplied.
-    """
-    n_tokens, d = x.shape[1], p["mask"].shape[-1]
-    size = d // n_heads
-
-    def norm(h, name):
-        centred = h - h.mean(-1, keepdims=True)
-        unit = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
-        return unit * p[f"{name}.scale"] + p[f"{name}.shift"]
-
-    logits, states, shares = [], [], np.zeros((len(x), n_layers, n_heads, n_tokens, n_tokens))
-    for row in range(len(x)):
-        seen = visible[row]
-        h = np.stack([p["embedding"][0, int(x[row, t])] if seen[t] else p["mask"] for t in range(n_tokens)])
-        of_row = [h]
-        h = h + p["position"]
-        for layer in range(n_layers):
-            q, k, v = np.split(norm(h, f"layer{layer}.norm1") @ p[f"layer{layer}.attend"].T, 3, axis=-1)
-            found = np.zeros((n_tokens, d))
-            for head in range(n_heads):
-                own = slice(head * size, (head + 1) * size)
-                for i in range(n_tokens):
-                    pull = np.exp(q[i, own] @ k[:, own].T / math.sqrt(size))
-                    if seen[i]:
-                        pull = pull * pulled(layer, seen)
-                    shares[row, layer, head, i] = pull / pull.sum()
-                    found[i, own] = shares[row, layer, head, i] @ v[:, own]
-            h = h + found @ p[f"layer{layer}.attended"].T
-            up = norm(h, f"layer{layer}.norm2") @ p[f"layer{layer}.up"].T + p[f"layer{layer}.up_bias"]
-            bump = 0.5 * up * (1 + np.vectorize(math.erf)(up / math.sqrt(2)))
-            h = h + bump @ p[f"layer{layer}.down"].T
-            of_row.append(h)
-        out = norm(h, "norm") @ p["embedding"][0].T + p["bias"]
-        logits.append(out - np.log(np.exp(out).sum(-1, keepdims=True)))
-        states.append(of_row)
-    return np.stack(logits), np.array(states), shares
-
-
-@pytest.fixture
-def in_double():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-def shaken(model, x):
-    """Parameters of the program (in the store) moved away from their start."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model(x, torch.ones_like(x, dtype=torch.bool))
-        with torch.no_grad():
-            for _, leaf in pyro.get_param_store().named_parameters():
-                leaf += 0.3 * torch.randn(leaf.shape)
-    return {name: leaf.detach().numpy().copy() for name, leaf in pyro.get_param_store().named_parameters()}
-
-
-def rows_and_masks(n=12):
-    """Some tokens visible, at least two, and some hidden."""
-    x = torch.as_tensor(sample(n, 3)).double()
-    visible = torch.rand(x.shape, generator=torch.Generator().manual_seed(1)) < 0.5
-    visible[:, :2], visible[:, 5] = True, False
-    return x, visible
-
-
 @pytest.mark.parametrize("n_layers", [1, 2, 4])
-def test_the_network_is_the_one_written_out(in_double, n_layers):
+def test_the_network_is_the_one_written_out(own_store, in_double, n_layers):
     x, visible = rows_and_masks()
     model = MaskedTransformer(8, n_layers, 2, n_levels=L)
     params = shaken(model, x)
     with torch.no_grad():
         found = said(model, x, visible)
-    expected, _, _ = by_hand(params, x.numpy(), visible.numpy(), 2, n_layers)
+    expected, _, _ = transformer_by_hand(params, x.numpy(), visible.numpy(), 2, n_layers)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-11)
 
 
@@ -219,9 +105,10 @@ def test_area_lies_below_the_exact_log_likelihood_and_approaches_it(fitted):
     assert 0 < many < 0.1
     assert many < 0.5 * few and few < 0.5 * independent
     fresh = sample(2000, 1)  # and on rows as they come
-    assert abs(source().log_prob(fresh).numpy() - fitted[3000].score_samples(fresh)).mean() < 0.5
+    assert abs(log_source(torch.as_tensor(fresh)).numpy() - fitted[3000].score_samples(fresh)).mean() < 0.5
 
 
+@pytest.mark.slow
 def test_orders_disagree_and_it_is_told(fitted):
     fresh = sample(300, 1)
     spread = {}
@@ -383,6 +270,7 @@ def test_draws_follow_the_read_out(contrastive):
     assert float(z.abs().max()) < 5 and bool((share[p == 0] == 0).all())
 
 
+@pytest.mark.slow
 def test_fills_holes_and_makes_rows(fitted):
     x = sample(20, 4)
     holes = np.where(np.random.default_rng(0).random(x.shape) < 0.3, np.nan, x)
@@ -582,6 +470,7 @@ def test_refused_cells(cell, words):
         BayesMPT(MaskedTransformer(16), random_state=0).fit(X)
 
 
+@pytest.mark.slow
 def test_refused_rows(fitted):
     model = fitted[400]
     X = sample(20, 2)

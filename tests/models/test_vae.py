@@ -22,6 +22,7 @@ from sklearn.base import clone
 from sklearn.datasets import load_digits, load_wine
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from tables import with_holes
 from torch import nn
 
 from bayes_mpt import BayesMPT, HeldOut, MarginalLikelihoodSearch
@@ -31,18 +32,10 @@ from bayes_mpt.predictors import AnnealedImportance, Importance, Quadrature, cho
 from bayes_mpt.program.store import OwnStore
 from bayes_mpt.training import Epochs
 
-pytestmark = pytest.mark.filterwarnings("ignore:the importance weights", "ignore:the training stopped")
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_behind():
-    pyro.clear_param_store()
-    torch.manual_seed(1991)
-    before, dtype = torch.get_rng_state(), torch.get_default_dtype()
-    yield
-    assert not list(pyro.get_param_store().keys())
-    assert torch.equal(before, torch.get_rng_state())
-    assert torch.get_default_dtype() == dtype
+pytestmark = [
+    pytest.mark.usefixtures("nothing_left_behind"),
+    pytest.mark.filterwarnings("ignore:the importance weights", "ignore:the training stopped"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +64,6 @@ def by_grid(model, X, half_width=6.0, n=241):
     on, off = -np.logaddexp(0, -logits), -np.logaddexp(0, logits)
     log_prob = np.where(seen, np.nan_to_num(X), 0) @ on.T + np.where(seen, 1 - np.nan_to_num(X), 0) @ off.T
     return logsumexp(log_prior + log_prob, axis=1)
-
-
-def with_holes(X, share, seed=0):
-    return np.where(np.random.default_rng(seed).random(X.shape) < share, np.nan, X).astype(X.dtype)
 
 
 class TestEvidence:
@@ -130,6 +119,7 @@ class TestEvidence:
         low, high = (float((b - truth.numpy()).mean()) for b in bracket[:2])
         assert low < 0.05 and high > -0.05 and 0 < bracket.gap < 3
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("loc, scale", [(None, 1.0), (3.0, 0.01)])
     def test_annealing_starts_from_the_better_of_guide_and_prior(self, loc, scale):
         """x = z + noise: the guide is the posterior itself, or nowhere near it."""
@@ -175,6 +165,7 @@ class TestEvidence:
         truth = norm.logpdf(X, 0, (1 + 0.02**2) ** 0.5).sum()
         assert model.log_marginal_likelihood_ + 10 * model.log_marginal_likelihood_se_ < truth
 
+    @pytest.mark.slow
     def test_draws_run_side_by_side_whatever_the_number_of_rows(self):
         x = torch.zeros(6000, 784)
         model = VAE(2, hidden=(4,))
@@ -191,6 +182,7 @@ class TestEvidence:
         assert (bracket.upper - truth).mean() > -0.02
         assert -0.02 < bracket.gap < 0.3
 
+    @pytest.mark.slow
     def test_more_particles_are_no_lower(self, fitted, digits):
         few = clone_with(fitted, Importance(2)).estimate(digits[:300])
         assert few.se > 0 and few.total < by_grid(fitted, digits[:300]).sum() + 4 * few.se
@@ -213,6 +205,7 @@ class TestEvidence:
 
 
 class TestTraining:
+    @pytest.mark.slow
     def test_learns_and_holds_out(self, digits, fitted):
         independent = -(
             np.log(np.maximum(digits.mean(0), 1e-9)) * digits
@@ -314,6 +307,7 @@ class TestModel:
         jacobian = np.log(X.std(0)).sum()
         assert abs(model.score(X) - (scaled.score(StandardScaler().fit_transform(X)) - jacobian)) < 0.5
 
+    @pytest.mark.slow
     def test_categorical(self):
         rng = np.random.default_rng(0)
         hidden = rng.integers(3, size=600)
@@ -370,6 +364,7 @@ class TestModel:
         with pytest.raises(ValueError, match="LayerNorm"):
             BayesMPT(VAE(2, decoder=batch_norm)).fit(digits[:200])
 
+    @pytest.mark.slow
     def test_pickles_and_pipelines(self, fitted, digits):
         again = pickle.loads(pickle.dumps(fitted))
         assert (again.score_samples(digits[:20]) == fitted.score_samples(digits[:20])).all()
@@ -396,6 +391,7 @@ class TestModel:
 
 
 class TestDraws:
+    @pytest.mark.slow
     def test_rows_have_the_models_moments(self, fitted):
         drawn = fitted.sample(20000)
         p = {k: v.astype(float) for k, v in fitted.params_.items()}
@@ -411,7 +407,7 @@ class TestDraws:
         """Of two hidden cells, the four probabilities, by the grid."""
         X = digits[:5].astype(float).copy()
         X[:, [5, 9]] = np.nan
-        drawn = clone_with(fitted, Importance(500)).sample_missing(X, n_samples=2000)
+        drawn = clone_with(fitted, Importance(500)).sample_missing(X, n_samples=1000)
         assert (drawn[:, ~np.isnan(X)] == X[~np.isnan(X)]).all()
         base = by_grid(fitted, X)
         for a in (0.0, 1.0):
@@ -439,7 +435,7 @@ def test_search_over_the_latent_dimension():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         search = MarginalLikelihoodSearch(
-            BayesMPT(VAE(hidden=(32,)), training=Epochs(max_epochs=60, learning_rate=3e-3), random_state=0),
+            BayesMPT(VAE(hidden=(32,)), random_state=0, training=Epochs(max_epochs=30, learning_rate=3e-3)),
             {"model__latent_dim": [1, 2]},
             evidence=HeldOut(cv=2),
         ).fit(X)

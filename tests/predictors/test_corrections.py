@@ -17,6 +17,7 @@ from scipy.integrate import quad
 from scipy.stats import norm, poisson
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import KFold
+from tables import with_holes
 
 from bayes_mpt import BayesMPT, HeldOut, MarginalLikelihoodSearch, data_digest, score
 from bayes_mpt.estimators import fitted as fitted_module
@@ -79,6 +80,7 @@ def counts(x):
         pyro.sample("x", dist.Poisson((1.5 * z)[..., None].exp().expand(*z.shape, 2)).to_event(1), obs=x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("n_nodes", [2, 3, 5])
 def test_the_error_of_a_coarse_rule_is_above_zero_and_covers(n_nodes, seed):
@@ -145,6 +147,7 @@ def test_masks_in_chunks_of_any_size(monkeypatch):
         assert abs(got.total - model.log_marginal_likelihood_) < 3 * got.se
 
 
+@pytest.mark.slow
 def test_the_weighted_sum_in_chunks_of_any_size(monkeypatch):
     """Masks of one size weigh otherwise than those of another: summed here one by one, with their weights."""
     x = torch.as_tensor(correlated())
@@ -169,7 +172,7 @@ def one_latent_of_six(x):
 @pytest.mark.parametrize("name", ["CHUNK", "CACHED_CHUNK", "MAX_DENSE"])
 def test_algebra_in_chunks_of_any_size(monkeypatch, name):
     x = correlated(30, 7)
-    x[np.random.default_rng(2).random(x.shape) < 0.2] = np.nan
+    x = with_holes(x, 0.2, seed=2)
     model = BayesMPT(FactorAnalysis(2), random_state=0, training=Ascent(max_iter=20))
     with pytest.warns():
         model.fit(x)
@@ -190,6 +193,7 @@ def heavy_tailed(x):
         pyro.sample("x", dist.StudentT(5.0, z[..., None], scale).to_event(1), obs=x)
 
 
+@pytest.mark.slow
 def test_errors_of_parts_add_up(monkeypatch):
     """Parts are drawn independently: the variance of a sum is the sum of their variances."""
     x = normal_rows(2048).numpy()

@@ -495,6 +495,7 @@ def test_score_after_fit_is_that_of_fit():
         assert near._layout(x[0]).unit[0] < near._layout(x[0]).unit[1]
 
 
+@pytest.mark.slow
 def test_training_by_stages_ends_at_the_same_maximum(monkeypatch):
     X, y = (a.numpy() for a in data(400))
     settings = dict(predictor=NearestNeighbors(10), random_state=0)
@@ -568,7 +569,7 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 X = rng.random((20000, 2))
 y = np.sin(5 * X[:, 0]) + 0.3 * rng.normal(size=20000)
 import warnings; warnings.simplefilter("ignore")
-fitted = BayesMPT(GaussianProcess(), predictor=NearestNeighbors(10), training=Ascent(max_iter=2)).fit(X, y)
+fitted = BayesMPT(GaussianProcess(), predictor=NearestNeighbors(10), training=Ascent(max_iter=1)).fit(X, y)
 fitted.predict(X, return_std=True)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """

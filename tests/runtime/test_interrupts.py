@@ -19,9 +19,9 @@ import torch
 from pyro.distributions import constraints
 from pyro.poutine.runtime import _PYRO_STACK
 from scipy.special import logsumexp
-from scipy.stats import multivariate_normal
 from sklearn.exceptions import NotFittedError
 from sklearn.utils.validation import check_is_fitted
+from truths import factor_covariance, log_density, mixture_log_terms
 
 from bayes_mpt import BayesMPT, HeldOut, KernelSearch, MarginalLikelihoodSearch, compare
 from bayes_mpt.masks import UniformSize
@@ -82,17 +82,7 @@ def tied(x):
 
 
 def factor_scores(model, x):
-    """Log-densities of rows with holes, by scipy."""
-    cov = model.components_.T @ model.components_ + np.diag(
-        np.broadcast_to(model.noise_variance_, len(model.mean_))
-    )
-    return np.array(
-        [
-            multivariate_normal(model.mean_[s], cov[np.ix_(s, s)]).logpdf(r[s])
-            for r in x
-            for s in [~np.isnan(r)]
-        ]
-    )
+    return log_density(x, model.mean_, factor_covariance(model.components_, model.noise_variance_))
 
 
 def is_interrupted(model, x):
@@ -156,14 +146,6 @@ def test_em_keeps_its_best(monkeypatch, late):
     assert model.score(HOLES) < undisturbed.score(HOLES)
 
 
-def mixture_scores(params, x):
-    parts = [
-        np.log(w) + multivariate_normal(m, s @ s.T).logpdf(x)
-        for w, m, s in zip(params["weights"], params["loc"], params["scale_tril"], strict=True)
-    ]
-    return logsumexp(parts, 0)
-
-
 def test_a_mixture_keeps_its_best(monkeypatch):
     """Its own EM, in `maximize`."""
     model = BayesMPT(GaussianMixture(2), random_state=0)
@@ -179,7 +161,9 @@ def test_a_mixture_keeps_its_best(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         model.fit(X)
     assert model.interrupted_ and not model.converged_
-    np.testing.assert_allclose(model.score_samples(X), mixture_scores(model.params_, X), atol=1e-9)
+    p = model.params_
+    terms = mixture_log_terms(X, p["weights"], p["loc"], p["scale_tril"] @ p["scale_tril"].mT)
+    np.testing.assert_allclose(model.score_samples(X), logsumexp(terms, 0), atol=1e-9)
     assert model.log_marginal_likelihood_ == pytest.approx(model.score_samples(X).sum(), abs=1e-7)
 
 
