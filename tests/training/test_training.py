@@ -160,7 +160,7 @@ def test_the_maximum_is_stationary():
 def test_masks_alone_from_a_random_start():
     """Raw data, whose columns' scales differ 1e4-fold; `benchmarks/accuracy/masks_alone.py` has whole tables."""
     x, k = DATA["breast cancer"][0][:, :6], 2
-    model = BayesMPT(PPCA(k), masks=UniformSize(16), max_iter=800, random_state=1991)
+    model = BayesMPT(PPCA(k), masks=UniformSize(16), max_iter=500, random_state=1991)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit(x)
@@ -173,7 +173,7 @@ def test_masks_alone_from_a_random_start():
 def test_minibatches_of_masks():
     x, k = DATA["iris"]
     model = BayesMPT(
-        PPCA(k), masks=PermutationChain(), batch_size=50, max_iter=2000, learning_rate=0.03, random_state=0
+        PPCA(k), masks=PermutationChain(), batch_size=50, max_iter=1000, learning_rate=0.03, random_state=0
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
