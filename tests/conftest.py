@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import pretend_device  # noqa: F401  (a device must be known before the first backward pass of a process)
 import pyro
 import pytest
 import torch

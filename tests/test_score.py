@@ -22,6 +22,7 @@ from bayes_mpt.masks import Blocks, EverySize, FixedRate, LeaveOneOut, Masks, Pe
 from bayes_mpt.models import PPCA, FactorAnalysis
 from bayes_mpt.predictors import Importance, choose
 from bayes_mpt.score import CumulativeMaskedScore, estimate, fixed_rate_bias, masked_score
+from bayes_mpt.training import Ascent, Steps
 
 SEED = 1991
 N, T, K = 12, 6, 2
@@ -612,7 +613,7 @@ def test_a_registered_network_is_trained(store):
 
 
 def fit_network(network):
-    model = BayesMPT(network_program(network, register=True), max_iter=50)
+    model = BayesMPT(network_program(network, register=True), training=Ascent(max_iter=50))
     with pytest.warns(match="max_iter"):
         return model.fit(X, Y)
 
@@ -683,9 +684,9 @@ WORK = {
     "fit": lambda: BayesMPT(PPCA(2), random_state=0).fit(DATA),
     "auto": lambda: BayesMPT(random_state=0).fit(DATA),
     "random start": lambda: BayesMPT(FactorAnalysis(1), random_state=3).fit(np.where(DATA > 3, np.nan, DATA)),
-    "masks": lambda: BayesMPT(PPCA(1), masks=UniformSize(4), max_iter=100, tol=10.0, random_state=0).fit(
-        DATA
-    ),
+    "masks": lambda: BayesMPT(
+        PPCA(1), masks=UniformSize(4), training=Steps(max_iter=100, tol=10.0), random_state=0
+    ).fit(DATA),
     "estimate": lambda: BayesMPT(PPCA(1), random_state=0).fit(DATA).estimate(DATA, masks=EverySize(2)),
     "transform": lambda: BayesMPT(PPCA(1), random_state=0).fit(DATA).transform(DATA),
     "sample": lambda: BayesMPT(PPCA(1), random_state=0).fit(DATA).sample(5),

@@ -15,11 +15,12 @@ from sklearn.exceptions import NotFittedError
 from tables import with_holes
 from truths import factor_covariance, log_density
 
-from bayes_mpt import BayesMPT, MarginalLikelihoodSearch, compare
+from bayes_mpt import BayesMPT, Cumulative, HeldOut, Integrated, MarginalLikelihoodSearch, compare
 from bayes_mpt.masks import FixedRate, LeaveOneOut, UniformSize
 from bayes_mpt.models import PPCA, FactorAnalysis
 from bayes_mpt.predictors import Exact
 from bayes_mpt.score import CumulativeMaskedScore, fixed_rate_bias
+from bayes_mpt.training import Ascent, Epochs, Steps
 
 SEED = 1991
 N_ROWS, T, K = 60, 5, 2
@@ -731,15 +732,19 @@ def test_unfitted_search(x, method):
         ("masks", UniformSize),
         ("predictor", "magic"),
         ("predictor", 3),
-        ("max_iter", "many"),
-        ("max_iter", 0),
-        ("max_iter", 2.5),
-        ("tol", -1.0),
-        ("tol", "small"),
-        ("learning_rate", 0.0),
-        ("learning_rate", "fast"),
-        ("batch_size", 0),
-        ("batch_size", 2.5),
+        ("training", "steps"),
+        ("training", Ascent),
+        ("max_iter", Ascent(max_iter="many")),
+        ("max_iter", Ascent(max_iter=0)),
+        ("max_iter", Steps(max_iter=2.5)),
+        ("tol", Ascent(tol=-1.0)),
+        ("tol", Steps(tol="small")),
+        ("learning_rate", Steps(learning_rate=0.0)),
+        ("learning_rate", Epochs(learning_rate="fast")),
+        ("batch_size", Steps(batch_size=0)),
+        ("batch_size", Epochs(batch_size=2.5)),
+        ("validation_fraction", Epochs(validation_fraction=1.0)),
+        ("patience", Epochs(patience=0)),
         ("n_init", 0),
         ("warm_start", "maybe"),
         ("random_state", "seed"),
@@ -750,7 +755,9 @@ def test_unfitted_search(x, method):
 )
 def test_parameter_of_the_wrong_type(x, name, value):
     with pytest.raises((ValueError, TypeError), match=name):
-        BayesMPT(**({"model": PPCA(1)} | {name: value})).fit(x)
+        BayesMPT(
+            **{"model": PPCA(1), "training" if isinstance(value, Ascent | Steps | Epochs) else name: value}
+        ).fit(x)
 
 
 def test_unknown_device_is_named(x):
@@ -769,16 +776,19 @@ def test_wrong_number_of_latents(x, kind, value):
     ("name", "value"),
     [
         ("evidence", "waic"),
-        ("cv", 1),
-        ("n_repeats", 0),
-        ("visible_share", 1.5),
+        ("evidence", HeldOut),
+        ("cv", HeldOut(cv=1)),
+        ("n_repeats", HeldOut(n_repeats=0)),
+        ("visible_share", Cumulative(visible_share=1.5)),
+        ("se", Integrated(se=0.0)),
         ("n_jobs", "all"),
         ("refit", "best"),
     ],
     ids=repr,
 )
 def test_search_parameter_of_the_wrong_type(x, name, value):
-    options = {"evidence": "heldout"} | {name: value}
+    rule = isinstance(value, HeldOut | Cumulative | Integrated)
+    options = {"evidence": "heldout"} | {"evidence" if rule else name: value}
     with pytest.raises((ValueError, TypeError), match=name):
         MarginalLikelihoodSearch(BayesMPT(model=PPCA(1)), {"model__n_components": [1, 2]}, **options).fit(x)
 
@@ -834,7 +844,9 @@ def test_fixed_rate_bias_of_no_rate(x, rate):
 def test_a_search_ranks_by_no_such_masks(x, masks):
     """Refused, or trained on them and ranked by the LML all the same."""
     search = MarginalLikelihoodSearch(
-        BayesMPT(model=plain, masks=masks, random_state=0), {"max_iter": [5, 6]}, evidence="train"
+        BayesMPT(model=plain, masks=masks, random_state=0),
+        {"training": [Steps(max_iter=5), Steps(max_iter=6)]},
+        evidence="train",
     )
     try:
         search.fit(x)
@@ -870,7 +882,9 @@ def test_laplace_of_a_parameter_without_prior_says_what_to_do(x):
         with rows_of(x):
             pyro.sample("x", dist.Normal(weight * latent(x, 1), 1.0).to_event(1), obs=x)
 
-    search = MarginalLikelihoodSearch(BayesMPT(model=program), {"max_iter": [50, 60]}, evidence="laplace")
+    search = MarginalLikelihoodSearch(
+        BayesMPT(model=program), {"training": [Ascent(50), Ascent(60)]}, evidence="laplace"
+    )
     with pytest.raises(ERRORS, match="(?i)laplace|prior|heldout"):
         search.fit(x)
 

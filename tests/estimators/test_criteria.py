@@ -14,7 +14,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from truths import mixture_log_terms, responsibilities
 
-from bayes_mpt import BayesMPT, MarginalLikelihoodSearch
+from bayes_mpt import Auto, BayesMPT, MarginalLikelihoodSearch
 from bayes_mpt.models import (
     PPCA,
     BayesianRegression,
@@ -24,6 +24,7 @@ from bayes_mpt.models import (
     LatentClass,
     MixtureOfFactorAnalyzers,
 )
+from bayes_mpt.training import Ascent
 
 RNG = np.random.default_rng(17)
 T = 3
@@ -159,9 +160,9 @@ def test_rotations_of_loadings_are_not_free(kind, n_noise, k):
 def test_each_factor_analyser_has_rotations_of_its_own():
     x = np.random.default_rng(0).normal(size=(60, 5))
     want = 1 + 2 * rank(factors, (5,), (5, 2), (5,))
-    assert n_free(BayesMPT(MixtureOfFactorAnalyzers(2, 2), max_iter=3, tol=1.0).fit(x), x) == pytest.approx(
-        want
-    )
+    assert n_free(
+        BayesMPT(MixtureOfFactorAnalyzers(2, 2), training=Ascent(max_iter=3, tol=1.0)).fit(x), x
+    ) == pytest.approx(want)
 
 
 def test_constraints_take_freedom_away():
@@ -231,7 +232,7 @@ def test_a_search_asks_its_best_candidate(in_pipeline):
         estimator = make_pipeline(StandardScaler(), estimator)
         grid = {"bayesmpt__model__n_components": [1, 2]}
     x = X if in_pipeline else z
-    s = MarginalLikelihoodSearch(estimator, grid, cv=2, random_state=0)
+    s = MarginalLikelihoodSearch(estimator, grid, evidence=Auto(cv=2), random_state=0)
     last = estimator[-1] if in_pipeline else estimator
     assert answers(s) == answers(last)  # as long as there is no best candidate
     s.fit(x)

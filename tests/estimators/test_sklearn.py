@@ -21,6 +21,7 @@ from truths import log_density, ppca
 from bayes_mpt import BayesMPT, MarginalLikelihoodSearch
 from bayes_mpt.masks import UniformSize
 from bayes_mpt.models import PPCA, FactorAnalysis
+from bayes_mpt.training import Ascent, Steps
 
 SEED = 1991
 N_ROWS, T, K = 80, 6, 2
@@ -273,7 +274,7 @@ def test_nullable_pandas_columns(x_missing):
     "estimator",
     [
         BayesMPT(),
-        BayesMPT(model=PPCA(3), max_iter=7, random_state=5),
+        BayesMPT(model=PPCA(3), training=Ascent(max_iter=7), random_state=5),
         BayesMPT(model=FactorAnalysis(1)),
         a_search(),
     ],
@@ -514,7 +515,7 @@ def test_callback_hooks_come_in_order(x):
 @needs_callbacks
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")  # 30 steps are few on purpose
 def test_a_callback_sees_the_iterations_and_can_stop_them(x):
-    settings = dict(model=PPCA(1), masks=UniformSize(4), max_iter=30, random_state=0)
+    settings = dict(model=PPCA(1), masks=UniformSize(4), training=Steps(max_iter=30), random_state=0)
     recorder = Recorder()
     BayesMPT(**settings).set_callbacks(recorder).fit(x)
     stopper = Recorder(stop_after=3)

@@ -19,6 +19,7 @@ from bayes_mpt.models import MaskedTransformer, contrastive_loss, masked_transfo
 from bayes_mpt.models.masked_transformer import PART, _Codes, _LookedUp
 from bayes_mpt.predictors import SelfPredictive
 from bayes_mpt.program.sites import base
+from bayes_mpt.training import Epochs
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
@@ -73,7 +74,9 @@ def test_the_network_is_the_one_written_out(own_store, in_double, n_layers):
 def test_training_starts_at_independent_columns():
     X = sample(300, 0)
     with pytest.warns(ConvergenceWarning):
-        model = BayesMPT(MaskedTransformer(16), max_iter=1, learning_rate=1e-9, random_state=0).fit(X)
+        model = BayesMPT(
+            MaskedTransformer(16), training=Epochs(max_epochs=1, learning_rate=1e-9), random_state=0
+        ).fit(X)
     shares = np.stack([np.bincount(c.astype(int), minlength=L) for c in X.T]) / len(X)
     independent = (shares * np.log(shares)).sum()
     assert abs(model.score(X) - independent) < 0.03
@@ -86,7 +89,9 @@ def test_training_starts_at_independent_columns():
 def fitted():
     with pyro.get_param_store().scope(), torch.random.fork_rng():
         return {
-            n: BayesMPT(MaskedTransformer(24), learning_rate=3e-3, random_state=0).fit(sample(n, 0))
+            n: BayesMPT(MaskedTransformer(24), training=Epochs(learning_rate=3e-3), random_state=0).fit(
+                sample(n, 0)
+            )
             for n in (400, 3000)
         }
 
@@ -116,7 +121,10 @@ def test_orders_disagree_and_it_is_told(fitted):
 
 @pytest.mark.slow
 def test_the_contrastive_head_learns_as_well():
-    settings = {"learning_rate": 3e-3, "validation_fraction": 0.0, "max_iter": 25, "random_state": 0}
+    settings = {
+        "training": Epochs(learning_rate=3e-3, validation_fraction=0.0, max_epochs=25),
+        "random_state": 0,
+    }
     model = BayesMPT(MaskedTransformer(24, head="contrastive"), predictor=SelfPredictive(2), **settings).fit(
         sample(1500, 0)
     )
@@ -135,8 +143,7 @@ def test_missing_cells_and_columns_with_other_levels(head):
     X[rng.random(X.shape) < 0.2] = np.nan
     model = BayesMPT(
         MaskedTransformer(16, 1, 2, groups=range(3), n_levels=(2, 5, 3), head=head),
-        learning_rate=5e-3,
-        max_iter=40,
+        training=Epochs(learning_rate=5e-3, max_epochs=40),
         predictor=SelfPredictive(2),
         random_state=0,
     ).fit(X)
@@ -152,14 +159,24 @@ def test_missing_cells_and_columns_with_other_levels(head):
 
 def test_resumes_to_the_bit(tmp_path):
     X = sample(300, 0)
-    settings = {"random_state": 3, "learning_rate": 3e-3}
+    settings = {"random_state": 3}
     file = tmp_path / "training.pt"
     with pytest.warns(ConvergenceWarning):
-        whole = BayesMPT(MaskedTransformer(16), max_iter=4, **settings).fit(X)
+        whole = BayesMPT(
+            MaskedTransformer(16), training=Epochs(max_epochs=4, learning_rate=3e-3), **settings
+        ).fit(X)
     with pytest.warns(ConvergenceWarning):
-        BayesMPT(MaskedTransformer(16), max_iter=2, checkpoint=file, **settings).fit(X)
+        BayesMPT(
+            MaskedTransformer(16),
+            training=Epochs(max_epochs=2, learning_rate=3e-3, checkpoint=file),
+            **settings,
+        ).fit(X)
     with pytest.warns(ConvergenceWarning):
-        resumed = BayesMPT(MaskedTransformer(16), max_iter=4, checkpoint=file, **settings).fit(X)
+        resumed = BayesMPT(
+            MaskedTransformer(16),
+            training=Epochs(max_epochs=4, learning_rate=3e-3, checkpoint=file),
+            **settings,
+        ).fit(X)
     assert resumed.history_ == whole.history_
     assert all((resumed.params_[k] == whole.params_[k]).all() for k in whole.params_)
     assert all(v.dtype == np.float32 for v in whole.params_.values())
@@ -168,7 +185,7 @@ def test_resumes_to_the_bit(tmp_path):
 def test_a_checkpoint_is_of_one_training_on_its_rows(tmp_path):
     """Folds of a cross-validation would be scored after a training on all rows, further starts be the first again."""
     file = tmp_path / "training.pt"
-    settings = {"max_iter": 1, "validation_fraction": 0.0, "random_state": 3, "checkpoint": file}
+    settings = {"training": Epochs(max_epochs=1, validation_fraction=0.0, checkpoint=file), "random_state": 3}
     BayesMPT(MaskedTransformer(16), **settings).fit(sample(300, 0))
     with pytest.raises(ValueError, match="other rows"):
         BayesMPT(MaskedTransformer(16), **settings).fit(sample(300, 0)[:200])
@@ -178,7 +195,7 @@ def test_a_checkpoint_is_of_one_training_on_its_rows(tmp_path):
 
 def test_a_column_of_one_level_may_be_missing():
     X = np.column_stack([sample(300, 0), np.zeros(300)])
-    settings = {"max_iter": 1, "validation_fraction": 0.0, "random_state": 0}
+    settings = {"training": Epochs(max_epochs=1, validation_fraction=0.0), "random_state": 0}
     model = BayesMPT(MaskedTransformer(16, n_levels=[L] * T + [1]), **settings).fit(X)
     assert (model.sample(20)[:, T] == 0).all()
     without = np.where(np.arange(T + 1) == T, np.nan, X[:5])
@@ -387,7 +404,9 @@ def test_read_out_needs_the_frequencies():
     missed = {}
     for head in ("softmax", "contrastive"):
         program = MaskedTransformer(16, 1, 2, groups=range(2), n_levels=(n_contexts, n_words), head=head)
-        settings = {"batch_size": 400, "learning_rate": 5e-3, "max_iter": 25, "validation_fraction": 0.0}
+        settings = {
+            "training": Epochs(batch_size=400, learning_rate=5e-3, max_epochs=25, validation_fraction=0.0)
+        }
         model = BayesMPT(program, predictor=SelfPredictive(1), random_state=0, **settings).fit(X)
         rows = torch.stack([torch.arange(n_contexts), torch.zeros(n_contexts)], 1)
         with model.read_rows(rows.numpy()) as _, torch.no_grad():
@@ -477,6 +496,8 @@ def test_one_mask_a_row_is_what_it_is_trained_on():
             super().__call__(x, visible)
 
     with pytest.warns(ConvergenceWarning):
-        BayesMPT(Spy(16, 1, 2), max_iter=1, random_state=0, predictor=SelfPredictive(1)).fit(sample(256, 0))
+        BayesMPT(
+            Spy(16, 1, 2), training=Epochs(max_epochs=1), random_state=0, predictor=SelfPredictive(1)
+        ).fit(sample(256, 0))
     assert len(one_each(UniformSize(64).draw(T, 0), 128, 0).visible) == 1
     assert all(len(v) <= 128 for v in seen) and len(seen[0].unique(dim=0)) > 5

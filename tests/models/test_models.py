@@ -28,6 +28,7 @@ from bayes_mpt.models import (
     MixtureOfFactorAnalyzers,
     mixtures,
 )
+from bayes_mpt.training import Ascent
 
 pytestmark = pytest.mark.usefixtures("own_store")
 
@@ -581,7 +582,7 @@ def test_start_is_fitted_to_all_rows_of_a_long_table() -> None:
     rng = np.random.default_rng(3)
     x = np.concatenate([rng.normal(size=(4100, 2)), rng.normal([30.0, 0.0], size=(900, 2))])
     theirs = mixture.GaussianMixture(2, tol=1e-10, max_iter=1000, random_state=0).fit(x)
-    ours = BayesMPT(GaussianMixture(2), max_iter=1, random_state=0)
+    ours = BayesMPT(GaussianMixture(2), training=Ascent(max_iter=1), random_state=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         ours.fit(x)
@@ -645,7 +646,7 @@ def test_fit_ends_at_a_maximum(kind):
     model = BayesMPT(GaussianMixture(2, kind), random_state=0).fit(x)
     assert model.converged_
     assert model.score(x) == pytest.approx(tight_em(kind, x, model).score(x), abs=1e-6)
-    loose = BayesMPT(GaussianMixture(2, kind), tol=1e-3, random_state=0).fit(x)
+    loose = BayesMPT(GaussianMixture(2, kind), training=Ascent(tol=1e-3), random_state=0).fit(x)
     assert loose.converged_ and loose.fit_method_.startswith("maximize")
     assert loose.score(x) > model.score(x) - 0.1
 
@@ -776,9 +777,9 @@ def test_scores_of_a_mixture_need_no_program(monkeypatch):
 def test_a_fold_is_a_fit_of_its_own(program):
     """What is taken over from the fit to all rows is what the program is, and no number that has seen hidden rows."""
     x = WINE[:, [0, 1, 2, 6]]
-    whole = BayesMPT(program, tol=1e-6, random_state=0).fit(x)
+    whole = BayesMPT(program, training=Ascent(tol=1e-6), random_state=0).fit(x)
     fold = whole.refit(x[::2])
-    alone = BayesMPT(program, tol=1e-6, random_state=0).fit(x[::2])
+    alone = BayesMPT(program, training=Ascent(tol=1e-6), random_state=0).fit(x[::2])
     for name, value in alone.params_.items():
         np.testing.assert_array_equal(fold.params_[name], value)
     np.testing.assert_array_equal(fold.score_samples(x), alone.score_samples(x))

@@ -16,6 +16,7 @@ from bayes_mpt import BayesMPT
 from bayes_mpt.models import MaskedTransformer
 from bayes_mpt.predictors import SelfPredictive
 from bayes_mpt.program.sites import base
+from bayes_mpt.training import Epochs
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from optimized_mask import NOTHING, OptimizedMaskTransformer
@@ -163,7 +164,11 @@ def test_penalties_train_and_enter_no_score(own_store, in_double):
 
 
 def test_terms_left_out_leave_the_plain_network_to_the_bit():
-    settings = {"max_iter": 2, "random_state": 0, "validation_fraction": 0.0, "predictor": SelfPredictive(1)}
+    settings = {
+        "training": Epochs(max_epochs=2, validation_fraction=0.0),
+        "random_state": 0,
+        "predictor": SelfPredictive(1),
+    }
     networks = (
         MaskedTransformer(16, 2, 2),
         OptimizedMaskTransformer(16, 2, 2, **NOTHING),
@@ -186,7 +191,10 @@ def test_a_penalty_does_what_it_is_for():
     """Left to itself heterogeneity rises in the last layer; with the penalty it falls in all."""
     X = sample(500, 0)
     visible = np.random.default_rng(0).random(X.shape) < 0.5
-    settings = {"max_iter": 12, "random_state": 0, "validation_fraction": 0.0, "learning_rate": 3e-3}
+    settings = {
+        "training": Epochs(max_epochs=12, validation_fraction=0.0, learning_rate=3e-3),
+        "random_state": 0,
+    }
     rise = []
     for falling in (0.0, 1.0):
         program = OptimizedMaskTransformer(16, 2, 2, **{**NOTHING, "falling": falling, "temperature": 0.02})
@@ -197,7 +205,10 @@ def test_a_penalty_does_what_it_is_for():
 
 @pytest.mark.slow
 def test_it_learns_as_well():
-    settings = {"learning_rate": 3e-3, "validation_fraction": 0.0, "max_iter": 25, "random_state": 0}
+    settings = {
+        "training": Epochs(learning_rate=3e-3, validation_fraction=0.0, max_epochs=25),
+        "random_state": 0,
+    }
     model = BayesMPT(OptimizedMaskTransformer(24), predictor=SelfPredictive(2), **settings)
     assert 0 < gap(model.fit(sample(1500, 0))) < 0.2
 

@@ -21,6 +21,7 @@ from bayes_mpt.models.patches import MIN_SCALE, _Net, _Transformer
 from bayes_mpt.predictors import SelfPredictive
 from bayes_mpt.program.sites import base
 from bayes_mpt.score import estimate, masked_score
+from bayes_mpt.training import Epochs
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
@@ -217,13 +218,18 @@ def fitted():
         settings = {
             "masks": Blocks(UniformSize(64), LABEL),
             "predictor": SelfPredictive(1),
-            "batch_size": 128,
             "random_state": 0,
         }
         X = sample(4000, 0)
         with pytest.warns(ConvergenceWarning):
-            before = BayesMPT(PROGRAM, max_iter=1, learning_rate=1e-9, **settings).fit(X)
-        after = BayesMPT(PROGRAM, max_iter=30, learning_rate=5e-3, validation_fraction=0.0, **settings)
+            before = BayesMPT(
+                PROGRAM, training=Epochs(128, max_epochs=1, learning_rate=1e-9), **settings
+            ).fit(X)
+        after = BayesMPT(
+            PROGRAM,
+            training=Epochs(128, max_epochs=30, learning_rate=5e-3, validation_fraction=0.0),
+            **settings,
+        )
         return before, after.fit(X)
 
 
@@ -276,10 +282,7 @@ def test_missing_pixels_in_training():
         PROGRAM,
         masks=Blocks(UniformSize(64), LABEL),
         predictor=SelfPredictive(1),
-        max_iter=15,
-        batch_size=128,
-        learning_rate=5e-3,
-        validation_fraction=0.0,
+        training=Epochs(max_epochs=15, batch_size=128, learning_rate=5e-3, validation_fraction=0.0),
         random_state=0,
     ).fit(X)
     assert 0 < float(TABLE.exp() @ (TABLE - area_of(model))) < 0.6  # of 3.0 by independent pixels
@@ -299,7 +302,9 @@ def test_normal_pixels():
     for patch in range(2):
         X[:, model.patches == patch] = 5 + 3 * pairs[:, :, patch]
     truth = stats.multivariate_normal([0, 0], cov).logpdf(pairs).sum(1) - 8 * math.log(3)
-    settings = {"max_iter": 30, "batch_size": 128, "learning_rate": 4e-3, "validation_fraction": 0.0}
+    settings = {
+        "training": Epochs(max_epochs=30, batch_size=128, learning_rate=4e-3, validation_fraction=0.0)
+    }
     masks = Blocks(UniformSize(64), model.patches)
     fit = BayesMPT(model, masks=masks, predictor=SelfPredictive(1), random_state=0, **settings).fit(X[:3000])
     e = fit.estimate(X[3000:], masks=Blocks(PermutationChain(), model.patches))

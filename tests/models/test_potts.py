@@ -13,6 +13,7 @@ from bayes_mpt.masks import LeaveOneOut, Masks
 from bayes_mpt.models import Couplings, FactoredAttention, Potts
 from bayes_mpt.predictors import SelfPredictive, choose
 from bayes_mpt.score import masked_score
+from bayes_mpt.training import Ascent, Steps
 
 pytestmark = pytest.mark.usefixtures("own_store")
 
@@ -283,7 +284,7 @@ def test_fit_on_leave_one_out_is_the_maximum_of_the_pseudo_likelihood():
 def test_training_on_all_masks_comes_near_the_maximum_of_the_likelihood():
     truth = general(3, 2, 11)
     x = rows(truth, 500, 1)
-    est = BayesMPT(Potts(), batch_size=100, random_state=0).fit(x)
+    est = BayesMPT(Potts(), training=Steps(batch_size=100), random_state=0).fit(x)
     assert est.fit_method_ == "adam"
     codes = torch.as_tensor(x).long()
 
@@ -368,7 +369,9 @@ def test_missing_cells_against_enumeration(program, penalty):
     """They are summed out of what a fitted Potts model says, and out of the pseudo-likelihood that trains it."""
     x = rows(general(3, 3, 5), 60, 6)
     x[torch.rand(x.shape, generator=torch.Generator().manual_seed(7)).numpy() < 0.15] = np.nan
-    model = BayesMPT(program, masks=LeaveOneOut(), penalty=penalty, random_state=0, tol=1e-6).fit(x)
+    model = BayesMPT(
+        program, masks=LeaveOneOut(), penalty=penalty, random_state=0, training=Ascent(tol=1e-6)
+    ).fit(x)
     assert not model.complete_
     if isinstance(program, FactoredAttention):  # hidden tokens add nothing: no joint density to compare with
         assert np.isfinite(model.score(x))

@@ -16,6 +16,7 @@ from truths import normal_grid
 from bayes_mpt import BayesMPT
 from bayes_mpt.predictors import Importance, Quadrature, SequentialMonteCarlo
 from bayes_mpt.score import CumulativeMaskedScore
+from bayes_mpt.training import Steps
 
 GRID, LOG_GRID = normal_grid(8, 321)  # of a standard normal latent
 
@@ -155,7 +156,7 @@ def test_guide_of_the_latents_of_the_data_set_alone():
         guide = AutoNormal(pyro.poutine.block(logistic, hide=["level"]), init_scale=0.5)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # few steps
-        model = fitted(logistic, X, Y, guide=guide, predictor=Importance(20), max_iter=25)
+        model = fitted(logistic, X, Y, guide=guide, predictor=Importance(20), training=Steps(max_iter=25))
     text = model.explain()
     assert "20 draws of slope from the guide" in text and "rows by themselves: level" in text
     se = model.log_marginal_likelihood_se_

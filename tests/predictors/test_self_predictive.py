@@ -12,11 +12,12 @@ import torch
 from sklearn.base import clone
 from truths import every_row
 
-from bayes_mpt import BayesMPT, MarginalLikelihoodSearch
+from bayes_mpt import BayesMPT, HeldOut, MarginalLikelihoodSearch
 from bayes_mpt.masks import Blocks, EverySize, FixedRate, LeaveOneOut, PermutationChain, UniformSize, one_each
 from bayes_mpt.predictors import Exact, SelfPredictive, choose
 from bayes_mpt.program.program import ModelError
 from bayes_mpt.score import CumulativeMaskedScore, estimate, masked_score
+from bayes_mpt.training import Steps
 
 pytestmark = pytest.mark.usefixtures("own_store")
 
@@ -339,7 +340,9 @@ def sample(n, seed):
 def fitted():
     torch.manual_seed(0)
     with pyro.get_param_store().scope():
-        return BayesMPT(Net(), batch_size=200, max_iter=600, random_state=0, tol=1e-3).fit(sample(2000, 0))
+        return BayesMPT(Net(), training=Steps(batch_size=200, max_iter=600, tol=1e-3), random_state=0).fit(
+            sample(2000, 0)
+        )
 
 
 @pytest.mark.slow
@@ -429,10 +432,11 @@ def test_scores_of_rows_do_not_depend_on_their_neighbours(fitted):
 def test_search_by_held_out_rows():
     x = sample(300, 3)
     search = MarginalLikelihoodSearch(
-        BayesMPT(table, predictor=SelfPredictive(2), batch_size=100, max_iter=60, random_state=0),
+        BayesMPT(
+            table, predictor=SelfPredictive(2), training=Steps(batch_size=100, max_iter=60), random_state=0
+        ),
         [{"model": [network]}, {"model": [Independent()], "masks": [Blocks(UniformSize(8), [0, 0, 1, 1])]}],
-        evidence="heldout",
-        cv=2,
+        evidence=HeldOut(cv=2),
         error_score="raise",
     )
     with pytest.warns(UserWarning):

@@ -28,11 +28,12 @@ from sklearn.exceptions import ConvergenceWarning
 from tables import tensor, with_holes
 from truths import mixture_log_terms, normal_grid
 
-from bayes_mpt import BayesMPT, MarginalLikelihoodSearch, compare
+from bayes_mpt import Auto, BayesMPT, MarginalLikelihoodSearch, compare
 from bayes_mpt.masks import PermutationChain, UniformSize
 from bayes_mpt.models import PPCA, GaussianMixture, LatentClass
 from bayes_mpt.predictors import Exact, Importance, Quadrature, SequentialMonteCarlo
 from bayes_mpt.score import CumulativeMaskedScore
+from bayes_mpt.training import Ascent, Steps
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
@@ -159,7 +160,7 @@ def test_more_starts_are_no_worse_and_warm_start_ends_at_once():
 @pytest.mark.slow
 def test_training_on_masks_and_minibatches_climbs():
     x = codes(40, gaps=0.05)
-    settings = {"masks": UniformSize(2), "max_iter": 30, "batch_size": 20}
+    settings = {"masks": UniformSize(2), "training": Steps(max_iter=30, batch_size=20)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # thirty steps are not meant to
         model, again = (fitted(latent_class, x, **settings) for _ in range(2))
@@ -337,7 +338,7 @@ def test_two_poisson_factors():
     x = counts(12, 3, 2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the score is what is tested
-        model = fitted(poisson_factors(2), x, max_iter=5)
+        model = fitted(poisson_factors(2), x, training=Ascent(max_iter=5))
     truth = poisson_lml(model.params_["bias"], model.params_["loading"], x)
     np.testing.assert_allclose(model.score_samples(x), truth, atol=1e-4)
     assert model.transform(x).shape == (12, 2)
@@ -414,7 +415,7 @@ def test_six_latents_with_an_amortised_guide():
             pyro.sample("z", dist.Normal(loc, scale).to_event(1))
 
     x, program = counts(40, 5, 6), poisson_factors(6)
-    settings = {"guide": guide, "predictor": Importance(30), "max_iter": 150}
+    settings = {"guide": guide, "predictor": Importance(30), "training": Steps(max_iter=150)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # few steps and few draws: neither converged nor beyond doubt
         model, again = (fitted(program, x, **settings) for _ in range(2))
@@ -577,7 +578,7 @@ def test_automatic_guide():
         guide = AutoNormal(logistic)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # few steps
-        model = fitted(logistic, x, y, guide=guide, max_iter=200)
+        model = fitted(logistic, x, y, guide=guide, training=Steps(max_iter=200))
     assert model.predictor_.name == "Importance"
     assert model.log_marginal_likelihood_ == pytest.approx(logistic_truth(x, y)[0], abs=0.3)
 
@@ -706,7 +707,7 @@ def test_automatic_guide_of_a_program_for_one_draw_at_a_time():
             guide = AutoNormal(program)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # few steps, and a guide that is no good yet
-            found.append(fitted(program, x, y, guide=guide, max_iter=20))
+            found.append(fitted(program, x, y, guide=guide, training=Steps(max_iter=20)))
     assert not found[0].predictor_.one_by_one
     assert found[0].log_marginal_likelihood_ == pytest.approx(found[1].log_marginal_likelihood_, abs=1e-8)
 
@@ -1284,7 +1285,7 @@ def test_nodes_where_none_are_needed(predictor):
     """The program is linear-Gaussian: a closed form would do, nodes do too."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # few steps: the score is what is tested
-        model = fitted(linear, X, predictor=predictor, max_iter=10)
+        model = fitted(linear, X, predictor=predictor, training=Ascent(max_iter=10))
     truth = stats.multivariate_normal(model.params_["shift"], np.eye(4) + 1).logpdf(X)
     atol = 1e-8 if isinstance(predictor, Quadrature) else 0.4
     np.testing.assert_allclose(model.score_samples(X), truth, atol=atol)
@@ -1362,12 +1363,14 @@ def test_search_over_components_and_over_programs():
     x = two_blobs()
     grid = {"model__n_components": [1, 2, 3]}
     search = MarginalLikelihoodSearch(
-        BayesMPT(GaussianMixture(1, "diag"), random_state=0), grid, cv=3, random_state=0
+        BayesMPT(GaussianMixture(1, "diag"), random_state=0), grid, evidence=Auto(cv=3), random_state=0
     )
     search.fit(x)
     assert search.best_params_ == {"model__n_components": 2} and search.evidence_ == "heldout"
     programs = {"model": [GaussianMixture(2, "diag"), PPCA(1), coin]}
-    search = MarginalLikelihoodSearch(BayesMPT(random_state=0), programs, cv=3, random_state=0).fit(x)
+    search = MarginalLikelihoodSearch(
+        BayesMPT(random_state=0), programs, evidence=Auto(cv=3), random_state=0
+    ).fit(x)
     assert search.comparison_.index[0] == "GaussianMixture" and "coin" in search.comparison_.index
     assert (search.comparison_["lml_diff"] <= 0).all()
     models = {
@@ -1383,7 +1386,10 @@ def test_search_over_components_and_over_programs():
 
 def test_search_over_classes_of_codes():
     search = MarginalLikelihoodSearch(
-        BayesMPT(LatentClass(1, 3), random_state=0), {"model__n_classes": [1, 2]}, cv=2, random_state=0
+        BayesMPT(LatentClass(1, 3), random_state=0),
+        {"model__n_classes": [1, 2]},
+        evidence=Auto(cv=2),
+        random_state=0,
     ).fit(codes(40, gaps=0.05))
     assert np.isfinite(search.comparison_["lml"]).all()
 

@@ -44,6 +44,7 @@ from bayes_mpt.predictors import (
     Quadrature,
     SequentialMonteCarlo,
 )
+from bayes_mpt.training import Ascent, Epochs, Steps
 
 if DEVICE is None:
     pytest.skip("no GPU, and this torch cannot pretend one", allow_module_level=True)
@@ -106,40 +107,59 @@ EXACT = {
     "ppca": (BayesMPT(PPCA(2)), with_holes(IRIS, 0.1)),
     "factor analysis": (BayesMPT(FactorAnalysis(2)), IRIS),
     "factor analysis, holes": (BayesMPT(FactorAnalysis(1)), with_holes(IRIS, 0.1)),
-    "factor analysis, masks": (BayesMPT(FactorAnalysis(2), masks=UniformSize(4), max_iter=8), IRIS),
-    "minibatches": (BayesMPT(FactorAnalysis(2), batch_size=32, max_iter=8), IRIS),
+    "factor analysis, masks": (
+        BayesMPT(FactorAnalysis(2), masks=UniformSize(4), training=Steps(max_iter=8)),
+        IRIS,
+    ),
+    "minibatches": (BayesMPT(FactorAnalysis(2), training=Steps(batch_size=32, max_iter=8)), IRIS),
     "regression": (BayesMPT(BayesianRegression()), DIABETES.data[:20, :3], DIABETES.target[:20]),
     "mixture": (BayesMPT(GaussianMixture(2)), IRIS),
-    "mixture, holes": (BayesMPT(GaussianMixture(2), max_iter=6), with_holes(IRIS, 0.1)),
-    "mixture of factor analysers": (BayesMPT(MixtureOfFactorAnalyzers(2, 1), max_iter=6), IRIS),
-    "latent class": (BayesMPT(LatentClass(2), max_iter=6), CODES),
-    "hidden Markov": (BayesMPT(hidden_markov, max_iter=10), COUNTS),
-    "own program, quadrature": (BayesMPT(own, predictor=Quadrature(7), max_iter=10), COUNTS),
+    "mixture, holes": (BayesMPT(GaussianMixture(2), training=Ascent(max_iter=6)), with_holes(IRIS, 0.1)),
+    "mixture of factor analysers": (
+        BayesMPT(MixtureOfFactorAnalyzers(2, 1), training=Ascent(max_iter=6)),
+        IRIS,
+    ),
+    "latent class": (BayesMPT(LatentClass(2), training=Ascent(max_iter=6)), CODES),
+    "hidden Markov": (BayesMPT(hidden_markov, training=Ascent(max_iter=10)), COUNTS),
+    "own program, quadrature": (BayesMPT(own, predictor=Quadrature(7), training=Ascent(max_iter=10)), COUNTS),
     "gaussian process": (BayesMPT(GaussianProcess(1.0 * RBF())), LINE, WAVE),
     "nearest neighbours": (
-        BayesMPT(GaussianProcess(1.0 * Matern(nu=1.5)), predictor=NearestNeighbors(8), max_iter=10),
+        BayesMPT(
+            GaussianProcess(1.0 * Matern(nu=1.5)), predictor=NearestNeighbors(8), training=Ascent(max_iter=10)
+        ),
         LINE,
         WAVE,
     ),
-    "potts": (BayesMPT(Potts(), max_iter=20), CODES),
-    "attention": (BayesMPT(FactoredAttention(2, 2), max_iter=10), CODES),
-    "patches": (BayesMPT(MaskedPatches((4, 4), (2, 2), width=8, n_layers=1, n_heads=2), max_iter=3), PIXELS),
+    "potts": (BayesMPT(Potts(), training=Steps(max_iter=20)), CODES),
+    "attention": (BayesMPT(FactoredAttention(2, 2), training=Steps(max_iter=10)), CODES),
+    "patches": (
+        BayesMPT(
+            MaskedPatches((4, 4), (2, 2), width=8, n_layers=1, n_heads=2), training=Epochs(max_epochs=3)
+        ),
+        PIXELS,
+    ),
 }
 # random numbers are drawn on the device itself: it runs, and gives finite numbers
 RANDOM = {
-    "own program": (BayesMPT(own, predictor=Importance(20), max_iter=10), COUNTS),
-    "transformer": (BayesMPT(MaskedTransformer(8, 1, 2, n_levels=3), max_iter=3), CODES),
-    "vae": (BayesMPT(VAE(2, hidden=(8,)), max_iter=3), PIXELS),
-    "vae, holes": (BayesMPT(VAE(2, hidden=(8,)), max_iter=3), with_holes(PIXELS, 0.1)),
-    "vae, gaussian": (BayesMPT(VAE(2, "gaussian", hidden=(8,)), max_iter=3), with_holes(IRIS, 0.1)),
-    "vae, student": (BayesMPT(VAE(2, "studentt", hidden=(8,)), max_iter=3), IRIS),
-    "vae, codes": (BayesMPT(VAE(2, "categorical", hidden=(8,)), max_iter=3), CODES),
-    "vae, image": (BayesMPT(VAE(2, hidden=(8,), image_shape=(4, 4)), max_iter=2), PIXELS),
+    "own program": (BayesMPT(own, predictor=Importance(20), training=Steps(max_iter=10)), COUNTS),
+    "transformer": (BayesMPT(MaskedTransformer(8, 1, 2, n_levels=3), training=Epochs(max_epochs=3)), CODES),
+    "vae": (BayesMPT(VAE(2, hidden=(8,)), training=Epochs(max_epochs=3)), PIXELS),
+    "vae, holes": (BayesMPT(VAE(2, hidden=(8,)), training=Epochs(max_epochs=3)), with_holes(PIXELS, 0.1)),
+    "vae, gaussian": (
+        BayesMPT(VAE(2, "gaussian", hidden=(8,)), training=Epochs(max_epochs=3)),
+        with_holes(IRIS, 0.1),
+    ),
+    "vae, student": (BayesMPT(VAE(2, "studentt", hidden=(8,)), training=Epochs(max_epochs=3)), IRIS),
+    "vae, codes": (BayesMPT(VAE(2, "categorical", hidden=(8,)), training=Epochs(max_epochs=3)), CODES),
+    "vae, image": (BayesMPT(VAE(2, hidden=(8,), image_shape=(4, 4)), training=Epochs(max_epochs=2)), PIXELS),
     "vae, dream": (
-        BayesMPT(VAE(2, hidden=(8,)), predictor=Importance(20, dream=True), max_iter=2),
+        BayesMPT(VAE(2, hidden=(8,)), predictor=Importance(20, dream=True), training=Epochs(max_epochs=2)),
         PIXELS,
     ),
-    "annealed": (BayesMPT(VAE(2, hidden=(8,)), predictor=AnnealedImportance(4, 5), max_iter=2), PIXELS[:50]),
+    "annealed": (
+        BayesMPT(VAE(2, hidden=(8,)), predictor=AnnealedImportance(4, 5), training=Epochs(max_epochs=2)),
+        PIXELS[:50],
+    ),
     "particles": (
         BayesMPT(logistic, predictor=SequentialMonteCarlo(16, num_runs=2)),
         DIABETES.data[:60] / DIABETES.data[:60].std(0),
@@ -238,7 +258,7 @@ class TestWhatAFitIsUsedFor:
     @pytest.mark.slow
     def test_autoencoder(self):
         X = with_holes(PIXELS, 0.1)
-        there = fitted((BayesMPT(VAE(2, hidden=(8,)), max_iter=2), X), DEVICE)
+        there = fitted((BayesMPT(VAE(2, hidden=(8,)), training=Epochs(max_epochs=2)), X), DEVICE)
         assert there.transform(X).shape == (200, 2)
         filled = there.impute(X)
         seen = ~np.isnan(X)
@@ -249,7 +269,10 @@ class TestWhatAFitIsUsedFor:
 
     @pytest.mark.slow
     def test_bounds(self):
-        case = BayesMPT(VAE(2, hidden=(8,)), predictor=AnnealedImportance(2, 5), max_iter=1), PIXELS[:20]
+        case = (
+            BayesMPT(VAE(2, hidden=(8,)), predictor=AnnealedImportance(2, 5), training=Epochs(max_epochs=1)),
+            PIXELS[:20],
+        )
         assert np.isfinite(fitted(case, DEVICE).bidirectional(20).gap)
 
     @pytest.mark.slow
@@ -275,9 +298,7 @@ class TestWhatAFitIsUsedFor:
             return BayesMPT(
                 VAE(2, hidden=(8,)),
                 device=DEVICE,
-                max_iter=max_iter,
-                checkpoint=checkpoint,
-                n_iter_no_change=9,
+                training=Epochs(max_epochs=max_iter, checkpoint=checkpoint, patience=9),
                 random_state=0,
             )
 

@@ -23,12 +23,13 @@ from sklearn.exceptions import NotFittedError
 from sklearn.utils.validation import check_is_fitted
 from truths import factor_covariance, log_density, mixture_log_terms
 
-from bayes_mpt import BayesMPT, KernelSearch, MarginalLikelihoodSearch, compare
+from bayes_mpt import BayesMPT, HeldOut, KernelSearch, MarginalLikelihoodSearch, compare
 from bayes_mpt.masks import UniformSize
 from bayes_mpt.models import PPCA, VAE, FactorAnalysis, GaussianMixture
 from bayes_mpt.runtime.interrupts import check_stop, interruptible
 from bayes_mpt.runtime.progress import Task
 from bayes_mpt.runtime.tasks import side_by_side
+from bayes_mpt.training import Epochs, Steps
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(60, 1)) @ RNG.normal(size=(1, 4)) * 2 + RNG.normal(size=(60, 4))
@@ -190,7 +191,11 @@ def test_a_model_of_ones_own_may_keep_its_best():
 
 @pytest.mark.filterwarnings("ignore:the importance weights")  # of a network that has learnt little
 def test_epochs_keep_their_best():
-    model = BayesMPT(VAE(1, likelihood="gaussian", hidden=(4,)), max_iter=50, batch_size=20, random_state=0)
+    model = BayesMPT(
+        VAE(1, likelihood="gaussian", hidden=(4,)),
+        training=Epochs(max_epochs=50, batch_size=20),
+        random_state=0,
+    )
     model.set_callbacks(PressAt(3))
     with pytest.raises(KeyboardInterrupt):
         model.fit(X)
@@ -383,8 +388,7 @@ def test_an_interrupted_search_goes_on_from_its_checkpoints(tmp_path, monkeypatc
         return MarginalLikelihoodSearch(
             BayesMPT(FactorAnalysis(), random_state=0),
             grid,
-            evidence="heldout",
-            cv=3,
+            evidence=HeldOut(cv=3),
             random_state=0,
             checkpoint_dir=path,
         )
@@ -532,16 +536,18 @@ def test_threads_hear_of_it():
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_a_training_that_did_not_converge_is_marked():
-    estimator = BayesMPT(FactorAnalysis(), masks=UniformSize(4), max_iter=5, random_state=0)
-    grid = [{"model__n_components": [1]}, {"model__n_components": [2], "masks": [None], "max_iter": [2000]}]
+    estimator = BayesMPT(FactorAnalysis(), masks=UniformSize(4), training=Steps(max_iter=5), random_state=0)
+    grid = [{"model__n_components": [1]}, {"model__n_components": [2], "masks": [None], "training": [None]}]
     search = MarginalLikelihoodSearch(estimator, grid, evidence="train").fit(X)
     diag = dict(
         zip(search.candidate_names_, search.comparison_.loc[search.candidate_names_, "diag"], strict=True)
     )
     assert list(diag.values()) == ["not converged after 5 iterations", "train"]
-    short = BayesMPT(FactorAnalysis(1), masks=UniformSize(4), max_iter=5, random_state=0).fit(X)
+    short = BayesMPT(FactorAnalysis(1), masks=UniformSize(4), training=Steps(max_iter=5), random_state=0).fit(
+        X
+    )
     table = compare({"short": short, "long": BayesMPT(FactorAnalysis(1)).fit(X)}, X, evidence="train")
     assert table["diag"].to_dict() == {"long": "train", "short": "not converged after 5 iterations"}
-    search.set_params(evidence="heldout", cv=2).fit(X)
+    search.set_params(evidence=HeldOut(cv=2)).fit(X)
     diag = search.comparison_.loc[search.candidate_names_, "diag"]
     assert list(diag) == ["not converged after 5 iterations; 2 of 2 fits to folds not converged", "heldout"]

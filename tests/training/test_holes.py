@@ -18,8 +18,9 @@ from sklearn.exceptions import ConvergenceWarning
 from tables import with_holes
 from truths import log_density
 
-from bayes_mpt import BayesMPT, MarginalLikelihoodSearch
+from bayes_mpt import Auto, BayesMPT, MarginalLikelihoodSearch
 from bayes_mpt.models import PPCA, FactorAnalysis, GaussianMixture
+from bayes_mpt.training import Ascent
 
 ZERO = "noise variance of column"
 
@@ -128,7 +129,10 @@ def test_columns_that_are_never_seen_together(k, known, n_init):
 @pytest.mark.slow
 def test_a_search_over_two_panels():
     search = MarginalLikelihoodSearch(
-        BayesMPT(PPCA(), random_state=0), {"model__n_components": [1, 2, 4]}, cv=2, random_state=0
+        BayesMPT(PPCA(), random_state=0),
+        {"model__n_components": [1, 2, 4]},
+        evidence=Auto(cv=2),
+        random_state=0,
     ).fit(two_panels())
     assert search.best_params_ == {"model__n_components": 2}
 
@@ -238,7 +242,10 @@ def test_a_search_says_of_which_column():
     x = pd.DataFrame(tables()[0][:, :6], columns=list("abcdef"))
     with pytest.warns(ConvergenceWarning, match=ZERO):
         search = MarginalLikelihoodSearch(
-            BayesMPT(random_state=0), {"model": [PPCA(1), FactorAnalysis(3)]}, cv=2, random_state=0
+            BayesMPT(random_state=0),
+            {"model": [PPCA(1), FactorAnalysis(3)]},
+            evidence=Auto(cv=2),
+            random_state=0,
         ).fit(x)
     of_ppca, of_factors = (
         search.comparison_["diag"][next(n for n in search.candidate_names_ if kind in n)]
@@ -317,7 +324,7 @@ def test_constant_and_repeated_columns_are_refused_by_name():
 def test_rows_that_two_latents_reproduce():
     x = small(4, 5, 6, 0.1)
     with pytest.raises(ValueError, match="reproduce these rows"):
-        BayesMPT(PPCA(2), random_state=0, max_iter=300).fit(x[:3])
+        BayesMPT(PPCA(2), random_state=0, training=Ascent(max_iter=300)).fit(x[:3])
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from truths import covariance, factor_covariance, log_density, mean_log_density,
 from bayes_mpt import BayesMPT
 from bayes_mpt.masks import PermutationChain, UniformSize
 from bayes_mpt.models import PPCA, FactorAnalysis
+from bayes_mpt.training import Ascent, Steps
 
 DATA = {
     "iris": (load_iris().data, 2),
@@ -160,7 +161,7 @@ def test_the_maximum_is_stationary():
 def test_masks_alone_from_a_random_start():
     """Raw data, whose columns' scales differ 1e4-fold; `benchmarks/accuracy/masks_alone.py` has whole tables."""
     x, k = DATA["breast cancer"][0][:, :6], 2
-    model = BayesMPT(PPCA(k), masks=UniformSize(16), max_iter=500, random_state=1991)
+    model = BayesMPT(PPCA(k), masks=UniformSize(16), random_state=1991, training=Steps(max_iter=500))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit(x)
@@ -173,7 +174,10 @@ def test_masks_alone_from_a_random_start():
 def test_minibatches_of_masks():
     x, k = DATA["iris"]
     model = BayesMPT(
-        PPCA(k), masks=PermutationChain(), batch_size=50, max_iter=1000, learning_rate=0.03, random_state=0
+        PPCA(k),
+        masks=PermutationChain(),
+        training=Steps(batch_size=50, max_iter=2000, learning_rate=0.03),
+        random_state=0,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -469,7 +473,7 @@ def test_converged_means_stationary(scale):
 @pytest.mark.slow
 def test_masks_train_alike_at_all_scales():
     def score(scale):
-        model = BayesMPT(PPCA(1), masks=UniformSize(8), max_iter=250, random_state=0)
+        model = BayesMPT(PPCA(1), masks=UniformSize(8), random_state=0, training=Steps(max_iter=250))
         return model.fit(SMALL_X * scale).score(SMALL_X * scale)
 
     with warnings.catch_warnings():
@@ -497,7 +501,7 @@ def test_warm_start():
 
 def test_warm_start_goes_on_where_it_stopped():
     program = CONSTRAINED["lower-triangular loadings"][0]
-    model = BayesMPT(program, random_state=0, warm_start=True, max_iter=5)
+    model = BayesMPT(program, random_state=0, warm_start=True, training=Ascent(max_iter=5))
     scores = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -598,7 +602,9 @@ def test_ctrl_c_keeps_the_best_state(after):
 @pytest.mark.slow
 def test_ctrl_c_in_a_training_on_masks():
     x, seen = SMALL_X - [0, 0, 0, 100, 0], []
-    model = BayesMPT(interrupted(300, seen), masks=UniformSize(4), random_state=0, max_iter=10_000)
+    model = BayesMPT(
+        interrupted(300, seen), masks=UniformSize(4), random_state=0, training=Steps(max_iter=10_000)
+    )
     with pytest.raises(KeyboardInterrupt):
         model.fit(x)
     visited = [mean_log_density(x, m, c) for m, c in seen]
@@ -610,7 +616,9 @@ def test_ctrl_c_in_a_training_on_masks():
 def test_ctrl_c_before_the_first_window_of_a_training_on_masks():
     """There is no average yet; what was learnt so far is kept all the same."""
     x, seen = SMALL_X - [0, 0, 0, 100, 0], []
-    model = BayesMPT(interrupted(55, seen), masks=UniformSize(4), random_state=0, max_iter=10_000)
+    model = BayesMPT(
+        interrupted(55, seen), masks=UniformSize(4), random_state=0, training=Steps(max_iter=10_000)
+    )
     with pytest.raises(KeyboardInterrupt):
         model.fit(x)
     visited = [mean_log_density(x, m, c) for m, c in seen]
@@ -666,6 +674,6 @@ def test_nan_that_comes_up_during_the_training_is_an_error_that_names_its_cause(
             pyro.sample("x", dist.Normal(torch.log(a).expand(5), 1.0).to_event(1), obs=x)
 
     with pytest.raises(ValueError, match="temperature"):
-        BayesMPT(program, masks=UniformSize(2), max_iter=200, random_state=0, learning_rate=0.5).fit(
-            SMALL_X - 50
-        )
+        BayesMPT(
+            program, masks=UniformSize(2), training=Steps(max_iter=200, learning_rate=0.5), random_state=0
+        ).fit(SMALL_X - 50)
