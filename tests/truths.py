@@ -103,6 +103,16 @@ def ppca_maximum(x: Array, k: int) -> float:
     return float(-n / 2 * (t * np.log(2 * np.pi) + np.log(value[:k]).sum() + (t - k) * np.log(noise) + t))
 
 
+def known_noise_maximum(second: Array, k: int, noise: float) -> float:
+    """Greatest mean nats a row of k factors beside a known noise, of rows with these second moments (T, T) and mean 0.
+
+    The leading eigenvalues are matched where they exceed the noise, the others stay at it.
+    """
+    value = np.linalg.eigvalsh(second)[::-1]
+    theta = np.where(np.arange(len(value)) < k, np.maximum(value, noise), noise)
+    return float(-0.5 * (np.log(2 * math.pi * theta) + value / theta).sum())
+
+
 # ------------------------------------------------------------------------------------------------------- enumerations
 
 

@@ -47,7 +47,7 @@ from sklearn.decomposition._pca import _assess_dimension
 from sklearn.model_selection import KFold
 from sklearn.utils import check_random_state
 
-from bayes_mpt.evidence import Laplace, laplace_diagonal, laplace_proportional
+from bayes_mpt.evidence import LaplaceEvidence, laplace_diagonal, laplace_proportional
 from bayes_mpt.predictors.gaussian.profile import Factors, NoiseFloorError, diagonal, proportional
 
 RESULTS = Path(__file__).with_suffix(".json")
@@ -102,7 +102,7 @@ def maximise(kind: str, cov: np.ndarray, k: int) -> Factors:
     return proportional(cov, k, np.ones(len(cov))) if kind == "ppca" else diagonal(cov, k)
 
 
-def laplace(kind: str, cov: np.ndarray, n: int, k: int) -> Laplace:
+def laplace(kind: str, cov: np.ndarray, n: int, k: int) -> LaplaceEvidence:
     if kind == "ppca":
         return laplace_proportional(cov, n, k, np.ones(len(cov)))
     return laplace_diagonal(cov, n, k)

@@ -161,7 +161,7 @@ def test_the_maximum_is_stationary():
 def test_masks_alone_from_a_random_start():
     """Raw data, whose columns' scales differ 1e4-fold; `benchmarks/accuracy/masks_alone.py` has whole tables."""
     x, k = DATA["breast cancer"][0][:, :6], 2
-    model = BayesMPT(PPCA(k), masks=UniformSize(16), random_state=1991, training=Steps(max_iter=800))
+    model = BayesMPT(PPCA(k), masks=UniformSize(16), random_state=1991, training=Steps(max_iter=500))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit(x)
