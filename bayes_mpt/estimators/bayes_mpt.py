@@ -75,21 +75,22 @@ from bayes_mpt.masks import PermutationChain, Policy
 from bayes_mpt.models import PPCA
 from bayes_mpt.models.checks import CheckedModel
 from bayes_mpt.predictors import (
+    Bound,
     Conditionals,
     Evidence,
     LinearGaussian,
-    MarkovGaussian,
     Predictive,
     Predictor,
     choose,
 )
-from bayes_mpt.predictors.base import together
+from bayes_mpt.predictors.base import Frozen, together
+from bayes_mpt.predictors.gaussian.linear import LinearRows
+from bayes_mpt.predictors.gaussian.markov import MarkovRows
 from bayes_mpt.predictors.gaussian.profile import NoiseFloorError, spectrum
 from bayes_mpt.predictors.new_rows import growing, means_of_new
 from bayes_mpt.predictors.nodes.annealed import Annealed, AnnealedImportance, Bracket
-from bayes_mpt.predictors.nodes.weighted import Nodes
 from bayes_mpt.predictors.self_predictive import sees_all
-from bayes_mpt.program.affine import DenseMap, token_means, tokens_of
+from bayes_mpt.program.affine import AffineForm, DenseMap, token_means, tokens_of
 from bayes_mpt.program.devices import (
     at_once,
     check_device,
@@ -266,9 +267,7 @@ class BayesMPT(
     _location: str | None  # the parameter to which it is added in `params_`
     _y_like: tuple[tuple[int, ...], Any] | None  # shape and type of one row's y
     _fill_values: Tensor | None  # a value (T,) of each column, for a program that is conditioned on the mask
-    _analysis: (
-        Conditionals | None
-    )  # the program as it was found to be, where that does not depend on its rows
+    _analysis: Bound | None  # the program as it was found to be, where that does not depend on its rows
     _trained_with: int  # the seed of the training
     _random_after: list[Tensor]  # torch's random states at its end, from which its score was drawn
 
@@ -603,14 +602,14 @@ class BayesMPT(
                     if prior is not None and not fit.interrupted:
                         _warn_of_bounds(prior, problem)
                     problem.predictor.settle()
-                    predictor, total, se = self._score_of_training(problem, fit, trainer)
+                    read, total, se = self._score_of_training(problem, fit, trainer)
                     if not np.isfinite(total):
                         raise ModelError(
                             f"the log marginal likelihood is {total} at the fitted parameters"
-                            f"{training.impossible(problem, predictor)}: "
+                            f"{training.impossible(problem, read)}: "
                             f"{not_finite(sees_all(model), args)}. Check what the program computes from these"
                         )
-                    self._keep_latents(model, predictor, args, template)
+                    self._keep_latents(model, problem.predictor, read, args, template)
                     self._fill_values = filling(args[0][:MAX_INIT_ROWS]) if predictor.own_masks else None
                     self._state = save()
                     self._shift, self._location = shift, location
@@ -618,7 +617,7 @@ class BayesMPT(
                     self._y_like = (y.shape[1:], y.dtype) if y is not None else None
                     self._statistics = statistics
                     self._seen = args if predictor.remembers or self._growing else None
-                    self._store_fit(model, guide, predictor, fit, total, se)
+                    self._store_fit(model, guide, Frozen(problem.predictor, read), fit, total, se)
                     self.data_digest_ = digest_of_rows(X) if seen is None else ""
                     self.complete_ = (
                         bool(statistics.complete) if statistics is not None else not bool(np.isnan(X).any())
@@ -717,33 +716,40 @@ class BayesMPT(
     def _score_of_training(
         self, problem: training.Problem, fit: training.Fit, trainer: Trainer
     ) -> tuple[Conditionals, float, float]:
-        """The predictor at the fitted parameters, and the total score of the training rows with its error."""
+        """The conditionals at the fitted parameters, and the total score of the training rows with its error."""
         by_parts = trainer.by_epochs and not problem.predictor.own_masks
         some = problem
         if by_parts:  # as many rows as the epochs never hold at once
             step = min(self._n_at_once(problem.args[0]), problem.n_rows)
             some = training.take_rows(problem, torch.arange(step))
-        predictor = some.read() if fit.last is None else fit.last
-        if predictor.exact and not by_parts:
-            score = float(problem.score_of(predictor)) if fit.last is None else fit.history[-1]
-            return predictor, score * problem.n_rows, 0.0
-        if predictor.own_masks and predictor.value.numel() * problem.args[0].shape[1] > MAX_CHAIN_CELLS:
-            return predictor, *training.total_on_masks(problem, predictor, trainer.seed)
-        parts = self._evidence_by_parts(problem) if by_parts else [predictor.evidence(predictor.value)]
+        read = some.read() if fit.last is None else fit.last
+        if problem.predictor.exact and not by_parts:
+            score = float(problem.score_of(read)) if fit.last is None else fit.history[-1]
+            return read, score * problem.n_rows, 0.0
+        if problem.predictor.own_masks and read.value.numel() * problem.args[0].shape[1] > MAX_CHAIN_CELLS:
+            return read, *training.total_on_masks(problem, read, trainer.seed)
+        parts = self._evidence_by_parts(problem) if by_parts else [read.evidence()]
         found = together(parts)
         warn_of(found.diagnostics)
-        return predictor, float(found.by_row.sum()), found.se
+        return read, float(found.by_row.sum()), found.se
 
     @torch.no_grad()
     def _keep_latents(
-        self, model: Model, predictor: Conditionals, args: tuple[Any, ...], template: BayesMPT | None
+        self,
+        model: Model,
+        predictor: Bound,
+        read: Conditionals,
+        args: tuple[Any, ...],
+        template: BayesMPT | None,
     ) -> None:
         """What is said of latents later: those that all rows share, those that come with rows, numbers a row."""
         structure = predictor.structure
         outside = {site.name for site in structure.latents if structure.rows_plate not in site.plates}
         self._shared_latents = [
             (share, {n: v.detach().clone() for n, v in values.items() if n in outside})
-            for share, values in predictor.shared_latents(predictor.value)
+            for share, values in (
+                [] if structure.by_row or predictor.remembers else read.posterior().shared()
+            )
         ]
         self._growing: tuple[str, ...] = ()
         if isinstance(structure, Program) and len(args) > 1 and not predictor.exact:
@@ -754,8 +760,8 @@ class BayesMPT(
         elif template is not None and structure is template.predictor_.structure:
             self._n_features_out = template._n_features_out
         elif any(site.discrete for site in structure.latents):
-            one = predictor.value[:1] if structure.scores_input else predictor.value
-            self._n_features_out = predictor.posterior(one).mean.shape[1]
+            one = read.at(read.value[:1]) if structure.scores_input else read
+            self._n_features_out = one.posterior().mean.shape[1]
         else:
             self._n_features_out = structure.n_latents
 
@@ -765,14 +771,13 @@ class BayesMPT(
 
     def _evidence_by_parts(self, problem: training.Problem) -> Iterator[Evidence]:
         for index in torch.arange(problem.n_rows).split(self._n_at_once(problem.args[0])):
-            predictor = training.take_rows(problem, index).read()
-            yield predictor.evidence(predictor.value)
+            yield training.take_rows(problem, index).read().evidence()
 
     def _store_fit(
         self,
         model: Model,
         guide: Callable[..., Any] | None,
-        predictor: Conditionals,
+        predictor: Frozen,
         fit: training.Fit,
         total: float,
         se: float,
@@ -780,7 +785,7 @@ class BayesMPT(
         self._fitted_on = self.device
         self.fitted_model_ = model
         self.fitted_guide_ = guide
-        self.predictor_ = predictor.freeze()
+        self.predictor_ = predictor
         self.log_marginal_likelihood_ = total
         self.log_marginal_likelihood_se_ = se
         self.history_ = fit.history
@@ -792,8 +797,8 @@ class BayesMPT(
         self.at_map_ = bool(self.penalty)
         structure = predictor.structure
         self.n_components_ = structure.n_latents
-        if isinstance(self.predictor_, LinearGaussian) and structure.by_row and not structure.per_row:
-            reading = self.predictor_.reading
+        if isinstance(predictor.shared, LinearRows) and structure.by_row and not structure.per_row:
+            reading = predictor.shared.reading
             self.components_ = reading.loading[0].mT.cpu().numpy()
             self.mean_ = self._unshifted(reading.loc[0].cpu().numpy())
             noise = reading.noise[0].cpu().numpy()
@@ -821,11 +826,11 @@ class BayesMPT(
         if self.predictor_.remembers:
             return self._score_given_seen(X, y), 0.0
         if structure.scores_input or not structure.by_row or self.predictor_.own_masks:
-            with self.read_rows(X, y) as (predictor, x):
-                found = predictor.evidence(x)
+            with self.read_rows(X, y) as read:
+                found = read.evidence()
                 return found.by_row.cpu().numpy(), found.se
         with torch.no_grad():
-            found = together(predictor.evidence(x) for predictor, x in self._read_parts(X, y))
+            found = together(read.evidence() for read in self._read_parts(X, y))
         return found.by_row.cpu().numpy(), found.se
 
     def score(self, X: ArrayLike, y: Any = None) -> float:
@@ -857,16 +862,14 @@ class BayesMPT(
         masks = PermutationChain() if masks is None else masks
         if not isinstance(masks, Policy):
             raise TypeError(f"masks must be a mask policy such as UniformSize(20), got {masks!r}")
-        with self.read_rows(X, y) as (predictor, x):
-            few = not isinstance(predictor, LinearGaussian) or len(x) <= 2 * x.shape[1]
+        with self.read_rows(X, y) as read:
+            x = read.value
+            few = not isinstance(read, LinearRows) or len(x) <= 2 * x.shape[1]
             statistics = (
-                None
-                if few or not predictor.structure.scores_input
-                else SufficientStatistics(x, str(x.device))
+                None if few or not read.structure.scores_input else SufficientStatistics(x, str(x.device))
             )
             return estimate(
-                predictor,
-                x,
+                read,
                 masks,
                 n_replicates=n_replicates,
                 random_state=self._seed(),
@@ -879,7 +882,7 @@ class BayesMPT(
         Of discrete latents the probabilities of their values.
         """
         with torch.no_grad():
-            means = [predictor.posterior(x).mean for predictor, x in self._read_parts(X, y)]
+            means = [read.posterior().mean for read in self._read_parts(X, y)]
         return torch.cat(means).cpu().numpy().astype(self._dtype_of(X), copy=False)
 
     def inverse_transform(self, Z: ArrayLike) -> NDArray[np.floating]:
@@ -898,7 +901,7 @@ class BayesMPT(
         check_is_fitted(self)
         with torch.no_grad():
             cells = self._tensor(self._check_rows(X, reset=False))
-            parts = [(x, predictor.posterior(x).tokens) for predictor, x in self._read_parts(X, y)]
+            parts = [(read.value, read.posterior().tokens) for read in self._read_parts(X, y)]
             x = torch.cat([part[0] for part in parts])
             tokens = torch.where(x.isnan(), torch.cat([part[1] for part in parts]), x)
             if x.shape == cells.shape and bool(((x == cells) | (x.isnan() & cells.isnan())).all()):
@@ -950,7 +953,7 @@ class BayesMPT(
         Of a mixture, of its components. A row without any observed cell has those before any data.
         """
         with torch.no_grad():
-            parts = [predictor.label_probabilities(x) for predictor, x in self._read_parts(X, None)]
+            parts = [read.posterior().labels() for read in self._read_parts(X, None)]
         return torch.cat(parts).double().cpu().numpy()
 
     def _counts_parameters(self) -> bool:
@@ -1048,7 +1051,7 @@ class BayesMPT(
         shape, dtype = self._y_like
         new = self._arguments(rows, np.zeros((len(rows), *shape), dtype=dtype))
         with self._fitted_program(self._seen) as predictor, torch.no_grad():
-            return predictor.predictive(self._seen, new, full=full)
+            return predictor.read(self._seen).predict(new, full=full)
 
     def _score_given_seen(self, X: ArrayLike, y: Any) -> NDArray[np.float64]:
         """log p(y_i | x_i, training rows) (N,)."""
@@ -1121,7 +1124,7 @@ class BayesMPT(
             )
         with torch.no_grad():
             try:
-                parts = [predictor.draw(x, n_samples) for predictor, x in self._read_parts(X, y)]
+                parts = [read.posterior().draws(n_samples) for read in self._read_parts(X, y)]
             except NotImplementedError as error:
                 raise ValueError(f"{error}: use impute for their means") from error
         return self._unshifted(torch.cat(parts, 1).double().cpu().numpy())
@@ -1145,8 +1148,8 @@ class BayesMPT(
         rows, latents = self._simulate(n_samples)
         args = (rows,)
         with self._fitted_program(args) as predictor:
-            assert isinstance(predictor, Nodes) and isinstance(predictor.reader, Annealed)
-            return predictor.reader.bracket(args, latents)
+            assert isinstance(predictor, Annealed)
+            return predictor.bracket(args, latents)
 
     def get_covariance(self) -> NDArray[np.float64]:
         """Covariance of a row: W W' + diag(noise), (T, T)."""
@@ -1252,7 +1255,7 @@ class BayesMPT(
             assign(of_program(problem), torch.as_tensor(found.modes[0].theta))
             read = problem.read()
             self.log_marginal_likelihood_ = float(problem.score_of(read))
-            self.predictor_ = read.freeze()
+            self.predictor_ = Frozen(predictor, read)
             self._state = save()
             self.params_ = self._parameters()
         self.at_map_ = True
@@ -1295,7 +1298,7 @@ class BayesMPT(
             tokens = f"the {s.n_tokens} observations of site {s.observed!r} in a row; rows are independent"
         read = (
             ""
-            if not isinstance(self.predictor_, LinearGaussian | MarkovGaussian)
+            if not isinstance(s, AffineForm)
             else (
                 "; read on the real rows, since each row has its own map"
                 if s.per_row
@@ -1321,20 +1324,20 @@ class BayesMPT(
         return digest_of_rows(self._check_rows(X, reset=False))
 
     @contextmanager
-    def read_rows(self, X: ArrayLike, y: Any = None) -> Iterator[tuple[Conditionals, Tensor]]:
-        """Inside ``with``, where no gradients are tracked: the fitted predictor and the rows (N, T) that it scores."""
+    def read_rows(self, X: ArrayLike, y: Any = None) -> Iterator[Conditionals]:
+        """Inside ``with``, where no gradients are tracked: the conditionals of these rows, which are its ``value``."""
         with turn(), left_as_found(store=True):
             check_is_fitted(self)
             rows = self._check_rows(X, reset=False)
             if self.predictor_.structure.scores_input:
                 with torch.no_grad():
-                    yield self.predictor_, self._tensor(rows)
+                    yield self.predictor_.read((self._tensor(rows),))
                 return
             # a network's penalties, and the loss of a contrastive head, stand in its scores where gradients are
             with self._read_rows(rows, y) as found, torch.no_grad():
                 yield found
 
-    def _read_parts(self, X: ArrayLike, y: Any) -> Iterator[tuple[Conditionals, Tensor]]:
+    def _read_parts(self, X: ArrayLike, y: Any) -> Iterator[Conditionals]:
         """As `read_rows`, a part of the rows after the other where that can be, to be used as they come."""
         check_is_fitted(self)
         structure = self.predictor_.structure
@@ -1353,18 +1356,18 @@ class BayesMPT(
             for args in parts:
                 with torch.no_grad():
                     read = predictor.read(args)
-                yield read, read.value
+                yield read
 
     @contextmanager
-    def _read_rows(self, rows: NDArray[np.floating], y: Any) -> Iterator[tuple[Conditionals, Tensor]]:
+    def _read_rows(self, rows: NDArray[np.floating], y: Any) -> Iterator[Conditionals]:
         args = self._arguments(rows, y)
         with self._fitted_program(args) as predictor:
             with torch.no_grad():
-                predictor = predictor.read(args)
-            yield predictor, predictor.value
+                read = predictor.read(args)
+            yield read
 
     @contextmanager
-    def _fitted_program(self, args: tuple[Any, ...]) -> Iterator[Conditionals]:
+    def _fitted_program(self, args: tuple[Any, ...]) -> Iterator[Bound]:
         """The program at its fitted parameters, on these arguments."""
         if (
             self._fill_values is not None
@@ -1431,14 +1434,12 @@ class BayesMPT(
     def _shared_reading(self, what: str) -> DenseMap:
         check_is_fitted(self)
         self._sync_device()
-        predictor = self.predictor_
-        structure = predictor.structure
-        if (
-            isinstance(predictor, LinearGaussian | MarkovGaussian)
-            and structure.by_row
-            and not structure.per_row
-        ):
-            return predictor.reading if isinstance(predictor, LinearGaussian) else predictor.dense()
+        structure, shared = self.predictor_.structure, self.predictor_.shared
+        if structure.by_row and not structure.per_row:
+            if isinstance(shared, LinearRows):
+                return shared.reading
+            if isinstance(shared, MarkovRows):
+                return shared.dense()
         raise ValueError(f"{what} needs a program whose rows share one map; this one's rows differ")
 
     def _seed(self) -> int:

@@ -24,7 +24,7 @@ from bayes_mpt.evidence.integrated import Prior, assign
 from bayes_mpt.evidence.laplace import laplace_proportional
 from bayes_mpt.masks import PermutationChain, Policy
 from bayes_mpt.models.mixtures import CollapseError
-from bayes_mpt.predictors import Conditionals, LinearGaussian, Predictor, choose
+from bayes_mpt.predictors import Bound, LinearGaussian, Predictor, choose
 from bayes_mpt.predictors.base import Guide
 from bayes_mpt.predictors.gaussian.incomplete import FewCellsError
 from bayes_mpt.predictors.gaussian.process import N_TRIAL_ROWS, gaussian_program
@@ -77,8 +77,8 @@ def bind(
     *,
     takes_y: bool,
     by_epochs: bool,
-    known: tuple[Conditionals, State] | None = None,
-) -> tuple[Conditionals, tuple[Any, ...]]:
+    known: tuple[Bound, State] | None = None,
+) -> tuple[Bound, tuple[Any, ...]]:
     """Run the program for the first time and choose its predictor; with what it is to be read on.
 
     Parameters
@@ -167,7 +167,7 @@ def choose_dimension(model: Any, statistics: SufficientStatistics) -> tuple[Any,
     return model.__class__(**{**model.get_params(), "n_components": best}), evidence, at_floor
 
 
-def refuse_subsampling(predictor: Conditionals, args: tuple[Any, ...]) -> None:
+def refuse_subsampling(predictor: Bound, args: tuple[Any, ...]) -> None:
     """Programs whose score is that of other rows than they are given, or weighed."""
     structure = predictor.structure
     scale = 1.0
@@ -193,7 +193,7 @@ def refuse_subsampling(predictor: Conditionals, args: tuple[Any, ...]) -> None:
         )
 
 
-def warn_of_ignored_rows(predictor: Conditionals, model: Model, args: tuple[Any, ...]) -> None:
+def warn_of_ignored_rows(predictor: Bound, model: Model, args: tuple[Any, ...]) -> None:
     """Say so where no argument changes what a program observes."""
     structure = predictor.structure
     if structure.scores_input or predictor.own_masks:
@@ -491,8 +491,9 @@ class Trainer:
         fit = training.maximize_profile(
             whole, statistics, self.max_iter, self.tol, n_init=n_init, seed=self.seed, at_floor=self.at_floor
         )
-        if fit is not None and fit.last is not None and problem.weight is None:
-            with torch.no_grad():  # of the rows themselves, where these are at hand
+        if fit is not None and fit.last is not None and problem.weight is None and problem.rows is not None:
+            fit.last = fit.last.at(problem.rows)  # the rows themselves, where these are at hand
+            with torch.no_grad():
                 fit.history = [float(problem.score_of(fit.last))]
         return fit
 

@@ -315,8 +315,8 @@ def refuse_unbounded(model: BayesMPT, X: Any, y: Any = None) -> None:
     codes = isinstance(structure, Program) and any(site.discrete for site in structure.sites)
     if not (structure.by_row and structure.parameters and cells) or codes or model.predictor_.own_masks:
         return
-    with model.read_rows(X, y) as (_, x):
-        rows = x.double().cpu().numpy()
+    with model.read_rows(X, y) as read:
+        rows = read.value.double().cpu().numpy()
     if rows.shape[1] != model.n_features_in_:
         return
     constant = np.nanmin(rows, 0) == np.nanmax(rows, 0)
@@ -400,6 +400,7 @@ def before_final(estimator: Any, X: Any) -> Any:
 
 def token_digest(estimator: Any, X: Any, y: Any) -> str:
     """Fingerprint of the tokens that are scored, the same whether a model takes them in single or double precision."""
-    with final_step(estimator).read_rows(before_final(estimator, X), y) as (_, rows):
+    with final_step(estimator).read_rows(before_final(estimator, X), y) as read:
+        rows = read.value
         shape = repr(tuple(rows.shape)).encode()
         return hashlib.sha256(shape + rows.float().cpu().numpy().tobytes()).hexdigest()[:16]

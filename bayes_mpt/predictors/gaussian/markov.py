@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayes_mpt.predictors.base import Conditionals, Posterior
+from bayes_mpt.predictors.base import Bound, Conditionals, Posterior
 from bayes_mpt.predictors.gaussian.linear import CHUNK, LOG_2PI, Groups, LinearGaussian, cholesky, group_rows
 from bayes_mpt.program.affine import (
     AffineForm,
@@ -35,13 +35,13 @@ from bayes_mpt.program.affine import (
 from bayes_mpt.program.sparse import Blocks, NotSparse, Sparse, SparseMap
 from bayes_mpt.program.tracing import Model, ModelError
 
-__all__ = ["MarkovGaussian", "closed_form"]
+__all__ = ["MarkovGaussian", "MarkovRows", "closed_form"]
 
 MAX_LOST = 1e-7  # nats a token
 
 
-def closed_form(model: Model, args: tuple[Any, ...]) -> Conditionals:
-    """The conditionals of a linear-Gaussian program, along a chain or dense: whichever needs less work.
+def closed_form(model: Model, args: tuple[Any, ...]) -> Bound:
+    """A linear-Gaussian program scored in closed form, along a chain or dense: whichever needs less work.
 
     Raises
     ------
@@ -55,8 +55,8 @@ def closed_form(model: Model, args: tuple[Any, ...]) -> Conditionals:
         return LinearGaussian(model, args, outline=outline)
 
 
-class MarkovGaussian(Conditionals):
-    """Closed-form conditionals of a linear-Gaussian program whose latents form a chain, found by evaluation.
+class MarkovGaussian(Bound):
+    """A linear-Gaussian program whose latents form a chain, found by evaluation, scored in closed form.
 
     Parameters
     ----------
@@ -83,19 +83,19 @@ class MarkovGaussian(Conditionals):
     ...         z = pyro.sample(f"z_{t}", dist.Normal(z, 1.0))
     ...         pyro.sample(f"x_{t}", dist.Normal(z, 1.0), obs=x[t])
     >>> x = torch.zeros(100, dtype=torch.float64)
-    >>> MarkovGaussian(walk, (x,)).read((x,)).joint(x[None])  # N(0; 0, min(s, t) + [s = t])
+    >>> MarkovGaussian(walk, (x,)).read((x,)).score()  # N(0; 0, min(s, t) + [s = t])
     tensor([-139.8533], dtype=torch.float64)
     """
 
     exact = True
     name = "Exact"
+    model: Model
     structure: AffineForm
 
     def __init__(self, model: Model, args: tuple[Any, ...], *, outline: Outline | None = None):
-        self.model: Model | None = model
+        self.model = model
         self._way = Sparse()
         self.structure = affine_form(model, args, self._way, outline=outline)
-        self._reading: SparseMap | None = None
         assert self._way.layout is not None
         layout = self._way.layout
         self.why = (
@@ -104,34 +104,31 @@ class MarkovGaussian(Conditionals):
             "the time is linear in the length"
         )
 
-    @property
-    def reading(self) -> SparseMap:
-        """The linear-Gaussian map at the parameters last read."""
-        if self._reading is None:
-            raise RuntimeError(
-                "call read(args) first: this predictor has not read the program's parameters yet"
-            )
-        return self._reading
+    def read(self, args: tuple[Any, ...]) -> MarkovRows:
+        return MarkovRows(self.structure, read(self.model, args, self.structure, self._way))
 
-    @property
-    def value(self) -> Tensor:
-        return self.reading.value
 
-    @property
-    def scale(self) -> float:
-        return self.reading.scale
+class MarkovRows(Conditionals):
+    """Rows under linear-Gaussian maps along a chain of latents: one for all, or one for each."""
 
-    def read(self, args: tuple[Any, ...]) -> MarkovGaussian:
-        if self.model is None:
-            raise RuntimeError("this predictor is frozen: it has no program to read")
-        return self._with(self.model, read(self.model, args, self.structure, self._way))
+    structure: AffineForm
 
-    def freeze(self) -> MarkovGaussian:
+    def __init__(self, structure: AffineForm, reading: SparseMap):
+        self.structure, self.reading = structure, reading
+        self.value, self.scale = reading.value, reading.scale
+
+    def at(self, tokens: Tensor) -> MarkovRows:
+        return MarkovRows(self.structure, self.reading._replace(value=tokens))
+
+    def detached(self) -> MarkovRows:
         loc, latent_loc, slope, root, noise = (t.detach().clone() for t in self.reading[:5])
-        layout, scale = self.reading.layout, self.reading.scale
-        return self._with(None, SparseMap(loc, latent_loc, slope, root, noise, scale, loc[:0], layout))
+        layout = self.reading.layout
+        return MarkovRows(
+            self.structure, SparseMap(loc, latent_loc, slope, root, noise, self.scale, loc[:0], layout)
+        )
 
-    def conditionals(self, x: Tensor, visible: Tensor) -> Tensor:
+    def conditionals(self, visible: Tensor) -> Tensor:
+        x = self.value
         rows = _Rows(x, self.reading)
         step = max(1, CHUNK // max(1, x.numel() * self.reading.layout.width**2))
         out = []
@@ -145,43 +142,35 @@ class MarkovGaussian(Conditionals):
             out.append(torch.where(hidden, log_prob, 0.0))
         return torch.cat(out)
 
-    def chain(self, x: Tensor, order: Tensor) -> Tensor:
-        rows = _Rows(x, self.reading)
+    def chain(self, order: Tensor, stops: list[int] | None = None) -> Tensor:
+        rows = _Rows(self.value, self.reading)
         with torch.no_grad():
             self._smooth(rows, rows.seen[None])  # refuses where digits are lost
         return torch.stack([self._chain(rows, tokens) for tokens in order])
 
-    def joint(self, x: Tensor) -> Tensor:
+    def _joint(self) -> Tensor:
+        x = self.value
         step = max(1, CHUNK // max(1, x.shape[1] * self.reading.layout.width**2))
         if len(x) <= step or len(self.reading.loc) > 1:
-            return self._joint(x)
-        return torch.cat([self._joint(x[i : i + step]) for i in range(0, len(x), step)])
+            return self._log_density(x)
+        return torch.cat([self._log_density(x[i : i + step]) for i in range(0, len(x), step)])
 
-    def posterior(self, x: Tensor, visible: Tensor | None = None) -> Posterior:
-        rows = _Rows(x, self.reading)
+    def posterior(self, visible: Tensor | None = None) -> Posterior:
+        rows = _Rows(self.value, self.reading)
         shown = rows.seen if visible is None else rows.seen & visible
         _, found = self._smooth(rows, shown[None])
-        return Posterior(rows.by_latent(found.z)[0], rows.by_token(found.tokens)[0])
-
-    def shared_latents(self, x: Tensor) -> list[tuple[float, dict[str, Tensor]]]:
+        mean = rows.by_latent(found.z)[0]
         # the mean of the tokens is affine in the latents, so that their means are enough
-        if self.structure.by_row:
-            return []
-        return [(1.0, latent_values(self.structure, self.posterior(x).mean))]
+        shared = None if self.structure.by_row else lambda: [(1.0, latent_values(self.structure, mean))]
+        return Posterior(mean, rows.by_token(found.tokens)[0], of_shared=shared)
 
     def dense(self) -> DenseMap:
-        """The map as `LinearGaussian` has it, K x K and T x K matrices."""
+        """The map as `LinearRows` has it, K x K and T x K matrices."""
         return self.reading.dense()
-
-    def _with(self, model: Model | None, reading: SparseMap) -> MarkovGaussian:
-        new = object.__new__(MarkovGaussian)
-        new.model, new.structure, new.why = model, self.structure, self.why
-        new._way, new._reading = self._way, reading
-        return new
 
     # ------------------------------------------------------------------------------------------------ the algebra
 
-    def _joint(self, x: Tensor) -> Tensor:
+    def _log_density(self, x: Tensor) -> Tensor:
         rows = _Rows(x, self.reading)
         logdet, found = self._smooth(rows, rows.seen[None])
         # r' S^-1 r = |r - W u|^2 / noise + |u|^2 at the posterior mean u: sums of squares, nothing cancels

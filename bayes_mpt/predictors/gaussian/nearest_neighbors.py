@@ -26,7 +26,18 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bayes_mpt.predictors.base import Conditionals, Evidence, Guide, Posterior, Predictive, Predictor
+from bayes_mpt.masks import Masks, Policy
+from bayes_mpt.predictors.base import (
+    Bound,
+    Conditionals,
+    Evidence,
+    Guide,
+    Leaves,
+    Posterior,
+    Predictive,
+    Predictor,
+    along_orders,
+)
 from bayes_mpt.predictors.gaussian.neighborhoods import (
     Groups,
     Points,
@@ -87,8 +98,8 @@ class NearestNeighbors(Predictor):
     >>> x = torch.linspace(0, 50, 200, dtype=torch.float64)[:, None]
     >>> args = x, x.sin()[:, 0]
     >>> near, exact = (p.bind(model, args).read(args) for p in (NearestNeighbors(20), NearestNeighbors(199)))
-    >>> near.exact, exact.exact, bool(abs(near.joint(near.value) - exact.joint(exact.value)) < 0.01)
-    (False, True, True)
+    >>> bool(abs(near.score() - exact.score()) < 0.01)
+    True
     """
 
     def __init__(self, m: int = 30, *, ordering: str = "maxmin", random_state: int = 0):
@@ -96,7 +107,7 @@ class NearestNeighbors(Predictor):
         self.ordering = ordering
         self.random_state = random_state
 
-    def bind(self, model: Model, args: tuple[Any, ...], guide: Guide | None = None) -> Conditionals:
+    def bind(self, model: Model, args: tuple[Any, ...], guide: Guide | None = None) -> Bound:
         if not isinstance(self.m, Integral) or isinstance(self.m, bool) or self.m < 1:
             raise ValueError(f"m must be an integer of at least 1, got {self.m!r}")
         if self.ordering not in ("maxmin", "random", "given"):
@@ -112,8 +123,8 @@ class NearestNeighbors(Predictor):
 
 def near_conditionals(
     settings: NearestNeighbors, model: Model, args: tuple[Any, ...], program: Program
-) -> Conditionals:
-    """The conditionals of a program known to be a Gaussian vector."""
+) -> Bound:
+    """A program known to be a Gaussian vector, scored by nearest neighbours."""
     return _Neighbours(settings, _Blocks(model, program, args), program)
 
 
@@ -315,19 +326,17 @@ def _versions(args: tuple[Any, ...]) -> list[int]:
     return [a._version for a in args if isinstance(a, Tensor)]
 
 
-class _Neighbours(Conditionals):
+class _Neighbours(Bound):
     """See `NearestNeighbors`."""
 
     remembers = True
     divisible = True
+    model: Model
     structure: Program
 
-    def __init__(self, settings: NearestNeighbors, blocks: _Blocks | None, program: Program):
-        self.settings = settings
-        self.blocks = blocks
-        self.model: Model | None = None if blocks is None else blocks.model
-        self.structure = program
-        self.exact = self.telescopes = settings.m >= program.n_tokens - 1
+    def __init__(self, settings: NearestNeighbors, blocks: _Blocks, program: Program):
+        self.settings, self.blocks, self.model, self.structure = settings, blocks, blocks.model, program
+        self.exact = settings.m >= program.n_tokens - 1
         self.name = f"NearestNeighbors({settings.m}, ordering={settings.ordering!r})"
         self.why = (
             f"the observations are one Gaussian vector of {program.n_tokens} tokens, each predicted from at least "
@@ -335,27 +344,31 @@ class _Neighbours(Conditionals):
         )
         self._memory = _Memory()
 
-    # ------------------------------------------------------------------------------------------------- the contract
-
-    @property
-    def value(self) -> Tensor:
-        if self._memory.value is None:
-            raise RuntimeError("call read(args) first: this predictor has not read the program yet")
-        return self._memory.value
-
-    @property
-    def scale(self) -> float:
-        return self.structure.scale
-
-    def read(self, args: tuple[Any, ...]) -> _Neighbours:
-        blocks = self._program()
+    def read(self, args: tuple[Any, ...]) -> NearRows:
+        memory = self._memory if not self._memory.source or self._memory.holds(args) else _Memory()
+        if not memory.source:
+            self._fill(memory, args)
         site = self.structure.sites[0]._replace(shape=(len(args[0]),))
-        new = _Neighbours(self.settings, blocks, self.structure._replace(sites=(site,)))
-        if not self._memory.source or self._memory.holds(args):
-            new._memory = self._memory  # the program itself is run where tokens are scored
-        memory = new._memory
-        if memory.source:
-            return new
+        return NearRows(self.settings, self.blocks, self.structure._replace(sites=(site,)), memory)
+
+    def draw_masks(self, policy: Policy, rows: Tensor, generator: torch.Generator) -> Masks | None:
+        if self.exact:
+            return super().draw_masks(policy, rows, generator)
+        return policy.draw(rows.shape[1], generator)  # chains differ
+
+    def settle(self) -> bool:
+        if self._memory.unit is None:
+            return False  # nothing found out yet
+        before = self._memory.unit
+        self._memory.unit = now = column_units(self.blocks, self._memory.args, self.settings.random_state)
+        same = np.isfinite(before) & np.isfinite(now)
+        return not (
+            np.array_equal(np.isfinite(before), np.isfinite(now))
+            and bool((np.abs(np.log2(before[same] / now[same])) < 0.25).all())
+        )
+
+    def _fill(self, memory: _Memory, args: tuple[Any, ...]) -> None:
+        """Take the tokens of these rows; the program itself is run where they are scored."""
         memory.source, memory.versions = args, _versions(args)
         memory.args = tuple(fill(a) for a in args)
         rows = torch.arange(len(args[0]), device=args[0].device)
@@ -364,29 +377,32 @@ class _Neighbours(Conditionals):
         with torch.no_grad():
             step = max(1, at_once(CHUNK, rows.device, GPU_TIMES) // width**2)
             sets = [*rows[:whole].reshape(-1, width).split(step), rows[None, whole:]]
-            value = torch.cat([blocks(memory.args, part)[2].flatten() for part in sets if part.numel()])
+            value = torch.cat([self.blocks(memory.args, part)[2].flatten() for part in sets if part.numel()])
         missing = missing_of(args, self.structure).reshape(value.shape)
         memory.value = torch.where(missing, torch.nan, value)[None]
-        return new
 
-    def freeze(self) -> _Neighbours:
-        return _Neighbours(self.settings, None, self.structure)
 
-    def settle(self) -> bool:
-        if self._memory.unit is None:
-            return False  # nothing found out yet
-        before, now = self._memory.unit, self._units()
-        self._memory.unit = now
-        same = np.isfinite(before) & np.isfinite(now)
-        return not (
-            np.array_equal(np.isfinite(before), np.isfinite(now))
-            and bool((np.abs(np.log2(before[same] / now[same])) < 0.25).all())
-        )
+class NearRows(Conditionals):
+    """The tokens of one vector, each given its nearest neighbours."""
 
-    def joint(self, x: Tensor) -> Tensor:
-        return torch.stack([self._total(row, self._layout(row)) for row in x])
+    structure: Program
+
+    def __init__(self, settings: NearestNeighbors, blocks: _Blocks, program: Program, memory: _Memory):
+        assert memory.value is not None
+        self.settings, self.structure, self._blocks, self._memory = settings, program, blocks, memory
+        self._exact = settings.m >= program.n_tokens - 1
+        self.value, self.scale = memory.value, program.scale
+        self._leaves = Leaves(program.parameters)
+
+    def _joint(self) -> Tensor:
+        return torch.stack([self._total(row, self._layout(row)) for row in self.value])
+
+    def _along(self, order: Tensor, weight: Tensor) -> Tensor:
+        # neighbours are those that come before a token, so that orders differ
+        return self._joint() if self._exact else torch.einsum("cnt,ct->n", self.chain(order), weight)
 
     def sample(self, n_tokens: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Random tokens (B,) and weights (B,) with which their terms add up to the score in expectation."""
         # Whole groups. A quarter are the first in the order, always: the few far apart, and alone in telling of long
         # distances.
         layout = self._layout(self.value[0])
@@ -405,11 +421,15 @@ class _Neighbours(Conditionals):
         mine = groups.own[which] >= 0
         return groups.predicted[which][mine], weight[mine]
 
-    def partial(self, x: Tensor, tokens: Tensor, weight: Tensor) -> Tensor:
+    def partial(self, tokens: Tensor, weight: Tensor) -> Tensor:
+        """A weighted sum of the terms of these tokens: (B,), (B,) -> (N,) nats."""
+        x = self.value
         by_token = torch.zeros_like(x[0]).index_add(0, tokens, weight)
         return torch.stack([self._total(row, self._layout(row), tokens, by_token) for row in x])
 
-    def predicted(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def predicted(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of tokens (B,), each given those before it."""
+        x = self.value
         layout = self._layout(x[0])
         tokens = tokens[layout.seen[tokens]]
         groups = layout.groups.only(layout.home[tokens].unique())
@@ -420,10 +440,13 @@ class _Neighbours(Conditionals):
         )
         return mean, var
 
-    def chain(self, x: Tensor, order: Tensor) -> Tensor:
-        return torch.stack([torch.stack([self._chain(row, tokens) for row in x]) for tokens in order])
+    def chain(self, order: Tensor, stops: list[int] | None = None) -> Tensor:
+        return torch.stack(
+            [torch.stack([self._chain(row, tokens) for row in self.value]) for tokens in order]
+        )
 
-    def conditionals(self, x: Tensor, visible: Tensor) -> Tensor:
+    def conditionals(self, visible: Tensor) -> Tensor:
+        x = self.value
         out = x.new_zeros(len(visible), *x.shape)
         for s, mask in enumerate(visible):
             for n, row in enumerate(x):
@@ -432,7 +455,8 @@ class _Neighbours(Conditionals):
                 out[s, n] = torch.zeros_like(row).index_copy(0, hidden, self._log_probs(row, groups)[:, 0])
         return out
 
-    def posterior(self, x: Tensor, visible: Tensor | None = None) -> Posterior:
+    def posterior(self, visible: Tensor | None = None) -> Posterior:
+        x = self.value
         shown = ~x.isnan() if visible is None else ~x.isnan() & visible
         rows = []
         for row, seen in zip(x, shown, strict=True):
@@ -441,17 +465,17 @@ class _Neighbours(Conditionals):
             rows.append(torch.where(seen, row, 0.0).index_copy(0, hidden, mean[:, 0]))
         return Posterior(x.new_zeros(len(x), 0), torch.stack(rows))
 
-    def predictive(self, seen: tuple[Any, ...], new: tuple[Any, ...], *, full: bool = False) -> Predictive:
+    def predict(self, new: tuple[Any, ...], *, full: bool = False) -> Predictive:
         """Each new row given its m nearest rows seen; with ``full`` all of them given the neighbours of any."""
-        read = self.read(seen)
+        seen = self._memory.source
         args = tuple(
-            torch.cat([a, b]) if _is_rows(a) else a for a, b in zip(read._memory.args, new, strict=True)
+            torch.cat([a, b]) if _is_rows(a) else a for a, b in zip(self._memory.args, new, strict=True)
         )
         hidden = torch.arange(len(seen[0]), len(args[0]), device=args[0].device)
-        row = torch.cat([read.value[0], read.value.new_full((len(hidden),), torch.nan)])
-        groups = read._given(~row.isnan(), hidden, args)
+        row = torch.cat([self.value[0], self.value.new_full((len(hidden),), torch.nan)])
+        groups = self._given(~row.isnan(), hidden, args)
         if not full:
-            mean, var = read._moments(args, row, groups)
+            mean, var = self._moments(args, row, groups)
             return Predictive(mean[:, 0], var[:, 0], None)
         rows = groups.tokens[groups.tokens < len(seen[0])].unique()
         if len(rows) + len(hidden) > MAX_FULL:
@@ -459,18 +483,20 @@ class _Neighbours(Conditionals):
                 f"the covariance among {len(hidden)} new rows and their {len(rows)} neighbours would be of more than "
                 f"{MAX_FULL} rows: ask for fewer rows at a time, or for standard deviations"
             )
-        exact = JointGaussian(read._program().model, self.structure)
-        return exact.predictive(rows_of(seen, rows), new, full=True)
+        exact = JointGaussian(self._program().model, self.structure)
+        return exact.read(rows_of(seen, rows)).predict(new, full=True)
 
-    def evidence(self, x: Tensor) -> Evidence:
+    def evidence(self, orders: Tensor | None = None) -> Evidence:
         """The score, and its error from the change that twice the neighbours make to a sample of the tokens.
 
-        Twice that change, as if the error fell like 1/m.
+        Twice that change, as if the error fell like 1/m. Along ``orders``, where neighbours are left out, their mean.
         """
-        lml = self.joint(x)
         diagnostics = {"m": self.settings.m, "ordering": self.settings.ordering}
-        if self.exact:
-            return Evidence(lml, 0.0, diagnostics)
+        if self._exact:
+            return Evidence(self._joint(), 0.0, diagnostics, exact=True)
+        if orders is not None:
+            return along_orders(self.chain(orders))
+        lml, x = self._joint(), self.value
         changes: list[tuple[float, float]] = []
         rng = np.random.default_rng(self.settings.random_state)
         for row in x:
@@ -499,17 +525,13 @@ class _Neighbours(Conditionals):
     # ------------------------------------------------------------------------------------------------- the neighbours
 
     def _program(self) -> _Blocks:
-        if self.blocks is None:
-            raise RuntimeError("this predictor is frozen: it has no program to read")
-        return self.blocks
-
-    def _units(self) -> Points:
-        return column_units(self._program(), self._memory.args, self.settings.random_state)
+        self._leaves.refuse_others()
+        return self._blocks
 
     def _unit(self) -> Points:
         """Of the columns of x, at the parameters at which they were first asked for."""
         if self._memory.unit is None:
-            self._memory.unit = self._units()
+            self._memory.unit = column_units(self._program(), self._memory.args, self.settings.random_state)
         return self._memory.unit
 
     def _layout(self, row: Tensor) -> _Layout:

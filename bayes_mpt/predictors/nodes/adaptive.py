@@ -24,7 +24,7 @@ from pyro.poutine.trace_struct import Trace
 from scipy.stats import chi2, norm, qmc
 from torch import Tensor
 
-from bayes_mpt.predictors.gaussian.linear import LinearGaussian
+from bayes_mpt.predictors.gaussian.linear import LinearGaussian, LinearRows
 from bayes_mpt.predictors.nodes.given import (
     AffineBatch,
     Factorized,
@@ -209,7 +209,7 @@ class AdaptiveNodes:
             nodes = values if self.mapped else self._on_plate(values)
             structure = self._template.structure
             reading, prior = read_side_by_side(self.model, args, structure, nodes, latents, depth)
-            given = SideBySide(self._template.with_reading(reading), len(log_det))
+            given = SideBySide(LinearRows(structure, reading), len(log_det))
             return given, log_det + prior, reading.scale
         maps, priors = [], []
         for s in range(len(log_det)):
@@ -360,9 +360,14 @@ class AdaptiveNodes:
         """Look for the next modes from the start, not from the last ones."""
         self._last = None
 
-    def locate(self, args: tuple[Any, ...], x: Tensor, visible: Tensor) -> LaplaceApproximation:
-        """The mode of each row's latents given its visible tokens: Newton's method, saddles turned into descents."""
-        found = self._locate(args, x, visible, {}, 1)
+    def locate(
+        self, args: tuple[Any, ...], x: Tensor, visible: Tensor, near: LaplaceApproximation | None = None
+    ) -> LaplaceApproximation:
+        """The mode of each row's latents given its visible tokens: Newton's method, saddles turned into descents.
+
+        From ``near``, that of other visible tokens of the same rows; else from where the last search has ended.
+        """
+        found = self._locate(args, x, visible, {}, 1, None if near is None else near.mode)
         return LaplaceApproximation(found.mode[0], found.root[0])
 
     def locate_rows(
@@ -373,13 +378,20 @@ class AdaptiveNodes:
         return self._locate(args, x, visible, detached, len(next(iter(held.values()))))
 
     def _locate(
-        self, args: tuple[Any, ...], x: Tensor, visible: Tensor, held: dict[str, Tensor], n_nodes: int
+        self,
+        args: tuple[Any, ...],
+        x: Tensor,
+        visible: Tensor,
+        held: dict[str, Tensor],
+        n_nodes: int,
+        start: Tensor | None = None,
     ) -> LaplaceApproximation:
         filled = tuple(fill(a) for a in args)
-        # a training asks again and again, with little change
-        shape, u = self._last or (None, None)
-        if u is None or shape != x.shape:
-            u = self.start(filled)
+        u = start
+        if u is None:  # a training asks again and again, with little change
+            shape, u = self._last or (None, None)
+            if u is None or shape != x.shape:
+                u = self.start(filled)
         sure = SURE if self.rows is None else SURE_OF_NODES
         found = _newton(
             lambda u: self._log_prob(args, filled, x, visible, u, held),
@@ -387,7 +399,8 @@ class AdaptiveNodes:
             MAX_STEPS,
             sure,
         )
-        self._last = x.shape, found.mode.mean(0)
+        if start is None:
+            self._last = x.shape, found.mode.mean(0)
         return found
 
     def refine_gaussian(

@@ -11,7 +11,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from bayes_mpt.predictors.gaussian.linear import LinearGaussian
+from bayes_mpt.predictors.gaussian.linear import LinearRows
 from bayes_mpt.program.affine import latent_values
 from bayes_mpt.program.factors import Factors
 from bayes_mpt.program.tracing import has_missing
@@ -119,12 +119,12 @@ class Factorized(Given):
 class AffineBatch(Given):
     """Every node has a linear-Gaussian map."""
 
-    each: tuple[LinearGaussian, ...] = ()
-    together: LinearGaussian | None = None
+    each: tuple[LinearRows, ...] = ()
+    together: LinearRows | None = None
     """The maps in one reading instead, where all rows share them."""
 
     @property
-    def maps(self) -> tuple[LinearGaussian, ...]:
+    def maps(self) -> tuple[LinearRows, ...]:
         """One by one."""
         if self.together is None:
             return self.each
@@ -132,7 +132,7 @@ class AffineBatch(Given):
         parts = [t.split(1) for t in reading[:5]]
         names = reading._fields[:5]
         return tuple(
-            self.together.with_reading(reading._replace(**dict(zip(names, part, strict=True))))
+            LinearRows(self.together.structure, reading._replace(**dict(zip(names, part, strict=True))))
             for part in zip(*parts, strict=True)
         )
 
@@ -142,68 +142,68 @@ class AffineBatch(Given):
     def log_joint(self, x: Tensor, visible: Tensor) -> Tensor:
         shown = torch.where(visible, x, torch.nan)
         if self.together is not None and self.together.dense and not bool(shown.isnan().any()):
-            return self.together.joint_under_each(x)
-        return torch.stack([m.joint(shown) for m in self.maps])
+            return self.together.at(x).score_under_each()
+        return torch.stack([m.at(shown).score() for m in self.maps])
 
     def freeze(self) -> AffineBatch | None:
         if self.together is None:
             return None
-        return AffineBatch(together=self.together.freeze())
+        return AffineBatch(together=self.together.detached())
 
     def predictive(self, x: Tensor, visible: Tensor) -> Tensor:
-        return torch.stack([m.conditionals(x, visible[None])[0] for m in self.maps])
+        return torch.stack([m.at(x).conditionals(visible[None])[0] for m in self.maps])
 
     def chain(self, x: Tensor, order: Tensor) -> Tensor:
-        steps = torch.stack([m.chain(x, order[None])[0][:, order] for m in self.maps]).cumsum(-1)
+        steps = torch.stack([m.at(x).chain(order[None])[0][:, order] for m in self.maps]).cumsum(-1)
         return torch.cat([torch.zeros_like(steps[..., :1]), steps], -1)
 
     def means(self, x: Tensor, visible: Tensor) -> Tensor:
         shown = torch.where(visible, x, torch.nan)
-        return torch.stack([m.posterior(shown).tokens for m in self.maps])
+        return torch.stack([m.at(shown).posterior().tokens for m in self.maps])
 
     def inner(self, x: Tensor, visible: Tensor) -> Tensor:
         shown = torch.where(visible, x, torch.nan)
-        return torch.stack([m.posterior(shown).mean for m in self.maps])
+        return torch.stack([m.at(shown).posterior().mean for m in self.maps])
 
     def latents(self, x: Tensor) -> list[dict[str, Tensor]]:
-        return [latent_values(m.structure, m.posterior(x).mean) for m in self.maps]
+        return [latent_values(m.structure, m.at(x).posterior().mean) for m in self.maps]
 
 
 @dataclass(frozen=True)
 class SideBySide(Given):
     """N rows (or one vector) under S linear-Gaussian maps each, which stand where the maps of S N rows would."""
 
-    maps: LinearGaussian
+    maps: LinearRows
     n_nodes: int
 
     def log_prior(self, x: Tensor) -> Tensor:
         return x.new_zeros(self.n_nodes, 1)
 
     def log_joint(self, x: Tensor, visible: Tensor) -> Tensor:
-        return self._nodes_first(self.maps.joint(self._rows(x, visible)))
+        return self._nodes_first(self._rows(x, visible).score())
 
     def predictive(self, x: Tensor, visible: Tensor) -> Tensor:
-        return self._nodes_first(self.maps.conditionals(self._rows(x), visible[None])[0])
+        return self._nodes_first(self._rows(x).conditionals(visible[None])[0])
 
     def chain(self, x: Tensor, order: Tensor) -> Tensor:
-        steps = self._nodes_first(self.maps.chain(self._rows(x), order[None])[0][:, order].cumsum(-1))
+        steps = self._nodes_first(self._rows(x).chain(order[None])[0][:, order].cumsum(-1))
         return torch.cat([torch.zeros_like(steps[..., :1]), steps], -1)
 
     def means(self, x: Tensor, visible: Tensor) -> Tensor:
-        return self._nodes_first(self.maps.posterior(self._rows(x, visible)).tokens)
+        return self._nodes_first(self._rows(x, visible).posterior().tokens)
 
     def inner(self, x: Tensor, visible: Tensor) -> Tensor:
-        return self._nodes_first(self.maps.posterior(self._rows(x, visible)).mean)
+        return self._nodes_first(self._rows(x, visible).posterior().mean)
 
     def latents(self, x: Tensor) -> list[dict[str, Tensor]]:
         if len(x) != 1:
             return []
-        means = self.maps.posterior(self._rows(x)).mean
+        means = self._rows(x).posterior().mean
         return [latent_values(self.maps.structure, mean[None]) for mean in means]
 
-    def _rows(self, x: Tensor, visible: Tensor | None = None) -> Tensor:
+    def _rows(self, x: Tensor, visible: Tensor | None = None) -> LinearRows:
         shown = x if visible is None else torch.where(visible, x, torch.nan)
-        return shown.expand(self.n_nodes, *shown.shape).flatten(0, 1)
+        return self.maps.at(shown.expand(self.n_nodes, *shown.shape).flatten(0, 1))
 
     def _nodes_first(self, t: Tensor) -> Tensor:
         return t.unflatten(0, (self.n_nodes, -1))

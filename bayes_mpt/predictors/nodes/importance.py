@@ -21,7 +21,14 @@ from bayes_mpt.diagnostics import BAD_K, pareto_k
 from bayes_mpt.predictors.base import Evidence, Guide, Predictor
 from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes, degrees_of, log_t
 from bayes_mpt.predictors.nodes.given import Factorized, Given, Mapped, Stacked
-from bayes_mpt.predictors.nodes.weighted import Nodes, Read, Reader, constrained, nodes_first, program_values
+from bayes_mpt.predictors.nodes.weighted import (
+    Nodes,
+    NodeSource,
+    Read,
+    constrained,
+    nodes_first,
+    program_values,
+)
 from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.factors import read_factors
 from bayes_mpt.program.simulation import simulate
@@ -48,7 +55,7 @@ from bayes_mpt.program.tracing import (
     takes_visible,
 )
 
-__all__ = ["Drawn", "GuideDraws", "Importance", "Sampled"]
+__all__ = ["Drawn", "GuideDraws", "Importance", "evidence_of_draws"]
 
 N_WIDENINGS = 6  # steps from Laplace's Gaussian towards the closest one
 WIDENING_COST = 200_000_000
@@ -101,7 +108,7 @@ class Importance(Predictor):
         self.dream = dream
         self.doubly_reparameterized = doubly_reparameterized
 
-    def bind(self, model: Model, args: tuple[Any, ...], guide: Guide | None = None) -> Nodes:
+    def bind(self, model: Model, args: tuple[Any, ...], guide: Guide | None = None) -> NodeSource:
         for name in ("num_particles", "training_particles"):
             value = getattr(self, name)
             if (value is not None or name == "num_particles") and (not isinstance(value, int) or value < 1):
@@ -110,7 +117,7 @@ class Importance(Predictor):
         if not program.continuous:
             raise ModelError("the program has no continuous latent, so nothing to draw: use Exact()")
         if guide is None:
-            return Nodes(_AroundMode(AdaptiveNodes(model, args, program), self.num_particles))
+            return _AroundMode(AdaptiveNodes(model, args, program), self.num_particles)
         conditioned_on_mask = takes_visible(guide)
         n_training = self.training_particles
         if n_training is None:
@@ -118,72 +125,67 @@ class Importance(Predictor):
                 self.num_particles, MAX_CONDITIONED_DRAWS if conditioned_on_mask else self.num_particles
             )
         twice = conditioned_on_mask if self.doubly_reparameterized is None else self.doubly_reparameterized
-        return Nodes(
-            GuideDraws(model, guide, args, program, self.num_particles, n_training, twice, self.dream)
-        )
+        return GuideDraws(model, guide, args, program, self.num_particles, n_training, twice, self.dream)
 
 
-class Sampled(Reader):
-    """What draws have in common: their error."""
-
-    sampled = True
-    name = "Importance"
-
-    def evidence(self, nodes: Nodes, x: Tensor) -> Evidence:
-        everything = torch.ones(x.shape[1], dtype=torch.bool, device=x.device)
-        with torch.no_grad():
-            log_w = nodes.last.log_weight + nodes.last.given.log_joint(x, everything)  # (S, N)
-        n_draws = len(log_w)
-        # of a row that is impossible under every draw, all are worth the same
-        log_w = torch.where(log_w.amax(0) == -math.inf, 0.0, log_w)
-        share = log_w.softmax(0)
-        ess = 1 / share.square().sum(0)
-        # relative variance of the mean weight: (sum_s share^2 - 1/S) S / (S - 1)
-        variance = (share.square().sum(0) - 1 / n_draws).clamp(min=0) * n_draws / max(1, n_draws - 1)
-        # E log Z^ = log Z - variance / 2: put back, so that rows do not add up their biases
-        joint = nodes.joint(x).detach()
-        by_row = joint + variance / 2
-        # where rows have nodes of their own inside: what more of these change
-        finer = nodes.refined()
-        inside = torch.zeros_like(joint) if finer is nodes else finer.joint(x).detach() - joint
-        k = pareto_k(log_w.double().cpu().numpy())
-        worst = np.argsort(-np.nan_to_num(k, nan=-np.inf))[:5]
-        diagnostics = {
-            "num_particles": n_draws,
-            "pareto_k": float(np.nanmax(k)) if not np.isnan(k).all() else math.nan,
-            "rows_with_bad_k": int((k > BAD_K).sum()),
-            "worst_rows": [(int(i), float(k[i])) for i in worst],
-            "log_weight_sd": float(log_w.std(0, correction=1 if n_draws > 1 else 0).mean()),
-            "ess_min": float(ess.min()),
-            "ess_mean": float(ess.mean()),
-        }
-        if bool((inside != 0).any()):
-            diagnostics["change with more nodes in each row"] = float(inside.sum())
-        se = math.hypot(float(variance.sum().sqrt()), float(inside.sum()))
-        return Evidence(by_row + inside, se, diagnostics)
+def evidence_of_draws(nodes: Nodes) -> Evidence:
+    """log Z of rows from random nodes, their bias and error from the spread of the weights."""
+    x = nodes.value
+    everything = torch.ones(x.shape[1], dtype=torch.bool, device=x.device)
+    with torch.no_grad():
+        log_w = nodes.last.log_weight + nodes.last.given.log_joint(x, everything)  # (S, N)
+    n_draws = len(log_w)
+    # of a row that is impossible under every draw, all are worth the same
+    log_w = torch.where(log_w.amax(0) == -math.inf, 0.0, log_w)
+    share = log_w.softmax(0)
+    ess = 1 / share.square().sum(0)
+    # relative variance of the mean weight: (sum_s share^2 - 1/S) S / (S - 1)
+    variance = (share.square().sum(0) - 1 / n_draws).clamp(min=0) * n_draws / max(1, n_draws - 1)
+    # E log Z^ = log Z - variance / 2: put back, so that rows do not add up their biases
+    joint = nodes.score().detach()
+    by_row = joint + variance / 2
+    # where rows have nodes of their own inside: what more of these change
+    finer = nodes.refined()
+    inside = torch.zeros_like(joint) if finer is nodes else finer.score().detach() - joint
+    k = pareto_k(log_w.double().cpu().numpy())
+    worst = np.argsort(-np.nan_to_num(k, nan=-np.inf))[:5]
+    diagnostics = {
+        "num_particles": n_draws,
+        "pareto_k": float(np.nanmax(k)) if not np.isnan(k).all() else math.nan,
+        "rows_with_bad_k": int((k > BAD_K).sum()),
+        "worst_rows": [(int(i), float(k[i])) for i in worst],
+        "log_weight_sd": float(log_w.std(0, correction=1 if n_draws > 1 else 0).mean()),
+        "ess_min": float(ess.min()),
+        "ess_mean": float(ess.mean()),
+    }
+    if bool((inside != 0).any()):
+        diagnostics["change with more nodes in each row"] = float(inside.sum())
+    se = math.hypot(float(variance.sum().sqrt()), float(inside.sum()))
+    return Evidence(by_row + inside, se, diagnostics)
 
 
-class _AroundMode(Sampled):
+class _AroundMode(NodeSource):
     """Student-t draws around the mode of each row's posterior."""
 
-    located = True
+    name = "Importance"
+    sampled = relocates = True
 
     def __init__(self, adaptive: AdaptiveNodes, n_draws: int):
         self.adaptive, self.n_draws = adaptive, n_draws
         self.climbs = not adaptive.program.by_row
-        self.model, self.program = adaptive.model, adaptive.program
+        self.model, self.structure = adaptive.model, adaptive.program
         self.one_by_one = adaptive.one_by_one
         self.why = (
             f"{n_draws} Student-t draws of {', '.join(adaptive.space.names)} around the mode of each row's "
             f"posterior{adaptive.inside}"
         )
 
-    def read(self, args: tuple[Any, ...], visible: Tensor | None = None) -> Read:
+    def place(self, args: tuple[Any, ...], visible: Tensor | None = None, near: Any = None) -> Read:
         filled = tuple(fill(a) for a in args)
-        value = program_values(self.model, args, filled, self.program)
+        value = program_values(self.model, args, filled, self.structure)
         if visible is None:
             visible = torch.ones(value.shape[1], dtype=torch.bool, device=value.device)
-        near = self.adaptive.locate(args, value, visible)
+        near = self.adaptive.locate(args, value, visible, near)
         if self.climbs:
             # each draw costs a curvature, d^3 operations
             n_pairs = max(4, min(64, WIDENING_COST // near.mode.shape[1] ** 3))
@@ -202,10 +204,16 @@ class _AroundMode(Sampled):
         given, part, scale = self.adaptive.at(args, filled, u)
         log_weight = part - log_q - math.log(self.n_draws)
         latents = constrained(self.adaptive.space, u)
-        return Read(given, log_weight, value, scale, latents, self.adaptive.space.names)
+        return Read(given, log_weight, value, scale, latents, self.adaptive.space.names, near)
+
+    def evidence(self, nodes: Nodes) -> Evidence:
+        return evidence_of_draws(nodes)
+
+    def forget(self) -> None:
+        self.adaptive.forget()
 
     def objective(self, args: tuple[Any, ...]) -> Tensor:
-        value = program_values(self.model, args, tuple(fill(a) for a in args), self.program)
+        value = program_values(self.model, args, tuple(fill(a) for a in args), self.structure)
         visible = torch.ones(value.shape[1], dtype=torch.bool, device=value.device)
         return self.adaptive.laplace(args, value, visible)
 
@@ -282,8 +290,11 @@ class _Leaves(poutine.messenger.Messenger):
         self.layouts.append(layout)
 
 
-class GuideDraws(Sampled):
+class GuideDraws(NodeSource):
     """Draws from a guide."""
+
+    name = "Importance"
+    sampled = True
 
     def __init__(
         self,
@@ -300,7 +311,7 @@ class GuideDraws(Sampled):
         self.dreams = dreams
         self.depth = program.depth
         self.takes_visible = takes_visible(guide)
-        self.located = self.takes_visible
+        self.relocates = self.takes_visible
         self.away = args[0].device.type != "cpu"
         # the same whatever rows a step is given, and found once: a median costs as much as a third of a step
         self.fillings = tuple(filling(a) for a in args)
@@ -356,7 +367,7 @@ class GuideDraws(Sampled):
         frames = [f for n in names for f in trace.nodes[n]["cond_indep_stack"] if f.vectorized]
         self.depth = max([program.depth, *(-f.dim for f in frames)])
         program = one_vector(program) if coupled else program
-        self.program = program._replace(depth=self.depth)
+        self.structure = program._replace(depth=self.depth)
         self.guide_parameters = tuple(n for n, s in trace.nodes.items() if s["type"] == "param")
         self.mapped = False
         self.vectorised = self._try_together(args, filled)
@@ -378,7 +389,7 @@ class GuideDraws(Sampled):
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((*self.program.parameters, *self.guide_parameters)))
+        return tuple(dict.fromkeys((*self.structure.parameters, *self.guide_parameters)))
 
     def dream(self, args: tuple[Any, ...], generator: torch.Generator) -> Tensor | None:
         """Log-density (N,) under the guide of the latents of rows that the program makes, given some of their tokens.
@@ -391,16 +402,16 @@ class GuideDraws(Sampled):
         conditioned_on_mask = self.takes_visible and self.adaptive is None and not self.has_points
         if (
             not conditioned_on_mask
-            or not self.program.by_row
-            or self.program.observed_argument != 0
-            or self.program.discrete
+            or not self.structure.by_row
+            or self.structure.observed_argument != 0
+            or self.structure.discrete
         ):
             raise ModelError(
                 "dream=True needs a guide that draws all latents and is conditioned on the mask, and a program that "
                 "observes its first argument, row by row"
             )
         filled = tuple(fill(a) for a in args)
-        tokens, latents = simulate(self.model, filled, self.program)
+        tokens, latents = simulate(self.model, filled, self.structure)
         # every number of visible tokens is as likely as any other, for each row its own
         rank = torch.rand(tokens.shape, generator=generator).argsort(1)
         size = torch.randint(tokens.shape[1] + 1, (len(tokens), 1), generator=generator)
@@ -419,15 +430,22 @@ class GuideDraws(Sampled):
             n = n // GROWTH
         return tuple(self._with(k) for k in (max(1, n), *reversed(rising)))
 
+    def evidence(self, nodes: Nodes) -> Evidence:
+        return evidence_of_draws(nodes)
+
+    def forget(self) -> None:
+        if self.adaptive is not None:
+            self.adaptive.forget()
+
     def _with(self, n_draws: int) -> GuideDraws:
         new = copy(self)
         new.n_draws = n_draws
         return new
 
-    def read(self, args: tuple[Any, ...], visible: Tensor | None = None) -> Read:
+    def place(self, args: tuple[Any, ...], visible: Tensor | None = None, near: Any = None) -> Read:
         filled = tuple(fill(a, v) for a, v in zip(args, self.fillings, strict=True))
         missing = any(f is not a for f, a in zip(filled, args, strict=True))
-        value = program_values(self.model, args, filled, self.program) if missing else None
+        value = program_values(self.model, args, filled, self.structure) if missing else None
         shown = None if value is None else ~value.isnan()
         if visible is not None:
             shown = visible if shown is None else visible & shown
@@ -441,13 +459,13 @@ class GuideDraws(Sampled):
             latents = torch.cat([d[3] for d in draws])
             scale, tokens = draws[0][2], draws[0][4]
         if value is None:
-            value = tokens if tokens is not None else program_values(self.model, args, filled, self.program)
+            value = tokens if tokens is not None else program_values(self.model, args, filled, self.structure)
         return Read(given, log_weight - math.log(self.n_draws), value, scale, latents, self.names)
 
     def drawn(self, args: tuple[Any, ...], visible: Tensor | None) -> Drawn:
         """The rows, and what the guide sees of them."""
         filled = tuple(fill(a, v) for a, v in zip(args, self.fillings, strict=True))
-        value = program_values(self.model, args, filled, self.program)
+        value = program_values(self.model, args, filled, self.structure)
         shown = ~value.isnan() if visible is None else visible & ~value.isnan()
         return Drawn(self, args, filled, value, shown)
 
@@ -460,18 +478,18 @@ class GuideDraws(Sampled):
         squared: bool = False,
     ) -> tuple[Given, Tensor, float, Tensor, Tensor | None]:
         """The inner model at n draws, the weights' part (n, N) that it leaves out, scale, latents, and tokens."""
-        n_rows = n_rows_of(self.program, filled)
+        n_rows = n_rows_of(self.structure, filled)
         if squared:
             log_q, values = self._along(filled, shown, n)
         else:
             trace = self._guide_trace(filled, shown, n)
             log_q = self._log_q(trace, n)
             values = {node["name"]: node["value"] for node in latent_nodes(trace)}
-        values = {name: value for name, value in values.items() if name in self.program.latent_names}
+        values = {name: value for name, value in values.items() if name in self.structure.latent_names}
         given, part, scale, tokens = self._given(args, filled, values, n)
         latents = [
             nodes_first(values[site.name].detach(), site, n, n_rows)
-            for site in self.program.latents
+            for site in self.structure.latents
             if site.name in values
         ]
         return given, part - log_q, scale, torch.cat(latents, -1).to(log_q), tokens
@@ -481,25 +499,25 @@ class GuideDraws(Sampled):
     ) -> tuple[Given, Tensor | float, float, Tensor | None]:
         """The inner model at n draws, what of their log-density it leaves out, the scale, and tokens if it has them."""
         if self.adaptive is None and (n == 1 or not self.mapped):
-            factors = read_factors(self.model, filled, self.program, values, n)
+            factors = read_factors(self.model, filled, self.structure, values, n)
             return Factorized(factors), 0.0, factors.scale, factors.value
-        rows = n_rows_of(self.program, filled)
+        rows = n_rows_of(self.structure, filled)
         plain = {}
-        for site in self.program.latents:
+        for site in self.structure.latents:
             if site.name in values:
                 v = values[site.name]
                 v = v[None] if n == 1 else v
                 plain[site.name] = v.expand(n, *v.shape[1:]).reshape(n, *_shape(site, rows))
         if self.adaptive is not None:
             return *self.adaptive.given(args, filled, plain), 1.0, None
-        given = Mapped(partial(read_factors, self.model, filled, self.program), plain)
+        given = Mapped(partial(read_factors, self.model, filled, self.structure), plain)
         first = given.factors({name: v[0] for name, v in plain.items()})
         return given, 0.0, first.scale, first.value
 
     def _log_q(self, guide_trace: Trace, n: int) -> Tensor:
         """Of the draws of this trace: (n, N)."""
         parts = [
-            sum_by_row(node["fn"].log_prob(node["value"]), rows_axis(node, self.program), n)
+            sum_by_row(node["fn"].log_prob(node["value"]), rows_axis(node, self.structure), n)
             for node in latent_nodes(guide_trace)
         ]
         log_q = sum(parts[1:], parts[0])
@@ -511,7 +529,7 @@ class GuideDraws(Sampled):
         self, filled: tuple[Any, ...], shown: Tensor | None, n: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """log q (n, N) and the values of n draws, with the doubly reparameterised gradient."""
-        drawn = _Leaves(self.program, n)
+        drawn = _Leaves(self.structure, n)
         with drawn:
             trace = self._guide_trace(filled, shown, n)
         points = {node["name"]: node["value"] for node in latent_nodes(trace) if _is_point(node)}
@@ -535,7 +553,7 @@ class GuideDraws(Sampled):
             if shown is None:
                 shown = torch.ones((), dtype=torch.bool, device=first.device).expand(first.shape)
             else:
-                if shown.numel() == first.numel() and not self.program.by_row:
+                if shown.numel() == first.numel() and not self.structure.by_row:
                     shown = shown.reshape(first.shape)  # rows that are one vector
                 shown = shown.expand(first.shape)
                 args = (torch.where(shown, first, 0.0), *filled[1:])
@@ -548,23 +566,23 @@ class GuideDraws(Sampled):
 
     def _try_together(self, args: tuple[Any, ...], filled: tuple[Any, ...]) -> bool:
         """Whether guide and program run on several draws side by side."""
-        n_rows = n_rows_of(self.program, filled)
+        n_rows = n_rows_of(self.structure, filled)
         with own_random_state(), torch.no_grad():
             try:
                 trace = self._guide_trace(filled, None, 2)
                 values = {
                     n["name"]: n["value"]
                     for n in latent_nodes(trace)
-                    if n["name"] in self.program.latent_names
+                    if n["name"] in self.structure.latent_names
                 }
                 together = self._given(args, filled, values, 2)[0]
-                seen = filled[0].new_ones(n_rows, self.program.n_tokens).bool()
-                x = program_values(self.model, args, filled, self.program)
+                seen = filled[0].new_ones(n_rows, self.structure.n_tokens).bool()
+                x = program_values(self.model, args, filled, self.structure)
                 both = together.log_joint(x, seen)
                 alone = []
                 for s in range(2):
                     one = {}
-                    for site in self.program.latents:
+                    for site in self.structure.latents:
                         if site.name in values:
                             v = values[site.name]
                             one[site.name] = v.expand(2, *v.shape[1:])[s].reshape(_shape(site, n_rows))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import pyro
@@ -20,14 +21,7 @@ from scipy.optimize import brentq
 from torch import Tensor
 
 from bayes_mpt.diagnostics import replicate_error
-from bayes_mpt.predictors.base import (
-    Conditionals,
-    Evidence,
-    Guide,
-    Posterior,
-    Predictor,
-    refuse_other_rows,
-)
+from bayes_mpt.predictors.base import Bound, Conditionals, Evidence, Guide, Posterior, Predictor
 from bayes_mpt.predictors.nodes.adaptive import DEGREES, AdaptiveNodes, LaplaceApproximation, log_t
 from bayes_mpt.predictors.nodes.given import Given
 from bayes_mpt.predictors.nodes.tempering import Particles, hmc_move
@@ -81,7 +75,7 @@ class SequentialMonteCarlo(Predictor):
     ...         pyro.sample("x", dist.Bernoulli(p), obs=x)
     >>> x = torch.tensor([1.0] * 50 + [0.0] * 50, dtype=torch.float64)
     >>> _ = torch.manual_seed(0)
-    >>> found = SequentialMonteCarlo().bind(coin, (x,)).read((x,)).evidence(x[None])
+    >>> found = SequentialMonteCarlo().bind(coin, (x,)).read((x,)).evidence()
     >>> abs(float(found.by_row) + 71.398962) < 3 * found.se < 0.3
     True
     """
@@ -91,7 +85,7 @@ class SequentialMonteCarlo(Predictor):
         self.num_runs = num_runs
         self.num_moves = num_moves
 
-    def bind(self, model: Model, args: tuple[Any, ...], guide: Guide | None = None) -> Conditionals:
+    def bind(self, model: Model, args: tuple[Any, ...], guide: Guide | None = None) -> Bound:
         for name, least in (("num_particles", 8), ("num_runs", 2), ("num_moves", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
@@ -109,7 +103,7 @@ class SequentialMonteCarlo(Predictor):
                 f"the program has pyro.params {list(program.parameters)}: sequential Monte Carlo integrates and does "
                 "not train. Give them priors by pyro.sample, or use Importance() with a guide"
             )
-        return _Particles(self, model, args, one_vector(program))
+        return _Tempered(self, model, args, one_vector(program))
 
 
 class _Stage(NamedTuple):
@@ -121,68 +115,60 @@ class _Stage(NamedTuple):
     step: float
 
 
-class _Particles(Conditionals):
-    """The conditionals that particles give."""
+class _Tempered(Bound):
+    """See `SequentialMonteCarlo`."""
 
     name = "SequentialMonteCarlo"
     sampled = True
     trainable = False
+    model: Model
     structure: Program
 
     def __init__(self, settings: SequentialMonteCarlo, model: Model, args: tuple[Any, ...], program: Program):
         self.settings, self.model, self.structure = settings, model, program
         self.adaptive = AdaptiveNodes(model, args, program)
-        self.space = self.adaptive.space
         self.one_by_one = self.adaptive.one_by_one
+        space = self.adaptive.space
         self.why = (
-            f"{settings.num_runs} runs of at least {settings.num_particles} particles over the {self.space.width} "
-            f"numbers of {', '.join(self.space.names)}, from prior and mode to the posterior{self.adaptive.inside}"
+            f"{settings.num_runs} runs of at least {settings.num_particles} particles over the {space.width} "
+            f"numbers of {', '.join(space.names)}, from prior and mode to the posterior{self.adaptive.inside}"
         )
-        self._args: tuple[Any, ...] = ()
-        self._filled: tuple[Any, ...] = ()
-        self._value: Tensor | None = None
-        self._scale = 1.0
-        self._integrated: tuple[Evidence, Particles] | None = None
 
-    @property
-    def value(self) -> Tensor:
-        if self._value is None:
-            raise RuntimeError("call read(args) first: this predictor has not read the program yet")
-        return self._value
+    def read(self, args: tuple[Any, ...]) -> Particulate:
+        return Particulate(self.settings, self.model, self.structure, self.adaptive, args)
 
-    @property
-    def scale(self) -> float:
-        return self._scale
 
-    def read(self, args: tuple[Any, ...]) -> _Particles:
-        if self.model is None:
-            raise RuntimeError("this predictor is frozen: it has no program to read")
-        new = self._copy()
-        new._args, new._filled = args, tuple(fill(a) for a in args)
-        new._value = program_values(self.model, args, new._filled, self.structure)
-        new._integrated = None
-        return new
+class Particulate(Conditionals):
+    """One vector of observations under latents that particles stand for.
 
-    def freeze(self) -> _Particles:
-        new = self._copy()
-        new.model, new._integrated = None, None
-        return new
+    The runs are made once, when they are first needed: what is asked, in whatever order, has the same particles.
+    """
+
+    structure: Program
+
+    def __init__(
+        self,
+        settings: SequentialMonteCarlo,
+        model: Model,
+        program: Program,
+        adaptive: AdaptiveNodes,
+        args: tuple[Any, ...],
+    ):
+        self.settings, self.model, self.structure = settings, model, program
+        self.adaptive, self.space = adaptive, adaptive.space
+        self._args, self._filled = args, tuple(fill(a) for a in args)
+        self.value = program_values(model, args, self._filled, program)
 
     # ---------------------------------------------------------------------------------------------- what it gives
 
-    def evidence(self, x: Tensor) -> Evidence:
-        """log of the mean of Z over the runs, and its standard error, sd(Z) / (mean(Z) sqrt R) x t / 2.
+    def evidence(self, orders: Tensor | None = None) -> Evidence:
+        """log of the mean of Z over the runs, and its standard error, sd(Z) / (mean(Z) sqrt R) x t / 2."""
+        return self._integrated[0]
 
-        The runs are made once for a reading: what is asked of it later, in whatever order, has the same particles.
-        """
-        return self._integrate(x)[0]
-
-    def _integrate(self, x: Tensor) -> tuple[Evidence, Particles]:
-        """The evidence of the rows that were read, and particles of their posterior."""
-        refuse_other_rows(x, self.value)
-        if self._integrated is None:
-            self._integrated = self._run_all(x)
-        return self._integrated
+    @cached_property
+    def _integrated(self) -> tuple[Evidence, Particles]:
+        """The evidence of the rows, and particles of their posterior."""
+        return self._run_all(self.value)
 
     def _run_all(self, x: Tensor) -> tuple[Evidence, Particles]:
         seen = ~x.isnan()[0]
@@ -220,12 +206,11 @@ class _Particles(Conditionals):
         change = [(g.refined().log_joint(x, seen) - g.log_joint(x, seen))[:, 0] for g, _ in self._given(u)]
         return float(torch.cat(change).logsumexp(0)) - math.log(len(u))
 
-    def joint(self, x: Tensor) -> Tensor:
-        return self.evidence(x).by_row
+    def _joint(self) -> Tensor:
+        return self.evidence().by_row
 
-    def conditionals(self, x: Tensor, visible: Tensor) -> Tensor:
-        refuse_other_rows(x, self.value)
-        out = []
+    def conditionals(self, visible: Tensor) -> Tensor:
+        x, out = self.value, []
         with torch.no_grad(), pyro.validation_enabled(False):
             for mask in visible:
                 cloud = self._posterior(x, mask & ~x.isnan()[0])
@@ -235,23 +220,25 @@ class _Particles(Conditionals):
                 out.append(torch.where(~mask & ~x.isnan(), log_prob, 0.0))
         return torch.stack(out)
 
-    def chain(self, x: Tensor, order: Tensor) -> Tensor:
-        refuse_other_rows(x, self.value)
+    def chain(self, order: Tensor, stops: list[int] | None = None) -> Tensor:
         with torch.no_grad(), pyro.validation_enabled(False):
-            return torch.stack([self._reveal(x, tokens) for tokens in order])
+            return torch.stack([self._reveal(self.value, tokens) for tokens in order])
 
-    def posterior(self, x: Tensor, visible: Tensor | None = None) -> Posterior:
-        refuse_other_rows(x, self.value)
+    def posterior(self, visible: Tensor | None = None) -> Posterior:
+        x = self.value
         with torch.no_grad(), pyro.validation_enabled(False):
             shown = ~x.isnan()[0] if visible is None else visible & ~x.isnan()[0]
-            cloud = self._integrate(x)[1] if visible is None else self._posterior(x, shown)
+            cloud = self._integrated[1] if visible is None else self._posterior(x, shown)
             u = cloud.u.flatten(0, 1)
             total = torch.stack([g.means(x, shown).sum(0) for g, _ in self._given(u)]).sum(0)
-            return Posterior(constrained(self.space, u[:, None]).mean(0), total / len(u))
+            mean = constrained(self.space, u[:, None]).mean(0)
+        return Posterior(
+            mean, total / len(u), of_shared=lambda: self._shared(u, torch.where(shown, x, torch.nan))
+        )
 
-    def shared_latents(self, x: Tensor) -> list[tuple[float, dict[str, Tensor]]]:
+    def _shared(self, u: Tensor, x: Tensor) -> list[tuple[float, dict[str, Tensor]]]:
+        """Weighted values of the latents at some of the particles u (M, d) given the tokens x (1, T)."""
         with torch.no_grad(), pyro.validation_enabled(False):
-            u = self._integrate(x)[1].u.flatten(0, 1)
             u = u[:: max(1, len(u) // MAX_DRAWS)]
             inner = [values for g, _ in self._given(u) for values in g.latents(x)] or [{}] * len(u)
         return [
@@ -260,11 +247,6 @@ class _Particles(Conditionals):
         ]
 
     # ------------------------------------------------------------------------------------------------- the particles
-
-    def _copy(self) -> _Particles:
-        new = object.__new__(_Particles)
-        new.__dict__.update(self.__dict__)
-        return new
 
     def _locate(self, x: Tensor, seen: Tensor) -> LaplaceApproximation | None:
         """Mode and curvature of the posterior, where there are few enough latents."""
@@ -358,7 +340,6 @@ class _Particles(Conditionals):
         self, n_runs: int, n: int, x: Tensor, seen: Tensor, located: LaplaceApproximation | None
     ) -> Particles:
         """Draws from q: the prior, and where it is located as many around the mode, in a random place of each run."""
-        assert self.model is not None
         u = self._prior_draws(n_runs * n).reshape(n_runs, n, -1)
         if located is not None:
             normal = torch.randn(u.shape, dtype=u.dtype).to(u)
@@ -372,7 +353,6 @@ class _Particles(Conditionals):
 
     def _prior_draws(self, n: int) -> Tensor:
         """Draws of the latents that take nodes (n, d)."""
-        assert self.model is not None
         program = self.structure
         with pyro.validation_enabled(
             False
@@ -400,7 +380,6 @@ class _Particles(Conditionals):
 
     def _one_draw(self) -> dict[str, Tensor]:
         """Of the latents that take nodes; of those before a matrix without a Cholesky factor, where there is one."""
-        assert self.model is not None
         tracer = pyro.poutine.trace(self.model)
         with suppress(torch.linalg.LinAlgError):
             tracer.get_trace(*self._filled)
