@@ -31,7 +31,7 @@ from bayes_mpt.masks import (
 )
 from bayes_mpt.predictors import Bound, Conditionals, Evidence, Predictor, choose
 from bayes_mpt.predictors.base import CHUNK
-from bayes_mpt.program.tracing import Model, list_names
+from bayes_mpt.program.program import Model, list_names
 from bayes_mpt.runtime.serial import left_as_found, methods_take_turns, takes_turns, turn
 
 __all__ = [

@@ -4,7 +4,7 @@ The 1797 handwritten digits of scikit-learn in 16 tokens, each 2 x 2 pixels in b
 Networks alike but for what `optimized_mask.py` adds, from the same start on the same masks, are trained at a learning
 rate that suits the plain one and at twice that; a tenth of the digits is held out and scored after each epoch. Beside
 the curves: how little a hidden token resembles any visible one in particular (heterogeneity), by layer, at the end. One
-seed is an anecdote: `benchmarks/mask_token.py` has several. Writes mask_token.png.
+seed is an anecdote: `benchmarks/deep/mask_token.py` has several. Writes mask_token.png.
 
     python examples/mask_token.py [--output DIR]
 """

@@ -20,6 +20,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from bayes_mpt.diagnostics import replicate_error
 from bayes_mpt.estimators.bayes_mpt import BayesMPT
+from bayes_mpt.estimators.rows import data_digest
 from bayes_mpt.estimators.rules import (
     Candidate,
     before_final,
@@ -242,4 +243,4 @@ def comparison_table(names: list[str], found: list[Candidate], rule: str) -> pd.
 
 def _trained_on(candidate: Candidate, X: Any) -> bool:
     model: BayesMPT = candidate.model
-    return model.data_digest_ == model.digest(before_final(candidate.estimator, X))
+    return model.data_digest_ == data_digest(before_final(candidate.estimator, X))

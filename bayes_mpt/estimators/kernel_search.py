@@ -407,9 +407,9 @@ def decompose(estimator: BayesMPT, X: ArrayLike | None = None) -> Decomposition:
 
 def _seen(model: BayesMPT) -> tuple[Tensor, Tensor]:
     """Training rows whose y was observed."""
-    if model._seen is None:
+    if model.fitted_.seen is None:
         raise TypeError(f"{model.predictor_.name} does not predict from training rows")
-    x, y = model._seen
+    x, y = model.fitted_.seen
     y = y.reshape(len(x)).to(x)
     return x[~y.isnan()], y[~y.isnan()]
 

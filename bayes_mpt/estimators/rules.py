@@ -15,10 +15,11 @@ from sklearn.model_selection import BaseCrossValidator, KFold
 from sklearn.pipeline import Pipeline
 
 from bayes_mpt.diagnostics import BAD_K
-from bayes_mpt.estimators.bayes_mpt import BayesMPT
+from bayes_mpt.estimators.bayes_mpt import BayesMPT, move_to_map
+from bayes_mpt.estimators.integrals import n_hyperparameters, noise_shape
 from bayes_mpt.estimators.repeats import flat_direction, repeated_columns
 from bayes_mpt.evidence.integrated import Integrated
-from bayes_mpt.program.tracing import Observed, Program, list_names
+from bayes_mpt.program.program import Observed, Program, list_names
 
 __all__ = [
     "Candidate",
@@ -55,7 +56,7 @@ class Facts:
     parameters: tuple[str, ...]
     """What is point-estimated."""
     n_hyperparameters: int | None
-    """As `BayesMPT.n_hyperparameters`."""
+    """As `integrals.n_hyperparameters`."""
     rotates: bool
     """Whether loadings are declared free up to rotation."""
     complete: bool
@@ -72,8 +73,8 @@ class Facts:
             remembers=bool(model.predictor_.remembers),
             discrete=tuple(sorted(discrete)),
             parameters=tuple(structure.parameters),
-            n_hyperparameters=model.n_hyperparameters(),
-            rotates=model.noise_shape() is not None,
+            n_hyperparameters=n_hyperparameters(model.fitted_),
+            rotates=noise_shape(model.fitted_) is not None,
             complete=model.complete_,
             converged=model.converged_,
         )
@@ -257,7 +258,7 @@ def give_evidence(
             integrated = model.integrated(X, y)
             candidate.take(integrated)
             if to_map:
-                model.move_to_map(X, y, integrated)
+                move_to_map(model, X, y, integrated)
         else:  # what the fit found: an integral over all latents may have taken long
             candidate.evidence, candidate.se = (
                 model.log_marginal_likelihood_,

@@ -20,7 +20,6 @@ from __future__ import annotations
 import math
 import os
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from numbers import Integral, Real
@@ -39,7 +38,7 @@ from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_is_fitted
 
-from bayes_mpt.estimators.bayes_mpt import BayesMPT, may_diverge
+from bayes_mpt.estimators.bayes_mpt import BayesMPT
 from bayes_mpt.estimators.comparison import comparison_table
 from bayes_mpt.estimators.partial import Finished, Partial
 from bayes_mpt.estimators.rows import takes_y
@@ -60,11 +59,12 @@ from bayes_mpt.estimators.stored import Slot, prepare, seed_in, with_estimator
 from bayes_mpt.inputs import read_table, unmasked
 from bayes_mpt.masks import require_lml
 from bayes_mpt.models.kernels import kernel_name
-from bayes_mpt.program.tracing import takes_visible
+from bayes_mpt.program.run import takes_visible
 from bayes_mpt.runtime.atomic import all_or_nothing
 from bayes_mpt.runtime.digests import CannotDigest, digest_of
 from bayes_mpt.runtime.interrupts import interruptible
 from bayes_mpt.runtime.progress import fitted_in_task
+from bayes_mpt.warnings import CheckpointWarning, DivergenceWarning, warn, warnings_of
 
 __all__ = ["MarginalLikelihoodSearch"]
 
@@ -301,11 +301,8 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEst
                 refused.setdefault(str(error), []).append(name)
                 keys.append(None)
         for why, whose in refused.items():
-            warnings.warn(
-                f"nothing of {', '.join(map(repr, whose))} is kept in checkpoint_dir or taken from it: {why}",
-                UserWarning,
-                stacklevel=3,
-            )
+            which = ", ".join(map(repr, whose))
+            warn(f"nothing of {which} is kept in checkpoint_dir or taken from it: {why}", CheckpointWarning)
         return keys
 
     def _score_keys(self, keys: list[str | None], settings: dict[str, Any]) -> list[str | None]:
@@ -314,7 +311,7 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEst
         try:
             return [k and digest_of({"fit": k, "rule": self.evidence_, **asked}, "search") for k in keys]
         except CannotDigest as error:
-            warnings.warn(f"no evidence is kept in checkpoint_dir: {error}", UserWarning, stacklevel=3)
+            warn(f"no evidence is kept in checkpoint_dir: {error}", CheckpointWarning)
             return [None] * len(keys)
 
     def _run(
@@ -328,11 +325,11 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEst
     ) -> list[Candidate]:
         """Do one task for every candidate, in parallel, taking finished ones from the checkpoint directory."""
         calls: list[tuple[Callable[..., Candidate], tuple[Any, ...]]] = []
-        for args, key in zip(arguments, keys, strict=True):
+        for name, args, key in zip(finished.names, arguments, keys, strict=True):
             slot = None
             if key is not None and self.checkpoint_dir is not None:
                 slot = Slot.of(Path(self.checkpoint_dir), label, key, _to_fit(args))
-            calls.append((_checkpointed, (slot, task, args, self.error_score)))
+            calls.append((_checkpointed, (slot, task, args, self.error_score, name)))
         return Stage(self, label, finished, root).run(calls)
 
     def _store(self, grid: list[dict[str, Any]], names: list[str], found: list[Candidate]) -> None:
@@ -523,7 +520,8 @@ def _fit_candidate(
     start = time.perf_counter()
     candidate = _unfitted(estimator, params, random_state)
     # where an estimate diverges, the integral does not
-    with may_diverge(evidence in ("auto", "integrated")), fitted_in_task(candidate, X, y):
+    silent = (DivergenceWarning,) if evidence in ("auto", "integrated") else ()
+    with warnings_of(silent=silent), fitted_in_task(candidate, X, y):
         fitted = candidate.fit(X, y)
     fit_time = time.perf_counter() - start
     zero = final_step(fitted).noise_at_zero_
@@ -563,16 +561,20 @@ def _score_candidate(candidate: Candidate, X: Any, y: Any, rule: str, settings: 
 
 
 def _checkpointed(
-    slot: Slot | None, task: Callable[..., Candidate], args: tuple[Any, ...], error_score: Any
+    slot: Slot | None, task: Callable[..., Candidate], args: tuple[Any, ...], error_score: Any, name: str
 ) -> Candidate:
-    """Run a task unless its result is on disk; one that fails, or is not finished, leaves nothing there."""
+    """Run a task unless its result is on disk; one that fails, or is not finished, leaves nothing there.
+
+    Its warnings name the candidate.
+    """
     if slot is not None and slot.found is None and not _failed(args):
         slot.look(_to_fit(args))  # another search may have been faster
     if slot is not None and slot.found is not None:
         slot.found.taken_up = True
         return slot.found
     try:
-        result = task(*args)
+        with warnings_of(name):
+            result = task(*args)
     except Exception as error:
         if error_score == "raise":
             raise

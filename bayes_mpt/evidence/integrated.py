@@ -30,9 +30,9 @@ from torch.distributions import transform_to
 
 from bayes_mpt.diagnostics import BAD_K, pareto_k, replicate_error
 from bayes_mpt.predictors import Bound
-from bayes_mpt.predictors.nodes.adaptive import log_t
+from bayes_mpt.predictors.nodes.rules import log_t
 from bayes_mpt.program.devices import own_random_state
-from bayes_mpt.program.tracing import Model, ModelError
+from bayes_mpt.program.program import Model, ModelError
 
 __all__ = [
     "Integrated",

@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 from bayes_mpt.diagnostics import disagreement, replicate_error
 from bayes_mpt.masks import Masks, Policy
 from bayes_mpt.program.affine import AffineForm
-from bayes_mpt.program.tracing import Model, ModelError, Program
+from bayes_mpt.program.program import Model, ModelError, Program
 from bayes_mpt.runtime.serial import methods_take_turns
 
 __all__ = [
@@ -167,7 +167,7 @@ class Predictor(BaseEstimator, ABC):
 
         Raises
         ------
-        bayes_mpt.program.tracing.ModelError
+        bayes_mpt.program.program.ModelError
             If the program cannot be scored in this way; the message names the site.
         """
 

@@ -16,7 +16,11 @@ from bayes_mpt.predictors.nodes.importance import Importance
 from bayes_mpt.predictors.nodes.quadrature import MAX_WIDTH, Quadrature
 from bayes_mpt.predictors.self_predictive import SelfPredictive
 from bayes_mpt.program.affine import NotAffine
-from bayes_mpt.program.tracing import Model, ModelError, analyze, fill, latent_nodes, run, takes_visible
+from bayes_mpt.program.analysis import analyze
+from bayes_mpt.program.arguments import fill
+from bayes_mpt.program.program import Model, ModelError
+from bayes_mpt.program.run import run, takes_visible
+from bayes_mpt.program.sites import latent_nodes
 from bayes_mpt.runtime.serial import takes_turns
 
 __all__ = ["choose"]
@@ -62,7 +66,7 @@ def choose(
 
     Raises
     ------
-    bayes_mpt.program.tracing.ModelError
+    bayes_mpt.program.program.ModelError
         If the program cannot be scored; the message names the site and what to do.
     """
     if isinstance(predictor, Predictor):

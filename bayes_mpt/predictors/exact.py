@@ -9,7 +9,8 @@ from bayes_mpt.predictors.gaussian.markov import closed_form
 from bayes_mpt.predictors.gaussian.process import JointGaussian, gaussian_program
 from bayes_mpt.predictors.nodes.enumeration import enumerated, mixture_of_maps
 from bayes_mpt.program.affine import NotAffine
-from bayes_mpt.program.tracing import Model, ModelError, Program, analyze
+from bayes_mpt.program.analysis import analyze
+from bayes_mpt.program.program import Model, ModelError, Program
 
 __all__ = ["Exact", "summed_out"]
 

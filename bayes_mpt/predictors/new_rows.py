@@ -7,16 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bayes_mpt.program.analysis import analyze
+from bayes_mpt.program.arguments import fill, head
 from bayes_mpt.program.factors import read_factors
-from bayes_mpt.program.tracing import (
-    Model,
-    ModelError,
-    Program,
-    analyze,
-    fill,
-    head,
-    run,
-)
+from bayes_mpt.program.program import Model, ModelError, Program
+from bayes_mpt.program.run import run
 
 __all__ = ["growing", "means_of_new"]
 

@@ -22,22 +22,14 @@ from bayes_mpt.predictors.base import (
     Predictor,
     along_orders,
 )
+from bayes_mpt.program.analysis import analyze
+from bayes_mpt.program.arguments import fill
 from bayes_mpt.program.densities import log_density
 from bayes_mpt.program.devices import at_once
-from bayes_mpt.program.tracing import (
-    Model,
-    ModelError,
-    Program,
-    analyze,
-    base,
-    factor_nodes,
-    fill,
-    node_of,
-    one_precision,
-    rows_first,
-    takes_visible,
-    token_values,
-)
+from bayes_mpt.program.layout import rows_first, token_values
+from bayes_mpt.program.program import Model, ModelError, Program
+from bayes_mpt.program.run import one_precision, takes_visible
+from bayes_mpt.program.sites import base, factor_nodes, node_of
 
 __all__ = ["SelfConditionals", "SelfPredictive", "sees_all"]
 

@@ -23,27 +23,14 @@ from pyro.ops import packed
 from pyro.ops.contract import contract_to_tensor
 from pyro.ops.rings import LogRing
 from pyro.poutine.enum_messenger import EnumMessenger
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from bayes_mpt.program.densities import log_density
-from bayes_mpt.program.tracing import (
-    NODES,
-    Model,
-    Observed,
-    Program,
-    SetLatents,
-    base,
-    check_shape,
-    is_subsample,
-    latent_nodes,
-    n_rows_of,
-    node_of,
-    one_precision,
-    own_masks,
-    rows_axis,
-    sum_by_row,
-    token_values,
-)
+from bayes_mpt.program.layout import check_shape, rows_axis, sum_by_row, token_values
+from bayes_mpt.program.program import Model, Observed, Program, n_rows_of
+from bayes_mpt.program.run import NODES, SetLatents, one_precision
+from bayes_mpt.program.sites import base, is_subsample, latent_nodes, node_of, own_masks
 
 __all__ = ["Factors", "read_factors"]
 
@@ -368,17 +355,7 @@ def read_factors(
     ModelError
         If a discrete latent has too many values, or the program cannot run on enumerated values.
     """
-    depth = program.depth
-    first_free = -1 - depth - (n_nodes > 1)
-    with ExitStack() as stack:
-        stack.enter_context(one_precision(args))
-        if program.discrete:
-            stack.enter_context(EnumMessenger(first_available_dim=first_free))
-        if n_nodes > 1:
-            stack.enter_context(pyro.plate(NODES, n_nodes, dim=-1 - depth))
-        stack.enter_context(_Enumerate())
-        stack.enter_context(SetLatents(values or {}))
-        trace = poutine.trace(model).get_trace(*args)
+    trace = _enumerated(model, args, program, values or {}, n_nodes)
     n_rows = n_rows_of(program, args)
     dtype = node_of(trace, program.sites[0].name)["value"].dtype
     # of constants in another precision; those that are held have their density elsewhere
@@ -388,40 +365,11 @@ def read_factors(
     if sums:
         trace.symbolize_dims()
     own = tuple(node["infer"].get("_enumerate_symbol", "") for node, _ in hidden)
-    tokens = []
-    scale = 1.0
-    for site in program.sites:
-        node = node_of(trace, site.name)
-        scale = float(node["scale"])
-        check_shape(node, site)
-        fn = base(node["fn"])
-        log_prob = log_density(fn, node["value"]).to(dtype)
-        n_event = node["fn"].event_dim - site.n_joint
-        for mask, n_outer in own_masks(node, n_event):
-            log_prob = torch.where(mask[(...,) + (None,) * n_outer] if mask.ndim else mask, log_prob, 0.0)
-        tokens.append(
-            _Tokens(
-                site,
-                log_prob,
-                fn,
-                _ordinal(trace, node) if sums else frozenset(),
-                node["infer"]["_dim_to_symbol"] if sums else {},
-                n_event,
-            )
-        )
+    tokens = tuple(_tokens_of(trace, site, dtype, sums) for site in program.sites)
     prior, latents, kept = None, [], ""
     sizes: dict[str, int] = {}
     if sums:
-        for node in trace.nodes.values():
-            if node["type"] != "sample" or is_subsample(node):
-                continue
-            for frame in node["cond_indep_stack"]:
-                if frame.vectorized:
-                    sizes[trace.plate_to_symbol[frame.name]] = frame.size
-        for name, size in ((NODES, n_nodes), (program.rows_plate if program.by_row else None, n_rows)):
-            if name in trace.plate_to_symbol and size > 1:
-                kept += trace.plate_to_symbol[name]
-                sizes[trace.plate_to_symbol[name]] = size
+        kept, sizes = _plates(trace, program, n_nodes, n_rows)
         latents = [
             (_ordinal(trace, node), packed.pack(log_prob, node["infer"]["_dim_to_symbol"]))
             for node, log_prob in hidden
@@ -430,7 +378,7 @@ def read_factors(
         parts = [sum_by_row(log_prob, rows_axis(node, program), n_nodes) for node, log_prob in hidden]
         prior = sum(parts[1:], parts[0]) if parts else tokens[0].log_prob.new_zeros(n_nodes, n_rows)
     return Factors(
-        tuple(tokens),
+        tokens,
         prior,
         tuple(latents),
         own,
@@ -439,9 +387,55 @@ def read_factors(
         sizes,
         n_nodes,
         n_rows,
-        scale,
+        float(trace.nodes[program.sites[-1].name]["scale"]),
         token_values(trace, program),
     )
+
+
+def _enumerated(
+    model: Model, args: tuple[Any, ...], program: Program, values: dict[str, Tensor], n_nodes: int
+) -> Trace:
+    """The run on nodes side by side, left of the program's plates, and left of them the values of discrete latents."""
+    depth = program.depth
+    with ExitStack() as stack:
+        stack.enter_context(one_precision(args))
+        if program.discrete:
+            stack.enter_context(EnumMessenger(first_available_dim=-1 - depth - (n_nodes > 1)))
+        if n_nodes > 1:
+            stack.enter_context(pyro.plate(NODES, n_nodes, dim=-1 - depth))
+        stack.enter_context(_Enumerate())
+        stack.enter_context(SetLatents(values))
+        return poutine.trace(model).get_trace(*args)
+
+
+def _tokens_of(trace: Trace, site: Observed, dtype: torch.dtype, sums: bool) -> _Tokens:
+    """The tokens of one site of the run, 0 where masks of the program hide them."""
+    node = node_of(trace, site.name)
+    check_shape(node, site)
+    fn = base(node["fn"])
+    log_prob = log_density(fn, node["value"]).to(dtype)
+    n_event = node["fn"].event_dim - site.n_joint
+    for mask, n_outer in own_masks(node, n_event):
+        log_prob = torch.where(mask[(...,) + (None,) * n_outer] if mask.ndim else mask, log_prob, 0.0)
+    ordinal = _ordinal(trace, node) if sums else frozenset()
+    symbols = node["infer"]["_dim_to_symbol"] if sums else {}
+    return _Tokens(site, log_prob, fn, ordinal, symbols, n_event)
+
+
+def _plates(trace: Trace, program: Program, n_nodes: int, n_rows: int) -> tuple[str, dict[str, int]]:
+    """Symbols of nodes and rows, those that there are; and the sizes of all plates."""
+    kept, sizes = "", {}
+    for node in trace.nodes.values():
+        if node["type"] != "sample" or is_subsample(node):
+            continue
+        for frame in node["cond_indep_stack"]:
+            if frame.vectorized:
+                sizes[trace.plate_to_symbol[frame.name]] = frame.size
+    for name, size in ((NODES, n_nodes), (program.rows_plate if program.by_row else None, n_rows)):
+        if name in trace.plate_to_symbol and size > 1:
+            kept += trace.plate_to_symbol[name]
+            sizes[trace.plate_to_symbol[name]] = size
+    return kept, sizes
 
 
 class _Enumerate(poutine.messenger.Messenger):

@@ -10,7 +10,8 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import biject_to
 
-from bayes_mpt.program.tracing import Latent, ModelError, Program, node_of
+from bayes_mpt.program.program import Latent, ModelError, Program
+from bayes_mpt.program.sites import node_of
 
 __all__ = ["Space", "space"]
 

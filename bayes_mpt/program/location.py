@@ -17,8 +17,11 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import constraints
 
+from bayes_mpt.program.arguments import fill
+from bayes_mpt.program.program import Model
+from bayes_mpt.program.run import first_run, run, takes_visible
+from bayes_mpt.program.sites import is_subsample
 from bayes_mpt.program.store import OwnStore
-from bayes_mpt.program.tracing import Model, fill, first_run, is_subsample, run, takes_visible
 
 __all__ = ["location_parameter"]
 

@@ -8,7 +8,10 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from bayes_mpt.program.tracing import Model, Program, node_of, one_precision, token_values
+from bayes_mpt.program.layout import token_values
+from bayes_mpt.program.program import Model, Program
+from bayes_mpt.program.run import one_precision
+from bayes_mpt.program.sites import node_of
 
 __all__ = ["simulate"]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from bayes_mpt.diagnostics import replicate_error
 from bayes_mpt.masks import Policy, torch_generator
 from bayes_mpt.predictors import Conditionals
-from bayes_mpt.program.tracing import ModelError
+from bayes_mpt.program.program import ModelError
 from bayes_mpt.score import OWN_MASKS
 from bayes_mpt.training.problem import (
     Fit,

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.distributions import constraints, transform_to
 
 from bayes_mpt.masks import torch_generator
-from bayes_mpt.program.tracing import MissingCovariate, has_missing
+from bayes_mpt.program.arguments import has_missing
+from bayes_mpt.program.program import MissingCovariate
 from bayes_mpt.training.problem import (
     Fit,
     Problem,

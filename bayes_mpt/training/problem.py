@@ -16,7 +16,8 @@ from torch import Tensor
 
 from bayes_mpt.masks import Policy, torch_generator
 from bayes_mpt.predictors import Bound, Conditionals
-from bayes_mpt.program.tracing import ModelError, rows_of
+from bayes_mpt.program.arguments import rows_of
+from bayes_mpt.program.program import ModelError
 from bayes_mpt.runtime.interrupts import check_stop
 
 __all__ = [

@@ -16,7 +16,8 @@ from bayes_mpt.predictors import Conditionals
 from bayes_mpt.predictors.gaussian.linear import LinearRows
 from bayes_mpt.predictors.gaussian.process import JointGaussian
 from bayes_mpt.program.affine import DenseMap
-from bayes_mpt.program.tracing import Program, rows_of, spread_rows
+from bayes_mpt.program.arguments import rows_of, spread_rows
+from bayes_mpt.program.program import Program
 from bayes_mpt.training.problem import (
     Problem,
     assign,

@@ -68,9 +68,9 @@ def collapsed(problem: Problem) -> dict[int, list[int]]:
     """Components of a mixture of Gaussian maps that have lost their spread, and the columns in whose direction."""
     read = problem.read()
     given = read.last.given if isinstance(read, Nodes) else None
-    if not isinstance(given, AffineBatch) or given.together is None:
+    if not isinstance(given, AffineBatch) or given.shared is None:
         return {}
-    reading, x = given.together.reading, read.value
+    reading, x = given.shared.reading, read.value
     seen = ~x.isnan()
     mean = x.nan_to_num(0.0).sum(0) / seen.sum(0)
     sd = (torch.where(seen, x - mean, 0.0).square().sum(0) / seen.sum(0)).sqrt()

@@ -273,7 +273,7 @@ def test_initial_values_come_from_all_rows():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.fit(x, y)
-    start = {n: float(torch.distributions.biject_to(c)(v)) for n, (v, c) in model._initial.items()}
+    start = {n: float(torch.distributions.biject_to(c)(v)) for n, (v, c) in model.fitted_.initial.items()}
     assert start["mean.constant"] == pytest.approx(y.mean())
     assert start["kernel.kernels.1.outputscale"] == pytest.approx(y.var(ddof=1))
     assert start["kernel.kernels.1.base_kernel.lengthscale"] == pytest.approx(0.2 * x.std() * np.sqrt(12))

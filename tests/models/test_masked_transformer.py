@@ -16,7 +16,7 @@ from bayes_mpt.masks import UniformSize, one_each
 from bayes_mpt.models import Couplings, MaskedTransformer, contrastive_loss, masked_transformer
 from bayes_mpt.models.masked_transformer import PART, _Codes, _LookedUp
 from bayes_mpt.predictors import SelfPredictive
-from bayes_mpt.program.tracing import base
+from bayes_mpt.program.sites import base
 
 T, L = 6, 3
 KINDS = [

@@ -15,7 +15,7 @@ from bayes_mpt import BayesMPT
 from bayes_mpt.masks import Masks
 from bayes_mpt.models import MaskedTransformer
 from bayes_mpt.predictors import SelfPredictive
-from bayes_mpt.program.tracing import base
+from bayes_mpt.program.sites import base
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from optimized_mask import NOTHING, OptimizedMaskTransformer
@@ -237,7 +237,7 @@ def test_refused_settings(change, words):
 
 def test_the_page_gives_the_measured_figures():
     page = (ROOT / "docs" / "masked_transformer.md").read_text().splitlines()
-    rows = json.loads((ROOT / "benchmarks" / "results" / "mask_token.json").read_text())["rows"]
+    rows = json.loads((ROOT / "benchmarks" / "deep" / "mask_token.json").read_text())["rows"]
     for run in (row for row in rows if "variant" in row):
         figures = (
             f"{run['speed_up']:.2f} ({run['low']:.2f} to {run['high']:.2f})",

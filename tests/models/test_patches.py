@@ -18,7 +18,7 @@ from bayes_mpt.masks import Blocks, EverySize, FixedRate, Masks, PermutationChai
 from bayes_mpt.models import MaskedPatches
 from bayes_mpt.models.patches import MIN_SCALE, _Net, _Transformer
 from bayes_mpt.predictors import SelfPredictive
-from bayes_mpt.program.tracing import base
+from bayes_mpt.program.sites import base
 from bayes_mpt.score import estimate
 
 SHAPE, PATCH = (2, 6), 2  # three patches of four pixels

@@ -457,7 +457,7 @@ def test_the_page_gives_the_measured_figures(file, above):
     root = Path(__file__).parents[2]
     page = (root / "docs" / "deep_models.md").read_text()
     page = page[page.index(f"| LML of fresh rows, {above} |") :]
-    for run in json.loads((root / "benchmarks" / "results" / f"{file}.json").read_text())["summary"]:
+    for run in json.loads((root / "benchmarks" / "deep" / f"{file}.json").read_text())["summary"]:
         ours = run["loss"].startswith("masked")
         figure = f"{run['lml']:.1f}" if ours else f"{-run['ours above']:+.1f} ± {run['se']:.1f}"
         line = next(line for line in page.splitlines() if line.startswith(f"| {run['loss']} |"))

@@ -17,8 +17,8 @@ from bayes_mpt import BayesMPT
 from bayes_mpt.masks import PermutationChain, UniformSize
 from bayes_mpt.predictors import LinearGaussian, MarkovGaussian, choose
 from bayes_mpt.predictors.gaussian.markov import MarkovRows
-from bayes_mpt.program import sparse
-from bayes_mpt.program.tracing import ModelError
+from bayes_mpt.program.affine import sparse
+from bayes_mpt.program.program import ModelError
 from bayes_mpt.score import CumulativeMaskedScore
 
 F64 = torch.float64

@@ -18,10 +18,10 @@ from bayes_mpt import BayesMPT, training
 from bayes_mpt.masks import PermutationChain
 from bayes_mpt.models import GaussianProcess
 from bayes_mpt.predictors import Exact, NearestNeighbors, choose
-from bayes_mpt.predictors.gaussian.nearest_neighbors import _LogProb
 from bayes_mpt.predictors.gaussian.neighborhoods import maxmin, predecessors
+from bayes_mpt.predictors.gaussian.vecchia import LogProbGiven
+from bayes_mpt.program.program import ModelError
 from bayes_mpt.program.store import OwnStore
-from bayes_mpt.program.tracing import ModelError
 from bayes_mpt.training import lbfgs
 
 N, P = 60, 2
@@ -215,7 +215,9 @@ def test_gradients_of_a_term(own):
     cov = (a @ a.mT + torch.eye(5, dtype=torch.float64)).requires_grad_()
     residual = torch.randn(3, 5, generator=generator, dtype=torch.float64, requires_grad=True)
     places = torch.tensor(own)
-    assert torch.autograd.gradcheck(lambda r, c: _LogProb.apply(r, 0.5 * (c + c.mT), places), (residual, cov))
+    assert torch.autograd.gradcheck(
+        lambda r, c: LogProbGiven.apply(r, 0.5 * (c + c.mT), places), (residual, cov)
+    )
 
 
 def test_gradients_by_chunks(monkeypatch):

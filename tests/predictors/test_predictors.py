@@ -29,9 +29,9 @@ from bayes_mpt.predictors import (
     choose,
 )
 from bayes_mpt.predictors.gaussian.linear import LinearRows
-from bayes_mpt.predictors.nodes.adaptive import log_t
+from bayes_mpt.predictors.nodes.rules import log_t
+from bayes_mpt.program.program import ModelError
 from bayes_mpt.program.store import OwnStore
-from bayes_mpt.program.tracing import ModelError
 
 N_ROWS = 5
 LOG_2PI = math.log(2 * math.pi)

@@ -23,7 +23,7 @@ from bayes_mpt.masks import (
     one_each,
 )
 from bayes_mpt.predictors import Exact, SelfPredictive, choose
-from bayes_mpt.program.tracing import ModelError
+from bayes_mpt.program.program import ModelError
 from bayes_mpt.score import CumulativeMaskedScore, estimate
 
 T = 4

@@ -20,7 +20,7 @@ from bayes_mpt.predictors import (
     SequentialMonteCarlo,
     choose,
 )
-from bayes_mpt.program.tracing import ModelError
+from bayes_mpt.program.program import ModelError
 from bayes_mpt.score import CumulativeMaskedScore
 
 X = 2 + np.random.default_rng(0).normal(size=(30, 1))

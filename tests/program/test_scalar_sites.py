@@ -14,7 +14,7 @@ from scipy.special import betaln, gammaln, logsumexp
 from bayes_mpt import BayesMPT
 from bayes_mpt.masks import PermutationChain
 from bayes_mpt.predictors import Importance, Quadrature, SequentialMonteCarlo
-from bayes_mpt.program.tracing import ModelError
+from bayes_mpt.program.program import ModelError
 
 
 def column(values):

@@ -187,7 +187,7 @@ def test_the_maximum_is_stationary():
     np.testing.assert_allclose(model.components_ @ inverse @ covariance(x), model.components_, atol=1e-5)
 
 
-# Of a larger table some columns, at which this takes seconds: benchmarks/masks_alone.py has them whole.
+# Of a larger table some columns, at which this takes seconds: benchmarks/accuracy/masks_alone.py has them whole.
 MASKS_ALONE = {
     "iris": (*DATA["iris"], 16),
     "breast cancer": (DATA["breast cancer"][0][:, :10], 4, 16),

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from bayes_mpt.predictors.base import Bound, Conditionals, Posterior
 from bayes_mpt.program.affine import AffineForm, Dense, DenseMap, Outline, affine_form, latent_values, read
+from bayes_mpt.program.arguments import N_TRIAL_ROWS
 from bayes_mpt.program.devices import at_once
-from bayes_mpt.program.tracing import N_TRIAL_ROWS, Model, ModelError
+from bayes_mpt.program.program import Model, ModelError
 
 __all__ = ["Groups", "LinearGaussian", "LinearRows", "cholesky", "group_rows"]
 

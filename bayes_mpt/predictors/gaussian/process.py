@@ -18,20 +18,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bayes_mpt.predictors.base import Bound, Conditionals, Leaves, Posterior, Predictive
-from bayes_mpt.program.tracing import (
-    Model,
-    ModelError,
-    Program,
-    analyze,
-    base,
-    fill,
-    has_missing,
-    nan_shows,
-    own_shown,
-    rows_of,
-    run,
-    spread_rows,
-)
+from bayes_mpt.program.analysis import analyze
+from bayes_mpt.program.arguments import fill, has_missing, rows_of, spread_rows
+from bayes_mpt.program.missing import nan_shows
+from bayes_mpt.program.program import Model, ModelError, Program
+from bayes_mpt.program.run import run
+from bayes_mpt.program.sites import base, own_shown
 
 __all__ = ["JointGaussian", "cholesky", "gaussian_program", "missing_of", "moments"]
 

@@ -12,12 +12,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bayes_mpt.predictors.base import Evidence, Guide, Predictor
-from bayes_mpt.predictors.nodes.importance import Drawn, GuideDraws, Importance, evidence_of_draws
+from bayes_mpt.predictors.nodes.guide import Drawn, GuideDraws, evidence_of_draws
+from bayes_mpt.predictors.nodes.importance import Importance
 from bayes_mpt.predictors.nodes.tempering import Particles, hmc_move
 from bayes_mpt.predictors.nodes.weighted import Nodes, NodeSource, Read, constrained
 from bayes_mpt.program.latents import Space, space
+from bayes_mpt.program.program import Model, ModelError
+from bayes_mpt.program.run import run
 from bayes_mpt.program.simulation import simulate
-from bayes_mpt.program.tracing import Model, ModelError, run
 
 __all__ = ["AnnealedImportance", "Bracket"]
 

@@ -11,20 +11,14 @@ from torch import Tensor
 from bayes_mpt.predictors.gaussian.linear import LinearGaussian, LinearRows
 from bayes_mpt.predictors.nodes.given import AffineBatch, Factorized
 from bayes_mpt.predictors.nodes.weighted import FixedSites, NodeSource, Read, program_values
-from bayes_mpt.program.affine import cycle, same_by_label
+from bayes_mpt.program.affine import same_by_label
+from bayes_mpt.program.arguments import N_TRIAL_ROWS, cycle, fill
 from bayes_mpt.program.densities import log_density
 from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.factors import read_factors
-from bayes_mpt.program.tracing import (
-    N_TRIAL_ROWS,
-    Model,
-    ModelError,
-    Program,
-    fill,
-    rows_first,
-    run,
-    split_events,
-)
+from bayes_mpt.program.layout import rows_first
+from bayes_mpt.program.program import Model, ModelError, Program, split_events
+from bayes_mpt.program.run import run
 
 __all__ = ["enumerated", "mixture_of_maps"]
 
@@ -114,10 +108,10 @@ class _Maps(NodeSource):
                 if self.structure.scores_input
                 else program_values(self.model, args, filled, self.structure)
             )
-            given, scale = AffineBatch(together=together), together.scale
+            given, scale = AffineBatch(shared=together), together.scale
         else:
             labels = [torch.full((len(args[0]),), s, device=args[0].device) for s in range(self.n_nodes)]
-            maps = tuple(self.maps.read((*args, label)) for label in labels)
+            maps = [self.maps.read((*args, label)) for label in labels]
             log_weight = torch.stack([self._log_prior(filled, label) for label in labels])  # (S, N)
             value, given, scale = maps[0].value, AffineBatch(maps), maps[0].scale
         # which value each site has at each node, a block of columns for each site

@@ -8,9 +8,13 @@ import torch
 from torch import Tensor
 
 from bayes_mpt.predictors.base import Evidence, Guide, Predictor
-from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes, LaplaceApproximation, check_width, hermite
+from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes, check_width
+from bayes_mpt.predictors.nodes.newton import LaplaceApproximation
+from bayes_mpt.predictors.nodes.rules import hermite
 from bayes_mpt.predictors.nodes.weighted import Nodes, NodeSource, Read, constrained, program_values
-from bayes_mpt.program.tracing import Model, ModelError, Program, analyze, fill
+from bayes_mpt.program.analysis import analyze
+from bayes_mpt.program.arguments import fill
+from bayes_mpt.program.program import Model, ModelError, Program
 
 __all__ = ["Quadrature"]
 

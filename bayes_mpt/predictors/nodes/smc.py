@@ -10,37 +10,32 @@ each of R independent runs gives an unbiased estimate of Z.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import pyro
 import torch
-from scipy.optimize import brentq
 from torch import Tensor
 
 from bayes_mpt.diagnostics import replicate_error
 from bayes_mpt.predictors.base import Bound, Conditionals, Evidence, Guide, Posterior, Predictor
-from bayes_mpt.predictors.nodes.adaptive import DEGREES, AdaptiveNodes, LaplaceApproximation, log_t
+from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
 from bayes_mpt.predictors.nodes.given import Given
+from bayes_mpt.predictors.nodes.newton import LaplaceApproximation
+from bayes_mpt.predictors.nodes.resampling import KEEP, by_halves, next_temperature, systematic, weighted_root
+from bayes_mpt.predictors.nodes.rules import DEGREES, log_t
 from bayes_mpt.predictors.nodes.tempering import Particles, hmc_move
 from bayes_mpt.predictors.nodes.weighted import constrained, program_values
-from bayes_mpt.program.tracing import (
-    NODES,
-    Model,
-    ModelError,
-    Program,
-    analyze,
-    fill,
-    one_precision,
-    one_vector,
-)
+from bayes_mpt.program.analysis import analyze
+from bayes_mpt.program.arguments import fill
+from bayes_mpt.program.program import Model, ModelError, Program, one_vector
+from bayes_mpt.program.run import NODES, one_precision
 
 __all__ = ["SequentialMonteCarlo"]
 
 CELLS = 2**19  # log-densities of tokens at a time
-KEEP = 0.5  # share of effective particles that a step of the temperature keeps
 TARGET = 0.8  # acceptance of the moves
 LEAPS = 4
 MAX_SD = 0.5  # of log Z between runs; above it there are twice the particles
@@ -267,10 +262,10 @@ class Particulate(Conditionals):
         stages: list[_Stage] = []
         temperature, step = 0.0, self.space.width**-0.25
         while temperature < 1:
-            before, temperature = temperature, _next_temperature(cloud.way[0], temperature)
+            before, temperature = temperature, next_temperature(cloud.way[0], temperature)
             log_w = (temperature - before) * cloud.way
-            root = _root(cloud.u[0], log_w[0].softmax(0))
-            cloud = cloud.take(_systematic(log_w))
+            root = weighted_root(cloud.u[0], log_w[0].softmax(0))
+            cloud = cloud.take(systematic(log_w))
             for _ in range(self.settings.num_moves):
                 cloud, accepted = self._move(cloud, temperature, root, step, x, seen, located)
                 step *= math.exp(accepted - TARGET)
@@ -287,7 +282,7 @@ class Particulate(Conditionals):
         for stage in stages:
             log_w = (stage.temperature - before) * cloud.way
             log_z = log_z + log_w.logsumexp(1) - math.log(n)
-            cloud = cloud.take(_systematic(log_w))
+            cloud = cloud.take(systematic(log_w))
             for _ in range(self.settings.num_moves):
                 cloud, _ = self._move(cloud, stage.temperature, stage.root, stage.step, x, seen, located)
             before = stage.temperature
@@ -328,8 +323,8 @@ class Particulate(Conditionals):
             share = log_w.softmax(1)
             if float((1 / share.square().sum(1)).min()) < KEEP * n:
                 log_z = total
-                root = _root(cloud.u.flatten(0, 1), share.flatten() / n_runs)
-                cloud = self._evaluate(cloud.take(_systematic(log_w)).u, x, shown, None)
+                root = weighted_root(cloud.u.flatten(0, 1), share.flatten() / n_runs)
+                cloud = self._evaluate(cloud.take(systematic(log_w)).u, x, shown, None)
                 log_w = torch.zeros_like(log_w)
                 for _ in range(self.settings.num_moves):
                     cloud, accepted = self._move(cloud, 1.0, root, step, x, shown, None)
@@ -418,7 +413,7 @@ class Particulate(Conditionals):
         values, slopes = [], []
         with torch.enable_grad():
             for part in self._chunks(u.flatten(0, 1)):
-                value, slope = _by_halves(
+                value, slope = by_halves(
                     lambda some: self._both(some, x, seen, located),
                     part,
                     (part.new_full((2, 1), -math.inf), part.new_zeros(2, 1, part.shape[1])),
@@ -462,7 +457,7 @@ class Particulate(Conditionals):
             return ((given.log_joint(x, seen) + log_det)[:, 0],)
 
         parts = [
-            _by_halves(log_end, part, (u.new_tensor([-math.inf]),))[0]
+            by_halves(log_end, part, (u.new_tensor([-math.inf]),))[0]
             for part in self._chunks(u.flatten(0, 1))
         ]
         return torch.cat(parts).reshape(u.shape[:2])
@@ -475,50 +470,3 @@ class Particulate(Conditionals):
 
     def _chunks(self, u: Tensor) -> tuple[Tensor, ...]:
         return u.split(max(1, CELLS // max(1, self.structure.n_tokens * self.adaptive.n_evaluations)))
-
-
-def _by_halves(
-    of: Callable[[Tensor], tuple[Tensor, ...]], u: Tensor, impossible: tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:
-    """of(u), particles u (M, d) side by side, with what stands for one at which a matrix has no Cholesky factor.
-
-    Particles side by side fail together: they are halved down to those that fail.
-    """
-    try:
-        return of(u)
-    except torch.linalg.LinAlgError:
-        if len(u) == 1:
-            return impossible
-    halves = [_by_halves(of, part, impossible) for part in u.chunk(2)]
-    return tuple(torch.cat(parts, min(1, parts[0].ndim - 1)) for parts in zip(*halves, strict=True))
-
-
-def _next_temperature(way: Tensor, now: float) -> float:
-    """The highest temperature that keeps a share of the particles effective."""
-
-    def more(temperature: float) -> float:
-        share = ((temperature - now) * way).softmax(0)
-        return float(1 / share.square().sum()) - KEEP * len(way)
-
-    return 1.0 if more(1.0) >= 0 else max(brentq(more, now, 1.0, xtol=1e-15, maxiter=1000), now + 1e-12)
-
-
-def _systematic(log_w: Tensor) -> Tensor:
-    """Systematic resampling of each run: (R, S) -> indices (R, S)."""
-    n_runs, n = log_w.shape
-    edges = log_w.softmax(1).cumsum(1)
-    start = torch.rand(n_runs, 1, dtype=log_w.dtype).to(log_w)
-    points = (start + torch.arange(n, device=log_w.device)) / n
-    return torch.searchsorted(edges / edges[:, -1:], points).clamp(max=n - 1)
-
-
-def _root(u: Tensor, share: Tensor) -> Tensor:
-    """A lower factor of the weighted covariance of particles (S, d), drawn towards its diagonal."""
-    mean = share @ u
-    centred = u - mean
-    cov = (share[:, None] * centred).mT @ centred
-    variance = cov.diagonal().clamp(min=1e-12)
-    ess = float(1 / share.square().sum())
-    keep = ess / (ess + u.shape[1])
-    cov = keep * cov + torch.diag((1 - keep) * variance + 1e-9 * variance)
-    return torch.linalg.cholesky(cov)

@@ -22,20 +22,13 @@ from torch import Tensor
 
 from bayes_mpt.predictors.base import Bound, Conditionals, Evidence, Leaves, Posterior
 from bayes_mpt.predictors.nodes.given import Given
+from bayes_mpt.program.arguments import fill, has_missing
 from bayes_mpt.program.latents import Space
-from bayes_mpt.program.tracing import (
-    Latent,
-    Model,
-    ModelError,
-    Program,
-    SetLatents,
-    fill,
-    has_missing,
-    is_subsample,
-    read_values,
-    rows_first,
-    run,
-)
+from bayes_mpt.program.layout import rows_first
+from bayes_mpt.program.missing import read_values
+from bayes_mpt.program.program import Latent, Model, ModelError, Program
+from bayes_mpt.program.run import SetLatents, run
+from bayes_mpt.program.sites import is_subsample
 
 __all__ = ["FixedSites", "NodeSource", "Nodes", "Read", "constrained", "nodes_first", "program_values"]
 

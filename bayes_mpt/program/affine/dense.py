@@ -1,0 +1,310 @@
+"""Reading the map as matrices: one probe for every latent.
+
+Latents are set to probe values, the mean and scale of the observed site are recorded, and affinity is checked at
+random points 1, 10 and 100 prior standard deviations away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from bayes_mpt.program.affine.form import AffineForm
+from bayes_mpt.program.affine.maps import DenseMap, each_row, integrate_prior, with_correlated_noise
+from bayes_mpt.program.affine.normals import (
+    batch,
+    correlated_noise,
+    latent_normal,
+    latent_values,
+    prior_means,
+    scale_of,
+    token_normal,
+)
+from bayes_mpt.program.affine.probes import N_CHECKS, affine_through, check_constant, probes_of, tolerance
+from bayes_mpt.program.affine.tokens import token_gaps
+from bayes_mpt.program.arguments import cycle, fill
+from bayes_mpt.program.layout import flat
+from bayes_mpt.program.program import Latent, Model, list_names
+from bayes_mpt.program.run import NODES, run
+from bayes_mpt.program.sites import sub_samples
+
+__all__ = ["Dense", "read_side_by_side"]
+
+MAX_PROBED = 2**22  # numbers in one temporary of a run at several probes
+
+
+class Dense:
+    """One probe for every latent."""
+
+    def check_applicable(self, structure: AffineForm) -> None:
+        pass
+
+    def read_shared(self, model: Model, args: tuple[Any, ...], structure: AffineForm) -> DenseMap:
+        return _read_probes(model, args, structure)
+
+    def read_per_row(self, model: Model, args: tuple[Any, ...], structure: AffineForm) -> DenseMap:
+        return _read_rows(model, args, structure)
+
+    def first_read_per_row(
+        self, model: Model, args: tuple[Any, ...], structure: AffineForm
+    ) -> tuple[AffineForm, DenseMap]:
+        together = _all_probes(model, args, structure)
+        structure = structure._replace(at_once=together is not None)
+        return structure, _read_rows(model, args, structure) if together is None else together
+
+
+def _read_probes(model: Model, args: tuple[Any, ...], structure: AffineForm) -> DenseMap:
+    """All probes in one run: row 0 has z = 0, rows 1..K a unit vector each, the last three are random."""
+    n_latents = structure.n_latents
+    n_probes = n_latents + 1 + N_CHECKS
+    rows = tuple(fill(cycle(a, n_probes)) for a in args)
+    probes = probes_of(structure, rows[0])  # (P, K)
+    trace = run(model, rows, latent_values(structure, probes))
+    loc, scale = (t[0] for t in token_normal(trace, structure))  # (P, T)
+    latent_loc, latent_root = (t[0] for t in latent_normal(trace, structure))  # (P, K), (P, K, K)
+    where = f"observed site {structure.observed!r}"
+    check_constant(scale, where)
+    noise_root = correlated_noise(trace, structure)
+    tril = None if noise_root is None else noise_root[0]
+    if tril is not None and len(tril) > 1:
+        check_constant(tril, where)
+    map_loc, map_loading = affine_through(loc[:, None], probes, structure, where)
+    prior_loc, prior_slope = affine_through(latent_loc[:, None], probes, structure, "latent sites")
+    check_constant(latent_root.flatten(1), "latent sites")
+    reading = integrate_prior(
+        map_loc, map_loading, scale[:1].square(), prior_loc, prior_slope, latent_root[:1], rows[0]
+    )
+    return reading if tril is None else with_correlated_noise(reading, tril[:1])
+
+
+class _Runs(NamedTuple):
+    """The program at P probes, B rows each."""
+
+    loc: Tensor
+    """(P, B, T)"""
+    scale: Tensor
+    latent_loc: Tensor
+    """(P, B, K), of each latent given the earlier ones."""
+    latent_root: Tensor
+    """(P, B, K, K)"""
+    noise_root: Tensor | None
+    """(P, B, T, T) of tokens that are one MultivariateNormal."""
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> _Runs:
+        """The same change to all."""
+        return _Runs(
+            change(self.loc),
+            change(self.scale),
+            change(self.latent_loc),
+            change(self.latent_root),
+            None if self.noise_root is None else change(self.noise_root),
+        )
+
+
+def _read_rows(model: Model, args: tuple[Any, ...], structure: AffineForm) -> DenseMap:
+    """The real batch at every probe: every row, or the one vector, has a map of its own."""
+    filled = tuple(fill(a) for a in args)
+    probes = probes_of(structure, filled[0])  # (P, K)
+    if not structure.n_latents:
+        probes = probes[:1]  # one run is like another
+    if structure.at_once:
+        runs, trace = _run_at_once(model, filled, structure, probes)
+    else:
+        runs, trace = _run_apart(model, filled, structure, probes)
+    sites = prior_means(structure, filled) | sub_samples(trace)
+    value = token_gaps(model, args, structure, trace, sites)
+    reading = _map_of(runs, probes, structure)
+    return reading._replace(scale=scale_of(trace.nodes[structure.sites[0]]), value=value)
+
+
+def read_side_by_side(
+    model: Model,
+    args: tuple[Any, ...],
+    structure: AffineForm,
+    values: dict[str, Tensor],
+    priors: tuple[Latent, ...],
+    depth: int | None,
+) -> tuple[DenseMap, Tensor]:
+    """The maps at S nodes, whose values (S, ...) of further latents are given, and log p of the ``priors`` there.
+
+    ``structure`` is that of the program at one node. B of the reading is S times N, node after node; the log-density is
+    (S, N) (N is 1 where all observations are one vector). All nodes and probes are one run: on a plate left of the
+    program's ``depth``, along which the values lie; through `torch.vmap` where that is None.
+    """
+    filled = tuple(fill(a) for a in args)
+    probes = probes_of(structure, filled[0])  # (P, K)
+    n_probes, n_rows = len(probes), batch(structure, filled)
+    n_nodes = len(next(iter(values.values())))
+    # rows that share a map, with nothing of their own among the values, are read on rows that are the probes
+    shared = structure.by_row and not structure.per_row and all(p.row_axis is None for p in priors)
+    if shared:
+        rows = tuple(fill(cycle(a, n_probes)) for a in args)
+        z = probes.expand(n_nodes, -1, -1)
+    else:
+        rows, z = filled, probes.repeat(n_nodes, 1)[:, None]
+        values = {name: v.repeat_interleave(n_probes, 0) for name, v in values.items()}
+    if depth is None:
+        runs, log_prior, scale = _map_copies(model, rows, structure, z, values, priors)
+    else:
+        trace = _run_copies(model, rows, structure, z, depth, values)
+        runs = _runs_of(trace, structure, len(z))
+        log_prior, scale = (
+            _log_prior(trace, priors, len(z), rows[0]),
+            scale_of(trace.nodes[structure.sites[0]]),
+        )
+    if shared:  # (S, P, ...) -> (P, S, ...)
+        reading = _map_of(runs.each(lambda t: t.transpose(0, 1)), probes, structure)
+        return each_row(reading, n_rows)._replace(value=filled[0]), log_prior
+    by_probe = lambda t: t.unflatten(0, (n_nodes, n_probes)).transpose(0, 1)  # noqa: E731
+    reading = _map_of(runs.each(lambda t: by_probe(t).flatten(1, 2)), probes, structure)
+    log_prior = by_probe(log_prior)  # (P, S, N)
+    check_constant(log_prior, f"prior of {list_names([p.name for p in priors])}")
+    return reading._replace(scale=scale, value=filled[0]), log_prior[0]
+
+
+def _log_prior(trace: Trace, latents: tuple[Latent, ...], n_copies: int, like: Tensor) -> Tensor:
+    """Log-densities of these latents in a run of copies, row by row: (P, N), or (P, 1) where no row has its own."""
+    total = like.new_zeros(n_copies, 1)
+    for latent in latents:
+        node = trace.nodes[latent.name]
+        shape = node["value"].shape[node["value"].ndim - len(latent.shape) :][: latent.n_batch]
+        log_prob = node["fn"].log_prob(node["value"])
+        total = total + flat(log_prob, shape, latent.row_axis, n_copies).sum(-1)
+    return total
+
+
+def _run_apart(
+    model: Model, filled: tuple[Any, ...], structure: AffineForm, probes: Tensor
+) -> tuple[_Runs, Trace]:
+    """One run for each probe; and the first."""
+    n_rows = batch(structure, filled)
+    traces: list[Trace] = []
+    for probe in probes:
+        # The rows that a sub-sampling plate drew in the first run stay for the others.
+        fixed = sub_samples(traces[0]) if traces else {}
+        traces.append(run(model, filled, latent_values(structure, probe.expand(n_rows, -1)) | fixed))
+    return _joined([_runs_of(trace, structure) for trace in traces]), traces[0]
+
+
+def _run_at_once(
+    model: Model, filled: tuple[Any, ...], structure: AffineForm, probes: Tensor
+) -> tuple[_Runs, Trace]:
+    """One run for all probes, or for as many as memory will bear; and the first."""
+    n_rows = batch(structure, filled)
+    step = max(2, MAX_PROBED // max(1, n_rows * structure.width * structure.n_latents))
+    out, traces = [], []
+    for part in probes.split(step):
+        # An axis of the program as long as that of the probes could pass for it.
+        n_copies = len(part)
+        while n_copies in (n_rows, structure.width):
+            n_copies += 1
+        z = torch.cat([part, part[:1].expand(n_copies - len(part), -1)])
+        traces.append(_run_copies(model, filled, structure, z[:, None], structure.depth, {}))
+        out.append(_runs_of(traces[-1], structure, n_copies).each(itemgetter(slice(len(part)))))
+    return _joined(out), traces[0]
+
+
+def _run_copies(
+    model: Model,
+    filled: tuple[Any, ...],
+    structure: AffineForm,
+    z: Tensor,
+    depth: int,
+    values: dict[str, Tensor],
+) -> Trace:
+    """Copies of the program side by side, on a plate left of its own, at latents z (P, N, K), or (P, 1, K)."""
+    n_copies, n_rows = len(z), batch(structure, filled)
+    sites, start = dict(values), 0
+    for site in structure.latents:
+        part = z[..., start : start + site.width]
+        start += site.width
+        if site.row_axis is None:
+            part = part.reshape(n_copies, *site.shape)
+        else:
+            rest = site.shape[: site.row_axis] + site.shape[site.row_axis + 1 :]
+            part = part.reshape(n_copies, -1, *rest).expand(n_copies, n_rows, *rest)
+            part = part.movedim(1, site.row_axis + 1)
+        sites[site.name] = part.reshape(n_copies, *[1] * (depth - site.n_batch), *part.shape[1:])
+    with pyro.plate(NODES, n_copies, dim=-1 - depth):
+        return run(model, filled, sites)
+
+
+def _map_copies(
+    model: Model,
+    filled: tuple[Any, ...],
+    structure: AffineForm,
+    z: Tensor,
+    values: dict[str, Tensor],
+    priors: tuple[Latent, ...],
+) -> tuple[_Runs, Tensor, float]:
+    """`_run_copies` of a program that does not broadcast over leading batch dimensions.
+
+    Its maps, log-densities of ``priors``, and scale.
+    """
+    n_rows, scales = batch(structure, filled), []
+
+    def alone(node: dict[str, Tensor], z: Tensor) -> tuple[Tensor, ...]:
+        trace = run(model, filled, node | latent_values(structure, z.expand(n_rows, -1)))
+        scales.append(scale_of(trace.nodes[structure.sites[0]]))
+        found = (*_runs_of(trace, structure), _log_prior(trace, priors, 1, z))
+        return tuple(t[0] for t in found if t is not None)
+
+    with pyro.validation_enabled(False):  # a check would have to branch on its node
+        *runs, log_prior = torch.vmap(alone)(values, z)
+    return _Runs(*runs, *[None] * (5 - len(runs))), log_prior, scales[0]
+
+
+def _all_probes(model: Model, args: tuple[Any, ...], structure: AffineForm) -> DenseMap | None:
+    """The map from one run at all probes, if that gives what runs apart give at the three random ones."""
+    if structure.sub_rows is not None:
+        return None  # other rows in every run
+    probes = probes_of(structure, args[0])
+    try:
+        together, _ = _run_at_once(model, args, structure, probes)
+    except Exception:  # written for one set of latents at a time
+        return None
+    with torch.no_grad():
+        apart, _ = _run_apart(model, args, structure, probes[-N_CHECKS:])
+        for a, b in zip(together, apart, strict=True):
+            if a is None or b is None:
+                continue
+            size = b.abs() + b.abs().flatten(1).amax(1).reshape(-1, *[1] * (b.ndim - 1)) if b.numel() else b
+            if not bool(((a[-N_CHECKS:] - b).abs() <= tolerance(b) * size).all()):
+                return None
+    return _map_of(together, probes, structure)
+
+
+def _map_of(runs: _Runs, probes: Tensor, structure: AffineForm) -> DenseMap:
+    """The affine map through the first K + 1 probes, checked at the others."""
+    where = f"observed site {structure.observed!r}"
+    check_constant(runs.scale, where)
+    check_constant(runs.latent_root, "latent sites")
+    loc, loading = affine_through(runs.loc, probes, structure, where)
+    prior_loc, prior_slope = affine_through(runs.latent_loc, probes, structure, "latent sites")
+    reading = integrate_prior(
+        loc, loading, runs.scale[0].square(), prior_loc, prior_slope, runs.latent_root[0], loc
+    )
+    if runs.noise_root is None:
+        return reading
+    check_constant(runs.noise_root, where)
+    return with_correlated_noise(reading, runs.noise_root[0].expand(len(loc), -1, -1))
+
+
+def _runs_of(trace: Trace, structure: AffineForm, n_copies: int = 1) -> _Runs:
+    return _Runs(
+        *token_normal(trace, structure, n_copies),
+        *latent_normal(trace, structure, n_copies),
+        correlated_noise(trace, structure, n_copies),
+    )
+
+
+def _joined(runs: list[_Runs]) -> _Runs:
+    loc, scale, latent_loc, latent_root, noise_root = zip(*runs, strict=True)
+    tril = None if noise_root[0] is None else torch.cat(noise_root)
+    return _Runs(torch.cat(loc), torch.cat(scale), torch.cat(latent_loc), torch.cat(latent_root), tril)

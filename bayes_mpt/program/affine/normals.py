@@ -1,0 +1,186 @@
+"""Means and scales of the Normal sites of a run, row by row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from bayes_mpt.program.affine.form import AffineForm, NotAffine
+from bayes_mpt.program.layout import flat, rows_first, token_values
+from bayes_mpt.program.program import Program
+from bayes_mpt.program.sites import base, latent_nodes, observed_nodes, own_shown, plate_axis, rows_plate_of
+
+__all__ = [
+    "batch",
+    "correlated_noise",
+    "join_values",
+    "latent_normal",
+    "latent_parts",
+    "latent_values",
+    "normal",
+    "observed_layout",
+    "prior_means",
+    "scale_of",
+    "token_normal",
+    "tokens_of",
+]
+
+
+def observed_layout(
+    trace: Trace, n_rows: int
+) -> tuple[tuple[str, ...], str | None, bool, tuple[int | None, ...]]:
+    """Names of the observed sites, of the rows plate, whether all latents live inside it, and its axis in each site."""
+    observed = observed_nodes(trace)
+    for node in observed:
+        if not node["value"].is_floating_point():
+            raise NotAffine(
+                f"observed site {node['name']!r} holds {node['value'].dtype}: pass it as floating point numbers"
+            )
+        normal(node)
+        if len(observed) > 1 and node["fn"].event_dim > base(node["fn"]).event_dim + 1:
+            raise NotAffine(f"observed site {node['name']!r} has an event of several axes beside other sites")
+        if len(observed) > 1 and isinstance(base(node["fn"]), torch.distributions.MultivariateNormal):
+            raise NotAffine(
+                f"observed site {node['name']!r} is MultivariateNormal beside other observed sites"
+            )
+    nodes = latent_nodes(trace)
+    for latent in nodes:
+        normal(latent)
+    rows, by_row = rows_plate_of(observed, nodes, n_rows)
+    axes = tuple(plate_axis(node, rows) if by_row else None for node in observed)
+    if len(observed) > 1 and len({float(n["scale"]) for n in observed}) > 1:
+        raise NotAffine("observed sites have different scales")
+    for node in observed:
+        if not bool(own_shown(node).all()):
+            raise NotAffine(f"a mask hides values of observed site {node['name']!r}")
+    return tuple(node["name"] for node in observed), rows, by_row, axes
+
+
+def join_values(parts: list[Tensor], row_axes: tuple[int | None, ...]) -> Tensor:
+    """Values of the observed sites side by side: (N, T), or one vector (1, T)."""
+    return torch.cat([rows_first(p, axis) for p, axis in zip(parts, row_axes, strict=True)], 1)
+
+
+def batch(structure: AffineForm, args: tuple[Any, ...]) -> int:
+    """Rows that a run on these arguments has."""
+    if not structure.by_row:
+        return 1
+    return structure.sub_rows or len(args[0])
+
+
+def latent_values(structure: AffineForm, z: Tensor) -> dict[str, Tensor]:
+    """z (n_rows, K) as values of the latent sites."""
+    values, start = {}, 0
+    for site in structure.latents:
+        part = z[:, start : start + site.width]
+        start += site.width
+        if site.row_axis is None:
+            values[site.name] = part.reshape(site.shape)
+        else:
+            rest = site.shape[: site.row_axis] + site.shape[site.row_axis + 1 :]
+            values[site.name] = part.reshape(len(z), *rest).movedim(0, site.row_axis)
+    return values
+
+
+def prior_means(structure: AffineForm, args: tuple[Any, ...]) -> dict[str, Tensor]:
+    """Zero for every latent."""
+    like = args[0]
+    return latent_values(structure, like.new_zeros(batch(structure, args), structure.n_latents))
+
+
+def normal(node: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of a Normal or MultivariateNormal site, which broadcast to its value."""
+    fn, value = base(node["fn"]), node["value"]
+    if isinstance(fn, torch.distributions.Normal):
+        return fn.loc.to(value), fn.scale.to(value)
+    if isinstance(fn, torch.distributions.MultivariateNormal):
+        return fn.loc.to(value), fn.stddev.to(value)
+    kind = "observed" if node["is_observed"] else "latent"
+    raise NotAffine(
+        f"{kind} site {node['name']!r} is {type(fn).__name__}: only Normal or MultivariateNormal tokens and latents "
+        "are linear-Gaussian"
+    )
+
+
+def correlated_noise(trace: Trace, structure: AffineForm, n_copies: int = 1) -> Tensor | None:
+    """Lower factors (P, B, T, T) of the covariance of tokens that are one MultivariateNormal; None of others."""
+    node = trace.nodes[structure.sites[0]]
+    fn, value = base(node["fn"]), node["value"]
+    if not isinstance(fn, torch.distributions.MultivariateNormal):
+        return None
+    n_tokens = fn.event_shape[0]
+    axis = structure.row_axes[0]
+    n_rows = 1 if axis is None else value.shape[axis]
+    if value.numel() != n_rows * n_tokens:
+        raise NotAffine(
+            f"observed site {node['name']!r} has several MultivariateNormal events a row: noise that is correlated in "
+            "blocks is not supported"
+        )
+    tril = flat(fn.scale_tril.to(value), torch.Size((*value.shape, n_tokens)), None, n_copies)
+    return tril.reshape(n_copies, n_rows, n_tokens, n_tokens)
+
+
+def token_normal(trace: Trace, structure: AffineForm, n_copies: int = 1) -> tuple[Tensor, Tensor]:
+    """Means and scales of the tokens (P, B, T)."""
+    locs: list[Tensor] = []
+    scales: list[Tensor] = []
+    for name, axis in zip(structure.sites, structure.row_axes, strict=True):
+        node = trace.nodes[name]
+        for t, out in zip(normal(node), (locs, scales), strict=True):
+            out.append(flat(t, node["value"].shape, axis, n_copies))
+    return torch.cat(locs, -1), torch.cat(scales, -1)
+
+
+def tokens_of(trace: Trace, structure: AffineForm | Program) -> Tensor:
+    """Values of the tokens of a run (N, T), of a program that was found to be linear-Gaussian or of another."""
+    if isinstance(structure, Program):
+        return token_values(trace, structure)
+    return join_values([trace.nodes[name]["value"] for name in structure.sites], structure.row_axes)
+
+
+def latent_parts(trace: Trace, structure: AffineForm, n_copies: int = 1) -> tuple[Tensor, list[Tensor]]:
+    """Of the latents given the earlier ones: means (P, B, K), and a root of each site's covariance.
+
+    Standard deviations (P, B, width) of independent ones, lower factors (P, B, events, D, D) of others.
+    """
+    value, axis = trace.nodes[structure.sites[0]]["value"], structure.row_axes[0]
+    lead = (n_copies, 1 if axis is None else value.shape[axis])
+    locs: list[Tensor] = []
+    roots: list[Tensor] = []
+    for site in structure.latents:
+        node = trace.nodes[site.name]
+        shape = node["value"].shape[node["value"].ndim - len(site.shape) :]
+        loc, scale = (flat(t, shape, site.row_axis, n_copies) for t in normal(node))
+        locs.append(loc)
+        fn = base(node["fn"])
+        if isinstance(fn, torch.distributions.MultivariateNormal):
+            width = fn.event_shape[0]
+            tril = flat(fn.scale_tril.to(loc), torch.Size((*shape, width)), site.row_axis, n_copies)
+            roots.append(tril.reshape(*lead, -1, width, width))
+        else:
+            roots.append(scale)
+    return torch.cat(locs, -1) if locs else value.new_zeros(*lead, 0), roots
+
+
+def latent_normal(trace: Trace, structure: AffineForm, n_copies: int = 1) -> tuple[Tensor, Tensor]:
+    """Means (P, B, K) and block-diagonal roots (P, B, K, K) of the latents given the earlier ones."""
+    loc, parts = latent_parts(trace, structure, n_copies)
+    blocks: list[Tensor] = []
+    for part in parts:
+        blocks.extend([torch.diag_embed(part)] if part.ndim == 3 else part.unbind(2))
+    if len(blocks) == 1:
+        return loc, blocks[0]
+    root, start = loc.new_zeros(*loc.shape, loc.shape[-1]), 0
+    for block in blocks:
+        end = start + block.shape[-1]
+        root[..., start:end, start:end] = block
+        start = end
+    return loc, root
+
+
+def scale_of(node: dict[str, Any]) -> float:
+    """Plate or `poutine.scale` factor of a site."""
+    return float(node["scale"])

@@ -1,0 +1,77 @@
+"""Values and means of the tokens of a linear-Gaussian program."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from bayes_mpt.program.affine.form import AffineForm
+from bayes_mpt.program.affine.normals import (
+    join_values,
+    token_normal,
+    tokens_of,
+)
+from bayes_mpt.program.arguments import fill_otherwise, has_missing
+from bayes_mpt.program.missing import values_with_gaps
+from bayes_mpt.program.program import MissingCovariate, Model, ModelError
+from bayes_mpt.program.run import SetLatents, one_precision, run
+from bayes_mpt.program.sites import own_shown
+
+__all__ = ["token_gaps", "token_means"]
+
+
+def token_means(
+    model: Model, args: tuple[Any, ...], sites: tuple[str, ...], values: dict[str, Tensor]
+) -> Tensor:
+    """Means of the tokens at these latent values, the other latents at their means given them: (N, ...)."""
+    with one_precision(args), SetLatents(values, others_at_mean=True):
+        trace = poutine.trace(model).get_trace(*args)
+    means = [trace.nodes[name]["fn"].mean for name in sites]
+    return means[0] if len(means) == 1 else torch.cat([m.reshape(len(m), -1) for m in means], 1)
+
+
+def token_gaps(
+    model: Model, args: tuple[Any, ...], structure: AffineForm, trace: Trace, sites: dict[str, Tensor]
+) -> Tensor:
+    """The observed value as (N, T): a token that is computed from a missing cell is missing."""
+    for name in structure.sites:
+        if not bool(own_shown(trace.nodes[name]).all()):
+            raise ModelError(
+                f"a mask hides values of observed site {name!r}, and did not when the program was first run: leave the "
+                "cells NaN, which the package leaves out, or show the masked rows when the predictor is made"
+            )
+    value = tokens_of(trace, structure)
+    if any(has_missing(a) for a in args):
+        # The filled cells gave finite parameters and maps; what the NaN themselves reach shows which tokens to drop.
+        with torch.no_grad():
+            try:
+                raw = run(model, args, sites)
+                reached = [t.isnan().any() for t in token_normal(raw, structure)]
+            except ValueError:  # Pyro's own check of a mean or scale that is NaN
+                reached = [torch.tensor(True)]
+            if any(bool(r) for r in reached):
+                raise MissingCovariate(
+                    f"missing cells reach the mean or scale of observed site {structure.observed!r}: covariates must "
+                    "be complete, only what is observed may be missing"
+                )
+        n_cells = sum(int(a.isnan().sum()) for a in args if has_missing(a))
+        with_gaps = tokens_of(raw, structure)
+        whole = all(bool(own_shown(raw.nodes[name]).all()) for name in structure.sites)
+        if not whole or int(with_gaps.isnan().sum()) < n_cells:
+            # missing cells without a token, or the program has a view of its own of them
+            with torch.no_grad():
+                other = run(model, tuple(fill_otherwise(a) for a in args), sites)
+            shown = values_with_gaps(model, args, structure.sites, trace, other, sites)
+            with_gaps = join_values([shown[name] for name in structure.sites], structure.row_axes)
+        value = with_gaps
+        if int(value.isnan().sum()) > n_cells:
+            raise ModelError(
+                f"{n_cells} missing cells make {int(value.isnan().sum())} tokens of observed site "
+                f"{structure.observed!r} missing, since tokens are computed from several cells: observe the cells "
+                "themselves, or fill them before"
+            )
+    return value

@@ -1,0 +1,121 @@
+"""What a program is called with: missing cells filled, rows picked, values changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bayes_mpt.program.program import ModelError
+
+__all__ = [
+    "cycle",
+    "fill",
+    "fill_otherwise",
+    "filling",
+    "has_missing",
+    "head",
+    "init_rows",
+    "resampled",
+    "rows_of",
+    "shifted",
+    "spread_rows",
+]
+
+MAX_INIT_CELLS = 2**22
+N_TRIAL_ROWS = 8
+
+
+def resampled(arg: Any) -> Any:
+    """Every column of an argument resampled by itself: counts stay counts."""
+    if not isinstance(arg, Tensor) or not arg.ndim:
+        return arg
+    generator = torch.Generator().manual_seed(1)
+    index = torch.randint(len(arg), arg.shape, generator=generator).to(arg.device)
+    return torch.gather(arg, 0, index)
+
+
+def shifted(arg: Any) -> Any:
+    """Every cell of an argument one larger: whole numbers stay whole."""
+    if not isinstance(arg, Tensor):
+        return arg
+    return ~arg if arg.dtype == torch.bool else arg + 1
+
+
+def fill(arg: Any, value: Tensor | None = None) -> Any:
+    """NaN cells replaced, by default by `filling`, so that any program can run; they are never scored.
+
+    The argument itself where nothing is missing.
+    """
+    if not has_missing(arg):
+        return arg
+    value = filling(arg) if value is None else value
+    assert value is not None
+    return torch.where(arg.isnan(), value, arg)
+
+
+def filling(arg: Any) -> Tensor | None:
+    """What stands for the missing cells of each column: its mean; where all are whole numbers the (lower) median.
+
+    An observed value stays in any support. None for an argument that can have no missing cells.
+    """
+    if not isinstance(arg, Tensor) or not arg.is_floating_point():
+        return None
+    whole = ((arg == arg.round()) | arg.isnan()).all(0)
+    value = torch.where(whole, arg.nanmedian(0).values, arg.nanmean(0))
+    # of cells that are equal the mean need not be they, to the last digit
+    low, high = arg.nan_to_num(torch.inf).amin(0), arg.nan_to_num(-torch.inf).amax(0)
+    value = torch.where(low <= high, value.clamp(low, high), value)
+    return value.nan_to_num(1.0)  # a column without any cell: in most supports
+
+
+def fill_otherwise(arg: Any) -> Any:
+    """NaN cells replaced by other values than `fill` takes: the column's least or largest, whichever is further."""
+    if not has_missing(arg):
+        return arg
+    first = fill(arg)
+    low = arg.nan_to_num(torch.inf).amin(0)
+    high = arg.nan_to_num(-torch.inf).amax(0)
+    value = torch.where((first - low).abs() >= (high - first).abs(), low, high)
+    value = torch.where(torch.isfinite(value) & (value != first), value, first + 1)
+    return torch.where(arg.isnan(), value, arg)
+
+
+def has_missing(arg: Any) -> bool:
+    """Whether an argument has NaN cells."""
+    if not isinstance(arg, Tensor) or not arg.is_floating_point():
+        return False
+    return bool(arg.sum().isnan()) and bool(arg.isnan().any())  # a sum costs a tenth, and rules it out
+
+
+def head(args: tuple[Any, ...], n_rows: int) -> tuple[Any, ...]:
+    """The first rows."""
+    return rows_of(args, slice(n_rows)) if isinstance(args[0], Tensor) else args
+
+
+def rows_of(args: tuple[Any, ...], index: Any) -> tuple[Any, ...]:
+    """Some rows, or sets of them, of each argument that has as many as the first."""
+    total = len(args[0])
+    return tuple(a[index] if isinstance(a, Tensor) and a.ndim and len(a) == total else a for a in args)
+
+
+def spread_rows(n_rows: int, n_wanted: int) -> Tensor:
+    """Evenly spaced indices: of a sorted table the first rows are no sample."""
+    return torch.linspace(0, n_rows - 1, min(n_rows, n_wanted)).round().long()
+
+
+def init_rows(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Rows for the first run: all of them unless the table is very large."""
+    if not args or not isinstance(args[0], Tensor) or args[0].ndim == 0:
+        raise ModelError("the program must be called with a tensor of rows as its first argument")
+    per_row = max(1, args[0][0].numel()) if len(args[0]) else 1
+    n_rows = max(64, MAX_INIT_CELLS // per_row)
+    return args if len(args[0]) <= n_rows else head(args, n_rows)
+
+
+def cycle(arg: Any, n_rows: int) -> Any:
+    """So many rows, from the first again where there are fewer."""
+    if not isinstance(arg, Tensor) or not arg.ndim:
+        return arg
+    return arg[:n_rows] if len(arg) >= n_rows else arg[torch.arange(n_rows, device=arg.device) % len(arg)]

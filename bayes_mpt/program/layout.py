@@ -1,0 +1,101 @@
+"""Where the rows and the tokens are in the value of a site."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro
+import torch
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from bayes_mpt.program.program import ModelError, Observed, Program
+from bayes_mpt.program.sites import base, node_of
+
+__all__ = [
+    "check_shape",
+    "flat",
+    "join_tokens",
+    "log_probs_under",
+    "rows_axis",
+    "rows_first",
+    "sum_by_row",
+    "token_values",
+]
+
+
+def rows_first(value: Tensor, row_axis: int | None, n_joint: int = 0) -> Tensor:
+    """A site's value (or anything of that layout) as (N, tokens of the site)."""
+    if n_joint:
+        value = value.flatten(value.ndim - n_joint).sum(
+            -1
+        )  # a token of several numbers: NaN if one of them is
+    if row_axis is None:
+        return value.reshape(1, -1)
+    return value.movedim(row_axis, 0).reshape(value.shape[row_axis], -1)
+
+
+def rows_axis(node: Any, program: Program) -> int | None:
+    """Where the rows are in the log-density of a site, counted from the right; None where they are one vector."""
+    if not program.by_row:
+        return None
+    return next(
+        (f.dim for f in node["cond_indep_stack"] if f.name == program.rows_plate and f.vectorized), None
+    )
+
+
+def sum_by_row(log_prob: Tensor, axis: int | None, n: int) -> Tensor:
+    """Log-densities of one site in a run on n nodes, summed over all axes but nodes and rows: (n, N)."""
+    kept = {0} if n > 1 else set()
+    if axis is not None:
+        kept.add(axis % log_prob.ndim)
+    away = [i for i in range(log_prob.ndim) if i not in kept]
+    total = log_prob.sum(away) if away else log_prob
+    return total if total.ndim == 2 else total.reshape(-1, 1) if axis is None else total[None]
+
+
+def token_values(trace: Trace, program: Program) -> Tensor:
+    """Values of the tokens of a run: (N, T) in floating point; a token of several numbers is their sum."""
+    for site in program.sites:
+        check_shape(node_of(trace, site.name), site)
+    return join_tokens({s.name: trace.nodes[s.name]["value"] for s in program.sites}, program)
+
+
+def join_tokens(values: dict[str, Tensor], program: Program) -> Tensor:
+    """Values of the observed sites by name as tokens, site after site: (N, T)."""
+    parts = [rows_first(values[s.name], s.row_axis, s.n_joint) for s in program.sites]
+    dtype = next((p.dtype for p in parts if p.is_floating_point()), torch.get_default_dtype())
+    return parts[0].to(dtype) if len(parts) == 1 else torch.cat([p.to(dtype) for p in parts], 1)
+
+
+def check_shape(node: Any, site: Observed) -> None:
+    """A site's value must have the shape that it had when the program was first run, but for the number of rows."""
+    got = tuple(node["value"].shape)
+    same = [a == b or axis == site.row_axis for axis, (a, b) in enumerate(zip(got, site.shape, strict=False))]
+    if len(got) != len(site.shape) or not all(same):
+        raise ModelError(
+            f"observed site {site.name!r} had shape {site.shape} when the program was first run and has {got} now: "
+            "tokens may not change between calls, nor may rows without a rows plate around them"
+        )
+
+
+def log_probs_under(trace: Trace, values: Trace, program: Program) -> list[Tensor]:
+    """The log-densities of one run's tokens under another's distributions."""
+    with pyro.validation_enabled(False):
+        tokens = [
+            base(node_of(trace, s.name)["fn"]).log_prob(node_of(values, s.name)["value"])
+            for s in program.sites
+        ]
+        latents = [
+            node_of(trace, s.name)["fn"].log_prob(node_of(values, s.name)["value"]) for s in program.latents
+        ]
+    return tokens + latents
+
+
+def flat(t: Tensor, shape: torch.Size, row_axis: int | None, n_copies: int = 1) -> Tensor:
+    """What stands for each number of a site's value of this shape, row by row of each copy: (P, B, width)."""
+    lead = t.shape[1 : max(1, t.ndim - len(shape))]
+    t = t.expand(n_copies, *lead, *shape).reshape(n_copies, *shape)
+    if row_axis is None:
+        return t.reshape(n_copies, 1, -1)
+    return t.movedim(row_axis + 1, 1).reshape(n_copies, shape[row_axis], -1)

@@ -1,0 +1,156 @@
+"""Which tokens of a run are missing: those that are computed from missing cells."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pyro
+import torch
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from bayes_mpt.program.arguments import fill_otherwise, has_missing
+from bayes_mpt.program.layout import join_tokens, log_probs_under, token_values
+from bayes_mpt.program.program import MissingCovariate, Model, ModelError, Program
+from bayes_mpt.program.run import run
+from bayes_mpt.program.sites import base, latent_nodes, node_of, observed_nodes, own_shown, sub_samples
+
+__all__ = ["nan_shows", "read_values", "run_with_holes", "values_with_gaps"]
+
+
+def read_values(
+    model: Model, args: tuple[Any, ...], program: Program, trace: Trace, sites: dict[str, Tensor]
+) -> Tensor:
+    """Values of the tokens (N, T) of a run on filled arguments, NaN where computed from a missing cell."""
+    value = token_values(trace, program)
+    if not any(has_missing(a) for a in args):
+        return value
+    # Other values in the missing cells: the tokens that move are the missing ones, and no distribution may move.
+    others = tuple(fill_otherwise(a) for a in args)
+    with torch.no_grad(), pyro.validation_enabled(False):
+        try:
+            other = run(model, others, sites)
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise ModelError(
+                f"the program does not run on other values in the missing cells: {error}. Drop constant columns, and "
+                "make covariates complete"
+            ) from error
+        before, after = log_probs_under(trace, trace, program), log_probs_under(other, trace, program)
+    for name, a, b in zip((*program.site_names, *program.latent_names), after, before, strict=True):
+        if not bool((a == b).all()):
+            raise MissingCovariate(
+                f"missing cells reach the distribution of site {name!r}: covariates must be complete, "
+                "only what is observed may be missing"
+            )
+    shown = values_with_gaps(model, args, program.site_names, trace, other, sites)
+    with_gaps = join_tokens(shown, program)
+    missing = with_gaps.isnan() & ~value.isnan()
+    for site in program.sites:
+        if site.n_joint > 1 and bool(missing.any()):
+            raise ModelError(
+                f"site {site.name!r} ({site.kind}) has one density for a whole event of several axes, which a missing "
+                "cell would drop with all its other cells. Write a series as a loop of Normal sites, one or two for "
+                "each step: these are scored step by step, in time linear in the length"
+            )
+        lost = shown[site.name].isnan()
+        if site.n_joint == 1 and bool((lost.any(-1) & ~lost.all(-1)).any()):
+            raise ModelError(
+                f"site {site.name!r} ({site.kind}) has one density for a whole event, and of some events a few cells "
+                "alone are missing: the observed ones would be dropped with them. Leave these rows out, or make them "
+                "missing whole; of a Gaussian process, use bayes_mpt.models.GaussianProcess, which takes missing "
+                "observations"
+            )
+    n_cells = sum(int(a.isnan().sum()) for a in args if has_missing(a))
+    if int(missing.sum()) > n_cells:
+        raise ModelError(
+            f"{n_cells} missing cells make {int(missing.sum())} tokens of observed site {program.observed!r} missing, "
+            "since tokens are computed from several cells: observe the cells themselves, or fill them before"
+        )
+    return with_gaps
+
+
+def values_with_gaps(
+    model: Model,
+    args: tuple[Any, ...],
+    names: Iterable[str],
+    filled: Trace,
+    other: Trace,
+    sites: dict[str, Tensor],
+) -> dict[str, Tensor]:
+    """Values of the observed sites of a run on filled arguments, NaN where they are computed from a missing cell.
+
+    A value is, if it moves with what is filled in (``other`` is a run with other fillings), or with NaN in place. A
+    program that leaves missing cells out by a mask of its own is taken at its word; one that would hide more than
+    these, or count what it fills in itself as observed, is refused.
+    """
+    names = tuple(names)
+    try:
+        with torch.no_grad(), pyro.validation_enabled(False):
+            raw: Trace | None = run(model, args, sites)
+    except (RuntimeError, ValueError, IndexError, TypeError):
+        raw = None  # the program does not take NaN: it has no view of its own
+    out = {}
+    for name in names:
+        value = node_of(filled, name)["value"]
+        moves = node_of(other, name)["value"] != value
+        if raw is not None:
+            node = node_of(raw, name)
+            moves = moves | (node["value"] != value)
+            hidden = ~own_shown(node) & own_shown(filled.nodes[name])
+            if bool((hidden & ~moves).any()):
+                raise ModelError(
+                    f"a mask of the program hides observed cells of site {name!r} where others are missing: take the "
+                    "mask away and leave the cells NaN. Missing cells are left out by the package"
+                )
+            if bool((moves & ~hidden & _in_support(node)).any()):
+                raise ModelError(
+                    f"the program fills in missing cells of observed site {name!r} itself (nan_to_num, a comparison), "
+                    "and they would be scored as observed: write obs=x and leave the cells NaN. Missing cells are "
+                    "left out by the package"
+                )
+        out[name] = torch.where(moves, torch.nan, value)
+    return out
+
+
+def _in_support(node: Any) -> Tensor:
+    """Where a site's value is one that its distribution can take: NaN is none, nor what NaN becomes as an integer."""
+    fn, value = base(node["fn"]), node["value"]
+    number = ~value.isnan()
+    try:
+        fine = fn.support.check(value)
+    except (NotImplementedError, AttributeError, RuntimeError):
+        return number
+    return number & fine[(...,) + (None,) * (value.ndim - fine.ndim)]
+
+
+def nan_shows(model: Model, args: tuple[Any, ...], position: int, first: Trace) -> bool:
+    """Whether NaN in the argument that is observed as it stands are NaN there too, and no mask hides other cells."""
+    trace, holes = run_with_holes(model, args, position, first)
+    if trace is None:
+        return True
+    (node,) = observed_nodes(trace)
+    missing = node["value"].isnan()
+    if missing.numel() != holes.numel():
+        return False
+    holes = holes.reshape(missing.shape)
+    newly = own_shown(first.nodes[node["name"]]) & ~own_shown(node)
+    return torch.equal(missing, holes) and not bool((newly & ~holes).any())
+
+
+def run_with_holes(
+    model: Model, args: tuple[Any, ...], position: int, first: Trace
+) -> tuple[Trace | None, Tensor]:
+    """A run with NaN in one cell of every second row of an argument, if the program takes them; and which these are."""
+    x = args[position]
+    holes = torch.zeros(x.shape, dtype=torch.bool, device=x.device).reshape(len(x), -1)
+    rows = torch.arange(0, len(x), 2, device=x.device)
+    holes[rows, (rows // 2) % holes.shape[1]] = True
+    holes = holes.reshape(x.shape)
+    changed = (*args[:position], torch.where(holes, torch.nan, x), *args[position + 1 :])
+    latents = {n["name"]: n["value"] for n in latent_nodes(first)}
+    try:
+        with torch.no_grad(), pyro.validation_enabled(False):
+            return run(model, changed, {**latents, **sub_samples(first)}), holes
+    except (RuntimeError, ValueError, IndexError, TypeError):
+        return None, holes

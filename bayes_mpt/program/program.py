@@ -1,0 +1,179 @@
+"""What a Pyro program is made of, as plain data: sites, latents, plates; and the errors of reading one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+
+__all__ = [
+    "Latent",
+    "MissingCovariate",
+    "Model",
+    "ModelError",
+    "NotPositiveDefinite",
+    "Observed",
+    "Program",
+    "list_names",
+    "n_rows_of",
+    "one_vector",
+    "split_events",
+]
+
+Model = Callable[..., Any]
+MAX_NAMES = 12  # in a message
+
+
+class ModelError(ValueError):
+    """The program cannot be scored; the message names the site and what to do."""
+
+
+class NotPositiveDefinite(ModelError, torch.linalg.LinAlgError):
+    """A matrix that the program computes has no factor: where latents are proposed, the proposal is impossible."""
+
+
+class MissingCovariate(ModelError):
+    """A cell is missing on which the tokens' distribution depends."""
+
+
+class Latent(NamedTuple):
+    """One latent site."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Shape of the site's value in the first run."""
+    row_axis: int | None
+    """The axis of the rows plate in that shape; None outside the plate."""
+    plates: tuple[str, ...]
+    """Names of the plates around the site."""
+    width: int
+    """Numbers that the site adds to K: of one row, or of the whole data set."""
+    discrete: bool = False
+    """Its values can be enumerated."""
+    n_batch: int = 0
+    """Axes of the value that are no event."""
+
+
+class Observed(NamedTuple):
+    """One observed site."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Shape of the site's value in the first run."""
+    row_axis: int | None
+    """The axis of the rows plate in that shape."""
+    n_joint: int
+    """Axes, on the right, of an event that has one density for all of it: one token."""
+    kind: str
+    """Name of the distribution of a token."""
+    discrete: bool
+    """Whether a token has a probability, and no density."""
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of one row; of all observations without a rows plate."""
+        kept = self.shape[: len(self.shape) - self.n_joint]
+        n = 1
+        for axis, size in enumerate(kept):
+            n *= 1 if axis == self.row_axis else size
+        return n
+
+
+class Program(NamedTuple):
+    """What a program is made of; found once."""
+
+    sites: tuple[Observed, ...]
+    latents: tuple[Latent, ...]
+    parameters: tuple[str, ...]
+    """Names of the `pyro.param`s (and module parameters) that the program touches: point-estimated."""
+    rows_plate: str | None
+    by_row: bool
+    """True: latents are per row, tokens are the features of a row. False: all observations are ONE vector."""
+    depth: int
+    """Plate dimensions that the program uses."""
+    sub_rows: int | None
+    """Rows that a sub-sampling plate draws; None where the program takes all rows it is given."""
+    scale: float = 1.0
+    """Plate or `poutine.scale` factor of the sites."""
+    observed_argument: int | None = None
+    """Position of the argument whose cells are the tokens as they stand, and that no distribution looks at."""
+    per_row: bool = True
+    """Programs of this kind are read on the rows that they score."""
+    scores_input: bool = False
+    """The tokens are an argument itself and nothing is scaled: rows are scored without a run of their own."""
+    takes_visible: bool = False
+    """The program is conditioned on the mask: hidden tokens are independent of each other, each row has its own."""
+
+    @property
+    def observed(self) -> str:
+        """Names of the observed sites, in words."""
+        return list_names(self.site_names)
+
+    @property
+    def site_names(self) -> tuple[str, ...]:
+        """Names of the observed sites, one by one."""
+        return tuple(site.name for site in self.sites)
+
+    @property
+    def n_tokens(self) -> int:
+        """T."""
+        return sum(site.n_tokens for site in self.sites)
+
+    @property
+    def n_latents(self) -> int:
+        """Numbers that stand for the latents."""
+        return sum(site.width for site in self.latents)
+
+    @property
+    def latent_names(self) -> tuple[str, ...]:
+        """Names of the latent sites: integrated."""
+        return tuple(site.name for site in self.latents)
+
+    @property
+    def discrete(self) -> tuple[str, ...]:
+        """Names of the latents that can be enumerated."""
+        return tuple(site.name for site in self.latents if site.discrete)
+
+    @property
+    def one_label(self) -> bool:
+        """Whether each row has one discrete latent, a label of the row."""
+        found = [site for site in self.latents if site.discrete]
+        if len(found) != 1 or found[0].row_axis is None or not self.by_row:
+            return False
+        return all(n == 1 for i, n in enumerate(found[0].shape[: found[0].n_batch]) if i != found[0].row_axis)
+
+    @property
+    def continuous(self) -> tuple[str, ...]:
+        """Names of the others."""
+        return tuple(site.name for site in self.latents if not site.discrete)
+
+
+def list_names(names: Iterable[str]) -> str:
+    """Names in words, those in the middle of a long list left out."""
+    names = list(names)
+    if len(names) > MAX_NAMES:
+        names[3:-1] = [f"... ({len(names) - 4} more)"]
+    return ", ".join(names)
+
+
+def n_rows_of(program: Program, args: tuple[Any, ...]) -> int:
+    """Rows that a run on these arguments has."""
+    if not program.by_row:
+        return 1
+    return program.sub_rows or len(args[0])
+
+
+def split_events(program: Program) -> Program:
+    """The same program with the elements of a MultivariateNormal as tokens, for those who can score them one by one."""
+    return program._replace(sites=tuple(s._replace(n_joint=0) for s in program.sites))
+
+
+def one_vector(program: Program) -> Program:
+    """The same program with all its observations as tokens of one vector."""
+    sites = tuple(s._replace(row_axis=None) for s in program.sites)
+    latents = tuple(
+        s._replace(row_axis=None, width=s.width * (1 if s.row_axis is None else s.shape[s.row_axis]))
+        for s in program.latents
+    )
+    return program._replace(sites=sites, latents=latents, by_row=False)

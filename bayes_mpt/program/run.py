@@ -1,0 +1,216 @@
+"""Running a program: with latents set, in one precision, its errors in words."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine import runtime
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from bayes_mpt.program.arguments import fill, init_rows
+from bayes_mpt.program.densities import log_density
+from bayes_mpt.program.devices import own_random_state
+from bayes_mpt.program.program import Model, ModelError, NotPositiveDefinite
+from bayes_mpt.program.sites import is_subsample
+
+__all__ = ["SetLatents", "first_run", "not_finite", "one_precision", "run", "takes_visible"]
+
+NODES = "_nodes"  # the plate of nodes, left of a program's own plates
+MIXED = re.compile("dtype|scalar type|data type|result type")  # in torch's messages about precision
+
+
+class SetLatents(poutine.messenger.Messenger):
+    """Fix latent values, the others at their means if asked. Not `poutine.condition`: they stay latent sites."""
+
+    def __init__(self, values: dict[str, Tensor], others_at_mean: bool = False):
+        super().__init__()
+        self.values = values
+        self.others_at_mean = others_at_mean
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.values:
+            msg["value"] = self.values[msg["name"]]
+            msg["done"] = True
+        elif self.others_at_mean and not msg["is_observed"] and not is_subsample(msg):
+            msg["value"] = msg["fn"].mean
+            msg["done"] = True
+
+
+def takes_visible(program: Any) -> bool:
+    """Whether a program or guide has an argument that tells it which tokens it sees."""
+    target = program.forward if isinstance(program, torch.nn.Module) else program
+    try:
+        return "visible" in inspect.signature(target).parameters
+    except (TypeError, ValueError):
+        return False
+
+
+def run(model: Model, args: tuple[Any, ...], values: dict[str, Tensor] | None = None) -> Trace:
+    """The trace of one run with these latent values; the random state stays as it was where latents are drawn.
+
+    A program that fails inside of handlers that it has entered itself leaves them to nobody.
+    """
+    handlers, plates = list(runtime._PYRO_STACK), list(runtime._DIM_ALLOCATOR._stack)
+    try:
+        with one_precision(args), _rng_untouched(active=values is None), SetLatents(values or {}):
+            return poutine.trace(model).get_trace(*args)
+    except BaseException:
+        runtime._PYRO_STACK[:], runtime._DIM_ALLOCATOR._stack[:] = handlers, plates
+        raise
+
+
+@contextmanager
+def one_precision(args: tuple[Any, ...]) -> Iterator[None]:
+    """Run a program in the precision of its rows and where they are, however it is written: ``torch.zeros(4)``.
+
+    To be entered before all other handlers of a run.
+    """
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    floating = [a.dtype for a in tensors if a.is_floating_point()]
+    before = torch.get_default_dtype()
+    casts = _Casts(floating[0] if floating else before, tensors[0].device if tensors else None)
+    # a default device looks at each call of torch: only where rows are not on the one that is the default anyway
+    away = bool(tensors) and tensors[0].device.type != "cpu"
+    torch.set_default_dtype(casts.dtype)
+    try:
+        with tensors[0].device if away else nullcontext(), casts:
+            yield
+    except ValueError as raised:
+        error = _own_error(raised)
+        first_line = str(error).splitlines()[0]
+        if first_line.startswith("Shape mismatch inside plate"):
+            raise ModelError(
+                f"{first_line}: append .to_event(1) where a row has several tokens or numbers, or give the outer plate "
+                "dim=-2"
+            ) from error
+        if not first_line.startswith("Expected parameter"):  # torch's, which names no site
+            if error is raised:
+                raise
+            raise error from error.__cause__
+        broken = [n for n, p in pyro.get_param_store().items() if not bool(torch.isfinite(p).all())]
+        if broken:
+            raise ModelError(
+                f"parameter {broken[0]!r} is not finite: check its initial value and constraint"
+            ) from error
+        raise ModelError(
+            f"the program makes a distribution {casts.where} that cannot be: {first_line.rstrip(':')}. Check the "
+            f"parameters {casts.parameters} and their constraints, and what is computed from latents far from zero "
+            "(exp, division)"
+        ) from error
+    except torch.linalg.LinAlgError as error:
+        first_line = str(error).splitlines()[0]
+        raise NotPositiveDefinite(
+            f"the program needs a matrix {casts.where} that cannot be factorised ({first_line}). Add to the "
+            "diagonal of a covariance, or keep what it is computed from nearer to sensible values by a narrower prior"
+        ) from error
+    except RuntimeError as error:
+        if not MIXED.search(str(error)):
+            raise
+        short = [n for n, p in pyro.get_param_store().named_parameters() if p.dtype != casts.dtype]
+        what = (
+            f"parameters {short} are not {casts.dtype}" if short else f"not all its tensors are {casts.dtype}"
+        )
+        first_line = str(error).splitlines()[0]
+        raise ModelError(
+            f"the program mixes precisions {casts.where}: {what}, as x is ({first_line}). Write constants with "
+            "dtype=x.dtype, and networks as network.to(x.dtype), which is network.double() for BayesMPT"
+        ) from error
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _own_error(error: BaseException) -> BaseException:
+    """What a program raised, without the table of shapes that Pyro's trace puts below it."""
+    while "Trace Shapes:" in str(error) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+class _Casts(poutine.messenger.Messenger):
+    """Observed values, draws and initial values of parameters in one precision, the latter in one place."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device | None):
+        super().__init__()
+        self.dtype, self.device = dtype, device
+        self.site = ""
+        """The last site that the program has reached."""
+        self.parameters: list[str] = []
+        """Those that it has reached."""
+
+    @property
+    def where(self) -> str:
+        """How far the program came, in words."""
+        return f"after site {self.site!r}" if self.site else "before its first site"
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if is_subsample(msg):
+            return
+        self.site = msg["name"]
+        if msg["is_observed"]:
+            msg["value"] = torch.as_tensor(msg["value"]).to(self.dtype)
+        elif msg["value"] is None and not getattr(msg["fn"], "has_enumerate_support", False):
+            value = msg["fn"](*msg["args"], **msg["kwargs"])
+            msg["value"] = value.to(self.dtype) if value.is_floating_point() else value
+
+    def _pyro_param(self, msg: Any) -> None:
+        name, *init = msg["args"]
+        self.parameters.append(name)
+        if init and not isinstance(init[0], torch.nn.Parameter):  # networks are trained in place
+            first = init[0]
+            msg["args"] = (name, lambda: self._cast(first() if callable(first) else first))
+
+    def _cast(self, value: Any) -> Any:
+        floating = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(device=self.device, dtype=self.dtype) if floating else value
+
+
+def first_run(model: Model, args: tuple[Any, ...]) -> tuple[Trace, tuple[Any, ...]]:
+    """The first run, which initialises parameters from x, on all rows unless the table is very large."""
+    init = init_rows(args)
+    try:
+        return run(model, init), init
+    except (RuntimeError, ValueError, IndexError) as error:
+        if init is args:
+            raise
+        try:  # the program insists on all its rows (data held in a closure, a plate of fixed size)
+            return run(model, args), args
+        except Exception:
+            raise error from None
+
+
+@contextmanager
+def _rng_untouched(active: bool) -> Iterator[None]:
+    """The first run samples latents; leave the user's random state as it was."""
+    if not active:
+        yield
+        return
+    with own_random_state():
+        yield
+
+
+def not_finite(model: Model, args: tuple[Any, ...]) -> str:
+    """The sites whose log-density is not finite at latents drawn from the prior, in words."""
+    with pyro.validation_enabled(False):
+        trace = run(model, tuple(fill(a) for a in args))
+        found = {
+            name: log_density(node["fn"], node["value"])
+            for name, node in trace.nodes.items()
+            if node["type"] == "sample" and not is_subsample(node)
+        }
+    bad = {n: float(t[~torch.isfinite(t)][0]) for n, t in found.items() if not bool(torch.isfinite(t).all())}
+    if not bad:
+        return (
+            "at latents drawn from the prior every site has a finite log-density, so the cause is a parameter or an "
+            "extreme value of a latent"
+        )
+    return "; ".join(
+        f"the log-density of site {n!r} is {v} at latents drawn from the prior" for n, v in bad.items()
+    )

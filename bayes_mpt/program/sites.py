@@ -1,0 +1,208 @@
+"""The sites of one run: which are latent, which observed, in which plates; what masks leave of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions.torch import Independent
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from bayes_mpt.program.program import Latent, ModelError, Observed, Program
+
+__all__ = [
+    "base",
+    "describe_latent",
+    "describe_observed",
+    "factor_nodes",
+    "is_subsample",
+    "latent_nodes",
+    "node_of",
+    "observed_nodes",
+    "own_masks",
+    "own_shown",
+    "plate_axis",
+    "plate_depth",
+    "rows_given_shared",
+    "rows_plate_of",
+    "sub_samples",
+]
+
+
+def is_subsample(node: Any) -> bool:
+    """Whether a site is the draw of rows of a sub-sampling plate."""
+    return node["type"] == "sample" and type(node["fn"]).__name__ == "_Subsample"
+
+
+def latent_nodes(trace: Trace) -> list[Any]:
+    """The latent sites of a run."""
+    return [
+        node
+        for node in trace.nodes.values()
+        if node["type"] == "sample" and not node["is_observed"] and not is_subsample(node)
+    ]
+
+
+def factor_nodes(trace: Trace) -> list[Any]:
+    """The sites of `pyro.factor`; the log-factor of one is ``base(node["fn"]).log_factor``."""
+    return [n for n in trace.nodes.values() if n["type"] == "sample" and isinstance(base(n["fn"]), dist.Unit)]
+
+
+def observed_nodes(trace: Trace, *, factors_too: bool = False) -> list[Any]:
+    """The observed sites; an error where there is none, or a factor, unless these may stand beside."""
+    nodes = [
+        n
+        for n in trace.nodes.values()
+        if n["type"] == "sample" and n["is_observed"] and not n["infer"].get("_deterministic")
+    ]
+    factors = [n["name"] for n in factor_nodes(trace)]
+    if factors and not factors_too:
+        raise ModelError(
+            f"site {factors[0]!r} is a pyro.factor: the program is not a normalised density of its tokens"
+        )
+    nodes = [n for n in nodes if n["name"] not in factors and not _repeats_itself(n)]
+    for node in nodes:
+        got, want = tuple(node["value"].shape), tuple(node["fn"].shape())
+        if got != want:
+            raise ModelError(
+                f"observed site {node['name']!r} has values of shape {got} under a distribution of shape {want}: write "
+                "the rows plate with len(x), and .expand or .to_event where the distribution is too small"
+            )
+    if not nodes:
+        raise ModelError(
+            f"the program must have at least one observed site, got none (it reached {list(trace.nodes)[1:-1]}): write "
+            'pyro.sample("x", ..., obs=x), where every run reaches it'
+        )
+    return nodes
+
+
+def _repeats_itself(node: Any) -> bool:
+    """Whether a site is a Delta at its own value, which reparametrised latents leave behind: nothing to score."""
+    fn = base(node["fn"])
+    return (
+        isinstance(fn, dist.Delta)
+        and fn.v is node["value"]
+        and not bool(torch.as_tensor(fn.log_density).any())
+    )
+
+
+def node_of(trace: Trace, name: str) -> Any:
+    """A site of a run."""
+    if name not in trace.nodes:
+        raise ModelError(
+            f"site {name!r} was there when the program was first run, and is not now (sites: {list(trace.nodes)}): "
+            "the sites of a program must not depend on chance, nor on values of latents or parameters"
+        )
+    return trace.nodes[name]
+
+
+def describe_latent(node: Any, rows_plate: str | None) -> Latent:
+    """A latent site of a run, as it is remembered."""
+    shape = tuple(node["value"].shape)
+    plates = tuple(f.name for f in node["cond_indep_stack"])
+    frames = [f for f in node["cond_indep_stack"] if f.name == rows_plate]
+    discrete = bool(getattr(node["fn"], "has_enumerate_support", False))
+    n_batch = len(node["fn"].batch_shape)
+    if not frames:
+        return Latent(node["name"], shape, None, plates, node["value"].numel(), discrete, n_batch)
+    axis = n_batch + frames[0].dim
+    width = node["value"].numel() // max(1, shape[axis])
+    return Latent(node["name"], shape, axis, plates, width, discrete, n_batch)
+
+
+def describe_observed(node: Any, rows_plate: str | None) -> Observed:
+    """An observed site of a run, as it is remembered."""
+    fn = base(node["fn"])
+    shape = tuple(node["value"].shape)
+    try:
+        discrete = bool(fn.support.is_discrete)
+    except (NotImplementedError, AttributeError):
+        discrete = bool(fn.has_enumerate_support)
+    return Observed(
+        node["name"], shape, plate_axis(node, rows_plate), fn.event_dim, type(fn).__name__, discrete
+    )
+
+
+def plate_axis(node: Any, plate: str | None) -> int | None:
+    """The axis of a plate in the value of a site."""
+    batch = len(node["fn"].batch_shape)
+    axes = [batch + f.dim for f in node["cond_indep_stack"] if f.name == plate and f.vectorized]
+    return axes[0] if axes else None
+
+
+def rows_plate_of(nodes: list[Any], latents: list[Any], n_rows: int) -> tuple[str | None, bool]:
+    """The plate of the rows, and whether all latents live inside it.
+
+    It is a plate around every observed site; one of as many rows as ``x`` has, and around all latents, comes first.
+    """
+    common: list[str] = [f.name for f in nodes[0]["cond_indep_stack"] if f.vectorized]
+    sizes = {f.name: f.full_size or f.size for f in nodes[0]["cond_indep_stack"]}
+    for node in nodes[1:]:
+        here = {f.name for f in node["cond_indep_stack"] if f.vectorized}
+        common = [name for name in common if name in here]
+    around = {
+        name: all(any(f.name == name for f in node["cond_indep_stack"]) for node in latents)
+        for name in common
+    }
+    # the outermost of several plates that would do
+    dims = {f.name: f.dim for f in nodes[0]["cond_indep_stack"]}
+    ranked = sorted(common, key=lambda name: (sizes[name] != n_rows, not around[name], dims[name]))
+    if not ranked:
+        return None, False
+    return ranked[0], around[ranked[0]]
+
+
+def plate_depth(nodes: Iterable[Any]) -> int:
+    """Plate dimensions around these sites."""
+    return max((-f.dim for n in nodes for f in n["cond_indep_stack"] if f.vectorized), default=0)
+
+
+def base(fn: Any) -> Any:
+    """The distribution under `Independent`, `expand` and masks."""
+    while isinstance(fn, Independent | torch.distributions.Independent | dist.MaskedDistribution):
+        fn = fn.base_dist
+    return fn
+
+
+def rows_given_shared(program: Program, trace: Trace) -> Program | None:
+    """The program of the rows alone, its other latents held: None where no latent stands in the plate, or all do."""
+    rows = program.rows_plate
+    own = [s for s in program.latents if rows in s.plates]
+    if program.by_row or rows is None or not own or len(own) == len(program.latents):
+        return None
+    return program._replace(
+        sites=tuple(describe_observed(node_of(trace, s.name), rows) for s in program.sites),
+        latents=tuple(describe_latent(node_of(trace, s.name), rows) for s in own),
+        by_row=True,
+    )
+
+
+def own_masks(node: Any, n_event: int) -> list[tuple[Tensor, int]]:
+    """Masks of the program itself (`poutine.mask`, `MaskedDistribution`), and how many event axes each leaves out."""
+    out, fn, inside = [], node["fn"], 0
+    if node["mask"] is not None and node["mask"] is not True:
+        out.append((torch.as_tensor(node["mask"]), n_event))
+    while hasattr(fn, "base_dist"):
+        inside += getattr(fn, "reinterpreted_batch_ndims", 0)
+        mask = getattr(fn, "_mask", None)
+        if mask is not None and mask is not True:
+            out.append((torch.as_tensor(mask), n_event - inside))
+        fn = fn.base_dist
+    return out
+
+
+def own_shown(node: Any) -> Tensor:
+    """Which numbers of a site's value the program's own masks leave: bool, in the shape of the value."""
+    value = node["value"]
+    shown = torch.ones(value.shape, dtype=torch.bool, device=value.device)
+    for mask, n_outer in own_masks(node, node["fn"].event_dim):
+        shown = shown & (mask[(...,) + (None,) * n_outer] if mask.ndim else mask)
+    return shown
+
+
+def sub_samples(trace: Trace) -> dict[str, Tensor]:
+    """The rows that sub-sampling plates drew in a run, by the plate."""
+    return {name: node["value"] for name, node in trace.nodes.items() if is_subsample(node)}
