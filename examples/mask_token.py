@@ -28,6 +28,7 @@ from sklearn.exceptions import ConvergenceWarning
 
 from bayes_mpt import BayesMPT
 from bayes_mpt.predictors import SelfPredictive
+from bayes_mpt.training import Epochs
 
 WIDTH, EPOCHS = 32, 22
 RATES = {2.5e-3: "-", 5e-3: "--"}
@@ -49,10 +50,7 @@ def main(output: Path) -> None:
         mpt = BayesMPT(
             program,
             predictor=SelfPredictive(n_orders=1),
-            max_iter=EPOCHS,
-            n_iter_no_change=EPOCHS,
-            batch_size=64,
-            learning_rate=rate,
+            training=Epochs(max_epochs=EPOCHS, patience=EPOCHS, batch_size=64, learning_rate=rate),
             random_state=0,
         ).fit(X)
         by_layer = program.heterogeneity(mpt.params_, X, visible)

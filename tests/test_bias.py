@@ -261,7 +261,7 @@ def largest_lml(cov, n_latents):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [[1], [2], [4], [6], range(1, 9)], ids=str)
+@pytest.mark.parametrize("sizes", [[1], [4], [6]], ids=str)
 def test_a_well_specified_program_ends_at_the_truth_whatever_the_size(sizes):
     case = CASES["linear-Gaussian"]
     x, weight = population(case, 8)

@@ -7,8 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from numbers import Integral, Real
-from os import PathLike
+from numbers import Integral
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -27,67 +26,33 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from bayes_mpt.estimators import integrals, predictions, sampling
+from bayes_mpt.estimators import availability, integrals, predictions, sampling
+from bayes_mpt.estimators.availability import is_unfitted, takes_labels
 from bayes_mpt.estimators.criteria import criterion
 from bayes_mpt.estimators.fit import fit_program
 from bayes_mpt.estimators.fitted import OPTIONAL, Fitted
+from bayes_mpt.estimators.names import check_names
 from bayes_mpt.estimators.report import Unwatched, explain, reporter, shown
 from bayes_mpt.estimators.rows import check_program, dtype_of, takes_y
 from bayes_mpt.estimators.stored_fit import restored
 from bayes_mpt.estimators.trainer import trainer_of
-from bayes_mpt.evidence.integrated import Integrated
-from bayes_mpt.evidence.laplace import Laplace
+from bayes_mpt.evidence.integrated import IntegratedEvidence
+from bayes_mpt.evidence.laplace import LaplaceEvidence
 from bayes_mpt.inputs import read_numbers, read_table, unmasked
 from bayes_mpt.masks import Policy
 from bayes_mpt.models import PPCA
 from bayes_mpt.predictors import Conditionals, Predictor
 from bayes_mpt.predictors.nodes.annealed import Bracket
 from bayes_mpt.program.devices import check_device
-from bayes_mpt.program.program import Model, Program
-from bayes_mpt.runtime.atomic import all_or_nothing, restored_on_failure
+from bayes_mpt.program.program import Model
+from bayes_mpt.runtime.atomic import restored_on_failure
 from bayes_mpt.runtime.interrupts import discarded, interruptible
 from bayes_mpt.runtime.progress import Line, part
 from bayes_mpt.runtime.serial import left_as_found, methods_take_turns, turn
 from bayes_mpt.score import ScoreEstimate
+from bayes_mpt.training import Ascent, Epochs, Steps, Training
 
-__all__ = ["BayesMPT", "move_to_map"]
-
-
-CURVE_CHAINS = 8
-
-
-def _is_unfitted(estimator: BayesMPT) -> bool:
-    return not hasattr(estimator, "fitted_")
-
-
-def _takes_labels(estimator: BayesMPT) -> bool:
-    """Whether each row has one discrete latent, whose value is its label."""
-    if _is_unfitted(estimator):
-        return False
-    structure = estimator.fitted_.bound.structure
-    return isinstance(structure, Program) and structure.one_label and estimator.fitted_.y_like is None
-
-
-def _predicts_y(estimator: BayesMPT) -> bool:
-    """Whether there is a y to predict; of a program that is not fitted yet whether it takes one."""
-    if _is_unfitted(estimator):
-        return estimator.model is not None and takes_y(estimator.model)
-    return estimator.fitted_.y_like is not None
-
-
-def _predicts_vector(estimator: BayesMPT) -> bool:
-    """Whether there are new observations of a Gaussian vector to draw."""
-    return _predicts_y(estimator) and (_is_unfitted(estimator) or estimator.fitted_.bound.remembers)
-
-
-def _counts_parameters(estimator: BayesMPT) -> bool:
-    """Whether rows are independent and something was estimated by the likelihood."""
-    if _is_unfitted(estimator):
-        return True
-    found = estimator.fitted_.bound
-    return bool(found.structure.by_row and found.structure.parameters) and not (
-        found.remembers or found.own_masks
-    )
+__all__ = ["BayesMPT"]
 
 
 @methods_take_turns(store=True, but=("fit", "partial_fit"), inherited=("fit_transform",))
@@ -101,48 +66,27 @@ class BayesMPT(
     model : callable, optional
         A Pyro program called as ``model(x)``, or ``model(x, y)`` where y is given to `fit`; one of
         `bayes_mpt.models`, a function, or a `PyroModule` (copied before it is trained). None is PPCA with the latent
-        dimension ranked automatically. What it may offer beside: a method ``guide``, a ``dtype`` for its rows
-        (`torch.float32`; float64 by default), and a ``batch_size`` and ``learning_rate`` of its own.
+        dimension ranked automatically. What it may offer beside: `bayes_mpt.program.offers.Offers`.
     guide : callable, optional
         Where latents that cannot be integrated are drawn from; trained with the program (copied if it is a module).
         Unused where the score is exact. None takes ``model.guide``, where there is one.
     masks : Policy, optional
-        Train on masks drawn from this policy, by Adam. None maximises the exact score, deterministically. Programs
-        ``model(x, visible)`` are trained on one mask a row and step, by default of `UniformSize`; on `LeaveOneOut`
-        without ``batch_size``, the pseudo-likelihood, by L-BFGS.
+        Train on masks drawn from this policy. None maximises the exact score, deterministically. Programs
+        ``model(x, visible)`` are trained on one mask a row and step, by default of `UniformSize`; on `LeaveOneOut`,
+        the pseudo-likelihood, by `Ascent`.
     predictor : Predictor or "auto", default="auto"
         How hidden tokens are predicted, such as ``Quadrature(64)``; "auto" takes the most exact way that fits the
         program (`bayes_mpt.predictors.choose`), and `explain` says which and why.
-    max_iter : int, default=2000
-        Iterations of Newton or L-BFGS, steps of Adam, or epochs.
-    tol : float, default=1e-10
-        Newton and L-BFGS stop when the mean score changes by less than this share of itself. Adam halves
-        its step when a window of steps gains less than ``tol`` (at least 2e-5) nats a row, and stops after six.
-    learning_rate : float, optional
-        Of Adam, in units in which the program's map moves by about one; by epochs, of the parameters themselves, after
-        a rise over the first steps. None takes ``model.learning_rate``, or else 0.05 and by epochs 0.001.
-    batch_size : int, optional
-        Rows a step of Adam; None takes by epochs ``model.batch_size``, or else all of them. Needs independent rows, or
-        a predictor whose score is a sum over tokens (`NearestNeighbors`): then tokens a step.
-    early_stopping : bool, optional
-        Whether to train by epochs of minibatches, until rows that are held out score no better: for networks. None:
-        where the model has a ``batch_size`` of its own. In such a training masks are chains unless ``masks`` is given.
-    validation_fraction : float, default=0.1
-        Share of the rows held out by ``early_stopping``; 0 runs all of ``max_iter``.
-    n_iter_no_change : int, default=10
-        Epochs without a better score of these rows, after which the training stops, at the best.
-    checkpoint : path, optional
-        File to which the training by epochs writes where it is, after each, and from which it goes on if that exists,
-        to the same parameters bit for bit (on a CPU). It is of one training on its rows, with its settings, of which
-        ``max_iter`` alone may change: needs an integer ``random_state``, and no ``n_init`` above 1.
+    training : Ascent, Steps or Epochs, optional
+        How it is trained (`bayes_mpt.training`). None takes what fits: `Ascent` of an exact score, `Steps` of Adam
+        where the score is drawn or ``masks`` are, `Epochs` of minibatches where the model has a ``batch_size``.
     n_init : int or "auto", default="auto"
         Starts where the maximum has no closed form; the best is kept. Further ones are drawn from the hyperprior of a
         model that has one, such as `bayes_mpt.models.GaussianProcess`, else (and for programs ``model(x, visible)``)
         from the program's initial values. "auto" is 1, but 8 where cells are missing and the rows share a
-        linear-Gaussian map (PPCA, factor analysis, programs of that kind): there are local maxima and saddles. Such a
-        map with free mean, loadings and noise is fitted by an EM of its own, of which one start is made of the pairs
-        of cells observed together and the others are random; L-BFGS goes on from the best. Of other programs "auto"
-        tries 4 starts for a few steps.
+        linear-Gaussian map: there are local maxima and saddles. Such a map with free mean, loadings and noise is
+        fitted by an EM, one start of which is made of the pairs of cells observed together; L-BFGS goes on from the
+        best. Of other programs "auto" tries 4 starts for a few steps.
     penalty : bool, default=False
         Maximise the score plus the log hyperprior of the model's parameters (maximum a posteriori). What is reported
         as a log marginal likelihood never includes it.
@@ -153,8 +97,7 @@ class BayesMPT(
     device : str, default="cpu"
         Where the algebra is done, such as "cuda". A fitted estimator follows it; in a file all is on the CPU.
     verbose : int, default=0
-        1 shows on stderr where the training is, and at its end what it came to: one line that changes in a terminal,
-        a line at times in a file.
+        1 shows on stderr where the training is, and at its end what it came to.
 
     Attributes
     ----------
@@ -172,7 +115,7 @@ class BayesMPT(
     converged_ : bool
         Whether the training ended by its own rule.
     interrupted_ : bool
-        Whether Ctrl-C has cut the training short; then the parameters are the best until then.
+        Whether Ctrl-C has cut the training short, at the best parameters until then.
     noise_at_zero_ : list of str
         Columns whose noise variance has ended at zero, of which a warning tells; looked for where cells are missing.
     predictor_ : Predictor
@@ -189,6 +132,8 @@ class BayesMPT(
         Fingerprint of the training rows; empty after `partial_fit`, which has seen others before.
     selection_ : dict
         Where "auto" chose the dimension: ``{K: log evidence}``; with missing cells, from the pairs observed together.
+    fitted_ : Fitted
+        All of this in one object that never changes.
     n_features_in_, feature_names_in_
         As in scikit-learn.
 
@@ -206,14 +151,7 @@ class BayesMPT(
         "guide": [callable, None],
         "masks": [Policy, None],
         "predictor": [StrOptions({"auto"}), Predictor],
-        "max_iter": [Interval(Integral, 1, None, closed="left")],
-        "tol": [Interval(Real, 0, None, closed="left")],
-        "learning_rate": [Interval(Real, 0, None, closed="neither"), None],
-        "batch_size": [Interval(Integral, 1, None, closed="left"), None],
-        "early_stopping": ["boolean", None],
-        "validation_fraction": [Interval(Real, 0, 1, closed="left")],
-        "n_iter_no_change": [Interval(Integral, 1, None, closed="left")],
-        "checkpoint": [str, PathLike, None],
+        "training": [Ascent, Steps, Epochs, None],
         "n_init": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
         "penalty": ["boolean"],
         "warm_start": ["boolean"],
@@ -223,7 +161,6 @@ class BayesMPT(
     }
 
     fitted_: Fitted
-    _n_features_out: int  # numbers that `transform` gives a row
 
     def __init__(
         self,
@@ -232,14 +169,7 @@ class BayesMPT(
         guide: Callable[..., Any] | None = None,
         masks: Policy | None = None,
         predictor: Predictor | str = "auto",
-        max_iter: int = 2000,
-        tol: float = 1e-10,
-        learning_rate: float | None = None,
-        batch_size: int | None = None,
-        early_stopping: bool | None = None,
-        validation_fraction: float = 0.1,
-        n_iter_no_change: int = 10,
-        checkpoint: str | PathLike[str] | None = None,
+        training: Training | None = None,
         n_init: int | Literal["auto"] = "auto",
         penalty: bool = False,
         warm_start: bool = False,
@@ -251,14 +181,7 @@ class BayesMPT(
         self.guide = guide
         self.masks = masks
         self.predictor = predictor
-        self.max_iter = max_iter
-        self.tol = tol
-        self.learning_rate = learning_rate
-        self.batch_size = batch_size
-        self.early_stopping = early_stopping
-        self.validation_fraction = validation_fraction
-        self.n_iter_no_change = n_iter_no_change
-        self.checkpoint = checkpoint
+        self.training = training
         self.n_init = n_init
         self.penalty = penalty
         self.warm_start = warm_start
@@ -280,10 +203,6 @@ class BayesMPT(
         y : array-like of shape (N, ...), optional
             Second argument of the program, if it takes one.
 
-        Returns
-        -------
-        BayesMPT
-
         Raises
         ------
         ValueError
@@ -304,9 +223,8 @@ class BayesMPT(
         Of complete rows only mean and covariance are kept, so a stream of any length fits in memory. Programs that
         are read on their own rows (covariates) cannot be fitted by parts.
         """
-        return self._train(
-            X, y, self._init_callback_context(max_subtasks=None), goes_on=not _is_unfitted(self)
-        )
+        context = self._init_callback_context(max_subtasks=None)
+        return self._train(X, y, context, goes_on=not is_unfitted(self))
 
     def refit(self, X: ArrayLike, y: Any = None, *, random_state: int | None = None) -> Self:
         """A new estimator of the same settings, fitted to other rows.
@@ -337,23 +255,14 @@ class BayesMPT(
                 )
             # of all rows an exact fit ends at the maximum in any case
             warm = self.masks is not None if goes_on else self.warm_start
-            start = self._current() if warm and not _is_unfitted(self) else None
+            start = self._current() if warm and not is_unfitted(self) else None
             self._fit(X, y, context, line, more=more, start=start)
         if self.interrupted_:  # its attributes are all of one fit, so that Ctrl-C can be raised
             raise KeyboardInterrupt
         return self
 
-    def _fit(
-        self,
-        X: ArrayLike,
-        y: Any,
-        context: Any,
-        line: Line,
-        *,
-        more: Fitted | None = None,
-        start: Fitted | None = None,
-        left: dict[str, Any] | None = None,
-    ) -> None:
+    def _fit(self, X: ArrayLike, y: Any, context: Any, line: Line, **before: Any) -> None:
+        """Fit, with what `fit_program` takes of other fits."""
         check_device(self.device)
         template: Fitted | None = self.__dict__.pop("_template", None)
         model = PPCA() if self.model is None else self.model
@@ -361,44 +270,30 @@ class BayesMPT(
         check_program(model, with_y=with_y)
         if self.guide is not None:
             check_program(self.guide, with_y=with_y, name="guide")
-        X = self._check_rows(X, reset=more is None)
+        X = self._check_rows(X, reset=before.get("more") is None)
         y = read_numbers(y, len(X)) if with_y else None
         context.call_on_fit_task_begin(estimator=self, X=X, y=y)
         trainer = trainer_of(self, model, getattr(self, "feature_names_in_", np.arange(self.n_features_in_)))
-        report = reporter(self, context, line, self.max_iter, every=trainer.by_epochs)
-        trainer = replace(trainer, report=report, seed=trainer.seed if left is None else int(left["seed"]))
-        found = fit_program(
-            model,
-            self.guide,
-            X,
-            y,
-            trainer,
-            device=self.device,
-            penalty=bool(self.penalty),
-            start=start,
-            more=more,
-            template=template,
-            left=left,
-        )
-        self._keep(found if left is None else restored(found, left))
+        report = reporter(self, context, line, trainer.limit, every=trainer.by_epochs)
+        trainer = replace(trainer, report=report)
+        before |= {"device": self.device, "penalty": bool(self.penalty), "template": template}
+        self._keep(fit_program(model, self.guide, X, y, trainer, **before))
         context.call_on_fit_task_end(estimator=self, X=X, y=y)
 
     def _restore(self, X: ArrayLike, y: Any, left: dict[str, Any]) -> Self:
-        """Be as a fit to X has left an estimator of the same settings (`stored_fit.dump`), without training.
-
-        The program is run once, as at the start of a fit, and read at the parameters that were found.
-
-        Raises
-        ------
-        ValueError
-            If the rows are others, the program has other parameters, or their log marginal likelihood differs.
-        """
+        """Be as a fit to X has left an estimator of the same settings (`stored_fit.dump`), without training."""
         with turn(), left_as_found(store=True), restored_on_failure(self), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what there is to warn of was said by the fit
             self._fit(X, y, Unwatched(), Line(), left=left)
+            self._keep(restored(self.fitted_, left))
         return self
 
     # ------------------------------------------------------------------------------------------------ what it has
+
+    def set_params(self, **params: Any) -> Self:
+        """Set settings, ``training__learning_rate`` too; see scikit-learn."""
+        check_names(self, params)
+        return super().set_params(**params)
 
     def _keep(self, fitted: Fitted) -> None:
         for name in OPTIONAL:
@@ -425,7 +320,7 @@ class BayesMPT(
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        if _is_unfitted(self) or self.fitted_.device == "cpu":
+        if is_unfitted(self) or self.fitted_.device == "cpu":
             return state
         here = self.fitted_.moved("cpu")  # a file may be read where there is no such device
         return {**state, **here.attributes(), "fitted_": here}
@@ -441,12 +336,9 @@ class BayesMPT(
     def score_samples(self, X: ArrayLike, y: Any = None) -> NDArray[np.float64]:
         """Log marginal likelihood of each row's observed cells.
 
-        Returns
-        -------
-        array of shape (N,)
-            Nats. A program whose rows are tokens of one vector (a latent outside the rows plate) has one number, the
-            LML of all rows together; where the observations are one Gaussian vector (a Gaussian process), each y alone
-            given the training rows, NaN where y is missing.
+        Nats (N,). A program whose rows are tokens of one vector (a latent outside the rows plate) has one number, the
+        LML of all rows together; where the observations are one Gaussian vector (a Gaussian process), each y alone
+        given the training rows, NaN where y is missing.
         """
         return self.score_rows(X, y)[0]
 
@@ -459,16 +351,12 @@ class BayesMPT(
         return float(self.score_samples(X, y).mean())
 
     def estimate(
-        self, X: ArrayLike, y: Any = None, *, masks: Policy | None = None, n_replicates: int = CURVE_CHAINS
+        self, X: ArrayLike, y: Any = None, *, masks: Policy | None = None, n_replicates: int = 8
     ) -> ScoreEstimate:
         """Log marginal likelihood of rows with its error over masks, and the masked curve S(x; m).
 
         Parameters
         ----------
-        X : array-like of shape (N, T)
-            Rows.
-        y : array-like, optional
-            As in `fit`.
         masks : Policy, optional
             Must have ``is_lml``; `PermutationChain` by default, which is exact where the conditionals are. A program
             ``model(x, visible)`` takes `Blocks` too.
@@ -499,7 +387,7 @@ class BayesMPT(
         """X with its NaN cells replaced by their means given the observed cells of the row."""
         return predictions.impute(*self._ready(X), y).astype(dtype_of(X), copy=False)
 
-    @available_if(_takes_labels)
+    @available_if(availability.takes_labels)
     def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:
         """Probabilities of the values of each row's one discrete latent given its observed cells: (N, K).
 
@@ -507,17 +395,17 @@ class BayesMPT(
         """
         return predictions.label_probabilities(*self._ready(X))
 
-    @available_if(_counts_parameters)
+    @available_if(availability.counts_parameters)
     def aic(self, X: ArrayLike, y: Any = None) -> float:
         """Akaike information criterion, -2 log p(X) + 2 P with P free parameters: the lower the better."""
         return criterion(*self._ready(X), y, lambda n_rows: 2.0)
 
-    @available_if(_counts_parameters)
+    @available_if(availability.counts_parameters)
     def bic(self, X: ArrayLike, y: Any = None) -> float:
         """Bayesian information criterion, -2 log p(X) + P log N with P free parameters: the lower the better."""
         return criterion(*self._ready(X), y, math.log)
 
-    @available_if(lambda self: _takes_labels(self) or _predicts_y(self))
+    @available_if(availability.predicts)
     def predict(self, X: ArrayLike, return_std: bool = False, return_cov: bool = False) -> Any:
         """Means of y for new rows X, for programs ``model(x, y)``; labels of rows, for mixtures.
 
@@ -536,14 +424,14 @@ class BayesMPT(
         fitted = self._current()
         if return_std and return_cov:
             raise ValueError("ask for return_std or return_cov, not both")
-        if not _takes_labels(self):
+        if not takes_labels(self):
             rows = self._check_rows(X, reset=False)
             return predictions.predict_y(fitted, rows, return_std=return_std, return_cov=return_cov)
         if return_std or return_cov:
             raise ValueError("labels have neither return_std nor return_cov: see predict_proba")
         return self.predict_proba(X).argmax(1)
 
-    @available_if(_predicts_vector)
+    @available_if(availability.predicts_vector)
     def sample_y(self, X: ArrayLike, n_samples: int = 1, random_state: int | None = 0) -> NDArray[np.float64]:
         """Draw observations of new rows together, given the training rows: (M, n_samples)."""
         mean, cov = self.predict(X, return_cov=True)
@@ -554,11 +442,7 @@ class BayesMPT(
         return sampling.draw_rows(self._current(), n_samples)
 
     def sample_missing(self, X: ArrayLike, y: Any = None, *, n_samples: int = 1) -> NDArray[np.float64]:
-        """X with its NaN cells drawn together given the observed cells of the row, for multiple imputation.
-
-        Returns
-        -------
-        array of shape (n_samples, N, T)
+        """X with its NaN cells drawn together given the observed cells of the row: (n_samples, N, T).
 
         Raises
         ------
@@ -572,12 +456,8 @@ class BayesMPT(
         """How far off the LML is, bounded on rows simulated from the fitted model (bidirectional Monte Carlo).
 
         Annealing from the guide bounds log p(x) from below in expectation, annealing back from the latents that made
-        x from above (Grosse, Ghahramani & Adams 2015). ``predictor`` says how: `AnnealedImportance`.
-
-        Returns
-        -------
-        Bracket
-            Of each simulated row, with the mean ``gap`` and its standard error.
+        x from above (Grosse, Ghahramani & Adams 2015). ``predictor`` says how: `AnnealedImportance`. The bounds are of
+        each simulated row, with the mean ``gap`` and its standard error.
         """
         return sampling.bracket(self._current(), n_samples)
 
@@ -589,38 +469,21 @@ class BayesMPT(
         """Inverse of the covariance, by Woodbury: (T, T)."""
         return predictions.precision(self._current())
 
-    def laplace(self, X: ArrayLike) -> Laplace:
-        """Evidence of X with loadings and noise variances integrated out (Laplace around the orbit of rotations).
+    def laplace(self, X: ArrayLike) -> LaplaceEvidence:
+        """Evidence of X with loadings and noise variances integrated out, by Laplace around the orbit of rotations.
 
-        Raises
-        ------
-        ValueError
-            If the model does not declare that its loadings are free up to rotation (``model.rotations``).
+        Of complete rows, and models that declare their loadings free up to rotation (``model.symmetries``).
         """
         return integrals.laplace_evidence(*self._ready(X))
 
-    def integrated(self, X: ArrayLike, y: Any = None) -> Integrated:
+    def integrated(self, X: ArrayLike, y: Any = None, *, se: float = 0.1) -> IntegratedEvidence:
         """Evidence of X (and y) with the hyper-parameters integrated under the model's hyperprior.
 
-        Importance sampling from a mixture around all modes that are found; see `bayes_mpt.evidence.integrated`.
-
-        Raises
-        ------
-        ValueError
-            If the model offers no prior of its parameters (``model.hyperprior(x, y)``), or its LML is drawn.
-
-        Examples
-        --------
-        >>> from bayes_mpt.models import GaussianProcess
-        >>> rng = np.random.default_rng(0)
-        >>> X = rng.uniform(size=(40, 1))
-        >>> y = np.sin(6 * X[:, 0]) + 0.1 * rng.normal(size=40)
-        >>> model = BayesMPT(GaussianProcess()).fit(X, y)
-        >>> found = model.integrated(X, y)
-        >>> bool(found.log_evidence < model.log_marginal_likelihood_), bool(found.se < 0.2)
-        (True, True)
+        Importance sampling from a mixture around all modes that are found, until the standard error is ``se``, or six
+        times the draws have been doubled; see `bayes_mpt.evidence.integrated`.
+        The model is to offer a prior of its parameters (``model.hyperprior(x, y)``), and its LML is not to be drawn.
         """
-        return integrals.integrated_evidence(*self._ready(X), y)
+        return integrals.integrated_evidence(*self._ready(X), y, se)
 
     def explain(self) -> str:
         """How the score is computed, why, what is integrated and what is point-estimated."""
@@ -633,10 +496,3 @@ class BayesMPT(
             fitted, rows = self._ready(X)
             with fitted.read(rows, y) as found:
                 yield found
-
-
-@all_or_nothing
-def move_to_map(estimator: BayesMPT, X: ArrayLike, y: Any, found: Integrated) -> None:
-    """Take the maximum a posteriori that `BayesMPT.integrated` found on the training rows for the parameters."""
-    with turn(), left_as_found(store=True):
-        estimator._keep(integrals.at_mode(*estimator._ready(X), y, found))

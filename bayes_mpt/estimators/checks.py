@@ -15,10 +15,10 @@ from torch import Tensor
 from bayes_mpt import training
 from bayes_mpt.estimators.rows import refuse_empty, refuse_missing
 from bayes_mpt.evidence.integrated import Prior, far_from_centre
-from bayes_mpt.models.checks import CheckedModel
 from bayes_mpt.predictors import Bound
 from bayes_mpt.predictors.gaussian.process import N_TRIAL_ROWS
 from bayes_mpt.program.arguments import fill, head, resampled, shifted
+from bayes_mpt.program.offers import offered
 from bayes_mpt.program.program import Model, ModelError, Program
 from bayes_mpt.program.run import run
 from bayes_mpt.warnings import (
@@ -46,7 +46,8 @@ def check_bound(
     """Refuse what cannot be fitted to these rows, and warn of what is odd."""
     _refuse_subsampling(predictor, args)
     _warn_of_ignored_rows(predictor, model, args)
-    for sentence in model.advice(X) if isinstance(model, CheckedModel) else ():
+    advice = offered(model, "advice")
+    for sentence in [] if advice is None else advice(X):
         warn(sentence, AdviceWarning)
     if predictor.one_by_one:
         warn(
@@ -136,7 +137,7 @@ def warn_of_bounds(prior: Prior, problem: training.Problem) -> None:
     drawn = problem.predictor.sampled or problem.predictor.own_masks
     averaged = "" if drawn else "; evidence='integrated' averages over it"
     held = "" if problem.log_prior is not None else f". penalty=True holds it by the model's prior{averaged}"
-    floored = getattr(problem.predictor.model, "floored", None)
+    floored = offered(problem.predictor.model, "floored")
     at_floor: dict[str, str] = {} if floored is None else floored(*problem.args)
     for name in dict.fromkeys([*at_floor, *far_from_centre(prior, of_program(problem))]):
         value = np.array2string(store[name].detach().cpu().numpy().ravel(), precision=3, threshold=6)

@@ -16,6 +16,7 @@ from torch.distributions.constraints import Constraint
 
 from bayes_mpt.estimators.fitted import Fitted
 from bayes_mpt.estimators.predictions import score_rows
+from bayes_mpt.program.offers import offered
 
 __all__ = ["criterion", "n_free_parameters"]
 
@@ -47,7 +48,7 @@ def n_free_parameters(
     constraint_of : dict of Constraint
         Of those that have one.
     """
-    own = getattr(model, "n_free_parameters", None)
+    own = offered(model, "n_free_parameters")
     if own is not None:
         return int(own(params))
     return sum(_n_free(np.shape(value), constraint_of.get(name)) for name, value in params.items())

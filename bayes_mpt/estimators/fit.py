@@ -35,6 +35,7 @@ from bayes_mpt.predictors.self_predictive import sees_all
 from bayes_mpt.program.arguments import filling
 from bayes_mpt.program.devices import own_random_state, random_states, set_random_states
 from bayes_mpt.program.location import location_parameter
+from bayes_mpt.program.offers import offered
 from bayes_mpt.program.program import Model, ModelError, Program
 from bayes_mpt.program.run import not_finite
 from bayes_mpt.program.statistics import SufficientStatistics, digest_of_rows, far_means
@@ -129,7 +130,9 @@ def fit_program(
     if isinstance(model, torch.nn.Module):
         model = deepcopy(model).double().to(device)  # a PyroModule trains in place
     guide = _own_guide(guide, original, model, device)
-    auto = getattr(model, "n_components", None) == "auto"
+    if left is not None:
+        trainer = replace(trainer, seed=int(left["seed"]))
+    auto = offered(model, "n_components") == "auto"
     # The one pass over all rows, with all threads; what follows sees the moments only, if rows share a map.
     table = _survey(X, y, trainer, device, more, auto=auto)
     with training.one_thread(table.n_cells):
@@ -235,8 +238,8 @@ def _read(
     moments = predictor.structure.scores_input and isinstance(predictor, LinearGaussian)
     if trainer.by_epochs and (moments or predictor.remembers or not predictor.structure.by_row):
         raise ValueError(
-            f"early_stopping holds rows out of a training by epochs, which {predictor.name} does not use "
-            f"({predictor.why}): leave early_stopping=None"
+            f"training=Epochs(...) is of minibatches of independent rows, which {predictor.name} does not use "
+            f"({predictor.why}): leave training=None"
         )
     statistics = _moments(table, trainer, predictor, more) if moments else None
     problem = _problem(model, table, predictor, args, statistics)
@@ -295,7 +298,7 @@ def _log_prior(model: Model, prior: Prior | None, leaves: dict[str, Tensor]) -> 
 def _own_guide(guide: Any, original: Any, model: Model, device: str) -> Any:
     """The model's own by default. A module trains in place: a copy; Pyro's automatic guides keep to our model."""
     if guide is None:
-        own = getattr(model, "guide", None)
+        own = offered(model, "guide")
         return own if callable(own) else None
     if not isinstance(guide, torch.nn.Module):
         return guide

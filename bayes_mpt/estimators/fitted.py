@@ -22,7 +22,8 @@ from bayes_mpt.predictors.gaussian.markov import MarkovRows
 from bayes_mpt.program.affine import DenseMap
 from bayes_mpt.program.arguments import fill
 from bayes_mpt.program.devices import at_once, check_device, moved, own_random_state
-from bayes_mpt.program.program import Model
+from bayes_mpt.program.offers import offered
+from bayes_mpt.program.program import Model, ModelError, list_names
 from bayes_mpt.program.statistics import SufficientStatistics
 from bayes_mpt.program.store import Initial, OwnStore, State
 
@@ -178,6 +179,17 @@ class Fitted:
                     read = predictor.read(some)
                 yield read
 
+    @property
+    def noise_parameter(self) -> str | None:
+        """The noise variance of a model that declares its loadings free up to rotation."""
+        name = (offered(self.model, "symmetries") or {}).get("rotations")
+        if name is not None and name not in self.params:
+            raise ModelError(
+                f"symmetries of {self.model!r} name the noise variance {name!r}, and its parameters are "
+                f"{list_names(self.params) or 'none'}: name one of these"
+            )
+        return name
+
     def shared_map(self, what: str) -> DenseMap:
         """The linear-Gaussian map that all rows share; ``what`` needs it."""
         shared, structure = self.bound.shared, self.bound.structure
@@ -224,7 +236,9 @@ class Fitted:
         if isinstance(shared, LinearRows) and structure.by_row and not structure.per_row:
             reading = shared.reading
             noise = reading.noise[0].cpu().numpy()
-            tied = np.ndim(self.params.get("noise_variance", noise)) == 0
+            name = self.noise_parameter
+            alike = len(noise) > 1 and bool((noise == noise[0]).all())
+            tied = alike if name is None else self.params[name].ndim == 0
             found["components_"] = reading.loading[0].mT.cpu().numpy()
             found["mean_"] = self.unshifted(reading.loc[0].cpu().numpy())
             found["noise_variance_"] = float(noise[0]) if tied else noise

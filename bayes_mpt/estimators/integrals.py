@@ -14,10 +14,11 @@ from bayes_mpt import training
 from bayes_mpt.estimators.fit import of_program, parameters
 from bayes_mpt.estimators.fitted import Fitted
 from bayes_mpt.estimators.repeats import repeated_columns
-from bayes_mpt.evidence.integrated import Integrated, assign, hyperprior, integrate, log_likelihood
-from bayes_mpt.evidence.laplace import Laplace, laplace_diagonal, laplace_proportional
+from bayes_mpt.evidence.integrated import IntegratedEvidence, assign, hyperprior, integrate, log_likelihood
+from bayes_mpt.evidence.laplace import LaplaceEvidence, laplace_diagonal, laplace_proportional
 from bayes_mpt.predictors.base import Frozen
 from bayes_mpt.predictors.gaussian.profile import NoiseFloorError, spectrum
+from bayes_mpt.program.offers import offered
 from bayes_mpt.program.program import list_names
 from bayes_mpt.program.statistics import SufficientStatistics
 from bayes_mpt.program.store import save
@@ -27,22 +28,22 @@ __all__ = ["at_mode", "integrated_evidence", "laplace_evidence", "n_hyperparamet
 
 def noise_shape(fitted: Fitted) -> NDArray[np.float64] | str | None:
     """For the Laplace evidence: known ratios of the noise variances, "free", or None where it does not apply."""
-    if not getattr(fitted.model, "rotations", False) or not fitted.bound.structure.scores_input:
+    if fitted.noise_parameter is None or not fitted.bound.structure.scores_input:
         return None
-    noise, n_columns = np.atleast_1d(fitted.params.get("noise_variance", np.empty(0))), len(fitted.names)
+    noise, n_columns = np.atleast_1d(fitted.params[fitted.noise_parameter]), len(fitted.names)
     if len(noise) == 1:
         return np.ones(n_columns)
     return "free" if len(noise) == n_columns else None
 
 
-def laplace_evidence(fitted: Fitted, rows: NDArray[np.floating]) -> Laplace:
+def laplace_evidence(fitted: Fitted, rows: NDArray[np.floating]) -> LaplaceEvidence:
     """Evidence of rows with loadings and noise variances integrated out."""
     statistics = SufficientStatistics(rows, fitted.device, fitted.shift)
     shape = noise_shape(fitted)
     if shape is None:
         raise ValueError(
-            f"the Laplace evidence needs a factor model that declares rotations = True, got {fitted.model!r}: use "
-            "evidence='heldout'"
+            "the Laplace evidence needs a factor model that declares its symmetries, {'rotations': name of the noise "
+            f"variance}}, got {fitted.model!r}: use evidence='heldout'"
         )
     if not statistics.complete:
         raise ValueError(
@@ -66,13 +67,26 @@ def laplace_evidence(fitted: Fitted, rows: NDArray[np.floating]) -> Laplace:
 def n_hyperparameters(fitted: Fitted) -> int | None:
     """For the integrated evidence: how many parameters have a prior; None where it does not apply."""
     bound, names = fitted.bound, fitted.bound.structure.parameters
-    if bound.sampled or bound.own_masks or (names and not hasattr(fitted.model, "hyperprior")):
+    if bound.sampled or bound.own_masks or (names and offered(fitted.model, "hyperprior") is None):
         return None
     return sum(fitted.params[name].size for name in names)
 
 
-def integrated_evidence(fitted: Fitted, rows: NDArray[np.floating], y: Any) -> Integrated:
-    """Evidence of rows with the hyper-parameters integrated under the model's hyperprior."""
+def integrated_evidence(fitted: Fitted, rows: NDArray[np.floating], y: Any, se: float) -> IntegratedEvidence:
+    """Evidence of rows with the hyper-parameters integrated under the model's hyperprior.
+
+    Examples
+    --------
+    >>> from bayes_mpt import BayesMPT
+    >>> from bayes_mpt.models import GaussianProcess
+    >>> rng = np.random.default_rng(0)
+    >>> X = rng.uniform(size=(40, 1))
+    >>> y = np.sin(6 * X[:, 0]) + 0.1 * rng.normal(size=40)
+    >>> model = BayesMPT(GaussianProcess()).fit(X, y)
+    >>> found = model.integrated(X, y)
+    >>> bool(found.log_evidence < model.log_marginal_likelihood_), bool(found.se < 0.2)
+    (True, True)
+    """
     args = fitted.arguments(rows, y)
     if n_hyperparameters(fitted) is None:
         raise ValueError(
@@ -83,16 +97,16 @@ def integrated_evidence(fitted: Fitted, rows: NDArray[np.floating], y: Any) -> I
         problem = training.Problem(predictor, args, None, None, 1)
         leaves = of_program(problem)
         if not leaves:
-            return Integrated(float(problem.score()), 0.0, 1.0, math.nan, 1, ())
+            return IntegratedEvidence(float(problem.score()), 0.0, 1.0, math.nan, 1, ())
         prior = hyperprior(fitted.model, args, leaves)
         assert prior is not None
         current = torch.cat([leaf.detach().flatten() for leaf in leaves.values()]).cpu().double().numpy()
         likelihood = log_likelihood(predictor, args, leaves)
-        found = integrate(likelihood, prior, current=current, seed=fitted.draws)
+        found = integrate(likelihood, prior, current=current, seed=fitted.draws, max_se=se)
     return found._replace(names=tuple(leaves))
 
 
-def at_mode(fitted: Fitted, rows: NDArray[np.floating], y: Any, found: Integrated) -> Fitted:
+def at_mode(fitted: Fitted, rows: NDArray[np.floating], y: Any, found: IntegratedEvidence) -> Fitted:
     """The program at the maximum a posteriori that `integrated_evidence` found on the training rows."""
     if not found.modes:
         return fitted

@@ -36,7 +36,9 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from bayes_mpt.estimators.bayes_mpt import BayesMPT
+from bayes_mpt.estimators.candidates import refuse_unwrapped
 from bayes_mpt.estimators.partial import Finished, Partial, finished_table
+from bayes_mpt.estimators.rules import RULES, Auto, Rule, rule_of
 from bayes_mpt.estimators.search import MarginalLikelihoodSearch
 from bayes_mpt.inputs import read_table
 from bayes_mpt.models import GaussianProcess
@@ -86,7 +88,7 @@ class KernelSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEstimator):
         column of X.
     max_depth : int, default=4
         Base kernels in an expression, at most.
-    evidence : str, default="auto"
+    evidence : str or rule of evidence, default="auto"
         As in `MarginalLikelihoodSearch`. "train", the LML at its maximum, never finds a kernel too large.
     n_jobs : int, optional
         Candidates evaluated at a time, by joblib.
@@ -125,10 +127,10 @@ class KernelSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEstimator):
     """
 
     _parameter_constraints: ClassVar[dict[str, Any]] = {
-        "estimator": [BayesMPT, None],
+        "estimator": "no_validation",  # in words of ours
         "base": ["array-like", None],
         "max_depth": [Interval(Integral, 1, None, closed="left")],
-        "evidence": [str],
+        "evidence": [str, *RULES],
         "n_jobs": [Integral, None],
         "error_score": [StrOptions({"raise"}), Real],
         "random_state": ["random_state"],
@@ -141,7 +143,7 @@ class KernelSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEstimator):
         *,
         base: Sequence[Kernel] | None = None,
         max_depth: int = 4,
-        evidence: str = "auto",
+        evidence: str | Rule | Auto = "auto",
         n_jobs: int | None = None,
         error_score: float | Literal["raise"] = math.nan,
         random_state: int | np.random.RandomState | None = None,
@@ -176,8 +178,11 @@ class KernelSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEstimator):
 
     def _fit(self, X: ArrayLike, y: ArrayLike, finished: list[pd.DataFrame], root: Any) -> None:
         estimator = BayesMPT(GaussianProcess()) if self.estimator is None else self.estimator
-        if not isinstance(estimator.model, GaussianProcess):
-            raise TypeError(f"estimator must have a GaussianProcess as its model, got {estimator.model!r}")
+        refuse_unwrapped(estimator, "estimator")
+        if not isinstance(estimator, BayesMPT) or not isinstance(estimator.model, GaussianProcess):
+            raise TypeError(
+                f"KernelSearch needs BayesMPT(GaussianProcess(...)) as its estimator, got {estimator!r}"
+            )
         X = read_table(X)
         width = check_array(X, ensure_all_finite="allow-nan").shape[1]
         base = _default_base(width, estimator.model.noise_column) if self.base is None else list(self.base)
@@ -186,6 +191,7 @@ class KernelSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEstimator):
                 raise TypeError(f"base must hold kernels of gpytorch without a ScaleKernel, got {kernel!r}")
         if not base:
             raise ValueError("base is empty: give at least one kernel")
+        rule_of(self.evidence)
         root.call_on_fit_task_begin(estimator=self, X=X, y=y)
         tried: set[Expression] = set()
         tables: list[pd.DataFrame] = []
@@ -199,7 +205,7 @@ class KernelSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEstimator):
             search = MarginalLikelihoodSearch(
                 clone(estimator),
                 {"model__kernel": [_kernel(c, base) for c in candidates]},
-                evidence=self.evidence,  # type: ignore[arg-type]  # checked there
+                evidence=self.evidence,
                 n_jobs=self.n_jobs,
                 error_score=self.error_score,
                 random_state=self.random_state,

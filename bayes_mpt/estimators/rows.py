@@ -14,6 +14,7 @@ from sklearn.utils import check_array
 from torch import Tensor
 
 from bayes_mpt.inputs import read_numbers, read_table
+from bayes_mpt.program.offers import offered
 from bayes_mpt.program.program import Model, ModelError, list_names
 from bayes_mpt.program.run import takes_visible
 from bayes_mpt.program.statistics import SufficientStatistics, digest_of_rows
@@ -30,6 +31,7 @@ __all__ = [
     "refuse_missing",
     "refuse_one_row",
     "refuse_unobserved",
+    "rows_of",
     "takes_y",
     "update_statistics",
 ]
@@ -39,7 +41,7 @@ def as_tensor(
     X: NDArray[np.floating], model: Model, device: str, shift: NDArray[np.float64] | None = None
 ) -> Tensor:
     """Rows in the model's precision, less the shift (T,)."""
-    wanted = getattr(model, "dtype", None)
+    wanted = offered(model, "dtype")
     single = isinstance(wanted, torch.dtype) and wanted == torch.float32
     if shift is not None:
         X = np.asarray(X, dtype=np.float64) - shift
@@ -74,6 +76,13 @@ def data_digest(X: Any) -> str:
     """
     rows = check_array(read_table(X), dtype=[np.float64, np.float32], ensure_all_finite="allow-nan")
     return digest_of_rows(rows)
+
+
+def rows_of(a: Any, index: NDArray[Any]) -> Any:
+    """Some rows of a table; None of none."""
+    if a is None:
+        return None
+    return a.iloc[index] if hasattr(a, "iloc") else np.asarray(a)[index]
 
 
 def dtype_of(X: Any) -> Any:

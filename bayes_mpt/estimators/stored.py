@@ -18,7 +18,7 @@ import torch
 from sklearn.base import clone
 from sklearn.pipeline import Pipeline
 
-from bayes_mpt.estimators.rules import Candidate, Facts, final_step
+from bayes_mpt.estimators.candidates import Candidate, Facts, final_step
 from bayes_mpt.estimators.stored_fit import dump
 from bayes_mpt.runtime.checkpoints import SUFFIX, make_room, read, set_aside, write
 from bayes_mpt.warnings import CheckpointWarning, warn

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Integral
-from os import PathLike
 from typing import Any, Literal
 
 import pyro
@@ -25,11 +23,13 @@ from bayes_mpt.predictors import Predictor, choose
 from bayes_mpt.predictors.gaussian.incomplete import FewCellsError
 from bayes_mpt.predictors.gaussian.profile import NoiseFloorError
 from bayes_mpt.program.arguments import has_missing
+from bayes_mpt.program.offers import offered
 from bayes_mpt.program.program import ModelError
 from bayes_mpt.program.statistics import SufficientStatistics
 from bayes_mpt.program.store import State, load, save
 from bayes_mpt.runtime.digests import CannotDigest, digest_of, in_words
 from bayes_mpt.score import OWN_MASKS
+from bayes_mpt.training import Ascent, Epochs, Fit, Problem, Report, Steps, Training
 from bayes_mpt.warnings import (
     CollapseWarning,
     NoBoundWarning,
@@ -43,44 +43,43 @@ __all__ = ["Trainer", "trainer_of"]
 MAX_SETTLING = 2  # rounds of training in which what was found out at the start is found out anew
 STARTS_WITH_HOLES = 8  # of a linear-Gaussian map with missing cells, where n_init is "auto"
 TRIALS, TRIAL_STEPS = 4, 20  # starts and steps of L-BFGS instead, where no EM is known; the best goes on
-RATE, NETWORK_RATE = 0.05, 1e-3  # of Adam, in units of the map; and of networks' own parameters
 
 
 @dataclass(frozen=True)
 class Trainer:
-    """Train a problem in the way that fits it: closed form, L-BFGS, Adam on masks, or epochs of minibatches.
-
-    Its settings are those of `BayesMPT`, of the same names.
-    """
+    """Train a problem as it is asked for, or in the way that fits it; the settings are those of `BayesMPT`."""
 
     predictor: Predictor | str
     masks: Policy | None
-    max_iter: int
-    tol: float
-    learning_rate: float | None
-    batch_size: int | None
-    validation_fraction: float
-    n_iter_no_change: int
-    checkpoint: str | PathLike[str] | None
+    training: Training | None
     asked: dict[str, tuple[str, str]]
     """What a checkpoint is of, by name: in words, and a digest."""
     n_init: int | Literal["auto"]
-    by_epochs: bool
     seed: int
     names: NDArray[Any]
     """Of the columns (T,), for errors."""
-    report: training.Report | None = None
+    report: Report | None = None
     at_floor: bool = False
     """Whether a noise that goes to zero is held at the size of rounding errors, and not refused."""
 
+    @property
+    def by_epochs(self) -> bool:
+        """Whether the rows are never read all at once."""
+        return self.training is not None and self.training.by_epochs
+
+    @property
+    def limit(self) -> int:
+        """Iterations at most."""
+        return _limit(Ascent() if self.training is None else self.training)
+
     def train(
         self,
-        problem: training.Problem,
+        problem: Problem,
         statistics: SufficientStatistics | None,
         prior: Prior | None,
         *,
         warm: bool,
-    ) -> training.Fit:
+    ) -> Fit:
         """Move the parameters in Pyro's store to where the score is highest.
 
         Parameters
@@ -101,7 +100,7 @@ class Trainer:
             interrupted.
         """
         if not problem.leaves():
-            return training.Fit("nothing to train", converged=True)
+            return Fit("nothing to train", converged=True)
         if not problem.predictor.trainable:
             raise ModelError(
                 f"{problem.predictor.name} scores a program and does not train it: choose another predictor"
@@ -109,7 +108,8 @@ class Trainer:
         ended = _Ended()
         try:
             try:
-                fit = ended.keep(self._train(problem, statistics, prior, warm, ended))
+                fit, how, n_before = self._train(problem, statistics, prior, warm, ended)
+                ended.keep(fit)
                 if statistics is not None and not statistics.complete and not fit.interrupted:
                     fit.at_zero = training.noise_at_zero(problem)
             except KeyboardInterrupt:
@@ -120,8 +120,18 @@ class Trainer:
             raise ValueError(self._few_cells(error)) from error
         except CollapseError as error:
             raise ValueError(f"{error}{self._repeats(problem)}") from error
-        if fit.interrupted:
-            return fit
+        if not fit.interrupted:
+            self._warn_of_end(fit, how, problem, statistics)
+            fit.n_iter += n_before
+        return fit
+
+    def _warn_of_end(
+        self,
+        fit: Fit,
+        how: Training,
+        problem: Problem,
+        statistics: SufficientStatistics | None,
+    ) -> None:
         if fit.at_zero:
             one = len(fit.at_zero) == 1
             warn(
@@ -133,99 +143,98 @@ class Trainer:
             )
         if statistics is None and any(has_missing(a) for a in problem.args):
             self._warn_of_collapse(problem)
-        if not fit.converged and not self.at_floor:
-            if fit.n_iter >= self.max_iter:
-                what = f"raise max_iter (now {self.max_iter})"
-            elif problem.predictor.name == "Quadrature":
-                what = (
-                    f"with so few nodes the score is not smooth ({problem.predictor.why}). Give Quadrature a larger "
-                    "n_nodes; if that does not help, a parameter diverges"
-                )
-            else:
-                what = "the score has no smooth maximum near params_, or one at infinity: see history_"
-            warn(
-                f"the training stopped after {fit.n_iter} iterations without meeting its stopping rule: {what}",
-                NotConvergedWarning,
+        if fit.converged or self.at_floor:
+            return
+        if fit.n_iter >= _limit(how):
+            option = f"{type(how).__name__}({how.limits}=...)"
+            what = f"raise {how.limits} (now {_limit(how)}): training={option}"
+        elif problem.predictor.name == "Quadrature":
+            what = (
+                f"with so few nodes the score is not smooth ({problem.predictor.why}). Give Quadrature a larger "
+                "n_nodes; if that does not help, a parameter diverges"
             )
-        return fit
+        else:
+            what = "the score has no smooth maximum near params_, or one at infinity: see history_"
+        warn(
+            f"the training stopped after {fit.n_iter} iterations without meeting its stopping rule: {what}",
+            NotConvergedWarning,
+        )
 
     def _train(
         self,
-        problem: training.Problem,
+        problem: Problem,
         statistics: SufficientStatistics | None,
         prior: Prior | None,
         warm: bool,
         ended: _Ended,
-    ) -> training.Fit:
-        masks = self._policy(problem)
+    ) -> tuple[Fit, Training, int]:
+        """How it went, what it was, and iterations of that before the last run of it."""
+        how, masks = self._how(problem)
         if problem.predictor.own_masks:
             problem = replace(problem, masks=masks)
-        fixed = problem.masks is not None and problem.masks.deterministic and self.batch_size is None
-        finer: list[training.Problem] = []
-        n_init, solved = self._n_starts(statistics, warm), False
-        if masks is None or (fixed and not self.by_epochs):
-            if statistics is not None and (statistics.complete or not warm) and problem.log_prior is None:
-                fit = self._solve(problem, statistics, n_init)
-                if fit is not None and (statistics.complete or fit.interrupted):
-                    return fit
-                solved = fit is not None
-                if fit is not None:
-                    ended.keep(fit)
-                    training.noise_at_zero(problem)  # before L-BFGS runs to where there is no bound
-            train = partial(training.maximize_lbfgs, max_iter=self.max_iter, tol=self.tol, report=self.report)
-            first, *finer = [problem] if warm else training.stages(problem, self.seed)
-        else:
+        stages, finer, solved = [problem], list[list[Problem]](), None
+        n_init = self._n_starts(how, statistics, warm)
+        if how.by_masks:
+            assert masks is not None  # `_how`
             stages = self._stages(problem, masks)
-            first = problem = stages[-1]
-            rate = self.learning_rate or getattr(problem.predictor.model, "learning_rate", None)
-            if self.by_epochs:
-                train = partial(self._train_by_epochs, stages=stages, masks=masks, rate=rate or NETWORK_RATE)
-            else:
-                train = partial(
-                    training.train_on_masks,
-                    masks=masks,
-                    max_iter=self.max_iter,
-                    learning_rate=rate or RATE,
-                    batch_size=self.batch_size,
-                    random_state=self.seed,
-                    tol=self.tol,
-                    report=self.report,
-                )
+            problem = stages[-1]
+        else:
+            if statistics is not None and (statistics.complete or not warm) and problem.log_prior is None:
+                solved = self._solve(how, problem, statistics, n_init)
+                if solved is not None:
+                    if statistics.complete or solved.interrupted:
+                        return solved, how, 0
+                    ended.keep(solved)
+                    training.noise_at_zero(problem)  # before L-BFGS runs to where there is no bound
+            stages, *finer = [[some] for some in ([problem] if warm else training.stages(problem, self.seed))]
+
+        train = partial(how.run, masks=masks, seed=self.seed, asked=self.asked, report=self.report)
         # EM has compared starts already
-        fit = train(first) if solved else self._best_of(partial(train, first), first, prior, n_init, ended)
-        for stage in finer:
+        again = partial(train, stages)
+        fit = again() if solved else self._best_of(again, how, stages[-1], prior, n_init, ended)
+        for finer_stages in finer:
             if fit.interrupted:
                 break
             ended.keep(fit)
-            fit = train(stage)
+            fit = train(finer_stages)
         for _ in range(MAX_SETTLING):
             if fit.interrupted:
                 break
             ended.keep(fit)
             if not problem.predictor.settle():
                 break
-            fit = train(problem)
-        return fit
+            fit = train([problem] if not how.by_masks else stages)
+        return fit, how, 0 if solved is None else solved.n_iter
 
-    def _policy(self, problem: training.Problem) -> Policy | None:
-        """The masks of the training; None for the exact score."""
-        predictor = problem.predictor
-        if self.masks is not None:
-            return self.masks
-        if predictor.own_masks:
-            return OWN_MASKS
+    def _how(self, problem: Problem) -> tuple[Training, Policy | None]:
+        """The training that fits the program, where none is asked for; its masks, None for the exact score."""
+        predictor, how, masks = problem.predictor, self.training, self.masks
         # random nodes need steps that average over them, whatever is hidden
         random = predictor.sampled and not predictor.climbs
-        return PermutationChain() if random or self.by_epochs else None
+        if masks is None and predictor.own_masks:
+            masks = OWN_MASKS
+        elif masks is None and (random or (how is not None and how.by_masks)):
+            masks = PermutationChain()
+        fixed = (
+            masks is not None and masks.deterministic and predictor.own_masks
+        )  # a network's sum over all of them
+        if how is None:
+            how = Ascent() if masks is None or fixed else Steps()
+        if how.by_masks or masks is None or fixed:
+            return how, masks
+        drawn = (
+            f"masks={self.masks!r} are drawn anew at each step"
+            if self.masks is not None
+            else f"{predictor.name} draws at each step what it averages over"
+        )
+        raise ValueError(
+            f"training={how!r} is of an exact score, but {drawn}: write training=Steps(...), which takes max_iter and "
+            "tol too, or leave training=None"
+        )
 
-    def _stages(self, problem: training.Problem, masks: Policy) -> list[training.Problem]:
+    def _stages(self, problem: Problem, masks: Policy) -> list[Problem]:
         """The problem with cheap steps first, where its predictor has such."""
         predictor = problem.predictor
-        if self.batch_size is not None and not (predictor.structure.by_row or predictor.divisible):
-            raise ModelError(
-                f"batch_size={self.batch_size} needs independent rows, but a latent outside the rows plate "
-                "makes all rows one vector: leave batch_size=None"
-            )
         if masks.chains:
             return [replace(problem, predictor=p) for p in predictor.in_training()]
         if predictor.sampled and predictor.relocates:
@@ -237,49 +246,19 @@ class Trainer:
             )
         return [problem]
 
-    def _train_by_epochs(
-        self, problem: training.Problem, *, stages: list[training.Problem], masks: Policy, rate: float
-    ) -> training.Fit:
-        n_out = math.ceil(self.validation_fraction * problem.n_rows)
-        if n_out >= problem.n_rows:
-            raise ValueError(
-                f"validation_fraction={self.validation_fraction} leaves none of {problem.n_rows} rows"
-            )
-        order = torch.randperm(problem.n_rows, generator=torch.Generator().manual_seed(self.seed))
-        batch_size = self.batch_size or getattr(problem.predictor.model, "batch_size", None) or problem.n_rows
-        return training.train_by_epochs(
-            [training.take_rows(stage, order[n_out:]) for stage in stages],
-            [training.take_rows(stage, order[:n_out]) for stage in stages] if n_out else [],
-            masks,
-            batch_size=batch_size,
-            max_epochs=self.max_iter,
-            learning_rate=rate,
-            patience=self.n_iter_no_change,
-            random_state=self.seed,
-            checkpoint=self.checkpoint,
-            asked=self.asked,
-            report=self.report,
-        )
-
-    def _n_starts(self, statistics: SufficientStatistics | None, warm: bool) -> int:
+    def _n_starts(self, how: Training, statistics: SufficientStatistics | None, warm: bool) -> int:
         """How many starts: one unless asked, and several where missing cells make local maxima and saddles likely."""
         if self.n_init != "auto":
             return self.n_init
-        exact = self.masks is None and not self.by_epochs
-        return (
-            STARTS_WITH_HOLES
-            if statistics is not None and not statistics.complete and exact and not warm
-            else 1
-        )
+        holes = statistics is not None and not statistics.complete
+        return STARTS_WITH_HOLES if holes and not how.by_masks and not warm else 1
 
-    def _solve(
-        self, problem: training.Problem, statistics: SufficientStatistics, n_init: int
-    ) -> training.Fit | None:
+    def _solve(self, how: Any, problem: Problem, statistics: SufficientStatistics, n_init: int) -> Fit | None:
         """The closed-form maximum; with missing cells, the best end of EM from several starts."""
         rows, weight = statistics.rows(problem.args[0].dtype)
-        whole = training.Problem(problem.predictor, problem.args, rows, weight, statistics.n_rows)
+        whole = Problem(problem.predictor, problem.args, rows, weight, statistics.n_rows)
         fit = training.maximize_profile(
-            whole, statistics, self.max_iter, self.tol, n_init=n_init, seed=self.seed, at_floor=self.at_floor
+            whole, statistics, how.max_iter, how.tol, n_init=n_init, seed=self.seed, at_floor=self.at_floor
         )
         if fit is not None and fit.last is not None and problem.weight is None and problem.rows is not None:
             fit.last = fit.last.at(problem.rows)  # the rows themselves, where these are at hand
@@ -289,17 +268,18 @@ class Trainer:
 
     def _best_of(
         self,
-        train: Callable[..., training.Fit],
-        problem: training.Problem,
+        train: Callable[..., Fit],
+        how: Training,
+        problem: Problem,
         prior: Prior | None,
         n_init: int,
         ended: _Ended,
-    ) -> training.Fit:
+    ) -> Fit:
         """Restart from draws of the hyperprior, or from fresh initial values, and keep the best."""
         if n_init == 1:
             return train()
         brief = self.n_init == "auto"  # a few steps from each start, then the best of them to its end
-        attempt = partial(train, max_iter=min(TRIAL_STEPS, self.max_iter)) if brief else train
+        attempt = partial(train, max_iter=min(TRIAL_STEPS, _limit(how))) if brief else train
         n_init = min(n_init, TRIALS) if brief else n_init
         first = save()
         best = ended.keep(attempt())
@@ -338,7 +318,7 @@ class Trainer:
         names = [self.names[c] for c in columns]
         return ", ".join(repr(str(name)) if isinstance(name, str) else str(name) for name in names)
 
-    def _warn_of_collapse(self, problem: training.Problem) -> None:
+    def _warn_of_collapse(self, problem: Problem) -> None:
         """Components of a mixture; where no cell is missing its own `maximize` looks after them."""
         found = training.collapsed(problem)
         if found:
@@ -359,13 +339,13 @@ class Trainer:
             "share one noise (PPCA)"
         )
 
-    def _repeats(self, problem: training.Problem) -> str:
+    def _repeats(self, problem: Problem) -> str:
         """Which columns are constant or repeat others, to be added to an error."""
         rows = problem.args[0] if problem.rows is None else problem.rows
         found = repeated_columns(rows.detach().cpu().double().numpy())
         return f". Columns that are constant or repeat others here: {self._named(found)}" if found else ""
 
-    def _unbounded(self, error: NoiseFloorError, problem: training.Problem) -> str:
+    def _unbounded(self, error: NoiseFloorError, problem: Problem) -> str:
         columns = [self.names[c] for c in error.columns]
         if len(columns) == len(self.names):
             return (
@@ -385,15 +365,15 @@ class _Ended:
     """The best training that has ended, to go back to where Ctrl-C is pressed in what comes after it."""
 
     def __init__(self) -> None:
-        self._fit: training.Fit | None = None
+        self._fit: Fit | None = None
 
-    def keep(self, fit: training.Fit) -> training.Fit:
+    def keep(self, fit: Fit) -> Fit:
         """Remember this fit, whose parameters stand in the store."""
         store = pyro.get_param_store().get_state()
         self._fit, self._store, self._state = fit, store, save()
         return fit
 
-    def interrupted(self) -> training.Fit:
+    def interrupted(self) -> Fit:
         """The fit that was remembered, its parameters in the store; else raises KeyboardInterrupt."""
         if self._fit is None:
             raise KeyboardInterrupt
@@ -412,58 +392,50 @@ def _same(one: State, other: State) -> bool:
 
 def trainer_of(settings: Any, model: Any, names: NDArray[Any]) -> Trainer:
     """How an estimator with these settings trains a model; ``names`` (T,) of the columns."""
-    checkpoint, state = settings.checkpoint, settings.random_state
-    by_epochs = settings.early_stopping
-    by_epochs = hasattr(model, "batch_size") if by_epochs is None else by_epochs
-    if by_epochs and checkpoint is not None and not isinstance(state, Integral):
-        raise ValueError(
-            f"checkpoint needs an integer random_state, to hold out the same rows, got {state!r}"
-        )
-    if checkpoint is not None and not by_epochs:
-        raise ValueError(
-            f"checkpoint={checkpoint!r} is of a training by epochs, which this model is not trained by: leave "
-            "it None, or set early_stopping=True"
-        )
-    if by_epochs and checkpoint is not None and settings.n_init not in ("auto", 1):
-        raise ValueError(
-            f"checkpoint holds one training, but n_init={settings.n_init}: leave one of them out"
-        )
+    how, state = settings.training, settings.random_state
+    if how is None and offered(model, "batch_size") is not None:
+        how = Epochs()
+    if how is not None:
+        how._validate_params()
+    asked: dict[str, tuple[str, str]] = {}
+    if how is not None and how.by_epochs and how.checkpoint is not None:
+        if not isinstance(state, Integral):
+            raise ValueError(
+                f"checkpoint needs an integer random_state, to hold out the same rows, got {state!r}"
+            )
+        if settings.n_init not in ("auto", 1):
+            raise ValueError(
+                f"checkpoint holds one training, but n_init={settings.n_init}: leave one of them out"
+            )
+        asked = _asked(settings, how)
     return Trainer(
         predictor=settings.predictor,
         masks=settings.masks,
-        max_iter=settings.max_iter,
-        tol=settings.tol,
-        learning_rate=settings.learning_rate,
-        batch_size=settings.batch_size,
-        validation_fraction=settings.validation_fraction,
-        n_iter_no_change=settings.n_iter_no_change,
-        checkpoint=checkpoint,
-        asked=_asked(settings) if by_epochs and checkpoint is not None else {},
+        training=how,
+        asked=asked,
         n_init=settings.n_init,
-        by_epochs=by_epochs,
         seed=int(check_random_state(state).randint(2**31 - 1)),
         names=names,
     )
 
 
-def _asked(settings: Any) -> dict[str, tuple[str, str]]:
+def _limit(how: Training) -> int:
+    """Iterations at most."""
+    return int(getattr(how, how.limits))
+
+
+def _asked(settings: Any, how: Epochs) -> dict[str, tuple[str, str]]:
     """What a checkpoint is of, by name: in words, and a digest in which parameters to be trained are shapes."""
-    names = (
-        "model",
-        "guide",
-        "predictor",
-        "masks",
-        "validation_fraction",
-        "n_iter_no_change",
-        "random_state",
-    )
+    values = {
+        name: getattr(settings, name) for name in ("model", "guide", "predictor", "masks", "random_state")
+    }
+    values |= {name: getattr(how, name) for name in ("validation_fraction", "patience")}
     found = {}
-    for name in names:
-        value = getattr(settings, name)
+    for name, value in values.items():
         try:
             found[name] = in_words(value), digest_of(value, name, initial=False)
         except CannotDigest as error:
             raise ValueError(
-                f"checkpoint={settings.checkpoint!r} could not tell this training from others: {error}. Leave it None"
+                f"checkpoint={how.checkpoint!r} could not tell this training from others: {error}. Leave it None"
             ) from error
     return found

@@ -48,7 +48,8 @@ from scipy.special import betaln
 from scipy.stats import binomtest
 
 from bayes_mpt import BayesMPT
-from bayes_mpt.estimators.comparison import Candidate, comparison_table
+from bayes_mpt.estimators.candidates import Candidate
+from bayes_mpt.estimators.comparison import comparison_table
 from bayes_mpt.masks import UniformSize
 from bayes_mpt.models import PPCA, BayesianRegression
 from bayes_mpt.predictors import Importance, Quadrature, SequentialMonteCarlo

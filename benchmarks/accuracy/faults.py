@@ -45,9 +45,10 @@ import pyro
 import torch
 from scipy.stats import multivariate_normal
 
-from bayes_mpt import BayesMPT, MarginalLikelihoodSearch
+from bayes_mpt import BayesMPT, HeldOut, MarginalLikelihoodSearch
 from bayes_mpt.masks import UniformSize
 from bayes_mpt.models import PPCA, VAE, FactorAnalysis, GaussianMixture, GaussianProcess
+from bayes_mpt.training import Ascent, Epochs, Steps
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/, for timing.py
 from timing import Report, run
@@ -77,17 +78,16 @@ HEIGHTS = np.sin(5 * TIMES[:, 0]) + 0.1 * rng.normal(size=20)
 
 
 def a_fit():
-    return BayesMPT(FactorAnalysis(2), masks=UniformSize(6), max_iter=150, random_state=0)
+    return BayesMPT(FactorAnalysis(2), masks=UniformSize(6), training=Steps(max_iter=150), random_state=0)
 
 
 def a_search(folder, n_jobs=None):
     """Three candidates that train for some time."""
-    estimator = BayesMPT(FactorAnalysis(), masks=UniformSize(6), max_iter=12, random_state=0)
+    estimator = BayesMPT(FactorAnalysis(), masks=UniformSize(6), training=Steps(max_iter=12), random_state=0)
     return MarginalLikelihoodSearch(
         estimator,
         {"model__n_components": [1, 2, 3]},
-        evidence="heldout",
-        cv=2,
+        evidence=HeldOut(cv=2),
         random_state=0,
         n_jobs=n_jobs,
         checkpoint_dir=folder,
@@ -97,14 +97,16 @@ def a_search(folder, n_jobs=None):
 def a_short_search(folder):
     grid = {"model__n_components": [1, 2, 3]}
     return MarginalLikelihoodSearch(
-        BayesMPT(PPCA()), grid, evidence="heldout", cv=2, random_state=0, checkpoint_dir=folder
+        BayesMPT(PPCA()), grid, evidence=HeldOut(cv=2), random_state=0, checkpoint_dir=folder
     )
 
 
 def epochs(folder):
     model = VAE(latent_dim=1, hidden=(4,))
     return BayesMPT(
-        model, max_iter=20, random_state=0, checkpoint=Path(folder) / "training", n_iter_no_change=20
+        model,
+        training=Epochs(max_epochs=20, checkpoint=Path(folder) / "training", patience=20),
+        random_state=0,
     )
 
 
@@ -641,12 +643,20 @@ def by_threads(n_calls):
     models = {
         "PPCA": (lambda: BayesMPT(PPCA(1)), (X,)),
         "by masks": (
-            lambda: BayesMPT(FactorAnalysis(1), masks=UniformSize(2), max_iter=8, random_state=0),
+            lambda: BayesMPT(
+                FactorAnalysis(1), masks=UniformSize(2), training=Steps(max_iter=8), random_state=0
+            ),
             (X,),
         ),
         "mixture": (lambda: BayesMPT(GaussianMixture(2), random_state=0), (X,)),
-        "Gaussian process": (lambda: BayesMPT(GaussianProcess(), max_iter=5), (TIMES, HEIGHTS)),
-        "VAE": (lambda: BayesMPT(VAE(latent_dim=1, hidden=(3,)), max_iter=1, random_state=0), (CODES,)),
+        "Gaussian process": (
+            lambda: BayesMPT(GaussianProcess(), training=Ascent(max_iter=5)),
+            (TIMES, HEIGHTS),
+        ),
+        "VAE": (
+            lambda: BayesMPT(VAE(latent_dim=1, hidden=(3,)), training=Epochs(max_epochs=1), random_state=0),
+            (CODES,),
+        ),
     }
     fitted = {name: make().fit(*data) for name, (make, data) in models.items()}
     truth = {name: fitted[name].score_samples(*models[name][1]) for name in models}
@@ -680,8 +690,8 @@ def warm_up():
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         a_short_search(folder).fit(X)
-        a_fit().set_params(max_iter=5).fit(X)
-        epochs(folder).set_params(max_iter=1).fit(CODES)
+        a_fit().set_params(training__max_iter=5).fit(X)
+        epochs(folder).set_params(training__max_epochs=1).fit(CODES)
 
 
 def main(report: Report, args):

@@ -31,8 +31,9 @@ from sklearn.experimental import enable_iterative_imputer  # noqa: F401  # makes
 from sklearn.impute import IterativeImputer, SimpleImputer
 from sklearn.preprocessing import StandardScaler
 
-from bayes_mpt import BayesMPT, MarginalLikelihoodSearch
+from bayes_mpt import BayesMPT, HeldOut, MarginalLikelihoodSearch
 from bayes_mpt.models import PPCA, VAE
+from bayes_mpt.training import Epochs
 
 RESULTS = Path(__file__).with_suffix(".json")
 TABLES = {"wine": load_wine, "diabetes": load_diabetes, "breast cancer": load_breast_cancer}
@@ -51,10 +52,10 @@ def one(name: str, seed: int) -> dict[str, float | str | int]:
         ("IterativeImputer", IterativeImputer(random_state=seed)),
     ):
         out[label] = float(np.square(imputer.fit_transform(X) - whole)[missing].mean())
-    settings = {"random_state": [seed], "max_iter": [MAX_EPOCHS], "batch_size": [32]}
+    settings = {"random_state": [seed], "training": [Epochs(max_epochs=MAX_EPOCHS, batch_size=32)]}
     nets = [VAE(k, likelihood="gaussian", hidden=(64,)) for k in DIMENSIONS]
     grids: list[dict[str, Any]] = [{"model": [PPCA(k) for k in DIMENSIONS]}, {"model": nets, **settings}]
-    search = MarginalLikelihoodSearch(BayesMPT(), grids, evidence="heldout", cv=3).fit(X)
+    search = MarginalLikelihoodSearch(BayesMPT(), grids, evidence=HeldOut(cv=3)).fit(X)
     lml = {}
     for label, kind in (("PPCA", PPCA), ("VAE", VAE)):
         found = zip(search.cv_results_["params"], search.cv_results_["lml"], strict=True)

@@ -3,6 +3,12 @@
 `BayesMPT(PPCA(k), masks=UniformSize(n))` never sees the exact score: each step of Adam draws n masks of all sizes. How
 far from the closed-form maximum of Tipping & Bishop (1999) it ends, nats a row, on raw columns (scales differ up to
 1e5-fold) and standardised ones.
+
+Asked: within 0.01 nats a row, on four tables of scikit-learn, raw and standardised.
+
+Found, with other jobs on both cores (the last row in a run of its own): within 9e-5 and 7e-5 on iris (raw,
+standardised), 2.5e-3 and 1.3e-4 on wine, 4.9e-3 and 1.1e-3 on breast cancer, 8.9e-4 and 7.5e-4 on digits, in 12 to 78
+seconds of CPU time each and 294 in all.
 """
 
 import sys
@@ -18,6 +24,7 @@ from sklearn.exceptions import ConvergenceWarning
 from bayes_mpt import BayesMPT
 from bayes_mpt.masks import UniformSize
 from bayes_mpt.models import PPCA
+from bayes_mpt.training import Steps
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/, for timing.py
 from timing import Report, run
@@ -36,7 +43,9 @@ def main(report: Report, args):
         sd = raw.std(0)
         for scaled, x in (("raw", raw), ("standardised", (raw / np.where(sd > 0, sd, 1))[:, sd > 0])):
             start = time.process_time()
-            model = BayesMPT(PPCA(k), masks=UniformSize(n_masks), max_iter=6000, random_state=1991)
+            model = BayesMPT(
+                PPCA(k), masks=UniformSize(n_masks), training=Steps(max_iter=6000), random_state=1991
+            )
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ConvergenceWarning)
                 model.fit(x)

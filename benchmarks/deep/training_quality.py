@@ -64,6 +64,7 @@ from torch.distributions import constraints
 from bayes_mpt import BayesMPT
 from bayes_mpt.predictors import Importance, Quadrature
 from bayes_mpt.score import CumulativeMaskedScore
+from bayes_mpt.training import Ascent
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/, for timing.py
 from timing import Report, run, spread
@@ -520,7 +521,10 @@ def deterministic(report, found, n_seeds):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = BayesMPT(
-                bernoulli, predictor=Quadrature(8), max_iter=MAX_ITER, tol=1e-7, random_state=seed
+                bernoulli,
+                predictor=Quadrature(8),
+                training=Ascent(max_iter=MAX_ITER, tol=1e-7),
+                random_state=seed,
             ).fit(train.numpy())
         seconds.append(time.process_time() - begun)
         p = {n: torch.as_tensor(v) for n, v in model.params_.items()}

@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 from sklearn.base import clone
 
-from bayes_mpt import BayesMPT, MarginalLikelihoodSearch
+from bayes_mpt import BayesMPT, HeldOut, MarginalLikelihoodSearch
 from bayes_mpt.models import VAE
+from bayes_mpt.training import Epochs
 
 RESULTS = Path(__file__).with_suffix(".json")
 TRUE, CANDIDATES = (1, 2, 4), [1, 2, 3, 4, 6]
@@ -42,9 +43,9 @@ def made(k: int, seed: int) -> np.ndarray:
 def one(k: int, seed: int) -> dict[str, Any]:
     rows = made(k, seed)
     X, fresh = rows[:N_ROWS], rows[N_ROWS:]
-    deep = BayesMPT(VAE(hidden=(64,)), learning_rate=3e-3, max_iter=200, random_state=seed)
+    deep = BayesMPT(VAE(hidden=(64,)), training=Epochs(learning_rate=3e-3, max_epochs=200), random_state=seed)
     grid = {"model__latent_dim": CANDIDATES}
-    search = MarginalLikelihoodSearch(deep, grid, evidence="heldout", cv=3).fit(X)
+    search = MarginalLikelihoodSearch(deep, grid, evidence=HeldOut(cv=3)).fit(X)
     truth = {n: m.score(fresh) for n, m in zip(CANDIDATES, fitted(search, X), strict=True)}
     pick = search.best_params_["model__latent_dim"]
     return {

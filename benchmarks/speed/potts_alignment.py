@@ -25,6 +25,7 @@ from bayes_mpt import BayesMPT
 from bayes_mpt.masks import LeaveOneOut
 from bayes_mpt.models import FactoredAttention
 from bayes_mpt.predictors import SelfPredictive
+from bayes_mpt.training import Steps
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/, for timing.py
 from timing import Report, interleave, run
@@ -67,8 +68,7 @@ def fit(x, n_steps):
             FactoredAttention(N_HEADS, softmax=False, n_levels=len(LEVELS)),
             masks=LeaveOneOut(),
             predictor=SelfPredictive(n_orders=1),
-            batch_size=BATCH,
-            max_iter=n_steps,
+            training=Steps(batch_size=BATCH, max_iter=n_steps),
             random_state=0,
         ).fit(x)
 

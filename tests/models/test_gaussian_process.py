@@ -34,6 +34,7 @@ from bayes_mpt import BayesMPT, MarginalLikelihoodSearch
 from bayes_mpt.models import GaussianProcess
 from bayes_mpt.models.kernels import Line, Power, from_sklearn, kernel_name
 from bayes_mpt.predictors import Importance
+from bayes_mpt.training import Ascent
 
 C, RBF, RQ = theirs.ConstantKernel, theirs.RBF, theirs.RationalQuadratic
 SIN, DOT, WHITE = theirs.ExpSineSquared, theirs.DotProduct, theirs.WhiteKernel
@@ -269,7 +270,9 @@ def test_several_outputs_by_a_column_of_tasks():
 def test_initial_values_come_from_all_rows():
     x = np.linspace(0, 100, 500)[:, None]
     y = x[:, 0] + np.sin(x[:, 0])
-    model = BayesMPT(GaussianProcess(ScaleKernel(PeriodicKernel()) + ScaleKernel(RBFKernel())), max_iter=1)
+    model = BayesMPT(
+        GaussianProcess(ScaleKernel(PeriodicKernel()) + ScaleKernel(RBFKernel())), training=Ascent(max_iter=1)
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.fit(x, y)
