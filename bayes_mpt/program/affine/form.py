@@ -45,6 +45,8 @@ class AffineForm(NamedTuple):
     """The axis of the rows plate in the value of each observed site."""
     at_once: bool = False
     """With ``per_row``: the program broadcasts over a plate of probes, so that one run reads them all."""
+    takes_visible: bool = False
+    """Never: see `Program`."""
 
     @property
     def n_latents(self) -> int:
