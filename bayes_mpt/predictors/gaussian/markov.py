@@ -26,14 +26,13 @@ from bayes_mpt.predictors.gaussian.linear import CHUNK, LOG_2PI, Groups, LinearG
 from bayes_mpt.program.affine import (
     AffineForm,
     DenseMap,
-    Outline,
     affine_form,
-    first_look,
     latent_values,
     read,
 )
 from bayes_mpt.program.affine.sparse import Sparse
 from bayes_mpt.program.affine.sparse_map import Blocks, NotSparse, SparseMap
+from bayes_mpt.program.analysis import Analysis
 from bayes_mpt.program.program import Model, ModelError
 
 __all__ = ["MarkovGaussian", "closed_form"]
@@ -41,7 +40,7 @@ __all__ = ["MarkovGaussian", "closed_form"]
 MAX_LOST = 1e-7  # nats a token
 
 
-def closed_form(model: Model, args: tuple[Any, ...]) -> Conditionals:
+def closed_form(model: Model, args: tuple[Any, ...], analysis: Analysis) -> Conditionals:
     """The conditionals of a linear-Gaussian program, along a chain or dense: whichever needs less work.
 
     Raises
@@ -49,11 +48,10 @@ def closed_form(model: Model, args: tuple[Any, ...]) -> Conditionals:
     bayes_mpt.program.affine.NotAffine
         If the program is something else; the message names the site.
     """
-    outline = first_look(model, args)
     try:
-        return MarkovGaussian(model, args, outline=outline)
+        return MarkovGaussian(model, args, analysis=analysis)
     except NotSparse:
-        return LinearGaussian(model, args, outline=outline)
+        return LinearGaussian(model, args, analysis=analysis)
 
 
 class MarkovGaussian(Conditionals):
@@ -65,8 +63,8 @@ class MarkovGaussian(Conditionals):
         A Pyro program with Normal tokens and latents, the mean of each affine in a few latents.
     args : tuple
         What it is called with; N rows of T tokens.
-    outline : bayes_mpt.program.affine.Outline, optional
-        What a first look at the program on these rows has found.
+    analysis : bayes_mpt.program.analysis.Analysis, optional
+        Of the program on these rows, where it has been made already.
 
     Raises
     ------
@@ -92,10 +90,10 @@ class MarkovGaussian(Conditionals):
     name = "Exact"
     structure: AffineForm
 
-    def __init__(self, model: Model, args: tuple[Any, ...], *, outline: Outline | None = None):
+    def __init__(self, model: Model, args: tuple[Any, ...], *, analysis: Analysis | None = None):
         self.model: Model | None = model
         self._way = Sparse()
-        self.structure = affine_form(model, args, self._way, outline=outline)
+        self.structure = affine_form(model, args, self._way, analysis=analysis)
         self._reading: SparseMap | None = None
         assert self._way.layout is not None
         layout = self._way.layout

@@ -24,7 +24,6 @@ from bayes_mpt.predictors.nodes.given import Factorized, Given, Mapped, Stacked
 from bayes_mpt.predictors.nodes.weighted import Nodes, Read, Reader, constrained, nodes_first, program_values
 from bayes_mpt.program.analysis import analyze
 from bayes_mpt.program.arguments import fill, filling
-from bayes_mpt.program.checks import CLOSE
 from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.factors import read_factors
 from bayes_mpt.program.layout import rows_axis, sum_by_row
@@ -32,6 +31,7 @@ from bayes_mpt.program.program import Latent, Model, ModelError, Program, n_rows
 from bayes_mpt.program.run import NODES, SetLatents, one_precision, run, takes_visible
 from bayes_mpt.program.simulation import simulate
 from bayes_mpt.program.sites import base, is_subsample, latent_nodes
+from bayes_mpt.program.trials import CLOSE
 
 __all__ = ["Drawn", "GuideDraws", "Importance", "Sampled"]
 
