@@ -16,7 +16,7 @@ docs:     ## the site, into site/
 	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 
 bench:    ## every benchmark, one after the other
-	set -e; for script in benchmarks/[a-z]*.py; do python "$$script"; done
+	set -e; for script in benchmarks/*/*.py; do python "$$script"; done
 
 example:  ## rank the latent dimensions of a real data set
 	python examples/latent_dimension.py

@@ -12,7 +12,7 @@ from bayes_mpt.curves import Curve, RateCurve
 from bayes_mpt.inputs import unmasked
 
 if TYPE_CHECKING:
-    from bayes_mpt.estimators.kernel_search import Decomposition
+    from bayes_mpt.estimators.decomposition import Decomposition
 
 __all__ = ["DecompositionDisplay", "MaskedCurveDisplay", "RankingDisplay"]
 

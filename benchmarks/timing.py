@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 
-RESULTS = Path(__file__).parent / "results"
 LIBRARIES = ("bayes_mpt", "numpy", "scipy", "scikit-learn", "torch", "pyro-ppl")
 
 
@@ -143,7 +142,7 @@ def run(
     description: str,
     arguments: Callable[[argparse.ArgumentParser], Any] | None = None,
 ) -> None:
-    """Parse the command line, run the benchmark, print it; store it in results/NAME.json unless it was a quick one."""
+    """Parse the command line, run the benchmark, print it; unless quick, store it beside ``file``."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -169,7 +168,6 @@ def run(
     }
     report.show(machine)
     if not args.quick:
-        RESULTS.mkdir(exist_ok=True)
         content = {
             "benchmark": report.name,
             "machine": machine,
@@ -177,7 +175,7 @@ def run(
             "rows": report.rows,
             "targets": report.targets,
         }
-        (RESULTS / f"{report.name}.json").write_text(json.dumps(_rounded(content), indent=1) + "\n")
+        Path(file).with_name(f"{report.name}.json").write_text(json.dumps(_rounded(content), indent=1) + "\n")
 
 
 def _version(name: str) -> str:

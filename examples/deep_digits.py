@@ -22,10 +22,11 @@ from sklearn.datasets import load_digits
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import train_test_split
 
-from bayes_mpt import BayesMPT, MarginalLikelihoodSearch
+from bayes_mpt import BayesMPT, HeldOut, MarginalLikelihoodSearch
 from bayes_mpt.models import VAE
 from bayes_mpt.plots import RankingDisplay
 from bayes_mpt.predictors import AnnealedImportance
+from bayes_mpt.training import Epochs
 
 N_SHOWN = 12
 
@@ -38,10 +39,10 @@ def main(output: Path) -> None:
     rng = np.random.default_rng(0)
     X, X_fresh = (np.where(rng.random(a.shape) < 0.3, np.nan, a).astype(np.float32) for a in (whole, fresh))
 
-    deep = BayesMPT(VAE(hidden=(128,)), max_iter=60, learning_rate=3e-3, random_state=0)
-    search = MarginalLikelihoodSearch(
-        deep, {"model__latent_dim": [1, 2, 4, 8]}, evidence="heldout", cv=2
-    ).fit(X)
+    deep = BayesMPT(VAE(hidden=(128,)), training=Epochs(max_epochs=60, learning_rate=3e-3), random_state=0)
+    search = MarginalLikelihoodSearch(deep, {"model__latent_dim": [1, 2, 4, 8]}, evidence=HeldOut(cv=2)).fit(
+        X
+    )
     table = search.comparison_
     print(table[["rank", "lml", "lml_diff", "dse"]].round(1))
     best = search.best_estimator_

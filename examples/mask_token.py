@@ -4,7 +4,7 @@ The 1797 handwritten digits of scikit-learn in 16 tokens, each 2 x 2 pixels in b
 Networks alike but for what `optimized_mask.py` adds, from the same start on the same masks, are trained at a learning
 rate that suits the plain one and at twice that; a tenth of the digits is held out and scored after each epoch. Beside
 the curves: how little a hidden token resembles any visible one in particular (heterogeneity), by layer, at the end. One
-seed is an anecdote: `benchmarks/mask_token.py` has several. Writes mask_token.png.
+seed is an anecdote: `benchmarks/deep/mask_token.py` has several. Writes mask_token.png.
 
     python examples/mask_token.py [--output DIR]
 """
@@ -28,6 +28,7 @@ from sklearn.exceptions import ConvergenceWarning
 
 from bayes_mpt import BayesMPT
 from bayes_mpt.predictors import SelfPredictive
+from bayes_mpt.training import Epochs
 
 WIDTH, EPOCHS = 32, 22
 RATES = {2.5e-3: "-", 5e-3: "--"}
@@ -49,10 +50,7 @@ def main(output: Path) -> None:
         mpt = BayesMPT(
             program,
             predictor=SelfPredictive(n_orders=1),
-            max_iter=EPOCHS,
-            n_iter_no_change=EPOCHS,
-            batch_size=64,
-            learning_rate=rate,
+            training=Epochs(max_epochs=EPOCHS, patience=EPOCHS, batch_size=64, learning_rate=rate),
             random_state=0,
         ).fit(X)
         by_layer = program.heterogeneity(mpt.params_, X, visible)

@@ -30,6 +30,7 @@ from bayes_mpt.models import MaskedPatches
 from bayes_mpt.plots import MaskedCurveDisplay
 from bayes_mpt.predictors import SelfPredictive
 from bayes_mpt.score import RateCurve, masked_score
+from bayes_mpt.training import Epochs
 
 RATES = np.arange(0.05, 0.96, 0.05)
 N_SCORED, N_SHOWN, N_CLASSES, N_ORDERS = 400, 10, 50, 3
@@ -86,8 +87,8 @@ def main(output: Path) -> None:
         "predictor": SelfPredictive(n_orders=1),
         "random_state": 0,
     }
-    before = BayesMPT(program, max_iter=1, learning_rate=1e-9, **settings).fit(X)
-    after = BayesMPT(program, max_iter=epochs, learning_rate=2e-3, **settings).fit(X)
+    before = BayesMPT(program, training=Epochs(max_epochs=1, learning_rate=1e-9), **settings).fit(X)
+    after = BayesMPT(program, training=Epochs(max_epochs=epochs, learning_rate=2e-3), **settings).fit(X)
     networks = {"before training": before, "after training": after}
     mixtures = {"independent pixels": Mixture(X, 1), f"mixture of {N_CLASSES} classes": Mixture(X, N_CLASSES)}
 

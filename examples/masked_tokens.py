@@ -29,6 +29,7 @@ from bayes_mpt.masks import EverySize
 from bayes_mpt.models import MaskedTransformer
 from bayes_mpt.plots import MaskedCurveDisplay
 from bayes_mpt.predictors import SelfPredictive
+from bayes_mpt.training import Epochs
 
 N_SHOWN, N_SCORED, WIDTH, EPOCHS = 10, 50, 32, 30
 SHAPE = (8, 6)
@@ -43,8 +44,10 @@ def main(output: Path) -> None:
 
     settings = {"predictor": SelfPredictive(n_orders=1), "random_state": 0}
     program = MaskedTransformer(WIDTH, n_levels=4)
-    start = BayesMPT(program, max_iter=1, learning_rate=1e-9, **settings).fit(X[:200])
-    mpt = BayesMPT(program, max_iter=EPOCHS, batch_size=32, learning_rate=2e-3, **settings).fit(X)
+    start = BayesMPT(program, training=Epochs(max_epochs=1, learning_rate=1e-9), **settings).fit(X[:200])
+    mpt = BayesMPT(
+        program, training=Epochs(max_epochs=EPOCHS, batch_size=32, learning_rate=2e-3), **settings
+    ).fit(X)
     print(mpt.explain())
 
     curves = {}

@@ -28,9 +28,10 @@ from sklearn.datasets import load_wine
 from sklearn.metrics import adjusted_rand_score
 from sklearn.preprocessing import StandardScaler
 
-from bayes_mpt import BayesMPT, MarginalLikelihoodSearch
+from bayes_mpt import BayesMPT, HeldOut, MarginalLikelihoodSearch
 from bayes_mpt.models import GaussianMixture
 from bayes_mpt.plots import RankingDisplay
+from bayes_mpt.training import Ascent
 
 COLUMNS = ["alcohol", "od280/od315_of_diluted_wines"]
 # A fourth diagonal component ends as a needle on a few wines of nearly equal alcohol: a likelihood without bound.
@@ -55,7 +56,10 @@ def main(output: Path) -> None:
         for kind, numbers in CANDIDATES.items()
     ]
     search = MarginalLikelihoodSearch(
-        BayesMPT(GaussianMixture(), tol=1e-7, random_state=0), grid, evidence="heldout", cv=3, random_state=0
+        BayesMPT(GaussianMixture(), training=Ascent(tol=1e-7), random_state=0),
+        grid,
+        evidence=HeldOut(cv=3),
+        random_state=0,
     ).fit(X)
     table = search.comparison_
     table["BIC"] = np.array(

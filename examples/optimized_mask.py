@@ -2,7 +2,7 @@
 
 Claimed (arXiv 2404.08330): networks learn in half the epochs if their mask token resembles nothing that it hides and is
 not attended to too early. Formulas and code were not available; what stands here is put together from the abstract and
-summaries: not the authors' losses. Measured gain: a factor of 1.04, 0.93 to 1.16 (`benchmarks/mask_token.py`).
+summaries: not the authors' losses. Measured gain: a factor of 1.04, 0.93 to 1.16 (`benchmarks/deep/mask_token.py`).
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ from bayes_mpt import BayesMPT
 from bayes_mpt.masks import LeaveOneOut
 from bayes_mpt.models import FactoredAttention
 from bayes_mpt.predictors import SelfPredictive
+from bayes_mpt.training import Steps
 
 LEVELS = "-ACDEFGHIKLMNPQRSTVWY"
 LETTER = dict(
@@ -96,8 +97,7 @@ def main(output: Path) -> None:
         masks=LeaveOneOut(),
         predictor=SelfPredictive(n_orders=1),
         penalty=True,
-        batch_size=128,
-        max_iter=N_STEPS,
+        training=Steps(batch_size=128, max_iter=N_STEPS),
         random_state=0,
     )
     with warnings.catch_warnings():

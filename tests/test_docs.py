@@ -60,7 +60,7 @@ def test_no_block_escapes():
 
 def test_the_page_of_the_gpu_gives_the_measured_figures():
     page = (ROOT / "docs" / "gpu.md").read_text()
-    rows = json.loads((ROOT / "benchmarks" / "results" / "gpu.json").read_text())["rows"]
+    rows = json.loads((ROOT / "benchmarks" / "speed" / "gpu.json").read_text())["rows"]
     ratio = {r["case"]: np.median(np.divide(r["peer_wall"], r["ours_wall"])) for r in rows if "case" in r}
     shown = [
         float(line.rsplit("|", 2)[1])

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.base import clone
+from truths import conditionals, log_density
 
 from bayes_mpt.masks import (
     Blocks,
@@ -57,16 +58,9 @@ def conditional():
     cov = loading @ loading.T + np.diag([0.1, 0.2, 0.3, 0.4, 0.5])
     x = loading @ [0.8, -0.5] + 0.3 * rng.normal(size=T)
 
-    table = np.full((2**T, T), np.nan)
-    for subset in range(2**T):
-        seen = np.array([i for i in range(T) if subset >> i & 1], dtype=int)
-        for i in set(range(T)) - set(seen.tolist()):
-            gain = cov[i, seen] @ np.linalg.inv(cov[np.ix_(seen, seen)])
-            mean, var = gain @ x[seen], cov[i, i] - gain @ cov[seen, i]
-            table[subset, i] = -0.5 * (math.log(2 * math.pi * var) + (x[i] - mean) ** 2 / var)
-    _, logdet = np.linalg.slogdet(cov)
-    joint = -0.5 * (T * math.log(2 * math.pi) + logdet + x @ np.linalg.inv(cov) @ x)
-    return table, joint
+    seen = (np.arange(2**T)[:, None] >> np.arange(T) & 1).astype(bool)  # (2^T, T)
+    table = np.array([np.where(s, np.nan, conditionals(x, s, np.zeros(T), cov)) for s in seen])
+    return table, log_density(x[None], np.zeros(T), cov)[0]
 
 
 def mean_by_size(table):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy.stats import multivariate_normal
+from truths import known_noise_maximum
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "paper.md").read_text()
@@ -77,9 +78,7 @@ def test_exact_values_anew(setting, shared, column):
     assert row("figure_1", "D = 512: exact LML") == pytest.approx(by_scipy(100, 512, 2, 111)[0], abs=5.1e-3)
     truth, x = by_scipy(2000, 10, 2, 1991)
     assert row("figure_2", "LML of the true loadings") == pytest.approx(truth, abs=5.1e-4)
-    value = np.linalg.eigvalsh(x.T @ x / len(x))[::-1]
-    theta = np.r_[value[:2], np.full(8, setting.NOISE)]
-    best = -0.5 * (np.log(2 * math.pi * theta) + value / theta).sum()
+    best = known_noise_maximum(x.T @ x / len(x), 2, setting.NOISE)
     assert row("figure_2", "largest LML") == pytest.approx(best, abs=5.1e-4)
     assert row("figure_2", "every size: LML at the end") == pytest.approx(best, abs=5.1e-4)
 

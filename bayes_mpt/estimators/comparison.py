@@ -8,35 +8,41 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 from scipy.stats import norm
-from sklearn.model_selection import BaseCrossValidator
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
 from bayes_mpt.diagnostics import replicate_error
 from bayes_mpt.estimators.bayes_mpt import BayesMPT
-from bayes_mpt.estimators.rules import (
+from bayes_mpt.estimators.candidates import (
     Candidate,
     before_final,
-    choose_rule,
     final_step,
+    not_converged,
+    refuse_unwrapped,
+    token_digest,
+)
+from bayes_mpt.estimators.rows import data_digest
+from bayes_mpt.estimators.rules import (
+    Auto,
+    HeldOut,
+    Rule,
+    Train,
+    choose_rule,
     fit_seed,
     give_evidence,
-    not_converged,
     refuse_incomparable,
     refuse_mixed_train,
-    token_digest,
+    rule_of,
 )
 from bayes_mpt.inputs import unmasked
 
-__all__ = ["Candidate", "compare", "comparison_table"]
-
-RULES = ("auto", "laplace", "integrated", "heldout", "train")
+__all__ = ["compare", "comparison_table"]
 
 
 def compare(
@@ -44,9 +50,7 @@ def compare(
     X: ArrayLike,
     y: Any = None,
     *,
-    evidence: Literal["auto", "laplace", "integrated", "heldout", "train"] = "auto",
-    cv: int | BaseCrossValidator = 5,
-    n_repeats: int = 1,
+    evidence: str | Rule | Auto = "auto",
     random_state: int | np.random.RandomState | None = None,
 ) -> pd.DataFrame:
     """Rank models that were fitted by hand, in the same table as `MarginalLikelihoodSearch.comparison_`.
@@ -62,16 +66,13 @@ def compare(
         Rows to compare on.
     y : array-like, optional
         As in `BayesMPT.fit`.
-    evidence : {"auto", "laplace", "integrated", "heldout", "train"}, default="auto"
+    evidence : str or rule of evidence, default="auto"
+        `Laplace`, `Integrated`, `HeldOut`, `Train` or `Auto`; a name in lower case stands for a rule's defaults.
         On the training rows "auto" is that of `MarginalLikelihoodSearch`: "laplace" where all models declare their
         symmetries and no cell is missing, "integrated" where they offer a prior of their few hyper-parameters, else
         "heldout", which fits each model again for each fold. "train", the LML at its maximum, rises with every
         surplus parameter: it is taken by itself only where nothing is point-estimated, and then is the evidence.
         On new rows "auto" is "heldout", which scores them as they are.
-    cv : int or splitter, default=5
-        Folds of "heldout" on the training rows.
-    n_repeats : int, default=1
-        Random partitions into folds, averaged; two or more give the error ``mc_dse``.
     random_state : int, RandomState or None
         For the partitions, and for fits in folds whose estimator has none.
 
@@ -106,12 +107,12 @@ def compare(
     if not estimators:
         raise ValueError("nothing to compare: got an empty dict")
     X, y = unmasked(X), unmasked(y)
-    if evidence not in RULES:
-        raise ValueError(
-            f"evidence must be 'auto', 'laplace', 'integrated', 'heldout' or 'train', got {evidence!r}"
-        )
+    asked = rule_of(evidence)
+    if asked.name == "cumulative":
+        raise ValueError("evidence='cumulative' is of a search, which fits to few rows first: use 'heldout'")
     names, found = list(estimators), []
     for name, estimator in estimators.items():
+        refuse_unwrapped(estimator, repr(name))
         check_is_fitted(final_step(estimator), msg=f"{name!r} is not fitted: call fit first")
         try:
             candidate = Candidate(estimator, tokens=token_digest(estimator, X, y))
@@ -121,8 +122,8 @@ def compare(
         found.append(candidate)
     refuse_incomparable(names, found)
     seen = _all_trained_on(names, found, X)
-    rule, why = _rule(evidence, found, seen)
-    if rule == "train":
+    rule, why = _rule(asked, found, seen)
+    if rule.name == "train":
         refuse_mixed_train(names, found)
     seed = int(check_random_state(random_state).randint(2**31 - 1))
     own_state = fit_seed(random_state, seed)
@@ -131,13 +132,13 @@ def compare(
             _score_new_rows(c, X, y)
             continue
         try:
-            give_evidence(c, X, y, rule, cv=cv, n_repeats=n_repeats, seed=seed, random_state=own_state)
+            give_evidence(c, X, y, rule, seed=seed, random_state=own_state)
         except Exception as error:
             found[i] = Candidate(c.estimator, error=f"{type(error).__name__}: {error}")
     if all(c.error for c in found):
         raise ValueError(f"all {len(found)} models failed; the first one: {found[0].error}")
-    table = comparison_table(names, found, rule)
-    table.attrs |= {"evidence": rule, "reason": why}
+    table = comparison_table(names, found, rule.name)
+    table.attrs |= {"evidence": rule.name, "reason": why}
     return table
 
 
@@ -161,23 +162,23 @@ def _all_trained_on(names: list[str], found: list[Candidate], X: Any) -> bool:
     return all(trained)
 
 
-def _rule(evidence: str, found: list[Candidate], seen: bool) -> tuple[str, str]:
+def _rule(asked: Rule | Auto, found: list[Candidate], seen: bool) -> tuple[Rule, str]:
     """The rule that ranks, and why; ``seen``: the models were fitted on the rows."""
     if seen:
-        rule, why = choose_rule(evidence, found)
-        if evidence == "auto" and rule == "train" and not all(c.is_evidence for c in found):
+        rule, why = choose_rule(asked, found)
+        if asked.name == "auto" and rule.name == "train" and not all(c.is_evidence for c in found):
             raise ValueError(
                 f"{why}, by which models that differ in their parameters are not to be ranked. Ask for "
                 "evidence='train' if that is what you want, or compare on new rows"
             )
         return rule, why
-    if all(_is_integral(c) for c in found) and evidence in ("auto", "train"):
-        return "train", "nothing is point-estimated: the LML is the evidence itself"
-    if evidence == "auto":
-        return "heldout", "none of the models was fitted on these rows: they are predicted"
-    rule, why = choose_rule(evidence, found)
-    if rule != "heldout":
-        raise ValueError(f"evidence={rule!r} needs the rows that the models were fitted on: got others")
+    if all(_is_integral(c) for c in found) and asked.name in ("auto", "train"):
+        return Train(), "nothing is point-estimated: the LML is the evidence itself"
+    if asked.name == "auto":
+        return HeldOut(), "none of the models was fitted on these rows: they are predicted"
+    rule, why = choose_rule(asked, found)
+    if rule.name != "heldout":
+        raise ValueError(f"evidence={rule.name!r} needs the rows that the models were fitted on: got others")
     return rule, why
 
 
@@ -242,4 +243,4 @@ def comparison_table(names: list[str], found: list[Candidate], rule: str) -> pd.
 
 def _trained_on(candidate: Candidate, X: Any) -> bool:
     model: BayesMPT = candidate.model
-    return model.data_digest_ == model.digest(before_final(candidate.estimator, X))
+    return model.data_digest_ == data_digest(before_final(candidate.estimator, X))

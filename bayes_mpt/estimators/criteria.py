@@ -5,7 +5,7 @@ AIC = -2 log p(X) + 2 P,    BIC = -2 log p(X) + P log N
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any
 
@@ -14,7 +14,20 @@ from numpy.typing import NDArray
 from pyro.distributions import constraints
 from torch.distributions.constraints import Constraint
 
-__all__ = ["n_free_parameters"]
+from bayes_mpt.estimators.fitted import Fitted
+from bayes_mpt.estimators.predictions import score_rows
+from bayes_mpt.program.offers import offered
+
+__all__ = ["criterion", "n_free_parameters"]
+
+
+def criterion(fitted: Fitted, rows: NDArray[np.floating], y: Any, price: Callable[[int], float]) -> float:
+    """-2 log p(X) + P price(N)."""
+    by_row, _ = score_rows(fitted, rows, y)
+    of_program = {name: fitted.params[name] for name in fitted.bound.structure.parameters}
+    of_constraint = {name: constraint for name, (_, constraint) in fitted.initial.items()}
+    n_free = n_free_parameters(fitted.model, of_program, of_constraint)
+    return float(-2 * by_row.sum() + n_free * price(len(by_row)))
 
 
 def n_free_parameters(
@@ -35,7 +48,7 @@ def n_free_parameters(
     constraint_of : dict of Constraint
         Of those that have one.
     """
-    own = getattr(model, "n_free_parameters", None)
+    own = offered(model, "n_free_parameters")
     if own is not None:
         return int(own(params))
     return sum(_n_free(np.shape(value), constraint_of.get(name)) for name, value in params.items())

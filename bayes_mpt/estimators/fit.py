@@ -1,231 +1,287 @@
-"""From a program and rows to a trained one: how it is read, which training fits it, where it starts again."""
+"""From a program and rows to a fitted one, in the order in which it goes: read, trained, scored."""
 
 from __future__ import annotations
 
-import math
-import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import partial
-from os import PathLike
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyro
 import torch
 from numpy.typing import NDArray
-from sklearn.exceptions import ConvergenceWarning
+from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from bayes_mpt import training
-from bayes_mpt.estimators.repeats import repeated_columns
-from bayes_mpt.evidence.integrated import Prior, assign
-from bayes_mpt.evidence.laplace import laplace_proportional
-from bayes_mpt.masks import PermutationChain, Policy
-from bayes_mpt.models.mixtures import CollapseError
-from bayes_mpt.predictors import Conditionals, LinearGaussian, Predictor, choose
-from bayes_mpt.predictors.base import Guide
-from bayes_mpt.predictors.gaussian.incomplete import FewCellsError
-from bayes_mpt.predictors.gaussian.process import N_TRIAL_ROWS, gaussian_program
-from bayes_mpt.predictors.gaussian.profile import NoiseFloorError, spectrum
+from bayes_mpt.estimators.binding import MAX_INIT_ROWS, bind, choose_dimension
+from bayes_mpt.estimators.checks import check_bound, of_program, warn_of_bounds, warn_of_weights
+from bayes_mpt.estimators.fitted import Fitted, Latents, n_at_once
+from bayes_mpt.estimators.rows import (
+    arguments,
+    as_tensor,
+    refuse_constant,
+    refuse_one_row,
+    refuse_unobserved,
+    update_statistics,
+)
+from bayes_mpt.estimators.trainer import Trainer
+from bayes_mpt.evidence.integrated import Prior, hyperprior
+from bayes_mpt.predictors import Conditionals, Evidence, LinearGaussian
+from bayes_mpt.predictors.base import Guide, together
+from bayes_mpt.predictors.new_rows import growing
 from bayes_mpt.predictors.self_predictive import sees_all
-from bayes_mpt.program.arguments import fill, has_missing, head, resampled, shifted
+from bayes_mpt.program.arguments import filling
+from bayes_mpt.program.devices import own_random_state, random_states, set_random_states
+from bayes_mpt.program.location import location_parameter
+from bayes_mpt.program.offers import offered
 from bayes_mpt.program.program import Model, ModelError, Program
-from bayes_mpt.program.run import first_run, run
-from bayes_mpt.program.statistics import SufficientStatistics
-from bayes_mpt.program.store import OwnStore, State, load, save
-from bayes_mpt.score import OWN_MASKS
+from bayes_mpt.program.run import not_finite
+from bayes_mpt.program.statistics import SufficientStatistics, digest_of_rows, far_means
+from bayes_mpt.program.store import Initial, OwnStore, State, load, save
+from bayes_mpt.runtime.interrupts import to_be_discarded
 
-__all__ = [
-    "Trainer",
-    "bind",
-    "choose_dimension",
-    "log_prior",
-    "of_program",
-    "refuse_subsampling",
-    "warn_of_ignored_rows",
-]
+__all__ = ["fit_program", "parameters", "set_buffers"]
 
-MAX_INIT_ROWS = 4096  # rows on which it is found out what a program is
-MAX_INIT_CELLS = 2**20  # of a table on which a program first runs, which initialises its parameters
-MAX_INIT_VECTOR = 1024  # rows of one Gaussian vector, which may mean a matrix of their square
-MAX_AUTO = 50  # latent dimensions that "auto" tries at most
-MAX_SETTLING = 2  # rounds of training in which what was found out at the start is found out anew
-STARTS_WITH_HOLES = 8  # of a linear-Gaussian map with missing cells, where n_init is "auto"
-TRIALS, TRIAL_STEPS = 4, 20  # starts and steps of L-BFGS instead, where no EM is known; the best goes on
-RATE, NETWORK_RATE = 0.05, 1e-3  # of Adam, in units of the map; and of networks' own parameters
-
-# ---------------------------------------------------------------------------------------------- what a program is
+MAX_CHAIN_CELLS = 2**24  # tokens times steps, up to which a network's score of its training rows is of chains
+MAX_LOCATION_ROWS = 64  # on which it is found out whether a program moves with its rows
 
 
-def bind(
+@dataclass(frozen=True)
+class _Table:
+    """The rows of a fit, and what the one pass over them has found."""
+
+    X: NDArray[np.floating]
+    y: NDArray[Any] | None
+    device: str
+    statistics: SufficientStatistics | None
+    """Moments of these rows and of those seen before; None where rows do not share a map."""
+    shift: NDArray[np.float64] | None
+    location: str | None
+    more: bool
+    """Whether rows were seen before."""
+
+    @property
+    def n_cells(self) -> int:
+        return self.X.size if self.statistics is None else self.statistics.n_cells
+
+    def arguments(self, model: Model, rows: Any) -> tuple[Any, ...]:
+        """What the program is called with for some rows: an index of them."""
+        y = None if self.y is None else self.y[rows]
+        return arguments(model, self.X[rows], y, self.device, self.shift)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A program that was run for the first time on a table, and what is to be maximised."""
+
+    model: Model
+    guide: Guide | None
+    table: _Table
+    problem: training.Problem
+    statistics: SufficientStatistics | None
+    """Moments, where these are all that the score needs."""
+    prior: Prior | None
+    initial: Initial
+    trainer: Trainer
+
+
+def fit_program(
     model: Model,
     guide: Guide | None,
-    arguments: Callable[[Any], tuple[Any, ...]],
-    shape: tuple[int, int],
-    predictor: Predictor | str,
+    X: NDArray[np.floating],
+    y: NDArray[Any] | None,
+    trainer: Trainer,
     *,
-    takes_y: bool,
-    by_epochs: bool,
-    known: tuple[Conditionals, State] | None = None,
-) -> tuple[Conditionals, tuple[Any, ...]]:
-    """Run the program for the first time and choose its predictor; with what it is to be read on.
+    device: str = "cpu",
+    penalty: bool = False,
+    start: Fitted | None = None,
+    more: Fitted | None = None,
+    template: Fitted | None = None,
+    left: dict[str, Any] | None = None,
+) -> Fitted:
+    """A program, fitted to rows.
 
     Parameters
     ----------
     model, guide : callable
-        The program, in a parameter store of its own.
-    arguments : callable
-        What the program is called with for some rows: an index of them.
-    shape : (N, T)
-        Of the table.
-    predictor : Predictor or "auto"
-        As in `BayesMPT`.
-    takes_y : bool
-        Whether there is a second argument: then all rows are read.
-    by_epochs : bool
-        Whether the rows are never read all at once.
-    known : tuple, optional
-        The predictor and the parameters of another fit of the same program, whose rows share one map.
+        Modules are copied.
+    X : array of shape (N, T)
+        NaN where missing.
+    y : array of shape (N, ...), optional
+        Second argument of the program.
+    trainer : Trainer
+        How it is trained.
+    device : str
+        Where.
+    penalty : bool
+        Whether the log hyperprior is added to what is maximised.
+    start : Fitted, optional
+        From whose parameters to start.
+    more : Fitted, optional
+        Fitted to earlier rows, which are to count too.
+    template : Fitted, optional
+        The same program on other rows: what it is made of is known from there, and no number.
+    left : dict, optional
+        What a training has found before (`bayes_mpt.estimators.stored.dump`): nothing is trained.
     """
-    n_rows, n_columns = shape
-    if takes_y:
-        args = arguments(slice(None))
-        with OwnStore():
-            vector = gaussian_program(model, args) is not None
-        if vector:
-            # Its covariance may be made whole: initial values from as many rows as that costs little, at random,
-            # since of a series the first rows are no sample.
-            some = torch.randperm(n_rows)[:MAX_INIT_VECTOR].sort().values.numpy()
-            first_run(model, tuple(fill(a) for a in arguments(some)))
-            return choose(model, args, predictor=predictor, guide=guide), args
-    n_init = MAX_INIT_CELLS // n_columns
-    # "auto" begins with a run on all rows itself, if they are not too many
-    begins_whole = predictor == "auto" and not takes_y and n_rows <= min(n_init, MAX_INIT_ROWS)
-    if known is not None or (N_TRIAL_ROWS < min(n_rows, n_init) and not begins_whole):
-        # Initial values from all rows, or a start that is a fit of its own (EM) would be one to the first rows
-        # only. A program that cannot run says why below.
-        with suppress(Exception):
-            first_run(sees_all(model), tuple(fill(a) for a in arguments(slice(n_init))))
-    args = arguments(slice(MAX_INIT_ROWS))
-    if known is not None and _same_shapes(known[1]):
-        found = known[0]
+    original, template = model, None if isinstance(model, torch.nn.Module) else template
+    if isinstance(model, torch.nn.Module):
+        model = deepcopy(model).double().to(device)  # a PyroModule trains in place
+    guide = _own_guide(guide, original, model, device)
+    if left is not None:
+        trainer = replace(trainer, seed=int(left["seed"]))
+    auto = offered(model, "n_components") == "auto"
+    # The one pass over all rows, with all threads; what follows sees the moments only, if rows share a map.
+    table = _survey(X, y, trainer, device, more, auto=auto)
+    with training.one_thread(table.n_cells):
+        selection = None
+        if table.statistics is not None and auto:
+            refuse_one_row(table.statistics.n_rows, ("n_components",))
+            refuse_constant(table.statistics)
+            model, n_latents, selection, at_floor = choose_dimension(model, table.statistics)
+            trainer, template = replace(trainer, at_floor=at_floor), None
+            if start is not None and start.bound.structure.n_latents != n_latents:
+                start = None
+        table = _located(table, model, trainer.seed)
+        with OwnStore() as store, own_random_state(trainer.seed):
+            read = _read(model, guide, table, trainer, store, start, template, more, penalty=penalty)
+            analysis = read.problem.predictor if read.problem.predictor.structure.scores_input else None
+            fit, random_after = _trained(read, store, left, warm=start is not None)
+            try:
+                found = _scored(read, fit, template, penalty=penalty)
+            except KeyboardInterrupt:
+                if fit.interrupted or to_be_discarded():
+                    raise
+                store.unwind()
+                fit.interrupted, fit.converged = True, False
+                found = _scored(read, fit, template, penalty=penalty)
+    return replace(found, analysis=analysis, random_after=random_after, selection=selection)
+
+
+# ------------------------------------------------------------------------------------------------------ its rows
+
+
+def _survey(
+    X: NDArray[np.floating],
+    y: NDArray[Any] | None,
+    trainer: Trainer,
+    device: str,
+    more: Fitted | None,
+    *,
+    auto: bool,
+) -> _Table:
+    """The one pass over all rows, and what is to be subtracted from them."""
+    if trainer.by_epochs:
+        refuse_unobserved(np.isnan(X).all(0), trainer.names)
+    if more is not None:
+        table = _Table(X, y, device, None, more.shift, more.location, True)
     else:
-        found = choose(model, args, predictor=predictor, guide=guide)
-    if n_rows > MAX_INIT_ROWS and not (found.structure.scores_input and isinstance(found, LinearGaussian)):
-        args = arguments(slice(None))
-        if not found.structure.scores_input and not by_epochs:
-            found = choose(model, args, predictor=predictor, guide=guide)
-    return found, args
+        table = _Table(X, y, device, None, None, None, False)
+    if (trainer.by_epochs and not auto) or y is not None:
+        return table
+    seen = None if more is None else more.statistics
+    statistics = update_statistics(X, seen, device, trainer.names, table.shift)
+    shift = far_means(statistics) if more is None else None
+    if shift is None:
+        return replace(table, statistics=statistics)
+    return replace(table, statistics=update_statistics(X, None, device, trainer.names, shift), shift=shift)
 
 
-def choose_dimension(model: Any, statistics: SufficientStatistics) -> tuple[Any, dict[int, float], bool]:
-    """Rank all K by the evidence, on one covariance.
-
-    Returns
-    -------
-    model
-        With the best K.
-    evidence
-        ``{K: log evidence}``.
-    at_floor
-        Whether K latents reproduce these rows without noise, so that the likelihood is unbounded there.
-    """
-    statistics = statistics if statistics.complete else statistics.available()
-    n, n_tokens = statistics.n, len(statistics.mean)
-    cov, shape = statistics.covariance, np.ones(n_tokens)
-    most = min(n_tokens - 1, n - 2, MAX_AUTO)
-    # K latents and a noise need K + 1 directions in which the rows differ
-    known = spectrum(cov, shape, max(most, 0))
-    largest = min(most, known.rank - 1)
-    evidence = {
-        k: laplace_proportional(cov, n, k, shape, known).log_evidence for k in range(max(largest, 0) + 1)
-    }
-    best = max(evidence, key=lambda k: evidence[k])
-    # rows differ in at most n - 1 directions, and in none along a constant column
-    at_floor = 0 < known.rank < min(n - 1, int((statistics.variance > 0).sum())) and known.rank <= MAX_AUTO
-    if at_floor:
-        best = known.rank
-        evidence[best] = math.inf
-        warnings.warn(
-            f"the {n} rows of {n_tokens} columns have rank {best}: with {best} latent dimensions or more no noise is "
-            f"left and the likelihood is unbounded. Taken are {best}, with a noise of the size of rounding errors; "
-            + (f"{best + 1} to {most} are left out" if most > best else "no larger number is tried"),
-            ConvergenceWarning,
-            stacklevel=5,
-        )
-    return model.__class__(**{**model.get_params(), "n_components": best}), evidence, at_floor
+def _located(table: _Table, model: Model, seed: int) -> _Table:
+    """With the parameter that moves with the rows; without a shift where there is none."""
+    if table.shift is None or table.more:
+        return table
+    with own_random_state(seed):
+        few = table.arguments(model, slice(MAX_LOCATION_ROWS))
+        location = location_parameter(model, few, table.shift != 0)
+    if location is not None:
+        return replace(table, location=location)
+    assert table.statistics is not None  # its rows cannot be told from where they lie
+    back = torch.as_tensor(table.shift).to(table.statistics.mean)
+    return replace(table, statistics=table.statistics.moved(back), shift=None)
 
 
-def refuse_subsampling(predictor: Conditionals, args: tuple[Any, ...]) -> None:
-    """Programs whose score is that of other rows than they are given, or weighed."""
-    structure = predictor.structure
-    scale = 1.0
-    if isinstance(structure, Program):
-        scale = structure.scale
-    elif structure.per_row:
-        scale = predictor.read(args).scale
-    if structure.by_row and structure.sub_rows is None and scale != 1.0:
-        raise ModelError(
-            f"poutine.scale weighs the program by {scale:.4g}, so that its score is no marginal likelihood: fit "
-            "the program itself, or train with pyro.infer.SVI and CumulativeMaskedScore, which take the weight"
-        )
-    if structure.sub_rows is not None and scale == 1.0:
-        raise ModelError(
-            f"no plate of the {len(args[0])} rows of X stands around observed site {structure.observed!r}: plate "
-            f'{structure.rows_plate!r} has {structure.sub_rows}. Write pyro.plate("rows", len(x)) around it'
-        )
-    if structure.sub_rows is not None or scale != 1.0:
-        raise ModelError(
-            f"plate {structure.rows_plate!r} sub-samples its rows (scale {scale:.4g}): BayesMPT makes minibatches "
-            'itself. Write pyro.plate("rows", len(x)) without subsample_size, or train with pyro.infer.SVI and '
-            "CumulativeMaskedScore"
-        )
+# --------------------------------------------------------------------------------------------------- its program
 
 
-def warn_of_ignored_rows(predictor: Conditionals, model: Model, args: tuple[Any, ...]) -> None:
-    """Say so where no argument changes what a program observes."""
-    structure = predictor.structure
-    if structure.scores_input or predictor.own_masks:
-        return  # its tokens are the cells of X
-    filled = tuple(fill(a) for a in args)
-    refused = (RuntimeError, ValueError, IndexError, KeyError)
-
-    def observed(some: tuple[Any, ...]) -> list[Tensor]:
-        with torch.no_grad(), pyro.validation_enabled(False):
-            trace = run(model, some)
-            return [trace.nodes[name]["value"] for name in structure.site_names]
-
-    # a program may insist on all its rows, or have a site for each
-    for some in (head(filled, N_TRIAL_ROWS), filled):
-        with suppress(*refused):
-            before = observed(some)
-            break
-    else:
-        return
-    for change in (resampled, shifted):  # resampled rows may be equal, shifted ones have values out of range
-        try:
-            after = observed(tuple(change(a) for a in some))
-        except refused:
-            continue
-        if not all(map(torch.equal, before, after)):
-            return
-    warnings.warn(
-        f"observed site {structure.observed!r} does not change with X: the rows that were given are ignored, and "
-        "whatever they are the score is the same. Write obs=x, or a part of it",
-        UserWarning,
-        stacklevel=5,
+def _read(
+    model: Model,
+    guide: Guide | None,
+    table: _Table,
+    trainer: Trainer,
+    store: OwnStore,
+    start: Fitted | None,
+    template: Fitted | None,
+    more: Fitted | None,
+    *,
+    penalty: bool,
+) -> _Read:
+    """Run the program for the first time, in the store that is open; say what is to be maximised."""
+    known = None if template is None or template.analysis is None else (template.analysis, template.state)
+    predictor, args = bind(
+        model,
+        guide,
+        lambda rows: table.arguments(model, rows),
+        table.X.shape,
+        trainer.predictor,
+        takes_y=table.y is not None,
+        by_epochs=trainer.by_epochs,
+        known=known,
     )
+    initial = store.initial()
+    store.begin(None if start is None else start.state)
+    if not table.more:
+        refuse_one_row(len(table.X), predictor.structure.parameters)
+    check_bound(predictor, model, args, table.X, table.y, trainer.names)
+    moments = predictor.structure.scores_input and isinstance(predictor, LinearGaussian)
+    if trainer.by_epochs and (moments or predictor.remembers or not predictor.structure.by_row):
+        raise ValueError(
+            f"training=Epochs(...) is of minibatches of independent rows, which {predictor.name} does not use "
+            f"({predictor.why}): leave training=None"
+        )
+    statistics = _moments(table, trainer, predictor, more) if moments else None
+    problem = _problem(model, table, predictor, args, statistics)
+    leaves = of_program(problem)
+    prior = hyperprior(model, args, leaves)
+    if penalty:
+        problem = replace(problem, log_prior=_log_prior(model, prior, leaves))
+    return _Read(model, guide, table, problem, statistics, prior, initial, trainer)
 
 
-def of_program(problem: training.Problem) -> dict[str, Tensor]:
-    """Unconstrained parameters of the program, those of a guide left out."""
-    leaves = problem.leaves()
-    return {name: leaves[name] for name in problem.predictor.structure.parameters}
+def _moments(
+    table: _Table, trainer: Trainer, predictor: Conditionals, more: Fitted | None
+) -> SufficientStatistics:
+    """Of all rows seen, which vary."""
+    statistics = table.statistics
+    if statistics is None:
+        seen = None if more is None else more.statistics
+        statistics = update_statistics(table.X, seen, table.device, trainer.names)
+    if predictor.structure.parameters:
+        refuse_constant(statistics)
+    return statistics
 
 
-def log_prior(model: Model, prior: Prior | None, leaves: dict[str, Tensor]) -> Callable[[], Tensor]:
+def _problem(
+    model: Model,
+    table: _Table,
+    predictor: Conditionals,
+    args: tuple[Any, ...],
+    statistics: SufficientStatistics | None,
+) -> training.Problem:
+    """What is maximised."""
+    n_rows, n_columns = table.X.shape
+    if statistics is None:
+        return training.Problem(predictor, args, None, None, n_rows if predictor.structure.by_row else 1)
+    # Few rows are scored themselves; many, and those of earlier calls, through their moments.
+    if not table.more and n_rows <= 2 * n_columns:
+        rows = as_tensor(table.X, model, table.device, table.shift)
+        return training.Problem(predictor, args, rows, None, statistics.n_rows)
+    return training.Problem(predictor, args, *statistics.rows(args[0].dtype), statistics.n_rows)
+
+
+def _log_prior(model: Model, prior: Prior | None, leaves: dict[str, Tensor]) -> Callable[[], Tensor]:
     """The penalty: log-density of the parameters under the model's hyperprior."""
     if prior is None:
         raise ValueError(
@@ -241,377 +297,169 @@ def log_prior(model: Model, prior: Prior | None, leaves: dict[str, Tensor]) -> C
     return at_present
 
 
-# --------------------------------------------------------------------------------------------------- its training
+def _own_guide(guide: Any, original: Any, model: Model, device: str) -> Any:
+    """The model's own by default. A module trains in place: a copy; Pyro's automatic guides keep to our model."""
+    if guide is None:
+        own = offered(model, "guide")
+        return own if callable(own) else None
+    if not isinstance(guide, torch.nn.Module):
+        return guide
+    of = getattr(guide, "_model", None)
+    copy = deepcopy(guide).double().to(device)
+    if of is not None:
+        guide._model = of
+    if isinstance(copy, AutoGuide):
+        # Pyro's copies lose it, and offer no other way to give it back; it may be a part of our model (poutine.block)
+        copy._model = of if of is not None and of[0] is not original else (model,)
+    return copy
 
 
-@dataclass(frozen=True)
-class Trainer:
-    """Train a problem in the way that fits it: closed form, L-BFGS, Adam on masks, or epochs of minibatches.
-
-    Its settings are those of `BayesMPT`, of the same names.
-    """
-
-    predictor: Predictor | str
-    masks: Policy | None
-    max_iter: int
-    tol: float
-    learning_rate: float | None
-    batch_size: int | None
-    validation_fraction: float
-    n_iter_no_change: int
-    checkpoint: str | PathLike[str] | None
-    asked: dict[str, tuple[str, str]]
-    """What a checkpoint is of, by name: in words, and a digest."""
-    n_init: int | Literal["auto"]
-    by_epochs: bool
-    seed: int
-    names: NDArray[Any]
-    """Of the columns (T,), for errors."""
-    report: training.Report
-    at_floor: bool = False
-    """Whether a noise that goes to zero is held at the size of rounding errors, and not refused."""
-
-    def train(
-        self,
-        problem: training.Problem,
-        statistics: SufficientStatistics | None,
-        prior: Prior | None,
-        *,
-        warm: bool,
-    ) -> training.Fit:
-        """Move the parameters in Pyro's store to where the score is highest.
-
-        Parameters
-        ----------
-        problem : Problem
-            What is maximised.
-        statistics : SufficientStatistics or None
-            Moments of the rows, where these are all that the score needs.
-        prior : Prior or None
-            Of the parameters, from which further starts are drawn.
-        warm : bool
-            Whether the parameters are those of an earlier fit.
-
-        Raises
-        ------
-        KeyboardInterrupt
-            By Ctrl-C before the first iteration; after it the fit ends where it is best, and says that it was
-            interrupted.
-        """
-        if not problem.leaves():
-            return training.Fit("nothing to train", converged=True)
-        if not problem.predictor.trainable:
-            raise ModelError(
-                f"{problem.predictor.name} scores a program and does not train it: choose another predictor"
-            )
-        ended = _Ended()
-        try:
-            try:
-                fit = ended.keep(self._train(problem, statistics, prior, warm, ended))
-                if statistics is not None and not statistics.complete and not fit.interrupted:
-                    fit.at_zero = training.noise_at_zero(problem)
-            except KeyboardInterrupt:
-                fit = ended.interrupted()
-        except NoiseFloorError as error:
-            raise ValueError(self._unbounded(error, problem)) from error
-        except FewCellsError as error:
-            raise ValueError(self._few_cells(error)) from error
-        except CollapseError as error:
-            raise ValueError(f"{error}{self._repeats(problem)}") from error
-        if fit.interrupted:
-            return fit
-        if fit.at_zero:
-            one = len(fit.at_zero) == 1
-            warnings.warn(
-                f"the estimate of the noise variance of column{'' if one else 's'} {self._named(fit.at_zero)} is zero: "
-                f"{'its' if one else 'their'} observed cells are explained without any noise, as it happens with few "
-                "cells or too many latents, so that errors and intervals that come of this fit are too small. Use "
-                "fewer latents, or a model whose columns share one noise (PPCA)",
-                ConvergenceWarning,
-                stacklevel=5,
-            )
-        if statistics is None and any(has_missing(a) for a in problem.args):
-            self._warn_of_collapse(problem)
-        if not fit.converged and not self.at_floor:
-            if fit.n_iter >= self.max_iter:
-                what = f"raise max_iter (now {self.max_iter})"
-            elif problem.predictor.name == "Quadrature":
-                what = (
-                    f"with so few nodes the score is not smooth ({problem.predictor.why}). Give Quadrature a larger "
-                    "n_nodes; if that does not help, a parameter diverges"
-                )
-            else:
-                what = "the score has no smooth maximum near params_, or one at infinity: see history_"
-            warnings.warn(
-                f"the training stopped after {fit.n_iter} iterations without meeting its stopping rule: {what}",
-                ConvergenceWarning,
-                stacklevel=5,
-            )
-        return fit
-
-    def _train(
-        self,
-        problem: training.Problem,
-        statistics: SufficientStatistics | None,
-        prior: Prior | None,
-        warm: bool,
-        ended: _Ended,
-    ) -> training.Fit:
-        masks = self._policy(problem)
-        if problem.predictor.own_masks:
-            problem = replace(problem, masks=masks)
-        fixed = problem.masks is not None and problem.masks.deterministic and self.batch_size is None
-        finer: list[training.Problem] = []
-        n_init, solved = self._n_starts(statistics, warm), False
-        if masks is None or (fixed and not self.by_epochs):
-            if statistics is not None and (statistics.complete or not warm) and problem.log_prior is None:
-                fit = self._solve(problem, statistics, n_init)
-                if fit is not None and (statistics.complete or fit.interrupted):
-                    return fit
-                solved = fit is not None
-                if fit is not None:
-                    ended.keep(fit)
-                    training.noise_at_zero(problem)  # before L-BFGS runs to where there is no bound
-            train = partial(training.maximize_lbfgs, max_iter=self.max_iter, tol=self.tol, report=self.report)
-            first, *finer = [problem] if warm else training.stages(problem, self.seed)
-        else:
-            stages = self._stages(problem, masks)
-            first = problem = stages[-1]
-            rate = self.learning_rate or getattr(problem.predictor.model, "learning_rate", None)
-            if self.by_epochs:
-                train = partial(self._train_by_epochs, stages=stages, masks=masks, rate=rate or NETWORK_RATE)
-            else:
-                train = partial(
-                    training.train_on_masks,
-                    masks=masks,
-                    max_iter=self.max_iter,
-                    learning_rate=rate or RATE,
-                    batch_size=self.batch_size,
-                    random_state=self.seed,
-                    tol=self.tol,
-                    report=self.report,
-                )
-        # EM has compared starts already
-        fit = train(first) if solved else self._best_of(partial(train, first), first, prior, n_init, ended)
-        for stage in finer:
-            if fit.interrupted:
-                break
-            ended.keep(fit)
-            fit = train(stage)
-        for _ in range(MAX_SETTLING):
-            if fit.interrupted:
-                break
-            ended.keep(fit)
-            if not problem.predictor.settle():
-                break
-            fit = train(problem)
-        return fit
-
-    def _policy(self, problem: training.Problem) -> Policy | None:
-        """The masks of the training; None for the exact score."""
-        predictor = problem.predictor
-        if self.masks is not None:
-            return self.masks
-        if predictor.own_masks:
-            return OWN_MASKS
-        # random nodes need steps that average over them, whatever is hidden
-        random = predictor.sampled and not predictor.climbs
-        return PermutationChain() if random or self.by_epochs else None
-
-    def _stages(self, problem: training.Problem, masks: Policy) -> list[training.Problem]:
-        """The problem with cheap steps first, where its predictor has such."""
-        predictor = problem.predictor
-        if self.batch_size is not None and not (predictor.structure.by_row or predictor.divisible):
-            raise ModelError(
-                f"batch_size={self.batch_size} needs independent rows, but a latent outside the rows plate "
-                "makes all rows one vector: leave batch_size=None"
-            )
-        if masks.chains:
-            return [replace(problem, predictor=p) for p in predictor.in_training()]
-        if predictor.sampled and predictor.relocates:
-            warnings.warn(
-                "nodes that a guide draws anew for every mask make a ratio of two estimates, which is no bound "
-                "on the log marginal likelihood: with few of them it rises while the guide leaves the posterior. "
-                "Leave masks=None, which shares them along a chain, or take many: Importance(100)",
-                UserWarning,
-                stacklevel=7,
-            )
-        return [problem]
-
-    def _train_by_epochs(
-        self, problem: training.Problem, *, stages: list[training.Problem], masks: Policy, rate: float
-    ) -> training.Fit:
-        n_out = math.ceil(self.validation_fraction * problem.n_rows)
-        if n_out >= problem.n_rows:
-            raise ValueError(
-                f"validation_fraction={self.validation_fraction} leaves none of {problem.n_rows} rows"
-            )
-        order = torch.randperm(problem.n_rows, generator=torch.Generator().manual_seed(self.seed))
-        batch_size = self.batch_size or getattr(problem.predictor.model, "batch_size", None) or problem.n_rows
-        return training.train_by_epochs(
-            [training.take_rows(stage, order[n_out:]) for stage in stages],
-            [training.take_rows(stage, order[:n_out]) for stage in stages] if n_out else [],
-            masks,
-            batch_size=batch_size,
-            max_epochs=self.max_iter,
-            learning_rate=rate,
-            patience=self.n_iter_no_change,
-            random_state=self.seed,
-            checkpoint=self.checkpoint,
-            asked=self.asked,
-            report=self.report,
-        )
-
-    def _n_starts(self, statistics: SufficientStatistics | None, warm: bool) -> int:
-        """How many starts: one unless asked, and several where missing cells make local maxima and saddles likely."""
-        if self.n_init != "auto":
-            return self.n_init
-        exact = self.masks is None and not self.by_epochs
-        return (
-            STARTS_WITH_HOLES
-            if statistics is not None and not statistics.complete and exact and not warm
-            else 1
-        )
-
-    def _solve(
-        self, problem: training.Problem, statistics: SufficientStatistics, n_init: int
-    ) -> training.Fit | None:
-        """The closed-form maximum; with missing cells, the best end of EM from several starts."""
-        rows, weight = statistics.rows(problem.args[0].dtype)
-        whole = training.Problem(problem.predictor, problem.args, rows, weight, statistics.n_rows)
-        fit = training.maximize_profile(
-            whole, statistics, self.max_iter, self.tol, n_init=n_init, seed=self.seed, at_floor=self.at_floor
-        )
-        if fit is not None and fit.last is not None and problem.weight is None:
-            with torch.no_grad():  # of the rows themselves, where these are at hand
-                fit.history = [float(problem.score_of(fit.last))]
-        return fit
-
-    def _best_of(
-        self,
-        train: Callable[..., training.Fit],
-        problem: training.Problem,
-        prior: Prior | None,
-        n_init: int,
-        ended: _Ended,
-    ) -> training.Fit:
-        """Restart from draws of the hyperprior, or from fresh initial values, and keep the best."""
-        if n_init == 1:
-            return train()
-        brief = self.n_init == "auto"  # a few steps from each start, then the best of them to its end
-        attempt = partial(train, max_iter=min(TRIAL_STEPS, self.max_iter)) if brief else train
-        n_init = min(n_init, TRIALS) if brief else n_init
-        first = save()
-        best = ended.keep(attempt())
-        if best.interrupted:
-            return best
-        with torch.no_grad():
-            best_score = float(problem.score())
-        store = pyro.get_param_store()
-        kept = save()
-        model, guide = problem.predictor.model, problem.predictor.guide
-        for start in range(1, n_init):
-            store.clear()
-            # inside a fork of the generator; the program's first run draws from it
-            torch.manual_seed(self.seed + start)
-            if model is not None:
-                # a first run, which makes new initial values
-                choose(model, problem.args, predictor=self.predictor, guide=guide)
-            # a network's prior holds it; where it may start is its own affair
-            if prior is not None and not problem.predictor.own_masks:
-                loc, scale = (torch.as_tensor(a) for a in (prior.loc, prior.scale))
-                assign(of_program(problem), torch.normal(loc, scale))
-            if brief and _same(first, save()):
-                break  # initial values without chance
-            fit = attempt()
-            with torch.no_grad():
-                score = float(problem.score())
-            if score > best_score:
-                best, best_score, kept = ended.keep(fit), score, save()
-            if fit.interrupted:
-                best.interrupted, best.converged = True, False
-                break
-        load(kept)
-        return best if not brief or best.converged or best.interrupted else train()
-
-    def _named(self, columns: list[int]) -> str:
-        names = [self.names[c] for c in columns]
-        return ", ".join(repr(str(name)) if isinstance(name, str) else str(name) for name in names)
-
-    def _warn_of_collapse(self, problem: training.Problem) -> None:
-        """Components of a mixture; where no cell is missing its own `maximize` looks after them."""
-        found = training.collapsed(problem)
-        if found:
-            which = ", ".join(f"{c} (column {self._named(columns)})" for c, columns in found.items())
-            warnings.warn(
-                f"component {which} has lost its spread, on the way to a likelihood without bound: repeated rows, few "
-                "observed cells, or columns that are constant or repeat others. Use fewer components, or drop what "
-                "repeats and what has few cells",
-                ConvergenceWarning,
-                stacklevel=6,
-            )
-
-    def _few_cells(self, error: FewCellsError) -> str:
-        counted = zip(error.columns, error.n_cells, strict=True)
-        which = ", ".join(f"{self._named([column])} ({n_cells})" for column, n_cells in counted)
-        return (
-            f"too few observed cells in column {which}: a mean and {error.n_latents} latents reproduce them without "
-            "noise, so the likelihood has no maximum. Drop the column, use fewer latents, or a model whose columns "
-            "share one noise (PPCA)"
-        )
-
-    def _repeats(self, problem: training.Problem) -> str:
-        """Which columns are constant or repeat others, to be added to an error."""
-        rows = problem.args[0] if problem.rows is None else problem.rows
-        found = repeated_columns(rows.detach().cpu().double().numpy())
-        return f". Columns that are constant or repeat others here: {self._named(found)}" if found else ""
-
-    def _unbounded(self, error: NoiseFloorError, problem: training.Problem) -> str:
-        columns = [self.names[c] for c in error.columns]
-        if len(columns) == len(self.names):
-            return (
-                f"{problem.predictor.structure.n_latents} latents reproduce these rows (n_samples = "
-                f"{problem.n_rows}, n_features = {len(self.names)}) without any noise, so the likelihood has no "
-                "maximum: use fewer latents or more rows, and look for constant or duplicated columns"
-                f"{self._repeats(problem)}"
-            )
-        named = self._named(error.columns)
-        return (
-            f"columns {named} are constant, duplicated, or exact combinations of others: the likelihood "
-            "grows without bound as their noise goes to zero. Drop columns until none repeats another, or use PPCA"
-        )
+# -------------------------------------------------------------------------------------------------- its training
 
 
-class _Ended:
-    """The best training that has ended, to go back to where Ctrl-C is pressed in what comes after it."""
-
-    def __init__(self) -> None:
-        self._fit: training.Fit | None = None
-
-    def keep(self, fit: training.Fit) -> training.Fit:
-        """Remember this fit, whose parameters stand in the store."""
-        store = pyro.get_param_store().get_state()
-        self._fit, self._store, self._state = fit, store, save()
-        return fit
-
-    def interrupted(self) -> training.Fit:
-        """The fit that was remembered, its parameters in the store; else raises KeyboardInterrupt."""
-        if self._fit is None:
+def _trained(
+    read: _Read, store: OwnStore, left: dict[str, Any] | None, *, warm: bool
+) -> tuple[training.Fit, list[Tensor]]:
+    """Move the parameters in the store, or put there what was found before; with torch's random states after it."""
+    if left is not None:
+        return _found_before(left, read.model, read.guide), left["random"]
+    fit = read.trainer.train(read.problem, read.statistics, read.prior, warm=warm)
+    if fit.interrupted:
+        store.unwind()
+        if to_be_discarded():
             raise KeyboardInterrupt
-        store = pyro.get_param_store()
-        store.clear()  # another start may have left parameters of its own
-        store.set_state(self._store)
-        load(self._state)
-        self._fit.interrupted, self._fit.converged = True, False
-        return self._fit
+    return fit, random_states()
 
 
-def _same(one: State, other: State) -> bool:
-    """Whether two states hold the same parameters with the same values."""
-    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+def _found_before(left: dict[str, Any], model: Model, guide: Guide | None) -> training.Fit:
+    """Put what a training found into the parameter store and the networks."""
+    here = {name for name, _ in pyro.get_param_store().named_parameters()}
+    if here != set(left["parameters"]):
+        raise ValueError(
+            f"the program has parameters {sorted(here)}, the fit had {sorted(left['parameters'])}"
+        )
+    load(left["parameters"])
+    set_buffers(left["buffers"], model, guide)
+    set_random_states(left["random"])
+    return training.Fit(str(left["fit_method_"]))
 
 
-def _same_shapes(state: State) -> bool:
-    """Whether the store holds parameters of these names and shapes."""
-    here = dict(pyro.get_param_store().named_parameters())
-    return {n: v.shape for n, v in state.items()} == {n: v.shape for n, v in here.items()}
+@torch.no_grad()
+def set_buffers(found: State, model: Any, guide: Any) -> None:
+    """Give networks what `Fitted.buffers` found in them."""
+    for name, value in found.items():
+        kind, _, inside = name.partition(".")
+        (model if kind == "model" else guide).get_buffer(inside).copy_(value)
+
+
+# ---------------------------------------------------------------------------------------------------- its score
+
+
+def _scored(read: _Read, fit: training.Fit, template: Fitted | None, *, penalty: bool) -> Fitted:
+    """Score the rows at the parameters in the store, and say all that the fit leaves."""
+    model, table, problem = read.model, read.table, read.problem
+    if read.prior is not None and not fit.interrupted:
+        warn_of_bounds(read.prior, problem)
+    problem.predictor.settle()
+    predictor, total, se = _score_of_training(problem, fit, read.trainer, table.device)
+    args = problem.args
+    if not np.isfinite(total):
+        raise ModelError(
+            f"the log marginal likelihood is {total} at the fitted parameters"
+            f"{training.impossible(problem, predictor)}: {not_finite(sees_all(model), args)}. Check what the program "
+            "computes from these"
+        )
+    latents, state = _latents(model, predictor, args, template), save()
+    statistics, y = read.statistics, table.y
+    return Fitted(
+        model=model,
+        guide=read.guide,
+        bound=predictor.freeze(),
+        analysis=None,
+        initial=read.initial,
+        state=state,
+        params=parameters(state, table.shift, table.location),
+        names=read.trainer.names,
+        shift=table.shift,
+        location=table.location,
+        y_like=None if y is None else (y.shape[1:], y.dtype),
+        fill_values=filling(args[0][:MAX_INIT_ROWS]) if predictor.own_masks else None,
+        statistics=statistics,
+        seen=args if predictor.remembers or latents.growing else None,
+        digest="" if table.more else digest_of_rows(table.X),
+        complete=bool(statistics.complete) if statistics is not None else not bool(np.isnan(table.X).any()),
+        latents=latents,
+        fit=replace(fit, last=None),
+        total=total,
+        se=se,
+        seed=read.trainer.seed,
+        random_after=[],
+        at_map=penalty,
+        selection=None,
+        device=table.device,
+    )
+
+
+def parameters(
+    state: State, shift: NDArray[np.float64] | None, location: str | None
+) -> dict[str, NDArray[Any]]:
+    """Values of the parameters in the store by name, of the rows themselves."""
+    store = pyro.get_param_store()
+    found = {name: store[name].detach().cpu().numpy().copy() for name in state}
+    if location is not None and shift is not None:
+        found[location] = found[location] + shift
+    return found
+
+
+@torch.no_grad()
+def _score_of_training(
+    problem: training.Problem, fit: training.Fit, trainer: Trainer, device: str
+) -> tuple[Conditionals, float, float]:
+    """The predictor at the fitted parameters, and the total score of the training rows with its error."""
+    by_parts = trainer.by_epochs and not problem.predictor.own_masks
+    some, step = problem, n_at_once(problem.args[0], device)
+    if by_parts:  # as many rows as the epochs never hold at once
+        some = training.take_rows(problem, torch.arange(min(step, problem.n_rows)))
+    predictor = some.read() if fit.last is None else fit.last
+    if predictor.exact and not by_parts:
+        score = float(problem.score_of(predictor)) if fit.last is None else fit.history[-1]
+        return predictor, score * problem.n_rows, 0.0
+    if predictor.own_masks and predictor.value.numel() * problem.args[0].shape[1] > MAX_CHAIN_CELLS:
+        return predictor, *training.total_on_masks(problem, predictor, trainer.seed)
+    parts = _evidence_by_parts(problem, step) if by_parts else [predictor.evidence(predictor.value)]
+    found = together(parts)
+    warn_of_weights(found.diagnostics)
+    return predictor, float(found.by_row.sum()), found.se
+
+
+def _evidence_by_parts(problem: training.Problem, step: int) -> Iterator[Evidence]:
+    for index in torch.arange(problem.n_rows).split(step):
+        predictor = training.take_rows(problem, index).read()
+        yield predictor.evidence(predictor.value)
+
+
+@torch.no_grad()
+def _latents(
+    model: Model, predictor: Conditionals, args: tuple[Any, ...], template: Fitted | None
+) -> Latents:
+    """What is said of latents later: those that all rows share, those that come with rows, numbers a row."""
+    structure = predictor.structure
+    outside = {site.name for site in structure.latents if structure.rows_plate not in site.plates}
+    shared = [
+        (share, {n: v.detach().clone() for n, v in values.items() if n in outside})
+        for share, values in predictor.shared_latents(predictor.value)
+    ]
+    with_rows: tuple[str, ...] = ()
+    if isinstance(structure, Program) and len(args) > 1 and not predictor.exact:
+        with_rows = growing(model, args, structure)
+    # numbers a row; of discrete latents one for each value, which only the posterior tells
+    if predictor.remembers:
+        n_numbers = 0
+    elif template is not None and structure is template.bound.structure:
+        n_numbers = template.latents.n_numbers
+    elif any(site.discrete for site in structure.latents):
+        one = predictor.value[:1] if structure.scores_input else predictor.value
+        n_numbers = predictor.posterior(one).mean.shape[1]
+    else:
+        n_numbers = structure.n_latents
+    return Latents(n_numbers, shared, with_rows)

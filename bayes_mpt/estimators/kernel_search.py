@@ -10,11 +10,10 @@ import math
 from collections.abc import Sequence
 from copy import deepcopy
 from numbers import Integral, Real
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import pandas as pd
-import torch
 from gpytorch.kernels import (
     AdditiveKernel,
     Kernel,
@@ -33,44 +32,25 @@ from sklearn.callback import CallbackSupportMixin
 from sklearn.utils import check_array
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
-from torch import Tensor
 
 from bayes_mpt.estimators.bayes_mpt import BayesMPT
+from bayes_mpt.estimators.candidates import refuse_unwrapped
+from bayes_mpt.estimators.decomposition import Decomposition, decompose, describe
 from bayes_mpt.estimators.partial import Finished, Partial, finished_table
+from bayes_mpt.estimators.rules import RULES, Auto, Rule, rule_of
 from bayes_mpt.estimators.search import MarginalLikelihoodSearch
 from bayes_mpt.inputs import read_table
 from bayes_mpt.models import GaussianProcess
-from bayes_mpt.models.kernels import Line, kernel_name
+from bayes_mpt.models.kernels import Line
 from bayes_mpt.runtime.atomic import restored_on_failure
 from bayes_mpt.runtime.interrupts import interruptible
-from bayes_mpt.runtime.serial import takes_turns
 
-__all__ = ["Decomposition", "KernelSearch", "decompose"]
+__all__ = ["KernelSearch"]
 
 Expression = tuple[tuple[int, ...], ...]
 """A sum of products of base kernels by their place, sorted."""
 
 ENDS = 0.01  # nats, by which the ends of trainings of one likelihood differ
-
-
-class Decomposition(NamedTuple):
-    """A series in its additive parts: m(x) and one function for each summand of the kernel."""
-
-    names: list[str]
-    """Of the J summands."""
-    mean: NDArray[np.float64]
-    """(J, M) posterior means; with ``offset`` they sum to the prediction."""
-    sd: NDArray[np.float64]
-    """(J, M) posterior standard deviations, each part alone."""
-    offset: NDArray[np.float64]
-    """(M,) the mean function."""
-    noise_sd: NDArray[np.float64]
-    """(M,)"""
-
-    @property
-    def total(self) -> NDArray[np.float64]:
-        """The prediction (M,)."""
-        return self.offset + self.mean.sum(0)
 
 
 class KernelSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEstimator):
@@ -86,7 +66,7 @@ class KernelSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEstimator):
         column of X.
     max_depth : int, default=4
         Base kernels in an expression, at most.
-    evidence : str, default="auto"
+    evidence : str or rule of evidence, default="auto"
         As in `MarginalLikelihoodSearch`. "train", the LML at its maximum, never finds a kernel too large.
     n_jobs : int, optional
         Candidates evaluated at a time, by joblib.
@@ -125,10 +105,10 @@ class KernelSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEstimator):
     """
 
     _parameter_constraints: ClassVar[dict[str, Any]] = {
-        "estimator": [BayesMPT, None],
+        "estimator": "no_validation",  # in words of ours
         "base": ["array-like", None],
         "max_depth": [Interval(Integral, 1, None, closed="left")],
-        "evidence": [str],
+        "evidence": [str, *RULES],
         "n_jobs": [Integral, None],
         "error_score": [StrOptions({"raise"}), Real],
         "random_state": ["random_state"],
@@ -141,7 +121,7 @@ class KernelSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEstimator):
         *,
         base: Sequence[Kernel] | None = None,
         max_depth: int = 4,
-        evidence: str = "auto",
+        evidence: str | Rule | Auto = "auto",
         n_jobs: int | None = None,
         error_score: float | Literal["raise"] = math.nan,
         random_state: int | np.random.RandomState | None = None,
@@ -176,8 +156,11 @@ class KernelSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEstimator):
 
     def _fit(self, X: ArrayLike, y: ArrayLike, finished: list[pd.DataFrame], root: Any) -> None:
         estimator = BayesMPT(GaussianProcess()) if self.estimator is None else self.estimator
-        if not isinstance(estimator.model, GaussianProcess):
-            raise TypeError(f"estimator must have a GaussianProcess as its model, got {estimator.model!r}")
+        refuse_unwrapped(estimator, "estimator")
+        if not isinstance(estimator, BayesMPT) or not isinstance(estimator.model, GaussianProcess):
+            raise TypeError(
+                f"KernelSearch needs BayesMPT(GaussianProcess(...)) as its estimator, got {estimator!r}"
+            )
         X = read_table(X)
         width = check_array(X, ensure_all_finite="allow-nan").shape[1]
         base = _default_base(width, estimator.model.noise_column) if self.base is None else list(self.base)
@@ -186,6 +169,7 @@ class KernelSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEstimator):
                 raise TypeError(f"base must hold kernels of gpytorch without a ScaleKernel, got {kernel!r}")
         if not base:
             raise ValueError("base is empty: give at least one kernel")
+        rule_of(self.evidence)
         root.call_on_fit_task_begin(estimator=self, X=X, y=y)
         tried: set[Expression] = set()
         tables: list[pd.DataFrame] = []
@@ -199,7 +183,7 @@ class KernelSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEstimator):
             search = MarginalLikelihoodSearch(
                 clone(estimator),
                 {"model__kernel": [_kernel(c, base) for c in candidates]},
-                evidence=self.evidence,  # type: ignore[arg-type]  # checked there
+                evidence=self.evidence,
                 n_jobs=self.n_jobs,
                 error_score=self.error_score,
                 random_state=self.random_state,
@@ -266,7 +250,6 @@ class KernelSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEstimator):
         """The additive parts of the best kernel at rows X, by default those of the training."""
         return decompose(self._best, X)
 
-    @takes_turns
     def describe(self, unit: str = "") -> str:
         """The best kernel in words, from its fitted hyper-parameters.
 
@@ -275,15 +258,7 @@ class KernelSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEstimator):
         unit : str
             Of the inputs, such as "years".
         """
-        model = self._best
-        x, _ = _seen(model)
-        program = model.fitted_model_
-        assert isinstance(program, GaussianProcess)
-        kernel, _, noise = program.at(model.params_, x)
-        several = x.shape[1] > 1
-        words = [_in_words(k, x, unit, several) for k in _summands(kernel)]
-        sd = float(noise.mean().sqrt())
-        return ", plus ".join([*words, f"noise of sd {_number(sd)}"])
+        return describe(self._best, unit)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -353,136 +328,3 @@ def _joined(tables: list[pd.DataFrame]) -> pd.DataFrame:
         out["weight"] = np.exp(diff) / np.exp(diff).sum()
         out["log_bayes_factor"] = diff
     return out
-
-
-# -------------------------------------------------------------------------------------------------- decomposition
-
-
-@takes_turns
-def decompose(estimator: BayesMPT, X: ArrayLike | None = None) -> Decomposition:
-    """Split the prediction of a Gaussian process into the summands of its kernel, each given the training rows.
-
-        f_j | y ~ N(K_j (K + noise)^-1 (y - m), K_j** - K_j (K + noise)^-1 K_j'),    K = sum_j K_j
-
-    Parameters
-    ----------
-    estimator : BayesMPT
-        A fitted `bayes_mpt.models.GaussianProcess` with Gaussian noise.
-    X : array-like of shape (M, P), optional
-        Where; by default at the training rows.
-
-    Returns
-    -------
-    Decomposition
-    """
-    check_is_fitted(estimator)
-    program = estimator.fitted_model_
-    if not isinstance(program, GaussianProcess) or program.likelihood_function is not None:
-        raise TypeError(f"only a GaussianProcess with Gaussian noise has additive parts, got {program!r}")
-    x, y = _seen(estimator)
-    new = x if X is None else torch.as_tensor(check_array(read_table(X), dtype=np.float64)).to(x)
-    with torch.no_grad():
-        kernel, mean, noise = program.at(estimator.params_, x)
-        noise_new = program.at(estimator.params_, new)[2]
-        x, new = program.inputs(x), program.inputs(new)
-        cov = kernel(x).to_dense() + torch.diag(noise)
-        root = torch.linalg.cholesky(cov)
-        white = torch.linalg.solve_triangular(root, (y - mean(x))[:, None], upper=False)
-        means, sds, names = [], [], []
-        for part in _summands(kernel):
-            across = torch.linalg.solve_triangular(root, part(x, new).to_dense(), upper=False)  # (N, M)
-            means.append((across.mT @ white)[:, 0])
-            alone = part(new, new, diag=True)
-            sds.append((alone - across.square().sum(0)).clamp(min=0).sqrt())
-            names.append(kernel_name(part))
-        as_array = lambda t: t.cpu().numpy()  # noqa: E731
-        return Decomposition(
-            names,
-            as_array(torch.stack(means)),
-            as_array(torch.stack(sds)),
-            as_array(mean(new)),
-            as_array((torch.zeros(len(new)).to(new) + noise_new).sqrt()),
-        )
-
-
-def _seen(model: BayesMPT) -> tuple[Tensor, Tensor]:
-    """Training rows whose y was observed."""
-    if model._seen is None:
-        raise TypeError(f"{model.predictor_.name} does not predict from training rows")
-    x, y = model._seen
-    y = y.reshape(len(x)).to(x)
-    return x[~y.isnan()], y[~y.isnan()]
-
-
-def _summands(kernel: Kernel) -> list[Kernel]:
-    return list(kernel.kernels) if isinstance(kernel, AdditiveKernel) else [kernel]
-
-
-# ---------------------------------------------------------------------------------------------------------- words
-
-
-def _in_words(kernel: Kernel, x: Tensor, unit: str, several: bool) -> str:
-    """One summand: what leads it, and what the other factors do to that."""
-    while isinstance(kernel, ScaleKernel):
-        kernel = kernel.base_kernel
-    factors = list(kernel.kernels) if isinstance(kernel, ProductKernel) else [kernel]
-    order = [PeriodicKernel, RBFKernel, MaternKernel, RQKernel]
-    factors.sort(key=lambda k: next((i for i, c in enumerate(order) if isinstance(k, c)), len(order)))
-    lines = [k for k in factors if isinstance(k, Line | LinearKernel)]
-    if len(lines) == len(factors):
-        shapes = ["a straight line", "a parabola", "a cubic"]
-        out = shapes[len(lines) - 1] if len(lines) <= 3 else f"a polynomial of degree {len(lines)}"
-        return out + _where(factors[0], several)
-    lead, rest = factors[0], factors[1:]
-    out = _leading(lead, x, unit) + _where(lead, several)
-    for k in rest:
-        out += f" {_changing(k, unit)}{_where(k, several)}"
-    return out
-
-
-def _leading(kernel: Kernel, x: Tensor, unit: str) -> str:
-    if isinstance(kernel, PeriodicKernel):
-        return f"a period of {_quantity(kernel.period_length, unit)}"
-    if isinstance(kernel, RBFKernel):
-        long = float(kernel.lengthscale.min()) > float(np.ptp(x.cpu().numpy(), 0).max()) / 8
-        return f"a smooth {'trend' if long else 'curve'} over {_quantity(kernel.lengthscale, unit)}"
-    if isinstance(kernel, MaternKernel):
-        kind = {0.5: "rough", 1.5: "once differentiable", 2.5: "twice differentiable"}[kernel.nu]
-        return f"a {kind} curve over {_quantity(kernel.lengthscale, unit)}"
-    if isinstance(kernel, RQKernel):
-        return f"a curve over many scales around {_quantity(kernel.lengthscale, unit)}"
-    return kernel_name(kernel)
-
-
-def _changing(kernel: Kernel, unit: str) -> str:
-    if isinstance(kernel, PeriodicKernel):
-        return f"that recurs every {_quantity(kernel.period_length, unit)}"
-    if isinstance(kernel, Line):
-        return f"whose amplitude grows linearly from zero at {_quantity(kernel.location, unit)}"
-    if isinstance(kernel, LinearKernel):
-        return "whose amplitude grows linearly from zero at 0"
-    if isinstance(kernel, RBFKernel):
-        return f"that slowly changes over {_quantity(kernel.lengthscale, unit)}"
-    if isinstance(kernel, MaternKernel):
-        return f"that changes, not smoothly, over {_quantity(kernel.lengthscale, unit)}"
-    if isinstance(kernel, RQKernel):
-        return f"that changes over many scales around {_quantity(kernel.lengthscale, unit)}"
-    return f"times {kernel_name(kernel)}"
-
-
-def _where(kernel: Kernel, several: bool) -> str:
-    if not several or kernel.active_dims is None:
-        return ""
-    return f" along column {', '.join(map(str, kernel.active_dims.tolist()))}"
-
-
-def _quantity(value: Tensor, unit: str) -> str:
-    numbers = ", ".join(_number(float(v)) for v in value.flatten())
-    return f"{numbers} {unit}".strip()
-
-
-def _number(value: float) -> str:
-    """Three digits, without powers of ten where they can be avoided."""
-    if value == 0 or not 1e-3 <= abs(value) < 1e5:
-        return f"{value:.3g}"
-    return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"

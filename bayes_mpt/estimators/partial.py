@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from bayes_mpt.estimators.rules import Candidate
+from bayes_mpt.estimators.candidates import Candidate
 
 __all__ = ["Finished", "Partial", "finished_table"]
 

@@ -10,23 +10,28 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
+from sklearn.utils import check_array
 from torch import Tensor
 
-from bayes_mpt.inputs import read_numbers
+from bayes_mpt.inputs import read_numbers, read_table
+from bayes_mpt.program.offers import offered
 from bayes_mpt.program.program import Model, ModelError, list_names
 from bayes_mpt.program.run import takes_visible
-from bayes_mpt.program.statistics import SufficientStatistics
+from bayes_mpt.program.statistics import SufficientStatistics, digest_of_rows
 
 __all__ = [
     "arguments",
     "as_tensor",
     "check_program",
+    "data_digest",
+    "dtype_of",
     "needs_y",
     "refuse_constant",
     "refuse_empty",
     "refuse_missing",
     "refuse_one_row",
     "refuse_unobserved",
+    "rows_of",
     "takes_y",
     "update_statistics",
 ]
@@ -36,7 +41,7 @@ def as_tensor(
     X: NDArray[np.floating], model: Model, device: str, shift: NDArray[np.float64] | None = None
 ) -> Tensor:
     """Rows in the model's precision, less the shift (T,)."""
-    wanted = getattr(model, "dtype", None)
+    wanted = offered(model, "dtype")
     single = isinstance(wanted, torch.dtype) and wanted == torch.float32
     if shift is not None:
         X = np.asarray(X, dtype=np.float64) - shift
@@ -59,6 +64,32 @@ def arguments(
     y = read_numbers(y, len(X))
     y = torch.as_tensor(y if y.flags.writeable else y.copy()).to(device)
     return x, y.double() if y.is_floating_point() else y
+
+
+def data_digest(X: Any) -> str:
+    """Fingerprint of a table, to tell whether a model was fitted on it (``BayesMPT.data_digest_``).
+
+    Examples
+    --------
+    >>> data_digest([[1.0, 2.0], [3.0, 4.0]]) == data_digest(np.array([[1.0, 2.0], [3.0, 4.0]]))
+    True
+    """
+    rows = check_array(read_table(X), dtype=[np.float64, np.float32], ensure_all_finite="allow-nan")
+    return digest_of_rows(rows)
+
+
+def rows_of(a: Any, index: NDArray[Any]) -> Any:
+    """Some rows of a table; None of none."""
+    if a is None:
+        return None
+    return a.iloc[index] if hasattr(a, "iloc") else np.asarray(a)[index]
+
+
+def dtype_of(X: Any) -> Any:
+    """In which what is computed of a table is given back."""
+    # a DataFrame has several
+    dtypes = set(X.dtypes) if hasattr(X, "dtypes") else {getattr(X, "dtype", None)}
+    return np.float32 if dtypes == {np.dtype(np.float32)} else np.float64
 
 
 def check_program(program: Any, *, with_y: bool, name: str = "model") -> None:

@@ -1,26 +1,12 @@
 """Rank candidates by marginal likelihood: a search over a parameter grid.
 
-Which number ranks is the ``evidence``:
-
-- "laplace": loadings and noise integrated out around the rotation orbit (`bayes_mpt.evidence.laplace`); one fit
-  a candidate.
-- "integrated": a few hyper-parameters (of a kernel, say) integrated under the model's hyperprior
-  (`bayes_mpt.evidence.integrated`); the candidates are left at their maximum a posteriori, which predicts better.
-- "heldout": log predictive of hidden rows, K folds, repeated.
-- "cumulative": rows revealed in blocks, each predicted from those before it, from a visible share on: the conditional
-  LML, log p(rest | visible share).
-- "train": the LML at its maximum. It rises with every surplus parameter and cannot choose a dimension; kept to compare
-  with other tools, and right where nothing is point-estimated.
-- "auto": "laplace" where every candidate declares its symmetries and no cell is missing; "integrated" where every one
-  offers a prior of its few hyper-parameters; "train" where nothing is point-estimated; "heldout" elsewhere.
+Which number ranks is the ``evidence``: `bayes_mpt.estimators.rules`.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import time
-import warnings
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from numbers import Integral, Real
@@ -28,47 +14,55 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
-from gpytorch.kernels import Kernel
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, MetaEstimatorMixin, _fit_context, clone
 from sklearn.callback import CallbackSupportMixin
-from sklearn.gaussian_process.kernels import Kernel as GaussianProcessKernel
-from sklearn.model_selection import BaseCrossValidator, ParameterGrid
+from sklearn.model_selection import ParameterGrid
 from sklearn.utils import check_array, check_random_state, get_tags
-from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
+from sklearn.utils._param_validation import StrOptions
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_is_fitted
 
-from bayes_mpt.estimators.bayes_mpt import BayesMPT, may_diverge
+from bayes_mpt.estimators.candidates import (
+    Candidate,
+    before_final,
+    final_step,
+    refuse_unwrapped,
+)
 from bayes_mpt.estimators.comparison import comparison_table
+from bayes_mpt.estimators.evaluation import (
+    checkpointed,
+    cloned,
+    fit_candidate,
+    names_of,
+    results_of,
+    score_candidate,
+    to_fit,
+    unfitted,
+)
 from bayes_mpt.estimators.partial import Finished, Partial
 from bayes_mpt.estimators.rows import takes_y
 from bayes_mpt.estimators.rules import (
-    Candidate,
-    before_final,
+    RULES,
+    Auto,
+    Rule,
     choose_rule,
-    final_step,
     fit_seed,
-    give_evidence,
-    not_converged,
     refuse_incomparable,
     refuse_mixed_train,
-    token_digest,
+    rule_of,
 )
 from bayes_mpt.estimators.stages import Stage
 from bayes_mpt.estimators.stored import Slot, prepare, seed_in, with_estimator
 from bayes_mpt.inputs import read_table, unmasked
 from bayes_mpt.masks import require_lml
-from bayes_mpt.models.kernels import kernel_name
 from bayes_mpt.program.run import takes_visible
 from bayes_mpt.runtime.atomic import all_or_nothing
 from bayes_mpt.runtime.digests import CannotDigest, digest_of
 from bayes_mpt.runtime.interrupts import interruptible
-from bayes_mpt.runtime.progress import fitted_in_task
+from bayes_mpt.warnings import CheckpointWarning, warn
 
 __all__ = ["MarginalLikelihoodSearch"]
-
-Evidence = Literal["auto", "laplace", "integrated", "heldout", "cumulative", "train"]
 
 
 class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEstimator):
@@ -80,15 +74,10 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEst
         With a model, where the grid sets ``model__...``.
     param_grid : dict or list of dicts
         As in `sklearn.model_selection.GridSearchCV`.
-    evidence : {"auto", "laplace", "integrated", "heldout", "cumulative", "train"}, default="auto"
-        What ranks; see the module's page. `evidence_` and `evidence_reason_` say which rule was taken and why.
-    cv : int or splitter, default=5
-        Folds of "heldout", blocks of "cumulative" (an int). A splitter, such as `sklearn.model_selection.KFold`, is
-        used as it is.
-    n_repeats : int, default=1
-        Random partitions (or orders) of the rows, averaged; two or more give the error ``mc_dse``.
-    visible_share : float, default=0.5
-        Share of rows that "cumulative" starts from.
+    evidence : str or rule of evidence, default="auto"
+        What ranks: `Laplace`, `Integrated`, `HeldOut`, `Cumulative`, `Train`, or `Auto`, which takes what fits the
+        candidates. A name in lower case stands for a rule's defaults, as in ``evidence="heldout"`` for
+        ``evidence=HeldOut(cv=5, n_repeats=1)``. `evidence_` and `evidence_reason_` say which rule was taken and why.
     n_jobs : int, optional
         Candidates evaluated at a time, by joblib: in processes (loky), or in threads, which take turns.
     refit : bool or callable, default=True
@@ -133,6 +122,7 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEst
     Examples
     --------
     >>> from sklearn.datasets import load_iris
+    >>> from bayes_mpt import BayesMPT
     >>> from bayes_mpt.models import PPCA
     >>> search = MarginalLikelihoodSearch(BayesMPT(PPCA(1)), {"model__n_components": [0, 1, 2, 3]})
     >>> search.fit(load_iris().data).best_params_
@@ -142,12 +132,9 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEst
     """
 
     _parameter_constraints: ClassVar[dict[str, Any]] = {
-        "estimator": [HasMethods(["fit", "score_samples"])],
+        "estimator": "no_validation",  # in words of ours
         "param_grid": [dict, list],
-        "evidence": [StrOptions({"auto", "laplace", "integrated", "heldout", "cumulative", "train"})],
-        "cv": [Interval(Integral, 2, None, closed="left"), HasMethods(["split", "get_n_splits"])],
-        "n_repeats": [Interval(Integral, 1, None, closed="left")],
-        "visible_share": [Interval(Real, 0, 1, closed="neither")],
+        "evidence": [str, *RULES],
         "n_jobs": [Integral, None],
         "refit": ["boolean", callable],
         "error_score": [StrOptions({"raise"}), Real],
@@ -161,10 +148,7 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEst
         estimator: Any,
         param_grid: dict[str, Sequence[Any]] | list[dict[str, Sequence[Any]]],
         *,
-        evidence: Evidence = "auto",
-        cv: int | BaseCrossValidator = 5,
-        n_repeats: int = 1,
-        visible_share: float = 0.5,
+        evidence: str | Rule | Auto = "auto",
         n_jobs: int | None = None,
         refit: bool | Callable[[dict[str, Any]], int] = True,
         error_score: float | Literal["raise"] = math.nan,
@@ -175,9 +159,6 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEst
         self.estimator = estimator
         self.param_grid = param_grid
         self.evidence = evidence
-        self.cv = cv
-        self.n_repeats = n_repeats
-        self.visible_share = visible_share
         self.n_jobs = n_jobs
         self.refit = refit
         self.error_score = error_score
@@ -208,21 +189,16 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEst
         grid = list(ParameterGrid(self.param_grid))
         if not grid:
             raise ValueError(f"param_grid holds no candidates: got {self.param_grid!r}")
-        names = finished.names = _names(grid)
+        names = finished.names = names_of(grid)
+        asked = rule_of(self.evidence)
         model = final_step(self.estimator)
-        if not isinstance(model, BayesMPT):
-            raise TypeError(
-                f"estimator must be a BayesMPT or a Pipeline ending in one, got {type(model).__name__}"
-            )
-        if model.model is None and any(_sets_missing_model(params) for params in grid):
-            raise ValueError(
-                "param_grid sets model__..., but the estimator has no model: write BayesMPT(PPCA()), say"
-            )
+        refuse_unwrapped(self.estimator, "estimator")
         for params in grid:
-            candidate = final_step(clone(self.estimator).set_params(**_cloned(params)))
-            if candidate.checkpoint is not None:
+            candidate = final_step(clone(self.estimator).set_params(**cloned(params)))
+            checkpoint = getattr(candidate.training, "checkpoint", None)
+            if checkpoint is not None:
                 raise ValueError(
-                    f"checkpoint={candidate.checkpoint!r} holds one training, and a search makes many: leave it None, "
+                    f"checkpoint={checkpoint!r} holds one training, and a search makes many: leave it None, "
                     "and give the search a checkpoint_dir"
                 )
             if candidate.masks is not None:
@@ -237,8 +213,8 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEst
         state = fit_seed(self.random_state, seed)
         keys = self._keys(grid, names, X, y, state)
         found = self._run(
-            _fit_candidate,
-            [(self.estimator, p, X, y, self.evidence, state) for p in grid],
+            fit_candidate,
+            [(self.estimator, p, X, y, asked.name, state) for p in grid],
             "fit",
             keys,
             finished,
@@ -246,23 +222,19 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEst
         )
         good = _good(found)
         refuse_incomparable([n for n, c in zip(names, found, strict=True) if not c.error], good)
-        self.evidence_, self.evidence_reason_ = choose_rule(self.evidence, good)
-        if self.evidence_ == "train":
+        rule, self.evidence_reason_ = choose_rule(asked, good)
+        self.evidence_ = rule.name
+        if rule.name == "train":
             refuse_mixed_train([n for n, c in zip(names, found, strict=True) if not c.error], good)
         finished.rule = self.evidence_
-        settings = {
-            "cv": self.cv,
-            "n_repeats": self.n_repeats,
-            "visible_share": self.visible_share,
-            "seed": seed,
-        }
         found = self._run(
-            _score_candidate,
-            [(c, X, y, self.evidence_, settings) for c in found],
-            self.evidence_,
-            self._score_keys(keys, settings),
+            score_candidate,
+            [(c, X, y, rule, seed) for c in found],
+            rule.name,
+            self._score_keys(keys, rule, seed),
             finished,
             root,
+            n_fits=rule.n_fits,
         )
         _good(found)
         self._store(grid, names, found)
@@ -277,10 +249,14 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEst
     def _partition_seed(self) -> int:
         """Of the partitions of the rows; a search that takes up from a directory keeps the seed found there."""
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
-        if self.checkpoint_dir is None:
+        folder = self._folder()
+        if folder is None:
             return seed
-        prepare(Path(self.checkpoint_dir))
-        return seed if self.random_state is not None else seed_in(Path(self.checkpoint_dir), seed)
+        prepare(folder)
+        return seed if self.random_state is not None else seed_in(folder, seed)
+
+    def _folder(self) -> Path | None:
+        return None if self.checkpoint_dir is None else Path(self.checkpoint_dir).expanduser()
 
     def _keys(
         self, grid: list[dict[str, Any]], names: list[str], X: Any, y: Any, state: int | None
@@ -294,27 +270,28 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEst
         for name, params in zip(names, grid, strict=True):
             try:
                 data = data or digest_of((X, y), "the data")
-                candidate = _unfitted(self.estimator, params, state)
-                asked = {"estimator": digest_of(candidate), "data": data, "evidence": self.evidence}
+                candidate = unfitted(self.estimator, params, state)
+                asked = {
+                    "estimator": digest_of(candidate),
+                    "data": data,
+                    "evidence": rule_of(self.evidence).name,
+                }
                 keys.append(digest_of(asked))
             except CannotDigest as error:
                 refused.setdefault(str(error), []).append(name)
                 keys.append(None)
         for why, whose in refused.items():
-            warnings.warn(
-                f"nothing of {', '.join(map(repr, whose))} is kept in checkpoint_dir or taken from it: {why}",
-                UserWarning,
-                stacklevel=3,
-            )
+            which = ", ".join(map(repr, whose))
+            warn(f"nothing of {which} is kept in checkpoint_dir or taken from it: {why}", CheckpointWarning)
         return keys
 
-    def _score_keys(self, keys: list[str | None], settings: dict[str, Any]) -> list[str | None]:
+    def _score_keys(self, keys: list[str | None], rule: Rule, seed: int) -> list[str | None]:
         """The same of the evidence."""
-        asked = settings if self.evidence_ in ("heldout", "cumulative") else {}
+        asked = {"settings": rule.get_params(), **({"seed": seed} if rule.n_fits != 0 else {})}
         try:
-            return [k and digest_of({"fit": k, "rule": self.evidence_, **asked}, "search") for k in keys]
+            return [k and digest_of({"fit": k, "rule": rule.name, **asked}, "search") for k in keys]
         except CannotDigest as error:
-            warnings.warn(f"no evidence is kept in checkpoint_dir: {error}", UserWarning, stacklevel=3)
+            warn(f"no evidence is kept in checkpoint_dir: {error}", CheckpointWarning)
             return [None] * len(keys)
 
     def _run(
@@ -325,55 +302,30 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEst
         keys: list[str | None],
         finished: Finished,
         root: Any,
+        *,
+        n_fits: int | None = 0,
     ) -> list[Candidate]:
         """Do one task for every candidate, in parallel, taking finished ones from the checkpoint directory."""
         calls: list[tuple[Callable[..., Candidate], tuple[Any, ...]]] = []
-        for args, key in zip(arguments, keys, strict=True):
+        folder = self._folder()
+        for name, args, key in zip(finished.names, arguments, keys, strict=True):
             slot = None
-            if key is not None and self.checkpoint_dir is not None:
-                slot = Slot.of(Path(self.checkpoint_dir), label, key, _to_fit(args))
-            calls.append((_checkpointed, (slot, task, args, self.error_score)))
-        return Stage(self, label, finished, root).run(calls)
+            if key is not None and folder is not None:
+                slot = Slot.of(folder, label, key, to_fit(args))
+            calls.append((checkpointed, (slot, task, args, self.error_score, name)))
+        return Stage(self, label, finished, root, n_fits).run(calls)
 
     def _store(self, grid: list[dict[str, Any]], names: list[str], found: list[Candidate]) -> None:
         failed = math.nan if self.error_score == "raise" else float(self.error_score)
-        rows = max(c.n_scored for c in found if not c.error)
-        lml = np.array([c.evidence if not c.error else failed * rows for c in found])
-        mean = lml / np.array([c.n_scored if not c.error else rows for c in found])
-        n_splits = max(len(c.splits) for c in found)
-        splits = np.array([c.splits if len(c.splits) else np.full(n_splits, failed) for c in found]).reshape(
-            len(found), n_splits
-        )
-        order = np.argsort(np.where(np.isnan(mean), -np.inf, mean) * -1, kind="stable")
-        rank = np.empty(len(found), dtype=np.int32)
-        rank[order] = np.arange(1, len(found) + 1)
-        results: dict[str, Any] = {
-            "mean_fit_time": np.array([c.fit_time for c in found]),
-            "std_fit_time": np.zeros(len(found)),
-            "mean_score_time": np.array([c.score_time for c in found]),
-            "std_score_time": np.zeros(len(found)),
-        }
-        for key in sorted({k for p in grid for k in p}):
-            column = np.ma.masked_all(len(grid), dtype=object)
-            for i, params in enumerate(grid):
-                if key in params:
-                    column[i] = params[key]
-            results[f"param_{key}"] = column
-        results["params"] = grid
-        for i in range(n_splits):
-            results[f"split{i}_test_score"] = splits[:, i]
-        results |= {
-            "mean_test_score": mean,
-            "std_test_score": splits.std(1),
-            "rank_test_score": rank,
-            "lml": lml,
-        }
+        results = results_of(grid, found, failed)
+        mean = results["mean_test_score"]
+        best = int(np.argmin(results["rank_test_score"]))
         self.cv_results_ = results
-        self.n_splits_ = n_splits
+        self.n_splits_ = max(len(c.splits) for c in found)
         self.multimetric_ = False
         self.candidate_names_ = names
         self.comparison_ = comparison_table(names, found, self.evidence_)
-        self.best_index_ = _index(self.refit(results), len(grid)) if callable(self.refit) else int(order[0])
+        self.best_index_ = _index(self.refit(results), len(grid)) if callable(self.refit) else best
         self.best_params_ = grid[self.best_index_]
         self.best_score_ = float(mean[self.best_index_])
         self._winner = found[self.best_index_] if self.refit else None
@@ -513,79 +465,6 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEst
         return tags
 
 
-# --------------------------------------------------------------------------------------------------- one candidate
-
-
-def _fit_candidate(
-    estimator: Any, params: dict[str, Any], X: Any, y: Any, evidence: str, random_state: int | None
-) -> Candidate:
-    """Fit on all rows; ``random_state`` is for whatever has none."""
-    start = time.perf_counter()
-    candidate = _unfitted(estimator, params, random_state)
-    # where an estimate diverges, the integral does not
-    with may_diverge(evidence in ("auto", "integrated")), fitted_in_task(candidate, X, y):
-        fitted = candidate.fit(X, y)
-    fit_time = time.perf_counter() - start
-    zero = final_step(fitted).noise_at_zero_
-    note = f"the noise variance of column {', '.join(map(repr, zero))} is zero" if zero else ""
-    candidate = Candidate(fitted, tokens=token_digest(fitted, X, y), fit_time=fit_time, note=note)
-    candidate.doubt(not_converged(final_step(fitted)))
-    return candidate
-
-
-def _unfitted(estimator: Any, params: dict[str, Any], random_state: int | None) -> Any:
-    """What is fitted."""
-    candidate = clone(estimator).set_params(**_cloned(params))
-    if random_state is not None:
-        candidate.set_params(**dict.fromkeys(_unseeded(candidate), random_state))
-    return candidate
-
-
-def _to_fit(args: tuple[Any, ...]) -> Any:
-    """The same, of the arguments of either task; None of a candidate that failed."""
-    if not isinstance(args[0], Candidate):
-        estimator, params, _, _, _, random_state = args
-        return _unfitted(estimator, params, random_state)
-    candidate: Candidate = args[0]
-    fitted = candidate.estimator
-    return candidate.unfitted if fitted is None else clone(fitted)
-
-
-def _score_candidate(candidate: Candidate, X: Any, y: Any, rule: str, settings: dict[str, Any]) -> Candidate:
-    """Give a fitted candidate its evidence."""
-    if candidate.error:
-        return candidate
-    start = time.perf_counter()
-    candidate = give_evidence(with_estimator(candidate, X, y), X, y, rule, to_map=True, **settings)
-    candidate.score_time = time.perf_counter() - start
-    candidate.taken_up = False
-    return candidate
-
-
-def _checkpointed(
-    slot: Slot | None, task: Callable[..., Candidate], args: tuple[Any, ...], error_score: Any
-) -> Candidate:
-    """Run a task unless its result is on disk; one that fails, or is not finished, leaves nothing there."""
-    if slot is not None and slot.found is None and not _failed(args):
-        slot.look(_to_fit(args))  # another search may have been faster
-    if slot is not None and slot.found is not None:
-        slot.found.taken_up = True
-        return slot.found
-    try:
-        result = task(*args)
-    except Exception as error:
-        if error_score == "raise":
-            raise
-        return Candidate(error=f"{type(error).__name__}: {error}")
-    if slot is not None and not result.error:
-        slot.put(result)
-    return result
-
-
-def _failed(args: tuple[Any, ...]) -> bool:
-    return isinstance(args[0], Candidate) and bool(args[0].error)
-
-
 # ----------------------------------------------------------------------------------------------------------- helpers
 
 
@@ -603,22 +482,6 @@ def _index(asked: Any, n_candidates: int) -> int:
     return int(asked)
 
 
-def _unseeded(estimator: Any) -> list[str]:
-    """Names of the parameters of an estimator, its steps and its model that are a random_state of None."""
-    return [
-        name
-        for name, value in estimator.get_params().items()
-        if value is None and name.rpartition("__")[2] == "random_state"
-    ]
-
-
-def _sets_missing_model(params: dict[str, Any]) -> bool:
-    """Whether a parameter of ``model`` is set without a model in the same candidate."""
-    return any(
-        key.rpartition("__")[0].endswith("model") and key.rpartition("__")[0] not in params for key in params
-    )
-
-
 def _given(y: Any) -> dict[str, Any]:
     return {} if y is None else {"y": y}
 
@@ -628,34 +491,3 @@ def _good(found: list[Candidate]) -> list[Candidate]:
     if not good:
         raise ValueError(f"all {len(found)} candidates failed; the first one: {found[0].error}")
     return good
-
-
-def _cloned(params: dict[str, Any]) -> dict[str, Any]:
-    """Fresh copies, as grid search makes them: candidates must not share a model that stands in the grid."""
-    return {k: clone(v, safe=False) for k, v in params.items()}
-
-
-def _names(grid: list[dict[str, Any]]) -> list[str]:
-    """What the grid sets, in words: short where that tells candidates apart."""
-    for describe in (_short, repr):
-        names = [
-            " ".join(
-                describe(value)
-                if isinstance(value, BaseEstimator) or callable(value)
-                else f"{key.rpartition('__')[2]}={value}"
-                for key, value in params.items()
-            )
-            or "as given"
-            for params in grid
-        ]
-        if len(set(names)) == len(names):
-            return names
-    return [n if names.count(n) == 1 else f"{n} #{i}" for i, n in enumerate(names)]
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, Kernel | GaussianProcessKernel):
-        return kernel_name(value)
-    return (
-        type(value).__name__ if isinstance(value, BaseEstimator) else getattr(value, "__name__", repr(value))
-    )

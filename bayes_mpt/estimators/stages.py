@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from numbers import Integral
 from typing import Any
 
+from bayes_mpt.estimators.candidates import Candidate, final_step
 from bayes_mpt.estimators.partial import Finished
-from bayes_mpt.estimators.rules import Candidate, final_step
 from bayes_mpt.runtime.progress import Bar, Channel, Task, log
 from bayes_mpt.runtime.tasks import side_by_side
 
@@ -30,10 +29,13 @@ class Stage:
         Gets each candidate as soon as it is whole.
     root : CallbackContext
         Of the search.
+    n_fits : int or None
+        Further fits of a candidate; None where it is not known.
     """
 
-    def __init__(self, search: Any, label: str, finished: Finished, root: Any):
+    def __init__(self, search: Any, label: str, finished: Finished, root: Any, n_fits: int | None = 0):
         self._search, self._label, self._finished, self._root = search, label, finished, root
+        self._n_fits = n_fits
 
     def run(self, calls: list[tuple[Callable[..., Candidate], tuple[Any, ...]]]) -> list[Candidate]:
         """The results of a function and its arguments for each candidate."""
@@ -86,11 +88,7 @@ class Stage:
         """Of a candidate in that tree, and who calls the callbacks."""
         if stage is None:
             return None, None
-        search = self._search
-        n_folds: int | None = 0
-        if self._label in ("heldout", "cumulative"):
-            n_folds = search.n_repeats * int(search.cv) if isinstance(search.cv, Integral) else None
-        return stage.subcontext(task_name="candidate", task_id=i, max_subtasks=n_folds), search
+        return stage.subcontext(task_name="candidate", task_id=i, max_subtasks=self._n_fits), self._search
 
 
 def _said(candidate: Candidate, label: str) -> str:

@@ -18,8 +18,10 @@ import torch
 from sklearn.base import clone
 from sklearn.pipeline import Pipeline
 
-from bayes_mpt.estimators.rules import Candidate, Facts, final_step
+from bayes_mpt.estimators.candidates import Candidate, Facts, final_step
+from bayes_mpt.estimators.stored_fit import dump
 from bayes_mpt.runtime.checkpoints import SUFFIX, make_room, read, set_aside, write
+from bayes_mpt.warnings import CheckpointWarning, warn
 
 __all__ = ["Slot", "prepare", "seed_in", "with_estimator"]
 
@@ -68,7 +70,7 @@ class Slot:
             **{k: getattr(result, k) for k in _TEXTS},
             "by_row": by_row,
             "facts": facts,
-            "left": result.left if result.estimator is None else result.model._dump(),
+            "left": result.left if result.estimator is None else dump(result.model.fitted_),
         }
         write(self.file, "candidate", content)
 
@@ -109,11 +111,10 @@ def prepare(folder: Path) -> None:
             for file in older:
                 set_aside(file, "it is of an older version")
         more = f" and {len(older) - 1} others" if len(older) > 1 else ""
-        warnings.warn(
+        warn(
             f"checkpoint {older[0]}{more} of an older version, whose files are not opened: set aside with the ending "
             "aside, and what they stood for is computed anew",
-            UserWarning,
-            stacklevel=4,
+            CheckpointWarning,
         )
 
 
@@ -139,10 +140,9 @@ def with_estimator(candidate: Candidate, X: Any, y: Any) -> Candidate:
     try:
         estimator = _restored(clone(candidate.unfitted), X, y, left)
     except Exception as error:
-        warnings.warn(
+        warn(
             f"what is stored of the fit of {candidate.unfitted!r} does not make it again ({error}): it is fitted anew",
-            UserWarning,
-            stacklevel=3,
+            CheckpointWarning,
         )
         estimator = clone(candidate.unfitted).fit(X, y)
     candidate.estimator, candidate.unfitted, candidate.left = estimator, None, None

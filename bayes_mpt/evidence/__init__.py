@@ -3,12 +3,19 @@
 They are given densities and know no estimator; nothing is refitted here.
 """
 
-from bayes_mpt.evidence.integrated import Integrated, Mode, Prior, hyperprior, integrate, log_likelihood
-from bayes_mpt.evidence.laplace import Laplace, laplace_diagonal, laplace_proportional
+from bayes_mpt.evidence.integrated import (
+    IntegratedEvidence,
+    Mode,
+    Prior,
+    hyperprior,
+    integrate,
+    log_likelihood,
+)
+from bayes_mpt.evidence.laplace import LaplaceEvidence, laplace_diagonal, laplace_proportional
 
 __all__ = [
-    "Integrated",
-    "Laplace",
+    "IntegratedEvidence",
+    "LaplaceEvidence",
     "Mode",
     "Prior",
     "hyperprior",

@@ -32,10 +32,11 @@ from bayes_mpt.diagnostics import BAD_K, pareto_k, replicate_error
 from bayes_mpt.predictors import Conditionals
 from bayes_mpt.predictors.nodes.adaptive import log_t
 from bayes_mpt.program.devices import own_random_state
+from bayes_mpt.program.offers import offered
 from bayes_mpt.program.program import Model, ModelError
 
 __all__ = [
-    "Integrated",
+    "IntegratedEvidence",
     "LogLikelihood",
     "Mode",
     "Prior",
@@ -71,7 +72,6 @@ N_REPLICATES = 8
 FIRST_POINTS = 32  # of each replicate
 MAX_POINTS = 512
 MAX_MIXTURE_ROUNDS = 6  # each with a better mixture and more points
-ENOUGH = 0.1  # nats: standard error at which they end
 PRIOR_SHARE = 0.1  # of the points, drawn from the prior
 N_NEW_PARTS = 2  # of the mixture a round
 MAX_PARTS = 16
@@ -114,7 +114,7 @@ class Mode(NamedTuple):
     """Whether the curvature was positive in all directions; if not it was set to the prior's there."""
 
 
-class Integrated(NamedTuple):
+class IntegratedEvidence(NamedTuple):
     """An evidence with the hyper-parameters integrated, and how far to trust it."""
 
     log_evidence: float
@@ -138,8 +138,13 @@ class Integrated(NamedTuple):
 
 
 def integrate(
-    log_likelihood: LogLikelihood, prior: Prior, *, current: Array | None = None, seed: int = 0
-) -> Integrated:
+    log_likelihood: LogLikelihood,
+    prior: Prior,
+    *,
+    current: Array | None = None,
+    seed: int = 0,
+    max_se: float = 0.1,
+) -> IntegratedEvidence:
     """Integrate a likelihood over its parameters.
 
     Parameters
@@ -152,6 +157,8 @@ def integrate(
         A further start, such as the maximum of the likelihood.
     seed : int
         Of the Sobol points.
+    max_se : float
+        Nats: the standard error at which no more are drawn.
 
     Examples
     --------
@@ -164,7 +171,7 @@ def integrate(
     joint = _Joint(log_likelihood, prior)
     if not len(prior.loc):
         value = float(joint(np.zeros((1, 0)), gradient=False)[0][0])
-        return Integrated(value, 0.0, 1.0, math.nan, 1, ())
+        return IntegratedEvidence(value, 0.0, 1.0, math.nan, 1, ())
     phi = None if current is None else (current - prior.loc) / prior.scale
     modes = _modes(joint, _tops(joint, phi, seed))
     mixture = _Mixture.around(modes)
@@ -187,13 +194,13 @@ def integrate(
         # Few effective draws hide what the mixture does not reach, and the replicates then agree on too little.
         k = float(pareto_k(log_w.reshape(-1, 1))[0])
         trusted = (ess >= MIN_SHARE * share.size or round_ >= 3) and (not k > BAD_K or round_ >= 4)
-        if se <= ENOUGH and trusted:
+        if se <= max_se and trusted:
             break
         # The next mixture depends on these draws and not on its own: each round is an estimate without bias.
         drawn.append((draws, log_p, mixture))
         mixture = mixture.fitted(drawn)
         points = min(2 * points, MAX_POINTS) if round_ else points
-    return Integrated(
+    return IntegratedEvidence(
         float(top + math.log(z.mean())),
         se,
         ess,
@@ -454,9 +461,10 @@ def hyperprior(model: Model, args: tuple[Any, ...], leaves: Mapping[str, Tensor]
     a `torch.distributions.Distribution` of its natural value. None also where a parameter has no prior (one of a
     likelihood that the user wrote, say): what is left of the others' would be no prior of the model.
     """
-    if not hasattr(model, "hyperprior"):
+    offer = offered(model, "hyperprior")
+    if offer is None:
         return None
-    found = model.hyperprior(*args)
+    found = offer(*args)
     if any(name not in found for name in leaves):
         return None
     supports = pyro.get_param_store().get_state()["constraints"]

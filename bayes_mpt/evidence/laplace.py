@@ -27,7 +27,7 @@ from scipy.special import multigammaln
 from bayes_mpt.predictors.gaussian.profile import Factors, Prior, Spectrum, diagonal, proportional, variances
 from bayes_mpt.program.statistics import Root
 
-__all__ = ["Laplace", "laplace_diagonal", "laplace_proportional"]
+__all__ = ["LaplaceEvidence", "laplace_diagonal", "laplace_proportional"]
 
 Array = NDArray[np.float64]
 
@@ -36,7 +36,7 @@ MAX_DENSE = 1000  # tokens up to which a matrix of them is made: it keeps digits
 NOISE_SHAPE = 2.0  # psi_i ~ Gamma(2, 2 / var_i): mean var_i, no weight at zero, soft towards it
 
 
-class Laplace(NamedTuple):
+class LaplaceEvidence(NamedTuple):
     """An approximate evidence: it ranks, and is not unbiased."""
 
     log_evidence: float
@@ -49,7 +49,7 @@ class Laplace(NamedTuple):
 
 def laplace_proportional(
     cov: Array | Root, n_rows: int, n_latents: int, shape: Array, known: Spectrum | None = None
-) -> Laplace:
+) -> LaplaceEvidence:
     """Noise c * shape with one unknown c (PPCA: shape of ones), expanded at the maximum of the likelihood.
 
     Parameters
@@ -77,7 +77,7 @@ def laplace_proportional(
     return _around_orbit(factors, n_rows, share)
 
 
-def laplace_diagonal(cov: Array | Root, n_rows: int, n_latents: int) -> Laplace:
+def laplace_diagonal(cov: Array | Root, n_rows: int, n_latents: int) -> LaplaceEvidence:
     """A noise variance of its own for each token (factor analysis), expanded at its maximum a posteriori.
 
     The prior keeps the expansion away from zero variances (Heywood cases), at which maximum likelihood often ends.
@@ -96,7 +96,7 @@ def laplace_diagonal(cov: Array | Root, n_rows: int, n_latents: int) -> Laplace:
     return _around_orbit(factors, n_rows, factors.noise / variance)
 
 
-def _around_orbit(factors: Factors, n_rows: int, share: Array) -> Laplace:
+def _around_orbit(factors: Factors, n_rows: int, share: Array) -> LaplaceEvidence:
     """Integrate over loadings and noises around the orbit of rotations.
 
     ``share`` (P,) is each noise in units of its prior mean, psi / var: of all tokens together (P = 1), or of each (T).
@@ -115,7 +115,7 @@ def _around_orbit(factors: Factors, n_rows: int, share: Array) -> Laplace:
         # H_pp = N/2
         h = n_rows * n_tokens / (2 * n_noise) + curvature
         value = lml + log_prior + 0.5 * n_noise * LOG_2PI - 0.5 * np.log(h).sum()
-        return Laplace(float(value), lml, factors)
+        return LaplaceEvidence(float(value), lml, factors)
     s = np.sqrt(theta - 1)
     # W_ik ~ N(0, tau^2 var_i), so V_ik ~ N(0, tau^2 / share_i)
     token_share = np.broadcast_to(share, n_tokens)
@@ -155,7 +155,7 @@ def _around_orbit(factors: Factors, n_rows: int, share: Array) -> Laplace:
     log_loading = -0.5 * n_latents * (n_tokens * (LOG_2PI + math.log(tau2) + 1) - np.log(token_share).sum())
     value = lml + log_loading + log_prior + 0.5 * n_free * LOG_2PI - 0.5 * log_det
     value += 0.5 * np.log(norm2).sum() + _log_volume(n_latents)
-    return Laplace(float(value), lml, factors)
+    return LaplaceEvidence(float(value), lml, factors)
 
 
 def _log_det_noise(

@@ -19,7 +19,8 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from bayes_mpt.diagnostics import disagreement, replicate_error
-from bayes_mpt.estimators.comparison import Candidate, comparison_table
+from bayes_mpt.estimators.candidates import Candidate
+from bayes_mpt.estimators.comparison import comparison_table
 from bayes_mpt.masks import (
     FixedRate,
     LeaveOneOut,
@@ -262,7 +263,8 @@ class MaskedLanguageModel:
 
     def _limit(self) -> int:
         """Tokens of the longest text."""
-        places = getattr(getattr(self.model, "config", None), "max_position_embeddings", MAX_LENGTH)
+        network = self.model
+        places = getattr(getattr(network, "config", None), "max_position_embeddings", MAX_LENGTH)
         limit = int(min(self.tokenizer.model_max_length, places, MAX_LENGTH))
         for name, module in self.model.named_modules():
             if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):

@@ -36,7 +36,8 @@ class PPCA(CheckedModel):
     -2.699752
     """
 
-    rotations = True  # any rotation of z gives the same density: its orbit is integrated in the evidence
+    # any rotation of z gives the same density: its orbit is integrated in the evidence
+    symmetries: ClassVar[dict[str, str]] = {"rotations": "noise_variance"}
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         "n_components": [IntegersFrom(0), OneOf("auto")]
     }
@@ -83,7 +84,7 @@ class FactorAnalysis(CheckedModel):
     (3, 13)
     """
 
-    rotations = True
+    symmetries: ClassVar[dict[str, str]] = {"rotations": "noise_variance"}
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {"n_components": [IntegersFrom(0)]}
 
     def __init__(self, n_components: int = 2):

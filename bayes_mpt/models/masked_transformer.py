@@ -65,10 +65,11 @@ class MaskedTransformer(CheckedModel):
     Examples
     --------
     >>> from bayes_mpt import BayesMPT
+    >>> from bayes_mpt.training import Epochs
     >>> rng = np.random.default_rng(0)
     >>> X = (np.arange(6) + rng.integers(3, size=(300, 1))) % 3.0  # a cycle: one token tells the others
-    >>> settings = {"max_iter": 30, "learning_rate": 0.01, "validation_fraction": 0.0, "random_state": 0}
-    >>> fitted = BayesMPT(MaskedTransformer(16, 1, 2), **settings).fit(X)
+    >>> training = Epochs(max_epochs=30, learning_rate=0.01, validation_fraction=0.0)
+    >>> fitted = BayesMPT(MaskedTransformer(16, 1, 2), training=training, random_state=0).fit(X)
     >>> bool(abs(fitted.score(X) + np.log(3)) < 0.1)
     True
     """

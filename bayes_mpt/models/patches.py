@@ -57,13 +57,14 @@ class MaskedPatches(CheckedModel):
     Examples
     --------
     >>> from bayes_mpt import BayesMPT
+    >>> from bayes_mpt.training import Epochs
     >>> from bayes_mpt.masks import Blocks, PermutationChain, UniformSize
     >>> from sklearn.datasets import load_digits
     >>> X = (load_digits().data > 8).astype("float32")
     >>> program = MaskedPatches((8, 8), width=32, n_layers=1)
     >>> masks = Blocks(UniformSize(64), program.patches)
-    >>> settings = {"max_iter": 10, "learning_rate": 5e-3, "validation_fraction": 0.0, "random_state": 0}
-    >>> fitted = BayesMPT(program, masks=masks, **settings).fit(X[:1000])
+    >>> training = Epochs(max_epochs=10, learning_rate=5e-3, validation_fraction=0.0)
+    >>> fitted = BayesMPT(program, masks=masks, training=training, random_state=0).fit(X[:1000])
     >>> found = fitted.estimate(X[1000:1100], masks=Blocks(PermutationChain(), program.patches))
     >>> bool(found.lml.mean() > -25)  # independent pixels: -25.5
     True

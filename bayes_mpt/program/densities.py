@@ -12,7 +12,6 @@ s(x) = log x! - log(sqrt(2 pi x) (x / e)^x):
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any
 
 import pyro.distributions as dist
@@ -20,6 +19,8 @@ import torch
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from torch import Tensor
+
+from bayes_mpt.warnings import PrecisionWarning, warn
 
 __all__ = ["log_density"]
 
@@ -191,9 +192,8 @@ def _warn_of_large(fn: Any, value: Tensor) -> None:
         return
     most = float(value.max())
     if most > FEW_DIGITS:
-        warnings.warn(
+        warn(
             f"the log-density of {type(fn).__name__} at counts up to {most:.3g} is a difference of large numbers: in "
             f"float64 it is wrong by about {1e-16 * most * math.log(most):.1g} nats. Count in larger units",
-            UserWarning,
-            stacklevel=2,
+            PrecisionWarning,
         )

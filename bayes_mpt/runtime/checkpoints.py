@@ -17,7 +17,6 @@ import platform
 import re
 import secrets
 import stat
-import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -27,6 +26,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from bayes_mpt.warnings import CheckpointWarning, warn
 
 __all__ = [
     "FORMAT",
@@ -390,9 +391,8 @@ def set_aside(file: Path, why: str) -> None:
             error.errno,
             f"checkpoint {file} is of no use ({why}) and cannot be renamed: {error.strerror or error}",
         ) from error
-    warnings.warn(
+    warn(
         f"checkpoint {file} is of no use: {why}. It is set aside as {aside.name}, and what it stood for is computed "
         "anew",
-        UserWarning,
-        stacklevel=2,
+        CheckpointWarning,
     )

@@ -1,5 +1,7 @@
 """Maximise a score over the parameters of a Pyro program.
 
+`Ascent`, `Steps` and `Epochs` say how: they are what `bayes_mpt.BayesMPT` takes as ``training``.
+
 The first way that fits: `maximize_profile` solves for mean, loadings and noise where the program leaves them free, by
 EM where cells are missing; `maximize_lbfgs` runs L-BFGS on the exact score; `train_on_masks` runs Adam on sampled
 masks. They work on the parameters that stand in Pyro's parameter store at the time, in units found from the program
@@ -11,13 +13,18 @@ from bayes_mpt.training.adam import total_on_masks, train_on_masks
 from bayes_mpt.training.closed_form import maximize_profile
 from bayes_mpt.training.epochs import train_by_epochs
 from bayes_mpt.training.lbfgs import maximize_lbfgs, stages
+from bayes_mpt.training.options import Ascent, Epochs, Steps, Training
 from bayes_mpt.training.problem import Fit, Problem, Report, check_start, impossible, one_thread, take_rows
 from bayes_mpt.training.vanishing import collapsed, noise_at_zero
 
 __all__ = [
+    "Ascent",
+    "Epochs",
     "Fit",
     "Problem",
     "Report",
+    "Steps",
+    "Training",
     "check_start",
     "collapsed",
     "impossible",

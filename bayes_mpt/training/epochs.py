@@ -161,7 +161,7 @@ def train_by_epochs(
     n_steps = per_epoch * max_epochs
     rising = learning_rate / max(1, min(WARM_UP, n_steps // 10))
     progress = _Progress(0, _copies(leaves), -math.inf, _copies(leaves), 0, 0, 0)
-    file = None if checkpoint is None else Path(checkpoint)
+    file = None if checkpoint is None else Path(checkpoint).expanduser()
     rows = [] if file is None else [digest_of_rows(a.reshape(len(a), -1).cpu().numpy()) for a in problem.args]
     told = {
         **dict(asked or {}),

@@ -17,6 +17,7 @@ from torch.distributions import constraints, transform_to
 
 from bayes_mpt.masks import torch_generator
 from bayes_mpt.program.arguments import has_missing
+from bayes_mpt.program.offers import offered
 from bayes_mpt.program.program import MissingCovariate
 from bayes_mpt.training.problem import (
     Fit,
@@ -197,7 +198,7 @@ def _slope(tol: float, score: float) -> float:
 
 def _own_maximum(problem: Problem, leaves: dict[str, Tensor], tol: float, max_iter: int) -> tuple[bool, bool]:
     """Let the model itself climb, if it offers to and no cell is missing: whether it did, and was interrupted."""
-    maximize = getattr(problem.predictor.model, "maximize", None)
+    maximize = offered(problem.predictor.model, "maximize")
     if maximize is None or problem.rows is not None or any(has_missing(a) for a in problem.args):
         return False, False
     store = pyro.get_param_store()

@@ -27,6 +27,7 @@ from bayes_mpt import BayesMPT
 from bayes_mpt.masks import FixedRate, PermutationChain, UniformSize
 from bayes_mpt.models import VAE
 from bayes_mpt.predictors import AnnealedImportance, Importance
+from bayes_mpt.training import Epochs
 
 EPOCHS = [2, 5, 10, 20, 30]
 POLICIES = {
@@ -89,14 +90,13 @@ def curve(policy, learner, X: np.ndarray, fresh: np.ndarray) -> dict:
     model = BayesMPT(
         VAE(8, hidden=(128,)),
         masks=policy,
-        learning_rate=2e-3,
-        validation_fraction=0,
+        training=Epochs(learning_rate=2e-3, validation_fraction=0),
         warm_start=True,
         random_state=0,
     )
     lml, before, se = [], 0, 0.0
     for n in EPOCHS:
-        model.set_params(max_iter=n - before, predictor=learner).fit(X)
+        model.set_params(training__max_epochs=n - before, predictor=learner).fit(X)
         by_row, se = model.set_params(predictor=JUDGE).score_rows(fresh)
         lml.append(float(by_row.mean()))
         before = n

@@ -11,14 +11,16 @@ import pyro.distributions as dist
 import pytest
 import scipy.sparse
 import torch
-from scipy.stats import multivariate_normal
 from sklearn.exceptions import NotFittedError
+from tables import with_holes
+from truths import factor_covariance, log_density
 
-from bayes_mpt import BayesMPT, MarginalLikelihoodSearch, compare
+from bayes_mpt import BayesMPT, Cumulative, HeldOut, Integrated, MarginalLikelihoodSearch, compare
 from bayes_mpt.masks import FixedRate, LeaveOneOut, UniformSize
 from bayes_mpt.models import PPCA, FactorAnalysis
 from bayes_mpt.predictors import Exact
 from bayes_mpt.score import CumulativeMaskedScore, fixed_rate_bias
+from bayes_mpt.training import Ascent, Epochs, Steps
 
 SEED = 1991
 N_ROWS, T, K = 60, 5, 2
@@ -44,15 +46,6 @@ def empty_parameter_store():
     pyro.clear_param_store()
     yield
     pyro.clear_param_store()
-
-
-def log_density(x, mean, cov):
-    out = np.zeros(len(x))
-    for n, row in enumerate(x):
-        seen = np.flatnonzero(~np.isnan(row))
-        if seen.size:
-            out[n] = multivariate_normal(mean[seen], cov[np.ix_(seen, seen)]).logpdf(row[seen])
-    return out
 
 
 def ppca_lml(x, n_components):
@@ -271,9 +264,7 @@ def test_a_column_without_values_after_fit_is_merely_missing(x, model):
     estimator = BayesMPT(model=model).fit(x)
     hollow = x.copy()
     hollow[:, 2] = np.nan
-    cov = estimator.components_.T @ estimator.components_ + np.diag(
-        np.broadcast_to(estimator.noise_variance_, T)
-    )
+    cov = factor_covariance(estimator.components_, estimator.noise_variance_)
     truth = log_density(hollow, estimator.mean_, cov)
     np.testing.assert_allclose(estimator.score_samples(hollow), truth, rtol=0, atol=1e-9)
     assert np.isfinite(estimator.transform(hollow)).all() and np.isfinite(estimator.impute(hollow)).all()
@@ -397,7 +388,7 @@ def test_two_or_three_rows_factor_analysis_is_unbounded(x, model, n_rows):
     except ValueError as error:
         assert any(word in str(error).lower() for word in ("unbounded", "row", "sample", "column", "noise"))
     else:
-        cov = estimator.components_.T @ estimator.components_ + np.diag(estimator.noise_variance_)
+        cov = factor_covariance(estimator.components_, estimator.noise_variance_)
         truth = log_density(x[:n_rows], estimator.mean_, cov)
         np.testing.assert_allclose(estimator.score_samples(x[:n_rows]), truth, rtol=1e-9, atol=1e-9)
         assert (estimator.noise_variance_ > 1e-12).all(), "a variance of zero is not a fit"
@@ -435,7 +426,7 @@ def test_more_columns_than_rows(x):
 
 def test_the_reference_program_is_exact(x):
     np.testing.assert_allclose(scored(plain, x), log_density(x, LOC, COVARIANCE), rtol=0, atol=1e-9)
-    holes = np.where(np.random.default_rng(SEED).random(x.shape) < 0.2, np.nan, x)
+    holes = with_holes(x, 0.2, SEED)
     np.testing.assert_allclose(scored(plain, holes), log_density(holes, LOC, COVARIANCE), rtol=0, atol=1e-9)
 
 
@@ -518,7 +509,7 @@ def test_a_batch_mean_behind_leading_zeros(x):
 @pytest.mark.parametrize("program", ["twice", "flipped", "rotated"])
 def test_missing_cells_of_a_transformed_observation(x, program):
     """A missing cell is the missing token only where tokens are cells in place; else an error, or the right token."""
-    holes = np.where(np.random.default_rng(SEED).random(x.shape) < 0.2, np.nan, x)
+    holes = with_holes(x, 0.2, SEED)
     model, tokens = {
         "twice": (twice, 2 * holes),
         "flipped": (flipped, holes[:, ::-1]),
@@ -636,7 +627,7 @@ def test_scales_in_a_program(x, missing):
             mean = (loc + latent(x) @ loading.T) * unit
             pyro.sample("x", dist.Normal(mean, scale * unit).to_event(1), obs=x)
 
-    rows = np.where(np.random.default_rng(SEED).random(x.shape) < 0.2, np.nan, x) if missing else x
+    rows = with_holes(x, 0.2, SEED) if missing else x
     units = (~np.isnan(rows) * np.log(SCALES)).sum(1)
     truth = log_density(rows, LOC, COVARIANCE) - units
     np.testing.assert_allclose(scored(program, rows * SCALES), truth, rtol=0, atol=1e-8)
@@ -741,15 +732,19 @@ def test_unfitted_search(x, method):
         ("masks", UniformSize),
         ("predictor", "magic"),
         ("predictor", 3),
-        ("max_iter", "many"),
-        ("max_iter", 0),
-        ("max_iter", 2.5),
-        ("tol", -1.0),
-        ("tol", "small"),
-        ("learning_rate", 0.0),
-        ("learning_rate", "fast"),
-        ("batch_size", 0),
-        ("batch_size", 2.5),
+        ("training", "steps"),
+        ("training", Ascent),
+        ("max_iter", Ascent(max_iter="many")),
+        ("max_iter", Ascent(max_iter=0)),
+        ("max_iter", Steps(max_iter=2.5)),
+        ("tol", Ascent(tol=-1.0)),
+        ("tol", Steps(tol="small")),
+        ("learning_rate", Steps(learning_rate=0.0)),
+        ("learning_rate", Epochs(learning_rate="fast")),
+        ("batch_size", Steps(batch_size=0)),
+        ("batch_size", Epochs(batch_size=2.5)),
+        ("validation_fraction", Epochs(validation_fraction=1.0)),
+        ("patience", Epochs(patience=0)),
         ("n_init", 0),
         ("warm_start", "maybe"),
         ("random_state", "seed"),
@@ -760,7 +755,9 @@ def test_unfitted_search(x, method):
 )
 def test_parameter_of_the_wrong_type(x, name, value):
     with pytest.raises((ValueError, TypeError), match=name):
-        BayesMPT(**({"model": PPCA(1)} | {name: value})).fit(x)
+        BayesMPT(
+            **{"model": PPCA(1), "training" if isinstance(value, Ascent | Steps | Epochs) else name: value}
+        ).fit(x)
 
 
 def test_unknown_device_is_named(x):
@@ -779,16 +776,19 @@ def test_wrong_number_of_latents(x, kind, value):
     ("name", "value"),
     [
         ("evidence", "waic"),
-        ("cv", 1),
-        ("n_repeats", 0),
-        ("visible_share", 1.5),
+        ("evidence", HeldOut),
+        ("cv", HeldOut(cv=1)),
+        ("n_repeats", HeldOut(n_repeats=0)),
+        ("visible_share", Cumulative(visible_share=1.5)),
+        ("se", Integrated(se=0.0)),
         ("n_jobs", "all"),
         ("refit", "best"),
     ],
     ids=repr,
 )
 def test_search_parameter_of_the_wrong_type(x, name, value):
-    options = {"evidence": "heldout"} | {name: value}
+    rule = isinstance(value, HeldOut | Cumulative | Integrated)
+    options = {"evidence": "heldout"} | {"evidence" if rule else name: value}
     with pytest.raises((ValueError, TypeError), match=name):
         MarginalLikelihoodSearch(BayesMPT(model=PPCA(1)), {"model__n_components": [1, 2]}, **options).fit(x)
 
@@ -844,7 +844,9 @@ def test_fixed_rate_bias_of_no_rate(x, rate):
 def test_a_search_ranks_by_no_such_masks(x, masks):
     """Refused, or trained on them and ranked by the LML all the same."""
     search = MarginalLikelihoodSearch(
-        BayesMPT(model=plain, masks=masks, random_state=0), {"max_iter": [5, 6]}, evidence="train"
+        BayesMPT(model=plain, masks=masks, random_state=0),
+        {"training": [Steps(max_iter=5), Steps(max_iter=6)]},
+        evidence="train",
     )
     try:
         search.fit(x)
@@ -880,7 +882,9 @@ def test_laplace_of_a_parameter_without_prior_says_what_to_do(x):
         with rows_of(x):
             pyro.sample("x", dist.Normal(weight * latent(x, 1), 1.0).to_event(1), obs=x)
 
-    search = MarginalLikelihoodSearch(BayesMPT(model=program), {"max_iter": [50, 60]}, evidence="laplace")
+    search = MarginalLikelihoodSearch(
+        BayesMPT(model=program), {"training": [Ascent(50), Ascent(60)]}, evidence="laplace"
+    )
     with pytest.raises(ERRORS, match="(?i)laplace|prior|heldout"):
         search.fit(x)
 

@@ -8,13 +8,13 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.distributions import constraints
-from scipy.special import logsumexp
-from scipy.stats import multivariate_normal, norm, poisson
+from scipy.stats import norm, poisson
 from sklearn.mixture import GaussianMixture as TheirMixture
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from truths import mixture_log_terms, responsibilities
 
-from bayes_mpt import BayesMPT, MarginalLikelihoodSearch
+from bayes_mpt import Auto, BayesMPT, MarginalLikelihoodSearch
 from bayes_mpt.models import (
     PPCA,
     BayesianRegression,
@@ -24,6 +24,7 @@ from bayes_mpt.models import (
     LatentClass,
     MixtureOfFactorAnalyzers,
 )
+from bayes_mpt.training import Ascent
 
 RNG = np.random.default_rng(17)
 T = 3
@@ -50,17 +51,6 @@ def theirs(model):
     return mixture
 
 
-def mixture_proba(x, weights, means, covs):
-    """Of rows with holes, from the dense densities of what is observed."""
-    log_prob = np.tile(np.log(weights), (len(x), 1))
-    for n, row in enumerate(x):
-        o = ~np.isnan(row)
-        for k in range(len(weights)):
-            if o.any():
-                log_prob[n, k] += multivariate_normal(means[k][o], covs[k][np.ix_(o, o)]).logpdf(row[o])
-    return np.exp(log_prob - logsumexp(log_prob, axis=1, keepdims=True))
-
-
 def n_free(model, x):
     """What the criteria charge for: bic - aic = P (log N - 2)."""
     return (model.bic(x) - model.aic(x)) / (math.log(len(x)) - 2)
@@ -83,7 +73,9 @@ def test_a_mixture_answers_as_that_of_sklearn(kind, k):
 def test_labels_of_rows_with_missing_cells():
     ours = fit(GaussianMixture(2))
     p = ours.params_
-    want = mixture_proba(HOLES, p["weights"], p["loc"], p["scale_tril"] @ p["scale_tril"].transpose(0, 2, 1))
+    want = responsibilities(
+        mixture_log_terms(HOLES, p["weights"], p["loc"], p["scale_tril"] @ p["scale_tril"].transpose(0, 2, 1))
+    )
     np.testing.assert_allclose(ours.predict_proba(HOLES), want, rtol=0, atol=1e-12)
     np.testing.assert_allclose(
         ours.predict_proba(HOLES)[3], p["weights"], atol=1e-14
@@ -99,7 +91,7 @@ def test_labels_beside_factors():
     covs = p["loading"] @ p["loading"].transpose(0, 2, 1) + np.stack(
         [np.diag(v) for v in p["noise_variance"]]
     )
-    want = mixture_proba(HOLES, p["weights"], p["loc"], covs)
+    want = responsibilities(mixture_log_terms(HOLES, p["weights"], p["loc"], covs))
     np.testing.assert_allclose(ours.predict_proba(HOLES), want, rtol=0, atol=1e-11)
 
 
@@ -111,7 +103,7 @@ def test_classes_of_codes():
     log_prob = np.tile(np.log(ours.params_["weights"]), (len(codes), 1))
     for n, t in np.argwhere(~np.isnan(codes)):
         log_prob[n] += np.log(ours.params_["probs"][:, t, int(codes[n, t])])
-    want = np.exp(log_prob - logsumexp(log_prob, axis=1, keepdims=True))
+    want = responsibilities(log_prob.T)
     np.testing.assert_allclose(ours.predict_proba(codes), want, rtol=0, atol=1e-12)
     assert n_free(ours, codes) == pytest.approx(1 + 2 * 4 * 2, rel=1e-9)
 
@@ -168,9 +160,9 @@ def test_rotations_of_loadings_are_not_free(kind, n_noise, k):
 def test_each_factor_analyser_has_rotations_of_its_own():
     x = np.random.default_rng(0).normal(size=(60, 5))
     want = 1 + 2 * rank(factors, (5,), (5, 2), (5,))
-    assert n_free(BayesMPT(MixtureOfFactorAnalyzers(2, 2), max_iter=3, tol=1.0).fit(x), x) == pytest.approx(
-        want
-    )
+    assert n_free(
+        BayesMPT(MixtureOfFactorAnalyzers(2, 2), training=Ascent(max_iter=3, tol=1.0)).fit(x), x
+    ) == pytest.approx(want)
 
 
 def test_constraints_take_freedom_away():
@@ -212,6 +204,7 @@ def answers(estimator):
     return {name for name in ("predict", "predict_proba", "aic", "bic") if hasattr(estimator, name)}
 
 
+@pytest.mark.slow
 def test_only_those_answer_that_can():
     labels, criteria = {"predict", "predict_proba"}, {"aic", "bic"}
     assert answers(BayesMPT(GaussianMixture())) == criteria  # which say that it is not fitted
@@ -239,7 +232,7 @@ def test_a_search_asks_its_best_candidate(in_pipeline):
         estimator = make_pipeline(StandardScaler(), estimator)
         grid = {"bayesmpt__model__n_components": [1, 2]}
     x = X if in_pipeline else z
-    s = MarginalLikelihoodSearch(estimator, grid, cv=2, random_state=0)
+    s = MarginalLikelihoodSearch(estimator, grid, evidence=Auto(cv=2), random_state=0)
     last = estimator[-1] if in_pipeline else estimator
     assert answers(s) == answers(last)  # as long as there is no best candidate
     s.fit(x)

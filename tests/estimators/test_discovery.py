@@ -13,10 +13,12 @@ from sklearn.base import clone
 from sklearn.gaussian_process import kernels as theirs
 
 from bayes_mpt import BayesMPT, KernelSearch
-from bayes_mpt.estimators.kernel_search import _grown, _kernel, decompose
+from bayes_mpt.estimators.decomposition import decompose
+from bayes_mpt.estimators.kernel_search import _grown, _kernel
 from bayes_mpt.models import PPCA, GaussianProcess
 from bayes_mpt.models.kernels import Line, kernel_name
 from bayes_mpt.plots import DecompositionDisplay
+from bayes_mpt.training import Ascent
 
 # evidence="train" maximises, and a part that the data do without vanishes
 pytestmark = pytest.mark.filterwarnings("ignore:the estimate of parameter")
@@ -140,7 +142,7 @@ def test_refused(series):
     x, y = series
     with pytest.raises(TypeError, match="without a ScaleKernel"):
         KernelSearch(base=[ScaleKernel(RBFKernel())]).fit(x, y)
-    with pytest.raises(TypeError, match="GaussianProcess as its model"):
+    with pytest.raises(TypeError, match=r"needs BayesMPT\(GaussianProcess"):
         KernelSearch(BayesMPT(PPCA(1))).fit(x, y)
     with pytest.raises(ValueError, match="base is empty"):
         KernelSearch(base=[]).fit(x, y)
@@ -164,7 +166,7 @@ def test_words():
         + ScaleKernel(MaternKernel(nu=2.5)): "a twice differentiable curve",
     }
     for kernel, words in cases.items():
-        fitted = BayesMPT(GaussianProcess(kernel, noise=0.01), max_iter=3)
+        fitted = BayesMPT(GaussianProcess(kernel, noise=0.01), training=Ascent(max_iter=3))
         with pytest.warns():
             fitted.fit(x, y)
         found = KernelSearch()

@@ -10,7 +10,6 @@ import pytest
 import torch
 from pyro.distributions import constraints
 from scipy.stats import multivariate_normal, norm
-from scipy.stats import t as student_t
 from sklearn.base import BaseEstimator, TransformerMixin, clone
 from sklearn.compose import ColumnTransformer
 from sklearn.datasets import load_wine
@@ -18,8 +17,10 @@ from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV, KFold, ParameterGrid
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import FunctionTransformer, QuantileTransformer, StandardScaler
+from tables import with_holes
+from truths import covariance, ppca, replicate_error
 
-from bayes_mpt import BayesMPT, MarginalLikelihoodSearch, compare
+from bayes_mpt import Auto, BayesMPT, Cumulative, HeldOut, MarginalLikelihoodSearch, compare
 from bayes_mpt.evidence import laplace_diagonal, laplace_proportional
 from bayes_mpt.masks import UniformSize
 from bayes_mpt.models import (
@@ -32,24 +33,13 @@ from bayes_mpt.models import (
     MaskedTransformer,
     MixtureOfFactorAnalyzers,
 )
+from bayes_mpt.training import Ascent, Epochs, Steps
 
 N, T = 60, 6
 RNG = np.random.default_rng(1991)
 X = RNG.normal(size=(N, 2)) @ RNG.normal(size=(2, T)) + 0.7 * RNG.normal(size=(N, T)) + 3
 GRID = {"model__n_components": [1, 2, 3]}
 COLUMNS = ["rank", "lml", "lml_diff", "mc_dse", "p_worse", "dse", "weight", "log_bayes_factor", "se", "diag"]
-
-
-def covariance(x):
-    return np.cov(x.T, bias=True)
-
-
-def ppca(x, k):
-    """Mean and covariance at the closed-form maximum."""
-    value, vector = np.linalg.eigh(covariance(x))
-    value, vector = value[::-1], vector[:, ::-1]
-    noise = value[k:].mean()
-    return x.mean(0), (vector[:, :k] * (value[:k] - noise)) @ vector[:, :k].T + noise * np.eye(x.shape[1])
 
 
 def ppca_scores(train, test, k):
@@ -76,11 +66,6 @@ def gaussian(mean, sd=1.0):
 def gaussian_scores(x, mean, sd=1.0):
     t = x.shape[1]
     return multivariate_normal(np.full(t, float(mean)), np.ones((t, t)) + sd**2 * np.eye(t)).logpdf(x)
-
-
-def replicate_error(values):
-    n = len(values)
-    return np.std(values, ddof=1) / math.sqrt(n) * student_t.ppf(norm.cdf(2), n - 1) / 2
 
 
 @pytest.fixture
@@ -181,7 +166,7 @@ def test_nothing_to_train_is_an_evidence():
 
 
 def test_keys_are_those_of_grid_search_cv():
-    ours = search("heldout", cv=3).fit(X).cv_results_
+    ours = search(HeldOut(cv=3)).fit(X).cv_results_
     theirs = GridSearchCV(BayesMPT(PPCA(1)), GRID, cv=3).fit(X).cv_results_
     assert theirs.keys() <= ours.keys()
     assert ours["params"] == theirs["params"]
@@ -194,17 +179,18 @@ def test_keys_are_those_of_grid_search_cv():
 @pytest.mark.slow
 def test_leave_one_out_against_a_loop():
     """With as many folds as rows there is one partition only."""
-    s = search("heldout", cv=N).fit(X)
-    by_row = [np.concatenate([ppca_scores(np.delete(X, i, 0), X[i], k) for i in range(N)]) for k in (1, 2, 3)]
-    check_results(s, [b.sum() for b in by_row])
+    n, x = 20, X[:20]
+    s = search(HeldOut(cv=n)).fit(x)
+    by_row = [np.concatenate([ppca_scores(np.delete(x, i, 0), x[i], k) for i in range(n)]) for k in (1, 2, 3)]
+    check_results(s, [b.sum() for b in by_row], n)
     check_dse(s.comparison_, s.candidate_names_, by_row)
     check_weights(s.comparison_, False)
-    assert s.n_splits_ == N
+    assert s.n_splits_ == n
 
 
 @pytest.mark.slow
 def test_held_out_folds_against_a_loop(record):
-    s = search("heldout", cv=4, n_repeats=3).fit(X)
+    s = search(HeldOut(cv=4, n_repeats=3)).fit(X)
     assert s.n_splits_ == 12
     for i, k in enumerate((1, 2, 3)):
         scored = [c for c in record["score"] if c[0] == k and len(c[2]) == N // 4]
@@ -231,7 +217,7 @@ def test_held_out_folds_against_a_loop(record):
 @pytest.mark.slow
 def test_the_errors_of_repeated_folds():
     """From the splits' scores alone: folds of one size, so a repeat's total is the fold size times their sum."""
-    s = search("heldout", cv=4, n_repeats=5).fit(X)
+    s = search(HeldOut(cv=4, n_repeats=5)).fit(X)
     splits = np.array([s.cv_results_[f"split{i}_test_score"] for i in range(20)])  # (20, 3)
     totals = splits.reshape(5, 4, 3).sum(1) * (N / 4)  # (5, 3)
     check_results(s, totals.mean(0))
@@ -249,12 +235,12 @@ def test_the_errors_of_repeated_folds():
 
 
 def test_one_partition_has_an_unknown_error():
-    s = search("heldout", cv=5).fit(X)
+    s = search(HeldOut(cv=5)).fit(X)
     assert s.comparison_["mc_dse"].iloc[1:].isna().all() and s.comparison_["se"].isna().all()
 
 
 def test_all_candidates_see_the_same_folds(record):
-    search("heldout", cv=5).fit(X)
+    search(HeldOut(cv=5)).fit(X)
     tests = {k: [c[2].tobytes() for c in record["score"] if c[0] == k and len(c[2]) < N] for k in (1, 2, 3)}
     assert tests[1] == tests[2] == tests[3] and len(set(tests[1])) == 5
 
@@ -262,7 +248,7 @@ def test_all_candidates_see_the_same_folds(record):
 @pytest.mark.parametrize("share, cv", [(0.5, 5), (0.2, 12)])
 def test_cumulative_against_a_loop(share, cv, record):
     """log p(rest | visible share): each block of rows predicted from all rows before it."""
-    s = search("cumulative", cv=cv, visible_share=share).fit(X)
+    s = search(Cumulative(n_blocks=cv, visible_share=share)).fit(X)
     first = round(share * N)
     rows_in_x = {r.tobytes(): i for i, r in enumerate(X)}
     for i, k in enumerate((1, 2, 3)):
@@ -286,7 +272,10 @@ def test_cumulative_against_a_loop(share, cv, record):
 def test_cumulative_of_a_program_with_nothing_to_train(record):
     """Then log p(rest | share) is the rest's own LML, whatever the blocks."""
     s = MarginalLikelihoodSearch(
-        BayesMPT(gaussian(3.0)), {"tol": [1e-10]}, evidence="cumulative", cv=3, n_repeats=80, random_state=0
+        BayesMPT(gaussian(3.0)),
+        {"training": [Ascent(tol=1e-10)]},
+        evidence=Cumulative(n_blocks=3, n_repeats=80),
+        random_state=0,
     )
     by_row = gaussian_scores(X, 3.0)
     record["score"].clear()
@@ -322,7 +311,7 @@ def shared_level(x):
 
 @pytest.mark.slow
 def test_auto_takes_the_rule_that_fits_and_says_why():
-    holes = np.where(np.random.default_rng(0).random(X.shape) < 0.05, np.nan, X)
+    holes = with_holes(X, 0.05)
     cases = [
         ({"model": [PPCA(1), FactorAnalysis(1)]}, X, "laplace", "rotation"),
         ({"model": [PPCA(1), PPCA(2)]}, holes, "heldout", "missing"),
@@ -331,7 +320,7 @@ def test_auto_takes_the_rule_that_fits_and_says_why():
         ({"model": [shared_level]}, X, "train", "evidence itself|point-estimated"),
     ]
     for grid, x, rule, why in cases:
-        s = search("auto", grid, cv=3).fit(x)
+        s = search(Auto(cv=3), grid).fit(x)
         assert s.evidence_ == rule, grid
         assert pd.Series([s.evidence_reason_]).str.contains(why).all()
 
@@ -346,8 +335,8 @@ def test_one_vector_has_one_score():
 
 
 def test_missing_cells_held_out():
-    holes = np.where(np.random.default_rng(0).random(X.shape) < 0.1, np.nan, X)
-    s = search("heldout", {"model": [gaussian(3.0), gaussian(2.0)]}, cv=3).fit(holes)
+    holes = with_holes(X, 0.1)
+    s = search(HeldOut(cv=3), {"model": [gaussian(3.0), gaussian(2.0)]}).fit(holes)
     want = []
     for mean in (3.0, 2.0):
         total = 0.0
@@ -392,12 +381,12 @@ def test_one_scaling_for_all_is_fine():
 def test_a_pipeline_held_out_scores_one_table():
     """The scaler is fitted once, on all rows, so that every split's density is of the same numbers."""
     pipe = make_pipeline(StandardScaler(), BayesMPT(PPCA(1)))
-    s = MarginalLikelihoodSearch(
-        pipe, {"bayesmpt__model__n_components": [1, 2]}, evidence="heldout", cv=N
-    ).fit(X)
-    z = (X - X.mean(0)) / X.std(0)
-    want = [sum(ppca_scores(np.delete(z, i, 0), z[i], k)[0] for i in range(N)) for k in (1, 2)]
-    check_results(s, want)
+    n, x = 20, X[:20]
+    grid = {"bayesmpt__model__n_components": [1, 2]}
+    s = MarginalLikelihoodSearch(pipe, grid, evidence=HeldOut(cv=n)).fit(x)
+    z = (x - x.mean(0)) / x.std(0)
+    want = [sum(ppca_scores(np.delete(z, i, 0), z[i], k)[0] for i in range(n)) for k in (1, 2)]
+    check_results(s, want, n)
 
 
 class Halved(TransformerMixin, BaseEstimator):
@@ -411,14 +400,14 @@ class Halved(TransformerMixin, BaseEstimator):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("evidence", ["laplace", "heldout"])
+@pytest.mark.parametrize("evidence", ["laplace", HeldOut(2)])
 @pytest.mark.parametrize("step", [Halved(), FunctionTransformer(lambda x: x / 2), "passthrough", None])
 def test_a_step_that_learns_nothing(step, evidence):
     pipe = Pipeline([("scale", StandardScaler()), ("half", step), ("mpt", BayesMPT(PPCA(1), random_state=0))])
     grid = {"mpt__model__n_components": [1, 2]}
-    s = MarginalLikelihoodSearch(pipe, grid, evidence=evidence, cv=2, random_state=0).fit(X)
+    s = MarginalLikelihoodSearch(pipe, grid, evidence=evidence, random_state=0).fit(X)
     z = (X - X.mean(0)) / X.std(0) / (1 if step in ("passthrough", None) else 2)
-    plain = search(evidence, {"model__n_components": [1, 2]}, cv=2).fit(z)
+    plain = search(evidence, {"model__n_components": [1, 2]}).fit(z)
     np.testing.assert_allclose(numbers(s.comparison_), numbers(plain.comparison_), rtol=1e-9)
     np.testing.assert_allclose(s.score_samples(X), plain.score_samples(z), rtol=1e-9)
     table = compare({"one": s.best_estimator_}, X, evidence="train")
@@ -439,9 +428,9 @@ def test_other_features_are_refused():
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning", "ignore:the importance weights")
 def test_single_and_double_precision_are_compared():
-    models = [PPCA(1), VAE(1, likelihood="gaussian", hidden=(4,))]
+    network = {"model": [VAE(1, likelihood="gaussian", hidden=(4,))], "training": [Epochs(max_epochs=3)]}
     kept = MarginalLikelihoodSearch(
-        BayesMPT(max_iter=3, random_state=0), {"model": models}, evidence="heldout", cv=2
+        BayesMPT(random_state=0), [{"model": [PPCA(1)]}, network], evidence=HeldOut(cv=2)
     )
     assert np.isfinite(kept.fit(X).cv_results_["lml"]).all()
 
@@ -465,13 +454,15 @@ def test_probabilities_against_densities_are_refused():
         MaskedPatches((2, 3), patch=1, width=8, likelihood="categorical"),
         MaskedTransformer(8, 1, 2),
     ]
-    settings = {"max_iter": 1, "validation_fraction": 0.0, "random_state": 0}
-    s = MarginalLikelihoodSearch(BayesMPT(**settings), {"model": networks}, cv=2).fit(codes)
+    settings = {"training": Epochs(max_epochs=1, validation_fraction=0.0), "random_state": 0}
+    s = MarginalLikelihoodSearch(BayesMPT(**settings), {"model": networks}, evidence=Auto(cv=2)).fit(codes)
     assert s.comparison_["lml"].notna().all()
     normal = MaskedPatches((2, 3), patch=1, width=8, likelihood="gaussian")
     for other in (normal, PPCA(1)):
         with pytest.raises(ValueError, match=r"(?s)not comparable.*densities"):
-            MarginalLikelihoodSearch(BayesMPT(**settings), {"model": [*networks, other]}, cv=2).fit(codes)
+            MarginalLikelihoodSearch(
+                BayesMPT(**settings), {"model": [*networks, other]}, evidence=Auto(cv=2)
+            ).fit(codes)
 
 
 @pytest.mark.slow
@@ -482,9 +473,10 @@ def test_integrated_against_point_estimated_is_refused():
     with pytest.raises(ValueError, match="not comparable"):  # rows are tokens of one vector in one of them
         search("auto", {"model": [PPCA(1), PPCA(2), shared_level]}).fit(X)
     # held-out rows can be compared: both predict
-    s = search("heldout", {"model": [PPCA(1), gaussian(3.0)]}, cv=N).fit(X)
-    want = [sum(ppca_scores(np.delete(X, i, 0), X[i], 1)[0] for i in range(N)), gaussian_scores(X, 3.0).sum()]
-    check_results(s, want)
+    n, x = 20, X[:20]
+    s = search(HeldOut(cv=n), {"model": [PPCA(1), gaussian(3.0)]}).fit(x)
+    want = [sum(ppca_scores(np.delete(x, i, 0), x[i], 1)[0] for i in range(n)), gaussian_scores(x, 3.0).sum()]
+    check_results(s, want, n)
 
 
 def half_integrated(x):
@@ -549,7 +541,9 @@ def test_a_likelihood_without_bound_is_an_error_that_names_columns(what, named, 
     """A density can be as narrow as it likes where the rows have no spread: any number of nats would come first."""
     x = repeated(what)
     grid = {"model": [PPCA(1), *models]}
-    s = MarginalLikelihoodSearch(BayesMPT(max_iter=100, random_state=0), grid, evidence="train").fit(x)
+    s = MarginalLikelihoodSearch(
+        BayesMPT(training=Ascent(max_iter=100), random_state=0), grid, evidence="train"
+    ).fit(x)
     failed = s.comparison_.iloc[1:]
     assert s.best_index_ == 0 and failed["lml"].isna().all() and len(failed) == len(models)
     assert failed["diag"].str.contains(named).all() and not failed["diag"].str.contains("'e'").any()
@@ -562,9 +556,11 @@ def test_a_likelihood_without_bound_is_an_error_that_names_columns(what, named, 
 def test_a_constant_column_with_missing_cells_too():
     x = repeated("constant", holes=True)
     grid = {"model": [PPCA(1), PPCA(5), FactorAnalysis(1), GaussianMixture(2, "diag")]}
-    s = MarginalLikelihoodSearch(BayesMPT(max_iter=60, random_state=0), grid, evidence="train").fit(x)
+    s = MarginalLikelihoodSearch(
+        BayesMPT(training=Ascent(max_iter=60), random_state=0), grid, evidence="train"
+    ).fit(x)
     assert s.best_index_ == 0 and s.comparison_["diag"].iloc[1:].str.contains("'d'").all()
-    five = BayesMPT(PPCA(5), max_iter=60, random_state=0).fit(x)
+    five = BayesMPT(PPCA(5), training=Ascent(max_iter=60), random_state=0).fit(x)
     fits = {"one": BayesMPT(PPCA(1)).fit(x), "five": five}
     assert "'d'" in compare(fits, x, evidence="train").loc["five", "diag"]
 
@@ -605,7 +601,7 @@ def test_a_candidate_that_fails_in_its_folds_only():
             raise RuntimeError("too few rows")
         loc_only(x)
 
-    s = search("heldout", {"model": [loc_only, needs_all]}, cv=3).fit(X)
+    s = search(HeldOut(cv=3), {"model": [loc_only, needs_all]}).fit(X)
     assert s.best_index_ == 0 and "too few rows" in s.comparison_["diag"].iloc[1]
     assert math.isnan(s.cv_results_["mean_test_score"][1])
     assert np.isnan(s.cv_results_["split0_test_score"][1]) and np.isfinite(
@@ -633,21 +629,25 @@ def test_the_best_predicts_with_its_errors():
     x = np.linspace(0, 3, 12)[:, None]
     y = np.sin(3 * x[:, 0]) + 0.1 * RNG.normal(size=12)
     new = np.array([[0.4], [1.3], [4.0]])
-    s = MarginalLikelihoodSearch(BayesMPT(GaussianProcess(), penalty=True), {"tol": [1e-8]}, evidence="train")
+    s = MarginalLikelihoodSearch(
+        BayesMPT(GaussianProcess(), penalty=True), {"training": [Ascent(tol=1e-8)]}, evidence="train"
+    )
     best = s.fit(x, y).best_estimator_
     mean, cov = s.predict(new, return_cov=True)
     np.testing.assert_array_equal(s.predict(new), mean)
     np.testing.assert_array_equal(cov, best.predict(new, return_cov=True)[1])
     np.testing.assert_allclose(s.predict(new, return_std=True)[1], np.sqrt(np.diag(cov)), rtol=1e-9)
     pipe = make_pipeline(StandardScaler(), BayesMPT(GaussianProcess(), penalty=True))
-    piped = MarginalLikelihoodSearch(pipe, {"bayesmpt__tol": [1e-8]}, evidence="train").fit(x, y)
+    piped = MarginalLikelihoodSearch(pipe, {"bayesmpt__training": [Ascent(tol=1e-8)]}, evidence="train").fit(
+        x, y
+    )
     z = (new - x.mean()) / x.std()
     want = piped.best_estimator_[-1].predict(z, return_std=True)[1]
     np.testing.assert_allclose(piped.predict(new, return_std=True)[1], want, rtol=1e-9)
 
 
 def test_the_best_is_fitted_on_all_rows():
-    s = search("heldout", cv=3).fit(X)
+    s = search(HeldOut(cv=3)).fit(X)
     k = s.best_params_["model__n_components"]
     np.testing.assert_allclose(s.score_samples(X), ppca_scores(X, X, k), atol=1e-7)
     assert s.score(X) == pytest.approx(ppca_scores(X, X, k).mean(), abs=1e-8)
@@ -665,7 +665,7 @@ def test_the_same_call_gives_the_same_ranking(in_pipeline):
             steps = [("normal", QuantileTransformer(n_quantiles=9, subsample=20)), ("mpt", estimator)]
             estimator = Pipeline(steps)
         grid = {f"{prefix}model__n_components": [3, 5]}
-        s = MarginalLikelihoodSearch(estimator, grid, cv=2, random_state=random_state).fit(x)
+        s = MarginalLikelihoodSearch(estimator, grid, evidence=Auto(cv=2), random_state=random_state).fit(x)
         states = {k: v for k, v in estimator.get_params().items() if k.endswith("random_state")}
         assert states.pop(f"{prefix}random_state") == own  # ours is not touched
         assert all(v is None for v in states.values())
@@ -695,9 +695,9 @@ def test_the_same_call_gives_the_same_ranking(in_pipeline):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("evidence", ["laplace", "heldout"])
+@pytest.mark.parametrize("evidence", ["laplace", HeldOut(3, n_repeats=2)])
 def test_two_jobs_give_what_one_gives(evidence):
-    one, two = (search(evidence, n_jobs=j, cv=3, n_repeats=2).fit(X) for j in (1, 2))
+    one, two = (search(evidence, n_jobs=j).fit(X) for j in (1, 2))
     pd.testing.assert_frame_equal(one.comparison_, two.comparison_, rtol=1e-12)
     np.testing.assert_array_equal(one.transform(X), two.transform(X))
 
@@ -754,24 +754,24 @@ def test_a_search_takes_up_after_a_crash(tmp_path, fits, error):
 
 
 def test_a_crash_in_the_folds_loses_one_candidate(tmp_path, fits):
-    want = search("heldout", cv=4).fit(X).comparison_
+    want = search(HeldOut(cv=4)).fit(X).comparison_
     assert fits.n == 3 + 12
     fits.n, fits.crash_at = 0, 3 + 4 + 2  # the second fold of the second candidate
     with pytest.raises(Crash):
-        search("heldout", cv=4, checkpoint_dir=tmp_path).fit(X)
+        search(HeldOut(cv=4), checkpoint_dir=tmp_path).fit(X)
     fits.n, fits.crash_at = 0, None
-    resumed = search("heldout", cv=4, checkpoint_dir=tmp_path).fit(X)
+    resumed = search(HeldOut(cv=4), checkpoint_dir=tmp_path).fit(X)
     assert fits.n == 8
     pd.testing.assert_frame_equal(resumed.comparison_, want)
 
 
 @pytest.mark.slow
 def test_a_checkpoint_is_of_its_data_and_settings(tmp_path, fits):
-    search("heldout", cv=3, checkpoint_dir=tmp_path).fit(X)
+    search(HeldOut(cv=3), checkpoint_dir=tmp_path).fit(X)
 
-    def n_fits(x=X, evidence="heldout", **kw):
+    def n_fits(x=X, evidence=None):
         fits.n = 0
-        s = search(evidence, checkpoint_dir=tmp_path, **{"cv": 3, **kw}).fit(x)
+        s = search(evidence or HeldOut(3), checkpoint_dir=tmp_path).fit(x)
         return fits.n, s
 
     assert n_fits()[0] == 0
@@ -779,9 +779,9 @@ def test_a_checkpoint_is_of_its_data_and_settings(tmp_path, fits):
     other[7, 3] += 1e-6
     assert n_fits(other)[0] == 3 + 9
     assert n_fits(X[::-1].copy())[0] == 3 + 9
-    count, s = n_fits(cv=4)
+    count, s = n_fits(evidence=HeldOut(4))
     assert count >= 12
-    pd.testing.assert_frame_equal(s.comparison_, search("heldout", cv=4).fit(X).comparison_)
+    pd.testing.assert_frame_equal(s.comparison_, search(HeldOut(cv=4)).fit(X).comparison_)
     count, s = n_fits(X, "train")
     np.testing.assert_allclose(
         s.cv_results_["lml"], [ppca_scores(X, X, k).sum() for k in (1, 2, 3)], atol=1e-6
@@ -808,7 +808,7 @@ def test_a_checkpoint_tells_programs_apart(tmp_path, make):
 
 def test_refuses_the_checkpoint_of_a_training(tmp_path):
     """All candidates and folds would be what the first of them left there."""
-    estimator = BayesMPT(PPCA(1), checkpoint=tmp_path / "training.pt", random_state=0)
+    estimator = BayesMPT(PPCA(1), training=Epochs(checkpoint=tmp_path / "training.pt"), random_state=0)
     with pytest.raises(ValueError, match="checkpoint_dir"):
         MarginalLikelihoodSearch(estimator, GRID).fit(X)
 
@@ -840,12 +840,14 @@ def test_a_failed_candidate_is_tried_again(tmp_path, fits):
 # ------------------------------------------------------------------------------------------------------- compare
 
 
-FITTED = {k: BayesMPT(PPCA(k), random_state=0).fit(X) for k in (1, 2, 3)}
+@pytest.fixture(scope="module")
+def fitted():
+    return {k: BayesMPT(PPCA(k), random_state=0).fit(X) for k in (1, 2, 3)}
 
 
-def test_compare_on_the_training_rows():
-    by_row = {f"k{k}": ppca_scores(X, X, k) for k in FITTED}
-    table = compare({f"k{k}": m for k, m in FITTED.items()}, X, evidence="train")
+def test_compare_on_the_training_rows(fitted):
+    by_row = {f"k{k}": ppca_scores(X, X, k) for k in fitted}
+    table = compare({f"k{k}": m for k, m in fitted.items()}, X, evidence="train")
     assert list(table.columns) == COLUMNS and list(table.index) == ["k3", "k2", "k1"]
     np.testing.assert_allclose(table["lml"], [by_row[n].sum() for n in table.index], atol=1e-6)
     check_dse(table, list(by_row), list(by_row.values()))
@@ -856,18 +858,18 @@ def test_compare_on_the_training_rows():
     )
 
 
-def test_compare_by_laplace_is_the_search():
-    table = compare({f"k{k}": m for k, m in FITTED.items()}, X, evidence="laplace")
+def test_compare_by_laplace_is_the_search(fitted):
+    table = compare({f"k{k}": m for k, m in fitted.items()}, X, evidence="laplace")
     found = search("laplace").fit(X).comparison_
     np.testing.assert_allclose(
         table.drop(columns="diag").to_numpy(float), found.drop(columns="diag").to_numpy(float), atol=1e-8
     )
 
 
-def test_compare_on_new_rows():
+def test_compare_on_new_rows(fitted):
     new = np.random.default_rng(5).normal(size=(40, T)) + 3
-    by_row = {f"k{k}": ppca_scores(X, new, k) for k in FITTED}
-    table = compare({f"k{k}": m for k, m in FITTED.items()}, new, evidence="heldout")
+    by_row = {f"k{k}": ppca_scores(X, new, k) for k in fitted}
+    table = compare({f"k{k}": m for k, m in fitted.items()}, new, evidence="heldout")
     for name in by_row:
         assert table.loc[name, "lml"] == pytest.approx(by_row[name].sum(), abs=1e-5)
     check_dse(table, list(by_row), list(by_row.values()))
@@ -891,9 +893,12 @@ def test_compare_does_what_the_search_does_where_parameters_are_point_estimated(
     }
     before = {name: (m.log_marginal_likelihood_, m.score_samples(CLUSTERS)) for name, m in fits.items()}
     best_by_train = max(fits, key=lambda name: fits[name].log_marginal_likelihood_)
-    table = compare(fits, CLUSTERS, cv=3, n_repeats=2, random_state=3)
+    table = compare(fits, CLUSTERS, evidence=Auto(cv=3, n_repeats=2), random_state=3)
     s = MarginalLikelihoodSearch(
-        BayesMPT(GaussianMixture(2, "diag"), random_state=7), grid, cv=3, n_repeats=2, random_state=3
+        BayesMPT(GaussianMixture(2, "diag"), random_state=7),
+        grid,
+        evidence=Auto(cv=3, n_repeats=2),
+        random_state=3,
     ).fit(CLUSTERS)
     assert table.index[0] == "n_components=2" != best_by_train == "n_components=3"
     assert list(table.index) == list(s.comparison_.index)
@@ -908,14 +913,15 @@ def test_compare_does_what_the_search_does_where_parameters_are_point_estimated(
     assert train.index[0] == "n_components=3" and (train["diag"] == "train").all()
 
 
+@pytest.mark.slow
 def test_compare_takes_what_is_comparable_of_mixed_families():
     fits = {m: BayesMPT(p, random_state=0).fit(X) for m, p in (("ppca", PPCA(1)), ("loc", loc_only))}
-    assert (compare(fits, X, cv=3, random_state=0)["diag"] == "heldout").all()
+    assert (compare(fits, X, evidence=Auto(cv=3), random_state=0)["diag"] == "heldout").all()
     table = compare({"ppca": fits["ppca"], "fa": BayesMPT(FactorAnalysis(1)).fit(X)}, X)
     assert table["diag"].tolist() == ["laplace"] * 2 and table["weight"].sum() == pytest.approx(1)
     # asked for on the rows of the fits, folds hold rows out, and leave-one-out has one partition only
     x = X[:12]
-    loo = compare({k: BayesMPT(PPCA(k)).fit(x) for k in (1, 2)}, x, evidence="heldout", cv=len(x))
+    loo = compare({k: BayesMPT(PPCA(k)).fit(x) for k in (1, 2)}, x, evidence=HeldOut(cv=len(x)))
     for k in (1, 2):
         want = sum(ppca_scores(np.delete(x, i, 0), x[i], k)[0] for i in range(len(x)))
         assert loo.loc[k, "lml"] == pytest.approx(want, abs=1e-5)
@@ -951,19 +957,19 @@ def test_compare_gives_a_model_that_fails_in_its_folds_its_error():
 
     fits = {"loc": BayesMPT(loc_only).fit(X), "fails": BayesMPT(fails_again).fit(X)}
     calls.append(1)
-    table = compare(fits, X, cv=3)
+    table = compare(fits, X, evidence=Auto(cv=3))
     assert table.index[0] == "loc" and "too few rows" in table.loc["fails", "diag"]
     assert math.isnan(table.loc["fails", "lml"])
     with pytest.raises(ValueError, match="too few rows"):
-        compare({"fails": fits["fails"]}, X, cv=3)
+        compare({"fails": fits["fails"]}, X, evidence=Auto(cv=3))
 
 
-def test_compare_refuses_what_is_not_comparable():
+def test_compare_refuses_what_is_not_comparable(fitted):
     other_rows = BayesMPT(PPCA(1)).fit(X[:50])
     scaled = make_pipeline(StandardScaler(), BayesMPT(PPCA(1))).fit(X)
     narrow = BayesMPT(PPCA(1)).fit(X[:, :4])
     fixed = BayesMPT(gaussian(3.0)).fit(X)
-    good = {"a": FITTED[1], "b": FITTED[2]}
+    good = {"a": fitted[1], "b": fitted[2]}
     for name, offender in {"rows": other_rows, "scaled": scaled, "narrow": narrow, "fixed": fixed}.items():
         with pytest.raises(ValueError, match=rf"'{name}'"):
             compare({**good, name: offender}, X, evidence="train")
@@ -986,9 +992,7 @@ def test_the_kind_and_the_dimension_of_wine_by_held_out_likelihood():
     s = MarginalLikelihoodSearch(
         BayesMPT(PPCA(1)),
         {"model__n_components": [1, 3, 5]},
-        evidence="heldout",
-        cv=10,
-        n_repeats=3,
+        evidence=HeldOut(cv=10, n_repeats=3),
         random_state=1,
     ).fit(x)
     loop = []
@@ -1006,14 +1010,16 @@ def test_the_kind_and_the_dimension_of_wine_by_held_out_likelihood():
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_candidates_trained_on_masks():
     s = MarginalLikelihoodSearch(
-        BayesMPT(PPCA(1), masks=UniformSize(12), max_iter=250, random_state=0), GRID, evidence="train"
+        BayesMPT(PPCA(1), masks=UniformSize(12), random_state=0, training=Steps(max_iter=250)),
+        {"model__n_components": [1, 2]},
+        evidence="train",
     ).fit(X)
-    want = np.array([ppca_scores(X, X, k).sum() for k in (1, 2, 3)])
+    want = np.array([ppca_scores(X, X, k).sum() for k in (1, 2)])
     assert (s.cv_results_["lml"] <= want + 1e-6).all()
     assert (s.cv_results_["lml"] > want - 0.05 * N).all()
 
 
 def test_torch_threads_are_left_alone():
     before = torch.get_num_threads()
-    search("heldout", cv=3).fit(X)
+    search(HeldOut(cv=3)).fit(X)
     assert torch.get_num_threads() == before

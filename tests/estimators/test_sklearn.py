@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 import pyro
 import pytest
-from scipy.stats import multivariate_normal
 from sklearn.base import clone
 from sklearn.datasets import load_iris, load_wine
 from sklearn.decomposition import PCA
@@ -17,10 +16,12 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils import estimator_checks as checks
 from sklearn.utils.estimator_checks import parametrize_with_checks
+from truths import log_density, ppca
 
 from bayes_mpt import BayesMPT, MarginalLikelihoodSearch
 from bayes_mpt.masks import UniformSize
 from bayes_mpt.models import PPCA, FactorAnalysis
+from bayes_mpt.training import Ascent, Steps
 
 SEED = 1991
 N_ROWS, T, K = 80, 6, 2
@@ -86,25 +87,6 @@ def x_missing(x):
     return x
 
 
-def ppca_optimum(x, n_components):
-    """Mean and covariance at the maximum of the likelihood (Tipping & Bishop 1999, eq. 7-8)."""
-    mean = x.mean(0)
-    value, vector = np.linalg.eigh((x - mean).T @ (x - mean) / len(x))
-    noise = value[:-n_components].mean()
-    vector = vector[:, -n_components:]
-    return mean, (vector * (value[-n_components:] - noise)) @ vector.T + noise * np.eye(len(value))
-
-
-def log_density(x, mean, cov):
-    """Row by row, the Gaussian density of the observed cells."""
-    out = np.zeros(len(x))
-    for n, row in enumerate(x):
-        seen = np.flatnonzero(~np.isnan(row))
-        if seen.size:
-            out[n] = multivariate_normal(mean[seen], cov[np.ix_(seen, seen)]).logpdf(row[seen])
-    return out
-
-
 def posterior_and_filled(x, mean, loading, noise):
     """Posterior means of the latents and conditional means of the missing cells, by dense conditioning."""
     cov = loading @ loading.T + np.diag(noise)
@@ -128,7 +110,7 @@ def parameters(estimator):
 @pytest.mark.parametrize("n_components", [1, 2, 4])
 def test_fit_and_score_samples_at_the_closed_form_optimum(x, n_components):
     estimator = BayesMPT(model=PPCA(n_components)).fit(x)
-    truth = log_density(x, *ppca_optimum(x, n_components))
+    truth = log_density(x, *ppca(x, n_components))
     assert estimator.log_marginal_likelihood_ / N_ROWS == pytest.approx(truth.mean(), abs=1e-9)
     assert estimator.score(x) == pytest.approx(truth.mean(), abs=1e-9)
     np.testing.assert_allclose(estimator.score_samples(x), truth, rtol=0, atol=1e-7)
@@ -187,7 +169,7 @@ def test_sample_has_the_learnt_moments(x):
 def test_pipeline_with_standard_scaler(x):
     pipe = make_pipeline(StandardScaler(), BayesMPT(model=PPCA(2))).fit(x)
     scaled = (x - x.mean(0)) / x.std(0)
-    truth = log_density(scaled, *ppca_optimum(scaled, 2))
+    truth = log_density(scaled, *ppca(scaled, 2))
     assert pipe.score(x) == pytest.approx(truth.mean(), abs=1e-9)
     np.testing.assert_allclose(pipe.score_samples(x), truth, rtol=0, atol=1e-7)
     assert pipe.transform(x).shape == (N_ROWS, 2)
@@ -202,7 +184,7 @@ def test_grid_search_over_latent_dimensions(x, n_jobs):
     ).fit(x)
     for row, n_components in enumerate(dimensions):
         for fold, (train, test) in enumerate(folds.split(x)):
-            truth = log_density(x[test], *ppca_optimum(x[train], n_components)).mean()
+            truth = log_density(x[test], *ppca(x[train], n_components)).mean()
             assert search.cv_results_[f"split{fold}_test_score"][row] == pytest.approx(truth, abs=1e-7)
     assert search.best_params_ == {"model__n_components": 2}
     assert search.best_estimator_.n_components_ == 2
@@ -219,7 +201,7 @@ def test_cross_val_score_inside_a_pipeline(x):
     scores = cross_val_score(make_pipeline(StandardScaler(), BayesMPT(model=PPCA(2))), x, cv=KFold(3))
     for score, (train, test) in zip(scores, KFold(3).split(x), strict=True):
         mean, sd = x[train].mean(0), x[train].std(0)
-        optimum = ppca_optimum((x[train] - mean) / sd, 2)
+        optimum = ppca((x[train] - mean) / sd, 2)
         assert score == pytest.approx(log_density((x[test] - mean) / sd, *optimum).mean(), abs=1e-7)
 
 
@@ -228,7 +210,7 @@ def test_search_by_training_likelihood_has_the_closed_form_scores(x):
     search = MarginalLikelihoodSearch(
         BayesMPT(model=PPCA(1)), {"model__n_components": dimensions}, evidence="train"
     ).fit(x)
-    truth = [log_density(x, *ppca_optimum(x, k)).sum() for k in dimensions]
+    truth = [log_density(x, *ppca(x, k)).sum() for k in dimensions]
     ranked = search.comparison_.sort_values("rank")
     np.testing.assert_allclose(ranked["lml"], sorted(truth, reverse=True), rtol=0, atol=N_ROWS * 1e-8)
     assert search.best_params_ == {"model__n_components": dimensions[int(np.argmax(truth))]}
@@ -240,7 +222,7 @@ def test_search_by_training_likelihood_has_the_closed_form_scores(x):
 
 def test_search_delegates_to_the_best_estimator(x):
     search = a_search().fit(x)
-    truth = log_density(x, *ppca_optimum(x, search.best_params_["model__n_components"]))
+    truth = log_density(x, *ppca(x, search.best_params_["model__n_components"]))
     assert search.best_params_ == {"model__n_components": 2}
     assert search.score(x) == pytest.approx(truth.mean(), abs=1e-9)
     np.testing.assert_allclose(search.score_samples(x), truth, rtol=0, atol=1e-7)
@@ -250,7 +232,7 @@ def test_search_delegates_to_the_best_estimator(x):
 def test_search_in_a_pipeline_with_a_scaler(x):
     pipe = make_pipeline(StandardScaler(), a_search()).fit(x)
     scaled = (x - x.mean(0)) / x.std(0)
-    assert pipe.score(x) == pytest.approx(log_density(scaled, *ppca_optimum(scaled, 2)).mean(), abs=1e-9)
+    assert pipe.score(x) == pytest.approx(log_density(scaled, *ppca(scaled, 2)).mean(), abs=1e-9)
 
 
 # -- pandas
@@ -292,7 +274,7 @@ def test_nullable_pandas_columns(x_missing):
     "estimator",
     [
         BayesMPT(),
-        BayesMPT(model=PPCA(3), max_iter=7, random_state=5),
+        BayesMPT(model=PPCA(3), training=Ascent(max_iter=7), random_state=5),
         BayesMPT(model=FactorAnalysis(1)),
         a_search(),
     ],
@@ -364,20 +346,20 @@ def test_transform_keeps_the_dtype_and_scores_stay_exact(x, dtype):
     mean, loading, noise = parameters(estimator)
     rows = log_density(data.astype(float), mean.astype(float), loading @ loading.T + np.diag(noise))
     np.testing.assert_allclose(estimator.score_samples(data), rows, rtol=0, atol=1e-9)
-    truth = log_density(data.astype(float), *ppca_optimum(data.astype(float), 2))
+    truth = log_density(data.astype(float), *ppca(data.astype(float), 2))
     assert estimator.score(data) == pytest.approx(truth.mean(), abs=1e-9)
 
 
 def test_float32_far_from_zero_is_worked_in_float64(x):
     data = (x + 1e4).astype(np.float32)
     estimator = BayesMPT(model=PPCA(2)).fit(data)
-    truth = log_density(data.astype(float), *ppca_optimum(data.astype(float), 2)).mean()
+    truth = log_density(data.astype(float), *ppca(data.astype(float), 2)).mean()
     assert estimator.score(data) == pytest.approx(truth, abs=1e-9)
 
 
 def test_integers_are_numbers(x):
     data = np.round(10 * x).astype(int)
-    truth = log_density(data.astype(float), *ppca_optimum(data.astype(float), 2)).mean()
+    truth = log_density(data.astype(float), *ppca(data.astype(float), 2)).mean()
     assert BayesMPT(model=PPCA(2)).fit(data).score(data) == pytest.approx(truth, abs=1e-9)
 
 
@@ -389,7 +371,7 @@ def test_memory_layouts(x, layout):
         "readonly": lambda: _readonly(x),
         "list": lambda: x.tolist(),
     }[layout]()
-    truth = log_density(x, *ppca_optimum(x, 2)).mean()
+    truth = log_density(x, *ppca(x, 2)).mean()
     assert BayesMPT(model=PPCA(2)).fit(data).score(data) == pytest.approx(truth, abs=1e-9)
 
 
@@ -426,6 +408,7 @@ def em_with_missing_cells(x, n_components, n_steps):
     return mean, loading @ loading.T + noise * np.eye(x.shape[1])
 
 
+@pytest.mark.slow
 def test_fit_with_missing_cells_reaches_the_optimum(x_missing):
     estimator = BayesMPT(model=PPCA(2)).fit(x_missing)
     truth = log_density(x_missing, *em_with_missing_cells(x_missing, 2, 1500)).mean()
@@ -457,6 +440,7 @@ def test_impute_of_complete_rows_is_the_identity(x):
     np.testing.assert_array_equal(BayesMPT(model=PPCA(2)).fit(x).impute(x), x)
 
 
+@pytest.mark.slow
 def test_grid_search_with_missing_cells(x_missing):
     search = GridSearchCV(BayesMPT(model=PPCA(1)), {"model__n_components": [1, 2]}, cv=KFold(2)).fit(
         x_missing
@@ -531,7 +515,7 @@ def test_callback_hooks_come_in_order(x):
 @needs_callbacks
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")  # 30 steps are few on purpose
 def test_a_callback_sees_the_iterations_and_can_stop_them(x):
-    settings = dict(model=PPCA(1), masks=UniformSize(4), max_iter=30, random_state=0)
+    settings = dict(model=PPCA(1), masks=UniformSize(4), training=Steps(max_iter=30), random_state=0)
     recorder = Recorder()
     BayesMPT(**settings).set_callbacks(recorder).fit(x)
     stopper = Recorder(stop_after=3)
@@ -557,7 +541,7 @@ def test_progress_bar(x, capsys):
 
     estimator = BayesMPT(model=PPCA(2)).set_callbacks(ProgressBar()).fit(x)
     assert "BayesMPT" in capsys.readouterr().out
-    assert estimator.score(x) == pytest.approx(log_density(x, *ppca_optimum(x, 2)).mean(), abs=1e-9)
+    assert estimator.score(x) == pytest.approx(log_density(x, *ppca(x, 2)).mean(), abs=1e-9)
 
 
 @needs_callbacks

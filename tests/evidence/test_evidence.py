@@ -173,6 +173,7 @@ def test_ppca_expands_at_the_maximum_of_the_likelihood():
     np.testing.assert_allclose(found.factors.noise, noise, rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [1, 2])
 def test_factor_analysis_expands_at_the_map_of_its_noise(k):
     n = 80

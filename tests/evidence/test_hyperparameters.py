@@ -128,6 +128,7 @@ def test_overlapping_modes_are_not_counted_twice():
     close(found, truth, 0.1)
 
 
+@pytest.mark.slow
 def test_error_is_calibrated():
     d, f = CASES["banana"]
     truth = grid_evidence(by_torch(f), d)
@@ -320,6 +321,7 @@ def test_prior_is_in_units_of_the_data():
         assert b.modes[0].log_joint - shift == pytest.approx(a.modes[0].log_joint, abs=0.01)
 
 
+@pytest.mark.slow
 def test_a_line_far_from_the_origin_is_a_line():
     """The constant of a line reaches to where it meets x = 0: without that a second kernel has to make up for it."""
     rng = np.random.default_rng(0)
@@ -383,6 +385,7 @@ def test_prior_of_something_else_is_refused():
 # -------------------------------------------------------------------------------------------- the estimator
 
 
+@pytest.mark.slow
 def test_penalty_is_the_maximum_a_posteriori():
     x, y = wave()
     free = BayesMPT(GaussianProcess()).fit(x, y)
@@ -469,6 +472,7 @@ def line():
 GRID = {"model": [GaussianProcess(LinearKernel()), GaussianProcess(ScaleKernel(MaternKernel(nu=0.5)))]}
 
 
+@pytest.mark.slow
 def test_search(line):
     x, y = line
     search = MarginalLikelihoodSearch(BayesMPT(), GRID).fit(x, y)
@@ -496,6 +500,7 @@ def test_search(line):
     assert best.log_marginal_likelihood_ == pytest.approx(held.log_marginal_likelihood_, abs=1e-2)
 
 
+@pytest.mark.slow
 def test_compare_agrees_with_search_and_leaves_models_alone(line):
     x, y = line
     fitted = {str(i): BayesMPT(model).fit(x, y) for i, model in enumerate(GRID["model"])}
@@ -540,6 +545,7 @@ def test_programs_without_a_prior_are_held_out(line):
         ).fit(x, y)
 
 
+@pytest.mark.slow
 def test_rules_that_need_independent_rows_are_refused(line):
     x, y = line
     with pytest.raises(ValueError, match="'cumulative' needs independent rows"):

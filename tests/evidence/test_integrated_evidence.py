@@ -1,7 +1,7 @@
 """Evidences with everything integrated, against closed forms, quadrature elsewhere, and long runs of other tools.
 
-The reference values are those of ``benchmarks/reference_evidence.py``, which uses nothing of ours; each was reached
-there by two independent ways.
+The reference values are those of ``benchmarks/accuracy/reference_evidence.py``, which uses nothing of ours; each was
+reached there by two independent ways.
 """
 
 import json
@@ -21,7 +21,7 @@ from bayes_mpt import BayesMPT
 from bayes_mpt.models import BayesianRegression
 from bayes_mpt.predictors import Importance, Quadrature, SequentialMonteCarlo
 
-REFERENCE = Path(__file__).parents[2] / "benchmarks" / "results" / "reference_evidence.json"
+REFERENCE = Path(__file__).parents[2] / "benchmarks" / "accuracy" / "reference_evidence.json"
 
 
 def reference(problem):

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from truths import every_mask, lml_weights
 
 transformers = pytest.importorskip("transformers", reason="the extra `language` is not installed")
 
@@ -76,10 +77,8 @@ class EveryMask(Policy):
     is_lml, deterministic = True, True
 
     def draw(self, n_tokens, random_state=None):
-        hidden = torch.tensor(list(itertools.product([False, True], repeat=n_tokens))[1:])
-        m = hidden.sum(1)
-        weight = torch.tensor([1.0 / (int(k) * math.comb(n_tokens, int(k))) for k in m], dtype=torch.float64)
-        return Masks(~hidden, None, hidden * weight[:, None])
+        visible = every_mask(n_tokens)
+        return Masks(torch.from_numpy(visible), None, torch.from_numpy(lml_weights(visible)))
 
 
 @pytest.mark.parametrize("kind", ["Bert", "Roberta"])
@@ -284,6 +283,7 @@ def test_masked_curve():
             lm.masked_curve(TEXTS, wrong)
 
 
+@pytest.mark.slow
 def test_comparison():
     cut = tokenizer()
     models = {str(s): MaskedLanguageModel(network(seed=s), cut) for s in range(3)}

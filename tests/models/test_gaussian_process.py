@@ -34,6 +34,7 @@ from bayes_mpt import BayesMPT, MarginalLikelihoodSearch
 from bayes_mpt.models import GaussianProcess
 from bayes_mpt.models.kernels import Line, Power, from_sklearn, kernel_name
 from bayes_mpt.predictors import Importance
+from bayes_mpt.training import Ascent
 
 C, RBF, RQ = theirs.ConstantKernel, theirs.RBF, theirs.RationalQuadratic
 SIN, DOT, WHITE = theirs.ExpSineSquared, theirs.DotProduct, theirs.WhiteKernel
@@ -269,11 +270,13 @@ def test_several_outputs_by_a_column_of_tasks():
 def test_initial_values_come_from_all_rows():
     x = np.linspace(0, 100, 500)[:, None]
     y = x[:, 0] + np.sin(x[:, 0])
-    model = BayesMPT(GaussianProcess(ScaleKernel(PeriodicKernel()) + ScaleKernel(RBFKernel())), max_iter=1)
+    model = BayesMPT(
+        GaussianProcess(ScaleKernel(PeriodicKernel()) + ScaleKernel(RBFKernel())), training=Ascent(max_iter=1)
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.fit(x, y)
-    start = {n: float(torch.distributions.biject_to(c)(v)) for n, (v, c) in model._initial.items()}
+    start = {n: float(torch.distributions.biject_to(c)(v)) for n, (v, c) in model.fitted_.initial.items()}
     assert start["mean.constant"] == pytest.approx(y.mean())
     assert start["kernel.kernels.1.outputscale"] == pytest.approx(y.var(ddof=1))
     assert start["kernel.kernels.1.base_kernel.lengthscale"] == pytest.approx(0.2 * x.std() * np.sqrt(12))

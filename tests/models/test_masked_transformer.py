@@ -6,73 +6,28 @@ import numpy as np
 import pyro
 import pytest
 import torch
+from site_chain import STATES, TABLE, L, T, gap, log_source, logits, rows_and_masks, said, sample, shaken
 from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from truths import transformer_by_hand
 
 from bayes_mpt import BayesMPT
 from bayes_mpt.masks import UniformSize, one_each
-from bayes_mpt.models import Couplings, MaskedTransformer, contrastive_loss, masked_transformer
+from bayes_mpt.models import MaskedTransformer, contrastive_loss, masked_transformer
 from bayes_mpt.models.masked_transformer import PART, _Codes, _LookedUp
 from bayes_mpt.predictors import SelfPredictive
 from bayes_mpt.program.sites import base
+from bayes_mpt.training import Epochs
 
-T, L = 6, 3
+pytestmark = pytest.mark.usefixtures("nothing_left_behind")
+
 KINDS = [
     {},
     {"head": "contrastive"},
     {"groups": range(T), "n_levels": [3, 2, 3, 4, 3, 3]},
 ]
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_behind():
-    pyro.clear_param_store()
-    torch.manual_seed(1991)
-    before = torch.get_rng_state()
-    yield
-    assert torch.equal(before, torch.get_rng_state())
-
-
-def source():
-    """A chain of sites with three levels, neighbours alike."""
-    w = torch.zeros(T, L, T, L, dtype=torch.float64)
-    for i in range(T - 1):
-        w[i, :, i + 1] = w[i + 1, :, i] = 2.0 * torch.eye(L, dtype=torch.float64)
-    field = torch.zeros(T, L, dtype=torch.float64)
-    field[::2, 0] = 0.5
-    return Couplings(field, w)
-
-
-STATES = torch.cartesian_prod(*[torch.arange(L)] * T)  # (L^T, T)
-TABLE = source().log_prob(STATES)
-
-
-def sample(n, seed):
-    index = torch.multinomial(TABLE.exp(), n, True, generator=torch.Generator().manual_seed(seed))
-    return STATES[index].numpy().astype(np.float32)
-
-
-def gap(model):
-    """Entropy of the source that the area misses, nats a row: expectation over all L^T rows."""
-    return float(TABLE.exp().numpy() @ (TABLE.numpy() - model.score_samples(STATES.float().numpy())))
-
-
-def said(model, x, visible):
-    return base(pyro.poutine.trace(model).get_trace(x, visible).nodes["x"]["fn"]).logits
-
-
-def logits(model, x, visible):
-    """What is said of all tokens (N, T, L), at parameters away from their start."""
-    with pyro.get_param_store().scope(), torch.random.fork_rng():
-        torch.manual_seed(0)
-        first = torch.as_tensor(sample(50, 9)).clamp(max=1)
-        model(first, torch.ones_like(first, dtype=torch.bool))
-        with torch.no_grad():
-            for _, leaf in pyro.get_param_store().named_parameters():
-                leaf += 0.3 * torch.randn(leaf.shape)
-            return said(model, x, visible)
 
 
 # -------------------------------------------------------------------------------------------------------- the program
@@ -105,89 +60,23 @@ def test_codes_that_a_column_cannot_have_get_no_probability():
     assert bool((found[:, 3] > 0).all())
 
 
-def by_hand(p, x, visible, n_heads, n_layers, pulled=lambda layer, seen: 1.0):
-    """The network in numpy, token by token.
-
-    Logits (N, T, L), states (N, layers + 1, T, D), shares of attention (N, layers, H, T, T); ``pulled`` says by what
-    the pull of visible tokens to all of them is multiplied.
-    """
-    n_tokens, d = x.shape[1], p["mask"].shape[-1]
-    size = d // n_heads
-
-    def norm(h, name):
-        centred = h - h.mean(-1, keepdims=True)
-        unit = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
-        return unit * p[f"{name}.scale"] + p[f"{name}.shift"]
-
-    logits, states, shares = [], [], np.zeros((len(x), n_layers, n_heads, n_tokens, n_tokens))
-    for row in range(len(x)):
-        seen = visible[row]
-        h = np.stack([p["embedding"][0, int(x[row, t])] if seen[t] else p["mask"] for t in range(n_tokens)])
-        of_row = [h]
-        h = h + p["position"]
-        for layer in range(n_layers):
-            q, k, v = np.split(norm(h, f"layer{layer}.norm1") @ p[f"layer{layer}.attend"].T, 3, axis=-1)
-            found = np.zeros((n_tokens, d))
-            for head in range(n_heads):
-                own = slice(head * size, (head + 1) * size)
-                for i in range(n_tokens):
-                    pull = np.exp(q[i, own] @ k[:, own].T / math.sqrt(size))
-                    if seen[i]:
-                        pull = pull * pulled(layer, seen)
-                    shares[row, layer, head, i] = pull / pull.sum()
-                    found[i, own] = shares[row, layer, head, i] @ v[:, own]
-            h = h + found @ p[f"layer{layer}.attended"].T
-            up = norm(h, f"layer{layer}.norm2") @ p[f"layer{layer}.up"].T + p[f"layer{layer}.up_bias"]
-            bump = 0.5 * up * (1 + np.vectorize(math.erf)(up / math.sqrt(2)))
-            h = h + bump @ p[f"layer{layer}.down"].T
-            of_row.append(h)
-        out = norm(h, "norm") @ p["embedding"][0].T + p["bias"]
-        logits.append(out - np.log(np.exp(out).sum(-1, keepdims=True)))
-        states.append(of_row)
-    return np.stack(logits), np.array(states), shares
-
-
-@pytest.fixture
-def in_double():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-def shaken(model, x):
-    """Parameters of the program (in the store) moved away from their start."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model(x, torch.ones_like(x, dtype=torch.bool))
-        with torch.no_grad():
-            for _, leaf in pyro.get_param_store().named_parameters():
-                leaf += 0.3 * torch.randn(leaf.shape)
-    return {name: leaf.detach().numpy().copy() for name, leaf in pyro.get_param_store().named_parameters()}
-
-
-def rows_and_masks(n=12):
-    """Some tokens visible, at least two, and some hidden."""
-    x = torch.as_tensor(sample(n, 3)).double()
-    visible = torch.rand(x.shape, generator=torch.Generator().manual_seed(1)) < 0.5
-    visible[:, :2], visible[:, 5] = True, False
-    return x, visible
-
-
 @pytest.mark.parametrize("n_layers", [1, 2, 4])
-def test_the_network_is_the_one_written_out(in_double, n_layers):
+def test_the_network_is_the_one_written_out(own_store, in_double, n_layers):
     x, visible = rows_and_masks()
     model = MaskedTransformer(8, n_layers, 2, n_levels=L)
     params = shaken(model, x)
     with torch.no_grad():
         found = said(model, x, visible)
-    expected, _, _ = by_hand(params, x.numpy(), visible.numpy(), 2, n_layers)
+    expected, _, _ = transformer_by_hand(params, x.numpy(), visible.numpy(), 2, n_layers)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-11)
 
 
 def test_training_starts_at_independent_columns():
     X = sample(300, 0)
     with pytest.warns(ConvergenceWarning):
-        model = BayesMPT(MaskedTransformer(16), max_iter=1, learning_rate=1e-9, random_state=0).fit(X)
+        model = BayesMPT(
+            MaskedTransformer(16), training=Epochs(max_epochs=1, learning_rate=1e-9), random_state=0
+        ).fit(X)
     shares = np.stack([np.bincount(c.astype(int), minlength=L) for c in X.T]) / len(X)
     independent = (shares * np.log(shares)).sum()
     assert abs(model.score(X) - independent) < 0.03
@@ -200,7 +89,9 @@ def test_training_starts_at_independent_columns():
 def fitted():
     with pyro.get_param_store().scope(), torch.random.fork_rng():
         return {
-            n: BayesMPT(MaskedTransformer(24), learning_rate=3e-3, random_state=0).fit(sample(n, 0))
+            n: BayesMPT(MaskedTransformer(24), training=Epochs(learning_rate=3e-3), random_state=0).fit(
+                sample(n, 0)
+            )
             for n in (400, 3000)
         }
 
@@ -214,9 +105,10 @@ def test_area_lies_below_the_exact_log_likelihood_and_approaches_it(fitted):
     assert 0 < many < 0.1
     assert many < 0.5 * few and few < 0.5 * independent
     fresh = sample(2000, 1)  # and on rows as they come
-    assert abs(source().log_prob(fresh).numpy() - fitted[3000].score_samples(fresh)).mean() < 0.5
+    assert abs(log_source(torch.as_tensor(fresh)).numpy() - fitted[3000].score_samples(fresh)).mean() < 0.5
 
 
+@pytest.mark.slow
 def test_orders_disagree_and_it_is_told(fitted):
     fresh = sample(300, 1)
     spread = {}
@@ -229,7 +121,10 @@ def test_orders_disagree_and_it_is_told(fitted):
 
 @pytest.mark.slow
 def test_the_contrastive_head_learns_as_well():
-    settings = {"learning_rate": 3e-3, "validation_fraction": 0.0, "max_iter": 25, "random_state": 0}
+    settings = {
+        "training": Epochs(learning_rate=3e-3, validation_fraction=0.0, max_epochs=25),
+        "random_state": 0,
+    }
     model = BayesMPT(MaskedTransformer(24, head="contrastive"), predictor=SelfPredictive(2), **settings).fit(
         sample(1500, 0)
     )
@@ -248,8 +143,7 @@ def test_missing_cells_and_columns_with_other_levels(head):
     X[rng.random(X.shape) < 0.2] = np.nan
     model = BayesMPT(
         MaskedTransformer(16, 1, 2, groups=range(3), n_levels=(2, 5, 3), head=head),
-        learning_rate=5e-3,
-        max_iter=40,
+        training=Epochs(learning_rate=5e-3, max_epochs=40),
         predictor=SelfPredictive(2),
         random_state=0,
     ).fit(X)
@@ -265,14 +159,24 @@ def test_missing_cells_and_columns_with_other_levels(head):
 
 def test_resumes_to_the_bit(tmp_path):
     X = sample(300, 0)
-    settings = {"random_state": 3, "learning_rate": 3e-3}
+    settings = {"random_state": 3}
     file = tmp_path / "training.pt"
     with pytest.warns(ConvergenceWarning):
-        whole = BayesMPT(MaskedTransformer(16), max_iter=4, **settings).fit(X)
+        whole = BayesMPT(
+            MaskedTransformer(16), training=Epochs(max_epochs=4, learning_rate=3e-3), **settings
+        ).fit(X)
     with pytest.warns(ConvergenceWarning):
-        BayesMPT(MaskedTransformer(16), max_iter=2, checkpoint=file, **settings).fit(X)
+        BayesMPT(
+            MaskedTransformer(16),
+            training=Epochs(max_epochs=2, learning_rate=3e-3, checkpoint=file),
+            **settings,
+        ).fit(X)
     with pytest.warns(ConvergenceWarning):
-        resumed = BayesMPT(MaskedTransformer(16), max_iter=4, checkpoint=file, **settings).fit(X)
+        resumed = BayesMPT(
+            MaskedTransformer(16),
+            training=Epochs(max_epochs=4, learning_rate=3e-3, checkpoint=file),
+            **settings,
+        ).fit(X)
     assert resumed.history_ == whole.history_
     assert all((resumed.params_[k] == whole.params_[k]).all() for k in whole.params_)
     assert all(v.dtype == np.float32 for v in whole.params_.values())
@@ -281,7 +185,7 @@ def test_resumes_to_the_bit(tmp_path):
 def test_a_checkpoint_is_of_one_training_on_its_rows(tmp_path):
     """Folds of a cross-validation would be scored after a training on all rows, further starts be the first again."""
     file = tmp_path / "training.pt"
-    settings = {"max_iter": 1, "validation_fraction": 0.0, "random_state": 3, "checkpoint": file}
+    settings = {"training": Epochs(max_epochs=1, validation_fraction=0.0, checkpoint=file), "random_state": 3}
     BayesMPT(MaskedTransformer(16), **settings).fit(sample(300, 0))
     with pytest.raises(ValueError, match="other rows"):
         BayesMPT(MaskedTransformer(16), **settings).fit(sample(300, 0)[:200])
@@ -291,7 +195,7 @@ def test_a_checkpoint_is_of_one_training_on_its_rows(tmp_path):
 
 def test_a_column_of_one_level_may_be_missing():
     X = np.column_stack([sample(300, 0), np.zeros(300)])
-    settings = {"max_iter": 1, "validation_fraction": 0.0, "random_state": 0}
+    settings = {"training": Epochs(max_epochs=1, validation_fraction=0.0), "random_state": 0}
     model = BayesMPT(MaskedTransformer(16, n_levels=[L] * T + [1]), **settings).fit(X)
     assert (model.sample(20)[:, T] == 0).all()
     without = np.where(np.arange(T + 1) == T, np.nan, X[:5])
@@ -366,6 +270,7 @@ def test_draws_follow_the_read_out(contrastive):
     assert float(z.abs().max()) < 5 and bool((share[p == 0] == 0).all())
 
 
+@pytest.mark.slow
 def test_fills_holes_and_makes_rows(fitted):
     x = sample(20, 4)
     holes = np.where(np.random.default_rng(0).random(x.shape) < 0.3, np.nan, x)
@@ -499,7 +404,9 @@ def test_read_out_needs_the_frequencies():
     missed = {}
     for head in ("softmax", "contrastive"):
         program = MaskedTransformer(16, 1, 2, groups=range(2), n_levels=(n_contexts, n_words), head=head)
-        settings = {"batch_size": 400, "learning_rate": 5e-3, "max_iter": 25, "validation_fraction": 0.0}
+        settings = {
+            "training": Epochs(batch_size=400, learning_rate=5e-3, max_epochs=25, validation_fraction=0.0)
+        }
         model = BayesMPT(program, predictor=SelfPredictive(1), random_state=0, **settings).fit(X)
         rows = torch.stack([torch.arange(n_contexts), torch.zeros(n_contexts)], 1)
         with model.read_rows(rows.numpy()) as _, torch.no_grad():
@@ -563,6 +470,7 @@ def test_refused_cells(cell, words):
         BayesMPT(MaskedTransformer(16), random_state=0).fit(X)
 
 
+@pytest.mark.slow
 def test_refused_rows(fitted):
     model = fitted[400]
     X = sample(20, 2)
@@ -588,6 +496,8 @@ def test_one_mask_a_row_is_what_it_is_trained_on():
             super().__call__(x, visible)
 
     with pytest.warns(ConvergenceWarning):
-        BayesMPT(Spy(16, 1, 2), max_iter=1, random_state=0, predictor=SelfPredictive(1)).fit(sample(256, 0))
+        BayesMPT(
+            Spy(16, 1, 2), training=Epochs(max_epochs=1), random_state=0, predictor=SelfPredictive(1)
+        ).fit(sample(256, 0))
     assert len(one_each(UniformSize(64).draw(T, 0), 128, 0).visible) == 1
     assert all(len(v) <= 128 for v in seen) and len(seen[0].unique(dim=0)) > 5

@@ -24,6 +24,7 @@ from bayes_mpt.models import (
     MixtureOfFactorAnalyzers,
     Potts,
 )
+from bayes_mpt.training import Ascent
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(30, 5))
@@ -117,7 +118,7 @@ def test_mistakes_are_named_before_anything_runs():
         wrong = model.__class__(**{**model.get_params(deep=False), name: value})
         start = time.process_time()
         try:
-            BayesMPT(wrong, max_iter=1).fit(TABLES.get(type(model), X), X[:, 0])
+            BayesMPT(wrong, training=Ascent(max_iter=1)).fit(TABLES.get(type(model), X), X[:, 0])
         except (ValueError, TypeError) as error:
             said = str(error)
             # levels too few are said of the cell that has one more
@@ -267,7 +268,7 @@ def test_rows_that_are_not_ignored():
 @pytest.mark.parametrize("model", [PPCA(99), FactorAnalysis(6), MixtureOfFactorAnalyzers(1, 6)], ids=repr)
 def test_more_latents_than_columns(model):
     with pytest.warns(UserWarning, match=r"=(99|6) is more than the 5 columns of X"):
-        BayesMPT(model, tol=1e-4).fit(X)
+        BayesMPT(model, training=Ascent(tol=1e-4)).fit(X)
 
 
 @pytest.mark.filterwarnings("ignore:the training stopped")
@@ -287,5 +288,5 @@ def test_more_latents_than_columns(model):
 def test_codes_that_skip_a_level(model):
     x = np.array([[0.0, 1.0], [3.0, 0.0], [np.nan, 3.0], [1.0, 1.0]] * 3)
     with pytest.warns(UserWarning, match="go up to 3, but no cell holds 2: .*n_levels=4"):
-        BayesMPT(model, max_iter=1, random_state=0).fit(x)
-    BayesMPT(model.set_params(n_levels=4), max_iter=1, random_state=0).fit(x)  # no warning
+        BayesMPT(model, training=Ascent(max_iter=1), random_state=0).fit(x)
+    BayesMPT(model.set_params(n_levels=4), training=Ascent(max_iter=1), random_state=0).fit(x)  # no warning

@@ -8,34 +8,22 @@ import numpy as np
 import pyro
 import pytest
 import torch
+from site_chain import L, gap, logits, rows_and_masks, said, sample, shaken
 from sklearn.base import clone
-from test_masked_transformer import L, by_hand, gap, logits, rows_and_masks, said, sample, shaken
+from truths import transformer_by_hand
 
 from bayes_mpt import BayesMPT
 from bayes_mpt.models import MaskedTransformer
 from bayes_mpt.predictors import SelfPredictive
 from bayes_mpt.program.sites import base
+from bayes_mpt.training import Epochs
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from optimized_mask import NOTHING, OptimizedMaskTransformer
 
+pytestmark = pytest.mark.usefixtures("nothing_left_behind")
+
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_behind():
-    pyro.clear_param_store()
-    torch.manual_seed(1991)
-    before = torch.get_rng_state()
-    yield
-    assert torch.equal(before, torch.get_rng_state())
-
-
-@pytest.fixture
-def in_double():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def expected(params, x, visible, model):
@@ -56,7 +44,7 @@ def expected(params, x, visible, model):
         return np.where(seen, 1.0, 1.0 - g)
 
     x, visible = x.numpy(), visible.numpy()
-    logits, states, shares = by_hand(params, x, visible, model.n_heads, model.n_layers, pulled)
+    logits, states, shares = transformer_by_hand(params, x, visible, model.n_heads, model.n_layers, pulled)
     h = [[entropy(h, seen) for h in of_row] for of_row, seen in zip(states, visible, strict=True)]
     rows = zip(shares, visible, strict=True)
     mass = [
@@ -95,7 +83,7 @@ def factors(model, x, visible):
         },
     ],
 )
-def test_attention_and_penalties_are_those_written_out(in_double, change, n_layers):
+def test_attention_and_penalties_are_those_written_out(own_store, in_double, change, n_layers):
     x, visible = rows_and_masks()
     model = OptimizedMaskTransformer(8, n_layers, 2, n_levels=L, **{**NOTHING, **change})
     params = shaken(model, x)
@@ -131,7 +119,7 @@ def test_visible_tokens_see_no_hidden_ones_in_the_first_layer():
         assert not torch.equal(first[~visible], second[~visible])
 
 
-def test_heterogeneity_where_it_has_no_meaning(in_double):
+def test_heterogeneity_where_it_has_no_meaning(own_store, in_double):
     """Rows with one visible token, none, or all: left out of the mean, no penalty but the margin, finite gradients."""
     x, visible = rows_and_masks(6)
     visible[0], visible[1], visible[2] = False, True, False
@@ -151,7 +139,7 @@ def test_heterogeneity_where_it_has_no_meaning(in_double):
     assert all(bool(leaf.grad.isfinite().all()) for leaf in leaves if leaf.grad is not None)
 
 
-def test_penalties_train_and_enter_no_score(in_double):
+def test_penalties_train_and_enter_no_score(own_store, in_double):
     x, visible = rows_and_masks()
     plain = MaskedTransformer(8, 2, 2, n_levels=L)
     penalised = OptimizedMaskTransformer(
@@ -176,7 +164,11 @@ def test_penalties_train_and_enter_no_score(in_double):
 
 
 def test_terms_left_out_leave_the_plain_network_to_the_bit():
-    settings = {"max_iter": 2, "random_state": 0, "validation_fraction": 0.0, "predictor": SelfPredictive(1)}
+    settings = {
+        "training": Epochs(max_epochs=2, validation_fraction=0.0),
+        "random_state": 0,
+        "predictor": SelfPredictive(1),
+    }
     networks = (
         MaskedTransformer(16, 2, 2),
         OptimizedMaskTransformer(16, 2, 2, **NOTHING),
@@ -199,7 +191,10 @@ def test_a_penalty_does_what_it_is_for():
     """Left to itself heterogeneity rises in the last layer; with the penalty it falls in all."""
     X = sample(500, 0)
     visible = np.random.default_rng(0).random(X.shape) < 0.5
-    settings = {"max_iter": 12, "random_state": 0, "validation_fraction": 0.0, "learning_rate": 3e-3}
+    settings = {
+        "training": Epochs(max_epochs=12, validation_fraction=0.0, learning_rate=3e-3),
+        "random_state": 0,
+    }
     rise = []
     for falling in (0.0, 1.0):
         program = OptimizedMaskTransformer(16, 2, 2, **{**NOTHING, "falling": falling, "temperature": 0.02})
@@ -210,7 +205,10 @@ def test_a_penalty_does_what_it_is_for():
 
 @pytest.mark.slow
 def test_it_learns_as_well():
-    settings = {"learning_rate": 3e-3, "validation_fraction": 0.0, "max_iter": 25, "random_state": 0}
+    settings = {
+        "training": Epochs(learning_rate=3e-3, validation_fraction=0.0, max_epochs=25),
+        "random_state": 0,
+    }
     model = BayesMPT(OptimizedMaskTransformer(24), predictor=SelfPredictive(2), **settings)
     assert 0 < gap(model.fit(sample(1500, 0))) < 0.2
 
@@ -232,7 +230,7 @@ def test_refused_settings(change, words):
 
 def test_the_page_gives_the_measured_figures():
     page = (ROOT / "docs" / "masked_transformer.md").read_text().splitlines()
-    rows = json.loads((ROOT / "benchmarks" / "results" / "mask_token.json").read_text())["rows"]
+    rows = json.loads((ROOT / "benchmarks" / "deep" / "mask_token.json").read_text())["rows"]
     for run in (row for row in rows if "variant" in row):
         figures = (
             f"{run['speed_up']:.2f} ({run['low']:.2f} to {run['high']:.2f})",

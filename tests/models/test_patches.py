@@ -12,6 +12,7 @@ from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
 from torch.func import functional_call
 from torch.nn import functional as F
+from truths import every_row
 
 from bayes_mpt import BayesMPT
 from bayes_mpt.masks import Blocks, EverySize, FixedRate, Masks, PermutationChain, UniformSize
@@ -20,6 +21,9 @@ from bayes_mpt.models.patches import MIN_SCALE, _Net, _Transformer
 from bayes_mpt.predictors import SelfPredictive
 from bayes_mpt.program.sites import base
 from bayes_mpt.score import estimate, masked_score
+from bayes_mpt.training import Epochs
+
+pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
 SHAPE, PATCH = (2, 6), 2  # three patches of four pixels
 T, P = 12, 3
@@ -28,19 +32,10 @@ LABEL = PROGRAM.patches
 KINDS = [{}, {"likelihood": "categorical", "n_levels": 3}, {"likelihood": "gaussian"}]
 
 
-@pytest.fixture(autouse=True)
-def nothing_left_behind():
-    pyro.clear_param_store()
-    torch.manual_seed(1991)
-    before = torch.get_rng_state()
-    yield
-    assert torch.equal(before, torch.get_rng_state())
-
-
 # A source whose patches are states of one Markov chain: pixel k of a patch tells that of the next. Given other patches
 # the pixels of one are independent, so that the log-density is the sum over patches in any order.
 STAY = 0.9
-STATES = torch.cartesian_prod(*[torch.arange(2)] * T).double()  # (2^T, T)
+STATES = torch.from_numpy(every_row(T, 2)).double()  # (2^T, T)
 BY_PATCH = torch.stack([STATES[:, LABEL == p] for p in range(P)])  # (P, 2^T, 4)
 ALIKE = BY_PATCH[1:] == BY_PATCH[:-1]
 LOG_STEP = torch.tensor([1 - STAY, STAY], dtype=torch.float64).log()
@@ -223,13 +218,18 @@ def fitted():
         settings = {
             "masks": Blocks(UniformSize(64), LABEL),
             "predictor": SelfPredictive(1),
-            "batch_size": 128,
             "random_state": 0,
         }
         X = sample(4000, 0)
         with pytest.warns(ConvergenceWarning):
-            before = BayesMPT(PROGRAM, max_iter=1, learning_rate=1e-9, **settings).fit(X)
-        after = BayesMPT(PROGRAM, max_iter=30, learning_rate=5e-3, validation_fraction=0.0, **settings)
+            before = BayesMPT(
+                PROGRAM, training=Epochs(128, max_epochs=1, learning_rate=1e-9), **settings
+            ).fit(X)
+        after = BayesMPT(
+            PROGRAM,
+            training=Epochs(128, max_epochs=30, learning_rate=5e-3, validation_fraction=0.0),
+            **settings,
+        )
         return before, after.fit(X)
 
 
@@ -247,6 +247,7 @@ def test_training_starts_at_independent_pixels(fitted):
     assert abs(float(TABLE.exp() @ (area_of(fitted[0]) - independent))) < 0.05
 
 
+@pytest.mark.slow
 def test_area_lies_below_the_exact_log_likelihood_and_approaches_it(fitted):
     """In expectation over all images, so that nothing is left to chance but the training."""
     before, after = (float(TABLE.exp() @ (TABLE - area_of(model))) for model in fitted)
@@ -258,6 +259,7 @@ def test_area_lies_below_the_exact_log_likelihood_and_approaches_it(fitted):
     assert e.total < truth.sum() + 3 * e.se + 3 * (e.lml - truth).std() * math.sqrt(500)
 
 
+@pytest.mark.slow
 def test_single_pixels_can_be_hidden_too(fitted):
     """Of a network trained on patches any mask may be asked, such as one by the pixels that are missing."""
     X = sample(300, 2)
@@ -280,10 +282,7 @@ def test_missing_pixels_in_training():
         PROGRAM,
         masks=Blocks(UniformSize(64), LABEL),
         predictor=SelfPredictive(1),
-        max_iter=30,
-        batch_size=128,
-        learning_rate=5e-3,
-        validation_fraction=0.0,
+        training=Epochs(max_epochs=15, batch_size=128, learning_rate=5e-3, validation_fraction=0.0),
         random_state=0,
     ).fit(X)
     assert 0 < float(TABLE.exp() @ (TABLE - area_of(model))) < 0.6  # of 3.0 by independent pixels
@@ -303,7 +302,9 @@ def test_normal_pixels():
     for patch in range(2):
         X[:, model.patches == patch] = 5 + 3 * pairs[:, :, patch]
     truth = stats.multivariate_normal([0, 0], cov).logpdf(pairs).sum(1) - 8 * math.log(3)
-    settings = {"max_iter": 30, "batch_size": 128, "learning_rate": 4e-3, "validation_fraction": 0.0}
+    settings = {
+        "training": Epochs(max_epochs=30, batch_size=128, learning_rate=4e-3, validation_fraction=0.0)
+    }
     masks = Blocks(UniformSize(64), model.patches)
     fit = BayesMPT(model, masks=masks, predictor=SelfPredictive(1), random_state=0, **settings).fit(X[:3000])
     e = fit.estimate(X[3000:], masks=Blocks(PermutationChain(), model.patches))
@@ -312,7 +313,7 @@ def test_normal_pixels():
     assert e.se / 1000 < 0.05
 
 
-def test_a_constant_pixel_has_a_bounded_density():
+def test_a_constant_pixel_has_a_bounded_density(own_store):
     x = torch.randn(50, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x[:, 3] = 2.0
     with torch.random.fork_rng(), torch.no_grad():
@@ -349,6 +350,7 @@ def test_refused_settings(change, words):
         BayesMPT(clone(PROGRAM).set_params(**change), random_state=0).fit(sample(60, 0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cell", [2.0, -1.0, 0.5])
 def test_values_outside_the_support(fitted, cell):
     X = sample(60, 0)

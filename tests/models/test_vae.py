@@ -22,26 +22,20 @@ from sklearn.base import clone
 from sklearn.datasets import load_digits, load_wine
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from tables import with_holes
 from torch import nn
 
-from bayes_mpt import BayesMPT, MarginalLikelihoodSearch
+from bayes_mpt import BayesMPT, HeldOut, MarginalLikelihoodSearch
 from bayes_mpt.masks import UniformSize
 from bayes_mpt.models import VAE
 from bayes_mpt.predictors import AnnealedImportance, Importance, Quadrature, choose
 from bayes_mpt.program.store import OwnStore
+from bayes_mpt.training import Epochs
 
-pytestmark = pytest.mark.filterwarnings("ignore:the importance weights", "ignore:the training stopped")
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_behind():
-    pyro.clear_param_store()
-    torch.manual_seed(1991)
-    before, dtype = torch.get_rng_state(), torch.get_default_dtype()
-    yield
-    assert not list(pyro.get_param_store().keys())
-    assert torch.equal(before, torch.get_rng_state())
-    assert torch.get_default_dtype() == dtype
+pytestmark = [
+    pytest.mark.usefixtures("nothing_left_behind"),
+    pytest.mark.filterwarnings("ignore:the importance weights", "ignore:the training stopped"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +47,7 @@ def digits():
 @pytest.fixture(scope="module")
 def fitted(digits):
     """Trained also on rows that it makes, tokens of them hidden, so that its guide serves for any visible set."""
-    settings = {"max_iter": 30, "learning_rate": 0.01, "random_state": 0}
+    settings = {"training": Epochs(max_epochs=30, learning_rate=0.01), "random_state": 0}
     return BayesMPT(VAE(2, hidden=(24,)), predictor=Importance(100, dream=True), **settings).fit(digits)
 
 
@@ -70,10 +64,6 @@ def by_grid(model, X, half_width=6.0, n=241):
     on, off = -np.logaddexp(0, -logits), -np.logaddexp(0, logits)
     log_prob = np.where(seen, np.nan_to_num(X), 0) @ on.T + np.where(seen, 1 - np.nan_to_num(X), 0) @ off.T
     return logsumexp(log_prior + log_prob, axis=1)
-
-
-def with_holes(X, share, seed=0):
-    return np.where(np.random.default_rng(seed).random(X.shape) < share, np.nan, X).astype(X.dtype)
 
 
 class TestEvidence:
@@ -129,6 +119,7 @@ class TestEvidence:
         low, high = (float((b - truth.numpy()).mean()) for b in bracket[:2])
         assert low < 0.05 and high > -0.05 and 0 < bracket.gap < 3
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("loc, scale", [(None, 1.0), (3.0, 0.01)])
     def test_annealing_starts_from_the_better_of_guide_and_prior(self, loc, scale):
         """x = z + noise: the guide is the posterior itself, or nowhere near it."""
@@ -174,6 +165,7 @@ class TestEvidence:
         truth = norm.logpdf(X, 0, (1 + 0.02**2) ** 0.5).sum()
         assert model.log_marginal_likelihood_ + 10 * model.log_marginal_likelihood_se_ < truth
 
+    @pytest.mark.slow
     def test_draws_run_side_by_side_whatever_the_number_of_rows(self):
         x = torch.zeros(6000, 784)
         model = VAE(2, hidden=(4,))
@@ -190,6 +182,7 @@ class TestEvidence:
         assert (bracket.upper - truth).mean() > -0.02
         assert -0.02 < bracket.gap < 0.3
 
+    @pytest.mark.slow
     def test_more_particles_are_no_lower(self, fitted, digits):
         few = clone_with(fitted, Importance(2)).estimate(digits[:300])
         assert few.se > 0 and few.total < by_grid(fitted, digits[:300]).sum() + 4 * few.se
@@ -212,6 +205,7 @@ class TestEvidence:
 
 
 class TestTraining:
+    @pytest.mark.slow
     def test_learns_and_holds_out(self, digits, fitted):
         independent = -(
             np.log(np.maximum(digits.mean(0), 1e-9)) * digits
@@ -225,27 +219,31 @@ class TestTraining:
     def test_stops_early_at_the_best(self):
         noise = (np.random.default_rng(0).random((200, 8)) < 0.5).astype(np.float32)
         model = BayesMPT(
-            VAE(2, hidden=(32,)), learning_rate=0.02, n_iter_no_change=5, max_iter=500, random_state=0
+            VAE(2, hidden=(32,)),
+            training=Epochs(learning_rate=0.02, patience=5, max_epochs=500),
+            random_state=0,
         ).fit(noise)
         assert model.converged_ and model.n_iter_ < 500
         # the parameters are those of the best epoch, some of which went by before the training gave up
         assert 5 <= model.n_iter_ - 1 - int(np.argmax(model.history_)) < 500
 
     def test_same_seed_same_weights(self, digits):
-        one, two = (BayesMPT(VAE(2, hidden=(8,)), max_iter=2, random_state=5).fit(digits[:300]) for _ in "ab")
+        one, two = (
+            BayesMPT(VAE(2, hidden=(8,)), training=Epochs(max_epochs=2), random_state=5).fit(digits[:300])
+            for _ in "ab"
+        )
         assert all((one.params_[k] == two.params_[k]).all() for k in one.params_)
 
     @pytest.mark.slow
     def test_resumes_to_the_bit(self, digits, tmp_path):
         """Killed in another process between two epochs."""
-        settings = "VAE(2, hidden=(8,)), max_iter=6, random_state=3"
-        whole = BayesMPT(VAE(2, hidden=(8,)), max_iter=6, random_state=3).fit(digits[:400])
+        whole = BayesMPT(VAE(2, hidden=(8,)), training=Epochs(max_epochs=6), random_state=3).fit(digits[:400])
         file = tmp_path / "training.pt"
         np.save(tmp_path / "x.npy", digits[:400])
         script = textwrap.dedent(
             f"""
             import os, signal, numpy as np
-            from bayes_mpt.training import epochs
+            from bayes_mpt.training import Epochs, epochs
             from bayes_mpt import BayesMPT
             from bayes_mpt.models import VAE
             keep = epochs._keep
@@ -254,24 +252,30 @@ class TestTraining:
                 if progress.epoch == 3:
                     os.kill(os.getpid(), signal.SIGKILL)
             epochs._keep = keep_and_die
-            BayesMPT({settings}, checkpoint={str(file)!r}).fit(np.load({str(tmp_path / "x.npy")!r}))
+            training = Epochs(max_epochs=6, checkpoint={str(file)!r})
+            model = BayesMPT(VAE(2, hidden=(8,)), training=training, random_state=3)
+            model.fit(np.load({str(tmp_path / "x.npy")!r}))
             """
         )
         died = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
         assert died.returncode == -9, died.stderr
         assert file.exists()
-        resumed = BayesMPT(VAE(2, hidden=(8,)), max_iter=6, random_state=3, checkpoint=file).fit(digits[:400])
+        resumed = BayesMPT(
+            VAE(2, hidden=(8,)), training=Epochs(max_epochs=6, checkpoint=file), random_state=3
+        ).fit(digits[:400])
         assert resumed.history_ == whole.history_
         assert all((resumed.params_[k] == whole.params_[k]).all() for k in whole.params_)
         with pytest.raises(ValueError, match="another model"):
-            BayesMPT(VAE(3, hidden=(8,)), random_state=3, checkpoint=file).fit(digits[:400])
+            BayesMPT(VAE(3, hidden=(8,)), random_state=3, training=Epochs(checkpoint=file)).fit(digits[:400])
         with pytest.raises(ValueError, match="integer random_state"):
-            BayesMPT(VAE(2, hidden=(8,)), checkpoint=file).fit(digits[:400])
+            BayesMPT(VAE(2, hidden=(8,)), training=Epochs(checkpoint=file)).fit(digits[:400])
 
     @pytest.mark.slow
     def test_with_missing_cells(self, digits):
         X = with_holes(digits, 0.4)
-        model = BayesMPT(VAE(2, hidden=(24,)), max_iter=30, learning_rate=0.01, random_state=0).fit(X)
+        model = BayesMPT(
+            VAE(2, hidden=(24,)), training=Epochs(max_epochs=30, learning_rate=0.01), random_state=0
+        ).fit(X)
         missing = np.isnan(X)
         filled = model.impute(X)
         assert (filled[~missing] == X[~missing]).all()
@@ -280,7 +284,9 @@ class TestTraining:
         assert error < 0.95 * np.square(by_mean - digits)[missing].mean()
 
     def test_masks_train_too(self, digits):
-        model = BayesMPT(VAE(1, hidden=(8,)), masks=UniformSize(2), max_iter=2, random_state=0)
+        model = BayesMPT(
+            VAE(1, hidden=(8,)), masks=UniformSize(2), training=Epochs(max_epochs=2), random_state=0
+        )
         with pytest.warns(UserWarning, match="no bound"):
             model.fit(digits[:200])
         assert np.isfinite(model.score(digits[:50]))
@@ -291,14 +297,17 @@ class TestModel:
     @pytest.mark.parametrize("likelihood", ["gaussian", "studentt"])
     def test_real_columns_in_their_own_units(self, likelihood):
         X = load_wine().data.astype(np.float64)
-        model = BayesMPT(VAE(2, likelihood, hidden=(16,)), max_iter=30, random_state=0).fit(X)
-        scaled = BayesMPT(VAE(2, likelihood, hidden=(16,)), max_iter=30, random_state=0).fit(
-            StandardScaler().fit_transform(X)
-        )
+        model = BayesMPT(
+            VAE(2, likelihood, hidden=(16,)), training=Epochs(max_epochs=30), random_state=0
+        ).fit(X)
+        scaled = BayesMPT(
+            VAE(2, likelihood, hidden=(16,)), training=Epochs(max_epochs=30), random_state=0
+        ).fit(StandardScaler().fit_transform(X))
         # the same model in other units: densities differ by the Jacobian
         jacobian = np.log(X.std(0)).sum()
         assert abs(model.score(X) - (scaled.score(StandardScaler().fit_transform(X)) - jacobian)) < 0.5
 
+    @pytest.mark.slow
     def test_categorical(self):
         rng = np.random.default_rng(0)
         hidden = rng.integers(3, size=600)
@@ -306,7 +315,9 @@ class TestModel:
             float
         )
         X[rng.random(X.shape) < 0.1] = np.nan
-        model = BayesMPT(VAE(2, "categorical", hidden=(16,)), max_iter=60, random_state=0).fit(X)
+        model = BayesMPT(
+            VAE(2, "categorical", hidden=(16,)), training=Epochs(max_epochs=60), random_state=0
+        ).fit(X)
         filled = model.impute(X)
         assert set(np.unique(filled)) <= {0.0, 1.0, 2.0}
         shares = [np.bincount(X[~np.isnan(X[:, t]), t].astype(int), minlength=3) for t in range(5)]
@@ -319,7 +330,11 @@ class TestModel:
     @pytest.mark.parametrize("likelihood", ["bernoulli", "categorical"])
     def test_convolutional(self, likelihood):
         X = (load_digits().data[:256] > 8).astype(np.float32)
-        model = BayesMPT(VAE(3, likelihood, hidden=(16,), image_shape=(8, 8)), max_iter=3, random_state=0)
+        model = BayesMPT(
+            VAE(3, likelihood, hidden=(16,), image_shape=(8, 8)),
+            training=Epochs(max_epochs=3),
+            random_state=0,
+        )
         model.fit(X)
         assert np.isfinite(model.score(X))
         with pytest.raises(ValueError, match="image_shape"):
@@ -338,9 +353,9 @@ class TestModel:
             encoder, decoder = Encoder(), nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 16))
             batch_norm = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Linear(8, 16))
         before = [p.clone() for p in (*encoder.parameters(), *decoder.parameters())]
-        model = BayesMPT(VAE(2, encoder=encoder, decoder=decoder), max_iter=3, random_state=0).fit(
-            digits[:200]
-        )
+        model = BayesMPT(
+            VAE(2, encoder=encoder, decoder=decoder), training=Epochs(max_epochs=3), random_state=0
+        ).fit(digits[:200])
         after = (*encoder.parameters(), *decoder.parameters())
         assert all(
             torch.equal(a, b) for a, b in zip(before, after, strict=True)
@@ -349,12 +364,14 @@ class TestModel:
         with pytest.raises(ValueError, match="LayerNorm"):
             BayesMPT(VAE(2, decoder=batch_norm)).fit(digits[:200])
 
+    @pytest.mark.slow
     def test_pickles_and_pipelines(self, fitted, digits):
         again = pickle.loads(pickle.dumps(fitted))
         assert (again.score_samples(digits[:20]) == fitted.score_samples(digits[:20])).all()
         X = load_wine().data
         pipeline = make_pipeline(
-            StandardScaler(), BayesMPT(VAE(2, "gaussian", hidden=(8,)), max_iter=3, random_state=0)
+            StandardScaler(),
+            BayesMPT(VAE(2, "gaussian", hidden=(8,)), training=Epochs(max_epochs=3), random_state=0),
         )
         assert pipeline.fit_transform(X).shape == (178, 2)
 
@@ -364,16 +381,17 @@ class TestModel:
         with pytest.raises(ValueError, match="likelihood"):
             BayesMPT(VAE(1, "poisson")).fit(digits)
         with pytest.raises(ValueError, match="AnnealedImportance"):
-            BayesMPT(VAE(1), max_iter=1).fit(digits[:50]).bidirectional()
+            BayesMPT(VAE(1), training=Epochs(max_epochs=1)).fit(digits[:50]).bidirectional()
         with pytest.raises(ValueError, match="guide"):
             choose(lambda x: VAE(1)(x), (torch.zeros(5, 3),), predictor=AnnealedImportance())
         with pytest.raises(ValueError, match="column 3 has no observed cell"):
             BayesMPT(VAE(1)).fit(np.where(np.arange(16) == 3, np.nan, digits))
-        with pytest.raises(ValueError, match="early_stopping"):
-            BayesMPT(early_stopping=True).fit(load_wine().data)
+        with pytest.raises(ValueError, match="Epochs"):
+            BayesMPT(training=Epochs()).fit(load_wine().data)
 
 
 class TestDraws:
+    @pytest.mark.slow
     def test_rows_have_the_models_moments(self, fitted):
         drawn = fitted.sample(20000)
         p = {k: v.astype(float) for k, v in fitted.params_.items()}
@@ -389,7 +407,7 @@ class TestDraws:
         """Of two hidden cells, the four probabilities, by the grid."""
         X = digits[:5].astype(float).copy()
         X[:, [5, 9]] = np.nan
-        drawn = clone_with(fitted, Importance(500)).sample_missing(X, n_samples=2000)
+        drawn = clone_with(fitted, Importance(500)).sample_missing(X, n_samples=1000)
         assert (drawn[:, ~np.isnan(X)] == X[~np.isnan(X)]).all()
         base = by_grid(fitted, X)
         for a in (0.0, 1.0):
@@ -417,10 +435,9 @@ def test_search_over_the_latent_dimension():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         search = MarginalLikelihoodSearch(
-            BayesMPT(VAE(hidden=(32,)), max_iter=60, learning_rate=3e-3, random_state=0),
+            BayesMPT(VAE(hidden=(32,)), random_state=0, training=Epochs(max_epochs=30, learning_rate=3e-3)),
             {"model__latent_dim": [1, 2]},
-            evidence="heldout",
-            cv=2,
+            evidence=HeldOut(cv=2),
         ).fit(X)
     assert search.best_params_ == {"model__latent_dim": 2}
     assert search.comparison_["lml_diff"].min() < 0
@@ -428,7 +445,7 @@ def test_search_over_the_latent_dimension():
 
 def test_quadrature_still_takes_a_small_one(digits):
     """Another way to score the same program: two latents on a grid of nodes."""
-    model = BayesMPT(VAE(1, hidden=(8,)), max_iter=5, random_state=0).fit(digits[:300])
+    model = BayesMPT(VAE(1, hidden=(8,)), training=Epochs(max_epochs=5), random_state=0).fit(digits[:300])
     by_nodes = clone_with(model, Quadrature(128)).score(digits[:100])
     by_draws, se = clone_with(model, Importance(5000)).score_rows(digits[:100])
     assert abs(by_nodes - by_draws.mean()) < 4 * se / 100 + 1e-3
@@ -444,7 +461,9 @@ def clone_with(model, predictor):
 def test_curve_of_many_tokens_adds_up(digits):
     """Beyond 32 tokens the curve is averaged over blocks of sizes: its area is still log p(x)."""
     X = np.hstack([digits, digits[:, ::-1], digits[::-1]])[:200]
-    model = BayesMPT(VAE(1, hidden=(8,)), max_iter=5, learning_rate=0.01, random_state=0).fit(X)
+    model = BayesMPT(
+        VAE(1, hidden=(8,)), training=Epochs(max_epochs=5, learning_rate=0.01), random_state=0
+    ).fit(X)
     found = clone_with(model, Importance(2000)).estimate(X[:20], n_replicates=2)
     assert found.by_size.mean.shape == (48,)
     assert abs(found.by_size.mean.sum() - found.total / 20) < 0.1
@@ -457,7 +476,7 @@ def test_the_page_gives_the_measured_figures(file, above):
     root = Path(__file__).parents[2]
     page = (root / "docs" / "deep_models.md").read_text()
     page = page[page.index(f"| LML of fresh rows, {above} |") :]
-    for run in json.loads((root / "benchmarks" / "results" / f"{file}.json").read_text())["summary"]:
+    for run in json.loads((root / "benchmarks" / "deep" / f"{file}.json").read_text())["summary"]:
         ours = run["loss"].startswith("masked")
         figure = f"{run['lml']:.1f}" if ours else f"{-run['ours above']:+.1f} ± {run['se']:.1f}"
         line = next(line for line in page.splitlines() if line.startswith(f"| {run['loss']} |"))

@@ -17,14 +17,16 @@ from scipy.integrate import quad
 from scipy.stats import norm, poisson
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import KFold
+from tables import with_holes
 
-from bayes_mpt import BayesMPT, MarginalLikelihoodSearch, score
-from bayes_mpt.estimators import bayes_mpt as estimator
+from bayes_mpt import BayesMPT, HeldOut, MarginalLikelihoodSearch, data_digest, score
+from bayes_mpt.estimators import fitted as fitted_module
 from bayes_mpt.estimators.comparison import compare
 from bayes_mpt.masks import LeaveOneOut, UniformSize, one_each
 from bayes_mpt.models import PPCA, FactorAnalysis, Potts
 from bayes_mpt.predictors import Importance, Quadrature, SequentialMonteCarlo
 from bayes_mpt.predictors.gaussian import linear
+from bayes_mpt.training import Ascent, Epochs, Steps
 
 F64 = torch.float64
 
@@ -78,6 +80,7 @@ def counts(x):
         pyro.sample("x", dist.Poisson((1.5 * z)[..., None].exp().expand(*z.shape, 2)).to_event(1), obs=x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("n_nodes", [2, 3, 5])
 def test_the_error_of_a_coarse_rule_is_above_zero_and_covers(n_nodes, seed):
@@ -144,6 +147,7 @@ def test_masks_in_chunks_of_any_size(monkeypatch):
         assert abs(got.total - model.log_marginal_likelihood_) < 3 * got.se
 
 
+@pytest.mark.slow
 def test_the_weighted_sum_in_chunks_of_any_size(monkeypatch):
     """Masks of one size weigh otherwise than those of another: summed here one by one, with their weights."""
     x = torch.as_tensor(correlated())
@@ -168,8 +172,8 @@ def one_latent_of_six(x):
 @pytest.mark.parametrize("name", ["CHUNK", "CACHED_CHUNK", "MAX_DENSE"])
 def test_algebra_in_chunks_of_any_size(monkeypatch, name):
     x = correlated(30, 7)
-    x[np.random.default_rng(2).random(x.shape) < 0.2] = np.nan
-    model = BayesMPT(FactorAnalysis(2), random_state=0, max_iter=20)
+    x = with_holes(x, 0.2, seed=2)
+    model = BayesMPT(FactorAnalysis(2), random_state=0, training=Ascent(max_iter=20))
     with pytest.warns():
         model.fit(x)
     visible = torch.as_tensor(np.random.default_rng(3).random((9, 7)) < 0.5)
@@ -189,14 +193,15 @@ def heavy_tailed(x):
         pyro.sample("x", dist.StudentT(5.0, z[..., None], scale).to_event(1), obs=x)
 
 
+@pytest.mark.slow
 def test_errors_of_parts_add_up(monkeypatch):
     """Parts are drawn independently: the variance of a sum is the sum of their variances."""
     x = normal_rows(2048).numpy()
-    model = BayesMPT(heavy_tailed, predictor=Importance(10), max_iter=3, random_state=0)
+    model = BayesMPT(heavy_tailed, predictor=Importance(10), training=Steps(max_iter=3), random_state=0)
     with pytest.warns():
         model.fit(x)
     _, whole = model.score_rows(x)
-    monkeypatch.setattr(estimator, "MAX_READ_CELLS", 256)  # parts of 256 rows
+    monkeypatch.setattr(fitted_module, "MAX_READ_CELLS", 256)  # parts of 256 rows
     _, parts = model.score_rows(x)
     alone = [model.score_rows(x[i : i + 256])[1] for i in range(0, 2048, 256)]
     assert min(alone) > 0
@@ -227,7 +232,7 @@ def test_rows_that_judge_a_training_do_not_train(monkeypatch):
     monkeypatch.setattr(epochs, "_look", watched_look)
     x = normal_rows(200).numpy()
     model = BayesMPT(
-        heavy_tailed, early_stopping=True, batch_size=50, max_iter=3, validation_fraction=0.2, random_state=0
+        heavy_tailed, training=Epochs(batch_size=50, max_epochs=3, validation_fraction=0.2), random_state=0
     )
     with pytest.warns():
         model.fit(x)
@@ -242,9 +247,7 @@ def test_held_out_rows_are_scored_by_a_fit_without_them(n_repeats):
     search = MarginalLikelihoodSearch(
         BayesMPT(PPCA(1)),
         {"model__n_components": [1, 2]},
-        evidence="heldout",
-        cv=KFold(3, shuffle=False) if n_repeats == 1 else 3,
-        n_repeats=n_repeats,
+        evidence=HeldOut(cv=KFold(3, shuffle=False) if n_repeats == 1 else 3, n_repeats=n_repeats),
         random_state=0,
     ).fit(x)
     if n_repeats == 1:
@@ -283,7 +286,7 @@ def test_a_log_prior_counts_once_however_many_batches():
         return float(model.fitted_model_.couplings(model.params_).contact_map(corrected=False)[0, 1])
 
     whole = strength()
-    by_batches = strength(batch_size=20, max_iter=150, learning_rate=0.02, validation_fraction=0.0)
+    by_batches = strength(training=Steps(batch_size=20, max_iter=150, learning_rate=0.02))
     assert by_batches == pytest.approx(whole, rel=0.05)
 
 
@@ -318,7 +321,7 @@ def test_repeats_of_held_out_rows_have_their_error():
     """The mean of R partitions has the spread of one over the root of R, by Student's t for so few."""
     x = correlated(60, 5)
     search = MarginalLikelihoodSearch(
-        BayesMPT(PPCA(1)), {"model__n_components": [1, 2, 3]}, evidence="heldout", n_repeats=4, random_state=0
+        BayesMPT(PPCA(1)), {"model__n_components": [1, 2, 3]}, evidence=HeldOut(n_repeats=4), random_state=0
     ).fit(x)
     table = search.comparison_
     assert (table["se"] > 0).all() and (table["mc_dse"].iloc[1:] > 0).all()
@@ -345,5 +348,5 @@ def test_the_digest_tells_tables_of_the_same_cells_apart(change):
     x = np.array([a, a, b, b, c])
     model = BayesMPT(PPCA(1)).fit(x)
     other = change(x)
-    assert (model.digest(other) == model.digest(x)) == np.array_equal(other, x)
-    assert model.data_digest_ == model.digest(x)
+    assert (data_digest(other) == data_digest(x)) == np.array_equal(other, x)
+    assert model.data_digest_ == data_digest(x)

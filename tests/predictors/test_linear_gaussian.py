@@ -13,7 +13,8 @@ import pytest
 import torch
 from pyro.distributions import constraints
 from pyro.nn import PyroModule, PyroParam, PyroSample
-from scipy.stats import multivariate_normal
+from tables import known_factors, tensor
+from truths import conditionals, every_mask, log_density
 
 from bayes_mpt import BayesMPT
 from bayes_mpt.models import PPCA, FactorAnalysis
@@ -57,10 +58,6 @@ def case(name, program, args, x, loc, loading, noise, z_mean=None, z_cov=None, p
     z_mean = np.zeros((1, k)) if z_mean is None else np.atleast_2d(z_mean)
     z_cov = np.eye(k)[None] if z_cov is None else z_cov if z_cov.ndim == 3 else z_cov[None]
     return Case(name, program, args, x, loc, loading, noise, z_mean, z_cov, params or {})
-
-
-def tensor(a):
-    return torch.as_tensor(np.asarray(a, dtype=np.float64))
 
 
 def parts(seed, t, k):
@@ -474,33 +471,11 @@ def predictor_of(c):
 def dense_conditionals(c, n, visible):
     """log p(x_i | x_visible) of row n by one dense solve; 0 where visible or missing."""
     mean, cov, *_ = c.map(n)
-    seen = visible & ~np.isnan(c.x[n])
-    gain = np.linalg.solve(cov[np.ix_(seen, seen)], cov[seen]).T  # (T, R)
-    m = mean + gain @ (c.x[n, seen] - mean[seen])
-    v = np.diag(cov) - (gain * cov[:, seen]).sum(1)
-    out = np.zeros(c.n_tokens)
-    hidden = ~visible & ~np.isnan(c.x[n])
-    out[hidden] = -0.5 * (c.x[n, hidden] - m[hidden]) ** 2 / v[hidden] - 0.5 * np.log(2 * math.pi * v[hidden])
-    return out
+    return conditionals(c.x[n], visible, mean, cov)
 
 
 def dense_joint(c):
-    out = []
-    for n in range(len(c.x)):
-        mean, cov, *_ = c.map(n)
-        seen = ~np.isnan(c.x[n])
-        out.append(
-            multivariate_normal(mean[seen], cov[np.ix_(seen, seen)]).logpdf(c.x[n, seen])
-            if seen.any()
-            else 0.0
-        )
-    return np.array(out)
-
-
-def all_masks(t):
-    """(2^T - 1, T): every non-empty set of hidden tokens, as what stays visible."""
-    hidden = (np.arange(1, 2**t)[:, None] >> np.arange(t)) & 1
-    return hidden == 0
+    return np.array([log_density(c.x[n : n + 1], *c.map(n)[:2])[0] for n in range(len(c.x))])
 
 
 def close(got, want, tol=TOL):
@@ -523,7 +498,7 @@ def test_joint(item):
 
 
 def test_conditionals_of_every_mask(item):
-    visible = all_masks(item.n_tokens)
+    visible = every_mask(item.n_tokens)
     got = predictor_of(item).conditionals(tensor(item.x), torch.from_numpy(visible)).numpy()
     want = np.stack([[dense_conditionals(item, n, v) for n in range(len(item.x))] for v in visible])
     close(got, want)
@@ -545,7 +520,7 @@ def test_chains(item):
 
 def test_area_under_the_masked_curve_is_the_lml(item):
     """sum_m S(x; m) = log p(x), S(m) the mean over all masks of m hidden tokens of their mean score."""
-    visible = all_masks(item.n_tokens)
+    visible = every_mask(item.n_tokens)
     size = (~visible).sum(1)
     score = (
         predictor_of(item).conditionals(tensor(item.x), torch.from_numpy(visible)).numpy().sum(-1)
@@ -572,7 +547,7 @@ def test_posterior(item):
 def test_frozen_and_pickled_it_gives_the_same_without_the_program(item):
     predictor = predictor_of(item)
     again = pickle.loads(pickle.dumps(predictor.freeze()))
-    x, visible = tensor(item.x), torch.from_numpy(all_masks(item.n_tokens))
+    x, visible = tensor(item.x), torch.from_numpy(every_mask(item.n_tokens))
     order = torch.arange(item.n_tokens)[None]
     for name, args in {"joint": (x,), "conditionals": (x, visible), "chain": (x, order)}.items():
         assert torch.equal(getattr(again, name)(*args), getattr(predictor, name)(*args))
@@ -630,16 +605,6 @@ def test_gradients_are_those_of_the_dense_density():
             np.testing.assert_allclose(leaves[name].numpy(), want[name].numpy(), rtol=1e-10, atol=1e-10)
 
 
-def constants(loc, loading, noise):
-    def program(x):
-        with pyro.plate("rows", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(loading.shape[1]), 1.0).to_event(1))
-            mean = tensor(loc) + z @ tensor(loading).T
-            pyro.sample("x", dist.Normal(mean, tensor(noise).sqrt()).to_event(1), obs=x)
-
-    return program
-
-
 def exact_conditionals(c, visible, digits=60):
     """(S, N, T) with 60 digits, of the very float64 numbers that the program holds."""
     with mpmath.workdps(digits):
@@ -668,14 +633,14 @@ def tiny(relative, n_latents=2, t=4):
     noise = relative * (loading**2).sum(1) * np.array([1.0, 2.0, 0.5, 3.0])[:t]
     rng = np.random.default_rng(18)
     x = loc + rng.normal(size=(4, n_latents)) @ loading.T + np.sqrt(noise) * rng.normal(size=(4, t))
-    return case(f"noise {relative}", constants(loc, loading, noise), (x,), x, loc, loading, noise)
+    return case(f"noise {relative}", known_factors(loc, loading, noise), (x,), x, loc, loading, noise)
 
 
 @pytest.mark.parametrize("relative", [1e-4, 1e-6, 1e-8, 1e-10, 1e-12])
 def test_tiny_noise(relative):
     """Against 60 digits. By QR of [I; psi^-1/2 W] float64 keeps 5e-10 nats even at 1e-12 noise."""
     c = tiny(relative)
-    visible = all_masks(4)
+    visible = every_mask(4)
     want = exact_conditionals(c, visible)
     size = (~visible).sum(1)
     lml = sum((want[size == m].sum(-1) / m).mean(0) for m in range(1, 5))
@@ -697,7 +662,7 @@ def test_tiny_noise(relative):
 def test_tiny_noise_bounded_by_the_dense_error(relative):
     """What any route must keep: no NaN, and no worse than a dense factorisation, T eps / relative."""
     c = tiny(relative)
-    visible = all_masks(4)
+    visible = every_mask(4)
     want = exact_conditionals(c, visible)
     size = (~visible).sum(1)
     lml = sum((want[size == m].sum(-1) / m).mean(0) for m in range(1, 5))
@@ -719,7 +684,7 @@ def test_scales(scale, k):
     scaled = predictor_of(
         case(
             "scaled",
-            constants(by * loc, by[:, None] * loading, by**2 * noise),
+            known_factors(by * loc, by[:, None] * loading, by**2 * noise),
             (x * by,),
             x,
             loc,
@@ -727,7 +692,7 @@ def test_scales(scale, k):
             noise,
         )
     )
-    visible = all_masks(t)
+    visible = every_mask(t)
     want = np.stack([[dense_conditionals(plain, n, v) for n in range(len(x))] for v in visible])
     want = want - np.where(visible, 0.0, np.log(by))[:, None]
     close(scaled.conditionals(tensor(x * by), torch.from_numpy(visible)).numpy(), want)
@@ -741,10 +706,11 @@ def test_large_offsets(shift):
     """loc = 1e8 sd: loadings are differences of means, known to a rounding of the mean and no better."""
     loc, loading, noise, x = parts(20, 5, 2)
     loc, x = loc + shift, x + shift
-    c = case("shifted", constants(loc, loading, noise), (x,), x, loc, loading, noise)
+    c = case("shifted", known_factors(loc, loading, noise), (x,), x, loc, loading, noise)
     close(predictor_of(c).joint(tensor(x)).numpy(), dense_joint(c), TOL + 100 * np.finfo(float).eps * shift)
 
 
+@pytest.mark.slow
 def test_many_rows_are_scored_as_few():
     """Rows are scored by chunks where there are many: the same numbers, whatever their number."""
     c = factor_analysis(6, 2)
@@ -759,7 +725,7 @@ def test_many_rows_are_scored_as_few():
 def test_masks_that_hide_a_size_only():
     """The number of masks of the battery, and that they are all different: a guard of the guard."""
     for t in (1, 4):
-        visible = all_masks(t)
+        visible = every_mask(t)
         assert (
             len({tuple(v) for v in visible})
             == 2**t - 1

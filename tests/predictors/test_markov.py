@@ -206,6 +206,7 @@ def test_slopes_that_are_zero_at_the_start_are_read(always):
     torch.testing.assert_close(predictor.read(args).joint(x), want, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_masked_scores_and_the_loss(always):
     model, args, _ = drawn("trends", True)
     draws = [UniformSize(4).draw(18, random_state=0), PermutationChain().draw(18, random_state=0)]
@@ -383,6 +384,7 @@ def test_against_statsmodels(kind, series):
     np.testing.assert_allclose(steps, theirs.loglikeobs(params), atol=1e-8)
 
 
+@pytest.mark.slow
 def test_maximum_likelihood_on_nile():
     """The variances of Durbin & Koopman (2012), 15099 and 1469, and statsmodels' at the same start."""
     x = sm.datasets.nile.load_pandas().data[["volume"]].to_numpy(dtype=float)
@@ -445,6 +447,7 @@ def test_against_the_hidden_markov_model_of_pyro(always):
 # ---------------------------------------------------------------------------------------------------------- length
 
 
+@pytest.mark.slow
 def test_the_work_is_linear_in_the_length(monkeypatch):
     """Counted, not timed: runs and passes stay the same, and no tensor has more than a few numbers a step."""
     calls = []

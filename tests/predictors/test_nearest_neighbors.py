@@ -22,7 +22,7 @@ from bayes_mpt.predictors.gaussian.nearest_neighbors import _LogProb
 from bayes_mpt.predictors.gaussian.neighborhoods import maxmin, predecessors
 from bayes_mpt.program.program import ModelError
 from bayes_mpt.program.store import OwnStore
-from bayes_mpt.training import lbfgs
+from bayes_mpt.training import Steps, lbfgs
 
 N, P = 60, 2
 THETA = {"amplitude": 1.3, "length": 0.3, "noise": 0.2, "centre": 0.4}
@@ -495,6 +495,7 @@ def test_score_after_fit_is_that_of_fit():
         assert near._layout(x[0]).unit[0] < near._layout(x[0]).unit[1]
 
 
+@pytest.mark.slow
 def test_training_by_stages_ends_at_the_same_maximum(monkeypatch):
     X, y = (a.numpy() for a in data(400))
     settings = dict(predictor=NearestNeighbors(10), random_state=0)
@@ -517,8 +518,7 @@ def test_minibatches_of_terms_train():
         broadcasting,
         predictor=NearestNeighbors(5),
         masks=PermutationChain(),
-        batch_size=50,
-        tol=0.2,
+        training=Steps(batch_size=50, tol=0.2),
         random_state=0,
     ).fit(X, y)
     assert batches.log_marginal_likelihood_ == pytest.approx(exact.log_marginal_likelihood_, abs=0.5)
@@ -561,14 +561,15 @@ import resource, numpy as np, torch
 from bayes_mpt import BayesMPT
 from bayes_mpt.models import GaussianProcess
 from bayes_mpt.predictors import NearestNeighbors
+from bayes_mpt.training import Ascent
 torch.set_num_threads(1)
 rng = np.random.default_rng(0)
-BayesMPT(GaussianProcess(), max_iter=1).fit(rng.random((300, 2)), rng.normal(size=300))
+BayesMPT(GaussianProcess(), training=Ascent(max_iter=1)).fit(rng.random((300, 2)), rng.normal(size=300))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 X = rng.random((20000, 2))
 y = np.sin(5 * X[:, 0]) + 0.3 * rng.normal(size=20000)
 import warnings; warnings.simplefilter("ignore")
-fitted = BayesMPT(GaussianProcess(), predictor=NearestNeighbors(10), max_iter=2).fit(X, y)
+fitted = BayesMPT(GaussianProcess(), predictor=NearestNeighbors(10), training=Ascent(max_iter=1)).fit(X, y)
 fitted.predict(X, return_std=True)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """

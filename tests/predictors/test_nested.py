@@ -10,17 +10,15 @@ import torch
 from pyro.infer.autoguide import AutoNormal
 from scipy import stats
 from scipy.special import expit, gammaln, logsumexp
+from tables import tensor
+from truths import normal_grid
 
 from bayes_mpt import BayesMPT
 from bayes_mpt.predictors import Importance, Quadrature, SequentialMonteCarlo
 from bayes_mpt.score import CumulativeMaskedScore
+from bayes_mpt.training import Steps
 
-GRID = np.linspace(-8, 8, 321)
-LOG_GRID = stats.norm.logpdf(GRID) + np.log(GRID[1] - GRID[0])  # of a standard normal latent
-
-
-def tensor(a):
-    return torch.as_tensor(np.asarray(a, dtype=np.float64))
+GRID, LOG_GRID = normal_grid(8, 321)  # of a standard normal latent
 
 
 def fitted(program, x, y=None, **settings):
@@ -72,6 +70,7 @@ def logistic_lml(y):
     return logsumexp(logistic_by_row(y).sum(1) + LOG_GRID)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", [logistic, logistic_one_node])
 def test_random_intercepts_by_nested_quadrature(program):
     model = fitted(program, X, Y)
@@ -98,6 +97,7 @@ def test_missing_tokens_and_rows():
     assert fitted(logistic, X, y).log_marginal_likelihood_ == pytest.approx(logistic_lml(y), abs=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("predictor", [Importance(400), SequentialMonteCarlo(64, 4)], ids=repr)
 def test_random_intercepts_by_draws(predictor):
     model = fitted(logistic, X, Y, predictor=predictor)
@@ -149,13 +149,14 @@ def test_conditionals_and_chains():
     np.testing.assert_allclose(means[0, ~visible], chance, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_guide_of_the_latents_of_the_data_set_alone():
     """Row latents that the guide does not draw are integrated inside."""
     with torch.random.fork_rng():
         guide = AutoNormal(pyro.poutine.block(logistic, hide=["level"]), init_scale=0.5)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # few steps
-        model = fitted(logistic, X, Y, guide=guide, predictor=Importance(20), max_iter=25)
+        model = fitted(logistic, X, Y, guide=guide, predictor=Importance(20), training=Steps(max_iter=25))
     text = model.explain()
     assert "20 draws of slope from the guide" in text and "rows by themselves: level" in text
     se = model.log_marginal_likelihood_se_
@@ -264,6 +265,7 @@ def test_item_response_with_sampled_difficulties():
     assert model.log_marginal_likelihood_ == pytest.approx(truth, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_counts_with_discrete_and_continuous_latents_in_a_row():
     x = np.random.default_rng(4).poisson([2.0, 5.0], size=(6, 2)).astype(float)
 
@@ -288,6 +290,7 @@ def test_counts_with_discrete_and_continuous_latents_in_a_row():
     assert "kind summed out" in model.explain()
 
 
+@pytest.mark.slow
 def test_more_latents_of_a_row_than_a_product_rule_takes():
     """Five, at Sobol points; they enter through their sum only, so that one integral is the truth."""
 

@@ -1618,6 +1618,7 @@ def test_chains_are_the_importance_bound():
     assert (lost.chain(lost.value, order)[:, -1] == 0).all()
 
 
+@pytest.mark.slow
 def test_the_bound_lies_between_elbo_and_truth():
     args = (tensor(COUNTS),)
     truth = GammaPoisson(COUNTS).log_z(EVERYTHING).sum()
@@ -1821,6 +1822,7 @@ def test_particles_answer_for_single_tokens():
     assert np.abs(ready.posterior(ready.value).mean.numpy() - truth.latent_means(seen)).max() < 0.03
 
 
+@pytest.mark.slow
 def test_particles_of_a_regression():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(25, 2))
@@ -1830,6 +1832,7 @@ def test_particles_of_a_regression():
     within(ready.evidence(ready.value), model.log_evidence(x, y))
 
 
+@pytest.mark.slow
 def test_particles_with_classes_summed_out():
     """A weight that all rows share and a class for each row: Bernoulli mixtures, by a fine grid over the weight."""
     p = np.array([[0.2, 0.3], [0.9, 0.6]])

@@ -10,22 +10,20 @@ import pyro.distributions as dist
 import pytest
 import torch
 from sklearn.base import clone
+from truths import every_row
 
-from bayes_mpt import BayesMPT, MarginalLikelihoodSearch
+from bayes_mpt import BayesMPT, HeldOut, MarginalLikelihoodSearch
 from bayes_mpt.masks import Blocks, EverySize, FixedRate, LeaveOneOut, PermutationChain, UniformSize, one_each
 from bayes_mpt.predictors import Exact, SelfPredictive, choose
 from bayes_mpt.program.program import ModelError
 from bayes_mpt.score import CumulativeMaskedScore, estimate, masked_score
+from bayes_mpt.training import Steps
+
+pytestmark = pytest.mark.usefixtures("own_store")
 
 T = 4
 TABLE = torch.randn(2**T, generator=torch.Generator().manual_seed(0), dtype=torch.float64).log_softmax(0)
-STATES = torch.tensor(list(product((0.0, 1.0), repeat=T)), dtype=torch.float64)
-
-
-@pytest.fixture(autouse=True)
-def own_store():
-    with pyro.get_param_store().scope():
-        yield
+STATES = torch.from_numpy(every_row(T, 2)).double()
 
 
 def table(x, visible):
@@ -192,6 +190,7 @@ def test_disagreement_is_reported():
     assert "order_sd" not in curve.diagnostics and not curve.exact
 
 
+@pytest.mark.slow
 def test_one_mask_for_each_row_has_the_same_expectation():
     found = bound(network, STATES)
     masks = UniformSize(5).draw(T, 0)
@@ -341,7 +340,9 @@ def sample(n, seed):
 def fitted():
     torch.manual_seed(0)
     with pyro.get_param_store().scope():
-        return BayesMPT(Net(), batch_size=200, max_iter=600, random_state=0, tol=1e-3).fit(sample(2000, 0))
+        return BayesMPT(Net(), training=Steps(batch_size=200, max_iter=600, tol=1e-3), random_state=0).fit(
+            sample(2000, 0)
+        )
 
 
 @pytest.mark.slow
@@ -375,6 +376,7 @@ def test_draws_are_of_the_conditional_density():
     assert bool((z.abs() < 4).all())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the training stopped")
 def test_a_network_makes_rows(fitted):
     drawn = fitted.sample(4000)
@@ -410,6 +412,7 @@ def test_chains_of_one_draw_count_one_by_one():
     assert told.total == pytest.approx(float(by_order.mean(0).sum()), abs=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the training stopped")
 def test_scores_of_rows_do_not_depend_on_their_neighbours(fitted):
     fresh = sample(50, 2)
@@ -429,10 +432,11 @@ def test_scores_of_rows_do_not_depend_on_their_neighbours(fitted):
 def test_search_by_held_out_rows():
     x = sample(300, 3)
     search = MarginalLikelihoodSearch(
-        BayesMPT(table, predictor=SelfPredictive(2), batch_size=100, max_iter=60, random_state=0),
+        BayesMPT(
+            table, predictor=SelfPredictive(2), training=Steps(batch_size=100, max_iter=60), random_state=0
+        ),
         [{"model": [network]}, {"model": [Independent()], "masks": [Blocks(UniformSize(8), [0, 0, 1, 1])]}],
-        evidence="heldout",
-        cv=2,
+        evidence=HeldOut(cv=2),
         error_score="raise",
     )
     with pytest.warns(UserWarning):
@@ -450,6 +454,7 @@ class Independent:
             pyro.sample("x", dist.Bernoulli(logits=b.expand(x.shape)).to_event(1), obs=x)
 
 
+@pytest.mark.slow
 def test_independent_tokens_reach_their_closed_form_by_svi_and_by_fit():
     x = sample(500, 4)
     p = x.mean(0)

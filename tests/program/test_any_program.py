@@ -25,55 +25,29 @@ from sklearn import mixture
 from sklearn.base import clone
 from sklearn.datasets import load_iris
 from sklearn.exceptions import ConvergenceWarning
+from tables import tensor, with_holes
+from truths import mixture_log_terms, normal_grid
 
-from bayes_mpt import BayesMPT, MarginalLikelihoodSearch, compare
+from bayes_mpt import Auto, BayesMPT, MarginalLikelihoodSearch, compare
 from bayes_mpt.masks import PermutationChain, UniformSize
 from bayes_mpt.models import PPCA, GaussianMixture, LatentClass
 from bayes_mpt.predictors import Exact, Importance, Quadrature, SequentialMonteCarlo
 from bayes_mpt.score import CumulativeMaskedScore
+from bayes_mpt.training import Ascent, Steps
+
+pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
 SEED = 1991
 SMALL_SMC = SequentialMonteCarlo(32, 4, 1)
-NORMAL_GRID = np.linspace(-8, 8, 2001)
-LOG_NORMAL_GRID = stats.norm.logpdf(NORMAL_GRID) + np.log(NORMAL_GRID[1] - NORMAL_GRID[0])
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_behind():
-    """No state of a fit stays in Pyro's store or in torch's generator."""
-    pyro.clear_param_store()
-    torch.manual_seed(SEED)
-    pyro.param("mine", torch.tensor(1.0))
-    before = torch.get_rng_state()
-    yield
-    assert list(pyro.get_param_store().keys()) == ["mine"]
-    assert torch.equal(before, torch.get_rng_state())
-    pyro.clear_param_store()
-
-
-@pytest.fixture
-def own_store():
-    """For tests that train by Pyro's own hands."""
-    with pyro.get_param_store().scope(), torch.random.fork_rng():
-        pyro.clear_param_store()
-        torch.manual_seed(SEED)
-        yield
+NORMAL_GRID, LOG_NORMAL_GRID = normal_grid(8, 2001)
 
 
 def rng(seed=SEED):
     return np.random.default_rng(seed)
 
 
-def tensor(a):
-    return torch.as_tensor(np.asarray(a, dtype=np.float64))
-
-
 def param(name, value, constraint=constraints.real):
     return pyro.param(name, tensor(value), constraint=constraint)
-
-
-def with_gaps(x, share, seed=0):
-    return np.where(rng(seed).uniform(size=x.shape) < share, np.nan, x)
 
 
 def fitted(program, x, y=None, **settings):
@@ -136,7 +110,7 @@ def codes(n=60, t=4, gaps=0.1):
     probs = draw.dirichlet(np.ones(3), size=(2, t))
     group = draw.integers(2, size=n)
     x = np.array([[draw.choice(3, p=probs[g, j]) for j in range(t)] for g in group], dtype=float)
-    return with_gaps(x, gaps)
+    return with_holes(x, gaps)
 
 
 def class_lml(weights, probs, x):
@@ -146,6 +120,7 @@ def class_lml(weights, probs, x):
     return logsumexp(np.log(weights)[:, None] + np.where(seen, token, 0.0).sum(-1), axis=0)
 
 
+@pytest.mark.slow
 def test_latent_class_with_missing_cells():
     x = codes()
     model = fitted(latent_class, x)
@@ -185,7 +160,7 @@ def test_more_starts_are_no_worse_and_warm_start_ends_at_once():
 @pytest.mark.slow
 def test_training_on_masks_and_minibatches_climbs():
     x = codes(40, gaps=0.05)
-    settings = {"masks": UniformSize(2), "max_iter": 30, "batch_size": 20}
+    settings = {"masks": UniformSize(2), "training": Steps(max_iter=30, batch_size=20)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # thirty steps are not meant to
         model, again = (fitted(latent_class, x, **settings) for _ in range(2))
@@ -204,10 +179,7 @@ def test_ready_mixture_reaches_sklearn():
         assert model.score(x) > truth.fit(x).score(x) - 1e-4
     full = fitted(GaussianMixture(2, "full"), x)
     p = full.params_
-    truth = [
-        np.log(w) + stats.multivariate_normal(m, root @ root.T).logpdf(x)
-        for w, m, root in zip(p["weights"], p["loc"], p["scale_tril"], strict=True)
-    ]
+    truth = mixture_log_terms(x, p["weights"], p["loc"], p["scale_tril"] @ p["scale_tril"].mT)
     np.testing.assert_allclose(full.score_samples(x), logsumexp(truth, axis=0), atol=1e-9)
 
 
@@ -248,7 +220,7 @@ def forward(theta, x):
 def test_hidden_markov_model():
     draw = rng(0)
     z = np.cumsum(draw.uniform(size=(25, 6)) < 0.2, axis=1) % 2
-    x = with_gaps(np.array([-1.5, 1.5])[z] + 0.8 * draw.normal(size=z.shape), 0.1)
+    x = with_holes(np.array([-1.5, 1.5])[z] + 0.8 * draw.normal(size=z.shape), 0.1)
     model = fitted(hmm, x)
     p = model.params_
     logit = lambda q: np.log(q[..., 0] / q[..., 1])  # noqa: E731
@@ -291,7 +263,7 @@ def test_columns_of_different_kinds_in_a_data_frame():
     c = draw.integers(2, size=120)
     smoker = draw.uniform(size=120) < np.array([0.2, 0.8])[c]
     x = np.column_stack([np.array([-2, 2])[c] + draw.normal(size=120), smoker, draw.poisson(1 + 4 * c)])
-    frame = pd.DataFrame(with_gaps(x.astype(float), 0.08), columns=["height", "smoker", "visits"])
+    frame = pd.DataFrame(with_holes(x.astype(float), 0.08), columns=["height", "smoker", "visits"])
     model = fitted(mixed_columns, frame)
     found = check_all_methods(model, frame)
     p = model.params_
@@ -342,8 +314,9 @@ def poisson_lml(bias, loading, x):
     return logsumexp(by_row + log_p, axis=1)
 
 
+@pytest.mark.slow
 def test_poisson_factors_by_quadrature():
-    x = with_gaps(counts(), 0.05)
+    x = with_holes(counts(), 0.05)
     model = fitted(poisson_factors(1), x)
     rows = model.score_samples(x)
     p = model.params_
@@ -365,7 +338,7 @@ def test_two_poisson_factors():
     x = counts(12, 3, 2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the score is what is tested
-        model = fitted(poisson_factors(2), x, max_iter=5)
+        model = fitted(poisson_factors(2), x, training=Ascent(max_iter=5))
     truth = poisson_lml(model.params_["bias"], model.params_["loading"], x)
     np.testing.assert_allclose(model.score_samples(x), truth, atol=1e-4)
     assert model.transform(x).shape == (12, 2)
@@ -403,10 +376,11 @@ def item_lml(slope, level, x):
     return logsumexp(by_row + LOG_NORMAL_GRID, axis=1)
 
 
+@pytest.mark.slow
 def test_item_response_model():
     draw = rng(5)
     p = expit(draw.uniform(0.8, 2, 4) * (draw.normal(size=(60, 1)) - draw.normal(size=4)))
-    x = with_gaps((draw.uniform(size=(60, 4)) < p).astype(float), 0.05)
+    x = with_holes((draw.uniform(size=(60, 4)) < p).astype(float), 0.05)
     model = fitted(item_response, x)
     truth = item_lml(model.params_["slope"], model.params_["level"], x)
     np.testing.assert_allclose(model.score_samples(x), truth, atol=1e-5)
@@ -441,7 +415,7 @@ def test_six_latents_with_an_amortised_guide():
             pyro.sample("z", dist.Normal(loc, scale).to_event(1))
 
     x, program = counts(40, 5, 6), poisson_factors(6)
-    settings = {"guide": guide, "predictor": Importance(30), "max_iter": 150}
+    settings = {"guide": guide, "predictor": Importance(30), "training": Steps(max_iter=150)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # few steps and few draws: neither converged nor beyond doubt
         model, again = (fitted(program, x, **settings) for _ in range(2))
@@ -485,6 +459,7 @@ def covariates(n=25, p=2):
     return x, x @ np.array([1.0, -1.5])[:p] + 0.3 + 0.4 * draw.normal(size=n)
 
 
+@pytest.mark.slow
 def test_weights_with_priors_in_a_pyro_module():
     x, y = covariates()
     with torch.random.fork_rng():
@@ -527,6 +502,7 @@ def logistic_data(n=25):
     return x, (rng(9).uniform(size=n) < expit(x @ [1.0, -1.5])).astype(float)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("predictor", "n_errors"),
     [("auto", 10), (Quadrature(20), 10), (Importance(200), 5), (SMALL_SMC, 6)],
@@ -595,13 +571,14 @@ def test_missing_targets_are_left_out():
     assert fitted(logistic, x, y).log_marginal_likelihood_ == pytest.approx(truth, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_automatic_guide():
     x, y = logistic_data()
     with torch.random.fork_rng():
         guide = AutoNormal(logistic)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # few steps
-        model = fitted(logistic, x, y, guide=guide, max_iter=200)
+        model = fitted(logistic, x, y, guide=guide, training=Steps(max_iter=200))
     assert model.predictor_.name == "Importance"
     assert model.log_marginal_likelihood_ == pytest.approx(logistic_truth(x, y)[0], abs=0.3)
 
@@ -709,7 +686,7 @@ def test_codes_of_a_program_for_one_node_at_a_time():
     one, other = (fitted(f, x, predictor=Quadrature(24)) for f in (program, left))
     assert not one.predictor_.one_by_one
     np.testing.assert_allclose(one.score_samples(x), other.score_samples(x), atol=1e-8)
-    gaps = with_gaps(x, 0.1)
+    gaps = with_holes(x, 0.1)
     np.testing.assert_array_equal(one.impute(gaps), other.impute(gaps))
 
 
@@ -730,7 +707,7 @@ def test_automatic_guide_of_a_program_for_one_draw_at_a_time():
             guide = AutoNormal(program)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # few steps, and a guide that is no good yet
-            found.append(fitted(program, x, y, guide=guide, max_iter=20))
+            found.append(fitted(program, x, y, guide=guide, training=Steps(max_iter=20)))
     assert not found[0].predictor_.one_by_one
     assert found[0].log_marginal_likelihood_ == pytest.approx(found[1].log_marginal_likelihood_, abs=1e-8)
 
@@ -763,7 +740,7 @@ def coin_lml(loc, x):
 def test_rows_that_are_images():
     model = fitted(lambda x: coin_mixture(x, (2, 2), lambda x: x.reshape(-1, 2, 2)), X)
     np.testing.assert_allclose(model.score_samples(X), coin_lml(model.params_["loc"].ravel(), X), atol=1e-10)
-    gaps = with_gaps(X, 0.1)
+    gaps = with_holes(X, 0.1)
     np.testing.assert_array_equal(model.impute(gaps)[~np.isnan(gaps)], X[~np.isnan(gaps)])
 
 
@@ -781,14 +758,14 @@ def test_a_plate_of_columns():
 
 @pytest.mark.parametrize("value", [torch.log, lambda x: 2 * x], ids=["log", "twice"])
 def test_transformed_values_are_scored_as_observed(value):
-    x = with_gaps(np.exp(0.3 * X), 0.1)
+    x = with_holes(np.exp(0.3 * X), 0.1)
     model = fitted(lambda x: coin_mixture(x, (4,), value), x)
     seen = value(tensor(x)).numpy()
     np.testing.assert_allclose(model.score_samples(x), coin_lml(model.params_["loc"], seen), atol=1e-10)
 
 
 def test_impute_refuses_transformed_values():
-    x = with_gaps(np.exp(0.3 * X), 0.1)
+    x = with_holes(np.exp(0.3 * X), 0.1)
     model = fitted(lambda x: coin_mixture(x, (4,), torch.log), x)
     with pytest.raises(ValueError, match="not every token of site 'x' is one of them.*transformed"):
         model.impute(x)
@@ -818,7 +795,7 @@ def backwards_linear(x):
 
 @pytest.mark.parametrize("program", [backwards_sites, backwards_columns, backwards_linear])
 def test_impute_keeps_the_order_of_columns(program):
-    x = with_gaps(X[:, :2], 0.1)
+    x = with_holes(X[:, :2], 0.1)
     model = fitted(program, x)
     filled = model.impute(x)
     np.testing.assert_array_equal(filled[~np.isnan(x)], x[~np.isnan(x)])
@@ -843,7 +820,7 @@ def test_impute_beside_a_column_that_is_an_index():
             c = pyro.sample("c", dist.Bernoulli(x.new_tensor(0.5)))
             pyro.sample("x", dist.Normal(level + c[..., None], 1.0).to_event(1), obs=x[:, [2, 1]])
 
-    x = np.column_stack([np.arange(30) % 2, with_gaps(X[:, :2], 0.1)])
+    x = np.column_stack([np.arange(30) % 2, with_holes(X[:, :2], 0.1)])
     filled = fitted(program, x).impute(x)
     np.testing.assert_array_equal(filled[~np.isnan(x)], x[~np.isnan(x)])
     assert np.isfinite(filled).all()
@@ -869,7 +846,7 @@ def test_no_latents_and_no_normal_tokens(gaps):
         with pyro.plate("rows", len(x)):
             pyro.sample("x", dist.Poisson(rate).to_event(1), obs=x)
 
-    x = with_gaps(counts(), gaps)
+    x = with_holes(counts(), gaps)
     model = fitted(program, x)
     best = np.nanmean(x, 0)
     np.testing.assert_allclose(model.params_["rate"], best, rtol=1e-4)
@@ -1308,7 +1285,7 @@ def test_nodes_where_none_are_needed(predictor):
     """The program is linear-Gaussian: a closed form would do, nodes do too."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # few steps: the score is what is tested
-        model = fitted(linear, X, predictor=predictor, max_iter=10)
+        model = fitted(linear, X, predictor=predictor, training=Ascent(max_iter=10))
     truth = stats.multivariate_normal(model.params_["shift"], np.eye(4) + 1).logpdf(X)
     atol = 1e-8 if isinstance(predictor, Quadrature) else 0.4
     np.testing.assert_allclose(model.score_samples(X), truth, atol=atol)
@@ -1386,12 +1363,14 @@ def test_search_over_components_and_over_programs():
     x = two_blobs()
     grid = {"model__n_components": [1, 2, 3]}
     search = MarginalLikelihoodSearch(
-        BayesMPT(GaussianMixture(1, "diag"), random_state=0), grid, cv=3, random_state=0
+        BayesMPT(GaussianMixture(1, "diag"), random_state=0), grid, evidence=Auto(cv=3), random_state=0
     )
     search.fit(x)
     assert search.best_params_ == {"model__n_components": 2} and search.evidence_ == "heldout"
     programs = {"model": [GaussianMixture(2, "diag"), PPCA(1), coin]}
-    search = MarginalLikelihoodSearch(BayesMPT(random_state=0), programs, cv=3, random_state=0).fit(x)
+    search = MarginalLikelihoodSearch(
+        BayesMPT(random_state=0), programs, evidence=Auto(cv=3), random_state=0
+    ).fit(x)
     assert search.comparison_.index[0] == "GaussianMixture" and "coin" in search.comparison_.index
     assert (search.comparison_["lml_diff"] <= 0).all()
     models = {
@@ -1407,7 +1386,10 @@ def test_search_over_components_and_over_programs():
 
 def test_search_over_classes_of_codes():
     search = MarginalLikelihoodSearch(
-        BayesMPT(LatentClass(1, 3), random_state=0), {"model__n_classes": [1, 2]}, cv=2, random_state=0
+        BayesMPT(LatentClass(1, 3), random_state=0),
+        {"model__n_classes": [1, 2]},
+        evidence=Auto(cv=2),
+        random_state=0,
     ).fit(codes(40, gaps=0.05))
     assert np.isfinite(search.comparison_["lml"]).all()
 
@@ -1438,7 +1420,7 @@ def test_bayes_factor_of_two_regressions():
 def test_loss_is_the_negative_joint():
     for predictor in ("auto", Exact()):
         loss = CumulativeMaskedScore(PermutationChain(3), predictor, random_state=0)
-        x = with_gaps(X, 0.1)
+        x = with_holes(X, 0.1)
         assert loss.loss(coin, None, tensor(x)) == pytest.approx(-coin_lml(np.zeros(4), x).sum(), rel=1e-12)
     module = CumulativeMaskedScore(predictor=Exact())(coin, None, tensor(X))
     optimiser = torch.optim.LBFGS(module.parameters(), max_iter=50)
@@ -1510,6 +1492,7 @@ def test_minibatches_see_the_rows_that_the_guide_saw(predictor):
         assert np.abs(possible - got).min() < 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_store")
 def test_svi_with_a_guide_raises_the_heldout_likelihood():
     draw = rng(9)

@@ -9,6 +9,7 @@ from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer.reparam import LocScaleReparam
 from scipy import optimize, stats
+from truths import log_density
 
 from bayes_mpt import BayesMPT
 from bayes_mpt.masks import PermutationChain, UniformSize
@@ -23,20 +24,13 @@ from bayes_mpt.predictors import (
 from bayes_mpt.program.program import ModelError
 from bayes_mpt.score import CumulativeMaskedScore, masked_score
 
+pytestmark = pytest.mark.usefixtures("own_store")
+
 X = 2 + np.random.default_rng(0).normal(size=(30, 1))
 z = X[:, 0]
 HOLES = X.copy()
 HOLES[::3] = np.nan
 SEEN = HOLES[~np.isnan(HOLES)]
-
-
-@pytest.fixture(autouse=True)
-def own_state():
-    """Tests that read programs themselves leave no parameters and no seed behind."""
-    with pyro.get_param_store().scope(), torch.random.fork_rng():
-        pyro.clear_param_store()
-        torch.manual_seed(0)
-        yield
 
 
 CHOICES = pytest.mark.parametrize(
@@ -211,6 +205,7 @@ def test_a_mask_of_what_is_missing_is_as_good_as_none(predictor):
     assert model.log_marginal_likelihood_ == pytest.approx(with_wide_mean(SEEN), abs=error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [zeros, lambda x: x[:, 0]], ids=["filled", "as it is"])
 def test_an_obs_mask_of_what_is_missing(value):
     def program(x):
@@ -361,12 +356,7 @@ def test_a_plate_of_rows_right_of_a_plate_of_columns(width, holes):
                 pyro.sample("x", dist.Normal((c @ loading).transpose(-1, -2), 1.0), obs=x.mT)
 
     cov = np.eye(3) + loading.numpy().T @ loading.numpy()
-    truth = []
-    for row in x:
-        seen = ~np.isnan(row)
-        truth.append(
-            stats.multivariate_normal(np.zeros(seen.sum()), cov[np.ix_(seen, seen)]).logpdf(row[seen])
-        )
+    truth = log_density(x, np.zeros(3), cov)
     model = BayesMPT(program).fit(x)
     np.testing.assert_allclose(model.score_samples(x), truth, atol=1e-10)
     np.testing.assert_allclose(model.score_samples(x[:4]), truth[:4], atol=1e-10)

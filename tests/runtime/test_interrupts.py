@@ -19,16 +19,17 @@ import torch
 from pyro.distributions import constraints
 from pyro.poutine.runtime import _PYRO_STACK
 from scipy.special import logsumexp
-from scipy.stats import multivariate_normal
 from sklearn.exceptions import NotFittedError
 from sklearn.utils.validation import check_is_fitted
+from truths import factor_covariance, log_density, mixture_log_terms
 
-from bayes_mpt import BayesMPT, KernelSearch, MarginalLikelihoodSearch, compare
+from bayes_mpt import BayesMPT, HeldOut, KernelSearch, MarginalLikelihoodSearch, compare
 from bayes_mpt.masks import UniformSize
 from bayes_mpt.models import PPCA, VAE, FactorAnalysis, GaussianMixture
 from bayes_mpt.runtime.interrupts import check_stop, interruptible
 from bayes_mpt.runtime.progress import Task
 from bayes_mpt.runtime.tasks import side_by_side
+from bayes_mpt.training import Epochs, Steps
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(60, 1)) @ RNG.normal(size=(1, 4)) * 2 + RNG.normal(size=(60, 4))
@@ -81,17 +82,7 @@ def tied(x):
 
 
 def factor_scores(model, x):
-    """Log-densities of rows with holes, by scipy."""
-    cov = model.components_.T @ model.components_ + np.diag(
-        np.broadcast_to(model.noise_variance_, len(model.mean_))
-    )
-    return np.array(
-        [
-            multivariate_normal(model.mean_[s], cov[np.ix_(s, s)]).logpdf(r[s])
-            for r in x
-            for s in [~np.isnan(r)]
-        ]
-    )
+    return log_density(x, model.mean_, factor_covariance(model.components_, model.noise_variance_))
 
 
 def is_interrupted(model, x):
@@ -155,14 +146,6 @@ def test_em_keeps_its_best(monkeypatch, late):
     assert model.score(HOLES) < undisturbed.score(HOLES)
 
 
-def mixture_scores(params, x):
-    parts = [
-        np.log(w) + multivariate_normal(m, s @ s.T).logpdf(x)
-        for w, m, s in zip(params["weights"], params["loc"], params["scale_tril"], strict=True)
-    ]
-    return logsumexp(parts, 0)
-
-
 def test_a_mixture_keeps_its_best(monkeypatch):
     """Its own EM, in `maximize`."""
     model = BayesMPT(GaussianMixture(2), random_state=0)
@@ -178,7 +161,9 @@ def test_a_mixture_keeps_its_best(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         model.fit(X)
     assert model.interrupted_ and not model.converged_
-    np.testing.assert_allclose(model.score_samples(X), mixture_scores(model.params_, X), atol=1e-9)
+    p = model.params_
+    terms = mixture_log_terms(X, p["weights"], p["loc"], p["scale_tril"] @ p["scale_tril"].mT)
+    np.testing.assert_allclose(model.score_samples(X), logsumexp(terms, 0), atol=1e-9)
     assert model.log_marginal_likelihood_ == pytest.approx(model.score_samples(X).sum(), abs=1e-7)
 
 
@@ -206,7 +191,11 @@ def test_a_model_of_ones_own_may_keep_its_best():
 
 @pytest.mark.filterwarnings("ignore:the importance weights")  # of a network that has learnt little
 def test_epochs_keep_their_best():
-    model = BayesMPT(VAE(1, likelihood="gaussian", hidden=(4,)), max_iter=50, batch_size=20, random_state=0)
+    model = BayesMPT(
+        VAE(1, likelihood="gaussian", hidden=(4,)),
+        training=Epochs(max_epochs=50, batch_size=20),
+        random_state=0,
+    )
     model.set_callbacks(PressAt(3))
     with pytest.raises(KeyboardInterrupt):
         model.fit(X)
@@ -399,8 +388,7 @@ def test_an_interrupted_search_goes_on_from_its_checkpoints(tmp_path, monkeypatc
         return MarginalLikelihoodSearch(
             BayesMPT(FactorAnalysis(), random_state=0),
             grid,
-            evidence="heldout",
-            cv=3,
+            evidence=HeldOut(cv=3),
             random_state=0,
             checkpoint_dir=path,
         )
@@ -548,16 +536,18 @@ def test_threads_hear_of_it():
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_a_training_that_did_not_converge_is_marked():
-    estimator = BayesMPT(FactorAnalysis(), masks=UniformSize(4), max_iter=5, random_state=0)
-    grid = [{"model__n_components": [1]}, {"model__n_components": [2], "masks": [None], "max_iter": [2000]}]
+    estimator = BayesMPT(FactorAnalysis(), masks=UniformSize(4), training=Steps(max_iter=5), random_state=0)
+    grid = [{"model__n_components": [1]}, {"model__n_components": [2], "masks": [None], "training": [None]}]
     search = MarginalLikelihoodSearch(estimator, grid, evidence="train").fit(X)
     diag = dict(
         zip(search.candidate_names_, search.comparison_.loc[search.candidate_names_, "diag"], strict=True)
     )
     assert list(diag.values()) == ["not converged after 5 iterations", "train"]
-    short = BayesMPT(FactorAnalysis(1), masks=UniformSize(4), max_iter=5, random_state=0).fit(X)
+    short = BayesMPT(FactorAnalysis(1), masks=UniformSize(4), training=Steps(max_iter=5), random_state=0).fit(
+        X
+    )
     table = compare({"short": short, "long": BayesMPT(FactorAnalysis(1)).fit(X)}, X, evidence="train")
     assert table["diag"].to_dict() == {"long": "train", "short": "not converged after 5 iterations"}
-    search.set_params(evidence="heldout", cv=2).fit(X)
+    search.set_params(evidence=HeldOut(cv=2)).fit(X)
     diag = search.comparison_.loc[search.candidate_names_, "diag"]
     assert list(diag) == ["not converged after 5 iterations; 2 of 2 fits to folds not converged", "heldout"]

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from gpytorch.kernels import RBFKernel
 
-from bayes_mpt import BayesMPT, KernelSearch, MarginalLikelihoodSearch
+from bayes_mpt import BayesMPT, HeldOut, KernelSearch, MarginalLikelihoodSearch
 from bayes_mpt.masks import UniformSize
 from bayes_mpt.models import PPCA, FactorAnalysis
 from bayes_mpt.models.kernels import Line
+from bayes_mpt.training import Steps
 
 X = np.random.default_rng(0).normal(size=(40, 4))
 GRID = {"model": [PPCA(1), FactorAnalysis(1)]}
@@ -59,7 +60,7 @@ def test_an_exact_fit_is_shown_in_a_plain_line(capsys):
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_a_training_is_shown_in_plain_lines(capsys):
-    BayesMPT(PPCA(1), masks=UniformSize(4), max_iter=10, random_state=0, verbose=1).fit(X)
+    BayesMPT(PPCA(1), masks=UniformSize(4), training=Steps(max_iter=10), random_state=0, verbose=1).fit(X)
     err = capsys.readouterr().err
     first, *_, last = err.splitlines()
     assert is_plain(err)
@@ -101,7 +102,7 @@ def test_the_log_is_silent_by_default(capsys):
 
 def test_callbacks_see_stages_candidates_and_folds():
     tree = Tree()
-    search = MarginalLikelihoodSearch(BayesMPT(), GRID, evidence="heldout", cv=2, random_state=0)
+    search = MarginalLikelihoodSearch(BayesMPT(), GRID, evidence=HeldOut(cv=2), random_state=0)
     search.set_callbacks(tree).fit(X)
     root = ("fit", 0)
     want = [(root,), (root, ("fits", 0)), (root, ("evidence heldout", 1))]
@@ -115,7 +116,7 @@ def test_callbacks_see_stages_candidates_and_folds():
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_callbacks_see_the_iterations_of_candidates():
     tree = Tree()
-    estimator = BayesMPT(PPCA(1), masks=UniformSize(4), max_iter=7, random_state=0)
+    estimator = BayesMPT(PPCA(1), masks=UniformSize(4), training=Steps(max_iter=7), random_state=0)
     search = MarginalLikelihoodSearch(estimator, {"model__n_components": [1, 2]}, evidence="train")
     search.set_callbacks(tree).fit(X)
     iterations = [task for task in tree.ended if task[-1][0] == "iteration"]

@@ -19,12 +19,13 @@ from pyro import infer, poutine
 from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
 
-from bayes_mpt import BayesMPT, KernelSearch, MarginalLikelihoodSearch, compare
+from bayes_mpt import BayesMPT, HeldOut, KernelSearch, MarginalLikelihoodSearch, compare, data_digest
 from bayes_mpt.masks import UniformSize
 from bayes_mpt.models import PPCA, VAE, FactorAnalysis, GaussianMixture, GaussianProcess
 from bayes_mpt.models.kernels import Line
 from bayes_mpt.predictors import Importance, choose
 from bayes_mpt.score import CumulativeMaskedScore
+from bayes_mpt.training import Ascent, Epochs, Steps
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*may not have converged:sklearn.exceptions.ConvergenceWarning",  # a few steps will do here
@@ -63,14 +64,22 @@ CASES = {
     "closed form": (lambda: BayesMPT(PPCA(1)), (X,)),
     "missing cells": (lambda: BayesMPT(FactorAnalysis(1), random_state=0, n_init=2), (HOLES,)),
     "EM": (lambda: BayesMPT(GaussianMixture(2), random_state=0), (X,)),
-    "quadrature": (lambda: BayesMPT(student, max_iter=3), (X,)),
+    "quadrature": (lambda: BayesMPT(student, training=Ascent(max_iter=3)), (X,)),
     "draws": (
-        lambda: BayesMPT(student, predictor=Importance(4), max_iter=3, learning_rate=0.01, random_state=0),
+        lambda: BayesMPT(
+            student, predictor=Importance(4), training=Steps(max_iter=3, learning_rate=0.01), random_state=0
+        ),
         (X,),
     ),
-    "one vector": (lambda: BayesMPT(GaussianProcess(), max_iter=5), (TIMES, HEIGHTS)),
-    "networks": (lambda: BayesMPT(VAE(latent_dim=1, hidden=(3,)), max_iter=1, random_state=0), (CODES,)),
-    "by masks": (lambda: BayesMPT(PPCA(1), masks=UniformSize(2), max_iter=8, random_state=0), (X,)),
+    "one vector": (lambda: BayesMPT(GaussianProcess(), training=Ascent(max_iter=5)), (TIMES, HEIGHTS)),
+    "networks": (
+        lambda: BayesMPT(VAE(latent_dim=1, hidden=(3,)), training=Epochs(max_epochs=1), random_state=0),
+        (CODES,),
+    ),
+    "by masks": (
+        lambda: BayesMPT(PPCA(1), masks=UniformSize(2), training=Steps(max_iter=8), random_state=0),
+        (X,),
+    ),
 }
 
 
@@ -129,7 +138,7 @@ def test_one_fitted_estimator_answers_eight_threads():
     calls = {
         "score": lambda name: fitted[name].score_samples(*CASES[name][1]),
         "masks": lambda name: fitted[name].estimate(*CASES[name][1], n_replicates=2).total,
-        "digest": lambda name: fitted[name].digest(CASES[name][1][0]),
+        "digest": lambda name: data_digest(CASES[name][1][0]),
         "impute": lambda name: fitted["no latents"].impute(HOLES),
         "transform": lambda name: fitted["draws"].transform(HOLES),
         "predict": lambda name: fitted["one vector"].predict(TIMES + 0.01, return_std=True)[1],
@@ -157,7 +166,7 @@ def test_one_fitted_estimator_answers_eight_threads():
 
 def test_a_refit_beside_scores_gives_the_numbers_of_the_old_or_the_new_fit():
     rows = [X[:20], X[10:]]
-    model = BayesMPT(robust, max_iter=2)
+    model = BayesMPT(robust, training=Ascent(max_iter=2))
     truth = [model.fit(x).score_samples(X) for x in rows]
 
     def call(i):
@@ -182,7 +191,7 @@ def test_losses_and_predictors_of_eight_threads():
 
 
 def test_a_thread_inside_may_ask_again():
-    model = BayesMPT(student, max_iter=2).fit(X)
+    model = BayesMPT(student, training=Ascent(max_iter=2)).fit(X)
     truth = model.score(X)
     with model.read_rows(X) as (predictor, x):
         assert model.score(X) == truth
@@ -195,8 +204,8 @@ def test_a_thread_inside_may_ask_again():
 @pytest.mark.parametrize(
     ("estimator", "grid", "settings"),
     [
-        (BayesMPT(PPCA()), {"model__n_components": [0, 1, 2]}, {"evidence": "heldout", "cv": 2}),
-        (BayesMPT(robust), {"max_iter": [2, 3, 4]}, {"evidence": "train"}),
+        (BayesMPT(PPCA()), {"model__n_components": [0, 1, 2]}, {"evidence": HeldOut(2)}),
+        (BayesMPT(robust), {"training": [Ascent(n) for n in (2, 3, 4)]}, {"evidence": "train"}),
     ],
     ids=["held-out", "train"],
 )
@@ -226,7 +235,9 @@ def test_kernel_searches_and_comparisons_beside_each_other():
 
 
 def test_two_fits_of_one_search_do_not_mix():
-    search = MarginalLikelihoodSearch(BayesMPT(robust), {"max_iter": [2, 3]}, evidence="train")
+    search = MarginalLikelihoodSearch(
+        BayesMPT(robust), {"training": [Ascent(2), Ascent(3)]}, evidence="train"
+    )
     truth = [search.fit(x).comparison_ for x in (X, X[:20])]
     in_threads(lambda i: search.fit(X if i % 2 else X[:20]), range(4), 4)
     found = search.comparison_["lml"]
@@ -356,12 +367,12 @@ class Fails:
 )
 def test_nothing_is_left_behind_by_a_program_that_fails(error):
     pyro.param("users", torch.ones(2))
-    BayesMPT(Fails(10**9, error), max_iter=3).fit(
+    BayesMPT(Fails(10**9, error), training=Ascent(max_iter=3)).fit(
         X
     )  # what is imported at first use may add filters of warnings
     before = state()
     whole = Fails(10**9, error)
-    fitted = BayesMPT(whole, max_iter=3).fit(X)
+    fitted = BayesMPT(whole, training=Ascent(max_iter=3)).fit(X)
     n_runs = whole.n
     assert state() == before
     for run in {
@@ -371,7 +382,7 @@ def test_nothing_is_left_behind_by_a_program_that_fails(error):
         n_runs,
     }:  # the first ones find out what it is; then it is trained, then scored
         with pytest.raises((type(error), ConvergenceWarning)):
-            BayesMPT(Fails(run, error), max_iter=3).fit(X)
+            BayesMPT(Fails(run, error), training=Ascent(max_iter=3)).fit(X)
         assert state() == before, run
     right = fitted.score_samples(X)
     for call in (fitted.score_samples, fitted.transform, fitted.impute, fitted.estimate, fitted.refit):
@@ -397,7 +408,9 @@ def test_nothing_is_left_behind_by_guides_bad_rows_and_searches_that_fail():
         lambda: BayesMPT(robust).fit(np.full((4, 4), np.inf)),
         lambda: BayesMPT(robust).fit(X).score_samples(X[:, :2]),
         lambda: BayesMPT(robust).partial_fit(X).partial_fit(X),
-        lambda: MarginalLikelihoodSearch(BayesMPT(Fails(1, ValueError("no"))), {"max_iter": [1, 2]}).fit(X),
+        lambda: MarginalLikelihoodSearch(
+            BayesMPT(Fails(1, ValueError("no"))), {"training": [Ascent(1), Ascent(2)]}
+        ).fit(X),
         lambda: choose(Fails(2, ValueError("no")), (torch.as_tensor(X),)),
         lambda: CumulativeMaskedScore()(Fails(2, ValueError("no")), None, torch.as_tensor(X)),
     ]

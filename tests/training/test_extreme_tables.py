@@ -13,6 +13,8 @@ from pyro.distributions import constraints
 from scipy.stats import multivariate_normal
 from sklearn.decomposition import FactorAnalysis as SklearnFactorAnalysis
 from sklearn.exceptions import ConvergenceWarning
+from tables import with_holes
+from truths import factor_covariance, log_density, ppca_maximum
 
 from bayes_mpt import BayesMPT, MarginalLikelihoodSearch
 from bayes_mpt.models import PPCA, FactorAnalysis, GaussianMixture, MixtureOfFactorAnalyzers
@@ -23,28 +25,10 @@ def factors(n, t, k, noise, seed=0):
     return rng.normal(size=(n, k)) @ rng.normal(size=(k, t)) + noise * rng.normal(size=(n, t))
 
 
-def tipping_bishop(X, k):
-    """Maximised log-likelihood of PPCA (Tipping & Bishop 1999, eq. 8), from singular values of the rows."""
-    n, t = X.shape
-    centred = X - X.mean(0)
-    value = np.zeros(t)
-    singular = np.linalg.svd(centred - centred.mean(0), compute_uv=False)
-    value[: len(singular)] = singular**2 / n
-    noise = value[k:].sum() / (t - k)
-    return -n / 2 * (t * np.log(2 * np.pi) + np.log(value[:k]).sum() + (t - k) * np.log(noise) + t)
-
-
-def dense(model, X):
-    """Log-likelihood of rows under the fitted mean and covariance."""
-    cov = model.components_.T @ model.components_ + np.diag(
-        np.broadcast_to(model.noise_variance_, X.shape[1])
-    )
-    return multivariate_normal(model.mean_, cov).logpdf(X)
-
-
 # ---------------------------------------------------------------------------------------------------------------- wide
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("standardise", [False, True])
 @pytest.mark.parametrize(
     ("n", "t"), [(1000, 784), (40, 2000), (300, 500), (200, 190), (5, 500), (60, 61), (60, 60)]
@@ -54,7 +38,7 @@ def test_ppca_of_wide_tables_is_the_closed_form(n, t, standardise):
     if standardise:
         X = (X - X.mean(0)) / X.std(0)
     model = BayesMPT(PPCA(3)).fit(X)
-    assert model.log_marginal_likelihood_ == pytest.approx(tipping_bishop(X, 3), rel=1e-11)
+    assert model.log_marginal_likelihood_ == pytest.approx(ppca_maximum(X, 3), rel=1e-11)
     assert model.converged_
 
 
@@ -62,8 +46,10 @@ def test_rows_of_a_wide_table_are_scored_as_by_the_dense_covariance():
     X = factors(30, 250, 2, 0.4)
     for model in (PPCA(2), FactorAnalysis(2)):
         fitted = BayesMPT(model).fit(X)
-        np.testing.assert_allclose(fitted.score_samples(X), dense(fitted, X), rtol=1e-9)
-        assert fitted.log_marginal_likelihood_ == pytest.approx(dense(fitted, X).sum(), rel=1e-10)
+        cov = factor_covariance(fitted.components_, fitted.noise_variance_)
+        truth = log_density(X, fitted.mean_, cov)
+        np.testing.assert_allclose(fitted.score_samples(X), truth, rtol=1e-9)
+        assert fitted.log_marginal_likelihood_ == pytest.approx(truth.sum(), rel=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -95,6 +81,7 @@ def test_auto_of_a_wide_table_finds_the_dimension():
     assert max(found.selection_) == 38
 
 
+@pytest.mark.slow
 def test_wide_tables_are_ranked_by_the_evidence_of_the_dense_formula(monkeypatch):
     # the determinant by latents, of more tokens than `evidence.MAX_DENSE`, against the one of all tokens
     def evidences():
@@ -114,18 +101,15 @@ def test_wide_tables_by_parts_are_those_at_once():
     parts = BayesMPT(PPCA(2))
     for start in range(0, 90, 15):  # fewer rows than columns, then more
         parts.partial_fit(X[start : start + 15])
-    assert parts.log_marginal_likelihood_ == pytest.approx(tipping_bishop(X, 2), rel=1e-11)
+    assert parts.log_marginal_likelihood_ == pytest.approx(ppca_maximum(X, 2), rel=1e-11)
 
 
 def test_a_wide_table_with_missing_cells_is_scored_by_its_observed_cells():
     X = factors(25, 40, 2, 0.5)
-    X[np.random.default_rng(1).random(X.shape) < 0.1] = np.nan
+    X = with_holes(X, 0.1, seed=1)
     model = BayesMPT(PPCA(2), random_state=0).fit(X)
     cov = model.get_covariance()
-    want = [
-        multivariate_normal(model.mean_[s], cov[np.ix_(s, s)]).logpdf(row[s])
-        for row, s in zip(X, ~np.isnan(X), strict=True)
-    ]
+    want = log_density(X, model.mean_, cov)
     np.testing.assert_allclose(model.score_samples(X), want, rtol=1e-9)
 
 
@@ -141,7 +125,7 @@ def test_ppca_reaches_its_closed_form_where_the_covariance_is_all_but_singular(n
     model = BayesMPT(PPCA(3)).fit(X)
     # rounding moves the least standard deviations by this share of themselves, in n (t - 3) numbers
     atol = n * (t - 3) * np.finfo(float).eps * condition**0.5
-    assert model.log_marginal_likelihood_ == pytest.approx(tipping_bishop(X, 3), rel=1e-12, abs=atol)
+    assert model.log_marginal_likelihood_ == pytest.approx(ppca_maximum(X, 3), rel=1e-12, abs=atol)
 
 
 @pytest.mark.slow
@@ -199,7 +183,7 @@ FAR = pytest.mark.parametrize("X", [pytest.param(X, id=name) for name, X in far_
 def test_a_shift_changes_no_closed_form(X):
     model = BayesMPT(PPCA(1)).fit(X)
     assert model.predictor_.name == "Exact"
-    assert model.log_marginal_likelihood_ == pytest.approx(tipping_bishop(X, 1), rel=1e-12)
+    assert model.log_marginal_likelihood_ == pytest.approx(ppca_maximum(X, 1), rel=1e-12)
     np.testing.assert_allclose(model.mean_, X.mean(0), rtol=1e-15)
     np.testing.assert_array_equal(model.params_["loc"], model.mean_)
 
@@ -226,7 +210,7 @@ def test_a_shift_changes_no_mixture(program):
 def test_what_is_said_of_far_rows_lies_where_they_are(X):
     centre, sd = X.mean(0), X.std(0)
     far, near = BayesMPT(PPCA(2)).fit(X), BayesMPT(PPCA(2)).fit(X - centre)
-    holes = np.where(np.random.default_rng(1).random(X.shape) < 0.2, np.nan, X)
+    holes = with_holes(X, 0.2, seed=1)
     # the rows themselves are rounded to this share of their spread
     atol = 1e-9 + 8 * np.abs(centre / sd).max() * np.finfo(float).eps
     for a, b in (
@@ -245,16 +229,17 @@ def test_what_is_said_of_far_rows_lies_where_they_are(X):
 def test_far_rows_with_missing_cells_by_parts_and_started_again():
     X = next(X for name, X in far_tables() if name == "1e9")
     centre = X.mean(0)
-    holes = np.where(np.random.default_rng(1).random(X.shape) < 0.1, np.nan, X)
+    holes = with_holes(X, 0.1, seed=1)
     far, near = (BayesMPT(PPCA(1), random_state=0).fit(rows) for rows in (holes, holes - centre))
     assert far.log_marginal_likelihood_ == pytest.approx(near.log_marginal_likelihood_, rel=1e-9)
     parts = BayesMPT(PPCA(1)).partial_fit(X[:30]).partial_fit(X[30:])
-    assert parts.log_marginal_likelihood_ == pytest.approx(tipping_bishop(X, 1), rel=1e-11)
+    assert parts.log_marginal_likelihood_ == pytest.approx(ppca_maximum(X, 1), rel=1e-11)
     np.testing.assert_allclose(parts.mean_, centre, rtol=1e-15)
     warm = BayesMPT(PPCA(1), warm_start=True).fit(X).fit(X + 1e9)
-    assert warm.log_marginal_likelihood_ == pytest.approx(tipping_bishop(X + 1e9, 1), rel=1e-11)
+    assert warm.log_marginal_likelihood_ == pytest.approx(ppca_maximum(X + 1e9, 1), rel=1e-11)
 
 
+@pytest.mark.slow
 def test_a_search_of_far_rows_is_that_of_centred_ones():
     X = next(X for name, X in far_tables() if name == "seconds since 1970")
     grid = {"model": [PPCA(), FactorAnalysis()], "model__n_components": [1, 2]}

@@ -13,12 +13,14 @@ import pytest
 import torch
 from pyro.distributions import constraints
 from scipy.optimize import minimize
-from scipy.stats import multivariate_normal
 from sklearn.datasets import load_wine
 from sklearn.exceptions import ConvergenceWarning
+from tables import with_holes
+from truths import log_density
 
-from bayes_mpt import BayesMPT, MarginalLikelihoodSearch
+from bayes_mpt import Auto, BayesMPT, MarginalLikelihoodSearch
 from bayes_mpt.models import PPCA, FactorAnalysis, GaussianMixture
+from bayes_mpt.training import Ascent
 
 ZERO = "noise variance of column"
 
@@ -47,16 +49,6 @@ def small(seed=0, n=60, t=5, share=0.2):
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(n, 2)) @ rng.normal(size=(2, t)) + 0.6 * rng.normal(size=(n, t))
     return np.where(rng.random(x.shape) < share, np.nan, x)
-
-
-def log_density(x, mean, cov):
-    """Nats of all observed cells."""
-    seen = [~np.isnan(row) for row in x]
-    return sum(
-        multivariate_normal(mean[s], cov[np.ix_(s, s)]).logpdf(row[s])
-        for row, s in zip(x, seen, strict=True)
-        if s.any()
-    )
 
 
 def optimum(x, n_latents, unpack_noise, n_noise, n_starts):
@@ -119,7 +111,7 @@ def test_factor_analysis_reaches_the_best_of_many_starts(which, known):
         assert model.log_marginal_likelihood_ == pytest.approx(best, abs=1e-4)
     assert model.converged_ and model.noise_at_zero_ == []
     assert model.log_marginal_likelihood_ == pytest.approx(
-        log_density(x, model.mean_, model.get_covariance()), abs=1e-8 * len(x)
+        log_density(x, model.mean_, model.get_covariance()).sum(), abs=1e-8 * len(x)
     )
 
 
@@ -137,12 +129,14 @@ def test_columns_that_are_never_seen_together(k, known, n_init):
 @pytest.mark.slow
 def test_a_search_over_two_panels():
     search = MarginalLikelihoodSearch(
-        BayesMPT(PPCA(), random_state=0), {"model__n_components": [1, 2, 4]}, cv=2, random_state=0
+        BayesMPT(PPCA(), random_state=0),
+        {"model__n_components": [1, 2, 4]},
+        evidence=Auto(cv=2),
+        random_state=0,
     ).fit(two_panels())
     assert search.best_params_ == {"model__n_components": 2}
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the estimate of the noise variance")
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
@@ -158,7 +152,7 @@ def test_small_tables_reach_the_best_of_many_starts(seed, model, noise):
 def test_a_maximum_for_each_column_whose_noise_may_go_to_zero(seed):
     """A climb from noises that are all large ends 13.5 nats lower, where another column has none left."""
     x = load_wine().data / load_wine().data.std(0)
-    x = np.where(np.random.default_rng(0).random(x.shape) < 0.03, np.nan, x)[:108]
+    x = with_holes(x, 0.03)[:108]
     with pytest.warns(ConvergenceWarning, match=f"{ZERO} 6 is zero"):
         fit = BayesMPT(FactorAnalysis(2), random_state=seed).fit(x)
     assert fit.log_marginal_likelihood_ == pytest.approx(optimum(x, 2, *free(13), n_starts=4), abs=1e-3)
@@ -239,7 +233,7 @@ def test_a_noise_at_zero_is_named_where_the_likelihood_is_highest_there():
     cov = model.get_covariance()
     assert model.noise_variance_[3] < 1e-6 * cov[3, 3] and np.delete(model.noise_variance_, 3).min() > 0.01
     assert model.log_marginal_likelihood_ == pytest.approx(
-        log_density(x.to_numpy(), model.mean_, cov), abs=1e-5
+        log_density(x.to_numpy(), model.mean_, cov).sum(), abs=1e-5
     )
 
 
@@ -248,7 +242,10 @@ def test_a_search_says_of_which_column():
     x = pd.DataFrame(tables()[0][:, :6], columns=list("abcdef"))
     with pytest.warns(ConvergenceWarning, match=ZERO):
         search = MarginalLikelihoodSearch(
-            BayesMPT(random_state=0), {"model": [PPCA(1), FactorAnalysis(3)]}, cv=2, random_state=0
+            BayesMPT(random_state=0),
+            {"model": [PPCA(1), FactorAnalysis(3)]},
+            evidence=Auto(cv=2),
+            random_state=0,
         ).fit(x)
     of_ppca, of_factors = (
         search.comparison_["diag"][next(n for n in search.candidate_names_ if kind in n)]
@@ -288,10 +285,11 @@ def test_three_cells_are_reproduced_by_two_latents_and_a_mean():
     for least in (1e-4, 1e-6, 1e-8):
         noise = np.append(np.nanvar(x[:, :5], 0), 0.0)
         noise[[0, 1, 5]] = least * np.array([1e-3, 1e-3, 1])
-        values.append(log_density(x, mean, loading @ loading.T + np.diag(noise)))
+        values.append(log_density(x, mean, loading @ loading.T + np.diag(noise)).sum())
     np.testing.assert_allclose(np.diff(values), 3 * np.log(10), rtol=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [0, 1, 2])
 def test_a_column_of_too_few_cells_is_refused_by_name(k):
     for n_cells in range(1, k + 2):
@@ -302,6 +300,7 @@ def test_a_column_of_too_few_cells_is_refused_by_name(k):
         assert np.isfinite(fit.log_marginal_likelihood_)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the estimate of the noise variance")
 def test_one_cell_more_is_fitted():
     """The likelihood has a bound again, and no start of the dense density comes above ours."""
@@ -325,9 +324,10 @@ def test_constant_and_repeated_columns_are_refused_by_name():
 def test_rows_that_two_latents_reproduce():
     x = small(4, 5, 6, 0.1)
     with pytest.raises(ValueError, match="reproduce these rows"):
-        BayesMPT(PPCA(2), random_state=0, max_iter=300).fit(x[:3])
+        BayesMPT(PPCA(2), random_state=0, training=Ascent(max_iter=300)).fit(x[:3])
 
 
+@pytest.mark.slow
 def test_a_component_that_loses_its_spread_is_named():
     rng = np.random.default_rng(0)
     x = np.concatenate([rng.normal(size=(40, 3)), rng.normal(size=(40, 3)) + 3])

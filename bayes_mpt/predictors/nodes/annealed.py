@@ -74,10 +74,14 @@ class AnnealedImportance(Predictor):
     >>> import torch
     >>> from bayes_mpt import BayesMPT
     >>> from bayes_mpt.models import VAE
+    >>> from bayes_mpt.training import Epochs
     >>> X = (torch.rand(200, 6, generator=torch.Generator().manual_seed(0)) < 0.3).numpy().astype("float32")
     >>> way = AnnealedImportance(num_particles=8, num_temperatures=20)
     >>> model = BayesMPT(
-    ...     VAE(1, hidden=(8,)), predictor=way, max_iter=3, validation_fraction=0, random_state=0
+    ...     VAE(1, hidden=(8,)),
+    ...     predictor=way,
+    ...     training=Epochs(max_epochs=3, validation_fraction=0),
+    ...     random_state=0,
     ... )
     >>> model.fit(X).score_samples(X).shape
     (200,)

@@ -1,0 +1,138 @@
+"""What a program is: it is run for the first time and its predictor chosen, or its dimension ranked before."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+
+from bayes_mpt.evidence.laplace import laplace_proportional
+from bayes_mpt.predictors import Conditionals, LinearGaussian, Predictor, choose
+from bayes_mpt.predictors.base import Guide
+from bayes_mpt.predictors.gaussian.process import N_TRIAL_ROWS, gaussian_program
+from bayes_mpt.predictors.gaussian.profile import spectrum
+from bayes_mpt.predictors.self_predictive import sees_all
+from bayes_mpt.program.arguments import fill
+from bayes_mpt.program.program import Model
+from bayes_mpt.program.run import first_run
+from bayes_mpt.program.statistics import SufficientStatistics
+from bayes_mpt.program.store import OwnStore, State
+from bayes_mpt.warnings import UnboundedWarning, warn
+
+__all__ = ["MAX_INIT_ROWS", "bind", "choose_dimension"]
+
+MAX_INIT_ROWS = 4096  # rows on which it is found out what a program is
+MAX_INIT_CELLS = 2**20  # of a table on which a program first runs, which initialises its parameters
+MAX_INIT_VECTOR = 1024  # rows of one Gaussian vector, which may mean a matrix of their square
+MAX_AUTO = 50  # latent dimensions that "auto" tries at most
+
+
+def bind(
+    model: Model,
+    guide: Guide | None,
+    arguments: Callable[[Any], tuple[Any, ...]],
+    shape: tuple[int, int],
+    predictor: Predictor | str,
+    *,
+    takes_y: bool,
+    by_epochs: bool,
+    known: tuple[Conditionals, State] | None = None,
+) -> tuple[Conditionals, tuple[Any, ...]]:
+    """Run the program for the first time and choose its predictor; with what it is to be read on.
+
+    Parameters
+    ----------
+    model, guide : callable
+        The program, in a parameter store of its own.
+    arguments : callable
+        What the program is called with for some rows: an index of them.
+    shape : (N, T)
+        Of the table.
+    predictor : Predictor or "auto"
+        As in `BayesMPT`.
+    takes_y : bool
+        Whether there is a second argument: then all rows are read.
+    by_epochs : bool
+        Whether the rows are never read all at once.
+    known : tuple, optional
+        The predictor and the parameters of another fit of the same program, whose rows share one map.
+    """
+    n_rows, n_columns = shape
+    if takes_y:
+        args = arguments(slice(None))
+        with OwnStore():
+            vector = gaussian_program(model, args) is not None
+        if vector:
+            # Its covariance may be made whole: initial values from as many rows as that costs little, at random,
+            # since of a series the first rows are no sample.
+            some = torch.randperm(n_rows)[:MAX_INIT_VECTOR].sort().values.numpy()
+            first_run(model, tuple(fill(a) for a in arguments(some)))
+            return choose(model, args, predictor=predictor, guide=guide), args
+    n_init = MAX_INIT_CELLS // n_columns
+    # "auto" begins with a run on all rows itself, if they are not too many
+    begins_whole = predictor == "auto" and not takes_y and n_rows <= min(n_init, MAX_INIT_ROWS)
+    if known is not None or (N_TRIAL_ROWS < min(n_rows, n_init) and not begins_whole):
+        # Initial values from all rows, or a start that is a fit of its own (EM) would be one to the first rows
+        # only. A program that cannot run says why below.
+        with suppress(Exception):
+            first_run(sees_all(model), tuple(fill(a) for a in arguments(slice(n_init))))
+    args = arguments(slice(MAX_INIT_ROWS))
+    if known is not None and _same_shapes(known[1]):
+        found = known[0]
+    else:
+        found = choose(model, args, predictor=predictor, guide=guide)
+    if n_rows > MAX_INIT_ROWS and not (found.structure.scores_input and isinstance(found, LinearGaussian)):
+        args = arguments(slice(None))
+        if not found.structure.scores_input and not by_epochs:
+            found = choose(model, args, predictor=predictor, guide=guide)
+    return found, args
+
+
+def _same_shapes(state: State) -> bool:
+    """Whether the store holds parameters of these names and shapes."""
+    here = dict(pyro.get_param_store().named_parameters())
+    return {n: v.shape for n, v in state.items()} == {n: v.shape for n, v in here.items()}
+
+
+def choose_dimension(model: Any, statistics: SufficientStatistics) -> tuple[Any, int, dict[int, float], bool]:
+    """Rank all K by the evidence, on one covariance.
+
+    Returns
+    -------
+    model
+        With the best K.
+    best : int
+        That.
+    evidence
+        ``{K: log evidence}``.
+    at_floor
+        Whether K latents reproduce these rows without noise, so that the likelihood is unbounded there.
+    """
+    statistics = statistics if statistics.complete else statistics.available()
+    n, n_tokens = statistics.n, len(statistics.mean)
+    cov, shape = statistics.covariance, np.ones(n_tokens)
+    most = min(n_tokens - 1, n - 2, MAX_AUTO)
+    # K latents and a noise need K + 1 directions in which the rows differ
+    known = spectrum(cov, shape, max(most, 0))
+    largest = min(most, known.rank - 1)
+    evidence = {
+        k: laplace_proportional(cov, n, k, shape, known).log_evidence for k in range(max(largest, 0) + 1)
+    }
+    best = max(evidence, key=lambda k: evidence[k])
+    # rows differ in at most n - 1 directions, and in none along a constant column
+    at_floor = 0 < known.rank < min(n - 1, int((statistics.variance > 0).sum())) and known.rank <= MAX_AUTO
+    if at_floor:
+        best = known.rank
+        evidence[best] = math.inf
+        warn(
+            f"the {n} rows of {n_tokens} columns have rank {best}: with {best} latent dimensions or more no noise is "
+            f"left and the likelihood is unbounded. Taken are {best}, with a noise of the size of rounding errors; "
+            + (f"{best + 1} to {most} are left out" if most > best else "no larger number is tried"),
+            UnboundedWarning,
+        )
+    return model.__class__(**{**model.get_params(), "n_components": best}), best, evidence, at_floor

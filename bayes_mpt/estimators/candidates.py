@@ -1,0 +1,170 @@
+"""One candidate: what a rule must know of a fitted model, and what its evaluation has found."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.pipeline import Pipeline
+
+from bayes_mpt.diagnostics import BAD_K
+from bayes_mpt.estimators.bayes_mpt import BayesMPT
+from bayes_mpt.estimators.integrals import n_hyperparameters, noise_shape
+from bayes_mpt.evidence.integrated import IntegratedEvidence
+from bayes_mpt.program.program import Observed
+
+__all__ = [
+    "Candidate",
+    "Facts",
+    "before_final",
+    "final_step",
+    "not_converged",
+    "refuse_unwrapped",
+    "token_digest",
+]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the rules must know of a fitted model, in numbers and text: a file tells them without the model."""
+
+    by_row: bool
+    """Whether rows are independent."""
+    remembers: bool
+    """Whether new rows are predicted given those of the fit."""
+    discrete: tuple[bool, ...]
+    """Which kinds of tokens there are."""
+    parameters: tuple[str, ...]
+    """What is point-estimated."""
+    n_hyperparameters: int | None
+    """As `integrals.n_hyperparameters`."""
+    rotates: bool
+    """Whether loadings are declared free up to rotation."""
+    complete: bool
+    """Whether no cell was missing."""
+    converged: bool
+    """Whether the training ended by its own rule."""
+
+    @classmethod
+    def of(cls, model: BayesMPT) -> Facts:
+        structure = model.predictor_.structure
+        discrete = {isinstance(site, Observed) and site.discrete for site in structure.sites}
+        return cls(
+            by_row=bool(structure.by_row),
+            remembers=bool(model.predictor_.remembers),
+            discrete=tuple(sorted(discrete)),
+            parameters=tuple(structure.parameters),
+            n_hyperparameters=n_hyperparameters(model.fitted_),
+            rotates=noise_shape(model.fitted_) is not None,
+            complete=model.complete_,
+            converged=model.converged_,
+        )
+
+
+@dataclass
+class Candidate:
+    """What one candidate's evaluation found."""
+
+    estimator: Any = None
+    """Fitted on all rows; a Pipeline or a BayesMPT. None of a network that was trained elsewhere, and while what the
+    fit found is only known from a file."""
+    evidence: float = math.nan
+    """Total nats."""
+    by_row: NDArray[np.float64] | None = None
+    """(N,) nats: what the rows contribute; None without a rows plate."""
+    replicates: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+    """(R,) evidence by repeat of the folds."""
+    se: float = 0.0
+    """Numerical error of the evidence that one evaluation states of itself; 0 where exact."""
+    n_scored: float = math.nan
+    """Rows that the evidence is a sum over."""
+    splits: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+    """Mean nats a row by split."""
+    tokens: str = ""
+    """Fingerprint of what was scored."""
+    fit_time: float = 0.0
+    score_time: float = 0.0
+    error: str = ""
+    note: str = ""
+    """What to be wary of."""
+    known: Facts | None = None
+    """Of the fitted model, where they were told; `facts` asks the model otherwise."""
+    unfitted: Any = None
+    """What is to be fitted, and what its fit has left in a file (``left``), while there is no ``estimator``."""
+    left: dict[str, Any] | None = None
+    taken_up: bool = False
+    """Whether this is from a file, of the stage that it was last in."""
+
+    @property
+    def model(self) -> BayesMPT:
+        return final_step(self.estimator)
+
+    @property
+    def facts(self) -> Facts:
+        """What the rules must know of the fitted model."""
+        if self.known is None:
+            self.known = Facts.of(self.model)
+        return self.known
+
+    @property
+    def is_evidence(self) -> bool:
+        """Whether no parameter was point-estimated; those of a network always were."""
+        return (self.estimator is not None or self.known is not None) and not self.facts.parameters
+
+    def label(self, rule: str) -> str:
+        """What to say of the number: the rule, or that nothing stands at an estimate; an error or a doubt instead."""
+        return self.error or self.note or ("integrated" if rule == "train" and self.is_evidence else rule)
+
+    def doubt(self, why: str) -> None:
+        """Add what to be wary of, if there is anything."""
+        self.note = "; ".join(filter(None, [self.note, why]))
+
+    def take(self, found: IntegratedEvidence) -> None:
+        """An evidence with the hyper-parameters integrated."""
+        self.evidence, self.se = found.log_evidence, found.se
+        if found.pareto_k > BAD_K:
+            self.doubt(f"integrated, but Pareto k {found.pareto_k:.2f}: se is unreliable")
+
+
+def final_step(estimator: Any) -> Any:
+    """The model: an estimator itself, or what a Pipeline ends in."""
+    return estimator[-1] if isinstance(estimator, Pipeline) else estimator
+
+
+def before_final(estimator: Any, X: Any) -> Any:
+    """X as the model sees it."""
+    if isinstance(estimator, Pipeline):
+        # Step by step: a Pipeline cut before its model would ask its last step whether it is fitted, which one that
+        # learns nothing need not answer.
+        for _, step in estimator.steps[:-1]:
+            if step is not None and step != "passthrough":
+                X = step.transform(X)
+    return X
+
+
+def refuse_unwrapped(estimator: Any, name: str) -> None:
+    """Refuse what is no `BayesMPT` and does not end in one."""
+    model = final_step(estimator)
+    if isinstance(model, BayesMPT):
+        return
+    program = callable(model) and not isinstance(model, type)
+    wrap = f": wrap the program, BayesMPT({model!r})" if program else ""
+    raise TypeError(f"{name} must be a BayesMPT or a Pipeline ending in one, got {model!r}{wrap}")
+
+
+def not_converged(model: BayesMPT) -> str:
+    """What to say of a training that did not end by its own rule; nothing of one that did."""
+    if model.converged_:
+        return ""
+    return f"not converged after {model.n_iter_} iteration{'' if model.n_iter_ == 1 else 's'}"
+
+
+def token_digest(estimator: Any, X: Any, y: Any) -> str:
+    """Fingerprint of the tokens that are scored, the same whether a model takes them in single or double precision."""
+    with final_step(estimator).read_rows(before_final(estimator, X), y) as (_, rows):
+        shape = repr(tuple(rows.shape)).encode()
+        return hashlib.sha256(shape + rows.float().cpu().numpy().tobytes()).hexdigest()[:16]

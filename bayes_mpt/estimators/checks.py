@@ -1,0 +1,165 @@
+"""What is refused of a program and its fit, and what is warned of."""
+
+from __future__ import annotations
+
+import math
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bayes_mpt import training
+from bayes_mpt.estimators.rows import refuse_empty, refuse_missing
+from bayes_mpt.evidence.integrated import Prior, far_from_centre
+from bayes_mpt.predictors import Conditionals
+from bayes_mpt.predictors.gaussian.process import N_TRIAL_ROWS
+from bayes_mpt.program.arguments import fill, head, resampled, shifted
+from bayes_mpt.program.offers import offered
+from bayes_mpt.program.program import Model, ModelError, Program
+from bayes_mpt.program.run import run
+from bayes_mpt.warnings import (
+    AdviceWarning,
+    DivergenceWarning,
+    HeavyTailWarning,
+    IgnoredRowsWarning,
+    SlowProgramWarning,
+    warn,
+)
+
+__all__ = ["check_bound", "of_program", "warn_of_bounds", "warn_of_weights"]
+
+WIDE = 2.0  # nats, of the logarithms of a row's weights: the mean of a few of them misses what is rare
+
+
+def check_bound(
+    predictor: Conditionals,
+    model: Model,
+    args: tuple[Any, ...],
+    X: NDArray[np.floating],
+    y: NDArray[Any] | None,
+    names: NDArray[Any],
+) -> None:
+    """Refuse what cannot be fitted to these rows, and warn of what is odd."""
+    _refuse_subsampling(predictor, args)
+    _warn_of_ignored_rows(predictor, model, args)
+    advice = offered(model, "advice")
+    for sentence in [] if advice is None else advice(X):
+        warn(sentence, AdviceWarning)
+    if predictor.one_by_one:
+        warn(
+            "the program does not run on several nodes at once, so each is run by itself, which is slow "
+            f"({predictor.name}: {predictor.why}). Write it without Python's if on latents, and with operations that "
+            "broadcast over leading batch dimensions: (x * w).sum(-1) for x @ w, z[..., None] for z[:, None]",
+            SlowProgramWarning,
+        )
+    if predictor.remembers:
+        assert y is not None
+        refuse_missing(X, names)
+        refuse_empty(y, estimated=bool(predictor.parameters))
+
+
+def _refuse_subsampling(predictor: Conditionals, args: tuple[Any, ...]) -> None:
+    """Programs whose score is that of other rows than they are given, or weighed."""
+    structure = predictor.structure
+    scale = 1.0
+    if isinstance(structure, Program):
+        scale = structure.scale
+    elif structure.per_row:
+        scale = predictor.read(args).scale
+    if structure.by_row and structure.sub_rows is None and scale != 1.0:
+        raise ModelError(
+            f"poutine.scale weighs the program by {scale:.4g}, so that its score is no marginal likelihood: fit "
+            "the program itself, or train with pyro.infer.SVI and CumulativeMaskedScore, which take the weight"
+        )
+    if structure.sub_rows is not None and scale == 1.0:
+        raise ModelError(
+            f"no plate of the {len(args[0])} rows of X stands around observed site {structure.observed!r}: plate "
+            f'{structure.rows_plate!r} has {structure.sub_rows}. Write pyro.plate("rows", len(x)) around it'
+        )
+    if structure.sub_rows is not None or scale != 1.0:
+        raise ModelError(
+            f"plate {structure.rows_plate!r} sub-samples its rows (scale {scale:.4g}): BayesMPT makes minibatches "
+            'itself. Write pyro.plate("rows", len(x)) without subsample_size, or train with pyro.infer.SVI and '
+            "CumulativeMaskedScore"
+        )
+
+
+def _warn_of_ignored_rows(predictor: Conditionals, model: Model, args: tuple[Any, ...]) -> None:
+    """Say so where no argument changes what a program observes."""
+    structure = predictor.structure
+    if structure.scores_input or predictor.own_masks:
+        return  # its tokens are the cells of X
+    filled = tuple(fill(a) for a in args)
+    refused = (RuntimeError, ValueError, IndexError, KeyError)
+
+    def observed(some: tuple[Any, ...]) -> list[Tensor]:
+        with torch.no_grad(), pyro.validation_enabled(False):
+            trace = run(model, some)
+            return [trace.nodes[name]["value"] for name in structure.site_names]
+
+    # a program may insist on all its rows, or have a site for each
+    for some in (head(filled, N_TRIAL_ROWS), filled):
+        with suppress(*refused):
+            before = observed(some)
+            break
+    else:
+        return
+    for change in (resampled, shifted):  # resampled rows may be equal, shifted ones have values out of range
+        try:
+            after = observed(tuple(change(a) for a in some))
+        except refused:
+            continue
+        if not all(map(torch.equal, before, after)):
+            return
+    warn(
+        f"observed site {structure.observed!r} does not change with X: the rows that were given are ignored, and "
+        "whatever they are the score is the same. Write obs=x, or a part of it",
+        IgnoredRowsWarning,
+    )
+
+
+# ------------------------------------------------------------------------------------------------ where it has ended
+
+
+def of_program(problem: training.Problem) -> dict[str, Tensor]:
+    """Unconstrained parameters of the program, those of a guide left out."""
+    leaves = problem.leaves()
+    return {name: leaves[name] for name in problem.predictor.structure.parameters}
+
+
+def warn_of_bounds(prior: Prior, problem: training.Problem) -> None:
+    """Say so where an estimate diverges: the likelihood does not hold it."""
+    store = pyro.get_param_store()
+    drawn = problem.predictor.sampled or problem.predictor.own_masks
+    averaged = "" if drawn else "; evidence='integrated' averages over it"
+    held = "" if problem.log_prior is not None else f". penalty=True holds it by the model's prior{averaged}"
+    floored = offered(problem.predictor.model, "floored")
+    at_floor: dict[str, str] = {} if floored is None else floored(*problem.args)
+    for name in dict.fromkeys([*at_floor, *far_from_centre(prior, of_program(problem))]):
+        value = np.array2string(store[name].detach().cpu().numpy().ravel(), precision=3, threshold=6)
+        why = at_floor.get(name, "towards the end of its range: the data do not determine it")
+        warn(f"the estimate of parameter {name!r} diverged to {value}, {why}{held}", DivergenceWarning)
+
+
+def warn_of_weights(diagnostics: dict[str, Any]) -> None:
+    """Say so where the error of an estimate is unreliable."""
+    bad = diagnostics.get("rows_with_bad_k", 0)
+    if bad:
+        worst = ", ".join(f"{row} (k = {k:.2f})" for row, k in diagnostics["worst_rows"][:3])
+        warn(
+            f"the importance weights of {bad} rows have a tail so heavy (Pareto k > 0.7) that their error is "
+            f"unreliable, the worst being rows {worst}: use more particles or a wider guide",
+            HeavyTailWarning,
+        )
+    sd = diagnostics.get("log_weight_sd", 0.0)
+    if sd > WIDE and math.isnan(diagnostics["pareto_k"]):  # too few for a tail to be fitted
+        warn(
+            f"the importance weights of a row spread over {sd:.1f} nats (standard deviation, on average), of which "
+            f"{diagnostics['num_particles']} draws cover too little: the evidence is probably too low by more than its "
+            "error. Use more particles, or more temperatures where they are annealed",
+            HeavyTailWarning,
+        )

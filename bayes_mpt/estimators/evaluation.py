@@ -1,0 +1,185 @@
+"""What a search does to one candidate: its name, its fit, its evidence, and what is on disk of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from gpytorch.kernels import Kernel
+from sklearn.base import BaseEstimator, clone
+from sklearn.gaussian_process.kernels import Kernel as GaussianProcessKernel
+
+from bayes_mpt.estimators.candidates import Candidate, final_step, not_converged, token_digest
+from bayes_mpt.estimators.rules import Rule, give_evidence
+from bayes_mpt.estimators.stored import Slot, with_estimator
+from bayes_mpt.models.kernels import kernel_name
+from bayes_mpt.runtime.progress import fitted_in_task
+from bayes_mpt.warnings import DivergenceWarning, warnings_of
+
+__all__ = [
+    "checkpointed",
+    "cloned",
+    "fit_candidate",
+    "names_of",
+    "results_of",
+    "score_candidate",
+    "to_fit",
+    "unfitted",
+]
+
+
+def names_of(grid: list[dict[str, Any]]) -> list[str]:
+    """What the grid sets, in words: short where that tells candidates apart."""
+    for describe in (_short, repr):
+        names = [
+            " ".join(
+                describe(value)
+                if isinstance(value, BaseEstimator) or callable(value)
+                else f"{key.rpartition('__')[2]}={value}"
+                for key, value in params.items()
+            )
+            or "as given"
+            for params in grid
+        ]
+        if len(set(names)) == len(names):
+            return names
+    return [n if names.count(n) == 1 else f"{n} #{i}" for i, n in enumerate(names)]
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Kernel | GaussianProcessKernel):
+        return kernel_name(value)
+    return (
+        type(value).__name__ if isinstance(value, BaseEstimator) else getattr(value, "__name__", repr(value))
+    )
+
+
+# ------------------------------------------------------------------------------------------- the two stages
+
+
+def fit_candidate(
+    estimator: Any, params: dict[str, Any], X: Any, y: Any, evidence: str, random_state: int | None
+) -> Candidate:
+    """Fit on all rows; ``random_state`` is for whatever has none."""
+    start = time.perf_counter()
+    candidate = unfitted(estimator, params, random_state)
+    # where an estimate diverges, the integral does not
+    silent = (DivergenceWarning,) if evidence in ("auto", "integrated") else ()
+    with warnings_of(silent=silent), fitted_in_task(candidate, X, y):
+        fitted = candidate.fit(X, y)
+    fit_time = time.perf_counter() - start
+    zero = final_step(fitted).noise_at_zero_
+    note = f"the noise variance of column {', '.join(map(repr, zero))} is zero" if zero else ""
+    candidate = Candidate(fitted, tokens=token_digest(fitted, X, y), fit_time=fit_time, note=note)
+    candidate.doubt(not_converged(final_step(fitted)))
+    return candidate
+
+
+def unfitted(estimator: Any, params: dict[str, Any], random_state: int | None) -> Any:
+    """What is fitted."""
+    candidate = clone(estimator).set_params(**cloned(params))
+    if random_state is not None:
+        candidate.set_params(**dict.fromkeys(_unseeded(candidate), random_state))
+    return candidate
+
+
+def to_fit(args: tuple[Any, ...]) -> Any:
+    """The same, of the arguments of either task; None of a candidate that failed."""
+    if not isinstance(args[0], Candidate):
+        estimator, params, _, _, _, random_state = args
+        return unfitted(estimator, params, random_state)
+    candidate: Candidate = args[0]
+    fitted = candidate.estimator
+    return candidate.unfitted if fitted is None else clone(fitted)
+
+
+def score_candidate(candidate: Candidate, X: Any, y: Any, rule: Rule, seed: int) -> Candidate:
+    """Give a fitted candidate its evidence."""
+    if candidate.error:
+        return candidate
+    start = time.perf_counter()
+    candidate = give_evidence(with_estimator(candidate, X, y), X, y, rule, seed=seed, to_map=True)
+    candidate.score_time = time.perf_counter() - start
+    candidate.taken_up = False
+    return candidate
+
+
+def checkpointed(
+    slot: Slot | None, task: Callable[..., Candidate], args: tuple[Any, ...], error_score: Any, name: str
+) -> Candidate:
+    """Run a task unless its result is on disk; one that fails, or is not finished, leaves nothing there.
+
+    Its warnings name the candidate.
+    """
+    if slot is not None and slot.found is None and not _failed(args):
+        slot.look(to_fit(args))  # another search may have been faster
+    if slot is not None and slot.found is not None:
+        slot.found.taken_up = True
+        return slot.found
+    try:
+        with warnings_of(name):
+            result = task(*args)
+    except Exception as error:
+        if error_score == "raise":
+            raise
+        return Candidate(error=f"{type(error).__name__}: {error}")
+    if slot is not None and not result.error:
+        slot.put(result)
+    return result
+
+
+def _failed(args: tuple[Any, ...]) -> bool:
+    return isinstance(args[0], Candidate) and bool(args[0].error)
+
+
+def _unseeded(estimator: Any) -> list[str]:
+    """Names of the parameters of an estimator, its steps and its model that are a random_state of None."""
+    return [
+        name
+        for name, value in estimator.get_params().items()
+        if value is None and name.rpartition("__")[2] == "random_state"
+    ]
+
+
+def cloned(params: dict[str, Any]) -> dict[str, Any]:
+    """Fresh copies, as grid search makes them: candidates must not share a model that stands in the grid."""
+    return {k: clone(v, safe=False) for k, v in params.items()}
+
+
+# ------------------------------------------------------------------------------------------- all of them
+
+
+def results_of(grid: list[dict[str, Any]], found: list[Candidate], failed: float) -> dict[str, Any]:
+    """What scikit-learn calls ``cv_results_``, with the totals as ``lml``; ``failed`` is the score of a failure."""
+    rows = max(c.n_scored for c in found if not c.error)
+    lml = np.array([c.evidence if not c.error else failed * rows for c in found])
+    mean = lml / np.array([c.n_scored if not c.error else rows for c in found])
+    n_splits = max(len(c.splits) for c in found)
+    splits = np.array([c.splits if len(c.splits) else np.full(n_splits, failed) for c in found])
+    splits = splits.reshape(len(found), n_splits)
+    order = np.argsort(np.where(np.isnan(mean), -np.inf, mean) * -1, kind="stable")
+    rank = np.empty(len(found), dtype=np.int32)
+    rank[order] = np.arange(1, len(found) + 1)
+    results: dict[str, Any] = {
+        "mean_fit_time": np.array([c.fit_time for c in found]),
+        "std_fit_time": np.zeros(len(found)),
+        "mean_score_time": np.array([c.score_time for c in found]),
+        "std_score_time": np.zeros(len(found)),
+    }
+    for key in sorted({k for p in grid for k in p}):
+        column = np.ma.masked_all(len(grid), dtype=object)
+        for i, params in enumerate(grid):
+            if key in params:
+                column[i] = params[key]
+        results[f"param_{key}"] = column
+    results["params"] = grid
+    for i in range(n_splits):
+        results[f"split{i}_test_score"] = splits[:, i]
+    return results | {
+        "mean_test_score": mean,
+        "std_test_score": splits.std(1),
+        "rank_test_score": rank,
+        "lml": lml,
+    }

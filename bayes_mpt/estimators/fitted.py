@@ -1,0 +1,248 @@
+"""What a fit leaves: a program at its parameters, in one object that never changes, and how rows are read with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bayes_mpt import training
+from bayes_mpt.estimators.rows import arguments, as_tensor, takes_y
+from bayes_mpt.inputs import read_numbers
+from bayes_mpt.predictors import Conditionals, LinearGaussian, MarkovGaussian, Predictor, choose
+from bayes_mpt.predictors.base import Guide
+from bayes_mpt.program.affine import DenseMap
+from bayes_mpt.program.arguments import fill
+from bayes_mpt.program.devices import at_once, check_device, moved, own_random_state
+from bayes_mpt.program.offers import offered
+from bayes_mpt.program.program import Model, ModelError, list_names
+from bayes_mpt.program.statistics import SufficientStatistics
+from bayes_mpt.program.store import Initial, OwnStore, State
+
+__all__ = ["OPTIONAL", "Fitted", "Latents", "n_at_once"]
+
+OPTIONAL = ("selection_", "components_", "mean_", "noise_variance_")  # attributes that not every fit has
+MAX_READ_CELLS = 2**18  # of programs that are read on the rows they score: cells at a time
+
+
+@dataclass(frozen=True)
+class Latents:
+    """What is said of latents after a fit."""
+
+    n_numbers: int
+    """That `BayesMPT.transform` gives a row."""
+    shared: list[tuple[float, dict[str, Tensor]]]
+    """Weighted posterior values of those that all rows share."""
+    growing: tuple[str, ...]
+    """Those of one vector that have a number for each row."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A program at its fitted parameters, and what was seen on the way; a change makes another one (`replace`)."""
+
+    model: Model
+    guide: Guide | None
+    bound: Conditionals
+    """The predictor, frozen: it needs neither program nor parameter store."""
+    analysis: Conditionals | None
+    """The program as it was found to be, where that does not depend on its rows: what a refit takes over."""
+    initial: Initial
+    state: State
+    """The program's unconstrained parameters."""
+    params: dict[str, NDArray[Any]]
+    """The parameters by name, of the rows themselves."""
+    names: NDArray[Any]
+    """Of the columns (T,)."""
+    shift: NDArray[np.float64] | None
+    """(T,) subtracted from all rows that the program sees."""
+    location: str | None
+    """The parameter to which it is added in ``params``."""
+    y_like: tuple[tuple[int, ...], Any] | None
+    """Shape and type of one row's y."""
+    fill_values: Tensor | None
+    """A value (T,) of each column, for a program that is conditioned on the mask."""
+    statistics: SufficientStatistics | None
+    """Moments of all rows seen, where these are all that the score needs."""
+    seen: tuple[Any, ...] | None
+    """The training rows, where new ones are predicted from them."""
+    digest: str
+    """Fingerprint of the training rows; empty where others were seen before."""
+    complete: bool
+    """Whether no cell was missing."""
+    latents: Latents
+    fit: training.Fit
+    """How the training went."""
+    total: float
+    """Log marginal likelihood of the training rows, nats."""
+    se: float
+    """Its standard error."""
+    seed: int
+    """Of the training."""
+    random_after: list[Tensor]
+    """Torch's random states at its end, from which its score was drawn."""
+    at_map: bool
+    """Whether the parameters are at the maximum a posteriori."""
+    selection: dict[int, float] | None
+    """``{K: log evidence}`` where the dimension was chosen."""
+    device: str
+    predictor: Predictor | str = "auto"
+    """How the program is read on new rows."""
+    draws: int = 0
+    """Seed of what is drawn to score or to simulate rows, the same at every call."""
+
+    # ---------------------------------------------------------------------------------------------- its settings
+
+    def moved(self, device: str) -> Fitted:
+        """The same on another device."""
+        check_device(device)
+        return replace(moved(self, device), device=device)
+
+    def with_settings(self, predictor: Predictor | str, draws: int) -> Fitted:
+        """The same, read in another way."""
+        if predictor is self.predictor and draws == self.draws:
+            return self
+        return replace(self, predictor=predictor, draws=draws)
+
+    # ---------------------------------------------------------------------------------------------- rows, as tensors
+
+    def tensor(self, rows: NDArray[np.floating]) -> Tensor:
+        """Rows as the program sees them."""
+        return as_tensor(rows, self.model, self.device, self.shift)
+
+    def arguments(self, rows: NDArray[np.floating], y: Any = None) -> tuple[Any, ...]:
+        """What the program is called with."""
+        return arguments(self.model, rows, y, self.device, self.shift)
+
+    def new_arguments(self, rows: NDArray[np.floating]) -> tuple[Any, ...]:
+        """The same for rows whose y is asked for."""
+        assert self.y_like is not None
+        shape, dtype = self.y_like
+        return self.arguments(rows, np.zeros((len(rows), *shape), dtype=dtype))
+
+    def unshifted(self, rows: NDArray[Any]) -> NDArray[Any]:
+        """What was subtracted from the rows before the program saw them added again."""
+        return rows if self.shift is None else rows + self.shift
+
+    # ---------------------------------------------------------------------------------------------- the program
+
+    @contextmanager
+    def program(self, args: tuple[Any, ...]) -> Iterator[Conditionals]:
+        """Inside ``with``: the program at its fitted parameters, bound on these arguments."""
+        if (
+            self.fill_values is not None
+        ):  # of columns without any cell nothing else tells what values they may have
+            args = (fill(args[0], self.fill_values),)
+        with OwnStore() as store, own_random_state(self.draws):
+            store.prefill(self.initial)
+            predictor = choose(self.model, args, predictor=self.predictor, guide=self.guide)
+            store.begin(self.state)
+            yield predictor
+
+    @contextmanager
+    def read(self, rows: NDArray[np.floating], y: Any = None) -> Iterator[tuple[Conditionals, Tensor]]:
+        """Inside ``with``, where no gradients are tracked: the predictor and the rows (N, T) that it scores."""
+        if self.bound.structure.scores_input:
+            with torch.no_grad():
+                yield self.bound, self.tensor(rows)
+            return
+        args = self.arguments(rows, y)
+        # a network's penalties, and the loss of a contrastive head, stand in its scores where gradients are
+        with self.program(args) as predictor:
+            with torch.no_grad():
+                predictor = predictor.read(args)
+                yield predictor, predictor.value
+
+    def parts(self, rows: NDArray[np.floating], y: Any = None) -> Iterator[tuple[Conditionals, Tensor]]:
+        """As `read`, a part of the rows after the other where that can be, to be used as they come."""
+        structure = self.bound.structure
+        if structure.scores_input or not structure.by_row:
+            with self.read(rows, y) as whole:
+                yield whole
+            return
+        y = None if y is None or not takes_y(self.model) else read_numbers(y, len(rows))
+        step = n_at_once(rows, self.device)
+        args = [
+            self.arguments(rows[i : i + step], None if y is None else y[i : i + step])
+            for i in range(0, len(rows), step)
+        ]
+        with self.program(args[0]) as predictor:
+            for some in args:
+                with torch.no_grad():
+                    read = predictor.read(some)
+                yield read, read.value
+
+    @property
+    def noise_parameter(self) -> str | None:
+        """The noise variance of a model that declares its loadings free up to rotation."""
+        name = (offered(self.model, "symmetries") or {}).get("rotations")
+        if name is not None and name not in self.params:
+            raise ModelError(
+                f"symmetries of {self.model!r} name the noise variance {name!r}, and its parameters are "
+                f"{list_names(self.params) or 'none'}: name one of these"
+            )
+        return name
+
+    def shared_map(self, what: str) -> DenseMap:
+        """The linear-Gaussian map that all rows share; ``what`` needs it."""
+        bound, structure = self.bound, self.bound.structure
+        if isinstance(bound, LinearGaussian | MarkovGaussian) and structure.by_row and not structure.per_row:
+            return bound.reading if isinstance(bound, LinearGaussian) else bound.dense()
+        raise ValueError(f"{what} needs a program whose rows share one map; this one's rows differ")
+
+    def buffers(self) -> dict[str, Tensor]:
+        """What the networks of program and guide keep beside their parameters, such as running means."""
+        return {
+            f"{kind}.{name}": buffer
+            for kind, net in (("model", self.model), ("guide", self.guide))
+            if isinstance(net, torch.nn.Module)
+            for name, buffer in net.named_buffers()
+        }
+
+    # ---------------------------------------------------------------------------------------------- as attributes
+
+    def attributes(self) -> dict[str, Any]:
+        """What an estimator tells, by the names of its attributes."""
+        structure, fit = self.bound.structure, self.fit
+        found: dict[str, Any] = {
+            "fitted_model_": self.model,
+            "fitted_guide_": self.guide,
+            "predictor_": self.bound,
+            "params_": self.params,
+            "log_marginal_likelihood_": self.total,
+            "log_marginal_likelihood_se_": self.se,
+            "history_": fit.history,
+            "n_iter_": max(1, fit.n_iter),
+            "converged_": fit.converged,
+            "interrupted_": fit.interrupted,
+            "noise_at_zero_": [str(self.names[c]) for c in fit.at_zero],
+            "fit_method_": fit.method,
+            "at_map_": self.at_map,
+            "complete_": self.complete,
+            "data_digest_": self.digest,
+            "n_components_": structure.n_latents,
+            "_n_features_out": self.latents.n_numbers,
+        }
+        if self.selection is not None:
+            found["selection_"] = self.selection
+        if isinstance(self.bound, LinearGaussian) and structure.by_row and not structure.per_row:
+            reading = self.bound.reading
+            noise = reading.noise[0].cpu().numpy()
+            name = self.noise_parameter
+            alike = len(noise) > 1 and bool((noise == noise[0]).all())
+            tied = alike if name is None else self.params[name].ndim == 0
+            found["components_"] = reading.loading[0].mT.cpu().numpy()
+            found["mean_"] = self.unshifted(reading.loc[0].cpu().numpy())
+            found["noise_variance_"] = float(noise[0]) if tied else noise
+        return found
+
+
+def n_at_once(rows: NDArray[Any] | Tensor, device: str) -> int:
+    """Rows of programs that are read on the rows they score."""
+    return max(256, at_once(MAX_READ_CELLS, torch.device(device)) // rows.shape[1])

@@ -1,0 +1,125 @@
+"""Evidence of a fitted program with what was point-estimated integrated: by Laplace, or by importance sampling."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bayes_mpt import training
+from bayes_mpt.estimators.fit import of_program, parameters
+from bayes_mpt.estimators.fitted import Fitted
+from bayes_mpt.estimators.repeats import repeated_columns
+from bayes_mpt.evidence.integrated import IntegratedEvidence, assign, hyperprior, integrate, log_likelihood
+from bayes_mpt.evidence.laplace import LaplaceEvidence, laplace_diagonal, laplace_proportional
+from bayes_mpt.predictors.gaussian.profile import NoiseFloorError, spectrum
+from bayes_mpt.program.offers import offered
+from bayes_mpt.program.program import list_names
+from bayes_mpt.program.statistics import SufficientStatistics
+from bayes_mpt.program.store import save
+
+__all__ = ["at_mode", "integrated_evidence", "laplace_evidence", "n_hyperparameters", "noise_shape"]
+
+
+def noise_shape(fitted: Fitted) -> NDArray[np.float64] | str | None:
+    """For the Laplace evidence: known ratios of the noise variances, "free", or None where it does not apply."""
+    if fitted.noise_parameter is None or not fitted.bound.structure.scores_input:
+        return None
+    noise, n_columns = np.atleast_1d(fitted.params[fitted.noise_parameter]), len(fitted.names)
+    if len(noise) == 1:
+        return np.ones(n_columns)
+    return "free" if len(noise) == n_columns else None
+
+
+def laplace_evidence(fitted: Fitted, rows: NDArray[np.floating]) -> LaplaceEvidence:
+    """Evidence of rows with loadings and noise variances integrated out."""
+    statistics = SufficientStatistics(rows, fitted.device, fitted.shift)
+    shape = noise_shape(fitted)
+    if shape is None:
+        raise ValueError(
+            "the Laplace evidence needs a factor model that declares its symmetries, {'rotations': name of the noise "
+            f"variance}}, got {fitted.model!r}: use evidence='heldout'"
+        )
+    if not statistics.complete:
+        raise ValueError(
+            "the Laplace evidence needs complete rows, got missing cells: use evidence='heldout'"
+        )
+    cov, k = statistics.covariance, fitted.bound.structure.n_latents
+    try:
+        with training.one_thread(statistics.n_cells):
+            if isinstance(shape, np.ndarray):
+                return laplace_proportional(cov, statistics.n, k, shape)
+            return laplace_diagonal(cov, statistics.n, k)
+    except NoiseFloorError as error:
+        rank = spectrum(cov, np.ones(len(statistics.mean)), 0).rank
+        raise ValueError(
+            f"{k} latents leave no direction for the noise of these rows (n_samples = {statistics.n}, n_features = "
+            f"{len(statistics.mean)}, rank {rank}): use fewer latents, or drop columns that repeat others "
+            f"({list_names(map(str, fitted.names[repeated_columns(rows)])) or 'none found'})"
+        ) from error
+
+
+def n_hyperparameters(fitted: Fitted) -> int | None:
+    """For the integrated evidence: how many parameters have a prior; None where it does not apply."""
+    bound, names = fitted.bound, fitted.bound.structure.parameters
+    if bound.sampled or bound.own_masks or (names and offered(fitted.model, "hyperprior") is None):
+        return None
+    return sum(fitted.params[name].size for name in names)
+
+
+def integrated_evidence(fitted: Fitted, rows: NDArray[np.floating], y: Any, se: float) -> IntegratedEvidence:
+    """Evidence of rows with the hyper-parameters integrated under the model's hyperprior.
+
+    Examples
+    --------
+    >>> from bayes_mpt import BayesMPT
+    >>> from bayes_mpt.models import GaussianProcess
+    >>> rng = np.random.default_rng(0)
+    >>> X = rng.uniform(size=(40, 1))
+    >>> y = np.sin(6 * X[:, 0]) + 0.1 * rng.normal(size=40)
+    >>> model = BayesMPT(GaussianProcess()).fit(X, y)
+    >>> found = model.integrated(X, y)
+    >>> bool(found.log_evidence < model.log_marginal_likelihood_), bool(found.se < 0.2)
+    (True, True)
+    """
+    args = fitted.arguments(rows, y)
+    if n_hyperparameters(fitted) is None:
+        raise ValueError(
+            f"the integrated evidence needs a model that offers hyperprior(x, y) and an LML without draws, got "
+            f"{fitted.model!r}: use evidence='heldout' or 'train'"
+        )
+    with training.one_thread(len(rows) ** 2), fitted.program(args) as predictor:
+        problem = training.Problem(predictor, args, None, None, 1)
+        leaves = of_program(problem)
+        if not leaves:
+            return IntegratedEvidence(float(problem.score()), 0.0, 1.0, math.nan, 1, ())
+        prior = hyperprior(fitted.model, args, leaves)
+        assert prior is not None
+        current = torch.cat([leaf.detach().flatten() for leaf in leaves.values()]).cpu().double().numpy()
+        likelihood = log_likelihood(predictor, args, leaves)
+        found = integrate(likelihood, prior, current=current, seed=fitted.draws, max_se=se)
+    return found._replace(names=tuple(leaves))
+
+
+def at_mode(fitted: Fitted, rows: NDArray[np.floating], y: Any, found: IntegratedEvidence) -> Fitted:
+    """The program at the maximum a posteriori that `integrated_evidence` found on the training rows."""
+    if not found.modes:
+        return fitted
+    args = fitted.arguments(rows, y)
+    with training.one_thread(len(rows) ** 2), fitted.program(args) as predictor, torch.no_grad():
+        problem = training.Problem(predictor, args, None, None, 1)
+        assign(of_program(problem), torch.as_tensor(found.modes[0].theta))
+        read = problem.read()
+        state = save()
+        return replace(
+            fitted,
+            total=float(problem.score_of(read)),
+            bound=read.freeze(),
+            state=state,
+            params=parameters(state, fitted.shift, fitted.location),
+            at_map=True,
+        )

@@ -1,0 +1,212 @@
+"""What a fitted program says of rows: their scores, latents, missing cells, labels, and y."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bayes_mpt.estimators.fitted import Fitted
+from bayes_mpt.estimators.rows import refuse_missing
+from bayes_mpt.masks import PermutationChain, Policy
+from bayes_mpt.predictors import LinearGaussian, Predictive
+from bayes_mpt.predictors.base import together
+from bayes_mpt.predictors.new_rows import means_of_new
+from bayes_mpt.program.affine import token_means, tokens_of
+from bayes_mpt.program.arguments import fill
+from bayes_mpt.program.run import run
+from bayes_mpt.program.statistics import SufficientStatistics
+from bayes_mpt.score import ScoreEstimate, estimate
+
+__all__ = [
+    "covariance",
+    "estimate_score",
+    "impute",
+    "label_probabilities",
+    "latent_means",
+    "precision",
+    "predict_y",
+    "score_rows",
+    "token_means_of",
+]
+
+Rows = NDArray[np.floating]
+
+
+def score_rows(fitted: Fitted, rows: Rows, y: Any) -> tuple[NDArray[np.float64], float]:
+    """Nats of each row (N,), and the standard error of their sum, 0 where the score is exact."""
+    bound, structure = fitted.bound, fitted.bound.structure
+    if bound.remembers:
+        return _score_given_seen(fitted, rows, y), 0.0
+    if structure.scores_input or not structure.by_row or bound.own_masks:
+        with fitted.read(rows, y) as (predictor, x):
+            found = predictor.evidence(x)
+    else:
+        with torch.no_grad():
+            found = together(predictor.evidence(x) for predictor, x in fitted.parts(rows, y))
+    return found.by_row.cpu().numpy(), found.se
+
+
+def _score_given_seen(fitted: Fitted, rows: Rows, y: Any) -> NDArray[np.float64]:
+    """log p(y_i | x_i, training rows) (N,)."""
+    if y is None:
+        raise ValueError("this model scores y given X: pass y")
+    found = _predictive(fitted, rows)
+    value = fitted.arguments(rows, y)[1].to(found.mean).reshape(found.mean.shape)
+    normal = torch.distributions.Normal(found.mean, found.var.sqrt(), validate_args=False)
+    return normal.log_prob(value).cpu().numpy()
+
+
+# ------------------------------------------------------------------------------------------- latents and cells
+
+
+def latent_means(fitted: Fitted, rows: Rows, y: Any) -> Rows:
+    """Posterior means of the latents given each row's observed cells (N, K); of discrete ones probabilities."""
+    with torch.no_grad():
+        means = [predictor.posterior(x).mean for predictor, x in fitted.parts(rows, y)]
+    return torch.cat(means).cpu().numpy()
+
+
+def token_means_of(fitted: Fitted, latents: Rows) -> Rows:
+    """Means of the tokens given latents: (N, K) -> (N, T)."""
+    reading = fitted.shared_map("inverse_transform")
+    z = torch.as_tensor(latents).to(reading.loc)
+    n_latents = fitted.bound.structure.n_latents
+    if z.shape[1] != n_latents:
+        raise ValueError(f"latents must have shape (N, {n_latents}), got {tuple(z.shape)}")
+    # u = R^-1 (z - b), x = loc + W u
+    u = torch.linalg.solve(reading.latent_root[0], (z - reading.latent_loc[0]).mT).mT
+    return fitted.unshifted((reading.loc[0] + u @ reading.loading[0].mT).cpu().numpy())
+
+
+def impute(fitted: Fitted, rows: Rows, y: Any) -> Rows:
+    """Rows with their NaN cells replaced by their means given the observed cells of the row."""
+    with torch.no_grad():
+        cells = fitted.tensor(rows)
+        parts = [(x, predictor.posterior(x).tokens) for predictor, x in fitted.parts(rows, y)]
+        x = torch.cat([part[0] for part in parts])
+        tokens = torch.where(x.isnan(), torch.cat([part[1] for part in parts]), x)
+        if x.shape == cells.shape and bool(((x == cells) | (x.isnan() & cells.isnan())).all()):
+            filled = tokens
+        else:
+            args = fitted.arguments(rows, y)
+            with fitted.program(args):
+                where = _cells_of(fitted, args)
+            filled = cells.flatten().index_copy(0, where, tokens.flatten()).reshape(cells.shape)
+    return fitted.unshifted(filled.cpu().numpy())
+
+
+def _cells_of(fitted: Fitted, args: tuple[Any, ...]) -> Tensor:
+    """Which cell of X each token is, in reading order: a column at a time is marked with numbers of its own."""
+    structure = fitted.bound.structure
+    filled = tuple(fill(a) for a in args)
+    generator = torch.Generator().manual_seed(0)
+    found: Tensor | None = None
+    with pyro.validation_enabled(False):
+        for column in range(filled[0].shape[1]):
+            marks = torch.rand(len(filled[0]), generator=generator, dtype=torch.float64).to(filled[0])
+            marked = filled[0].clone()
+            marked[:, column] = marks
+            try:
+                trace = run(fitted.model, (marked, *filled[1:]))
+            except (RuntimeError, ValueError, IndexError):
+                continue  # an index, say: no token
+            value = tokens_of(trace, structure).flatten()
+            found = torch.full_like(value, -1, dtype=torch.long) if found is None else found
+            row = torch.searchsorted(marks.sort().values, value).clamp(max=len(marks) - 1)
+            row = marks.argsort()[row]
+            is_mark = marks[row] == value
+            found[is_mark] = (row * filled[0].shape[1] + column)[is_mark]
+    if found is None or bool((found < 0).any()):
+        raise ValueError(
+            f"impute fills cells of X, but not every token of site {structure.observed!r} is one of them "
+            "(transformed, computed from several, or y): observe cells of x themselves"
+        )
+    return found
+
+
+def label_probabilities(fitted: Fitted, rows: Rows) -> NDArray[np.float64]:
+    """Probabilities of the values of each row's one discrete latent given its observed cells: (N, K)."""
+    with torch.no_grad():
+        parts = [predictor.label_probabilities(x) for predictor, x in fitted.parts(rows)]
+    return torch.cat(parts).double().cpu().numpy()
+
+
+# ------------------------------------------------------------------------------------------------------ y of rows
+
+
+def predict_y(fitted: Fitted, rows: Rows, *, return_std: bool, return_cov: bool) -> Any:
+    """Means of y (M,), with their standard deviations or covariance where these are asked for."""
+    bound = fitted.bound
+    if bound.remembers:
+        found = _predictive(fitted, rows, full=return_cov)
+        mean = found.mean.cpu().numpy()
+        if return_cov:
+            assert found.cov is not None
+            return mean, found.cov.cpu().numpy()
+        return (mean, found.var.sqrt().cpu().numpy()) if return_std else mean
+    if return_std or return_cov:
+        raise ValueError(
+            f"{bound.name} predicts means only: return_std and return_cov need observations that are one Gaussian "
+            "vector"
+        )
+    args, draws = fitted.new_arguments(rows), fitted.latents.shared
+    if fitted.latents.growing:
+        assert fitted.seen is not None and draws
+        with fitted.program(fitted.seen) as _, torch.no_grad():
+            return means_of_new(fitted.model, fitted.seen, args, fitted.latents.growing, draws).cpu().numpy()
+    names = bound.structure.site_names
+    with fitted.program(args) as _, torch.no_grad():
+        means = [
+            share * token_means(fitted.model, args, names, values) for share, values in draws or [(1.0, {})]
+        ]
+        return torch.stack(means).sum(0).cpu().numpy()
+
+
+def _predictive(fitted: Fitted, rows: Rows, *, full: bool = False) -> Predictive:
+    """New observations given those of the training rows."""
+    assert fitted.seen is not None
+    refuse_missing(rows, fitted.names)
+    new = fitted.new_arguments(rows)
+    with fitted.program(fitted.seen) as predictor, torch.no_grad():
+        return predictor.predictive(fitted.seen, new, full=full)
+
+
+# ----------------------------------------------------------------------------------------------------- all rows
+
+
+def covariance(fitted: Fitted) -> NDArray[np.float64]:
+    """W W' + diag(noise), (T, T)."""
+    reading = fitted.shared_map("get_covariance")
+    loading = reading.loading[0]
+    return (loading @ loading.mT + torch.diag(reading.noise[0])).cpu().numpy()
+
+
+def precision(fitted: Fitted) -> NDArray[np.float64]:
+    """Its inverse, by Woodbury."""
+    reading = fitted.shared_map("get_precision")
+    loading, noise = reading.loading[0], reading.noise[0]
+    scaled = loading / noise[:, None]
+    inner = torch.eye(loading.shape[1], dtype=loading.dtype, device=loading.device) + loading.mT @ scaled
+    return (torch.diag(1 / noise) - scaled @ torch.linalg.solve(inner, scaled.mT)).cpu().numpy()
+
+
+def estimate_score(
+    fitted: Fitted, rows: Rows, y: Any, masks: Policy | None, n_replicates: int
+) -> ScoreEstimate:
+    """The log marginal likelihood of rows by a mask policy, with its error over masks."""
+    masks = PermutationChain() if masks is None else masks
+    if not isinstance(masks, Policy):
+        raise TypeError(f"masks must be a mask policy such as UniformSize(20), got {masks!r}")
+    with fitted.read(rows, y) as (predictor, x):
+        few = not isinstance(predictor, LinearGaussian) or len(x) <= 2 * x.shape[1]
+        moments = None
+        if not few and predictor.structure.scores_input:
+            moments = SufficientStatistics(x, str(x.device)).rows(x.dtype)
+        return estimate(
+            predictor, x, masks, n_replicates=n_replicates, random_state=fitted.draws, curve_rows=moments
+        )

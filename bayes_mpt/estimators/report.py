@@ -1,0 +1,105 @@
+"""What a fit says: while it runs, when it has ended, and when it is asked how a score is computed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from bayes_mpt import training
+from bayes_mpt.estimators.fitted import Fitted
+from bayes_mpt.predictors import LinearGaussian, MarkovGaussian
+from bayes_mpt.program.program import list_names
+from bayes_mpt.runtime.interrupts import check
+from bayes_mpt.runtime.progress import Line, tell
+
+__all__ = ["Unwatched", "explain", "reporter", "shown"]
+
+
+class Unwatched:
+    """A task that no callback hears of."""
+
+    def call_on_fit_task_begin(self, **about: Any) -> None: ...
+
+    def call_on_fit_task_end(self, **about: Any) -> None: ...
+
+
+@contextmanager
+def shown(estimator: Any) -> Iterator[Line]:
+    """Where the training says where it is; what it came to is said at the end, of an exact one too."""
+    line, start, text = Line(), time.perf_counter(), ""
+    try:
+        yield line
+        if estimator.verbose:
+            text = _came_to(estimator.fitted_, time.perf_counter() - start)
+    finally:
+        line.end(text)
+
+
+def _came_to(fitted: Fitted, seconds: float) -> str:
+    found = fitted.attributes()
+    n_iter = found["n_iter_"]
+    return (
+        f"{found['fit_method_']}, {n_iter} iteration{'' if n_iter == 1 else 's'}, log marginal likelihood "
+        f"{fitted.total:.4f} nats, {seconds:.2f} s{'' if fitted.fit.converged else ', not converged'}"
+    )
+
+
+def reporter(estimator: Any, context: Any, line: Line, max_iter: int, *, every: bool) -> training.Report:
+    """What a training calls after each iteration: Ctrl-C, a search, the line and callbacks hear of it.
+
+    Parameters
+    ----------
+    estimator : BayesMPT
+        Whose ``verbose`` and callbacks count.
+    context : CallbackContext
+        Of the fit.
+    line : Line
+        Gets each iteration where ``every``, else a hundred of them.
+    max_iter : int
+        Iterations at most.
+    """
+
+    def report(step: int, score: float) -> bool:
+        check()
+        tell(step, max_iter)
+        if estimator.verbose and (every or step == 1 or step % max(1, max_iter // 100) == 0):
+            line.show(f"{step:>6}/{max_iter}  score {score:.6f} nats a row")
+        if not hasattr(estimator, "_skl_callbacks"):
+            return False
+        task = context.subcontext(task_name="iteration")
+        task.call_on_fit_task_begin(estimator=estimator)
+        return bool(task.call_on_fit_task_end(estimator=estimator))
+
+    return report
+
+
+def explain(fitted: Fitted) -> str:
+    """How the score is computed, why, what is integrated and what is point-estimated."""
+    bound, s, fit = fitted.bound, fitted.bound.structure, fitted.fit
+    latents = list_names(
+        f"{site.name} ({'discrete' if site.discrete else site.width} "
+        f"{'a row' if site.row_axis is not None else 'in all'})"
+        for site in s.latents
+    )
+    if not s.by_row:
+        tokens = f"all observations of site {s.observed!r}, one vector"
+    else:
+        tokens = f"the {s.n_tokens} observations of site {s.observed!r} in a row; rows are independent"
+    read = ""
+    if isinstance(bound, LinearGaussian | MarkovGaussian):
+        per_row = "; read on the real rows, since each row has its own map"
+        read = per_row if s.per_row else "; read once for all rows"
+    where = ", at their maximum a posteriori under the model's hyperprior" if fitted.at_map else ""
+    return "\n".join(
+        [
+            f"tokens:          {tokens}",
+            f"latents:         {latents or 'none'}",
+            f"predictor:       {bound.name}: {bound.why}{read}",
+            f"integrated:      {list_names(s.latent_names) or 'nothing'}",
+            f"point-estimated: {', '.join(s.parameters) or 'nothing'}{where}",
+            f"training:        {fit.method}, {max(1, fit.n_iter)} iterations"
+            + (", interrupted" if fit.interrupted else ""),
+        ]
+    )

@@ -1,0 +1,90 @@
+"""Rows drawn from a fitted program, and missing cells drawn given the observed ones."""
+
+from __future__ import annotations
+
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bayes_mpt.estimators.fitted import Fitted
+from bayes_mpt.estimators.rows import as_tensor
+from bayes_mpt.predictors.nodes.annealed import Annealed, AnnealedImportance, Bracket
+from bayes_mpt.predictors.nodes.weighted import Nodes
+from bayes_mpt.program.devices import own_random_state
+from bayes_mpt.program.program import Program
+from bayes_mpt.program.simulation import simulate
+from bayes_mpt.program.store import OwnStore
+
+__all__ = ["bracket", "draw_missing", "draw_rows"]
+
+
+def draw_rows(fitted: Fitted, n_rows: int) -> NDArray[np.float64]:
+    """Rows (n_rows, T), the same ones at every call."""
+    if not isinstance(n_rows, Integral) or n_rows < 1:
+        raise ValueError(f"n_samples must be an integer of at least 1, got {n_rows!r}")
+    n_columns = len(fitted.names)
+    if fitted.bound.own_masks:  # a row of which nothing is known
+        return draw_missing(fitted, np.full((int(n_rows), n_columns), np.nan), None, 1)[0]
+    if isinstance(fitted.bound.structure, Program):
+        return fitted.unshifted(_simulate(fitted, int(n_rows))[0].double().cpu().numpy())
+    reading = fitted.shared_map("sample")
+    n_latents = reading.loading.shape[-1]
+    generator = torch.Generator().manual_seed(fitted.draws)
+    draw = torch.randn(n_rows, n_latents + len(reading.loc[0]), generator=generator, dtype=torch.float64).to(
+        reading.loc
+    )
+    u, e = draw[:, :n_latents], draw[:, n_latents:]
+    x = reading.loc[0] + u @ reading.loading[0].mT + reading.noise[0].sqrt() * e
+    return fitted.unshifted(x.cpu().numpy())
+
+
+def _simulate(fitted: Fitted, n_rows: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Rows (N, T) from the fitted program, and the latents that made them."""
+    structure = fitted.bound.structure
+    if not isinstance(structure, Program) or not structure.by_row or structure.observed_argument != 0:
+        raise ValueError(
+            f"rows can be drawn where the program observes the cells of X itself and rows are independent, which "
+            f"{fitted.model!r} does not"
+        )
+    rows = as_tensor(np.zeros((n_rows, len(fitted.names))), fitted.model, fitted.device)
+    with OwnStore() as store:
+        store.prefill(fitted.initial)
+        with own_random_state(fitted.draws):
+            # networks put their parameters into the store
+            simulate(fitted.model, (rows,), structure)
+        store.begin(fitted.state)
+        with own_random_state(fitted.draws):
+            return simulate(fitted.model, (rows,), structure)
+
+
+def draw_missing(fitted: Fitted, rows: NDArray[np.floating], y: Any, n_samples: int) -> NDArray[np.float64]:
+    """Rows with their NaN cells drawn together given the observed cells of the row: (n_samples, N, T)."""
+    structure = fitted.bound.structure
+    cells = isinstance(structure, Program) and structure.by_row and structure.observed_argument == 0
+    if not (cells or fitted.bound.own_masks):
+        raise ValueError(
+            f"missing cells are drawn where the program observes the cells of X, row by row, and its latents are "
+            f"drawn or on a grid, got {fitted.bound.name}: use impute for their means"
+        )
+    with torch.no_grad():
+        try:
+            parts = [predictor.draw(x, n_samples) for predictor, x in fitted.parts(rows, y)]
+        except NotImplementedError as error:
+            raise ValueError(f"{error}: use impute for their means") from error
+    return fitted.unshifted(torch.cat(parts, 1).double().cpu().numpy())
+
+
+def bracket(fitted: Fitted, n_rows: int) -> Bracket:
+    """Bounds on the LML of rows simulated from the fitted program, by annealing both ways."""
+    if not isinstance(fitted.predictor, AnnealedImportance):
+        raise ValueError(
+            f"bidirectional needs annealing: set_params(predictor=AnnealedImportance()), now {fitted.predictor!r}"
+        )
+    rows, latents = _simulate(fitted, n_rows)
+    with fitted.program((rows,)) as predictor:
+        assert isinstance(predictor, Nodes) and isinstance(predictor.reader, Annealed)
+        return predictor.reader.bracket((rows,), latents)

@@ -1,0 +1,440 @@
+"""The training of a program: which way fits it, from how many starts, and where it goes back to at Ctrl-C."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from numbers import Integral
+from typing import Any, Literal
+
+import pyro
+import torch
+from numpy.typing import NDArray
+from sklearn.utils import check_random_state
+
+from bayes_mpt import training
+from bayes_mpt.estimators.checks import of_program
+from bayes_mpt.estimators.repeats import repeated_columns
+from bayes_mpt.evidence.integrated import Prior, assign
+from bayes_mpt.masks import PermutationChain, Policy
+from bayes_mpt.models.mixtures import CollapseError
+from bayes_mpt.predictors import Predictor, choose
+from bayes_mpt.predictors.gaussian.incomplete import FewCellsError
+from bayes_mpt.predictors.gaussian.profile import NoiseFloorError
+from bayes_mpt.program.arguments import has_missing
+from bayes_mpt.program.offers import offered
+from bayes_mpt.program.program import ModelError
+from bayes_mpt.program.statistics import SufficientStatistics
+from bayes_mpt.program.store import State, load, save
+from bayes_mpt.runtime.digests import CannotDigest, digest_of, in_words
+from bayes_mpt.score import OWN_MASKS
+from bayes_mpt.training import Ascent, Epochs, Fit, Problem, Report, Steps, Training
+from bayes_mpt.warnings import (
+    CollapseWarning,
+    NoBoundWarning,
+    NotConvergedWarning,
+    ZeroNoiseWarning,
+    warn,
+)
+
+__all__ = ["Trainer", "trainer_of"]
+
+MAX_SETTLING = 2  # rounds of training in which what was found out at the start is found out anew
+STARTS_WITH_HOLES = 8  # of a linear-Gaussian map with missing cells, where n_init is "auto"
+TRIALS, TRIAL_STEPS = 4, 20  # starts and steps of L-BFGS instead, where no EM is known; the best goes on
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Train a problem as it is asked for, or in the way that fits it; the settings are those of `BayesMPT`."""
+
+    predictor: Predictor | str
+    masks: Policy | None
+    training: Training | None
+    asked: dict[str, tuple[str, str]]
+    """What a checkpoint is of, by name: in words, and a digest."""
+    n_init: int | Literal["auto"]
+    seed: int
+    names: NDArray[Any]
+    """Of the columns (T,), for errors."""
+    report: Report | None = None
+    at_floor: bool = False
+    """Whether a noise that goes to zero is held at the size of rounding errors, and not refused."""
+
+    @property
+    def by_epochs(self) -> bool:
+        """Whether the rows are never read all at once."""
+        return self.training is not None and self.training.by_epochs
+
+    @property
+    def limit(self) -> int:
+        """Iterations at most."""
+        return _limit(Ascent() if self.training is None else self.training)
+
+    def train(
+        self,
+        problem: Problem,
+        statistics: SufficientStatistics | None,
+        prior: Prior | None,
+        *,
+        warm: bool,
+    ) -> Fit:
+        """Move the parameters in Pyro's store to where the score is highest.
+
+        Parameters
+        ----------
+        problem : Problem
+            What is maximised.
+        statistics : SufficientStatistics or None
+            Moments of the rows, where these are all that the score needs.
+        prior : Prior or None
+            Of the parameters, from which further starts are drawn.
+        warm : bool
+            Whether the parameters are those of an earlier fit.
+
+        Raises
+        ------
+        KeyboardInterrupt
+            By Ctrl-C before the first iteration; after it the fit ends where it is best, and says that it was
+            interrupted.
+        """
+        if not problem.leaves():
+            return Fit("nothing to train", converged=True)
+        if not problem.predictor.trainable:
+            raise ModelError(
+                f"{problem.predictor.name} scores a program and does not train it: choose another predictor"
+            )
+        ended = _Ended()
+        try:
+            try:
+                fit, how, n_before = self._train(problem, statistics, prior, warm, ended)
+                ended.keep(fit)
+                if statistics is not None and not statistics.complete and not fit.interrupted:
+                    fit.at_zero = training.noise_at_zero(problem)
+            except KeyboardInterrupt:
+                fit = ended.interrupted()
+        except NoiseFloorError as error:
+            raise ValueError(self._unbounded(error, problem)) from error
+        except FewCellsError as error:
+            raise ValueError(self._few_cells(error)) from error
+        except CollapseError as error:
+            raise ValueError(f"{error}{self._repeats(problem)}") from error
+        if not fit.interrupted:
+            self._warn_of_end(fit, how, problem, statistics)
+            fit.n_iter += n_before
+        return fit
+
+    def _warn_of_end(
+        self,
+        fit: Fit,
+        how: Training,
+        problem: Problem,
+        statistics: SufficientStatistics | None,
+    ) -> None:
+        if fit.at_zero:
+            one = len(fit.at_zero) == 1
+            warn(
+                f"the estimate of the noise variance of column{'' if one else 's'} {self._named(fit.at_zero)} is zero: "
+                f"{'its' if one else 'their'} observed cells are explained without any noise, as it happens with few "
+                "cells or too many latents, so that errors and intervals that come of this fit are too small. Use "
+                "fewer latents, or a model whose columns share one noise (PPCA)",
+                ZeroNoiseWarning,
+            )
+        if statistics is None and any(has_missing(a) for a in problem.args):
+            self._warn_of_collapse(problem)
+        if fit.converged or self.at_floor:
+            return
+        if fit.n_iter >= _limit(how):
+            option = f"{type(how).__name__}({how.limits}=...)"
+            what = f"raise {how.limits} (now {_limit(how)}): training={option}"
+        elif problem.predictor.name == "Quadrature":
+            what = (
+                f"with so few nodes the score is not smooth ({problem.predictor.why}). Give Quadrature a larger "
+                "n_nodes; if that does not help, a parameter diverges"
+            )
+        else:
+            what = "the score has no smooth maximum near params_, or one at infinity: see history_"
+        warn(
+            f"the training stopped after {fit.n_iter} iterations without meeting its stopping rule: {what}",
+            NotConvergedWarning,
+        )
+
+    def _train(
+        self,
+        problem: Problem,
+        statistics: SufficientStatistics | None,
+        prior: Prior | None,
+        warm: bool,
+        ended: _Ended,
+    ) -> tuple[Fit, Training, int]:
+        """How it went, what it was, and iterations of that before the last run of it."""
+        how, masks = self._how(problem)
+        if problem.predictor.own_masks:
+            problem = replace(problem, masks=masks)
+        stages, finer, solved = [problem], list[list[Problem]](), None
+        n_init = self._n_starts(how, statistics, warm)
+        if how.by_masks:
+            assert masks is not None  # `_how`
+            stages = self._stages(problem, masks)
+            problem = stages[-1]
+        else:
+            if statistics is not None and (statistics.complete or not warm) and problem.log_prior is None:
+                solved = self._solve(how, problem, statistics, n_init)
+                if solved is not None:
+                    if statistics.complete or solved.interrupted:
+                        return solved, how, 0
+                    ended.keep(solved)
+                    training.noise_at_zero(problem)  # before L-BFGS runs to where there is no bound
+            stages, *finer = [[some] for some in ([problem] if warm else training.stages(problem, self.seed))]
+
+        train = partial(how.run, masks=masks, seed=self.seed, asked=self.asked, report=self.report)
+        # EM has compared starts already
+        again = partial(train, stages)
+        fit = again() if solved else self._best_of(again, how, stages[-1], prior, n_init, ended)
+        for finer_stages in finer:
+            if fit.interrupted:
+                break
+            ended.keep(fit)
+            fit = train(finer_stages)
+        for _ in range(MAX_SETTLING):
+            if fit.interrupted:
+                break
+            ended.keep(fit)
+            if not problem.predictor.settle():
+                break
+            fit = train([problem] if not how.by_masks else stages)
+        return fit, how, 0 if solved is None else solved.n_iter
+
+    def _how(self, problem: Problem) -> tuple[Training, Policy | None]:
+        """The training that fits the program, where none is asked for; its masks, None for the exact score."""
+        predictor, how, masks = problem.predictor, self.training, self.masks
+        # random nodes need steps that average over them, whatever is hidden
+        random = predictor.sampled and not predictor.climbs
+        if masks is None and predictor.own_masks:
+            masks = OWN_MASKS
+        elif masks is None and (random or (how is not None and how.by_masks)):
+            masks = PermutationChain()
+        fixed = (
+            masks is not None and masks.deterministic and predictor.own_masks
+        )  # a network's sum over all of them
+        if how is None:
+            how = Ascent() if masks is None or fixed else Steps()
+        if how.by_masks or masks is None or fixed:
+            return how, masks
+        drawn = (
+            f"masks={self.masks!r} are drawn anew at each step"
+            if self.masks is not None
+            else f"{predictor.name} draws at each step what it averages over"
+        )
+        raise ValueError(
+            f"training={how!r} is of an exact score, but {drawn}: write training=Steps(...), which takes max_iter and "
+            "tol too, or leave training=None"
+        )
+
+    def _stages(self, problem: Problem, masks: Policy) -> list[Problem]:
+        """The problem with cheap steps first, where its predictor has such."""
+        predictor = problem.predictor
+        if masks.chains:
+            return [replace(problem, predictor=p) for p in predictor.in_training()]
+        if predictor.sampled and predictor.relocates:
+            warn(
+                "nodes that a guide draws anew for every mask make a ratio of two estimates, which is no bound "
+                "on the log marginal likelihood: with few of them it rises while the guide leaves the posterior. "
+                "Leave masks=None, which shares them along a chain, or take many: Importance(100)",
+                NoBoundWarning,
+            )
+        return [problem]
+
+    def _n_starts(self, how: Training, statistics: SufficientStatistics | None, warm: bool) -> int:
+        """How many starts: one unless asked, and several where missing cells make local maxima and saddles likely."""
+        if self.n_init != "auto":
+            return self.n_init
+        holes = statistics is not None and not statistics.complete
+        return STARTS_WITH_HOLES if holes and not how.by_masks and not warm else 1
+
+    def _solve(self, how: Any, problem: Problem, statistics: SufficientStatistics, n_init: int) -> Fit | None:
+        """The closed-form maximum; with missing cells, the best end of EM from several starts."""
+        rows, weight = statistics.rows(problem.args[0].dtype)
+        whole = Problem(problem.predictor, problem.args, rows, weight, statistics.n_rows)
+        fit = training.maximize_profile(
+            whole, statistics, how.max_iter, how.tol, n_init=n_init, seed=self.seed, at_floor=self.at_floor
+        )
+        if fit is not None and fit.last is not None and problem.weight is None:
+            with torch.no_grad():  # of the rows themselves, where these are at hand
+                fit.history = [float(problem.score_of(fit.last))]
+        return fit
+
+    def _best_of(
+        self,
+        train: Callable[..., Fit],
+        how: Training,
+        problem: Problem,
+        prior: Prior | None,
+        n_init: int,
+        ended: _Ended,
+    ) -> Fit:
+        """Restart from draws of the hyperprior, or from fresh initial values, and keep the best."""
+        if n_init == 1:
+            return train()
+        brief = self.n_init == "auto"  # a few steps from each start, then the best of them to its end
+        attempt = partial(train, max_iter=min(TRIAL_STEPS, _limit(how))) if brief else train
+        n_init = min(n_init, TRIALS) if brief else n_init
+        first = save()
+        best = ended.keep(attempt())
+        if best.interrupted:
+            return best
+        with torch.no_grad():
+            best_score = float(problem.score())
+        store = pyro.get_param_store()
+        kept = save()
+        model, guide = problem.predictor.model, problem.predictor.guide
+        for start in range(1, n_init):
+            store.clear()
+            # inside a fork of the generator; the program's first run draws from it
+            torch.manual_seed(self.seed + start)
+            if model is not None:
+                # a first run, which makes new initial values
+                choose(model, problem.args, predictor=self.predictor, guide=guide)
+            # a network's prior holds it; where it may start is its own affair
+            if prior is not None and not problem.predictor.own_masks:
+                loc, scale = (torch.as_tensor(a) for a in (prior.loc, prior.scale))
+                assign(of_program(problem), torch.normal(loc, scale))
+            if brief and _same(first, save()):
+                break  # initial values without chance
+            fit = attempt()
+            with torch.no_grad():
+                score = float(problem.score())
+            if score > best_score:
+                best, best_score, kept = ended.keep(fit), score, save()
+            if fit.interrupted:
+                best.interrupted, best.converged = True, False
+                break
+        load(kept)
+        return best if not brief or best.converged or best.interrupted else train()
+
+    def _named(self, columns: list[int]) -> str:
+        names = [self.names[c] for c in columns]
+        return ", ".join(repr(str(name)) if isinstance(name, str) else str(name) for name in names)
+
+    def _warn_of_collapse(self, problem: Problem) -> None:
+        """Components of a mixture; where no cell is missing its own `maximize` looks after them."""
+        found = training.collapsed(problem)
+        if found:
+            which = ", ".join(f"{c} (column {self._named(columns)})" for c, columns in found.items())
+            warn(
+                f"component {which} has lost its spread, on the way to a likelihood without bound: repeated rows, few "
+                "observed cells, or columns that are constant or repeat others. Use fewer components, or drop what "
+                "repeats and what has few cells",
+                CollapseWarning,
+            )
+
+    def _few_cells(self, error: FewCellsError) -> str:
+        counted = zip(error.columns, error.n_cells, strict=True)
+        which = ", ".join(f"{self._named([column])} ({n_cells})" for column, n_cells in counted)
+        return (
+            f"too few observed cells in column {which}: a mean and {error.n_latents} latents reproduce them without "
+            "noise, so the likelihood has no maximum. Drop the column, use fewer latents, or a model whose columns "
+            "share one noise (PPCA)"
+        )
+
+    def _repeats(self, problem: Problem) -> str:
+        """Which columns are constant or repeat others, to be added to an error."""
+        rows = problem.args[0] if problem.rows is None else problem.rows
+        found = repeated_columns(rows.detach().cpu().double().numpy())
+        return f". Columns that are constant or repeat others here: {self._named(found)}" if found else ""
+
+    def _unbounded(self, error: NoiseFloorError, problem: Problem) -> str:
+        columns = [self.names[c] for c in error.columns]
+        if len(columns) == len(self.names):
+            return (
+                f"{problem.predictor.structure.n_latents} latents reproduce these rows (n_samples = "
+                f"{problem.n_rows}, n_features = {len(self.names)}) without any noise, so the likelihood has no "
+                "maximum: use fewer latents or more rows, and look for constant or duplicated columns"
+                f"{self._repeats(problem)}"
+            )
+        named = self._named(error.columns)
+        return (
+            f"columns {named} are constant, duplicated, or exact combinations of others: the likelihood "
+            "grows without bound as their noise goes to zero. Drop columns until none repeats another, or use PPCA"
+        )
+
+
+class _Ended:
+    """The best training that has ended, to go back to where Ctrl-C is pressed in what comes after it."""
+
+    def __init__(self) -> None:
+        self._fit: Fit | None = None
+
+    def keep(self, fit: Fit) -> Fit:
+        """Remember this fit, whose parameters stand in the store."""
+        store = pyro.get_param_store().get_state()
+        self._fit, self._store, self._state = fit, store, save()
+        return fit
+
+    def interrupted(self) -> Fit:
+        """The fit that was remembered, its parameters in the store; else raises KeyboardInterrupt."""
+        if self._fit is None:
+            raise KeyboardInterrupt
+        store = pyro.get_param_store()
+        store.clear()  # another start may have left parameters of its own
+        store.set_state(self._store)
+        load(self._state)
+        self._fit.interrupted, self._fit.converged = True, False
+        return self._fit
+
+
+def _same(one: State, other: State) -> bool:
+    """Whether two states hold the same parameters with the same values."""
+    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+def trainer_of(settings: Any, model: Any, names: NDArray[Any]) -> Trainer:
+    """How an estimator with these settings trains a model; ``names`` (T,) of the columns."""
+    how, state = settings.training, settings.random_state
+    if how is None and offered(model, "batch_size") is not None:
+        how = Epochs()
+    if how is not None:
+        how._validate_params()
+    asked: dict[str, tuple[str, str]] = {}
+    if how is not None and how.by_epochs and how.checkpoint is not None:
+        if not isinstance(state, Integral):
+            raise ValueError(
+                f"checkpoint needs an integer random_state, to hold out the same rows, got {state!r}"
+            )
+        if settings.n_init not in ("auto", 1):
+            raise ValueError(
+                f"checkpoint holds one training, but n_init={settings.n_init}: leave one of them out"
+            )
+        asked = _asked(settings, how)
+    return Trainer(
+        predictor=settings.predictor,
+        masks=settings.masks,
+        training=how,
+        asked=asked,
+        n_init=settings.n_init,
+        seed=int(check_random_state(state).randint(2**31 - 1)),
+        names=names,
+    )
+
+
+def _limit(how: Training) -> int:
+    """Iterations at most."""
+    return int(getattr(how, how.limits))
+
+
+def _asked(settings: Any, how: Epochs) -> dict[str, tuple[str, str]]:
+    """What a checkpoint is of, by name: in words, and a digest in which parameters to be trained are shapes."""
+    values = {
+        name: getattr(settings, name) for name in ("model", "guide", "predictor", "masks", "random_state")
+    }
+    values |= {name: getattr(how, name) for name in ("validation_fraction", "patience")}
+    found = {}
+    for name, value in values.items():
+        try:
+            found[name] = in_words(value), digest_of(value, name, initial=False)
+        except CannotDigest as error:
+            raise ValueError(
+                f"checkpoint={how.checkpoint!r} could not tell this training from others: {error}. Leave it None"
+            ) from error
+    return found

@@ -1,0 +1,67 @@
+"""What a Pyro program may say of itself beside running: one list of names, looked up in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+__all__ = ["Offers", "offered"]
+
+
+class Offers(Protocol):
+    """A model, as `bayes_mpt.BayesMPT` calls it, with all that it may offer; it needs to have none of it but the call.
+
+    Examples
+    --------
+    >>> class Single:
+    ...     dtype = torch.float32
+    ...
+    ...     def __call__(self, x): ...
+    >>> offered(Single(), "dtype"), offered(Single(), "batch_size")
+    (torch.float32, None)
+    """
+
+    dtype: ClassVar[torch.dtype]
+    """Of its rows: `torch.float32`; float64 without."""
+    batch_size: ClassVar[int]
+    """Rows a step. A model that has one is trained by epochs (`bayes_mpt.training.Epochs`)."""
+    learning_rate: ClassVar[float]
+    """Of Adam, where the training names none."""
+    n_components: int | Literal["auto"]
+    """Number of latents; where it is "auto", that with the highest evidence is taken, of a copy with that number."""
+    symmetries: ClassVar[Mapping[str, str]]
+    """``{"rotations": name}``: loadings are free up to rotation, and the parameter of this name, one number or one for
+    each column, is the noise variance. The orbit of the rotations is integrated in the Laplace evidence."""
+
+    def __call__(self, *args: Tensor) -> Any:
+        """Run the program on rows x (N, T), and y."""
+
+    def guide(self, *args: Tensor) -> Any:
+        """Draw its latents."""
+
+    def hyperprior(self, *args: Tensor) -> Mapping[str, Any]:
+        """Priors of its parameters by name: ``(loc, scale)`` of the unconstrained value, or a distribution."""
+
+    def floored(self, *args: Tensor) -> Mapping[str, str]:
+        """Parameters that stand at the least value the model lets them have, each with the reason in words."""
+
+    def maximize(
+        self, x: Tensor, params: Mapping[str, Tensor], *, tol: float, max_iter: int
+    ) -> Mapping[str, Tensor]:
+        """Better values of its parameters for complete rows, by an EM, say."""
+
+    def n_free_parameters(self, params: Mapping[str, NDArray[Any]]) -> int:
+        """How many numbers of the fitted density are free, for AIC and BIC."""
+
+    def advice(self, X: NDArray[np.floating]) -> list[str]:
+        """What is odd about its settings for rows X, NaN where missing: sentences, of which fits warn."""
+
+
+def offered(model: Any, name: str) -> Any:
+    """What a model offers by this name of `Offers`; None where it does not."""
+    return getattr(model, name, None)
