@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from bayes_mpt.predictors.base import Conditionals, Guide, Predictor
+from bayes_mpt.predictors.base import Bound, Guide, Predictor
 from bayes_mpt.predictors.exact import summed_out
 from bayes_mpt.predictors.gaussian.markov import closed_form
 from bayes_mpt.predictors.gaussian.nearest_neighbors import NearestNeighbors, near_conditionals
@@ -16,7 +16,7 @@ from bayes_mpt.predictors.nodes.importance import Importance
 from bayes_mpt.predictors.nodes.quadrature import MAX_WIDTH, Quadrature
 from bayes_mpt.predictors.self_predictive import SelfPredictive
 from bayes_mpt.program.affine import NotAffine
-from bayes_mpt.program.analysis import analyze
+from bayes_mpt.program.analysis import look
 from bayes_mpt.program.arguments import fill
 from bayes_mpt.program.program import Model, ModelError
 from bayes_mpt.program.run import run, takes_visible
@@ -44,8 +44,8 @@ def choose(
     *,
     predictor: Predictor | str = "auto",
     guide: Guide | None = None,
-) -> Conditionals:
-    """The conditionals of a program, in the most exact way that fits it.
+) -> Bound:
+    """The program, scored in the most exact way that fits it.
 
     "auto" takes, in this order: of a program ``model(x, visible)`` what it says itself (`SelfPredictive`); of
     observations that are one Gaussian vector the exact density up to 4096 of them, beyond that `NearestNeighbors(30)`;
@@ -82,10 +82,11 @@ def choose(
         if len(args[0]) > MAX_JOINT:
             return near_conditionals(NearestNeighbors(), model, args, vector)
         return JointGaussian(model, vector)
+    analysis = look(model, args)
     try:
-        return closed_form(model, args)
+        return closed_form(model, args, analysis)
     except NotAffine as error:
-        reason, program = error, analyze(model, args)
+        reason, program = error, analysis.checked()
     if not program.continuous:
         return summed_out(model, args, program, reason)
     if program.discrete and {s.kind for s in program.sites} <= {"Normal", "MultivariateNormal"}:
