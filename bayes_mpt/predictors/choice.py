@@ -16,7 +16,7 @@ from bayes_mpt.predictors.nodes.importance import Importance
 from bayes_mpt.predictors.nodes.quadrature import MAX_WIDTH, Quadrature
 from bayes_mpt.predictors.self_predictive import SelfPredictive
 from bayes_mpt.program.affine import NotAffine
-from bayes_mpt.program.analysis import analyze
+from bayes_mpt.program.analysis import look
 from bayes_mpt.program.arguments import fill
 from bayes_mpt.program.program import Model, ModelError
 from bayes_mpt.program.run import run, takes_visible
@@ -82,10 +82,11 @@ def choose(
         if len(args[0]) > MAX_JOINT:
             return near_conditionals(NearestNeighbors(), model, args, vector)
         return JointGaussian(model, vector)
+    analysis = look(model, args)
     try:
-        return closed_form(model, args)
+        return closed_form(model, args, analysis)
     except NotAffine as error:
-        reason, program = error, analyze(model, args)
+        reason, program = error, analysis.checked()
     if not program.continuous:
         return summed_out(model, args, program, reason)
     if program.discrete and {s.kind for s in program.sites} <= {"Normal", "MultivariateNormal"}:

@@ -9,7 +9,7 @@ from bayes_mpt.predictors.gaussian.markov import closed_form
 from bayes_mpt.predictors.gaussian.process import JointGaussian, gaussian_program
 from bayes_mpt.predictors.nodes.enumeration import enumerated, mixture_of_maps
 from bayes_mpt.program.affine import NotAffine
-from bayes_mpt.program.analysis import analyze
+from bayes_mpt.program.analysis import look
 from bayes_mpt.program.program import Model, ModelError, Program
 
 __all__ = ["Exact", "summed_out"]
@@ -42,10 +42,11 @@ class Exact(Predictor):
         vector = gaussian_program(model, args)
         if vector is not None:
             return JointGaussian(model, vector)
+        analysis = look(model, args)
         try:
-            return closed_form(model, args)
+            return closed_form(model, args, analysis)
         except NotAffine as error:
-            return summed_out(model, args, analyze(model, args), error)
+            return summed_out(model, args, analysis.checked(), error)
 
 
 def summed_out(model: Model, args: tuple[Any, ...], program: Program, reason: NotAffine) -> Bound:

@@ -7,23 +7,20 @@ Multinomial count, say) where it has not.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+from torch.distributions import constraints
 
 from bayes_mpt.program.arguments import fill
-from bayes_mpt.program.checks import (
-    check_latent,
-    check_observed,
-    check_plates,
-    check_support,
-    refuse_dependence_on_x,
-    refuse_unregistered_parameters,
-)
-from bayes_mpt.program.missing import nan_shows
+from bayes_mpt.program.checks import check_sites, refuse_unregistered_parameters
+from bayes_mpt.program.layout import rows_first
 from bayes_mpt.program.program import Model, ModelError, Program
 from bayes_mpt.program.run import first_run
 from bayes_mpt.program.sites import (
+    base,
     describe_latent,
     describe_observed,
     factor_nodes,
@@ -32,13 +29,38 @@ from bayes_mpt.program.sites import (
     plate_depth,
     rows_plate_of,
 )
+from bayes_mpt.program.trials import refuse_hidden, try_others
 
-__all__ = ["analyze"]
+__all__ = ["Analysis", "analyze", "look"]
+
+GAUSSIAN = ("Normal", "MultivariateNormal")
 
 
-@torch.enable_grad()
+class Analysis(NamedTuple):
+    """A program and the runs that it was found in, for those who ask more of it; not to be kept."""
+
+    program: Program
+    args: tuple[Any, ...]
+    """Filled; the rows of these runs."""
+    first: Trace
+    other: Trace | None
+    """A run at other latents; those of all rows are alike in a program of Normal sites."""
+    position: int | None
+    """Of the argument whose cells are the tokens, one by one."""
+    by_number: bool
+    """A distribution depends on how many rows there are."""
+
+    def checked(self) -> Program:
+        """The program, if it may be scored at given values of its latents or with latents summed out."""
+        check_sites(self.first)
+        nodes = (*observed_nodes(self.first), *latent_nodes(self.first))
+        scales = {node["name"]: float(node["scale"]) for node in nodes}
+        _refuse_scales(scales)
+        return self.program
+
+
 def analyze(model: Model, args: tuple[Any, ...], *, own_masks: bool = False) -> Program:
-    """Run the program on real rows and find out what it is made of.
+    """What a program is made of, if it may be scored at given values of its latents or with latents summed out.
 
     The first run also creates the parameters that the program initialises from ``x``.
 
@@ -62,42 +84,105 @@ def analyze(model: Model, args: tuple[Any, ...], *, own_masks: bool = False) -> 
         If nothing is observed, a factor stands in the program, a token's distribution looks at the tokens, or
         trainable tensors are unknown to Pyro. The site is named.
     """
+    if not own_masks:
+        return look(model, args).checked()
     args = tuple(fill(a) for a in args)
     first, init = first_run(model, args)
-    factors = factor_nodes(first)
-    nodes = observed_nodes(first, factors_too=own_masks)
-    latents = latent_nodes(first)
-    rows, by_row = rows_plate_of(nodes, latents, len(init[0]))
+    program = _described(first, len(init[0]), factors_too=True)
+    check_sites(first, factors_too=True)
+    try_others(model, init, program, first, values_only=True)
+    nodes = (*observed_nodes(first, factors_too=True), *latent_nodes(first), *factor_nodes(first))
+    _refuse_scales({node["name"]: float(node["scale"]) for node in nodes})
+    refuse_unregistered_parameters(first)
+    return program
+
+
+@torch.enable_grad()
+def look(model: Model, args: tuple[Any, ...]) -> Analysis:
+    """What a program is made of, and the runs that have shown it.
+
+    Raises
+    ------
+    ModelError
+        As `analyze`, but for what only matters where latents are given or summed out.
+    """
+    args = tuple(fill(a) for a in args)
+    first, init = first_run(model, args)
+    program = _described(first, len(init[0]))
+    nodes, latents = observed_nodes(first), latent_nodes(first)
+    gaussian = all(type(base(n["fn"])).__name__ in GAUSSIAN for n in (*nodes, *latents))
+    if not gaussian:
+        check_sites(first)
+    refuse_hidden(model, init, first)
+    refuse_unregistered_parameters(first)
+    position = _observed_argument(program, first, init)
+    verdict = try_others(
+        model,
+        init,
+        program,
+        first,
+        position=position,
+        alike=gaussian and program.by_row,
+        real=all(_is_real(base(n["fn"])) for n in nodes),
+        values_only=program.sub_rows is not None,
+    )
+    position = position if verdict.gaps else None
+    cells = position is not None and not any(site.n_joint for site in program.sites)
+    program = program._replace(observed_argument=position if cells else None)
+    return Analysis(program, init, first, verdict.other, position, verdict.by_number)
+
+
+def _described(first: Trace, n_rows: int, factors_too: bool = False) -> Program:
+    """The program of a first run on so many rows."""
+    nodes, latents = observed_nodes(first, factors_too=factors_too), latent_nodes(first)
+    rows, by_row = rows_plate_of(nodes, latents, n_rows)
     sites = tuple(describe_observed(node, rows if by_row else None) for node in nodes)
-    n_rows = sites[0].shape[sites[0].row_axis] if by_row and sites[0].row_axis is not None else 1
-    program = Program(
+    own = sites[0].shape[sites[0].row_axis] if by_row and sites[0].row_axis is not None else 1
+    return Program(
         sites,
         tuple(describe_latent(node, rows if by_row else None) for node in latents),
         tuple(n for n, site in first.nodes.items() if site["type"] == "param"),
         rows,
         by_row,
         plate_depth((*nodes, *latents)),
-        n_rows if by_row and n_rows != len(init[0]) else None,
+        own if by_row and own != n_rows else None,
         float(nodes[0]["scale"]),
     )
-    for node in latents:
-        check_latent(node)
-    for node in (*nodes, *latents):
-        check_plates(node)
-    for node in nodes:
-        check_support(node)
-    check_observed(model, init, first, own_masks=own_masks)
-    scales = {n["name"]: float(n["scale"]) for n in (*nodes, *latents, *factors)}
+
+
+def _refuse_scales(scales: dict[str, float]) -> None:
     if len(set(scales.values())) > 1:
         raise ModelError(
             f"sites have different scales {scales}: a score weighs all sites alike. Sub-sample the rows plate, or put "
             "poutine.scale around the whole program"
         )
-    refuse_unregistered_parameters(first)
-    if program.sub_rows is None and not own_masks:
-        tokens = refuse_dependence_on_x(model, init, program, first)
-        if len(nodes) == 1 and not sites[0].n_joint:
-            whole = [i for i in tokens if nodes[0]["value"] is init[i]]
-            if whole and nan_shows(model, init, whole[0], first):
-                program = program._replace(observed_argument=whole[0])
-    return program
+
+
+def _is_real(fn: Any) -> bool:
+    """Whether a distribution has all real numbers, or vectors of them, as values."""
+    try:
+        support = fn.support
+    except NotImplementedError:
+        return False
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return support is constraints.real
+
+
+def _observed_argument(program: Program, first: Trace, args: tuple[Any, ...]) -> int | None:
+    """Which argument the tokens are, cell by cell."""
+    values = [first.nodes[name]["value"] for name in program.site_names]
+    if any(v.requires_grad for v in values) or program.sub_rows is not None:
+        return None
+    tokens: Tensor | None = None
+    if all(v.ndim <= 2 for v in values):
+        tokens = torch.cat([rows_first(v, s.row_axis) for v, s in zip(values, program.sites, strict=True)], 1)
+    for i, a in enumerate(args):
+        if not isinstance(a, Tensor) or not a.is_floating_point():
+            continue
+        if len(values) == 1 and values[0] is a:
+            return i
+        if tokens is not None and a.ndim == 2 and a.dtype == tokens.dtype and a.shape == tokens.shape:
+            if torch.equal(a, tokens):
+                return i
+    return None

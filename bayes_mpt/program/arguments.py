@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -112,6 +113,29 @@ def init_rows(args: tuple[Any, ...]) -> tuple[Any, ...]:
     per_row = max(1, args[0][0].numel()) if len(args[0]) else 1
     n_rows = max(64, MAX_INIT_CELLS // per_row)
     return args if len(args[0]) <= n_rows else head(args, n_rows)
+
+
+def changes(arg: Tensor, real: bool) -> Iterator[Tensor]:
+    """Other values for an argument, first those that change most; a program may not take them all.
+
+    Shifted with changed signs; scaled, for programs that need positive numbers; resampled. Columns of whole numbers are
+    always resampled, unless all tokens are real numbers (``real``).
+    """
+    resample = resampled if len(arg) > 1 else shifted
+    whole = torch.ones(arg.shape[1:], dtype=torch.bool, device=arg.device)
+    if arg.is_floating_point():
+        whole = torch.zeros_like(whole) if real else (arg == arg.round()).all(0)
+    if not bool(whole.all()):
+        generator = torch.Generator().manual_seed(1)
+        random = torch.rand(arg.shape, generator=generator, dtype=torch.float64).to(arg)
+        size = arg.abs().mean(0) + arg.std(0, correction=0)
+        size = torch.where(size > 0, size, torch.ones_like(size))
+        fix = (
+            (lambda part: torch.where(whole, resample(arg), part)) if bool(whole.any()) else lambda part: part
+        )
+        yield fix((4 * random - 2) * size - arg)
+        yield fix(arg * (1 + 0.5 * random))
+    yield resample(arg)
 
 
 def cycle(arg: Any, n_rows: int) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
@@ -16,6 +17,7 @@ __all__ = [
     "check_shape",
     "flat",
     "join_tokens",
+    "laws_of",
     "log_probs_under",
     "rows_axis",
     "rows_first",
@@ -79,17 +81,32 @@ def check_shape(node: Any, site: Observed) -> None:
         )
 
 
-def log_probs_under(trace: Trace, values: Trace, program: Program) -> list[Tensor]:
-    """The log-densities of one run's tokens under another's distributions."""
+def log_probs_under(trace: Trace, values: dict[str, Tensor], program: Program) -> dict[str, Tensor]:
+    """Log-densities of these values of tokens and latents under the distributions of a run, by site."""
     with pyro.validation_enabled(False):
-        tokens = [
-            base(node_of(trace, s.name)["fn"]).log_prob(node_of(values, s.name)["value"])
-            for s in program.sites
-        ]
-        latents = [
-            node_of(trace, s.name)["fn"].log_prob(node_of(values, s.name)["value"]) for s in program.latents
-        ]
-    return tokens + latents
+        tokens = {n: base(node_of(trace, n)["fn"]).log_prob(values[n]) for n in program.site_names}
+        return tokens | {n: node_of(trace, n)["fn"].log_prob(values[n]) for n in program.latent_names}
+
+
+def laws_of(trace: Trace, values: dict[str, Tensor], program: Program) -> dict[str, tuple[Tensor, ...]]:
+    """What tells the distributions of tokens and latents in one run from those in another, by site.
+
+    Mean and scale of a Normal site; else the log-densities of these values.
+    """
+    out: dict[str, tuple[Tensor, ...]] = {}
+    others = {}
+    for name in (*program.site_names, *program.latent_names):
+        fn = base(node_of(trace, name)["fn"])
+        if type(fn) is dist.Normal:
+            out[name] = fn.loc.expand(values[name].shape), fn.scale.expand(values[name].shape)
+        else:
+            others[name] = values[name]
+    if others:
+        sites = tuple(s for s in program.sites if s.name in others)
+        latents = tuple(s for s in program.latents if s.name in others)
+        found = log_probs_under(trace, others, program._replace(sites=sites, latents=latents))
+        out |= {name: (log_prob,) for name, log_prob in found.items()}
+    return out
 
 
 def flat(t: Tensor, shape: torch.Size, row_axis: int | None, n_copies: int = 1) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from operator import itemgetter
 from typing import Any
 
 import pyro
@@ -11,12 +12,12 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from bayes_mpt.program.arguments import fill_otherwise, has_missing
-from bayes_mpt.program.layout import join_tokens, log_probs_under, token_values
+from bayes_mpt.program.layout import join_tokens, log_probs_under, rows_first, token_values
 from bayes_mpt.program.program import MissingCovariate, Model, ModelError, Program
 from bayes_mpt.program.run import run
-from bayes_mpt.program.sites import base, latent_nodes, node_of, observed_nodes, own_shown, sub_samples
+from bayes_mpt.program.sites import base, latent_nodes, node_of, own_shown, sub_samples
 
-__all__ = ["nan_shows", "read_values", "run_with_holes", "values_with_gaps"]
+__all__ = ["gaps_show", "holes_in", "nan_shows", "read_values", "same_but_for", "values_with_gaps"]
 
 
 def read_values(
@@ -36,9 +37,10 @@ def read_values(
                 f"the program does not run on other values in the missing cells: {error}. Drop constant columns, and "
                 "make covariates complete"
             ) from error
-        before, after = log_probs_under(trace, trace, program), log_probs_under(other, trace, program)
-    for name, a, b in zip((*program.site_names, *program.latent_names), after, before, strict=True):
-        if not bool((a == b).all()):
+        values = {n: trace.nodes[n]["value"] for n in (*program.site_names, *program.latent_names)}
+        before, after = log_probs_under(trace, values, program), log_probs_under(other, values, program)
+    for name, density in before.items():
+        if not bool((after[name] == density).all()):
             raise MissingCovariate(
                 f"missing cells reach the distribution of site {name!r}: covariates must be complete, "
                 "only what is observed may be missing"
@@ -124,33 +126,48 @@ def _in_support(node: Any) -> Tensor:
     return number & fine[(...,) + (None,) * (value.ndim - fine.ndim)]
 
 
-def nan_shows(model: Model, args: tuple[Any, ...], position: int, first: Trace) -> bool:
-    """Whether NaN in the argument that is observed as it stands are NaN there too, and no mask hides other cells."""
-    trace, holes = run_with_holes(model, args, position, first)
-    if trace is None:
-        return True
-    (node,) = observed_nodes(trace)
-    missing = node["value"].isnan()
-    if missing.numel() != holes.numel():
-        return False
-    holes = holes.reshape(missing.shape)
-    newly = own_shown(first.nodes[node["name"]]) & ~own_shown(node)
-    return torch.equal(missing, holes) and not bool((newly & ~holes).any())
-
-
-def run_with_holes(
-    model: Model, args: tuple[Any, ...], position: int, first: Trace
-) -> tuple[Trace | None, Tensor]:
-    """A run with NaN in one cell of every second row of an argument, if the program takes them; and which these are."""
+def holes_in(args: tuple[Any, ...], position: int | None) -> tuple[tuple[Any, ...], Tensor]:
+    """Arguments with one cell of every second row of one of them missing; and which these are."""
+    assert position is not None
     x = args[position]
     holes = torch.zeros(x.shape, dtype=torch.bool, device=x.device).reshape(len(x), -1)
     rows = torch.arange(0, len(x), 2, device=x.device)
     holes[rows, (rows // 2) % holes.shape[1]] = True
     holes = holes.reshape(x.shape)
-    changed = (*args[:position], torch.where(holes, torch.nan, x), *args[position + 1 :])
+    return (*args[:position], torch.where(holes, torch.nan, x), *args[position + 1 :]), holes
+
+
+def gaps_show(first: Trace, other: Trace, holes: Tensor, program: Program) -> bool:
+    """Whether the tokens of a run on rows with holes are missing there and only there, and no mask hides others."""
+    missing = _cells(other, program, lambda node: node["value"].isnan())
+    newly = _cells(first, program, own_shown) & ~_cells(other, program, own_shown)
+    if missing.numel() != holes.numel():
+        return False
+    holes = holes.reshape(missing.shape)
+    return torch.equal(missing, holes) and not bool((newly & ~holes).any())
+
+
+def same_but_for(holes: Tensor, first: Trace, other: Trace, program: Program) -> bool:
+    """Whether two runs observe the same values but in these cells."""
+    before, now = (_cells(trace, program, itemgetter("value")) for trace in (first, other))
+    if before.shape != now.shape or before.numel() != holes.numel():
+        return False
+    return bool(((before == now) | holes.reshape(before.shape)).all())
+
+
+def _cells(trace: Trace, program: Program, what: Callable[[Any], Tensor]) -> Tensor:
+    """What stands for each number that is observed, row by row: (N, ...)."""
+    parts = [rows_first(what(node_of(trace, s.name)), s.row_axis) for s in program.sites]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def nan_shows(model: Model, args: tuple[Any, ...], position: int, program: Program, first: Trace) -> bool:
+    """Whether NaN in the argument that is observed as it stands are NaN there too, and no mask hides other cells."""
+    changed, holes = holes_in(args, position)
     latents = {n["name"]: n["value"] for n in latent_nodes(first)}
     try:
         with torch.no_grad(), pyro.validation_enabled(False):
-            return run(model, changed, {**latents, **sub_samples(first)}), holes
+            trace = run(model, changed, {**latents, **sub_samples(first)})
     except (RuntimeError, ValueError, IndexError, TypeError):
-        return None, holes
+        return True
+    return gaps_show(first, trace, holes, program)

@@ -5,6 +5,8 @@ Pyro keeps parameters in one global store. A fit uses it and leaves it as it was
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 
 import pyro
@@ -13,7 +15,7 @@ from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 
-__all__ = ["Initial", "OwnStore", "State", "load", "save"]
+__all__ = ["Initial", "OwnStore", "State", "load", "moved_parameters", "save"]
 
 
 class OwnStore:
@@ -100,3 +102,24 @@ def load(state: State) -> None:
                     "fit with warm_start=False"
                 )
             leaf.copy_(state[name])
+
+
+@contextmanager
+def moved_parameters(size: float) -> Iterator[None]:
+    """All parameters a little off: one that is zero or one by its start hides what it multiplies.
+
+    They are moved in place and put back. A graph that was made before can no longer be differentiated.
+    """
+    leaves = [leaf for _, leaf in pyro.get_param_store().named_parameters()] if size else []
+    before = [leaf.detach().clone() for leaf in leaves]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        with torch.no_grad():
+            for leaf in leaves:
+                noise = torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf)
+                leaf += size * (1 + leaf.abs()) * noise
+        yield
+    finally:
+        with torch.no_grad():
+            for leaf, value in zip(leaves, before, strict=True):
+                leaf.copy_(value)

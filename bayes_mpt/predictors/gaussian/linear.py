@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from bayes_mpt.predictors.base import Bound, Conditionals, Posterior
-from bayes_mpt.program.affine import AffineForm, Dense, DenseMap, Outline, affine_form, latent_values, read
+from bayes_mpt.program.affine import AffineForm, Dense, DenseMap, first_reading, latent_values, read
+from bayes_mpt.program.affine.first import FirstReading
+from bayes_mpt.program.analysis import Analysis
 from bayes_mpt.program.arguments import N_TRIAL_ROWS
 from bayes_mpt.program.devices import at_once
 from bayes_mpt.program.program import Model, ModelError
@@ -41,8 +43,8 @@ class LinearGaussian(Bound):
         What it is called with; N rows of T tokens.
     n_trial : int, default=8
         Rows on which what one run can show is checked.
-    outline : bayes_mpt.program.affine.Outline, optional
-        What a first look at the program on these rows has found.
+    analysis : bayes_mpt.program.analysis.Analysis, optional
+        Of the program on these rows, where it has been made already.
 
     Raises
     ------
@@ -73,18 +75,20 @@ class LinearGaussian(Bound):
         args: tuple[Any, ...],
         n_trial: int = N_TRIAL_ROWS,
         *,
-        outline: Outline | None = None,
+        analysis: Analysis | None = None,
     ):
         self.model = model
-        self.structure = affine_form(model, args, n_trial=n_trial, outline=outline)
+        self.structure, reading = first_reading(model, args, n_trial=n_trial, analysis=analysis)
+        self._first = None if self.structure.per_row else FirstReading(reading)
 
     def read(self, args: tuple[Any, ...]) -> LinearRows:
-        return LinearRows(self.structure, read(self.model, args, self.structure, Dense()))
+        known = None if self._first is None else self._first.take()
+        return LinearRows(self.structure, read(self.model, args, self.structure, Dense(), known))
 
     def with_model(self, model: Model) -> LinearGaussian:
         """The same way of reading for another program of the same structure."""
         new = object.__new__(LinearGaussian)
-        new.model, new.structure = model, self.structure
+        new.model, new.structure, new._first = model, self.structure, None
         return new
 
 

@@ -37,20 +37,19 @@ from bayes_mpt.predictors.gaussian.linear import CHUNK, LOG_2PI, LinearGaussian
 from bayes_mpt.program.affine import (
     AffineForm,
     DenseMap,
-    Outline,
     affine_form,
-    first_look,
     latent_values,
     read,
 )
 from bayes_mpt.program.affine.sparse import Sparse
 from bayes_mpt.program.affine.sparse_map import Blocks, NotSparse, SparseMap
+from bayes_mpt.program.analysis import Analysis
 from bayes_mpt.program.program import Model
 
 __all__ = ["MarkovGaussian", "MarkovRows", "closed_form"]
 
 
-def closed_form(model: Model, args: tuple[Any, ...]) -> Bound:
+def closed_form(model: Model, args: tuple[Any, ...], analysis: Analysis) -> Bound:
     """A linear-Gaussian program scored in closed form, along a chain or dense: whichever needs less work.
 
     Raises
@@ -58,11 +57,10 @@ def closed_form(model: Model, args: tuple[Any, ...]) -> Bound:
     bayes_mpt.program.affine.NotAffine
         If the program is something else; the message names the site.
     """
-    outline = first_look(model, args)
     try:
-        return MarkovGaussian(model, args, outline=outline)
+        return MarkovGaussian(model, args, analysis=analysis)
     except NotSparse:
-        return LinearGaussian(model, args, outline=outline)
+        return LinearGaussian(model, args, analysis=analysis)
 
 
 class MarkovGaussian(Bound):
@@ -74,8 +72,8 @@ class MarkovGaussian(Bound):
         A Pyro program with Normal tokens and latents, the mean of each affine in a few latents.
     args : tuple
         What it is called with; N rows of T tokens.
-    outline : bayes_mpt.program.affine.Outline, optional
-        What a first look at the program on these rows has found.
+    analysis : bayes_mpt.program.analysis.Analysis, optional
+        Of the program on these rows, where it has been made already.
 
     Raises
     ------
@@ -102,10 +100,10 @@ class MarkovGaussian(Bound):
     model: Model
     structure: AffineForm
 
-    def __init__(self, model: Model, args: tuple[Any, ...], *, outline: Outline | None = None):
+    def __init__(self, model: Model, args: tuple[Any, ...], *, analysis: Analysis | None = None):
         self.model = model
         self._way = Sparse()
-        self.structure = affine_form(model, args, self._way, outline=outline)
+        self.structure = affine_form(model, args, self._way, analysis=analysis)
         assert self._way.layout is not None
         layout = self._way.layout
         self.why = (

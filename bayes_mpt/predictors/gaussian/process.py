@@ -82,7 +82,9 @@ def gaussian_program(model: Model, args: tuple[Any, ...]) -> Program | None:
             "missing observations NaN, which the package leaves out"
         )
     last = len(few) - 1
-    shows = few[last].is_floating_point() and nan_shows(model, tuple(fill(a) for a in few), last, trace)
+    shows = few[last].is_floating_point() and nan_shows(
+        model, tuple(fill(a) for a in few), last, program, trace
+    )
     site = program.sites[0]._replace(shape=(len(args[0]),), n_joint=0)
     return program._replace(sites=(site,), depth=0, observed_argument=last if shows else None)
 

@@ -29,7 +29,6 @@ from bayes_mpt.predictors.nodes.weighted import (
     program_values,
 )
 from bayes_mpt.program.arguments import fill, filling
-from bayes_mpt.program.checks import CLOSE
 from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.factors import read_factors
 from bayes_mpt.program.layout import rows_axis, sum_by_row
@@ -37,6 +36,7 @@ from bayes_mpt.program.program import Latent, Model, ModelError, Program, n_rows
 from bayes_mpt.program.run import NODES, SetLatents, one_precision, run, takes_visible
 from bayes_mpt.program.simulation import simulate
 from bayes_mpt.program.sites import latent_nodes
+from bayes_mpt.program.trials import CLOSE
 
 __all__ = ["Drawn", "GuideDraws", "evidence_of_draws"]
 

@@ -25,9 +25,8 @@ from bayes_mpt.predictors.base import Bound, Conditionals, Evidence, Leaves, Pos
 from bayes_mpt.predictors.nodes.given import Given
 from bayes_mpt.program.arguments import fill, has_missing
 from bayes_mpt.program.latents import Space
-from bayes_mpt.program.layout import rows_first
 from bayes_mpt.program.missing import read_values
-from bayes_mpt.program.program import Latent, Model, ModelError, Program
+from bayes_mpt.program.program import Latent, Model, ModelError, Program, n_rows_of
 from bayes_mpt.program.run import SetLatents, run
 from bayes_mpt.program.sites import is_subsample
 from bayes_mpt.warnings import NoBoundWarning, warn
@@ -336,7 +335,7 @@ def program_values(model: Model, args: tuple[Any, ...], filled: tuple[Any, ...],
     position = program.observed_argument
     others = [f is a for i, (f, a) in enumerate(zip(filled, args, strict=True)) if i != position]
     if position is not None and all(others):  # complete, so that no distribution has seen a missing cell
-        return rows_first(args[position], program.sites[0].row_axis)
+        return args[position].reshape(n_rows_of(program, args), -1)
     with torch.no_grad():
         trace = run(model, filled)
         sites = {s.name: trace.nodes[s.name]["value"] for s in program.latents}

@@ -1,10 +1,10 @@
 """The linear-Gaussian form of a program: whether it has one, and the map from its latents to its tokens."""
 
 from bayes_mpt.program.affine.dense import Dense, read_side_by_side
-from bayes_mpt.program.affine.form import AffineForm, NotAffine, Outline, Way
+from bayes_mpt.program.affine.form import AffineForm, NotAffine, Way
 from bayes_mpt.program.affine.maps import DenseMap, Map
 from bayes_mpt.program.affine.normals import latent_values, tokens_of
-from bayes_mpt.program.affine.reading import affine_form, first_look, read
+from bayes_mpt.program.affine.reading import affine_form, first_reading, read
 from bayes_mpt.program.affine.tokens import token_means
 from bayes_mpt.program.affine.trial import same_by_label
 
@@ -14,10 +14,9 @@ __all__ = [
     "DenseMap",
     "Map",
     "NotAffine",
-    "Outline",
     "Way",
     "affine_form",
-    "first_look",
+    "first_reading",
     "latent_values",
     "read",
     "read_side_by_side",

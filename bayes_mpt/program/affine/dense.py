@@ -25,6 +25,7 @@ from bayes_mpt.program.affine.normals import (
     prior_means,
     scale_of,
     token_normal,
+    tokens_of,
 )
 from bayes_mpt.program.affine.probes import N_CHECKS, affine_through, check_constant, probes_of, tolerance
 from bayes_mpt.program.affine.tokens import token_gaps
@@ -78,7 +79,13 @@ def _read_probes(model: Model, args: tuple[Any, ...], structure: AffineForm) -> 
     prior_loc, prior_slope = affine_through(latent_loc[:, None], probes, structure, "latent sites")
     check_constant(latent_root.flatten(1), "latent sites")
     reading = integrate_prior(
-        map_loc, map_loading, scale[:1].square(), prior_loc, prior_slope, latent_root[:1], rows[0]
+        map_loc,
+        map_loading,
+        scale[:1].square(),
+        prior_loc,
+        prior_slope,
+        latent_root[:1],
+        tokens_of(trace, structure),
     )
     return reading if tril is None else with_correlated_noise(reading, tril[:1])
 
@@ -120,7 +127,7 @@ def _read_rows(model: Model, args: tuple[Any, ...], structure: AffineForm) -> De
     sites = prior_means(structure, filled) | sub_samples(trace)
     value = token_gaps(model, args, structure, trace, sites)
     reading = _map_of(runs, probes, structure)
-    return reading._replace(scale=scale_of(trace.nodes[structure.sites[0]]), value=value)
+    return reading._replace(scale=scale_of(trace.nodes[structure.site_names[0]]), value=value)
 
 
 def read_side_by_side(
@@ -156,7 +163,7 @@ def read_side_by_side(
         runs = _runs_of(trace, structure, len(z))
         log_prior, scale = (
             _log_prior(trace, priors, len(z), rows[0]),
-            scale_of(trace.nodes[structure.sites[0]]),
+            scale_of(trace.nodes[structure.site_names[0]]),
         )
     if shared:  # (S, P, ...) -> (P, S, ...)
         reading = _map_of(runs.each(lambda t: t.transpose(0, 1)), probes, structure)
@@ -197,15 +204,15 @@ def _run_at_once(
 ) -> tuple[_Runs, Trace]:
     """One run for all probes, or for as many as memory will bear; and the first."""
     n_rows = batch(structure, filled)
-    step = max(2, MAX_PROBED // max(1, n_rows * structure.width * structure.n_latents))
+    step = max(2, MAX_PROBED // max(1, n_rows * structure.n_tokens * structure.n_latents))
     out, traces = [], []
     for part in probes.split(step):
         # An axis of the program as long as that of the probes could pass for it.
         n_copies = len(part)
-        while n_copies in (n_rows, structure.width):
+        while n_copies in (n_rows, structure.n_tokens):
             n_copies += 1
         z = torch.cat([part, part[:1].expand(n_copies - len(part), -1)])
-        traces.append(_run_copies(model, filled, structure, z[:, None], structure.depth, {}))
+        traces.append(_run_copies(model, filled, structure, z[:, None], structure.program.depth, {}))
         out.append(_runs_of(traces[-1], structure, n_copies).each(itemgetter(slice(len(part)))))
     return _joined(out), traces[0]
 
@@ -251,7 +258,7 @@ def _map_copies(
 
     def alone(node: dict[str, Tensor], z: Tensor) -> tuple[Tensor, ...]:
         trace = run(model, filled, node | latent_values(structure, z.expand(n_rows, -1)))
-        scales.append(scale_of(trace.nodes[structure.sites[0]]))
+        scales.append(scale_of(trace.nodes[structure.site_names[0]]))
         found = (*_runs_of(trace, structure), _log_prior(trace, priors, 1, z))
         return tuple(t[0] for t in found if t is not None)
 

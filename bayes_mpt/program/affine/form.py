@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, Protocol
 
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from bayes_mpt.program.program import Latent, Model, ModelError, list_names
+from bayes_mpt.program.program import Latent, Model, ModelError, Observed, Program
 
-__all__ = ["AffineForm", "NotAffine", "Outline", "Way"]
+__all__ = ["AffineForm", "NotAffine", "Way"]
 
 
 class NotAffine(ModelError):
@@ -17,61 +16,86 @@ class NotAffine(ModelError):
 
 
 class AffineForm(NamedTuple):
-    """What a program is made of; found once."""
+    """The linear-Gaussian form of a program; found once."""
 
-    sites: tuple[str, ...]
-    """Names of the observed sites; their values side by side are the tokens."""
-    latents: tuple[Latent, ...]
-    parameters: tuple[str, ...]
-    """Names of the `pyro.param`s (and module parameters) that the program touches: point-estimated."""
-    rows_plate: str | None
-    by_row: bool
-    """True: latents are per row, tokens are the features of a row. False: all observations are ONE vector."""
-    per_row: bool
-    """True: the map differs between rows (covariates, offsets), so the program is read on the real batch."""
-    observed_argument: int | None
-    """Position of the argument that the observed site's value equals; None if it is a transformation."""
-    scores_input: bool
-    """The value is that argument itself and nothing is scaled: `read` need not run the real batch."""
-    sub_rows: int | None
-    """Rows that a sub-sampling plate draws; None where the program takes all rows it is given."""
-    width: int
-    """T."""
+    program: Program
+    """Its tokens are all elements of its observed sites, also those of one event."""
     spread: Tensor
     """(K,) prior standard deviations of the latents in the first run: the unit of the probes."""
-    depth: int
-    """Plate dimensions that the program uses."""
-    row_axes: tuple[int | None, ...]
-    """The axis of the rows plate in the value of each observed site."""
     at_once: bool = False
-    """With ``per_row``: the program broadcasts over a plate of probes, so that one run reads them all."""
+    """Where each row has a map: the program broadcasts over a plate of probes, so that one run reads them all."""
     takes_visible: bool = False
     """Never: see `Program`."""
 
     @property
-    def n_latents(self) -> int:
-        """K."""
-        return sum(site.width for site in self.latents)
-
-    @property
-    def observed(self) -> str:
-        """Names of the observed sites, in words."""
-        return list_names(self.sites)
+    def sites(self) -> tuple[Observed, ...]:
+        """The observed sites."""
+        return self.program.sites
 
     @property
     def site_names(self) -> tuple[str, ...]:
         """Names of the observed sites, one by one."""
-        return self.sites
+        return self.program.site_names
 
     @property
-    def n_tokens(self) -> int:
-        """T."""
-        return self.width
+    def observed(self) -> str:
+        """Names of the observed sites, in words."""
+        return self.program.observed
+
+    @property
+    def latents(self) -> tuple[Latent, ...]:
+        """The latent sites."""
+        return self.program.latents
 
     @property
     def latent_names(self) -> tuple[str, ...]:
         """Names of the latent sites: integrated."""
-        return tuple(site.name for site in self.latents)
+        return self.program.latent_names
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the program's parameters."""
+        return self.program.parameters
+
+    @property
+    def n_tokens(self) -> int:
+        """T."""
+        return self.program.n_tokens
+
+    @property
+    def n_latents(self) -> int:
+        """K."""
+        return self.program.n_latents
+
+    @property
+    def rows_plate(self) -> str | None:
+        """The plate of the rows."""
+        return self.program.rows_plate
+
+    @property
+    def by_row(self) -> bool:
+        """Whether latents are per row; else all observations are ONE vector."""
+        return self.program.by_row
+
+    @property
+    def per_row(self) -> bool:
+        """Whether the map differs between rows (covariates, offsets), so that the program is read on the real rows."""
+        return self.program.per_row
+
+    @property
+    def observed_argument(self) -> int | None:
+        """Position of the argument whose cells are the tokens; None if they are computed."""
+        return self.program.observed_argument
+
+    @property
+    def scores_input(self) -> bool:
+        """Whether `read` need not run the real rows: the tokens are that argument, and nothing is scaled."""
+        return self.program.scores_input
+
+    @property
+    def sub_rows(self) -> int | None:
+        """Rows that a sub-sampling plate draws; None where the program takes all rows it is given."""
+        return self.program.sub_rows
 
 
 class Way(Protocol):
@@ -90,13 +114,3 @@ class Way(Protocol):
         self, model: Model, args: tuple[Any, ...], structure: AffineForm
     ) -> tuple[AffineForm, Any]:
         """`read_per_row` for the first time, and what it finds out for the others."""
-
-
-class Outline(NamedTuple):
-    """What a first run tells of a program, whichever way its map is read."""
-
-    first: Trace
-    args: tuple[Any, ...]
-    """Filled; the rows of that run."""
-    structure: AffineForm
-    """As if every row had a map of its own."""

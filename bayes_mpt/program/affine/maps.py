@@ -54,11 +54,14 @@ class DenseMap(NamedTuple):
         else:
             token = -0.5 * ((value - mean).square() / variance + variance.log() + LOG_2PI).sum()
         logdet = torch.linalg.slogdet(self.latent_root)[1].expand(len(z)).sum()
-        return token + dist.Normal(0.0, 1.0).log_prob(self._standard(z)).sum() - logdet
+        return token - 0.5 * (self._standard(z).square() + LOG_2PI).sum() - logdet
 
     def _standard(self, z: Tensor) -> Tensor:
         """u = R^-1 (z - b): (N, K)."""
-        return torch.linalg.solve(self.latent_root, (z - self.latent_loc)[..., None])[..., 0]
+        rest = z - self.latent_loc
+        if len(self.latent_root) == 1:
+            return torch.linalg.solve(self.latent_root[0], rest.mT).mT
+        return torch.linalg.solve(self.latent_root, rest[..., None])[..., 0]
 
 
 def _applied(loading: Tensor, u: Tensor) -> Tensor:
@@ -87,7 +90,8 @@ def integrate_prior(
 ) -> DenseMap:
     """Latents may depend on earlier ones: z = b + A z + R u, so z = (I - A)^-1 (b + R u)."""
     n_latents = b.shape[-1]
-    if n_latents and bool((slope != 0).any()):
+    # a slope that is zero now may depend on a parameter
+    if n_latents and (slope.requires_grad or bool((slope != 0).any())):
         left = torch.eye(n_latents, dtype=like.dtype, device=like.device) - slope
         b = torch.linalg.solve(left, b[..., None])[..., 0]
         root = torch.linalg.solve(left, root)

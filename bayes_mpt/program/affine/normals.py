@@ -9,19 +9,18 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from bayes_mpt.program.affine.form import AffineForm, NotAffine
-from bayes_mpt.program.layout import flat, rows_first, token_values
+from bayes_mpt.program.layout import flat, token_values
 from bayes_mpt.program.program import Program
-from bayes_mpt.program.sites import base, latent_nodes, observed_nodes, own_shown, plate_axis, rows_plate_of
+from bayes_mpt.program.sites import base, own_shown
 
 __all__ = [
     "batch",
+    "check_normal",
     "correlated_noise",
-    "join_values",
     "latent_normal",
     "latent_parts",
     "latent_values",
     "normal",
-    "observed_layout",
     "prior_means",
     "scale_of",
     "token_normal",
@@ -29,11 +28,15 @@ __all__ = [
 ]
 
 
-def observed_layout(
-    trace: Trace, n_rows: int
-) -> tuple[tuple[str, ...], str | None, bool, tuple[int | None, ...]]:
-    """Names of the observed sites, of the rows plate, whether all latents live inside it, and its axis in each site."""
-    observed = observed_nodes(trace)
+def check_normal(trace: Trace, program: Program) -> None:
+    """Refuse a program whose sites cannot be those of a linear-Gaussian one.
+
+    Raises
+    ------
+    NotAffine
+        With the site and the reason.
+    """
+    observed = [trace.nodes[name] for name in program.site_names]
     for node in observed:
         if not node["value"].is_floating_point():
             raise NotAffine(
@@ -46,22 +49,18 @@ def observed_layout(
             raise NotAffine(
                 f"observed site {node['name']!r} is MultivariateNormal beside other observed sites"
             )
-    nodes = latent_nodes(trace)
-    for latent in nodes:
-        normal(latent)
-    rows, by_row = rows_plate_of(observed, nodes, n_rows)
-    axes = tuple(plate_axis(node, rows) if by_row else None for node in observed)
-    if len(observed) > 1 and len({float(n["scale"]) for n in observed}) > 1:
+    for name in program.latent_names:
+        normal(trace.nodes[name])
+    if len({float(n["scale"]) for n in observed}) > 1:
         raise NotAffine("observed sites have different scales")
     for node in observed:
         if not bool(own_shown(node).all()):
             raise NotAffine(f"a mask hides values of observed site {node['name']!r}")
-    return tuple(node["name"] for node in observed), rows, by_row, axes
-
-
-def join_values(parts: list[Tensor], row_axes: tuple[int | None, ...]) -> Tensor:
-    """Values of the observed sites side by side: (N, T), or one vector (1, T)."""
-    return torch.cat([rows_first(p, axis) for p, axis in zip(parts, row_axes, strict=True)], 1)
+    if any(node["value"].requires_grad for node in observed):
+        raise NotAffine(
+            f"observed values of site {program.observed!r} are computed with parameters, so that they are not read as "
+            "data with one linear-Gaussian map"
+        )
 
 
 def batch(structure: AffineForm, args: tuple[Any, ...]) -> int:
@@ -107,12 +106,12 @@ def normal(node: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 def correlated_noise(trace: Trace, structure: AffineForm, n_copies: int = 1) -> Tensor | None:
     """Lower factors (P, B, T, T) of the covariance of tokens that are one MultivariateNormal; None of others."""
-    node = trace.nodes[structure.sites[0]]
+    node = trace.nodes[structure.site_names[0]]
     fn, value = base(node["fn"]), node["value"]
     if not isinstance(fn, torch.distributions.MultivariateNormal):
         return None
     n_tokens = fn.event_shape[0]
-    axis = structure.row_axes[0]
+    axis = structure.sites[0].row_axis
     n_rows = 1 if axis is None else value.shape[axis]
     if value.numel() != n_rows * n_tokens:
         raise NotAffine(
@@ -127,8 +126,8 @@ def token_normal(trace: Trace, structure: AffineForm, n_copies: int = 1) -> tupl
     """Means and scales of the tokens (P, B, T)."""
     locs: list[Tensor] = []
     scales: list[Tensor] = []
-    for name, axis in zip(structure.sites, structure.row_axes, strict=True):
-        node = trace.nodes[name]
+    for site in structure.sites:
+        node, axis = trace.nodes[site.name], site.row_axis
         for t, out in zip(normal(node), (locs, scales), strict=True):
             out.append(flat(t, node["value"].shape, axis, n_copies))
     return torch.cat(locs, -1), torch.cat(scales, -1)
@@ -136,9 +135,7 @@ def token_normal(trace: Trace, structure: AffineForm, n_copies: int = 1) -> tupl
 
 def tokens_of(trace: Trace, structure: AffineForm | Program) -> Tensor:
     """Values of the tokens of a run (N, T), of a program that was found to be linear-Gaussian or of another."""
-    if isinstance(structure, Program):
-        return token_values(trace, structure)
-    return join_values([trace.nodes[name]["value"] for name in structure.sites], structure.row_axes)
+    return token_values(trace, structure if isinstance(structure, Program) else structure.program)
 
 
 def latent_parts(trace: Trace, structure: AffineForm, n_copies: int = 1) -> tuple[Tensor, list[Tensor]]:
@@ -146,7 +143,7 @@ def latent_parts(trace: Trace, structure: AffineForm, n_copies: int = 1) -> tupl
 
     Standard deviations (P, B, width) of independent ones, lower factors (P, B, events, D, D) of others.
     """
-    value, axis = trace.nodes[structure.sites[0]]["value"], structure.row_axes[0]
+    value, axis = trace.nodes[structure.site_names[0]]["value"], structure.sites[0].row_axis
     lead = (n_copies, 1 if axis is None else value.shape[axis])
     locs: list[Tensor] = []
     roots: list[Tensor] = []

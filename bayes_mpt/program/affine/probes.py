@@ -46,8 +46,8 @@ def affine_through(y: Tensor, probes: Tensor, structure: AffineForm, where: str)
     slope = slope.permute(1, 2, 0)
     with torch.no_grad():
         far = probes[n_latents + 1 :]
-        want = intercept + torch.einsum("bdk,pk->pbd", slope, far)
-        size = torch.einsum("bdk,pk->pbd", slope.abs(), far.abs()) + intercept.abs()
+        want = intercept + (slope @ far.mT).permute(2, 0, 1)
+        size = (slope.abs() @ far.abs().mT).permute(2, 0, 1) + intercept.abs()
         check_affine(y[n_latents + 1 :], want, size, structure, where, bool(torch.isfinite(y).all()))
     return intercept, slope
 

@@ -11,12 +11,9 @@ blocks, each of which depends on the block before it and on no other: a Markov c
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import pyro
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -24,7 +21,14 @@ from torch.distributions import MultivariateNormal
 
 from bayes_mpt.program.affine.chain import arrange, nonzeros
 from bayes_mpt.program.affine.form import AffineForm
-from bayes_mpt.program.affine.normals import batch, latent_parts, latent_values, scale_of, token_normal
+from bayes_mpt.program.affine.normals import (
+    batch,
+    latent_parts,
+    latent_values,
+    scale_of,
+    token_normal,
+    tokens_of,
+)
 from bayes_mpt.program.affine.probes import N_CHECKS, check_affine, check_constant, random_points
 from bayes_mpt.program.affine.sparse_map import Layout, NotSparse, SparseMap
 from bayes_mpt.program.affine.tokens import token_gaps
@@ -33,6 +37,7 @@ from bayes_mpt.program.layout import flat
 from bayes_mpt.program.program import Model
 from bayes_mpt.program.run import run
 from bayes_mpt.program.sites import base, is_subsample
+from bayes_mpt.program.store import moved_parameters
 
 __all__ = ["Sparse", "costs"]
 
@@ -81,7 +86,7 @@ class Sparse:
             ran.root[:1],
             ran.scale[:1].square(),
             1.0,
-            rows[0],
+            tokens_of(ran.trace, structure),
             self.layout,
         )
         check_constant(ran.scale, f"observed site {structure.observed!r}")
@@ -113,7 +118,7 @@ class Sparse:
             slope,
             ran.root,
             ran.scale.square(),
-            scale_of(ran.trace.nodes[structure.sites[0]]),
+            scale_of(ran.trace.nodes[structure.site_names[0]]),
             value,
             self.layout,
         )
@@ -141,7 +146,7 @@ class Sparse:
         zero = rows[0].new_zeros(len(weight), structure.n_latents)
         with torch.no_grad():
             ran = _Run(model, rows, structure, zero)
-        if any(isinstance(base(ran.trace.nodes[n]["fn"]), MultivariateNormal) for n in structure.sites):
+        if any(isinstance(base(ran.trace.nodes[n]["fn"]), MultivariateNormal) for n in structure.site_names):
             raise NotSparse("correlated tokens")
         with torch.no_grad():
             unit = zero.clone()
@@ -153,7 +158,7 @@ class Sparse:
         _refuse_dearer(structure, shared, n_touched)
         with torch.enable_grad():
             try:
-                with _jittered():  # a slope that is zero now need not stay zero
+                with moved_parameters(JITTER):  # a slope that is zero now need not stay zero
                     found = _nonzeros_of(_Run(model, rows, structure, zero), weight, n_touched)
             except (RuntimeError, ValueError):  # the program does not take such parameters
                 found = _nonzeros_of(_Run(model, rows, structure, zero), weight, n_touched)
@@ -280,21 +285,3 @@ def _check(reading: SparseMap, structure: AffineForm, z: Tensor, got: Tensor) ->
 def _detached(reading: SparseMap) -> SparseMap:
     loc, latent_loc, slope, root, noise = (t.detach() for t in reading[:5])
     return SparseMap(loc, latent_loc, slope, root, noise, *reading[5:])
-
-
-@contextmanager
-def _jittered() -> Iterator[None]:
-    """Parameters a little off, so that none makes a slope zero by its value."""
-    leaves = [p for _, p in pyro.get_param_store().named_parameters()]
-    before = [p.detach().clone() for p in leaves]
-    generator = torch.Generator().manual_seed(0)
-    try:
-        with torch.no_grad():
-            for p in leaves:
-                noise = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
-                p += JITTER * (1 + p.abs()) * noise
-        yield
-    finally:
-        with torch.no_grad():
-            for p, value in zip(leaves, before, strict=True):
-                p.copy_(value)

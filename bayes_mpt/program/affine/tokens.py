@@ -11,11 +11,11 @@ from torch import Tensor
 
 from bayes_mpt.program.affine.form import AffineForm
 from bayes_mpt.program.affine.normals import (
-    join_values,
     token_normal,
     tokens_of,
 )
 from bayes_mpt.program.arguments import fill_otherwise, has_missing
+from bayes_mpt.program.layout import join_tokens
 from bayes_mpt.program.missing import values_with_gaps
 from bayes_mpt.program.program import MissingCovariate, Model, ModelError
 from bayes_mpt.program.run import SetLatents, one_precision, run
@@ -38,7 +38,7 @@ def token_gaps(
     model: Model, args: tuple[Any, ...], structure: AffineForm, trace: Trace, sites: dict[str, Tensor]
 ) -> Tensor:
     """The observed value as (N, T): a token that is computed from a missing cell is missing."""
-    for name in structure.sites:
+    for name in structure.site_names:
         if not bool(own_shown(trace.nodes[name]).all()):
             raise ModelError(
                 f"a mask hides values of observed site {name!r}, and did not when the program was first run: leave the "
@@ -60,13 +60,13 @@ def token_gaps(
                 )
         n_cells = sum(int(a.isnan().sum()) for a in args if has_missing(a))
         with_gaps = tokens_of(raw, structure)
-        whole = all(bool(own_shown(raw.nodes[name]).all()) for name in structure.sites)
+        whole = all(bool(own_shown(raw.nodes[name]).all()) for name in structure.site_names)
         if not whole or int(with_gaps.isnan().sum()) < n_cells:
             # missing cells without a token, or the program has a view of its own of them
             with torch.no_grad():
                 other = run(model, tuple(fill_otherwise(a) for a in args), sites)
-            shown = values_with_gaps(model, args, structure.sites, trace, other, sites)
-            with_gaps = join_values([shown[name] for name in structure.sites], structure.row_axes)
+            shown = values_with_gaps(model, args, structure.site_names, trace, other, sites)
+            with_gaps = join_tokens(shown, structure.program)
         value = with_gaps
         if int(value.isnan().sum()) > n_cells:
             raise ModelError(
