@@ -359,7 +359,7 @@ class CumulativeMaskedScore(ELBO):
         read = predictor.read(args)
         masks = self.masks
         if masks is None:
-            masks = OWN_MASKS if predictor.own_masks else PermutationChain()
+            masks = OWN_MASKS if predictor.structure.takes_visible else PermutationChain()
         draw = predictor.draw_masks(masks, read.value, self.generator)
         return -read.scale * read.score(draw).sum()
 

@@ -41,7 +41,7 @@ def counts_parameters(estimator: Any) -> bool:
         return True
     found = estimator.fitted_.bound
     return bool(found.structure.by_row and found.structure.parameters) and not (
-        found.remembers or found.own_masks
+        found.remembers or found.structure.takes_visible
     )
 
 

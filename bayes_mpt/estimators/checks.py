@@ -91,7 +91,7 @@ def _refuse_subsampling(predictor: Bound, args: tuple[Any, ...]) -> None:
 def _warn_of_ignored_rows(predictor: Bound, model: Model, args: tuple[Any, ...]) -> None:
     """Say so where no argument changes what a program observes."""
     structure = predictor.structure
-    if structure.scores_input or predictor.own_masks:
+    if structure.scores_input or predictor.structure.takes_visible:
         return  # its tokens are the cells of X
     filled = tuple(fill(a) for a in args)
     refused = (RuntimeError, ValueError, IndexError, KeyError)
@@ -134,7 +134,7 @@ def of_program(problem: training.Problem) -> dict[str, Tensor]:
 def warn_of_bounds(prior: Prior, problem: training.Problem) -> None:
     """Say so where an estimate diverges: the likelihood does not hold it."""
     store = pyro.get_param_store()
-    drawn = problem.predictor.sampled or problem.predictor.own_masks
+    drawn = problem.predictor.sampled or problem.predictor.structure.takes_visible
     averaged = "" if drawn else "; evidence='integrated' averages over it"
     held = "" if problem.log_prior is not None else f". penalty=True holds it by the model's prior{averaged}"
     floored = offered(problem.predictor.model, "floored")

@@ -381,7 +381,7 @@ def _scored(read: _Read, fit: training.Fit, template: Fitted | None, *, penalty:
         shift=table.shift,
         location=table.location,
         y_like=None if y is None else (y.shape[1:], y.dtype),
-        fill_values=filling(args[0][:MAX_INIT_ROWS]) if predictor.own_masks else None,
+        fill_values=filling(args[0][:MAX_INIT_ROWS]) if predictor.structure.takes_visible else None,
         statistics=statistics,
         seen=args if predictor.remembers or latents.growing else None,
         digest="" if table.more else digest_of_rows(table.X),
@@ -414,7 +414,7 @@ def _score_of_training(
     problem: training.Problem, fit: training.Fit, trainer: Trainer, device: str
 ) -> tuple[Conditionals, float, float]:
     """The conditionals at the fitted parameters, and the total score of the training rows with its error."""
-    by_parts = trainer.by_epochs and not problem.predictor.own_masks
+    by_parts = trainer.by_epochs and not problem.predictor.structure.takes_visible
     some, step = problem, n_at_once(problem.args[0], device)
     if by_parts:  # as many rows as the epochs never hold at once
         some = training.take_rows(problem, torch.arange(min(step, problem.n_rows)))
@@ -422,7 +422,7 @@ def _score_of_training(
     if bound.exact and not by_parts:
         score = float(problem.score_of(read)) if fit.last is None else fit.history[-1]
         return read, score * problem.n_rows, 0.0
-    if bound.own_masks and read.value.numel() * problem.args[0].shape[1] > MAX_CHAIN_CELLS:
+    if bound.structure.takes_visible and read.value.numel() * problem.args[0].shape[1] > MAX_CHAIN_CELLS:
         return read, *training.total_on_masks(problem, read, trainer.seed)
     parts = _evidence_by_parts(problem, step) if by_parts else [read.evidence()]
     found = together(parts)

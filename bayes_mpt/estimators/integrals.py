@@ -67,7 +67,11 @@ def laplace_evidence(fitted: Fitted, rows: NDArray[np.floating]) -> LaplaceEvide
 def n_hyperparameters(fitted: Fitted) -> int | None:
     """For the integrated evidence: how many parameters have a prior; None where it does not apply."""
     bound, names = fitted.bound, fitted.bound.structure.parameters
-    if bound.sampled or bound.own_masks or (names and offered(fitted.model, "hyperprior") is None):
+    if (
+        bound.sampled
+        or bound.structure.takes_visible
+        or (names and offered(fitted.model, "hyperprior") is None)
+    ):
         return None
     return sum(fitted.params[name].size for name in names)
 

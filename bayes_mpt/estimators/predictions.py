@@ -43,7 +43,7 @@ def score_rows(fitted: Fitted, rows: Rows, y: Any) -> tuple[NDArray[np.float64],
     bound, structure = fitted.bound, fitted.bound.structure
     if bound.remembers:
         return _score_given_seen(fitted, rows, y), 0.0
-    if structure.scores_input or not structure.by_row or bound.own_masks:
+    if structure.scores_input or not structure.by_row or bound.structure.takes_visible:
         with fitted.read(rows, y) as read:
             found = read.evidence()
     else:

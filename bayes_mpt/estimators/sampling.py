@@ -26,7 +26,7 @@ def draw_rows(fitted: Fitted, n_rows: int) -> NDArray[np.float64]:
     if not isinstance(n_rows, Integral) or n_rows < 1:
         raise ValueError(f"n_samples must be an integer of at least 1, got {n_rows!r}")
     n_columns = len(fitted.names)
-    if fitted.bound.own_masks:  # a row of which nothing is known
+    if fitted.bound.structure.takes_visible:  # a row of which nothing is known
         return draw_missing(fitted, np.full((int(n_rows), n_columns), np.nan), None, 1)[0]
     if isinstance(fitted.bound.structure, Program):
         return fitted.unshifted(_simulate(fitted, int(n_rows))[0].double().cpu().numpy())
@@ -64,7 +64,7 @@ def draw_missing(fitted: Fitted, rows: NDArray[np.floating], y: Any, n_samples: 
     """Rows with their NaN cells drawn together given the observed cells of the row: (n_samples, N, T)."""
     structure = fitted.bound.structure
     cells = isinstance(structure, Program) and structure.by_row and structure.observed_argument == 0
-    if not (cells or fitted.bound.own_masks):
+    if not (cells or fitted.bound.structure.takes_visible):
         raise ValueError(
             f"missing cells are drawn where the program observes the cells of X, row by row, and its latents are "
             f"drawn or on a grid, got {fitted.bound.name}: use impute for their means"

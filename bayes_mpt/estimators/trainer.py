@@ -24,7 +24,6 @@ from bayes_mpt.predictors.gaussian.incomplete import FewCellsError
 from bayes_mpt.predictors.gaussian.profile import NoiseFloorError
 from bayes_mpt.program.arguments import has_missing
 from bayes_mpt.program.offers import offered
-from bayes_mpt.program.program import ModelError
 from bayes_mpt.program.statistics import SufficientStatistics
 from bayes_mpt.program.store import State, load, save
 from bayes_mpt.runtime.digests import CannotDigest, digest_of, in_words
@@ -32,7 +31,6 @@ from bayes_mpt.score import OWN_MASKS
 from bayes_mpt.training import Ascent, Epochs, Fit, Problem, Report, Steps, Training
 from bayes_mpt.warnings import (
     CollapseWarning,
-    NoBoundWarning,
     NotConvergedWarning,
     ZeroNoiseWarning,
     warn,
@@ -101,10 +99,6 @@ class Trainer:
         """
         if not problem.leaves():
             return Fit("nothing to train", converged=True)
-        if not problem.predictor.trainable:
-            raise ModelError(
-                f"{problem.predictor.name} scores a program and does not train it: choose another predictor"
-            )
         ended = _Ended()
         try:
             try:
@@ -170,7 +164,7 @@ class Trainer:
     ) -> tuple[Fit, Training, int]:
         """How it went, what it was, and iterations of that before the last run of it."""
         how, masks = self._how(problem)
-        if problem.predictor.own_masks:
+        if problem.predictor.structure.takes_visible:
             problem = replace(problem, masks=masks)
         stages, finer, solved = [problem], list[list[Problem]](), None
         n_init = self._n_starts(how, statistics, warm)
@@ -211,12 +205,12 @@ class Trainer:
         predictor, how, masks = problem.predictor, self.training, self.masks
         # random nodes need steps that average over them, whatever is hidden
         random = predictor.sampled and not predictor.climbs
-        if masks is None and predictor.own_masks:
+        if masks is None and predictor.structure.takes_visible:
             masks = OWN_MASKS
         elif masks is None and (random or (how is not None and how.by_masks)):
             masks = PermutationChain()
         fixed = (
-            masks is not None and masks.deterministic and predictor.own_masks
+            masks is not None and masks.deterministic and predictor.structure.takes_visible
         )  # a network's sum over all of them
         if how is None:
             how = Ascent() if masks is None or fixed else Steps()
@@ -234,17 +228,7 @@ class Trainer:
 
     def _stages(self, problem: Problem, masks: Policy) -> list[Problem]:
         """The problem with cheap steps first, where its predictor has such."""
-        predictor = problem.predictor
-        if masks.chains:
-            return [replace(problem, predictor=p) for p in predictor.in_training()]
-        if predictor.sampled and predictor.relocates:
-            warn(
-                "nodes that a guide draws anew for every mask make a ratio of two estimates, which is no bound "
-                "on the log marginal likelihood: with few of them it rises while the guide leaves the posterior. "
-                "Leave masks=None, which shares them along a chain, or take many: Importance(100)",
-                NoBoundWarning,
-            )
-        return [problem]
+        return [replace(problem, predictor=p) for p in problem.predictor.in_training(masks)]
 
     def _n_starts(self, how: Training, statistics: SufficientStatistics | None, warm: bool) -> int:
         """How many starts: one unless asked, and several where missing cells make local maxima and saddles likely."""
@@ -298,7 +282,7 @@ class Trainer:
                 # a first run, which makes new initial values
                 choose(model, problem.args, predictor=self.predictor, guide=guide)
             # a network's prior holds it; where it may start is its own affair
-            if prior is not None and not problem.predictor.own_masks:
+            if prior is not None and not problem.predictor.structure.takes_visible:
                 loc, scale = (torch.as_tensor(a) for a in (prior.loc, prior.scale))
                 assign(of_program(problem), torch.normal(loc, scale))
             if brief and _same(first, save()):

@@ -28,7 +28,11 @@ def refuse_unbounded(model: BayesMPT, X: Any, y: Any = None) -> None:
     structure = model.predictor_.structure
     cells = structure.scores_input or (isinstance(structure, Program) and structure.observed_argument == 0)
     codes = isinstance(structure, Program) and any(site.discrete for site in structure.sites)
-    if not (structure.by_row and structure.parameters and cells) or codes or model.predictor_.own_masks:
+    if (
+        not (structure.by_row and structure.parameters and cells)
+        or codes
+        or model.predictor_.structure.takes_visible
+    ):
         return
     with model.read_rows(X, y) as read:
         x = read.value

@@ -196,12 +196,6 @@ class Bound(ABC):
     """Whether nodes are run one by one, because the program does not take several at once: slow."""
     climbs: bool = False
     """Whether there is an `objective` without random nodes."""
-    trainable: bool = True
-    """Whether scores have gradients."""
-    own_masks: bool = False
-    """Whether masks may be each row's own, (S, N, T): then trained on one mask a row."""
-    relocates: bool = False
-    """Whether every visible set costs a run of the program."""
     remembers: bool = False
     """Whether new observations are predicted from those of the training rows (`Conditionals.predict`)."""
     divisible: bool = False
@@ -228,8 +222,8 @@ class Bound(ABC):
         """What a guide makes of latents whose rows were simulated (N,), to train it on; None if not asked for."""
         return None
 
-    def in_training(self) -> tuple[Bound, ...]:
-        """What a training goes through: cheap steps first, the last with as much effort as a step deserves."""
+    def in_training(self, masks: Policy) -> tuple[Bound, ...]:
+        """What a training on masks goes through: cheap steps first, the last with as much effort as it deserves."""
         return (self,)
 
     def objective(self, args: tuple[Any, ...]) -> Tensor:
@@ -345,7 +339,7 @@ class Frozen(Bound):
         self.structure, self._parameters = bound.structure, bound.parameters
         self.shared = None if read is None else read.detached()
         self.name, self.why, self.exact, self.sampled = bound.name, bound.why, bound.exact, bound.sampled
-        self.one_by_one, self.own_masks, self.remembers = bound.one_by_one, bound.own_masks, bound.remembers
+        self.one_by_one, self.remembers = bound.one_by_one, bound.remembers
 
     @property
     def parameters(self) -> tuple[str, ...]:

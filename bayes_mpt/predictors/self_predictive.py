@@ -121,7 +121,6 @@ class SelfPredicting(Bound):
     """A program that is conditioned on the mask and has no latents."""
 
     name = "SelfPredictive"
-    own_masks = True
     why = "the program is conditioned on the mask and has no latents"
     model: Model
     structure: Program

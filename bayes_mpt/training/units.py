@@ -125,7 +125,7 @@ def units(problem: Problem, leaves: dict[str, Tensor], predictor: Conditionals |
         torch.full_like(v.flatten(), math.inf if bound[n] is constraints.real else 1.0)
         for n, v in leaves.items()
     ]
-    if problem.predictor.sampled or problem.predictor.own_masks:
+    if problem.predictor.sampled or problem.predictor.structure.takes_visible:
         # What a few rows alone touch (a guide's own numbers for each row) would look flat: no further than its size.
         most.append(flat(leaves).detach().abs().clamp(min=1.0))
         return torch.minimum(unit, torch.minimum(torch.cat(most[:-1]), most[-1]))

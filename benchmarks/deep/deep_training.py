@@ -173,7 +173,7 @@ def train_ours(
     """As `train_peer`, by the package's own training, whose looks are counted; and the looks themselves."""
     nodes = predictor.bind(model, (X[:512],), model.guide)
     order = torch.arange(len(X))
-    stages = [Problem(p, (X,), None, None, len(X)) for p in nodes.in_training()]
+    stages = [Problem(p, (X,), None, None, len(X)) for p in nodes.in_training(PermutationChain())]
     clock = clock_of(X)
     start, looks = clock(), []
 

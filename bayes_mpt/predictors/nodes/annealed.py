@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bayes_mpt.predictors.base import Evidence, Guide, Predictor
+from bayes_mpt.predictors.base import Bound, Evidence, Guide, Predictor
 from bayes_mpt.predictors.nodes.guide import Drawn, GuideDraws, evidence_of_draws
 from bayes_mpt.predictors.nodes.importance import Importance
 from bayes_mpt.predictors.nodes.tempering import Particles, hmc_move
@@ -140,8 +140,8 @@ class Annealed(NodeSource):
     def parameters(self) -> tuple[str, ...]:
         return self.start.parameters
 
-    def in_training(self) -> tuple[GuideDraws, ...]:
-        return self.start.in_training()
+    def _rising(self) -> tuple[Bound, ...]:
+        return self.start._rising()
 
     def evidence(self, nodes: Nodes) -> Evidence:
         return evidence_of_draws(nodes)

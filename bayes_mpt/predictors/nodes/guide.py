@@ -17,7 +17,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from bayes_mpt.diagnostics import BAD_K, pareto_k
-from bayes_mpt.predictors.base import Evidence, Guide
+from bayes_mpt.predictors.base import Bound, Evidence, Guide
 from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
 from bayes_mpt.predictors.nodes.given import Factorized, Given
 from bayes_mpt.predictors.nodes.reparameterized import AlongDraws, DrawsAsLeaves, is_point
@@ -125,21 +125,18 @@ class GuideDraws(NodeSource):
                 f"the guide samples {extra[0]!r}, which the program does not have: remove it, or mark it "
                 'infer={"is_auxiliary": True}'
             )
-        first = run(model, filled)
-        drawn = program.continuous if self.adaptive is None else self.adaptive.space.names
-        for name in drawn:
-            ours, theirs = first.nodes[name]["fn"].support, trace.nodes[name]["fn"].support
-            shapes = [tuple(t.nodes[name]["value"].shape) for t in (first, trace)]
-            if shapes[0] != shapes[1]:
-                raise ModelError(
-                    f"the guide draws latent {name!r} with shape {shapes[1]}, which has shape {shapes[0]} in the "
-                    "program: give the guide's site the same plates and events"
-                )
-            if not is_point(trace.nodes[name]) and _is_real(ours) and not _is_real(theirs):
-                raise ModelError(
-                    f"the guide draws latent {name!r} from {theirs}, while the program lets it be any real number: "
-                    "what the guide cannot reach would be left out. Use a guide of the same support"
-                )
+        self.names = program.continuous if self.adaptive is None else self.adaptive.space.names
+        _refuse_unlike(run(model, filled), trace, self.names)
+        self._find_points(program, trace, names)
+        self._find_layout(program, trace, names)
+        self._find_out(args, filled, trace, doubly_reparameterized)
+        seen = ", which sees what is visible" if self.takes_visible else ""
+        self.why = f"{n_draws} draws of {', '.join(self.names)} from the guide{seen}"
+        self.why += self.adaptive.inside if self.adaptive is not None else ""
+        self.why += "; draw by draw" if self.one_by_one else ""
+
+    def _find_points(self, program: Program, trace: Trace, names: set[str]) -> None:
+        """Whether some sites of the guide stand on a point; refuse it where all do."""
         random = [n for n in names if not isinstance(trace.nodes[n]["fn"], pyro.distributions.Delta)]
         self.has_points = len(random) < len(names)
         if not random:
@@ -147,6 +144,9 @@ class GuideDraws(NodeSource):
                 f"the guide puts latent {program.continuous[0]!r} on a single point (Delta): nothing is drawn, so that "
                 "nothing can be integrated. Use a guide with a density, such as AutoNormal"
             )
+
+    def _find_layout(self, program: Program, trace: Trace, names: set[str]) -> None:
+        """Which rows and plates the draws have."""
         # Where the guide couples rows, their weights cannot be told apart: one vector.
         coupled = program.by_row and any(
             all(f.name != program.rows_plate for f in trace.nodes[n]["cond_indep_stack"])
@@ -158,23 +158,16 @@ class GuideDraws(NodeSource):
         program = one_vector(program) if coupled else program
         self.structure = program._replace(depth=self.depth)
         self.guide_parameters = tuple(n for n, s in trace.nodes.items() if s["type"] == "param")
+
+    def _find_out(self, args: tuple[Any, ...], filled: tuple[Any, ...], trace: Trace, twice: bool) -> None:
+        """How several draws are run, and which gradient a chain of them has."""
         self.mapped = False
         self.vectorised = self._try_together(args, filled)
-        if not self.vectorised and not program.discrete and self.adaptive is None:
+        if not self.vectorised and not self.structure.discrete and self.adaptive is None:
             self.mapped = True
             self.vectorised = self.mapped = self._try_together(args, filled)
-        self.squared = (
-            doubly_reparameterized
-            and self.vectorised
-            and not self.mapped
-            and self._moves_by_draws(filled, trace)
-        )
+        self.squared = twice and self.vectorised and not self.mapped and self._moves_by_draws(filled, trace)
         self.one_by_one = not self.vectorised
-        seen = ", which sees what is visible" if self.takes_visible else ""
-        self.why = f"{n_draws} draws of {', '.join(drawn)} from the guide{seen}"
-        self.why += self.adaptive.inside if self.adaptive is not None else ""
-        self.names = drawn
-        self.why += "; draw by draw" if self.one_by_one else ""
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -208,7 +201,7 @@ class GuideDraws(NodeSource):
             trace = self._guide_trace((tokens.to(filled[0]), *filled[1:]), (rank < size).to(tokens.device), 1)
         return self._log_q(trace, 1)[0]
 
-    def in_training(self) -> tuple[GuideDraws, ...]:
+    def _rising(self) -> tuple[Bound, ...]:
         """From one draw to as many as asked: with one a step costs least, and the last bring the bound nearest.
 
         On a GPU all at once: until they fill it they cost what one does.
@@ -392,6 +385,23 @@ class GuideDraws(NodeSource):
         # sums of many tokens in single precision: a GPU adds them up in another order
         rtol = max(1e-5, CLOSE[both.dtype])
         return bool(torch.allclose(both, torch.cat(alone), rtol=rtol, equal_nan=True))
+
+
+def _refuse_unlike(first: Trace, trace: Trace, names: tuple[str, ...]) -> None:
+    """A guide whose sites have other shapes or supports than the program's."""
+    for name in names:
+        ours, theirs = first.nodes[name]["fn"].support, trace.nodes[name]["fn"].support
+        shapes = [tuple(t.nodes[name]["value"].shape) for t in (first, trace)]
+        if shapes[0] != shapes[1]:
+            raise ModelError(
+                f"the guide draws latent {name!r} with shape {shapes[1]}, which has shape {shapes[0]} in the "
+                "program: give the guide's site the same plates and events"
+            )
+        if not is_point(trace.nodes[name]) and _is_real(ours) and not _is_real(theirs):
+            raise ModelError(
+                f"the guide draws latent {name!r} from {theirs}, while the program lets it be any real number: "
+                "what the guide cannot reach would be left out. Use a guide of the same support"
+            )
 
 
 class Drawn(NamedTuple):

@@ -115,7 +115,6 @@ class _Tempered(Bound):
 
     name = "SequentialMonteCarlo"
     sampled = True
-    trainable = False
     model: Model
     structure: Program
 

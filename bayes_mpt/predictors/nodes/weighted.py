@@ -20,6 +20,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from bayes_mpt.masks import Policy
 from bayes_mpt.predictors.base import Bound, Conditionals, Evidence, Leaves, Posterior
 from bayes_mpt.predictors.nodes.given import Given
 from bayes_mpt.program.arguments import fill, has_missing
@@ -28,6 +29,7 @@ from bayes_mpt.program.missing import read_values
 from bayes_mpt.program.program import Latent, Model, ModelError, Program, n_rows_of
 from bayes_mpt.program.run import SetLatents, run
 from bayes_mpt.program.sites import is_subsample
+from bayes_mpt.warnings import NoBoundWarning, warn
 
 __all__ = ["FixedSites", "NodeSource", "Nodes", "Read", "constrained", "nodes_first", "program_values"]
 
@@ -56,6 +58,8 @@ class NodeSource(Bound):
 
     model: Model
     structure: Program
+    relocates: bool = False
+    """Whether every visible set has nodes of its own, and so costs a run of the program."""
 
     @abstractmethod
     def place(self, args: tuple[Any, ...], visible: Tensor | None = None, near: Any = None) -> Read:
@@ -72,6 +76,22 @@ class NodeSource(Bound):
     def evidence(self, nodes: Nodes) -> Evidence:
         """log Z of each row with its error."""
         return Evidence(nodes.score(), 0.0, {}, exact=True)
+
+    def in_training(self, masks: Policy) -> tuple[Bound, ...]:
+        if masks.chains:
+            return self._rising()
+        if self.sampled and self.relocates:
+            warn(
+                "nodes that a guide draws anew for every mask make a ratio of two estimates, which is no bound "
+                "on the log marginal likelihood: with few of them it rises while the guide leaves the posterior. "
+                "Leave masks=None, which shares them along a chain, or take many: Importance(100)",
+                NoBoundWarning,
+            )
+        return (self,)
+
+    def _rising(self) -> tuple[Bound, ...]:
+        """What a training on chains goes through."""
+        return (self,)
 
     def _sub_sample(self, args: tuple[Any, ...]) -> dict[str, Tensor]:
         """The rows that sub-sampling plates draw: once for all runs of a reading, of program and guide alike."""
