@@ -18,7 +18,7 @@ from pyro.infer import ELBO
 from torch import Tensor
 
 from bayes_mpt.curves import Curve, RateCurve
-from bayes_mpt.diagnostics import disagreement, replicate_error
+from bayes_mpt.diagnostics import replicate_error
 from bayes_mpt.masks import (
     FixedRate,
     Masks,
@@ -26,11 +26,11 @@ from bayes_mpt.masks import (
     Policy,
     RandomState,
     UniformSize,
-    one_each,
     require_lml,
     torch_generator,
 )
-from bayes_mpt.predictors import Conditionals, Predictor, choose
+from bayes_mpt.predictors import Bound, Conditionals, Evidence, Predictor, choose
+from bayes_mpt.predictors.base import CHUNK
 from bayes_mpt.program.program import Model, list_names
 from bayes_mpt.runtime.serial import left_as_found, methods_take_turns, takes_turns, turn
 
@@ -43,55 +43,10 @@ __all__ = [
     "ScoreEstimate",
     "estimate",
     "fixed_rate_bias",
-    "masked_score",
-    "training_masks",
 ]
 
-CHUNK = 2**22  # cells of (S, N, T) scored at once
 MAX_RUNS = 32  # of a program for the curve along one chain, where each visible set takes one
 OWN_MASKS = UniformSize(64)  # one of them for each row of a step, where rows may have masks of their own
-
-
-def masked_score(predictor: Conditionals, x: Tensor, masks: Masks) -> Tensor:
-    """Weighted sum of the log predictives of hidden tokens.
-
-    Parameters
-    ----------
-    predictor : Predictor
-        Has read its program.
-    x : Tensor of shape (N, T)
-        Rows; NaN cells are never visible and never scored.
-    masks : Masks
-        Drawn by a policy.
-
-    Returns
-    -------
-    Tensor of shape (N,)
-        Nats.
-    """
-    weight = masks.weight.to(x)
-    if masks.order is not None:
-        if predictor.telescopes:
-            return predictor.joint(x)  # every chain sums to the joint
-        return torch.einsum("cnt,ct->n", predictor.chain(x, masks.order.to(x.device)), weight)
-    assert masks.visible is not None
-    visible = masks.visible.to(x.device)
-    if predictor.own_masks:
-        return predictor.weighed(x, visible, weight)
-    step = max(1, CHUNK // max(1, x.numel()))
-    parts = [
-        torch.einsum("snt,st->n", predictor.conditionals(x, visible[i : i + step]), weight[i : i + step])
-        for i in range(0, len(visible), step)
-    ]
-    return torch.stack(parts).sum(0)
-
-
-def training_masks(predictor: Conditionals, policy: Policy, x: Tensor, generator: torch.Generator) -> Masks:
-    """A draw of masks for one step: a mask for each row, where rows may have their own."""
-    draw = policy.draw(x.shape[1], generator)
-    if predictor.own_masks and draw.visible is not None and not policy.deterministic:
-        return one_each(draw, len(x), generator)
-    return draw
 
 
 # --------------------------------------------------------------------------------------------------- the estimate
@@ -141,8 +96,7 @@ class ScoreEstimate:
 
 
 def estimate(
-    predictor: Conditionals,
-    x: Tensor,
+    read: Conditionals,
     masks: Policy,
     *,
     n_replicates: int = 8,
@@ -153,10 +107,8 @@ def estimate(
 
     Parameters
     ----------
-    predictor : Predictor
-        Has read its program.
-    x : Tensor of shape (N, T)
-        Rows.
+    read : Conditionals
+        Of the rows.
     masks : Policy
         With ``is_lml``; of a program ``model(x, visible)`` also in `Blocks`.
     n_replicates : int, default=8
@@ -164,7 +116,7 @@ def estimate(
     random_state : int, torch.Generator or None
         For the draws.
     curve_rows : (Tensor, Tensor), optional
-        Weighted rows that stand for ``x`` (of `SufficientStatistics`), to average the curve of chains
+        Weighted rows that stand for those read (of `SufficientStatistics`), to average the curve of chains
         over.
 
     Returns
@@ -176,91 +128,84 @@ def estimate(
     ValueError
         If the policy's expectation is not the LML.
     """
-    require_lml(masks, "estimate", independent=predictor.independent)
+    require_lml(masks, "estimate", independent=read.structure.takes_visible)
     if n_replicates < 1:
         raise ValueError(f"n_replicates must be at least 1, got {n_replicates}")
     generator = torch_generator(random_state)
+    x = read.value
     draws = [masks.draw(x.shape[1], generator) for _ in range(n_replicates)]
-    chains = draws[0].order is not None
     with torch.no_grad():
-        found = predictor.evidence(x) if chains and predictor.telescopes else None
-        disagree: dict[str, Any] = {}
-        steps: list[Tensor] | None = None
-        means: list[Tensor] | None = None
-        if found is not None:
-            lml, totals = found.by_row, None
+        if draws[0].order is not None:
+            found, known = _along_chains(read, draws)
+            some, weight = (read, None) if curve_rows is None else (read.at(curve_rows[0]), curve_rows[1])
         else:
-            if chains:  # once for the scores and the curve
-                steps = [
-                    predictor.chain(x, draw.order.to(x.device)) for draw in draws if draw.order is not None
-                ]
-                by_chain = [
-                    torch.einsum("cnt,ct->cn", s, d.weight.to(x)) for s, d in zip(steps, draws, strict=True)
-                ]
-                by_draw = [parts.sum(0) for parts in by_chain]
-                # each chain alone is log p(x) along its order
-                disagree = disagreement(torch.cat([len(parts) * parts for parts in by_chain]))
-            else:
-                both = [_by_row_and_mask(predictor, x, draw) for draw in draws]
-                by_draw, means = [by_row for by_row, _ in both], [by_mask for _, by_mask in both]
-            scores = torch.stack(by_draw)  # (R, N)
-            lml, totals = scores.mean(0), scores.sum(1).double().cpu().numpy()
-        rows, weight = curve_rows if chains and curve_rows is not None else (x, x.new_ones(len(x)))
-        curve = _curve(predictor, rows, weight, draws, steps if means is None else means)
-    diagnostics = {"n_replicates": n_replicates, "masks": repr(masks), "totals": totals}
-    if found is not None:
-        se = found.se
-        diagnostics.update(found.diagnostics)
-    else:
-        assert totals is not None
-        se = replicate_error(totals)
-        diagnostics.update(disagree, totals=totals)
-    structure = predictor.structure
+            both = [_by_row_and_mask(read, draw) for draw in draws]
+            known, some, weight = [by_mask for _, by_mask in both], read, None
+            scores = torch.stack([by_row for by_row, _ in both])  # (R, N)
+            found = _of_replicates(scores, {})
+        curve = _curve(some, x.new_ones(len(x)) if weight is None else weight, draws, known)
+    structure = read.structure
     return ScoreEstimate(
-        lml.double().cpu().numpy(),
-        se,
+        found.by_row.double().cpu().numpy(),
+        found.se,
         curve,
         structure.latent_names,
         structure.parameters,
-        exact=predictor.exact and totals is None,
-        diagnostics=diagnostics,
+        exact=found.exact,
+        diagnostics={"n_replicates": n_replicates, "masks": repr(masks), "totals": None, **found.diagnostics},
     )
 
 
-def _by_row_and_mask(predictor: Conditionals, x: Tensor, draw: Masks) -> tuple[Tensor, Tensor]:
+def _of_replicates(scores: Tensor, diagnostics: dict[str, Any]) -> Evidence:
+    """The mean of independent scores (R, N), their spread its error."""
+    totals = scores.sum(1).double().cpu().numpy()
+    return Evidence(scores.mean(0), replicate_error(totals), {**diagnostics, "totals": totals}, exact=False)
+
+
+def _along_chains(read: Conditionals, draws: list[Masks]) -> tuple[Evidence, list[Tensor] | None]:
+    """The evidence, and the steps (C, N, T) of each draw where chains do not add up to the same."""
+    orders = [draw.order.to(read.value.device) for draw in draws if draw.order is not None]
+    found = read.evidence(torch.cat(orders))
+    if found.steps is None:
+        return found, None
+    steps = list(found.steps.split([len(order) for order in orders]))
+    scores = [
+        torch.einsum("cnt,ct->n", part, draw.weight.to(part)) for part, draw in zip(steps, draws, strict=True)
+    ]
+    return _of_replicates(torch.stack(scores), found.diagnostics), steps
+
+
+def _by_row_and_mask(read: Conditionals, draw: Masks) -> tuple[Tensor, Tensor]:
     """The score of each row (N,), and of each mask (S,) the mean over rows and tokens scored."""
     assert draw.visible is not None
+    x = read.value
     weight = draw.weight.to(x)
     # of a chain of blocks not all that is hidden
     scored = weight / weight.sum(1, keepdim=True)
     by_row, by_mask = x.new_zeros(len(x)), []
     step = max(1, CHUNK // max(1, x.numel()))
     for i in range(0, len(weight), step):
-        found = predictor.conditionals(x, draw.visible[i : i + step].to(x.device))  # (S', N, T)
+        found = read.conditionals(draw.visible[i : i + step].to(x.device))  # (S', N, T)
         by_row = by_row + torch.einsum("snt,st->n", found, weight[i : i + step])
         by_mask.append(torch.einsum("snt,st->s", found, scored[i : i + step]) / len(x))
     return by_row, torch.cat(by_mask)
 
 
-def _curve(
-    predictor: Conditionals, x: Tensor, weight: Tensor, draws: list[Masks], known: list[Tensor] | None
-) -> Curve:
+def _curve(read: Conditionals, weight: Tensor, draws: list[Masks], known: list[Tensor] | None) -> Curve:
     """Group the masks' means by size: S(m) is the mean over masks of the mean over tokens scored.
 
-    ``known`` of each draw: the steps of its chains (C, N, T), or the means of its masks (S,).
+    Rows are weighted (N,). ``known`` of each draw: the steps of its chains (C, N, T), or the means of its masks (S,).
     """
-    n_tokens = x.shape[1]
+    n_tokens = read.value.shape[1]
     share = weight / weight.sum()
+    # where every step costs a run of the program, the mean of a stretch of them
+    ends = [round(n_tokens * b / MAX_RUNS) for b in range(MAX_RUNS + 1)] if n_tokens > MAX_RUNS else None
     sizes, values = [], []
     for r, draw in enumerate(draws):
         if draw.order is not None:
-            order = draw.order.to(x.device)
-            for c, tokens in enumerate(order):
+            for c, tokens in enumerate(draw.order.to(read.value.device)):
                 sizes.append(torch.arange(n_tokens, 0, -1))
-                if predictor.relocates and n_tokens > MAX_RUNS:
-                    values.append(_by_blocks(predictor, x, share, tokens).cpu())
-                    continue
-                steps = predictor.chain(x, tokens[None])[0] if known is None else known[r][c]  # (N, T)
+                steps = read.chain(tokens[None], ends)[0] if known is None else known[r][c]  # (N, T)
                 by_token = share @ steps  # (T,)
                 values.append(by_token[tokens].cpu())
         else:
@@ -275,14 +220,6 @@ def _curve(
         spread = np.bincount(size, (value - mean[size - 1]) ** 2, minlength=n_tokens + 1)[1:]
         se = np.where(count > 1, np.sqrt(spread / (count - 1) / count), np.nan)
     return Curve(np.arange(1, n_tokens + 1), mean, se)
-
-
-def _by_blocks(predictor: Conditionals, x: Tensor, share: Tensor, tokens: Tensor) -> Tensor:
-    """Steps of a chain (T,), in its order, all of a block at their mean: where each would cost a run of its own."""
-    ends = [round(len(tokens) * b / MAX_RUNS) for b in range(MAX_RUNS + 1)]
-    total = predictor.revealed(x, tokens, ends) @ share
-    length = torch.tensor(ends, device=x.device).diff()
-    return (total.diff() / length).repeat_interleave(length)
 
 
 class Bias(NamedTuple):
@@ -327,11 +264,12 @@ def fixed_rate_bias(
     >>> bias.value < 0, bias.se  # low rates see too many visible tokens; here all masks were enumerated
     (True, 0.0)
     """
-    with estimator.read_rows(X) as (predictor, x):
-        return _bias(predictor, x, rate, n_masks, random_state)
+    with estimator.read_rows(X) as read:
+        return _bias(read, rate, n_masks, random_state)
 
 
-def _bias(predictor: Conditionals, x: Tensor, rate: float, n_masks: int, random_state: RandomState) -> Bias:
+def _bias(read: Conditionals, rate: float, n_masks: int, random_state: RandomState) -> Bias:
+    x = read.value
     n_tokens = x.shape[1]
     policy = FixedRate(rate, n_masks)
     size = policy.size(n_tokens)
@@ -344,10 +282,10 @@ def _bias(predictor: Conditionals, x: Tensor, rate: float, n_masks: int, random_
         assert drawn is not None
         visible = drawn
     with torch.no_grad():
-        lml = predictor.joint(x).mean()
+        lml = read.score().mean()
         step = max(1, CHUNK // max(1, x.numel()))
         by_mask = [
-            predictor.conditionals(x, visible[i : i + step].to(x.device)).sum(-1).mean(-1)
+            read.conditionals(visible[i : i + step].to(x.device)).sum(-1).mean(-1)
             for i in range(0, len(visible), step)
         ]
     # T S(m) = mean over masks of (T / m) sum over hidden tokens
@@ -408,7 +346,7 @@ class CumulativeMaskedScore(ELBO):
         self.masks = masks
         self.predictor = predictor
         self.generator = torch_generator(random_state)
-        self._chosen: tuple[Any, Any, tuple[Any, ...], Conditionals] | None = None
+        self._chosen: tuple[Any, Any, tuple[Any, ...], Bound] | None = None
 
     def __call__(self, model: Model, guide: Any = None, *example: Any) -> _LossModule:
         # Pyro's own takes (model, guide) and registers nothing of a plain function; the example makes its parameters.
@@ -417,16 +355,13 @@ class CumulativeMaskedScore(ELBO):
     def differentiable_loss(self, model: Model, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The negative score of the batch as a scalar tensor, nats."""
         args = _positional(model, args, kwargs)
-        predictor = self._predictor(model, guide, args).read(args)
+        predictor = self._predictor(model, guide, args)
+        read = predictor.read(args)
         masks = self.masks
         if masks is None:
             masks = OWN_MASKS if predictor.own_masks else PermutationChain()
-        if masks.chains and predictor.telescopes:  # whatever the order, which need not be drawn
-            score = predictor.joint(predictor.value)
-        else:
-            draw = training_masks(predictor, masks, predictor.value, self.generator)
-            score = masked_score(predictor, predictor.value, draw)
-        return -predictor.scale * score.sum()
+        draw = predictor.draw_masks(masks, read.value, self.generator)
+        return -read.scale * read.score(draw).sum()
 
     def loss(self, model: Model, guide: Any, *args: Any, **kwargs: Any) -> float:
         """The negative score of the batch, nats."""
@@ -443,7 +378,7 @@ class CumulativeMaskedScore(ELBO):
     def _get_trace(self, model: Model, guide: Any, args: Any, kwargs: Any) -> Any:
         raise NotImplementedError("the masked score reads the program itself: there is no single trace")
 
-    def _predictor(self, model: Model, guide: Any, args: tuple[Any, ...]) -> Conditionals:
+    def _predictor(self, model: Model, guide: Any, args: tuple[Any, ...]) -> Bound:
         # Anything but the number of rows may change what the program is.
         key = tuple(a.shape[1:] if isinstance(a, Tensor) and a.ndim else repr(a) for a in args)
         if self._chosen is None or self._chosen[:3] != (model, guide, key):

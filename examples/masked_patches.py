@@ -29,7 +29,7 @@ from bayes_mpt.masks import Blocks, FixedRate, Masks, PermutationChain, UniformS
 from bayes_mpt.models import MaskedPatches
 from bayes_mpt.plots import MaskedCurveDisplay
 from bayes_mpt.predictors import SelfPredictive
-from bayes_mpt.score import RateCurve, masked_score
+from bayes_mpt.score import RateCurve
 from bayes_mpt.training import Epochs
 
 RATES = np.arange(0.05, 0.96, 0.05)
@@ -67,7 +67,7 @@ class Mixture:
         return logsumexp(self._by_class(x, 1), axis=1)
 
     def score(self, x: np.ndarray, masks: Masks) -> np.ndarray:
-        """As `masked_score`: sum over masks k and pixels i of weight[k, i] log p(x_i | x_visible[k])."""
+        """As `Conditionals.score`: sum over masks k and pixels i of weight[k, i] log p(x_i | x_visible[k])."""
         total = np.zeros(len(x))
         for visible, weight in zip(masks.visible.numpy(), masks.weight.numpy(), strict=True):
             log_class = log_softmax(self._by_class(x, visible), axis=1)
@@ -100,8 +100,8 @@ def main(output: Path) -> None:
     ]
     scores = {}
     for name, model in networks.items():
-        with model.read_rows(fresh) as (predictor, x):
-            scores[name] = [masked_score(predictor, x, m).numpy() for m in masks]
+        with model.read_rows(fresh) as predictor:
+            scores[name] = [predictor.score(m).numpy() for m in masks]
     for name, mixture in mixtures.items():
         scores[name] = [mixture.score(fresh, m) for m in masks]
     curves = {}

@@ -19,7 +19,7 @@ from truths import known_noise_maximum
 from bayes_mpt import BayesMPT
 from bayes_mpt.masks import Masks
 from bayes_mpt.predictors import Quadrature, choose
-from bayes_mpt.score import fixed_rate_bias, masked_score
+from bayes_mpt.score import fixed_rate_bias
 
 NOISE = 0.2
 
@@ -112,9 +112,7 @@ def enumerated(request):
     n_tokens = x.shape[1]
     with pyro.get_param_store().scope(), torch.no_grad():
         predictor = choose(case.program, args, predictor=case.predictor).read(args)
-        curve = [
-            masked_score(predictor, args[0], all_of_size(n_tokens, m)).numpy() for m in range(1, n_tokens + 1)
-        ]
+        curve = [predictor.score(all_of_size(n_tokens, m)).numpy() for m in range(1, n_tokens + 1)]
     return case, x, case.block(x, list(range(n_tokens)), []), np.array(curve)
 
 
@@ -196,10 +194,7 @@ def test_size_of_the_bias(case):
         with pyro.get_param_store().scope(), torch.no_grad():
             predictor = choose(program, args, predictor=case.predictor).read(args)
             return np.array(
-                [
-                    masked_score(predictor, args[0], all_of_size(n_tokens, m)).numpy() @ weight
-                    for m in range(1, n_tokens + 1)
-                ]
+                [predictor.score(all_of_size(n_tokens, m)).numpy() @ weight for m in range(1, n_tokens + 1)]
             )
 
     s = curve(case.program)
@@ -241,15 +236,15 @@ def lml_after_training(program, x, weight, sizes):
 
             def closure(bound=bound, optimiser=optimiser):
                 optimiser.zero_grad()
-                loss = -masked_score(bound.read((rows,)), rows, masks) @ weight
+                loss = -bound.read((rows,)).score(masks) @ weight
                 loss.backward()
                 return loss
 
             optimiser.step(closure)
             with torch.no_grad():
                 read = bound.read((rows,))
-                score = masked_score(read, rows, masks) @ weight
-                found.append((float(score), float(read.joint(rows) @ weight)))
+                score = read.score(masks) @ weight
+                found.append((float(score), float(read.score() @ weight)))
     return max(found)[1]
 
 
@@ -342,5 +337,5 @@ def gradient_of_curve(x, weight, size, loading, bias):
 
     with pyro.get_param_store().scope():
         predictor = choose(program, (rows,), predictor=Quadrature(80)).read((rows,))
-        score = masked_score(predictor, rows, all_of_size(x.shape[1], size)) @ torch.from_numpy(weight)
+        score = predictor.score(all_of_size(x.shape[1], size)) @ torch.from_numpy(weight)
         return torch.cat(torch.autograd.grad(score, [pyro.param("loading"), pyro.param("bias")]))

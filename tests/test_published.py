@@ -13,7 +13,7 @@ from truths import known_noise_maximum
 from bayes_mpt import BayesMPT
 from bayes_mpt.masks import EverySize, Masks
 from bayes_mpt.predictors import choose
-from bayes_mpt.score import estimate, fixed_rate_bias, masked_score
+from bayes_mpt.score import estimate, fixed_rate_bias
 
 NOISE = 0.2  # 1 / beta
 MASK_SEEDS = (4, 44, 444, 4444, 44444)
@@ -72,8 +72,8 @@ def test_true_lml(table_1):
     w, x, few, predictor = table_1
     want = true_lml(w, x.numpy())
     assert want.mean() == pytest.approx(-60.34, abs=0.005)  # published
-    np.testing.assert_allclose(predictor.joint(x).numpy(), want, rtol=0, atol=1e-8)
-    assert float(predictor.joint(few).mean()) == pytest.approx(want.mean(), abs=1e-6)
+    np.testing.assert_allclose(predictor.at(x).score().numpy(), want, rtol=0, atol=1e-8)
+    assert float(predictor.at(few).score().mean()) == pytest.approx(want.mean(), abs=1e-6)
     assert BayesMPT(program_of(w)).fit(x.numpy()).score(x.numpy()) == pytest.approx(want.mean(), abs=1e-8)
 
 
@@ -86,9 +86,9 @@ def test_table_1_with_the_papers_own_masks(table_1, n_each, mean, sd):
     found = []
     for seed in MASK_SEEDS:
         masks = published_masks(200, n_each, seed)
-        found.append(float(masked_score(predictor, few, masks).mean()))
+        found.append(float(predictor.at(few).score(masks).mean()))
     if n_each == 1:
-        assert found[-1] == pytest.approx(float(masked_score(predictor, x, masks).mean()), abs=1e-6)
+        assert found[-1] == pytest.approx(float(predictor.at(x).score(masks).mean()), abs=1e-6)
     assert np.mean(found) == pytest.approx(mean, abs=0.006)
     # the paper does not say which sd: of the sample or of the population
     assert np.std(found) - 0.006 <= sd <= np.std(found, ddof=1) + 0.006
@@ -99,7 +99,7 @@ def test_table_1_with_the_papers_own_masks(table_1, n_each, mean, sd):
 def test_table_1_with_our_masks(table_1, n_each, sd):
     """The same policy by our own draws: unbiased, and as noisy as the five published seeds."""
     w, x, few, predictor = table_1
-    e = estimate(predictor, few, EverySize(n_each), n_replicates=60 if n_each == 1 else 12, random_state=0)
+    e = estimate(predictor.at(few), EverySize(n_each), n_replicates=60 if n_each == 1 else 12, random_state=0)
     totals = e.diagnostics["totals"] / len(few)
     truth = true_lml(w, x.numpy()).mean()
     assert abs(totals.mean() - truth) < 3 * totals.std() / math.sqrt(len(totals))

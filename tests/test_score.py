@@ -21,7 +21,7 @@ from bayes_mpt import BayesMPT, MarginalLikelihoodSearch
 from bayes_mpt.masks import Blocks, EverySize, FixedRate, LeaveOneOut, Masks, PermutationChain, UniformSize
 from bayes_mpt.models import PPCA, FactorAnalysis
 from bayes_mpt.predictors import Importance, choose
-from bayes_mpt.score import CumulativeMaskedScore, estimate, fixed_rate_bias, masked_score
+from bayes_mpt.score import CumulativeMaskedScore, estimate, fixed_rate_bias
 from bayes_mpt.training import Ascent, Steps
 
 SEED = 1991
@@ -60,9 +60,7 @@ def test_the_truth_of_this_file():
 @pytest.mark.parametrize("chunk", [2**22, 1, 200])
 def test_enumerating_all_masks_gives_the_lml(x, chunk, monkeypatch):
     monkeypatch.setattr(score_module, "CHUNK", chunk)
-    got = masked_score(
-        predictor_of(x), tensor(x), Masks(torch.from_numpy(ALL), None, tensor(lml_weights(ALL)))
-    )
+    got = predictor_of(x).at(tensor(x)).score(Masks(torch.from_numpy(ALL), None, tensor(lml_weights(ALL))))
     np.testing.assert_allclose(got.numpy(), log_density(x, LOC, COV), rtol=0, atol=1e-9)
 
 
@@ -77,7 +75,7 @@ def test_the_weighted_sum_of_one_draw(policy, x):
         )
         for row in x
     ]
-    np.testing.assert_allclose(masked_score(predictor_of(x), tensor(x), masks).numpy(), want, atol=1e-10)
+    np.testing.assert_allclose(predictor_of(x).at(tensor(x)).score(masks).numpy(), want, atol=1e-10)
 
 
 @pytest.mark.parametrize("x", [X, HOLES], ids=["complete", "missing"])
@@ -85,7 +83,7 @@ def test_the_weighted_sum_of_one_draw(policy, x):
     "policy", [PermutationChain(), PermutationChain(3), PermutationChain(2, groups=[0, 1, 1, 0, 2, 2])]
 )
 def test_every_chain_gives_the_lml(policy, x):
-    got = masked_score(predictor_of(x), tensor(x), policy.draw(T, 3))
+    got = predictor_of(x).at(tensor(x)).score(policy.draw(T, 3))
     np.testing.assert_allclose(got.numpy(), log_density(x, LOC, COV), rtol=0, atol=1e-9)
 
 
@@ -109,7 +107,9 @@ def exact_variance(policy):
 
 def all_totals(draws):
     """Totals over rows of many draws, by one call of the predictor."""
-    by_mask = predictor_of().conditionals(tensor(X), torch.cat([d.visible for d in draws])).sum(1)  # (R S, T)
+    by_mask = (
+        predictor_of().at(tensor(X)).conditionals(torch.cat([d.visible for d in draws])).sum(1)
+    )  # (R S, T)
     return (by_mask * torch.cat([d.weight for d in draws])).sum(1).reshape(len(draws), -1).sum(1).numpy()
 
 
@@ -141,7 +141,7 @@ def test_stratified_sizes_are_less_noisy():
 @pytest.mark.parametrize("policy", [UniformSize(2), EverySize(1)], ids=repr)
 def test_the_replicates_of_an_estimate(policy):
     """Drawn one after the other from one generator; the estimate is their mean, the error theirs."""
-    e = estimate(predictor_of(), tensor(X), policy, n_replicates=50, random_state=3)
+    e = estimate(predictor_of().at(tensor(X)), policy, n_replicates=50, random_state=3)
     g = torch.Generator().manual_seed(3)
     totals = all_totals([policy.draw(T, g) for _ in range(50)])
     np.testing.assert_allclose(e.diagnostics["totals"], totals, rtol=1e-12)
@@ -160,20 +160,20 @@ def test_the_standard_error_covers(policy, n_replicates):
     predictor, x, n = predictor_of(), tensor(X), 150
     hits = 0
     for seed in range(n):
-        e = estimate(predictor, x, policy, n_replicates=n_replicates, random_state=seed)
+        e = estimate(predictor.at(x), policy, n_replicates=n_replicates, random_state=seed)
         hits += abs(e.total - LML) <= 2 * e.se
     low, high = binom.interval(0.999, n, norm.cdf(2) - norm.cdf(-2))
     assert low <= hits <= high
 
 
 def test_the_standard_error_of_one_replicate_is_unknown():
-    e = estimate(predictor_of(), tensor(X), EverySize(), n_replicates=1, random_state=0)
+    e = estimate(predictor_of().at(tensor(X)), EverySize(), n_replicates=1, random_state=0)
     assert math.isnan(e.se) and not e.exact
 
 
 def test_an_exact_estimate_says_so():
     for x in (X, HOLES):
-        e = estimate(predictor_of(x), tensor(x), PermutationChain(), n_replicates=2, random_state=0)
+        e = estimate(predictor_of(x).at(tensor(x)), PermutationChain(), n_replicates=2, random_state=0)
         assert e.exact and e.se == 0.0
         assert e.integrated == ("z",) and e.point_estimated == ()
         np.testing.assert_allclose(e.lml, log_density(x, LOC, COV), atol=1e-9)
@@ -232,7 +232,7 @@ def test_one_size_fails_the_identity(policy):
 def test_such_masks_are_refused_where_an_lml_is_reported(policy):
     name = type(policy).__name__
     with pytest.raises(ValueError, match=rf"(?s)LML.*{name}"):
-        estimate(predictor_of(), tensor(X), policy)
+        estimate(predictor_of().at(tensor(X)), policy)
     model = BayesMPT(PPCA(1)).fit(X)
     with pytest.raises(ValueError, match=rf"(?s)LML.*{name}"):
         model.estimate(X, masks=policy)
@@ -248,7 +248,7 @@ def test_such_masks_are_refused_where_an_lml_is_reported(policy):
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", [EverySize(4), UniformSize(20), PermutationChain(5)], ids=repr)
 def test_the_curve_by_size(policy):
-    e = estimate(predictor_of(), tensor(X), policy, n_replicates=200, random_state=SEED)
+    e = estimate(predictor_of().at(tensor(X)), policy, n_replicates=200, random_state=SEED)
     np.testing.assert_array_equal(e.by_size.size, np.arange(1, T + 1))
     assert e.by_size.mean.shape == e.by_size.se.shape == (T,)
     # all tokens hidden: for whole masks there is only one; a chain scores one token of it
@@ -263,7 +263,7 @@ def test_the_curve_by_size(policy):
 
 def test_the_area_under_the_curve_of_chains_is_exact():
     for x in (X, HOLES):
-        e = estimate(predictor_of(x), tensor(x), PermutationChain(), n_replicates=3, random_state=0)
+        e = estimate(predictor_of(x).at(tensor(x)), PermutationChain(), n_replicates=3, random_state=0)
         assert e.by_size.mean.sum() * N == pytest.approx(log_density(x, LOC, COV).sum(), abs=1e-9)
 
 
@@ -271,7 +271,7 @@ def test_the_area_under_the_curve_of_chains_is_exact():
 def test_standard_errors_of_the_curve():
     """Their size is that of the real spread over seeds."""
     found = [
-        estimate(predictor_of(), tensor(X), EverySize(10), n_replicates=4, random_state=s).by_size
+        estimate(predictor_of().at(tensor(X)), EverySize(10), n_replicates=4, random_state=s).by_size
         for s in range(150)
     ]
     spread = np.std([f.mean for f in found], axis=0)[:-1]
@@ -308,7 +308,7 @@ def test_the_area_where_sizes_are_missing():
     assert blocks.area == 2 * (-3 - 4 - 5)
     some = score_module.Curve(size, np.array([nan, nan, -3.0, -4.0, nan, nan]), np.zeros(6))
     assert some.area == 3 * -3 + 3 * -4
-    e = estimate(predictor_of(), tensor(X), EverySize(2), n_replicates=2, random_state=0)
+    e = estimate(predictor_of().at(tensor(X)), EverySize(2), n_replicates=2, random_state=0)
     assert e.by_size.area * N == pytest.approx(e.total, abs=1e-9)
     pytest.importorskip("matplotlib.pyplot").switch_backend("Agg")
     display = e.plot()

@@ -25,7 +25,6 @@ from sklearn.utils import check_array, check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_is_fitted, validate_data
-from torch import Tensor
 
 from bayes_mpt.estimators import availability, integrals, predictions, sampling
 from bayes_mpt.estimators.availability import is_unfitted, takes_labels
@@ -491,8 +490,8 @@ class BayesMPT(
         return explain(self._current())
 
     @contextmanager
-    def read_rows(self, X: ArrayLike, y: Any = None) -> Iterator[tuple[Conditionals, Tensor]]:
-        """Inside ``with``, where no gradients are tracked: the fitted predictor and the rows (N, T) that it scores."""
+    def read_rows(self, X: ArrayLike, y: Any = None) -> Iterator[Conditionals]:
+        """Inside ``with``, where no gradients are tracked: the conditionals of these rows, which are its ``value``."""
         with turn(), left_as_found(store=True):
             fitted, rows = self._ready(X)
             with fitted.read(rows, y) as found:

@@ -12,7 +12,7 @@ import pyro
 import torch
 
 from bayes_mpt.evidence.laplace import laplace_proportional
-from bayes_mpt.predictors import Conditionals, LinearGaussian, Predictor, choose
+from bayes_mpt.predictors import Bound, LinearGaussian, Predictor, choose
 from bayes_mpt.predictors.base import Guide
 from bayes_mpt.predictors.gaussian.process import N_TRIAL_ROWS, gaussian_program
 from bayes_mpt.predictors.gaussian.profile import spectrum
@@ -41,8 +41,8 @@ def bind(
     *,
     takes_y: bool,
     by_epochs: bool,
-    known: tuple[Conditionals, State] | None = None,
-) -> tuple[Conditionals, tuple[Any, ...]]:
+    known: tuple[Bound, State] | None = None,
+) -> tuple[Bound, tuple[Any, ...]]:
     """Run the program for the first time and choose its predictor; with what it is to be read on.
 
     Parameters

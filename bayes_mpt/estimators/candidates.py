@@ -165,6 +165,7 @@ def not_converged(model: BayesMPT) -> str:
 
 def token_digest(estimator: Any, X: Any, y: Any) -> str:
     """Fingerprint of the tokens that are scored, the same whether a model takes them in single or double precision."""
-    with final_step(estimator).read_rows(before_final(estimator, X), y) as (_, rows):
+    with final_step(estimator).read_rows(before_final(estimator, X), y) as read:
+        rows = read.value
         shape = repr(tuple(rows.shape)).encode()
         return hashlib.sha256(shape + rows.float().cpu().numpy().tobytes()).hexdigest()[:16]

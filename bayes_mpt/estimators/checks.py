@@ -15,7 +15,7 @@ from torch import Tensor
 from bayes_mpt import training
 from bayes_mpt.estimators.rows import refuse_empty, refuse_missing
 from bayes_mpt.evidence.integrated import Prior, far_from_centre
-from bayes_mpt.predictors import Conditionals
+from bayes_mpt.predictors import Bound
 from bayes_mpt.predictors.gaussian.process import N_TRIAL_ROWS
 from bayes_mpt.program.arguments import fill, head, resampled, shifted
 from bayes_mpt.program.offers import offered
@@ -36,7 +36,7 @@ WIDE = 2.0  # nats, of the logarithms of a row's weights: the mean of a few of t
 
 
 def check_bound(
-    predictor: Conditionals,
+    predictor: Bound,
     model: Model,
     args: tuple[Any, ...],
     X: NDArray[np.floating],
@@ -62,7 +62,7 @@ def check_bound(
         refuse_empty(y, estimated=bool(predictor.parameters))
 
 
-def _refuse_subsampling(predictor: Conditionals, args: tuple[Any, ...]) -> None:
+def _refuse_subsampling(predictor: Bound, args: tuple[Any, ...]) -> None:
     """Programs whose score is that of other rows than they are given, or weighed."""
     structure = predictor.structure
     scale = 1.0
@@ -88,7 +88,7 @@ def _refuse_subsampling(predictor: Conditionals, args: tuple[Any, ...]) -> None:
         )
 
 
-def _warn_of_ignored_rows(predictor: Conditionals, model: Model, args: tuple[Any, ...]) -> None:
+def _warn_of_ignored_rows(predictor: Bound, model: Model, args: tuple[Any, ...]) -> None:
     """Say so where no argument changes what a program observes."""
     structure = predictor.structure
     if structure.scores_input or predictor.own_masks:

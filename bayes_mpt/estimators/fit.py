@@ -28,8 +28,8 @@ from bayes_mpt.estimators.rows import (
 )
 from bayes_mpt.estimators.trainer import Trainer
 from bayes_mpt.evidence.integrated import Prior, hyperprior
-from bayes_mpt.predictors import Conditionals, Evidence, LinearGaussian
-from bayes_mpt.predictors.base import Guide, together
+from bayes_mpt.predictors import Bound, Conditionals, Evidence, LinearGaussian
+from bayes_mpt.predictors.base import Frozen, Guide, together
 from bayes_mpt.predictors.new_rows import growing
 from bayes_mpt.predictors.self_predictive import sees_all
 from bayes_mpt.program.arguments import filling
@@ -250,9 +250,7 @@ def _read(
     return _Read(model, guide, table, problem, statistics, prior, initial, trainer)
 
 
-def _moments(
-    table: _Table, trainer: Trainer, predictor: Conditionals, more: Fitted | None
-) -> SufficientStatistics:
+def _moments(table: _Table, trainer: Trainer, predictor: Bound, more: Fitted | None) -> SufficientStatistics:
     """Of all rows seen, which vary."""
     statistics = table.statistics
     if statistics is None:
@@ -266,7 +264,7 @@ def _moments(
 def _problem(
     model: Model,
     table: _Table,
-    predictor: Conditionals,
+    predictor: Bound,
     args: tuple[Any, ...],
     statistics: SufficientStatistics | None,
 ) -> training.Problem:
@@ -361,20 +359,20 @@ def _scored(read: _Read, fit: training.Fit, template: Fitted | None, *, penalty:
     if read.prior is not None and not fit.interrupted:
         warn_of_bounds(read.prior, problem)
     problem.predictor.settle()
-    predictor, total, se = _score_of_training(problem, fit, read.trainer, table.device)
-    args = problem.args
+    found, total, se = _score_of_training(problem, fit, read.trainer, table.device)
+    predictor, args = problem.predictor, problem.args
     if not np.isfinite(total):
         raise ModelError(
             f"the log marginal likelihood is {total} at the fitted parameters"
-            f"{training.impossible(problem, predictor)}: {not_finite(sees_all(model), args)}. Check what the program "
+            f"{training.impossible(problem, found)}: {not_finite(sees_all(model), args)}. Check what the program "
             "computes from these"
         )
-    latents, state = _latents(model, predictor, args, template), save()
+    latents, state = _latents(model, predictor, found, args, template), save()
     statistics, y = read.statistics, table.y
     return Fitted(
         model=model,
         guide=read.guide,
-        bound=predictor.freeze(),
+        bound=Frozen(predictor, found),
         analysis=None,
         initial=read.initial,
         state=state,
@@ -415,39 +413,38 @@ def parameters(
 def _score_of_training(
     problem: training.Problem, fit: training.Fit, trainer: Trainer, device: str
 ) -> tuple[Conditionals, float, float]:
-    """The predictor at the fitted parameters, and the total score of the training rows with its error."""
+    """The conditionals at the fitted parameters, and the total score of the training rows with its error."""
     by_parts = trainer.by_epochs and not problem.predictor.own_masks
     some, step = problem, n_at_once(problem.args[0], device)
     if by_parts:  # as many rows as the epochs never hold at once
         some = training.take_rows(problem, torch.arange(min(step, problem.n_rows)))
-    predictor = some.read() if fit.last is None else fit.last
-    if predictor.exact and not by_parts:
-        score = float(problem.score_of(predictor)) if fit.last is None else fit.history[-1]
-        return predictor, score * problem.n_rows, 0.0
-    if predictor.own_masks and predictor.value.numel() * problem.args[0].shape[1] > MAX_CHAIN_CELLS:
-        return predictor, *training.total_on_masks(problem, predictor, trainer.seed)
-    parts = _evidence_by_parts(problem, step) if by_parts else [predictor.evidence(predictor.value)]
+    read, bound = some.read() if fit.last is None else fit.last, problem.predictor
+    if bound.exact and not by_parts:
+        score = float(problem.score_of(read)) if fit.last is None else fit.history[-1]
+        return read, score * problem.n_rows, 0.0
+    if bound.own_masks and read.value.numel() * problem.args[0].shape[1] > MAX_CHAIN_CELLS:
+        return read, *training.total_on_masks(problem, read, trainer.seed)
+    parts = _evidence_by_parts(problem, step) if by_parts else [read.evidence()]
     found = together(parts)
     warn_of_weights(found.diagnostics)
-    return predictor, float(found.by_row.sum()), found.se
+    return read, float(found.by_row.sum()), found.se
 
 
 def _evidence_by_parts(problem: training.Problem, step: int) -> Iterator[Evidence]:
     for index in torch.arange(problem.n_rows).split(step):
-        predictor = training.take_rows(problem, index).read()
-        yield predictor.evidence(predictor.value)
+        yield training.take_rows(problem, index).read().evidence()
 
 
 @torch.no_grad()
 def _latents(
-    model: Model, predictor: Conditionals, args: tuple[Any, ...], template: Fitted | None
+    model: Model, predictor: Bound, read: Conditionals, args: tuple[Any, ...], template: Fitted | None
 ) -> Latents:
     """What is said of latents later: those that all rows share, those that come with rows, numbers a row."""
     structure = predictor.structure
     outside = {site.name for site in structure.latents if structure.rows_plate not in site.plates}
+    known = [] if structure.by_row or not outside else read.posterior().shared()
     shared = [
-        (share, {n: v.detach().clone() for n, v in values.items() if n in outside})
-        for share, values in predictor.shared_latents(predictor.value)
+        (share, {n: v.detach().clone() for n, v in values.items() if n in outside}) for share, values in known
     ]
     with_rows: tuple[str, ...] = ()
     if isinstance(structure, Program) and len(args) > 1 and not predictor.exact:
@@ -458,8 +455,8 @@ def _latents(
     elif template is not None and structure is template.bound.structure:
         n_numbers = template.latents.n_numbers
     elif any(site.discrete for site in structure.latents):
-        one = predictor.value[:1] if structure.scores_input else predictor.value
-        n_numbers = predictor.posterior(one).mean.shape[1]
+        one = read.at(read.value[:1]) if structure.scores_input else read
+        n_numbers = one.posterior().mean.shape[1]
     else:
         n_numbers = structure.n_latents
     return Latents(n_numbers, shared, with_rows)

@@ -15,8 +15,10 @@ from torch import Tensor
 from bayes_mpt import training
 from bayes_mpt.estimators.rows import arguments, as_tensor, takes_y
 from bayes_mpt.inputs import read_numbers
-from bayes_mpt.predictors import Conditionals, LinearGaussian, MarkovGaussian, Predictor, choose
-from bayes_mpt.predictors.base import Guide
+from bayes_mpt.predictors import Bound, Conditionals, Predictor, choose
+from bayes_mpt.predictors.base import Frozen, Guide
+from bayes_mpt.predictors.gaussian.linear import LinearRows
+from bayes_mpt.predictors.gaussian.markov import MarkovRows
 from bayes_mpt.program.affine import DenseMap
 from bayes_mpt.program.arguments import fill
 from bayes_mpt.program.devices import at_once, check_device, moved, own_random_state
@@ -49,9 +51,9 @@ class Fitted:
 
     model: Model
     guide: Guide | None
-    bound: Conditionals
-    """The predictor, frozen: it needs neither program nor parameter store."""
-    analysis: Conditionals | None
+    bound: Frozen
+    """How the program is scored, without it; of rows that share a map also the map."""
+    analysis: Bound | None
     """The program as it was found to be, where that does not depend on its rows: what a refit takes over."""
     initial: Initial
     state: State
@@ -133,7 +135,7 @@ class Fitted:
     # ---------------------------------------------------------------------------------------------- the program
 
     @contextmanager
-    def program(self, args: tuple[Any, ...]) -> Iterator[Conditionals]:
+    def program(self, args: tuple[Any, ...]) -> Iterator[Bound]:
         """Inside ``with``: the program at its fitted parameters, bound on these arguments."""
         if (
             self.fill_values is not None
@@ -146,20 +148,19 @@ class Fitted:
             yield predictor
 
     @contextmanager
-    def read(self, rows: NDArray[np.floating], y: Any = None) -> Iterator[tuple[Conditionals, Tensor]]:
-        """Inside ``with``, where no gradients are tracked: the predictor and the rows (N, T) that it scores."""
+    def read(self, rows: NDArray[np.floating], y: Any = None) -> Iterator[Conditionals]:
+        """Inside ``with``, where no gradients are tracked: the conditionals of these rows."""
         if self.bound.structure.scores_input:
             with torch.no_grad():
-                yield self.bound, self.tensor(rows)
+                yield self.bound.read((self.tensor(rows),))
             return
         args = self.arguments(rows, y)
         # a network's penalties, and the loss of a contrastive head, stand in its scores where gradients are
         with self.program(args) as predictor:
             with torch.no_grad():
-                predictor = predictor.read(args)
-                yield predictor, predictor.value
+                yield predictor.read(args)
 
-    def parts(self, rows: NDArray[np.floating], y: Any = None) -> Iterator[tuple[Conditionals, Tensor]]:
+    def parts(self, rows: NDArray[np.floating], y: Any = None) -> Iterator[Conditionals]:
         """As `read`, a part of the rows after the other where that can be, to be used as they come."""
         structure = self.bound.structure
         if structure.scores_input or not structure.by_row:
@@ -176,7 +177,7 @@ class Fitted:
             for some in args:
                 with torch.no_grad():
                     read = predictor.read(some)
-                yield read, read.value
+                yield read
 
     @property
     def noise_parameter(self) -> str | None:
@@ -191,9 +192,9 @@ class Fitted:
 
     def shared_map(self, what: str) -> DenseMap:
         """The linear-Gaussian map that all rows share; ``what`` needs it."""
-        bound, structure = self.bound, self.bound.structure
-        if isinstance(bound, LinearGaussian | MarkovGaussian) and structure.by_row and not structure.per_row:
-            return bound.reading if isinstance(bound, LinearGaussian) else bound.dense()
+        shared, structure = self.bound.shared, self.bound.structure
+        if isinstance(shared, LinearRows | MarkovRows) and structure.by_row and not structure.per_row:
+            return shared.reading if isinstance(shared, LinearRows) else shared.dense()
         raise ValueError(f"{what} needs a program whose rows share one map; this one's rows differ")
 
     def buffers(self) -> dict[str, Tensor]:
@@ -231,8 +232,9 @@ class Fitted:
         }
         if self.selection is not None:
             found["selection_"] = self.selection
-        if isinstance(self.bound, LinearGaussian) and structure.by_row and not structure.per_row:
-            reading = self.bound.reading
+        shared = self.bound.shared
+        if isinstance(shared, LinearRows) and structure.by_row and not structure.per_row:
+            reading = shared.reading
             noise = reading.noise[0].cpu().numpy()
             name = self.noise_parameter
             alike = len(noise) > 1 and bool((noise == noise[0]).all())

@@ -16,6 +16,7 @@ from bayes_mpt.estimators.fitted import Fitted
 from bayes_mpt.estimators.repeats import repeated_columns
 from bayes_mpt.evidence.integrated import IntegratedEvidence, assign, hyperprior, integrate, log_likelihood
 from bayes_mpt.evidence.laplace import LaplaceEvidence, laplace_diagonal, laplace_proportional
+from bayes_mpt.predictors.base import Frozen
 from bayes_mpt.predictors.gaussian.profile import NoiseFloorError, spectrum
 from bayes_mpt.program.offers import offered
 from bayes_mpt.program.program import list_names
@@ -118,7 +119,7 @@ def at_mode(fitted: Fitted, rows: NDArray[np.floating], y: Any, found: Integrate
         return replace(
             fitted,
             total=float(problem.score_of(read)),
-            bound=read.freeze(),
+            bound=Frozen(predictor, read),
             state=state,
             params=parameters(state, fitted.shift, fitted.location),
             at_map=True,

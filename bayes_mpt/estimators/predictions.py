@@ -13,8 +13,9 @@ from torch import Tensor
 from bayes_mpt.estimators.fitted import Fitted
 from bayes_mpt.estimators.rows import refuse_missing
 from bayes_mpt.masks import PermutationChain, Policy
-from bayes_mpt.predictors import LinearGaussian, Predictive
+from bayes_mpt.predictors import Predictive
 from bayes_mpt.predictors.base import together
+from bayes_mpt.predictors.gaussian.linear import LinearRows
 from bayes_mpt.predictors.new_rows import means_of_new
 from bayes_mpt.program.affine import token_means, tokens_of
 from bayes_mpt.program.arguments import fill
@@ -43,11 +44,11 @@ def score_rows(fitted: Fitted, rows: Rows, y: Any) -> tuple[NDArray[np.float64],
     if bound.remembers:
         return _score_given_seen(fitted, rows, y), 0.0
     if structure.scores_input or not structure.by_row or bound.own_masks:
-        with fitted.read(rows, y) as (predictor, x):
-            found = predictor.evidence(x)
+        with fitted.read(rows, y) as read:
+            found = read.evidence()
     else:
         with torch.no_grad():
-            found = together(predictor.evidence(x) for predictor, x in fitted.parts(rows, y))
+            found = together(read.evidence() for read in fitted.parts(rows, y))
     return found.by_row.cpu().numpy(), found.se
 
 
@@ -67,7 +68,7 @@ def _score_given_seen(fitted: Fitted, rows: Rows, y: Any) -> NDArray[np.float64]
 def latent_means(fitted: Fitted, rows: Rows, y: Any) -> Rows:
     """Posterior means of the latents given each row's observed cells (N, K); of discrete ones probabilities."""
     with torch.no_grad():
-        means = [predictor.posterior(x).mean for predictor, x in fitted.parts(rows, y)]
+        means = [read.posterior().mean for read in fitted.parts(rows, y)]
     return torch.cat(means).cpu().numpy()
 
 
@@ -87,7 +88,7 @@ def impute(fitted: Fitted, rows: Rows, y: Any) -> Rows:
     """Rows with their NaN cells replaced by their means given the observed cells of the row."""
     with torch.no_grad():
         cells = fitted.tensor(rows)
-        parts = [(x, predictor.posterior(x).tokens) for predictor, x in fitted.parts(rows, y)]
+        parts = [(read.value, read.posterior().tokens) for read in fitted.parts(rows, y)]
         x = torch.cat([part[0] for part in parts])
         tokens = torch.where(x.isnan(), torch.cat([part[1] for part in parts]), x)
         if x.shape == cells.shape and bool(((x == cells) | (x.isnan() & cells.isnan())).all()):
@@ -132,7 +133,7 @@ def _cells_of(fitted: Fitted, args: tuple[Any, ...]) -> Tensor:
 def label_probabilities(fitted: Fitted, rows: Rows) -> NDArray[np.float64]:
     """Probabilities of the values of each row's one discrete latent given its observed cells: (N, K)."""
     with torch.no_grad():
-        parts = [predictor.label_probabilities(x) for predictor, x in fitted.parts(rows)]
+        parts = [read.posterior().labels() for read in fitted.parts(rows)]
     return torch.cat(parts).double().cpu().numpy()
 
 
@@ -173,7 +174,7 @@ def _predictive(fitted: Fitted, rows: Rows, *, full: bool = False) -> Predictive
     refuse_missing(rows, fitted.names)
     new = fitted.new_arguments(rows)
     with fitted.program(fitted.seen) as predictor, torch.no_grad():
-        return predictor.predictive(fitted.seen, new, full=full)
+        return predictor.read(fitted.seen).predict(new, full=full)
 
 
 # ----------------------------------------------------------------------------------------------------- all rows
@@ -202,11 +203,9 @@ def estimate_score(
     masks = PermutationChain() if masks is None else masks
     if not isinstance(masks, Policy):
         raise TypeError(f"masks must be a mask policy such as UniformSize(20), got {masks!r}")
-    with fitted.read(rows, y) as (predictor, x):
-        few = not isinstance(predictor, LinearGaussian) or len(x) <= 2 * x.shape[1]
-        moments = None
-        if not few and predictor.structure.scores_input:
+    with fitted.read(rows, y) as read:
+        x, moments = read.value, None
+        few = not isinstance(read, LinearRows) or len(x) <= 2 * x.shape[1]
+        if not few and read.structure.scores_input:
             moments = SufficientStatistics(x, str(x.device)).rows(x.dtype)
-        return estimate(
-            predictor, x, masks, n_replicates=n_replicates, random_state=fitted.draws, curve_rows=moments
-        )
+        return estimate(read, masks, n_replicates=n_replicates, random_state=fitted.draws, curve_rows=moments)

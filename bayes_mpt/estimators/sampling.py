@@ -13,7 +13,6 @@ from torch import Tensor
 from bayes_mpt.estimators.fitted import Fitted
 from bayes_mpt.estimators.rows import as_tensor
 from bayes_mpt.predictors.nodes.annealed import Annealed, AnnealedImportance, Bracket
-from bayes_mpt.predictors.nodes.weighted import Nodes
 from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.program import Program
 from bayes_mpt.program.simulation import simulate
@@ -72,7 +71,7 @@ def draw_missing(fitted: Fitted, rows: NDArray[np.floating], y: Any, n_samples: 
         )
     with torch.no_grad():
         try:
-            parts = [predictor.draw(x, n_samples) for predictor, x in fitted.parts(rows, y)]
+            parts = [read.posterior().draws(n_samples) for read in fitted.parts(rows, y)]
         except NotImplementedError as error:
             raise ValueError(f"{error}: use impute for their means") from error
     return fitted.unshifted(torch.cat(parts, 1).double().cpu().numpy())
@@ -86,5 +85,5 @@ def bracket(fitted: Fitted, n_rows: int) -> Bracket:
         )
     rows, latents = _simulate(fitted, n_rows)
     with fitted.program((rows,)) as predictor:
-        assert isinstance(predictor, Nodes) and isinstance(predictor.reader, Annealed)
-        return predictor.reader.bracket((rows,), latents)
+        assert isinstance(predictor, Annealed)
+        return predictor.bracket((rows,), latents)

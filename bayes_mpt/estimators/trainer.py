@@ -260,8 +260,9 @@ class Trainer:
         fit = training.maximize_profile(
             whole, statistics, how.max_iter, how.tol, n_init=n_init, seed=self.seed, at_floor=self.at_floor
         )
-        if fit is not None and fit.last is not None and problem.weight is None:
-            with torch.no_grad():  # of the rows themselves, where these are at hand
+        if fit is not None and fit.last is not None and problem.weight is None and problem.rows is not None:
+            fit.last = fit.last.at(problem.rows)  # the rows themselves, where these are at hand
+            with torch.no_grad():
                 fit.history = [float(problem.score_of(fit.last))]
         return fit
 

@@ -30,7 +30,8 @@ def refuse_unbounded(model: BayesMPT, X: Any, y: Any = None) -> None:
     codes = isinstance(structure, Program) and any(site.discrete for site in structure.sites)
     if not (structure.by_row and structure.parameters and cells) or codes or model.predictor_.own_masks:
         return
-    with model.read_rows(X, y) as (_, x):
+    with model.read_rows(X, y) as read:
+        x = read.value
         rows = x.double().cpu().numpy()
     if rows.shape[1] != model.n_features_in_:
         return

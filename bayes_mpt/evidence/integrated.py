@@ -29,8 +29,8 @@ from torch import Tensor
 from torch.distributions import transform_to
 
 from bayes_mpt.diagnostics import BAD_K, pareto_k, replicate_error
-from bayes_mpt.predictors import Conditionals
-from bayes_mpt.predictors.nodes.adaptive import log_t
+from bayes_mpt.predictors import Bound
+from bayes_mpt.predictors.nodes.rules import log_t
 from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.offers import offered
 from bayes_mpt.program.program import Model, ModelError
@@ -534,9 +534,7 @@ def _correction(others: list[tuple[slice, _Natural]]) -> Callable[[Tensor], Tens
     return lambda theta: torch.stack([other(theta[:, part]) for part, other in others]).sum(0)
 
 
-def log_likelihood(
-    predictor: Conditionals, args: tuple[Any, ...], leaves: dict[str, Tensor]
-) -> LogLikelihood:
+def log_likelihood(predictor: Bound, args: tuple[Any, ...], leaves: dict[str, Tensor]) -> LogLikelihood:
     """The LML of a program's observations as a function of its unconstrained parameters in Pyro's store.
 
     Many points at a time where the program runs on them side by side, which is tried; else one by one.
@@ -551,7 +549,7 @@ def log_likelihood(
             name: transform_to(supports[name])(part.reshape(-1, *leaf.shape).to(leaf))
             for (name, leaf), part in zip(leaves.items(), theta.split(sizes, 1), strict=True)
         }
-        return predictor.joint_at(args, values)
+        return predictor.score_at(args, values)
 
     def alone(theta: Tensor) -> Tensor:
         return torch.stack([_One.apply(row, predictor, args, leaves) for row in theta])
@@ -587,16 +585,13 @@ class _One(torch.autograd.Function):
     """The program read at one point: its leaves are set, which autograd does not see."""
 
     @staticmethod
-    def forward(
-        ctx: Any, theta: Tensor, predictor: Conditionals, args: tuple[Any, ...], leaves: Any
-    ) -> Tensor:
+    def forward(ctx: Any, theta: Tensor, predictor: Bound, args: tuple[Any, ...], leaves: Any) -> Tensor:
         grad = torch.zeros_like(theta)
         before = [leaf.detach().clone() for leaf in leaves.values()]
         try:
             assign(leaves, theta)
             with torch.enable_grad():
-                read = predictor.read(args)
-                value = read.joint(read.value).sum()
+                value = predictor.read(args).score().sum()
                 grads = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
             grad = torch.cat([g.flatten() for g in grads]).to(theta)
             value = value.detach()

@@ -1,6 +1,6 @@
 """How log p(x_i | x_visible) is computed for a Pyro program: predictors."""
 
-from bayes_mpt.predictors.base import Conditionals, Evidence, Posterior, Predictive, Predictor
+from bayes_mpt.predictors.base import Bound, Conditionals, Evidence, Posterior, Predictive, Predictor
 from bayes_mpt.predictors.choice import choose
 from bayes_mpt.predictors.exact import Exact
 from bayes_mpt.predictors.gaussian.linear import LinearGaussian
@@ -14,6 +14,7 @@ from bayes_mpt.predictors.self_predictive import SelfPredictive
 
 __all__ = [
     "AnnealedImportance",
+    "Bound",
     "Conditionals",
     "Evidence",
     "Exact",

@@ -1,41 +1,71 @@
-"""What every predictor offers, and the choice among them."""
+"""What every predictor offers: settings, a program bound to them, and the conditionals of the rows it has read."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
+import pyro
 import torch
 from sklearn.base import BaseEstimator
 from torch import Generator, Tensor
 
+from bayes_mpt.diagnostics import disagreement, replicate_error
+from bayes_mpt.masks import Masks, Policy
 from bayes_mpt.program.affine import AffineForm
 from bayes_mpt.program.program import Model, ModelError, Program
 from bayes_mpt.runtime.serial import methods_take_turns
 
 __all__ = [
+    "Bound",
     "Conditionals",
     "Evidence",
+    "Frozen",
+    "Leaves",
     "Posterior",
     "Predictive",
     "Predictor",
-    "refuse_other_rows",
+    "along_orders",
     "together",
 ]
 
 Guide = Callable[..., Any]
 
+CHUNK = 2**22  # cells of (S, N, T) scored at once
 
-class Posterior(NamedTuple):
+
+@methods_take_turns()
+@dataclass(frozen=True)
+class Posterior:
     """Latents and tokens of each row given what is visible of it."""
 
     mean: Tensor
     """(N, K) posterior means of the latents; of a discrete one the probabilities of its values."""
     tokens: Tensor
     """(N, T) means of the tokens at those latents: what `impute` fills in."""
+    of_labels: Callable[[], Tensor] | None = field(default=None, repr=False)
+    of_draws: Callable[[int], Tensor] | None = field(default=None, repr=False)
+    of_shared: Callable[[], list[tuple[float, dict[str, Tensor]]]] | None = field(default=None, repr=False)
+
+    def labels(self) -> Tensor:
+        """Probabilities of the values of each row's discrete latents, site after site: (N, L)."""
+        if self.of_labels is None:
+            raise NotImplementedError("there are no discrete latents")
+        return self.of_labels()
+
+    def draws(self, n: int) -> Tensor:
+        """Rows with their missing tokens drawn together: (n, N, T)."""
+        if self.of_draws is None:
+            raise NotImplementedError("this way of scoring has no draws of missing tokens")
+        return self.of_draws(n)
+
+    def shared(self) -> list[tuple[float, dict[str, Tensor]]]:
+        """Where rows are one vector: weighted values of the latents, for predictions of new rows."""
+        return [] if self.of_shared is None else self.of_shared()
 
 
 class Predictive(NamedTuple):
@@ -57,6 +87,10 @@ class Evidence(NamedTuple):
     se: float
     """Standard error of their sum; for quadrature the change on refining the nodes. 0 where exact."""
     diagnostics: dict[str, Any]
+    steps: Tensor | None = None
+    """(C, N, T) of the chains, where they do not add up to the same."""
+    exact: bool = False
+    """Whether there is no error."""
 
 
 def together(parts: Iterable[Evidence]) -> Evidence:
@@ -83,18 +117,32 @@ def together(parts: Iterable[Evidence]) -> Evidence:
     return Evidence(by_row, se, diagnostics)
 
 
-def refuse_other_rows(x: Tensor, read: Tensor) -> None:
-    """Rows ``x`` must be the rows that were read, NaN where these are: (N, T) both.
+def along_orders(steps: Tensor) -> Evidence:
+    """The mean of log-densities along C chains (C, N, T) that differ, and how far they disagree."""
+    by_order = steps.sum(-1)
+    found = disagreement(by_order)
+    return Evidence(by_order.mean(0), replicate_error(found["totals"]), found, steps)
 
-    For conditionals that hold log-densities of the rows last read and would answer for those, whatever ``x`` says.
+
+class Leaves:
+    """The parameters in Pyro's store when a program was read; asked later, it must still hold these very ones.
+
+    Where it does not, the program would start again from its initial values, and quietly answer for these.
     """
-    if x is read or (x.shape == read.shape and bool(((x == read) | (x.isnan() & read.isnan())).all())):
-        return
-    what = "other values than" if x.shape == read.shape else f"shape {tuple(x.shape)} in place of"
-    raise ModelError(
-        f"these conditionals answer for the rows that were last read, of shape {tuple(read.shape)}; x has {what} "
-        "these: call read(args) with the rows to be scored, and pass its `value` as x"
-    )
+
+    def __init__(self, names: tuple[str, ...]):
+        store = dict(pyro.get_param_store().named_parameters())
+        self._kept = {name: store[name] for name in names if name in store}
+
+    def refuse_others(self) -> None:
+        """Raise where the store no longer holds them."""
+        store = dict(pyro.get_param_store().named_parameters())
+        lost = [name for name, leaf in self._kept.items() if store.get(name) is not leaf]
+        if lost:
+            raise ModelError(
+                f"the parameter store no longer holds {lost[0]!r} as it was when the program was read, so that its "
+                "values then are gone: ask inside the store in which read(args) was called, or call it again"
+            )
 
 
 class Predictor(BaseEstimator, ABC):
@@ -105,8 +153,8 @@ class Predictor(BaseEstimator, ABC):
         methods_take_turns()(cls)
 
     @abstractmethod
-    def bind(self, model: Model, args: tuple[Any, ...], guide: Guide | None = None) -> Conditionals:
-        """The conditionals of this program, found out about by running it on ``args``.
+    def bind(self, model: Model, args: tuple[Any, ...], guide: Guide | None = None) -> Bound:
+        """The program scored in this way, found out about by running it on ``args``.
 
         Parameters
         ----------
@@ -124,26 +172,24 @@ class Predictor(BaseEstimator, ABC):
         """
 
 
-class Conditionals(ABC):
-    """log p(x_i | x_visible) of one program for any visible set, hidden tokens scored one at a time.
-
-    Rows ``x`` are (N, T), NaN where missing: such tokens are never visible and never scored. A mask is shared by all
-    rows. Everything is in nats.
-    """
+class Bound(ABC):
+    """One program scored one way. Holds no values of parameters: `read` takes those of the moment, and the rows."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         methods_take_turns()(cls)
 
     structure: AffineForm | Program
-    model: Model | None
-    """The program; None in a frozen predictor."""
-    exact: bool = False
-    """Whether the conditionals have no error."""
+    model: Model | None = None
+    """The program; None where it is left out (`Frozen`)."""
     guide: Guide | None = None
     """Trained with the program, where latents are drawn from it."""
     name: str = ""
     """Of the way, in words."""
+    why: str = ""
+    """What was found that allows this way, for `BayesMPT.explain`."""
+    exact: bool = False
+    """Whether the conditionals have no error."""
     sampled: bool = False
     """Whether reading draws random nodes."""
     one_by_one: bool = False
@@ -153,90 +199,42 @@ class Conditionals(ABC):
     trainable: bool = True
     """Whether scores have gradients."""
     own_masks: bool = False
-    """Whether masks may be each row's own, (S, N, T): then trained on one mask a row, and scored by `weighed`."""
-    independent: bool = False
-    """Whether hidden tokens are independent of each other given the visible ones (`bayes_mpt.masks.Blocks`)."""
-    telescopes: bool = True
-    """Whether a chain of conditionals adds up to `joint`, whatever its order."""
+    """Whether masks may be each row's own, (S, N, T): then trained on one mask a row."""
     relocates: bool = False
-    """Whether every visible set costs a run of the program (`revealed`)."""
+    """Whether every visible set costs a run of the program."""
     remembers: bool = False
-    """Whether new observations are predicted from those of the training rows (`predictive`)."""
+    """Whether new observations are predicted from those of the training rows (`Conditionals.predict`)."""
     divisible: bool = False
-    """Whether `joint` is a sum over tokens that can be estimated from some of them (`sample`, `partial`)."""
-    why: str = ""
-    """What was found that allows this way, for `BayesMPT.explain`."""
+    """Whether the score is a sum over tokens that can be estimated from some of them."""
 
     @property
     def parameters(self) -> tuple[str, ...]:
         """Names of what a training moves: the program's parameters, and those of a guide."""
         return self.structure.parameters
 
-    @property
     @abstractmethod
-    def value(self) -> Tensor:
-        """(N, T) tokens of the run last read; NaN where missing."""
+    def read(self, args: tuple[Any, ...]) -> Conditionals:
+        """The conditionals of these rows at the program's current parameters, with gradients."""
 
-    @property
-    @abstractmethod
-    def scale(self) -> float:
-        """Plate or `poutine.scale` factor of the run last read."""
+    def score_at(self, args: tuple[Any, ...], values: dict[str, Tensor]) -> Tensor:
+        """Log-density (B,) of a program's observations at B values (B, ...) of each parameter, side by side."""
+        raise NotImplementedError(f"{self.name} reads a program at one value of its parameters at a time")
 
-    @abstractmethod
-    def read(self, args: tuple[Any, ...]) -> Self:
-        """Take the program's current parameters, with gradients. Opens no parameter store, caches no tensors."""
+    def draw_masks(self, policy: Policy, rows: Tensor, generator: Generator) -> Masks | None:
+        """Masks of a step of a training; None where they are chains, which add up to the density in whatever order."""
+        return None if policy.chains else policy.draw(rows.shape[1], generator)
 
     def dream(self, args: tuple[Any, ...], generator: Generator) -> Tensor | None:
         """What a guide makes of latents whose rows were simulated (N,), to train it on; None if not asked for."""
         return None
 
-    def in_training(self) -> tuple[Self, ...]:
+    def in_training(self) -> tuple[Bound, ...]:
         """What a training goes through: cheap steps first, the last with as much effort as a step deserves."""
         return (self,)
 
-    @abstractmethod
-    def freeze(self) -> Self:
-        """Without the program: pickles. Plain tensors where rows share a map; others are to be bound and read anew."""
-
-    @abstractmethod
-    def conditionals(self, x: Tensor, visible: Tensor) -> Tensor:
-        """Score each hidden token alone: (N, T), (S, T) bool -> (S, N, T) nats, 0 where visible or missing."""
-
-    @abstractmethod
-    def chain(self, x: Tensor, order: Tensor) -> Tensor:
-        """Score token order[c, t] given order[c, :t]: (N, T), (C, T) long -> (C, N, T) nats, by token."""
-
-    def revealed(self, x: Tensor, order: Tensor, sizes: list[int]) -> Tensor:
-        """Log-density of the first tokens of an order (T,), for each of some numbers of them: (len(sizes), N) nats."""
-        raise NotImplementedError(f"{self.name} gives all steps of a chain at once")
-
-    @abstractmethod
-    def joint(self, x: Tensor) -> Tensor:
-        """Log-density of the observed tokens of each row, the sum of any chain: (N, T) -> (N,) nats."""
-
-    def weighed(self, x: Tensor, visible: Tensor, weight: Tensor) -> Tensor:
-        """Weighted sum (N,) of `conditionals` over masks and tokens; both (S, T), or (S, N, T)."""
-        raise NotImplementedError(f"{self.name} supports only masks that all rows share")
-
-    def joint_at(self, args: tuple[Any, ...], values: dict[str, Tensor]) -> Tensor:
-        """Log-density (B,) of a program's observations at B values (B, ...) of each parameter, side by side."""
-        raise NotImplementedError(f"{self.name} reads a program at one value of its parameters at a time")
-
     def objective(self, args: tuple[Any, ...]) -> Tensor:
-        """A smooth approximation of `joint` (N,) at the program's current parameters, where that is random."""
+        """A smooth approximation of the score (N,) at the program's current parameters, where that is random."""
         raise NotImplementedError(f"{self.name} trains on its own score")
-
-    def sample(self, n_tokens: int, generator: Generator) -> tuple[Tensor, Tensor]:
-        """Random tokens (B,) and weights (B,) with which their terms add up to `joint` in expectation."""
-        raise NotImplementedError(f"{self.name} cannot estimate its score from a sample of tokens")
-
-    def partial(self, x: Tensor, tokens: Tensor, weight: Tensor) -> Tensor:
-        """A weighted sum of the terms of these tokens: (N, T), (B,), (B,) -> (N,) nats."""
-        raise NotImplementedError(f"{self.name} cannot estimate its score from a sample of tokens")
-
-    def predicted(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance of tokens of one Gaussian vector, each given those before it: (1, T), (B,) -> (B,)."""
-        raise NotImplementedError(f"{self.name} does not predict tokens by a Gaussian")
 
     def settle(self) -> bool:
         """Find out anew, at the current parameters, which tokens are near; whether that has changed."""
@@ -246,26 +244,116 @@ class Conditionals(ABC):
         """Leave what earlier readings have found to make the next one shorter: that gives what a first one would."""
         return
 
-    def shared_latents(self, x: Tensor) -> list[tuple[float, dict[str, Tensor]]]:
-        """Where rows are one vector: weighted posterior values of the latents given x, for predictions of new rows."""
-        return []
 
-    def predictive(self, seen: tuple[Any, ...], new: tuple[Any, ...], *, full: bool = False) -> Predictive:
-        """Observations of new rows given those of the rows seen, both as the program's arguments."""
-        raise NotImplementedError(f"{self.name} does not predict rows from other rows")
+@methods_take_turns()
+class Conditionals(ABC):
+    """log p(x_i | x_visible) of the rows that were read, for any visible set, hidden tokens scored one at a time.
 
-    def draw(self, x: Tensor, n_draws: int) -> Tensor:
-        """Rows with their missing tokens drawn together given the observed ones: (N, T) -> (D, N, T)."""
-        raise NotImplementedError(f"{self.name} has no draws of missing tokens")
+    Immutable. Cells that are NaN are never visible and never scored. A mask is shared by all rows. All is in nats.
+    """
 
-    def evidence(self, x: Tensor) -> Evidence:
-        """`joint` with its error, as good as this way can make it."""
-        return Evidence(self.joint(x), 0.0, {})
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        methods_take_turns()(cls)
 
-    def label_probabilities(self, x: Tensor) -> Tensor:
-        """Of the values of each row's discrete latents given its observed tokens, site after site: (N, L)."""
-        raise NotImplementedError(f"{self.name} has no discrete latents")
+    structure: AffineForm | Program
+    value: Tensor
+    """(N, T) tokens; NaN where missing."""
+    scale: float = 1.0
+    """Plate or `poutine.scale` factor of the run."""
 
     @abstractmethod
-    def posterior(self, x: Tensor, visible: Tensor | None = None) -> Posterior:
+    def conditionals(self, visible: Tensor) -> Tensor:
+        """Score each hidden token alone: (S, T) bool -> (S, N, T) nats, 0 where visible or missing."""
+
+    @abstractmethod
+    def posterior(self, visible: Tensor | None = None) -> Posterior:
         """Latents given the visible (T,) and observed tokens of each row: all observed ones by default."""
+
+    def chain(self, order: Tensor, stops: list[int] | None = None) -> Tensor:
+        """Score token order[c, t] given order[c, :t]: (C, T) long -> (C, N, T) nats, by token.
+
+        Between ``stops``, ascending numbers of tokens from 0 to T, a way that pays a run for every step may give each
+        token the mean of its stretch.
+        """
+        place = order.argsort(1)
+        out = []
+        for t, tokens in zip(place, order, strict=True):
+            found = self.conditionals(t < torch.arange(order.shape[1], device=t.device)[:, None])  # (T, N, T)
+            steps = found[torch.arange(len(tokens)), :, tokens].mT  # (N, T) in turn
+            out.append(torch.empty_like(steps).index_copy(1, tokens, steps))
+        return torch.stack(out)
+
+    def score(self, masks: Masks | None = None) -> Tensor:
+        """Weighted sum of the conditionals over masks and tokens, (N,); without masks the log-density of each row."""
+        if masks is None:
+            return self._joint()
+        weight = masks.weight.to(self.value)
+        if masks.order is not None:
+            return self._along(masks.order.to(self.value.device), weight)
+        assert masks.visible is not None
+        return self._over(masks.visible.to(self.value.device), weight)
+
+    def evidence(self, orders: Tensor | None = None) -> Evidence:
+        """The score with its error, as good as this way can make it.
+
+        Where chains along different ``orders`` (C, T) do not add up to the same, along these.
+        """
+        return Evidence(self._joint(), 0.0, {}, exact=True)
+
+    def predict(self, new: tuple[Any, ...], *, full: bool = False) -> Predictive:
+        """Observations of new rows given those of the rows read, as the program's arguments."""
+        raise ModelError("this program does not predict rows from other rows")
+
+    def at(self, tokens: Tensor) -> Conditionals:
+        """The conditionals of other rows (N, T), where rows share what was read."""
+        raise ModelError(
+            "what was read of this program belongs to the rows that were read: call read(args) with the others"
+        )
+
+    def detached(self) -> Conditionals | None:
+        """What serves for other rows, as plain tensors that pickle; None where nothing does."""
+        return None
+
+    # ------------------------------------------------------------------------- what a way may know better
+
+    def _joint(self) -> Tensor:
+        """Log-density of the observed tokens of each row (N,)."""
+        order = torch.arange(self.value.shape[1], device=self.value.device)[None]
+        return self.chain(order)[0].sum(-1)
+
+    def _along(self, order: Tensor, weight: Tensor) -> Tensor:
+        """The weighted sum (N,) along chains (C, T): whatever the order, they add up to the log-density."""
+        return self._joint()
+
+    def _over(self, visible: Tensor, weight: Tensor) -> Tensor:
+        """The weighted sum (N,) over masks; both (S, T)."""
+        if visible.ndim != 2:
+            raise ModelError("masks of each row's own need a program that is conditioned on the mask")
+        total = self.value.new_zeros(len(self.value))
+        step = max(1, CHUNK // max(1, self.value.numel()))
+        for i in range(0, len(visible), step):
+            found = self.conditionals(visible[i : i + step])
+            total = total + torch.einsum("snt,st->n", found, weight[i : i + step])
+        return total
+
+
+class Frozen(Bound):
+    """What was found out about a program, without the program: pickles. Rows that share a map can still be read."""
+
+    def __init__(self, bound: Bound, read: Conditionals | None = None):
+        self.structure, self._parameters = bound.structure, bound.parameters
+        self.shared = None if read is None else read.detached()
+        self.name, self.why, self.exact, self.sampled = bound.name, bound.why, bound.exact, bound.sampled
+        self.one_by_one, self.own_masks, self.remembers = bound.one_by_one, bound.own_masks, bound.remembers
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        return self._parameters
+
+    def read(self, args: tuple[Any, ...]) -> Conditionals:
+        if self.shared is None or not self.structure.scores_input:
+            raise RuntimeError(
+                "this predictor is frozen: it has no program to read. Use it through the estimator that was fitted"
+            )
+        return self.shared.at(args[0])

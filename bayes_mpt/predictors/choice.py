@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from bayes_mpt.predictors.base import Conditionals, Guide, Predictor
+from bayes_mpt.predictors.base import Bound, Guide, Predictor
 from bayes_mpt.predictors.exact import summed_out
 from bayes_mpt.predictors.gaussian.markov import closed_form
 from bayes_mpt.predictors.gaussian.nearest_neighbors import NearestNeighbors, near_conditionals
@@ -44,8 +44,8 @@ def choose(
     *,
     predictor: Predictor | str = "auto",
     guide: Guide | None = None,
-) -> Conditionals:
-    """The conditionals of a program, in the most exact way that fits it.
+) -> Bound:
+    """The program, scored in the most exact way that fits it.
 
     "auto" takes, in this order: of a program ``model(x, visible)`` what it says itself (`SelfPredictive`); of
     observations that are one Gaussian vector the exact density up to 4096 of them, beyond that `NearestNeighbors(30)`;

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bayes_mpt.predictors.base import Conditionals, Guide, Predictor
+from bayes_mpt.predictors.base import Bound, Guide, Predictor
 from bayes_mpt.predictors.gaussian.markov import closed_form
 from bayes_mpt.predictors.gaussian.process import JointGaussian, gaussian_program
 from bayes_mpt.predictors.nodes.enumeration import enumerated, mixture_of_maps
@@ -34,11 +34,11 @@ class Exact(Predictor):
     ...         p = torch.where(fair == 1, 0.5, 0.9)
     ...         pyro.sample("x", dist.Bernoulli(p[..., None].expand(*p.shape, 2)).to_event(1), obs=x)
     >>> x = torch.ones(1, 2, dtype=torch.float64)
-    >>> Exact().bind(coins, (x,)).read((x,)).joint(x).exp()  # (0.5^2 + 0.9^2) / 2
+    >>> Exact().bind(coins, (x,)).read((x,)).score().exp()  # (0.5^2 + 0.9^2) / 2
     tensor([0.5300], dtype=torch.float64)
     """
 
-    def bind(self, model: Model, args: tuple[Any, ...], guide: Guide | None = None) -> Conditionals:
+    def bind(self, model: Model, args: tuple[Any, ...], guide: Guide | None = None) -> Bound:
         vector = gaussian_program(model, args)
         if vector is not None:
             return JointGaussian(model, vector)
@@ -49,7 +49,7 @@ class Exact(Predictor):
             return summed_out(model, args, analysis.checked(), error)
 
 
-def summed_out(model: Model, args: tuple[Any, ...], program: Program, reason: NotAffine) -> Conditionals:
+def summed_out(model: Model, args: tuple[Any, ...], program: Program, reason: NotAffine) -> Bound:
     """What of a program that is not linear-Gaussian is so given its discrete latents, or has no others."""
     kinds = {site.kind for site in program.sites}
     if program.discrete and kinds <= {"Normal", "MultivariateNormal"}:

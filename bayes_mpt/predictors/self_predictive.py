@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
 
-from bayes_mpt.diagnostics import disagreement, replicate_error
-from bayes_mpt.masks import PermutationChain
-from bayes_mpt.predictors.base import Conditionals, Evidence, Guide, Posterior, Predictor
+from bayes_mpt.masks import Masks, PermutationChain, Policy, one_each
+from bayes_mpt.predictors.base import (
+    Bound,
+    Conditionals,
+    Evidence,
+    Guide,
+    Leaves,
+    Posterior,
+    Predictor,
+    along_orders,
+)
 from bayes_mpt.program.analysis import analyze
 from bayes_mpt.program.arguments import fill
 from bayes_mpt.program.densities import log_density
@@ -77,7 +84,7 @@ class SelfPredictive(Predictor):
     >>> x = torch.tensor([[0.0, 1.0], [2.0, 2.0]], dtype=torch.float64)
     >>> pyro.clear_param_store()
     >>> found = SelfPredictive().bind(model, (x,)).read((x,))
-    >>> found.conditionals(x, torch.tensor([[True, False]]))[0, 1].detach()  # log N(2; 0, 1)
+    >>> found.conditionals(torch.tensor([[True, False]]))[0, 1].detach()  # log N(2; 0, 1)
     tensor([ 0.0000, -2.9189], dtype=torch.float64)
     """
 
@@ -85,7 +92,7 @@ class SelfPredictive(Predictor):
         self.n_orders = n_orders
         self.random_state = random_state
 
-    def bind(self, model: Model, args: tuple[Any, ...], guide: Guide | None = None) -> Conditionals:
+    def bind(self, model: Model, args: tuple[Any, ...], guide: Guide | None = None) -> Bound:
         if not takes_visible(model):
             raise ModelError(
                 "SelfPredictive needs a program that is conditioned on the mask: model(x, visible), with visible "
@@ -93,7 +100,7 @@ class SelfPredictive(Predictor):
             )
         if len(args) != 1:
             raise ModelError(f"a program model(x, visible) takes one table, got {len(args)} arguments")
-        program = analyze(sees_all(model), args, own_masks=True)
+        program = analyze(sees_all(model), args, own_masks=True)._replace(takes_visible=True)
         if program.latents:
             raise ModelError(
                 f"a program with an argument `visible` predicts hidden tokens itself, but this one has latent sites "
@@ -105,51 +112,111 @@ class SelfPredictive(Predictor):
                 f"observed site {program.observed!r} must hold the {x.shape[1]} cells of each row, each with a "
                 'density of its own, inside pyro.plate("rows", len(x)): append .to_event(1) to their distribution'
             )
-        found = SelfConditionals(self, model, program)
+        found = SelfPredicting(self, model, program)
         found.examine(x)
         return found
 
 
-class SelfConditionals(Conditionals):
-    """The program, run once for every mask."""
+class SelfPredicting(Bound):
+    """A program that is conditioned on the mask and has no latents."""
 
     name = "SelfPredictive"
-    telescopes = False
-    own_masks = independent = True
+    own_masks = True
     why = "the program is conditioned on the mask and has no latents"
+    model: Model
+    structure: Program
 
     def __init__(self, settings: SelfPredictive, model: Model, program: Program):
-        self.settings = settings
-        self.model: Model | None = model
-        self.structure = self.program = program
+        self.settings, self.model, self.structure = settings, model, program
         self.blind = False
         """Whether no token's distribution looks at the token itself: one run gives all T that hide one."""
         self.blind_in_part = False
         """Whether that holds for rows with missing cells too."""
-        self._rows: Tensor | None = None
 
-    @property
-    def value(self) -> Tensor:
-        assert self._rows is not None
-        return self._rows
+    def read(self, args: tuple[Any, ...]) -> SelfConditionals:
+        return SelfConditionals(
+            self.settings, self.model, self.structure, args[0], self.blind, self.blind_in_part
+        )
 
-    @property
-    def scale(self) -> float:
-        return self.program.scale
+    def draw_masks(self, policy: Policy, rows: Tensor, generator: torch.Generator) -> Masks | None:
+        draw = policy.draw(rows.shape[1], generator)
+        if draw.visible is None or policy.deterministic:
+            return draw
+        return one_each(draw, len(rows), generator)
 
-    def read(self, args: tuple[Any, ...]) -> Self:
-        new = copy.copy(self)
-        new._rows = args[0]
-        return new
+    @torch.no_grad()
+    def examine(self, x: Tensor) -> None:
+        """Refuse a program whose rows look at each other; see whether tokens look at themselves."""
+        x = fill(x)
+        with one_precision((x,)):
+            trace = poutine.trace(self.model).get_trace(x, visible=torch.ones_like(x, dtype=torch.bool))
+        if not torch.equal(token_values(trace, self.structure), x):
+            raise ModelError(
+                f"the tokens of observed site {self.structure.observed!r} must be the cells of x, unchanged, so "
+                "that hidden ones can be scored: write obs=x"
+            )
+        n_tokens = x.shape[1]
+        some = x[torch.linspace(0, len(x) - 1, N_TRIAL).round().long()]
+        found = self.read((some,))
+        with _shaken():
+            everything = torch.ones_like(some, dtype=torch.bool)
+            seeing_all = found._run(some, everything)
+            alone = torch.cat(
+                [found._run(row[None], e[None]) for row, e in zip(some, everything, strict=True)]
+            )
+            if not _close(seeing_all, alone):
+                raise ModelError(
+                    "a row's distribution changes with the other rows of the batch, or from run to run (batch "
+                    "normalisation, dropout): a row must be predicted from its own visible tokens alone"
+                )
+            if _close(seeing_all, found._run(some, ~everything)):
+                return  # nothing looks at anything
+            if factor_nodes(trace):
+                return  # which may look at what is hidden
+            each = ~torch.eye(n_tokens, dtype=torch.bool, device=x.device)
+            hiding_one = found._score_hidden(some, each)  # (T, N, T)
+            self.blind = _close(hiding_one.diagonal(dim1=0, dim2=2), seeing_all)
+            if self.blind:
+                holes = torch.arange(len(some), device=x.device)[:, None] % n_tokens == torch.arange(
+                    n_tokens, device=x.device
+                )
+                part = torch.where(holes, torch.nan, some)
+                hiding_one = found._score_hidden(part, each).diagonal(dim1=0, dim2=2)
+                self.blind_in_part = _close(hiding_one, torch.where(holes, 0.0, found._run(part, everything)))
+        if self.blind:
+            self.why += "; no token looks at itself, so that one run gives all that are hidden alone"
 
-    def freeze(self) -> Self:
-        new = copy.copy(self)
-        new._rows = new.model = None
-        return new
+
+class SelfConditionals(Conditionals):
+    """Rows under the program, run once for every mask. Masks may be each row's own, (S, N, T)."""
+
+    structure: Program
+
+    def __init__(
+        self,
+        settings: SelfPredictive,
+        model: Model,
+        program: Program,
+        rows: Tensor,
+        blind: bool = False,
+        blind_in_part: bool = False,
+    ):
+        self.settings, self.structure, self.value, self.scale = settings, program, rows, program.scale
+        self.blind, self.blind_in_part = blind, blind_in_part
+        self._model, self._leaves = model, Leaves(program.parameters)
 
     # --------------------------------------------------------------------------------------------------- the scores
 
-    def conditionals(self, x: Tensor, visible: Tensor) -> Tensor:
+    def at(self, tokens: Tensor) -> SelfConditionals:
+        return SelfConditionals(
+            self.settings, self._model, self.structure, tokens, self.blind, self.blind_in_part
+        )
+
+    def conditionals(self, visible: Tensor) -> Tensor:
+        return self._score_hidden(self.value, visible)
+
+    def _score_hidden(self, x: Tensor, visible: Tensor) -> Tensor:
+        """`conditionals` of rows x."""
         n_masks, n = len(visible), len(x)
         hidden = ~visible.expand(n_masks, n, -1) if visible.ndim == 3 else ~visible[:, None].expand(-1, n, -1)
         parts = [
@@ -158,12 +225,13 @@ class SelfConditionals(Conditionals):
         ]
         return torch.cat(parts).reshape(n_masks, n, -1)
 
-    def weighed(self, x: Tensor, visible: Tensor, weight: Tensor) -> Tensor:
+    def _over(self, visible: Tensor, weight: Tensor) -> Tensor:
+        x = self.value
         if visible.ndim == 3 or not self.blind:
-            return self._weighed_by_mask(x, visible, weight)
+            return self._over_each(x, visible, weight)
         alone = (~visible).sum(1) == 1
         if not bool(alone.any()):
-            return self._weighed_by_mask(x, visible, weight)
+            return self._over_each(x, visible, weight)
         quick = ~x.isnan().any(1) | self.blind_in_part  # (N,): one run for all masks that hide one token
         once = (weight * ~visible)[alone].sum(0)
         some, others = quick.nonzero()[:, 0], (~quick).nonzero()[:, 0]
@@ -174,20 +242,22 @@ class SelfConditionals(Conditionals):
             found = torch.where(x[some].isnan(), 0.0, torch.cat(by_token)) @ once
             total = total.index_add(0, some, found)
         if len(others):
-            found = self._weighed_by_mask(x[others], visible[alone], weight[alone])
+            found = self._over_each(x[others], visible[alone], weight[alone])
             total = total.index_add(0, others, found)
-        return total + self._weighed_by_mask(x, visible[~alone], weight[~alone])
+        return total + self._over_each(x, visible[~alone], weight[~alone])
 
-    def _weighed_by_mask(self, x: Tensor, visible: Tensor, weight: Tensor) -> Tensor:
+    def _over_each(self, x: Tensor, visible: Tensor, weight: Tensor) -> Tensor:
+        """The weighted sum, every mask by itself."""
         total = x.new_zeros(len(x))
         spec = "snt,snt->n" if weight.ndim == 3 else "snt,st->n"
         step = max(1, at_once(RUN_CELLS, x.device) // max(1, x.numel()))
         for i in range(0, len(visible), step):
-            part = self.conditionals(x, visible[i : i + step])
+            part = self._score_hidden(x, visible[i : i + step])
             total = total + torch.einsum(spec, part, weight[i : i + step])
         return total
 
-    def chain(self, x: Tensor, order: Tensor) -> Tensor:
+    def chain(self, order: Tensor, stops: list[int] | None = None) -> Tensor:
+        x = self.value
         n_chains, n_tokens = order.shape
         place = order.argsort(dim=1)  # (C, T): when a token's turn comes
         steps = []
@@ -199,32 +269,40 @@ class SelfConditionals(Conditionals):
         by_step = torch.cat(steps).reshape(n_chains, n_tokens, len(x))
         return by_step.gather(1, place[..., None].expand_as(by_step)).mT
 
-    def joint(self, x: Tensor) -> Tensor:
-        return self._by_order(x).mean(0)
+    def _joint(self) -> Tensor:
+        return torch.stack([self.chain(order[None])[0].sum(1) for order in self._own_orders()]).mean(0)
 
-    def evidence(self, x: Tensor) -> Evidence:
+    def _along(self, order: Tensor, weight: Tensor) -> Tensor:
+        return torch.einsum("cnt,ct->n", self.chain(order), weight)
+
+    def evidence(self, orders: Tensor | None = None) -> Evidence:
         """The mean over orders; its error over orders, and how far these disagree.
 
-        Diagnostics: ``totals`` (C,) nats of all rows in each random order, and, where there are several,
-        ``total_given_order`` in the order of the columns; ``order_sd`` the standard deviation between orders, root mean
-        square over rows; ``log_mean_exp`` total nats of the rows under the mixture of the random orders, a normalised
-        density.
+        Diagnostics: ``totals`` (C,) nats of all rows in each random order, and, where there are several orders of one's
+        own, ``total_given_order`` in the order of the columns; ``order_sd`` the standard deviation between orders, root
+        mean square over rows; ``log_mean_exp`` total nats of the rows under the mixture of the random orders, a
+        normalised density.
         """
-        by_order = self._by_order(x)  # (C, N)
-        found = disagreement(by_order)
-        found["n_orders"] = len(by_order)
-        if len(by_order) > 1:
-            given = torch.arange(x.shape[1], device=x.device)[None]
-            found["total_given_order"] = float(self.chain(x, given).detach().sum())
-        return Evidence(by_order.mean(0), replicate_error(found["totals"]), found)
+        own = self._own_orders() if orders is None else orders
+        found = along_orders(torch.cat([self.chain(order[None]) for order in own]))
+        found.diagnostics["n_orders"] = len(own)
+        if orders is None and len(own) > 1:
+            given = torch.arange(self.value.shape[1], device=self.value.device)[None]
+            found.diagnostics["total_given_order"] = float(self.chain(given).detach().sum())
+        return found
 
-    def posterior(self, x: Tensor, visible: Tensor | None = None) -> Posterior:
+    def posterior(self, visible: Tensor | None = None) -> Posterior:
+        x = self.value
         shown = ~x.isnan() if visible is None else visible & ~x.isnan()
         tokens = torch.cat([self._run(x[row], shown[row], _mean) for _, row in self._pairs(1, x)])
-        return Posterior(x.new_zeros(len(x), 0), tokens)
+        return Posterior(
+            x.new_zeros(len(x), 0),
+            tokens,
+            of_draws=lambda n: self._draws(torch.where(shown, x, torch.nan), n),
+        )
 
     @torch.no_grad()
-    def draw(self, x: Tensor, n_draws: int) -> Tensor:
+    def _draws(self, x: Tensor, n_draws: int) -> Tensor:
         """Missing tokens one after the other, in an order of each row and draw, given the observed and drawn ones."""
         rows = x.repeat(n_draws, 1)
         while bool(rows.isnan().any()):
@@ -236,11 +314,12 @@ class SelfConditionals(Conditionals):
                 rows[index[part]] = some.scatter(1, at, drawn.gather(1, at))
         return rows.reshape(n_draws, *x.shape)
 
-    def _by_order(self, x: Tensor) -> Tensor:
-        """log p_o(x) of every random order: (C, N)."""
-        drawn = PermutationChain(self.settings.n_orders).draw(x.shape[1], self.settings.random_state).order
+    def _own_orders(self) -> Tensor:
+        """Random orders (C, T), the same at every call."""
+        n_tokens = self.value.shape[1]
+        drawn = PermutationChain(self.settings.n_orders).draw(n_tokens, self.settings.random_state).order
         assert drawn is not None
-        return torch.stack([self.chain(x, order[None])[0].sum(1) for order in drawn.to(x.device)])
+        return drawn.to(self.value.device)
 
     # ------------------------------------------------------------------------------------------------------ running
 
@@ -256,16 +335,15 @@ class SelfConditionals(Conditionals):
 
         Or what else ``of`` makes of the tokens' distributions and true values.
         """
-        if self.model is None:
-            raise ModelError("a frozen program cannot be run: use it through the estimator that was fitted")
+        self._leaves.refuse_others()
         seen = visible & ~x.isnan()
         shown = torch.where(seen, x, 0.0)
         # the first run was checked; checks of each would cost a tenth of the time
         with one_precision((shown,)), pyro.validation_enabled(False):
-            trace = poutine.trace(self.model).get_trace(shown, visible=seen)
+            trace = poutine.trace(self._model).get_trace(shown, visible=seen)
         # Nothing but the distribution's own density of the true value, which the program has not seen.
         value, parts, start = fill(x, x.new_zeros(())), [], 0
-        for site in self.program.sites:
+        for site in self.structure.sites:
             fn = base(node_of(trace, site.name)["fn"])
             given = x if getattr(fn, "takes_missing", False) else value
             cells = _as_site(given[:, start : start + site.n_tokens], site.shape, site.row_axis)
@@ -277,49 +355,6 @@ class SelfConditionals(Conditionals):
             for node in factor_nodes(trace):
                 by_token = by_token + base(node["fn"]).log_factor[..., None]
         return by_token
-
-    # -------------------------------------------------------------------------------------------------- the program
-
-    @torch.no_grad()
-    def examine(self, x: Tensor) -> None:
-        """Refuse a program whose rows look at each other; see whether tokens look at themselves."""
-        x = fill(x)
-        with one_precision((x,)):
-            trace = poutine.trace(self.model).get_trace(x, visible=torch.ones_like(x, dtype=torch.bool))
-        if not torch.equal(token_values(trace, self.program), x):
-            raise ModelError(
-                f"the tokens of observed site {self.program.observed!r} must be the cells of x, unchanged, so "
-                "that hidden ones can be scored: write obs=x"
-            )
-        n_tokens = x.shape[1]
-        some = x[torch.linspace(0, len(x) - 1, N_TRIAL).round().long()]
-        with _shaken():
-            everything = torch.ones_like(some, dtype=torch.bool)
-            seeing_all = self._run(some, everything)
-            alone = torch.cat(
-                [self._run(row[None], e[None]) for row, e in zip(some, everything, strict=True)]
-            )
-            if not _close(seeing_all, alone):
-                raise ModelError(
-                    "a row's distribution changes with the other rows of the batch, or from run to run (batch "
-                    "normalisation, dropout): a row must be predicted from its own visible tokens alone"
-                )
-            if _close(seeing_all, self._run(some, ~everything)):
-                return  # nothing looks at anything
-            if factor_nodes(trace):
-                return  # which may look at what is hidden
-            each = ~torch.eye(n_tokens, dtype=torch.bool, device=x.device)
-            hiding_one = self.conditionals(some, each)  # (T, N, T)
-            self.blind = _close(hiding_one.diagonal(dim1=0, dim2=2), seeing_all)
-            if self.blind:
-                holes = torch.arange(len(some), device=x.device)[:, None] % n_tokens == torch.arange(
-                    n_tokens, device=x.device
-                )
-                part = torch.where(holes, torch.nan, some)
-                hiding_one = self.conditionals(part, each).diagonal(dim1=0, dim2=2)
-                self.blind_in_part = _close(hiding_one, torch.where(holes, 0.0, self._run(part, everything)))
-        if self.blind:
-            self.why += "; no token looks at itself, so that one run gives all that are hidden alone"
 
 
 def sees_all(model: Model) -> Model:

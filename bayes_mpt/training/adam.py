@@ -159,12 +159,12 @@ def _batch(problem: Problem, batch_size: int | None, generator: torch.Generator)
     return take_rows(problem, torch.randperm(len(problem.args[0]), generator=generator)[:batch_size])
 
 
-def total_on_masks(problem: Problem, predictor: Conditionals, seed: int) -> tuple[float, float]:
+def total_on_masks(problem: Problem, read: Conditionals, seed: int) -> tuple[float, float]:
     """The total score of all rows and its standard error, from replicates of one random mask for each row.
 
     Unbiased for the area under the masked curve, whatever was trained on; masks are independent between rows, so that
     the error falls with their number.
     """
     generator = torch_generator(seed)
-    totals = np.array([float(problem.by_row(predictor, OWN_MASKS, generator).sum()) for _ in range(N_TOTALS)])
+    totals = np.array([float(problem.by_row(read, OWN_MASKS, generator).sum()) for _ in range(N_TOTALS)])
     return float(totals.mean()), replicate_error(totals)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bayes_mpt.predictors import LinearGaussian
 from bayes_mpt.predictors.gaussian import incomplete, profile
+from bayes_mpt.predictors.gaussian.linear import LinearRows
 from bayes_mpt.program.affine import DenseMap
 from bayes_mpt.program.statistics import SufficientStatistics
 from bayes_mpt.training.problem import (
@@ -170,10 +171,10 @@ def _best(
     return profile.diagonal(cov, n_latents, start=near, max_iter=STEPS, tol=tol, refuse=False)
 
 
-def _exact(problem: Problem) -> LinearGaussian:
+def _exact(problem: Problem) -> LinearRows:
     """The linear-Gaussian map at the current parameters."""
     predictor = problem.read()
-    if not isinstance(predictor, LinearGaussian):
+    if not isinstance(predictor, LinearRows):
         raise TypeError(f"this training needs a linear-Gaussian program, got {type(predictor).__name__}")
     return predictor
 

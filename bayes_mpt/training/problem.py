@@ -15,11 +15,10 @@ from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from bayes_mpt.masks import Policy, torch_generator
-from bayes_mpt.predictors import Conditionals
+from bayes_mpt.predictors import Bound, Conditionals
 from bayes_mpt.program.arguments import rows_of
 from bayes_mpt.program.program import ModelError
 from bayes_mpt.runtime.interrupts import check_stop
-from bayes_mpt.score import masked_score, training_masks
 
 __all__ = [
     "Fit",
@@ -45,7 +44,7 @@ Report = Callable[[int, float], bool]
 class Problem:
     """What is maximised: the weighted score of these rows under this program."""
 
-    predictor: Conditionals
+    predictor: Bound
     args: tuple[Any, ...]
     """What the program is called with when it is read."""
     rows: Tensor | None
@@ -61,9 +60,10 @@ class Problem:
     """What is scored, on one draw that stays, where no other masks are asked for; None: the joint density."""
 
     def read(self) -> Conditionals:
-        """The predictor at the current parameters."""
+        """The conditionals of the rows at the current parameters."""
         check_stop()
-        return self.predictor.read(self.args)
+        read = self.predictor.read(self.args)
+        return read if self.rows is None else read.at(self.rows)
 
     def score(self, masks: Policy | None = None, generator: torch.Generator | None = None) -> Tensor:
         """Mean score a row at the current parameters, exact or over one draw of masks; with the log prior."""
@@ -75,26 +75,24 @@ class Problem:
         return score if self.log_prior is None else score + self.log_prior() / self.n_rows
 
     def score_of(
-        self, predictor: Conditionals, masks: Policy | None = None, generator: torch.Generator | None = None
+        self, read: Conditionals, masks: Policy | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Mean score a row of a predictor that has read the program, without the log prior."""
-        by_row = self.by_row(predictor, masks, generator)
+        """Mean score a row of what has been read, without the log prior."""
+        by_row = self.by_row(read, masks, generator)
         total = by_row.sum() if self.weight is None else self.weight @ by_row
         return total / self.n_rows
 
     def by_row(
-        self, predictor: Conditionals, masks: Policy | None = None, generator: torch.Generator | None = None
+        self, read: Any, masks: Policy | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
-        """The score of each row (R,) of a predictor that has read the program."""
-        x = predictor.value if self.rows is None else self.rows
+        """The score of each row (R,) of what has been read."""
         if self.some is not None:
-            return predictor.partial(x, *self.some)
+            return read.partial(*self.some)
         masks = self.masks if masks is None else masks
-        # a chain sums to the joint, whatever its order
-        if masks is None or (masks.chains and predictor.telescopes):
-            return predictor.joint(x)
-        draw = training_masks(predictor, masks, x, torch_generator(0) if generator is None else generator)
-        return masked_score(predictor, x, draw)
+        if masks is None:
+            return read.score()
+        generator = torch_generator(0) if generator is None else generator
+        return read.score(self.predictor.draw_masks(masks, read.value, generator))
 
     def leaves(self) -> dict[str, Tensor]:
         """Unconstrained parameters of the program by name."""
@@ -116,7 +114,7 @@ class Fit:
     at_zero: list[int] = field(default_factory=list)
     """Columns whose noise variance has ended at zero."""
     last: Conditionals | None = None
-    """The predictor at the fitted parameters, where it has been read; its score is the last of the history."""
+    """The conditionals at the fitted parameters, where they have been read; their score is the last of the history."""
 
 
 def take_rows(problem: Problem, index: Tensor) -> Problem:
@@ -171,9 +169,9 @@ def untouched(name: str) -> ModelError:
 
 
 @torch.no_grad()
-def impossible(problem: Problem, predictor: Conditionals) -> str:
+def impossible(problem: Problem, read: Conditionals) -> str:
     """The rows that have no chance at all under a program that has been read, in words; empty without any."""
-    by_row = problem.by_row(predictor)
+    by_row = problem.by_row(read)
     if len(by_row) < 2:
         return ""
     rows = (by_row == -math.inf).nonzero()[:, 0].tolist()
@@ -182,22 +180,22 @@ def impossible(problem: Problem, predictor: Conditionals) -> str:
     named = ", ".join(map(str, rows[:5])) + (f" and {len(rows) - 5} others" if len(rows) > 5 else "")
     why = (
         "have density 0 at every draw of the latents"
-        if predictor.sampled
+        if problem.predictor.sampled
         else "cannot occur under the program"
     )
     return f", since rows [{named}] (counted from 0) {why}"
 
 
 def check_start(problem: Problem, leaves: dict[str, Tensor]) -> tuple[Conditionals, float, Tensor]:
-    """The predictor read, its score and gradient, both finite."""
+    """The conditionals at the start, their score and its gradient, both finite."""
     check_finite(leaves)
-    predictor = problem.read()
-    score = problem.score_of(predictor)
+    read = problem.read()
+    score = problem.score_of(read)
     if not leaves:
         raise ModelError("the program has no pyro.param: there is nothing to train")
     if not bool(torch.isfinite(score)):
         raise ModelError(
-            f"the score is {float(score.detach())} at the start{impossible(problem, predictor)}: check the program and "
+            f"the score is {float(score.detach())} at the start{impossible(problem, read)}: check the program and "
             "its data"
         )
     grads: tuple[Tensor | None, ...] = (None,) * len(leaves)
@@ -208,7 +206,7 @@ def check_start(problem: Problem, leaves: dict[str, Tensor]) -> tuple[Conditiona
             raise untouched(name)
         if not bool(torch.isfinite(grad).all()):
             raise ModelError(f"the gradient of parameter {name!r} is not finite at the start")
-    return predictor, float(score.detach()), torch.cat([g.flatten() for g in grads if g is not None])
+    return read, float(score.detach()), torch.cat([g.flatten() for g in grads if g is not None])
 
 
 @cache

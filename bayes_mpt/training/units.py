@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pyro
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from bayes_mpt.masks import torch_generator
-from bayes_mpt.predictors import Conditionals, LinearGaussian
+from bayes_mpt.predictors import Conditionals
+from bayes_mpt.predictors.gaussian.linear import LinearRows
 from bayes_mpt.predictors.gaussian.process import JointGaussian
 from bayes_mpt.program.affine import DenseMap
 from bayes_mpt.program.arguments import rows_of, spread_rows
@@ -56,7 +58,8 @@ def only(problem: Problem, tokens: Tensor) -> Problem:
 
 def sampled(problem: Problem, n_tokens: int, generator: torch.Generator) -> Problem:
     """The problem with its score estimated from random tokens."""
-    some = problem.read().sample(n_tokens, generator)
+    read: Any = problem.read()
+    some = read.sample(n_tokens, generator)
     return replace(problem, some=some)
 
 
@@ -99,7 +102,7 @@ def units(problem: Problem, leaves: dict[str, Tensor], predictor: Conditionals |
     if problem.predictor.climbs:  # one vector, of which no part is cheap to have alone
         return torch.ones_like(flat(leaves)).detach()
     predictor = problem.read() if predictor is None else predictor
-    if isinstance(predictor, LinearGaussian):
+    if isinstance(predictor, LinearRows):
         outputs = torch.cat([part.flatten() for part in dimensionless(predictor.reading)])
     else:
         outputs = _by_part(problem, predictor)
@@ -113,7 +116,7 @@ def units(problem: Problem, leaves: dict[str, Tensor], predictor: Conditionals |
         )
         square += torch.cat([g.flatten() for g in grads]).square() / N_SCALE_PROBES
     for name, part in zip(leaves, square.split([v.numel() for v in leaves.values()]), strict=True):
-        if part.numel() and not bool((part > 0).any()) and isinstance(predictor, LinearGaussian):
+        if part.numel() and not bool((part > 0).any()) and isinstance(predictor, LinearRows):
             raise untouched(name)
     unit = torch.where(square > 0, square, torch.ones_like(square)).rsqrt().detach()
     # A constrained parameter moves through a logarithm or the like: one is far, and at a bound its slope is zero.
@@ -122,7 +125,7 @@ def units(problem: Problem, leaves: dict[str, Tensor], predictor: Conditionals |
         torch.full_like(v.flatten(), math.inf if bound[n] is constraints.real else 1.0)
         for n, v in leaves.items()
     ]
-    if predictor.sampled or predictor.own_masks:
+    if problem.predictor.sampled or problem.predictor.own_masks:
         # What a few rows alone touch (a guide's own numbers for each row) would look flat: no further than its size.
         most.append(flat(leaves).detach().abs().clamp(min=1.0))
         return torch.minimum(unit, torch.minimum(torch.cat(most[:-1]), most[-1]))
@@ -165,23 +168,23 @@ def metric(problem: Problem, leaves: dict[str, Tensor]) -> tuple[Tensor, Tensor 
     return unit, vectors * information.clamp(min=1.0).rsqrt()
 
 
-def _predicted(part: Problem, predictor: Conditionals) -> tuple[Tensor, Tensor]:
+def _predicted(part: Problem, read: Any) -> tuple[Tensor, Tensor]:
     """Mean and variance of the tokens of a part of one vector."""
-    x = predictor.value
+    x = read.value
     tokens = torch.arange(x.shape[1], device=x.device) if part.some is None else part.some[0]
-    return predictor.predicted(x, tokens)
+    return read.predicted(tokens)
 
 
-def _by_part(problem: Problem, predictor: Conditionals) -> Tensor:
+def _by_part(problem: Problem, read: Conditionals) -> Tensor:
     """Log-densities of rows; of one vector, of its tokens in turn."""
-    if predictor.remembers:
-        mean, var = _predicted(problem, predictor)
+    if problem.predictor.remembers:
+        mean, var = _predicted(problem, read)
         return math.sqrt(2) * torch.cat([mean / var.detach().sqrt(), var.log() * math.sqrt(0.5)])
-    x = predictor.value
     if problem.masks is not None:
-        return problem.by_row(predictor)
-    if predictor.structure.scores_input:
-        x = x[:: -(-len(x) // N_SCALE_ROWS)]
-    if len(x) > 1:
-        return predictor.joint(x)
-    return predictor.chain(x, torch.arange(x.shape[1], device=x.device)[None]).flatten()
+        return problem.by_row(read)
+    x = read.value
+    if problem.predictor.structure.scores_input:
+        read = read.at(x[:: -(-len(x) // N_SCALE_ROWS)])
+    if len(read.value) > 1:
+        return read.score()
+    return read.chain(torch.arange(x.shape[1], device=x.device)[None]).flatten()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bayes_mpt.predictors import LinearGaussian
+from bayes_mpt.predictors.gaussian.linear import LinearRows
 from bayes_mpt.predictors.gaussian.profile import NoiseFloorError
 from bayes_mpt.predictors.nodes.given import AffineBatch
 from bayes_mpt.predictors.nodes.weighted import Nodes
@@ -32,10 +32,10 @@ def noise_at_zero(problem: Problem) -> list[int]:
     NoiseFloorError
         If it rises without bound.
     """
-    predictor = problem.read()
-    if not isinstance(predictor, LinearGaussian) or len(predictor.reading.noise) > 1:
+    read = problem.read()
+    if not isinstance(read, LinearRows) or len(read.reading.noise) > 1:
         return []
-    noise, loading = predictor.reading.noise[0], predictor.reading.loading[0]
+    noise, loading = read.reading.noise[0], read.reading.loading[0]
     small = (noise <= SMALL * (noise + loading.square().sum(-1))).nonzero()[:, 0].tolist()
     if not small or not noise.requires_grad:
         return []
@@ -44,7 +44,7 @@ def noise_at_zero(problem: Problem) -> list[int]:
         least = LEAST * (noise + loading.square().sum(-1))
 
         def score(noise: Tensor) -> float:
-            moved = predictor.with_reading(predictor.reading._replace(noise=noise[None]))
+            moved = LinearRows(read.structure, read.reading._replace(noise=noise[None]))
             return float(problem.score_of(moved))
 
         def gain(columns: Tensor) -> float:
@@ -66,11 +66,11 @@ def noise_at_zero(problem: Problem) -> list[int]:
 @torch.no_grad()
 def collapsed(problem: Problem) -> dict[int, list[int]]:
     """Components of a mixture of Gaussian maps that have lost their spread, and the columns in whose direction."""
-    predictor = problem.read()
-    given = predictor.last.given if isinstance(predictor, Nodes) else None
-    if not isinstance(given, AffineBatch) or given.together is None:
+    read = problem.read()
+    given = read.last.given if isinstance(read, Nodes) else None
+    if not isinstance(given, AffineBatch) or given.shared is None:
         return {}
-    reading, x = given.together.reading, predictor.value
+    reading, x = given.shared.reading, read.value
     seen = ~x.isnan()
     mean = x.nan_to_num(0.0).sum(0) / seen.sum(0)
     sd = (torch.where(seen, x - mean, 0.0).square().sum(0) / seen.sum(0)).sqrt()

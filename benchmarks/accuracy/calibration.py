@@ -95,7 +95,7 @@ def sampled(kind, name, truth, predictor, args):
     def find(seed):
         torch.manual_seed(seed)
         read = predictor.read(args)
-        found = read.evidence(read.value)
+        found = read.evidence()
         return Found(float(found.by_row.sum()), found.se)
 
     return Case(kind, name, truth, find)
@@ -158,7 +158,7 @@ def factor_model(likelihood, a, b):
 
 
 def by_quadrature(model, x):
-    few, many = (float(Quadrature(n_nodes=n).bind(model, (x,)).read((x,)).joint(x).sum()) for n in (64, 128))
+    few, many = (float(Quadrature(n_nodes=n).bind(model, (x,)).read((x,)).score().sum()) for n in (64, 128))
     assert abs(few - many) < 1e-8, (few, many)
     return many
 
@@ -216,11 +216,11 @@ def masked():
         predictor = BayesMPT(PPCA(k)).fit(x).predictor_
 
         def find(seed, predictor=predictor):
-            found = estimate(predictor, rows, UniformSize(20), n_replicates=8, random_state=seed)
+            found = estimate(predictor.read((rows,)), UniformSize(20), n_replicates=8, random_state=seed)
             return Found(found.total, found.se, found.diagnostics["totals"])
 
         with torch.no_grad():
-            truth = float(predictor.joint(rows).sum())
+            truth = float(predictor.read((rows,)).score().sum())
         yield Case("masks", f"PPCA({k})", truth, find)
 
 

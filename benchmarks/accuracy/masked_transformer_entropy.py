@@ -72,8 +72,8 @@ def main(report: Report, args):
         )
         model.fit(x)
         cpu = time.process_time() - start
-        with model.read_rows(ROWS.astype(np.float32)) as (predictor, rows):
-            by_order = predictor.chain(rows, PermutationChain(4).draw(T, 0).order).sum(-1).numpy()  # (4, 3^T)
+        with model.read_rows(ROWS.astype(np.float32)) as predictor:
+            by_order = predictor.chain(PermutationChain(4).draw(T, 0).order).sum(-1).numpy()  # (4, 3^T)
         missed = -entropy - float(p @ by_order.mean(0))
         report.row(
             width=width,

@@ -216,13 +216,13 @@ def judge(model: VAE, rows: Tensor) -> dict[str, float]:
     torch.manual_seed(1)
     with torch.no_grad():
         read = AnnealedImportance(8, 300).bind(model, (rows,), prior).read((rows,))
-        found = read.evidence(read.value)
+        found = read.evidence()
         out["lml"], out["lml_se"] = float(found.by_row.mean()), found.se / len(rows)
         out["sd of log weights"] = found.diagnostics["log_weight_sd"]
         half = torch.where(torch.rand(rows.shape).to(rows) < 0.5, torch.nan, rows)
         for name, x in (("own bound", rows), ("own bound, half hidden", half)):
             read = Importance(100).bind(model, (x,), model.guide).read((x,))
-            out[name] = float(read.joint(read.value).mean())
+            out[name] = float(read.score().mean())
     return out
 
 
@@ -231,7 +231,7 @@ def bound(model: VAE, rows: Tensor) -> float:
     torch.manual_seed(2)
     with torch.no_grad():
         read = Importance(PARTICLES).bind(model, (rows,), model.guide).read((rows,))
-        return float(read.joint(read.value).mean())
+        return float(read.score().mean())
 
 
 def run_of(loss: str, seed: int, missing: float, X: Tensor, fresh: Tensor, seconds: float) -> dict[str, Any]:

@@ -642,7 +642,7 @@ def stage(report, gaps, p, x, step, n_masks):
         predictor = Quadrature(12).bind(bernoulli, (x,)).read((x,))
         order = torch.randperm(n_tokens, generator=generator)
         with torch.no_grad():  # nodes are placed anew for each visible set, so nothing telescopes by itself
-            ours = float(predictor.chain(x, order[None])[0].sum(1).mean())
+            ours = float(predictor.chain(order[None])[0].sum(1).mean())
     z, log_weight = grid(81)
     theirs = []
     for _ in range(n_masks):  # blocks of one partition: every token is hidden once

@@ -139,7 +139,7 @@ def candidate(kernel: Any, truth: Truth) -> dict[str, float]:
         for at in (found.modes[0].theta, theta):
             integrated.assign(leaves, torch.as_tensor(at))
             with torch.no_grad():
-                guess = predictor.predictive(seen, new)
+                guess = predictor.read(seen).predict(new)
                 fresh.append(
                     float(torch.distributions.Normal(guess.mean, guess.var.sqrt()).log_prob(new[1]).sum())
                 )

@@ -85,15 +85,15 @@ def main(report: Report, args) -> None:
         def whole(found=found, x=x):
             with torch.no_grad():
                 p = found.read((x,))
-                return float(p.joint(p.value))
+                return float(p.score())
 
         def algebra(read=read):
             with torch.no_grad():
-                return float(read.joint(read.value))
+                return float(read.score())
 
         def whole_gradient(found=found, x=x):
             p = found.read((x,))
-            p.joint(p.value).sum().backward()
+            p.score().sum().backward()
 
         def scan(x=x, leaves=leaves):
             with torch.no_grad():

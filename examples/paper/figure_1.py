@@ -16,7 +16,7 @@ from setting import SEEDS, factors, few_rows, generated, lml, output_directory, 
 
 from bayes_mpt import BayesMPT
 from bayes_mpt.masks import EverySize, FixedRate
-from bayes_mpt.score import Curve, estimate, fixed_rate_bias, masked_score
+from bayes_mpt.score import Curve, estimate, fixed_rate_bias
 
 N, K, M = 100, 2, 76
 MASKS = [1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50, 70, 100, 140, 199]
@@ -87,9 +87,9 @@ def convergence(d: int, *, shared: bool) -> dict:
     for seed in SEEDS:
         model, few, exact = fitted(d, seed, shared=shared)
         g = torch.Generator().manual_seed(seed)
-        points = [masked_score(model.predictor_, few, EverySize(n).draw(d, g)).mean() for n in MASKS]
+        points = [model.predictor_.read((few,)).score(EverySize(n).draw(d, g)).mean() for n in MASKS]
         difference.append([exact - float(p) for p in points])
-        e = estimate(model.predictor_, few, EverySize(1), n_replicates=300, random_state=0)
+        e = estimate(model.predictor_.read((few,)), EverySize(1), n_replicates=300, random_state=0)
         sd.append(float(e.diagnostics["totals"].std(ddof=1)) / len(few))
     difference = np.array(difference)
     # Known otherwise: unbiased, with a standard deviation that falls as the root of the number of masks.
@@ -108,7 +108,7 @@ def fixed_size(*, shared: bool) -> dict:
             [
                 [
                     exact
-                    - float(masked_score(model.predictor_, few, FixedRate(M / d, d * n).draw(d, seed)).mean())
+                    - float(model.predictor_.read((few,)).score(FixedRate(M / d, d * n).draw(d, seed)).mean())
                     for n in MASKS_512
                 ]
                 for seed in SEEDS
@@ -116,11 +116,11 @@ def fixed_size(*, shared: bool) -> dict:
         )
     bias = fixed_rate_bias(model, few, M / d, n_masks=4000 if shared else 1500, random_state=0)
     curve = estimate(
-        model.predictor_, few, EverySize(16 if shared else 1), n_replicates=1, random_state=0
+        model.predictor_.read((few,)), EverySize(16 if shared else 1), n_replicates=1, random_state=0
     ).by_size
     # Sum over m > M of S(m) = E log p(x_R), |R| = T - M: so B = LML - T S(M) splits into that tail and the mask itself.
     visible = FixedRate(M / d, 100).draw(d, 1).visible
-    seen = np.mean([float(model.predictor_.joint(few.where(v, torch.nan)).mean()) for v in visible])
+    seen = np.mean([float(model.predictor_.read((few.where(v, torch.nan),)).score().mean()) for v in visible])
     tail = seen - (d - M) * (exact - bias.value) / d
     assert abs(curve.mean[M:].sum() - seen) < (0.3 if shared else 3)
     if shared:  # Known otherwise: the mean of the differences estimates the same number

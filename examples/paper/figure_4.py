@@ -75,13 +75,13 @@ def area(k: int, n_each: int) -> dict:
     model = BayesMPT(lambda x: factors(x, torch.from_numpy(loading))).fit(x)
     few = few_rows(x)
     curves = [
-        estimate(model.predictor_, few, EverySize(n_each), n_replicates=1, random_state=seed).by_size
+        estimate(model.predictor_.read((few,)), EverySize(n_each), n_replicates=1, random_state=seed).by_size
         for seed in SEEDS
     ]
     exact = model.score(x)
     # Known otherwise: dense algebra, and the area under the curve of a single chain, which has no noise.
     assert abs(exact - lml(loading, x)) < 1e-8
-    chain = estimate(model.predictor_, few, PermutationChain(), n_replicates=1, random_state=0)
+    chain = estimate(model.predictor_.read((few,)), PermutationChain(), n_replicates=1, random_state=0)
     assert abs(chain.by_size.mean.sum() - exact) < 1e-6
     areas = np.array([c.mean.sum() for c in curves])
     assert abs(areas.mean() - exact) < 4 * areas.std(ddof=1) / np.sqrt(len(areas))
@@ -123,7 +123,7 @@ def training() -> list[dict]:
             if step % EVERY == 0:
                 loading = pyro.param("loading").detach().clone()
                 model = BayesMPT(lambda x, w=loading: factors(x, w)).fit(x)
-                e = estimate(model.predictor_, few, EverySize(20), n_replicates=1, random_state=step)
+                e = estimate(model.predictor_.read((few,)), EverySize(20), n_replicates=1, random_state=step)
                 exact = lml(loading.numpy(), x)
                 assert abs(model.score(x) - exact) < 1e-7 * abs(exact)
                 found.append(

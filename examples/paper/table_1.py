@@ -18,7 +18,7 @@ from setting import SEEDS, factors, few_rows, generated, lml, output_directory, 
 
 from bayes_mpt import BayesMPT
 from bayes_mpt.masks import Masks, PermutationChain
-from bayes_mpt.score import estimate, masked_score
+from bayes_mpt.score import estimate
 
 N, D, K, SEED = 1000, 200, 5, 1991
 PUBLISHED = {"exact": -60.34, 1: (-60.44, 0.47), 10: (-60.22, 0.12), 100: (-60.34, 0.03)}
@@ -45,7 +45,7 @@ def main() -> None:
         # independent noise has full rank, hence D rows in the place of 6: of the largest draws one seed is enough
         scores = {
             n: [
-                float(masked_score(model.predictor_, few, m).mean())
+                float(model.predictor_.read((few,)).score(m).mean())
                 for m in (draws if shared or n < 100 else draws[:1])
             ]
             for n, draws in masks.items()
@@ -54,9 +54,9 @@ def main() -> None:
 
         # Known otherwise: dense algebra; few rows and the rows themselves; a chain needs one order and has no noise.
         assert abs(exact - lml(loading, x)) < 1e-8
-        whole = masked_score(model.predictor_, torch.from_numpy(x), masks[1][0]).mean()
+        whole = model.predictor_.read((torch.from_numpy(x),)).score(masks[1][0]).mean()
         assert abs(whole - scores[1][0]) < 1e-6
-        chain = estimate(model.predictor_, few, PermutationChain(), n_replicates=1, random_state=0)
+        chain = estimate(model.predictor_.read((few,)), PermutationChain(), n_replicates=1, random_state=0)
         assert abs(chain.lml.mean() - exact) < 1e-6
     for n in masks:
         mean, sd = PUBLISHED[n]

@@ -189,14 +189,14 @@ def test_side_by_side_is_one_by_one(name, missing):
     with pyro.get_param_store().scope():
         predictor, args, prior, leaves = opened(GaussianProcess(KERNELS[name]), x, y)
         theta = prior.loc + prior.scale * np.random.default_rng(1).normal(size=(5, len(prior.loc)))
-        predictor.joint_at(
+        predictor.score_at(
             args, {n: torch.stack([v] * 2).exp() for n, v in leaves.items()}
         )  # it is the fast way
         value, grad = log_likelihood(predictor, args, leaves)(theta)
-        predictor.joint_at = None
+        predictor.score_at = None
         with pytest.raises(TypeError):
             log_likelihood(predictor, args, leaves)
-        predictor.joint_at = type(predictor).__mro__[1].joint_at.__get__(predictor)
+        predictor.score_at = type(predictor).__mro__[1].score_at.__get__(predictor)
         alone, slope = log_likelihood(predictor, args, leaves)(theta)
     assert value == pytest.approx(alone, rel=1e-9)
     assert grad == pytest.approx(slope, rel=1e-6, abs=1e-6)

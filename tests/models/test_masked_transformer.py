@@ -340,7 +340,7 @@ def test_missing_cells_are_no_negatives():
         predictor = SelfPredictive().bind(model, (x,))
         x[torch.rand(x.shape, generator=torch.Generator().manual_seed(1)) < 0.3] = torch.nan
         visible = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) < 0.5
-        found = predictor.conditionals(x, visible[None])[0]
+        found = predictor.read((x,)).conditionals(visible[None])[0]
         fn = base(pyro.poutine.trace(model).get_trace(x.nan_to_num(0), visible & ~x.isnan()).nodes["x"]["fn"])
         there = ~visible & ~x.isnan()
         code = x[there].long()
@@ -377,7 +377,7 @@ def test_a_step_holds_no_logits_of_the_vocabulary(monkeypatch):
         with pyro.get_param_store().scope(), torch.random.fork_rng():
             predictor = SelfPredictive().bind(model, (x,))
             with Largest() as mode, torch.set_grad_enabled(not read_out):
-                score = predictor.conditionals(x, visible[None]).sum()
+                score = predictor.read((x,)).conditionals(visible[None]).sum()
                 if not read_out:
                     score.backward()
         return mode.n
@@ -436,7 +436,9 @@ def test_refuses_hidden_codes_out_of_range():
         predictor = SelfPredictive().bind(MaskedTransformer(16, 1, 2), (x,))
         x[3, 1] = L
         with pytest.raises(ValueError, match="column 1 must hold codes 0, ..., 2, got 3"):
-            predictor.conditionals(x, torch.zeros_like(x, dtype=torch.bool)[None, :1].expand(1, 40, T))
+            predictor.read((x,)).conditionals(
+                torch.zeros_like(x, dtype=torch.bool)[None, :1].expand(1, 40, T)
+            )
 
 
 @pytest.mark.parametrize(

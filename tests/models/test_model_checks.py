@@ -24,7 +24,7 @@ from bayes_mpt.models import (
     MixtureOfFactorAnalyzers,
     Potts,
 )
-from bayes_mpt.training import Ascent
+from bayes_mpt.training import Ascent, Epochs, Steps
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(30, 5))
@@ -274,19 +274,19 @@ def test_more_latents_than_columns(model):
 @pytest.mark.filterwarnings("ignore:the training stopped")
 @pytest.mark.filterwarnings("ignore:the importance weights")  # of the autoencoder, after one step
 @pytest.mark.parametrize(
-    "model",
+    ("model", "training"),
     [
-        LatentClass(),
-        Potts(),
-        FactoredAttention(),
-        VAE(1, "categorical", hidden=(2,)),
-        MaskedTransformer(8, 1, 1),
-        MaskedPatches((1, 2), (1, 1), 8, 1, 1, likelihood="categorical"),
+        (LatentClass(), Ascent(1)),
+        (Potts(), Steps(max_iter=1)),
+        (FactoredAttention(), Steps(max_iter=1)),
+        (VAE(1, "categorical", hidden=(2,)), Epochs(max_epochs=1)),
+        (MaskedTransformer(8, 1, 1), Epochs(max_epochs=1)),
+        (MaskedPatches((1, 2), (1, 1), 8, 1, 1, likelihood="categorical"), Epochs(max_epochs=1)),
     ],
-    ids=lambda m: type(m).__name__,
+    ids=lambda a: type(a).__name__,
 )
-def test_codes_that_skip_a_level(model):
+def test_codes_that_skip_a_level(model, training):
     x = np.array([[0.0, 1.0], [3.0, 0.0], [np.nan, 3.0], [1.0, 1.0]] * 3)
     with pytest.warns(UserWarning, match="go up to 3, but no cell holds 2: .*n_levels=4"):
-        BayesMPT(model, training=Ascent(max_iter=1), random_state=0).fit(x)
-    BayesMPT(model.set_params(n_levels=4), training=Ascent(max_iter=1), random_state=0).fit(x)  # no warning
+        BayesMPT(model, training=training, random_state=0).fit(x)
+    BayesMPT(model.set_params(n_levels=4), training=training, random_state=0).fit(x)  # no warning

@@ -13,6 +13,7 @@ from sklearn.base import clone
 from truths import transformer_by_hand
 
 from bayes_mpt import BayesMPT
+from bayes_mpt.masks import Masks
 from bayes_mpt.models import MaskedTransformer
 from bayes_mpt.predictors import SelfPredictive
 from bayes_mpt.program.sites import base
@@ -153,8 +154,12 @@ def test_penalties_train_and_enter_no_score(own_store, in_double):
     for name, model in {"plain": plain, "penalised": penalised}.items():
         read = SelfPredictive(2).bind(model, (x,)).read((x,))
         with torch.no_grad():
-            scores[name] = (read.weighed(x, visible[None], weight), read.joint(x), read.evidence(x).by_row)
-        scores[f"{name}, trained"] = (read.weighed(x, visible[None], weight).detach(),)
+            scores[name] = (
+                read.score(Masks(visible[None], None, weight)),
+                read.score(),
+                read.evidence().by_row,
+            )
+        scores[f"{name}, trained"] = (read.score(Masks(visible[None], None, weight)).detach(),)
     for a, b in zip(scores["plain"], scores["penalised"], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-12)
     np.testing.assert_array_equal(scores["plain"][0], scores["plain, trained"][0])

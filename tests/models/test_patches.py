@@ -20,7 +20,7 @@ from bayes_mpt.models import MaskedPatches
 from bayes_mpt.models.patches import MIN_SCALE, _Net, _Transformer
 from bayes_mpt.predictors import SelfPredictive
 from bayes_mpt.program.sites import base
-from bayes_mpt.score import estimate, masked_score
+from bayes_mpt.score import estimate
 from bayes_mpt.training import Epochs
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
@@ -153,7 +153,7 @@ def test_a_score_is_the_sum_of_the_densities_of_hidden_pixels(kind, missing):
         found = SelfPredictive().bind(model, (x.nan_to_num(1.0),)).read((x,))
         for name, value in params.items():
             pyro.param(name).copy_(value)
-        score = masked_score(found, x, masks)
+        score = found.score(masks)
         seen = masks.visible & ~x.isnan()
         fn = base(pyro.poutine.trace(model).get_trace(torch.where(seen, x, 0.0), seen).nodes["x"]["fn"])
     value = x.numpy()
@@ -176,8 +176,8 @@ def test_rows_do_not_depend_on_each_other():
     masks = Blocks(PermutationChain(2), LABEL).draw(T, 0)
     with pyro.get_param_store().scope(), torch.random.fork_rng(), torch.no_grad():
         found = SelfPredictive().bind(PROGRAM, (x.nan_to_num(0.0),)).read((x,))
-        whole = masked_score(found, x, masks)
-        alone = torch.cat([masked_score(found, row[None], masks) for row in x])
+        whole = found.score(masks)
+        alone = torch.cat([found.at(row[None]).score(masks) for row in x])
     np.testing.assert_allclose(alone, whole, atol=1e-12)
 
 
@@ -188,13 +188,13 @@ def test_every_order_of_patches_is_a_density():
         for name, value in params.items():
             pyro.param(name).copy_(value)
         by_set = {
-            seen: found.conditionals(STATES, torch.tensor(np.isin(LABEL, seen))[None])[0]
+            seen: found.conditionals(torch.tensor(np.isin(LABEL, seen))[None])[0]
             for m in range(P)
             for seen in combinations(range(P), m)
         }
-        area = masked_score(found, STATES, every_mask())
+        area = found.score(every_mask())
         some = STATES[::32]
-        e = estimate(found, some, Blocks(PermutationChain(4), LABEL), n_replicates=8, random_state=0)
+        e = estimate(found.at(some), Blocks(PermutationChain(4), LABEL), n_replicates=8, random_state=0)
     by_order = torch.stack(
         [
             sum(by_set[tuple(sorted(order[:t]))][:, LABEL == order[t]].sum(1) for t in range(P))
@@ -235,8 +235,8 @@ def fitted():
 
 def area_of(model):
     """Of all images (2^T,), over all masks of patches."""
-    with model.read_rows(STATES.numpy()) as (predictor, x), torch.no_grad():
-        return masked_score(predictor, x, every_mask()).double()
+    with model.read_rows(STATES.numpy()) as predictor, torch.no_grad():
+        return predictor.score(every_mask()).double()
 
 
 @pytest.mark.slow
@@ -361,7 +361,7 @@ def test_values_outside_the_support(fitted, cell):
     with pytest.raises(ValueError, match=words):
         fitted[1].estimate(X, masks=Blocks(EverySize(), LABEL))
     # where it is never shown, its own distribution refuses it
-    with fitted[1].read_rows(sample(60, 0)) as (predictor, x), pytest.raises(ValueError, match="support"):
-        bad = x.clone()
+    with fitted[1].read_rows(sample(60, 0)) as predictor, pytest.raises(ValueError, match="support"):
+        bad = predictor.value.clone()
         bad[7, 2] = cell
-        masked_score(predictor, bad, FixedRate(1.0).draw(T))
+        predictor.at(bad).score(FixedRate(1.0).draw(T))

@@ -12,7 +12,6 @@ from bayes_mpt import BayesMPT
 from bayes_mpt.masks import LeaveOneOut, Masks
 from bayes_mpt.models import Couplings, FactoredAttention, Potts
 from bayes_mpt.predictors import SelfPredictive, choose
-from bayes_mpt.score import masked_score
 from bayes_mpt.training import Ascent, Steps
 
 pytestmark = pytest.mark.usefixtures("own_store")
@@ -170,7 +169,7 @@ def test_one_hidden_site_gives_the_pseudo_likelihood(n_heads, softmax, head_size
     rows = torch.as_tensor(x)
     found = choose(FactoredAttention(n_heads, head_size, softmax), (rows,)).read((rows,))
     assert found.blind
-    score = masked_score(found, rows, LeaveOneOut().draw(n_sites)).detach()
+    score = found.score(LeaveOneOut().draw(n_sites)).detach()
     np.testing.assert_allclose(score, pseudo_likelihood(field.numpy(), w, x), atol=1e-10)
 
 
@@ -188,7 +187,7 @@ def test_factored_attention_is_the_potts_model_where_its_factors_are():
     program = FactoredAttention(softmax=False, field=False)
     found = choose(program, (x,)).read((x,))
     each = ~torch.eye(n_sites, dtype=torch.bool)
-    got = found.conditionals(x, each).diagonal(dim1=0, dim2=2).detach()
+    got = found.conditionals(each).diagonal(dim1=0, dim2=2).detach()
     log_p = truth.log_prob(x).reshape([n_levels] * n_sites)
     exact = torch.stack([(log_p - log_p.logsumexp(i, keepdim=True)).flatten() for i in range(n_sites)], 1)
     np.testing.assert_allclose(got, exact, atol=1e-10)
@@ -227,7 +226,7 @@ def test_potts_conditionals_are_exact_for_any_mask(separably):
     log_p = form.log_prob(torch.from_numpy(every_row(5, 3))).reshape(3, 3, 3, 3, 3)
     visible = torch.rand(12, 5, generator=torch.Generator().manual_seed(1)) < 0.5
     visible[0] = False
-    got = found.conditionals(x, visible).detach()
+    got = found.conditionals(visible).detach()
     for s, shown in enumerate(visible.tolist()):
         for n, row in enumerate(x.long().tolist()):
             part = log_p[tuple(a if v else slice(None) for a, v in zip(row, shown, strict=True))]
@@ -237,8 +236,8 @@ def test_potts_conditionals_are_exact_for_any_mask(separably):
                 alone = (part.logsumexp(others) if others else part).log_softmax(0)[row[i]]
                 assert abs(float(got[s, n, i] - alone)) < 1e-10
     # so any order adds up to the joint density
-    np.testing.assert_allclose(found.joint(x).detach(), form.log_prob(x), atol=1e-10)
-    evidence = found.evidence(x)
+    np.testing.assert_allclose(found.score().detach(), form.log_prob(x), atol=1e-10)
+    evidence = found.evidence()
     assert evidence.diagnostics["order_sd"] < 1e-12
 
 
@@ -250,10 +249,10 @@ def test_mean_field_takes_over_where_states_are_many():
         with pyro.get_param_store().scope():
             set_params(coupling=size * weak.coupling, field=weak.field)
             found, exact = (choose(Potts(max_states=m), (x,)).read((x,)) for m in (9, 4096))
-            got, truth = (p.conditionals(x, masks).detach() for p in (found, exact))
+            got, truth = (p.at(x).conditionals(masks).detach() for p in (found, exact))
             np.testing.assert_allclose(got[0], truth[0], atol=1e-10)  # two sites: nine states
             worst.append(float((got[1] - truth[1]).abs().max()))
-            total = found.chain(x, torch.arange(5)[None])[0].sum(1).logsumexp(0)
+            total = found.chain(torch.arange(5)[None])[0].sum(1).logsumexp(0)
             assert abs(float(total.detach())) < 1e-10
     assert 3.5 < worst[1] / worst[0] < 4.5
 
@@ -353,9 +352,9 @@ def test_masks_of_each_row():
     found = choose(Potts(), (x,)).read((x,))
     own = torch.rand(1, len(x), 4, generator=torch.Generator().manual_seed(0)) < 0.5
     weight = torch.rand(1, len(x), 4, generator=torch.Generator().manual_seed(1)).double() * ~own
-    together = masked_score(found, x, Masks(own, None, weight)).detach()
+    together = found.score(Masks(own, None, weight)).detach()
     for n in range(0, len(x), 7):
-        alone = found.conditionals(x[n : n + 1], own[0, n : n + 1])[0, 0].detach()
+        alone = found.at(x[n : n + 1]).conditionals(own[0, n : n + 1])[0, 0].detach()
         assert abs(float(together[n] - alone @ weight[0, n])) < 1e-12
 
 

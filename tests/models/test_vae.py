@@ -109,13 +109,13 @@ class TestEvidence:
         with OwnStore(), torch.random.fork_rng():
             torch.manual_seed(0)
             read = AnnealedImportance(32, 60).bind(program, (x,), guide).read((x,))
-            found = read.evidence(read.value)
-            bracket = AnnealedImportance(8, 20).bind(program, (x,), guide).reader.bracket((x,), {"z": z})
+            found = read.evidence()
+            bracket = AnnealedImportance(8, 20).bind(program, (x,), guide).bracket((x,), {"z": z})
         assert found.se < 1.5
         assert abs(float(found.by_row.sum() - truth.sum())) < 4 * found.se
         posterior_cov = torch.linalg.inv(torch.eye(2, dtype=torch.float64) + loading.mT @ loading / 0.25)
         mean = x @ loading @ posterior_cov / 0.25
-        assert float((read.posterior(x).mean - mean).square().mean().sqrt()) < 0.2
+        assert float((read.posterior().mean - mean).square().mean().sqrt()) < 0.2
         low, high = (float((b - truth.numpy()).mean()) for b in bracket[:2])
         assert low < 0.05 and high > -0.05 and 0 < bracket.gap < 3
 
@@ -142,7 +142,7 @@ class TestEvidence:
         with OwnStore(), torch.random.fork_rng():
             torch.manual_seed(0)
             read = AnnealedImportance(16, 40).bind(program, (x,), guide).read((x,))
-            found = read.evidence(read.value)
+            found = read.evidence()
         if loc is None:  # its weights are all equal
             assert float((found.by_row - truth).abs().max()) < 1e-9
         else:
@@ -171,7 +171,7 @@ class TestEvidence:
         model = VAE(2, hidden=(4,))
         with OwnStore():
             with torch.random.fork_rng():
-                assert Importance(3).bind(model, (x,), model.guide).reader.vectorised
+                assert Importance(3).bind(model, (x,), model.guide).vectorised
 
     @pytest.mark.slow
     def test_both_bounds_enclose_the_grid(self, fitted):
@@ -193,8 +193,8 @@ class TestEvidence:
         X = digits[:40].astype(float)
         generator = torch.Generator().manual_seed(3)
         masks = UniformSize(4).draw(16, generator).visible
-        with clone_with(fitted, Importance(4000)).read_rows(X) as (predictor, x), torch.no_grad():
-            got = predictor.conditionals(x, masks).numpy()
+        with clone_with(fitted, Importance(4000)).read_rows(X) as predictor, torch.no_grad():
+            got = predictor.conditionals(masks).numpy()
         for k, visible in enumerate(masks.numpy()):
             seen = np.where(visible, X, np.nan)
             base = by_grid(fitted, seen)

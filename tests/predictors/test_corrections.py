@@ -24,7 +24,7 @@ from bayes_mpt.estimators import fitted as fitted_module
 from bayes_mpt.estimators.comparison import compare
 from bayes_mpt.masks import LeaveOneOut, UniformSize, one_each
 from bayes_mpt.models import PPCA, FactorAnalysis, Potts
-from bayes_mpt.predictors import Importance, Quadrature, SequentialMonteCarlo
+from bayes_mpt.predictors import Importance, Quadrature, SequentialMonteCarlo, base
 from bayes_mpt.predictors.gaussian import linear
 from bayes_mpt.training import Ascent, Epochs, Steps
 
@@ -69,7 +69,7 @@ def test_particles_move_by_accepted_steps_only():
     want = float(dist.MultivariateNormal(torch.zeros(n, dtype=F64), cov).log_prob(y))
     torch.manual_seed(1)
     read = SequentialMonteCarlo(64).bind(regression, (x, y)).read((x, y))
-    found = read.evidence(read.value)
+    found = read.evidence()
     assert 0 < found.se < 1
     assert abs(float(found.by_row) - want) < 3.5 * found.se
 
@@ -91,7 +91,7 @@ def test_the_error_of_a_coarse_rule_is_above_zero_and_covers(n_nodes, seed):
 
     want = sum(math.log(quad(density, -8, 8, (row,), limit=200, epsabs=0)[0]) for row in x.numpy())
     read = Quadrature(n_nodes).bind(counts, (x,)).read((x,))
-    found = read.evidence(read.value)
+    found = read.evidence()
     assert 0 < found.se < 5
     assert abs(float(found.by_row.sum()) - want) < 2 * found.se
 
@@ -105,8 +105,8 @@ def test_the_bias_of_a_log_mean_is_taken_off():
     off, errors = [], []
     for _ in range(6):
         read = bound.read((x,))
-        found = read.evidence(read.value)
-        plain = float(read.joint(read.value).sum())
+        found = read.evidence()
+        plain = float(read.score().sum())
         off.append(float(found.by_row.sum()) - want)
         errors.append(found.se)
         assert plain < want - 0.5 * found.se
@@ -122,8 +122,8 @@ def test_the_stated_error_is_the_spread_over_draws():
     for seed in range(60):
         torch.manual_seed(seed)
         read = bound.read((x,))
-        totals.append(float(read.joint(read.value).sum()))
-        errors.append(read.evidence(read.value).se)
+        totals.append(float(read.score().sum()))
+        errors.append(read.evidence().se)
     assert np.std(totals, ddof=1) == pytest.approx(np.mean(errors), rel=0.25)
 
 
@@ -155,12 +155,12 @@ def test_the_weighted_sum_in_chunks_of_any_size(monkeypatch):
     masks = UniformSize(12).draw(6, torch.Generator().manual_seed(0))
     assert len(masks.weight.unique()) > 2
     want = sum(
-        (read.conditionals(x, v[None])[0] * w).sum(1)
+        (read.conditionals(v[None])[0] * w).sum(1)
         for v, w in zip(masks.visible, masks.weight.to(x), strict=True)
     )
     for cells in (40 * 6, 40 * 6 * 5, 2**22):
-        monkeypatch.setattr(score, "CHUNK", cells)
-        torch.testing.assert_close(score.masked_score(read, x, masks), want, rtol=1e-12, atol=0)
+        monkeypatch.setattr(base, "CHUNK", cells)
+        torch.testing.assert_close(read.score(masks), want, rtol=1e-12, atol=0)
 
 
 def one_latent_of_six(x):
@@ -178,9 +178,9 @@ def test_algebra_in_chunks_of_any_size(monkeypatch, name):
         model.fit(x)
     visible = torch.as_tensor(np.random.default_rng(3).random((9, 7)) < 0.5)
     rows = torch.as_tensor(x)
-    want = model.score_samples(x), model.predictor_.conditionals(rows, visible), model.transform(x)
+    want = model.score_samples(x), model.predictor_.read((rows,)).conditionals(visible), model.transform(x)
     monkeypatch.setattr(linear, name, 5)
-    got = model.score_samples(x), model.predictor_.conditionals(rows, visible), model.transform(x)
+    got = model.score_samples(x), model.predictor_.read((rows,)).conditionals(visible), model.transform(x)
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=0, atol=1e-10)
 

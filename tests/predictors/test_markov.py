@@ -16,9 +16,10 @@ from torch.distributions import constraints
 from bayes_mpt import BayesMPT
 from bayes_mpt.masks import PermutationChain, UniformSize
 from bayes_mpt.predictors import LinearGaussian, MarkovGaussian, choose
+from bayes_mpt.predictors.gaussian.markov import MarkovRows
 from bayes_mpt.program.affine import sparse
 from bayes_mpt.program.program import ModelError
-from bayes_mpt.score import CumulativeMaskedScore, masked_score
+from bayes_mpt.score import CumulativeMaskedScore
 
 F64 = torch.float64
 
@@ -155,19 +156,19 @@ def test_equal_to_dense_algebra(name, missing, always):
     visible[0], visible[1] = False, True
     order = torch.stack([torch.randperm(n_tokens), torch.arange(n_tokens), torch.arange(n_tokens).flip(0)])
     close = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)  # noqa: E731
-    close(chain.joint(x), dense.joint(x))
-    close(chain.conditionals(x, visible), dense.conditionals(x, visible))
-    close(chain.chain(x, order), dense.chain(x, order))
-    close(chain.chain(x, order).sum(-1), chain.joint(x).expand(3, -1))
+    close(chain.at(x).score(), dense.at(x).score())
+    close(chain.at(x).conditionals(visible), dense.at(x).conditionals(visible))
+    close(chain.at(x).chain(order), dense.at(x).chain(order))
+    close(chain.at(x).chain(order).sum(-1), chain.at(x).score().expand(3, -1))
     for mask in (None, visible[2]):
-        for a, b in zip(chain.posterior(x, mask), dense.posterior(x, mask), strict=True):
+        for a, b in zip(chain.at(x).posterior(mask), dense.at(x).posterior(mask), strict=True):
             close(a, b)
     leaves = [p for _, p in pyro.get_param_store().named_parameters()]
     weight = torch.randn(5, 1, n_tokens, dtype=F64)
     scores = (
-        lambda p: p.joint(x).sum(),
-        lambda p: (p.conditionals(x, visible) * weight).sum(),
-        lambda p: (p.chain(x, order) * weight[:3]).sum(),
+        lambda p: p.at(x).score().sum(),
+        lambda p: (p.at(x).conditionals(visible) * weight).sum(),
+        lambda p: (p.at(x).chain(order) * weight[:3]).sum(),
     )
     for score in scores:
         got, want = (torch.autograd.grad(score(p), leaves, retain_graph=True) for p in (chain, dense))
@@ -192,7 +193,7 @@ def test_against_the_multivariate_normal(missing, always):
     mean = 3 * 0.9 ** torch.arange(1, n + 1, dtype=F64) + 0.1 * torch.arange(n, dtype=F64)
     seen = ~x.isnan()
     want = dist.MultivariateNormal(mean[seen], cov[seen][:, seen]).log_prob(x[seen])
-    assert predictor.joint(predictor.value).item() == pytest.approx(float(want), abs=1e-9)
+    assert predictor.score().item() == pytest.approx(float(want), abs=1e-9)
 
 
 def test_slopes_that_are_zero_at_the_start_are_read(always):
@@ -202,8 +203,8 @@ def test_slopes_that_are_zero_at_the_start_are_read(always):
     with torch.no_grad():
         pyro.get_param_store()["step"].copy_(0.5 * torch.randn(3, 3, dtype=F64))
     x = predictor.read(args).value
-    want = LinearGaussian(model, args).read(args).joint(x)
-    torch.testing.assert_close(predictor.read(args).joint(x), want, rtol=1e-10, atol=1e-10)
+    want = LinearGaussian(model, args).read(args).at(x).score()
+    torch.testing.assert_close(predictor.read(args).at(x).score(), want, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.slow
@@ -212,7 +213,7 @@ def test_masked_scores_and_the_loss(always):
     draws = [UniformSize(4).draw(18, random_state=0), PermutationChain().draw(18, random_state=0)]
     chain, dense = choose(model, args).read(args), LinearGaussian(model, args).read(args)
     for draw in draws:
-        got, want = (masked_score(p, p.value, draw) for p in (chain, dense))
+        got, want = (p.score(draw) for p in (chain, dense))
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
     loss = CumulativeMaskedScore(random_state=0)
     svi = pyro.infer.SVI(model, lambda x: None, pyro.optim.Adam({"lr": 0.01}), loss)
@@ -306,16 +307,16 @@ def test_small_noises(sd, start, always):
     x = 3 * torch.randn(20, dtype=F64)
     predictor = MarkovGaussian(trend_and_cycle(sd, start), (x,)).read((x,))
     want = kalman(sd, start, x)
-    got = predictor.chain(x[None], torch.arange(20)[None])[0, 0]
+    got = predictor.chain(torch.arange(20)[None])[0, 0]
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
-    assert predictor.joint(x[None]).item() == pytest.approx(float(want.sum()), rel=1e-11)
+    assert predictor.score().item() == pytest.approx(float(want.sum()), rel=1e-11)
 
 
 def test_lost_digits_are_noticed(always):
     x = 3 * torch.randn(20, dtype=F64)
     predictor = MarkovGaussian(trend_and_cycle((1e-8, 1e-1, 1e-8, 1e-8), 1e6), (x,)).read((x,))
     order = torch.arange(20)[None]
-    for score in (lambda: predictor.joint(x[None]), lambda: predictor.chain(x[None], order)):
+    for score in (lambda: predictor.score(), lambda: predictor.chain(order)):
         with pytest.raises(ModelError, match="float64 loses digits"):
             score()
 
@@ -374,13 +375,13 @@ def test_against_statsmodels(kind, series):
     params = [pyro.param(n).item() for n in ("noise", "q", "q_up")][: 3 if kind == "lltrend" else 2]
     theirs = by_statsmodels(kind, start, x)
     want = theirs.loglike(params)
-    got = predictor.joint(predictor.value).item()
+    got = predictor.score().item()
     assert got == pytest.approx(want, rel=1e-8 / abs(want), abs=1e-8)
     smoothed = theirs.smooth(params).smoothed_state[0]
-    levels = predictor.posterior(predictor.value).mean[0, :: 2 if kind == "lltrend" else 1]
+    levels = predictor.posterior().mean[0, :: 2 if kind == "lltrend" else 1]
     np.testing.assert_allclose(levels.detach(), smoothed, rtol=1e-9)
     order = torch.arange(len(x))[None]
-    steps = predictor.chain(predictor.value, order)[0, 0].detach().numpy()
+    steps = predictor.chain(order)[0, 0].detach().numpy()
     np.testing.assert_allclose(steps, theirs.loglikeobs(params), atol=1e-8)
 
 
@@ -433,7 +434,7 @@ def test_against_the_hidden_markov_model_of_pyro(always):
     predictor = choose(model, (x,))
     assert isinstance(predictor, MarkovGaussian)
     leaf = pyro.param("a")
-    got = predictor.read((x,)).joint(x.flatten(1))
+    got = predictor.read((x,)).at(x.flatten(1)).score()
     a = step.clone().requires_grad_()
     start = dist.MultivariateNormal(torch.zeros(3, dtype=F64), torch.eye(3, dtype=F64))
     walk = dist.MultivariateNormal(torch.zeros(3, dtype=F64), root @ root.T)
@@ -468,7 +469,7 @@ def test_the_work_is_linear_in_the_length(monkeypatch):
         calls.clear()
         x = torch.randn(n, dtype=F64)
         predictor = choose(level, (x,)).read((x,))
-        assert isinstance(predictor, MarkovGaussian)
+        assert isinstance(predictor, MarkovRows)
         assert max(t.numel() for t in (*predictor.reading[:5], *predictor.reading.blocks())) <= 2 * n
         counts.append(list(calls))
     assert counts[0] == counts[1]
@@ -487,7 +488,7 @@ def test_a_series_as_one_event_is_one_token():
 
     predictor = choose(model, (x,)).read((x,))
     assert predictor.structure.n_tokens == 1
-    torch.testing.assert_close(predictor.joint(predictor.value), series.log_prob(x))
+    torch.testing.assert_close(predictor.score(), series.log_prob(x))
     x[1, 3] = torch.nan
     with pytest.raises(ModelError, match="one density for a whole event of several axes"):
         choose(model, (x,)).read((x,))

@@ -18,8 +18,8 @@ from bayes_mpt import BayesMPT, training
 from bayes_mpt.masks import PermutationChain
 from bayes_mpt.models import GaussianProcess
 from bayes_mpt.predictors import Exact, NearestNeighbors, choose
-from bayes_mpt.predictors.gaussian.nearest_neighbors import _LogProb
 from bayes_mpt.predictors.gaussian.neighborhoods import maxmin, predecessors
+from bayes_mpt.predictors.gaussian.vecchia import LogProbGiven
 from bayes_mpt.program.program import ModelError
 from bayes_mpt.program.store import OwnStore
 from bayes_mpt.training import Steps, lbfgs
@@ -127,10 +127,10 @@ def test_all_predecessors_are_exact(model, ordering):
     x, y = data()
     near = read(N - 1, model, ordering=ordering)
     exact = Exact().bind(model, (x, y)).read((x, y))
-    assert near.exact and near.telescopes
+    assert near.evidence().exact
     with torch.no_grad():
-        assert float(near.joint(y[None])) == pytest.approx(float(exact.joint(y[None])), abs=1e-10)
-        assert near.evidence(y[None]).se == 0
+        assert float(near.score()) == pytest.approx(float(exact.score()), abs=1e-10)
+        assert near.evidence().se == 0
 
 
 @pytest.mark.parametrize("model", [broadcasting, unbatched, one_by_one])
@@ -141,16 +141,17 @@ def test_few_neighbours_equal_the_textbook(model, m, alone):
     order = torch.arange(N)
     truth = vecchia(x, y, thetas(), order, m)
     with torch.no_grad():
-        assert torch.allclose(near.chain(y[None], order[None])[0, 0], truth, rtol=0, atol=1e-11)
-        assert float(near.joint(y[None])) == pytest.approx(float(truth.sum()), abs=1e-10)
-    assert not near.exact and not near.telescopes
+        assert torch.allclose(near.chain(order[None])[0, 0], truth, rtol=0, atol=1e-11)
+        assert float(near.score()) == pytest.approx(float(truth.sum()), abs=1e-10)
+    with torch.no_grad():
+        assert not near.evidence().exact
 
 
 def test_any_order(alone):
     x, y = data()
     order = torch.stack([torch.randperm(N, generator=torch.Generator().manual_seed(s)) for s in range(3)])
     with torch.no_grad():
-        found = read(6).chain(y[None], order)
+        found = read(6).chain(order)
     for tokens, got in zip(order, found[:, 0], strict=True):
         assert torch.allclose(got, vecchia(x, y, thetas(), tokens, 6), rtol=0, atol=1e-11)
 
@@ -163,10 +164,10 @@ def test_shared_neighbours_equal_the_textbook():
     assert sizes.sum() == 250 and 2 < sizes.double().mean() and sizes.max() <= 8
     truth = vecchia(x, y, thetas(), layout.order, 9, layout.home)
     with torch.no_grad():
-        assert float(near.joint(y[None])) == pytest.approx(float(truth.sum()), abs=1e-10)
-        assert torch.allclose(near.chain(y[None], layout.order[None])[0, 0], truth, rtol=0, atol=1e-11)
+        assert float(near.score()) == pytest.approx(float(truth.sum()), abs=1e-10)
+        assert torch.allclose(near.chain(layout.order[None])[0, 0], truth, rtol=0, atol=1e-11)
         tokens = torch.tensor([7, 200, 31])
-        mean, var = near.predicted(y[None], tokens)
+        mean, var = near.predicted(tokens)
     assert torch.allclose(
         dist.Normal(mean, var.sqrt()).log_prob(y[tokens]), truth[tokens], rtol=0, atol=1e-11
     )
@@ -181,10 +182,10 @@ def test_sharing_sees_more_for_no_more(monkeypatch, n_columns):
     sets = shared._layout(y).groups
     assert sets.start.diff().square().sum() <= 600 * (m + 1) ** 2
     with torch.no_grad():
-        truth = Exact().bind(broadcasting, (x, y)).read((x, y)).last.cov.logdet()
-        _, less = shared.predicted(y[None], tokens)
+        truth = Exact().bind(broadcasting, (x, y)).read((x, y)).cov.logdet()
+        _, less = shared.predicted(tokens)
         monkeypatch.setattr("bayes_mpt.predictors.gaussian.neighborhoods.MAX_GROUP", 1)
-        _, more = read(m, args=(x, y)).predicted(y[None], tokens)
+        _, more = read(m, args=(x, y)).predicted(tokens)
     assert bool((less <= more * (1 + 1e-12)).all())
     losses = less.log().sum() - truth, more.log().sum() - truth
     assert 0 < losses[0] < (0.9 if n_columns <= 2 else 1 + 1e-9) * losses[1]
@@ -200,7 +201,7 @@ def test_gradients_equal_those_of_the_textbook(model, m):
     theta = {name: value.requires_grad_() for name, value in thetas().items()}
     vecchia(x, y, theta, torch.arange(N), m, home).sum().backward()
     leaves = dict(pyro.get_param_store().named_parameters())
-    grads = torch.autograd.grad(near.joint(y[None]).sum(), list(leaves.values()))
+    grads = torch.autograd.grad(near.score().sum(), list(leaves.values()))
     for name, grad in zip(leaves, grads, strict=True):
         # the leaves of positive parameters are their logarithms
         truth = theta[name].grad * (1 if name == "centre" else THETA[name])
@@ -214,17 +215,18 @@ def test_gradients_of_a_term(own):
     cov = (a @ a.mT + torch.eye(5, dtype=torch.float64)).requires_grad_()
     residual = torch.randn(3, 5, generator=generator, dtype=torch.float64, requires_grad=True)
     places = torch.tensor(own)
-    assert torch.autograd.gradcheck(lambda r, c: _LogProb.apply(r, 0.5 * (c + c.mT), places), (residual, cov))
+    assert torch.autograd.gradcheck(
+        lambda r, c: LogProbGiven.apply(r, 0.5 * (c + c.mT), places), (residual, cov)
+    )
 
 
 def test_gradients_by_chunks(monkeypatch):
     """One chunk or many: the same sum and gradient."""
-    _, y = data()
     near = read(5)
     leaves = [leaf for _, leaf in pyro.get_param_store().named_parameters()]
 
     def both():
-        score = near.joint(y[None]).sum()
+        score = near.score().sum()
         return score.detach(), torch.stack(torch.autograd.grad(score, leaves))
 
     whole = both()
@@ -241,10 +243,10 @@ def test_missing_observations_are_left_out():
         with_holes = read(5, args=(x, holes))
         without = read(5, args=(x[kept], y[kept]))
         assert bool((with_holes.value[0].isnan() == ~kept).all())
-        found = float(with_holes.joint(holes[None]))
-        assert found == pytest.approx(float(without.joint(y[kept][None])), abs=1e-11)
+        found = float(with_holes.score())
+        assert found == pytest.approx(float(without.score()), abs=1e-11)
         # the holes, given their nearest observed rows
-        posterior = with_holes.posterior(holes[None]).tokens[0]
+        posterior = with_holes.posterior().tokens[0]
     cov, r = dense_cov(x, thetas()), y - THETA["centre"]
     gap = cdist(x.numpy(), x.numpy())
     seen = kept.nonzero()[:, 0]
@@ -260,7 +262,7 @@ def test_conditionals_given_a_visible_set():
     visible = torch.rand(2, N, generator=torch.Generator().manual_seed(2)) < torch.tensor([[0.5], [0.03]])
     visible = torch.cat([visible, torch.zeros(1, N, dtype=torch.bool)])  # also nothing at all
     with torch.no_grad():
-        found = read(4).conditionals(y[None], visible)[:, 0]
+        found = read(4).conditionals(visible)[:, 0]
     cov, r = dense_cov(x, thetas()), y - THETA["centre"]
     gap = cdist(x.numpy(), x.numpy())
     for mask, got in zip(visible, found, strict=True):
@@ -370,7 +372,7 @@ def test_rows_on_a_regular_grid(n_rows):
         cov = torch.exp(-0.5 * torch.cdist(x, x) ** 2) + 0.1 * torch.eye(x.shape[-2], dtype=x.dtype)
         pyro.sample("y", dist.MultivariateNormal(torch.zeros_like(y), cov), obs=y)
 
-    got = choose(smooth, (x, y), predictor=NearestNeighbors(n_rows)).read((x, y)).joint(y[None])
+    got = choose(smooth, (x, y), predictor=NearestNeighbors(n_rows)).read((x, y)).score()
     assert got.item() == pytest.approx(want.item(), rel=1e-12)
 
 
@@ -378,10 +380,10 @@ def test_error_covers_the_distance_to_the_truth():
     x, y = data(400)
     exact = Exact().bind(broadcasting, (x, y)).read((x, y))
     with torch.no_grad():
-        truth = float(exact.joint(y[None]))
+        truth = float(exact.score())
         gaps, errors = [], []
         for m in (2, 5, 10, 20):
-            found = read(m, args=(x, y)).evidence(y[None])
+            found = read(m, args=(x, y)).evidence()
             gaps.append(abs(float(found.by_row.sum()) - truth))
             errors.append(found.se)
     assert all(gap < 2 * se for gap, se in zip(gaps, errors, strict=True))
@@ -399,7 +401,7 @@ def test_sampled_terms_are_unbiased():
     def value_and_gradient(score):
         return torch.cat([score.detach().reshape(1), torch.stack(torch.autograd.grad(score, leaves))])
 
-    truth = value_and_gradient(near.joint(y[None]).sum())
+    truth = value_and_gradient(near.score().sum())
     draws = torch.stack(
         [value_and_gradient(near.partial(y[None], *near.sample(40, generator)).sum()) for _ in range(400)]
     )
@@ -460,9 +462,9 @@ def test_predictions_equal_the_textbook():
     new = torch.rand(9, P, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     near = read(5)
     with torch.no_grad():
-        found = near.predictive((x, y), (new, y.new_zeros(9)))
-        full = near.predictive((x, y), (new, y.new_zeros(9)), full=True)
-        exact = Exact().bind(broadcasting, (x, y)).predictive((x, y), (new, y.new_zeros(9)), full=True)
+        found = near.predict((new, y.new_zeros(9)))
+        full = near.predict((new, y.new_zeros(9)), full=True)
+        exact = Exact().bind(broadcasting, (x, y)).read((x, y)).predict((new, y.new_zeros(9)), full=True)
     both, r = torch.cat([x, new]), torch.cat([y, y.new_zeros(9)]) - THETA["centre"]
     cov, gap = dense_cov(both, thetas()), cdist(both.numpy(), x.numpy())
     for k in range(9):
@@ -478,7 +480,7 @@ def test_a_large_joint_prediction_is_refused(monkeypatch):
     monkeypatch.setattr("bayes_mpt.predictors.gaussian.nearest_neighbors.MAX_FULL", 40)
     x, y = data()
     with pytest.raises(ValueError, match="ask for fewer rows at a time"):
-        read(5).predictive((x, y), (x, y), full=True)
+        read(5).predict((x, y), full=True)
 
 
 def test_score_after_fit_is_that_of_fit():
@@ -490,9 +492,9 @@ def test_score_after_fit_is_that_of_fit():
     fitted = BayesMPT(GaussianProcess(kernel), predictor=NearestNeighbors(10)).fit(X, y)
     long, short = fitted.params_["kernel.base_kernel.lengthscale"].ravel()[[1, 0]]
     assert long > 2 * short
-    with fitted.read_rows(X, y) as (near, x), torch.no_grad():
-        assert float(near.joint(x)) == pytest.approx(fitted.log_marginal_likelihood_, abs=1e-8)
-        assert near._layout(x[0]).unit[0] < near._layout(x[0]).unit[1]
+    with fitted.read_rows(X, y) as near, torch.no_grad():
+        assert float(near.score()) == pytest.approx(fitted.log_marginal_likelihood_, abs=1e-8)
+        assert near._layout(near.value[0]).unit[0] < near._layout(near.value[0]).unit[1]
 
 
 @pytest.mark.slow
@@ -551,7 +553,7 @@ def test_very_few_rows(n):
     x, y = data(n)
     near, exact = (p.bind(broadcasting, (x, y)).read((x, y)) for p in (NearestNeighbors(30), Exact()))
     with torch.no_grad():
-        assert float(near.joint(y[None])) == pytest.approx(float(exact.joint(y[None])), abs=1e-11)
+        assert float(near.score()) == pytest.approx(float(exact.score()), abs=1e-11)
 
 
 # ------------------------------------------------------------------------------------------------------------- scale
@@ -609,4 +611,4 @@ def test_gpboost_agrees(alone):
 
     near = read(m, euclidean, (x, y), ordering="given")
     with torch.no_grad():
-        assert float(near.joint(y[None])) == pytest.approx(theirs, abs=1e-6)
+        assert float(near.score()) == pytest.approx(theirs, abs=1e-6)

@@ -28,10 +28,10 @@ from bayes_mpt.predictors import (
     SequentialMonteCarlo,
     choose,
 )
-from bayes_mpt.predictors.nodes.adaptive import log_t
+from bayes_mpt.predictors.gaussian.linear import LinearRows
+from bayes_mpt.predictors.nodes.rules import log_t
 from bayes_mpt.program.program import ModelError
 from bayes_mpt.program.store import OwnStore
-from bayes_mpt.score import masked_score
 
 N_ROWS = 5
 LOG_2PI = math.log(2 * math.pi)
@@ -146,19 +146,27 @@ class Case(NamedTuple):
     def tensors(self):
         return tuple(tensor(a) for a in (self.args or (self.x,)))
 
+    def bound(self):
+        """The program scored in its way; call inside a store."""
+        return bound_of(self.program, self.tensors(), self.theta, predictor=self.predictor)
+
     def read(self):
         """The conditionals; call inside a store."""
-        return begin(self.program, self.tensors(), self.theta, predictor=self.predictor)
+        return self.bound().read(self.tensors())
 
 
 def tensor(a):
     return torch.as_tensor(np.asarray(a, dtype=np.float64))
 
 
-def begin(program, args, theta=None, **how):
+def bound_of(program, args, theta=None, **how):
     for name, value in (theta or {}).items():
         pyro.param(f"theta_{name}", tensor(value).clone())
-    return choose(program, args, **how).read(args)
+    return choose(program, args, **how)
+
+
+def begin(program, args, theta=None, **how):
+    return bound_of(program, args, theta, **how).read(args)
 
 
 def param(name):
@@ -974,8 +982,9 @@ def close(got, want, tol, scale=1.0):
 
 
 def test_the_tokens_that_were_read(case):
-    ready = case.read()
-    assert ready.exact == case.exact
+    bound = case.bound()
+    ready = bound.read(case.tensors())
+    assert bound.exact == case.exact
     assert np.array_equal(ready.value.numpy(), case.x, equal_nan=True)
     assert ready.scale == 1.0
     assert ready.structure.n_tokens == case.n_tokens
@@ -984,9 +993,9 @@ def test_the_tokens_that_were_read(case):
 def test_joint(case):
     ready = case.read()
     want = case.truth(case.theta).log_z(~np.isnan(case.x))
-    close(ready.joint(ready.value), want, case.tol)
+    close(ready.score(), want, case.tol)
     if case.exact:
-        found = ready.evidence(ready.value)
+        found = ready.evidence()
         close(found.by_row, want, case.tol)
         assert found.se == 0
 
@@ -995,7 +1004,7 @@ def test_joint(case):
 def test_conditionals(case):
     ready = case.read()
     visible = masks_of(case.n_tokens, 6 if case.exact else 2)
-    got = ready.conditionals(ready.value, torch.as_tensor(visible))
+    got = ready.conditionals(torch.as_tensor(visible))
     close(got, true_conditionals(case.truth(case.theta), case.x, visible), case.step_tol)
     hidden = ~visible[:, None] & ~np.isnan(case.x)
     assert (got.detach().numpy()[~hidden] == 0).all()
@@ -1007,7 +1016,7 @@ def test_chains(case):
     t = case.n_tokens
     rng = np.random.default_rng(2)
     orders = np.stack([np.arange(t)[::-1], rng.permutation(t), np.arange(t)])[: 3 if case.exact else 1]
-    got = ready.chain(ready.value, torch.as_tensor(orders.copy()))
+    got = ready.chain(torch.as_tensor(orders.copy()))
     truth = case.truth(case.theta)
     seen = ~np.isnan(case.x)
     want = np.zeros((len(orders), *case.x.shape))
@@ -1028,7 +1037,7 @@ def test_posterior(case):
     ready = case.read()
     truth = case.truth(case.theta)
     for visible in masks_of(case.n_tokens, 2 if case.exact else 1)[0 if case.exact else 1 :]:
-        got = ready.posterior(ready.value, torch.as_tensor(visible))
+        got = ready.posterior(torch.as_tensor(visible))
         shown = visible & ~np.isnan(case.x)
         tokens, latents = truth.tokens(shown), truth.latent_means(shown)
         if tokens is not None:  # hidden ones: a visible token's mean may be that at its latents, or itself
@@ -1036,21 +1045,22 @@ def test_posterior(case):
             close(got.tokens.detach()[torch.as_tensor(~shown)], tokens[~shown], 100 * case.tol, scale)
         if latents is not None:
             close(got.mean, latents, 100 * case.tol)
-    everything = ready.posterior(ready.value)
-    last = ready.posterior(ready.value, torch.ones(case.n_tokens, dtype=torch.bool))
+    everything = ready.posterior()
+    last = ready.posterior(torch.ones(case.n_tokens, dtype=torch.bool))
     close(everything.tokens.nan_to_num(), last.tokens.detach().nan_to_num(), 1e-9)
 
 
 def test_a_reading_keeps_its_answers(case):
     """Whatever is asked in between: the evidence, and other rows of the same program."""
-    ready = case.read()
-    before = ready.posterior(ready.value), ready.joint(ready.value)
-    ready.evidence(ready.value)
+    bound = case.bound()
+    ready = bound.read(case.tensors())
+    before = ready.posterior(), ready.score()
+    ready.evidence()
     if ready.structure.by_row:
-        other = ready.read(tuple(a[1:3] for a in case.tensors()))
+        other = bound.read(tuple(a[1:3] for a in case.tensors()))
         want = case.truth(case.theta).log_z(~np.isnan(case.x))[1:3]
-        close(other.joint(other.value), want, case.tol)
-    after = ready.posterior(ready.value), ready.joint(ready.value)
+        close(other.score(), want, case.tol)
+    after = ready.posterior(), ready.score()
     torch.testing.assert_close(after[0].mean, before[0].mean, rtol=0, atol=1e-12, equal_nan=True)
     torch.testing.assert_close(after[0].tokens, before[0].tokens, rtol=0, atol=1e-12, equal_nan=True)
     torch.testing.assert_close(after[1], before[1], rtol=0, atol=1e-12)
@@ -1059,8 +1069,8 @@ def test_a_reading_keeps_its_answers(case):
 @pytest.mark.slow
 @pytest.mark.parametrize("keep", ["first", "with a hole", "nothing seen"])
 def test_one_row(case, keep):
-    ready = case.read()
-    if not ready.structure.by_row:
+    bound = case.bound()
+    if not bound.structure.by_row:
         pytest.skip("rows are one vector")
     row = {"first": 0, "with a hole": 1, "nothing seen": len(case.x) - 1}[keep]
     if keep == "with a hole" and not np.isnan(case.x[row]).any():
@@ -1068,14 +1078,14 @@ def test_one_row(case, keep):
     if not case.exact and keep == "with a hole":
         pytest.skip("slow, and the same as the others")
     args = tuple(a[row : row + 1] for a in case.tensors())
-    alone = ready.read(args)
+    alone = bound.read(args)
     visible = masks_of(case.n_tokens, 1)[2:]
     truth = case.truth(case.theta)
     want = true_conditionals(truth, case.x, visible)[:, row : row + 1]
-    close(alone.conditionals(alone.value, torch.as_tensor(visible)), want, case.step_tol)
-    close(alone.joint(alone.value), truth.log_z(~np.isnan(case.x))[row : row + 1], case.tol)
+    close(alone.conditionals(torch.as_tensor(visible)), want, case.step_tol)
+    close(alone.score(), truth.log_z(~np.isnan(case.x))[row : row + 1], case.tol)
     if keep == "nothing seen" and np.isnan(case.x[row]).all():
-        assert float(alone.joint(alone.value).detach()) == 0
+        assert float(alone.score().detach()) == 0
 
 
 @pytest.mark.slow
@@ -1088,9 +1098,9 @@ def test_gradients(case, what):
         pytest.skip("the conditionals themselves are no better")
     visible = masks_of(case.n_tokens, 2)[2:]
     if what == "joint":
-        total = ready.joint(ready.value).sum()
+        total = ready.score().sum()
     else:
-        total = ready.conditionals(ready.value, torch.as_tensor(visible)).sum()
+        total = ready.conditionals(torch.as_tensor(visible)).sum()
     leaves = {name: param(name).unconstrained() for name in case.theta}
     got = dict(zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True))
 
@@ -1131,15 +1141,15 @@ def test_averaged_over_masks_the_score_is_the_lml(item, policy):
     t = item.n_tokens
     drawn = [policy.draw(t, s) for s in range(40)]
     with torch.no_grad():
-        scores = torch.stack([masked_score(ready, ready.value, d) for d in drawn])
+        scores = torch.stack([ready.score(d) for d in drawn])
         if drawn[0].order is not None:
-            every = torch.einsum("cnt,ct->n", ready.chain(ready.value, drawn[0].order), drawn[0].weight)
+            every = torch.einsum("cnt,ct->n", ready.chain(drawn[0].order), drawn[0].weight)
         else:
             visible = np.array(list(product([False, True], repeat=t)))[:-1]
             size = t - visible.sum(1)
             weight = 1 / size / np.array([math.comb(t, m) for m in size])
             weight = torch.as_tensor(weight[:, None] * ~visible)
-            every = masked_score(ready, ready.value, Masks(torch.as_tensor(visible), None, weight))
+            every = ready.score(Masks(torch.as_tensor(visible), None, weight))
     want = item.truth(item.theta).log_z(~np.isnan(item.x))
     full = ~np.isnan(item.x).any(1)  # a hole in a row is no token, which a weight of T/m does not know
     close(every[torch.as_tensor(full)], want[full], 1e-9)
@@ -1156,9 +1166,9 @@ def test_a_long_chain_against_the_forward_algorithm():
     ready = item.read()
     seen = ~np.isnan(item.x)
     with torch.no_grad():
-        close(ready.joint(ready.value), forward(item.theta, seen), 1e-9)
+        close(ready.score(), forward(item.theta, seen), 1e-9)
         visible = masks_of(60, 1)
-        got = ready.conditionals(ready.value, torch.as_tensor(visible[2:]))
+        got = ready.conditionals(torch.as_tensor(visible[2:]))
         mask = visible[2] & seen
         want = np.zeros((4, 60))
         for i in np.flatnonzero(~visible[2]):
@@ -1166,7 +1176,7 @@ def test_a_long_chain_against_the_forward_algorithm():
             more[:, i] = seen[:, i]
             want[:, i] = forward(item.theta, more) - forward(item.theta, mask)
         close(got[0], want, 1e-9)
-        steps = ready.chain(ready.value, torch.arange(60)[None])
+        steps = ready.chain(torch.arange(60)[None])
         close(steps.sum(-1)[0], forward(item.theta, seen), 1e-9)
 
 
@@ -1187,11 +1197,11 @@ def test_gaussian_mixture_of_sklearn(kind):
             else:
                 pyro.sample("x", dist.Normal(means[z], cov[z].sqrt()).to_event(1), obs=x)
 
-    ready = begin(program, (tensor(x),))
-    close(ready.joint(ready.value), fitted.score_samples(x), 1e-8)
+    bound = bound_of(program, (tensor(x),))
+    close(bound.read((tensor(x),)).score(), fitted.score_samples(x), 1e-8)
     holed = holes(x, 3, row=False, share=0.4)
     holed[np.isnan(holed).all(1)] = x[0]
-    lost = ready.read((tensor(holed),))
+    lost = bound.read((tensor(holed),))
     full = cov.numpy() if kind == "full" else np.stack([np.diag(c) for c in cov.numpy()])
     want = []
     for row in holed:
@@ -1199,7 +1209,7 @@ def test_gaussian_mixture_of_sklearn(kind):
         parts = [stats.multivariate_normal.logpdf(row[on], m[on], c[np.ix_(on, on)])
                  for m, c in zip(fitted.means_, full, strict=True)]  # fmt: skip
         want.append(logsumexp(parts, b=fitted.weights_))
-    close(lost.joint(lost.value), want, 1e-8)
+    close(lost.score(), want, 1e-8)
 
 
 def test_a_hidden_token_far_from_what_the_visible_ones_say():
@@ -1217,8 +1227,8 @@ def test_a_hidden_token_far_from_what_the_visible_ones_say():
     truth = States([math.log(0.5)] * 2, [stats.norm.logpdf(x.numpy(), m) for m in (0, 100)])
     visible = np.array([[True, False]])
     want = true_conditionals(truth, x.numpy(), visible)
-    close(ready.chain(x, torch.tensor([[0, 1]])).sum(-1)[0], truth.log_z(np.ones((2, 2), bool)), 1e-9)
-    close(ready.conditionals(x, torch.as_tensor(visible)), want, 1e-9)
+    close(ready.chain(torch.tensor([[0, 1]])).sum(-1)[0], truth.log_z(np.ones((2, 2), bool)), 1e-9)
+    close(ready.conditionals(torch.as_tensor(visible)), want, 1e-9)
 
 
 def test_parameters_far_off_keep_their_gradient():
@@ -1238,7 +1248,7 @@ def test_parameters_far_off_keep_their_gradient():
         truth = States([math.log(0.5)] * 2, [stats.norm.logpdf(x.numpy(), c) for c in (0, m)])
         return true_conditionals(truth, x.numpy(), visible)
 
-    got = ready.conditionals(x, torch.as_tensor(visible))
+    got = ready.conditionals(torch.as_tensor(visible))
     close(got, value(30.0), 1e-9)
     (slope,) = torch.autograd.grad(got.sum(), pyro.param("m").unconstrained())
     want = (value(30.001).sum() - value(29.999).sum()) / 0.002
@@ -1259,7 +1269,7 @@ def test_the_imputed_category_is_the_likeliest():
 
     x = tensor([[math.nan, math.nan], [0.0, 1.0], [1.0, 3.0]])
     ready = begin(program, (x,))
-    got = ready.posterior(x).tokens
+    got = ready.posterior().tokens
     assert got[0].tolist() == [3.0, 3.0]  # probabilities 0.25, 0.2, 0.1, 0.45
 
 
@@ -1271,7 +1281,7 @@ def test_a_mean_that_does_not_exist_is_not_made_up():
 
     x = torch.tensor([1.0, 2.0, math.nan], dtype=torch.float64)
     ready = begin(program, (x,))
-    assert bool(ready.posterior(ready.value).tokens[2].isnan().all())
+    assert bool(ready.posterior().tokens[2].isnan().all())
 
 
 def test_a_column_of_positive_tokens_without_any_observation():
@@ -1285,7 +1295,7 @@ def test_a_column_of_positive_tokens_without_any_observation():
     want = logsumexp(
         [stats.lognorm.logpdf([1.0, 2.0], 1, scale=math.exp(m)) + math.log(0.5) for m in (0, 1)], axis=0
     )
-    close(ready.joint(ready.value), want, 1e-9)
+    close(ready.score(), want, 1e-9)
 
 
 def test_a_switch_of_chain_and_rows_of_one():
@@ -1300,11 +1310,11 @@ def test_a_switch_of_chain_and_rows_of_one():
         with OwnStore():
             args = tuple(a[:1] for a in item.tensors())
             ready = begin(item.program, args, item.theta)
-            close(ready.joint(ready.value), item.truth(item.theta).log_z(~np.isnan(item.x))[:1], 1e-9)
+            close(ready.score(), item.truth(item.theta).log_z(~np.isnan(item.x))[:1], 1e-9)
             t = item.n_tokens
             visible = masks_of(t, 1)
             want = true_conditionals(item.truth(item.theta), item.x, visible)[:, :1]
-            close(ready.conditionals(ready.value, torch.as_tensor(visible)), want, 1e-9)
+            close(ready.conditionals(torch.as_tensor(visible)), want, 1e-9)
 
 
 def prior_of_class(x):
@@ -1353,13 +1363,13 @@ def test_nothing_left_for_nodes(predictor):
         truth = DenseGaussian(x[None], np.ones(6), 4 * np.ones((6, 6)) + 0.49 * np.eye(6))
         # draws were asked for, and have an error
         tol = 1e-9 if isinstance(predictor, Quadrature) else 0.1
-        close(ready.joint(ready.value), truth.log_z(np.ones((1, 6), bool)), tol)
+        close(ready.score(), truth.log_z(np.ones((1, 6), bool)), tol)
 
 
 def test_posterior_of_normal_latents_beside_discrete_ones():
     item = factor_analysers()
     ready = item.read()
-    assert ready.posterior(ready.value).mean.shape == (N_ROWS, 3 + 2)
+    assert ready.posterior().mean.shape == (N_ROWS, 3 + 2)
 
 
 def coin(a, b):
@@ -1377,9 +1387,9 @@ HEADS = torch.tensor([1.0] * 50 + [0.0] * 50, dtype=torch.float64)
 @pytest.mark.parametrize("a, b, value", [(1.0, 1.0, -71.398962), (20.0, 20.0, -69.945563)])
 def test_fifty_heads_of_a_hundred(a, b, value):
     ready = begin(coin(a, b), (HEADS,), predictor=Quadrature())
-    got = ready.evidence(ready.value)
+    got = ready.evidence()
     assert float(got.by_row) == pytest.approx(value, abs=1e-6)
-    assert float(ready.joint(ready.value)) == pytest.approx(betaln(a + 50, b + 50) - betaln(a, b), abs=1e-6)
+    assert float(ready.score()) == pytest.approx(betaln(a + 50, b + 50) - betaln(a, b), abs=1e-6)
     assert got.se < 1e-6
 
 
@@ -1390,15 +1400,15 @@ def test_regression_with_an_unknown_noise():
     y = x @ [1.0, -2.0, 0.5] + 0.7 * rng.normal(size=30)
     model = BayesianRegression(prior_scale=3.0, noise_shape=2.0, noise_rate=1.5)
     ready = begin(model, (tensor(x), tensor(y)), predictor=Quadrature())
-    got = ready.evidence(ready.value)
+    got = ready.evidence()
     assert float(got.by_row) == pytest.approx(model.log_evidence(x, y), abs=1e-8)
     # t with 2a degrees of freedom and shape (b / a) (I + s^2 X X')
     full = np.column_stack([x, np.ones(30)])
     shape = 1.5 / 2 * (np.eye(30) + 9 * full @ full.T)
     want = stats.multivariate_t.logpdf(y, shape=shape, df=4)
-    assert float(ready.joint(ready.value)) == pytest.approx(want, abs=1e-8)
+    assert float(ready.score()) == pytest.approx(want, abs=1e-8)
     visible = masks_of(30, 1)[[0, 2]]
-    got = ready.conditionals(ready.value, torch.as_tensor(visible)).numpy()
+    got = ready.conditionals(torch.as_tensor(visible)).numpy()
     for s, mask in enumerate(visible):
         before = (
             stats.multivariate_t.logpdf(y[mask], shape=shape[np.ix_(mask, mask)], df=4) if mask.any() else 0.0
@@ -1444,11 +1454,11 @@ def test_random_intercepts_against_statsmodels():
     fit = mixed.MixedLM(y, np.ones((30, 1)), group).fit(reml=False)
     known = (fit.fe_params[0], math.sqrt(fit.cov_re[0, 0]), math.sqrt(fit.scale))
     ready = begin(random_intercept(known), (tensor(y),))
-    assert isinstance(ready, LinearGaussian)
-    assert float(ready.joint(ready.value).detach()) == pytest.approx(fit.llf, abs=1e-7)
+    assert isinstance(ready, LinearRows)
+    assert float(ready.score().detach()) == pytest.approx(fit.llf, abs=1e-7)
     # at the maximum all slopes are zero
     leaves = [pyro.param(n).unconstrained() for n in ("mu", "b", "e")]
-    for slope in torch.autograd.grad(ready.joint(ready.value).sum(), leaves):
+    for slope in torch.autograd.grad(ready.score().sum(), leaves):
         assert abs(float(slope)) < 0.01
 
 
@@ -1470,8 +1480,8 @@ def test_random_intercepts_with_unknown_scales():
     want = np.logaddexp(
         logsumexp(log_p[1:]) + 2 * math.log(u[1] - u[0]), logsumexp(log_p[0]) + math.log(u[1] - u[0])
     )
-    assert float(ready.joint(ready.value).detach()) == pytest.approx(want, abs=2e-3)
-    found = ready.evidence(ready.value)
+    assert float(ready.score().detach()) == pytest.approx(want, abs=2e-3)
+    found = ready.evidence()
     assert abs(float(found.by_row) - want) < max(1e-4, 3 * found.se)
 
 
@@ -1489,7 +1499,7 @@ def test_multivariate_tokens_with_a_scale_of_their_row():
 
     ready = begin(program, (tensor(x),), predictor=Quadrature())
     want = stats.multivariate_t.logpdf(x, shape=root @ root.T, df=4)
-    close(ready.joint(ready.value), want, 1e-7)
+    close(ready.score(), want, 1e-7)
 
 
 def test_a_latent_of_tokens_beside_a_positive_one():
@@ -1508,17 +1518,16 @@ def test_a_latent_of_tokens_beside_a_positive_one():
 
     ready = begin(program, (tensor(x),), predictor=Quadrature())
     want = stats.multivariate_t.logpdf(x, shape=root @ root.T + np.outer(f, f), df=4)
-    close(ready.joint(ready.value), want, 1e-7)
+    close(ready.score(), want, 1e-7)
 
 
 @pytest.mark.parametrize("width", [2, 3])
 def test_relocated_chains_add_up_to_the_joint(width):
     item = normal_latents("Poisson", width)
     ready = item.read()
-    assert ready.telescopes
     with torch.no_grad():
-        got = ready.chain(ready.value, torch.arange(item.n_tokens)[None]).sum(-1)[0]
-        close(got, ready.joint(ready.value), 1e-6)
+        got = ready.chain(torch.arange(item.n_tokens)[None]).sum(-1)[0]
+        close(got, ready.score(), 1e-6)
 
 
 # ------------------------------------------------------------------------------------------------------- importance
@@ -1566,8 +1575,8 @@ EVERYTHING = np.ones_like(COUNTS, dtype=bool)
 
 def test_the_posterior_as_guide_has_no_variance():
     ready = begin(counts, (tensor(COUNTS),), predictor=Importance(20), guide=exact_guide)
-    close(ready.joint(ready.value), GammaPoisson(COUNTS).log_z(EVERYTHING), 1e-9)
-    found = ready.evidence(ready.value)
+    close(ready.score(), GammaPoisson(COUNTS).log_z(EVERYTHING), 1e-9)
+    found = ready.evidence()
     assert found.se < 1e-6
     assert found.diagnostics["ess_min"] == pytest.approx(20)
 
@@ -1576,26 +1585,26 @@ def test_a_guide_that_sees_what_is_visible():
     x = holes(COUNTS)
     ready = begin(counts, (tensor(x),), predictor=Importance(4), guide=seeing_guide)
     truth = GammaPoisson(x)
-    close(ready.joint(ready.value), truth.log_z(~np.isnan(x)), 1e-9)
+    close(ready.score(), truth.log_z(~np.isnan(x)), 1e-9)
     torch.manual_seed(0)
     ready = begin(counts, (tensor(x),), predictor=Importance(4000), guide=seeing_guide)
     visible = masks_of(3, 3)
-    got = ready.conditionals(ready.value, torch.as_tensor(visible))
+    got = ready.conditionals(torch.as_tensor(visible))
     close(got, true_conditionals(truth, x, visible), 0.15)
-    steps = ready.chain(ready.value, torch.tensor([[2, 0, 1]]))
+    steps = ready.chain(torch.tensor([[2, 0, 1]]))
     close(steps.sum(-1)[0], truth.log_z(~np.isnan(x)), 0.15)
 
 
 def test_a_guide_that_has_seen_the_hidden_tokens():
     ready = begin(counts, (tensor(COUNTS),), predictor=Importance(20), guide=exact_guide)
     with pytest.raises(ModelError, match="visible"):
-        ready.conditionals(ready.value, torch.as_tensor(masks_of(3)))
+        ready.conditionals(torch.as_tensor(masks_of(3)))
 
 
 def test_chains_are_the_importance_bound():
     x = holes(COUNTS, share=0.0)
     args = (tensor(COUNTS),)
-    bound = begin(counts, args, predictor=Importance(30), guide=rough_guide)
+    bound = bound_of(counts, args, predictor=Importance(30), guide=rough_guide)
     torch.manual_seed(5)
     ready = bound.read(args)
     torch.manual_seed(5)
@@ -1604,9 +1613,9 @@ def test_chains_are_the_importance_bound():
     log_w = dist.Gamma(tensor(2.0), tensor(1.5)).log_prob(rate) - q.log_prob(rate)
     log_p = dist.Poisson(rate[..., None]).log_prob(args[0])
     want = (log_w + log_p.sum(-1)).logsumexp(0) - math.log(30)
-    close(ready.joint(ready.value), want, 1e-12)
+    close(ready.score(), want, 1e-12)
     order = torch.tensor([[2, 0, 1], [0, 1, 2]])
-    steps = ready.chain(ready.value, order)
+    steps = ready.chain(order)
     close(steps.sum(-1), want.expand(2, -1), 1e-12)
     # Z(nothing) is 1: the first step is the whole log Z of its token
     first = (log_w + log_p[..., 2]).logsumexp(0) - math.log(30)
@@ -1614,8 +1623,8 @@ def test_chains_are_the_importance_bound():
     second = (log_w + log_p[..., [0, 2]].sum(-1)).logsumexp(0) - math.log(30) - first
     close(steps[0, :, 0], second, 1e-12)
     lost = bound.read((tensor(x),))
-    assert float(lost.joint(lost.value)[-1]) == 0
-    assert (lost.chain(lost.value, order)[:, -1] == 0).all()
+    assert float(lost.score()[-1]) == 0
+    assert (lost.chain(order)[:, -1] == 0).all()
 
 
 @pytest.mark.slow
@@ -1624,11 +1633,11 @@ def test_the_bound_lies_between_elbo_and_truth():
     truth = GammaPoisson(COUNTS).log_z(EVERYTHING).sum()
     found = {}
     for n in (1, 8):
-        ready = begin(counts, args, predictor=Importance(n), guide=rough_guide)
+        bound = bound_of(counts, args, predictor=Importance(n), guide=rough_guide)
         totals = []
         for _ in range(150):
-            again = ready.read(args)
-            totals.append(float(again.joint(again.value).sum()))
+            again = bound.read(args)
+            totals.append(float(again.score().sum()))
         found[n] = np.mean(totals), np.std(totals) / math.sqrt(150)
     elbo, se = found[1]
     iwae, se_iwae = found[8]
@@ -1649,14 +1658,14 @@ def test_draws_around_the_mode(item):
     torch.manual_seed(1)
     ready = begin(item.program, item.tensors(), item.theta, predictor=Importance(3000))
     truth = item.truth(item.theta)
-    found = ready.evidence(ready.value)
+    found = ready.evidence()
     want = truth.log_z(~np.isnan(item.x)).sum()
     assert abs(float(found.by_row.sum()) - want) < 4 * found.se
     assert found.se < 0.2
     assert found.diagnostics["pareto_k"] < 0.7
     with torch.no_grad():
         visible = masks_of(item.n_tokens, 1)[2:]
-        got = ready.conditionals(ready.value, torch.as_tensor(visible))
+        got = ready.conditionals(torch.as_tensor(visible))
     close(got, true_conditionals(truth, item.x, visible), 0.15)
 
 
@@ -1668,19 +1677,20 @@ def test_automatic_guides(kind):
     svi = pyro.infer.SVI(counts, guide, pyro.optim.Adam({"lr": 0.05}), pyro.infer.Trace_ELBO())
     for _ in range(200):
         svi.step(x)
-    ready = choose(counts, (x,), predictor=Importance(1000), guide=guide).read((x,))
-    found = ready.evidence(ready.value)
+    bound = choose(counts, (x,), predictor=Importance(1000), guide=guide)
+    ready = bound.read((x,))
+    found = ready.evidence()
     want = GammaPoisson(COUNTS).log_z(EVERYTHING).sum()
     assert abs(float(found.by_row.sum()) - want) < 4 * found.se
     assert found.se < 1.0
-    assert any("loc" in name for name in ready.parameters)
-    total = ready.joint(ready.value).sum()
+    assert any("loc" in name for name in bound.parameters)
+    total = ready.score().sum()
     leaf = dict(pyro.get_param_store().named_parameters())
     names = [n for n in leaf if "loc" in n]
     slopes = torch.autograd.grad(total, [leaf[n] for n in names])
     assert all(bool(torch.isfinite(s).all()) for s in slopes)
     if kind == "AutoNormal":
-        assert ready.joint(ready.value).shape == (N_ROWS,)
+        assert ready.score().shape == (N_ROWS,)
 
 
 def test_a_guide_of_points_is_refused():
@@ -1704,9 +1714,9 @@ def test_a_coupled_guide_that_sees_what_is_visible():
     torch.manual_seed(0)
     ready = begin(program, (tensor(COUNTS),), predictor=Importance(2000), guide=guide)
     truth = GammaPoisson(flat)
-    close(ready.joint(ready.value), truth.log_z(np.ones_like(flat, dtype=bool)), 1e-9)
+    close(ready.score(), truth.log_z(np.ones_like(flat, dtype=bool)), 1e-9)
     visible = masks_of(15, 1)[2:]
-    got = ready.conditionals(ready.value, torch.as_tensor(visible))
+    got = ready.conditionals(torch.as_tensor(visible))
     close(got, true_conditionals(truth, flat, visible), 0.1)
 
 
@@ -1789,22 +1799,22 @@ def test_particles_of_a_normal_mean():
     ready = smc_of(unknown_mean, (tensor(y),))
     truth = DenseGaussian(y[None], np.ones(10), 4 * np.ones((10, 10)) + 0.49 * np.eye(10))
     seen = ~np.isnan(y[None])
-    within(ready.evidence(ready.value), truth.log_z(seen)[0])
-    posterior = ready.posterior(ready.value)
+    within(ready.evidence(), truth.log_z(seen)[0])
+    posterior = ready.posterior()
     precision = 0.25 + 9 / 0.49
     assert float(posterior.mean[0, 0]) == pytest.approx((0.25 + np.nansum(y) / 0.49) / precision, abs=0.05)
     visible = masks_of(10, 1)
-    got = ready.conditionals(ready.value, torch.as_tensor(visible))
+    got = ready.conditionals(torch.as_tensor(visible))
     close(got, true_conditionals(truth, y[None], visible), 0.15)
     order = torch.randperm(10)[None]
-    steps = ready.chain(ready.value, order)
+    steps = ready.chain(order)
     assert float(steps.sum()) == pytest.approx(truth.log_z(seen)[0], abs=0.2)
     assert float(steps[0, 0, 3]) == 0
 
 
 def test_particles_of_a_coin():
     ready = smc_of(coin(20.0, 20.0), (HEADS,))
-    within(ready.evidence(ready.value), -69.945563)
+    within(ready.evidence(), -69.945563)
 
 
 def test_particles_answer_for_single_tokens():
@@ -1814,12 +1824,12 @@ def test_particles_answer_for_single_tokens():
     truth = item.truth({"a": math.log(2.0), "b": math.log(3.0)})
     seen = ~np.isnan(item.x)
     visible = masks_of(item.n_tokens, 2)
-    got = ready.conditionals(ready.value, torch.as_tensor(visible))
+    got = ready.conditionals(torch.as_tensor(visible))
     close(got, true_conditionals(truth, item.x, visible), 0.1)
-    steps = ready.chain(ready.value, torch.randperm(item.n_tokens)[None])
+    steps = ready.chain(torch.randperm(item.n_tokens)[None])
     assert float(steps.sum()) == pytest.approx(truth.log_z(seen)[0], abs=0.1)
     assert (steps.numpy()[0][~seen] == 0).all()
-    assert np.abs(ready.posterior(ready.value).mean.numpy() - truth.latent_means(seen)).max() < 0.03
+    assert np.abs(ready.posterior().mean.numpy() - truth.latent_means(seen)).max() < 0.03
 
 
 @pytest.mark.slow
@@ -1829,7 +1839,7 @@ def test_particles_of_a_regression():
     y = x @ [1.0, -2.0] + 0.7 * rng.normal(size=25)
     model = BayesianRegression(prior_scale=3.0, noise_shape=2.0, noise_rate=1.5)
     ready = smc_of(model, (tensor(x), tensor(y)))
-    within(ready.evidence(ready.value), model.log_evidence(x, y))
+    within(ready.evidence(), model.log_evidence(x, y))
 
 
 @pytest.mark.slow
@@ -1850,10 +1860,10 @@ def test_particles_with_classes_summed_out():
     given = np.logaddexp(np.log1p(-w)[:, None] + log_p[0], np.log(w)[:, None] + log_p[1]).sum(1)
     want = logsumexp(given + stats.beta.logpdf(w, 2, 2) + np.log(weights / 2))
     ready = smc_of(program, (tensor(x),))
-    within(ready.evidence(ready.value), want)
+    within(ready.evidence(), want)
     with OwnStore():
         quadrature = begin(program, (tensor(x),), predictor=Quadrature())
-        assert float(quadrature.joint(quadrature.value)) == pytest.approx(want, abs=1e-6)
+        assert float(quadrature.score()) == pytest.approx(want, abs=1e-6)
 
 
 # ----------------------------------------------------------------------------------------------------------- errors
@@ -1905,7 +1915,7 @@ def test_weights_that_are_not_finite():
 
     with pytest.raises(ModelError, match="guide|rate"), pyro.validation_enabled(False):
         ready = begin(counts, (tensor(COUNTS),), predictor=Importance(5), guide=guide)
-        ready.joint(ready.value)
+        ready.score()
 
 
 def test_nothing_observed():
@@ -1926,16 +1936,16 @@ def test_no_rows_plate():
     ready = begin(program, (tensor(COUNTS),))
     assert ready.value.shape == (1, COUNTS.size)
     want = logsumexp([stats.poisson.logpmf(COUNTS, m).sum() + math.log(w) for m, w in ((1, 0.7), (2, 0.3))])
-    close(ready.joint(ready.value), [want], 1e-9)
+    close(ready.score(), [want], 1e-9)
 
 
 @pytest.mark.parametrize("predictor", [Exact(), Quadrature(), Importance(5)], ids=lambda p: type(p).__name__)
 def test_tokens_that_change_between_calls(predictor):
     item = latent_class_bernoulli() if isinstance(predictor, Exact) else None
     if item is None:
-        ready = begin(counts, (tensor(COUNTS),), predictor=predictor)
+        bound = bound_of(counts, (tensor(COUNTS),), predictor=predictor)
         with pytest.raises(ModelError, match="'x'.*tokens may not change"):
-            ready.read((tensor(COUNTS[:, :2]),))
+            bound.read((tensor(COUNTS[:, :2]),))
         return
 
     def program(x):
@@ -1943,19 +1953,19 @@ def test_tokens_that_change_between_calls(predictor):
             z = pyro.sample("z", dist.Bernoulli(x.new_tensor(0.3)))
             pyro.sample("x", dist.Poisson(1.0 + z[..., None].expand(*z.shape, x.shape[1])).to_event(1), obs=x)
 
-    ready = begin(program, (tensor(COUNTS),), predictor=predictor)
+    bound = bound_of(program, (tensor(COUNTS),), predictor=predictor)
     with pytest.raises(ModelError, match="'x'.*tokens may not change"):
-        ready.read((tensor(COUNTS[:, :2]),))
+        bound.read((tensor(COUNTS[:, :2]),))
     with pytest.raises(ModelError, match="read"):
-        ready.joint(tensor(COUNTS[:2]))
+        bound.read((tensor(COUNTS),)).at(tensor(COUNTS[:2])).score()
 
 
 @pytest.mark.parametrize("predictor", [Quadrature(), SequentialMonteCarlo()], ids=lambda p: type(p).__name__)
 def test_rows_that_change_where_they_are_one_vector(predictor):
-    ready = begin(coin(1.0, 1.0), (HEADS,), predictor=predictor)
+    bound = bound_of(coin(1.0, 1.0), (HEADS,), predictor=predictor)
     with pytest.raises(ModelError, match="'x'.*rows"):
-        again = ready.read((HEADS[:20],))
-        again.joint(again.value)
+        again = bound.read((HEADS[:20],))
+        again.score()
 
 
 def test_a_factor():
@@ -1987,7 +1997,7 @@ def test_quadrature_of_five():
             pyro.sample("x", dist.Poisson(u[..., :3].exp()).to_event(1), obs=x)
 
     refused(r"at most 4 continuous latents, got 5.*'u'.*Importance", program, predictor=Quadrature())
-    assert begin(program, (tensor(COUNTS),)).name == "Importance"
+    assert bound_of(program, (tensor(COUNTS),)).name == "Importance"
 
 
 def test_exact_for_what_is_not():
@@ -2026,10 +2036,9 @@ def test_joint_under_each_map_with_its_gradient(noise):
 
     like = LinearGaussian(program, (x,)).read((x,))
     zeros = x.new_zeros(n_maps, n_latents)
-    maps = like.with_reading(
-        like.reading._replace(loc=loc, loading=loading, noise=variance, latent_loc=zeros)
-    )
-    got = maps.joint_under_each(x)
+    reading = like.reading._replace(loc=loc, loading=loading, noise=variance, latent_loc=zeros)
+    maps = LinearRows(like.structure, reading)
+    got = maps.at(x).score_under_each()
     cov = loading @ loading.mT + torch.diag_embed(variance)
     want = dist.MultivariateNormal(loc[:, None], cov[:, None]).log_prob(x)
     rtol = 1e-9 if noise == 1.0 else 1e-5  # the dense covariance has squared the noise's share

@@ -13,10 +13,19 @@ from sklearn.base import clone
 from truths import every_row
 
 from bayes_mpt import BayesMPT, HeldOut, MarginalLikelihoodSearch
-from bayes_mpt.masks import Blocks, EverySize, FixedRate, LeaveOneOut, PermutationChain, UniformSize, one_each
+from bayes_mpt.masks import (
+    Blocks,
+    EverySize,
+    FixedRate,
+    LeaveOneOut,
+    Masks,
+    PermutationChain,
+    UniformSize,
+    one_each,
+)
 from bayes_mpt.predictors import Exact, SelfPredictive, choose
 from bayes_mpt.program.program import ModelError
-from bayes_mpt.score import CumulativeMaskedScore, estimate, masked_score
+from bayes_mpt.score import CumulativeMaskedScore, estimate
 from bayes_mpt.training import Steps
 
 pytestmark = pytest.mark.usefixtures("own_store")
@@ -59,16 +68,16 @@ def bound(model, x):
 def test_consistent_conditionals_give_the_density_in_every_order():
     found = bound(table, STATES)
     orders = torch.tensor(list(permutations(range(T))))
-    sums = found.chain(STATES, orders).sum(-1)
+    sums = found.chain(orders).sum(-1)
     np.testing.assert_allclose(sums, TABLE.expand(len(orders), -1), atol=1e-12)
-    np.testing.assert_allclose(found.joint(STATES), TABLE, atol=1e-12)
-    assert found.evidence(STATES).diagnostics["order_sd"] < 1e-12
+    np.testing.assert_allclose(found.score(), TABLE, atol=1e-12)
+    assert found.evidence().diagnostics["order_sd"] < 1e-12
     every = torch.stack([torch.tensor(v) for v in product((False, True), repeat=T)])
     m = (~every).sum(1)
     weight = torch.where(every, 0.0, 1.0 / (m * torch.tensor([math.comb(T, int(k)) for k in m]))[:, None])
-    area = torch.einsum("snt,st->n", found.conditionals(STATES, every), weight.nan_to_num(0.0).double())
+    area = torch.einsum("snt,st->n", found.conditionals(every), weight.nan_to_num(0.0).double())
     np.testing.assert_allclose(area, TABLE, atol=1e-12)
-    drawn = estimate(found, STATES, EverySize(200), n_replicates=8, random_state=0)
+    drawn = estimate(found, EverySize(200), n_replicates=8, random_state=0)
     assert abs(drawn.total - float(TABLE.sum())) < 3 * drawn.se
 
 
@@ -77,25 +86,25 @@ def test_chain_and_weighed_are_sums_of_conditionals():
     x[2, 1] = x[5, 3] = torch.nan
     found = bound(network, x)
     order = torch.tensor([[2, 0, 3, 1], [0, 1, 2, 3]])
-    chain = found.chain(x, order).detach()
+    chain = found.chain(order).detach()
     for c, tokens in enumerate(order):
         for t, token in enumerate(tokens):
             visible = torch.zeros(1, T, dtype=torch.bool)
             visible[0, tokens[:t]] = True
-            alone = found.conditionals(x, visible)[0, :, token].detach()
+            alone = found.conditionals(visible)[0, :, token].detach()
             np.testing.assert_allclose(chain[c, :, token], alone, atol=1e-12)
     assert float(chain[:, 2, 1].abs().max()) == 0.0  # never scored
     masks = UniformSize(7).draw(T, 0)
-    expected = torch.einsum("snt,st->n", found.conditionals(x, masks.visible), masks.weight)
-    np.testing.assert_allclose(masked_score(found, x, masks).detach(), expected.detach(), atol=1e-12)
+    expected = torch.einsum("snt,st->n", found.conditionals(masks.visible), masks.weight)
+    np.testing.assert_allclose(found.score(masks).detach(), expected.detach(), atol=1e-12)
 
 
 @pytest.mark.parametrize("model", [network, table])
 def test_one_run_serves_all_tokens_hidden_alone_only_where_they_do_not_look_at_themselves(model):
     found = bound(model, STATES)
     masks = LeaveOneOut().draw(T)
-    each = found.conditionals(STATES, masks.visible).sum(0).sum(-1).detach()
-    np.testing.assert_allclose(masked_score(found, STATES, masks).detach(), each, atol=1e-12)
+    each = found.conditionals(masks.visible).sum(0).sum(-1).detach()
+    np.testing.assert_allclose(found.score(masks).detach(), each, atol=1e-12)
     assert not found.blind
 
 
@@ -128,7 +137,7 @@ def test_a_program_sees_nothing_of_what_is_hidden():
     x[0, 0] = torch.nan
     found = bound(spy, x)
     seen.clear()
-    score = found.conditionals(x, torch.tensor([[True, False, True, False]]))[0]
+    score = found.conditionals(torch.tensor([[True, False, True, False]]))[0]
     for shown, visible in seen:
         assert not bool(visible[0, 0]) and bool((shown[~visible] == 0).all())
     expected = torch.where(
@@ -141,7 +150,7 @@ def test_two_inequalities_by_enumeration():
     """Every order's density is normalised; their mean log lies below the log of their mean, and below -H."""
     found = bound(network, STATES)
     orders = torch.tensor(list(permutations(range(T))))
-    by_order = found.chain(STATES, orders).sum(-1).detach()  # (T!, 2^T)
+    by_order = found.chain(orders).sum(-1).detach()  # (T!, 2^T)
     np.testing.assert_allclose(by_order.logsumexp(1), 0.0, atol=1e-12)
     area, mixture = by_order.mean(0), by_order.logsumexp(0) - math.log(len(orders))
     assert bool((area < mixture).all()) and abs(float(mixture.logsumexp(0))) < 1e-12
@@ -150,7 +159,7 @@ def test_two_inequalities_by_enumeration():
     entropy = -float(p @ TABLE)
     assert float(p @ area) < float(p @ mixture) < -entropy
     # the area under the masked curve, over all masks
-    drawn = estimate(found, STATES, EverySize(200), n_replicates=8, random_state=0)
+    drawn = estimate(found, EverySize(200), n_replicates=8, random_state=0)
     assert abs(drawn.total - float(area.sum())) < 3 * drawn.se
 
 
@@ -161,32 +170,32 @@ def test_blocks_by_enumeration():
     by_order = []
     for first, then in ((0, 1), (1, 0)):
         visible = torch.tensor(np.stack([np.zeros(T, bool), groups == first]))
-        nothing, one = found.conditionals(x, visible).detach()
+        nothing, one = found.conditionals(visible).detach()
         by_order.append(nothing[:, groups == first].sum(1) + one[:, groups == then].sum(1))
     by_order = torch.stack(by_order)  # (2, 2^T)
     np.testing.assert_allclose(by_order.logsumexp(1), 0.0, atol=1e-12)
     area, p = by_order.mean(0), TABLE.exp()
     assert float(p @ area) < float(p @ (by_order.logsumexp(0) - math.log(2))) < float(p @ TABLE)
-    drawn = estimate(found, x, Blocks(EverySize(100), groups), n_replicates=8, random_state=0)
+    drawn = estimate(found, Blocks(EverySize(100), groups), n_replicates=8, random_state=0)
     assert abs(drawn.total - float(area.sum())) < 3 * drawn.se + 1e-9
     assert np.isnan(drawn.by_size.mean[[0, 2]]).all()
     assert drawn.by_size.area * len(x) == pytest.approx(drawn.total)
     with pytest.raises(ValueError, match="leaves out mask sizes"):
-        estimate(found, x, Blocks(FixedRate(0.5), groups))
+        estimate(found, Blocks(FixedRate(0.5), groups))
 
 
 def test_disagreement_is_reported():
     found = SelfPredictive(n_orders=6).bind(network, (STATES,)).read((STATES,))
-    told = found.evidence(STATES)
+    told = found.evidence()
     totals = told.diagnostics["totals"]
     assert len(totals) == 6 and np.ptp(totals) > 1e-3
     assert abs(float(told.by_row.detach().sum()) - totals.mean()) < 1e-10
     assert told.diagnostics["log_mean_exp"] > totals.mean()
     assert told.diagnostics["order_sd"] > 0 and told.se > 0
-    given = found.chain(STATES, torch.arange(T)[None]).detach().sum()
+    given = found.chain(torch.arange(T)[None]).detach().sum()
     assert abs(told.diagnostics["total_given_order"] - float(given)) < 1e-10
-    assert math.isnan(SelfPredictive(1).bind(network, (STATES,)).evidence(STATES).se)
-    curve = estimate(found, STATES, masks=UniformSize(4), n_replicates=2, random_state=0)
+    assert math.isnan(SelfPredictive(1).bind(network, (STATES,)).read((STATES,)).evidence().se)
+    curve = estimate(found, masks=UniformSize(4), n_replicates=2, random_state=0)
     assert "order_sd" not in curve.diagnostics and not curve.exact
 
 
@@ -194,8 +203,8 @@ def test_disagreement_is_reported():
 def test_one_mask_for_each_row_has_the_same_expectation():
     found = bound(network, STATES)
     masks = UniformSize(5).draw(T, 0)
-    whole = masked_score(found, STATES, masks).detach()
-    own = [masked_score(found, STATES, one_each(masks, len(STATES), seed)).detach() for seed in range(600)]
+    whole = found.score(masks).detach()
+    own = [found.score(one_each(masks, len(STATES), seed)).detach() for seed in range(600)]
     own = torch.stack(own)
     z = (own.mean(0) - whole) / (own.std(0) / math.sqrt(len(own)))
     assert float(z.abs().max()) < 4
@@ -280,9 +289,9 @@ def test_a_factor_that_looks_at_what_is_hidden_is_seen_for_every_mask():
     each = ~torch.eye(T, dtype=torch.bool)
     for model in (counted, blind):
         found = bound(model, STATES)
-        scored = found.weighed(STATES, each, (~each).double()).detach()
+        scored = found.score(Masks(each, None, (~each).double())).detach()
         with torch.no_grad():
-            plain = found.weighed(STATES, each, (~each).double())
+            plain = found.score(Masks(each, None, (~each).double()))
         np.testing.assert_allclose(scored - plain, T * 0.1 * (T - 1), atol=1e-12)
 
 
@@ -367,7 +376,7 @@ def test_draws_are_of_the_conditional_density():
     n = 20_000
     some = torch.tensor([[math.nan, 1.0, math.nan, math.nan]], dtype=torch.float64)
     torch.manual_seed(0)
-    drawn = bound(table, some).draw(some, n)[:, 0]
+    drawn = bound(table, some).posterior().draws(n)[:, 0]
     assert bool((drawn[:, 1] == 1).all())
     place = (drawn @ torch.tensor([8.0, 4, 2, 1], dtype=torch.float64)).long()
     share = torch.bincount(place, minlength=2**T) / n
@@ -384,8 +393,8 @@ def test_a_network_makes_rows(fitted):
     place = (torch.as_tensor(drawn) @ torch.tensor([8.0, 4, 2, 1]).double()).long()
     share = torch.bincount(place, minlength=2**T) / 4000
     orders = torch.tensor(list(permutations(range(T))))
-    with fitted.read_rows(STATES.numpy()) as (found, rows), torch.no_grad():
-        mixture = found.chain(rows, orders).sum(-1).exp().mean(0)  # of all orders, by enumeration
+    with fitted.read_rows(STATES.numpy()) as found, torch.no_grad():
+        mixture = found.chain(orders).sum(-1).exp().mean(0)  # of all orders, by enumeration
     z = (share - mixture) / (mixture * (1 - mixture) / 4000).sqrt()
     assert bool((z.abs() < 4).all())
     x = sample(6, 5)
@@ -399,10 +408,10 @@ def test_a_network_makes_rows(fitted):
 def test_chains_of_one_draw_count_one_by_one():
     """Two draws of three chains are six orders to the diagnostics, and two replicates to the error."""
     found = bound(network, STATES)
-    told = estimate(found, STATES, PermutationChain(3), n_replicates=2, random_state=0)
+    told = estimate(found, PermutationChain(3), n_replicates=2, random_state=0)
     generator = torch.Generator().manual_seed(0)
     orders = torch.cat([PermutationChain(3).draw(T, generator).order for _ in range(2)])
-    by_order = found.chain(STATES, orders).sum(-1).detach()  # (6, N)
+    by_order = found.chain(orders).sum(-1).detach()  # (6, N)
     assert told.diagnostics["order_sd"] == pytest.approx(
         float(by_order.std(0).square().mean().sqrt()), abs=1e-12
     )

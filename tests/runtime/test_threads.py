@@ -181,10 +181,10 @@ def test_losses_and_predictors_of_eight_threads():
     x = torch.as_tensor(X)
     loss = CumulativeMaskedScore()(student, None, x)
     truth = loss(x).detach()
-    joint = choose(student, (x,)).read((x,)).joint(x).detach()
+    joint = choose(student, (x,)).read((x,)).score().detach()
 
     def call(i):
-        return loss(x).detach() if i % 2 else choose(student, (x,)).read((x,)).joint(x).detach()
+        return loss(x).detach() if i % 2 else choose(student, (x,)).read((x,)).score().detach()
 
     for i, found in enumerate(in_threads(call, range(8))):
         torch.testing.assert_close(found, truth if i % 2 else joint, **SAME)
@@ -193,9 +193,9 @@ def test_losses_and_predictors_of_eight_threads():
 def test_a_thread_inside_may_ask_again():
     model = BayesMPT(student, training=Ascent(max_iter=2)).fit(X)
     truth = model.score(X)
-    with model.read_rows(X) as (predictor, x):
+    with model.read_rows(X) as predictor:
         assert model.score(X) == truth
-        assert float(predictor.joint(x).mean()) == pytest.approx(truth, rel=1e-12)
+        assert float(predictor.score().mean()) == pytest.approx(truth, rel=1e-12)
 
 
 # ------------------------------------------------------------------------------------------------------ searches

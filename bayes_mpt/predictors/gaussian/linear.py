@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayes_mpt.predictors.base import Conditionals, Posterior
+from bayes_mpt.predictors.base import Bound, Conditionals, Posterior
 from bayes_mpt.program.affine import AffineForm, Dense, DenseMap, first_reading, latent_values, read
 from bayes_mpt.program.affine.first import FirstReading
 from bayes_mpt.program.analysis import Analysis
@@ -23,7 +23,7 @@ from bayes_mpt.program.arguments import N_TRIAL_ROWS
 from bayes_mpt.program.devices import at_once
 from bayes_mpt.program.program import Model, ModelError
 
-__all__ = ["Groups", "LinearGaussian", "cholesky", "group_rows"]
+__all__ = ["Groups", "LinearGaussian", "LinearRows", "cholesky", "group_rows"]
 
 LOG_2PI = math.log(2 * math.pi)
 SMALL_NOISE = 1e-5  # of the token's variance; below it the normal equations lose more than 1e-9
@@ -32,8 +32,8 @@ CACHED_CHUNK = 2**17  # numbers in one temporary that stays in the cache
 MAX_DENSE = 32  # tokens up to which a dense factor is cheaper than the algebra of the latents
 
 
-class LinearGaussian(Conditionals):
-    """Closed-form conditionals of a linear-Gaussian program, found to be one by evaluation.
+class LinearGaussian(Bound):
+    """A linear-Gaussian program, found to be one by evaluation, scored in closed form.
 
     Parameters
     ----------
@@ -59,13 +59,14 @@ class LinearGaussian(Conditionals):
     ...         z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
     ...         pyro.sample("x", dist.Normal(z[:, None].expand(-1, 2), 1.0).to_event(1), obs=x)
     >>> x = torch.zeros(4, 2, dtype=torch.float64)
-    >>> LinearGaussian(model, (x,)).read((x,)).joint(x)[0]  # N(0; 0, [[2, 1], [1, 2]])
+    >>> LinearGaussian(model, (x,)).read((x,)).score()[0]  # N(0; 0, [[2, 1], [1, 2]])
     tensor(-2.3872, dtype=torch.float64)
     """
 
     exact = True
     name = "Exact"
     why = "every mean is affine in the latents and every scale is free of them, checked by evaluation"
+    model: Model
     structure: AffineForm
 
     def __init__(
@@ -76,43 +77,41 @@ class LinearGaussian(Conditionals):
         *,
         analysis: Analysis | None = None,
     ):
-        self.model: Model | None = model
+        self.model = model
         self.structure, reading = first_reading(model, args, n_trial=n_trial, analysis=analysis)
         self._first = None if self.structure.per_row else FirstReading(reading)
-        self._reading: DenseMap | None = None
 
-    @property
-    def reading(self) -> DenseMap:
-        """The linear-Gaussian map at the parameters last read."""
-        if self._reading is None:
-            raise RuntimeError(
-                "call read(args) first: this predictor has not read the program's parameters yet"
-            )
-        return self._reading
-
-    @property
-    def value(self) -> Tensor:
-        return self.reading.value
-
-    @property
-    def scale(self) -> float:
-        return self.reading.scale
-
-    def read(self, args: tuple[Any, ...]) -> LinearGaussian:
-        if self.model is None:
-            raise RuntimeError("this predictor is frozen: it has no program to read")
+    def read(self, args: tuple[Any, ...]) -> LinearRows:
         known = None if self._first is None else self._first.take()
-        return self._with(self.model, read(self.model, args, self.structure, Dense(), known))
+        return LinearRows(self.structure, read(self.model, args, self.structure, Dense(), known))
 
-    def freeze(self) -> LinearGaussian:
-        r = self.reading
-        loc, loading, noise, latent_loc, latent_root = (
-            t.detach().clone() for t in (r.loc, r.loading, r.noise, r.latent_loc, r.latent_root)
+    def with_model(self, model: Model) -> LinearGaussian:
+        """The same way of reading for another program of the same structure."""
+        new = object.__new__(LinearGaussian)
+        new.model, new.structure, new._first = model, self.structure, None
+        return new
+
+
+class LinearRows(Conditionals):
+    """Rows under linear-Gaussian maps: one for all, or one for each."""
+
+    structure: AffineForm
+
+    def __init__(self, structure: AffineForm, reading: DenseMap):
+        self.structure, self.reading = structure, reading
+        self.value, self.scale = reading.value, reading.scale
+
+    def at(self, tokens: Tensor) -> LinearRows:
+        return LinearRows(self.structure, self.reading._replace(value=tokens))
+
+    def detached(self) -> LinearRows:
+        loc, loading, noise, latent_loc, root = (t.detach().clone() for t in self.reading[:5])
+        return LinearRows(
+            self.structure, DenseMap(loc, loading, noise, latent_loc, root, self.scale, value=loc[:0])
         )
-        detached = DenseMap(loc, loading, noise, latent_loc, latent_root, r.scale, value=loc[:0])
-        return self._with(None, detached)
 
-    def conditionals(self, x: Tensor, visible: Tensor) -> Tensor:
+    def conditionals(self, visible: Tensor) -> Tensor:
+        x = self.value
         groups = group_rows(x, self.reading.loc)
         n_masks = len(visible)
         step = max(1, CHUNK // max(1, x.numel() * max(1, self.reading.loading.shape[-1])))
@@ -126,7 +125,8 @@ class LinearGaussian(Conditionals):
             out[start : start + step] = torch.where(hidden, log_prob, 0.0)
         return out
 
-    def chain(self, x: Tensor, order: Tensor) -> Tensor:
+    def chain(self, order: Tensor, stops: list[int] | None = None) -> Tensor:
+        x = self.value
         loc, loading, noise = self.reading[:3]
         groups = group_rows(x, loc)
         residual = torch.where(x.isnan(), 0.0, x - loc)
@@ -146,11 +146,12 @@ class LinearGaussian(Conditionals):
             out.append(torch.empty_like(log_prob).index_copy(1, tokens, log_prob))
         return torch.stack(out)
 
-    def joint(self, x: Tensor) -> Tensor:
+    def _joint(self) -> Tensor:
+        x = self.value
         step = max(1, CHUNK // max(1, x.shape[1] * max(1, self.reading.loading.shape[-1])))
         if len(x) <= step or len(self.reading.loc) > 1:
-            return self._joint(x)
-        return torch.cat([self._joint(x[i : i + step]) for i in range(0, len(x), step)])
+            return self._log_density(x)
+        return torch.cat([self._log_density(x[i : i + step]) for i in range(0, len(x), step)])
 
     @property
     def dense(self) -> bool:
@@ -158,8 +159,9 @@ class LinearGaussian(Conditionals):
         n_tokens, n_latents = self.reading.loading.shape[-2:]
         return n_tokens <= max(n_latents, MAX_DENSE)
 
-    def joint_under_each(self, x: Tensor) -> Tensor:
-        """`joint` of complete rows under each of the B maps, which are not those of the rows: (N, T) -> (B, N)."""
+    def score_under_each(self) -> Tensor:
+        """Log-densities (B, N) of complete rows under each of the B maps, which are not those of the rows."""
+        x = self.value
         loc, loading, noise = self.reading[:3]
         # L L' = S:  log p(x) = -|L^-1 (x - loc)|^2 / 2 - log det L - T log(2 pi) / 2
         factor = self._covariance_factor(loading, noise)  # (B, T, T)
@@ -177,20 +179,17 @@ class LinearGaussian(Conditionals):
             out.append(constant - 0.5 * white.square().sum(-1))
         return torch.cat(out, 1)
 
-    def posterior(self, x: Tensor, visible: Tensor | None = None) -> Posterior:
+    def posterior(self, visible: Tensor | None = None) -> Posterior:
+        x = self.value
         loc, loading = self.reading[:2]
         groups = group_rows(x, loc)
         shown = groups.seen if visible is None else groups.seen & visible
         u = self._latents(x, shown, groups)[0][0]  # (N, K)
         n_latents = self.structure.n_latents  # further columns are correlated noise
         mean = self.reading.latent_loc + (self.reading.latent_root @ u[:, :n_latents, None])[..., 0]
-        return Posterior(mean, loc + _times_rows(loading, u))
-
-    def shared_latents(self, x: Tensor) -> list[tuple[float, dict[str, Tensor]]]:
         # the mean of the tokens is affine in the latents, so that their means are enough
-        if self.structure.by_row:
-            return []
-        return [(1.0, latent_values(self.structure, self.posterior(x).mean))]
+        shared = None if self.structure.by_row else lambda: [(1.0, latent_values(self.structure, mean))]
+        return Posterior(mean, loc + _times_rows(loading, u), of_shared=shared)
 
     # ------------------------------------------------------------------------------------------------ the algebra
 
@@ -206,22 +205,7 @@ class LinearGaussian(Conditionals):
                 )
             return bool((noise <= SMALL_NOISE * (self.reading.loading.square().sum(-1) + noise)).any())
 
-    def with_model(self, model: Model) -> LinearGaussian:
-        """The same way of reading for another program of the same structure."""
-        new = object.__new__(LinearGaussian)
-        new.model, new.structure, new._reading, new._first = model, self.structure, None, None
-        return new
-
-    def with_reading(self, reading: DenseMap) -> LinearGaussian:
-        """The conditionals of a map that was read elsewhere."""
-        return self._with(self.model, reading)
-
-    def _with(self, model: Model | None, reading: DenseMap) -> LinearGaussian:
-        new = object.__new__(LinearGaussian)
-        new.model, new.structure, new._reading, new._first = model, self.structure, reading, None
-        return new
-
-    def _joint(self, x: Tensor) -> Tensor:
+    def _log_density(self, x: Tensor) -> Tensor:
         loc, loading, noise = self.reading[:3]
         groups = group_rows(x, loc)
         seen = groups.seen[0]  # (G, T)

@@ -14,15 +14,26 @@ around it change: a stretch of m tokens has m + 1 versions, and the tree of all 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from bayes_mpt.predictors.base import Conditionals, Posterior
-from bayes_mpt.predictors.gaussian.linear import CHUNK, LOG_2PI, Groups, LinearGaussian, cholesky, group_rows
+from bayes_mpt.predictors.base import Bound, Conditionals, Posterior
+from bayes_mpt.predictors.gaussian.chain_tree import (
+    ChainRows,
+    Found,
+    Leaves,
+    down,
+    every_block,
+    every_moment,
+    finish,
+    leaves_of,
+    refuse_lost_digits,
+    take,
+    up,
+)
+from bayes_mpt.predictors.gaussian.linear import CHUNK, LOG_2PI, LinearGaussian
 from bayes_mpt.program.affine import (
     AffineForm,
     DenseMap,
@@ -33,15 +44,13 @@ from bayes_mpt.program.affine import (
 from bayes_mpt.program.affine.sparse import Sparse
 from bayes_mpt.program.affine.sparse_map import Blocks, NotSparse, SparseMap
 from bayes_mpt.program.analysis import Analysis
-from bayes_mpt.program.program import Model, ModelError
+from bayes_mpt.program.program import Model
 
-__all__ = ["MarkovGaussian", "closed_form"]
-
-MAX_LOST = 1e-7  # nats a token
+__all__ = ["MarkovGaussian", "MarkovRows", "closed_form"]
 
 
-def closed_form(model: Model, args: tuple[Any, ...], analysis: Analysis) -> Conditionals:
-    """The conditionals of a linear-Gaussian program, along a chain or dense: whichever needs less work.
+def closed_form(model: Model, args: tuple[Any, ...], analysis: Analysis) -> Bound:
+    """A linear-Gaussian program scored in closed form, along a chain or dense: whichever needs less work.
 
     Raises
     ------
@@ -54,8 +63,8 @@ def closed_form(model: Model, args: tuple[Any, ...], analysis: Analysis) -> Cond
         return LinearGaussian(model, args, analysis=analysis)
 
 
-class MarkovGaussian(Conditionals):
-    """Closed-form conditionals of a linear-Gaussian program whose latents form a chain, found by evaluation.
+class MarkovGaussian(Bound):
+    """A linear-Gaussian program whose latents form a chain, found by evaluation, scored in closed form.
 
     Parameters
     ----------
@@ -82,19 +91,19 @@ class MarkovGaussian(Conditionals):
     ...         z = pyro.sample(f"z_{t}", dist.Normal(z, 1.0))
     ...         pyro.sample(f"x_{t}", dist.Normal(z, 1.0), obs=x[t])
     >>> x = torch.zeros(100, dtype=torch.float64)
-    >>> MarkovGaussian(walk, (x,)).read((x,)).joint(x[None])  # N(0; 0, min(s, t) + [s = t])
+    >>> MarkovGaussian(walk, (x,)).read((x,)).score()  # N(0; 0, min(s, t) + [s = t])
     tensor([-139.8533], dtype=torch.float64)
     """
 
     exact = True
     name = "Exact"
+    model: Model
     structure: AffineForm
 
     def __init__(self, model: Model, args: tuple[Any, ...], *, analysis: Analysis | None = None):
-        self.model: Model | None = model
+        self.model = model
         self._way = Sparse()
         self.structure = affine_form(model, args, self._way, analysis=analysis)
-        self._reading: SparseMap | None = None
         assert self._way.layout is not None
         layout = self._way.layout
         self.why = (
@@ -103,35 +112,32 @@ class MarkovGaussian(Conditionals):
             "the time is linear in the length"
         )
 
-    @property
-    def reading(self) -> SparseMap:
-        """The linear-Gaussian map at the parameters last read."""
-        if self._reading is None:
-            raise RuntimeError(
-                "call read(args) first: this predictor has not read the program's parameters yet"
-            )
-        return self._reading
+    def read(self, args: tuple[Any, ...]) -> MarkovRows:
+        return MarkovRows(self.structure, read(self.model, args, self.structure, self._way))
 
-    @property
-    def value(self) -> Tensor:
-        return self.reading.value
 
-    @property
-    def scale(self) -> float:
-        return self.reading.scale
+class MarkovRows(Conditionals):
+    """Rows under linear-Gaussian maps along a chain of latents: one for all, or one for each."""
 
-    def read(self, args: tuple[Any, ...]) -> MarkovGaussian:
-        if self.model is None:
-            raise RuntimeError("this predictor is frozen: it has no program to read")
-        return self._with(self.model, read(self.model, args, self.structure, self._way))
+    structure: AffineForm
 
-    def freeze(self) -> MarkovGaussian:
+    def __init__(self, structure: AffineForm, reading: SparseMap):
+        self.structure, self.reading = structure, reading
+        self.value, self.scale = reading.value, reading.scale
+
+    def at(self, tokens: Tensor) -> MarkovRows:
+        return MarkovRows(self.structure, self.reading._replace(value=tokens))
+
+    def detached(self) -> MarkovRows:
         loc, latent_loc, slope, root, noise = (t.detach().clone() for t in self.reading[:5])
-        layout, scale = self.reading.layout, self.reading.scale
-        return self._with(None, SparseMap(loc, latent_loc, slope, root, noise, scale, loc[:0], layout))
+        layout = self.reading.layout
+        return MarkovRows(
+            self.structure, SparseMap(loc, latent_loc, slope, root, noise, self.scale, loc[:0], layout)
+        )
 
-    def conditionals(self, x: Tensor, visible: Tensor) -> Tensor:
-        rows = _Rows(x, self.reading)
+    def conditionals(self, visible: Tensor) -> Tensor:
+        x = self.value
+        rows = ChainRows(x, self.reading)
         step = max(1, CHUNK // max(1, x.numel() * self.reading.layout.width**2))
         out = []
         for start in range(0, len(visible), step):
@@ -144,44 +150,36 @@ class MarkovGaussian(Conditionals):
             out.append(torch.where(hidden, log_prob, 0.0))
         return torch.cat(out)
 
-    def chain(self, x: Tensor, order: Tensor) -> Tensor:
-        rows = _Rows(x, self.reading)
+    def chain(self, order: Tensor, stops: list[int] | None = None) -> Tensor:
+        rows = ChainRows(self.value, self.reading)
         with torch.no_grad():
             self._smooth(rows, rows.seen[None])  # refuses where digits are lost
         return torch.stack([self._chain(rows, tokens) for tokens in order])
 
-    def joint(self, x: Tensor) -> Tensor:
+    def _joint(self) -> Tensor:
+        x = self.value
         step = max(1, CHUNK // max(1, x.shape[1] * self.reading.layout.width**2))
         if len(x) <= step or len(self.reading.loc) > 1:
-            return self._joint(x)
-        return torch.cat([self._joint(x[i : i + step]) for i in range(0, len(x), step)])
+            return self._log_density(x)
+        return torch.cat([self._log_density(x[i : i + step]) for i in range(0, len(x), step)])
 
-    def posterior(self, x: Tensor, visible: Tensor | None = None) -> Posterior:
-        rows = _Rows(x, self.reading)
+    def posterior(self, visible: Tensor | None = None) -> Posterior:
+        rows = ChainRows(self.value, self.reading)
         shown = rows.seen if visible is None else rows.seen & visible
         _, found = self._smooth(rows, shown[None])
-        return Posterior(rows.by_latent(found.z)[0], rows.by_token(found.tokens)[0])
-
-    def shared_latents(self, x: Tensor) -> list[tuple[float, dict[str, Tensor]]]:
+        mean = rows.by_latent(found.z)[0]
         # the mean of the tokens is affine in the latents, so that their means are enough
-        if self.structure.by_row:
-            return []
-        return [(1.0, latent_values(self.structure, self.posterior(x).mean))]
+        shared = None if self.structure.by_row else lambda: [(1.0, latent_values(self.structure, mean))]
+        return Posterior(mean, rows.by_token(found.tokens)[0], of_shared=shared)
 
     def dense(self) -> DenseMap:
-        """The map as `LinearGaussian` has it, K x K and T x K matrices."""
+        """The map as `LinearRows` has it, K x K and T x K matrices."""
         return self.reading.dense()
-
-    def _with(self, model: Model | None, reading: SparseMap) -> MarkovGaussian:
-        new = object.__new__(MarkovGaussian)
-        new.model, new.structure, new.why = model, self.structure, self.why
-        new._way, new._reading = self._way, reading
-        return new
 
     # ------------------------------------------------------------------------------------------------ the algebra
 
-    def _joint(self, x: Tensor) -> Tensor:
-        rows = _Rows(x, self.reading)
+    def _log_density(self, x: Tensor) -> Tensor:
+        rows = ChainRows(x, self.reading)
         logdet, found = self._smooth(rows, rows.seen[None])
         # r' S^-1 r = |r - W u|^2 / noise + |u|^2 at the posterior mean u: sums of squares, nothing cancels
         rest = torch.where(x.isnan(), 0.0, x - rows.by_token(found.tokens)[0])
@@ -189,28 +187,28 @@ class MarkovGaussian(Conditionals):
         logdet = logdet + torch.where(rows.seen, self.reading.noise.log(), 0.0).sum(-1)
         return -0.5 * (quadratic + (logdet + rows.seen.sum(-1).to(x) * LOG_2PI)[rows.index])
 
-    def _smooth(self, rows: _Rows, shown: Tensor) -> tuple[Tensor, _Found]:
+    def _smooth(self, rows: ChainRows, shown: Tensor) -> tuple[Tensor, Found]:
         """Log det of the covariance over that of the noises, of mask 0; and all blocks given the shown (S, G, T)."""
-        plan = _every_block(self.reading.layout.n_blocks, rows.index.device)
-        leaves = _leaves(rows.blocks, rows.in_slots(shown), rows.residual, rows)
-        tree = _up(leaves.stretch, plan, rows)
-        outside = _down(tree, plan, rows)
-        found = _finish(leaves, outside, rows)
-        _refuse_lost_digits(found, outside, rows)
+        plan = every_block(self.reading.layout.n_blocks, rows.index.device)
+        leaves = leaves_of(rows.blocks, rows.in_slots(shown), rows.residual, rows)
+        tree = up(leaves.stretch, plan, rows)
+        outside = down(tree, plan, rows)
+        found = finish(leaves, outside, rows)
+        refuse_lost_digits(found, outside, rows)
         return tree[-1].logdet[0, :, 0], found
 
-    def _chain(self, rows: _Rows, order: Tensor) -> Tensor:
+    def _chain(self, rows: ChainRows, order: Tensor) -> Tensor:
         """(N, T), by token."""
         layout = self.reading.layout
-        plan = _every_moment(layout.slot // layout.n_slots, order, layout.n_blocks)
+        plan = every_moment(layout.slot // layout.n_slots, order, layout.n_blocks)
         shown = plan.shown(
             layout.slot % layout.n_slots, layout.n_slots
         )  # (m, t) of the versions of the blocks
         shown = shown & rows.in_slots(rows.seen[None])[:, :, plan.block]
         blocks = Blocks(*(t[:, plan.block] for t in rows.blocks))
-        leaves = _leaves(blocks, shown, rows.residual[:, :, plan.block], rows)
-        outside = _down(_up(leaves.stretch, plan.plan, rows), plan.plan, rows)
-        found = _finish(_Leaves(*(_take(part, plan.version) for part in leaves)), outside, rows)
+        leaves = leaves_of(blocks, shown, rows.residual[:, :, plan.block], rows)
+        outside = down(up(leaves.stretch, plan.plan, rows), plan.plan, rows)
+        found = finish(Leaves(*(take(part, plan.version) for part in leaves)), outside, rows)
         # of the slots of the block, that of the token
         slot = (layout.slot % layout.n_slots)[:, None]
         here = torch.arange(layout.n_slots, device=slot.device) == slot  # (T, t)
@@ -220,375 +218,3 @@ class MarkovGaussian(Conditionals):
         value = torch.where(seen, rows.x, mean)
         log_prob = -0.5 * ((value - mean).square() / var + var.log() + LOG_2PI)
         return torch.where(seen, log_prob, 0.0)
-
-
-class _Rows:
-    """Rows whose matrices are shared: (S, G, m, ...) of G groups, and vectors (S, V, m, ..., R), N = V R.
-
-    R is N where all rows are one group, so that a product of matrices serves them all; otherwise V is N.
-    """
-
-    def __init__(self, x: Tensor, reading: SparseMap):
-        if not bool((reading.noise > 0).all()):
-            raise ModelError(f"a noise variance is {reading.noise.min().item()}: every token needs noise")
-        groups: Groups = group_rows(x, reading.loc)
-        self.x, self.layout = x, reading.layout
-        self.seen, self.index = groups.seen[0], groups.index  # (G, T), (N,)
-        self.one = len(self.seen) == 1
-        self.blocks = reading.blocks()
-        value = x.new_zeros(len(x), self.layout.n_blocks * self.layout.n_slots)
-        value = value.index_copy(1, self.layout.slot, x.nan_to_num(0.0))
-        value = value.unflatten(1, (self.layout.n_blocks, self.layout.n_slots)) - self.blocks.loc  # (N, n, t)
-        self.residual = value.movedim(0, -1)[None, None] if self.one else value[None, ..., None]
-
-    def of(self, matrix: Tensor) -> Tensor:
-        """(S, G, m, ...) of each row, where these are not one group."""
-        return matrix if matrix.shape[1] == 1 else matrix[:, self.index]
-
-    def rows_first(self, vector: Tensor) -> Tensor:
-        """(S, V, m, R) -> (S, N, m)."""
-        return vector[:, 0].movedim(-1, 1) if self.one else vector[..., 0]
-
-    def of_rows(self, number: Tensor) -> Tensor:
-        """(S, G, m) -> (S, N, m)."""
-        return number[:, self.index]
-
-    def by_token(self, vector: Tensor) -> Tensor:
-        """(S, V, n, t, R) -> (S, N, T)."""
-        return self.rows_first(vector.flatten(2, 3))[..., self.layout.slot]
-
-    def of_token(self, number: Tensor) -> Tensor:
-        """(S, G, n, t) -> (S, N, T)."""
-        return self.of_rows(number.flatten(2))[..., self.layout.slot]
-
-    def by_latent(self, vector: Tensor) -> Tensor:
-        """(S, V, n, w, R) -> (S, N, K)."""
-        return self.rows_first(vector.flatten(2, 3))[..., self.layout.place]
-
-    def squares(self, vector: Tensor) -> Tensor:
-        """Of mask 0: (S, V, n, w, R) -> (N,)."""
-        return self.rows_first(vector.square().sum(-2))[0].sum(-1)
-
-    def in_slots(self, tokens: Tensor) -> Tensor:
-        """(S, G, T) bool -> (S, G, n, t)."""
-        n, t = self.layout.n_blocks, self.layout.n_slots
-        slots = torch.zeros(*tokens.shape[:2], n * t, dtype=torch.bool, device=tokens.device)
-        return slots.index_copy(2, self.layout.slot, tokens).unflatten(2, (n, t))
-
-
-class _Stretch(NamedTuple):
-    """m stretches given their visible tokens: z_j given z_i is N(A z_i + b, C), and J, eta what they tell of z_i."""
-
-    carry: Tensor
-    """A: (S, G, m, w, w), as C and J."""
-    cov: Tensor
-    info: Tensor
-    mean: Tensor
-    """b: (S, V, m, w, R), as eta."""
-    pull: Tensor
-    logdet: Tensor
-    """(S, G, m): of the covariance of the tokens given z_i, over that of their noise."""
-
-
-class _Outside(NamedTuple):
-    """What the rest of the chain tells of the two ends of a stretch."""
-
-    mean: Tensor
-    """Of the latents before it, given the tokens before it: N(mean, cov)."""
-    cov: Tensor
-    pull: Tensor
-    """Of the last latents in it, from the tokens after it: exp(pull' z - z' info z / 2)."""
-    info: Tensor
-
-
-class _Leaves(NamedTuple):
-    """Stretches of one block, and what is needed to look inside."""
-
-    stretch: _Stretch
-    blocks: Blocks
-    r: Tensor
-    """(S, G, m, w, w): r u has unit covariance given z_(b-1) and the block's own tokens,"""
-    white: Tensor
-    """(S, V, m, w, R): and mean white - slope z_(b-1)."""
-    slope: Tensor
-    """(S, G, m, w, w)"""
-    root: Tensor
-    """(S, G, m, w, w): z_b changes by root with r u."""
-
-
-class _Found(NamedTuple):
-    """Posterior means, and variances of the tokens, in m blocks."""
-
-    u: Tensor
-    """(S, V, m, w, R), as z."""
-    z: Tensor
-    earlier: Tensor
-    """Of the latents of the block before."""
-    tokens: Tensor
-    """(S, V, m, t, R)"""
-    variance: Tensor
-    """(S, G, m, t); of a visible token that of another one in its place."""
-
-
-def _take(part: Any, index: Tensor) -> Any:
-    """Stretches by number: tensors have them on axis 2, the blocks themselves, read once, on axis 1."""
-    if isinstance(part, Tensor):
-        return part[:, :, index]
-    if isinstance(part, Blocks):
-        return Blocks(*(t[:, index] for t in part))
-    return type(part)(*(t[:, :, index] for t in part))
-
-
-def _leaves(blocks: Blocks, shown: Tensor, residual: Tensor, rows: _Rows) -> _Leaves:
-    """Blocks (B, m, ...) given the tokens shown (S, G, m, t) of residuals (1, V, m, t, R)."""
-    scale = torch.where(shown, blocks.noise.rsqrt(), 0.0)
-    own, before = scale[..., None] * blocks.own, scale[..., None] * blocks.before
-    width = own.shape[-1]
-    eye = torch.eye(width, dtype=own.dtype, device=own.device).expand(*own.shape[:-2], width, width)
-    # [I; own] = Q R without squaring:  u | z_(b-1), x ~ N(R^-1 Q2' (y - before z_(b-1)), (R' R)^-1)
-    q, r = torch.linalg.qr(torch.cat([eye, own], -2))
-    top, bottom = q[..., :width, :], q[..., width:, :]
-    y = rows.of(scale[..., None]) * residual
-    white = rows.of(bottom).mT @ y
-    slope = bottom.mT @ before
-    root = torch.linalg.solve_triangular(r, blocks.root.expand(*r.shape), left=False, upper=True)
-    # What is left of `before` and y once u is fitted to them. Both are projected on the complement of Q: one would do,
-    # were it not for the rounding errors of the other, which a small noise makes large.
-    rest = torch.cat([-top @ slope, before - bottom @ slope], -2)
-    y = torch.cat([-rows.of(top) @ white, y - rows.of(bottom) @ white], -2)
-    stretch = _Stretch(
-        carry=blocks.step - root @ slope,
-        cov=root @ root.mT,
-        info=rest.mT @ rest,
-        mean=blocks.start[..., None] + rows.of(root) @ white,
-        pull=rows.of(rest).mT @ y,
-        logdet=2 * r.diagonal(dim1=-2, dim2=-1).abs().log().sum(-1),
-    )
-    return _Leaves(stretch, blocks, r, white, slope, root)
-
-
-def _between(cov: Tensor, info: Tensor) -> tuple[Tensor, Tensor]:
-    """(I + cov info)^-1 and the log determinant of its inverse, where two stretches meet."""
-    if cov.shape[-1] == 1:
-        total = 1 + cov * info
-        return total.reciprocal(), total[..., 0, 0].log()
-    total = torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device) + cov @ info
-    return torch.linalg.inv(total), torch.linalg.slogdet(total)[1]
-
-
-def _forward(mean: Tensor, cov: Tensor, right: _Stretch, meet: Tensor, rows: _Rows) -> tuple[Tensor, Tensor]:
-    """Latents at the end of a stretch, those at its start being N(mean, cov): meet = (I + cov info)^-1."""
-    pulled = rows.of(right.carry @ meet) @ (mean + rows.of(cov) @ right.pull)
-    return pulled + right.mean, _symmetric(right.carry @ meet @ cov @ right.carry.mT) + right.cov
-
-
-def _backward(left: _Stretch, pull: Tensor, info: Tensor, meet: Tensor, rows: _Rows) -> tuple[Tensor, Tensor]:
-    """What a stretch and the tokens after it tell of the latents before it: meet = (I + cov info)^-1."""
-    carry = meet @ left.carry
-    message = rows.of(carry).mT @ (pull - rows.of(info) @ left.mean)
-    return message + left.pull, _symmetric(left.carry.mT @ info @ carry) + left.info
-
-
-def _join(left: _Stretch, right: _Stretch, rows: _Rows) -> _Stretch:
-    """Two stretches, one behind the other."""
-    meet, logdet = _between(left.cov, right.info)
-    mean, cov = _forward(left.mean, left.cov, right, meet, rows)
-    pull, info = _backward(left, right.pull, right.info, meet, rows)
-    carry = right.carry @ meet @ left.carry
-    return _Stretch(carry, cov, info, mean, pull, left.logdet + right.logdet + logdet)
-
-
-def _symmetric(matrix: Tensor) -> Tensor:
-    return 0.5 * (matrix + matrix.mT)
-
-
-def _finish(leaves: _Leaves, outside: _Outside, rows: _Rows) -> _Found:
-    """Look inside the blocks."""
-    stretch, blocks = leaves.stretch, leaves.blocks
-    # z_(b-1) given everything
-    pull, info = _backward(stretch, outside.pull, outside.info, _between(stretch.cov, outside.info)[0], rows)
-    meet, _ = _between(outside.cov, info)
-    cov = _symmetric(meet @ outside.cov)
-    mean = rows.of(meet) @ (outside.mean + rows.of(outside.cov) @ pull)
-    # r u given z_(b-1) and everything: precision I + root' info root, where a small noise has cancelled
-    pulled = leaves.root.mT @ outside.info
-    eye = torch.eye(pulled.shape[-1], dtype=pulled.dtype, device=pulled.device)
-    factor = cholesky(eye + _symmetric(pulled @ leaves.root))
-    slope = torch.cholesky_solve(leaves.slope + pulled @ blocks.step, factor)
-    right = leaves.white + rows.of(leaves.root).mT @ outside.pull - rows.of(pulled) @ blocks.start[..., None]
-    v = torch.cholesky_solve(right, rows.of(factor)) - rows.of(slope) @ mean
-    u = torch.linalg.solve_triangular(rows.of(leaves.r), v, upper=True)
-    own = torch.linalg.solve_triangular(
-        leaves.r, blocks.own.expand(*leaves.r.shape[:-2], -1, -1), upper=True, left=False
-    )
-    before = blocks.before - own @ slope
-    spread = torch.linalg.solve_triangular(factor, own.mT, upper=False)
-    variance = blocks.noise + spread.square().sum(-2) + ((before @ cov) * before).sum(-1)
-    z = blocks.start[..., None] + blocks.step @ mean + blocks.root @ u
-    tokens = blocks.loc[..., None] + blocks.before @ mean + blocks.own @ u
-    return _Found(u, z, mean, tokens, variance)
-
-
-@torch.no_grad()
-def _refuse_lost_digits(found: _Found, outside: _Outside, rows: _Rows) -> None:
-    """The same latents, found from the block that they are in and from the next one, must agree.
-
-    A gap changes the quadratic form by its product with the slope of what the tokens after it tell.
-    """
-    gap = (found.z - found.earlier.roll(-1, 2))[:, :, :-1]
-    slope = (outside.pull - rows.of(outside.info) @ found.z)[:, :, :-1]
-    lost = float((gap * slope).abs().sum((2, 3)).max()) if gap.numel() else 0.0
-    if not lost <= MAX_LOST * rows.x.shape[1]:
-        raise ModelError(
-            f"along the chain of latents float64 loses digits (the log-density has an error of about {lost:.1g}): some "
-            "standard deviations are too small beside others, such as noises of 1e-8 after a start of 1e6. Take a "
-            "narrower start, or give tokens and latents more noise"
-        )
-
-
-# ------------------------------------------------------------------------------------------------------- the tree
-
-
-class _Level(NamedTuple):
-    """How the stretches of one level make those of the next, and what the latter's outsides say of the former's."""
-
-    left: Tensor
-    right: Tensor
-    """Numbers of the stretches that are joined;"""
-    single: Tensor
-    """of those that have no neighbour, which come last."""
-    before: Tensor
-    """Numbers of the questions about a right part,"""
-    left_of: Tensor
-    """and of the stretch on their left;"""
-    after: Tensor
-    """about a left part,"""
-    right_of: Tensor
-    """and of the stretch on their right."""
-    parent: Tensor | None = None
-    """For each question its number on the level above; None where they are the same."""
-
-
-def _up(leaves: _Stretch, plan: list[_Level], rows: _Rows) -> list[_Stretch]:
-    tree = [leaves]
-    for level in plan:
-        last = tree[-1]
-        joined = _join(_take(last, level.left), _take(last, level.right), rows)
-        if len(level.single):
-            joined = _Stretch(
-                *(torch.cat([a, b[:, :, level.single]], 2) for a, b in zip(joined, last, strict=True))
-            )
-        tree.append(joined)
-    return tree
-
-
-def _down(tree: list[_Stretch], plan: list[_Level], rows: _Rows) -> _Outside:
-    top = tree[-1]
-    zero = _Outside(*(torch.zeros_like(t) for t in (top.mean, top.cov, top.pull, top.info)))
-    if plan and plan[-1].parent is None:  # as many questions as tokens, from the top on
-        zero = _take(zero, torch.zeros(rows.x.shape[1], dtype=torch.long, device=rows.x.device))
-    outside = zero
-    for level, last in zip(plan[::-1], tree[-2::-1], strict=True):
-        if level.parent is not None:
-            outside = _take(outside, level.parent)
-        mean, cov, pull, info = outside
-        left = _take(last, level.left_of)
-        m, c = mean[:, :, level.before], cov[:, :, level.before]
-        m, c = _forward(m, c, left, _between(c, left.info)[0], rows)
-        right = _take(last, level.right_of)
-        p, i = pull[:, :, level.after], info[:, :, level.after]
-        p, i = _backward(right, p, i, _between(right.cov, i)[0], rows)
-        outside = _Outside(
-            mean.index_copy(2, level.before, m),
-            cov.index_copy(2, level.before, c),
-            pull.index_copy(2, level.after, p),
-            info.index_copy(2, level.after, i),
-        )
-    return outside
-
-
-def _every_block(n_blocks: int, device: torch.device) -> list[_Level]:
-    """One stretch for every block at the bottom, and a question about each of these."""
-    plan = []
-    while n_blocks > 1:
-        number = torch.arange(n_blocks, device=device)
-        left, right = number[: n_blocks // 2 * 2 : 2], number[1::2]
-        single = number[n_blocks // 2 * 2 :]
-        plan.append(_Level(left, right, single, right, left, left, right, number // 2))
-        n_blocks = len(left) + len(single)
-    return plan
-
-
-@dataclass(frozen=True)
-class _Moments:
-    """The tree of all versions along a chain: a stretch has one for each number of its tokens that are visible."""
-
-    plan: list[_Level]
-    """With a question for every token, about its own block just before it is revealed."""
-    block: Tensor
-    """(m,) of the versions at the bottom."""
-    n_visible: Tensor
-    """(m,) tokens that are."""
-    nth: Tensor
-    """(T,) of a token among those of its block, in the order of the chain."""
-    version: Tensor
-    """(T,) of its block at the moment of its question."""
-
-    def shown(self, place: Tensor, n_slots: int) -> Tensor:
-        """(m, t): visible tokens of the versions, which stand at these places (T,) in their block."""
-        token_block = self.block[self.version]
-        nth = torch.full((int(self.block.max()) + 1, n_slots), n_slots, device=place.device)
-        nth[token_block, place] = self.nth
-        return nth[self.block] < self.n_visible[:, None]
-
-
-def _every_moment(block: Tensor, order: Tensor, n_blocks: int) -> _Moments:
-    """Versions of the stretches along a chain, for tokens (T,) of these blocks."""
-    device = block.device
-    tensor = lambda a: torch.from_numpy(np.ascontiguousarray(a)).to(device)  # noqa: E731
-    n_tokens = len(block)
-    rank = np.empty(n_tokens, dtype=np.int64)
-    rank[order.cpu().numpy()] = np.arange(n_tokens)
-    node, n = block.cpu().numpy(), n_blocks
-
-    def versions(node: Any, n: int) -> tuple[Any, Any, Any]:
-        """Tokens by node and rank; of each its number in its node; the first version of each node."""
-        line = np.lexsort((rank, node))
-        count = np.bincount(node, minlength=n)
-        first = count.cumsum() - count
-        nth = np.empty(n_tokens, dtype=np.int64)
-        nth[line] = np.arange(n_tokens) - np.repeat(first, count)
-        return line, nth, first + np.arange(n)
-
-    _, nth, first = versions(node, n)
-    of = np.repeat(np.arange(n), np.diff(np.append(first, n_tokens + n)))
-    bottom = (tensor(of), tensor(np.arange(n_tokens + n) - first[of]), tensor(nth), tensor(first[node] + nth))
-    plan = []
-    while n > 1:
-        parent, n_parents = node // 2, (n + 1) // 2
-        line, nth, first_parent = versions(parent, n_parents)
-        is_left = node % 2 == 0
-        count = is_left[line].cumsum()
-        # tokens of the left part up to and with this one, of those in the same parent
-        with_this = np.empty(n_tokens, dtype=np.int64)
-        start = np.append(0, count)[(first_parent - np.arange(n_parents))[parent]]
-        with_this[line] = count
-        with_this -= start
-        of = np.repeat(np.arange(n_parents), np.diff(np.append(first_parent, n_tokens + n_parents)))
-        n_left = np.zeros(n_tokens + n_parents, dtype=np.int64)
-        n_left[first_parent[parent] + nth + 1] = with_this
-        n_visible = np.arange(n_tokens + n_parents) - first_parent[of]
-        pair = 2 * of + 1 < n
-        left = first[2 * of] + n_left
-        right = first[np.minimum(2 * of + 1, n - 1)] + n_visible - n_left
-        single = (first[2 * of] + n_visible)[~pair]
-        # just before a token is revealed
-        left_before = with_this - is_left
-        after = np.flatnonzero(is_left & (node + 1 < n))
-        before = np.flatnonzero(~is_left)
-        right_of = first[node[after] + 1] + nth[after] - left_before[after]
-        left_of = first[node[before] - 1] + left_before[before]
-        arrays = (left[pair], right[pair], single, before, left_of, after, right_of)
-        plan.append(_Level(*[tensor(a) for a in arrays]))
-        node, n, first = parent, n_parents, first_parent
-    return _Moments(plan, *bottom)

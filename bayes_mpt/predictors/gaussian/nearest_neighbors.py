@@ -15,7 +15,7 @@ The program itself is run on batches of such sets of rows, (B, k, P), so that no
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -24,9 +24,22 @@ import pyro
 import torch
 from scipy.spatial import cKDTree
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from bayes_mpt.predictors.base import Conditionals, Evidence, Guide, Posterior, Predictive, Predictor
+from bayes_mpt.masks import Masks, Policy
+from bayes_mpt.predictors.base import (
+    Bound,
+    Conditionals,
+    Evidence,
+    Guide,
+    Leaves,
+    Posterior,
+    Predictive,
+    Predictor,
+    along_orders,
+)
+from bayes_mpt.predictors.gaussian.column_units import (
+    column_units,
+)
 from bayes_mpt.predictors.gaussian.neighborhoods import (
     Groups,
     Points,
@@ -37,29 +50,22 @@ from bayes_mpt.predictors.gaussian.neighborhoods import (
     united,
 )
 from bayes_mpt.predictors.gaussian.process import (
-    LOG_2PI,
     JointGaussian,
-    cholesky,
     gaussian_program,
     missing_of,
 )
-from bayes_mpt.program.arguments import fill, rows_of, spread_rows
+from bayes_mpt.predictors.gaussian.row_sets import RowSets, is_rows
+from bayes_mpt.predictors.gaussian.vecchia import LogProbGiven, SumOfParts, whitened
+from bayes_mpt.program.arguments import fill, rows_of
 from bayes_mpt.program.devices import at_once
 from bayes_mpt.program.program import Model, ModelError, Program
-from bayes_mpt.program.run import run
-from bayes_mpt.program.sites import base
 
 __all__ = ["NearestNeighbors"]
 
 GPU_TIMES = 64  # as many on a GPU
 CHUNK = 2**18  # numbers of (B, k, k) at once: what a cache holds
-N_TRIAL_ROWS = 16  # on which it is found out how the program takes batches
-N_BASE_ROWS = 4  # around which the correlation is followed
-FALLEN = 0.5  # the share of the covariance at which a displacement counts as one unit
-WITHIN = (0.1, 1 / 3)  # shares of a step by which a displacement of the data may differ from it
 N_ERROR_TERMS = 4096  # whose change on doubling m stands for that of all
 MAX_FULL = 4096  # rows of a dense covariance
-CLOSE = 1e-9
 
 
 class NearestNeighbors(Predictor):
@@ -90,8 +96,8 @@ class NearestNeighbors(Predictor):
     >>> x = torch.linspace(0, 50, 200, dtype=torch.float64)[:, None]
     >>> args = x, x.sin()[:, 0]
     >>> near, exact = (p.bind(model, args).read(args) for p in (NearestNeighbors(20), NearestNeighbors(199)))
-    >>> near.exact, exact.exact, bool(abs(near.joint(near.value) - exact.joint(exact.value)) < 0.01)
-    (False, True, True)
+    >>> bool(abs(near.score() - exact.score()) < 0.01)
+    True
     """
 
     def __init__(self, m: int = 30, *, ordering: str = "maxmin", random_state: int = 0):
@@ -99,7 +105,7 @@ class NearestNeighbors(Predictor):
         self.ordering = ordering
         self.random_state = random_state
 
-    def bind(self, model: Model, args: tuple[Any, ...], guide: Guide | None = None) -> Conditionals:
+    def bind(self, model: Model, args: tuple[Any, ...], guide: Guide | None = None) -> Bound:
         if not isinstance(self.m, Integral) or isinstance(self.m, bool) or self.m < 1:
             raise ValueError(f"m must be an integer of at least 1, got {self.m!r}")
         if self.ordering not in ("maxmin", "random", "given"):
@@ -115,165 +121,9 @@ class NearestNeighbors(Predictor):
 
 def near_conditionals(
     settings: NearestNeighbors, model: Model, args: tuple[Any, ...], program: Program
-) -> Conditionals:
-    """The conditionals of a program known to be a Gaussian vector."""
-    return _Neighbours(settings, _Blocks(model, program, args), program)
-
-
-# --------------------------------------------------------------------------------------------------- the program
-
-
-class _Blocks:
-    """The program on many sets of rows at once."""
-
-    def __init__(self, model: Model, program: Program, args: tuple[Any, ...]):
-        self.model = model
-        self.site = program.sites[0].name
-        self.together: Callable[..., tuple[Tensor, Tensor, Tensor]] = self._find_out(args)
-
-    def __call__(self, args: tuple[Any, ...], sets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Means (B, k), covariances (B, k, k) and values (B, k) of sets (B, k) of rows, with gradients."""
-        return self.together(*rows_of(args, sets))
-
-    def _one(self, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """A single run: on one set (k, ...), or on all sets (B, k, ...) where the program broadcasts."""
-        node = run(self.model, args).nodes[self.site]
-        fn = base(node["fn"])
-        return fn.loc, fn.covariance_matrix, node["value"].to(fn.loc)
-
-    def _mapped(self, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        dims = tuple(0 if _is_rows(a) else None for a in args)
-        with pyro.validation_enabled(False):  # a check of values has no place under vmap
-            return torch.func.vmap(self._one, in_dims=dims)(*args)
-
-    def _in_turn(self, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        n = len(args[0])
-        parts = [self._one(*(a[b] if _is_rows(a) else a for a in args)) for b in range(n)]
-        loc, cov, value = zip(*parts, strict=True)
-        return torch.stack(loc), torch.stack(cov), torch.stack(value)
-
-    def _find_out(self, args: tuple[Any, ...]) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-        """How the program takes batches; refuse one whose rows depend on which others are there."""
-        rows = spread_rows(len(args[0]), N_TRIAL_ROWS).to(args[0].device)
-        half = len(rows) // 2 or 1
-        places = torch.stack(
-            [torch.arange(half) * 2 % len(rows), torch.arange(half), torch.arange(half).flip(0)]
-        )
-        few = tuple(fill(a) for a in rows_of(args, rows))
-        with torch.no_grad():
-            loc, cov, _ = self._one(*few)
-            alone = rows_of(few, places.to(rows.device))
-            truth = self._in_turn(*alone)
-            whole = loc[places], cov[places[:, :, None], places[:, None, :]]
-            if not all(_close(a, b) for a, b in zip(truth[:2], whole, strict=True)):
-                raise ModelError(
-                    f"the distribution of site {self.site!r} over some rows changes with the other rows there are (a "
-                    "statistic of all rows inside the program, or their number), so that rows cannot be predicted from "
-                    "neighbours alone: compute it outside the program, or use predictor=Exact()"
-                )
-            for way in (self._one, self._mapped):
-                try:
-                    found = way(*alone)
-                except Exception:
-                    continue  # whatever a program that was written for one set of rows does with several
-                if all(a.shape == b.shape and _close(a, b) for a, b in zip(found, truth, strict=True)):
-                    return way
-        return self._in_turn
-
-
-def _is_rows(arg: Any) -> bool:
-    return isinstance(arg, Tensor) and arg.ndim > 0
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    return bool(((a - b).abs() <= CLOSE * b.abs().max().clamp(min=1e-300)).all())
-
-
-# -------------------------------------------------------------------------------------------------------- the units
-
-
-def column_units(blocks: _Blocks, args: tuple[Any, ...], seed: int = 0) -> Points:
-    """Relative scales of the columns of x: (P,), inf where a column makes no difference.
-
-    The change of each by which the covariance falls to half, found by running the program on pairs of rows that differ
-    in one column. The displacements halve from the column's range down, and all values are the data's own, so that
-    labels stay labels. In units of their geometric mean, rounded to 4 %: the same at parameters that hardly differ, and
-    one where the kernel treats columns alike.
-    """
-    x = args[0].reshape(len(args[0]), -1)
-    some = np.random.default_rng(seed).choice(len(x), min(len(x), N_BASE_ROWS), replace=False)
-    unit = np.array([_unit(blocks, args, torch.from_numpy(some).to(x.device), c) for c in range(x.shape[1])])
-    matters = np.isfinite(unit)
-    octaves = np.log2(unit[matters])
-    unit[matters] = 2.0 ** (np.round(16 * (octaves - octaves.mean())) / 16) if matters.any() else 1.0
-    return unit
-
-
-def _unit(blocks: _Blocks, args: tuple[Any, ...], some: Tensor, c: int) -> float:
-    """The displacement in column c at which the covariance with the rows ``some`` has fallen to half."""
-    column = args[0].reshape(len(args[0]), -1)[:, c]
-    known = column.unique()
-    extent = known[-1] - known[0]
-    if not float(extent) > 0:
-        return math.inf
-    halvings = max(12, math.ceil(math.log2(len(column))))
-    step = extent * torch.logspace(
-        -halvings, 0, halvings + 1, base=2, dtype=column.dtype, device=column.device
-    )
-    here = column[some, None, None]
-    wanted = here + torch.stack([step, -step], 1)  # (S, G, 2)
-    above = torch.searchsorted(known, wanted).clamp(1, len(known) - 1)
-    nearer = (known[above] - wanted).abs() <= (wanted - known[above - 1]).abs()
-    there = torch.where(nearer, known[above], known[above - 1])
-    moved = (there - here).abs()
-    # first no displacement at all
-    there, moved = (
-        torch.cat([here.expand(-1, 1, 2), there], 1),
-        torch.cat([moved.new_zeros(len(some), 1, 2), moved], 1),
-    )
-    cov, step = _covariances(blocks, args, some, c, there), torch.cat([step.new_zeros(1), step])
-    for within in WITHIN:  # a grid may have no displacement near a step
-        level, size = _fall(cov, moved, step, within)
-        if float(size[1:2].sum()) <= 2.0**-6 * float(extent):
-            level, size = (
-                level[1:],
-                size[1:],
-            )  # a continuous column: without the noise that equal rows may share
-        if len(level) > 1:
-            break
-    else:
-        return math.inf
-    level = (level / level[0]).clamp(min=1e-12)
-    if not bool(torch.isfinite(level).all()):
-        return math.inf
-    fallen = (level < FALLEN).nonzero()[:, 0].tolist()
-    i = fallen[0] if fallen else len(level) - 1
-    if not fallen or float(size[i - 1]) == 0:
-        # no step short of it or none beyond: as if it fell like exp(-(d / l)^2)
-        drop = -math.log(min(float(level[i]), 1.0))
-        return float(size[i]) * math.sqrt(-math.log(FALLEN) / drop) if drop > 1e-6 else math.inf
-    # between two steps like exp(-(d / l)^c): log(-log level) is linear in log d
-    a, b = size[i - 1 : i + 1].log().tolist()
-    f, g = level[i - 1 : i + 1].clamp(max=1 - 1e-12).log().neg().log().tolist()
-    return math.exp(a + (math.log(-math.log(FALLEN)) - f) / (g - f) * (b - a))
-
-
-def _covariances(blocks: _Blocks, args: tuple[Any, ...], some: Tensor, c: int, there: Tensor) -> Tensor:
-    """Covariances of rows with themselves, column c displaced to ``there`` (S, G, 2): of that shape."""
-    pairs = some[:, None].expand(len(some), there[0].numel()).reshape(-1, 1).expand(-1, 2)
-    first, *others = rows_of(args, pairs)  # (B, 2, ...)
-    first = first.clone()
-    first.reshape(*pairs.shape, -1)[:, 1, c] = there.flatten()
-    with torch.no_grad():
-        return blocks.together(first, *others)[1][:, 0, 1].reshape(there.shape)
-
-
-def _fall(cov: Tensor, moved: Tensor, step: Tensor, within: float) -> tuple[Tensor, Tensor]:
-    """Mean covariance and displacement at each step that the data have, from (S, G, 2) to (G',) each."""
-    counts = (moved - step[:, None]).abs() <= within * step[:, None]
-    n = counts.sum((0, 2))
-    level, size = (torch.where(counts, a, 0.0).sum((0, 2))[n > 0] / n[n > 0] for a in (cov, moved))
-    return level, size
+) -> Bound:
+    """A program known to be a Gaussian vector, scored by nearest neighbours."""
+    return _Neighbours(settings, RowSets(model, program, args), program)
 
 
 # -------------------------------------------------------------------------------------------------- the conditionals
@@ -318,19 +168,17 @@ def _versions(args: tuple[Any, ...]) -> list[int]:
     return [a._version for a in args if isinstance(a, Tensor)]
 
 
-class _Neighbours(Conditionals):
+class _Neighbours(Bound):
     """See `NearestNeighbors`."""
 
     remembers = True
     divisible = True
+    model: Model
     structure: Program
 
-    def __init__(self, settings: NearestNeighbors, blocks: _Blocks | None, program: Program):
-        self.settings = settings
-        self.blocks = blocks
-        self.model: Model | None = None if blocks is None else blocks.model
-        self.structure = program
-        self.exact = self.telescopes = settings.m >= program.n_tokens - 1
+    def __init__(self, settings: NearestNeighbors, blocks: RowSets, program: Program):
+        self.settings, self.blocks, self.model, self.structure = settings, blocks, blocks.model, program
+        self.exact = settings.m >= program.n_tokens - 1
         self.name = f"NearestNeighbors({settings.m}, ordering={settings.ordering!r})"
         self.why = (
             f"the observations are one Gaussian vector of {program.n_tokens} tokens, each predicted from at least "
@@ -338,27 +186,31 @@ class _Neighbours(Conditionals):
         )
         self._memory = _Memory()
 
-    # ------------------------------------------------------------------------------------------------- the contract
-
-    @property
-    def value(self) -> Tensor:
-        if self._memory.value is None:
-            raise RuntimeError("call read(args) first: this predictor has not read the program yet")
-        return self._memory.value
-
-    @property
-    def scale(self) -> float:
-        return self.structure.scale
-
-    def read(self, args: tuple[Any, ...]) -> _Neighbours:
-        blocks = self._program()
+    def read(self, args: tuple[Any, ...]) -> NearRows:
+        memory = self._memory if not self._memory.source or self._memory.holds(args) else _Memory()
+        if not memory.source:
+            self._fill(memory, args)
         site = self.structure.sites[0]._replace(shape=(len(args[0]),))
-        new = _Neighbours(self.settings, blocks, self.structure._replace(sites=(site,)))
-        if not self._memory.source or self._memory.holds(args):
-            new._memory = self._memory  # the program itself is run where tokens are scored
-        memory = new._memory
-        if memory.source:
-            return new
+        return NearRows(self.settings, self.blocks, self.structure._replace(sites=(site,)), memory)
+
+    def draw_masks(self, policy: Policy, rows: Tensor, generator: torch.Generator) -> Masks | None:
+        if self.exact:
+            return super().draw_masks(policy, rows, generator)
+        return policy.draw(rows.shape[1], generator)  # chains differ
+
+    def settle(self) -> bool:
+        if self._memory.unit is None:
+            return False  # nothing found out yet
+        before = self._memory.unit
+        self._memory.unit = now = column_units(self.blocks, self._memory.args, self.settings.random_state)
+        same = np.isfinite(before) & np.isfinite(now)
+        return not (
+            np.array_equal(np.isfinite(before), np.isfinite(now))
+            and bool((np.abs(np.log2(before[same] / now[same])) < 0.25).all())
+        )
+
+    def _fill(self, memory: _Memory, args: tuple[Any, ...]) -> None:
+        """Take the tokens of these rows; the program itself is run where they are scored."""
         memory.source, memory.versions = args, _versions(args)
         memory.args = tuple(fill(a) for a in args)
         rows = torch.arange(len(args[0]), device=args[0].device)
@@ -367,29 +219,32 @@ class _Neighbours(Conditionals):
         with torch.no_grad():
             step = max(1, at_once(CHUNK, rows.device, GPU_TIMES) // width**2)
             sets = [*rows[:whole].reshape(-1, width).split(step), rows[None, whole:]]
-            value = torch.cat([blocks(memory.args, part)[2].flatten() for part in sets if part.numel()])
+            value = torch.cat([self.blocks(memory.args, part)[2].flatten() for part in sets if part.numel()])
         missing = missing_of(args, self.structure).reshape(value.shape)
         memory.value = torch.where(missing, torch.nan, value)[None]
-        return new
 
-    def freeze(self) -> _Neighbours:
-        return _Neighbours(self.settings, None, self.structure)
 
-    def settle(self) -> bool:
-        if self._memory.unit is None:
-            return False  # nothing found out yet
-        before, now = self._memory.unit, self._units()
-        self._memory.unit = now
-        same = np.isfinite(before) & np.isfinite(now)
-        return not (
-            np.array_equal(np.isfinite(before), np.isfinite(now))
-            and bool((np.abs(np.log2(before[same] / now[same])) < 0.25).all())
-        )
+class NearRows(Conditionals):
+    """The tokens of one vector, each given its nearest neighbours."""
 
-    def joint(self, x: Tensor) -> Tensor:
-        return torch.stack([self._total(row, self._layout(row)) for row in x])
+    structure: Program
+
+    def __init__(self, settings: NearestNeighbors, blocks: RowSets, program: Program, memory: _Memory):
+        assert memory.value is not None
+        self.settings, self.structure, self._blocks, self._memory = settings, program, blocks, memory
+        self._exact = settings.m >= program.n_tokens - 1
+        self.value, self.scale = memory.value, program.scale
+        self._leaves = Leaves(program.parameters)
+
+    def _joint(self) -> Tensor:
+        return torch.stack([self._total(row, self._layout(row)) for row in self.value])
+
+    def _along(self, order: Tensor, weight: Tensor) -> Tensor:
+        # neighbours are those that come before a token, so that orders differ
+        return self._joint() if self._exact else torch.einsum("cnt,ct->n", self.chain(order), weight)
 
     def sample(self, n_tokens: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Random tokens (B,) and weights (B,) with which their terms add up to the score in expectation."""
         # Whole groups. A quarter are the first in the order, always: the few far apart, and alone in telling of long
         # distances.
         layout = self._layout(self.value[0])
@@ -408,11 +263,15 @@ class _Neighbours(Conditionals):
         mine = groups.own[which] >= 0
         return groups.predicted[which][mine], weight[mine]
 
-    def partial(self, x: Tensor, tokens: Tensor, weight: Tensor) -> Tensor:
+    def partial(self, tokens: Tensor, weight: Tensor) -> Tensor:
+        """A weighted sum of the terms of these tokens: (B,), (B,) -> (N,) nats."""
+        x = self.value
         by_token = torch.zeros_like(x[0]).index_add(0, tokens, weight)
         return torch.stack([self._total(row, self._layout(row), tokens, by_token) for row in x])
 
-    def predicted(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def predicted(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of tokens (B,), each given those before it."""
+        x = self.value
         layout = self._layout(x[0])
         tokens = tokens[layout.seen[tokens]]
         groups = layout.groups.only(layout.home[tokens].unique())
@@ -423,10 +282,13 @@ class _Neighbours(Conditionals):
         )
         return mean, var
 
-    def chain(self, x: Tensor, order: Tensor) -> Tensor:
-        return torch.stack([torch.stack([self._chain(row, tokens) for row in x]) for tokens in order])
+    def chain(self, order: Tensor, stops: list[int] | None = None) -> Tensor:
+        return torch.stack(
+            [torch.stack([self._chain(row, tokens) for row in self.value]) for tokens in order]
+        )
 
-    def conditionals(self, x: Tensor, visible: Tensor) -> Tensor:
+    def conditionals(self, visible: Tensor) -> Tensor:
+        x = self.value
         out = x.new_zeros(len(visible), *x.shape)
         for s, mask in enumerate(visible):
             for n, row in enumerate(x):
@@ -435,7 +297,8 @@ class _Neighbours(Conditionals):
                 out[s, n] = torch.zeros_like(row).index_copy(0, hidden, self._log_probs(row, groups)[:, 0])
         return out
 
-    def posterior(self, x: Tensor, visible: Tensor | None = None) -> Posterior:
+    def posterior(self, visible: Tensor | None = None) -> Posterior:
+        x = self.value
         shown = ~x.isnan() if visible is None else ~x.isnan() & visible
         rows = []
         for row, seen in zip(x, shown, strict=True):
@@ -444,17 +307,17 @@ class _Neighbours(Conditionals):
             rows.append(torch.where(seen, row, 0.0).index_copy(0, hidden, mean[:, 0]))
         return Posterior(x.new_zeros(len(x), 0), torch.stack(rows))
 
-    def predictive(self, seen: tuple[Any, ...], new: tuple[Any, ...], *, full: bool = False) -> Predictive:
+    def predict(self, new: tuple[Any, ...], *, full: bool = False) -> Predictive:
         """Each new row given its m nearest rows seen; with ``full`` all of them given the neighbours of any."""
-        read = self.read(seen)
+        seen = self._memory.source
         args = tuple(
-            torch.cat([a, b]) if _is_rows(a) else a for a, b in zip(read._memory.args, new, strict=True)
+            torch.cat([a, b]) if is_rows(a) else a for a, b in zip(self._memory.args, new, strict=True)
         )
         hidden = torch.arange(len(seen[0]), len(args[0]), device=args[0].device)
-        row = torch.cat([read.value[0], read.value.new_full((len(hidden),), torch.nan)])
-        groups = read._given(~row.isnan(), hidden, args)
+        row = torch.cat([self.value[0], self.value.new_full((len(hidden),), torch.nan)])
+        groups = self._given(~row.isnan(), hidden, args)
         if not full:
-            mean, var = read._moments(args, row, groups)
+            mean, var = self._moments(args, row, groups)
             return Predictive(mean[:, 0], var[:, 0], None)
         rows = groups.tokens[groups.tokens < len(seen[0])].unique()
         if len(rows) + len(hidden) > MAX_FULL:
@@ -462,18 +325,20 @@ class _Neighbours(Conditionals):
                 f"the covariance among {len(hidden)} new rows and their {len(rows)} neighbours would be of more than "
                 f"{MAX_FULL} rows: ask for fewer rows at a time, or for standard deviations"
             )
-        exact = JointGaussian(read._program().model, self.structure)
-        return exact.predictive(rows_of(seen, rows), new, full=True)
+        exact = JointGaussian(self._program().model, self.structure)
+        return exact.read(rows_of(seen, rows)).predict(new, full=True)
 
-    def evidence(self, x: Tensor) -> Evidence:
+    def evidence(self, orders: Tensor | None = None) -> Evidence:
         """The score, and its error from the change that twice the neighbours make to a sample of the tokens.
 
-        Twice that change, as if the error fell like 1/m.
+        Twice that change, as if the error fell like 1/m. Along ``orders``, where neighbours are left out, their mean.
         """
-        lml = self.joint(x)
         diagnostics = {"m": self.settings.m, "ordering": self.settings.ordering}
-        if self.exact:
-            return Evidence(lml, 0.0, diagnostics)
+        if self._exact:
+            return Evidence(self._joint(), 0.0, diagnostics, exact=True)
+        if orders is not None:
+            return along_orders(self.chain(orders))
+        lml, x = self._joint(), self.value
         changes: list[tuple[float, float]] = []
         rng = np.random.default_rng(self.settings.random_state)
         for row in x:
@@ -501,18 +366,14 @@ class _Neighbours(Conditionals):
 
     # ------------------------------------------------------------------------------------------------- the neighbours
 
-    def _program(self) -> _Blocks:
-        if self.blocks is None:
-            raise RuntimeError("this predictor is frozen: it has no program to read")
-        return self.blocks
-
-    def _units(self) -> Points:
-        return column_units(self._program(), self._memory.args, self.settings.random_state)
+    def _program(self) -> RowSets:
+        self._leaves.refuse_others()
+        return self._blocks
 
     def _unit(self) -> Points:
         """Of the columns of x, at the parameters at which they were first asked for."""
         if self._memory.unit is None:
-            self._memory.unit = self._units()
+            self._memory.unit = column_units(self._program(), self._memory.args, self.settings.random_state)
         return self._memory.unit
 
     def _layout(self, row: Tensor) -> _Layout:
@@ -588,7 +449,7 @@ class _Neighbours(Conditionals):
     def _log_probs(self, row: Tensor, groups: Groups) -> Tensor:
         """Log-densities (G, b) of the predicted of each set, 0 where they are fewer."""
         parts = [
-            _LogProb.apply(r, cov, own) for own, _, r, cov in self._chunks(self._memory.args, row, groups)
+            LogProbGiven.apply(r, cov, own) for own, _, r, cov in self._chunks(self._memory.args, row, groups)
         ]
         return torch.cat(parts) if parts else row.new_zeros(groups.own.shape)
 
@@ -598,7 +459,7 @@ class _Neighbours(Conditionals):
         means, variances = [empty], [empty]
         for own, loc, residual, cov in self._chunks(args, row, groups):
             # r_i = L_i. z,  of which L_i,<i z_<i is predicted:  mean = loc + r_i - L_ii z_i,  variance = L_ii^2
-            root, white, at = _whitened(residual, cov, own)
+            root, white, at = whitened(residual, cov, own)
             scale = root.diagonal(dim1=1, dim2=2).gather(1, at)
             means.append(loc.gather(1, at) + residual.gather(1, at) - scale * white[..., 0].gather(1, at))
             variances.append(scale.square())
@@ -619,78 +480,17 @@ class _Neighbours(Conditionals):
         if tokens is not None:
             groups = groups.only(layout.home[tokens[layout.seen[tokens]]].unique())
         by_set = None if weight is None else weight[groups.predicted]
+        self._leaves.refuse_others()
         leaves = dict(pyro.get_param_store().named_parameters())
         moving = [leaves[n] for n in self.structure.parameters if leaves[n].requires_grad]
 
         def parts() -> Iterator[Tensor]:
             done = 0
             for own, _, residual, cov in self._chunks(self._memory.args, row, groups):
-                terms = _LogProb.apply(residual, cov, own)
+                terms = LogProbGiven.apply(residual, cov, own)
                 yield terms.sum() if by_set is None else (by_set[done : done + len(terms)] * terms).sum()
                 done += len(terms)
 
         if not torch.is_grad_enabled() or not moving:
             return torch.stack([row.new_zeros(()), *parts()]).sum()
-        return _Sum.apply(parts, *moving)
-
-
-class _Sum(torch.autograd.Function):
-    """A sum of many parts and its gradient to the leaves, without keeping more than one part's graph at a time."""
-
-    @staticmethod
-    def forward(ctx: Any, parts: Callable[[], Iterator[Tensor]], *leaves: Tensor) -> Tensor:
-        total = torch.zeros((), dtype=torch.float64, device=leaves[0].device)
-        grads = [torch.zeros_like(leaf) for leaf in leaves]
-        with torch.enable_grad():
-            for part in parts():
-                total = total + part.detach()
-                for grad, more in zip(
-                    grads, torch.autograd.grad(part, leaves, materialize_grads=True), strict=True
-                ):
-                    grad += more
-        ctx.save_for_backward(*grads)
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, *(grad * g for g in ctx.saved_tensors))
-
-
-class _LogProb(torch.autograd.Function):
-    """Log-densities (B, b) of those in the places ``own`` of residuals (B, k), each given all before it."""
-
-    @staticmethod
-    def forward(ctx: Any, residual: Tensor, cov: Tensor, own: Tensor) -> Tensor:
-        root, white, at = _whitened(residual, cov, own)
-        ctx.save_for_backward(root, white, own)
-        scale = root.diagonal(dim1=1, dim2=2).gather(1, at)
-        return torch.where(
-            own >= 0, -0.5 * (white[..., 0].gather(1, at).square() + LOG_2PI) - scale.log(), 0.0
-        )
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        root, white, own = ctx.saved_tensors
-        at = own.clamp(min=0)[:, None, :]
-        grad = torch.where(own >= 0, grad, 0.0)[:, None, :]
-        z = white.mT.gather(2, at)  # (B, 1, b)
-        # L^-T [z_<i, 0] and L^-T e_i, together
-        before = torch.arange(white.shape[1], device=own.device)[:, None] < at  # (B, k, b)
-        unit = torch.zeros_like(before, dtype=white.dtype).scatter_(1, at, 1.0)
-        a, v = torch.linalg.solve_triangular(root.mT, torch.cat([white * before, unit], 2), upper=True).chunk(
-            2, 2
-        )
-        by_residual = -(grad * z * v).sum(2)
-        if not ctx.needs_input_grad[1]:
-            return by_residual, None, None
-        # 1/2 [z (v a' + a v') + (z^2 - 1) v v'] = 1/2 (v b' + b v'),  b = z a + (z^2 - 1)/2 v,  summed over i
-        outer = (0.5 * grad * (z * a + 0.5 * (z.square() - 1) * v)) @ v.mT
-        return by_residual, outer + outer.mT, None
-
-
-def _whitened(residual: Tensor, cov: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """L (B, k, k), z = L^-1 r (B, k, 1), and places (B, b) that can be gathered from."""
-    root = cholesky(cov)
-    return root, torch.linalg.solve_triangular(root, residual[..., None], upper=False), own.clamp(min=0)
+        return SumOfParts.apply(parts, *moving)

@@ -17,7 +17,7 @@ from pyro.poutine import substitute
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bayes_mpt.predictors.base import Conditionals, Posterior, Predictive
+from bayes_mpt.predictors.base import Bound, Conditionals, Leaves, Posterior, Predictive
 from bayes_mpt.program.analysis import analyze
 from bayes_mpt.program.arguments import fill, has_missing, rows_of, spread_rows
 from bayes_mpt.program.missing import nan_shows
@@ -113,8 +113,8 @@ def missing_of(args: tuple[Any, ...], program: Program) -> Tensor:
     return y.isnan()
 
 
-class JointGaussian(Conditionals):
-    """Closed-form conditionals of a Gaussian vector, found to be one by running the program.
+class JointGaussian(Bound):
+    """A program whose observations are a Gaussian vector, found to be one by running it, scored in closed form.
 
     Parameters
     ----------
@@ -130,9 +130,7 @@ class JointGaussian(Conditionals):
     ...     cov = torch.exp(-torch.cdist(x, x)) + torch.eye(len(x), dtype=x.dtype)
     ...     pyro.sample("y", dist.MultivariateNormal(x.new_zeros(len(x)), cov), obs=y)
     >>> args = torch.zeros(2, 1, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
-    >>> JointGaussian(model, gaussian_program(model, args)).read(args).joint(
-    ...     args[1][None]
-    ... )  # N(0; 0, [[2, 1], [1, 2]])
+    >>> JointGaussian(model, gaussian_program(model, args)).read(args).score()  # N(0; 0, [[2, 1], [1, 2]])
     tensor([-2.3872], dtype=torch.float64)
     """
 
@@ -140,42 +138,43 @@ class JointGaussian(Conditionals):
     remembers = True
     name = "Exact"
     why = "the observations are one Gaussian vector, whose covariance the program gives"
+    model: Model
     structure: Program
 
     def __init__(self, model: Model, program: Program):
-        self.model: Model | None = model
+        self.model = model
         self.structure = program
-        self._moments: Moments | None = None
 
-    @property
-    def last(self) -> Moments:
-        """Mean and covariance at the parameters last read."""
-        if self._moments is None:
-            raise RuntimeError("call read(args) first: this predictor has not read the program yet")
-        return self._moments
+    def read(self, args: tuple[Any, ...]) -> GaussianVector:
+        return GaussianVector(self.model, self.structure, args)
 
-    @property
-    def value(self) -> Tensor:
-        return self.last.value
+    def score_at(self, args: tuple[Any, ...], values: dict[str, Tensor]) -> Tensor:
+        """Log-density of the observations (B,) at B values of each parameter, side by side; -inf for none."""
+        n = len(next(iter(values.values())))
+        wide = tuple(a.expand(n, *a.shape) if isinstance(a, Tensor) else a for a in args)
+        loc, cov, value = moments(substitute(self.model, data=values), wide, self.structure)
+        n_tokens = loc.shape[-1]
+        if loc.shape != (n, n_tokens) or value.numel() != n * n_tokens:
+            raise ModelError("the program cannot be evaluated at several values of its parameters at once")
+        residual = value.reshape(n, n_tokens) - loc
+        seen = ~residual[0].isnan()
+        if not bool(seen.all()):
+            residual, cov = residual[:, seen], cov[:, seen][..., seen]
+        return _LogProb.apply(residual, cov)
 
-    @property
-    def scale(self) -> float:
-        return self.structure.scale
 
-    def read(self, args: tuple[Any, ...]) -> JointGaussian:
-        if self.model is None:
-            raise RuntimeError("this predictor is frozen: it has no program to read")
-        new = JointGaussian(self.model, self.structure)
-        new._moments = moments(self.model, args, self.structure)
-        return new
+class GaussianVector(Conditionals):
+    """Observations that are one Gaussian vector, with its mean and covariance."""
 
-    def freeze(self) -> JointGaussian:
-        new = object.__new__(JointGaussian)
-        new.model, new.structure, new._moments = None, self.structure, None
-        return new
+    structure: Program
 
-    def conditionals(self, x: Tensor, visible: Tensor) -> Tensor:
-        loc, cov = self._moments_for(x)
+    def __init__(self, model: Model, program: Program, args: tuple[Any, ...]):
+        self.structure, self.scale = program, program.scale
+        self.loc, self.cov, self.value = moments(model, args, program)
+        self._model, self._args, self._leaves = model, args, Leaves(program.parameters)
+
+    def conditionals(self, visible: Tensor) -> Tensor:
+        loc, cov, x = self.loc, self.cov, self.value
         out = x.new_zeros(len(visible), *x.shape)
         for s, mask in enumerate(visible):
             for n, row in enumerate(x):
@@ -186,8 +185,8 @@ class JointGaussian(Conditionals):
                 out[s, n] = torch.zeros_like(row).masked_scatter(hidden, log_prob)
         return out
 
-    def chain(self, x: Tensor, order: Tensor) -> Tensor:
-        loc, cov = self._moments_for(x)
+    def chain(self, order: Tensor, stops: list[int] | None = None) -> Tensor:
+        loc, cov, x = self.loc, self.cov, self.value
         out = []
         for tokens in order:
             rows = []
@@ -201,8 +200,8 @@ class JointGaussian(Conditionals):
             out.append(torch.stack(rows))
         return torch.stack(out)
 
-    def joint(self, x: Tensor) -> Tensor:
-        loc, cov = self._moments_for(x)
+    def _joint(self) -> Tensor:
+        loc, cov, x = self.loc, self.cov, self.value
         out = []
         for row in x:
             seen = ~row.isnan()
@@ -214,44 +213,17 @@ class JointGaussian(Conditionals):
                 raise ModelError(NOT_DEFINITE)
         return torch.stack(out)
 
-    def joint_at(self, args: tuple[Any, ...], values: dict[str, Tensor]) -> Tensor:
-        """`joint` of the observations (B,) at B values of each parameter, side by side; -inf where there is none."""
-        n = len(next(iter(values.values())))
-        wide = tuple(a.expand(n, *a.shape) if isinstance(a, Tensor) else a for a in args)
-        loc, cov, value = moments(substitute(self._program(), data=values), wide, self.structure)
-        n_tokens = loc.shape[-1]
-        if loc.shape != (n, n_tokens) or value.numel() != n * n_tokens:
-            raise ModelError("the program cannot be evaluated at several values of its parameters at once")
-        residual = value.reshape(n, n_tokens) - loc
-        seen = ~residual[0].isnan()
-        if not bool(seen.all()):
-            residual, cov = residual[:, seen], cov[:, seen][..., seen]
-        return _LogProb.apply(residual, cov)
-
-    def _moments_for(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and covariance of the tokens of x (R, T)."""
-        loc, cov, _ = self.last
-        if x.shape[1] != len(loc):
-            raise ModelError(
-                f"the observations that were read are {len(loc)}, got x of shape {tuple(x.shape)}"
-            )
-        return loc, cov
-
-    def _program(self) -> Model:
-        if self.model is None:
-            raise RuntimeError("this predictor is frozen: it has no program to read")
-        return self.model
-
-    def predicted(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        loc, cov = self._moments_for(x)
+    def predicted(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of tokens (B,), each given those before it."""
+        loc, cov, x = self.loc, self.cov, self.value
         kept = tokens[~x[0, tokens].isnan()]
         # y_t given y_<t:  mean = y_t - L_tt (L^-1 r)_t,  variance = L_tt^2
         root = cholesky(cov[kept][:, kept])
         white = torch.linalg.solve_triangular(root, (x[0] - loc)[kept, None], upper=False)[:, 0]
         return x[0, kept] - root.diagonal() * white, root.diagonal().square()
 
-    def posterior(self, x: Tensor, visible: Tensor | None = None) -> Posterior:
-        loc, cov = self._moments_for(x)
+    def posterior(self, visible: Tensor | None = None) -> Posterior:
+        loc, cov, x = self.loc, self.cov, self.value
         shown = ~x.isnan() if visible is None else ~x.isnan() & visible
         tokens = []
         for row, seen in zip(x, shown, strict=True):
@@ -259,13 +231,13 @@ class JointGaussian(Conditionals):
             tokens.append(torch.where(seen, row, 0.0).masked_scatter(~seen, mean))
         return Posterior(x.new_zeros(len(x), 0), torch.stack(tokens))
 
-    def predictive(self, seen: tuple[Any, ...], new: tuple[Any, ...], *, full: bool = False) -> Predictive:
-        if self.model is None:
-            raise RuntimeError("this predictor is frozen: it has no program to read")
+    def predict(self, new: tuple[Any, ...], *, full: bool = False) -> Predictive:
+        self._leaves.refuse_others()
+        seen = self._args
         both = tuple(
             torch.cat([a, b]) if isinstance(a, Tensor) else a for a, b in zip(seen, new, strict=True)
         )
-        loc, cov, value = moments(self.model, both, self.structure)
+        loc, cov, value = moments(self._model, both, self.structure)
         shown = ~value[0].isnan()
         shown[len(seen[0]) :] = False
         hidden = torch.arange(len(seen[0]), len(shown), device=shown.device)

@@ -10,66 +10,51 @@ independent, and each is integrated by itself: in closed form, or with nodes aro
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from contextlib import suppress
-from dataclasses import dataclass
-from functools import cache, partial
-from itertools import product
+from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
 import pyro
 import torch
 from pyro.poutine.trace_struct import Trace
-from scipy.stats import chi2, norm, qmc
 from torch import Tensor
 
-from bayes_mpt.predictors.gaussian.linear import LinearGaussian
+from bayes_mpt.predictors.gaussian.linear import LinearRows
+from bayes_mpt.predictors.nodes.conjugacy import log_prior_of, node_values, non_conjugate, prior_draws
 from bayes_mpt.predictors.nodes.given import (
     AffineBatch,
     Factorized,
     Given,
-    Mapped,
-    NestedRows,
-    PlacedRows,
-    SideBySide,
-    Stacked,
 )
-from bayes_mpt.predictors.nodes.weighted import FixedSites, constrained, program_values
-from bayes_mpt.program.affine import NotAffine, read_side_by_side
+from bayes_mpt.predictors.nodes.newton import (
+    LaplaceApproximation,
+    curvature,
+    newton,
+    root_of,
+    times_covariance,
+)
+from bayes_mpt.predictors.nodes.row_nodes import RowNodes
+from bayes_mpt.predictors.nodes.rules import (
+    degrees_of,
+    hermite,
+    log_t,
+)
+from bayes_mpt.predictors.nodes.weighted import FixedSites, program_values
+from bayes_mpt.program.affine import read_side_by_side
 from bayes_mpt.program.arguments import fill
-from bayes_mpt.program.densities import log_density
 from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.factors import read_factors
 from bayes_mpt.program.latents import Space, space
-from bayes_mpt.program.layout import rows_first
 from bayes_mpt.program.program import Latent, Model, ModelError, Program, n_rows_of, split_events
 from bayes_mpt.program.run import SetLatents, run
-from bayes_mpt.program.sites import base, is_subsample, node_of, rows_given_shared
+from bayes_mpt.program.sites import is_subsample, node_of, rows_given_shared
 
 __all__ = ["AdaptiveNodes", "LaplaceApproximation", "check_width", "degrees_of", "hermite", "log_t"]
 
-GAUSSIAN = {"Normal", "MultivariateNormal"}
-LAST_GAIN = 1e-9  # nats: the next step would move the nodes by 1e-9 standard deviations
 SURE = 1e-12  # of a log-density: what its last digits say
 SURE_OF_NODES = 1e-9  # the same where rows are integrated by nodes that move
 MAX_STEPS = 100
-LONGEST_STEP = 5.0
 N_START_DRAWS = 9
-DEGREES = 5.0  # of freedom of draws around a mode, at least
-MAX_HERMITE = 4  # latents of a row, given those of the data set, up to which a product rule integrates them
-ROW_NODES = {0: 1, 1: 16, 2: 8, 3: 6, 4: 5}  # of that rule along each axis
-ROW_DRAWS = 128  # points where there are more
 CANNOT = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
-
-
-class LaplaceApproximation(NamedTuple):
-    """A Gaussian approximation of each row's posterior."""
-
-    mode: Tensor
-    """(..., N, d)"""
-    root: Tensor
-    """(..., N, d, d): covariance = root root'."""
 
 
 class _Held(NamedTuple):
@@ -100,20 +85,20 @@ class AdaptiveNodes:
         Of the latents that take nodes.
     gaussian : tuple of str
         Names of those that are integrated in closed form given the nodes.
-    rows : _Rows, optional
+    rows : RowNodes, optional
         How the latents of each row are integrated given the nodes, where some are of a row and some of the data set.
     """
 
     def __init__(self, model: Model, args: tuple[Any, ...], program: Program, held: _Held | None = None):
         filled = tuple(fill(a) for a in args)
         self._held = held or _Held((), {})
-        first = _node(self._held.draws, 0)
+        first = node_values(self._held.draws, 0)
         with own_random_state():
             trace = run(model, filled, first)
         self._last: tuple[torch.Size, Tensor] | None = None
         self._prior_mapped = True
         self.model, self.program = model, program
-        names, self._template = _non_conjugate(model, args, program, first)
+        names, self._template = non_conjugate(model, args, program, first)
         self.rows = self._rows(args, filled, trace, names)
         if self.rows is not None:
             own = self.rows.adaptive.program.latent_names
@@ -171,14 +156,14 @@ class AdaptiveNodes:
         if self._template is not None:
             return self._by_maps(args, filled, values, log_det)
         if self.vectorised or len(u) == 1:
-            nodes = self._on_plate(values) if len(u) > 1 else _node(values, 0)
+            nodes = self._on_plate(values) if len(u) > 1 else node_values(values, 0)
             factors = read_factors(self.model, filled, self.program, nodes, len(u))
             return Factorized(factors), log_det, factors.scale
         alone = partial(read_factors, self.model, filled, self.program)
         if self.mapped:
-            return Mapped(alone, values), log_det, alone(_node(values, 0)).scale
-        parts = [alone(_node(values, s)) for s in range(len(u))]
-        return Stacked(tuple(Factorized(f) for f in parts)), log_det, parts[0].scale
+            return Factorized.mapped(alone, values), log_det, alone(node_values(values, 0)).scale
+        parts = [alone(node_values(values, s)) for s in range(len(u))]
+        return Factorized(*parts), log_det, parts[0].scale
 
     def given(
         self, args: tuple[Any, ...], filled: tuple[Any, ...], values: dict[str, Tensor]
@@ -198,16 +183,16 @@ class AdaptiveNodes:
             nodes = values if self.mapped else self._on_plate(values)
             structure = self._template.structure
             reading, prior = read_side_by_side(self.model, args, structure, nodes, latents, depth)
-            given = SideBySide(self._template.with_reading(reading), len(log_det))
+            given = AffineBatch(beside=(LinearRows(structure, reading), len(log_det)))
             return given, log_det + prior, reading.scale
         maps, priors = [], []
         for s in range(len(log_det)):
-            node = _node(values, s)
+            node = node_values(values, s)
             maps.append(self._template.with_model(FixedSites(self.model, node)).read(args))
             with own_random_state():  # the others are drawn, and do not matter
                 trace = run(FixedSites(self.model, node, hide=False), filled)
-            priors.append(_log_prior(trace, latents, filled[0]))
-        return AffineBatch(tuple(maps)), log_det + torch.stack(priors), maps[0].scale
+            priors.append(log_prior_of(trace, latents, filled[0]))
+        return AffineBatch(maps), log_det + torch.stack(priors), maps[0].scale
 
     def _on_plate(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Values (S, ...) for a run on a plate of nodes, left of all plates."""
@@ -221,7 +206,7 @@ class AdaptiveNodes:
 
     def _rows(
         self, args: tuple[Any, ...], filled: tuple[Any, ...], trace: Trace, names: tuple[str, ...]
-    ) -> _Rows | None:
+    ) -> RowNodes | None:
         """The rows given the latents of the data set: where nodes would be needed in every row besides."""
         own = rows_given_shared(self.program, trace)
         if own is None or not set(names) & set(own.latent_names):
@@ -229,27 +214,28 @@ class AdaptiveNodes:
         shared = tuple(s for s in self.program.latents if s.name not in own.latent_names)
         if any(s.discrete for s in shared) or not shared or self.program.scale != 1.0:
             return None
-        traces = _draws(self.model, filled, 2)
+        traces = prior_draws(self.model, filled, 2)
         draws = [{s.name: node_of(t, s.name)["value"].detach() for s in shared} for t in traces]
         held = _Held(shared, {s.name: torch.stack([d[s.name] for d in draws]) for s in shared})
         try:
             adaptive = AdaptiveNodes(self.model, args, own, held)
         except ModelError:
             return None
-        rows = _Rows.of(adaptive, {n: node_of(trace, n)["value"].detach() for n in own.latent_names})
+        rows = RowNodes.of(adaptive, {n: node_of(trace, n)["value"].detach() for n in own.latent_names})
         others = {n: node_of(traces[0], n)["value"].detach() for n in own.latent_names}
         return rows if self._separates(args, filled, rows, others) else None
 
     def _separates(
-        self, args: tuple[Any, ...], filled: tuple[Any, ...], rows: _Rows, others: dict[str, Tensor]
+        self, args: tuple[Any, ...], filled: tuple[Any, ...], rows: RowNodes, others: dict[str, Tensor]
     ) -> bool:
         """Whether each row looks at its own latents only, and the latents of the data set at no row's."""
         at = rows.adaptive
-        latents, node = at._held.latents, _node(at._held.draws, 0)
+        latents, node = at._held.latents, node_values(at._held.draws, 0)
         x = program_values(self.model, args, filled, at.program)
         with torch.no_grad():
             prior = [
-                _log_prior(run(self.model, filled, {**v, **node}), latents, x) for v in (rows.values, others)
+                log_prior_of(run(self.model, filled, {**v, **node}), latents, x)
+                for v in (rows.values, others)
             ]
             if not bool(torch.equal(prior[0], prior[1])):
                 return False
@@ -275,13 +261,13 @@ class AdaptiveNodes:
         latents, held = tuple(p.latent for p in self.space.parts), self.rows.values
 
         def alone(node: dict[str, Tensor]) -> Tensor:
-            return _log_prior(run(self.model, filled, {**held, **node}), latents, filled[0])
+            return log_prior_of(run(self.model, filled, {**held, **node}), latents, filled[0])
 
         if self._prior_mapped:
             with pyro.validation_enabled(False):  # a check would have to branch on its node
                 return torch.vmap(alone)(values)
         n_nodes = len(next(iter(values.values())))
-        return torch.stack([alone(_node(values, s)) for s in range(n_nodes)])
+        return torch.stack([alone(node_values(values, s)) for s in range(n_nodes)])
 
     def _maps_prior(self, filled: tuple[Any, ...]) -> bool:
         assert self.rows is not None
@@ -305,7 +291,7 @@ class AdaptiveNodes:
         """Whether the program gives at two nodes in one run what it gives at each alone."""
         with torch.no_grad():
             n_rows = n_rows_of(self.program, filled)
-            traces = _draws(self.model, filled, 2)
+            traces = prior_draws(self.model, filled, 2)
             drawn_rows = {name: node["value"] for name, node in traces[0].nodes.items() if is_subsample(node)}
             u = torch.cat([self.space.pack(trace, n_rows) for trace in traces])
         x = u.new_zeros(n_rows, self.program.n_tokens)
@@ -342,16 +328,21 @@ class AdaptiveNodes:
             n_rows = n_rows_of(self.program, filled)
             if not self.space.parts:
                 return filled[0].new_zeros(n_rows, 0)
-            draws = [self.space.pack(t, n_rows)[0] for t in _draws(self.model, filled, N_START_DRAWS)]
+            draws = [self.space.pack(t, n_rows)[0] for t in prior_draws(self.model, filled, N_START_DRAWS)]
         return torch.stack(draws).median(0).values
 
     def forget(self) -> None:
         """Look for the next modes from the start, not from the last ones."""
         self._last = None
 
-    def locate(self, args: tuple[Any, ...], x: Tensor, visible: Tensor) -> LaplaceApproximation:
-        """The mode of each row's latents given its visible tokens: Newton's method, saddles turned into descents."""
-        found = self._locate(args, x, visible, {}, 1)
+    def locate(
+        self, args: tuple[Any, ...], x: Tensor, visible: Tensor, near: LaplaceApproximation | None = None
+    ) -> LaplaceApproximation:
+        """The mode of each row's latents given its visible tokens: Newton's method, saddles turned into descents.
+
+        From ``near``, that of other visible tokens of the same rows; else from where the last search has ended.
+        """
+        found = self._locate(args, x, visible, {}, 1, None if near is None else near.mode)
         return LaplaceApproximation(found.mode[0], found.root[0])
 
     def locate_rows(
@@ -362,21 +353,29 @@ class AdaptiveNodes:
         return self._locate(args, x, visible, detached, len(next(iter(held.values()))))
 
     def _locate(
-        self, args: tuple[Any, ...], x: Tensor, visible: Tensor, held: dict[str, Tensor], n_nodes: int
+        self,
+        args: tuple[Any, ...],
+        x: Tensor,
+        visible: Tensor,
+        held: dict[str, Tensor],
+        n_nodes: int,
+        start: Tensor | None = None,
     ) -> LaplaceApproximation:
         filled = tuple(fill(a) for a in args)
-        # a training asks again and again, with little change
-        shape, u = self._last or (None, None)
-        if u is None or shape != x.shape:
-            u = self.start(filled)
+        u = start
+        if u is None:  # a training asks again and again, with little change
+            shape, u = self._last or (None, None)
+            if u is None or shape != x.shape:
+                u = self.start(filled)
         sure = SURE if self.rows is None else SURE_OF_NODES
-        found = _newton(
+        found = newton(
             lambda u: self._log_prob(args, filled, x, visible, u, held),
             u.expand(n_nodes, *u.shape),
             MAX_STEPS,
             sure,
         )
-        self._last = x.shape, found.mode.mean(0)
+        if start is None:
+            self._last = x.shape, found.mode.mean(0)
         return found
 
     def refine_gaussian(
@@ -392,7 +391,7 @@ class AdaptiveNodes:
         def log_prob(u: Tensor) -> Tensor:
             return self._log_prob(args, filled, x, visible, u[0] + offsets, {}).mean(0, keepdim=True)
 
-        found = _newton(log_prob, near.mode[None], 1, SURE)
+        found = newton(log_prob, near.mode[None], 1, SURE)
         return LaplaceApproximation(found.mode[0], found.root[0])
 
     @torch.enable_grad()
@@ -405,9 +404,9 @@ class AdaptiveNodes:
         mode = self.locate(args, x, visible).mode.requires_grad_()
         log_prob = self._log_prob(args, filled, x, visible, mode[None], {})[0]
         (slope,) = torch.autograd.grad(log_prob.sum(), mode, create_graph=True)
-        root = _root(_curvature(slope, mode))
+        root = root_of(curvature(slope, mode))
         # The mode moves with the parameters as Newton's next step does, whose length is zero.
-        u = mode.detach() + _times_covariance(root, slope)
+        u = mode.detach() + times_covariance(root, slope)
         # d log |root| = 1/2 sum_s d (r_s' H r_s), H the second derivative, along the columns r_s of the root
         along = u.new_zeros(u.shape[1], len(u), requires_grad=True)  # (d, N)
         log_prob = self._log_prob(args, filled, x, visible, u + along[..., None] * root.permute(2, 0, 1), {})
@@ -429,281 +428,6 @@ class AdaptiveNodes:
         """log p(u, x_R) of nodes u (S, N, d): (S, N)."""
         given, part, _ = self.at(args, filled, u, held)
         return part + given.log_joint(x, visible)
-
-
-@torch.enable_grad()
-def _newton(
-    log_prob: Callable[[Tensor], Tensor], u: Tensor, max_steps: int, sure: float
-) -> LaplaceApproximation:
-    """Newton's method on (S, N, d) -> (S, N), all rows side by side, and the curvature at the last step but one.
-
-    Of a log-density no more than the share ``sure`` is to be gained by a step that need not climb. Kept by hand:
-    scipy's optimisers climb one row at a time, and not within torch's graph.
-    """
-    u = u.detach().requires_grad_()
-    before = log_prob(u)
-    for _ in range(max_steps):
-        (slope,) = torch.autograd.grad(before.sum(), u, create_graph=True)
-        root = _root(_curvature(slope, u))
-        slope = slope.detach()
-        step = _times_covariance(root, slope)
-        gain = (slope * step).sum(-1)  # (S, N)
-        longest = step.abs().amax(-1, keepdim=True)
-        step = step * (LONGEST_STEP / longest.clamp(min=LONGEST_STEP))
-        if not bool((gain > LAST_GAIN).any()):  # Newton's last step squares what is left
-            u = u + step
-            break
-        there = gain <= sure * (1 + before.detach().abs())
-        u, before, moved = _walk(log_prob, u.detach(), step, before.detach(), there)
-        if not moved:
-            break
-    return LaplaceApproximation(u.detach(), root)
-
-
-def _walk(
-    log_prob: Callable[[Tensor], Tensor], u: Tensor, step: Tensor, before: Tensor, there: Tensor
-) -> tuple[Tensor, Tensor, bool]:
-    """Halve the step of each row until it climbs, of those that are not there yet; log p there, and if any did."""
-    share = torch.ones_like(before)
-    best, better = u, there.clone()
-    for _ in range(20):
-        trial = (u + share[..., None] * step).requires_grad_()
-        try:
-            found = log_prob(trial)
-        except ValueError:  # so far away that the program refuses: all rows shorter
-            share = share / 2
-            continue
-        good = (found.detach() > before) & torch.isfinite(found.detach()) & ~better
-        if bool(good.all()):
-            return trial, found, True
-        best = torch.where(good[..., None], trial.detach(), best)
-        better |= good
-        if bool(better.all()):
-            break
-        share = torch.where(better, share, share / 2)
-    best.requires_grad_()
-    return best, log_prob(best), bool((better & ~there).any())
-
-
-def _curvature(slope: Tensor, u: Tensor) -> Tensor:
-    """-d slope / du of each row: (..., N, d), (..., N, d) -> (..., N, d, d)."""
-    width = u.shape[-1]
-    one = torch.eye(width, dtype=u.dtype, device=u.device)
-    one = one.reshape(width, *[1] * (u.ndim - 1), width).expand(-1, *u.shape)  # (d, ..., N, d)
-    (rows,) = torch.autograd.grad(
-        slope, u, one, retain_graph=True, is_grads_batched=True, materialize_grads=True
-    )
-    rows = rows.movedim(0, -2)
-    return -0.5 * (rows + rows.mT)
-
-
-def _root(curvature: Tensor) -> Tensor:
-    """R with R R' = |H|^-1, (..., N, d, d); of a saddle the signs of its axes are dropped."""
-    lower, info = torch.linalg.cholesky_ex(curvature)
-    if not bool(info.any()):
-        one = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
-        return torch.linalg.solve_triangular(lower, one.expand_as(lower), upper=False).mT.detach()
-    value, vector = torch.linalg.eigh(curvature)
-    return (vector * value.abs().clamp(min=1e-10).rsqrt()[..., None, :]).detach()
-
-
-def _times_covariance(root: Tensor, slope: Tensor) -> Tensor:
-    return (root @ (root.mT @ slope[..., None]))[..., 0]
-
-
-# --------------------------------------------------------------------------------------------------------- the rows
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """How each row is integrated given latents of the data set."""
-
-    adaptive: AdaptiveNodes
-    """Of the program of the rows alone."""
-    values: dict[str, Tensor]
-    """Any values of the rows' latents."""
-    cells: Tensor
-    """(N, T): where each row's tokens stand in the one vector of all observations."""
-
-    @classmethod
-    def of(cls, adaptive: AdaptiveNodes, values: dict[str, Tensor]) -> _Rows:
-        parts, start = [], 0
-        for site in adaptive.program.sites:
-            kept = site.shape[: len(site.shape) - site.n_joint]
-            size = math.prod(kept)
-            parts.append(rows_first(torch.arange(start, start + size).reshape(kept), site.row_axis))
-            start += size
-        return cls(adaptive, values, torch.cat(parts, 1))
-
-    @property
-    def n_nodes(self) -> int:
-        """Q, of each row."""
-        width = self.adaptive.space.width
-        return ROW_NODES[width] ** width if width <= MAX_HERMITE else ROW_DRAWS
-
-    @property
-    def why(self) -> str:
-        names, width = ", ".join(self.adaptive.space.names), self.adaptive.space.width
-        how = []
-        if 0 < width <= MAX_HERMITE:
-            how.append(
-                f"{names} with {ROW_NODES[width]} Gauss-Hermite nodes along each of {width} axes, around the mode"
-            )
-        elif width:
-            how.append(f"{names} with {ROW_DRAWS} points around the mode")
-        if self.adaptive.gaussian:
-            how.append(f"{', '.join(self.adaptive.gaussian)} in closed form")
-        if self.adaptive.program.discrete:
-            how.append(f"{', '.join(self.adaptive.program.discrete)} summed out")
-        return "; ".join(how) + ("; node by node" if self.adaptive.one_by_one else "")
-
-    def given(self, args: tuple[Any, ...], filled: tuple[Any, ...], held: dict[str, Tensor]) -> NestedRows:
-        """The rows at S values (S, ...) of the latents of the data set."""
-        place = partial(self._place, args, filled, held)
-        n_nodes = len(next(iter(held.values())))
-        return NestedRows(place, self.cells.to(filled[0].device), n_nodes)
-
-    def _place(
-        self,
-        args: tuple[Any, ...],
-        filled: tuple[Any, ...],
-        held: dict[str, Tensor],
-        fine: bool,
-        x: Tensor,
-        visible: Tensor,
-    ) -> PlacedRows:
-        """Q nodes for each of S nodes of the data set and each row, for what is visible (N, T) of it."""
-        at, width = self.adaptive, self.adaptive.space.width
-        n_nodes, n_rows = len(next(iter(held.values()))), len(x)
-        t, log_w = _rule(width, fine)
-        t, log_w = t.to(x), log_w.to(x)  # (Q, d), (Q,)
-        if not width:
-            u = x.new_zeros(n_nodes, n_rows, 0)
-            given, part, _ = at.at(args, filled, u, held)
-            return PlacedRows(given, part[:, None], u[:, None])
-        mode, root = at.locate_rows(args, x, visible, held)
-        u = (mode[:, None] + (root[:, None] @ t[:, None, :, None])[..., 0]).flatten(0, 1)  # (S Q, N, d)
-        each = {name: v.repeat_interleave(len(t), 0) for name, v in held.items()}
-        given, part, _ = at.at(args, filled, u, each)
-        log_det = torch.linalg.slogdet(root)[1][:, None]  # (S, 1, N)
-        log_weight = part.unflatten(0, (n_nodes, len(t))) + log_w[:, None] + log_det
-        return PlacedRows(given, log_weight, constrained(at.space, u).unflatten(0, (n_nodes, len(t))))
-
-
-@cache
-def hermite(width: int, n_nodes: int) -> tuple[Tensor, Tensor]:
-    """Points t (Q, d) in units of the posterior's root, and log-weights (Q,) of a density there.
-
-    The integral of f is sum_q exp(log_weight_q) |root| f(mode + root t_q), exact where f is the Gaussian times a
-    polynomial of degree 2 n - 1 along each axis.
-    """
-    one, weight = np.polynomial.hermite.hermgauss(n_nodes)
-    t = np.array(list(product(one, repeat=width))).reshape(n_nodes**width, width)
-    log_w = np.array([sum(c) for c in product(np.log(weight), repeat=width)])
-    log_weight = log_w + np.square(t).sum(-1) + 0.5 * width * math.log(2)
-    return torch.as_tensor(math.sqrt(2) * t), torch.as_tensor(log_weight)
-
-
-def degrees_of(width: int) -> float:
-    """Of freedom: in many dimensions the radius hardly varies, and that of few degrees would miss it."""
-    return max(DEGREES, 2.0 * width)
-
-
-def log_t(t: Tensor, degrees: float = DEGREES) -> Tensor:
-    """Log-density of a multivariate Student-t of unit scale: (..., d) -> (...).
-
-    That of `pyro.distributions.MultivariateStudentT` at scale I, kept by hand: Pyro's solves with a copy of its (d, d)
-    scale for every t, d times the memory and 30 times the seconds at d = 30, and wants a lower triangular scale, which
-    the root of a covariance is not.
-    """
-    width = t.shape[-1]
-    return (
-        math.lgamma((degrees + width) / 2)
-        - math.lgamma(degrees / 2)
-        - width / 2 * math.log(degrees * math.pi)
-        - (degrees + width) / 2 * torch.log1p(t.square().sum(-1) / degrees)
-    )
-
-
-@cache
-def _rule(width: int, fine: bool) -> tuple[Tensor, Tensor]:
-    """Points and log-weights inside a row, as `hermite`; ``fine`` to see the error of the others."""
-    if width <= MAX_HERMITE:
-        n_nodes = ROW_NODES[width]
-        return hermite(width, (2 * n_nodes if width <= 2 else n_nodes + 3) if fine else n_nodes)
-    # the same Sobol points for all rows and nodes, so that what they give is smooth in the latents of the data set
-    n_points = 8 * ROW_DRAWS if fine else ROW_DRAWS
-    point = qmc.Sobol(width + 1, seed=0).random(n_points)
-    degrees = degrees_of(width)
-    t = torch.as_tensor(norm.ppf(point[:, :-1]) * np.sqrt(degrees / chi2.ppf(point[:, -1:], degrees)))
-    return t, -log_t(t, degrees) - math.log(n_points)
-
-
-# ----------------------------------------------------------------------------------------------------------- helpers
-
-
-def _draws(model: Model, filled: tuple[Any, ...], n: int) -> list[Trace]:
-    """Runs that differ, always the same ones."""
-    traces = []
-    with own_random_state():
-        for seed in range(n):
-            torch.manual_seed(seed)
-            traces.append(run(model, filled))  # which leaves the random state as it was
-    return traces
-
-
-def _node(values: dict[str, Tensor], s: int) -> dict[str, Tensor]:
-    return {name: v[s] for name, v in values.items()}
-
-
-def _log_prior(trace: Trace, latents: tuple[Latent, ...], like: Tensor) -> Tensor:
-    """log p of these sites of a run: (N,), or (1,) of the data set."""
-    total = like.new_zeros(1)
-    for latent in latents:
-        node = node_of(trace, latent.name)
-        total = total + rows_first(log_density(node["fn"], node["value"]), latent.row_axis).sum(-1)
-    return total
-
-
-def _non_conjugate(
-    model: Model, args: tuple[Any, ...], program: Program, held: dict[str, Tensor]
-) -> tuple[tuple[str, ...], LinearGaussian | None]:
-    """The continuous latents that a linear-Gaussian map leaves over, with the map; all where there is none."""
-    everything = program.continuous
-    if program.discrete or {s.kind for s in program.sites} - GAUSSIAN:
-        return everything, None
-    filled = tuple(fill(a) for a in args)
-    with own_random_state(0):
-        trace = run(model, filled)
-    drawn = {n: node_of(trace, n)["value"].detach() for n in everything}
-
-    def given(names: Iterable[str]) -> LinearGaussian | None:
-        with suppress(NotAffine):
-            return LinearGaussian(FixedSites(model, {**held, **{n: drawn[n] for n in names}}), args)
-        return None
-
-    if held and (template := given(())) is not None:  # of a row: all together
-        return (), template
-    normal = [n for n in everything if type(base(node_of(trace, n)["fn"])).__name__ in GAUSSIAN]
-    alone = {n: given(m for m in everything if m != n) for n in normal}
-    kept = [n for n, template in alone.items() if template is not None]
-    rest = tuple(n for n in everything if n not in kept)
-
-    def stirs(name: str) -> bool:
-        """Whether the density of a latent that takes nodes depends on this one."""
-        moved = run(model, filled, {**held, **drawn, name: drawn[name] + 1})
-        return any(
-            not torch.equal(*(t.nodes[n]["fn"].log_prob(drawn[n]) for t in (trace, moved))) for n in rest
-        )
-
-    while stirring := [n for n in kept if stirs(n)]:
-        kept = [n for n in kept if n not in stirring]
-        rest = tuple(n for n in everything if n not in kept)
-    if not kept or not rest:  # all of them could be integrated, but nodes were asked for
-        return everything, None
-    # one by one they are; all together?
-    template = alone[kept[0]] if len(kept) == 1 else given(rest)
-    return (everything if template is None else rest), template
 
 
 def check_width(width: int, most: int, what: str, program: Program) -> None:

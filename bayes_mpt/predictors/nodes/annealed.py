@@ -11,10 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bayes_mpt.predictors.base import Guide, Predictor
-from bayes_mpt.predictors.nodes.importance import Drawn, GuideDraws, Importance, Sampled
+from bayes_mpt.predictors.base import Evidence, Guide, Predictor
+from bayes_mpt.predictors.nodes.guide import Drawn, GuideDraws, evidence_of_draws
+from bayes_mpt.predictors.nodes.importance import Importance
 from bayes_mpt.predictors.nodes.tempering import Particles, hmc_move
-from bayes_mpt.predictors.nodes.weighted import Nodes, Read, constrained
+from bayes_mpt.predictors.nodes.weighted import Nodes, NodeSource, Read, constrained
 from bayes_mpt.program.latents import Space, space
 from bayes_mpt.program.program import Model, ModelError
 from bayes_mpt.program.run import run
@@ -99,7 +100,7 @@ class AnnealedImportance(Predictor):
         self.num_leaps = num_leaps
         self.training_particles = training_particles
 
-    def bind(self, model: Model, args: tuple[Any, ...], guide: Guide | None = None) -> Nodes:
+    def bind(self, model: Model, args: tuple[Any, ...], guide: Guide | None = None) -> NodeSource:
         for name, least in (
             ("num_particles", 2),
             ("num_temperatures", 1),
@@ -111,16 +112,16 @@ class AnnealedImportance(Predictor):
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
         if guide is None:
             raise ModelError("AnnealedImportance starts from a guide, got none: give BayesMPT a guide")
-        start = Importance(self.num_particles, self.training_particles).bind(model, args, guide).reader
+        start = Importance(self.num_particles, self.training_particles).bind(model, args, guide)
         assert isinstance(start, GuideDraws)
-        return Nodes(Annealed(self, start))
+        return Annealed(self, start)
 
 
-class Annealed(Sampled):
+class Annealed(NodeSource):
     """Nodes at the ends of annealed chains, with the weights that the chains collected."""
 
     name = "AnnealedImportance"
-    located = True
+    sampled = relocates = True
 
     def __init__(self, settings: AnnealedImportance, start: GuideDraws):
         if start.one_by_one or start.mapped or start.adaptive is not None or start.has_points:
@@ -129,7 +130,7 @@ class Annealed(Sampled):
                 "leading batch dimensions, and the guide must draw every latent from a density: use Importance()"
             )
         self.settings, self.start = settings, start
-        self.model, self.program, self.guide = start.model, start.program, start.guide
+        self.model, self.structure, self.guide = start.model, start.structure, start.guide
         self.why = (
             f"{settings.num_particles} draws of {', '.join(start.names)} from guide or prior, annealed to each row's "
             f"posterior in {settings.num_temperatures} steps"
@@ -142,7 +143,10 @@ class Annealed(Sampled):
     def in_training(self) -> tuple[GuideDraws, ...]:
         return self.start.in_training()
 
-    def read(self, args: tuple[Any, ...], visible: Tensor | None = None) -> Read:
+    def evidence(self, nodes: Nodes) -> Evidence:
+        return evidence_of_draws(nodes)
+
+    def place(self, args: tuple[Any, ...], visible: Tensor | None = None, near: Any = None) -> Read:
         drawn = self.start.drawn(args, visible)
         path = _Path(self, drawn)
         with torch.no_grad():
@@ -173,7 +177,7 @@ class _Path:
     def __init__(self, reader: Annealed, drawn: Drawn):
         self.settings, self.start, self.drawn = reader.settings, reader.start, drawn
         trace = run(reader.model, drawn.filled)
-        self.space: Space = space(reader.program, trace, reader.start.names)
+        self.space: Space = space(reader.structure, trace, reader.start.names)
         self.n_rows = len(drawn.value)
         self.from_prior: Tensor = torch.zeros(self.n_rows, dtype=torch.bool, device=drawn.value.device)
         """(N,) Where a row starts."""
@@ -245,7 +249,7 @@ class _Path:
             return guide
         draws = []
         for _ in range(n):
-            _, latents = simulate(self.start.model, self.drawn.filled, self.start.program)
+            _, latents = simulate(self.start.model, self.drawn.filled, self.start.structure)
             draws.append(self.space.pack_values({k: v[None] for k, v in latents.items()}, 1, self.n_rows))
         return torch.where(self.from_prior[:, None], torch.cat(draws), guide)
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayes_mpt.predictors.gaussian.linear import LinearGaussian
+from bayes_mpt.predictors.gaussian.linear import LinearGaussian, LinearRows
 from bayes_mpt.predictors.nodes.given import AffineBatch, Factorized
-from bayes_mpt.predictors.nodes.weighted import FixedSites, Nodes, Read, Reader, program_values
+from bayes_mpt.predictors.nodes.weighted import FixedSites, NodeSource, Read, program_values
 from bayes_mpt.program.affine import same_by_label
 from bayes_mpt.program.arguments import N_TRIAL_ROWS, cycle, fill
 from bayes_mpt.program.densities import log_density
@@ -25,30 +25,30 @@ __all__ = ["enumerated", "mixture_of_maps"]
 MAX_MAPS = 256  # joint values of a row's discrete latents, each with a map of its own
 
 
-class _Enumerated(Reader):
+class _Enumerated(NodeSource):
     """No nodes at all: every latent is discrete, and summed out."""
 
     exact = True
     name = "Exact"
 
     def __init__(self, model: Model, program: Program):
-        self.model, self.program = model, program
+        self.model, self.structure = model, program
         names = ", ".join(program.discrete)
         self.why = f"the values of {names} are summed out" if names else "the program has no latents"
 
-    def read(self, args: tuple[Any, ...], visible: Tensor | None = None) -> Read:
+    def place(self, args: tuple[Any, ...], visible: Tensor | None = None, near: Any = None) -> Read:
         filled = tuple(fill(a) for a in args)
-        factors = read_factors(self.model, filled, self.program)
-        value = program_values(self.model, args, filled, self.program)
+        factors = read_factors(self.model, filled, self.structure)
+        value = program_values(self.model, args, filled, self.structure)
         zero = value.new_zeros(1, factors.n_rows)
         return Read(
             Factorized(factors), zero, value, factors.scale, value.new_zeros(1, factors.n_rows, 0), ()
         )
 
 
-def enumerated(model: Model, args: tuple[Any, ...], program: Program) -> Nodes:
+def enumerated(model: Model, args: tuple[Any, ...], program: Program) -> NodeSource:
     """Programs whose latents are all discrete."""
-    reader = _Enumerated(model, program)
+    source = _Enumerated(model, program)
     try:
         read_factors(model, tuple(fill(a) for a in args), program)
     except ModelError:
@@ -63,10 +63,10 @@ def enumerated(model: Model, args: tuple[Any, ...], program: Program) -> Nodes:
             f"the program cannot run on all values of {list(program.discrete)} at once ({error}): write operations "
             "that broadcast over leading batch dimensions (probs[z]), without Python's if"
         ) from error
-    return Nodes(reader)
+    return source
 
 
-class _Maps(Reader):
+class _Maps(NodeSource):
     """One node for each joint value of a row's discrete latents, with a linear-Gaussian map of its own.
 
     The number of that value in each row is a covariate of a linear-Gaussian program, so that one program is found out
@@ -84,12 +84,12 @@ class _Maps(Reader):
         self.why = (
             f"the values of {names} are summed out, and given them every mean is affine in the other latents"
         )
-        self.program = program
+        self.structure = program
         label = torch.arange(len(args[0]), device=args[0].device) % self.n_nodes
         self.maps = LinearGaussian(self._labelled(), (*args, label), max(N_TRIAL_ROWS, 2 * self.n_nodes))
         self.shared = len(args) == 1 and program.sub_rows is None and self._same_for_all_rows(args, label)
         scores_input = self.shared and self.maps.structure.observed_argument == 0 and program.scale == 1.0
-        self.program = program._replace(per_row=not scores_input, scores_input=scores_input)
+        self.structure = program._replace(per_row=not scores_input, scores_input=scores_input)
         if program.continuous:
             filled = tuple(fill(a) for a in args)
             first, second = (self._log_prior(filled, label, seed) for seed in range(2))
@@ -99,19 +99,19 @@ class _Maps(Reader):
                     "discrete values the others are not Gaussian. Use Importance() with a guide"
                 )
 
-    def read(self, args: tuple[Any, ...], visible: Tensor | None = None) -> Read:
+    def place(self, args: tuple[Any, ...], visible: Tensor | None = None, near: Any = None) -> Read:
         filled = tuple(fill(a) for a in args)
         if self.shared:
             together, log_weight = self._read_shared(filled)
             value = (
                 args[0]
-                if self.program.scores_input
-                else program_values(self.model, args, filled, self.program)
+                if self.structure.scores_input
+                else program_values(self.model, args, filled, self.structure)
             )
-            given, scale = AffineBatch(together=together), together.scale
+            given, scale = AffineBatch(shared=together), together.scale
         else:
             labels = [torch.full((len(args[0]),), s, device=args[0].device) for s in range(self.n_nodes)]
-            maps = tuple(self.maps.read((*args, label)) for label in labels)
+            maps = [self.maps.read((*args, label)) for label in labels]
             log_weight = torch.stack([self._log_prior(filled, label) for label in labels])  # (S, N)
             value, given, scale = maps[0].value, AffineBatch(maps), maps[0].scale
         # which value each site has at each node, a block of columns for each site
@@ -121,9 +121,9 @@ class _Maps(Reader):
         return Read(given, log_weight, value, scale, latents, ())
 
     def _labelled(self, hide: bool = True) -> _Labelled:
-        return _Labelled(self.model, self.program, self.values, hide)
+        return _Labelled(self.model, self.structure, self.values, hide)
 
-    def _read_shared(self, filled: tuple[Any, ...]) -> tuple[LinearGaussian, Tensor]:
+    def _read_shared(self, filled: tuple[Any, ...]) -> tuple[LinearRows, Tensor]:
         """The S maps, and the logarithms (S, 1) of their weights, from a row for each."""
         label = torch.arange(self.n_nodes, device=filled[0].device)
         rows = tuple(cycle(a, self.n_nodes) for a in filled)
@@ -146,16 +146,16 @@ class _Maps(Reader):
         with own_random_state(seed):
             trace = run(self._labelled(hide=False), (*filled, label))
         parts = []
-        for site in self.program.latents:
+        for site in self.structure.latents:
             if site.discrete:
                 node = trace.nodes[site.name]
                 parts.append(rows_first(log_density(node["fn"], node["value"]), site.row_axis).sum(-1))
         return torch.stack(parts).sum(0)
 
 
-def mixture_of_maps(model: Model, args: tuple[Any, ...], program: Program) -> Nodes:
+def mixture_of_maps(model: Model, args: tuple[Any, ...], program: Program) -> NodeSource:
     """Programs that are linear-Gaussian given the discrete latents of each row."""
-    return Nodes(_Maps(model, args, split_events(program)))
+    return _Maps(model, args, split_events(program))
 
 
 def _joint_values(model: Model, args: tuple[Any, ...], program: Program) -> dict[str, Tensor]:

@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
 import pyro
 import torch
 from torch import Tensor
 
-from bayes_mpt.predictors.gaussian.linear import LinearGaussian
+from bayes_mpt.predictors.gaussian.linear import LinearRows
 from bayes_mpt.program.affine import latent_values
 from bayes_mpt.program.arguments import has_missing
 from bayes_mpt.program.factors import Factors
 
-__all__ = [
-    "AffineBatch",
-    "Factorized",
-    "Given",
-    "Mapped",
-    "NestedRows",
-    "PlacedRows",
-    "SideBySide",
-    "Stacked",
-]
+__all__ = ["AffineBatch", "Factorized", "Given", "NestedRows", "PlacedRows"]
+
+Question = Callable[[Factors], Tensor]
 
 
 class Given(ABC):
@@ -84,194 +76,149 @@ class Given(ABC):
         return None
 
 
-@dataclass(frozen=True)
 class Factorized(Given):
-    """Tokens are independent given nodes and discrete latents."""
+    """Tokens are independent given nodes and discrete latents: the program's own log-densities.
 
-    factors: Factors
+    Parameters
+    ----------
+    factors : Factors
+        Of runs on all nodes at once, or on one node after the other.
+    """
 
-    def log_prior(self, x: Tensor) -> Tensor:
-        return self.factors.log_prior()
+    def __init__(self, *factors: Factors):
+        self.factors = factors
+        self._first = factors[:1]
+        self._ask: Callable[[Question], Tensor] = self._in_turn
 
-    def log_joint(self, x: Tensor, visible: Tensor) -> Tensor:
-        return self.factors.log_joint(visible & ~x.isnan() if has_missing(x) else visible.expand(x.shape))
+    @classmethod
+    def mapped(cls, of: Callable[[dict[str, Tensor]], Factors], values: dict[str, Tensor]) -> Factorized:
+        """Of a program that does not broadcast over leading batch dimensions (``x @ w``): by `torch.vmap`.
 
-    def predictive(self, x: Tensor, visible: Tensor) -> Tensor:
-        return self.factors.predictive(visible & ~x.isnan(), create_graph=torch.is_grad_enabled())
+        ``of`` gives the factors of one node, ``values`` (S, ...) are those of the continuous latents.
+        """
 
-    def chain(self, x: Tensor, order: Tensor) -> Tensor:
-        return self.factors.chain(~x.isnan(), order)
+        def ask(question: Question) -> Tensor:
+            with pyro.validation_enabled(False):  # a check would have to branch on its node
+                return torch.vmap(lambda v: question(of(v)))(values)[:, 0]
 
-    def means(self, x: Tensor, visible: Tensor) -> Tensor:
-        return self.factors.means(visible & ~x.isnan())
-
-    def responsibilities(self, x: Tensor, visible: Tensor) -> Tensor:
-        return self.factors.responsibilities(visible & ~x.isnan())
-
-    def levels(self, x: Tensor, visible: Tensor) -> Tensor | None:
-        return self.factors.levels(visible & ~x.isnan())
-
-    def draw(self) -> Tensor | None:
-        return self.factors.draw()
-
-
-@dataclass(frozen=True)
-class AffineBatch(Given):
-    """Every node has a linear-Gaussian map."""
-
-    each: tuple[LinearGaussian, ...] = ()
-    together: LinearGaussian | None = None
-    """The maps in one reading instead, where all rows share them."""
+        new = cls()
+        new._first, new._ask = (of({name: v[0] for name, v in values.items()}),), ask
+        return new
 
     @property
-    def maps(self) -> tuple[LinearGaussian, ...]:
-        """One by one."""
-        if self.together is None:
-            return self.each
-        reading = self.together.reading
-        parts = [t.split(1) for t in reading[:5]]
-        names = reading._fields[:5]
-        return tuple(
-            self.together.with_reading(reading._replace(**dict(zip(names, part, strict=True))))
-            for part in zip(*parts, strict=True)
-        )
+    def first(self) -> Factors:
+        """Of all nodes, or of the first."""
+        return self._first[0]
+
+    def _in_turn(self, question: Question) -> Tensor:
+        """What is said at all nodes, these first."""
+        if len(self.factors) == 1:
+            return question(self.factors[0])
+        return torch.cat([question(f) for f in self.factors])
 
     def log_prior(self, x: Tensor) -> Tensor:
-        return x.new_zeros(len(self.maps), 1)
+        return self._ask(lambda factors: factors.log_prior())
+
+    def log_joint(self, x: Tensor, visible: Tensor) -> Tensor:
+        seen = visible & ~x.isnan() if has_missing(x) else visible.expand(x.shape)
+        return self._ask(lambda factors: factors.log_joint(seen))
+
+    def predictive(self, x: Tensor, visible: Tensor) -> Tensor:
+        seen, track = visible & ~x.isnan(), torch.is_grad_enabled()
+        return self._ask(lambda factors: factors.predictive(seen, create_graph=track))
+
+    def chain(self, x: Tensor, order: Tensor) -> Tensor:
+        seen = ~x.isnan()
+        return self._ask(lambda factors: factors.chain(seen, order))
+
+    def means(self, x: Tensor, visible: Tensor) -> Tensor:
+        seen = visible & ~x.isnan()
+        return self._ask(lambda factors: factors.means(seen))
+
+    def responsibilities(self, x: Tensor, visible: Tensor) -> Tensor:
+        seen = visible & ~x.isnan()
+        return self._ask(lambda factors: factors.responsibilities(seen))
+
+    def levels(self, x: Tensor, visible: Tensor) -> Tensor | None:
+        seen = visible & ~x.isnan()
+        if self.first.levels(seen) is None:
+            return None
+        return self._ask(lambda factors: cast(Tensor, factors.levels(seen)))
+
+    def draw(self) -> Tensor | None:
+        parts = [factors.draw() for factors in self.factors]
+        known = [part for part in parts if part is not None]
+        return torch.cat(known) if known else None
+
+
+class AffineBatch(Given):
+    """Every node has a linear-Gaussian map: one that all rows share, or one for each row.
+
+    Parameters
+    ----------
+    each : sequence of LinearRows
+        Of one node after the other.
+    beside : (LinearRows, int), optional
+        In place of these the maps of S N rows in one: N rows (or one vector) under S maps each.
+    shared : LinearRows, optional
+        In place of these S maps in one, each of which all rows share: serves any rows.
+    """
+
+    def __init__(
+        self,
+        each: Sequence[LinearRows] = (),
+        beside: tuple[LinearRows, int] | None = None,
+        shared: LinearRows | None = None,
+    ):
+        self.shared, self._beside, self._each = shared, beside, each
+        if shared is not None:
+            reading = shared.reading
+            names, parts = reading._fields[:5], [t.split(1) for t in reading[:5]]
+            self._each = [
+                LinearRows(shared.structure, reading._replace(**dict(zip(names, part, strict=True))))
+                for part in zip(*parts, strict=True)
+            ]
+
+    def _ask(self, x: Tensor, question: Callable[[LinearRows], Tensor]) -> Tensor:
+        """What is said of rows (N, T) under the maps of all nodes (S, N, ...)."""
+        if self._beside is None:
+            return torch.stack([question(maps.at(x)) for maps in self._each])
+        maps, n_nodes = self._beside
+        found = question(maps.at(x.expand(n_nodes, *x.shape).flatten(0, 1)))
+        return found.unflatten(0, (n_nodes, -1))
+
+    def log_prior(self, x: Tensor) -> Tensor:
+        return x.new_zeros(len(self._each) if self._beside is None else self._beside[1], 1)
 
     def log_joint(self, x: Tensor, visible: Tensor) -> Tensor:
         shown = torch.where(visible, x, torch.nan)
-        if self.together is not None and self.together.dense and not bool(shown.isnan().any()):
-            return self.together.joint_under_each(x)
-        return torch.stack([m.joint(shown) for m in self.maps])
+        if self.shared is not None and self.shared.dense and not bool(shown.isnan().any()):
+            return self.shared.at(x).score_under_each()
+        return self._ask(shown, lambda maps: maps.score())
 
     def freeze(self) -> AffineBatch | None:
-        if self.together is None:
-            return None
-        return AffineBatch(together=self.together.freeze())
+        return None if self.shared is None else AffineBatch(shared=self.shared.detached())
 
     def predictive(self, x: Tensor, visible: Tensor) -> Tensor:
-        return torch.stack([m.conditionals(x, visible[None])[0] for m in self.maps])
+        return self._ask(x, lambda maps: maps.conditionals(visible[None])[0])
 
     def chain(self, x: Tensor, order: Tensor) -> Tensor:
-        steps = torch.stack([m.chain(x, order[None])[0][:, order] for m in self.maps]).cumsum(-1)
+        steps = self._ask(x, lambda maps: maps.chain(order[None])[0][:, order]).cumsum(-1)
         return torch.cat([torch.zeros_like(steps[..., :1]), steps], -1)
 
     def means(self, x: Tensor, visible: Tensor) -> Tensor:
-        shown = torch.where(visible, x, torch.nan)
-        return torch.stack([m.posterior(shown).tokens for m in self.maps])
+        return self._ask(torch.where(visible, x, torch.nan), lambda maps: maps.posterior().tokens)
 
     def inner(self, x: Tensor, visible: Tensor) -> Tensor:
-        shown = torch.where(visible, x, torch.nan)
-        return torch.stack([m.posterior(shown).mean for m in self.maps])
-
-    def latents(self, x: Tensor) -> list[dict[str, Tensor]]:
-        return [latent_values(m.structure, m.posterior(x).mean) for m in self.maps]
-
-
-@dataclass(frozen=True)
-class SideBySide(Given):
-    """N rows (or one vector) under S linear-Gaussian maps each, which stand where the maps of S N rows would."""
-
-    maps: LinearGaussian
-    n_nodes: int
-
-    def log_prior(self, x: Tensor) -> Tensor:
-        return x.new_zeros(self.n_nodes, 1)
-
-    def log_joint(self, x: Tensor, visible: Tensor) -> Tensor:
-        return self._nodes_first(self.maps.joint(self._rows(x, visible)))
-
-    def predictive(self, x: Tensor, visible: Tensor) -> Tensor:
-        return self._nodes_first(self.maps.conditionals(self._rows(x), visible[None])[0])
-
-    def chain(self, x: Tensor, order: Tensor) -> Tensor:
-        steps = self._nodes_first(self.maps.chain(self._rows(x), order[None])[0][:, order].cumsum(-1))
-        return torch.cat([torch.zeros_like(steps[..., :1]), steps], -1)
-
-    def means(self, x: Tensor, visible: Tensor) -> Tensor:
-        return self._nodes_first(self.maps.posterior(self._rows(x, visible)).tokens)
-
-    def inner(self, x: Tensor, visible: Tensor) -> Tensor:
-        return self._nodes_first(self.maps.posterior(self._rows(x, visible)).mean)
+        return self._ask(torch.where(visible, x, torch.nan), lambda maps: maps.posterior().mean)
 
     def latents(self, x: Tensor) -> list[dict[str, Tensor]]:
         if len(x) != 1:
             return []
-        means = self.maps.posterior(self._rows(x)).mean
-        return [latent_values(self.maps.structure, mean[None]) for mean in means]
-
-    def _rows(self, x: Tensor, visible: Tensor | None = None) -> Tensor:
-        shown = x if visible is None else torch.where(visible, x, torch.nan)
-        return shown.expand(self.n_nodes, *shown.shape).flatten(0, 1)
-
-    def _nodes_first(self, t: Tensor) -> Tensor:
-        return t.unflatten(0, (self.n_nodes, -1))
-
-
-@dataclass(frozen=True)
-class Mapped(Given):
-    """`Factorized` of a program that does not broadcast over leading batch dimensions (``x @ w``): by `torch.vmap`."""
-
-    factors: Callable[[dict[str, Tensor]], Factors]
-    """Of one node."""
-    values: dict[str, Tensor]
-    """(S, ...) of the continuous latents."""
-
-    def log_prior(self, x: Tensor) -> Tensor:
-        return self._each(lambda given: given.log_prior(x))
-
-    def log_joint(self, x: Tensor, visible: Tensor) -> Tensor:
-        return self._each(lambda given: given.log_joint(x, visible))
-
-    def predictive(self, x: Tensor, visible: Tensor) -> Tensor:
-        return self._each(lambda given: given.predictive(x, visible))
-
-    def chain(self, x: Tensor, order: Tensor) -> Tensor:
-        return self._each(lambda given: given.chain(x, order))
-
-    def means(self, x: Tensor, visible: Tensor) -> Tensor:
-        return self._each(lambda given: given.means(x, visible))
-
-    def levels(self, x: Tensor, visible: Tensor) -> Tensor | None:
-        first = Factorized(self.factors({name: v[0] for name, v in self.values.items()}))
-        if first.levels(x, visible) is None:
-            return None
-        return self._each(lambda given: cast(Tensor, given.levels(x, visible)))
-
-    def _each(self, question: Callable[[Factorized], Tensor]) -> Tensor:
-        with pyro.validation_enabled(False):  # a check would have to branch on its node
-            return torch.vmap(lambda v: question(Factorized(self.factors(v))))(self.values)[:, 0]
-
-
-class Stacked(Given):
-    """Nodes that had to be read one by one."""
-
-    def __init__(self, parts: tuple[Given, ...]):
-        self.parts = parts
-
-    def log_prior(self, x: Tensor) -> Tensor:
-        return torch.cat([p.log_prior(x) for p in self.parts])
-
-    def log_joint(self, x: Tensor, visible: Tensor) -> Tensor:
-        return torch.cat([p.log_joint(x, visible) for p in self.parts])
-
-    def predictive(self, x: Tensor, visible: Tensor) -> Tensor:
-        return torch.cat([p.predictive(x, visible) for p in self.parts])
-
-    def chain(self, x: Tensor, order: Tensor) -> Tensor:
-        return torch.cat([p.chain(x, order) for p in self.parts])
-
-    def means(self, x: Tensor, visible: Tensor) -> Tensor:
-        return torch.cat([p.means(x, visible) for p in self.parts])
-
-    def responsibilities(self, x: Tensor, visible: Tensor) -> Tensor:
-        return torch.cat([p.responsibilities(x, visible) for p in self.parts])
-
-    def levels(self, x: Tensor, visible: Tensor) -> Tensor | None:
-        parts = [p.levels(x, visible) for p in self.parts]
-        known = [p for p in parts if p is not None]
-        return torch.cat(known) if known else None
+        maps = self._each[0] if self._beside is None else self._beside[0]
+        return [
+            latent_values(maps.structure, mean) for mean in self._ask(x, lambda maps: maps.posterior().mean)
+        ]
 
 
 class PlacedRows(NamedTuple):

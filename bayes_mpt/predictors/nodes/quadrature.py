@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from bayes_mpt.predictors.base import Evidence, Guide, Predictor
-from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes, LaplaceApproximation, check_width, hermite
-from bayes_mpt.predictors.nodes.weighted import Nodes, Read, Reader, constrained, program_values
+from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes, check_width
+from bayes_mpt.predictors.nodes.newton import LaplaceApproximation
+from bayes_mpt.predictors.nodes.rules import hermite
+from bayes_mpt.predictors.nodes.weighted import Nodes, NodeSource, Read, constrained, program_values
 from bayes_mpt.program.analysis import analyze
 from bayes_mpt.program.arguments import fill
 from bayes_mpt.program.program import Model, ModelError, Program
@@ -40,17 +42,17 @@ class Quadrature(Predictor):
     ...     with pyro.plate("rows", len(x)):
     ...         pyro.sample("x", dist.Bernoulli(p), obs=x)
     >>> x = torch.tensor([1.0] * 50 + [0.0] * 50, dtype=torch.float64)
-    >>> float(Quadrature().bind(coin, (x,)).read((x,)).joint(x[None]))  # log B(51, 51) = -71.39896...
+    >>> float(Quadrature().bind(coin, (x,)).read((x,)).score())  # log B(51, 51) = -71.39896...
     -71.39896...
     """
 
     def __init__(self, n_nodes: int | None = None):
         self.n_nodes = n_nodes
 
-    def bind(self, model: Model, args: tuple[Any, ...], guide: Guide | None = None) -> Nodes:
+    def bind(self, model: Model, args: tuple[Any, ...], guide: Guide | None = None) -> NodeSource:
         return self.bind_program(model, args, analyze(model, args))
 
-    def bind_program(self, model: Model, args: tuple[Any, ...], program: Program) -> Nodes:
+    def bind_program(self, model: Model, args: tuple[Any, ...], program: Program) -> NodeSource:
         """`bind` where it is known what `analyze` finds."""
         if self.n_nodes is not None and (not isinstance(self.n_nodes, int) or self.n_nodes < 2):
             raise ValueError(f"n_nodes must be an integer of at least 2, got {self.n_nodes!r}")
@@ -59,30 +61,33 @@ class Quadrature(Predictor):
         adaptive = AdaptiveNodes(model, args, program)
         width = adaptive.space.width
         check_width(width, MAX_WIDTH, "Quadrature", program)
-        return Nodes(_Hermite(adaptive, self.n_nodes or NODES[max(1, width)]))
+        return _Hermite(adaptive, self.n_nodes or NODES[max(1, width)])
 
 
-class _Hermite(Reader):
+class _Hermite(NodeSource):
     """Nodes around the mode, in units of the posterior's root."""
 
-    located = True
+    relocates = True
     name = "Quadrature"
 
     def __init__(self, adaptive: AdaptiveNodes, n_nodes: int):
         self.adaptive, self.n_nodes = adaptive, n_nodes
-        self.model, self.program = adaptive.model, adaptive.program
+        self.model, self.structure = adaptive.model, adaptive.program
         self.one_by_one = adaptive.one_by_one
         self.why = (
             f"{n_nodes} Gauss-Hermite nodes along each of {adaptive.space.width} axes "
             f"({', '.join(adaptive.space.names)}), around the mode{adaptive.inside}"
         )
 
-    def read(self, args: tuple[Any, ...], visible: Tensor | None = None) -> Read:
+    def forget(self) -> None:
+        self.adaptive.forget()
+
+    def place(self, args: tuple[Any, ...], visible: Tensor | None = None, near: Any = None) -> Read:
         filled = tuple(fill(a) for a in args)
-        value = program_values(self.model, args, filled, self.program)
+        value = program_values(self.model, args, filled, self.structure)
         if visible is None:
             visible = torch.ones(value.shape[1], dtype=torch.bool, device=value.device)
-        located = self.adaptive.locate(args, value, visible)
+        located = self.adaptive.locate(args, value, visible, near)
         return self.around(args, filled, value, located)
 
     def around(
@@ -105,13 +110,14 @@ class _Hermite(Reader):
         )
 
     @torch.no_grad()
-    def evidence(self, nodes: Nodes, x: Tensor) -> Evidence:
+    def evidence(self, nodes: Nodes) -> Evidence:
         width = self.adaptive.space.width
         more = 2 * self.n_nodes if width <= 2 else self.n_nodes + 3
-        finer = _Hermite(self.adaptive, more)
-        few = nodes.joint(x)
+        few = nodes.score()
         filled = tuple(fill(a) for a in nodes.args)
-        read = nodes.rerun(lambda: finer.around(nodes.args, filled, nodes.value, nodes.last.located))
-        many = read.refined().joint(x)  # with more nodes in every row too, where rows have their own
+        finer = _Hermite(self.adaptive, more).around(nodes.args, filled, nodes.value, nodes.last.located)
+        many = (
+            nodes.at_nodes(finer).refined().score()
+        )  # with more nodes in every row too, where rows have their own
         change = float((many - few).sum())
         return Evidence(many, abs(change), {"n_nodes": more, f"change from {self.n_nodes} nodes": change})

@@ -10,26 +10,22 @@ each of R independent runs gives an unbiased estimate of Z.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import pyro
 import torch
-from scipy.optimize import brentq
 from torch import Tensor
 
 from bayes_mpt.diagnostics import replicate_error
-from bayes_mpt.predictors.base import (
-    Conditionals,
-    Evidence,
-    Guide,
-    Posterior,
-    Predictor,
-    refuse_other_rows,
-)
-from bayes_mpt.predictors.nodes.adaptive import DEGREES, AdaptiveNodes, LaplaceApproximation, log_t
+from bayes_mpt.predictors.base import Bound, Conditionals, Evidence, Guide, Posterior, Predictor
+from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
 from bayes_mpt.predictors.nodes.given import Given
+from bayes_mpt.predictors.nodes.newton import LaplaceApproximation
+from bayes_mpt.predictors.nodes.resampling import KEEP, by_halves, next_temperature, systematic, weighted_root
+from bayes_mpt.predictors.nodes.rules import DEGREES, log_t
 from bayes_mpt.predictors.nodes.tempering import Particles, hmc_move
 from bayes_mpt.predictors.nodes.weighted import constrained, program_values
 from bayes_mpt.program.analysis import analyze
@@ -40,7 +36,6 @@ from bayes_mpt.program.run import NODES, one_precision
 __all__ = ["SequentialMonteCarlo"]
 
 CELLS = 2**19  # log-densities of tokens at a time
-KEEP = 0.5  # share of effective particles that a step of the temperature keeps
 TARGET = 0.8  # acceptance of the moves
 LEAPS = 4
 MAX_SD = 0.5  # of log Z between runs; above it there are twice the particles
@@ -75,7 +70,7 @@ class SequentialMonteCarlo(Predictor):
     ...         pyro.sample("x", dist.Bernoulli(p), obs=x)
     >>> x = torch.tensor([1.0] * 50 + [0.0] * 50, dtype=torch.float64)
     >>> _ = torch.manual_seed(0)
-    >>> found = SequentialMonteCarlo().bind(coin, (x,)).read((x,)).evidence(x[None])
+    >>> found = SequentialMonteCarlo().bind(coin, (x,)).read((x,)).evidence()
     >>> abs(float(found.by_row) + 71.398962) < 3 * found.se < 0.3
     True
     """
@@ -85,7 +80,7 @@ class SequentialMonteCarlo(Predictor):
         self.num_runs = num_runs
         self.num_moves = num_moves
 
-    def bind(self, model: Model, args: tuple[Any, ...], guide: Guide | None = None) -> Conditionals:
+    def bind(self, model: Model, args: tuple[Any, ...], guide: Guide | None = None) -> Bound:
         for name, least in (("num_particles", 8), ("num_runs", 2), ("num_moves", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
@@ -103,7 +98,7 @@ class SequentialMonteCarlo(Predictor):
                 f"the program has pyro.params {list(program.parameters)}: sequential Monte Carlo integrates and does "
                 "not train. Give them priors by pyro.sample, or use Importance() with a guide"
             )
-        return _Particles(self, model, args, one_vector(program))
+        return _Tempered(self, model, args, one_vector(program))
 
 
 class _Stage(NamedTuple):
@@ -115,68 +110,60 @@ class _Stage(NamedTuple):
     step: float
 
 
-class _Particles(Conditionals):
-    """The conditionals that particles give."""
+class _Tempered(Bound):
+    """See `SequentialMonteCarlo`."""
 
     name = "SequentialMonteCarlo"
     sampled = True
     trainable = False
+    model: Model
     structure: Program
 
     def __init__(self, settings: SequentialMonteCarlo, model: Model, args: tuple[Any, ...], program: Program):
         self.settings, self.model, self.structure = settings, model, program
         self.adaptive = AdaptiveNodes(model, args, program)
-        self.space = self.adaptive.space
         self.one_by_one = self.adaptive.one_by_one
+        space = self.adaptive.space
         self.why = (
-            f"{settings.num_runs} runs of at least {settings.num_particles} particles over the {self.space.width} "
-            f"numbers of {', '.join(self.space.names)}, from prior and mode to the posterior{self.adaptive.inside}"
+            f"{settings.num_runs} runs of at least {settings.num_particles} particles over the {space.width} "
+            f"numbers of {', '.join(space.names)}, from prior and mode to the posterior{self.adaptive.inside}"
         )
-        self._args: tuple[Any, ...] = ()
-        self._filled: tuple[Any, ...] = ()
-        self._value: Tensor | None = None
-        self._scale = 1.0
-        self._integrated: tuple[Evidence, Particles] | None = None
 
-    @property
-    def value(self) -> Tensor:
-        if self._value is None:
-            raise RuntimeError("call read(args) first: this predictor has not read the program yet")
-        return self._value
+    def read(self, args: tuple[Any, ...]) -> Particulate:
+        return Particulate(self.settings, self.model, self.structure, self.adaptive, args)
 
-    @property
-    def scale(self) -> float:
-        return self._scale
 
-    def read(self, args: tuple[Any, ...]) -> _Particles:
-        if self.model is None:
-            raise RuntimeError("this predictor is frozen: it has no program to read")
-        new = self._copy()
-        new._args, new._filled = args, tuple(fill(a) for a in args)
-        new._value = program_values(self.model, args, new._filled, self.structure)
-        new._integrated = None
-        return new
+class Particulate(Conditionals):
+    """One vector of observations under latents that particles stand for.
 
-    def freeze(self) -> _Particles:
-        new = self._copy()
-        new.model, new._integrated = None, None
-        return new
+    The runs are made once, when they are first needed: what is asked, in whatever order, has the same particles.
+    """
+
+    structure: Program
+
+    def __init__(
+        self,
+        settings: SequentialMonteCarlo,
+        model: Model,
+        program: Program,
+        adaptive: AdaptiveNodes,
+        args: tuple[Any, ...],
+    ):
+        self.settings, self.model, self.structure = settings, model, program
+        self.adaptive, self.space = adaptive, adaptive.space
+        self._args, self._filled = args, tuple(fill(a) for a in args)
+        self.value = program_values(model, args, self._filled, program)
 
     # ---------------------------------------------------------------------------------------------- what it gives
 
-    def evidence(self, x: Tensor) -> Evidence:
-        """log of the mean of Z over the runs, and its standard error, sd(Z) / (mean(Z) sqrt R) x t / 2.
+    def evidence(self, orders: Tensor | None = None) -> Evidence:
+        """log of the mean of Z over the runs, and its standard error, sd(Z) / (mean(Z) sqrt R) x t / 2."""
+        return self._integrated[0]
 
-        The runs are made once for a reading: what is asked of it later, in whatever order, has the same particles.
-        """
-        return self._integrate(x)[0]
-
-    def _integrate(self, x: Tensor) -> tuple[Evidence, Particles]:
-        """The evidence of the rows that were read, and particles of their posterior."""
-        refuse_other_rows(x, self.value)
-        if self._integrated is None:
-            self._integrated = self._run_all(x)
-        return self._integrated
+    @cached_property
+    def _integrated(self) -> tuple[Evidence, Particles]:
+        """The evidence of the rows, and particles of their posterior."""
+        return self._run_all(self.value)
 
     def _run_all(self, x: Tensor) -> tuple[Evidence, Particles]:
         seen = ~x.isnan()[0]
@@ -214,12 +201,11 @@ class _Particles(Conditionals):
         change = [(g.refined().log_joint(x, seen) - g.log_joint(x, seen))[:, 0] for g, _ in self._given(u)]
         return float(torch.cat(change).logsumexp(0)) - math.log(len(u))
 
-    def joint(self, x: Tensor) -> Tensor:
-        return self.evidence(x).by_row
+    def _joint(self) -> Tensor:
+        return self.evidence().by_row
 
-    def conditionals(self, x: Tensor, visible: Tensor) -> Tensor:
-        refuse_other_rows(x, self.value)
-        out = []
+    def conditionals(self, visible: Tensor) -> Tensor:
+        x, out = self.value, []
         with torch.no_grad(), pyro.validation_enabled(False):
             for mask in visible:
                 cloud = self._posterior(x, mask & ~x.isnan()[0])
@@ -229,23 +215,25 @@ class _Particles(Conditionals):
                 out.append(torch.where(~mask & ~x.isnan(), log_prob, 0.0))
         return torch.stack(out)
 
-    def chain(self, x: Tensor, order: Tensor) -> Tensor:
-        refuse_other_rows(x, self.value)
+    def chain(self, order: Tensor, stops: list[int] | None = None) -> Tensor:
         with torch.no_grad(), pyro.validation_enabled(False):
-            return torch.stack([self._reveal(x, tokens) for tokens in order])
+            return torch.stack([self._reveal(self.value, tokens) for tokens in order])
 
-    def posterior(self, x: Tensor, visible: Tensor | None = None) -> Posterior:
-        refuse_other_rows(x, self.value)
+    def posterior(self, visible: Tensor | None = None) -> Posterior:
+        x = self.value
         with torch.no_grad(), pyro.validation_enabled(False):
             shown = ~x.isnan()[0] if visible is None else visible & ~x.isnan()[0]
-            cloud = self._integrate(x)[1] if visible is None else self._posterior(x, shown)
+            cloud = self._integrated[1] if visible is None else self._posterior(x, shown)
             u = cloud.u.flatten(0, 1)
             total = torch.stack([g.means(x, shown).sum(0) for g, _ in self._given(u)]).sum(0)
-            return Posterior(constrained(self.space, u[:, None]).mean(0), total / len(u))
+            mean = constrained(self.space, u[:, None]).mean(0)
+        return Posterior(
+            mean, total / len(u), of_shared=lambda: self._shared(u, torch.where(shown, x, torch.nan))
+        )
 
-    def shared_latents(self, x: Tensor) -> list[tuple[float, dict[str, Tensor]]]:
+    def _shared(self, u: Tensor, x: Tensor) -> list[tuple[float, dict[str, Tensor]]]:
+        """Weighted values of the latents at some of the particles u (M, d) given the tokens x (1, T)."""
         with torch.no_grad(), pyro.validation_enabled(False):
-            u = self._integrate(x)[1].u.flatten(0, 1)
             u = u[:: max(1, len(u) // MAX_DRAWS)]
             inner = [values for g, _ in self._given(u) for values in g.latents(x)] or [{}] * len(u)
         return [
@@ -254,11 +242,6 @@ class _Particles(Conditionals):
         ]
 
     # ------------------------------------------------------------------------------------------------- the particles
-
-    def _copy(self) -> _Particles:
-        new = object.__new__(_Particles)
-        new.__dict__.update(self.__dict__)
-        return new
 
     def _locate(self, x: Tensor, seen: Tensor) -> LaplaceApproximation | None:
         """Mode and curvature of the posterior, where there are few enough latents."""
@@ -279,10 +262,10 @@ class _Particles(Conditionals):
         stages: list[_Stage] = []
         temperature, step = 0.0, self.space.width**-0.25
         while temperature < 1:
-            before, temperature = temperature, _next_temperature(cloud.way[0], temperature)
+            before, temperature = temperature, next_temperature(cloud.way[0], temperature)
             log_w = (temperature - before) * cloud.way
-            root = _root(cloud.u[0], log_w[0].softmax(0))
-            cloud = cloud.take(_systematic(log_w))
+            root = weighted_root(cloud.u[0], log_w[0].softmax(0))
+            cloud = cloud.take(systematic(log_w))
             for _ in range(self.settings.num_moves):
                 cloud, accepted = self._move(cloud, temperature, root, step, x, seen, located)
                 step *= math.exp(accepted - TARGET)
@@ -299,7 +282,7 @@ class _Particles(Conditionals):
         for stage in stages:
             log_w = (stage.temperature - before) * cloud.way
             log_z = log_z + log_w.logsumexp(1) - math.log(n)
-            cloud = cloud.take(_systematic(log_w))
+            cloud = cloud.take(systematic(log_w))
             for _ in range(self.settings.num_moves):
                 cloud, _ = self._move(cloud, stage.temperature, stage.root, stage.step, x, seen, located)
             before = stage.temperature
@@ -340,8 +323,8 @@ class _Particles(Conditionals):
             share = log_w.softmax(1)
             if float((1 / share.square().sum(1)).min()) < KEEP * n:
                 log_z = total
-                root = _root(cloud.u.flatten(0, 1), share.flatten() / n_runs)
-                cloud = self._evaluate(cloud.take(_systematic(log_w)).u, x, shown, None)
+                root = weighted_root(cloud.u.flatten(0, 1), share.flatten() / n_runs)
+                cloud = self._evaluate(cloud.take(systematic(log_w)).u, x, shown, None)
                 log_w = torch.zeros_like(log_w)
                 for _ in range(self.settings.num_moves):
                     cloud, accepted = self._move(cloud, 1.0, root, step, x, shown, None)
@@ -352,7 +335,6 @@ class _Particles(Conditionals):
         self, n_runs: int, n: int, x: Tensor, seen: Tensor, located: LaplaceApproximation | None
     ) -> Particles:
         """Draws from q: the prior, and where it is located as many around the mode, in a random place of each run."""
-        assert self.model is not None
         u = self._prior_draws(n_runs * n).reshape(n_runs, n, -1)
         if located is not None:
             normal = torch.randn(u.shape, dtype=u.dtype).to(u)
@@ -366,7 +348,6 @@ class _Particles(Conditionals):
 
     def _prior_draws(self, n: int) -> Tensor:
         """Draws of the latents that take nodes (n, d)."""
-        assert self.model is not None
         program = self.structure
         with pyro.validation_enabled(
             False
@@ -394,7 +375,6 @@ class _Particles(Conditionals):
 
     def _one_draw(self) -> dict[str, Tensor]:
         """Of the latents that take nodes; of those before a matrix without a Cholesky factor, where there is one."""
-        assert self.model is not None
         tracer = pyro.poutine.trace(self.model)
         with suppress(torch.linalg.LinAlgError):
             tracer.get_trace(*self._filled)
@@ -433,7 +413,7 @@ class _Particles(Conditionals):
         values, slopes = [], []
         with torch.enable_grad():
             for part in self._chunks(u.flatten(0, 1)):
-                value, slope = _by_halves(
+                value, slope = by_halves(
                     lambda some: self._both(some, x, seen, located),
                     part,
                     (part.new_full((2, 1), -math.inf), part.new_zeros(2, 1, part.shape[1])),
@@ -477,7 +457,7 @@ class _Particles(Conditionals):
             return ((given.log_joint(x, seen) + log_det)[:, 0],)
 
         parts = [
-            _by_halves(log_end, part, (u.new_tensor([-math.inf]),))[0]
+            by_halves(log_end, part, (u.new_tensor([-math.inf]),))[0]
             for part in self._chunks(u.flatten(0, 1))
         ]
         return torch.cat(parts).reshape(u.shape[:2])
@@ -490,50 +470,3 @@ class _Particles(Conditionals):
 
     def _chunks(self, u: Tensor) -> tuple[Tensor, ...]:
         return u.split(max(1, CELLS // max(1, self.structure.n_tokens * self.adaptive.n_evaluations)))
-
-
-def _by_halves(
-    of: Callable[[Tensor], tuple[Tensor, ...]], u: Tensor, impossible: tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:
-    """of(u), particles u (M, d) side by side, with what stands for one at which a matrix has no Cholesky factor.
-
-    Particles side by side fail together: they are halved down to those that fail.
-    """
-    try:
-        return of(u)
-    except torch.linalg.LinAlgError:
-        if len(u) == 1:
-            return impossible
-    halves = [_by_halves(of, part, impossible) for part in u.chunk(2)]
-    return tuple(torch.cat(parts, min(1, parts[0].ndim - 1)) for parts in zip(*halves, strict=True))
-
-
-def _next_temperature(way: Tensor, now: float) -> float:
-    """The highest temperature that keeps a share of the particles effective."""
-
-    def more(temperature: float) -> float:
-        share = ((temperature - now) * way).softmax(0)
-        return float(1 / share.square().sum()) - KEEP * len(way)
-
-    return 1.0 if more(1.0) >= 0 else max(brentq(more, now, 1.0, xtol=1e-15, maxiter=1000), now + 1e-12)
-
-
-def _systematic(log_w: Tensor) -> Tensor:
-    """Systematic resampling of each run: (R, S) -> indices (R, S)."""
-    n_runs, n = log_w.shape
-    edges = log_w.softmax(1).cumsum(1)
-    start = torch.rand(n_runs, 1, dtype=log_w.dtype).to(log_w)
-    points = (start + torch.arange(n, device=log_w.device)) / n
-    return torch.searchsorted(edges / edges[:, -1:], points).clamp(max=n - 1)
-
-
-def _root(u: Tensor, share: Tensor) -> Tensor:
-    """A lower factor of the weighted covariance of particles (S, d), drawn towards its diagonal."""
-    mean = share @ u
-    centred = u - mean
-    cov = (share[:, None] * centred).mT @ centred
-    variance = cov.diagonal().clamp(min=1e-12)
-    ess = float(1 / share.square().sum())
-    keep = ess / (ess + u.shape[1])
-    cov = keep * cov + torch.diag((1 - keep) * variance + 1e-9 * variance)
-    return torch.linalg.cholesky(cov)

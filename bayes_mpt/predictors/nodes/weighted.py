@@ -11,16 +11,16 @@ sampled.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable
+from abc import abstractmethod
 from contextlib import ExitStack
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
 from torch import Tensor
 
-from bayes_mpt.predictors.base import Conditionals, Evidence, Guide, Posterior, refuse_other_rows
+from bayes_mpt.predictors.base import Bound, Conditionals, Evidence, Leaves, Posterior
 from bayes_mpt.predictors.nodes.given import Given
 from bayes_mpt.program.arguments import fill, has_missing
 from bayes_mpt.program.latents import Space
@@ -30,7 +30,7 @@ from bayes_mpt.program.program import Latent, Model, ModelError, Program, n_rows
 from bayes_mpt.program.run import SetLatents, run
 from bayes_mpt.program.sites import is_subsample
 
-__all__ = ["FixedSites", "Nodes", "Read", "Reader", "constrained", "nodes_first", "program_values"]
+__all__ = ["FixedSites", "NodeSource", "Nodes", "Read", "constrained", "nodes_first", "program_values"]
 
 MIN_SHARE = 1e-6  # of a node's weight that a prediction takes into account
 
@@ -52,255 +52,164 @@ class Read(NamedTuple):
     """What the nodes were placed by, so that others can be placed alike."""
 
 
-class Reader(ABC):
-    """Where the nodes come from."""
+class NodeSource(Bound):
+    """A program scored by a weighted sum over nodes: where these come from."""
 
-    program: Program
     model: Model
-    exact: bool = False
-    located: bool = False
-    """Nodes are placed for the visible set they are used with, without error or almost."""
-    sampled: bool = False
-    """Nodes are random."""
-    one_by_one: bool = False
-    """Every node needs runs of its own."""
-    climbs: bool = False
-    """There is an `objective`."""
-    guide: Guide | None = None
-    name: str
-    why: str
-
-    @property
-    def parameters(self) -> tuple[str, ...]:
-        """Names of what a training moves."""
-        return self.program.parameters
+    structure: Program
 
     @abstractmethod
-    def read(self, args: tuple[Any, ...], visible: Tensor | None = None) -> Read:
-        """Run the program; place the nodes for the visible (T,) tokens, by default all."""
+    def place(self, args: tuple[Any, ...], visible: Tensor | None = None, near: Any = None) -> Read:
+        """Run the program; place the nodes for the visible (T,) tokens, by default all.
 
-    def dream(self, args: tuple[Any, ...], generator: torch.Generator) -> Tensor | None:
-        """What a guide makes of latents whose rows were simulated (N,), to train it on; None if not asked for."""
-        return None
-
-    def in_training(self) -> tuple[Reader, ...]:
-        """Readers whose nodes the steps of a training take, one after the other: by default the same."""
-        return (self,)
-
-    def objective(self, args: tuple[Any, ...]) -> Tensor:
-        """A smooth approximation of log Z (N,), to train on in place of random nodes."""
-        raise NotImplementedError
-
-    def evidence(self, nodes: Nodes, x: Tensor) -> Evidence:
-        """log Z of each row with its error."""
-        return Evidence(nodes.joint(x), 0.0, {})
-
-
-class Nodes(Conditionals):
-    """The weighted sum over the nodes of a reader."""
-
-    def __init__(self, reader: Reader):
-        self.reader: Reader | None = reader
-        self.model = reader.model
-        self.structure = reader.program
-        self.why = reader.why
-        self.exact = reader.exact
-        self.sampled = reader.sampled
-        self.one_by_one = reader.one_by_one
-        self.climbs = reader.climbs
-        self.relocates = reader.located
-        self.name = reader.name
-        self.guide = reader.guide
-        self.args: tuple[Any, ...] = ()
-        self._read: Read | None = None
-        self._fixed: dict[str, Tensor] = {}
-
-    @property
-    def parameters(self) -> tuple[str, ...]:
-        return self.structure.parameters if self.reader is None else self.reader.parameters
-
-    @property
-    def last(self) -> Read:
-        """What was last read."""
-        if self._read is None:
-            raise RuntimeError("call read(args) first: this predictor has not read the program yet")
-        return self._read
-
-    @property
-    def value(self) -> Tensor:
-        return self.last.value
-
-    @property
-    def scale(self) -> float:
-        return self.last.scale
+        ``near`` is what those of other visible tokens of these rows were placed by (`Read.located`).
+        """
 
     def read(self, args: tuple[Any, ...]) -> Nodes:
-        new = Nodes(self._thawed)
-        new.args, new._fixed = args, self._sub_sample(args)
-        return new.rerun(lambda: self._thawed.read(args))
+        fixed = self._sub_sample(args)
+        with SetLatents(fixed):
+            return Nodes(self, args, fixed, self.place(args))
 
-    def dream(self, args: tuple[Any, ...], generator: torch.Generator) -> Tensor | None:
-        return self._thawed.dream(args, generator)
-
-    def in_training(self) -> tuple[Nodes, ...]:
-        return tuple(Nodes(reader) for reader in self._thawed.in_training())
-
-    def rerun(self, read: Callable[[], Read]) -> Nodes:
-        """The same rows at other nodes."""
-        new = Nodes(self._thawed)
-        new.args, new._fixed = self.args, self._fixed
-        with SetLatents(new._fixed):
-            new._read = read()
-        return new
+    def evidence(self, nodes: Nodes) -> Evidence:
+        """log Z of each row with its error."""
+        return Evidence(nodes.score(), 0.0, {}, exact=True)
 
     def _sub_sample(self, args: tuple[Any, ...]) -> dict[str, Tensor]:
         """The rows that sub-sampling plates draw: once for all runs of a reading, of program and guide alike."""
-        if not isinstance(self.structure, Program) or (
-            self.structure.sub_rows is None and self.structure.scale == 1.0
-        ):
+        if self.structure.sub_rows is None and self.structure.scale == 1.0:
             return {}
-        trace = run(self._thawed.model, tuple(fill(a) for a in args))
+        trace = run(self.model, tuple(fill(a) for a in args))
         return {name: node["value"] for name, node in trace.nodes.items() if is_subsample(node)}
 
-    def forget(self) -> None:
-        adaptive = getattr(self.reader, "adaptive", None)
-        if adaptive is not None:
-            adaptive.forget()
 
-    def freeze(self) -> Nodes:
-        new = Nodes(self._thawed)
-        new.reader = new.model = new.guide = None
-        given = None if self._read is None else self._read.given.freeze()
-        if self._read is not None and given is not None:
-            weight, latents = self._read.log_weight.detach().clone(), self._read.latents.detach().clone()
-            new._read = self._read._replace(
-                given=given, log_weight=weight, latents=latents, value=self.value[:0]
-            )
-        return new
+class Nodes(Conditionals):
+    """The weighted sum over the nodes of rows; without a source where these are maps that all rows share."""
 
-    def objective(self, args: tuple[Any, ...]) -> Tensor:
-        return self._thawed.objective(args)
+    structure: Program
 
-    def evidence(self, x: Tensor) -> Evidence:
-        self._check(x)
-        if self.reader is None:  # what is frozen and yet scores is exact
-            return Evidence(self.joint(x), 0.0, {})
-        return self.reader.evidence(self, x)
+    def __init__(
+        self, source: NodeSource | None, args: tuple[Any, ...], fixed: dict[str, Tensor], read: Read,
+        structure: Program | None = None,
+    ):  # fmt: skip
+        self.source, self.args, self.last = source, args, read
+        if source is not None:
+            structure, self._leaves = source.structure, Leaves(source.parameters)
+        assert structure is not None
+        self.structure, self.value, self.scale = structure, read.value, read.scale
+        self._fixed = fixed
+        self._relocates = source is not None and source.relocates
 
-    @property
-    def _thawed(self) -> Reader:
-        if self.reader is None:
-            raise RuntimeError("this predictor is frozen: it has no program to read")
-        return self.reader
+    def at_nodes(self, read: Read) -> Nodes:
+        """The same rows at other nodes."""
+        return Nodes(self.source, self.args, self._fixed, read, self.structure)
 
-    def conditionals(self, x: Tensor, visible: Tensor) -> Tensor:
-        self._check(x)
-        if self.sampled and self.reader is not None and not self.reader.located:
+    def at(self, tokens: Tensor) -> Conditionals:
+        if not self.structure.scores_input:
+            return super().at(tokens)
+        return self.at_nodes(self.last._replace(value=tokens))
+
+    def detached(self) -> Nodes | None:
+        given = self.last.given.freeze() if self.structure.scores_input else None
+        if given is None:
+            return None
+        weight, latents = self.last.log_weight.detach().clone(), self.last.latents.detach().clone()
+        read = self.last._replace(
+            given=given, log_weight=weight, latents=latents, value=self.value.detach()[:0].clone()
+        )
+        return Nodes(None, (), {}, read, self.structure)
+
+    def evidence(self, orders: Tensor | None = None) -> Evidence:
+        if self.source is None:  # what serves for any rows is exact
+            return super().evidence()
+        return self.source.evidence(self)
+
+    def conditionals(self, visible: Tensor) -> Tensor:
+        x = self.value
+        if self.source is not None and self.source.sampled and not self._relocates:
             raise ModelError(
                 "this guide has seen the hidden tokens, so single conditionals are meaningless and only the sum of a "
                 "whole chain is valid: use PermutationChain, or give the guide an argument ``visible`` (N, T)"
             )
         out = []
         for mask in visible:
-            read = self._at(mask)
             # log Z(R + i) - log Z(R)
-            if self.reader is not None and self.reader.located and not self.sampled:
-                out.append(self._each_at_its_own(x, mask))
+            if self.source is not None and self._relocates and not self.source.sampled:
+                out.append(self._each_at_its_own(mask))
                 continue
+            read = self._at(mask)
             log_prob = read.log_weight + read.given.log_joint(x, mask)  # (S, N)
             step = (log_prob[..., None] + read.given.predictive(x, mask)).logsumexp(0)
-            out.append(_gain(step, self._log_z(log_prob, x, mask)[:, None]))
+            out.append(_gain(step, self._log_z(log_prob, mask)[:, None]))
         hidden = ~visible[:, None] & ~x.isnan()
         return torch.where(hidden, torch.stack(out), 0.0)
 
-    def chain(self, x: Tensor, order: Tensor) -> Tensor:
-        self._check(x)
-        seen = ~x.isnan()
-        out = []
+    def chain(self, order: Tensor, stops: list[int] | None = None) -> Tensor:
+        if self._relocates:
+            stretches = list(pairwise(stops or range(order.shape[1] + 1)))
+            return torch.stack([self._relocated_chain(tokens, stretches) for tokens in order])
+        seen, out, read = ~self.value.isnan(), [], self.last
         for tokens in order:
-            if self.reader is not None and self.reader.located:
-                out.append(self._relocated_chain(x, tokens))
-                continue
-            read = self.last
-            log_z = (read.log_weight[..., None] + read.given.chain(x, tokens)).logsumexp(0)  # (N, T + 1)
+            log_z = (read.log_weight[..., None] + read.given.chain(self.value, tokens)).logsumexp(0)
             # Z(nothing) is 1, and not the mean of the weights; rows start at their first observed token
             none_yet = torch.cat([torch.zeros_like(seen[:, :1]), seen[:, tokens]], 1).cumsum(1) == 0
-            log_z = torch.where(none_yet, 0.0, log_z)
+            log_z = torch.where(none_yet, 0.0, log_z)  # (N, T + 1)
             steps = _gain(log_z[:, 1:], log_z[:, :-1])
             out.append(torch.empty_like(steps).index_copy(1, tokens, steps))
         return torch.stack(out)
 
-    def revealed(self, x: Tensor, order: Tensor, sizes: list[int]) -> Tensor:
-        self._check(x)
-        visible = torch.zeros(len(sizes), x.shape[1], dtype=torch.bool, device=x.device)
-        for mask, size in zip(visible, sizes, strict=True):
-            mask[order[:size]] = True
-        nothing = x.new_zeros(len(x))
-        return torch.stack([self._z_at(x, mask) if mask.any() else nothing for mask in visible])
-
-    def joint(self, x: Tensor) -> Tensor:
-        self._check(x)
-        read = self.last
-        everything = torch.ones(x.shape[1], dtype=torch.bool, device=x.device)
-        log_prob = read.log_weight + read.given.log_joint(x, everything)
-        return self._log_z(log_prob, x, everything)
-
     def refined(self) -> Nodes:
         """The same with less error of the inner model, to see it; itself where there is none."""
         given = self.last.given.refined()
-        return self if given is self.last.given else self.rerun(lambda: self.last._replace(given=given))
+        return self if given is self.last.given else self.at_nodes(self.last._replace(given=given))
 
-    def posterior(self, x: Tensor, visible: Tensor | None = None) -> Posterior:
-        self._check(x)
-        mask = torch.ones(x.shape[1], dtype=torch.bool, device=x.device) if visible is None else visible
+    def posterior(self, visible: Tensor | None = None) -> Posterior:
+        x = self.value
+        mask = self._everything() if visible is None else visible
         read = self._at(mask) if visible is not None else self.last
-        share = (read.log_weight + read.given.log_joint(x, mask)).softmax(0)[..., None]  # (S, N, 1)
-        parts = (read.latents, read.given.inner(x, mask), read.given.responsibilities(x, mask))
-        latents = torch.cat([(share * part).sum(0) for part in parts], -1)
-        tokens = (share * read.given.means(x, mask)).sum(0)
+        share = (read.log_weight + read.given.log_joint(x, mask)).softmax(0)  # (S, N)
+        chance = read.given.responsibilities(x, mask)
+        parts = (read.latents, read.given.inner(x, mask), chance)
+        latents = torch.cat([(share[..., None] * part).sum(0) for part in parts], -1)
+        tokens = (share[..., None] * read.given.means(x, mask)).sum(0)
         levels = read.given.levels(x, mask)  # of categorical tokens: the likeliest, and not the mean of codes
         if levels is not None:
-            chance = (share[..., None] * levels).sum(0)  # (N, T, L)
-            tokens = torch.where(chance.sum(-1) > 0, chance.argmax(-1).to(tokens), tokens)
-        return Posterior(latents, tokens)
+            likely = (share[..., None, None] * levels).sum(0)  # (N, T, L)
+            tokens = torch.where(likely.sum(-1) > 0, likely.argmax(-1).to(tokens), tokens)
 
-    def label_probabilities(self, x: Tensor) -> Tensor:
-        self._check(x)
-        read = self.last
-        everything = torch.ones(x.shape[1], dtype=torch.bool, device=x.device)
-        share = (read.log_weight + read.given.log_joint(x, everything)).softmax(0)[..., None]  # (S, N, 1)
-        found = (share * read.given.responsibilities(x, everything)).sum(0)  # (N, L)
-        if (
-            not read.names
-        ):  # each node stands for values of discrete latents, and what is continuous is inside
-            found = torch.cat([(share * read.latents).sum(0), found], -1)
-        return found
+        def labels() -> Tensor:
+            found = [chance] if read.names else [read.latents, chance]
+            # without names each node stands for values of discrete latents, and what is continuous is inside
+            return torch.cat([(share[..., None] * part).sum(0) for part in found], -1)
 
-    def draw(self, x: Tensor, n_draws: int) -> Tensor:
-        self._check(x)
-        read = self.last
-        everything = torch.ones(x.shape[1], dtype=torch.bool, device=x.device)
-        share = (read.log_weight + read.given.log_joint(x, everything)).softmax(0)  # (S, N)
+        return Posterior(
+            latents,
+            tokens,
+            of_labels=labels,
+            of_draws=lambda n: self._draws(read, share, mask, n),
+            of_shared=lambda: self._shared(read, share),
+        )
+
+    def _draws(self, read: Read, share: Tensor, mask: Tensor, n_draws: int) -> Tensor:
+        """Tokens (D, N, T), of which those visible are as they are."""
         out = []
         for node in torch.multinomial(share.mT, n_draws, replacement=True).mT:  # (N,) of each draw
             tokens = read.given.draw()
             if tokens is None:
-                return super().draw(x, n_draws)
+                raise NotImplementedError(
+                    "missing tokens that depend on each other given the latents have no draws here"
+                )
             picked = tokens.gather(0, node[None, :, None].expand(1, *tokens.shape[1:]))[0]
-            out.append(torch.where(x.isnan(), picked, x))
+            out.append(torch.where(mask & ~self.value.isnan(), self.value, picked))
         return torch.stack(out)
 
-    def shared_latents(self, x: Tensor) -> list[tuple[float, dict[str, Tensor]]]:
-        if self.structure.by_row or len(self.last.latents[0]) != 1:
+    def _shared(self, read: Read, share: Tensor) -> list[tuple[float, dict[str, Tensor]]]:
+        """Weighted values of the latents, where all rows share them."""
+        if self.structure.by_row or len(read.latents[0]) != 1:
             return []
-        self._check(x)
-        read = self.last
-        everything = torch.ones(x.shape[1], dtype=torch.bool, device=x.device)
-        share = (read.log_weight + read.given.log_joint(x, everything)).softmax(0)[:, 0]
-        inner = read.given.latents(x)
+        inner = read.given.latents(self.value)
         out = []
-        for s in range(len(share)):
-            if float(share[s]) < MIN_SHARE:
+        for s, weight in enumerate(share[:, 0].tolist()):
+            if weight < MIN_SHARE:
                 continue
             values, start = dict(inner[s]) if inner else {}, 0
             for site in self.structure.latents:
@@ -308,57 +217,61 @@ class Nodes(Conditionals):
                     part = read.latents[s, 0, start : start + site.width]
                     start += site.width
                     values[site.name] = part.reshape(site.shape)
-            out.append((float(share[s]), values))
+            out.append((weight, values))
         return out
 
-    def _at(self, mask: Tensor) -> Read:
-        """Nodes for this visible set."""
-        if self.reader is not None and self.reader.located and not bool(mask.all()):
-            with SetLatents(self._fixed):
-                return self.reader.read(self.args, mask)
-        return self.last
+    def _joint(self) -> Tensor:
+        everything = self._everything()
+        log_prob = self.last.log_weight + self.last.given.log_joint(self.value, everything)
+        return self._log_z(log_prob, everything)
 
-    def _relocated_chain(self, x: Tensor, tokens: Tensor) -> Tensor:
-        """Every Z at nodes of its own, so that the sum is that of all tokens."""
-        visible = torch.zeros(x.shape[1], dtype=torch.bool, device=x.device)
-        out, before = torch.zeros_like(x), x.new_zeros(len(x))
-        for token in tokens:
+    def _everything(self) -> Tensor:
+        return torch.ones(self.value.shape[1], dtype=torch.bool, device=self.value.device)
+
+    def _at(self, mask: Tensor, near: Read | None = None) -> Read:
+        """Nodes for this visible set, looked for from those of another."""
+        if self.source is None or not self._relocates or bool(mask.all()):
+            return self.last
+        self._leaves.refuse_others()
+        with SetLatents(self._fixed):
+            return self.source.place(self.args, mask, (near or self.last).located)
+
+    def _relocated_chain(self, tokens: Tensor, stretches: list[tuple[int, int]]) -> Tensor:
+        """Every Z at nodes of its own, so that the sum is that of all tokens; the mean of each stretch."""
+        visible = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+        out, before = torch.zeros_like(self.value), self.value.new_zeros(len(self.value))
+        read = self.last
+        for start, end in stretches:
             visible = visible.clone()
-            visible[token] = True
-            now = self._z_at(x, visible)
-            out[:, token], before = _gain(now, before), now
+            visible[tokens[start:end]] = True
+            read = self._at(visible, read)
+            now = self._z_of(read, visible)
+            out[:, tokens[start:end]] = _gain(now, before)[:, None] / (end - start)
+            before = now
         return out
 
-    def _each_at_its_own(self, x: Tensor, mask: Tensor) -> Tensor:
+    def _each_at_its_own(self, mask: Tensor) -> Tensor:
         """log Z(R + i) - log Z(R) (N, T): a single token can move the posterior away from nodes placed without it."""
-        before = self._z_at(x, mask)
-        out = torch.zeros_like(x)
+        read = self._at(mask)
+        before = self._z_of(read, mask)
+        out = torch.zeros_like(self.value)
         for token in (~mask).nonzero()[:, 0]:
             more = mask.clone()
             more[token] = True
-            out[:, token] = _gain(self._z_at(x, more), before)
+            out[:, token] = _gain(self._z_of(self._at(more, read), more), before)
         return out
 
-    def _z_at(self, x: Tensor, mask: Tensor) -> Tensor:
-        """log Z (N,) of these tokens, nodes placed for them."""
-        read = self._at(mask)
-        return self._log_z(read.log_weight + read.given.log_joint(x, mask), x, mask)
+    def _z_of(self, read: Read, mask: Tensor) -> Tensor:
+        """log Z (N,) of these tokens at nodes that were placed for them."""
+        return self._log_z(read.log_weight + read.given.log_joint(self.value, mask), mask)
 
-    def _log_z(self, log_prob: Tensor, x: Tensor, mask: Tensor) -> Tensor:
+    def _log_z(self, log_prob: Tensor, mask: Tensor) -> Tensor:
         """(S, N) -> (N,); 0 for rows of which nothing is visible."""
         log_z = log_prob.logsumexp(0)
-        if bool(mask.any()) and not has_missing(x):
+        if bool(mask.any()) and not has_missing(self.value):
             return log_z
-        none = ~(mask & ~x.isnan()).any(1)
+        none = ~(mask & ~self.value.isnan()).any(1)
         return torch.where(none, 0.0, log_z) if bool(none.any()) else log_z
-
-    def _check(self, x: Tensor) -> None:
-        """Maps that all rows share answer for any rows; whatever else was read answers for the rows read."""
-        value = self.last.value
-        if not self.structure.scores_input:
-            refuse_other_rows(x, value)
-        elif x.shape[1:] != value.shape[1:]:
-            raise ModelError(f"rows have {value.shape[1]} tokens, got x of shape {tuple(x.shape)}")
 
 
 def _gain(now: Tensor, before: Tensor) -> Tensor:

@@ -1,0 +1,91 @@
+"""Which latents a linear-Gaussian map integrates once others are known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any
+
+import torch
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from bayes_mpt.predictors.gaussian.linear import LinearGaussian
+from bayes_mpt.predictors.nodes.weighted import FixedSites
+from bayes_mpt.program.affine import NotAffine
+from bayes_mpt.program.arguments import fill
+from bayes_mpt.program.densities import log_density
+from bayes_mpt.program.devices import own_random_state
+from bayes_mpt.program.layout import rows_first
+from bayes_mpt.program.program import Latent, Model, Program
+from bayes_mpt.program.run import run
+from bayes_mpt.program.sites import base, node_of
+
+__all__ = ["log_prior_of", "node_values", "non_conjugate", "prior_draws"]
+
+GAUSSIAN = {"Normal", "MultivariateNormal"}
+
+
+def prior_draws(model: Model, filled: tuple[Any, ...], n: int) -> list[Trace]:
+    """Runs that differ, always the same ones."""
+    traces = []
+    with own_random_state():
+        for seed in range(n):
+            torch.manual_seed(seed)
+            traces.append(run(model, filled))  # which leaves the random state as it was
+    return traces
+
+
+def node_values(values: dict[str, Tensor], s: int) -> dict[str, Tensor]:
+    """Of one node, of values (S, ...) at several."""
+    return {name: v[s] for name, v in values.items()}
+
+
+def log_prior_of(trace: Trace, latents: tuple[Latent, ...], like: Tensor) -> Tensor:
+    """log p of these sites of a run: (N,), or (1,) of the data set."""
+    total = like.new_zeros(1)
+    for latent in latents:
+        node = node_of(trace, latent.name)
+        total = total + rows_first(log_density(node["fn"], node["value"]), latent.row_axis).sum(-1)
+    return total
+
+
+def non_conjugate(
+    model: Model, args: tuple[Any, ...], program: Program, held: dict[str, Tensor]
+) -> tuple[tuple[str, ...], LinearGaussian | None]:
+    """The continuous latents that a linear-Gaussian map leaves over, with the map; all where there is none."""
+    everything = program.continuous
+    if program.discrete or {s.kind for s in program.sites} - GAUSSIAN:
+        return everything, None
+    filled = tuple(fill(a) for a in args)
+    with own_random_state(0):
+        trace = run(model, filled)
+    drawn = {n: node_of(trace, n)["value"].detach() for n in everything}
+
+    def given(names: Iterable[str]) -> LinearGaussian | None:
+        with suppress(NotAffine):
+            return LinearGaussian(FixedSites(model, {**held, **{n: drawn[n] for n in names}}), args)
+        return None
+
+    if held and (template := given(())) is not None:  # of a row: all together
+        return (), template
+    normal = [n for n in everything if type(base(node_of(trace, n)["fn"])).__name__ in GAUSSIAN]
+    alone = {n: given(m for m in everything if m != n) for n in normal}
+    kept = [n for n, template in alone.items() if template is not None]
+    rest = tuple(n for n in everything if n not in kept)
+
+    def stirs(name: str) -> bool:
+        """Whether the density of a latent that takes nodes depends on this one."""
+        moved = run(model, filled, {**held, **drawn, name: drawn[name] + 1})
+        return any(
+            not torch.equal(*(t.nodes[n]["fn"].log_prob(drawn[n]) for t in (trace, moved))) for n in rest
+        )
+
+    while stirring := [n for n in kept if stirs(n)]:
+        kept = [n for n in kept if n not in stirring]
+        rest = tuple(n for n in everything if n not in kept)
+    if not kept or not rest:  # all of them could be integrated, but nodes were asked for
+        return everything, None
+    # one by one they are; all together?
+    template = alone[kept[0]] if len(kept) == 1 else given(rest)
+    return (everything if template is None else rest), template

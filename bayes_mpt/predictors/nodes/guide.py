@@ -1,0 +1,448 @@
+"""Nodes that are drawn from a guide."""
+
+from __future__ import annotations
+
+import math
+from contextlib import ExitStack
+from copy import copy
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions import constraints
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from bayes_mpt.diagnostics import BAD_K, pareto_k
+from bayes_mpt.predictors.base import Evidence, Guide
+from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
+from bayes_mpt.predictors.nodes.given import Factorized, Given
+from bayes_mpt.predictors.nodes.reparameterized import AlongDraws, DrawsAsLeaves, is_point
+from bayes_mpt.predictors.nodes.weighted import (
+    Nodes,
+    NodeSource,
+    Read,
+    nodes_first,
+    program_values,
+)
+from bayes_mpt.program.arguments import fill, filling
+from bayes_mpt.program.devices import own_random_state
+from bayes_mpt.program.factors import read_factors
+from bayes_mpt.program.layout import rows_axis, sum_by_row
+from bayes_mpt.program.program import Latent, Model, ModelError, Program, n_rows_of, one_vector
+from bayes_mpt.program.run import NODES, SetLatents, one_precision, run, takes_visible
+from bayes_mpt.program.simulation import simulate
+from bayes_mpt.program.sites import latent_nodes
+from bayes_mpt.program.trials import CLOSE
+
+__all__ = ["Drawn", "GuideDraws", "evidence_of_draws"]
+
+GROWTH = 3  # of the number of draws from stage to stage of a training
+
+
+def evidence_of_draws(nodes: Nodes) -> Evidence:
+    """log Z of rows from random nodes, their bias and error from the spread of the weights."""
+    x = nodes.value
+    everything = torch.ones(x.shape[1], dtype=torch.bool, device=x.device)
+    with torch.no_grad():
+        log_w = nodes.last.log_weight + nodes.last.given.log_joint(x, everything)  # (S, N)
+    n_draws = len(log_w)
+    # of a row that is impossible under every draw, all are worth the same
+    log_w = torch.where(log_w.amax(0) == -math.inf, 0.0, log_w)
+    share = log_w.softmax(0)
+    ess = 1 / share.square().sum(0)
+    # relative variance of the mean weight: (sum_s share^2 - 1/S) S / (S - 1)
+    variance = (share.square().sum(0) - 1 / n_draws).clamp(min=0) * n_draws / max(1, n_draws - 1)
+    # E log Z^ = log Z - variance / 2: put back, so that rows do not add up their biases
+    joint = nodes.score().detach()
+    by_row = joint + variance / 2
+    # where rows have nodes of their own inside: what more of these change
+    finer = nodes.refined()
+    inside = torch.zeros_like(joint) if finer is nodes else finer.score().detach() - joint
+    k = pareto_k(log_w.double().cpu().numpy())
+    worst = np.argsort(-np.nan_to_num(k, nan=-np.inf))[:5]
+    diagnostics = {
+        "num_particles": n_draws,
+        "pareto_k": float(np.nanmax(k)) if not np.isnan(k).all() else math.nan,
+        "rows_with_bad_k": int((k > BAD_K).sum()),
+        "worst_rows": [(int(i), float(k[i])) for i in worst],
+        "log_weight_sd": float(log_w.std(0, correction=1 if n_draws > 1 else 0).mean()),
+        "ess_min": float(ess.min()),
+        "ess_mean": float(ess.mean()),
+    }
+    if bool((inside != 0).any()):
+        diagnostics["change with more nodes in each row"] = float(inside.sum())
+    se = math.hypot(float(variance.sum().sqrt()), float(inside.sum()))
+    return Evidence(by_row + inside, se, diagnostics)
+
+
+class GuideDraws(NodeSource):
+    """Draws from a guide."""
+
+    name = "Importance"
+    sampled = True
+
+    def __init__(
+        self,
+        model: Model,
+        guide: Guide,
+        args: tuple[Any, ...],
+        program: Program,
+        n_draws: int,
+        n_training: int,
+        doubly_reparameterized: bool = False,
+        dreams: bool = False,
+    ):
+        self.model, self.guide, self.n_draws, self.n_training = model, guide, n_draws, n_training
+        self.dreams = dreams
+        self.depth = program.depth
+        self.takes_visible = takes_visible(guide)
+        self.relocates = self.takes_visible
+        self.away = args[0].device.type != "cpu"
+        # the same whatever rows a step is given, and found once: a median costs as much as a third of a step
+        self.fillings = tuple(filling(a) for a in args)
+        filled = tuple(fill(a) for a in args)
+        with own_random_state():
+            trace = self._guide_trace(filled, None, 1)
+        names = {node["name"] for node in latent_nodes(trace)}
+        missing = [n for n in program.continuous if n not in names]
+        self.adaptive: AdaptiveNodes | None = None
+        if missing:  # those of each row may be left to nodes of their own
+            found = AdaptiveNodes(model, args, program)
+            if found.rows is not None and not set(found.space.names) & set(missing):
+                self.adaptive, missing = found, []
+        if missing:
+            raise ModelError(
+                f"the guide has no site for latent {missing[0]!r} of the program (it has {sorted(names)}): add "
+                f"pyro.sample({missing[0]!r}, ...) to the guide"
+            )
+        extra = [n for n in names if n not in program.latent_names and not _auxiliary(trace.nodes[n])]
+        if extra:
+            raise ModelError(
+                f"the guide samples {extra[0]!r}, which the program does not have: remove it, or mark it "
+                'infer={"is_auxiliary": True}'
+            )
+        first = run(model, filled)
+        drawn = program.continuous if self.adaptive is None else self.adaptive.space.names
+        for name in drawn:
+            ours, theirs = first.nodes[name]["fn"].support, trace.nodes[name]["fn"].support
+            shapes = [tuple(t.nodes[name]["value"].shape) for t in (first, trace)]
+            if shapes[0] != shapes[1]:
+                raise ModelError(
+                    f"the guide draws latent {name!r} with shape {shapes[1]}, which has shape {shapes[0]} in the "
+                    "program: give the guide's site the same plates and events"
+                )
+            if not is_point(trace.nodes[name]) and _is_real(ours) and not _is_real(theirs):
+                raise ModelError(
+                    f"the guide draws latent {name!r} from {theirs}, while the program lets it be any real number: "
+                    "what the guide cannot reach would be left out. Use a guide of the same support"
+                )
+        random = [n for n in names if not isinstance(trace.nodes[n]["fn"], pyro.distributions.Delta)]
+        self.has_points = len(random) < len(names)
+        if not random:
+            raise ModelError(
+                f"the guide puts latent {program.continuous[0]!r} on a single point (Delta): nothing is drawn, so that "
+                "nothing can be integrated. Use a guide with a density, such as AutoNormal"
+            )
+        # Where the guide couples rows, their weights cannot be told apart: one vector.
+        coupled = program.by_row and any(
+            all(f.name != program.rows_plate for f in trace.nodes[n]["cond_indep_stack"])
+            for n in names
+            if not isinstance(trace.nodes[n]["fn"], pyro.distributions.Delta)
+        )
+        frames = [f for n in names for f in trace.nodes[n]["cond_indep_stack"] if f.vectorized]
+        self.depth = max([program.depth, *(-f.dim for f in frames)])
+        program = one_vector(program) if coupled else program
+        self.structure = program._replace(depth=self.depth)
+        self.guide_parameters = tuple(n for n, s in trace.nodes.items() if s["type"] == "param")
+        self.mapped = False
+        self.vectorised = self._try_together(args, filled)
+        if not self.vectorised and not program.discrete and self.adaptive is None:
+            self.mapped = True
+            self.vectorised = self.mapped = self._try_together(args, filled)
+        self.squared = (
+            doubly_reparameterized
+            and self.vectorised
+            and not self.mapped
+            and self._moves_by_draws(filled, trace)
+        )
+        self.one_by_one = not self.vectorised
+        seen = ", which sees what is visible" if self.takes_visible else ""
+        self.why = f"{n_draws} draws of {', '.join(drawn)} from the guide{seen}"
+        self.why += self.adaptive.inside if self.adaptive is not None else ""
+        self.names = drawn
+        self.why += "; draw by draw" if self.one_by_one else ""
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((*self.structure.parameters, *self.guide_parameters)))
+
+    def dream(self, args: tuple[Any, ...], generator: torch.Generator) -> Tensor | None:
+        """Log-density (N,) under the guide of the latents of rows that the program makes, given some of their tokens.
+
+        Maximised by the guide, it is the sleep phase of Hinton, Dayan, Frey & Neal (1995): a guide as wide as the
+        posterior, for every set of visible tokens. None where that was not asked for.
+        """
+        if not self.dreams:
+            return None
+        conditioned_on_mask = self.takes_visible and self.adaptive is None and not self.has_points
+        if (
+            not conditioned_on_mask
+            or not self.structure.by_row
+            or self.structure.observed_argument != 0
+            or self.structure.discrete
+        ):
+            raise ModelError(
+                "dream=True needs a guide that draws all latents and is conditioned on the mask, and a program that "
+                "observes its first argument, row by row"
+            )
+        filled = tuple(fill(a) for a in args)
+        tokens, latents = simulate(self.model, filled, self.structure)
+        # every number of visible tokens is as likely as any other, for each row its own
+        rank = torch.rand(tokens.shape, generator=generator).argsort(1)
+        size = torch.randint(tokens.shape[1] + 1, (len(tokens), 1), generator=generator)
+        with SetLatents(latents):
+            trace = self._guide_trace((tokens.to(filled[0]), *filled[1:]), (rank < size).to(tokens.device), 1)
+        return self._log_q(trace, 1)[0]
+
+    def in_training(self) -> tuple[GuideDraws, ...]:
+        """From one draw to as many as asked: with one a step costs least, and the last bring the bound nearest.
+
+        On a GPU all at once: until they fill it they cost what one does.
+        """
+        n, rising = self.n_training, []
+        while n > 1 and self.takes_visible and not self.away:
+            rising.append(n)
+            n = n // GROWTH
+        return tuple(self._with(k) for k in (max(1, n), *reversed(rising)))
+
+    def evidence(self, nodes: Nodes) -> Evidence:
+        return evidence_of_draws(nodes)
+
+    def forget(self) -> None:
+        if self.adaptive is not None:
+            self.adaptive.forget()
+
+    def _with(self, n_draws: int) -> GuideDraws:
+        new = copy(self)
+        new.n_draws = n_draws
+        return new
+
+    def place(self, args: tuple[Any, ...], visible: Tensor | None = None, near: Any = None) -> Read:
+        filled = tuple(fill(a, v) for a, v in zip(args, self.fillings, strict=True))
+        missing = any(f is not a for f, a in zip(filled, args, strict=True))
+        value = program_values(self.model, args, filled, self.structure) if missing else None
+        shown = None if value is None else ~value.isnan()
+        if visible is not None:
+            shown = visible if shown is None else visible & shown
+        n = self.n_draws
+        if self.vectorised or n == 1:
+            # nodes for one visible set (of a mask) serve two sums at once, with other shares of the weights
+            squared = self.squared and visible is None and torch.is_grad_enabled()
+            log_q, values = self._draw(filled, shown, n, squared)
+            given, part, scale, tokens = self._given(args, filled, values, n)
+            latents = self._numbers(values, filled, n)
+        else:
+            draws = [self._draw(filled, shown, 1) for _ in range(n)]
+            log_q = torch.cat([log_q for log_q, _ in draws])
+            given, part, scale, tokens = self._given_each(args, filled, [values for _, values in draws])
+            latents = torch.cat([self._numbers(values, filled, 1) for _, values in draws])
+        if value is None:
+            value = tokens if tokens is not None else program_values(self.model, args, filled, self.structure)
+        return Read(given, part - log_q - math.log(n), value, scale, latents.to(log_q), self.names)
+
+    def drawn(self, args: tuple[Any, ...], visible: Tensor | None) -> Drawn:
+        """The rows, and what the guide sees of them."""
+        filled = tuple(fill(a, v) for a, v in zip(args, self.fillings, strict=True))
+        value = program_values(self.model, args, filled, self.structure)
+        shown = ~value.isnan() if visible is None else visible & ~value.isnan()
+        return Drawn(self, args, filled, value, shown)
+
+    def _draw(
+        self, filled: tuple[Any, ...], shown: Tensor | None, n: int, squared: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """log q (n, N) of n draws, and the values of the program's latents."""
+        if squared:
+            log_q, values = self._along(filled, shown, n)
+        else:
+            trace = self._guide_trace(filled, shown, n)
+            log_q = self._log_q(trace, n)
+            values = {node["name"]: node["value"] for node in latent_nodes(trace)}
+        return log_q, {name: v for name, v in values.items() if name in self.structure.latent_names}
+
+    def _numbers(self, values: dict[str, Tensor], filled: tuple[Any, ...], n: int) -> Tensor:
+        """Values of n draws side by side, (n, N, K)."""
+        n_rows = n_rows_of(self.structure, filled)
+        sites = [site for site in self.structure.latents if site.name in values]
+        return torch.cat([nodes_first(values[site.name].detach(), site, n, n_rows) for site in sites], -1)
+
+    def _given(
+        self, args: tuple[Any, ...], filled: tuple[Any, ...], values: dict[str, Tensor], n: int
+    ) -> tuple[Given, Tensor | float, float, Tensor | None]:
+        """The inner model at n draws, what of their log-density it leaves out, the scale, and tokens if it has them."""
+        if self.adaptive is not None:
+            return *self.adaptive.given(args, filled, self._plain(values, filled, n)), 1.0, None
+        if n == 1 or not self.mapped:
+            given = Factorized(read_factors(self.model, filled, self.structure, values, n))
+        else:
+            of = partial(read_factors, self.model, filled, self.structure)
+            given = Factorized.mapped(of, self._plain(values, filled, n))
+        return given, 0.0, given.first.scale, given.first.value
+
+    def _given_each(
+        self, args: tuple[Any, ...], filled: tuple[Any, ...], draws: list[dict[str, Tensor]]
+    ) -> tuple[Given, Tensor | float, float, Tensor | None]:
+        """The same of draws that the program takes one after the other."""
+        if self.adaptive is not None:
+            each = [self._plain(values, filled, 1) for values in draws]
+            together = {name: torch.cat([values[name] for values in each]) for name in each[0]}
+            return *self.adaptive.given(args, filled, together), 1.0, None
+        given = Factorized(*(read_factors(self.model, filled, self.structure, v, 1) for v in draws))
+        return given, 0.0, given.first.scale, given.first.value
+
+    def _plain(self, values: dict[str, Tensor], filled: tuple[Any, ...], n: int) -> dict[str, Tensor]:
+        """Values of n draws, without the plate of nodes (n, ...)."""
+        rows, plain = n_rows_of(self.structure, filled), {}
+        for site in self.structure.latents:
+            if site.name in values:
+                v = values[site.name]
+                v = v[None] if n == 1 else v
+                plain[site.name] = v.expand(n, *v.shape[1:]).reshape(n, *_shape(site, rows))
+        return plain
+
+    def _log_q(self, guide_trace: Trace, n: int) -> Tensor:
+        """Of the draws of this trace: (n, N)."""
+        parts = [
+            sum_by_row(node["fn"].log_prob(node["value"]), rows_axis(node, self.structure), n)
+            for node in latent_nodes(guide_trace)
+        ]
+        log_q = sum(parts[1:], parts[0])
+        if not math.isfinite(float(log_q.detach().sum())):
+            _refuse_infinite(guide_trace)
+        return log_q
+
+    def _along(
+        self, filled: tuple[Any, ...], shown: Tensor | None, n: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """log q (n, N) and the values of n draws, with the doubly reparameterised gradient."""
+        drawn = DrawsAsLeaves(self.structure, n)
+        with drawn:
+            trace = self._guide_trace(filled, shown, n)
+        points = {node["name"]: node["value"] for node in latent_nodes(trace) if is_point(node)}
+        log_q, *values = AlongDraws.apply(drawn, [self._log_q(trace, n), *points.values()], *drawn.raw)
+        return log_q, dict(zip((*points, *drawn.names), values, strict=True))
+
+    def _moves_by_draws(self, filled: tuple[Any, ...], trace: Trace) -> bool:
+        """Whether all that is random is reparameterised, and points (Delta) move with the draws alone."""
+        drawn = {n["name"]: n for n in latent_nodes(trace) if not is_point(n)}
+        if not all(node["fn"].has_rsample for node in drawn.values()):
+            return False
+        with torch.enable_grad(), SetLatents({name: node["value"].detach() for name, node in drawn.items()}):
+            again = self._guide_trace(filled, None, 1)
+        return not any(node["value"].requires_grad for node in latent_nodes(again) if is_point(node))
+
+    def _guide_trace(self, filled: tuple[Any, ...], shown: Tensor | None, n: int) -> Trace:
+        kwargs: dict[str, Any] = {}
+        args = filled
+        if self.takes_visible:
+            first = filled[0]
+            if shown is None:
+                shown = torch.ones((), dtype=torch.bool, device=first.device).expand(first.shape)
+            else:
+                if shown.numel() == first.numel() and not self.structure.by_row:
+                    shown = shown.reshape(first.shape)  # rows that are one vector
+                shown = shown.expand(first.shape)
+                args = (torch.where(shown, first, 0.0), *filled[1:])
+            kwargs["visible"] = shown
+        with ExitStack() as stack:
+            stack.enter_context(one_precision(filled))
+            if n > 1:
+                stack.enter_context(pyro.plate(NODES, n, dim=-1 - self.depth))
+            return poutine.trace(self.guide).get_trace(*args, **kwargs)
+
+    def _try_together(self, args: tuple[Any, ...], filled: tuple[Any, ...]) -> bool:
+        """Whether guide and program run on several draws side by side."""
+        n_rows = n_rows_of(self.structure, filled)
+        with own_random_state(), torch.no_grad():
+            try:
+                trace = self._guide_trace(filled, None, 2)
+                values = {
+                    n["name"]: n["value"]
+                    for n in latent_nodes(trace)
+                    if n["name"] in self.structure.latent_names
+                }
+                together = self._given(args, filled, values, 2)[0]
+                seen = filled[0].new_ones(n_rows, self.structure.n_tokens).bool()
+                x = program_values(self.model, args, filled, self.structure)
+                both = together.log_joint(x, seen)
+                alone = []
+                for s in range(2):
+                    one = {}
+                    for site in self.structure.latents:
+                        if site.name in values:
+                            v = values[site.name]
+                            one[site.name] = v.expand(2, *v.shape[1:])[s].reshape(_shape(site, n_rows))
+                    given = self._given(args, filled, one, 1)[0]
+                    alone.append(given.log_joint(x, seen))
+            except (RuntimeError, ValueError, IndexError, TypeError, AssertionError):
+                return False
+        # sums of many tokens in single precision: a GPU adds them up in another order
+        rtol = max(1e-5, CLOSE[both.dtype])
+        return bool(torch.allclose(both, torch.cat(alone), rtol=rtol, equal_nan=True))
+
+
+class Drawn(NamedTuple):
+    """A guide on some rows."""
+
+    reader: GuideDraws
+    args: tuple[Any, ...]
+    filled: tuple[Any, ...]
+    value: Tensor
+    """(N, T) tokens, NaN where missing."""
+    shown: Tensor
+    """(N, T) of them are visible."""
+
+    def draw(self, n: int) -> dict[str, Tensor]:
+        """Values of the latents at n draws."""
+        trace = self.reader._guide_trace(self.filled, self.shown, n)
+        return {k: trace.nodes[k]["value"].detach() for k in self.reader.names}
+
+    def log_q(self, values: dict[str, Tensor], n: int) -> Tensor:
+        """Log-density (n, N) of the guide at n values of the latents."""
+        with SetLatents(values):
+            trace = self.reader._guide_trace(self.filled, self.shown, n)
+        return self.reader._log_q(trace, n)
+
+    def given(self, values: dict[str, Tensor], n: int) -> tuple[Given, Tensor | float, float, Tensor | None]:
+        """The inner model at n values of the latents."""
+        return self.reader._given(self.args, self.filled, values, n)
+
+
+def _shape(site: Latent, n_rows: int) -> list[int]:
+    """Of one draw for so many rows."""
+    shape = list(site.shape)
+    if site.row_axis is not None:
+        shape[site.row_axis] = n_rows
+    return shape
+
+
+def _refuse_infinite(guide_trace: Trace) -> None:
+    for node in latent_nodes(guide_trace):
+        if not bool(torch.isfinite(node["fn"].log_prob(node["value"])).all()):
+            raise ModelError(
+                f"the guide's density of site {node['name']!r} is not finite: check its parameters, and the "
+                "learning rate if they were trained"
+            )
+
+
+def _is_real(support: Any) -> bool:
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support is constraints.real
+
+
+def _auxiliary(node: Any) -> bool:
+    return bool(node["infer"].get("is_auxiliary"))

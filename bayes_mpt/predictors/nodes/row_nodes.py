@@ -1,0 +1,105 @@
+"""Nodes in each row, given latents of the data set."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from bayes_mpt.predictors.nodes.given import (
+    NestedRows,
+    PlacedRows,
+)
+from bayes_mpt.predictors.nodes.rules import (
+    MAX_HERMITE,
+    ROW_DRAWS,
+    ROW_NODES,
+    row_rule,
+)
+from bayes_mpt.predictors.nodes.weighted import constrained
+from bayes_mpt.program.layout import rows_first
+
+if TYPE_CHECKING:
+    from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
+
+__all__ = ["RowNodes"]
+
+
+@dataclass(frozen=True)
+class RowNodes:
+    """How each row is integrated given latents of the data set."""
+
+    adaptive: AdaptiveNodes
+    """Of the program of the rows alone."""
+    values: dict[str, Tensor]
+    """Any values of the rows' latents."""
+    cells: Tensor
+    """(N, T): where each row's tokens stand in the one vector of all observations."""
+
+    @classmethod
+    def of(cls, adaptive: AdaptiveNodes, values: dict[str, Tensor]) -> RowNodes:
+        parts, start = [], 0
+        for site in adaptive.program.sites:
+            kept = site.shape[: len(site.shape) - site.n_joint]
+            size = math.prod(kept)
+            parts.append(rows_first(torch.arange(start, start + size).reshape(kept), site.row_axis))
+            start += size
+        return cls(adaptive, values, torch.cat(parts, 1))
+
+    @property
+    def n_nodes(self) -> int:
+        """Q, of each row."""
+        width = self.adaptive.space.width
+        return ROW_NODES[width] ** width if width <= MAX_HERMITE else ROW_DRAWS
+
+    @property
+    def why(self) -> str:
+        names, width = ", ".join(self.adaptive.space.names), self.adaptive.space.width
+        how = []
+        if 0 < width <= MAX_HERMITE:
+            how.append(
+                f"{names} with {ROW_NODES[width]} Gauss-Hermite nodes along each of {width} axes, around the mode"
+            )
+        elif width:
+            how.append(f"{names} with {ROW_DRAWS} points around the mode")
+        if self.adaptive.gaussian:
+            how.append(f"{', '.join(self.adaptive.gaussian)} in closed form")
+        if self.adaptive.program.discrete:
+            how.append(f"{', '.join(self.adaptive.program.discrete)} summed out")
+        return "; ".join(how) + ("; node by node" if self.adaptive.one_by_one else "")
+
+    def given(self, args: tuple[Any, ...], filled: tuple[Any, ...], held: dict[str, Tensor]) -> NestedRows:
+        """The rows at S values (S, ...) of the latents of the data set."""
+        place = partial(self._place, args, filled, held)
+        n_nodes = len(next(iter(held.values())))
+        return NestedRows(place, self.cells.to(filled[0].device), n_nodes)
+
+    def _place(
+        self,
+        args: tuple[Any, ...],
+        filled: tuple[Any, ...],
+        held: dict[str, Tensor],
+        fine: bool,
+        x: Tensor,
+        visible: Tensor,
+    ) -> PlacedRows:
+        """Q nodes for each of S nodes of the data set and each row, for what is visible (N, T) of it."""
+        at, width = self.adaptive, self.adaptive.space.width
+        n_nodes, n_rows = len(next(iter(held.values()))), len(x)
+        t, log_w = row_rule(width, fine)
+        t, log_w = t.to(x), log_w.to(x)  # (Q, d), (Q,)
+        if not width:
+            u = x.new_zeros(n_nodes, n_rows, 0)
+            given, part, _ = at.at(args, filled, u, held)
+            return PlacedRows(given, part[:, None], u[:, None])
+        mode, root = at.locate_rows(args, x, visible, held)
+        u = (mode[:, None] + (root[:, None] @ t[:, None, :, None])[..., 0]).flatten(0, 1)  # (S Q, N, d)
+        each = {name: v.repeat_interleave(len(t), 0) for name, v in held.items()}
+        given, part, _ = at.at(args, filled, u, each)
+        log_det = torch.linalg.slogdet(root)[1][:, None]  # (S, 1, N)
+        log_weight = part.unflatten(0, (n_nodes, len(t))) + log_w[:, None] + log_det
+        return PlacedRows(given, log_weight, constrained(at.space, u).unflatten(0, (n_nodes, len(t))))
