@@ -26,7 +26,7 @@ from bayes_mpt.program.analysis import analyze
 from bayes_mpt.program.arguments import fill
 from bayes_mpt.program.densities import log_density
 from bayes_mpt.program.devices import at_once
-from bayes_mpt.program.layout import rows_first, token_values
+from bayes_mpt.program.layout import from_rows, rows_first, token_values
 from bayes_mpt.program.program import Model, ModelError, Program
 from bayes_mpt.program.run import one_precision, takes_visible
 from bayes_mpt.program.sites import base, factor_nodes, node_of
@@ -395,5 +395,4 @@ def _close(a: Tensor, b: Tensor) -> bool:
 def _as_site(cells: Tensor, shape: tuple[int, ...], row_axis: int | None) -> Tensor:
     """(B, tokens of a site) in the layout of its value."""
     assert row_axis is not None
-    rest = shape[:row_axis] + shape[row_axis + 1 :]
-    return cells.reshape(len(cells), *rest).movedim(0, row_axis)
+    return from_rows(cells, shape, row_axis)

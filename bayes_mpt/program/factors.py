@@ -27,7 +27,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from bayes_mpt.program.densities import log_density
-from bayes_mpt.program.layout import check_shape, rows_axis, sum_by_row, token_values
+from bayes_mpt.program.layout import check_shape, from_rows, rows_axis, sum_by_row, to_rows, token_values
 from bayes_mpt.program.program import Model, Observed, Program, n_rows_of
 from bayes_mpt.program.run import NODES, SetLatents, one_precision
 from bayes_mpt.program.sites import base, is_subsample, latent_nodes, node_of, own_masks
@@ -264,12 +264,7 @@ class Factors(NamedTuple):
     def _as_value(self, t: _Tokens, part: Tensor) -> Tensor:
         """(..., N, tokens) -> (..., value's axes)."""
         shape = t.site.shape[: len(t.site.shape) - t.site.n_joint]
-        lead = part.shape[:-2]
-        axis = t.site.row_axis
-        if axis is None:
-            return part.reshape((*lead, *shape))  # of a scalar site no axis may be left
-        rest = shape[:axis] + shape[axis + 1 :]
-        return part.reshape(*lead, part.shape[-2], *rest).movedim(len(lead), len(lead) + axis)
+        return from_rows(part, shape, t.site.row_axis)
 
     def _by_row(self, t: _Tokens, a: Tensor) -> Tensor:
         """([S], value's axes), broadcast -> (S, N, tokens)."""
@@ -277,10 +272,7 @@ class Factors(NamedTuple):
         if t.site.row_axis is not None:
             shape[t.site.row_axis] = self.n_rows
         a = a.expand(self.n_nodes, *([1] * max(0, a.ndim - 1 - len(shape))), *shape)
-        a = a.reshape(self.n_nodes, *shape)
-        if t.site.row_axis is None:
-            return a.reshape(self.n_nodes, 1, -1)
-        return a.movedim(t.site.row_axis + 1, 1).reshape(self.n_nodes, self.n_rows, -1)
+        return to_rows(a.reshape(self.n_nodes, *shape), t.site.row_axis, 1)
 
     def _contract(self, by_site: list[Tensor]) -> Tensor:
         """Sum the enumerated latents out of all factors: token log-densities in their layout -> (S, N)."""

@@ -10,6 +10,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import biject_to
 
+from bayes_mpt.program.layout import from_rows, to_rows
 from bayes_mpt.program.program import Latent, ModelError, Program
 from bayes_mpt.program.sites import node_of
 
@@ -53,17 +54,10 @@ class Space(NamedTuple):
             part = u[..., start : start + size]
             start += size
             axis = p.latent.row_axis
-            if axis is None:
-                raw = part.reshape(n_nodes, *p.shape)
-            else:
-                rest = p.shape[:axis] + p.shape[axis + 1 :]
-                raw = part.reshape(n_nodes, n_rows, *rest).movedim(1, axis + 1)
+            raw = from_rows(part, p.shape, axis)
             value = p.transform(raw)
             jacobian = p.transform.log_abs_det_jacobian(raw, value)
-            if axis is None:
-                log_det = log_det + jacobian.reshape(n_nodes, 1, -1).sum(-1)
-            else:
-                log_det = log_det + jacobian.movedim(axis + 1, 1).reshape(n_nodes, n_rows, -1).sum(-1)
+            log_det = log_det + to_rows(jacobian, axis, 1).sum(-1)
             if n_nodes == 1:
                 values[p.latent.name] = value[0]
             else:
@@ -95,10 +89,8 @@ class Space(NamedTuple):
                 shape[p.latent.row_axis] = n_rows
             raw = p.transform.inv(value.expand(n_nodes, *([1] * max(0, value.ndim - 1 - len(shape))), *shape)
                                   .reshape(n_nodes, *shape))  # fmt: skip
-            if p.latent.row_axis is None:
-                out.append(raw.reshape(n_nodes, 1, -1).expand(-1, n_rows if self.by_row else 1, -1))
-            else:
-                out.append(raw.movedim(p.latent.row_axis + 1, 1).reshape(n_nodes, n_rows, -1))
+            part = to_rows(raw, p.latent.row_axis, 1)
+            out.append(part.expand(-1, n_rows if self.by_row else 1, -1))
         return torch.cat(out, -1)
 
     def _size(self, p: _Part) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pyro
@@ -16,25 +17,41 @@ from bayes_mpt.program.sites import base, node_of
 __all__ = [
     "check_shape",
     "flat",
+    "from_rows",
     "join_tokens",
     "laws_of",
     "log_probs_under",
     "rows_axis",
     "rows_first",
     "sum_by_row",
+    "to_rows",
     "token_values",
 ]
 
 
+def to_rows(value: Tensor, row_axis: int | None, n_lead: int = 0) -> Tensor:
+    """What stands for a site, row by row: (lead..., axes...) -> (lead..., N, width), N of 1 without a rows plate."""
+    lead = value.shape[:n_lead]
+    if row_axis is None:
+        return value.reshape(*lead, 1, -1)
+    value = value.movedim(n_lead + row_axis, n_lead)
+    return value.reshape(*lead, value.shape[n_lead], -1)
+
+
+def from_rows(part: Tensor, shape: Sequence[int], row_axis: int | None) -> Tensor:
+    """The inverse of `to_rows`, for a site whose value has this shape but for the number of rows."""
+    lead = part.shape[:-2]
+    if row_axis is None:
+        return part.reshape((*lead, *shape))  # of a scalar site no axis may be left
+    rest = (*shape[:row_axis], *shape[row_axis + 1 :])
+    return part.reshape(*lead, part.shape[-2], *rest).movedim(len(lead), len(lead) + row_axis)
+
+
 def rows_first(value: Tensor, row_axis: int | None, n_joint: int = 0) -> Tensor:
     """A site's value (or anything of that layout) as (N, tokens of the site)."""
-    if n_joint:
-        value = value.flatten(value.ndim - n_joint).sum(
-            -1
-        )  # a token of several numbers: NaN if one of them is
-    if row_axis is None:
-        return value.reshape(1, -1)
-    return value.movedim(row_axis, 0).reshape(value.shape[row_axis], -1)
+    if n_joint:  # a token of several numbers: NaN if one of them is
+        value = value.flatten(value.ndim - n_joint).sum(-1)
+    return to_rows(value, row_axis)
 
 
 def rows_axis(node: Any, program: Program) -> int | None:
@@ -113,6 +130,4 @@ def flat(t: Tensor, shape: torch.Size, row_axis: int | None, n_copies: int = 1) 
     """What stands for each number of a site's value of this shape, row by row of each copy: (P, B, width)."""
     lead = t.shape[1 : max(1, t.ndim - len(shape))]
     t = t.expand(n_copies, *lead, *shape).reshape(n_copies, *shape)
-    if row_axis is None:
-        return t.reshape(n_copies, 1, -1)
-    return t.movedim(row_axis + 1, 1).reshape(n_copies, shape[row_axis], -1)
+    return to_rows(t, row_axis, 1)

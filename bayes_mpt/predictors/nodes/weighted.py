@@ -25,6 +25,7 @@ from bayes_mpt.predictors.base import Bound, Conditionals, Evidence, Leaves, Pos
 from bayes_mpt.predictors.nodes.given import Given
 from bayes_mpt.program.arguments import fill, has_missing
 from bayes_mpt.program.latents import Space
+from bayes_mpt.program.layout import to_rows
 from bayes_mpt.program.missing import read_values
 from bayes_mpt.program.program import Latent, Model, ModelError, Program, n_rows_of
 from bayes_mpt.program.run import SetLatents, run
@@ -361,4 +362,4 @@ def nodes_first(value: Tensor, latent: Latent, n_nodes: int, n_rows: int) -> Ten
         if value.numel() == n_nodes * math.prod(shape)
         else value.expand(n_nodes, *shape)
     )
-    return value.movedim(latent.row_axis + 1, 1).reshape(n_nodes, n_rows, -1)
+    return to_rows(value, latent.row_axis, 1)

@@ -30,7 +30,7 @@ from bayes_mpt.program.affine.normals import (
 from bayes_mpt.program.affine.probes import N_CHECKS, affine_through, check_constant, probes_of, tolerance
 from bayes_mpt.program.affine.tokens import token_gaps
 from bayes_mpt.program.arguments import cycle, fill
-from bayes_mpt.program.layout import flat
+from bayes_mpt.program.layout import flat, from_rows
 from bayes_mpt.program.program import Latent, Model, list_names
 from bayes_mpt.program.run import NODES, run
 from bayes_mpt.program.sites import sub_samples
@@ -231,12 +231,9 @@ def _run_copies(
     for site in structure.latents:
         part = z[..., start : start + site.width]
         start += site.width
-        if site.row_axis is None:
-            part = part.reshape(n_copies, *site.shape)
-        else:
-            rest = site.shape[: site.row_axis] + site.shape[site.row_axis + 1 :]
-            part = part.reshape(n_copies, -1, *rest).expand(n_copies, n_rows, *rest)
-            part = part.movedim(1, site.row_axis + 1)
+        if site.row_axis is not None:
+            part = part.expand(-1, n_rows, -1)
+        part = from_rows(part, site.shape, site.row_axis)
         sites[site.name] = part.reshape(n_copies, *[1] * (depth - site.n_batch), *part.shape[1:])
     with pyro.plate(NODES, n_copies, dim=-1 - depth):
         return run(model, filled, sites)

@@ -9,7 +9,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from bayes_mpt.program.affine.form import AffineForm, NotAffine
-from bayes_mpt.program.layout import flat, token_values
+from bayes_mpt.program.layout import flat, from_rows, token_values
 from bayes_mpt.program.program import Program
 from bayes_mpt.program.sites import base, own_shown
 
@@ -76,11 +76,7 @@ def latent_values(structure: AffineForm, z: Tensor) -> dict[str, Tensor]:
     for site in structure.latents:
         part = z[:, start : start + site.width]
         start += site.width
-        if site.row_axis is None:
-            values[site.name] = part.reshape(site.shape)
-        else:
-            rest = site.shape[: site.row_axis] + site.shape[site.row_axis + 1 :]
-            values[site.name] = part.reshape(len(z), *rest).movedim(0, site.row_axis)
+        values[site.name] = from_rows(part, site.shape, site.row_axis)
     return values
 
 
