@@ -1280,13 +1280,14 @@ def test_wrong_predictors(program):
         refused(program, X, match="inside the rows plate 'rows'", predictor=SequentialMonteCarlo())
 
 
-@pytest.mark.parametrize("predictor", [Quadrature(8), Importance(20)], ids=repr)
-def test_nodes_where_none_are_needed(predictor):
+@pytest.mark.parametrize(
+    ("predictor", "training"), [(Quadrature(8), Ascent(10)), (Importance(20), Steps(max_iter=10))], ids=repr
+)
+def test_nodes_where_none_are_needed(predictor, training):
     """The program is linear-Gaussian: a closed form would do, nodes do too."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # few steps: the score is what is tested
-        few = Ascent(max_iter=10) if isinstance(predictor, Quadrature) else Steps(max_iter=10)
-        model = fitted(linear, X, predictor=predictor, training=few)
+        model = fitted(linear, X, predictor=predictor, training=training)
     truth = stats.multivariate_normal(model.params_["shift"], np.eye(4) + 1).logpdf(X)
     atol = 1e-8 if isinstance(predictor, Quadrature) else 0.4
     np.testing.assert_allclose(model.score_samples(X), truth, atol=atol)
