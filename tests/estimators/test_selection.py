@@ -458,10 +458,10 @@ def test_probabilities_against_densities_are_refused():
     s = MarginalLikelihoodSearch(BayesMPT(**settings), {"model": networks}, evidence=Auto(cv=2)).fit(codes)
     assert s.comparison_["lml"].notna().all()
     normal = MaskedPatches((2, 3), patch=1, width=8, likelihood="gaussian")
-    for other in (normal, PPCA(1)):
+    for other in ({"model": [normal]}, {"model": [PPCA(1)], "training": [None]}):
         with pytest.raises(ValueError, match=r"(?s)not comparable.*densities"):
             MarginalLikelihoodSearch(
-                BayesMPT(**settings), {"model": [*networks, other]}, evidence=Auto(cv=2)
+                BayesMPT(**settings), [{"model": networks}, other], evidence=Auto(cv=2)
             ).fit(codes)
 
 

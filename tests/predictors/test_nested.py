@@ -122,16 +122,16 @@ def test_conditionals_and_chains():
         more = visible.numpy().copy()
         more[token] = True
         want[token] = lml(more) - lml(visible.numpy())
-    np.testing.assert_allclose(read.at(value).conditionals(visible[None])[0, 0], want, atol=1e-6)
+    np.testing.assert_allclose(read.conditionals(visible[None])[0, 0], want, atol=1e-6)
     order = torch.tensor([4, 0, 8, 3, 1, 2, 7, 5, 6])
     shown, before, want = np.zeros(9, dtype=bool), 0.0, np.zeros(9)
     for token in order.numpy():
         shown[token] = True
         want[token], before = lml(shown) - before, lml(shown)
-    np.testing.assert_allclose(read.at(value).chain(order[None])[0, 0], want, atol=1e-6)
+    np.testing.assert_allclose(read.chain(order[None])[0, 0], want, atol=1e-6)
     # the same of the inner model alone, which takes one step in every row at once
     given, log_weight = read.last.given, read.last.log_weight
-    chain = (log_weight[..., None] + given.at(value).chain(order)).logsumexp(0)[0]
+    chain = (log_weight[..., None] + given.chain(value, order)).logsumexp(0)[0]
     joint = []
     for n in range(10):
         shown = torch.zeros(9, dtype=torch.bool)
