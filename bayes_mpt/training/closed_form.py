@@ -10,9 +10,8 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator, lsmr
 from torch import Tensor
 
-from bayes_mpt.predictors import LinearGaussian
+from bayes_mpt.predictors import Conditionals
 from bayes_mpt.predictors.gaussian import incomplete, profile
-from bayes_mpt.predictors.gaussian.linear import LinearRows
 from bayes_mpt.program.affine import DenseMap
 from bayes_mpt.program.statistics import SufficientStatistics
 from bayes_mpt.training.problem import (
@@ -57,9 +56,9 @@ def maximize_profile(
     """
     leaves = problem.leaves()
     check_finite(leaves)
-    if not isinstance(problem.predictor, LinearGaussian):
+    if not problem.predictor.reads_map:
         return None
-    reading = _exact(problem).reading
+    reading = _map(problem.read())
     loc, loading, noise = reading.loc, reading.loading, reading.noise
     n_latents = loading.shape[-1]
     if len(loc) != 1 or not statistics.n_rows:
@@ -117,14 +116,14 @@ def maximize_profile(
     # Where every part is its own parameter, a rotation of it, or one that all tokens share, a step along the transposed
     # Jacobian arrives.
     _step_along_transpose(reading, leaves, targets, names)
-    predictor = _exact(problem)
-    if not all(_reached(predictor.reading, part, *target) for part, target in targets.items()):
+    predictor = problem.read()
+    if not all(_reached(_map(predictor), part, *target) for part, target in targets.items()):
         restore(leaves, before)
         for part, (target, unit) in targets.items():
             if target.numel() and not _reach(problem, [leaves[n] for n in names[part]], part, target, unit):
                 restore(leaves, before)
                 return _unreached(factors)
-        predictor = _exact(problem)
+        predictor = problem.read()
     with torch.no_grad():
         got = float(problem.score_of(predictor))
     # EM ends close by, and a noise of the size of rounding errors sees these
@@ -171,12 +170,11 @@ def _best(
     return profile.diagonal(cov, n_latents, start=near, max_iter=STEPS, tol=tol, refuse=False)
 
 
-def _exact(problem: Problem) -> LinearRows:
-    """The linear-Gaussian map at the current parameters."""
-    predictor = problem.read()
-    if not isinstance(predictor, LinearRows):
-        raise TypeError(f"this training needs a linear-Gaussian program, got {type(predictor).__name__}")
-    return predictor
+def _map(read: Conditionals) -> DenseMap:
+    """The linear-Gaussian map that was read."""
+    found = read.linear_map()
+    assert found is not None  # as `Bound.reads_map` says
+    return found
 
 
 def _part(reading: DenseMap, part: str) -> Tensor:
@@ -247,7 +245,7 @@ def _reach(problem: Problem, leaves: list[Tensor], part: str, target: Tensor, un
     """Move these parameters until a part of the reading equals its target: Gauss-Newton, steps by LSMR."""
     sizes = [leaf.numel() for leaf in leaves]
     for _ in range(20):
-        reading = _exact(problem).reading
+        reading = _map(problem.read())
         if _reached(reading, part, target, unit):
             return True
         out = _part(reading, part)

@@ -33,9 +33,10 @@ def noise_at_zero(problem: Problem) -> list[int]:
         If it rises without bound.
     """
     read = problem.read()
-    if not isinstance(read, LinearRows) or len(read.reading.noise) > 1:
+    reading = read.linear_map() if problem.predictor.reads_map else None
+    if reading is None or len(reading.noise) > 1:
         return []
-    noise, loading = read.reading.noise[0], read.reading.loading[0]
+    noise, loading = reading.noise[0], reading.loading[0]
     small = (noise <= SMALL * (noise + loading.square().sum(-1))).nonzero()[:, 0].tolist()
     if not small or not noise.requires_grad:
         return []
@@ -44,7 +45,7 @@ def noise_at_zero(problem: Problem) -> list[int]:
         least = LEAST * (noise + loading.square().sum(-1))
 
         def score(noise: Tensor) -> float:
-            moved = LinearRows(read.structure, read.reading._replace(noise=noise[None]))
+            moved = LinearRows(read.structure, reading._replace(noise=noise[None]))
             return float(problem.score_of(moved))
 
         def gain(columns: Tensor) -> float:

@@ -35,7 +35,6 @@ from bayes_mpt.predictors.gaussian.chain_tree import (
 )
 from bayes_mpt.predictors.gaussian.linear import CHUNK, LOG_2PI, LinearGaussian
 from bayes_mpt.program.affine import (
-    AffineForm,
     DenseMap,
     affine_form,
     latent_values,
@@ -44,7 +43,7 @@ from bayes_mpt.program.affine import (
 from bayes_mpt.program.affine.sparse import Sparse
 from bayes_mpt.program.affine.sparse_map import Blocks, NotSparse, SparseMap
 from bayes_mpt.program.analysis import Analysis
-from bayes_mpt.program.program import Model
+from bayes_mpt.program.program import Model, Program
 
 __all__ = ["MarkovGaussian", "MarkovRows", "closed_form"]
 
@@ -98,12 +97,12 @@ class MarkovGaussian(Bound):
     exact = True
     name = "Exact"
     model: Model
-    structure: AffineForm
 
     def __init__(self, model: Model, args: tuple[Any, ...], *, analysis: Analysis | None = None):
         self.model = model
         self._way = Sparse()
-        self.structure = affine_form(model, args, self._way, analysis=analysis)
+        self.form = affine_form(model, args, self._way, analysis=analysis)
+        self.structure = self.form.program
         assert self._way.layout is not None
         layout = self._way.layout
         self.why = (
@@ -113,15 +112,13 @@ class MarkovGaussian(Bound):
         )
 
     def read(self, args: tuple[Any, ...]) -> MarkovRows:
-        return MarkovRows(self.structure, read(self.model, args, self.structure, self._way))
+        return MarkovRows(self.structure, read(self.model, args, self.form, self._way))
 
 
 class MarkovRows(Conditionals):
     """Rows under linear-Gaussian maps along a chain of latents: one for all, or one for each."""
 
-    structure: AffineForm
-
-    def __init__(self, structure: AffineForm, reading: SparseMap):
+    def __init__(self, structure: Program, reading: SparseMap):
         self.structure, self.reading = structure, reading
         self.value, self.scale = reading.value, reading.scale
 
@@ -134,6 +131,9 @@ class MarkovRows(Conditionals):
         return MarkovRows(
             self.structure, SparseMap(loc, latent_loc, slope, root, noise, self.scale, loc[:0], layout)
         )
+
+    def linear_map(self) -> DenseMap:
+        return self.reading.dense()
 
     def conditionals(self, visible: Tensor) -> Tensor:
         x = self.value
@@ -171,10 +171,6 @@ class MarkovRows(Conditionals):
         # the mean of the tokens is affine in the latents, so that their means are enough
         shared = None if self.structure.by_row else lambda: [(1.0, latent_values(self.structure, mean))]
         return Posterior(mean, rows.by_token(found.tokens)[0], of_shared=shared)
-
-    def dense(self) -> DenseMap:
-        """The map as `LinearRows` has it, K x K and T x K matrices."""
-        return self.reading.dense()
 
     # ------------------------------------------------------------------------------------------------ the algebra
 
