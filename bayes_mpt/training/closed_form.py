@@ -13,7 +13,7 @@ from torch import Tensor
 from bayes_mpt.predictors import Conditionals
 from bayes_mpt.predictors.gaussian import incomplete, profile
 from bayes_mpt.program.affine import DenseMap
-from bayes_mpt.program.statistics import SufficientStatistics
+from bayes_mpt.program.statistics import Covariance, SufficientStatistics
 from bayes_mpt.training.problem import (
     Fit,
     Problem,
@@ -176,7 +176,7 @@ def _move_to(
 
 
 def _best(
-    cov: NDArray[np.float64] | profile.Root,
+    cov: Covariance,
     near: NDArray[np.float64] | None = None,
     *,
     n_latents: int,
@@ -190,7 +190,7 @@ def _best(
         return profile.proportional(cov, n_latents, shape, at_floor=at_floor)
     if near is None:
         return profile.diagonal(cov, n_latents, max_iter=max_iter, tol=tol)
-    near = np.maximum(near, LIFTED * profile.variances(cov))
+    near = np.maximum(near, LIFTED * cov.variances)
     return profile.diagonal(cov, n_latents, start=near, max_iter=STEPS, tol=tol, refuse=False)
 
 
