@@ -191,7 +191,7 @@ class Fitted:
     def shared_map(self, what: str) -> DenseMap:
         """The linear-Gaussian map that all rows share; ``what`` needs it."""
         shared, structure = self.bound.shared, self.bound.structure
-        if shared is not None and structure.by_row and not structure.per_row:
+        if shared is not None and structure.affine and structure.by_row and not structure.per_row:
             found = shared.linear_map()
             if found is not None:
                 return found

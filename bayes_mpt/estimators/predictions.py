@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bayes_mpt.estimators.fitted import Fitted
 from bayes_mpt.estimators.rows import refuse_missing
-from bayes_mpt.masks import PermutationChain, Policy
+from bayes_mpt.masks import PermutationChain, Policy, check_policy
 from bayes_mpt.predictors import Predictive
 from bayes_mpt.predictors.base import together
 from bayes_mpt.predictors.new_rows import means_of_new
@@ -201,8 +201,7 @@ def estimate_score(
 ) -> ScoreEstimate:
     """The log marginal likelihood of rows by a mask policy, with its error over masks."""
     masks = PermutationChain() if masks is None else masks
-    if not isinstance(masks, Policy):
-        raise TypeError(f"masks must be a mask policy such as UniformSize(20), got {masks!r}")
+    check_policy(masks)
     with fitted.read(rows, y) as read:
         x, moments = read.value, None
         few = not fitted.bound.reads_map or len(x) <= 2 * x.shape[1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from numbers import Integral
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -84,5 +84,4 @@ def bracket(fitted: Fitted, n_rows: int) -> Bracket:
         )
     rows, latents = _simulate(fitted, n_rows)
     with fitted.program((rows,)) as predictor:
-        assert isinstance(predictor, Annealed)
-        return predictor.bracket((rows,), latents)
+        return cast(Annealed, predictor).bracket((rows,), latents)

@@ -312,7 +312,7 @@ class Conditionals(ABC):
         return None
 
     def linear_map(self) -> DenseMap | None:
-        """The linear-Gaussian map of the rows, one for all or one for each; None where they have none."""
+        """Linear-Gaussian maps: one for all rows, one for each, or those of a mixture; None where there are none."""
         return None
 
     # ------------------------------------------------------------------------- what a way may know better

@@ -7,8 +7,6 @@ from torch import Tensor
 
 from bayes_mpt.predictors.gaussian.linear import LinearRows
 from bayes_mpt.predictors.gaussian.profile import NoiseFloorError
-from bayes_mpt.predictors.nodes.given import AffineBatch
-from bayes_mpt.predictors.nodes.weighted import Nodes
 from bayes_mpt.training.problem import Problem
 
 __all__ = ["collapsed", "noise_at_zero"]
@@ -67,11 +65,12 @@ def noise_at_zero(problem: Problem) -> list[int]:
 @torch.no_grad()
 def collapsed(problem: Problem) -> dict[int, list[int]]:
     """Components of a mixture of Gaussian maps that have lost their spread, and the columns in whose direction."""
-    read = problem.read()
-    given = read.last.given if isinstance(read, Nodes) else None
-    if not isinstance(given, AffineBatch) or given.shared is None:
+    if problem.predictor.structure.affine:
         return {}
-    reading, x = given.shared.reading, read.value
+    read = problem.read()
+    reading, x = read.linear_map(), read.value
+    if reading is None:
+        return {}
     seen = ~x.isnan()
     mean = x.nan_to_num(0.0).sum(0) / seen.sum(0)
     sd = (torch.where(seen, x - mean, 0.0).square().sum(0) / seen.sum(0)).sqrt()

@@ -23,14 +23,12 @@ from bayes_mpt.predictors.base import Bound, Conditionals, Posterior
 from bayes_mpt.predictors.gaussian.chain_tree import (
     ChainRows,
     Found,
-    Leaves,
     down,
     every_block,
     every_moment,
     finish,
     leaves_of,
     refuse_lost_digits,
-    take,
     up,
 )
 from bayes_mpt.predictors.gaussian.linear import CHUNK, LOG_2PI, LinearGaussian
@@ -41,7 +39,7 @@ from bayes_mpt.program.affine import (
     read,
 )
 from bayes_mpt.program.affine.sparse import Sparse
-from bayes_mpt.program.affine.sparse_map import Blocks, NotSparse, SparseMap
+from bayes_mpt.program.affine.sparse_map import NotSparse, SparseMap
 from bayes_mpt.program.analysis import Analysis
 from bayes_mpt.program.program import Model, Program
 
@@ -201,10 +199,9 @@ class MarkovRows(Conditionals):
             layout.slot % layout.n_slots, layout.n_slots
         )  # (m, t) of the versions of the blocks
         shown = shown & rows.in_slots(rows.seen[None])[:, :, plan.block]
-        blocks = Blocks(*(t[:, plan.block] for t in rows.blocks))
-        leaves = leaves_of(blocks, shown, rows.residual[:, :, plan.block], rows)
+        leaves = leaves_of(rows.blocks.take(plan.block), shown, rows.residual[:, :, plan.block], rows)
         outside = down(up(leaves.stretch, plan.plan, rows), plan.plan, rows)
-        found = finish(Leaves(*(take(part, plan.version) for part in leaves)), outside, rows)
+        found = finish(leaves.take(plan.version), outside, rows)
         # of the slots of the block, that of the token
         slot = (layout.slot % layout.n_slots)[:, None]
         here = torch.arange(layout.n_slots, device=slot.device) == slot  # (T, t)
