@@ -17,11 +17,13 @@ from bayes_mpt.program.affine.form import AffineForm, Way
 from bayes_mpt.program.affine.normals import check_normal, normal, prior_means, scale_of
 from bayes_mpt.program.affine.tokens import token_gaps
 from bayes_mpt.program.affine.trial import (
+    Tokens,
     Trial,
     compare_with_program,
     covariates,
     rows_alike,
     same_map,
+    tokens_of_map,
     trial_of,
     trial_run,
 )
@@ -83,8 +85,9 @@ def first_reading(
     form = _draft(analysis)
     way.check_applicable(form)
     trial = trial_of(analysis.first, form)
-    reading = _shared_map(model, analysis, form, trial, way)
-    if reading is not None:
+    shared = _shared_map(model, analysis, form, trial, way)
+    if shared is not None:
+        reading, tokens = shared
         program = form.program._replace(per_row=False, scores_input=form.observed_argument is not None)
         form = form._replace(program=program)
     else:
@@ -97,7 +100,8 @@ def first_reading(
                 if len(found.value) == len(few[0]):  # else it has rows of its own, whatever it is given
                     trial, rows = found, few
         form, reading = way.first_read_per_row(model, rows, form)
-    compare_with_program(form, reading, trial)
+        tokens = tokens_of_map(reading, trial)
+    compare_with_program(form, reading, trial, tokens)
     return form, reading
 
 
@@ -114,8 +118,13 @@ def _draft(analysis: Analysis) -> AffineForm:
     return AffineForm(program, torch.cat(spread) if spread else analysis.args[0].new_zeros(0))
 
 
-def _shared_map(model: Model, analysis: Analysis, form: AffineForm, trial: Trial, way: Way) -> Any:
-    """The map read from probe rows, if the real rows have the same one, also at other parameters; else None."""
+def _shared_map(
+    model: Model, analysis: Analysis, form: AffineForm, trial: Trial, way: Way
+) -> tuple[Any, Tokens] | None:
+    """The map read from probe rows, and the tokens that it gives the real ones.
+
+    None where the real rows do not have the same map, or would not at other parameters.
+    """
     program = form.program
     if not program.by_row or program.sub_rows is not None or program.scale != 1.0:
         return None
@@ -137,7 +146,8 @@ def _shared_map(model: Model, analysis: Analysis, form: AffineForm, trial: Trial
         if not torch.equal(reading.value, there):
             raise_moving(program.observed, program.latent_names)
         return None
-    return reading if same_map(reading, trial) else None
+    tokens = tokens_of_map(reading, trial)
+    return (reading, tokens) if same_map(tokens, trial) else None
 
 
 def read(

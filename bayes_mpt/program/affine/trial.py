@@ -24,15 +24,20 @@ from bayes_mpt.program.program import Model
 from bayes_mpt.program.run import run
 
 __all__ = [
+    "Tokens",
     "Trial",
     "compare_with_program",
     "covariates",
     "rows_alike",
     "same_by_label",
     "same_map",
+    "tokens_of_map",
     "trial_of",
     "trial_run",
 ]
+
+Tokens = tuple[Tensor, Tensor, Tensor]
+"""Means (N, T), variances (N, T) and, of the means, the sizes (N, T) of what they are sums of."""
 
 
 class Trial(NamedTuple):
@@ -90,31 +95,40 @@ def same_by_label(
     filled = tuple(fill(a) for a in args)
     loc, loading, noise, latent_loc, root = (t[label] for t in reading[:5])
     of_rows = DenseMap(loc, loading, noise, latent_loc, root, reading.scale, reading.value)
-    return same_map(of_rows, trial_run(model, filled, structure))
+    trial = trial_run(model, filled, structure)
+    return same_map(tokens_of_map(of_rows, trial), trial)
 
 
-def same_map(reading: Map, before: Trial) -> bool:
-    """Whether these rows have this one map."""
-    with torch.no_grad():
-        mean, variance, size = reading.tokens_at(before.z)
-        same = (before.loc - mean).abs() <= tolerance(before.loc) * size
-        return bool(same.all()) and close(before.scale.square(), variance)
+@torch.no_grad()
+def tokens_of_map(reading: Map, before: Trial) -> Tokens:
+    """Means, variances and sizes of the tokens that the map gives at the latents of a run."""
+    return reading.tokens_at(before.z)
 
 
-def compare_with_program(structure: AffineForm, reading: Map, before: Trial) -> None:
+def same_map(tokens: Tokens, before: Trial) -> bool:
+    """Whether these rows have the one map that gives these tokens."""
+    mean, variance, size = tokens
+    same = (before.loc - mean).abs() <= tolerance(before.loc) * size
+    return bool(same.all()) and close(before.scale.square(), variance)
+
+
+@torch.no_grad()
+def compare_with_program(structure: AffineForm, reading: Map, before: Trial, tokens: Tokens) -> None:
     """The map must give the very log-density that the program gives itself."""
+    if structure.sub_rows is not None:
+        return
     trace, z = before.trace, before.z
-    with torch.no_grad():
-        trace.compute_log_prob()
-        want = sum(float(s["log_prob_sum"]) for s in trace.nodes.values() if s["type"] == "sample")
-        mean, variance, size = reading.tokens_at(z)
-        got = scale_of(trace.nodes[structure.site_names[0]]) * float(
-            reading.log_joint(z, before.value, mean, variance)
-        )
-        # A mean that is large beside its noise is rounded: d log N(x; m, v) = (x - m) / v dm,  dm = eps (|x| + |m|)
-        rounded = torch.finfo(z.dtype).eps * (before.value.abs() + size)
-        rounding = 8 * float(((before.value - mean).abs() / variance * rounded).sum())
-    if structure.sub_rows is None and not abs(got - want) <= tolerance(z) * 1e3 * (1 + abs(want)) + rounding:
+    trace.compute_log_prob()
+    want = sum(float(s["log_prob_sum"]) for s in trace.nodes.values() if s["type"] == "sample")
+    mean, variance, size = tokens
+    log_joint = float(reading.log_joint(z, before.value, mean, variance))
+    got = scale_of(trace.nodes[structure.site_names[0]]) * log_joint
+    if abs(got - want) <= tolerance(z) * 1e3 * (1 + abs(want)):
+        return
+    # A mean that is large beside its noise is rounded: d log N(x; m, v) = (x - m) / v dm,  dm = eps (|x| + |m|)
+    rounded = torch.finfo(z.dtype).eps * (before.value.abs() + size)
+    rounding = 8 * float(((before.value - mean).abs() / variance * rounded).sum())
+    if not abs(got - want) <= tolerance(z) * 1e3 * (1 + abs(want)) + rounding:
         raise NotAffine(
             f"read as a linear-Gaussian program its log-density is {got:.8g}, but the program's own is {want:.8g} "
             f"(observed site {structure.observed!r}): it contains a mask, a scale on one site or a factor"
