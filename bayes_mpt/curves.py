@@ -21,6 +21,11 @@ class Curve(NamedTuple):
     """(T,) standard errors over masks; NaN where a size was drawn once."""
 
     @property
+    def labels(self) -> tuple[str, str]:
+        """Of the axis of hidden tokens, and the unit of the area, in words."""
+        return "hidden tokens m", "nats a row"
+
+    @property
     def area(self) -> float:
         """Nats a row. A size that no mask had counts as the next that one had: of equal `Blocks` this is the score."""
         drawn = ~np.isnan(self.mean)
@@ -38,6 +43,11 @@ class RateCurve(NamedTuple):
     """(n_rates,) averaged over rows, each weighed by its tokens."""
     se: NDArray[np.float64]
     """(n_rates,) standard errors over masks."""
+
+    @property
+    def labels(self) -> tuple[str, str]:
+        """Of the axis of hidden tokens, and the unit of the area, in words."""
+        return "share of tokens hidden", "nats a token"
 
     @property
     def area(self) -> float:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from numbers import Integral, Real
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -76,6 +76,11 @@ class Policy(BaseEstimator):
     """Whether the expected score over the policy's draws is log p(x)."""
     deterministic: ClassVar[bool]
     """Whether every draw is the same."""
+
+    @property
+    def of_blocks(self) -> Policy | None:
+        """The policy that draws blocks of tokens, where these are hidden and shown together (`Blocks`)."""
+        return None
 
     @abstractmethod
     def draw(self, n_tokens: int, random_state: RandomState = None) -> Masks:
@@ -281,10 +286,13 @@ class Blocks(Policy):
         self.masks = masks
         self.groups = groups
 
+    @property
+    def of_blocks(self) -> Policy:
+        return self.masks
+
     def draw(self, n_tokens: int, random_state: RandomState = None) -> Masks:
         _count("n_tokens", n_tokens)
-        if not isinstance(self.masks, Policy):
-            raise TypeError(f"masks must be a mask policy such as UniformSize(20), got {self.masks!r}")
+        check_policy(self.masks)
         label = _labels(self.groups, n_tokens)  # (T,)
         n_blocks = int(label.max()) + 1
         visible, order, weight = self.masks.draw(n_blocks, random_state)
@@ -314,6 +322,12 @@ def one_each(masks: Masks, n_rows: int, random_state: RandomState = None) -> Mas
     return Masks(masks.visible[which][None], None, n_masks * masks.weight[which][None])
 
 
+def check_policy(masks: Any) -> None:
+    """Refuse what is no mask policy."""
+    if not isinstance(masks, Policy):
+        raise TypeError(f"masks must be a mask policy such as UniformSize(20), got {masks!r}")
+
+
 def require_lml(policy: Policy, what: str, *, independent: bool = False) -> None:
     """Refuse a policy whose expected score is not the LML where an LML is reported.
 
@@ -331,13 +345,13 @@ def require_lml(policy: Policy, what: str, *, independent: bool = False) -> None
     ValueError
         If ``policy.is_lml`` is False.
     """
-    if isinstance(policy, Blocks):
-        require_lml(policy.masks, what)
+    if policy.of_blocks is not None:
+        require_lml(policy.of_blocks, what)
         if not independent:
             raise ValueError(
                 f"{what} needs masks whose expected score is the log marginal likelihood (LML). Blocks are scored "
                 "token by token, and the sum is a block's log-density only if its tokens are independent given what is "
-                f"visible, as a program model(x, visible) says. Use {policy.masks!r} itself, or "
+                f"visible, as a program model(x, visible) says. Use {policy.of_blocks!r} itself, or "
                 "PermutationChain(groups=...)"
             )
     elif not policy.is_lml:

@@ -42,10 +42,8 @@ class MaskedCurveDisplay:
     def plot(self, ax: Any = None, *, label: str | None = None, color: str | None = None) -> Self:
         """Draw on ``ax``, or on new axes."""
         self.ax_, self.figure_ = _axes(ax)
-        if isinstance(self.curve, RateCurve):
-            label_x, area = "share of tokens hidden", f"{self.curve.area:.2f} nats a token"
-        else:
-            label_x, area = "hidden tokens m", f"{self.curve.area:.2f} nats a row"
+        label_x, unit = self.curve.labels
+        area = f"{self.curve.area:.2f} {unit}"
         drawn = ~np.isnan(self.curve.mean)
         size, mean, se = (a[drawn] for a in self.curve)
         (self.line_,) = self.ax_.plot(size, mean, label=label, color=color)

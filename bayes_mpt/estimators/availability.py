@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from bayes_mpt.estimators.rows import takes_y
-from bayes_mpt.program.program import Program
 
 __all__ = ["counts_parameters", "is_unfitted", "predicts", "predicts_vector", "takes_labels"]
 
@@ -20,7 +19,7 @@ def takes_labels(estimator: Any) -> bool:
     if is_unfitted(estimator):
         return False
     structure = estimator.fitted_.bound.structure
-    return isinstance(structure, Program) and structure.one_label and estimator.fitted_.y_like is None
+    return structure.one_label and estimator.fitted_.y_like is None
 
 
 def predicts_y(estimator: Any) -> bool:

@@ -12,7 +12,7 @@ import pyro
 import torch
 
 from bayes_mpt.evidence.laplace import laplace_proportional
-from bayes_mpt.predictors import Bound, LinearGaussian, Predictor, choose
+from bayes_mpt.predictors import Bound, Predictor, choose
 from bayes_mpt.predictors.base import Guide
 from bayes_mpt.predictors.gaussian.process import N_TRIAL_ROWS, gaussian_program
 from bayes_mpt.predictors.gaussian.profile import spectrum
@@ -86,7 +86,7 @@ def bind(
         found = known[0]
     else:
         found = choose(model, args, predictor=predictor, guide=guide)
-    if n_rows > MAX_INIT_ROWS and not (found.structure.scores_input and isinstance(found, LinearGaussian)):
+    if n_rows > MAX_INIT_ROWS and not (found.structure.scores_input and found.reads_map):
         args = arguments(slice(None))
         if not found.structure.scores_input and not by_epochs:
             found = choose(model, args, predictor=predictor, guide=guide)

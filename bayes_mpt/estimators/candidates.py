@@ -15,7 +15,6 @@ from bayes_mpt.diagnostics import BAD_K
 from bayes_mpt.estimators.bayes_mpt import BayesMPT
 from bayes_mpt.estimators.integrals import n_hyperparameters, noise_shape
 from bayes_mpt.evidence.integrated import IntegratedEvidence
-from bayes_mpt.program.program import Observed
 
 __all__ = [
     "Candidate",
@@ -52,7 +51,7 @@ class Facts:
     @classmethod
     def of(cls, model: BayesMPT) -> Facts:
         structure = model.predictor_.structure
-        discrete = {isinstance(site, Observed) and site.discrete for site in structure.sites}
+        discrete = {site.discrete for site in structure.sites}
         return cls(
             by_row=bool(structure.by_row),
             remembers=bool(model.predictor_.remembers),

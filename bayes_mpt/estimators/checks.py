@@ -19,7 +19,7 @@ from bayes_mpt.predictors import Bound
 from bayes_mpt.predictors.gaussian.process import N_TRIAL_ROWS
 from bayes_mpt.program.arguments import fill, head, resampled, shifted
 from bayes_mpt.program.offers import offered
-from bayes_mpt.program.program import Model, ModelError, Program
+from bayes_mpt.program.program import Model, ModelError
 from bayes_mpt.program.run import run
 from bayes_mpt.warnings import (
     AdviceWarning,
@@ -65,11 +65,7 @@ def check_bound(
 def _refuse_subsampling(predictor: Bound, args: tuple[Any, ...]) -> None:
     """Programs whose score is that of other rows than they are given, or weighed."""
     structure = predictor.structure
-    scale = 1.0
-    if isinstance(structure, Program):
-        scale = structure.scale
-    elif structure.per_row:
-        scale = predictor.read(args).scale
+    scale = structure.scale
     if structure.by_row and structure.sub_rows is None and scale != 1.0:
         raise ModelError(
             f"poutine.scale weighs the program by {scale:.4g}, so that its score is no marginal likelihood: fit "

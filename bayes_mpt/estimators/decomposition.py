@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from gpytorch.kernels import (
     AdditiveKernel,
     Kernel,
-    LinearKernel,
     MaternKernel,
     PeriodicKernel,
     ProductKernel,
@@ -25,13 +24,13 @@ from torch import Tensor
 
 from bayes_mpt.inputs import read_table
 from bayes_mpt.models import GaussianProcess
-from bayes_mpt.models.kernels import Line, kernel_name
+from bayes_mpt.models.kernels import kernel_name, lines_meet
 from bayes_mpt.runtime.serial import takes_turns
 
 if TYPE_CHECKING:
     from bayes_mpt.estimators.bayes_mpt import BayesMPT
 
-__all__ = ["Decomposition", "decompose", "describe"]
+__all__ = ["Decomposition", "decompose", "describe", "process_of"]
 
 
 class Decomposition(NamedTuple):
@@ -54,6 +53,11 @@ class Decomposition(NamedTuple):
         return self.offset + self.mean.sum(0)
 
 
+def process_of(model: Any) -> GaussianProcess | None:
+    """The model, if it is a Gaussian process with a kernel of gpytorch: what of kernels is told needs one."""
+    return model if isinstance(model, GaussianProcess) else None
+
+
 @takes_turns
 def decompose(estimator: BayesMPT, X: ArrayLike | None = None) -> Decomposition:
     """Split the prediction of a Gaussian process into the summands of its kernel, each given the training rows.
@@ -72,9 +76,11 @@ def decompose(estimator: BayesMPT, X: ArrayLike | None = None) -> Decomposition:
     Decomposition
     """
     check_is_fitted(estimator)
-    program = estimator.fitted_model_
-    if not isinstance(program, GaussianProcess) or program.likelihood_function is not None:
-        raise TypeError(f"only a GaussianProcess with Gaussian noise has additive parts, got {program!r}")
+    program = process_of(estimator.fitted_model_)
+    if program is None or program.likelihood_function is not None:
+        raise TypeError(
+            f"only a GaussianProcess with Gaussian noise has additive parts, got {estimator.fitted_model_!r}"
+        )
     x, y = _seen(estimator)
     new = x if X is None else torch.as_tensor(check_array(read_table(X), dtype=np.float64)).to(x)
     with torch.no_grad():
@@ -118,8 +124,8 @@ def _summands(kernel: Kernel) -> list[Kernel]:
 def describe(model: BayesMPT, unit: str = "") -> str:
     """The kernel of a fitted Gaussian process in words, from its hyper-parameters."""
     x, _ = _seen(model)
-    program = model.fitted_model_
-    assert isinstance(program, GaussianProcess)
+    program = process_of(model.fitted_model_)
+    assert program is not None  # no other program remembers its rows
     kernel, _, noise = program.at(model.params_, x)
     several = x.shape[1] > 1
     words = [_in_words(k, x, unit, several) for k in _summands(kernel)]
@@ -136,7 +142,7 @@ def _in_words(kernel: Kernel, x: Tensor, unit: str, several: bool) -> str:
     factors = list(kernel.kernels) if isinstance(kernel, ProductKernel) else [kernel]
     order = [PeriodicKernel, RBFKernel, MaternKernel, RQKernel]
     factors.sort(key=lambda k: next((i for i, c in enumerate(order) if isinstance(k, c)), len(order)))
-    lines = [k for k in factors if isinstance(k, Line | LinearKernel)]
+    lines = [k for k in factors if lines_meet(k) is not None]
     if len(lines) == len(factors):
         shapes = ["a straight line", "a parabola", "a cubic"]
         out = shapes[len(lines) - 1] if len(lines) <= 3 else f"a polynomial of degree {len(lines)}"
@@ -165,10 +171,10 @@ def _leading(kernel: Kernel, x: Tensor, unit: str) -> str:
 def _changing(kernel: Kernel, unit: str) -> str:
     if isinstance(kernel, PeriodicKernel):
         return f"that recurs every {_quantity(kernel.period_length, unit)}"
-    if isinstance(kernel, Line):
-        return f"whose amplitude grows linearly from zero at {_quantity(kernel.location, unit)}"
-    if isinstance(kernel, LinearKernel):
-        return "whose amplitude grows linearly from zero at 0"
+    zero = lines_meet(kernel)
+    if zero is not None:
+        at = _quantity(zero, unit) if isinstance(zero, Tensor) else "0"
+        return f"whose amplitude grows linearly from zero at {at}"
     if isinstance(kernel, RBFKernel):
         return f"that slowly changes over {_quantity(kernel.lengthscale, unit)}"
     if isinstance(kernel, MaternKernel):

@@ -22,6 +22,7 @@ __all__ = [
     "checkpointed",
     "cloned",
     "fit_candidate",
+    "fit_of",
     "names_of",
     "results_of",
     "score_candidate",
@@ -85,14 +86,18 @@ def unfitted(estimator: Any, params: dict[str, Any], random_state: int | None) -
     return candidate
 
 
-def to_fit(args: tuple[Any, ...]) -> Any:
-    """The same, of the arguments of either task; None of a candidate that failed."""
-    if not isinstance(args[0], Candidate):
-        estimator, params, _, _, _, random_state = args
-        return unfitted(estimator, params, random_state)
-    candidate: Candidate = args[0]
-    fitted = candidate.estimator
-    return candidate.unfitted if fitted is None else clone(fitted)
+def to_fit(
+    estimator: Any, params: dict[str, Any], X: Any, y: Any, evidence: str, random_state: int | None
+) -> Any:
+    """What `fit_candidate` fits, of the same arguments."""
+    return unfitted(estimator, params, random_state)
+
+
+def fit_of(candidate: Candidate, X: Any, y: Any, rule: Rule, seed: int) -> Any:
+    """What the candidate of `score_candidate` is a fit of, of the same arguments; None of one that failed."""
+    if candidate.error:
+        return None
+    return candidate.unfitted if candidate.estimator is None else clone(candidate.estimator)
 
 
 def score_candidate(candidate: Candidate, X: Any, y: Any, rule: Rule, seed: int) -> Candidate:
@@ -107,14 +112,21 @@ def score_candidate(candidate: Candidate, X: Any, y: Any, rule: Rule, seed: int)
 
 
 def checkpointed(
-    slot: Slot | None, task: Callable[..., Candidate], args: tuple[Any, ...], error_score: Any, name: str
+    slot: Slot | None,
+    task: Callable[..., Candidate],
+    unfitted_of: Callable[..., Any],
+    args: tuple[Any, ...],
+    error_score: Any,
+    name: str,
 ) -> Candidate:
     """Run a task unless its result is on disk; one that fails, or is not finished, leaves nothing there.
 
-    Its warnings name the candidate.
+    ``unfitted_of`` the same arguments is what is fitted. The task's warnings name the candidate.
     """
-    if slot is not None and slot.found is None and not _failed(args):
-        slot.look(to_fit(args))  # another search may have been faster
+    if slot is not None and slot.found is None:
+        estimator = unfitted_of(*args)
+        if estimator is not None:
+            slot.look(estimator)  # another search may have been faster
     if slot is not None and slot.found is not None:
         slot.found.taken_up = True
         return slot.found
@@ -128,10 +140,6 @@ def checkpointed(
     if slot is not None and not result.error:
         slot.put(result)
     return result
-
-
-def _failed(args: tuple[Any, ...]) -> bool:
-    return isinstance(args[0], Candidate) and bool(args[0].error)
 
 
 def _unseeded(estimator: Any) -> list[str]:

@@ -28,7 +28,7 @@ from bayes_mpt.estimators.rows import (
 )
 from bayes_mpt.estimators.trainer import Trainer
 from bayes_mpt.evidence.integrated import Prior, hyperprior
-from bayes_mpt.predictors import Bound, Conditionals, Evidence, LinearGaussian
+from bayes_mpt.predictors import Bound, Conditionals, Evidence
 from bayes_mpt.predictors.base import Frozen, Guide, together
 from bayes_mpt.predictors.new_rows import growing
 from bayes_mpt.predictors.self_predictive import sees_all
@@ -36,7 +36,7 @@ from bayes_mpt.program.arguments import filling
 from bayes_mpt.program.devices import own_random_state, random_states, set_random_states
 from bayes_mpt.program.location import location_parameter
 from bayes_mpt.program.offers import offered
-from bayes_mpt.program.program import Model, ModelError, Program
+from bayes_mpt.program.program import Model, ModelError
 from bayes_mpt.program.run import not_finite
 from bayes_mpt.program.statistics import SufficientStatistics, digest_of_rows, far_means
 from bayes_mpt.program.store import Initial, OwnStore, State, load, save
@@ -235,7 +235,7 @@ def _read(
     if not table.more:
         refuse_one_row(len(table.X), predictor.structure.parameters)
     check_bound(predictor, model, args, table.X, table.y, trainer.names)
-    moments = predictor.structure.scores_input and isinstance(predictor, LinearGaussian)
+    moments = predictor.structure.scores_input and predictor.reads_map
     if trainer.by_epochs and (moments or predictor.remembers or not predictor.structure.by_row):
         raise ValueError(
             f"training=Epochs(...) is of minibatches of independent rows, which {predictor.name} does not use "
@@ -447,7 +447,7 @@ def _latents(
         (share, {n: v.detach().clone() for n, v in values.items() if n in outside}) for share, values in known
     ]
     with_rows: tuple[str, ...] = ()
-    if isinstance(structure, Program) and len(args) > 1 and not predictor.exact:
+    if len(args) > 1 and not predictor.exact:
         with_rows = growing(model, args, structure)
     # numbers a row; of discrete latents one for each value, which only the posterior tells
     if predictor.remembers:

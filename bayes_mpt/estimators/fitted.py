@@ -17,8 +17,6 @@ from bayes_mpt.estimators.rows import arguments, as_tensor, takes_y
 from bayes_mpt.inputs import read_numbers
 from bayes_mpt.predictors import Bound, Conditionals, Predictor, choose
 from bayes_mpt.predictors.base import Frozen, Guide
-from bayes_mpt.predictors.gaussian.linear import LinearRows
-from bayes_mpt.predictors.gaussian.markov import MarkovRows
 from bayes_mpt.program.affine import DenseMap
 from bayes_mpt.program.arguments import fill
 from bayes_mpt.program.devices import at_once, check_device, moved, own_random_state
@@ -193,8 +191,10 @@ class Fitted:
     def shared_map(self, what: str) -> DenseMap:
         """The linear-Gaussian map that all rows share; ``what`` needs it."""
         shared, structure = self.bound.shared, self.bound.structure
-        if isinstance(shared, LinearRows | MarkovRows) and structure.by_row and not structure.per_row:
-            return shared.reading if isinstance(shared, LinearRows) else shared.dense()
+        if shared is not None and structure.affine and structure.by_row and not structure.per_row:
+            found = shared.linear_map()
+            if found is not None:
+                return found
         raise ValueError(f"{what} needs a program whose rows share one map; this one's rows differ")
 
     def buffers(self) -> dict[str, Tensor]:
@@ -232,9 +232,8 @@ class Fitted:
         }
         if self.selection is not None:
             found["selection_"] = self.selection
-        shared = self.bound.shared
-        if isinstance(shared, LinearRows) and structure.by_row and not structure.per_row:
-            reading = shared.reading
+        if self.bound.reads_map and structure.by_row and not structure.per_row:
+            reading = self.shared_map("components_")
             noise = reading.noise[0].cpu().numpy()
             name = self.noise_parameter
             alike = len(noise) > 1 and bool((noise == noise[0]).all())

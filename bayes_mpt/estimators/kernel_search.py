@@ -17,7 +17,6 @@ import pandas as pd
 from gpytorch.kernels import (
     AdditiveKernel,
     Kernel,
-    LinearKernel,
     MaternKernel,
     PeriodicKernel,
     ProductKernel,
@@ -34,14 +33,14 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 
 from bayes_mpt.estimators.bayes_mpt import BayesMPT
-from bayes_mpt.estimators.candidates import refuse_unwrapped
-from bayes_mpt.estimators.decomposition import Decomposition, decompose, describe
+from bayes_mpt.estimators.candidates import final_step, refuse_unwrapped
+from bayes_mpt.estimators.decomposition import Decomposition, decompose, describe, process_of
 from bayes_mpt.estimators.partial import Finished, Partial, finished_table
 from bayes_mpt.estimators.rules import RULES, Auto, Rule, rule_of
 from bayes_mpt.estimators.search import MarginalLikelihoodSearch
 from bayes_mpt.inputs import read_table
 from bayes_mpt.models import GaussianProcess
-from bayes_mpt.models.kernels import Line
+from bayes_mpt.models.kernels import Line, lines_meet
 from bayes_mpt.runtime.atomic import restored_on_failure
 from bayes_mpt.runtime.interrupts import interruptible
 
@@ -157,13 +156,12 @@ class KernelSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEstimator):
     def _fit(self, X: ArrayLike, y: ArrayLike, finished: list[pd.DataFrame], root: Any) -> None:
         estimator = BayesMPT(GaussianProcess()) if self.estimator is None else self.estimator
         refuse_unwrapped(estimator, "estimator")
-        if not isinstance(estimator, BayesMPT) or not isinstance(estimator.model, GaussianProcess):
-            raise TypeError(
-                f"KernelSearch needs BayesMPT(GaussianProcess(...)) as its estimator, got {estimator!r}"
-            )
+        process = None if final_step(estimator) is not estimator else process_of(estimator.model)
+        if process is None:
+            raise TypeError(f"KernelSearch needs BayesMPT(GaussianProcess(...)), got {estimator!r}")
         X = read_table(X)
         width = check_array(X, ensure_all_finite="allow-nan").shape[1]
-        base = _default_base(width, estimator.model.noise_column) if self.base is None else list(self.base)
+        base = _default_base(width, process.noise_column) if self.base is None else list(self.base)
         for kernel in base:
             if not isinstance(kernel, Kernel) or isinstance(kernel, ScaleKernel):
                 raise TypeError(f"base must hold kernels of gpytorch without a ScaleKernel, got {kernel!r}")
@@ -301,7 +299,7 @@ def _grown(best: Expression, base: list[Kernel]) -> list[Expression]:
 
 def _redundant(expression: Expression, base: list[Kernel]) -> bool:
     """Whether a smaller expression says the same: only lines gain by being multiplied, and lose by being added."""
-    lines = {i for i, k in enumerate(base) if isinstance(k, Line | LinearKernel)}
+    lines = {i for i, k in enumerate(base) if lines_meet(k) is not None}
     squares = any(i not in lines and product.count(i) > 1 for product in expression for i in product)
     return squares or any(expression.count((i,)) > 1 for i in lines)
 

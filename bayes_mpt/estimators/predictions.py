@@ -12,13 +12,13 @@ from torch import Tensor
 
 from bayes_mpt.estimators.fitted import Fitted
 from bayes_mpt.estimators.rows import refuse_missing
-from bayes_mpt.masks import PermutationChain, Policy
+from bayes_mpt.masks import PermutationChain, Policy, check_policy
 from bayes_mpt.predictors import Predictive
 from bayes_mpt.predictors.base import together
-from bayes_mpt.predictors.gaussian.linear import LinearRows
 from bayes_mpt.predictors.new_rows import means_of_new
-from bayes_mpt.program.affine import token_means, tokens_of
+from bayes_mpt.program.affine import token_means
 from bayes_mpt.program.arguments import fill
+from bayes_mpt.program.layout import token_values
 from bayes_mpt.program.run import run
 from bayes_mpt.program.statistics import SufficientStatistics
 from bayes_mpt.score import ScoreEstimate, estimate
@@ -116,7 +116,7 @@ def _cells_of(fitted: Fitted, args: tuple[Any, ...]) -> Tensor:
                 trace = run(fitted.model, (marked, *filled[1:]))
             except (RuntimeError, ValueError, IndexError):
                 continue  # an index, say: no token
-            value = tokens_of(trace, structure).flatten()
+            value = token_values(trace, structure).flatten()
             found = torch.full_like(value, -1, dtype=torch.long) if found is None else found
             row = torch.searchsorted(marks.sort().values, value).clamp(max=len(marks) - 1)
             row = marks.argsort()[row]
@@ -201,11 +201,10 @@ def estimate_score(
 ) -> ScoreEstimate:
     """The log marginal likelihood of rows by a mask policy, with its error over masks."""
     masks = PermutationChain() if masks is None else masks
-    if not isinstance(masks, Policy):
-        raise TypeError(f"masks must be a mask policy such as UniformSize(20), got {masks!r}")
+    check_policy(masks)
     with fitted.read(rows, y) as read:
         x, moments = read.value, None
-        few = not isinstance(read, LinearRows) or len(x) <= 2 * x.shape[1]
+        few = not fitted.bound.reads_map or len(x) <= 2 * x.shape[1]
         if not few and read.structure.scores_input:
             moments = SufficientStatistics(x, str(x.device)).rows(x.dtype)
         return estimate(read, masks, n_replicates=n_replicates, random_state=fitted.draws, curve_rows=moments)

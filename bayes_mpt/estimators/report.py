@@ -9,7 +9,6 @@ from typing import Any
 
 from bayes_mpt import training
 from bayes_mpt.estimators.fitted import Fitted
-from bayes_mpt.program.affine import AffineForm
 from bayes_mpt.program.program import list_names
 from bayes_mpt.runtime.interrupts import check
 from bayes_mpt.runtime.progress import Line, tell
@@ -88,7 +87,7 @@ def explain(fitted: Fitted) -> str:
     else:
         tokens = f"the {s.n_tokens} observations of site {s.observed!r} in a row; rows are independent"
     read = ""
-    if isinstance(s, AffineForm):
+    if s.affine:
         per_row = "; read on the real rows, since each row has its own map"
         read = per_row if s.per_row else "; read once for all rows"
     where = ", at their maximum a posteriori under the model's hyperprior" if fitted.at_map else ""

@@ -30,7 +30,7 @@ from sklearn.model_selection import BaseCrossValidator, KFold
 from sklearn.utils._param_validation import HasMethods, Interval
 
 from bayes_mpt.estimators.bayes_mpt import BayesMPT
-from bayes_mpt.estimators.candidates import Candidate, before_final
+from bayes_mpt.estimators.candidates import Candidate, Facts, before_final
 from bayes_mpt.estimators.integrals import at_mode
 from bayes_mpt.estimators.rows import rows_of
 from bayes_mpt.estimators.unbounded import refuse_unbounded
@@ -71,6 +71,10 @@ class Laplace(BaseEstimator):
     n_fits: ClassVar[int] = 0
     _parameter_constraints: ClassVar[dict[str, Any]] = {}
 
+    def chosen(self, models: list[Facts]) -> tuple[Rule, str]:
+        """Itself, and why."""
+        return self, "asked for"
+
     def evaluate(self, candidate: Candidate, X: Any, y: Any, **seeds: Any) -> None:
         """Give a candidate, which was fitted to X as its model sees it, its evidence."""
         candidate.evidence = candidate.model.laplace(X).log_evidence
@@ -93,6 +97,10 @@ class Integrated(BaseEstimator):
     def __init__(self, se: float = 0.1):
         self.se = se
 
+    def chosen(self, models: list[Facts]) -> tuple[Rule, str]:
+        """Itself, and why."""
+        return self, "asked for"
+
     def evaluate(self, candidate: Candidate, X: Any, y: Any, *, to_map: bool = False, **seeds: Any) -> None:
         """As `Laplace.evaluate`; with ``to_map`` the estimator is left at its maximum a posteriori."""
         found = candidate.model.integrated(X, y, se=self.se)
@@ -109,6 +117,10 @@ class Train(BaseEstimator):
     name: ClassVar[str] = "train"
     n_fits: ClassVar[int] = 0
     _parameter_constraints: ClassVar[dict[str, Any]] = {}
+
+    def chosen(self, models: list[Facts]) -> tuple[Rule, str]:
+        """Itself, and why."""
+        return self, "asked for"
 
     def evaluate(self, candidate: Candidate, X: Any, y: Any, **seeds: Any) -> None:
         """As `Laplace.evaluate`."""
@@ -146,6 +158,15 @@ class HeldOut(BaseEstimator):
     def __init__(self, cv: int | BaseCrossValidator = 5, n_repeats: int = 1):
         self.cv = cv
         self.n_repeats = n_repeats
+
+    def chosen(self, models: list[Facts]) -> tuple[Rule, str]:
+        """Itself, and why; refused where rows cannot be held out."""
+        if not all(m.by_row or m.remembers for m in models):
+            raise ValueError(
+                "evidence='heldout' needs independent rows, or observations that are one Gaussian vector: here rows "
+                "are tokens of one vector, and none can be scored given the others. Use 'train'"
+            )
+        return self, "asked for"
 
     @property
     def n_fits(self) -> int | None:
@@ -190,6 +211,15 @@ class Cumulative(BaseEstimator):
         self.n_repeats = n_repeats
         self.visible_share = visible_share
 
+    def chosen(self, models: list[Facts]) -> tuple[Rule, str]:
+        """Itself, and why; refused where rows are one vector."""
+        if not all(m.by_row for m in models):
+            raise ValueError(
+                "evidence='cumulative' needs independent rows: here they are tokens of one vector, and those of a "
+                "block are scored one by one, not together. Use 'integrated' or 'heldout'"
+            )
+        return self, "asked for"
+
     @property
     def n_fits(self) -> int:
         """How many a candidate takes."""
@@ -225,6 +255,38 @@ class Auto(BaseEstimator):
         self.cv = cv
         self.n_repeats = n_repeats
 
+    def chosen(self, models: list[Facts]) -> tuple[Rule, str]:
+        """The rule that fits the models, and why."""
+        vectors = [m for m in models if not m.by_row]
+        held_out = HeldOut(self.cv, self.n_repeats)
+        if all(not m.parameters for m in models):
+            return Train(), "nothing is point-estimated: the LML is the evidence itself"
+        sizes = [m.n_hyperparameters for m in models]
+        if all(size is not None and size <= MAX_INTEGRATED for size in sizes):
+            return Integrated(), (
+                f"every candidate offers a prior of its hyper-parameters, {MAX_INTEGRATED} at most: they are "
+                "integrated, and predictions are at their maximum a posteriori"
+            )
+        if vectors and all(m.remembers for m in models):
+            return held_out, (
+                "a candidate's hyper-parameters have no prior, or are many, so that they cannot be integrated: hidden "
+                "rows are predicted, each given the visible ones"
+            )
+        if vectors:
+            return Train(), "rows are tokens of one vector, so none can be held out: the LML at its maximum"
+        missing = any(not m.complete for m in models)
+        if all(m.rotates for m in models) and not missing:
+            return (
+                Laplace(),
+                "every candidate declares its loadings free up to rotation, and no cell is missing",
+            )
+        why = (
+            "cells are missing"
+            if missing
+            else "a candidate's point estimates have no declared prior or symmetry"
+        )
+        return held_out, f"{why}, so that they cannot be integrated: hidden rows are predicted"
+
 
 Rule = Laplace | Integrated | HeldOut | Cumulative | Train
 RULES = (Auto, Laplace, Integrated, HeldOut, Cumulative, Train)
@@ -245,43 +307,7 @@ def rule_of(evidence: Any) -> Rule | Auto:
 
 def choose_rule(rule: Rule | Auto, found: list[Candidate]) -> tuple[Rule, str]:
     """The rule that ranks, and why."""
-    models = [c.facts for c in found]
-    vectors = [m for m in models if not m.by_row]
-    if rule.name == "cumulative" and vectors:
-        raise ValueError(
-            "evidence='cumulative' needs independent rows: here they are tokens of one vector, and those of a block "
-            "are scored one by one, not together. Use 'integrated' or 'heldout'"
-        )
-    if rule.name == "heldout" and not all(m.remembers for m in vectors):
-        raise ValueError(
-            "evidence='heldout' needs independent rows, or observations that are one Gaussian vector: here rows are "
-            "tokens of one vector, and none can be scored given the others. Use 'train'"
-        )
-    if not isinstance(rule, Auto):
-        return rule, "asked for"
-    held_out = HeldOut(rule.cv, rule.n_repeats)
-    if all(not m.parameters for m in models):
-        return Train(), "nothing is point-estimated: the LML is the evidence itself"
-    sizes = [m.n_hyperparameters for m in models]
-    if all(size is not None and size <= MAX_INTEGRATED for size in sizes):
-        return Integrated(), (
-            f"every candidate offers a prior of its hyper-parameters, {MAX_INTEGRATED} at most: they are integrated, "
-            "and predictions are at their maximum a posteriori"
-        )
-    if vectors and all(m.remembers for m in models):
-        return held_out, (
-            "a candidate's hyper-parameters have no prior, or are many, so that they cannot be integrated: hidden rows "
-            "are predicted, each given the visible ones"
-        )
-    if vectors:
-        return Train(), "rows are tokens of one vector, so none can be held out: the LML at its maximum"
-    missing = any(not m.complete for m in models)
-    if all(m.rotates for m in models) and not missing:
-        return Laplace(), "every candidate declares its loadings free up to rotation, and no cell is missing"
-    why = (
-        "cells are missing" if missing else "a candidate's point estimates have no declared prior or symmetry"
-    )
-    return held_out, f"{why}, so that they cannot be integrated: hidden rows are predicted"
+    return rule.chosen([c.facts for c in found])
 
 
 def refuse_incomparable(names: list[str], found: list[Candidate]) -> None:

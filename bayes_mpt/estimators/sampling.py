@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from numbers import Integral
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -14,7 +14,6 @@ from bayes_mpt.estimators.fitted import Fitted
 from bayes_mpt.estimators.rows import as_tensor
 from bayes_mpt.predictors.nodes.annealed import Annealed, AnnealedImportance, Bracket
 from bayes_mpt.program.devices import own_random_state
-from bayes_mpt.program.program import Program
 from bayes_mpt.program.simulation import simulate
 from bayes_mpt.program.store import OwnStore
 
@@ -28,7 +27,7 @@ def draw_rows(fitted: Fitted, n_rows: int) -> NDArray[np.float64]:
     n_columns = len(fitted.names)
     if fitted.bound.structure.takes_visible:  # a row of which nothing is known
         return draw_missing(fitted, np.full((int(n_rows), n_columns), np.nan), None, 1)[0]
-    if isinstance(fitted.bound.structure, Program):
+    if not fitted.bound.structure.affine:
         return fitted.unshifted(_simulate(fitted, int(n_rows))[0].double().cpu().numpy())
     reading = fitted.shared_map("sample")
     n_latents = reading.loading.shape[-1]
@@ -44,7 +43,7 @@ def draw_rows(fitted: Fitted, n_rows: int) -> NDArray[np.float64]:
 def _simulate(fitted: Fitted, n_rows: int) -> tuple[Tensor, dict[str, Tensor]]:
     """Rows (N, T) from the fitted program, and the latents that made them."""
     structure = fitted.bound.structure
-    if not isinstance(structure, Program) or not structure.by_row or structure.observed_argument != 0:
+    if not structure.by_row or structure.observed_argument != 0:
         raise ValueError(
             f"rows can be drawn where the program observes the cells of X itself and rows are independent, which "
             f"{fitted.model!r} does not"
@@ -63,7 +62,7 @@ def _simulate(fitted: Fitted, n_rows: int) -> tuple[Tensor, dict[str, Tensor]]:
 def draw_missing(fitted: Fitted, rows: NDArray[np.floating], y: Any, n_samples: int) -> NDArray[np.float64]:
     """Rows with their NaN cells drawn together given the observed cells of the row: (n_samples, N, T)."""
     structure = fitted.bound.structure
-    cells = isinstance(structure, Program) and structure.by_row and structure.observed_argument == 0
+    cells = not structure.affine and structure.by_row and structure.observed_argument == 0
     if not (cells or fitted.bound.structure.takes_visible):
         raise ValueError(
             f"missing cells are drawn where the program observes the cells of X, row by row, and its latents are "
@@ -85,5 +84,4 @@ def bracket(fitted: Fitted, n_rows: int) -> Bracket:
         )
     rows, latents = _simulate(fitted, n_rows)
     with fitted.program((rows,)) as predictor:
-        assert isinstance(predictor, Annealed)
-        return predictor.bracket((rows,), latents)
+        return cast(Annealed, predictor).bracket((rows,), latents)

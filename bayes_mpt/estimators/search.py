@@ -34,6 +34,7 @@ from bayes_mpt.estimators.evaluation import (
     checkpointed,
     cloned,
     fit_candidate,
+    fit_of,
     names_of,
     results_of,
     score_candidate,
@@ -214,6 +215,7 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEst
         keys = self._keys(grid, names, X, y, state)
         found = self._run(
             fit_candidate,
+            to_fit,
             [(self.estimator, p, X, y, asked.name, state) for p in grid],
             "fit",
             keys,
@@ -229,6 +231,7 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEst
         finished.rule = self.evidence_
         found = self._run(
             score_candidate,
+            fit_of,
             [(c, X, y, rule, seed) for c in found],
             rule.name,
             self._score_keys(keys, rule, seed),
@@ -297,6 +300,7 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEst
     def _run(
         self,
         task: Callable[..., Candidate],
+        unfitted_of: Callable[..., Any],
         arguments: list[tuple[Any, ...]],
         label: str,
         keys: list[str | None],
@@ -311,8 +315,8 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEst
         for name, args, key in zip(finished.names, arguments, keys, strict=True):
             slot = None
             if key is not None and folder is not None:
-                slot = Slot.of(folder, label, key, to_fit(args))
-            calls.append((checkpointed, (slot, task, args, self.error_score, name)))
+                slot = Slot.of(folder, label, key, unfitted_of(*args))
+            calls.append((checkpointed, (slot, task, unfitted_of, args, self.error_score, name)))
         return Stage(self, label, finished, root, n_fits).run(calls)
 
     def _store(self, grid: list[dict[str, Any]], names: list[str], found: list[Candidate]) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from bayes_mpt.estimators.bayes_mpt import BayesMPT
 from bayes_mpt.estimators.repeats import flat_direction, repeated_columns
 from bayes_mpt.estimators.rows import rows_of
-from bayes_mpt.program.program import Program, list_names
+from bayes_mpt.program.program import list_names
 
 __all__ = ["refuse_unbounded"]
 
@@ -26,8 +26,8 @@ def refuse_unbounded(model: BayesMPT, X: Any, y: Any = None) -> None:
     somewhere on the way, at thousands of nats.
     """
     structure = model.predictor_.structure
-    cells = structure.scores_input or (isinstance(structure, Program) and structure.observed_argument == 0)
-    codes = isinstance(structure, Program) and any(site.discrete for site in structure.sites)
+    cells = structure.scores_input or (not structure.affine and structure.observed_argument == 0)
+    codes = any(site.discrete for site in structure.sites)
     if (
         not (structure.by_row and structure.parameters and cells)
         or codes

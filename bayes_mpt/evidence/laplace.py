@@ -24,8 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import multigammaln
 
-from bayes_mpt.predictors.gaussian.profile import Factors, Prior, Spectrum, diagonal, proportional, variances
-from bayes_mpt.program.statistics import Root
+from bayes_mpt.predictors.gaussian.profile import Factors, Prior, Spectrum, diagonal, proportional
+from bayes_mpt.program.statistics import Covariance
 
 __all__ = ["LaplaceEvidence", "laplace_diagonal", "laplace_proportional"]
 
@@ -48,13 +48,13 @@ class LaplaceEvidence(NamedTuple):
 
 
 def laplace_proportional(
-    cov: Array | Root, n_rows: int, n_latents: int, shape: Array, known: Spectrum | None = None
+    cov: Array | Covariance, n_rows: int, n_latents: int, shape: Array, known: Spectrum | None = None
 ) -> LaplaceEvidence:
     """Noise c * shape with one unknown c (PPCA: shape of ones), expanded at the maximum of the likelihood.
 
     Parameters
     ----------
-    cov : array of shape (T, T), or Root
+    cov : array of shape (T, T), or bayes_mpt.program.statistics.Covariance
         Covariance of the rows, divided by N.
     n_rows : int
         N.
@@ -72,28 +72,34 @@ def laplace_proportional(
     >>> int(np.argmax(scores))
     1
     """
+    cov = _covariance(cov)
     factors = proportional(cov, n_latents, shape, known)
-    share = factors.noise[:1] / shape[:1] / (variances(cov) / shape).mean()
+    share = factors.noise[:1] / shape[:1] / (cov.variances / shape).mean()
     return _around_orbit(factors, n_rows, share)
 
 
-def laplace_diagonal(cov: Array | Root, n_rows: int, n_latents: int) -> LaplaceEvidence:
+def laplace_diagonal(cov: Array | Covariance, n_rows: int, n_latents: int) -> LaplaceEvidence:
     """A noise variance of its own for each token (factor analysis), expanded at its maximum a posteriori.
 
     The prior keeps the expansion away from zero variances (Heywood cases), at which maximum likelihood often ends.
 
     Parameters
     ----------
-    cov : array of shape (T, T), or Root
+    cov : array of shape (T, T), or bayes_mpt.program.statistics.Covariance
         Covariance of the rows, divided by N.
     n_rows : int
         N.
     n_latents : int
         K.
     """
-    variance = variances(cov)
+    cov = _covariance(cov)
+    variance = cov.variances
     factors = diagonal(cov, n_latents, prior=Prior(NOISE_SHAPE, NOISE_SHAPE / variance, n_rows))
     return _around_orbit(factors, n_rows, factors.noise / variance)
+
+
+def _covariance(cov: Array | Covariance) -> Covariance:
+    return Covariance(cov) if isinstance(cov, np.ndarray) else cov
 
 
 def _around_orbit(factors: Factors, n_rows: int, share: Array) -> LaplaceEvidence:

@@ -25,7 +25,7 @@ from linear_operator import to_dense
 from sklearn.gaussian_process import kernels as theirs
 from torch import Tensor
 
-__all__ = ["Line", "Power", "check_columns", "from_sklearn", "kernel_name", "with_own_algebra"]
+__all__ = ["Line", "Power", "check_columns", "from_sklearn", "kernel_name", "lines_meet", "with_own_algebra"]
 
 NAMES = {RBFKernel: "RBF", RQKernel: "RQ", PeriodicKernel: "Periodic", LinearKernel: "Linear"}
 MAX_COLUMNS = 3  # of which squared distances are summed difference by difference
@@ -352,6 +352,13 @@ def kernel_name(kernel: Any) -> str:
         name = NAMES.get(type(kernel), type(kernel).__name__.removesuffix("Kernel"))
     columns = "" if kernel.active_dims is None else f"[{','.join(map(str, kernel.active_dims.tolist()))}]"
     return name + columns
+
+
+def lines_meet(kernel: Kernel) -> Tensor | float | None:
+    """Where the straight lines of a kernel are zero, which has a parameter or is 0; None of a kernel of no lines."""
+    if isinstance(kernel, Line):
+        return kernel.location
+    return 0.0 if isinstance(kernel, LinearKernel) else None
 
 
 def _bracketed(kernel: Kernel) -> str:

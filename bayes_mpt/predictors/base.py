@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 
 from bayes_mpt.diagnostics import disagreement, replicate_error
 from bayes_mpt.masks import Masks, Policy
-from bayes_mpt.program.affine import AffineForm
+from bayes_mpt.program.affine import DenseMap
 from bayes_mpt.program.program import Model, ModelError, Program
 from bayes_mpt.runtime.serial import methods_take_turns
 
@@ -179,7 +179,7 @@ class Bound(ABC):
         super().__init_subclass__(**kwargs)
         methods_take_turns()(cls)
 
-    structure: AffineForm | Program
+    structure: Program
     model: Model | None = None
     """The program; None where it is left out (`Frozen`)."""
     guide: Guide | None = None
@@ -200,6 +200,8 @@ class Bound(ABC):
     """Whether new observations are predicted from those of the training rows (`Conditionals.predict`)."""
     divisible: bool = False
     """Whether the score is a sum over tokens that can be estimated from some of them."""
+    reads_map: bool = False
+    """Whether what is read is a linear-Gaussian map in matrices, with gradients: `Conditionals.linear_map`."""
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -250,7 +252,7 @@ class Conditionals(ABC):
         super().__init_subclass__(**kwargs)
         methods_take_turns()(cls)
 
-    structure: AffineForm | Program
+    structure: Program
     value: Tensor
     """(N, T) tokens; NaN where missing."""
     scale: float = 1.0
@@ -309,6 +311,10 @@ class Conditionals(ABC):
         """What serves for other rows, as plain tensors that pickle; None where nothing does."""
         return None
 
+    def linear_map(self) -> DenseMap | None:
+        """Linear-Gaussian maps: one for all rows, one for each, or those of a mixture; None where there are none."""
+        return None
+
     # ------------------------------------------------------------------------- what a way may know better
 
     def _joint(self) -> Tensor:
@@ -340,6 +346,7 @@ class Frozen(Bound):
         self.shared = None if read is None else read.detached()
         self.name, self.why, self.exact, self.sampled = bound.name, bound.why, bound.exact, bound.sampled
         self.one_by_one, self.remembers = bound.one_by_one, bound.remembers
+        self.reads_map = bound.reads_map
 
     @property
     def parameters(self) -> tuple[str, ...]:

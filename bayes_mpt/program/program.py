@@ -102,6 +102,8 @@ class Program(NamedTuple):
     """Programs of this kind are read on the rows that they score."""
     scores_input: bool = False
     """The tokens are an argument itself and nothing is scaled: rows are scored without a run of their own."""
+    affine: bool = False
+    """Tokens and latents are Normal, and every mean is affine in the latents: found by evaluation."""
     takes_visible: bool = False
     """The program is conditioned on the mask: hidden tokens are independent of each other, each row has its own."""
 

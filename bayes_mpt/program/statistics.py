@@ -24,18 +24,41 @@ from torch import Tensor
 
 from bayes_mpt.program.devices import at_once
 
-__all__ = ["Root", "SufficientStatistics", "digest_of_rows", "far_means"]
+__all__ = ["Covariance", "SufficientStatistics", "digest_of_rows", "far_means"]
 
 CHUNK_CELLS = 2**17  # 1 MiB of float64: a chunk is read from memory once and stays in the cache
 MIN_CONDITION = 1e-6  # of the correlations; below it less than ten digits are left of the least variances
 FAR = 1e3  # standard deviations: means farther from zero cost the spread three digits and more
 
 
-class Root(NamedTuple):
-    """A covariance as the products of the columns of fewer rows, S = R' R, which were never squared."""
+class Covariance(NamedTuple):
+    """A covariance (T, T): as a matrix, or as the products S = R' R of the columns of fewer rows, never squared."""
 
-    rows: NDArray[np.float64]
+    matrix: NDArray[np.float64] | None = None
+    """(T, T); None where there are rows."""
+    rows: NDArray[np.float64] | None = None
     """(R, T), R <= T."""
+
+    @property
+    def variances(self) -> NDArray[np.float64]:
+        """(T,) the diagonal."""
+        if self.rows is not None:
+            return np.square(self.rows).sum(0)
+        assert self.matrix is not None
+        return np.diag(self.matrix)
+
+    def dense(self) -> NDArray[np.float64]:
+        """The matrix (T, T)."""
+        if self.rows is not None:
+            return self.rows.T @ self.rows
+        assert self.matrix is not None
+        return self.matrix
+
+    def among(self, columns: NDArray[np.intp]) -> NDArray[np.float64]:
+        """The matrix of some of the columns."""
+        if self.rows is not None:
+            return self.rows[:, columns].T @ self.rows[:, columns]
+        return self.dense()[np.ix_(columns, columns)]
 
 
 class SufficientStatistics:
@@ -143,9 +166,11 @@ class SufficientStatistics:
         return self._root.square().sum(0)
 
     @property
-    def covariance(self) -> NDArray[np.float64] | Root:
+    def covariance(self) -> Covariance:
         """Covariance of the complete rows (divided by n) as it is held: (T, T), or a root that was never squared."""
-        return self.cov.cpu().numpy() if self._root is None else Root(self._root.cpu().numpy())
+        if self._root is None:
+            return Covariance(self.cov.cpu().numpy())
+        return Covariance(rows=self._root.cpu().numpy())
 
     @property
     def n_cells(self) -> int:

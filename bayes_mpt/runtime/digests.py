@@ -58,6 +58,13 @@ _OF_THE_CLASS = {
     "_abc_impl",
 }
 _WATCHERS = {"_skl_callbacks", "_parent_callback_ctx", "_callback_fit_ctx"}
+_DESCRIPTORS = (
+    types.WrapperDescriptorType,
+    types.MethodDescriptorType,
+    types.ClassMethodDescriptorType,
+    types.GetSetDescriptorType,
+    types.MemberDescriptorType,
+)
 
 
 class CannotDigest(TypeError):
@@ -200,6 +207,15 @@ class _Walk:
             self.inside.pop()
 
     def _of(self, value: Any, path: str) -> bytes:
+        """By its kind; the kinds are tried in this order."""
+        for kind in (self._of_numbers, self._of_container, self._of_code, self._of_wrapper, self._of_state):
+            found = kind(value, path)
+            if found is not None:
+                return found
+        return self._object(value, path)
+
+    def _of_numbers(self, value: Any, path: str) -> bytes | None:
+        """Tensors, arrays and tables; None of other values."""
         if isinstance(value, torch.Tensor):
             return self._tensor(value, path)
         if isinstance(value, np.ndarray):
@@ -212,6 +228,10 @@ class _Walk:
             where = (rows.indices.astype(np.int64), rows.indptr.astype(np.int64))
             about = (value.format, rows.shape, *where, rows.data)
             return _hashed("sparse", [self.of(part, path) for part in about])
+        return None
+
+    def _of_container(self, value: Any, path: str) -> bytes | None:
+        """Lists, sets and mappings; None of other values."""
         if isinstance(value, list | tuple) and type(value) in (list, tuple, torch.Size):
             return _hashed(type(value).__name__, [self.of(v, f"{path}[{i}]") for i, v in enumerate(value)])
         if isinstance(
@@ -221,6 +241,10 @@ class _Walk:
             return _hashed("set", [*parts, *sorted(self._apart([(v, path)]) for v in value)])
         if type(value) is dict or isinstance(value, types.MappingProxyType):
             return self._mapping(value, path)
+        return None
+
+    def _of_code(self, value: Any, path: str) -> bytes | None:
+        """Modules, classes, functions and methods; None of other values."""
         if isinstance(value, types.ModuleType):
             return self._module(value, path)
         if isinstance(value, type):
@@ -233,15 +257,12 @@ class _Walk:
             return _hashed("method", [self.of(value.__func__, path), self.of(value.__self__, path)])
         if isinstance(value, types.BuiltinFunctionType | types.MethodWrapperType):
             return self._builtin(value, path)
-        if isinstance(
-            value,
-            types.WrapperDescriptorType
-            | types.MethodDescriptorType
-            | types.ClassMethodDescriptorType
-            | types.GetSetDescriptorType
-            | types.MemberDescriptorType,
-        ):
+        if isinstance(value, _DESCRIPTORS):
             return _hashed("descriptor", [self.of(value.__objclass__, path), value.__name__])
+        return None
+
+    def _of_wrapper(self, value: Any, path: str) -> bytes | None:
+        """What is made of functions, or holds a value; None of other values."""
         if isinstance(value, staticmethod | classmethod):
             return _hashed(type(value).__name__, [self.of(value.__func__, path)])
         if type(value) is property:
@@ -262,6 +283,10 @@ class _Walk:
             return _hashed("weak", [self.of(value(), path)])
         if isinstance(value, enum.Enum):
             return _hashed("enum", [self.of(type(value), path), value.name])
+        return None
+
+    def _of_state(self, value: Any, path: str) -> bytes | None:
+        """Generators, networks and estimators; None of other values."""
         if isinstance(value, np.random.RandomState):
             return _hashed("RandomState", [self.of(value.get_state(), path)])
         if isinstance(value, np.random.Generator):
@@ -276,10 +301,9 @@ class _Walk:
             return self._network(value, path)
         if isinstance(value, BaseEstimator):
             state = {k: v for k, v in vars(value).items() if k not in _WATCHERS}
-            return _hashed(
-                "estimator", [self.of(type(value), path), self._attributes(state, path, "__" if path else "")]
-            )
-        return self._object(value, path)
+            kind = self.of(type(value), path)
+            return _hashed("estimator", [kind, self._attributes(state, path, "__" if path else "")])
+        return None
 
     # ------------------------------------------------------------------------------------------ tables of numbers
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -72,40 +73,14 @@ def train_on_masks(
         return float(torch.stack(draws).mean())
 
     best = flat(leaves).detach().clone()
-    best_check, rate, halvings, stopped = check(), learning_rate, 0, False
+    best_check, rate, halvings = check(), learning_rate, 0
+    windows = _Windows(problem, leaves, masks, batch_size, learning_rate, generator, fit, report)
     try:
-        while len(fit.history) < max_iter and halvings <= MAX_HALVINGS and not stopped:
-            start, unit, phi, adam = _fresh_adam(problem, leaves, rate)
-            total, n_steps = torch.zeros_like(start), 0
+        while len(fit.history) < max_iter and halvings <= MAX_HALVINGS and not windows.stopped:
             window = round(WINDOW * WINDOW_GROWTH**halvings)
-            try:
-                for _ in range(min(window, max_iter - len(fit.history))):
-                    score = _batch(problem, batch_size, generator).score(masks, generator)
-                    value = float(score.detach())
-                    if not math.isfinite(value):
-                        check_start(problem, leaves)
-                        raise ModelError(
-                            f"the masked score became {value} at step {len(fit.history)}: lower learning_rate (now "
-                            f"{learning_rate})"
-                        )
-                    grads = torch.autograd.grad(score, list(leaves.values()), materialize_grads=True)
-                    phi.grad = -unit * torch.cat([g.flatten() for g in grads])
-                    adam.step()
-                    theta = start + unit * phi.detach()
-                    assign(leaves, theta)
-                    total += theta
-                    n_steps += 1
-                    fit.history.append(value)
-                    if report is not None and report(len(fit.history), value):
-                        stopped = True
-                        break
-            except KeyboardInterrupt:
-                if not fit.history:
-                    raise
-                fit.interrupted = stopped = True
+            average, n_steps = windows.run(min(window, max_iter - len(fit.history)), rate)
             if not n_steps:
                 break
-            average = total / n_steps
             last = flat(leaves).detach().clone()
             assign(leaves, average)
             gain = check() - best_check
@@ -125,6 +100,60 @@ def train_on_masks(
     fit.converged = halvings > MAX_HALVINGS and not fit.interrupted
     fit.n_iter = len(fit.history)
     return fit
+
+
+@dataclass
+class _Windows:
+    """Windows of steps of one training."""
+
+    problem: Problem
+    leaves: dict[str, Tensor]
+    masks: Policy
+    batch_size: int | None
+    learning_rate: float
+    """That was asked for."""
+    generator: torch.Generator
+    fit: Fit
+    report: Report | None
+    stopped: bool = False
+    """From outside."""
+
+    def run(self, max_steps: int, rate: float) -> tuple[Tensor, int]:
+        """One window, in fresh units: the average of its iterates, and how many there are."""
+        fit, leaves = self.fit, self.leaves
+        start, unit, phi, adam = _fresh_adam(self.problem, leaves, rate)
+        total, n_steps = torch.zeros_like(start), 0
+        try:
+            for _ in range(max_steps):
+                value, slope = self._slope()
+                phi.grad = -unit * slope
+                adam.step()
+                theta = start + unit * phi.detach()
+                assign(leaves, theta)
+                total += theta
+                n_steps += 1
+                fit.history.append(value)
+                if self.report is not None and self.report(len(fit.history), value):
+                    self.stopped = True
+                    break
+        except KeyboardInterrupt:
+            if not fit.history:
+                raise
+            fit.interrupted = self.stopped = True
+        return total / max(1, n_steps), n_steps
+
+    def _slope(self) -> tuple[float, Tensor]:
+        """The score on a fresh draw, and its slope in the parameters."""
+        score = _batch(self.problem, self.batch_size, self.generator).score(self.masks, self.generator)
+        value = float(score.detach())
+        if not math.isfinite(value):
+            check_start(self.problem, self.leaves)
+            raise ModelError(
+                f"the masked score became {value} at step {len(self.fit.history)}: lower learning_rate (now "
+                f"{self.learning_rate})"
+            )
+        grads = torch.autograd.grad(score, list(self.leaves.values()), materialize_grads=True)
+        return value, torch.cat([g.flatten() for g in grads])
 
 
 def _fresh_adam(

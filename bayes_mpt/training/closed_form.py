@@ -10,11 +10,10 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator, lsmr
 from torch import Tensor
 
-from bayes_mpt.predictors import LinearGaussian
+from bayes_mpt.predictors import Conditionals
 from bayes_mpt.predictors.gaussian import incomplete, profile
-from bayes_mpt.predictors.gaussian.linear import LinearRows
 from bayes_mpt.program.affine import DenseMap
-from bayes_mpt.program.statistics import SufficientStatistics
+from bayes_mpt.program.statistics import Covariance, SufficientStatistics
 from bayes_mpt.training.problem import (
     Fit,
     Problem,
@@ -57,28 +56,21 @@ def maximize_profile(
     """
     leaves = problem.leaves()
     check_finite(leaves)
-    if not isinstance(problem.predictor, LinearGaussian):
+    if not problem.predictor.reads_map:
         return None
-    reading = _exact(problem).reading
-    loc, loading, noise = reading.loc, reading.loading, reading.noise
-    n_latents = loading.shape[-1]
-    if len(loc) != 1 or not statistics.n_rows:
+    reading = _map(problem.read())
+    # float32's digits do not suffice to see whether a target has been reached
+    if len(reading.loc) != 1 or not statistics.n_rows or reading.loc.dtype != torch.float64:
         return None
-    if loc.dtype != torch.float64:  # whose digits do not suffice to see whether it has been reached
+    names = _free_parts(reading, leaves)
+    if names is None:
         return None
-    touches = _touches(reading, leaves)
-    for name in leaves:
-        if leaves[name].numel() and not any(name in names for names in touches.values()):
-            raise untouched(name)
-    of_loc, of_noise = touches["loc"], touches["noise"]
-    of_loading = touches["loading"] - of_noise
-    if of_loc & (of_noise | touches["loading"]) or not of_loc or (n_latents and not of_loading):
-        return None
-    n_noise, n_tokens = sum(leaves[n].numel() for n in of_noise), loading.shape[-2]
+    n_tokens, n_latents = reading.loading.shape[-2:]
+    n_noise = sum(leaves[n].numel() for n in names["noise"])
     tied = n_noise == 1
     if (tied and n_latents >= n_tokens) or (not tied and n_noise < n_tokens):
         return None
-    shape = noise[0].detach().cpu().numpy() if tied else None
+    shape = reading.noise[0].detach().cpu().numpy() if tied else None
     solve = partial(_best, n_latents=n_latents, shape=shape, max_iter=max_iter, tol=tol)
     wrong = None
     if not tied and not statistics.complete:
@@ -91,69 +83,100 @@ def maximize_profile(
         )
     else:
         moments = statistics.available()
+        steps = 1 if wrong else max_iter
         factors = incomplete.maximise(
-            statistics,
-            n_latents,
-            solve,
-            shape,
-            n_init=n_init,
-            seed=seed,
-            max_iter=1 if wrong else max_iter,
-            tol=tol,
+            statistics, n_latents, solve, shape, n_init=n_init, seed=seed, max_iter=steps, tol=tol
         )
-    target_loading = np.zeros((n_tokens, n_latents))  # beyond T latents, columns of zeros
-    target_loading[:, : factors.loading.shape[1]] = factors.loading
-    before = {n: leaf.detach().clone() for n, leaf in leaves.items()}
+    # EM ends close by, and a noise of the size of rounding errors sees these
+    off = 1e-3 if at_floor else 1e-7 if statistics.complete else 1e-5
+    moved = _move_to(problem, reading, names, factors, moments, off)
+    if moved is None:
+        if factors.interrupted:  # another climb may get there, unless this one was interrupted
+            raise KeyboardInterrupt
+        return None
+    if wrong is not None:  # all is free, so that the likelihood has no maximum there
+        raise wrong
+    read, score = moved
+    return Fit(
+        "profile likelihood" if statistics.complete else "em",
+        [score],
+        factors.n_iter,
+        converged=statistics.complete and not at_floor,
+        interrupted=factors.interrupted,
+        last=read,
+    )
+
+
+def _free_parts(reading: DenseMap, leaves: dict[str, Tensor]) -> dict[str, list[str]] | None:
+    """Names of the parameters of noise, loadings and mean; None where they share some, or have none."""
+    touches = _touches(reading, leaves)
+    for name in leaves:
+        if leaves[name].numel() and not any(name in names for names in touches.values()):
+            raise untouched(name)
+    of_loc, of_noise = touches["loc"], touches["noise"]
+    of_loading = touches["loading"] - of_noise
+    if of_loc & (of_noise | touches["loading"]) or not of_loc:
+        return None
+    if reading.loading.shape[-1] and not of_loading:
+        return None
+    return {"noise": sorted(of_noise), "loading": sorted(of_loading), "loc": sorted(of_loc)}
+
+
+def _targets(
+    reading: DenseMap, factors: incomplete.Maximum, moments: SufficientStatistics
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """What each part of the map should become, and the unit of a miss."""
+
+    def as_tensor(a: NDArray[np.float64]) -> Tensor:
+        return torch.as_tensor(np.ascontiguousarray(a)).to(reading.loc)
+
+    loading = np.zeros(reading.loading.shape[-2:])  # beyond T latents, columns of zeros
+    loading[:, : factors.loading.shape[1]] = factors.loading
     sd = moments.variance.sqrt()
     sd = torch.where(sd > 0, sd, torch.ones_like(sd))
-    as_tensor = lambda a: torch.as_tensor(np.ascontiguousarray(a)).to(loc)  # noqa: E731
     sd = torch.maximum(sd, as_tensor(factors.noise).sqrt())  # of a constant column, rounding
-    targets = {
+    return {
         "noise": (as_tensor(np.log(factors.noise)), torch.ones_like(sd)),
-        "loading": (as_tensor(target_loading), sd[:, None]),
+        "loading": (as_tensor(loading), sd[:, None]),
         "loc": (as_tensor(factors.mean), sd),
     }
-    names = {"noise": sorted(of_noise), "loading": sorted(of_loading), "loc": sorted(of_loc)}
+
+
+def _move_to(
+    problem: Problem,
+    reading: DenseMap,
+    names: dict[str, list[str]],
+    factors: incomplete.Maximum,
+    moments: SufficientStatistics,
+    off: float,
+) -> tuple[Conditionals, float] | None:
+    """Move the parameters to these factors: what is read there and its score; None, and back, where they cannot follow.
+
+    ``off`` is how far, relative, the score may be from that of the factors.
+    """
+    leaves, targets = problem.leaves(), _targets(reading, factors, moments)
+    before = {n: leaf.detach().clone() for n, leaf in leaves.items()}
     # Where every part is its own parameter, a rotation of it, or one that all tokens share, a step along the transposed
     # Jacobian arrives.
     _step_along_transpose(reading, leaves, targets, names)
-    predictor = _exact(problem)
-    if not all(_reached(predictor.reading, part, *target) for part, target in targets.items()):
+    read = problem.read()
+    if not all(_reached(_map(read), part, *target) for part, target in targets.items()):
         restore(leaves, before)
         for part, (target, unit) in targets.items():
             if target.numel() and not _reach(problem, [leaves[n] for n in names[part]], part, target, unit):
                 restore(leaves, before)
-                return _unreached(factors)
-        predictor = _exact(problem)
+                return None
+        read = problem.read()
     with torch.no_grad():
-        got = float(problem.score_of(predictor))
-    # EM ends close by, and a noise of the size of rounding errors sees these
-    off = 1e-3 if at_floor else 1e-7 if statistics.complete else 1e-5
+        got = float(problem.score_of(read))
     if abs(got - factors.lml) > off * (1 + abs(factors.lml)):
         restore(leaves, before)
-        return _unreached(factors)
-    if wrong is not None:  # all is free, so that the likelihood has no maximum there
-        raise wrong
-    method = "profile likelihood" if statistics.complete else "em"
-    return Fit(
-        method,
-        [got],
-        factors.n_iter,
-        converged=statistics.complete and not at_floor,
-        interrupted=factors.interrupted,
-        last=predictor,
-    )
-
-
-def _unreached(factors: incomplete.Maximum) -> Fit | None:
-    """No fit: the program cannot reach these factors. Another climb may, unless this one was interrupted."""
-    if factors.interrupted:
-        raise KeyboardInterrupt
-    return None
+        return None
+    return read, got
 
 
 def _best(
-    cov: NDArray[np.float64] | profile.Root,
+    cov: Covariance,
     near: NDArray[np.float64] | None = None,
     *,
     n_latents: int,
@@ -167,16 +190,15 @@ def _best(
         return profile.proportional(cov, n_latents, shape, at_floor=at_floor)
     if near is None:
         return profile.diagonal(cov, n_latents, max_iter=max_iter, tol=tol)
-    near = np.maximum(near, LIFTED * profile.variances(cov))
+    near = np.maximum(near, LIFTED * cov.variances)
     return profile.diagonal(cov, n_latents, start=near, max_iter=STEPS, tol=tol, refuse=False)
 
 
-def _exact(problem: Problem) -> LinearRows:
-    """The linear-Gaussian map at the current parameters."""
-    predictor = problem.read()
-    if not isinstance(predictor, LinearRows):
-        raise TypeError(f"this training needs a linear-Gaussian program, got {type(predictor).__name__}")
-    return predictor
+def _map(read: Conditionals) -> DenseMap:
+    """The linear-Gaussian map that was read."""
+    found = read.linear_map()
+    assert found is not None  # as `Bound.reads_map` says
+    return found
 
 
 def _part(reading: DenseMap, part: str) -> Tensor:
@@ -247,7 +269,7 @@ def _reach(problem: Problem, leaves: list[Tensor], part: str, target: Tensor, un
     """Move these parameters until a part of the reading equals its target: Gauss-Newton, steps by LSMR."""
     sizes = [leaf.numel() for leaf in leaves]
     for _ in range(20):
-        reading = _exact(problem).reading
+        reading = _map(problem.read())
         if _reached(reading, part, target, unit):
             return True
         out = _part(reading, part)

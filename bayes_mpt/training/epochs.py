@@ -157,9 +157,7 @@ def train_by_epochs(
     check_start(take_rows(problem, torch.arange(min(batch_size, problem.n_rows))), leaves)
     look_seed = int(torch.randint(2**31, (), generator=generator))
     adam = torch.optim.Adam(list(leaves.values()), lr=learning_rate, fused=True)
-    per_epoch = math.ceil(problem.n_rows / batch_size)
-    n_steps = per_epoch * max_epochs
-    rising = learning_rate / max(1, min(WARM_UP, n_steps // 10))
+    state = _State(leaves, _buffers(problem), adam, generator, fit)
     progress = _Progress(0, _copies(leaves), -math.inf, _copies(leaves), 0, 0, 0)
     file = None if checkpoint is None else Path(checkpoint).expanduser()
     rows = [] if file is None else [digest_of_rows(a.reshape(len(a), -1).cpu().numpy()) for a in problem.args]
@@ -168,55 +166,22 @@ def train_by_epochs(
         "batch_size": (str(batch_size), repr(batch_size)),
         "learning_rate": (str(learning_rate), repr(learning_rate)),
     }
-    networks = {"model": problem.predictor.model, "guide": problem.predictor.guide}
-    buffers = {
-        f"{kind}.{name}": buffer
-        for kind, net in networks.items()
-        if isinstance(net, torch.nn.Module)
-        for name, buffer in net.named_buffers()
-    }
-    state = _State(leaves, buffers, adam, generator, fit)
     if file is not None:
         make_room(file.parent, file.name)
         found = read(file, KIND, state.checked)
         if found is not None:
             progress = _resume(file, found, state, rows, told)
+    training = _Training(
+        stages, held_out, masks, batch_size, max_epochs, learning_rate, patience, look_seed, state, progress
+    )
     try:
         while progress.epoch < max_epochs:
-            last = progress.stage == len(stages) - 1
-            if not held_out:
-                over = progress.epoch >= (progress.stage + 1) * max_epochs // len(stages)
-            elif last:
-                over = progress.stale >= patience
-            else:
-                long = (progress.epoch - progress.begun) * per_epoch >= MAX_STEPS
-                over = long or progress.stale >= math.ceil(patience / 3)
-            if over and last:
-                break
-            if over:
-                progress.stage, progress.stale, progress.begun = progress.stage + 1, 0, progress.epoch
-                if held_out:  # from the best on, as the new stage sees it
-                    restore(leaves, progress.best)
-                    progress.mean = _copies(leaves)
-                    progress.best_score = _look(held_out[progress.stage], masks, batch_size, look_seed)
+            if training.stage_over():
+                if training.last_stage:
+                    break
+                training.next_stage()
                 continue
-            problem = stages[progress.stage]
-            # the first epoch has shown every row to the distributions' checks, which take a tenth of a step
-            with pyro.validation_enabled(progress.epoch == 0):
-                value = _epoch(problem, masks, adam, generator, batch_size, progress, learning_rate, rising)
-                if not math.isfinite(value):
-                    raise ModelError(
-                        f"the masked score became {value} in epoch {progress.epoch + 1}: lower learning_rate (now "
-                        f"{learning_rate})"
-                    )
-                if held_out:
-                    with _at(leaves, progress.mean):
-                        value = _look(held_out[progress.stage], masks, batch_size, look_seed)
-            progress.epoch += 1
-            fit.history.append(value)
-            progress.stale += 1
-            if value > progress.best_score or not held_out:
-                progress.best_score, progress.best, progress.stale = value, _copies(progress.mean), 0
+            value = training.epoch()
             if file is not None:
                 _keep(file, progress, state, rows, told)
             if report is not None and report(progress.epoch, value):
@@ -226,55 +191,125 @@ def train_by_epochs(
             raise
         fit.interrupted = True
     restore(leaves, progress.best)
-    ended = not held_out or (progress.stage == len(stages) - 1 and progress.stale >= patience)
+    ended = not held_out or (training.last_stage and progress.stale >= patience)
     fit.converged = ended and not fit.interrupted
     fit.n_iter = progress.epoch
     return fit
 
 
-def _epoch(
-    problem: Problem,
-    masks: Policy,
-    adam: torch.optim.Adam,
-    generator: torch.Generator,
-    batch_size: int,
-    progress: _Progress,
-    learning_rate: float,
-    rising: float,
-) -> float:
-    """One pass over the rows: the mean score a row of its steps, or the first that is not finite."""
-    total = 0.0
-    problem.predictor.forget()  # one that goes on from a checkpoint knows nothing of the epochs before
-    batches = torch.randperm(problem.n_rows, generator=generator).split(batch_size)
-    (group,) = adam.param_groups
-    for step, index in enumerate(batches, progress.epoch * len(batches) + 1):
-        adam.zero_grad()
-        some = take_rows(problem, index)
-        score = some.score(masks, generator)
-        value = float(score.detach())
-        if not math.isfinite(value):
-            return value
-        dreamt = problem.predictor.dream(some.args, generator)
-        (-score if dreamt is None else -score - dreamt.mean()).backward()
-        group["lr"] = min(learning_rate, step * rising)
-        adam.step()
-        with torch.no_grad():
-            for mean, leaf in zip(progress.mean.values(), group["params"], strict=True):
-                mean.lerp_(leaf, 1 / min(step, len(batches)))
-        total += len(index) * value
-    return total / problem.n_rows
+def _buffers(problem: Problem) -> dict[str, Tensor]:
+    """What the networks of program and guide keep beside their parameters."""
+    networks = {"model": problem.predictor.model, "guide": problem.predictor.guide}
+    return {
+        f"{kind}.{name}": buffer
+        for kind, net in networks.items()
+        if isinstance(net, torch.nn.Module)
+        for name, buffer in net.named_buffers()
+    }
 
 
-def _look(held_out: Problem, masks: Policy, batch_size: int, seed: int) -> float:
-    """Mean score a row of what is held out, on the same draws each time; leaves the random state as it was."""
-    total = 0.0
-    held_out.predictor.forget()
-    with torch.no_grad(), own_random_state(seed):
-        generator = torch.Generator().manual_seed(seed)
-        for _ in range(N_VALIDATION_DRAWS):
-            for index in torch.arange(held_out.n_rows).split(batch_size):
-                total += len(index) * float(take_rows(held_out, index).score(masks, generator))
-    return total / N_VALIDATION_DRAWS / held_out.n_rows
+@dataclass
+class _Training:
+    """One training under way: its settings, what it moves, and how far it is."""
+
+    stages: Sequence[Problem]
+    held_out: Sequence[Problem]
+    masks: Policy
+    batch_size: int
+    max_epochs: int
+    learning_rate: float
+    patience: int
+    look_seed: int
+    """Of the draws on which held-out rows are scored at every look."""
+    state: _State
+    progress: _Progress
+
+    @property
+    def last_stage(self) -> bool:
+        """Whether no other stage follows."""
+        return self.progress.stage == len(self.stages) - 1
+
+    @property
+    def per_epoch(self) -> int:
+        """Steps of an epoch."""
+        return math.ceil(self.stages[-1].n_rows / self.batch_size)
+
+    def stage_over(self) -> bool:
+        """Whether the stage has given what it can."""
+        progress = self.progress
+        if not self.held_out:
+            return progress.epoch >= (progress.stage + 1) * self.max_epochs // len(self.stages)
+        if self.last_stage:
+            return progress.stale >= self.patience
+        long = (progress.epoch - progress.begun) * self.per_epoch >= MAX_STEPS
+        return long or progress.stale >= math.ceil(self.patience / 3)
+
+    def next_stage(self) -> None:
+        """Begin the stage that follows."""
+        progress, leaves = self.progress, self.state.leaves
+        progress.stage, progress.stale, progress.begun = progress.stage + 1, 0, progress.epoch
+        if self.held_out:  # from the best on, as the new stage sees it
+            restore(leaves, progress.best)
+            progress.mean = _copies(leaves)
+            progress.best_score = self._look()
+
+    def epoch(self) -> float:
+        """One epoch, and its score a row: of held-out rows, or else of its steps."""
+        progress, leaves = self.progress, self.state.leaves
+        # the first epoch has shown every row to the distributions' checks, which take a tenth of a step
+        with pyro.validation_enabled(progress.epoch == 0):
+            value = self._pass()
+            if not math.isfinite(value):
+                raise ModelError(
+                    f"the masked score became {value} in epoch {progress.epoch + 1}: lower learning_rate (now "
+                    f"{self.learning_rate})"
+                )
+            if self.held_out:
+                with _at(leaves, progress.mean):
+                    value = self._look()
+        progress.epoch += 1
+        self.state.fit.history.append(value)
+        progress.stale += 1
+        if value > progress.best_score or not self.held_out:
+            progress.best_score, progress.best, progress.stale = value, _copies(progress.mean), 0
+        return value
+
+    def _pass(self) -> float:
+        """One pass over the rows: the mean score a row of its steps, or the first that is not finite."""
+        problem, adam, generator = self.stages[self.progress.stage], self.state.adam, self.state.generator
+        rising = self.learning_rate / max(1, min(WARM_UP, self.per_epoch * self.max_epochs // 10))
+        total = 0.0
+        problem.predictor.forget()  # one that goes on from a checkpoint knows nothing of the epochs before
+        batches = torch.randperm(problem.n_rows, generator=generator).split(self.batch_size)
+        (group,) = adam.param_groups
+        for step, index in enumerate(batches, self.progress.epoch * len(batches) + 1):
+            adam.zero_grad()
+            some = take_rows(problem, index)
+            score = some.score(self.masks, generator)
+            value = float(score.detach())
+            if not math.isfinite(value):
+                return value
+            dreamt = problem.predictor.dream(some.args, generator)
+            (-score if dreamt is None else -score - dreamt.mean()).backward()
+            group["lr"] = min(self.learning_rate, step * rising)
+            adam.step()
+            with torch.no_grad():
+                for mean, leaf in zip(self.progress.mean.values(), group["params"], strict=True):
+                    mean.lerp_(leaf, 1 / min(step, len(batches)))
+            total += len(index) * value
+        return total / problem.n_rows
+
+    def _look(self) -> float:
+        """Mean score a row of what is held out, on the same draws each time; leaves the random state as it was."""
+        held_out, seed = self.held_out[self.progress.stage], self.look_seed
+        total = 0.0
+        held_out.predictor.forget()
+        with torch.no_grad(), own_random_state(seed):
+            generator = torch.Generator().manual_seed(seed)
+            for _ in range(N_VALIDATION_DRAWS):
+                for index in torch.arange(held_out.n_rows).split(self.batch_size):
+                    total += len(index) * float(take_rows(held_out, index).score(self.masks, generator))
+        return total / N_VALIDATION_DRAWS / held_out.n_rows
 
 
 @contextmanager

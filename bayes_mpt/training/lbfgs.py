@@ -83,46 +83,74 @@ def maximize_lbfgs(problem: Problem, *, max_iter: int, tol: float, report: Repor
         if fit.interrupted or fit.converged:
             fit.method, fit.last = OWN, predictor
             return fit
-    best_theta, best = flat(leaves).detach().clone(), -math.inf
-    best_slope = torch.full_like(best_theta, math.inf)
-    least_unit = torch.full_like(best_theta, math.inf)
+    climb = _Climb(problem, leaves, fit, max_iter, tol, report)
+    try:
+        climb.run()
+    except KeyboardInterrupt:
+        if not fit.history:
+            raise
+        fit.interrupted, fit.converged = True, False
+    assign(leaves, climb.best_theta)
+    fit.n_iter = len(fit.history)
+    return fit
 
-    def run_lbfgs(
-        n_steps: int, move: Callable[[Tensor], Tensor], furthest: float | None = None, newton: bool = False
+
+class _Climb:
+    """One climb under way: the best that it has come to, and the ways to go on from there."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        leaves: dict[str, Tensor],
+        fit: Fit,
+        max_iter: int,
+        tol: float,
+        report: Report | None,
+    ):
+        self.problem, self.leaves, self.fit = problem, leaves, fit
+        self.max_iter, self.tol, self.report = max_iter, tol, report
+        self.best_theta, self.best = flat(leaves).detach().clone(), -math.inf
+        self.best_slope = torch.full_like(self.best_theta, math.inf)
+        self.least_unit = torch.full_like(self.best_theta, math.inf)
+
+    def run(self) -> None:
+        """Climb again and again, each time in the units of the place, until that gains nothing."""
+        fit, problem, leaves = self.fit, self.problem, self.leaves
+        while len(fit.history) < self.max_iter:
+            before, (unit, whiten) = self.best, metric(problem, leaves)
+            self.least_unit = torch.minimum(self.least_unit, unit)
+            start = flat(leaves).detach().clone()
+            ended = self.once(len(unit), _along(start, unit, whiten), newton=whiten is not None)
+            if not math.isfinite(self.best):
+                check_start(problem, leaves)
+            if not ended:
+                return
+            # in whitened units the curvature is about one
+            if whiten is not None and 0.5 * float(self.best_slope.square().sum()) <= GAIN_LEFT:
+                fit.converged = True
+                return
+            # The units were those of the start; where the map has changed much, a climb may end short of the top.
+            if not self._gained(before) and not self._rescaled():
+                return
+
+    def once(
+        self,
+        n_steps: int,
+        move: Callable[[Tensor], Tensor],
+        furthest: float | None = None,
+        newton: bool = False,
     ) -> bool:
         """L-BFGS over the steps phi (n_steps,) that move the parameters; whether it ended by itself.
 
         With ``newton`` the steps are such that the curvature is about one, and so the slope the best first step.
         """
-        budget, scale = max_iter - len(fit.history), 1.0
+        budget, scale = self.max_iter - len(self.fit.history), 1.0
         first: tuple[float, NDArray[np.float64]] | None = None
 
         def loss(phi: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-            nonlocal best, best_theta, best_slope
             if first is not None and not phi.any():
                 return first
-            steps = (scale * torch.as_tensor(phi).to(best_theta)).requires_grad_()
-            moved = move(steps)
-            theta = moved.detach()
-            assign(leaves, theta)
-            try:
-                score = problem.score()
-                grads = torch.autograd.grad(score, list(leaves.values()), materialize_grads=True)
-            except MissingCovariate:
-                raise
-            except (
-                ValueError,
-                torch.linalg.LinAlgError,
-            ):
-                # the line search tried a point too far away; ModelError is a ValueError too
-                return 1e30, np.zeros(len(phi))
-            (grad,) = torch.autograd.grad(moved, steps, torch.cat([g.flatten() for g in grads]))
-            value = float(score.detach())
-            if not math.isfinite(value) or not bool(torch.isfinite(grad).all()):
-                return 1e30, np.zeros(len(phi))
-            if value > best:
-                best, best_theta, best_slope = value, theta, grad
-            return -value, -scale * grad.double().cpu().numpy()
+            return self._loss(phi, scale, move)
 
         if newton:
             # L-BFGS takes a first step of length one: where the curvature is one, that of Newton's method
@@ -130,60 +158,71 @@ def maximize_lbfgs(problem: Problem, *, max_iter: int, tol: float, report: Repor
             scale = float(np.linalg.norm(slope)) or 1.0
             first = value, scale * slope
         gtol = scale * math.sqrt(GAIN_LEFT) / 10 if newton else 1e-9
-        options = {"maxiter": budget, "maxfun": 3 * budget, "maxcor": 30, "ftol": tol, "gtol": gtol}
+        options = {"maxiter": budget, "maxfun": 3 * budget, "maxcor": 30, "ftol": self.tol, "gtol": gtol}
         result = minimize(
             loss,
             np.zeros(n_steps),
             jac=True,
             method="L-BFGS-B",
             bounds=None if furthest is None else [(-furthest, furthest)] * n_steps,
-            callback=callback,
+            callback=self._tell,
             options=options,
         )
-        assign(leaves, best_theta)
+        assign(self.leaves, self.best_theta)
         return result.status in (0, 2)  # and not out of iterations, or stopped from outside
 
-    def callback(intermediate_result: Any) -> None:
-        fit.history.append(-float(intermediate_result.fun))
-        if report is not None and report(len(fit.history), fit.history[-1]):
+    def _loss(
+        self, phi: NDArray[np.float64], scale: float, move: Callable[[Tensor], Tensor]
+    ) -> tuple[float, NDArray[np.float64]]:
+        """Minus the score at the parameters after steps scale * phi, and its slope in phi; keeps the best."""
+        steps = (scale * torch.as_tensor(phi).to(self.best_theta)).requires_grad_()
+        moved = move(steps)
+        theta = moved.detach()
+        assign(self.leaves, theta)
+        try:
+            score = self.problem.score()
+            grads = torch.autograd.grad(score, list(self.leaves.values()), materialize_grads=True)
+        except MissingCovariate:
+            raise
+        except (ValueError, torch.linalg.LinAlgError):
+            # the line search tried a point too far away; ModelError is a ValueError too
+            return 1e30, np.zeros(len(phi))
+        (grad,) = torch.autograd.grad(moved, steps, torch.cat([g.flatten() for g in grads]))
+        value = float(score.detach())
+        if not math.isfinite(value) or not bool(torch.isfinite(grad).all()):
+            return 1e30, np.zeros(len(phi))
+        if value > self.best:
+            self.best, self.best_theta, self.best_slope = value, theta, grad
+        return -value, -scale * grad.double().cpu().numpy()
+
+    def _tell(self, intermediate_result: Any) -> None:
+        """After each iteration."""
+        history = self.fit.history
+        history.append(-float(intermediate_result.fun))
+        if self.report is not None and self.report(len(history), history[-1]):
             raise StopIteration
 
-    try:
-        while len(fit.history) < max_iter:
-            before, (unit, whiten) = best, metric(problem, leaves)
-            least_unit = torch.minimum(least_unit, unit)
-            start = flat(leaves).detach().clone()
-            ended = run_lbfgs(len(unit), _along(start, unit, whiten), newton=whiten is not None)
-            if not math.isfinite(best):
-                check_start(problem, leaves)
-            if not ended:
-                break
-            # in whitened units the curvature is about one
-            if whiten is not None and 0.5 * float(best_slope.square().sum()) <= GAIN_LEFT:
-                fit.converged = True
-                break
-            # The units were those of the start; where the map has changed much, a climb may end short of the top.
-            if best - before > 10 * tol * (1 + abs(best)):
-                continue
-            # Latents far too wide hide it: in units of the noise the slope is nothing, though the way down is long.
-            rescaled, in_units = _rescaling(leaves), partial(torch.mul, least_unit)
-            level = max(STATIONARY, _slope(tol, best))
-            if _max_slope(problem, leaves, rescaled, len(leaves)) > level:
-                before = best
-                # Not all the way at once: loadings of zero are a saddle.
-                if not run_lbfgs(len(leaves), rescaled, FURTHEST):
-                    break
-                if best - before > 10 * tol * (1 + abs(best)):
-                    continue
-            fit.converged = _max_slope(problem, leaves, in_units, len(least_unit)) <= level
-            break
-    except KeyboardInterrupt:
-        if not fit.history:
-            raise
-        fit.interrupted, fit.converged = True, False
-    assign(leaves, best_theta)
-    fit.n_iter = len(fit.history)
-    return fit
+    def _gained(self, before: float) -> bool:
+        """Whether the score has risen by what makes another climb worth while."""
+        return self.best - before > 10 * self.tol * (1 + abs(self.best))
+
+    def _rescaled(self) -> bool:
+        """Climb in the sizes of the parameters where these still slope; whether to go on, else says how it ended.
+
+        Latents far too wide hide a slope: in units of the noise it is nothing, though the way down is long.
+        """
+        problem, leaves = self.problem, self.leaves
+        rescaled, in_units = _rescaling(leaves), partial(torch.mul, self.least_unit)
+        level = max(STATIONARY, _slope(self.tol, self.best))
+        if _max_slope(problem, leaves, rescaled, len(leaves)) > level:
+            before = self.best
+            # Not all the way at once: loadings of zero are a saddle.
+            if not self.once(len(leaves), rescaled, FURTHEST):
+                return False
+            if self._gained(before):
+                return True
+        self.fit.converged = _max_slope(problem, leaves, in_units, len(self.least_unit)) <= level
+        return False
 
 
 def _along(start: Tensor, unit: Tensor, whiten: Tensor | None) -> Callable[[Tensor], Tensor]:

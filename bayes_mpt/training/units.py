@@ -13,11 +13,9 @@ from torch.distributions import constraints
 
 from bayes_mpt.masks import torch_generator
 from bayes_mpt.predictors import Conditionals
-from bayes_mpt.predictors.gaussian.linear import LinearRows
 from bayes_mpt.predictors.gaussian.process import JointGaussian
 from bayes_mpt.program.affine import DenseMap
 from bayes_mpt.program.arguments import rows_of, spread_rows
-from bayes_mpt.program.program import Program
 from bayes_mpt.training.problem import (
     Problem,
     assign,
@@ -51,7 +49,7 @@ def small(problem: Problem) -> Problem:
 def only(problem: Problem, tokens: Tensor) -> Problem:
     """The exact problem of these rows alone."""
     predictor, args = problem.predictor, rows_of(problem.args, tokens)
-    assert predictor.model is not None and isinstance(predictor.structure, Program)
+    assert predictor.model is not None
     joint = JointGaussian(predictor.model, predictor.structure)
     return Problem(joint, args, None, None, 1, problem.log_prior)
 
@@ -102,8 +100,9 @@ def units(problem: Problem, leaves: dict[str, Tensor], predictor: Conditionals |
     if problem.predictor.climbs:  # one vector, of which no part is cheap to have alone
         return torch.ones_like(flat(leaves)).detach()
     predictor = problem.read() if predictor is None else predictor
-    if isinstance(predictor, LinearRows):
-        outputs = torch.cat([part.flatten() for part in dimensionless(predictor.reading)])
+    reading = predictor.linear_map() if problem.predictor.reads_map else None
+    if reading is not None:
+        outputs = torch.cat([part.flatten() for part in dimensionless(reading)])
     else:
         outputs = _by_part(problem, predictor)
         outputs = outputs / math.sqrt(len(outputs))
@@ -116,7 +115,7 @@ def units(problem: Problem, leaves: dict[str, Tensor], predictor: Conditionals |
         )
         square += torch.cat([g.flatten() for g in grads]).square() / N_SCALE_PROBES
     for name, part in zip(leaves, square.split([v.numel() for v in leaves.values()]), strict=True):
-        if part.numel() and not bool((part > 0).any()) and isinstance(predictor, LinearRows):
+        if part.numel() and not bool((part > 0).any()) and reading is not None:
             raise untouched(name)
     unit = torch.where(square > 0, square, torch.ones_like(square)).rsqrt().detach()
     # A constrained parameter moves through a logarithm or the like: one is far, and at a bound its slope is zero.

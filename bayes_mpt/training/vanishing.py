@@ -7,8 +7,6 @@ from torch import Tensor
 
 from bayes_mpt.predictors.gaussian.linear import LinearRows
 from bayes_mpt.predictors.gaussian.profile import NoiseFloorError
-from bayes_mpt.predictors.nodes.given import AffineBatch
-from bayes_mpt.predictors.nodes.weighted import Nodes
 from bayes_mpt.training.problem import Problem
 
 __all__ = ["collapsed", "noise_at_zero"]
@@ -33,9 +31,10 @@ def noise_at_zero(problem: Problem) -> list[int]:
         If it rises without bound.
     """
     read = problem.read()
-    if not isinstance(read, LinearRows) or len(read.reading.noise) > 1:
+    reading = read.linear_map() if problem.predictor.reads_map else None
+    if reading is None or len(reading.noise) > 1:
         return []
-    noise, loading = read.reading.noise[0], read.reading.loading[0]
+    noise, loading = reading.noise[0], reading.loading[0]
     small = (noise <= SMALL * (noise + loading.square().sum(-1))).nonzero()[:, 0].tolist()
     if not small or not noise.requires_grad:
         return []
@@ -44,7 +43,7 @@ def noise_at_zero(problem: Problem) -> list[int]:
         least = LEAST * (noise + loading.square().sum(-1))
 
         def score(noise: Tensor) -> float:
-            moved = LinearRows(read.structure, read.reading._replace(noise=noise[None]))
+            moved = LinearRows(read.structure, reading._replace(noise=noise[None]))
             return float(problem.score_of(moved))
 
         def gain(columns: Tensor) -> float:
@@ -66,11 +65,12 @@ def noise_at_zero(problem: Problem) -> list[int]:
 @torch.no_grad()
 def collapsed(problem: Problem) -> dict[int, list[int]]:
     """Components of a mixture of Gaussian maps that have lost their spread, and the columns in whose direction."""
-    read = problem.read()
-    given = read.last.given if isinstance(read, Nodes) else None
-    if not isinstance(given, AffineBatch) or given.shared is None:
+    if problem.predictor.structure.affine:
         return {}
-    reading, x = given.shared.reading, read.value
+    read = problem.read()
+    reading, x = read.linear_map(), read.value
+    if reading is None:
+        return {}
     seen = ~x.isnan()
     mean = x.nan_to_num(0.0).sum(0) / seen.sum(0)
     sd = (torch.where(seen, x - mean, 0.0).square().sum(0) / seen.sum(0)).sqrt()

@@ -215,21 +215,21 @@ def test_errors_of_parts_add_up(monkeypatch):
 
 def test_rows_that_judge_a_training_do_not_train(monkeypatch):
     """Of the two sets of rows that a training by epochs sees, neither holds a row of the other."""
-    from bayes_mpt.training import epochs
+    from bayes_mpt.training.epochs import _Training
 
     seen = {"train": set(), "held out": set()}
-    step, look = epochs._epoch, epochs._look
+    step, look = _Training._pass, _Training._look
 
-    def watched_step(problem, *rest):
-        seen["train"].update(map(float, problem.args[0][:, 0]))
-        return step(problem, *rest)
+    def watched_step(training):
+        seen["train"].update(map(float, training.stages[training.progress.stage].args[0][:, 0]))
+        return step(training)
 
-    def watched_look(problem, *rest):
-        seen["held out"].update(map(float, problem.args[0][:, 0]))
-        return look(problem, *rest)
+    def watched_look(training):
+        seen["held out"].update(map(float, training.held_out[training.progress.stage].args[0][:, 0]))
+        return look(training)
 
-    monkeypatch.setattr(epochs, "_epoch", watched_step)
-    monkeypatch.setattr(epochs, "_look", watched_look)
+    monkeypatch.setattr(_Training, "_pass", watched_step)
+    monkeypatch.setattr(_Training, "_look", watched_look)
     x = normal_rows(200).numpy()
     model = BayesMPT(
         heavy_tailed, training=Epochs(batch_size=50, max_epochs=3, validation_fraction=0.2), random_state=0

@@ -123,6 +123,11 @@ class Leaves(NamedTuple):
     root: Tensor
     """(S, G, m, w, w): z_b changes by root with r u."""
 
+    def take(self, index: Tensor) -> Leaves:
+        """Of these blocks, by number."""
+        inside = (t[:, :, index] for t in (self.r, self.white, self.slope, self.root))
+        return Leaves(take(self.stretch, index), self.blocks.take(index), *inside)
+
 
 class Found(NamedTuple):
     """Posterior means, and variances of the tokens, in m blocks."""
@@ -139,11 +144,7 @@ class Found(NamedTuple):
 
 
 def take(part: Any, index: Tensor) -> Any:
-    """Stretches by number: tensors have them on axis 2, the blocks themselves, read once, on axis 1."""
-    if isinstance(part, Tensor):
-        return part[:, :, index]
-    if isinstance(part, Blocks):
-        return Blocks(*(t[:, index] for t in part))
+    """Stretches by number, which tensors have on axis 2."""
     return type(part)(*(t[:, :, index] for t in part))
 
 

@@ -23,13 +23,13 @@ import torch
 from numpy.typing import NDArray
 
 from bayes_mpt.predictors.gaussian.profile import Factors, NoiseFloorError, proportional
-from bayes_mpt.program.statistics import SufficientStatistics
+from bayes_mpt.program.statistics import Covariance, SufficientStatistics
 from bayes_mpt.runtime.interrupts import check
 
 __all__ = ["FewCellsError", "Maximum", "maximise", "refuse_constant_columns", "too_few"]
 
 Array = NDArray[np.float64]
-Step = Callable[[Array, Array], Factors]
+Step = Callable[[Covariance, Array], Factors]
 
 LOG_2PI = math.log(2 * math.pi)
 TRIAL_ROWS = 4096  # incomplete rows on which starts are compared
@@ -154,7 +154,7 @@ def _starts(
     """
     n_tokens, variance = len(cov), np.diag(cov)
     free, shape = shape is None, variance if shape is None else shape
-    first = proportional(cov, min(n_latents, n_tokens - 1), shape)
+    first = proportional(Covariance(cov), min(n_latents, n_tokens - 1), shape)
     loading = np.zeros((n_tokens, n_latents))
     loading[:, : first.loading.shape[1]] = first.loading
     # Columns that are never seen together have no covariance there, and would keep to none: a saddle.
@@ -253,7 +253,7 @@ class _Cells:
     def step(self, at: Maximum, m_step: Step) -> Maximum:
         """The next step of EM; its ``lml`` is that of the map before, which comes for nothing."""
         lml, mean, cov = self.expect(at)
-        factors = m_step(cov, at.noise)
+        factors = m_step(Covariance(cov), at.noise)
         loading = np.zeros_like(at.loading)
         loading[:, : factors.loading.shape[1]] = factors.loading
         return Maximum(lml, mean, loading, factors.noise, at.n_iter + 1)

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from bayes_mpt.predictors.base import Bound, Conditionals, Posterior
-from bayes_mpt.program.affine import AffineForm, Dense, DenseMap, first_reading, latent_values, read
+from bayes_mpt.program.affine import Dense, DenseMap, first_reading, latent_values, read
 from bayes_mpt.program.affine.first import FirstReading
 from bayes_mpt.program.analysis import Analysis
 from bayes_mpt.program.arguments import N_TRIAL_ROWS
 from bayes_mpt.program.devices import at_once
-from bayes_mpt.program.program import Model, ModelError
+from bayes_mpt.program.program import Model, ModelError, Program
 
 __all__ = ["Groups", "LinearGaussian", "LinearRows", "cholesky", "group_rows"]
 
@@ -66,8 +66,8 @@ class LinearGaussian(Bound):
     exact = True
     name = "Exact"
     why = "every mean is affine in the latents and every scale is free of them, checked by evaluation"
+    reads_map = True
     model: Model
-    structure: AffineForm
 
     def __init__(
         self,
@@ -78,26 +78,25 @@ class LinearGaussian(Bound):
         analysis: Analysis | None = None,
     ):
         self.model = model
-        self.structure, reading = first_reading(model, args, n_trial=n_trial, analysis=analysis)
+        self.form, reading = first_reading(model, args, n_trial=n_trial, analysis=analysis)
+        self.structure = self.form.program
         self._first = None if self.structure.per_row else FirstReading(reading)
 
     def read(self, args: tuple[Any, ...]) -> LinearRows:
         known = None if self._first is None else self._first.take()
-        return LinearRows(self.structure, read(self.model, args, self.structure, Dense(), known))
+        return LinearRows(self.structure, read(self.model, args, self.form, Dense(), known))
 
     def with_model(self, model: Model) -> LinearGaussian:
         """The same way of reading for another program of the same structure."""
         new = object.__new__(LinearGaussian)
-        new.model, new.structure, new._first = model, self.structure, None
+        new.model, new.form, new.structure, new._first = model, self.form, self.structure, None
         return new
 
 
 class LinearRows(Conditionals):
     """Rows under linear-Gaussian maps: one for all, or one for each."""
 
-    structure: AffineForm
-
-    def __init__(self, structure: AffineForm, reading: DenseMap):
+    def __init__(self, structure: Program, reading: DenseMap):
         self.structure, self.reading = structure, reading
         self.value, self.scale = reading.value, reading.scale
 
@@ -109,6 +108,9 @@ class LinearRows(Conditionals):
         return LinearRows(
             self.structure, DenseMap(loc, loading, noise, latent_loc, root, self.scale, value=loc[:0])
         )
+
+    def linear_map(self) -> DenseMap:
+        return self.reading
 
     def conditionals(self, visible: Tensor) -> Tensor:
         x = self.value

@@ -23,28 +23,25 @@ from bayes_mpt.predictors.base import Bound, Conditionals, Posterior
 from bayes_mpt.predictors.gaussian.chain_tree import (
     ChainRows,
     Found,
-    Leaves,
     down,
     every_block,
     every_moment,
     finish,
     leaves_of,
     refuse_lost_digits,
-    take,
     up,
 )
 from bayes_mpt.predictors.gaussian.linear import CHUNK, LOG_2PI, LinearGaussian
 from bayes_mpt.program.affine import (
-    AffineForm,
     DenseMap,
     affine_form,
     latent_values,
     read,
 )
 from bayes_mpt.program.affine.sparse import Sparse
-from bayes_mpt.program.affine.sparse_map import Blocks, NotSparse, SparseMap
+from bayes_mpt.program.affine.sparse_map import NotSparse, SparseMap
 from bayes_mpt.program.analysis import Analysis
-from bayes_mpt.program.program import Model
+from bayes_mpt.program.program import Model, Program
 
 __all__ = ["MarkovGaussian", "MarkovRows", "closed_form"]
 
@@ -98,12 +95,12 @@ class MarkovGaussian(Bound):
     exact = True
     name = "Exact"
     model: Model
-    structure: AffineForm
 
     def __init__(self, model: Model, args: tuple[Any, ...], *, analysis: Analysis | None = None):
         self.model = model
         self._way = Sparse()
-        self.structure = affine_form(model, args, self._way, analysis=analysis)
+        self.form = affine_form(model, args, self._way, analysis=analysis)
+        self.structure = self.form.program
         assert self._way.layout is not None
         layout = self._way.layout
         self.why = (
@@ -113,15 +110,13 @@ class MarkovGaussian(Bound):
         )
 
     def read(self, args: tuple[Any, ...]) -> MarkovRows:
-        return MarkovRows(self.structure, read(self.model, args, self.structure, self._way))
+        return MarkovRows(self.structure, read(self.model, args, self.form, self._way))
 
 
 class MarkovRows(Conditionals):
     """Rows under linear-Gaussian maps along a chain of latents: one for all, or one for each."""
 
-    structure: AffineForm
-
-    def __init__(self, structure: AffineForm, reading: SparseMap):
+    def __init__(self, structure: Program, reading: SparseMap):
         self.structure, self.reading = structure, reading
         self.value, self.scale = reading.value, reading.scale
 
@@ -134,6 +129,9 @@ class MarkovRows(Conditionals):
         return MarkovRows(
             self.structure, SparseMap(loc, latent_loc, slope, root, noise, self.scale, loc[:0], layout)
         )
+
+    def linear_map(self) -> DenseMap:
+        return self.reading.dense()
 
     def conditionals(self, visible: Tensor) -> Tensor:
         x = self.value
@@ -172,10 +170,6 @@ class MarkovRows(Conditionals):
         shared = None if self.structure.by_row else lambda: [(1.0, latent_values(self.structure, mean))]
         return Posterior(mean, rows.by_token(found.tokens)[0], of_shared=shared)
 
-    def dense(self) -> DenseMap:
-        """The map as `LinearRows` has it, K x K and T x K matrices."""
-        return self.reading.dense()
-
     # ------------------------------------------------------------------------------------------------ the algebra
 
     def _log_density(self, x: Tensor) -> Tensor:
@@ -205,10 +199,9 @@ class MarkovRows(Conditionals):
             layout.slot % layout.n_slots, layout.n_slots
         )  # (m, t) of the versions of the blocks
         shown = shown & rows.in_slots(rows.seen[None])[:, :, plan.block]
-        blocks = Blocks(*(t[:, plan.block] for t in rows.blocks))
-        leaves = leaves_of(blocks, shown, rows.residual[:, :, plan.block], rows)
+        leaves = leaves_of(rows.blocks.take(plan.block), shown, rows.residual[:, :, plan.block], rows)
         outside = down(up(leaves.stretch, plan.plan, rows), plan.plan, rows)
-        found = finish(Leaves(*(take(part, plan.version) for part in leaves)), outside, rows)
+        found = finish(leaves.take(plan.version), outside, rows)
         # of the slots of the block, that of the token
         slot = (layout.slot % layout.n_slots)[:, None]
         here = torch.arange(layout.n_slots, device=slot.device) == slot  # (T, t)

@@ -22,7 +22,7 @@ from scipy.linalg import eigh, svd
 from scipy.linalg.lapack import dpotrf, dpotrs
 from scipy.optimize import minimize
 
-from bayes_mpt.program.statistics import Root
+from bayes_mpt.program.statistics import Covariance
 
 __all__ = [
     "Factors",
@@ -32,7 +32,6 @@ __all__ = [
     "diagonal",
     "proportional",
     "spectrum",
-    "variances",
 ]
 
 Array = NDArray[np.float64]
@@ -96,16 +95,11 @@ class Spectrum(NamedTuple):
     """Directions in which the rows differ, whatever the columns' scales."""
 
 
-def variances(cov: Array | Root) -> Array:
-    """(T,) the diagonal."""
-    return np.square(cov.rows).sum(0) if isinstance(cov, Root) else np.diag(cov)
-
-
-def spectrum(cov: Array | Root, shape: Array, n_vectors: int | None = None) -> Spectrum:
+def spectrum(cov: Covariance, shape: Array, n_vectors: int | None = None) -> Spectrum:
     """Decompose the covariance in units of a known noise shape (T,); serves every number of latents up to n_vectors."""
-    if isinstance(cov, Root):
+    if cov.rows is not None:
         return _spectrum_of_root(cov.rows, shape, n_vectors)
-    root, rank = _root(cov)
+    root, rank = _root(cov.dense())
     # singular values of shape^-1/2 root, not eigenvalues of its square: half the digits would go
     vectors, singular, _ = svd(root / np.sqrt(shape)[:, None], full_matrices=False)
     return Spectrum(singular**2, vectors, rank)
@@ -130,14 +124,14 @@ def _spectrum_of_root(rows: Array, shape: Array, n_vectors: int | None) -> Spect
 
 
 def proportional(
-    cov: Array | Root, n_latents: int, shape: Array, known: Spectrum | None = None, *, at_floor: bool = False
+    cov: Covariance, n_latents: int, shape: Array, known: Spectrum | None = None, *, at_floor: bool = False
 ) -> Factors:
     """Maximise over noise = c * shape, c > 0: one eigendecomposition (Tipping & Bishop 1999, eq. 8).
 
     Parameters
     ----------
-    cov : array of shape (T, T), or Root
-        Covariance, divided by N.
+    cov : Covariance
+        Of the rows, divided by N.
     n_latents : int
         K < T.
     shape : array of shape (T,)
@@ -172,7 +166,7 @@ def proportional(
 
 
 def diagonal(
-    cov: Array | Root,
+    cov: Covariance,
     n_latents: int,
     *,
     start: Array | None = None,
@@ -187,8 +181,8 @@ def diagonal(
 
     Parameters
     ----------
-    cov : array of shape (T, T), or Root
-        Covariance, divided by N.
+    cov : Covariance
+        Of the rows, divided by N.
     n_latents : int
         K.
     start : array of shape (T,), optional
@@ -208,20 +202,19 @@ def diagonal(
         If the likelihood grows without bound: columns that are duplicates, constant, or linear combinations of
         K others.
     """
-    sd = np.sqrt(variances(cov))
+    sd = np.sqrt(cov.variances)
     if not (sd > 0).all():
         raise NoiseFloorError(list(np.flatnonzero(~(sd > 0))))
     # in units of the columns: the same path at every scale
     scaled = None if prior is None else prior._replace(rate=prior.rate * sd**2)
     given = None if start is None else np.clip(np.log(start / sd**2), *BOUNDS)
-    if isinstance(cov, Root) and len(cov.rows) < len(sd) > MAX_DENSE:
+    if cov.rows is not None and len(cov.rows) < len(sd) > MAX_DENSE:
         rows = cov.rows / sd
         if prior is None and n_latents >= len(rows):
             raise NoiseFloorError(list(range(len(sd))))
         factors = _by_rows(rows, n_latents, given, scaled, max_iter, tol)
     else:
-        corr = cov.rows.T @ cov.rows if isinstance(cov, Root) else cov
-        corr = corr / sd / sd[:, None]
+        corr = cov.dense() / sd / sd[:, None]
         log_start = np.log(_unexplained(corr)) if given is None else given
         log_noise, n_iter = _newton(corr, n_latents, log_start, scaled, max_iter, tol)
         top = _Profile(corr, n_latents, log_noise)
@@ -230,10 +223,7 @@ def diagonal(
         factors = Factors(float(top.lml), np.exp(log_noise), theta, vectors, n_iter)
     floor = np.flatnonzero(np.log(factors.noise) <= BOUNDS[0] + 1e-3)
     if prior is None and refuse and len(floor):
-        among = (
-            cov.rows[:, floor].T @ cov.rows[:, floor] if isinstance(cov, Root) else cov[np.ix_(floor, floor)]
-        )
-        if np.linalg.eigvalsh(among / sd[floor] / sd[floor, None])[0] < 1e-7:
+        if np.linalg.eigvalsh(cov.among(floor) / sd[floor] / sd[floor, None])[0] < 1e-7:
             raise NoiseFloorError(list(floor))
     return factors._replace(lml=float(factors.lml - np.log(sd).sum()), noise=factors.noise * sd**2)
 

@@ -181,9 +181,9 @@ class AdaptiveNodes:
         if not self.one_by_one:
             depth = None if self.mapped else self.program.depth
             nodes = values if self.mapped else self._on_plate(values)
-            structure = self._template.structure
-            reading, prior = read_side_by_side(self.model, args, structure, nodes, latents, depth)
-            given = AffineBatch(beside=(LinearRows(structure, reading), len(log_det)))
+            form = self._template.form
+            reading, prior = read_side_by_side(self.model, args, form, nodes, latents, depth)
+            given = AffineBatch(beside=(LinearRows(form.program, reading), len(log_det)))
             return given, log_det + prior, reading.scale
         maps, priors = [], []
         for s in range(len(log_det)):

@@ -112,8 +112,7 @@ class AnnealedImportance(Predictor):
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
         if guide is None:
             raise ModelError("AnnealedImportance starts from a guide, got none: give BayesMPT a guide")
-        start = Importance(self.num_particles, self.training_particles).bind(model, args, guide)
-        assert isinstance(start, GuideDraws)
+        start = Importance(self.num_particles, self.training_particles).from_guide(model, args, guide)
         return Annealed(self, start)
 
 

@@ -138,7 +138,7 @@ class _Maps(NodeSource):
             return False  # the program does not take S rows, or they differ
         prior = self._log_prior(filled, label)
         return bool((prior == log_weight[label, 0]).all()) and same_by_label(
-            self._labelled(), (*args, label), self.maps.structure, together.reading, label
+            self._labelled(), (*args, label), self.maps.form, together.reading, label
         )
 
     def _log_prior(self, filled: tuple[Any, ...], label: Tensor, seed: int = 0) -> Tensor:

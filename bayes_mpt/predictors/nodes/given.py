@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bayes_mpt.predictors.gaussian.linear import LinearRows
-from bayes_mpt.program.affine import latent_values
+from bayes_mpt.program.affine import DenseMap, latent_values
 from bayes_mpt.program.arguments import has_missing
 from bayes_mpt.program.factors import Factors
 
@@ -25,6 +25,9 @@ class Given(ABC):
 
     All but `NestedRows` are exact. For `log_joint` and what follows from it a mask may also be each row's own, (N, T).
     """
+
+    maps: DenseMap | None = None
+    """The S linear-Gaussian maps, where all rows share them."""
 
     @abstractmethod
     def log_joint(self, x: Tensor, visible: Tensor) -> Tensor:
@@ -172,7 +175,7 @@ class AffineBatch(Given):
     ):
         self.shared, self._beside, self._each = shared, beside, each
         if shared is not None:
-            reading = shared.reading
+            reading = self.maps = shared.reading
             names, parts = reading._fields[:5], [t.split(1) for t in reading[:5]]
             self._each = [
                 LinearRows(shared.structure, reading._replace(**dict(zip(names, part, strict=True))))

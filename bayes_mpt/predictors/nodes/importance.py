@@ -25,7 +25,7 @@ from bayes_mpt.predictors.nodes.weighted import (
 )
 from bayes_mpt.program.analysis import analyze
 from bayes_mpt.program.arguments import fill
-from bayes_mpt.program.program import Model, ModelError
+from bayes_mpt.program.program import Model, ModelError, Program
 from bayes_mpt.program.run import takes_visible
 
 __all__ = ["Drawn", "GuideDraws", "Importance", "evidence_of_draws"]
@@ -81,15 +81,13 @@ class Importance(Predictor):
         self.doubly_reparameterized = doubly_reparameterized
 
     def bind(self, model: Model, args: tuple[Any, ...], guide: Guide | None = None) -> NodeSource:
-        for name in ("num_particles", "training_particles"):
-            value = getattr(self, name)
-            if (value is not None or name == "num_particles") and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-        program = analyze(model, args)
-        if not program.continuous:
-            raise ModelError("the program has no continuous latent, so nothing to draw: use Exact()")
-        if guide is None:
-            return _AroundMode(AdaptiveNodes(model, args, program), self.num_particles)
+        if guide is not None:
+            return self.from_guide(model, args, guide)
+        return _AroundMode(AdaptiveNodes(model, args, self._analyze(model, args)), self.num_particles)
+
+    def from_guide(self, model: Model, args: tuple[Any, ...], guide: Guide) -> GuideDraws:
+        """The program scored by draws from a guide."""
+        program = self._analyze(model, args)
         conditioned_on_mask = takes_visible(guide)
         n_training = self.training_particles
         if n_training is None:
@@ -98,6 +96,17 @@ class Importance(Predictor):
             )
         twice = conditioned_on_mask if self.doubly_reparameterized is None else self.doubly_reparameterized
         return GuideDraws(model, guide, args, program, self.num_particles, n_training, twice, self.dream)
+
+    def _analyze(self, model: Model, args: tuple[Any, ...]) -> Program:
+        """What the program is made of, checked with the settings."""
+        for name in ("num_particles", "training_particles"):
+            value = getattr(self, name)
+            if (value is not None or name == "num_particles") and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        program = analyze(model, args)
+        if not program.continuous:
+            raise ModelError("the program has no continuous latent, so nothing to draw: use Exact()")
+        return program
 
 
 class _AroundMode(NodeSource):

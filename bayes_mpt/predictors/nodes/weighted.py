@@ -23,6 +23,7 @@ from torch import Tensor
 from bayes_mpt.masks import Policy
 from bayes_mpt.predictors.base import Bound, Conditionals, Evidence, Leaves, Posterior
 from bayes_mpt.predictors.nodes.given import Given
+from bayes_mpt.program.affine import DenseMap
 from bayes_mpt.program.arguments import fill, has_missing
 from bayes_mpt.program.latents import Space
 from bayes_mpt.program.layout import to_rows
@@ -127,6 +128,9 @@ class Nodes(Conditionals):
         if not self.structure.scores_input:
             return super().at(tokens)
         return self.at_nodes(self.last._replace(value=tokens))
+
+    def linear_map(self) -> DenseMap | None:
+        return self.last.given.maps
 
     def detached(self) -> Nodes | None:
         given = self.last.given.freeze() if self.structure.scores_input else None

@@ -3,7 +3,7 @@
 from bayes_mpt.program.affine.dense import Dense, read_side_by_side
 from bayes_mpt.program.affine.form import AffineForm, NotAffine, Way
 from bayes_mpt.program.affine.maps import DenseMap, Map
-from bayes_mpt.program.affine.normals import latent_values, tokens_of
+from bayes_mpt.program.affine.normals import latent_values
 from bayes_mpt.program.affine.reading import affine_form, first_reading, read
 from bayes_mpt.program.affine.tokens import token_means
 from bayes_mpt.program.affine.trial import same_by_label
@@ -22,5 +22,4 @@ __all__ = [
     "read_side_by_side",
     "same_by_label",
     "token_means",
-    "tokens_of",
 ]

@@ -25,12 +25,11 @@ from bayes_mpt.program.affine.normals import (
     prior_means,
     scale_of,
     token_normal,
-    tokens_of,
 )
 from bayes_mpt.program.affine.probes import N_CHECKS, affine_through, check_constant, probes_of, tolerance
 from bayes_mpt.program.affine.tokens import token_gaps
 from bayes_mpt.program.arguments import cycle, fill
-from bayes_mpt.program.layout import flat, from_rows
+from bayes_mpt.program.layout import flat, from_rows, token_values
 from bayes_mpt.program.program import Latent, Model, list_names
 from bayes_mpt.program.run import NODES, run
 from bayes_mpt.program.sites import sub_samples
@@ -66,7 +65,7 @@ def _read_probes(model: Model, args: tuple[Any, ...], structure: AffineForm) -> 
     n_probes = n_latents + 1 + N_CHECKS
     rows = tuple(fill(cycle(a, n_probes)) for a in args)
     probes = probes_of(structure, rows[0])  # (P, K)
-    trace = run(model, rows, latent_values(structure, probes))
+    trace = run(model, rows, latent_values(structure.program, probes))
     loc, scale = (t[0] for t in token_normal(trace, structure))  # (P, T)
     latent_loc, latent_root = (t[0] for t in latent_normal(trace, structure))  # (P, K), (P, K, K)
     where = f"observed site {structure.observed!r}"
@@ -85,7 +84,7 @@ def _read_probes(model: Model, args: tuple[Any, ...], structure: AffineForm) -> 
         prior_loc,
         prior_slope,
         latent_root[:1],
-        tokens_of(trace, structure),
+        token_values(trace, structure.program),
     )
     return reading if tril is None else with_correlated_noise(reading, tril[:1])
 
@@ -195,7 +194,7 @@ def _run_apart(
     for probe in probes:
         # The rows that a sub-sampling plate drew in the first run stay for the others.
         fixed = sub_samples(traces[0]) if traces else {}
-        traces.append(run(model, filled, latent_values(structure, probe.expand(n_rows, -1)) | fixed))
+        traces.append(run(model, filled, latent_values(structure.program, probe.expand(n_rows, -1)) | fixed))
     return _joined([_runs_of(trace, structure) for trace in traces]), traces[0]
 
 
@@ -254,7 +253,7 @@ def _map_copies(
     n_rows, scales = batch(structure, filled), []
 
     def alone(node: dict[str, Tensor], z: Tensor) -> tuple[Tensor, ...]:
-        trace = run(model, filled, node | latent_values(structure, z.expand(n_rows, -1)))
+        trace = run(model, filled, node | latent_values(structure.program, z.expand(n_rows, -1)))
         scales.append(scale_of(trace.nodes[structure.site_names[0]]))
         found = (*_runs_of(trace, structure), _log_prior(trace, priors, 1, z))
         return tuple(t[0] for t in found if t is not None)

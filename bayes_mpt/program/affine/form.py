@@ -24,8 +24,6 @@ class AffineForm(NamedTuple):
     """(K,) prior standard deviations of the latents in the first run: the unit of the probes."""
     at_once: bool = False
     """Where each row has a map: the program broadcasts over a plate of probes, so that one run reads them all."""
-    takes_visible: bool = False
-    """Never: see `Program`."""
 
     @property
     def sites(self) -> tuple[Observed, ...]:

@@ -9,7 +9,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from bayes_mpt.program.affine.form import AffineForm, NotAffine
-from bayes_mpt.program.layout import flat, from_rows, token_values
+from bayes_mpt.program.layout import flat, from_rows
 from bayes_mpt.program.program import Program
 from bayes_mpt.program.sites import base, own_shown
 
@@ -24,7 +24,6 @@ __all__ = [
     "prior_means",
     "scale_of",
     "token_normal",
-    "tokens_of",
 ]
 
 
@@ -70,10 +69,10 @@ def batch(structure: AffineForm, args: tuple[Any, ...]) -> int:
     return structure.sub_rows or len(args[0])
 
 
-def latent_values(structure: AffineForm, z: Tensor) -> dict[str, Tensor]:
+def latent_values(program: Program, z: Tensor) -> dict[str, Tensor]:
     """z (n_rows, K) as values of the latent sites."""
     values, start = {}, 0
-    for site in structure.latents:
+    for site in program.latents:
         part = z[:, start : start + site.width]
         start += site.width
         values[site.name] = from_rows(part, site.shape, site.row_axis)
@@ -83,7 +82,7 @@ def latent_values(structure: AffineForm, z: Tensor) -> dict[str, Tensor]:
 def prior_means(structure: AffineForm, args: tuple[Any, ...]) -> dict[str, Tensor]:
     """Zero for every latent."""
     like = args[0]
-    return latent_values(structure, like.new_zeros(batch(structure, args), structure.n_latents))
+    return latent_values(structure.program, like.new_zeros(batch(structure, args), structure.n_latents))
 
 
 def normal(node: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -127,11 +126,6 @@ def token_normal(trace: Trace, structure: AffineForm, n_copies: int = 1) -> tupl
         for t, out in zip(normal(node), (locs, scales), strict=True):
             out.append(flat(t, node["value"].shape, axis, n_copies))
     return torch.cat(locs, -1), torch.cat(scales, -1)
-
-
-def tokens_of(trace: Trace, structure: AffineForm | Program) -> Tensor:
-    """Values of the tokens of a run (N, T), of a program that was found to be linear-Gaussian or of another."""
-    return token_values(trace, structure if isinstance(structure, Program) else structure.program)
 
 
 def latent_parts(trace: Trace, structure: AffineForm, n_copies: int = 1) -> tuple[Tensor, list[Tensor]]:

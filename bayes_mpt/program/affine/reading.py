@@ -14,7 +14,7 @@ import torch
 
 from bayes_mpt.program.affine.dense import Dense
 from bayes_mpt.program.affine.form import AffineForm, Way
-from bayes_mpt.program.affine.normals import check_normal, normal, prior_means, scale_of, tokens_of
+from bayes_mpt.program.affine.normals import check_normal, normal, prior_means, scale_of
 from bayes_mpt.program.affine.tokens import token_gaps
 from bayes_mpt.program.affine.trial import (
     Tokens,
@@ -29,7 +29,7 @@ from bayes_mpt.program.affine.trial import (
 )
 from bayes_mpt.program.analysis import Analysis, look
 from bayes_mpt.program.arguments import N_TRIAL_ROWS, cycle, fill, head
-from bayes_mpt.program.layout import flat
+from bayes_mpt.program.layout import flat, token_values
 from bayes_mpt.program.program import Model, split_events
 from bayes_mpt.program.run import run
 from bayes_mpt.program.trials import raise_moving
@@ -108,7 +108,7 @@ def first_reading(
 def _draft(analysis: Analysis) -> AffineForm:
     """The form as if every row had a map of its own."""
     program = split_events(analysis.program)._replace(
-        per_row=True, observed_argument=analysis.position, scores_input=False
+        per_row=True, observed_argument=analysis.position, scores_input=False, affine=True
     )
     nodes = [analysis.first.nodes[name] for name in program.latent_names]
     spread = [
@@ -142,7 +142,7 @@ def _shared_map(
     ):  # at latents far out in the prior
         rows = tuple(cycle(a, len(reading.value)) for a in analysis.args)
         with torch.no_grad():
-            there = tokens_of(run(model, rows, prior_means(form, rows)), form)
+            there = token_values(run(model, rows, prior_means(form, rows)), program)
         if not torch.equal(reading.value, there):
             raise_moving(program.observed, program.latent_names)
         return None

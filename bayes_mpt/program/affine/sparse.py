@@ -27,13 +27,12 @@ from bayes_mpt.program.affine.normals import (
     latent_values,
     scale_of,
     token_normal,
-    tokens_of,
 )
 from bayes_mpt.program.affine.probes import N_CHECKS, check_affine, check_constant, random_points
 from bayes_mpt.program.affine.sparse_map import Layout, NotSparse, SparseMap
 from bayes_mpt.program.affine.tokens import token_gaps
 from bayes_mpt.program.arguments import cycle, fill
-from bayes_mpt.program.layout import flat
+from bayes_mpt.program.layout import flat, token_values
 from bayes_mpt.program.program import Model
 from bayes_mpt.program.run import run
 from bayes_mpt.program.sites import base, is_subsample
@@ -86,7 +85,7 @@ class Sparse:
             ran.root[:1],
             ran.scale[:1].square(),
             1.0,
-            tokens_of(ran.trace, structure),
+            token_values(ran.trace, structure.program),
             self.layout,
         )
         check_constant(ran.scale, f"observed site {structure.observed!r}")
@@ -111,7 +110,9 @@ class Sparse:
             ran = _Run(model, rows, structure, zero)
             slope = ran.slopes(self.layout, torch.ones_like(every), wanted)
         fixed = {n: node["value"] for n, node in ran.trace.nodes.items() if is_subsample(node)}
-        value = token_gaps(model, args, structure, ran.trace, {**latent_values(structure, zero), **fixed})
+        value = token_gaps(
+            model, args, structure, ran.trace, {**latent_values(structure.program, zero), **fixed}
+        )
         reading = SparseMap(
             ran.loc,
             ran.latent_loc,
@@ -205,7 +206,7 @@ class _Run:
         recording = torch.is_grad_enabled()
         self.leaves = {
             name: v.detach().clone().requires_grad_(recording)
-            for name, v in latent_values(structure, z).items()
+            for name, v in latent_values(structure.program, z).items()
         }
         self.trace = run(model, rows, {**self.leaves, **(fixed or {})})
         self.loc, self.scale = (t[0] for t in token_normal(self.trace, structure))  # (N, T)

@@ -64,6 +64,11 @@ class Blocks(NamedTuple):
     """(B, n, t, w)"""
     own: Tensor
     """(B, n, t, w)"""
+
+    def take(self, index: Tensor) -> Blocks:
+        """Some of the blocks, by number."""
+        return Blocks(*(t[:, index] for t in self))
+
     noise: Tensor
     """(B, n, t); 1 in slots without a token."""
 

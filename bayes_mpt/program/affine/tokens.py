@@ -12,10 +12,9 @@ from torch import Tensor
 from bayes_mpt.program.affine.form import AffineForm
 from bayes_mpt.program.affine.normals import (
     token_normal,
-    tokens_of,
 )
 from bayes_mpt.program.arguments import fill_otherwise, has_missing
-from bayes_mpt.program.layout import join_tokens
+from bayes_mpt.program.layout import join_tokens, token_values
 from bayes_mpt.program.missing import values_with_gaps
 from bayes_mpt.program.program import MissingCovariate, Model, ModelError
 from bayes_mpt.program.run import SetLatents, one_precision, run
@@ -44,7 +43,7 @@ def token_gaps(
                 f"a mask hides values of observed site {name!r}, and did not when the program was first run: leave the "
                 "cells NaN, which the package leaves out, or show the masked rows when the predictor is made"
             )
-    value = tokens_of(trace, structure)
+    value = token_values(trace, structure.program)
     if any(has_missing(a) for a in args):
         # The filled cells gave finite parameters and maps; what the NaN themselves reach shows which tokens to drop.
         with torch.no_grad():
@@ -59,7 +58,7 @@ def token_gaps(
                     "be complete, only what is observed may be missing"
                 )
         n_cells = sum(int(a.isnan().sum()) for a in args if has_missing(a))
-        with_gaps = tokens_of(raw, structure)
+        with_gaps = token_values(raw, structure.program)
         whole = all(bool(own_shown(raw.nodes[name]).all()) for name in structure.site_names)
         if not whole or int(with_gaps.isnan().sum()) < n_cells:
             # missing cells without a token, or the program has a view of its own of them

@@ -16,11 +16,10 @@ from bayes_mpt.program.affine.normals import (
     latent_values,
     scale_of,
     token_normal,
-    tokens_of,
 )
 from bayes_mpt.program.affine.probes import close, probes_of, tolerance
 from bayes_mpt.program.arguments import fill
-from bayes_mpt.program.layout import flat
+from bayes_mpt.program.layout import flat, token_values
 from bayes_mpt.program.program import Model
 from bayes_mpt.program.run import run
 
@@ -61,7 +60,7 @@ def trial_run(model: Model, args: tuple[Any, ...], structure: AffineForm) -> Tri
     n_rows = batch(structure, args)
     factor = 0.5 + torch.arange(n_rows, dtype=args[0].dtype, device=args[0].device)[:, None] / n_rows
     z = factor * probes_of(structure, args[0])[structure.n_latents + 1]
-    return trial_of(run(model, args, latent_values(structure, z)), structure)
+    return trial_of(run(model, args, latent_values(structure.program, z)), structure)
 
 
 @torch.no_grad()
@@ -73,7 +72,7 @@ def trial_of(trace: Trace, structure: AffineForm) -> Trial:
     nodes = [trace.nodes[site.name]["value"] for site in structure.latents]
     parts = [flat(v, v.shape, s.row_axis)[0] for v, s in zip(nodes, structure.latents, strict=True)]
     z = torch.cat(parts, 1) if parts else loc.new_zeros(len(loc), 0)
-    return Trial(trace, z.to(loc), loc, scale, tokens_of(trace, structure), prior)
+    return Trial(trace, z.to(loc), loc, scale, token_values(trace, structure.program), prior)
 
 
 def rows_alike(trace: Trace, structure: AffineForm) -> bool:
