@@ -391,12 +391,13 @@ def _enumerated(
     depth = program.depth
     with ExitStack() as stack:
         stack.enter_context(one_precision(args))
+        # Outside of the enumeration, which must see a latent of whose mean a discrete one decides before it is set.
+        stack.enter_context(SetLatents(values))
         if program.discrete:
             stack.enter_context(EnumMessenger(first_available_dim=-1 - depth - (n_nodes > 1)))
         if n_nodes > 1:
             stack.enter_context(pyro.plate(NODES, n_nodes, dim=-1 - depth))
         stack.enter_context(_Enumerate())
-        stack.enter_context(SetLatents(values))
         return poutine.trace(model).get_trace(*args)
 
 

@@ -332,3 +332,26 @@ def test_rows_that_look_at_other_rows_are_no_rows():
     share = np.exp(token - token.max())
     truth, se = token.max() + np.log(share.mean()), share.std() / share.mean() / np.sqrt(len(z))
     assert model.log_marginal_likelihood_ == pytest.approx(truth, abs=5 * se + 1e-3)
+
+
+def counts_of_two_levels(x):
+    with pyro.plate("rows", len(x)):
+        k = pyro.sample("k", dist.Categorical(tensor([0.3, 0.7])))
+        z = pyro.sample("z", dist.Normal(tensor([-1.0, 1.5])[k], tensor([0.5, 0.8])[k]))
+        pyro.sample("x", dist.Poisson(z.exp()[..., None].expand(*z.shape, 3)).to_event(1), obs=x)
+
+
+@pytest.mark.parametrize("predictor", [Quadrature(40), Importance(2000), "auto"], ids=str)
+def test_a_discrete_latent_decides_about_the_mean_of_a_continuous_one(predictor):
+    """p(x) = sum_k w_k int N(z; m_k, s_k) prod_i Poisson(x_i; e^z) dz, by a fine grid; a cell is missing."""
+    x = np.array([[0, 1, 0], [3, 7, 4], [2, np.nan, 1]])
+    z = np.linspace(-12, 12, 20001)
+    prior = 0.3 * stats.norm.pdf(z, -1.0, 0.5) + 0.7 * stats.norm.pdf(z, 1.5, 0.8)
+    likelihood = [np.prod([stats.poisson.pmf(c, np.exp(z)) for c in row if np.isfinite(c)], 0) for row in x]
+    want = np.log([np.trapezoid(prior * values, z) for values in likelihood])
+    model = BayesMPT(counts_of_two_levels, predictor=predictor, random_state=0).fit(x)
+    if isinstance(predictor, Importance):
+        assert 0 < model.log_marginal_likelihood_se_ < 0.2
+        assert abs(model.log_marginal_likelihood_ - want.sum()) < 4 * model.log_marginal_likelihood_se_
+    else:
+        np.testing.assert_allclose(model.score_samples(x), want, atol=1e-7)
