@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bayes_mpt import training
 from bayes_mpt.estimators.rows import refuse_empty, refuse_missing
-from bayes_mpt.evidence.integrated import Prior, far_from_centre
+from bayes_mpt.evidence.hyperparameters import Prior, far_from_centre
 from bayes_mpt.predictors import Bound
 from bayes_mpt.predictors.gaussian.process import N_TRIAL_ROWS
 from bayes_mpt.program.arguments import fill, head, resampled, shifted

@@ -27,7 +27,7 @@ from bayes_mpt.estimators.rows import (
     update_statistics,
 )
 from bayes_mpt.estimators.trainer import Trainer
-from bayes_mpt.evidence.integrated import Prior, hyperprior
+from bayes_mpt.evidence.hyperparameters import Prior, hyperprior
 from bayes_mpt.predictors import Bound, Conditionals, Evidence
 from bayes_mpt.predictors.base import Frozen, Guide, together
 from bayes_mpt.predictors.new_rows import growing

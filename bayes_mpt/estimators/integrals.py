@@ -14,7 +14,8 @@ from bayes_mpt import training
 from bayes_mpt.estimators.fit import of_program, parameters
 from bayes_mpt.estimators.fitted import Fitted
 from bayes_mpt.estimators.repeats import repeated_columns
-from bayes_mpt.evidence.integrated import IntegratedEvidence, assign, hyperprior, integrate, log_likelihood
+from bayes_mpt.evidence.hyperparameters import assign, hyperprior, log_likelihood
+from bayes_mpt.evidence.integrated import IntegratedEvidence, integrate
 from bayes_mpt.evidence.laplace import LaplaceEvidence, laplace_diagonal, laplace_proportional
 from bayes_mpt.predictors.base import Frozen
 from bayes_mpt.predictors.gaussian.profile import NoiseFloorError, spectrum

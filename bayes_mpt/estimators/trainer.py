@@ -16,7 +16,7 @@ from sklearn.utils import check_random_state
 from bayes_mpt import training
 from bayes_mpt.estimators.checks import of_program
 from bayes_mpt.estimators.repeats import repeated_columns
-from bayes_mpt.evidence.integrated import Prior, assign
+from bayes_mpt.evidence.hyperparameters import Prior, assign
 from bayes_mpt.masks import PermutationChain, Policy
 from bayes_mpt.models.mixtures import CollapseError
 from bayes_mpt.predictors import Predictor, choose

@@ -3,14 +3,8 @@
 They are given densities and know no estimator; nothing is refitted here.
 """
 
-from bayes_mpt.evidence.integrated import (
-    IntegratedEvidence,
-    Mode,
-    Prior,
-    hyperprior,
-    integrate,
-    log_likelihood,
-)
+from bayes_mpt.evidence.hyperparameters import Prior, hyperprior, log_likelihood
+from bayes_mpt.evidence.integrated import IntegratedEvidence, Mode, integrate
 from bayes_mpt.evidence.laplace import LaplaceEvidence, laplace_diagonal, laplace_proportional
 
 __all__ = [

@@ -15,42 +15,23 @@ Everything is done in units of the prior, phi = (theta - loc) / scale.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import pyro
 import torch
 from numpy.typing import NDArray
 from scipy.special import logsumexp, ndtri
 from scipy.stats import chi2
 from scipy.stats.qmc import Sobol
-from torch import Tensor
-from torch.distributions import transform_to
 
 from bayes_mpt.diagnostics import BAD_K, pareto_k, replicate_error
-from bayes_mpt.predictors import Bound
+from bayes_mpt.evidence.hyperparameters import LogLikelihood, Prior
 from bayes_mpt.predictors.nodes.rules import log_t
-from bayes_mpt.program.devices import own_random_state
-from bayes_mpt.program.offers import offered
-from bayes_mpt.program.program import Model, ModelError
+from bayes_mpt.program.program import ModelError
 
-__all__ = [
-    "IntegratedEvidence",
-    "LogLikelihood",
-    "Mode",
-    "Prior",
-    "assign",
-    "far_from_centre",
-    "hyperprior",
-    "integrate",
-    "log_likelihood",
-]
+__all__ = ["IntegratedEvidence", "Mode", "integrate"]
 
 Array = NDArray[np.float64]
-
-LogLikelihood = Callable[..., tuple[Array, Array]]
-"""``(theta (B, D), gradient=True) -> (B,) nats, (B, D)``; -inf where the program cannot be evaluated."""
 
 LOG_2PI = math.log(2 * math.pi)
 REACH = 2.5  # prior standard deviations that a line of starts reaches to both sides
@@ -78,25 +59,6 @@ MAX_PARTS = 16
 NEW_PART_SHRINKS = 3.0
 N_EM = 5
 MIN_SHARE = 0.4  # of the draws that are effective, or the mixture is fitted to them
-FAR = 8.0  # prior standard deviations
-MAX_CELLS = 2**19  # of the covariances of points evaluated at a time
-
-
-class Prior(NamedTuple):
-    """Normal on the unconstrained parameters, times a correction where the true prior is another."""
-
-    loc: Array
-    """(D,)"""
-    scale: Array
-    """(D,)"""
-    correction: Callable[[Tensor], Tensor] | None = None
-    """theta (B, D) -> log of the true prior over the normal one (B,)."""
-
-    def log_prob(self, theta: Tensor) -> Tensor:
-        """(B, D) -> (B,), with gradients."""
-        loc, scale = (torch.as_tensor(a).to(theta) for a in (self.loc, self.scale))
-        normal = torch.distributions.Normal(loc, scale, validate_args=False).log_prob(theta).sum(1)
-        return normal if self.correction is None else normal + self.correction(theta)
 
 
 class Mode(NamedTuple):
@@ -452,169 +414,3 @@ class _Mixture(NamedTuple):
 
 
 # ------------------------------------------------------------------------------------------------------- of a program
-
-
-def hyperprior(model: Model, args: tuple[Any, ...], leaves: Mapping[str, Tensor]) -> Prior | None:
-    """The prior that a model offers for its parameters in Pyro's store, by ``model.hyperprior(*args)``; or None.
-
-    That gives for each parameter by name the pair (loc, scale) of a normal distribution of its unconstrained value, or
-    a `torch.distributions.Distribution` of its natural value. None also where a parameter has no prior (one of a
-    likelihood that the user wrote, say): what is left of the others' would be no prior of the model.
-    """
-    offer = offered(model, "hyperprior")
-    if offer is None:
-        return None
-    found = offer(*args)
-    if any(name not in found for name in leaves):
-        return None
-    supports = pyro.get_param_store().get_state()["constraints"]
-    loc: list[Array] = []
-    scale: list[Array] = []
-    others: list[tuple[slice, _Natural]] = []
-    at = 0
-    for name, leaf in leaves.items():
-        given, part = found[name], slice(at, at + leaf.numel())
-        if isinstance(given, torch.distributions.Distribution):
-            other = _Natural(given, supports[name], leaf)
-            others.append((part, other))
-            given = other.loc, other.scale
-        for out, value in zip((loc, scale), given, strict=True):
-            out.append(
-                torch.as_tensor(value).detach().to(leaf).expand_as(leaf).flatten().cpu().double().numpy()
-            )
-        at = part.stop
-    return Prior(_joined(loc), _joined(scale), _correction(others) if others else None)
-
-
-def far_from_centre(prior: Prior, leaves: Mapping[str, Tensor]) -> list[str]:
-    """Names of parameters with an element further from the prior's centre than any sensible value."""
-    out, at = [], 0
-    for name, leaf in leaves.items():
-        part = slice(at, at + leaf.numel())
-        at = part.stop
-        off = (leaf.detach().flatten().cpu().double().numpy() - prior.loc[part]) / prior.scale[part]
-        if (np.abs(off) > FAR).any():
-            out.append(name)
-    return out
-
-
-class _Natural:
-    """A prior of a natural value, seen from the unconstrained one: a normal of its mean and spread, and the rest.
-
-    log p(theta) = log p(v(theta)) + log |dv / dtheta| - log P(v in the support)
-    """
-
-    def __init__(self, given: torch.distributions.Distribution, support: Any, leaf: Tensor):
-        self.given, self.shape = given, leaf.shape
-        self.transform = transform_to(support)
-        low, high = (float(getattr(support, f"{side}_bound", math.nan)) for side in ("lower", "upper"))
-        with own_random_state(0), torch.no_grad():
-            draws = given.expand(self.shape).sample(torch.Size([4096])).double()
-            mass = torch.ones(self.shape, dtype=torch.float64)
-            if given.support is torch.distributions.constraints.real:
-                at_high = given.cdf(torch.tensor(high)) if math.isfinite(high) else mass
-                mass = at_high - (given.cdf(torch.tensor(low)) if math.isfinite(low) else 0 * mass)
-        inside = support.check(draws)
-        theta = self.transform.inv(torch.where(inside, draws, draws[inside].median()))
-        self.log_mass = mass.double().log()
-        self.loc, self.scale = theta.mean(0), theta.std(0)
-
-    def __call__(self, theta: Tensor) -> Tensor:
-        """Log of this density over the normal one: (B, d) -> (B,)."""
-        theta = theta.reshape(-1, *self.shape)
-        value = self.transform(theta)
-        log_prob = (
-            self.given.log_prob(value) + self.transform.log_abs_det_jacobian(theta, value) - self.log_mass
-        )
-        normal = torch.distributions.Normal(self.loc, self.scale).log_prob(theta)
-        return (log_prob - normal).reshape(len(theta), -1).sum(1)
-
-
-def _correction(others: list[tuple[slice, _Natural]]) -> Callable[[Tensor], Tensor]:
-    return lambda theta: torch.stack([other(theta[:, part]) for part, other in others]).sum(0)
-
-
-def log_likelihood(predictor: Bound, args: tuple[Any, ...], leaves: dict[str, Tensor]) -> LogLikelihood:
-    """The LML of a program's observations as a function of its unconstrained parameters in Pyro's store.
-
-    Many points at a time where the program runs on them side by side, which is tried; else one by one.
-    """
-    supports = pyro.get_param_store().get_state()["constraints"]
-    sizes = [leaf.numel() for leaf in leaves.values()]
-    device = next(iter(leaves.values())).device
-    n_chunk = max(1, MAX_CELLS // len(args[0]) ** 2)
-
-    def together(theta: Tensor) -> Tensor:
-        values = {
-            name: transform_to(supports[name])(part.reshape(-1, *leaf.shape).to(leaf))
-            for (name, leaf), part in zip(leaves.items(), theta.split(sizes, 1), strict=True)
-        }
-        return predictor.score_at(args, values)
-
-    def alone(theta: Tensor) -> Tensor:
-        return torch.stack([_One.apply(row, predictor, args, leaves) for row in theta])
-
-    evaluate = alone
-    with torch.no_grad():
-        here = torch.cat([leaf.flatten() for leaf in leaves.values()])
-        both = torch.stack([here, here + 0.1])
-        try:
-            if torch.allclose(together(both), alone(both), rtol=1e-9):
-                evaluate = together
-        except (NotImplementedError, RuntimeError, ValueError, IndexError):
-            pass
-
-    def of(theta: Array, gradient: bool = True) -> tuple[Array, Array]:
-        values, grads = [], []
-        for part in torch.as_tensor(theta, device=device).split(n_chunk):
-            part = part.detach().requires_grad_(gradient)
-            with torch.set_grad_enabled(gradient):
-                value = evaluate(part)
-            values.append(value.detach())
-            usable = torch.isfinite(value.detach())
-            if gradient and bool(usable.any()):
-                grads.append(torch.autograd.grad(value[usable].sum(), part)[0])
-            else:
-                grads.append(torch.zeros_like(part))
-        return torch.cat(values).double().cpu().numpy(), torch.cat(grads).double().cpu().numpy()
-
-    return of
-
-
-class _One(torch.autograd.Function):
-    """The program read at one point: its leaves are set, which autograd does not see."""
-
-    @staticmethod
-    def forward(ctx: Any, theta: Tensor, predictor: Bound, args: tuple[Any, ...], leaves: Any) -> Tensor:
-        grad = torch.zeros_like(theta)
-        before = [leaf.detach().clone() for leaf in leaves.values()]
-        try:
-            assign(leaves, theta)
-            with torch.enable_grad():
-                value = predictor.read(args).score().sum()
-                grads = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
-            grad = torch.cat([g.flatten() for g in grads]).to(theta)
-            value = value.detach()
-        except (ValueError, torch.linalg.LinAlgError):  # ModelError is a ValueError too
-            value = theta.new_tensor(-math.inf)
-        finally:
-            assign(leaves, torch.cat([b.flatten() for b in before]))
-        ctx.save_for_backward(grad)
-        return value
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return grad * ctx.saved_tensors[0], None, None, None
-
-
-def assign(leaves: Mapping[str, Tensor], theta: Tensor) -> None:
-    """Set a program's unconstrained parameters, theta (D,)."""
-    with torch.no_grad():
-        for leaf, part in zip(
-            leaves.values(), theta.split([v.numel() for v in leaves.values()]), strict=True
-        ):
-            leaf.copy_(part.reshape(leaf.shape))
-
-
-def _joined(parts: list[Array]) -> Array:
-    return np.concatenate([np.empty(0), *parts])

@@ -36,7 +36,8 @@ from scipy.special import logsumexp
 from scipy.stats import binom
 
 from bayes_mpt.diagnostics import replicate_error
-from bayes_mpt.evidence.integrated import LogLikelihood, Prior, assign, hyperprior, integrate, log_likelihood
+from bayes_mpt.evidence.hyperparameters import LogLikelihood, Prior, assign, hyperprior, log_likelihood
+from bayes_mpt.evidence.integrated import integrate
 from bayes_mpt.models import GaussianProcess
 from bayes_mpt.predictors import choose
 from bayes_mpt.predictors.gaussian.process import moments

@@ -47,7 +47,8 @@ from gpytorch.kernels import LinearKernel, MaternKernel, PeriodicKernel, RBFKern
 
 from bayes_mpt import BayesMPT, MarginalLikelihoodSearch
 from bayes_mpt.evidence import integrated
-from bayes_mpt.evidence.integrated import Prior, hyperprior, integrate, log_likelihood
+from bayes_mpt.evidence.hyperparameters import Prior, assign, hyperprior, log_likelihood
+from bayes_mpt.evidence.integrated import integrate
 from bayes_mpt.models import GaussianProcess
 from bayes_mpt.predictors import choose
 
@@ -137,7 +138,7 @@ def candidate(kernel: Any, truth: Truth) -> dict[str, float]:
         theta, lml = maximise(likelihood, prior, np.stack([mode.theta for mode in found.modes]))
         fresh = []
         for at in (found.modes[0].theta, theta):
-            integrated.assign(leaves, torch.as_tensor(at))
+            assign(leaves, torch.as_tensor(at))
             with torch.no_grad():
                 guess = predictor.read(seen).predict(new)
                 fresh.append(

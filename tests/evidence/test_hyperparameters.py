@@ -17,7 +17,8 @@ from scipy.stats import gamma, multivariate_normal, multivariate_t, norm
 from sklearn.exceptions import ConvergenceWarning
 
 from bayes_mpt import BayesMPT, MarginalLikelihoodSearch, compare
-from bayes_mpt.evidence.integrated import Prior, _Mixture, hyperprior, integrate, log_likelihood
+from bayes_mpt.evidence.hyperparameters import Prior, hyperprior, log_likelihood
+from bayes_mpt.evidence.integrated import _Mixture, integrate
 from bayes_mpt.models import PPCA, BayesianRegression, GaussianProcess, gaussian_process
 from bayes_mpt.predictors import choose
 
