@@ -131,7 +131,7 @@ def _version(package: str) -> str:
     """Of a top-level package; our own source counts too, which may be under way between two versions."""
     if package == "bayes_mpt":
         h = hashlib.sha256()
-        root = Path(__file__).parent
+        root = Path(__file__).parents[1]
         for file in sorted(root.rglob("*.py")):
             h.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
         return h.hexdigest()

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from sklearn.base import BaseEstimator, TransformerMixin, clone
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 
+import bayes_mpt
 from bayes_mpt import BayesMPT, HeldOut, MarginalLikelihoodSearch
 from bayes_mpt.models import PPCA, VAE, FactorAnalysis, GaussianMixture, GaussianProcess, Potts
 from bayes_mpt.predictors import Importance
@@ -839,6 +841,7 @@ def test_leftovers_of_killed_processes_go(tmp_path):
 KILLED = """
 import os, signal, sys
 import numpy as np
+import bayes_mpt
 from bayes_mpt import BayesMPT, HeldOut, MarginalLikelihoodSearch
 from bayes_mpt.models import PPCA
 
@@ -992,3 +995,26 @@ def test_a_training_on_a_full_disk(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="No space left"):
         trained(tmp_path / "t")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_change_of_any_source_file_is_another_result(tmp_path):
+    """A number of an older version is not taken up as one of this: every file of the package counts, in all folders."""
+    root = Path(bayes_mpt.__file__).parent
+    shutil.copytree(root, tmp_path / "bayes_mpt", ignore=shutil.ignore_patterns("__pycache__"))
+    code = "from bayes_mpt.runtime import digests; print(digests.digest_of(1), digests.__file__)"
+
+    def digest():
+        env = os.environ | {"PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+        found = subprocess.run(
+            [sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        found, file = found.stdout.split()
+        assert file.startswith(str(tmp_path))
+        return found
+
+    before = digest()
+    assert digest() == before
+    source = tmp_path / "bayes_mpt" / "predictors" / "gaussian" / "linear.py"
+    source.write_text(source.read_text() + "# changed\n")
+    assert digest() != before
