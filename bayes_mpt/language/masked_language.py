@@ -5,12 +5,10 @@ A sub-word is a token here. Those that the tokenizer adds (begin, end, padding) 
 
 from __future__ import annotations
 
-import math
-from collections import UserDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,10 +19,10 @@ from torch import Tensor
 from bayes_mpt.diagnostics import disagreement, replicate_error
 from bayes_mpt.estimators.candidates import Candidate
 from bayes_mpt.estimators.comparison import comparison_table
+from bayes_mpt.language.texts import Copies, Text, copies_of, list_of, token_ids
 from bayes_mpt.masks import (
     FixedRate,
     LeaveOneOut,
-    Masks,
     Policy,
     RandomState,
     UniformSize,
@@ -207,7 +205,7 @@ class MaskedLanguageModel:
     # ------------------------------------------------------------------------------------------------------- inside
 
     def _estimate(
-        self, texts: list[_Text], masks: Policy, n_replicates: int, random_state: RandomState
+        self, texts: list[Text], masks: Policy, n_replicates: int, random_state: RandomState
     ) -> TextScores:
         scores = self._scores(texts, masks, n_replicates, random_state)  # (R, N)
         found: dict[str, Any] = {"totals": scores.sum(1)}
@@ -222,7 +220,7 @@ class MaskedLanguageModel:
             found,
         )
 
-    def _read(self, texts: Sequence[Any]) -> list[_Text]:
+    def _read(self, texts: Sequence[Any]) -> list[Text]:
         """Token ids, and which of them are a text's own."""
         tokenizer = self.tokenizer
         if tokenizer.mask_token_id is None:
@@ -235,7 +233,7 @@ class MaskedLanguageModel:
                 f"the tokenizer has {n_tokens} tokens and the model's embedding {n_rows} rows: they do not belong "
                 "together"
             )
-        texts = _list_of(texts)
+        texts = list_of(texts)
         # An unknown word is a word.
         named = {
             getattr(tokenizer, f"{name}_token_id") for name in ("cls", "sep", "bos", "eos", "pad", "mask")
@@ -246,7 +244,7 @@ class MaskedLanguageModel:
         for i, text in enumerate(texts):
             if isinstance(text, str):
                 text = tokenizer(text, truncation=False, verbose=False)["input_ids"]
-            ids = _token_ids(text, i)
+            ids = token_ids(text, i)
             ids = ids[ids != tokenizer.pad_token_id] if tokenizer.pad_token_id is not None else ids
             if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < n_rows:
                 raise ValueError(f"token ids must be in 0..{n_rows - 1}: text {i} has others")
@@ -258,7 +256,7 @@ class MaskedLanguageModel:
                     f"text {i} has {len(ids)} tokens with the special ones, and the limit of "
                     f"{type(self.model).__name__} is {limit}: split it, or leave it out"
                 )
-            read.append(_Text(ids, own))
+            read.append(Text(ids, own))
         return read
 
     def _limit(self) -> int:
@@ -275,7 +273,7 @@ class MaskedLanguageModel:
 
     @torch.no_grad()
     def _scores(
-        self, texts: list[_Text], policy: Policy, n_replicates: int, random_state: RandomState
+        self, texts: list[Text], policy: Policy, n_replicates: int, random_state: RandomState
     ) -> NDArray[np.float64]:
         """Weighted sums of the log predictives of hidden tokens (R, N), nats; each chain is a replicate of its own."""
         if n_replicates < 1:
@@ -295,7 +293,7 @@ class MaskedLanguageModel:
         rows = max(r for r, _ in total) + 1
         return np.array([[total[r, i] for i in range(len(texts))] for r in range(rows)])
 
-    def _refuse_other_kinds(self, text: _Text) -> None:
+    def _refuse_other_kinds(self, text: Text) -> None:
         """Refuse a model without logits of each token, and a causal one, by what three tokens change at both sides."""
         if _is_known_masked(self.model):
             return
@@ -322,7 +320,7 @@ class MaskedLanguageModel:
                 "is of the next token. Masked scores need a model that looks at both sides, such as BERT"
             )
 
-    def _examine(self, texts: list[_Text]) -> None:
+    def _examine(self, texts: list[Text]) -> None:
         """Refuse a model that looks at padding in spite of the attention mask, where texts are padded."""
         by_length = {
             len(text.ids): i for i, text in enumerate(texts) if 2 * len(text.ids) <= self.batch_tokens
@@ -332,7 +330,7 @@ class MaskedLanguageModel:
         pair = []
         for i in (by_length[min(by_length)], by_length[max(by_length)]):
             all_hidden = torch.ones(1, texts[i].n_tokens, dtype=torch.bool)
-            pair.append(_Copies(i, 0, all_hidden, all_hidden.double()))
+            pair.append(Copies(i, 0, all_hidden, all_hidden.double()))
         alone, beside = self._run(texts, pair[:1])[0], self._run(texts, pair)[0]
         eps = torch.finfo(self.model.get_input_embeddings().weight.dtype).eps
         if abs(alone - beside) > eps**0.5 * (1 + abs(alone)):
@@ -342,14 +340,14 @@ class MaskedLanguageModel:
             )
 
     def _batches(
-        self, texts: list[_Text], policy: Policy, n_replicates: int, generator: torch.Generator
-    ) -> Iterator[list[_Copies]]:
+        self, texts: list[Text], policy: Policy, n_replicates: int, generator: torch.Generator
+    ) -> Iterator[list[Copies]]:
         """Masked copies, as many as a run takes; the longest texts first, and none padded to more than its batch's."""
-        batch: list[_Copies] = []
+        batch: list[Copies] = []
         room = 0
         for i in sorted(range(len(texts)), key=lambda i: -len(texts[i].ids)):
             for draw in range(n_replicates):
-                for copies in _copies(i, draw, policy.draw(texts[i].n_tokens, generator)):
+                for copies in copies_of(i, draw, policy.draw(texts[i].n_tokens, generator)):
                     start = 0
                     while start < len(copies.hidden):
                         if not batch:
@@ -364,7 +362,7 @@ class MaskedLanguageModel:
         if batch:
             yield batch
 
-    def _run(self, texts: list[_Text], batch: list[_Copies]) -> Tensor:
+    def _run(self, texts: list[Text], batch: list[Copies]) -> Tensor:
         """sum_i weight_i log p(x_i | x_visible) of every copy (B,)."""
         n_copies = sum(len(p.hidden) for p in batch)
         longest = max(len(texts[p.text].ids) for p in batch)
@@ -454,81 +452,6 @@ def compare_language_models(
         note = "area under the masked curve"
         found.append(Candidate(None, scores.total, scores.score, totals, scores.se, note=note))
     return comparison_table(list(models), found, "heldout")
-
-
-def _list_of(texts: Any) -> Sequence[Any]:
-    """Texts one by one; what is something else, but could be read as a list, is refused."""
-    if isinstance(texts, Mapping | UserDict):  # whose keys would be taken for texts
-        raise TypeError(
-            f"texts must be a list of strings or of token ids, got {type(texts).__name__}: pass the texts themselves "
-            '(what tokenizer(texts) gives holds token ids as its "input_ids")'
-        )
-    if isinstance(texts, pd.DataFrame):
-        raise TypeError("texts must be a list of strings, got a DataFrame: pass the column that holds them")
-    if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
-        raise ValueError(f"texts must be a list of at least one, got {texts!r}")
-    texts = texts if isinstance(texts, Tensor) else list(texts)
-    if not len(texts):
-        raise ValueError(f"texts must be a list of at least one, got {texts!r}")
-    return texts
-
-
-def _token_ids(text: Any, i: int) -> Tensor:
-    """Token ids (L,) of text number i, which is no string."""
-    if isinstance(text, Mapping | UserDict):
-        found = f"a {type(text).__name__}"
-    elif isinstance(text, tuple | list) and any(isinstance(part, str) for part in text):
-        found = f"{len(text)} strings: score each by itself, or join them to one"
-    elif text is None or (isinstance(text, float) and math.isnan(text)) or text is pd.NA:
-        found = f"{text!r}: leave missing texts out"
-    else:
-        try:
-            ids = text.detach().cpu() if isinstance(text, Tensor) else torch.as_tensor(np.asarray(text))
-        except (TypeError, ValueError):
-            found = repr(text)
-        else:
-            if not ids.numel():
-                ids = ids.long()
-            whole = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
-            if ids.ndim == 1 and whole:
-                return ids.long()
-            found = f"{ids.dtype} of shape {tuple(ids.shape)}".replace("torch.", "")
-    raise ValueError(f"a text must be a string or token ids, text {i} is {found}")
-
-
-class _Text(NamedTuple):
-    ids: Tensor
-    """(L,) with special tokens."""
-    own: Tensor
-    """(T,) places of the tokens that are hidden and scored."""
-
-    @property
-    def n_tokens(self) -> int:
-        return len(self.own)
-
-
-class _Copies(NamedTuple):
-    """One text under several masks of one replicate."""
-
-    text: int
-    replicate: int
-    hidden: Tensor
-    """(S, T) bool."""
-    weight: Tensor
-    """(S, T), zero where a token is not scored."""
-
-
-def _copies(text: int, draw: int, masks: Masks) -> Iterable[_Copies]:
-    if masks.visible is not None:
-        return [_Copies(text, draw, ~masks.visible, masks.weight)]
-    assert masks.order is not None
-    n_chains, n_tokens = masks.order.shape
-    step = torch.arange(n_tokens)[:, None]
-    # a token is hidden until its turn, and scored then
-    return (
-        _Copies(text, draw * n_chains + c, place >= step, (place == step).double())
-        for c, place in enumerate(masks.order.argsort(dim=1))
-    )
 
 
 def _is_known_masked(model: Any) -> bool:

@@ -9,14 +9,12 @@ from numbers import Real
 from typing import Any, ClassVar
 
 import gpytorch
-import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
 from gpytorch.constraints import Interval
 from gpytorch.kernels import (
     AdditiveKernel,
-    IndexKernel,
     Kernel,
     LinearKernel,
     PeriodicKernel,
@@ -27,11 +25,11 @@ from gpytorch.kernels import (
 from gpytorch.means import ConstantMean, LinearMean, Mean, ZeroMean
 from linear_operator import to_linear_operator
 from pyro.distributions import constraints
-from scipy.signal import lombscargle
 from sklearn.gaussian_process import kernels as theirs
 from torch import Tensor
 
 from bayes_mpt.models.checks import CheckedModel, Instance, IntegersFrom, NumbersFrom, OneOf
+from bayes_mpt.models.kernel_starts import LENGTH_SHARE, columns_of, extent_of, start_value, variance_of
 from bayes_mpt.models.kernels import Line, check_columns, from_sklearn, kernel_name, with_own_algebra
 from bayes_mpt.models.noise_floor import above_rounding, noise_above
 
@@ -40,9 +38,6 @@ __all__ = ["GaussianProcess"]
 NOISE_SHARE = 0.1  # of the variance of y, in the noise at the start
 FLOOR = 1e-8  # of the variance of y, the least noise that is learned
 NUGGET = 1e-8  # of the mean variance of f, in its covariance before a likelihood: smooth kernels have no root without
-MAX_ROWS = 4096  # that a period is looked for in
-MAX_WAVES = 1024  # of the shortest period looked for, in the range of the inputs
-LENGTH_SHARE = 0.2  # of the inputs' range, in a length-scale at the start
 PRIOR_SD = {"lengthscale": 1.0, "period_length": 1.0, "outputscale": 1.5, "variance": 1.5, "alpha": 1.0}
 NOISE_SD = 1.5
 OTHER_SD = 1.5  # of a parameter whose meaning is not known, unconstrained
@@ -180,7 +175,7 @@ class GaussianProcess(CheckedModel):
             module = deepcopy(module)
             if next(module.parameters(), None) is not None:
                 module = module.to(x)
-            variances = _variances(module, _variance(y)) if isinstance(module, Kernel) else {}
+            variances = _variances(module, variance_of(y)) if isinstance(module, Kernel) else {}
             for path, raw, constraint in module.named_parameters_and_constraints():
                 if not raw.requires_grad:
                     continue
@@ -196,7 +191,7 @@ class GaussianProcess(CheckedModel):
                     sd = sd * _reach(kernel, module, x)
                 out[full] = _unconstrained(centre, sd, _support(constraint))
         if level is None and self.likelihood_function is None:
-            centre = (NOISE_SHARE * _variance(y)).to(x)
+            centre = (NOISE_SHARE * variance_of(y)).to(x)
             out["noise"] = centre.log(), torch.full_like(centre, NOISE_SD)
         return out
 
@@ -210,7 +205,7 @@ class GaussianProcess(CheckedModel):
         """
         if "noise" not in pyro.get_param_store():
             return {}
-        floor = FLOOR * float(_variance(y))
+        floor = FLOOR * float(variance_of(y))
         if float(pyro.param("noise").detach()) <= 2 * floor:
             return {
                 "noise": f"its floor, {FLOOR:g} of the variance of y: these observations show no noise. Where they "
@@ -318,11 +313,11 @@ def _centre(
     name: str, raw: Tensor, owner: Any, x: Tensor, y: Tensor, variance: Any
 ) -> tuple[Tensor, Tensor | float]:
     """Centre of the prior in natural units, and the standard deviation of the unconstrained value."""
-    centre: Any = _start(name, raw, owner, x, y)
+    centre: Any = start_value(name, raw, owner, x, y)
     sd = PRIOR_SD.get(name, OTHER_SD)
-    columns = _columns(owner, x)
+    columns = columns_of(owner, x)
     if name == "period_length":  # not where y has its strongest wave: a prior has not seen that
-        centre = LENGTH_SHARE * _extent(columns, raw) * torch.ones_like(raw)
+        centre = LENGTH_SHARE * extent_of(columns, raw) * torch.ones_like(raw)
     if name == "lengthscale" and not isinstance(owner, PeriodicKernel):
         centre = centre * math.sqrt(columns.shape[-1])  # distances grow with the number of columns
     if name == "outputscale":
@@ -331,12 +326,12 @@ def _centre(
         spread = columns.var(0).sum() if len(columns) > 1 else columns.new_zeros(())
         centre = variance / torch.where(spread > 0, spread, 1.0) * torch.ones_like(raw)
     if name == "location":
-        return centre, _extent(columns, raw)
+        return centre, extent_of(columns, raw)
     if name in ("constant", "bias"):
-        return centre, float(_variance(y).sqrt())
+        return centre, float(variance_of(y).sqrt())
     if name == "weights":
         spread = columns.std(0, correction=0)
-        unit = _variance(y).sqrt() / torch.where(spread > 0, spread, 1.0)
+        unit = variance_of(y).sqrt() / torch.where(spread > 0, spread, 1.0)
         return centre, unit.reshape(-1, 1).expand_as(raw)
     return centre, sd
 
@@ -417,8 +412,8 @@ def _first(name: str, raw: Tensor, owner: Any, module: Any, x: Tensor, y: Tensor
     """An initial value: the centre of the prior, but for periods, of which one is looked for in y."""
     raw = raw.detach().to(x)
     if name == "period_length":
-        return _start(name, raw, owner, x, y)
-    variance = _variances(module, _variance(y)).get(id(owner)) if isinstance(module, Kernel) else None
+        return start_value(name, raw, owner, x, y)
+    variance = _variances(module, variance_of(y)).get(id(owner)) if isinstance(module, Kernel) else None
     return _centre(name, raw, owner, x, y, variance)[0]
 
 
@@ -438,71 +433,12 @@ def _support(constraint: Interval | None) -> Any:
     return constraints.less_than(high) if math.isinf(low) else constraints.interval(low, high)
 
 
-def _start(name: str, raw: Tensor, owner: Any, x: Tensor, y: Tensor) -> Tensor:
-    """An initial value in units of the data, in the shape of the raw parameter."""
-    one = torch.ones_like(raw).detach()
-    columns = _columns(owner, x)
-    if name == "period_length":
-        periods = [_period(column, y.flatten()) for column in columns.mT]
-        return raw.new_tensor(periods if raw.shape[-1] == len(periods) else periods[0]) * one
-    if name == "lengthscale" and not isinstance(owner, PeriodicKernel):
-        return LENGTH_SHARE * _extent(columns, raw) * one
-    if name == "location":
-        return (columns.mean(0) if raw.shape[-1] == columns.shape[-1] else columns.mean()) * one
-    if name == "variance" and isinstance(owner, LinearKernel | Line):  # of a slope
-        spread = columns - columns.mean(0) if isinstance(owner, Line) else columns
-        square = spread.square().sum(-1).mean()
-        return _variance(y) / torch.where(square > 0, square, 1.0) * one
-    if isinstance(owner, IndexKernel):  # each task has half of the variance of its own, half of it in common
-        return _variance(y) / 2 * one if name == "var" else (_variance(y) / 2).sqrt() * raw
-    if name == "outputscale" or (name == "constant" and isinstance(owner, Kernel)):
-        return _variance(y) * one
-    if name in ("constant", "bias"):
-        return y.nanmean() * one
-    return 0 * one if name == "weights" else one
-
-
-def _columns(owner: Any, x: Tensor) -> Tensor:
-    """The columns that a kernel or mean sees, (N, P)."""
-    dims = getattr(owner, "active_dims", None)
-    return (x if dims is None else x[..., dims]).flatten(0, -2)
-
-
-def _extent(columns: Tensor, raw: Tensor) -> Tensor:
-    """Ranges of the columns, one for each element of the parameter, or their mean."""
-    # sqrt 12 standard deviations of uniform inputs are their range
-    extent = columns.std(0, correction=0) * math.sqrt(12)
-    extent = torch.where(extent > 0, extent, 1.0)
-    return extent if raw.shape[-1] == len(extent) else extent.mean()
-
-
-def _period(x: Tensor, y: Tensor) -> float:
-    """The strongest period of y along one column, a parabola taken off (Lomb 1976): at most a quarter of the range."""
-    seen = ~y.isnan()
-    every = max(1, int(seen.sum()) // MAX_ROWS)
-    at, value = (a[seen][::every].double().numpy(force=True) for a in (x, y))
-    extent = float(np.ptp(at)) if len(at) else 0.0
-    if len(at) < 10 or extent == 0:
-        return LENGTH_SHARE * extent or 1.0
-    at = (at - at.min()) / extent
-    value = value - np.polyval(np.polyfit(at, value, 2), at)
-    waves = np.arange(4, min(MAX_WAVES, len(at) / 2), 0.25)  # in the range
-    return extent / waves[lombscargle(at, value, 2 * np.pi * waves).argmax()]
-
-
-def _variance(y: Tensor) -> Tensor:
-    """Variance of the observed y, not zero."""
-    seen = y[~y.isnan()].double()
-    variance = seen.var() if len(seen) > 1 else seen.new_ones(())
-    return torch.where(variance > 0, variance, 1.0)
-
-
 def _learned_noise(y: Tensor) -> tuple[Tensor, float]:
     """The parameter "noise", () or (B,) of several parameter values side by side, and its floor."""
     # Once made it keeps the floor of the rows that it was made on. The public way to a constraint changes the store.
     bound = pyro.get_param_store()._constraints.get("noise")
     if isinstance(bound, noise_above):
         return pyro.param("noise"), bound.lower_bound
-    variance = _variance(y)
+    variance = variance_of(y)
     floor = float(FLOOR * variance)
     return pyro.param("noise", NOISE_SHARE * variance, noise_above(floor)), floor

@@ -13,16 +13,10 @@ import enum
 import functools
 import hashlib
 import inspect
-import platform
 import re
-import site
-import sys
-import sysconfig
 import types
 import weakref
 from collections.abc import Iterable
-from contextlib import suppress
-from importlib import metadata
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -33,10 +27,10 @@ import torch
 from sklearn.base import BaseEstimator
 
 from bayes_mpt.runtime.checkpoints import raw_bytes
+from bayes_mpt.runtime.versions import here, is_installed, version
 
 __all__ = ["CannotDigest", "digest_of", "in_words"]
 
-PACKAGES = ("torch", "numpy", "scipy", "pyro-ppl", "gpytorch", "linear-operator", "scikit-learn")
 BLOCK = 2**22  # numbers of an array that are copied at a time
 WORDS = 120  # letters of a value in an error
 MOST = 200  # levels of values inside values
@@ -104,7 +98,7 @@ def digest_of(value: Any, name: str = "", *, initial: bool = True) -> str:
     >>> digest_of(one) == digest_of(two)
     False
     """
-    about = ["bayes_mpt", *_here(), str(torch.get_default_dtype())]
+    about = ["bayes_mpt", *here(), str(torch.get_default_dtype())]
     return hashlib.sha256("\n".join(about).encode() + _Walk(initial).of(value, name)).hexdigest()
 
 
@@ -116,60 +110,8 @@ def in_words(value: Any) -> str:
     return text if len(text) <= WORDS else f"{text[: WORDS - 3]}..."
 
 
-@functools.cache
-def _here() -> tuple[str, ...]:
-    """What all values are of: Python, whose bytecode functions are, and what computes."""
-    found = [".".join(map(str, sys.version_info[:2])), platform.machine(), _version("bayes_mpt")]
-    for package in PACKAGES:
-        with suppress(metadata.PackageNotFoundError):
-            found.append(f"{package} {metadata.version(package).partition('+')[0]}")
-    return tuple(found)
-
-
-@functools.cache
-def _version(package: str) -> str:
-    """Of a top-level package; our own source counts too, which may be under way between two versions."""
-    if package == "bayes_mpt":
-        h = hashlib.sha256()
-        root = Path(__file__).parents[1]
-        for file in sorted(root.rglob("*.py")):
-            h.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
-        return h.hexdigest()
-    if package in sys.stdlib_module_names:
-        return ".".join(map(str, sys.version_info[:2]))
-    found = getattr(sys.modules.get(package), "__version__", None)
-    if not isinstance(found, str):
-        found = ""
-        with suppress(metadata.PackageNotFoundError):
-            found = metadata.version(package)
-    return found.partition("+")[0]
-
-
-@functools.cache
-def _places() -> tuple[Path, ...]:
-    """Folders of installed packages."""
-    paths = sysconfig.get_paths()
-    found = [paths[k] for k in ("stdlib", "platstdlib", "purelib", "platlib")]
-    return tuple(Path(p).resolve() for p in [*found, *site.getsitepackages(), site.getusersitepackages()])
-
-
-def _installed(module: Any) -> bool:
-    """Whether a module, by name, is of an installed package: one that does not change under its version."""
-    if not isinstance(module, str):
-        return False
-    top = module.partition(".")[0]
-    if top in sys.stdlib_module_names or top in sys.builtin_module_names or top == "bayes_mpt":
-        return top != "__main__"
-    found = sys.modules.get(top)
-    files = [getattr(found, "__file__", None), *list(getattr(found, "__path__", []))]
-    return any(
-        isinstance(file, str) and any(place in Path(file).resolve().parents for place in _places())
-        for file in files
-    )
-
-
 def _named(module: str, name: str) -> bytes:
-    return _hashed("named", [module, name, _version(module.partition(".")[0])])
+    return _hashed("named", [module, name, version(module.partition(".")[0])])
 
 
 def _hashed(kind: str, parts: Iterable[bytes | str]) -> bytes:
@@ -403,7 +345,7 @@ class _Walk:
         parts += [self.of(value.__defaults__, f"{path}, a default"), self.of(value.__kwdefaults__, path)]
         for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
             parts += [name, self.of(cell, f"{path}.{name}")]
-        if _installed(module):
+        if is_installed(module):
             parts.append(_named(str(module), value.__code__.co_qualname))
         else:
             for name in sorted(_globals_of(value.__code__)):
@@ -424,8 +366,8 @@ class _Walk:
 
     def _class(self, value: type, path: str) -> bytes:
         module = value.__module__
-        if _installed(module) and "<locals>" not in value.__qualname__:
-            own = [b for b in value.__bases__ if any(not _installed(c.__module__) for c in b.__mro__)]
+        if is_installed(module) and "<locals>" not in value.__qualname__:
+            own = [b for b in value.__bases__ if any(not is_installed(c.__module__) for c in b.__mro__)]
             return _hashed("class", [_named(module, value.__qualname__), *(self.of(b, path) for b in own)])
         state = {k: v for k, v in vars(value).items() if k not in _OF_THE_CLASS}
         slots = {k for k, v in state.items() if isinstance(v, types.MemberDescriptorType)}
@@ -435,7 +377,7 @@ class _Walk:
 
     def _module(self, value: types.ModuleType, path: str) -> bytes:
         name = value.__name__
-        if _installed(name):
+        if is_installed(name):
             return _named(name, "")
         if id(value) in self.met:
             return _hashed("met", [str(self.met[id(value)])])
@@ -533,7 +475,7 @@ def _docstring(code: types.CodeType) -> bool:
 def _of_others(value: Any, module: str) -> bool:
     """Whether a name of a module stands for code of another one that is no package."""
     if isinstance(value, types.ModuleType):
-        return not _installed(value.__name__)
+        return not is_installed(value.__name__)
     if isinstance(value, types.FunctionType | type):
-        return value.__module__ != module and not _installed(value.__module__)
+        return value.__module__ != module and not is_installed(value.__module__)
     return False
