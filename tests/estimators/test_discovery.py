@@ -150,6 +150,7 @@ def test_refused(series):
         decompose(BayesMPT(PPCA(1)).fit(np.column_stack([x, x**2])))
 
 
+@pytest.mark.slow
 def test_words():
     """Every base kernel has words, alone and in a product."""
     x = np.linspace(0, 10, 40)[:, None]

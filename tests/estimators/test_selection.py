@@ -702,6 +702,7 @@ def test_two_jobs_give_what_one_gives(evidence):
     np.testing.assert_array_equal(one.transform(X), two.transform(X))
 
 
+@pytest.mark.slow
 def test_two_jobs_of_a_local_program():
     """A closure pickles with cloudpickle only."""
     grid = {"model": [gaussian(2.0), gaussian(3.0)]}

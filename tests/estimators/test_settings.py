@@ -87,6 +87,7 @@ def test_a_training_that_does_not_fit_is_refused():
         BayesMPT(PPCA(1), training=Epochs(), random_state=0).fit(X)
 
 
+@pytest.mark.slow
 def test_steps_on_the_exact_score_end_at_its_maximum():
     """By Adam, where the closed form is known."""
     model = BayesMPT(PPCA(1), training=Steps(tol=1e-6), random_state=0).fit(X)
@@ -112,6 +113,7 @@ def test_iterations_of_em_are_counted():
 # -------------------------------------------------------------------------------------------------------------- rules
 
 
+@pytest.mark.slow
 def test_a_rule_is_its_name_at_its_defaults():
     grid = {"model__n_components": [0, 1, 2]}
     search = partial(MarginalLikelihoodSearch, BayesMPT(PPCA(1)), grid, random_state=0)
@@ -136,6 +138,7 @@ def test_folds_of_a_splitter_against_a_loop():
     assert search.cv_results_["lml"][0] == pytest.approx(want, abs=1e-8)
 
 
+@pytest.mark.slow
 def test_a_smaller_error_is_sampled_for():
     x = np.linspace(0, 3, 12)[:, None]
     y = np.sin(3 * x[:, 0]) + 0.1 * RNG.normal(size=12)

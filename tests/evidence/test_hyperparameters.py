@@ -211,6 +211,7 @@ def known(kernel, value):
     return kernel
 
 
+@pytest.mark.slow
 def test_length_scale_by_quadrature():
     """One unknown: a grid over it, with the covariance written out."""
     x, y = wave(25)

@@ -125,6 +125,7 @@ def heavy_tails(x):
         pyro.sample("x", dist.StudentT(4.0, mu, sigma), obs=x[:, 0])
 
 
+@pytest.mark.slow
 def test_student_t_noise():
     x = np.array(reference("student")["y"])[:, None]
     truth = -159.790853156840
@@ -149,6 +150,7 @@ def counts(x, y):
         pyro.sample("y", dist.Poisson(((w[..., 1:] * x).sum(-1) + w[..., 0]).exp()), obs=y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("predictor", [SequentialMonteCarlo(), Importance(2000)], ids=["particles", "draws"])
 def test_logistic_regression_on_a_real_table(predictor):
     x, y = load_breast_cancer(return_X_y=True)

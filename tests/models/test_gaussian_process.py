@@ -338,6 +338,7 @@ def test_noise_given_twice():
         BayesMPT(GaussianProcess(RBF() + WHITE(0.1, "fixed"), noise=0.2)).fit(x, y)
 
 
+@pytest.mark.slow
 def test_names_in_tables():
     rbf, periodic = ScaleKernel(RBFKernel()), ScaleKernel(PeriodicKernel())
     assert kernel_name(rbf + periodic * LinearKernel()) == "RBF + Periodic × Linear"
@@ -423,6 +424,7 @@ def test_inputs_that_are_refused():
             BayesMPT(GaussianProcess(noise=noise)).fit(x, y)
 
 
+@pytest.mark.slow
 def test_inputs_of_other_kinds():
     x, y = some_data()
     fit = BayesMPT(GaussianProcess()).fit(x, y)

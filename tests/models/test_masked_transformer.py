@@ -157,6 +157,7 @@ def test_missing_cells_and_columns_with_other_levels(head):
     assert model.score_samples(np.full((1, 3), np.nan))[0] == 0.0
 
 
+@pytest.mark.slow
 def test_resumes_to_the_bit(tmp_path):
     X = sample(300, 0)
     settings = {"random_state": 3}

@@ -639,6 +639,7 @@ def tight_em(kind, x, fitted):
         return truth.fit(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_fit_ends_at_a_maximum(kind):
     """By the default tolerance EM of another library gains nothing more; by a wide one it may gain about as much."""
@@ -773,6 +774,7 @@ def test_scores_of_a_mixture_need_no_program(monkeypatch):
     np.testing.assert_allclose(share, responsibilities(parts), atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", [GaussianMixture(2), MixtureOfFactorAnalyzers(2, 1)], ids=repr)
 def test_a_fold_is_a_fit_of_its_own(program):
     """What is taken over from the fit to all rows is what the program is, and no number that has seen hidden rows."""

@@ -317,6 +317,7 @@ def test_the_error_of_a_difference_holds_that_of_the_best():
     )
 
 
+@pytest.mark.slow
 def test_repeats_of_held_out_rows_have_their_error():
     """The mean of R partitions has the spread of one over the root of R, by Student's t for so few."""
     x = correlated(60, 5)

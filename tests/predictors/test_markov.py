@@ -197,6 +197,7 @@ def test_against_the_multivariate_normal(missing, always):
     assert predictor.score().item() == pytest.approx(float(want), abs=1e-9)
 
 
+@pytest.mark.slow
 def test_slopes_that_are_zero_at_the_start_are_read(always):
     """Of `system`, off the diagonal: the map must follow when a training moves them."""
     model, args, _ = drawn("system", False)

@@ -445,6 +445,7 @@ def test_kernels_rank_as_by_the_exact_likelihood(columns, nu):
     assert by_neighbours == by_exact
 
 
+@pytest.mark.slow
 def test_fit_is_the_exact_one_with_all_neighbours():
     X, y = (a.numpy() for a in data(50))
     near = BayesMPT(GaussianProcess(), predictor=NearestNeighbors(50)).fit(X, y)
@@ -483,6 +484,7 @@ def test_a_large_joint_prediction_is_refused(monkeypatch):
         read(5).predict((x, y), full=True)
 
 
+@pytest.mark.slow
 def test_score_after_fit_is_that_of_fit():
     """The neighbours belong to the fitted parameters: read afresh, the score is the same."""
     rng = np.random.default_rng(0)

@@ -191,6 +191,7 @@ def test_parameters_are_trained_through_both_integrals():
 # ------------------------------------------------------------------------------------------- other kinds of rows
 
 
+@pytest.mark.slow
 def test_linear_gaussian_rows_in_closed_form():
     """Everything has a closed form here; asked for quadrature, only the mean of the data set takes nodes."""
     x = np.random.default_rng(0).normal(size=(5, 2)) + 1
@@ -227,6 +228,7 @@ def bayesian_factor(x):
         pyro.sample("x", dist.Normal(z @ loading[None, :], 0.7).to_event(1), obs=x)
 
 
+@pytest.mark.slow
 def test_factor_analysis_with_sampled_loadings():
     """The loadings' posterior has two modes, of either sign; the factors are integrated in closed form."""
     draw = np.random.default_rng(1)

@@ -1054,6 +1054,7 @@ def test_a_scale_around_the_whole_program_is_named_as_such():
     refused(lambda x: poutine.scale(coin, scale=0.1)(x), X, match=r"poutine\.scale")
 
 
+@pytest.mark.slow
 @KINDS
 @pytest.mark.parametrize("outside", [False, True])
 def test_single_precision(program, outside):
@@ -1260,6 +1261,7 @@ def test_numbers_of_rows_that_change_without_a_rows_plate(latent):
         loss.loss(program, None, tensor(X[:5]))
 
 
+@pytest.mark.slow
 def test_coarse_quadrature_is_named_by_the_warning():
     with pytest.warns(
         ConvergenceWarning, match="the score is not smooth.*2 Gauss-Hermite nodes.*larger n_nodes"
@@ -1361,6 +1363,7 @@ def two_blobs():
     return np.concatenate([draw.normal(size=(25, 2)) - 3, draw.normal(size=(30, 2)) + np.array([3, 0])])
 
 
+@pytest.mark.slow
 def test_search_over_components_and_over_programs():
     x = two_blobs()
     grid = {"model__n_components": [1, 2, 3]}
@@ -1386,6 +1389,7 @@ def test_search_over_components_and_over_programs():
         assert table.loc[name, "lml"] == pytest.approx(model.log_marginal_likelihood_)
 
 
+@pytest.mark.slow
 def test_search_over_classes_of_codes():
     search = MarginalLikelihoodSearch(
         BayesMPT(LatentClass(1, 3), random_state=0),

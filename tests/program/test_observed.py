@@ -402,6 +402,7 @@ QUESTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("program", "predictor"),
     [

@@ -926,6 +926,7 @@ def trained(file, model=None, rows=X, training=None, **settings):
         return BayesMPT(model or Learner(), **base | settings).fit(rows)
 
 
+@pytest.mark.slow
 def test_goes_on_to_the_bit(tmp_path):
     start = Learner()
     whole = trained(None, start)
@@ -970,6 +971,7 @@ def test_masks_are_remembered(tmp_path):
         trained(tmp_path / "t", masks=EverySize())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", ["empty", "cut", "torch", "other content"])
 def test_a_damaged_checkpoint_is_trained_anew(make, tmp_path):
     want = trained(tmp_path / "t", training={"max_epochs": 2})

@@ -534,6 +534,7 @@ def test_threads_hear_of_it():
 # ------------------------------------------------------------------------------------- what has not converged says so
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_a_training_that_did_not_converge_is_marked():
     estimator = BayesMPT(FactorAnalysis(), masks=UniformSize(4), training=Steps(max_iter=5), random_state=0)

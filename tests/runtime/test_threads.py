@@ -124,6 +124,7 @@ def numbers(name):
 # ------------------------------------------------------------------------------------------------------ threads
 
 
+@pytest.mark.slow
 def test_fits_of_eight_threads_are_those_of_one():
     truth = {name: numbers(name) for name in CASES}
     before = state()
@@ -133,6 +134,7 @@ def test_fits_of_eight_threads_are_those_of_one():
     assert state() == before
 
 
+@pytest.mark.slow
 def test_one_fitted_estimator_answers_eight_threads():
     fitted = {name: make().fit(*data) for name, (make, data) in CASES.items()}
     calls = {
@@ -219,6 +221,7 @@ def test_a_search_in_threads_is_the_serial_one(estimator, grid, settings):
     np.testing.assert_allclose(search.comparison_["lml"], truth["lml"], **TRAINED)
 
 
+@pytest.mark.slow
 def test_kernel_searches_and_comparisons_beside_each_other():
     def kernels(_):
         return (
