@@ -111,7 +111,7 @@ class BayesMPT(
     history_ : list of float
         Mean score a row after each iteration; of what is maximised, a ``penalty`` included, where no rows are held out.
     n_iter_ : int
-        Iterations.
+        Iterations, those of an EM before included, whose scores are not in ``history_``.
     converged_ : bool
         Whether the training ended by its own rule.
     interrupted_ : bool
@@ -123,7 +123,8 @@ class BayesMPT(
     n_components_ : int
         K.
     components_, mean_, noise_variance_ : arrays
-        (K, T), (T,), () or (T,): the linear-Gaussian map in units of standard normal latents, where all rows share it.
+        (K, T), (T,), (T,): the linear-Gaussian map in units of standard normal latents, where all rows share it; one
+        number is the noise of a model that says so.
     at_map_ : bool
         Whether the parameters are at the maximum a posteriori under the model's hyperprior, not at that of the score.
     complete_ : bool

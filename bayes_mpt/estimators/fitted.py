@@ -236,8 +236,7 @@ class Fitted:
             reading = self.shared_map("components_")
             noise = reading.noise[0].cpu().numpy()
             name = self.noise_parameter
-            alike = len(noise) > 1 and bool((noise == noise[0]).all())
-            tied = alike if name is None else self.params[name].ndim == 0
+            tied = name is not None and self.params[name].ndim == 0
             found["components_"] = reading.loading[0].mT.cpu().numpy()
             found["mean_"] = self.unshifted(reading.loc[0].cpu().numpy())
             found["noise_variance_"] = float(noise[0]) if tied else noise

@@ -220,7 +220,7 @@ class Nodes(Conditionals):
             tokens = read.given.draw()
             if tokens is None:
                 raise NotImplementedError(
-                    "missing tokens that depend on each other given the latents have no draws here"
+                    "this way of scoring has no draws of missing tokens for this program"
                 )
             picked = tokens.gather(0, node[None, :, None].expand(1, *tokens.shape[1:]))[0]
             out.append(torch.where(mask & ~self.value.isnan(), self.value, picked))
