@@ -29,7 +29,6 @@ __all__ = ["JointGaussian", "cholesky", "gaussian_program", "missing_of", "momen
 
 LOG_2PI = math.log(2 * math.pi)
 N_TRIAL_ROWS = 64  # rows on which it is found out what the program is
-PROJECTIVE_TOL = 1e-9
 NOT_DEFINITE = (
     "the covariance of the observations is not positive definite in float64: rows repeat and there is no "
     "noise, a hyper-parameter is out of range, or the kernel is not a valid covariance. Give the observations noise"
