@@ -25,12 +25,12 @@ from bayes_mpt.masks import (
     PermutationChain,
     Policy,
     RandomState,
-    UniformSize,
     require_lml,
     torch_generator,
 )
-from bayes_mpt.predictors import Bound, Conditionals, Evidence, Predictor, choose
+from bayes_mpt.predictors import Batch, Bound, Conditionals, Evidence, Objective, Predictor, choose
 from bayes_mpt.predictors.base import CHUNK
+from bayes_mpt.predictors.self_predictive import OWN_MASKS
 from bayes_mpt.program.program import Model, list_names
 from bayes_mpt.runtime.serial import left_as_found, methods_take_turns, takes_turns, turn
 
@@ -41,12 +41,12 @@ __all__ = [
     "Curve",
     "RateCurve",
     "ScoreEstimate",
+    "chains_unless_own",
     "estimate",
     "fixed_rate_bias",
 ]
 
 MAX_RUNS = 32  # of a program for the curve along one chain, where each visible set takes one
-OWN_MASKS = UniformSize(64)  # one of them for each row of a step, where rows may have masks of their own
 
 
 # --------------------------------------------------------------------------------------------------- the estimate
@@ -297,6 +297,11 @@ def _bias(read: Conditionals, rate: float, n_masks: int, random_state: RandomSta
 # --------------------------------------------------------------------------------------------------------- the loss
 
 
+def chains_unless_own(bound: Bound) -> Policy | None:
+    """Masks of steps where none are named: chains; None, its own, of a network."""
+    return None if bound.structure.takes_visible else PermutationChain()
+
+
 @methods_take_turns()
 class CumulativeMaskedScore(ELBO):
     """The negative masked score of a Pyro program, as a loss for `pyro.infer.SVI` or any torch optimiser.
@@ -346,7 +351,7 @@ class CumulativeMaskedScore(ELBO):
         self.masks = masks
         self.predictor = predictor
         self.generator = torch_generator(random_state)
-        self._chosen: tuple[Any, Any, tuple[Any, ...], Bound] | None = None
+        self._chosen: tuple[Any, Any, tuple[Any, ...], Objective] | None = None
 
     def __call__(self, model: Model, guide: Any = None, *example: Any) -> _LossModule:
         # Pyro's own takes (model, guide) and registers nothing of a plain function; the example makes its parameters.
@@ -355,13 +360,7 @@ class CumulativeMaskedScore(ELBO):
     def differentiable_loss(self, model: Model, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The negative score of the batch as a scalar tensor, nats."""
         args = _positional(model, args, kwargs)
-        predictor = self._predictor(model, guide, args)
-        read = predictor.read(args)
-        masks = self.masks
-        if masks is None:
-            masks = OWN_MASKS if predictor.structure.takes_visible else PermutationChain()
-        draw = predictor.draw_masks(masks, read.value, self.generator)
-        return -read.scale * read.score(draw).sum()
+        return -self._objective(model, guide, args)(Batch(args, len(args[0])), self.generator)
 
     def loss(self, model: Model, guide: Any, *args: Any, **kwargs: Any) -> float:
         """The negative score of the batch, nats."""
@@ -378,11 +377,13 @@ class CumulativeMaskedScore(ELBO):
     def _get_trace(self, model: Model, guide: Any, args: Any, kwargs: Any) -> Any:
         raise NotImplementedError("the masked score reads the program itself: there is no single trace")
 
-    def _predictor(self, model: Model, guide: Any, args: tuple[Any, ...]) -> Bound:
+    def _objective(self, model: Model, guide: Any, args: tuple[Any, ...]) -> Objective:
         # Anything but the number of rows may change what the program is.
         key = tuple(a.shape[1:] if isinstance(a, Tensor) and a.ndim else repr(a) for a in args)
         if self._chosen is None or self._chosen[:3] != (model, guide, key):
-            found = choose(model, args, predictor=self.predictor, guide=guide)
+            bound = choose(model, args, predictor=self.predictor, guide=guide)
+            masks = chains_unless_own(bound) if self.masks is None else self.masks
+            found = bound.schedule(Batch(args, len(args[0])), masks)[-1]
             self._chosen = (model, guide, key, found)
         return self._chosen[3]
 

@@ -31,7 +31,9 @@ def predicts_y(estimator: Any) -> bool:
 
 def predicts_vector(estimator: Any) -> bool:
     """Whether there are new observations of a Gaussian vector to draw."""
-    return predicts_y(estimator) and (is_unfitted(estimator) or estimator.fitted_.bound.remembers)
+    return predicts_y(estimator) and (
+        is_unfitted(estimator) or estimator.fitted_.bound.structure.gaussian_vector
+    )
 
 
 def counts_parameters(estimator: Any) -> bool:
@@ -40,7 +42,7 @@ def counts_parameters(estimator: Any) -> bool:
         return True
     found = estimator.fitted_.bound
     return bool(found.structure.by_row and found.structure.parameters) and not (
-        found.remembers or found.structure.takes_visible
+        found.structure.gaussian_vector or found.structure.takes_visible
     )
 
 

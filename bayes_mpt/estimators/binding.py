@@ -22,7 +22,7 @@ from bayes_mpt.program.program import Model
 from bayes_mpt.program.run import first_run
 from bayes_mpt.program.statistics import SufficientStatistics
 from bayes_mpt.program.store import OwnStore, State
-from bayes_mpt.warnings import UnboundedWarning, warn
+from bayes_mpt.warnings import SlowProgramWarning, UnboundedWarning, warn, warnings_of
 
 __all__ = ["MAX_INIT_ROWS", "bind", "choose_dimension"]
 
@@ -86,10 +86,11 @@ def bind(
         found = known[0]
     else:
         found = choose(model, args, predictor=predictor, guide=guide)
-    if n_rows > MAX_INIT_ROWS and not (found.structure.scores_input and found.reads_map):
+    if n_rows > MAX_INIT_ROWS and not (found.structure.scores_input and found.structure.dense):
         args = arguments(slice(None))
         if not found.structure.scores_input and not by_epochs:
-            found = choose(model, args, predictor=predictor, guide=guide)
+            with warnings_of(silent=(SlowProgramWarning,)):  # said above
+                found = choose(model, args, predictor=predictor, guide=guide)
     return found, args
 
 

@@ -54,7 +54,7 @@ class Facts:
         discrete = {site.discrete for site in structure.sites}
         return cls(
             by_row=bool(structure.by_row),
-            remembers=bool(model.predictor_.remembers),
+            remembers=bool(structure.gaussian_vector),
             discrete=tuple(sorted(discrete)),
             parameters=tuple(structure.parameters),
             n_hyperparameters=n_hyperparameters(model.fitted_),

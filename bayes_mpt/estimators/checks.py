@@ -26,7 +26,6 @@ from bayes_mpt.warnings import (
     DivergenceWarning,
     HeavyTailWarning,
     IgnoredRowsWarning,
-    SlowProgramWarning,
     warn,
 )
 
@@ -49,14 +48,7 @@ def check_bound(
     advice = offered(model, "advice")
     for sentence in [] if advice is None else advice(X):
         warn(sentence, AdviceWarning)
-    if predictor.one_by_one:
-        warn(
-            "the program does not run on several nodes at once, so each is run by itself, which is slow "
-            f"({predictor.name}: {predictor.why}). Write it without Python's if on latents, and with operations that "
-            "broadcast over leading batch dimensions: (x * w).sum(-1) for x @ w, z[..., None] for z[:, None]",
-            SlowProgramWarning,
-        )
-    if predictor.remembers:
+    if predictor.structure.gaussian_vector:
         assert y is not None
         refuse_missing(X, names)
         refuse_empty(y, estimated=bool(predictor.parameters))
@@ -124,17 +116,16 @@ def _warn_of_ignored_rows(predictor: Bound, model: Model, args: tuple[Any, ...])
 def of_program(problem: training.Problem) -> dict[str, Tensor]:
     """Unconstrained parameters of the program, those of a guide left out."""
     leaves = problem.leaves()
-    return {name: leaves[name] for name in problem.predictor.structure.parameters}
+    return {name: leaves[name] for name in problem.bound.structure.parameters}
 
 
-def warn_of_bounds(prior: Prior, problem: training.Problem) -> None:
-    """Say so where an estimate diverges: the likelihood does not hold it."""
+def warn_of_bounds(prior: Prior, problem: training.Problem, *, drawn: bool) -> None:
+    """Say so where an estimate diverges: the likelihood does not hold it; ``drawn`` is its score."""
     store = pyro.get_param_store()
-    drawn = problem.predictor.sampled or problem.predictor.structure.takes_visible
     averaged = "" if drawn else "; evidence='integrated' averages over it"
     held = "" if problem.log_prior is not None else f". penalty=True holds it by the model's prior{averaged}"
-    floored = offered(problem.predictor.model, "floored")
-    at_floor: dict[str, str] = {} if floored is None else floored(*problem.args)
+    floored = offered(problem.bound.model, "floored")
+    at_floor: dict[str, str] = {} if floored is None else floored(*problem.whole.args)
     for name in dict.fromkeys([*at_floor, *far_from_centre(prior, of_program(problem))]):
         value = np.array2string(store[name].detach().cpu().numpy().ravel(), precision=3, threshold=6)
         why = at_floor.get(name, "towards the end of its range: the data do not determine it")

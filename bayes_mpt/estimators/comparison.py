@@ -184,7 +184,7 @@ def _rule(asked: Rule | Auto, found: list[Candidate], seen: bool) -> tuple[Rule,
 
 def _is_integral(candidate: Candidate) -> bool:
     """Whether the score of any rows is their evidence, whatever rows the model has seen."""
-    return candidate.is_evidence and not candidate.model.predictor_.remembers
+    return candidate.is_evidence and not candidate.model.predictor_.structure.gaussian_vector
 
 
 def _score_new_rows(candidate: Candidate, X: Any, y: Any) -> None:

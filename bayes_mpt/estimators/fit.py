@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyro
@@ -28,7 +28,7 @@ from bayes_mpt.estimators.rows import (
 )
 from bayes_mpt.estimators.trainer import Trainer
 from bayes_mpt.evidence.hyperparameters import Prior, hyperprior
-from bayes_mpt.predictors import Bound, Conditionals, Evidence
+from bayes_mpt.predictors import Batch, Bound, Conditionals, Objective
 from bayes_mpt.predictors.base import Frozen, Guide, together
 from bayes_mpt.predictors.new_rows import growing
 from bayes_mpt.predictors.self_predictive import sees_all
@@ -147,7 +147,7 @@ def fit_program(
         table = _located(table, model, trainer.seed)
         with OwnStore() as store, own_random_state(trainer.seed):
             read = _read(model, guide, table, trainer, store, start, template, more, penalty=penalty)
-            analysis = read.problem.predictor if read.problem.predictor.structure.scores_input else None
+            analysis = read.problem.bound if read.problem.bound.structure.scores_input else None
             fit, random_after = _trained(read, store, left, warm=start is not None)
             try:
                 found = _scored(read, fit, template, penalty=penalty)
@@ -235,14 +235,15 @@ def _read(
     if not table.more:
         refuse_one_row(len(table.X), predictor.structure.parameters)
     check_bound(predictor, model, args, table.X, table.y, trainer.names)
-    moments = predictor.structure.scores_input and predictor.reads_map
-    if trainer.by_epochs and (moments or predictor.remembers or not predictor.structure.by_row):
+    structure = predictor.structure
+    moments = structure.scores_input and structure.dense
+    if trainer.by_epochs and (moments or not structure.by_row):
         raise ValueError(
             f"training=Epochs(...) is of minibatches of independent rows, which {predictor.name} does not use "
             f"({predictor.why}): leave training=None"
         )
     statistics = _moments(table, trainer, predictor, more) if moments else None
-    problem = _problem(model, table, predictor, args, statistics)
+    problem = training.Problem(Objective(predictor, _whole(model, table, predictor, args, statistics)))
     leaves = of_program(problem)
     prior = hyperprior(model, args, leaves)
     if penalty:
@@ -261,22 +262,22 @@ def _moments(table: _Table, trainer: Trainer, predictor: Bound, more: Fitted | N
     return statistics
 
 
-def _problem(
+def _whole(
     model: Model,
     table: _Table,
     predictor: Bound,
     args: tuple[Any, ...],
     statistics: SufficientStatistics | None,
-) -> training.Problem:
-    """What is maximised."""
+) -> Batch:
+    """All rows, as they are scored."""
     n_rows, n_columns = table.X.shape
     if statistics is None:
-        return training.Problem(predictor, args, None, None, n_rows if predictor.structure.by_row else 1)
+        return Batch(args, n_rows if predictor.structure.by_row else 1)
     # Few rows are scored themselves; many, and those of earlier calls, through their moments.
     if not table.more and n_rows <= 2 * n_columns:
         rows = as_tensor(table.X, model, table.device, table.shift)
-        return training.Problem(predictor, args, rows, None, statistics.n_rows)
-    return training.Problem(predictor, args, *statistics.rows(args[0].dtype), statistics.n_rows)
+        return Batch(args, statistics.n_rows, rows)
+    return Batch(args, statistics.n_rows, *statistics.rows(args[0].dtype))
 
 
 def _log_prior(model: Model, prior: Prior | None, leaves: dict[str, Tensor]) -> Callable[[], Tensor]:
@@ -356,18 +357,18 @@ def set_buffers(found: State, model: Any, guide: Any) -> None:
 def _scored(read: _Read, fit: training.Fit, template: Fitted | None, *, penalty: bool) -> Fitted:
     """Score the rows at the parameters in the store, and say all that the fit leaves."""
     model, table, problem = read.model, read.table, read.problem
+    score = _score_of_training(problem, fit, read.trainer, table.device)
+    found, total = score.read, score.total
     if read.prior is not None and not fit.interrupted:
-        warn_of_bounds(read.prior, problem)
-    problem.predictor.settle()
-    found, total, se = _score_of_training(problem, fit, read.trainer, table.device)
-    predictor, args = problem.predictor, problem.args
+        warn_of_bounds(read.prior, problem, drawn=score.drawn)
+    predictor, args = problem.bound, problem.whole.args
     if not np.isfinite(total):
         raise ModelError(
             f"the log marginal likelihood is {total} at the fitted parameters"
             f"{training.impossible(problem, found)}: {not_finite(sees_all(model), args)}. Check what the program "
             "computes from these"
         )
-    latents, state = _latents(model, predictor, found, args, template), save()
+    latents, state = _latents(model, predictor, score, args, template), save()
     statistics, y = read.statistics, table.y
     return Fitted(
         model=model,
@@ -383,13 +384,14 @@ def _scored(read: _Read, fit: training.Fit, template: Fitted | None, *, penalty:
         y_like=None if y is None else (y.shape[1:], y.dtype),
         fill_values=filling(args[0][:MAX_INIT_ROWS]) if predictor.structure.takes_visible else None,
         statistics=statistics,
-        seen=args if predictor.remembers or latents.growing else None,
+        seen=args if predictor.structure.gaussian_vector or latents.growing else None,
         digest="" if table.more else digest_of_rows(table.X),
         complete=bool(statistics.complete) if statistics is not None else not bool(np.isnan(table.X).any()),
         latents=latents,
         fit=replace(fit, last=None),
         total=total,
-        se=se,
+        se=score.se,
+        drawn=score.drawn,
         seed=read.trainer.seed,
         random_after=[],
         at_map=penalty,
@@ -409,48 +411,53 @@ def parameters(
     return found
 
 
+class _Score(NamedTuple):
+    """The training rows at the fitted parameters."""
+
+    read: Conditionals
+    """Of all of them, or of some where they are too many to be read at once."""
+    total: float
+    """Nats of all."""
+    se: float
+    exact: bool
+    drawn: bool
+    """Whether masks or nodes were drawn for it."""
+
+
 @torch.no_grad()
-def _score_of_training(
-    problem: training.Problem, fit: training.Fit, trainer: Trainer, device: str
-) -> tuple[Conditionals, float, float]:
-    """The conditionals at the fitted parameters, and the total score of the training rows with its error."""
-    by_parts = trainer.by_epochs and not problem.predictor.structure.takes_visible
-    some, step = problem, n_at_once(problem.args[0], device)
-    if by_parts:  # as many rows as the epochs never hold at once
-        some = training.take_rows(problem, torch.arange(min(step, problem.n_rows)))
-    read, bound = some.read() if fit.last is None else fit.last, problem.predictor
-    if bound.exact and not by_parts:
-        score = float(problem.score_of(read)) if fit.last is None else fit.history[-1]
-        return read, score * problem.n_rows, 0.0
-    if bound.structure.takes_visible and read.value.numel() * problem.args[0].shape[1] > MAX_CHAIN_CELLS:
-        return read, *training.total_on_masks(problem, read, trainer.seed)
-    parts = _evidence_by_parts(problem, step) if by_parts else [read.evidence()]
-    found = together(parts)
+def _score_of_training(problem: training.Problem, fit: training.Fit, trainer: Trainer, device: str) -> _Score:
+    """The total score of the training rows, with its error."""
+    objective, whole = problem.objective, problem.whole
+    structure = problem.bound.structure
+    by_parts = trainer.by_epochs and not structure.takes_visible
+    step = n_at_once(whole.args[0], device)
+    parts = [whole.take(i) for i in torch.arange(len(whole.args[0])).split(step)] if by_parts else [whole]
+    read = objective.read(parts[0]) if fit.last is None else fit.last
+    if structure.takes_visible and read.value.numel() * whole.args[0].shape[1] > MAX_CHAIN_CELLS:
+        return _Score(read, *training.total_on_masks(read, trainer.seed), exact=False, drawn=True)
+    found = together((objective.read(part) if by_parts else read).evidence() for part in parts)
     warn_of_weights(found.diagnostics)
-    return read, float(found.by_row.sum()), found.se
-
-
-def _evidence_by_parts(problem: training.Problem, step: int) -> Iterator[Evidence]:
-    for index in torch.arange(problem.n_rows).split(step):
-        yield training.take_rows(problem, index).read().evidence()
+    by_row = found.by_row if whole.weight is None else whole.weight * found.by_row
+    drawn = found.drawn or structure.takes_visible
+    return _Score(read, float(by_row.sum()), found.se, found.exact, drawn)
 
 
 @torch.no_grad()
 def _latents(
-    model: Model, predictor: Bound, read: Conditionals, args: tuple[Any, ...], template: Fitted | None
+    model: Model, predictor: Bound, score: _Score, args: tuple[Any, ...], template: Fitted | None
 ) -> Latents:
     """What is said of latents later: those that all rows share, those that come with rows, numbers a row."""
-    structure = predictor.structure
+    structure, read = predictor.structure, score.read
     outside = {site.name for site in structure.latents if structure.rows_plate not in site.plates}
     known = [] if structure.by_row or not outside else read.posterior().shared()
     shared = [
         (share, {n: v.detach().clone() for n, v in values.items() if n in outside}) for share, values in known
     ]
     with_rows: tuple[str, ...] = ()
-    if len(args) > 1 and not predictor.exact:
+    if len(args) > 1 and not score.exact:
         with_rows = growing(model, args, structure)
     # numbers a row; of discrete latents one for each value, which only the posterior tells
-    if predictor.remembers:
+    if structure.gaussian_vector:
         n_numbers = 0
     elif template is not None and structure is template.bound.structure:
         n_numbers = template.latents.n_numbers

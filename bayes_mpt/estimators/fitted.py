@@ -24,6 +24,7 @@ from bayes_mpt.program.offers import offered
 from bayes_mpt.program.program import Model, ModelError, list_names
 from bayes_mpt.program.statistics import SufficientStatistics
 from bayes_mpt.program.store import Initial, OwnStore, State
+from bayes_mpt.warnings import SlowProgramWarning, warnings_of
 
 __all__ = ["OPTIONAL", "Fitted", "Latents", "n_at_once"]
 
@@ -83,6 +84,8 @@ class Fitted:
     """Log marginal likelihood of the training rows, nats."""
     se: float
     """Its standard error."""
+    drawn: bool
+    """Whether masks or nodes were drawn for it."""
     seed: int
     """Of the training."""
     random_after: list[Tensor]
@@ -141,7 +144,8 @@ class Fitted:
             args = (fill(args[0], self.fill_values),)
         with OwnStore() as store, own_random_state(self.draws):
             store.prefill(self.initial)
-            predictor = choose(self.model, args, predictor=self.predictor, guide=self.guide)
+            with warnings_of(silent=(SlowProgramWarning,)):  # the fit has said so
+                predictor = choose(self.model, args, predictor=self.predictor, guide=self.guide)
             store.begin(self.state)
             yield predictor
 
@@ -232,7 +236,7 @@ class Fitted:
         }
         if self.selection is not None:
             found["selection_"] = self.selection
-        if self.bound.reads_map and structure.by_row and not structure.per_row:
+        if structure.dense and structure.by_row and not structure.per_row:
             reading = self.shared_map("components_")
             noise = reading.noise[0].cpu().numpy()
             name = self.noise_parameter

@@ -17,6 +17,7 @@ from bayes_mpt.estimators.repeats import repeated_columns
 from bayes_mpt.evidence.hyperparameters import assign, hyperprior, log_likelihood
 from bayes_mpt.evidence.integrated import IntegratedEvidence, integrate
 from bayes_mpt.evidence.laplace import LaplaceEvidence, laplace_diagonal, laplace_proportional
+from bayes_mpt.predictors import Batch, Objective
 from bayes_mpt.predictors.base import Frozen
 from bayes_mpt.predictors.gaussian.profile import NoiseFloorError, spectrum
 from bayes_mpt.program.offers import offered
@@ -67,12 +68,8 @@ def laplace_evidence(fitted: Fitted, rows: NDArray[np.floating]) -> LaplaceEvide
 
 def n_hyperparameters(fitted: Fitted) -> int | None:
     """For the integrated evidence: how many parameters have a prior; None where it does not apply."""
-    bound, names = fitted.bound, fitted.bound.structure.parameters
-    if (
-        bound.sampled
-        or bound.structure.takes_visible
-        or (names and offered(fitted.model, "hyperprior") is None)
-    ):
+    names = fitted.bound.structure.parameters
+    if fitted.drawn or (names and offered(fitted.model, "hyperprior") is None):
         return None
     return sum(fitted.params[name].size for name in names)
 
@@ -99,7 +96,7 @@ def integrated_evidence(fitted: Fitted, rows: NDArray[np.floating], y: Any, se: 
             f"{fitted.model!r}: use evidence='heldout' or 'train'"
         )
     with training.one_thread(len(rows) ** 2), fitted.program(args) as predictor:
-        problem = training.Problem(predictor, args, None, None, 1)
+        problem = training.Problem(Objective(predictor, Batch(args, 1)))
         leaves = of_program(problem)
         if not leaves:
             return IntegratedEvidence(float(problem.score()), 0.0, 1.0, math.nan, 1, ())
@@ -117,9 +114,9 @@ def at_mode(fitted: Fitted, rows: NDArray[np.floating], y: Any, found: Integrate
         return fitted
     args = fitted.arguments(rows, y)
     with training.one_thread(len(rows) ** 2), fitted.program(args) as predictor, torch.no_grad():
-        problem = training.Problem(predictor, args, None, None, 1)
+        problem = training.Problem(Objective(predictor, Batch(args, 1)))
         assign(of_program(problem), torch.as_tensor(found.modes[0].theta))
-        read = problem.read()
+        read = problem.objective.read()
         state = save()
         return replace(
             fitted,

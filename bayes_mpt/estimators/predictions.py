@@ -41,7 +41,7 @@ Rows = NDArray[np.floating]
 def score_rows(fitted: Fitted, rows: Rows, y: Any) -> tuple[NDArray[np.float64], float]:
     """Nats of each row (N,), and the standard error of their sum, 0 where the score is exact."""
     bound, structure = fitted.bound, fitted.bound.structure
-    if bound.remembers:
+    if structure.gaussian_vector:
         return _score_given_seen(fitted, rows, y), 0.0
     if structure.scores_input or not structure.by_row or bound.structure.takes_visible:
         with fitted.read(rows, y) as read:
@@ -143,7 +143,7 @@ def label_probabilities(fitted: Fitted, rows: Rows) -> NDArray[np.float64]:
 def predict_y(fitted: Fitted, rows: Rows, *, return_std: bool, return_cov: bool) -> Any:
     """Means of y (M,), with their standard deviations or covariance where these are asked for."""
     bound = fitted.bound
-    if bound.remembers:
+    if bound.structure.gaussian_vector:
         found = _predictive(fitted, rows, full=return_cov)
         mean = found.mean.cpu().numpy()
         if return_cov:
@@ -204,7 +204,7 @@ def estimate_score(
     check_policy(masks)
     with fitted.read(rows, y) as read:
         x, moments = read.value, None
-        few = not fitted.bound.reads_map or len(x) <= 2 * x.shape[1]
+        few = not read.structure.dense or len(x) <= 2 * x.shape[1]
         if not few and read.structure.scores_input:
             moments = SufficientStatistics(x, str(x.device)).rows(x.dtype)
         return estimate(read, masks, n_replicates=n_replicates, random_state=fitted.draws, curve_rows=moments)

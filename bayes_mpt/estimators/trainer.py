@@ -17,9 +17,9 @@ from bayes_mpt import training
 from bayes_mpt.estimators.checks import of_program
 from bayes_mpt.estimators.repeats import repeated_columns
 from bayes_mpt.evidence.hyperparameters import Prior, assign
-from bayes_mpt.masks import PermutationChain, Policy
+from bayes_mpt.masks import Policy
 from bayes_mpt.models.mixtures import CollapseError
-from bayes_mpt.predictors import Predictor, choose
+from bayes_mpt.predictors import Objective, Predictor, choose
 from bayes_mpt.predictors.gaussian.incomplete import FewCellsError
 from bayes_mpt.predictors.gaussian.profile import NoiseFloorError
 from bayes_mpt.program.arguments import has_missing
@@ -27,13 +27,15 @@ from bayes_mpt.program.offers import offered
 from bayes_mpt.program.statistics import SufficientStatistics
 from bayes_mpt.program.store import State, load, save
 from bayes_mpt.runtime.digests import CannotDigest, digest_of, in_words
-from bayes_mpt.score import OWN_MASKS
+from bayes_mpt.score import chains_unless_own
 from bayes_mpt.training import Ascent, Epochs, Fit, Problem, Report, Steps, Training
 from bayes_mpt.warnings import (
     CollapseWarning,
     NotConvergedWarning,
+    SlowProgramWarning,
     ZeroNoiseWarning,
     warn,
+    warnings_of,
 )
 
 __all__ = ["Trainer", "trainer_of"]
@@ -135,16 +137,16 @@ class Trainer:
                 "fewer latents, or a model whose columns share one noise (PPCA)",
                 ZeroNoiseWarning,
             )
-        if statistics is None and any(has_missing(a) for a in problem.args):
+        if statistics is None and any(has_missing(a) for a in problem.whole.args):
             self._warn_of_collapse(problem)
         if fit.converged or self.at_floor:
             return
         if fit.n_iter >= _limit(how):
             option = f"{type(how).__name__}({how.limits}=...)"
             what = f"raise {how.limits} (now {_limit(how)}): training={option}"
-        elif problem.predictor.name == "Quadrature":
+        elif problem.bound.name == "Quadrature":
             what = (
-                f"with so few nodes the score is not smooth ({problem.predictor.why}). Give Quadrature a larger "
+                f"with so few nodes the score is not smooth ({problem.bound.why}). Give Quadrature a larger "
                 "n_nodes; if that does not help, a parameter diverges"
             )
         else:
@@ -163,16 +165,10 @@ class Trainer:
         ended: _Ended,
     ) -> tuple[Fit, Training, int]:
         """How it went, what it was, and iterations of that before the last run of it."""
-        how, masks = self._how(problem)
-        if problem.predictor.structure.takes_visible:
-            problem = replace(problem, masks=masks)
-        stages, finer, solved = [problem], list[list[Problem]](), None
+        how, stages = self._plan(problem)
+        coarse, finer, solved = stages, list[list[Problem]](), None
         n_init = self._n_starts(how, statistics, warm)
-        if how.by_masks:
-            assert masks is not None  # `_how`
-            stages = self._stages(problem, masks)
-            problem = stages[-1]
-        else:
+        if not how.by_masks:
             if statistics is not None and (statistics.complete or not warm) and problem.log_prior is None:
                 solved = self._solve(how, problem, statistics, n_init)
                 if solved is not None:
@@ -180,12 +176,12 @@ class Trainer:
                         return solved, how, 0
                     ended.keep(solved)
                     training.noise_at_zero(problem)  # before L-BFGS runs to where there is no bound
-            stages, *finer = [[some] for some in ([problem] if warm else training.stages(problem, self.seed))]
+            coarse, *finer = [[stage] for stage in (stages[-1:] if warm else stages)]
 
-        train = partial(how.run, masks=masks, seed=self.seed, asked=self.asked, report=self.report)
+        train = partial(how.run, seed=self.seed, asked=self.asked, report=self.report)
         # EM has compared starts already
-        again = partial(train, stages)
-        fit = again() if solved else self._best_of(again, how, stages[-1], prior, n_init, ended)
+        again = partial(train, coarse)
+        fit = again() if solved else self._best_of(again, how, coarse[-1], prior, n_init, ended)
         for finer_stages in finer:
             if fit.interrupted:
                 break
@@ -195,40 +191,30 @@ class Trainer:
             if fit.interrupted:
                 break
             ended.keep(fit)
-            if not problem.predictor.settle():
+            if not stages[-1].objective.refresh():
                 break
-            fit = train([problem] if not how.by_masks else stages)
+            fit = train(stages if how.by_masks else stages[-1:])
         return fit, how, 0 if solved is None else solved.n_iter
 
-    def _how(self, problem: Problem) -> tuple[Training, Policy | None]:
-        """The training that fits the program, where none is asked for; its masks, None for the exact score."""
-        predictor, how, masks = problem.predictor, self.training, self.masks
-        # random nodes need steps that average over them, whatever is hidden
-        random = predictor.sampled and not predictor.climbs
-        if masks is None and predictor.structure.takes_visible:
-            masks = OWN_MASKS
-        elif masks is None and (random or (how is not None and how.by_masks)):
-            masks = PermutationChain()
-        fixed = (
-            masks is not None and masks.deterministic and predictor.structure.takes_visible
-        )  # a network's sum over all of them
-        if how is None:
-            how = Ascent() if masks is None or fixed else Steps()
-        if how.by_masks or masks is None or fixed:
-            return how, masks
+    def _plan(self, problem: Problem) -> tuple[Training, list[Problem]]:
+        """The training that fits, where none is asked for, and what it maximises, from cheap to all of it."""
+        masks, bound = self.masks, problem.bound
+        if masks is None and self.training is not None and self.training.by_masks:
+            masks = chains_unless_own(bound)
+        stages = [replace(problem, objective=o) for o in bound.schedule(problem.whole, masks, self.seed)]
+        noisy = stages[-1].objective.noisy
+        how = self.training if self.training is not None else Steps() if noisy else Ascent()
+        if how.by_masks or not noisy:
+            return how, stages
         drawn = (
             f"masks={self.masks!r} are drawn anew at each step"
             if self.masks is not None
-            else f"{predictor.name} draws at each step what it averages over"
+            else f"{bound.name} draws at each step what it averages over"
         )
         raise ValueError(
             f"training={how!r} is of an exact score, but {drawn}: write training=Steps(...), which takes max_iter and "
             "tol too, or leave training=None"
         )
-
-    def _stages(self, problem: Problem, masks: Policy) -> list[Problem]:
-        """The problem with cheap steps first, where its predictor has such."""
-        return [replace(problem, predictor=p) for p in problem.predictor.in_training(masks)]
 
     def _n_starts(self, how: Training, statistics: SufficientStatistics | None, warm: bool) -> int:
         """How many starts: one unless asked, and several where missing cells make local maxima and saddles likely."""
@@ -239,13 +225,20 @@ class Trainer:
 
     def _solve(self, how: Any, problem: Problem, statistics: SufficientStatistics, n_init: int) -> Fit | None:
         """The closed-form maximum; with missing cells, the best end of EM from several starts."""
-        rows, weight = statistics.rows(problem.args[0].dtype)
-        whole = Problem(problem.predictor, problem.args, rows, weight, statistics.n_rows)
+        rows, weight = statistics.rows(problem.whole.args[0].dtype)
+        whole = problem.whole._replace(rows=rows, weight=weight)
         fit = training.maximize_profile(
-            whole, statistics, how.max_iter, how.tol, n_init=n_init, seed=self.seed, at_floor=self.at_floor
+            Problem(Objective(problem.bound, whole)),
+            statistics,
+            how.max_iter,
+            how.tol,
+            n_init=n_init,
+            seed=self.seed,
+            at_floor=self.at_floor,
         )
-        if fit is not None and fit.last is not None and problem.weight is None and problem.rows is not None:
-            fit.last = fit.last.at(problem.rows)  # the rows themselves, where these are at hand
+        itself = problem.whole.rows if problem.whole.weight is None else None
+        if fit is not None and fit.last is not None and itself is not None:
+            fit.last = fit.last.at(itself)  # the rows themselves, where these are at hand
             with torch.no_grad():
                 fit.history = [float(problem.score_of(fit.last))]
         return fit
@@ -273,16 +266,17 @@ class Trainer:
             best_score = float(problem.score())
         store = pyro.get_param_store()
         kept = save()
-        model, guide = problem.predictor.model, problem.predictor.guide
+        model, guide = problem.bound.model, problem.bound.guide
         for start in range(1, n_init):
             store.clear()
             # inside a fork of the generator; the program's first run draws from it
             torch.manual_seed(self.seed + start)
             if model is not None:
                 # a first run, which makes new initial values
-                choose(model, problem.args, predictor=self.predictor, guide=guide)
+                with warnings_of(silent=(SlowProgramWarning,)):
+                    choose(model, problem.whole.args, predictor=self.predictor, guide=guide)
             # a network's prior holds it; where it may start is its own affair
-            if prior is not None and not problem.predictor.structure.takes_visible:
+            if prior is not None and not problem.bound.structure.takes_visible:
                 loc, scale = (torch.as_tensor(a) for a in (prior.loc, prior.scale))
                 assign(of_program(problem), torch.normal(loc, scale))
             if brief and _same(first, save()):
@@ -325,7 +319,7 @@ class Trainer:
 
     def _repeats(self, problem: Problem) -> str:
         """Which columns are constant or repeat others, to be added to an error."""
-        rows = problem.args[0] if problem.rows is None else problem.rows
+        rows = problem.whole.args[0] if problem.whole.rows is None else problem.whole.rows
         found = repeated_columns(rows.detach().cpu().double().numpy())
         return f". Columns that are constant or repeat others here: {self._named(found)}" if found else ""
 
@@ -333,9 +327,9 @@ class Trainer:
         columns = [self.names[c] for c in error.columns]
         if len(columns) == len(self.names):
             return (
-                f"{problem.predictor.structure.n_latents} latents reproduce these rows (n_samples = "
-                f"{problem.n_rows}, n_features = {len(self.names)}) without any noise, so the likelihood has no "
-                "maximum: use fewer latents or more rows, and look for constant or duplicated columns"
+                f"{problem.bound.structure.n_latents} latents reproduce these rows (n_samples = "
+                f"{problem.whole.n_rows:.0f}, n_features = {len(self.names)}) without any noise, so the likelihood has "
+                "no maximum: use fewer latents or more rows, and look for constant or duplicated columns"
                 f"{self._repeats(problem)}"
             )
         named = self._named(error.columns)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributions import transform_to
 
-from bayes_mpt.predictors import Bound
+from bayes_mpt.predictors import Batch, Bound, Objective
 from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.offers import offered
 from bayes_mpt.program.program import Model
@@ -137,6 +137,7 @@ def log_likelihood(predictor: Bound, args: tuple[Any, ...], leaves: dict[str, Te
     supports = pyro.get_param_store().get_state()["constraints"]
     sizes = [leaf.numel() for leaf in leaves.values()]
     device = next(iter(leaves.values())).device
+    objective = predictor.schedule(Batch(args, 1), None)[-1]
     n_chunk = max(1, MAX_CELLS // len(args[0]) ** 2)
 
     def together(theta: Tensor) -> Tensor:
@@ -147,7 +148,7 @@ def log_likelihood(predictor: Bound, args: tuple[Any, ...], leaves: dict[str, Te
         return predictor.score_at(args, values)
 
     def alone(theta: Tensor) -> Tensor:
-        return torch.stack([_One.apply(row, predictor, args, leaves) for row in theta])
+        return torch.stack([_One.apply(row, objective, leaves) for row in theta])
 
     evaluate = alone
     with torch.no_grad():
@@ -180,13 +181,13 @@ class _One(torch.autograd.Function):
     """The program read at one point: its leaves are set, which autograd does not see."""
 
     @staticmethod
-    def forward(ctx: Any, theta: Tensor, predictor: Bound, args: tuple[Any, ...], leaves: Any) -> Tensor:
+    def forward(ctx: Any, theta: Tensor, objective: Objective, leaves: Any) -> Tensor:
         grad = torch.zeros_like(theta)
         before = [leaf.detach().clone() for leaf in leaves.values()]
         try:
             assign(leaves, theta)
             with torch.enable_grad():
-                value = predictor.read(args).score().sum()
+                value = objective()
                 grads = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
             grad = torch.cat([g.flatten() for g in grads]).to(theta)
             value = value.detach()
@@ -199,7 +200,7 @@ class _One(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return grad * ctx.saved_tensors[0], None, None, None
+        return grad * ctx.saved_tensors[0], None, None
 
 
 def assign(leaves: Mapping[str, Tensor], theta: Tensor) -> None:

@@ -10,10 +10,12 @@ from bayes_mpt.predictors.nodes.annealed import AnnealedImportance
 from bayes_mpt.predictors.nodes.importance import Importance
 from bayes_mpt.predictors.nodes.quadrature import Quadrature
 from bayes_mpt.predictors.nodes.smc import SequentialMonteCarlo
+from bayes_mpt.predictors.objective import Batch, Objective
 from bayes_mpt.predictors.self_predictive import SelfPredictive
 
 __all__ = [
     "AnnealedImportance",
+    "Batch",
     "Bound",
     "Conditionals",
     "Evidence",
@@ -22,6 +24,7 @@ __all__ = [
     "LinearGaussian",
     "MarkovGaussian",
     "NearestNeighbors",
+    "Objective",
     "Posterior",
     "Predictive",
     "Predictor",

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from sklearn.base import BaseEstimator
-from torch import Generator, Tensor
+from torch import Tensor
 
 from bayes_mpt.diagnostics import disagreement, replicate_error
 from bayes_mpt.masks import Masks, Policy
+from bayes_mpt.predictors.objective import Batch, Objective
 from bayes_mpt.program.affine import DenseMap
 from bayes_mpt.program.program import Model, ModelError, Program
 from bayes_mpt.runtime.serial import methods_take_turns
@@ -91,15 +92,17 @@ class Evidence(NamedTuple):
     """(C, N, T) of the chains, where they do not add up to the same."""
     exact: bool = False
     """Whether there is no error."""
+    drawn: bool = False
+    """Whether its nodes are random, so that another seed gives another number."""
 
 
 def together(parts: Iterable[Evidence]) -> Evidence:
     """Of all rows, from that of one part of them after the other."""
     parts = list(parts)
     by_row = torch.cat([part.by_row for part in parts])
-    se = math.hypot(*(part.se for part in parts))
+    se, drawn = math.hypot(*(part.se for part in parts)), parts[0].drawn
     if len(parts) == 1 or "pareto_k" not in parts[0].diagnostics:
-        return Evidence(by_row, se, parts[0].diagnostics)
+        return Evidence(by_row, se, parts[0].diagnostics, exact=parts[0].exact, drawn=drawn)
     found = [part.diagnostics for part in parts]
     starts = [0, *accumulate(len(part.by_row) for part in parts)]
     worst = [(start + row, k) for start, d in zip(starts, found, strict=False) for row, k in d["worst_rows"]]
@@ -114,7 +117,7 @@ def together(parts: Iterable[Evidence]) -> Evidence:
             for key in ("ess_mean", "log_weight_sd")
         },
     }
-    return Evidence(by_row, se, diagnostics)
+    return Evidence(by_row, se, diagnostics, drawn=drawn)
 
 
 def along_orders(steps: Tensor) -> Evidence:
@@ -188,20 +191,6 @@ class Bound(ABC):
     """Of the way, in words."""
     why: str = ""
     """What was found that allows this way, for `BayesMPT.explain`."""
-    exact: bool = False
-    """Whether the conditionals have no error."""
-    sampled: bool = False
-    """Whether reading draws random nodes."""
-    one_by_one: bool = False
-    """Whether nodes are run one by one, because the program does not take several at once: slow."""
-    climbs: bool = False
-    """Whether there is an `objective` without random nodes."""
-    remembers: bool = False
-    """Whether new observations are predicted from those of the training rows (`Conditionals.predict`)."""
-    divisible: bool = False
-    """Whether the score is a sum over tokens that can be estimated from some of them."""
-    reads_map: bool = False
-    """Whether what is read is a linear-Gaussian map in matrices, with gradients: `Conditionals.linear_map`."""
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -216,29 +205,19 @@ class Bound(ABC):
         """Log-density (B,) of a program's observations at B values (B, ...) of each parameter, side by side."""
         raise NotImplementedError(f"{self.name} reads a program at one value of its parameters at a time")
 
-    def draw_masks(self, policy: Policy, rows: Tensor, generator: Generator) -> Masks | None:
-        """Masks of a step of a training; None where they are chains, which add up to the density in whatever order."""
-        return None if policy.chains else policy.draw(rows.shape[1], generator)
+    def schedule(self, whole: Batch, masks: Policy | None, seed: int = 0) -> list[Objective]:
+        """What a training on these rows maximises, one after the other: from cheap to all that it deserves.
 
-    def dream(self, args: tuple[Any, ...], generator: Generator) -> Tensor | None:
-        """What a guide makes of latents whose rows were simulated (N,), to train it on; None if not asked for."""
-        return None
-
-    def in_training(self, masks: Policy) -> tuple[Bound, ...]:
-        """What a training on masks goes through: cheap steps first, the last with as much effort as it deserves."""
-        return (self,)
-
-    def objective(self, args: tuple[Any, ...]) -> Tensor:
-        """A smooth approximation of the score (N,) at the program's current parameters, where that is random."""
-        raise NotImplementedError(f"{self.name} trains on its own score")
-
-    def settle(self) -> bool:
-        """Find out anew, at the current parameters, which tokens are near; whether that has changed."""
-        return False
-
-    def forget(self) -> None:
-        """Leave what earlier readings have found to make the next one shorter: that gives what a first one would."""
-        return
+        Parameters
+        ----------
+        whole : Batch
+            The rows.
+        masks : Policy or None
+            What is hidden; None for what fits the way: the log-density, or of a network its own masks.
+        seed : int
+            Of what is picked at random.
+        """
+        return [Objective(self, whole, masks)]
 
 
 @methods_take_turns()
@@ -299,7 +278,9 @@ class Conditionals(ABC):
 
     def predict(self, new: tuple[Any, ...], *, full: bool = False) -> Predictive:
         """Observations of new rows given those of the rows read, as the program's arguments."""
-        raise ModelError("this program does not predict rows from other rows")
+        raise ModelError(
+            "this program does not predict rows from other rows: only observations that are one Gaussian vector do"
+        )
 
     def at(self, tokens: Tensor) -> Conditionals:
         """The conditionals of other rows (N, T), where rows share what was read."""
@@ -344,9 +325,7 @@ class Frozen(Bound):
     def __init__(self, bound: Bound, read: Conditionals | None = None):
         self.structure, self._parameters = bound.structure, bound.parameters
         self.shared = None if read is None else read.detached()
-        self.name, self.why, self.exact, self.sampled = bound.name, bound.why, bound.exact, bound.sampled
-        self.one_by_one, self.remembers = bound.one_by_one, bound.remembers
-        self.reads_map = bound.reads_map
+        self.name, self.why = bound.name, bound.why
 
     @property
     def parameters(self) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from bayes_mpt.masks import Masks, PermutationChain, Policy, one_each
+from bayes_mpt.masks import Masks, PermutationChain, Policy, UniformSize, one_each, torch_generator
 from bayes_mpt.predictors.base import (
     Bound,
     Conditionals,
@@ -22,8 +23,9 @@ from bayes_mpt.predictors.base import (
     Predictor,
     along_orders,
 )
+from bayes_mpt.predictors.objective import N_TRIAL_OUTPUTS, Batch, Objective, Outputs
 from bayes_mpt.program.analysis import analyze
-from bayes_mpt.program.arguments import fill
+from bayes_mpt.program.arguments import fill, spread_rows
 from bayes_mpt.program.densities import log_density
 from bayes_mpt.program.devices import at_once
 from bayes_mpt.program.layout import from_rows, rows_first, token_values
@@ -31,8 +33,9 @@ from bayes_mpt.program.program import Model, ModelError, Program
 from bayes_mpt.program.run import one_precision, takes_visible
 from bayes_mpt.program.sites import base, factor_nodes, node_of
 
-__all__ = ["SelfConditionals", "SelfPredictive", "sees_all"]
+__all__ = ["OWN_MASKS", "SelfConditionals", "SelfPredictive", "on_own_masks", "sees_all"]
 
+OWN_MASKS = UniformSize(64)  # one of them for each row of a step
 RUN_CELLS = 2**18  # rows x tokens of one run of the program
 CLOSE = (
     2**26
@@ -137,11 +140,8 @@ class SelfPredicting(Bound):
             self.settings, self.model, self.structure, args[0], self.blind, self.blind_in_part
         )
 
-    def draw_masks(self, policy: Policy, rows: Tensor, generator: torch.Generator) -> Masks | None:
-        draw = policy.draw(rows.shape[1], generator)
-        if draw.visible is None or policy.deterministic:
-            return draw
-        return one_each(draw, len(rows), generator)
+    def schedule(self, whole: Batch, masks: Policy | None, seed: int = 0) -> list[Objective]:
+        return [_OwnMasksObjective(self, whole, OWN_MASKS if masks is None else masks)]
 
     @torch.no_grad()
     def examine(self, x: Tensor) -> None:
@@ -184,6 +184,39 @@ class SelfPredicting(Bound):
                 self.blind_in_part = _close(hiding_one, torch.where(holes, 0.0, found._run(part, everything)))
         if self.blind:
             self.why += "; no token looks at itself, so that one run gives all that are hidden alone"
+
+
+class _OwnMasksObjective(Objective):
+    """The score of rows with masks of their own; where no draw is asked for, on one that stays."""
+
+    masks: Policy
+
+    def __init__(self, bound: Bound, whole: Batch, masks: Policy):
+        super().__init__(bound, whole, masks, noisy=not masks.deterministic)
+
+    @property
+    def trial(self) -> Batch:
+        return self.whole.take(spread_rows(len(self.whole.args[0]), N_TRIAL_OUTPUTS))
+
+    def draw(self, rows: Tensor, generator: torch.Generator | None) -> Masks:
+        return _draw_own(self.masks, rows, torch_generator(0) if generator is None else generator)
+
+    def outputs(self, read: Conditionals | None = None) -> Outputs:
+        found = self.by_row(self.read(self.trial))
+        return Outputs(found / math.sqrt(len(found)), few_rows=True)
+
+
+def _draw_own(policy: Policy, rows: Tensor, generator: torch.Generator) -> Masks:
+    """A draw of which each row (N, T) has one mask; all masks of a policy that is a sum over them, or chains."""
+    draw = policy.draw(rows.shape[1], generator)
+    if draw.visible is None or policy.deterministic:
+        return draw
+    return one_each(draw, len(rows), generator)
+
+
+def on_own_masks(read: Conditionals, generator: torch.Generator) -> Tensor:
+    """The score (N,) of each row of a network's on one mask of its own: in expectation that on all masks."""
+    return read.score(_draw_own(OWN_MASKS, read.value, generator))
 
 
 class SelfConditionals(Conditionals):

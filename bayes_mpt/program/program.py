@@ -104,6 +104,10 @@ class Program(NamedTuple):
     """The tokens are an argument itself and nothing is scaled: rows are scored without a run of their own."""
     affine: bool = False
     """Tokens and latents are Normal, and every mean is affine in the latents: found by evaluation."""
+    dense: bool = False
+    """That map is in matrices, with gradients: the moments of complete rows are all that their score needs."""
+    gaussian_vector: bool = False
+    """All observations are one Gaussian vector, whose covariance is of the other arguments: new ones are predicted."""
     takes_visible: bool = False
     """The program is conditioned on the mask: hidden tokens are independent of each other, each row has its own."""
 

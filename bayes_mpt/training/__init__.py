@@ -12,9 +12,9 @@ own units: minibatches, held-out rows, checkpoints. `noise_at_zero` and `collaps
 from bayes_mpt.training.adam import total_on_masks, train_on_masks
 from bayes_mpt.training.closed_form import maximize_profile
 from bayes_mpt.training.epochs import train_by_epochs
-from bayes_mpt.training.lbfgs import maximize_lbfgs, stages
+from bayes_mpt.training.lbfgs import maximize_lbfgs
 from bayes_mpt.training.options import Ascent, Epochs, Steps, Training
-from bayes_mpt.training.problem import Fit, Problem, Report, check_start, impossible, one_thread, take_rows
+from bayes_mpt.training.problem import Fit, Problem, Report, check_start, impossible, one_thread
 from bayes_mpt.training.vanishing import collapsed, noise_at_zero
 
 __all__ = [
@@ -32,8 +32,6 @@ __all__ = [
     "maximize_profile",
     "noise_at_zero",
     "one_thread",
-    "stages",
-    "take_rows",
     "total_on_masks",
     "train_by_epochs",
     "train_on_masks",

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from bayes_mpt.diagnostics import replicate_error
-from bayes_mpt.masks import Policy, torch_generator
-from bayes_mpt.predictors import Conditionals
+from bayes_mpt.masks import torch_generator
+from bayes_mpt.predictors import Batch, Conditionals
+from bayes_mpt.predictors.self_predictive import on_own_masks
 from bayes_mpt.program.program import ModelError
-from bayes_mpt.score import OWN_MASKS
 from bayes_mpt.training.problem import (
     Fit,
     Problem,
@@ -21,10 +21,8 @@ from bayes_mpt.training.problem import (
     assign,
     check_start,
     flat,
-    share_of,
-    take_rows,
 )
-from bayes_mpt.training.units import sampled, small, units
+from bayes_mpt.training.units import units
 
 __all__ = ["total_on_masks", "train_on_masks"]
 
@@ -38,7 +36,6 @@ N_TOTALS = 8  # replicates of a score from one mask a row
 
 def train_on_masks(
     problem: Problem,
-    masks: Policy,
     *,
     max_iter: int,
     learning_rate: float,
@@ -62,19 +59,19 @@ def train_on_masks(
     generator = torch_generator(random_state)
     leaves = problem.leaves()
     fit = Fit("adam")
-    check_start(problem if problem.masks is None else small(problem), leaves)
+    check_start(problem, leaves, problem.objective.trial)
     check_seed = int(torch.randint(2**31, (), generator=generator))
 
     def check() -> float:
         """The score on the fixed draw."""
         fixed = torch.Generator().manual_seed(check_seed)
         with torch.no_grad():
-            draws = [_batch(problem, batch_size, fixed).score(masks, fixed) for _ in range(N_CHECK_DRAWS)]
+            draws = [problem.score(_batch(problem, batch_size, fixed), fixed) for _ in range(N_CHECK_DRAWS)]
         return float(torch.stack(draws).mean())
 
     best = flat(leaves).detach().clone()
     best_check, rate, halvings = check(), learning_rate, 0
-    windows = _Windows(problem, leaves, masks, batch_size, learning_rate, generator, fit, report)
+    windows = _Windows(problem, leaves, batch_size, learning_rate, generator, fit, report)
     try:
         while len(fit.history) < max_iter and halvings <= MAX_HALVINGS and not windows.stopped:
             window = round(WINDOW * WINDOW_GROWTH**halvings)
@@ -108,7 +105,6 @@ class _Windows:
 
     problem: Problem
     leaves: dict[str, Tensor]
-    masks: Policy
     batch_size: int | None
     learning_rate: float
     """That was asked for."""
@@ -144,7 +140,8 @@ class _Windows:
 
     def _slope(self) -> tuple[float, Tensor]:
         """The score on a fresh draw, and its slope in the parameters."""
-        score = _batch(self.problem, self.batch_size, self.generator).score(self.masks, self.generator)
+        batch = _batch(self.problem, self.batch_size, self.generator)
+        score = self.problem.score(batch, self.generator)
         value = float(score.detach())
         if not math.isfinite(value):
             check_start(self.problem, self.leaves)
@@ -164,36 +161,23 @@ def _fresh_adam(
     phi = torch.zeros_like(start).requires_grad_()
     return (
         start,
-        units(small(problem), leaves),
+        units(problem.objective, leaves),
         phi,
         torch.optim.Adam([phi], lr=learning_rate, betas=(0.9, 0.99)),
     )
 
 
-def _batch(problem: Problem, batch_size: int | None, generator: torch.Generator) -> Problem:
-    """A random minibatch, whose mean score estimates that of all rows."""
-    if batch_size is None:
-        return problem
-    log_prior = share_of(problem.log_prior, batch_size / problem.n_rows)
-    if problem.rows is not None:
-        n = len(problem.rows)
-        if problem.weight is None:
-            index = torch.randperm(n, generator=generator)[:batch_size]
-        else:
-            index = torch.multinomial(problem.weight.cpu(), batch_size, replacement=True, generator=generator)
-        index = index.to(problem.rows.device)
-        return Problem(problem.predictor, problem.args, problem.rows[index], None, len(index), log_prior)
-    if problem.predictor.divisible:
-        return sampled(problem, batch_size, generator)
-    return take_rows(problem, torch.randperm(len(problem.args[0]), generator=generator)[:batch_size])
+def _batch(problem: Problem, batch_size: int | None, generator: torch.Generator) -> Batch | None:
+    """A random minibatch, whose mean score estimates that of all rows; None for all of them."""
+    return None if batch_size is None else problem.objective.sample(batch_size, generator)
 
 
-def total_on_masks(problem: Problem, read: Conditionals, seed: int) -> tuple[float, float]:
+def total_on_masks(read: Conditionals, seed: int) -> tuple[float, float]:
     """The total score of all rows and its standard error, from replicates of one random mask for each row.
 
     Unbiased for the area under the masked curve, whatever was trained on; masks are independent between rows, so that
     the error falls with their number.
     """
     generator = torch_generator(seed)
-    totals = np.array([float(problem.by_row(read, OWN_MASKS, generator).sum()) for _ in range(N_TOTALS)])
+    totals = np.array([float(on_own_masks(read, generator).sum()) for _ in range(N_TOTALS)])
     return float(totals.mean()), replicate_error(totals)

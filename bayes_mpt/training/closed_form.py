@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bayes_mpt.predictors import Conditionals
 from bayes_mpt.predictors.gaussian import incomplete, profile
+from bayes_mpt.predictors.gaussian.linear import dimensionless
 from bayes_mpt.program.affine import DenseMap
 from bayes_mpt.program.statistics import Covariance, SufficientStatistics
 from bayes_mpt.training.problem import (
@@ -21,7 +22,6 @@ from bayes_mpt.training.problem import (
     restore,
     untouched,
 )
-from bayes_mpt.training.units import dimensionless
 
 __all__ = ["maximize_profile"]
 
@@ -56,9 +56,7 @@ def maximize_profile(
     """
     leaves = problem.leaves()
     check_finite(leaves)
-    if not problem.predictor.reads_map:
-        return None
-    reading = _map(problem.read())
+    reading = _map(problem.objective.read())
     # float32's digits do not suffice to see whether a target has been reached
     if len(reading.loc) != 1 or not statistics.n_rows or reading.loc.dtype != torch.float64:
         return None
@@ -159,14 +157,14 @@ def _move_to(
     # Where every part is its own parameter, a rotation of it, or one that all tokens share, a step along the transposed
     # Jacobian arrives.
     _step_along_transpose(reading, leaves, targets, names)
-    read = problem.read()
+    read = problem.objective.read()
     if not all(_reached(_map(read), part, *target) for part, target in targets.items()):
         restore(leaves, before)
         for part, (target, unit) in targets.items():
             if target.numel() and not _reach(problem, [leaves[n] for n in names[part]], part, target, unit):
                 restore(leaves, before)
                 return None
-        read = problem.read()
+        read = problem.objective.read()
     with torch.no_grad():
         got = float(problem.score_of(read))
     if abs(got - factors.lml) > off * (1 + abs(factors.lml)):
@@ -197,7 +195,7 @@ def _best(
 def _map(read: Conditionals) -> DenseMap:
     """The linear-Gaussian map that was read."""
     found = read.linear_map()
-    assert found is not None  # as `Bound.reads_map` says
+    assert found is not None  # as a program that is `dense` has one
     return found
 
 
@@ -269,7 +267,7 @@ def _reach(problem: Problem, leaves: list[Tensor], part: str, target: Tensor, un
     """Move these parameters until a part of the reading equals its target: Gauss-Newton, steps by LSMR."""
     sizes = [leaf.numel() for leaf in leaves]
     for _ in range(20):
-        reading = _map(problem.read())
+        reading = _map(problem.objective.read())
         if _reached(reading, part, target, unit):
             return True
         out = _part(reading, part)

@@ -19,12 +19,13 @@ import pyro
 import torch
 from torch import Tensor
 
-from bayes_mpt.masks import Policy, torch_generator
+from bayes_mpt.masks import torch_generator
+from bayes_mpt.predictors import Batch
 from bayes_mpt.program.devices import own_random_state, random_states, set_random_states
 from bayes_mpt.program.program import ModelError
 from bayes_mpt.program.statistics import digest_of_rows
 from bayes_mpt.runtime.checkpoints import make_room, read, write
-from bayes_mpt.training.problem import Fit, Problem, Report, check_start, restore, take_rows
+from bayes_mpt.training.problem import Fit, Problem, Report, check_start, restore
 
 __all__ = ["train_by_epochs"]
 
@@ -92,8 +93,8 @@ class _State:
 
 def train_by_epochs(
     stages: Sequence[Problem],
-    held_out: Sequence[Problem],
-    masks: Policy,
+    rows: Batch,
+    held_out: Batch | None = None,
     *,
     batch_size: int,
     max_epochs: int,
@@ -109,13 +110,13 @@ def train_by_epochs(
     Parameters
     ----------
     stages : sequence of Problem
-        Rows that train, first with cheap steps, last with all the effort.
-    held_out : sequence of Problem
-        Of the same stages, rows that tell when one has given what it can: after ``patience`` epochs without a better
+        What is maximised, first with cheap steps, last with all the effort.
+    rows : Batch
+        That train.
+    held_out : Batch, optional
+        Rows that tell when one has given what it can: after ``patience`` epochs without a better
         score of them, all but the last after a third of these, or 3000 steps; on the same masks and nodes at every
-        look. Empty: the stages share the epochs, and the last parameters are kept.
-    masks : Policy
-        A fresh draw each step.
+        look. None: the stages share the epochs, and the last parameters are kept.
     batch_size : int
         Rows a step.
     max_epochs : int
@@ -154,13 +155,13 @@ def train_by_epochs(
     problem = stages[-1]
     leaves = problem.leaves()
     fit = Fit("adam by epochs")
-    check_start(take_rows(problem, torch.arange(min(batch_size, problem.n_rows))), leaves)
+    check_start(problem, leaves, rows.take(torch.arange(min(batch_size, len(rows.args[0])))))
     look_seed = int(torch.randint(2**31, (), generator=generator))
     adam = torch.optim.Adam(list(leaves.values()), lr=learning_rate, fused=True)
     state = _State(leaves, _buffers(problem), adam, generator, fit)
     progress = _Progress(0, _copies(leaves), -math.inf, _copies(leaves), 0, 0, 0)
     file = None if checkpoint is None else Path(checkpoint).expanduser()
-    rows = [] if file is None else [digest_of_rows(a.reshape(len(a), -1).cpu().numpy()) for a in problem.args]
+    digests = [] if file is None else [digest_of_rows(a.reshape(len(a), -1).cpu().numpy()) for a in rows.args]
     told = {
         **dict(asked or {}),
         "batch_size": (str(batch_size), repr(batch_size)),
@@ -170,9 +171,9 @@ def train_by_epochs(
         make_room(file.parent, file.name)
         found = read(file, KIND, state.checked)
         if found is not None:
-            progress = _resume(file, found, state, rows, told)
+            progress = _resume(file, found, state, digests, told)
     training = _Training(
-        stages, held_out, masks, batch_size, max_epochs, learning_rate, patience, look_seed, state, progress
+        stages, rows, held_out, batch_size, max_epochs, learning_rate, patience, look_seed, state, progress
     )
     try:
         while progress.epoch < max_epochs:
@@ -183,7 +184,7 @@ def train_by_epochs(
                 continue
             value = training.epoch()
             if file is not None:
-                _keep(file, progress, state, rows, told)
+                _keep(file, progress, state, digests, told)
             if report is not None and report(progress.epoch, value):
                 break
     except KeyboardInterrupt:
@@ -191,7 +192,7 @@ def train_by_epochs(
             raise
         fit.interrupted = True
     restore(leaves, progress.best)
-    ended = not held_out or (training.last_stage and progress.stale >= patience)
+    ended = held_out is None or (training.last_stage and progress.stale >= patience)
     fit.converged = ended and not fit.interrupted
     fit.n_iter = progress.epoch
     return fit
@@ -199,7 +200,7 @@ def train_by_epochs(
 
 def _buffers(problem: Problem) -> dict[str, Tensor]:
     """What the networks of program and guide keep beside their parameters."""
-    networks = {"model": problem.predictor.model, "guide": problem.predictor.guide}
+    networks = {"model": problem.bound.model, "guide": problem.bound.guide}
     return {
         f"{kind}.{name}": buffer
         for kind, net in networks.items()
@@ -213,8 +214,8 @@ class _Training:
     """One training under way: its settings, what it moves, and how far it is."""
 
     stages: Sequence[Problem]
-    held_out: Sequence[Problem]
-    masks: Policy
+    rows: Batch
+    held_out: Batch | None
     batch_size: int
     max_epochs: int
     learning_rate: float
@@ -232,12 +233,12 @@ class _Training:
     @property
     def per_epoch(self) -> int:
         """Steps of an epoch."""
-        return math.ceil(self.stages[-1].n_rows / self.batch_size)
+        return math.ceil(len(self.rows.args[0]) / self.batch_size)
 
     def stage_over(self) -> bool:
         """Whether the stage has given what it can."""
         progress = self.progress
-        if not self.held_out:
+        if self.held_out is None:
             return progress.epoch >= (progress.stage + 1) * self.max_epochs // len(self.stages)
         if self.last_stage:
             return progress.stale >= self.patience
@@ -248,7 +249,7 @@ class _Training:
         """Begin the stage that follows."""
         progress, leaves = self.progress, self.state.leaves
         progress.stage, progress.stale, progress.begun = progress.stage + 1, 0, progress.epoch
-        if self.held_out:  # from the best on, as the new stage sees it
+        if self.held_out is not None:  # from the best on, as the new stage sees it
             restore(leaves, progress.best)
             progress.mean = _copies(leaves)
             progress.best_score = self._look()
@@ -264,13 +265,13 @@ class _Training:
                     f"the masked score became {value} in epoch {progress.epoch + 1}: lower learning_rate (now "
                     f"{self.learning_rate})"
                 )
-            if self.held_out:
+            if self.held_out is not None:
                 with _at(leaves, progress.mean):
                     value = self._look()
         progress.epoch += 1
         self.state.fit.history.append(value)
         progress.stale += 1
-        if value > progress.best_score or not self.held_out:
+        if value > progress.best_score or self.held_out is None:
             progress.best_score, progress.best, progress.stale = value, _copies(progress.mean), 0
         return value
 
@@ -278,38 +279,37 @@ class _Training:
         """One pass over the rows: the mean score a row of its steps, or the first that is not finite."""
         problem, adam, generator = self.stages[self.progress.stage], self.state.adam, self.state.generator
         rising = self.learning_rate / max(1, min(WARM_UP, self.per_epoch * self.max_epochs // 10))
-        total = 0.0
-        problem.predictor.forget()  # one that goes on from a checkpoint knows nothing of the epochs before
-        batches = torch.randperm(problem.n_rows, generator=generator).split(self.batch_size)
+        total, n_rows = 0.0, len(self.rows.args[0])
+        problem.objective.refresh()  # one that goes on from a checkpoint knows nothing of the epochs before
+        batches = torch.randperm(n_rows, generator=generator).split(self.batch_size)
         (group,) = adam.param_groups
         for step, index in enumerate(batches, self.progress.epoch * len(batches) + 1):
             adam.zero_grad()
-            some = take_rows(problem, index)
-            score = some.score(self.masks, generator)
+            score = problem.score(self.rows.take(index), generator)
             value = float(score.detach())
             if not math.isfinite(value):
                 return value
-            dreamt = problem.predictor.dream(some.args, generator)
-            (-score if dreamt is None else -score - dreamt.mean()).backward()
+            (-score).backward()
             group["lr"] = min(self.learning_rate, step * rising)
             adam.step()
             with torch.no_grad():
                 for mean, leaf in zip(self.progress.mean.values(), group["params"], strict=True):
                     mean.lerp_(leaf, 1 / min(step, len(batches)))
             total += len(index) * value
-        return total / problem.n_rows
+        return total / n_rows
 
     def _look(self) -> float:
         """Mean score a row of what is held out, on the same draws each time; leaves the random state as it was."""
-        held_out, seed = self.held_out[self.progress.stage], self.look_seed
-        total = 0.0
-        held_out.predictor.forget()
+        problem, seed, held_out = self.stages[self.progress.stage], self.look_seed, self.held_out
+        assert held_out is not None
+        total, n_rows = 0.0, len(held_out.args[0])
+        problem.objective.refresh()
         with torch.no_grad(), own_random_state(seed):
             generator = torch.Generator().manual_seed(seed)
             for _ in range(N_VALIDATION_DRAWS):
-                for index in torch.arange(held_out.n_rows).split(self.batch_size):
-                    total += len(index) * float(take_rows(held_out, index).score(self.masks, generator))
-        return total / N_VALIDATION_DRAWS / held_out.n_rows
+                for index in torch.arange(n_rows).split(self.batch_size):
+                    total += len(index) * float(problem.score(held_out.take(index), generator))
+        return total / N_VALIDATION_DRAWS / n_rows
 
 
 @contextmanager

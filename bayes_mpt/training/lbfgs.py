@@ -15,7 +15,6 @@ from scipy.optimize import minimize
 from torch import Tensor
 from torch.distributions import constraints, transform_to
 
-from bayes_mpt.masks import torch_generator
 from bayes_mpt.program.arguments import has_missing
 from bayes_mpt.program.offers import offered
 from bayes_mpt.program.program import MissingCovariate
@@ -27,33 +26,15 @@ from bayes_mpt.training.problem import (
     check_start,
     flat,
 )
-from bayes_mpt.training.units import metric, only, sampled, shuffled, small, units
+from bayes_mpt.training.units import metric, units
 
-__all__ = ["maximize_lbfgs", "stages"]
+__all__ = ["maximize_lbfgs"]
 
 OWN = "maximize, the model's own"
 STATIONARY = 1e-3  # nats a row and unit of the map: a steeper place is no maximum
 FURTHEST = 3.0  # e-folds by which the size of a parameter changes at once
 OWN_STEPS = 100  # of a model's own way to climb: one that creeps is left to L-BFGS
-N_COARSE = 512  # tokens, or a quarter of fewer, fitted exactly first, where many evaluations cost nothing
-N_MIDDLE = 4096  # terms of a longer sum fitted next
 GAIN_LEFT = 1e-3  # nats of all tokens
-
-
-def stages(problem: Problem, seed: int) -> list[Problem]:
-    """The problem, behind smaller ones that lead to its maximum: of one long Gaussian vector, some of its tokens.
-
-    First a few rows exactly, where restarts and many iterations are cheap; then, of a sum of terms, a random sample.
-    """
-    if not problem.predictor.remembers:
-        return [problem]
-    tokens = shuffled(problem, seed)
-    found = []
-    if len(tokens) >= N_COARSE:
-        found.append(only(problem, tokens[: min(N_COARSE, len(tokens) // 4)]))
-    if problem.predictor.divisible and len(tokens) >= 4 * N_MIDDLE:
-        found.append(sampled(problem, N_MIDDLE, torch_generator(seed)))
-    return [*found, problem]
 
 
 def maximize_lbfgs(problem: Problem, *, max_iter: int, tol: float, report: Report | None = None) -> Fit:
@@ -71,17 +52,17 @@ def maximize_lbfgs(problem: Problem, *, max_iter: int, tol: float, report: Repor
     leaves = problem.leaves()
     fit = Fit("lbfgs")
     own, fit.interrupted = _own_maximum(problem, leaves, tol, max_iter)
-    predictor, score, grad = check_start(small(problem) if problem.predictor.divisible else problem, leaves)
+    read, score, grad = check_start(problem, leaves, problem.whole if own else problem.objective.trial)
     if own:
         fit.history, fit.n_iter = [score], 1
         try:
             if not fit.interrupted:
-                unit = units(problem, leaves, predictor)
+                unit = units(problem.objective, leaves, read)
                 fit.converged = float((unit * grad).abs().max()) <= _slope(tol, score)
         except KeyboardInterrupt:
             fit.interrupted = True
         if fit.interrupted or fit.converged:
-            fit.method, fit.last = OWN, predictor
+            fit.method, fit.last = OWN, read
             return fit
     climb = _Climb(problem, leaves, fit, max_iter, tol, report)
     try:
@@ -117,7 +98,7 @@ class _Climb:
         """Climb again and again, each time in the units of the place, until that gains nothing."""
         fit, problem, leaves = self.fit, self.problem, self.leaves
         while len(fit.history) < self.max_iter:
-            before, (unit, whiten) = self.best, metric(problem, leaves)
+            before, (unit, whiten) = self.best, metric(problem.objective, leaves)
             self.least_unit = torch.minimum(self.least_unit, unit)
             start = flat(leaves).detach().clone()
             ended = self.once(len(unit), _along(start, unit, whiten), newton=whiten is not None)
@@ -237,8 +218,8 @@ def _slope(tol: float, score: float) -> float:
 
 def _own_maximum(problem: Problem, leaves: dict[str, Tensor], tol: float, max_iter: int) -> tuple[bool, bool]:
     """Let the model itself climb, if it offers to and no cell is missing: whether it did, and was interrupted."""
-    maximize = offered(problem.predictor.model, "maximize")
-    if maximize is None or problem.rows is not None or any(has_missing(a) for a in problem.args):
+    maximize, whole = offered(problem.bound.model, "maximize"), problem.whole
+    if maximize is None or whole.rows is not None or any(has_missing(a) for a in whole.args):
         return False, False
     store = pyro.get_param_store()
     bounds = store.get_state()["constraints"]
@@ -246,7 +227,7 @@ def _own_maximum(problem: Problem, leaves: dict[str, Tensor], tol: float, max_it
     with torch.no_grad():
         interrupted = False
         try:
-            found = maximize(*problem.args, params, tol=tol, max_iter=min(max_iter, OWN_STEPS))
+            found = maximize(*whole.args, params, tol=tol, max_iter=min(max_iter, OWN_STEPS))
         except KeyboardInterrupt as press:
             if not press.args:
                 raise

@@ -12,13 +12,11 @@ import torch
 from sklearn.base import BaseEstimator
 from sklearn.utils._param_validation import Interval
 
-from bayes_mpt.masks import Policy
 from bayes_mpt.program.offers import offered
-from bayes_mpt.program.program import ModelError
 from bayes_mpt.training.adam import train_on_masks
 from bayes_mpt.training.epochs import train_by_epochs
 from bayes_mpt.training.lbfgs import maximize_lbfgs
-from bayes_mpt.training.problem import Fit, Problem, Report, take_rows
+from bayes_mpt.training.problem import Fit, Problem, Report
 
 __all__ = ["Ascent", "Epochs", "Steps", "Training"]
 
@@ -62,7 +60,6 @@ class Ascent(BaseEstimator):
     def run(
         self,
         stages: Sequence[Problem],
-        masks: Policy | None,
         *,
         seed: int,
         max_iter: int | None = None,
@@ -115,7 +112,6 @@ class Steps(BaseEstimator):
     def run(
         self,
         stages: Sequence[Problem],
-        masks: Policy | None,
         *,
         seed: int,
         max_iter: int | None = None,
@@ -123,20 +119,11 @@ class Steps(BaseEstimator):
         report: Report | None = None,
     ) -> Fit:
         """As `Ascent.run`."""
-        assert masks is not None
         problem = stages[-1]
-        if self.batch_size is not None and not (
-            problem.predictor.structure.by_row or problem.predictor.divisible
-        ):
-            raise ModelError(
-                f"batch_size={self.batch_size} needs independent rows, but a latent outside the rows plate makes all "
-                "rows one vector: leave batch_size=None"
-            )
         return train_on_masks(
             problem,
-            masks,
             max_iter=max_iter or self.max_iter,
-            learning_rate=self.learning_rate or offered(problem.predictor.model, "learning_rate") or RATE,
+            learning_rate=self.learning_rate or offered(problem.bound.model, "learning_rate") or RATE,
             batch_size=self.batch_size,
             random_state=seed,
             tol=self.tol,
@@ -198,7 +185,6 @@ class Epochs(BaseEstimator):
     def run(
         self,
         stages: Sequence[Problem],
-        masks: Policy | None,
         *,
         seed: int,
         max_iter: int | None = None,
@@ -206,16 +192,16 @@ class Epochs(BaseEstimator):
         report: Report | None = None,
     ) -> Fit:
         """As `Ascent.run`; ``asked`` says what a checkpoint is of."""
-        assert masks is not None
-        n_rows, model = stages[-1].n_rows, stages[-1].predictor.model
+        whole, model = stages[-1].whole, stages[-1].bound.model
+        n_rows = len(whole.args[0])
         n_out = math.ceil(self.validation_fraction * n_rows)
         if n_out >= n_rows:
             raise ValueError(f"validation_fraction={self.validation_fraction} leaves none of {n_rows} rows")
         order = torch.randperm(n_rows, generator=torch.Generator().manual_seed(seed))
         return train_by_epochs(
-            [take_rows(stage, order[n_out:]) for stage in stages],
-            [take_rows(stage, order[:n_out]) for stage in stages] if n_out else [],
-            masks,
+            stages,
+            whole.take(order[n_out:]),
+            whole.take(order[:n_out]) if n_out else None,
             batch_size=self.batch_size or offered(model, "batch_size") or n_rows,
             max_epochs=max_iter or self.max_epochs,
             learning_rate=self.learning_rate or offered(model, "learning_rate") or NETWORK_RATE,

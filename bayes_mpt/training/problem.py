@@ -5,20 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
 
 import pyro
 import torch
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
-from bayes_mpt.masks import Policy, torch_generator
-from bayes_mpt.predictors import Bound, Conditionals
-from bayes_mpt.program.arguments import rows_of
+from bayes_mpt.masks import torch_generator
+from bayes_mpt.predictors import Batch, Bound, Conditionals, Objective
+from bayes_mpt.predictors.self_predictive import on_own_masks
 from bayes_mpt.program.program import ModelError
-from bayes_mpt.runtime.interrupts import check_stop
 
 __all__ = [
     "Fit",
@@ -31,8 +29,6 @@ __all__ = [
     "impossible",
     "one_thread",
     "restore",
-    "share_of",
-    "take_rows",
     "untouched",
 ]
 
@@ -42,62 +38,40 @@ Report = Callable[[int, float], bool]
 
 @dataclass(frozen=True)
 class Problem:
-    """What is maximised: the weighted score of these rows under this program."""
+    """What is maximised: the mean score a row of an objective, with a penalty."""
 
-    predictor: Bound
-    args: tuple[Any, ...]
-    """What the program is called with when it is read."""
-    rows: Tensor | None
-    """(R, T) rows to score; None: the observed value of each reading."""
-    weight: Tensor | None
-    """(R,) of the rows; None: all one."""
-    n_rows: int
+    objective: Objective
     log_prior: Callable[[], Tensor] | None = None
-    """Of the current parameters, added to the total score that is maximised."""
-    some: tuple[Tensor, Tensor] | None = None
-    """Tokens (B,) of a vector and their weights (B,), from which its score is estimated; None: all of it."""
-    masks: Policy | None = None
-    """What is scored, on one draw that stays, where no other masks are asked for; None: the joint density."""
+    """Of the current parameters, added to the total score of all rows."""
 
-    def read(self) -> Conditionals:
-        """The conditionals of the rows at the current parameters."""
-        check_stop()
-        read = self.predictor.read(self.args)
-        return read if self.rows is None else read.at(self.rows)
+    @property
+    def bound(self) -> Bound:
+        """The program, and how it is scored."""
+        return self.objective.bound
 
-    def score(self, masks: Policy | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """Mean score a row at the current parameters, exact or over one draw of masks; with the log prior."""
-        if masks is None and self.predictor.climbs:
-            check_stop()
-            score = self.predictor.objective(self.args).sum() / self.n_rows
-        else:
-            score = self.score_of(self.read(), masks, generator)
-        return score if self.log_prior is None else score + self.log_prior() / self.n_rows
+    @property
+    def whole(self) -> Batch:
+        """All rows."""
+        return self.objective.whole
 
-    def score_of(
-        self, read: Conditionals, masks: Policy | None = None, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def score(self, batch: Batch | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """Mean score a row of a batch, by default of all; with its share of the log prior."""
+        part = self.whole if batch is None else batch
+        score = self.objective(part, generator) / part.n_rows
+        if self.log_prior is None:
+            return score
+        share = 1.0 if batch is None else part.n_rows / self.whole.n_rows
+        return score + share * self.log_prior() / part.n_rows
+
+    def score_of(self, read: Conditionals, batch: Batch | None = None) -> Tensor:
         """Mean score a row of what has been read, without the log prior."""
-        by_row = self.by_row(read, masks, generator)
-        total = by_row.sum() if self.weight is None else self.weight @ by_row
-        return total / self.n_rows
-
-    def by_row(
-        self, read: Any, masks: Policy | None = None, generator: torch.Generator | None = None
-    ) -> Tensor:
-        """The score of each row (R,) of what has been read."""
-        if self.some is not None:
-            return read.partial(*self.some)
-        masks = self.masks if masks is None else masks
-        if masks is None:
-            return read.score()
-        generator = torch_generator(0) if generator is None else generator
-        return read.score(self.predictor.draw_masks(masks, read.value, generator))
+        batch = self.whole if batch is None else batch
+        return self.objective.total(read, batch) / batch.n_rows
 
     def leaves(self) -> dict[str, Tensor]:
         """Unconstrained parameters of the program by name."""
         store = dict(pyro.get_param_store().named_parameters())
-        return {name: store[name] for name in self.predictor.parameters}
+        return {name: store[name] for name in self.bound.parameters}
 
 
 @dataclass
@@ -115,18 +89,6 @@ class Fit:
     """Columns whose noise variance has ended at zero."""
     last: Conditionals | None = None
     """The conditionals at the fitted parameters, where they have been read; their score is the last of the history."""
-
-
-def take_rows(problem: Problem, index: Tensor) -> Problem:
-    """The problem of some of its rows, whose mean score estimates that of all."""
-    log_prior = share_of(problem.log_prior, len(index) / problem.n_rows)
-    args = rows_of(problem.args, index.to(problem.args[0].device))
-    return replace(problem, args=args, n_rows=len(index), log_prior=log_prior)
-
-
-def share_of(log_prior: Callable[[], Tensor] | None, share: float) -> Callable[[], Tensor] | None:
-    """A log prior of all rows as seen by a part of them."""
-    return None if log_prior is None else lambda: share * log_prior()
 
 
 # ------------------------------------------------------------------------------------------- the parameters
@@ -171,26 +133,26 @@ def untouched(name: str) -> ModelError:
 @torch.no_grad()
 def impossible(problem: Problem, read: Conditionals) -> str:
     """The rows that have no chance at all under a program that has been read, in words; empty without any."""
-    by_row = problem.by_row(read)
-    if len(by_row) < 2:
-        return ""
+    if problem.bound.structure.takes_visible:
+        by_row = on_own_masks(read, torch_generator(0))
+    else:
+        by_row = problem.objective.by_row(read)
     rows = (by_row == -math.inf).nonzero()[:, 0].tolist()
-    if not rows:
+    if len(by_row) < 2 or not rows:
         return ""
     named = ", ".join(map(str, rows[:5])) + (f" and {len(rows) - 5} others" if len(rows) > 5 else "")
-    why = (
-        "have density 0 at every draw of the latents"
-        if problem.predictor.sampled
-        else "cannot occur under the program"
-    )
+    drawn = not problem.bound.structure.takes_visible and read.evidence().drawn
+    why = "have density 0 at every draw of the latents" if drawn else "cannot occur under the program"
     return f", since rows [{named}] (counted from 0) {why}"
 
 
-def check_start(problem: Problem, leaves: dict[str, Tensor]) -> tuple[Conditionals, float, Tensor]:
-    """The conditionals at the start, their score and its gradient, both finite."""
+def check_start(
+    problem: Problem, leaves: dict[str, Tensor], batch: Batch | None = None
+) -> tuple[Conditionals, float, Tensor]:
+    """The conditionals of a batch at the start, their score and its gradient, both finite."""
     check_finite(leaves)
-    read = problem.read()
-    score = problem.score_of(read)
+    read = problem.objective.read(batch)
+    score = problem.score_of(read, batch)
     if not leaves:
         raise ModelError("the program has no pyro.param: there is nothing to train")
     if not bool(torch.isfinite(score)):

@@ -30,8 +30,10 @@ def noise_at_zero(problem: Problem) -> list[int]:
     NoiseFloorError
         If it rises without bound.
     """
-    read = problem.read()
-    reading = read.linear_map() if problem.predictor.reads_map else None
+    if not problem.bound.structure.dense:
+        return []
+    read = problem.objective.read()
+    reading = read.linear_map()
     if reading is None or len(reading.noise) > 1:
         return []
     noise, loading = reading.noise[0], reading.loading[0]
@@ -50,7 +52,7 @@ def noise_at_zero(problem: Problem) -> list[int]:
             """Nats of all rows by which the likelihood rises where these columns' noise is lowered."""
             high = torch.where(columns, noise.maximum(least), noise)
             low = torch.where(columns, LOWER * high, high)
-            return (score(low) - score(high)) * problem.n_rows
+            return (score(low) - score(high)) * problem.whole.n_rows
 
         found = torch.zeros(len(noise), dtype=torch.bool, device=noise.device)
         for column in small:
@@ -65,9 +67,9 @@ def noise_at_zero(problem: Problem) -> list[int]:
 @torch.no_grad()
 def collapsed(problem: Problem) -> dict[int, list[int]]:
     """Components of a mixture of Gaussian maps that have lost their spread, and the columns in whose direction."""
-    if problem.predictor.structure.affine:
+    if problem.bound.structure.affine:
         return {}
-    read = problem.read()
+    read = problem.objective.read()
     reading, x = read.linear_map(), read.value
     if reading is None:
         return {}

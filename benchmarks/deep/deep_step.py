@@ -32,7 +32,7 @@ from torch import Tensor
 
 from bayes_mpt.masks import PermutationChain
 from bayes_mpt.models import VAE
-from bayes_mpt.predictors import Importance
+from bayes_mpt.predictors import Batch, Importance
 from bayes_mpt.training import Problem
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/, for timing.py
@@ -52,8 +52,8 @@ def steps(model: VAE, x: Tensor) -> dict[str, Callable[[], Any]]:
 
     def ours(n_draws: int, twice: bool) -> Callable[[], Any]:
         predictor = Importance(n_draws, n_draws, doubly_reparameterized=twice).bind(model, (x,), model.guide)
-        problem, masks = Problem(predictor, (x,), None, None, len(x)), PermutationChain()
-        return lambda: (-problem.score(masks)).backward()
+        problem = Problem(predictor.schedule(Batch((x,), len(x)), PermutationChain())[-1])
+        return lambda: (-problem.score()).backward()
 
     return {
         "Trace_ELBO": peer(Trace_ELBO()),

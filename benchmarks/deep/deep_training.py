@@ -74,8 +74,8 @@ from torch import Tensor
 
 from bayes_mpt.masks import PermutationChain
 from bayes_mpt.models import VAE
-from bayes_mpt.predictors import AnnealedImportance, Importance
-from bayes_mpt.training import Problem, take_rows
+from bayes_mpt.predictors import AnnealedImportance, Batch, Importance
+from bayes_mpt.training import Problem
 from bayes_mpt.training.epochs import train_by_epochs
 
 RESULTS = Path(__file__).with_suffix(".json")
@@ -173,7 +173,8 @@ def train_ours(
     """As `train_peer`, by the package's own training, whose looks are counted; and the looks themselves."""
     nodes = predictor.bind(model, (X[:512],), model.guide)
     order = torch.arange(len(X))
-    stages = [Problem(p, (X,), None, None, len(X)) for p in nodes.in_training(PermutationChain())]
+    whole = Batch((X,), len(X))
+    stages = [Problem(o) for o in nodes.schedule(whole, PermutationChain())]
     clock = clock_of(X)
     start, looks = clock(), []
 
@@ -182,9 +183,9 @@ def train_ours(
         return looks[-1][0] >= seconds
 
     fit = train_by_epochs(
-        [take_rows(stage, order[N_HELD_OUT:]) for stage in stages],
-        [take_rows(stage, order[:N_HELD_OUT]) for stage in stages],
-        PermutationChain(),
+        stages,
+        whole.take(order[N_HELD_OUT:]),
+        whole.take(order[:N_HELD_OUT]),
         batch_size=BATCH,
         max_epochs=10**6,
         learning_rate=model.learning_rate,

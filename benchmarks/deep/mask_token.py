@@ -28,7 +28,6 @@ did not rise over the first steps, had 2.03 (1.08 to 3.82) with four layers.
 
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +38,7 @@ from scipy.stats import t as student
 from sklearn.datasets import load_digits
 
 from bayes_mpt.masks import EverySize, FixedRate
-from bayes_mpt.predictors import SelfPredictive
+from bayes_mpt.predictors import Batch, SelfPredictive
 from bayes_mpt.score import OWN_MASKS
 from bayes_mpt.training import Problem
 from bayes_mpt.training.epochs import train_by_epochs
@@ -141,12 +140,13 @@ def train(name, kind, setting, rows, seed):
     with pyro.get_param_store().scope():
         torch.manual_seed(seed)
         predictor = SelfPredictive(1).bind(program, (train,))
-        problem = Problem(predictor, (train,), None, None, len(train))
+        whole = Batch((train,), len(train))
+        (objective,) = predictor.schedule(whole, setting["masks"])
         clock.append(time.process_time())
         fit = train_by_epochs(
-            [problem],
-            [replace(problem, args=(held_out,), n_rows=len(held_out))],
-            setting["masks"],
+            [Problem(objective)],
+            whole,
+            Batch((held_out,), len(held_out)),
             batch_size=64,
             max_epochs=setting["epochs"],
             learning_rate=setting["rate"] / (2 if name.endswith(HALF) else 1),

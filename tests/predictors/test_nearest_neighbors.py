@@ -14,15 +14,16 @@ from pyro.distributions import constraints
 from scipy.spatial.distance import cdist
 from sklearn.gaussian_process import kernels as theirs
 
-from bayes_mpt import BayesMPT, training
+from bayes_mpt import BayesMPT
 from bayes_mpt.masks import PermutationChain
 from bayes_mpt.models import GaussianProcess
 from bayes_mpt.predictors import Exact, NearestNeighbors, choose
+from bayes_mpt.predictors.gaussian import near_objective, nearest_neighbors, process
 from bayes_mpt.predictors.gaussian.neighborhoods import maxmin, predecessors
 from bayes_mpt.predictors.gaussian.vecchia import LogProbGiven
 from bayes_mpt.program.program import ModelError
 from bayes_mpt.program.store import OwnStore
-from bayes_mpt.training import Steps, lbfgs
+from bayes_mpt.training import Steps
 
 N, P = 60, 2
 THETA = {"amplitude": 1.3, "length": 0.3, "noise": 0.2, "centre": 0.4}
@@ -418,7 +419,7 @@ def test_sampled_terms_are_unbiased():
 def test_choice_by_size(monkeypatch):
     monkeypatch.setattr("bayes_mpt.predictors.choice.MAX_JOINT", 50)
     few, many = data(50), data(51)
-    assert choose(broadcasting, few).exact
+    assert choose(broadcasting, few).read(few).evidence().exact
     chosen = choose(broadcasting, many)
     assert chosen.name == "NearestNeighbors(30, ordering='maxmin')"
     fitted = BayesMPT(GaussianProcess()).fit(*(a.numpy() for a in many))
@@ -504,11 +505,13 @@ def test_training_by_stages_ends_at_the_same_maximum(monkeypatch):
     X, y = (a.numpy() for a in data(400))
     settings = dict(predictor=NearestNeighbors(10), random_state=0)
     whole = BayesMPT(broadcasting, **settings).fit(X, y)
-    monkeypatch.setattr(lbfgs, "N_COARSE", 50)
-    monkeypatch.setattr(lbfgs, "N_MIDDLE", 100)
+    monkeypatch.setattr(process, "N_COARSE", 50)
+    monkeypatch.setattr(near_objective, "N_MIDDLE", 100)
     counts = []
-    stages = training.stages
-    monkeypatch.setattr(training, "stages", lambda *a: counts.append(len(found := stages(*a))) or found)
+    stages = near_objective.coarse_to_fine
+    monkeypatch.setattr(
+        nearest_neighbors, "coarse_to_fine", lambda *a: counts.append(len(found := stages(*a))) or found
+    )
     staged = BayesMPT(broadcasting, **settings).fit(X, y)
     assert counts == [3]
     assert staged.log_marginal_likelihood_ == pytest.approx(whole.log_marginal_likelihood_, abs=5e-3)

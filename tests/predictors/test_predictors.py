@@ -982,9 +982,8 @@ def close(got, want, tol, scale=1.0):
 
 
 def test_the_tokens_that_were_read(case):
-    bound = case.bound()
-    ready = bound.read(case.tensors())
-    assert bound.exact == case.exact
+    ready = case.bound().read(case.tensors())
+    assert ready.evidence().exact == case.exact
     assert np.array_equal(ready.value.numpy(), case.x, equal_nan=True)
     assert ready.scale == 1.0
     assert ready.structure.n_tokens == case.n_tokens

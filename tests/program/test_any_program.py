@@ -651,7 +651,7 @@ def test_programs_for_one_node_at_a_time_run_on_many(predictor):
     """``x @ w`` does not broadcast over leading batch dimensions; torch.vmap runs it, to the same numbers."""
     x, y = logistic_data()
     model = fitted(matmul, x, y, predictor=predictor)
-    assert not model.predictor_.one_by_one
+    assert "node by node" not in model.explain() and "draw by draw" not in model.explain()
     if predictor is SMALL_SMC:
         truth, weight, posterior = logistic_truth(x, y)
         assert model.log_marginal_likelihood_ == pytest.approx(
@@ -684,7 +684,7 @@ def test_codes_of_a_program_for_one_node_at_a_time():
             pyro.sample("x", dist.Categorical(logits=level * z[..., None, None]).to_event(1), obs=x)
 
     one, other = (fitted(f, x, predictor=Quadrature(24)) for f in (program, left))
-    assert not one.predictor_.one_by_one
+    assert "node by node" not in one.explain()
     np.testing.assert_allclose(one.score_samples(x), other.score_samples(x), atol=1e-8)
     gaps = with_holes(x, 0.1)
     np.testing.assert_array_equal(one.impute(gaps), other.impute(gaps))
@@ -708,7 +708,7 @@ def test_automatic_guide_of_a_program_for_one_draw_at_a_time():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # few steps, and a guide that is no good yet
             found.append(fitted(program, x, y, guide=guide, training=Steps(max_iter=20)))
-    assert not found[0].predictor_.one_by_one
+    assert "draw by draw" not in found[0].explain()
     assert found[0].log_marginal_likelihood_ == pytest.approx(found[1].log_marginal_likelihood_, abs=1e-8)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bayes_mpt.masks import PermutationChain
-from bayes_mpt.predictors import choose
+from bayes_mpt.predictors import Batch, choose
 from bayes_mpt.program.store import OwnStore
 from bayes_mpt.training import Problem
 from bayes_mpt.training.epochs import train_by_epochs
@@ -28,12 +28,12 @@ def trained(learning_rate=0.5, max_epochs=EPOCHS, **settings):
     """Where the parameter ends on rows that are all the same, so that their order does not matter."""
     rows = POINT.expand(N_ROWS, -1).clone()
     with OwnStore():
-        problem = Problem(choose(program, (rows,)), (rows,), None, None, N_ROWS)
+        whole = Batch((rows,), N_ROWS)
+        (objective,) = choose(program, (rows,)).schedule(whole, PermutationChain())
         settings = {"patience": 5, "random_state": 0, **settings}
         train_by_epochs(
-            [problem],
-            [],
-            PermutationChain(),
+            [Problem(objective)],
+            whole,
             batch_size=BATCH,
             max_epochs=max_epochs,
             learning_rate=learning_rate,

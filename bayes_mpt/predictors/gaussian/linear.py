@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bayes_mpt.masks import Policy
 from bayes_mpt.predictors.base import Bound, Conditionals, Posterior
+from bayes_mpt.predictors.objective import Batch, Objective, Outputs
 from bayes_mpt.program.affine import Dense, DenseMap, first_reading, latent_values, read
 from bayes_mpt.program.affine.first import FirstReading
 from bayes_mpt.program.analysis import Analysis
@@ -23,7 +25,7 @@ from bayes_mpt.program.arguments import N_TRIAL_ROWS
 from bayes_mpt.program.devices import at_once
 from bayes_mpt.program.program import Model, ModelError, Program
 
-__all__ = ["Groups", "LinearGaussian", "LinearRows", "cholesky", "group_rows"]
+__all__ = ["Groups", "LinearGaussian", "LinearRows", "cholesky", "dimensionless", "group_rows"]
 
 LOG_2PI = math.log(2 * math.pi)
 SMALL_NOISE = 1e-5  # of the token's variance; below it the normal equations lose more than 1e-9
@@ -63,10 +65,8 @@ class LinearGaussian(Bound):
     tensor(-2.3872, dtype=torch.float64)
     """
 
-    exact = True
     name = "Exact"
     why = "every mean is affine in the latents and every scale is free of them, checked by evaluation"
-    reads_map = True
     model: Model
 
     def __init__(
@@ -79,18 +79,30 @@ class LinearGaussian(Bound):
     ):
         self.model = model
         self.form, reading = first_reading(model, args, n_trial=n_trial, analysis=analysis)
-        self.structure = self.form.program
+        self.structure = self.form.program._replace(dense=True)
         self._first = None if self.structure.per_row else FirstReading(reading)
 
     def read(self, args: tuple[Any, ...]) -> LinearRows:
         known = None if self._first is None else self._first.take()
         return LinearRows(self.structure, read(self.model, args, self.form, Dense(), known))
 
+    def schedule(self, whole: Batch, masks: Policy | None, seed: int = 0) -> list[Objective]:
+        return [_MapObjective(self, whole, masks)]
+
     def with_model(self, model: Model) -> LinearGaussian:
         """The same way of reading for another program of the same structure."""
         new = object.__new__(LinearGaussian)
         new.model, new.form, new.structure, new._first = model, self.form, self.structure, None
         return new
+
+
+class _MapObjective(Objective):
+    """The score of rows under linear-Gaussian maps, whose numbers tell the units."""
+
+    def outputs(self, read: Conditionals | None = None) -> Outputs:
+        found = (self.read() if read is None else read).linear_map()
+        assert found is not None  # `LinearRows`
+        return Outputs(torch.cat([part.flatten() for part in dimensionless(found)]), whole=True)
 
 
 class LinearRows(Conditionals):
@@ -274,6 +286,20 @@ class LinearRows(Conditionals):
         # var_i = noise_i + w_i' C w_i
         root = torch.linalg.solve_triangular(factor, loading.mT, upper=False)  # (S, G, K, T)
         return mean, (noise + root.square().sum(-2))[:, groups.index]
+
+
+def dimensionless(reading: DenseMap) -> tuple[Tensor, Tensor, Tensor]:
+    """loc and loading in units of what the other tokens leave unexplained of each token, and log noise."""
+    with torch.no_grad():
+        loading, noise = reading.loading, reading.noise[..., None]
+        eye = torch.eye(loading.shape[-1], dtype=loading.dtype, device=loading.device)
+        # R'R = I + W' psi^-1 W, by QR: where a noise is all but zero its Cholesky factor has no digits left
+        stacked = torch.cat([eye.expand(*loading.shape[:-2], -1, -1), loading / noise.sqrt()], -2)
+        upper = torch.linalg.qr(stacked, mode="r")[1]
+        # diag(S^-1) = 1/psi - diag(psi^-1 W C W' psi^-1)
+        root = torch.linalg.solve_triangular(upper.mT, (loading / noise).mT, upper=False)
+        unit = (1 / reading.noise - root.square().sum(-2)).rsqrt()
+    return reading.loc / unit, reading.loading / unit[..., None], reading.noise.log()
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,6 @@ class MarkovGaussian(Bound):
     tensor([-139.8533], dtype=torch.float64)
     """
 
-    exact = True
     name = "Exact"
     model: Model
 

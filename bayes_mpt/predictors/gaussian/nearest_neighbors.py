@@ -25,7 +25,7 @@ import torch
 from scipy.spatial import cKDTree
 from torch import Tensor
 
-from bayes_mpt.masks import Masks, Policy
+from bayes_mpt.masks import Policy
 from bayes_mpt.predictors.base import (
     Bound,
     Conditionals,
@@ -40,6 +40,7 @@ from bayes_mpt.predictors.base import (
 from bayes_mpt.predictors.gaussian.column_units import (
     column_units,
 )
+from bayes_mpt.predictors.gaussian.near_objective import coarse_to_fine
 from bayes_mpt.predictors.gaussian.neighborhoods import (
     Groups,
     Points,
@@ -56,6 +57,7 @@ from bayes_mpt.predictors.gaussian.process import (
 )
 from bayes_mpt.predictors.gaussian.row_sets import RowSets, is_rows
 from bayes_mpt.predictors.gaussian.vecchia import LogProbGiven, SumOfParts, whitened
+from bayes_mpt.predictors.objective import Batch, Objective
 from bayes_mpt.program.arguments import fill, rows_of
 from bayes_mpt.program.devices import at_once
 from bayes_mpt.program.program import Model, ModelError, Program
@@ -123,7 +125,7 @@ def near_conditionals(
     settings: NearestNeighbors, model: Model, args: tuple[Any, ...], program: Program
 ) -> Bound:
     """A program known to be a Gaussian vector, scored by nearest neighbours."""
-    return _Neighbours(settings, RowSets(model, program, args), program)
+    return BoundNeighbors(settings, RowSets(model, program, args), program)
 
 
 # -------------------------------------------------------------------------------------------------- the conditionals
@@ -145,22 +147,13 @@ class _Layout(NamedTuple):
 
 
 class _Memory:
-    """What is found out once about the rows, and shared by the copies that `read` makes."""
+    """What is found out once about the rows, and shared by the copies that `NearRows.again` makes."""
 
-    def __init__(self) -> None:
-        self.source: tuple[Any, ...] = ()
-        self.versions: list[int] = []
-        self.args: tuple[Any, ...] = ()  # without missing cells
-        self.value: Tensor | None = None
+    def __init__(self, source: tuple[Any, ...], args: tuple[Any, ...], value: Tensor):
+        self.source, self.versions = source, _versions(source)
+        self.args, self.value = args, value  # without missing cells; with them NaN
         self.unit: Points | None = None
         self.layout: _Layout | None = None
-
-    def holds(self, args: tuple[Any, ...]) -> bool:
-        return (
-            len(self.source) == len(args)
-            and all(a is b for a, b in zip(args, self.source, strict=True))
-            and self.versions == _versions(args)
-        )
 
 
 def _versions(args: tuple[Any, ...]) -> list[int]:
@@ -168,60 +161,39 @@ def _versions(args: tuple[Any, ...]) -> list[int]:
     return [a._version for a in args if isinstance(a, Tensor)]
 
 
-class _Neighbours(Bound):
+class BoundNeighbors(Bound):
     """See `NearestNeighbors`."""
 
-    remembers = True
-    divisible = True
     model: Model
     structure: Program
 
     def __init__(self, settings: NearestNeighbors, blocks: RowSets, program: Program):
         self.settings, self.blocks, self.model, self.structure = settings, blocks, blocks.model, program
-        self.exact = settings.m >= program.n_tokens - 1
+        self.whole = settings.m >= program.n_tokens - 1
+        """Whether no neighbour is left out."""
         self.name = f"NearestNeighbors({settings.m}, ordering={settings.ordering!r})"
         self.why = (
             f"the observations are one Gaussian vector of {program.n_tokens} tokens, each predicted from at least "
             f"its {min(settings.m, program.n_tokens - 1)} nearest predecessors; no covariance of all of them is made"
         )
-        self._memory = _Memory()
+
+    def schedule(self, whole: Batch, masks: Policy | None, seed: int = 0) -> list[Objective]:
+        return coarse_to_fine(self, whole, masks, seed)
 
     def read(self, args: tuple[Any, ...]) -> NearRows:
-        memory = self._memory if not self._memory.source or self._memory.holds(args) else _Memory()
-        if not memory.source:
-            self._fill(memory, args)
-        site = self.structure.sites[0]._replace(shape=(len(args[0]),))
-        return NearRows(self.settings, self.blocks, self.structure._replace(sites=(site,)), memory)
-
-    def draw_masks(self, policy: Policy, rows: Tensor, generator: torch.Generator) -> Masks | None:
-        if self.exact:
-            return super().draw_masks(policy, rows, generator)
-        return policy.draw(rows.shape[1], generator)  # chains differ
-
-    def settle(self) -> bool:
-        if self._memory.unit is None:
-            return False  # nothing found out yet
-        before = self._memory.unit
-        self._memory.unit = now = column_units(self.blocks, self._memory.args, self.settings.random_state)
-        same = np.isfinite(before) & np.isfinite(now)
-        return not (
-            np.array_equal(np.isfinite(before), np.isfinite(now))
-            and bool((np.abs(np.log2(before[same] / now[same])) < 0.25).all())
-        )
-
-    def _fill(self, memory: _Memory, args: tuple[Any, ...]) -> None:
         """Take the tokens of these rows; the program itself is run where they are scored."""
-        memory.source, memory.versions = args, _versions(args)
-        memory.args = tuple(fill(a) for a in args)
+        filled = tuple(fill(a) for a in args)
         rows = torch.arange(len(args[0]), device=args[0].device)
         width = 1 + min(self.settings.m, len(rows) - 1)
         whole = len(rows) // width * width
         with torch.no_grad():
             step = max(1, at_once(CHUNK, rows.device, GPU_TIMES) // width**2)
             sets = [*rows[:whole].reshape(-1, width).split(step), rows[None, whole:]]
-            value = torch.cat([self.blocks(memory.args, part)[2].flatten() for part in sets if part.numel()])
+            value = torch.cat([self.blocks(filled, part)[2].flatten() for part in sets if part.numel()])
         missing = missing_of(args, self.structure).reshape(value.shape)
-        memory.value = torch.where(missing, torch.nan, value)[None]
+        memory = _Memory(args, filled, torch.where(missing, torch.nan, value)[None])
+        site = self.structure.sites[0]._replace(shape=(len(args[0]),))
+        return NearRows(self.settings, self.blocks, self.structure._replace(sites=(site,)), memory)
 
 
 class NearRows(Conditionals):
@@ -230,11 +202,35 @@ class NearRows(Conditionals):
     structure: Program
 
     def __init__(self, settings: NearestNeighbors, blocks: RowSets, program: Program, memory: _Memory):
-        assert memory.value is not None
         self.settings, self.structure, self._blocks, self._memory = settings, program, blocks, memory
         self._exact = settings.m >= program.n_tokens - 1
         self.value, self.scale = memory.value, program.scale
         self._leaves = Leaves(program.parameters)
+
+    def is_of(self, args: tuple[Any, ...]) -> bool:
+        """Whether these are the very rows, as they were."""
+        kept = self._memory
+        return (
+            len(kept.source) == len(args)
+            and all(a is b for a, b in zip(args, kept.source, strict=True))
+            and kept.versions == _versions(args)
+        )
+
+    def again(self) -> NearRows:
+        """The same rows and neighbours at the parameters that are in the store now."""
+        return NearRows(self.settings, self._blocks, self.structure, self._memory)
+
+    def settle(self) -> bool:
+        """Find the units of the columns anew, at the current parameters; whether they have changed."""
+        if self._memory.unit is None:
+            return False  # nothing found out yet
+        before = self._memory.unit
+        self._memory.unit = now = column_units(self._blocks, self._memory.args, self.settings.random_state)
+        same = np.isfinite(before) & np.isfinite(now)
+        return not (
+            np.array_equal(np.isfinite(before), np.isfinite(now))
+            and bool((np.abs(np.log2(before[same] / now[same])) < 0.25).all())
+        )
 
     def _joint(self) -> Tensor:
         return torch.stack([self._total(row, self._layout(row)) for row in self.value])

@@ -17,7 +17,9 @@ from pyro.poutine import substitute
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from bayes_mpt.masks import Policy, torch_generator
 from bayes_mpt.predictors.base import Bound, Conditionals, Leaves, Posterior, Predictive
+from bayes_mpt.predictors.objective import N_TRIAL_OUTPUTS, Batch, Objective, Outputs
 from bayes_mpt.program.analysis import analyze
 from bayes_mpt.program.arguments import fill, has_missing, rows_of, spread_rows
 from bayes_mpt.program.missing import nan_shows
@@ -25,9 +27,19 @@ from bayes_mpt.program.program import Model, ModelError, Program
 from bayes_mpt.program.run import run
 from bayes_mpt.program.sites import base, own_shown
 
-__all__ = ["JointGaussian", "cholesky", "gaussian_program", "missing_of", "moments"]
+__all__ = [
+    "JointGaussian",
+    "cholesky",
+    "coarse",
+    "gaussian_program",
+    "missing_of",
+    "moments",
+    "outputs_of_tokens",
+    "shuffled",
+]
 
 LOG_2PI = math.log(2 * math.pi)
+N_COARSE = 512  # tokens, or a quarter of fewer, fitted exactly first, where many evaluations cost nothing
 N_TRIAL_ROWS = 64  # rows on which it is found out what the program is
 NOT_DEFINITE = (
     "the covariance of the observations is not positive definite in float64: rows repeat and there is no "
@@ -85,7 +97,9 @@ def gaussian_program(model: Model, args: tuple[Any, ...]) -> Program | None:
         model, tuple(fill(a) for a in few), last, program, trace
     )
     site = program.sites[0]._replace(shape=(len(args[0]),), n_joint=0)
-    return program._replace(sites=(site,), depth=0, observed_argument=last if shows else None)
+    return program._replace(
+        sites=(site,), depth=0, observed_argument=last if shows else None, gaussian_vector=True
+    )
 
 
 def moments(model: Model, args: tuple[Any, ...], program: Program) -> Moments:
@@ -133,8 +147,6 @@ class JointGaussian(Bound):
     tensor([-2.3872], dtype=torch.float64)
     """
 
-    exact = True
-    remembers = True
     name = "Exact"
     why = "the observations are one Gaussian vector, whose covariance the program gives"
     model: Model
@@ -146,6 +158,12 @@ class JointGaussian(Bound):
 
     def read(self, args: tuple[Any, ...]) -> GaussianVector:
         return GaussianVector(self.model, self.structure, args)
+
+    def schedule(self, whole: Batch, masks: Policy | None, seed: int = 0) -> list[Objective]:
+        return [
+            *([] if masks is not None else coarse(self, whole, seed)),
+            _VectorObjective(self, whole, masks),
+        ]
 
     def score_at(self, args: tuple[Any, ...], values: dict[str, Tensor]) -> Tensor:
         """Log-density of the observations (B,) at B values of each parameter, side by side; -inf for none."""
@@ -160,6 +178,41 @@ class JointGaussian(Bound):
         if not bool(seen.all()):
             residual, cov = residual[:, seen], cov[:, seen][..., seen]
         return _LogProb.apply(residual, cov)
+
+
+def shuffled(args: tuple[Any, ...], seed: int) -> Tensor:
+    """The observed tokens of one vector in a random order."""
+    y = args[-1]
+    tokens = (~y.isnan()).nonzero()[:, 0] if y.is_floating_point() else torch.arange(len(y), device=y.device)
+    return tokens[torch.randperm(len(tokens), generator=torch_generator(seed)).to(tokens.device)]
+
+
+def coarse(bound: Bound, whole: Batch, seed: int) -> list[Objective]:
+    """The exact density of a few rows of many, which leads to the maximum of all of them at little cost."""
+    tokens = shuffled(whole.args, seed)
+    if len(tokens) < N_COARSE:
+        return []
+    assert bound.model is not None
+    few = rows_of(whole.args, tokens[: min(N_COARSE, len(tokens) // 4)])
+    return [_VectorObjective(JointGaussian(bound.model, bound.structure), Batch(few, 1))]
+
+
+class _VectorObjective(Objective):
+    """The density of one Gaussian vector; a few of its rows alone tell the units."""
+
+    def outputs(self, read: Conditionals | None = None) -> Outputs:
+        tokens = shuffled(self.whole.args, 0)
+        assert self.bound.model is not None
+        some = rows_of(self.whole.args, tokens[:N_TRIAL_OUTPUTS])
+        few = GaussianVector(self.bound.model, self.bound.structure, some)
+        mean, var = few.predicted(torch.arange(few.value.shape[1], device=few.value.device))
+        return outputs_of_tokens(mean, var, mean.new_full((), len(tokens) / len(mean)).expand(len(mean)))
+
+
+def outputs_of_tokens(mean: Tensor, var: Tensor, weight: Tensor) -> Outputs:
+    """Of tokens (B,), each predicted from others, that stand for so many: their means and log variances."""
+    spread = torch.cat([var.detach().sqrt(), torch.ones_like(var)])
+    return Outputs(torch.cat([mean, var.log() * math.sqrt(0.5)]), spread=spread, weight=weight.repeat(2))
 
 
 class GaussianVector(Conditionals):

@@ -11,11 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bayes_mpt.predictors.base import Bound, Evidence, Guide, Predictor
+from bayes_mpt.masks import Policy
+from bayes_mpt.predictors.base import Evidence, Guide, Predictor
 from bayes_mpt.predictors.nodes.guide import Drawn, GuideDraws, evidence_of_draws
 from bayes_mpt.predictors.nodes.importance import Importance
 from bayes_mpt.predictors.nodes.tempering import Particles, hmc_move
 from bayes_mpt.predictors.nodes.weighted import Nodes, NodeSource, Read, constrained
+from bayes_mpt.predictors.objective import Batch, Objective
 from bayes_mpt.program.latents import Space, space
 from bayes_mpt.program.program import Model, ModelError
 from bayes_mpt.program.run import run
@@ -139,8 +141,10 @@ class Annealed(NodeSource):
     def parameters(self) -> tuple[str, ...]:
         return self.start.parameters
 
-    def _rising(self) -> tuple[Bound, ...]:
-        return self.start._rising()
+    def _objectives(self, whole: Batch, masks: Policy | None) -> list[Objective]:
+        if masks is not None and not masks.chains:
+            return super()._objectives(whole, masks)
+        return self.start._objectives(whole, masks)  # the bound of the guide's draws has gradients
 
     def evidence(self, nodes: Nodes) -> Evidence:
         return evidence_of_draws(nodes)

@@ -28,7 +28,6 @@ MAX_MAPS = 256  # joint values of a row's discrete latents, each with a map of i
 class _Enumerated(NodeSource):
     """No nodes at all: every latent is discrete, and summed out."""
 
-    exact = True
     name = "Exact"
 
     def __init__(self, model: Model, program: Program):
@@ -73,7 +72,6 @@ class _Maps(NodeSource):
     about, and not one for each value.
     """
 
-    exact = True
     name = "Exact"
 
     def __init__(self, model: Model, args: tuple[Any, ...], program: Program):

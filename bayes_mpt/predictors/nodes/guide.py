@@ -14,20 +14,23 @@ import torch
 from pyro import poutine
 from pyro.distributions import constraints
 from pyro.poutine.trace_struct import Trace
-from torch import Tensor
+from torch import Generator, Tensor
 
 from bayes_mpt.diagnostics import BAD_K, pareto_k
-from bayes_mpt.predictors.base import Bound, Evidence, Guide
+from bayes_mpt.masks import Policy
+from bayes_mpt.predictors.base import Conditionals, Evidence, Guide
 from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
 from bayes_mpt.predictors.nodes.given import Factorized, Given
 from bayes_mpt.predictors.nodes.reparameterized import AlongDraws, DrawsAsLeaves, is_point
 from bayes_mpt.predictors.nodes.weighted import (
     Nodes,
+    NodesObjective,
     NodeSource,
     Read,
     nodes_first,
     program_values,
 )
+from bayes_mpt.predictors.objective import Batch, Objective
 from bayes_mpt.program.arguments import fill, filling
 from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.factors import read_factors
@@ -76,7 +79,7 @@ def evidence_of_draws(nodes: Nodes) -> Evidence:
     if bool((inside != 0).any()):
         diagnostics["change with more nodes in each row"] = float(inside.sum())
     se = math.hypot(float(variance.sum().sqrt()), float(inside.sum()))
-    return Evidence(by_row + inside, se, diagnostics)
+    return Evidence(by_row + inside, se, diagnostics, drawn=True)
 
 
 class GuideDraws(NodeSource):
@@ -173,14 +176,12 @@ class GuideDraws(NodeSource):
     def parameters(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys((*self.structure.parameters, *self.guide_parameters)))
 
-    def dream(self, args: tuple[Any, ...], generator: torch.Generator) -> Tensor | None:
+    def dream(self, args: tuple[Any, ...], generator: torch.Generator) -> Tensor:
         """Log-density (N,) under the guide of the latents of rows that the program makes, given some of their tokens.
 
         Maximised by the guide, it is the sleep phase of Hinton, Dayan, Frey & Neal (1995): a guide as wide as the
-        posterior, for every set of visible tokens. None where that was not asked for.
+        posterior, for every set of visible tokens.
         """
-        if not self.dreams:
-            return None
         conditioned_on_mask = self.takes_visible and self.adaptive is None and not self.has_points
         if (
             not conditioned_on_mask
@@ -201,21 +202,24 @@ class GuideDraws(NodeSource):
             trace = self._guide_trace((tokens.to(filled[0]), *filled[1:]), (rank < size).to(tokens.device), 1)
         return self._log_q(trace, 1)[0]
 
-    def _rising(self) -> tuple[Bound, ...]:
-        """From one draw to as many as asked: with one a step costs least, and the last bring the bound nearest.
+    def _objectives(self, whole: Batch, masks: Policy | None) -> list[Objective]:
+        """Along chains from one draw to as many as asked: one costs least, and the last bring the bound nearest."""
+        if masks is not None and not masks.chains:
+            return [_GuideObjective(self, whole, masks)]
+        return [_GuideObjective(self._with(n), whole, masks) for n in self.rising()]
 
-        On a GPU all at once: until they fill it they cost what one does.
-        """
+    def rising(self) -> list[int]:
+        """Numbers of draws of a training, stage after stage; on a GPU all at once: one costs no less."""
         n, rising = self.n_training, []
         while n > 1 and self.takes_visible and not self.away:
             rising.append(n)
             n = n // GROWTH
-        return tuple(self._with(k) for k in (max(1, n), *reversed(rising)))
+        return [max(1, n), *reversed(rising)]
 
     def evidence(self, nodes: Nodes) -> Evidence:
         return evidence_of_draws(nodes)
 
-    def forget(self) -> None:
+    def _forget(self) -> None:
         if self.adaptive is not None:
             self.adaptive.forget()
 
@@ -385,6 +389,21 @@ class GuideDraws(NodeSource):
         # sums of many tokens in single precision: a GPU adds them up in another order
         rtol = max(1e-5, CLOSE[both.dtype])
         return bool(torch.allclose(both, torch.cat(alone), rtol=rtol, equal_nan=True))
+
+
+class _GuideObjective(NodesObjective):
+    """The score at draws of a guide; where asked for, the guide's dreams pull at its parameters too."""
+
+    bound: GuideDraws
+
+    def total(
+        self, read: Conditionals, batch: Batch | None = None, generator: Generator | None = None
+    ) -> Tensor:
+        total = super().total(read, batch, generator)
+        if not self.bound.dreams or generator is None or not torch.is_grad_enabled():
+            return total
+        dreamt = self.bound.dream((self.whole if batch is None else batch).args, generator).sum()
+        return total + (dreamt - dreamt.detach())  # the score itself stays as it is
 
 
 def _refuse_unlike(first: Trace, trace: Trace, names: tuple[str, ...]) -> None:

@@ -6,9 +6,10 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
-from bayes_mpt.predictors.base import Evidence, Guide, Predictor
+from bayes_mpt.masks import Policy
+from bayes_mpt.predictors.base import Conditionals, Evidence, Guide, Predictor
 from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
 from bayes_mpt.predictors.nodes.guide import (
     Drawn,
@@ -18,15 +19,19 @@ from bayes_mpt.predictors.nodes.guide import (
 from bayes_mpt.predictors.nodes.rules import degrees_of, log_t
 from bayes_mpt.predictors.nodes.weighted import (
     Nodes,
+    NodesObjective,
     NodeSource,
     Read,
     constrained,
     program_values,
+    warn_if_slow,
 )
+from bayes_mpt.predictors.objective import Batch, Objective
 from bayes_mpt.program.analysis import analyze
 from bayes_mpt.program.arguments import fill
 from bayes_mpt.program.program import Model, ModelError, Program
 from bayes_mpt.program.run import takes_visible
+from bayes_mpt.runtime.interrupts import check_stop
 
 __all__ = ["Drawn", "GuideDraws", "Importance", "evidence_of_draws"]
 
@@ -54,7 +59,7 @@ class Importance(Predictor):
     dream : bool, default=False
         Whether a guide that is conditioned on the mask is trained also on rows that the program makes, random tokens of
         them hidden (the sleep phase of Hinton, Dayan, Frey & Neal 1995): single conditionals of complete rows get
-        nearer, while the program itself learns more slowly. For trainings by epochs.
+        nearer, while the program itself learns more slowly.
 
     Notes
     -----
@@ -82,8 +87,13 @@ class Importance(Predictor):
 
     def bind(self, model: Model, args: tuple[Any, ...], guide: Guide | None = None) -> NodeSource:
         if guide is not None:
-            return self.from_guide(model, args, guide)
-        return _AroundMode(AdaptiveNodes(model, args, self._analyze(model, args)), self.num_particles)
+            drawn = self.from_guide(model, args, guide)
+            warn_if_slow(drawn.one_by_one, drawn)
+            return drawn
+        adaptive = AdaptiveNodes(model, args, self._analyze(model, args))
+        bound = _AroundMode(adaptive, self.num_particles)
+        warn_if_slow(adaptive.one_by_one, bound)
+        return bound
 
     def from_guide(self, model: Model, args: tuple[Any, ...], guide: Guide) -> GuideDraws:
         """The program scored by draws from a guide."""
@@ -117,9 +127,7 @@ class _AroundMode(NodeSource):
 
     def __init__(self, adaptive: AdaptiveNodes, n_draws: int):
         self.adaptive, self.n_draws = adaptive, n_draws
-        self.climbs = not adaptive.program.by_row
         self.model, self.structure = adaptive.model, adaptive.program
-        self.one_by_one = adaptive.one_by_one
         self.why = (
             f"{n_draws} Student-t draws of {', '.join(adaptive.space.names)} around the mode of each row's "
             f"posterior{adaptive.inside}"
@@ -131,7 +139,7 @@ class _AroundMode(NodeSource):
         if visible is None:
             visible = torch.ones(value.shape[1], dtype=torch.bool, device=value.device)
         near = self.adaptive.locate(args, value, visible, near)
-        if self.climbs:
+        if not self.structure.by_row:
             # each draw costs a curvature, d^3 operations
             n_pairs = max(4, min(64, WIDENING_COST // near.mode.shape[1] ** 3))
             for _ in range(N_WIDENINGS):
@@ -154,10 +162,35 @@ class _AroundMode(NodeSource):
     def evidence(self, nodes: Nodes) -> Evidence:
         return evidence_of_draws(nodes)
 
-    def forget(self) -> None:
+    def _forget(self) -> None:
         self.adaptive.forget()
 
-    def objective(self, args: tuple[Any, ...]) -> Tensor:
+    def _objectives(self, whole: Batch, masks: Policy | None) -> list[Objective]:
+        if self.structure.by_row:
+            return super()._objectives(whole, masks)
+        return [_OneVector(self, whole, masks)]
+
+    def laplace(self, args: tuple[Any, ...]) -> Tensor:
+        """A smooth approximation of the score (N,) at the program's current parameters."""
         value = program_values(self.model, args, tuple(fill(a) for a in args), self.structure)
         visible = torch.ones(value.shape[1], dtype=torch.bool, device=value.device)
         return self.adaptive.laplace(args, value, visible)
+
+
+class _OneVector(NodesObjective):
+    """Of one vector around its mode: without masks Laplace's approximation, which can be climbed."""
+
+    bound: _AroundMode
+
+    def __init__(self, bound: _AroundMode, whole: Batch, masks: Policy | None):
+        super().__init__(bound, whole, masks)
+        self.noisy = masks is not None
+
+    def __call__(self, batch: Batch | None = None, generator: Generator | None = None) -> Tensor:
+        if generator is not None:
+            return super().__call__(batch, generator)
+        check_stop()
+        return self.bound.laplace((self.whole if batch is None else batch).args).sum()
+
+    def outputs(self, read: Conditionals | None = None) -> None:
+        return None  # no part of it is cheap

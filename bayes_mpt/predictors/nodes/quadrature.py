@@ -11,7 +11,14 @@ from bayes_mpt.predictors.base import Evidence, Guide, Predictor
 from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes, check_width
 from bayes_mpt.predictors.nodes.newton import LaplaceApproximation
 from bayes_mpt.predictors.nodes.rules import hermite
-from bayes_mpt.predictors.nodes.weighted import Nodes, NodeSource, Read, constrained, program_values
+from bayes_mpt.predictors.nodes.weighted import (
+    Nodes,
+    NodeSource,
+    Read,
+    constrained,
+    program_values,
+    warn_if_slow,
+)
 from bayes_mpt.program.analysis import analyze
 from bayes_mpt.program.arguments import fill
 from bayes_mpt.program.program import Model, ModelError, Program
@@ -61,7 +68,9 @@ class Quadrature(Predictor):
         adaptive = AdaptiveNodes(model, args, program)
         width = adaptive.space.width
         check_width(width, MAX_WIDTH, "Quadrature", program)
-        return _Hermite(adaptive, self.n_nodes or NODES[max(1, width)])
+        bound = _Hermite(adaptive, self.n_nodes or NODES[max(1, width)])
+        warn_if_slow(adaptive.one_by_one, bound)
+        return bound
 
 
 class _Hermite(NodeSource):
@@ -73,13 +82,12 @@ class _Hermite(NodeSource):
     def __init__(self, adaptive: AdaptiveNodes, n_nodes: int):
         self.adaptive, self.n_nodes = adaptive, n_nodes
         self.model, self.structure = adaptive.model, adaptive.program
-        self.one_by_one = adaptive.one_by_one
         self.why = (
             f"{n_nodes} Gauss-Hermite nodes along each of {adaptive.space.width} axes "
             f"({', '.join(adaptive.space.names)}), around the mode{adaptive.inside}"
         )
 
-    def forget(self) -> None:
+    def _forget(self) -> None:
         self.adaptive.forget()
 
     def place(self, args: tuple[Any, ...], visible: Tensor | None = None, near: Any = None) -> Read:

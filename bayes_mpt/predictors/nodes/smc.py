@@ -27,7 +27,7 @@ from bayes_mpt.predictors.nodes.newton import LaplaceApproximation
 from bayes_mpt.predictors.nodes.resampling import KEEP, by_halves, next_temperature, systematic, weighted_root
 from bayes_mpt.predictors.nodes.rules import DEGREES, log_t
 from bayes_mpt.predictors.nodes.tempering import Particles, hmc_move
-from bayes_mpt.predictors.nodes.weighted import constrained, program_values
+from bayes_mpt.predictors.nodes.weighted import constrained, program_values, warn_if_slow
 from bayes_mpt.program.analysis import analyze
 from bayes_mpt.program.arguments import fill
 from bayes_mpt.program.program import Model, ModelError, Program, one_vector
@@ -98,7 +98,9 @@ class SequentialMonteCarlo(Predictor):
                 f"the program has pyro.params {list(program.parameters)}: sequential Monte Carlo integrates and does "
                 "not train. Give them priors by pyro.sample, or use Importance() with a guide"
             )
-        return _Tempered(self, model, args, one_vector(program))
+        bound = _Tempered(self, model, args, one_vector(program))
+        warn_if_slow(bound.adaptive.one_by_one, bound)
+        return bound
 
 
 class _Stage(NamedTuple):
@@ -114,14 +116,12 @@ class _Tempered(Bound):
     """See `SequentialMonteCarlo`."""
 
     name = "SequentialMonteCarlo"
-    sampled = True
     model: Model
     structure: Program
 
     def __init__(self, settings: SequentialMonteCarlo, model: Model, args: tuple[Any, ...], program: Program):
         self.settings, self.model, self.structure = settings, model, program
         self.adaptive = AdaptiveNodes(model, args, program)
-        self.one_by_one = self.adaptive.one_by_one
         space = self.adaptive.space
         self.why = (
             f"{settings.num_runs} runs of at least {settings.num_particles} particles over the {space.width} "
@@ -189,7 +189,7 @@ class Particulate(Conditionals):
         if inside:
             diagnostics["change with more nodes in each row"] = inside
         se = math.hypot(replicate_error(relative.double().cpu().numpy()), inside)
-        return Evidence(lml[None], se, diagnostics), cloud
+        return Evidence(lml[None], se, diagnostics, drawn=True), cloud
 
     def _inside(self, x: Tensor, seen: Tensor, cloud: Particles) -> float:
         """log of the mean over the posterior of Z with more nodes in each row over Z: 0 where rows have none."""

@@ -23,6 +23,7 @@ from torch import Tensor
 from bayes_mpt.masks import Policy
 from bayes_mpt.predictors.base import Bound, Conditionals, Evidence, Leaves, Posterior
 from bayes_mpt.predictors.nodes.given import Given
+from bayes_mpt.predictors.objective import Batch, Objective, Outputs
 from bayes_mpt.program.affine import DenseMap
 from bayes_mpt.program.arguments import fill, has_missing
 from bayes_mpt.program.latents import Space
@@ -31,9 +32,19 @@ from bayes_mpt.program.missing import read_values
 from bayes_mpt.program.program import Latent, Model, ModelError, Program, n_rows_of
 from bayes_mpt.program.run import SetLatents, run
 from bayes_mpt.program.sites import is_subsample
-from bayes_mpt.warnings import NoBoundWarning, warn
+from bayes_mpt.warnings import NoBoundWarning, SlowProgramWarning, warn
 
-__all__ = ["FixedSites", "NodeSource", "Nodes", "Read", "constrained", "nodes_first", "program_values"]
+__all__ = [
+    "FixedSites",
+    "NodeSource",
+    "Nodes",
+    "NodesObjective",
+    "Read",
+    "constrained",
+    "nodes_first",
+    "program_values",
+    "warn_if_slow",
+]
 
 MIN_SHARE = 1e-6  # of a node's weight that a prediction takes into account
 
@@ -62,6 +73,8 @@ class NodeSource(Bound):
     structure: Program
     relocates: bool = False
     """Whether every visible set has nodes of its own, and so costs a run of the program."""
+    sampled: bool = False
+    """Whether the nodes are random."""
 
     @abstractmethod
     def place(self, args: tuple[Any, ...], visible: Tensor | None = None, near: Any = None) -> Read:
@@ -79,21 +92,23 @@ class NodeSource(Bound):
         """log Z of each row with its error."""
         return Evidence(nodes.score(), 0.0, {}, exact=True)
 
-    def in_training(self, masks: Policy) -> tuple[Bound, ...]:
-        if masks.chains:
-            return self._rising()
-        if self.sampled and self.relocates:
+    def schedule(self, whole: Batch, masks: Policy | None, seed: int = 0) -> list[Objective]:
+        if masks is not None and not masks.chains and self.sampled and self.relocates:
             warn(
                 "nodes that a guide draws anew for every mask make a ratio of two estimates, which is no bound "
                 "on the log marginal likelihood: with few of them it rises while the guide leaves the posterior. "
                 "Leave masks=None, which shares them along a chain, or take many: Importance(100)",
                 NoBoundWarning,
             )
-        return (self,)
+        return self._objectives(whole, masks)
 
-    def _rising(self) -> tuple[Bound, ...]:
-        """What a training on chains goes through."""
-        return (self,)
+    def _objectives(self, whole: Batch, masks: Policy | None) -> list[Objective]:
+        """What a training goes through."""
+        return [NodesObjective(self, whole, masks)]
+
+    def _forget(self) -> None:
+        """Leave what earlier readings have found to make the next one shorter: that gives what a first one would."""
+        return
 
     def _sub_sample(self, args: tuple[Any, ...]) -> dict[str, Tensor]:
         """The rows that sub-sampling plates draw: once for all runs of a reading, of program and guide alike."""
@@ -101,6 +116,35 @@ class NodeSource(Bound):
             return {}
         trace = run(self.model, tuple(fill(a) for a in args))
         return {name: node["value"] for name, node in trace.nodes.items() if is_subsample(node)}
+
+
+class NodesObjective(Objective):
+    """The score of rows at weighted nodes."""
+
+    bound: NodeSource
+
+    def __init__(self, bound: NodeSource, whole: Batch, masks: Policy | None):
+        super().__init__(bound, whole, masks, noisy=masks is not None or bound.sampled)
+
+    def outputs(self, read: Conditionals | None = None) -> Outputs | None:
+        found = super().outputs(read)
+        # of a guide some numbers may be of a single row
+        return None if found is None else found._replace(few_rows=self.bound.sampled)
+
+    def refresh(self) -> bool:
+        self.bound._forget()
+        return False
+
+
+def warn_if_slow(one_by_one: bool, bound: Bound) -> None:
+    """Say so where nodes are run one by one, because the program does not take several at once."""
+    if one_by_one and bound.structure.sub_rows is None:  # sub-sampled rows differ from run to run in any case
+        warn(
+            "the program does not run on several nodes at once, so each is run by itself, which is slow "
+            f"({bound.name}: {bound.why}). Write it without Python's if on latents, and with operations that "
+            "broadcast over leading batch dimensions: (x * w).sum(-1) for x @ w, z[..., None] for z[:, None]",
+            SlowProgramWarning,
+        )
 
 
 class Nodes(Conditionals):
