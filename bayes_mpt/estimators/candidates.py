@@ -75,6 +75,10 @@ class Candidate:
     """Total nats."""
     by_row: NDArray[np.float64] | None = None
     """(N,) nats: what the rows contribute; None without a rows plate."""
+    at_fit: NDArray[np.float64] | None = None
+    """(N,) nats: the rows' scores by the fit to all rows, where one random partition of them is all there is."""
+    fold: NDArray[np.int_] | None = None
+    """(N,) in which fold of that partition each row was hidden."""
     replicates: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
     """(R,) evidence by repeat of the folds."""
     se: float = 0.0

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
-from scipy.stats import norm
+from scipy.stats import t as student_t
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
-from bayes_mpt.diagnostics import replicate_error
+from bayes_mpt.diagnostics import partition_error, replicate_error
 from bayes_mpt.estimators.bayes_mpt import BayesMPT
 from bayes_mpt.estimators.candidates import (
     Candidate,
@@ -201,6 +201,7 @@ def comparison_table(names: list[str], found: list[Candidate], rule: str) -> pd.
     best = found[order[0]]
     diff = lml - best.evidence
     mc_dse, dse, se = (np.full(len(found), math.nan) for _ in range(3))
+    degrees = np.full(len(found), math.inf)  # of freedom, of mc_dse
     for i, c in enumerate(found):
         if c.error:
             continue
@@ -210,6 +211,10 @@ def comparison_table(names: list[str], found: list[Candidate], rule: str) -> pd.
         if exact:
             se[i] = c.se  # draws of their own; too wide a difference where candidates share a seed
             mc_dse[i] = 0.0 if c is best else math.hypot(c.se, best.se)
+        elif c.fold is not None and c.at_fit is not None and best.at_fit is not None:
+            se[i] = partition_error(c.at_fit, c.by_row, c.fold)
+            mc_dse[i] = partition_error(c.at_fit - best.at_fit, c.by_row - best.by_row, c.fold)
+            degrees[i] = c.fold.max()
         elif rule in ("heldout", "cumulative"):
             mc_dse[i] = replicate_error(c.replicates - best.replicates)
             se[i] = replicate_error(c.replicates)
@@ -217,7 +222,7 @@ def comparison_table(names: list[str], found: list[Candidate], rule: str) -> pd.
             pair = (c.by_row - best.by_row)[~np.isnan(c.by_row)]
             dse[i] = math.sqrt(len(pair)) * pair.std(ddof=1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        p_worse = norm.cdf(-np.abs(diff) / mc_dse)
+        p_worse = student_t.cdf(-np.abs(diff) / mc_dse, degrees)
     p_worse[order[0]] = math.nan
     evidence = rule in ("laplace", "integrated", "cumulative") or all(
         c.is_evidence for c in found if not c.error
