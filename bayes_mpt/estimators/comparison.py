@@ -211,9 +211,8 @@ def comparison_table(names: list[str], found: list[Candidate], rule: str) -> pd.
         if exact:
             se[i] = c.se  # draws of their own; too wide a difference where candidates share a seed
             mc_dse[i] = 0.0 if c is best else math.hypot(c.se, best.se)
-        elif c.fold is not None and c.at_fit is not None and best.at_fit is not None:
-            se[i] = partition_error(c.at_fit, c.by_row, c.fold)
-            mc_dse[i] = partition_error(c.at_fit - best.at_fit, c.by_row - best.by_row, c.fold)
+        elif c.fold is not None:
+            se[i], mc_dse[i] = partition_error(*_lost(c), c.fold), partition_error(*_lost(c, best), c.fold)
             degrees[i] = c.fold.max()
         elif rule in ("heldout", "cumulative"):
             mc_dse[i] = replicate_error(c.replicates - best.replicates)
@@ -244,6 +243,12 @@ def comparison_table(names: list[str], found: list[Candidate], rule: str) -> pd.
         index=pd.Index([names[i] for i in order], name="candidate"),
     )
     return frame
+
+
+def _lost(candidate: Candidate, other: Candidate | None = None) -> tuple[Any, Any]:
+    """Scores of rows by the fit to all of them, and held out; less those of another candidate by the same folds."""
+    of_one: tuple[Any, Any] = candidate.at_fit, candidate.by_row
+    return of_one if other is None else (of_one[0] - other.at_fit, of_one[1] - other.by_row)
 
 
 def _trained_on(candidate: Candidate, X: Any) -> bool:

@@ -195,7 +195,8 @@ class HeldOut(BaseEstimator):
     @property
     def _is_partition(self) -> bool:
         """Whether each row is hidden once, in a fold drawn at random: only then another draw would say otherwise."""
-        return isinstance(self.cv, Integral) or (type(self.cv) is KFold and bool(self.cv.shuffle))
+        splitter: Any = self.cv
+        return isinstance(splitter, Integral) or (type(splitter) is KFold and bool(splitter.shuffle))
 
     def _folds(self, n: int, seed: int) -> Splits:
         splitter: Any = self.cv
