@@ -27,8 +27,8 @@ Array = NDArray[np.float64]
 DEGREES = 6.0  # of freedom of the start
 POOL = 16  # draws a particle at the start, of which those inside the slice are taken; K = 1: 4
 CESS = 0.7  # share of the particles that stays effective from one temperature to the next
-N_MOVES, N_LEAPS = 2, 5
-N_LAST_MOVES = 3  # at the posterior, so that equal particles part
+N_MOVES, N_LEAPS = 1, 6
+N_LAST_MOVES = 2  # at the posterior, so that equal particles part
 ACCEPTANCE = 0.8  # that steps are adapted to
 MAX_STEP = 1.2
 MIN_RISE = 1e-4  # of a temperature
@@ -128,7 +128,7 @@ def _anneal(
             if pilot:
                 plan.steps[-1].append(step)
                 if inside.any():  # an end outside says nothing of the step
-                    step = min(step * math.exp(0.5 * (chance[inside].mean() - ACCEPTANCE)), MAX_STEP)
+                    step = min(step * math.exp(chance[inside].mean() - ACCEPTANCE), MAX_STEP)
         if b == 1:
             break
     # islands by their weight, so that all points count alike

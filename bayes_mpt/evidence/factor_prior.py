@@ -29,8 +29,8 @@ __all__ = ["FactorPrior", "factor_prior"]
 Array = NDArray[np.float64]
 
 LOG_2PI = math.log(2 * math.pi)
-MAX_EM = 200
-EM_TOL = 1e-4  # of a variance's change, relative, at which the saturated fit ends
+MAX_EM = 500
+EM_TOL = 1e-4  # of the change of means and covariances, in observed standard deviations
 PSEUDO_ROWS = 1.0  # rows of independent columns that keep a saturated covariance definite
 
 
@@ -164,7 +164,7 @@ def _saturated(rows: Array) -> tuple[Array, Array]:
         centred = full - step
         new = centred.T @ centred + np.einsum("g,gts->ts", count, left) + PSEUDO_ROWS * np.eye(n_tokens)
         new /= n + PSEUDO_ROWS
-        change = np.abs(np.diag(new) / np.diag(cov) - 1).max() + np.abs(step).max()
+        change = np.abs(new - cov).max() + np.abs(step).max()
         mean, cov = mean + step, new
         if change < EM_TOL:
             break

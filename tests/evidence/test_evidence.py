@@ -10,7 +10,7 @@ from scipy.special import gammaln
 from scipy.stats import gamma
 
 from bayes_mpt import BayesMPT
-from bayes_mpt.evidence.laplace import log_volume, laplace_diagonal, laplace_proportional
+from bayes_mpt.evidence.laplace import laplace_diagonal, laplace_proportional, log_volume
 from bayes_mpt.models import PPCA, FactorAnalysis
 
 SHAPE = 2.0  # psi_i ~ Gamma(2, 2 / var_i), a priori
