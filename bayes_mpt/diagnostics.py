@@ -11,7 +11,7 @@ from scipy.stats import norm
 from scipy.stats import t as student_t
 from torch import Tensor
 
-__all__ = ["BAD_K", "disagreement", "pareto_k", "replicate_error"]
+__all__ = ["BAD_K", "disagreement", "pareto_k", "partition_error", "replicate_error"]
 
 MIN_TAIL = 20  # weights to fit a tail to
 BAD_K = 0.7  # above it the error is unreliable (Vehtari et al. 2024)
@@ -26,6 +26,31 @@ def replicate_error(totals: NDArray[np.float64]) -> float:
     if n < 2:
         return math.nan
     return float(totals.std(ddof=1) / math.sqrt(n) * student_t.ppf(norm.cdf(2), n - 1) / 2)
+
+
+def partition_error(at_fit: NDArray[np.float64], held_out: NDArray[np.float64], fold: NDArray[Any]) -> float:
+    """Standard error of a held-out total, from one random partition of the rows into F folds.
+
+    With d_i the score of row i by the fit without its fold and a_i its score by the fit to all rows, sum_i a_i is the
+    same for every partition, so that the partition's noise is that of the sum of O_f = sum over fold f of (a_i - d_i):
+
+        se = sqrt(F) sd_f(O_f),    with F - 1 degrees of freedom
+
+    Parameters
+    ----------
+    at_fit, held_out : array of shape (N,)
+        a and d, nats: scores, or paired differences of two models' scores. A row that is NaN in d is left out.
+    fold : array of shape (N,)
+        In which fold each row was hidden, 0 to F - 1.
+
+    Examples
+    --------
+    >>> partition_error(np.zeros(4), np.array([-1.0, 1.0, -3.0, 1.0]), np.array([0, 0, 1, 1]))
+    2.0
+    """
+    n_folds = int(fold.max()) + 1
+    lost = np.bincount(fold.astype(int), weights=np.nan_to_num(at_fit - held_out), minlength=n_folds)
+    return float(math.sqrt(n_folds) * lost.std(ddof=1)) if n_folds > 1 else math.nan
 
 
 def disagreement(by_order: Tensor) -> dict[str, Any]:

@@ -95,6 +95,10 @@ class Candidate:
     unfitted: Any = None
     """What is to be fitted, and what its fit has left in a file (``left``), while there is no ``estimator``."""
     left: dict[str, Any] | None = None
+    at_fit: NDArray[np.float64] | None = None
+    """(N,) nats: the rows' scores by the fit to all rows, where one random partition of them is all there is."""
+    fold: NDArray[Any] | None = None
+    """(N,) in which fold of that partition each row was hidden."""
     taken_up: bool = False
     """Whether this is from a file, of the stage that it was last in."""
 

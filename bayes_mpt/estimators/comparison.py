@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
-from scipy.stats import norm
+from scipy.stats import t as student_t
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
-from bayes_mpt.diagnostics import replicate_error
+from bayes_mpt.diagnostics import partition_error, replicate_error
 from bayes_mpt.estimators.bayes_mpt import BayesMPT
 from bayes_mpt.estimators.candidates import (
     Candidate,
@@ -201,6 +201,7 @@ def comparison_table(names: list[str], found: list[Candidate], rule: str) -> pd.
     best = found[order[0]]
     diff = lml - best.evidence
     mc_dse, dse, se = (np.full(len(found), math.nan) for _ in range(3))
+    degrees = np.full(len(found), math.inf)  # of freedom, of mc_dse
     for i, c in enumerate(found):
         if c.error:
             continue
@@ -210,6 +211,9 @@ def comparison_table(names: list[str], found: list[Candidate], rule: str) -> pd.
         if exact:
             se[i] = c.se  # draws of their own; too wide a difference where candidates share a seed
             mc_dse[i] = 0.0 if c is best else math.hypot(c.se, best.se)
+        elif c.fold is not None:
+            se[i], mc_dse[i] = partition_error(*_lost(c), c.fold), partition_error(*_lost(c, best), c.fold)
+            degrees[i] = c.fold.max()
         elif rule in ("heldout", "cumulative"):
             mc_dse[i] = replicate_error(c.replicates - best.replicates)
             se[i] = replicate_error(c.replicates)
@@ -217,7 +221,7 @@ def comparison_table(names: list[str], found: list[Candidate], rule: str) -> pd.
             pair = (c.by_row - best.by_row)[~np.isnan(c.by_row)]
             dse[i] = math.sqrt(len(pair)) * pair.std(ddof=1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        p_worse = norm.cdf(-np.abs(diff) / mc_dse)
+        p_worse = student_t.cdf(-np.abs(diff) / mc_dse, degrees)
     p_worse[order[0]] = math.nan
     evidence = rule in ("laplace", "integrated", "cumulative") or all(
         c.is_evidence for c in found if not c.error
@@ -239,6 +243,12 @@ def comparison_table(names: list[str], found: list[Candidate], rule: str) -> pd.
         index=pd.Index([names[i] for i in order], name="candidate"),
     )
     return frame
+
+
+def _lost(candidate: Candidate, other: Candidate | None = None) -> tuple[Any, Any]:
+    """Scores of rows by the fit to all of them, and held out; less those of another candidate by the same folds."""
+    of_one: tuple[Any, Any] = candidate.at_fit, candidate.by_row
+    return of_one if other is None else (of_one[0] - other.at_fit, of_one[1] - other.by_row)
 
 
 def _trained_on(candidate: Candidate, X: Any) -> bool:

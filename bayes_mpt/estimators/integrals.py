@@ -14,9 +14,11 @@ from bayes_mpt import training
 from bayes_mpt.estimators.fit import of_program, parameters
 from bayes_mpt.estimators.fitted import Fitted
 from bayes_mpt.estimators.repeats import repeated_columns
+from bayes_mpt.evidence.factor_prior import FactorPrior, factor_prior
 from bayes_mpt.evidence.hyperparameters import assign, hyperprior, log_likelihood
 from bayes_mpt.evidence.integrated import IntegratedEvidence, integrate
 from bayes_mpt.evidence.laplace import LaplaceEvidence, laplace_diagonal, laplace_proportional
+from bayes_mpt.evidence.sampled import SampledEvidence, sample_evidence, sample_incomplete_evidence
 from bayes_mpt.predictors import Batch, Objective
 from bayes_mpt.predictors.base import Frozen
 from bayes_mpt.predictors.gaussian.profile import NoiseFloorError, spectrum
@@ -25,7 +27,14 @@ from bayes_mpt.program.program import list_names
 from bayes_mpt.program.statistics import SufficientStatistics
 from bayes_mpt.program.store import save
 
-__all__ = ["at_mode", "integrated_evidence", "laplace_evidence", "n_hyperparameters", "noise_shape"]
+__all__ = [
+    "at_mode",
+    "integrated_evidence",
+    "laplace_evidence",
+    "n_hyperparameters",
+    "noise_shape",
+    "sampled_evidence",
+]
 
 
 def noise_shape(fitted: Fitted) -> NDArray[np.float64] | str | None:
@@ -64,6 +73,45 @@ def laplace_evidence(fitted: Fitted, rows: NDArray[np.floating]) -> LaplaceEvide
             f"{len(statistics.mean)}, rank {rank}): use fewer latents, or drop columns that repeat others "
             f"({list_names(map(str, fitted.names[repeated_columns(rows)])) or 'none found'})"
         ) from error
+
+
+def sampled_evidence(
+    fitted: Fitted,
+    rows: NDArray[np.floating],
+    prior: FactorPrior | None = None,
+    *,
+    se: float = 0.1,
+    max_particles: int = 1024,
+    seed: int = 0,
+) -> SampledEvidence:
+    """Evidence of rows with loadings, noise variances and mean integrated, and its error.
+
+    Parameters
+    ----------
+    fitted : Fitted
+        A factor model that declares its symmetries.
+    rows : array of shape (N, T)
+    prior : FactorPrior, optional
+        The same for all candidates of a table; by default `bayes_mpt.evidence.factor_prior.factor_prior` of the rows.
+    se, max_particles, seed
+        As in `bayes_mpt.evidence.sampled.sample_evidence`.
+    """
+    shape = noise_shape(fitted)
+    if shape is None:
+        raise ValueError(
+            "the sampled evidence needs a factor model that declares its symmetries, {'rotations': name of the noise "
+            f"variance}}, got {fitted.model!r}: use evidence='heldout'"
+        )
+    prior = factor_prior(rows) if prior is None else prior
+    k, free = fitted.bound.structure.n_latents, None if isinstance(shape, str) else shape
+    how: dict[str, Any] = {"shape": free, "se": se, "max_particles": max_particles, "seed": seed}
+    statistics = SufficientStatistics(rows, fitted.device)
+    with training.one_thread(statistics.n_cells):
+        if not statistics.complete:
+            return sample_incomplete_evidence(rows, k, prior, **how)
+        return sample_evidence(
+            statistics.covariance, statistics.mean.cpu().numpy(), statistics.n, k, prior, **how
+        )
 
 
 def n_hyperparameters(fitted: Fitted) -> int | None:

@@ -138,7 +138,14 @@ class HeldOut(BaseEstimator):
     cv : int or splitter, default=5
         Folds. A splitter, such as `sklearn.model_selection.KFold`, is used as it is.
     n_repeats : int, default=1
-        Random partitions of the rows, averaged; two or more give the error ``mc_dse``.
+        Random partitions of the rows, averaged.
+
+    Notes
+    -----
+    Another partition gives another number. Of one repeat that error is estimated by how unevenly the folds lose against
+    the fits to all rows (`bayes_mpt.diagnostics.partition_error`), of several by their spread. There is none, NaN, with
+    a splitter that does not draw its partition at random (groups, time series, a fixed one): another draw would be
+    the same; nor where rows are tokens of one vector.
 
     Examples
     --------
@@ -179,6 +186,17 @@ class HeldOut(BaseEstimator):
         """As `Laplace.evaluate`; ``seed`` is of the partitions, ``random_state`` of fits that have none."""
         repeats = [self._folds(len(X), seed + repeat) for repeat in range(self.n_repeats)]
         _by_refits(candidate, X, y, repeats, random_state)
+        if self.n_repeats == 1 and self._is_partition and candidate.facts.by_row:
+            candidate.at_fit = np.asarray(candidate.model.score_samples(X, y), dtype=np.float64)
+            candidate.fold = np.empty(len(X), dtype=np.int_)
+            for f, (_, test) in enumerate(repeats[0]):
+                candidate.fold[test] = f
+
+    @property
+    def _is_partition(self) -> bool:
+        """Whether each row is hidden once, in a fold drawn at random: only then another draw would say otherwise."""
+        splitter: Any = self.cv
+        return isinstance(splitter, Integral) or (type(splitter) is KFold and bool(splitter.shuffle))
 
     def _folds(self, n: int, seed: int) -> Splits:
         splitter: Any = self.cv

@@ -30,6 +30,7 @@ STEM = 32  # digits of a digest in the name of a file; the file holds all of the
 
 _NUMBERS = ("evidence", "se", "n_scored", "fit_time", "score_time")
 _TEXTS = ("tokens", "error", "note")
+_ROWS = ("by_row", "at_fit", "fold")  # numbers by row, or None
 
 
 @dataclass
@@ -61,14 +62,14 @@ class Slot:
         facts = asdict(result.facts)
         numbers = {k: float(getattr(result, k)) for k in _NUMBERS}
         arrays = {k: np.asarray(getattr(result, k), float) for k in ("replicates", "splits")}
-        by_row = None if result.by_row is None else np.asarray(result.by_row)
+        rows = {k: _optional(getattr(result, k)) for k in _ROWS}
         content = {
             "asked": self.asked,
             "stage": self.label,
             **numbers,
             **arrays,
             **{k: getattr(result, k) for k in _TEXTS},
-            "by_row": by_row,
+            **rows,
             "facts": facts,
             "left": result.left if result.estimator is None else dump(result.model.fitted_),
         }
@@ -79,7 +80,7 @@ class Slot:
         if content["asked"] != self.asked or content["stage"] != self.label:
             raise ValueError("of something else")
         arrays = {k: _vector(content[k]) for k in ("replicates", "splits")}
-        by_row = None if content["by_row"] is None else _vector(content["by_row"])
+        rows: dict[str, Any] = {k: None if content[k] is None else _vector(content[k]) for k in _ROWS}
         numbers: dict[str, Any] = {k: _as(float, content[k]) for k in _NUMBERS}
         texts = {k: _as(str, content[k]) for k in _TEXTS}
         facts, left = content["facts"], content["left"]
@@ -95,8 +96,8 @@ class Slot:
             raise TypeError("not tensors")
         for name, kind in (("seed", int), ("digest", str), ("log_marginal_likelihood_", float)):
             _as(kind, left[name])
-        found = Candidate(by_row=by_row, known=known, left=left)
-        for name, value in (numbers | arrays | texts).items():
+        found = Candidate(known=known, left=left)
+        for name, value in (numbers | arrays | texts | rows).items():
             setattr(found, name, value)
         return found
 
@@ -162,6 +163,10 @@ def _restored(estimator: Any, X: Any, y: Any, left: dict[str, Any]) -> Any:
                 estimator.steps[i] = (name, step)
     final_step(estimator)._restore(X, y, left)
     return estimator
+
+
+def _optional(rows: Any) -> Any:
+    return None if rows is None else np.asarray(rows, dtype=np.float64)
 
 
 def _vector(value: Any) -> np.ndarray[Any, Any]:

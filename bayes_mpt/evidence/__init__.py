@@ -3,18 +3,25 @@
 They are given densities and know no estimator; nothing is refitted here.
 """
 
+from bayes_mpt.evidence.factor_prior import FactorPrior, factor_prior
 from bayes_mpt.evidence.hyperparameters import Prior, hyperprior, log_likelihood
 from bayes_mpt.evidence.integrated import IntegratedEvidence, Mode, integrate
 from bayes_mpt.evidence.laplace import LaplaceEvidence, laplace_diagonal, laplace_proportional
+from bayes_mpt.evidence.sampled import SampledEvidence, sample_evidence, sample_incomplete_evidence
 
 __all__ = [
+    "FactorPrior",
     "IntegratedEvidence",
     "LaplaceEvidence",
     "Mode",
     "Prior",
+    "SampledEvidence",
+    "factor_prior",
     "hyperprior",
     "integrate",
     "laplace_diagonal",
     "laplace_proportional",
     "log_likelihood",
+    "sample_evidence",
+    "sample_incomplete_evidence",
 ]

@@ -160,7 +160,7 @@ def _around_orbit(factors: Factors, n_rows: int, share: Array) -> LaplaceEvidenc
     # sum_ik V_ik^2 share_i / tau^2 = T K
     log_loading = -0.5 * n_latents * (n_tokens * (LOG_2PI + math.log(tau2) + 1) - np.log(token_share).sum())
     value = lml + log_loading + log_prior + 0.5 * n_free * LOG_2PI - 0.5 * log_det
-    value += 0.5 * np.log(norm2).sum() + _log_volume(n_latents)
+    value += 0.5 * np.log(norm2).sum() + log_volume(n_latents)
     return LaplaceEvidence(float(value), lml, factors)
 
 
@@ -198,6 +198,6 @@ def _log_det_noise(
     return sign, log_det
 
 
-def _log_volume(k: int) -> float:
+def log_volume(k: int) -> float:
     """log vol O(K) = log(2^K pi^(K^2/2) / Gamma_K(K/2)): 2, 4 pi, 16 pi^2 for K = 1, 2, 3."""
     return k * math.log(2) + k * k / 2 * math.log(math.pi) - float(multigammaln(k / 2, k))

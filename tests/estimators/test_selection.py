@@ -10,11 +10,12 @@ import pytest
 import torch
 from pyro.distributions import constraints
 from scipy.stats import multivariate_normal, norm
+from scipy.stats import t as student_t
 from sklearn.base import BaseEstimator, TransformerMixin, clone
 from sklearn.compose import ColumnTransformer
 from sklearn.datasets import load_wine
 from sklearn.exceptions import NotFittedError
-from sklearn.model_selection import GridSearchCV, KFold, ParameterGrid
+from sklearn.model_selection import GridSearchCV, KFold, ParameterGrid, PredefinedSplit, ShuffleSplit
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import FunctionTransformer, QuantileTransformer, StandardScaler
 from tables import with_holes
@@ -234,8 +235,53 @@ def test_the_errors_of_repeated_folds():
         assert row["mc_dse"] < row["se"] + s.comparison_["se"].iloc[0]
 
 
-def test_one_partition_has_an_unknown_error():
-    s = search(HeldOut(cv=5)).fit(X)
+def test_the_error_of_one_partition():
+    """The folds' losses against fits to all rows, from fits of our own; p_worse by a t of F - 1 degrees of freedom."""
+    folds = KFold(5, shuffle=True, random_state=3)
+    s = search(HeldOut(cv=folds)).fit(X)
+    lost = {}
+    for name, params in zip(s.candidate_names_, s.cv_results_["params"], strict=True):
+        full = clone(s.estimator).set_params(**params).fit(X)
+        lost[name] = np.array(
+            [
+                full.score_samples(X[test]).sum()
+                - clone(s.estimator).set_params(**params).fit(X[train]).score_samples(X[test]).sum()
+                for train, test in folds.split(X)
+            ]
+        )
+    best = s.comparison_.index[0]
+    for name, row in s.comparison_.iterrows():
+        assert row["se"] == pytest.approx(math.sqrt(5) * lost[name].std(ddof=1), rel=1e-5)
+        if name == best:
+            continue
+        error = math.sqrt(5) * (lost[name] - lost[best]).std(ddof=1)
+        assert row["mc_dse"] == pytest.approx(error, rel=1e-5)
+        assert row["p_worse"] == pytest.approx(student_t.cdf(-abs(row["lml_diff"]) / error, 4), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_the_error_of_one_partition_covers_other_partitions():
+    """Neither too small nor absurdly large: against the spread over partitions, on three tables."""
+    ratios, outside = [], []
+    for table in range(3):
+        rng = np.random.default_rng(table)
+        rows = rng.normal(size=(80, 2)) @ rng.normal(size=(2, 6)) * 0.7 + rng.normal(size=(80, 6))
+        grid = {"model__n_components": [1, 2]}
+        runs = [
+            MarginalLikelihoodSearch(BayesMPT(PPCA()), grid, evidence="heldout", random_state=seed).fit(rows)
+            for seed in range(12)
+        ]
+        diff = np.array([r.cv_results_["lml"][0] - r.cv_results_["lml"][1] for r in runs])
+        error = np.array([r.comparison_["mc_dse"].max() for r in runs])
+        ratios.append(np.sqrt(np.mean(error**2)) / diff.std(ddof=1))
+        outside.append(np.abs(diff - diff.mean()) > student_t.ppf(0.975, 4) * error)
+    assert 0.7 < np.mean(ratios) < 2.2
+    assert np.mean(outside) < 0.15
+
+
+@pytest.mark.parametrize("cv", [KFold(4), ShuffleSplit(3, random_state=0), PredefinedSplit(np.arange(N) % 3)])
+def test_a_partition_that_is_not_drawn_has_no_error(cv):
+    s = search(HeldOut(cv=cv)).fit(X)
     assert s.comparison_["mc_dse"].iloc[1:].isna().all() and s.comparison_["se"].isna().all()
 
 

@@ -10,7 +10,7 @@ from scipy.special import gammaln
 from scipy.stats import gamma
 
 from bayes_mpt import BayesMPT
-from bayes_mpt.evidence.laplace import _log_volume, laplace_diagonal, laplace_proportional
+from bayes_mpt.evidence.laplace import laplace_diagonal, laplace_proportional, log_volume
 from bayes_mpt.models import PPCA, FactorAnalysis
 
 SHAPE = 2.0  # psi_i ~ Gamma(2, 2 / var_i), a priori
@@ -150,14 +150,14 @@ def test_against_differences_and_explicit_tangents(kind, t, k, n):
 
 @pytest.mark.parametrize("k, volume", [(1, 2), (2, 4 * math.pi), (3, 16 * math.pi**2)])
 def test_volume_of_the_orthogonal_group(k, volume):
-    assert _log_volume(k) == pytest.approx(math.log(volume), abs=1e-13)
+    assert log_volume(k) == pytest.approx(math.log(volume), abs=1e-13)
 
 
 @pytest.mark.parametrize("k", range(2, 9))
 def test_volumes_are_products_of_spheres(k):
     """O(k) / O(k - 1) is the sphere in k dimensions, of area 2 pi^(k/2) / Gamma(k/2)."""
     sphere = math.log(2) + k / 2 * math.log(math.pi) - math.lgamma(k / 2)
-    assert _log_volume(k) - _log_volume(k - 1) == pytest.approx(sphere, abs=1e-12)
+    assert log_volume(k) - log_volume(k - 1) == pytest.approx(sphere, abs=1e-12)
 
 
 # ------------------------------------------------------------------------------------------- the point of expansion

@@ -1,0 +1,222 @@
+"""Sequential Monte Carlo from a t at the mode to a posterior on a slice, in islands: a pilot, and the run that counts.
+
+Particles start from q, a multivariate t with 6 degrees of freedom in whitened coordinates, and follow q^(1-b) p^b as b
+rises from 0 to 1: they are weighted, resampled within their island, and moved by Hamiltonian trajectories. Each island
+gives an estimate Z_g of the integral of p.
+
+A pilot chooses temperatures and step sizes by its own particles, which makes its estimates biased. They are then
+frozen, and a run with fresh draws that decided nothing gives the number: its Z_g are unbiased and independent.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import gammaln, logsumexp
+
+from bayes_mpt.evidence.slice import Reading, Slice
+
+__all__ = ["Annealed", "Plan", "anneal"]
+
+Array = NDArray[np.float64]
+
+DEGREES = 6.0  # of freedom of the start
+POOL = 16  # draws a particle at the start, of which those inside the slice are taken; K = 1: 4
+CESS = 0.7  # share of the particles that stays effective from one temperature to the next
+N_MOVES, N_LEAPS = 1, 6
+N_LAST_MOVES = 2  # at the posterior, so that equal particles part
+ACCEPTANCE = 0.8  # that steps are adapted to
+MAX_STEP = 1.2
+MIN_RISE = 1e-4  # of a temperature
+
+
+@dataclass
+class Plan:
+    """Temperatures and steps of an annealing; a pilot fills it."""
+
+    temperatures: list[float] = field(default_factory=list)
+    """From above 0 to 1."""
+    steps: list[list[float]] = field(default_factory=list)
+    """Of the trajectories at each temperature."""
+
+
+class Annealed(NamedTuple):
+    """What an annealing found."""
+
+    log_z: Array
+    """(G,) of each island."""
+    y: Array
+    """(n, m) equally weighted points of the posterior."""
+    plan: Plan
+    acceptance: float
+    """Mean over all moves."""
+
+
+class _Particles:
+    """Points with all that is known of them."""
+
+    names = ("y", "log_p", "gauge", "force", "log_q", "force_q", "inside")
+
+    def __init__(self, space: Slice, y: Array, reading: Reading | None = None):
+        read = space.read(y) if reading is None else reading
+        self.y, self.log_p, self.gauge, self.force, self.inside = y, *read[:3], read.inside
+        self.log_q, self.force_q = _log_start(y)
+
+    def taken(self, index: NDArray[np.intp]) -> _Particles:
+        new = object.__new__(_Particles)
+        for name in self.names:
+            setattr(new, name, getattr(self, name)[index])
+        return new
+
+    def put(self, where: NDArray[np.bool_], other: _Particles) -> None:
+        """Take those of others, which are as many as there are True."""
+        for name in self.names:
+            getattr(self, name)[where] = getattr(other, name)
+
+    @property
+    def log_weight(self) -> Array:
+        """log p / q (B,), -inf outside."""
+        return np.where(
+            self.inside, self.log_p + np.where(self.inside, self.gauge, 0.0) - self.log_q, -np.inf
+        )
+
+    def slope(self, b: float) -> Array:
+        return (1 - b) * self.force_q + b * self.force
+
+    def level(self, b: float) -> Array:
+        """Log density of the path on the orbits, that is without the measure exp(gauge): (q / J)^(1 - b) p^b."""
+        with np.errstate(invalid="ignore"):
+            value = (1 - b) * (self.log_q - self.gauge) + b * self.log_p
+        return np.where(self.inside, value, -np.inf)
+
+
+def anneal(
+    space: Slice, n_islands: int, n_each: int, rng: np.random.Generator, plan: Plan | None = None
+) -> Annealed:
+    """Islands of particles taken from the start to the posterior; without a plan a pilot, which makes one."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return _anneal(space, n_islands, n_each, rng, plan)
+
+
+def _anneal(
+    space: Slice, n_islands: int, n_each: int, rng: np.random.Generator, plan: Plan | None
+) -> Annealed:
+    pilot = plan is None
+    plan = Plan() if plan is None else plan
+    y, log_z = _start(space, n_islands, n_each, rng)
+    now = _Particles(space, y)
+    b, step, accepted = 0.0, space.n_free**-0.25, []
+    for level in range(10_000):
+        log_weight = now.log_weight
+        new = _next_temperature(b, log_weight) if pilot else plan.temperatures[level]
+        rise = ((new - b) * np.where(np.isfinite(log_weight), log_weight, -1e300)).reshape(n_islands, -1)
+        total = logsumexp(rise, axis=1)
+        log_z += total - math.log(n_each)
+        b = new
+        if pilot:
+            plan.temperatures.append(b)
+            plan.steps.append([])
+        now = now.taken(_resample(np.exp(rise - total[:, None]), rng))
+        for move in range(N_LAST_MOVES if b == 1 else N_MOVES):
+            length = step if pilot else plan.steps[level][move]
+            chance, inside = _move(space, now, b, length, rng)
+            accepted.append(float(chance.mean()))
+            if pilot:
+                plan.steps[-1].append(step)
+                if inside.any():  # an end outside says nothing of the step
+                    step = min(step * math.exp(chance[inside].mean() - ACCEPTANCE), MAX_STEP)
+        if b == 1:
+            break
+    # islands by their weight, so that all points count alike
+    share = np.repeat(np.exp(log_z - logsumexp(log_z)) / n_each, n_each)
+    return Annealed(log_z, now.y[_resample(share[None], rng)], plan, float(np.mean(accepted)))
+
+
+def _start(space: Slice, n_islands: int, n_each: int, rng: np.random.Generator) -> tuple[Array, Array]:
+    """Draws of q inside the slice, island by island, and the logarithm of the share (G,) of q that lies inside."""
+    n_draws = n_each * (POOL if space.posterior.n_latents > 1 else 4)
+    y, log_share = [], np.empty(n_islands)
+    for island in range(n_islands):
+        draws = rng.standard_normal((n_draws, space.n_free))
+        draws /= np.sqrt(rng.chisquare(DEGREES, n_draws) / DEGREES)[:, None]
+        inside = np.flatnonzero(space.contains(draws))
+        log_share[island] = math.log(len(inside) / n_draws) if len(inside) else -1e300
+        y.append(draws[np.resize(inside if len(inside) else np.arange(n_draws), n_each)])
+    return np.concatenate(y), log_share
+
+
+def _log_start(y: Array) -> tuple[Array, Array]:
+    """Log density (B,) of the start at y (B, m), and its gradient."""
+    m, square = y.shape[1], np.square(y).sum(1)
+    constant = gammaln((DEGREES + m) / 2) - gammaln(DEGREES / 2) - 0.5 * m * math.log(DEGREES * math.pi)
+    value = constant - 0.5 * (DEGREES + m) * np.log1p(square / DEGREES)
+    return value, -((DEGREES + m) / (DEGREES + square))[:, None] * y
+
+
+def _next_temperature(b: float, log_weight: Array) -> float:
+    """The highest at which the conditional effective sample size is kept."""
+    finite = np.where(np.isfinite(log_weight), log_weight, -1e300)
+
+    def share(rise: float) -> float:
+        w = rise * finite
+        return math.exp(2 * logsumexp(w) - logsumexp(2 * w)) / len(w)
+
+    if share(1 - b) >= CESS:
+        return 1.0
+    low, high = 0.0, 1 - b
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (middle, high) if share(middle) >= CESS else (low, middle)
+    return min(1.0, b + max(low, MIN_RISE))
+
+
+def _resample(weight: Array, rng: np.random.Generator) -> NDArray[np.intp]:
+    """Systematic, within each row of weights (G, n) that add up to one: indices into all G n."""
+    n_islands, n = weight.shape
+    u = (rng.random((n_islands, 1)) + np.arange(n)) / n
+    index = [np.minimum(np.searchsorted(np.cumsum(w), v), n - 1) for w, v in zip(weight, u, strict=True)]
+    return np.concatenate([g * n + i for g, i in enumerate(index)])
+
+
+def _move(
+    space: Slice, now: _Particles, b: float, step: float, rng: np.random.Generator
+) -> tuple[Array, NDArray[np.bool_]]:
+    """One trajectory of every particle, in place: chances (B,) to accept, and which ends may say something of the step.
+
+    The signs of weak columns are turned before and turned back afterwards. Densities are those at the points turned
+    back, measures exp(gauge) those where the trajectory itself starts and ends.
+    """
+    momentum = rng.standard_normal(now.y.shape)
+    length = step * rng.uniform(0.7, 1.3, (len(now.y), 1))
+    kinetic = 0.5 * np.square(momentum).sum(1)
+    y, slope, gauge = now.y.copy(), now.slope(b), now.gauge.copy()
+    if space.n_weak:
+        signs = rng.choice([-1.0, 1.0], (len(y), space.n_weak))
+        y, moved = space.turned(y, signs)
+        if moved.any():
+            images = _Particles(space, y[moved])
+            slope[moved], gauge[moved] = images.slope(b), images.gauge
+    before = now.level(b) + gauge - kinetic
+    for _ in range(N_LEAPS):
+        momentum = momentum + 0.5 * length * slope
+        y = y + length * momentum
+        end = _Particles(space, y)
+        slope = end.slope(b)
+        momentum = momentum + 0.5 * length * slope
+    gauge = end.gauge.copy()
+    allowed = np.isfinite(gauge)
+    if space.n_weak:
+        back, moved = space.turned(np.where(allowed[:, None], y, 0.0))
+        moved &= allowed
+        if moved.any():
+            end.put(moved, _Particles(space, back[moved]))
+    after = end.level(b) + gauge - 0.5 * np.square(momentum).sum(1)
+    change = np.where(np.isfinite(after), after - before, -np.inf)
+    chance = np.exp(np.minimum(change, 0.0))
+    taken = rng.random(len(chance)) < chance
+    now.put(taken, end.taken(np.flatnonzero(taken)))
+    return chance, allowed

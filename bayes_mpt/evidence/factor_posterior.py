@@ -1,0 +1,172 @@
+"""Log posteriors of factor models at many points side by side; of complete rows on their covariance alone.
+
+Coordinates theta = (V, e) with V = psi^-1/2 W (T, K) and e = log psi / u (P,), P = T, or 1 of noises known up to a
+factor. With R the covariance of the rows in units of u, R' = e^-1/2 R e^-1/2, M = I + V'V and A = I + V V',
+
+    log p(rows | theta) = -N/2 (T log 2 pi + sum log u + sum e + log |M| + tr A^-1 R')
+
+The mean is integrated, mu | C ~ N(m0, C / kappa): T/2 log(kappa / (N + kappa)) is added, and to the covariance
+kappa / (N + kappa) (mean - m0)(mean - m0)'.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bayes_mpt.evidence.factor_prior import LOG_2PI, FactorPrior
+
+__all__ = ["CompletePosterior", "FactorPosterior", "information"]
+
+Array = NDArray[np.float64]
+
+
+class FactorPosterior(ABC):
+    """Log joint density of rows and theta = (V, e, whatever else a subclass integrates), invariant under V -> V O.
+
+    Parameters
+    ----------
+    n_rows, n_latents : int
+        N and K.
+    prior : FactorPrior
+    shape : array of shape (T,), optional
+        Known ratios of the noise variances; by default each token has one of its own.
+    """
+
+    def __init__(self, n_rows: int, n_latents: int, prior: FactorPrior, shape: Array | None = None):
+        self.n_rows, self.n_latents, self.prior, self.shape = n_rows, n_latents, prior, shape
+        self.units = prior.units(shape)  # (T,)
+        self.n_tokens = len(self.units)
+        self.n_noise = self.n_tokens if shape is None else 1
+        self.n_loadings = self.n_tokens * n_latents
+
+    @abstractmethod
+    def _likelihood(self, v: Array, e: Array, rest: Array) -> tuple[Array, Array, Array, Array]:
+        """Log likelihood (B,) and its gradients in V (B, T, K), e (B, T) and the rest of theta."""
+
+    @abstractmethod
+    def information(self, theta: Array) -> Array:
+        """Expected information (d, d) of the rows plus expected curvature of a normal prior, at one point (d,)."""
+
+    def with_prior(self, prior: FactorPrior) -> Self:
+        """The same rows under another prior of the same table."""
+        new = object.__new__(type(self))
+        new.__dict__.update(self.__dict__, prior=prior)
+        return new
+
+    def split(self, theta: Array) -> tuple[Array, Array]:
+        """V (B, T, K) and e (B, T) of points (B, d)."""
+        v = theta[:, : self.n_loadings].reshape(len(theta), self.n_tokens, self.n_latents)
+        e = theta[:, self.n_loadings : self.n_loadings + self.n_noise]
+        return v, np.broadcast_to(e, (len(theta), self.n_tokens))
+
+    def log_density(self, theta: Array) -> tuple[Array, Array]:
+        """Log joint density (B,) at points (B, d), and its gradient (B, d)."""
+        v, e = self.split(theta)
+        end = self.n_loadings + self.n_noise
+        likelihood, slope_v, slope_e, slope_rest = self._likelihood(v, e, theta[:, end:])
+        noise, slope_noise = self.prior.log_noise(theta[:, self.n_loadings : end])
+        loadings, prior_v, prior_e = self.prior.log_loadings(v, e)
+        slope_e = slope_e + prior_e
+        if self.n_noise == 1:
+            slope_e = slope_e.sum(1, keepdims=True)
+        parts = [(slope_v + prior_v).reshape(len(v), -1), slope_e + slope_noise, slope_rest]
+        return likelihood + noise + loadings, np.concatenate(parts, 1)
+
+    def _with_prior(self, fisher: Array, e: Array) -> Array:
+        """Add the prior's curvature to an information of (V, e (T,)), and fold e where it is one number."""
+        n, t = self.n_loadings, self.n_tokens
+        result = fisher.copy()
+        share = np.exp(e)
+        loadings, noises = np.arange(n), n + np.arange(t)
+        result[loadings, loadings] += np.repeat(share / self.prior.scale**2, self.n_latents)
+        result[noises, noises] += 0.5 * self.n_latents
+        if self.n_noise == 1:
+            fold = np.zeros((n + t, n + 1))
+            fold[loadings, loadings] = 1
+            fold[n:, n] = 1
+            result = fold.T @ result @ fold
+        own = n + np.arange(self.n_noise)
+        result[own, own] += self.prior.noise_shape * share[: self.n_noise]
+        return result
+
+
+class CompletePosterior(FactorPosterior):
+    """Of complete rows, by their covariance (T, T), divided by N, and mean (T,); the mean of the model integrated."""
+
+    def __init__(
+        self,
+        cov: Array,
+        mean: Array,
+        n_rows: int,
+        n_latents: int,
+        prior: FactorPrior,
+        shape: Array | None = None,
+    ):
+        super().__init__(n_rows, n_latents, prior, shape)
+        kappa, off = prior.kappa, mean - prior.center
+        root = np.sqrt(self.units)
+        self.cov = (cov + kappa / (n_rows + kappa) * np.outer(off, off)) / root / root[:, None]
+        self.constant = 0.5 * self.n_tokens * math.log(kappa / (n_rows + kappa))
+        self.constant -= 0.5 * n_rows * (self.n_tokens * LOG_2PI + np.log(self.units).sum())
+
+    def _likelihood(self, v: Array, e: Array, rest: Array) -> tuple[Array, Array, Array, Array]:
+        n_points, n_tokens, k = v.shape
+        root = np.exp(-0.5 * e)  # (B, T)
+        # R' V, as one product of R with all columns side by side
+        scaled = (root[:, :, None] * v).transpose(1, 0, 2).reshape(n_tokens, -1)
+        rv = root[:, :, None] * (self.cov @ scaled).reshape(n_tokens, n_points, k).transpose(1, 0, 2)
+        m = np.eye(k) + v.transpose(0, 2, 1) @ v
+        inverse = np.linalg.inv(m)
+        x = v @ inverse  # A^-1 V
+        # (A^-1 R')_ii
+        quad = np.diag(self.cov) * root**2 - (x * rv).sum(2)
+        value = self.constant - 0.5 * self.n_rows * (e.sum(1) + np.linalg.slogdet(m)[1] + quad.sum(1))
+        # d/dV: -N (A^-1 V - A^-1 R' A^-1 V)
+        slope = -self.n_rows * (x - (rv - x @ (v.transpose(0, 2, 1) @ rv)) @ inverse)
+        return value, slope, -0.5 * self.n_rows * (1 - quad), rest
+
+    def information(self, theta: Array) -> Array:
+        """Expected information (d, d) of the rows plus expected curvature of a normal prior, at one point (d,)."""
+        v, e = (a[0] for a in self.split(theta[None]))
+        everything = np.ones((1, self.n_tokens), dtype=bool)
+        fisher, _ = information(v, everything, np.array([float(self.n_rows)]))
+        return self._with_prior(fisher, e)
+
+
+def information(v: Array, visible: NDArray[np.bool_], count: Array) -> tuple[Array, Array]:
+    """Fisher information (T K + T, T K + T) of V (T, K) and log psi (T,), and that of the mean in units of psi^1/2.
+
+    Of rows of which those of pattern g, ``count[g]`` of them, show the tokens o = ``visible[g]``. With V_o = V on o and
+    zero elsewhere, M = I + V_o'V_o, X = V_o M^-1, P = I_o - X V_o', Y = V_o'X and sums over the patterns,
+
+        V_ik, V_jl    n (P_ij Y_kl + X_il X_jk)
+        V_ik, e_j     n/2 (P_ij V_jk + [i = j] X_ik)
+        e_i, e_j      n/4 (I_o + (I_o + V V') o P)_ij
+        mean          n P
+    """
+    t, k = v.shape
+    shown = visible.astype(float)  # (G, T)
+    vo = shown[:, :, None] * v  # (G, T, K)
+    x = vo @ np.linalg.inv(np.eye(k) + vo.transpose(0, 2, 1) @ vo)
+    p = -x @ vo.transpose(0, 2, 1)
+    p[:, np.arange(t), np.arange(t)] += shown
+    y = vo.transpose(0, 2, 1) @ x
+    n = count[:, None]
+    flat = x.reshape(-1, t * k)
+    # entry by entry over the patterns, as products of matrices: i, j, k, l and i, l, j, k, each turned to i, k, j, l
+    own = (p.reshape(-1, t * t).T @ (n * y.reshape(-1, k * k))).reshape(t, t, k, k).transpose(0, 2, 1, 3)
+    crossed = (flat.T @ (n * flat)).reshape(t, k, t, k).transpose(0, 3, 2, 1)
+    mean, counts = np.tensordot(count, p, 1), count @ shown  # (T, T), (T,)
+    mixed = 0.5 * mean[:, None, :] * v.T[None]  # i, k, j
+    mixed[np.arange(t), :, np.arange(t)] += 0.5 * (count @ flat).reshape(t, k)
+    result = np.empty((t * k + t, t * k + t))
+    result[: t * k, : t * k] = (own + crossed).reshape(t * k, t * k)
+    result[: t * k, t * k :] = mixed.reshape(t * k, t)
+    result[t * k :, : t * k] = result[: t * k, t * k :].T
+    result[t * k :, t * k :] = 0.25 * (np.diag(counts + np.diag(mean)) + v @ v.T * mean)
+    return result, mean

@@ -1,0 +1,180 @@
+"""Coordinates for loadings that are known up to a rotation: the Procrustes slice, and its exact Jacobian.
+
+Take a reference A (T, K) with A'A = diag(a^2). Every V with A'V non-singular has exactly one rotation for which
+S = A'V is symmetric positive definite, and these V form a linear space, A + Q z, Q orthonormal and normal to the orbit
+of A. With s the eigenvalues of S, exactly
+
+    int f(V) dV = vol O(K) int f(A + Q z) prod_{i<j} (s_i + s_j) / (a_i^2 + a_j^2)^1/2 dz,    over all z with s > 0
+
+for every f that no rotation changes. On the slice theta = center + basis y, y (m,) of about unit spread.
+
+Where a column is weak, points lie close to the border of the slice and a move ends outside. There the slice is left on
+purpose: V turned by E diag(+-1) E', S = E diag(s) E', is the same covariance, and the measure with |s_i + s_j| is that
+of the orbit at each of these images; so signs of the weakest eigenvalues are turned at random before a move, and turned
+back afterwards.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import solve_triangular
+from scipy.optimize import minimize
+
+from bayes_mpt.evidence.factor_posterior import FactorPosterior
+from bayes_mpt.evidence.laplace import log_volume
+
+__all__ = ["Reading", "Slice", "climb"]
+
+Array = NDArray[np.float64]
+
+LEAST_SINGULAR = 1e-3  # of the reference: a column of zeros has no orbit
+WEAK = 4.0  # standard deviations from zero, below which the sign of a column is turned
+FARTHEST = 40.0  # of a coordinate, beyond which a trajectory has diverged
+N_CLIMBS, MAX_ITER = 2, 30
+
+
+class Reading(NamedTuple):
+    """What is known of points of a slice."""
+
+    log_density: Array
+    """(B,) of the posterior, with all constants but the Jacobian."""
+    log_gauge: Array
+    """(B,) logarithm of prod |s_i + s_j| / (a_i^2 + a_j^2)^1/2; -inf outside, the weak signs aside."""
+    force: Array
+    """(B, m) gradient of both in y."""
+    inside: NDArray[np.bool_]
+    """(B,) whether all s are positive."""
+
+
+@dataclass(frozen=True, eq=False)
+class Slice:
+    """A slice of a posterior through a point, in units of the curvature there."""
+
+    posterior: FactorPosterior
+    reference: Array
+    """A (T, K)"""
+    center: Array
+    """(d,)"""
+    basis: Array
+    """(d, m)"""
+    back: Array
+    """(m, d) y = back (theta - center)"""
+    log_jacobian: float
+    """Of y -> theta on the slice, and the volume of the orbit."""
+    n_weak: int
+    """Columns whose sign is not settled."""
+
+    @classmethod
+    def through(cls, posterior: FactorPosterior, theta: Array) -> Self:
+        """The slice whose reference is V at theta (d,), rotated so that its columns are orthogonal."""
+        t, k = posterior.n_tokens, posterior.n_latents
+        n = t * k
+        u, a, _ = np.linalg.svd(theta[:n].reshape(t, k), full_matrices=False)
+        a = np.maximum(a, LEAST_SINGULAR)
+        reference = u * a
+        center = np.concatenate([reference.ravel(), theta[n:]])
+        # tangents of the orbit: A turned in the plane of two columns
+        low, high = np.triu_indices(k, 1)
+        tangents = np.zeros((t, k, len(low)))
+        pair = np.arange(len(low))
+        tangents[:, low, pair] = -reference[:, high]
+        tangents[:, high, pair] = reference[:, low]
+        free = np.linalg.qr(tangents.reshape(n, -1), mode="complete")[0][:, len(low) :]
+        normal = np.zeros((len(center), len(center) - len(low)))  # Q
+        normal[:n, : n - len(low)] = free
+        normal[n:, n - len(low) :] = np.eye(len(center) - n)
+        # y = L'z, L L' = Q'H Q
+        root = np.linalg.cholesky(normal.T @ posterior.information(center) @ normal)
+        basis = solve_triangular(root, normal.T, lower=True).T
+        log_jacobian = log_volume(k) - float(np.log(np.diag(root)).sum())
+        log_jacobian -= 0.5 * float(np.log(a[low] ** 2 + a[high] ** 2).sum())
+        spread = 2 * posterior.n_rows * a**2 / (1 + a**2) ** 2 + 3.0  # curvature along a column
+        n_weak = int((a * np.sqrt(spread) < WEAK).sum()) if k > 1 else 0
+        return cls(posterior, reference, center, basis, root.T @ normal.T, log_jacobian, n_weak)
+
+    @property
+    def n_free(self) -> int:
+        """How many coordinates, m."""
+        return self.basis.shape[1]
+
+    def theta(self, y: Array) -> Array:
+        """Points (B, m) as theta (B, d)."""
+        return self.center + y @ self.basis.T
+
+    def read(self, y: Array) -> Reading:
+        """Density, gauge and force at points (B, m)."""
+        theta = self.theta(y)
+        diverged = ~(np.abs(y).max(1) < FARTHEST)
+        theta[diverged] = self.center
+        value, gradient = self.posterior.log_density(theta)
+        k = self.posterior.n_latents
+        s, e = self._polar(theta)
+        pairs = np.abs(s[:, :, None] + s[:, None, :])
+        low, high = np.triu_indices(k, 1)
+        with np.errstate(divide="ignore"):
+            gauge = np.log(pairs[:, low, high]).sum(1) + self.log_jacobian
+        if k > 1:
+            # d/dV sum_{i<j} log |s_i + s_j| = A E diag(g) E'; of weak signs it is the mirror's, which stays finite
+            inverse = 1 / np.maximum(np.abs(s)[:, :, None] + np.abs(s)[:, None, :], 1e-6)
+            inverse[:, np.arange(k), np.arange(k)] = 0
+            g = inverse.sum(2) * np.sign(s)
+            turned = self.reference @ ((e * g[:, None, :]) @ e.transpose(0, 2, 1))
+            gradient[:, : self.reference.size] += turned.reshape(len(y), -1)
+        # only the signs of the n_weak smallest may be turned
+        rank = np.argsort(np.argsort(np.abs(s), axis=1), axis=1)
+        allowed = ((s > 0) | (rank < self.n_weak)).all(1) & ~diverged & np.isfinite(value)
+        inside = (s > 0).all(1) & allowed
+        return Reading(
+            np.where(allowed, value, -np.inf),
+            np.where(allowed, gauge, -np.inf),
+            np.where(allowed[:, None], gradient @ self.basis, 0.0),
+            inside,
+        )
+
+    def turned(self, y: Array, signs: Array | None = None) -> tuple[Array, NDArray[np.bool_]]:
+        """Points (B, m) with these signs (B, n_weak) of the weakest, or (None) turned back inside; and which moved."""
+        theta = self.theta(y)
+        s, e = self._polar(theta)
+        if signs is None:
+            turn = np.where(s < 0, -1.0, 1.0)
+        else:
+            turn = np.ones_like(s)
+            np.put_along_axis(turn, np.argsort(np.abs(s), axis=1)[:, : self.n_weak], signs, 1)
+        moved = np.any(turn < 0, axis=1)
+        rotation = (e * turn[:, None, :]) @ e.transpose(0, 2, 1)
+        v = theta[:, : self.reference.size].reshape(-1, *self.reference.shape) @ rotation
+        theta[:, : self.reference.size] = v.reshape(len(y), -1)
+        return np.where(moved[:, None], (theta - self.center) @ self.back.T, y), moved
+
+    def contains(self, y: Array) -> NDArray[np.bool_]:
+        """(B,) whether points are inside, all s positive."""
+        return np.all(self._polar(self.theta(y))[0] > 0, axis=1)
+
+    def _polar(self, theta: Array) -> tuple[Array, Array]:
+        """Eigenvalues (B, K) and vectors (B, K, K) of S = A'V."""
+        v = theta[:, : self.reference.size].reshape(-1, *self.reference.shape)
+        s = self.reference.T @ v
+        return np.linalg.eigh(0.5 * (s + s.transpose(0, 2, 1)))
+
+
+def climb(posterior: FactorPosterior, theta: Array, max_iter: int = MAX_ITER) -> Slice:
+    """The slice through a maximum of the posterior, found by quasi-Newton steps in whitened units."""
+    here = Slice.through(posterior, theta)
+    for _ in range(N_CLIMBS):
+
+        def loss(y: Array, here: Slice = here) -> tuple[float, Array]:
+            value, gradient = posterior.log_density(here.theta(y[None]))
+            if not math.isfinite(value[0]):
+                return math.inf, np.zeros_like(y)
+            return -float(value[0]), -(gradient[0] @ here.basis)
+
+        found = minimize(
+            loss, np.zeros(here.n_free), jac=True, method="L-BFGS-B", options={"maxiter": max_iter}
+        )
+        here = Slice.through(posterior, here.theta(found.x[None])[0])
+    return here

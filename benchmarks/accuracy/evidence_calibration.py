@@ -1,0 +1,155 @@
+"""Is the error of the sampled evidence of factor models reliable? Short runs against long ones, over tables and seeds.
+
+Four groups of tables: complete rows, 5 to 20 % of the cells missing, 20 to 40 %, and surplus columns (more latents than
+made the rows). Each table is drawn afresh: D 5 to 30, true K 0 to 5, N 60 to 500, signal 0.2 to 1.5, both kinds
+(PPCA; factor analysis with noises of ratio up to e^2); by default half of that for tables with holes. Runs as a user
+makes them, at se 0.1 and at most 1024 particles, are compared with one long run of another seed, 16 islands of 256
+particles, whose own error is added:
+
+    z = (short - long) / (se_short^2 + se_long^2)^1/2
+
+``within`` is the share of |z| <= 2, over all runs of a group, its interval over tables (a table counts once, by its
+share). Asked: at least 90 %, z standard deviation at most 1.2, |mean z| at most 0.3 in each group.
+
+Prices are CPU seconds of one thread for one candidate at its true K, start and pilot included.
+
+Run on more tables: ``python benchmarks/accuracy/evidence_calibration.py --tables 50 --seeds 3``.
+"""
+
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from bayes_mpt.evidence import factor_prior, sample_evidence, sample_incomplete_evidence
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/, for timing.py
+from timing import Report, run
+
+TABLES, SEEDS, QUICK = 12, 3, 2
+GROUPS = {  # share missing from, to; surplus columns from, to; largest D and N
+    "complete": ((0.0, 0.0), (0, 0), 30, 500),
+    "5-20 % missing": ((0.05, 0.2), (0, 0), 15, 250),
+    "20-40 % missing": ((0.2, 0.4), (0, 0), 15, 250),
+    "surplus columns": ((0.0, 0.0), (1, 2), 30, 500),
+}
+LONG = {"se": 1e-6, "n_islands": 16, "max_particles": 16 * 256}
+ASKED = {"within": 0.9, "sd": 1.2, "mean": 0.3}
+PRICES = {"N 200, D 10, K 3": (200, 10, 3, 0.3), "N 500, D 30, K 5": (500, 30, 5, 0.8)}
+
+
+def table(rng, n, d, k, kind, signal):
+    noise = np.ones(d) if kind == "ppca" else np.exp(rng.uniform(-1, 1, d))
+    return signal * rng.normal(size=(n, k)) @ rng.normal(size=(k, d)) + np.sqrt(noise) * rng.normal(
+        size=(n, d)
+    )
+
+
+def drawn(group, index):
+    """Rows, K and shape of one table of a group."""
+    (low, high), surplus, largest_d, largest_n = GROUPS[group]
+    rng = np.random.default_rng([list(GROUPS).index(group), index])
+    kind = ("fa", "ppca")[index % 2]
+    d = int(rng.integers(5, largest_d + 1))
+    n = round(math.exp(rng.uniform(math.log(60), math.log(largest_n))))
+    true = int(rng.integers(0 if surplus == (0, 0) else 1, min(5, d // 3) + 1))
+    k = true + int(rng.integers(surplus[0], surplus[1] + 1))
+    if k == 0:
+        k = 1  # none is exact: one column too many instead
+    x = table(rng, n, d, true, kind, rng.uniform(0.2, 1.5))
+    x[rng.random(x.shape) < rng.uniform(low, high)] = np.nan
+    return x[~np.isnan(x).all(1)], k, None if kind == "fa" else np.ones(d)
+
+
+def evidence(x, k, shape, **how):
+    prior = factor_prior(x)
+    if np.isnan(x).any():
+        return sample_incomplete_evidence(x, k, prior, shape=shape, **how)
+    return sample_evidence(np.cov(x.T, bias=True), x.mean(0), len(x), k, prior, shape=shape, **how)
+
+
+def calibrated(report, group, n_tables, n_seeds):
+    """z of every run (tables, seeds), printed in sum."""
+    z, se, seconds, long_se, levels = [], [], [], [], []
+    for index in range(n_tables):
+        x, k, shape = drawn(group, index)
+        long = evidence(x, k, shape, seed=10_000 + index, **LONG)
+        long_se.append(long.se)
+        for seed in range(n_seeds):
+            start = time.process_time()
+            found = evidence(x, k, shape, seed=seed)
+            seconds.append(time.process_time() - start)
+            z.append((found.log_evidence - long.log_evidence) / math.hypot(found.se, long.se))
+            se.append(found.se)
+            levels.append(found.n_levels)
+    z = np.array(z).reshape(n_tables, n_seeds)
+    share = (np.abs(z) <= 2).mean(1)  # of a table
+    half = 1.96 * share.std(ddof=1) / math.sqrt(n_tables) if n_tables > 1 else math.nan
+    report.row(
+        group=group,
+        tables=n_tables,
+        runs=z.size,
+        within=float(share.mean()),
+        **{
+            "+-": half,
+            "z mean": float(z.mean()),
+            "z sd": float(z.std(ddof=1)),
+            "max |z|": float(np.abs(z).max()),
+        },
+        se=float(np.median(se)),
+        **{"se > 0.15": float(np.mean(np.array(se) > 0.15)), "long se": float(np.median(long_se))},
+        levels=float(np.median(levels)),
+        cpu=float(np.median(seconds)),
+    )
+    return z
+
+
+def prices(report, n_tables, quick):
+    for what, (n, d, k, asked) in PRICES.items():
+        seconds, se = [], []
+        for index in range(n_tables):
+            rng = np.random.default_rng([99, n, index])
+            kind = ("fa", "ppca")[index % 2]
+            x = table(rng, n, d, k, kind, rng.uniform(0.5, 1.5))
+            start = time.process_time()
+            found = evidence(x, k, None if kind == "fa" else np.ones(d), seed=index)
+            seconds.append(time.process_time() - start)
+            se.append(found.se)
+        median = float(np.median(seconds))
+        report.row(
+            price=what, runs=n_tables, median=median, most=float(np.max(seconds)), se=float(np.median(se))
+        )
+        report.target(
+            f"CPU seconds of a candidate, {what}: median under {asked}",
+            None if quick else median < asked,
+            f"{median:.2f} s at se {np.median(se):.2f}",
+        )
+
+
+def main(report: Report, args):
+    n_tables = args.tables or (QUICK if args.quick else TABLES)
+    n_seeds = args.seeds or SEEDS
+    report.note("errors in nats; z: against a long run, both errors in the denominator")
+    for group in args.groups or GROUPS:
+        z = calibrated(report, group, n_tables, n_seeds)
+        within, sd, mean = float((np.abs(z) <= 2).mean()), float(z.std(ddof=1)), float(z.mean())
+        report.target(
+            f"{group}: at least 90 % within 2 se, z sd at most 1.2, |mean z| at most 0.3",
+            None
+            if args.quick
+            else within >= ASKED["within"] and sd <= ASKED["sd"] and abs(mean) <= ASKED["mean"],
+            f"{within:.1%}, sd {sd:.2f}, mean {mean:+.2f} over {z.size} runs",
+        )
+    prices(report, 2 if args.quick else 10, args.quick)
+
+
+def options(parser):
+    parser.add_argument("--tables", type=int)
+    parser.add_argument("--seeds", type=int)
+    parser.add_argument("--groups", nargs="*", choices=list(GROUPS))
+
+
+if __name__ == "__main__":
+    run(main, __file__, __doc__, options)
