@@ -1,14 +1,17 @@
 """Masked self-supervision, scored so that it is the log marginal likelihood of a Pyro program."""
 
 import logging
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from bayes_mpt.estimators.bayes_mpt import BayesMPT
-from bayes_mpt.estimators.comparison import compare
-from bayes_mpt.estimators.decomposition import decompose
-from bayes_mpt.estimators.kernel_search import KernelSearch
-from bayes_mpt.estimators.rows import data_digest
-from bayes_mpt.estimators.rules import Auto, Cumulative, HeldOut, Integrated, Laplace, Train
-from bayes_mpt.estimators.search import MarginalLikelihoodSearch
+if TYPE_CHECKING:
+    from bayes_mpt.estimators.bayes_mpt import BayesMPT
+    from bayes_mpt.estimators.comparison import compare
+    from bayes_mpt.estimators.decomposition import decompose
+    from bayes_mpt.estimators.kernel_search import KernelSearch
+    from bayes_mpt.estimators.rows import data_digest
+    from bayes_mpt.estimators.rules import Auto, Cumulative, HeldOut, Integrated, Laplace, Train
+    from bayes_mpt.estimators.search import MarginalLikelihoodSearch
 
 __version__ = "0.1.0"
 
@@ -28,3 +31,29 @@ __all__ = [
     "data_digest",
     "decompose",
 ]
+
+# Each name is imported when it is first asked for (PEP 562): kernels bring gpytorch, a fit of PPCA needs none of it.
+_HOMES = {
+    "estimators.bayes_mpt": ["BayesMPT"],
+    "estimators.comparison": ["compare"],
+    "estimators.decomposition": ["decompose"],
+    "estimators.kernel_search": ["KernelSearch"],
+    "estimators.rows": ["data_digest"],
+    "estimators.rules": ["Auto", "Cumulative", "HeldOut", "Integrated", "Laplace", "Train"],
+    "estimators.search": ["MarginalLikelihoodSearch"],
+}
+_MODULES = ["evidence", "language", "masks", "models", "plots", "predictors", "score", "training"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
+    for home, names in _HOMES.items():
+        if name in names:
+            globals()[name] = value = getattr(import_module(f"{__name__}.{home}"), name)
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_MODULES})

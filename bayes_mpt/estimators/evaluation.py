@@ -7,14 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from gpytorch.kernels import Kernel
 from sklearn.base import BaseEstimator, clone
-from sklearn.gaussian_process.kernels import Kernel as GaussianProcessKernel
 
 from bayes_mpt.estimators.candidates import Candidate, final_step, not_converged, token_digest
 from bayes_mpt.estimators.rules import Rule, give_evidence
 from bayes_mpt.estimators.stored import Slot, with_estimator
-from bayes_mpt.models.kernels import kernel_name
 from bayes_mpt.runtime.progress import fitted_in_task
 from bayes_mpt.warnings import DivergenceWarning, warnings_of
 
@@ -50,11 +47,16 @@ def names_of(grid: list[dict[str, Any]]) -> list[str]:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, BaseEstimator):
+        return type(value).__name__
+    from gpytorch.kernels import Kernel  # slow to import, as are scikit-learn's
+    from sklearn.gaussian_process.kernels import Kernel as GaussianProcessKernel
+
+    from bayes_mpt.models.kernels import kernel_name
+
     if isinstance(value, Kernel | GaussianProcessKernel):
         return kernel_name(value)
-    return (
-        type(value).__name__ if isinstance(value, BaseEstimator) else getattr(value, "__name__", repr(value))
-    )
+    return getattr(value, "__name__", repr(value))
 
 
 # ------------------------------------------------------------------------------------------- the two stages

@@ -176,7 +176,7 @@ class Trainer:
             if statistics is not None and (statistics.complete or not warm) and problem.log_prior is None:
                 solved = self._solve(how, problem, statistics, n_init)
                 if solved is not None:
-                    if statistics.complete or solved.interrupted:
+                    if statistics.complete or solved.converged or solved.interrupted:
                         return solved, how, 0
                     ended.keep(solved)
                     training.noise_at_zero(problem)  # before L-BFGS runs to where there is no bound

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from gpytorch.kernels import IndexKernel, Kernel, LinearKernel, PeriodicKernel
-from scipy.signal import lombscargle
 from torch import Tensor
 
 from bayes_mpt.models.kernels import Line
@@ -60,6 +59,8 @@ def extent_of(columns: Tensor, raw: Tensor) -> Tensor:
 
 def _period(x: Tensor, y: Tensor) -> float:
     """The strongest period of y along one column, a parabola taken off (Lomb 1976): at most a quarter of the range."""
+    from scipy.signal import lombscargle  # slow to import
+
     seen = ~y.isnan()
     every = max(1, int(seen.sum()) // MAX_ROWS)
     at, value = (a[seen][::every].double().numpy(force=True) for a in (x, y))

@@ -14,7 +14,6 @@ import pyro.distributions as dist
 import torch
 from numpy.typing import NDArray
 from pyro.distributions import constraints
-from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
@@ -418,6 +417,8 @@ def _em(
 
 def _start(table: _Table, n_components: int, covariance_type: str, seed: int) -> _Mixture:
     """EM from the clusters of a k-means on some of the rows."""
+    from sklearn.cluster import KMeans  # slow to import
+
     rows = table.rows
     n_least = max(2, n_components)  # a row given twice changes no frequency
     if len(rows) < n_least:

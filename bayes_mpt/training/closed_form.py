@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -25,9 +23,6 @@ from bayes_mpt.training.units import dimensionless
 
 __all__ = ["maximize_profile"]
 
-STEPS = 2  # of Newton's method in a step of EM, which moves on anyhow
-LIFTED = 1e-5  # of its column's variance: no step of EM starts from a noise further down
-
 
 def maximize_profile(
     problem: Problem,
@@ -43,7 +38,7 @@ def maximize_profile(
 
     Free means that the solution can be reached: each part has parameters of its own, and Gauss-Newton on them ends
     at the target. Nothing of the program's form is assumed. ``problem`` scores the rows of ``statistics``. Where cells
-    are missing the maximum has no closed form: EM goes there from ``n_init`` starts (`incomplete`).
+    are missing the maximum has no closed form: climbs go there from ``n_init`` starts (`incomplete`).
     ``at_floor``: where the likelihood of complete rows has no maximum for want of noise, take one of the size of
     rounding errors.
 
@@ -71,13 +66,20 @@ def maximize_profile(
     if (tied and n_latents >= n_tokens) or (not tied and n_noise < n_tokens):
         return None
     shape = reading.noise[0].detach().cpu().numpy() if tied else None
-    solve = partial(_best, n_latents=n_latents, shape=shape, max_iter=max_iter, tol=tol)
     wrong = None
     if not tied and not statistics.complete:
         incomplete.refuse_constant_columns(statistics)
         wrong = incomplete.too_few(statistics, n_latents)
     if statistics.complete:
-        moments, best = statistics, solve(statistics.covariance, at_floor=at_floor)
+        moments = statistics
+        best = _best(
+            statistics.covariance,
+            n_latents=n_latents,
+            shape=shape,
+            max_iter=max_iter,
+            tol=tol,
+            at_floor=at_floor,
+        )
         factors = incomplete.Maximum(
             best.lml, statistics.mean.cpu().numpy(), best.loading, best.noise, best.n_iter
         )
@@ -85,9 +87,9 @@ def maximize_profile(
         moments = statistics.available()
         steps = 1 if wrong else max_iter
         factors = incomplete.maximise(
-            statistics, n_latents, solve, shape, n_init=n_init, seed=seed, max_iter=steps, tol=tol
+            statistics, n_latents, shape, n_init=n_init, seed=seed, max_iter=steps, tol=tol
         )
-    # EM ends close by, and a noise of the size of rounding errors sees these
+    # a noise of the size of rounding errors sees these
     off = 1e-3 if at_floor else 1e-7 if statistics.complete else 1e-5
     moved = _move_to(problem, reading, names, factors, moments, off)
     if moved is None:
@@ -101,7 +103,7 @@ def maximize_profile(
         "profile likelihood" if statistics.complete else "em",
         [score],
         factors.n_iter,
-        converged=statistics.complete and not at_floor,
+        converged=not at_floor if statistics.complete else factors.converged,
         interrupted=factors.interrupted,
         last=read,
     )
@@ -177,21 +179,17 @@ def _move_to(
 
 def _best(
     cov: Covariance,
-    near: NDArray[np.float64] | None = None,
     *,
     n_latents: int,
     shape: NDArray[np.float64] | None,
     max_iter: int,
     tol: float,
-    at_floor: bool = False,
+    at_floor: bool,
 ) -> profile.Factors:
-    """The best loadings and noise for a covariance; from a noise that is near it, as a step of EM."""
+    """The best loadings and noise for a covariance."""
     if shape is not None:
         return profile.proportional(cov, n_latents, shape, at_floor=at_floor)
-    if near is None:
-        return profile.diagonal(cov, n_latents, max_iter=max_iter, tol=tol)
-    near = np.maximum(near, LIFTED * cov.variances)
-    return profile.diagonal(cov, n_latents, start=near, max_iter=STEPS, tol=tol, refuse=False)
+    return profile.diagonal(cov, n_latents, max_iter=max_iter, tol=tol)
 
 
 def _map(read: Conditionals) -> DenseMap:

@@ -176,7 +176,7 @@ def test_minibatches_of_masks():
     model = BayesMPT(
         PPCA(k),
         masks=PermutationChain(),
-        training=Steps(batch_size=50, max_iter=2000, learning_rate=0.03),
+        training=Steps(batch_size=50, max_iter=600, learning_rate=0.03),
         random_state=0,
     )
     with warnings.catch_warnings():

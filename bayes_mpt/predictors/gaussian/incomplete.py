@@ -1,47 +1,38 @@
-"""The Gaussian factor likelihood of rows with missing cells, maximised by EM.
+"""The Gaussian factor likelihood of rows with missing cells, maximised from several starts.
 
-What EM fills in is the cells, not the latents. At x ~ N(m, W W' + diag(psi)) a row that shows the tokens o is
-expected to be m + W f where a cell is missing, with f the posterior mean of its latents; its missing cells have the
-covariance
-
-    diag(psi) + W C W',    C = (I + W_o' diag(psi_o)^-1 W_o)^-1,    f = C W_o' diag(psi_o)^-1 (x_o - m_o)
-
-Summed over the rows this is the mean and covariance of a complete table, for which the best loadings and noise are
-known (`profile`). So each step solves a complete problem: few steps are needed, and a noise that goes to
-zero does not hold them up as it does a climb in its logarithm.
+A few steps of EM (`patterns`) bring the starts into sight of their maxima, and a quasi-Newton method to these
+(`climb`), all side by side; those on the way to one place go on as one. The best of them is climbed to the end, and
+tried for directions in which the likelihood curves upwards: it has saddles, where columns are never seen together.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bayes_mpt.predictors.gaussian.profile import Factors, NoiseFloorError, proportional
+from bayes_mpt.predictors.gaussian.climb import Climb, Coordinates
+from bayes_mpt.predictors.gaussian.patterns import Maps, Patterns
+from bayes_mpt.predictors.gaussian.profile import NoiseFloorError, Prior, proportional
 from bayes_mpt.program.statistics import Covariance, SufficientStatistics
 from bayes_mpt.runtime.interrupts import check
 
 __all__ = ["FewCellsError", "Maximum", "maximise", "refuse_constant_columns", "too_few"]
 
 Array = NDArray[np.float64]
-Step = Callable[[Covariance, Array], Factors]
-
-LOG_2PI = math.log(2 * math.pi)
 TRIAL_ROWS = 4096  # incomplete rows on which starts are compared
 MIN_SHOWN = 64  # of them that show a column, where there are so many
-TRIAL_STEPS, TRIAL_TOL = 100, 1e-8  # of a start; the best goes on
-MAX_STEPS = 300  # what is slower than that is left to L-BFGS
+EM_STEPS = 15  # of each start
+NEAR = 0.02  # nats of all rows, to which all starts climb; the best goes on
+ENDED = 1e-5  # nats of all rows that may be left at the end of a climb whose last digits give out
 MIN_SHARE = 0.01  # of a column's variance that is noise at a start, where it is random
 PUSH = 0.05  # of a standard deviation, by which the first start is moved away from a saddle
 ALIKE = (
     0.01  # largest difference of two correlations, below which two starts are on the way to the same place
 )
-CHUNK = 2**21  # numbers in one temporary
+MAX_SADDLES = 4  # that are left
 
 
 class FewCellsError(ValueError):
@@ -53,7 +44,7 @@ class FewCellsError(ValueError):
 
 
 class Maximum(NamedTuple):
-    """Where EM ended, or is on its way."""
+    """Where a climb has ended, or is on its way."""
 
     lml: float
     """Nats a row."""
@@ -64,6 +55,7 @@ class Maximum(NamedTuple):
     noise: Array
     """(T,) psi."""
     n_iter: int = 0
+    converged: bool = False
     interrupted: bool = False
     """By Ctrl-C, on the way."""
 
@@ -101,15 +93,15 @@ def refuse_constant_columns(statistics: SufficientStatistics) -> None:
 def maximise(
     statistics: SufficientStatistics,
     n_latents: int,
-    m_step: Step,
     shape: Array | None,
     *,
-    n_init: int,
-    seed: int,
-    max_iter: int,
-    tol: float,
+    prior: Prior | None = None,
+    n_init: int = 8,
+    seed: int = 0,
+    max_iter: int = 2000,
+    tol: float = 1e-10,
 ) -> Maximum:
-    """Climb by EM from several starts, and from the best of them to the end, or from the first step on to Ctrl-C.
+    """Climb from several starts, and from the best of them to the end, or from the first step on to Ctrl-C.
 
     Parameters
     ----------
@@ -117,57 +109,170 @@ def maximise(
         Complete rows as moments, and incomplete ones.
     n_latents : int
         K.
-    m_step : callable
-        The best loadings and noise for a covariance (T, T), from a noise (T,) that is near.
     shape : array of shape (T,), optional
         Noise variances up to one factor; None: each is free.
+    prior : Prior, optional
+        Maximise the posterior of the logarithms of the noises instead, or of that factor (a rate of shape (1,)).
     n_init : int
-        Starts: one from the pairs of cells that are observed together, the others random.
+        Starts: from the pairs of cells that are observed together, with the noise that these leave and with half of the
+        variances, and random ones.
     seed : int
         Of these.
     max_iter : int
         Most steps.
     tol : float
-        EM ends with a step that gains no more than this share of the score.
+        The climb ends where a step would gain no more than this share of the score.
     """
     rows, weight = (t.cpu().numpy() for t in statistics.rows())
     available = statistics.available()
     mean, cov = available.mean.cpu().numpy(), available.cov.cpu().numpy()
-    rng = np.random.default_rng(seed)
-    starts = _starts(mean, cov, n_latents, shape, n_init, rng)
-    some = _some(rows, weight, rng)
-    best = _best(_Cells(*some), starts, m_step, min(max_iter, TRIAL_STEPS))
-    cells = _Cells(rows, weight)
-    if best.interrupted:
-        return best._replace(lml=cells.expect(best)[0])
-    found = _maximize_em(cells, best, m_step, min(max_iter, MAX_STEPS), tol)
-    return found._replace(n_iter=best.n_iter + found.n_iter)
+    sd = np.sqrt(np.diag(cov))
+    sd = np.where(sd > 0, sd, 1.0)
+    table = _Standardised((rows - mean) / sd, weight, cov / sd / sd[:, None], n_latents, shape, prior, sd)
+    found = table.maximise(n_init, np.random.default_rng(seed), max_iter, tol)
+    n_cells = (~np.isnan(rows)).T @ weight
+    return found._replace(
+        lml=found.lml - float(n_cells @ np.log(sd)) / float(weight.sum()),
+        mean=mean + sd * found.mean,
+        loading=sd[:, None] * found.loading,
+        noise=sd**2 * found.noise,
+    )
 
 
-def _starts(
-    mean: Array, cov: Array, n_latents: int, shape: Array | None, n_init: int, rng: np.random.Generator
-) -> list[Maximum]:
-    """Principal components of the available pairs, random loadings, and then random shares of noise as well.
+class _Standardised:
+    """Rows in units of their columns' standard deviations, and what is to be maximised over them."""
 
-    Where noises are free there may be one maximum for each column whose noise can go to zero, and a climb from noises
-    that are all large ends in the same one again and again.
-    """
-    n_tokens, variance = len(cov), np.diag(cov)
-    free, shape = shape is None, variance if shape is None else shape
-    first = proportional(Covariance(cov), min(n_latents, n_tokens - 1), shape)
-    loading = np.zeros((n_tokens, n_latents))
-    loading[:, : first.loading.shape[1]] = first.loading
-    # Columns that are never seen together have no covariance there, and would keep to none: a saddle.
-    loading += PUSH * np.sqrt(variance)[:, None] * rng.normal(size=loading.shape)
-    found = [Maximum(-math.inf, mean, loading, first.noise)]
-    for start in range(1, n_init):
-        noise = shape * (variance / shape).mean() / 2
-        if free and start > 1:
-            noise = variance * MIN_SHARE ** rng.uniform(size=n_tokens)
-        explained = np.maximum(variance - noise, variance * MIN_SHARE)
-        random = rng.normal(size=(n_tokens, n_latents)) * np.sqrt(explained / max(1, n_latents))[:, None]
-        found.append(Maximum(-math.inf, mean, random, noise))
-    return found
+    def __init__(
+        self,
+        rows: Array,
+        weight: Array,
+        corr: Array,
+        n_latents: int,
+        shape: Array | None,
+        prior: Prior | None,
+        sd: Array,
+    ):
+        self.rows, self.weight, self.corr = rows, weight, corr
+        self.n_latents = min(n_latents, len(corr) - (shape is not None))
+        self.shape: Array | None = None
+        self.prior = None if prior is None else (prior.shape, prior.rate * sd**2)
+        if shape is not None:
+            scaled = shape / sd**2
+            total = (1 / scaled).mean()  # so that the factor is a share of the variance
+            self.shape = scaled * total
+            self.prior = None if prior is None else (prior.shape, prior.rate / total)
+
+    def maximise(self, n_init: int, rng: np.random.Generator, max_iter: int, tol: float) -> Maximum:
+        self.best: tuple[Maps, int] | None = None  # for Ctrl-C
+        cells = Patterns(self.rows, self.weight)
+        try:
+            starts = self._starts(n_init if self.n_latents else 1, rng)
+            some, share = _some(self.rows, self.weight, rng)
+            climb = self._side_by_side(Patterns(some, share), starts, max_iter)
+            if share is not self.weight:
+                climb = Climb(self._coordinates(cells), climb.at.theta, climb.n_iter)
+            climb = self._to_the_end(climb, cells, rng, max_iter, tol)
+        except KeyboardInterrupt:
+            if self.best is None:
+                raise
+            maps, n_iter = self.best
+            return _maximum(maps, cells, n_iter)._replace(interrupted=True)
+        maps = climb.coordinates.maps(climb.at.theta)
+        left = max(tol * (cells.n_rows + abs(float(climb.at.value[0]))), ENDED)
+        return _maximum(maps, cells, climb.n_iter)._replace(converged=bool(climb.left[0] <= left))
+
+    def _coordinates(self, cells: Patterns) -> Coordinates:
+        return Coordinates(cells, self.n_latents, self.shape, self.prior)
+
+    def _side_by_side(self, cells: Patterns, maps: Maps, max_iter: int) -> Climb:
+        """All starts to near their maxima; the best is left."""
+        coordinates, n_iter = self._coordinates(cells), 0
+        for _ in range(min(EM_STEPS, max_iter)):
+            check()
+            total, moved, left = cells.em(maps)
+            maps = moved._replace(noise=self._noise(cells, left))
+            n_iter += 1
+            self.best = maps.some(np.array([int(np.argmax(coordinates.value(maps, total)))])), n_iter
+        climb = Climb(coordinates, coordinates.of(maps), n_iter)
+        climb.keep(self._apart(climb))
+        self._run(climb, NEAR, max_iter)
+        climb.keep(np.array([climb.best]))
+        return climb
+
+    def _to_the_end(
+        self, climb: Climb, cells: Patterns, rng: np.random.Generator, max_iter: int, tol: float
+    ) -> Climb:
+        for _ in range(MAX_SADDLES):
+            self._run(climb, tol * (cells.n_rows + abs(float(climb.at.value[0]))), max_iter)
+            if climb.n_iter >= max_iter or not self.n_latents or not climb.leave_saddle(rng):
+                break
+        return climb
+
+    def _run(self, climb: Climb, tol: float, max_iter: int) -> None:
+        try:
+            climb.run(tol, max_iter)
+        finally:
+            self.best = climb.coordinates.maps(climb.at.theta[[climb.best]]), climb.n_iter
+
+    def _noise(self, cells: Patterns, left: Array) -> Array:
+        """(B, T) noises for the squares that are left, under the prior: A log psi + S / (2 psi) + b psi is least."""
+        n = cells.n_seen
+        if self.shape is not None:
+            n, left = np.array([n.sum()]), (left / self.shape).sum(1, keepdims=True)
+        if self.prior is None:
+            factor = left / n
+        else:
+            a, b = n / 2 - self.prior[0], self.prior[1]
+            factor = (np.sqrt(a**2 + 2 * b * left) - a) / (2 * b)
+        least = 1e-6 if self.shape is None else 0.0
+        return np.maximum(factor, least) * (1.0 if self.shape is None else self.shape)
+
+    def _apart(self, climb: Climb) -> NDArray[np.intp]:
+        """Which of the climbs to go on with: of those on the way to one place the best."""
+        maps, kept = climb.coordinates.maps(climb.at.theta), list[int]()
+        cov = maps.loading @ maps.loading.swapaxes(1, 2) + maps.noise[:, :, None] * np.eye(len(self.corr))
+        for b in np.argsort(-climb.at.value, kind="stable"):
+            unit = 1 / np.sqrt(np.diagonal(cov[b]))
+            if not any(
+                (np.abs(cov[b] - cov[a]) * unit * unit[:, None]).max() < ALIKE
+                and (np.abs(maps.noise[b] - maps.noise[a]) * unit**2).max() < ALIKE
+                for a in kept
+            ):
+                kept.append(int(b))
+        return np.array(kept)
+
+    def _starts(self, n_init: int, rng: np.random.Generator) -> Maps:
+        """Principal components of the available pairs, random loadings, and then random shares of noise as well.
+
+        The components are taken with the noise that they leave, and with half of the variances.
+        Where noises are free there may be one maximum for each column whose noise can go to zero, and a climb from
+        noises that are all large ends in the same one again and again.
+        """
+        t, k = len(self.corr), self.n_latents
+        free, shape = self.shape is None, np.ones(t) if self.shape is None else self.shape
+        loading, noise = np.zeros((n_init, t, k)), np.tile(0.5 * shape * (1 / shape).mean(), (n_init, 1))
+        first = proportional(Covariance(self.corr), min(k, t - 1), shape)
+        loading[0, :, : first.loading.shape[1]] = first.loading
+        # Columns that are never seen together have no covariance there, and would keep to none: a saddle.
+        loading[0] += PUSH * rng.normal(size=(t, k))
+        noise[0] = first.noise
+        for start in range(1, n_init):
+            if start == 1:
+                root = np.sqrt(noise[1])
+                value, vector = np.linalg.eigh(self.corr / root / root[:, None])
+                size = np.sqrt(np.maximum(value[::-1][:k] - 1, PUSH))
+                loading[1] = root[:, None] * vector[:, ::-1][:, :k] * size
+                continue
+            if free and start > 2:
+                noise[start] = MIN_SHARE ** rng.uniform(size=t)
+            explained = np.maximum(1 - noise[start], MIN_SHARE)
+            loading[start] = rng.normal(size=(t, k)) * np.sqrt(explained / max(1, k))[:, None]
+        return Maps(np.zeros((n_init, t)), loading, noise)
+
+
+def _maximum(maps: Maps, cells: Patterns, n_iter: int) -> Maximum:
+    lml = float(cells.score(maps)[0]) / cells.n_rows
+    return Maximum(lml, maps.mean[0], maps.loading[0], maps.noise[0], n_iter)
 
 
 def _some(rows: Array, weight: Array, rng: np.random.Generator) -> tuple[Array, Array]:
@@ -184,118 +289,3 @@ def _some(rows: Array, weight: Array, rng: np.random.Generator) -> tuple[Array, 
     rest = np.setdiff1d(np.arange(len(rows)), holes)
     share = np.full(len(index), len(holes) / len(index))
     return rows[np.concatenate([rest, index])], np.concatenate([weight[rest], share])
-
-
-def _best(cells: _Cells, starts: list[Maximum], m_step: Step, max_iter: int) -> Maximum:
-    """The best end of the starts, all climbing side by side; those on the way to one place go on as one."""
-    climbing, ended, moved = starts, list[Maximum](), list[Maximum]()
-    try:
-        for _ in range(max_iter):
-            moved = []
-            for at in climbing:
-                check()
-                new = cells.step(at, m_step)
-                (moved if new.lml - at.lml > TRIAL_TOL * (1 + abs(new.lml)) else ended).append(new)
-            climbing = []
-            for new in sorted(moved, key=lambda m: -m.lml):
-                if not any(_alike(new, better) for better in [*climbing, *ended] if better.lml >= new.lml):
-                    climbing.append(new)
-            if not climbing:
-                break
-    except KeyboardInterrupt:
-        best = max([*climbing, *ended, *moved], key=lambda m: m.lml)
-        if not best.n_iter:
-            raise
-        return best._replace(interrupted=True)
-    return max([*climbing, *ended], key=lambda m: m.lml)
-
-
-def _alike(one: Maximum, other: Maximum) -> bool:
-    """Whether two maps have about the same covariances, in units of the standard deviations of one."""
-    var = np.square(one.loading).sum(1) + one.noise
-    unit = 1 / np.sqrt(var)
-    difference = one.loading @ one.loading.T - other.loading @ other.loading.T
-    difference[np.diag_indices_from(difference)] += one.noise - other.noise
-    noise = np.abs(one.noise - other.noise) / var
-    return bool(max(np.abs(difference * unit * unit[:, None]).max(), noise.max()) < ALIKE)
-
-
-def _maximize_em(cells: _Cells, at: Maximum, m_step: Step, max_iter: int, tol: float) -> Maximum:
-    lml, interrupted = -math.inf, False
-    try:
-        for _ in range(max_iter):
-            check()
-            new = cells.step(at, m_step)
-            if not new.lml - lml > tol * (1 + abs(new.lml)):
-                return at._replace(lml=new.lml)
-            lml, at = new.lml, new
-    except KeyboardInterrupt:
-        if not at.n_iter:
-            raise
-        interrupted = True
-    return at._replace(lml=cells.expect(at)[0], interrupted=interrupted)
-
-
-class _Cells:
-    """Weighted rows (R, T), sorted by which cells they show."""
-
-    def __init__(self, rows: Array, weight: Array):
-        seen = ~np.isnan(rows)
-        patterns, index = np.unique(seen, axis=0, return_inverse=True)
-        order = np.argsort(index.ravel(), kind="stable")
-        self.shown = patterns.astype(np.float64)
-        """(G, T)"""
-        self.index = index.ravel()[order]
-        self.rows, self.seen, self.weight = rows[order], seen[order], weight[order]
-        self.count = np.bincount(self.index, self.weight)
-        self.n_rows = float(weight.sum())
-
-    def step(self, at: Maximum, m_step: Step) -> Maximum:
-        """The next step of EM; its ``lml`` is that of the map before, which comes for nothing."""
-        lml, mean, cov = self.expect(at)
-        factors = m_step(Covariance(cov), at.noise)
-        loading = np.zeros_like(at.loading)
-        loading[:, : factors.loading.shape[1]] = factors.loading
-        return Maximum(lml, mean, loading, factors.noise, at.n_iter + 1)
-
-    def expect(self, at: Maximum) -> tuple[float, Array, Array]:
-        """Nats a row at a map; mean and covariance that the rows are expected to have under it."""
-        loading, noise = at.loading, at.noise
-        n_tokens, n_latents = loading.shape
-        scaled = loading / noise[:, None]
-        outer = (scaled[:, :, None] * loading[:, None, :]).reshape(n_tokens, -1)
-        total, first, second = 0.0, np.zeros(n_tokens), np.zeros((n_tokens, n_tokens))
-        step = max(1, CHUNK // max(1, n_latents * (n_latents + n_tokens)))
-        edges = np.searchsorted(self.index, np.arange(0, len(self.shown) + step, step))
-        for g, (start, end) in enumerate(pairwise(edges)):
-            groups = slice(g * step, (g + 1) * step)
-            shown, count = self.shown[groups], self.count[groups]
-            precision = (shown @ outer).reshape(len(shown), n_latents, n_latents) + np.eye(n_latents)
-            factor = np.linalg.cholesky(precision)
-            log_det = shown @ np.log(noise) + 2 * np.log(np.diagonal(factor, axis1=1, axis2=2)).sum(1)
-            root = np.linalg.inv(factor)  # C = root' root
-            total += count @ (log_det + shown.sum(1) * LOG_2PI)
-            # the covariance of the missing cells
-            hidden = 1 - shown
-            part = ((root @ loading.T) * (np.sqrt(count)[:, None] * hidden)[:, None, :]).reshape(-1, n_tokens)
-            second += part.T @ part
-            second[np.diag_indices(n_tokens)] += (count @ hidden) * noise
-            for rows in _slices(start, end, max(1, CHUNK // (n_tokens + n_latents**2))):
-                seen, weight = self.seen[rows], self.weight[rows]
-                of_group = root[self.index[rows] - g * step]
-                apart = np.where(seen, self.rows[rows] - at.mean, 0.0)
-                f = (of_group @ (apart @ scaled)[..., None])[..., 0]
-                f = (of_group.swapaxes(1, 2) @ f[..., None])[..., 0]
-                fitted = f @ loading.T
-                rest = np.where(seen, apart - fitted, 0.0)
-                # sums of squares: nothing cancels where a noise is all but zero
-                total += weight @ ((rest**2 / noise).sum(1) + (f**2).sum(1))
-                filled = np.where(seen, apart, fitted)
-                first += weight @ filled
-                second += (weight[:, None] * filled).T @ filled
-        first, second = first / self.n_rows, second / self.n_rows
-        return -0.5 * total / self.n_rows, at.mean + first, second - np.outer(first, first)
-
-
-def _slices(start: int, end: int, step: int) -> list[slice]:
-    return [slice(i, min(i + step, end)) for i in range(start, end, step)]
