@@ -27,7 +27,7 @@ Array = NDArray[np.float64]
 DEGREES = 6.0  # of freedom of the start
 POOL = 16  # draws a particle at the start, of which those inside the slice are taken; K = 1: 4
 CESS = 0.7  # share of the particles that stays effective from one temperature to the next
-N_MOVES, N_LEAPS = 1, 6
+N_MOVES, N_LEAPS = 2, 5
 N_LAST_MOVES = 2  # at the posterior, so that equal particles part
 ACCEPTANCE = 0.8  # that steps are adapted to
 MAX_STEP = 1.2

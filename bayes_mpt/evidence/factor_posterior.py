@@ -120,29 +120,30 @@ class CompletePosterior(FactorPosterior):
         # R' V, as one product of R with all columns side by side
         scaled = (root[:, :, None] * v).transpose(1, 0, 2).reshape(n_tokens, -1)
         rv = root[:, :, None] * (self.cov @ scaled).reshape(n_tokens, n_points, k).transpose(1, 0, 2)
-        m = np.eye(k) + v.transpose(0, 2, 1) @ v
+        products = v.transpose(0, 2, 1) @ np.concatenate([v, rv], 2)  # (B, K, 2 K)
+        m = np.eye(k) + products[:, :, :k]
         inverse = np.linalg.inv(m)
-        x = v @ inverse  # A^-1 V
+        rx = rv @ inverse
         # (A^-1 R')_ii
-        quad = np.diag(self.cov) * root**2 - (x * rv).sum(2)
+        quad = np.diag(self.cov) * root**2 - (v * rx).sum(2)
         value = self.constant - 0.5 * self.n_rows * (e.sum(1) + np.linalg.slogdet(m)[1] + quad.sum(1))
-        # d/dV: -N (A^-1 V - A^-1 R' A^-1 V)
-        slope = -self.n_rows * (x - (rv - x @ (v.transpose(0, 2, 1) @ rv)) @ inverse)
+        # d/dV: -N (A^-1 V - A^-1 R' A^-1 V) = -N (V (M^-1 + M^-1 V'R'V M^-1) - R'V M^-1)
+        slope = -self.n_rows * (v @ (inverse + inverse @ products[:, :, k:] @ inverse) - rx)
         return value, slope, -0.5 * self.n_rows * (1 - quad), rest
 
     def information(self, theta: Array) -> Array:
         """Expected information (d, d) of the rows plus expected curvature of a normal prior, at one point (d,)."""
         v, e = (a[0] for a in self.split(theta[None]))
-        everything = np.ones((1, self.n_tokens), dtype=bool)
+        everything = np.ones((1, self.n_tokens))
         fisher, _ = information(v, everything, np.array([float(self.n_rows)]))
         return self._with_prior(fisher, e)
 
 
-def information(v: Array, visible: NDArray[np.bool_], count: Array) -> tuple[Array, Array]:
+def information(v: Array, shown: Array, count: Array) -> tuple[Array, Array]:
     """Fisher information (T K + T, T K + T) of V (T, K) and log psi (T,), and that of the mean in units of psi^1/2.
 
-    Of rows of which those of pattern g, ``count[g]`` of them, show the tokens o = ``visible[g]``. With V_o = V on o and
-    zero elsewhere, M = I + V_o'V_o, X = V_o M^-1, P = I_o - X V_o', Y = V_o'X and sums over the patterns,
+    Of n = ``count[g]`` rows that show the tokens o, those with 1 in ``shown[g]``, summed over the patterns g. With
+    V_o = V on o and zero elsewhere, M = I + V_o'V_o, X = V_o M^-1, P = I_o - X V_o' and Y = V_o'X,
 
         V_ik, V_jl    n (P_ij Y_kl + X_il X_jk)
         V_ik, e_j     n/2 (P_ij V_jk + [i = j] X_ik)
@@ -150,7 +151,6 @@ def information(v: Array, visible: NDArray[np.bool_], count: Array) -> tuple[Arr
         mean          n P
     """
     t, k = v.shape
-    shown = visible.astype(float)  # (G, T)
     vo = shown[:, :, None] * v  # (G, T, K)
     x = vo @ np.linalg.inv(np.eye(k) + vo.transpose(0, 2, 1) @ vo)
     p = -x @ vo.transpose(0, 2, 1)

@@ -64,6 +64,8 @@ class Slice:
     """(d, m)"""
     back: Array
     """(m, d) y = back (theta - center)"""
+    polar: Array
+    """(m, K K): S = A'A + y polar, symmetric by the choice of the slice"""
     log_jacobian: float
     """Of y -> theta on the slice, and the volume of the orbit."""
     n_weak: int
@@ -94,8 +96,11 @@ class Slice:
         log_jacobian = log_volume(k) - float(np.log(np.diag(root)).sum())
         log_jacobian -= 0.5 * float(np.log(a[low] ** 2 + a[high] ** 2).sum())
         spread = 2 * posterior.n_rows * a**2 / (1 + a**2) ** 2 + 3.0  # curvature along a column
-        n_weak = int((a * np.sqrt(spread) < WEAK).sum()) if k > 1 else 0
-        return cls(posterior, reference, center, basis, root.T @ normal.T, log_jacobian, n_weak)
+        n_weak = int((a * np.sqrt(spread) < WEAK).sum())
+        polar = np.einsum("tk,tlm->mkl", reference, basis[:n].reshape(t, k, -1))
+        polar = 0.5 * (polar + polar.transpose(0, 2, 1)).reshape(-1, k * k)
+        back = root.T @ normal.T
+        return cls(posterior, reference, center, basis, back, polar, log_jacobian, n_weak)
 
     @property
     def n_free(self) -> int:
@@ -113,33 +118,37 @@ class Slice:
         theta[diverged] = self.center
         value, gradient = self.posterior.log_density(theta)
         k = self.posterior.n_latents
-        s, e = self._polar(theta)
-        pairs = np.abs(s[:, :, None] + s[:, None, :])
-        low, high = np.triu_indices(k, 1)
-        with np.errstate(divide="ignore"):
-            gauge = np.log(pairs[:, low, high]).sum(1) + self.log_jacobian
-        if k > 1:
-            # d/dV sum_{i<j} log |s_i + s_j| = A E diag(g) E'; of weak signs it is the mirror's, which stays finite
-            inverse = 1 / np.maximum(np.abs(s)[:, :, None] + np.abs(s)[:, None, :], 1e-6)
-            inverse[:, np.arange(k), np.arange(k)] = 0
-            g = inverse.sum(2) * np.sign(s)
-            turned = self.reference @ ((e * g[:, None, :]) @ e.transpose(0, 2, 1))
-            gradient[:, : self.reference.size] += turned.reshape(len(y), -1)
+        s, e = self._polar(y)
+        positive = s > 0
+        inside = positive.all(1)
         # only the signs of the n_weak smallest may be turned
-        rank = np.argsort(np.argsort(np.abs(s), axis=1), axis=1)
-        allowed = ((s > 0) | (rank < self.n_weak)).all(1) & ~diverged & np.isfinite(value)
-        inside = (s > 0).all(1) & allowed
+        allowed = inside
+        if self.n_weak:
+            rank = np.argsort(np.argsort(np.abs(s), axis=1), axis=1)
+            allowed = (positive | (rank < self.n_weak)).all(1)
+        allowed = allowed & ~diverged & np.isfinite(value)
+        force = gradient @ self.basis
+        gauge = np.full(len(y), self.log_jacobian)
+        if k > 1:
+            low, high = np.triu_indices(k, 1)
+            with np.errstate(divide="ignore"):
+                gauge += np.log(np.abs(s[:, low] + s[:, high])).sum(1)
+            # d/dS sum_{i<j} log |s_i + s_j| = E diag(g) E'; of weak signs it is the mirror's, which stays finite
+            size = np.abs(s)
+            inverse = 1 / np.maximum(size[:, :, None] + size[:, None, :], 1e-6)
+            g = (inverse.sum(2) - 0.5 / np.maximum(size, 5e-7)) * np.where(positive, 1.0, -1.0)
+            force += ((e * g[:, None, :]) @ e.transpose(0, 2, 1)).reshape(len(y), -1) @ self.polar.T
         return Reading(
             np.where(allowed, value, -np.inf),
             np.where(allowed, gauge, -np.inf),
-            np.where(allowed[:, None], gradient @ self.basis, 0.0),
-            inside,
+            np.where(allowed[:, None], force, 0.0),
+            inside & allowed,
         )
 
     def turned(self, y: Array, signs: Array | None = None) -> tuple[Array, NDArray[np.bool_]]:
         """Points (B, m) with these signs (B, n_weak) of the weakest, or (None) turned back inside; and which moved."""
         theta = self.theta(y)
-        s, e = self._polar(theta)
+        s, e = self._polar(y)
         if signs is None:
             turn = np.where(s < 0, -1.0, 1.0)
         else:
@@ -153,13 +162,16 @@ class Slice:
 
     def contains(self, y: Array) -> NDArray[np.bool_]:
         """(B,) whether points are inside, all s positive."""
-        return np.all(self._polar(self.theta(y))[0] > 0, axis=1)
+        return np.all(self._polar(y)[0] > 0, axis=1)
 
-    def _polar(self, theta: Array) -> tuple[Array, Array]:
+    def _polar(self, y: Array) -> tuple[Array, Array]:
         """Eigenvalues (B, K) and vectors (B, K, K) of S = A'V."""
-        v = theta[:, : self.reference.size].reshape(-1, *self.reference.shape)
-        s = self.reference.T @ v
-        return np.linalg.eigh(0.5 * (s + s.transpose(0, 2, 1)))
+        k = self.posterior.n_latents
+        s = np.diag(np.square(self.reference).sum(0)) + (y @ self.polar).reshape(-1, k, k)
+        if k == 1:
+            return s[:, :, 0], np.ones_like(s)
+        s[~(np.abs(y).max(1) < FARTHEST)] = np.eye(k)
+        return np.linalg.eigh(s)
 
 
 def climb(posterior: FactorPosterior, theta: Array, max_iter: int = MAX_ITER) -> Slice:
