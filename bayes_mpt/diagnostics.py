@@ -45,7 +45,7 @@ def partition_error(at_fit: NDArray[np.float64], held_out: NDArray[np.float64], 
 
     Examples
     --------
-    >>> partition_error(np.zeros(4), np.array([-1.0, 1.0, -3.0, 1.0]), np.array([0, 0, 1, 1]))
+    >>> round(partition_error(np.zeros(4), np.array([-1.0, 1.0, -3.0, 1.0]), np.array([0, 0, 1, 1])), 6)
     2.0
     """
     n_folds = int(fold.max()) + 1
