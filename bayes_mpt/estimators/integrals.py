@@ -18,7 +18,7 @@ from bayes_mpt.evidence.factor_prior import FactorPrior, factor_prior
 from bayes_mpt.evidence.hyperparameters import assign, hyperprior, log_likelihood
 from bayes_mpt.evidence.integrated import IntegratedEvidence, integrate
 from bayes_mpt.evidence.laplace import LaplaceEvidence, laplace_diagonal, laplace_proportional
-from bayes_mpt.evidence.sampled import SampledEvidence, sample_evidence, sample_incomplete_evidence
+from bayes_mpt.evidence.sampled import SampledEvidence, sample_evidence
 from bayes_mpt.predictors import Batch, Objective
 from bayes_mpt.predictors.base import Frozen
 from bayes_mpt.predictors.gaussian.profile import NoiseFloorError, spectrum
@@ -104,13 +104,10 @@ def sampled_evidence(
         )
     prior = factor_prior(rows) if prior is None else prior
     k, free = fitted.bound.structure.n_latents, None if isinstance(shape, str) else shape
-    how: dict[str, Any] = {"shape": free, "se": se, "max_particles": max_particles, "seed": seed}
     statistics = SufficientStatistics(rows, fitted.device)
     with training.one_thread(statistics.n_cells):
-        if not statistics.complete:
-            return sample_incomplete_evidence(rows, k, prior, **how)
         return sample_evidence(
-            statistics.covariance, statistics.mean.cpu().numpy(), statistics.n, k, prior, **how
+            statistics, k, prior, shape=free, se=se, max_particles=max_particles, seed=seed
         )
 
 

@@ -102,10 +102,11 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEst
     ----------
     comparison_ : DataFrame
         One row a candidate, best first: ``rank``; ``lml``, total evidence in nats; ``lml_diff`` to the best (<= 0);
-        ``mc_dse``, numerical error of that difference; ``p_worse`` = Phi(-abs(lml_diff) / mc_dse), the probability
-        that the order of the two is that error's doing; ``dse``, spread of the difference over new rows; ``weight``
-        and ``log_bayes_factor`` where the number is an evidence; ``se``, numerical error of ``lml``; ``diag``, the
-        rule, or what to be wary of (a training that did not converge), or what failed.
+        ``mc_dse``, numerical error of that difference; ``p_worse`` = Phi(-abs(lml_diff) / mc_dse), or by a t with F - 1
+        degrees of freedom of one partition into F folds, the probability that the order of the two is that error's
+        doing; ``dse``, spread of the difference over new rows; ``weight`` and ``log_bayes_factor`` where the number is
+        an evidence; ``se``, numerical error of ``lml``; ``diag``, the rule, or what to be wary of (a training that did
+        not converge), or what failed.
     cv_results_ : dict
         With scikit-learn's keys; scores are mean nats a row. ``lml`` holds the totals.
     best_estimator_, best_params_, best_score_, best_index_

@@ -7,7 +7,7 @@ from bayes_mpt.evidence.factor_prior import FactorPrior, factor_prior
 from bayes_mpt.evidence.hyperparameters import Prior, hyperprior, log_likelihood
 from bayes_mpt.evidence.integrated import IntegratedEvidence, Mode, integrate
 from bayes_mpt.evidence.laplace import LaplaceEvidence, laplace_diagonal, laplace_proportional
-from bayes_mpt.evidence.sampled import SampledEvidence, sample_evidence, sample_incomplete_evidence
+from bayes_mpt.evidence.sampled import SampledEvidence, sample_evidence
 
 __all__ = [
     "FactorPrior",
@@ -23,5 +23,4 @@ __all__ = [
     "laplace_proportional",
     "log_likelihood",
     "sample_evidence",
-    "sample_incomplete_evidence",
 ]

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bayes_mpt.evidence.factor_prior import LOG_2PI, FactorPrior
+from bayes_mpt.predictors.gaussian import patterns
 
 __all__ = ["CompletePosterior", "FactorPosterior", "information"]
 
@@ -134,7 +135,7 @@ class CompletePosterior(FactorPosterior):
     def information(self, theta: Array) -> Array:
         """Expected information (d, d) of the rows plus expected curvature of a normal prior, at one point (d,)."""
         v, e = (a[0] for a in self.split(theta[None]))
-        everything = np.ones((1, self.n_tokens))
+        everything = np.ones((self.n_tokens, 1))
         fisher, _ = information(v, everything, np.array([float(self.n_rows)]))
         return self._with_prior(fisher, e)
 
@@ -142,31 +143,17 @@ class CompletePosterior(FactorPosterior):
 def information(v: Array, shown: Array, count: Array) -> tuple[Array, Array]:
     """Fisher information (T K + T, T K + T) of V (T, K) and log psi (T,), and that of the mean in units of psi^1/2.
 
-    Of n = ``count[g]`` rows that show the tokens o, those with 1 in ``shown[g]``, summed over the patterns g. With
-    V_o = V on o and zero elsewhere, M = I + V_o'V_o, X = V_o M^-1, P = I_o - X V_o' and Y = V_o'X,
-
-        V_ik, V_jl    n (P_ij Y_kl + X_il X_jk)
-        V_ik, e_j     n/2 (P_ij V_jk + [i = j] X_ik)
-        e_i, e_j      n/4 (I_o + (I_o + V V') o P)_ij
-        mean          n P
+    Of ``count`` (G,) rows for each pattern ``shown`` (T, G): that of W = psi^1/2 V and psi in units of psi^1/2, where
+    W = V, psi = 1 and dW_ik = dV_ik + 1/2 V_ik de_i, dpsi_i = de_i.
     """
     t, k = v.shape
-    vo = shown[:, :, None] * v  # (G, T, K)
-    x = vo @ np.linalg.inv(np.eye(k) + vo.transpose(0, 2, 1) @ vo)
-    p = -x @ vo.transpose(0, 2, 1)
-    p[:, np.arange(t), np.arange(t)] += shown
-    y = vo.transpose(0, 2, 1) @ x
-    n = count[:, None]
-    flat = x.reshape(-1, t * k)
-    # entry by entry over the patterns, as products of matrices: i, j, k, l and i, l, j, k, each turned to i, k, j, l
-    own = (p.reshape(-1, t * t).T @ (n * y.reshape(-1, k * k))).reshape(t, t, k, k).transpose(0, 2, 1, 3)
-    crossed = (flat.T @ (n * flat)).reshape(t, k, t, k).transpose(0, 3, 2, 1)
-    mean, counts = np.tensordot(count, p, 1), count @ shown  # (T, T), (T,)
-    mixed = 0.5 * mean[:, None, :] * v.T[None]  # i, k, j
-    mixed[np.arange(t), :, np.arange(t)] += 0.5 * (count @ flat).reshape(t, k)
+    found = patterns.information(v, np.ones(t), shown, count)
+    half = 0.5 * v
+    by_e = found.cross + np.einsum("ikjl,jl->ikj", found.loading, half)  # V_ik, e_j
+    own = found.noise + np.einsum("jk,jki->ij", half, found.cross) + np.einsum("ik,ikj->ij", half, by_e)
     result = np.empty((t * k + t, t * k + t))
-    result[: t * k, : t * k] = (own + crossed).reshape(t * k, t * k)
-    result[: t * k, t * k :] = mixed.reshape(t * k, t)
+    result[: t * k, : t * k] = found.loading.reshape(t * k, t * k)
+    result[: t * k, t * k :] = by_e.reshape(t * k, t)
     result[t * k :, : t * k] = result[: t * k, t * k :].T
-    result[t * k :, t * k :] = 0.25 * (np.diag(counts + np.diag(mean)) + v @ v.T * mean)
-    return result, mean
+    result[t * k :, t * k :] = own
+    return result, found.mean

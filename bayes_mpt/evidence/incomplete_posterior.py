@@ -28,8 +28,8 @@ class IncompletePosterior(FactorPosterior):
 
     Parameters
     ----------
-    rows : array of shape (N, T)
-        NaN where missing; rows without any cell are left out.
+    statistics : SufficientStatistics
+        Complete rows by their moments, and incomplete ones.
     n_latents : int
         K.
     prior : FactorPrior
@@ -37,17 +37,19 @@ class IncompletePosterior(FactorPosterior):
         As of `FactorPosterior`.
     """
 
-    def __init__(self, rows: Array, n_latents: int, prior: FactorPrior, shape: Array | None = None):
-        super().__init__(len(rows), n_latents, prior, shape)
-        seen = ~np.isnan(rows)
-        x = ((rows - prior.center) / np.sqrt(self.units))[seen.any(1)]
-        weight = np.ones(len(x))
-        if seen.all(1).sum() > 2 * self.n_tokens:  # complete rows by their moments
-            x, weight = (a.numpy() for a in SufficientStatistics(x).rows())
-        self.patterns = Patterns(x, weight)
-        self.size = max(1, CHUNK_CELLS // x.size)
+    def __init__(
+        self,
+        statistics: SufficientStatistics,
+        n_latents: int,
+        prior: FactorPrior,
+        shape: Array | None = None,
+    ):
+        super().__init__(statistics.n_rows, n_latents, prior, shape)
+        rows, weight = (a.cpu().numpy() for a in statistics.rows())
+        self.patterns = Patterns((rows - prior.center) / np.sqrt(self.units), weight)
+        self.size = max(1, CHUNK_CELLS // rows.size)
         self.constant = 0.5 * self.n_tokens * (math.log(prior.kappa) - LOG_2PI)
-        self.constant -= 0.5 * float(seen.sum(0) @ np.log(self.units))
+        self.constant -= 0.5 * float(self.patterns.n_seen @ np.log(self.units))
 
     def _likelihood(self, v: Array, e: Array, rest: Array) -> tuple[Array, Array, Array, Array]:
         root = np.exp(0.5 * e)
@@ -81,8 +83,7 @@ class IncompletePosterior(FactorPosterior):
     def information(self, theta: Array) -> Array:
         """Expected information (d, d) of the rows plus expected curvature of a normal prior, at one point (d,)."""
         v, e = (a[0] for a in self.split(theta[None]))
-        everything = np.ones((1, self.n_tokens))
-        shown = np.concatenate([self.patterns.shown.T, everything])
+        shown = np.column_stack([self.patterns.shown, np.ones(self.n_tokens)])
         fisher, _ = information(v, shown, np.append(self.patterns.count, 1.0))
         _, mean = information(v, shown, np.append(self.patterns.count, self.prior.kappa))
         root = np.exp(-0.5 * e)

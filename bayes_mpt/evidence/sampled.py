@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import logsumexp
-from scipy.stats import t as student
 
+from bayes_mpt.diagnostics import replicate_error
 from bayes_mpt.evidence.annealing import Annealed, anneal
 from bayes_mpt.evidence.factor_posterior import CompletePosterior, FactorPosterior
 from bayes_mpt.evidence.factor_prior import FactorPrior
@@ -29,7 +29,6 @@ __all__ = [
     "SampledEvidence",
     "n_parameters",
     "sample_evidence",
-    "sample_incomplete_evidence",
 ]
 
 Array = NDArray[np.float64]
@@ -83,9 +82,7 @@ def n_parameters(n_tokens: int, n_latents: int, shape: Array | None, complete: b
 
 
 def sample_evidence(
-    cov: Array | Covariance,
-    mean: Array,
-    n_rows: int,
+    statistics: SufficientStatistics,
     n_latents: int,
     prior: FactorPrior,
     *,
@@ -95,16 +92,15 @@ def sample_evidence(
     n_islands: int = 8,
     seed: int = 0,
 ) -> SampledEvidence:
-    """Evidence of complete rows, with its error.
+    """Evidence of the observed cells of rows, with its error.
+
+    Where cells are missing it is right if they are missing at random given the observed ones; holes that depend on
+    the value that would have stood there it does not see.
 
     Parameters
     ----------
-    cov : array of shape (T, T), or bayes_mpt.program.statistics.Covariance
-        Covariance of the rows, divided by N.
-    mean : array of shape (T,)
-        Of the rows.
-    n_rows : int
-        N.
+    statistics : SufficientStatistics
+        Of the rows (N, T): `bayes_mpt.program.statistics.SufficientStatistics`.
     n_latents : int
         K < T.
     prior : FactorPrior
@@ -120,66 +116,49 @@ def sample_evidence(
     seed : int, default=0
         Same seed, same bits.
 
+    Raises
+    ------
+    ValueError
+        If there are more than `MAX_PARAMETERS` parameters, or the evidence is infinite: a constant column, or latents
+        that reproduce the rows.
+
     Examples
     --------
-    >>> cov = np.diag([9.0, 1.0, 1.0, 1.0])
-    >>> prior = FactorPrior(np.zeros(4), np.diag(cov))
-    >>> found = [sample_evidence(cov, np.zeros(4), 200, k, prior, shape=np.ones(4)) for k in range(3)]
+    >>> from bayes_mpt.evidence import factor_prior
+    >>> rng = np.random.default_rng(0)
+    >>> x = rng.normal(size=(200, 4)) * [3.0, 1.0, 1.0, 1.0]
+    >>> table, prior = SufficientStatistics(x), factor_prior(x)
+    >>> found = [sample_evidence(table, k, prior, shape=np.ones(4)) for k in range(3)]
     >>> int(np.argmax([f.log_evidence for f in found])), found[0].se, found[1].se < 0.2
     (1, 0.0, True)
     """
-    cov = Covariance(cov) if isinstance(cov, np.ndarray) else cov
-    dense, mean = cov.dense(), np.asarray(mean, dtype=float)
-    _check(n_latents, prior, shape, True)
+    complete = statistics.complete
+    _check(n_latents, prior, shape, complete)
     if not n_latents:
-        cells = Cells(np.full(len(mean), float(n_rows)), mean, n_rows * np.diag(dense))
-        return _without_latents(cells, n_rows, prior, shape, n_islands, seed)
-    sd = np.sqrt(np.diag(dense))
-    rank = int(np.linalg.matrix_rank(dense / sd / sd[:, None], hermitian=True))
+        cells = Cells(*(a.cpu().double().numpy() for a in statistics.of_cells()))
+        return _without_latents(cells, statistics.n_rows, prior, shape, n_islands, seed)
+    pairs = statistics if complete else statistics.available()
+    mean, rest = pairs.mean.cpu().numpy(), np.zeros(0)
+    posterior: FactorPosterior
+    if complete:
+        dense = pairs.covariance.dense()
+        _refuse_low_rank(dense, n_latents)
+        posterior = CompletePosterior(dense, mean, statistics.n, n_latents, prior, shape)
+    else:
+        posterior = IncompletePosterior(statistics, n_latents, prior, shape)
+        rest = (mean - prior.center) / np.sqrt(posterior.units)
+    factors = _factors(pairs.covariance, pairs.n, n_latents, prior, shape)
+    return _sampled(_start(posterior, factors, rest), se, max_particles, n_islands, seed)
+
+
+def _refuse_low_rank(cov: Array, n_latents: int) -> None:
+    sd = np.sqrt(np.diag(cov))
+    rank = int(np.linalg.matrix_rank(cov / sd / sd[:, None], hermitian=True))
     if rank <= n_latents:
         raise ValueError(
             f"{n_latents} latents reproduce rows of rank {rank} without noise, so that their evidence is infinite: use "
             "fewer latents"
         )
-    posterior = CompletePosterior(dense, mean, n_rows, n_latents, prior, shape)
-    space = _start(posterior, _factors(cov, n_rows, n_latents, prior, shape), np.zeros(0))
-    return _sampled(space, se, max_particles, n_islands, seed)
-
-
-def sample_incomplete_evidence(
-    rows: NDArray[np.floating],
-    n_latents: int,
-    prior: FactorPrior,
-    *,
-    shape: Array | None = None,
-    se: float = 0.1,
-    max_particles: int = 1024,
-    n_islands: int = 8,
-    seed: int = 0,
-) -> SampledEvidence:
-    """Evidence of the observed cells of rows with missing ones, with its error.
-
-    It is right where cells are missing at random given the observed ones; holes that depend on the value that would
-    have stood there it does not see.
-
-    Parameters
-    ----------
-    rows : array of shape (N, T)
-        NaN where missing.
-    n_latents, prior, shape, se, max_particles, n_islands, seed
-        As of `sample_evidence`.
-    """
-    _check(n_latents, prior, shape, False)
-    table = rows.astype(np.float64)
-    statistics = SufficientStatistics(table)
-    if not n_latents:
-        cells = Cells(*(np.asarray(a, dtype=float) for a in statistics.of_cells()))
-        return _without_latents(cells, len(rows), prior, shape, n_islands, seed)
-    posterior = IncompletePosterior(table, n_latents, prior, shape)
-    pairs = statistics.available()
-    factors = _factors(pairs.covariance, pairs.n, n_latents, prior, shape)
-    nu = (pairs.mean.numpy() - prior.center) / np.sqrt(posterior.units)
-    return _sampled(_start(posterior, factors, nu), se, max_particles, n_islands, seed)
 
 
 def _check(n_latents: int, prior: FactorPrior, shape: Array | None, complete: bool) -> None:
@@ -271,8 +250,7 @@ def _sampled(space: Slice, se: float, max_particles: int, n_islands: int, seed: 
 def error_of(log_z: Array) -> float:
     """Standard error of log mean Z over islands (G,), such that two of it hold the truth as two of a normal do."""
     z = np.exp(log_z - log_z.max())
-    raw = z.std(ddof=1) / z.mean() / math.sqrt(len(z))
-    return float(raw * student.ppf(0.97725, len(z) - 1) / 2)
+    return replicate_error(z) / float(z.mean())
 
 
 def _summary(space: Slice, found: Annealed, n_particles: int) -> SampledEvidence:

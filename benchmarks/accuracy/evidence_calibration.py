@@ -24,7 +24,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bayes_mpt.evidence import annealing, factor_prior, sample_evidence, sample_incomplete_evidence
+from bayes_mpt.evidence import annealing, factor_prior, sample_evidence
+from bayes_mpt.program.statistics import SufficientStatistics
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/, for timing.py
 from timing import Report, run
@@ -66,10 +67,7 @@ def drawn(group, index):
 
 
 def evidence(x, k, shape, **how):
-    prior = factor_prior(x)
-    if np.isnan(x).any():
-        return sample_incomplete_evidence(x, k, prior, shape=shape, **how)
-    return sample_evidence(np.cov(x.T, bias=True), x.mean(0), len(x), k, prior, shape=shape, **how)
+    return sample_evidence(SufficientStatistics(x), k, factor_prior(x), shape=shape, **how)
 
 
 @contextmanager

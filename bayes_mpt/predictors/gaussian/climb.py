@@ -98,21 +98,21 @@ class Coordinates:
         The likelihood's ``slope`` (d,) there tells how it curves in the deviation of a noise that goes to zero.
         """
         maps = self.maps(theta[None])
-        info = self.cells.information(maps)
         t, k, p = self.n_tokens, self.n_latents, self.n_noise
         sd = self._split(theta[None])[1][0]
         moved = 2 * sd * (self.unit[:, None] if p == 1 else np.diag(self.unit))  # (T, P) of psi
-        own = np.diag(info.mean)
-        noise = moved.T @ info.noise @ moved
-        cross = info.cross.reshape(t * k, t) @ moved
-        loading = info.loading.reshape(t * k, t * k)
+        own, own_loading, own_noise = self.cells.own_information(maps)
         ridge_loading = RIDGE * np.repeat(own, k)
         ridge_noise = RIDGE * (own if p == t else np.array([self.unit @ own]))
         of_sd = self._split(slope[None])[1][0]
         ridge_noise = ridge_noise + np.maximum(-of_sd, 0.0) / np.maximum(sd, 1e-12)
         if self.size > MAX_WHOLE:
-            parts = [np.diag(loading) + ridge_loading, np.diag(noise) + ridge_noise, own]
+            parts = [own_loading.ravel() + ridge_loading, own_noise @ moved**2 + ridge_noise, own]
             return 1 / np.sqrt(np.concatenate(parts))
+        info = self.cells.information(maps)
+        noise = moved.T @ info.noise @ moved
+        cross = info.cross.reshape(t * k, t) @ moved
+        loading = info.loading.reshape(t * k, t * k)
         first = t * k + p
         matrix = np.zeros((self.size, self.size))
         matrix[: t * k, : t * k] = loading + np.diag(ridge_loading)

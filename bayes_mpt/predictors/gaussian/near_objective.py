@@ -72,9 +72,8 @@ class _NearObjective(Objective):
     def draw(self, rows: Tensor, generator: Generator | None) -> Masks | None:
         if self.masks is None or generator is None or (self.masks.chains and self.bound.whole):
             return None
-        return self.masks.draw(
-            rows.shape[1], generator
-        )  # neighbours come before a token, so that chains differ
+        # neighbours come before a token, so that chains differ
+        return self.masks.draw(rows.shape[1], generator)
 
     def sample(self, n: int, generator: Generator) -> Batch:
         """Random tokens and weights with which their terms add up to the score in expectation."""

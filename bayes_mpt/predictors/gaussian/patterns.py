@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Information", "Maps", "Patterns", "Slopes"]
+__all__ = ["Information", "Maps", "Patterns", "Slopes", "information"]
 
 Array = NDArray[np.float64]
 
@@ -111,7 +111,7 @@ class Patterns:
         self.rows = np.ascontiguousarray(np.where(seen, rows, 0.0)[order].T)
         """(T, R), zero where missing."""
         self.weight = weight[order]
-        self.count = np.bincount(self.index, self.weight)
+        self.count = np.bincount(self.index, self.weight).astype(np.float64)
         """(G,) rows, weighted."""
         self.n_rows = float(weight.sum())
         self.n_seen = self.seen @ self.weight
@@ -168,36 +168,22 @@ class Patterns:
         return sums.total, Maps(mean, loading @ root, left / seen), left
 
     def information(self, at: Maps) -> Information:
-        """Of one map (B = 1), per unit of m, W and psi.
+        """Of one map (B = 1), per unit of m, W and psi."""
+        return information(at.loading[0], at.noise[0], self.shown, self.count)
 
-        With P = S_o^-1 in the places of o and zero elsewhere, A = P W and B = W' P W, summed over the rows,
-
-            W_ik, W_jl: P_ij B_kl + A_il A_jk,    W_ik, psi_j: P_ij A_jk,    psi_i, psi_j: 1/2 P_ij^2,    m_i, m_j: P_ij
-        """
+    def own_information(self, at: Maps) -> tuple[Array, Array, Array]:
+        """The diagonals alone, of m (T,), W (T, K) and psi (T,), of which no matrix of tokens is made."""
         loading, noise = at.loading[0], at.noise[0]
-        t, k = loading.shape
-        scaled = loading / noise[:, None]
-        outer = (scaled[:, :, None] * loading[:, None, :]).reshape(t, -1)
-        info = Information(*(np.zeros(s) for s in ((t, t), (t, k, t, k), (t, t), (t, k, t))))
-        for groups in _slices(self.shown.shape[1], max(1, CHUNK // (t * t + t * k))):
-            shown, count = self.shown[:, groups].T, self.count[groups]
-            c, _ = _inverse((shown @ outer).T.reshape(1, k, k, len(shown)) + np.eye(k)[:, :, None])
-            c = np.ascontiguousarray(c[0].transpose(2, 0, 1))  # (G, K, K)
-            u = shown[:, :, None] * scaled  # psi^-1 W on o
-            uc = u @ c  # which is P W too
-            p = -uc @ u.swapaxes(1, 2)
-            p[:, np.arange(t), np.arange(t)] += shown / noise
-            b = np.eye(k) - c  # W' P W = I - C
-            weighted = count[:, None, None] * p
-            info.mean[...] += weighted.sum(0)
-            info.noise[...] += 0.5 * (weighted * p).sum(0)
-            info.cross[...] += np.einsum("gij,gjk->ikj", weighted, uc)
-            of_rows = uc.reshape(len(uc), t * k)
-            flat = (count[:, None] * of_rows).T @ of_rows
-            info.loading[...] += flat.reshape(t, k, t, k).transpose(0, 3, 2, 1)
-            flat = weighted.reshape(len(p), t * t).T @ b.reshape(len(b), k * k)
-            info.loading[...] += flat.reshape(t, t, k, k).transpose(0, 2, 1, 3)
-        return info
+        found = np.zeros_like(noise), np.zeros_like(loading), np.zeros_like(noise)
+        for groups in _slices(self.shown.shape[1], max(1, CHUNK // max(1, loading.size))):
+            shown, count = self.shown[:, groups].T, self.count[groups, None]
+            uc, c = _shares(loading, noise, shown)
+            p = shown / noise - (uc * (shown[:, :, None] * (loading / noise[:, None]))).sum(2)  # (G, T)
+            b = 1 - np.diagonal(c, axis1=1, axis2=2)  # (G, K)
+            found[0][...] += (count * p).sum(0)
+            found[1][...] += (count * p).T @ b + (count[:, :, None] * uc**2).sum(0)
+            found[2][...] += 0.5 * (count * p**2).sum(0)
+        return found
 
     def _sums(self, at: Maps, *, step: bool) -> _Sums:
         """Over all rows, by as many at once as fit into memory."""
@@ -258,6 +244,43 @@ class Patterns:
             first=weighted.sum(-1),
             second=own,
         )
+
+
+def information(loading: Array, noise: Array, shown: Array, count: Array) -> Information:
+    """Fisher information at W (T, K) and psi (T,) of ``count`` (G,) rows for each pattern ``shown`` (T, G).
+
+    With P = S_o^-1 in the places of o and zero elsewhere, A = P W and B = W' P W, summed over the rows,
+
+        W_ik, W_jl: P_ij B_kl + A_il A_jk,    W_ik, psi_j: P_ij A_jk,    psi_i, psi_j: 1/2 P_ij^2,    m_i, m_j: P_ij
+    """
+    t, k = loading.shape
+    info = Information(*(np.zeros(s) for s in ((t, t), (t, k, t, k), (t, t), (t, k, t))))
+    for groups in _slices(shown.shape[1], max(1, CHUNK // (t * t + t * k))):
+        some, n = shown[:, groups].T, count[groups]
+        uc, c = _shares(loading, noise, some)
+        p = -uc @ (some[:, :, None] * (loading / noise[:, None])).swapaxes(1, 2)
+        p[:, np.arange(t), np.arange(t)] += some / noise
+        b = np.eye(k) - c  # W' P W = I - C
+        weighted = n[:, None, None] * p
+        info.mean[...] += weighted.sum(0)
+        info.noise[...] += 0.5 * (weighted * p).sum(0)
+        info.cross[...] += np.einsum("gij,gjk->ikj", weighted, uc)
+        of_rows = uc.reshape(len(uc), t * k)
+        flat = (n[:, None] * of_rows).T @ of_rows
+        info.loading[...] += flat.reshape(t, k, t, k).transpose(0, 3, 2, 1)
+        flat = weighted.reshape(len(p), t * t).T @ b.reshape(len(b), k * k)
+        info.loading[...] += flat.reshape(t, t, k, k).transpose(0, 2, 1, 3)
+    return info
+
+
+def _shares(loading: Array, noise: Array, shown: Array) -> tuple[Array, Array]:
+    """psi^-1 W C (G, T, K) on the tokens ``shown`` (G, T), which is P W too, and C (G, K, K)."""
+    t, k = loading.shape
+    scaled = loading / noise[:, None]
+    outer = (scaled[:, :, None] * loading[:, None, :]).reshape(t, -1)
+    c, _ = _inverse((shown @ outer).T.reshape(1, k, k, len(shown)) + np.eye(k)[:, :, None])
+    c = np.ascontiguousarray(c[0].transpose(2, 0, 1))
+    return shown[:, :, None] * scaled @ c, c
 
 
 def _added(one: _Sums, other: _Sums) -> _Sums:
