@@ -7,7 +7,10 @@ import pytest
 from scipy.stats import multivariate_normal
 
 from bayes_mpt.evidence.factor_posterior import information as of_shares
+from bayes_mpt.predictors.gaussian.incomplete import maximise
 from bayes_mpt.predictors.gaussian.patterns import Maps, Patterns
+from bayes_mpt.predictors.gaussian.profile import Prior
+from bayes_mpt.program.statistics import SufficientStatistics
 
 
 def table(t=5, k=2, n=12, seed=0):
@@ -109,6 +112,34 @@ def test_information_in_shares():
     found, _ = of_shares(v, (~np.isnan(rows)).T.astype(float), weight)
     want = fisher(~np.isnan(rows), weight, np.append(v, e), k, cov_of)
     np.testing.assert_allclose(found, want, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("shape", [None, np.array([1.0, 2.0, 0.5, 1.0, 3.0])])
+def test_the_maximum_a_posteriori_is_stationary(shape):
+    """Under Gamma(2, b) of the logarithms of the noises, or of the one factor."""
+    rng = np.random.default_rng(3)
+    t, k, n = 5, 2, 80
+    rows = rng.normal(size=(n, k)) @ rng.normal(size=(k, t)) + rng.normal(size=(n, t))
+    rows[rng.random(rows.shape) < 0.3] = np.nan
+    rows = rows[~np.isnan(rows).all(1)]
+    rate = 2 / np.nanvar(rows, 0) if shape is None else np.array([1.5])
+    found = maximise(SufficientStatistics(rows), k, shape, prior=Prior(2.0, rate, len(rows)))
+    assert found.converged
+    factor = found.noise if shape is None else found.noise[:1] / shape[:1]
+
+    def posterior(theta):
+        log_factor = theta[t + t * k :]
+        noise = np.exp(log_factor) * (1 if shape is None else shape)
+        density = log_density(rows, np.ones(len(rows)), np.concatenate([theta[: t + t * k], noise]), k)
+        return density + (2 * log_factor - rate * np.exp(log_factor)).sum()
+
+    theta = np.concatenate([found.mean, found.loading.ravel(), np.log(factor)])
+    slope = np.array(
+        [(posterior(theta + s) - posterior(theta - s)) / 2e-5 for s in 1e-5 * np.eye(len(theta))]
+    )
+    assert np.abs(slope).max() < 2e-3  # of some hundred nats
+    for _ in range(20):
+        assert posterior(theta + 0.02 * rng.normal(size=len(theta))) < posterior(theta)
 
 
 def test_diagonals_of_many_tokens_make_no_matrix_of_them():

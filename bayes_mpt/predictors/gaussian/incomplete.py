@@ -160,7 +160,7 @@ class _Standardised:
             scaled = shape / sd**2
             total = (1 / scaled).mean()  # so that the factor is a share of the variance
             self.shape = scaled * total
-            self.prior = None if prior is None else (prior.shape, prior.rate / total)
+            self.prior = None if prior is None else (prior.shape, prior.rate * total)
 
     def maximise(self, n_init: int, rng: np.random.Generator, max_iter: int, tol: float) -> Maximum:
         self.best: tuple[Maps, int] | None = None  # for Ctrl-C
