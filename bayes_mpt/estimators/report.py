@@ -100,5 +100,6 @@ def explain(fitted: Fitted) -> str:
             f"point-estimated: {', '.join(s.parameters) or 'nothing'}{where}",
             f"training:        {fit.method}, {max(1, fit.n_iter)} iterations"
             + (", interrupted" if fit.interrupted else ""),
+            *([] if fitted.posterior is None else [f"averaged:        {fitted.posterior.prior.describe()}"]),
         ]
     )

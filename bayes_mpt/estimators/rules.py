@@ -156,7 +156,7 @@ class Train(BaseEstimator):
     def evaluate(self, candidate: Candidate, X: Any, y: Any, **seeds: Any) -> None:
         """As `Laplace.evaluate`."""
         model = candidate.model  # what the fit found: an integral over all latents may have taken long
-        candidate.evidence, candidate.se = model.log_marginal_likelihood_, model.log_marginal_likelihood_se_
+        candidate.evidence, candidate.se = model.fitted_.total, model.fitted_.se
         candidate.replicates = np.array([candidate.evidence])
         _of_one_fit(candidate, X, y)
 
