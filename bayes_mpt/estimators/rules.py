@@ -9,8 +9,8 @@
   LML, log p(rest | visible share).
 - `Train`: the LML at its maximum. It rises with every surplus parameter and cannot choose a dimension; kept to compare
   with other tools, and right where nothing is point-estimated.
-- `Auto`: `Laplace` where every candidate declares its symmetries and no cell is missing; `Integrated` where every one
-  offers a prior of its few hyper-parameters; `Train` where nothing is point-estimated; `HeldOut` elsewhere.
+- `Auto`: `Laplace` where every candidate declares its symmetries; `Integrated` where every one offers a prior of its
+  few hyper-parameters; `Train` where nothing is point-estimated; `HeldOut` elsewhere.
 
 Their names in lower case stand for their defaults: ``evidence="heldout"`` is ``evidence=HeldOut()``.
 """
@@ -292,18 +292,12 @@ class Auto(BaseEstimator):
             )
         if vectors:
             return Train(), "rows are tokens of one vector, so none can be held out: the LML at its maximum"
-        missing = any(not m.complete for m in models)
-        if all(m.rotates for m in models) and not missing:
-            return (
-                Laplace(),
-                "every candidate declares its loadings free up to rotation, and no cell is missing",
-            )
-        why = (
-            "cells are missing"
-            if missing
-            else "a candidate's point estimates have no declared prior or symmetry"
+        if all(m.rotates for m in models):
+            return Laplace(), "every candidate declares its loadings free up to rotation"
+        return held_out, (
+            "a candidate's point estimates have no declared prior or symmetry, so that they cannot be integrated: "
+            "hidden rows are predicted"
         )
-        return held_out, f"{why}, so that they cannot be integrated: hidden rows are predicted"
 
 
 Rule = Laplace | Integrated | HeldOut | Cumulative | Train
