@@ -328,19 +328,14 @@ class Auto(BaseEstimator):
                 "every candidate declares its loadings free up to rotation: loadings, noise variances and mean are "
                 "integrated under one prior"
             )
-        missing = any(not m.complete for m in models)
-        if all(m.rotates for m in models) and not missing:
-            return (
-                Laplace(),
-                "every candidate declares its loadings free up to rotation, no cell is missing, and one is too large "
-                "to be sampled",
+        if all(m.rotates for m in models):
+            return Laplace(), (
+                "every candidate declares its loadings free up to rotation, and one is too large to be sampled"
             )
-        why = (
-            "cells are missing"
-            if missing
-            else "a candidate's point estimates have no declared prior or symmetry"
+        return held_out, (
+            "a candidate's point estimates have no declared prior or symmetry, so that they cannot be integrated: "
+            "hidden rows are predicted"
         )
-        return held_out, f"{why}, so that they cannot be integrated: hidden rows are predicted"
 
 
 Rule = Laplace | Integrated | HeldOut | Cumulative | Train

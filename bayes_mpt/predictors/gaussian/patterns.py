@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Information", "Maps", "Patterns", "Slopes", "information"]
+__all__ = ["Information", "Maps", "Patterns", "Slopes", "information", "shares"]
 
 Array = NDArray[np.float64]
 
@@ -177,7 +177,7 @@ class Patterns:
         found = np.zeros_like(noise), np.zeros_like(loading), np.zeros_like(noise)
         for groups in _slices(self.shown.shape[1], max(1, CHUNK // max(1, loading.size))):
             shown, count = self.shown[:, groups].T, self.count[groups, None]
-            uc, c = _shares(loading, noise, shown)
+            uc, c = shares(loading, noise, shown)
             p = shown / noise - (uc * (shown[:, :, None] * (loading / noise[:, None]))).sum(2)  # (G, T)
             b = 1 - np.diagonal(c, axis1=1, axis2=2)  # (G, K)
             found[0][...] += (count * p).sum(0)
@@ -257,7 +257,7 @@ def information(loading: Array, noise: Array, shown: Array, count: Array) -> Inf
     info = Information(*(np.zeros(s) for s in ((t, t), (t, k, t, k), (t, t), (t, k, t))))
     for groups in _slices(shown.shape[1], max(1, CHUNK // (t * t + t * k))):
         some, n = shown[:, groups].T, count[groups]
-        uc, c = _shares(loading, noise, some)
+        uc, c = shares(loading, noise, some)
         p = -uc @ (some[:, :, None] * (loading / noise[:, None])).swapaxes(1, 2)
         p[:, np.arange(t), np.arange(t)] += some / noise
         b = np.eye(k) - c  # W' P W = I - C
@@ -273,7 +273,7 @@ def information(loading: Array, noise: Array, shown: Array, count: Array) -> Inf
     return info
 
 
-def _shares(loading: Array, noise: Array, shown: Array) -> tuple[Array, Array]:
+def shares(loading: Array, noise: Array, shown: Array) -> tuple[Array, Array]:
     """psi^-1 W C (G, T, K) on the tokens ``shown`` (G, T), which is P W too, and C (G, K, K)."""
     t, k = loading.shape
     scaled = loading / noise[:, None]
