@@ -88,8 +88,9 @@ class BayesMPT(
         fitted by an EM, one start of which is made of the pairs of cells observed together; L-BFGS goes on from the
         best. Of other programs "auto" tries 4 starts for a few steps.
     penalty : bool, default=False
-        Maximise the score plus the log hyperprior of the model's parameters (maximum a posteriori). What is reported
-        as a log marginal likelihood never includes it.
+        Maximise the score plus the log prior (maximum a posteriori): the hyperprior of the model's parameters, or, of
+        PPCA and factor analysis, that of the noise variances, Gamma(2, 2 / column's variance) seen from their
+        logarithms, which holds them above zero. What is reported as a log marginal likelihood never includes it.
     warm_start : bool, default=False
         Start from the parameters of the last fit.
     random_state : int, RandomState or None
@@ -126,7 +127,7 @@ class BayesMPT(
         (K, T), (T,), (T,): the linear-Gaussian map in units of standard normal latents, where all rows share it; one
         number is the noise of a model that says so.
     at_map_ : bool
-        Whether the parameters are at the maximum a posteriori under the model's hyperprior, not at that of the score.
+        Whether the parameters are at the maximum a posteriori (``penalty``), not at that of the score.
     complete_ : bool
         Whether no cell of the training rows was missing.
     data_digest_ : str
