@@ -118,7 +118,7 @@ class BayesMPT(
     interrupted_ : bool
         Whether Ctrl-C has cut the training short, at the best parameters until then.
     noise_at_zero_ : list of str
-        Columns whose noise variance has ended at zero, of which a warning tells; looked for where cells are missing.
+        Columns whose noise variance is zero (1e-8 of theirs: a density needs a width): warned of; with missing cells.
     predictor_ : Predictor
         Frozen: needs neither program nor parameter store.
     n_components_ : int

@@ -203,7 +203,10 @@ class _Standardised:
         self, climb: Climb, cells: Patterns, rng: np.random.Generator, max_iter: int, tol: float
     ) -> Climb:
         for _ in range(MAX_SADDLES):
-            self._run(climb, tol * (cells.n_rows + abs(float(climb.at.value[0]))), max_iter)
+            left = tol * (cells.n_rows + abs(float(climb.at.value[0])))
+            self._run(climb, left, max_iter)
+            if climb.settle():
+                self._run(climb, left, max_iter)
             if climb.n_iter >= max_iter or not self.n_latents or not climb.leave_saddle(rng):
                 break
         return climb
