@@ -106,7 +106,8 @@ def heywood():
 def test_the_warning_of_no_noise_proposes_it_and_it_holds_the_noise_above_zero():
     x = heywood()
     with pytest.warns(
-        ConvergenceWarning, match=r"'item 3' is zero.*Use penalty=True, which holds it above zero"
+        ConvergenceWarning,
+        match=r"'item 3' is zero.*Use penalty=True, which holds the noise above zero",
     ):
         free = BayesMPT(FactorAnalysis(2), random_state=0).fit(x)
     held = BayesMPT(FactorAnalysis(2), penalty=True, random_state=0).fit(x)  # a warning would fail
@@ -212,7 +213,7 @@ def test_few_cells_are_held_by_the_prior():
     """Three cells, a mean and two loadings: without the prior there is no maximum, with it there is."""
     x = table(5, 2, 40)
     x[3:, 4] = np.nan
-    with pytest.raises(ValueError, match="too few observed cells"):
+    with pytest.raises(ValueError, match="too few observed cells .* use penalty=True"):
         BayesMPT(FactorAnalysis(2), random_state=0).fit(x)
     model = BayesMPT(FactorAnalysis(2), penalty=True, random_state=0).fit(x)
     assert model.converged_ and model.noise_variance_[4] > 1e-3 * np.nanvar(x[:, 4])
