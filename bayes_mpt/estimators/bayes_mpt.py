@@ -92,8 +92,9 @@ class BayesMPT(
         fitted by an EM, one start of which is made of the pairs of cells observed together; L-BFGS goes on from the
         best. Of other programs "auto" tries 4 starts for a few steps.
     penalty : bool, default=False
-        Maximise the score plus the log hyperprior of the model's parameters (maximum a posteriori). What is reported
-        as a log marginal likelihood never includes it.
+        Maximise the score plus the log prior (maximum a posteriori): the hyperprior of the model's parameters, or, of
+        PPCA and factor analysis, that of the noise variances, Gamma(2, 2 / column's variance) seen from their
+        logarithms, which holds them above zero. What is reported as a log marginal likelihood never includes it.
     average : "posterior", optional
         Of a factor model: score, impute and sample by the mean of the Gaussian over the posterior of loadings, noise
         variances and mean, under the prior of `bayes_mpt.evidence.factor_prior`, in place of that at the maximum.
@@ -128,7 +129,7 @@ class BayesMPT(
     interrupted_ : bool
         Whether Ctrl-C has cut the training short, at the best parameters until then.
     noise_at_zero_ : list of str
-        Columns whose noise variance has ended at zero, of which a warning tells; looked for where cells are missing.
+        Columns whose noise variance is zero (1e-8 of theirs: a density needs a width): warned of; with missing cells.
     predictor_ : Predictor
         Frozen: needs neither program nor parameter store.
     n_components_ : int
@@ -137,7 +138,7 @@ class BayesMPT(
         (K, T), (T,), (T,): the linear-Gaussian map in units of standard normal latents, where all rows share it; one
         number is the noise of a model that says so.
     at_map_ : bool
-        Whether the parameters are at the maximum a posteriori under the model's hyperprior, not at that of the score.
+        Whether the parameters are at the maximum a posteriori (``penalty``), not at that of the score.
     complete_ : bool
         Whether no cell of the training rows was missing.
     data_digest_ : str
