@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import logsumexp
 
-from bayes_mpt.diagnostics import replicate_error
+from bayes_mpt.diagnostics import few_replicates, replicate_error
 from bayes_mpt.evidence.annealing import Annealed, anneal
 from bayes_mpt.evidence.factor_posterior import CompletePosterior, FactorPosterior
 from bayes_mpt.evidence.factor_prior import FactorPrior
@@ -35,7 +35,6 @@ Array = NDArray[np.float64]
 
 MAX_PARAMETERS = 600
 PILOT = 16  # particles of an island
-SAFETY = 1.1  # on the pilot's error, which is itself uncertain
 LEAST_LOADING = 0.05  # of a column at the start of a climb
 N_EM = 2
 N_DRAWS = 256  # of the noise variances, without latents
@@ -241,7 +240,9 @@ def _without_latents(
 def _sampled(space: Slice, se: float, max_particles: int, n_islands: int, seed: int) -> SampledEvidence:
     first, second = (np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(2))
     pilot = anneal(space, n_islands, PILOT, first)
-    wanted = PILOT * (SAFETY * error_of(pilot.log_z) / se) ** 2
+    # the variance of an island by both that are known of it: between islands, and from the weights
+    variance = (float(pilot.log_z.var(ddof=1)) + pilot.variance) / 2
+    wanted = PILOT * variance / n_islands * (few_replicates(n_islands) / se) ** 2
     n_each = int(np.clip(math.ceil(min(wanted, 1e6)), PILOT, max(PILOT, max_particles // n_islands)))
     found = anneal(space, n_islands, n_each, second, pilot.plan)
     return _summary(space, found, n_each * n_islands)
