@@ -49,12 +49,12 @@ class Annealed(NamedTuple):
     log_z: Array
     """(G,) of each island."""
     y: Array
-    """(n, m) equally weighted points of the posterior."""
+    """(n, m) points of the posterior, as many of each island one after the other: those of one count alike."""
     plan: Plan
     variance: float
     """Of the log Z of an island, as the weights of all particles tell it: what it would be if moves forgot all."""
     acceptance: float
-    """Mean over all moves."""
+    """Mean over all trajectories."""
 
 
 class _Particles:
@@ -126,13 +126,11 @@ def _anneal(
         now = now.taken(_resample(np.exp(rise - total[:, None]), rng))
         chance, inside = _move(space, now, b, plan.steps[level], rng)
         accepted.append(float(chance.mean()))
-        if inside.any():  # an end outside says nothing of the step
+        if pilot and inside.any():  # an end outside says nothing of the step
             step = min(step * math.exp(chance[inside].mean() - ACCEPTANCE), MAX_STEP)
         if b == 1:
             break
-    # islands by their weight, so that all points count alike
-    share = np.repeat(np.exp(log_z - logsumexp(log_z)) / n_each, n_each)
-    return Annealed(log_z, now.y[_resample(share[None], rng)], plan, variance, float(np.mean(accepted)))
+    return Annealed(log_z, now.y, plan, variance, float(np.mean(accepted)))
 
 
 def _start(space: Slice, n_islands: int, n_each: int, rng: np.random.Generator) -> tuple[Array, Array]:
@@ -169,7 +167,8 @@ def _next_temperature(b: float, log_weight: Array) -> float:
 
 def _effective(log_weight: Array) -> float:
     """Share of equally weighted points (B,) that counts after a weighting."""
-    return math.exp(2 * logsumexp(log_weight) - logsumexp(2 * log_weight)) / len(log_weight)
+    w = np.exp(log_weight - log_weight.max())
+    return float(w.sum() ** 2 / (w @ w)) / len(w)
 
 
 def _resample(weight: Array, rng: np.random.Generator) -> NDArray[np.intp]:
@@ -199,12 +198,13 @@ def _move(
             images = _Particles(space, y[moved])
             slope[moved], gauge[moved] = images.slope(b), images.gauge
     before = now.level(b) + gauge - kinetic
-    for _ in range(N_LEAPS):
-        momentum = momentum + 0.5 * length * slope
-        y = y + length * momentum
-        end = _Particles(space, y)
-        slope = end.slope(b)
-        momentum = momentum + 0.5 * length * slope
+    momentum += 0.5 * length * slope
+    for _ in range(N_LEAPS - 1):
+        y += length * momentum
+        momentum += length * ((1 - b) * _log_start(y)[1] + b * space.force(y))
+    y += length * momentum
+    end = _Particles(space, y)
+    momentum += 0.5 * length * end.slope(b)
     gauge = end.gauge.copy()
     allowed = np.isfinite(gauge)
     if space.n_weak:

@@ -38,7 +38,7 @@ GROUPS = {  # share missing from, to; surplus columns from, to; largest D and N
     "surplus columns": ((0.0, 0.0), (1, 2), 30, 500),
 }
 LONG = {"se": 1e-6, "n_islands": 32, "max_particles": 32 * 96}
-SLOW = {"CESS": 0.85, "N_MOVES": 3, "N_LEAPS": 6}  # more temperatures and more moves at each
+SLOW = {"CESS": 0.93, "N_LEAPS": 6}  # more temperatures, a longer trajectory at each
 ASKED = {"within": 0.9, "sd": 1.2, "mean": 0.3}
 PRICES = {"N 200, D 10, K 3": (200, 10, 3, 0.3), "N 500, D 30, K 5": (500, 30, 5, 0.8)}
 
