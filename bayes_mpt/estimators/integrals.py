@@ -18,7 +18,7 @@ from bayes_mpt.evidence.factor_prior import FactorPrior, factor_prior
 from bayes_mpt.evidence.hyperparameters import assign, hyperprior, log_likelihood
 from bayes_mpt.evidence.integrated import IntegratedEvidence, integrate
 from bayes_mpt.evidence.laplace import LaplaceEvidence, laplace_diagonal, laplace_proportional
-from bayes_mpt.evidence.sampled import SampledEvidence, sample_evidence
+from bayes_mpt.evidence.sampled import MAX_PARAMETERS, SampledEvidence, n_parameters, sample_evidence
 from bayes_mpt.predictors import Batch, Objective
 from bayes_mpt.predictors.base import Frozen
 from bayes_mpt.predictors.gaussian.profile import NoiseFloorError, spectrum
@@ -28,6 +28,7 @@ from bayes_mpt.program.statistics import SufficientStatistics
 from bayes_mpt.program.store import save
 
 __all__ = [
+    "affordable",
     "at_mode",
     "integrated_evidence",
     "laplace_evidence",
@@ -35,6 +36,8 @@ __all__ = [
     "noise_shape",
     "sampled_evidence",
 ]
+
+MAX_CELLS = 20_000  # of a table with holes, of which all rows count at every step: some 30 s of CPU time
 
 
 def noise_shape(fitted: Fitted) -> NDArray[np.float64] | str | None:
@@ -73,6 +76,17 @@ def laplace_evidence(fitted: Fitted, rows: NDArray[np.floating]) -> LaplaceEvide
             f"{len(statistics.mean)}, rank {rank}): use fewer latents, or drop columns that repeat others "
             f"({list_names(map(str, fitted.names[repeated_columns(rows)])) or 'none found'})"
         ) from error
+
+
+def affordable(fitted: Fitted) -> bool:
+    """Whether `sampled_evidence` applies, and takes seconds at most."""
+    shape, statistics = noise_shape(fitted), fitted.statistics
+    if shape is None or statistics is None:
+        return False
+    free, k = None if isinstance(shape, str) else shape, fitted.bound.structure.n_latents
+    if n_parameters(len(fitted.names), k, free, fitted.complete) > MAX_PARAMETERS:
+        return False
+    return fitted.complete or statistics.n_cells <= MAX_CELLS
 
 
 def sampled_evidence(

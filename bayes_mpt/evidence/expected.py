@@ -13,13 +13,14 @@ Gaussian.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cholesky, solve_triangular
-from scipy.special import log_softmax, softmax
+from scipy.special import logsumexp, softmax
 
 from bayes_mpt.diagnostics import replicate_error
 from bayes_mpt.evidence.draws import FactorDraws
@@ -27,6 +28,8 @@ from bayes_mpt.evidence.draws import FactorDraws
 __all__ = ["Believed", "Expected", "expected_score", "weights"]
 
 Array = NDArray[np.float64]
+
+MAX_CELLS = 2**22  # of covariances at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +64,7 @@ def weights(log_evidence: Array, kinds: list[str]) -> Array:
     Examples
     --------
     >>> weights(np.log([0.2, 0.6, 0.2]), ["one", "one", "other"]).round(3).tolist()
-    [0.2, 0.6, 0.2]
+    [0.167, 0.5, 0.333]
     >>> weights(np.zeros(3), ["one", "one", "other"]).round(3).tolist()
     [0.25, 0.25, 0.5]
     """
@@ -79,58 +82,70 @@ def expected_score(found: list[Believed], n_rows: int) -> Expected:
     n_rows : int
         N.
     """
+    fits = _Fits.of(found)
     kinds = [c.kind for c in found]
     islands = np.array([c.islands for c in found])  # (J, G)
-    inside = softmax(islands, axis=1)
     weight = weights(np.array([_log_mean_exp(i) for i in islands]), kinds)
-    inverses = [_inverse_root(c.fit_covariance) for c in found]
     # (K, J, G): -2 log-density of a row under the fit of K, its law that of candidate j, by island
-    loss = np.array([[_loss(c, r, other) for other in found] for c, r in zip(found, inverses, strict=True)])
-    score = -0.5 * n_rows * np.einsum("kjg,jg,j->k", loss, inside, weight)
+    loss = np.stack([fits.loss(*_moments(c.draws)) for c in found], 1)
+    score = -0.5 * n_rows * np.einsum("kjg,jg,j->k", loss, softmax(islands, axis=1), weight)
     best = int(np.argmax(score))
     # each island as a search of its own, with weights of its own
     own = weights(islands.T, kinds)  # (G, J)
     replicates = -0.5 * n_rows * np.einsum("kjg,gj->kg", loss - loss[best], own)
     se = np.array([replicate_error(r) for r in replicates])
-    by_draw = [
-        np.array([_loss_by_draw(c, r, other.draws) for c, r in zip(found, inverses, strict=True)])
-        for other in found
-    ]  # of (K, S)
-    better = np.array([(d < d[best]).mean(1) for d in by_draw])  # (J, K)
-    p_better = weight @ better
-    p_better[best] = math.nan
-    return Expected(score, se, p_better)
+    better = np.zeros(len(found))
+    for c, w in zip(found, weight, strict=True):
+        by_draw = np.concatenate([fits.loss(*part) for part in _laws(c.draws)], 1)  # (K, S)
+        better += w * (by_draw < by_draw[best]).mean(1)
+    better[best] = math.nan
+    return Expected(score, se, better)
+
+
+class _Fits(NamedTuple):
+    """Of all candidates."""
+
+    mean: Array
+    """(K, T)"""
+    precision: Array
+    """(K, T, T)"""
+    constant: Array
+    """(K,) T log 2 pi + log |C_K|"""
+
+    @classmethod
+    def of(cls, found: list[Believed]) -> _Fits:
+        precision, constant = [], []
+        for c in found:
+            root = cholesky(c.fit_covariance, lower=True)
+            inverse = solve_triangular(root, np.eye(len(root)), lower=True)
+            precision.append(inverse.T @ inverse)
+            constant.append(len(root) * math.log(2 * math.pi) + 2 * np.log(np.diag(root)).sum())
+        return cls(np.array([c.fit_mean for c in found]), np.array(precision), np.array(constant))
+
+    def loss(self, mean: Array, cov: Array) -> Array:
+        """T log 2 pi + log |C_K| + tr C_K^-1 (cov + (mean - m_K)(mean - m_K)') (K, B) of B laws of a row."""
+        n_fits, n_tokens = self.mean.shape
+        trace = self.precision.reshape(n_fits, -1) @ cov.reshape(-1, n_tokens**2).T
+        off = mean - self.mean[:, None]  # (K, B, T)
+        return np.asarray(self.constant[:, None] + trace + (off @ self.precision * off).sum(2))
+
+
+def _moments(draws: FactorDraws) -> tuple[Array, Array]:
+    """E[mu] (G, T) and E[C] + Cov[mu] (G, T, T) by island."""
+    return draws.island_means, draws.island_covariances + draws.island_mean_covariances
+
+
+def _laws(draws: FactorDraws) -> Iterator[tuple[Array, Array]]:
+    """Means (B, T) and covariances (B, T, T) of all draws, some at a time."""
+    n_draws, n_tokens, _ = draws.loadings.shape
+    size = max(1, MAX_CELLS // n_tokens**2)
+    root, diagonal = np.sqrt(draws.spread), np.arange(n_tokens)
+    for i in range(0, n_draws, size):
+        w = draws.loadings[i : i + size]
+        cov = w @ w.transpose(0, 2, 1)
+        cov[:, diagonal, diagonal] += draws.noise[i : i + size]
+        yield draws.means[i : i + size], cov * (1 + np.outer(root, root))
 
 
 def _log_mean_exp(x: Array) -> float:
-    return float(x[0] - log_softmax(x)[0] - math.log(len(x)))
-
-
-def _inverse_root(cov: Array) -> Array:
-    """L^-1 (T, T) of cov = L L'."""
-    root = cholesky(cov, lower=True)
-    return np.asarray(solve_triangular(root, np.eye(len(root)), lower=True))
-
-
-def _constant(inverse: Array) -> float:
-    return len(inverse) * math.log(2 * math.pi) - 2 * float(np.log(np.diag(inverse)).sum())
-
-
-def _loss(fit: Believed, inverse: Array, other: Believed) -> Array:
-    """T log 2 pi + log |C_K| + tr C_K^-1 (E[C] + Cov[mu] + (E[mu] - m_K)(E[mu] - m_K)') (G,)."""
-    off = other.draws.island_means - fit.fit_mean
-    moment = other.draws.island_covariances + other.draws.island_mean_covariances
-    trace = np.einsum("gij,ij->g", moment, inverse.T @ inverse)
-    return np.asarray(_constant(inverse) + trace + np.square(off @ inverse.T).sum(1))
-
-
-def _loss_by_draw(fit: Believed, inverse: Array, draws: FactorDraws) -> Array:
-    """The same (S,) of each draw."""
-    n_draws, n_tokens, k = draws.loadings.shape
-    root = np.sqrt(draws.spread)
-    white = [inverse, inverse * root]  # of C, and of s^1/2 C s^1/2
-    trace = np.zeros(n_draws)
-    for a in white:
-        w = a @ draws.loadings.transpose(1, 0, 2).reshape(n_tokens, -1)  # (T, S K)
-        trace += np.square(w).reshape(n_tokens, n_draws, k).sum((0, 2)) + draws.noise @ np.square(a).sum(0)
-    return np.asarray(_constant(inverse) + trace + np.square((draws.means - fit.fit_mean) @ inverse.T).sum(1))
+    return float(logsumexp(x)) - math.log(len(x))
