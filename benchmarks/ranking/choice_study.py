@@ -1,4 +1,4 @@
-"""Which rule chooses the better factor model, PPCA or factor analysis and its dimension, and do weights keep their word?
+"""Which rule chooses the better factor model, kind and dimension, and do its weights keep their word?
 
     python benchmarks/ranking/choice_study.py                                       # SIZES below
     python benchmarks/ranking/choice_study.py --tables 500 --holes 200 --off 200    # the full size: hours on one core
@@ -20,8 +20,8 @@ Every rule chooses among PPCA and factor analysis with K = 0 .. D/2 each:
 - 5 folds, 5 x 5 folds: held-out log likelihood, fits made on covariances; with holes 5 folds of the estimator's own.
 
 Regret: what the pick's maximum-likelihood fit loses against that of the best candidate in expected log density of N new
-complete rows (Gaussian fits: by mean and covariance of the law, for scores and skewed columns of 200 000 fresh rows; for
-real tables by the rows held out). Differences are paired by table, with normal 95 % intervals.
+complete rows (fits are Gaussian: mean and covariance of the law tell it; for scores and skewed columns these are of
+200 000 fresh rows, for real tables of the rows held out). Differences are paired by table, with normal 95 % intervals.
 
 Asked: the upper 95 % bound of auto's regret minus that of each other rule below 0.3 nats, off the model below 1, and
 below 0 against AIC and BIC; above a weight of 0.95 within the true kind the interval of the hit rate reaches 95 %.
@@ -54,7 +54,7 @@ from bayes_mpt.warnings import MisfitWarning
 
 RESULTS = Path(__file__).with_suffix(".json")
 SEED, QUICK_SEED = 2718, 1
-SIZES = {"tables": 100, "holes": 20, "off": 75}
+SIZES = {"tables": 120, "holes": 20, "off": 100}
 QUICK = {"tables": 4, "holes": 1, "off": 5}
 MODELS = {"ppca": PPCA, "fa": FactorAnalysis}
 OFF = ("t_5", "t_10", "outliers", "scores", "skewed")
@@ -341,8 +341,8 @@ def show(summary: dict[str, Any]) -> list[str]:
     for name, part in summary.items():
         lines += [
             "",
-            f"{name}: {part['tables']} tables, {part['ranked by hidden rows']:.0%} ranked by hidden rows, misfit warned of in "
-            f"{part['misfit warned of']:.0%}, {part['cpu of auto, median']:.1f} CPU s a search (median)",
+            f"{name}: {part['tables']} tables, {part['ranked by hidden rows']:.0%} ranked by hidden rows, misfit "
+            f"warned of in {part['misfit warned of']:.0%}, {part['cpu of auto, median']:.1f} CPU s a search (median)",
             "| rule | kind and K % | K % | few / many % | kind % | regret | auto minus it | verdict |",
             "|---|---|---|---|---|---|---|---|",
         ]
@@ -357,8 +357,8 @@ def show(summary: dict[str, Any]) -> list[str]:
         for rule, own in part.get("weights", {}).items():
             rate = "{:.0%} [{:.0%}, {:.0%}]".format(*own["hit rate"]) if "hit rate" in own else "-"
             lines.append(
-                f"{'auto' if rule == 'weight' else rule}: weight > {SURE:g} is right in {rate} of {own['cases']}, < .05 true in "
-                f"{own['below .05']}, log score {own['log score']:.2f}, Brier {own['brier']:.3f}"
+                f"{'auto' if rule == 'weight' else rule}: weight > {SURE:g} is right in {rate} of {own['cases']}, "
+                f"< .05 true in {own['below .05']}, log score {own['log score']:.2f}, Brier {own['brier']:.3f}"
             )
     return lines
 

@@ -25,6 +25,7 @@ LEAST_OF_ALL = 1e-14  # as one factor for all columns
 FEW = 0.01  # standard deviation of a noise that may be on its way to none, and
 NONE = 1e-6  # that of one which is there: its slope still tells the curvature
 RIDGE = 0.02  # of a token's information, added where loadings or noises have none
+LEAST_INFORMATION = 1e-9  # in any direction, where each coordinate has one
 MAX_WHOLE = 800  # coordinates up to which their information is taken whole, and not each by itself
 MEMORY = 20  # pairs of steps and slopes
 TRIES = 12  # of a step, ever shorter
@@ -132,8 +133,14 @@ class Coordinates:
         matrix[t * k : first, t * k : first] = noise + np.diag(ridge_noise)
         matrix[first:, first:] = info.mean
         unit = 1 / np.sqrt(np.diag(matrix))
-        root = np.linalg.cholesky(matrix * unit * unit[:, None] + 1e-9 * np.eye(self.size))
-        return unit[:, None] * np.linalg.inv(root).T
+        scaled = matrix * unit * unit[:, None] + LEAST_INFORMATION * np.eye(self.size)
+        try:
+            return unit[:, None] * np.linalg.inv(np.linalg.cholesky(scaled)).T
+        except (
+            np.linalg.LinAlgError
+        ):  # two tokens without noise: rounding is more than the information about some W
+            value, vector = np.linalg.eigh(scaled)
+            return unit[:, None] * vector / np.sqrt(np.maximum(np.abs(value), LEAST_INFORMATION))
 
 
 class _Places(NamedTuple):
