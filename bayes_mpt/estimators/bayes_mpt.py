@@ -36,8 +36,10 @@ from bayes_mpt.estimators.report import Unwatched, explain, reporter, shown
 from bayes_mpt.estimators.rows import check_program, dtype_of, takes_y
 from bayes_mpt.estimators.stored_fit import restored
 from bayes_mpt.estimators.trainer import trainer_of
+from bayes_mpt.evidence.factor_prior import FactorPrior
 from bayes_mpt.evidence.integrated import IntegratedEvidence
 from bayes_mpt.evidence.laplace import LaplaceEvidence
+from bayes_mpt.evidence.sampled import SampledEvidence
 from bayes_mpt.inputs import read_numbers, read_table, unmasked
 from bayes_mpt.masks import Policy
 from bayes_mpt.models import PPCA
@@ -477,14 +479,31 @@ class BayesMPT(
         """
         return integrals.laplace_evidence(*self._ready(X))
 
-    def integrated(self, X: ArrayLike, y: Any = None, *, se: float = 0.1) -> IntegratedEvidence:
-        """Evidence of X (and y) with the hyper-parameters integrated under the model's hyperprior.
+    def integrated(
+        self,
+        X: ArrayLike,
+        y: Any = None,
+        *,
+        se: float = 0.1,
+        max_particles: int = 1024,
+        prior: FactorPrior | None = None,
+    ) -> IntegratedEvidence | SampledEvidence:
+        """Evidence of X (and y) with what was point-estimated integrated, and its error.
 
-        Importance sampling from a mixture around all modes that are found, until the standard error is ``se``, or six
-        times the draws have been doubled; see `bayes_mpt.evidence.integrated`.
-        The model is to offer a prior of its parameters (``model.hyperprior(x, y)``), and its LML is not to be drawn.
+        Of a model that offers a prior of its parameters (``model.hyperprior(x, y)``) the hyper-parameters: importance
+        sampling from a mixture around all modes that are found, until the standard error is ``se``, or six times the
+        draws have been doubled; see `bayes_mpt.evidence.integrated`. Its LML is not to be drawn.
+
+        Of a model that declares its loadings free up to rotation (``model.symmetries``) loadings, noise variances and
+        mean, under ``prior``, by default `bayes_mpt.evidence.factor_prior` of X; see `bayes_mpt.evidence.sampled`.
+        At most ``max_particles`` are taken for an error of ``se``.
         """
-        return integrals.integrated_evidence(*self._ready(X), y, se)
+        fitted, rows = self._ready(X)
+        if integrals.noise_shape(fitted) is not None:
+            return integrals.sampled_evidence(
+                fitted, rows, prior, se=se, max_particles=max_particles, seed=fitted.draws
+            )
+        return integrals.integrated_evidence(fitted, rows, y, se)
 
     def explain(self) -> str:
         """How the score is computed, why, what is integrated and what is point-estimated."""

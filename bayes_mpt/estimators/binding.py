@@ -11,7 +11,6 @@ import numpy as np
 import pyro
 import torch
 
-from bayes_mpt.evidence.factor_prior import FactorPrior
 from bayes_mpt.evidence.laplace import laplace_proportional
 from bayes_mpt.evidence.laplace_incomplete import TooWideError, laplace_of_cells
 from bayes_mpt.predictors import Bound, Predictor, choose
@@ -152,15 +151,14 @@ def _of_complete_rows(statistics: SufficientStatistics, most: int) -> tuple[dict
 
 def _of_observed_cells(statistics: SufficientStatistics, most: int) -> tuple[dict[int, float], int | None]:
     """The evidence of K = 0, 1, ... on the observed cells, and the rank of rows without noise."""
-    count, mean, square = (a.cpu().numpy() for a in statistics.of_cells())
-    prior, n_tokens = FactorPrior(mean, square / count), len(mean)
+    n_tokens, n_cells = len(statistics.mean), int(statistics.of_cells()[0].sum())
     evidence = dict[int, float]()
     for k in range(most + 1):
         # mean, loadings and the latents of the rows but for their maps: as many numbers reproduce as many cells
-        if k and count.sum() <= n_tokens + k * (n_tokens + statistics.n_rows - 1 - k):
+        if k and n_cells <= n_tokens + k * (n_tokens + statistics.n_rows - 1 - k):
             break
         try:
-            found = laplace_of_cells(statistics, k, prior, np.ones(n_tokens), n_init=STARTS)
+            found = laplace_of_cells(statistics, k, np.ones(n_tokens), n_init=STARTS)
         except NoiseFloorError:
             return evidence, k
         except TooWideError as error:

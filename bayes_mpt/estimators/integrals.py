@@ -19,8 +19,8 @@ from bayes_mpt.evidence.factor_prior import FactorPrior, factor_prior
 from bayes_mpt.evidence.hyperparameters import assign, hyperprior, log_likelihood
 from bayes_mpt.evidence.integrated import IntegratedEvidence, integrate
 from bayes_mpt.evidence.laplace import LaplaceEvidence, laplace_diagonal, laplace_proportional
-from bayes_mpt.evidence.laplace_incomplete import laplace_of_cells
-from bayes_mpt.evidence.sampled import SampledEvidence, sample_evidence
+from bayes_mpt.evidence.laplace_incomplete import laplace_fits, laplace_of_cells
+from bayes_mpt.evidence.sampled import MAX_PARAMETERS, SampledEvidence, n_parameters, sample_evidence
 from bayes_mpt.predictors import Batch, Objective
 from bayes_mpt.predictors.base import Frozen
 from bayes_mpt.predictors.gaussian.incomplete import FewCellsError
@@ -31,13 +31,17 @@ from bayes_mpt.program.statistics import SufficientStatistics
 from bayes_mpt.program.store import save
 
 __all__ = [
+    "affordable",
     "at_mode",
     "integrated_evidence",
+    "laplace_applies",
     "laplace_evidence",
     "n_hyperparameters",
     "noise_shape",
     "sampled_evidence",
 ]
+
+MAX_CELLS = 20_000  # of a table with holes, of which all rows count at every step: some 30 s of CPU time
 
 
 def noise_shape(fitted: Fitted) -> NDArray[np.float64] | str | None:
@@ -84,12 +88,10 @@ def _laplace_of_cells(
 ) -> LaplaceEvidence:
     """The Laplace evidence where cells are missing."""
     refuse_unobserved(np.isnan(rows).all(0), fitted.names)
-    k, prior = fitted.bound.structure.n_latents, factor_prior(rows)
-    if fitted.shift is not None:
-        prior = replace(prior, center=prior.center - fitted.shift)
+    k = fitted.bound.structure.n_latents
     try:
         with training.one_thread(statistics.n_cells):
-            return laplace_of_cells(statistics, k, prior, shape)
+            return laplace_of_cells(statistics, k, shape)
     except (NoiseFloorError, FewCellsError) as error:
         names = list_names(map(str, fitted.names[error.columns]))
         raise ValueError(
@@ -97,6 +99,26 @@ def _laplace_of_cells(
             f"has no point to expand at: {names}. They are constant, or have too few cells: use fewer latents, or drop "
             "them"
         ) from error
+
+
+def laplace_applies(fitted: Fitted) -> bool:
+    """Whether `laplace_evidence` applies, also to as large a table."""
+    shape = noise_shape(fitted)
+    if shape is None:
+        return False
+    tied, k = not isinstance(shape, str), fitted.bound.structure.n_latents
+    return fitted.complete or laplace_fits(len(fitted.names), k, tied=tied)
+
+
+def affordable(fitted: Fitted) -> bool:
+    """Whether `sampled_evidence` applies, and takes seconds at most."""
+    shape, statistics = noise_shape(fitted), fitted.statistics
+    if shape is None or statistics is None:
+        return False
+    free, k = None if isinstance(shape, str) else shape, fitted.bound.structure.n_latents
+    if n_parameters(len(fitted.names), k, free, fitted.complete) > MAX_PARAMETERS:
+        return False
+    return fitted.complete or statistics.n_cells <= MAX_CELLS
 
 
 def sampled_evidence(

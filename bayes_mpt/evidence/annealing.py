@@ -50,7 +50,7 @@ class Annealed(NamedTuple):
     log_z: Array
     """(G,) of each island."""
     y: Array
-    """(n, m) equally weighted points of the posterior."""
+    """(n, m) points of the posterior, as many of each island one after the other: those of one count alike."""
     plan: Plan
     acceptance: float
     """Mean over all moves."""
@@ -131,9 +131,7 @@ def _anneal(
                     step = min(step * math.exp(chance[inside].mean() - ACCEPTANCE), MAX_STEP)
         if b == 1:
             break
-    # islands by their weight, so that all points count alike
-    share = np.repeat(np.exp(log_z - logsumexp(log_z)) / n_each, n_each)
-    return Annealed(log_z, now.y[_resample(share[None], rng)], plan, float(np.mean(accepted)))
+    return Annealed(log_z, now.y, plan, float(np.mean(accepted)))
 
 
 def _start(space: Slice, n_islands: int, n_each: int, rng: np.random.Generator) -> tuple[Array, Array]:
