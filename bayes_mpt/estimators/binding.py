@@ -122,8 +122,11 @@ def choose_dimension(model: Any, statistics: SufficientStatistics) -> tuple[Any,
     """
     n, n_tokens = statistics.n_rows, len(statistics.mean)
     most = max(min(n_tokens - 1, n - 2, MAX_AUTO), 0)
-    rank_all = _of_complete_rows if statistics.complete else _of_observed_cells
-    evidence, rank = rank_all(statistics, most)
+    rank = None
+    if statistics.complete:
+        evidence, rank = _of_complete_rows(statistics, most)
+    else:
+        evidence = _of_observed_cells(statistics, most)
     best, at_floor = max(evidence, key=lambda k: evidence[k]), rank is not None
     if rank is not None:
         best = rank
@@ -149,8 +152,8 @@ def _of_complete_rows(statistics: SufficientStatistics, most: int) -> tuple[dict
     return evidence, known.rank if at_floor else None
 
 
-def _of_observed_cells(statistics: SufficientStatistics, most: int) -> tuple[dict[int, float], int | None]:
-    """The evidence of K = 0, 1, ... on the observed cells, and the rank of rows without noise."""
+def _of_observed_cells(statistics: SufficientStatistics, most: int) -> dict[int, float]:
+    """The evidence of K = 0, 1, ... on the observed cells; infinite, which a fit refuses, where no noise is left."""
     n_tokens, n_cells = len(statistics.mean), int(statistics.of_cells()[0].sum())
     evidence = dict[int, float]()
     for k in range(most + 1):
@@ -160,11 +163,12 @@ def _of_observed_cells(statistics: SufficientStatistics, most: int) -> tuple[dic
         try:
             found = laplace_of_cells(statistics, k, np.ones(n_tokens), n_init=STARTS)
         except NoiseFloorError:
-            return evidence, k
+            evidence[k] = math.inf
+            break
         except TooWideError as error:
             warn(f"more than {k - 1} latent dimensions are not tried: {error}", AdviceWarning)
             break
         evidence[k] = found.log_evidence
         if k - max(evidence, key=lambda k: evidence[k]) >= PATIENCE:
             break
-    return evidence, None
+    return evidence
