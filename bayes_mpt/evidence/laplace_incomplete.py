@@ -36,7 +36,7 @@ __all__ = ["TooWideError", "expand", "laplace_fits", "laplace_of_cells"]
 
 Array = NDArray[np.float64]
 
-MAX_WHOLE = 1000  # loadings of one noise factor up to which H is made
+MAX_WHOLE = 2000  # loadings of one noise factor up to which H is made
 MAX_FREE = 3000  # loadings and noises, where each token has its own: H is made
 MAX_WIDE = 2 * 10**7  # T K^3 where H is not made: numbers in one array
 NO_LOADING = 1e-6  # squares of V summed over the tokens, which a climb leaves where the maximum is at zero
