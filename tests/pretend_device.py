@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 from unittest import mock
 
@@ -17,7 +18,6 @@ from torch.overrides import TorchFunctionMode
 from torch.serialization import _serialization_tls
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import return_and_correct_aliasing
-from torch.utils._pytree import tree_flatten, tree_map
 
 __all__ = ["DEVICE", "away"]
 
@@ -71,7 +71,7 @@ class _There(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        given = [a for a in tree_flatten((args, kwargs))[0] if isinstance(a, Tensor)]
+        given = [a for a in _leaves((args, tuple(kwargs.values()))) if isinstance(a, Tensor)]
         near = [a for a in given if not isinstance(a, _There) and a.ndim > 0]
         op = func.overloadpacket
         if near and op not in MOVES and not (op in TAKES_INDICES and isinstance(args[0], _There)):
@@ -85,11 +85,13 @@ class _There(Tensor):
             raise RuntimeError(f"{func}: the generator is not where the numbers are to be")
         if target is not None:
             kwargs = {**kwargs, "device": torch.device("cpu")}
-        out = func(*tree_map(_here, args), **tree_map(_here, kwargs))
+        out = func(*_each(_here, args), **{k: _each(_here, a) for k, a in kwargs.items()})
         if not to_there:
             return out
-        out = tree_map(lambda a: _There(a) if isinstance(a, Tensor) else a, out)
-        return out if op is aten._to_copy else return_and_correct_aliasing(func, args, kwargs, out)
+        out = _each(lambda a: _There(a) if isinstance(a, Tensor) else a, out)
+        if op is aten._to_copy or not _has_aliases(func):
+            return out
+        return return_and_correct_aliasing(func, args, kwargs, out)
 
 
 class _Factories(TorchFunctionMode):
@@ -157,6 +159,27 @@ def _rebuilt(*parts: Any) -> Tensor:
     """A tensor that `torch.load` makes of what was read."""
     here = REBUILD(*parts)
     return _There(here) if _is_there(_serialization_tls.map_location) else here
+
+
+def _leaves(values: Any) -> Iterator[Any]:
+    """All that an operation is given, those of its lists one by one."""
+    for a in values:
+        if isinstance(a, list | tuple):
+            yield from _leaves(a)
+        else:
+            yield a
+
+
+def _each(function: Any, a: Any) -> Any:
+    """The function of each leaf. `torch.utils._pytree` takes much longer than the operation itself."""
+    return type(a)(_each(function, b) for b in a) if isinstance(a, list | tuple) else function(a)
+
+
+@cache
+def _has_aliases(func: Any) -> bool:
+    """Whether an operation gives a view of what it is given, or changes it."""
+    schema = func._schema
+    return any(a.alias_info is not None for a in (*schema.arguments, *schema.returns))
 
 
 def _here(a: Any) -> Any:

@@ -102,7 +102,8 @@ class Candidate:
     believed: Believed | None = None
     """The fit and the posterior that the evidence was computed with, where rows are Gaussian under both."""
     held_out: float = math.nan
-    """Nats of hidden rows, where the choice was checked by them and went the other way."""
+    """Nats of hidden rows, where these rank and not the expected score."""
+    why_held_out: str = ""
     known: Facts | None = None
     """Of the fitted model, where they were told; `facts` asks the model otherwise."""
     unfitted: Any = None

@@ -20,6 +20,7 @@ from bayes_mpt.estimators.candidates import (
     refuse_unwrapped,
     token_digest,
 )
+from bayes_mpt.estimators.checked import checked
 from bayes_mpt.estimators.rows import data_digest
 from bayes_mpt.estimators.rules import (
     Auto,
@@ -137,7 +138,8 @@ def compare(
     if all(c.error for c in found):
         raise ValueError(f"all {len(found)} models failed; the first one: {found[0].error}")
     refuse_other_priors(names, found)
-    table = comparison_table(names, found, rule.name)
+    ranking = checked(found, rule, asked, X, y, seed=seed, random_state=own_state) if seen else None
+    table = comparison_table(names, found, rule.name, ranking)
     table.attrs |= {"evidence": rule.name, "reason": why}
     return table
 

@@ -156,7 +156,7 @@ class Train(BaseEstimator):
     def evaluate(self, candidate: Candidate, X: Any, y: Any, **seeds: Any) -> None:
         """As `Laplace.evaluate`."""
         model = candidate.model  # what the fit found: an integral over all latents may have taken long
-        candidate.evidence, candidate.se = model.log_marginal_likelihood_, model.log_marginal_likelihood_se_
+        candidate.evidence, candidate.se = model.fitted_.total, model.fitted_.se
         candidate.replicates = np.array([candidate.evidence])
         _of_one_fit(candidate, X, y)
 
@@ -329,9 +329,8 @@ class Auto(BaseEstimator):
                 "integrated under one prior"
             )
         if all(m.rotates for m in models):
-            return (
-                Laplace(),
-                "every candidate declares its loadings free up to rotation, and one is too large to be sampled",
+            return Laplace(), (
+                "every candidate declares its loadings free up to rotation, and one is too large to be sampled"
             )
         return held_out, (
             "a candidate's point estimates have no declared prior or symmetry, or are too many, so that they cannot be "

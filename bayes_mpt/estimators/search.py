@@ -29,6 +29,7 @@ from bayes_mpt.estimators.candidates import (
     final_step,
     refuse_unwrapped,
 )
+from bayes_mpt.estimators.checked import checked
 from bayes_mpt.estimators.evaluation import (
     checkpointed,
     cloned,
@@ -56,7 +57,7 @@ from bayes_mpt.estimators.rules import (
 )
 from bayes_mpt.estimators.stages import Stage
 from bayes_mpt.estimators.stored import Slot, prepare, seed_in, with_estimator
-from bayes_mpt.estimators.table import comparison_table, ranked
+from bayes_mpt.estimators.table import Ranking, comparison_table
 from bayes_mpt.inputs import read_table, unmasked
 from bayes_mpt.masks import require_lml
 from bayes_mpt.program.run import takes_visible
@@ -248,7 +249,8 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEst
         )
         _good(found)
         refuse_other_priors(names, found)
-        self._store(grid, names, found)
+        ranking = checked(found, rule, asked, X, y, seed=seed, random_state=state)
+        self._store(grid, names, found, ranking)
         unmade = self._winner is not None and self._winner.estimator is None
         # A copy: the caller may change the table before the winner is asked for. A memory map is not one to copy.
         self._rows = (_kept(X), _kept(y), digest_of((X, y))) if unmade else None
@@ -327,9 +329,10 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEst
             calls.append((checkpointed, (slot, task, unfitted_of, args, self.error_score, name)))
         return Stage(self, label, finished, root, n_fits).run(calls)
 
-    def _store(self, grid: list[dict[str, Any]], names: list[str], found: list[Candidate]) -> None:
+    def _store(
+        self, grid: list[dict[str, Any]], names: list[str], found: list[Candidate], ranking: Ranking
+    ) -> None:
         failed = math.nan if self.error_score == "raise" else float(self.error_score)
-        ranking = ranked(found, self.evidence_)
         results = results_of(grid, found, ranking, failed)
         mean = results["mean_test_score"]
         best = int(np.argmin(results["rank_test_score"]))

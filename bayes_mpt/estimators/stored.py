@@ -101,7 +101,7 @@ class Slot:
         tensors = [*left["parameters"].values(), *left["buffers"].values(), *left["random"]]
         if not all(isinstance(t, torch.Tensor) for t in tensors):
             raise TypeError("not tensors")
-        for name, kind in (("seed", int), ("digest", str), ("log_marginal_likelihood_", float)):
+        for name, kind in (("seed", int), ("digest", str), ("log_likelihood_", float), ("se", float)):
             _as(kind, left[name])
         found = Candidate(known=known, left=left, believed=_believed(content["believed"]))
         for name, value in (numbers | arrays | texts | rows).items():

@@ -32,8 +32,8 @@ class Ranking:
     """Which number ranks the candidates."""
 
     by: str
-    """"expected": of new rows under the fits (`bayes_mpt.evidence.expected`); "heldout": of hidden rows, where they
-    contradict it; "lml": the number of the rule."""
+    """"expected": of new rows under the fits (`bayes_mpt.evidence.expected`); "heldout": of hidden rows, where the
+    former is not to be believed; "lml": the number of the rule."""
     value: Array
     """(J,) nats of all rows; NaN of a candidate that failed."""
     order: NDArray[np.intp]
@@ -151,7 +151,7 @@ def _said(c: Candidate, rule: str, best: Candidate) -> str:
     if c.kind != best.kind and not c.error:
         label += f"; its Bayes factor depends on the priors of noises: {c.kind} here, {best.kind} there"
     if np.isfinite(c.held_out):
-        label += f"; ranked by hidden rows, {c.held_out:.1f} nats, which contradict the expected score"
+        label += f"; ranked by hidden rows, {c.held_out:.1f} nats: {c.why_held_out}"
     return label
 
 

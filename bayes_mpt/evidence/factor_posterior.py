@@ -127,12 +127,12 @@ class CompletePosterior(FactorPosterior):
         scaled = (root[:, :, None] * v).transpose(1, 0, 2).reshape(n_tokens, -1)
         rv = root[:, :, None] * (self.cov @ scaled).reshape(n_tokens, n_points, k).transpose(1, 0, 2)
         products = v.transpose(0, 2, 1) @ np.concatenate([v, rv], 2)  # (B, K, 2 K)
-        m = np.eye(k) + products[:, :, :k]
-        inverse = np.linalg.inv(m)
+        inverse, log_det = patterns.inverse((np.eye(k) + products[:, :, :k]).transpose(1, 2, 0)[None])
+        inverse = np.ascontiguousarray(inverse[0].transpose(2, 0, 1))
         rx = rv @ inverse
         # (A^-1 R')_ii
         quad = np.diag(self.cov) * root**2 - (v * rx).sum(2)
-        value = self.constant - 0.5 * self.n_rows * (e.sum(1) + np.linalg.slogdet(m)[1] + quad.sum(1))
+        value = self.constant - 0.5 * self.n_rows * (e.sum(1) + log_det[0] + quad.sum(1))
         # d/dV: -N (A^-1 V - A^-1 R' A^-1 V) = -N (V (M^-1 + M^-1 V'R'V M^-1) - R'V M^-1)
         slope = -self.n_rows * (v @ (inverse + inverse @ products[:, :, k:] @ inverse) - rx)
         return value, slope, -0.5 * self.n_rows * (1 - quad), rest

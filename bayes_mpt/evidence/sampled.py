@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import log_softmax, logsumexp
 
-from bayes_mpt.diagnostics import replicate_error
+from bayes_mpt.diagnostics import few_replicates, replicate_error
 from bayes_mpt.evidence.annealing import Annealed, anneal
 from bayes_mpt.evidence.draws import FactorDraws
 from bayes_mpt.evidence.factor_posterior import CompletePosterior, FactorPosterior
@@ -36,7 +36,6 @@ Array = NDArray[np.float64]
 
 MAX_PARAMETERS = 600
 PILOT = 16  # particles of an island
-SAFETY = 1.1  # on the pilot's error, which is itself uncertain
 LEAST_LOADING = 0.05  # of a column at the start of a climb
 N_EM = 2
 N_DRAWS = 256  # of the noise variances, without latents
@@ -236,16 +235,23 @@ def _without_latents(
 def _sampled(space: Slice, se: float, max_particles: int, n_islands: int, seed: int) -> SampledEvidence:
     first, second = (np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(2))
     pilot = anneal(space, n_islands, PILOT, first)
-    wanted = PILOT * (SAFETY * error_of(pilot.log_z) / se) ** 2
+    # of few islands no less than what the weights tell
+    variance = max(float(pilot.log_z.var(ddof=1)), pilot.variance)
+    wanted = PILOT * variance / n_islands * (few_replicates(n_islands) / se) ** 2
     n_each = int(np.clip(math.ceil(min(wanted, 1e6)), PILOT, max(PILOT, max_particles // n_islands)))
     found = anneal(space, n_islands, n_each, second, pilot.plan)
     return _summary(space, found, n_each * n_islands)
 
 
-def error_of(log_z: Array) -> float:
-    """Standard error of log mean Z over islands (G,), such that two of it hold the truth as two of a normal do."""
+def log_mean(log_z: Array) -> tuple[float, float]:
+    """Log mean Z over islands (G,), and its standard error: two of it hold the truth as two of a normal do.
+
+    The logarithm of a mean is too low by half of the mean's squared relative error, which is added.
+    """
     z = np.exp(log_z - log_z.max())
-    return replicate_error(z) / float(z.mean())
+    error = replicate_error(z) / float(z.mean())
+    bias = 0.5 * (error / few_replicates(len(z))) ** 2
+    return float(logsumexp(log_z) - math.log(len(z))) + bias, error
 
 
 def _summary(space: Slice, found: Annealed, n_particles: int) -> SampledEvidence:
@@ -254,8 +260,7 @@ def _summary(space: Slice, found: Annealed, n_particles: int) -> SampledEvidence
     v, e = posterior.split(theta)
     root = np.sqrt(posterior.units * np.exp(e))  # (S, T)
     loadings, noise = root[:, :, None] * v, root**2
-    error = error_of(found.log_z)
-    value = float(logsumexp(found.log_z) - math.log(len(found.log_z)))
+    value, error = log_mean(found.log_z)
     prior = posterior.prior
     q = (np.square(v) * np.exp(e)[:, :, None]).sum((1, 2)) / prior.scale**2
 

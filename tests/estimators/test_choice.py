@@ -8,10 +8,13 @@ from scipy.special import softmax
 from test_selection import gaussian
 
 from bayes_mpt import BayesMPT, MarginalLikelihoodSearch, compare
-from bayes_mpt.estimators.rules import Integrated
+from bayes_mpt.estimators.candidates import Candidate
+from bayes_mpt.estimators.checked import _contradicts
+from bayes_mpt.estimators.rules import Auto, HeldOut, Integrated
 from bayes_mpt.evidence import factor_prior, sample_evidence
 from bayes_mpt.models import PPCA, FactorAnalysis
 from bayes_mpt.program.statistics import SufficientStatistics
+from bayes_mpt.warnings import MisfitWarning
 
 N, T = 80, 5
 
@@ -64,6 +67,7 @@ def test_scores_follow_what_ranks(found):
     assert found.best_score_ == r["mean_test_score"].max() and found.n_splits_ == 1
 
 
+@pytest.mark.filterwarnings("ignore::bayes_mpt.warnings.ZeroNoiseWarning")
 @pytest.mark.parametrize("holes", [0.0, 0.1])
 def test_numbers_are_those_of_the_sampled_evidence(holes):
     x = table(holes)
@@ -123,3 +127,52 @@ def test_a_failed_candidate_is_left_out(found):
     c = search(table(), {"model": [PPCA(T), *models]}).comparison_
     assert c.index[-1] == f"PPCA(n_components={T})" and math.isnan(c["expected_diff"].iloc[-1])
     assert c.iloc[:-1].drop(columns="diag").equals(found.comparison_.drop(columns="diag"))
+
+
+# ------------------------------------------------------------------------------------------------ rows as they are
+
+
+def heavy(seed=0):
+    x = np.random.default_rng(seed).standard_t(2.5, size=(N, 1)) + 0.5 * table(seed=seed)
+    return x / np.sqrt(np.random.default_rng(seed + 1).chisquare(2, size=(N, 1)) / 2)
+
+
+def test_heavy_tails_are_told_and_rank_by_hidden_rows():
+    x, grid = heavy(), {"model": [PPCA(k) for k in range(3)]}
+    with pytest.warns(MisfitWarning, match="tails of these rows are heavier"):
+        s = search(x, grid, Auto(cv=4))
+    c = s.comparison_
+    held_out = search(x, grid, HeldOut(cv=4))
+    assert c.attrs["ranked_by"] == "heldout" and c["diag"].str.contains("ranked by hidden rows").all()
+    assert list(c.index) == list(held_out.comparison_.index) and s.best_params_ == held_out.best_params_
+    np.testing.assert_allclose(
+        s.cv_results_["mean_test_score"], held_out.cv_results_["mean_test_score"], rtol=1e-9
+    )
+    assert (c["lml"] != held_out.comparison_["lml"]).all()  # the evidence stands beside
+    with pytest.warns(MisfitWarning):  # asked for by name the rule stands, and the warning says what to do
+        assert search(x, grid, "integrated").comparison_.attrs["ranked_by"] == "expected"
+
+
+def test_light_tails_are_told():
+    x = np.random.default_rng(0).choice([-1.0, 1.0], size=(200, 4))
+    with pytest.warns(MisfitWarning, match="tails of these rows are lighter"):
+        assert search(x, {"model": [PPCA(0), PPCA(1)]}).comparison_.attrs["ranked_by"] == "expected"
+
+
+def test_hidden_rows_that_contradict():
+    """By more than twice the error of the difference, over rows and over partitions."""
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=100)
+    fold = np.repeat(np.arange(5), 20)
+
+    def pair(shift):
+        first, second = (
+            Candidate(by_row=rows + s, at_fit=rows + s, fold=fold)
+            for s in (np.zeros(100), shift + 0.1 * rows)
+        )
+        return first, second
+
+    error = 10 * (0.1 * rows).std(ddof=1)  # of the sum
+    assert not _contradicts(*pair(1.9 * error / 100 - 0.1 * rows.mean()))
+    assert _contradicts(*pair(2.1 * error / 100 - 0.1 * rows.mean()))
+    assert not _contradicts(*pair(-1.0))

@@ -89,23 +89,23 @@ def test_training_starts_at_independent_columns():
 def fitted():
     with pyro.get_param_store().scope(), torch.random.fork_rng():
         return {
-            n: BayesMPT(MaskedTransformer(24), training=Epochs(learning_rate=3e-3), random_state=0).fit(
+            n: BayesMPT(MaskedTransformer(24), training=Epochs(learning_rate=6e-3), random_state=0).fit(
                 sample(n, 0)
             )
-            for n in (400, 3000)
+            for n in (300, 2000)
         }
 
 
 @pytest.mark.slow
 def test_area_lies_below_the_exact_log_likelihood_and_approaches_it(fitted):
     """In expectation, where no sampling error hides a network that knows what it cannot know."""
-    few, many = gap(fitted[400]), gap(fitted[3000])
+    few, many = gap(fitted[300]), gap(fitted[2000])
     shares = torch.stack([F.one_hot(c, L).double().T @ TABLE.exp() for c in STATES.T])  # (T, L)
     independent = -float((shares * shares.log()).sum()) + float(TABLE.exp() @ TABLE)
     assert 0 < many < 0.1
     assert many < 0.5 * few and few < 0.5 * independent
     fresh = sample(2000, 1)  # and on rows as they come
-    assert abs(log_source(torch.as_tensor(fresh)).numpy() - fitted[3000].score_samples(fresh)).mean() < 0.5
+    assert abs(log_source(torch.as_tensor(fresh)).numpy() - fitted[2000].score_samples(fresh)).mean() < 0.5
 
 
 @pytest.mark.slow
@@ -116,7 +116,7 @@ def test_orders_disagree_and_it_is_told(fitted):
         told = model.estimate(fresh).diagnostics
         assert told["log_mean_exp"] > np.mean(told["totals"])
         spread[n] = told["order_sd"]
-    assert 0 < spread[3000] < spread[400]
+    assert 0 < spread[2000] < spread[300]
 
 
 @pytest.mark.slow
@@ -275,8 +275,8 @@ def test_draws_follow_the_read_out(contrastive):
 def test_fills_holes_and_makes_rows(fitted):
     x = sample(20, 4)
     holes = np.where(np.random.default_rng(0).random(x.shape) < 0.3, np.nan, x)
-    filled = fitted[3000].sample_missing(holes, n_samples=3)
-    made = fitted[3000].sample(2000)
+    filled = fitted[2000].sample_missing(holes, n_samples=3)
+    made = fitted[2000].sample(2000)
     assert np.isin(filled, range(L)).all() and np.isin(made, range(L)).all()
     np.testing.assert_array_equal(filled[:, ~np.isnan(holes)], np.repeat(x[~np.isnan(holes)][None], 3, 0))
     # neighbours of the source are alike far more often than by chance, and so are those of made-up rows
@@ -406,7 +406,7 @@ def test_read_out_needs_the_frequencies():
     for head in ("softmax", "contrastive"):
         program = MaskedTransformer(16, 1, 2, groups=range(2), n_levels=(n_contexts, n_words), head=head)
         settings = {
-            "training": Epochs(batch_size=400, learning_rate=5e-3, max_epochs=25, validation_fraction=0.0)
+            "training": Epochs(batch_size=400, learning_rate=1e-2, max_epochs=12, validation_fraction=0.0)
         }
         model = BayesMPT(program, predictor=SelfPredictive(1), random_state=0, **settings).fit(X)
         rows = torch.stack([torch.arange(n_contexts), torch.zeros(n_contexts)], 1)
@@ -475,7 +475,7 @@ def test_refused_cells(cell, words):
 
 @pytest.mark.slow
 def test_refused_rows(fitted):
-    model = fitted[400]
+    model = fitted[300]
     X = sample(20, 2)
     X[4, 1] = L
     with pytest.raises(ValueError, match="column 1 must hold codes 0, ..., 2, got 3"):

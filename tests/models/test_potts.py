@@ -280,10 +280,11 @@ def test_fit_on_leave_one_out_is_the_maximum_of_the_pseudo_likelihood():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the training stopped")
 def test_training_on_all_masks_comes_near_the_maximum_of_the_likelihood():
     truth = general(3, 2, 11)
     x = rows(truth, 500, 1)
-    est = BayesMPT(Potts(), training=Steps(batch_size=100), random_state=0).fit(x)
+    est = BayesMPT(Potts(), training=Steps(batch_size=100, max_iter=500), random_state=0).fit(x)
     assert est.fit_method_ == "adam"
     codes = torch.as_tensor(x).long()
 

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Information", "Maps", "Patterns", "Slopes", "information", "shares"]
+__all__ = ["Information", "Maps", "Patterns", "Slopes", "information", "inverse", "shares"]
 
 Array = NDArray[np.float64]
 
@@ -216,7 +216,7 @@ class Patterns:
         scaled = at.loading / at.noise[..., None]
         outer = (scaled[..., :, None] * at.loading[..., None, :]).reshape(b, t, k * k)
         precision = (outer.swapaxes(1, 2) @ shown).reshape(b, k, k, shown.shape[1]) + np.eye(k)[:, :, None]
-        c, log_det = _inverse(precision)  # (B, K, K, G), (B, G)
+        c, log_det = inverse(precision)  # (B, K, K, G), (B, G)
         apart = (self.rows[:, rows] - at.mean[..., None]) * seen  # (B, T, R)
         f = scaled.swapaxes(1, 2) @ apart  # (B, K, R)
         f = (c[..., index] * f[:, None]).sum(2)
@@ -278,7 +278,7 @@ def shares(loading: Array, noise: Array, shown: Array) -> tuple[Array, Array]:
     t, k = loading.shape
     scaled = loading / noise[:, None]
     outer = (scaled[:, :, None] * loading[:, None, :]).reshape(t, -1)
-    c, _ = _inverse((shown @ outer).T.reshape(1, k, k, len(shown)) + np.eye(k)[:, :, None])
+    c, _ = inverse((shown @ outer).T.reshape(1, k, k, len(shown)) + np.eye(k)[:, :, None])
     c = np.ascontiguousarray(c[0].transpose(2, 0, 1))
     return shown[:, :, None] * scaled @ c, c
 
@@ -287,7 +287,7 @@ def _added(one: _Sums, other: _Sums) -> _Sums:
     return _Sums(*(None if a is None or b is None else a + b for a, b in zip(one, other, strict=True)))  # type: ignore[arg-type]
 
 
-def _inverse(matrix: Array) -> tuple[Array, Array]:
+def inverse(matrix: Array) -> tuple[Array, Array]:
     """Inverses (B, K, K, G) of positive definite matrices that stand last, and the logarithms of their determinants.
 
     By elimination, all matrices at once: M -> M - M_i M_i' / M_ii, with row and column i those of the inverse.
