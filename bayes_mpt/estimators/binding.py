@@ -15,6 +15,7 @@ from bayes_mpt.evidence.laplace import laplace_proportional
 from bayes_mpt.evidence.laplace_incomplete import TooWideError, laplace_of_cells
 from bayes_mpt.predictors import Bound, Predictor, choose
 from bayes_mpt.predictors.base import Guide
+from bayes_mpt.predictors.gaussian.incomplete import pairs_of
 from bayes_mpt.predictors.gaussian.process import N_TRIAL_ROWS, gaussian_program
 from bayes_mpt.predictors.gaussian.profile import NoiseFloorError, spectrum
 from bayes_mpt.predictors.self_predictive import sees_all
@@ -155,13 +156,15 @@ def _of_complete_rows(statistics: SufficientStatistics, most: int) -> tuple[dict
 def _of_observed_cells(statistics: SufficientStatistics, most: int) -> dict[int, float]:
     """The evidence of K = 0, 1, ... on the observed cells; infinite, which a fit refuses, where no noise is left."""
     n_tokens, n_cells = len(statistics.mean), int(statistics.of_cells()[0].sum())
+    shape = np.ones(n_tokens)
+    pairs = pairs_of(statistics, shape)
     evidence = dict[int, float]()
     for k in range(most + 1):
         # mean, loadings and the latents of the rows but for their maps: as many numbers reproduce as many cells
         if k and n_cells <= n_tokens + k * (n_tokens + statistics.n_rows - 1 - k):
             break
         try:
-            found = laplace_of_cells(statistics, k, np.ones(n_tokens), n_init=STARTS)
+            found = laplace_of_cells(statistics, k, shape, pairs=pairs, n_init=STARTS)
         except NoiseFloorError:
             evidence[k] = math.inf
             break

@@ -27,7 +27,13 @@ from scipy.linalg import svd
 from bayes_mpt.evidence.factor_posterior import information
 from bayes_mpt.evidence.laplace import NOISE_SHAPE, LaplaceEvidence, around_orbit, prior_precision
 from bayes_mpt.evidence.laplace_wide import log_det_of_wide, sums_of_wide
-from bayes_mpt.predictors.gaussian.incomplete import Maximum, maximise, refuse_constant_columns, too_few
+from bayes_mpt.predictors.gaussian.incomplete import (
+    Maximum,
+    Pairs,
+    maximise,
+    refuse_constant_columns,
+    too_few,
+)
 from bayes_mpt.predictors.gaussian.patterns import Patterns
 from bayes_mpt.predictors.gaussian.profile import Factors, NoiseFloorError, Prior
 from bayes_mpt.program.statistics import SufficientStatistics
@@ -60,6 +66,7 @@ def laplace_of_cells(
     n_latents: int,
     shape: Array | None = None,
     *,
+    pairs: Pairs | None = None,
     n_init: int = 8,
     seed: int = 0,
 ) -> LaplaceEvidence:
@@ -76,6 +83,8 @@ def laplace_of_cells(
     shape : array of shape (T,), optional
         Known ratios of the noise variances (PPCA: ones), expanded at the maximum of the likelihood; by default each
         token has a noise variance of its own, expanded at their maximum a posteriori.
+    pairs : Pairs, optional
+        `bayes_mpt.predictors.gaussian.incomplete.pairs_of` both, where several numbers of latents are tried.
     n_init : int, default=8
         Starts of the climb.
     seed : int, default=0
@@ -115,7 +124,7 @@ def laplace_of_cells(
         if few is not None:
             raise few
         of_noise = Prior(NOISE_SHAPE, NOISE_SHAPE / variance, statistics.n_rows)
-    found = maximise(statistics, n_latents, shape, prior=of_noise, n_init=n_init, seed=seed)
+    found = maximise(statistics, n_latents, shape, prior=of_noise, pairs=pairs, n_init=n_init, seed=seed)
     if found.interrupted:
         raise KeyboardInterrupt
     if shape is not None and found.noise[0] / shape[0] <= NO_NOISE * (variance / shape).mean():
