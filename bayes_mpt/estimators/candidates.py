@@ -13,7 +13,7 @@ from sklearn.pipeline import Pipeline
 
 from bayes_mpt.diagnostics import BAD_K
 from bayes_mpt.estimators.bayes_mpt import BayesMPT
-from bayes_mpt.estimators.integrals import affordable, n_hyperparameters, noise_shape
+from bayes_mpt.estimators.integrals import affordable, laplace_applies, n_hyperparameters
 from bayes_mpt.evidence.expected import Believed
 from bayes_mpt.evidence.integrated import IntegratedEvidence
 from bayes_mpt.evidence.sampled import SampledEvidence
@@ -44,7 +44,7 @@ class Facts:
     n_hyperparameters: int | None
     """As `integrals.n_hyperparameters`."""
     rotates: bool
-    """Whether loadings are declared free up to rotation."""
+    """As `integrals.laplace_applies`: whether loadings are declared free up to rotation."""
     affordable: bool
     """As `integrals.affordable`."""
     complete: bool
@@ -62,7 +62,7 @@ class Facts:
             discrete=tuple(sorted(discrete)),
             parameters=tuple(structure.parameters),
             n_hyperparameters=n_hyperparameters(model.fitted_),
-            rotates=noise_shape(model.fitted_) is not None,
+            rotates=laplace_applies(model.fitted_),
             affordable=affordable(model.fitted_),
             complete=model.complete_,
             converged=model.converged_,
