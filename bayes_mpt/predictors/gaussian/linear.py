@@ -87,7 +87,7 @@ class LinearGaussian(Bound):
         return LinearRows(self.structure, read(self.model, args, self.form, Dense(), known))
 
     def schedule(self, whole: Batch, masks: Policy | None, seed: int = 0) -> list[Objective]:
-        return [_MapObjective(self, whole, masks)]
+        return [Objective(self, whole, masks, outputs=_outputs)]
 
     def with_model(self, model: Model) -> LinearGaussian:
         """The same way of reading for another program of the same structure."""
@@ -96,13 +96,11 @@ class LinearGaussian(Bound):
         return new
 
 
-class _MapObjective(Objective):
-    """The score of rows under linear-Gaussian maps, whose numbers tell the units."""
-
-    def outputs(self, read: Conditionals | None = None) -> Outputs:
-        found = (self.read() if read is None else read).linear_map()
-        assert found is not None  # `LinearRows`
-        return Outputs(torch.cat([part.flatten() for part in dimensionless(found)]), whole=True)
+def _outputs(objective: Objective, read: Conditionals | None) -> Outputs:
+    """The numbers of the maps, which tell the units."""
+    found = (objective.read() if read is None else read).linear_map()
+    assert found is not None  # `LinearRows`
+    return Outputs(torch.cat([part.flatten() for part in dimensionless(found)]), whole=True)
 
 
 class LinearRows(Conditionals):
