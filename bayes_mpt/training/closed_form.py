@@ -96,14 +96,15 @@ def maximize_profile(
         return None
     if wrong is not None:  # all is free, so that the likelihood has no maximum there
         raise wrong
-    read, score = moved
+    read, total = moved
     return Fit(
         "profile likelihood" if statistics.complete else "em",
-        [score],
+        [total / problem.whole.n_rows],
         factors.n_iter,
         converged=not at_floor if statistics.complete else factors.converged,
         interrupted=factors.interrupted,
         last=read,
+        total=total,
     )
 
 
@@ -150,7 +151,7 @@ def _move_to(
     moments: SufficientStatistics,
     off: float,
 ) -> tuple[Conditionals, float] | None:
-    """Move the parameters to these factors: what is read there and its score; None, and back, where they cannot follow.
+    """Move the parameters to these factors: what is read there and its total; None, and back, where they cannot follow.
 
     ``off`` is how far, relative, the score may be from that of the factors.
     """
@@ -168,11 +169,11 @@ def _move_to(
                 return None
         read = problem.objective.read()
     with torch.no_grad():
-        got = float(problem.score_of(read))
-    if abs(got - factors.lml) > off * (1 + abs(factors.lml)):
+        total = float(problem.objective.total(read))
+    if abs(total / problem.whole.n_rows - factors.lml) > off * (1 + abs(factors.lml)):
         restore(leaves, before)
         return None
-    return read, got
+    return read, total
 
 
 def _best(
