@@ -1015,7 +1015,7 @@ def test_a_change_of_any_source_file_is_another_result(tmp_path):
         assert file.startswith(str(tmp_path))
         return found
 
-    before = digests.digest_of(1)  # of another folder, in another process
+    before = digest_of(1)  # of another folder, in another process
     assert digest() == before
     source = tmp_path / "bayes_mpt" / "predictors" / "gaussian" / "linear.py"
     source.write_text(source.read_text() + "# changed\n")
