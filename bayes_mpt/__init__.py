@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from bayes_mpt.estimators.comparison import compare
     from bayes_mpt.estimators.decomposition import decompose
     from bayes_mpt.estimators.kernel_search import KernelSearch
+    from bayes_mpt.estimators.loadings import loadings
     from bayes_mpt.estimators.rows import data_digest
     from bayes_mpt.estimators.rules import Auto, Cumulative, HeldOut, Integrated, Laplace, Train
     from bayes_mpt.estimators.search import MarginalLikelihoodSearch
@@ -30,6 +31,7 @@ __all__ = [
     "compare",
     "data_digest",
     "decompose",
+    "loadings",
 ]
 
 # Each name is imported when it is first asked for (PEP 562): kernels bring gpytorch, a fit of PPCA needs none of it.
@@ -38,6 +40,7 @@ _HOMES = {
     "estimators.comparison": ["compare"],
     "estimators.decomposition": ["decompose"],
     "estimators.kernel_search": ["KernelSearch"],
+    "estimators.loadings": ["loadings"],
     "estimators.rows": ["data_digest"],
     "estimators.rules": ["Auto", "Cumulative", "HeldOut", "Integrated", "Laplace", "Train"],
     "estimators.search": ["MarginalLikelihoodSearch"],

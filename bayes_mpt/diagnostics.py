@@ -11,7 +11,7 @@ from scipy.stats import norm
 from scipy.stats import t as student_t
 from torch import Tensor
 
-__all__ = ["BAD_K", "disagreement", "pareto_k", "partition_error", "replicate_error"]
+__all__ = ["BAD_K", "disagreement", "few_replicates", "pareto_k", "partition_error", "replicate_error"]
 
 MIN_TAIL = 20  # weights to fit a tail to
 BAD_K = 0.7  # above it the error is unreliable (Vehtari et al. 2024)
@@ -25,7 +25,12 @@ def replicate_error(totals: NDArray[np.float64]) -> float:
     n = len(totals)
     if n < 2:
         return math.nan
-    return float(totals.std(ddof=1) / math.sqrt(n) * student_t.ppf(norm.cdf(2), n - 1) / 2)
+    return float(totals.std(ddof=1) / math.sqrt(n) * few_replicates(n))
+
+
+def few_replicates(n: int) -> float:
+    """By how much the standard error of a mean of n replicates is widened: t(n - 1, 0.977) / 2."""
+    return float(student_t.ppf(norm.cdf(2), n - 1) / 2)
 
 
 def partition_error(at_fit: NDArray[np.float64], held_out: NDArray[np.float64], fold: NDArray[Any]) -> float:

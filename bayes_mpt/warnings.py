@@ -29,6 +29,7 @@ __all__ = [
     "DivergenceWarning",
     "HeavyTailWarning",
     "IgnoredRowsWarning",
+    "MisfitWarning",
     "NoBoundWarning",
     "NotConvergedWarning",
     "PrecisionWarning",
@@ -70,6 +71,10 @@ class NoBoundWarning(UserWarning):
 
 class IgnoredRowsWarning(UserWarning):
     """What a program observes does not change with X."""
+
+
+class MisfitWarning(UserWarning):
+    """Rows are not what the evidence believes them to be."""
 
 
 class SlowProgramWarning(UserWarning):

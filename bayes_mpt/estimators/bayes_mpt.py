@@ -28,6 +28,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from bayes_mpt.estimators import availability, integrals, predictions, sampling
 from bayes_mpt.estimators.availability import is_unfitted, takes_labels
+from bayes_mpt.estimators.averaging import averaged
 from bayes_mpt.estimators.criteria import criterion
 from bayes_mpt.estimators.fit import fit_program
 from bayes_mpt.estimators.fitted import OPTIONAL, Fitted
@@ -36,8 +37,10 @@ from bayes_mpt.estimators.report import Unwatched, explain, reporter, shown
 from bayes_mpt.estimators.rows import check_program, dtype_of, takes_y
 from bayes_mpt.estimators.stored_fit import restored
 from bayes_mpt.estimators.trainer import trainer_of
+from bayes_mpt.evidence.factor_prior import FactorPrior
 from bayes_mpt.evidence.integrated import IntegratedEvidence
 from bayes_mpt.evidence.laplace import LaplaceEvidence
+from bayes_mpt.evidence.sampled import SampledEvidence
 from bayes_mpt.inputs import read_numbers, read_table, unmasked
 from bayes_mpt.masks import Policy
 from bayes_mpt.models import PPCA
@@ -51,6 +54,7 @@ from bayes_mpt.runtime.progress import Line, part
 from bayes_mpt.runtime.serial import left_as_found, methods_take_turns, turn
 from bayes_mpt.score import ScoreEstimate
 from bayes_mpt.training import Ascent, Epochs, Steps, Training
+from bayes_mpt.warnings import ZeroNoiseWarning, warnings_of
 
 __all__ = ["BayesMPT"]
 
@@ -88,8 +92,14 @@ class BayesMPT(
         fitted by an EM, one start of which is made of the pairs of cells observed together; L-BFGS goes on from the
         best. Of other programs "auto" tries 4 starts for a few steps.
     penalty : bool, default=False
-        Maximise the score plus the log hyperprior of the model's parameters (maximum a posteriori). What is reported
-        as a log marginal likelihood never includes it.
+        Maximise the score plus the log prior (maximum a posteriori): the hyperprior of the model's parameters, or, of
+        PPCA and factor analysis, that of the noise variances, Gamma(2, 2 / column's variance) seen from their
+        logarithms, which holds them above zero. What is reported as a log marginal likelihood never includes it.
+    average : "posterior", optional
+        Of a factor model: score, impute and sample by the mean of the Gaussian over the posterior of loadings, noise
+        variances and mean, under the prior of `bayes_mpt.evidence.factor_prior`, in place of that at the maximum.
+        `log_marginal_likelihood_` is then the log evidence, ``log_likelihood_`` that of the training rows as they are
+        scored, ``components_`` and ``noise_variance_`` are means over the posterior; `explain` states the prior.
     warm_start : bool, default=False
         Start from the parameters of the last fit.
     random_state : int, RandomState or None
@@ -104,6 +114,8 @@ class BayesMPT(
     log_marginal_likelihood_ : float
         Total nats of the training rows' observed cells, at the fitted parameters; of many rows under a program
         ``model(x, visible)`` an unbiased estimate from a few random masks for each row.
+    log_likelihood_ : float
+        The same of the rows as they are scored now; another number only with ``average``.
     log_marginal_likelihood_se_ : float
         Its standard error over masks; 0 where it is exact.
     params_ : dict of arrays
@@ -117,7 +129,7 @@ class BayesMPT(
     interrupted_ : bool
         Whether Ctrl-C has cut the training short, at the best parameters until then.
     noise_at_zero_ : list of str
-        Columns whose noise variance has ended at zero, of which a warning tells; looked for where cells are missing.
+        Columns whose noise variance is zero (1e-8 of theirs: a density needs a width): warned of; with missing cells.
     predictor_ : Predictor
         Frozen: needs neither program nor parameter store.
     n_components_ : int
@@ -126,7 +138,7 @@ class BayesMPT(
         (K, T), (T,), (T,): the linear-Gaussian map in units of standard normal latents, where all rows share it; one
         number is the noise of a model that says so.
     at_map_ : bool
-        Whether the parameters are at the maximum a posteriori under the model's hyperprior, not at that of the score.
+        Whether the parameters are at the maximum a posteriori (``penalty``), not at that of the score.
     complete_ : bool
         Whether no cell of the training rows was missing.
     data_digest_ : str
@@ -155,6 +167,7 @@ class BayesMPT(
         "training": [Ascent, Steps, Epochs, None],
         "n_init": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
         "penalty": ["boolean"],
+        "average": [StrOptions({"posterior"}), None],
         "warm_start": ["boolean"],
         "random_state": ["random_state"],
         "device": [str],
@@ -173,6 +186,7 @@ class BayesMPT(
         training: Training | None = None,
         n_init: int | Literal["auto"] = "auto",
         penalty: bool = False,
+        average: Literal["posterior"] | None = None,
         warm_start: bool = False,
         random_state: int | np.random.RandomState | None = None,
         device: str = "cpu",
@@ -185,6 +199,7 @@ class BayesMPT(
         self.training = training
         self.n_init = n_init
         self.penalty = penalty
+        self.average = average
         self.warm_start = warm_start
         self.random_state = random_state
         self.device = device
@@ -278,7 +293,14 @@ class BayesMPT(
         report = reporter(self, context, line, trainer.limit, every=trainer.by_epochs)
         trainer = replace(trainer, report=report)
         before |= {"device": self.device, "penalty": bool(self.penalty), "template": template}
-        self._keep(fit_program(model, self.guide, X, y, trainer, **before))
+        if self.average is not None and before.get("more") is not None:
+            raise ValueError("average='posterior' needs all rows at once: call fit, not partial_fit")
+        unused = () if self.average is None else (ZeroNoiseWarning,)  # of a maximum that scores nothing
+        with warnings_of(silent=unused):
+            fitted = fit_program(model, self.guide, X, y, trainer, **before)
+        if self.average is not None:
+            fitted = averaged(fitted.with_settings(self.predictor, self._draws), X)
+        self._keep(fitted)
         context.call_on_fit_task_end(estimator=self, X=X, y=y)
 
     def _restore(self, X: ArrayLike, y: Any, left: dict[str, Any]) -> Self:
@@ -306,9 +328,12 @@ class BayesMPT(
         check_is_fitted(self)
         if self.device != self.fitted_.device:
             self._keep(self.fitted_.moved(self.device))
-        # the same draws at every call, so that scores do not change from call to call
-        seed = int(self.random_state) if isinstance(self.random_state, Integral) else 0
-        return self.fitted_.with_settings(self.predictor, seed)
+        return self.fitted_.with_settings(self.predictor, self._draws)
+
+    @property
+    def _draws(self) -> int:
+        """Seed of the same draws at every call, so that scores do not change from call to call."""
+        return int(self.random_state) if isinstance(self.random_state, Integral) else 0
 
     def _check_rows(self, X: ArrayLike, *, reset: bool) -> NDArray[np.floating]:
         return validate_data(
@@ -477,14 +502,27 @@ class BayesMPT(
         """
         return integrals.laplace_evidence(*self._ready(X))
 
-    def integrated(self, X: ArrayLike, y: Any = None, *, se: float = 0.1) -> IntegratedEvidence:
-        """Evidence of X (and y) with the hyper-parameters integrated under the model's hyperprior.
+    def integrated(
+        self,
+        X: ArrayLike,
+        y: Any = None,
+        *,
+        se: float = 0.1,
+        max_particles: int = 1024,
+        prior: FactorPrior | None = None,
+    ) -> IntegratedEvidence | SampledEvidence:
+        """Evidence of X (and y) with what was point-estimated integrated, sampled until its error is ``se``.
 
-        Importance sampling from a mixture around all modes that are found, until the standard error is ``se``, or six
-        times the draws have been doubled; see `bayes_mpt.evidence.integrated`.
-        The model is to offer a prior of its parameters (``model.hyperprior(x, y)``), and its LML is not to be drawn.
+        Of a factor model (``model.symmetries``): loadings, noise variances and mean under ``prior``, by default
+        `bayes_mpt.evidence.factor_prior` of X; see `bayes_mpt.evidence.sampled`. Of a model that offers a prior of its
+        parameters (``model.hyperprior(x, y)``), and whose LML is not drawn: see `bayes_mpt.evidence.integrated`.
         """
-        return integrals.integrated_evidence(*self._ready(X), y, se)
+        fitted, rows = self._ready(X)
+        if integrals.noise_shape(fitted) is not None:
+            return integrals.sampled_evidence(
+                fitted, rows, prior, se=se, max_particles=max_particles, seed=fitted.draws
+            )
+        return integrals.integrated_evidence(fitted, rows, y, se)
 
     def explain(self) -> str:
         """How the score is computed, why, what is integrated and what is point-estimated."""

@@ -11,18 +11,20 @@ import numpy as np
 import pyro
 import torch
 
+from bayes_mpt.evidence.factor_prior import FactorPrior
 from bayes_mpt.evidence.laplace import laplace_proportional
+from bayes_mpt.evidence.laplace_incomplete import TooWideError, laplace_of_cells
 from bayes_mpt.predictors import Bound, Predictor, choose
 from bayes_mpt.predictors.base import Guide
 from bayes_mpt.predictors.gaussian.process import N_TRIAL_ROWS, gaussian_program
-from bayes_mpt.predictors.gaussian.profile import spectrum
+from bayes_mpt.predictors.gaussian.profile import NoiseFloorError, spectrum
 from bayes_mpt.predictors.self_predictive import sees_all
 from bayes_mpt.program.arguments import fill
 from bayes_mpt.program.program import Model
 from bayes_mpt.program.run import first_run
 from bayes_mpt.program.statistics import SufficientStatistics
 from bayes_mpt.program.store import OwnStore, State
-from bayes_mpt.warnings import SlowProgramWarning, UnboundedWarning, warn, warnings_of
+from bayes_mpt.warnings import AdviceWarning, SlowProgramWarning, UnboundedWarning, warn, warnings_of
 
 __all__ = ["MAX_INIT_ROWS", "bind", "choose_dimension"]
 
@@ -30,6 +32,8 @@ MAX_INIT_ROWS = 4096  # rows on which it is found out what a program is
 MAX_INIT_CELLS = 2**20  # of a table on which a program first runs, which initialises its parameters
 MAX_INIT_VECTOR = 1024  # rows of one Gaussian vector, which may mean a matrix of their square
 MAX_AUTO = 50  # latent dimensions that "auto" tries at most
+PATIENCE = 3  # dimensions beyond the best so far that are tried with missing cells
+STARTS = 2  # of a climb with missing cells, of each dimension
 
 
 def bind(
@@ -101,7 +105,10 @@ def _same_shapes(state: State) -> bool:
 
 
 def choose_dimension(model: Any, statistics: SufficientStatistics) -> tuple[Any, int, dict[int, float], bool]:
-    """Rank all K by the evidence, on one covariance.
+    """Rank all K by the evidence.
+
+    Where cells are missing each K needs a climb, and they are tried upwards from 0 until `PATIENCE` of them in a row
+    are worse than the best.
 
     Returns
     -------
@@ -110,25 +117,17 @@ def choose_dimension(model: Any, statistics: SufficientStatistics) -> tuple[Any,
     best : int
         That.
     evidence
-        ``{K: log evidence}``.
+        ``{K: log evidence}`` of those tried.
     at_floor
         Whether K latents reproduce these rows without noise, so that the likelihood is unbounded there.
     """
-    statistics = statistics if statistics.complete else statistics.available()
-    n, n_tokens = statistics.n, len(statistics.mean)
-    cov, shape = statistics.covariance, np.ones(n_tokens)
-    most = min(n_tokens - 1, n - 2, MAX_AUTO)
-    # K latents and a noise need K + 1 directions in which the rows differ
-    known = spectrum(cov, shape, max(most, 0))
-    largest = min(most, known.rank - 1)
-    evidence = {
-        k: laplace_proportional(cov, n, k, shape, known).log_evidence for k in range(max(largest, 0) + 1)
-    }
-    best = max(evidence, key=lambda k: evidence[k])
-    # rows differ in at most n - 1 directions, and in none along a constant column
-    at_floor = 0 < known.rank < min(n - 1, int((statistics.variance > 0).sum())) and known.rank <= MAX_AUTO
-    if at_floor:
-        best = known.rank
+    n, n_tokens = statistics.n_rows, len(statistics.mean)
+    most = max(min(n_tokens - 1, n - 2, MAX_AUTO), 0)
+    rank_all = _of_complete_rows if statistics.complete else _of_observed_cells
+    evidence, rank = rank_all(statistics, most)
+    best, at_floor = max(evidence, key=lambda k: evidence[k]), rank is not None
+    if rank is not None:
+        best = rank
         evidence[best] = math.inf
         warn(
             f"the {n} rows of {n_tokens} columns have rank {best}: with {best} latent dimensions or more no noise is "
@@ -137,3 +136,37 @@ def choose_dimension(model: Any, statistics: SufficientStatistics) -> tuple[Any,
             UnboundedWarning,
         )
     return model.__class__(**{**model.get_params(), "n_components": best}), best, evidence, at_floor
+
+
+def _of_complete_rows(statistics: SufficientStatistics, most: int) -> tuple[dict[int, float], int | None]:
+    """The evidence of all K up to ``most``, on one covariance, and the rank of rows without noise."""
+    n, cov, shape = statistics.n, statistics.covariance, np.ones(len(statistics.mean))
+    # K latents and a noise need K + 1 directions in which the rows differ
+    known = spectrum(cov, shape, most)
+    largest = max(min(most, known.rank - 1), 0)
+    evidence = {k: laplace_proportional(cov, n, k, shape, known).log_evidence for k in range(largest + 1)}
+    # rows differ in at most n - 1 directions, and in none along a constant column
+    at_floor = 0 < known.rank < min(n - 1, int((statistics.variance > 0).sum())) and known.rank <= MAX_AUTO
+    return evidence, known.rank if at_floor else None
+
+
+def _of_observed_cells(statistics: SufficientStatistics, most: int) -> tuple[dict[int, float], int | None]:
+    """The evidence of K = 0, 1, ... on the observed cells, and the rank of rows without noise."""
+    count, mean, square = (a.cpu().numpy() for a in statistics.of_cells())
+    prior, n_tokens = FactorPrior(mean, square / count), len(mean)
+    evidence = dict[int, float]()
+    for k in range(most + 1):
+        # mean, loadings and the latents of the rows but for their maps: as many numbers reproduce as many cells
+        if k and count.sum() <= n_tokens + k * (n_tokens + statistics.n_rows - 1 - k):
+            break
+        try:
+            found = laplace_of_cells(statistics, k, prior, np.ones(n_tokens), n_init=STARTS)
+        except NoiseFloorError:
+            return evidence, k
+        except TooWideError as error:
+            warn(f"more than {k - 1} latent dimensions are not tried: {error}", AdviceWarning)
+            break
+        evidence[k] = found.log_evidence
+        if k - max(evidence, key=lambda k: evidence[k]) >= PATIENCE:
+            break
+    return evidence, None

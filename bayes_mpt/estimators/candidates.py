@@ -13,8 +13,10 @@ from sklearn.pipeline import Pipeline
 
 from bayes_mpt.diagnostics import BAD_K
 from bayes_mpt.estimators.bayes_mpt import BayesMPT
-from bayes_mpt.estimators.integrals import n_hyperparameters, noise_shape
+from bayes_mpt.estimators.integrals import affordable, n_hyperparameters, noise_shape
+from bayes_mpt.evidence.expected import Believed
 from bayes_mpt.evidence.integrated import IntegratedEvidence
+from bayes_mpt.evidence.sampled import SampledEvidence
 
 __all__ = [
     "Candidate",
@@ -43,6 +45,8 @@ class Facts:
     """As `integrals.n_hyperparameters`."""
     rotates: bool
     """Whether loadings are declared free up to rotation."""
+    affordable: bool
+    """As `integrals.affordable`."""
     complete: bool
     """Whether no cell was missing."""
     converged: bool
@@ -59,6 +63,7 @@ class Facts:
             parameters=tuple(structure.parameters),
             n_hyperparameters=n_hyperparameters(model.fitted_),
             rotates=noise_shape(model.fitted_) is not None,
+            affordable=affordable(model.fitted_),
             complete=model.complete_,
             converged=model.converged_,
         )
@@ -90,6 +95,15 @@ class Candidate:
     error: str = ""
     note: str = ""
     """What to be wary of."""
+    about: str = ""
+    """What to say beside the name of the rule."""
+    prior: str = ""
+    """What was integrated under which prior, where that is not the model's own: two that differ are not comparable."""
+    believed: Believed | None = None
+    """The fit and the posterior that the evidence was computed with, where rows are Gaussian under both."""
+    held_out: float = math.nan
+    """Nats of hidden rows, where these rank and not the expected score."""
+    why_held_out: str = ""
     known: Facts | None = None
     """Of the fitted model, where they were told; `facts` asks the model otherwise."""
     unfitted: Any = None
@@ -120,11 +134,29 @@ class Candidate:
 
     def label(self, rule: str) -> str:
         """What to say of the number: the rule, or that nothing stands at an estimate; an error or a doubt instead."""
-        return self.error or self.note or ("integrated" if rule == "train" and self.is_evidence else rule)
+        name = "integrated" if rule == "train" and self.is_evidence else rule
+        return self.error or self.note or "; ".join(filter(None, [name, self.about]))
 
     def doubt(self, why: str) -> None:
         """Add what to be wary of, if there is anything."""
         self.note = "; ".join(filter(None, [self.note, why]))
+
+    @property
+    def kind(self) -> str:
+        """Weights are stated within it: candidates that differ in the number of latents alone."""
+        return "" if self.believed is None else self.believed.kind
+
+    def take_sampled(self, found: SampledEvidence) -> None:
+        """An evidence with loadings, noise variances and mean integrated, of the rows the model was fitted to."""
+        model = self.model
+        self.evidence, self.se, self.prior = found.log_evidence, found.se, found.prior.describe()
+        noises = "one noise variance" if np.ndim(model.noise_variance_) == 0 else "a noise variance a column"
+        self.believed = Believed(noises, found.islands, found.draws, model.mean_, model.get_covariance())
+        if model.n_components_:
+            half, double = (f"{v:+.1f}" for v in found.scale_sensitivity)
+            self.about = f"prior's scale halved {half}, doubled {double} nats"
+        for flag in found.flags:
+            self.doubt(flag)
 
     def take(self, found: IntegratedEvidence) -> None:
         """An evidence with the hyper-parameters integrated."""

@@ -1,23 +1,16 @@
-"""Compare marginal likelihoods: what is comparable, by which rule, and the table.
-
-Two errors stand in the table and are never mixed: ``mc_dse`` is the numerical error of a difference, ``dse`` its spread
-over new rows.
-"""
+"""Compare models that were fitted by hand: what is comparable, and by which rule."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
-from scipy.stats import t as student_t
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
-from bayes_mpt.diagnostics import partition_error, replicate_error
 from bayes_mpt.estimators.bayes_mpt import BayesMPT
 from bayes_mpt.estimators.candidates import (
     Candidate,
@@ -27,6 +20,7 @@ from bayes_mpt.estimators.candidates import (
     refuse_unwrapped,
     token_digest,
 )
+from bayes_mpt.estimators.checked import checked
 from bayes_mpt.estimators.rows import data_digest
 from bayes_mpt.estimators.rules import (
     Auto,
@@ -34,15 +28,18 @@ from bayes_mpt.estimators.rules import (
     Rule,
     Train,
     choose_rule,
+    common_prior,
     fit_seed,
     give_evidence,
     refuse_incomparable,
     refuse_mixed_train,
+    refuse_other_priors,
     rule_of,
 )
+from bayes_mpt.estimators.table import comparison_table
 from bayes_mpt.inputs import unmasked
 
-__all__ = ["compare", "comparison_table"]
+__all__ = ["compare"]
 
 
 def compare(
@@ -97,7 +94,7 @@ def compare(
     >>> fitted = {"ppca": BayesMPT(PPCA(2)).fit(X), "fa": BayesMPT(FactorAnalysis(1)).fit(X)}
     >>> table = compare(fitted, X)
     >>> list(table.index), table.attrs["evidence"]
-    (['ppca', 'fa'], 'laplace')
+    (['ppca', 'fa'], 'integrated')
     """
     if not isinstance(estimators, Mapping):
         raise TypeError(
@@ -127,17 +124,22 @@ def compare(
         refuse_mixed_train(names, found)
     seed = int(check_random_state(random_state).randint(2**31 - 1))
     own_state = fit_seed(random_state, seed)
+    factors = next((c for c in found if c.facts.rotates), None)
+    sampled = seen and factors is not None and rule.name == "integrated"
+    prior = common_prior(factors, X) if sampled and factors is not None else None
     for i, c in enumerate(found):
         if not seen:
             _score_new_rows(c, X, y)
             continue
         try:
-            give_evidence(c, X, y, rule, seed=seed, random_state=own_state)
+            give_evidence(c, X, y, rule, seed=seed, random_state=own_state, prior=prior)
         except Exception as error:
             found[i] = Candidate(c.estimator, error=f"{type(error).__name__}: {error}")
     if all(c.error for c in found):
         raise ValueError(f"all {len(found)} models failed; the first one: {found[0].error}")
-    table = comparison_table(names, found, rule.name)
+    refuse_other_priors(names, found)
+    ranking = checked(found, rule, asked, X, y, seed=seed, random_state=own_state) if seen else None
+    table = comparison_table(names, found, rule.name, ranking)
     table.attrs |= {"evidence": rule.name, "reason": why}
     return table
 
@@ -192,63 +194,6 @@ def _score_new_rows(candidate: Candidate, X: Any, y: Any) -> None:
     candidate.evidence = float(np.nansum(rows))  # of a missing y there is none
     candidate.replicates = np.array([candidate.evidence])
     candidate.by_row = rows
-
-
-def comparison_table(names: list[str], found: list[Candidate], rule: str) -> pd.DataFrame:
-    """The table, best first; `MarginalLikelihoodSearch` says what the columns are."""
-    lml = np.array([c.evidence for c in found])
-    order = np.argsort(np.where(np.isnan(lml), -np.inf, lml) * -1, kind="stable")
-    best = found[order[0]]
-    diff = lml - best.evidence
-    mc_dse, dse, se = (np.full(len(found), math.nan) for _ in range(3))
-    degrees = np.full(len(found), math.inf)  # of freedom, of mc_dse
-    for i, c in enumerate(found):
-        if c.error:
-            continue
-        exact = rule in ("train", "integrated") or (
-            rule == "heldout" and len(c.replicates) == 1 and not len(c.splits)
-        )
-        if exact:
-            se[i] = c.se  # draws of their own; too wide a difference where candidates share a seed
-            mc_dse[i] = 0.0 if c is best else math.hypot(c.se, best.se)
-        elif c.fold is not None:
-            se[i], mc_dse[i] = partition_error(*_lost(c), c.fold), partition_error(*_lost(c, best), c.fold)
-            degrees[i] = c.fold.max()
-        elif rule in ("heldout", "cumulative"):
-            mc_dse[i] = replicate_error(c.replicates - best.replicates)
-            se[i] = replicate_error(c.replicates)
-        if c.by_row is not None and best.by_row is not None and len(c.by_row) > 1 and c is not best:
-            pair = (c.by_row - best.by_row)[~np.isnan(c.by_row)]
-            dse[i] = math.sqrt(len(pair)) * pair.std(ddof=1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        p_worse = student_t.cdf(-np.abs(diff) / mc_dse, degrees)
-    p_worse[order[0]] = math.nan
-    evidence = rule in ("laplace", "integrated", "cumulative") or all(
-        c.is_evidence for c in found if not c.error
-    )
-    weight = np.exp(diff) / np.nansum(np.exp(diff)) if evidence else np.full(len(found), math.nan)
-    frame = pd.DataFrame(
-        {
-            "rank": np.arange(len(found)),
-            "lml": lml[order],
-            "lml_diff": diff[order],
-            "mc_dse": mc_dse[order],
-            "p_worse": p_worse[order],
-            "dse": dse[order],
-            "weight": weight[order],
-            "log_bayes_factor": diff[order] if evidence else math.nan,
-            "se": se[order],
-            "diag": [found[i].label(rule) for i in order],
-        },
-        index=pd.Index([names[i] for i in order], name="candidate"),
-    )
-    return frame
-
-
-def _lost(candidate: Candidate, other: Candidate | None = None) -> tuple[Any, Any]:
-    """Scores of rows by the fit to all of them, and held out; less those of another candidate by the same folds."""
-    of_one: tuple[Any, Any] = candidate.at_fit, candidate.by_row
-    return of_one if other is None else (of_one[0] - other.at_fit, of_one[1] - other.by_row)
 
 
 def _trained_on(candidate: Candidate, X: Any) -> bool:

@@ -23,6 +23,16 @@ __all__ = ["criterion", "n_free_parameters"]
 
 def criterion(fitted: Fitted, rows: NDArray[np.floating], y: Any, price: Callable[[int], float]) -> float:
     """-2 log p(X) + P price(N)."""
+    if fitted.posterior is not None:
+        raise ValueError(
+            "AIC and BIC are of the maximum of the likelihood, and this fit is averaged over its posterior, whose log "
+            "evidence is log_marginal_likelihood_: use average=None"
+        )
+    if fitted.at_map:
+        raise ValueError(
+            "AIC and BIC are of the likelihood at its maximum, and this fit is at the maximum a posteriori: leave "
+            "penalty=False, or rank by an evidence"
+        )
     by_row, _ = score_rows(fitted, rows, y)
     of_program = {name: fitted.params[name] for name in fitted.bound.structure.parameters}
     of_constraint = {name: constraint for name, (_, constraint) in fitted.initial.items()}

@@ -12,6 +12,8 @@ from sklearn.base import BaseEstimator, clone
 from bayes_mpt.estimators.candidates import Candidate, final_step, not_converged, token_digest
 from bayes_mpt.estimators.rules import Rule, give_evidence
 from bayes_mpt.estimators.stored import Slot, with_estimator
+from bayes_mpt.estimators.table import Ranking
+from bayes_mpt.evidence.factor_prior import FactorPrior
 from bayes_mpt.runtime.progress import fitted_in_task
 from bayes_mpt.warnings import DivergenceWarning, warnings_of
 
@@ -95,19 +97,22 @@ def to_fit(
     return unfitted(estimator, params, random_state)
 
 
-def fit_of(candidate: Candidate, X: Any, y: Any, rule: Rule, seed: int) -> Any:
+def fit_of(candidate: Candidate, X: Any, y: Any, rule: Rule, seed: int, prior: FactorPrior | None) -> Any:
     """What the candidate of `score_candidate` is a fit of, of the same arguments; None of one that failed."""
     if candidate.error:
         return None
     return candidate.unfitted if candidate.estimator is None else clone(candidate.estimator)
 
 
-def score_candidate(candidate: Candidate, X: Any, y: Any, rule: Rule, seed: int) -> Candidate:
+def score_candidate(
+    candidate: Candidate, X: Any, y: Any, rule: Rule, seed: int, prior: FactorPrior | None
+) -> Candidate:
     """Give a fitted candidate its evidence."""
     if candidate.error:
         return candidate
     start = time.perf_counter()
-    candidate = give_evidence(with_estimator(candidate, X, y), X, y, rule, seed=seed, to_map=True)
+    with_estimator(candidate, X, y)
+    candidate = give_evidence(candidate, X, y, rule, seed=seed, to_map=True, prior=prior)
     candidate.score_time = time.perf_counter() - start
     candidate.taken_up = False
     return candidate
@@ -161,14 +166,24 @@ def cloned(params: dict[str, Any]) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------- all of them
 
 
-def results_of(grid: list[dict[str, Any]], found: list[Candidate], failed: float) -> dict[str, Any]:
-    """What scikit-learn calls ``cv_results_``, with the totals as ``lml``; ``failed`` is the score of a failure."""
+def results_of(
+    grid: list[dict[str, Any]], found: list[Candidate], ranking: Ranking, failed: float
+) -> dict[str, Any]:
+    """What scikit-learn calls ``cv_results_``, of what ranks; ``failed`` is the score of a failure.
+
+    ``lml`` and ``mean_test_lml`` are those of the rule, in all and a row.
+    """
     rows = max(c.n_scored for c in found if not c.error)
+    n_scored = np.array([c.n_scored if not c.error else rows for c in found])
     lml = np.array([c.evidence if not c.error else failed * rows for c in found])
-    mean = lml / np.array([c.n_scored if not c.error else rows for c in found])
-    n_splits = max(len(c.splits) for c in found)
-    splits = np.array([c.splits if len(c.splits) else np.full(n_splits, failed) for c in found])
-    splits = splits.reshape(len(found), n_splits)
+    if ranking.by == "lml":
+        mean = lml / n_scored
+        n_splits = max(len(c.splits) for c in found)
+        splits = np.array([c.splits if len(c.splits) else np.full(n_splits, failed) for c in found])
+        splits = splits.reshape(len(found), n_splits)
+    else:
+        mean = np.where(np.isnan(ranking.value), failed, ranking.value / n_scored)
+        n_splits, splits = 1, mean[:, None]
     order = np.argsort(np.where(np.isnan(mean), -np.inf, mean) * -1, kind="stable")
     rank = np.empty(len(found), dtype=np.int32)
     rank[order] = np.arange(1, len(found) + 1)
@@ -192,4 +207,5 @@ def results_of(grid: list[dict[str, Any]], found: list[Candidate], failed: float
         "std_test_score": splits.std(1),
         "rank_test_score": rank,
         "lml": lml,
+        "mean_test_lml": lml / n_scored,
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from bayes_mpt import training
 from bayes_mpt.estimators.binding import MAX_INIT_ROWS, bind, choose_dimension
 from bayes_mpt.estimators.checks import check_bound, of_program, warn_of_bounds, warn_of_weights
 from bayes_mpt.estimators.fitted import Fitted, Latents, n_at_once
+from bayes_mpt.estimators.penalty import penalty_of
 from bayes_mpt.estimators.rows import (
     arguments,
     as_tensor,
@@ -116,7 +116,7 @@ def fit_program(
     device : str
         Where.
     penalty : bool
-        Whether the log hyperprior is added to what is maximised.
+        Whether the log prior (`bayes_mpt.estimators.penalty`) is added to what is maximised.
     start : Fitted, optional
         From whose parameters to start.
     more : Fitted, optional
@@ -247,7 +247,8 @@ def _read(
     leaves = of_program(problem)
     prior = hyperprior(model, args, leaves)
     if penalty:
-        problem = replace(problem, log_prior=_log_prior(model, prior, leaves))
+        seen = table.statistics if statistics is None else statistics
+        problem = replace(problem, log_prior=penalty_of(model, prior, leaves, table.X, seen))
     return _Read(model, guide, table, problem, statistics, prior, initial, trainer)
 
 
@@ -278,22 +279,6 @@ def _whole(
         rows = as_tensor(table.X, model, table.device, table.shift)
         return Batch(args, statistics.n_rows, rows)
     return Batch(args, statistics.n_rows, *statistics.rows(args[0].dtype))
-
-
-def _log_prior(model: Model, prior: Prior | None, leaves: dict[str, Tensor]) -> Callable[[], Tensor]:
-    """The penalty: log-density of the parameters under the model's hyperprior."""
-    if prior is None:
-        raise ValueError(
-            f"penalty=True needs a model that offers hyperprior(x, y), got {model!r}: write priors into the program by "
-            "pyro.sample, or leave penalty=False"
-        )
-    names = list(leaves)
-
-    def at_present() -> Tensor:
-        store = dict(pyro.get_param_store().named_parameters())  # a restart makes new leaves
-        return prior.log_prob(torch.cat([store[name].flatten() for name in names])[None])[0]
-
-    return at_present
 
 
 def _own_guide(guide: Any, original: Any, model: Model, device: str) -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bayes_mpt import training
 from bayes_mpt.estimators.rows import arguments, as_tensor, takes_y
+from bayes_mpt.evidence.sampled import SampledEvidence
 from bayes_mpt.inputs import read_numbers
 from bayes_mpt.predictors import Bound, Conditionals, Predictor, choose
 from bayes_mpt.predictors.base import Frozen, Guide
@@ -97,6 +98,8 @@ class Fitted:
     device: str
     predictor: Predictor | str = "auto"
     """How the program is read on new rows."""
+    posterior: SampledEvidence | None = None
+    """Where rows are scored by the mean over it and not at the maximum."""
     draws: int = 0
     """Seed of what is drawn to score or to simulate rows, the same at every call."""
 
@@ -220,8 +223,9 @@ class Fitted:
             "fitted_guide_": self.guide,
             "predictor_": self.bound,
             "params_": self.params,
-            "log_marginal_likelihood_": self.total,
-            "log_marginal_likelihood_se_": self.se,
+            "log_likelihood_": self.total,
+            "log_marginal_likelihood_": self.total if self.posterior is None else self.posterior.log_evidence,
+            "log_marginal_likelihood_se_": self.se if self.posterior is None else self.posterior.se,
             "history_": fit.history,
             "n_iter_": max(1, fit.n_iter),
             "converged_": fit.converged,
@@ -238,10 +242,14 @@ class Fitted:
             found["selection_"] = self.selection
         if structure.dense and structure.by_row and not structure.per_row:
             reading = self.shared_map("components_")
-            noise = reading.noise[0].cpu().numpy()
+            k = structure.n_latents  # further columns are correlated noise
+            root = reading.loading[0][:, k:]
+            noise = (reading.noise[0] + root.square().sum(1)).cpu().numpy()
+            if self.posterior is not None:
+                noise = self.posterior.draws.mean_noise
             name = self.noise_parameter
             tied = name is not None and self.params[name].ndim == 0
-            found["components_"] = reading.loading[0].mT.cpu().numpy()
+            found["components_"] = reading.loading[0][:, :k].mT.cpu().numpy()
             found["mean_"] = self.unshifted(reading.loc[0].cpu().numpy())
             found["noise_variance_"] = float(noise[0]) if tied else noise
         return found

@@ -14,13 +14,16 @@ from bayes_mpt import training
 from bayes_mpt.estimators.fit import of_program, parameters
 from bayes_mpt.estimators.fitted import Fitted
 from bayes_mpt.estimators.repeats import repeated_columns
+from bayes_mpt.estimators.rows import refuse_unobserved
 from bayes_mpt.evidence.factor_prior import FactorPrior, factor_prior
 from bayes_mpt.evidence.hyperparameters import assign, hyperprior, log_likelihood
 from bayes_mpt.evidence.integrated import IntegratedEvidence, integrate
 from bayes_mpt.evidence.laplace import LaplaceEvidence, laplace_diagonal, laplace_proportional
-from bayes_mpt.evidence.sampled import SampledEvidence, sample_evidence
+from bayes_mpt.evidence.laplace_incomplete import laplace_of_cells
+from bayes_mpt.evidence.sampled import MAX_PARAMETERS, SampledEvidence, n_parameters, sample_evidence
 from bayes_mpt.predictors import Batch, Objective
 from bayes_mpt.predictors.base import Frozen
+from bayes_mpt.predictors.gaussian.incomplete import FewCellsError
 from bayes_mpt.predictors.gaussian.profile import NoiseFloorError, spectrum
 from bayes_mpt.program.offers import offered
 from bayes_mpt.program.program import list_names
@@ -28,6 +31,7 @@ from bayes_mpt.program.statistics import SufficientStatistics
 from bayes_mpt.program.store import save
 
 __all__ = [
+    "affordable",
     "at_mode",
     "integrated_evidence",
     "laplace_evidence",
@@ -35,6 +39,8 @@ __all__ = [
     "noise_shape",
     "sampled_evidence",
 ]
+
+MAX_CELLS = 20_000  # of a table with holes, of which all rows count at every step: some 30 s of CPU time
 
 
 def noise_shape(fitted: Fitted) -> NDArray[np.float64] | str | None:
@@ -57,9 +63,7 @@ def laplace_evidence(fitted: Fitted, rows: NDArray[np.floating]) -> LaplaceEvide
             f"variance}}, got {fitted.model!r}: use evidence='heldout'"
         )
     if not statistics.complete:
-        raise ValueError(
-            "the Laplace evidence needs complete rows, got missing cells: use evidence='heldout'"
-        )
+        return _laplace_of_cells(fitted, rows, statistics, None if isinstance(shape, str) else shape)
     cov, k = statistics.covariance, fitted.bound.structure.n_latents
     try:
         with training.one_thread(statistics.n_cells):
@@ -72,6 +76,40 @@ def laplace_evidence(fitted: Fitted, rows: NDArray[np.floating]) -> LaplaceEvide
             f"{k} latents leave no direction for the noise of these rows (n_samples = {statistics.n}, n_features = "
             f"{len(statistics.mean)}, rank {rank}): use fewer latents, or drop columns that repeat others "
             f"({list_names(map(str, fitted.names[repeated_columns(rows)])) or 'none found'})"
+        ) from error
+
+
+def affordable(fitted: Fitted) -> bool:
+    """Whether `sampled_evidence` applies, and takes seconds at most."""
+    shape, statistics = noise_shape(fitted), fitted.statistics
+    if shape is None or statistics is None:
+        return False
+    free, k = None if isinstance(shape, str) else shape, fitted.bound.structure.n_latents
+    if n_parameters(len(fitted.names), k, free, fitted.complete) > MAX_PARAMETERS:
+        return False
+    return fitted.complete or statistics.n_cells <= MAX_CELLS
+
+
+def _laplace_of_cells(
+    fitted: Fitted,
+    rows: NDArray[np.floating],
+    statistics: SufficientStatistics,
+    shape: NDArray[np.float64] | None,
+) -> LaplaceEvidence:
+    """The Laplace evidence where cells are missing."""
+    refuse_unobserved(np.isnan(rows).all(0), fitted.names)
+    k, prior = fitted.bound.structure.n_latents, factor_prior(rows)
+    if fitted.shift is not None:
+        prior = replace(prior, center=prior.center - fitted.shift)
+    try:
+        with training.one_thread(statistics.n_cells):
+            return laplace_of_cells(statistics, k, prior, shape)
+    except (NoiseFloorError, FewCellsError) as error:
+        names = list_names(map(str, fitted.names[error.columns]))
+        raise ValueError(
+            f"{k} latents reproduce the observed cells of these columns without noise, so that the Laplace evidence "
+            f"has no point to expand at: {names}. They are constant, or have too few cells: use fewer latents, or drop "
+            "them"
         ) from error
 
 

@@ -81,7 +81,7 @@ def token_means_of(fitted: Fitted, latents: Rows) -> Rows:
         raise ValueError(f"latents must have shape (N, {n_latents}), got {tuple(z.shape)}")
     # u = R^-1 (z - b), x = loc + W u
     u = torch.linalg.solve(reading.latent_root[0], (z - reading.latent_loc[0]).mT).mT
-    return fitted.unshifted((reading.loc[0] + u @ reading.loading[0].mT).cpu().numpy())
+    return fitted.unshifted((reading.loc[0] + u @ reading.loading[0][:, :n_latents].mT).cpu().numpy())
 
 
 def impute(fitted: Fitted, rows: Rows, y: Any) -> Rows:

@@ -90,7 +90,7 @@ def explain(fitted: Fitted) -> str:
     if s.affine:
         per_row = "; read on the real rows, since each row has its own map"
         read = per_row if s.per_row else "; read once for all rows"
-    where = ", at their maximum a posteriori under the model's hyperprior" if fitted.at_map else ""
+    where = ", at their maximum a posteriori under the model's prior" if fitted.at_map else ""
     return "\n".join(
         [
             f"tokens:          {tokens}",
@@ -100,5 +100,6 @@ def explain(fitted: Fitted) -> str:
             f"point-estimated: {', '.join(s.parameters) or 'nothing'}{where}",
             f"training:        {fit.method}, {max(1, fit.n_iter)} iterations"
             + (", interrupted" if fit.interrupted else ""),
+            *([] if fitted.posterior is None else [f"averaged:        {fitted.posterior.prior.describe()}"]),
         ]
     )

@@ -1,16 +1,19 @@
 """The rules of evidence: which number ranks fitted candidates, and whether they can be compared by it.
 
 - `Laplace`: loadings and noise integrated out around the rotation orbit (`bayes_mpt.evidence.laplace`); one fit
-  a candidate.
-- `Integrated`: a few hyper-parameters (of a kernel, say) integrated under the model's hyperprior
-  (`bayes_mpt.evidence.integrated`); the candidates are left at their maximum a posteriori, which predicts better.
+  a candidate. A fast screen: it has no error.
+- `Integrated`: loadings, noise variances and mean of factor models integrated under a stated prior
+  (`bayes_mpt.evidence.sampled`), with an error; or a few hyper-parameters (of a kernel, say) under the model's
+  hyperprior (`bayes_mpt.evidence.integrated`): these candidates are left at their maximum a posteriori, which predicts
+  better.
 - `HeldOut`: log predictive of hidden rows, K folds, repeated.
 - `Cumulative`: rows revealed in blocks, each predicted from those before it, from a visible share on: the conditional
   LML, log p(rest | visible share).
 - `Train`: the LML at its maximum. It rises with every surplus parameter and cannot choose a dimension; kept to compare
   with other tools, and right where nothing is point-estimated.
-- `Auto`: `Laplace` where every candidate declares its symmetries and no cell is missing; `Integrated` where every one
-  offers a prior of its few hyper-parameters; `Train` where nothing is point-estimated; `HeldOut` elsewhere.
+- `Auto`: `Integrated` where every candidate declares its symmetries and is small enough to be sampled, or offers a
+  prior of its few hyper-parameters; `Laplace` where a factor model is larger; `Train` where nothing is point-estimated;
+  `HeldOut` elsewhere.
 
 Their names in lower case stand for their defaults: ``evidence="heldout"`` is ``evidence=HeldOut()``.
 """
@@ -34,7 +37,9 @@ from bayes_mpt.estimators.candidates import Candidate, Facts, before_final
 from bayes_mpt.estimators.integrals import at_mode
 from bayes_mpt.estimators.rows import rows_of
 from bayes_mpt.estimators.unbounded import refuse_unbounded
+from bayes_mpt.evidence.factor_prior import FactorPrior, factor_prior
 from bayes_mpt.evidence.integrated import IntegratedEvidence
+from bayes_mpt.evidence.sampled import SampledEvidence
 from bayes_mpt.runtime.atomic import all_or_nothing
 from bayes_mpt.runtime.serial import left_as_found, turn
 
@@ -48,10 +53,12 @@ __all__ = [
     "Rule",
     "Train",
     "choose_rule",
+    "common_prior",
     "fit_seed",
     "give_evidence",
     "refuse_incomparable",
     "refuse_mixed_train",
+    "refuse_other_priors",
     "rule_of",
 ]
 
@@ -82,31 +89,55 @@ class Laplace(BaseEstimator):
 
 
 class Integrated(BaseEstimator):
-    """Hyper-parameters integrated under the model's hyperprior, by importance sampling.
+    """What was point-estimated integrated under a prior, by sampling, with an error.
+
+    Of factor models these are loadings, noise variances and mean, under one prior for all candidates of a table
+    (`bayes_mpt.evidence.factor_prior`); of a model that offers a hyperprior, its hyper-parameters.
 
     Parameters
     ----------
     se : float, default=0.1
         Nats: the standard error that is sampled for.
+    max_particles : int, default=1024
+        That are taken for it at most, of a factor model.
     """
 
     name: ClassVar[str] = "integrated"
     n_fits: ClassVar[int] = 0
-    _parameter_constraints: ClassVar[dict[str, Any]] = {"se": [Interval(Real, 0, None, closed="neither")]}
+    _parameter_constraints: ClassVar[dict[str, Any]] = {
+        "se": [Interval(Real, 0, None, closed="neither")],
+        "max_particles": [Interval(Integral, 128, None, closed="left")],
+    }
 
-    def __init__(self, se: float = 0.1):
+    def __init__(self, se: float = 0.1, max_particles: int = 1024):
         self.se = se
+        self.max_particles = max_particles
 
     def chosen(self, models: list[Facts]) -> tuple[Rule, str]:
         """Itself, and why."""
         return self, "asked for"
 
-    def evaluate(self, candidate: Candidate, X: Any, y: Any, *, to_map: bool = False, **seeds: Any) -> None:
-        """As `Laplace.evaluate`; with ``to_map`` the estimator is left at its maximum a posteriori."""
-        found = candidate.model.integrated(X, y, se=self.se)
-        candidate.take(found)
-        if to_map:
-            _move_to_map(candidate.model, X, y, found)
+    def evaluate(
+        self,
+        candidate: Candidate,
+        X: Any,
+        y: Any,
+        *,
+        to_map: bool = False,
+        prior: FactorPrior | None = None,
+        **seeds: Any,
+    ) -> None:
+        """As `Laplace.evaluate`; with ``to_map`` an estimator is left at the maximum under its hyperprior.
+
+        ``prior`` is that of factor models.
+        """
+        found = candidate.model.integrated(X, y, se=self.se, max_particles=self.max_particles, prior=prior)
+        if isinstance(found, SampledEvidence):
+            candidate.take_sampled(found)
+        else:
+            candidate.take(found)
+            if to_map:
+                _move_to_map(candidate.model, X, y, found)
         candidate.replicates = np.array([candidate.evidence])
         _of_one_fit(candidate, X, y)
 
@@ -125,7 +156,7 @@ class Train(BaseEstimator):
     def evaluate(self, candidate: Candidate, X: Any, y: Any, **seeds: Any) -> None:
         """As `Laplace.evaluate`."""
         model = candidate.model  # what the fit found: an integral over all latents may have taken long
-        candidate.evidence, candidate.se = model.log_marginal_likelihood_, model.log_marginal_likelihood_se_
+        candidate.evidence, candidate.se = model.fitted_.total, model.fitted_.se
         candidate.replicates = np.array([candidate.evidence])
         _of_one_fit(candidate, X, y)
 
@@ -292,18 +323,19 @@ class Auto(BaseEstimator):
             )
         if vectors:
             return Train(), "rows are tokens of one vector, so none can be held out: the LML at its maximum"
-        missing = any(not m.complete for m in models)
-        if all(m.rotates for m in models) and not missing:
-            return (
-                Laplace(),
-                "every candidate declares its loadings free up to rotation, and no cell is missing",
+        if all(m.affordable for m in models):
+            return Integrated(), (
+                "every candidate declares its loadings free up to rotation: loadings, noise variances and mean are "
+                "integrated under one prior"
             )
-        why = (
-            "cells are missing"
-            if missing
-            else "a candidate's point estimates have no declared prior or symmetry"
+        if all(m.rotates for m in models):
+            return Laplace(), (
+                "every candidate declares its loadings free up to rotation, and one is too large to be sampled"
+            )
+        return held_out, (
+            "a candidate's point estimates have no declared prior or symmetry, so that they cannot be integrated: "
+            "hidden rows are predicted"
         )
-        return held_out, f"{why}, so that they cannot be integrated: hidden rows are predicted"
 
 
 Rule = Laplace | Integrated | HeldOut | Cumulative | Train
@@ -347,6 +379,24 @@ def refuse_incomparable(names: list[str], found: list[Candidate]) -> None:
             )
 
 
+def common_prior(candidate: Candidate, X: Any) -> FactorPrior:
+    """The prior of all factor models of a table, told by one: they see the same tokens."""
+    return factor_prior(candidate.model._ready(before_final(candidate.estimator, X))[1])
+
+
+def refuse_other_priors(names: list[str], found: list[Candidate]) -> None:
+    """All evidence must be under one prior, or each under its model's own."""
+    own = "the model's own"
+    priors = {n: c.prior or own for n, c in zip(names, found, strict=True) if not c.error}
+    first = next(iter(priors))
+    other = next((n for n, p in priors.items() if p != priors[first]), None)
+    if other is not None:
+        raise ValueError(
+            f"not comparable: the evidence of {first!r} is under the prior {priors[first]!r}, that of {other!r} under "
+            f"{priors[other]!r}. Compare candidates under one prior, or use evidence='heldout'"
+        )
+
+
 def refuse_mixed_train(names: list[str], found: list[Candidate]) -> None:
     """The LML of some at a maximum over parameters, of others with nothing to maximise over."""
     fixed = [not c.facts.parameters for c in found]
@@ -367,6 +417,7 @@ def give_evidence(
     seed: int = 0,
     random_state: int | None = None,
     to_map: bool = False,
+    prior: FactorPrior | None = None,
 ) -> Candidate:
     """The candidate, which was fitted on X, with its evidence.
 
@@ -384,11 +435,13 @@ def give_evidence(
         For the fits of folds, where the estimator has none.
     to_map : bool, default=False
         Whether `Integrated` leaves the estimator at its maximum a posteriori.
+    prior : FactorPrior, optional
+        As `common_prior` of all candidates.
     """
     # Densities of all candidates are of the same table: what stands before the model is fitted once, on all rows.
     X = before_final(candidate.estimator, X)
     refuse_unbounded(candidate.model, X, y)
-    rule.evaluate(candidate, X, y, seed=seed, random_state=random_state, to_map=to_map)
+    rule.evaluate(candidate, X, y, seed=seed, random_state=random_state, to_map=to_map, prior=prior)
     return candidate
 
 

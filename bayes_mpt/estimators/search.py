@@ -29,7 +29,7 @@ from bayes_mpt.estimators.candidates import (
     final_step,
     refuse_unwrapped,
 )
-from bayes_mpt.estimators.comparison import comparison_table
+from bayes_mpt.estimators.checked import checked
 from bayes_mpt.estimators.evaluation import (
     checkpointed,
     cloned,
@@ -48,13 +48,16 @@ from bayes_mpt.estimators.rules import (
     Auto,
     Rule,
     choose_rule,
+    common_prior,
     fit_seed,
     refuse_incomparable,
     refuse_mixed_train,
+    refuse_other_priors,
     rule_of,
 )
 from bayes_mpt.estimators.stages import Stage
 from bayes_mpt.estimators.stored import Slot, prepare, seed_in, with_estimator
+from bayes_mpt.estimators.table import Ranking, comparison_table
 from bayes_mpt.inputs import read_table, unmasked
 from bayes_mpt.masks import require_lml
 from bayes_mpt.program.run import takes_visible
@@ -130,7 +133,7 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEst
     >>> search.fit(load_iris().data).best_params_
     {'model__n_components': 3}
     >>> search.evidence_
-    'laplace'
+    'integrated'
     """
 
     _parameter_constraints: ClassVar[dict[str, Any]] = {
@@ -230,10 +233,14 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEst
         if rule.name == "train":
             refuse_mixed_train([n for n, c in zip(names, found, strict=True) if not c.error], good)
         finished.rule = self.evidence_
+        prior = None
+        factors = next((c for c in good if c.facts.rotates), None)
+        if factors is not None and rule.name == "integrated":
+            prior = common_prior(with_estimator(factors, X, y), X)
         found = self._run(
             score_candidate,
             fit_of,
-            [(c, X, y, rule, seed) for c in found],
+            [(c, X, y, rule, seed, prior) for c in found],
             rule.name,
             self._score_keys(keys, rule, seed),
             finished,
@@ -241,7 +248,9 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEst
             n_fits=rule.n_fits,
         )
         _good(found)
-        self._store(grid, names, found)
+        refuse_other_priors(names, found)
+        ranking = checked(found, rule, asked, X, y, seed=seed, random_state=state)
+        self._store(grid, names, found, ranking)
         unmade = self._winner is not None and self._winner.estimator is None
         # A copy: the caller may change the table before the winner is asked for. A memory map is not one to copy.
         self._rows = (_kept(X), _kept(y), digest_of((X, y))) if unmade else None
@@ -320,16 +329,18 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEst
             calls.append((checkpointed, (slot, task, unfitted_of, args, self.error_score, name)))
         return Stage(self, label, finished, root, n_fits).run(calls)
 
-    def _store(self, grid: list[dict[str, Any]], names: list[str], found: list[Candidate]) -> None:
+    def _store(
+        self, grid: list[dict[str, Any]], names: list[str], found: list[Candidate], ranking: Ranking
+    ) -> None:
         failed = math.nan if self.error_score == "raise" else float(self.error_score)
-        results = results_of(grid, found, failed)
+        results = results_of(grid, found, ranking, failed)
         mean = results["mean_test_score"]
         best = int(np.argmin(results["rank_test_score"]))
         self.cv_results_ = results
-        self.n_splits_ = max(len(c.splits) for c in found)
+        self.n_splits_ = sum(key.startswith("split") for key in results)
         self.multimetric_ = False
         self.candidate_names_ = names
-        self.comparison_ = comparison_table(names, found, self.evidence_)
+        self.comparison_ = comparison_table(names, found, self.evidence_, ranking)
         self.best_index_ = _index(self.refit(results), len(grid)) if callable(self.refit) else best
         self.best_params_ = grid[self.best_index_]
         self.best_score_ = float(mean[self.best_index_])

@@ -20,6 +20,8 @@ from sklearn.pipeline import Pipeline
 
 from bayes_mpt.estimators.candidates import Candidate, Facts, final_step
 from bayes_mpt.estimators.stored_fit import dump
+from bayes_mpt.evidence.draws import FactorDraws
+from bayes_mpt.evidence.expected import Believed
 from bayes_mpt.runtime.checkpoints import SUFFIX, make_room, read, set_aside, write
 from bayes_mpt.warnings import CheckpointWarning, warn
 
@@ -29,7 +31,8 @@ OLDER = re.compile(r"\d{4}-[a-z]+-[0-9a-f]{20}(\.\d+)?\.(pkl|part)|seed")  # bef
 STEM = 32  # digits of a digest in the name of a file; the file holds all of them
 
 _NUMBERS = ("evidence", "se", "n_scored", "fit_time", "score_time")
-_TEXTS = ("tokens", "error", "note")
+_TEXTS = ("tokens", "error", "note", "about", "prior")
+_FLAGS = ("by_row", "remembers", "rotates", "affordable", "complete", "converged")
 _ROWS = ("by_row", "at_fit", "fold")  # numbers by row, or None
 
 
@@ -70,6 +73,7 @@ class Slot:
             **arrays,
             **{k: getattr(result, k) for k in _TEXTS},
             **rows,
+            "believed": None if result.believed is None else asdict(result.believed),
             "facts": facts,
             "left": result.left if result.estimator is None else dump(result.model.fitted_),
         }
@@ -86,7 +90,10 @@ class Slot:
         facts, left = content["facts"], content["left"]
         n = facts["n_hyperparameters"]
         known = Facts(
-            **{k: _as(bool, facts[k]) for k in ("by_row", "remembers", "rotates", "complete", "converged")},
+            **{
+                k: _as(bool, facts[k])
+                for k in ("by_row", "remembers", "rotates", "affordable", "complete", "converged")
+            },
             discrete=tuple(_as(bool, v) for v in facts["discrete"]),
             parameters=tuple(_as(str, v) for v in facts["parameters"]),
             n_hyperparameters=None if n is None else _as(int, n),
@@ -94,9 +101,9 @@ class Slot:
         tensors = [*left["parameters"].values(), *left["buffers"].values(), *left["random"]]
         if not all(isinstance(t, torch.Tensor) for t in tensors):
             raise TypeError("not tensors")
-        for name, kind in (("seed", int), ("digest", str), ("log_marginal_likelihood_", float)):
+        for name, kind in (("seed", int), ("digest", str), ("log_likelihood_", float), ("se", float)):
             _as(kind, left[name])
-        found = Candidate(known=known, left=left)
+        found = Candidate(known=known, left=left, believed=_believed(content["believed"]))
         for name, value in (numbers | arrays | texts | rows).items():
             setattr(found, name, value)
         return found
@@ -167,6 +174,35 @@ def _restored(estimator: Any, X: Any, y: Any, left: dict[str, Any]) -> Any:
 
 def _optional(rows: Any) -> Any:
     return None if rows is None else np.asarray(rows, dtype=np.float64)
+
+
+def _believed(stored: Any) -> Believed | None:
+    """The posterior of a candidate; the dimensions of its arrays agree."""
+    if stored is None:
+        return None
+    numbers = dict(stored)
+    draws = FactorDraws(**numbers.pop("draws"))
+    found = Believed(kind=_as(str, numbers.pop("kind")), draws=draws, **numbers)
+    s, t, k = draws.loadings.shape
+    g = len(found.islands)
+    wanted = {
+        "islands": (g,),
+        "fit_mean": (t,),
+        "fit_covariance": (t, t),
+        "noise": (s, t),
+        "means": (s, t),
+        "spread": (t,),
+        "island_covariances": (g, t, t),
+        "island_means": (g, t),
+        "island_mean_covariances": (g, t, t),
+        "mean_loadings": (t, k),
+        "mean_noise": (t,),
+    }
+    for name, shape in wanted.items():
+        value = getattr(found if hasattr(found, name) else draws, name)
+        if not isinstance(value, np.ndarray) or value.shape != shape or value.dtype != np.float64:
+            raise TypeError(f"{name} is no array of shape {shape}")
+    return found
 
 
 def _vector(value: Any) -> np.ndarray[Any, Any]:

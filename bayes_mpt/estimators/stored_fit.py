@@ -16,8 +16,7 @@ __all__ = ["dump", "restored"]
 
 # By the names of the attributes, and what each is in a file.
 NUMBERS: dict[str, Callable[[Any], Any]] = {
-    "log_marginal_likelihood_": float,
-    "log_marginal_likelihood_se_": float,
+    "log_likelihood_": float,
     "history_": lambda values: [float(v) for v in values],
     "n_iter_": int,
     "converged_": bool,
@@ -36,6 +35,7 @@ def dump(fitted: Fitted) -> dict[str, Any]:
         "parameters": dict(fitted.state),
         "buffers": {name: buffer.detach().clone() for name, buffer in fitted.buffers().items()},
         "digest": fitted.digest,
+        "se": fitted.se,
         **{name: found[name] for name in NUMBERS},
     }
 
@@ -49,7 +49,7 @@ def restored(made: Fitted, left: dict[str, Any]) -> Fitted:
         If the rows are others, or their log marginal likelihood differs.
     """
     said = {name: kind(left[name]) for name, kind in NUMBERS.items()}
-    total, wanted = made.total, said["log_marginal_likelihood_"]
+    total, wanted = made.total, said["log_likelihood_"]
     single = any(v.dtype == torch.float32 for v in made.state.values())
     if made.digest != left["digest"]:
         raise ValueError("the rows are not those of that fit")
@@ -67,5 +67,4 @@ def restored(made: Fitted, left: dict[str, Any]) -> Fitted:
         converged=said["converged_"],
         at_zero=[columns.index(name) for name in said["noise_at_zero_"]],
     )
-    se = said["log_marginal_likelihood_se_"]
-    return replace(made, fit=fit, total=wanted, se=se, at_map=said["at_map_"])
+    return replace(made, fit=fit, total=wanted, se=left["se"], at_map=said["at_map_"])

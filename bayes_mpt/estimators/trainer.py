@@ -113,7 +113,7 @@ class Trainer:
         except NoiseFloorError as error:
             raise ValueError(self._unbounded(error, problem)) from error
         except FewCellsError as error:
-            raise ValueError(self._few_cells(error)) from error
+            raise ValueError(self._few_cells(error, problem)) from error
         except CollapseError as error:
             raise ValueError(f"{error}{self._repeats(problem)}") from error
         if not fit.interrupted:
@@ -129,14 +129,7 @@ class Trainer:
         statistics: SufficientStatistics | None,
     ) -> None:
         if fit.at_zero:
-            one = len(fit.at_zero) == 1
-            warn(
-                f"the estimate of the noise variance of column{'' if one else 's'} {self._named(fit.at_zero)} is zero: "
-                f"{'its' if one else 'their'} observed cells are explained without any noise, as it happens with few "
-                "cells or too many latents, so that errors and intervals that come of this fit are too small. Use "
-                "fewer latents, or a model whose columns share one noise (PPCA)",
-                ZeroNoiseWarning,
-            )
+            warn(self._without_noise(fit.at_zero, problem), ZeroNoiseWarning)
         if statistics is None and any(has_missing(a) for a in problem.whole.args):
             self._warn_of_collapse(problem)
         if fit.converged or self.at_floor:
@@ -169,7 +162,7 @@ class Trainer:
         coarse, finer, solved = stages, list[list[Problem]](), None
         n_init = self._n_starts(how, statistics, warm)
         if not how.by_masks:
-            if statistics is not None and (statistics.complete or not warm) and problem.log_prior is None:
+            if statistics is not None and (statistics.complete or not warm):
                 solved = self._solve(how, problem, statistics, n_init)
                 if solved is not None:
                     if statistics.complete or solved.converged or solved.interrupted:
@@ -300,13 +293,22 @@ class Trainer:
                 CollapseWarning,
             )
 
-    def _few_cells(self, error: FewCellsError) -> str:
+    def _without_noise(self, columns: list[int], problem: Problem) -> str:
+        one = len(columns) == 1
+        return (
+            f"the estimate of the noise variance of column{'' if one else 's'} {self._named(columns)} is zero: "
+            f"{'its' if one else 'their'} observed cells are explained without any noise, as it happens with few "
+            "cells or too many latents, so that errors and intervals that come of this fit are too small. Use "
+            f"{_held_by_prior(problem)}fewer latents, or a model whose columns share one noise (PPCA)"
+        )
+
+    def _few_cells(self, error: FewCellsError, problem: Problem) -> str:
         counted = zip(error.columns, error.n_cells, strict=True)
         which = ", ".join(f"{self._named([column])} ({n_cells})" for column, n_cells in counted)
         return (
             f"too few observed cells in column {which}: a mean and {error.n_latents} latents reproduce them without "
-            "noise, so the likelihood has no maximum. Drop the column, use fewer latents, or a model whose columns "
-            "share one noise (PPCA)"
+            "noise, so the likelihood has no maximum. Drop the column, use "
+            f"{_held_by_prior(problem)}fewer latents, or a model whose columns share one noise (PPCA)"
         )
 
     def _repeats(self, problem: Problem) -> str:
@@ -353,6 +355,13 @@ class _Ended:
         load(self._state)
         self._fit.interrupted, self._fit.converged = True, False
         return self._fit
+
+
+def _held_by_prior(problem: Problem) -> str:
+    """What to use first where a noise goes to zero: a prior of the noise, where the model can have one."""
+    if offered(problem.bound.model, "symmetries") is None or problem.log_prior is not None:
+        return ""
+    return "penalty=True, which holds the noise above zero by a prior, "
 
 
 def _same(one: State, other: State) -> bool:

@@ -7,6 +7,7 @@ from bayes_mpt.evidence.factor_prior import FactorPrior, factor_prior
 from bayes_mpt.evidence.hyperparameters import Prior, hyperprior, log_likelihood
 from bayes_mpt.evidence.integrated import IntegratedEvidence, Mode, integrate
 from bayes_mpt.evidence.laplace import LaplaceEvidence, laplace_diagonal, laplace_proportional
+from bayes_mpt.evidence.laplace_incomplete import laplace_of_cells
 from bayes_mpt.evidence.sampled import SampledEvidence, sample_evidence
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "hyperprior",
     "integrate",
     "laplace_diagonal",
+    "laplace_of_cells",
     "laplace_proportional",
     "log_likelihood",
     "sample_evidence",

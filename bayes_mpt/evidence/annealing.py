@@ -26,9 +26,8 @@ Array = NDArray[np.float64]
 
 DEGREES = 6.0  # of freedom of the start
 POOL = 16  # draws a particle at the start, of which those inside the slice are taken; K = 1: 4
-CESS = 0.7  # share of the particles that stays effective from one temperature to the next
-N_MOVES, N_LEAPS = 2, 5
-N_LAST_MOVES = 2  # at the posterior, so that equal particles part
+CESS = 0.85  # share of the particles that stays effective from one temperature to the next
+N_LEAPS = 5  # of the one trajectory at each temperature: temperatures nearer to each other are worth more than moves
 ACCEPTANCE = 0.8  # that steps are adapted to
 MAX_STEP = 1.2
 MIN_RISE = 1e-4  # of a temperature
@@ -40,8 +39,8 @@ class Plan:
 
     temperatures: list[float] = field(default_factory=list)
     """From above 0 to 1."""
-    steps: list[list[float]] = field(default_factory=list)
-    """Of the trajectories at each temperature."""
+    steps: list[float] = field(default_factory=list)
+    """Of the trajectory at each temperature."""
 
 
 class Annealed(NamedTuple):
@@ -50,10 +49,12 @@ class Annealed(NamedTuple):
     log_z: Array
     """(G,) of each island."""
     y: Array
-    """(n, m) equally weighted points of the posterior."""
+    """(n, m) points of the posterior, as many of each island one after the other: those of one count alike."""
     plan: Plan
+    variance: float
+    """Of the log Z of an island, as the weights of all particles tell it: what it would be if moves forgot all."""
     acceptance: float
-    """Mean over all moves."""
+    """Mean over all trajectories."""
 
 
 class _Particles:
@@ -109,31 +110,27 @@ def _anneal(
     plan = Plan() if plan is None else plan
     y, log_z = _start(space, n_islands, n_each, rng)
     now = _Particles(space, y)
-    b, step, accepted = 0.0, space.n_free**-0.25, []
+    b, step, variance, accepted = 0.0, space.n_free**-0.25, 0.0, []
     for level in range(10_000):
-        log_weight = now.log_weight
+        log_weight = np.where(np.isfinite(now.log_weight), now.log_weight, -1e300)
         new = _next_temperature(b, log_weight) if pilot else plan.temperatures[level]
-        rise = ((new - b) * np.where(np.isfinite(log_weight), log_weight, -1e300)).reshape(n_islands, -1)
+        rise = (new - b) * log_weight
+        variance += (1 / _effective(rise) - 1) / n_each
+        rise = rise.reshape(n_islands, -1)
         total = logsumexp(rise, axis=1)
         log_z += total - math.log(n_each)
         b = new
         if pilot:
             plan.temperatures.append(b)
-            plan.steps.append([])
+            plan.steps.append(step)
         now = now.taken(_resample(np.exp(rise - total[:, None]), rng))
-        for move in range(N_LAST_MOVES if b == 1 else N_MOVES):
-            length = step if pilot else plan.steps[level][move]
-            chance, inside = _move(space, now, b, length, rng)
-            accepted.append(float(chance.mean()))
-            if pilot:
-                plan.steps[-1].append(step)
-                if inside.any():  # an end outside says nothing of the step
-                    step = min(step * math.exp(chance[inside].mean() - ACCEPTANCE), MAX_STEP)
+        chance, inside = _move(space, now, b, plan.steps[level], rng)
+        accepted.append(float(chance.mean()))
+        if pilot and inside.any():  # an end outside says nothing of the step
+            step = min(step * math.exp(chance[inside].mean() - ACCEPTANCE), MAX_STEP)
         if b == 1:
             break
-    # islands by their weight, so that all points count alike
-    share = np.repeat(np.exp(log_z - logsumexp(log_z)) / n_each, n_each)
-    return Annealed(log_z, now.y[_resample(share[None], rng)], plan, float(np.mean(accepted)))
+    return Annealed(log_z, now.y, plan, variance, float(np.mean(accepted)))
 
 
 def _start(space: Slice, n_islands: int, n_each: int, rng: np.random.Generator) -> tuple[Array, Array]:
@@ -159,19 +156,19 @@ def _log_start(y: Array) -> tuple[Array, Array]:
 
 def _next_temperature(b: float, log_weight: Array) -> float:
     """The highest at which the conditional effective sample size is kept."""
-    finite = np.where(np.isfinite(log_weight), log_weight, -1e300)
-
-    def share(rise: float) -> float:
-        w = rise * finite
-        return math.exp(2 * logsumexp(w) - logsumexp(2 * w)) / len(w)
-
-    if share(1 - b) >= CESS:
+    if _effective((1 - b) * log_weight) >= CESS:
         return 1.0
     low, high = 0.0, 1 - b
     for _ in range(30):
         middle = (low + high) / 2
-        low, high = (middle, high) if share(middle) >= CESS else (low, middle)
+        low, high = (middle, high) if _effective(middle * log_weight) >= CESS else (low, middle)
     return min(1.0, b + max(low, MIN_RISE))
+
+
+def _effective(log_weight: Array) -> float:
+    """Share of equally weighted points (B,) that counts after a weighting."""
+    w = np.exp(log_weight - log_weight.max())
+    return float(w.sum() ** 2 / (w @ w)) / len(w)
 
 
 def _resample(weight: Array, rng: np.random.Generator) -> NDArray[np.intp]:
@@ -201,12 +198,13 @@ def _move(
             images = _Particles(space, y[moved])
             slope[moved], gauge[moved] = images.slope(b), images.gauge
     before = now.level(b) + gauge - kinetic
-    for _ in range(N_LEAPS):
-        momentum = momentum + 0.5 * length * slope
-        y = y + length * momentum
-        end = _Particles(space, y)
-        slope = end.slope(b)
-        momentum = momentum + 0.5 * length * slope
+    momentum += 0.5 * length * slope
+    for _ in range(N_LEAPS - 1):
+        y += length * momentum
+        momentum += length * ((1 - b) * _log_start(y)[1] + b * space.force(y))
+    y += length * momentum
+    end = _Particles(space, y)
+    momentum += 0.5 * length * end.slope(b)
     gauge = end.gauge.copy()
     allowed = np.isfinite(gauge)
     if space.n_weak:

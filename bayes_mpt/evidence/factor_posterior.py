@@ -50,6 +50,10 @@ class FactorPosterior(ABC):
         """Log likelihood (B,) and its gradients in V (B, T, K), e (B, T) and the rest of theta."""
 
     @abstractmethod
+    def means(self, theta: Array) -> tuple[Array, Array]:
+        """Centres (B, T) of the mean at points (B, d), and s (T,): its covariance there is s^1/2 C s^1/2."""
+
+    @abstractmethod
     def information(self, theta: Array) -> Array:
         """Expected information (d, d) of the rows plus expected curvature of a normal prior, at one point (d,)."""
 
@@ -112,6 +116,7 @@ class CompletePosterior(FactorPosterior):
         kappa, off = prior.kappa, mean - prior.center
         root = np.sqrt(self.units)
         self.cov = (cov + kappa / (n_rows + kappa) * np.outer(off, off)) / root / root[:, None]
+        self.mean = prior.center + n_rows / (n_rows + kappa) * off
         self.constant = 0.5 * self.n_tokens * math.log(kappa / (n_rows + kappa))
         self.constant -= 0.5 * n_rows * (self.n_tokens * LOG_2PI + np.log(self.units).sum())
 
@@ -122,15 +127,20 @@ class CompletePosterior(FactorPosterior):
         scaled = (root[:, :, None] * v).transpose(1, 0, 2).reshape(n_tokens, -1)
         rv = root[:, :, None] * (self.cov @ scaled).reshape(n_tokens, n_points, k).transpose(1, 0, 2)
         products = v.transpose(0, 2, 1) @ np.concatenate([v, rv], 2)  # (B, K, 2 K)
-        m = np.eye(k) + products[:, :, :k]
-        inverse = np.linalg.inv(m)
+        inverse, log_det = patterns.inverse((np.eye(k) + products[:, :, :k]).transpose(1, 2, 0)[None])
+        inverse = np.ascontiguousarray(inverse[0].transpose(2, 0, 1))
         rx = rv @ inverse
         # (A^-1 R')_ii
         quad = np.diag(self.cov) * root**2 - (v * rx).sum(2)
-        value = self.constant - 0.5 * self.n_rows * (e.sum(1) + np.linalg.slogdet(m)[1] + quad.sum(1))
+        value = self.constant - 0.5 * self.n_rows * (e.sum(1) + log_det[0] + quad.sum(1))
         # d/dV: -N (A^-1 V - A^-1 R' A^-1 V) = -N (V (M^-1 + M^-1 V'R'V M^-1) - R'V M^-1)
         slope = -self.n_rows * (v @ (inverse + inverse @ products[:, :, k:] @ inverse) - rx)
         return value, slope, -0.5 * self.n_rows * (1 - quad), rest
+
+    def means(self, theta: Array) -> tuple[Array, Array]:
+        """The mean given all else is N((kappa m0 + N mean) / (N + kappa), C / (N + kappa))."""
+        spread = np.full(self.n_tokens, 1 / (self.n_rows + self.prior.kappa))
+        return np.tile(self.mean, (len(theta), 1)), spread
 
     def information(self, theta: Array) -> Array:
         """Expected information (d, d) of the rows plus expected curvature of a normal prior, at one point (d,)."""

@@ -123,7 +123,7 @@ class FactorPrior:
         return constant - 0.5 * (v + n) * np.log1p(q / v), (v + n) / (v + q)
 
 
-def factor_prior(rows: NDArray[np.floating]) -> FactorPrior:
+def factor_prior(rows: NDArray[np.floating], weight: Array | None = None) -> FactorPrior:
     """The prior of a table: centred at its mean, in units of its variances.
 
     Parameters
@@ -131,24 +131,29 @@ def factor_prior(rows: NDArray[np.floating]) -> FactorPrior:
     rows : array of shape (N, T)
         NaN where missing. With missing cells mean and variances are those of a normal with any covariance, fitted
         to the observed cells, and not those of the observed cells, which holes that follow other columns move.
+    weight : array of shape (N,), optional
+        How many rows each stands for.
     """
-    if not np.isnan(rows).any():
-        return FactorPrior(rows.mean(0, dtype=float), rows.var(0, dtype=float))
-    return FactorPrior(*_saturated(rows.astype(float)))
+    if weight is not None or np.isnan(rows).any():
+        return FactorPrior(*_saturated(rows.astype(float), np.ones(len(rows)) if weight is None else weight))
+    return FactorPrior(rows.mean(0, dtype=float), rows.var(0, dtype=float))
 
 
-def _saturated(rows: Array) -> tuple[Array, Array]:
+def _saturated(rows: Array, weight: Array) -> tuple[Array, Array]:
     """Mean and variances (T,) of the normal with any covariance that fits the observed cells: EM over the patterns.
 
     A row's worth of independent columns with the observed variances keeps the covariance definite.
     """
-    center, sd = np.nanmean(rows, 0), np.nanstd(rows, 0)
+    seen, share = ~np.isnan(rows), weight[:, None]
+    n_seen = (share * seen).sum(0)
+    center = np.nansum(share * rows, 0) / n_seen
+    sd = np.sqrt(np.nansum(share * (rows - center) ** 2, 0) / n_seen)
     sd = np.where(sd > 0, sd, 1.0)
     x = np.where(np.isnan(rows), 0.0, (rows - center) / sd)
-    visible, pattern = np.unique(~np.isnan(rows), axis=0, return_inverse=True)
+    visible, pattern = np.unique(seen, axis=0, return_inverse=True)
     pattern = pattern.reshape(-1)
-    count = np.bincount(pattern).astype(float)
-    n, n_tokens = rows.shape
+    count = np.bincount(pattern, weight).astype(float)
+    n, n_tokens = float(weight.sum()), rows.shape[1]
     mean, cov = np.zeros(n_tokens), np.eye(n_tokens)
     for _ in range(MAX_EM):
         # E[x | x_o] = mean + C_.o C_oo^-1 (x_o - mean_o); with ones on the hidden diagonal C_oo^-1 is one batch
@@ -160,9 +165,13 @@ def _saturated(rows: Array) -> tuple[Array, Array]:
         )  # (G, T, T) variance of the hidden
         residual = np.where(visible[pattern], x - mean, 0.0)
         full = np.einsum("rt,rts->rs", residual, (gain * visible[:, :, None])[pattern])
-        step = full.mean(0)
+        step = weight @ full / n
         centred = full - step
-        new = centred.T @ centred + np.einsum("g,gts->ts", count, left) + PSEUDO_ROWS * np.eye(n_tokens)
+        new = (
+            (share * centred).T @ centred
+            + np.einsum("g,gts->ts", count, left)
+            + PSEUDO_ROWS * np.eye(n_tokens)
+        )
         new /= n + PSEUDO_ROWS
         change = np.abs(new - cov).max() + np.abs(step).max()
         mean, cov = mean + step, new

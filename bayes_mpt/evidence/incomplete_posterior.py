@@ -80,6 +80,11 @@ class IncompletePosterior(FactorPosterior):
         value = self.constant - 0.5 * (e.sum(1) + np.linalg.slogdet(m)[1] + square.sum(1))
         return value, r[:, :, None] * f.transpose(0, 2, 1) - v @ inverse, -0.5 * (1 - square), -scale * r
 
+    def means(self, theta: Array) -> tuple[Array, Array]:
+        """The mean is a coordinate, mu = m0 + u^1/2 nu."""
+        nu = theta[:, self.n_loadings + self.n_noise :]
+        return self.prior.center + np.sqrt(self.units) * nu, np.zeros(self.n_tokens)
+
     def information(self, theta: Array) -> Array:
         """Expected information (d, d) of the rows plus expected curvature of a normal prior, at one point (d,)."""
         v, e = (a[0] for a in self.split(theta[None]))

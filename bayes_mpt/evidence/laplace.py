@@ -110,23 +110,51 @@ def _around_orbit(factors: Factors, n_rows: int, share: Array) -> LaplaceEvidenc
     # Columns of zero loading have no orbit and no information: their prior integrates to one.
     used = factors.spectrum > 1 + 1e-10
     theta, u = factors.spectrum[used], factors.vectors[:, used]  # (K,), (T, K)
-    n_tokens, n_latents = u.shape
-    n_noise = len(share)
     lml = n_rows * factors.lml
-    # density of log psi: a^a / Gamma(a) share^a exp(-a share), curvature a share
+    log_det = _log_det(theta, u, n_rows, share)
+    return LaplaceEvidence(around_orbit(lml, u * np.sqrt(theta - 1), share, log_det), lml, factors)
+
+
+def around_orbit(lml: float, v: Array, share: Array, log_det: float) -> float:
+    """Log evidence at V (T, K) of orthogonal columns and noises of these ``share`` (P,), given log det(Q'HQ)."""
+    n_tokens, n_latents = v.shape
+    # density of log psi: a^a / Gamma(a) share^a exp(-a share)
     a = NOISE_SHAPE
     log_prior = float((a * np.log(a * share) - a * share - math.lgamma(a)).sum())
-    curvature = a * share
+    n_free = n_tokens * n_latents + len(share) - n_latents * (n_latents - 1) // 2
+    value = lml + log_prior + 0.5 * n_free * LOG_2PI - 0.5 * log_det
+    if not n_latents:
+        return float(value)
+    # sum_ik V_ik^2 share_i / tau^2 = T K
+    token_share = np.broadcast_to(share, n_tokens)
+    tau2 = scale_of_loadings(v, share)
+    value += -0.5 * n_latents * (n_tokens * (LOG_2PI + math.log(tau2) + 1) - np.log(token_share).sum())
+    # of a tangent (s_l, -s_k): log det (G'G) is the sum of the logarithms of their squared lengths
+    square = np.square(v).sum(0)
+    low, high = np.triu_indices(n_latents, 1)
+    return float(value + 0.5 * np.log(square[low] + square[high]).sum() + log_volume(n_latents))
+
+
+def scale_of_loadings(v: Array, share: Array) -> float:
+    """tau^2: W_ik ~ N(0, tau^2 var_i), so that V_ik ~ N(0, tau^2 / share_i)."""
+    return float((v**2 * np.broadcast_to(share, len(v))[:, None]).mean())
+
+
+def prior_precision(v: Array, share: Array) -> tuple[float, Array]:
+    """What the prior adds to H: of each loading, its mean over the tokens; and of each log psi (P,), a share."""
+    precision = float(share.mean()) / scale_of_loadings(v, share) if v.size else 0.0
+    return precision, NOISE_SHAPE * share
+
+
+def _log_det(theta: Array, u: Array, n_rows: int, share: Array) -> float:
+    """log det(Q'HQ) of complete rows, in the basis U."""
+    n_tokens, n_latents = u.shape
+    n_noise = len(share)
+    s = np.sqrt(theta - 1)
+    precision, curvature = prior_precision(u * s, share)
     if not n_latents:
         # H_pp = N/2
-        h = n_rows * n_tokens / (2 * n_noise) + curvature
-        value = lml + log_prior + 0.5 * n_noise * LOG_2PI - 0.5 * np.log(h).sum()
-        return LaplaceEvidence(float(value), lml, factors)
-    s = np.sqrt(theta - 1)
-    # W_ik ~ N(0, tau^2 var_i), so V_ik ~ N(0, tau^2 / share_i)
-    token_share = np.broadcast_to(share, n_tokens)
-    tau2 = ((u * s) ** 2 * token_share[:, None]).mean()
-    precision = token_share.mean() / tau2
+        return float(np.log(n_rows * n_tokens / (2 * n_noise) + curvature).sum())
     d, m = s / theta, (theta - 1) / theta
     # H on the entries of V: in U's complement N m_k + 1/tau^2, on U_k itself 2 N (theta_k - 1)/theta_k^2 + 1/tau^2
     h_outside = n_rows * m + precision
@@ -155,13 +183,7 @@ def _around_orbit(factors: Factors, n_rows: int, share: Array) -> LaplaceEvidenc
         raise FloatingPointError(
             "the curvature of the noise variances is not positive: the Laplace evidence fails"
         )
-    log_det += log_det_noise
-    n_free = n_tokens * n_latents + n_noise - len(low)
-    # sum_ik V_ik^2 share_i / tau^2 = T K
-    log_loading = -0.5 * n_latents * (n_tokens * (LOG_2PI + math.log(tau2) + 1) - np.log(token_share).sum())
-    value = lml + log_loading + log_prior + 0.5 * n_free * LOG_2PI - 0.5 * log_det
-    value += 0.5 * np.log(norm2).sum() + log_volume(n_latents)
-    return LaplaceEvidence(float(value), lml, factors)
+    return float(log_det + log_det_noise)
 
 
 def _log_det_noise(

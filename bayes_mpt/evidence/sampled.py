@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import logsumexp
+from scipy.special import log_softmax, logsumexp
 
-from bayes_mpt.diagnostics import replicate_error
+from bayes_mpt.diagnostics import few_replicates, replicate_error
 from bayes_mpt.evidence.annealing import Annealed, anneal
+from bayes_mpt.evidence.draws import FactorDraws
 from bayes_mpt.evidence.factor_posterior import CompletePosterior, FactorPosterior
 from bayes_mpt.evidence.factor_prior import FactorPrior
 from bayes_mpt.evidence.incomplete_posterior import IncompletePosterior
@@ -35,7 +36,6 @@ Array = NDArray[np.float64]
 
 MAX_PARAMETERS = 600
 PILOT = 16  # particles of an island
-SAFETY = 1.1  # on the pilot's error, which is itself uncertain
 LEAST_LOADING = 0.05  # of a column at the start of a climb
 N_EM = 2
 N_DRAWS = 256  # of the noise variances, without latents
@@ -60,18 +60,19 @@ class SampledEvidence:
     prior: FactorPrior
     scale_sensitivity: tuple[float, float]
     """Change of ``log_evidence`` with the prior's scale of the loadings halved, and doubled; NaN: cannot be told."""
-    covariance: Array
-    """(T, T) posterior mean of psi + W W'."""
-    loadings: Array
-    """(T, K) posterior mean of W, each draw turned into the slice."""
-    noise: Array
-    """(T,) posterior mean of psi."""
-    loadings_draws: Array
-    """(S, T, K) equally weighted draws."""
-    noise_draws: Array
-    """(S, T)"""
+    draws: FactorDraws
     flags: tuple[str, ...]
     """What to doubt, in words."""
+
+    @property
+    def covariance(self) -> Array:
+        """(T, T) posterior mean of psi + W W'."""
+        return self.draws.covariance(self.islands)
+
+    @property
+    def mean(self) -> Array:
+        """(T,) posterior mean of mu."""
+        return self.draws.mean(self.islands)
 
 
 def n_parameters(n_tokens: int, n_latents: int, shape: Array | None, complete: bool = True) -> int:
@@ -219,54 +220,55 @@ def _without_latents(
     )
     units = prior.units(shape)
     noise = (units[:, None] * np.exp(np.take_along_axis(e, index, 1))).T  # (S, T)
-    mean = units * (weight * np.exp(e)).sum(1)
-    empty = np.zeros((len(units), 0))
-    return SampledEvidence(
-        value,
-        0.0,
-        np.full(n_islands, value),
-        0,
-        0,
-        prior,
-        (0.0, 0.0),
-        np.diag(mean),
-        empty,
-        mean,
-        np.broadcast_to(empty, (N_DRAWS, *empty.shape)),
-        noise,
-        (),
-    )
+    held = prior.kappa + cells.n  # rows
+    center = (prior.kappa * prior.center + cells.n * cells.mean) / held
+    islands = np.full(n_islands, value)
+    empty = np.zeros((N_DRAWS, len(units), 0))
+    draws = FactorDraws.of(empty, noise, np.tile(center, (N_DRAWS, 1)), 1 / held, islands)
+    noise = units * (weight * np.exp(e)).sum(1)  # what the draws come to, known exactly
+    exact = np.broadcast_to(np.diag(noise), draws.island_covariances.shape)
+    spread = np.broadcast_to(np.diag(noise / held), exact.shape)
+    draws = replace(draws, mean_noise=noise, island_covariances=exact, island_mean_covariances=spread)
+    return SampledEvidence(value, 0.0, islands, 0, 0, prior, (0.0, 0.0), draws, ())
 
 
 def _sampled(space: Slice, se: float, max_particles: int, n_islands: int, seed: int) -> SampledEvidence:
     first, second = (np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(2))
     pilot = anneal(space, n_islands, PILOT, first)
-    wanted = PILOT * (SAFETY * error_of(pilot.log_z) / se) ** 2
+    # of few islands no less than what the weights tell
+    variance = max(float(pilot.log_z.var(ddof=1)), pilot.variance)
+    wanted = PILOT * variance / n_islands * (few_replicates(n_islands) / se) ** 2
     n_each = int(np.clip(math.ceil(min(wanted, 1e6)), PILOT, max(PILOT, max_particles // n_islands)))
     found = anneal(space, n_islands, n_each, second, pilot.plan)
     return _summary(space, found, n_each * n_islands)
 
 
-def error_of(log_z: Array) -> float:
-    """Standard error of log mean Z over islands (G,), such that two of it hold the truth as two of a normal do."""
+def log_mean(log_z: Array) -> tuple[float, float]:
+    """Log mean Z over islands (G,), and its standard error: two of it hold the truth as two of a normal do.
+
+    The logarithm of a mean is too low by half of the mean's squared relative error, which is added.
+    """
     z = np.exp(log_z - log_z.max())
-    return replicate_error(z) / float(z.mean())
+    error = replicate_error(z) / float(z.mean())
+    bias = 0.5 * (error / few_replicates(len(z))) ** 2
+    return float(logsumexp(log_z) - math.log(len(z))) + bias, error
 
 
 def _summary(space: Slice, found: Annealed, n_particles: int) -> SampledEvidence:
     posterior = space.posterior
-    v, e = posterior.split(space.theta(found.y))
+    theta = space.theta(found.y)
+    v, e = posterior.split(theta)
     root = np.sqrt(posterior.units * np.exp(e))  # (S, T)
     loadings, noise = root[:, :, None] * v, root**2
-    flat = loadings.transpose(1, 0, 2).reshape(posterior.n_tokens, -1)
-    covariance = flat @ flat.T / len(v) + np.diag(noise.mean(0))
-    error = error_of(found.log_z)
-    value = float(logsumexp(found.log_z) - math.log(len(found.log_z)))
+    value, error = log_mean(found.log_z)
     prior = posterior.prior
     q = (np.square(v) * np.exp(e)[:, :, None]).sum((1, 2)) / prior.scale**2
 
+    log_weight = np.repeat(log_softmax(found.log_z), len(v) // len(found.log_z))
+    log_weight -= logsumexp(log_weight)
+
     def moved(factor: float) -> float:
-        return _moved(prior.log_ratio(prior.scaled(factor), q, v[0].size))
+        return _moved(prior.log_ratio(prior.scaled(factor), q, v[0].size), log_weight)
 
     return SampledEvidence(
         value,
@@ -276,20 +278,17 @@ def _summary(space: Slice, found: Annealed, n_particles: int) -> SampledEvidence
         len(found.plan.temperatures),
         prior,
         (moved(0.5), moved(2.0)),
-        covariance,
-        loadings.mean(0),
-        noise.mean(0),
-        loadings,
-        noise,
+        FactorDraws.of(loadings, noise, *posterior.means(theta), found.log_z),
         _flags(posterior, error),
     )
 
 
-def _moved(log_ratio: Array) -> float:
-    """Log mean ratio of two priors over posterior draws; NaN where few of them count."""
-    total = logsumexp(log_ratio)
-    effective = math.exp(2 * total - logsumexp(2 * log_ratio))
-    return float(total - math.log(len(log_ratio))) if effective > MIN_EFFECTIVE * len(log_ratio) else math.nan
+def _moved(log_ratio: Array, log_weight: Array) -> float:
+    """Log mean ratio of two priors over weighted posterior draws; NaN where few of them count."""
+    w = log_ratio + log_weight
+    total = logsumexp(w)
+    effective = math.exp(2 * total - logsumexp(2 * w))
+    return float(total) if effective > MIN_EFFECTIVE * len(w) else math.nan
 
 
 def _flags(posterior: FactorPosterior, se: float) -> tuple[str, ...]:

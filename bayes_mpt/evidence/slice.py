@@ -46,7 +46,7 @@ class Reading(NamedTuple):
     log_gauge: Array
     """(B,) logarithm of prod |s_i + s_j| / (a_i^2 + a_j^2)^1/2; -inf outside, the weak signs aside."""
     force: Array
-    """(B, m) gradient of both in y."""
+    """(B, m) what moves points: the gradient of both in y, or near it."""
     inside: NDArray[np.bool_]
     """(B,) whether all s are positive."""
 
@@ -68,6 +68,8 @@ class Slice:
     """(m, K K): S = A'A + y polar, symmetric by the choice of the slice"""
     log_jacobian: float
     """Of y -> theta on the slice, and the volume of the orbit."""
+    pull: Array
+    """(m,) gradient of the gauge at the center."""
     n_weak: int
     """Columns whose sign is not settled."""
 
@@ -100,7 +102,9 @@ class Slice:
         polar = np.einsum("tk,tlm->mkl", reference, basis[:n].reshape(t, k, -1))
         polar = 0.5 * (polar + polar.transpose(0, 2, 1)).reshape(-1, k * k)
         back = root.T @ normal.T
-        return cls(posterior, reference, center, basis, back, polar, log_jacobian, n_weak)
+        s = a**2
+        pull = np.diag((1 / (s[:, None] + s)).sum(1) - 0.5 / s).ravel() @ polar.T
+        return cls(posterior, reference, center, basis, back, polar, log_jacobian, pull, n_weak)
 
     @property
     def n_free(self) -> int:
@@ -113,10 +117,7 @@ class Slice:
 
     def read(self, y: Array) -> Reading:
         """Density, gauge and force at points (B, m)."""
-        theta = self.theta(y)
-        diverged = ~(np.abs(y).max(1) < FARTHEST)
-        theta[diverged] = self.center
-        value, gradient = self.posterior.log_density(theta)
+        value, gradient, diverged = self._density(y)
         k = self.posterior.n_latents
         s, e = self._polar(y)
         positive = s > 0
@@ -127,23 +128,41 @@ class Slice:
             rank = np.argsort(np.argsort(np.abs(s), axis=1), axis=1)
             allowed = (positive | (rank < self.n_weak)).all(1)
         allowed = allowed & ~diverged & np.isfinite(value)
-        force = gradient @ self.basis
         gauge = np.full(len(y), self.log_jacobian)
         if k > 1:
             low, high = np.triu_indices(k, 1)
             with np.errstate(divide="ignore"):
                 gauge += np.log(np.abs(s[:, low] + s[:, high])).sum(1)
-            # d/dS sum_{i<j} log |s_i + s_j| = E diag(g) E'; of weak signs it is the mirror's, which stays finite
-            size = np.abs(s)
-            inverse = 1 / np.maximum(size[:, :, None] + size[:, None, :], 1e-6)
-            g = (inverse.sum(2) - 0.5 / np.maximum(size, 5e-7)) * np.where(positive, 1.0, -1.0)
-            force += ((e * g[:, None, :]) @ e.transpose(0, 2, 1)).reshape(len(y), -1) @ self.polar.T
         return Reading(
             np.where(allowed, value, -np.inf),
             np.where(allowed, gauge, -np.inf),
-            np.where(allowed[:, None], force, 0.0),
+            gradient + self._gauge_force(s, e),
             inside & allowed,
         )
+
+    def force(self, y: Array) -> Array:
+        """The force at points (B, m), for which without weak columns no eigenvalues are needed."""
+        return self.read(y).force if self.n_weak else self._density(y)[1] + self.pull
+
+    def _density(self, y: Array) -> tuple[Array, Array, NDArray[np.bool_]]:
+        """Log density (B,) of the posterior at points (B, m), its gradient (B, m), and which points have diverged."""
+        theta = self.theta(y)
+        diverged = ~(np.abs(y).max(1) < FARTHEST)
+        theta[diverged] = self.center
+        value, gradient = self.posterior.log_density(theta)
+        return value, gradient @ self.basis, diverged
+
+    def _gauge_force(self, s: Array, e: Array) -> Array:
+        """Gradient (B, m) of the gauge: of strong columns that at the center, which any trajectory may follow.
+
+        d/dS sum_{i<j} log |s_i + s_j| = E diag(g) E'; of weak signs it is the mirror's, which stays finite.
+        """
+        if not self.n_weak:
+            return self.pull
+        size = np.abs(s)
+        inverse = 1 / np.maximum(size[:, :, None] + size[:, None, :], 1e-6)
+        g = (inverse.sum(2) - 0.5 / np.maximum(size, 5e-7)) * np.where(s > 0, 1.0, -1.0)
+        return ((e * g[:, None, :]) @ e.transpose(0, 2, 1)).reshape(len(s), -1) @ self.polar.T
 
     def turned(self, y: Array, signs: Array | None = None) -> tuple[Array, NDArray[np.bool_]]:
         """Points (B, m) with these signs (B, n_weak) of the weakest, or (None) turned back inside; and which moved."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bayes_mpt.diagnostics import disagreement, replicate_error
 from bayes_mpt.estimators.candidates import Candidate
-from bayes_mpt.estimators.comparison import comparison_table
+from bayes_mpt.estimators.table import comparison_table
 from bayes_mpt.language.texts import Copies, Text, copies_of, list_of, token_ids
 from bayes_mpt.masks import (
     FixedRate,

@@ -13,6 +13,7 @@ from bayes_mpt.training.adam import total_on_masks, train_on_masks
 from bayes_mpt.training.closed_form import maximize_profile
 from bayes_mpt.training.epochs import train_by_epochs
 from bayes_mpt.training.lbfgs import maximize_lbfgs
+from bayes_mpt.training.noise_prior import NoisePrior
 from bayes_mpt.training.options import Ascent, Epochs, Steps, Training
 from bayes_mpt.training.problem import Fit, Problem, Report, check_start, impossible, one_thread
 from bayes_mpt.training.vanishing import collapsed, noise_at_zero
@@ -21,6 +22,7 @@ __all__ = [
     "Ascent",
     "Epochs",
     "Fit",
+    "NoisePrior",
     "Problem",
     "Report",
     "Steps",

@@ -13,6 +13,7 @@ from bayes_mpt.predictors.gaussian import incomplete, profile
 from bayes_mpt.predictors.gaussian.linear import dimensionless
 from bayes_mpt.program.affine import DenseMap
 from bayes_mpt.program.statistics import Covariance, SufficientStatistics
+from bayes_mpt.training.noise_prior import NoisePrior
 from bayes_mpt.training.problem import (
     Fit,
     Problem,
@@ -37,8 +38,9 @@ def maximize_profile(
     """Solve for mean, loadings and noise where the program leaves them free; None where it does not.
 
     Free means that the solution can be reached: each part has parameters of its own, and Gauss-Newton on them ends
-    at the target. Nothing of the program's form is assumed. ``problem`` scores the rows of ``statistics``. Where cells
-    are missing the maximum has no closed form: climbs go there from ``n_init`` starts (`incomplete`).
+    at the target. Nothing of the program's form is assumed. ``problem`` scores the rows of ``statistics``; a prior may
+    be one of noise variances (`NoisePrior`), which is then maximised with it. Where cells are missing the maximum has
+    no closed form: climbs go there from ``n_init`` starts (`incomplete`).
     ``at_floor``: where the likelihood of complete rows has no maximum for want of noise, take one of the size of
     rounding errors.
 
@@ -49,8 +51,10 @@ def maximize_profile(
     KeyboardInterrupt
         By Ctrl-C before EM has come anywhere, or to where the program cannot follow; else the fit says so.
     """
-    leaves = problem.leaves()
+    leaves, log_prior = problem.leaves(), problem.log_prior
     check_finite(leaves)
+    if log_prior is not None and not isinstance(log_prior, NoisePrior):
+        return None
     reading = _map(problem.objective.read())
     # float32's digits do not suffice to see whether a target has been reached
     if len(reading.loc) != 1 or not statistics.n_rows or reading.loc.dtype != torch.float64:
@@ -64,16 +68,23 @@ def maximize_profile(
     if (tied and n_latents >= n_tokens) or (not tied and n_noise < n_tokens):
         return None
     shape = reading.noise[0].detach().cpu().numpy() if tied else None
+    prior = None if log_prior is None else log_prior.given(statistics.n_rows)
+    if prior is not None and shape is not None:
+        if np.ptp(shape):  # the prior is of one noise of all columns, not of a factor of several
+            return None
+        prior = prior._replace(rate=prior.rate * shape[:1])
     wrong = None
     if not tied and not statistics.complete:
         incomplete.refuse_constant_columns(statistics)
-        wrong = incomplete.too_few(statistics, n_latents)
+        # a prior that has no weight at zero outweighs the few cells of a column, but has no unit for a single one
+        wrong = incomplete.too_few(statistics, n_latents if prior is None else 0)
     if statistics.complete:
         moments = statistics
         best = _best(
             statistics.covariance,
             n_latents=n_latents,
             shape=shape,
+            prior=prior,
             max_iter=max_iter,
             tol=tol,
             at_floor=at_floor,
@@ -85,8 +96,10 @@ def maximize_profile(
         moments = statistics.available()
         steps = 1 if wrong else max_iter
         factors = incomplete.maximise(
-            statistics, n_latents, shape, n_init=n_init, seed=seed, max_iter=steps, tol=tol
+            statistics, n_latents, shape, prior=prior, n_init=n_init, seed=seed, max_iter=steps, tol=tol
         )
+    if prior is not None and not tied:
+        _refuse_floor(factors.noise, moments)
     # a noise of the size of rounding errors sees these
     off = 1e-3 if at_floor else 1e-7 if statistics.complete else 1e-5
     moved = _move_to(problem, reading, names, factors, moments, off)
@@ -96,10 +109,10 @@ def maximize_profile(
         return None
     if wrong is not None:  # all is free, so that the likelihood has no maximum there
         raise wrong
-    read, total = moved
+    read, total, score = moved
     return Fit(
         "profile likelihood" if statistics.complete else "em",
-        [total / problem.whole.n_rows],
+        [score],
         factors.n_iter,
         converged=not at_floor if statistics.complete else factors.converged,
         interrupted=factors.interrupted,
@@ -150,9 +163,10 @@ def _move_to(
     factors: incomplete.Maximum,
     moments: SufficientStatistics,
     off: float,
-) -> tuple[Conditionals, float] | None:
-    """Move the parameters to these factors: what is read there and its total; None, and back, where they cannot follow.
+) -> tuple[Conditionals, float, float] | None:
+    """Move the parameters to these factors; None, and back, where they cannot follow.
 
+    What is read there comes with its total log-density and the mean score a row, which has its share of a prior.
     ``off`` is how far, relative, the score may be from that of the factors.
     """
     leaves, targets = problem.leaves(), _targets(reading, factors, moments)
@@ -169,11 +183,22 @@ def _move_to(
                 return None
         read = problem.objective.read()
     with torch.no_grad():
-        total = float(problem.objective.total(read))
-    if abs(total / problem.whole.n_rows - factors.lml) > off * (1 + abs(factors.lml)):
-        restore(leaves, before)
-        return None
-    return read, total
+        total, prior = problem.objective.total(read), problem.log_prior
+        score = total / problem.whole.n_rows
+        moved = abs(float(score) - factors.lml) <= off * (1 + abs(factors.lml))
+        if isinstance(prior, NoisePrior):  # which is of the parameter that it names, and the map follows that
+            moved = moved and bool(torch.isclose(prior(), prior.of_map(targets["noise"][0].exp())))
+        if not moved:
+            restore(leaves, before)
+            return None
+        return read, float(total), float(problem.with_prior(score))
+
+
+def _refuse_floor(noise: NDArray[np.float64], moments: SufficientStatistics) -> None:
+    """Refuse noises at their floor under a prior that has no weight at zero: the likelihood has outweighed it."""
+    at_floor = np.flatnonzero(noise <= 2 * profile.FLOOR * moments.variance.cpu().numpy())
+    if len(at_floor):
+        raise profile.NoiseFloorError(list(at_floor))
 
 
 def _best(
@@ -181,14 +206,15 @@ def _best(
     *,
     n_latents: int,
     shape: NDArray[np.float64] | None,
+    prior: profile.Prior | None,
     max_iter: int,
     tol: float,
     at_floor: bool,
 ) -> profile.Factors:
     """The best loadings and noise for a covariance."""
     if shape is not None:
-        return profile.proportional(cov, n_latents, shape, at_floor=at_floor)
-    return profile.diagonal(cov, n_latents, max_iter=max_iter, tol=tol)
+        return profile.proportional(cov, n_latents, shape, prior=prior, at_floor=at_floor)
+    return profile.diagonal(cov, n_latents, prior=prior, max_iter=max_iter, tol=tol)
 
 
 def _map(read: Conditionals) -> DenseMap:

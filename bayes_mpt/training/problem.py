@@ -57,11 +57,11 @@ class Problem:
     def score(self, batch: Batch | None = None, generator: torch.Generator | None = None) -> Tensor:
         """Mean score a row of a batch, by default of all; with its share of the log prior."""
         part = self.whole if batch is None else batch
-        score = self.objective(part, generator) / part.n_rows
-        if self.log_prior is None:
-            return score
-        share = 1.0 if batch is None else part.n_rows / self.whole.n_rows
-        return score + share * self.log_prior() / part.n_rows
+        return self.with_prior(self.objective(part, generator) / part.n_rows)
+
+    def with_prior(self, score: Tensor) -> Tensor:
+        """A mean score a row, with a row's share of the log prior at the present parameters."""
+        return score if self.log_prior is None else score + self.log_prior() / self.whole.n_rows
 
     def score_of(self, read: Conditionals, batch: Batch | None = None) -> Tensor:
         """Mean score a row of what has been read, without the log prior."""

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from bayes_mpt.predictors.gaussian.linear import LinearRows
 from bayes_mpt.predictors.gaussian.profile import NoiseFloorError
+from bayes_mpt.training.noise_prior import NoisePrior
 from bayes_mpt.training.problem import Problem
 
 __all__ = ["collapsed", "noise_at_zero"]
@@ -25,6 +26,8 @@ MUCH = 1.0  # nats of all rows, by which a bounded likelihood does not rise
 def noise_at_zero(problem: Problem) -> list[int]:
     """Columns with trained noise variances that could as well be zero: the likelihood does not fall on the way there.
 
+    A prior of the noise variances counts with it: it has no weight at zero, and holds them away from there.
+
     Raises
     ------
     NoiseFloorError
@@ -40,13 +43,14 @@ def noise_at_zero(problem: Problem) -> list[int]:
     small = (noise <= SMALL * (noise + loading.square().sum(-1))).nonzero()[:, 0].tolist()
     if not small or not noise.requires_grad:
         return []
-    tied = _tied(noise, list(problem.leaves().values()))
+    tied, prior = _tied(noise, list(problem.leaves().values())), problem.log_prior
     with torch.no_grad():
         least = LEAST * (noise + loading.square().sum(-1))
 
         def score(noise: Tensor) -> float:
             moved = LinearRows(read.structure, reading._replace(noise=noise[None]))
-            return float(problem.score_of(moved))
+            held = prior.of_map(noise) / problem.whole.n_rows if isinstance(prior, NoisePrior) else 0.0
+            return float(problem.score_of(moved) + held)
 
         def gain(columns: Tensor) -> float:
             """Nats of all rows by which the likelihood rises where these columns' noise is lowered."""

@@ -19,7 +19,7 @@ from sklearn.exceptions import ConvergenceWarning
 from bayes_mpt import BayesMPT, MarginalLikelihoodSearch, compare
 from bayes_mpt.evidence.hyperparameters import Prior, hyperprior, log_likelihood
 from bayes_mpt.evidence.integrated import _Mixture, integrate
-from bayes_mpt.models import PPCA, BayesianRegression, GaussianProcess, gaussian_process
+from bayes_mpt.models import BayesianRegression, GaussianMixture, GaussianProcess, gaussian_process
 from bayes_mpt.predictors import choose
 
 LOG_2PI = math.log(2 * math.pi)
@@ -406,7 +406,7 @@ def test_penalty_is_the_maximum_a_posteriori():
     assert held.log_marginal_likelihood_ == pytest.approx(float(held.estimate(x, y).lml.sum()), abs=1e-8)
     assert "maximum a posteriori" in held.explain() and "maximum a posteriori" not in free.explain()
     with pytest.raises(ValueError, match="penalty=True needs a model that offers hyperprior"):
-        BayesMPT(PPCA(1), penalty=True).fit(np.random.default_rng(0).normal(size=(20, 3)))
+        BayesMPT(GaussianMixture(1), penalty=True).fit(np.random.default_rng(0).normal(size=(20, 3)))
 
 
 @pytest.mark.slow

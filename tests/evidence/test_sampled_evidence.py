@@ -201,22 +201,33 @@ def test_same_seed_same_bits():
     prior = factor_prior(x)
     one, again, other = (evidence(x, 2, prior, seed=s) for s in (5, 5, 6))
     assert np.array_equal(one.islands, again.islands) and np.array_equal(
-        one.loadings_draws, again.loadings_draws
+        one.draws.loadings, again.draws.loadings
     )
     assert one.log_evidence != other.log_evidence
     assert one.log_evidence == pytest.approx(other.log_evidence, abs=3 * math.hypot(one.se, other.se))
 
 
-def test_draws_are_of_the_means_that_are_told():
-    x = table(15, 80, 5, 2)
-    found = evidence(x, 2, factor_prior(x))
-    w, psi = found.loadings_draws, found.noise_draws
-    assert w.shape == (found.n_particles, 5, 2) and psi.shape == (found.n_particles, 5)
-    cov = (w @ w.transpose(0, 2, 1)).mean(0) + np.diag(psi.mean(0))
-    assert found.covariance == pytest.approx(cov)
-    assert found.loadings == pytest.approx(w.mean(0))
-    sd = x.std(0)
-    assert np.abs((cov - np.cov(x.T, bias=True)) / sd / sd[:, None]).max() < 0.2
+@pytest.mark.parametrize("k", [0, 2])
+@pytest.mark.parametrize("holes", [0.0, 0.1])
+def test_draws_are_of_the_means_that_are_told(k, holes):
+    x = table(15, 80, 5, k, holes)
+    found = evidence(x, k, factor_prior(x), se=0.05, seed=1)
+    draws = found.draws
+    w, psi = draws.loadings, draws.noise
+    n = min(256, found.n_particles or 256)
+    assert w.shape == (n, 5, k) and psi.shape == (n, 5)
+    each = w @ w.transpose(0, 2, 1) + psi[:, :, None] * np.eye(5)
+    cov, error = each.mean(0), 6 * each.std(0) / np.sqrt(n)
+    assert (np.abs(found.covariance - cov) <= error).all()
+    assert (np.abs(draws.mean_noise - psi.mean(0)) <= 6 * psi.std(0) / np.sqrt(n)).all()
+    sd = np.nanstd(x, 0)
+    if k and not holes:
+        assert np.abs((cov - np.cov(x.T, bias=True)) / sd / sd[:, None]).max() < 0.2
+    # the mean: that of the columns, known to about C / N
+    assert (np.abs(found.mean - np.nanmean(x, 0)) < 0.1 * sd).all()
+    shown = np.isfinite(x).sum(0)
+    known = np.diag(draws.island_mean_covariances.mean(0)) * shown / sd**2
+    assert 0.7 < known.min() and known.max() < 1.4
 
 
 def test_prior_of_a_table_with_holes_undoes_dropout():

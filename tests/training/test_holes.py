@@ -237,6 +237,35 @@ def test_a_noise_at_zero_is_named_where_the_likelihood_is_highest_there():
     )
 
 
+@pytest.mark.filterwarnings("ignore:the estimate of the noise variance")
+@pytest.mark.parametrize("share", [0.0, 0.25])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_noise_is_zero_where_the_likelihood_falls_from_there(share, seed):
+    """By dense algebra: level in each noise, or highest at none, and the LML is then that of the limit.
+
+    A density needs a width, so that none stands at 1e-8 of the column's variance.
+    """
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(50, 2)) @ rng.normal(size=(2, 6)) + 0.7 * rng.normal(size=(50, 6))
+    x = np.where(rng.random(x.shape) < share, np.nan, x)
+    model = BayesMPT(FactorAnalysis(3), random_state=0).fit(x)
+    cov = model.get_covariance()
+
+    def total(change):
+        return log_density(x, model.mean_, cov + np.diag(change)).sum()
+
+    zero = model.noise_variance_ < 1e-7 * np.nanvar(x, 0)
+    assert zero.any()
+    np.testing.assert_allclose(model.noise_variance_[zero] / np.nanvar(x, 0)[zero], 1e-8, rtol=0.05)
+    for step, at_zero in zip(np.diag(1e-4 * model.noise_variance_), zero, strict=True):
+        if at_zero:
+            assert total(1e8 * step) < total(1e4 * step) < total(0 * step)
+        else:
+            assert total(step) - total(-step) == pytest.approx(0, abs=2e-7)
+    without = total(np.where(zero, -model.noise_variance_, 0))
+    assert total(0 * zero) < without == pytest.approx(model.log_marginal_likelihood_, abs=1e-5)
+
+
 @pytest.mark.slow
 def test_a_search_says_of_which_column():
     x = pd.DataFrame(tables()[0][:, :6], columns=list("abcdef"))

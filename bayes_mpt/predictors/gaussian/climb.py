@@ -22,6 +22,8 @@ Array = NDArray[np.float64]
 
 LEAST = 1e-8  # noise, of the column's variance, that stands for none: a density needs a width
 LEAST_OF_ALL = 1e-14  # as one factor for all columns
+FEW = 0.01  # standard deviation of a noise that may be on its way to none, and
+NONE = 1e-6  # that of one which is there: its slope still tells the curvature
 RIDGE = 0.02  # of a token's information, added where loadings or noises have none
 MAX_WHOLE = 800  # coordinates up to which their information is taken whole, and not each by itself
 MEMORY = 20  # pairs of steps and slopes
@@ -91,6 +93,15 @@ class Coordinates:
             [found.loading.reshape(len(theta), -1), 2 * sd * of_factor, found.mean], axis=1
         )
         return self.value(maps, found.total), slope
+
+    def without(self, theta: Array, slope: Array) -> Array:
+        """The vectors with no noise where it is all but zero, and where the value falls as it grows from there."""
+        n = self.n_tokens * self.n_latents
+        sd, of_sd = theta[:, n : n + self.n_noise], slope[:, n : n + self.n_noise]
+        moved = theta.copy()
+        if self.shape is None:
+            moved[:, n : n + self.n_noise] = np.where((np.abs(sd) < FEW) & (of_sd * sd < 0), NONE, sd)
+        return moved
 
     def whitening(self, theta: Array, slope: Array) -> Array:
         """(d, d) A of one vector (d,), with A A' the inverse of the information, or (d,) its diagonal where d is large.
@@ -230,6 +241,17 @@ class Climb:
             length[open_] *= np.clip(np.nan_to_num(share, nan=0.1), 0.1, 0.5)
         length[open_] = 0.0
         return found, length
+
+    def settle(self) -> bool:
+        """Take away noises that the slope drives to zero, where that loses nothing; whether there are some."""
+        theta = self.coordinates.without(self.at.theta, self.at.slope)
+        if (theta == self.at.theta).all():
+            return False
+        new = _Places(theta, *self.coordinates.slopes(theta))
+        if (new.value < self.at.value - ROUNDING * np.abs(self.at.value)).any():
+            return False
+        self.at = new
+        return True
 
     def leave_saddle(self, rng: np.random.Generator) -> bool:
         """Move the only place along a direction in which the likelihood curves upwards; whether one gains."""

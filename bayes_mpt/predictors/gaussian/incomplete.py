@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from bayes_mpt.predictors.gaussian.climb import Climb, Coordinates
 from bayes_mpt.predictors.gaussian.patterns import Maps, Patterns
-from bayes_mpt.predictors.gaussian.profile import NoiseFloorError, Prior, proportional
+from bayes_mpt.predictors.gaussian.profile import NoiseFloorError, Prior, least_noise, proportional
 from bayes_mpt.program.statistics import Covariance, SufficientStatistics
 from bayes_mpt.runtime.interrupts import check
 
@@ -203,7 +203,10 @@ class _Standardised:
         self, climb: Climb, cells: Patterns, rng: np.random.Generator, max_iter: int, tol: float
     ) -> Climb:
         for _ in range(MAX_SADDLES):
-            self._run(climb, tol * (cells.n_rows + abs(float(climb.at.value[0]))), max_iter)
+            left = tol * (cells.n_rows + abs(float(climb.at.value[0])))
+            self._run(climb, left, max_iter)
+            if climb.settle():
+                self._run(climb, left, max_iter)
             if climb.n_iter >= max_iter or not self.n_latents or not climb.leave_saddle(rng):
                 break
         return climb
@@ -222,8 +225,7 @@ class _Standardised:
         if self.prior is None:
             factor = left / n
         else:
-            a, b = n / 2 - self.prior[0], self.prior[1]
-            factor = (np.sqrt(a**2 + 2 * b * left) - a) / (2 * b)
+            factor = least_noise(n / 2 - self.prior[0], self.prior[1], left)
         least = 1e-6 if self.shape is None else 0.0
         return np.maximum(factor, least) * (1.0 if self.shape is None else self.shape)
 

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Information", "Maps", "Patterns", "Slopes", "information"]
+__all__ = ["Information", "Maps", "Patterns", "Slopes", "information", "inverse", "shares"]
 
 Array = NDArray[np.float64]
 
@@ -177,7 +177,7 @@ class Patterns:
         found = np.zeros_like(noise), np.zeros_like(loading), np.zeros_like(noise)
         for groups in _slices(self.shown.shape[1], max(1, CHUNK // max(1, loading.size))):
             shown, count = self.shown[:, groups].T, self.count[groups, None]
-            uc, c = _shares(loading, noise, shown)
+            uc, c = shares(loading, noise, shown)
             p = shown / noise - (uc * (shown[:, :, None] * (loading / noise[:, None]))).sum(2)  # (G, T)
             b = 1 - np.diagonal(c, axis1=1, axis2=2)  # (G, K)
             found[0][...] += (count * p).sum(0)
@@ -216,7 +216,7 @@ class Patterns:
         scaled = at.loading / at.noise[..., None]
         outer = (scaled[..., :, None] * at.loading[..., None, :]).reshape(b, t, k * k)
         precision = (outer.swapaxes(1, 2) @ shown).reshape(b, k, k, shown.shape[1]) + np.eye(k)[:, :, None]
-        c, log_det = _inverse(precision)  # (B, K, K, G), (B, G)
+        c, log_det = inverse(precision)  # (B, K, K, G), (B, G)
         apart = (self.rows[:, rows] - at.mean[..., None]) * seen  # (B, T, R)
         f = scaled.swapaxes(1, 2) @ apart  # (B, K, R)
         f = (c[..., index] * f[:, None]).sum(2)
@@ -257,7 +257,7 @@ def information(loading: Array, noise: Array, shown: Array, count: Array) -> Inf
     info = Information(*(np.zeros(s) for s in ((t, t), (t, k, t, k), (t, t), (t, k, t))))
     for groups in _slices(shown.shape[1], max(1, CHUNK // (t * t + t * k))):
         some, n = shown[:, groups].T, count[groups]
-        uc, c = _shares(loading, noise, some)
+        uc, c = shares(loading, noise, some)
         p = -uc @ (some[:, :, None] * (loading / noise[:, None])).swapaxes(1, 2)
         p[:, np.arange(t), np.arange(t)] += some / noise
         b = np.eye(k) - c  # W' P W = I - C
@@ -273,12 +273,12 @@ def information(loading: Array, noise: Array, shown: Array, count: Array) -> Inf
     return info
 
 
-def _shares(loading: Array, noise: Array, shown: Array) -> tuple[Array, Array]:
+def shares(loading: Array, noise: Array, shown: Array) -> tuple[Array, Array]:
     """psi^-1 W C (G, T, K) on the tokens ``shown`` (G, T), which is P W too, and C (G, K, K)."""
     t, k = loading.shape
     scaled = loading / noise[:, None]
     outer = (scaled[:, :, None] * loading[:, None, :]).reshape(t, -1)
-    c, _ = _inverse((shown @ outer).T.reshape(1, k, k, len(shown)) + np.eye(k)[:, :, None])
+    c, _ = inverse((shown @ outer).T.reshape(1, k, k, len(shown)) + np.eye(k)[:, :, None])
     c = np.ascontiguousarray(c[0].transpose(2, 0, 1))
     return shown[:, :, None] * scaled @ c, c
 
@@ -287,7 +287,7 @@ def _added(one: _Sums, other: _Sums) -> _Sums:
     return _Sums(*(None if a is None or b is None else a + b for a, b in zip(one, other, strict=True)))  # type: ignore[arg-type]
 
 
-def _inverse(matrix: Array) -> tuple[Array, Array]:
+def inverse(matrix: Array) -> tuple[Array, Array]:
     """Inverses (B, K, K, G) of positive definite matrices that stand last, and the logarithms of their determinants.
 
     By elimination, all matrices at once: M -> M - M_i M_i' / M_ii, with row and column i those of the inverse.

@@ -30,6 +30,7 @@ __all__ = [
     "Prior",
     "Spectrum",
     "diagonal",
+    "least_noise",
     "proportional",
     "spectrum",
 ]
@@ -79,9 +80,16 @@ class Prior(NamedTuple):
 
     shape: float
     rate: Array
-    """(T,)"""
+    """(T,), or (1,) of one factor of all."""
     n_rows: int
     """N: how many rows' likelihood the prior stands against."""
+
+
+def least_noise(a: Array | float, b: Array | float, left: Array) -> Array:
+    """psi at which a log psi + left / (2 psi) + b psi is least: ((a^2 + 2 b left)^1/2 - a) / (2 b), b > 0."""
+    root = np.sqrt(np.square(a) + 2 * b * left)
+    # of a positive a without the difference, which loses digits where b is small
+    return np.where(np.asarray(a) > 0, left / np.maximum(root + a, 1e-300), (root - a) / (2 * b))
 
 
 class Spectrum(NamedTuple):
@@ -124,7 +132,13 @@ def _spectrum_of_root(rows: Array, shape: Array, n_vectors: int | None) -> Spect
 
 
 def proportional(
-    cov: Covariance, n_latents: int, shape: Array, known: Spectrum | None = None, *, at_floor: bool = False
+    cov: Covariance,
+    n_latents: int,
+    shape: Array,
+    known: Spectrum | None = None,
+    *,
+    prior: Prior | None = None,
+    at_floor: bool = False,
 ) -> Factors:
     """Maximise over noise = c * shape, c > 0: one eigendecomposition (Tipping & Bishop 1999, eq. 8).
 
@@ -138,6 +152,8 @@ def proportional(
         Positive.
     known : Spectrum, optional
         ``spectrum(cov, shape)``, where several numbers of latents are tried.
+    prior : Prior, optional
+        Of c, its rate of shape (1,): maximise the posterior of log c instead.
     at_floor : bool, default=False
         Where K latents reproduce the covariance, take a noise of the size of rounding errors.
 
@@ -149,8 +165,7 @@ def proportional(
     n_tokens = len(shape)
     value, vector, rank = spectrum(cov, shape, n_latents) if known is None else known
     largest = value[0] if len(value) else 0.0
-    rest = value[n_latents:].sum()
-    c = rest / (n_tokens - n_latents)
+    c = _factor(value, n_latents, n_tokens, prior)
     if n_latents >= rank:  # no direction is left for the noise
         if not at_floor or not largest:
             raise NoiseFloorError(list(range(n_tokens)))
@@ -160,9 +175,26 @@ def proportional(
         n_tokens * LOG_2PI
         + np.log(c * shape).sum()
         + (np.log(theta) + value[:n_latents] / c / theta).sum()
-        + rest / c
+        + value[n_latents:].sum() / c
     )
     return Factors(float(lml), c * shape, theta, vector[:, :n_latents], 1)
+
+
+def _factor(value: Array, n_latents: int, n_tokens: int, prior: Prior | None) -> float:
+    """The best c for these eigenvalues: the mean of what no latent takes up, or where the posterior is highest.
+
+    A latent is used where its eigenvalue is above c. As a function of log c minus the posterior is convex, so that the
+    number of latents for which its lowest point uses just these is the one.
+    """
+    if prior is None:
+        return float(value[n_latents:].sum() / (n_tokens - n_latents))
+    b = float(prior.rate[0]) / prior.n_rows
+    for n_used in range(min(n_latents, len(value)), -1, -1):
+        a = (n_tokens - n_used) / 2 - prior.shape / prior.n_rows
+        c = float(least_noise(a, b, value[n_used:].sum()))
+        if not n_used or c <= value[n_used - 1]:
+            break
+    return c
 
 
 def diagonal(
@@ -305,15 +337,12 @@ class _AtRows(NamedTuple):
         return slope[~held]
 
     def fixed_point(self) -> Array:
-        """(T,) log psi where the slope would be zero, were s what it is.
-
-        A log psi + s / (2 psi) + B psi is least at psi = ((A^2 + 2 B s)^1/2 - A) / (2 B), A = 1/2 - a/N, B = b/N.
-        """
+        """(T,) log psi where the slope would be zero, were s what it is."""
         if self.prior is None:
             psi = self.left
         else:
             a, b = 0.5 - self.prior.shape / self.prior.n_rows, self.prior.rate / self.prior.n_rows
-            psi = (np.sqrt(a * a + 2 * b * self.left) - a) / (2 * b)
+            psi = least_noise(a, b, self.left)
         return np.clip(np.log(np.maximum(psi, FLOOR)), *BOUNDS)
 
     def factors(self, n_iter: int) -> Factors:

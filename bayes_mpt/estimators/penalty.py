@@ -1,0 +1,75 @@
+"""What ``penalty=True`` adds to the score: the log prior of a model's parameters, or of its noise variances."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bayes_mpt.evidence.factor_prior import FactorPrior, factor_prior
+from bayes_mpt.evidence.hyperparameters import Prior
+from bayes_mpt.program.offers import offered
+from bayes_mpt.program.program import Model
+from bayes_mpt.program.statistics import SufficientStatistics
+from bayes_mpt.training import NoisePrior
+
+__all__ = ["penalty_of"]
+
+
+def penalty_of(
+    model: Model,
+    prior: Prior | None,
+    leaves: dict[str, Tensor],
+    X: NDArray[np.floating],
+    statistics: SufficientStatistics | None,
+) -> Callable[[], Tensor]:
+    """The log prior at the parameters that stand in Pyro's store at the time.
+
+    Parameters
+    ----------
+    model : callable
+        It offers a hyperprior, or is a factor model that declares its symmetries: then the prior is that of the noise
+        variances under which the evidence integrates them (`bayes_mpt.evidence.factor_prior`), and none of the rest.
+    prior : Prior, optional
+        What the model offers.
+    leaves : dict of Tensor
+        The program's unconstrained parameters by name.
+    X : array of shape (N, T)
+        The rows.
+    statistics : SufficientStatistics, optional
+        Moments of all rows seen, where there are some.
+    """
+    if prior is not None:
+        return _of_parameters(prior, list(leaves))
+    name, n_columns = (offered(model, "symmetries") or {}).get("rotations", ""), X.shape[1]
+    n_noise = leaves[name].numel() if name in leaves else 0
+    if n_noise not in (1, n_columns):
+        raise ValueError(
+            f"penalty=True needs a model that offers hyperprior(x, y), or a factor model whose symmetries name its "
+            f"noise variance, got {model!r}: write priors into the program by pyro.sample, or leave penalty=False"
+        )
+    stated = _stated(X, statistics)
+    units = stated.units(None if n_noise > 1 else np.ones(n_columns))
+    return NoisePrior(name, stated.noise_shape, stated.noise_shape / units[:n_noise])
+
+
+def _of_parameters(prior: Prior, names: list[str]) -> Callable[[], Tensor]:
+    def at_present() -> Tensor:
+        store: dict[str, Any] = dict(pyro.get_param_store().named_parameters())  # a restart makes new leaves
+        return prior.log_prob(torch.cat([store[name].flatten() for name in names])[None])[0]
+
+    return at_present
+
+
+def _stated(X: NDArray[np.floating], statistics: SufficientStatistics | None) -> FactorPrior:
+    """The prior of a table, from its moments where earlier rows count too."""
+    if statistics is None:
+        return factor_prior(X)
+    if statistics.complete:
+        return FactorPrior(statistics.mean.cpu().numpy(), statistics.variance.cpu().numpy())
+    return factor_prior(*(a.cpu().numpy() for a in statistics.rows()))
