@@ -25,7 +25,6 @@ LEAST_OF_ALL = 1e-14  # as one factor for all columns
 FEW = 0.01  # standard deviation of a noise that may be on its way to none, and
 NONE = 1e-6  # that of one which is there: its slope still tells the curvature
 RIDGE = 0.02  # of a token's information, added where loadings or noises have none
-LEAST_INFORMATION = 1e-9  # in any direction, where each coordinate has one
 MAX_WHOLE = 800  # coordinates up to which their information is taken whole, and not each by itself
 MEMORY = 20  # pairs of steps and slopes
 TRIES = 12  # of a step, ever shorter
@@ -133,14 +132,7 @@ class Coordinates:
         matrix[t * k : first, t * k : first] = noise + np.diag(ridge_noise)
         matrix[first:, first:] = info.mean
         unit = 1 / np.sqrt(np.diag(matrix))
-        scaled = matrix * unit * unit[:, None] + LEAST_INFORMATION * np.eye(self.size)
-        try:
-            return unit[:, None] * np.linalg.inv(np.linalg.cholesky(scaled)).T
-        except (
-            np.linalg.LinAlgError
-        ):  # two tokens without noise: rounding is more than the information about some W
-            value, vector = np.linalg.eigh(scaled)
-            return unit[:, None] * vector / np.sqrt(np.maximum(np.abs(value), LEAST_INFORMATION))
+        return unit[:, None] * np.linalg.inv(_root(matrix * unit * unit[:, None])).T
 
 
 class _Places(NamedTuple):
@@ -300,6 +292,19 @@ class Climb:
             np.diag(alpha[:n]) + np.diag(beta[: n - 1], 1) + np.diag(beta[: n - 1], -1)
         )
         return float(values[0]), basis[:n].T @ vectors[:, 0]
+
+
+def _root(matrix: Array) -> Array:
+    """Cholesky factor of a matrix with ones on its diagonal, with as much of these added as its rounding needs.
+
+    Without noise in some columns the information of the rest is a difference of large numbers.
+    """
+    for ridge in (1e-9, 1e-6, 1e-3):
+        try:
+            return np.asarray(np.linalg.cholesky(matrix + ridge * np.eye(len(matrix))))
+        except np.linalg.LinAlgError:
+            continue
+    return np.eye(len(matrix))
 
 
 def _times(white: Array, vector: Array, *, transposed: bool = False) -> Array:
