@@ -381,6 +381,7 @@ def main() -> None:
     parser.add_argument("--off", type=int, default=SIZES["off"], help="off the model, a fifth of each law")
     parser.add_argument("--seed", type=int, default=SEED, help="of the tables")
     parser.add_argument("--quick", action="store_true", help="a few tables, results kept apart")
+    parser.add_argument("--report", action="store_true", help="on the tables that are kept, without new ones")
     parser.add_argument("--out", type=Path, help="where the summary goes; the JSON lines lie beside it")
     args = parser.parse_args()
     sizes = QUICK if args.quick else {name: getattr(args, name) for name in SIZES}
@@ -393,11 +394,11 @@ def main() -> None:
     try:
         with kept.open("a") as stream, threadpool_limits(limits=1):
             for i, key in enumerate(wanted):
-                if key not in done:
+                if key not in done and not args.report:
                     done[key] = study(*key, seed)
                     stream.write(json.dumps(done[key]) + "\n")
                     stream.flush()
-                if i % 10 == 9:
+                if i % 10 == 9 and not args.report:
                     print(f"{i + 1}/{len(wanted)} tables, {time.perf_counter() - start:.0f} s", flush=True)
     except KeyboardInterrupt:
         print("interrupted: reporting what is there")
@@ -406,7 +407,8 @@ def main() -> None:
     result = {
         "command": "python benchmarks/ranking/choice_study.py",
         "seed": seed,
-        "sizes": sizes,
+        "asked for": sizes,
+        "tables": len(rows),
         "intervals": "mean, then the normal 95 % interval; differences paired by table; hit rates exact binomial",
         "units": "shares, and nats over N rows (real: over the rows held out)",
         **summary,
