@@ -26,6 +26,21 @@ complete rows (fits are Gaussian: mean and covariance of the law tell it; for sc
 Asked: the upper 95 % bound of auto's regret minus that of each other rule below 0.3 nats, off the model below 1, and
 below 0 against AIC and BIC; above a weight of 0.95 within the true kind the interval of the hit rate reaches 95 %.
 
+Found, on 120 Gaussian tables, 20 with holes and 100 off the model, sizes and seed fixed before and looked at once, and
+the six real tables, which every run shares; auto minus the rule, nats, with 95 % intervals:
+
+- gaussian: **met** against 5 folds (-0.43, to 0.298), Minka, AIC (-0.86, to -0.04) and BIC (-0.89, to -0.08);
+  **undecided** against Laplace (+0.21, -0.17 to 0.60) and 5 x 5 folds (-0.26, to 0.37). True K and kind: auto 63 %,
+  Laplace 64, 5 x 5 folds 62, 5 folds 60, BIC 57;
+- holes: **undecided** against all: 20 tables tell differences to 1 to 3 nats only;
+- off the model: **met** against Laplace (-17.0, to -0.2), Minka and AIC, by outliers mostly; **undecided** against 5
+  folds (+0.58, -0.61 to 1.76), 5 x 5 folds (+1.34, -0.85 to 3.52) and BIC (-13.7, to 3.0). The check sends 52 of the 100
+  tables to hidden rows, and there auto picks what 5 folds pick. In the other 48, the net 58 nats that it loses to them
+  are 52 from one table of 62 rows with outliers, which the kurtosis does not show;
+- real: equal to Laplace, ahead of the other rules in the mean, and six tables decide no more than that (**undecided**);
+- weights above 0.95 on Gaussian tables: **met**, right in 25 of 25 (interval from 86 %), log score -0.75, Brier 0.082;
+  Laplace's in 91 % of 55 (80 to 97), -1.00, 0.089. Off the model they are not to be believed: 63 % of 19 (38 to 84).
+
 Finished tables are kept as JSON lines, and a run with the same arguments goes on from them.
 """
 
