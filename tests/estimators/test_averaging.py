@@ -61,11 +61,15 @@ def test_cells_and_latents_given_the_others(case):
     x, fitted, _ = case
     some = x.copy()
     some[:10, 0] = np.nan
-    filled, cov, w = fitted.impute(some), fitted.get_covariance(), fitted.components_.T
+    (filled, sd), cov, w = fitted.impute(some, return_std=True), fitted.get_covariance(), fitted.components_.T
+    assert (sd[np.isfinite(some)] == 0).all()
     for i in range(10):
         o = np.isfinite(some[i])
         rest = np.linalg.solve(cov[np.ix_(o, o)], some[i, o] - fitted.mean_[o])
         np.testing.assert_allclose(filled[i, ~o], fitted.mean_[~o] + cov[np.ix_(~o, o)] @ rest, atol=1e-8)
+        var = 1 / np.diag(np.linalg.inv(cov)) if o.sum() == T - 1 else None
+        if var is not None:  # of one cell given all others, another way
+            np.testing.assert_allclose(sd[i, 0], np.sqrt(var[0]), rtol=1e-9)
         # z ~ N(0, I), x = m + W z + e: E z = W' C^-1 (x - m)
         np.testing.assert_allclose(fitted.transform(some[i : i + 1])[0], w[o].T @ rest, atol=1e-8)
     z = np.random.default_rng(0).normal(size=(3, K))
