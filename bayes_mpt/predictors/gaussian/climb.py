@@ -301,9 +301,10 @@ def _root(matrix: Array) -> Array:
     """
     for ridge in (1e-9, 1e-6, 1e-3):
         try:
-            return np.linalg.cholesky(matrix + ridge * np.eye(len(matrix)))
+            root: Array = np.linalg.cholesky(matrix + ridge * np.eye(len(matrix)))
         except np.linalg.LinAlgError:
             continue
+        return root
     return np.eye(len(matrix))
 
 
