@@ -301,10 +301,9 @@ def _root(matrix: Array) -> Array:
     """
     for ridge in (1e-9, 1e-6, 1e-3):
         try:
-            root: Array = np.linalg.cholesky(matrix + ridge * np.eye(len(matrix)))
+            return np.asarray(np.linalg.cholesky(matrix + ridge * np.eye(len(matrix))))
         except np.linalg.LinAlgError:
             continue
-        return root
     return np.eye(len(matrix))
 
 
