@@ -144,7 +144,7 @@ class BayesMPT(
     data_digest_ : str
         Fingerprint of the training rows; empty after `partial_fit`, which has seen others before.
     selection_ : dict
-        Where "auto" chose the dimension: ``{K: log evidence}``; with missing cells, from the pairs observed together.
+        Where "auto" chose the dimension: ``{K: log evidence}``; with missing cells up to three beyond the best.
     fitted_ : Fitted
         All of this in one object that never changes.
     n_features_in_, feature_names_in_
@@ -498,7 +498,8 @@ class BayesMPT(
     def laplace(self, X: ArrayLike) -> LaplaceEvidence:
         """Evidence of X with loadings and noise variances integrated out, by Laplace around the orbit of rotations.
 
-        Of complete rows, and models that declare their loadings free up to rotation (``model.symmetries``).
+        Of models that declare their loadings free up to rotation (``model.symmetries``). Where cells are missing it is
+        the evidence of the observed ones: `bayes_mpt.evidence.laplace_incomplete`.
         """
         return integrals.laplace_evidence(*self._ready(X))
 

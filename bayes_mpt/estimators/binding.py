@@ -11,11 +11,11 @@ import numpy as np
 import pyro
 import torch
 
-from bayes_mpt.evidence.factor_prior import FactorPrior
 from bayes_mpt.evidence.laplace import laplace_proportional
 from bayes_mpt.evidence.laplace_incomplete import TooWideError, laplace_of_cells
 from bayes_mpt.predictors import Bound, Predictor, choose
 from bayes_mpt.predictors.base import Guide
+from bayes_mpt.predictors.gaussian.incomplete import pairs_of
 from bayes_mpt.predictors.gaussian.process import N_TRIAL_ROWS, gaussian_program
 from bayes_mpt.predictors.gaussian.profile import NoiseFloorError, spectrum
 from bayes_mpt.predictors.self_predictive import sees_all
@@ -123,8 +123,11 @@ def choose_dimension(model: Any, statistics: SufficientStatistics) -> tuple[Any,
     """
     n, n_tokens = statistics.n_rows, len(statistics.mean)
     most = max(min(n_tokens - 1, n - 2, MAX_AUTO), 0)
-    rank_all = _of_complete_rows if statistics.complete else _of_observed_cells
-    evidence, rank = rank_all(statistics, most)
+    rank = None
+    if statistics.complete:
+        evidence, rank = _of_complete_rows(statistics, most)
+    else:
+        evidence = _of_observed_cells(statistics, most)
     best, at_floor = max(evidence, key=lambda k: evidence[k]), rank is not None
     if rank is not None:
         best = rank
@@ -150,23 +153,25 @@ def _of_complete_rows(statistics: SufficientStatistics, most: int) -> tuple[dict
     return evidence, known.rank if at_floor else None
 
 
-def _of_observed_cells(statistics: SufficientStatistics, most: int) -> tuple[dict[int, float], int | None]:
-    """The evidence of K = 0, 1, ... on the observed cells, and the rank of rows without noise."""
-    count, mean, square = (a.cpu().numpy() for a in statistics.of_cells())
-    prior, n_tokens = FactorPrior(mean, square / count), len(mean)
+def _of_observed_cells(statistics: SufficientStatistics, most: int) -> dict[int, float]:
+    """The evidence of K = 0, 1, ... on the observed cells; infinite, which a fit refuses, where no noise is left."""
+    n_tokens, n_cells = len(statistics.mean), int(statistics.of_cells()[0].sum())
+    shape = np.ones(n_tokens)
+    pairs = pairs_of(statistics, shape)
     evidence = dict[int, float]()
     for k in range(most + 1):
         # mean, loadings and the latents of the rows but for their maps: as many numbers reproduce as many cells
-        if k and count.sum() <= n_tokens + k * (n_tokens + statistics.n_rows - 1 - k):
+        if k and n_cells <= n_tokens + k * (n_tokens + statistics.n_rows - 1 - k):
             break
         try:
-            found = laplace_of_cells(statistics, k, prior, np.ones(n_tokens), n_init=STARTS)
+            found = laplace_of_cells(statistics, k, shape, pairs=pairs, n_init=STARTS)
         except NoiseFloorError:
-            return evidence, k
+            evidence[k] = math.inf
+            break
         except TooWideError as error:
             warn(f"more than {k - 1} latent dimensions are not tried: {error}", AdviceWarning)
             break
         evidence[k] = found.log_evidence
         if k - max(evidence, key=lambda k: evidence[k]) >= PATIENCE:
             break
-    return evidence, None
+    return evidence

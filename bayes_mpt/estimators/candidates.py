@@ -13,10 +13,11 @@ from sklearn.pipeline import Pipeline
 
 from bayes_mpt.diagnostics import BAD_K
 from bayes_mpt.estimators.bayes_mpt import BayesMPT
-from bayes_mpt.estimators.integrals import affordable, n_hyperparameters, noise_shape
+from bayes_mpt.estimators.integrals import affordable, laplace_applies, n_hyperparameters
 from bayes_mpt.evidence.expected import Believed
 from bayes_mpt.evidence.integrated import IntegratedEvidence
 from bayes_mpt.evidence.sampled import SampledEvidence
+from bayes_mpt.program.program import list_names
 
 __all__ = [
     "Candidate",
@@ -44,7 +45,7 @@ class Facts:
     n_hyperparameters: int | None
     """As `integrals.n_hyperparameters`."""
     rotates: bool
-    """Whether loadings are declared free up to rotation."""
+    """As `integrals.laplace_applies`: whether loadings are declared free up to rotation."""
     affordable: bool
     """As `integrals.affordable`."""
     complete: bool
@@ -62,7 +63,7 @@ class Facts:
             discrete=tuple(sorted(discrete)),
             parameters=tuple(structure.parameters),
             n_hyperparameters=n_hyperparameters(model.fitted_),
-            rotates=noise_shape(model.fitted_) is not None,
+            rotates=laplace_applies(model.fitted_),
             affordable=affordable(model.fitted_),
             complete=model.complete_,
             converged=model.converged_,
@@ -157,6 +158,12 @@ class Candidate:
             self.about = f"prior's scale halved {half}, doubled {double} nats"
         for flag in found.flags:
             self.doubt(flag)
+        seen = model.fitted_.statistics
+        if seen is not None and not model.complete_:
+            few = (seen.of_cells()[0] <= model.n_components_ + 1).cpu().numpy()
+            if few.any():
+                names = list_names(map(str, model.fitted_.names[few]))
+                self.doubt(f"few observed cells in column {names}: a new complete row is a guess there")
 
     def take(self, found: IntegratedEvidence) -> None:
         """An evidence with the hyper-parameters integrated."""

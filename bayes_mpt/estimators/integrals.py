@@ -19,7 +19,7 @@ from bayes_mpt.evidence.factor_prior import FactorPrior, factor_prior
 from bayes_mpt.evidence.hyperparameters import assign, hyperprior, log_likelihood
 from bayes_mpt.evidence.integrated import IntegratedEvidence, integrate
 from bayes_mpt.evidence.laplace import LaplaceEvidence, laplace_diagonal, laplace_proportional
-from bayes_mpt.evidence.laplace_incomplete import laplace_of_cells
+from bayes_mpt.evidence.laplace_incomplete import laplace_fits, laplace_of_cells
 from bayes_mpt.evidence.sampled import MAX_PARAMETERS, SampledEvidence, n_parameters, sample_evidence
 from bayes_mpt.predictors import Batch, Objective
 from bayes_mpt.predictors.base import Frozen
@@ -34,6 +34,7 @@ __all__ = [
     "affordable",
     "at_mode",
     "integrated_evidence",
+    "laplace_applies",
     "laplace_evidence",
     "n_hyperparameters",
     "noise_shape",
@@ -66,6 +67,8 @@ def laplace_evidence(fitted: Fitted, rows: NDArray[np.floating]) -> LaplaceEvide
         return _laplace_of_cells(fitted, rows, statistics, None if isinstance(shape, str) else shape)
     cov, k = statistics.covariance, fitted.bound.structure.n_latents
     try:
+        if k >= len(statistics.mean):
+            raise NoiseFloorError(list(range(k)))
         with training.one_thread(statistics.n_cells):
             if isinstance(shape, np.ndarray):
                 return laplace_proportional(cov, statistics.n, k, shape)
@@ -79,6 +82,36 @@ def laplace_evidence(fitted: Fitted, rows: NDArray[np.floating]) -> LaplaceEvide
         ) from error
 
 
+def _laplace_of_cells(
+    fitted: Fitted,
+    rows: NDArray[np.floating],
+    statistics: SufficientStatistics,
+    shape: NDArray[np.float64] | None,
+) -> LaplaceEvidence:
+    """The Laplace evidence where cells are missing."""
+    refuse_unobserved(np.isnan(rows).all(0), fitted.names)
+    k = fitted.bound.structure.n_latents
+    try:
+        with training.one_thread(statistics.n_cells):
+            return laplace_of_cells(statistics, k, shape)
+    except (NoiseFloorError, FewCellsError) as error:
+        names = list_names(map(str, fitted.names[error.columns]))
+        raise ValueError(
+            f"{k} latents reproduce the observed cells of these columns without noise, so that the Laplace evidence "
+            f"has no point to expand at: {names}. They are constant, or have too few cells: use fewer latents, or drop "
+            "them"
+        ) from error
+
+
+def laplace_applies(fitted: Fitted) -> bool:
+    """Whether `laplace_evidence` applies, also to as large a table."""
+    shape = noise_shape(fitted)
+    if shape is None:
+        return False
+    tied, k = not isinstance(shape, str), fitted.bound.structure.n_latents
+    return fitted.complete or laplace_fits(len(fitted.names), k, tied=tied)
+
+
 def affordable(fitted: Fitted) -> bool:
     """Whether `sampled_evidence` applies, and takes seconds at most."""
     shape, statistics = noise_shape(fitted), fitted.statistics
@@ -88,29 +121,6 @@ def affordable(fitted: Fitted) -> bool:
     if n_parameters(len(fitted.names), k, free, fitted.complete) > MAX_PARAMETERS:
         return False
     return fitted.complete or statistics.n_cells <= MAX_CELLS
-
-
-def _laplace_of_cells(
-    fitted: Fitted,
-    rows: NDArray[np.floating],
-    statistics: SufficientStatistics,
-    shape: NDArray[np.float64] | None,
-) -> LaplaceEvidence:
-    """The Laplace evidence where cells are missing."""
-    refuse_unobserved(np.isnan(rows).all(0), fitted.names)
-    k, prior = fitted.bound.structure.n_latents, factor_prior(rows)
-    if fitted.shift is not None:
-        prior = replace(prior, center=prior.center - fitted.shift)
-    try:
-        with training.one_thread(statistics.n_cells):
-            return laplace_of_cells(statistics, k, prior, shape)
-    except (NoiseFloorError, FewCellsError) as error:
-        names = list_names(map(str, fitted.names[error.columns]))
-        raise ValueError(
-            f"{k} latents reproduce the observed cells of these columns without noise, so that the Laplace evidence "
-            f"has no point to expand at: {names}. They are constant, or have too few cells: use fewer latents, or drop "
-            "them"
-        ) from error
 
 
 def sampled_evidence(

@@ -333,8 +333,8 @@ class Auto(BaseEstimator):
                 "every candidate declares its loadings free up to rotation, and one is too large to be sampled"
             )
         return held_out, (
-            "a candidate's point estimates have no declared prior or symmetry, so that they cannot be integrated: "
-            "hidden rows are predicted"
+            "a candidate's point estimates have no declared prior or symmetry, or are too many, so that they cannot be "
+            "integrated: hidden rows are predicted"
         )
 
 

@@ -15,11 +15,18 @@ from numpy.typing import NDArray
 
 from bayes_mpt.predictors.gaussian.climb import Climb, Coordinates
 from bayes_mpt.predictors.gaussian.patterns import Maps, Patterns
-from bayes_mpt.predictors.gaussian.profile import NoiseFloorError, Prior, least_noise, proportional
+from bayes_mpt.predictors.gaussian.profile import (
+    NoiseFloorError,
+    Prior,
+    Spectrum,
+    least_noise,
+    proportional,
+    spectrum,
+)
 from bayes_mpt.program.statistics import Covariance, SufficientStatistics
 from bayes_mpt.runtime.interrupts import check
 
-__all__ = ["FewCellsError", "Maximum", "maximise", "refuse_constant_columns", "too_few"]
+__all__ = ["FewCellsError", "Maximum", "Pairs", "maximise", "pairs_of", "refuse_constant_columns", "too_few"]
 
 Array = NDArray[np.float64]
 TRIAL_ROWS = 4096  # incomplete rows on which starts are compared
@@ -60,6 +67,36 @@ class Maximum(NamedTuple):
     """By Ctrl-C, on the way."""
 
 
+class Pairs(NamedTuple):
+    """What the cells that are observed together say of all columns: where climbs start."""
+
+    mean: Array
+    """(T,)"""
+    sd: Array
+    """(T,)"""
+    corr: Array
+    """(T, T)"""
+    known: Spectrum
+    """Of the correlations, in units of the noise variances in standard units."""
+
+
+def pairs_of(statistics: SufficientStatistics, shape: Array | None) -> Pairs:
+    """The pairs of cells; of use for all numbers of latents. ``shape`` as of `maximise`."""
+    available = statistics.available()
+    mean, cov = available.mean.cpu().numpy(), available.cov.cpu().numpy()
+    sd = np.sqrt(np.diag(cov))
+    sd = np.where(sd > 0, sd, 1.0)
+    corr = cov / sd / sd[:, None]
+    unit = np.ones(len(sd)) if shape is None else _in_units(shape, sd)
+    return Pairs(mean, sd, corr, spectrum(Covariance(corr), unit))
+
+
+def _in_units(shape: Array, sd: Array) -> Array:
+    """Noise variances in units of the variances, such that their common factor is a share of these."""
+    scaled = shape / sd**2
+    return scaled * (1 / scaled).mean()
+
+
 def too_few(statistics: SufficientStatistics, n_latents: int) -> FewCellsError | None:
     """What is wrong where a column's own noise may go to zero because it shows too few cells.
 
@@ -96,6 +133,7 @@ def maximise(
     shape: Array | None,
     *,
     prior: Prior | None = None,
+    pairs: Pairs | None = None,
     n_init: int = 8,
     seed: int = 0,
     max_iter: int = 2000,
@@ -113,6 +151,8 @@ def maximise(
         Noise variances up to one factor; None: each is free.
     prior : Prior, optional
         Maximise the posterior of the logarithms of the noises instead, or of that factor (a rate of shape (1,)).
+    pairs : Pairs, optional
+        ``pairs_of(statistics, shape)``, where several numbers of latents are tried.
     n_init : int
         Starts: from the pairs of cells that are observed together, with the noise that these leave and with half of the
         variances, and random ones.
@@ -124,11 +164,9 @@ def maximise(
         The climb ends where a step would gain no more than this share of the score.
     """
     rows, weight = (t.cpu().numpy() for t in statistics.rows())
-    available = statistics.available()
-    mean, cov = available.mean.cpu().numpy(), available.cov.cpu().numpy()
-    sd = np.sqrt(np.diag(cov))
-    sd = np.where(sd > 0, sd, 1.0)
-    table = _Standardised((rows - mean) / sd, weight, cov / sd / sd[:, None], n_latents, shape, prior, sd)
+    pairs = pairs_of(statistics, shape) if pairs is None else pairs
+    mean, sd = pairs.mean, pairs.sd
+    table = _Standardised((rows - mean) / sd, weight, pairs, n_latents, shape, prior)
     found = table.maximise(n_init, np.random.default_rng(seed), max_iter, tol)
     n_cells = (~np.isnan(rows)).T @ weight
     return found._replace(
@@ -146,21 +184,17 @@ class _Standardised:
         self,
         rows: Array,
         weight: Array,
-        corr: Array,
+        pairs: Pairs,
         n_latents: int,
         shape: Array | None,
         prior: Prior | None,
-        sd: Array,
     ):
-        self.rows, self.weight, self.corr = rows, weight, corr
-        self.n_latents = min(n_latents, len(corr) - (shape is not None))
-        self.shape: Array | None = None
-        self.prior = None if prior is None else (prior.shape, prior.rate * sd**2)
-        if shape is not None:
-            scaled = shape / sd**2
-            total = (1 / scaled).mean()  # so that the factor is a share of the variance
-            self.shape = scaled * total
-            self.prior = None if prior is None else (prior.shape, prior.rate * total)
+        self.rows, self.weight, self.pairs = rows, weight, pairs
+        sd = pairs.sd
+        self.n_latents = min(n_latents, len(sd) - (shape is not None))
+        self.shape = None if shape is None else _in_units(shape, sd)
+        unit = sd**2 if shape is None else (sd**2 / shape).mean()
+        self.prior = None if prior is None else (prior.shape, prior.rate * unit)
 
     def maximise(self, n_init: int, rng: np.random.Generator, max_iter: int, tol: float) -> Maximum:
         self.best: tuple[Maps, int] | None = None  # for Ctrl-C
@@ -232,7 +266,7 @@ class _Standardised:
     def _apart(self, climb: Climb) -> NDArray[np.intp]:
         """Which of the climbs to go on with: of those on the way to one place the best."""
         maps, kept = climb.coordinates.maps(climb.at.theta), list[int]()
-        cov = maps.loading @ maps.loading.swapaxes(1, 2) + maps.noise[:, :, None] * np.eye(len(self.corr))
+        cov = maps.loading @ maps.loading.swapaxes(1, 2) + maps.noise[:, :, None] * np.eye(len(self.pairs.sd))
         for b in np.argsort(-climb.at.value, kind="stable"):
             unit = 1 / np.sqrt(np.diagonal(cov[b]))
             if not any(
@@ -250,20 +284,19 @@ class _Standardised:
         Where noises are free there may be one maximum for each column whose noise can go to zero, and a climb from
         noises that are all large ends in the same one again and again.
         """
-        t, k = len(self.corr), self.n_latents
+        t, k, known = len(self.pairs.sd), self.n_latents, self.pairs.known
         free, shape = self.shape is None, np.ones(t) if self.shape is None else self.shape
         loading, noise = np.zeros((n_init, t, k)), np.tile(0.5 * shape * (1 / shape).mean(), (n_init, 1))
-        first = proportional(Covariance(self.corr), min(k, t - 1), shape)
+        first = proportional(Covariance(self.pairs.corr), min(k, t - 1), shape, known)
         loading[0, :, : first.loading.shape[1]] = first.loading
         # Columns that are never seen together have no covariance there, and would keep to none: a saddle.
         loading[0] += PUSH * rng.normal(size=(t, k))
         noise[0] = first.noise
         for start in range(1, n_init):
             if start == 1:
-                root = np.sqrt(noise[1])
-                value, vector = np.linalg.eigh(self.corr / root / root[:, None])
-                size = np.sqrt(np.maximum(value[::-1][:k] - 1, PUSH))
-                loading[1] = root[:, None] * vector[:, ::-1][:, :k] * size
+                half = 0.5 * (1 / shape).mean()
+                size = np.sqrt(np.maximum(known.value[:k] / half - 1, PUSH))
+                loading[1] = np.sqrt(noise[1])[:, None] * known.vectors[:, :k] * size
                 continue
             if free and start > 2:
                 noise[start] = MIN_SHARE ** rng.uniform(size=t)
