@@ -60,23 +60,30 @@ def _drawn(search, measured, filled, sd, hidden) -> plt.Figure:
     """Evidence with its error, weights, and the empty cells of three columns."""
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     table = search.comparison_.loc[search.candidate_names_]
+    middle_ends = (-0.6, len(table) - 0.4)
     k = np.array([int(name.rpartition("=")[2]) for name in table.index])
-    left.errorbar(k, table["lml"], 2 * table["se"], fmt="o", capsize=4)
-    left.set(xlabel="latent dimension", ylabel="log evidence, nats", title="Evidence, two errors")
+    near = table["lml_diff"] > -60
+    left.errorbar(k[near], table["lml_diff"][near], 2 * table["se"][near], fmt="o", ms=3, capsize=4)
+    left.axhline(0, color="0.8", lw=1, zorder=0)
+    left.set(xlabel="latent dimension", ylabel="log evidence against the best, nats", xlim=middle_ends)
+    left.set_title(f"Evidence, two errors ({(~near).sum()} further below)")
     middle.bar(k, table["weight"])
-    middle.set(xlabel="latent dimension", ylabel="posterior probability", title="Weights", ylim=(0, 1))
+    middle.set(xlabel="latent dimension", ylabel="posterior probability", title="Weights")
+    middle.set(xlim=middle_ends, ylim=(0, 1))
     names = ["alcohol", "flavanoids", "color_intensity"]
     for j, name in enumerate(names):
         column = measured.columns.get_loc(name)
-        scale, rows = measured[name].std(), np.flatnonzero(hidden[:, column])
-        truth, mean = measured[name].to_numpy()[rows] / scale, filled[rows, column] / scale
+        center, scale = measured[name].mean(), measured[name].std()
+        rows = np.flatnonzero(hidden[:, column])
+        truth = (measured[name].to_numpy()[rows] - center) / scale
+        mean = (filled[rows, column] - center) / scale
         right.errorbar(
             truth, mean, 1.96 * sd[rows, column] / scale, fmt="o", ms=3, lw=0.8, color=f"C{j}", label=name
         )
     ends = np.array(right.get_xlim())
     right.plot(ends, ends, color="0.5", lw=1)
     right.set(
-        xlabel="measured", ylabel="filled in, 95 % intervals", title="Empty cells, in standard deviations"
+        xlabel="measured", ylabel="filled in, 95 % intervals", title="Empty cells, columns standardised"
     )
     right.legend(fontsize="small")
     return figure
