@@ -373,7 +373,7 @@ def _scored(read: _Read, fit: training.Fit, template: Fitted | None, *, penalty:
         digest="" if table.more else digest_of_rows(table.X),
         complete=bool(statistics.complete) if statistics is not None else not bool(np.isnan(table.X).any()),
         latents=latents,
-        fit=replace(fit, last=None),
+        fit=replace(fit, last=None, total=None),
         total=total,
         se=score.se,
         drawn=score.drawn,
@@ -413,6 +413,8 @@ class _Score(NamedTuple):
 def _score_of_training(problem: training.Problem, fit: training.Fit, trainer: Trainer, device: str) -> _Score:
     """The total score of the training rows, with its error."""
     objective, whole = problem.objective, problem.whole
+    if fit.last is not None and fit.total is not None:
+        return _Score(fit.last, fit.total, 0.0, exact=True, drawn=False)
     structure = problem.bound.structure
     by_parts = trainer.by_epochs and not structure.takes_visible
     step = n_at_once(whole.args[0], device)

@@ -67,6 +67,8 @@ def laplace_evidence(fitted: Fitted, rows: NDArray[np.floating]) -> LaplaceEvide
         return _laplace_of_cells(fitted, rows, statistics, None if isinstance(shape, str) else shape)
     cov, k = statistics.covariance, fitted.bound.structure.n_latents
     try:
+        if k >= len(statistics.mean):
+            raise NoiseFloorError(list(range(k)))
         with training.one_thread(statistics.n_cells):
             if isinstance(shape, np.ndarray):
                 return laplace_proportional(cov, statistics.n, k, shape)

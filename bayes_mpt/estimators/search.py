@@ -20,12 +20,11 @@ from sklearn.callback import CallbackSupportMixin
 from sklearn.model_selection import ParameterGrid
 from sklearn.utils import check_array, check_random_state, get_tags
 from sklearn.utils._param_validation import StrOptions
-from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_is_fitted
 
+from bayes_mpt.estimators.best import AsItsBest
 from bayes_mpt.estimators.candidates import (
     Candidate,
-    before_final,
     final_step,
     refuse_unwrapped,
 )
@@ -42,7 +41,6 @@ from bayes_mpt.estimators.evaluation import (
     unfitted,
 )
 from bayes_mpt.estimators.partial import Finished, Partial
-from bayes_mpt.estimators.rows import takes_y
 from bayes_mpt.estimators.rules import (
     RULES,
     Auto,
@@ -57,6 +55,7 @@ from bayes_mpt.estimators.rules import (
 )
 from bayes_mpt.estimators.stages import Stage
 from bayes_mpt.estimators.stored import Slot, prepare, seed_in, with_estimator
+from bayes_mpt.estimators.summary import summary
 from bayes_mpt.estimators.table import Ranking, comparison_table
 from bayes_mpt.inputs import read_table, unmasked
 from bayes_mpt.masks import require_lml
@@ -69,7 +68,7 @@ from bayes_mpt.warnings import CheckpointWarning, warn
 __all__ = ["MarginalLikelihoodSearch"]
 
 
-class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEstimator):
+class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, AsItsBest, BaseEstimator):
     """Fit every candidate of a grid and rank them by marginal likelihood.
 
     Parameters
@@ -104,14 +103,20 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEst
     Attributes
     ----------
     comparison_ : DataFrame
-        One row a candidate, best first: ``rank``; ``lml``, total evidence in nats; ``lml_diff`` to the best (<= 0);
+        One row a candidate, best first, in nats. Of factor models ``expected_diff``, the expected log-density of N new
+        complete rows under the fit that is used, less that of the first, on average over the posterior of all
+        candidates; ``expected_se``, its numerical error; ``p_better``, the probability that this fit predicts better
+        than the first. ``lml``, the number of the rule; ``se``, its numerical error; ``lml_diff`` to the greatest;
         ``mc_dse``, numerical error of that difference; ``p_worse`` = Phi(-abs(lml_diff) / mc_dse), or by a t with F - 1
         degrees of freedom of one partition into F folds, the probability that the order of the two is that error's
-        doing; ``dse``, spread of the difference over new rows; ``weight`` and ``log_bayes_factor`` where the number is
-        an evidence; ``se``, numerical error of ``lml``; ``diag``, the rule, or what to be wary of (a training that did
-        not converge), or what failed.
+        doing; ``weight``, the posterior probability among the candidates of its kind (PPCA or factor analysis), and
+        ``log_bayes_factor``, where the number is an evidence; ``dse``, spread of ``lml_diff`` over new rows; ``diag``,
+        the rule, or what to be wary of (a training that did not converge), or what failed. ``attrs["ranked_by"]``:
+        "expected", where all candidates have it; "heldout", where hidden rows do not allow to believe in that
+        (heavy tails, or a contradiction); else "lml".
     cv_results_ : dict
-        With scikit-learn's keys; scores are mean nats a row. ``lml`` holds the totals.
+        With scikit-learn's keys; scores are mean nats a row of what ranks. ``lml`` and ``mean_test_lml`` are the rule's
+        number, in all and a row.
     best_estimator_, best_params_, best_score_, best_index_
         As in scikit-learn; ``best_score_`` is in nats a row. An estimator that was found finished in
         ``checkpoint_dir`` is made of what is stored when it is first asked for.
@@ -212,7 +217,9 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEst
         X, y = unmasked(X), unmasked(y)
         if model is self.estimator:  # what stands before a model in a Pipeline may take anything
             X = read_table(X)
-            check_array(X, dtype=[np.float64, np.float32], ensure_all_finite="allow-nan")
+            checked_array = check_array(X, dtype=[np.float64, np.float32], ensure_all_finite="allow-nan")
+            if not hasattr(X, "__getitem__"):  # rows are to be picked
+                X = checked_array
         root.call_on_fit_task_begin(estimator=self, X=X, y=y)
         seed = self._partition_seed()
         state = fit_seed(self.random_state, seed)
@@ -369,6 +376,11 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEst
             self._rows = None
         return winner.estimator
 
+    def summary(self) -> str:
+        """What ranks, by how much, how sure that is and what to be wary of, in lines of at most 80 characters."""
+        check_is_fitted(self)
+        return summary(self.comparison_, self.evidence_, self.evidence_reason_)
+
     def __getstate__(self) -> dict[str, Any]:
         if vars(self).get("_rows") is not None:
             _ = self.best_estimator_  # a file holds the estimator, and no rows
@@ -401,76 +413,6 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEst
         """Whose methods are offered: the best candidate's, and before `fit` those of ``estimator``."""
         return getattr(self, "best_estimator_", None) if hasattr(self, "comparison_") else self.estimator
 
-    def score(self, X: ArrayLike, y: Any = None) -> float:
-        """Mean nats a row of the best candidate."""
-        return float(self._best().score(X, **_given(y)))
-
-    def score_samples(self, X: ArrayLike, y: Any = None) -> NDArray[np.float64]:
-        """Nats of each row under the best candidate."""
-        return np.asarray(self._best().score_samples(X, **_given(y)))
-
-    @available_if(lambda self: hasattr(self.estimator, "transform"))
-    def transform(self, X: ArrayLike, y: Any = None) -> Any:
-        """Posterior means of the best candidate's latents."""
-        return self._best().transform(X, **_given(y))
-
-    @available_if(lambda self: hasattr(self.estimator, "transform"))
-    def fit_transform(self, X: ArrayLike, y: Any = None) -> Any:
-        """Fit the search, then transform X by the best candidate."""
-        model = final_step(self.fit(X, y)._best()).fitted_model_
-        return self.transform(X, y if takes_y(model) else None)
-
-    @available_if(lambda self: hasattr(self.estimator, "inverse_transform"))
-    def inverse_transform(self, Z: ArrayLike) -> Any:
-        """Means of the tokens given latents, under the best candidate."""
-        return self._best().inverse_transform(Z)
-
-    @available_if(lambda self: hasattr(self.estimator, "impute"))
-    def impute(self, X: ArrayLike, y: Any = None) -> Any:
-        """X with its missing cells filled by the best candidate."""
-        return self._best().impute(X, **_given(y))
-
-    @available_if(lambda self: hasattr(self._offering(), "predict"))
-    def predict(self, X: ArrayLike, return_std: bool = False, return_cov: bool = False) -> Any:
-        """As `BayesMPT.predict`, by the best candidate: means of y, or labels of the rows."""
-        asked = {"return_std": return_std, "return_cov": return_cov}
-        return self._best().predict(X, **{name: True for name, value in asked.items() if value})
-
-    @available_if(lambda self: hasattr(self._offering(), "predict_proba"))
-    def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:
-        """As `BayesMPT.predict_proba`, by the best candidate."""
-        return np.asarray(self._best().predict_proba(X))
-
-    @available_if(lambda self: hasattr(final_step(self._offering()), "bic"))
-    def bic(self, X: ArrayLike, y: Any = None) -> float:
-        """Bayesian information criterion of the best candidate on X: the lower the better."""
-        best = self._best()
-        return float(final_step(best).bic(before_final(best, X), y))
-
-    @available_if(lambda self: hasattr(final_step(self._offering()), "aic"))
-    def aic(self, X: ArrayLike, y: Any = None) -> float:
-        """Akaike information criterion of the best candidate on X: the lower the better."""
-        best = self._best()
-        return float(final_step(best).aic(before_final(best, X), y))
-
-    @available_if(lambda self: hasattr(self.estimator, "sample"))
-    def sample(self, n_samples: int = 1) -> Any:
-        """Rows drawn from the best candidate."""
-        return self._best().sample(n_samples)
-
-    @available_if(lambda self: hasattr(self.estimator, "get_feature_names_out"))
-    def get_feature_names_out(self, input_features: ArrayLike | None = None) -> Any:
-        """Names of the best candidate's latents."""
-        return self._best().get_feature_names_out(input_features)
-
-    @available_if(lambda self: hasattr(self.estimator, "set_output"))
-    def set_output(self, *, transform: str | None = None) -> Self:
-        """Container of `transform`'s output, as in scikit-learn."""
-        self.estimator.set_output(transform=transform)
-        if hasattr(self, "best_estimator_"):
-            self.best_estimator_.set_output(transform=transform)
-        return self
-
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         inner = get_tags(self.estimator)
@@ -496,10 +438,6 @@ def _index(asked: Any, n_candidates: int) -> int:
             f"refit must return the place of a candidate in cv_results_, 0 to {n_candidates - 1}, got {asked!r}"
         )
     return int(asked)
-
-
-def _given(y: Any) -> dict[str, Any]:
-    return {} if y is None else {"y": y}
 
 
 def _good(found: list[Candidate]) -> list[Candidate]:

@@ -19,7 +19,7 @@ from bayes_mpt.estimators.repeats import repeated_columns
 from bayes_mpt.evidence.hyperparameters import Prior, assign
 from bayes_mpt.masks import Policy
 from bayes_mpt.models.mixtures import CollapseError
-from bayes_mpt.predictors import Objective, Predictor, choose
+from bayes_mpt.predictors import Predictor, choose
 from bayes_mpt.predictors.gaussian.incomplete import FewCellsError
 from bayes_mpt.predictors.gaussian.profile import NoiseFloorError
 from bayes_mpt.program.arguments import has_missing
@@ -218,10 +218,8 @@ class Trainer:
 
     def _solve(self, how: Any, problem: Problem, statistics: SufficientStatistics, n_init: int) -> Fit | None:
         """The closed-form maximum; with missing cells, the best end of EM from several starts."""
-        rows, weight = statistics.rows(problem.whole.args[0].dtype)
-        whole = problem.whole._replace(rows=rows, weight=weight)
-        fit = training.maximize_profile(
-            replace(problem, objective=Objective(problem.bound, whole)),
+        return training.maximize_profile(
+            problem,
             statistics,
             how.max_iter,
             how.tol,
@@ -229,12 +227,6 @@ class Trainer:
             seed=self.seed,
             at_floor=self.at_floor,
         )
-        itself = problem.whole.rows if problem.whole.weight is None else None
-        if fit is not None and fit.last is not None and itself is not None:
-            fit.last = fit.last.at(itself)  # the rows themselves, where these are at hand
-            with torch.no_grad():
-                fit.history = [float(problem.with_prior(problem.score_of(fit.last)))]
-        return fit
 
     def _best_of(
         self,

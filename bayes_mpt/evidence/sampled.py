@@ -157,8 +157,8 @@ def _refuse_low_rank(cov: Array, n_latents: int) -> None:
     rank = int(np.linalg.matrix_rank(cov / sd / sd[:, None], hermitian=True))
     if rank <= n_latents:
         raise ValueError(
-            f"{n_latents} latents reproduce rows of rank {rank} without noise, so that their evidence is infinite: use "
-            "fewer latents"
+            f"{n_latents} latents reproduce rows of rank {rank} (n_features = {len(cov)}) without noise, so that their "
+            "evidence is infinite: use fewer latents"
         )
 
 
@@ -170,6 +170,11 @@ def _check(n_latents: int, prior: FactorPrior, shape: Array | None, complete: bo
             f"the integrated evidence needs columns that vary, got constant ones at {constant.tolist()}: drop them"
         )
     n_tokens = len(prior.variances)
+    if n_latents >= n_tokens:
+        raise ValueError(
+            f"{n_latents} latents reproduce rows of n_features = {n_tokens} without noise, so that their evidence is "
+            "infinite: use fewer latents"
+        )
     n_free = n_parameters(n_tokens, n_latents, shape, complete)
     if n_free > MAX_PARAMETERS:
         raise ValueError(

@@ -141,7 +141,18 @@ class SelfPredicting(Bound):
         )
 
     def schedule(self, whole: Batch, masks: Policy | None, seed: int = 0) -> list[Objective]:
-        return [_OwnMasksObjective(self, whole, OWN_MASKS if masks is None else masks)]
+        masks = OWN_MASKS if masks is None else masks
+        return [
+            Objective(
+                self,
+                whole,
+                masks,
+                noisy=not masks.deterministic,
+                draw=_draw_own_or_fixed,
+                trial=_trial,
+                outputs=_outputs,
+            )
+        ]
 
     @torch.no_grad()
     def examine(self, x: Tensor) -> None:
@@ -186,24 +197,19 @@ class SelfPredicting(Bound):
             self.why += "; no token looks at itself, so that one run gives all that are hidden alone"
 
 
-class _OwnMasksObjective(Objective):
-    """The score of rows with masks of their own; where no draw is asked for, on one that stays."""
+def _trial(objective: Objective) -> Batch:
+    return objective.whole.take(spread_rows(len(objective.whole.args[0]), N_TRIAL_OUTPUTS))
 
-    masks: Policy
 
-    def __init__(self, bound: Bound, whole: Batch, masks: Policy):
-        super().__init__(bound, whole, masks, noisy=not masks.deterministic)
+def _outputs(objective: Objective, read: Conditionals | None) -> Outputs:
+    found = objective.by_row(objective.read(objective.trial))
+    return Outputs(found / math.sqrt(len(found)), few_rows=True)
 
-    @property
-    def trial(self) -> Batch:
-        return self.whole.take(spread_rows(len(self.whole.args[0]), N_TRIAL_OUTPUTS))
 
-    def draw(self, rows: Tensor, generator: torch.Generator | None) -> Masks:
-        return _draw_own(self.masks, rows, torch_generator(0) if generator is None else generator)
-
-    def outputs(self, read: Conditionals | None = None) -> Outputs:
-        found = self.by_row(self.read(self.trial))
-        return Outputs(found / math.sqrt(len(found)), few_rows=True)
+def _draw_own_or_fixed(masks: Policy | None, rows: Tensor, generator: torch.Generator | None) -> Masks:
+    """Masks of each row's own; where no draw is asked for, one that stays."""
+    assert masks is not None
+    return _draw_own(masks, rows, torch_generator(0) if generator is None else generator)
 
 
 def _draw_own(policy: Policy, rows: Tensor, generator: torch.Generator) -> Masks:

@@ -109,7 +109,7 @@ def maximize_profile(
         return None
     if wrong is not None:  # all is free, so that the likelihood has no maximum there
         raise wrong
-    read, score = moved
+    read, total, score = moved
     return Fit(
         "profile likelihood" if statistics.complete else "em",
         [score],
@@ -117,6 +117,7 @@ def maximize_profile(
         converged=not at_floor if statistics.complete else factors.converged,
         interrupted=factors.interrupted,
         last=read,
+        total=total,
     )
 
 
@@ -162,9 +163,10 @@ def _move_to(
     factors: incomplete.Maximum,
     moments: SufficientStatistics,
     off: float,
-) -> tuple[Conditionals, float] | None:
-    """Move the parameters to these factors: what is read there and its score; None, and back, where they cannot follow.
+) -> tuple[Conditionals, float, float] | None:
+    """Move the parameters to these factors; None, and back, where they cannot follow.
 
+    What is read there comes with its total log-density and the mean score a row, which has its share of a prior.
     ``off`` is how far, relative, the score may be from that of the factors.
     """
     leaves, targets = problem.leaves(), _targets(reading, factors, moments)
@@ -181,14 +183,15 @@ def _move_to(
                 return None
         read = problem.objective.read()
     with torch.no_grad():
-        got, prior = problem.score_of(read), problem.log_prior
-        moved = abs(float(got) - factors.lml) <= off * (1 + abs(factors.lml))
+        total, prior = problem.objective.total(read), problem.log_prior
+        score = total / problem.whole.n_rows
+        moved = abs(float(score) - factors.lml) <= off * (1 + abs(factors.lml))
         if isinstance(prior, NoisePrior):  # which is of the parameter that it names, and the map follows that
             moved = moved and bool(torch.isclose(prior(), prior.of_map(targets["noise"][0].exp())))
         if not moved:
             restore(leaves, before)
             return None
-        return read, float(problem.with_prior(got))
+        return read, float(total), float(problem.with_prior(score))
 
 
 def _refuse_floor(noise: NDArray[np.float64], moments: SufficientStatistics) -> None:

@@ -89,6 +89,8 @@ class Fit:
     """Columns whose noise variance has ended at zero."""
     last: Conditionals | None = None
     """The conditionals at the fitted parameters, where they have been read; their score is the last of the history."""
+    total: float | None = None
+    """Their log-density of all rows, where that has been computed without error."""
 
 
 # ------------------------------------------------------------------------------------------- the parameters

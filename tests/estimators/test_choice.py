@@ -176,3 +176,21 @@ def test_hidden_rows_that_contradict():
     assert not _contradicts(*pair(1.9 * error / 100 - 0.1 * rows.mean()))
     assert _contradicts(*pair(2.1 * error / 100 - 0.1 * rows.mean()))
     assert not _contradicts(*pair(-1.0))
+
+
+def test_summary_fits_a_terminal(found):
+    text = found.summary()
+    assert max(map(len, text.splitlines())) <= 80
+    for name in found.candidate_names_:
+        assert name[-12:] in text
+    for value in found.comparison_["lml"]:
+        assert f"{value:.1f}" in text
+    assert "expected log-density" in text and "prior's scale halved" in text and "(dse)" in text
+
+
+@pytest.mark.parametrize("evidence", ["laplace", "train", HeldOut(cv=3)])
+def test_summary_of_other_rules(evidence):
+    s = search(table(), {"model": [PPCA(0), PPCA(1), PPCA(T)]}, evidence)
+    text = s.summary()
+    assert max(map(len, text.splitlines())) <= 80 and "new rows" not in text
+    assert evidence != "laplace" or "5 latents leave no direction" in text  # why the last one failed

@@ -26,7 +26,7 @@ from bayes_mpt.models import (
     GaussianMixture,
     LatentClass,
     MixtureOfFactorAnalyzers,
-    mixtures,
+    mixture_em,
 )
 from bayes_mpt.training import Ascent
 
@@ -121,9 +121,9 @@ def test_start_is_where_em_ends(kind):
 @pytest.mark.parametrize("program", MIXTURES, ids=repr)
 def test_one_em_for_all_parameters_of_the_first_run(program, monkeypatch):
     runs = []
-    em = mixtures._em
+    em = mixture_em.run_em
     monkeypatch.setattr(
-        mixtures, "_em", lambda table, *a, **k: runs.append(len(table.rows)) or em(table, *a, **k)
+        mixture_em, "run_em", lambda table, *a, **k: runs.append(len(table.rows)) or em(table, *a, **k)
     )
     program(tensor(IRIS))
     first = params()
@@ -656,7 +656,7 @@ def test_fit_ends_at_a_maximum(kind):
 @pytest.mark.parametrize("max_products", [2**22, 100], ids=["at once", "by chunks"])
 def test_maximize_is_em(kind, max_products, monkeypatch):
     """One step is one step of scikit-learn's."""
-    monkeypatch.setattr(mixtures, "MAX_PRODUCTS", max_products)
+    monkeypatch.setattr(mixture_em, "MAX_PRODUCTS", max_products)
     GaussianMixture(3, kind)(tensor(IRIS))
     start = {name: p.detach() for name, p in pyro.get_param_store().items()}
     got = GaussianMixture(3, kind).maximize(tensor(IRIS), start, tol=0.0, max_iter=1)

@@ -132,8 +132,7 @@ class Coordinates:
         matrix[t * k : first, t * k : first] = noise + np.diag(ridge_noise)
         matrix[first:, first:] = info.mean
         unit = 1 / np.sqrt(np.diag(matrix))
-        root = np.linalg.cholesky(matrix * unit * unit[:, None] + 1e-9 * np.eye(self.size))
-        return unit[:, None] * np.linalg.inv(root).T
+        return unit[:, None] * np.linalg.inv(_root(matrix * unit * unit[:, None])).T
 
 
 class _Places(NamedTuple):
@@ -293,6 +292,19 @@ class Climb:
             np.diag(alpha[:n]) + np.diag(beta[: n - 1], 1) + np.diag(beta[: n - 1], -1)
         )
         return float(values[0]), basis[:n].T @ vectors[:, 0]
+
+
+def _root(matrix: Array) -> Array:
+    """Cholesky factor of a matrix with ones on its diagonal, with as much of these added as its rounding needs.
+
+    Without noise in some columns the information of the rest is a difference of large numbers.
+    """
+    for ridge in (1e-9, 1e-6, 1e-3):
+        try:
+            return np.linalg.cholesky(matrix + ridge * np.eye(len(matrix)))
+        except np.linalg.LinAlgError:
+            continue
+    return np.eye(len(matrix))
 
 
 def _times(white: Array, vector: Array, *, transposed: bool = False) -> Array:

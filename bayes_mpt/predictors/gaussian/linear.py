@@ -87,7 +87,7 @@ class LinearGaussian(Bound):
         return LinearRows(self.structure, read(self.model, args, self.form, Dense(), known))
 
     def schedule(self, whole: Batch, masks: Policy | None, seed: int = 0) -> list[Objective]:
-        return [_MapObjective(self, whole, masks)]
+        return [Objective(self, whole, masks, outputs=_outputs)]
 
     def with_model(self, model: Model) -> LinearGaussian:
         """The same way of reading for another program of the same structure."""
@@ -96,13 +96,11 @@ class LinearGaussian(Bound):
         return new
 
 
-class _MapObjective(Objective):
-    """The score of rows under linear-Gaussian maps, whose numbers tell the units."""
-
-    def outputs(self, read: Conditionals | None = None) -> Outputs:
-        found = (self.read() if read is None else read).linear_map()
-        assert found is not None  # `LinearRows`
-        return Outputs(torch.cat([part.flatten() for part in dimensionless(found)]), whole=True)
+def _outputs(objective: Objective, read: Conditionals | None) -> Outputs:
+    """The numbers of the maps, which tell the units."""
+    found = (objective.read() if read is None else read).linear_map()
+    assert found is not None  # `LinearRows`
+    return Outputs(torch.cat([part.flatten() for part in dimensionless(found)]), whole=True)
 
 
 class LinearRows(Conditionals):
@@ -223,10 +221,12 @@ class LinearRows(Conditionals):
         loc, loading, noise = self.reading[:3]
         groups = group_rows(x, loc)
         seen = groups.seen[0]  # (G, T)
-        residual = torch.where(x.isnan(), 0.0, x - loc)
+        residual = _residual(x, loc, seen)
         u, factor = (t[0] for t in self._latents(x, groups.seen, groups))
         # r' S^-1 r = |r - W u|^2 / noise + |u|^2 at the posterior mean u: sums of squares, nothing cancels
-        rest = torch.where(seen[groups.index], residual - _times_rows(loading, u), 0.0)
+        rest = residual - _times_rows(loading, u)
+        if not _complete(seen):
+            rest = torch.where(seen[groups.index], rest, 0.0)
         quadratic = (rest.square() / noise).sum(-1) + u.square().sum(-1)
         # log det S = log det noise + log det C^-1
         logdet = torch.where(seen, noise.log(), 0.0).sum(-1)
@@ -237,7 +237,7 @@ class LinearRows(Conditionals):
     def _latents(self, x: Tensor, shown: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
         """Posterior means of u (S, N, K) and a lower factor of their precision C^-1 (S, G, K, K), given the shown."""
         loc, loading, noise = self.reading[:3]
-        residual = torch.where(x.isnan(), 0.0, x - loc)  # (N, T)
+        residual = _residual(x, loc, groups.seen[0])  # (N, T)
         n_latents = loading.shape[-1]
         eye = torch.eye(n_latents, dtype=x.dtype, device=x.device)
         if not self._small_noise:
@@ -328,6 +328,16 @@ def group_rows(x: Tensor, loc: Tensor) -> Groups:
         return Groups(seen[None, :1], torch.zeros(len(x), dtype=torch.long, device=x.device))
     patterns, index = torch.unique(seen, dim=0, return_inverse=True)
     return Groups(patterns[None], index)
+
+
+def _complete(seen: Tensor) -> bool:
+    """Whether no row misses a cell, by the patterns (G, T) of rows that share a map."""
+    return len(seen) == 1 and bool(seen.all())
+
+
+def _residual(x: Tensor, loc: Tensor, seen: Tensor) -> Tensor:
+    """x - loc (N, T), zero where missing."""
+    return x - loc if _complete(seen) else torch.where(x.isnan(), 0.0, x - loc)
 
 
 def _times_rows(matrix: Tensor, u: Tensor) -> Tensor:

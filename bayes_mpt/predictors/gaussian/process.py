@@ -162,7 +162,7 @@ class JointGaussian(Bound):
     def schedule(self, whole: Batch, masks: Policy | None, seed: int = 0) -> list[Objective]:
         return [
             *([] if masks is not None else coarse(self, whole, seed)),
-            _VectorObjective(self, whole, masks),
+            Objective(self, whole, masks, outputs=outputs_of_vector),
         ]
 
     def score_at(self, args: tuple[Any, ...], values: dict[str, Tensor]) -> Tensor:
@@ -194,19 +194,18 @@ def coarse(bound: Bound, whole: Batch, seed: int) -> list[Objective]:
         return []
     assert bound.model is not None
     few = rows_of(whole.args, tokens[: min(N_COARSE, len(tokens) // 4)])
-    return [_VectorObjective(JointGaussian(bound.model, bound.structure), Batch(few, 1))]
+    return [Objective(JointGaussian(bound.model, bound.structure), Batch(few, 1), outputs=outputs_of_vector)]
 
 
-class _VectorObjective(Objective):
-    """The density of one Gaussian vector; a few of its rows alone tell the units."""
-
-    def outputs(self, read: Conditionals | None = None) -> Outputs:
-        tokens = shuffled(self.whole.args, 0)
-        assert self.bound.model is not None
-        some = rows_of(self.whole.args, tokens[:N_TRIAL_OUTPUTS])
-        few = GaussianVector(self.bound.model, self.bound.structure, some)
-        mean, var = few.predicted(torch.arange(few.value.shape[1], device=few.value.device))
-        return outputs_of_tokens(mean, var, mean.new_full((), len(tokens) / len(mean)).expand(len(mean)))
+def outputs_of_vector(objective: Objective, read: Conditionals | None) -> Outputs:
+    """Tokens of a few rows of one Gaussian vector, which tell the units."""
+    tokens, bound = shuffled(objective.whole.args, 0), objective.bound
+    assert bound.model is not None
+    few = GaussianVector(
+        bound.model, bound.structure, rows_of(objective.whole.args, tokens[:N_TRIAL_OUTPUTS])
+    )
+    mean, var = few.predicted(torch.arange(few.value.shape[1], device=few.value.device))
+    return outputs_of_tokens(mean, var, mean.new_full((), len(tokens) / len(mean)).expand(len(mean)))
 
 
 def outputs_of_tokens(mean: Tensor, var: Tensor, weight: Tensor) -> Outputs:

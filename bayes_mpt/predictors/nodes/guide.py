@@ -14,20 +14,20 @@ import torch
 from pyro import poutine
 from pyro.distributions import constraints
 from pyro.poutine.trace_struct import Trace
-from torch import Generator, Tensor
+from torch import Tensor
 
 from bayes_mpt.diagnostics import BAD_K, pareto_k
 from bayes_mpt.masks import Policy
-from bayes_mpt.predictors.base import Conditionals, Evidence, Guide
+from bayes_mpt.predictors.base import Evidence, Guide
 from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
 from bayes_mpt.predictors.nodes.given import Factorized, Given
 from bayes_mpt.predictors.nodes.reparameterized import AlongDraws, DrawsAsLeaves, is_point
 from bayes_mpt.predictors.nodes.weighted import (
     Nodes,
-    NodesObjective,
     NodeSource,
     Read,
     nodes_first,
+    nodes_objective,
     program_values,
 )
 from bayes_mpt.predictors.objective import Batch, Objective
@@ -205,8 +205,15 @@ class GuideDraws(NodeSource):
     def _objectives(self, whole: Batch, masks: Policy | None) -> list[Objective]:
         """Along chains from one draw to as many as asked: one costs least, and the last bring the bound nearest."""
         if masks is not None and not masks.chains:
-            return [_GuideObjective(self, whole, masks)]
-        return [_GuideObjective(self._with(n), whole, masks) for n in self.rising()]
+            return [self._objective(whole, masks)]
+        return [self._with(n)._objective(whole, masks) for n in self.rising()]
+
+    def _objective(self, whole: Batch, masks: Policy | None) -> Objective:
+        """The score at draws of the guide; where asked for, its dreams pull at its parameters too."""
+        return nodes_objective(self, whole, masks, self._pull if self.dreams else None)
+
+    def _pull(self, args: tuple[Any, ...], generator: torch.Generator) -> Tensor:
+        return self.dream(args, generator).sum()
 
     def rising(self) -> list[int]:
         """Numbers of draws of a training, stage after stage; on a GPU all at once: one costs no less."""
@@ -389,21 +396,6 @@ class GuideDraws(NodeSource):
         # sums of many tokens in single precision: a GPU adds them up in another order
         rtol = max(1e-5, CLOSE[both.dtype])
         return bool(torch.allclose(both, torch.cat(alone), rtol=rtol, equal_nan=True))
-
-
-class _GuideObjective(NodesObjective):
-    """The score at draws of a guide; where asked for, the guide's dreams pull at its parameters too."""
-
-    bound: GuideDraws
-
-    def total(
-        self, read: Conditionals, batch: Batch | None = None, generator: Generator | None = None
-    ) -> Tensor:
-        total = super().total(read, batch, generator)
-        if not self.bound.dreams or generator is None or not torch.is_grad_enabled():
-            return total
-        dreamt = self.bound.dream((self.whole if batch is None else batch).args, generator).sum()
-        return total + (dreamt - dreamt.detach())  # the score itself stays as it is
 
 
 def _refuse_unlike(first: Trace, trace: Trace, names: tuple[str, ...]) -> None:

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from bayes_mpt.masks import Policy
 from bayes_mpt.predictors.base import Conditionals, Evidence, Guide, Predictor
@@ -19,7 +19,6 @@ from bayes_mpt.predictors.nodes.guide import (
 from bayes_mpt.predictors.nodes.rules import degrees_of, log_t
 from bayes_mpt.predictors.nodes.weighted import (
     Nodes,
-    NodesObjective,
     NodeSource,
     Read,
     constrained,
@@ -31,7 +30,6 @@ from bayes_mpt.program.analysis import analyze
 from bayes_mpt.program.arguments import fill
 from bayes_mpt.program.program import Model, ModelError, Program
 from bayes_mpt.program.run import takes_visible
-from bayes_mpt.runtime.interrupts import check_stop
 
 __all__ = ["Drawn", "GuideDraws", "Importance", "evidence_of_draws"]
 
@@ -119,6 +117,10 @@ class Importance(Predictor):
         return program
 
 
+def _no_outputs(objective: Objective, read: Conditionals | None) -> None:
+    return None
+
+
 class _AroundMode(NodeSource):
     """Student-t draws around the mode of each row's posterior."""
 
@@ -168,29 +170,20 @@ class _AroundMode(NodeSource):
     def _objectives(self, whole: Batch, masks: Policy | None) -> list[Objective]:
         if self.structure.by_row:
             return super()._objectives(whole, masks)
-        return [_OneVector(self, whole, masks)]
+        # without masks Laplace's approximation, which can be climbed; no part of it is cheap
+        return [
+            Objective(
+                self,
+                whole,
+                masks,
+                refresh=self._forget,
+                smooth=self.laplace,
+                outputs=_no_outputs,
+            )
+        ]
 
     def laplace(self, args: tuple[Any, ...]) -> Tensor:
         """A smooth approximation of the score (N,) at the program's current parameters."""
         value = program_values(self.model, args, tuple(fill(a) for a in args), self.structure)
         visible = torch.ones(value.shape[1], dtype=torch.bool, device=value.device)
         return self.adaptive.laplace(args, value, visible)
-
-
-class _OneVector(NodesObjective):
-    """Of one vector around its mode: without masks Laplace's approximation, which can be climbed."""
-
-    bound: _AroundMode
-
-    def __init__(self, bound: _AroundMode, whole: Batch, masks: Policy | None):
-        super().__init__(bound, whole, masks)
-        self.noisy = masks is not None
-
-    def __call__(self, batch: Batch | None = None, generator: Generator | None = None) -> Tensor:
-        if generator is not None:
-            return super().__call__(batch, generator)
-        check_stop()
-        return self.bound.laplace((self.whole if batch is None else batch).args).sum()
-
-    def outputs(self, read: Conditionals | None = None) -> None:
-        return None  # no part of it is cheap

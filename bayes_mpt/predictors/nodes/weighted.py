@@ -12,18 +12,20 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
-from torch import Tensor
+from torch import Generator, Tensor
 
 from bayes_mpt.masks import Policy
 from bayes_mpt.predictors.base import Bound, Conditionals, Evidence, Leaves, Posterior
 from bayes_mpt.predictors.nodes.given import Given
-from bayes_mpt.predictors.objective import Batch, Objective, Outputs
+from bayes_mpt.predictors.objective import Batch, Objective, outputs_of_rows
 from bayes_mpt.program.affine import DenseMap
 from bayes_mpt.program.arguments import fill, has_missing
 from bayes_mpt.program.latents import Space
@@ -38,10 +40,10 @@ __all__ = [
     "FixedSites",
     "NodeSource",
     "Nodes",
-    "NodesObjective",
     "Read",
     "constrained",
     "nodes_first",
+    "nodes_objective",
     "program_values",
     "warn_if_slow",
 ]
@@ -104,7 +106,7 @@ class NodeSource(Bound):
 
     def _objectives(self, whole: Batch, masks: Policy | None) -> list[Objective]:
         """What a training goes through."""
-        return [NodesObjective(self, whole, masks)]
+        return [nodes_objective(self, whole, masks)]
 
     def _forget(self) -> None:
         """Leave what earlier readings have found to make the next one shorter: that gives what a first one would."""
@@ -118,22 +120,24 @@ class NodeSource(Bound):
         return {name: node["value"] for name, node in trace.nodes.items() if is_subsample(node)}
 
 
-class NodesObjective(Objective):
+def nodes_objective(
+    bound: NodeSource,
+    whole: Batch,
+    masks: Policy | None,
+    pull: Callable[[tuple[Any, ...], Generator], Tensor] | None = None,
+) -> Objective:
     """The score of rows at weighted nodes."""
-
-    bound: NodeSource
-
-    def __init__(self, bound: NodeSource, whole: Batch, masks: Policy | None):
-        super().__init__(bound, whole, masks, noisy=masks is not None or bound.sampled)
-
-    def outputs(self, read: Conditionals | None = None) -> Outputs | None:
-        found = super().outputs(read)
-        # of a guide some numbers may be of a single row
-        return None if found is None else found._replace(few_rows=self.bound.sampled)
-
-    def refresh(self) -> bool:
-        self.bound._forget()
-        return False
+    return Objective(
+        bound,
+        whole,
+        masks,
+        noisy=masks is not None or bound.sampled,
+        outputs=partial(
+            outputs_of_rows, few_rows=bound.sampled
+        ),  # of a guide some numbers may be of a single row
+        refresh=bound._forget,
+        pull=pull,
+    )
 
 
 def warn_if_slow(one_by_one: bool, bound: Bound) -> None:
