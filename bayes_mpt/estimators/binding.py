@@ -15,7 +15,7 @@ from bayes_mpt.evidence.laplace import laplace_proportional
 from bayes_mpt.evidence.laplace_incomplete import TooWideError, laplace_of_cells
 from bayes_mpt.predictors import Bound, Predictor, choose
 from bayes_mpt.predictors.base import Guide
-from bayes_mpt.predictors.gaussian.incomplete import pairs_of
+from bayes_mpt.predictors.gaussian.incomplete import constant_columns, pairs_of
 from bayes_mpt.predictors.gaussian.process import N_TRIAL_ROWS, gaussian_program
 from bayes_mpt.predictors.gaussian.profile import NoiseFloorError, spectrum
 from bayes_mpt.predictors.self_predictive import sees_all
@@ -159,7 +159,9 @@ def _of_observed_cells(statistics: SufficientStatistics, most: int) -> dict[int,
     shape = np.ones(n_tokens)
     pairs = pairs_of(statistics, shape)
     evidence = dict[int, float]()
-    for k in range(most + 1):
+    # one of the columns that vary is left to the noise
+    n_varying = n_tokens - int(constant_columns(statistics, of_one_cell=True).sum())
+    for k in range(min(most, max(n_varying - 1, 0)) + 1):
         if k and not _determined(statistics, k):
             break
         try:
