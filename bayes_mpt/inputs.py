@@ -5,6 +5,7 @@ Masked cells of `numpy.ma` become NaN, which is missing here; tensors leave thei
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
@@ -49,7 +50,7 @@ def read_table(X: Any) -> Any:
     TypeError
         If it is no table, such as a DataLoader.
     ValueError
-        If a column holds text or dates; the column is named, and a cell of it.
+        If a column holds text, dates or infinities; the column is named.
     """
     X = _array(X, "X")
     if isinstance(X, list | tuple):
@@ -64,6 +65,7 @@ def read_table(X: Any) -> Any:
     elif isinstance(X, np.ndarray) and X.ndim == 2 and X.dtype.kind in NO_NUMBERS:
         columns = enumerate(X.T)
     else:
+        _refuse_infinite(X)
         return X
     for name, column in columns:
         _refuse_text(
@@ -74,7 +76,28 @@ def read_table(X: Any) -> Any:
         )
     # what pandas calls missing in a column of Python objects
     objects = isinstance(X, pd.DataFrame) and any(dtype.kind == "O" for dtype in X.dtypes)
-    return X.where(X.notna(), np.nan) if objects else X
+    X = X.where(X.notna(), np.nan) if objects else X
+    _refuse_infinite(X)
+    return X
+
+
+def _refuse_infinite(X: Any) -> None:
+    if isinstance(X, pd.DataFrame):
+        numbers = X.select_dtypes("float")
+        names, cells = list(numbers.columns), numbers.to_numpy(dtype=np.float64, na_value=np.nan)
+    elif isinstance(X, np.ndarray) and X.ndim == 2 and X.dtype.kind == "f" and not isinstance(X, np.memmap):
+        names, cells = list(range(X.shape[1])), X
+    else:
+        return
+    with np.errstate(all="ignore"):
+        if math.isfinite(cells.sum()):  # in one pass that keeps nothing
+            return
+    infinite = np.isinf(cells).any(0)
+    if infinite.any():
+        columns = ", ".join(repr(n) for n, i in zip(names, infinite, strict=True) if i)
+        raise ValueError(
+            f"Input X contains infinity in column {columns}: give the cells as NaN, which is missing, or drop them"
+        )
 
 
 def read_numbers(y: Any, n_rows: int) -> NDArray[Any]:

@@ -17,6 +17,7 @@ from bayes_mpt.estimators.integrals import affordable, laplace_applies, n_hyperp
 from bayes_mpt.evidence.expected import Believed
 from bayes_mpt.evidence.integrated import IntegratedEvidence
 from bayes_mpt.evidence.sampled import SampledEvidence
+from bayes_mpt.program.program import list_names
 
 __all__ = [
     "Candidate",
@@ -157,6 +158,12 @@ class Candidate:
             self.about = f"prior's scale halved {half}, doubled {double} nats"
         for flag in found.flags:
             self.doubt(flag)
+        seen = model.fitted_.statistics
+        if seen is not None and not model.complete_:
+            few = (seen.of_cells()[0] <= model.n_components_ + 1).cpu().numpy()
+            if few.any():
+                names = list_names(map(str, model.fitted_.names[few]))
+                self.doubt(f"few observed cells in column {names}: a new complete row is a guess there")
 
     def take(self, found: IntegratedEvidence) -> None:
         """An evidence with the hyper-parameters integrated."""

@@ -154,6 +154,7 @@ def sample_evidence(
 
 def _refuse_low_rank(cov: Array, n_latents: int) -> None:
     sd = np.sqrt(np.diag(cov))
+    sd = np.where(sd > 0, sd, 1.0)  # a constant column adds nothing to the rank
     rank = int(np.linalg.matrix_rank(cov / sd / sd[:, None], hermitian=True))
     if rank <= n_latents:
         raise ValueError(
@@ -164,7 +165,7 @@ def _refuse_low_rank(cov: Array, n_latents: int) -> None:
 
 def _check(n_latents: int, prior: FactorPrior, shape: Array | None, complete: bool) -> None:
     """Refuse what has no finite evidence, and what is too large to be sampled."""
-    constant = np.flatnonzero(~(prior.variances > 0))
+    constant = np.flatnonzero(~(prior.units(shape) > 0))
     if len(constant):
         raise ValueError(
             f"the integrated evidence needs columns that vary, got constant ones at {constant.tolist()}: drop them"

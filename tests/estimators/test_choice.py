@@ -194,3 +194,108 @@ def test_summary_of_other_rules(evidence):
     text = s.summary()
     assert max(map(len, text.splitlines())) <= 80 and "new rows" not in text
     assert evidence != "laplace" or "5 latents leave no direction" in text  # why the last one failed
+
+
+# ------------------------------------------------------------------------------------------------ tables at the edge
+
+
+def edge(change):
+    x = table()
+    change(x)
+    return x
+
+
+def diag(x):
+    """By kind and number of latents: what is said, and the evidence."""
+    models = {"ppca 0": PPCA(0), "ppca 2": PPCA(2), "fa 0": FactorAnalysis(0), "fa 2": FactorAnalysis(2)}
+    s = search(x, {"model": list(models.values())}, "integrated")
+    c = s.comparison_.loc[s.candidate_names_].set_axis(list(models))
+    return c["diag"], c["lml"]
+
+
+@pytest.mark.parametrize("hole", [False, True])
+def test_constant_column(hole):
+    """Without a noise variance of its own it is a column like another; with one its density is infinite."""
+
+    def change(x):
+        x[:, 2] = 3.0
+        x[0, 0] = np.nan if hole else x[0, 0]
+
+    said, lml = diag(edge(change))
+    for k in (0, 2):
+        assert "columns 2 are constant" in said[f"fa {k}"]
+        assert np.isfinite(lml[f"ppca {k}"])
+
+
+@pytest.mark.parametrize("hole", [False, True])
+def test_duplicated_column(hole):
+    def change(x):
+        x[:, 2] = x[:, 1]
+        x[0, 0] = np.nan if hole else x[0, 0]
+
+    said, lml = diag(edge(change))
+    assert "duplicated" in said["fa 2"]
+    assert np.isfinite(lml.drop("fa 2")).all()
+
+
+def test_one_observed_cell_in_a_column():
+    def change(x):
+        x[1:, 2] = np.nan
+
+    said, lml = diag(edge(change))
+    assert "too few observed cells in column 2" in said["fa 2"]
+    for k in (0, 2):
+        assert said[f"ppca {k}"].startswith("few observed cells in column 2")
+        assert np.isfinite(lml[f"ppca {k}"])
+
+
+@pytest.mark.filterwarnings("ignore::bayes_mpt.warnings.ZeroNoiseWarning")
+@pytest.mark.parametrize("k", [1, 2])
+def test_a_row_without_cells_changes_nothing(k):
+    x = table(0.1)
+    for model in (PPCA(k), FactorAnalysis(k)):
+        one, more = (
+            search(z, {"model": [model]}, "integrated").comparison_["lml"].iloc[0]
+            for z in (x, np.vstack([x, np.full((1, T), np.nan)]))
+        )
+        assert more == pytest.approx(one, abs=0.5)  # two runs of the sampler
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x.__setitem__((slice(None), 2), np.nan), "column 2 has no observed cell"),
+        (lambda x: x.__setitem__((3, 2), np.inf), "contains infinity in column 2"),
+    ],
+)
+def test_refused_by_the_name_of_the_column(change, message):
+    with pytest.raises(ValueError, match=message):
+        search(edge(change))
+
+
+def test_single_precision_is_the_same_number():
+    x = table(0.1)
+    one, other = (
+        search(z, {"model": [PPCA(2)]}).comparison_["lml"].iloc[0] for z in (x, x.astype(np.float32))
+    )
+    assert other == pytest.approx(one, abs=0.3)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_few_rows(n):
+    x = table()[:n]
+    if n == 1:
+        with pytest.raises(ValueError, match="minimum of 2"):
+            search(x)
+        return
+    said, lml = diag(x)
+    if n <= 3:  # K latents reproduce K + 1 rows
+        assert "without any noise" in said["ppca 2"] and "without any" in said["fa 2"]
+    assert np.isfinite(lml[["ppca 0", "fa 0"]]).all()
+
+
+def test_more_latents_than_a_covariance_determines_are_marked():
+    x = table()[:9]
+    said = search(x, {"model": [FactorAnalysis(1), FactorAnalysis(3)]}, "integrated").comparison_["diag"]
+    assert "more than a covariance of 5 columns determines" in said["FactorAnalysis(n_components=3)"]
+    assert "determines" not in said["FactorAnalysis(n_components=1)"]

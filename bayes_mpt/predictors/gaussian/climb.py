@@ -301,7 +301,7 @@ def _root(matrix: Array) -> Array:
     """
     for ridge in (1e-9, 1e-6, 1e-3):
         try:
-            return np.asarray(np.linalg.cholesky(matrix + ridge * np.eye(len(matrix))), dtype=np.float64)
+            return np.asarray(np.linalg.cholesky(matrix + ridge * np.eye(len(matrix))))
         except np.linalg.LinAlgError:
             continue
     return np.eye(len(matrix))
