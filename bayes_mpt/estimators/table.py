@@ -46,7 +46,8 @@ def ranked(found: list[Candidate], rule: str) -> Ranking:
     """By the expected score of new rows where all candidates that did not fail have one, else by the number itself."""
     lml = np.array([math.nan if c.error else c.evidence for c in found])
     good = np.array([not c.error for c in found])
-    if rule != "integrated" or any(c.believed is None for c in found if not c.error):
+    known = [c.believed for c in found if not c.error]
+    if rule != "integrated" or not all(b is not None and b.determined for b in known):
         return Ranking("lml", lml, _best_first(lml))
     n_rows = next(len(c.by_row) for c in found if c.by_row is not None)
     held_out = np.array([c.held_out for c in found])
@@ -154,6 +155,8 @@ def _said(c: Candidate, rule: str, best: Candidate) -> str:
     label = c.label(rule)
     if c.kind != best.kind and not c.error:
         label += f"; its Bayes factor depends on the priors of noises: {c.kind} here, {best.kind} there"
+    if c.believed is not None and not c.believed.determined:
+        label += "; ranked by lml: some columns were never observed together, of which a fit says nothing"
     if np.isfinite(c.held_out):
         label += f"; ranked by hidden rows: {c.why_held_out}"
     return label

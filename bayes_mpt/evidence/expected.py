@@ -45,6 +45,8 @@ class Believed:
     """(T,) m"""
     fit_covariance: Array
     """(T, T) C"""
+    determined: bool = True
+    """Whether all pairs of columns were observed together: the fit says nothing of complete rows otherwise."""
 
 
 class Expected(NamedTuple):
