@@ -49,6 +49,7 @@ from sklearn.utils import check_random_state
 
 from bayes_mpt.evidence import LaplaceEvidence, laplace_diagonal, laplace_proportional
 from bayes_mpt.predictors.gaussian.profile import Factors, NoiseFloorError, diagonal, proportional
+from bayes_mpt.program.statistics import Covariance
 
 RESULTS = Path(__file__).with_suffix(".json")
 LOG_2PI = math.log(2 * math.pi)
@@ -99,7 +100,8 @@ def log_density(fit: Factors, second_moment: np.ndarray) -> float:
 
 
 def maximise(kind: str, cov: np.ndarray, k: int) -> Factors:
-    return proportional(cov, k, np.ones(len(cov))) if kind == "ppca" else diagonal(cov, k)
+    held = Covariance(cov)
+    return proportional(held, k, np.ones(len(cov))) if kind == "ppca" else diagonal(held, k)
 
 
 def laplace(kind: str, cov: np.ndarray, n: int, k: int) -> LaplaceEvidence:

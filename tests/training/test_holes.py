@@ -158,6 +158,16 @@ def test_a_maximum_for_each_column_whose_noise_may_go_to_zero(seed):
     assert fit.log_marginal_likelihood_ == pytest.approx(optimum(x, 2, *free(13), n_starts=4), abs=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:the estimate of the noise variance")
+def test_two_columns_without_noise():
+    """Rounding is more than what rows without noise tell of some loadings, and their information has no root."""
+    rng = np.random.default_rng(32)
+    x = rng.normal(size=(30, 5))
+    x[rng.random(x.shape) < 0.2] = np.nan
+    fit = BayesMPT(FactorAnalysis(3), random_state=0).fit(x)
+    assert fit.log_marginal_likelihood_ > optimum(x, 3, *free(5), n_starts=6) - 0.1
+
+
 def own_program(x):
     """Factor analysis in parameters of its own: logarithms of precisions, a matrix that is turned."""
     loc = pyro.param("loc", lambda: x[:5].nan_to_num(0.0).mean(0))
