@@ -3,10 +3,10 @@
     python benchmarks/accuracy/laplace_size.py                # 60 tables, about 6 minutes on one core
     python benchmarks/accuracy/laplace_size.py --tables 4
 
-Tables of PPCA and factor analysis (60 to 300 rows, 5 to 12 columns, 1 to 3 latents), half of them with 15 % of the cells
-missing. For K = 0 .. the true one plus two, the difference of the log evidence to that of the true dimension, by
-Laplace's approximation minus by `bayes_mpt.evidence.sample_evidence` (error sampled for: .05 nats): what the fast screen
-adds to or takes from a candidate. The two have priors of their own, so that this is not its error alone.
+Tables of PPCA and factor analysis (60 to 300 rows, 5 to 12 columns, 1 to 3 latents), half of them with 15 % of the
+cells missing. For K = 0 .. the true one plus two, the difference of the log evidence to that of the true dimension, by
+Laplace's approximation minus by `bayes_mpt.evidence.sample_evidence` (error sampled for: .05 nats): what the fast
+screen adds to or takes from a candidate. The two have priors of their own, so that this is not its error alone.
 
 Asked: the measured table in docs/evidence.md, in place of one sentence.
 
