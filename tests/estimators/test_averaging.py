@@ -1,7 +1,10 @@
 """average="posterior": rows under the mean of the Gaussian over the posterior, against dense algebra."""
 
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
+import torch
 from scipy.stats import multivariate_normal
 from test_selection import loc_only
 
@@ -162,3 +165,39 @@ def test_refused():
         BayesMPT(loc_only, average="posterior").fit(x)
     with pytest.raises(ValueError, match="rotation must be"):
         loadings(BayesMPT(PPCA(2)).fit(x), "quartimax")
+
+
+class Simple:
+    """Two factors; ``free`` says whether each column may load on both."""
+
+    symmetries = {"rotations": "psi"}  # noqa: RUF012 - what a model offers is a plain attribute
+
+    def __init__(self, free):
+        self.free = free
+
+    def __call__(self, x):
+        t = x.shape[1]
+        start = torch.linspace(-1, 1, 2 * t, dtype=x.dtype).reshape(2, t).flip(0) + 0.3
+        w = pyro.param("w", start)
+        if not self.free:
+            first = (torch.arange(t) < t // 2).to(x)
+            w = w * torch.stack([first, 1 - first])
+        psi = pyro.param("psi", torch.ones(t, dtype=x.dtype), constraint=dist.constraints.positive)
+        loc = pyro.param("loc", x.new_zeros(t))
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(loc + z @ w, psi.sqrt()).to_event(1), obs=x)
+
+
+def test_a_declared_symmetry_is_tried():
+    """Loadings of which some are fixed at zero cannot be turned: their evidence would be that of another model."""
+    x = table()
+    free = BayesMPT(Simple(True), random_state=0).fit(x)
+    found = free.integrated(x)
+    truth = BayesMPT(FactorAnalysis(2), random_state=0).fit(x).integrated(x)
+    assert found.log_evidence == pytest.approx(
+        truth.log_evidence, abs=3 * np.hypot(found.se, truth.se) + 0.01
+    )
+    fixed = BayesMPT(Simple(False), random_state=0).fit(x)
+    with pytest.raises(ValueError, match="turned without changing the covariance"):
+        fixed.integrated(x)
