@@ -101,7 +101,9 @@ class RankingDisplay:
             self.ax_.set_xscale("symlog", linthresh=10)
         self.ax_.axvline(0, color="0.5", lw=0.8, ls=":")
         self.ax_.set_yticks(place, list(table.index))
-        self.ax_.set(xlabel=f"log evidence below the best, nats ({self.comparison['diag'].iloc[0]})")
+        self.ax_.set(
+            xlabel=f"log evidence below the best, nats ({self.comparison['diag'].iloc[0].partition(';')[0]})"
+        )
         return self
 
 

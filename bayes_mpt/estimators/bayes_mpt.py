@@ -409,9 +409,14 @@ class BayesMPT(
         latents = check_array(unmasked(Z), dtype=np.float64)
         return predictions.token_means_of(fitted, latents).astype(dtype_of(Z), copy=False)
 
-    def impute(self, X: ArrayLike, y: Any = None) -> NDArray[np.floating]:
-        """X with its NaN cells replaced by their means given the observed cells of the row."""
-        return predictions.impute(*self._ready(X), y).astype(dtype_of(X), copy=False)
+    def impute(self, X: ArrayLike, y: Any = None, return_std: bool = False) -> Any:
+        """X with its NaN cells replaced by their means given the observed cells of the row.
+
+        With ``return_std`` also their standard deviations (N, T), 0 where observed, where rows share a linear-Gaussian
+        map; of other programs `sample_missing` draws the cells.
+        """
+        found = predictions.impute(*self._ready(X), y).astype(dtype_of(X), copy=False)
+        return (found, predictions.missing_sd(*self._ready(X))) if return_std else found
 
     @available_if(availability.takes_labels)
     def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:

@@ -57,9 +57,9 @@ class AsItsBest(ABC):
         return self._best().inverse_transform(Z)
 
     @available_if(lambda self: hasattr(self.estimator, "impute"))
-    def impute(self, X: ArrayLike, y: Any = None) -> Any:
+    def impute(self, X: ArrayLike, y: Any = None, return_std: bool = False) -> Any:
         """X with its missing cells filled by the best candidate."""
-        return self._best().impute(X, **_given(y))
+        return self._best().impute(X, **_given(y), **({"return_std": True} if return_std else {}))
 
     @available_if(lambda self: hasattr(self._offering(), "predict"))
     def predict(self, X: ArrayLike, return_std: bool = False, return_cov: bool = False) -> Any:

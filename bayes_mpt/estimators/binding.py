@@ -15,7 +15,7 @@ from bayes_mpt.evidence.laplace import laplace_proportional
 from bayes_mpt.evidence.laplace_incomplete import TooWideError, laplace_of_cells
 from bayes_mpt.predictors import Bound, Predictor, choose
 from bayes_mpt.predictors.base import Guide
-from bayes_mpt.predictors.gaussian.incomplete import pairs_of
+from bayes_mpt.predictors.gaussian.incomplete import constant_columns, pairs_of
 from bayes_mpt.predictors.gaussian.process import N_TRIAL_ROWS, gaussian_program
 from bayes_mpt.predictors.gaussian.profile import NoiseFloorError, spectrum
 from bayes_mpt.predictors.self_predictive import sees_all
@@ -155,13 +155,14 @@ def _of_complete_rows(statistics: SufficientStatistics, most: int) -> tuple[dict
 
 def _of_observed_cells(statistics: SufficientStatistics, most: int) -> dict[int, float]:
     """The evidence of K = 0, 1, ... on the observed cells; infinite, which a fit refuses, where no noise is left."""
-    n_tokens, n_cells = len(statistics.mean), int(statistics.of_cells()[0].sum())
+    n_tokens = len(statistics.mean)
     shape = np.ones(n_tokens)
     pairs = pairs_of(statistics, shape)
     evidence = dict[int, float]()
-    for k in range(most + 1):
-        # mean, loadings and the latents of the rows but for their maps: as many numbers reproduce as many cells
-        if k and n_cells <= n_tokens + k * (n_tokens + statistics.n_rows - 1 - k):
+    # one of the columns that vary is left to the noise
+    n_varying = n_tokens - int(constant_columns(statistics, of_one_cell=True).sum())
+    for k in range(min(most, max(n_varying - 1, 0)) + 1):
+        if k and not _determined(statistics, k):
             break
         try:
             found = laplace_of_cells(statistics, k, shape, pairs=pairs, n_init=STARTS)
@@ -175,3 +176,18 @@ def _of_observed_cells(statistics: SufficientStatistics, most: int) -> dict[int,
         if k - max(evidence, key=lambda k: evidence[k]) >= PATIENCE:
             break
     return evidence
+
+
+def _determined(statistics: SufficientStatistics, k: int) -> bool:
+    """Whether the cells are enough for K latents: T - 1 of them of complete rows, if these are more than K + 1.
+
+    Loadings and noise are T K - K (K - 1) / 2 + 1 numbers, for as many covariances of columns that are seen together.
+    And K + 1 rows lie in a plane of K dimensions: these have (K + 1)(T - K) numbers, and so many cells beyond the first
+    K of a row can be on it without noise.
+    """
+    t, seen = len(statistics.mean), (~statistics.incomplete.isnan()).double()
+    together = t * (t + 1) // 2
+    if not statistics.n:
+        together = (int((seen.mT @ seen > 0).sum()) + t) // 2
+    beyond = statistics.n * (t - k) + int((seen.sum(1) - k).clamp(min=0).sum())
+    return t * k - k * (k - 1) // 2 + 1 <= together and not 0 < beyond <= (k + 1) * (t - k)

@@ -152,7 +152,8 @@ class Candidate:
         model = self.model
         self.evidence, self.se, self.prior = found.log_evidence, found.se, found.prior.describe()
         noises = "one noise variance" if np.ndim(model.noise_variance_) == 0 else "a noise variance a column"
-        self.believed = Believed(noises, found.islands, found.draws, model.mean_, model.get_covariance())
+        fit = model.mean_, model.get_covariance()
+        self.believed = Believed(noises, found.islands, found.draws, *fit, _pairs_are_seen(model))
         if model.n_components_:
             half, double = (f"{v:+.1f}" for v in found.scale_sensitivity)
             self.about = f"prior's scale halved {half}, doubled {double} nats"
@@ -170,6 +171,15 @@ class Candidate:
         self.evidence, self.se = found.log_evidence, found.se
         if found.pareto_k > BAD_K:
             self.doubt(f"integrated, but Pareto k {found.pareto_k:.2f}: se is unreliable")
+
+
+def _pairs_are_seen(model: BayesMPT) -> bool:
+    """Whether each pair of columns was observed together in some row."""
+    statistics = model.fitted_.statistics
+    if statistics is None or statistics.n:
+        return True
+    seen = (~statistics.incomplete.isnan()).double()
+    return bool((seen.mT @ seen > 0).all())
 
 
 def final_step(estimator: Any) -> Any:

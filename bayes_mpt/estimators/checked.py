@@ -24,7 +24,7 @@ from bayes_mpt.warnings import MisfitWarning, warn, warnings_of
 __all__ = ["checked"]
 
 N_ERRORS = 2.0
-LEAST_P = 0.01  # a posterior predictive probability: rarer than its size under the model
+LEAST_P = 0.005  # a posterior predictive probability: rarer than its size under the model
 
 
 def checked(

@@ -65,8 +65,8 @@ def compare(
         As in `BayesMPT.fit`.
     evidence : str or rule of evidence, default="auto"
         `Laplace`, `Integrated`, `HeldOut`, `Train` or `Auto`; a name in lower case stands for a rule's defaults.
-        On the training rows "auto" is that of `MarginalLikelihoodSearch`: "laplace" where all models declare their
-        symmetries and no cell is missing, "integrated" where they offer a prior of their few hyper-parameters, else
+        On the training rows "auto" is that of `MarginalLikelihoodSearch`: "integrated" where all models declare their
+        symmetries or offer a prior of their few hyper-parameters, "laplace" where a factor model is too large, else
         "heldout", which fits each model again for each fold. "train", the LML at its maximum, rises with every
         surplus parameter: it is taken by itself only where nothing is point-estimated, and then is the evidence.
         On new rows "auto" is "heldout", which scores them as they are.

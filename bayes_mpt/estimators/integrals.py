@@ -41,6 +41,8 @@ __all__ = [
     "sampled_evidence",
 ]
 
+N_TRIAL = 8  # rows
+SAME = 1e-5  # of the standard deviations, in single precision too
 MAX_CELLS = 20_000  # of a table with holes, of which all rows count at every step: some 30 s of CPU time
 
 
@@ -123,6 +125,38 @@ def affordable(fitted: Fitted) -> bool:
     return fitted.complete or statistics.n_cells <= MAX_CELLS
 
 
+def _refuse_fixed_loadings(fitted: Fitted, rows: NDArray[np.floating]) -> None:
+    """Refuse a program whose declared symmetry is none: a random rotation of its loadings must leave C as it is."""
+    shared = fitted.shared_map("the sampled evidence")
+    k, n_tokens = fitted.bound.structure.n_latents, len(fitted.names)
+    if k < 2:  # nothing to turn but signs
+        return
+    loading, noise = shared.loading[0].double(), shared.noise[0].double()
+    generator = torch.Generator().manual_seed(0)
+    turn = torch.linalg.qr(torch.randn(k, k, generator=generator, dtype=torch.float64))[0]
+    state, found = dict(fitted.state), False
+    for name, value in state.items():
+        if value.shape == (n_tokens, k):
+            state[name], found = value @ turn.to(value), True
+        elif value.shape == (k, n_tokens):
+            state[name], found = turn.to(value).mT @ value, True
+    if found:
+        args = (fitted.tensor(rows[:N_TRIAL]),)
+        with replace(fitted, state=state).program(args) as bound, torch.no_grad():
+            turned = bound.read(args).linear_map()
+        assert turned is not None
+        other, rest = turned.loading[0].double(), turned.noise[0].double()
+        change = (other @ other.mT - loading @ loading.mT + torch.diag(rest - noise)).abs()
+        size = (loading.square().sum(1) + noise).sqrt()
+        found = bool((change <= SAME * size[:, None] * size).all())
+    if not found:
+        raise ValueError(
+            f"{fitted.model!r} declares its loadings free up to rotation, but has no parameter of shape ({n_tokens}, "
+            f"{k}) or ({k}, {n_tokens}) that can be turned without changing the covariance: the evidence would be of "
+            "another model. Drop the declaration, and use evidence='heldout'"
+        )
+
+
 def sampled_evidence(
     fitted: Fitted,
     rows: NDArray[np.floating],
@@ -150,6 +184,7 @@ def sampled_evidence(
             "the sampled evidence needs a factor model that declares its symmetries, {'rotations': name of the noise "
             f"variance}}, got {fitted.model!r}: use evidence='heldout'"
         )
+    _refuse_fixed_loadings(fitted, rows)
     prior = factor_prior(rows) if prior is None else prior
     k, free = fitted.bound.structure.n_latents, None if isinstance(shape, str) else shape
     statistics = SufficientStatistics(rows, fitted.device)

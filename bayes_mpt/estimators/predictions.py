@@ -29,6 +29,7 @@ __all__ = [
     "impute",
     "label_probabilities",
     "latent_means",
+    "missing_sd",
     "precision",
     "predict_y",
     "score_rows",
@@ -99,6 +100,27 @@ def impute(fitted: Fitted, rows: Rows, y: Any) -> Rows:
                 where = _cells_of(fitted, args)
             filled = cells.flatten().index_copy(0, where, tokens.flatten()).reshape(cells.shape)
     return fitted.unshifted(filled.cpu().numpy())
+
+
+def missing_sd(fitted: Fitted, rows: Rows) -> NDArray[np.float64]:
+    """Standard deviations (N, T) of the NaN cells given the observed ones of the row; 0 where observed.
+
+    Of rows that share a linear-Gaussian map: the diagonal of C_hh - C_ho C_oo^-1 C_oh.
+    """
+    if not fitted.bound.structure.scores_input:
+        raise ValueError(
+            "return_std needs a program that observes the cells of X themselves: use sample_missing"
+        )
+    cov = covariance(fitted).astype(np.float64)
+    sd = np.zeros(rows.shape)
+    patterns, index = np.unique(np.isnan(rows), axis=0, return_inverse=True)
+    for g, hidden in enumerate(patterns):
+        if hidden.any():
+            seen = ~hidden
+            known = cov[np.ix_(hidden, seen)]
+            rest = cov[np.ix_(hidden, hidden)] - known @ np.linalg.solve(cov[np.ix_(seen, seen)], known.T)
+            sd[np.ix_(index.reshape(-1) == g, hidden)] = np.sqrt(np.maximum(np.diag(rest), 0.0))
+    return sd
 
 
 def _cells_of(fitted: Fitted, args: tuple[Any, ...]) -> Tensor:

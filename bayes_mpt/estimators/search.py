@@ -113,7 +113,7 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, AsItsBe
         ``log_bayes_factor``, where the number is an evidence; ``dse``, spread of ``lml_diff`` over new rows; ``diag``,
         the rule, or what to be wary of (a training that did not converge), or what failed. ``attrs["ranked_by"]``:
         "expected", where all candidates have it; "heldout", where hidden rows do not allow to believe in that
-        (heavy tails, or a contradiction); else "lml".
+        (heavy tails, or a contradiction), whose nats are then in ``attrs["heldout"]``; else "lml".
     cv_results_ : dict
         With scikit-learn's keys; scores are mean nats a row of what ranks. ``lml`` and ``mean_test_lml`` are the rule's
         number, in all and a row.

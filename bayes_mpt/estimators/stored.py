@@ -182,7 +182,8 @@ def _believed(stored: Any) -> Believed | None:
         return None
     numbers = dict(stored)
     draws = FactorDraws(**numbers.pop("draws"))
-    found = Believed(kind=_as(str, numbers.pop("kind")), draws=draws, **numbers)
+    kind, determined = _as(str, numbers.pop("kind")), _as(bool, numbers.pop("determined"))
+    found = Believed(kind=kind, draws=draws, determined=determined, **numbers)
     s, t, k = draws.loadings.shape
     g = len(found.islands)
     wanted = {

@@ -21,15 +21,18 @@ RANKED_BY = {
 
 def summary(table: pd.DataFrame, rule: str, reason: str) -> str:
     """The columns that decide, of a table of candidates, in lines of at most 80 characters."""
-    expected = table["expected_diff"].notna().any()
-    head = f"Ranked by {RANKED_BY[table.attrs['ranked_by']]}; lml by {rule!r}: {reason}. All in nats, best first."
+    by = table.attrs["ranked_by"]
+    head = f"Ranked by {RANKED_BY[by]}; lml by {rule!r}: {reason}. All in nats, best first."
     columns = {
         "lml": [f"{v:.1f}" for v in table["lml"]],
         "+-": [_error(v) for v in table["se"]],
         "lml_diff": [f"{v:.1f}" for v in table["lml_diff"]],
         "weight": ["" if math.isnan(v) else f"{v:.3f}" for v in table["weight"]],
     }
-    if expected:
+    if by == "heldout":
+        hidden = pd.Series(table.attrs["heldout"])
+        columns = {"hidden rows": [f"{v:.1f}" for v in hidden - hidden.iloc[0]], **columns}
+    if by == "expected":
         columns = {
             "new rows": [f"{v:.1f}" for v in table["expected_diff"]],
             "p_better": ["" if math.isnan(v) else f"{v:.2f}" for v in table["p_better"]],

@@ -46,15 +46,18 @@ def ranked(found: list[Candidate], rule: str) -> Ranking:
     """By the expected score of new rows where all candidates that did not fail have one, else by the number itself."""
     lml = np.array([math.nan if c.error else c.evidence for c in found])
     good = np.array([not c.error for c in found])
-    if rule != "integrated" or any(c.believed is None for c in found if not c.error):
+    known = [c.believed for c in found if not c.error]
+    if rule != "integrated" or not all(b is not None and b.determined for b in known):
         return Ranking("lml", lml, _best_first(lml))
     n_rows = next(len(c.by_row) for c in found if c.by_row is not None)
-    some = expected_score([c.believed for c in found if c.believed is not None], n_rows)
+    held_out = np.array([c.held_out for c in found])
+    hidden = bool(np.isfinite(held_out).any())
+    first = int(np.nanargmax(held_out[good])) if hidden else None
+    some = expected_score([c.believed for c in found if c.believed is not None], n_rows, first)
     expected = Expected(*(np.full(len(found), math.nan) for _ in some))
     for whole, part in zip(expected, some, strict=True):
         whole[good] = part
-    held_out = np.array([c.held_out for c in found])
-    by, value = ("heldout", held_out) if np.isfinite(held_out).any() else ("expected", expected.score)
+    by, value = ("heldout", held_out) if hidden else ("expected", expected.score)
     return Ranking(by, value, _best_first(value), expected)
 
 
@@ -94,6 +97,8 @@ def comparison_table(
         index=pd.Index([names[i] for i in order], name="candidate"),
     )
     frame.attrs["ranked_by"] = ranking.by
+    if ranking.by == "heldout":
+        frame.attrs["heldout"] = dict(zip(frame.index, ranking.value[order].tolist(), strict=True))
     return frame
 
 
@@ -103,7 +108,7 @@ def _expectations(ranking: Ranking) -> dict[str, Array]:
         nothing = np.full(len(ranking.value), math.nan)
         return {"expected_diff": nothing, "expected_se": nothing, "p_better": nothing}
     score, se, p_better = ranking.expected
-    return {"expected_diff": score - np.nanmax(score), "expected_se": se, "p_better": p_better}
+    return {"expected_diff": score - score[ranking.order[0]], "expected_se": se, "p_better": p_better}
 
 
 def _numerical_errors(found: list[Candidate], rule: str, best: Candidate) -> tuple[Array, Array, Array]:
@@ -150,8 +155,10 @@ def _said(c: Candidate, rule: str, best: Candidate) -> str:
     label = c.label(rule)
     if c.kind != best.kind and not c.error:
         label += f"; its Bayes factor depends on the priors of noises: {c.kind} here, {best.kind} there"
+    if c.believed is not None and not c.believed.determined:
+        label += "; ranked by lml: some columns were never observed together, of which a fit says nothing"
     if np.isfinite(c.held_out):
-        label += f"; ranked by hidden rows, {c.held_out:.1f} nats: {c.why_held_out}"
+        label += f"; ranked by hidden rows: {c.why_held_out}"
     return label
 
 

@@ -45,6 +45,8 @@ class Believed:
     """(T,) m"""
     fit_covariance: Array
     """(T, T) C"""
+    determined: bool = True
+    """Whether all pairs of columns were observed together: the fit says nothing of complete rows otherwise."""
 
 
 class Expected(NamedTuple):
@@ -53,9 +55,9 @@ class Expected(NamedTuple):
     score: Array
     """U."""
     se: Array
-    """Monte Carlo error of its difference to the greatest; 0 there."""
+    """Monte Carlo error of its difference to the first; 0 there."""
     p_better: Array
-    """Posterior probability that the fit predicts better than that of the greatest; NaN there."""
+    """Posterior probability that the fit predicts better than that of the first; NaN there."""
 
 
 def weights(log_evidence: Array, kinds: list[str]) -> Array:
@@ -72,7 +74,7 @@ def weights(log_evidence: Array, kinds: list[str]) -> Array:
     return np.asarray(softmax(log_evidence - np.log(n_of_kind), axis=-1))
 
 
-def expected_score(found: list[Believed], n_rows: int) -> Expected:
+def expected_score(found: list[Believed], n_rows: int, first: int | None = None) -> Expected:
     """Expected log-density of N new complete rows under each candidate's fit.
 
     Parameters
@@ -81,6 +83,8 @@ def expected_score(found: list[Believed], n_rows: int) -> Expected:
         All candidates of a table, of as many islands.
     n_rows : int
         N.
+    first : int, optional
+        The place of the candidate that the others are compared with; by default that of the greatest.
     """
     fits = _Fits.of(found)
     kinds = [c.kind for c in found]
@@ -89,7 +93,7 @@ def expected_score(found: list[Believed], n_rows: int) -> Expected:
     # (K, J, G): -2 log-density of a row under the fit of K, its law that of candidate j, by island
     loss = np.stack([fits.loss(*_moments(c.draws)) for c in found], 1)
     score = -0.5 * n_rows * np.einsum("kjg,jg,j->k", loss, softmax(islands, axis=1), weight)
-    best = int(np.argmax(score))
+    best = int(np.argmax(score)) if first is None else first
     # each island as a search of its own, with weights of its own
     own = weights(islands.T, kinds)  # (G, J)
     replicates = -0.5 * n_rows * np.einsum("kjg,gj->kg", loss - loss[best], own)

@@ -24,7 +24,7 @@ __all__ = ["Kurtosis", "kurtosis"]
 
 Array = NDArray[np.float64]
 
-N_DRAWS = 16
+N_DRAWS = 64
 
 
 class Kurtosis(NamedTuple):

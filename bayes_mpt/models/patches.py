@@ -63,7 +63,7 @@ class MaskedPatches(CheckedModel):
     >>> X = (load_digits().data > 8).astype("float32")
     >>> program = MaskedPatches((8, 8), width=32, n_layers=1)
     >>> masks = Blocks(UniformSize(64), program.patches)
-    >>> training = Epochs(max_epochs=10, learning_rate=5e-3, validation_fraction=0.0)
+    >>> training = Epochs(max_epochs=6, learning_rate=1e-2, validation_fraction=0.0)
     >>> fitted = BayesMPT(program, masks=masks, training=training, random_state=0).fit(X[:1000])
     >>> found = fitted.estimate(X[1000:1100], masks=Blocks(PermutationChain(), program.patches))
     >>> bool(found.lml.mean() > -25)  # independent pixels: -25.5

@@ -1,7 +1,10 @@
 """average="posterior": rows under the mean of the Gaussian over the posterior, against dense algebra."""
 
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
+import torch
 from scipy.stats import multivariate_normal
 from test_selection import loc_only
 
@@ -61,11 +64,15 @@ def test_cells_and_latents_given_the_others(case):
     x, fitted, _ = case
     some = x.copy()
     some[:10, 0] = np.nan
-    filled, cov, w = fitted.impute(some), fitted.get_covariance(), fitted.components_.T
+    (filled, sd), cov, w = fitted.impute(some, return_std=True), fitted.get_covariance(), fitted.components_.T
+    assert (sd[np.isfinite(some)] == 0).all()
     for i in range(10):
         o = np.isfinite(some[i])
         rest = np.linalg.solve(cov[np.ix_(o, o)], some[i, o] - fitted.mean_[o])
         np.testing.assert_allclose(filled[i, ~o], fitted.mean_[~o] + cov[np.ix_(~o, o)] @ rest, atol=1e-8)
+        var = 1 / np.diag(np.linalg.inv(cov)) if o.sum() == T - 1 else None
+        if var is not None:  # of one cell given all others, another way
+            np.testing.assert_allclose(sd[i, 0], np.sqrt(var[0]), rtol=1e-9)
         # z ~ N(0, I), x = m + W z + e: E z = W' C^-1 (x - m)
         np.testing.assert_allclose(fitted.transform(some[i : i + 1])[0], w[o].T @ rest, atol=1e-8)
     z = np.random.default_rng(0).normal(size=(3, K))
@@ -158,3 +165,39 @@ def test_refused():
         BayesMPT(loc_only, average="posterior").fit(x)
     with pytest.raises(ValueError, match="rotation must be"):
         loadings(BayesMPT(PPCA(2)).fit(x), "quartimax")
+
+
+class Simple:
+    """Two factors; ``free`` says whether each column may load on both."""
+
+    symmetries = {"rotations": "psi"}  # noqa: RUF012 - what a model offers is a plain attribute
+
+    def __init__(self, free):
+        self.free = free
+
+    def __call__(self, x):
+        t = x.shape[1]
+        start = torch.linspace(-1, 1, 2 * t, dtype=x.dtype).reshape(2, t).flip(0) + 0.3
+        w = pyro.param("w", start)
+        if not self.free:
+            first = (torch.arange(t) < t // 2).to(x)
+            w = w * torch.stack([first, 1 - first])
+        psi = pyro.param("psi", torch.ones(t, dtype=x.dtype), constraint=dist.constraints.positive)
+        loc = pyro.param("loc", x.new_zeros(t))
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(loc + z @ w, psi.sqrt()).to_event(1), obs=x)
+
+
+def test_a_declared_symmetry_is_tried():
+    """Loadings of which some are fixed at zero cannot be turned: their evidence would be that of another model."""
+    x = table()
+    free = BayesMPT(Simple(True), random_state=0).fit(x)
+    found = free.integrated(x)
+    truth = BayesMPT(FactorAnalysis(2), random_state=0).fit(x).integrated(x)
+    assert found.log_evidence == pytest.approx(
+        truth.log_evidence, abs=3 * np.hypot(found.se, truth.se) + 0.01
+    )
+    fixed = BayesMPT(Simple(False), random_state=0).fit(x)
+    with pytest.raises(ValueError, match="turned without changing the covariance"):
+        fixed.integrated(x)

@@ -250,6 +250,20 @@ def test_one_cell_of_a_column_is_no_obstacle_to_one_noise():
     assert BayesMPT().fit(x).n_components_ == 1
 
 
+def test_a_constant_column_with_holes_is_no_low_rank():
+    x = table(11, 60, 6, 2, 0.2)
+    x[:, 3] = np.where(np.isnan(x[:, 3]), np.nan, 0.1)
+    assert BayesMPT().fit(x).n_components_ < 5  # without a warning
+
+
+def test_columns_that_are_never_seen_together_tell_of_few_latents():
+    """Two panels of three columns: twelve covariances, of which 1 + 6 K - K (K - 1) / 2 numbers are told."""
+    x = table(12, 120, 6, 1)
+    x[:60, 3:] = x[60:, :3] = np.nan
+    model = BayesMPT(random_state=0).fit(x)
+    assert model.n_components_ == 1 and max(model.selection_) == 2
+
+
 def test_rows_of_low_rank_with_holes_are_refused():
     rng = np.random.default_rng(0)
     x = with_holes(rng.normal(size=(60, 2)) @ rng.normal(size=(2, 8)), 0.1)

@@ -270,7 +270,7 @@ def test_refused():
     with pytest.raises(ValueError, match="up to 600 parameters.*laplace"):
         evidence(table(22, 50, 200, 1), 3, wide)
     few = table(20, 3, 5, 1)
-    with pytest.raises(ValueError, match="rank 2 without noise"):
+    with pytest.raises(ValueError, match=r"rank 2 \(n_features = 5\) without noise"):
         evidence(few, 2, factor_prior(few))
 
 

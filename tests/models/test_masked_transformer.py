@@ -122,7 +122,7 @@ def test_orders_disagree_and_it_is_told(fitted):
 @pytest.mark.slow
 def test_the_contrastive_head_learns_as_well():
     settings = {
-        "training": Epochs(learning_rate=3e-3, validation_fraction=0.0, max_epochs=25),
+        "training": Epochs(learning_rate=6e-3, validation_fraction=0.0, max_epochs=12),
         "random_state": 0,
     }
     model = BayesMPT(MaskedTransformer(24, head="contrastive"), predictor=SelfPredictive(2), **settings).fit(
@@ -137,13 +137,13 @@ def test_the_contrastive_head_learns_as_well():
 def test_missing_cells_and_columns_with_other_levels(head):
     """A column of two levels, one of five, each its own codes; the second tells the first."""
     rng = np.random.default_rng(0)
-    five = rng.integers(5, size=2000)
-    X = np.stack([five >= 3, five, rng.integers(3, size=2000)], 1).astype(float)
+    five = rng.integers(5, size=1500)
+    X = np.stack([five >= 3, five, rng.integers(3, size=1500)], 1).astype(float)
     whole = X.copy()
     X[rng.random(X.shape) < 0.2] = np.nan
     model = BayesMPT(
         MaskedTransformer(16, 1, 2, groups=range(3), n_levels=(2, 5, 3), head=head),
-        training=Epochs(learning_rate=5e-3, max_epochs=40),
+        training=Epochs(learning_rate=1e-2, max_epochs=20),
         predictor=SelfPredictive(2),
         random_state=0,
     ).fit(X)
@@ -260,9 +260,9 @@ def codes_of(contrastive, seed=0):
 @pytest.mark.slow
 @pytest.mark.parametrize("contrastive", [False, True])
 def test_draws_follow_the_read_out(contrastive):
-    """A cell is drawn anew 4000 times; and through the estimator, missing cells alone."""
+    """A cell is drawn anew 1500 times; and through the estimator, missing cells alone."""
     fn, *_ = codes_of(contrastive)
-    n = 4000
+    n = 1500
     with torch.no_grad(), torch.random.fork_rng():
         drawn = torch.stack([fn.sample() for _ in range(n)])
         share = F.one_hot(drawn, 5).double().mean(0)  # (20, T, 5)

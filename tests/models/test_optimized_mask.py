@@ -211,7 +211,7 @@ def test_a_penalty_does_what_it_is_for():
 @pytest.mark.slow
 def test_it_learns_as_well():
     settings = {
-        "training": Epochs(learning_rate=3e-3, validation_fraction=0.0, max_epochs=25),
+        "training": Epochs(learning_rate=6e-3, validation_fraction=0.0, max_epochs=12),
         "random_state": 0,
     }
     model = BayesMPT(OptimizedMaskTransformer(24), predictor=SelfPredictive(2), **settings)

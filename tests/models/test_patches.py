@@ -227,7 +227,7 @@ def fitted():
             ).fit(X)
         after = BayesMPT(
             PROGRAM,
-            training=Epochs(128, max_epochs=30, learning_rate=5e-3, validation_fraction=0.0),
+            training=Epochs(128, max_epochs=16, learning_rate=8e-3, validation_fraction=0.0),
             **settings,
         )
         return before, after.fit(X)
@@ -303,7 +303,7 @@ def test_normal_pixels():
         X[:, model.patches == patch] = 5 + 3 * pairs[:, :, patch]
     truth = stats.multivariate_normal([0, 0], cov).logpdf(pairs).sum(1) - 8 * math.log(3)
     settings = {
-        "training": Epochs(max_epochs=30, batch_size=128, learning_rate=4e-3, validation_fraction=0.0)
+        "training": Epochs(max_epochs=16, batch_size=128, learning_rate=8e-3, validation_fraction=0.0)
     }
     masks = Blocks(UniformSize(64), model.patches)
     fit = BayesMPT(model, masks=masks, predictor=SelfPredictive(1), random_state=0, **settings).fit(X[:3000])

@@ -119,7 +119,7 @@ class Coordinates:
         ridge_noise = ridge_noise + np.maximum(-of_sd, 0.0) / np.maximum(sd, 1e-12)
         if self.size > MAX_WHOLE:
             parts = [own_loading.ravel() + ridge_loading, own_noise @ moved**2 + ridge_noise, own]
-            return 1 / np.sqrt(np.concatenate(parts))
+            return 1 / np.sqrt(np.abs(np.concatenate(parts)))
         info = self.cells.information(maps)
         noise = moved.T @ info.noise @ moved
         cross = info.cross.reshape(t * k, t) @ moved
@@ -131,7 +131,7 @@ class Coordinates:
         matrix[t * k : first, : t * k] = cross.T
         matrix[t * k : first, t * k : first] = noise + np.diag(ridge_noise)
         matrix[first:, first:] = info.mean
-        unit = 1 / np.sqrt(np.diag(matrix))
+        unit = 1 / np.sqrt(np.abs(np.diag(matrix)))  # rounding, where all but no noise is left
         return unit[:, None] * np.linalg.inv(_root(matrix * unit * unit[:, None])).T
 
 

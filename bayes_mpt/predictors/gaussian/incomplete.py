@@ -26,7 +26,16 @@ from bayes_mpt.predictors.gaussian.profile import (
 from bayes_mpt.program.statistics import Covariance, SufficientStatistics
 from bayes_mpt.runtime.interrupts import check
 
-__all__ = ["FewCellsError", "Maximum", "Pairs", "maximise", "pairs_of", "refuse_constant_columns", "too_few"]
+__all__ = [
+    "FewCellsError",
+    "Maximum",
+    "Pairs",
+    "constant_columns",
+    "maximise",
+    "pairs_of",
+    "refuse_constant_columns",
+    "too_few",
+]
 
 Array = NDArray[np.float64]
 TRIAL_ROWS = 4096  # incomplete rows on which starts are compared
@@ -113,6 +122,12 @@ def too_few(statistics: SufficientStatistics, n_latents: int) -> FewCellsError |
     return FewCellsError(few, count[few].tolist(), n_latents) if few else None
 
 
+def constant_columns(statistics: SufficientStatistics, *, of_one_cell: bool = False) -> torch.Tensor:
+    """Which columns (T,) have observed cells that are equal; those of one cell too, if asked for."""
+    count, mean, square = statistics.of_cells()
+    return ((square / count).sqrt() <= 1e-15 * mean.abs()) & (count > (0 if of_one_cell else 1))
+
+
 def refuse_constant_columns(statistics: SufficientStatistics) -> None:
     """Refuse columns whose observed cells are equal: their own noise goes to zero.
 
@@ -120,9 +135,7 @@ def refuse_constant_columns(statistics: SufficientStatistics) -> None:
     ------
     NoiseFloorError
     """
-    count, mean, square = statistics.of_cells()
-    # one cell is that of a column of too few
-    constant = ((square / count).sqrt() <= 1e-15 * mean.abs()) & (count > 1)
+    constant = constant_columns(statistics)  # one cell is that of a column of too few
     if bool(constant.any()):
         raise NoiseFloorError(constant.nonzero()[:, 0].tolist())
 
