@@ -18,13 +18,14 @@ from bayes_mpt.estimators.candidates import Candidate, before_final
 from bayes_mpt.estimators.rules import Auto, HeldOut, Rule, give_evidence
 from bayes_mpt.estimators.stored import with_estimator
 from bayes_mpt.estimators.table import Ranking, ranked
-from bayes_mpt.evidence.misfit import kurtosis
+from bayes_mpt.evidence.misfit import Kurtosis, kurtosis
 from bayes_mpt.warnings import MisfitWarning, warn, warnings_of
 
 __all__ = ["checked"]
 
 N_ERRORS = 2.0
-LEAST_P = 0.005  # a posterior predictive probability: rarer than its size under the model
+UNLIKELY = 0.01  # of tails heavier than those of the rows: hidden rows rank
+MISFIT = 0.005  # of tails as far off to one side: a warning
 
 
 def checked(
@@ -54,7 +55,7 @@ def checked(
     if ranking.by != "expected":
         return ranking
     first = found[ranking.order[0]]
-    heavy = _misfit(with_estimator(first, X, y), X) == "heavier"
+    heavy = _told_tails(with_estimator(first, X, y), X).p_heavier < UNLIKELY
     if isinstance(asked, Auto) and sum(not c.error for c in found) > 1:
         held_out = HeldOut(asked.cv, asked.n_repeats)
 
@@ -88,18 +89,17 @@ def _contradicts(first: Candidate, second: Candidate) -> bool:
     return float(some.sum()) < -N_ERRORS * error
 
 
-def _misfit(best: Candidate, X: Any) -> str:
-    """What the tails of the rows are, "heavier" or "lighter", where a warning tells of it."""
+def _told_tails(best: Candidate, X: Any) -> Kurtosis:
+    """Kurtosis of the rows under the posterior of a candidate; a warning where that is off."""
     assert best.believed is not None
     rows = best.model._ready(before_final(best.estimator, X))[1]
     found = kurtosis(rows, best.believed.draws)
-    if min(found.p_heavier, found.p_lighter) > LEAST_P:
-        return ""
-    tails = "heavier" if found.ratio > 1 else "lighter"
-    warn(
-        f"the tails of these rows are {tails} than those of Gaussian rows (Mardia's kurtosis is {found.ratio:.2f} "
-        "times what the posterior predicts), and evidence, its error, weights and expected scores believe rows to be "
-        "Gaussian. Transform the columns, or rank by hidden rows, evidence='heldout'",
-        MisfitWarning,
-    )
-    return tails
+    if min(found.p_heavier, found.p_lighter) < MISFIT:
+        tails = "heavier" if found.ratio > 1 else "lighter"
+        warn(
+            f"the tails of these rows are {tails} than those of Gaussian rows (Mardia's kurtosis is {found.ratio:.2f} "
+            "times what the posterior predicts), and evidence, its error, weights and expected scores believe rows to "
+            "be Gaussian. Transform the columns, or rank by hidden rows, evidence='heldout'",
+            MisfitWarning,
+        )
+    return found
