@@ -127,6 +127,8 @@ def affordable(fitted: Fitted) -> bool:
 
 def _refuse_fixed_loadings(fitted: Fitted, rows: NDArray[np.floating]) -> None:
     """Refuse a program whose declared symmetry is none: a random rotation of its loadings must leave C as it is."""
+    if fitted.posterior is not None:  # tried before it was averaged
+        return
     shared = fitted.shared_map("the sampled evidence")
     k, n_tokens = fitted.bound.structure.n_latents, len(fitted.names)
     if k < 2:  # nothing to turn but signs
@@ -187,11 +189,15 @@ def sampled_evidence(
     _refuse_fixed_loadings(fitted, rows)
     prior = factor_prior(rows) if prior is None else prior
     k, free = fitted.bound.structure.n_latents, None if isinstance(shape, str) else shape
-    statistics = SufficientStatistics(rows, fitted.device)
+    # far from zero only differences have digits: the rows as the program sees them, and their prior
+    shift = np.zeros(rows.shape[1]) if fitted.shift is None else fitted.shift
+    statistics = SufficientStatistics(rows, fitted.device, fitted.shift)
+    near = replace(prior, center=prior.center - shift)
     with training.one_thread(statistics.n_cells):
-        return sample_evidence(
-            statistics, k, prior, shape=free, se=se, max_particles=max_particles, seed=seed
+        found = sample_evidence(
+            statistics, k, near, shape=free, se=se, max_particles=max_particles, seed=seed
         )
+    return replace(found, prior=prior, draws=found.draws.shifted(shift))
 
 
 def n_hyperparameters(fitted: Fitted) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
@@ -69,6 +69,10 @@ class FactorDraws:
             np.einsum("g,gtk->tk", share, w.mean(1)),
             share @ noises,
         )
+
+    def shifted(self, by: Array) -> Self:
+        """Of rows to which ``by`` (T,) is added."""
+        return replace(self, means=self.means + by, island_means=self.island_means + by)
 
     def covariance(self, log_z: Array) -> Array:
         """E[C] (T, T), each island weighted by its evidence, log Z (G,)."""

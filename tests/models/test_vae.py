@@ -435,9 +435,10 @@ def test_search_over_the_latent_dimension():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         search = MarginalLikelihoodSearch(
-            BayesMPT(VAE(hidden=(32,)), random_state=0, training=Epochs(max_epochs=18, learning_rate=6e-3)),
+            BayesMPT(VAE(hidden=(32,)), random_state=0, training=Epochs(max_epochs=25, learning_rate=6e-3)),
             {"model__latent_dim": [1, 2]},
             evidence=HeldOut(cv=2),
+            random_state=0,
         ).fit(X)
     assert search.best_params_ == {"model__latent_dim": 2}
     assert search.comparison_["lml_diff"].min() < 0
