@@ -54,10 +54,9 @@ def loadings(estimator: BayesMPT, rotation: Literal["varimax", "oblimin"] | None
         draws = fitted.posterior.draws.loadings @ turned  # (S, T, K)
         parts["lower"], parts["upper"] = np.quantile(draws, INTERVAL, axis=0)
     names = getattr(estimator, "feature_names_in_", fitted.names)
-    columns = {(k, part): value[:, k] for k in range(mean.shape[1]) for part, value in parts.items()}
-    frame = pd.DataFrame(columns, index=pd.Index(names, name="column"))
-    frame.columns.names = ["latent", "value"]
-    return frame
+    values = np.stack(list(parts.values()), 2).reshape(len(mean), -1)  # (T, 3 K), or (T, K)
+    columns = pd.MultiIndex.from_product([range(mean.shape[1]), parts], names=["latent", "value"])
+    return pd.DataFrame(values, index=pd.Index(names, name="column"), columns=columns)
 
 
 def _rotation(loadings: NDArray[np.float64], name: str | None) -> NDArray[np.float64]:

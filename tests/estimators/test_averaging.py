@@ -133,6 +133,7 @@ def test_loadings_by_name():
     w = found.xs("mean", axis=1, level="value").to_numpy()
     np.testing.assert_allclose(w, model.components_.T)
     assert (found[0]["lower"] < w[:, 0]).all() and (w[:, 0] < found[0]["upper"]).all()
+    assert loadings(BayesMPT(FactorAnalysis(0), average="posterior").fit(x)).shape == (T, 0)
     assert not loadings(BayesMPT(FactorAnalysis(K)).fit(x))[0].columns.isin(["lower"]).any()
 
 
