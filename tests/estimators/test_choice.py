@@ -80,13 +80,15 @@ def test_numbers_are_those_of_the_sampled_evidence(holes):
         assert row["se"] > 0
 
 
-def test_the_same_in_processes_and_of_a_folder(found, tmp_path):
-    again = search(table(), n_jobs=2, checkpoint_dir=tmp_path)
-    taken = search(table(), checkpoint_dir=tmp_path)
+def test_the_same_in_processes_and_of_a_folder(tmp_path):
+    grid = {"model": [PPCA(2), FactorAnalysis(1)]}
+    one = search(table(), grid)
+    again = search(table(), grid, n_jobs=2, checkpoint_dir=tmp_path)
+    taken = search(table(), grid, checkpoint_dir=tmp_path)
     for other in (again, taken):
-        assert other.comparison_.equals(found.comparison_)
+        assert other.comparison_.equals(one.comparison_)
     assert taken.best_estimator_.score(table()) == pytest.approx(
-        found.best_estimator_.score(table()), abs=1e-12
+        one.best_estimator_.score(table()), abs=1e-12
     )
 
 
