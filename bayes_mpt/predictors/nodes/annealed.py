@@ -78,16 +78,16 @@ class AnnealedImportance(Predictor):
     >>> from bayes_mpt import BayesMPT
     >>> from bayes_mpt.models import VAE
     >>> from bayes_mpt.training import Epochs
-    >>> X = (torch.rand(200, 6, generator=torch.Generator().manual_seed(0)) < 0.3).numpy().astype("float32")
-    >>> way = AnnealedImportance(num_particles=8, num_temperatures=20)
+    >>> X = (torch.rand(60, 6, generator=torch.Generator().manual_seed(0)) < 0.3).numpy().astype("float32")
+    >>> way = AnnealedImportance(num_particles=8, num_temperatures=6)
     >>> model = BayesMPT(
     ...     VAE(1, hidden=(8,)),
     ...     predictor=way,
-    ...     training=Epochs(max_epochs=3, validation_fraction=0),
+    ...     training=Epochs(max_epochs=2, validation_fraction=0),
     ...     random_state=0,
     ... )
     >>> model.fit(X).score_samples(X).shape
-    (200,)
+    (60,)
     """
 
     def __init__(
