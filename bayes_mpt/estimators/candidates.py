@@ -48,8 +48,6 @@ class Facts:
     """As `integrals.laplace_applies`: whether loadings are declared free up to rotation."""
     affordable: bool
     """As `integrals.affordable`."""
-    complete: bool
-    """Whether no cell was missing."""
     converged: bool
     """Whether the training ended by its own rule."""
 
@@ -65,7 +63,6 @@ class Facts:
             n_hyperparameters=n_hyperparameters(model.fitted_),
             rotates=laplace_applies(model.fitted_),
             affordable=affordable(model.fitted_),
-            complete=model.complete_,
             converged=model.converged_,
         )
 

@@ -67,13 +67,15 @@ def checked(
         try:
             if not heavy and not _contradicts(*(hidden(found[i]) for i in ranking.order[:2])):
                 return ranking
-            why = "tails are heavier than Gaussian" if heavy else "they contradict the expected scores"
-            for c in found:
-                if not c.error:
-                    c.held_out, c.why_held_out = hidden(c).evidence, why
         except ValueError as error:  # a fold may be too small for a candidate
             first.doubt(f"not checked on hidden rows: {error}")
             return ranking
+        why = "tails are heavier than Gaussian" if heavy else "they contradict the expected scores"
+        for c in (c for c in found if not c.error):
+            try:
+                c.held_out, c.why_held_out = hidden(c).evidence, why
+            except ValueError as error:
+                c.doubt(f"last, without a score of hidden rows: {error}")
         return ranked(found, rule.name)
     return ranking
 

@@ -32,7 +32,7 @@ STEM = 32  # digits of a digest in the name of a file; the file holds all of the
 
 _NUMBERS = ("evidence", "se", "n_scored", "fit_time", "score_time")
 _TEXTS = ("tokens", "error", "note", "about", "prior")
-_FLAGS = ("by_row", "remembers", "rotates", "affordable", "complete", "converged")
+_FLAGS = ("by_row", "remembers", "rotates", "affordable", "converged")
 _ROWS = ("by_row", "at_fit", "fold")  # numbers by row, or None
 
 
@@ -90,10 +90,7 @@ class Slot:
         facts, left = content["facts"], content["left"]
         n = facts["n_hyperparameters"]
         known = Facts(
-            **{
-                k: _as(bool, facts[k])
-                for k in ("by_row", "remembers", "rotates", "affordable", "complete", "converged")
-            },
+            **{k: _as(bool, facts[k]) for k in _FLAGS},
             discrete=tuple(_as(bool, v) for v in facts["discrete"]),
             parameters=tuple(_as(str, v) for v in facts["parameters"]),
             n_hyperparameters=None if n is None else _as(int, n),

@@ -155,6 +155,20 @@ def test_heavy_tails_are_told_and_rank_by_hidden_rows():
         assert search(x, grid, "integrated").comparison_.attrs["ranked_by"] == "expected"
 
 
+@pytest.mark.filterwarnings("ignore::bayes_mpt.warnings.ZeroNoiseWarning")
+def test_a_candidate_that_no_fold_can_fit_ranks_last():
+    """Four observed cells in a column are enough for a fit, three in a fold are not."""
+    x = heavy()
+    x[4:, 2] = np.nan
+    with pytest.warns(MisfitWarning):
+        s = search(x, {"model": [PPCA(1), FactorAnalysis(2), PPCA(0)]}, Auto(cv=4))
+    c = s.comparison_
+    assert c.attrs["ranked_by"] == "heldout" and c.index[-1].startswith("Factor")
+    assert "without a score of hidden rows" in c["diag"].iloc[-1] and np.isfinite(c["lml"]).all()
+    assert c["diag"].iloc[:-1].str.contains("ranked by hidden rows").all()
+    assert "ranked by hidden rows" not in c["diag"].iloc[-1]
+
+
 def test_light_tails_are_told():
     x = np.random.default_rng(0).choice([-1.0, 1.0], size=(200, 4))
     with pytest.warns(MisfitWarning, match="tails of these rows are lighter"):
