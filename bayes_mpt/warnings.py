@@ -29,6 +29,7 @@ __all__ = [
     "DivergenceWarning",
     "HeavyTailWarning",
     "IgnoredRowsWarning",
+    "LeftOutWarning",
     "MisfitWarning",
     "NoBoundWarning",
     "NotConvergedWarning",
@@ -71,6 +72,10 @@ class NoBoundWarning(UserWarning):
 
 class IgnoredRowsWarning(UserWarning):
     """What a program observes does not change with X."""
+
+
+class LeftOutWarning(UserWarning):
+    """Candidates of a search are not in an average of them."""
 
 
 class MisfitWarning(UserWarning):

@@ -33,8 +33,11 @@ class RowPredictive(Protocol):
         """Independent rows (n_rows, T)."""
         ...
 
-    def fill(self, rows: Array) -> tuple[Array, Array]:
-        """Means and variances (N, T) of all cells given the observed ones of the row; of these themselves, and 0."""
+    def fill(self, rows: Array) -> tuple[Array, Array | None]:
+        """Means and variances (N, T) of all cells given the observed ones of the row; of these themselves, and 0.
+
+        No variances where they are not told.
+        """
         ...
 
 
