@@ -9,6 +9,7 @@ import pandas as pd
 import pyro
 import pyro.distributions as dist
 import pytest
+import torch
 from gpytorch.kernels import LinearKernel, RBFKernel, ScaleKernel
 from joblib import parallel_backend
 from scipy.special import logsumexp, softmax
@@ -216,8 +217,6 @@ def test_a_kernel_against_quadrature(kernels):
     new = np.linspace(0.1, 5, 12)[:, None]
     y_new = np.sin(2 * new[:, 0])
     model = search.param_grid["model"][1]
-    import torch
-
     with pyro.get_param_store().scope():
         (loc, scale), *rest = model.hyperprior(torch.as_tensor(x), torch.as_tensor(y)).values()
     assert not rest
@@ -246,6 +245,54 @@ def test_a_kernel_against_quadrature(kernels):
     np.testing.assert_allclose(np.sqrt(got_var), np.sqrt(var), rtol=0.01)
     want = logsumexp(np.log(share)[:, None] + norm(means, sds).logpdf(y_new), axis=0)
     np.testing.assert_allclose(average.members_[1].log_prob(new, y_new), want, atol=0.02)
+
+
+class Steps:
+    """A walk of unknown variance, which runs at one value of it at a time."""
+
+    def __init__(self, slope=0.0):
+        self.slope = slope
+
+    def __call__(self, x, y):
+        variance = pyro.param("variance", torch.ones((), dtype=x.dtype), dist.constraints.positive)
+        cov = variance.reshape(()) * torch.minimum(x, x.mT) + 0.1 * torch.eye(len(x), dtype=x.dtype)
+        pyro.sample("y", dist.MultivariateNormal(self.slope * x[:, 0], cov), obs=y)
+
+    def hyperprior(self, x, y):
+        return {"variance": (torch.tensor(0.0), torch.tensor(1.0))}
+
+
+def test_a_program_that_runs_at_one_value_at_a_time():
+    x, y = curve(20)
+    y[5] = np.nan
+    models = [Steps(), Steps(1.0)]
+    search = MarginalLikelihoodSearch(BayesMPT(), {"model": models}, evidence="integrated", random_state=0)
+    average, new = search.fit(x, y).average(), np.array([[0.5], [2.0], [4.5]])
+    o = ~np.isnan(y)
+    theta = np.linspace(-5, 5, 400)
+    laws, log_z = [], []
+    for slope in (0.0, 1.0):
+        log_post, means, variances = [], [], []
+        for v in np.exp(theta):
+            own = v * np.minimum(x, x.T)[np.ix_(o, o)] + 0.1 * np.eye(o.sum())
+            across = v * np.minimum(new, x.T)[:, o]
+            log_post.append(multivariate_normal(slope * x[o, 0], own).logpdf(y[o]))
+            means.append(slope * new[:, 0] + across @ np.linalg.solve(own, y[o] - slope * x[o, 0]))
+            variances.append(
+                v * new[:, 0] + 0.1 - np.einsum("ij,ji->i", across, np.linalg.solve(own, across.T))
+            )
+        log_post += norm.logpdf(theta)
+        share, means = softmax(log_post), np.array(means)
+        mean = share @ means
+        laws.append((mean, share @ (np.array(variances) + means**2) - mean**2))
+        log_z.append(logsumexp(log_post) + np.log(theta[1] - theta[0]))
+    w = softmax(log_z)
+    np.testing.assert_allclose(average.weights_, w, atol=0.03)
+    mean = sum(s * m for s, (m, _) in zip(w, laws, strict=True))
+    second = sum(s * (v + m**2) for s, (m, v) in zip(w, laws, strict=True))
+    got = average.predict(new, return_std=True)
+    np.testing.assert_allclose(got[0], mean, atol=0.02)
+    np.testing.assert_allclose(got[1], np.sqrt(second - mean**2), rtol=0.02)
 
 
 def test_kernels_mixed(kernels):
