@@ -81,20 +81,21 @@ def bridge(
     True
     """
     half = draws.shape[1] // 2
-    first, second = slice(0, half), slice(half, None)
+    halves = draws[:, :half], draws[:, half:]
+    warps = [_Warp.of(u.reshape(-1, u.shape[-1])) for u in halves]
     found = [
-        _scored(log_p, draws[:, fit], draws[:, score], at_draws[:, score], rng)
-        for fit, score in ((first, second), (second, first))
+        _scored(log_p, warps[0], warps[1], halves[1], at_draws[:, half:], rng),
+        _scored(log_p, warps[1], warps[0], halves[0], at_draws[:, :half], rng),
     ]
-    by_half, errors = (np.array([f[i] for f in found]) for i in (0, 1))
+    by_half, variance, shared = (np.array([getattr(f, name) for f in found]) for name in _Scored._fields[:3])
     return Bridge(
         float(by_half.mean()),
-        float(np.hypot(*errors) / 2),
+        math.sqrt(variance.sum() + 2 * shared.mean()) / 2,
         by_half,
-        errors,
-        float(sum(f[2] for f in found)),
-        float(np.mean([f[3] for f in found])),
-        float(max(f[4] for f in found)),
+        np.sqrt(variance),
+        float(sum(f.n_eff for f in found)),
+        float(np.mean([f.overlap for f in found])),
+        float(max(f.pareto_k for f in found)),
     )
 
 
@@ -105,27 +106,59 @@ def effective_draws(values: Array) -> Array:
     return np.where(found > 0, np.clip(found, 1, n), n)  # of alternating draws more would be claimed
 
 
+class _Warp(NamedTuple):
+    """Where the normal distribution is laid over the density."""
+
+    mean: Array
+    """(d,)"""
+    root: Array
+    """(d, d) lower."""
+
+    @classmethod
+    def of(cls, u: Array) -> _Warp:
+        """Of draws (M, d)."""
+        points = torch.as_tensor(u)
+        root = weighted_root(points, points.new_full((len(u),), 1 / len(u)))
+        return cls(u.mean(0), root.numpy())
+
+    def log_normal(self, u: Array) -> Array:
+        """Log density of points (M, d), but for log 2 pi."""
+        e = np.linalg.solve(self.root, (u - self.mean).T)
+        return -0.5 * np.square(e).sum(0) - np.log(np.diag(self.root)).sum()
+
+
+class _Scored(NamedTuple):
+    log_z: float
+    variance: float
+    shared: float
+    """Of the variance: what the other half has in common, as its draws made this warp, and these draws made its."""
+    n_eff: float
+    overlap: float
+    pareto_k: float
+
+
 def _scored(
-    log_p: Callable[[Array], Array], fit: Array, scored: Array, at_scored: Array, rng: np.random.Generator
-) -> tuple[float, float, float, float, float]:
-    """log Z, its error, effective draws, overlap and tail, warped by the draws ``fit``."""
-    n_chains, n, d = scored.shape
-    flat = torch.as_tensor(fit.reshape(-1, d))
-    root = weighted_root(flat, torch.full((len(flat),), 1 / len(flat), dtype=flat.dtype)).numpy()
-    mean, log_det = fit.reshape(-1, d).mean(0), np.log(np.diag(root)).sum()
+    log_p: Callable[[Array], Array],
+    warp: _Warp,
+    other: _Warp,
+    draws: Array,
+    at_draws: Array,
+    rng: np.random.Generator,
+) -> _Scored:
+    """From draws (C, S, d) that the warp has not seen; ``other`` is made of them."""
+    n_chains, n, d = draws.shape
+    u = draws.reshape(-1, d)
+    v = warp.mean + rng.normal(size=u.shape) @ warp.root.T  # of q
 
-    def log_ratio(e: Array, at_plus: Array) -> Array:
-        """L at e (M, d), where log p(m + R e) is known."""
-        log_w = np.logaddexp(at_plus, log_p(mean - e @ root.T)) - math.log(2) + log_det
-        return log_w + 0.5 * np.square(e).sum(1) + 0.5 * d * LOG_2PI
+    def log_ratio(at: Array, here: Array) -> Array:
+        """L at points (M, d) where log p is known."""
+        log_w = np.logaddexp(here, log_p(2 * warp.mean - at)) - math.log(2)
+        return log_w - warp.log_normal(at) + 0.5 * d * LOG_2PI
 
-    of_p = log_ratio(np.linalg.solve(root, (scored.reshape(-1, d) - mean).T).T, at_scored.ravel())
-    e = rng.normal(size=(n_chains * n, d))
-    of_q = log_ratio(e, log_p(mean + e @ root.T))
+    of_p, of_q = log_ratio(u, at_draws.ravel()), log_ratio(v, log_p(v))
 
     # With c = log Z + log(s2 / s1), Z's equation is s1 mean sigma(c - l of p) = s2 mean sigma(l of q - c): one root.
-    n1 = float(effective_draws(of_p.reshape(n_chains, n)))
-    n2 = len(of_q)
+    n1, n2 = float(effective_draws(of_p.reshape(n_chains, n))), len(of_q)
 
     def excess(c: float) -> float:
         return float(n1 * expit(c - of_p).mean() - n2 * expit(of_q - c).mean())
@@ -135,7 +168,12 @@ def _scored(
     log_z = c + math.log(n1 / n2)
     by_p, by_q = expit(c - of_p), expit(of_q - c)
     n_eff = float(effective_draws(by_p.reshape(n_chains, n)))
-    variance = by_p.var() / (by_p.mean() ** 2 * n_eff) + by_q.var() / (by_q.mean() ** 2 * n2)
+    of_mean = 1 / (by_p.mean() ** 2 * n_eff)
+    variance = by_p.var() * of_mean + by_q.var() / (by_q.mean() ** 2 * n2)
+    # What a warp errs by acts on the other half's draws as their warp's error acts on these: the same product, twice.
+    # The two warps differ by twice the variance of either; what is odd around the mean is gone by the reflection.
+    gap = sum(other.log_normal(at) - warp.log_normal(at) for at in (u, 2 * warp.mean - u)) / 2
+    shared = min(0.5 * (by_p * (1 - by_p) * gap).var(), by_p.var()) * of_mean
     overlap = np.exp(np.minimum(log_z - of_p, 0)).mean() + np.exp(np.minimum(of_q - log_z, 0)).mean()
     k = float(pareto_k((of_q - logsumexp(of_q))[:, None])[0])
-    return log_z, math.sqrt(variance), n_eff, float(overlap / 2), k
+    return _Scored(log_z, float(variance), float(shared), n_eff, float(overlap / 2), k)

@@ -52,6 +52,7 @@ __all__ = ["DrawsEvidence", "from_draws", "from_guide"]
 Array = NDArray[np.float64]
 
 MAX_DRAWS = 4000  # that are scored
+MAX_ALONE = 1000  # of a program that runs on one at a time
 TINY = 1e-300
 CELLS = 2**19  # log-densities of tokens at a time
 N_REFINED = 200  # draws at which rows get more nodes
@@ -158,7 +159,8 @@ def from_draws(
             )
         joint = _LogJoint(AdaptiveNodes(model, args, program), args)
         values = read_chains(arrays, {p.latent.name: p.latent.shape for p in joint.space.parts})
-        thin = math.ceil(math.prod(next(iter(values.values())).shape[:2]) / MAX_DRAWS)
+        most = MAX_ALONE if joint.adaptive.one_by_one else MAX_DRAWS
+        thin = math.ceil(math.prod(next(iter(values.values())).shape[:2]) / most)
         u = unconstrained(joint.space, {name: v[:, ::thin] for name, v in values.items()})
         return _bridged(joint, u, np.random.default_rng(random_state))
 
