@@ -4,6 +4,7 @@ They are given densities and know no estimator; nothing is refitted here.
 """
 
 from bayes_mpt.evidence.factor_prior import FactorPrior, factor_prior
+from bayes_mpt.evidence.from_draws import DrawsEvidence, from_draws, from_guide
 from bayes_mpt.evidence.hyperparameters import Prior, hyperprior, log_likelihood
 from bayes_mpt.evidence.integrated import IntegratedEvidence, Mode, integrate
 from bayes_mpt.evidence.laplace import LaplaceEvidence, laplace_diagonal, laplace_proportional
@@ -11,6 +12,7 @@ from bayes_mpt.evidence.laplace_incomplete import laplace_of_cells
 from bayes_mpt.evidence.sampled import SampledEvidence, sample_evidence
 
 __all__ = [
+    "DrawsEvidence",
     "FactorPrior",
     "IntegratedEvidence",
     "LaplaceEvidence",
@@ -18,6 +20,8 @@ __all__ = [
     "Prior",
     "SampledEvidence",
     "factor_prior",
+    "from_draws",
+    "from_guide",
     "hyperprior",
     "integrate",
     "laplace_diagonal",
