@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from sklearn.pipeline import Pipeline
 
 from bayes_mpt.diagnostics import BAD_K
+from bayes_mpt.estimators.availability import counts_parameters
 from bayes_mpt.estimators.bayes_mpt import BayesMPT
 from bayes_mpt.estimators.integrals import affordable, laplace_applies, n_hyperparameters
 from bayes_mpt.evidence.expected import Believed
@@ -48,6 +49,8 @@ class Facts:
     """As `integrals.laplace_applies`: whether loadings are declared free up to rotation."""
     affordable: bool
     """As `integrals.affordable`."""
+    counted: bool
+    """As `availability.counts_parameters`: whether AIC and BIC apply."""
     converged: bool
     """Whether the training ended by its own rule."""
 
@@ -63,6 +66,7 @@ class Facts:
             n_hyperparameters=n_hyperparameters(model.fitted_),
             rotates=laplace_applies(model.fitted_),
             affordable=affordable(model.fitted_),
+            counted=counts_parameters(model),
             converged=model.converged_,
         )
 

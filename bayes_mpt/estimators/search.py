@@ -78,8 +78,8 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, AsItsBe
     param_grid : dict or list of dicts
         As in `sklearn.model_selection.GridSearchCV`.
     evidence : str or rule of evidence, default="auto"
-        What ranks: `Laplace`, `Integrated`, `HeldOut`, `Cumulative`, `Train`, or `Auto`, which takes what fits the
-        candidates. A name in lower case stands for a rule's defaults, as in ``evidence="heldout"`` for
+        What ranks: `Laplace`, `Integrated`, `Bic`, `HeldOut`, `Cumulative`, `Train`, or `Auto`, which takes what fits
+        the candidates. A name in lower case stands for a rule's defaults, as in ``evidence="heldout"`` for
         ``evidence=HeldOut(cv=5, n_repeats=1)``. `evidence_` and `evidence_reason_` say which rule was taken and why.
     n_jobs : int, optional
         Candidates evaluated at a time, by joblib: in processes (loky), or in threads, which take turns.
