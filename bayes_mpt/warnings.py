@@ -27,6 +27,7 @@ __all__ = [
     "CheckpointWarning",
     "CollapseWarning",
     "DivergenceWarning",
+    "DrawsWarning",
     "HeavyTailWarning",
     "IgnoredRowsWarning",
     "LeftOutWarning",
@@ -64,6 +65,10 @@ class UnboundedWarning(ConvergenceWarning):
 
 class HeavyTailWarning(UserWarning):
     """Importance weights are so uneven that the error of an estimate is unreliable."""
+
+
+class DrawsWarning(UserWarning):
+    """An evidence from a user's own draws or guide has no reliable error."""
 
 
 class NoBoundWarning(UserWarning):

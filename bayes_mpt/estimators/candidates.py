@@ -17,6 +17,7 @@ from bayes_mpt.estimators.bayes_mpt import BayesMPT
 from bayes_mpt.estimators.integrals import affordable, laplace_applies, n_hyperparameters
 from bayes_mpt.evidence.expected import Believed
 from bayes_mpt.evidence.integrated import IntegratedEvidence, Nodes
+from bayes_mpt.evidence.mixture_laplace import MixtureLaplace
 from bayes_mpt.evidence.predictive import GaussianRows, RowPredictive
 from bayes_mpt.evidence.sampled import SampledEvidence
 from bayes_mpt.program.program import list_names
@@ -181,6 +182,13 @@ class Candidate:
             if few.any():
                 names = list_names(map(str, model.fitted_.names[few]))
                 self.doubt(f"few observed cells in column {names}: a new complete row is a guess there")
+
+    def take_mixture(self, found: MixtureLaplace) -> None:
+        """The Laplace evidence of a mixture."""
+        self.prior = found.prior.describe()
+        if found.overlapping:
+            pairs = ", ".join(f"{i} and {j}" for i, j in found.overlapping)
+            self.doubt(f"laplace, but components {pairs} overlap: the approximation is not to be relied on")
 
     def take(self, found: IntegratedEvidence) -> None:
         """An evidence with the hyper-parameters integrated."""

@@ -191,6 +191,8 @@ class Bound(ABC):
     """Of the way, in words."""
     why: str = ""
     """What was found that allows this way, for `BayesMPT.explain`."""
+    serves_any_rows: bool = False
+    """Whether what was found holds for other rows as well, though these do not share a map (`Program.scores_input`)."""
 
     @property
     def parameters(self) -> tuple[str, ...]:
