@@ -146,7 +146,7 @@ def expect(cells: Cells, at: Analysers) -> tuple[float, Sums]:
         total += float(log_density.sum())
         share = (joint - log_density).exp_()
         mass.index_add_(1, pattern, share)
-        z = torch.cat([latents, torch.ones_like(latents[..., :1])], -1)  # (K, n, F + 1)
+        z = torch.cat([latents, latents.new_ones(*latents.shape[:2], 1)], -1)  # (K, n, F + 1)
         weighted = share[..., None] * z
         sums.sizes.add_(share.sum(1))
         sums.n.add_(share @ seen)

@@ -93,13 +93,13 @@ def em_row_by_row(x, params, n_steps):
     return params
 
 
-@pytest.mark.parametrize("holes", [0.0, 0.3])
-def test_first_steps_are_those_of_em_row_by_row(holes):
+@pytest.mark.parametrize(("holes", "n_factors"), [(0.0, 2), (0.3, 2), (0.3, 0)])
+def test_first_steps_are_those_of_em_row_by_row(holes, n_factors):
     x = table(holes, n_rows=30)
     if holes:
         x[4] = np.nan  # says nothing
-    start = start_of(x, 2, 2)
-    found = MixtureOfFactorAnalyzers(2, 2).maximize(torch.as_tensor(x), start, tol=0.0, max_iter=3)
+    start = start_of(x, 2, n_factors)
+    found = MixtureOfFactorAnalyzers(2, n_factors).maximize(torch.as_tensor(x), start, tol=0.0, max_iter=3)
     expected = em_row_by_row(x, start, 3)
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, rtol=1e-8, atol=1e-10, err_msg=name)
