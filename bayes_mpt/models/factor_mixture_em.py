@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 START_ROWS = 2048  # on which starts are compared
-ROUNDS = (5, 5, 10)  # steps of EM, after each of which the better half of the starts goes on
+ROUND = 10  # steps of EM, after which the better half of the starts goes on
 EM_STEPS = 20  # before L-BFGS
 SHORT_STEPS = 10  # of L-BFGS count as one of EM: it gets far only in many
 MIN_WEIGHT = 1e-6  # of a component: the logarithm of an empty one is infinite
@@ -46,14 +46,20 @@ MAX_NUMBERS = 2**22  # that EM holds at a time beside the rows
 
 
 class Analysers(NamedTuple):
-    """A mixture of factor analysers in the units of its cells."""
+    """Mixtures of factor analysers in the units of their cells: B of K components, one after the other in B K."""
 
     log_weights: Tensor
-    """(K,)"""
+    """(B, K)"""
     loading: Tensor
-    """(K, T, F + 1), last the mean"""
+    """(B K, T, F + 1), last the mean"""
     noise: Tensor
-    """(K, T)"""
+    """(B K, T)"""
+
+    def pick(self, which: list[int]) -> Analysers:
+        """Some of the mixtures."""
+        n_mixtures = len(self.log_weights)
+        loading, noise = (part.unflatten(0, (n_mixtures, -1))[which].flatten(0, 1) for part in self[1:])
+        return Analysers(self.log_weights[which], loading, noise)
 
 
 class Cells(NamedTuple):
@@ -94,18 +100,18 @@ class Sums(NamedTuple):
     """What EM sums over rows."""
 
     sizes: Tensor
-    """(K,) expected rows"""
+    """(B, K) expected rows"""
     n: Tensor
-    """(K, T)"""
+    """(B K, T)"""
     a: Tensor
-    """(K, T, F + 1, F + 1)"""
+    """(B K, T, F + 1, F + 1)"""
     b: Tensor
-    """(K, T, F + 1)"""
+    """(B K, T, F + 1)"""
     c: Tensor
-    """(K, T)"""
+    """(B K, T)"""
 
     def residual(self, loading: Tensor) -> Tensor:
-        """Expected squares (K, T) that this loading leaves: c - 2 w'b + w'A w."""
+        """Expected squares (B K, T) that this loading leaves: c - 2 w'b + w'A w."""
         product = (self.a @ loading[..., None])[..., 0]
         return self.c + ((product - 2 * self.b) * loading).sum(-1)
 
@@ -125,13 +131,13 @@ def cells_of(x: Tensor) -> Cells:
     return Cells(value / spread, seen.to(rows), patterns, pattern, centre, spread)
 
 
-def expect(cells: Cells, at: Analysers) -> tuple[float, Sums]:
-    """Log-density of all rows in the units of the cells, and the sums over them."""
+def expect(cells: Cells, at: Analysers) -> tuple[Tensor, Sums]:
+    """Log-density of all rows (B,) in the units of the cells, and the sums over them."""
     n_components, n_tokens, width = at.loading.shape
     n_factors = width - 1
     zero = at.loading.new_zeros
     sums = Sums(
-        zero(n_components),
+        torch.zeros_like(at.log_weights),
         zero(n_components, n_tokens),
         zero(n_components, n_tokens, width, width),
         zero(n_components, n_tokens, width),
@@ -139,16 +145,17 @@ def expect(cells: Cells, at: Analysers) -> tuple[float, Sums]:
     )
     of_patterns = _Patterns.of(cells.patterns, at)
     mass = zero(n_components, len(cells.patterns))  # expected rows of each pattern
-    total = 0.0
+    total = zero(len(at.log_weights))
     for value, seen, pattern in cells.parts(n_components * (width * width + n_tokens)):
-        joint, latents = of_patterns.joint(at, value, seen, pattern)  # (K, n), (K, n, F)
-        log_density = joint.logsumexp(0)
-        total += float(log_density.sum())
-        share = (joint - log_density).exp_()
+        joint, latents = of_patterns.joint(at, value, seen, pattern)  # (B K, n), (B K, n, F)
+        joint = joint.reshape(*at.log_weights.shape, -1)
+        log_density = joint.logsumexp(1, keepdim=True)
+        total += log_density.sum((1, 2))
+        share = (joint - log_density).exp_().flatten(0, 1)
+        sums.sizes.add_(share.sum(1).reshape(sums.sizes.shape))
         mass.index_add_(1, pattern, share)
-        z = torch.cat([latents, latents.new_ones(*latents.shape[:2], 1)], -1)  # (K, n, F + 1)
+        z = torch.cat([latents, latents.new_ones(*latents.shape[:2], 1)], -1)  # (B K, n, F + 1)
         weighted = share[..., None] * z
-        sums.sizes.add_(share.sum(1))
         sums.n.add_(share @ seen)
         sums.c.add_(share @ value.square())
         sums.b.add_(value.mT @ weighted)
@@ -166,28 +173,30 @@ class _Patterns(NamedTuple):
     """What rows with the same cells observed share."""
 
     cov: Tensor
-    """(K, U, F, F) of the latents given the row"""
+    """(B K, U, F, F) of the latents given the row"""
     constant: Tensor
-    """(K, U) of the log-density"""
+    """(B K, U) of the log-density"""
 
     @staticmethod
     def of(patterns: Tensor, at: Analysers) -> _Patterns:
         """log w - sum_o log(2 pi psi) / 2 - log det(M) / 2,  M = I + W_o' psi_o^-1 W_o,  cov = M^-1."""
         loading = at.loading[..., :-1]
-        outer = (loading / at.noise[..., None])[..., :, None] * loading[..., None, :]  # (K, T, F, F)
+        outer = (loading / at.noise[..., None])[..., :, None] * loading[..., None, :]  # (B K, T, F, F)
         n_factors = loading.shape[-1]
         eye = torch.eye(n_factors).to(loading)
         shape = (len(loading), len(patterns), n_factors, n_factors)
         root = torch.linalg.cholesky((patterns @ outer.flatten(2)).reshape(shape) + eye)
         log_det = root.diagonal(dim1=2, dim2=3).log().sum(-1)
         of_noise = (at.noise.log() + math.log(2 * math.pi)) @ patterns.mT
-        return _Patterns(torch.cholesky_inverse(root), at.log_weights[:, None] - 0.5 * of_noise - log_det)
+        return _Patterns(
+            torch.cholesky_inverse(root), at.log_weights.reshape(-1, 1) - 0.5 * of_noise - log_det
+        )
 
     def joint(self, at: Analysers, value: Tensor, seen: Tensor, pattern: Tensor) -> tuple[Tensor, Tensor]:
-        """log w_k p(x_o | k) (K, n), and the means (K, n, F) of the latents given x_o and k."""
-        rest = seen * (value - at.loading[:, None, :, -1])  # (K, n, T)
+        """log w_k p(x_o | k) (B K, n), and the means (B K, n, F) of the latents given x_o and k."""
+        rest = seen * (value - at.loading[:, None, :, -1])  # (B K, n, T)
         scaled = rest / at.noise[:, None]
-        along = scaled @ at.loading[..., :-1]  # (K, n, F)
+        along = scaled @ at.loading[..., :-1]  # (B K, n, F)
         if len(self.cov[0]) == 1:
             mean = along @ self.cov[:, 0]
         else:
@@ -207,25 +216,28 @@ def m_step(sums: Sums, before: Analysers, prior: Tensor | None) -> Analysers:
         noise = torch.where(unseen, before.noise, rest / torch.where(unseen, 1.0, sums.n))
     else:
         noise = (rest + prior) / (sums.n + 1)
-    share = (sums.sizes / sums.sizes.sum()).clamp(min=MIN_WEIGHT)
-    return Analysers((share / share.sum()).log(), loading, noise.clamp(min=MIN_NOISE))
+    share = (sums.sizes / sums.sizes.sum(1, keepdim=True)).clamp(min=MIN_WEIGHT)
+    return Analysers((share / share.sum(1, keepdim=True)).log(), loading, noise.clamp(min=MIN_NOISE))
 
 
-def log_prior(at: Analysers, prior: Tensor | None) -> float:
-    """Of the noise variances, a constant left out: -1/2 sum (log psi + L / psi)."""
-    return 0.0 if prior is None else -0.5 * float((at.noise.log() + prior / at.noise).sum())
+def log_prior(at: Analysers, prior: Tensor | None) -> Tensor:
+    """Of the noise variances (B,), a constant left out: -1/2 sum (log psi + L / psi)."""
+    if prior is None:
+        return torch.zeros_like(at.log_weights[:, 0])
+    return -0.5 * (at.noise.log() + prior / at.noise).sum(1).reshape(at.log_weights.shape).sum(1)
 
 
 def best_start(cells: Cells, starts: list[Analysers], prior: Tensor | None = None) -> Analysers:
     """The start from which a short EM comes furthest, at its end: after some steps the better half goes on."""
     some = cells.first(START_ROWS)
-    for n_steps in ROUNDS:
-        ends = [climb(some, start, prior=prior, tol=0.0, max_iter=n_steps) for start in starts]
-        ends.sort(key=lambda at: -expect(some, at)[0] - log_prior(at, prior))
-        starts = ends[: -(-len(ends) // 2)]
-        if len(starts) == 1:
-            break
-    return starts[0]
+    at = Analysers(*(torch.cat(parts) for parts in zip(*starts, strict=True)))
+    while len(at.log_weights) > 1:
+        for _ in range(ROUND):
+            before, (total, sums) = at, expect(some, at)
+            at = m_step(sums, at, prior)
+        order = (total + log_prior(before, prior)).argsort(descending=True).tolist()
+        at = at.pick(order[: len(order) // 2])
+    return at
 
 
 def climb(
@@ -286,7 +298,7 @@ def _end(cells: Cells, start: Analysers, prior: Tensor | None, tol: float, max_i
         )
         log_noise = start.noise.log() + of_noise * noise.reshape(start.noise.shape)
         return Analysers(
-            (start.log_weights + of_weights * weights).log_softmax(0),
+            (start.log_weights + of_weights * weights.reshape(of_weights.shape)).log_softmax(1),
             start.loading + width * step[..., 0],
             log_noise.clamp(min=low).exp(),
         )
@@ -307,7 +319,7 @@ def _end(cells: Cells, start: Analysers, prior: Tensor | None, tol: float, max_i
             of_noise * log_noise,
         ]
         along = torch.cat([part.flatten() for part in slope]) / n_rows
-        score = (total + log_prior(at, prior) - log_unit) / n_rows
+        score = (float(total + log_prior(at, prior)) - log_unit) / n_rows
         return score, along, float(along.abs().max()) <= MARGIN * flat(tol, score)
 
     free = torch.full((parts[0] + parts[1],), -math.inf).to(start.noise)

@@ -29,7 +29,7 @@ from bayes_mpt.models.mixture_em import coefficients_of, from_clusters, products
 
 __all__ = ["MixtureOfFactorAnalyzers"]
 
-STARTS = 7  # of `maximize`, beside the one that it is given
+STARTS = 3  # of `maximize`, beside the one that it is given
 MIN_STEPS = 100  # that it must have for them
 FIRST_NOISE = 1e-3  # of a factor analyser at the start, in units of the columns' variances
 
@@ -203,13 +203,15 @@ def _in_units(params: Mapping[str, Tensor], cells: Cells) -> Analysers:
     noise = params["noise_variance"].detach().double() / cells.spread.square()
     weights = params["weights"].detach().double().clamp(min=MIN_WEIGHT)
     return Analysers(
-        (weights / weights.sum()).log(), torch.cat([loading, loc[..., None]], -1), noise.clamp(min=MIN_NOISE)
+        (weights / weights.sum()).log()[None],
+        torch.cat([loading, loc[..., None]], -1),
+        noise.clamp(min=MIN_NOISE),
     )
 
 
 def _in_units_of_x(at: Analysers, cells: Cells, x: Tensor) -> dict[str, Tensor]:
     values = {
-        "weights": at.log_weights.exp(),
+        "weights": at.log_weights[0].exp(),
         "loc": cells.centre + cells.spread * at.loading[..., -1],
         "loading": cells.spread[:, None] * at.loading[..., :-1],
         "noise_variance": cells.spread.square() * at.noise,
