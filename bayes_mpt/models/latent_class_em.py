@@ -44,10 +44,15 @@ class Codes(NamedTuple):
     """(R,) float64"""
     n_levels: int
     """L"""
+    whole: Tensor | None
+    """(R, T L) one-hot codes, where they are few"""
 
     def parts(self) -> Iterator[tuple[Tensor, Tensor]]:
         """One-hot codes (R, T L) and counts (R,), some rows after the other."""
-        step = max(1, MAX_CELLS // max(1, self.levels.shape[1] * self.n_levels))
+        if self.whole is not None:
+            yield self.whole, self.weight
+            return
+        step = max(1, MAX_CELLS // (self.levels.shape[1] * self.n_levels))
         for start in range(0, len(self.levels), step):
             some = slice(start, start + step)
             yield _one_hot(self.levels[some], self.n_levels).flatten(1), self.weight[some]
@@ -64,13 +69,14 @@ class Classes(NamedTuple):
 
 def codes_of(x: Tensor, n_levels: int) -> Codes:
     """Rows x (N, T) of codes, NaN where missing; what is no code counts as the nearest."""
-    levels = _levels(x, n_levels)
+    levels, weight = _levels(x, n_levels), torch.ones(len(x), dtype=torch.float64, device=x.device)
     if x.shape[1] * math.log(n_levels + 1) < math.log(2.0**62):  # rows as numbers, which sort fast
         place = (n_levels + 1) ** torch.arange(x.shape[1], device=x.device)
         number, inverse, count = (levels * place).sum(1).unique(return_inverse=True, return_counts=True)
         first = number.new_empty(len(number)).scatter_(0, inverse, torch.arange(len(x), device=x.device))
-        return Codes(levels[first], count.double(), n_levels)
-    return Codes(levels, torch.ones(len(x), dtype=torch.float64, device=x.device), n_levels)
+        levels, weight = levels[first], count.double()
+    few = levels.numel() * n_levels <= MAX_CELLS
+    return Codes(levels, weight, n_levels, _one_hot(levels, n_levels).flatten(1) if few else None)
 
 
 def _expect(codes: Codes, at: Classes) -> tuple[Tensor, Tensor, Tensor]:
