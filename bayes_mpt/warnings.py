@@ -30,6 +30,7 @@ __all__ = [
     "DrawsWarning",
     "HeavyTailWarning",
     "IgnoredRowsWarning",
+    "LeftOutWarning",
     "MisfitWarning",
     "NoBoundWarning",
     "NotConvergedWarning",
@@ -76,6 +77,10 @@ class NoBoundWarning(UserWarning):
 
 class IgnoredRowsWarning(UserWarning):
     """What a program observes does not change with X."""
+
+
+class LeftOutWarning(UserWarning):
+    """Candidates of a search are not in an average of them."""
 
 
 class MisfitWarning(UserWarning):

@@ -9,6 +9,8 @@ from bayes_mpt.evidence.hyperparameters import Prior, hyperprior, log_likelihood
 from bayes_mpt.evidence.integrated import IntegratedEvidence, Mode, integrate
 from bayes_mpt.evidence.laplace import LaplaceEvidence, laplace_diagonal, laplace_proportional
 from bayes_mpt.evidence.laplace_incomplete import laplace_of_cells
+from bayes_mpt.evidence.mixture_laplace import MixtureLaplace, laplace_mixture
+from bayes_mpt.evidence.mixture_prior import MixturePrior, mixture_prior
 from bayes_mpt.evidence.sampled import SampledEvidence, sample_evidence
 
 __all__ = [
@@ -16,6 +18,8 @@ __all__ = [
     "FactorPrior",
     "IntegratedEvidence",
     "LaplaceEvidence",
+    "MixtureLaplace",
+    "MixturePrior",
     "Mode",
     "Prior",
     "SampledEvidence",
@@ -25,8 +29,10 @@ __all__ = [
     "hyperprior",
     "integrate",
     "laplace_diagonal",
+    "laplace_mixture",
     "laplace_of_cells",
     "laplace_proportional",
     "log_likelihood",
+    "mixture_prior",
     "sample_evidence",
 ]
