@@ -134,6 +134,12 @@ def refuse_other_joint(
                 f"Pyro's samplers do not run this program on these data ({str(error).splitlines()[0]}), so that the "
                 "recorded log joint cannot be compared: log_joint=False leaves it out"
             ) from error
+        missing = sorted(set(transforms) - set(arrays))
+        if missing:
+            raise ModelError(
+                f"the recorded log joint is that of all latents, and there are no draws of {missing}: add them, or "
+                "log_joint=False leaves the comparison out"
+            )
         values = read_chains(arrays, {name: tuple(trace.nodes[name]["value"].shape) for name in transforms})
         size = next(iter(values.values())).shape[:2]
         if recorded.shape != size and (1, *recorded.shape) != size:

@@ -214,7 +214,8 @@ def from_guide(
     if not isinstance(n_draws, int) or n_draws < MIN_DRAWS:
         raise ValueError(f"n_draws must be an integer of at least {MIN_DRAWS}, got {n_draws!r}")
     args = read_arguments(data)
-    with own_random_state(random_state), torch.no_grad():
+    store = pyro.get_param_store()
+    with store.scope(store.get_state()), own_random_state(random_state), torch.no_grad():
         bound = Importance(n_draws).from_guide(model, args, guide)
         warn_if_slow(bound.one_by_one, bound)
         nodes = bound.read(args)
@@ -443,5 +444,5 @@ def _slanted(u: Array, slope: Array) -> list[str]:
         return []
     return [
         f"the log joint has a slope where these draws are dense ({off.max():.0f} errors from none): they are draws of "
-        "other data, of another prior, or of chains that have not converged"
+        "other data, of another prior, or of chains that have not converged, or the log joint jumps"
     ]

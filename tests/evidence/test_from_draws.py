@@ -334,6 +334,7 @@ def test_errors_hold_over_seeds():
     honest(pooled_z(["simplex and positive", "interval"]))
 
 
+@pytest.mark.slow
 def test_errors_of_the_bridge_hold_in_many_dimensions():
     # log u_i ~ log of Gamma(a_i): skewed, 20 of them
     a = np.linspace(1, 10, 20)
@@ -411,6 +412,8 @@ def test_recorded_log_joint_of_other_data_or_prior_is_refused():
             from_draws(coin, {"p": p}, HEADS, log_joint=recorded)
     with pytest.raises(ModelError, match=r"log_joint must have shape \(4, 150\)"):
         from_draws(coin, {"p": p}, HEADS, log_joint=recorded[:, :10])
+    with pytest.raises(ModelError, match=r"no draws of \['z'\]: add them, or log_joint=False"):
+        from_draws(rows_within, rows_draws(np.random.default_rng(1)), VISITS, log_joint=np.zeros((4, 100)))
 
 
 @pytest.mark.parametrize("heads", [(38, 14, 30), (38, 14, 44)])
@@ -515,6 +518,10 @@ def test_nothing_is_left_behind():
     with pyro.get_param_store().scope():
         found = from_draws(shifted, {"m": m}, counts)
         assert not list(pyro.get_param_store().keys())
+        pyro.param("scale", torch.tensor(0.5, dtype=torch.float64))
+        with pytest.warns(DrawsWarning):  # the draws are those of another scale
+            assert from_draws(shifted, {"m": m}, counts).log_evidence < found.log_evidence - 1
+        assert pyro.param("scale").item() == 0.5
     assert found.point_estimated == ("scale",)
     assert torch.equal(before, torch.get_rng_state())
 
