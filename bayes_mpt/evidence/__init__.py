@@ -8,12 +8,16 @@ from bayes_mpt.evidence.hyperparameters import Prior, hyperprior, log_likelihood
 from bayes_mpt.evidence.integrated import IntegratedEvidence, Mode, integrate
 from bayes_mpt.evidence.laplace import LaplaceEvidence, laplace_diagonal, laplace_proportional
 from bayes_mpt.evidence.laplace_incomplete import laplace_of_cells
+from bayes_mpt.evidence.mixture import MixtureEvidence, mixture_evidence
+from bayes_mpt.evidence.mixture_prior import MixturePrior, mixture_prior
 from bayes_mpt.evidence.sampled import SampledEvidence, sample_evidence
 
 __all__ = [
     "FactorPrior",
     "IntegratedEvidence",
     "LaplaceEvidence",
+    "MixtureEvidence",
+    "MixturePrior",
     "Mode",
     "Prior",
     "SampledEvidence",
@@ -24,5 +28,7 @@ __all__ = [
     "laplace_of_cells",
     "laplace_proportional",
     "log_likelihood",
+    "mixture_evidence",
+    "mixture_prior",
     "sample_evidence",
 ]
