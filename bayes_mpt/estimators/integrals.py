@@ -14,10 +14,10 @@ from bayes_mpt import training
 from bayes_mpt.estimators.fit import of_program, parameters
 from bayes_mpt.estimators.fitted import Fitted
 from bayes_mpt.estimators.repeats import repeated_columns
-from bayes_mpt.estimators.rows import refuse_unobserved
+from bayes_mpt.estimators.rows import refuse_missing, refuse_unobserved
 from bayes_mpt.evidence.factor_prior import FactorPrior, factor_prior
-from bayes_mpt.evidence.hyperparameters import assign, hyperprior, log_likelihood
-from bayes_mpt.evidence.integrated import IntegratedEvidence, integrate
+from bayes_mpt.evidence.hyperparameters import assign, hyperprior, log_likelihood, predictions
+from bayes_mpt.evidence.integrated import IntegratedEvidence, Nodes, integrate
 from bayes_mpt.evidence.laplace import LaplaceEvidence, laplace_diagonal, laplace_proportional
 from bayes_mpt.evidence.laplace_incomplete import laplace_fits, laplace_of_cells
 from bayes_mpt.evidence.mixture_laplace import MixtureLaplace, laplace_mixture
@@ -41,6 +41,7 @@ __all__ = [
     "laplace_evidence",
     "n_hyperparameters",
     "noise_shape",
+    "predictions_over",
     "sampled_evidence",
 ]
 
@@ -259,6 +260,18 @@ def integrated_evidence(fitted: Fitted, rows: NDArray[np.floating], y: Any, se: 
         likelihood = log_likelihood(predictor, args, leaves)
         found = integrate(likelihood, prior, current=current, seed=fitted.draws, max_se=se)
     return found._replace(names=tuple(leaves))
+
+
+def predictions_over(
+    fitted: Fitted, rows: NDArray[np.floating], nodes: Nodes
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Means and variances (S, M) of new observations given those of the training rows, at each node of an evidence."""
+    assert fitted.seen is not None
+    refuse_missing(rows, fitted.names)
+    seen, new = fitted.seen, fitted.new_arguments(rows)
+    with training.one_thread(len(seen[0]) ** 2), fitted.program(seen) as predictor:
+        leaves = of_program(training.Problem(Objective(predictor, Batch(seen, 1))))
+        return predictions(predictor, seen, new, leaves, nodes.theta)
 
 
 def at_mode(fitted: Fitted, rows: NDArray[np.floating], y: Any, found: IntegratedEvidence) -> Fitted:

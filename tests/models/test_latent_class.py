@@ -143,7 +143,7 @@ def test_ctrl_c_in_a_climb_hands_over_the_best_so_far(monkeypatch):
     def press(*args, **how):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("bayes_mpt.models.latent_class_em._QuasiNewton.stop", press)
+    monkeypatch.setattr("bayes_mpt.models.quasi_newton.QuasiNewton._stop", press)
     with pytest.raises(KeyboardInterrupt) as pressed:
         model.maximize(x, start, tol=0.0, max_iter=30)
     assert score_of(x.numpy(), pressed.value.args[0]) >= before - 1e-9
