@@ -20,7 +20,7 @@ from scipy.special import gammaln, logsumexp
 
 from bayes_mpt.evidence.slice import Reading, Slice
 
-__all__ = ["Annealed", "Plan", "anneal"]
+__all__ = ["Annealed", "Plan", "anneal", "resample"]
 
 Array = NDArray[np.float64]
 
@@ -123,7 +123,7 @@ def _anneal(
         if pilot:
             plan.temperatures.append(b)
             plan.steps.append(step)
-        now = now.taken(_resample(np.exp(rise - total[:, None]), rng))
+        now = now.taken(resample(np.exp(rise - total[:, None]), rng))
         chance, inside = _move(space, now, b, plan.steps[level], rng)
         accepted.append(float(chance.mean()))
         if pilot and inside.any():  # an end outside says nothing of the step
@@ -171,7 +171,7 @@ def _effective(log_weight: Array) -> float:
     return float(w.sum() ** 2 / (w @ w)) / len(w)
 
 
-def _resample(weight: Array, rng: np.random.Generator) -> NDArray[np.intp]:
+def resample(weight: Array, rng: np.random.Generator) -> NDArray[np.intp]:
     """Systematic, within each row of weights (G, n) that add up to one: indices into all G n."""
     n_islands, n = weight.shape
     u = (rng.random((n_islands, 1)) + np.arange(n)) / n
