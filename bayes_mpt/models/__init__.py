@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bayes_mpt.models.couplings import Couplings
+    from bayes_mpt.models.factor_mixtures import MixtureOfFactorAnalyzers
     from bayes_mpt.models.gaussian_process import GaussianProcess
     from bayes_mpt.models.latent_class import LatentClass
     from bayes_mpt.models.linear_gaussian import PPCA, FactorAnalysis
     from bayes_mpt.models.masked_transformer import MaskedTransformer, contrastive_loss
-    from bayes_mpt.models.mixtures import GaussianMixture, MixtureOfFactorAnalyzers
+    from bayes_mpt.models.mixtures import GaussianMixture
     from bayes_mpt.models.patches import MaskedPatches
     from bayes_mpt.models.potts import FactoredAttention, Potts
     from bayes_mpt.models.regression import BayesianRegression
@@ -35,11 +36,12 @@ __all__ = [
 # Each model is imported when it is first asked for (PEP 562): a Gaussian process brings gpytorch, PPCA only Pyro.
 _HOMES = {
     "couplings": ["Couplings"],
+    "factor_mixtures": ["MixtureOfFactorAnalyzers"],
     "gaussian_process": ["GaussianProcess"],
     "latent_class": ["LatentClass"],
     "linear_gaussian": ["PPCA", "FactorAnalysis"],
     "masked_transformer": ["MaskedTransformer", "contrastive_loss"],
-    "mixtures": ["GaussianMixture", "MixtureOfFactorAnalyzers"],
+    "mixtures": ["GaussianMixture"],
     "patches": ["MaskedPatches"],
     "potts": ["FactoredAttention", "Potts"],
     "regression": ["BayesianRegression"],

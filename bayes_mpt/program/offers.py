@@ -38,6 +38,9 @@ class Offers(Protocol):
     """``{"rotations": name}``: loadings are free up to rotation, and the parameter of this name, one number or one for
     each column, is the noise variance. The orbit of the rotations is integrated in the Laplace evidence."""
 
+    maximizes_missing: ClassVar[bool]
+    """Whether `maximize` takes rows with NaN where a cell is missing; without it, complete rows alone."""
+
     def __call__(self, *args: Tensor) -> Any:
         """Run the program on rows x (N, T), and y."""
 
@@ -53,7 +56,7 @@ class Offers(Protocol):
     def maximize(
         self, x: Tensor, params: Mapping[str, Tensor], *, tol: float, max_iter: int
     ) -> Mapping[str, Tensor]:
-        """Better values of its parameters for complete rows, by an EM, say."""
+        """Better values of its parameters for rows x, by an EM, say."""
 
     def n_free_parameters(self, params: Mapping[str, NDArray[Any]]) -> int:
         """How many numbers of the fitted density are free, for AIC and BIC."""

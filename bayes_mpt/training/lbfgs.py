@@ -40,8 +40,9 @@ GAIN_LEFT = 1e-3  # nats of all tokens
 def maximize_lbfgs(problem: Problem, *, max_iter: int, tol: float, report: Report | None = None) -> Fit:
     """Maximise the exact score by L-BFGS (strong Wolfe line search) over all parameters.
 
-    A model may offer a method of its own, ``maximize(x, params, tol=, max_iter=)``, which takes complete rows and the
-    values of the parameters by name and returns better ones (an EM, say). It goes first; where its end is no maximum to
+    A model may offer a method of its own, ``maximize(x, params, tol=, max_iter=)``, which takes rows (complete ones, or
+    also others if it says ``maximizes_missing``) and the values of the parameters by name and returns better ones (an
+    EM, say). It goes first; where its end is no maximum to
     the tolerance, L-BFGS goes on from there. At Ctrl-C it may raise ``KeyboardInterrupt(params)`` with the best so far.
 
     Raises
@@ -217,9 +218,11 @@ def _slope(tol: float, score: float) -> float:
 
 
 def _own_maximum(problem: Problem, leaves: dict[str, Tensor], tol: float, max_iter: int) -> tuple[bool, bool]:
-    """Let the model itself climb, if it offers to and no cell is missing: whether it did, and was interrupted."""
+    """Let the model itself climb, if it offers to for such rows: whether it did, and was interrupted."""
     maximize, whole = offered(problem.bound.model, "maximize"), problem.whole
-    if maximize is None or whole.rows is not None or any(has_missing(a) for a in whole.args):
+    if maximize is None or whole.rows is not None:
+        return False, False
+    if not offered(problem.bound.model, "maximizes_missing") and any(has_missing(a) for a in whole.args):
         return False, False
     store = pyro.get_param_store()
     bounds = store.get_state()["constraints"]
