@@ -10,8 +10,9 @@ if TYPE_CHECKING:
     from bayes_mpt.estimators.decomposition import decompose
     from bayes_mpt.estimators.kernel_search import KernelSearch
     from bayes_mpt.estimators.loadings import loadings
+    from bayes_mpt.estimators.refits import Cumulative, HeldOut
     from bayes_mpt.estimators.rows import data_digest
-    from bayes_mpt.estimators.rules import Auto, Cumulative, HeldOut, Integrated, Laplace, Train
+    from bayes_mpt.estimators.rules import Auto, Bic, Integrated, Laplace, Train
     from bayes_mpt.estimators.search import MarginalLikelihoodSearch
 
 __version__ = "0.1.0"
@@ -21,6 +22,7 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())  # silent unless t
 __all__ = [
     "Auto",
     "BayesMPT",
+    "Bic",
     "Cumulative",
     "HeldOut",
     "Integrated",
@@ -42,7 +44,8 @@ _HOMES = {
     "estimators.kernel_search": ["KernelSearch"],
     "estimators.loadings": ["loadings"],
     "estimators.rows": ["data_digest"],
-    "estimators.rules": ["Auto", "Cumulative", "HeldOut", "Integrated", "Laplace", "Train"],
+    "estimators.refits": ["Cumulative", "HeldOut"],
+    "estimators.rules": ["Auto", "Bic", "Integrated", "Laplace", "Train"],
     "estimators.search": ["MarginalLikelihoodSearch"],
 }
 _MODULES = ["evidence", "language", "masks", "models", "plots", "predictors", "score", "training"]

@@ -64,7 +64,7 @@ def bind(
     by_epochs : bool
         Whether the rows are never read all at once.
     known : tuple, optional
-        The predictor and the parameters of another fit of the same program, whose rows share one map.
+        The predictor and the parameters of another fit of the same program, which holds for any rows.
     """
     n_rows, n_columns = shape
     if takes_y:
@@ -92,7 +92,7 @@ def bind(
         found = choose(model, args, predictor=predictor, guide=guide)
     if n_rows > MAX_INIT_ROWS and not (found.structure.scores_input and found.structure.dense):
         args = arguments(slice(None))
-        if not found.structure.scores_input and not by_epochs:
+        if not (found.structure.scores_input or found.serves_any_rows) and not by_epochs:
             with warnings_of(silent=(SlowProgramWarning,)):  # said above
                 found = choose(model, args, predictor=predictor, guide=guide)
     return found, args

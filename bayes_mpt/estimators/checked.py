@@ -15,7 +15,8 @@ from sklearn.exceptions import ConvergenceWarning
 
 from bayes_mpt.diagnostics import partition_error
 from bayes_mpt.estimators.candidates import Candidate, before_final
-from bayes_mpt.estimators.rules import Auto, HeldOut, Rule, give_evidence
+from bayes_mpt.estimators.refits import HeldOut
+from bayes_mpt.estimators.rules import Auto, Rule, give_evidence
 from bayes_mpt.estimators.stored import with_estimator
 from bayes_mpt.estimators.table import Ranking, ranked
 from bayes_mpt.evidence.misfit import Kurtosis, kurtosis

@@ -21,10 +21,10 @@ from bayes_mpt.estimators.candidates import (
     token_digest,
 )
 from bayes_mpt.estimators.checked import checked
+from bayes_mpt.estimators.refits import HeldOut
 from bayes_mpt.estimators.rows import data_digest
 from bayes_mpt.estimators.rules import (
     Auto,
-    HeldOut,
     Rule,
     Train,
     choose_rule,
@@ -64,7 +64,7 @@ def compare(
     y : array-like, optional
         As in `BayesMPT.fit`.
     evidence : str or rule of evidence, default="auto"
-        `Laplace`, `Integrated`, `HeldOut`, `Train` or `Auto`; a name in lower case stands for a rule's defaults.
+        `Laplace`, `Integrated`, `Bic`, `HeldOut`, `Train` or `Auto`; a name in lower case stands for a rule's defaults.
         On the training rows "auto" is that of `MarginalLikelihoodSearch`: "integrated" where all models declare their
         symmetries or offer a prior of their few hyper-parameters, "laplace" where a factor model is too large, else
         "heldout", which fits each model again for each fold. "train", the LML at its maximum, rises with every

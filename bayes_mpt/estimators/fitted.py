@@ -147,10 +147,19 @@ class Fitted:
             args = (fill(args[0], self.fill_values),)
         with OwnStore() as store, own_random_state(self.draws):
             store.prefill(self.initial)
-            with warnings_of(silent=(SlowProgramWarning,)):  # the fit has said so
-                predictor = choose(self.model, args, predictor=self.predictor, guide=self.guide)
+            predictor = self._known
+            if predictor is None:
+                with warnings_of(silent=(SlowProgramWarning,)):  # the fit has said so
+                    predictor = choose(self.model, args, predictor=self.predictor, guide=self.guide)
             store.begin(self.state)
             yield predictor
+
+    @property
+    def _known(self) -> Bound | None:
+        """The program as the fit has found it, where that is what reading it on other rows would find."""
+        found = self.analysis
+        known = found is not None and found.serves_any_rows and self.predictor == "auto"
+        return found if known and not isinstance(self.model, torch.nn.Module) else None
 
     @contextmanager
     def read(self, rows: NDArray[np.floating], y: Any = None) -> Iterator[Conditionals]:

@@ -1,11 +1,14 @@
 """The rules of evidence: which number ranks fitted candidates, and whether they can be compared by it.
 
-- `Laplace`: loadings and noise integrated out around the rotation orbit (`bayes_mpt.evidence.laplace`); one fit
-  a candidate. A fast screen: it has no error.
+- `Laplace`: loadings and noise integrated out around the rotation orbit (`bayes_mpt.evidence.laplace`), or all
+  parameters of a Gaussian mixture (`bayes_mpt.evidence.mixture_laplace`); one fit a candidate. A fast screen: it has no
+  error.
 - `Integrated`: loadings, noise variances and mean of factor models integrated under a stated prior
   (`bayes_mpt.evidence.sampled`), with an error; or a few hyper-parameters (of a kernel, say) under the model's
   hyperprior (`bayes_mpt.evidence.integrated`): these candidates are left at their maximum a posteriori, which predicts
   better.
+- `Bic`: minus half the Bayesian information criterion, the likelihood at the fit less P / 2 log N for P free
+  parameters; one fit a candidate, for any program with independent rows. It has no error.
 - `HeldOut`: log predictive of hidden rows, K folds, repeated.
 - `Cumulative`: rows revealed in blocks, each predicted from those before it, from a visible share on: the conditional
   LML, log p(rest | visible share).
@@ -21,24 +24,22 @@ Their names in lower case stand for their defaults: ``evidence="heldout"`` is ``
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from itertools import pairwise
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
-from sklearn.model_selection import BaseCrossValidator, KFold
-from sklearn.utils._param_validation import HasMethods, Interval
+from sklearn.model_selection import BaseCrossValidator
+from sklearn.utils._param_validation import Interval
 
 from bayes_mpt.estimators.bayes_mpt import BayesMPT
 from bayes_mpt.estimators.candidates import Candidate, Facts, before_final
 from bayes_mpt.estimators.integrals import at_mode
-from bayes_mpt.estimators.rows import rows_of
+from bayes_mpt.estimators.refits import Cumulative, HeldOut
 from bayes_mpt.estimators.unbounded import refuse_unbounded
 from bayes_mpt.evidence.factor_prior import FactorPrior, factor_prior
 from bayes_mpt.evidence.integrated import IntegratedEvidence
+from bayes_mpt.evidence.mixture_laplace import MixtureLaplace
 from bayes_mpt.evidence.sampled import SampledEvidence
 from bayes_mpt.runtime.atomic import all_or_nothing
 from bayes_mpt.runtime.serial import left_as_found, turn
@@ -46,8 +47,7 @@ from bayes_mpt.runtime.serial import left_as_found, turn
 __all__ = [
     "RULES",
     "Auto",
-    "Cumulative",
-    "HeldOut",
+    "Bic",
     "Integrated",
     "Laplace",
     "Rule",
@@ -64,15 +64,9 @@ __all__ = [
 
 MAX_INTEGRATED = 16  # hyper-parameters
 
-Splits = Iterable[tuple[NDArray[Any], NDArray[Any]]]
-"""Of rows: those fitted to, those scored."""
-
-_FOLDS = [Interval(Integral, 2, None, closed="left"), HasMethods(["split", "get_n_splits"])]
-_POSITIVE_INTEGER = [Interval(Integral, 1, None, closed="left")]
-
 
 class Laplace(BaseEstimator):
-    """Loadings and noise variances integrated out, by Laplace around the orbit of rotations."""
+    """Loadings and noise variances, or all parameters of a mixture, integrated out by Laplace's approximation."""
 
     name: ClassVar[str] = "laplace"
     n_fits: ClassVar[int] = 0
@@ -84,7 +78,10 @@ class Laplace(BaseEstimator):
 
     def evaluate(self, candidate: Candidate, X: Any, y: Any, **seeds: Any) -> None:
         """Give a candidate, which was fitted to X as its model sees it, its evidence."""
-        candidate.evidence = candidate.model.laplace(X).log_evidence
+        found = candidate.model.laplace(X)
+        candidate.evidence = found.log_evidence
+        if isinstance(found, MixtureLaplace):
+            candidate.take_mixture(found)
         _of_one_fit(candidate, X, y)
 
 
@@ -161,131 +158,46 @@ class Train(BaseEstimator):
         _of_one_fit(candidate, X, y)
 
 
-class HeldOut(BaseEstimator):
-    """Log predictive of hidden rows, each fold of them given a fit to the others.
+class Bic(BaseEstimator):
+    """Minus half the Bayesian information criterion: log p(X) at the fit, less P / 2 log N with P free parameters.
 
-    Parameters
-    ----------
-    cv : int or splitter, default=5
-        Folds. A splitter, such as `sklearn.model_selection.KFold`, is used as it is.
-    n_repeats : int, default=1
-        Random partitions of the rows, averaged.
-
-    Notes
-    -----
-    Another partition gives another number. Of one repeat that error is estimated by how unevenly the folds lose against
-    the fits to all rows (`bayes_mpt.diagnostics.partition_error`), of several by their spread. There is none, NaN, with
-    a splitter that does not draw its partition at random (groups, time series, a fixed one): another draw would be
-    the same; nor where rows are tokens of one vector.
+    It approaches the log evidence under any prior up to a number that does not grow with N and is not known: there is
+    no error, and no weight. Of programs with independent rows; cells may be missing.
 
     Examples
     --------
     >>> from sklearn.datasets import load_iris
     >>> from bayes_mpt import BayesMPT, MarginalLikelihoodSearch
-    >>> from bayes_mpt.models import PPCA
-    >>> rule = HeldOut(cv=3, n_repeats=2)
-    >>> grid = {"model__n_components": [1, 2]}
-    >>> search = MarginalLikelihoodSearch(BayesMPT(PPCA()), grid, evidence=rule, random_state=0)
-    >>> search.fit(load_iris().data).n_splits_
-    6
+    >>> from bayes_mpt.models import GaussianMixture
+    >>> grid = {"model__n_components": [1, 2, 3]}
+    >>> search = MarginalLikelihoodSearch(BayesMPT(GaussianMixture()), grid, evidence="bic", random_state=0)
+    >>> search.fit(load_iris().data).best_params_
+    {'model__n_components': 2}
     """
 
-    name: ClassVar[str] = "heldout"
-    _parameter_constraints: ClassVar[dict[str, Any]] = {"cv": _FOLDS, "n_repeats": _POSITIVE_INTEGER}
-
-    def __init__(self, cv: int | BaseCrossValidator = 5, n_repeats: int = 1):
-        self.cv = cv
-        self.n_repeats = n_repeats
+    name: ClassVar[str] = "bic"
+    n_fits: ClassVar[int] = 0
+    _parameter_constraints: ClassVar[dict[str, Any]] = {}
 
     def chosen(self, models: list[Facts]) -> tuple[Rule, str]:
-        """Itself, and why; refused where rows cannot be held out."""
-        if not all(m.by_row or m.remembers for m in models):
+        """Itself, and why; refused where there is no number of rows or of parameters to charge for."""
+        if not all(m.counted for m in models):
+            fixed = any(not m.parameters for m in models)
             raise ValueError(
-                "evidence='heldout' needs independent rows, or observations that are one Gaussian vector: here rows "
-                "are tokens of one vector, and none can be scored given the others. Use 'train'"
+                "evidence='bic' charges for each parameter by the number of independent rows: here "
+                + (
+                    "nothing is point-estimated in a candidate, whose LML is its evidence"
+                    if fixed
+                    else "rows are tokens of one vector, or are predicted by a network that is no density of its own"
+                )
+                + ". Use 'integrated', 'heldout' or 'train'"
             )
         return self, "asked for"
 
-    @property
-    def n_fits(self) -> int | None:
-        """How many a candidate takes; None where a splitter does not say."""
-        return self.n_repeats * int(self.cv) if isinstance(self.cv, Integral) else None
-
-    def evaluate(
-        self, candidate: Candidate, X: Any, y: Any, *, seed: int, random_state: int | None, **how: Any
-    ) -> None:
-        """As `Laplace.evaluate`; ``seed`` is of the partitions, ``random_state`` of fits that have none."""
-        repeats = [self._folds(len(X), seed + repeat) for repeat in range(self.n_repeats)]
-        _by_refits(candidate, X, y, repeats, random_state)
-        if self.n_repeats == 1 and self._is_partition and candidate.facts.by_row:
-            candidate.at_fit = np.asarray(candidate.model.score_samples(X, y), dtype=np.float64)
-            candidate.fold = np.empty(len(X), dtype=np.int_)
-            for f, (_, test) in enumerate(repeats[0]):
-                candidate.fold[test] = f
-
-    @property
-    def _is_partition(self) -> bool:
-        """Whether each row is hidden once, in a fold drawn at random: only then another draw would say otherwise."""
-        splitter: Any = self.cv
-        return isinstance(splitter, Integral) or (type(splitter) is KFold and bool(splitter.shuffle))
-
-    def _folds(self, n: int, seed: int) -> Splits:
-        splitter: Any = self.cv
-        if isinstance(self.cv, Integral):
-            splitter = KFold(min(int(self.cv), n), shuffle=True, random_state=seed % 2**32)
-        return list(splitter.split(np.empty((n, 1))))
-
-
-class Cumulative(BaseEstimator):
-    """Rows revealed in blocks, each predicted from all before it: log p(rest | visible share).
-
-    Parameters
-    ----------
-    n_blocks : int, default=5
-    n_repeats : int, default=1
-        Random orders of the rows, averaged; two or more give the error ``mc_dse``.
-    visible_share : float, default=0.5
-        Share of rows that it starts from.
-    """
-
-    name: ClassVar[str] = "cumulative"
-    _parameter_constraints: ClassVar[dict[str, Any]] = {
-        "n_blocks": _POSITIVE_INTEGER,
-        "n_repeats": _POSITIVE_INTEGER,
-        "visible_share": [Interval(Real, 0, 1, closed="neither")],
-    }
-
-    def __init__(self, n_blocks: int = 5, n_repeats: int = 1, visible_share: float = 0.5):
-        self.n_blocks = n_blocks
-        self.n_repeats = n_repeats
-        self.visible_share = visible_share
-
-    def chosen(self, models: list[Facts]) -> tuple[Rule, str]:
-        """Itself, and why; refused where rows are one vector."""
-        if not all(m.by_row for m in models):
-            raise ValueError(
-                "evidence='cumulative' needs independent rows: here they are tokens of one vector, and those of a "
-                "block are scored one by one, not together. Use 'integrated' or 'heldout'"
-            )
-        return self, "asked for"
-
-    @property
-    def n_fits(self) -> int:
-        """How many a candidate takes."""
-        return self.n_repeats * self.n_blocks
-
-    def evaluate(
-        self, candidate: Candidate, X: Any, y: Any, *, seed: int, random_state: int | None, **how: Any
-    ) -> None:
-        """As `HeldOut.evaluate`."""
-        repeats = [self._blocks(len(X), seed + repeat) for repeat in range(self.n_repeats)]
-        _by_refits(candidate, X, y, repeats, random_state)
-
-    def _blocks(self, n: int, seed: int) -> Splits:
-        order = np.random.RandomState(seed % 2**32).permutation(n)
-        first = max(2, round(self.visible_share * n))
-        edges = np.linspace(first, n, self.n_blocks + 1).round().astype(int)
-        return [(order[:a], order[a:b]) for a, b in pairwise(edges) if b > a]
+    def evaluate(self, candidate: Candidate, X: Any, y: Any, **seeds: Any) -> None:
+        """As `Laplace.evaluate`."""
+        candidate.evidence, candidate.se = -0.5 * candidate.model.bic(X, y), math.nan
+        _of_one_fit(candidate, X, y)
 
 
 class Auto(BaseEstimator):
@@ -338,8 +250,8 @@ class Auto(BaseEstimator):
         )
 
 
-Rule = Laplace | Integrated | HeldOut | Cumulative | Train
-RULES = (Auto, Laplace, Integrated, HeldOut, Cumulative, Train)
+Rule = Laplace | Integrated | Bic | HeldOut | Cumulative | Train
+RULES = (Auto, Laplace, Integrated, Bic, HeldOut, Cumulative, Train)
 
 
 def rule_of(evidence: Any) -> Rule | Auto:
@@ -452,33 +364,6 @@ def _of_one_fit(candidate: Candidate, X: Any, y: Any) -> None:
         candidate.by_row = np.asarray(model.score_samples(X, y))
     candidate.n_scored = 1.0 if candidate.by_row is None else float(len(candidate.by_row))
     candidate.splits = np.array([candidate.evidence / candidate.n_scored])
-
-
-def _by_refits(candidate: Candidate, X: Any, y: Any, repeats: list[Splits], random_state: int | None) -> None:
-    """Scores of rows by fits to others, averaged over repeats."""
-    by_row, replicates, means, n_cut_short = [], [], [], 0
-    for splits in repeats:
-        total, count = np.zeros(len(X)), np.zeros(len(X))
-        for train, test in splits:
-            fold = candidate.model.refit(rows_of(X, train), rows_of(y, train), random_state=random_state)
-            n_cut_short += not fold.converged_
-            score = fold.score_samples(rows_of(X, test), rows_of(y, test))
-            total[test] += score
-            count[test] += 1
-            means.append(float(np.nanmean(score)))  # of a missing y there is none
-        # A row that a splitter hides more than once counts once, with its mean; one that stays visible not at all.
-        by_row.append(np.divide(total, count, out=np.full(len(X), math.nan), where=count > 0))
-        replicates.append(float(np.nansum(by_row[-1])))
-    shown = ~np.isnan(by_row)  # (R, N)
-    candidate.n_scored = float(shown.sum(1).mean())
-    candidate.by_row = np.divide(
-        np.nansum(by_row, 0), shown.sum(0), out=np.full(len(X), math.nan), where=shown.any(0)
-    )
-    candidate.replicates = np.array(replicates)
-    candidate.evidence = float(np.mean(replicates))
-    candidate.splits = np.array(means)
-    if n_cut_short:
-        candidate.doubt(f"{n_cut_short} of {len(means)} fits to folds not converged")
 
 
 @all_or_nothing

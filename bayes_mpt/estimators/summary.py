@@ -64,7 +64,7 @@ def _doubts(table: pd.DataFrame, names: list[str]) -> list[str]:
         for part in str(said).split("; "):
             if part.startswith("prior's scale") and name != names[0]:
                 continue  # much the same for all
-            if part and part not in ("integrated", "laplace", "heldout", "train", "cumulative"):
+            if part and part not in ("integrated", "laplace", "bic", "heldout", "train", "cumulative"):
                 remarks.setdefault(part, []).append(name)
     for remark, whose in remarks.items():
         if len(whose) == len(names) > 1:

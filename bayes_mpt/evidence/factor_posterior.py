@@ -46,7 +46,7 @@ class FactorPosterior(ABC):
         self.n_loadings = self.n_tokens * n_latents
 
     @abstractmethod
-    def _likelihood(self, v: Array, e: Array, rest: Array) -> tuple[Array, Array, Array, Array]:
+    def _likelihood(self, v: Array, e: Array, rest: Array, rough: bool) -> tuple[Array, Array, Array, Array]:
         """Log likelihood (B,) and its gradients in V (B, T, K), e (B, T) and the rest of theta."""
 
     @abstractmethod
@@ -69,11 +69,11 @@ class FactorPosterior(ABC):
         e = theta[:, self.n_loadings : self.n_loadings + self.n_noise]
         return v, np.broadcast_to(e, (len(theta), self.n_tokens))
 
-    def log_density(self, theta: Array) -> tuple[Array, Array]:
-        """Log joint density (B,) at points (B, d), and its gradient (B, d)."""
+    def log_density(self, theta: Array, rough: bool = False) -> tuple[Array, Array]:
+        """Log joint density (B,) at points (B, d), and its gradient (B, d); ``rough``: of five digits."""
         v, e = self.split(theta)
         end = self.n_loadings + self.n_noise
-        likelihood, slope_v, slope_e, slope_rest = self._likelihood(v, e, theta[:, end:])
+        likelihood, slope_v, slope_e, slope_rest = self._likelihood(v, e, theta[:, end:], rough)
         noise, slope_noise = self.prior.log_noise(theta[:, self.n_loadings : end])
         loadings, prior_v, prior_e = self.prior.log_loadings(v, e)
         slope_e = slope_e + prior_e
@@ -120,7 +120,7 @@ class CompletePosterior(FactorPosterior):
         self.constant = 0.5 * self.n_tokens * math.log(kappa / (n_rows + kappa))
         self.constant -= 0.5 * n_rows * (self.n_tokens * LOG_2PI + np.log(self.units).sum())
 
-    def _likelihood(self, v: Array, e: Array, rest: Array) -> tuple[Array, Array, Array, Array]:
+    def _likelihood(self, v: Array, e: Array, rest: Array, rough: bool) -> tuple[Array, Array, Array, Array]:
         n_points, n_tokens, k = v.shape
         root = np.exp(-0.5 * e)  # (B, T)
         # R' V, as one product of R with all columns side by side

@@ -20,7 +20,7 @@ __all__ = ["IncompletePosterior"]
 
 Array = NDArray[np.float64]
 
-CHUNK_CELLS = 2**15  # points x rows x tokens at a time: what stays in the cache
+CHUNK_CELLS = 2**16  # points x rows x tokens at a time: what stays in the cache
 
 
 class IncompletePosterior(FactorPosterior):
@@ -51,13 +51,11 @@ class IncompletePosterior(FactorPosterior):
         self.constant = 0.5 * self.n_tokens * (math.log(prior.kappa) - LOG_2PI)
         self.constant -= 0.5 * float(self.patterns.n_seen @ np.log(self.units))
 
-    def _likelihood(self, v: Array, e: Array, rest: Array) -> tuple[Array, Array, Array, Array]:
+    def _likelihood(self, v: Array, e: Array, rest: Array, rough: bool) -> tuple[Array, Array, Array, Array]:
         root = np.exp(0.5 * e)
         w, psi = root[:, :, None] * v, np.exp(e)
-        parts = [
-            self.patterns.slopes(Maps(rest[i : i + self.size], w[i : i + self.size], psi[i : i + self.size]))
-            for i in range(0, len(v), self.size)
-        ]
+        chunks = [slice(i, i + self.size) for i in range(0, len(v), self.size)]
+        parts = [self.patterns.quick_slopes(Maps(rest[i], w[i], psi[i]), rough) for i in chunks]
         total, by_mean, by_w, by_psi = (np.concatenate(part) for part in zip(*parts, strict=True))
         own, own_v, own_e, own_mean = self._mean_prior(v, e, rest)
         # W = exp(e/2) V, psi = exp e

@@ -141,15 +141,16 @@ class Slice:
         )
 
     def force(self, y: Array) -> Array:
-        """The force at points (B, m), for which without weak columns no eigenvalues are needed."""
-        return self.read(y).force if self.n_weak else self._density(y)[1] + self.pull
+        """The force at points (B, m) on the way, of few digits: it need only depend on nothing but the point."""
+        gradient = self._density(y, rough=True)[1]
+        return gradient + (self._gauge_force(*self._polar(y)) if self.n_weak else self.pull)
 
-    def _density(self, y: Array) -> tuple[Array, Array, NDArray[np.bool_]]:
+    def _density(self, y: Array, rough: bool = False) -> tuple[Array, Array, NDArray[np.bool_]]:
         """Log density (B,) of the posterior at points (B, m), its gradient (B, m), and which points have diverged."""
         theta = self.theta(y)
         diverged = ~(np.abs(y).max(1) < FARTHEST)
         theta[diverged] = self.center
-        value, gradient = self.posterior.log_density(theta)
+        value, gradient = self.posterior.log_density(theta, rough)
         return value, gradient @ self.basis, diverged
 
     def _gauge_force(self, s: Array, e: Array) -> Array:

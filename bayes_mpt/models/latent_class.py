@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cache
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyro
 import pyro.distributions as dist
-import torch
 from numpy.typing import NDArray
 from pyro.distributions import constraints
 from torch import Tensor
 
 from bayes_mpt.models.checks import CheckedModel, IntegersFrom, OneOf, check_memory, skipped_levels
+from bayes_mpt.models.latent_class_em import MIN_PROB, Classes, climb, codes_of, short_runs
 
 __all__ = ["LatentClass"]
-
-START_ROWS = 16  # rows that a class starts from: averages over many more would be the same in all classes
-START_SHARE = 0.2  # of the frequencies in all rows, in those that a class starts from
 
 
 class LatentClass(CheckedModel):
     """Latent class analysis: tokens are codes 0, ..., L - 1, independent given the class of the row.
 
     Sites "class" (N,) and "x" (N, T), codes held as floats; parameters "weights" (C,) and "probs" (C, T, L).
-    The classes start at the frequencies of the levels in a few rows each, drawn at random.
+    The classes start at the end of the best of 8 short runs of EM, each from the frequencies of the levels in a few
+    rows a class, drawn at random. `maximize` goes on from there. A level that no row of a class has keeps a probability
+    of 1e-10 in it.
 
     Parameters
     ----------
@@ -42,6 +43,7 @@ class LatentClass(CheckedModel):
     (torch.Size([3]), torch.Size([2, 3, 3]))
     """
 
+    maximizes_missing: ClassVar[bool] = True
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         "n_classes": [IntegersFrom(1)],
         "n_levels": [IntegersFrom(1), OneOf("auto")],
@@ -63,12 +65,11 @@ class LatentClass(CheckedModel):
         check_memory(
             what, n_classes * x.shape[1] * n_levels, x, "use fewer, or codes without gaps (OrdinalEncoder)"
         )
-        weights = pyro.param("weights", lambda: x.new_full((n_classes,), 1 / n_classes), constraints.simplex)
-        probs = pyro.param(
-            "probs",
-            lambda: _start(x, n_classes, n_levels),
-            constraints.simplex,
-        )
+        start = cache(
+            lambda: _values(short_runs(x, n_classes, n_levels), x)
+        )  # one search for both parameters
+        weights = pyro.param("weights", lambda: start()["weights"], constraints.simplex)
+        probs = pyro.param("probs", lambda: start()["probs"], constraints.simplex)
         if highest > probs.shape[-1] - 1:
             raise ValueError(
                 f"x holds code {highest:g}, but parameter 'probs' has {probs.shape[-1]} levels, from 0: set "
@@ -78,18 +79,58 @@ class LatentClass(CheckedModel):
             c = pyro.sample("class", dist.Categorical(weights))
             pyro.sample("x", dist.Categorical(probs[c]).to_event(1), obs=x)
 
+    def maximize(
+        self, x: Tensor, params: Mapping[str, Tensor], *, tol: float, max_iter: int
+    ) -> dict[str, Tensor]:
+        """Climb from ``params`` by EM, and past its first steps by L-BFGS in its units.
+
+        Parameters
+        ----------
+        x : Tensor of shape (N, T)
+            Codes, NaN where missing.
+        params : dict of Tensor
+            Values of the parameters, by name.
+        tol : float
+            It ends where no step has more than this share of the score to gain, or nats a row where that is small.
+        max_iter : int
+            Most steps; 10 of L-BFGS count as one.
+
+        Returns
+        -------
+        dict of Tensor
+            Better ones; of a class without rows the levels are as they were.
+
+        Raises
+        ------
+        KeyboardInterrupt
+            At Ctrl-C; after the first step its argument is the parameters as they are then.
+
+        Examples
+        --------
+        >>> pyro.clear_param_store()
+        >>> x = torch.tensor([[0.0, 0.0], [0.0, 0.0], [1.0, 1.0], [1.0, torch.nan]], dtype=torch.float64)
+        >>> start = {"weights": x.new_tensor([0.5, 0.5]), "probs": x.new_tensor([[0.6, 0.4], [0.4, 0.6]])}
+        >>> start["probs"] = start["probs"][:, None].expand(2, 2, 2)
+        >>> better = LatentClass(2).maximize(x, start, tol=1e-12, max_iter=100)
+        >>> better["probs"][:, 0].round(decimals=3)
+        tensor([[1., 0.],
+                [0., 1.]], dtype=torch.float64)
+        """
+        codes = codes_of(x, params["probs"].shape[-1])
+        weights, probs = (
+            params[name].detach().double().clamp(min=MIN_PROB)[None].log() for name in ("weights", "probs")
+        )
+        try:
+            return _values(climb(codes, Classes(weights, probs), tol=tol, max_iter=max_iter), x)
+        except KeyboardInterrupt as press:
+            if not press.args:
+                raise
+            raise KeyboardInterrupt(_values(press.args[0], x)) from press
+
     def advice(self, X: NDArray[np.floating]) -> list[str]:
         return skipped_levels(X) if self.n_levels == "auto" else []
 
 
-def _start(x: Tensor, n_classes: int, n_levels: int) -> Tensor:
-    """Frequencies (C, T, L) in a few rows of each class, mixed with those in all rows; none is zero."""
-    n_rows = len(x)
-    # a cell filled with the column's mean counts as the nearest code
-    codes = x.detach().round().long().clamp(max=n_levels - 1)  # (N, T)
-    total = torch.stack([(codes == level).sum(0) for level in range(n_levels)], -1).to(x)  # (T, L)
-    everywhere = (total + 1 / n_levels) / (n_rows + 1)
-    drawn = torch.randint(n_rows, (n_classes, START_ROWS), device="cpu").to(x.device)
-    # one class at a time, and no one-hot table of all rows
-    own = torch.stack([torch.nn.functional.one_hot(codes[rows], n_levels).to(x).mean(0) for rows in drawn])
-    return (1 - START_SHARE) * own + START_SHARE * everywhere
+def _values(classes: Classes, x: Tensor) -> dict[str, Tensor]:
+    """The parameters by name, of the one fit there is."""
+    return {"weights": classes.log_weights[0].exp().to(x), "probs": classes.log_probs[0].exp().to(x)}

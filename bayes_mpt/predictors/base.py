@@ -191,6 +191,8 @@ class Bound(ABC):
     """Of the way, in words."""
     why: str = ""
     """What was found that allows this way, for `BayesMPT.explain`."""
+    serves_any_rows: bool = False
+    """Whether what was found holds for other rows as well, though these do not share a map (`Program.scores_input`)."""
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -203,6 +205,12 @@ class Bound(ABC):
 
     def score_at(self, args: tuple[Any, ...], values: dict[str, Tensor]) -> Tensor:
         """Log-density (B,) of a program's observations at B values (B, ...) of each parameter, side by side."""
+        raise NotImplementedError(f"{self.name} reads a program at one value of its parameters at a time")
+
+    def predict_at(
+        self, args: tuple[Any, ...], new: tuple[Any, ...], values: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Means and variances (B, M) of the observations of M new rows given those of ``args``, as `score_at`."""
         raise NotImplementedError(f"{self.name} reads a program at one value of its parameters at a time")
 
     def schedule(self, whole: Batch, masks: Policy | None, seed: int = 0) -> list[Objective]:

@@ -10,7 +10,8 @@ from test_selection import gaussian
 from bayes_mpt import BayesMPT, MarginalLikelihoodSearch, compare
 from bayes_mpt.estimators.candidates import Candidate
 from bayes_mpt.estimators.checked import _contradicts
-from bayes_mpt.estimators.rules import Auto, HeldOut, Integrated
+from bayes_mpt.estimators.refits import HeldOut
+from bayes_mpt.estimators.rules import Auto, Integrated
 from bayes_mpt.evidence import factor_prior, sample_evidence
 from bayes_mpt.models import PPCA, FactorAnalysis
 from bayes_mpt.program.statistics import SufficientStatistics

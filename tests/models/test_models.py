@@ -33,6 +33,7 @@ from bayes_mpt.training import Ascent
 pytestmark = pytest.mark.usefixtures("own_store")
 
 SEED = 1991
+UNIT = dist.constraints.unit_interval
 KINDS = ["full", "tied", "diag", "spherical"]
 IRIS, WINE = load_iris().data, load_wine().data
 MIXTURES = [*(GaussianMixture(3, kind) for kind in KINDS), MixtureOfFactorAnalyzers(3, 2)]
@@ -501,10 +502,14 @@ def test_mean_of_a_column_in_a_missing_cell_starts_as_the_nearest_code():
     "program", [GaussianMixture(2, "diag"), LatentClass(2)], ids=["GaussianMixture", "LatentClass"]
 )
 def test_svi_trains_them(program):
-    x = codes()
+    # far from where EM ends; the others start there
     if isinstance(program, GaussianMixture):
         x = IRIS
-        set_params(loc=(IRIS[:2], dist.constraints.real))  # far from where EM ends; the others start there
+        set_params(loc=(IRIS[:2], dist.constraints.real))
+    else:
+        x = codes()
+        probs = np.random.default_rng(SEED).dirichlet(np.ones(3), size=(2, 4))
+        set_params(probs=(probs, dist.constraints.simplex))
     svi = SVI(
         config_enumerate(program),
         lambda x: None,
@@ -779,13 +784,45 @@ def test_scores_of_a_mixture_need_no_program(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("program", [GaussianMixture(2), MixtureOfFactorAnalyzers(2, 1)], ids=repr)
+@pytest.mark.parametrize(
+    "program",
+    [GaussianMixture(2), GaussianMixture(2, "diag"), MixtureOfFactorAnalyzers(2, 1), LatentClass(2, 3)],
+    ids=repr,
+)
 def test_a_fold_is_a_fit_of_its_own(program):
     """What is taken over from the fit to all rows is what the program is, and no number that has seen hidden rows."""
-    x = WINE[:, [0, 1, 2, 6]]
+    x = codes() if isinstance(program, LatentClass) else WINE[:, [0, 1, 2, 6]]
     whole = BayesMPT(program, training=Ascent(tol=1e-6), random_state=0).fit(x)
     fold = whole.refit(x[::2])
     alone = BayesMPT(program, training=Ascent(tol=1e-6), random_state=0).fit(x[::2])
     for name, value in alone.params_.items():
         np.testing.assert_array_equal(fold.params_[name], value)
     np.testing.assert_array_equal(fold.score_samples(x), alone.score_samples(x))
+
+
+def test_a_program_of_discrete_latents_is_found_out_about_once():
+    runs = []
+
+    def coins(x):
+        runs.append(len(x))
+        p = pyro.param("p", lambda: torch.stack([0.2 + 0.5 * x.mean(0), 0.8 - 0.5 * x.mean(0)]), UNIT)
+        with pyro.plate("rows", len(x)):
+            c = pyro.sample("c", dist.Bernoulli(x.new_tensor(0.5)))
+            pyro.sample("x", dist.Bernoulli(p[c.long()]).to_event(1), obs=x)
+
+    x = (np.random.default_rng(SEED).random((40, 3)) < 0.4).astype(float)
+    whole = BayesMPT(coins, training=Ascent(tol=1e-6), random_state=0).fit(x[:30])
+    runs.clear()
+    want = BayesMPT(coins, training=Ascent(tol=1e-6), random_state=0).fit(x[:20])
+    first = len(runs)
+    runs.clear()
+    fold = whole.refit(x[:20], random_state=0)
+    assert len(runs) < first
+    assert set(runs) == {20}
+    runs.clear()
+    got = fold.score_samples(x[20:])
+    assert len(runs) == 1
+    np.testing.assert_array_equal(got, want.score_samples(x[20:]))
+    p = fold.params_["p"]  # (2, 3)
+    terms = [stats.bernoulli(q).logpmf(x[20:]).sum(1) + np.log(0.5) for q in p]
+    np.testing.assert_allclose(got, logsumexp(terms, 0), atol=1e-12)

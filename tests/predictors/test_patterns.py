@@ -7,6 +7,7 @@ import pytest
 from scipy.stats import multivariate_normal
 
 from bayes_mpt.evidence.factor_posterior import information as of_shares
+from bayes_mpt.predictors.gaussian import patterns
 from bayes_mpt.predictors.gaussian.incomplete import maximise
 from bayes_mpt.predictors.gaussian.patterns import Maps, Patterns
 from bayes_mpt.predictors.gaussian.profile import Prior
@@ -56,11 +57,17 @@ def fisher(shown, count, theta, k, cov_of):
     return found
 
 
+@pytest.mark.parametrize("n_parts", [1, 3])
+@pytest.mark.parametrize("quick", [False, True])
 @pytest.mark.parametrize("k", [0, 1, 3])
-def test_score_and_slopes(k):
+def test_score_and_slopes(k, quick, n_parts, monkeypatch):
     rows, weight, maps = table(k=k)
     rows[3] = np.nan  # a row without any cell counts for nothing
-    found = Patterns(rows, weight).slopes(maps)
+    of = Patterns(rows, weight)
+    monkeypatch.setattr(patterns, "CHUNK", 2 * (5 + k**2) * (12 // n_parts))
+    found = of.quick_slopes(maps, rough=False) if quick else of.slopes(maps)
+    for exact, few in zip(found, of.quick_slopes(maps, rough=True), strict=True):
+        np.testing.assert_allclose(few, exact, rtol=1e-4, atol=1e-4)
     for b in range(2):
         theta = flat(maps, b)
         assert found.total[b] == pytest.approx(log_density(rows, weight, theta, k), rel=1e-12)

@@ -17,7 +17,8 @@ Several maps are taken side by side, (B, ...): small algebra costs its calls and
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -106,24 +107,30 @@ class Patterns:
         """(T, G)"""
         self.index = index.ravel()[order]
         """(R,) which pattern."""
-        self.seen = np.ascontiguousarray(seen[order].T, dtype=np.float64)
-        """(T, R)"""
-        self.rows = np.ascontiguousarray(np.where(seen, rows, 0.0)[order].T)
-        """(T, R), zero where missing."""
+        both = np.concatenate([np.where(seen, rows, 0.0)[order].T, seen[order].T])
+        self.both = np.ascontiguousarray(both)
+        """(2 T, R) rows, zero where missing, and what they show."""
+        self.rows, self.seen = np.split(self.both, 2)
         self.weight = weight[order]
         self.count = np.bincount(self.index, self.weight).astype(np.float64)
         """(G,) rows, weighted."""
         self.n_rows = float(weight.sum())
-        self.n_seen = self.seen @ self.weight
-        """(T,) observed cells."""
+        self.n_seen, self.first, self.square = _moments(self.both, self.weight)
+        """(T,) observed cells, their sums and those of their squares."""
 
     def score(self, at: Maps) -> Array:
         """(B,) nats of all rows."""
-        return self._sums(at, step=False).total
+        return self._sums(at, partial(self._by_residuals, step=False)).total
 
     def slopes(self, at: Maps) -> Slopes:
         """The score of all rows and its slopes."""
-        return self._slopes(at, self._sums(at, step=False))
+        return self._slopes(at, self._sums(at, partial(self._by_residuals, step=False)))
+
+    def quick_slopes(self, at: Maps, rough: bool) -> Slopes:
+        """The same in less time, with digits enough for a sampler; ``rough``: five of them."""
+        if at.noise.min() < SMALL:
+            return self.slopes(at)
+        return self._slopes(at, self._sums(at, partial(self._by_products, rough=rough)))
 
     def _slopes(self, at: Maps, sums: _Sums) -> Slopes:
         of_z = np.einsum("btk,btkl->btl", at.loading, sums.z)
@@ -148,7 +155,7 @@ class Patterns:
         What is filled in is the latents: token by token a regression on (z, 1). With the latents' own mean and
         covariance estimated too, and then taken into W and m (Liu, Rubin & Wu 1998), which makes it faster.
         """
-        sums = self._sums(at, step=True)
+        sums = self._sums(at, partial(self._by_residuals, step=True))
         assert sums.f is not None and sums.ff is not None
         assert sums.first is not None and sums.second is not None
         slope = self._slopes(at, sums)
@@ -185,12 +192,12 @@ class Patterns:
             found[2][...] += 0.5 * (count * p**2).sum(0)
         return found
 
-    def _sums(self, at: Maps, *, step: bool) -> _Sums:
+    def _sums(self, at: Maps, of: Callable[[Maps, slice, slice], _Sums]) -> _Sums:
         """Over all rows, by as many at once as fit into memory."""
         found: _Sums | None = None
         size = len(at.mean) * (self.shown.shape[0] + at.loading.shape[-1] ** 2)
         for groups, rows in self._parts(max(1, CHUNK // max(1, size))):
-            part = self._sums_of(at, groups, rows, step=step)
+            part = of(at, groups, rows)
             found = part if found is None else _added(found, part)
         assert found is not None
         return found
@@ -208,7 +215,56 @@ class Patterns:
                     slice(start + rows.start, start + rows.stop),
                 )
 
-    def _sums_of(self, at: Maps, groups: slice, rows: slice, *, step: bool) -> _Sums:
+    def _by_products(self, at: Maps, groups: slice, rows: slice, *, rough: bool) -> _Sums:
+        """Without any number for each row and token: products of constant matrices (T, R) with latents (K, R).
+
+        With u_r = (x_r - m)_o and h_r = W_o' psi_o^-1 u_r, f_r = C h_r and FF_t the sum of f_r f_r',
+
+            sum_o e_r^2 / psi + f_r' f_r = u_r' psi_o^-1 u_r - h_r' f_r
+            sum a_r f_r' = psi^-1 (sum u_r f_r' - W_t FF_t)
+            sum a_rt^2 = psi_t^-2 (sum u_rt^2 - 2 W_t sum u_rt f_r + W_t FF_t W_t')
+        """
+        b, t, k = at.loading.shape
+        index, weight = self.index[rows] - groups.start, self.weight[rows]
+        shown, both = self.shown[:, groups], self.both[:, rows]
+        n_seen, first, square = self.n_seen, self.first, self.square
+        if len(weight) < len(self.weight):
+            n_seen, first, square = _moments(both, weight)
+        count = np.bincount(index, weight, minlength=shown.shape[1])
+        low, high, full = _triangle(k)
+        w = np.ascontiguousarray(at.loading.transpose(2, 0, 1))  # (K, B, T): latents first
+        scaled = w / at.noise
+        precision = (scaled[low] * w[high]).reshape(len(low) * b, t) @ shown
+        precision = precision.reshape(len(low), b * len(count))[full]  # (K, K, B G)
+        precision += np.eye(k)[:, :, None]
+        c, log_det = inverse(precision[None].astype(np.float32 if rough else np.float64))
+        c = c[0].astype(np.float64).reshape(k, k, b, len(count))
+        h = np.concatenate([scaled, -scaled * at.mean], 2).reshape(k * b, 2 * t) @ both
+        h = h.reshape(k, b, len(index))
+        f = np.einsum("klbr,lbr->kbr", c if len(count) == len(index) else c[..., index], h)
+        weighted = f * weight
+        sides = (weighted.reshape(k * b, len(index)) @ both.T).reshape(k, b, 2 * t)
+        of_f = sides[..., t:]
+        of_u = sides[..., :t] - at.mean * of_f
+        products = (weighted[low] * f[high]).reshape(len(low) * b, len(index))
+        ff = (products @ both[t:].T).reshape(len(low), b, t)[full]  # (K, K, B, T)
+        z = (c[low, high] * count).reshape(len(low) * b, len(count)) @ shown.T
+        z = z.reshape(len(low), b, t)[full]
+        known = np.einsum("klbt,lbt->kbt", ff, w)
+        u2 = square + at.mean * (n_seen * at.mean - 2 * first)
+        total = n_seen.sum() * LOG_2PI + np.log(at.noise) @ n_seen + log_det.reshape(b, len(count)) @ count
+        total = total + (u2 / at.noise).sum(1) - np.einsum("kbr,kbr->b", weighted, h)
+        return _Sums(
+            -0.5 * total,
+            (first - n_seen * at.mean - (w * of_f).sum(0)) / at.noise,
+            (u2 - (w * (2 * of_u - known)).sum(0)) / at.noise**2,
+            ((of_u - known) / at.noise).transpose(1, 2, 0),
+            z.transpose(2, 3, 0, 1),
+            *(None,) * 4,
+        )
+
+    def _by_residuals(self, at: Maps, groups: slice, rows: slice, *, step: bool) -> _Sums:
+        """By what is left of each row and token, in which nothing cancels where a noise is all but zero."""
         b, t, k = at.loading.shape
         index, weight, seen = self.index[rows] - groups.start, self.weight[rows], self.seen[:, rows]
         shown = self.shown[:, groups]
@@ -293,7 +349,7 @@ def inverse(matrix: Array) -> tuple[Array, Array]:
     By elimination, all matrices at once: M -> M - M_i M_i' / M_ii, with row and column i those of the inverse.
     """
     k = matrix.shape[1]
-    log_det = np.zeros((len(matrix), matrix.shape[-1]))
+    log_det = np.zeros((len(matrix), matrix.shape[-1]), dtype=matrix.dtype)
     matrix = matrix.copy()
     for i in range(k):
         pivot = matrix[:, i, i].copy()
@@ -303,6 +359,20 @@ def inverse(matrix: Array) -> tuple[Array, Array]:
         matrix[:, i], matrix[:, :, i] = row, -column / pivot[:, None]
         matrix[:, i, i] = 1 / pivot
     return matrix, log_det
+
+
+def _triangle(k: int) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.intp]]:
+    """Rows and columns of the upper triangle of a symmetric matrix (K, K), and where in it each entry stands (K, K)."""
+    low, high = np.triu_indices(k)
+    full = np.zeros((k, k), dtype=np.intp)
+    full[low, high] = full[high, low] = np.arange(len(low))
+    return low, high, full
+
+
+def _moments(both: Array, weight: Array) -> tuple[Array, Array, Array]:
+    """Of rows and what they show (2 T, R): cells (T,), their sums, sums of squares."""
+    t = len(both) // 2
+    return both[t:] @ weight, both[:t] @ weight, both[:t] ** 2 @ weight
 
 
 def _slices(n: int, step: int) -> list[slice]:

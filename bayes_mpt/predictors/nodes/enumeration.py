@@ -30,8 +30,11 @@ class _Enumerated(NodeSource):
 
     name = "Exact"
 
-    def __init__(self, model: Model, program: Program):
+    def __init__(self, model: Model, args: tuple[Any, ...], program: Program):
         self.model, self.structure = model, program
+        # no distribution looks at the rows, and their number is read with them
+        alone = len(args) == 1 and program.observed_argument == 0
+        self.serves_any_rows = alone and program.by_row and program.sub_rows is None
         names = ", ".join(program.discrete)
         self.why = f"the values of {names} are summed out" if names else "the program has no latents"
 
@@ -47,7 +50,7 @@ class _Enumerated(NodeSource):
 
 def enumerated(model: Model, args: tuple[Any, ...], program: Program) -> NodeSource:
     """Programs whose latents are all discrete."""
-    source = _Enumerated(model, program)
+    source = _Enumerated(model, args, program)
     try:
         read_factors(model, tuple(fill(a) for a in args), program)
     except ModelError:
