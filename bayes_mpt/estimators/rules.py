@@ -196,7 +196,9 @@ class Bic(BaseEstimator):
 
     def evaluate(self, candidate: Candidate, X: Any, y: Any, **seeds: Any) -> None:
         """As `Laplace.evaluate`."""
-        candidate.evidence, candidate.se = -0.5 * candidate.model.bic(X, y), math.nan
+        model = candidate.model
+        candidate.evidence, candidate.se = -0.5 * model.bic(X, y), math.nan
+        candidate.about = "at the maximum a posteriori" if model.at_map_ else "at the maximum of the likelihood"
         _of_one_fit(candidate, X, y)
 
 
