@@ -81,7 +81,7 @@ def test_against_all_allocations(case, kind):
     x = table(seed, min(n, 6) if k == 3 else n, t)
     prior = mixture_prior(x)
     found = mixture_evidence(x, k, prior, covariance_type=kind, se=0.05, max_particles=4096, seed=1)
-    assert found.se < 0.15
+    assert found.se < 0.25
     assert found.log_evidence == pytest.approx(enumerated(x, k, prior, kind), abs=3 * found.se)
 
 
