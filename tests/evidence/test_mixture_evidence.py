@@ -5,10 +5,12 @@ import math
 
 import numpy as np
 import pytest
+from scipy.integrate import quad
 from scipy.special import gammaln, logsumexp, multigammaln
-from scipy.stats import multivariate_t
+from scipy.stats import gamma, invgamma, multivariate_normal, multivariate_t
 
-from bayes_mpt.evidence import MixturePrior, mixture_evidence, mixture_prior
+from bayes_mpt.evidence import MixturePrior, factor_prior, mixture_evidence, mixture_prior, sample_evidence
+from bayes_mpt.program.statistics import SufficientStatistics
 
 KINDS = ("full", "tied", "diag", "spherical")
 KAPPA, ALPHA, DEGREES = 0.01, 4.0, 3
@@ -122,6 +124,26 @@ def test_one_component_is_exact(kind):
     truth = log_joint(x, np.zeros(40, dtype=int), 1, mixture_prior(x), kind)
     assert found.log_evidence == pytest.approx(truth, abs=1e-8)
     assert found.se < 1e-8
+
+
+def test_one_column_beside_factor_analysis_without_factors():
+    """The same model under two priors of its variance: one integral over it, the mean integrated alike."""
+    x = table(14, 25, 1)
+    prior, other = mixture_prior(x), factor_prior(x)
+    spread, s = np.eye(25) + 1 / KAPPA, float(prior.covariance[0, 0])
+
+    def integral(law):
+        def density(log_variance):
+            v = math.exp(log_variance)
+            log_l = multivariate_normal(np.full(25, prior.center[0]), v * spread).logpdf(x[:, 0])
+            return math.exp(log_l + law.logpdf(v) + log_variance + 60)
+
+        return math.log(quad(density, math.log(s) - 6, math.log(s) + 6, limit=200)[0]) - 60
+
+    mixture = mixture_evidence(x, 1, prior).log_evidence
+    factors = sample_evidence(SufficientStatistics(x), 0, other).log_evidence
+    assert mixture == pytest.approx(integral(invgamma(DEGREES / 2, scale=s / 2)), abs=1e-6)
+    assert factors == pytest.approx(integral(gamma(2, scale=s / 2)), abs=1e-6)
 
 
 def test_with_one_column_all_kinds_are_the_same():
