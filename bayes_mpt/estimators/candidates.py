@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -153,6 +153,11 @@ class Candidate:
     def doubt(self, why: str) -> None:
         """Add what to be wary of, if there is anything."""
         self.note = "; ".join(filter(None, [self.note, why]))
+
+    def state_prior(self) -> None:
+        """Let `explain` of the fit say under which prior its evidence is."""
+        if self.prior and self.estimator is not None:
+            self.model.fitted_ = replace(self.model.fitted_, evidence_prior=self.prior)
 
     @property
     def kind(self) -> str:
