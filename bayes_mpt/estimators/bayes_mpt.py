@@ -139,7 +139,8 @@ class BayesMPT(
         (K, T), (T,), (T,): the linear-Gaussian map in units of standard normal latents, where all rows share it; one
         number is the noise of a model that says so.
     at_map_ : bool
-        Whether the parameters are at the maximum a posteriori (``penalty``), not at that of the score.
+        Whether the parameters are at the maximum a posteriori (``penalty``, or a prior that the model always adds), not
+        at that of the score.
     complete_ : bool
         Whether no cell of the training rows was missing.
     data_digest_ : str

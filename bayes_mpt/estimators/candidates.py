@@ -162,7 +162,7 @@ class Candidate:
         if self.believed is None:
             return None
         draws, islands = self.believed.draws, self.believed.islands
-        return GaussianRows(draws.mean(islands), draws.covariance(islands))
+        return GaussianRows.of(draws.mean(islands), draws.covariance(islands))
 
     def take_sampled(self, found: SampledEvidence) -> None:
         """An evidence with loadings, noise variances and mean integrated, of the rows the model was fitted to."""

@@ -1,6 +1,9 @@
 """AIC and BIC: the log-likelihood at its maximum, less a charge for the numbers that were free to move.
 
 AIC = -2 log p(X) + 2 P,    BIC = -2 log p(X) + P log N
+
+Of a model without a maximum of its own, whose fits add a prior always (`Offers.penalty`: mixtures of Gaussians), p(X)
+is the likelihood at the mode under that prior, and the prior no part of it (Fraley & Raftery 2007).
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ def criterion(fitted: Fitted, rows: NDArray[np.floating], y: Any, price: Callabl
             "AIC and BIC are of the maximum of the likelihood, and this fit is averaged over its posterior, whose log "
             "evidence is log_marginal_likelihood_: use average=None"
         )
-    if fitted.at_map:
+    if fitted.at_map and offered(fitted.model, "penalised") is None:
         raise ValueError(
             "AIC and BIC are of the likelihood at its maximum, and this fit is at the maximum a posteriori: leave "
             "penalty=False, or rank by an evidence"

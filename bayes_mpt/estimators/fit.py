@@ -17,7 +17,7 @@ from bayes_mpt import training
 from bayes_mpt.estimators.binding import MAX_INIT_ROWS, bind, choose_dimension
 from bayes_mpt.estimators.checks import check_bound, of_program, warn_of_bounds, warn_of_weights
 from bayes_mpt.estimators.fitted import Fitted, Latents, n_at_once
-from bayes_mpt.estimators.penalty import penalty_of
+from bayes_mpt.estimators.penalty import own_penalty, penalty_of
 from bayes_mpt.estimators.rows import (
     arguments,
     as_tensor,
@@ -247,7 +247,10 @@ def _read(
     problem = training.Problem(Objective(predictor, _whole(model, table, predictor, args, statistics)))
     leaves = of_program(problem)
     prior = hyperprior(model, args, leaves)
-    if penalty:
+    own = own_penalty(model, problem.whole.args)
+    if own is not None:
+        problem = replace(problem, log_prior=own)
+    elif penalty:
         seen = table.statistics if statistics is None else statistics
         problem = replace(problem, log_prior=penalty_of(model, prior, leaves, table.X, seen))
     return _Read(model, guide, table, problem, statistics, prior, initial, trainer)
@@ -380,7 +383,7 @@ def _scored(read: _Read, fit: training.Fit, template: Fitted | None, *, penalty:
         drawn=score.drawn,
         seed=read.trainer.seed,
         random_after=[],
-        at_map=penalty,
+        at_map=penalty or offered(model, "penalised") is not None,
         selection=None,
         device=table.device,
     )

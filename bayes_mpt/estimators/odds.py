@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from sklearn.base import BaseEstimator
 
+from bayes_mpt.estimators.availability import is_unfitted
 from bayes_mpt.estimators.candidates import Candidate, final_step
 from bayes_mpt.program.program import list_names
 
@@ -68,8 +70,8 @@ def given_odds(prior_weights: Mapping[str, float] | ArrayLike, names: list[str],
 def _class_and_size(place: int, candidate: Candidate) -> tuple[Any, Any]:
     """What a candidate is of; a program without a size is one of its own."""
     estimator = final_step(candidate.unfitted if candidate.estimator is None else candidate.estimator)
-    model = getattr(estimator, "fitted_model_", estimator.model)
-    params = model.get_params(deep=False) if hasattr(model, "get_params") else {}
+    model = estimator.model if is_unfitted(estimator) else estimator.fitted_.model
+    params = model.get_params(deep=False) if isinstance(model, BaseEstimator) else {}
     size = next((params[name] for name in SIZES if name in params), None)
     kind: Any = type(model)
     if kind.__name__ == "function":

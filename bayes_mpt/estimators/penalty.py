@@ -1,4 +1,8 @@
-"""What ``penalty=True`` adds to the score: the log prior of a model's parameters, or of its noise variances."""
+"""What is added to the score: the log prior of a model's parameters, or of its noise variances.
+
+By ``penalty=True`` that which the model offers; and always a prior without which its likelihood has no bound
+(`bayes_mpt.program.offers.Offers.penalty`).
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,16 @@ from bayes_mpt.program.program import Model
 from bayes_mpt.program.statistics import SufficientStatistics
 from bayes_mpt.training import NoisePrior
 
-__all__ = ["penalty_of"]
+__all__ = ["own_penalty", "penalty_of"]
+
+
+def own_penalty(model: Model, args: tuple[Any, ...]) -> Callable[[], Tensor] | None:
+    """What every fit of a model adds, at the parameters that stand in Pyro's store at the time; None for nothing."""
+    make = offered(model, "penalty")
+    found = None if make is None else make(*args)
+    if found is None:
+        return None
+    return lambda: found(dict(pyro.get_param_store().items()))
 
 
 def penalty_of(
@@ -50,8 +63,9 @@ def penalty_of(
     n_noise = leaves[name].numel() if name in leaves else 0
     if n_noise not in (1, n_columns):
         raise ValueError(
-            f"penalty=True needs a model that offers hyperprior(x, y), or a factor model whose symmetries name its "
-            f"noise variance, got {model!r}: write priors into the program by pyro.sample, or leave penalty=False"
+            f"penalty=True needs a model that offers hyperprior(x, y) or penalty(x), or a factor model whose "
+            f"symmetries name its noise variance, got {model!r}: write priors into the program by pyro.sample, or "
+            "leave penalty=False"
         )
     stated = _stated(X, statistics)
     units = stated.units(None if n_noise > 1 else np.ones(n_columns))

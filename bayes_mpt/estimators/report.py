@@ -9,6 +9,7 @@ from typing import Any
 
 from bayes_mpt import training
 from bayes_mpt.estimators.fitted import Fitted
+from bayes_mpt.program.offers import offered
 from bayes_mpt.program.program import list_names
 from bayes_mpt.runtime.interrupts import check
 from bayes_mpt.runtime.progress import Line, tell
@@ -90,7 +91,9 @@ def explain(fitted: Fitted) -> str:
     if s.affine:
         per_row = "; read on the real rows, since each row has its own map"
         read = per_row if s.per_row else "; read once for all rows"
+    prior = offered(fitted.model, "penalised")
     where = ", at their maximum a posteriori under the model's prior" if fitted.at_map else ""
+    where = where if prior is None else f", at {prior}"
     return "\n".join(
         [
             f"tokens:          {tokens}",

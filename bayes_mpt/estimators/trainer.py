@@ -115,7 +115,8 @@ class Trainer:
         except FewCellsError as error:
             raise ValueError(self._few_cells(error, problem)) from error
         except CollapseError as error:
-            raise ValueError(f"{error}{self._repeats(problem)}") from error
+            named = f". Constant here: {self._named(error.constant)}" if error.constant else ""
+            raise ValueError(f"{error}{named or self._repeats(problem)}") from error
         if not fit.interrupted:
             self._warn_of_end(fit, how, problem, statistics)
             fit.n_iter += n_before

@@ -1,7 +1,7 @@
 """The law of a new row given the rows of a table, what was estimated integrated: of such laws an average is a mixture.
 
-Each kind of evidence has its own, and all can be asked the same (`RowPredictive`). Of a factor model it is the Gaussian
-with the posterior means of its mean and covariance (`GaussianRows`).
+Each kind of evidence has its own, and all can be asked the same (`RowPredictive`). Of a factor model it is the normal
+with the posterior means of its mean and covariance, of draws of mixtures the mixture of all (`GaussianRows`).
 """
 
 from __future__ import annotations
@@ -9,17 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import cholesky, solve_triangular
+from scipy.special import logsumexp, softmax
 
 __all__ = ["GaussianRows", "RowPredictive", "patterns"]
 
 Array = NDArray[np.float64]
 
 LOG_2PI = math.log(2 * math.pi)
+MAX_CELLS = 2**22  # of rows under all parts, at a time
 
 
 class RowPredictive(Protocol):
@@ -43,51 +44,86 @@ class RowPredictive(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class GaussianRows:
-    """Rows x ~ N(mean, covariance).
+    """Rows of one normal or of a mixture of M: x ~ sum_m share_m N(mean_m, covariance_m).
+
+    A posterior that is told by draws of weights, means and covariances is such a mixture of all of them together.
 
     Examples
     --------
-    >>> law = GaussianRows(np.zeros(2), np.array([[1.0, 0.6], [0.6, 1.0]]))
+    >>> law = GaussianRows.of(np.zeros(2), np.array([[1.0, 0.6], [0.6, 1.0]]))
     >>> law.log_prob(np.array([[0.0, np.nan], [np.nan, np.nan]])).round(4).tolist()
     [-0.9189, 0.0]
     >>> [cells.round(4).tolist() for cells in law.fill(np.array([[2.0, np.nan]]))]
     [[[2.0, 1.2]], [[0.0, 0.64]]]
     """
 
-    mean: Array
-    """(T,)"""
-    covariance: Array
-    """(T, T)"""
+    share: Array
+    """(M,) adding up to one."""
+    means: Array
+    """(M, T)"""
+    covariances: Array
+    """(M, T, T)"""
+
+    @classmethod
+    def of(cls, mean: Array, covariance: Array) -> Self:
+        """One normal."""
+        return cls(np.ones(1), mean[None], covariance[None])
 
     def log_prob(self, rows: Array) -> Array:
         """As `RowPredictive.log_prob`."""
         out = np.zeros(len(rows))
-        for index, seen in patterns(rows):
-            root = cholesky(self.covariance[np.ix_(seen, seen)], lower=True)
-            off = (rows[np.ix_(index, seen)] - self.mean[seen]).T
-            white = solve_triangular(root, off, lower=True)  # (O, n)
-            constant = len(root) * LOG_2PI + 2 * np.log(np.diag(root)).sum()
-            out[index] -= 0.5 * (np.square(white).sum(0) + constant)
+        for index, seen in self._parts(rows):
+            if seen.any():
+                out[index] = logsumexp(self._log_joint(rows[index], seen), axis=0)
         return out
 
     def sample(self, n_rows: int, rng: np.random.Generator) -> Array:
         """As `RowPredictive.sample`."""
-        root = cholesky(self.covariance, lower=True)
-        return np.asarray(self.mean + rng.standard_normal((n_rows, len(self.mean))) @ root.T)
+        part = rng.choice(len(self.share), size=n_rows, p=self.share)
+        z = rng.standard_normal((n_rows, self.means.shape[1]))
+        roots = np.linalg.cholesky(self.covariances)
+        if len(self.share) == 1:
+            return np.asarray(self.means[0] + z @ roots[0].T)
+        return np.asarray(self.means[part] + np.einsum("nij,nj->ni", roots[part], z))
 
     def fill(self, rows: Array) -> tuple[Array, Array]:
-        """As `RowPredictive.fill`: m_h + C_ho C_oo^-1 (x_o - m_o), and the diagonal of C_hh - C_ho C_oo^-1 C_oh."""
+        """As `RowPredictive.fill`; of one part m_h + C_ho C_oo^-1 (x_o - m_o), and diag(C_hh - C_ho C_oo^-1 C_oh)."""
         mean, var = rows.astype(np.float64), np.zeros(rows.shape)
-        for index, seen in patterns(rows):
+        for index, seen in self._parts(rows):
             hidden = ~seen
-            root = cholesky(self.covariance[np.ix_(seen, seen)], lower=True)
-            across = solve_triangular(root, self.covariance[np.ix_(seen, hidden)], lower=True)  # (O, H)
-            off = (rows[np.ix_(index, seen)] - self.mean[seen]).T
-            white = solve_triangular(root, off, lower=True)  # (O, n)
-            mean[np.ix_(index, hidden)] = self.mean[hidden] + white.T @ across
-            rest = np.diag(self.covariance)[hidden] - np.square(across).sum(0)
-            var[np.ix_(index, hidden)] = np.maximum(rest, 0.0)
+            if not hidden.any():
+                continue
+            some = rows[index]
+            weight = softmax(self._log_joint(some, seen), axis=0)[:, :, None]  # (M, n, 1)
+            across = self.covariances[:, seen][:, :, hidden]  # (M, O, H)
+            gain = np.linalg.solve(self.covariances[:, seen][:, :, seen], across)
+            own = self.covariances[:, hidden, hidden] - (gain * across).sum(1)  # (M, H)
+            each = (
+                self.means[:, None, hidden] + (some[:, seen] - self.means[:, None, seen]) @ gain
+            )  # (M, n, H)
+            whole = (weight * each).sum(0)
+            mean[np.ix_(index, hidden)] = whole
+            var[np.ix_(index, hidden)] = (
+                weight * (np.maximum(own, 0)[:, None] + np.square(each - whole))
+            ).sum(0)
         return mean, var
+
+    def _log_joint(self, rows: Array, seen: NDArray[np.bool_]) -> Array:
+        """log share + log density (M, n) of the cells that all of the rows show."""
+        root = np.linalg.cholesky(self.covariances[:, seen][:, :, seen])  # (M, O, O)
+        off = (rows[:, seen] - self.means[:, None, seen]).swapaxes(1, 2)  # (M, O, n)
+        white = np.linalg.solve(root, off)
+        log_det = 2 * np.log(np.diagonal(root, axis1=1, axis2=2)).sum(1)
+        with np.errstate(divide="ignore"):
+            constant = np.log(self.share) - 0.5 * (log_det + int(seen.sum()) * LOG_2PI)
+        return np.asarray(constant[:, None] - 0.5 * np.square(white).sum(1))
+
+    def _parts(self, rows: Array) -> Iterator[tuple[NDArray[np.intp], NDArray[np.bool_]]]:
+        """As `patterns`, some rows at a time."""
+        size = max(1, MAX_CELLS // self.means.size)
+        for index, seen in patterns(rows):
+            for i in range(0, len(index), size):
+                yield index[i : i + size], seen
 
 
 def patterns(rows: Array) -> Iterator[tuple[NDArray[np.intp], NDArray[np.bool_]]]:

@@ -13,28 +13,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from scipy.optimize import minimize
 from torch import Tensor
+
+from bayes_mpt.models.quasi_newton import QuasiNewton, flat
 
 __all__ = ["MIN_PROB", "Classes", "Codes", "climb", "codes_of", "short_runs"]
 
 START_ROWS = 16  # rows that a class starts from: averages over many more would be the same in all classes
 START_SHARE = 0.2  # of the frequencies in all rows, in those that a class starts from
-STARTS, START_STEPS = (
-    8,
-    20,
-)  # how many there are, side by side, and the steps of EM after which the best goes on
+STARTS = 8  # side by side
+START_STEPS = 20  # of EM, after which the best of them goes on
 START_MOST = 4096  # rows that they are tried on
 EM_STEPS = 20  # before L-BFGS
 SHORT_STEPS = 10  # of L-BFGS count as one of EM: it gets far only in many
 MIN_PROB = 1e-10  # of a level in a class, and of a class: zero has no logarithm
 MIN_SHARE = 1e-3  # of all cells: what a level has less of counts as that in the units of L-BFGS
-MEMORY = 30  # steps that L-BFGS remembers
+MARGIN = 0.5  # of the slope at which the stopping rule of a training is content
 MAX_CELLS = 2**22  # of one-hot codes held at a time
 
 
@@ -47,10 +44,15 @@ class Codes(NamedTuple):
     """(R,) float64"""
     n_levels: int
     """L"""
+    whole: Tensor | None
+    """(R, T L) one-hot codes, where they are few"""
 
     def parts(self) -> Iterator[tuple[Tensor, Tensor]]:
         """One-hot codes (R, T L) and counts (R,), some rows after the other."""
-        step = max(1, MAX_CELLS // max(1, self.levels.shape[1] * self.n_levels))
+        if self.whole is not None:
+            yield self.whole, self.weight
+            return
+        step = max(1, MAX_CELLS // (self.levels.shape[1] * self.n_levels))
         for start in range(0, len(self.levels), step):
             some = slice(start, start + step)
             yield _one_hot(self.levels[some], self.n_levels).flatten(1), self.weight[some]
@@ -67,23 +69,24 @@ class Classes(NamedTuple):
 
 def codes_of(x: Tensor, n_levels: int) -> Codes:
     """Rows x (N, T) of codes, NaN where missing; what is no code counts as the nearest."""
-    levels = _levels(x, n_levels)
+    levels, weight = _levels(x, n_levels), torch.ones(len(x), dtype=torch.float64, device=x.device)
     if x.shape[1] * math.log(n_levels + 1) < math.log(2.0**62):  # rows as numbers, which sort fast
         place = (n_levels + 1) ** torch.arange(x.shape[1], device=x.device)
         number, inverse, count = (levels * place).sum(1).unique(return_inverse=True, return_counts=True)
         first = number.new_empty(len(number)).scatter_(0, inverse, torch.arange(len(x), device=x.device))
-        return Codes(levels[first], count.double(), n_levels)
-    return Codes(levels, torch.ones(len(x), dtype=torch.float64, device=x.device), n_levels)
+        levels, weight = levels[first], count.double()
+    few = levels.numel() * n_levels <= MAX_CELLS
+    return Codes(levels, weight, n_levels, _one_hot(levels, n_levels).flatten(1) if few else None)
 
 
 def _expect(codes: Codes, at: Classes) -> tuple[Tensor, Tensor, Tensor]:
     """Log-density of all rows (B,), expected rows of the classes (B, C), and of their levels (B, C, T, L)."""
     n_starts, n_classes = at.log_weights.shape
     total, sizes = at.log_weights.new_zeros(n_starts), torch.zeros_like(at.log_weights)
-    flat = at.log_probs.flatten(0, 1).flatten(1)  # (B C, T L)
-    counts = torch.zeros_like(flat)
+    log_probs = at.log_probs.flatten(0, 1).flatten(1)  # (B C, T L)
+    counts = torch.zeros_like(log_probs)
     for one_hot, n in codes.parts():
-        joint = (one_hot @ flat.mT).reshape(-1, n_starts, n_classes) + at.log_weights
+        joint = (one_hot @ log_probs.mT).reshape(-1, n_starts, n_classes) + at.log_weights
         log_density = joint.logsumexp(-1, keepdim=True)
         share = (joint - log_density).exp_() * n[:, None, None]
         total += n @ log_density[..., 0]
@@ -145,92 +148,45 @@ def climb(codes: Codes, start: Classes, *, tol: float, max_iter: int) -> Classes
     try:
         for _ in range(min(max_iter, EM_STEPS)):
             score, sizes, counts = _expect(codes, at)
-            if _slope(sizes, counts, at) <= _flat(tol, float(score) / n_rows) * n_rows:
+            if (
+                float(_slope(sizes, counts, at).abs().max())
+                <= MARGIN * flat(tol, float(score) / n_rows) * n_rows
+            ):
                 return at
             at = _m_step(sizes, counts, at)
-        return (
-            at
-            if max_iter <= EM_STEPS
-            else _QuasiNewton(codes, at, tol).run(SHORT_STEPS * (max_iter - EM_STEPS))
-        )
+        return at if max_iter <= EM_STEPS else _end(codes, at, tol, SHORT_STEPS * (max_iter - EM_STEPS))
     except KeyboardInterrupt as press:
         if at is start or press.args:
             raise
         raise KeyboardInterrupt(at) from press
 
 
-def _gradient(sizes: Tensor, counts: Tensor, at: Classes) -> tuple[Tensor, Tensor]:
-    """Slopes of the score of all rows along the logarithms of weights and probabilities."""
-    in_class = counts.sum(-1, keepdim=True)
-    return sizes - sizes.sum() * at.log_weights.exp(), counts - in_class * at.log_probs.exp()
+def _slope(sizes: Tensor, counts: Tensor, at: Classes) -> Tensor:
+    """Of the score of all rows along the logarithms of weights and probabilities, side by side."""
+    of_weights = sizes - sizes.sum() * at.log_weights.exp()
+    of_probs = counts - counts.sum(-1, keepdim=True) * at.log_probs.exp()
+    return torch.cat([of_weights.flatten(), of_probs.flatten()])
 
 
-def _slope(sizes: Tensor, counts: Tensor, at: Classes) -> float:
-    """The largest of them."""
-    return max(float(slope.abs().max()) for slope in _gradient(sizes, counts, at))
+def _end(codes: Codes, start: Classes, tol: float, max_iter: int) -> Classes:
+    """Where L-BFGS ends: log theta = log theta_0 + phi / sqrt(share of all cells that theta_0 expects)."""
+    n_rows, split = float(codes.weight.sum()), start.log_weights.numel()
+    weights = start.log_weights.exp()
+    share = torch.cat([weights.flatten(), (weights[..., None, None] * start.log_probs.exp()).flatten()])
+    unit = share.clamp(min=MIN_SHARE).rsqrt()
+    theta = torch.cat([start.log_weights.flatten(), start.log_probs.flatten()])
 
+    def place(phi: Tensor) -> Classes:
+        moved = theta + unit * phi
+        weights = _log(moved[:split].reshape(start.log_weights.shape).softmax(-1))
+        return Classes(weights, _log(moved[split:].reshape(start.log_probs.shape).softmax(-1)))
 
-def _flat(tol: float, score: float) -> float:
-    """Half of the slope at which the stopping rule of a training is content, of a mean score."""
-    return 0.5 * math.sqrt(2 * tol * max(1.0, abs(score)))
+    def measure(at: Classes) -> tuple[float, Tensor, bool]:
+        total, sizes, counts = _expect(codes, at)
+        score, slope = float(total) / n_rows, _slope(sizes, counts, at) / n_rows
+        return score, unit * slope, float(slope.abs().max()) <= MARGIN * flat(tol, score)
 
-
-class _QuasiNewton:
-    """L-BFGS over phi, where log theta = log theta_0 + phi / sqrt(share of all cells that theta_0 expects)."""
-
-    def __init__(self, codes: Codes, start: Classes, tol: float):
-        self.codes, self.start, self.tol = codes, start, tol
-        self.n_rows = float(codes.weight.sum())
-        weights = start.log_weights.exp()
-        share = torch.cat([weights.flatten(), (weights[..., None, None] * start.log_probs.exp()).flatten()])
-        self.unit = share.clamp(min=MIN_SHARE).rsqrt()
-        self.theta = torch.cat([start.log_weights.flatten(), start.log_probs.flatten()])
-        self.best, self.best_score, self.flat = start, -math.inf, False
-
-    def run(self, max_iter: int) -> Classes:
-        """The best of so many steps."""
-        try:
-            minimize(
-                self.loss,
-                np.zeros(len(self.theta)),
-                jac=True,
-                method="L-BFGS-B",
-                callback=self.stop,
-                options={
-                    "maxiter": max_iter,
-                    "maxfun": 2 * max_iter,
-                    "maxcor": MEMORY,
-                    "ftol": 0.0,
-                    "gtol": 0.0,
-                },
-            )
-        except KeyboardInterrupt as press:
-            raise KeyboardInterrupt(self.best) from press
-        return self.best
-
-    def at(self, phi: NDArray[np.float64]) -> Classes:
-        """The classes after these steps."""
-        theta = self.theta + self.unit * torch.as_tensor(phi).to(self.theta)
-        split = self.start.log_weights.numel()
-        weights = _log(theta[:split].reshape(self.start.log_weights.shape).softmax(-1))
-        probs = theta[split:].reshape(self.start.log_probs.shape).softmax(-1).clamp(min=MIN_PROB)
-        return Classes(weights, (probs / probs.sum(-1, keepdim=True)).log())
-
-    def loss(self, phi: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        """Minus the mean score, and its slope; keeps the best."""
-        at = self.at(phi)
-        total, sizes, counts = _expect(self.codes, at)
-        score = float(total) / self.n_rows
-        slope = torch.cat([part.flatten() for part in _gradient(sizes, counts, at)]) / self.n_rows
-        if score > self.best_score:
-            self.best, self.best_score = at, score
-            self.flat = float(slope.abs().max()) <= _flat(self.tol, score)
-        return -score, -(self.unit * slope).cpu().numpy()
-
-    def stop(self, intermediate_result: Any) -> None:
-        """After each step."""
-        if self.flat:
-            raise StopIteration
+    return QuasiNewton(start, place, measure).run(len(theta), theta, max_iter)
 
 
 def _levels(x: Tensor, n_levels: int) -> Tensor:

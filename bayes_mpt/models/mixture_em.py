@@ -1,4 +1,4 @@
-"""EM for mixtures of Gaussians, from the clusters of a k-means: what sums over rows it needs, and its steps."""
+"""EM for mixtures of Gaussians: what it sums over rows, its steps, and how they are made longer."""
 
 from __future__ import annotations
 
@@ -12,13 +12,21 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
+from bayes_mpt.models.covariance_prior import CovariancePrior, steps_of
+from bayes_mpt.models.gaussians import MIN_WEIGHT, Gaussians, Longer
+from bayes_mpt.models.mixture_patterns import blocks_of, expect_block
+
 __all__ = [
+    "Climb",
+    "Expect",
     "Gaussians",
     "Table",
     "chunks_of",
     "coefficients_of",
+    "expectation",
     "from_clusters",
     "n_products",
+    "prior_of",
     "products_of",
     "run_em",
     "table_of",
@@ -29,51 +37,67 @@ START_TRIES = 3  # of that k-means
 START_TOL = 1e-3  # nats a row, of the EM of the start
 START_STEPS = 100
 REG_COVAR = 1e-6  # added to variances by the EM of the start, in units of the columns' variances
-MIN_WEIGHT = 1e-6  # of a component: the logarithm of an empty one is infinite
 MIN_VARIANCE = 1e-10  # of a token given others, in units of its column's: below it a component has collapsed
 MAX_PRODUCTS = 2**22  # numbers that EM holds beside the rows
+SHARE = 0.01  # of a row with the covariance of the table, in the prior of the covariances
+DENSE = ("full", "tied")  # covariances with products of different tokens
 
 
 class Table(NamedTuple):
     """Rows in units in which EM's thresholds suit all columns: (x - centre) / spread."""
 
     rows: Tensor
-    """(N, T), float64"""
+    """(N, T), float64, NaN where missing"""
     centre: Tensor
     """(T,)"""
     spread: Tensor
     """(T,)"""
+    constant: Tensor
+    """(T,) whether a column is"""
 
 
-class Gaussians(NamedTuple):
-    """Gaussians in the units of a table."""
-
-    weights: Tensor
-    """(K,), none of them zero"""
-    loc: Tensor
-    """(K, T)"""
-    scale: Tensor
-    """Cholesky factors (K, T, T) of the covariances, or standard deviations (K, T) or (K, 1)"""
+Expect = Callable[[Gaussians, Tensor], tuple[Tensor, float]]
+"""Sums over rows of the expected products (K, P), and the log-density of all rows, from `coefficients_of` Gaussians."""
 
 
 def table_of(x: Tensor, covariance_type: str) -> Table:
     """Rows x (N, T) in such units."""
     rows = x.detach().double()
-    centre, spread = rows.mean(0), rows.std(0, correction=0)
-    spread = torch.where((rows == rows[0]).all(0), 0.0, spread)  # the mean of a constant need not be it
+    if has_gaps := bool(rows.isnan().any()):
+        seen = ~rows.isnan()
+        centre = rows.nanmean(0).nan_to_num(0.0)
+        spread = (rows - centre).square().nanmean(0).nan_to_num(0.0).sqrt()
+        first = rows.gather(0, seen.double().argmax(0)[None])
+        constant = ((rows == first) | ~seen).all(0)
+    else:
+        centre, spread = rows.mean(0), rows.std(0, correction=0)
+        constant = (rows == rows[0]).all(0)
+    spread = torch.where(constant, 0.0, spread)  # the mean of a constant need not be it
     if covariance_type == "spherical":  # columns share their unit, or one variance would mean something else
         spread = spread.square().mean().sqrt().expand(len(spread))
     spread = torch.where(spread == 0, 1.0, spread)
-    return Table((rows - centre) / spread, centre, spread)
+    rows = (rows - centre) / spread
+    if has_gaps:  # a row of which nothing is seen says nothing
+        rows = rows[~rows.isnan().all(1)]
+    return Table(rows, centre, spread, constant)
 
 
-def products_of(rows: Tensor, covariance_type: str) -> Tensor:
-    """What EM sums over rows (N, T): 1, x and the products of tokens that the covariances are made of, (P, N)."""
+# ------------------------------------------------------------------------------------------------------- the E-step
+
+
+def products_of(rows: Tensor, covariance_type: str, *, gaps: bool = False) -> Tensor:
+    """What EM sums over rows (N, T): 1, x and the products of tokens that the covariances are made of, (P, N).
+
+    With ``gaps``, of diagonal and spherical covariances alone: zeros for the missing cells, and last which cells are
+    observed.
+    """
     x = rows.mT.contiguous()
     n_tokens = len(x)
-    if covariance_type != "full":
+    if covariance_type not in DENSE:
+        observed = [(~x.isnan()).to(x)] if gaps else []
+        x = x.nan_to_num(0.0) if gaps else x
         second = x.square() if covariance_type == "diag" else x.square().sum(0, keepdim=True)
-        return torch.cat([x.new_ones(1, x.shape[1]), x, second])
+        return torch.cat([x.new_ones(1, x.shape[1]), x, second, *observed])
     out = x.new_empty(n_products(n_tokens, covariance_type), x.shape[1])
     out[0], out[1 : n_tokens + 1] = 1.0, x
     end = n_tokens + 1
@@ -84,22 +108,22 @@ def products_of(rows: Tensor, covariance_type: str) -> Tensor:
 
 
 def n_products(n_tokens: int, covariance_type: str) -> int:
-    """P of the products."""
-    second = {"full": n_tokens * (n_tokens + 1) // 2, "diag": n_tokens, "spherical": 1}
-    return 1 + n_tokens + second[covariance_type]
+    """P of the products, where no cell is missing."""
+    second = {"diag": n_tokens, "spherical": 1}.get(covariance_type, n_tokens * (n_tokens + 1) // 2)
+    return 1 + n_tokens + second
 
 
-def chunks_of(rows: Tensor, covariance_type: str) -> Callable[[], Iterable[Tensor]]:
+def chunks_of(rows: Tensor, covariance_type: str, *, gaps: bool = False) -> Callable[[], Iterable[Tensor]]:
     """The products by chunks of rows: kept if they are few, made anew in each pass if not."""
-    parts = rows.split(max(1, MAX_PRODUCTS // n_products(rows.shape[1], covariance_type)))
+    parts = rows.split(max(1, MAX_PRODUCTS // (n_products(rows.shape[1], covariance_type) + rows.shape[1])))
     if len(parts) == 1:
-        kept = [products_of(rows, covariance_type)]
+        kept = [products_of(rows, covariance_type, gaps=gaps)]
         return lambda: kept
-    return lambda: (products_of(part, covariance_type) for part in parts)
+    return lambda: (products_of(part, covariance_type, gaps=gaps) for part in parts)
 
 
-def coefficients_of(mix: Gaussians) -> Tensor:
-    """log w_k N(x; loc_k, S_k) is linear in the products of x: (K, P)."""
+def coefficients_of(mix: Gaussians, *, gaps: bool = False) -> Tensor:
+    """log w_k N(x; loc_k, S_k) is linear in the products of x: (K, P); ``gaps``: in those with missing cells."""
     # log w - log det S / 2 - T log(2 pi) / 2 - loc' S^-1 loc / 2  +  (S^-1 loc)' x  -  x' S^-1 x / 2
     n_tokens = mix.loc.shape[1]
     if mix.scale.ndim == 3:
@@ -109,111 +133,263 @@ def coefficients_of(mix: Gaussians) -> Tensor:
         precision = root.mT @ root
         linear = (precision @ mix.loc[..., None])[..., 0]
         i, j = torch.tril_indices(n_tokens, n_tokens, device=mix.loc.device)
-        second = precision[:, i, j] * torch.where(
-            i == j, -0.5, -1.0
-        )  # one product stands for (i, j) and (j, i)
+        # one product stands for (i, j) and (j, i)
+        second = (precision[:, i, j] * torch.where(i == j, -0.5, -1.0)).expand(len(mix.loc), -1)
     else:
-        log_det = mix.scale.log().expand_as(mix.loc).sum(1)
         linear = mix.loc / mix.scale.square()
         second = -0.5 / mix.scale.square()
+        if gaps:
+            of_cell = -mix.scale.log() - 0.5 * linear * mix.loc - 0.5 * math.log(2 * math.pi)
+            return torch.cat([mix.weights.log()[:, None], linear, second, of_cell], 1)
+        log_det = mix.scale.log().expand_as(mix.loc).sum(1)
     constant = mix.weights.log() - log_det - 0.5 * (linear * mix.loc).sum(1)
     return torch.cat([constant[:, None] - 0.5 * n_tokens * math.log(2 * math.pi), linear, second], 1)
 
 
+def expectation(rows: Tensor, covariance_type: str) -> Expect:
+    """The E-step for rows (N, T), NaN where missing."""
+    gaps = rows.isnan().any(1)
+    if not bool(gaps.any()):
+        return _of_products(chunks_of(rows, covariance_type))
+    if covariance_type not in DENSE:
+        return _of_products(chunks_of(rows, covariance_type, gaps=True))
+    complete, blocks = expectation(rows[~gaps], covariance_type), blocks_of(rows[gaps])
+    i, j = torch.tril_indices(rows.shape[1], rows.shape[1], device=rows.device)
+
+    def expect(mix: Gaussians, coefficients: Tensor) -> tuple[Tensor, float]:
+        sums, total = complete(mix, coefficients)
+        log_weights, cov = mix.weights.log(), mix.scale @ mix.scale.mT
+        for block in blocks:
+            count, first, second, found = expect_block(block, log_weights, mix.loc, cov)
+            sums += torch.cat([count[:, None], first, second[:, i, j]], 1)
+            total += float(found)
+        return sums, total
+
+    return expect
+
+
+def _of_products(products: Callable[[], Iterable[Tensor]]) -> Expect:
+    def expect(_: Gaussians, coefficients: Tensor) -> tuple[Tensor, float]:
+        sums, total = torch.zeros_like(coefficients), 0.0
+        for part in products():
+            log_prob = coefficients @ part  # (K, n)
+            top = log_prob.amax(0)
+            share = (log_prob - top).exp_()
+            sum_ = share.sum(0)
+            sums += (share / sum_) @ part.mT
+            total += float(top.sum() + sum_.log().sum())
+        return sums, total
+
+    return expect
+
+
+# ------------------------------------------------------------------------------------------------------- the M-step
+
+
 def _m_step(
-    sums: Tensor, before: Gaussians, covariance_type: str, reg_covar: float
+    sums: Tensor, before: Gaussians, covariance_type: str, prior: CovariancePrior | None, reg_covar: float
 ) -> tuple[Gaussians, dict[int, float]]:
     """The mixture whose expected products are these sums (K, P), and the rows of components that have collapsed."""
     n_tokens = before.loc.shape[1]
     count = sums[:, 0]
     weights = (count / count.sum()).clamp(min=MIN_WEIGHT)
     empty = weights <= MIN_WEIGHT  # says nothing of loc and scale, which stay
-    mean = sums / torch.where(empty, 1.0, count)[:, None]
-    loc, second = mean[:, 1 : n_tokens + 1], mean[:, n_tokens + 1 :]
-    if covariance_type == "full":
-        i, j = torch.tril_indices(n_tokens, n_tokens, device=loc.device)
-        cov = loc.new_zeros(len(loc), n_tokens, n_tokens)
-        cov[:, i, j] = second - loc[:, i] * loc[:, j]
-        cov.diagonal(dim1=1, dim2=2).add_(reg_covar)
-        scale, failed = torch.linalg.cholesky_ex(
-            torch.where(empty[:, None, None], torch.eye(n_tokens).to(cov), cov)
-        )
-        least = torch.where(failed > 0, 0.0, scale.diagonal(dim1=1, dim2=2).square().amin(1))
+    if covariance_type in DENSE:
+        loc, scale, least = _dense(sums, before, empty, covariance_type, prior, reg_covar)
     else:
-        if covariance_type == "diag":
-            variance = second - loc.square()
-        else:
-            variance = (second - loc.square().sum(1, keepdim=True)) / n_tokens
-        scale = (variance + reg_covar).clamp(min=0).sqrt()
+        loc, scale = _diagonal(sums, before, covariance_type, prior, reg_covar)
         least = scale.square().amin(1)
-    collapsed = ~(least > MIN_VARIANCE) & ~empty  # NaN too
+    # under a prior nothing collapses
+    fine = least > (MIN_VARIANCE if prior is None else 0.0)
+    collapsed = ~fine.expand(len(loc)) & ~empty  # NaN too
     found = dict(zip(collapsed.nonzero()[:, 0].tolist(), count[collapsed].tolist(), strict=True))
     if found:  # begin again, empty and as wide as the table
         weights = torch.where(collapsed, MIN_WEIGHT, weights)
         loc[collapsed] = 0.0
-        scale[collapsed] = torch.eye(n_tokens).to(scale) if scale.ndim == 3 else 1.0
-    keep = empty.reshape(-1, *[1] * (scale.ndim - 1))
-    mix = Gaussians(
-        weights / weights.sum(),
-        torch.where(empty[:, None], before.loc, loc),
-        torch.where(keep, before.scale, scale),
-    )
-    return mix, found
+        scale[collapsed[: len(scale)]] = torch.eye(n_tokens).to(scale) if scale.ndim == 3 else 1.0
+    if len(scale) == len(loc):
+        stays = before.scale if prior is None else _mode(prior, scale)
+        scale = torch.where(empty.reshape(-1, *[1] * (scale.ndim - 1)), stays, scale)
+    return Gaussians(weights / weights.sum(), torch.where(empty[:, None], before.loc, loc), scale), found
+
+
+def _dense(
+    sums: Tensor,
+    before: Gaussians,
+    empty: Tensor,
+    covariance_type: str,
+    prior: CovariancePrior | None,
+    reg_covar: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Centres, Cholesky factors, and the least variance of a token given others."""
+    n_tokens, count = before.loc.shape[1], sums[:, 0]
+    mean = sums[:, 1:] / torch.where(empty, 1.0, count)[:, None]
+    loc, second = mean[:, :n_tokens], mean[:, n_tokens:]
+    i, j = torch.tril_indices(n_tokens, n_tokens, device=loc.device)
+    cov = loc.new_zeros(len(loc), n_tokens, n_tokens)  # the lower half
+    cov[:, i, j] = second - loc[:, i] * loc[:, j]
+    if covariance_type == "tied":
+        cov = (torch.where(empty, 0.0, count)[:, None, None] * cov).sum(0, keepdim=True)
+        count = count.sum(0, keepdim=True)
+        cov, empty = cov / count[:, None, None], empty[:1] & False
+    if prior is not None:
+        cov = (count[:, None, None] * cov + prior.scale) / (count[:, None, None] + 1)
+    cov.diagonal(dim1=1, dim2=2).add_(reg_covar)
+    eye = torch.eye(n_tokens).to(cov)
+    scale, failed = torch.linalg.cholesky_ex(torch.where(empty[:, None, None], eye, cov))
+    least = torch.where(failed > 0, 0.0, scale.diagonal(dim1=1, dim2=2).square().amin(1))
+    return loc, scale, least
+
+
+def _diagonal(
+    sums: Tensor, before: Gaussians, covariance_type: str, prior: CovariancePrior | None, reg_covar: float
+) -> tuple[Tensor, Tensor]:
+    """Centres and standard deviations; of missing cells the sums know nothing, and need to know nothing."""
+    n_tokens = before.loc.shape[1]
+    n_second = n_tokens if covariance_type == "diag" else 1
+    second = sums[:, n_tokens + 1 : n_tokens + 1 + n_second]
+    cells = sums[:, n_tokens + 1 + n_second :]  # how many each token has, (K, T), where some are missing
+    if not cells.shape[1]:
+        cells = sums[:, :1].expand(-1, n_tokens)
+    unseen = cells <= MIN_WEIGHT * MIN_WEIGHT
+    loc = torch.where(unseen, before.loc, sums[:, 1 : n_tokens + 1] / torch.where(unseen, 1.0, cells))
+    square = cells * loc.square()
+    if covariance_type == "spherical":
+        square, cells = square.sum(1, keepdim=True), cells.sum(1, keepdim=True)
+        unseen = unseen.all(1, keepdim=True)
+    variance, own = (second - square).clamp(min=0), (1 if covariance_type == "diag" else n_tokens)
+    if prior is not None:
+        variance = (variance + own * prior.scale) / (cells + own)
+    else:
+        variance = torch.where(unseen, before.scale.square(), variance / torch.where(unseen, 1.0, cells))
+    return loc, (variance + reg_covar).sqrt()
+
+
+def _mode(prior: CovariancePrior, scale: Tensor) -> Tensor:
+    """Scales of a component without rows."""
+    return torch.linalg.cholesky(prior.scale) if scale.ndim == 3 else prior.scale.sqrt()
+
+
+def prior_of(table: Table, n_components: int, covariance_type: str) -> CovariancePrior:
+    """The prior of the covariances in the units of a table; zero where that has no spread in some direction."""
+    n_rows, n_tokens = table.rows.shape
+    if covariance_type in DENSE:
+        scale = _covariance(table) * (~table.constant)
+    elif covariance_type == "diag":
+        scale = (~table.constant).to(table.rows)
+    else:  # the columns' mean variance is one
+        scale = (~table.constant).any()[None].to(table.rows)
+    prior = CovariancePrior(SHARE * scale / n_components ** (2 / n_tokens), n_tokens)
+    if not prior.proper:
+        return prior._replace(scale=torch.zeros_like(scale))
+    # a density of at most 1 / h for N / K rows: no cell has more than all of the probability
+    rounding = n_rows / n_components * steps_of(table.rows).square() / (2 * math.pi)
+    if covariance_type == "spherical":
+        rounding = rounding.mean(0, keepdim=True)
+    return prior._replace(scale=prior.scale + (torch.diag(rounding) if scale.ndim == 2 else rounding))
+
+
+def _covariance(table: Table) -> Tensor:
+    """Of the table, by EM where cells are missing."""
+    rows = table.rows
+    gaps = rows.isnan()
+    if not bool(gaps.any()):
+        return rows.mT @ rows / len(rows)
+    eye = torch.eye(rows.shape[1]).to(rows)
+    whole = Gaussians(rows.new_ones(1), rows.new_zeros(1, rows.shape[1]), eye[None])
+    climb = run_em(table, expectation(rows, "full"), whole, "full", tol=START_TOL, max_iter=START_STEPS)
+    if climb.hopeless:
+        return torch.zeros_like(eye)
+    return (climb.mix.scale @ climb.mix.scale.mT)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------- the climb
+
+
+class Climb(NamedTuple):
+    """Where EM has ended."""
+
+    mix: Gaussians
+    collapsed: dict[int, float]
+    """The rows of components that have collapsed and begun again"""
+    hopeless: bool
+    """Whether that was in vain: all have, or one has twice"""
+    value: float
+    """Log-density of all rows, in the units of the table, and log prior, at the place before the last step"""
+    n_steps: int
 
 
 def run_em(
     table: Table,
-    products: Callable[[], Iterable[Tensor]],
+    expect: Expect,
     mix: Gaussians,
     covariance_type: str,
     *,
     tol: float,
     max_iter: int,
+    prior: CovariancePrior | None = None,
     relative: bool = False,
     reg_covar: float = 0.0,
-) -> tuple[Gaussians, dict[int, float], bool]:
+) -> Climb:
     """EM until a step gains about ``tol`` nats a row; ``relative``: that share of a score beyond 1.
 
-    Sums of products about the centre of the table cost digits, a share of 1e-16 T / v where v is the least variance:
-    little enough for the steps of a climb, whose end is judged elsewhere. Comes with the rows of components that have
-    collapsed and begun again, and whether that was in vain: all have, or one has twice.
+    Where EM creeps, steps are made longer (`Longer`); one that does not rise by what EM's own step does is taken
+    back. Sums of products about the centre of the table cost digits, a share of 1e-16 T / v where v is the least
+    variance: little enough for the steps of a climb, whose end is judged elsewhere.
     """
     n_rows, unit = len(table.rows), float(table.spread.log().sum())
     collapsed: dict[int, float] = {}
-    hopeless = False
-    coefficients = coefficients_of(mix)
-    first = mix
+    hopeless, n_steps, best, longer = False, 0, -math.inf, Longer()
+    end = mix  # of EM's own step from the best place so far
+    gaps = covariance_type not in DENSE and bool(table.rows.isnan().any())
+    coefficients = after = coefficients_of(mix, gaps=gaps)
     try:
-        for _ in range(max_iter):
-            sums, total = torch.zeros_like(coefficients), 0.0
-            for part in products():
-                log_prob = coefficients @ part  # (K, n)
-                top = log_prob.amax(0)
-                share = (log_prob - top).exp_()
-                sum_ = share.sum(0)
-                sums += (share / sum_) @ part.mT
-                total += float(top.sum() + sum_.log().sum())
-            mix, found = _m_step(sums, mix, covariance_type, reg_covar)
+        for step in range(max_iter):
+            n_steps = step + 1
+            try:
+                sums, total = expect(mix, coefficients)
+                value = total + _log_prior(prior, mix)
+            except torch.linalg.LinAlgError:
+                value = math.nan
+            if mix is not end and not value >= best:  # a longer step was too long
+                mix, coefficients, best = end, after, -math.inf
+                longer.forget()
+                continue
+            new, found = _m_step(sums, mix, covariance_type, prior, reg_covar)
             hopeless = len(found) == len(sums) or not found.keys().isdisjoint(collapsed)
             collapsed |= found
-            if hopeless:
-                break
-            before, coefficients = coefficients, coefficients_of(mix)
             # The score gains what the expected log-density does, and the divergence between the shares before and
             # after, which is about as large where the steps are small and slow, and less elsewhere.
-            gain = 2 * float(((coefficients - before) * sums).sum()) / n_rows
-            score = total / n_rows - unit
-            if not found and not gain > tol * (max(1.0, abs(score)) if relative else 1.0):
+            after = coefficients_of(new, gaps=gaps)
+            gain = float(((after - coefficients) * sums).sum())
+            gain += _log_prior(prior, new) - _log_prior(prior, mix)
+            end, best = new, value + (0.0 if found else gain)
+            if hopeless:
                 break
+            score = total / n_rows - unit
+            small = tol * (max(1.0, abs(score)) if relative else 1.0)
+            if not found and not 2 * gain / n_rows > small:
+                break
+            mix = new if found or reg_covar else longer(mix, new)
+            coefficients = after if mix is new else coefficients_of(mix, gaps=gaps)
     except KeyboardInterrupt as press:
-        if mix is first:
+        if end is mix and n_steps < 2:
             raise
-        raise KeyboardInterrupt(mix) from press
-    return mix, collapsed, hopeless
+        raise KeyboardInterrupt(end) from press
+    return Climb(end, collapsed, hopeless, best, n_steps)
 
 
-def from_clusters(table: Table, n_components: int, covariance_type: str, seed: int) -> Gaussians:
-    """Gaussians found by EM from the clusters of a k-means on some of the rows."""
+def _log_prior(prior: CovariancePrior | None, mix: Gaussians) -> float:
+    return 0.0 if prior is None else float(prior.log_prob(mix.scale))
+
+
+# ---------------------------------------------------------------------------------------------------------- the start
+
+
+def from_clusters(
+    table: Table, n_components: int, covariance_type: str, seed: int, prior: CovariancePrior | None = None
+) -> Gaussians:
+    """Gaussians found by EM from the clusters of a k-means on some of the rows, none of whose cells is missing."""
     from sklearn.cluster import KMeans  # slow to import
 
     rows = table.rows
@@ -231,25 +407,35 @@ def from_clusters(table: Table, n_components: int, covariance_type: str, seed: i
     # |x - m|^2 is least where m' x - |m|^2 / 2 is largest
     nearest = (rows @ centre.mT - 0.5 * centre.square().sum(1)).argmax(1)
     share = torch.nn.functional.one_hot(nearest, n_components).to(rows)  # (N, K)
-    shape = {"full": (rows.shape[1],) * 2, "diag": (rows.shape[1],), "spherical": (1,)}[covariance_type]
-    wide = torch.eye(rows.shape[1]).to(rows) if covariance_type == "full" else rows.new_ones(shape)
-    nothing = Gaussians(
-        rows.new_full((n_components,), 1 / n_components),
-        rows[:1].expand(n_components, -1),
-        wide.expand(n_components, *shape),
-    )
     products, start = chunks_of(rows, covariance_type), 0
     sums = rows.new_zeros(n_components, n_products(rows.shape[1], covariance_type))
     for part in products():
         sums += share[start : start + part.shape[1]].mT @ part.mT
         start += part.shape[1]
-    mix = _m_step(sums, nothing, covariance_type, REG_COVAR)[0]
-    return run_em(
+    wide = _wide(rows, n_components, covariance_type)
+    mix = _m_step(sums, wide, covariance_type, prior, REG_COVAR)[0]
+    climb = run_em(
         table._replace(rows=rows),
-        products,
+        _of_products(products),
         mix,
         covariance_type,
         tol=START_TOL,
         max_iter=START_STEPS,
+        prior=prior,
         reg_covar=REG_COVAR,
-    )[0]
+    )
+    return climb.mix
+
+
+def _wide(rows: Tensor, n_components: int, covariance_type: str) -> Gaussians:
+    """Components without rows, as wide as the table."""
+    n_tokens = rows.shape[1]
+    eye = torch.eye(n_tokens).to(rows)
+    scale = {
+        "full": eye.expand(n_components, -1, -1),
+        "tied": eye[None],
+        "diag": rows.new_ones(n_components, n_tokens),
+        "spherical": rows.new_ones(n_components, 1),
+    }[covariance_type]
+    weights = rows.new_full((n_components,), 1 / n_components)
+    return Gaussians(weights, rows[:1].expand(n_components, -1), scale)

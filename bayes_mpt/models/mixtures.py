@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, ClassVar, Literal
 
@@ -13,43 +14,63 @@ from pyro.distributions import constraints
 from torch import Tensor
 
 from bayes_mpt.models.checks import CheckedModel, IntegersFrom, OneOf, check_memory
+from bayes_mpt.models.covariance_prior import CovariancePrior
+from bayes_mpt.models.gaussians import Gaussians
 from bayes_mpt.models.mixture_em import (
-    Gaussians,
+    DENSE,
+    Climb,
     Table,
-    chunks_of,
+    expectation,
     from_clusters,
     n_products,
+    prior_of,
     run_em,
     table_of,
 )
+from bayes_mpt.models.mixture_starts import best_start
 
 __all__ = ["GaussianMixture"]
 
-COVARIANCE_TYPES = ("full", "diag", "spherical")
+COVARIANCE_TYPES = ("full", "tied", "diag", "spherical")
 
 
 class CollapseError(ValueError):
     """The likelihood has no bound: a component shrinks onto rows without spread."""
 
+    def __init__(self, message: str, constant: list[int]):
+        super().__init__(message)
+        self.constant = constant
+        """Columns of which one value alone is observed."""
+
 
 class GaussianMixture(CheckedModel):
     """Mixture of Gaussians: x ~ N(loc_c, S_c) in component c, which has the probability weights_c.
 
-    Sites "component" (N,) and "x" (N, T); parameters "weights" (K,), "loc" (K, T), and "scale_tril"
-    (K, T, T), the Cholesky factors of the covariances, if these are full, or else the standard deviations
-    "scale", (K, T) or (K, 1). They start at the end of a short EM from a k-means, variances raised by 1e-6 of the
-    columns'.
+    Sites "component" (N,) and "x" (N, T); parameters "weights" (K,), "loc" (K, T), and "scale_tril", the Cholesky
+    factors (K, T, T) of the covariances if these are full, one (T, T) if they are tied, or else the standard deviations
+    "scale", (K, T) or (K, 1). They start at the end of a short EM from a k-means.
 
-    The likelihood of a mixture has no bound where a component can shrink onto a few rows. `maximize` adds nothing to
-    variances; instead, a component whose variance in some direction falls below 1e-10 of the columns' begins again,
-    empty and as wide as the table, with a warning that names it; if it collapses again, or all do, that is an error.
+    A fit (`bayes_mpt.BayesMPT`) climbs by EM, also where cells are missing (Ghahramani & Jordan 1994). The likelihood
+    of a mixture has no bound where a component can shrink onto a few rows, so that the fit adds the log prior of the
+    covariances to what it climbs. What is reported (LML, scores, AIC, BIC) never includes that prior; it is taken at
+    the parameters that the prior leads to. Without the prior a component whose variance in some direction falls below
+    1e-10 of the columns' begins again, empty and as wide as the table, with a warning that names it; if it collapses
+    again, or all do, that is an error.
 
     Parameters
     ----------
     n_components : int, default=2
         K >= 1.
-    covariance_type : {"full", "diag", "spherical"}, default="full"
-        What is free in the covariance of each component: all, the diagonal, one variance.
+    covariance_type : {"full", "tied", "diag", "spherical"}, default="full"
+        What is free in the covariance of each component: all, all but the same in all components, the diagonal, one
+        variance.
+    covariance_prior : {"auto", None}, default="auto"
+        The prior of the covariances. "auto" takes it from the table that is fitted, of a fold from the rows of the
+        fold: precisions have a Wishart prior with T + 2 degrees of freedom (variances an inverse gamma), whose mean
+        covariance is 1 % of the table's over K^(2/T). The fit is the mode of the precisions, at which each component
+        has, in effect, one more row with that covariance. Where a column is rounded to multiples of h,
+        N h^2 / (2 pi K) is added to the mean, so that no component thrives on a repeated value. None: the plain
+        likelihood.
 
     Examples
     --------
@@ -64,11 +85,19 @@ class GaussianMixture(CheckedModel):
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         "n_components": [IntegersFrom(1)],
         "covariance_type": [OneOf(*COVARIANCE_TYPES)],
+        "covariance_prior": [OneOf("auto"), None],
     }
+    maximizes_missing: ClassVar[bool] = True
 
-    def __init__(self, n_components: int = 2, covariance_type: Literal["full", "diag", "spherical"] = "full"):
+    def __init__(
+        self,
+        n_components: int = 2,
+        covariance_type: Literal["full", "tied", "diag", "spherical"] = "full",
+        covariance_prior: Literal["auto"] | None = "auto",
+    ):
         self.n_components = n_components
         self.covariance_type = covariance_type
+        self.covariance_prior = covariance_prior
 
     def __call__(self, x: Tensor) -> None:
         """Run the program on rows x (N, T)."""
@@ -76,18 +105,20 @@ class GaussianMixture(CheckedModel):
         n_components, kind = int(self.n_components), self.covariance_type
         n_numbers = n_components * (n_products(x.shape[1], kind) + max(0, n_components - len(x)))
         check_memory(f"components for n_components={n_components}", n_numbers, x, "use fewer")
-        start = cache(lambda: _gaussian_start(x, n_components, kind))  # one EM for all parameters
+        start = cache(lambda: self._start(x))  # one EM for all parameters
         weights = pyro.param("weights", lambda: start()["weights"], constraints.simplex)
         loc = pyro.param("loc", lambda: start()["loc"])
-        if kind == "full":
+        if kind in DENSE:
             scale = pyro.param("scale_tril", lambda: start()["scale_tril"], constraints.lower_cholesky)
         else:
             scale = pyro.param("scale", lambda: start()["scale"], constraints.positive)
         with pyro.plate("rows", len(x)):
             c = pyro.sample("component", dist.Categorical(weights))
-            if kind == "full":
+            if kind in DENSE:
                 # the parameter's constraint has been checked; checking it for each row takes longer than the density
-                tokens = dist.MultivariateNormal(loc[c], scale_tril=scale[c], validate_args=False)
+                tokens = dist.MultivariateNormal(
+                    loc[c], scale_tril=scale[c] if kind == "full" else scale, validate_args=False
+                )
             else:
                 tokens = dist.Normal(loc[c], scale[c]).to_event(1)
             pyro.sample("x", tokens, obs=x)
@@ -130,55 +161,118 @@ class GaussianMixture(CheckedModel):
         tensor([ 1., 11.], dtype=torch.float64)
         """
         kind = self.covariance_type
-        table = table_of(x, kind)
-        if kind == "full":
+        table, start = self._read(x, params)
+        prior = self._prior(table)
+        self._refuse_singular(table, prior)
+        expect = expectation(table.rows, kind)
+        if bool(table.rows.isnan().any()):
+            start, used = best_start(table, expect, start, kind, prior, max_iter // 2)
+            max_iter -= used
+        try:
+            climb = run_em(table, expect, start, kind, tol=tol, max_iter=max_iter, prior=prior, relative=True)
+        except KeyboardInterrupt as press:
+            if not press.args:
+                raise
+            raise KeyboardInterrupt(_in_units_of_x(table, press.args[0], x, kind)) from press
+        if climb.collapsed:
+            self._tell_of_collapse(climb, table)
+        return _in_units_of_x(table, climb.mix, x, kind)
+
+    def penalty(self, x: Tensor) -> Callable[[Mapping[str, Tensor]], Tensor] | None:
+        """The log prior of the covariances, a function of the parameters by name, from rows x (N, T); or None."""
+        if self.covariance_prior is None:
+            return None
+        table = table_of(x, self.covariance_type)
+        prior, spread = self._prior(table), table.spread
+        assert prior is not None
+        if self.covariance_type in DENSE:
+            scale = spread[:, None] * prior.scale * spread
+        else:
+            scale = spread[: len(prior.scale)].square() * prior.scale
+        return CovariancePrior(scale.to(x), prior.n_tokens).of_params
+
+    @property
+    def penalised(self) -> str | None:
+        """The prior that fits add, in words."""
+        if self.covariance_prior is None:
+            return None
+        what = "inverse Wishart" if self.covariance_type in DENSE else "inverse gamma"
+        return (
+            f"the mode under an {what} prior of the covariances, in effect one more row for each component, of 1 % of "
+            "the table's covariance over K^(2/T) (covariance_prior='auto'), which no score includes"
+        )
+
+    def _prior(self, table: Table) -> CovariancePrior | None:
+        """In the units of a table."""
+        if self.covariance_prior is None:
+            return None
+        return prior_of(table, int(self.n_components), self.covariance_type)
+
+    def _start(self, x: Tensor) -> dict[str, Tensor]:
+        """Initial values, of complete rows."""
+        table = table_of(x, self.covariance_type)
+        seed = int(torch.randint(2**31 - 1, (), device="cpu"))
+        prior = self._prior(table)
+        prior = prior if prior is not None and prior.proper else None  # the fit refuses such a table
+        mix = from_clusters(table, int(self.n_components), self.covariance_type, seed, prior)
+        return _in_units_of_x(table, mix, x, self.covariance_type)
+
+    def _read(self, x: Tensor, params: Mapping[str, Tensor]) -> tuple[Table, Gaussians]:
+        """A table, and parameters in its units."""
+        table = table_of(x, self.covariance_type)
+        if self.covariance_type in DENSE:
             scale = params["scale_tril"].double() / table.spread[:, None]
+            scale = scale if scale.ndim == 3 else scale[None]
         else:
             scale = params["scale"].double()
             scale = scale / table.spread[: scale.shape[1]]
         loc = (params["loc"].double() - table.centre) / table.spread
-        start = Gaussians(params["weights"].double(), loc, scale)
-        try:
-            mix, collapsed, hopeless = run_em(
-                table, chunks_of(table.rows, kind), start, kind, tol=tol, max_iter=max_iter, relative=True
+        return table, Gaussians(params["weights"].double(), loc, scale)
+
+    def _refuse_singular(self, table: Table, prior: CovariancePrior | None) -> None:
+        """Tables in whose directions without spread a density can be as narrow as it likes."""
+        if prior is not None and not prior.proper:
+            raise CollapseError(
+                "the table has no spread in some direction, where the likelihood grows without bound: "
+                f"{self._repeats()}. Use {self._remedy()}",
+                table.constant.nonzero()[:, 0].tolist(),
             )
-        except KeyboardInterrupt as press:
-            if not press.args:
-                raise
-            raise KeyboardInterrupt(_in_units_of_x(table, press.args[0], x)) from press
-        if collapsed:
-            which = ", ".join(f"{c} ({n:.4g} rows)" for c, n in collapsed.items())
-            what = (
-                f"component {which} has collapsed onto rows without spread in some direction, where the likelihood "
-                "grows without bound: repeated rows, no more rows than columns, or columns that are constant or "
-                "repeat others"
+
+    def _repeats(self) -> str:
+        if self.covariance_type in DENSE:
+            return "no more rows than columns, or columns that are constant or repeat others"
+        return "columns that are constant"
+
+    def _remedy(self) -> str:
+        if self.covariance_type in DENSE:
+            return (
+                "more rows, drop what repeats, or set covariance_type to 'diag' or 'spherical' "
+                f"(now {self.covariance_type!r})"
             )
-            remedy = (
-                "fewer components or more rows, drop what repeats, or set covariance_type to 'diag' or 'spherical' "
-                f"(now {kind!r})"
-            )
-            if hopeless:
-                raise CollapseError(f"{what}. Use {remedy}")
-            warnings.warn(
-                f"{what}. It was reset to an empty, wide component. Better use {remedy}",
-                UserWarning,
-                stacklevel=2,
-            )
-        return _in_units_of_x(table, mix, x)
+        return "the other columns, without those that are constant"
+
+    def _tell_of_collapse(self, climb: Climb, table: Table) -> None:
+        """Only without a prior."""
+        which = ", ".join(f"{c} ({n:.4g} rows)" for c, n in climb.collapsed.items())
+        what = (
+            f"component {which} has collapsed onto rows without spread in some direction, where the likelihood "
+            f"grows without bound: repeated rows, {self._repeats()}"
+        )
+        remedy = (
+            f"covariance_prior='auto', which keeps components wide, fewer components, or {self._remedy()}"
+        )
+        if climb.hopeless:
+            raise CollapseError(f"{what}. Use {remedy}", table.constant.nonzero()[:, 0].tolist())
+        warnings.warn(
+            f"{what}. It was reset to an empty, wide component. Better use {remedy}",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
-# ------------------------------------------------------------------------------------------------- initial values
-
-
-def _gaussian_start(x: Tensor, n_components: int, covariance_type: str) -> dict[str, Tensor]:
-    table = table_of(x, covariance_type)
-    seed = int(torch.randint(2**31 - 1, (), device="cpu"))
-    return _in_units_of_x(table, from_clusters(table, n_components, covariance_type, seed), x)
-
-
-def _in_units_of_x(table: Table, mix: Gaussians, x: Tensor) -> dict[str, Tensor]:
+def _in_units_of_x(table: Table, mix: Gaussians, x: Tensor, kind: str) -> dict[str, Tensor]:
     if mix.scale.ndim == 3:
-        scale = {"scale_tril": table.spread[:, None] * mix.scale}
+        scale = {"scale_tril": table.spread[:, None] * (mix.scale[0] if kind == "tied" else mix.scale)}
     else:
         scale = {"scale": table.spread[: mix.scale.shape[1]] * mix.scale}
     values = {"weights": mix.weights, "loc": table.centre + table.spread * mix.loc, **scale}

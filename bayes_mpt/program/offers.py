@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
@@ -38,6 +38,8 @@ class Offers(Protocol):
     """``{"rotations": name}``: loadings are free up to rotation, and the parameter of this name, one number or one for
     each column, is the noise variance. The orbit of the rotations is integrated in the Laplace evidence."""
 
+    penalised: str | None
+    """In words the prior that fits add to the score by `penalty`; None where they add none."""
     maximizes_missing: ClassVar[bool]
     """Whether `maximize` takes rows with NaN where a cell is missing; without it, complete rows alone."""
 
@@ -56,7 +58,10 @@ class Offers(Protocol):
     def maximize(
         self, x: Tensor, params: Mapping[str, Tensor], *, tol: float, max_iter: int
     ) -> Mapping[str, Tensor]:
-        """Better values of its parameters for rows x, by an EM, say."""
+        """Better values of its parameters for rows x, by an EM, say: it climbs the score and the `penalty`."""
+
+    def penalty(self, *args: Tensor) -> Callable[[Mapping[str, Tensor]], Tensor] | None:
+        """The log prior of its parameters that every fit adds, made once from the rows; no score includes it."""
 
     def n_free_parameters(self, params: Mapping[str, NDArray[Any]]) -> int:
         """How many numbers of the fitted density are free, for AIC and BIC."""

@@ -33,7 +33,7 @@ __all__ = ["maximize_lbfgs"]
 OWN = "maximize, the model's own"
 STATIONARY = 1e-3  # nats a row and unit of the map: a steeper place is no maximum
 FURTHEST = 3.0  # e-folds by which the size of a parameter changes at once
-OWN_STEPS = 100  # of a model's own way to climb: one that creeps is left to L-BFGS
+OWN_STEPS = 1000  # of a model's own way to climb: one that creeps is left to L-BFGS
 GAIN_LEFT = 1e-3  # nats of all tokens
 
 

@@ -151,10 +151,10 @@ def impossible(problem: Problem, read: Conditionals) -> str:
 def check_start(
     problem: Problem, leaves: dict[str, Tensor], batch: Batch | None = None
 ) -> tuple[Conditionals, float, Tensor]:
-    """The conditionals of a batch at the start, their score and its gradient, both finite."""
+    """The conditionals of a batch at the start; what is maximised of it there, and its gradient, both finite."""
     check_finite(leaves)
     read = problem.objective.read(batch)
-    score = problem.score_of(read, batch)
+    score = problem.with_prior(problem.score_of(read, batch))
     if not leaves:
         raise ModelError("the program has no pyro.param: there is nothing to train")
     if not bool(torch.isfinite(score)):

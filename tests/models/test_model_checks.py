@@ -45,7 +45,7 @@ def without(values, *allowed):
 MISTAKES = [
     (PPCA(), {"n_components": without(NO_SIZE, 0)}),
     (FactorAnalysis(), {"n_components": (*without(NO_SIZE, 0), "auto")}),
-    (GaussianMixture(), {"n_components": (*NO_SIZE, "auto"), "covariance_type": (*NO_WORD, "tied")}),
+    (GaussianMixture(), {"n_components": (*NO_SIZE, "auto"), "covariance_type": (*NO_WORD, "VVV")}),
     (MixtureOfFactorAnalyzers(), {"n_components": NO_SIZE, "n_factors": without(NO_SIZE, 0)}),
     (LatentClass(), {"n_classes": NO_SIZE, "n_levels": (*NO_SIZE, 2)}),
     (

@@ -373,9 +373,18 @@ def test_a_component_that_loses_its_spread_is_named():
     x = np.where(rng.random(x.shape) < 0.2, np.nan, x)
     x[1:, 1] = np.nan
     x[0, 1] = 1.0
+    frame = pd.DataFrame(x, columns=["a", "rare", "c"])
+    with pytest.raises(ValueError, match="no spread in some direction.*'rare'"):
+        BayesMPT(GaussianMixture(2), random_state=0).fit(frame)
+    with pytest.raises(ValueError, match="collapsed.*'rare'"):
+        BayesMPT(GaussianMixture(2, covariance_prior=None), random_state=0).fit(frame)
+
+    class Climbed(GaussianMixture):
+        maximize = None  # as a program of one's own
+
     with (
         pytest.warns(ConvergenceWarning, match="has lost its spread"),
         pytest.warns(ConvergenceWarning, match="training stopped"),
     ):
-        model = BayesMPT(GaussianMixture(2), random_state=0).fit(pd.DataFrame(x, columns=["a", "rare", "c"]))
+        model = BayesMPT(Climbed(2, covariance_prior=None), random_state=0).fit(frame)
     assert not model.converged_

@@ -1,0 +1,83 @@
+"""The prior that keeps the covariances of a mixture away from zero, in the units of the table.
+
+The precision of each component has a Wishart prior of T + 2 degrees of freedom (its covariance an inverse Wishart, a
+single variance an inverse gamma) under which the mean of its covariance is L, a hundredth of the covariance of the
+table over K^(2/T). The fit is the mode of the precisions, where
+
+    log prior = -1/2 sum_k (log det S_k + tr(L S_k^-1)),        S_k = (W_k + L) / (n_k + 1)    in the M-step:
+
+each component has one more row, at its centre, of covariance L. Where a column is rounded to multiples of a step h, L
+has N h^2 / (2 pi K) more on its diagonal: the density of a component of N / K rows is nowhere above 1 / h, at which a
+single value has all the probability.
+
+Fraley & Raftery (2007) take the whole covariance of the table, and the mode of the covariances, which divides by
+n_k + 2 T + 3. Where components lie apart, or are narrow in some direction, that makes them far too wide: of 40 tables
+(K 1-5, T 1-6, N 80-1000) a fit with the right K loses 191 nats a table on N new rows against the plain likelihood; a
+hundredth of it loses 21, and 7 where centres are as far apart as components are wide. One component too many loses 16,
+or gains 10 there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["CovariancePrior", "steps_of"]
+
+ON_STEPS = 1e-6  # share of the step by which the values of a rounded column may lie off its multiples
+SINGULAR = 1e-10  # of a column's variance: less, given others, is none
+LEAST_STEP = 1e-3  # of a column's standard deviation: finer rounding shows in no component
+
+
+class CovariancePrior(NamedTuple):
+    """The log prior of the covariances of a mixture, a constant left out."""
+
+    scale: Tensor
+    """L: (T, T) of full covariances, (T,) of diagonal ones, (1,) of a single variance"""
+    n_tokens: int
+    """T"""
+
+    @property
+    def proper(self) -> bool:
+        """Whether it has a mean covariance with spread in all directions."""
+        if self.scale.ndim == 1:
+            return bool((self.scale > 0).all())
+        root, failed = torch.linalg.cholesky_ex(self.scale)
+        return not failed and bool((root.diagonal().square() > SINGULAR * self.scale.diagonal()).all())
+
+    def log_prob(self, scale: Tensor) -> Tensor:
+        """Of Cholesky factors (C, T, T), or standard deviations (C, T) or (C, 1)."""
+        if scale.ndim == 3:
+            log_det = 2 * scale.diagonal(dim1=1, dim2=2).log().sum(1)
+            return -0.5 * (log_det + (self.scale * torch.cholesky_inverse(scale)).sum((1, 2))).sum()
+        each = 2 * scale.log() + self.scale / scale.square()
+        return -0.5 * (self.n_tokens / scale.shape[1]) * each.sum()
+
+    def of_params(self, params: Mapping[str, Tensor]) -> Tensor:
+        """Of the parameters of a mixture, by name."""
+        if "scale" in params:
+            return self.log_prob(params["scale"])
+        scale = params["scale_tril"]
+        return self.log_prob(scale if scale.ndim == 3 else scale[None])
+
+
+def steps_of(rows: Tensor) -> Tensor:
+    """The steps h (T,) of whose multiples columns are made, rows (N, T) in units of their spread; zero without any."""
+    steps = rows.new_zeros(rows.shape[1])
+    for column, cells in enumerate(rows.unbind(1)):
+        value = cells[~cells.isnan()].unique()  # sorted
+        gap = value.diff()
+        # values that were the same are so no more after the division by the spread
+        gap = gap[gap > ON_STEPS * LEAST_STEP]
+        if not len(gap):
+            continue
+        step = gap.min()
+        if step < LEAST_STEP:
+            continue
+        multiple = (value - value[0]) / step
+        if bool(((multiple - multiple.round()).abs() < ON_STEPS * multiple.clamp(min=1.0)).all()):
+            steps[column] = step
+    return steps

@@ -1,0 +1,327 @@
+"""EM for mixtures of factor analysers, missing cells included, and the quasi-Newton steps that end it.
+
+With w = [W, loc] of a token in a component, z~ = [z, 1], and sums over the rows in which the token is observed, each
+with its share r of the component (Ghahramani & Hinton 1996):
+
+    A = sum r E[z~ z~'],    b = sum r x E[z~],    c = sum r x^2,    n = sum r
+    w = A^-1 b,             psi = (c - 2 w'b + w'A w + L) / (n + 1)
+
+where E is of the latents given the observed cells of the row. Missing cells are no unknowns: they are left out of all
+sums. L is the prior of the noise variances, as of one more cell; without it L and the 1 are absent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bayes_mpt.models.quasi_newton import QuasiNewton, flat
+
+__all__ = [
+    "MIN_NOISE",
+    "MIN_WEIGHT",
+    "Analysers",
+    "Cells",
+    "best_start",
+    "cells_of",
+    "climb",
+    "expect",
+    "log_prior",
+]
+
+START_ROWS = 2048  # on which starts are compared
+ROUND = 10  # steps of EM, after which the better half of the starts goes on
+EM_STEPS = 20  # before L-BFGS
+SHORT_STEPS = 10  # of L-BFGS count as one of EM: it gets far only in many
+MIN_WEIGHT = 1e-6  # of a component: the logarithm of an empty one is infinite
+MIN_CELLS = 1e-6  # of a token in a component: fewer say nothing of it
+MIN_NOISE = 1e-6  # in units of the columns' variances
+MIN_SHARE = 1e-3  # of the rows: what has fewer counts as that in the units of L-BFGS
+MARGIN = 0.1  # of the slope at which the stopping rule of a training may be content, whose units are others
+MAX_NUMBERS = 2**22  # that EM holds at a time beside the rows
+
+
+class Analysers(NamedTuple):
+    """Mixtures of factor analysers in the units of their cells: B of K components, one after the other in B K."""
+
+    log_weights: Tensor
+    """(B, K)"""
+    loading: Tensor
+    """(B K, T, F + 1), last the mean"""
+    noise: Tensor
+    """(B K, T)"""
+
+    def pick(self, which: list[int]) -> Analysers:
+        """Some of the mixtures."""
+        n_mixtures = len(self.log_weights)
+        loading, noise = (part.unflatten(0, (n_mixtures, -1))[which].flatten(0, 1) for part in self[1:])
+        return Analysers(self.log_weights[which], loading, noise)
+
+
+class Cells(NamedTuple):
+    """Rows in units of their columns, and what is missing of them."""
+
+    value: Tensor
+    """(N, T), zero where missing"""
+    seen: Tensor
+    """(N, T), one where observed"""
+    patterns: Tensor
+    """(U, T) of the rows of `seen`, those that differ"""
+    pattern: Tensor
+    """(N,) which one a row has"""
+    centre: Tensor
+    """(T,)"""
+    spread: Tensor
+    """(T,)"""
+
+    @property
+    def log_unit(self) -> float:
+        """By which the log-density of all rows is larger in these units."""
+        return float((self.seen @ self.spread.log()).sum())
+
+    def first(self, n_rows: int) -> Cells:
+        """Some rows, evenly spread."""
+        every = slice(None, None, max(1, len(self.value) // n_rows))
+        return self._replace(value=self.value[every], seen=self.seen[every], pattern=self.pattern[every])
+
+    def parts(self, n_each: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Values, which are seen, and patterns of some rows after the other; ``n_each`` numbers are needed a row."""
+        step = max(1, MAX_NUMBERS // n_each)
+        for start in range(0, len(self.value), step):
+            some = slice(start, start + step)
+            yield self.value[some], self.seen[some], self.pattern[some]
+
+
+class Sums(NamedTuple):
+    """What EM sums over rows."""
+
+    sizes: Tensor
+    """(B, K) expected rows"""
+    n: Tensor
+    """(B K, T)"""
+    a: Tensor
+    """(B K, T, F + 1, F + 1)"""
+    b: Tensor
+    """(B K, T, F + 1)"""
+    c: Tensor
+    """(B K, T)"""
+
+    def residual(self, loading: Tensor) -> Tensor:
+        """Expected squares (B K, T) that this loading leaves: c - 2 w'b + w'A w."""
+        product = (self.a @ loading[..., None])[..., 0]
+        return self.c + ((product - 2 * self.b) * loading).sum(-1)
+
+
+def cells_of(x: Tensor) -> Cells:
+    """Rows x (N, T), NaN where missing; those of which nothing is seen are left out."""
+    rows = x.detach().double()
+    rows = rows[~rows.isnan().all(1)]
+    seen = ~rows.isnan()
+    centre = rows.nanmean(0).nan_to_num(0.0)
+    value = torch.where(seen, rows - centre, 0.0)
+    spread = (value.square().sum(0) / seen.sum(0).clamp(min=1)).sqrt()
+    first = rows.gather(0, seen.double().argmax(0)[None])
+    constant = ((rows == first) | ~seen).all(0)  # its mean need not be it
+    spread = torch.where(constant | (spread == 0), 1.0, spread)
+    patterns, pattern = seen.to(rows).unique(dim=0, return_inverse=True)
+    return Cells(value / spread, seen.to(rows), patterns, pattern, centre, spread)
+
+
+def expect(cells: Cells, at: Analysers) -> tuple[Tensor, Sums]:
+    """Log-density of all rows (B,) in the units of the cells, and the sums over them."""
+    n_components, n_tokens, width = at.loading.shape
+    n_factors = width - 1
+    zero = at.loading.new_zeros
+    sums = Sums(
+        torch.zeros_like(at.log_weights),
+        zero(n_components, n_tokens),
+        zero(n_components, n_tokens, width, width),
+        zero(n_components, n_tokens, width),
+        zero(n_components, n_tokens),
+    )
+    of_patterns = _Patterns.of(cells.patterns, at)
+    mass = zero(n_components, len(cells.patterns))  # expected rows of each pattern
+    total = zero(len(at.log_weights))
+    for value, seen, pattern in cells.parts(n_components * (width * width + n_tokens)):
+        joint, latents = of_patterns.joint(at, value, seen, pattern)  # (B K, n), (B K, n, F)
+        joint = joint.reshape(*at.log_weights.shape, -1)
+        log_density = joint.logsumexp(1, keepdim=True)
+        total += log_density.sum((1, 2))
+        share = (joint - log_density).exp_().flatten(0, 1)
+        sums.sizes.add_(share.sum(1).reshape(sums.sizes.shape))
+        mass.index_add_(1, pattern, share)
+        z = torch.cat([latents, latents.new_ones(*latents.shape[:2], 1)], -1)  # (B K, n, F + 1)
+        weighted = share[..., None] * z
+        sums.n.add_(share @ seen)
+        sums.c.add_(share @ value.square())
+        sums.b.add_(value.mT @ weighted)
+        # (T, n) @ (n, (F + 1)^2) in each component
+        square = (weighted[..., :, None] * z[..., None, :]).flatten(2)
+        sums.a.add_((seen.mT @ square).reshape(sums.a.shape))
+    cov = (cells.patterns.mT @ (mass[..., None] * of_patterns.cov.flatten(2))).reshape(
+        n_components, n_tokens, n_factors, n_factors
+    )
+    sums.a[..., :n_factors, :n_factors].add_(cov)
+    return total, sums
+
+
+class _Patterns(NamedTuple):
+    """What rows with the same cells observed share."""
+
+    cov: Tensor
+    """(B K, U, F, F) of the latents given the row"""
+    constant: Tensor
+    """(B K, U) of the log-density"""
+
+    @staticmethod
+    def of(patterns: Tensor, at: Analysers) -> _Patterns:
+        """log w - sum_o log(2 pi psi) / 2 - log det(M) / 2,  M = I + W_o' psi_o^-1 W_o,  cov = M^-1."""
+        loading = at.loading[..., :-1]
+        outer = (loading / at.noise[..., None])[..., :, None] * loading[..., None, :]  # (B K, T, F, F)
+        n_factors = loading.shape[-1]
+        eye = torch.eye(n_factors).to(loading)
+        shape = (len(loading), len(patterns), n_factors, n_factors)
+        root = torch.linalg.cholesky((patterns @ outer.flatten(2)).reshape(shape) + eye)
+        log_det = root.diagonal(dim1=2, dim2=3).log().sum(-1)
+        of_noise = (at.noise.log() + math.log(2 * math.pi)) @ patterns.mT
+        return _Patterns(
+            torch.cholesky_inverse(root), at.log_weights.reshape(-1, 1) - 0.5 * of_noise - log_det
+        )
+
+    def joint(self, at: Analysers, value: Tensor, seen: Tensor, pattern: Tensor) -> tuple[Tensor, Tensor]:
+        """log w_k p(x_o | k) (B K, n), and the means (B K, n, F) of the latents given x_o and k."""
+        rest = seen * (value - at.loading[:, None, :, -1])  # (B K, n, T)
+        scaled = rest / at.noise[:, None]
+        along = scaled @ at.loading[..., :-1]  # (B K, n, F)
+        if len(self.cov[0]) == 1:
+            mean = along @ self.cov[:, 0]
+        else:
+            mean = (self.cov[:, pattern] @ along[..., None])[..., 0]
+        square = (rest * scaled).sum(-1) - (along * mean).sum(-1)
+        return self.constant[:, pattern] - 0.5 * square, mean
+
+
+def m_step(sums: Sums, before: Analysers, prior: Tensor | None) -> Analysers:
+    """The mixture that these sums make likeliest; of a token without cells in a component all stays as it is."""
+    unseen = sums.n <= MIN_CELLS
+    a = torch.where(unseen[..., None, None], torch.eye(sums.a.shape[-1]).to(sums.a), sums.a)
+    loading = torch.linalg.solve(a, sums.b[..., None])[..., 0]
+    loading = torch.where(unseen[..., None], before.loading, loading)
+    rest = sums.residual(loading).clamp(min=0)
+    if prior is None:
+        noise = torch.where(unseen, before.noise, rest / torch.where(unseen, 1.0, sums.n))
+    else:
+        noise = (rest + prior) / (sums.n + 1)
+    share = (sums.sizes / sums.sizes.sum(1, keepdim=True)).clamp(min=MIN_WEIGHT)
+    return Analysers((share / share.sum(1, keepdim=True)).log(), loading, noise.clamp(min=MIN_NOISE))
+
+
+def log_prior(at: Analysers, prior: Tensor | None) -> Tensor:
+    """Of the noise variances (B,), a constant left out: -1/2 sum (log psi + L / psi)."""
+    if prior is None:
+        return torch.zeros_like(at.log_weights[:, 0])
+    return -0.5 * (at.noise.log() + prior / at.noise).sum(1).reshape(at.log_weights.shape).sum(1)
+
+
+def best_start(cells: Cells, starts: list[Analysers], prior: Tensor | None = None) -> Analysers:
+    """The start from which a short EM comes furthest, at its end: after some steps the better half goes on."""
+    some = cells.first(START_ROWS)
+    at = Analysers(*(torch.cat(parts) for parts in zip(*starts, strict=True)))
+    while len(at.log_weights) > 1:
+        for _ in range(ROUND):
+            before, (total, sums) = at, expect(some, at)
+            at = m_step(sums, at, prior)
+        order = (total + log_prior(before, prior)).argsort(descending=True).tolist()
+        at = at.pick(order[: len(order) // 2])
+    return at
+
+
+def climb(
+    cells: Cells, start: Analysers, *, prior: Tensor | None = None, tol: float, max_iter: int
+) -> Analysers:
+    """A mixture whose score no longer slopes, from one start, by EM and then L-BFGS.
+
+    Parameters
+    ----------
+    cells : Cells
+        The rows.
+    start : Analysers
+        Where it begins.
+    prior : Tensor of shape (T,), optional
+        L.
+    tol : float
+        It ends where no step has more than this share of the mean score to gain.
+    max_iter : int
+        Most steps of EM; 10 of L-BFGS count as one.
+
+    Raises
+    ------
+    KeyboardInterrupt
+        At Ctrl-C; after the first step its argument is the mixture as it is then.
+    """
+    at = start
+    try:
+        for _ in range(min(max_iter, EM_STEPS)):
+            at = m_step(expect(cells, at)[1], at, prior)
+        return (
+            at if max_iter <= EM_STEPS else _end(cells, at, prior, tol, SHORT_STEPS * (max_iter - EM_STEPS))
+        )
+    except KeyboardInterrupt as press:
+        if at is start or press.args:
+            raise
+        raise KeyboardInterrupt(at) from press
+
+
+def _end(cells: Cells, start: Analysers, prior: Tensor | None, tol: float, max_iter: int) -> Analysers:
+    """Where L-BFGS ends, over steps phi of curvature one in EM's bound at the start.
+
+    log weights + phi / (sizes / N)^1/2,   w + psi^1/2 (A / N)^-1/2 phi,   log psi + phi (2 N / n)^1/2
+    """
+    n_rows, log_unit = float(len(cells.value)), cells.log_unit
+    sums = expect(cells, start)[1]
+    of_weights = (sums.sizes / n_rows).clamp(min=MIN_SHARE).rsqrt()
+    eye = torch.eye(start.loading.shape[-1]).to(start.loading)
+    root = torch.linalg.cholesky(sums.a / n_rows + MIN_SHARE * eye)
+    width = start.noise.sqrt()[..., None]
+    of_noise = (2 / (sums.n / n_rows).clamp(min=MIN_SHARE)).sqrt()
+    parts = [start.log_weights.numel(), start.loading.numel(), start.noise.numel()]
+    low = math.log(MIN_NOISE)
+
+    def place(phi: Tensor) -> Analysers:
+        weights, loading, noise = phi.split(parts)
+        step = torch.linalg.solve_triangular(
+            root.mT, loading.reshape(start.loading.shape)[..., None], upper=True
+        )
+        log_noise = start.noise.log() + of_noise * noise.reshape(start.noise.shape)
+        return Analysers(
+            (start.log_weights + of_weights * weights.reshape(of_weights.shape)).log_softmax(1),
+            start.loading + width * step[..., 0],
+            log_noise.clamp(min=low).exp(),
+        )
+
+    def measure(at: Analysers) -> tuple[float, Tensor, bool]:
+        total, sums = expect(cells, at)
+        of_loading = (sums.b - (sums.a @ at.loading[..., None])[..., 0]) / at.noise[..., None]
+        rest, n = sums.residual(at.loading), sums.n
+        if prior is not None:
+            rest, n = rest + prior, n + 1
+        log_noise = 0.5 * (rest / at.noise - n)
+        log_noise = torch.where(
+            at.noise <= MIN_NOISE, log_noise.clamp(min=0), log_noise
+        )  # as low as it may be
+        slope = [
+            of_weights * (sums.sizes - n_rows * at.log_weights.exp()),
+            torch.linalg.solve_triangular(root, (width * of_loading)[..., None], upper=False),
+            of_noise * log_noise,
+        ]
+        along = torch.cat([part.flatten() for part in slope]) / n_rows
+        score = (float(total + log_prior(at, prior)) - log_unit) / n_rows
+        return score, along, float(along.abs().max()) <= MARGIN * flat(tol, score)
+
+    free = torch.full((parts[0] + parts[1],), -math.inf).to(start.noise)
+    least = torch.cat([free, ((low - start.noise.log()) / of_noise).flatten()])
+    return QuasiNewton(start, place, measure, least).run(sum(parts), start.noise, max_iter)

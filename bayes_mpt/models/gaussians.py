@@ -1,0 +1,82 @@
+"""Mixtures of Gaussians in numbers, and steps of EM made longer."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["MIN_WEIGHT", "Gaussians", "Longer"]
+
+MIN_WEIGHT = 1e-6  # of a component: the logarithm of an empty one is infinite
+PLAIN_STEPS = 3  # before steps are made longer
+MEMORY = 8  # steps of which a longer one is made
+
+
+class Gaussians(NamedTuple):
+    """Gaussians in the units of a table."""
+
+    weights: Tensor
+    """(K,), none of them zero"""
+    loc: Tensor
+    """(K, T)"""
+    scale: Tensor
+    """Cholesky factors (K, T, T) of the covariances, (1, T, T) if tied, or standard deviations (K, T) or (K, 1)"""
+
+
+class Longer:
+    """Steps made of several steps of EM (Anderson 1965; of EM: Henderson & Varadhan 2019).
+
+    With steps f_i = EM(u_i) - u_i, the next place is u + f - (dU + dF) g with g = argmin |f - dF g|: where EM is
+    linear in the parameters, the place at which it moves no more.
+    """
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        self.places: list[Tensor] = []
+        self.steps: list[Tensor] = []
+
+    def __call__(self, before: Gaussians, after: Gaussians) -> Gaussians:
+        """The place after ``before``, from which EM's own step goes ``after``."""
+        place, end = _flat(before), _flat(after)
+        self.places.append(place)
+        self.steps.append(end - place)
+        del self.places[: -MEMORY - 1], self.steps[: -MEMORY - 1]
+        if len(self.steps) <= PLAIN_STEPS:
+            return after
+        moved = torch.stack(self.places).diff(dim=0)  # (M, D)
+        turned = torch.stack(self.steps).diff(dim=0)
+        gram, rhs = turned @ turned.mT, turned @ self.steps[-1]
+        ridge = 1e-10 * gram.diagonal().mean()
+        share, failed = torch.linalg.solve_ex(gram + ridge * torch.eye(len(gram)).to(gram), rhs)
+        found = end - share @ (moved + turned)
+        if bool(failed) or not bool(torch.isfinite(found).all()):
+            return after
+        return _unflat(found, after)
+
+
+def _flat(mix: Gaussians) -> Tensor:
+    """Numbers without bounds."""
+    scale = mix.scale
+    if scale.ndim == 3:
+        diagonal = scale.diagonal(dim1=1, dim2=2)
+        scale = scale.tril(-1) / diagonal[..., None] + torch.diag_embed(diagonal.log())
+    else:
+        scale = scale.log()
+    return torch.cat([mix.weights.log(), mix.loc.flatten(), scale.flatten()])
+
+
+def _unflat(numbers: Tensor, like: Gaussians) -> Gaussians:
+    n_components, n_loc = len(like.weights), like.loc.numel()
+    weights, loc, scale = numbers.split([n_components, n_loc, len(numbers) - n_components - n_loc])
+    scale = scale.reshape(like.scale.shape)
+    if scale.ndim == 3:
+        diagonal = scale.diagonal(dim1=1, dim2=2).exp()
+        scale = scale.tril(-1) * diagonal[..., None] + torch.diag_embed(diagonal)
+    else:
+        scale = scale.exp()
+    weights = weights.softmax(0).clamp(min=MIN_WEIGHT)
+    return Gaussians(weights / weights.sum(), loc.reshape(like.loc.shape), scale)

@@ -1,0 +1,101 @@
+"""What EM expects of rows with missing cells under Gaussians: rows with the same cells observed are taken together.
+
+Of a row with cells o observed, in component k (Ghahramani & Jordan 1994):
+
+    E x = loc + S[:, o] S[o, o]^-1 (x_o - loc_o),        cov x = S - S[:, o] S[o, o]^-1 S[o, :].
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Block", "blocks_of", "expect_block"]
+
+MAX_ROWS = 1024  # of a pattern that stand in one block
+MAX_NUMBERS = 2**22  # that the algebra of a block holds at once
+
+
+class Block(NamedTuple):
+    """Patterns that have about as many rows each."""
+
+    x: Tensor
+    """(P, R, T), zero where missing"""
+    seen: Tensor
+    """(P, T), one where observed"""
+    live: Tensor
+    """(P, R), one for a row, zero where a pattern has fewer rows"""
+
+
+def blocks_of(rows: Tensor) -> list[Block]:
+    """Rows (N, T), NaN where missing, by their patterns, in blocks of patterns that have up to twice as many rows."""
+    seen, which = torch.unique(~rows.isnan(), dim=0, return_inverse=True)
+    by_size: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    order = which.argsort(stable=True)
+    for pattern, index in zip(seen, order.split(which.bincount().tolist()), strict=True):
+        for part in index.split(MAX_ROWS):
+            by_size.setdefault((len(part) - 1).bit_length(), []).append((pattern, part))
+    blocks = []
+    for found in by_size.values():
+        n_rows = max(len(index) for _, index in found)
+        x = rows.new_zeros(len(found), n_rows, rows.shape[1])
+        count = rows.new_zeros(len(found), n_rows)
+        for p, (_, index) in enumerate(found):
+            x[p, : len(index)] = rows[index].nan_to_num(0.0)
+            count[p, : len(index)] = 1.0
+        blocks.append(Block(x, torch.stack([pattern for pattern, _ in found]).to(rows), count))
+    return blocks
+
+
+def expect_block(
+    block: Block, log_weights: Tensor, loc: Tensor, cov: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sums of a block's expected rows under Gaussians, and its log-density.
+
+    Parameters
+    ----------
+    block : Block
+        P patterns of up to R rows.
+    log_weights, loc : Tensor of shapes (K,) and (K, T)
+        Of the components.
+    cov : Tensor of shape (K, T, T) or (1, T, T)
+        Their covariances, or that of all.
+
+    Returns
+    -------
+    count, first, second : Tensor of shapes (K,), (K, T), (K, T, T)
+        Sums of 1, x and x x'.
+    total : Tensor
+        Nats of all rows.
+    """
+    n_tokens, n_components = loc.shape[1], len(loc)
+    of_pattern = n_components * n_tokens * (3 * n_tokens + 4 * block.x.shape[1])
+    step = max(1, MAX_NUMBERS // of_pattern)
+    if step < len(block.x):
+        parts = [Block(*part) for part in zip(*(a.split(step) for a in block), strict=True)]
+        found = [expect_block(part, log_weights, loc, cov) for part in parts]
+        count, first, second, total = (torch.stack(a).sum(0) for a in zip(*found, strict=True))
+        return count, first, second, total
+    x, seen, live = block
+    both = seen[:, :, None] * seen[:, None, :]
+    hidden = 1 - seen
+    # the observed block of S, and ones for the missing cells: (K or 1, P, T, T)
+    root = torch.linalg.cholesky(cov[:, None] * both + torch.diag_embed(hidden))
+    precision = torch.cholesky_inverse(root) * both
+    log_det = 2 * root.diagonal(dim1=2, dim2=3).log().sum(2)  # (K or 1, P)
+    off = (x - loc[:, None, None]) * seen[:, None]  # (K, P, R, T)
+    linear = off @ precision
+    norm = log_det + math.log(2 * math.pi) * seen.sum(1)
+    log_prob = log_weights[:, None, None] - 0.5 * (norm[..., None] + (linear * off).sum(3))  # (K, P, R)
+    density = log_prob.logsumexp(0)
+    share = (log_prob - density).exp_() * live
+    filled = torch.where(seen[:, None] > 0, x, loc[:, None, None] + linear @ cov[:, None])
+    of_filled = (share[..., None] * filled).flatten(1, 2)  # (K, P R, T)
+    left = cov[:, None] - cov[:, None] @ precision @ cov[:, None]
+    left = left * (hidden[:, :, None] * hidden[:, None, :])
+    of_left = torch.einsum("kp,kpij->kij", share.sum(2), left.expand(n_components, -1, -1, -1))
+    second = of_filled.mT @ filled.flatten(1, 2) + of_left
+    return share.sum((1, 2)), of_filled.sum(1), second, (density * live).sum()
