@@ -31,7 +31,7 @@ from bayes_mpt.models.mixtures import CollapseError
 
 __all__ = ["MixtureOfFactorAnalyzers"]
 
-STARTS = 3  # of `maximize`, beside the one that it is given
+STARTS, STARTS_WITH_HOLES = 7, 15  # of `maximize`, beside the one that it is given
 MIN_STEPS = 200  # that it must have for them
 FIRST_NOISE = 1e-3  # of a factor analyser at the start, in units of the columns' variances
 
@@ -148,7 +148,8 @@ class MixtureOfFactorAnalyzers(CheckedModel):
         scale = None if prior is None else prior.scale
         try:
             if max_iter >= MIN_STEPS and int(self.n_components) > 1:
-                start = best_start(cells, [start, *self._starts(table, prior)], scale)
+                n_starts = STARTS if len(cells.patterns) == 1 else STARTS_WITH_HOLES
+                start = best_start(cells, [start, *self._starts(table, prior, n_starts)], scale)
             return _in_units_of_x(climb(cells, start, prior=scale, tol=tol, max_iter=max_iter), table, x)
         except KeyboardInterrupt as press:
             if not press.args:
@@ -185,7 +186,7 @@ class MixtureOfFactorAnalyzers(CheckedModel):
         prior = prior if prior is not None and prior.proper else None  # the fit refuses such a table
         return _in_units_of_x(self._starts(table, prior, 1)[0], table, x)
 
-    def _starts(self, table: Table, prior: CovariancePrior | None, n_starts: int = STARTS) -> list[Analysers]:
+    def _starts(self, table: Table, prior: CovariancePrior | None, n_starts: int) -> list[Analysers]:
         """Some, in whose missing cells stand others of the same columns, at random."""
         seeds = torch.randint(2**31 - 1, (n_starts,), device="cpu").tolist()
         size = int(self.n_components), int(self.n_factors)
