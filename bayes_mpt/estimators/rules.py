@@ -203,7 +203,9 @@ class Bic(BaseEstimator):
         """As `Laplace.evaluate`."""
         model = candidate.model
         candidate.evidence, candidate.se = -0.5 * model.bic(X, y), math.nan
-        candidate.about = "at the maximum a posteriori" if model.at_map_ else "at the maximum of the likelihood"
+        candidate.about = (
+            "at the maximum a posteriori" if model.at_map_ else "at the maximum of the likelihood"
+        )
         _of_one_fit(candidate, X, y)
 
 
