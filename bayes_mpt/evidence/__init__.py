@@ -9,6 +9,7 @@ from bayes_mpt.evidence.hyperparameters import Prior, hyperprior, log_likelihood
 from bayes_mpt.evidence.integrated import IntegratedEvidence, Mode, integrate
 from bayes_mpt.evidence.laplace import LaplaceEvidence, laplace_diagonal, laplace_proportional
 from bayes_mpt.evidence.laplace_incomplete import laplace_of_cells
+from bayes_mpt.evidence.mixture import MixtureEvidence, mixture_evidence
 from bayes_mpt.evidence.mixture_laplace import MixtureLaplace, laplace_mixture
 from bayes_mpt.evidence.mixture_prior import MixturePrior, mixture_prior
 from bayes_mpt.evidence.sampled import SampledEvidence, sample_evidence
@@ -18,6 +19,7 @@ __all__ = [
     "FactorPrior",
     "IntegratedEvidence",
     "LaplaceEvidence",
+    "MixtureEvidence",
     "MixtureLaplace",
     "MixturePrior",
     "Mode",
@@ -33,6 +35,7 @@ __all__ = [
     "laplace_of_cells",
     "laplace_proportional",
     "log_likelihood",
+    "mixture_evidence",
     "mixture_prior",
     "sample_evidence",
 ]

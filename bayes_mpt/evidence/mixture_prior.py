@@ -49,8 +49,8 @@ class MixturePrior:
     Examples
     --------
     >>> print(mixture_prior(np.array([[0.0, 1.0], [2.0, 5.0], [4.0, 3.0]])).describe())
-    weights: Dirichlet(4); means: N(m0, C/0.01); covariances C: inverse Wishart or inverse gamma, 3 degrees a variance,
-    scale S/K^(2/T); units: m0 and S 3443ae84
+    weights: Dirichlet(4); means: N(m0, C/0.01); covariances C: inverse Wishart or gamma, 3 degrees a variance, mean
+    S/K^(2/T); units: m0 and S f6a6af2a
     """
 
     center: Array
@@ -64,7 +64,7 @@ class MixturePrior:
         table = np.concatenate([self.center, self.covariance.ravel()]).astype(float)
         return (
             f"weights: Dirichlet({self.concentration:g}); means: N(m0, C/{self.kappa:g}); covariances C: inverse "
-            f"Wishart or inverse gamma, {self.degrees:g} degrees a variance, scale S/K^(2/T); units: m0 and S "
+            f"Wishart or gamma, {self.degrees:g} degrees a variance, mean S/K^(2/T); units: m0 and S "
             f"{hashlib.sha256(table.tobytes()).hexdigest()[:8]}"
         )
 

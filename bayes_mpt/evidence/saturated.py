@@ -1,4 +1,4 @@
-"""The normal with any covariance that fits the observed cells of a table: what priors take their units from."""
+"""The normal with any mean and covariance that fits the observed cells of a table: the units of priors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PSEUDO_ROWS = 1.0  # rows of independent columns that keep a saturated covarianc
 
 
 def saturated(rows: Array, weight: Array) -> tuple[Array, Array]:
-    """Mean (T,) and covariance (T, T) of the normal that fits the cells of weighted rows: EM over the patterns.
+    """Mean (T,) and covariance (T, T) of the normal that fits the observed cells of weighted rows, by EM.
 
     A row's worth of independent columns with the observed variances keeps the covariance definite.
     """

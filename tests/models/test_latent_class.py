@@ -75,7 +75,7 @@ def test_first_steps_are_those_of_em_by_loops(holes):
 def test_the_likelihood_rises_with_every_step(holes):
     x = table(1, n_rows=80, holes=holes)
     model, start = LatentClass(3), start_of(1, 3)
-    steps = [*range(1, 21), 21, 22, 25, 40]  # beyond 20 each stands for ten of L-BFGS
+    steps = [*range(1, 21), 21, 22, 25, 40]  # beyond 20 of L-BFGS
     scores = [score_of(x, start)]
     scores += [score_of(x, model.maximize(torch.as_tensor(x), start, tol=0.0, max_iter=k)) for k in steps]
     assert all(b >= a - 1e-9 for a, b in itertools.pairwise(scores))
@@ -95,7 +95,7 @@ def test_the_fit_is_the_best_of_many_starts_and_leaves_lbfgs_nothing(holes):
         [np.log(joint_of(r, fitted.params_["weights"], fitted.params_["probs"]).sum()) for r in x[:3]],
     )
     ends = [
-        score_of(x, LatentClass(3).maximize(torch.as_tensor(x), start_of(seed, 3), tol=1e-12, max_iter=100))
+        score_of(x, LatentClass(3).maximize(torch.as_tensor(x), start_of(seed, 3), tol=1e-12, max_iter=1000))
         for seed in range(10)
     ]
     assert fitted.log_marginal_likelihood_ > max(ends) - 0.01
@@ -147,3 +147,43 @@ def test_ctrl_c_in_a_climb_hands_over_the_best_so_far(monkeypatch):
     with pytest.raises(KeyboardInterrupt) as pressed:
         model.maximize(x, start, tol=0.0, max_iter=30)
     assert score_of(x.numpy(), pressed.value.args[0]) >= before - 1e-9
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x[:2],
+        lambda x: x[:3],  # fewer than classes
+        lambda x: np.repeat(x[:2], 6, 0),
+        lambda x: x[:, :1],
+        lambda x: np.c_[x, np.full(len(x), 2.0)],
+        lambda x: np.where(np.arange(len(x))[:, None] == 3, np.nan, x),
+        lambda x: np.where((np.arange(5) == 1) & (np.arange(len(x)) > 0)[:, None], np.nan, x),
+        lambda x: x.astype(np.float32),
+    ],
+    ids=["two rows", "three", "repeated", "one column", "constant", "empty row", "one cell", "float32"],
+)
+def test_odd_tables_have_a_likelihood_and_a_maximum(change):
+    x = change(table(7, n_rows=20))
+    fitted = BayesMPT(LatentClass(5, 3), random_state=0).fit(x)
+    assert fitted.converged_
+    assert fitted.log_marginal_likelihood_ == pytest.approx(score_of(x, fitted.params_), rel=1e-5, abs=1e-6)
+    one = BayesMPT(LatentClass(1, 3), random_state=0).fit(x)
+    assert fitted.log_marginal_likelihood_ >= one.log_marginal_likelihood_ - 1e-6
+    empty = np.isnan(x).all(1)
+    np.testing.assert_array_equal(fitted.score_samples(x)[empty], 0.0)
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (table(8)[:1], "X has 1 sample while a minimum of 2 is required to estimate weights, probs"),
+        (np.where(np.arange(5) == 2, np.nan, table(8)), "column 2 has no observed cell"),
+        (table(8) - 1, "codes 0, 1, 2"),
+        (table(8) + 5, "holds code 7, but parameter 'probs' has 3 levels"),
+    ],
+    ids=["one row", "empty column", "negative", "too large"],
+)
+def test_tables_that_are_refused(x, message):
+    with pytest.raises(ValueError, match=message):
+        BayesMPT(LatentClass(2, 3), random_state=0).fit(x)
