@@ -27,8 +27,10 @@ __all__ = [
     "CheckpointWarning",
     "CollapseWarning",
     "DivergenceWarning",
+    "DrawsWarning",
     "HeavyTailWarning",
     "IgnoredRowsWarning",
+    "LeftOutWarning",
     "MisfitWarning",
     "NoBoundWarning",
     "NotConvergedWarning",
@@ -65,12 +67,20 @@ class HeavyTailWarning(UserWarning):
     """Importance weights are so uneven that the error of an estimate is unreliable."""
 
 
+class DrawsWarning(UserWarning):
+    """An evidence from a user's own draws or guide has no reliable error."""
+
+
 class NoBoundWarning(UserWarning):
     """What is maximised is not a lower bound on the log marginal likelihood."""
 
 
 class IgnoredRowsWarning(UserWarning):
     """What a program observes does not change with X."""
+
+
+class LeftOutWarning(UserWarning):
+    """Candidates of a search are not in an average of them."""
 
 
 class MisfitWarning(UserWarning):

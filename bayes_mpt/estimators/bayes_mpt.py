@@ -40,6 +40,7 @@ from bayes_mpt.estimators.trainer import trainer_of
 from bayes_mpt.evidence.factor_prior import FactorPrior
 from bayes_mpt.evidence.integrated import IntegratedEvidence
 from bayes_mpt.evidence.laplace import LaplaceEvidence
+from bayes_mpt.evidence.mixture_laplace import MixtureLaplace
 from bayes_mpt.evidence.sampled import SampledEvidence
 from bayes_mpt.inputs import read_numbers, read_table, unmasked
 from bayes_mpt.masks import Policy
@@ -501,11 +502,13 @@ class BayesMPT(
         """Inverse of the covariance, by Woodbury: (T, T)."""
         return predictions.precision(self._current())
 
-    def laplace(self, X: ArrayLike) -> LaplaceEvidence:
-        """Evidence of X with loadings and noise variances integrated out, by Laplace around the orbit of rotations.
+    def laplace(self, X: ArrayLike) -> LaplaceEvidence | MixtureLaplace:
+        """Evidence of X with what was point-estimated integrated out, by Laplace's approximation.
 
-        Of models that declare their loadings free up to rotation (``model.symmetries``). Where cells are missing it is
-        the evidence of the observed ones: `bayes_mpt.evidence.laplace_incomplete`.
+        Of models that declare their loadings free up to rotation (``model.symmetries``): loadings and noise variances,
+        around the orbit of rotations; where cells are missing it is the evidence of the observed ones:
+        `bayes_mpt.evidence.laplace_incomplete`. Of a `GaussianMixture` with full covariances: all parameters, under
+        `bayes_mpt.evidence.mixture_prior` of X; see `bayes_mpt.evidence.mixture_laplace`.
         """
         return integrals.laplace_evidence(*self._ready(X))
 

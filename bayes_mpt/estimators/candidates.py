@@ -16,7 +16,9 @@ from bayes_mpt.estimators.availability import counts_parameters
 from bayes_mpt.estimators.bayes_mpt import BayesMPT
 from bayes_mpt.estimators.integrals import affordable, laplace_applies, n_hyperparameters
 from bayes_mpt.evidence.expected import Believed
-from bayes_mpt.evidence.integrated import IntegratedEvidence
+from bayes_mpt.evidence.integrated import IntegratedEvidence, Nodes
+from bayes_mpt.evidence.mixture_laplace import MixtureLaplace
+from bayes_mpt.evidence.predictive import GaussianRows, RowPredictive
 from bayes_mpt.evidence.sampled import SampledEvidence
 from bayes_mpt.program.program import list_names
 
@@ -103,6 +105,8 @@ class Candidate:
     """What was integrated under which prior, where that is not the model's own: two that differ are not comparable."""
     believed: Believed | None = None
     """The fit and the posterior that the evidence was computed with, where rows are Gaussian under both."""
+    nodes: Nodes | None = None
+    """What the evidence was integrated over, where that were hyper-parameters: the model itself is at their maximum."""
     held_out: float = math.nan
     """Nats of hidden rows, where these rank and not the expected score."""
     why_held_out: str = ""
@@ -115,6 +119,10 @@ class Candidate:
     """(N,) nats: the rows' scores by the fit to all rows, where one random partition of them is all there is."""
     fold: NDArray[Any] | None = None
     """(N,) in which fold of that partition each row was hidden."""
+    hidden: NDArray[np.float64] | None = None
+    """(R, N) nats of each row by the fit that has not seen it, by repeat; NaN of one that was never hidden."""
+    split: NDArray[np.float64] | None = None
+    """(R, N) by which split that was; None where a row was hidden more than once."""
     taken_up: bool = False
     """Whether this is from a file, of the stage that it was last in."""
 
@@ -148,6 +156,14 @@ class Candidate:
         """Weights are stated within it: candidates that differ in the number of latents alone."""
         return "" if self.believed is None else self.believed.kind
 
+    @property
+    def predictive(self) -> RowPredictive | None:
+        """The law of a new row that goes with the evidence, where that is told without the estimator."""
+        if self.believed is None:
+            return None
+        draws, islands = self.believed.draws, self.believed.islands
+        return GaussianRows.of(draws.mean(islands), draws.covariance(islands))
+
     def take_sampled(self, found: SampledEvidence) -> None:
         """An evidence with loadings, noise variances and mean integrated, of the rows the model was fitted to."""
         model = self.model
@@ -167,9 +183,16 @@ class Candidate:
                 names = list_names(map(str, model.fitted_.names[few]))
                 self.doubt(f"few observed cells in column {names}: a new complete row is a guess there")
 
+    def take_mixture(self, found: MixtureLaplace) -> None:
+        """The Laplace evidence of a mixture."""
+        self.prior = found.prior.describe()
+        if found.overlapping:
+            pairs = ", ".join(f"{i} and {j}" for i, j in found.overlapping)
+            self.doubt(f"laplace, but components {pairs} overlap: the approximation is not to be relied on")
+
     def take(self, found: IntegratedEvidence) -> None:
         """An evidence with the hyper-parameters integrated."""
-        self.evidence, self.se = found.log_evidence, found.se
+        self.evidence, self.se, self.nodes = found.log_evidence, found.se, found.nodes
         if found.pareto_k > BAD_K:
             self.doubt(f"integrated, but Pareto k {found.pareto_k:.2f}: se is unreliable")
 

@@ -14,13 +14,16 @@ from bayes_mpt import training
 from bayes_mpt.estimators.fit import of_program, parameters
 from bayes_mpt.estimators.fitted import Fitted
 from bayes_mpt.estimators.repeats import repeated_columns
-from bayes_mpt.estimators.rows import refuse_unobserved
+from bayes_mpt.estimators.rows import refuse_missing, refuse_unobserved
 from bayes_mpt.evidence.factor_prior import FactorPrior, factor_prior
-from bayes_mpt.evidence.hyperparameters import assign, hyperprior, log_likelihood
-from bayes_mpt.evidence.integrated import IntegratedEvidence, integrate
+from bayes_mpt.evidence.hyperparameters import assign, hyperprior, log_likelihood, predictions
+from bayes_mpt.evidence.integrated import IntegratedEvidence, Nodes, integrate
 from bayes_mpt.evidence.laplace import LaplaceEvidence, laplace_diagonal, laplace_proportional
 from bayes_mpt.evidence.laplace_incomplete import laplace_fits, laplace_of_cells
+from bayes_mpt.evidence.mixture_laplace import MixtureLaplace, laplace_mixture
+from bayes_mpt.evidence.mixture_prior import mixture_prior
 from bayes_mpt.evidence.sampled import MAX_PARAMETERS, SampledEvidence, n_parameters, sample_evidence
+from bayes_mpt.models.mixtures import GaussianMixture
 from bayes_mpt.predictors import Batch, Objective
 from bayes_mpt.predictors.base import Frozen
 from bayes_mpt.predictors.gaussian.incomplete import FewCellsError
@@ -38,6 +41,7 @@ __all__ = [
     "laplace_evidence",
     "n_hyperparameters",
     "noise_shape",
+    "predictions_over",
     "sampled_evidence",
 ]
 
@@ -56,14 +60,16 @@ def noise_shape(fitted: Fitted) -> NDArray[np.float64] | str | None:
     return "free" if len(noise) == n_columns else None
 
 
-def laplace_evidence(fitted: Fitted, rows: NDArray[np.floating]) -> LaplaceEvidence:
-    """Evidence of rows with loadings and noise variances integrated out."""
+def laplace_evidence(fitted: Fitted, rows: NDArray[np.floating]) -> LaplaceEvidence | MixtureLaplace:
+    """Evidence of rows with loadings and noise variances integrated out, or all parameters of a Gaussian mixture."""
+    if isinstance(fitted.model, GaussianMixture):
+        return _laplace_of_mixture(fitted, fitted.model.covariance_type, rows)
     statistics = SufficientStatistics(rows, fitted.device, fitted.shift)
     shape = noise_shape(fitted)
     if shape is None:
         raise ValueError(
             "the Laplace evidence needs a factor model that declares its symmetries, {'rotations': name of the noise "
-            f"variance}}, got {fitted.model!r}: use evidence='heldout'"
+            f"variance}}, or a GaussianMixture with full covariances, got {fitted.model!r}: use evidence='heldout'"
         )
     if not statistics.complete:
         return _laplace_of_cells(fitted, rows, statistics, None if isinstance(shape, str) else shape)
@@ -82,6 +88,20 @@ def laplace_evidence(fitted: Fitted, rows: NDArray[np.floating]) -> LaplaceEvide
             f"{len(statistics.mean)}, rank {rank}): use fewer latents, or drop columns that repeat others "
             f"({list_names(map(str, fitted.names[repeated_columns(rows)])) or 'none found'})"
         ) from error
+
+
+def _laplace_of_mixture(fitted: Fitted, kind: str, rows: NDArray[np.floating]) -> MixtureLaplace:
+    """The Laplace evidence of a Gaussian mixture."""
+    if kind != "full":
+        raise ValueError(
+            f"the Laplace evidence of a mixture needs covariance_type='full', got {kind!r}: use evidence='bic' or "
+            "'heldout'"
+        )
+    refuse_unobserved(np.isnan(rows).all(0), fitted.names)
+    params = {name: np.asarray(value, dtype=np.float64) for name, value in fitted.params.items()}
+    root, rows = params["scale_tril"], np.asarray(rows, dtype=np.float64)
+    prior = mixture_prior(rows)
+    return laplace_mixture(rows, prior, params["weights"], params["loc"], root @ root.swapaxes(1, 2))
 
 
 def _laplace_of_cells(
@@ -240,6 +260,18 @@ def integrated_evidence(fitted: Fitted, rows: NDArray[np.floating], y: Any, se: 
         likelihood = log_likelihood(predictor, args, leaves)
         found = integrate(likelihood, prior, current=current, seed=fitted.draws, max_se=se)
     return found._replace(names=tuple(leaves))
+
+
+def predictions_over(
+    fitted: Fitted, rows: NDArray[np.floating], nodes: Nodes
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Means and variances (S, M) of new observations given those of the training rows, at each node of an evidence."""
+    assert fitted.seen is not None
+    refuse_missing(rows, fitted.names)
+    seen, new = fitted.seen, fitted.new_arguments(rows)
+    with training.one_thread(len(seen[0]) ** 2), fitted.program(seen) as predictor:
+        leaves = of_program(training.Problem(Objective(predictor, Batch(seen, 1))))
+        return predictions(predictor, seen, new, leaves, nodes.theta)
 
 
 def at_mode(fitted: Fitted, rows: NDArray[np.floating], y: Any, found: IntegratedEvidence) -> Fitted:

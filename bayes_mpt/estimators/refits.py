@@ -81,7 +81,8 @@ class HeldOut(BaseEstimator):
     ) -> None:
         """As `Laplace.evaluate`; ``seed`` is of the partitions, ``random_state`` of fits that have none."""
         repeats = [self._folds(len(X), seed + repeat) for repeat in range(self.n_repeats)]
-        _by_refits(candidate, X, y, repeats, random_state)
+        candidate.hidden = _by_refits(candidate, X, y, repeats, random_state)
+        candidate.split = _splits_of(len(X), repeats)
         if self.n_repeats == 1 and self._is_partition and candidate.facts.by_row:
             candidate.at_fit = np.asarray(candidate.model.score_samples(X, y), dtype=np.float64)
             candidate.fold = np.empty(len(X), dtype=np.int_)
@@ -153,8 +154,10 @@ class Cumulative(BaseEstimator):
         return [(order[:a], order[a:b]) for a, b in pairwise(edges) if b > a]
 
 
-def _by_refits(candidate: Candidate, X: Any, y: Any, repeats: list[Splits], random_state: int | None) -> None:
-    """Scores of rows by fits to others, averaged over repeats."""
+def _by_refits(
+    candidate: Candidate, X: Any, y: Any, repeats: list[Splits], random_state: int | None
+) -> NDArray[np.float64]:
+    """Scores of rows by fits to others, averaged over repeats; those of each repeat (R, N) are returned."""
     by_row, replicates, means, n_cut_short = [], [], [], 0
     for splits in repeats:
         total, count = np.zeros(len(X)), np.zeros(len(X))
@@ -178,3 +181,15 @@ def _by_refits(candidate: Candidate, X: Any, y: Any, repeats: list[Splits], rand
     candidate.splits = np.array(means)
     if n_cut_short:
         candidate.doubt(f"{n_cut_short} of {len(means)} fits to folds not converged")
+    return np.array(by_row)
+
+
+def _splits_of(n_rows: int, repeats: list[Splits]) -> NDArray[np.float64] | None:
+    """By which split (R, N) each row was hidden, NaN by none; None if a row was hidden more than once."""
+    out = np.full((len(repeats), n_rows), math.nan)
+    for place, splits in zip(out, repeats, strict=True):
+        for f, (_, test) in enumerate(splits):
+            if not np.isnan(place[test]).all():
+                return None
+            place[test] = f
+    return out

@@ -1,7 +1,8 @@
 """The rules of evidence: which number ranks fitted candidates, and whether they can be compared by it.
 
-- `Laplace`: loadings and noise integrated out around the rotation orbit (`bayes_mpt.evidence.laplace`); one fit
-  a candidate. A fast screen: it has no error.
+- `Laplace`: loadings and noise integrated out around the rotation orbit (`bayes_mpt.evidence.laplace`), or all
+  parameters of a Gaussian mixture (`bayes_mpt.evidence.mixture_laplace`); one fit a candidate. A fast screen: it has no
+  error.
 - `Integrated`: loadings, noise variances and mean of factor models integrated under a stated prior
   (`bayes_mpt.evidence.sampled`), with an error; or a few hyper-parameters (of a kernel, say) under the model's
   hyperprior (`bayes_mpt.evidence.integrated`): these candidates are left at their maximum a posteriori, which predicts
@@ -38,6 +39,7 @@ from bayes_mpt.estimators.refits import Cumulative, HeldOut
 from bayes_mpt.estimators.unbounded import refuse_unbounded
 from bayes_mpt.evidence.factor_prior import FactorPrior, factor_prior
 from bayes_mpt.evidence.integrated import IntegratedEvidence
+from bayes_mpt.evidence.mixture_laplace import MixtureLaplace
 from bayes_mpt.evidence.sampled import SampledEvidence
 from bayes_mpt.runtime.atomic import all_or_nothing
 from bayes_mpt.runtime.serial import left_as_found, turn
@@ -64,7 +66,7 @@ MAX_INTEGRATED = 16  # hyper-parameters
 
 
 class Laplace(BaseEstimator):
-    """Loadings and noise variances integrated out, by Laplace around the orbit of rotations."""
+    """Loadings and noise variances, or all parameters of a mixture, integrated out by Laplace's approximation."""
 
     name: ClassVar[str] = "laplace"
     n_fits: ClassVar[int] = 0
@@ -76,7 +78,10 @@ class Laplace(BaseEstimator):
 
     def evaluate(self, candidate: Candidate, X: Any, y: Any, **seeds: Any) -> None:
         """Give a candidate, which was fitted to X as its model sees it, its evidence."""
-        candidate.evidence = candidate.model.laplace(X).log_evidence
+        found = candidate.model.laplace(X)
+        candidate.evidence = found.log_evidence
+        if isinstance(found, MixtureLaplace):
+            candidate.take_mixture(found)
         _of_one_fit(candidate, X, y)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from numbers import Integral, Real
 from pathlib import Path
@@ -18,10 +18,12 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, MetaEstimatorMixin, _fit_context, clone
 from sklearn.callback import CallbackSupportMixin
 from sklearn.model_selection import ParameterGrid
+from sklearn.pipeline import Pipeline
 from sklearn.utils import check_array, check_random_state, get_tags
 from sklearn.utils._param_validation import StrOptions
 from sklearn.utils.validation import check_is_fitted
 
+from bayes_mpt.estimators.average import ModelAverage
 from bayes_mpt.estimators.best import AsItsBest
 from bayes_mpt.estimators.candidates import (
     Candidate,
@@ -40,6 +42,7 @@ from bayes_mpt.estimators.evaluation import (
     to_fit,
     unfitted,
 )
+from bayes_mpt.estimators.members import needs_estimator
 from bayes_mpt.estimators.partial import Finished, Partial
 from bayes_mpt.estimators.rules import (
     RULES,
@@ -258,8 +261,8 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, AsItsBe
         refuse_other_priors(names, found)
         ranking = checked(found, rule, asked, X, y, seed=seed, random_state=state)
         self._store(grid, names, found, ranking)
-        unmade = self._winner is not None and self._winner.estimator is None
-        # A copy: the caller may change the table before the winner is asked for. A memory map is not one to copy.
+        unmade = bool(self.refit) and any(c.estimator is None and not c.error for c in found)
+        # A copy: the caller may change the table before a candidate is asked for. A memory map is not one to copy.
         self._rows = (_kept(X), _kept(y), digest_of((X, y))) if unmade else None
         root.call_on_fit_task_end(estimator=self, X=X, y=y)
 
@@ -351,7 +354,7 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, AsItsBe
         self.best_index_ = _index(self.refit(results), len(grid)) if callable(self.refit) else best
         self.best_params_ = grid[self.best_index_]
         self.best_score_ = float(mean[self.best_index_])
-        self._winner = found[self.best_index_] if self.refit else None
+        self._found = found if self.refit else None
         if self.refit:
             self.refit_time_ = 0.0  # the candidate was fitted on all rows already
 
@@ -360,21 +363,61 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, AsItsBe
     @property
     def best_estimator_(self) -> Any:
         """The best candidate, fitted on all rows."""
-        winner: Candidate | None = vars(self).get("_winner")
-        if winner is None:
+        if vars(self).get("_found") is None:
             raise AttributeError(
                 f"{type(self).__name__} object has no best_estimator_: not fitted, or refit=False"
             )
-        if winner.estimator is None and self._rows is not None:
+        return self._made([self.best_index_])[self.best_index_].estimator
+
+    def average(
+        self,
+        weights: Literal["evidence", "stacking"] = "evidence",
+        prior_weights: Mapping[str, float] | ArrayLike | None = None,
+    ) -> ModelAverage:
+        """The candidates averaged in place of the best one: an estimator, the mixture of what each predicts.
+
+        Parameters
+        ----------
+        weights : "evidence" or "stacking", default="evidence"
+            By evidence, where candidates have their posterior (``evidence="integrated"``, or nothing is estimated); by
+            scores of hidden rows, where they offer a fit (``evidence="heldout"``).
+        prior_weights : dict by candidate or array of shape (J,), optional
+            Prior odds; by default equal for each class of models, in it for each number of latents or components.
+
+        Raises
+        ------
+        ValueError
+            If only one candidate did not fail, what is asked for cannot be had of them, or they are not comparable:
+            other steps stand before their models.
+        """
+        return ModelAverage(clone(self), weights=weights, prior_weights=prior_weights)._of(self)
+
+    def _candidates(self) -> list[Candidate]:
+        """All candidates, for an average; with their estimators where their predictions need these."""
+        check_is_fitted(self)
+        if self._found is None:
+            raise ValueError("refit=False keeps no candidates to average: leave it True")
+        piped = isinstance(self.estimator, Pipeline)
+        return self._made(
+            [i for i, c in enumerate(self._found) if needs_estimator(c) or (piped and not c.error)]
+        )
+
+    def _made(self, places: list[int]) -> list[Candidate]:
+        """All candidates, those at some places with their estimators."""
+        assert self._found is not None
+        unmade = [i for i in places if self._found[i].estimator is None]
+        if unmade and self._rows is not None:
             X, y, before = self._rows
             if digest_of((X, y)) != before:
                 raise RuntimeError(
-                    "the rows have changed since fit, in place, and the best candidate is to be made on them as they "
-                    "were: call fit again"
+                    "the rows have changed since fit, in place, and candidates are to be made on them as they were: "
+                    "call fit again"
                 )
-            with_estimator(winner, X, y)
-            self._rows = None
-        return winner.estimator
+            for i in unmade:
+                with_estimator(self._found[i], X, y)
+            if all(c.estimator is not None or c.error for c in self._found):
+                self._rows = None
+        return self._found
 
     def summary(self) -> str:
         """What ranks, by how much, how sure that is and what to be wary of, in lines of at most 80 characters."""
@@ -382,9 +425,11 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, AsItsBe
         return summary(self.comparison_, self.evidence_, self.evidence_reason_)
 
     def __getstate__(self) -> dict[str, Any]:
-        if vars(self).get("_rows") is not None:
-            _ = self.best_estimator_  # a file holds the estimator, and no rows
         state: dict[str, Any] = super().__getstate__()
+        if state.get("_rows") is not None:  # a file holds estimators, and no rows
+            self._made([self.best_index_])
+            self._candidates()
+            state["_rows"] = None
         return state
 
     @property

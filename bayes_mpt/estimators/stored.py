@@ -22,6 +22,7 @@ from bayes_mpt.estimators.candidates import Candidate, Facts, final_step
 from bayes_mpt.estimators.stored_fit import dump
 from bayes_mpt.evidence.draws import FactorDraws
 from bayes_mpt.evidence.expected import Believed
+from bayes_mpt.evidence.integrated import Nodes
 from bayes_mpt.runtime.checkpoints import SUFFIX, make_room, read, set_aside, write
 from bayes_mpt.warnings import CheckpointWarning, warn
 
@@ -34,6 +35,7 @@ _NUMBERS = ("evidence", "se", "n_scored", "fit_time", "score_time")
 _TEXTS = ("tokens", "error", "note", "about", "prior")
 _FLAGS = ("by_row", "remembers", "rotates", "affordable", "counted", "converged")
 _ROWS = ("by_row", "at_fit", "fold")  # numbers by row, or None
+_REPEATS = ("hidden", "split")  # the same of each repeat
 
 
 @dataclass
@@ -65,7 +67,7 @@ class Slot:
         facts = asdict(result.facts)
         numbers = {k: float(getattr(result, k)) for k in _NUMBERS}
         arrays = {k: np.asarray(getattr(result, k), float) for k in ("replicates", "splits")}
-        rows = {k: _optional(getattr(result, k)) for k in _ROWS}
+        rows = {k: _optional(getattr(result, k)) for k in _ROWS + _REPEATS}
         content = {
             "asked": self.asked,
             "stage": self.label,
@@ -74,6 +76,7 @@ class Slot:
             **{k: getattr(result, k) for k in _TEXTS},
             **rows,
             "believed": None if result.believed is None else asdict(result.believed),
+            "nodes": None if result.nodes is None else result.nodes._asdict(),
             "facts": facts,
             "left": result.left if result.estimator is None else dump(result.model.fitted_),
         }
@@ -85,6 +88,7 @@ class Slot:
             raise ValueError("of something else")
         arrays = {k: _vector(content[k]) for k in ("replicates", "splits")}
         rows: dict[str, Any] = {k: None if content[k] is None else _vector(content[k]) for k in _ROWS}
+        rows |= {k: None if content[k] is None else _array(content[k], 2) for k in _REPEATS}
         numbers: dict[str, Any] = {k: _as(float, content[k]) for k in _NUMBERS}
         texts = {k: _as(str, content[k]) for k in _TEXTS}
         facts, left = content["facts"], content["left"]
@@ -100,7 +104,8 @@ class Slot:
             raise TypeError("not tensors")
         for name, kind in (("seed", int), ("digest", str), ("log_likelihood_", float), ("se", float)):
             _as(kind, left[name])
-        found = Candidate(known=known, left=left, believed=_believed(content["believed"]))
+        believed, nodes = _believed(content["believed"]), _nodes(content["nodes"])
+        found = Candidate(known=known, left=left, believed=believed, nodes=nodes)
         for name, value in (numbers | arrays | texts | rows).items():
             setattr(found, name, value)
         return found
@@ -203,9 +208,23 @@ def _believed(stored: Any) -> Believed | None:
     return found
 
 
+def _nodes(stored: Any) -> Nodes | None:
+    """What hyper-parameters were integrated over."""
+    if stored is None:
+        return None
+    found = Nodes(_array(stored["theta"], 2), _array(stored["share"], 1))
+    if len(found.theta) != len(found.share):
+        raise TypeError("theta and share differ in length")
+    return found
+
+
 def _vector(value: Any) -> np.ndarray[Any, Any]:
-    if not isinstance(value, np.ndarray) or value.dtype.kind != "f" or value.ndim != 1:
-        raise TypeError("not a vector")
+    return _array(value, 1)
+
+
+def _array(value: Any, ndim: int) -> np.ndarray[Any, Any]:
+    if not isinstance(value, np.ndarray) or value.dtype.kind != "f" or value.ndim != ndim:
+        raise TypeError(f"not an array of {ndim} dimensions")
     return value
 
 

@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import gammaln, logsumexp
 
-from bayes_mpt.evidence.slice import Reading, Slice
+from bayes_mpt.evidence.slice import Slice
 
-__all__ = ["Annealed", "Plan", "anneal"]
+__all__ = ["Annealed", "Plan", "anneal", "resample"]
 
 Array = NDArray[np.float64]
 
@@ -62,10 +62,10 @@ class _Particles:
 
     names = ("y", "log_p", "gauge", "force", "log_q", "force_q", "inside")
 
-    def __init__(self, space: Slice, y: Array, reading: Reading | None = None):
-        read = space.read(y) if reading is None else reading
-        self.y, self.log_p, self.gauge, self.force, self.inside = y, *read[:3], read.inside
-        self.log_q, self.force_q = _log_start(y)
+    def __init__(self, space: Slice, y: Array):
+        read = space.read(y, _start_force)
+        self.y, self.log_q, self.log_p, self.gauge = y, _log_start(y), read.log_density, read.log_gauge
+        self.force, self.force_q, self.inside = read.force, read.start_force, read.inside
 
     def taken(self, index: NDArray[np.intp]) -> _Particles:
         new = object.__new__(_Particles)
@@ -123,7 +123,7 @@ def _anneal(
         if pilot:
             plan.temperatures.append(b)
             plan.steps.append(step)
-        now = now.taken(_resample(np.exp(rise - total[:, None]), rng))
+        now = now.taken(resample(np.exp(rise - total[:, None]), rng))
         chance, inside = _move(space, now, b, plan.steps[level], rng)
         accepted.append(float(chance.mean()))
         if pilot and inside.any():  # an end outside says nothing of the step
@@ -146,12 +146,17 @@ def _start(space: Slice, n_islands: int, n_each: int, rng: np.random.Generator) 
     return np.concatenate(y), log_share
 
 
-def _log_start(y: Array) -> tuple[Array, Array]:
-    """Log density (B,) of the start at y (B, m), and its gradient."""
-    m, square = y.shape[1], np.square(y).sum(1)
+def _log_start(y: Array) -> Array:
+    """Log density (B,) of the start at y (B, m)."""
+    m = y.shape[1]
     constant = gammaln((DEGREES + m) / 2) - gammaln(DEGREES / 2) - 0.5 * m * math.log(DEGREES * math.pi)
-    value = constant - 0.5 * (DEGREES + m) * np.log1p(square / DEGREES)
-    return value, -((DEGREES + m) / (DEGREES + square))[:, None] * y
+    value: Array = constant - 0.5 * (DEGREES + m) * np.log1p(np.square(y).sum(1) / DEGREES)
+    return value
+
+
+def _start_force(y: Array) -> Array:
+    """Its gradient (B, m)."""
+    return -((DEGREES + y.shape[1]) / (DEGREES + np.square(y).sum(1)))[:, None] * y
 
 
 def _next_temperature(b: float, log_weight: Array) -> float:
@@ -171,7 +176,7 @@ def _effective(log_weight: Array) -> float:
     return float(w.sum() ** 2 / (w @ w)) / len(w)
 
 
-def _resample(weight: Array, rng: np.random.Generator) -> NDArray[np.intp]:
+def resample(weight: Array, rng: np.random.Generator) -> NDArray[np.intp]:
     """Systematic, within each row of weights (G, n) that add up to one: indices into all G n."""
     n_islands, n = weight.shape
     u = (rng.random((n_islands, 1)) + np.arange(n)) / n
@@ -201,7 +206,8 @@ def _move(
     momentum += 0.5 * length * slope
     for _ in range(N_LEAPS - 1):
         y += length * momentum
-        momentum += length * ((1 - b) * _log_start(y)[1] + b * space.force(y))
+        force, force_q = space.forces(y, _start_force)
+        momentum += length * ((1 - b) * force_q + b * force)
     y += length * momentum
     end = _Particles(space, y)
     momentum += 0.5 * length * end.slope(b)

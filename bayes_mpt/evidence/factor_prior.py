@@ -24,14 +24,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import gammaln
 
+from bayes_mpt.evidence.saturated import saturated
+
 __all__ = ["FactorPrior", "factor_prior"]
 
 Array = NDArray[np.float64]
 
 LOG_2PI = math.log(2 * math.pi)
-MAX_EM = 500
-EM_TOL = 1e-4  # of the change of means and covariances, in observed standard deviations
-PSEUDO_ROWS = 1.0  # rows of independent columns that keep a saturated covariance definite
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,46 +134,6 @@ def factor_prior(rows: NDArray[np.floating], weight: Array | None = None) -> Fac
         How many rows each stands for.
     """
     if weight is not None or np.isnan(rows).any():
-        return FactorPrior(*_saturated(rows.astype(float), np.ones(len(rows)) if weight is None else weight))
+        center, cov = saturated(rows.astype(float), np.ones(len(rows)) if weight is None else weight)
+        return FactorPrior(center, np.diag(cov))
     return FactorPrior(rows.mean(0, dtype=float), rows.var(0, dtype=float))
-
-
-def _saturated(rows: Array, weight: Array) -> tuple[Array, Array]:
-    """Mean and variances (T,) of the normal with any covariance that fits the observed cells: EM over the patterns.
-
-    A row's worth of independent columns with the observed variances keeps the covariance definite.
-    """
-    seen, share = ~np.isnan(rows), weight[:, None]
-    n_seen = (share * seen).sum(0)
-    center = np.nansum(share * rows, 0) / n_seen
-    sd = np.sqrt(np.nansum(share * (rows - center) ** 2, 0) / n_seen)
-    sd = np.where(sd > 0, sd, 1.0)
-    x = np.where(np.isnan(rows), 0.0, (rows - center) / sd)
-    visible, pattern = np.unique(seen, axis=0, return_inverse=True)
-    pattern = pattern.reshape(-1)
-    count = np.bincount(pattern, weight).astype(float)
-    n, n_tokens = float(weight.sum()), rows.shape[1]
-    mean, cov = np.zeros(n_tokens), np.eye(n_tokens)
-    for _ in range(MAX_EM):
-        # E[x | x_o] = mean + C_.o C_oo^-1 (x_o - mean_o); with ones on the hidden diagonal C_oo^-1 is one batch
-        shown = visible[:, :, None] & visible[:, None, :]  # (G, T, T)
-        inner = np.where(shown, cov, 0.0) + np.eye(n_tokens) * ~visible[:, :, None]
-        gain = np.linalg.inv(inner) * visible[:, None, :] @ cov  # (G, T, T), C_oo^-1 C_o.
-        left = cov - (cov * visible[:, None, :]) @ (
-            gain * visible[:, :, None]
-        )  # (G, T, T) variance of the hidden
-        residual = np.where(visible[pattern], x - mean, 0.0)
-        full = np.einsum("rt,rts->rs", residual, (gain * visible[:, :, None])[pattern])
-        step = weight @ full / n
-        centred = full - step
-        new = (
-            (share * centred).T @ centred
-            + np.einsum("g,gts->ts", count, left)
-            + PSEUDO_ROWS * np.eye(n_tokens)
-        )
-        new /= n + PSEUDO_ROWS
-        change = np.abs(new - cov).max() + np.abs(step).max()
-        mean, cov = mean + step, new
-        if change < EM_TOL:
-            break
-    return center + sd * mean, sd**2 * np.diag(cov)

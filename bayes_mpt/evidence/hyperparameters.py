@@ -1,4 +1,4 @@
-"""The hyper-parameters of a program: their prior, and its log-likelihood as a function of them.
+"""The hyper-parameters of a program: their prior, and its log-likelihood and predictions as functions of them.
 
 Parameters are one vector theta (D,), unconstrained, in the order in which the program names them.
 """
@@ -17,11 +17,20 @@ from torch import Tensor
 from torch.distributions import transform_to
 
 from bayes_mpt.predictors import Batch, Bound, Objective
+from bayes_mpt.program.arguments import rows_of
 from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.offers import offered
 from bayes_mpt.program.program import Model
 
-__all__ = ["LogLikelihood", "Prior", "assign", "far_from_centre", "hyperprior", "log_likelihood"]
+__all__ = [
+    "LogLikelihood",
+    "Prior",
+    "assign",
+    "far_from_centre",
+    "hyperprior",
+    "log_likelihood",
+    "predictions",
+]
 
 Array = NDArray[np.float64]
 
@@ -30,6 +39,7 @@ LogLikelihood = Callable[..., tuple[Array, Array]]
 
 FAR = 8.0  # prior standard deviations
 MAX_CELLS = 2**19  # of the covariances of points evaluated at a time
+MIN_NEW = 64  # new rows that are predicted together
 
 
 class Prior(NamedTuple):
@@ -134,18 +144,13 @@ def log_likelihood(predictor: Bound, args: tuple[Any, ...], leaves: dict[str, Te
 
     Many points at a time where the program runs on them side by side, which is tried; else one by one.
     """
-    supports = pyro.get_param_store().get_state()["constraints"]
-    sizes = [leaf.numel() for leaf in leaves.values()]
     device = next(iter(leaves.values())).device
     objective = predictor.schedule(Batch(args, 1), None)[-1]
     n_chunk = max(1, MAX_CELLS // len(args[0]) ** 2)
+    natural = _values(leaves)
 
     def together(theta: Tensor) -> Tensor:
-        values = {
-            name: transform_to(supports[name])(part.reshape(-1, *leaf.shape).to(leaf))
-            for (name, leaf), part in zip(leaves.items(), theta.split(sizes, 1), strict=True)
-        }
-        return predictor.score_at(args, values)
+        return predictor.score_at(args, natural(theta))
 
     def alone(theta: Tensor) -> Tensor:
         return torch.stack([_One.apply(row, objective, leaves) for row in theta])
@@ -175,6 +180,67 @@ def log_likelihood(predictor: Bound, args: tuple[Any, ...], leaves: dict[str, Te
         return torch.cat(values).double().cpu().numpy(), torch.cat(grads).double().cpu().numpy()
 
     return of
+
+
+def predictions(
+    predictor: Bound, args: tuple[Any, ...], new: tuple[Any, ...], leaves: dict[str, Tensor], theta: Array
+) -> tuple[Array, Array]:
+    """Means and variances (S, M) of the observations of M new rows given those of ``args``, at parameters theta (S, D).
+
+    Side by side where the program runs so, as in `log_likelihood`. The parameters in the store are left as they are.
+    """
+    natural, n_seen = _values(leaves), len(args[0])
+
+    def together(theta: Tensor, some: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        return predictor.predict_at(args, some, natural(theta))
+
+    def alone(theta: Tensor, some: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        found = []
+        before = torch.cat([leaf.detach().clone().flatten() for leaf in leaves.values()])
+        try:
+            for row in theta:
+                assign(leaves, row.to(before))
+                found.append(predictor.read(args).predict(some))
+        finally:
+            assign(leaves, before)
+        return torch.stack([f.mean for f in found]), torch.stack([f.var for f in found])
+
+    step = max(MIN_NEW, n_seen)  # new rows at a time
+    size = max(1, MAX_CELLS // (n_seen + min(step, len(new[0]))) ** 2)
+    columns = []
+    with torch.no_grad():
+        points = torch.as_tensor(theta, device=next(iter(leaves.values())).device)
+        evaluate = alone
+        for i in range(0, len(new[0]), step):
+            some = rows_of(new, slice(i, i + step))
+            if not i and len(points) > 1 and _agree(together, alone, points[:2], some):
+                evaluate = together
+            parts = [evaluate(p, some) for p in points.split(size)]
+            columns.append([torch.cat(p).double().cpu().numpy() for p in zip(*parts, strict=True)])
+    mean, var = (np.concatenate(c, axis=1) for c in zip(*columns, strict=True))
+    return mean, var
+
+
+def _agree(together: Any, alone: Any, points: Tensor, some: tuple[Any, ...]) -> bool:
+    try:
+        both = zip(together(points, some), alone(points, some), strict=True)
+        return all(torch.allclose(a, b, rtol=1e-6, atol=1e-12) for a, b in both)
+    except (NotImplementedError, RuntimeError, ValueError, IndexError):
+        return False
+
+
+def _values(leaves: Mapping[str, Tensor]) -> Callable[[Tensor], dict[str, Tensor]]:
+    """theta (B, D) as B values of each parameter, by name."""
+    supports = pyro.get_param_store().get_state()["constraints"]
+    sizes = [leaf.numel() for leaf in leaves.values()]
+
+    def values(theta: Tensor) -> dict[str, Tensor]:
+        return {
+            name: transform_to(supports[name])(part.reshape(-1, *leaf.shape).to(leaf))
+            for (name, leaf), part in zip(leaves.items(), theta.split(sizes, 1), strict=True)
+        }
+
+    return values
 
 
 class _One(torch.autograd.Function):

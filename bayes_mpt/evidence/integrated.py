@@ -29,7 +29,7 @@ from bayes_mpt.evidence.hyperparameters import LogLikelihood, Prior
 from bayes_mpt.predictors.nodes.rules import log_t
 from bayes_mpt.program.program import ModelError
 
-__all__ = ["IntegratedEvidence", "Mode", "integrate"]
+__all__ = ["IntegratedEvidence", "Mode", "Nodes", "integrate"]
 
 Array = NDArray[np.float64]
 
@@ -58,6 +58,7 @@ N_NEW_PARTS = 2  # of the mixture a round
 MAX_PARTS = 16
 NEW_PART_SHRINKS = 3.0
 N_EM = 5
+MAX_NODES = 256  # draws that are kept
 MIN_SHARE = 0.4  # of the draws that are effective, or the mixture is fitted to them
 
 
@@ -76,6 +77,26 @@ class Mode(NamedTuple):
     """Whether the curvature was positive in all directions; if not it was set to the prior's there."""
 
 
+class Nodes(NamedTuple):
+    """Weighted draws from the posterior of the parameters: predictions are averaged over them."""
+
+    theta: Array
+    """(S, D)"""
+    share: Array
+    """(S,) adding up to one."""
+
+    @classmethod
+    def of(cls, theta: Array, share: Array) -> Nodes:
+        """Of draws with their weights; more than `MAX_NODES` are thinned to evenly picked ones that count alike."""
+        if len(theta) > MAX_NODES:
+            place = (np.arange(MAX_NODES) + 0.5) / MAX_NODES
+            picked = np.minimum(np.searchsorted(np.cumsum(share), place), len(theta) - 1)
+            index, count = np.unique(picked, return_counts=True)
+            return cls(theta[index], count / MAX_NODES)
+        some = share > 0
+        return cls(theta[some], share[some] / share[some].sum())
+
+
 class IntegratedEvidence(NamedTuple):
     """An evidence with the hyper-parameters integrated, and how far to trust it."""
 
@@ -92,6 +113,8 @@ class IntegratedEvidence(NamedTuple):
     """Highest first: the maximum a posteriori."""
     names: tuple[str, ...] = ()
     """Parameters that theta is made of, in its order."""
+    nodes: Nodes = Nodes(np.zeros((1, 0)), np.ones(1))
+    """The draws, or some of them, that stand for the posterior."""
 
     @property
     def laplace(self) -> float:
@@ -172,6 +195,7 @@ def integrate(
             mode._replace(theta=prior.loc + prior.scale * mode.theta, root=prior.scale[:, None] * mode.root)
             for mode in modes
         ),
+        nodes=Nodes.of(prior.loc + prior.scale * draws, share),
     )
 
 

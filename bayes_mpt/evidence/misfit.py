@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import cholesky, solve_triangular
 from scipy.special import gammaln
 from scipy.stats import pearson3
 
@@ -25,6 +24,7 @@ __all__ = ["Kurtosis", "kurtosis"]
 Array = NDArray[np.float64]
 
 N_DRAWS = 64
+CHUNK = 2**20  # numbers in one temporary
 
 
 class Kurtosis(NamedTuple):
@@ -58,6 +58,7 @@ def kurtosis(rows: NDArray[np.floating], draws: FactorDraws, seed: int = 0) -> K
     pattern = pattern.reshape(-1)
     n = visible.sum(1)[pattern].astype(float)
     n = n[n > 0]
+    groups = [rows[pattern == g][:, o] for g, o in enumerate(visible)]
     mean, variance, third = (float(m.sum()) for m in _central_moments(n))
     skewness = third / variance**1.5
     observed = []
@@ -65,19 +66,25 @@ def kurtosis(rows: NDArray[np.floating], draws: FactorDraws, seed: int = 0) -> K
         w = draws.loadings[s]
         cov = w @ w.T + np.diag(draws.noise[s])
         mu = draws.means[s] + np.sqrt(draws.spread) * rng.multivariate_normal(np.zeros(len(cov)), cov)
-        observed.append(sum(_squares(rows[pattern == g][:, o], mu[o], cov, o) for g, o in enumerate(visible)))
+        observed.append(_squares(groups, visible, mu, cov))
     law = pearson3(skewness, mean, math.sqrt(variance))
     return Kurtosis(
         float(np.mean(observed)) / mean, float(law.sf(observed).mean()), float(law.cdf(observed).mean())
     )
 
 
-def _squares(cells: Array, mu: Array, cov: Array, shown: NDArray[np.bool_]) -> float:
-    """Sum of q^2 of rows that show the same tokens."""
-    if not shown.any():
-        return 0.0
-    root = cholesky(cov[np.ix_(shown, shown)], lower=True)
-    return float((np.square(solve_triangular(root, (cells - mu).T, lower=True)).sum(0) ** 2).sum())
+def _squares(groups: list[Array], visible: NDArray[np.bool_], mu: Array, cov: Array) -> float:
+    """Sum of q^2 over rows, in groups (n_g, |o|) of those that show the same tokens, a row of ``visible`` each."""
+    t, total = len(mu), 0.0
+    size = max(1, CHUNK // t**2)
+    for i in range(0, len(groups), size):
+        shown = visible[i : i + size]
+        # of one size for all: a token that is not shown has variance one and nothing to do with the others
+        precision = np.linalg.inv(np.where(shown[:, :, None] & shown[:, None], cov, np.eye(t)))  # (G, T, T)
+        for cells, o, p in zip(groups[i : i + size], shown, precision, strict=True):
+            r = cells - mu[o]
+            total += float((((r @ p[o][:, o]) * r).sum(1) ** 2).sum())
+    return total
 
 
 def _central_moments(n: Array) -> tuple[Array, Array, Array]:

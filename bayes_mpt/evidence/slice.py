@@ -17,6 +17,7 @@ back afterwards.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
@@ -47,6 +48,8 @@ class Reading(NamedTuple):
     """(B,) logarithm of prod |s_i + s_j| / (a_i^2 + a_j^2)^1/2; -inf outside, the weak signs aside."""
     force: Array
     """(B, m) what moves points: the gradient of both in y, or near it."""
+    start_force: Array
+    """(B, m) gradient of the density of the start, at the points turned back."""
     inside: NDArray[np.bool_]
     """(B,) whether all s are positive."""
 
@@ -115,8 +118,8 @@ class Slice:
         """Points (B, m) as theta (B, d)."""
         return self.center + y @ self.basis.T
 
-    def read(self, y: Array) -> Reading:
-        """Density, gauge and force at points (B, m)."""
+    def read(self, y: Array, start: Callable[[Array], Array]) -> Reading:
+        """Density, gauge and forces at points (B, m); ``start`` is the gradient of the start's density inside."""
         value, gradient, diverged = self._density(y)
         k = self.posterior.n_latents
         s, e = self._polar(y)
@@ -137,13 +140,17 @@ class Slice:
             np.where(allowed, value, -np.inf),
             np.where(allowed, gauge, -np.inf),
             gradient + self._gauge_force(s, e),
+            self._start_force(y, s, e, start),
             inside & allowed,
         )
 
-    def force(self, y: Array) -> Array:
-        """The force at points (B, m) on the way, of few digits: it need only depend on nothing but the point."""
+    def forces(self, y: Array, start: Callable[[Array], Array]) -> tuple[Array, Array]:
+        """Both forces at points (B, m) on the way, of few digits: they need only depend on nothing but the point."""
         gradient = self._density(y, rough=True)[1]
-        return gradient + (self._gauge_force(*self._polar(y)) if self.n_weak else self.pull)
+        if not self.n_weak:  # no eigenvalues are needed
+            return gradient + self.pull, start(y)
+        s, e = self._polar(y)
+        return gradient + self._gauge_force(s, e), self._start_force(y, s, e, start)
 
     def _density(self, y: Array, rough: bool = False) -> tuple[Array, Array, NDArray[np.bool_]]:
         """Log density (B,) of the posterior at points (B, m), its gradient (B, m), and which points have diverged."""
@@ -164,6 +171,32 @@ class Slice:
         inverse = 1 / np.maximum(size[:, :, None] + size[:, None, :], 1e-6)
         g = (inverse.sum(2) - 0.5 / np.maximum(size, 5e-7)) * np.where(s > 0, 1.0, -1.0)
         return ((e * g[:, None, :]) @ e.transpose(0, 2, 1)).reshape(len(s), -1) @ self.polar.T
+
+    def _start_force(self, y: Array, s: Array, e: Array, start: Callable[[Array], Array]) -> Array:
+        """Gradient (B, m) of the start's density at the points turned back, V sign(S) with sign(S) = E diag(+-1) E'.
+
+        d sign(S) = E (F o E' dS E) E', F_ij = 2 / (|s_i| + |s_j|) where the signs differ and 0 elsewhere.
+        """
+        slope, outside = start(y), (s < 0).any(1)
+        if not outside.any():
+            return slope
+        s, e, theta = s[outside], e[outside], self.theta(y[outside])
+        n, sign = self.reference.size, np.where(s < 0, -1.0, 1.0)
+        turn = (e * sign[:, None, :]) @ e.transpose(0, 2, 1)
+        v = theta[:, :n].reshape(-1, *self.reference.shape).copy()
+        theta[:, :n] = (v @ turn).reshape(len(theta), -1)
+        of_theta = start((theta - self.center) @ self.back.T) @ self.back  # (B, d)
+        of_v = of_theta[:, :n].reshape(v.shape)
+        product = v.transpose(0, 2, 1) @ of_v
+        size = np.abs(s)
+        f = np.abs(sign[:, :, None] - sign[:, None, :]) / np.maximum(
+            size[:, :, None] + size[:, None, :], 1e-6
+        )
+        inner = e.transpose(0, 2, 1) @ (0.5 * (product + product.transpose(0, 2, 1))) @ e
+        of_s = e @ (f * inner) @ e.transpose(0, 2, 1)
+        of_theta[:, :n] = (of_v @ turn).reshape(len(theta), -1)
+        slope[outside] = of_theta @ self.basis + of_s.reshape(len(theta), -1) @ self.polar.T
+        return slope
 
     def turned(self, y: Array, signs: Array | None = None) -> tuple[Array, NDArray[np.bool_]]:
         """Points (B, m) with these signs (B, n_weak) of the weakest, or (None) turned back inside; and which moved."""

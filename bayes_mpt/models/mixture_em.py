@@ -387,7 +387,12 @@ def _log_prior(prior: CovariancePrior | None, mix: Gaussians) -> float:
 
 
 def from_clusters(
-    table: Table, n_components: int, covariance_type: str, seed: int, prior: CovariancePrior | None = None
+    table: Table,
+    n_components: int,
+    covariance_type: str,
+    seed: int,
+    prior: CovariancePrior | None = None,
+    n_tries: int = START_TRIES,
 ) -> Gaussians:
     """Gaussians found by EM from the clusters of a k-means on some of the rows, none of whose cells is missing."""
     from sklearn.cluster import KMeans  # slow to import
@@ -402,7 +407,7 @@ def from_clusters(
         some = some[np.sort(rng.choice(len(some), START_ROWS, replace=False))]
     with warnings.catch_warnings():  # fewer distinct rows than clusters
         warnings.simplefilter("ignore", ConvergenceWarning)
-        found = KMeans(n_components, n_init=START_TRIES, random_state=rng).fit(some)
+        found = KMeans(n_components, n_init=n_tries, random_state=rng).fit(some)
     centre = torch.from_numpy(found.cluster_centers_).to(rows)
     # |x - m|^2 is least where m' x - |m|^2 / 2 is largest
     nearest = (rows @ centre.mT - 0.5 * centre.square().sum(1)).argmax(1)

@@ -31,13 +31,13 @@ class Block(NamedTuple):
 
 
 def blocks_of(rows: Tensor) -> list[Block]:
-    """Rows (N, T), NaN where missing, by their patterns, in blocks of patterns that have up to twice as many rows."""
+    """Rows (N, T), NaN where missing, in blocks of patterns that have up to four times as many rows."""
     seen, which = torch.unique(~rows.isnan(), dim=0, return_inverse=True)
     by_size: dict[int, list[tuple[Tensor, Tensor]]] = {}
     order = which.argsort(stable=True)
     for pattern, index in zip(seen, order.split(which.bincount().tolist()), strict=True):
         for part in index.split(MAX_ROWS):
-            by_size.setdefault((len(part) - 1).bit_length(), []).append((pattern, part))
+            by_size.setdefault(((len(part) - 1).bit_length() + 1) // 2, []).append((pattern, part))
     blocks = []
     for found in by_size.values():
         n_rows = max(len(index) for _, index in found)
@@ -96,6 +96,7 @@ def expect_block(
     of_filled = (share[..., None] * filled).flatten(1, 2)  # (K, P R, T)
     left = cov[:, None] - cov[:, None] @ precision @ cov[:, None]
     left = left * (hidden[:, :, None] * hidden[:, None, :])
-    of_left = torch.einsum("kp,kpij->kij", share.sum(2), left.expand(n_components, -1, -1, -1))
+    of_pattern, left = share.sum(2)[:, None], left.flatten(2)  # (K, 1, P), (K or 1, P, T T)
+    of_left = (of_pattern @ left).reshape(n_components, n_tokens, n_tokens)
     second = of_filled.mT @ filled.flatten(1, 2) + of_left
     return share.sum((1, 2)), of_filled.sum(1), second, (density * live).sum()

@@ -11,7 +11,7 @@ from bayes_mpt.models.mixture_em import Expect, Table, from_clusters, run_em
 
 __all__ = ["best_start", "filled"]
 
-STARTS = 8  # beside the one that is given
+STARTS = 6  # beside the one that is given
 ROUNDS = (5, 5, 10)  # steps of EM, after each of which the better half goes on
 
 
@@ -34,7 +34,7 @@ def best_start(
     places = [given]
     for seed in seeds:
         whole = table._replace(rows=filled(table.rows, seed))
-        places.append(from_clusters(whole, n_components, covariance_type, seed, prior))
+        places.append(from_clusters(whole, n_components, covariance_type, seed, prior, n_tries=1))
     used = 0
     for n_steps in ROUNDS:
         climbs = [

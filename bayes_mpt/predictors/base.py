@@ -207,6 +207,12 @@ class Bound(ABC):
         """Log-density (B,) of a program's observations at B values (B, ...) of each parameter, side by side."""
         raise NotImplementedError(f"{self.name} reads a program at one value of its parameters at a time")
 
+    def predict_at(
+        self, args: tuple[Any, ...], new: tuple[Any, ...], values: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Means and variances (B, M) of the observations of M new rows given those of ``args``, as `score_at`."""
+        raise NotImplementedError(f"{self.name} reads a program at one value of its parameters at a time")
+
     def schedule(self, whole: Batch, masks: Policy | None, seed: int = 0) -> list[Objective]:
         """What a training on these rows maximises, one after the other: from cheap to all that it deserves.
 

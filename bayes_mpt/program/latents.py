@@ -108,7 +108,13 @@ def space(program: Program, trace: Trace, names: Iterable[str]) -> Space:
             continue
         node = node_of(trace, latent.name)
         fn, value = node["fn"], node["value"]
-        transform = biject_to(fn.support)
+        try:
+            transform = biject_to(fn.support)
+        except NotImplementedError as error:
+            raise ModelError(
+                f"latent site {latent.name!r} ({type(fn).__name__}) has no transform to real numbers: for a "
+                "covariance, write LKJCholesky for the correlations and a positive scale for each column"
+            ) from error
         shape = tuple(transform.inverse_shape(value.shape))
         parts.append(_Part(latent, transform, shape, len(fn.batch_shape)))
     return Space(tuple(parts), program.depth, program.by_row)

@@ -2,9 +2,9 @@
 
 Four groups of tables: complete rows, 5 to 20 % of the cells missing, 20 to 40 %, and surplus columns (more latents than
 made the rows). Each table is drawn afresh: D 5 to 30, true K 0 to 5, N 60 to 500, signal 0.2 to 1.5, both kinds
-(PPCA; factor analysis with noises of ratio up to e^2); by default half of that for tables with holes. Runs as a user
-makes them, at se 0.1 and at most 1024 particles, are compared with one long run of another seed, 32 islands of 64
-particles with more temperatures and longer trajectories, whose own error is added:
+(PPCA; factor analysis with noises of ratio up to e^2); half of that for tables with holes. Runs as a user makes them,
+at se 0.1 and at most 1024 particles, are compared with one long run of another seed with more temperatures and longer
+trajectories, 32 islands of 64 particles (of 32 with holes), whose own error is added:
 
     z = (short - long) / (se_short^2 + se_long^2)^1/2
 
@@ -13,9 +13,11 @@ share). Asked: at least 90 %, z standard deviation at most 1.2, |mean z| at most
 
 Prices are CPU seconds of one thread for one candidate at its true K, start and pilot included.
 
-Run on fewer tables: ``python benchmarks/accuracy/evidence_calibration.py --tables 12``.
+Every table is kept in ``evidence_calibration.jsonl`` as it is done and not run again, so that a run can be stopped;
+groups take turns. ``--report`` makes the table of what is there. Run on fewer: ``--tables 12``.
 """
 
+import json
 import math
 import sys
 import time
@@ -31,14 +33,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/, for timing.py
 from timing import Report, run
 
 TABLES, SEEDS, QUICK = 50, 3, 2
-FRESH = 17  # stream of the tables: one that nothing was tuned on
+FRESH = 29  # stream of the tables: one that nothing was tuned on
+KEPT = Path(__file__).with_suffix(".jsonl")
 GROUPS = {  # share missing from, to; surplus columns from, to; largest D and N
     "complete": ((0.0, 0.0), (0, 0), 30, 500),
     "5-20 % missing": ((0.05, 0.2), (0, 0), 15, 250),
     "20-40 % missing": ((0.2, 0.4), (0, 0), 15, 250),
     "surplus columns": ((0.0, 0.0), (1, 2), 30, 500),
 }
-LONG = {"se": 1e-6, "n_islands": 32, "max_particles": 32 * 64}
+LONG = {"se": 1e-6, "n_islands": 32}
 SLOW = {"CESS": 0.93, "N_LEAPS": 6}  # more temperatures, a longer trajectory at each
 ASKED = {"within": 0.9, "sd": 1.2, "mean": 0.3}
 PRICES = {"N 200, D 10, K 3": (200, 10, 3, 0.3), "N 500, D 30, K 5": (500, 30, 5, 0.8)}
@@ -84,27 +87,47 @@ def slowly():
             setattr(annealing, name, value)
 
 
-def calibrated(report, group, n_tables, n_seeds):
-    """z of every run (tables, seeds), printed in sum."""
-    z, se, seconds, long_se, levels = [], [], [], [], []
-    for index in range(n_tables):
-        x, k, shape = drawn(group, index)
-        with slowly():
-            long = evidence(x, k, shape, seed=10_000 + index, **LONG)
-        long_se.append(long.se)
-        for seed in range(n_seeds):
-            start = time.process_time()
-            found = evidence(x, k, shape, seed=seed)
-            seconds.append(time.process_time() - start)
-            z.append((found.log_evidence - long.log_evidence) / math.hypot(found.se, long.se))
-            se.append(found.se)
-            levels.append(found.n_levels)
-    z = np.array(z).reshape(n_tables, n_seeds)
+def compared(group, index, n_seeds):
+    """Short runs of one table and a long one: a line of what is kept."""
+    x, k, shape = drawn(group, index)
+    with slowly():
+        most = 32 * (32 if np.isnan(x).any() else 64)
+        long = evidence(x, k, shape, seed=10_000 + index, max_particles=most, **LONG)
+    runs = []
+    for seed in range(n_seeds):
+        start = time.process_time()
+        found = evidence(x, k, shape, seed=seed)
+        runs.append(
+            {
+                "z": (found.log_evidence - long.log_evidence) / math.hypot(found.se, long.se),
+                "se": found.se,
+                "levels": found.n_levels,
+                "particles": found.n_particles,
+                "islands": found.islands.tolist(),
+                "cpu": time.process_time() - start,
+            }
+        )
+    size = {"n": x.shape[0], "d": x.shape[1], "k": k, "kind": "fa" if shape is None else "ppca"}
+    return {
+        "group": group,
+        "index": index,
+        **size,
+        "long": long.log_evidence,
+        "long se": long.se,
+        "runs": runs,
+    }
+
+
+def calibrated(report, group, tables):
+    """z of every run (tables, seeds), told in sum."""
+    runs = [run for table in tables for run in table["runs"]]
+    z = np.array([[run["z"] for run in table["runs"]] for table in tables])
     share = (np.abs(z) <= 2).mean(1)  # of a table
-    half = 1.96 * share.std(ddof=1) / math.sqrt(n_tables) if n_tables > 1 else math.nan
+    half = 1.96 * share.std(ddof=1) / math.sqrt(len(z)) if len(z) > 1 else math.nan
+    of = {name: np.array([run[name] for run in runs]) for name in ("se", "levels", "cpu")}
     report.row(
         group=group,
-        tables=n_tables,
+        tables=len(z),
         runs=z.size,
         within=float(share.mean()),
         **{
@@ -113,10 +136,11 @@ def calibrated(report, group, n_tables, n_seeds):
             "z sd": float(z.std(ddof=1)),
             "max |z|": float(np.abs(z).max()),
         },
-        se=float(np.median(se)),
-        **{"se > 0.15": float(np.mean(np.array(se) > 0.15)), "long se": float(np.median(long_se))},
-        levels=float(np.median(levels)),
-        cpu=float(np.median(seconds)),
+        se=float(np.median(of["se"])),
+        **{"se > 0.15": float(np.mean(of["se"] > 0.15))},
+        **{"long se": float(np.median([table["long se"] for table in tables]))},
+        levels=float(np.median(of["levels"])),
+        cpu=float(np.median(of["cpu"])),
     )
     return z
 
@@ -146,9 +170,23 @@ def prices(report, n_tables, quick):
 def main(report: Report, args):
     n_tables = args.tables or (QUICK if args.quick else TABLES)
     n_seeds = args.seeds or SEEDS
+    groups = args.groups or list(GROUPS)
     report.note("errors in nats; z: against a long run, both errors in the denominator")
-    for group in args.groups or GROUPS:
-        z = calibrated(report, group, n_tables, n_seeds)
+    kept = args.kept or KEPT.with_stem(KEPT.stem + "_quick" * args.quick)
+    lines = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+    done = {(line["group"], line["index"]): line for line in lines}
+    with kept.open("a") as stream:
+        for index in range(0 if args.report else n_tables):
+            for group in groups:
+                if (group, index) not in done:
+                    done[group, index] = compared(group, index, n_seeds)
+                    stream.write(json.dumps(done[group, index]) + "\n")
+                    stream.flush()
+    for group in groups:
+        tables = [line for (of, index), line in sorted(done.items()) if of == group and index < n_tables]
+        if not tables:
+            continue
+        z = calibrated(report, group, tables)
         within, sd, mean = float((np.abs(z) <= 2).mean()), float(z.std(ddof=1)), float(z.mean())
         report.target(
             f"{group}: at least 90 % within 2 se, z sd at most 1.2, |mean z| at most 0.3",
@@ -164,6 +202,8 @@ def options(parser):
     parser.add_argument("--tables", type=int)
     parser.add_argument("--seeds", type=int)
     parser.add_argument("--groups", nargs="*", choices=list(GROUPS))
+    parser.add_argument("--kept", type=Path, help="file of the tables that are done")
+    parser.add_argument("--report", action="store_true", help="of the tables that are done")
 
 
 if __name__ == "__main__":

@@ -59,7 +59,8 @@ def test_missing_cells():
 
 def test_one_table_of_mixtures_and_factor_models():
     """BIC asks for a likelihood and a count only."""
-    found = search(None, {"model": [GaussianMixture(1), PPCA(1)]}, Bic()).fit(X).comparison_["lml"]
+    models = [GaussianMixture(1, covariance_prior=None), PPCA(1)]
+    found = search(None, {"model": models}, Bic()).fit(X).comparison_["lml"]
     gauss = log_density(X, X.mean(0), np.cov(X.T, bias=True)).sum() - 0.5 * 5 * math.log(len(X))
     assert found.to_dict() == pytest.approx(
         {"GaussianMixture": gauss, "PPCA": gauss}, rel=1e-9

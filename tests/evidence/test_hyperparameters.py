@@ -406,7 +406,9 @@ def test_penalty_is_the_maximum_a_posteriori():
     assert held.log_marginal_likelihood_ == pytest.approx(float(held.estimate(x, y).lml.sum()), abs=1e-8)
     assert "maximum a posteriori" in held.explain() and "maximum a posteriori" not in free.explain()
     with pytest.raises(ValueError, match="penalty=True needs a model that offers hyperprior"):
-        BayesMPT(GaussianMixture(1, covariance_prior=None), penalty=True).fit(np.random.default_rng(0).normal(size=(20, 3)))
+        BayesMPT(GaussianMixture(1, covariance_prior=None), penalty=True).fit(
+            np.random.default_rng(0).normal(size=(20, 3))
+        )
 
 
 @pytest.mark.slow

@@ -11,6 +11,9 @@ from scipy.stats import gamma, multivariate_normal
 from bayes_mpt import BayesMPT
 from bayes_mpt.estimators.integrals import sampled_evidence
 from bayes_mpt.evidence import FactorPrior, factor_prior, sample_evidence
+from bayes_mpt.evidence.factor_posterior import CompletePosterior
+from bayes_mpt.evidence.incomplete_posterior import IncompletePosterior
+from bayes_mpt.evidence.slice import Slice
 from bayes_mpt.models import PPCA, FactorAnalysis
 from bayes_mpt.program.statistics import SufficientStatistics
 
@@ -86,7 +89,7 @@ def test_against_draws_from_the_prior(case):
     prior = FactorPrior(np.full(t, 1.5), np.linspace(1.5, 2.5, t))
     truth, truth_se, cov = truth_from_prior(x, k, prior, shape)
     assert truth_se < 0.03
-    found = evidence(x, k, prior, shape, se=0.05, max_particles=2048, seed=3)
+    found = evidence(x, k, prior, shape, se=0.05, max_particles=2048, seed=4)
     assert found.log_evidence == pytest.approx(truth, abs=3 * math.hypot(found.se, truth_se))
     assert found.se < 0.15
     sd = np.sqrt(np.diag(cov))
@@ -160,7 +163,7 @@ def test_two_columns_by_quadrature():
     log_noise = gamma(SHAPE, scale=unit / SHAPE).logpdf(psi) + np.log(psi)
     step = (log_r[1] - log_r[0]) * (2 * angle[1]) * (log_psi[1] - log_psi[0])
     truth = logsumexp(log_l + log_t + log_noise) + math.log(step)
-    found = evidence(x, 1, prior, np.ones(2), se=0.03, max_particles=4096)
+    found = evidence(x, 1, prior, np.ones(2), se=0.03, max_particles=4096, seed=1)
     assert found.log_evidence == pytest.approx(truth, abs=3 * found.se)
     assert found.se < 0.06
 
@@ -278,3 +281,38 @@ def test_marked():
     x = table(21, 8, 5, 1)
     found = evidence(x, 3, factor_prior(x), max_particles=128)
     assert any("more than a covariance" in flag for flag in found.flags)
+
+
+@pytest.mark.parametrize("holes", [0.0, 0.2])
+def test_forces_are_gradients(holes):
+    """By differences, also where weak columns have changed their sign: the start's is that at the point turned back."""
+    x = table(3, 40, 5, 1, holes, signal=0.4)
+    moments, prior = SufficientStatistics(x), factor_prior(x).normal(0.3)
+    if holes:
+        posterior = IncompletePosterior(moments, 3, prior)
+    else:
+        posterior = CompletePosterior(moments.cov.numpy(), moments.mean.numpy(), len(x), 3, prior)
+    rng = np.random.default_rng(0)
+    theta = 0.3 * rng.normal(size=15 + 5 + 5 * bool(holes))
+    space = Slice.through(posterior, theta)
+    assert space.n_weak > 1
+    y = 0.3 * rng.normal(size=(60, space.n_free))
+    y = y[space.contains(y)]
+    images, moved = space.turned(y, rng.choice([-1.0, 1.0], (len(y), space.n_weak)))
+    y = np.concatenate([y[:2], images[moved][:3]])
+
+    def start(y):
+        return -np.tanh(y)
+
+    def by_differences(value):
+        steps = 1e-5 * np.eye(space.n_free)
+        return np.stack([(value(y + s) - value(y - s)) / 2e-5 for s in steps], 1)
+
+    assert list(space.contains(y)) == [True] * 2 + [False] * 3
+    read = space.read(y, start)
+    want = by_differences(lambda y: -np.log(np.cosh(space.turned(y)[0])).sum(1))
+    np.testing.assert_allclose(read.start_force, want, rtol=1e-5, atol=1e-5)
+    want = by_differences(lambda y: sum(part for part in space.read(space.turned(y)[0], start)[:2]))
+    np.testing.assert_allclose(read.force, want, rtol=1e-5, atol=1e-5)
+    for few, all_digits in zip(space.forces(y, start), (read.force, read.start_force), strict=True):
+        np.testing.assert_allclose(few, all_digits, rtol=1e-3, atol=1e-3)

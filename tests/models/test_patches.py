@@ -220,7 +220,7 @@ def fitted():
             "predictor": SelfPredictive(1),
             "random_state": 0,
         }
-        X = sample(4000, 0)
+        X = sample(3000, 0)
         with pytest.warns(ConvergenceWarning):
             before = BayesMPT(
                 PROGRAM, training=Epochs(128, max_epochs=1, learning_rate=1e-9), **settings
@@ -276,7 +276,7 @@ def test_single_pixels_can_be_hidden_too(fitted):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the training stopped")
 def test_missing_pixels_in_training():
-    X = sample(3000, 3)
+    X = sample(2000, 3)
     X[np.random.default_rng(0).random(X.shape) < 0.2] = np.nan
     model = BayesMPT(
         PROGRAM,

@@ -284,7 +284,7 @@ def test_fit_on_leave_one_out_is_the_maximum_of_the_pseudo_likelihood():
 def test_training_on_all_masks_comes_near_the_maximum_of_the_likelihood():
     truth = general(3, 2, 11)
     x = rows(truth, 500, 1)
-    est = BayesMPT(Potts(), training=Steps(batch_size=100, max_iter=500), random_state=0).fit(x)
+    est = BayesMPT(Potts(), training=Steps(batch_size=100, max_iter=300), random_state=0).fit(x)
     assert est.fit_method_ == "adam"
     codes = torch.as_tensor(x).long()
 
@@ -309,7 +309,7 @@ def error(program, form, x, **settings):
 
 @pytest.mark.slow
 def test_error_of_the_couplings_falls_with_the_rows():
-    sizes, errors = (250, 1000, 4000), []
+    sizes, errors = (250, 800, 2500), []
     for seed in range(2):
         form = separable(6, 3, seed)
         x = rows(form, max(sizes), seed)
@@ -323,7 +323,7 @@ def test_error_of_the_couplings_falls_with_the_rows():
 @pytest.mark.slow
 def test_a_sum_of_two_products_needs_two_heads():
     form = separable(6, 3, 5, n_products=2)
-    x = rows(form, 4000, 3)
+    x = rows(form, 2500, 3)
     one, two = (error(FactoredAttention(h, softmax=False, field=False), form, x, n_init=3) for h in (1, 2))
     assert one > 0.1 and two < 0.03
 

@@ -428,8 +428,8 @@ class TestDraws:
 def test_search_over_the_latent_dimension():
     """Rows of a decoder with two latents: one is too few, and held-out rows say so."""
     rng = np.random.default_rng(0)
-    z = rng.normal(size=(600, 2))
-    X = (rng.random((600, 24)) < 1 / (1 + np.exp(-4 * np.sin(z @ rng.normal(size=(2, 24)))))).astype(
+    z = rng.normal(size=(400, 2))
+    X = (rng.random((400, 24)) < 1 / (1 + np.exp(-4 * np.sin(z @ rng.normal(size=(2, 24)))))).astype(
         np.float32
     )
     with warnings.catch_warnings():

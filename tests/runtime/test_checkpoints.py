@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import pickle
+import runpy
 import shutil
 import signal
 import subprocess
@@ -421,8 +422,8 @@ print(count[0])
 
 
 @pytest.mark.slow
-def test_processes_share_a_folder(tmp_path):
-    """Two at once, of other hash seeds, and a third that finds all done: it runs no program."""
+def test_processes_share_a_folder(tmp_path, monkeypatch, capsys):
+    """Two at once, of other hash seeds, and then this one, that finds all done: it runs no program."""
     script = tmp_path / "own_script.py"
     script.write_text(SCRIPT)
 
@@ -432,7 +433,10 @@ def test_processes_share_a_folder(tmp_path):
         return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
 
     found = [process.communicate()[0].splitlines() for process in [begin("1"), begin("2")]]
-    found += [begin("3").communicate()[0].splitlines()]
+    monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path / "runs")])
+    monkeypatch.setattr(pyro, "sample", pyro.sample)  # which the script changes
+    runpy.run_path(str(script), run_name="__main__")
+    found += [capsys.readouterr().out.splitlines()]
     assert len(found[0]) == 6 and int(found[0][-1]) > 0
     assert found[0][:-1] == found[1][:-1] == found[2][:-1]
     assert found[2][-1] == "0"
@@ -1004,19 +1008,22 @@ def test_a_change_of_any_source_file_is_another_result(tmp_path):
     """A number of an older version is not taken up as one of this: every file of the package counts, in all folders."""
     root = Path(bayes_mpt.__file__).parent
     shutil.copytree(root, tmp_path / "bayes_mpt", ignore=shutil.ignore_patterns("__pycache__"))
-    code = "from bayes_mpt.runtime import digests; print(digests.digest_of(1), digests.__file__)"
-
-    def digest():
-        env = os.environ | {"PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
-        found = subprocess.run(
-            [sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True, check=True
-        )
-        found, file = found.stdout.split()
-        assert file.startswith(str(tmp_path))
-        return found
-
-    before = digest_of(1)  # of another folder, in another process
-    assert digest() == before
+    code = """if True:
+        import sys
+        from bayes_mpt.runtime import digests, versions
+        print(digests.__file__, digests.digest_of(1))
+        with open(sys.argv[1], "a") as source:
+            source.write("# changed")
+        for read in vars(versions).values():  # as of another process
+            if hasattr(read, "cache_clear"):
+                read.cache_clear()
+        print(digests.digest_of(1))
+    """
     source = tmp_path / "bayes_mpt" / "predictors" / "gaussian" / "linear.py"
-    source.write_text(source.read_text() + "# changed\n")
-    assert digest() != before
+    env = os.environ | {"PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-c", code, str(source)]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=True)
+    file, before, after = done.stdout.split()
+    assert file.startswith(str(tmp_path))
+    assert before == digest_of(1)  # of another folder, in another process
+    assert after != before

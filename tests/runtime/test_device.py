@@ -112,7 +112,7 @@ EXACT = {
         IRIS,
     ),
     "minibatches": (BayesMPT(FactorAnalysis(2), training=Steps(batch_size=32, max_iter=8)), IRIS),
-    "regression": (BayesMPT(BayesianRegression()), DIABETES.data[:9, :3], DIABETES.target[:9]),
+    "regression": (BayesMPT(BayesianRegression()), DIABETES.data[:6, :2], DIABETES.target[:6]),
     "mixture": (BayesMPT(GaussianMixture(2)), IRIS),
     "mixture, holes": (BayesMPT(GaussianMixture(2), training=Ascent(max_iter=6)), with_holes(IRIS, 0.1)),
     "mixture of factor analysers": (
@@ -130,7 +130,7 @@ EXACT = {
         LINE,
         WAVE,
     ),
-    "potts": (BayesMPT(Potts(), training=Steps(max_iter=6)), CODES),
+    "potts": (BayesMPT(Potts(), training=Steps(max_iter=3)), CODES[:60]),
     "attention": (BayesMPT(FactoredAttention(2, 2), training=Steps(max_iter=10)), CODES),
     "patches": (
         BayesMPT(

@@ -473,7 +473,7 @@ def test_converged_means_stationary(scale):
 @pytest.mark.slow
 def test_masks_train_alike_at_all_scales():
     def score(scale):
-        model = BayesMPT(PPCA(1), masks=UniformSize(8), random_state=0, training=Steps(max_iter=250))
+        model = BayesMPT(PPCA(1), masks=UniformSize(8), random_state=0, training=Steps(max_iter=120))
         return model.fit(SMALL_X * scale).score(SMALL_X * scale)
 
     with warnings.catch_warnings():

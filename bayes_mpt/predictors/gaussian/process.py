@@ -179,6 +179,21 @@ class JointGaussian(Bound):
             residual, cov = residual[:, seen], cov[:, seen][..., seen]
         return _LogProb.apply(residual, cov)
 
+    def predict_at(
+        self, args: tuple[Any, ...], new: tuple[Any, ...], values: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        n, n_seen = len(next(iter(values.values()))), len(args[0])
+        wide = tuple(
+            torch.cat([a, b]).expand(n, -1, *a.shape[1:]) if isinstance(a, Tensor) else a
+            for a, b in zip(args, new, strict=True)
+        )
+        loc, cov, value = moments(substitute(self.model, data=values), wide, self.structure)
+        if loc.shape != (n, n_seen + len(new[0])) or value.numel() != loc.numel():
+            raise ModelError("the program cannot be evaluated at several values of its parameters at once")
+        row = value.reshape(loc.shape)
+        place = torch.arange(loc.shape[1], device=loc.device)
+        return _condition(loc, cov, row, ~row[0].isnan() & (place < n_seen), place >= n_seen)
+
 
 def shuffled(args: tuple[Any, ...], seed: int) -> Tensor:
     """The observed tokens of one vector in a random order."""
@@ -333,13 +348,14 @@ class _LogProb(torch.autograd.Function):
 
 
 def _condition(loc: Tensor, cov: Tensor, row: Tensor, seen: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Means and variances of the hidden tokens, each alone, given the seen ones of a row (T,)."""
+    """Means and variances of the hidden tokens, each alone, given the seen ones of a row ([B,] T)."""
     # m_h + C_hs C_ss^-1 r_s,    C_hh - C_hs C_ss^-1 C_sh
-    root = cholesky(cov[seen][:, seen])
-    across = torch.linalg.solve_triangular(root, cov[seen][:, hidden], upper=False)
-    white = torch.linalg.solve_triangular(root, (row - loc)[seen, None], upper=False)
-    mean = loc[hidden] + (across.mT @ white)[:, 0]
-    return mean, cov.diagonal()[hidden] - across.square().sum(0)
+    root = cholesky(cov[..., seen, :][..., seen])
+    across = torch.linalg.solve_triangular(root, cov[..., seen, :][..., hidden], upper=False)
+    white = torch.linalg.solve_triangular(root, (row - loc)[..., seen, None], upper=False)
+    mean = loc[..., hidden] + (across.mT @ white)[..., 0]
+    own = cov.diagonal(dim1=-2, dim2=-1)[..., hidden]
+    return mean, own - across.square().sum(-2)
 
 
 def cholesky(cov: Tensor) -> Tensor:

@@ -1,0 +1,179 @@
+"""Warped bridge sampling: the integral of a density from draws of it (Meng & Wong 1996; Meng & Schilling 2002).
+
+Draws u of the density p / Z, Z unknown, are split into the halves of each chain. Mean m and root R of the covariance
+are those of one half; the other half and fresh draws e of a standard normal q are scored. p is warped so that its mean,
+covariance and skewness are those of q:
+
+    w(e) = |R| / 2 [p(m + R e) + p(m - R e)],    l = log w(e) - log q(e)
+
+    Z = [1/n2 sum over draws of q w / (s1 w + s2 Z q)] / [1/n1 sum over draws of p q / (s1 w + s2 Z q)]
+
+with s1 : s2 the effective draws of p to those of q. Both terms are bounded, so that the error has a variance wherever
+the two densities overlap; it is that of the two means (Fruehwirth-Schnatter 2004), the draws of p counted as their
+autocorrelation allows. Then the halves change places, and the two numbers are averaged.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pyro.ops.stats import effective_sample_size
+from scipy.optimize import brentq
+from scipy.special import expit, logsumexp
+
+from bayes_mpt.diagnostics import pareto_k
+from bayes_mpt.predictors.nodes.resampling import weighted_root
+
+__all__ = ["Bridge", "bridge", "effective_draws"]
+
+Array = NDArray[np.float64]
+
+LOG_2PI = math.log(2 * math.pi)
+
+
+class Bridge(NamedTuple):
+    """The integral, its error, and how far to trust it."""
+
+    log_z: float
+    """Nats: the mean of ``by_half``."""
+    se: float
+    by_half: Array
+    """(2,) nats, of the second half of each chain and of the first."""
+    se_by_half: Array
+    """(2,)"""
+    n_eff: float
+    """Effective draws of p, for this number."""
+    overlap: float
+    """The integral of the lesser of the two densities, w / Z and q."""
+    pareto_k: float
+    """Tail of w / q at the draws of q."""
+
+
+def bridge(
+    log_p: Callable[[Array], Array], draws: Array, at_draws: Array, rng: np.random.Generator
+) -> Bridge:
+    """The integral of a density from draws of it.
+
+    Parameters
+    ----------
+    log_p : callable
+        Points (M, d) -> log density (M,), not normalised; -inf where there is none.
+    draws : array of shape (C, S, d)
+        C chains.
+    at_draws : array of shape (C, S)
+        log_p at these.
+    rng : numpy.random.Generator
+        Of the draws of the normal.
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> def log_p(u):  # exp(-u^2 / 2)
+    ...     return -0.5 * np.square(u).sum(1)
+    >>> u = rng.normal(size=(4, 500, 1))
+    >>> found = bridge(log_p, u, log_p(u.reshape(-1, 1)).reshape(4, 500), rng)
+    >>> bool(abs(found.log_z - 0.5 * LOG_2PI) < 3 * found.se < 0.1)
+    True
+    """
+    half = draws.shape[1] // 2
+    halves = draws[:, :half], draws[:, half:]
+    warps = [_Warp.of(u.reshape(-1, u.shape[-1])) for u in halves]
+    found = [
+        _scored(log_p, warps[0], warps[1], halves[1], at_draws[:, half:], rng),
+        _scored(log_p, warps[1], warps[0], halves[0], at_draws[:, :half], rng),
+    ]
+    by_half, variance, shared = (np.array([getattr(f, name) for f in found]) for name in _Scored._fields[:3])
+    return Bridge(
+        float(by_half.mean()),
+        math.sqrt(variance.sum() + 2 * shared.mean()) / 2,
+        by_half,
+        np.sqrt(variance),
+        float(sum(f.n_eff for f in found)),
+        float(np.mean([f.overlap for f in found])),
+        float(max(f.pareto_k for f in found)),
+    )
+
+
+def effective_draws(values: Array) -> Array:
+    """How many independent draws tell the mean of these (C, S, ...) as well: (...), no more than there are."""
+    n = values.shape[0] * values.shape[1]
+    found = effective_sample_size(torch.as_tensor(values)).numpy()
+    return np.where(found > 0, np.clip(found, 1, n), n)  # of alternating draws more would be claimed
+
+
+class _Warp(NamedTuple):
+    """Where the normal distribution is laid over the density."""
+
+    mean: Array
+    """(d,)"""
+    root: Array
+    """(d, d) lower."""
+
+    @classmethod
+    def of(cls, u: Array) -> _Warp:
+        """Of draws (M, d)."""
+        points = torch.as_tensor(u)
+        root = weighted_root(points, points.new_full((len(u),), 1 / len(u)))
+        return cls(u.mean(0), root.numpy())
+
+    def log_normal(self, u: Array) -> Array:
+        """Log density of points (M, d), but for log 2 pi."""
+        e = np.linalg.solve(self.root, (u - self.mean).T)
+        return -0.5 * np.square(e).sum(0) - np.log(np.diag(self.root)).sum()
+
+
+class _Scored(NamedTuple):
+    log_z: float
+    variance: float
+    shared: float
+    """Of the variance: what the other half has in common, as its draws made this warp, and these draws made its."""
+    n_eff: float
+    overlap: float
+    pareto_k: float
+
+
+def _scored(
+    log_p: Callable[[Array], Array],
+    warp: _Warp,
+    other: _Warp,
+    draws: Array,
+    at_draws: Array,
+    rng: np.random.Generator,
+) -> _Scored:
+    """From draws (C, S, d) that the warp has not seen; ``other`` is made of them."""
+    n_chains, n, d = draws.shape
+    u = draws.reshape(-1, d)
+    v = warp.mean + rng.normal(size=u.shape) @ warp.root.T  # of q
+
+    def log_ratio(at: Array, here: Array) -> Array:
+        """L at points (M, d) where log p is known."""
+        log_w = np.logaddexp(here, log_p(2 * warp.mean - at)) - math.log(2)
+        return log_w - warp.log_normal(at) + 0.5 * d * LOG_2PI
+
+    of_p, of_q = log_ratio(u, at_draws.ravel()), log_ratio(v, log_p(v))
+
+    # With c = log Z + log(s2 / s1), Z's equation is s1 mean sigma(c - l of p) = s2 mean sigma(l of q - c): one root.
+    n1, n2 = float(effective_draws(of_p.reshape(n_chains, n))), len(of_q)
+
+    def excess(c: float) -> float:
+        return float(n1 * expit(c - of_p).mean() - n2 * expit(of_q - c).mean())
+
+    finite = np.concatenate([of_p, of_q[np.isfinite(of_q)]])
+    c = float(brentq(excess, finite.min() - 100, finite.max() + 100, xtol=1e-10))
+    log_z = c + math.log(n1 / n2)
+    by_p, by_q = expit(c - of_p), expit(of_q - c)
+    n_eff = float(effective_draws(by_p.reshape(n_chains, n)))
+    of_mean = 1 / (by_p.mean() ** 2 * n_eff)
+    variance = by_p.var() * of_mean + by_q.var() / (by_q.mean() ** 2 * n2)
+    # What a warp errs by acts on the other half's draws as their warp's error acts on these: the same product, twice.
+    # The two warps differ by twice the variance of either; what is odd around the mean is gone by the reflection.
+    gap = sum(other.log_normal(at) - warp.log_normal(at) for at in (u, 2 * warp.mean - u)) / 2
+    shared = min(0.5 * (by_p * (1 - by_p) * gap).var(), by_p.var()) * of_mean
+    overlap = np.exp(np.minimum(log_z - of_p, 0)).mean() + np.exp(np.minimum(of_q - log_z, 0)).mean()
+    k = float(pareto_k((of_q - logsumexp(of_q))[:, None])[0])
+    return _Scored(log_z, float(variance), float(shared), n_eff, float(overlap / 2), k)

@@ -1,0 +1,448 @@
+"""The evidence of a Pyro program from what a user already has: draws of its posterior, or a trained guide.
+
+What can be integrated without draws is: latents of rows, discrete ones, and those that are Gaussian given the others,
+by the predictors that integrate them in a fit. The rest, as unconstrained numbers u, is integrated by a warped bridge
+from the draws (`bayes_mpt.evidence.bridge`), or by weighing draws of the guide.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyro
+import torch
+from numpy.typing import ArrayLike, NDArray
+from pyro.ops.stats import split_gelman_rubin
+from scipy.special import logsumexp
+from scipy.stats import norm
+from torch import Tensor
+
+from bayes_mpt.diagnostics import BAD_K, pareto_k
+from bayes_mpt.evidence.bridge import bridge, effective_draws
+from bayes_mpt.evidence.chains import (
+    MIN_DRAWS,
+    read_arguments,
+    read_chains,
+    read_tables,
+    refuse_other_joint,
+    unconstrained,
+)
+from bayes_mpt.predictors import Exact, Importance, choose
+from bayes_mpt.predictors.base import Guide
+from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
+from bayes_mpt.predictors.nodes.guide import GuideDraws
+from bayes_mpt.predictors.nodes.resampling import by_halves
+from bayes_mpt.predictors.nodes.weighted import Nodes, program_values, warn_if_slow
+from bayes_mpt.program.analysis import analyze
+from bayes_mpt.program.arguments import fill
+from bayes_mpt.program.devices import own_random_state
+from bayes_mpt.program.latents import space
+from bayes_mpt.program.layout import from_rows
+from bayes_mpt.program.program import Model, ModelError, one_vector
+from bayes_mpt.program.run import run
+from bayes_mpt.runtime.serial import takes_turns
+from bayes_mpt.warnings import DrawsWarning, warn
+
+__all__ = ["DrawsEvidence", "from_draws", "from_guide"]
+
+Array = NDArray[np.float64]
+
+MAX_DRAWS = 4000  # that are scored
+MAX_ALONE = 1000  # of a program that runs on one at a time
+TINY = 1e-300
+CELLS = 2**19  # log-densities of tokens at a time
+N_REFINED = 200  # draws at which rows get more nodes
+MIN_OVERLAP = 0.02
+BAD_R_HAT = 1.1
+APART = 3.0  # errors between the two halves of the chains
+FALSE = 1e-4  # chance that means which are zero for the posterior look as if they were not
+ROUGH = 1.5  # what is added to their errors where effective draws are estimated
+
+
+class DrawsEvidence(NamedTuple):
+    """Log marginal likelihood of all data from draws, and how far to trust it."""
+
+    log_evidence: float
+    """Nats."""
+    se: float
+    """Its standard error; NaN where ``flags`` say why it cannot be believed."""
+    n_eff: float
+    """Effective draws: of the posterior, for this very number; of a guide, of the row with the fewest. NaN if none."""
+    overlap: float
+    """The integral of the lesser of posterior and proposal (guide): 1 where they agree, NaN if no draw was needed."""
+    pareto_k: float
+    """Tail of posterior over proposal; a bridge stands values above 0.7, draws of a guide do not."""
+    split_half: float
+    """Nats: from the second half of each chain minus from the first."""
+    n_draws: int
+    """Draws that were scored."""
+    bridged: tuple[str, ...]
+    """Latent sites whose draws were used."""
+    integrated: tuple[str, ...]
+    """The others, integrated without: what was drawn of them is ignored."""
+    point_estimated: tuple[str, ...]
+    """`pyro.param`s held at their values: the number is conditional on them."""
+    flags: tuple[str, ...] = ()
+    """What to be wary of, in words."""
+
+
+@takes_turns
+def from_draws(
+    model: Model,
+    draws: Mapping[str, ArrayLike] | Any,
+    *data: Any,
+    log_joint: ArrayLike | bool | None = None,
+    random_state: int = 0,
+) -> DrawsEvidence:
+    """The log marginal likelihood from draws of the posterior, such as Pyro's NUTS gives, by bridge sampling.
+
+    Latents of rows, discrete latents and those that are Gaussian given the others are integrated first, and what was
+    drawn of them is ignored; where that is all of them, no draw is used. A mode that the draws have missed is missed.
+
+    Parameters
+    ----------
+    model : callable
+        The Pyro program that was drawn from.
+    draws : mapping, or InferenceData or DataTree of ArviZ
+        Site name -> values as in the program, (chains, draws, ...): ``mcmc.get_samples(group_by_chain=True)``. Without
+        the axis of chains, (draws, ...), they are taken as one chain. At least 200 in all.
+    *data
+        What the program was called with: arrays or tensors, NaN where missing, and whatever else it takes.
+    log_joint : array of shape (chains, draws), or False, optional
+        What the sampler has recorded at each draw: log joint, with the Jacobian of Pyro's transforms or without, or the
+        potential energy. It must equal the program's up to a constant. By default ``lp`` of ``sample_stats``, if there
+        is one; False leaves it out.
+    random_state : int
+        Of the proposal's draws.
+
+    Raises
+    ------
+    ModelError
+        If draws are missing, too few, not finite, of another shape or outside of the support, if the recorded log
+        joint is not that of this program and data, or if the program cannot be scored.
+
+    Warns
+    -----
+    DrawsWarning
+        Where the error is NaN: chains differ, the posterior of these data is not where the draws are, or is hardly
+        where the proposal is; and where it is widened, since the two halves of the chains differ.
+
+    Examples
+    --------
+    >>> import pyro.distributions as dist
+    >>> def coin(x):
+    ...     p = pyro.sample("p", dist.Beta(x.new_tensor(1.0), x.new_tensor(1.0)))
+    ...     with pyro.plate("rows", len(x)):
+    ...         pyro.sample("x", dist.Bernoulli(p), obs=x)
+    >>> p = np.random.default_rng(0).beta(51, 51, size=(4, 500))  # what NUTS would draw
+    >>> found = from_draws(coin, {"p": p}, np.repeat([0.0, 1.0], 50))
+    >>> bool(abs(found.log_evidence + 71.398962) < 3 * found.se < 0.1)  # log B(51, 51)
+    True
+    """
+    args = read_arguments(data)
+    arrays, recorded = read_tables(draws, log_joint)
+    store = pyro.get_param_store()
+    with store.scope(store.get_state()), own_random_state(random_state):
+        if recorded is not None:
+            refuse_other_joint(model, args, arrays, recorded)
+        without = _without_draws(model, args)
+        if without is not None:
+            return without
+        program = one_vector(analyze(model, args))
+        if program.scale != 1.0:
+            raise ModelError(
+                "a program that sub-samples or scales its rows has no evidence of its own: write it with all rows"
+            )
+        joint = _LogJoint(AdaptiveNodes(model, args, program), args)
+        values = read_chains(arrays, {p.latent.name: p.latent.shape for p in joint.space.parts})
+        most = MAX_ALONE if joint.adaptive.one_by_one else MAX_DRAWS
+        thin = math.ceil(math.prod(next(iter(values.values())).shape[:2]) / most)
+        u = unconstrained(joint.space, {name: v[:, ::thin] for name, v in values.items()})
+        return _bridged(joint, u, np.random.default_rng(random_state))
+
+
+@takes_turns
+def from_guide(
+    model: Model, guide: Guide, *data: Any, n_draws: int = 1000, random_state: int = 0
+) -> DrawsEvidence:
+    """The log marginal likelihood from draws of a trained guide, by the mean of their weights as they are.
+
+    The product of the rows' means where rows are independent under program and guide. Latents of rows that the guide
+    leaves out are integrated. The error is NaN where the weights' tail is too heavy for one, at Pareto k above 0.7, or
+    where the slope of the log joint at the weighted draws shows that they miss a part of the posterior.
+
+    Parameters
+    ----------
+    model : callable
+        The Pyro program.
+    guide : callable
+        With the program's continuous latents, its parameters as they stand in Pyro's store.
+    *data
+        What the program is called with.
+    n_draws : int
+        At least 200.
+    random_state : int
+        Of the draws.
+
+    Raises
+    ------
+    ModelError
+        If the guide does not fit the program; the message names the site.
+
+    Warns
+    -----
+    DrawsWarning
+        Where the error is NaN.
+
+    Examples
+    --------
+    >>> import pyro.distributions as dist
+    >>> def coin(x):
+    ...     p = pyro.sample("p", dist.Beta(x.new_tensor(1.0), x.new_tensor(1.0)))
+    ...     with pyro.plate("rows", len(x)):
+    ...         pyro.sample("x", dist.Bernoulli(p), obs=x)
+    >>> def guide(x):
+    ...     pyro.sample("p", dist.Beta(x.new_tensor(45.0), x.new_tensor(45.0)))
+    >>> found = from_guide(coin, guide, np.repeat([0.0, 1.0], 50))
+    >>> bool(abs(found.log_evidence + 71.398962) < 3 * found.se < 0.1)
+    True
+    """
+    if not isinstance(n_draws, int) or n_draws < MIN_DRAWS:
+        raise ValueError(f"n_draws must be an integer of at least {MIN_DRAWS}, got {n_draws!r}")
+    args = read_arguments(data)
+    store = pyro.get_param_store()
+    with store.scope(store.get_state()), own_random_state(random_state), torch.no_grad():
+        bound = Importance(n_draws).from_guide(model, args, guide)
+        warn_if_slow(bound.one_by_one, bound)
+        nodes = bound.read(args)
+        seen = torch.ones(nodes.value.shape[1], dtype=torch.bool, device=nodes.value.device)
+        log_w = nodes.last.log_weight + nodes.last.given.log_joint(nodes.value, seen) + math.log(n_draws)
+        finer = nodes.refined()
+        inside = 0.0 if finer is nodes else float((finer.score() - nodes.score()).sum())
+        u, slope = _slopes(bound, nodes)
+    weights = log_w.double().cpu().numpy()  # (S, N)
+    log_z = logsumexp(weights, axis=0) - math.log(n_draws)  # (N,)
+    relative = np.exp(weights - log_z)
+    halves = [logsumexp(weights[part], axis=0).sum() for part in (slice(0, None, 2), slice(1, None, 2))]
+    k = float(np.max(pareto_k(weights)))
+    flags = [*_heavy(k), *_missed(u, slope, relative[..., None] / n_draws)]
+    if flags:
+        warn(f"the evidence from this guide has no reliable error: {'; '.join(flags)}", DrawsWarning)
+    se = math.hypot(math.sqrt(float(relative.var(0).sum()) / n_draws), inside)
+    return DrawsEvidence(
+        float(log_z.sum()) + inside,
+        math.nan if flags else se,
+        float(np.min(n_draws**2 / np.square(relative).sum(0))),
+        float(np.min(np.minimum(relative, 1).mean(0))),
+        k,
+        float(halves[1] - halves[0]),
+        n_draws,
+        nodes.last.names,
+        tuple(n for n in bound.structure.latent_names if n not in nodes.last.names),
+        bound.structure.parameters,
+        tuple(flags),
+    )
+
+
+def _heavy(k: float) -> list[str]:
+    if k <= BAD_K:
+        return []
+    return [
+        f"the weights' tail is too heavy (Pareto k {k:.2f}): train the guide longer, or take a richer one"
+    ]
+
+
+def _slopes(bound: GuideDraws, nodes: Nodes) -> tuple[Array, Array]:
+    """The draws of a guide as unconstrained numbers u (S, N, d), and the slope of log p(u, x) there."""
+    drawn, program, names = bound.drawn(nodes.args, None), bound.structure, nodes.last.names
+    n_draws, n_rows, _ = nodes.last.latents.shape
+    sites = [site for site in program.latents if site.name in names]
+    parts = nodes.last.latents.split([site.width for site in sites], -1)
+    where = space(program, run(bound.model, drawn.filled), names)
+    given = {s.name: from_rows(part, s.shape, s.row_axis) for s, part in zip(sites, parts, strict=True)}
+    u = where.pack_values(given, n_draws, n_rows)
+    seen = torch.ones(drawn.value.shape[1], dtype=torch.bool, device=drawn.value.device)
+    slopes = []
+    for part in u.split(1 if bound.one_by_one else n_draws):
+        with torch.enable_grad():
+            leaf = part.clone().requires_grad_()
+            values, log_det = where.values(leaf)
+            inner, beside, *_ = drawn.given(values, len(leaf))
+            total = (inner.log_joint(drawn.value, seen) + beside + log_det).sum()
+            slopes.append(torch.autograd.grad(total, leaf, materialize_grads=True)[0])
+    return u.double().cpu().numpy(), torch.cat(slopes).double().cpu().numpy()
+
+
+def _missed(u: Array, slope: Array, share: Array) -> list[str]:
+    """What says that weighted draws u (S, N, d) leave out a part of the posterior: see `_slanted`.
+
+    A guide that is much narrower than the posterior often has a low Pareto k, since it never draws the large weights.
+    """
+    centred = u - (share * u).sum(0)
+    zero = np.concatenate([slope, centred * slope + 1], -1)
+    mean = (share * zero).sum(0)
+    off = np.abs(mean) / np.sqrt(np.square(share * (zero - mean)).sum(0) + TINY)
+    if not off.max() > norm.isf(FALSE / off.size):
+        return []
+    return [
+        f"the posterior reaches where the guide draws nothing (the log joint has a slope, {off.max():.0f} errors from "
+        "none, on average over the weighted draws): take a wider or richer guide"
+    ]
+
+
+# ------------------------------------------------------------------------------------------- what needs no draws
+
+
+def _without_draws(model: Model, args: tuple[Any, ...]) -> DrawsEvidence | None:
+    """The evidence, where the predictors integrate every latent; None where they do not."""
+    bound = None
+    with suppress(ModelError):
+        bound = Exact().bind(model, args)
+    if bound is None:
+        program = analyze(model, args)
+        if not program.by_row:
+            return None
+        bound = choose(model, args)
+    with torch.no_grad():
+        found = bound.read(args).evidence()
+    nan = math.nan
+    return DrawsEvidence(
+        float(found.by_row.sum()), found.se, nan, nan, nan, nan, 0, (), bound.structure.latent_names,
+        bound.parameters, (f"every latent is integrated without draws, by {bound.name}: none was used",),
+    )  # fmt: skip
+
+
+class _LogJoint:
+    """log p(u, x), u (M, d) the latents that cannot be integrated without draws, unconstrained."""
+
+    def __init__(self, adaptive: AdaptiveNodes, args: tuple[Any, ...]):
+        self.adaptive, self.space, self._args = adaptive, adaptive.space, args
+        self._filled = tuple(fill(a) for a in args)
+        self._x = program_values(adaptive.model, args, self._filled, adaptive.program)
+        self._seen = ~self._x.isnan()[0]
+
+    def __call__(self, u: Array) -> Array:
+        """At points u (M, d): (M,)."""
+
+        def value(part: Tensor) -> tuple[Tensor]:
+            return (self._value(part),)
+
+        with torch.no_grad(), pyro.validation_enabled(False):
+            parts = [by_halves(value, p, (p.new_full((1,), -math.inf),))[0] for p in self._chunks(u)]
+        return np.nan_to_num(torch.cat(parts).numpy(), nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+
+    def with_slope(self, u: Array) -> tuple[Array, Array]:
+        """The same (M,) with its slope (M, d)."""
+
+        def both(part: Tensor) -> tuple[Tensor, Tensor]:
+            leaf = part.detach().requires_grad_()
+            value = self._value(leaf)
+            slope = torch.autograd.grad(value.sum(), leaf, materialize_grads=True)[0]
+            return value.detach(), slope
+
+        with torch.enable_grad(), pyro.validation_enabled(False):
+            found = [
+                by_halves(both, p, (p.new_full((1,), -math.inf), p.new_zeros(1, p.shape[1])))
+                for p in self._chunks(u)
+            ]
+        value, slope = (torch.cat(parts).numpy() for parts in zip(*found, strict=True))
+        return value, slope
+
+    def inside(self, u: Array) -> float:
+        """log of the mean over posterior draws u of what more nodes in each row change; 0 where rows have none."""
+        if self.adaptive.rows is None:
+            return 0.0
+        change = []
+        with torch.no_grad(), pyro.validation_enabled(False):
+            for part in self._chunks(u[:: max(1, len(u) // N_REFINED)]):
+                given = self.adaptive.at(self._args, self._filled, part[:, None])[0]
+                joints = [g.log_joint(self._x, self._seen)[:, 0] for g in (given.refined(), given)]
+                change.append(joints[0] - joints[1])
+        all_ = torch.cat(change)
+        return float(all_.logsumexp(0)) - math.log(len(all_))
+
+    def _value(self, u: Tensor) -> Tensor:
+        given, part, _ = self.adaptive.at(self._args, self._filled, u[:, None])
+        return (given.log_joint(self._x, self._seen) + part)[:, 0]
+
+    def _chunks(self, u: Array) -> Iterator[Tensor]:
+        at_once = CELLS // max(1, self.adaptive.program.n_tokens * self.adaptive.n_evaluations)
+        yield from torch.as_tensor(u).to(self._x).split(max(1, at_once))
+
+
+# ---------------------------------------------------------------------------------------------------- the bridge
+
+
+def _bridged(joint: _LogJoint, u: Array, rng: np.random.Generator) -> DrawsEvidence:
+    """From draws u (C, S, d)."""
+    n_chains, n, d = u.shape
+    flat = u.reshape(-1, d)
+    value, slope = joint.with_slope(flat)
+    if not np.isfinite(value).all():
+        i = int(np.argmin(np.isfinite(value)))
+        raise ModelError(
+            f"draw {i % n} of chain {i // n} has no density under the program and these data: were the draws made of "
+            "other data, or under another prior?"
+        )
+    found = bridge(joint, u, value.reshape(n_chains, n), rng)
+    inside = joint.inside(flat)
+    split = float(found.by_half[0] - found.by_half[1])
+    se = math.hypot(found.se, inside)
+    wrong = [*_not_mixed(joint, u), *_slanted(u, slope.reshape(u.shape))]
+    if found.overlap < MIN_OVERLAP:
+        wrong.append(
+            f"posterior and proposal hardly overlap ({found.overlap:.3f}): more draws, or fewer latents that are drawn "
+            "(those of rows in a plate are integrated)"
+        )
+    flags = list(wrong)
+    if abs(split) > APART * float(np.hypot(*found.se_by_half)):
+        se = math.hypot(abs(split) / 2, inside)
+        flags.append(
+            f"the two halves of the chains differ by {split:.2f} nats, more than their errors allow: run them longer"
+        )
+    if flags:
+        warn(f"the evidence from these draws is not to be trusted: {'; '.join(flags)}", DrawsWarning)
+    program = joint.adaptive.program
+    return DrawsEvidence(
+        found.log_z + inside,
+        math.nan if wrong else se,
+        found.n_eff,
+        found.overlap,
+        found.pareto_k,
+        split,
+        n_chains * n,
+        joint.space.names,
+        tuple(name for name in program.latent_names if name not in joint.space.names),
+        program.parameters,
+        tuple(flags),
+    )
+
+
+def _not_mixed(joint: _LogJoint, u: Array) -> list[str]:
+    """What says that chains (C, S, d) are in different places, or their halves."""
+    r_hat = split_gelman_rubin(torch.as_tensor(u)).numpy()
+    worst = int(np.argmax(r_hat))
+    if not r_hat[worst] > BAD_R_HAT:
+        return []
+    names = [p.latent.name for p in joint.space.parts for _ in range(math.prod(p.shape))]
+    return [f"chains have not mixed: R-hat of site {names[worst]!r} is {r_hat[worst]:.2f}; run them longer"]
+
+
+def _slanted(u: Array, slope: Array) -> list[str]:
+    """What says that u (C, S, d) are no draws of the density whose logarithm has this slope there.
+
+    Under a density that vanishes at infinity, E[slope] = 0 and E[(u - E u) slope] = -1 for each number.
+    """
+    centred = u - u.mean((0, 1))
+    zero = np.concatenate([slope, centred * slope + 1], -1)
+    off = np.abs(zero.mean((0, 1))) / (zero.std((0, 1)) / np.sqrt(effective_draws(zero)) + TINY)
+    if not off.max() > ROUGH * norm.isf(FALSE / off.size):
+        return []
+    return [
+        f"the log joint has a slope where these draws are dense ({off.max():.0f} errors from none): they are draws of "
+        "other data, of another prior, or of chains that have not converged, or the log joint jumps"
+    ]

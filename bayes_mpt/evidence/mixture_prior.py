@@ -1,0 +1,101 @@
+"""The stated prior of Gaussian mixtures: proper, free of units, and one for all candidates of a table.
+
+With the table's mean m0 and covariance S, component c of K has the mean mu_c and the covariance C_c:
+
+    weights        ~ Dirichlet(4, ..., 4)
+    mu_c | C_c     ~ N(m0, C_c / kappa), kappa = 0.01
+    C_c            ~ inverse Wishart(T + 2 degrees, scale S / K^(2/T)): mean S / K^(2/T), a K-th of the table's volume
+
+"tied" components share one such C. Of "diag" and "spherical" ones each variance has the law that it has under the
+inverse Wishart, an inverse gamma with 3 degrees of freedom and mean S_ii / K^(2/T), "spherical": that of the mean of
+these. So with one column all four are the same.
+
+m0 and S are read from the table. So a number under this prior compares candidates of one table; it is not the
+probability of the rows under a model that was stated before they were seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bayes_mpt.evidence.saturated import saturated
+
+__all__ = ["MixturePrior", "mixture_prior"]
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class MixturePrior:
+    """Prior of weights, means and covariances, common to all Gaussian mixtures of a table.
+
+    Parameters
+    ----------
+    center : array of shape (T,)
+        m0, where the means are centred.
+    covariance : array of shape (T, T)
+        S, of the table: the units.
+    kappa : float, default=0.01
+        Rows that the prior of a mean is worth.
+    degrees : float, default=3.0
+        Of freedom of each variance; the inverse Wishart has T - 1 more.
+    concentration : float, default=4.0
+        Of the Dirichlet law of the weights.
+
+    Examples
+    --------
+    >>> print(mixture_prior(np.array([[0.0, 1.0], [2.0, 5.0], [4.0, 3.0]])).describe())
+    weights: Dirichlet(4); means: N(m0, C/0.01); covariances C: inverse Wishart or gamma, 3 degrees a variance, mean
+    S/K^(2/T); units: m0 and S f6a6af2a
+    """
+
+    center: Array
+    covariance: Array
+    kappa: float = 0.01
+    degrees: float = 3.0
+    concentration: float = 4.0
+
+    def describe(self) -> str:
+        """One line that is the same for two priors if and only if they are, with a fingerprint of m0 and S."""
+        table = np.concatenate([self.center, self.covariance.ravel()]).astype(float)
+        return (
+            f"weights: Dirichlet({self.concentration:g}); means: N(m0, C/{self.kappa:g}); covariances C: inverse "
+            f"Wishart or gamma, {self.degrees:g} degrees a variance, mean S/K^(2/T); units: m0 and S "
+            f"{hashlib.sha256(table.tobytes()).hexdigest()[:8]}"
+        )
+
+    def units(self, kind: str) -> Array:
+        """(T,) standard deviations, in which the scale of the prior is the identity on the diagonal, but for K."""
+        variances = np.diag(self.covariance)
+        return np.sqrt(np.full_like(variances, variances.mean()) if kind == "spherical" else variances)
+
+    def scale(self, kind: str, n_components: int) -> Array:
+        """Scale of the covariances in these units: (T, T) of "full" and "tied", (T,) of "diag", (1,) of "spherical"."""
+        n_tokens = len(self.center)
+        share = n_components ** (-2 / n_tokens) * (self.degrees - 2)
+        if kind == "spherical":
+            return np.full(1, share)
+        if kind == "diag":
+            return np.full(n_tokens, share)
+        unit = self.units(kind)
+        return share * self.covariance / unit / unit[:, None]
+
+
+def mixture_prior(rows: NDArray[np.floating]) -> MixturePrior:
+    """The prior of a table: centred at its mean, in units of its covariance.
+
+    Parameters
+    ----------
+    rows : array of shape (N, T)
+        NaN where missing. With missing cells mean and covariance are those of a normal fitted to the observed cells,
+        and not those of the observed cells, which holes that follow other columns move.
+    """
+    x: Array = np.asarray(rows, dtype=np.float64)
+    if np.isnan(x).any():
+        x = x[~np.isnan(x).all(1)]
+        return MixturePrior(*saturated(x, np.ones(len(x))))
+    return MixturePrior(x.mean(0), np.cov(x.T, bias=True).reshape(x.shape[1], -1))
