@@ -40,7 +40,9 @@ from bayes_mpt.estimators.trainer import trainer_of
 from bayes_mpt.evidence.factor_prior import FactorPrior
 from bayes_mpt.evidence.integrated import IntegratedEvidence
 from bayes_mpt.evidence.laplace import LaplaceEvidence
+from bayes_mpt.evidence.mixture import MixtureEvidence
 from bayes_mpt.evidence.mixture_laplace import MixtureLaplace
+from bayes_mpt.evidence.mixture_prior import MixturePrior
 from bayes_mpt.evidence.sampled import SampledEvidence
 from bayes_mpt.inputs import read_numbers, read_table, unmasked
 from bayes_mpt.masks import Policy
@@ -519,20 +521,18 @@ class BayesMPT(
         *,
         se: float = 0.1,
         max_particles: int = 1024,
-        prior: FactorPrior | None = None,
-    ) -> IntegratedEvidence | SampledEvidence:
+        prior: FactorPrior | MixturePrior | None = None,
+    ) -> IntegratedEvidence | SampledEvidence | MixtureEvidence:
         """Evidence of X (and y) with what was point-estimated integrated, sampled until its error is ``se``.
 
         Of a factor model (``model.symmetries``): loadings, noise variances and mean under ``prior``, by default
-        `bayes_mpt.evidence.factor_prior` of X; see `bayes_mpt.evidence.sampled`. Of a model that offers a prior of its
-        parameters (``model.hyperprior(x, y)``), and whose LML is not drawn: see `bayes_mpt.evidence.integrated`.
+        `bayes_mpt.evidence.factor_prior` of X; see `bayes_mpt.evidence.sampled`. Of a `GaussianMixture`: weights, means
+        and covariances under `bayes_mpt.evidence.mixture_prior`; see `bayes_mpt.evidence.mixture`. Of a model that
+        offers a prior of its parameters (``model.hyperprior(x, y)``), and whose LML is not drawn: see
+        `bayes_mpt.evidence.integrated`.
         """
         fitted, rows = self._ready(X)
-        if integrals.noise_shape(fitted) is not None:
-            return integrals.sampled_evidence(
-                fitted, rows, prior, se=se, max_particles=max_particles, seed=fitted.draws
-            )
-        return integrals.integrated_evidence(fitted, rows, y, se)
+        return integrals.evidence_of(fitted, rows, y, prior, se, max_particles)
 
     def explain(self) -> str:
         """How the score is computed, why, what is integrated and what is point-estimated."""

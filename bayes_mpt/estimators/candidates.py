@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from bayes_mpt.estimators.bayes_mpt import BayesMPT
 from bayes_mpt.estimators.integrals import affordable, laplace_applies, n_hyperparameters
 from bayes_mpt.evidence.expected import Believed
 from bayes_mpt.evidence.integrated import IntegratedEvidence, Nodes
+from bayes_mpt.evidence.mixture import MixtureEvidence
 from bayes_mpt.evidence.mixture_laplace import MixtureLaplace
 from bayes_mpt.evidence.predictive import GaussianRows, RowPredictive
 from bayes_mpt.evidence.sampled import SampledEvidence
@@ -105,6 +106,8 @@ class Candidate:
     """What was integrated under which prior, where that is not the model's own: two that differ are not comparable."""
     believed: Believed | None = None
     """The fit and the posterior that the evidence was computed with, where rows are Gaussian under both."""
+    law: GaussianRows | None = None
+    """Of a new row, where the evidence was sampled with draws of all parameters of a mixture."""
     nodes: Nodes | None = None
     """What the evidence was integrated over, where that were hyper-parameters: the model itself is at their maximum."""
     held_out: float = math.nan
@@ -151,6 +154,11 @@ class Candidate:
         """Add what to be wary of, if there is anything."""
         self.note = "; ".join(filter(None, [self.note, why]))
 
+    def state_prior(self) -> None:
+        """Let `explain` of the fit say under which prior its evidence is."""
+        if self.prior and self.estimator is not None:
+            self.model.fitted_ = replace(self.model.fitted_, evidence_prior=self.prior)
+
     @property
     def kind(self) -> str:
         """Weights are stated within it: candidates that differ in the number of latents alone."""
@@ -160,7 +168,7 @@ class Candidate:
     def predictive(self) -> RowPredictive | None:
         """The law of a new row that goes with the evidence, where that is told without the estimator."""
         if self.believed is None:
-            return None
+            return self.law
         draws, islands = self.believed.draws, self.believed.islands
         return GaussianRows.of(draws.mean(islands), draws.covariance(islands))
 
@@ -182,6 +190,13 @@ class Candidate:
             if few.any():
                 names = list_names(map(str, model.fitted_.names[few]))
                 self.doubt(f"few observed cells in column {names}: a new complete row is a guess there")
+
+    def take_allocated(self, found: MixtureEvidence) -> None:
+        """An evidence with all parameters of a mixture integrated."""
+        self.evidence, self.se, self.prior = found.log_evidence, found.se, found.prior.describe()
+        self.law = found.law
+        for flag in found.flags:
+            self.doubt(flag)
 
     def take_mixture(self, found: MixtureLaplace) -> None:
         """The Laplace evidence of a mixture."""

@@ -100,6 +100,8 @@ class Fitted:
     """How the program is read on new rows."""
     posterior: SampledEvidence | None = None
     """Where rows are scored by the mean over it and not at the maximum."""
+    evidence_prior: str = ""
+    """The prior of the evidence that a search has ranked it by, in words."""
     draws: int = 0
     """Seed of what is drawn to score or to simulate rows, the same at every call."""
 

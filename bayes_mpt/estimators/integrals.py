@@ -20,8 +20,9 @@ from bayes_mpt.evidence.hyperparameters import assign, hyperprior, log_likelihoo
 from bayes_mpt.evidence.integrated import IntegratedEvidence, Nodes, integrate
 from bayes_mpt.evidence.laplace import LaplaceEvidence, laplace_diagonal, laplace_proportional
 from bayes_mpt.evidence.laplace_incomplete import laplace_fits, laplace_of_cells
+from bayes_mpt.evidence.mixture import MixtureEvidence, mixture_evidence
 from bayes_mpt.evidence.mixture_laplace import MixtureLaplace, laplace_mixture
-from bayes_mpt.evidence.mixture_prior import mixture_prior
+from bayes_mpt.evidence.mixture_prior import MixturePrior, mixture_prior
 from bayes_mpt.evidence.sampled import MAX_PARAMETERS, SampledEvidence, n_parameters, sample_evidence
 from bayes_mpt.models.mixtures import GaussianMixture
 from bayes_mpt.predictors import Batch, Objective
@@ -35,7 +36,9 @@ from bayes_mpt.program.store import save
 
 __all__ = [
     "affordable",
+    "allocated_evidence",
     "at_mode",
+    "evidence_of",
     "integrated_evidence",
     "laplace_applies",
     "laplace_evidence",
@@ -220,12 +223,71 @@ def sampled_evidence(
     return replace(found, prior=prior, draws=found.draws.shifted(shift))
 
 
+def allocated_evidence(
+    fitted: Fitted,
+    rows: NDArray[np.floating],
+    prior: MixturePrior | None = None,
+    *,
+    se: float = 0.1,
+    max_particles: int = 1024,
+    seed: int = 0,
+) -> MixtureEvidence:
+    """Evidence of rows under a Gaussian mixture with weights, means and covariances integrated, and its error.
+
+    Parameters
+    ----------
+    fitted : Fitted
+        A `GaussianMixture`.
+    rows : array of shape (N, T)
+    prior : MixturePrior, optional
+        The same for all candidates of a table; by default `bayes_mpt.evidence.mixture_prior.mixture_prior` of the rows.
+    se, max_particles, seed
+        As in `bayes_mpt.evidence.mixture.mixture_evidence`.
+    """
+    assert isinstance(fitted.model, GaussianMixture)
+    k, kind = int(fitted.model.n_components), fitted.model.covariance_type
+    refuse_unobserved(np.isnan(rows).all(0), fitted.names)
+    x = np.asarray(rows, dtype=np.float64)
+    prior = mixture_prior(x) if prior is None else prior
+    with training.one_thread(x.size):
+        return mixture_evidence(
+            x, k, prior, covariance_type=kind, se=se, max_particles=max_particles, seed=seed
+        )
+
+
 def n_hyperparameters(fitted: Fitted) -> int | None:
     """For the integrated evidence: how many parameters have a prior; None where it does not apply."""
     names = fitted.bound.structure.parameters
     if fitted.drawn or (names and offered(fitted.model, "hyperprior") is None):
         return None
     return sum(fitted.params[name].size for name in names)
+
+
+def evidence_of(
+    fitted: Fitted,
+    rows: NDArray[np.floating],
+    y: Any,
+    prior: FactorPrior | MixturePrior | None,
+    se: float,
+    max_particles: int,
+) -> IntegratedEvidence | SampledEvidence | MixtureEvidence:
+    """Evidence of rows with what was point-estimated integrated, in the way that the model allows."""
+    mixture, factors = isinstance(fitted.model, GaussianMixture), noise_shape(fitted) is not None
+    taken = MixturePrior if mixture else FactorPrior if factors else None
+    if prior is not None and (taken is None or not isinstance(prior, taken)):
+        raise TypeError(
+            f"the evidence of {fitted.model!r} takes {'no prior' if taken is None else f'a {taken.__name__}'}, got "
+            f"{type(prior).__name__}"
+        )
+    if mixture:
+        own = prior if isinstance(prior, MixturePrior) else None
+        return allocated_evidence(fitted, rows, own, se=se, max_particles=max_particles, seed=fitted.draws)
+    if factors:
+        of_factors = prior if isinstance(prior, FactorPrior) else None
+        return sampled_evidence(
+            fitted, rows, of_factors, se=se, max_particles=max_particles, seed=fitted.draws
+        )
+    return integrated_evidence(fitted, rows, y, se)
 
 
 def integrated_evidence(fitted: Fitted, rows: NDArray[np.floating], y: Any, se: float) -> IntegratedEvidence:

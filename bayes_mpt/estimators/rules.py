@@ -39,6 +39,7 @@ from bayes_mpt.estimators.refits import Cumulative, HeldOut
 from bayes_mpt.estimators.unbounded import refuse_unbounded
 from bayes_mpt.evidence.factor_prior import FactorPrior, factor_prior
 from bayes_mpt.evidence.integrated import IntegratedEvidence
+from bayes_mpt.evidence.mixture import MixtureEvidence
 from bayes_mpt.evidence.mixture_laplace import MixtureLaplace
 from bayes_mpt.evidence.sampled import SampledEvidence
 from bayes_mpt.runtime.atomic import all_or_nothing
@@ -89,14 +90,15 @@ class Integrated(BaseEstimator):
     """What was point-estimated integrated under a prior, by sampling, with an error.
 
     Of factor models these are loadings, noise variances and mean, under one prior for all candidates of a table
-    (`bayes_mpt.evidence.factor_prior`); of a model that offers a hyperprior, its hyper-parameters.
+    (`bayes_mpt.evidence.factor_prior`); of Gaussian mixtures weights, means and covariances, likewise
+    (`bayes_mpt.evidence.mixture_prior`); of a model that offers a hyperprior, its hyper-parameters.
 
     Parameters
     ----------
     se : float, default=0.1
         Nats: the standard error that is sampled for.
     max_particles : int, default=1024
-        That are taken for it at most, of a factor model.
+        That are taken for it at most, of a factor model or mixture.
     """
 
     name: ClassVar[str] = "integrated"
@@ -128,9 +130,12 @@ class Integrated(BaseEstimator):
 
         ``prior`` is that of factor models.
         """
+        prior = prior if candidate.facts.rotates else None  # that of mixtures is a function of the rows alone
         found = candidate.model.integrated(X, y, se=self.se, max_particles=self.max_particles, prior=prior)
         if isinstance(found, SampledEvidence):
             candidate.take_sampled(found)
+        elif isinstance(found, MixtureEvidence):
+            candidate.take_allocated(found)
         else:
             candidate.take(found)
             if to_map:
@@ -196,7 +201,11 @@ class Bic(BaseEstimator):
 
     def evaluate(self, candidate: Candidate, X: Any, y: Any, **seeds: Any) -> None:
         """As `Laplace.evaluate`."""
-        candidate.evidence, candidate.se = -0.5 * candidate.model.bic(X, y), math.nan
+        model = candidate.model
+        candidate.evidence, candidate.se = -0.5 * model.bic(X, y), math.nan
+        candidate.about = (
+            "at the maximum a posteriori" if model.at_map_ else "at the maximum of the likelihood"
+        )
         _of_one_fit(candidate, X, y)
 
 

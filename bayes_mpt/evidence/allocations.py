@@ -7,9 +7,11 @@ rows of each component, B. Between these and the posterior stand, for powers b f
     prod_i r_i,z_i^(1 - b)  int p(parameters) L(B)^(1 - b) [p(z | weights) prod_i p(x_i | z_i, parameters)]^b,
 
 L(B) the likelihood of rows with the sums B, so that the integral is known: it depends on (1 - b) B + b (sums of z). At
-b = 0 allocations are independent, at b = 1 it is the density itself. Missing cells are drawn with the allocations;
-under the table's own normal to the power 1 - b they have a density at b = 0 too. Chains begin with K, K - 1, ..., 1
-clusters: where a surplus component is empty, no Gibbs step soon fills it, nor empties one that holds rows.
+b = 0 allocations are independent, at b = 1 it is the density itself. Missing cells are drawn with the allocations, at
+b = 0 given the others of their row under the component that B comes to; this density counts to the power 1 - b.
+
+Chains begin with K, K - 1, ..., 1 clusters: where a component is empty, no Gibbs step soon fills it, nor empties one
+that holds rows.
 
 **Exchanged components, several modes.** The density of z is the same for all K! orders s of the components, and a
 chain has found one of them; another chain may have found other clusters. Each takes in the share of an allocation that
@@ -94,10 +96,10 @@ def chains_of(rows: Array, blocks: list[Block], empty: Components, rng: np.rando
     """
     n_chains, k = empty.nothing().n.shape
     share = np.stack([_clusters(rows, k - m % k, k, rng) for m in range(n_chains)])  # (M, K, N)
-    # the clusters themselves, missing cells from the table's own normal
+    # the clusters themselves, missing cells from the table
     clusters = _log(share, 1e-9)
     now = empty.of(empty.nothing())
-    sums = now.redrawn(blocks, rng, Step(0.0, lambda i: clusters[:, :, i]))
+    sums = now.redrawn(blocks, rng, Step(0.0, lambda i: clusters[:, :, i], reference=now))
     for _ in range(N_BURNED):
         sums = empty.of(sums).redrawn(blocks, rng, Step())
     share, kept = np.zeros_like(share), []
@@ -228,7 +230,7 @@ class _Particles:
                 product = one_hot.reshape(n_particles * k, -1) @ log_share.reshape(m * k, -1).T
                 agreement[:] += product.reshape(n_particles, k, m, k).transpose(0, 2, 1, 3)
 
-        step = Step(b, pull if b < 1 else None, watch)
+        step = Step(b, pull if b < 1 else None, watch, empty.of(chains.sums), self.origin)
         self.sums = empty.of(self.between(b)).redrawn(blocks, rng, step)
         self.guided, self.agreement = guided, agreement
 

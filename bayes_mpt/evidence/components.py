@@ -55,7 +55,7 @@ class Sums(NamedTuple):
     xx: Array
     """(P, K, T, T) products of two columns, of `Diagonal` (P, K, T) squares."""
     log_hidden: Array
-    """(P,) log density of the drawn missing cells given the others under the table's own normal."""
+    """(P,) log density of the drawn missing cells given the others under the reference of `Step`."""
 
     def map(self, *others: Sums, by: Callable[..., Array]) -> Sums:
         """A function of each array."""
@@ -76,6 +76,10 @@ class Step(NamedTuple):
     pull: Callable[[Index], Array] | None = None
     """(P, K, n) of some rows (n,)."""
     watch: Watch | None = None
+    reference: Components | None = None
+    """Of M: at its expected parameters missing cells have a density to the power 1 - power."""
+    origin: Index | None = None
+    """(P,) which of the M."""
 
 
 class Components(Protocol):
@@ -92,6 +96,9 @@ class Components(Protocol):
 
     def redrawn(self, blocks: list[Block], rng: np.random.Generator, step: Step) -> Sums:
         """A Gibbs step: parameters, then allocations and missing cells."""
+
+    def parameters(self, rng: np.random.Generator) -> tuple[Array, Array, Array]:
+        """Draws of weights (P, K), means (P, K, T) and covariances (P, K, T, T)."""
 
 
 def components(prior: MixturePrior, kind: str, n_components: int, n_particles: int) -> Components:
@@ -194,10 +201,19 @@ class Dense:
         x, xx = np.zeros_like(self.mean), np.zeros((n_particles, k, t, t))
         n, hidden = np.zeros((n_particles, k)), np.zeros(n_particles)
         a, b = np.triu_indices(t)
+        reference = None
+        if step.power < 1 and isinstance(step.reference, Dense):
+            reference = step.reference.expected().taken(step.origin)
         for block in blocks:
             complete = block.seen.all()
-            joint = normals if complete else normals.times_reference(self.law.scale, 1 - step.power)
-            coefficients = joint.marginal(block.seen)
+            joint, hidden_part = normals, None
+            if not complete:
+                joint = normals if reference is None else normals.times(reference, 1 - step.power)
+                hidden_part = joint.hidden(block.seen)
+            coefficients = joint.marginal(block.seen, hidden_part)
+            if not complete and reference is not None:
+                own = reference.marginal(block.seen, reference.hidden(block.seen))
+                coefficients = coefficients - (1 - step.power) * own
             for part, one_hot in _allocated(coefficients, block, log_weight, rng, step):
                 n += one_hot.sum(2)
                 if complete:
@@ -205,14 +221,30 @@ class Dense:
                     xx[:, :, a, b] += of_part[:, :, : len(a)]
                     x += of_part[:, :, len(a) : -1]
                 else:
-                    full = joint.completed(block.seen, block.rows[part], one_hot, rng)
-                    hidden += _log_reference(full, block.seen, self.law.scale)
+                    assert hidden_part is not None
+                    full = hidden_part.completed(block.seen, block.rows[part], one_hot, rng)
+                    if reference is not None:
+                        hidden += reference.hidden(block.seen).log_density(full, block.seen, one_hot)
                     for c in range(k):
                         mine = full * one_hot[:, c, :, None]
                         x[:, c] += mine.sum(1)
                         xx[:, c] += mine.swapaxes(1, 2) @ full
         xx[:, :, b, a] = xx[:, :, a, b]
         return Sums(n, np.repeat(n[:, :, None], t, 2), x, xx, hidden)
+
+    def parameters(self, rng: np.random.Generator) -> tuple[Array, Array, Array]:
+        weight = np.exp(self.law.log_weights(self.n, rng))
+        precision, linear, _ = self._normals(rng)
+        cov, _ = _inverse(precision)
+        loc = _times(cov, linear)
+        return weight / weight.sum(1, keepdims=True), loc, np.broadcast_to(cov, (*loc.shape, loc.shape[2]))
+
+    def expected(self) -> _Normals:
+        """At the expected precisions and means."""
+        degrees = self.law.degrees + self.mean.shape[2] - 1 + self.held  # (P, C)
+        root = np.sqrt(degrees)[:, :, None, None] * self.root
+        log_det = self.mean.shape[2] * np.log(degrees) - self.log_det
+        return _Normals.of(root, log_det, _times(root.swapaxes(2, 3), self.mean))
 
     def _normals(self, rng: np.random.Generator) -> _Normals:
         """Means and precisions of all components, drawn given the rows that they hold."""
@@ -223,12 +255,10 @@ class Dense:
         bartlett[:, :, i, i] = np.sqrt(rng.chisquare(degrees[:, :, None] - i))
         root = self.root @ bartlett  # precision = root root'
         log_det = 2 * np.log(bartlett[:, :, i, i]).sum(2) - self.log_det
-        precision = root @ root.swapaxes(2, 3)
-        # loc = mean + root^-T e, so that precision loc = precision mean + root e
+        # loc = mean + root^-T e
         e = rng.standard_normal((n_particles, k, t)) / np.sqrt(self.law.kappa + self.n)[:, :, None]
         shifted = _times(root.swapaxes(2, 3), self.mean) + e  # root' loc
-        constant = 0.5 * (log_det - t * LOG_2PI - np.square(shifted).sum(2))
-        return _Normals(precision, _times(root, shifted), constant)
+        return _Normals.of(root, log_det, shifted)
 
 
 class _Normals(NamedTuple):
@@ -245,38 +275,73 @@ class _Normals(NamedTuple):
         """Raised to a power."""
         return _Normals(*(power * a for a in self))
 
-    def times_reference(self, scale: Array, power: float) -> _Normals:
-        """Times a power of the table's own normal, known up to a factor."""
-        return self._replace(precision=self.precision + power * np.linalg.inv(scale)) if power else self
+    @classmethod
+    def of(cls, root: Array, log_det: Array, shifted: Array) -> _Normals:
+        """With precision root root' (P, C, T, T) of this log determinant (P, C), and root' loc (P, K, T)."""
+        constant = 0.5 * (log_det - root.shape[2] * LOG_2PI - np.square(shifted).sum(2))
+        return cls(root @ root.swapaxes(2, 3), _times(root, shifted), constant)
 
-    def marginal(self, seen: Mask) -> Array:
+    def taken(self, index: Index | None) -> _Normals:
+        """Copies of some."""
+        return self if index is None else _Normals(*(a[index] for a in self))
+
+    def times(self, other: _Normals, power: float) -> _Normals:
+        """Times a power of others."""
+        return _Normals(*(a + power * b for a, b in zip(self, other, strict=True)))
+
+    def hidden(self, seen: Mask) -> _Hidden:
+        """Of the columns that are not seen, given those that are."""
+        rows = self.precision[:, :, ~seen]
+        back, log_det = _inverse(rows[:, :, :, ~seen])
+        return _Hidden(back, log_det, -back @ rows[:, :, :, seen], _times(back, self.linear[:, :, ~seen]))
+
+    def marginal(self, seen: Mask, hidden: _Hidden | None) -> Array:
         """(P, K, F) of the features of `Block`: the log density of the cells that are seen, the others integrated."""
         precision, linear, constant = self
-        if not seen.all():
-            back, log_det = _inverse(precision[:, :, ~seen][:, :, :, ~seen])
-            across, hidden = precision[:, :, seen][:, :, :, ~seen] @ back, linear[:, :, ~seen]
-            rest = (~seen).sum() * LOG_2PI - log_det + (_times(back, hidden) * hidden).sum(2)
-            constant = constant + 0.5 * rest
-            linear = linear[:, :, seen] - _times(across, hidden)
-            lost = across @ precision[:, :, ~seen][:, :, :, seen]
-            precision = precision[:, :, seen][:, :, :, seen] - lost
+        if hidden is not None:
+            across = precision[:, :, seen][:, :, :, ~seen]  # (P, C, o, h)
+            rest = (hidden.start * linear[:, :, ~seen]).sum(2) - hidden.log_det
+            constant = constant + 0.5 * (rest + (~seen).sum() * LOG_2PI)
+            linear = linear[:, :, seen] - _times(across, hidden.start)
+            precision = precision[:, :, seen][:, :, :, seen] + across @ hidden.slope
         a, b = np.triu_indices(linear.shape[2])
         square = np.where(a == b, -0.5, -1.0) * precision[:, :, a, b]
         square = np.broadcast_to(square, (*constant.shape, len(a)))
         return np.concatenate([square, linear, constant[:, :, None]], 2)
 
+
+class _Hidden(NamedTuple):
+    """h cells given o others: normal around start + slope x_o."""
+
+    cov: Array
+    """(P, C, h, h)"""
+    log_det: Array
+    """(P, C) of the precision."""
+    slope: Array
+    """(P, C, h, o)"""
+    start: Array
+    """(P, K, h)"""
+
+    def log_density(self, full: Array, seen: Mask, one_hot: Array) -> Array:
+        """(P,) of the hidden cells of rows (P, n, T) of the components (P, K, n), added up."""
+        precision, _ = _inverse(self.cov)
+        found = 0.5 * (self.log_det - (~seen).sum() * LOG_2PI) * one_hot.sum(2)  # (P, K)
+        for k in range(one_hot.shape[1]):
+            s = min(k, self.cov.shape[1] - 1)
+            expected = full[:, :, seen] @ self.slope[:, s].swapaxes(1, 2) + self.start[:, k, None]
+            off = full[:, :, ~seen] - expected
+            found[:, k] -= 0.5 * (((off @ precision[:, s]) * off).sum(2) * one_hot[:, k]).sum(1)
+        return np.asarray(found.sum(1))
+
     def completed(self, seen: Mask, rows: Array, one_hot: Array, rng: np.random.Generator) -> Array:
         """Rows (n, o) of the components (P, K, n), hidden cells drawn given those seen: (P, n, T)."""
-        back, _ = _inverse(self.precision[:, :, ~seen][:, :, :, ~seen])
-        slope = -back @ self.precision[:, :, ~seen][:, :, :, seen]  # (P, C, h, o)
-        start = _times(back, self.linear[:, :, ~seen])
-        root = np.linalg.cholesky(back)
-        noise = rng.standard_normal((len(start), len(rows), int((~seen).sum())))
+        root = np.linalg.cholesky(self.cov) if self.cov.shape[-1] > 1 else np.sqrt(self.cov)
+        noise = rng.standard_normal((len(self.start), len(rows), self.start.shape[2]))
         hidden = np.zeros_like(noise)
-        for k in range(start.shape[1]):
-            s = min(k, back.shape[1] - 1)
-            drawn = start[:, k, None] + rows @ slope[:, s].swapaxes(1, 2) + noise @ root[:, s].swapaxes(1, 2)
-            hidden += one_hot[:, k, :, None] * drawn
+        for k in range(self.start.shape[1]):
+            s = min(k, root.shape[1] - 1)
+            drawn = rows @ self.slope[:, s].swapaxes(1, 2) + noise @ root[:, s].swapaxes(1, 2)
+            hidden += one_hot[:, k, :, None] * (drawn + self.start[:, k, None])
         full = np.empty((*noise.shape[:2], len(seen)))
         full[:, :, seen], full[:, :, ~seen] = rows, hidden
         return full
@@ -327,10 +392,7 @@ class Diagonal:
         log_weight = self.law.log_weights(self.n, rng)
         (block,) = blocks
         t = self.mean.shape[2]
-        precision = rng.chisquare(self.degrees) / self.scale  # (P, K, C)
-        spread = np.sqrt(precision * (self.law.kappa + self.count))
-        loc = self.mean + rng.standard_normal(self.mean.shape) / spread
-        precision = np.broadcast_to(precision, loc.shape)
+        loc, precision = self._normals(rng)
         constant = 0.5 * (np.log(precision) - LOG_2PI - precision * loc**2)
         coefficients = step.power * np.concatenate([-0.5 * precision, precision * loc, constant], 2)
         n, sums = np.zeros_like(self.n), np.zeros((*self.n.shape, 3 * t))
@@ -339,6 +401,19 @@ class Diagonal:
             sums += _sums(one_hot, block.features[part])
         xx, x, count = sums[:, :, :t], sums[:, :, t : 2 * t], sums[:, :, 2 * t :]
         return Sums(n, count, x, xx, np.zeros(len(n)))
+
+    def parameters(self, rng: np.random.Generator) -> tuple[Array, Array, Array]:
+        weight = np.exp(self.law.log_weights(self.n, rng))
+        loc, precision = self._normals(rng)
+        cov = np.eye(loc.shape[2]) / precision[:, :, None]
+        return weight / weight.sum(1, keepdims=True), loc, cov
+
+    def _normals(self, rng: np.random.Generator) -> tuple[Array, Array]:
+        """Means and precisions (P, K, T) of all components, drawn given the cells that they hold."""
+        precision = rng.chisquare(self.degrees) / self.scale  # (P, K, C)
+        spread = np.sqrt(precision * (self.law.kappa + self.count))
+        loc = self.mean + rng.standard_normal(self.mean.shape) / spread
+        return loc, np.broadcast_to(precision, loc.shape)
 
 
 def _allocated(
@@ -370,16 +445,6 @@ def _sums(one_hot: Array, features: Array) -> Array:
     """(P, K, F) features of the rows of each component, added up."""
     n_particles, k, n = one_hot.shape
     return (one_hot.reshape(-1, n) @ features).reshape(n_particles, k, -1)
-
-
-def _log_reference(full: Array, seen: Mask, cov: Array) -> Array:
-    """(P,) log density of the hidden cells of rows (P, n, T) given the others, under N(0, cov)."""
-    precision = np.linalg.inv(cov)
-    inner = precision[~seen][:, ~seen]
-    off = full[:, :, ~seen] + full[:, :, seen] @ np.linalg.solve(inner, precision[~seen][:, seen]).T
-    quadratic = ((off @ inner) * off).sum((1, 2))
-    constant = np.linalg.slogdet(inner)[1] - len(inner) * LOG_2PI
-    return 0.5 * (full.shape[1] * constant - quadratic)
 
 
 def _times(matrix: Array, vector: Array) -> Array:

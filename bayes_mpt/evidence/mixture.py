@@ -20,6 +20,7 @@ from bayes_mpt.diagnostics import few_replicates
 from bayes_mpt.evidence.allocations import allocate, chains_of
 from bayes_mpt.evidence.components import Components, blocks_of, components
 from bayes_mpt.evidence.mixture_prior import MixturePrior
+from bayes_mpt.evidence.predictive import GaussianRows
 from bayes_mpt.evidence.sampled import LARGE_SE, log_mean
 
 __all__ = ["COVARIANCE_TYPES", "MAX_COMPONENTS", "MixtureEvidence", "mixture_evidence"]
@@ -30,7 +31,8 @@ COVARIANCE_TYPES = ("full", "tied", "diag", "spherical")
 MAX_COMPONENTS = 12  # whose orders are summed over
 N_CHAINS = 32
 PILOT = 16  # particles of an island
-MAX_DRAWS = 256  # that are kept
+MAX_DRAWS, MAX_CELLS = 256, 2**20  # that are kept, and of their covariances
+MAX_COVARIANCES = 10_000  # cells of one particle's
 MIN_EIGENVALUE = 1e-10  # of correlations
 
 
@@ -49,8 +51,8 @@ class MixtureEvidence:
     n_levels: int
     """Steps between the chains and the posterior."""
     prior: MixturePrior
-    particles: Components
-    """Draws that count alike, in the prior's units."""
+    law: GaussianRows
+    """Of a new row: weights, means and covariances drawn from their posterior."""
     flags: tuple[str, ...]
     """What to doubt, in words."""
 
@@ -107,7 +109,7 @@ def mixture_evidence(
     shown = ~np.isnan(rows)
     x = ((rows - prior.center) / unit)[shown.any(1)]
     blocks = blocks_of(x, covariance_type)
-    first, second, third = (np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(3))
+    first, second, third, fourth = (np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(4))
 
     def empty(n: int) -> Components:
         return components(prior, covariance_type, n_components, n)
@@ -121,9 +123,13 @@ def mixture_evidence(
     value, error = log_mean(found.log_z)
     jacobian = float(shown.sum(0) @ np.log(unit))
     chance = np.cumsum(np.repeat(softmax(found.log_z), n_each))
-    n_kept = min(len(chance), MAX_DRAWS)
-    kept = np.minimum(
-        np.searchsorted(chance, (np.arange(n_kept) + 0.5) / n_kept * chance[-1]), len(chance) - 1
+    n_kept = min(len(chance), MAX_DRAWS, max(16, MAX_CELLS // (n_components * x.shape[1] ** 2)))
+    kept = np.searchsorted(chance, (np.arange(n_kept) + 0.5) / n_kept * chance[-1])
+    share, loc, cov = empty(n_kept).of(found.sums.map(by=lambda a: a[kept])).parameters(fourth)
+    law = GaussianRows(
+        share.ravel() / n_kept,
+        (loc * unit + prior.center).reshape(-1, x.shape[1]),
+        (cov * unit * unit[:, None]).reshape(-1, x.shape[1], x.shape[1]),
     )
     return MixtureEvidence(
         value - jacobian,
@@ -132,7 +138,7 @@ def mixture_evidence(
         n_each * n_islands,
         len(found.path.powers),
         prior,
-        empty(n_kept).of(found.sums.map(by=lambda a: a[kept])),
+        law,
         (f"se above {LARGE_SE:g}: reads too small",) if error > LARGE_SE else (),
     )
 
@@ -145,6 +151,12 @@ def _check(rows: NDArray[np.floating], n_components: int, prior: MixturePrior, k
         raise ValueError(
             f"the integrated evidence of a mixture sums over all orders of its components, {MAX_COMPONENTS} at most, "
             f"got {n_components}: use evidence='heldout', or fewer components"
+        )
+    n_cells = n_components * rows.shape[1] ** 2
+    if n_cells > MAX_COVARIANCES:
+        raise ValueError(
+            f"the integrated evidence of a mixture holds covariances of up to {MAX_COVARIANCES} cells in all, got "
+            f"{n_components} components of {rows.shape[1]} columns, {n_cells}: use evidence='bic', or fewer columns"
         )
     if np.isnan(rows).all():
         raise ValueError(

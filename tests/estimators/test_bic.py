@@ -46,7 +46,7 @@ def test_it_is_minus_half_of_sklearns_at_the_same_parameters():
     # of order one and unknown: no error, no weight, no factor
     assert table[["se", "mc_dse", "p_worse", "weight", "log_bayes_factor"]].isna().all(axis=None)
     assert np.isfinite(table["dse"].iloc[1]) and table["diag"].str.startswith("bic").all()
-    assert "lml by 'bic'" in found.summary()
+    assert "lml by 'bic'" in found.summary() and "at the maximum a posteriori (all)" in found.summary()
 
 
 def test_missing_cells():
@@ -60,7 +60,9 @@ def test_missing_cells():
 def test_one_table_of_mixtures_and_factor_models():
     """BIC asks for a likelihood and a count only."""
     models = [GaussianMixture(1, covariance_prior=None), PPCA(1)]
-    found = search(None, {"model": models}, Bic()).fit(X).comparison_["lml"]
+    table = search(None, {"model": models}, Bic()).fit(X).comparison_
+    assert table["diag"].eq("bic; at the maximum of the likelihood").all()
+    found = table["lml"]
     gauss = log_density(X, X.mean(0), np.cov(X.T, bias=True)).sum() - 0.5 * 5 * math.log(len(X))
     assert found.to_dict() == pytest.approx(
         {"GaussianMixture": gauss, "PPCA": gauss}, rel=1e-9
