@@ -21,6 +21,7 @@ from bayes_mpt.evidence.mixture import MixtureEvidence
 from bayes_mpt.evidence.mixture_laplace import MixtureLaplace
 from bayes_mpt.evidence.predictive import GaussianRows, RowPredictive
 from bayes_mpt.evidence.sampled import SampledEvidence
+from bayes_mpt.models.mixtures import GaussianMixture
 from bayes_mpt.program.program import list_names
 
 __all__ = [
@@ -54,6 +55,8 @@ class Facts:
     """As `integrals.affordable`."""
     counted: bool
     """As `availability.counts_parameters`: whether AIC and BIC apply."""
+    mixture: bool
+    """Whether it is a Gaussian mixture."""
     converged: bool
     """Whether the training ended by its own rule."""
 
@@ -70,6 +73,7 @@ class Facts:
             rotates=laplace_applies(model.fitted_),
             affordable=affordable(model.fitted_),
             counted=counts_parameters(model),
+            mixture=isinstance(model.fitted_.model, GaussianMixture),
             converged=model.converged_,
         )
 

@@ -253,6 +253,11 @@ class Auto(BaseEstimator):
             return Laplace(), (
                 "every candidate declares its loadings free up to rotation, and one is too large to be sampled"
             )
+        if all(m.mixture for m in models):
+            return held_out, (
+                "every candidate is a Gaussian mixture: hidden rows are predicted, and fits chosen so lost least in "
+                "simulations"
+            )
         return held_out, (
             "a candidate's point estimates have no declared prior or symmetry, or are too many, so that they cannot be "
             "integrated: hidden rows are predicted"

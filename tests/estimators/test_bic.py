@@ -10,7 +10,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from truths import log_density, mixture_log_terms
 
-from bayes_mpt import BayesMPT, Bic, MarginalLikelihoodSearch, compare
+from bayes_mpt import Auto, BayesMPT, Bic, HeldOut, MarginalLikelihoodSearch, compare
 from bayes_mpt.models import PPCA, BayesianRegression, GaussianMixture, GaussianProcess, LatentClass
 from bayes_mpt.training import Ascent
 
@@ -93,3 +93,20 @@ def test_who_is_refused():
     process = BayesMPT(GaussianProcess(), training=Ascent(tol=1e-3))
     with pytest.raises(ValueError, match="independent rows: here rows are tokens of one vector"):
         MarginalLikelihoodSearch(process, [{}], evidence="bic").fit(X[:20], y[:20])
+
+
+# ------------------------------------------------------------------------------------------------------ and "auto"
+
+
+@pytest.mark.parametrize("x", [X, HOLES], ids=["complete", "holes"])
+def test_what_auto_takes_for_gaussian_mixtures(x):
+    found = search(GaussianMixture(), GRID, Auto(cv=2)).fit(x)
+    assert found.evidence_ == "heldout" and "every candidate is a Gaussian mixture" in found.evidence_reason_
+    want = search(GaussianMixture(), GRID, HeldOut(cv=2)).fit(x)
+    np.testing.assert_array_equal(found.cv_results_["lml"], want.cv_results_["lml"])
+    assert found.best_params_ == {"model__n_components": 2} and found.comparison_["weight"].isna().all()
+
+
+def test_and_beside_other_models():
+    found = search(None, {"model": [GaussianMixture(2), PPCA(1)]}, Auto(cv=2)).fit(X)
+    assert found.evidence_ == "heldout" and "Gaussian mixture" not in found.evidence_reason_
