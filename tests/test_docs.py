@@ -35,6 +35,7 @@ def test_code_blocks_run(page, tmp_path, monkeypatch):
     pyplot.close("all")
 
 
+@pytest.mark.slow
 def test_the_readme_prints_what_it_promises(capsys):
     """The summary that stands in the README, in 80 columns: candidates in that order, numbers within their errors."""
     text = (ROOT / "README.md").read_text()

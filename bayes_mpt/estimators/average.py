@@ -41,8 +41,9 @@ class ModelAverage(DensityMixin, BaseEstimator):
         Whose candidates `fit` averages.
     weights : "evidence" or "stacking", default="evidence"
         "evidence" weighs posterior predictives by evidence and prior odds: factor models as
-        ``BayesMPT(average="posterior")``, Gaussian processes over the nodes that their hyper-parameters were integrated
-        over. "stacking" weighs the fits so that their mixture predicts the rows best that ``evidence="heldout"`` hides.
+        ``BayesMPT(average="posterior")``, Gaussian mixtures over draws of all parameters, Gaussian processes over the
+        nodes that their hyper-parameters were integrated over. "stacking" weighs the fits so that their mixture
+        predicts the rows best that ``evidence="heldout"`` hides.
     prior_weights : dict by candidate or array of shape (J,), optional
         Prior odds of evidence weights. By default classes of models are equal, in a class the numbers of latents,
         components or classes, and of each number the candidates.

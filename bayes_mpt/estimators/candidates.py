@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from bayes_mpt.evidence.mixture import MixtureEvidence
 from bayes_mpt.evidence.mixture_laplace import MixtureLaplace
 from bayes_mpt.evidence.predictive import GaussianRows, RowPredictive
 from bayes_mpt.evidence.sampled import SampledEvidence
+from bayes_mpt.models.mixtures import GaussianMixture
 from bayes_mpt.program.program import list_names
 
 __all__ = [
@@ -54,6 +55,8 @@ class Facts:
     """As `integrals.affordable`."""
     counted: bool
     """As `availability.counts_parameters`: whether AIC and BIC apply."""
+    mixture: bool
+    """Whether it is a Gaussian mixture."""
     converged: bool
     """Whether the training ended by its own rule."""
 
@@ -70,6 +73,7 @@ class Facts:
             rotates=laplace_applies(model.fitted_),
             affordable=affordable(model.fitted_),
             counted=counts_parameters(model),
+            mixture=isinstance(model.fitted_.model, GaussianMixture),
             converged=model.converged_,
         )
 
@@ -153,6 +157,11 @@ class Candidate:
     def doubt(self, why: str) -> None:
         """Add what to be wary of, if there is anything."""
         self.note = "; ".join(filter(None, [self.note, why]))
+
+    def state_prior(self) -> None:
+        """Let `explain` of the fit say under which prior its evidence is."""
+        if self.prior and self.estimator is not None:
+            self.model.fitted_ = replace(self.model.fitted_, evidence_prior=self.prior)
 
     @property
     def kind(self) -> str:

@@ -77,7 +77,7 @@ def reporter(estimator: Any, context: Any, line: Line, max_iter: int, *, every: 
 
 def explain(fitted: Fitted) -> str:
     """How the score is computed, why, what is integrated and what is point-estimated."""
-    bound, s, fit = fitted.bound, fitted.bound.structure, fitted.fit
+    bound, s, fit, averaged = fitted.bound, fitted.bound.structure, fitted.fit, fitted.posterior
     latents = list_names(
         f"{site.name} ({'discrete' if site.discrete else site.width} "
         f"{'a row' if site.row_axis is not None else 'in all'})"
@@ -103,6 +103,11 @@ def explain(fitted: Fitted) -> str:
             f"point-estimated: {', '.join(s.parameters) or 'nothing'}{where}",
             f"training:        {fit.method}, {max(1, fit.n_iter)} iterations"
             + (", interrupted" if fit.interrupted else ""),
-            *([] if fitted.posterior is None else [f"averaged:        {fitted.posterior.prior.describe()}"]),
+            *([f"averaged:        {averaged.prior.describe()}"] if averaged else []),
+            *(
+                [f"evidence:        under {fitted.evidence_prior}"]
+                if fitted.evidence_prior and not averaged
+                else []
+            ),
         ]
     )

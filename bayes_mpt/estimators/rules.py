@@ -201,7 +201,11 @@ class Bic(BaseEstimator):
 
     def evaluate(self, candidate: Candidate, X: Any, y: Any, **seeds: Any) -> None:
         """As `Laplace.evaluate`."""
-        candidate.evidence, candidate.se = -0.5 * candidate.model.bic(X, y), math.nan
+        model = candidate.model
+        candidate.evidence, candidate.se = -0.5 * model.bic(X, y), math.nan
+        candidate.about = (
+            "at the maximum a posteriori" if model.at_map_ else "at the maximum of the likelihood"
+        )
         _of_one_fit(candidate, X, y)
 
 
@@ -248,6 +252,11 @@ class Auto(BaseEstimator):
         if all(m.rotates for m in models):
             return Laplace(), (
                 "every candidate declares its loadings free up to rotation, and one is too large to be sampled"
+            )
+        if all(m.mixture for m in models):
+            return held_out, (
+                "every candidate is a Gaussian mixture: hidden rows are predicted, and fits chosen so lost least in "
+                "simulations"
             )
         return held_out, (
             "a candidate's point estimates have no declared prior or symmetry, or are too many, so that they cannot be "

@@ -417,6 +417,8 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, AsItsBe
                 with_estimator(self._found[i], X, y)
             if all(c.estimator is not None or c.error for c in self._found):
                 self._rows = None
+        for i in places:
+            self._found[i].state_prior()
         return self._found
 
     def summary(self) -> str:

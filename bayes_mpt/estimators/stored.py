@@ -34,7 +34,7 @@ STEM = 32  # digits of a digest in the name of a file; the file holds all of the
 
 _NUMBERS = ("evidence", "se", "n_scored", "fit_time", "score_time")
 _TEXTS = ("tokens", "error", "note", "about", "prior")
-_FLAGS = ("by_row", "remembers", "rotates", "affordable", "counted", "converged")
+_FLAGS = ("by_row", "remembers", "rotates", "affordable", "counted", "mixture", "converged")
 _ROWS = ("by_row", "at_fit", "fold")  # numbers by row, or None
 _REPEATS = ("hidden", "split")  # the same of each repeat
 

@@ -30,7 +30,6 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import gammaln, logsumexp, softmax
-from sklearn.cluster import KMeans
 
 from bayes_mpt.evidence.annealing import resample
 from bayes_mpt.evidence.components import Block, Components, Step, Sums
@@ -128,6 +127,8 @@ def chains_of(rows: Array, blocks: list[Block], empty: Components, rng: np.rando
 
 def _clusters(rows: Array, n_clusters: int, n_components: int, rng: np.random.Generator) -> Array:
     """One-hot (K, N) by k-means from a random start."""
+    from sklearn.cluster import KMeans  # slow to import
+
     found = (
         KMeans(min(n_clusters, len(rows)), n_init=1, random_state=int(rng.integers(2**31)))
         .fit(np.nan_to_num(rows))

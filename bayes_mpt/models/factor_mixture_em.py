@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bayes_mpt.models.mixture_em import Table
 from bayes_mpt.models.quasi_newton import QuasiNewton, flat
 
 __all__ = [
@@ -36,7 +37,6 @@ __all__ = [
 START_ROWS = 2048  # on which starts are compared
 ROUND = 10  # steps of EM, after which the better half of the starts goes on
 EM_STEPS = 20  # before L-BFGS
-SHORT_STEPS = 10  # of L-BFGS count as one of EM: it gets far only in many
 MIN_WEIGHT = 1e-6  # of a component: the logarithm of an empty one is infinite
 MIN_CELLS = 1e-6  # of a token in a component: fewer say nothing of it
 MIN_NOISE = 1e-6  # in units of the columns' variances
@@ -73,15 +73,8 @@ class Cells(NamedTuple):
     """(U, T) of the rows of `seen`, those that differ"""
     pattern: Tensor
     """(N,) which one a row has"""
-    centre: Tensor
-    """(T,)"""
-    spread: Tensor
-    """(T,)"""
-
-    @property
-    def log_unit(self) -> float:
-        """By which the log-density of all rows is larger in these units."""
-        return float((self.seen @ self.spread.log()).sum())
+    log_unit: float
+    """By which the log-density of all rows is larger in these units"""
 
     def first(self, n_rows: int) -> Cells:
         """Some rows, evenly spread."""
@@ -116,19 +109,12 @@ class Sums(NamedTuple):
         return self.c + ((product - 2 * self.b) * loading).sum(-1)
 
 
-def cells_of(x: Tensor) -> Cells:
-    """Rows x (N, T), NaN where missing; those of which nothing is seen are left out."""
-    rows = x.detach().double()
-    rows = rows[~rows.isnan().all(1)]
-    seen = ~rows.isnan()
-    centre = rows.nanmean(0).nan_to_num(0.0)
-    value = torch.where(seen, rows - centre, 0.0)
-    spread = (value.square().sum(0) / seen.sum(0).clamp(min=1)).sqrt()
-    first = rows.gather(0, seen.double().argmax(0)[None])
-    constant = ((rows == first) | ~seen).all(0)  # its mean need not be it
-    spread = torch.where(constant | (spread == 0), 1.0, spread)
-    patterns, pattern = seen.to(rows).unique(dim=0, return_inverse=True)
-    return Cells(value / spread, seen.to(rows), patterns, pattern, centre, spread)
+def cells_of(table: Table) -> Cells:
+    """The rows of a table, NaN where missing."""
+    seen = ~table.rows.isnan()
+    patterns, pattern = seen.to(table.rows).unique(dim=0, return_inverse=True)
+    log_unit = float((seen.to(table.rows) @ table.spread.log()).sum())
+    return Cells(torch.where(seen, table.rows, 0.0), seen.to(table.rows), patterns, pattern, log_unit)
 
 
 def expect(cells: Cells, at: Analysers) -> tuple[Tensor, Sums]:
@@ -256,7 +242,7 @@ def climb(
     tol : float
         It ends where no step has more than this share of the mean score to gain.
     max_iter : int
-        Most steps of EM; 10 of L-BFGS count as one.
+        Most steps.
 
     Raises
     ------
@@ -267,9 +253,7 @@ def climb(
     try:
         for _ in range(min(max_iter, EM_STEPS)):
             at = m_step(expect(cells, at)[1], at, prior)
-        return (
-            at if max_iter <= EM_STEPS else _end(cells, at, prior, tol, SHORT_STEPS * (max_iter - EM_STEPS))
-        )
+        return at if max_iter <= EM_STEPS else _end(cells, at, prior, tol, max_iter - EM_STEPS)
     except KeyboardInterrupt as press:
         if at is start or press.args:
             raise

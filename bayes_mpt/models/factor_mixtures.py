@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyro
@@ -14,23 +14,25 @@ from numpy.typing import NDArray
 from pyro.distributions import constraints
 from torch import Tensor
 
-from bayes_mpt.models.checks import CheckedModel, IntegersFrom, check_memory
-from bayes_mpt.models.factor_mixture_em import (
-    MIN_NOISE,
-    MIN_WEIGHT,
-    Analysers,
-    Cells,
-    best_start,
-    cells_of,
-    climb,
-)
+from bayes_mpt.models.checks import CheckedModel, IntegersFrom, OneOf, check_memory
+from bayes_mpt.models.covariance_prior import CovariancePrior
+from bayes_mpt.models.factor_mixture_em import MIN_NOISE, MIN_WEIGHT, Analysers, best_start, cells_of, climb
 from bayes_mpt.models.linear_gaussian import n_free_of_factors, surplus_latents
-from bayes_mpt.models.mixture_em import coefficients_of, from_clusters, products_of, table_of
+from bayes_mpt.models.mixture_em import (
+    Table,
+    coefficients_of,
+    from_clusters,
+    prior_of,
+    products_of,
+    table_of,
+)
+from bayes_mpt.models.mixture_starts import filled
+from bayes_mpt.models.mixtures import CollapseError
 
 __all__ = ["MixtureOfFactorAnalyzers"]
 
-STARTS = 3  # of `maximize`, beside the one that it is given
-MIN_STEPS = 100  # that it must have for them
+STARTS, STARTS_WITH_HOLES = 7, 15  # of `maximize`, beside the one that it is given
+MIN_STEPS = 200  # that it must have for them
 FIRST_NOISE = 1e-3  # of a factor analyser at the start, in units of the columns' variances
 
 
@@ -46,6 +48,10 @@ class MixtureOfFactorAnalyzers(CheckedModel):
         K >= 1.
     n_factors : int, default=1
         F >= 0, the same in all components.
+    covariance_prior : {"auto", None}, default="auto"
+        The prior of the noise variances, by which no component shrinks onto a few rows: that of `GaussianMixture` with
+        diagonal covariances, which this is without factors. No score includes it. None: the plain likelihood, each
+        noise variance at least 1e-6 of the column's.
 
     Examples
     --------
@@ -61,11 +67,18 @@ class MixtureOfFactorAnalyzers(CheckedModel):
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         "n_components": [IntegersFrom(1)],
         "n_factors": [IntegersFrom(0)],
+        "covariance_prior": [OneOf("auto"), None],
     }
 
-    def __init__(self, n_components: int = 2, n_factors: int = 1):
+    def __init__(
+        self,
+        n_components: int = 2,
+        n_factors: int = 1,
+        covariance_prior: Literal["auto"] | None = "auto",
+    ):
         self.n_components = n_components
         self.n_factors = n_factors
+        self.covariance_prior = covariance_prior
 
     def __call__(self, x: Tensor) -> None:
         """Run the program on rows x (N, T)."""
@@ -76,7 +89,7 @@ class MixtureOfFactorAnalyzers(CheckedModel):
         )
         what = f"components for n_components={n_components}, n_factors={n_factors}"
         check_memory(what, n_numbers, x, "use fewer")
-        start = cache(lambda: _factor_start(x, n_components, n_factors))
+        start = cache(lambda: self._start(x))
         weights = pyro.param("weights", lambda: start()["weights"], constraints.simplex)
         loc = pyro.param("loc", lambda: start()["loc"])
         loading = pyro.param("loading", lambda: start()["loading"])
@@ -101,7 +114,7 @@ class MixtureOfFactorAnalyzers(CheckedModel):
         tol : float
             It ends where no step has more than this share of the score to gain, or nats a row where that is small.
         max_iter : int
-            Most steps; 10 of L-BFGS count as one. With less than 100 it has no starts of its own.
+            Most steps; with less than 200 it has no starts of its own.
 
         Returns
         -------
@@ -110,6 +123,8 @@ class MixtureOfFactorAnalyzers(CheckedModel):
 
         Raises
         ------
+        ValueError
+            If columns are constant.
         KeyboardInterrupt
             At Ctrl-C; after the first step its argument is the parameters as they are then.
 
@@ -117,30 +132,65 @@ class MixtureOfFactorAnalyzers(CheckedModel):
         --------
         >>> pyro.clear_param_store()
         >>> x = torch.tensor([[0.0], [2.0], [10.0], [12.0]], dtype=torch.float64)
-        >>> model = MixtureOfFactorAnalyzers(2, n_factors=0)
+        >>> model = MixtureOfFactorAnalyzers(2, n_factors=0, covariance_prior=None)
         >>> start = {"weights": x.new_tensor([0.5, 0.5]), "loc": x[[0, 3]], "loading": x.new_zeros(2, 1, 0)}
         >>> better = model.maximize(x, start | {"noise_variance": x.new_ones(2, 1)}, tol=1e-9, max_iter=20)
         >>> better["loc"].flatten().round(decimals=6)
         tensor([ 1., 11.], dtype=torch.float64)
         """
-        cells = cells_of(x)
-        start = _in_units(params, cells)
+        table = table_of(x, "diag")
+        if bool(table.constant.any()):
+            raise CollapseError(
+                "the table has columns that are constant, where the likelihood grows without bound: use the others",
+                table.constant.nonzero()[:, 0].tolist(),
+            )
+        prior, start, cells = self._prior(table), _in_units(params, table), cells_of(table)
+        scale = None if prior is None else prior.scale
         try:
             if max_iter >= MIN_STEPS and int(self.n_components) > 1:
-                start = best_start(cells, [start, *self._starts(x, cells)])
-            return _in_units_of_x(climb(cells, start, tol=tol, max_iter=max_iter), cells, x)
+                n_starts = STARTS if len(cells.patterns) == 1 else STARTS_WITH_HOLES
+                start = best_start(cells, [start, *self._starts(table, prior, n_starts)], scale)
+            return _in_units_of_x(climb(cells, start, prior=scale, tol=tol, max_iter=max_iter), table, x)
         except KeyboardInterrupt as press:
             if not press.args:
                 raise
-            raise KeyboardInterrupt(_in_units_of_x(press.args[0], cells, x)) from press
+            raise KeyboardInterrupt(_in_units_of_x(press.args[0], table, x)) from press
 
-    def _starts(self, x: Tensor, cells: Cells) -> list[Analysers]:
-        """Further ones, in whose missing cells stand others of the same columns, at random."""
-        found = []
-        for _ in range(STARTS):
-            start = _factor_start(filled_at_random(x.detach()), int(self.n_components), int(self.n_factors))
-            found.append(_in_units(start, cells))
-        return found
+    def penalty(self, x: Tensor) -> Callable[[Mapping[str, Tensor]], Tensor] | None:
+        """The log prior of the noise variances, a function of the parameters by name, from rows x (N, T); or None."""
+        table = table_of(x, "diag")
+        prior = self._prior(table)
+        if prior is None:
+            return None
+        prior = prior._replace(scale=(table.spread.square() * prior.scale).to(x))
+        return lambda params: prior.log_prob(params["noise_variance"].sqrt())
+
+    @property
+    def penalised(self) -> str | None:
+        """The prior that fits add, in words."""
+        if self.covariance_prior is None:
+            return None
+        return (
+            "the mode under an inverse gamma prior of the noise variances, in effect one more cell for each, of 1 % of "
+            "the column's variance over K^(2/T) (covariance_prior='auto'), which no score includes"
+        )
+
+    def _prior(self, table: Table) -> CovariancePrior | None:
+        """In the units of a table."""
+        return None if self.covariance_prior is None else prior_of(table, int(self.n_components), "diag")
+
+    def _start(self, x: Tensor) -> dict[str, Tensor]:
+        """Initial values, of complete rows."""
+        table = table_of(x, "diag")
+        prior = self._prior(table)
+        prior = prior if prior is not None and prior.proper else None  # the fit refuses such a table
+        return _in_units_of_x(self._starts(table, prior, 1)[0], table, x)
+
+    def _starts(self, table: Table, prior: CovariancePrior | None, n_starts: int) -> list[Analysers]:
+        """Some, in whose missing cells stand others of the same columns, at random."""
+        seeds = torch.randint(2**31 - 1, (n_starts,), device="cpu").tolist()
+        size = int(self.n_components), int(self.n_factors)
+        return [_first(table._replace(rows=filled(table.rows, seed)), *size, seed, prior) for seed in seeds]
 
     def advice(self, X: NDArray[np.floating]) -> list[str]:
         return surplus_latents("n_factors", self.n_factors, X)
@@ -152,17 +202,17 @@ class MixtureOfFactorAnalyzers(CheckedModel):
         return n_components - 1 + n_components * of_each
 
 
-def _factor_start(x: Tensor, n_components: int, n_factors: int) -> dict[str, Tensor]:
-    """Clusters with diagonal covariances, then probabilistic PCA in each."""
-    seed = int(torch.randint(2**31 - 1, (), device="cpu"))
-    table = table_of(x, "diag")
-    mix = from_clusters(table, n_components, "diag", seed)
-    rows, loc, spread = table.rows, mix.loc, table.spread
+def _first(
+    table: Table, n_components: int, n_factors: int, seed: int, prior: CovariancePrior | None
+) -> Analysers:
+    """Clusters of complete rows with diagonal covariances, then probabilistic PCA in each."""
+    mix = from_clusters(table, n_components, "diag", seed, prior, n_tries=1)
+    rows, loc = table.rows, mix.loc
     share = (coefficients_of(mix) @ products_of(rows, "diag")).softmax(0)  # (K, N)
     share = share / share.sum(1, keepdim=True).clamp(min=torch.finfo(share.dtype).tiny)
     cov = torch.stack([((p[:, None] * (rows - m)).mT @ (rows - m)) for p, m in zip(share, loc, strict=True)])
     value, vector = torch.linalg.eigh(cov)  # ascending
-    n_tokens = x.shape[1]
+    n_tokens = rows.shape[1]
     n_leading = min(n_factors, n_tokens)
     first = n_tokens - n_leading
     rest = value[:, :first].mean(1, keepdim=True) if first else value.new_zeros(n_components, 1)
@@ -173,34 +223,14 @@ def _factor_start(x: Tensor, n_components: int, n_factors: int) -> dict[str, Ten
     loading[..., :n_leading] = (vector[..., first:] * root[:, None]).flip(-1)
     variance = cov.diagonal(dim1=1, dim2=2)
     noise = torch.maximum(variance - loading.square().sum(-1), (0.1 * variance).clamp(min=FIRST_NOISE))
-    start = {
-        "weights": mix.weights,
-        "loc": table.centre + spread * loc,
-        "loading": spread[:, None] * loading,
-        "noise_variance": spread.square() * noise,
-    }
-    return {name: value.to(x) for name, value in start.items()}
+    return Analysers(mix.weights.log()[None], torch.cat([loading, loc[..., None]], -1), noise)
 
 
-def filled_at_random(x: Tensor) -> Tensor:
-    """Rows (N, T) with an observed cell of the same column, at random, in place of each that is missing."""
-    missing = x.isnan()
-    if not bool(missing.any()):
-        return x
-    out = x.clone()
-    for column, (cells, gaps) in enumerate(zip(x.unbind(1), missing.unbind(1), strict=True)):
-        known, n_gaps = cells[~gaps], int(gaps.sum())
-        if n_gaps:
-            drawn = torch.randint(max(1, len(known)), (n_gaps,), device="cpu").to(x.device)
-            out[gaps, column] = known[drawn] if len(known) else 0.0
-    return out
-
-
-def _in_units(params: Mapping[str, Tensor], cells: Cells) -> Analysers:
-    """Parameters in the units of cells."""
-    loc = (params["loc"].detach().double() - cells.centre) / cells.spread
-    loading = params["loading"].detach().double() / cells.spread[:, None]
-    noise = params["noise_variance"].detach().double() / cells.spread.square()
+def _in_units(params: Mapping[str, Tensor], table: Table) -> Analysers:
+    """Parameters in the units of a table."""
+    loc = (params["loc"].detach().double() - table.centre) / table.spread
+    loading = params["loading"].detach().double() / table.spread[:, None]
+    noise = params["noise_variance"].detach().double() / table.spread.square()
     weights = params["weights"].detach().double().clamp(min=MIN_WEIGHT)
     return Analysers(
         (weights / weights.sum()).log()[None],
@@ -209,11 +239,11 @@ def _in_units(params: Mapping[str, Tensor], cells: Cells) -> Analysers:
     )
 
 
-def _in_units_of_x(at: Analysers, cells: Cells, x: Tensor) -> dict[str, Tensor]:
+def _in_units_of_x(at: Analysers, table: Table, x: Tensor) -> dict[str, Tensor]:
     values = {
         "weights": at.log_weights[0].exp(),
-        "loc": cells.centre + cells.spread * at.loading[..., -1],
-        "loading": cells.spread[:, None] * at.loading[..., :-1],
-        "noise_variance": cells.spread.square() * at.noise,
+        "loc": table.centre + table.spread * at.loading[..., -1],
+        "loading": table.spread[:, None] * at.loading[..., :-1],
+        "noise_variance": table.spread.square() * at.noise,
     }
     return {name: value.to(x) for name, value in values.items()}

@@ -36,6 +36,7 @@ class LatentClass(CheckedModel):
 
     Examples
     --------
+    >>> import torch
     >>> pyro.clear_param_store()
     >>> x = torch.tensor([[0.0, 1.0, 2.0], [1.0, 1.0, 0.0], [0.0, 0.0, 2.0]])
     >>> trace = pyro.poutine.trace(LatentClass(2)).get_trace(x)
@@ -93,7 +94,7 @@ class LatentClass(CheckedModel):
         tol : float
             It ends where no step has more than this share of the score to gain, or nats a row where that is small.
         max_iter : int
-            Most steps; 10 of L-BFGS count as one.
+            Most steps.
 
         Returns
         -------
@@ -107,6 +108,7 @@ class LatentClass(CheckedModel):
 
         Examples
         --------
+        >>> import torch
         >>> pyro.clear_param_store()
         >>> x = torch.tensor([[0.0, 0.0], [0.0, 0.0], [1.0, 1.0], [1.0, torch.nan]], dtype=torch.float64)
         >>> start = {"weights": x.new_tensor([0.5, 0.5]), "probs": x.new_tensor([[0.6, 0.4], [0.4, 0.6]])}

@@ -28,7 +28,6 @@ STARTS = 8  # side by side
 START_STEPS = 20  # of EM, after which the best of them goes on
 START_MOST = 4096  # rows that they are tried on
 EM_STEPS = 20  # before L-BFGS
-SHORT_STEPS = 10  # of L-BFGS count as one of EM: it gets far only in many
 MIN_PROB = 1e-10  # of a level in a class, and of a class: zero has no logarithm
 MIN_SHARE = 1e-3  # of all cells: what a level has less of counts as that in the units of L-BFGS
 MARGIN = 0.5  # of the slope at which the stopping rule of a training is content
@@ -133,9 +132,7 @@ def short_runs(x: Tensor, n_classes: int, n_levels: int) -> Classes:
 
 
 def climb(codes: Codes, start: Classes, *, tol: float, max_iter: int) -> Classes:
-    """Classes whose score no longer slopes, from one start, by EM and then L-BFGS.
-
-    ``max_iter`` are the most steps of EM; 10 of L-BFGS count as one.
+    """Classes whose score no longer slopes, from one start, by EM and then L-BFGS; ``max_iter`` steps of both at most.
 
     It ends where a step of one in the logarithm of any parameter has less than ``tol`` of the mean score to gain.
 
@@ -154,7 +151,7 @@ def climb(codes: Codes, start: Classes, *, tol: float, max_iter: int) -> Classes
             ):
                 return at
             at = _m_step(sizes, counts, at)
-        return at if max_iter <= EM_STEPS else _end(codes, at, tol, SHORT_STEPS * (max_iter - EM_STEPS))
+        return at if max_iter <= EM_STEPS else _end(codes, at, tol, max_iter - EM_STEPS)
     except KeyboardInterrupt as press:
         if at is start or press.args:
             raise

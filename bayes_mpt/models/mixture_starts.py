@@ -9,7 +9,7 @@ from bayes_mpt.models.covariance_prior import CovariancePrior
 from bayes_mpt.models.gaussians import Gaussians
 from bayes_mpt.models.mixture_em import Expect, Table, from_clusters, run_em
 
-__all__ = ["best_start"]
+__all__ = ["best_start", "filled"]
 
 STARTS = 6  # beside the one that is given
 ROUNDS = (5, 5, 10)  # steps of EM, after each of which the better half goes on
@@ -33,7 +33,7 @@ def best_start(
     seeds = torch.randint(2**31 - 1, (STARTS,), device="cpu").tolist()
     places = [given]
     for seed in seeds:
-        whole = table._replace(rows=_filled(table.rows, seed))
+        whole = table._replace(rows=filled(table.rows, seed))
         places.append(from_clusters(whole, n_components, covariance_type, seed, prior, n_tries=1))
     used = 0
     for n_steps in ROUNDS:
@@ -50,7 +50,7 @@ def best_start(
     return places[0], used
 
 
-def _filled(rows: Tensor, seed: int) -> Tensor:
+def filled(rows: Tensor, seed: int) -> Tensor:
     """Rows (N, T) with an observed cell of the same column, at random, in place of each that is missing."""
     generator = torch.Generator().manual_seed(seed)
     out = rows.clone()

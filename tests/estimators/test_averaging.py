@@ -87,6 +87,7 @@ def test_samples_have_the_mean_covariance(case):
     assert (np.abs(np.cov(x.T) - cov) < 5 * sd).all()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::bayes_mpt.warnings.ZeroNoiseWarning")  # of the maximum
 def test_new_rows_are_predicted_better():
     """Than at the maximum, in nearly all of eight tables with few rows."""
@@ -98,6 +99,7 @@ def test_new_rows_are_predicted_better():
     assert sum(g > 0 for g in gains) >= 7
 
 
+@pytest.mark.slow
 def test_search_takes_what_is_used():
     """The expected score is of the averaged fits; the evidence is the same."""
     x, grid = table(), {"model__n_components": [1, 2, 3]}
@@ -110,6 +112,7 @@ def test_search_takes_what_is_used():
     assert mean.best_estimator_.log_marginal_likelihood_ == pytest.approx(mean.comparison_["lml"].iloc[0])
 
 
+@pytest.mark.slow
 def test_taken_up_from_a_folder(tmp_path):
     x, grid = table(), {"model__n_components": [1, 2]}
     made = [

@@ -10,7 +10,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from truths import log_density, mixture_log_terms
 
-from bayes_mpt import BayesMPT, Bic, MarginalLikelihoodSearch, compare
+from bayes_mpt import Auto, BayesMPT, Bic, HeldOut, MarginalLikelihoodSearch, compare
 from bayes_mpt.models import PPCA, BayesianRegression, GaussianMixture, GaussianProcess, LatentClass
 from bayes_mpt.training import Ascent
 
@@ -46,7 +46,7 @@ def test_it_is_minus_half_of_sklearns_at_the_same_parameters():
     # of order one and unknown: no error, no weight, no factor
     assert table[["se", "mc_dse", "p_worse", "weight", "log_bayes_factor"]].isna().all(axis=None)
     assert np.isfinite(table["dse"].iloc[1]) and table["diag"].str.startswith("bic").all()
-    assert "lml by 'bic'" in found.summary()
+    assert "lml by 'bic'" in found.summary() and "at the maximum a posteriori (all)" in found.summary()
 
 
 def test_missing_cells():
@@ -60,7 +60,9 @@ def test_missing_cells():
 def test_one_table_of_mixtures_and_factor_models():
     """BIC asks for a likelihood and a count only."""
     models = [GaussianMixture(1, covariance_prior=None), PPCA(1)]
-    found = search(None, {"model": models}, Bic()).fit(X).comparison_["lml"]
+    table = search(None, {"model": models}, Bic()).fit(X).comparison_
+    assert table["diag"].eq("bic; at the maximum of the likelihood").all()
+    found = table["lml"]
     gauss = log_density(X, X.mean(0), np.cov(X.T, bias=True)).sum() - 0.5 * 5 * math.log(len(X))
     assert found.to_dict() == pytest.approx(
         {"GaussianMixture": gauss, "PPCA": gauss}, rel=1e-9
@@ -91,3 +93,20 @@ def test_who_is_refused():
     process = BayesMPT(GaussianProcess(), training=Ascent(tol=1e-3))
     with pytest.raises(ValueError, match="independent rows: here rows are tokens of one vector"):
         MarginalLikelihoodSearch(process, [{}], evidence="bic").fit(X[:20], y[:20])
+
+
+# ------------------------------------------------------------------------------------------------------ and "auto"
+
+
+@pytest.mark.parametrize("x", [X, HOLES], ids=["complete", "holes"])
+def test_what_auto_takes_for_gaussian_mixtures(x):
+    found = search(GaussianMixture(), GRID, Auto(cv=2)).fit(x)
+    assert found.evidence_ == "heldout" and "every candidate is a Gaussian mixture" in found.evidence_reason_
+    want = search(GaussianMixture(), GRID, HeldOut(cv=2)).fit(x)
+    np.testing.assert_array_equal(found.cv_results_["lml"], want.cv_results_["lml"])
+    assert found.best_params_ == {"model__n_components": 2} and found.comparison_["weight"].isna().all()
+
+
+def test_and_beside_other_models():
+    found = search(None, {"model": [GaussianMixture(2), PPCA(1)]}, Auto(cv=2)).fit(X)
+    assert found.evidence_ == "heldout" and "Gaussian mixture" not in found.evidence_reason_

@@ -106,6 +106,12 @@ def _models():
     return {repr(m): BayesMPT(m, random_state=0) for m in models}
 
 
+def test_the_fit_states_the_prior_of_its_evidence(found):
+    line = f"evidence:        under {factor_prior(table()).describe()}"
+    assert line in found.best_estimator_.explain().splitlines()
+    assert "evidence:" not in BayesMPT(PPCA(1)).fit(table()).explain()
+
+
 def test_one_column_is_one_model():
     """T = 1 without latents: both kinds are one."""
     x = table()[:, :1]

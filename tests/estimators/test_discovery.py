@@ -81,6 +81,7 @@ def test_parts_sum_to_the_whole(search, series):
     assert (std**2 - parts.noise_sd**2 < both**2 + 1e-9).all()  # the parts' errors are anti-correlated
 
 
+@pytest.mark.slow
 def test_the_period_is_found(search, series):
     assert "Periodic" in search.best_kernel_
     assert search.best_score_ == search.best_estimator_.log_marginal_likelihood_

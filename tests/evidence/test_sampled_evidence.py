@@ -199,6 +199,7 @@ def test_another_scale_of_the_prior():
         assert other.log_evidence - found.log_evidence == pytest.approx(told, abs=error)
 
 
+@pytest.mark.slow
 def test_same_seed_same_bits():
     x = table(14, 50, 5, 2, holes=0.1)
     prior = factor_prior(x)

@@ -13,7 +13,7 @@ from sklearn.datasets import load_wine
 from tables import with_holes
 
 from bayes_mpt import BayesMPT
-from bayes_mpt.models import FactorAnalysis, MixtureOfFactorAnalyzers
+from bayes_mpt.models import FactorAnalysis, GaussianMixture, MixtureOfFactorAnalyzers
 from bayes_mpt.predictors import Exact
 
 WINE = load_wine().data
@@ -62,7 +62,17 @@ def score_of(x, params):
     return sum(logsumexp(joint_of(row, params)[0]) for row in x)
 
 
-def em_row_by_row(x, params, n_steps):
+def prior_cell(x, n_components):
+    """The variance (T,) of the one more cell that the prior stands for: 1 % of the column's over K^(2/T)."""
+    return 0.01 * np.nanvar(x, 0) / n_components ** (2 / x.shape[1])
+
+
+def log_prior(x, params):
+    noise = np.asarray(params["noise_variance"], dtype=float)
+    return -0.5 * (np.log(noise) + prior_cell(x, len(noise)) / noise).sum()
+
+
+def em_row_by_row(x, params, n_steps, prior):
     """Ghahramani & Hinton's M-step of [W, loc] and psi for each token, over the rows in which it is observed."""
     params = {name: np.asarray(value, dtype=float) for name, value in params.items()}
     n_components, n_tokens, n_factors = params["loading"].shape
@@ -88,41 +98,50 @@ def em_row_by_row(x, params, n_steps):
                 c, n = c + share[k] * row[t] ** 2, n + share[k]
             w = np.linalg.solve(a, b)
             new["loading"][k, t], new["loc"][k, t] = w[:-1], w[-1]
-            new["noise_variance"][k, t] = (c - 2 * w @ b + w @ a @ w) / n
+            rest = c - 2 * w @ b + w @ a @ w
+            if prior is not None:
+                rest, n = rest + prior_cell(x, n_components)[t], n + 1
+            new["noise_variance"][k, t] = rest / n
         params = new
     return params
 
 
-@pytest.mark.parametrize(("holes", "n_factors"), [(0.0, 2), (0.3, 2), (0.3, 0)])
-def test_first_steps_are_those_of_em_row_by_row(holes, n_factors):
+@pytest.mark.parametrize(
+    ("holes", "n_factors", "prior"), [(0.0, 2, None), (0.3, 2, None), (0.3, 0, "auto"), (0.3, 1, "auto")]
+)
+def test_first_steps_are_those_of_em_row_by_row(holes, n_factors, prior):
     x = table(holes, n_rows=30)
     if holes:
         x[4] = np.nan  # says nothing
     start = start_of(x, 2, n_factors)
-    found = MixtureOfFactorAnalyzers(2, n_factors).maximize(torch.as_tensor(x), start, tol=0.0, max_iter=3)
-    expected = em_row_by_row(x, start, 3)
-    for name, value in expected.items():
+    model = MixtureOfFactorAnalyzers(2, n_factors, prior)
+    found = model.maximize(torch.as_tensor(x), start, tol=0.0, max_iter=3)
+    for name, value in em_row_by_row(x, start, 3, prior).items():
         np.testing.assert_allclose(found[name], value, rtol=1e-8, atol=1e-10, err_msg=name)
 
 
-@pytest.mark.parametrize("holes", [0.0, 0.3])
-def test_the_likelihood_rises_with_every_step_and_is_the_score_of_the_program(holes, own_store):
+@pytest.mark.parametrize(("holes", "prior"), [(0.0, "auto"), (0.3, "auto"), (0.3, None)])
+def test_what_is_climbed_rises_with_every_step_and_the_score_is_that_of_the_program(holes, prior, own_store):
     x = table(holes, n_rows=40)
-    model, start = MixtureOfFactorAnalyzers(2, 1), start_of(x, 2, 1, seed=3)
+    model, start = MixtureOfFactorAnalyzers(2, 1, prior), start_of(x, 2, 1, seed=3)
     rows = torch.as_tensor(x)
-    scores = [score_of(x, start)]
-    for k in [*range(1, 8), 14, 20, 21, 22, 31]:  # beyond 20 each stands for ten of L-BFGS
-        found = model.maximize(rows, start, tol=0.0, max_iter=k)
-        scores.append(score_of(x, found))
+    penalty = model.penalty(rows)
+    climbed = []
+    for k in [*range(8), 14, 20, 21, 22, 40]:  # beyond 20 of L-BFGS
+        found = model.maximize(rows, start, tol=0.0, max_iter=k) if k else start
+        score = score_of(x, found)
+        held = log_prior(x, found) if prior else 0.0
+        assert (0.0 if penalty is None else float(penalty(found))) == pytest.approx(held)
+        climbed.append(score + held)
         if k % 10 == 1:
             pyro.clear_param_store()
             for name, value in found.items():
                 bound = {"weights": constraints.simplex, "noise_variance": constraints.positive}.get(name)
                 pyro.param(name, value, constraint=bound or constraints.real)
             program = Exact().bind(model, (rows,)).read((rows,)).score()
-            assert float(program.sum().detach()) == pytest.approx(scores[-1], rel=1e-9)
-    assert all(b >= a - 1e-9 for a, b in itertools.pairwise(scores))
-    assert scores[-1] > scores[0] + 5
+            assert float(program.sum().detach()) == pytest.approx(score, rel=1e-9)
+    assert all(b >= a - 1e-9 for a, b in itertools.pairwise(climbed))
+    assert climbed[-1] > climbed[0] + 5
 
 
 @pytest.mark.slow
@@ -134,18 +153,57 @@ def test_the_fit_is_the_best_of_ten_starts_and_leaves_lbfgs_nothing(share):
     assert fitted.fit_method_ == "maximize, the model's own"
     assert fitted.converged_
     assert fitted.log_marginal_likelihood_ == pytest.approx(score_of(x, fitted.params_), abs=1e-6)
-    ends = [
-        score_of(x, model.maximize(torch.as_tensor(x), start_of(x, 2, 1, seed), tol=1e-10, max_iter=99))
-        for seed in range(10)
-    ]
-    assert fitted.log_marginal_likelihood_ > max(ends) - 0.1
+    rows = torch.as_tensor(x)
+    ends = [model.maximize(rows, start_of(x, 2, 1, seed), tol=1e-10, max_iter=199) for seed in range(10)]
+    held = model.penalty(rows)
+    best = max(score_of(x, end) + float(held(end)) for end in ends)
+    own = {name: torch.as_tensor(value) for name, value in fitted.params_.items()}
+    assert fitted.log_marginal_likelihood_ + float(held(own)) > best - 0.1
 
 
 def test_one_component_is_factor_analysis():
     x = with_holes(WINE[:80, :6], 0.1, 3)
-    one = BayesMPT(MixtureOfFactorAnalyzers(1, 2), random_state=0).fit(x)
+    one = BayesMPT(MixtureOfFactorAnalyzers(1, 2, None), random_state=0).fit(x)
     analysis = BayesMPT(FactorAnalysis(2), random_state=0).fit(x)
     assert one.log_marginal_likelihood_ == pytest.approx(analysis.log_marginal_likelihood_, abs=0.01)
+
+
+def test_without_factors_it_is_the_mixture_with_diagonal_covariances():
+    x = table(0.2)
+    bare = BayesMPT(MixtureOfFactorAnalyzers(2, 0), random_state=0).fit(x)
+    diagonal = BayesMPT(GaussianMixture(2, "diag"), random_state=0).fit(x)
+    assert bare.log_marginal_likelihood_ == pytest.approx(diagonal.log_marginal_likelihood_, abs=0.01)
+    for fitted in (bare, diagonal):
+        assert "inverse gamma prior" in fitted.explain()
+
+
+@pytest.mark.filterwarnings("ignore:the training stopped")  # where a component has but one value
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x[:2],
+        lambda x: x[:4],  # fewer than components
+        lambda x: np.repeat(x[:3], 8, 0),
+        lambda x: x[:, :1],
+        lambda x: np.c_[x, x[:, :1]],
+        lambda x: x.round(),
+        lambda x: np.where(np.arange(len(x))[:, None] == 3, np.nan, x),
+    ],
+    ids=["two rows", "four", "repeated", "one column", "column twice", "whole numbers", "empty row"],
+)
+def test_odd_tables_have_a_likelihood_with_a_bound_under_the_prior(change):
+    x = change(table(0.0, n_rows=30))
+    fitted = BayesMPT(MixtureOfFactorAnalyzers(5, 1), random_state=0).fit(x)
+    assert np.isfinite(fitted.log_marginal_likelihood_)
+    assert (fitted.params_["noise_variance"] > 1e-6 * np.nanvar(x, 0)).all()
+    assert fitted.log_marginal_likelihood_ == pytest.approx(score_of(x, fitted.params_), abs=1e-6)
+
+
+@pytest.mark.parametrize("prior", ["auto", None])
+def test_constant_columns_are_refused_by_name(prior):
+    x = np.c_[table(0.2), np.ones(60)]
+    with pytest.raises(ValueError, match="columns that are constant.*Constant here: 4"):
+        BayesMPT(MixtureOfFactorAnalyzers(2, 1, prior)).fit(x)
 
 
 def test_a_token_that_a_component_never_sees_stays_as_it_is():
@@ -157,7 +215,7 @@ def test_a_token_that_a_component_never_sees_stays_as_it_is():
     start["loc"] = torch.tensor([[0.5, 0.7], [9.0, 2.0]], dtype=torch.float64)
     start["loading"] = torch.full((2, 2, 1), 0.1, dtype=torch.float64)
     start["noise_variance"] = torch.full((2, 2), 0.1, dtype=torch.float64)
-    found = MixtureOfFactorAnalyzers(2, 1).maximize(x, start, tol=1e-9, max_iter=2)
+    found = MixtureOfFactorAnalyzers(2, 1, None).maximize(x, start, tol=1e-9, max_iter=2)
     assert found["loc"][0, 1] == pytest.approx(0.7)
     assert all(bool(torch.isfinite(value).all()) for value in found.values())
 

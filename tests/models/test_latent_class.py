@@ -75,7 +75,7 @@ def test_first_steps_are_those_of_em_by_loops(holes):
 def test_the_likelihood_rises_with_every_step(holes):
     x = table(1, n_rows=80, holes=holes)
     model, start = LatentClass(3), start_of(1, 3)
-    steps = [*range(1, 21), 21, 22, 25, 40]  # beyond 20 each stands for ten of L-BFGS
+    steps = [*range(1, 21), 21, 22, 25, 40]  # beyond 20 of L-BFGS
     scores = [score_of(x, start)]
     scores += [score_of(x, model.maximize(torch.as_tensor(x), start, tol=0.0, max_iter=k)) for k in steps]
     assert all(b >= a - 1e-9 for a, b in itertools.pairwise(scores))
@@ -95,7 +95,7 @@ def test_the_fit_is_the_best_of_many_starts_and_leaves_lbfgs_nothing(holes):
         [np.log(joint_of(r, fitted.params_["weights"], fitted.params_["probs"]).sum()) for r in x[:3]],
     )
     ends = [
-        score_of(x, LatentClass(3).maximize(torch.as_tensor(x), start_of(seed, 3), tol=1e-12, max_iter=100))
+        score_of(x, LatentClass(3).maximize(torch.as_tensor(x), start_of(seed, 3), tol=1e-12, max_iter=1000))
         for seed in range(10)
     ]
     assert fitted.log_marginal_likelihood_ > max(ends) - 0.01

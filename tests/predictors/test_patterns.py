@@ -121,6 +121,7 @@ def test_information_in_shares():
     np.testing.assert_allclose(found, want, rtol=1e-7, atol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [None, np.array([1.0, 2.0, 0.5, 1.0, 3.0])])
 def test_the_maximum_a_posteriori_is_stationary(shape):
     """Under Gamma(2, b) of the logarithms of the noises, or of the one factor."""

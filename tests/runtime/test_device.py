@@ -108,7 +108,7 @@ EXACT = {
     "factor analysis": (BayesMPT(FactorAnalysis(2)), IRIS),
     "factor analysis, holes": (BayesMPT(FactorAnalysis(1)), with_holes(IRIS, 0.1)),
     "factor analysis, masks": (
-        BayesMPT(FactorAnalysis(2), masks=UniformSize(4), training=Steps(max_iter=8)),
+        BayesMPT(FactorAnalysis(2), masks=UniformSize(4), training=Steps(max_iter=4)),
         IRIS,
     ),
     "minibatches": (BayesMPT(FactorAnalysis(2), training=Steps(batch_size=32, max_iter=8)), IRIS),
@@ -120,18 +120,18 @@ EXACT = {
         IRIS,
     ),
     "latent class": (BayesMPT(LatentClass(2), training=Ascent(max_iter=6)), CODES),
-    "hidden Markov": (BayesMPT(hidden_markov, training=Ascent(max_iter=5)), COUNTS),
-    "own program, quadrature": (BayesMPT(own, predictor=Quadrature(7), training=Ascent(max_iter=5)), COUNTS),
-    "gaussian process": (BayesMPT(GaussianProcess(1.0 * RBF())), LINE, WAVE),
+    "hidden Markov": (BayesMPT(hidden_markov, training=Ascent(max_iter=3)), COUNTS),
+    "own program, quadrature": (BayesMPT(own, predictor=Quadrature(7), training=Ascent(max_iter=3)), COUNTS),
+    "gaussian process": (BayesMPT(GaussianProcess(1.0 * RBF()), training=Ascent(max_iter=4)), LINE, WAVE),
     "nearest neighbours": (
         BayesMPT(
-            GaussianProcess(1.0 * Matern(nu=1.5)), predictor=NearestNeighbors(8), training=Ascent(max_iter=10)
+            GaussianProcess(1.0 * Matern(nu=1.5)), predictor=NearestNeighbors(8), training=Ascent(max_iter=4)
         ),
         LINE,
         WAVE,
     ),
     "potts": (BayesMPT(Potts(), training=Steps(max_iter=3)), CODES[:60]),
-    "attention": (BayesMPT(FactoredAttention(2, 2), training=Steps(max_iter=10)), CODES),
+    "attention": (BayesMPT(FactoredAttention(2, 2), training=Steps(max_iter=4)), CODES[:60]),
     "patches": (
         BayesMPT(
             MaskedPatches((4, 4), (2, 2), width=8, n_layers=1, n_heads=2), training=Epochs(max_epochs=2)

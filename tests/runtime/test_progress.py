@@ -125,6 +125,7 @@ def test_callbacks_see_the_iterations_of_candidates():
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the estimate of parameter")
 def test_callbacks_see_the_depths_of_a_kernel_search():
     x = np.linspace(0, 3, 15)[:, None]
