@@ -42,6 +42,7 @@ Index = NDArray[np.intp]
 N_BURNED, N_KEPT = 60, 30  # Gibbs steps of a chain
 LEAST_SHARE = 0.01
 FLAT = 0.2  # power of what the chains' bounds say of them
+NEAR = 3.0  # nats
 LEAST_CHANCE = 0.01  # of a chain that particles start from
 MIN_EFFECTIVE = 0.6  # share of the particles of an island
 FIRST_POWER, MAX_RISE, MIN_RISE = 0.05, 0.25, 1e-4
@@ -59,6 +60,8 @@ class Chains:
     """(M,) that a particle starts there."""
     offset: Array
     """(M,) nats that are taken back on the path."""
+    n_agreeing: int
+    """How many of all chains come within `NEAR` of the best."""
 
 
 @dataclass
@@ -113,10 +116,13 @@ def chains_of(rows: Array, blocks: list[Block], empty: Components, rng: np.rando
     log_share = _log(share, LEAST_SHARE)
     marginal = empty.of(mean).log_marginal()
     bound = marginal - (np.exp(log_share) * log_share).sum((1, 2))
+    n_agreeing = int((bound > bound.max() - NEAR).sum())
     chance = softmax(FLAT * bound)
     used = np.flatnonzero(chance > LEAST_CHANCE)
     chance = chance[used] / chance[used].sum()
-    return Chains(mean.map(by=lambda a: a[used]), log_share[used], chance, (FLAT * bound - marginal)[used])
+    return Chains(
+        mean.map(by=lambda a: a[used]), log_share[used], chance, (FLAT * bound - marginal)[used], n_agreeing
+    )
 
 
 def _clusters(rows: Array, n_clusters: int, n_components: int, rng: np.random.Generator) -> Array:
