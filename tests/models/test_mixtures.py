@@ -279,3 +279,20 @@ def test_penalty_adds_nothing_to_a_mixture_that_has_one():
     assert models[0].log_marginal_likelihood_ == models[1].log_marginal_likelihood_
     with pytest.raises(ValueError, match="penalty=True needs .* penalty"):
         BayesMPT(GaussianMixture(2, covariance_prior=None), penalty=True, random_state=0).fit(x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fit_with_holes_is_as_good_as_the_best_of_ten(kind):
+    """Of ten climbs to the end, each from one start, by random rows for centres."""
+    x = with_holes(WINE[:, [0, 6, 9, 11]], 0.1)
+    program = GaussianMixture(3, kind)
+    value, start = objective(program, x), start_of(program, x)
+    rng, ends = np.random.default_rng(0), []
+    for _ in range(10):
+        rows = np.where(np.isnan(x), np.nanmean(x, 0), x)[rng.choice(len(x), 3, replace=False)]
+        # so few steps leave no room for other starts
+        end = program.maximize(tensor(x), {**start, "loc": tensor(rows)}, tol=1e-10, max_iter=200)
+        ends.append(value(end))
+    fit = BayesMPT(program, training=Ascent(tol=1e-7), random_state=0).fit(x)
+    assert value({name: tensor(v) for name, v in fit.params_.items()}) > max(ends) - 0.1
