@@ -307,3 +307,20 @@ def test_what_is_refused_leaves_gradients_and_the_store_as_they_were():
     with pytest.raises(ValueError, match="use impute for their means"):
         model.sample_missing(x)
     assert torch.is_grad_enabled() and not list(pyro.get_param_store())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fit_with_holes_is_as_good_as_the_best_of_ten(kind):
+    """Of ten climbs to the end, each from one start, by random rows for centres."""
+    x = with_holes(WINE[:, [0, 6, 9, 11]], 0.1)
+    program = GaussianMixture(3, kind)
+    value, start = objective(program, x), start_of(program, x)
+    rng, ends = np.random.default_rng(0), []
+    for _ in range(10):
+        rows = np.where(np.isnan(x), np.nanmean(x, 0), x)[rng.choice(len(x), 3, replace=False)]
+        # so few steps leave no room for other starts
+        end = program.maximize(tensor(x), {**start, "loc": tensor(rows)}, tol=1e-10, max_iter=200)
+        ends.append(value(end))
+    fit = BayesMPT(program, training=Ascent(tol=1e-7), random_state=0).fit(x)
+    assert value({name: tensor(v) for name, v in fit.params_.items()}) > max(ends) - 0.1
