@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,10 +25,9 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from bayes_mpt.estimators import availability, integrals, predictions, sampling
+from bayes_mpt.estimators import availability, predictions, sampling
 from bayes_mpt.estimators.availability import is_unfitted, takes_labels
 from bayes_mpt.estimators.averaging import averaged
-from bayes_mpt.estimators.criteria import criterion
 from bayes_mpt.estimators.fit import fit_program
 from bayes_mpt.estimators.fitted import OPTIONAL, Fitted
 from bayes_mpt.estimators.names import check_names
@@ -37,18 +35,11 @@ from bayes_mpt.estimators.report import Unwatched, explain, reporter, shown
 from bayes_mpt.estimators.rows import check_program, dtype_of, takes_y
 from bayes_mpt.estimators.stored_fit import restored
 from bayes_mpt.estimators.trainer import trainer_of
-from bayes_mpt.evidence.factor_prior import FactorPrior
-from bayes_mpt.evidence.integrated import IntegratedEvidence
-from bayes_mpt.evidence.laplace import LaplaceEvidence
-from bayes_mpt.evidence.mixture import MixtureEvidence
-from bayes_mpt.evidence.mixture_laplace import MixtureLaplace
-from bayes_mpt.evidence.mixture_prior import MixturePrior
-from bayes_mpt.evidence.sampled import SampledEvidence
+from bayes_mpt.estimators.weighed import Weighed
 from bayes_mpt.inputs import read_numbers, read_table, unmasked
 from bayes_mpt.masks import Policy
 from bayes_mpt.models import PPCA
 from bayes_mpt.predictors import Conditionals, Predictor
-from bayes_mpt.predictors.nodes.annealed import Bracket
 from bayes_mpt.program.devices import check_device
 from bayes_mpt.program.program import Model
 from bayes_mpt.runtime.atomic import restored_on_failure
@@ -64,7 +55,12 @@ __all__ = ["BayesMPT"]
 
 @methods_take_turns(store=True, but=("fit", "partial_fit"), inherited=("fit_transform",))
 class BayesMPT(
-    CallbackSupportMixin, ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, BaseEstimator
+    Weighed,
+    CallbackSupportMixin,
+    ClassNamePrefixFeaturesOutMixin,
+    TransformerMixin,
+    DensityMixin,
+    BaseEstimator,
 ):
     """Train a Pyro program on its cumulative masked score, the log marginal likelihood (LML), and score rows by it.
 
@@ -430,16 +426,6 @@ class BayesMPT(
         """
         return predictions.label_probabilities(*self._ready(X))
 
-    @available_if(availability.counts_parameters)
-    def aic(self, X: ArrayLike, y: Any = None) -> float:
-        """Akaike information criterion, -2 log p(X) + 2 P with P free parameters: the lower the better."""
-        return criterion(*self._ready(X), y, lambda n_rows: 2.0)
-
-    @available_if(availability.counts_parameters)
-    def bic(self, X: ArrayLike, y: Any = None) -> float:
-        """Bayesian information criterion, -2 log p(X) + P log N with P free parameters: the lower the better."""
-        return criterion(*self._ready(X), y, math.log)
-
     @available_if(availability.predicts)
     def predict(self, X: ArrayLike, return_std: bool = False, return_cov: bool = False) -> Any:
         """Means of y for new rows X, for programs ``model(x, y)``; labels of rows, for mixtures.
@@ -487,15 +473,6 @@ class BayesMPT(
         """
         return sampling.draw_missing(*self._ready(X), y, n_samples)
 
-    def bidirectional(self, n_samples: int = 100) -> Bracket:
-        """How far off the LML is, bounded on rows simulated from the fitted model (bidirectional Monte Carlo).
-
-        Annealing from the guide bounds log p(x) from below in expectation, annealing back from the latents that made
-        x from above (Grosse, Ghahramani & Adams 2015). ``predictor`` says how: `AnnealedImportance`. The bounds are of
-        each simulated row, with the mean ``gap`` and its standard error.
-        """
-        return sampling.bracket(self._current(), n_samples)
-
     def get_covariance(self) -> NDArray[np.float64]:
         """Covariance of a row: W W' + diag(noise), (T, T)."""
         return predictions.covariance(self._current())
@@ -503,36 +480,6 @@ class BayesMPT(
     def get_precision(self) -> NDArray[np.float64]:
         """Inverse of the covariance, by Woodbury: (T, T)."""
         return predictions.precision(self._current())
-
-    def laplace(self, X: ArrayLike) -> LaplaceEvidence | MixtureLaplace:
-        """Evidence of X with what was point-estimated integrated out, by Laplace's approximation.
-
-        Of models that declare their loadings free up to rotation (``model.symmetries``): loadings and noise variances,
-        around the orbit of rotations; where cells are missing it is the evidence of the observed ones:
-        `bayes_mpt.evidence.laplace_incomplete`. Of a `GaussianMixture` with full covariances: all parameters, under
-        `bayes_mpt.evidence.mixture_prior` of X; see `bayes_mpt.evidence.mixture_laplace`.
-        """
-        return integrals.laplace_evidence(*self._ready(X))
-
-    def integrated(
-        self,
-        X: ArrayLike,
-        y: Any = None,
-        *,
-        se: float = 0.1,
-        max_particles: int = 1024,
-        prior: FactorPrior | MixturePrior | None = None,
-    ) -> IntegratedEvidence | SampledEvidence | MixtureEvidence:
-        """Evidence of X (and y) with what was point-estimated integrated, sampled until its error is ``se``.
-
-        Of a factor model (``model.symmetries``): loadings, noise variances and mean under ``prior``, by default
-        `bayes_mpt.evidence.factor_prior` of X; see `bayes_mpt.evidence.sampled`. Of a `GaussianMixture`: weights, means
-        and covariances under `bayes_mpt.evidence.mixture_prior`; see `bayes_mpt.evidence.mixture`. Of a model that
-        offers a prior of its parameters (``model.hyperprior(x, y)``), and whose LML is not drawn: see
-        `bayes_mpt.evidence.integrated`.
-        """
-        fitted, rows = self._ready(X)
-        return integrals.evidence_of(fitted, rows, y, prior, se, max_particles)
 
     def explain(self) -> str:
         """How the score is computed, why, what is integrated and what is point-estimated."""

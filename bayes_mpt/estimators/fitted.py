@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ __all__ = ["OPTIONAL", "Fitted", "Latents", "n_at_once"]
 
 OPTIONAL = ("selection_", "components_", "mean_", "noise_variance_")  # attributes that not every fit has
 MAX_READ_CELLS = 2**18  # of programs that are read on the rows they score: cells at a time
+_Answer = TypeVar("_Answer")
 
 
 @dataclass(frozen=True)
@@ -176,24 +177,28 @@ class Fitted:
             with torch.no_grad():
                 yield predictor.read(args)
 
-    def parts(self, rows: NDArray[np.floating], y: Any = None) -> Iterator[Conditionals]:
-        """As `read`, a part of the rows after the other where that can be, to be used as they come."""
+    def each(
+        self, ask: Callable[[Conditionals], _Answer], rows: NDArray[np.floating], y: Any = None
+    ) -> list[_Answer]:
+        """The answers of the conditionals of `read`, a part of the rows after the other where that can be."""
+        # Not a generator of conditionals: an error in its caller would leave it, and what it has opened, half way.
         structure = self.bound.structure
         if structure.scores_input or not structure.by_row:
             with self.read(rows, y) as whole:
-                yield whole
-            return
+                return [ask(whole)]
         y = None if y is None or not takes_y(self.model) else read_numbers(y, len(rows))
         step = n_at_once(rows, self.device)
         args = [
             self.arguments(rows[i : i + step], None if y is None else y[i : i + step])
             for i in range(0, len(rows), step)
         ]
+        answers = []
         with self.program(args[0]) as predictor:
             for some in args:
                 with torch.no_grad():
                     read = predictor.read(some)
-                yield read
+                answers.append(ask(read))
+        return answers
 
     @property
     def noise_parameter(self) -> str | None:

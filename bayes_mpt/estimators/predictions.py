@@ -49,7 +49,7 @@ def score_rows(fitted: Fitted, rows: Rows, y: Any) -> tuple[NDArray[np.float64],
             found = read.evidence()
     else:
         with torch.no_grad():
-            found = together(read.evidence() for read in fitted.parts(rows, y))
+            found = together(fitted.each(lambda read: read.evidence(), rows, y))
     return found.by_row.cpu().numpy(), found.se
 
 
@@ -69,7 +69,7 @@ def _score_given_seen(fitted: Fitted, rows: Rows, y: Any) -> NDArray[np.float64]
 def latent_means(fitted: Fitted, rows: Rows, y: Any) -> Rows:
     """Posterior means of the latents given each row's observed cells (N, K); of discrete ones probabilities."""
     with torch.no_grad():
-        means = [read.posterior().mean for read in fitted.parts(rows, y)]
+        means = fitted.each(lambda read: read.posterior().mean, rows, y)
     return torch.cat(means).cpu().numpy()
 
 
@@ -89,7 +89,7 @@ def impute(fitted: Fitted, rows: Rows, y: Any) -> Rows:
     """Rows with their NaN cells replaced by their means given the observed cells of the row."""
     with torch.no_grad():
         cells = fitted.tensor(rows)
-        parts = [(read.value, read.posterior().tokens) for read in fitted.parts(rows, y)]
+        parts = fitted.each(lambda read: (read.value, read.posterior().tokens), rows, y)
         x = torch.cat([part[0] for part in parts])
         tokens = torch.where(x.isnan(), torch.cat([part[1] for part in parts]), x)
         if x.shape == cells.shape and bool(((x == cells) | (x.isnan() & cells.isnan())).all()):
@@ -155,7 +155,7 @@ def _cells_of(fitted: Fitted, args: tuple[Any, ...]) -> Tensor:
 def label_probabilities(fitted: Fitted, rows: Rows) -> NDArray[np.float64]:
     """Probabilities of the values of each row's one discrete latent given its observed cells: (N, K)."""
     with torch.no_grad():
-        parts = [read.posterior().labels() for read in fitted.parts(rows)]
+        parts = fitted.each(lambda read: read.posterior().labels(), rows)
     return torch.cat(parts).double().cpu().numpy()
 
 

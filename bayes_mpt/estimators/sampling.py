@@ -70,7 +70,7 @@ def draw_missing(fitted: Fitted, rows: NDArray[np.floating], y: Any, n_samples: 
         )
     with torch.no_grad():
         try:
-            parts = [read.posterior().draws(n_samples) for read in fitted.parts(rows, y)]
+            parts = fitted.each(lambda read: read.posterior().draws(n_samples), rows, y)
         except NotImplementedError as error:
             raise ValueError(f"{error}: use impute for their means") from error
     return fitted.unshifted(torch.cat(parts, 1).double().cpu().numpy())

@@ -30,7 +30,6 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import gammaln, logsumexp, softmax
-from sklearn.cluster import KMeans
 
 from bayes_mpt.evidence.annealing import resample
 from bayes_mpt.evidence.components import Block, Components, Step, Sums
@@ -43,6 +42,7 @@ Index = NDArray[np.intp]
 N_BURNED, N_KEPT = 60, 30  # Gibbs steps of a chain
 LEAST_SHARE = 0.01
 FLAT = 0.2  # power of what the chains' bounds say of them
+NEAR = 3.0  # nats
 LEAST_CHANCE = 0.01  # of a chain that particles start from
 MIN_EFFECTIVE = 0.6  # share of the particles of an island
 FIRST_POWER, MAX_RISE, MIN_RISE = 0.05, 0.25, 1e-4
@@ -60,6 +60,8 @@ class Chains:
     """(M,) that a particle starts there."""
     offset: Array
     """(M,) nats that are taken back on the path."""
+    n_agreeing: int
+    """How many of all chains come within `NEAR` of the best."""
 
 
 @dataclass
@@ -114,14 +116,19 @@ def chains_of(rows: Array, blocks: list[Block], empty: Components, rng: np.rando
     log_share = _log(share, LEAST_SHARE)
     marginal = empty.of(mean).log_marginal()
     bound = marginal - (np.exp(log_share) * log_share).sum((1, 2))
+    n_agreeing = int((bound > bound.max() - NEAR).sum())
     chance = softmax(FLAT * bound)
     used = np.flatnonzero(chance > LEAST_CHANCE)
     chance = chance[used] / chance[used].sum()
-    return Chains(mean.map(by=lambda a: a[used]), log_share[used], chance, (FLAT * bound - marginal)[used])
+    return Chains(
+        mean.map(by=lambda a: a[used]), log_share[used], chance, (FLAT * bound - marginal)[used], n_agreeing
+    )
 
 
 def _clusters(rows: Array, n_clusters: int, n_components: int, rng: np.random.Generator) -> Array:
     """One-hot (K, N) by k-means from a random start."""
+    from sklearn.cluster import KMeans  # slow to import
+
     found = (
         KMeans(min(n_clusters, len(rows)), n_init=1, random_state=int(rng.integers(2**31)))
         .fit(np.nan_to_num(rows))

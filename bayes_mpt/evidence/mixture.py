@@ -139,8 +139,17 @@ def mixture_evidence(
         len(found.path.powers),
         prior,
         law,
-        (f"se above {LARGE_SE:g}: reads too small",) if error > LARGE_SE else (),
+        _flags(error, chains.n_agreeing),
     )
+
+
+def _flags(error: float, n_agreeing: int) -> tuple[str, ...]:
+    flags = []
+    if error > LARGE_SE:
+        flags.append(f"se above {LARGE_SE:g}: reads too small")
+    if n_agreeing < 2:
+        flags.append(f"one chain of {N_CHAINS} alone has found the best clusters: there may be better ones")
+    return tuple(flags)
 
 
 def _check(rows: NDArray[np.floating], n_components: int, prior: MixturePrior, kind: str) -> None:

@@ -29,6 +29,7 @@ __all__ = ["CovariancePrior", "steps_of"]
 
 ON_STEPS = 1e-6  # share of the step by which the values of a rounded column may lie off its multiples
 SINGULAR = 1e-10  # of a column's variance: less, given others, is none
+FEW_CELLS = 256  # that tell most columns that are not rounded
 LEAST_STEP = 1e-3  # of a column's standard deviation: finer rounding shows in no component
 
 
@@ -68,16 +69,21 @@ def steps_of(rows: Tensor) -> Tensor:
     """The steps h (T,) of whose multiples columns are made, rows (N, T) in units of their spread; zero without any."""
     steps = rows.new_zeros(rows.shape[1])
     for column, cells in enumerate(rows.unbind(1)):
-        value = cells[~cells.isnan()].unique()  # sorted
-        gap = value.diff()
-        # values that were the same are so no more after the division by the spread
-        gap = gap[gap > ON_STEPS * LEAST_STEP]
-        if not len(gap):
+        # of a column that is not rounded a few cells show it
+        if _step(cells[:FEW_CELLS]) is None:
             continue
-        step = gap.min()
-        if step < LEAST_STEP:
-            continue
-        multiple = (value - value[0]) / step
-        if bool(((multiple - multiple.round()).abs() < ON_STEPS * multiple.clamp(min=1.0)).all()):
-            steps[column] = step
+        steps[column] = _step(cells) or 0.0
     return steps
+
+
+def _step(cells: Tensor) -> float | None:
+    """The least difference of cells (N,), zero if there is none; None where they are no multiples of it."""
+    value = cells[~cells.isnan()].unique()  # sorted
+    gap = value.diff()
+    gap = gap[gap > ON_STEPS * LEAST_STEP]  # what was one value need not be one in units of the spread
+    if not len(gap):
+        return 0.0
+    step = gap.min()
+    multiple = (value - value[0]) / step
+    on = (multiple - multiple.round()).abs() < ON_STEPS * multiple.clamp(min=1.0)
+    return float(step) if step >= LEAST_STEP and bool(on.all()) else None

@@ -206,7 +206,7 @@ def _first(
     table: Table, n_components: int, n_factors: int, seed: int, prior: CovariancePrior | None
 ) -> Analysers:
     """Clusters of complete rows with diagonal covariances, then probabilistic PCA in each."""
-    mix = from_clusters(table, n_components, "diag", seed, prior)
+    mix = from_clusters(table, n_components, "diag", seed, prior, n_tries=1)
     rows, loc = table.rows, mix.loc
     share = (coefficients_of(mix) @ products_of(rows, "diag")).softmax(0)  # (K, N)
     share = share / share.sum(1, keepdim=True).clamp(min=torch.finfo(share.dtype).tiny)

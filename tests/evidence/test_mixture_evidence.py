@@ -248,6 +248,7 @@ def test_same_seed_same_bits_and_units_do_not_matter():
     x[3, 1] = np.nan
     first, again = (mixture_evidence(x, 2, mixture_prior(x), seed=5) for _ in range(2))
     assert (first.islands == again.islands).all()
+    assert first.flags == ()
     other = mixture_evidence(x * [1000.0, 1.0], 2, mixture_prior(x * [1000.0, 1.0]), seed=5)
     n_cells = 50
     assert other.log_evidence == pytest.approx(first.log_evidence - n_cells * math.log(1000), abs=1e-5)

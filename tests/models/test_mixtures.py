@@ -279,3 +279,31 @@ def test_penalty_adds_nothing_to_a_mixture_that_has_one():
     assert models[0].log_marginal_likelihood_ == models[1].log_marginal_likelihood_
     with pytest.raises(ValueError, match="penalty=True needs .* penalty"):
         BayesMPT(GaussianMixture(2, covariance_prior=None), penalty=True, random_state=0).fit(x)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_are_drawn(kind):
+    """Mean and covariance of 20 000 draws are sum w m and sum w (S + m m') - mean mean', to five errors."""
+    rng = np.random.default_rng(0)
+    x = np.concatenate([rng.normal(0, 1, (60, 2)), rng.normal([6, 3], [1, 2], (40, 2))]) + 1000
+    model = BayesMPT(GaussianMixture(2, kind), random_state=0).fit(x)
+    w, loc = model.params_["weights"], model.params_["loc"]
+    if kind in ("full", "tied"):
+        root = np.broadcast_to(model.params_["scale_tril"], (2, 2, 2))
+    else:
+        root = np.array([np.diag(np.broadcast_to(s, 2)) for s in model.params_["scale"]])
+    mean = w @ loc
+    cov = np.einsum("k,kij,klj->il", w, root, root) + (w[:, None] * (loc - mean)).T @ (loc - mean)
+    drawn = model.sample(20_000)
+    assert drawn.mean(0) == pytest.approx(mean, abs=5 * np.sqrt(cov.max() / 20_000))
+    assert np.cov(drawn.T) == pytest.approx(cov, abs=5 * 1.5 * cov.max() / np.sqrt(20_000))
+
+
+def test_what_is_refused_leaves_gradients_and_the_store_as_they_were():
+    x = np.random.default_rng(0).normal(size=(30, 2))
+    model = BayesMPT(GaussianMixture(1), random_state=0).fit(x)
+    pyro.clear_param_store()
+    x[0, 0] = np.nan
+    with pytest.raises(ValueError, match="use impute for their means"):
+        model.sample_missing(x)
+    assert torch.is_grad_enabled() and not list(pyro.get_param_store())

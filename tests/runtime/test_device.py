@@ -112,11 +112,7 @@ EXACT = {
         IRIS,
     ),
     "minibatches": (BayesMPT(FactorAnalysis(2), training=Steps(batch_size=32, max_iter=8)), IRIS),
-    "regression": (
-        BayesMPT(BayesianRegression(), training=Ascent(max_iter=4)),
-        DIABETES.data[:6, :2],
-        DIABETES.target[:6],
-    ),
+    "regression": (BayesMPT(BayesianRegression()), DIABETES.data[:6, :2], DIABETES.target[:6]),
     "mixture": (BayesMPT(GaussianMixture(2)), IRIS),
     "mixture, holes": (BayesMPT(GaussianMixture(2), training=Ascent(max_iter=6)), with_holes(IRIS, 0.1)),
     "mixture of factor analysers": (

@@ -90,7 +90,11 @@ class _Maps(NodeSource):
         self.maps = LinearGaussian(self._labelled(), (*args, label), max(N_TRIAL_ROWS, 2 * self.n_nodes))
         self.shared = len(args) == 1 and program.sub_rows is None and self._same_for_all_rows(args, label)
         scores_input = self.shared and self.maps.structure.observed_argument == 0 and program.scale == 1.0
-        self.structure = program._replace(per_row=not scores_input, scores_input=scores_input)
+        self.structure = program._replace(
+            per_row=not scores_input,
+            scores_input=scores_input,
+            observed_argument=self.maps.structure.observed_argument,
+        )
         if program.continuous:
             filled = tuple(fill(a) for a in args)
             first, second = (self._log_prior(filled, label, seed) for seed in range(2))
