@@ -14,6 +14,17 @@ rank them; all share the fits). Regret: what the pick's fit loses against the be
 rows, estimated by 5 000 fresh complete rows; of rounded tables these are rounded too, and "smooth" is the same before
 rounding. Differences are paired by table, with normal 95 % intervals. Weights are the softmax of a rule's number over
 the candidates; where they are true, a weight above .95 is right in 95 % of the cases.
+
+Asked: 210 tables. Found on the 41 that are done, all complete (21 as drawn, 20 rounded; none with holes yet), and
+without the evidence with all parameters integrated, which has been run on none:
+
+- regret: 5 folds 3.4 nats, Laplace 7.1, BIC 10.9, AIC 100; true K in 51, 46, 44 and 34 %;
+- 5 folds lose less than BIC (-7.5, -14.1 to -0.9); against Laplace they are **undecided** (-3.7, -9.1 to 1.6). BIC and
+  Laplace lose where components overlap (13.3 and 9.1 nats, 5 folds 1.2), by taking fewer; apart all are within 3.3;
+- a weight above .95 is right in 50 % of 36 by BIC, 58 % of 31 by Laplace and 63 % of 32 by hidden rows: none is stated;
+- CPU seconds for 8 candidates, median: the fits 1.3; beside them 5 folds 3.7, Laplace 0.4, BIC 0.01.
+
+So hidden rows stay the default for mixtures. Finished tables are kept as JSON lines, and a run goes on from them.
 """
 
 from __future__ import annotations
