@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["CovariancePrior", "steps_of"]
+__all__ = ["SINGULAR", "CovariancePrior", "steps_of"]
 
 ON_STEPS = 1e-6  # share of the step by which the values of a rounded column may lie off its multiples
 SINGULAR = 1e-10  # of a column's variance: less, given others, is none

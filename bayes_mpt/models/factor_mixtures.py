@@ -15,7 +15,7 @@ from pyro.distributions import constraints
 from torch import Tensor
 
 from bayes_mpt.models.checks import CheckedModel, IntegersFrom, OneOf, check_memory
-from bayes_mpt.models.covariance_prior import CovariancePrior
+from bayes_mpt.models.covariance_prior import SINGULAR, CovariancePrior
 from bayes_mpt.models.factor_mixture_em import MIN_NOISE, MIN_WEIGHT, Analysers, best_start, cells_of, climb
 from bayes_mpt.models.linear_gaussian import n_free_of_factors, surplus_latents
 from bayes_mpt.models.mixture_em import (
@@ -33,6 +33,7 @@ __all__ = ["MixtureOfFactorAnalyzers"]
 
 STARTS, STARTS_WITH_HOLES = 7, 15  # of `maximize`, beside the one that it is given
 MIN_STEPS = 200  # that it must have for them
+BLOCK = 256  # columns that are compared with all others at a time
 FIRST_NOISE = 1e-3  # of a factor analyser at the start, in units of the columns' variances
 
 
@@ -144,6 +145,12 @@ class MixtureOfFactorAnalyzers(CheckedModel):
                 "the table has columns that are constant, where the likelihood grows without bound: use the others",
                 table.constant.nonzero()[:, 0].tolist(),
             )
+        if int(self.n_factors) and _repeats(table.rows):
+            raise CollapseError(
+                "the table has columns that repeat others but for scale and shift: a factor explains them without "
+                "noise, where the likelihood grows without bound. Drop what repeats, or use n_factors=0",
+                [],
+            )
         prior, start, cells = self._prior(table), _in_units(params, table), cells_of(table)
         scale = None if prior is None else prior.scale
         try:
@@ -200,6 +207,27 @@ class MixtureOfFactorAnalyzers(CheckedModel):
         n_components, n_tokens, n_factors = params["loading"].shape
         of_each = n_tokens + n_free_of_factors(n_tokens, n_factors, n_tokens)
         return n_components - 1 + n_components * of_each
+
+
+def _repeats(rows: Tensor) -> bool:
+    """Whether two columns of rows (N, T), NaN where missing, are in proportion wherever both are observed."""
+    seen = (~rows.isnan()).to(rows)  # (N, T)
+    x = rows.nan_to_num(0.0)
+    for first in range(0, rows.shape[1], BLOCK):
+        some, a = seen[:, first : first + BLOCK], x[:, first : first + BLOCK]
+        # over the rows in which column i of the block and j of all are observed, (B, T) each:
+        # n, sum x_i, sum x_j, and sums of squares and products about the means
+        n = some.mT @ seen
+        of_i, of_j = a.mT @ seen, some.mT @ x
+        spread_i = a.square().mT @ seen - of_i.square() / n.clamp(min=1)
+        spread_j = some.mT @ x.square() - of_j.square() / n.clamp(min=1)
+        common = a.mT @ x - of_i * of_j / n.clamp(min=1)
+        # squared correlation beyond 1 - 1e-10; of three rows or more, as two are always in proportion
+        alike = common.square() >= (1 - SINGULAR) * spread_i * spread_j
+        vary = (n > 2) & (spread_i > SINGULAR * n) & (spread_j > SINGULAR * n)
+        if bool((alike & vary).triu(first + 1).any()):
+            return True
+    return False
 
 
 def _first(
