@@ -389,6 +389,21 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, AsItsBe
         ValueError
             If only one candidate did not fail, what is asked for cannot be had of them, or they are not comparable:
             other steps stand before their models.
+
+        Warns
+        -----
+        LeftOutWarning
+            If a candidate failed; the average is of the others.
+
+        Examples
+        --------
+        >>> from sklearn.datasets import load_iris
+        >>> from bayes_mpt import BayesMPT
+        >>> from bayes_mpt.models import PPCA
+        >>> X = load_iris().data
+        >>> search = MarginalLikelihoodSearch(BayesMPT(PPCA(1)), {"model__n_components": [1, 2]}).fit(X)
+        >>> search.average().weights_.sum().round(6)
+        np.float64(1.0)
         """
         return ModelAverage(clone(self), weights=weights, prior_weights=prior_weights)._of(self)
 

@@ -90,7 +90,7 @@ def laplace_mixture(
     Raises
     ------
     ValueError
-        If there is no maximum where the climb ends.
+        If there is no maximum where the climb ends, or the table's covariance is singular.
 
     Examples
     --------

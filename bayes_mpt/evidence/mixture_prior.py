@@ -93,6 +93,12 @@ def mixture_prior(rows: NDArray[np.floating]) -> MixturePrior:
     rows : array of shape (N, T)
         NaN where missing. With missing cells mean and covariance are those of a normal fitted to the observed cells,
         and not those of the observed cells, which holes that follow other columns move.
+
+    Examples
+    --------
+    >>> prior = mixture_prior(np.array([[0.0, 1.0], [2.0, 5.0], [4.0, 3.0]]))
+    >>> prior.center, prior.covariance.shape
+    (array([2., 3.]), (2, 2))
     """
     x: Array = np.asarray(rows, dtype=np.float64)
     if np.isnan(x).any():
