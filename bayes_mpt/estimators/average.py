@@ -204,6 +204,10 @@ class ModelAverage(DensityMixin, BaseEstimator):
     # ----------------------------------------------------------------------------------------------------- helpers
 
     def _check_settings(self) -> None:
+        if not hasattr(self.search, "_candidates"):
+            raise ValueError(
+                f"search must be a MarginalLikelihoodSearch, whose candidates are averaged, got {self.search!r}"
+            )
         if self.weights not in ("evidence", "stacking"):
             raise ValueError(f"weights must be 'evidence' or 'stacking', got {self.weights!r}")
         if self.weights == "stacking" and self.prior_weights is not None:

@@ -291,6 +291,21 @@ def test_what_has_no_evidence_is_refused():
         mixture_evidence(x, 2, mixture_prior(x), covariance_type="round")
 
 
+def test_rows_are_a_table_of_the_columns_of_the_prior():
+    x = table(12, 20, 3)
+    prior = mixture_prior(x)
+    assert mixture_prior(x.tolist()).describe() == prior.describe()
+    for wrong in (lambda: mixture_prior(x[:, 0]), lambda: mixture_evidence(x[0], 2, prior)):
+        with pytest.raises(ValueError, match=r"table of shape \(N, T\), got shape"):
+            wrong()
+    with pytest.raises(ValueError, match="prior is of 3 columns and the rows have 2"):
+        mixture_evidence(x[:, :2], 2, prior)
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        mixture_evidence(x, 0, prior)
+    with pytest.raises(ValueError, match="must have an observed cell"):
+        mixture_prior(np.full((3, 2), np.nan))
+
+
 def test_describe_tells_priors_apart():
     x = table(13, 20, 2)
     prior = mixture_prior(x)
