@@ -39,7 +39,7 @@ START_STEPS = 100
 REG_COVAR = 1e-6  # added to variances by the EM of the start, in units of the columns' variances
 MIN_VARIANCE = 1e-10  # of a token given others, in units of its column's: below it a component has collapsed
 MAX_PRODUCTS = 2**22  # numbers that EM holds beside the rows
-SHARE = 0.01  # of a row with the covariance of the table, in the prior of the covariances
+SHARE = 1e-5  # of the covariance of the table, in the prior of the covariances: directions may be thin
 DENSE = ("full", "tied")  # covariances with products of different tokens
 
 
@@ -270,7 +270,7 @@ def _mode(prior: CovariancePrior, scale: Tensor) -> Tensor:
     return torch.linalg.cholesky(prior.scale) if scale.ndim == 3 else prior.scale.sqrt()
 
 
-def prior_of(table: Table, n_components: int, covariance_type: str) -> CovariancePrior:
+def prior_of(table: Table, n_components: int, covariance_type: str, share: float = SHARE) -> CovariancePrior:
     """The prior of the covariances in the units of a table; zero where that has no spread in some direction."""
     n_rows, n_tokens = table.rows.shape
     if covariance_type in DENSE:
@@ -279,7 +279,7 @@ def prior_of(table: Table, n_components: int, covariance_type: str) -> Covarianc
         scale = (~table.constant).to(table.rows)
     else:  # the columns' mean variance is one
         scale = (~table.constant).any()[None].to(table.rows)
-    prior = CovariancePrior(SHARE * scale / n_components ** (2 / n_tokens), n_tokens)
+    prior = CovariancePrior(share * scale / n_components ** (2 / n_tokens), n_tokens)
     if not prior.proper:
         return prior._replace(scale=torch.zeros_like(scale))
     # a density of at most 1 / h for N / K rows: no cell has more than all of the probability

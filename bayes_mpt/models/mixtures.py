@@ -67,7 +67,7 @@ class GaussianMixture(CheckedModel):
     covariance_prior : {"auto", None}, default="auto"
         The prior of the covariances. "auto" takes it from the table that is fitted, of a fold from the rows of the
         fold: precisions have a Wishart prior with T + 2 degrees of freedom (variances an inverse gamma), whose mean
-        covariance is 1 % of the table's over K^(2/T). The fit is the mode of the precisions, at which each component
+        covariance is 1e-5 of the table's over K^(2/T). The fit is the mode of the precisions, at which each component
         has, in effect, one more row with that covariance. Where a column is rounded to multiples of h,
         N h^2 / (2 pi K) is added to the mean, so that no component thrives on a repeated value. None: the plain
         likelihood.
@@ -199,7 +199,7 @@ class GaussianMixture(CheckedModel):
             return None
         what = "inverse Wishart" if self.covariance_type in DENSE else "inverse gamma"
         return (
-            f"the mode under an {what} prior of the covariances, in effect one more row for each component, of 1 % of "
+            f"the mode under an {what} prior of the covariances, in effect one more row for each component, of 1e-5 of "
             "the table's covariance over K^(2/T) (covariance_prior='auto'), which no score includes"
         )
 
