@@ -156,6 +156,13 @@ def _check(rows: NDArray[np.floating], n_components: int, prior: MixturePrior, k
     """Refuse what has no finite evidence, and what is too large to be sampled."""
     if kind not in COVARIANCE_TYPES:
         raise ValueError(f"covariance_type must be one of {COVARIANCE_TYPES}, got {kind!r}")
+    if not n_components >= 1:
+        raise ValueError(f"n_components must be at least 1, got {n_components!r}")
+    if np.isinf(rows).any():
+        raise ValueError(
+            f"rows must be finite, or NaN where a cell is missing, got an infinity in column "
+            f"{int(np.isinf(rows).any(0).argmax())}"
+        )
     if n_components > MAX_COMPONENTS:
         raise ValueError(
             f"the integrated evidence of a mixture sums over all orders of its components, {MAX_COMPONENTS} at most, "

@@ -95,6 +95,12 @@ def mixture_prior(rows: NDArray[np.floating]) -> MixturePrior:
         and not those of the observed cells, which holes that follow other columns move.
     """
     x: Array = np.asarray(rows, dtype=np.float64)
+    unknown = np.flatnonzero(~np.isfinite(x).any(0) | np.isinf(x).any(0))
+    if len(unknown):
+        raise ValueError(
+            "the prior of a table needs columns with observed cells, none of them infinite, got others at "
+            f"{unknown.tolist()}: drop them"
+        )
     if np.isnan(x).any():
         x = x[~np.isnan(x).all(1)]
         return MixturePrior(*saturated(x, np.ones(len(x))))

@@ -289,6 +289,16 @@ def test_what_has_no_evidence_is_refused():
         mixture_evidence(x, 13, mixture_prior(x))
     with pytest.raises(ValueError, match="covariance_type must be one of"):
         mixture_evidence(x, 2, mixture_prior(x), covariance_type="round")
+    with pytest.raises(ValueError, match="n_components must be at least 1, got 0"):
+        mixture_evidence(x, 0, mixture_prior(x))
+    infinite, empty = x.copy(), x.copy()
+    infinite[3, 2], empty[:, 1] = np.inf, np.nan
+    with pytest.raises(ValueError, match="an infinity in column 2"):
+        mixture_evidence(infinite, 2, mixture_prior(x))
+    with pytest.raises(ValueError, match=r"none of them infinite, got others at \[2\]"):
+        mixture_prior(infinite)
+    with pytest.raises(ValueError, match=r"columns with observed cells.* got others at \[1\]"):
+        mixture_prior(empty)
 
 
 def test_describe_tells_priors_apart():
