@@ -38,7 +38,7 @@ class ModelAverage(DensityMixin, BaseEstimator):
     Parameters
     ----------
     search : MarginalLikelihoodSearch
-        Whose candidates `fit` averages.
+        Whose candidates `fit` averages. It is cloned: a search that is fitted already has `average`.
     weights : "evidence" or "stacking", default="evidence"
         "evidence" weighs posterior predictives by evidence and prior odds: factor models as
         ``BayesMPT(average="posterior")``, Gaussian mixtures over draws of all parameters, Gaussian processes over the
@@ -94,7 +94,13 @@ class ModelAverage(DensityMixin, BaseEstimator):
         self.prior_weights = prior_weights
 
     def fit(self, X: ArrayLike, y: Any = None) -> Self:
-        """Search on X (N, T), and average what is found."""
+        """Search on X (N, T), and average what is found.
+
+        Raises
+        ------
+        ValueError
+            As `MarginalLikelihoodSearch.average`.
+        """
         self._check_settings()
         return self._of(clone(self.search).fit(X, y))
 
@@ -198,6 +204,10 @@ class ModelAverage(DensityMixin, BaseEstimator):
     # ----------------------------------------------------------------------------------------------------- helpers
 
     def _check_settings(self) -> None:
+        if not hasattr(self.search, "_candidates"):
+            raise ValueError(
+                f"search must be a MarginalLikelihoodSearch, whose candidates are averaged, got {self.search!r}"
+            )
         if self.weights not in ("evidence", "stacking"):
             raise ValueError(f"weights must be 'evidence' or 'stacking', got {self.weights!r}")
         if self.weights == "stacking" and self.prior_weights is not None:

@@ -122,7 +122,8 @@ class BayesMPT(
     history_ : list of float
         Mean score a row after each iteration; of what is maximised, a ``penalty`` included, where no rows are held out.
     n_iter_ : int
-        Iterations, those of an EM before included, whose scores are not in ``history_``.
+        Iterations, those of an EM before included, whose scores are not in ``history_``; 1 where a model's own
+        ``maximize`` has reached the maximum, of whose steps it does not tell.
     converged_ : bool
         Whether the training ended by its own rule.
     interrupted_ : bool

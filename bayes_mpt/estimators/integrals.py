@@ -309,7 +309,7 @@ def integrated_evidence(fitted: Fitted, rows: NDArray[np.floating], y: Any, se: 
     if n_hyperparameters(fitted) is None:
         raise ValueError(
             f"the integrated evidence needs a model that offers hyperprior(x, y) and an LML without draws, got "
-            f"{fitted.model!r}: use evidence='heldout' or 'train'"
+            f"{fitted.model!r}: use evidence='heldout', 'bic' or 'train'"
         )
     with training.one_thread(len(rows) ** 2), fitted.program(args) as predictor:
         problem = training.Problem(Objective(predictor, Batch(args, 1)))

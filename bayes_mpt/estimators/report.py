@@ -13,6 +13,7 @@ from bayes_mpt.program.offers import offered
 from bayes_mpt.program.program import list_names
 from bayes_mpt.runtime.interrupts import check
 from bayes_mpt.runtime.progress import Line, tell
+from bayes_mpt.training.lbfgs import OWN
 
 __all__ = ["Unwatched", "explain", "reporter", "shown"]
 
@@ -38,11 +39,15 @@ def shown(estimator: Any) -> Iterator[Line]:
 
 
 def _came_to(fitted: Fitted, seconds: float) -> str:
-    found = fitted.attributes()
-    n_iter = found["n_iter_"]
+    ended = "" if fitted.fit.converged else ", not converged"
+    return f"{_way(fitted.fit)}, log marginal likelihood {fitted.total:.4f} nats, {seconds:.2f} s{ended}"
+
+
+def _way(fit: training.Fit) -> str:
+    """How it was trained; a model's own way does not say how many steps it took."""
+    n_iter = max(1, fit.n_iter)
     return (
-        f"{found['fit_method_']}, {n_iter} iteration{'' if n_iter == 1 else 's'}, log marginal likelihood "
-        f"{fitted.total:.4f} nats, {seconds:.2f} s{'' if fitted.fit.converged else ', not converged'}"
+        fit.method if fit.method == OWN else f"{fit.method}, {n_iter} iteration{'' if n_iter == 1 else 's'}"
     )
 
 
@@ -101,8 +106,7 @@ def explain(fitted: Fitted) -> str:
             f"predictor:       {bound.name}: {bound.why}{read}",
             f"integrated:      {list_names(s.latent_names) or 'nothing'}",
             f"point-estimated: {', '.join(s.parameters) or 'nothing'}{where}",
-            f"training:        {fit.method}, {max(1, fit.n_iter)} iterations"
-            + (", interrupted" if fit.interrupted else ""),
+            f"training:        {_way(fit)}" + (", interrupted" if fit.interrupted else ""),
             *([f"averaged:        {averaged.prior.describe()}"] if averaged else []),
             *(
                 [f"evidence:        under {fitted.evidence_prior}"]

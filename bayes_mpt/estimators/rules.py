@@ -67,7 +67,7 @@ MAX_INTEGRATED = 16  # hyper-parameters
 
 
 class Laplace(BaseEstimator):
-    """Loadings and noise variances, or all parameters of a mixture, integrated out by Laplace's approximation."""
+    """Loadings and noise variances, or all of a mixture of full covariances, integrated by Laplace's approximation."""
 
     name: ClassVar[str] = "laplace"
     n_fits: ClassVar[int] = 0
@@ -167,7 +167,8 @@ class Bic(BaseEstimator):
     """Minus half the Bayesian information criterion: log p(X) at the fit, less P / 2 log N with P free parameters.
 
     It approaches the log evidence under any prior up to a number that does not grow with N and is not known: there is
-    no error, and no weight. Of programs with independent rows; cells may be missing.
+    no error, and no weight. Of programs with independent rows; cells may be missing. Mixtures of Gaussians are taken at
+    the mode under the prior of their covariances, which is no part of the number (`BayesMPT.bic`).
 
     Examples
     --------

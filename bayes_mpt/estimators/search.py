@@ -204,25 +204,8 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, AsItsBe
             raise ValueError(f"param_grid holds no candidates: got {self.param_grid!r}")
         names = finished.names = names_of(grid)
         asked = rule_of(self.evidence)
-        model = final_step(self.estimator)
-        refuse_unwrapped(self.estimator, "estimator")
-        for params in grid:
-            candidate = final_step(clone(self.estimator).set_params(**cloned(params)))
-            checkpoint = getattr(candidate.training, "checkpoint", None)
-            if checkpoint is not None:
-                raise ValueError(
-                    f"checkpoint={checkpoint!r} holds one training, and a search makes many: leave it None, "
-                    "and give the search a checkpoint_dir"
-                )
-            if candidate.masks is not None:
-                independent = takes_visible(candidate.model)
-                require_lml(candidate.masks, "MarginalLikelihoodSearch", independent=independent)
-        X, y = unmasked(X), unmasked(y)
-        if model is self.estimator:  # what stands before a model in a Pipeline may take anything
-            X = read_table(X)
-            checked_array = check_array(X, dtype=[np.float64, np.float32], ensure_all_finite="allow-nan")
-            if not hasattr(X, "__getitem__"):  # rows are to be picked
-                X = checked_array
+        self._check_candidates(grid)
+        X, y = self._read(X), unmasked(y)
         root.call_on_fit_task_begin(estimator=self, X=X, y=y)
         seed = self._partition_seed()
         state = fit_seed(self.random_state, seed)
@@ -243,10 +226,8 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, AsItsBe
         if rule.name == "train":
             refuse_mixed_train([n for n, c in zip(names, found, strict=True) if not c.error], good)
         finished.rule = self.evidence_
-        prior = None
-        factors = next((c for c in good if c.facts.rotates), None)
-        if factors is not None and rule.name == "integrated":
-            prior = common_prior(with_estimator(factors, X, y), X)
+        factors = [c for c in good if c.facts.rotates and rule.name == "integrated"]
+        prior = common_prior(with_estimator(factors[0], X, y), X) if factors else None
         found = self._run(
             score_candidate,
             fit_of,
@@ -265,6 +246,30 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, AsItsBe
         # A copy: the caller may change the table before a candidate is asked for. A memory map is not one to copy.
         self._rows = (_kept(X), _kept(y), digest_of((X, y))) if unmade else None
         root.call_on_fit_task_end(estimator=self, X=X, y=y)
+
+    def _check_candidates(self, grid: list[dict[str, Any]]) -> None:
+        """Refuse what no search can fit."""
+        refuse_unwrapped(self.estimator, "estimator")
+        for params in grid:
+            candidate = final_step(clone(self.estimator).set_params(**cloned(params)))
+            checkpoint = getattr(candidate.training, "checkpoint", None)
+            if checkpoint is not None:
+                raise ValueError(
+                    f"checkpoint={checkpoint!r} holds one training, and a search makes many: leave it None, "
+                    "and give the search a checkpoint_dir"
+                )
+            if candidate.masks is not None:
+                independent = takes_visible(candidate.model)
+                require_lml(candidate.masks, "MarginalLikelihoodSearch", independent=independent)
+
+    def _read(self, X: ArrayLike) -> Any:
+        """The table, from which rows can be picked."""
+        X = unmasked(X)
+        if final_step(self.estimator) is not self.estimator:
+            return X  # what stands before a model in a Pipeline may take anything
+        X = read_table(X)
+        checked_array = check_array(X, dtype=[np.float64, np.float32], ensure_all_finite="allow-nan")
+        return X if hasattr(X, "__getitem__") else checked_array
 
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "comparison_")  # partial_ alone is no fit
@@ -389,6 +394,21 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, AsItsBe
         ValueError
             If only one candidate did not fail, what is asked for cannot be had of them, or they are not comparable:
             other steps stand before their models.
+
+        Warns
+        -----
+        LeftOutWarning
+            If a candidate failed; the average is of the others.
+
+        Examples
+        --------
+        >>> from sklearn.datasets import load_iris
+        >>> from bayes_mpt import BayesMPT
+        >>> from bayes_mpt.models import PPCA
+        >>> X = load_iris().data
+        >>> search = MarginalLikelihoodSearch(BayesMPT(PPCA(1)), {"model__n_components": [1, 2]}).fit(X)
+        >>> search.average().weights_.sum().round(6)
+        np.float64(1.0)
         """
         return ModelAverage(clone(self), weights=weights, prior_weights=prior_weights)._of(self)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import textwrap
 
 import pandas as pd
@@ -38,7 +39,7 @@ def summary(table: pd.DataFrame, rule: str, reason: str) -> str:
             "p_better": ["" if math.isnan(v) else f"{v:.2f}" for v in table["p_better"]],
             **columns,
         }
-    names = [_short(str(n)) for n in table.index]
+    names = _shortened([str(n) for n in table.index])
     wide = max(9, *(len(n) for n in names))
     cells = [[title, *column] for title, column in columns.items()]
     widths = [max(len(c) for c in column) for column in cells]
@@ -54,7 +55,7 @@ def _doubts(table: pd.DataFrame, names: list[str]) -> list[str]:
     lines = []
     dse = table["dse"].dropna()
     if len(dse):
-        name = _short(str(dse.index[0]))
+        name = names[list(table.index).index(dse.index[0])]
         lines += _wrapped(
             f"+- is numerical. The larger doubt is other rows: the lml_diff of {name} would move by {dse.iloc[0]:.1f} "
             "with them (dse)."
@@ -81,9 +82,12 @@ def _error(v: float) -> str:
     return "" if math.isnan(v) else f"{v:.2f}"
 
 
-def _short(name: str) -> str:
-    """The ends of a name: what is tuned stands last."""
-    return name if len(name) <= NAME else f"{name[:6]}...{name[9 - NAME :]}"
+def _shortened(names: list[str]) -> list[str]:
+    """The ends of long names, of which the last is what is tuned; where these are alike, names of settings cut."""
+    ends = [n if len(n) <= NAME else f"{n[:6]}...{n[9 - NAME :]}" for n in names]
+    if len(set(ends)) == len(set(names)):
+        return ends
+    return [re.sub(r"(\w{4})\w{3,}=", r"\1..=", n) for n in names]
 
 
 def _wrapped(text: str) -> list[str]:

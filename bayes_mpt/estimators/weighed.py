@@ -40,12 +40,44 @@ class Weighed(ABC):
 
     @available_if(availability.counts_parameters)
     def aic(self, X: ArrayLike, y: Any = None) -> float:
-        """Akaike information criterion, -2 log p(X) + 2 P with P free parameters: the lower the better."""
+        """Akaike information criterion, -2 log p(X) + 2 P with P free parameters: the lower the better.
+
+        See `bic` for the parameters that it is taken at, and for what is refused.
+        """
         return criterion(*self._ready(X), y, lambda n_rows: 2.0)
 
     @available_if(availability.counts_parameters)
     def bic(self, X: ArrayLike, y: Any = None) -> float:
-        """Bayesian information criterion, -2 log p(X) + P log N with P free parameters: the lower the better."""
+        """Bayesian information criterion, -2 log p(X) + P log N with P free parameters: the lower the better.
+
+        It is taken at ``params_``, the maximum of the likelihood. The likelihood of mixtures of Gaussians and of factor
+        analysers has no bound, so that they are fitted under a prior of their covariances
+        (``covariance_prior="auto"``): theirs is taken at the mode under it, and p(X) is the likelihood there, without
+        the prior, as in Fraley & Raftery (2007). With ``covariance_prior=None`` it is taken at a maximum of the
+        likelihood.
+
+        Parameters
+        ----------
+        X : array of shape (N, T)
+            NaN where missing: p(X) is then of the observed cells.
+        y : array of shape (N,), optional
+            Of models that predict it.
+
+        Raises
+        ------
+        ValueError
+            If the fit is averaged over its posterior, or is at the maximum a posteriori because of ``penalty=True``.
+
+        Examples
+        --------
+        >>> from sklearn.datasets import load_iris
+        >>> from bayes_mpt import BayesMPT
+        >>> from bayes_mpt.models import PPCA
+        >>> X = load_iris().data
+        >>> fits = {k: BayesMPT(PPCA(k)).fit(X) for k in (1, 2)}
+        >>> {k: round(fit.bic(X)) for k, fit in fits.items()}
+        {1: 986, 2: 870}
+        """
         return criterion(*self._ready(X), y, math.log)
 
     def laplace(self, X: ArrayLike) -> LaplaceEvidence | MixtureLaplace:

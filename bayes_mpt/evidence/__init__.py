@@ -1,4 +1,4 @@
-"""Evidence of a program with its parameters integrated: Laplace around the orbit, importance samples around modes.
+"""Evidence of a program with its parameters integrated, by Laplace's approximation or by particles, nodes or draws.
 
 They are given densities and know no estimator; nothing is refitted here.
 """

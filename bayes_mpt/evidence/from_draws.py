@@ -116,7 +116,7 @@ def from_draws(
         What the sampler has recorded at each draw: log joint, with the Jacobian of Pyro's transforms or without, or the
         potential energy. It must equal the program's up to a constant. By default ``lp`` of ``sample_stats``, if there
         is one; False leaves it out.
-    random_state : int
+    random_state : int, default=0
         Of the proposal's draws.
 
     Raises
@@ -183,15 +183,17 @@ def from_guide(
         With the program's continuous latents, its parameters as they stand in Pyro's store.
     *data
         What the program is called with.
-    n_draws : int
+    n_draws : int, default=1000
         At least 200.
-    random_state : int
+    random_state : int, default=0
         Of the draws.
 
     Raises
     ------
     ModelError
         If the guide does not fit the program; the message names the site.
+    ValueError
+        If there are fewer than 200 draws.
 
     Warns
     -----

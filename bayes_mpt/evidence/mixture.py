@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy.special import softmax
 
 from bayes_mpt.diagnostics import few_replicates
 from bayes_mpt.evidence.allocations import allocate, chains_of
 from bayes_mpt.evidence.components import Components, blocks_of, components
-from bayes_mpt.evidence.mixture_prior import MixturePrior
+from bayes_mpt.evidence.mixture_prior import MixturePrior, checked_rows
 from bayes_mpt.evidence.predictive import GaussianRows
 from bayes_mpt.evidence.sampled import LARGE_SE, log_mean
 
@@ -58,7 +59,7 @@ class MixtureEvidence:
 
 
 def mixture_evidence(
-    rows: NDArray[np.floating],
+    rows: ArrayLike,
     n_components: int,
     prior: MixturePrior,
     *,
@@ -77,7 +78,7 @@ def mixture_evidence(
     rows : array of shape (N, T)
         NaN where missing. A row of which nothing is observed counts nothing.
     n_components : int
-        K.
+        K, from 1 to 12.
     prior : MixturePrior
         The same for all candidates of a table.
     covariance_type : {"full", "tied", "diag", "spherical"}, default="full"
@@ -93,7 +94,8 @@ def mixture_evidence(
     Raises
     ------
     ValueError
-        If there are more than `MAX_COMPONENTS`, if a column is constant, or the prior's covariance singular.
+        If there are more components than 12, or none, if rows are no table of the prior's columns, if a column is
+        constant, or the prior's covariance singular.
 
     Examples
     --------
@@ -104,10 +106,11 @@ def mixture_evidence(
     >>> int(np.argmax([f.log_evidence for f in found])), found[0].se, found[1].se < 0.2
     (1, 0.0, True)
     """
-    _check(rows, n_components, prior, covariance_type)
+    table = checked_rows(rows, len(prior.center))
+    _check(table, n_components, prior, covariance_type)
     unit = prior.units(covariance_type)
-    shown = ~np.isnan(rows)
-    x = ((rows - prior.center) / unit)[shown.any(1)]
+    shown = ~np.isnan(table)
+    x = ((table - prior.center) / unit)[shown.any(1)]
     blocks = blocks_of(x, covariance_type)
     first, second, third, fourth = (np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(4))
 
@@ -156,13 +159,8 @@ def _check(rows: NDArray[np.floating], n_components: int, prior: MixturePrior, k
     """Refuse what has no finite evidence, and what is too large to be sampled."""
     if kind not in COVARIANCE_TYPES:
         raise ValueError(f"covariance_type must be one of {COVARIANCE_TYPES}, got {kind!r}")
-    if not n_components >= 1:
-        raise ValueError(f"n_components must be at least 1, got {n_components!r}")
-    if np.isinf(rows).any():
-        raise ValueError(
-            f"rows must be finite, or NaN where a cell is missing, got an infinity in column "
-            f"{int(np.isinf(rows).any(0).argmax())}"
-        )
+    if not isinstance(n_components, Integral) or n_components < 1:
+        raise ValueError(f"n_components must be an integer of at least 1, got {n_components!r}")
     if n_components > MAX_COMPONENTS:
         raise ValueError(
             f"the integrated evidence of a mixture sums over all orders of its components, {MAX_COMPONENTS} at most, "

@@ -20,11 +20,11 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy.special import gammaln, logsumexp, multigammaln
 
 from bayes_mpt.evidence.mixture_marginals import LOG_2PI, Mixture, Pattern, patterns_of, seen_of
-from bayes_mpt.evidence.mixture_prior import MixturePrior
+from bayes_mpt.evidence.mixture_prior import MixturePrior, checked_rows
 
 __all__ = ["MixtureLaplace", "laplace_mixture"]
 
@@ -74,7 +74,7 @@ class _Law(NamedTuple):
 
 
 def laplace_mixture(
-    rows: NDArray[np.floating], prior: MixturePrior, weights: Array, loc: Array, covariances: Array
+    rows: ArrayLike, prior: MixturePrior, weights: Array, loc: Array, covariances: Array
 ) -> MixtureLaplace:
     """Evidence of rows, expanded at the maximum a posteriori that is reached from a fit.
 
@@ -90,7 +90,8 @@ def laplace_mixture(
     Raises
     ------
     ValueError
-        If there is no maximum where the climb ends.
+        If there is no maximum where the climb ends, or the table's covariance is singular, or rows
+        are no table of the prior's columns.
 
     Examples
     --------
@@ -102,7 +103,7 @@ def laplace_mixture(
     >>> bool(found[0] > found[1])
     True
     """
-    k, t = loc.shape
+    table, (k, t) = checked_rows(rows, len(prior.center)), loc.shape
     unit = np.where(prior.units("full") > 0, prior.units("full"), 1.0)
     law = _Law(prior.concentration, prior.kappa, prior.degrees + t - 1, prior.scale("full", k))
     if not np.linalg.eigvalsh(law.scale)[0] > MIN_EIGENVALUE:
@@ -110,7 +111,7 @@ def laplace_mixture(
             "the Laplace evidence of a mixture needs a covariance of the table that is not singular: drop columns that "
             "are constant or repeat others, or use more rows than columns"
         )
-    patterns = patterns_of((np.asarray(rows, dtype=float) - prior.center) / unit)
+    patterns = patterns_of((table - prior.center) / unit)
     root = np.linalg.cholesky(covariances) / unit[:, None]
     mix = Mixture(np.log(weights / weights.sum()), (loc - prior.center) / unit, root)
     with np.errstate(under="ignore"):

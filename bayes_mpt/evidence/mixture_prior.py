@@ -20,13 +20,30 @@ import hashlib
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from bayes_mpt.evidence.saturated import saturated
 
-__all__ = ["MixturePrior", "mixture_prior"]
+__all__ = ["MixturePrior", "checked_rows", "mixture_prior"]
 
 Array = NDArray[np.float64]
+
+
+def checked_rows(rows: ArrayLike, n_tokens: int | None = None) -> Array:
+    """Rows as an array (N, T); refused if they are no table, or not of as many columns as a prior is of."""
+    x: Array = np.asarray(rows, dtype=np.float64)
+    if x.ndim != 2:
+        raise ValueError(f"rows must be a table of shape (N, T), got shape {x.shape}")
+    if n_tokens is not None and x.shape[1] != n_tokens:
+        raise ValueError(
+            f"the prior is of {n_tokens} columns and the rows have {x.shape[1]}: use mixture_prior of these columns"
+        )
+    infinite = np.flatnonzero(np.isinf(x).any(0))
+    if len(infinite):
+        raise ValueError(
+            f"rows must be finite, or NaN where a cell is missing, got an infinity in columns {infinite.tolist()}"
+        )
+    return x
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +102,7 @@ class MixturePrior:
         return share * self.covariance / unit / unit[:, None]
 
 
-def mixture_prior(rows: NDArray[np.floating]) -> MixturePrior:
+def mixture_prior(rows: ArrayLike) -> MixturePrior:
     """The prior of a table: centred at its mean, in units of its covariance.
 
     Parameters
@@ -93,14 +110,24 @@ def mixture_prior(rows: NDArray[np.floating]) -> MixturePrior:
     rows : array of shape (N, T)
         NaN where missing. With missing cells mean and covariance are those of a normal fitted to the observed cells,
         and not those of the observed cells, which holes that follow other columns move.
+
+    Raises
+    ------
+    ValueError
+        If rows are no table, or nothing of them is observed.
+
+    Examples
+    --------
+    >>> prior = mixture_prior(np.array([[0.0, 1.0], [2.0, 5.0], [4.0, 3.0]]))
+    >>> prior.center, prior.covariance.shape
+    (array([2., 3.]), (2, 2))
     """
-    x: Array = np.asarray(rows, dtype=np.float64)
-    unknown = np.flatnonzero(~np.isfinite(x).any(0) | np.isinf(x).any(0))
-    if len(unknown):
-        raise ValueError(
-            "the prior of a table needs columns with observed cells, none of them infinite, got others at "
-            f"{unknown.tolist()}: drop them"
-        )
+    x = checked_rows(rows)
+    if np.isnan(x).all():
+        raise ValueError(f"rows must have an observed cell, got none in a table of shape {x.shape}")
+    empty = np.flatnonzero(np.isnan(x).all(0))
+    if len(empty):
+        raise ValueError(f"columns must have an observed cell, got none at {empty.tolist()}: drop them")
     if np.isnan(x).any():
         x = x[~np.isnan(x).all(1)]
         return MixturePrior(*saturated(x, np.ones(len(x))))

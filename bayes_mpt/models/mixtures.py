@@ -131,7 +131,7 @@ class GaussianMixture(CheckedModel):
         Parameters
         ----------
         x : Tensor of shape (N, T)
-            Complete rows.
+            Rows, NaN where a cell is missing.
         params : dict of Tensor
             Values of the parameters, by name.
         tol : float
@@ -147,7 +147,8 @@ class GaussianMixture(CheckedModel):
         Raises
         ------
         ValueError
-            If all components collapse, or one does twice; they are named. Of one that began again a warning says so.
+            If the table has no spread in some direction, if all components collapse, or if one does twice; they are
+            named. Of one that began again a warning says so.
         KeyboardInterrupt
             At Ctrl-C; after the first step its argument is the parameters as they are then.
 
@@ -157,7 +158,7 @@ class GaussianMixture(CheckedModel):
         >>> x = torch.tensor([[0.0], [2.0], [10.0], [12.0]], dtype=torch.float64)
         >>> wide = {"weights": x.new_tensor([0.5, 0.5]), "loc": x[[0, 3]], "scale": x.new_ones(2, 1)}
         >>> better = GaussianMixture(2, "diag").maximize(x, wide, tol=1e-9, max_iter=100)
-        >>> better["loc"].flatten()
+        >>> better["loc"].flatten().round(decimals=6)
         tensor([ 1., 11.], dtype=torch.float64)
         """
         kind = self.covariance_type
@@ -258,9 +259,11 @@ class GaussianMixture(CheckedModel):
             f"component {which} has collapsed onto rows without spread in some direction, where the likelihood "
             f"grows without bound: repeated rows, {self._repeats()}"
         )
-        remedy = (
-            f"covariance_prior='auto', which keeps components wide, fewer components, or {self._remedy()}"
-        )
+        remedy = self._remedy()
+        if prior_of(
+            table, int(self.n_components), self.covariance_type
+        ).proper:  # else it is refused with a prior too
+            remedy = f"covariance_prior='auto', which keeps components wide, fewer components, or {remedy}"
         if climb.hopeless:
             raise CollapseError(f"{what}. Use {remedy}", table.constant.nonzero()[:, 0].tolist())
         warnings.warn(

@@ -13,7 +13,7 @@ from bayes_mpt.estimators.checked import _contradicts
 from bayes_mpt.estimators.refits import HeldOut
 from bayes_mpt.estimators.rules import Auto, Integrated
 from bayes_mpt.evidence import factor_prior, sample_evidence
-from bayes_mpt.models import PPCA, FactorAnalysis
+from bayes_mpt.models import PPCA, FactorAnalysis, GaussianMixture
 from bayes_mpt.program.statistics import SufficientStatistics
 from bayes_mpt.warnings import MisfitWarning
 
@@ -217,6 +217,15 @@ def test_summary_of_other_rules(evidence):
     text = s.summary()
     assert max(map(len, text.splitlines())) <= 80 and "new rows" not in text
     assert evidence != "laplace" or "5 latents leave no direction" in text  # why the last one failed
+
+
+def test_summary_tells_long_names_apart():
+    grid = {"model__covariance_type": ["full", "diag"], "model__n_components": [1, 2]}
+    estimator = BayesMPT(GaussianMixture(), random_state=0)
+    lines = MarginalLikelihoodSearch(estimator, grid, evidence="bic").fit(table()).summary().splitlines()
+    assert max(map(len, lines)) <= 80
+    first = 1 + next(i for i, line in enumerate(lines) if line.startswith("candidate"))
+    assert len({line.split("  ")[0] for line in lines[first : first + 4]}) == 4
 
 
 # ------------------------------------------------------------------------------------------------ tables at the edge

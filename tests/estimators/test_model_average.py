@@ -661,6 +661,8 @@ def test_it_is_an_estimator():
     np.testing.assert_array_equal(twin.sample(3), average.sample(3))
     with pytest.raises(ValueError, match="weights must be"):
         ModelAverage(search, weights="mine").fit(x)
+    with pytest.raises(ValueError, match="search must be a MarginalLikelihoodSearch.*got BayesMPT"):
+        ModelAverage(BayesMPT()).fit(x)
     with pytest.raises(ValueError, match="expecting 4 features"):
         average.score_samples(x[:, :3])
 

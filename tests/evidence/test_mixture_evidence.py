@@ -289,16 +289,29 @@ def test_what_has_no_evidence_is_refused():
         mixture_evidence(x, 13, mixture_prior(x))
     with pytest.raises(ValueError, match="covariance_type must be one of"):
         mixture_evidence(x, 2, mixture_prior(x), covariance_type="round")
-    with pytest.raises(ValueError, match="n_components must be at least 1, got 0"):
-        mixture_evidence(x, 0, mixture_prior(x))
     infinite, empty = x.copy(), x.copy()
     infinite[3, 2], empty[:, 1] = np.inf, np.nan
-    with pytest.raises(ValueError, match="an infinity in column 2"):
+    with pytest.raises(ValueError, match=r"an infinity in columns \[2\]"):
         mixture_evidence(infinite, 2, mixture_prior(x))
-    with pytest.raises(ValueError, match=r"none of them infinite, got others at \[2\]"):
+    with pytest.raises(ValueError, match=r"an infinity in columns \[2\]"):
         mixture_prior(infinite)
-    with pytest.raises(ValueError, match=r"columns with observed cells.* got others at \[1\]"):
+    with pytest.raises(ValueError, match=r"columns must have an observed cell, got none at \[1\]"):
         mixture_prior(empty)
+
+
+def test_rows_are_a_table_of_the_columns_of_the_prior():
+    x = table(12, 20, 3)
+    prior = mixture_prior(x)
+    assert mixture_prior(x.tolist()).describe() == prior.describe()
+    for wrong in (lambda: mixture_prior(x[:, 0]), lambda: mixture_evidence(x[0], 2, prior)):
+        with pytest.raises(ValueError, match=r"table of shape \(N, T\), got shape"):
+            wrong()
+    with pytest.raises(ValueError, match="prior is of 3 columns and the rows have 2"):
+        mixture_evidence(x[:, :2], 2, prior)
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        mixture_evidence(x, 0, prior)
+    with pytest.raises(ValueError, match="must have an observed cell"):
+        mixture_prior(np.full((3, 2), np.nan))
 
 
 def test_describe_tells_priors_apart():

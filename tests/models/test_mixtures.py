@@ -146,6 +146,7 @@ def test_the_prior_is_a_hundredth_of_a_row(kind):
     # nothing is left to climb, and what is reported leaves the prior out
     model = BayesMPT(GaussianMixture(2, kind), random_state=0).fit(x)
     assert model.converged_ and model.at_map_ and model.fit_method_.startswith("maximize")
+    assert "iteration" not in model.explain()  # EM does not tell how many
     assert model.log_marginal_likelihood_ == pytest.approx(log_density(x, model.params_), abs=1e-8)
     best = log_density(x, model.params_) + log_prior(x, model.params_, kind)
     for name, value in model.params_.items():
@@ -271,6 +272,14 @@ def test_a_constant_column_is_named(kind, share):
     with pytest.raises(ValueError, match="no spread.*Constant here: 'd'") as error:
         model.fit(x)
     assert ("'diag'" in str(error.value)) == (kind in ("full", "tied"))
+
+
+def test_where_a_prior_would_not_help_none_is_advised():
+    x = np.random.default_rng(0).normal(size=(50, 3))
+    x[:, 2] = 2.5
+    with pytest.raises(ValueError, match="collapsed") as error:
+        BayesMPT(GaussianMixture(2, covariance_prior=None), random_state=0).fit(x)
+    assert "covariance_prior" not in str(error.value)
 
 
 def test_penalty_adds_nothing_to_a_mixture_that_has_one():
