@@ -213,8 +213,9 @@ def from_guide(
     >>> bool(abs(found.log_evidence + 71.398962) < 3 * found.se < 0.1)
     True
     """
-    if not isinstance(n_draws, int) or n_draws < MIN_DRAWS:
+    if not isinstance(n_draws, int | np.integer) or n_draws < MIN_DRAWS:
         raise ValueError(f"n_draws must be an integer of at least {MIN_DRAWS}, got {n_draws!r}")
+    n_draws = int(n_draws)
     args = read_arguments(data)
     store = pyro.get_param_store()
     with store.scope(store.get_state()), own_random_state(random_state), torch.no_grad():

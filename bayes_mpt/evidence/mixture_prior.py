@@ -38,6 +38,11 @@ def checked_rows(rows: ArrayLike, n_tokens: int | None = None) -> Array:
         raise ValueError(
             f"the prior is of {n_tokens} columns and the rows have {x.shape[1]}: use mixture_prior of these columns"
         )
+    infinite = np.flatnonzero(np.isinf(x).any(0))
+    if len(infinite):
+        raise ValueError(
+            f"rows must be finite, or NaN where a cell is missing, got an infinity in columns {infinite.tolist()}"
+        )
     return x
 
 
@@ -120,6 +125,9 @@ def mixture_prior(rows: ArrayLike) -> MixturePrior:
     x = checked_rows(rows)
     if np.isnan(x).all():
         raise ValueError(f"rows must have an observed cell, got none in a table of shape {x.shape}")
+    empty = np.flatnonzero(np.isnan(x).all(0))
+    if len(empty):
+        raise ValueError(f"columns must have an observed cell, got none at {empty.tolist()}: drop them")
     if np.isnan(x).any():
         x = x[~np.isnan(x).all(1)]
         return MixturePrior(*saturated(x, np.ones(len(x))))

@@ -570,7 +570,7 @@ def narrow(x):
 def test_a_guide():
     z = []
     for seed in range(40):
-        found = from_guide(coin, wide, HEADS, n_draws=300, random_state=seed)
+        found = from_guide(coin, wide, HEADS, n_draws=np.int64(300), random_state=seed)
         z.append((found.log_evidence - HEADS_TRUTH) / found.se)
     honest(np.array(z))
     assert (

@@ -289,6 +289,14 @@ def test_what_has_no_evidence_is_refused():
         mixture_evidence(x, 13, mixture_prior(x))
     with pytest.raises(ValueError, match="covariance_type must be one of"):
         mixture_evidence(x, 2, mixture_prior(x), covariance_type="round")
+    infinite, empty = x.copy(), x.copy()
+    infinite[3, 2], empty[:, 1] = np.inf, np.nan
+    with pytest.raises(ValueError, match=r"an infinity in columns \[2\]"):
+        mixture_evidence(infinite, 2, mixture_prior(x))
+    with pytest.raises(ValueError, match=r"an infinity in columns \[2\]"):
+        mixture_prior(infinite)
+    with pytest.raises(ValueError, match=r"columns must have an observed cell, got none at \[1\]"):
+        mixture_prior(empty)
 
 
 def test_rows_are_a_table_of_the_columns_of_the_prior():
