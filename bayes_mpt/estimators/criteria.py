@@ -1,6 +1,6 @@
 """AIC and BIC: the log-likelihood at its maximum, less a charge for the numbers that were free to move.
 
-AIC = -2 log p(X) + 2 P,    BIC = -2 log p(X) + P log N
+AIC = -2 log p(X) + 2 P,    BIC = -2 log p(X) + P log N,    N rows with an observed cell
 
 Of a model without a maximum of its own, whose fits add a prior always (`Offers.penalty`: mixtures of Gaussians), p(X)
 is the likelihood at the mode under that prior, and the prior no part of it (Fraley & Raftery 2007).
@@ -40,7 +40,9 @@ def criterion(fitted: Fitted, rows: NDArray[np.floating], y: Any, price: Callabl
     of_program = {name: fitted.params[name] for name in fitted.bound.structure.parameters}
     of_constraint = {name: constraint for name, (_, constraint) in fitted.initial.items()}
     n_free = n_free_parameters(fitted.model, of_program, of_constraint)
-    return float(-2 * by_row.sum() + n_free * price(len(by_row)))
+    # a row of which nothing is observed says nothing
+    n_rows = len(by_row) if y is not None else int((~np.isnan(rows).all(1)).sum())
+    return float(-2 * by_row.sum() + n_free * price(n_rows))
 
 
 def n_free_parameters(

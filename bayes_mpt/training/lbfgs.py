@@ -42,8 +42,8 @@ def maximize_lbfgs(problem: Problem, *, max_iter: int, tol: float, report: Repor
 
     A model may offer a method of its own, ``maximize(x, params, tol=, max_iter=)``, which takes rows (complete ones, or
     also others if it says ``maximizes_missing``) and the values of the parameters by name and returns better ones (an
-    EM, say). It goes first; where its end is no maximum to
-    the tolerance, L-BFGS goes on from there. At Ctrl-C it may raise ``KeyboardInterrupt(params)`` with the best so far.
+    EM, say). It goes first; where its end is no maximum to the tolerance, L-BFGS goes on from there, and what it finds
+    is taken if it gains more than that. At Ctrl-C it may raise ``KeyboardInterrupt(params)`` with the best so far.
 
     Raises
     ------
@@ -65,6 +65,7 @@ def maximize_lbfgs(problem: Problem, *, max_iter: int, tol: float, report: Repor
         if fit.interrupted or fit.converged:
             fit.method, fit.last = OWN, read
             return fit
+    ended = flat(leaves).detach().clone()
     climb = _Climb(problem, leaves, fit, max_iter, tol, report)
     try:
         climb.run()
@@ -72,6 +73,11 @@ def maximize_lbfgs(problem: Problem, *, max_iter: int, tol: float, report: Repor
         if not fit.history:
             raise
         fit.interrupted, fit.converged = True, False
+    if own and not fit.interrupted and climb.best - score <= tol * max(1.0, abs(score)):
+        # nothing to gain to the tolerance: where the score is flat, the climb may have gone any way
+        assign(leaves, ended)
+        fit.method, fit.last, fit.history, fit.n_iter, fit.converged = OWN, read, [score], 1, True
+        return fit
     assign(leaves, climb.best_theta)
     fit.n_iter = len(fit.history)
     return fit

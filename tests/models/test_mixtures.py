@@ -211,7 +211,9 @@ def test_labels_and_criteria_with_holes(kind):
     np.testing.assert_array_equal(model.predict(HOLES), share.argmax(1))
     total = logsumexp(terms, 0).sum()
     n_free = {"full": 1 + 8 + 20, "tied": 1 + 8 + 10, "diag": 1 + 8 + 8, "spherical": 1 + 8 + 2}[kind]
-    assert model.bic(HOLES) == pytest.approx(-2 * total + n_free * np.log(len(HOLES)), rel=1e-10)
+    assert model.bic(HOLES) == pytest.approx(
+        -2 * total + n_free * np.log(len(HOLES) - np.isnan(HOLES).all(1).sum()), rel=1e-10
+    )
     assert model.aic(HOLES) == pytest.approx(-2 * total + 2 * n_free, rel=1e-10)
 
 
@@ -318,7 +320,7 @@ def test_what_is_refused_leaves_gradients_and_the_store_as_they_were():
     assert torch.is_grad_enabled() and not list(pyro.get_param_store())
 
 
-@pytest.mark.parametrize("seed", [0, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_a_column_that_a_cluster_never_shows_stays_in_the_table(seed):
     """The score is flat along that centre but for rows of the other cluster, whose shares are all but zero."""
     rng = np.random.default_rng(0)
