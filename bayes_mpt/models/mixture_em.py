@@ -270,8 +270,11 @@ def _mode(prior: CovariancePrior, scale: Tensor) -> Tensor:
     return torch.linalg.cholesky(prior.scale) if scale.ndim == 3 else prior.scale.sqrt()
 
 
-def prior_of(table: Table, n_components: int, covariance_type: str, share: float = SHARE) -> CovariancePrior:
+def prior_of(
+    table: Table, n_components: int, covariance_type: str, share: float | None = None
+) -> CovariancePrior:
     """The prior of the covariances in the units of a table; zero where that has no spread in some direction."""
+    share = SHARE if share is None else share
     n_rows, n_tokens = table.rows.shape
     if covariance_type in DENSE:
         scale = _covariance(table) * (~table.constant)
