@@ -25,6 +25,7 @@ from bayes_mpt.models.mixture_em import (
     prior_of,
     products_of,
     table_of,
+    within,
 )
 from bayes_mpt.models.mixture_starts import filled
 from bayes_mpt.models.mixtures import CollapseError
@@ -259,7 +260,7 @@ def _first(
 
 def _in_units(params: Mapping[str, Tensor], table: Table) -> Analysers:
     """Parameters in the units of a table."""
-    loc = (params["loc"].detach().double() - table.centre) / table.spread
+    loc = within(table, (params["loc"].detach().double() - table.centre) / table.spread)
     loading = params["loading"].detach().double() / table.spread[:, None]
     noise = params["noise_variance"].detach().double() / table.spread.square()
     weights = params["weights"].detach().double().clamp(min=MIN_WEIGHT)

@@ -30,6 +30,7 @@ __all__ = [
     "products_of",
     "run_em",
     "table_of",
+    "within",
 ]
 
 START_ROWS = 512  # on which the k-means of the start runs; EM sees them all
@@ -268,6 +269,15 @@ def _diagonal(
 def _mode(prior: CovariancePrior, scale: Tensor) -> Tensor:
     """Scales of a component without rows."""
     return torch.linalg.cholesky(prior.scale) if scale.ndim == 3 else prior.scale.sqrt()
+
+
+def within(table: Table, loc: Tensor) -> Tensor:
+    """Centres (K, T) no further from the cells of a table than these from each other: beyond, the score is flat."""
+    rows = table.rows
+    high = rows.nan_to_num(-math.inf).amax(0)
+    low = rows.nan_to_num(math.inf).amin(0)
+    room = high - low
+    return torch.where(room >= 0, loc.clamp(low - room, high + room), loc)
 
 
 def prior_of(

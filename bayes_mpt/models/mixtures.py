@@ -26,6 +26,7 @@ from bayes_mpt.models.mixture_em import (
     prior_of,
     run_em,
     table_of,
+    within,
 )
 from bayes_mpt.models.mixture_starts import best_start
 
@@ -227,7 +228,7 @@ class GaussianMixture(CheckedModel):
         else:
             scale = params["scale"].double()
             scale = scale / table.spread[: scale.shape[1]]
-        loc = (params["loc"].double() - table.centre) / table.spread
+        loc = within(table, (params["loc"].double() - table.centre) / table.spread)
         return table, Gaussians(params["weights"].double(), loc, scale)
 
     def _refuse_singular(self, table: Table, prior: CovariancePrior | None) -> None:

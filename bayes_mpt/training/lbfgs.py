@@ -33,6 +33,7 @@ __all__ = ["maximize_lbfgs"]
 OWN = "maximize, the model's own"
 STATIONARY = 1e-3  # nats a row and unit of the map: a steeper place is no maximum
 FURTHEST = 3.0  # e-folds by which the size of a parameter changes at once
+SETTLING_STEPS = 20  # of a model's own way, where L-BFGS has ended
 OWN_STEPS = 1000  # of a model's own way to climb: one that creeps is left to L-BFGS
 GAIN_LEFT = 1e-3  # nats of all tokens
 
@@ -80,7 +81,18 @@ def maximize_lbfgs(problem: Problem, *, max_iter: int, tol: float, report: Repor
         return fit
     assign(leaves, climb.best_theta)
     fit.n_iter = len(fit.history)
+    if own and not fit.interrupted:
+        _settle(problem, leaves, fit, climb, tol)
     return fit
+
+
+def _settle(problem: Problem, leaves: dict[str, Tensor], fit: Fit, climb: _Climb, tol: float) -> None:
+    """Let the model itself have the last word, if that loses nothing: where the score is flat, L-BFGS may go far."""
+    _, fit.interrupted = _own_maximum(problem, leaves, tol, SETTLING_STEPS)
+    with torch.no_grad():
+        lost = climb.best - float(problem.score())
+    if not lost <= tol * max(1.0, abs(climb.best)):
+        assign(leaves, climb.best_theta)
 
 
 class _Climb:
