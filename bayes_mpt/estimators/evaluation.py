@@ -9,11 +9,19 @@ from typing import Any
 import numpy as np
 from sklearn.base import BaseEstimator, clone
 
-from bayes_mpt.estimators.candidates import Candidate, final_step, not_converged, token_digest
+from bayes_mpt.estimators.candidates import (
+    Candidate,
+    final_step,
+    not_converged,
+    refuse_unwrapped,
+    token_digest,
+)
 from bayes_mpt.estimators.rules import Rule, give_evidence
 from bayes_mpt.estimators.stored import Slot, with_estimator
 from bayes_mpt.estimators.table import Ranking
 from bayes_mpt.evidence.factor_prior import FactorPrior
+from bayes_mpt.masks import require_lml
+from bayes_mpt.program.run import takes_visible
 from bayes_mpt.runtime.progress import fitted_in_task
 from bayes_mpt.warnings import DivergenceWarning, warnings_of
 
@@ -23,6 +31,7 @@ __all__ = [
     "fit_candidate",
     "fit_of",
     "names_of",
+    "refuse_unfit",
     "results_of",
     "score_candidate",
     "to_fit",
@@ -156,6 +165,22 @@ def _unseeded(estimator: Any) -> list[str]:
         for name, value in estimator.get_params().items()
         if value is None and name.rpartition("__")[2] == "random_state"
     ]
+
+
+def refuse_unfit(estimator: Any, grid: list[dict[str, Any]]) -> None:
+    """Refuse candidates that no search can fit."""
+    refuse_unwrapped(estimator, "estimator")
+    for params in grid:
+        candidate = final_step(clone(estimator).set_params(**cloned(params)))
+        checkpoint = getattr(candidate.training, "checkpoint", None)
+        if checkpoint is not None:
+            raise ValueError(
+                f"checkpoint={checkpoint!r} holds one training, and a search makes many: leave it None, and give the "
+                "search a checkpoint_dir"
+            )
+        if candidate.masks is not None:
+            independent = takes_visible(candidate.model)
+            require_lml(candidate.masks, "MarginalLikelihoodSearch", independent=independent)
 
 
 def cloned(params: dict[str, Any]) -> dict[str, Any]:

@@ -28,15 +28,14 @@ from bayes_mpt.estimators.best import AsItsBest
 from bayes_mpt.estimators.candidates import (
     Candidate,
     final_step,
-    refuse_unwrapped,
 )
 from bayes_mpt.estimators.checked import checked
 from bayes_mpt.estimators.evaluation import (
     checkpointed,
-    cloned,
     fit_candidate,
     fit_of,
     names_of,
+    refuse_unfit,
     results_of,
     score_candidate,
     to_fit,
@@ -61,8 +60,6 @@ from bayes_mpt.estimators.stored import Slot, prepare, seed_in, with_estimator
 from bayes_mpt.estimators.summary import summary
 from bayes_mpt.estimators.table import Ranking, comparison_table
 from bayes_mpt.inputs import read_table, unmasked
-from bayes_mpt.masks import require_lml
-from bayes_mpt.program.run import takes_visible
 from bayes_mpt.runtime.atomic import all_or_nothing
 from bayes_mpt.runtime.digests import CannotDigest, digest_of
 from bayes_mpt.runtime.interrupts import interruptible
@@ -204,7 +201,7 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, AsItsBe
             raise ValueError(f"param_grid holds no candidates: got {self.param_grid!r}")
         names = finished.names = names_of(grid)
         asked = rule_of(self.evidence)
-        self._check_candidates(grid)
+        refuse_unfit(self.estimator, grid)
         X, y = self._read(X), unmasked(y)
         root.call_on_fit_task_begin(estimator=self, X=X, y=y)
         seed = self._partition_seed()
@@ -246,21 +243,6 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, AsItsBe
         # A copy: the caller may change the table before a candidate is asked for. A memory map is not one to copy.
         self._rows = (_kept(X), _kept(y), digest_of((X, y))) if unmade else None
         root.call_on_fit_task_end(estimator=self, X=X, y=y)
-
-    def _check_candidates(self, grid: list[dict[str, Any]]) -> None:
-        """Refuse what no search can fit."""
-        refuse_unwrapped(self.estimator, "estimator")
-        for params in grid:
-            candidate = final_step(clone(self.estimator).set_params(**cloned(params)))
-            checkpoint = getattr(candidate.training, "checkpoint", None)
-            if checkpoint is not None:
-                raise ValueError(
-                    f"checkpoint={checkpoint!r} holds one training, and a search makes many: leave it None, "
-                    "and give the search a checkpoint_dir"
-                )
-            if candidate.masks is not None:
-                independent = takes_visible(candidate.model)
-                require_lml(candidate.masks, "MarginalLikelihoodSearch", independent=independent)
 
     def _read(self, X: ArrayLike) -> Any:
         """The table, from which rows can be picked."""

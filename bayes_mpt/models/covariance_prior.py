@@ -1,8 +1,8 @@
 """The prior that keeps the covariances of a mixture away from zero, in the units of the table.
 
 The precision of each component has a Wishart prior of T + 2 degrees of freedom (its covariance an inverse Wishart, a
-single variance an inverse gamma) under which the mean of its covariance is L, 1e-5 of the covariance of the table over
-K^(2/T) (of noise variances beside factors, a hundredth). The fit is the mode of the precisions, where
+single variance an inverse gamma) under which the mean of its covariance is L, a hundredth of the covariance of the
+table over K^(2/T), and 1e-5 of it where covariances are full or tied and T > 1. The fit is the mode of the precisions:
 
     log prior = -1/2 sum_k (log det S_k + tr(L S_k^-1)),        S_k = (W_k + L) / (n_k + 1)    in the M-step:
 

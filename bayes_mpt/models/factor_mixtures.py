@@ -34,7 +34,6 @@ __all__ = ["MixtureOfFactorAnalyzers"]
 
 STARTS, STARTS_WITH_HOLES = 7, 15  # of `maximize`, beside the one that it is given
 MIN_STEPS = 200  # that it must have for them
-SHARE = 1e-2  # of a column's variance, in the prior of its noise variances
 BLOCK = 256  # columns that are compared with all others at a time
 FIRST_NOISE = 1e-3  # of a factor analyser at the start, in units of the columns' variances
 
@@ -186,9 +185,7 @@ class MixtureOfFactorAnalyzers(CheckedModel):
 
     def _prior(self, table: Table) -> CovariancePrior | None:
         """In the units of a table."""
-        return (
-            None if self.covariance_prior is None else prior_of(table, int(self.n_components), "diag", SHARE)
-        )
+        return None if self.covariance_prior is None else prior_of(table, int(self.n_components), "diag")
 
     def _start(self, x: Tensor) -> dict[str, Tensor]:
         """Initial values, of complete rows."""

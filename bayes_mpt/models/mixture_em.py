@@ -40,7 +40,8 @@ START_STEPS = 100
 REG_COVAR = 1e-6  # added to variances by the EM of the start, in units of the columns' variances
 MIN_VARIANCE = 1e-10  # of a token given others, in units of its column's: below it a component has collapsed
 MAX_PRODUCTS = 2**22  # numbers that EM holds beside the rows
-SHARE = 1e-5  # of the covariance of the table, in the prior of the covariances: directions may be thin
+SHARE = 1e-2  # of the covariance of the table, in the prior of the covariances
+THIN = 1e-5  # the same of full and tied ones, in which a direction between columns may be thin
 DENSE = ("full", "tied")  # covariances with products of different tokens
 
 
@@ -280,12 +281,10 @@ def within(table: Table, loc: Tensor) -> Tensor:
     return torch.where(room >= 0, loc.clamp(low - room, high + room), loc)
 
 
-def prior_of(
-    table: Table, n_components: int, covariance_type: str, share: float | None = None
-) -> CovariancePrior:
+def prior_of(table: Table, n_components: int, covariance_type: str) -> CovariancePrior:
     """The prior of the covariances in the units of a table; zero where that has no spread in some direction."""
-    share = SHARE if share is None else share
     n_rows, n_tokens = table.rows.shape
+    share = THIN if covariance_type in DENSE and n_tokens > 1 else SHARE
     if covariance_type in DENSE:
         scale = _covariance(table) * (~table.constant)
     elif covariance_type == "diag":

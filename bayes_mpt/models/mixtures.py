@@ -68,10 +68,10 @@ class GaussianMixture(CheckedModel):
     covariance_prior : {"auto", None}, default="auto"
         The prior of the covariances. "auto" takes it from the table that is fitted, of a fold from the rows of the
         fold: precisions have a Wishart prior with T + 2 degrees of freedom (variances an inverse gamma), whose mean
-        covariance is 1e-5 of the table's over K^(2/T). The fit is the mode of the precisions, at which each component
-        has, in effect, one more row with that covariance. Where a column is rounded to multiples of h,
-        N h^2 / (2 pi K) is added to the mean, so that no component thrives on a repeated value. None: the plain
-        likelihood.
+        covariance is 1 % of the table's over K^(2/T), or 1e-5 of it where a direction between columns may be thin (full
+        or tied, T > 1). The fit is the mode of the precisions, at which each component has, in effect, one more row
+        with that covariance. Where a column is rounded to multiples of h, N h^2 / (2 pi K) is added to the mean, so
+        that no component thrives on a repeated value. None: the plain likelihood.
 
     Examples
     --------
@@ -198,10 +198,11 @@ class GaussianMixture(CheckedModel):
         """The prior that fits add, in words."""
         if self.covariance_prior is None:
             return None
-        what = "inverse Wishart" if self.covariance_type in DENSE else "inverse gamma"
+        dense = self.covariance_type in DENSE
+        what, share = ("inverse Wishart", "1e-5") if dense else ("inverse gamma", "1 %")
         return (
-            f"the mode under an {what} prior of the covariances, in effect one more row for each component, of 1e-5 of "
-            "the table's covariance over K^(2/T) (covariance_prior='auto'), which no score includes"
+            f"the mode under an {what} prior of the covariances, in effect one more row for each component, of {share} "
+            "of the table's covariance over K^(2/T) (covariance_prior='auto'), which no score includes"
         )
 
     def _prior(self, table: Table) -> CovariancePrior | None:

@@ -16,7 +16,6 @@ from bayes_mpt.training.problem import assign, flat, untouched
 __all__ = ["metric", "units"]
 
 N_SCALE_PROBES = 4
-UNTOLD = 1e-16  # of the most that a number of the same parameter moves the outputs
 MAX_WHITENED = 64  # parameters whose information matrix is taken whole
 
 
@@ -45,10 +44,6 @@ def _units(found: Outputs | None, leaves: dict[str, Tensor]) -> Tensor:
     for name, part in zip(leaves, square.split([v.numel() for v in leaves.values()]), strict=True):
         if part.numel() and not bool((part > 0).any()) and found.whole:
             raise untouched(name)
-        if (
-            part.numel()
-        ):  # what moves the outputs by rounding errors moves them not at all: its unit would be endless
-            part[part < UNTOLD**2 * part.max()] = 0.0
     unit = torch.where(square > 0, square, torch.ones_like(square)).rsqrt().detach()
     # A constrained parameter moves through a logarithm or the like: one is far, and at a bound its slope is zero.
     bound = pyro.get_param_store().get_state()["constraints"]

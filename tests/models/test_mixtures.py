@@ -49,7 +49,9 @@ def log_density(x, p):
 def log_prior(x, p, kind):
     """Of complete rows whose columns are not rounded."""
     covs, t = covariances(p), x.shape[1]
-    scale = 1e-5 * np.cov(x.T, bias=True) / len(covs) ** (2 / t)
+    scale = (
+        (1e-5 if kind in ("full", "tied") and t > 1 else 0.01) * np.cov(x.T, bias=True) / len(covs) ** (2 / t)
+    )
     scale = {"diag": np.diag(np.diag(scale)), "spherical": np.eye(t) * np.trace(scale) / t}.get(kind, scale)
     covs = covs[:1] if kind == "tied" else covs
     return sum(-0.5 * (np.linalg.slogdet(c)[1] + np.trace(scale @ np.linalg.inv(c))) for c in covs)
