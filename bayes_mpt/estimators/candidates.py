@@ -73,7 +73,7 @@ class Facts:
             rotates=laplace_applies(model.fitted_),
             affordable=affordable(model.fitted_),
             counted=counts_parameters(model),
-            mixture=isinstance(model.fitted_.model, GaussianMixture),
+            mixture=type(model.fitted_.model) is GaussianMixture,
             converged=model.converged_,
         )
 

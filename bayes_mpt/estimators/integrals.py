@@ -65,7 +65,7 @@ def noise_shape(fitted: Fitted) -> NDArray[np.float64] | str | None:
 
 def laplace_evidence(fitted: Fitted, rows: NDArray[np.floating]) -> LaplaceEvidence | MixtureLaplace:
     """Evidence of rows with loadings and noise variances integrated out, or all parameters of a Gaussian mixture."""
-    if isinstance(fitted.model, GaussianMixture):
+    if type(fitted.model) is GaussianMixture:
         return _laplace_of_mixture(fitted, fitted.model.covariance_type, rows)
     statistics = SufficientStatistics(rows, fitted.device, fitted.shift)
     shape = noise_shape(fitted)
@@ -244,7 +244,7 @@ def allocated_evidence(
     se, max_particles, seed
         As in `bayes_mpt.evidence.mixture.mixture_evidence`.
     """
-    assert isinstance(fitted.model, GaussianMixture)
+    assert type(fitted.model) is GaussianMixture
     k, kind = int(fitted.model.n_components), fitted.model.covariance_type
     refuse_unobserved(np.isnan(rows).all(0), fitted.names)
     x = np.asarray(rows, dtype=np.float64)
@@ -272,7 +272,8 @@ def evidence_of(
     max_particles: int,
 ) -> IntegratedEvidence | SampledEvidence | MixtureEvidence:
     """Evidence of rows with what was point-estimated integrated, in the way that the model allows."""
-    mixture, factors = isinstance(fitted.model, GaussianMixture), noise_shape(fitted) is not None
+    # a subclass may run another program
+    mixture, factors = type(fitted.model) is GaussianMixture, noise_shape(fitted) is not None
     taken = MixturePrior if mixture else FactorPrior if factors else None
     if prior is not None and (taken is None or not isinstance(prior, taken)):
         raise TypeError(

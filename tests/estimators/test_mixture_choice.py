@@ -122,3 +122,15 @@ def test_same_bits_again_and_from_a_file(tmp_path):
     new = table(6, 20)
     averages = [s.average(weights="evidence").score_samples(new) for s in (first, again)]
     np.testing.assert_array_equal(*averages)
+
+
+def test_a_subclass_may_be_another_program_and_has_no_such_evidence():
+    class Shifted(GaussianMixture):
+        def __call__(self, x):
+            super().__call__(x)
+
+    x = table()
+    fitted = BayesMPT(Shifted(2), random_state=0).fit(x)
+    for ask in (fitted.integrated, fitted.laplace):
+        with pytest.raises(ValueError, match="needs a"):
+            ask(x)
