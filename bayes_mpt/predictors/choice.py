@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from bayes_mpt.predictors.base import Bound, Guide, Predictor
+from bayes_mpt.predictors.base import Bound, Guide, Predictor, bind_cells
 from bayes_mpt.predictors.exact import summed_out
 from bayes_mpt.predictors.gaussian.markov import closed_form
 from bayes_mpt.predictors.gaussian.nearest_neighbors import NearestNeighbors, near_conditionals
@@ -77,6 +77,11 @@ def choose(
         )
     if takes_visible(model):
         return SelfPredictive().bind(model, args, guide)
+    return bind_cells(lambda program: _chosen(program, args, guide), model, args)
+
+
+def _chosen(model: Model, args: tuple[Any, ...], guide: Guide | None) -> Bound:
+    """What "auto" takes for a program that observes its data."""
     vector = gaussian_program(model, args)
     if vector is not None:
         if len(args[0]) > MAX_JOINT:

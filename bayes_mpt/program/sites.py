@@ -122,7 +122,12 @@ def describe_observed(node: Any, rows_plate: str | None) -> Observed:
     except (NotImplementedError, AttributeError):
         discrete = bool(fn.has_enumerate_support)
     return Observed(
-        node["name"], shape, plate_axis(node, rows_plate), fn.event_dim, type(fn).__name__, discrete
+        node["name"],
+        shape,
+        plate_axis(node, rows_plate),
+        fn.event_dim,
+        getattr(fn, "kind", type(fn).__name__),
+        discrete,
     )
 
 
