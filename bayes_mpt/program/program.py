@@ -93,7 +93,7 @@ class Shift(NamedTuple):
     position: int
     """Of the argument."""
     cells: tuple[int, ...]
-    """Of a row of the argument, in the order of the site's tokens of a row; of the whole argument without a row axis."""
+    """Of a row of the argument, one for each token of a row of the site; of the whole argument without a row axis."""
     shape: tuple[int, ...]
     """Of the site's value in the first run."""
     row_axis: int | None

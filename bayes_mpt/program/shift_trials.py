@@ -316,8 +316,9 @@ def _near(a: Tensor, b: Tensor, size: Tensor) -> bool:
 
 def _refuse(name: str, how: str) -> NoReturn:
     raise ModelError(
-        f"observed values of site {name!r} are computed from latents or parameters, {how}: their density is not that of "
-        "the data, which has a Jacobian besides; only a shift of cells has none, obs=x - mu. Observe the data, obs=x, "
-        f"and put the rest into the distribution: of pyro.sample({name!r}, dist.Normal(0, 1), obs=(x - m) / s), write "
-        f"pyro.sample({name!r}, dist.Normal(m, s), obs=x); what needs no latents, such as x - x.mean(0), compute outside"
+        f"observed values of site {name!r} are computed from latents or parameters, {how}: their density is not that "
+        "of the data, which has a Jacobian besides; only a shift of cells has none, obs=x - mu. Observe the data, "
+        f"obs=x, and put the rest into the distribution: of obs=(x - m) / s under dist.Normal(0, 1), write "
+        f"pyro.sample({name!r}, dist.Normal(m, s), obs=x). What needs no latents, such as x - x.mean(0), compute "
+        "outside the program"
     )

@@ -1,4 +1,4 @@
-"""Observed values that are cells of an argument less something that moves: pyro.sample("r", Normal(0, 1), obs=x - f(z)).
+"""Observed values that are cells of an argument less something that moves, as in pyro.sample("r", fn, obs=x - f(z)).
 
     v(x, z) = c x + d(z),    p(x | z) = |dv/dx| p_v(v(x, z)) = |c| p_v(c x + d(z))
 
