@@ -71,7 +71,7 @@ def bind(
     if takes_y:
         args = arguments(slice(None))
         with OwnStore():
-            vector, _ = observing_cells(lambda program: gaussian_program(program, args), model, args)
+            vector = observing_cells(lambda program: gaussian_program(program, args), model, args)
         if vector is not None:
             # Its covariance may be made whole: initial values from as many rows as that costs little, at random,
             # since of a series the first rows are no sample.

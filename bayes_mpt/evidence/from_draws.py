@@ -154,8 +154,8 @@ def from_draws(
         without = _without_draws(model, args)
         if without is not None:
             return without
-        found, shifts = observing_cells(lambda program: analyze(program, args), model, args)
-        model, program = of_cells(model, shifts), one_vector(found)
+        program = one_vector(observing_cells(lambda program: analyze(program, args), model, args))
+        model = of_cells(model, program.shifts)
         if program.scale != 1.0:
             raise ModelError(
                 "a program that sub-samples or scales its rows has no evidence of its own: write it with all rows"
@@ -223,7 +223,7 @@ def from_guide(
     store = pyro.get_param_store()
     with store.scope(store.get_state()), own_random_state(random_state), torch.no_grad():
         bind = Importance(n_draws).from_guide
-        bound, _ = observing_cells(lambda program: bind(program, args, guide), model, args)
+        bound = observing_cells(lambda program: bind(program, args, guide), model, args)
         warn_if_slow(bound.one_by_one, bound)
         nodes = bound.read(args)
         seen = torch.ones(nodes.value.shape[1], dtype=torch.bool, device=nodes.value.device)
@@ -310,7 +310,7 @@ def _without_draws(model: Model, args: tuple[Any, ...]) -> DrawsEvidence | None:
     with suppress(ModelError):
         bound = Exact().bind(model, args)
     if bound is None:
-        program, _ = observing_cells(lambda program: analyze(program, args), model, args)
+        program = observing_cells(lambda program: analyze(program, args), model, args)
         if not program.by_row:
             return None
         bound = choose(model, args)

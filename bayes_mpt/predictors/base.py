@@ -33,7 +33,6 @@ __all__ = [
     "Predictive",
     "Predictor",
     "along_orders",
-    "bind_cells",
     "together",
 ]
 
@@ -151,30 +150,12 @@ class Leaves:
             )
 
 
-def bind_cells(bind: Callable[[Model], Bound], model: Model, args: tuple[Any, ...]) -> Bound:
-    """A program bound, as one that observes cells where latents or parameters shift what it observes.
-
-    Parameters
-    ----------
-    bind : callable
-        Binds a program.
-    model : callable
-        The program.
-    args : tuple
-        What it is called with.
-    """
-    bound, shifts = observing_cells(bind, model, args)
-    if shifts:
-        bound.structure = bound.structure._replace(shifts=shifts)
-    return bound
-
-
 def _of_cells(bind: Callable[..., Bound]) -> Callable[..., Bound]:
     """`Predictor.bind` of any program that observes cells, shifted or not."""
 
     @wraps(bind)
     def binding(self: Any, model: Model, args: tuple[Any, ...], guide: Guide | None = None) -> Bound:
-        return bind_cells(lambda program: bind(self, program, args, guide), model, args)
+        return observing_cells(lambda program: bind(self, program, args, guide), model, args)
 
     return binding
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from bayes_mpt.predictors.base import Bound, Guide, Predictor, bind_cells
+from bayes_mpt.predictors.base import Bound, Guide, Predictor
 from bayes_mpt.predictors.exact import summed_out
 from bayes_mpt.predictors.gaussian.markov import closed_form
 from bayes_mpt.predictors.gaussian.nearest_neighbors import NearestNeighbors, near_conditionals
@@ -20,6 +20,7 @@ from bayes_mpt.program.analysis import look
 from bayes_mpt.program.arguments import fill
 from bayes_mpt.program.program import Model, ModelError
 from bayes_mpt.program.run import run, takes_visible
+from bayes_mpt.program.shift_trials import observing_cells
 from bayes_mpt.program.sites import latent_nodes
 from bayes_mpt.runtime.serial import takes_turns
 
@@ -77,7 +78,7 @@ def choose(
         )
     if takes_visible(model):
         return SelfPredictive().bind(model, args, guide)
-    return bind_cells(lambda program: _chosen(program, args, guide), model, args)
+    return observing_cells(lambda program: _chosen(program, args, guide), model, args)
 
 
 def _chosen(model: Model, args: tuple[Any, ...], guide: Guide | None) -> Bound:

@@ -41,9 +41,7 @@ FAILURES = (RuntimeError, ValueError, IndexError, TypeError)  # of a program tha
 _Answer = TypeVar("_Answer")
 
 
-def observing_cells(
-    ask: Callable[[Model], _Answer], model: Model, args: tuple[Any, ...]
-) -> tuple[_Answer, tuple[Shift, ...]]:
+def observing_cells(ask: Callable[[Model], _Answer], model: Model, args: tuple[Any, ...]) -> _Answer:
     """What is asked of a program, as one that observes cells where latents or parameters shift what it observes.
 
     Parameters
@@ -55,26 +53,20 @@ def observing_cells(
     args : tuple
         What it is called with.
 
-    Returns
-    -------
-    answer
-    shifts : tuple of Shift
-        What was found; empty where the program observes data.
-
     Raises
     ------
     ModelError
         If they move otherwise than by a shift. The site is named.
     """
     try:
-        return ask(model), ()
+        return ask(model)
     except ValuesMove:
         if takes_visible(model) or isinstance(model, ObservesCells):
             raise
         shifts = find_shifts(model, args)
         if not shifts:
             raise
-    return ask(ObservesCells(model, shifts)), shifts
+    return ask(ObservesCells(model, shifts))
 
 
 class _Pair(NamedTuple):
@@ -156,7 +148,7 @@ class _Finder:
 
     def _further(self, node: Any, far: float) -> Tensor:
         """A latent so many times as far from the first run's, if it may be anywhere."""
-        value, support = node["value"].detach(), getattr(node["fn"], "support", None)
+        value, support = node["value"].detach(), node["fn"].support
         while hasattr(support, "base_constraint"):
             support = support.base_constraint
         if far == 1 or support is not constraints.real or node["name"] not in self.held:
@@ -170,7 +162,8 @@ class _Finder:
         try:
             with torch.no_grad(), pyro.validation_enabled(False), moved_parameters(size, seed):
                 trace = run(self.model, args, {**latents, **sub_samples(self.first)})
-            found = {name: node_of(trace, name)["value"] for name in self.names}
+            # a value may be a view of a parameter
+            found = {name: node_of(trace, name)["value"].clone() for name in self.names}
         except FAILURES:
             return None
         here = {name: self.first.nodes[name]["value"].shape for name in self.names}
@@ -239,7 +232,8 @@ class _Finder:
         cells = ((coded / one - 1) * arg.numel()).round()
         fine = torch.isfinite(cells) & (cells >= 0) & (cells < arg.numel())
         if not bool(fine.all()):
-            _refuse(name, _SEVERAL if bool((one != 0).all()) else "and not all of them are data")
+            data = bool(((one != 0) | (coded != 0)).all())
+            _refuse(name, _SEVERAL if data else "and not all of them are data")
         cells = cells.long()
         step = unit.expand_as(arg).flatten()[cells]
         factors = one / step

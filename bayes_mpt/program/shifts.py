@@ -190,7 +190,7 @@ class Shifted(TorchDistribution):
         return type(self.law).__name__
 
     @property
-    def has_rsample(self) -> bool:  # type: ignore[override]
+    def has_rsample(self) -> bool:
         """As of the distribution that is shifted."""
         return bool(self.law.has_rsample)
 
