@@ -15,7 +15,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from bayes_mpt.program.arguments import resampled
-from bayes_mpt.program.other_latents import run_on_others
+from bayes_mpt.program.other_latents import FAILURES, other_points
 from bayes_mpt.program.program import Model, ModelError, Program
 from bayes_mpt.program.run import run
 from bayes_mpt.program.sites import (
@@ -31,10 +31,7 @@ from bayes_mpt.program.store import moved_parameters
 __all__ = ["refuse_other_rows", "refuse_selection"]
 
 N_TABLES = 8  # of other data
-N_OTHERS = 3  # runs at other latents and parameters
-MOVED = 0.3  # of the parameters there
 MAX_COLUMNS = 256  # of an argument
-FAILURES = (RuntimeError, ValueError, IndexError, TypeError)  # of a program that does not take such values
 
 
 class _View(NamedTuple):
@@ -70,12 +67,9 @@ def refuse_selection(model: Model, args: tuple[Any, ...], program: Program, firs
         return
     before = _view(first, program)
     held = {n["name"]: n["value"].detach() for n in latent_nodes(first)}
-    for seed in range(1, 1 + N_OTHERS):
-        with moved_parameters(MOVED, seed):
-            try:
-                now = _view(run_on_others(model, args, first, {}, seed), program)
-            except FAILURES:
-                continue
+    for at in other_points(model, args, first):
+        with torch.no_grad(), pyro.validation_enabled(False), moved_parameters(at.size, at.seed):
+            now = _view(run(model, args, {**at.latents, **sub_samples(first)}), program)
         name = _moved(before, now)
         if name is not None:
             raise ModelError(

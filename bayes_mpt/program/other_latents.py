@@ -1,22 +1,66 @@
-"""Runs of a program at other latents than its first run."""
+"""Runs of a program at other latents and parameters than its first run: near, and far out in the prior."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import torch
 from pyro import poutine
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
+from torch.distributions import constraints
 
 from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.program import Model
 from bayes_mpt.program.run import run
-from bayes_mpt.program.sites import sub_samples
+from bayes_mpt.program.sites import latent_nodes, sub_samples
+from bayes_mpt.program.store import moved_parameters
 
-__all__ = ["run_on_others"]
+__all__ = ["FAILURES", "Point", "other_points", "run_on_others"]
+
+FAILURES = (RuntimeError, ValueError, IndexError, TypeError)  # of a program that does not take such values
+FAR = (1.0, 1.0, 1.0, 3.0, 10.0, 100.0, 1.0, 30.0)  # of the latents from the first run, in draws of the prior
+MOVED = (0.05, 0.0, 0.5, 0.05, 0.05, 0.05, 1.0, 0.05)  # of the parameters
+
+
+class Point(NamedTuple):
+    """Latents and parameters of a run."""
+
+    latents: dict[str, Tensor]
+    size: float = 0.0
+    """By which parameters are moved (`bayes_mpt.program.store.moved_parameters`),"""
+    seed: int = 0
+    """and the seed of that."""
+
+
+def other_points(model: Model, args: tuple[Any, ...], first: Trace) -> Iterator[Point]:
+    """Up to eight points at which the program runs, all latents and parameters others than in its first run."""
+    held = {n["name"]: n["value"].detach() for n in latent_nodes(first)}
+    for seed, (far, size) in enumerate(zip(FAR, MOVED, strict=True), 1):
+        for moved in (size, 0.0) if size else (size,):
+            with moved_parameters(moved, seed), suppress(*FAILURES):
+                nodes = latent_nodes(run_on_others(model, args, first, {}, seed))
+                point = Point({n["name"]: _further(n, held.get(n["name"]), far) for n in nodes}, moved, seed)
+                if far != 1:  # there a program may break
+                    with torch.no_grad(), pyro.validation_enabled(False):
+                        run(model, args, {**point.latents, **sub_samples(first)})
+                break
+        else:
+            continue
+        yield point
+
+
+def _further(node: Any, before: Tensor | None, far: float) -> Tensor:
+    """A latent so many times as far from the first run's, if it may be anywhere."""
+    value, support = node["value"].detach(), node["fn"].support
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    if far == 1 or support is not constraints.real or before is None:
+        return value
+    return before + far * (value - before)
 
 
 def run_on_others(

@@ -18,10 +18,9 @@ import pyro
 import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
-from torch.distributions import constraints
 
 from bayes_mpt.program.arguments import fill
-from bayes_mpt.program.other_latents import run_on_others
+from bayes_mpt.program.other_latents import FAILURES, Point, other_points
 from bayes_mpt.program.program import Model, ModelError, Shift, ValuesMove
 from bayes_mpt.program.run import first_run, run, takes_visible
 from bayes_mpt.program.shifts import ObservesCells
@@ -30,13 +29,10 @@ from bayes_mpt.program.store import moved_parameters
 
 __all__ = ["find_shifts", "observing_cells"]
 
-FAR = (1.0, 1.0, 1.0, 3.0, 10.0, 100.0, 1.0, 30.0)  # of the latents from the first run, in draws of the prior
-MOVED = (0.05, 0.0, 0.5, 0.05, 0.05, 0.05, 1.0, 0.05)  # of the parameters
 STEPS = (1.0, 10.0, 0.1, 100.0, 1.0, 10.0, 1000.0, 1.0)  # of the cells, in their spread
 MIN_PAIRS = 2
 MAX_COLUMNS = 256  # of an argument whose columns are not all observed
 TOL = {torch.float64: 1e-9, torch.float32: 1e-4}
-FAILURES = (RuntimeError, ValueError, IndexError, TypeError)  # of a program that does not take such values
 
 _Answer = TypeVar("_Answer")
 
@@ -72,10 +68,7 @@ def observing_cells(ask: Callable[[Model], _Answer], model: Model, args: tuple[A
 class _Pair(NamedTuple):
     """A run at other latents and parameters."""
 
-    latents: dict[str, Tensor]
-    size: float
-    """By which parameters are moved."""
-    seed: int
+    at: Point
     values: dict[str, Tensor]
 
 
@@ -121,7 +114,7 @@ class _Finder:
 
     def __init__(self, model: Model, args: tuple[Any, ...], first: Trace):
         self.model, self.args, self.first = model, args, first
-        self.held = {n["name"]: n["value"].detach() for n in latent_nodes(first)}
+        self.here = Point({n["name"]: n["value"].detach() for n in latent_nodes(first)})
         self.names = tuple(n["name"] for n in observed_nodes(first))
         self.pairs = list(self._pairs())
         if len(self.pairs) < MIN_PAIRS:
@@ -133,37 +126,18 @@ class _Finder:
     # --------------------------------------------------------------------------------------------------------- runs
 
     def _pairs(self) -> Iterator[_Pair]:
-        for seed, (far, size) in enumerate(zip(FAR, MOVED, strict=True), 1):
-            for moved in (size, 0.0) if size else (size,):
-                with moved_parameters(moved, seed):
-                    try:
-                        trace = run_on_others(self.model, self.args, self.first, {}, seed)
-                        latents = {n["name"]: self._further(n, far) for n in latent_nodes(trace)}
-                    except FAILURES:
-                        continue
-                found = self._values(self.args, latents, moved, seed)
-                if found is not None:
-                    yield _Pair(latents, moved, seed, found)
-                    break
+        for point in other_points(self.model, self.args, self.first):
+            found = self._values(self.args, point)
+            if found is not None:
+                yield _Pair(point, found)
 
-    def _further(self, node: Any, far: float) -> Tensor:
-        """A latent so many times as far from the first run's, if it may be anywhere."""
-        value, support = node["value"].detach(), node["fn"].support
-        while hasattr(support, "base_constraint"):
-            support = support.base_constraint
-        if far == 1 or support is not constraints.real or node["name"] not in self.held:
-            return value
-        return self.held[node["name"]] + far * (value - self.held[node["name"]])
-
-    def _values(
-        self, args: tuple[Any, ...], latents: dict[str, Tensor], size: float = 0.0, seed: int = 0
-    ) -> dict[str, Tensor] | None:
+    def _values(self, args: tuple[Any, ...], at: Point) -> dict[str, Tensor] | None:
         """Observed values of a run; None where the program does not take it."""
         try:
-            with torch.no_grad(), pyro.validation_enabled(False), moved_parameters(size, seed):
-                trace = run(self.model, args, {**latents, **sub_samples(self.first)})
-            # a value may be a view of a parameter
-            found = {name: node_of(trace, name)["value"].clone() for name in self.names}
+            with torch.no_grad(), pyro.validation_enabled(False), moved_parameters(at.size, at.seed):
+                trace = run(self.model, args, {**at.latents, **sub_samples(self.first)})
+                # a value may be a view of a parameter
+                found = {name: node_of(trace, name)["value"].clone() for name in self.names}
         except FAILURES:
             return None
         here = {name: self.first.nodes[name]["value"].shape for name in self.names}
@@ -206,7 +180,7 @@ class _Finder:
         """Whether these columns move the value, and by the same at other latents and parameters."""
         step = columns * _unit(self.args[position])
         args = self._with(position, step.expand_as(self.args[position]))
-        here, there = self._values(args, self.held), self._values(args, pair.latents, pair.size, pair.seed)
+        here, there = self._values(args, self.here), self._values(args, pair.at)
         if here is None or there is None:
             return False
         before = self.first.nodes[name]["value"].detach()
@@ -224,7 +198,7 @@ class _Finder:
         code = (1 + number / arg.numel()).to(arg)
         unit = columns * _unit(arg)
         found = [
-            self._values(self._with(position, unit * c), self.held) for c in (torch.ones_like(code), code)
+            self._values(self._with(position, unit * c), self.here) for c in (torch.ones_like(code), code)
         ]
         if any(f is None for f in found):
             _refuse(name, "and the program breaks where its data are moved to find out how")
@@ -248,12 +222,12 @@ class _Finder:
         """The value must be these cells times the factor and the same whatever they are, at all pairs."""
         arg, first = self.args[position], self.first.nodes[name]["value"].detach()
         generator = torch.Generator().manual_seed(0)
-        for k, pair in enumerate((_Pair(self.held, 0.0, 0, {name: first}), *self.pairs)):
+        for k, pair in enumerate((_Pair(self.here, {name: first}), *self.pairs)):
             random = 1 + torch.rand(arg.shape, generator=generator, dtype=torch.float64).to(arg)
             step = columns * _unit(arg) * random * STEPS[k % len(STEPS)] * (1 - 2 * (k % 2))
             found = None
             for shrink in (1.0, 0.1, -0.1):  # far out a program may break
-                found = self._values(self._with(position, step * shrink), pair.latents, pair.size, pair.seed)
+                found = self._values(self._with(position, step * shrink), pair.at)
                 if found is not None:
                     step = step * shrink
                     break
