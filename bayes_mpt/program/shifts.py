@@ -180,7 +180,7 @@ class Shifted(TorchDistribution):
     def __init__(self, law: Any, by: Tensor, sign: int = 1):
         batch = torch.broadcast_shapes(law.batch_shape, by.shape[: by.ndim - law.event_dim])
         self.law, self.sign = law.expand(batch), sign
-        self.by = by.expand(*batch, *law.event_shape)
+        self.by = by.expand(batch + law.event_shape)
         super().__init__(batch, law.event_shape, validate_args=False)
         self._validate_args = law._validate_args
 
@@ -217,7 +217,7 @@ class Shifted(TorchDistribution):
         """The same over more axes on the left."""
         batch_shape = torch.Size(batch_shape)
         return Shifted(
-            self.law.expand(batch_shape), self.by.expand(*batch_shape, *self.event_shape), self.sign
+            self.law.expand(batch_shape), self.by.expand(batch_shape + self.event_shape), self.sign
         )
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
