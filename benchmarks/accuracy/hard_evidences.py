@@ -135,7 +135,7 @@ def factor(sign):
 
 
 def of_factor(x):
-    """x ~ N(0, v I + w w'), v = 0.49: log det and inverse by one column; half-normal loadings have the same integral."""
+    """x ~ N(0, v I + w w'), v = 0.49: log det and inverse by one column; a half-normal loading changes nothing."""
     grid = np.linspace(-5, 5, 151)
     w = np.stack(np.meshgrid(grid, grid, grid, indexing="ij"), -1).reshape(-1, 3)
     v, n = 0.49, len(x)

@@ -183,15 +183,8 @@ class _AroundMode(NodeSource):
         u, root = (torch.stack(each)[:, 0] for each in zip(*wide, strict=True))
         if orbits is None:
             return found._replace(mode=u[:, None], root=root[:, None])
-        return found._replace(
-            **dict(
-                zip(
-                    ("mode", "root", "log_mass"),
-                    orbits.spread(u, root, found.log_mass[first, 0]),
-                    strict=True,
-                )
-            )
-        )
+        mode, root, log_mass = orbits.spread(u, root, found.log_mass[first, 0])
+        return found._replace(mode=mode, root=root, log_mass=log_mass)
 
     def evidence(self, nodes: Nodes) -> Evidence:
         return doubted(evidence_of_draws(nodes), nodes.last.located)

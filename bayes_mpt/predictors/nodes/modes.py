@@ -66,9 +66,13 @@ class Orbits(NamedTuple):
 
     def spread(self, u: Tensor, root: Tensor, log_mass: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """All images (J, 1, ...) of modes (R, d), their roots (R, d, d) and masses (R,)."""
-        parts = [self.where.images(*one, by) for *one, by in zip(u, root, self.moves, strict=True)]
-        masses = [one.expand(len(by.order)) for one, by in zip(log_mass, self.moves, strict=True)]
-        return (*(torch.cat(each)[:, None] for each in zip(*parts, strict=True)), torch.cat(masses)[:, None])
+        modes, roots, masses = [], [], []
+        for mode, its, mass, by in zip(u, root, log_mass, self.moves, strict=True):
+            images, image_roots = self.where.images(mode, its, by)
+            modes.append(images[:, None])
+            roots.append(image_roots[:, None])
+            masses.append(mass.expand(len(images))[:, None])
+        return torch.cat(modes), torch.cat(roots), torch.cat(masses)
 
 
 class Modes(NamedTuple):
@@ -176,7 +180,7 @@ class ModeSearch:
         climbs = _Climbs(at, args, x, visible)
         with pyro.validation_enabled(False), torch.no_grad():
             found = climbs.search() if near is None else climbs.follow(near)
-        if near is None or self._kept is not None and near is self._kept[2]:
+        if near is None or (self._kept is not None and near is self._kept[2]):
             self._kept = x.detach(), visible, found
         return found
 
@@ -229,8 +233,8 @@ class _Climbs:
         doubt = ""
         if rare:
             doubt = (
-                f"{rare} of {len(found.hits)} modes that matter were found by one of {n_starts} climbs from the prior, so "
-                "that others may have been found by none"
+                f"{rare} of {len(found.hits)} modes that matter were found by one of {n_starts} climbs from the prior, "
+                "so that others may have been found by none"
             )
         elif not whole:
             doubt = (
@@ -324,7 +328,5 @@ class _Climbs:
 
 
 def _join(a: Peaks, b: Peaks) -> Peaks:
-    return Peaks(
-        *(torch.cat([s, t]) for s, t in zip(a[:4], b[:4], strict=True)),
-        torch.cat([a.same, b.same + len(a.same)]),
-    )
+    u, value, root, top = (torch.cat([s, t]) for s, t in zip(a[:4], b[:4], strict=True))
+    return Peaks(u, value, root, top, torch.cat([a.same, b.same + len(a.same)]))

@@ -42,7 +42,7 @@ class Symmetry(NamedTuple):
     """(D,)"""
 
     def after(self, first: Symmetry) -> Symmetry:
-        """This one after another."""
+        """Another one, then this one."""
         return Symmetry(first.order[self.order], self.sign * first.sign[self.order])
 
 
@@ -282,7 +282,7 @@ def find_symmetries(
 def orbit(
     where: Coordinates, symmetries: list[Symmetry], u: Tensor, root: Tensor
 ) -> tuple[list[Symmetry], Tensor, bool]:
-    """What moves a mode u (d,) to each of its distinct images, these (J, d), itself first; and whether these are all."""
+    """What moves a mode u (d,) to each of its distinct images, these (J, d), itself first; if these are all."""
     one = Symmetry(torch.arange(where.size), torch.ones(where.size))
     found, images = [one], u[None]
     inverse = torch.linalg.inv(root)[None]
