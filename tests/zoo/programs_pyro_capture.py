@@ -162,13 +162,20 @@ def history_and_sex(rng: np.random.Generator) -> tuple[Array, Array]:
 
 
 CASES = [
-    Case("capture_recapture_1", capture_recapture_1, lambda rng: (seen_or_not(rng),), one_survival),
+    Case(
+        "capture_recapture_1",
+        capture_recapture_1,
+        lambda rng: (seen_or_not(rng),),
+        one_survival,
+        known="an observed site as a parent",
+    ),
     Case(
         "capture_recapture_2",
         capture_recapture_2,
         lambda rng: (seen_or_not(rng),),
         survival_by_year,
         tolerance=1e-3,
+        known="an observed site as a parent",
     ),
     Case(
         "capture_recapture_3",
@@ -176,6 +183,14 @@ CASES = [
         lambda rng: (seen_or_not(rng),),
         survival_with_effects,
         tolerance=1e-2,
+        known="an observed site as a parent",
     ),
-    Case("capture_recapture_5", capture_recapture_5, history_and_sex, survival_by_sex, tolerance=1e-3),
+    Case(
+        "capture_recapture_5",
+        capture_recapture_5,
+        history_and_sex,
+        survival_by_sex,
+        tolerance=1e-3,
+        known="an observed site as a parent",
+    ),
 ]

@@ -232,10 +232,37 @@ def coupled(params, x):
 
 
 CASES = [
-    Case("vae", VAE, lambda rng: (images(rng),), over_codes, tolerance=1e-3),
-    Case("ss_vae_labels", LabelledVAE, some_labels, over_kinds_and_codes, tolerance=1e-3),
-    Case("bayesian_network_rain", bayesian_network_rain, days, both_weathers),
+    Case(
+        "vae",
+        VAE,
+        lambda rng: (images(rng),),
+        over_codes,
+        tolerance=1e-3,
+        slow=True,
+        known="the training by a guide does not end",
+    ),
+    Case(
+        "ss_vae_labels",
+        LabelledVAE,
+        some_labels,
+        over_kinds_and_codes,
+        tolerance=1e-3,
+        known="partly observed labels",
+    ),
+    Case(
+        "bayesian_network_rain",
+        bayesian_network_rain,
+        days,
+        both_weathers,
+        known="an observed site as a parent",
+    ),
     Case("bayesian_neural_network", TinyBNN, curve),
-    Case("deep_exponential_family", deep_exponential_family, counts),
-    Case("normalizing_flow", Flow, banana, coupled),
+    Case(
+        "deep_exponential_family",
+        deep_exponential_family,
+        counts,
+        slow=True,
+        known="latents of the data set and of rows, many of each",
+    ),
+    Case("normalizing_flow", Flow, banana, coupled, known="a flow in single precision"),
 ]

@@ -172,9 +172,37 @@ def topics_by_assignments(params, documents):
 
 
 CASES = [
-    Case("mixture_of_priors", mixture_of_priors, five_points, priors_by_assignments, tolerance=1e-3),
+    Case(
+        "mixture_of_priors",
+        mixture_of_priors,
+        five_points,
+        priors_by_assignments,
+        tolerance=1e-3,
+        slow=True,
+        known="one of several modes is found",
+    ),
     Case("mixture_of_parameters", mixture_of_parameters, two_heaps, of_two_components),
-    Case("dirichlet_process_normal", dirichlet_process_normal, points_of_the_plane, sticks_by_assignments),
-    Case("dirichlet_process_poisson", dirichlet_process_poisson, sunspots),
-    Case("lda", lda, three_documents, topics_by_assignments),
+    Case(
+        "dirichlet_process_normal",
+        dirichlet_process_normal,
+        points_of_the_plane,
+        sticks_by_assignments,
+        slow=True,
+        known="one of several modes is found",
+    ),
+    Case(
+        "dirichlet_process_poisson",
+        dirichlet_process_poisson,
+        sunspots,
+        slow=True,
+        known="nodes beside discrete latents are run one by one",
+    ),
+    Case(
+        "lda",
+        lda,
+        three_documents,
+        topics_by_assignments,
+        slow=True,
+        known="nodes beside discrete latents are run one by one",
+    ),
 ]
