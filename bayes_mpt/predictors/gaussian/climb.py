@@ -243,7 +243,7 @@ class Climb:
         return found, length
 
     def settle(self, tol: float) -> bool:
-        """Take away noises that the slope drives to zero, where that loses less than ``tol``; whether there are some."""
+        """Take away noises that the slope drives to zero, if that loses less than ``tol``; whether there are some."""
         theta = self.coordinates.without(self.at.theta, self.at.slope)
         if (theta == self.at.theta).all():
             return False

@@ -256,7 +256,9 @@ class _Standardised:
                 self._run(climb, left, max_iter)
             if climb.n_iter >= max_iter or not self.n_latents or not climb.leave_saddle(rng):
                 break
-        if climb.settle(left):  # steps of other coordinates, in common units, take a noise a little away from zero
+        if climb.settle(
+            left
+        ):  # steps of other coordinates, in common units, take a noise a little away from zero
             self.best = climb.coordinates.maps(climb.at.theta[[climb.best]]), climb.n_iter
         return climb
 
