@@ -34,7 +34,7 @@ OWN = "maximize, the model's own"
 STATIONARY = 1e-3  # nats a row and unit of the map: a steeper place is no maximum
 FURTHEST = 3.0  # e-folds by which the size of a parameter changes at once
 SETTLING_STEPS = 20  # of a model's own way, where L-BFGS has ended
-MAX_SETTLINGS = 50  # where it gains a little again and again
+MAX_SETTLINGS = 5  # climbs, where it gains and L-BFGS was stuck
 ENOUGH = 10.0  # tolerances that it may gain at an end
 OWN_STEPS = 1000  # of a model's own way to climb: one that creeps is left to L-BFGS
 GAIN_LEFT = 1e-3  # nats of all tokens
@@ -85,6 +85,11 @@ def maximize_lbfgs(problem: Problem, *, max_iter: int, tol: float, report: Repor
     for _ in range(MAX_SETTLINGS if own else 0):
         if fit.interrupted or not _settle(problem, leaves, fit, climb, tol):
             break
+        try:
+            climb.run()
+        except KeyboardInterrupt:
+            fit.interrupted, fit.converged = True, False
+        assign(leaves, climb.best_theta)
     fit.n_iter = len(fit.history)
     return fit
 
