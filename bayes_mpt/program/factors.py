@@ -13,7 +13,9 @@ d log Z / d delta_i at zero is E[p(x_i | z) | x_R] = p(x_i | x_R). That is forwa
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 import pyro
@@ -22,12 +24,12 @@ from pyro import poutine
 from pyro.ops import packed
 from pyro.ops.contract import contract_to_tensor
 from pyro.ops.rings import LogRing
-from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from bayes_mpt.program.densities import log_density
 from bayes_mpt.program.layout import check_shape, from_rows, rows_axis, sum_by_row, to_rows, token_values
+from bayes_mpt.program.mapped import MappedEnumeration, Tensors, run_mapped
 from bayes_mpt.program.program import Model, Observed, Program, n_rows_of
 from bayes_mpt.program.run import NODES, SetLatents, one_precision
 from bayes_mpt.program.sites import base, is_subsample, latent_nodes, node_of, own_masks
@@ -37,6 +39,9 @@ __all__ = ["Factors", "read_factors"]
 
 UNDERFLOW = 1e-280
 
+Question = Callable[[Any, torch.Size], Tensor]
+"""Of a distribution, whose log-density has this shape."""
+
 
 class _Tokens(NamedTuple):
     """The tokens of one observed site."""
@@ -44,8 +49,8 @@ class _Tokens(NamedTuple):
     site: Observed
     log_prob: Tensor
     """(enumerated..., S, plates..., event...)"""
-    fn: Any
-    """The distribution of a token."""
+    ask: Callable[[Question, int], Tensor]
+    """What is said of the distribution of a token, laid out as ``log_prob``, and so many axes more."""
     ordinal: frozenset[str]
     symbols: dict[int, str]
     n_event: int
@@ -53,13 +58,16 @@ class _Tokens(NamedTuple):
 
     def mean(self) -> Tensor:
         """What a hidden token is filled in with, as ``log_prob`` is laid out: the mean, or the likeliest category."""
-        fn = self.fn
         value = self.log_prob.new_tensor(float("nan"))
         if not self.site.n_joint:
             with suppress(NotImplementedError):
-                codes = isinstance(fn, torch.distributions.Categorical)
-                value = fn.probs.argmax(-1).to(fn.probs) if codes else fn.mean
+                value = self.ask(_likeliest if self.codes else _mean, 0)
         return value.expand(self.log_prob.shape)
+
+    @property
+    def codes(self) -> bool:
+        """Whether tokens are categories."""
+        return self.site.kind == "Categorical"
 
 
 class Factors(NamedTuple):
@@ -167,14 +175,12 @@ class Factors(NamedTuple):
         """A draw of every token at every node, (S, N, T); None where latents are summed out or tokens are vectors."""
         if self.summed or any(t.site.n_joint for t in self.tokens):
             return None
-        drawn = [self._by_row(t, t.fn.expand(t.log_prob.shape).sample()) for t in self.tokens]
+        drawn = [self._by_row(t, t.ask(_draw, 0)) for t in self.tokens]
         return torch.cat([d.to(self.tokens[0].log_prob) for d in drawn], -1)
 
     def levels(self, visible: Tensor) -> Tensor | None:
         """Probabilities of the categories of categorical tokens given x_R and u_s, 0 for others: (S, N, T, L)."""
-        probs = [
-            t.fn.probs if isinstance(t.fn, torch.distributions.Categorical) else None for t in self.tokens
-        ]
+        probs = [t.ask(_probs, 1) if t.codes else None for t in self.tokens]
         n_levels = max((p.shape[-1] for p in probs if p is not None), default=0)
         if not n_levels:
             return None
@@ -325,6 +331,7 @@ def read_factors(
     program: Program,
     values: dict[str, Tensor] | None = None,
     n_nodes: int = 1,
+    mapped: bool = False,
 ) -> Factors:
     """Run the program at these values of its continuous latents, discrete ones enumerated.
 
@@ -341,33 +348,34 @@ def read_factors(
         the S left of all plates.
     n_nodes : int, default=1
         S.
+    mapped : bool, default=False
+        The program does not broadcast over nodes (``x @ w``, ``locs[z]``): `torch.vmap` runs it on values (S, batch...,
+        event...).
 
     Raises
     ------
     ModelError
         If a discrete latent has too many values, or the program cannot run on enumerated values.
     """
-    trace = _enumerated(model, args, program, values or {}, n_nodes)
-    n_rows = n_rows_of(program, args)
-    dtype = node_of(trace, program.sites[0].name)["value"].dtype
-    # of constants in another precision; those that are held have their density elsewhere
-    own_nodes = [node for node in latent_nodes(trace) if node["name"] in program.latent_names]
-    hidden = [(node, log_density(node["fn"], node["value"]).to(dtype)) for node in own_nodes]
-    sums = any("_enumerate_dim" in node["infer"] for node, _ in hidden)
+    found = (_run_mapped if mapped and n_nodes > 1 else _run)(model, args, program, values or {}, n_nodes)
+    trace, log_probs, n_rows = found.trace, found.log_probs, n_rows_of(program, args)
+    # those that are held have their density elsewhere
+    hidden = [node for node in latent_nodes(trace) if node["name"] in program.latent_names]
+    sums = any("_enumerate_dim" in node["infer"] for node in hidden)
     if sums:
         trace.symbolize_dims()
-    own = tuple(node["infer"].get("_enumerate_symbol", "") for node, _ in hidden)
-    tokens = tuple(_tokens_of(trace, site, dtype, sums) for site in program.sites)
+    own = tuple(node["infer"].get("_enumerate_symbol", "") for node in hidden)
+    tokens = tuple(_tokens_of(found, site, sums) for site in program.sites)
     prior, latents, kept = None, [], ""
     sizes: dict[str, int] = {}
     if sums:
         kept, sizes = _plates(trace, program, n_nodes, n_rows)
         latents = [
-            (_ordinal(trace, node), packed.pack(log_prob, node["infer"]["_dim_to_symbol"]))
-            for node, log_prob in hidden
+            (_ordinal(trace, node), packed.pack(log_probs[node["name"]], node["infer"]["_dim_to_symbol"]))
+            for node in hidden
         ]
     else:
-        parts = [sum_by_row(log_prob, rows_axis(node, program), n_nodes) for node, log_prob in hidden]
+        parts = [sum_by_row(log_probs[node["name"]], rows_axis(node, program), n_nodes) for node in hidden]
         prior = sum(parts[1:], parts[0]) if parts else tokens[0].log_prob.new_zeros(n_nodes, n_rows)
     return Factors(
         tokens,
@@ -380,12 +388,71 @@ def read_factors(
         n_nodes,
         n_rows,
         float(trace.nodes[program.sites[-1].name]["scale"]),
-        token_values(trace, program),
+        found.value,
     )
 
 
-def _enumerated(
+class _Found(NamedTuple):
+    """What is taken out of a run."""
+
+    trace: Trace
+    log_probs: dict[str, Tensor]
+    """Of tokens and latents by site: (enumerated..., S, plates..., event...)."""
+    value: Tensor
+    """(N, T)"""
+    ask: Callable[[str, Question, int], Tensor]
+    """Of a site's distribution."""
+
+
+def _run(
     model: Model, args: tuple[Any, ...], program: Program, values: dict[str, Tensor], n_nodes: int
+) -> _Found:
+    """A run on nodes side by side."""
+    trace = _enumerated(model, args, program, values, n_nodes, n_nodes > 1)
+    log_probs = {name: t for name, (t, _) in _log_probs(trace, program).items()}
+
+    def ask(name: str, question: Question, n_more: int) -> Tensor:
+        return question(base(trace.nodes[name]["fn"]), log_probs[name].shape)
+
+    return _Found(trace, log_probs, token_values(trace, program), ask)
+
+
+def _run_mapped(
+    model: Model, args: tuple[Any, ...], program: Program, values: dict[str, Tensor], n_nodes: int
+) -> _Found:
+    """Runs on nodes one by one in one, of a program that does not broadcast."""
+    read = partial(_enumerated, model, args, program, n_nodes=1, on_plate=True)
+
+    def everything(node: dict[str, Tensor]) -> tuple[Trace, Tensors]:
+        trace = read(node)
+        value = token_values(trace, program)
+        return trace, _log_probs(trace, program) | {"": (value, value.ndim)}
+
+    trace, log_probs = run_mapped(everything, values, program.depth)
+    value = log_probs.pop("")[(0,) * program.depth]
+
+    def ask(name: str, question: Question, n_more: int) -> Tensor:
+        n_event = trace.nodes[name]["fn"].event_dim - next(s.n_joint for s in program.sites if s.name == name)
+        shape = list(log_probs[name].shape)
+        shape[len(shape) - program.depth - n_event - 1] = 1  # of one node
+
+        def one(node: dict[str, Tensor]) -> tuple[Trace, Tensors]:
+            again = read(node)
+            said = question(base(again.nodes[name]["fn"]), torch.Size(shape))
+            return again, {name: (said, n_event + n_more)}
+
+        return run_mapped(one, values, program.depth)[1][name]
+
+    return _Found(trace, log_probs, value, ask)
+
+
+def _enumerated(
+    model: Model,
+    args: tuple[Any, ...],
+    program: Program,
+    values: dict[str, Tensor],
+    n_nodes: int,
+    on_plate: bool,
 ) -> Trace:
     """The run on nodes side by side, left of the program's plates, and left of them the values of discrete latents."""
     depth = program.depth
@@ -394,25 +461,54 @@ def _enumerated(
         # Outside of the enumeration, which must see a latent of whose mean a discrete one decides before it is set.
         stack.enter_context(SetLatents(values))
         if program.discrete:
-            stack.enter_context(EnumMessenger(first_available_dim=-1 - depth - (n_nodes > 1)))
-        if n_nodes > 1:
+            stack.enter_context(MappedEnumeration(first_available_dim=-1 - depth - on_plate))
+        if on_plate:
             stack.enter_context(pyro.plate(NODES, n_nodes, dim=-1 - depth))
         stack.enter_context(_Enumerate())
         return poutine.trace(model).get_trace(*args)
 
 
-def _tokens_of(trace: Trace, site: Observed, dtype: torch.dtype, sums: bool) -> _Tokens:
-    """The tokens of one site of the run, 0 where masks of the program hide them."""
-    node = node_of(trace, site.name)
-    check_shape(node, site)
-    fn = base(node["fn"])
-    log_prob = log_density(fn, node["value"]).to(dtype)
-    n_event = node["fn"].event_dim - site.n_joint
-    for mask, n_outer in own_masks(node, n_event):
-        log_prob = torch.where(mask[(...,) + (None,) * n_outer] if mask.ndim else mask, log_prob, 0.0)
-    ordinal = _ordinal(trace, node) if sums else frozenset()
+def _log_probs(trace: Trace, program: Program) -> Tensors:
+    """Log-densities of tokens, 0 where masks of the program hide them, and latents; with their event axes."""
+    dtype = node_of(trace, program.sites[0].name)["value"].dtype  # constants may be of another
+    out: Tensors = {}
+    for node in latent_nodes(trace):
+        if node["name"] in program.latent_names:
+            out[node["name"]] = log_density(node["fn"], node["value"]).to(dtype), 0
+    for site in program.sites:
+        node = node_of(trace, site.name)
+        check_shape(node, site)
+        log_prob = log_density(base(node["fn"]), node["value"]).to(dtype)
+        n_event = node["fn"].event_dim - site.n_joint
+        for mask, n_outer in own_masks(node, n_event):
+            log_prob = torch.where(mask[(...,) + (None,) * n_outer] if mask.ndim else mask, log_prob, 0.0)
+        out[site.name] = log_prob, n_event
+    return out
+
+
+def _tokens_of(found: _Found, site: Observed, sums: bool) -> _Tokens:
+    """The tokens of one site of the run."""
+    node = found.trace.nodes[site.name]
+    ordinal = _ordinal(found.trace, node) if sums else frozenset()
     symbols = node["infer"]["_dim_to_symbol"] if sums else {}
-    return _Tokens(site, log_prob, fn, ordinal, symbols, n_event)
+    n_event = node["fn"].event_dim - site.n_joint
+    return _Tokens(site, found.log_probs[site.name], partial(found.ask, site.name), ordinal, symbols, n_event)
+
+
+def _mean(fn: Any, shape: torch.Size) -> Tensor:
+    return fn.mean
+
+
+def _likeliest(fn: Any, shape: torch.Size) -> Tensor:
+    return fn.probs.argmax(-1).to(fn.probs)
+
+
+def _probs(fn: Any, shape: torch.Size) -> Tensor:
+    return fn.probs
+
+
+def _draw(fn: Any, shape: torch.Size) -> Tensor:
+    return fn.expand(shape).sample()
 
 
 def _plates(trace: Trace, program: Program, n_nodes: int, n_rows: int) -> tuple[str, dict[str, int]]:

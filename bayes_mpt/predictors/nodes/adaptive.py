@@ -115,7 +115,7 @@ class AdaptiveNodes:
         else:
             together = self._runs_together if self._template is None else self._reads_side_by_side
             self.vectorised = together(args, filled, mapped=False)
-            if not self.vectorised and not program.discrete:
+            if not self.vectorised:
                 self.mapped = together(args, filled, mapped=True)
 
     @property
@@ -161,7 +161,8 @@ class AdaptiveNodes:
             return Factorized(factors), log_det, factors.scale
         alone = partial(read_factors, self.model, filled, self.program)
         if self.mapped:
-            return Factorized.mapped(alone, values), log_det, alone(node_values(values, 0)).scale
+            factors = alone(values, len(u), mapped=True)
+            return Factorized(factors), log_det, factors.scale
         parts = [alone(node_values(values, s)) for s in range(len(u))]
         return Factorized(*parts), log_det, parts[0].scale
 
