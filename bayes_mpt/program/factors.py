@@ -27,7 +27,7 @@ from pyro.ops.rings import LogRing
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from bayes_mpt.program.densities import log_density
+from bayes_mpt.program.densities import log_density, unrepeated
 from bayes_mpt.program.layout import check_shape, from_rows, rows_axis, sum_by_row, to_rows, token_values
 from bayes_mpt.program.mapped import MappedEnumeration, Tensors, run_mapped
 from bayes_mpt.program.program import Model, Observed, Program, n_rows_of
@@ -108,6 +108,8 @@ class Factors(NamedTuple):
                 axis = None if t.site.row_axis is None else t.site.row_axis - m.ndim
                 total = total + sum_by_row(log_prob, axis, self.n_nodes)
             return total
+        if bool(visible.all()):
+            return self._contract([t.log_prob for t in self.tokens])
         return self._contract([torch.where(m, t.log_prob, 0.0) for t, m in self._layout(visible)])
 
     def log_prior(self) -> Tensor:
@@ -205,16 +207,18 @@ class Factors(NamedTuple):
         d log Z / d log p(z = k | parents) is the probability of k and its parents. Sites in further plates are left
         out.
         """
-        out: list[Tensor] = []
-        if not self.summed:
-            return self.tokens[0].log_prob.new_zeros(self.n_nodes, self.n_rows, 0)
+        out = [self.tokens[0].log_prob.new_zeros(self.n_nodes, self.n_rows, 0)]
+        if not any(
+            symbol and not self._away(o) for (o, _), symbol in zip(self.latents, self.own, strict=True)
+        ):
+            return out[0]
         with torch.enable_grad():
-            terms = [(o, _repack(f.detach().requires_grad_(), f)) for o, f in self.latents]
+            terms = [(o, self._in_each_row(o, f).requires_grad_()) for o, f in self.latents]
             bare = self._replace(latents=tuple(terms))
             total = bare.log_joint(visible).sum()
             grads = torch.autograd.grad(total, [f for _, f in terms], materialize_grads=True)
         for (ordinal, term), symbol, grad in zip(terms, self.own, grads, strict=True):
-            if not symbol or {s for s in ordinal if self.sizes[s] > 1} - set(self.kept):
+            if not symbol or self._away(ordinal):
                 continue
             dims = term._pyro_dims  # type: ignore[attr-defined]  # Pyro names packed axes so
             away = [i for i, s in enumerate(dims) if s != symbol and s not in self.kept]
@@ -224,8 +228,19 @@ class Factors(NamedTuple):
             shape = [n if s in left else 1 for s, n in zip(self.kept, self._kept_shape(), strict=True)]
             grad = grad.reshape(*shape, -1).expand(*self._kept_shape(), -1)
             out.append(grad.reshape(self.n_nodes, self.n_rows, -1))
-        empty = self.tokens[0].log_prob.new_zeros(self.n_nodes, self.n_rows, 0)
-        return torch.cat([empty, *out], -1)
+        return torch.cat(out, -1)
+
+    def _away(self, ordinal: frozenset[str]) -> set[str]:
+        """The plates of a site that are neither nodes nor rows."""
+        return {s for s in ordinal if self.sizes[s] > 1} - set(self.kept)
+
+    def _in_each_row(self, ordinal: frozenset[str], term: Tensor) -> Tensor:
+        """A latent's packed log-density, with the nodes and rows that do not change it too, detached."""
+        dims: str = term._pyro_dims  # type: ignore[attr-defined]  # Pyro names packed axes so
+        more = "".join(s for s in self.kept if s in ordinal and s not in dims)
+        whole = term.detach().expand(*(self.sizes[s] for s in more), *term.shape).clone()
+        whole._pyro_dims = more + dims  # type: ignore[attr-defined]
+        return whole
 
     def _kept_shape(self) -> list[int]:
         return [self.sizes[s] for s in self.kept]
@@ -474,7 +489,8 @@ def _log_probs(trace: Trace, program: Program) -> Tensors:
     out: Tensors = {}
     for node in latent_nodes(trace):
         if node["name"] in program.latent_names:
-            out[node["name"]] = log_density(node["fn"], node["value"]).to(dtype), 0
+            fn = unrepeated(node["fn"]) if "_enumerate_dim" in node["infer"] else node["fn"]
+            out[node["name"]] = log_density(fn, node["value"]).to(dtype), 0
     for site in program.sites:
         node = node_of(trace, site.name)
         check_shape(node, site)
@@ -539,8 +555,3 @@ class _Enumerate(poutine.messenger.Messenger):
 
 def _ordinal(trace: Any, node: Any) -> frozenset[str]:
     return frozenset(trace.plate_to_symbol[f.name] for f in node["cond_indep_stack"] if f.vectorized)
-
-
-def _repack(tensor: Tensor, like: Tensor) -> Tensor:
-    tensor._pyro_dims = like._pyro_dims  # type: ignore[attr-defined]  # Pyro names packed axes so
-    return tensor
