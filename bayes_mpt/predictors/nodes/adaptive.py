@@ -42,7 +42,7 @@ from bayes_mpt.predictors.nodes.weighted import FixedSites, program_values
 from bayes_mpt.program.affine import read_side_by_side
 from bayes_mpt.program.arguments import fill
 from bayes_mpt.program.devices import own_random_state
-from bayes_mpt.program.factors import read_factors
+from bayes_mpt.program.factor_runs import read_factors
 from bayes_mpt.program.latents import Space, space
 from bayes_mpt.program.program import Latent, Model, ModelError, Program, n_rows_of, split_events
 from bayes_mpt.program.run import SetLatents, run

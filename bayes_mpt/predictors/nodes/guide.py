@@ -32,7 +32,7 @@ from bayes_mpt.predictors.nodes.weighted import (
 from bayes_mpt.predictors.objective import Batch, Objective
 from bayes_mpt.program.arguments import fill, filling
 from bayes_mpt.program.devices import own_random_state
-from bayes_mpt.program.factors import read_factors
+from bayes_mpt.program.factor_runs import read_factors
 from bayes_mpt.program.layout import rows_axis, sum_by_row
 from bayes_mpt.program.program import Latent, Model, ModelError, Program, n_rows_of, one_vector
 from bayes_mpt.program.run import NODES, SetLatents, one_precision, run, takes_visible
