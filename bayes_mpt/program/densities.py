@@ -83,7 +83,7 @@ def log_density(fn: Any, value: Tensor) -> Tensor:
 
 
 def unrepeated(fn: Any) -> Any:
-    """The distribution of a discrete latent without what plates repeat: its log-density has 1 for N there.
+    """A distribution over a few values without what plates repeat: of a latent the log-density has 1 for N there.
 
     Examples
     --------
@@ -156,9 +156,9 @@ def _times_log(count: Tensor, p: Tensor, of_failure: bool = False) -> Tensor:
 
 
 def _some(where: Tensor) -> bool:
-    """Whether it holds anywhere; under vmap, where that cannot be asked, it is assumed to."""
-    if torch._C._functorch.is_batchedtensor(where):
-        return True
+    """Whether it holds anywhere; under vmap at any of the values that are run in one."""
+    while torch._C._functorch.is_batchedtensor(where):
+        where = torch._C._functorch.get_unwrapped(where)
     return bool(where.any())
 
 

@@ -1,7 +1,7 @@
 """Runs of a program at nodes, its discrete latents enumerated: what `Factors` are read from.
 
 A program that broadcasts over leading batch dimensions runs once on a plate of S nodes; one that does not (``x @ w``,
-``locs[z]``) once too, by `torch.vmap`. Either way log-densities come out as (enumerated..., S, plates..., event...), and
+``locs[z]``) once too, by `torch.vmap`. Log-densities come out as (enumerated..., S, plates..., event...) either way, and
 serve all questions.
 """
 
@@ -184,7 +184,10 @@ def _log_probs(trace: Trace, program: Program) -> Tensors:
     for site in program.sites:
         node = node_of(trace, site.name)
         check_shape(node, site)
-        log_prob = log_density(base(node["fn"]), node["value"]).to(dtype)
+        fn = base(node["fn"])
+        if fn._validate_args:
+            fn._validate_sample(node["value"])
+        log_prob = log_density(unrepeated(fn), node["value"]).to(dtype)
         n_event = node["fn"].event_dim - site.n_joint
         for mask, n_outer in own_masks(node, n_event):
             log_prob = torch.where(mask[(...,) + (None,) * n_outer] if mask.ndim else mask, log_prob, 0.0)
