@@ -1,7 +1,7 @@
 """Runs of a program at nodes, its discrete latents enumerated: what `Factors` are read from.
 
 A program that broadcasts over leading batch dimensions runs once on a plate of S nodes; one that does not (``x @ w``,
-``locs[z]``) once too, by `torch.vmap`. Log-densities come out as (enumerated..., S, plates..., event...) either way, and
+``locs[z]``) once too, by `torch.vmap`. Log-densities come out as (enumerated..., S, plates..., event...) either way and
 serve all questions.
 """
 
