@@ -44,15 +44,23 @@ CHUNK = 2**22  # cells of (S, N, T) scored at once
 @methods_take_turns()
 @dataclass(frozen=True)
 class Posterior:
-    """Latents and tokens of each row given what is visible of it."""
+    """Latents and tokens of each row given what is visible of it: tensors, or functions that find them when asked."""
 
-    mean: Tensor
-    """(N, K) posterior means of the latents; of a discrete one the probabilities of its values."""
-    tokens: Tensor
-    """(N, T) means of the tokens at those latents: what `impute` fills in."""
+    of_mean: Tensor | Callable[[], Tensor]
+    of_tokens: Tensor | Callable[[], Tensor]
     of_labels: Callable[[], Tensor] | None = field(default=None, repr=False)
     of_draws: Callable[[int], Tensor] | None = field(default=None, repr=False)
     of_shared: Callable[[], list[tuple[float, dict[str, Tensor]]]] | None = field(default=None, repr=False)
+
+    @property
+    def mean(self) -> Tensor:
+        """(N, K) posterior means of the latents; of a discrete one the probabilities of its values."""
+        return self.of_mean if isinstance(self.of_mean, Tensor) else self.of_mean()
+
+    @property
+    def tokens(self) -> Tensor:
+        """(N, T) means of the tokens at those latents: what `impute` fills in."""
+        return self.of_tokens if isinstance(self.of_tokens, Tensor) else self.of_tokens()
 
     def labels(self) -> Tensor:
         """Probabilities of the values of each row's discrete latents, site after site: (N, L)."""
