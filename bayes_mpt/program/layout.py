@@ -83,8 +83,6 @@ def token_values(trace: Trace, program: Program) -> Tensor:
         node = node_of(trace, site.name)
         check_shape(node, site)
         shown = own_shown(node)
-        while shown.ndim > node["value"].ndim:  # the same at all nodes, since it moves with no latent
-            shown = shown[0]
         values[site.name] = node["value"] if bool(shown.all()) else hidden(node["value"], shown)
     return join_tokens(values, program)
 
