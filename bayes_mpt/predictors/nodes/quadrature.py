@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor
 
 from bayes_mpt.predictors.base import Evidence, Guide, Predictor
 from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes, check_width
-from bayes_mpt.predictors.nodes.modes import Modes, ModeSearch, doubted
+from bayes_mpt.predictors.nodes.mixture import Modes
+from bayes_mpt.predictors.nodes.modes import ModeSearch, doubted
 from bayes_mpt.predictors.nodes.rules import hermite
 from bayes_mpt.predictors.nodes.weighted import (
     Nodes,
@@ -28,6 +30,8 @@ __all__ = ["Quadrature"]
 MAX_WIDTH = 4
 NODES = {1: 64, 2: 16, 3: 10, 4: 8}  # along each axis, by the number of latents
 MAX_NODES = 8192  # around all modes together, where these are several
+ROUGH = 0.01  # nats of change with more nodes, from which draws are asked too
+N_CHECKS = 1024
 MIN_NODES = 3  # along each axis
 
 
@@ -145,6 +149,13 @@ class _Hermite(NodeSource):
         )  # with more nodes in every row too, where rows have their own
         change = float((many - few).sum())
         diagnostics = {"n_nodes": more, f"change from {self._n_nodes(modes)} nodes": change}
-        if not self.structure.by_row:
-            diagnostics["n_modes"] = len(modes.mode)
-        return doubted(Evidence(many, abs(change), diagnostics), modes)
+        if self.structure.by_row:
+            return Evidence(many, abs(change), diagnostics)
+        diagnostics["n_modes"] = len(modes.mode)
+        se = abs(change)
+        if modes.has_pieces or se > ROUGH:  # nodes of one rule may agree and both be wrong: draws see it
+            everything = torch.ones(nodes.value.shape[1], dtype=torch.bool, device=nodes.value.device)
+            by_draws, _ = self.modes.check(nodes.args, nodes.value, everything, modes, N_CHECKS)
+            diagnostics["by draws of the same mixture"] = by_draws
+            se = math.hypot(change, by_draws - float(many.sum()))
+        return doubted(Evidence(many, se, diagnostics), modes)
