@@ -60,10 +60,10 @@ def means(n):
 
 
 def of_means(n, points):
-    """The sum over a grid of all means."""
+    """The sum over a grid of all means, as wide as their prior: one that no row needs lies anywhere."""
 
     def truth(x):
-        grid = np.linspace(x.min() - 7, x.max() + 7, points)
+        grid = np.linspace(-27, 27, points)
         density = np.exp(norm.logpdf(x[:, None], grid))  # (N, P)
         log_p = sum(
             norm.logpdf(grid, 0, 5).reshape([-1 if a == b else 1 for b in range(n)]) for a in range(n)
@@ -228,11 +228,11 @@ def waves(rng):
 
 
 PROBLEMS = {
-    "two means, apart": Problem(means(2), separated(2, 5.0, 30), of_means(2, 800)),
-    "two means, overlapping": Problem(means(2), separated(2, 1.0, 30), of_means(2, 400)),
-    "two means, equal": Problem(means(2), separated(2, 0.0, 30), of_means(2, 400)),
-    "three means, apart": Problem(means(3), separated(3, 4.0, 24), of_means(3, 140)),
-    "three means, overlapping": Problem(means(3), separated(3, 1.5, 24), of_means(3, 100)),
+    "two means, apart": Problem(means(2), separated(2, 5.0, 30), of_means(2, 600)),
+    "two means, overlapping": Problem(means(2), separated(2, 1.0, 30), of_means(2, 300)),
+    "two means, equal": Problem(means(2), separated(2, 0.0, 30), of_means(2, 300)),
+    "three means, apart": Problem(means(3), separated(3, 4.0, 24), of_means(3, 180)),
+    "three means, overlapping": Problem(means(3), separated(3, 1.5, 24), of_means(3, 150)),
     "equal groups": Problem(groups, equal_groups, of_groups),
     "empty groups": Problem(groups, empty_groups, of_groups),
     "factor, sign-symmetric": Problem(factor(False), loaded, of_factor),

@@ -40,6 +40,7 @@ __all__ = ["ModeSearch", "doubted"]
 
 N_STARTS = 16  # draws from the prior that climbs start at, at first
 MAX_STARTS = 64  # where a mode that matters was found by few of them
+REACH = 2.0  # half as many more start at uniform numbers up to it, in unconstrained units
 N_MIDDLE = 9  # draws whose median one more climb starts at
 FEW_STARTS = 4  # where each costs a run of its own
 OFTEN = 2  # climbs that must have found a mode that matters
@@ -169,7 +170,10 @@ class _Climbs:
             n if self.adaptive.one_by_one else max(n, min(MAX_STARTS, 4 * WORK // (self._cells * self.width)))
         )
         middle = self._draws(N_MIDDLE)[:N_MIDDLE].median(0).values
-        peaks, n_starts = self._climb(torch.cat([middle[None], self._draws(n)[:n]])), n
+        # of a vague prior the draws lie where no climb begins
+        generator = torch.Generator().manual_seed(0)
+        near = REACH * (2 * torch.rand(n // 2, self.width, generator=generator, dtype=middle.dtype) - 1)
+        peaks, n_starts = self._climb(torch.cat([middle[None], near.to(middle), self._draws(n)[:n]])), n
         while True:
             # the climb from the middle is no draw: it finds no mode often
             hits = torch.bincount(peaks.same[1:], minlength=len(peaks.same))

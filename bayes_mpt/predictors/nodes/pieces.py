@@ -27,7 +27,7 @@ Both = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 N_DRAWS = 128  # of a round
 MAX_ROUNDS = 12
-ENOUGH = 0.25  # share of effective draws from which the modes alone have the posterior's shape
+ENOUGH = 0.4  # share of effective draws from which the modes alone have the posterior's shape
 FITTED = 0.6  # from which pieces are enough
 MAX_WIDTH = 12  # latents: draws in more dimensions weigh unevenly whatever the shape
 NEAR = 0.1  # share of the draws that a new piece is made of

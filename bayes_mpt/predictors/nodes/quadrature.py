@@ -141,21 +141,33 @@ class _Hermite(NodeSource):
     @torch.no_grad()
     def evidence(self, nodes: Nodes) -> Evidence:
         few, modes = nodes.score(), nodes.last.located
-        more = self._n_nodes(modes, finer=True)
+        n_nodes, more = self._n_nodes(modes), self._n_nodes(modes, finer=True)
         filled = tuple(fill(a) for a in nodes.args)
-        finer = self._around(nodes.args, filled, nodes.value, modes, more)
-        many = (
-            nodes.at_nodes(finer).refined().score()
-        )  # with more nodes in every row too, where rows have their own
+        finer = nodes.at_nodes(self._around(nodes.args, filled, nodes.value, modes, more))
+        refined = finer.refined()  # with more nodes in every row too, where rows have their own
+        everything = torch.ones(nodes.value.shape[1], dtype=torch.bool, device=nodes.value.device)
+        if refined is finer:
+            log_prob = finer.last.log_weight + finer.last.given.log_joint(nodes.value, everything)
+            many, beyond = finer.log_z(log_prob, everything), _beyond(log_prob, modes, more)
+        else:
+            many, beyond = refined.score(), 0.0
         change = float((many - few).sum())
-        diagnostics = {"n_nodes": more, f"change from {self._n_nodes(modes)} nodes": change}
+        diagnostics = {"n_nodes": more, f"change from {n_nodes} nodes": change}
         if self.structure.by_row:
             return Evidence(many, abs(change), diagnostics)
         diagnostics["n_modes"] = len(modes.mode)
-        se = abs(change)
+        se = abs(change) + beyond
         if modes.has_pieces or se > ROUGH:  # nodes of one rule may agree and both be wrong: draws see it
-            everything = torch.ones(nodes.value.shape[1], dtype=torch.bool, device=nodes.value.device)
             by_draws, _ = self.modes.check(nodes.args, nodes.value, everything, modes, N_CHECKS)
             diagnostics["by draws of the same mixture"] = by_draws
-            se = math.hypot(change, by_draws - float(many.sum()))
+            se = math.hypot(se, by_draws - float(many.sum()))
         return doubted(Evidence(many, se, diagnostics), modes)
+
+
+def _beyond(log_prob: Tensor, modes: Modes, n_nodes: int) -> float:
+    """Share of the integral (J Q, N) at the outermost nodes, above that of a Gaussian: as much may lie beyond them."""
+    t, log_w = (a.to(log_prob) for a in hermite(modes.mode.shape[-1], n_nodes))
+    outer = t.abs().amax(1) >= t.max() * (1 - 1e-9)
+    gaussian = (log_w - 0.5 * t.square().sum(1)).softmax(0)[outer].sum()
+    at_outer = log_prob.softmax(0).unflatten(0, (len(modes.mode), len(t)))[:, outer].sum()
+    return float((at_outer - 2 * gaussian).clamp(min=0))

@@ -211,7 +211,7 @@ class Nodes(Conditionals):
             read = self._at(mask)
             log_prob = read.log_weight + read.given.log_joint(x, mask)  # (S, N)
             step = (log_prob[..., None] + read.given.predictive(x, mask)).logsumexp(0)
-            out.append(_gain(step, self._log_z(log_prob, mask)[:, None]))
+            out.append(_gain(step, self.log_z(log_prob, mask)[:, None]))
         hidden = ~visible[:, None] & ~x.isnan()
         return torch.where(hidden, torch.stack(out), 0.0)
 
@@ -295,7 +295,7 @@ class Nodes(Conditionals):
     def _joint(self) -> Tensor:
         everything = self._everything()
         log_prob = self.last.log_weight + self.last.given.log_joint(self.value, everything)
-        return self._log_z(log_prob, everything)
+        return self.log_z(log_prob, everything)
 
     def _everything(self) -> Tensor:
         return torch.ones(self.value.shape[1], dtype=torch.bool, device=self.value.device)
@@ -335,9 +335,9 @@ class Nodes(Conditionals):
 
     def _z_of(self, read: Read, mask: Tensor) -> Tensor:
         """log Z (N,) of these tokens at nodes that were placed for them."""
-        return self._log_z(read.log_weight + read.given.log_joint(self.value, mask), mask)
+        return self.log_z(read.log_weight + read.given.log_joint(self.value, mask), mask)
 
-    def _log_z(self, log_prob: Tensor, mask: Tensor) -> Tensor:
+    def log_z(self, log_prob: Tensor, mask: Tensor) -> Tensor:
         """(S, N) -> (N,); 0 for rows of which nothing is visible."""
         log_z = log_prob.logsumexp(0)
         if bool(mask.any()) and not has_missing(self.value):
