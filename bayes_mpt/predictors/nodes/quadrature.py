@@ -146,11 +146,9 @@ class _Hermite(NodeSource):
         finer = nodes.at_nodes(self._around(nodes.args, filled, nodes.value, modes, more))
         refined = finer.refined()  # with more nodes in every row too, where rows have their own
         everything = torch.ones(nodes.value.shape[1], dtype=torch.bool, device=nodes.value.device)
-        if refined is finer and len(modes.mode) > 1:
-            log_prob = finer.last.log_weight + finer.last.given.log_joint(nodes.value, everything)
-            many, beyond = finer.log_z(log_prob, everything), _beyond(log_prob, modes, more)
-        else:
-            many, beyond = refined.score(), 0.0
+        many = refined.score()
+        several = refined is finer and len(modes.mode) > 1
+        beyond = _beyond(finer.log_weights(), modes, more) if several else 0.0
         change = float((many - few).sum())
         diagnostics = {"n_nodes": more, f"change from {n_nodes} nodes": change}
         if self.structure.by_row:
