@@ -67,9 +67,7 @@ def rounded(x):
 
 def counted(x):
     with pyro.plate("rows", len(x)):
-        pyro.factor(
-            "density", x[:, 0] * math.log(1.5) - 1.5 - torch.lgamma(x[:, 0] + 1)
-        )
+        pyro.factor("density", x[:, 0] * math.log(1.5) - 1.5 - torch.lgamma(x[:, 0] + 1))
 
 
 def waited(x):
