@@ -11,6 +11,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import TransformedDistribution
 from pyro.poutine import runtime
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
@@ -19,7 +20,7 @@ from bayes_mpt.program.arguments import fill, init_rows
 from bayes_mpt.program.densities import log_density
 from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.program import Model, ModelError, NotPositiveDefinite
-from bayes_mpt.program.sites import is_subsample
+from bayes_mpt.program.sites import base, is_subsample
 
 __all__ = ["SetLatents", "first_run", "not_finite", "one_precision", "run", "takes_visible"]
 
@@ -154,6 +155,9 @@ class _Casts(poutine.messenger.Messenger):
         if is_subsample(msg):
             return
         self.site = msg["name"]
+        fn = base(msg["fn"])
+        if isinstance(fn, TransformedDistribution):
+            fn.clear_cache()  # a flow keeps the inverse of the last values: that of other parameters, if these moved
         if msg["is_observed"]:
             msg["value"] = torch.as_tensor(msg["value"]).to(self.dtype)
         elif msg["value"] is None and not getattr(msg["fn"], "has_enumerate_support", False):

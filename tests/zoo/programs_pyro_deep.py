@@ -132,7 +132,7 @@ class Flow(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.coupling = T.AffineCoupling(1, DenseNN(1, [4], [1, 1]))
+        self.coupling = T.AffineCoupling(1, DenseNN(1, [4], [1, 1], nonlinearity=nn.Tanh()))
 
     def forward(self, x):
         pyro.module("coupling", self.coupling)
@@ -225,7 +225,7 @@ def both_weathers(params, table):
 def coupled(params, x):
     """x_2 = mean(x_1) + exp(log_scale(x_1)) z_2; Pyro keeps log_scale within -5 and 3."""
     p = of_prefix(params, "coupling$$$nn.layers.")
-    hidden = np.maximum(x[:, :1] @ p["0.weight"].T + p["0.bias"], 0)
+    hidden = np.tanh(x[:, :1] @ p["0.weight"].T + p["0.bias"])
     mean, log_scale = (hidden @ p["1.weight"].T + p["1.bias"]).T
     log_scale = np.clip(log_scale, -5, 3)
     return (norm.logpdf(x[:, 0]) + norm.logpdf(x[:, 1], mean, np.exp(log_scale))).sum()
