@@ -25,11 +25,7 @@ def growing(model: Model, args: tuple[Any, ...], program: Program) -> tuple[str,
         return ()
     try:
         trace = run(model, tuple(fill(a) for a in head(args, n_rows - 1)))
-    except (
-        RuntimeError,
-        ValueError,
-        IndexError,
-    ):  # a program of so many rows and no other: there are no new ones
+    except (RuntimeError, ValueError, IndexError):  # written for so many rows: a plate of literal size
         return ()
     return tuple(
         site.name
