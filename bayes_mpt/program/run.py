@@ -12,7 +12,6 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.distributions import TransformedDistribution
 from pyro.poutine import runtime
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
@@ -173,9 +172,6 @@ class _Casts(poutine.messenger.Messenger):
             self.plates[msg["name"]] = msg["fn"].size
             return
         self.site = msg["name"]
-        fn = base(msg["fn"])
-        if isinstance(fn, TransformedDistribution):
-            fn.clear_cache()  # a flow keeps the inverse of the last values: that of other parameters, if these moved
         if msg["is_observed"]:
             msg["value"] = torch.as_tensor(msg["value"]).to(self.dtype)
         elif isinstance(base(msg["fn"]), dist.ImproperUniform):

@@ -242,8 +242,8 @@ CASES = [
         settings={"training": Steps(max_iter=300)},
         se=1.5,
         warns="without meeting its stopping rule",
-        slow=True,
         seed=1,
+        slow=True,
     ),
     Case(
         "ss_vae_labels",
