@@ -186,13 +186,7 @@ def normal_rows(params, x):
 
 
 CASES = [
-    Case(
-        "float32_network",
-        Float32Network,
-        choices,
-        network_of_choices,
-        tolerance=1e-4,
-    ),
+    Case("float32_network", Float32Network, choices, network_of_choices, tolerance=1e-4),
     Case("pyro_sample_weights", SampledWeights, line, weights_and_bias),
     Case("data_in_a_closure", DataInside, column, refused="argument"),
     Case(
@@ -207,12 +201,7 @@ CASES = [
         one_table,
         lambda p, x: joint(x[:, 2], x[:, :2] @ x[:, :2].T + p["s"] ** 2 * np.eye(len(x))),
     ),
-    Case(
-        "integer_column_as_index",
-        integer_column_as_index,
-        codes,
-        group_means,
-    ),
+    Case("integer_column_as_index", integer_column_as_index, codes, group_means),
     Case(
         "optional_argument",
         optional_argument,

@@ -135,7 +135,8 @@ def spectrum(params, x):
 
 def read_again(params, x):
     """The flow in double precision, by its own log-density; that it is one, by its integral over the plane."""
-    flow = spline_coupling().double()
+    with torch.random.fork_rng():
+        flow = spline_coupling().double()
     state = {name.removeprefix("spline$$$"): torch.as_tensor(value) for name, value in params.items()}
     flow.load_state_dict(state)
     base = dist.Normal(torch.zeros(2).double(), torch.ones(2).double()).to_event(1)
