@@ -11,13 +11,15 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from bayes_mpt.program.arguments import fill_otherwise, has_missing
+from bayes_mpt.program.arguments import cell_name, fill, fill_otherwise, has_missing
 from bayes_mpt.program.layout import join_tokens, log_probs_under, rows_first, token_values
 from bayes_mpt.program.program import MissingCovariate, Model, ModelError, Program
 from bayes_mpt.program.run import run
 from bayes_mpt.program.sites import base, latent_nodes, node_of, own_shown, sub_samples
 
 __all__ = ["gaps_show", "holes_in", "nan_shows", "read_values", "same_but_for", "values_with_gaps"]
+
+MAX_NAMED = 64  # missing cells that are tried one by one to name one
 
 
 def read_values(
@@ -37,14 +39,13 @@ def read_values(
                 f"the program does not run on other values in the missing cells: {error}. Drop constant columns, and "
                 "make covariates complete"
             ) from error
-        values = {n: trace.nodes[n]["value"] for n in (*program.site_names, *program.latent_names)}
-        before, after = log_probs_under(trace, values, program), log_probs_under(other, values, program)
-    for name, density in before.items():
-        if not bool((after[name] == density).all()):
-            raise MissingCovariate(
-                f"missing cells reach the distribution of site {name!r}: covariates must be complete, "
-                "only what is observed may be missing"
-            )
+        moved = _moved_law(trace, other, program)
+    if moved is not None:
+        cell = "" if program.order is None else _missing_parent(model, args, program, trace, sites)
+        raise MissingCovariate(
+            f"missing cells reach the distribution of site {moved!r}: covariates must be complete, "
+            f"only what is observed may be missing{cell}"
+        )
     shown = values_with_gaps(model, args, program.site_names, trace, other, sites)
     with_gaps = join_tokens(shown, program)
     missing = with_gaps.isnan() & ~value.isnan()
@@ -70,6 +71,36 @@ def read_values(
             "since tokens are computed from several cells: observe the cells themselves, or fill them before"
         )
     return with_gaps
+
+
+def _moved_law(before: Trace, after: Trace, program: Program) -> str | None:
+    """The first site whose distribution, or mask where tokens look at each other, is another one in a second run."""
+    values = {n: before.nodes[n]["value"] for n in (*program.site_names, *program.latent_names)}
+    laws = zip(*(log_probs_under(run, values, program).items() for run in (before, after)), strict=True)
+    moved = next((name for (name, law), (_, now) in laws if not bool((now == law).all())), None)
+    if moved is None and program.order is not None:
+        shown = ((n, own_shown(node_of(before, n)), own_shown(node_of(after, n))) for n in program.site_names)
+        moved = next((name for name, mask, now in shown if not torch.equal(mask, now)), None)
+    return moved
+
+
+def _missing_parent(
+    model: Model, args: tuple[Any, ...], program: Program, trace: Trace, sites: dict[str, Tensor]
+) -> str:
+    """Which missing cell other tokens look at, in words."""
+    filled, others = tuple(fill(a) for a in args), tuple(fill_otherwise(a) for a in args)
+    with torch.no_grad(), pyro.validation_enabled(False):
+        for position, arg in enumerate(args):
+            for index in arg.isnan().nonzero().tolist()[:MAX_NAMED] if has_missing(arg) else []:
+                one = filled[position].clone()
+                one[tuple(index)] = others[position][tuple(index)]
+                run_there = run(model, (*filled[:position], one, *filled[position + 1 :]), sites)
+                if _moved_law(trace, run_there, program) is not None:
+                    return (
+                        f". Later tokens look at {cell_name(model, arg, position, index)}, which is missing: fill it "
+                        "before, leave its row or series out, or make the series a latent that is observed with noise"
+                    )
+    return ""
 
 
 def values_with_gaps(

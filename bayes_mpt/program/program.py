@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "ModelError",
     "NotPositiveDefinite",
     "Observed",
+    "Order",
     "Program",
     "list_names",
     "n_rows_of",
@@ -80,6 +82,17 @@ class Observed(NamedTuple):
         return n
 
 
+class Order(NamedTuple):
+    """Tokens that look at other tokens: the one order in which their conditionals are a density."""
+
+    tokens: tuple[int, ...]
+    """The T tokens of a row, or of the one vector, each behind those that its distribution looks at."""
+    given: tuple[str, ...]
+    """Cells that are looked at and never scored: all numbers are conditional on them."""
+    how: str
+    """How it was found, in words."""
+
+
 class Program(NamedTuple):
     """What a program is made of; found once."""
 
@@ -110,6 +123,8 @@ class Program(NamedTuple):
     """All observations are one Gaussian vector, whose covariance is of the other arguments: new ones are predicted."""
     takes_visible: bool = False
     """The program is conditioned on the mask: hidden tokens are independent of each other, each row has its own."""
+    order: Order | None = None
+    """Where tokens look at other tokens, as in an autoregression: their order. None: tokens look at latents alone."""
 
     @property
     def observed(self) -> str:
@@ -172,7 +187,16 @@ def n_rows_of(program: Program, args: tuple[Any, ...]) -> int:
 
 def split_events(program: Program) -> Program:
     """The same program with the elements of a MultivariateNormal as tokens, for those who can score them one by one."""
-    return program._replace(sites=tuple(s._replace(n_joint=0) for s in program.sites))
+    sites = tuple(s._replace(n_joint=0) for s in program.sites)
+    if program.order is None or sites == program.sites:
+        return program._replace(sites=sites)
+    parts, start = [], 0
+    for whole, split in zip(program.sites, sites, strict=True):  # which numbers each token is made of
+        n = split.n_tokens
+        parts += list(np.arange(start, start + n).reshape(whole.n_tokens, -1))
+        start += n
+    tokens = np.concatenate([parts[t] for t in program.order.tokens])
+    return program._replace(sites=sites, order=program.order._replace(tokens=tuple(tokens.tolist())))
 
 
 def one_vector(program: Program) -> Program:
@@ -182,4 +206,15 @@ def one_vector(program: Program) -> Program:
         s._replace(row_axis=None, width=s.width * (1 if s.row_axis is None else s.shape[s.row_axis]))
         for s in program.latents
     )
-    return program._replace(sites=sites, latents=latents, by_row=False)
+    order = program.order
+    if order is not None and program.by_row:
+        by_row, start = [], 0
+        for site, whole in zip(program.sites, sites, strict=True):  # where the tokens of the rows go
+            kept = site.shape[: len(site.shape) - site.n_joint]
+            places = np.arange(start, start + whole.n_tokens).reshape(kept)
+            first = places[None] if site.row_axis is None else np.moveaxis(places, site.row_axis, 0)
+            by_row.append(first.reshape(len(first), -1))
+            start += whole.n_tokens
+        tokens = np.concatenate(by_row, 1)[:, list(order.tokens)].flatten()
+        order = order._replace(tokens=tuple(tokens.tolist()))
+    return program._replace(sites=sites, latents=latents, by_row=False, order=order)
