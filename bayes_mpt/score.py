@@ -185,7 +185,12 @@ def _in_own_order(read: Conditionals, masks: Policy, order: Order) -> ScoreEstim
         structure.latent_names,
         structure.parameters,
         exact=found.exact,
-        diagnostics={"n_replicates": 1, "masks": "the program's own order", "totals": None, **found.diagnostics},
+        diagnostics={
+            "n_replicates": 1,
+            "masks": "the program's own order",
+            "totals": None,
+            **found.diagnostics,
+        },
         prequential=steps.double().cpu().numpy(),
         given=order.given,
     )

@@ -132,7 +132,8 @@ def look(model: Model, args: tuple[Any, ...]) -> Analysis:
         )
     else:
         program, verdict = ordered
-    if verdict.order is not None:  # each row is read at its own values, missing cells that others look at are refused
+    if verdict.order is not None:
+        # each row is read at its own values, and missing cells that others look at are refused there
         program = one_vector(program) if verdict.coupled else program
         program = program._replace(order=verdict.order)
         return Analysis(program, init, first, verdict.other, None, verdict.by_number)

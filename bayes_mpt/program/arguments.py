@@ -148,9 +148,7 @@ def cycle(arg: Any, n_rows: int) -> Any:
     return arg[:n_rows] if len(arg) >= n_rows else arg[torch.arange(n_rows, device=arg.device) % len(arg)]
 
 
-def cell_name(
-    model: Callable[..., Any], arg: Tensor, position: int, index: Sequence[int | slice]
-) -> str:
+def cell_name(model: Callable[..., Any], arg: Tensor, position: int, index: Sequence[int | slice]) -> str:
     """A cell of an argument, or all along some axes, as one writes it: x[3], or x[:, 2]."""
     names: list[str] = []
     with suppress(TypeError, ValueError):

@@ -48,6 +48,12 @@ def read_values(
         )
     shown = values_with_gaps(model, args, program.site_names, trace, other, sites)
     with_gaps = join_tokens(shown, program)
+    looked_at = [] if program.order is None else list(program.order.parents)
+    if bool(with_gaps[:, looked_at].isnan().any()):  # whether or not these fillings make a difference
+        cell = _missing_parent(model, args, program, trace, sites)
+        raise MissingCovariate(
+            f"missing cells reach the distribution of site {program.observed!r}, of which tokens look at others{cell}"
+        )
     missing = with_gaps.isnan() & ~value.isnan()
     for site in program.sites:
         if site.n_joint > 1 and bool(missing.any()):
@@ -88,18 +94,21 @@ def _missing_parent(
     model: Model, args: tuple[Any, ...], program: Program, trace: Trace, sites: dict[str, Tensor]
 ) -> str:
     """Which missing cell other tokens look at, in words."""
+    assert program.order is not None
     filled, others = tuple(fill(a) for a in args), tuple(fill_otherwise(a) for a in args)
-    with torch.no_grad(), pyro.validation_enabled(False):
-        for position, arg in enumerate(args):
-            for index in arg.isnan().nonzero().tolist()[:MAX_NAMED] if has_missing(arg) else []:
-                one = filled[position].clone()
-                one[tuple(index)] = others[position][tuple(index)]
-                run_there = run(model, (*filled[:position], one, *filled[position + 1 :]), sites)
-                if _moved_law(trace, run_there, program) is not None:
-                    return (
-                        f". Later tokens look at {cell_name(model, arg, position, index)}, which is missing: fill it "
-                        "before, leave its row or series out, or make the series a latent that is observed with noise"
-                    )
+    looked_at, before = list(program.order.parents), token_values(trace, program)
+    for position, arg in enumerate(args):
+        for index in arg.isnan().nonzero().tolist()[:MAX_NAMED] if has_missing(arg) else []:
+            one = filled[position].clone()
+            one[tuple(index)] = others[position][tuple(index)]
+            with torch.no_grad(), pyro.validation_enabled(False):
+                there = run(model, (*filled[:position], one, *filled[position + 1 :]), sites)
+            parent = (token_values(there, program) != before)[:, looked_at].any()
+            if bool(parent) or _moved_law(trace, there, program) is not None:
+                return (
+                    f". Later tokens look at {cell_name(model, arg, position, index)}, which is missing: fill it "
+                    "before, leave its row or series out, or make the series a latent that is observed with noise"
+                )
     return ""
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 __all__ = [
     "Latent",
@@ -87,6 +88,8 @@ class Order(NamedTuple):
 
     tokens: tuple[int, ...]
     """The T tokens of a row, or of the one vector, each behind those that its distribution looks at."""
+    parents: tuple[int, ...]
+    """Tokens that others may look at: none of them may be missing."""
     given: tuple[str, ...]
     """Cells that are looked at and never scored: all numbers are conditional on them."""
     how: str
@@ -190,13 +193,22 @@ def split_events(program: Program) -> Program:
     sites = tuple(s._replace(n_joint=0) for s in program.sites)
     if program.order is None or sites == program.sites:
         return program._replace(sites=sites)
-    parts, start = [], 0
+    parts: list[NDArray[np.intp]] = []
+    start = 0
     for whole, split in zip(program.sites, sites, strict=True):  # which numbers each token is made of
         n = split.n_tokens
         parts += list(np.arange(start, start + n).reshape(whole.n_tokens, -1))
         start += n
-    tokens = np.concatenate([parts[t] for t in program.order.tokens])
-    return program._replace(sites=sites, order=program.order._replace(tokens=tuple(tokens.tolist())))
+    return program._replace(sites=sites, order=_renamed(program.order, parts))
+
+
+def _renamed(order: Order, parts: Sequence[NDArray[np.intp]]) -> Order:
+    """The order of other tokens, of which these (T, ...) are what each token was."""
+    tokens, parents = (
+        tuple(np.concatenate([[], *(parts[t].ravel() for t in some)]).astype(int).tolist())
+        for some in (order.tokens, order.parents)
+    )
+    return order._replace(tokens=tokens, parents=parents)
 
 
 def one_vector(program: Program) -> Program:
@@ -215,6 +227,5 @@ def one_vector(program: Program) -> Program:
             first = places[None] if site.row_axis is None else np.moveaxis(places, site.row_axis, 0)
             by_row.append(first.reshape(len(first), -1))
             start += whole.n_tokens
-        tokens = np.concatenate(by_row, 1)[:, list(order.tokens)].flatten()
-        order = order._replace(tokens=tuple(tokens.tolist()))
+        order = _renamed(order, list(np.concatenate(by_row, 1).T))
     return program._replace(sites=sites, latents=latents, by_row=False, order=order)

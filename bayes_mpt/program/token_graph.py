@@ -18,28 +18,27 @@ not take that (Python's ``if`` on a cell, in-place operations) is run copy by co
 
 from __future__ import annotations
 
-import heapq
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
-from numpy.typing import NDArray
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from bayes_mpt.program.arguments import cell_name, resampled, rows_of, spread_rows
 from bayes_mpt.program.layout import rows_first, to_rows
-from bayes_mpt.program.program import Model, ModelError, Order, Program, list_names
+from bayes_mpt.program.program import Model, ModelError, Order, Program
 from bayes_mpt.program.run import run
 from bayes_mpt.program.sites import base, node_of, own_shown
+from bayes_mpt.program.token_order import Moved, cycle_of, reached, sorted_tokens
 
-__all__ = ["find_order", "refuse_self"]
+__all__ = ["find_order"]
 
 MAX_POINTS = 8
 MAX_ROWS = 32  # that are independent, on which the graph is looked for
@@ -65,22 +64,11 @@ class _Laws(NamedTuple):
     """(..., L): one number that moves with the prior of each latent site."""
 
 
-class _Moved(NamedTuple):
-    """What moves with the cells of each of B blocks."""
-
-    value: NDArray[np.bool_]
-    """(B, T) tokens."""
-    law: NDArray[np.bool_]
-    """(B, T) laws of tokens."""
-    latents: NDArray[np.bool_]
-    """(B, L) priors of latent sites."""
-
-
 class _Block(NamedTuple):
     """Cells of one argument that are changed together."""
 
     position: int
-    index: tuple[int | slice, ...]
+    at: tuple[int | slice, ...]
 
 
 class _Point(NamedTuple):
@@ -127,33 +115,17 @@ def find_order(
         search = _Search(model, args, program, first, latents)
         for blocks in search.partitions():
             moved = search.moved(blocks)
-            found = _sorted(moved, search.after)
+            found = sorted_tokens(moved, search.after)
             if found is not None:
                 given = [
                     search.name(b)
                     for b, v, w, z in zip(blocks, *moved, strict=True)
                     if not v.any() and (w.any() or z.any())
                 ]
-                return Order(tuple(found), tuple(given), search.how)
-        refuse_self(program, search.cycle(blocks, moved))
+                parents = moved.value[moved.law.any(1) | moved.latents.any(1)].any(0)
+                return Order(tuple(found), tuple(np.flatnonzero(parents).tolist()), tuple(given), search.how)
+        search.refuse(blocks, moved, cycle_of(moved, search.after))
     raise AssertionError("a search ends in an order or a cycle")
-
-
-def refuse_self(program: Program, cells: list[str], site: str | None = None) -> None:
-    """The error of a program that has no order; of some cells in a cycle, or of none where they were not looked for."""
-    name = program.site_names[0] if site is None else site
-    where = ""
-    if len(cells) == 1:
-        where = f": that of {cells[0]} looks at {cells[0]} itself"
-    elif cells:
-        where = f": {', which looks at '.join([*cells, cells[0]])}"
-    raise ModelError(
-        f"the distribution of site {name!r} changes with the observed x itself{where} (a statistic of x inside the "
-        "program, x as its own covariate, or neighbours that look at each other): no order of the tokens has each look "
-        "at earlier ones alone, so that their product would be a pseudo-likelihood and no density. Compute the "
-        "statistic outside, make it a pyro.param, pass covariates as a further argument, or let each token look at "
-        "the past only"
-    )
 
 
 # ------------------------------------------------------------------------------------------------------- the search
@@ -193,7 +165,10 @@ class _Search:
         index = spread_rows(len(args[0]), MAX_ROWS).to(args[0].device)
         axes = {s.name: s.row_axis for s in self.program.latents}
         few = [
-            {n: v if axes.get(n) is None else v.index_select(axes[n], index) for n, v in values.items()}
+            {
+                n: v if (axis := axes.get(n)) is None else v.index_select(axis, index)
+                for n, v in values.items()
+            }
             for values in latents
         ]
         rows = rows_of(args, index)
@@ -241,9 +216,7 @@ class _Search:
         for step in _steps(arg, arg):
             with suppress(*FAILURES):
                 trace = run(self.model, _with(point.args, position, step), point.latents)
-                return any(
-                    not torch.equal(node_of(trace, n)["value"], v) for n, v in point.values.items()
-                )
+                return any(not torch.equal(node_of(trace, n)["value"], v) for n, v in point.values.items())
         return False
 
     # ------------------------------------------------------------------------------------------------ the blocks
@@ -258,9 +231,9 @@ class _Search:
         self._refuse_single(shapes, skip)
         for axis in axes:
             blocks = [
-                _Block(i, (*[slice(None)] * axis, c))
+                _Block(i, (*[slice(None)] * axis, c)[: len(s)])
                 for i, s in shapes.items()
-                for c in (range(s[axis]) if axis < len(s) else [...])
+                for c in (range(s[axis]) if axis < len(s) else [slice(None)])
             ]
             if 1 < len(blocks) <= MAX_CELLS and len(blocks) < n_cells:
                 yield blocks
@@ -285,17 +258,17 @@ class _Search:
             for c in sorted({0, n // 2, n - 1}):
                 some.append(_Block(i, (*[slice(None)] * skip, *map(int, np.unravel_index(c, shape[skip:])))))
         moved = self.moved(some, n_points=2)
-        both = (moved.value & moved.law).any(1)
+        both = (moved.value & reached(moved, self.after)).any(1)
         if both.any():
-            refuse_self(self.program, [self.name(some[int(np.flatnonzero(both)[0])])])
+            self.refuse(some, moved, np.flatnonzero(both)[:1].tolist())
 
     def name(self, block: _Block) -> str:
         """A block as one writes it: x[3], or x[:, 2]."""
-        return cell_name(self.model, self.args[block.position], block.position, block.index)
+        return cell_name(self.model, self.args[block.position], block.position, block.at)
 
     # ------------------------------------------------------------------------------------------- what moves with what
 
-    def moved(self, blocks: list[_Block], n_points: int = MAX_POINTS) -> _Moved:
+    def moved(self, blocks: list[_Block], n_points: int = MAX_POINTS) -> Moved:
         """What moves with the cells of each block at any of the points, by steps of either size."""
         n_numbers = len(blocks) * 2 * sum(self.args[i].numel() for i in self.tokens_from)
         points = self.points[: max(1, min(n_points, N_NUMBERS // max(1, n_numbers)))]
@@ -305,16 +278,16 @@ class _Search:
         except FAILURES:
             found = list(self._one_by_one(blocks, points))
             self.how = f"by {2 * min(len(found), len(points))} changes of each cell"
-        return _Moved(*(np.logical_or.reduce(part) for part in zip(*found, strict=True)))
+        return Moved(*(np.logical_or.reduce(part) for part in zip(*found, strict=True)))
 
     def _changed(self, point: _Point) -> list[tuple[Tensor, ...]]:
         """The arguments that tokens are made of with all cells changed, by steps of either size."""
         steps = (_steps(point.args[i], self.args[i]) for i in self.tokens_from)
         return list(zip(*steps, strict=True))
 
-    def _at_once(self, blocks: list[_Block], point: _Point) -> _Moved:
+    def _at_once(self, blocks: list[_Block], point: _Point) -> Moved:
         """All blocks changed side by side."""
-        out: list[_Moved] = []
+        out: list[Moved] = []
         n_cells = sum(point.args[i].numel() for i in self.tokens_from)
         size = max(1, CHUNK // max(1, n_cells))
         for start in range(0, len(blocks), size):
@@ -326,14 +299,16 @@ class _Search:
                     for i, other in zip(self.tokens_from, step, strict=True)
                 )
                 both.append(self._compare(torch.vmap(self._of_copy(point))(*copies), point))
-            out.append(_Moved(*(np.logical_or(*p) for p in zip(*both, strict=True))))
-        return _Moved(*(np.concatenate(p) for p in zip(*out, strict=True)))
+            out.append(Moved(*(np.logical_or(*p) for p in zip(*both, strict=True))))
+        return Moved(*(np.concatenate(p) for p in zip(*out, strict=True)))
 
-    def _one_by_one(self, blocks: list[_Block], points: list[_Point]) -> Iterator[_Moved]:
+    def _one_by_one(self, blocks: list[_Block], points: list[_Point]) -> Iterator[Moved]:
         """The same, copy by copy, at as many points as time allows."""
         began = time.process_time()
         taken = np.zeros(len(blocks), bool)
-        nothing = _Moved(*(np.zeros((1, n), bool) for n in (self.program.n_tokens,) * 2 + self.after[1].shape[:1]))
+        nothing = Moved(
+            *(np.zeros((1, n), bool) for n in (self.program.n_tokens,) * 2 + self.after[1].shape[:1])
+        )
         for k, point in enumerate(points):
             both = []
             for step in self._changed(point):
@@ -352,12 +327,12 @@ class _Search:
                         found.append(self._compare(_Laws(*(t[None] for t in laws)), point))
                     if not k and b == 3:
                         self._refuse_slow((time.process_time() - began) / 2 * len(blocks), len(blocks))
-                both.append(_Moved(*(np.concatenate(p) for p in zip(*found, strict=True))))
-            yield _Moved(*(np.logical_or(*p) for p in zip(*both, strict=True)))
+                both.append(Moved(*(np.concatenate(p) for p in zip(*found, strict=True))))
+            yield Moved(*(np.logical_or(*p) for p in zip(*both, strict=True)))
             if (time.process_time() - began) * (k + 2) / (k + 1) > N_SECONDS:
                 break
         if not taken.all():  # what could not be tried may move anything
-            yield _Moved(*(np.repeat(~taken[:, None], part.shape[1], 1) for part in nothing))
+            yield Moved(*(np.repeat(~taken[:, None], part.shape[1], 1) for part in nothing))
 
     def _refuse_slow(self, seconds: float, n: int) -> None:
         """Refuse what would take so long."""
@@ -415,7 +390,7 @@ class _Search:
             torch.stack(latents) if latents else first.new_zeros(0),
         )
 
-    def _compare(self, laws: _Laws, point: _Point) -> _Moved:
+    def _compare(self, laws: _Laws, point: _Point) -> Moved:
         """What is not as it was, of B copies; NaN is not what a number was."""
         before, tol = point.laws, TOL.get(point.laws.law.dtype, 1e-4)
         value = (laws.value != before.value).any(-2)
@@ -427,12 +402,32 @@ class _Search:
         law = (~same).any(-3).any(-2)
         near = (laws.latents - before.latents).abs() <= tol * (1 + before.latents.abs())
         latents = ~(near | (laws.latents == before.latents))
-        return _Moved(*(t.cpu().numpy() for t in (value, law, latents)))
+        return Moved(*(t.cpu().numpy() for t in (value, law, latents)))
 
-    def cycle(self, blocks: list[_Block], moved: _Moved) -> list[str]:
-        """The names of cells, each of which looks at the next, and the last at the first."""
-        looks = _block_graph(moved, self.after)  # (B, B): block b moves a law of the tokens of block c
-        return [self.name(blocks[b]) for b in _shortest_cycle(looks)]
+    def refuse(self, blocks: list[_Block], moved: Moved, cycle: list[int]) -> NoReturn:
+        """The error of blocks of which each looks at the next, and the last at the first."""
+        names = [self.name(blocks[b]) for b in cycle]
+        last, first = cycle[0], cycle[min(1, len(cycle) - 1)]  # the law of the last token looks at the first
+        direct = np.flatnonzero(moved.law[first] & moved.value[last])
+        if len(direct):
+            sites = [s.name for s in self.program.sites for _ in range(s.n_tokens)]
+            site = sites[int(direct[0])]
+            where = f"that of {names[0]} looks at {names[0]} itself"
+            if len(names) > 1:
+                where = f"that of {names[0]} looks at {', which looks at '.join([*names[1:], names[0]])}"
+        else:
+            by = moved.latents[first] & (self.after[0] & moved.value[last]).any(1)
+            site = self.program.latents[int(np.flatnonzero(by)[0])].name
+            where = (
+                f"the latent's prior looks at {self.name(blocks[first])}, and {names[0]} is drawn after it"
+            )
+        raise ModelError(
+            f"the distribution of site {site!r} changes with the observed x itself: {where} (a statistic of x inside "
+            "the program, x as its own covariate, or neighbours that look at each other). So no order of the tokens "
+            "has each look at earlier ones alone, and their product would be a pseudo-likelihood and no density. "
+            "Compute the statistic outside, make it a pyro.param, pass covariates as a further argument, or let each "
+            "token look at the past only"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------- the changes
@@ -472,80 +467,9 @@ def _copies(arg: Tensor, other: Tensor, position: int, blocks: list[_Block]) -> 
     out = arg[None].repeat(len(blocks), *[1] * arg.ndim)
     for b, block in enumerate(blocks):
         if block.position == position:
-            out[b][block.index] = other[block.index]
+            out[b][block.at] = other[block.at]
     return out
 
 
 def _with(args: tuple[Any, ...], position: int, arg: Tensor) -> tuple[Any, ...]:
     return (*args[:position], arg, *args[position + 1 :])
-
-
-# --------------------------------------------------------------------------------------------------------- the graph
-
-
-def _sorted(moved: _Moved, after: tuple[NDArray[np.bool_], NDArray[np.bool_]]) -> list[int] | None:
-    """The tokens, each behind those that it looks at, else as they stand; None where there is a cycle."""
-    value, law, latents = moved
-    (n_blocks, n_tokens), n_latents = value.shape, latents.shape[1]
-    # nodes: tokens, blocks of cells, latents; a block comes after its tokens and before what it moves
-    children: list[list[int]] = [(n_tokens + np.flatnonzero(row)).tolist() for row in value.T]
-    children += [
-        [*np.flatnonzero(law[b]).tolist(), *(n_tokens + n_blocks + np.flatnonzero(latents[b])).tolist()]
-        for b in range(n_blocks)
-    ]
-    moving = latents.any(0)
-    for z in range(n_latents):
-        # a latent whose prior looks at no token needs no place
-        then = np.flatnonzero(after[0][z]).tolist() if moving[z] else []
-        then += (n_tokens + n_blocks + np.flatnonzero(after[1][z] & moving)).tolist() if moving[z] else []
-        children.append(then)
-    waits = np.zeros(len(children), int)
-    for some in children:
-        np.add.at(waits, some, 1)
-    ready = [(i if i < n_tokens else -1, i) for i in np.flatnonzero(waits == 0).tolist()]
-    heapq.heapify(ready)
-    out: list[int] = []
-    n_done = 0
-    while ready:
-        _, i = heapq.heappop(ready)
-        n_done += 1
-        if i < n_tokens:
-            out.append(i)
-        for j in children[i]:
-            waits[j] -= 1
-            if not waits[j]:
-                heapq.heappush(ready, (j if j < n_tokens else -1, j))
-    return out if n_done == len(children) else None
-
-
-def _block_graph(moved: _Moved, after: tuple[NDArray[np.bool_], NDArray[np.bool_]]) -> NDArray[np.bool_]:
-    """Which block (column) looks at which (row): (B, B)."""
-    reached = moved.law | (moved.latents.astype(int) @ after[0].astype(int) > 0)  # (B, T)
-    return reached.astype(int) @ moved.value.T.astype(int) > 0
-
-
-def _shortest_cycle(edge: NDArray[np.bool_]) -> list[int]:
-    """Nodes of a shortest cycle of a graph (B, B)."""
-    alone = np.flatnonzero(edge.diagonal())
-    if len(alone):
-        return [int(alone[0])]
-    best: list[int] = []
-    for start in range(len(edge)):
-        came = {start: -1}
-        line = [start]
-        while line and not best:
-            following = []
-            for i in line:
-                if edge[i, start]:
-                    best = [i]
-                    while came[best[-1]] >= 0:
-                        best.append(came[best[-1]])
-                    break
-                for j in np.flatnonzero(edge[i]).tolist():
-                    if j not in came:
-                        came[j] = i
-                        following.append(j)
-            line = following
-        if best:
-            return best
-    return best

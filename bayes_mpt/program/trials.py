@@ -1,9 +1,10 @@
 """Runs of a program at other latents, other parameters and other rows: what is observed must be data, and hide nothing.
 
 Three runs show it. One at other latents and parameters, with some cells missing: the observed values must stay. One
-with all rows changed: where the tokens move, no distribution may, unless the tokens have an order in which each looks at
-earlier ones (`token_graph`). One with half of the rows changed, and one row fewer: nothing may move in the others. The parameters of these runs are a little off their start, since a parameter that
-is zero or one there hides what it multiplies.
+with all rows changed: where the tokens move, no distribution may, unless tokens have an order in which each looks at
+earlier ones (`token_graph`). One with half of the rows changed, and one row fewer: nothing may move in the others. The
+parameters of these runs are a little off their start, since a parameter that is zero or one there hides what it
+multiplies.
 """
 
 from __future__ import annotations
@@ -327,7 +328,7 @@ class _Trials:
     def _looks_at_tokens(
         self, position: int, changed: Tensor, latents: dict[str, Tensor], before: Laws
     ) -> bool:
-        """Change those columns alone that tokens are made of: others are covariates. Does a distribution move?"""
+        """Whether a distribution moves with those columns that tokens are made of: others are covariates."""
         arg = self.args[position]
         only = arg
         for column in range(arg[0].numel()):
