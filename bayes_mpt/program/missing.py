@@ -25,10 +25,16 @@ MAX_NAMED = 64  # missing cells that are tried one by one to name one
 def read_values(
     model: Model, args: tuple[Any, ...], program: Program, trace: Trace, sites: dict[str, Tensor]
 ) -> Tensor:
-    """Values of the tokens (N, T) of a run on filled arguments, NaN where computed from a missing cell."""
+    """Values of the tokens (N, T) of a run on filled arguments, NaN where computed from a missing cell.
+
+    Where tokens look at each other, also where a mask of the program hides them: they are read, and not scored.
+    """
     value = token_values(trace, program)
+    if program.order is not None:
+        masks = {s.name: own_shown(node_of(trace, s.name)).to(value.dtype) for s in program.sites}
+        hidden = join_tokens(masks, program) == 0
     if not any(has_missing(a) for a in args):
-        return value
+        return value if program.order is None else torch.where(hidden, torch.nan, value)
     # Other values in the missing cells: the tokens that move are the missing ones, and no distribution may move.
     others = tuple(fill_otherwise(a) for a in args)
     with torch.no_grad(), pyro.validation_enabled(False):
@@ -76,7 +82,7 @@ def read_values(
             f"{n_cells} missing cells make {int(missing.sum())} tokens of observed site {program.observed!r} missing, "
             "since tokens are computed from several cells: observe the cells themselves, or fill them before"
         )
-    return with_gaps
+    return with_gaps if program.order is None else torch.where(hidden, torch.nan, with_gaps)
 
 
 def _moved_law(before: Trace, after: Trace, program: Program) -> str | None:

@@ -28,12 +28,13 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from numpy.typing import NDArray
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from bayes_mpt.program.arguments import cell_name, resampled, rows_of, spread_rows
 from bayes_mpt.program.layout import rows_first, to_rows
-from bayes_mpt.program.program import Model, ModelError, Order, Program
+from bayes_mpt.program.program import Model, ModelError, Order, Program, list_names
 from bayes_mpt.program.run import run
 from bayes_mpt.program.sites import base, node_of, own_shown
 from bayes_mpt.program.token_order import Moved, cycle_of, reached, sorted_tokens
@@ -122,6 +123,11 @@ def find_order(
                     for b, v, w, z in zip(blocks, *moved, strict=True)
                     if not v.any() and (w.any() or z.any())
                 ]
+                masked = search.masked()
+                names = [
+                    search.name(b) for b, v in zip(blocks, moved.value, strict=True) if (v & masked).any()
+                ]
+                given += [f"masked cells of {list_names(names)}"] if names else []
                 parents = moved.value[moved.law.any(1) | moved.latents.any(1)].any(0)
                 return Order(tuple(found), tuple(np.flatnonzero(parents).tolist()), tuple(given), search.how)
         search.refuse(blocks, moved, cycle_of(moved, search.after))
@@ -403,6 +409,10 @@ class _Search:
         near = (laws.latents - before.latents).abs() <= tol * (1 + before.latents.abs())
         latents = ~(near | (laws.latents == before.latents))
         return Moved(*(t.cpu().numpy() for t in (value, law, latents)))
+
+    def masked(self) -> NDArray[np.bool_]:
+        """Tokens (T,) that a mask of the program hides in some row."""
+        return np.asarray((self.points[0].laws.law[2] == 0).any(0).cpu().numpy())
 
     def refuse(self, blocks: list[_Block], moved: Moved, cycle: list[int]) -> NoReturn:
         """The error of blocks of which each looks at the next, and the last at the first."""

@@ -364,6 +364,7 @@ def test_capture_recapture_by_masks_of_the_past(in_place, latents_too):
     x[np.arange(30), RNG.integers(0, 4, 30)] = 1
     x = np.maximum(x, (RNG.uniform(size=x.shape) < 0.4) * (x.cumsum(1) > 0))
     model = fitted(program, x)
+    assert model.estimate(x).given == ("masked cells of x[:, 0], x[:, 1], x[:, 2], x[:, 3]",)
     phi, rho = (float(model.params_[n]) for n in ("survive", "seen"))
     want = []
     for row in x:
@@ -535,6 +536,24 @@ def test_svi_trains_along_the_order():
         svi = SVI(vector, lambda x: None, Adam({"lr": 0.1}), CumulativeMaskedScore())
         losses = [svi.step(x) for _ in range(100)]
     assert losses[-1] == pytest.approx(-least_squares(SERIES[1:], SERIES[:-1, None]).sum(), abs=1e-2)
+
+
+def test_what_is_observed_beside_x_is_not_predicted_ahead():
+    def program(x, y):
+        a = real("a")
+        for t in range(1, len(y)):
+            pyro.sample(f"y_{t}", dist.Normal(a * y[t - 1] + x[t, 0], 1.0), obs=y[t])
+
+    x, y = TABLE[:8, :1], SERIES[:8]
+    model = BayesMPT(program).fit(x, y)
+    rest = y[1:] - x[1:, 0]
+    a = (rest @ y[:-1]) / (y[:-1] @ y[:-1])
+    assert model.log_marginal_likelihood_ == pytest.approx(
+        stats.norm(a * y[:-1], 1).logpdf(rest).sum(), abs=1e-8
+    )
+    assert model.estimate(x, y).given == ("y[0]",)
+    with pytest.raises(ValueError, match="look at earlier ones"):
+        model.predict(x)
 
 
 def test_the_order_of_rows_as_one_vector():
