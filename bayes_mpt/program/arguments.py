@@ -150,10 +150,14 @@ def cycle(arg: Any, n_rows: int) -> Any:
 
 def cell_name(model: Callable[..., Any], arg: Tensor, position: int, index: Sequence[int | slice]) -> str:
     """A cell of an argument, or all along some axes, as one writes it: x[3], or x[:, 2]."""
+    while callable(inner := getattr(model, "model", None)) and not isinstance(model, torch.nn.Module):
+        model = inner  # what stands around a program has no names of its own
     names: list[str] = []
     with suppress(TypeError, ValueError):
-        names = [name.lstrip("*") for name in inspect.signature(model).parameters]
-    called = names[position] if position < len(names) else f"argument {position}"
+        parameters = inspect.signature(model).parameters.values()
+        names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    unnamed = f"argument {position}" if position else "x"
+    called = names[position] if position < len(names) else unnamed
     parts = [*index, *[slice(None)] * (arg.ndim - len(index))]
     while len(parts) > 1 and (arg.shape[len(parts) - 1] == 1 or isinstance(parts[-1], slice)):
         parts.pop()  # a single column has no name, nor what is meant as a whole
