@@ -47,18 +47,17 @@ def read_values(
             ) from error
         moved = _moved_law(trace, other, program)
     if moved is not None:
-        cell = "" if program.order is None else _missing_parent(model, args, program, trace, sites)
         raise MissingCovariate(
-            f"missing cells reach the distribution of site {moved!r}: covariates must be complete, "
-            f"only what is observed may be missing{cell}"
+            f"missing cells reach the distribution of site {moved!r}: covariates must be complete, only what is "
+            f"observed may be missing{_missing_parent(model, args, program, trace, sites)}"
         )
     shown = values_with_gaps(model, args, program.site_names, trace, other, sites)
     with_gaps = join_tokens(shown, program)
     looked_at = [] if program.order is None else list(program.order.parents)
     if bool(with_gaps[:, looked_at].isnan().any()):  # whether or not these fillings make a difference
-        cell = _missing_parent(model, args, program, trace, sites)
         raise MissingCovariate(
-            f"missing cells reach the distribution of site {program.observed!r}, of which tokens look at others{cell}"
+            f"missing cells reach the distribution of site {program.observed!r}, of which tokens look at others"
+            f"{_missing_parent(model, args, program, trace, sites)}"
         )
     missing = with_gaps.isnan() & ~value.isnan()
     for site in program.sites:
@@ -99,10 +98,10 @@ def _moved_law(before: Trace, after: Trace, program: Program) -> str | None:
 def _missing_parent(
     model: Model, args: tuple[Any, ...], program: Program, trace: Trace, sites: dict[str, Tensor]
 ) -> str:
-    """Which missing cell other tokens look at, in words."""
-    assert program.order is not None
+    """Which missing cell a distribution looks at, in words."""
     filled, others = tuple(fill(a) for a in args), tuple(fill_otherwise(a) for a in args)
-    looked_at, before = list(program.order.parents), token_values(trace, program)
+    looked_at = [] if program.order is None else list(program.order.parents)
+    before = token_values(trace, program)
     for position, arg in enumerate(args):
         for index in arg.isnan().nonzero().tolist()[:MAX_NAMED] if has_missing(arg) else []:
             one = filled[position].clone()
@@ -112,8 +111,8 @@ def _missing_parent(
             parent = (token_values(there, program) != before)[:, looked_at].any()
             if bool(parent) or _moved_law(trace, there, program) is not None:
                 return (
-                    f". Later tokens look at {cell_name(model, arg, position, index)}, which is missing: fill it "
-                    "before, leave its row or series out, or make the series a latent that is observed with noise"
+                    f". It looks at {cell_name(model, arg, position, index)}, which is missing: fill it before, leave "
+                    "its row or series out, or make a series a latent that is observed with noise"
                 )
     return ""
 

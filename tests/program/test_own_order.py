@@ -493,7 +493,7 @@ def test_a_missing_cell_is_refused_where_others_look_at_it():
         terms = least_squares(x[:, 1:][seen], x[:, :-1][seen][:, None])
         assert model.log_marginal_likelihood_ == pytest.approx(terms.sum(), abs=1e-8)
         x[2, 3] = np.nan
-        with pytest.raises(ValueError, match=r"Later tokens look at x\[2, 3\], which is missing"):
+        with pytest.raises(ValueError, match=r"It looks at x\[2, 3\], which is missing"):
             BayesMPT(by).fit(x)
 
 
@@ -506,7 +506,7 @@ def test_a_missing_cell_that_a_comparison_hides_is_refused():
     x = TABLE[:, :2].copy()
     assert BayesMPT(program).fit(x).predictor_.structure.order.tokens == (0, 1)
     x[3, 0] = np.nan
-    with pytest.raises(ValueError, match=r"Later tokens look at x\[3, 0\]"):
+    with pytest.raises(ValueError, match=r"It looks at x\[3, 0\]"):
         BayesMPT(program).fit(x)
 
 
