@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 __all__ = [
+    "HasFactors",
     "Latent",
     "MissingCovariate",
     "Model",
@@ -32,6 +33,10 @@ MAX_NAMES = 12  # in a message
 
 class ModelError(ValueError):
     """The program cannot be scored; the message names the site and what to do."""
+
+
+class HasFactors(ModelError):
+    """A `pyro.factor` stands in the program, of which it is not known that it is a density of cells."""
 
 
 class ValuesMove(ModelError):
