@@ -224,6 +224,7 @@ def test_scales_and_errors_of_the_past(program, terms):
                 assert terms(x, {**model.params_, name: moved}).sum() < want.sum() + 1e-6
 
 
+@pytest.mark.slow
 def test_the_evidence_of_an_autoregression_by_its_own_and_other_ways():
     def program(x):
         a = pyro.sample("a", dist.Normal(x.new_zeros(()), 1.0))
@@ -340,8 +341,13 @@ def test_dogs_learn_from_what_happened_to_them():
     )
 
 
-@pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("latents_too", [False, True])
+@pytest.mark.parametrize(
+    ("in_place", "latents_too"),
+    [
+        (True, True),
+        *(pytest.param(*k, marks=pytest.mark.slow) for k in ((True, False), (False, True), (False, False))),
+    ],
+)
 def test_capture_recapture_by_masks_of_the_past(in_place, latents_too):
     """Before its first capture an animal is not scored: a forward pass over alive and dead."""
 
@@ -530,6 +536,7 @@ def test_lags_are_compared_on_the_same_cells():
         assert table.loc[name, "lml"] == pytest.approx(least_squares(SERIES[2:], columns).sum(), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_svi_trains_along_the_order():
     x = torch.as_tensor(SERIES)[:, None]
     with pyro.get_param_store().scope():
