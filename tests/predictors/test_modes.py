@@ -16,6 +16,7 @@ from tables import tensor
 from bayes_mpt import BayesMPT
 from bayes_mpt.predictors import Importance, Quadrature
 from bayes_mpt.predictors.nodes import modes as modes_of
+from bayes_mpt.predictors.nodes import symmetries
 from bayes_mpt.warnings import MissedModeWarning
 
 
@@ -70,6 +71,16 @@ def test_three_means_have_six_modes():
     assert found.diagnostics["n_modes"] == 6
     assert found.by_row.item() == pytest.approx(of_means(x, 3, 160), abs=1e-3)
     assert found.se < 1e-3
+
+
+def test_more_images_than_are_listed(monkeypatch):
+    """As with seven components: images out of reach are counted, and not listed."""
+    monkeypatch.setattr(symmetries, "MAX_IMAGES", 3)
+    x = separated(3, 4.0, 24)
+    torch.manual_seed(0)
+    read = Importance(500).bind(means(3), (tensor(x),)).read((tensor(x),))
+    assert len(read.last.located.mode) == 1
+    within(read.evidence(), of_means(x, 3, 144), 0.05)
 
 
 def test_scores_add_up_where_modes_are_two():

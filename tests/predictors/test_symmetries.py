@@ -133,8 +133,13 @@ def test_orbits_hold_distinct_images_alone():
         (torch.ones(6), 1),
         (tensor([0, 0, 1, 1, 1, 1]), math.comb(6, 2)),
     ):
-        elements, images, whole = orbit(where, swaps, mode.double(), root)
-        assert len(elements) == len(images) == n
-        assert whole
+        found = orbit(where, swaps, mode.double(), root)
+        assert len(found.elements) == len(found.images) == found.n_images == n
+        assert found.whole
+    # with signs 2^6 6! images, of which few are within 10 standard deviations; of two equal numbers half as many
     flip = Symmetry(torch.arange(6), torch.tensor([-1.0, 1, 1, 1, 1, 1]))
-    assert not orbit(where, [*swaps, flip], torch.arange(6.0).double() + 1, root)[2]
+    found = orbit(where, [*swaps, flip], torch.arange(6.0).double() + 1, 2 * root)
+    assert found.n_images == 64 * 720
+    assert found.whole
+    assert 5 < len(found.images) < 100
+    assert orbit(where, [*swaps, flip], tensor([1, 1, 2, 3, 4, 5]), root).n_images == 32 * 720

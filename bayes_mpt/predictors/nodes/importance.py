@@ -36,6 +36,7 @@ from bayes_mpt.program.run import takes_visible
 __all__ = ["Drawn", "GuideDraws", "Importance", "evidence_of_draws"]
 
 N_WIDENINGS = 6  # steps from Laplace's Gaussian towards the closest one
+MIN_SHARE = 0.05  # of the mass around a mode, from which this is worth while
 WIDENING_COST = 200_000_000
 MAX_CONDITIONED_DRAWS = 10  # draws of a step of the training, from a guide that is conditioned on the mask
 
@@ -159,10 +160,10 @@ class _AroundMode(NodeSource):
         first = [0] if orbits is None else orbits.first
         # each draw costs a curvature, d^3 operations
         n_pairs = max(4, min(64, WIDENING_COST // (found.mode.shape[-1] ** 3 * len(first))))
-        wide = []
-        for mode, root in zip(found.mode[first], found.root[first], strict=True):
+        wide, share = [], found.representatives().log_share[:, 0].exp().tolist()
+        for mode, root, part in zip(found.mode[first], found.root[first], share, strict=True):
             near = LaplaceApproximation(mode, root)
-            for _ in range(N_WIDENINGS):
+            for _ in range(N_WIDENINGS if part > MIN_SHARE else 0):
                 half = torch.randn(n_pairs, *mode.shape, dtype=mode.dtype).to(mode)
                 near = self.adaptive.refine_gaussian(args, value, visible, near, torch.cat([half, -half]))
             wide.append(near)

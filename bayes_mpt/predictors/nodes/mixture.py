@@ -25,11 +25,18 @@ class Orbits(NamedTuple):
     """C of them, each with the one that moves nothing first."""
     parents: tuple[int, ...]
     """Of each of the C the mode beside which it stands: of a mode itself."""
+    counts: tuple[int, ...]
+    """How many images each of the C has: more than those listed, where only those within reach are."""
 
     @property
-    def n_images(self) -> Tensor:
-        """How many images each has (C,)."""
-        return torch.tensor([len(by.order) for by in self.moves])
+    def partial(self) -> bool:
+        """Whether there are more images than those listed."""
+        return any(n > len(by.order) for n, by in zip(self.counts, self.moves, strict=True))
+
+    @property
+    def log_count(self) -> Tensor:
+        """log of the number of images of each (C,)."""
+        return torch.tensor(self.counts, dtype=torch.float64).log()
 
     @property
     def first(self) -> list[int]:
@@ -71,8 +78,10 @@ class Modes(NamedTuple):
 
     @property
     def log_share(self) -> Tensor:
-        """(J, N) log w_j."""
-        return self.log_mass.log_softmax(0)
+        """(J, N) log w_j; they add up to less than 1 where there are more images than those listed."""
+        if self.orbits is None or not self.orbits.partial:
+            return self.log_mass.log_softmax(0)
+        return self.log_mass - self.representatives().log_mass.logsumexp(0)
 
     @property
     def has_pieces(self) -> bool:
@@ -95,11 +104,13 @@ class Modes(NamedTuple):
         if self.orbits is None:
             return self
         first = self.orbits.first
-        mass = self.log_mass[first] + self.orbits.n_images.to(self.log_mass).log()[:, None]
+        mass = self.log_mass[first] + self.orbits.log_count.to(self.log_mass)[:, None]
         return Modes(self.mode[first], self.root[first], mass)
 
     def draws(self, n: int) -> Tensor:
         """Of the mixture of Student-t (n, N, d): around each mode as many as its share asks for."""
+        if self.orbits is not None and self.orbits.partial:
+            return self.representatives().draws(n)  # p / q is the same at all images
         n_modes, n_rows, width = self.mode.shape
         # multivariate t: a normal vector over the root of a chi-square that its axes share
         normal = torch.randn(n, n_rows, width, dtype=self.mode.dtype).to(self.mode)

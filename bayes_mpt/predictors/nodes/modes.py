@@ -44,6 +44,9 @@ REACH = 2.0  # half as many more start at uniform numbers up to it, in unconstra
 N_MIDDLE = 9  # draws whose median one more climb starts at
 FEW_STARTS = 4  # where each costs a run of its own
 OFTEN = 2  # climbs that must have found a mode that matters
+UNSEEN = 0.1  # chance of a new mode at the next climb, from which the search is doubted
+FEW_ALONE = 2  # modes found once that say nothing yet of such a chance
+EQUAL_MASS = 1e-4  # nats
 MATTERS = 1e-3  # share of the mass from which a mode matters
 NEGLIGIBLE = 23.0  # nats below the largest mode: 1e-10 of it
 MAX_STEPS = 100
@@ -179,7 +182,8 @@ class _Climbs:
             hits = torch.bincount(peaks.same[1:], minlength=len(peaks.same))
             found, _ = self._distinct(peaks, hits)
             modes, rare, whole = self._with_images(found)
-            if not rare or n_starts >= most:
+            unseen = _unseen(found, len(peaks.same) - 1)
+            if not (rare or unseen > UNSEEN) or n_starts >= most:
                 break
             n = min(most, 2 * n_starts)
             peaks = _join(peaks, self._climb(self._draws(n)[n_starts:n]))
@@ -190,9 +194,14 @@ class _Climbs:
                 f"{rare} of {len(found.hits)} modes that matter were found by one of {n_starts} climbs from the prior, "
                 "so that others may have been found by none"
             )
+        elif unseen > UNSEEN:
+            doubt = (
+                f"{unseen:.0%} of the climbs have ended where no other has, so that as many of further ones would "
+                "find new modes"
+            )
         elif not whole:
             doubt = (
-                f"symmetries give a mode more than {MAX_IMAGES} images, of which only so many were looked at"
+                f"more than {MAX_IMAGES} images of a mode overlap with it, and only so many were looked at"
             )
         return shaped(self.both, modes._replace(doubt=doubt), self._draws(n_starts))
 
@@ -205,8 +214,13 @@ class _Climbs:
         peaks = self._climb(near.mode[orbits.first, 0])
         found, index = self._distinct(peaks, torch.ones_like(peaks.same))
         keep = found.log_mass >= found.log_mass[0] - NEGLIGIBLE
-        moves = tuple(orbits.moves[j] for j in index[keep].tolist())
-        orbits = orbits._replace(moves=moves, parents=tuple(range(len(moves))))
+        kept = index[keep].tolist()
+        orbits = Orbits(
+            orbits.where,
+            tuple(orbits.moves[j] for j in kept),
+            tuple(range(len(kept))),
+            tuple(orbits.counts[j] for j in kept),
+        )
         return Modes(
             *orbits.spread(found.u[keep], found.root[keep], found.log_mass[keep]), near.doubt, orbits
         )
@@ -263,28 +277,30 @@ class _Climbs:
         u, root, log_mass, hits = (t[keep] for t in found)
         where = Coordinates(self.adaptive.space)
         symmetries = self._symmetries(where, u[0], root[0])
-        moves, own_hits, chosen, whole = [], [], [], True
+        moves, counts, own_hits, chosen, whole = [], [], [], [], True
         left = torch.ones(len(u), dtype=torch.bool, device=u.device)
         for j in range(len(u)):
             if not bool(left[j]):
                 continue
-            elements, images, all_of_them = orbit(where, symmetries, u[j], root[j])
-            by = Moves.of(elements)
+            images = orbit(where, symmetries, u[j], root[j])
+            by = Moves.of(images.elements)
             white = (
                 torch.linalg.inv(where.images(u[j], root[j], by)[1])[:, None]
-                @ (u - images[:, None])[..., None]
+                @ (u - images.images[:, None])[..., None]
             )
             own = left & (white[..., 0].norm(dim=-1) < 2 * SAME_MODE).any(0)
+            if images.n_images > len(images.elements):  # those that are not listed have its mass
+                own |= left & ((log_mass - log_mass[j]).abs() < EQUAL_MASS)
             own[j] = True
             left &= ~own
-            whole &= all_of_them
+            whole &= images.whole
             moves.append(by)
+            counts.append(images.n_images)
             chosen.append(j)
             own_hits.append(int(hits[own].sum()))
-        orbits = Orbits(where, tuple(moves), tuple(range(len(moves))))
+        orbits = Orbits(where, tuple(moves), tuple(range(len(moves))), tuple(counts))
         modes = Modes(*orbits.spread(u[chosen], root[chosen], log_mass[chosen]), "", orbits)
-        n_images = torch.tensor([len(by.order) for by in moves]).to(log_mass)
-        mass = (log_mass[chosen] + n_images.log()).softmax(0)
+        mass = (log_mass[chosen] + orbits.log_count.to(log_mass)).softmax(0)
         rare = sum(m > MATTERS and n < OFTEN for m, n in zip(mass.tolist(), own_hits, strict=True))
         return modes, rare if int(found.hits.sum()) >= OFTEN else 0, whole
 
@@ -297,6 +313,18 @@ class _Climbs:
         normal = torch.randn(N_POINTS, self.width, generator=generator, dtype=u.dtype).to(u)
         points = torch.cat([u + normal @ root.mT, self._draws(N_POINTS)[:N_POINTS]])
         return find_symmetries(self.log_prob, where, points)
+
+
+def _unseen(found: _Found, n_climbs: int) -> float:
+    """The chance that one more climb ends at a new mode (Good 1953): the share of climbs that ended alone.
+
+    Images of a mode under symmetries have its mass, and count as one.
+    """
+    mass, order = found.log_mass.sort()
+    group = (mass.diff(prepend=mass[:1]) > EQUAL_MASS).cumsum(0)
+    hits = torch.zeros_like(found.hits).index_add(0, group, found.hits[order])
+    alone = int((hits == 1).sum())
+    return alone / n_climbs if alone > FEW_ALONE else 0.0
 
 
 def _join(a: Peaks, b: Peaks) -> Peaks:

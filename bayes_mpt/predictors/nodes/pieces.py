@@ -118,7 +118,11 @@ def _with_piece(modes: Modes, draws: Draws, n_prior: int) -> Modes:
     mean, root = torch.cat([mean, u[worst][None]]), torch.cat([root, weighted_root(u[near], own)[None]])
     parents.append(parents[parent])
     log_share = torch.cat([at.log_share[:, 0], at.log_share.new_zeros(1)]).log_softmax(0)
-    orbits = orbits._replace(moves=(*orbits.moves, orbits.moves[parents[-1]]), parents=tuple(parents))
+    orbits = orbits._replace(
+        moves=(*orbits.moves, orbits.moves[parents[-1]]),
+        parents=tuple(parents),
+        counts=(*orbits.counts, orbits.counts[parents[-1]]),
+    )
     for _ in range(N_FITS):
         chance = (log_share[:, None] + _of_each(mean, root, u)).softmax(0) * share  # (C, M)
         total = chance.sum(1)
@@ -128,7 +132,7 @@ def _with_piece(modes: Modes, draws: Draws, n_prior: int) -> Modes:
                 mean[c] = chance[c] @ u / total[c]
                 root[c] = weighted_root(u, chance[c] / total[c])
         log_share = total.clamp(min=MIN_SHARE).log().log_softmax(0)
-        spread = orbits.spread(mean, root, log_share - orbits.n_images.to(log_share).log())
+        spread = orbits.spread(mean, root, log_share - orbits.log_count.to(log_share))
         modes = Modes(*spread, modes.doubt, orbits)
         share = draws.log_weight(modes, n_prior).softmax(0)
     return modes

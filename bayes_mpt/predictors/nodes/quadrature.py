@@ -36,7 +36,7 @@ MIN_NODES = 3  # along each axis
 
 
 class Quadrature(Predictor):
-    """Gauss-Hermite nodes around the mode of each row's posterior (Liu & Pierce 1994).
+    """Gauss-Hermite nodes around the mode of each row's posterior, or every mode of all rows' (Liu & Pierce 1994).
 
     Takes up to four continuous latents, of a row or shared by all rows. Discrete latents are summed out inside, and
     latents that are linear-Gaussian given the others integrated in closed form: a regression with an unknown noise

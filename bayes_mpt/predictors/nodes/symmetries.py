@@ -8,18 +8,20 @@ groups, of overlapping components, images of a mode fall together or lie close, 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, combinations
 from typing import NamedTuple
 
 import torch
+from sympy.combinatorics import Permutation, PermutationGroup  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.distributions.transforms import IndependentTransform
 
 from bayes_mpt.program.latents import Space
 
-__all__ = ["MAX_IMAGES", "Coordinates", "Moves", "Symmetry", "find_symmetries", "orbit"]
+__all__ = ["MAX_IMAGES", "Coordinates", "Moves", "Orbit", "Symmetry", "find_symmetries", "orbit"]
 
 MAX_IMAGES = 720  # of a mode
 MAX_CANDIDATES = 400
@@ -27,6 +29,7 @@ MAX_ELEMENTS = 30  # along an axis whose elements are tried
 MAX_PAIRS = 28  # above it only neighbours along an axis change places
 MAX_AXES = 4  # of one size, up to which all sets of them are tried
 SAME = 1e-8  # of a log-density
+REACH = 10.0  # standard deviations: further images of a mode add nothing to a proposal around it
 IMAGE = 0.1  # standard deviations: images so close to a mode are that mode
 
 Axis = tuple[tuple[int, ...], ...]
@@ -279,29 +282,68 @@ def find_symmetries(
     return candidates
 
 
-def orbit(
-    where: Coordinates, symmetries: list[Symmetry], u: Tensor, root: Tensor
-) -> tuple[list[Symmetry], Tensor, bool]:
-    """What moves a mode u (d,) to each of its distinct images, these (J, d), itself first; if these are all."""
-    one = Symmetry(torch.arange(where.size), torch.ones(where.size))
-    found, images = [one], u[None]
-    inverse = torch.linalg.inv(root)[None]
-    at = 0
-    while at < len(found):
-        if not symmetries:
-            break
+class Orbit(NamedTuple):
+    """The images of a mode."""
+
+    elements: list[Symmetry]
+    """What leads to each of J of them; the first moves nothing."""
+    images: Tensor
+    """(J, d)"""
+    n_images: int
+    """Of all that there are: where they are more than 720, those listed are those within reach of the mode."""
+    whole: bool
+    """Whether all are listed that there are, or that are within reach."""
+
+
+def orbit(where: Coordinates, symmetries: list[Symmetry], u: Tensor, root: Tensor) -> Orbit:
+    """The distinct images of a mode u (d,) whose curvature has the inverse root root'."""
+    count = 1
+    if symmetries:
+        here = where.images(u, root, Moves.of(symmetries))[0]
+        still = _apart(torch.linalg.inv(root)[None], u[None], here)[0] < IMAGE
+        keep = [g for g, same in zip(symmetries, still.tolist(), strict=True) if same]
+        count = _order(symmetries) // _order(keep)
+    found, images = _walk(where, symmetries, u, root, math.inf if count <= MAX_IMAGES else REACH)
+    n_images = len(found) if count <= MAX_IMAGES else count
+    return Orbit(found[:MAX_IMAGES], images[:MAX_IMAGES], n_images, len(found) <= MAX_IMAGES)
+
+
+def _walk(
+    where: Coordinates, symmetries: list[Symmetry], u: Tensor, root: Tensor, reach: float
+) -> tuple[list[Symmetry], Tensor]:
+    """Images that are led to by images not further than ``reach`` away, until these are too many."""
+    found, images = [Symmetry(torch.arange(where.size), torch.ones(where.size))], u[None]
+    inverse, at = torch.linalg.inv(root)[None], 0
+    while symmetries and at < len(found) <= MAX_IMAGES:
         steps = [g.after(found[at]) for g in symmetries]
         at += 1
-        new, roots = where.images(u, root, Moves.of(steps))
-        for step, image, its in zip(steps, new, roots, strict=True):
-            if not bool(image.isfinite().all()):
-                continue
-            apart = ((inverse @ (images - image)[..., None])[..., 0]).norm(dim=-1)
-            if bool((apart < IMAGE).any()):
-                continue
-            if len(found) == MAX_IMAGES:
-                return found, images, False
-            found.append(step)
-            images = torch.cat([images, image[None]])
-            inverse = torch.cat([inverse, torch.linalg.inv(its)[None]])
-    return found, images, True
+        new, its = where.images(u, root, Moves.of(steps))
+        good = new.isfinite().all(-1) & (_apart(inverse[:1], u[None], new)[0] <= reach)
+        good &= ~(_apart(inverse, images, new) < IMAGE).any(0)
+        index = good.nonzero()[:, 0]
+        if not len(index):
+            continue
+        own = torch.linalg.inv(its[index])
+        same = _apart(own, new[index], new[index]) < IMAGE
+        first = (same.to(torch.int8).argmax(1) == torch.arange(len(index), device=u.device)).nonzero()[:, 0]
+        found += [steps[i] for i in index[first].tolist()]
+        images, inverse = torch.cat([images, new[index[first]]]), torch.cat([inverse, own[first]])
+    return found, images
+
+
+def _apart(inverse: Tensor, images: Tensor, u: Tensor) -> Tensor:
+    """How far points u (M, d) are from images (J, d), in units of the roots whose inverses are given: (J, M)."""
+    return (inverse[:, None] @ (images[:, None] - u)[..., None])[..., 0].norm(dim=-1)
+
+
+def _order(symmetries: list[Symmetry]) -> int:
+    """How many changes these make together: the order of a group of permutations of coordinates with signs."""
+    if not symmetries:
+        return 1
+    size = len(symmetries[0].order)
+    each = []
+    for order, sign in symmetries:
+        turned = (sign < 0).long()
+        points = torch.cat([order + size * turned, order + size * (1 - turned)])
+        each.append(Permutation(points.tolist()))
+    return int(PermutationGroup(each).order())
