@@ -32,11 +32,13 @@ __all__ = [
     "IgnoredRowsWarning",
     "LeftOutWarning",
     "MisfitWarning",
+    "MissedModeWarning",
     "NoBoundWarning",
     "NotConvergedWarning",
     "PrecisionWarning",
     "SlowProgramWarning",
     "UnboundedWarning",
+    "VaguePriorWarning",
     "ZeroNoiseWarning",
     "warn",
     "warnings_of",
@@ -69,6 +71,14 @@ class HeavyTailWarning(UserWarning):
 
 class DrawsWarning(UserWarning):
     """An evidence from a user's own draws or guide has no reliable error."""
+
+
+class MissedModeWarning(UserWarning):
+    """A mode of a posterior was found too rarely for an evidence to have an error."""
+
+
+class VaguePriorWarning(UserWarning):
+    """An evidence depends on a prior that is so wide that the scale of it is no statement."""
 
 
 class NoBoundWarning(UserWarning):
