@@ -97,6 +97,10 @@ class MisfitWarning(UserWarning):
     """Rows are not what the evidence believes them to be."""
 
 
+class MissedModeWarning(UserWarning):
+    """An evidence may miss modes of a posterior, and has no error."""
+
+
 class SlowProgramWarning(UserWarning):
     """A program runs on one node at a time."""
 
