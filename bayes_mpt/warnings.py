@@ -73,10 +73,6 @@ class DrawsWarning(UserWarning):
     """An evidence from a user's own draws or guide has no reliable error."""
 
 
-class MissedModeWarning(UserWarning):
-    """A mode of a posterior was found too rarely for an evidence to have an error."""
-
-
 class VaguePriorWarning(UserWarning):
     """An evidence depends on a prior that is so wide that the scale of it is no statement."""
 

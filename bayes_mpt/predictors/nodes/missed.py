@@ -1,13 +1,14 @@
 """Modes of a posterior that particles find, and whether each is found often enough to be weighed.
 
-Modes are looked for by Newton's method from draws of the prior before the particles start, and from the pilot's
-particles that stand around none of them. Each particle belongs to the mode whose Student-t is highest there. Of a mode
-that holds posterior mass two things are held against it: that fewer than half of the independent runs found it, and that
-fewer than ten of all the particles they started with lead there. The error of the runs knows nothing of either.
+Particles that stand around none of the modes that are known are where others are looked for. Each particle belongs to
+the mode whose Student-t is highest there. Of a mode that holds posterior mass two things are held against it: that
+fewer than half of the independent runs found it, and that fewer than ten of all the particles they started with lead
+there. The error of the runs knows nothing of either.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -15,84 +16,66 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bayes_mpt.predictors.nodes.newton import LaplaceApproximation, newton
+from bayes_mpt.predictors.nodes.newton import climb
 from bayes_mpt.predictors.nodes.particles import Shown
 from bayes_mpt.predictors.nodes.path import Arrived
 from bayes_mpt.predictors.nodes.reference import Reference
 
-__all__ = ["Shares", "climb", "shares_of", "strays"]
+__all__ = ["Shares", "shares_of", "with_climbs", "with_strays"]
 
-N_STARTS = 8
-COST = 2e8  # of the starts together: log-densities times the square of the numbers
+N_STRAYS = 8  # particles from which modes are looked for
+WORK = 2e8  # log-densities times the square of the numbers, that these may cost a step
 MAX_STEPS = 60
-SURE = 1e-9
 APART = 0.5  # standard deviations between modes that are two
-FAR = 40.0  # nats below the highest: a mode without mass
+NEGLIGIBLE = 23.0  # nats below the largest mode: 1e-10 of it
 RADIUS = 6.0  # standard deviations of the squared radius, beyond which a particle is around no mode
 MASS = 0.01  # of the posterior, from which a mode counts
 MIN_ANCESTORS = 10
-CANNOT = (torch.linalg.LinAlgError, ValueError, RuntimeError)
 
 
-def n_starts(shown: Shown) -> int:
-    """How many climbs are worth their time."""
-    each = shown.x.shape[1] * shown.adaptive.n_evaluations * shown.adaptive.space.width**2
-    return max(1, min(N_STARTS, int(COST / max(1, each))))
-
-
-def climb(shown: Shown, starts: Tensor, known: Reference | None = None) -> Reference | None:
-    """The distinct modes of a posterior that climbs from points (S, d) end at, with those known; None without any.
-
-    All side by side; where they fail together, one by one.
-    """
-
-    def log_prob(u: Tensor) -> Tensor:
-        given, part, _ = shown.adaptive.at(shown.args, shown.filled, u)
-        return part + given.log_joint(shown.x, shown.seen)
-
-    found = []
-    for some in (starts, *starts.split(1)):
-        try:
-            at = newton(log_prob, some[:, None], MAX_STEPS, SURE)
-            with torch.no_grad():
-                height = log_prob(at.mode)[:, 0]
-        except CANNOT:
-            continue
-        found.append((at.mode[:, 0], at.root[:, 0], height))
-        if len(some) == len(starts):
-            break
-    if known is not None and len(known):
-        log_det = torch.linalg.slogdet(known.root)[1]
-        found.insert(0, (known.mode, known.root, known.log_mass - log_det))
-    if not found:
+def with_strays(shown: Shown, reference: Reference, u: Tensor) -> Reference | None:
+    """A reference with modes that particles u (M, d) have found and climbs have not; None where there are none."""
+    if not len(reference):
         return None
-    mode, root, height = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return _distinct(mode, root, height)
-
-
-def _distinct(mode: Tensor, root: Tensor, height: Tensor) -> Reference | None:
-    fine = torch.isfinite(height) & torch.isfinite(mode).all(1) & torch.isfinite(root).flatten(1).all(1)
-    mode, root, height = mode[fine], root[fine], height[fine]
-    log_mass = height + torch.linalg.slogdet(root)[1]
-    kept: list[int] = []
-    for k in log_mass.argsort(descending=True).tolist():
-        if not bool(torch.isfinite(log_mass[k])) or log_mass[k] < log_mass[kept[0] if kept else k] - FAR:
-            continue
-        between = [torch.linalg.solve(root[j], mode[k] - mode[j]).square().sum().sqrt() for j in kept]
-        if all(float(distance) > APART for distance in between):
-            kept.append(k)
-    if not kept:
-        return None
-    return Reference.around(LaplaceApproximation(mode[kept], root[kept]), height[kept])
-
-
-def strays(reference: Reference, u: Tensor, most: int) -> Tensor:
-    """Particles (M, d) that are around no mode, a few of them (m, d) spread evenly."""
     d = u.shape[1]
     back = torch.linalg.inv(reference.root)
     radius = torch.einsum("kij,mkj->mki", back, u[:, None] - reference.mode).square().sum(-1).amin(1)
     away = u[radius > d + RADIUS * (2 * d) ** 0.5 + RADIUS]
-    return away[:: max(1, -(-len(away) // most))]
+    cost = shown.x.shape[1] * shown.adaptive.n_evaluations * d**2
+    most = max(1, min(N_STRAYS, int(WORK / cost)))
+    away = away[:: max(1, -(-len(away) // most))]
+    return with_climbs(shown, reference, away) if len(away) else None
+
+
+def with_climbs(shown: Shown, reference: Reference, starts: Tensor) -> Reference | None:
+    """A reference with the modes that climbs from points (S, d) end at; None where there are no new ones."""
+
+    def log_prob(points: Tensor) -> Tensor:
+        at = shown.adaptive
+        return at.log_prob(shown.args, shown.filled, shown.x, shown.seen, points[:, None])[:, 0]
+
+    peaks = climb(log_prob, starts, MAX_STEPS, shown.adaptive.sure)
+    constant = 0.5 * starts.shape[1] * math.log(2 * math.pi)
+    log_mass = peaks.value + torch.linalg.slogdet(peaks.root)[1] + constant
+    fine = peaks.top & log_mass.isfinite()
+    if not len(reference) and not bool(fine.any()):  # no top: the highest place
+        fine[peaks.value.nan_to_num(-math.inf).argmax()] = True
+        fine &= log_mass.isfinite()
+    highest = float(torch.cat([reference.log_mass, log_mass[fine]]).amax()) if bool(fine.any()) else 0.0
+    new: list[int] = []
+    for k in fine.nonzero()[:, 0].tolist():
+        known, roots = torch.cat([reference.mode, peaks.u[new]]), torch.cat([reference.root, peaks.root[new]])
+        apart = torch.linalg.solve(roots, (peaks.u[k] - known)[..., None])[..., 0].norm(dim=1)
+        if bool((apart > APART).all()) and float(log_mass[k]) > highest - NEGLIGIBLE:
+            new.append(k)
+    if not new:
+        return None
+    return Reference(
+        torch.cat([reference.mode, peaks.u[new]]),
+        torch.cat([reference.root, peaks.root[new]]),
+        torch.cat([reference.log_mass, log_mass[new]]),
+        reference.prior,
+    )
 
 
 class Shares(NamedTuple):

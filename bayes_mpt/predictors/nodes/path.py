@@ -28,7 +28,7 @@ __all__ = ["Arrived", "Path", "Stage", "next_step"]
 MAX_LEVELS = 200
 ACCEPTANCE = 0.8  # of the moves, that their lengths are adapted to
 LEAPS = 4
-MAX_STEP = 0.8  # in units of the particles' spread: four of them are half a turn
+MAX_STEP = 0.4  # in units of the spread of the particles: four of them are a quarter turn, which forgets most
 WARM = 10  # moves of copies of one draw, before a run back
 
 
@@ -102,8 +102,8 @@ class Path(NamedTuple):
                 return Arrived(now, log_z, ancestor, variance)
         names = ", ".join(repr(name) for name in self.target.shown.adaptive.space.names)
         raise ModelError(
-            f"sequential Monte Carlo needs more than {MAX_LEVELS} temperatures from the prior to the posterior of latent "
-            f"sites {names}, and came to {before:.2g} of 1: write narrower priors, in units of the data, or use "
+            f"sequential Monte Carlo needs more than {MAX_LEVELS} temperatures from the prior to the posterior of "
+            f"latent sites {names}, and came to {before:.2g} of 1: write narrower priors, in units of the data, or use "
             "Importance() with a guide"
         )
 

@@ -26,10 +26,11 @@ from bayes_mpt.program.program import ModelError
 from bayes_mpt.program.run import NODES, one_precision, run
 from bayes_mpt.program.sites import base, node_of
 
-__all__ = ["halved", "prior_points", "spread_of", "vague_sites"]
+__all__ = ["halved", "prior_points", "spread_of", "vague_sites", "within_reach"]
 
 LOG = "/log "  # before the name of a site: the logarithm of its value
 LEAVE = 0.01  # share of draws outside the range of floating point, from which a prior is vague
+REACH = 8.0  # of unconstrained numbers: 1 / 3000 to 3000
 FAR = 50.0  # log of how much wider than the posterior, the same
 
 
@@ -126,6 +127,14 @@ def vague_sites(adaptive: AdaptiveNodes, points: Tensor, root: Tensor | None) ->
         if far or float(outside.any(1).double().mean()) > LEAVE:
             out.append(part.latent.name)
     return tuple(out)
+
+
+def within_reach(adaptive: AdaptiveNodes, points: Tensor, vague: tuple[str, ...], n: int) -> Tensor:
+    """The first n draws (n, d) of points, but those of vague latents spread over the numbers that data are made of."""
+    out, even = points[:n].clone(), torch.linspace(-REACH, REACH, n, dtype=points.dtype).to(points)
+    for name in vague:
+        out[:, adaptive.space.columns[name]] = even[:, None]
+    return out
 
 
 def spread_of(points: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from bayes_mpt.predictors.nodes.newton import LaplaceApproximation
+from bayes_mpt.predictors.nodes.modes import Modes
 from bayes_mpt.predictors.nodes.resampling import weighted_root
 from bayes_mpt.predictors.nodes.rules import degrees_of, log_t
 
@@ -47,10 +47,11 @@ class Reference:
         return cls(like.new_zeros(0, d), like.new_zeros(0, d, d), like.new_zeros(0), 1.0)
 
     @classmethod
-    def around(cls, found: LaplaceApproximation, log_density: Tensor, prior: float = PRIOR) -> Reference:
-        """Around modes (K, d) with log-densities (K,)."""
-        log_det = torch.linalg.slogdet(found.root)[1]
-        return cls(found.mode, found.root, log_density + log_det, prior)
+    def around(cls, modes: Modes) -> Reference | None:
+        """Around modes, and the prior; None where no mode is finite."""
+        mode, root, log_mass = modes.mode[:, 0], modes.root[:, 0], modes.log_mass[:, 0]
+        fine = log_mass.isfinite() & mode.isfinite().all(1) & root.isfinite().flatten(1).all(1)
+        return cls(mode[fine], root[fine], log_mass[fine]) if bool(fine.any()) else None
 
     def within(self, spread: Tensor) -> Reference:
         """No wider along any direction than the prior, which has a spread (d,): a ridge has no curvature."""

@@ -2,14 +2,15 @@
 
 Particles go from a reference r to the posterior along r(u)^(1 - b) p(u, x)^b (Neal 2001; Del Moral, Doucet & Jasra
 2006), or by revealing tokens in turn (Chopin 2002), reweighted, resampled and moved by Hamiltonian Monte Carlo. The
-reference is a fixed mixture of the prior, so that no mode is missed which the prior reaches, and of the modes that were
-found, so that the way is short. A pilot finds temperatures, moves and the number of particles; with these frozen, each of
-R independent runs gives an unbiased estimate of Z, and the number comes from them alone.
+reference is a fixed mixture of the prior, so that no mode is missed which the prior reaches, and of the modes that
+were found, so that the way is short. A pilot finds temperatures, moves and the number of particles; with these frozen,
+each of R independent runs gives an unbiased estimate of Z, and the number comes from them alone.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -21,10 +22,11 @@ from torch import Tensor
 from bayes_mpt.diagnostics import log_mean
 from bayes_mpt.predictors.base import Bound, Conditionals, Evidence, Guide, Posterior, Predictor
 from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
-from bayes_mpt.predictors.nodes.missed import Shares, climb, n_starts, shares_of, strays
+from bayes_mpt.predictors.nodes.missed import Shares, shares_of, with_climbs, with_strays
+from bayes_mpt.predictors.nodes.modes import Modes, ModeSearch
 from bayes_mpt.predictors.nodes.particles import Shown, Target
 from bayes_mpt.predictors.nodes.path import Arrived, Path, Stage, next_step
-from bayes_mpt.predictors.nodes.prior import halved, spread_of, vague_sites
+from bayes_mpt.predictors.nodes.prior import halved, spread_of, vague_sites, within_reach
 from bayes_mpt.predictors.nodes.reference import Reference
 from bayes_mpt.predictors.nodes.resampling import systematic, weighted_root
 from bayes_mpt.predictors.nodes.tempering import NEVER, Particles
@@ -37,14 +39,14 @@ from bayes_mpt.warnings import HeavyTailWarning, MissedModeWarning, VaguePriorWa
 
 __all__ = ["SequentialMonteCarlo"]
 
-MAX_SD = 0.5  # of log Z between runs; where a pilot foresees more there are twice the particles
+MAX_SD = 0.25  # of log Z between runs; where a pilot foresees more there are twice the particles
 WIDE_SD = 1.0  # of log Z between runs, above which their error is unreliable
 MAX_DOUBLINGS = 4
 PILOT = 0.25  # of the particles
 MIN_PILOT = 32
 MAX_LOCATED = 256  # latents, up to which modes and their curvatures are looked for
 N_PRIOR = 400  # draws that tell whether a prior is vague
-N_STRAYS = 8  # particles around no known mode, from which others are looked for
+N_CLIMBS = 12  # where the prior is too vague to say from where
 MAX_PILOTS = 3
 LONG = 4  # levels, from which the start is moved to where the pilot's particles are
 MAX_DRAWS = 200  # particles that a prediction averages over
@@ -60,27 +62,27 @@ class SequentialMonteCarlo(Predictor):
     Parameters
     ----------
     num_particles : int, default=256
-        Of each run, at least: doubled up to four times where a pilot foresees that log Z varies by more than 0.5 nats
-        between runs.
+        Of each run, at least: doubled up to four times where a pilot foresees that log Z varies by more than a quarter
+        of a nat between runs.
     num_runs : int, default=8
         R independent runs with temperatures and moves frozen after a pilot.
     num_moves : int, default=1
         Hamiltonian moves a temperature.
     check : bool or int, default=False
-        On how many data sets simulated from the prior the runs are checked from both sides, once for each evidence: from
-        the reference to the posterior, which gives a log Z that is too low on the average, and back from the latents that
-        made the data, which are an exact draw of the posterior, one that is too high. A gap tells of posterior mass that
-        the runs do not reach. True: one.
+        On how many data sets simulated from the prior the runs are checked from both sides, with each evidence: from
+        the reference to the posterior, which gives a log Z that is too low on the average, and back from the latents
+        that made the data, which are an exact draw of the posterior, one that is too high. A gap tells of posterior
+        mass that the runs do not reach. True: one.
 
     Notes
     -----
     The standard error is that of the mean of Z over the runs, widened for their small number. It is NaN, with a
-    `MissedModeWarning`, where a mode with posterior mass was found by fewer than half of the runs or from fewer than ten
-    first particles, or where `check` leaves a gap of more than one nat. No mode can be seen that neither a climb nor a
-    particle has come near: of the prior it must hold more than about one part in R times the number of particles.
+    `MissedModeWarning`, where a mode with posterior mass was found by fewer than half of the runs or from fewer than
+    ten first particles, or where ``check`` leaves a gap of more than a nat. No mode can be seen that neither a climb
+    nor a particle has come near: of the prior it must hold more than about one part in R times the number of particles.
 
-    A prior is vague if its draws leave the range of floating point, as those of Gamma(1e-4, 1e-4) do, or if it is 50 nats
-    a number away from the posterior. Then particles start at the modes alone, and a `VaguePriorWarning` says by how much
+    A prior is vague if its draws leave the range of floating point, as those of Gamma(1e-4, 1e-4) do, or if it is e^50
+    times as wide as the posterior. Then particles start at the modes alone, and a `VaguePriorWarning` says by how much
     half of the prior's scale changes the number.
 
     ``diagnostics`` hold the cost in ``levels``, at most 200 temperatures; ``log_z`` of each run and their ``sd_log_z``;
@@ -239,7 +241,7 @@ class Particulate(Conditionals):
             path, stages, n = self._prepare(shown, reference)
             arrived = path.run(stages, settings.num_runs, n)
             u = _pooled(arrived)
-            shares = shares_of(self._with_strays(path, arrived) or path.target.reference, arrived)
+            shares = shares_of(_strays(path, arrived) or path.target.reference, arrived)
             inside = self._inside(shown, u)
             some = u[:: max(1, len(u) // MAX_DRAWS)]
             changes = {name: halved(self.adaptive, self._filled, some, name) for name in vague}
@@ -273,7 +275,7 @@ class Particulate(Conditionals):
         for attempt in range(MAX_PILOTS):
             path = Path(Target(shown, reference), settings.num_moves)
             stages, arrived = path.pilot(settings.num_runs, n_pilot)
-            more = self._with_strays(path, arrived) if attempt < MAX_PILOTS - 1 else None
+            more = _strays(path, arrived) if attempt < MAX_PILOTS - 1 else None
             if more is None:
                 break
             reference = more
@@ -292,37 +294,26 @@ class Particulate(Conditionals):
             n *= 2
         return path, stages, n
 
-    def _with_strays(self, path: Path, arrived: Arrived) -> Reference | None:
-        """A reference with modes that particles have found and climbs have not; None where there are none."""
-        reference, shown = path.target.reference, path.target.shown
-        if not len(reference) or float(arrived.log_z.max()) < NEVER:
-            return None
-        away = strays(reference, arrived.particles.u.flatten(0, 1), min(N_STRAYS, n_starts(shown)))
-        more = climb(shown, away, reference) if len(away) else None
-        if more is None or len(more) <= len(reference):
-            return None
-        return Reference(more.mode, more.root, more.log_mass, reference.prior)
-
-    def _reference(self, shown: Shown) -> tuple[Reference, tuple[str, ...]]:
-        """Where particles start, and which latents have a vague prior."""
-        points = shown.prior_points(N_PRIOR)
-        found = None
+    def _reference(self, shown: Shown, near: Modes | None = None) -> tuple[Reference, tuple[str, ...]]:
+        """Where particles start, and which latents have a vague prior; from the modes of other tokens."""
+        points, found = shown.prior_points(N_PRIOR), None
+        vague = vague_sites(self.adaptive, points, None)
         if self.space.width <= MAX_LOCATED and bool(shown.seen.any()):
-            fine = points[torch.isfinite(points).all(1)]
-            middle = fine.median(0).values if len(fine) else points.new_zeros(points.shape[1])
-            starts = torch.cat([middle[None], torch.zeros_like(middle)[None], fine[: n_starts(shown)]])
-            found = climb(shown, starts[: n_starts(shown)].clamp(-30, 30))
+            if vague:  # whose draws are no places to climb from
+                starts = within_reach(self.adaptive, points, vague, N_CLIMBS)
+                found = with_climbs(shown, replace(Reference.of_prior(points), prior=0.0), starts)
+            else:
+                search = ModeSearch(self.adaptive)
+                found = Reference.around(search.find(self._args, shown.x, shown.seen, near))
         vague = vague_sites(self.adaptive, points, None if found is None else found.root[0])
         if found is None and vague and bool(shown.seen.any()):
             raise ModelError(
-                f"the prior of latent {vague[0]!r} is so vague that its draws leave the range of floating point, and no "
-                "mode of the posterior was found to start at: write a narrower prior, in units of the data"
+                f"the prior of latent {vague[0]!r} is so vague that its draws leave the range of floating point, and "
+                "no mode of the posterior was found to start at: write a narrower prior, in units of the data"
             )
         if found is None:
             return Reference.of_prior(points), ()
-        if vague:
-            return Reference(found.mode, found.root, found.log_mass, 0.0), vague
-        return found.within(spread_of(points)), ()
+        return (replace(found, prior=0.0) if vague else found.within(spread_of(points))), vague
 
     def _shown(self, seen: Tensor) -> Shown:
         return Shown(self.adaptive, self._args, self._filled, self.value, seen)
@@ -397,6 +388,13 @@ class Particulate(Conditionals):
                     cloud, accepted = path.move(cloud, 1.0, root, step)
                     step = next_step(step, accepted)
         return out
+
+
+def _strays(path: Path, arrived: Arrived) -> Reference | None:
+    """A path's reference with the modes that its particles have found; None where there are no new ones."""
+    if float(arrived.log_z.max()) < NEVER:
+        return None
+    return with_strays(path.target.shown, path.target.reference, arrived.particles.u.flatten(0, 1))
 
 
 def _pooled(arrived: Arrived) -> Tensor:

@@ -106,8 +106,8 @@ def simulated(
     tokens = token_values(trace, program)
     if not bool(torch.isfinite(u).all() & torch.isfinite(tokens).all()):
         raise ModelError(
-            "check simulates data from the prior, and a draw of it is not finite: write narrower priors, in units of the "
-            "data, or leave check=False"
+            "check simulates data from the prior, and a draw of it is not finite: write narrower priors, in units of "
+            "the data, or leave check=False"
         )
     position = program.observed_argument
     if position is not None:
