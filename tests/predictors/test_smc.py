@@ -1,7 +1,6 @@
 """Sequential Monte Carlo: frozen runs, where they start, what they may miss, vague priors, bounds from both sides."""
 
 import math
-import warnings
 
 import numpy as np
 import pyro

@@ -347,8 +347,13 @@ class Particulate(Conditionals):
         read = Particulate(settings, data.model, data.program, adaptive, data.args)
         found = read._integrated
         n_runs, n = self.settings.num_runs, found.evidence.diagnostics["num_particles"]
+        path, stages = found.path, found.stages
         with torch.no_grad(), pyro.validation_enabled(False):
-            upper = found.path.back(found.stages, start.expand(n_runs, n, -1).clone())
+            reference = path.target.reference
+            if len(reference):  # runs back do not come to where the prior alone is
+                path = Path(path.target._replace(reference=replace(reference, prior=0.0)), path.n_moves)
+                stages, _ = path.pilot(n_runs, max(MIN_PILOT, int(PILOT * n)))
+            upper = path.back(stages, start.expand(n_runs, n, -1).clone())
         return TwoSided.of(found.evidence.diagnostics["log_z"], upper.double().cpu().numpy())
 
     def _reveal(self, x: Tensor, tokens: Tensor, stops: list[int]) -> Tensor:
