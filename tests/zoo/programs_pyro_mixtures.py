@@ -188,7 +188,6 @@ CASES = [
         points_of_the_plane,
         sticks_by_assignments,
         slow=True,
-        known="one of several modes is found",
     ),
     Case(
         "dirichlet_process_poisson",

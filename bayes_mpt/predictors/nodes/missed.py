@@ -1,7 +1,7 @@
 """Modes of a posterior that particles find, and whether each is found often enough to be weighed.
 
 Particles that stand around none of the modes that are known are where others are looked for. Each particle belongs to
-the mode whose Student-t is highest there. Of a mode that holds posterior mass two things are held against it: that
+the mode whose Student-t is highest there. Of a mode whose mass matters two things are held against it: that
 fewer than half of the independent runs found it, and that fewer than ten of all the particles they started with lead
 there. The error of the runs knows nothing of either.
 """
@@ -29,7 +29,7 @@ MAX_STEPS = 60
 APART = 0.5  # standard deviations between modes that are two
 NEGLIGIBLE = 23.0  # nats below the largest mode: 1e-10 of it
 RADIUS = 6.0  # standard deviations of the squared radius, beyond which a particle is around no mode
-MASS = 0.01  # of the posterior, from which a mode counts
+MATTERS = 0.05  # of the posterior, as many nats: less is no error worth a warning
 MIN_ANCESTORS = 10
 
 
@@ -91,9 +91,11 @@ class Shares(NamedTuple):
     @property
     def missed(self) -> tuple[int, ...]:
         """The modes with mass that too few runs or particles have found."""
-        few = (self.share > 0).sum(0) < len(self.share) / 2
-        few |= self.ancestors.sum(0) < MIN_ANCESTORS
-        return tuple(np.flatnonzero(few & (self.mass > MASS)).tolist())
+        rare = (self.share > 0).sum(0) < len(self.share) / 2
+        first = self.ancestors.sum(0)
+        # so many ancestors make the mass of a mode uncertain by mass / sqrt(ancestors), which may not matter
+        few = (first < MIN_ANCESTORS) & (self.mass > MATTERS * np.sqrt(np.maximum(first, 1)))
+        return tuple(np.flatnonzero(few | (rare & (self.mass > MATTERS))).tolist())
 
     @property
     def why(self) -> str:

@@ -18,6 +18,7 @@ from pyro import poutine
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import constraints
+from torch.distributions.gamma import _standard_gamma
 
 from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
 from bayes_mpt.program.densities import log_density
@@ -49,8 +50,8 @@ class _LogGamma(poutine.messenger.Messenger):
             return
         shape = msg["fn"].batch_shape + msg["fn"].event_shape
         a, rate = fn.concentration.expand(shape), fn.rate.expand(shape)
-        log = torch.distributions.Gamma(a + 1, rate).sample().log() + torch.rand_like(a).log() / a
-        log = sign * log
+        # torch's own draw, whose limits have no rule for values side by side
+        log = sign * (_standard_gamma(a + 1).log() - rate.log() + torch.rand_like(a).log() / a)
         self.logs[msg["name"]], msg["value"], msg["done"] = log, log.exp(), True
 
     def draw(self, adaptive: AdaptiveNodes, filled: tuple[Any, ...]) -> dict[str, Tensor]:

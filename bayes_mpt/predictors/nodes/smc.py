@@ -145,6 +145,7 @@ class _Tempered(Bound):
     def __init__(self, settings: SequentialMonteCarlo, model: Model, args: tuple[Any, ...], program: Program):
         self.settings, self.model, self.structure = settings, model, program
         self.adaptive = AdaptiveNodes(model, args, program)
+        self.search = ModeSearch(self.adaptive)
         space = self.adaptive.space
         self.why = (
             f"{settings.num_runs} runs of at least {settings.num_particles} particles over the {space.width} "
@@ -152,7 +153,7 @@ class _Tempered(Bound):
         )
 
     def read(self, args: tuple[Any, ...]) -> Particulate:
-        return Particulate(self.settings, self.model, self.structure, self.adaptive, args)
+        return Particulate(self.settings, self.model, self.structure, self.search, args)
 
 
 class _Integrated(NamedTuple):
@@ -178,11 +179,11 @@ class Particulate(Conditionals):
         settings: SequentialMonteCarlo,
         model: Model,
         program: Program,
-        adaptive: AdaptiveNodes,
+        search: ModeSearch,
         args: tuple[Any, ...],
     ):
         self.settings, self.model, self.structure = settings, model, program
-        self.adaptive, self.space = adaptive, adaptive.space
+        self._search, self.adaptive, self.space = search, search.adaptive, search.adaptive.space
         self._args, self._filled = args, tuple(fill(a) for a in args)
         self.value = program_values(model, args, self._filled, program)
 
@@ -294,8 +295,13 @@ class Particulate(Conditionals):
             n *= 2
         return path, stages, n
 
-    def _reference(self, shown: Shown, near: Modes | None = None) -> tuple[Reference, tuple[str, ...]]:
-        """Where particles start, and which latents have a vague prior; from the modes of other tokens."""
+    @cached_property
+    def _modes(self) -> Modes:
+        """The modes of the posterior given all tokens."""
+        return self._search.find(self._args, self.value, torch.ones_like(self.value[0], dtype=torch.bool))
+
+    def _reference(self, shown: Shown) -> tuple[Reference, tuple[str, ...]]:
+        """Where particles start, and which latents have a vague prior."""
         points, found = shown.prior_points(N_PRIOR), None
         vague = vague_sites(self.adaptive, points, None)
         if self.space.width <= MAX_LOCATED and bool(shown.seen.any()):
@@ -303,8 +309,10 @@ class Particulate(Conditionals):
                 starts = within_reach(self.adaptive, points, vague, N_CLIMBS)
                 found = with_climbs(shown, replace(Reference.of_prior(points), prior=0.0), starts)
             else:
-                search = ModeSearch(self.adaptive)
-                found = Reference.around(search.find(self._args, shown.x, shown.seen, near))
+                modes = self._modes
+                if bool((~shown.seen & ~shown.x.isnan()[0]).any()):  # those of fewer tokens are near
+                    modes = self._search.find(self._args, shown.x, shown.seen, modes)
+                found = Reference.around(modes)
         vague = vague_sites(self.adaptive, points, None if found is None else found.root[0])
         if found is None and vague and bool(shown.seen.any()):
             raise ModelError(
@@ -344,7 +352,7 @@ class Particulate(Conditionals):
         settings = SequentialMonteCarlo(
             self.settings.num_particles, self.settings.num_runs, self.settings.num_moves
         )
-        read = Particulate(settings, data.model, data.program, adaptive, data.args)
+        read = Particulate(settings, data.model, data.program, ModeSearch(adaptive), data.args)
         found = read._integrated
         n_runs, n = self.settings.num_runs, found.evidence.diagnostics["num_particles"]
         path, stages = found.path, found.stages
