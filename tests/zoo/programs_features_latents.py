@@ -265,7 +265,6 @@ CASES = [
         grid_of_means(3, 81),
         tolerance=1e-2,
         slow=True,
-        known="nodes beside discrete latents are run one by one",
     ),
     Case(
         "sign_symmetric_factor",

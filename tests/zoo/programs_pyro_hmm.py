@@ -327,6 +327,5 @@ CASES = [
         priors_by_paths,
         tolerance=1e-2,
         slow=True,
-        known="nodes beside discrete latents are run one by one",
     ),
 ]

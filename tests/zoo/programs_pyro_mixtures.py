@@ -194,7 +194,7 @@ CASES = [
         dirichlet_process_poisson,
         sunspots,
         slow=True,
-        known="nodes beside discrete latents are run one by one",
+        known="many shared latents: heavy tails of the weights are warned of",
     ),
     Case(
         "lda",
@@ -202,6 +202,6 @@ CASES = [
         three_documents,
         topics_by_assignments,
         slow=True,
-        known="nodes beside discrete latents are run one by one",
+        known="many shared latents: heavy tails of the weights are warned of",
     ),
 ]
