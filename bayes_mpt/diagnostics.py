@@ -7,11 +7,20 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import logsumexp
 from scipy.stats import norm
 from scipy.stats import t as student_t
 from torch import Tensor
 
-__all__ = ["BAD_K", "disagreement", "few_replicates", "pareto_k", "partition_error", "replicate_error"]
+__all__ = [
+    "BAD_K",
+    "disagreement",
+    "few_replicates",
+    "log_mean",
+    "pareto_k",
+    "partition_error",
+    "replicate_error",
+]
 
 MIN_TAIL = 20  # weights to fit a tail to
 BAD_K = 0.7  # above it the error is unreliable (Vehtari et al. 2024)
@@ -31,6 +40,17 @@ def replicate_error(totals: NDArray[np.float64]) -> float:
 def few_replicates(n: int) -> float:
     """By how much the standard error of a mean of n replicates is widened: t(n - 1, 0.977) / 2."""
     return float(student_t.ppf(norm.cdf(2), n - 1) / 2)
+
+
+def log_mean(log_z: NDArray[np.float64]) -> tuple[float, float]:
+    """Log mean Z over independent runs (R,), and its standard error: two of it hold the truth as two of a normal do.
+
+    The logarithm of a mean is too low by half of the mean's squared relative error, which is added.
+    """
+    z = np.exp(log_z - log_z.max())
+    error = replicate_error(z) / float(z.mean())
+    bias = 0.5 * (error / few_replicates(len(z))) ** 2
+    return float(logsumexp(log_z) - math.log(len(z))) + bias, error
 
 
 def partition_error(at_fit: NDArray[np.float64], held_out: NDArray[np.float64], fold: NDArray[Any]) -> float:

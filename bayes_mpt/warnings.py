@@ -38,6 +38,7 @@ __all__ = [
     "PrecisionWarning",
     "SlowProgramWarning",
     "UnboundedWarning",
+    "VaguePriorWarning",
     "ZeroNoiseWarning",
     "warn",
     "warnings_of",
@@ -70,6 +71,10 @@ class HeavyTailWarning(UserWarning):
 
 class DrawsWarning(UserWarning):
     """An evidence from a user's own draws or guide has no reliable error."""
+
+
+class VaguePriorWarning(UserWarning):
+    """An evidence depends on a prior that is so wide that the scale of it is no statement."""
 
 
 class NoBoundWarning(UserWarning):

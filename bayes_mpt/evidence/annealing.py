@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from scipy.special import gammaln, logsumexp
 
 from bayes_mpt.evidence.slice import Slice
+from bayes_mpt.predictors.nodes.resampling import effective, next_temperature
 
 __all__ = ["Annealed", "Plan", "anneal", "resample"]
 
@@ -113,9 +114,9 @@ def _anneal(
     b, step, variance, accepted = 0.0, space.n_free**-0.25, 0.0, []
     for level in range(10_000):
         log_weight = np.where(np.isfinite(now.log_weight), now.log_weight, -1e300)
-        new = _next_temperature(b, log_weight) if pilot else plan.temperatures[level]
+        new = next_temperature(b, log_weight, CESS, MIN_RISE) if pilot else plan.temperatures[level]
         rise = (new - b) * log_weight
-        variance += (1 / _effective(rise) - 1) / n_each
+        variance += (1 / effective(rise) - 1) / n_each
         rise = rise.reshape(n_islands, -1)
         total = logsumexp(rise, axis=1)
         log_z += total - math.log(n_each)
@@ -157,23 +158,6 @@ def _log_start(y: Array) -> Array:
 def _start_force(y: Array) -> Array:
     """Its gradient (B, m)."""
     return -((DEGREES + y.shape[1]) / (DEGREES + np.square(y).sum(1)))[:, None] * y
-
-
-def _next_temperature(b: float, log_weight: Array) -> float:
-    """The highest at which the conditional effective sample size is kept."""
-    if _effective((1 - b) * log_weight) >= CESS:
-        return 1.0
-    low, high = 0.0, 1 - b
-    for _ in range(30):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _effective(middle * log_weight) >= CESS else (low, middle)
-    return min(1.0, b + max(low, MIN_RISE))
-
-
-def _effective(log_weight: Array) -> float:
-    """Share of equally weighted points (B,) that counts after a weighting."""
-    w = np.exp(log_weight - log_weight.max())
-    return float(w.sum() ** 2 / (w @ w)) / len(w)
 
 
 def resample(weight: Array, rng: np.random.Generator) -> NDArray[np.intp]:

@@ -17,12 +17,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import softmax
 
-from bayes_mpt.diagnostics import few_replicates
+from bayes_mpt.diagnostics import few_replicates, log_mean
 from bayes_mpt.evidence.allocations import allocate, chains_of
 from bayes_mpt.evidence.components import Components, blocks_of, components
 from bayes_mpt.evidence.mixture_prior import MixturePrior, checked_rows
 from bayes_mpt.evidence.predictive import GaussianRows
-from bayes_mpt.evidence.sampled import LARGE_SE, log_mean
+from bayes_mpt.evidence.sampled import LARGE_SE
 
 __all__ = ["COVARIANCE_TYPES", "MAX_COMPONENTS", "MixtureEvidence", "mixture_evidence"]
 

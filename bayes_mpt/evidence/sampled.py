@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import log_softmax, logsumexp
 
-from bayes_mpt.diagnostics import few_replicates, replicate_error
+from bayes_mpt.diagnostics import few_replicates, log_mean
 from bayes_mpt.evidence.annealing import Annealed, anneal
 from bayes_mpt.evidence.draws import FactorDraws
 from bayes_mpt.evidence.factor_posterior import CompletePosterior, FactorPosterior
@@ -247,17 +247,6 @@ def _sampled(space: Slice, se: float, max_particles: int, n_islands: int, seed: 
     n_each = int(np.clip(math.ceil(min(wanted, 1e6)), PILOT, max(PILOT, max_particles // n_islands)))
     found = anneal(space, n_islands, n_each, second, pilot.plan)
     return _summary(space, found, n_each * n_islands)
-
-
-def log_mean(log_z: Array) -> tuple[float, float]:
-    """Log mean Z over islands (G,), and its standard error: two of it hold the truth as two of a normal do.
-
-    The logarithm of a mean is too low by half of the mean's squared relative error, which is added.
-    """
-    z = np.exp(log_z - log_z.max())
-    error = replicate_error(z) / float(z.mean())
-    bias = 0.5 * (error / few_replicates(len(z))) ** 2
-    return float(logsumexp(log_z) - math.log(len(z))) + bias, error
 
 
 def _summary(space: Slice, found: Annealed, n_particles: int) -> SampledEvidence:

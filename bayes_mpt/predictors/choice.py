@@ -14,6 +14,7 @@ from bayes_mpt.predictors.gaussian.nearest_neighbors import NearestNeighbors, ne
 from bayes_mpt.predictors.gaussian.process import JointGaussian, gaussian_program
 from bayes_mpt.predictors.nodes.importance import Importance
 from bayes_mpt.predictors.nodes.quadrature import MAX_WIDTH, Quadrature
+from bayes_mpt.predictors.nodes.smc import SequentialMonteCarlo
 from bayes_mpt.predictors.self_predictive import SelfPredictive
 from bayes_mpt.program.affine import NotAffine
 from bayes_mpt.program.analysis import look
@@ -51,8 +52,9 @@ def choose(
     "auto" takes, in this order: of a program ``model(x, visible)`` what it says itself (`SelfPredictive`); of
     observations that are one Gaussian vector the exact density up to 4096 of them, beyond that `NearestNeighbors(30)`;
     a closed form, where the program is linear-Gaussian given its parameters; the sum over all values of discrete
-    latents; with a guide, `Importance`; without one, `Quadrature` over up to four continuous latents and `Importance`
-    around the mode of each row's posterior for more.
+    latents; with a guide, `Importance`; without one, `Quadrature` over up to four continuous latents. For more of them
+    `Importance` around the mode of each row's posterior where they belong to rows, and where all rows share them
+    `SequentialMonteCarlo`; or, if there are `pyro.param`s to be trained, `Importance` around the modes.
 
     Parameters
     ----------
@@ -109,5 +111,9 @@ def _chosen(model: Model, args: tuple[Any, ...], guide: Guide | None) -> Bound:
             model, args, program
         )  # few enough where the others are integrated in closed form
     except ModelError:
-        # one integral over many latents deserves more draws than one of many rows
-        return (Importance() if program.by_row else Importance(N_DRAWS)).bind(model, args)
+        if program.by_row:
+            return Importance().bind(model, args)
+        if program.parameters:  # of which sequential Monte Carlo trains none
+            # one integral over many latents deserves more draws than one of many rows
+            return Importance(N_DRAWS).bind(model, args)
+        return SequentialMonteCarlo().bind(model, args)

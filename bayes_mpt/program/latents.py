@@ -45,6 +45,15 @@ class Space(NamedTuple):
         """Names of the sites."""
         return tuple(p.latent.name for p in self.parts)
 
+    @property
+    def columns(self) -> dict[str, slice]:
+        """Which of the d numbers are of a site."""
+        out, start = {}, 0
+        for p in self.parts:
+            out[p.latent.name] = slice(start, start + self._size(p))
+            start += self._size(p)
+        return out
+
     def values(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Values of the sites at u (S, N, d), and log |d value / d u| (S, N); S = 1 has no axis of its own."""
         n_nodes, n_rows = u.shape[:2]

@@ -23,9 +23,10 @@ import pyro
 import pyro.distributions as dist
 import torch
 from scipy.special import gammaln, log_expit, logsumexp
-from scipy.stats import norm
+from scipy.stats import multivariate_normal, norm
+from scipy.stats import t as t_law
 
-from bayes_mpt.predictors import Importance, Quadrature
+from bayes_mpt.predictors import Importance, Quadrature, SequentialMonteCarlo
 from bayes_mpt.warnings import HeavyTailWarning, MissedModeWarning
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/, for timing.py
@@ -33,7 +34,11 @@ from timing import Report, run
 
 SEEDS, QUICK = 20, 2
 ERROR = 1e-6  # of a truth
-WAYS = {"quadrature": lambda: Quadrature(), "importance": lambda: Importance(1000)}
+WAYS = {
+    "quadrature": lambda: Quadrature(),
+    "importance": lambda: Importance(1000),
+    "smc": lambda: SequentialMonteCarlo(),
+}
 
 
 class Problem(NamedTuple):
@@ -44,7 +49,7 @@ class Problem(NamedTuple):
     truth: Callable[..., float] | None
     kind: str = "modes"
     """"modes", "one" (mode, for false warnings) or "missed" (a mode that must be found or warned of)."""
-    ways: tuple[str, ...] = ("quadrature", "importance")
+    ways: tuple[str, ...] = ("quadrature", "importance", "smc")
 
 
 # ------------------------------------------------------------------------------------------------ exchangeable means
@@ -177,6 +182,42 @@ def of_funnel(y):
     return logsumexp(log_p) + math.log(v[1] - v[0])
 
 
+def wide_funnel(y):
+    """Neal's with nine numbers, whose mode is far in the neck, and heavy tails around them."""
+    v = pyro.sample("v", dist.Normal(y.new_zeros(()), 3.0))
+    z = pyro.sample("z", dist.Normal(y.new_zeros(9), (v / 2).exp()[..., None]).to_event(1))
+    pyro.sample("y", dist.StudentT(5.0, z, 1.0).to_event(1), obs=y)
+
+
+def of_wide_funnel(y):
+    """Each number by a grid in units of its prior where this is narrow, and in steps that grow where it is wide."""
+    v, grid = np.linspace(-25, 20, 901), np.linspace(-12, 12, 4001)
+    log_p = norm.logpdf(v, 0, 3)
+    for k, sd in enumerate(np.exp(v / 2)):
+        z = np.broadcast_to(grid * sd, (9, 4001)) if sd < 3 else y[:, None] + np.sinh(grid * 7 / 12)
+        density = t_law(5).pdf(y[:, None] - z) * norm.pdf(z, 0, sd) * np.gradient(z, axis=1)
+        log_p[k] += np.log(density.sum(1)).sum()
+    return logsumexp(log_p) + math.log(v[1] - v[0])
+
+
+# ---------------------------------------------------------------------------------------------- many shared latents
+
+
+def regression(x, y):
+    w = pyro.sample("w", dist.Normal(x.new_zeros(x.shape[1]), 1.0).to_event(1))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("y", dist.Normal((x * w[..., None, :]).sum(-1), 0.5), obs=y)
+
+
+def of_regression(x, y):
+    return multivariate_normal(np.zeros(len(y)), x @ x.T + 0.25 * np.eye(len(y))).logpdf(y)
+
+
+def many_columns(rng):
+    x = rng.normal(size=(30, 70)) * 2 / math.sqrt(70)
+    return x, x @ rng.normal(size=70) + 0.5 * rng.normal(size=30)
+
+
 # ------------------------------------------------------------------------------------------- one mode, and hidden ones
 
 
@@ -240,6 +281,13 @@ PROBLEMS = {
     "factor, sign-constrained": Problem(factor(True), loaded, of_factor),
     "funnel, by rows": Problem(funnel, lambda rng: (rng.normal(0, 0.8, 8),), of_funnel),
     "funnel, whole": Problem(whole_funnel, lambda rng: (rng.normal(0, 0.8, 2),), of_funnel),
+    "funnel of ten": Problem(
+        wide_funnel,
+        lambda rng: (rng.standard_t(5, 9) + 1.5 * rng.normal(size=9),),
+        of_wide_funnel,
+        ways=("smc",),
+    ),
+    "70 shared latents": Problem(regression, many_columns, of_regression, ways=("smc",)),
     "logistic": Problem(logistic, regressed, None, "one"),
     "counts": Problem(counts, lambda rng: (rng.negative_binomial(2, 0.4, 40).astype(float),), None, "one"),
     "heavy tails": Problem(heavy, lambda rng: (2 * rng.standard_t(4, 40) + 3,), None, "one"),

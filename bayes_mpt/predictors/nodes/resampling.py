@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
-from scipy.optimize import brentq
+from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["by_halves", "next_temperature", "systematic", "weighted_root"]
+__all__ = ["by_halves", "effective", "next_temperature", "systematic", "weighted_root"]
 
-KEEP = 0.5  # share of effective particles that a step of the temperature keeps
+CESS = 0.85  # share of the particles that stays effective from one temperature to the next
+MIN_RISE = 1e-12  # of a temperature
 
 
 def by_halves(
@@ -29,14 +31,35 @@ def by_halves(
     return tuple(torch.cat(parts, min(1, parts[0].ndim - 1)) for parts in zip(*halves, strict=True))
 
 
-def next_temperature(way: Tensor, now: float) -> float:
-    """The highest temperature that keeps a share of the particles effective."""
+def effective(log_weight: NDArray[np.float64]) -> float:
+    """Share of equally weighted points (B,) that counts after a weighting."""
+    w = np.exp(log_weight - log_weight.max())
+    return float(w.sum() ** 2 / (w @ w)) / len(w)
 
-    def more(temperature: float) -> float:
-        share = ((temperature - now) * way).softmax(0)
-        return float(1 / share.square().sum()) - KEEP * len(way)
 
-    return 1.0 if more(1.0) >= 0 else max(brentq(more, now, 1.0, xtol=1e-15, maxiter=1000), now + 1e-12)
+def next_temperature(
+    now: float, way: NDArray[np.float64], keep: float = CESS, min_rise: float = MIN_RISE
+) -> float:
+    """The highest temperature at which the conditional effective sample size of equal particles is kept.
+
+    Parameters
+    ----------
+    now : float
+        Temperature of the particles.
+    way : array of shape (B,)
+        log p - log q of each.
+    keep : float, default=0.85
+        Share of the particles (Zhou, Johansen & Aston 2016).
+    min_rise : float
+        Of the temperature, however few are kept.
+    """
+    if effective((1 - now) * way) >= keep:
+        return 1.0
+    low, high = 0.0, 1 - now
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if effective(middle * way) >= keep else (low, middle)
+    return min(1.0, now + max(low, min_rise))
 
 
 def systematic(log_w: Tensor, n: int | None = None) -> Tensor:
@@ -48,10 +71,16 @@ def systematic(log_w: Tensor, n: int | None = None) -> Tensor:
     return torch.searchsorted(edges / edges[:, -1:], points).clamp(max=log_w.shape[1] - 1)
 
 
-def weighted_root(u: Tensor, share: Tensor) -> Tensor:
-    """A lower factor of the weighted covariance of particles (S, d), drawn towards its diagonal."""
-    mean = share @ u
-    centred = u - mean
+def weighted_root(u: Tensor, share: Tensor, label: Tensor | None = None) -> Tensor:
+    """A lower factor of the weighted covariance of particles (S, d), drawn towards its diagonal.
+
+    Within groups, where each particle has a ``label`` (S,): what lies between modes is no length of a move.
+    """
+    u = torch.where(share[:, None] > 0, u, 0.0)  # of an impossible one no number may be there
+    label = torch.zeros(len(u), dtype=torch.long, device=u.device) if label is None else label
+    of_group = torch.nn.functional.one_hot(label).to(u) * share[:, None]  # (S, K)
+    mean = (of_group.mT @ u) / of_group.sum(0)[:, None].clamp(min=1e-300)
+    centred = torch.where(share[:, None] > 0, u - mean[label], 0.0)
     cov = (share[:, None] * centred).mT @ centred
     variance = cov.diagonal().clamp(min=1e-12)
     ess = float(1 / share.square().sum())

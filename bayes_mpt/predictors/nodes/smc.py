@@ -1,49 +1,56 @@
 """Sequential Monte Carlo over latents that all rows share: the evidence with everything integrated.
 
-Particles go from a start q to the posterior along q^(1 - b) p(u, x)^b (Neal 2001; Del Moral, Doucet & Jasra 2006), or
-by revealing tokens in turn (Chopin 2002), reweighted, resampled and moved by Hamiltonian Monte Carlo. Half of q is the
-prior, so that no mode is missed which the prior reaches; the other half is a Student-t at the posterior's mode, so that
-the way is short where one mode is all there is. A pilot run finds temperatures, scales and steps; with these frozen,
-each of R independent runs gives an unbiased estimate of Z.
+Particles go from a reference r to the posterior along r(u)^(1 - b) p(u, x)^b (Neal 2001; Del Moral, Doucet & Jasra
+2006), or by revealing tokens in turn (Chopin 2002), reweighted, resampled and moved by Hamiltonian Monte Carlo. The
+reference is a fixed mixture of the prior, so that no mode is missed which the prior reaches, and of the modes that
+were found, so that the way is short. A pilot finds temperatures, moves and the number of particles; with these frozen,
+each of R independent runs gives an unbiased estimate of Z, and the number comes from them alone.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import suppress
+from dataclasses import replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import pyro
 import torch
 from torch import Tensor
 
-from bayes_mpt.diagnostics import replicate_error
+from bayes_mpt.diagnostics import log_mean
 from bayes_mpt.predictors.base import Bound, Conditionals, Evidence, Guide, Posterior, Predictor
 from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
-from bayes_mpt.predictors.nodes.given import Given
-from bayes_mpt.predictors.nodes.newton import LaplaceApproximation
-from bayes_mpt.predictors.nodes.resampling import KEEP, by_halves, next_temperature, systematic, weighted_root
-from bayes_mpt.predictors.nodes.rules import DEGREES, log_t
-from bayes_mpt.predictors.nodes.tempering import Particles, hmc_move
+from bayes_mpt.predictors.nodes.missed import Shares, shares_of, with_climbs, with_strays
+from bayes_mpt.predictors.nodes.modes import Modes, ModeSearch
+from bayes_mpt.predictors.nodes.particles import Shown, Target
+from bayes_mpt.predictors.nodes.path import Arrived, Path, Stage, next_step
+from bayes_mpt.predictors.nodes.prior import halved, spread_of, vague_sites, within_reach
+from bayes_mpt.predictors.nodes.reference import Reference
+from bayes_mpt.predictors.nodes.resampling import systematic, weighted_root
+from bayes_mpt.predictors.nodes.tempering import NEVER, Particles
+from bayes_mpt.predictors.nodes.two_sided import TwoSided, simulated
 from bayes_mpt.predictors.nodes.weighted import constrained, program_values, warn_if_slow
 from bayes_mpt.program.analysis import analyze
 from bayes_mpt.program.arguments import fill
 from bayes_mpt.program.program import Model, ModelError, Program, one_vector
-from bayes_mpt.program.run import NODES, one_precision
+from bayes_mpt.warnings import HeavyTailWarning, MissedModeWarning, VaguePriorWarning, warn
 
 __all__ = ["SequentialMonteCarlo"]
 
-CELLS = 2**19  # log-densities of tokens at a time
-TARGET = 0.8  # acceptance of the moves
-LEAPS = 4
-MAX_SD = 0.5  # of log Z between runs; above it there are twice the particles
+MAX_SD = 0.25  # of log Z between runs; where a pilot foresees more there are twice the particles
+WIDE_SD = 1.0  # of log Z between runs, above which their error is unreliable
 MAX_DOUBLINGS = 4
-MAX_LOCATED = 64  # latents, up to which the mode and its curvature are looked for
-IMPOSSIBLE = -1e300  # log-density of particles that have none, finite so that differences are numbers
-NEVER = -1e280  # below it no particle is possible
+PILOT = 0.25  # of the particles
+MIN_PILOT = 32
+MAX_LOCATED = 256  # latents, up to which modes and their curvatures are looked for
+N_PRIOR = 400  # draws that tell whether a prior is vague
+N_CLIMBS = 12  # where the prior is too vague to say from where
+MAX_PILOTS = 3
+LONG = 4  # levels, from which the start is moved to where the pilot's particles are
 MAX_DRAWS = 200  # particles that a prediction averages over
+KEEP = 0.5  # share of effective particles, below which those that see one more token are moved
 
 
 class SequentialMonteCarlo(Predictor):
@@ -55,11 +62,31 @@ class SequentialMonteCarlo(Predictor):
     Parameters
     ----------
     num_particles : int, default=256
-        Of each run, at first: doubled until log Z varies by no more than 0.5 nats between runs.
+        Of each run, at least: doubled up to four times where a pilot foresees that log Z varies by more than a quarter
+        of a nat between runs.
     num_runs : int, default=8
         R independent runs with temperatures and moves frozen after a pilot.
-    num_moves : int, default=2
+    num_moves : int, default=1
         Hamiltonian moves a temperature.
+    check : bool or int, default=False
+        On how many data sets simulated from the prior the runs are checked from both sides, with each evidence: from
+        the reference to the posterior, which gives a log Z that is too low on the average, and back from the latents
+        that made the data, which are an exact draw of the posterior, one that is too high. A gap tells of posterior
+        mass that the runs do not reach. True: one.
+
+    Notes
+    -----
+    The standard error is that of the mean of Z over the runs, widened for their small number. It is NaN, with a
+    `MissedModeWarning`, where a mode with posterior mass was found by fewer than half of the runs or from fewer than
+    ten first particles, or where ``check`` leaves a gap of more than a nat. No mode can be seen that neither a climb
+    nor a particle has come near: of the prior it must hold more than about one part in R times the number of particles.
+
+    A prior is vague if its draws leave the range of floating point, as those of Gamma(1e-4, 1e-4) do, or if it is e^50
+    times as wide as the posterior. Then particles start at the modes alone, and a `VaguePriorWarning` says by how much
+    half of the prior's scale changes the number.
+
+    ``diagnostics`` hold the cost in ``levels``, at most 200 temperatures; ``log_z`` of each run and their ``sd_log_z``;
+    of each mode the ``mode_share`` and ``mode_ancestors`` by run (R, K) and the ``mode_mass`` (K,).
 
     Examples
     --------
@@ -75,16 +102,21 @@ class SequentialMonteCarlo(Predictor):
     True
     """
 
-    def __init__(self, num_particles: int = 256, num_runs: int = 8, num_moves: int = 2):
+    def __init__(
+        self, num_particles: int = 256, num_runs: int = 8, num_moves: int = 1, check: bool | int = False
+    ):
         self.num_particles = num_particles
         self.num_runs = num_runs
         self.num_moves = num_moves
+        self.check = check
 
     def bind(self, model: Model, args: tuple[Any, ...], guide: Guide | None = None) -> Bound:
         for name, least in (("num_particles", 8), ("num_runs", 2), ("num_moves", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        if not isinstance(self.check, int) or self.check < 0:
+            raise ValueError(f"check must be True, False or a number of data sets, got {self.check!r}")
         program = analyze(model, args)
         if not program.continuous:
             raise ModelError("the program has no continuous latent to sample: use Exact()")
@@ -103,15 +135,6 @@ class SequentialMonteCarlo(Predictor):
         return bound
 
 
-class _Stage(NamedTuple):
-    """A temperature and the moves at it."""
-
-    temperature: float
-    root: Tensor
-    """(d, d) of the particles' covariance."""
-    step: float
-
-
 class _Tempered(Bound):
     """See `SequentialMonteCarlo`."""
 
@@ -122,14 +145,25 @@ class _Tempered(Bound):
     def __init__(self, settings: SequentialMonteCarlo, model: Model, args: tuple[Any, ...], program: Program):
         self.settings, self.model, self.structure = settings, model, program
         self.adaptive = AdaptiveNodes(model, args, program)
+        self.search = ModeSearch(self.adaptive)
         space = self.adaptive.space
         self.why = (
             f"{settings.num_runs} runs of at least {settings.num_particles} particles over the {space.width} "
-            f"numbers of {', '.join(space.names)}, from prior and mode to the posterior{self.adaptive.inside}"
+            f"numbers of {', '.join(space.names)}, from prior and modes to the posterior{self.adaptive.inside}"
         )
 
     def read(self, args: tuple[Any, ...]) -> Particulate:
-        return Particulate(self.settings, self.model, self.structure, self.adaptive, args)
+        return Particulate(self.settings, self.model, self.structure, self.search, args)
+
+
+class _Integrated(NamedTuple):
+    """What runs have found."""
+
+    evidence: Evidence
+    u: Tensor
+    """(M, d) particles of the posterior."""
+    path: Path
+    stages: list[Stage]
 
 
 class Particulate(Conditionals):
@@ -145,11 +179,11 @@ class Particulate(Conditionals):
         settings: SequentialMonteCarlo,
         model: Model,
         program: Program,
-        adaptive: AdaptiveNodes,
+        search: ModeSearch,
         args: tuple[Any, ...],
     ):
         self.settings, self.model, self.structure = settings, model, program
-        self.adaptive, self.space = adaptive, adaptive.space
+        self._search, self.adaptive, self.space = search, search.adaptive, search.adaptive.space
         self._args, self._filled = args, tuple(fill(a) for a in args)
         self.value = program_values(model, args, self._filled, program)
 
@@ -157,48 +191,7 @@ class Particulate(Conditionals):
 
     def evidence(self, orders: Tensor | None = None) -> Evidence:
         """log of the mean of Z over the runs, and its standard error, sd(Z) / (mean(Z) sqrt R) x t / 2."""
-        return self._integrated[0]
-
-    @cached_property
-    def _integrated(self) -> tuple[Evidence, Particles]:
-        """The evidence of the rows, and particles of their posterior."""
-        return self._run_all(self.value)
-
-    def _run_all(self, x: Tensor) -> tuple[Evidence, Particles]:
-        seen = ~x.isnan()[0]
-        n = self.settings.num_particles
-        with torch.no_grad(), pyro.validation_enabled(False):
-            located = self._locate(x, seen)
-            for doubling in range(MAX_DOUBLINGS + 1):
-                stages, _ = self._pilot(n, x, seen, located)
-                log_z, cloud = self._runs(stages, n, x, seen, located)
-                if doubling == MAX_DOUBLINGS or float(log_z.std()) <= MAX_SD:
-                    break
-                n *= 2
-            inside = self._inside(x, seen, cloud)
-        relative = (log_z - log_z.logsumexp(0) + math.log(len(log_z))).exp()  # Z_r / mean Z
-        lml = log_z.logsumexp(0) - math.log(len(log_z)) + inside
-        if float(lml) < NEVER:
-            lml = lml.new_tensor(-math.inf)
-        diagnostics = {
-            "num_particles": n,
-            "num_temperatures": len(stages),
-            "log_z": log_z.cpu().numpy(),
-            "sd_log_z": float(log_z.std()),
-        }
-        if inside:
-            diagnostics["change with more nodes in each row"] = inside
-        se = math.hypot(replicate_error(relative.double().cpu().numpy()), inside)
-        return Evidence(lml[None], se, diagnostics, drawn=True), cloud
-
-    def _inside(self, x: Tensor, seen: Tensor, cloud: Particles) -> float:
-        """log of the mean over the posterior of Z with more nodes in each row over Z: 0 where rows have none."""
-        if self.adaptive.rows is None:
-            return 0.0
-        u = cloud.u.flatten(0, 1)
-        u = u[:: max(1, len(u) // MAX_DRAWS)]
-        change = [(g.refined().log_joint(x, seen) - g.log_joint(x, seen))[:, 0] for g, _ in self._given(u)]
-        return float(torch.cat(change).logsumexp(0)) - math.log(len(u))
+        return self._integrated.evidence
 
     def _joint(self) -> Tensor:
         return self.evidence().by_row
@@ -207,265 +200,246 @@ class Particulate(Conditionals):
         x, out = self.value, []
         with torch.no_grad(), pyro.validation_enabled(False):
             for mask in visible:
-                cloud = self._posterior(x, mask & ~x.isnan()[0])
-                u = cloud.u.flatten(0, 1)
-                predictive = torch.cat([g.predictive(x, mask)[:, 0] for g, _ in self._given(u)])  # (M, T)
-                log_prob = predictive.logsumexp(0) - math.log(len(predictive))
+                shown = self._shown(mask & ~x.isnan()[0])
+                predictive = [g.predictive(x, mask)[:, 0] for g, _ in shown.given(self._posterior(shown))]
+                log_prob = torch.cat(predictive).logsumexp(0) - math.log(sum(len(p) for p in predictive))
                 out.append(torch.where(~mask & ~x.isnan(), log_prob, 0.0))
         return torch.stack(out)
 
     def chain(self, order: Tensor, stops: list[int] | None = None) -> Tensor:
         with torch.no_grad(), pyro.validation_enabled(False):
-            return torch.stack([self._reveal(self.value, tokens) for tokens in order])
+            stops = stops or list(range(order.shape[1] + 1))
+            return torch.stack([self._reveal(self.value, tokens, stops) for tokens in order])
 
     def posterior(self, visible: Tensor | None = None) -> Posterior:
         x = self.value
         with torch.no_grad(), pyro.validation_enabled(False):
-            shown = ~x.isnan()[0] if visible is None else visible & ~x.isnan()[0]
-            cloud = self._integrated[1] if visible is None else self._posterior(x, shown)
-            u = cloud.u.flatten(0, 1)
-            total = torch.stack([g.means(x, shown).sum(0) for g, _ in self._given(u)]).sum(0)
+            shown = self._shown(~x.isnan()[0] if visible is None else visible & ~x.isnan()[0])
+            u = self._integrated.u if visible is None else self._posterior(shown)
+            total = torch.stack([g.means(x, shown.seen).sum(0) for g, _ in shown.given(u)]).sum(0)
             mean = constrained(self.space, u[:, None]).mean(0)
-        return Posterior(
-            mean, total / len(u), of_shared=lambda: self._shared(u, torch.where(shown, x, torch.nan))
-        )
+        seen = torch.where(shown.seen, x, torch.nan)
+        return Posterior(mean, total / len(u), of_shared=lambda: self._shared(shown, u, seen))
 
-    def _shared(self, u: Tensor, x: Tensor) -> list[tuple[float, dict[str, Tensor]]]:
+    def _shared(self, shown: Shown, u: Tensor, x: Tensor) -> list[tuple[float, dict[str, Tensor]]]:
         """Weighted values of the latents at some of the particles u (M, d) given the tokens x (1, T)."""
         with torch.no_grad(), pyro.validation_enabled(False):
             u = u[:: max(1, len(u) // MAX_DRAWS)]
-            inner = [values for g, _ in self._given(u) for values in g.latents(x)] or [{}] * len(u)
+            inner = [values for g, _ in shown.given(u) for values in g.latents(x)] or [{}] * len(u)
         return [
             (1 / len(u), {**self.space.values(v[None, None])[0], **values})
             for v, values in zip(u, inner, strict=True)
         ]
 
-    # ------------------------------------------------------------------------------------------------- the particles
+    # ------------------------------------------------------------------------------------------------------ the runs
 
-    def _locate(self, x: Tensor, seen: Tensor) -> LaplaceApproximation | None:
-        """Mode and curvature of the posterior, where there are few enough latents."""
-        if self.space.width > MAX_LOCATED or not bool(seen.any()):
-            return None
-        try:
-            located = self.adaptive.locate(self._args, x, seen)
-        except torch.linalg.LinAlgError:
-            return None  # on the way to the mode; the prior alone is the start
-        fine = torch.isfinite(located.mode).all() & torch.isfinite(located.root).all()
-        return located if bool(fine) else None
+    @cached_property
+    def _integrated(self) -> _Integrated:
+        """The evidence of the rows, and particles of their posterior."""
+        settings, shown = self.settings, self._shown(~self.value.isnan()[0])
+        with torch.no_grad(), pyro.validation_enabled(False):
+            reference, vague = self._reference(shown)
+            path, stages, n = self._prepare(shown, reference)
+            arrived = path.run(stages, settings.num_runs, n)
+            u = _pooled(arrived)
+            shares = shares_of(_strays(path, arrived) or path.target.reference, arrived)
+            inside = self._inside(shown, u)
+            some = u[:: max(1, len(u) // MAX_DRAWS)]
+            changes = {name: halved(self.adaptive, self._filled, some, name) for name in vague}
+        log_z = arrived.log_z.double().cpu().numpy()
+        lml, se = log_mean(log_z)
+        if lml < NEVER:
+            lml = -math.inf
+        diagnostics: dict[str, Any] = {
+            "num_particles": n,
+            "levels": len(stages),
+            "log_z": log_z,
+            "sd_log_z": float(log_z.std(ddof=1)),
+            "mode_share": shares.share,
+            "mode_ancestors": shares.ancestors,
+            "mode_mass": shares.mass,
+        }
+        if inside:
+            diagnostics["change with more nodes in each row"] = inside
+        if vague:
+            diagnostics["change with half the scale of a vague prior"] = changes
+        if settings.check:
+            diagnostics["check"] = [self._check() for _ in range(int(settings.check))]
+        se = _judge(math.hypot(se, inside), shares, diagnostics)
+        by_row = self.value.new_tensor([lml + inside])
+        return _Integrated(Evidence(by_row, se, diagnostics, drawn=True), u, path, stages)
 
-    def _pilot(
-        self, n: int, x: Tensor, seen: Tensor, located: LaplaceApproximation | None
-    ) -> tuple[list[_Stage], Particles]:
-        """One run that chooses each temperature so that half of the particles stay effective."""
-        cloud = self._start(1, n, x, seen, located)
-        stages: list[_Stage] = []
-        temperature, step = 0.0, self.space.width**-0.25
-        while temperature < 1:
-            before, temperature = temperature, next_temperature(cloud.way[0], temperature)
-            log_w = (temperature - before) * cloud.way
-            root = weighted_root(cloud.u[0], log_w[0].softmax(0))
-            cloud = cloud.take(systematic(log_w))
-            for _ in range(self.settings.num_moves):
-                cloud, accepted = self._move(cloud, temperature, root, step, x, seen, located)
-                step *= math.exp(accepted - TARGET)
-            stages.append(_Stage(temperature, root, step))
-        return stages, cloud
+    def _prepare(self, shown: Shown, reference: Reference) -> tuple[Path, list[Stage], int]:
+        """A path, its stages, and how many particles of each run it needs: all by pilots."""
+        settings = self.settings
+        n_pilot = max(MIN_PILOT, int(PILOT * settings.num_particles))
+        for attempt in range(MAX_PILOTS):
+            path = Path(Target(shown, reference), settings.num_moves)
+            stages, arrived = path.pilot(settings.num_runs, n_pilot)
+            more = _strays(path, arrived) if attempt < MAX_PILOTS - 1 else None
+            if more is None:
+                break
+            reference = more
+        if len(stages) > LONG and len(reference):
+            other = Path(
+                Target(shown, reference.refitted(arrived.particles.u.flatten(0, 1))), settings.num_moves
+            )
+            found = other.pilot(settings.num_runs, n_pilot)
+            if len(found[0]) < len(stages):
+                path, (stages, arrived) = other, found
+        # of few runs no less than what the weights tell
+        variance = max(float(arrived.log_z.var()), arrived.variance) * n_pilot
+        n = settings.num_particles
+        most = n * 2**MAX_DOUBLINGS
+        while variance / n > MAX_SD**2 and n < most:
+            n *= 2
+        return path, stages, n
 
-    def _runs(
-        self, stages: list[_Stage], n: int, x: Tensor, seen: Tensor, located: LaplaceApproximation | None
-    ) -> tuple[Tensor, Particles]:
-        """R independent runs along frozen stages: log Z (R,)."""
-        cloud = self._start(self.settings.num_runs, n, x, seen, located)
-        log_z = cloud.log_end.new_zeros(self.settings.num_runs)
-        before = 0.0
-        for stage in stages:
-            log_w = (stage.temperature - before) * cloud.way
-            log_z = log_z + log_w.logsumexp(1) - math.log(n)
-            cloud = cloud.take(systematic(log_w))
-            for _ in range(self.settings.num_moves):
-                cloud, _ = self._move(cloud, stage.temperature, stage.root, stage.step, x, seen, located)
-            before = stage.temperature
-        return log_z, cloud
+    @cached_property
+    def _modes(self) -> Modes:
+        """The modes of the posterior given all tokens."""
+        return self._search.find(self._args, self.value, torch.ones_like(self.value[0], dtype=torch.bool))
 
-    def _posterior(self, x: Tensor, shown: Tensor) -> Particles:
-        """Particles given the shown tokens."""
-        located = self._locate(x, shown)
-        if not bool(shown.any()):
-            return self._start(1, self.settings.num_particles, x, shown, None)
-        return self._pilot(self.settings.num_particles, x, shown, located)[1]
+    def _reference(self, shown: Shown) -> tuple[Reference, tuple[str, ...]]:
+        """Where particles start, and which latents have a vague prior."""
+        points, found = shown.prior_points(N_PRIOR), None
+        vague = vague_sites(self.adaptive, points, None)
+        if self.space.width <= MAX_LOCATED and bool(shown.seen.any()):
+            if vague:  # whose draws are no places to climb from
+                starts = within_reach(self.adaptive, points, vague, N_CLIMBS)
+                found = with_climbs(shown, replace(Reference.of_prior(points), prior=0.0), starts)
+            else:
+                modes = self._modes
+                if bool((~shown.seen & ~shown.x.isnan()[0]).any()):  # those of fewer tokens are near
+                    modes = self._search.find(self._args, shown.x, shown.seen, modes)
+                found = Reference.around(modes)
+        vague = vague_sites(self.adaptive, points, None if found is None else found.root[0])
+        if found is None and vague and bool(shown.seen.any()):
+            raise ModelError(
+                f"the prior of latent {vague[0]!r} is so vague that its draws leave the range of floating point, and "
+                "no mode of the posterior was found to start at: write a narrower prior, in units of the data"
+            )
+        if found is None:
+            return Reference.of_prior(points), ()
+        return (replace(found, prior=0.0) if vague else found.within(spread_of(points))), vague
 
-    def _reveal(self, x: Tensor, tokens: Tensor) -> Tensor:
-        """log p(x_t | x_<t) of each token: particles reweighted token by token, moved when they degenerate."""
+    def _shown(self, seen: Tensor) -> Shown:
+        return Shown(self.adaptive, self._args, self._filled, self.value, seen)
+
+    def _posterior(self, shown: Shown) -> Tensor:
+        """Particles (M, d) given the tokens shown."""
+        n = self.settings.num_particles
+        if not bool(shown.seen.any()):
+            return shown.prior_points(n)
+        path = Path(Target(shown, self._reference(shown)[0]), self.settings.num_moves)
+        return path.pilot(1, n)[1].particles.u[0]
+
+    def _inside(self, shown: Shown, u: Tensor) -> float:
+        """log of the mean over the posterior of Z with more nodes in each row over Z: 0 where rows have none."""
+        if self.adaptive.rows is None:
+            return 0.0
+        x, seen, u = self.value, shown.seen, u[:: max(1, len(u) // MAX_DRAWS)]
+        change = [(g.refined().log_joint(x, seen) - g.log_joint(x, seen))[:, 0] for g, _ in shown.given(u)]
+        return float(torch.cat(change).logsumexp(0)) - math.log(len(u))
+
+    def _check(self) -> TwoSided:
+        """Runs to the posterior and back, on data simulated from a draw of the prior."""
+        data, start = simulated(self.model, self._args, self.structure, self.space)
+        if data.model is not self.model:
+            adaptive = AdaptiveNodes(data.model, data.args, data.program)
+        else:
+            adaptive = self.adaptive
+        settings = SequentialMonteCarlo(
+            self.settings.num_particles, self.settings.num_runs, self.settings.num_moves
+        )
+        read = Particulate(settings, data.model, data.program, ModeSearch(adaptive), data.args)
+        found = read._integrated
+        n_runs, n = self.settings.num_runs, found.evidence.diagnostics["num_particles"]
+        path, stages = found.path, found.stages
+        with torch.no_grad(), pyro.validation_enabled(False):
+            reference = path.target.reference
+            if len(reference):  # runs back do not come to where the prior alone is
+                path = Path(path.target._replace(reference=replace(reference, prior=0.0)), path.n_moves)
+                stages, _ = path.pilot(n_runs, max(MIN_PILOT, int(PILOT * n)))
+            upper = path.back(stages, start.expand(n_runs, n, -1).clone())
+        return TwoSided.of(found.evidence.diagnostics["log_z"], upper.double().cpu().numpy())
+
+    def _reveal(self, x: Tensor, tokens: Tensor, stops: list[int]) -> Tensor:
+        """log p(x_t | x_<t) of each token: particles reweighted from stop to stop, moved when they degenerate."""
         n_runs, n = self.settings.num_runs, self.settings.num_particles
-        shown = torch.zeros(x.shape[1], dtype=torch.bool, device=x.device)
-        cloud = self._start(n_runs, n, x, shown, None)
+        shown = self._shown(torch.zeros(x.shape[1], dtype=torch.bool, device=x.device))
+        prior = Reference.of_prior(x.new_zeros(1, self.space.width))
+        cloud = Target(shown, prior).start(n_runs, n)
         log_w = torch.zeros_like(cloud.log_end)
-        log_z = log_w.new_zeros(n_runs)
-        out = torch.zeros_like(x)
-        step = self.space.width**-0.25
-        before = log_w.new_zeros(())
-        for token in tokens:
-            if bool(x[0, token].isnan()):
+        log_z, out = log_w.new_zeros(n_runs), torch.zeros_like(x)
+        step, before = self.space.width**-0.25, log_w.new_zeros(())
+        for start, end in pairwise(stops):
+            some = tokens[start:end][~x[0, tokens[start:end]].isnan()]
+            if not len(some):
                 continue
-            shown = shown.clone()
-            shown[token] = True
-            log_end = self._log_end(cloud.u, x, shown)
+            seen = shown.seen.clone()
+            seen[some] = True
+            shown = self._shown(seen)
+            log_end = shown.log_joint(cloud.u)
             log_w = log_w + log_end - cloud.log_end
             cloud = Particles(cloud.u, cloud.log_start, log_end, cloud.slope)
             total = log_z + log_w.logsumexp(1) - math.log(n)
             now = total.logsumexp(0) - math.log(n_runs)  # log of the mean of Z
             if float(now) < NEVER:  # and so is all that follows
-                rest = tokens[int((tokens == token).nonzero()) :]
+                rest = tokens[start:]
                 out[0, rest] = torch.where(x[0, rest].isnan(), 0.0, -math.inf).to(x)
                 return out
-            out[0, token], before = now - before, now
+            out[0, some], before = (now - before) / len(some), now
             share = log_w.softmax(1)
             if float((1 / share.square().sum(1)).min()) < KEEP * n:
                 log_z = total
                 root = weighted_root(cloud.u.flatten(0, 1), share.flatten() / n_runs)
-                cloud = self._evaluate(cloud.take(systematic(log_w)).u, x, shown, None)
+                path = Path(Target(shown, prior), self.settings.num_moves)
+                cloud = path.target.at(cloud.take(systematic(log_w)).u)
                 log_w = torch.zeros_like(log_w)
-                for _ in range(self.settings.num_moves):
-                    cloud, accepted = self._move(cloud, 1.0, root, step, x, shown, None)
-                    step *= math.exp(accepted - TARGET)
+                for _ in range(max(2, path.n_moves)):
+                    cloud, accepted = path.move(cloud, 1.0, root, step)
+                    step = next_step(step, accepted)
         return out
 
-    def _start(
-        self, n_runs: int, n: int, x: Tensor, seen: Tensor, located: LaplaceApproximation | None
-    ) -> Particles:
-        """Draws from q: the prior, and where it is located as many around the mode, in a random place of each run."""
-        u = self._prior_draws(n_runs * n).reshape(n_runs, n, -1)
-        if located is not None:
-            normal = torch.randn(u.shape, dtype=u.dtype).to(u)
-            chi = torch.distributions.Chi2(torch.tensor(DEGREES, dtype=u.dtype)).sample((n_runs, n)).to(u)
-            t = normal * (DEGREES / chi)[..., None].sqrt()
-            around = located.mode[0] + t @ located.root[0].mT
-            # half and half, exactly: a stratified draw from the mixture
-            even = (torch.arange(n, device=u.device) % 2 == 0)[None, :, None]
-            u = torch.where(even, around, u)
-        return self._evaluate(u, x, seen, located)
 
-    def _prior_draws(self, n: int) -> Tensor:
-        """Draws of the latents that take nodes (n, d)."""
-        program = self.structure
-        with pyro.validation_enabled(
-            False
-        ):  # a matrix without a factor is no error, but an impossible particle
-            if self.adaptive.vectorised and self.adaptive.rows is None and n > 1:
-                with one_precision(self._filled), pyro.plate(NODES, n, dim=-1 - program.depth):
-                    values = self._one_draw()
-                if len(values) == len(self.space.names):
-                    return self.space.pack_values(values, n, 1)[:, 0].detach()
-            if not self.adaptive.one_by_one:
-                with suppress(RuntimeError, KeyError), one_precision(self._filled):
-                    drawn = torch.vmap(lambda _: self._one_draw(), randomness="different")(torch.arange(n))
-                    return self.space._replace(depth=0).pack_values(drawn, n, 1)[:, 0].detach()
-            with one_precision(self._filled):
-                draws = [self._one_draw() for _ in range(n)]
-        whole = next((d for d in draws if len(d) == len(self.space.names)), None)
-        if whole is None:
-            raise ModelError(
-                f"a matrix that the program computes is not positive definite at any of {n} draws from the prior: add "
-                "to its diagonal, or write a narrower prior"
-            )
-        # where it failed before all latents were drawn, the others stand for them: that particle is impossible
-        values = {name: torch.stack([(whole | d)[name] for d in draws]) for name in self.space.names}
-        return self.space._replace(depth=0).pack_values(values, n, 1)[:, 0].detach()
+def _strays(path: Path, arrived: Arrived) -> Reference | None:
+    """A path's reference with the modes that its particles have found; None where there are no new ones."""
+    if float(arrived.log_z.max()) < NEVER:
+        return None
+    return with_strays(path.target.shown, path.target.reference, arrived.particles.u.flatten(0, 1))
 
-    def _one_draw(self) -> dict[str, Tensor]:
-        """Of the latents that take nodes; of those before a matrix without a Cholesky factor, where there is one."""
-        tracer = pyro.poutine.trace(self.model)
-        with suppress(torch.linalg.LinAlgError):
-            tracer.get_trace(*self._filled)
-        nodes = tracer.trace.nodes
-        return {name: nodes[name]["value"] for name in self.space.names if name in nodes}
 
-    def _move(
-        self,
-        cloud: Particles,
-        temperature: float,
-        root: Tensor,
-        step: float,
-        x: Tensor,
-        seen: Tensor,
-        located: LaplaceApproximation | None,
-    ) -> tuple[Particles, float]:
-        """Hamiltonian Monte Carlo in units of the particles' covariance root root'."""
-        jitter = step * (0.8 + 0.4 * torch.rand(*cloud.log_end.shape, 1, dtype=cloud.u.dtype).to(cloud.u))
-        momentum = torch.randn(cloud.u.shape, dtype=cloud.u.dtype).to(cloud.u)  # in units of root^-T
+def _pooled(arrived: Arrived) -> Tensor:
+    """Particles (M, d) of all runs, each run by its Z."""
+    u, log_z = arrived.particles.u, arrived.log_z
+    index = systematic(log_z[:, None].expand(u.shape[:2]).reshape(1, -1))
+    return u.flatten(0, 1)[index[0]]
 
-        def at(u: Tensor) -> Particles:
-            return self._evaluate(u, x, seen, located)
 
-        def uniform(like: Tensor) -> Tensor:
-            return torch.rand(like.shape, dtype=like.dtype).to(like)
-
-        moved, chance = hmc_move(at, cloud, temperature, jitter, momentum, uniform, LEAPS, root)
-        return moved, float(chance.mean())
-
-    # --------------------------------------------------------------------------------------------------- the program
-
-    def _evaluate(
-        self, u: Tensor, x: Tensor, seen: Tensor, located: LaplaceApproximation | None
-    ) -> Particles:
-        """Densities and slopes at u (R, S, d)."""
-        values, slopes = [], []
-        with torch.enable_grad():
-            for part in self._chunks(u.flatten(0, 1)):
-                value, slope = by_halves(
-                    lambda some: self._both(some, x, seen, located),
-                    part,
-                    (part.new_full((2, 1), -math.inf), part.new_zeros(2, 1, part.shape[1])),
-                )
-                values.append(value)
-                slopes.append(slope)
-        start, end = torch.cat(values, 1).reshape(2, *u.shape[:2])
-        bad = ~(torch.isfinite(start) & torch.isfinite(end))  # no finite density: never taken
-        return Particles(
-            u,
-            torch.where(torch.isfinite(start), start, 0.1 * IMPOSSIBLE),
-            torch.where(bad, IMPOSSIBLE, end),
-            torch.cat(slopes, 1).reshape(2, *u.shape),
+def _judge(se: float, shares: Shares, diagnostics: dict[str, Any]) -> float:
+    """The error, NaN where it is not to be had; with warnings."""
+    changes = diagnostics.get("change with half the scale of a vague prior", {})
+    for name, change in changes.items():
+        warn(
+            f"the number depends on the vague prior of latent {name!r}: halving its scale changes lml by {change:.3g}",
+            VaguePriorWarning,
         )
-
-    def _both(
-        self, u: Tensor, x: Tensor, seen: Tensor, located: LaplaceApproximation | None
-    ) -> tuple[Tensor, Tensor]:
-        """log q(u) and log p(u, x_R) at u (M, d), (2, M), and their slopes (2, M, d)."""
-        leaf = u.detach().requires_grad_()
-        given, log_det, _ = self.adaptive.at(self._args, self._filled, leaf[:, None])
-        start = (given.log_prior(x) + log_det)[:, 0]
-        end = (given.log_joint(x, seen) + log_det)[:, 0]
-        if located is not None:
-            white = torch.linalg.solve(located.root[0], (leaf - located.mode[0]).mT).mT
-            log_q = log_t(white) - torch.linalg.slogdet(located.root[0])[1]
-            start = torch.logaddexp(start, log_q) - math.log(2)
-        slopes = [
-            torch.autograd.grad(t.sum(), leaf, retain_graph=True, materialize_grads=True)[0]
-            if t.requires_grad
-            else torch.zeros_like(leaf)
-            for t in (start, end)
-        ]
-        return torch.stack([start, end]).detach(), torch.stack(slopes)
-
-    def _log_end(self, u: Tensor, x: Tensor, seen: Tensor) -> Tensor:
-        """log p(u, x_R) (R, S)."""
-
-        def log_end(part: Tensor) -> tuple[Tensor]:
-            given, log_det, _ = self.adaptive.at(self._args, self._filled, part[:, None])
-            return ((given.log_joint(x, seen) + log_det)[:, 0],)
-
-        parts = [
-            by_halves(log_end, part, (u.new_tensor([-math.inf]),))[0]
-            for part in self._chunks(u.flatten(0, 1))
-        ]
-        return torch.cat(parts).reshape(u.shape[:2])
-
-    def _given(self, u: Tensor) -> Iterator[tuple[Given, Tensor]]:
-        """The inner model at u (M, d), by chunks, and what it leaves out."""
-        for part in self._chunks(u):
-            given, log_det, _ = self.adaptive.at(self._args, self._filled, part[:, None])
-            yield given, log_det
-
-    def _chunks(self, u: Tensor) -> tuple[Tensor, ...]:
-        return u.split(max(1, CELLS // max(1, self.structure.n_tokens * self.adaptive.n_evaluations)))
+    why = [shares.why] if shares.missed else []
+    gaps = [c for c in diagnostics.get("check", []) if c.misses]
+    if gaps:
+        why.append(f"on data simulated from the prior the runs miss {max(c.gap for c in gaps):.3g} nats")
+    if why:
+        warn(
+            f"sequential Monte Carlo may have missed a part of the posterior: {'; '.join(why)}. Use more particles",
+            MissedModeWarning,
+        )
+        return math.nan
+    if diagnostics["sd_log_z"] > WIDE_SD:
+        warn(
+            f"the log Z of independent runs of {diagnostics['num_particles']} particles differ by "
+            f"{diagnostics['sd_log_z']:.2g} nats (standard deviation), so that their error is unreliable: use more "
+            "particles, or more moves",
+            HeavyTailWarning,
+        )
+    return se

@@ -12,7 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Particles", "hmc_move"]
+__all__ = ["IMPOSSIBLE", "NEVER", "Particles", "hmc_move"]
+
+IMPOSSIBLE = -1e300  # log-density of particles that have none, finite so that differences are numbers
+NEVER = -1e280  # below it no particle is possible
 
 
 class Particles(NamedTuple):
