@@ -25,6 +25,7 @@ from bayes_mpt.program.layout import check_shape, rows_axis, sum_by_row, token_v
 from bayes_mpt.program.mapped import MappedEnumeration, Tensors, run_mapped
 from bayes_mpt.program.program import Model, Observed, Program, n_rows_of
 from bayes_mpt.program.run import NODES, SetLatents, one_precision
+from bayes_mpt.program.seen_labels import with_seen_labels
 from bayes_mpt.program.sites import base, is_subsample, latent_nodes, node_of, own_masks
 
 __all__ = ["read_factors"]
@@ -170,7 +171,7 @@ def _enumerated(
         if on_plate:
             stack.enter_context(pyro.plate(NODES, n_nodes, dim=-1 - depth))
         stack.enter_context(_Enumerate())
-        return poutine.trace(model).get_trace(*args)
+        return poutine.trace(with_seen_labels(model)).get_trace(*args)
 
 
 def _log_probs(trace: Trace, program: Program) -> Tensors:

@@ -247,7 +247,6 @@ CASES = [
         some_labels,
         over_kinds_and_codes,
         tolerance=1e-3,
-        known="partly observed labels",
     ),
     Case(
         "bayesian_network_rain",
