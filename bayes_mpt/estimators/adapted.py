@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from copy import copy, deepcopy
 from typing import Any
 
@@ -12,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bayes_mpt.program.own_factors import Cells, FactorTokens, find_cells
-from bayes_mpt.program.program import HasFactors, Model, ModelError, list_names
+from bayes_mpt.program.program import HasFactors, Model, ModelError, SubSampled, list_names
+from bayes_mpt.program.whole_plates import whole_plates
 
 __all__ = ["Adapted", "fitted_as_written"]
 
@@ -50,6 +52,8 @@ class Adapted:
         factors: dict[str, Cells] | None = None,
     ):
         self.factors = factors or {}
+        self.all_rows = False
+        """Its sub-sampling plates take all rows."""
         self.model, self.whole, self.widths = model, whole, widths
         if dtype is not None:
             self.dtype = dtype
@@ -65,7 +69,7 @@ class Adapted:
         # NaN, where a cell is missing, is no whole number: such a program wants complete rows
         x = x.long() if self.whole else x
         tables = (x,) if self.widths is None else x.split(list(self.widths), 1)
-        with FactorTokens(self.factors, (x, *others)):
+        with whole_plates() if self.all_rows else nullcontext(), FactorTokens(self.factors, (x, *others)):
             return self.model(*tables, *others)
 
     @property
@@ -107,6 +111,14 @@ def _remedy(
     """The program, adapted to what a run of it has said; else the error."""
     said = str(error)
     before = model if isinstance(model, Adapted) else Adapted(model)
+    if (
+        isinstance(error, SubSampled)
+        and not before.all_rows
+        and not isinstance(before.model, torch.nn.Module)
+    ):
+        new = copy(before)
+        new.all_rows = True
+        return new
     if isinstance(error, HasFactors) and not before.factors:
         new = copy(before)
         if isinstance(new.model, torch.nn.Module):
