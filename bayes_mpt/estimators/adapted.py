@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bayes_mpt.estimators.rows import arguments
 from bayes_mpt.program.own_factors import Cells, FactorTokens, find_cells
 from bayes_mpt.program.program import HasFactors, Model, ModelError, SubSampled, list_names
 from bayes_mpt.program.whole_plates import whole_plates
@@ -89,9 +90,9 @@ class Adapted:
 
 
 def fitted_as_written(
-    fit: Callable[[Model], Any], model: Model, X: NDArray[Any], args: Callable[[Model], tuple[Any, ...]]
+    fit: Callable[[Model], Any], model: Model, X: NDArray[Any], y: NDArray[Any] | None, device: str
 ) -> Any:
-    """What ``fit(model)`` gives, of a program that a first run may ask to be adapted; ``args(model)`` calls it.
+    """What ``fit(model)`` gives, of a program that a first run may ask to be adapted.
 
     Raises
     ------
@@ -102,12 +103,10 @@ def fitted_as_written(
         try:
             return fit(model)
         except (ModelError, IndexError) as error:
-            model = _remedy(error, model, X, args)
+            model = _remedy(error, model, X, y, device)
 
 
-def _remedy(
-    error: Exception, model: Model, X: NDArray[Any], args: Callable[[Model], tuple[Any, ...]]
-) -> Adapted:
+def _remedy(error: Exception, model: Model, X: NDArray[Any], y: NDArray[Any] | None, device: str) -> Adapted:
     """The program, adapted to what a run of it has said; else the error."""
     said = str(error)
     before = model if isinstance(model, Adapted) else Adapted(model)
@@ -123,11 +122,13 @@ def _remedy(
         new = copy(before)
         if isinstance(new.model, torch.nn.Module):
             new.model = deepcopy(new.model).double()
-        new.factors = find_cells(new, args(new))
+        new.factors = find_cells(new, arguments(new, X, y, device))
         return new
     if isinstance(error, ModelError):
         if (
             "mixes precisions" in said
+            and ": parameters ["
+            in said  # of a network; a constant is written in another precision by mistake
             and not hasattr(model, "dtype")
             and not isinstance(model, torch.nn.Module)
         ):
