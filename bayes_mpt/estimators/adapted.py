@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from copy import copy, deepcopy
 from typing import Any
 
@@ -11,8 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bayes_mpt.estimators.rows import arguments
 from bayes_mpt.program.own_factors import Cells, FactorTokens, find_cells
-from bayes_mpt.program.program import HasFactors, Model, ModelError, list_names
+from bayes_mpt.program.program import HasFactors, Model, ModelError, SubSampled, list_names
+from bayes_mpt.program.whole_plates import whole_plates
 
 __all__ = ["Adapted", "fitted_as_written"]
 
@@ -50,6 +53,8 @@ class Adapted:
         factors: dict[str, Cells] | None = None,
     ):
         self.factors = factors or {}
+        self.all_rows = False
+        """Its sub-sampling plates take all rows."""
         self.model, self.whole, self.widths = model, whole, widths
         if dtype is not None:
             self.dtype = dtype
@@ -65,7 +70,7 @@ class Adapted:
         # NaN, where a cell is missing, is no whole number: such a program wants complete rows
         x = x.long() if self.whole else x
         tables = (x,) if self.widths is None else x.split(list(self.widths), 1)
-        with FactorTokens(self.factors, (x, *others)):
+        with whole_plates() if self.all_rows else nullcontext(), FactorTokens(self.factors, (x, *others)):
             return self.model(*tables, *others)
 
     @property
@@ -85,9 +90,9 @@ class Adapted:
 
 
 def fitted_as_written(
-    fit: Callable[[Model], Any], model: Model, X: NDArray[Any], args: Callable[[Model], tuple[Any, ...]]
+    fit: Callable[[Model], Any], model: Model, X: NDArray[Any], y: NDArray[Any] | None, device: str
 ) -> Any:
-    """What ``fit(model)`` gives, of a program that a first run may ask to be adapted; ``args(model)`` calls it.
+    """What ``fit(model)`` gives, of a program that a first run may ask to be adapted.
 
     Raises
     ------
@@ -98,24 +103,32 @@ def fitted_as_written(
         try:
             return fit(model)
         except (ModelError, IndexError) as error:
-            model = _remedy(error, model, X, args)
+            model = _remedy(error, model, X, y, device)
 
 
-def _remedy(
-    error: Exception, model: Model, X: NDArray[Any], args: Callable[[Model], tuple[Any, ...]]
-) -> Adapted:
+def _remedy(error: Exception, model: Model, X: NDArray[Any], y: NDArray[Any] | None, device: str) -> Adapted:
     """The program, adapted to what a run of it has said; else the error."""
     said = str(error)
     before = model if isinstance(model, Adapted) else Adapted(model)
+    if (
+        isinstance(error, SubSampled)
+        and not before.all_rows
+        and not isinstance(before.model, torch.nn.Module)
+    ):
+        new = copy(before)
+        new.all_rows = True
+        return new
     if isinstance(error, HasFactors) and not before.factors:
         new = copy(before)
         if isinstance(new.model, torch.nn.Module):
             new.model = deepcopy(new.model).double()
-        new.factors = find_cells(new, args(new))
+        new.factors = find_cells(new, arguments(new, X, y, device))
         return new
     if isinstance(error, ModelError):
         if (
             "mixes precisions" in said
+            and ": parameters ["
+            in said  # of a network; a constant is written in another precision by mistake
             and not hasattr(model, "dtype")
             and not isinstance(model, torch.nn.Module)
         ):

@@ -19,7 +19,7 @@ from bayes_mpt.program.checks import check_sites, refuse_unregistered_parameters
 from bayes_mpt.program.factor_runs import with_meeting_entries
 from bayes_mpt.program.layout import rows_first
 from bayes_mpt.program.mask_trials import refuse_other_rows, refuse_selection
-from bayes_mpt.program.program import Model, ModelError, Program, one_vector
+from bayes_mpt.program.program import Model, ModelError, Program, SubSampled, one_vector
 from bayes_mpt.program.run import first_run
 from bayes_mpt.program.shifts import ObservesCells
 from bayes_mpt.program.sites import (
@@ -60,6 +60,15 @@ class Analysis(NamedTuple):
         check_sites(self.first)
         nodes = (*observed_nodes(self.first), *latent_nodes(self.first))
         scales = {node["name"]: float(node["scale"]) for node in nodes}
+        some = [
+            n for n, rows in sub_samples(self.first).items() if len(rows) < self.first.nodes[n]["fn"].size
+        ]
+        if some and len(set(scales.values())) > 1:
+            raise SubSampled(
+                f"plate {some[0]!r} draws some of its rows beside latents of the data set. Train such a program by "
+                "pyro.infer.SVI on the ELBO of one draw (with more draws inside of the log a sub-sampled likelihood is "
+                "no bound); the log marginal likelihood needs all rows, which BayesMPT takes"
+            )
         _refuse_scales(scales)
         return self.program
 

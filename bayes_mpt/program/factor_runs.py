@@ -28,6 +28,7 @@ from bayes_mpt.program.mapped import MappedEnumeration, Tensors, run_mapped
 from bayes_mpt.program.other_latents import FAILURES
 from bayes_mpt.program.program import Model, Observed, Program, n_rows_of
 from bayes_mpt.program.run import NODES, SetLatents, one_precision
+from bayes_mpt.program.seen_labels import with_seen_labels
 from bayes_mpt.program.sites import base, is_subsample, latent_nodes, node_of, own_masks
 
 __all__ = ["read_factors", "with_meeting_entries"]
@@ -189,7 +190,7 @@ def _enumerated(
         if on_plate:
             stack.enter_context(pyro.plate(NODES, n_nodes, dim=-1 - depth))
         stack.enter_context(_Enumerate())
-        return poutine.trace(model).get_trace(*args)
+        return poutine.trace(with_seen_labels(model)).get_trace(*args)
 
 
 def _log_probs(trace: Trace, program: Program) -> Tensors:

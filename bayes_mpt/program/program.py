@@ -20,6 +20,7 @@ __all__ = [
     "Order",
     "Program",
     "Shift",
+    "SubSampled",
     "ValuesMove",
     "list_names",
     "n_rows_of",
@@ -37,6 +38,10 @@ class ModelError(ValueError):
 
 class HasFactors(ModelError):
     """A `pyro.factor` stands in the program, of which it is not known that it is a density of cells."""
+
+
+class SubSampled(ModelError):
+    """A plate draws some of the rows beside latents of the data set: of these no number is the likelihood of all."""
 
 
 class ValuesMove(ModelError):

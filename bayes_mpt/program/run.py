@@ -20,6 +20,7 @@ from bayes_mpt.program.arguments import fill, init_rows
 from bayes_mpt.program.densities import log_density
 from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.program import Model, ModelError, NotPositiveDefinite
+from bayes_mpt.program.seen_labels import with_seen_labels
 from bayes_mpt.program.sites import base, is_subsample
 
 __all__ = ["SetLatents", "first_run", "not_finite", "one_precision", "run", "takes_visible"]
@@ -62,7 +63,7 @@ def run(model: Model, args: tuple[Any, ...], values: dict[str, Tensor] | None = 
     handlers, plates = list(runtime._PYRO_STACK), list(runtime._DIM_ALLOCATOR._stack)
     try:
         with one_precision(args), _rng_untouched(active=values is None), SetLatents(values or {}):
-            return poutine.trace(model).get_trace(*args)
+            return poutine.trace(with_seen_labels(model)).get_trace(*args)
     except BaseException:
         runtime._PYRO_STACK[:], runtime._DIM_ALLOCATOR._stack[:] = handlers, plates
         raise

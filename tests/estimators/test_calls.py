@@ -155,3 +155,21 @@ def test_binomial_latents_are_summed_out_and_poisson_ones_refused_with_the_rewri
     assert found.log_marginal_likelihood_ == pytest.approx(truth, abs=1e-9)
     with pytest.raises(ModelError, match=r"Poisson\(...\).log_prob\(torch.arange\(51.0\)\)"):
         BayesMPT(partial(counted, latent=dist.Poisson(torch.tensor(2.0)))).fit(x[:, None])
+
+
+def subsampled(x):
+    mu = pyro.sample("mu", dist.Normal(0.0, 3.0))
+    with pyro.plate("rows", len(x), subsample_size=4) as batch:
+        pyro.sample("x", dist.Normal(mu, 1.0), obs=x[batch, 0])
+
+
+def test_a_subsampled_plate_beside_latents_of_the_data_set_takes_all_rows():
+    x = random().normal(size=(11, 1))
+    truth = float(log_density(x.T, np.zeros(11), 9.0 + np.eye(11))[0])
+    fitted = BayesMPT(subsampled).fit(x)
+    assert fitted.log_marginal_likelihood_ == pytest.approx(truth, abs=1e-9)
+    assert fitted.score(x) == pytest.approx(truth, abs=1e-9)
+    with pyro.plate("rows", 11, subsample_size=4) as batch:  # nothing is left of it
+        assert len(batch) == 4
+    with pytest.raises(ModelError, match="ELBO of one draw"):
+        Exact().bind(subsampled, (torch.as_tensor(x),))

@@ -213,7 +213,6 @@ CASES = [
         subsampled_plate,
         column,
         lambda _, x: common_mean(x[:, 0], 3.0, 1.0),
-        known="sub-sampling",
     ),
     Case("factor_density", factor_density, column, normal_rows),
     Case("factor_penalty", factor_penalty, column, refused="pyro.factor"),

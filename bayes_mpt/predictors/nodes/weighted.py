@@ -33,6 +33,7 @@ from bayes_mpt.program.layout import to_rows
 from bayes_mpt.program.missing import read_values
 from bayes_mpt.program.program import Latent, Model, ModelError, Program, n_rows_of
 from bayes_mpt.program.run import SetLatents, run
+from bayes_mpt.program.seen_labels import with_seen_labels
 from bayes_mpt.program.sites import is_subsample
 from bayes_mpt.warnings import NoBoundWarning, SlowProgramWarning, warn
 
@@ -388,7 +389,7 @@ class FixedSites:
             if self.hide:
                 stack.enter_context(poutine.block(hide=list(self.values)))
             stack.enter_context(_Fix(self.values))
-            return self.model(*args)
+            return with_seen_labels(self.model)(*args)
 
 
 class _Fix(poutine.messenger.Messenger):
