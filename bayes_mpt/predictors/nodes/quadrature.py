@@ -82,10 +82,11 @@ class _Hermite(NodeSource):
     def __init__(self, adaptive: AdaptiveNodes, n_nodes: int):
         self.adaptive, self.n_nodes = adaptive, n_nodes
         self.model, self.structure = adaptive.model, adaptive.program
-        self.why = (
+        outside = (
             f"{n_nodes} Gauss-Hermite nodes along each of {adaptive.space.width} axes "
-            f"({', '.join(adaptive.space.names)}), around the mode{adaptive.inside}"
+            f"({', '.join(adaptive.space.names)}), around the mode"
         )
+        self.why = (outside if adaptive.space.parts else "") + adaptive.inside
 
     def _forget(self) -> None:
         self.adaptive.forget()
