@@ -127,6 +127,11 @@ class AdaptiveNodes:
         return not (self.vectorised or self.mapped)
 
     @property
+    def sure(self) -> float:
+        """Of a log-density: what its last digits say."""
+        return SURE if self.rows is None else SURE_OF_NODES
+
+    @property
     def inside(self) -> str:
         """What is integrated without nodes, and how nodes are run, in words."""
         if self.rows is not None:
@@ -397,12 +402,11 @@ class AdaptiveNodes:
             shape, u = self._last or (None, None)
             if u is None or shape != x.shape:
                 u = self.start(filled)
-        sure = SURE if self.rows is None else SURE_OF_NODES
         found = newton(
-            lambda u: self._log_prob(args, filled, x, visible, u, held),
+            lambda u: self.log_prob(args, filled, x, visible, u, held),
             u.expand(n_nodes, *u.shape),
             MAX_STEPS,
-            sure,
+            self.sure,
         )
         if start is None:
             self._last = x.shape, found.mode.mean(0)
@@ -419,7 +423,7 @@ class AdaptiveNodes:
         offsets = (near.root @ draws[..., None])[..., 0]
 
         def log_prob(u: Tensor) -> Tensor:
-            return self._log_prob(args, filled, x, visible, u[0] + offsets, {}).mean(0, keepdim=True)
+            return self.log_prob(args, filled, x, visible, u[0] + offsets, {}).mean(0, keepdim=True)
 
         found = newton(log_prob, near.mode[None], 1, SURE)
         return LaplaceApproximation(found.mode[0], found.root[0])
@@ -432,28 +436,28 @@ class AdaptiveNodes:
         """
         filled = tuple(fill(a) for a in args)
         mode = self.locate(args, x, visible).mode.requires_grad_()
-        log_prob = self._log_prob(args, filled, x, visible, mode[None], {})[0]
+        log_prob = self.log_prob(args, filled, x, visible, mode[None], {})[0]
         (slope,) = torch.autograd.grad(log_prob.sum(), mode, create_graph=True)
         root = root_of(curvature(slope, mode))
         # The mode moves with the parameters as Newton's next step does, whose length is zero.
         u = mode.detach() + times_covariance(root, slope)
         # d log |root| = 1/2 sum_s d (r_s' H r_s), H the second derivative, along the columns r_s of the root
         along = u.new_zeros(u.shape[1], len(u), requires_grad=True)  # (d, N)
-        log_prob = self._log_prob(args, filled, x, visible, u + along[..., None] * root.permute(2, 0, 1), {})
+        log_prob = self.log_prob(args, filled, x, visible, u + along[..., None] * root.permute(2, 0, 1), {})
         (first,) = torch.autograd.grad(log_prob.sum(), along, create_graph=True)
         (second,) = torch.autograd.grad(first.sum(), along, create_graph=True)
         bend = 0.5 * second.sum(0)
         log_root = torch.linalg.slogdet(root)[1] + bend - bend.detach()
         return log_prob[0] + log_root + 0.5 * u.shape[1] * math.log(2 * math.pi)
 
-    def _log_prob(
+    def log_prob(
         self,
         args: tuple[Any, ...],
         filled: tuple[Any, ...],
         x: Tensor,
         visible: Tensor,
         u: Tensor,
-        held: dict[str, Tensor],
+        held: dict[str, Tensor] | None = None,
     ) -> Tensor:
         """log p(u, x_R) of nodes u (S, N, d): (S, N)."""
         given, part, _ = self.at(args, filled, u, held)
