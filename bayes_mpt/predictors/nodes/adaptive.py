@@ -395,8 +395,7 @@ class AdaptiveNodes:
     ) -> LaplaceApproximation:
         filled = tuple(fill(a) for a in args)
         if not self.space.parts:  # all latents are integrated inside
-            nothing = x.new_zeros(n_nodes, len(x), 0)
-            return LaplaceApproximation(nothing, nothing[..., None].mT)
+            return LaplaceApproximation(x.new_zeros(n_nodes, len(x), 0), x.new_zeros(n_nodes, len(x), 0, 0))
         u = start
         if u is None:  # a training asks again and again, with little change
             shape, u = self._last or (None, None)

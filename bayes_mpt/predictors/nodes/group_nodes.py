@@ -24,6 +24,7 @@ from bayes_mpt.predictors.nodes.newton import LaplaceApproximation, newton
 from bayes_mpt.predictors.nodes.rules import MAX_HERMITE, ROW_DRAWS, ROW_NODES, hermite, row_rule
 from bayes_mpt.program.factors import read_factors
 from bayes_mpt.program.groups import N_DRAWS, Groups, Terms, find_groups, log_terms
+from bayes_mpt.program.layout import token_values
 from bayes_mpt.program.program import Model, ModelError, Program
 
 __all__ = ["GroupNodes", "NestedGroups"]
@@ -114,7 +115,10 @@ class GroupNodes:
         for known in (self, *self._others):
             if all(_equal(a, b) for a, b in zip(filled, known.filled, strict=True)):
                 return known
-        found = self.of(self.model, filled, self.program)
+        traces = prior_draws(self.model, filled, N_DRAWS)
+        self.groups.space.pack(traces[0], 1)  # which names a site that has another shape now
+        token_values(traces[0], self.program)
+        found = self.of(self.model, filled, self.program, traces)
         if found is None or found.own != self.own:
             raise ModelError(
                 f"on these rows the latents {list(self.own)} are no longer independent of each other given the rest, "
