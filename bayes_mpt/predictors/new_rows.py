@@ -16,6 +16,7 @@ from bayes_mpt.program.run import run
 __all__ = ["growing", "means_of_new"]
 
 N_DRAWS = 1000  # of the latents of new rows
+FAILURES = (RuntimeError, ValueError, IndexError, TypeError)  # of a program that does not take fewer rows
 
 
 def growing(model: Model, args: tuple[Any, ...], program: Program) -> tuple[str, ...]:
@@ -23,7 +24,10 @@ def growing(model: Model, args: tuple[Any, ...], program: Program) -> tuple[str,
     n_rows = len(args[0])
     if program.by_row or n_rows < 2 or not any(n_rows in site.shape for site in program.latents):
         return ()
-    trace = run(model, tuple(fill(a) for a in head(args, n_rows - 1)))
+    try:
+        trace = run(model, tuple(fill(a) for a in head(args, n_rows - 1)))
+    except FAILURES:  # it insists on all its rows
+        return ()
     return tuple(
         site.name
         for site in program.latents

@@ -78,7 +78,9 @@ TOTALS = np.random.default_rng(1).poisson(12, size=20).astype(float)
 FOUR = np.c_[COUNTS, TOTALS]
 
 
-def counts_and_kinds(x, kind):  # a simplex, and a vector of positive numbers of which the last count sees the sum
+def counts_and_kinds(
+    x, kind
+):  # a simplex, and a vector of positive numbers of which the last count sees the sum
     p = pyro.sample("p", dist.Dirichlet(torch.ones(4)))
     rate = pyro.sample("rate", dist.Gamma(torch.full((3,), 2.0), 1.0).to_event(1))
     means = torch.cat([rate, rate.sum(-1, keepdim=True)], -1)
