@@ -9,14 +9,13 @@ from torch import Tensor
 
 from bayes_mpt.program.analysis import analyze
 from bayes_mpt.program.arguments import fill, head
-from bayes_mpt.program.factors import read_factors
+from bayes_mpt.program.factor_runs import read_factors
 from bayes_mpt.program.program import Model, ModelError, Program
 from bayes_mpt.program.run import run
 
 __all__ = ["growing", "means_of_new"]
 
 N_DRAWS = 1000  # of the latents of new rows
-FAILURES = (RuntimeError, ValueError, IndexError, TypeError)  # of a program that does not take fewer rows
 
 
 def growing(model: Model, args: tuple[Any, ...], program: Program) -> tuple[str, ...]:
@@ -26,7 +25,7 @@ def growing(model: Model, args: tuple[Any, ...], program: Program) -> tuple[str,
         return ()
     try:
         trace = run(model, tuple(fill(a) for a in head(args, n_rows - 1)))
-    except FAILURES:  # it insists on all its rows
+    except (RuntimeError, ValueError, IndexError):  # written for so many rows: a plate of literal size
         return ()
     return tuple(
         site.name

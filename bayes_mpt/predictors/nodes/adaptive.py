@@ -44,7 +44,7 @@ from bayes_mpt.predictors.nodes.weighted import FixedSites, program_values
 from bayes_mpt.program.affine import read_side_by_side
 from bayes_mpt.program.arguments import fill
 from bayes_mpt.program.devices import own_random_state
-from bayes_mpt.program.factors import read_factors
+from bayes_mpt.program.factor_runs import read_factors
 from bayes_mpt.program.latents import Space, space
 from bayes_mpt.program.program import Latent, Model, ModelError, Program, n_rows_of, split_events
 from bayes_mpt.program.run import SetLatents, run
@@ -118,7 +118,7 @@ class AdaptiveNodes:
         else:
             together = self._runs_together if self._template is None else self._reads_side_by_side
             self.vectorised = together(args, filled, mapped=False)
-            if not self.vectorised and not program.discrete:
+            if not self.vectorised:
                 self.mapped = together(args, filled, mapped=True)
 
     @property
@@ -169,7 +169,8 @@ class AdaptiveNodes:
             return Factorized(factors), log_det, factors.scale
         alone = partial(read_factors, self.model, filled, self.program)
         if self.mapped:
-            return Factorized.mapped(alone, values), log_det, alone(node_values(values, 0)).scale
+            factors = alone(values, len(u), mapped=True)
+            return Factorized(factors), log_det, factors.scale
         parts = [alone(node_values(values, s)) for s in range(len(u))]
         return Factorized(*parts), log_det, parts[0].scale
 
