@@ -9,8 +9,9 @@ nodes of all groups are one run of the program.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import pyro
@@ -22,7 +23,8 @@ from bayes_mpt.predictors.nodes.conjugacy import prior_draws
 from bayes_mpt.predictors.nodes.given import Given
 from bayes_mpt.predictors.nodes.newton import LaplaceApproximation, newton
 from bayes_mpt.predictors.nodes.rules import MAX_HERMITE, ROW_DRAWS, ROW_NODES, hermite, row_rule
-from bayes_mpt.program.factors import read_factors
+from bayes_mpt.program.factor_runs import read_factors
+from bayes_mpt.program.factors import Factors
 from bayes_mpt.program.groups import N_DRAWS, Groups, Terms, find_groups, log_terms
 from bayes_mpt.program.layout import token_values
 from bayes_mpt.program.program import Model, ModelError, Program
@@ -220,25 +222,14 @@ class NestedGroups(Given):
         return (start[:, None] + torch.nn.functional.pad(steps, (1, 0)))[:, None]
 
     def means(self, x: Tensor, visible: Tensor) -> Tensor:
-        def of(node: dict[str, Tensor]) -> Tensor:
-            factors = read_factors(self.nodes.model, self.filled, self.nodes.program, node)
-            return factors.means(torch.ones_like(x, dtype=torch.bool))[0, 0]
-
-        return self._average(x, visible, of, self.nodes.groups.token)[:, None]
+        everything = torch.ones_like(x, dtype=torch.bool)
+        found = self._average(x, visible, lambda factors: factors.means(everything))
+        assert found is not None
+        return found
 
     def levels(self, x: Tensor, visible: Tensor) -> Tensor | None:
         everything = torch.ones_like(x, dtype=torch.bool)
-
-        def of(node: dict[str, Tensor]) -> Tensor | None:
-            return read_factors(self.nodes.model, self.filled, self.nodes.program, node).levels(everything)
-
-        first = {
-            name: v[0] for name, v in {**self.held, **self.nodes.values(self.nodes.start[None])[0]}.items()
-        }
-        if of(first) is None:
-            return None
-        tokens = self.nodes.groups.token
-        return self._average(x, visible, lambda node: of(node)[0, 0], tokens)[:, None]  # type: ignore[index]
+        return self._average(x, visible, lambda factors: factors.levels(everything))
 
     def inner(self, x: Tensor, visible: Tensor) -> Tensor:
         """Posterior means of the effects, site after site: (S, 1, V)."""
@@ -325,18 +316,21 @@ class NestedGroups(Given):
         values, _ = self.nodes.values(u.flatten(0, 1))
         return torch.cat([v.flatten(1) for v in values.values()], 1).unflatten(0, u.shape[:2])
 
-    def _average(self, x: Tensor, visible: Tensor, of: Any, group: Tensor) -> Tensor:
-        """Posterior mean of what a run gives for each token (T, ...): (S, T, ...)."""
+    def _average(self, x: Tensor, visible: Tensor, of: Callable[[Factors], Tensor | None]) -> Tensor | None:
+        """Posterior mean of something of each token (M, 1, T, ...) at M nodes: (S, 1, T, ...)."""
         u, share = self._posterior(self._seen(x, visible))
-        out = []
-        with pyro.validation_enabled(False):
-            for part in self._chunks():
-                held = {name: v[part].repeat_interleave(u.shape[1], 0) for name, v in self.held.items()}
-                values = {**held, **self.nodes.values(u[part].flatten(0, 1))[0]}
-                found = torch.vmap(partial(of))(values).unflatten(0, (-1, u.shape[1]))  # (S, Q, T, ...)
-                weight = self._of(share[part], group)
-                out.append((weight.reshape(*weight.shape, *[1] * (found.ndim - 3)) * found).sum(1))
-        return torch.cat(out)
+        nodes, out = self.nodes, []
+        for part in self._chunks():
+            held = {name: v[part].repeat_interleave(u.shape[1], 0) for name, v in self.held.items()}
+            values = {**held, **nodes.values(u[part].flatten(0, 1))[0]}
+            n = len(next(iter(values.values())))
+            found = of(read_factors(nodes.model, self.filled, nodes.program, values, n, mapped=True))
+            if found is None:
+                return None
+            found = found[:, 0].expand(n, *found.shape[2:]).unflatten(0, (-1, u.shape[1]))  # (S, Q, T, ...)
+            weight = self._of(share[part], nodes.groups.token)
+            out.append((weight.reshape(*weight.shape, *[1] * (found.ndim - 3)) * found).sum(1))
+        return torch.cat(out)[:, None]
 
     def _in_turn(self, tokens: Tensor) -> list[Tensor]:
         """Tokens in this order, one of each group at a time; those that are nobody's one by one beside them."""
