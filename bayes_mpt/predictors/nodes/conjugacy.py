@@ -64,7 +64,9 @@ def non_conjugate(
 
     def given(names: Iterable[str]) -> LinearGaussian | None:
         with suppress(NotAffine):
-            return LinearGaussian(FixedSites(model, {**held, **{n: drawn[n] for n in names}}), args)
+            template = LinearGaussian(FixedSites(model, {**held, **{n: drawn[n] for n in names}}), args)
+            # where all that is left belongs to rows, these are integrated row by row
+            return template if template.structure.by_row == program.by_row else None
         return None
 
     if held and (template := given(())) is not None:  # of a row: all together
