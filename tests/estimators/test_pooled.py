@@ -43,6 +43,9 @@ def test_other_latents_or_other_cells_are_refused():
     models = {"pooled": BayesMPT(pooled).fit(X), "partly": BayesMPT(partly).fit(X)}
     with pytest.raises(ValueError, match="'partly' differ.*one vector.*in what is integrated"):
         compare({"unpooled": BayesMPT(unpooled).fit(X), **models}, X)
-    assert compare(models, X).loc["partly", "rank"] in (0, 1)  # both one vector: latents of rows under a shared one
+    assert compare(models, X).loc["partly", "rank"] in (
+        0,
+        1,
+    )  # both one vector: latents of rows under a shared one
     with pytest.raises(ValueError, match="not comparable.*tokens|cannot be compared on these rows"):
         compare({"pooled": BayesMPT(pooled).fit(X[:, :2]), "unpooled": BayesMPT(unpooled).fit(X)}, X)

@@ -19,6 +19,7 @@ from bayes_mpt.program.analysis import analyze
 from bayes_mpt.program.groups import find_groups
 from bayes_mpt.program.program import ModelError
 from bayes_mpt.score import CumulativeMaskedScore
+from bayes_mpt.warnings import MissedModeWarning
 
 GRID, LOG_GRID = normal_grid(9, 181)  # of a standard normal latent
 
@@ -334,6 +335,20 @@ def test_of_crossed_effects_the_fewer_keep_nodes():
     model = fitted(program, x, y)
     assert model.log_marginal_likelihood_ == pytest.approx(logsumexp(total), abs=1e-7)
     assert "along each of 2 axes (b), around each mode; given each of them, a in 6 groups" in model.explain()
+
+
+def test_groups_of_two_modes_are_doubted():
+    """Only the square of an effect is seen: its posterior has two modes, and the nodes stand around one."""
+
+    def program(x, y):
+        with pyro.plate("groups", 2):
+            theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("y", dist.Normal(theta[x[:, 0].long()].square(), 0.2), obs=y)
+
+    with pytest.warns(MissedModeWarning, match="2 of 2 groups of theta have several modes"):
+        model = fitted(program, np.array([[0.0], [0.0], [1.0], [1.0]]), np.array([2.1, 1.8, 3.0, 2.7]))
+    assert np.isnan(model.log_marginal_likelihood_se_)
 
 
 # --------------------------------------------------------------------------------------------------- other ways

@@ -233,10 +233,15 @@ def test_linear_gaussian_rows_under_a_shared_width():
 
     log_tau = np.linspace(-12, 3, 601)
     total = stats.halfnorm.logpdf(np.exp(log_tau)) + log_tau + np.log(log_tau[1] - log_tau[0])
-    total += [stats.multivariate_normal(np.zeros(2), np.eye(2) + v).logpdf(x).sum() for v in np.exp(2 * log_tau)]
+    total += [
+        stats.multivariate_normal(np.zeros(2), np.eye(2) + v).logpdf(x).sum() for v in np.exp(2 * log_tau)
+    ]
     model = fitted(program, x)
     assert model.log_marginal_likelihood_ == pytest.approx(logsumexp(total), abs=1e-4)
-    assert "axes (tau), around each mode; given each of them, rows by themselves: z in closed form" in model.explain()
+    assert (
+        "axes (tau), around each mode; given each of them, rows by themselves: z in closed form"
+        in model.explain()
+    )
 
 
 def bayesian_factor(x):

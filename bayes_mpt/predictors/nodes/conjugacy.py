@@ -64,9 +64,7 @@ def non_conjugate(
 
     def given(names: Iterable[str]) -> LinearGaussian | None:
         with suppress(NotAffine):
-            template = LinearGaussian(FixedSites(model, {**held, **{n: drawn[n] for n in names}}), args)
-            # where all that is left belongs to rows, these are integrated row by row
-            return template if template.structure.by_row == program.by_row else None
+            return LinearGaussian(FixedSites(model, {**held, **{n: drawn[n] for n in names}}), args)
         return None
 
     if held and (template := given(())) is not None:  # of a row: all together
@@ -90,4 +88,6 @@ def non_conjugate(
         return everything, None
     # one by one they are; all together?
     template = alone[kept[0]] if len(kept) == 1 else given(rest)
+    if template is not None and template.structure.by_row and not program.by_row:
+        template = None  # what is left belongs to rows, which are integrated one by one
     return (everything if template is None else rest), template

@@ -23,16 +23,20 @@ from bayes_mpt.predictors.nodes.conjugacy import prior_draws
 from bayes_mpt.predictors.nodes.given import Given
 from bayes_mpt.predictors.nodes.newton import LaplaceApproximation, newton
 from bayes_mpt.predictors.nodes.rules import MAX_HERMITE, ROW_DRAWS, ROW_NODES, hermite, row_rule
+from bayes_mpt.predictors.nodes.weighted import Nodes
 from bayes_mpt.program.factor_runs import read_factors
 from bayes_mpt.program.factors import Factors
 from bayes_mpt.program.groups import N_DRAWS, Groups, Terms, find_groups, log_terms
 from bayes_mpt.program.layout import token_values
 from bayes_mpt.program.program import Model, ModelError, Program
 
-__all__ = ["GroupNodes", "NestedGroups"]
+__all__ = ["GroupNodes", "NestedGroups", "doubt_of"]
 
 ALONE = {1: 64, 2: 16, 3: 10, 4: 8}  # nodes along each axis of a group where no other latent takes nodes
 MAX_STEPS = 100
+FAR = 50.0  # of draws that underflow
+APART = 2.0  # standard deviations, from which a mode is another
+MATTERS = 7.0  # nats below the first: 1e-3 of its mass
 SURE = 1e-12  # of a log-density: what its last digits say
 CELLS = 2**20  # log-densities of tokens at a time, where no gradient needs them all
 N_VALUES = 256  # of the effects, over all nodes of the others, for predictions
@@ -50,6 +54,8 @@ class GroupNodes:
     """There are no others."""
     start: Tensor
     """(B, d) where each group's mode is looked for."""
+    draws: Tensor
+    """(P, B, d) of the prior."""
     filled: tuple[Any, ...]
     """The rows that the groups were found on."""
     _others: list[GroupNodes] = field(default_factory=list)
@@ -69,10 +75,10 @@ class GroupNodes:
         if groups is None:
             return None
         draws = torch.cat([groups.space.pack(t, 1) for t in traces])[:, 0].detach()  # (P, W)
-        start = draws.new_zeros(groups.n_groups, groups.width)
-        start[groups.number, groups.slot] = draws.median(0).values
+        each = draws.new_zeros(len(draws), groups.n_groups, groups.width)
+        each[:, groups.number, groups.slot] = draws.clamp(-FAR, FAR)
         alone = set(groups.names) == set(program.continuous)
-        return cls(model, program, groups, alone, start, filled)
+        return cls(model, program, groups, alone, each.median(0).values, each, filled)
 
     @property
     def own(self) -> tuple[str, ...]:
@@ -180,6 +186,13 @@ class GroupNodes:
             self._near[:] = [found.mode[0]]
         return found
 
+    def others_at(
+        self, filled: tuple[Any, ...], held: dict[str, Tensor], seen: Tensor
+    ) -> LaplaceApproximation:
+        """Where climbs from P draws of the prior end, at one value of the others: (P, B, d), (P, B, d, d)."""
+        fixed = {name: v.detach().expand(len(self.draws), *v.shape[1:]) for name, v in held.items()}
+        return newton(lambda u: self.log_joint(filled, fixed, u, seen)[0], self.draws, MAX_STEPS, SURE)
+
 
 class NestedGroups(Given):
     """One vector of observations whose latents fall into groups that are independent given each node."""
@@ -252,6 +265,25 @@ class NestedGroups(Given):
         values, _ = self.nodes.values(u.gather(1, index).flatten(0, 1))  # (S D, ...)
         each = [{name: v[i] for name, v in values.items()} for i in range(self.n_nodes * n_draws)]
         return [each[i : i + n_draws] for i in range(0, len(each), n_draws)]
+
+    def doubt(self, x: Tensor, weight: Tensor) -> str:
+        """What speaks for modes of a group that its nodes miss, in words; at the node of the greatest weight (S,)."""
+        seen, best = self._seen(x, torch.ones_like(x, dtype=torch.bool)), int(weight.argmax())
+        held = {name: v[best : best + 1] for name, v in self.held.items()}
+        found = [self.nodes.locate(self.filled, held, 1, seen)]
+        mode, root = found[0].mode, found[0].root
+        more = self.nodes.others_at(self.filled, held, seen)
+        apart = (torch.linalg.solve(root, (more.mode - mode)[..., None])[..., 0]).norm(dim=-1)  # (P, B)
+        at = {name: v.expand(len(more.mode), *v.shape[1:]) for name, v in held.items()}
+        mass = self.nodes.log_joint(self.filled, at, more.mode, seen)[0] + torch.linalg.slogdet(more.root)[1]
+        main = self.nodes.log_joint(self.filled, held, mode, seen)[0] + torch.linalg.slogdet(root)[1]
+        several = ((apart > APART) & (mass > main - MATTERS)).any(0)
+        if not bool(several.any()):
+            return ""
+        return (
+            f"given the other latents, {int(several.sum())} of {len(several)} groups of {', '.join(self.nodes.own)} "
+            "have several modes, and nodes stand around one"
+        )
 
     # --------------------------------------------------------------------------------------------------- the nodes
 
@@ -346,6 +378,17 @@ class NestedGroups(Given):
     def _steps(self, by_group: Tensor, rest: Tensor, tokens: Tensor) -> Tensor:
         """What each token has added, at most one of each group and one of nobody's: (S, tokens)."""
         return torch.cat([by_group, rest[:, None]], 1)[:, self.nodes.groups.token[tokens]]
+
+
+def doubt_of(nodes: Nodes) -> str:
+    """`NestedGroups.doubt` of rows at weighted nodes; empty where nothing is integrated by group."""
+    read = nodes.last
+    if not isinstance(read.given, NestedGroups):
+        return ""
+    with torch.no_grad():
+        everything = torch.ones_like(nodes.value, dtype=torch.bool)
+        weight = (read.log_weight + read.given.log_joint(nodes.value, everything))[:, 0]
+        return read.given.doubt(nodes.value, weight)
 
 
 def _equal(a: Any, b: Any) -> bool:

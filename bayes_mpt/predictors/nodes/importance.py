@@ -11,6 +11,7 @@ from torch import Tensor
 from bayes_mpt.masks import Policy
 from bayes_mpt.predictors.base import Conditionals, Evidence, Guide, Predictor
 from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
+from bayes_mpt.predictors.nodes.group_nodes import doubt_of
 from bayes_mpt.predictors.nodes.guide import (
     Drawn,
     GuideDraws,
@@ -193,7 +194,9 @@ class _AroundMode(NodeSource):
         return found._replace(mode=mode, root=root, log_mass=log_mass)
 
     def evidence(self, nodes: Nodes) -> Evidence:
-        return doubted(evidence_of_draws(nodes), nodes.last.located)
+        modes = nodes.last.located
+        doubt = modes.doubt or doubt_of(nodes)
+        return doubted(evidence_of_draws(nodes), modes._replace(doubt=doubt))
 
     def _forget(self) -> None:
         self.modes.forget()

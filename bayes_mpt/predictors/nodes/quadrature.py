@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bayes_mpt.predictors.base import Evidence, Guide, Predictor
 from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes, check_width
+from bayes_mpt.predictors.nodes.group_nodes import doubt_of
 from bayes_mpt.predictors.nodes.modes import Modes, ModeSearch, doubted
 from bayes_mpt.predictors.nodes.rules import hermite
 from bayes_mpt.predictors.nodes.weighted import (
@@ -151,4 +152,5 @@ class _Hermite(NodeSource):
         diagnostics = {"n_nodes": more, f"change from {self._n_nodes(modes)} nodes": change}
         if not self.structure.by_row:
             diagnostics["n_modes"] = len(modes.mode)
-        return doubted(Evidence(many, abs(change), diagnostics), modes)
+        doubt = modes.doubt or doubt_of(nodes)
+        return doubted(Evidence(many, abs(change), diagnostics), modes._replace(doubt=doubt))
