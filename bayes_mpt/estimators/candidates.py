@@ -48,6 +48,8 @@ class Facts:
     """Which kinds of tokens there are."""
     parameters: tuple[str, ...]
     """What is point-estimated."""
+    integrated: tuple[str, ...]
+    """The latent sites."""
     n_hyperparameters: int | None
     """As `integrals.n_hyperparameters`."""
     rotates: bool
@@ -72,6 +74,7 @@ class Facts:
             remembers=bool(structure.gaussian_vector),
             discrete=tuple(sorted(discrete)),
             parameters=tuple(structure.parameters),
+            integrated=tuple(sorted(structure.latent_names)),
             n_hyperparameters=n_hyperparameters(model.fitted_),
             rotates=laplace_applies(model.fitted_),
             affordable=affordable(model.fitted_),
@@ -268,8 +271,11 @@ def unchecked(model: BayesMPT) -> str:
 
 
 def token_digest(estimator: Any, X: Any, y: Any) -> str:
-    """Fingerprint of the tokens that are scored, the same whether a model takes them in single or double precision."""
+    """Fingerprint of the tokens that are scored, the same whether a model takes them in single or double precision.
+
+    The rows and tokens that they form, then a digest of the values in turn: that of one vector is that of its rows.
+    """
     with final_step(estimator).read_rows(before_final(estimator, X), y) as read:
         rows = read.value
-        shape = repr(tuple(rows.shape)).encode()
-        return hashlib.sha256(shape + rows.float().cpu().numpy().tobytes()).hexdigest()[:16]
+        values = hashlib.sha256(rows.float().cpu().numpy().tobytes()).hexdigest()[:16]
+        return f"{len(rows)} x {rows.shape[1]}: {values}"

@@ -289,10 +289,18 @@ def choose_rule(rule: Rule | Auto, found: list[Candidate]) -> tuple[Rule, str]:
 
 
 def refuse_incomparable(names: list[str], found: list[Candidate]) -> None:
-    """All must score the same tokens, in the same units, in the same sense of a token."""
+    """All must score the same tokens, in the same units, in the same sense of a token.
+
+    One vector (a pooled model, say) stands beside rows, by the totals of the same cells, where all integrate the same.
+    """
+    mixed = len({c.facts.by_row for c in found}) > 1
     kinds: dict[str, list[Any]] = {
-        "meaning of a row (independent rows against one vector)": [c.facts.by_row for c in found],
-        "tokens (other rows, features or scaling)": [c.tokens for c in found],
+        "meaning of a row (independent rows against one vector), and in what is integrated": [
+            c.facts.integrated if mixed else () for c in found
+        ],
+        "tokens (other rows, features or scaling)": [
+            c.tokens.split(": ")[-1] if mixed else c.tokens for c in found
+        ],
         "kind of token (codes that have probabilities against numbers that have densities)": [
             c.facts.discrete for c in found
         ],

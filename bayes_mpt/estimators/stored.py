@@ -99,6 +99,7 @@ class Slot:
             **{k: _as(bool, facts[k]) for k in _FLAGS},
             discrete=tuple(_as(bool, v) for v in facts["discrete"]),
             parameters=tuple(_as(str, v) for v in facts["parameters"]),
+            integrated=tuple(_as(str, v) for v in facts["integrated"]),
             n_hyperparameters=None if n is None else _as(int, n),
         )
         tensors = [*left["parameters"].values(), *left["buffers"].values(), *left["random"]]

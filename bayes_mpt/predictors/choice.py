@@ -12,6 +12,7 @@ from bayes_mpt.predictors.exact import summed_out
 from bayes_mpt.predictors.gaussian.markov import closed_form
 from bayes_mpt.predictors.gaussian.nearest_neighbors import NearestNeighbors, near_conditionals
 from bayes_mpt.predictors.gaussian.process import JointGaussian, gaussian_program
+from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
 from bayes_mpt.predictors.nodes.importance import Importance
 from bayes_mpt.predictors.nodes.quadrature import MAX_WIDTH, Quadrature
 from bayes_mpt.predictors.nodes.smc import SequentialMonteCarlo
@@ -104,16 +105,12 @@ def _chosen(model: Model, args: tuple[Any, ...], guide: Guide | None) -> Bound:
             pass  # not linear-Gaussian given the discrete latents either
     if guide is not None and _samples(guide, args):
         return Importance().bind(model, args, guide)
-    if sum(s.width for s in program.latents if not s.discrete) <= MAX_WIDTH:
-        return Quadrature().bind_program(model, args, program)
-    try:
-        return Quadrature().bind_program(
-            model, args, program
-        )  # few enough where the others are integrated in closed form
-    except ModelError:
-        if program.by_row:
-            return Importance().bind(model, args)
-        if program.parameters:  # of which sequential Monte Carlo trains none
-            # one integral over many latents deserves more draws than one of many rows
-            return Importance(N_DRAWS).bind(model, args)
-        return SequentialMonteCarlo().bind(model, args)
+    adaptive = AdaptiveNodes(model, args, program)
+    if adaptive.space.width <= MAX_WIDTH:  # where the others are integrated in closed form, or piece by piece
+        return Quadrature().bind_nodes(adaptive)
+    if program.by_row:
+        return Importance().bind_nodes(adaptive)
+    if program.parameters:  # of which sequential Monte Carlo trains none
+        # one integral over many latents deserves more draws than one of many rows
+        return Importance(N_DRAWS).bind_nodes(adaptive)
+    return SequentialMonteCarlo().bind(model, args)

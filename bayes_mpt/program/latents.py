@@ -9,6 +9,7 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import biject_to
+from torch.distributions.transforms import IndependentTransform
 
 from bayes_mpt.program.layout import from_rows, to_rows
 from bayes_mpt.program.program import Latent, ModelError, Program
@@ -25,6 +26,19 @@ class _Part(NamedTuple):
     """Of the unconstrained value."""
     n_batch: int
     """Batch axes of the site."""
+
+    @property
+    def each(self) -> Any:
+        """The transform of one event: of one number, where events are of independent numbers."""
+        transform = self.transform
+        while isinstance(transform, IndependentTransform):
+            transform = transform.base_transform
+        return transform
+
+    @property
+    def n_event(self) -> int:
+        """Axes, on the right of ``shape``, whose numbers are transformed together."""
+        return int(self.each.domain.event_dim)
 
 
 class Space(NamedTuple):
@@ -56,23 +70,29 @@ class Space(NamedTuple):
 
     def values(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Values of the sites at u (S, N, d), and log |d value / d u| (S, N); S = 1 has no axis of its own."""
-        n_nodes, n_rows = u.shape[:2]
-        values, log_det, start = {}, u.new_zeros(n_nodes, n_rows), 0
-        for p in self.parts:
-            size = self._size(p)
-            part = u[..., start : start + size]
-            start += size
-            axis = p.latent.row_axis
-            raw = from_rows(part, p.shape, axis)
-            value = p.transform(raw)
-            jacobian = p.transform.log_abs_det_jacobian(raw, value)
-            log_det = log_det + to_rows(jacobian, axis, 1).sum(-1)
+        n_nodes = len(u)
+        values, jacobians = self.jacobians(u)
+        log_det = u.new_zeros(u.shape[:2])
+        for p, jacobian in zip(self.parts, jacobians, strict=True):
+            value = values[p.latent.name]
+            log_det = log_det + to_rows(jacobian, p.latent.row_axis, 1).sum(-1)
             if n_nodes == 1:
                 values[p.latent.name] = value[0]
             else:
                 pad = (1,) * (self.depth - p.n_batch)
                 values[p.latent.name] = value.reshape(n_nodes, *pad, *value.shape[1:])
         return values, log_det
+
+    def jacobians(self, u: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """Values (S, ...) of the sites at u (S, N, d), and of each site log |d value / d u| event by event (S, ...)."""
+        values, out, start = {}, [], 0
+        for p in self.parts:
+            size = self._size(p)
+            raw = from_rows(u[..., start : start + size], p.shape, p.latent.row_axis)
+            start += size
+            values[p.latent.name] = value = p.transform(raw)
+            out.append(p.each.log_abs_det_jacobian(raw, value))
+        return values, out
 
     def pack(self, trace: Trace, n_rows: int) -> Tensor:
         """u (1, N, d) of a run's values."""

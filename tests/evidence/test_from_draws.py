@@ -74,27 +74,35 @@ def normal_draws(rng, size=(4, 150)):
 
 COUNTS = RNG.poisson(4, size=(20, 3)).astype(float)
 KINDS = RNG.integers(0, 4, size=20).astype(float)
+TOTALS = np.random.default_rng(1).poisson(12, size=20).astype(float)
+FOUR = np.c_[COUNTS, TOTALS]
 
 
-def counts_and_kinds(x, kind):  # a simplex, and a vector of positive numbers
+def counts_and_kinds(
+    x, kind
+):  # a simplex, and a vector of positive numbers of which the last count sees the sum
     p = pyro.sample("p", dist.Dirichlet(torch.ones(4)))
-    rate = pyro.sample("rate", dist.Gamma(torch.full((x.shape[1],), 2.0), 1.0).to_event(1))
+    rate = pyro.sample("rate", dist.Gamma(torch.full((3,), 2.0), 1.0).to_event(1))
+    means = torch.cat([rate, rate.sum(-1, keepdim=True)], -1)
     with pyro.plate("rows", len(x)):
-        pyro.sample("x", dist.Poisson(rate).to_event(1), obs=x)
+        pyro.sample("x", dist.Poisson(means).to_event(1), obs=x)
         pyro.sample("kind", dist.Categorical(p), obs=kind)
 
 
 def counts_truth():
     kinds = 1 + np.bincount(KINDS.astype(int), minlength=4)
-    a, b = 2 + COUNTS.sum(0), 1 + len(COUNTS)
+    a, t, b = 2 + COUNTS.sum(0), TOTALS.sum(), 1 + 2 * len(COUNTS)
     dirichlet = gammaln(4) - gammaln(kinds.sum()) + gammaln(kinds).sum()
-    return dirichlet + (gammaln(a) - a * math.log(b)).sum() - gammaln(COUNTS + 1).sum()
+    # of the rates: their sum is gamma, their shares of it are Dirichlet
+    rates = gammaln(a).sum() - gammaln(a.sum()) + gammaln(a.sum() + t) - (a.sum() + t) * math.log(b)
+    return dirichlet + rates - gammaln(COUNTS + 1).sum() - gammaln(TOTALS + 1).sum()
 
 
 def counts_draws(rng, size=(4, 150)):
     kinds = 1 + np.bincount(KINDS.astype(int), minlength=4)
-    rate = rng.gamma(2 + COUNTS.sum(0), 1 / (1 + len(COUNTS)), size=(*size, 3))
-    return {"p": rng.dirichlet(kinds, size), "rate": rate}
+    a = 2 + COUNTS.sum(0)
+    total = rng.gamma(a.sum() + TOTALS.sum(), 1 / (1 + 2 * len(COUNTS)), size=(*size, 1))
+    return {"p": rng.dirichlet(kinds, size), "rate": total * rng.dirichlet(a, size)}
 
 
 PAIRS = RNG.multivariate_normal(np.zeros(2), [[1, 0.8], [0.8, 1]], size=25)
@@ -254,7 +262,7 @@ def labels_draws(rng, size=(4, 150)):
 PROBLEMS = {
     "beta and binomial": (coin, coin_draws, (HEADS,), lambda: HEADS_TRUTH),
     "normal and inverse gamma": (normal, normal_draws, (LENGTHS,), normal_truth),
-    "simplex and positive": (counts_and_kinds, counts_draws, (COUNTS, KINDS), counts_truth),
+    "simplex and positive": (counts_and_kinds, counts_draws, (FOUR, KINDS), counts_truth),
     "interval": (interval, interval_draws, (PAIRS,), interval_truth),
     "cholesky": (cholesky, cholesky_draws, (TRIPLES,), cholesky_truth),
     "eight schools": (schools, schools_draws, (EFFECTS, ERRORS), schools_truth),
@@ -365,13 +373,15 @@ def sticky(rng, shape, phi=0.9):
 def sticky_counts_draws(rng, size=(4, 1000)):
     kinds = 1 + np.bincount(KINDS.astype(int), minlength=4)
     p = gamma(kinds).ppf(sticky(rng, (*size, 4)))
-    rate = gamma(2 + COUNTS.sum(0), scale=1 / (1 + len(COUNTS))).ppf(sticky(rng, (*size, 3)))
+    share = gamma(2 + COUNTS.sum(0)).ppf(sticky(rng, (*size, 3)))
+    total = gamma((2 + COUNTS.sum(0)).sum() + TOTALS.sum(), scale=1 / (1 + 2 * len(COUNTS)))
+    rate = total.ppf(sticky(rng, (*size, 1))) * share / share.sum(-1, keepdims=True)
     return {"p": p / p.sum(-1, keepdims=True), "rate": rate}
 
 
 def test_autocorrelated_draws_have_a_larger_error():
     free, hanging = (
-        from_draws(counts_and_kinds, draws(np.random.default_rng(3), (4, 1000)), COUNTS, KINDS)
+        from_draws(counts_and_kinds, draws(np.random.default_rng(3), (4, 1000)), FOUR, KINDS)
         for draws in (counts_draws, sticky_counts_draws)
     )
     assert hanging.n_eff < free.n_eff / 3 and hanging.se > 1.3 * free.se
@@ -428,7 +438,7 @@ def test_draws_under_another_prior_have_no_error():
     draws = counts_draws(np.random.default_rng(6), (4, 300))
     draws["rate"] = draws["rate"] * 1.15
     with pytest.warns(DrawsWarning, match="of another prior"):
-        assert math.isnan(from_draws(counts_and_kinds, draws, COUNTS, KINDS).se)
+        assert math.isnan(from_draws(counts_and_kinds, draws, FOUR, KINDS).se)
 
 
 # ----------------------------------------------------------------------------------------------- what is refused
@@ -451,7 +461,7 @@ def test_refused_by_name(change, words):
     draws = counts_draws(np.random.default_rng(7))
     change(draws)
     with pytest.raises(ModelError, match=words):
-        from_draws(counts_and_kinds, draws, COUNTS, KINDS)
+        from_draws(counts_and_kinds, draws, FOUR, KINDS)
 
 
 @pytest.mark.filterwarnings("ignore:Singular sample")  # of torch

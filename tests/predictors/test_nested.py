@@ -221,6 +221,29 @@ def test_linear_gaussian_rows_in_closed_form():
     np.testing.assert_allclose(z, every @ np.linalg.solve(cov, x.ravel()), atol=1e-8)
 
 
+def test_linear_gaussian_rows_under_a_shared_width():
+    """Given the width nothing is left but latents of rows: these are integrated row by row, not as one vector."""
+    x = np.random.default_rng(7).normal(1, 1, size=(6, 2))
+
+    def program(x):
+        tau = pyro.sample("tau", dist.HalfNormal(1.0))
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, tau))
+            pyro.sample("x", dist.Normal(z[..., None], 1.0).expand((*z.shape, 2)).to_event(1), obs=x)
+
+    log_tau = np.linspace(-12, 3, 601)
+    total = stats.halfnorm.logpdf(np.exp(log_tau)) + log_tau + np.log(log_tau[1] - log_tau[0])
+    total += [
+        stats.multivariate_normal(np.zeros(2), np.eye(2) + v).logpdf(x).sum() for v in np.exp(2 * log_tau)
+    ]
+    model = fitted(program, x)
+    assert model.log_marginal_likelihood_ == pytest.approx(logsumexp(total), abs=1e-4)
+    assert (
+        "axes (tau), around each mode; given each of them, rows by themselves: z in closed form"
+        in model.explain()
+    )
+
+
 def bayesian_factor(x):
     loading = pyro.sample("loading", dist.Normal(torch.zeros(2), 1.0).to_event(1))
     with pyro.plate("rows", len(x)):

@@ -60,7 +60,7 @@ def one_level(x):
     spread = pyro.param("spread", lambda: x.new_tensor(1.0), constraint=constraints.positive)
     level = pyro.sample("level", dist.Normal(x.new_zeros(3), spread).to_event(1))
     with pyro.plate("rows", len(x)):
-        pyro.sample("x", dist.Bernoulli(logits=level).to_event(1), obs=x)
+        pyro.sample("x", dist.Bernoulli(logits=level.cumsum(-1)).to_event(1), obs=x)
 
 
 def test_totals_of_rows_weighted_rows_and_parts():

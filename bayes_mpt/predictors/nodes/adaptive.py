@@ -25,6 +25,7 @@ from bayes_mpt.predictors.nodes.given import (
     Factorized,
     Given,
 )
+from bayes_mpt.predictors.nodes.group_nodes import GroupNodes
 from bayes_mpt.predictors.nodes.newton import (
     LaplaceApproximation,
     curvature,
@@ -34,6 +35,7 @@ from bayes_mpt.predictors.nodes.newton import (
 )
 from bayes_mpt.predictors.nodes.row_nodes import RowNodes
 from bayes_mpt.predictors.nodes.rules import (
+    MAX_HERMITE,
     degrees_of,
     hermite,
     log_t,
@@ -85,8 +87,9 @@ class AdaptiveNodes:
         Of the latents that take nodes.
     gaussian : tuple of str
         Names of those that are integrated in closed form given the nodes.
-    rows : RowNodes, optional
-        How the latents of each row are integrated given the nodes, where some are of a row and some of the data set.
+    rows : RowNodes or GroupNodes, optional
+        How the latents of each row are integrated given the nodes, where some are of a row and some of the data set; or
+        those of each group, where there are groups.
     """
 
     def __init__(self, model: Model, args: tuple[Any, ...], program: Program, held: _Held | None = None):
@@ -99,9 +102,9 @@ class AdaptiveNodes:
         self._prior_mapped = True
         self.model, self.program = model, program
         names, self._template = non_conjugate(model, args, program, first)
-        self.rows = self._rows(args, filled, trace, names)
+        self.rows = self._nested(args, filled, trace, names)
         if self.rows is not None:
-            own = self.rows.adaptive.program.latent_names
+            own = self.rows.own
             names, self._template = tuple(n for n in program.continuous if n not in own), None
         elif self._template is not None:
             self.program = split_events(program)
@@ -110,8 +113,8 @@ class AdaptiveNodes:
         self.gaussian = tuple(n for n in inside if n not in names)
         self.vectorised = self.mapped = False
         if self.rows is not None:
-            self.vectorised = not self.rows.adaptive.one_by_one
-            self._prior_mapped = self._maps_prior(filled)
+            self.vectorised = not self.rows.one_by_one
+            self._prior_mapped = isinstance(self.rows, RowNodes) and self._maps_prior(filled)
         else:
             together = self._runs_together if self._template is None else self._reads_side_by_side
             self.vectorised = together(args, filled, mapped=False)
@@ -132,7 +135,7 @@ class AdaptiveNodes:
     def inside(self) -> str:
         """What is integrated without nodes, and how nodes are run, in words."""
         if self.rows is not None:
-            return f"; given each of them, rows by themselves: {self.rows.why}"
+            return self.rows.inside
         out = f"; given them {', '.join(self.gaussian)} in closed form" if self.gaussian else ""
         out += f"; {', '.join(self.program.discrete)} summed out" if self.program.discrete else ""
         return out + ("; node by node" if self.one_by_one else "")
@@ -141,7 +144,7 @@ class AdaptiveNodes:
     def n_evaluations(self) -> int:
         """How often a node costs the log-densities of all tokens, at the most."""
         if self.rows is not None:
-            return self.rows.n_nodes * self.rows.adaptive.n_evaluations
+            return self.rows.n_evaluations
         return 1 if self._template is None else self._template.structure.n_latents + 4
 
     def at(
@@ -174,9 +177,12 @@ class AdaptiveNodes:
     def given(
         self, args: tuple[Any, ...], filled: tuple[Any, ...], values: dict[str, Tensor]
     ) -> tuple[Given, Tensor]:
-        """The rows at values (S, ...) of the latents of the data set, and log p of these (S, 1)."""
+        """The rows or groups at values (S, ...) of the other latents, and what of log p they leave out (S, 1)."""
         assert self.rows is not None
-        return self.rows.given(args, filled, values), self._log_prior(filled, values)
+        given = self.rows.given(args, filled, values)
+        if isinstance(self.rows, GroupNodes):
+            return given, filled[0].new_zeros(1, 1)
+        return given, self._log_prior(filled, values)
 
     def _by_maps(
         self, args: tuple[Any, ...], filled: tuple[Any, ...], values: dict[str, Tensor], log_det: Tensor
@@ -209,6 +215,25 @@ class AdaptiveNodes:
         }
 
     # ----------------------------------------------------------------------------------- latents of the data set alone
+
+    def _nested(
+        self, args: tuple[Any, ...], filled: tuple[Any, ...], trace: Trace, names: tuple[str, ...]
+    ) -> RowNodes | GroupNodes | None:
+        """What is integrated piece by piece given the other latents: rows, or else groups.
+
+        Groups where nothing has a closed form, or where what that leaves over is too much for a rule of nodes.
+        """
+        rows = self._rows(args, filled, trace, names)
+        if rows is not None or self._held.latents:
+            return rows
+        width = space(self.program, trace, names).width
+        if self._template is not None and width <= MAX_HERMITE:
+            return None
+        groups = GroupNodes.of(self.model, filled, self.program)
+        if groups is None or self._template is None:
+            return groups
+        others = (n for n in self.program.continuous if n not in groups.own)
+        return groups if space(self.program, trace, others).width < width else None
 
     def _rows(
         self, args: tuple[Any, ...], filled: tuple[Any, ...], trace: Trace, names: tuple[str, ...]
@@ -263,7 +288,7 @@ class AdaptiveNodes:
 
     def _log_prior(self, filled: tuple[Any, ...], values: dict[str, Tensor]) -> Tensor:
         """log p of the latents of the data set at S nodes: (S, 1)."""
-        assert self.rows is not None
+        assert isinstance(self.rows, RowNodes)
         latents, held = tuple(p.latent for p in self.space.parts), self.rows.values
 
         def alone(node: dict[str, Tensor]) -> Tensor:
@@ -276,7 +301,7 @@ class AdaptiveNodes:
         return torch.stack([alone(node_values(values, s)) for s in range(n_nodes)])
 
     def _maps_prior(self, filled: tuple[Any, ...]) -> bool:
-        assert self.rows is not None
+        assert isinstance(self.rows, RowNodes)
         with torch.no_grad():
             try:
                 self._log_prior(filled, self.rows.adaptive._held.draws)
@@ -340,6 +365,8 @@ class AdaptiveNodes:
     def forget(self) -> None:
         """Look for the next modes from the start, not from the last ones."""
         self._last = None
+        if isinstance(self.rows, GroupNodes):
+            self.rows.forget()
 
     def locate(
         self, args: tuple[Any, ...], x: Tensor, visible: Tensor, near: LaplaceApproximation | None = None
@@ -368,6 +395,8 @@ class AdaptiveNodes:
         start: Tensor | None = None,
     ) -> LaplaceApproximation:
         filled = tuple(fill(a) for a in args)
+        if not self.space.parts:  # all latents are integrated inside
+            return LaplaceApproximation(x.new_zeros(n_nodes, len(x), 0), x.new_zeros(n_nodes, len(x), 0, 0))
         u = start
         if u is None:  # a training asks again and again, with little change
             shape, u = self._last or (None, None)

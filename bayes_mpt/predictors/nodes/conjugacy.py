@@ -88,4 +88,6 @@ def non_conjugate(
         return everything, None
     # one by one they are; all together?
     template = alone[kept[0]] if len(kept) == 1 else given(rest)
+    if template is not None and template.structure.by_row and not program.by_row:
+        template = None  # what is left belongs to rows, which are integrated one by one
     return (everything if template is None else rest), template

@@ -53,8 +53,8 @@ class Given(ABC):
     def means(self, x: Tensor, visible: Tensor) -> Tensor:
         """E[x_i | x_R, u_s]: (S, N, T)."""
 
-    def latents(self, x: Tensor) -> list[dict[str, Tensor]]:
-        """Posterior means of latents that are integrated inside, of each node; for one vector."""
+    def latents(self, x: Tensor) -> list[list[dict[str, Tensor]]]:
+        """Of one vector: values of latents that are integrated inside, equally likely ones (or a mean) at each node."""
         return []
 
     def inner(self, x: Tensor, visible: Tensor) -> Tensor:
@@ -197,12 +197,12 @@ class AffineBatch(Given):
     def inner(self, x: Tensor, visible: Tensor) -> Tensor:
         return self._ask(torch.where(visible, x, torch.nan), lambda maps: maps.posterior().mean)
 
-    def latents(self, x: Tensor) -> list[dict[str, Tensor]]:
+    def latents(self, x: Tensor) -> list[list[dict[str, Tensor]]]:
         if len(x) != 1:
             return []
         maps = self._each[0] if self._beside is None else self._beside[0]
         return [
-            latent_values(maps.structure, mean) for mean in self._ask(x, lambda maps: maps.posterior().mean)
+            [latent_values(maps.structure, mean)] for mean in self._ask(x, lambda maps: maps.posterior().mean)
         ]
 
 

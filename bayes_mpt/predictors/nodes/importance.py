@@ -11,6 +11,7 @@ from torch import Tensor
 from bayes_mpt.masks import Policy
 from bayes_mpt.predictors.base import Conditionals, Evidence, Guide, Predictor
 from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
+from bayes_mpt.predictors.nodes.group_nodes import doubt_of
 from bayes_mpt.predictors.nodes.guide import (
     Drawn,
     GuideDraws,
@@ -19,6 +20,7 @@ from bayes_mpt.predictors.nodes.guide import (
 from bayes_mpt.predictors.nodes.mixture import Modes
 from bayes_mpt.predictors.nodes.modes import ModeSearch, doubted
 from bayes_mpt.predictors.nodes.newton import LaplaceApproximation
+from bayes_mpt.predictors.nodes.quadrature import Quadrature
 from bayes_mpt.predictors.nodes.weighted import (
     Nodes,
     NodeSource,
@@ -91,7 +93,12 @@ class Importance(Predictor):
             drawn = self.from_guide(model, args, guide)
             warn_if_slow(drawn.one_by_one, drawn)
             return drawn
-        adaptive = AdaptiveNodes(model, args, self._analyze(model, args))
+        return self.bind_nodes(AdaptiveNodes(model, args, self._analyze(model, args)))
+
+    def bind_nodes(self, adaptive: AdaptiveNodes) -> NodeSource:
+        """`bind` without a guide, where it is known which latents take nodes."""
+        if not adaptive.space.parts:  # all are integrated group by group: there is nothing to draw
+            return Quadrature().bind_nodes(adaptive)
         bound = _AroundMode(adaptive, self.num_particles)
         warn_if_slow(adaptive.one_by_one, bound)
         return bound
@@ -174,7 +181,9 @@ class _AroundMode(NodeSource):
         return found._replace(mode=mode, root=root, log_mass=log_mass)
 
     def evidence(self, nodes: Nodes) -> Evidence:
-        return doubted(evidence_of_draws(nodes), nodes.last.located)
+        modes = nodes.last.located
+        doubt = modes.doubt or doubt_of(nodes)
+        return doubted(evidence_of_draws(nodes), modes._replace(doubt=doubt))
 
     def _forget(self) -> None:
         self.modes.forget()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bayes_mpt.predictors.base import Evidence, Guide, Predictor
 from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes, check_width
+from bayes_mpt.predictors.nodes.group_nodes import doubt_of
 from bayes_mpt.predictors.nodes.mixture import Modes
 from bayes_mpt.predictors.nodes.modes import ModeSearch, doubted
 from bayes_mpt.predictors.nodes.rules import hermite
@@ -71,8 +72,11 @@ class Quadrature(Predictor):
             raise ValueError(f"n_nodes must be an integer of at least 2, got {self.n_nodes!r}")
         if not program.continuous:
             raise ModelError("the program has no continuous latent: use Exact()")
-        adaptive = AdaptiveNodes(model, args, program)
-        width = adaptive.space.width
+        return self.bind_nodes(AdaptiveNodes(model, args, program))
+
+    def bind_nodes(self, adaptive: AdaptiveNodes) -> NodeSource:
+        """`bind` where it is known too which latents take nodes."""
+        width, program = adaptive.space.width, adaptive.program
         check_width(width, MAX_WIDTH, "Quadrature", program)
         bound = _Hermite(adaptive, self.n_nodes or NODES[max(1, width)])
         warn_if_slow(adaptive.one_by_one, bound)
@@ -96,10 +100,11 @@ class _Hermite(NodeSource):
         self.modes = ModeSearch(adaptive)
         self.model, self.structure = adaptive.model, adaptive.program
         each = "the mode" if adaptive.program.by_row else "each mode"
-        self.why = (
+        outside = (
             f"{n_nodes} Gauss-Hermite nodes along each of {adaptive.space.width} axes "
-            f"({', '.join(adaptive.space.names)}), around {each}{adaptive.inside}"
+            f"({', '.join(adaptive.space.names)}), around {each}"
         )
+        self.why = (outside if adaptive.space.parts else "") + adaptive.inside
 
     def _forget(self) -> None:
         self.modes.forget()
@@ -155,11 +160,13 @@ class _Hermite(NodeSource):
             return Evidence(many, abs(change), diagnostics)
         diagnostics["n_modes"] = len(modes.mode)
         se = abs(change) + beyond
-        if modes.has_pieces or se > ROUGH:  # nodes of one rule may agree and both be wrong: draws see it
+        # nodes of one rule may agree and both be wrong: draws see it
+        if self.adaptive.space.parts and (modes.has_pieces or se > ROUGH):
             by_draws, _ = self.modes.check(nodes.args, nodes.value, everything, modes, N_CHECKS)
             diagnostics["by draws of the same mixture"] = by_draws
             se = math.hypot(se, by_draws - float(many.sum()))
-        return doubted(Evidence(many, se, diagnostics), modes)
+        doubt = modes.doubt or doubt_of(nodes)
+        return doubted(Evidence(many, se, diagnostics), modes._replace(doubt=doubt))
 
 
 def _beyond(log_prob: Tensor, modes: Modes, n_nodes: int) -> float:

@@ -51,6 +51,26 @@ class RowNodes:
         return cls(adaptive, values, torch.cat(parts, 1))
 
     @property
+    def own(self) -> tuple[str, ...]:
+        """The sites that are integrated so."""
+        return self.adaptive.program.latent_names
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether every node needs runs of its own."""
+        return self.adaptive.one_by_one
+
+    @property
+    def n_evaluations(self) -> int:
+        """How often a node costs the log-densities of all tokens, at the most."""
+        return self.n_nodes * self.adaptive.n_evaluations
+
+    @property
+    def inside(self) -> str:
+        """How, after what is said of the latents of the data set."""
+        return f"; given each of them, rows by themselves: {self.why}"
+
+    @property
     def n_nodes(self) -> int:
         """Q, of each row."""
         width = self.adaptive.space.width

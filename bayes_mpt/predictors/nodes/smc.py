@@ -132,6 +132,11 @@ class SequentialMonteCarlo(Predictor):
             )
         bound = _Tempered(self, model, args, one_vector(program))
         warn_if_slow(bound.adaptive.one_by_one, bound)
+        if not bound.adaptive.space.parts:
+            raise ModelError(
+                f"all latents {list(program.latent_names)} are integrated group by group "
+                f"({bound.adaptive.inside}): there is nothing left for particles. Use Quadrature()"
+            )
         return bound
 
 
@@ -225,10 +230,11 @@ class Particulate(Conditionals):
         """Weighted values of the latents at some of the particles u (M, d) given the tokens x (1, T)."""
         with torch.no_grad(), pyro.validation_enabled(False):
             u = u[:: max(1, len(u) // MAX_DRAWS)]
-            inner = [values for g, _ in shown.given(u) for values in g.latents(x)] or [{}] * len(u)
+            inner = [values for g, _ in shown.given(u) for values in g.latents(x)] or [[{}]] * len(u)
         return [
-            (1 / len(u), {**self.space.values(v[None, None])[0], **values})
-            for v, values in zip(u, inner, strict=True)
+            (1 / (len(u) * len(each)), {**self.space.values(v[None, None])[0], **values})
+            for v, each in zip(u, inner, strict=True)
+            for values in each
         ]
 
     # ------------------------------------------------------------------------------------------------------ the runs

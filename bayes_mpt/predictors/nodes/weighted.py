@@ -294,13 +294,14 @@ class Nodes(Conditionals):
         for s, weight in enumerate(share[:, 0].tolist()):
             if weight < MIN_SHARE:
                 continue
-            values, start = dict(inner[s]) if inner else {}, 0
+            values, start = {}, 0
             for site in self.structure.latents:
                 if site.name in read.names:
                     part = read.latents[s, 0, start : start + site.width]
                     start += site.width
                     values[site.name] = part.reshape(site.shape)
-            out.append((weight, values))
+            each = inner[s] if inner else [{}]
+            out += [(weight / len(each), {**more, **values}) for more in each]
         return out
 
     def _joint(self) -> Tensor:
@@ -420,6 +421,8 @@ def program_values(model: Model, args: tuple[Any, ...], filled: tuple[Any, ...],
 
 def constrained(where: Space, u: Tensor) -> Tensor:
     """Values of the latents at nodes u (S, N, d), side by side: (S, N, K)."""
+    if not where.parts:
+        return u.new_zeros(*u.shape[:2], 0)
     values, _ = where.values(u.detach())
     return torch.cat([nodes_first(values[p.latent.name], p.latent, *u.shape[:2]) for p in where.parts], -1)
 

@@ -54,9 +54,11 @@ class Dense:
     def first_read_per_row(
         self, model: Model, args: tuple[Any, ...], structure: AffineForm
     ) -> tuple[AffineForm, DenseMap]:
-        together = _all_probes(model, args, structure)
-        structure = structure._replace(at_once=together is not None)
-        return structure, _read_rows(model, args, structure) if together is None else together
+        for how in (structure._replace(at_once=True), structure._replace(mapped=True)):
+            together = _all_probes(model, args, how)
+            if together is not None:
+                return how, together
+        return structure, _read_rows(model, args, structure)
 
 
 def _read_probes(model: Model, args: tuple[Any, ...], structure: AffineForm) -> DenseMap:
@@ -121,6 +123,10 @@ def _read_rows(model: Model, args: tuple[Any, ...], structure: AffineForm) -> De
         probes = probes[:1]  # one run is like another
     if structure.at_once:
         runs, trace = _run_at_once(model, filled, structure, probes)
+    elif structure.mapped:
+        runs = _run_mapped(model, filled, structure, probes)
+        with torch.no_grad():
+            trace = run(model, filled, prior_means(structure, filled))
     else:
         runs, trace = _run_apart(model, filled, structure, probes)
     sites = prior_means(structure, filled) | sub_samples(trace)
@@ -203,9 +209,8 @@ def _run_at_once(
 ) -> tuple[_Runs, Trace]:
     """One run for all probes, or for as many as memory will bear; and the first."""
     n_rows = batch(structure, filled)
-    step = max(2, MAX_PROBED // max(1, n_rows * structure.n_tokens * structure.n_latents))
     out, traces = [], []
-    for part in probes.split(step):
+    for part in probes.split(_probes_at_once(structure, n_rows)):
         # An axis of the program as long as that of the probes could pass for it.
         n_copies = len(part)
         while n_copies in (n_rows, structure.n_tokens):
@@ -214,6 +219,18 @@ def _run_at_once(
         traces.append(_run_copies(model, filled, structure, z[:, None], structure.program.depth, {}))
         out.append(_runs_of(traces[-1], structure, n_copies).each(itemgetter(slice(len(part)))))
     return _joined(out), traces[0]
+
+
+def _run_mapped(model: Model, filled: tuple[Any, ...], structure: AffineForm, probes: Tensor) -> _Runs:
+    """The same through `torch.vmap`."""
+    step = _probes_at_once(structure, batch(structure, filled))
+    return _joined(
+        [_map_copies(model, filled, structure, part[:, None], {}, ())[0] for part in probes.split(step)]
+    )
+
+
+def _probes_at_once(structure: AffineForm, n_rows: int) -> int:
+    return max(2, MAX_PROBED // max(1, n_rows * structure.n_tokens * structure.n_latents))
 
 
 def _run_copies(
@@ -269,7 +286,11 @@ def _all_probes(model: Model, args: tuple[Any, ...], structure: AffineForm) -> D
         return None  # other rows in every run
     probes = probes_of(structure, args[0])
     try:
-        together, _ = _run_at_once(model, args, structure, probes)
+        together = (
+            _run_mapped(model, args, structure, probes)
+            if structure.mapped
+            else _run_at_once(model, args, structure, probes)[0]
+        )
     except Exception:  # written for one set of latents at a time
         return None
     with torch.no_grad():

@@ -24,6 +24,8 @@ class AffineForm(NamedTuple):
     """(K,) prior standard deviations of the latents in the first run: the unit of the probes."""
     at_once: bool = False
     """Where each row has a map: the program broadcasts over a plate of probes, so that one run reads them all."""
+    mapped: bool = False
+    """Where it does not broadcast (``theta[group]``): one run reads them all through `torch.vmap`."""
 
     @property
     def sites(self) -> tuple[Observed, ...]:

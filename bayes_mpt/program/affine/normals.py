@@ -161,12 +161,13 @@ def latent_normal(trace: Trace, structure: AffineForm, n_copies: int = 1) -> tup
         blocks.extend([torch.diag_embed(part)] if part.ndim == 3 else part.unbind(2))
     if len(blocks) == 1:
         return loc, blocks[0]
-    root, start = loc.new_zeros(*loc.shape, loc.shape[-1]), 0
+    # block-diagonal by cat, not by writing into zeros: under `torch.vmap` only some of the blocks may have copies
+    rows, start = [], 0
     for block in blocks:
         end = start + block.shape[-1]
-        root[..., start:end, start:end] = block
+        rows.append(torch.nn.functional.pad(block, (start, loc.shape[-1] - end)))
         start = end
-    return loc, root
+    return loc, torch.cat(rows, -2) if rows else loc.new_zeros(*loc.shape, 0)
 
 
 def scale_of(node: dict[str, Any]) -> float:

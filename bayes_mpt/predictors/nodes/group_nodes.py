@@ -1,0 +1,399 @@
+"""Nodes in each group of latents that are independent of each other given all the rest.
+
+    log p(x_R | u_s) = r(u_s) + sum_b log sum_q w_bq exp f_b(theta_bq, u_s)
+
+Every group has nodes around its own mode, found for all groups and all nodes u_s of the other latents at once; the q-th
+nodes of all groups are one run of the program.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import pyro
+import torch
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from bayes_mpt.predictors.nodes.conjugacy import prior_draws
+from bayes_mpt.predictors.nodes.given import Given
+from bayes_mpt.predictors.nodes.newton import LaplaceApproximation, newton
+from bayes_mpt.predictors.nodes.rules import MAX_HERMITE, ROW_DRAWS, ROW_NODES, hermite, row_rule
+from bayes_mpt.predictors.nodes.weighted import Nodes
+from bayes_mpt.program.factor_runs import read_factors
+from bayes_mpt.program.factors import Factors
+from bayes_mpt.program.groups import N_DRAWS, Groups, Terms, find_groups, log_terms
+from bayes_mpt.program.layout import token_values
+from bayes_mpt.program.program import Model, ModelError, Program
+
+__all__ = ["GroupNodes", "NestedGroups", "doubt_of"]
+
+ALONE = {1: 64, 2: 16, 3: 10, 4: 8}  # nodes along each axis of a group where no other latent takes nodes
+MAX_STEPS = 100
+FAR = 50.0  # of draws that underflow
+APART = 2.0  # standard deviations, from which a mode is another
+MATTERS = 7.0  # nats below the first: 1e-3 of its mass
+SURE = 1e-12  # of a log-density: what its last digits say
+CELLS = 2**20  # log-densities of tokens at a time, where no gradient needs them all
+N_VALUES = 256  # of the effects, over all nodes of the others, for predictions
+HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+
+
+@dataclass(frozen=True, eq=False)
+class GroupNodes:
+    """How latents of groups are integrated given all others."""
+
+    model: Model
+    program: Program
+    groups: Groups
+    alone: bool
+    """There are no others."""
+    start: Tensor
+    """(B, d) where each group's mode is looked for."""
+    draws: Tensor
+    """(P, B, d) of the prior."""
+    filled: tuple[Any, ...]
+    """The rows that the groups were found on."""
+    _others: list[GroupNodes] = field(default_factory=list)
+    """The same for other rows, asked for last."""
+    _near: list[Tensor] = field(default_factory=list)
+    """(B, d) the modes that were found last at one value of the other latents."""
+
+    one_by_one = False
+
+    @classmethod
+    def of(
+        cls, model: Model, filled: tuple[Any, ...], program: Program, traces: list[Trace] | None = None
+    ) -> GroupNodes | None:
+        """What `find_groups` finds; None where that is nothing."""
+        traces = prior_draws(model, filled, N_DRAWS) if traces is None else traces
+        groups = find_groups(model, filled, program, traces)
+        if groups is None:
+            return None
+        draws = torch.cat([groups.space.pack(t, 1) for t in traces])[:, 0].detach()  # (P, W)
+        each = draws.new_zeros(len(draws), groups.n_groups, groups.width)
+        each[:, groups.number, groups.slot] = draws.clamp(-FAR, FAR)
+        alone = set(groups.names) == set(program.continuous)
+        return cls(model, program, groups, alone, each.median(0).values, each, filled)
+
+    @property
+    def own(self) -> tuple[str, ...]:
+        """The sites that are integrated so."""
+        return self.groups.names
+
+    @property
+    def n_nodes(self) -> int:
+        """Q, of each group."""
+        return len(self.rule(fine=False)[1])
+
+    @property
+    def n_evaluations(self) -> int:
+        """How often a node costs the log-densities of all tokens, at the most."""
+        return self.n_nodes
+
+    @property
+    def why(self) -> str:
+        names, width = ", ".join(self.own), self.groups.width
+        n = (ALONE if self.alone else ROW_NODES).get(width, ROW_DRAWS)
+        if width <= MAX_HERMITE:
+            nodes = f"{n} Gauss-Hermite nodes along each of {width} axes, around the mode"
+        else:
+            nodes = f"{n} points around the mode"
+        return f"{names} in {self.groups.n_groups} groups, each by itself, with {nodes}"
+
+    @property
+    def inside(self) -> str:
+        """The same after what is said of the other latents."""
+        return self.why if self.alone else f"; given each of them, {self.why}"
+
+    def rule(self, fine: bool) -> tuple[Tensor, Tensor]:
+        """Points (Q, d) and log-weights (Q,) inside a group."""
+        width = self.groups.width
+        if not self.alone or width > MAX_HERMITE:
+            return row_rule(width, fine)
+        n_nodes = ALONE[width]
+        return hermite(width, (2 * n_nodes if width <= 2 else n_nodes + 3) if fine else n_nodes)
+
+    def on(self, filled: tuple[Any, ...]) -> GroupNodes:
+        """The same for these rows, which may belong to other groups."""
+        for known in (self, *self._others):
+            if all(_equal(a, b) for a, b in zip(filled, known.filled, strict=True)):
+                return known
+        traces = prior_draws(self.model, filled, N_DRAWS)
+        self.groups.space.pack(traces[0], 1)  # which names a site that has another shape now
+        token_values(traces[0], self.program)
+        found = self.of(self.model, filled, self.program, traces)
+        if found is None or found.own != self.own:
+            raise ModelError(
+                f"on these rows the latents {list(self.own)} are no longer independent of each other given the rest, "
+                "as they were where the program was bound: bind it to these rows"
+            )
+        self._others[:] = [found]
+        return found
+
+    def forget(self) -> None:
+        """Look for the next modes from the start, not from the last ones."""
+        self._near.clear()
+
+    def given(self, args: tuple[Any, ...], filled: tuple[Any, ...], held: dict[str, Tensor]) -> NestedGroups:
+        """The groups at S values (S, ...) of the other latents."""
+        return NestedGroups(self, filled, held)
+
+    # ------------------------------------------------------------------------------------------------- at nodes
+
+    @cached_property
+    def unused(self) -> Tensor:
+        """(B, d) places that a group leaves free: a standard normal number stands there, which integrates to one."""
+        free = torch.ones(self.groups.n_groups, self.groups.width, dtype=torch.bool, device=self.start.device)
+        free[self.groups.number, self.groups.slot] = False
+        return free
+
+    def values(self, u: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """Values of the sites at u (M, B, d), and the log-determinants of their transforms."""
+        return self.groups.space.jacobians(u[:, self.groups.number, self.groups.slot][:, None])
+
+    def log_joint(
+        self, filled: tuple[Any, ...], held: dict[str, Tensor], u: Tensor, seen: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """log p of all that belongs to each group (M, B), and of the rest (M,), at u (M, B, d) and held (M, ...)."""
+        groups = self.groups
+        values, jacobians = self.values(u)
+
+        def alone(node: dict[str, Tensor]) -> Terms:
+            return log_terms(self.model, filled, self.program, node)
+
+        with pyro.validation_enabled(False):  # a check would have to branch on its node
+            terms = torch.vmap(alone)({**held, **values})
+        parts = [torch.where(seen, terms.tokens, 0.0), terms.latents, *(j.flatten(1) for j in jacobians)]
+        owner = torch.cat([groups.token, groups.latent, groups.jacobian])
+        out = u.new_zeros(len(u), groups.n_groups + 1).index_add(1, owner, torch.cat(parts, 1))
+        free = torch.where(self.unused, 0.5 * u.square() + HALF_LOG_2PI, 0.0).sum(-1)
+        return out[:, :-1] - free, out[:, -1]
+
+    def locate(
+        self, filled: tuple[Any, ...], held: dict[str, Tensor], n_nodes: int, seen: Tensor
+    ) -> LaplaceApproximation:
+        """Mode and root of each group at each of S values of the others: (S, B, d), (S, B, d, d)."""
+        fixed = {name: v.detach() for name, v in held.items()}
+        near = self._near[0] if self._near else self.start
+        u = near.expand(n_nodes, *near.shape)
+        found = newton(lambda u: self.log_joint(filled, fixed, u, seen)[0], u, MAX_STEPS, SURE)
+        if n_nodes == 1:  # the search for the mode of the others, around which their nodes will lie
+            self._near[:] = [found.mode[0]]
+        return found
+
+    def others_at(
+        self, filled: tuple[Any, ...], held: dict[str, Tensor], seen: Tensor
+    ) -> LaplaceApproximation:
+        """Where climbs from P draws of the prior end, at one value of the others: (P, B, d), (P, B, d, d)."""
+        fixed = {name: v.detach().expand(len(self.draws), *v.shape[1:]) for name, v in held.items()}
+        return newton(lambda u: self.log_joint(filled, fixed, u, seen)[0], self.draws, MAX_STEPS, SURE)
+
+
+class NestedGroups(Given):
+    """One vector of observations whose latents fall into groups that are independent given each node."""
+
+    def __init__(
+        self, nodes: GroupNodes, filled: tuple[Any, ...], held: dict[str, Tensor], fine: bool = False
+    ):
+        self.nodes, self.filled, self.held, self.fine = nodes.on(filled), filled, held, fine
+        self.n_nodes = len(next(iter(held.values()))) if held else 1
+        self._last: Any = None
+
+    def refined(self) -> Given:
+        return NestedGroups(self.nodes, self.filled, self.held, fine=True)
+
+    def log_joint(self, x: Tensor, visible: Tensor) -> Tensor:
+        by_group, rest = self._by_group(self._seen(x, visible))
+        return (rest + by_group.sum(-1))[:, None]
+
+    def predictive(self, x: Tensor, visible: Tensor) -> Tensor:
+        shown = self._seen(x, visible)
+        before, rest = self._by_group(shown)
+        out = x.new_zeros(self.n_nodes, x.shape[1])
+        for tokens in self._in_turn((~shown).nonzero()[:, 0]):  # one more in every group at once
+            by_group, more = self._by_group(shown.index_fill(0, tokens, True))
+            out[:, tokens] = self._steps(by_group - before, more - rest, tokens)
+        return out[:, None]
+
+    def chain(self, x: Tensor, order: Tensor) -> Tensor:
+        seen = self._seen(x, torch.ones_like(x, dtype=torch.bool))
+        shown = torch.zeros_like(seen)
+        before, rest = self._by_group(shown)
+        start = rest + before.sum(-1)
+        steps = x.new_zeros(self.n_nodes, x.shape[1])
+        for tokens in self._in_turn(order[seen[order]]):
+            shown = shown.index_fill(0, tokens, True)
+            by_group, more = self._by_group(shown)
+            steps[:, tokens] = self._steps(by_group - before, more - rest, tokens)
+            before, rest = by_group, more
+        steps = steps[:, order].cumsum(-1)
+        return (start[:, None] + torch.nn.functional.pad(steps, (1, 0)))[:, None]
+
+    def means(self, x: Tensor, visible: Tensor) -> Tensor:
+        everything = torch.ones_like(x, dtype=torch.bool)
+        found = self._average(x, visible, lambda factors: factors.means(everything))
+        assert found is not None
+        return found
+
+    def levels(self, x: Tensor, visible: Tensor) -> Tensor | None:
+        everything = torch.ones_like(x, dtype=torch.bool)
+        return self._average(x, visible, lambda factors: factors.levels(everything))
+
+    def inner(self, x: Tensor, visible: Tensor) -> Tensor:
+        """Posterior means of the effects, site after site: (S, 1, V)."""
+        u, share = self._posterior(self._seen(x, visible))
+        values = self._flat(u)
+        return (self._of(share, self.nodes.groups.value) * values).sum(1)[:, None]
+
+    def latents(self, x: Tensor) -> list[list[dict[str, Tensor]]]:
+        """Evenly spread draws of each group's posterior at each node, the groups' draws paired at random."""
+        if len(x) != 1:
+            return []
+        u, share = self._posterior(self._seen(x, torch.ones_like(x, dtype=torch.bool)))
+        n_draws = max(1, N_VALUES // self.n_nodes)
+        cut = share.cumsum(1).movedim(1, -1)  # (S, B, Q)
+        generator = torch.Generator().manual_seed(0)
+        rank = torch.rand(*cut.shape[:2], n_draws, generator=generator, dtype=torch.float64).argsort(-1)
+        even = ((rank + 0.5) / n_draws).to(cut)
+        picked = torch.searchsorted(cut.contiguous(), even).clamp(max=cut.shape[-1] - 1)  # (S, B, D)
+        index = picked.movedim(-1, 1)[..., None].expand(-1, -1, -1, u.shape[-1])
+        values, _ = self.nodes.values(u.gather(1, index).flatten(0, 1))  # (S D, ...)
+        each = [{name: v[i] for name, v in values.items()} for i in range(self.n_nodes * n_draws)]
+        return [each[i : i + n_draws] for i in range(0, len(each), n_draws)]
+
+    def doubt(self, x: Tensor, weight: Tensor) -> str:
+        """What speaks for modes of a group that its nodes miss, in words; at the node of the greatest weight (S,)."""
+        seen, best = self._seen(x, torch.ones_like(x, dtype=torch.bool)), int(weight.argmax())
+        held = {name: v[best : best + 1] for name, v in self.held.items()}
+        found = [self.nodes.locate(self.filled, held, 1, seen)]
+        mode, root = found[0].mode, found[0].root
+        more = self.nodes.others_at(self.filled, held, seen)
+        apart = (torch.linalg.solve(root, (more.mode - mode)[..., None])[..., 0]).norm(dim=-1)  # (P, B)
+        at = {name: v.expand(len(more.mode), *v.shape[1:]) for name, v in held.items()}
+        mass = self.nodes.log_joint(self.filled, at, more.mode, seen)[0] + torch.linalg.slogdet(more.root)[1]
+        main = self.nodes.log_joint(self.filled, held, mode, seen)[0] + torch.linalg.slogdet(root)[1]
+        several = ((apart > APART) & (mass > main - MATTERS)).any(0)
+        if not bool(several.any()):
+            return ""
+        return (
+            f"given the other latents, {int(several.sum())} of {len(several)} groups of {', '.join(self.nodes.own)} "
+            "have several modes, and nodes stand around one"
+        )
+
+    # --------------------------------------------------------------------------------------------------- the nodes
+
+    def _seen(self, x: Tensor, visible: Tensor) -> Tensor:
+        """Which tokens are visible and not missing: (T,)."""
+        return (visible & ~x.isnan())[0]
+
+    def _chunks(self) -> list[slice]:
+        """Of the S nodes, as many as memory will bear at a time."""
+        per_node = len(self.nodes.groups.token) + len(self.nodes.groups.latent)
+        step = max(1, CELLS // (per_node * self.nodes.n_nodes * (2 if self.fine else 1)))
+        return [slice(i, i + step) for i in range(0, self.n_nodes, step)]
+
+    def _placed(self, seen: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Nodes u (S, Q, B, d), what they add to each group's integral (S, Q, B), and log p of the rest (S,)."""
+        held = {name: v[part] for name, v in self.held.items()}
+        n_nodes = len(range(*part.indices(self.n_nodes)))
+        mode, root = self.nodes.locate(self.filled, held, n_nodes, seen)
+        t, log_w = (a.to(mode) for a in self.nodes.rule(self.fine))  # (Q, d), (Q,)
+        u = mode[:, None] + (root[:, None] @ t[:, None, :, None])[..., 0]
+        each = {name: v.repeat_interleave(len(t), 0) for name, v in held.items()}
+        by_group, rest = self.nodes.log_joint(self.filled, each, u.flatten(0, 1), seen)
+        log_weight = log_w[:, None] + torch.linalg.slogdet(root)[1][:, None]  # (S, Q, B)
+        return (
+            u,
+            by_group.unflatten(0, (n_nodes, len(t))) + log_weight,
+            rest.unflatten(0, (n_nodes, len(t)))[:, 0],
+        )
+
+    def _by_group(self, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """The log-integral of each group (S, B), and log p of the rest (S,)."""
+        groups = self.nodes.groups
+        empty = torch.ones(groups.n_groups + 1, dtype=torch.bool, device=seen.device)
+        empty[groups.token[seen]] = False
+        nothing = empty[:-1] & groups.normalised  # Z(nothing) is 1
+        _, log_prob, rest = self._at(seen)
+        return torch.where(nothing, 0.0, log_prob.logsumexp(1)), rest
+
+    def _posterior(self, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """Nodes u (S, Q, B, d), and the share of each in its group's posterior (S, Q, B)."""
+        u, log_prob, _ = self._at(seen)
+        return u, log_prob.softmax(1)
+
+    def _at(self, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`_placed` of all S nodes; what was asked last, without gradients, is kept."""
+        known = self._last
+        if known is not None and not torch.is_grad_enabled() and torch.equal(known[0], seen):
+            return known[1]
+        parts = [self._placed(seen, part) for part in self._chunks()]
+        found = parts[0] if len(parts) == 1 else tuple(torch.cat(t) for t in zip(*parts, strict=True))
+        if not torch.is_grad_enabled():
+            self._last = seen, found
+        return found  # type: ignore[return-value]
+
+    def _of(self, share: Tensor, group: Tensor) -> Tensor:
+        """What stands for a group (S, Q, B), for each of its members: (S, Q, members); even for nobody's."""
+        nobody = torch.full_like(share[..., :1], 1 / share.shape[1])
+        return torch.cat([share, nobody], -1)[..., group]
+
+    def _flat(self, u: Tensor) -> Tensor:
+        """Values of the effects at nodes u (S, Q, B, d), site after site: (S, Q, V)."""
+        values, _ = self.nodes.values(u.flatten(0, 1))
+        return torch.cat([v.flatten(1) for v in values.values()], 1).unflatten(0, u.shape[:2])
+
+    def _average(self, x: Tensor, visible: Tensor, of: Callable[[Factors], Tensor | None]) -> Tensor | None:
+        """Posterior mean of something of each token (M, 1, T, ...) at M nodes: (S, 1, T, ...)."""
+        u, share = self._posterior(self._seen(x, visible))
+        nodes, out = self.nodes, []
+        for part in self._chunks():
+            held = {name: v[part].repeat_interleave(u.shape[1], 0) for name, v in self.held.items()}
+            values = {**held, **nodes.values(u[part].flatten(0, 1))[0]}
+            n = len(next(iter(values.values())))
+            found = of(read_factors(nodes.model, self.filled, nodes.program, values, n, mapped=True))
+            if found is None:
+                return None
+            found = found[:, 0].expand(n, *found.shape[2:]).unflatten(0, (-1, u.shape[1]))  # (S, Q, T, ...)
+            weight = self._of(share[part], nodes.groups.token)
+            out.append((weight.reshape(*weight.shape, *[1] * (found.ndim - 3)) * found).sum(1))
+        return torch.cat(out)[:, None]
+
+    def _in_turn(self, tokens: Tensor) -> list[Tensor]:
+        """Tokens in this order, one of each group at a time; those that are nobody's one by one beside them."""
+        turns: list[list[int]] = []
+        count: dict[int, int] = {}
+        for token, group in zip(tokens.tolist(), self.nodes.groups.token[tokens].tolist(), strict=True):
+            turn = count.get(group, 0)
+            count[group] = turn + 1
+            turns.extend([] for _ in range(turn + 1 - len(turns)))
+            turns[turn].append(token)
+        return [torch.tensor(turn, device=tokens.device) for turn in turns]
+
+    def _steps(self, by_group: Tensor, rest: Tensor, tokens: Tensor) -> Tensor:
+        """What each token has added, at most one of each group and one of nobody's: (S, tokens)."""
+        return torch.cat([by_group, rest[:, None]], 1)[:, self.nodes.groups.token[tokens]]
+
+
+def doubt_of(nodes: Nodes) -> str:
+    """`NestedGroups.doubt` of rows at weighted nodes; empty where nothing is integrated by group."""
+    read = nodes.last
+    if not isinstance(read.given, NestedGroups):
+        return ""
+    with torch.no_grad():
+        everything = torch.ones_like(nodes.value, dtype=torch.bool)
+        weight = (read.log_weight + read.given.log_joint(nodes.value, everything))[:, 0]
+        return read.given.doubt(nodes.value, weight)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and bool(torch.equal(a, b))
+    return bool(a == b)
