@@ -152,7 +152,7 @@ def look(model: Model, args: tuple[Any, ...]) -> Analysis:
     if verdict.order is not None:
         # each row is read at its own values, and missing cells that others look at are refused there
         program = one_vector(program) if verdict.coupled else program
-        program = program._replace(order=verdict.order)
+        program = with_meeting_entries(model, init, program._replace(order=verdict.order))
         return Analysis(program, init, first, verdict.other, None, verdict.by_number)
     hides = not all(bool(own_shown(node).all()) for node in nodes)
     position = position if verdict.gaps and not hides else None
