@@ -46,15 +46,20 @@ def mode_and_root(log_joint: LogJoint, start: Sequence[float]) -> tuple[Array, A
     return best, np.linalg.cholesky(np.linalg.inv(-(curvature + curvature.T) / 2))
 
 
-def log_integral(log_joint: LogJoint, start: Sequence[float], n: int, width: float = 7.0) -> float:
+def log_integral(log_joint: LogJoint, start: Sequence[float], n: int, width: float = 14.0) -> float:
     """log of the integral over R^D by the rectangle rule, n nodes an axis, `width` posterior sd to each side.
 
-    The rule converges faster than any power of n for a smooth integrand that is gone at the borders.
+    Nodes are equal steps of t, z = sinh(t / 3) * 3: dense around the mode, few in the tails, dz = cosh(t / 3) dt. The
+    rule converges faster than any power of n for a smooth integrand that is gone at the borders.
     """
     mode, root = mode_and_root(log_joint, start)
-    return log_rectangles(lambda z: log_joint(mode + z @ root.T), [(-width, width)] * len(mode), n) + float(
-        np.log(np.diag(root)).sum()
-    )
+    end = 3 * float(np.arcsinh(width / 3))
+
+    def stretched(t: Array) -> Array:
+        z = 3 * np.sinh(t / 3)
+        return log_joint(mode + z @ root.T) + np.log(np.cosh(t / 3)).sum(1)
+
+    return log_rectangles(stretched, [(-end, end)] * len(mode), n) + float(np.log(np.diag(root)).sum())
 
 
 def log_rectangles(log_joint: LogJoint, box: Sequence[tuple[float, float]], n: int) -> float:

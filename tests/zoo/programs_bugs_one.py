@@ -67,7 +67,7 @@ def rats_truth(params, y):
         wide = one + n * 1e6 * design @ design.T
         return off + normal_vector(np.sqrt(n) * centre, 0.0, wide) + log_vague(u).sum(1)
 
-    return log_integral(log_joint, [-3.6, -5.0, 0.0], 41, 9.0)
+    return log_integral(log_joint, [-3.6, -5.0, 0.0], 41)
 
 
 def dyes(x, y):
@@ -169,7 +169,7 @@ def pumps_truth(params, t, x):
         inner = nbinom.logpmf(x, alpha, beta / (beta + t[:, 0])).sum(1)
         return inner - alpha[:, 0] + gamma.logpdf(beta[:, 0], 0.1) + u.sum(1)
 
-    return log_integral(log_joint, [-0.3, 0.0], 61, 9.0)
+    return log_integral(log_joint, [-0.3, 0.0], 61)
 
 
 SEEDS = np.array(

@@ -79,7 +79,7 @@ def birats_truth(params, y):
         prior = norm.logpdf(u[:, [0, 1, 3]], [2.5, -0.5, 1.8], 0.5).sum(1) + jacobian
         return mean - 0.5 * off + prior
 
-    return log_integral(log_joint, [2.5, -0.5, 0.0, 1.8], 17, 7.0)
+    return log_integral(log_joint, [2.5, -0.5, 0.0, 1.8], 17)
 
 
 # ----------------------------------------------------------------------------------------- tables of two by two

@@ -91,7 +91,7 @@ def beetles_truth(params, x, r):
         constant = (gammaln(1 + n) - gammaln(1 + r) - gammaln(1 + n - r)).sum()
         return constant + inner.sum(1) + norm.logpdf(u, 0, 100).sum(1)
 
-    return log_integral(log_joint, [0.0, 20.0], 61, 8.0)
+    return log_integral(log_joint, [0.0, 20.0], 61)
 
 
 AGES = "1 1.5 1.5 1.5 2.5 4 5 5 7 8 8.5 9 9.5 9.5 10 12 12 13 13 14.5 15.5 15.5 16.5 17 22.5 29 31.5"
@@ -127,7 +127,7 @@ def dugongs_truth(params, x, y):
         density = -0.5 * (left * np.exp(u[:, 1]) + log_det + len(y) * np.log(2 * np.pi))
         return density + jacobian + log_vague(u[:, 1])
 
-    return log_integral(log_joint, [1.0, 4.6], 121, 9.0)
+    return log_integral(log_joint, [1.0, 4.6], 121)
 
 
 # ------------------------------------------------------------------------------------------------------ mixtures
@@ -145,7 +145,7 @@ def eyes(x):
 
 
 def peaks(rng):
-    return (np.r_[537 + 3.5 * rng.normal(size=18), 549 + 3.5 * rng.normal(size=12)][:, None],)
+    return (np.r_[537 + 3.5 * rng.normal(size=18), 556 + 3.5 * rng.normal(size=12)][:, None],)
 
 
 def eyes_truth(params, x):
@@ -165,7 +165,7 @@ def eyes_truth(params, x):
         )
         return np.logaddexp(*terms).sum(1) + (prior + jacobian + u[:, 1:2] + u[:, 3:])[:, 0]
 
-    return log_integral(log_joint, [0.4, 2.5, 537.0, 1.3], 21, 7.0)
+    return log_integral(log_joint, [0.4, 2.5, 537.0, 1.3], 21)
 
 
 HEARTS = np.array(
@@ -192,7 +192,7 @@ def hearts_truth(params, total, y):
         ill = np.log1p(-theta[:, None]) + binom.logpmf(y, total[:, 0], p[:, None])
         return np.logaddexp(ill, np.where(y == 0, np.log(theta[:, None]), -np.inf)).sum(1) + jacobian.sum(0)
 
-    return log_integral(log_joint, [0.3, -0.5], 81, 9.0)
+    return log_integral(log_joint, [0.3, -0.5], 81)
 
 
 # ----------------------------------------------------------------------------------------------------- Bayes nets

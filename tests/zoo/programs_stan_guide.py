@@ -63,7 +63,7 @@ def two_normals_truth(ordered):
             second = np.exp(-0.5 * z**2) * ((1 - theta) / sigma[:, 1:])
             return np.log(first + second + 1e-300).sum(1) + prior - len(y) / 2 * np.log(2 * np.pi)
 
-        return log_integral(log_joint, [-2.0, 1.4, 0.0, -0.3, -0.4], 11, 5.5)
+        return log_integral(log_joint, [-2.0, 1.4, 0.0, -0.3, -0.4], 13)
 
     return truth
 
@@ -151,7 +151,7 @@ def dogs_truth(log_link):
             eta = u[:, 0, None, None] + u[:, 1, None, None] * avoided + u[:, 2, None, None] * before
             return -np.logaddexp(0, np.where(y == 1, -eta, eta)).sum((1, 2)) + norm.logpdf(u, 0, 5).sum(1)
 
-        return log_integral(log_joint, [-1.4, -2.5] if log_link else [1.0, -0.5, -0.2], 31, 8.0)
+        return log_integral(log_joint, [-1.4, -2.5] if log_link else [1.0, -0.5, -0.2], 31)
 
     return truth
 
@@ -201,7 +201,7 @@ def m0_truth(params, caught):
         absent = np.where(count == 0, np.log1p(-omega[:, None]), -np.inf)
         return np.logaddexp(there, absent).sum(1) + jacobian.sum(0)
 
-    return log_integral(log_joint, [0.5, -0.5], 81, 9.0)
+    return log_integral(log_joint, [0.5, -0.5], 81)
 
 
 def mb_truth(params, y):
@@ -222,7 +222,7 @@ def mb_truth(params, y):
         none = np.logaddexp(np.log(omega) + N_OCCASIONS * np.log1p(-p), np.log1p(-omega))
         return caught + never * none + jacobian.sum(0)
 
-    return log_integral(log_joint, [0.5, -0.5, 0.0], 61, 10.0)
+    return log_integral(log_joint, [0.5, -0.5, 0.0], 61)
 
 
 # ------------------------------------------------------------------------------------------------ data seen in part

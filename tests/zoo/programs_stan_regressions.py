@@ -53,7 +53,7 @@ def kidiq_truth(params, x, y):
         cov = design @ design.T + sigma[:, None, None] ** 2 * np.eye(len(y))
         return normal_vector(y, 0.0, cov) + halfcauchy.logpdf(sigma, scale=2.5) + u[:, 0]
 
-    return log_integral(log_joint, [3.0], 101, 9.0)
+    return log_integral(log_joint, [3.0], 101)
 
 
 def mesquite_log(x, weight):
@@ -136,7 +136,7 @@ def radon_truth(grouped):
 
         if grouped == "groups":  # a scale of zero is not excluded: wide to the left
             return log_integral_of_two_scales(log_joint)
-        return log_integral(log_joint, [-0.5], 81, 9.0)
+        return log_integral(log_joint, [-0.5], 81)
 
     return truth
 
@@ -224,7 +224,7 @@ def glmm_truth(params, x, count):
         jacobian = -np.logaddexp(0, -u[:, 2]) - np.logaddexp(0, u[:, 2])  # of sd / 5, whose prior is uniform
         return constant + inner + norm.logpdf(u[:, :2], 0, 10).sum(1) + jacobian
 
-    return log_integral(log_joint, [2.0, 0.3, -2.3], 21, 8.0)
+    return log_integral(log_joint, [2.0, 0.3, -2.3], 21)
 
 
 # ------------------------------------------------------------------------------------------------------- the guide
@@ -279,7 +279,7 @@ def robust_truth(params, x, y):
         mean = u[:, :1] + u[:, 1:2] * x[:, 0]
         return t.logpdf(y, nu[:, None], mean, sigma[:, None]).sum(1) + prior + u[:, 2] + u[:, 3]
 
-    return log_integral(log_joint, [1.0, 2.0, -0.7, 1.0], 21, 7.0)
+    return log_integral(log_joint, [1.0, 2.0, -0.7, 1.0], 21)
 
 
 def measurement_error(table):

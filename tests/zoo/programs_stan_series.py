@@ -78,7 +78,7 @@ def ar2_truth(params, x):
         cov = design @ design.T + sigma[:, None, None] ** 2 * np.eye(len(y) - 2)
         return normal_vector(y[2:], 0.0, cov) + halfcauchy.logpdf(sigma, scale=5) + u[:, 0]
 
-    return log_integral(log_joint, [0.0], 101, 9.0)
+    return log_integral(log_joint, [0.0], 101)
 
 
 def garch11(x):
@@ -141,7 +141,7 @@ def arch_truth(params, x):
         prior = norm.logpdf(u[:, :2]).sum(1) + np.log(6 * alpha1 * (1 - alpha1)) + jacobian
         return norm.logpdf(y[1:], u[:, :1], sigma).sum(1) + prior
 
-    return log_integral(log_joint, [0.2, -0.5, 0.0], 31, 8.0)
+    return log_integral(log_joint, [0.2, -0.5, 0.0], 31)
 
 
 def stochastic_volatility(x):
@@ -203,7 +203,7 @@ def gp_truth(params, x, y):
         cov = rbf(x[:, 0], u) + sigma[:, None, None] ** 2 * np.eye(len(y))
         return normal_vector(y, 0.0, cov) + gp_prior(u) + halfnorm.logpdf(sigma) + u[:, 2]
 
-    return log_integral(log_joint, [1.8, 0.3, -1.0], 25, 8.0)
+    return log_integral(log_joint, [1.8, 0.3, -1.0], 25)
 
 
 def gp_poisson(x, k):
@@ -280,7 +280,7 @@ def hmm_truth(params, x):
         prior = norm.logpdf(u[:, 0], 3, 1) + norm.logpdf(u[:, 1], 10, 1)
         return logsumexp(state, axis=1) + prior + jacobian.sum(1)
 
-    return log_integral(log_joint, [3.0, 10.0, 1.0, -1.0], 17, 8.0)
+    return log_integral(log_joint, [3.0, 10.0, 1.0, -1.0], 17)
 
 
 COAL = [4, 5, 4, 0, 1, 4, 3, 4, 0, 6, 3, 3, 4, 0, 2, 6, 3, 3, 5, 4, 5, 3, 1, 4, 4, 1, 5, 5, 3, 4]

@@ -54,6 +54,8 @@ SURE = 1e-12  # of a log-density: what its last digits say
 SURE_OF_NODES = 1e-9  # the same where rows are integrated by nodes that move
 MAX_STEPS = 100
 N_START_DRAWS = 9
+FARTHEST_START = 20.0
+"""In the unconstrained space of a latent that is not free: the half of Gamma(0.001, 0.001) lies below e^-700."""
 CANNOT = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
 
 
@@ -323,13 +325,15 @@ class AdaptiveNodes:
     # ---------------------------------------------------------------------------------------------------- the mode
 
     def start(self, filled: tuple[Any, ...]) -> Tensor:
-        """(N, d): medians of a few draws from the prior."""
+        """(N, d): medians of a few draws from the prior; 0 for a scale or share that a vague prior puts far away."""
         with torch.no_grad():
             n_rows = n_rows_of(self.program, filled)
             if not self.space.parts:
                 return filled[0].new_zeros(n_rows, 0)
             draws = [self.space.pack(t, n_rows)[0] for t in prior_draws(self.model, filled, N_START_DRAWS)]
-        return torch.stack(draws).median(0).values
+        middle = torch.stack(draws).median(0).values
+        far = torch.tensor(self.space.bounded, device=middle.device) & ~(middle.abs() < FARTHEST_START)
+        return torch.where(far, 0.0, middle)
 
     def forget(self) -> None:
         """Look for the next modes from the start, not from the last ones."""
@@ -365,8 +369,11 @@ class AdaptiveNodes:
         u = start
         if u is None:  # a training asks again and again, with little change
             shape, u = self._last or (None, None)
+            if u is not None and shape == x.shape and held:  # they may have moved far since
+                stands = self._log_prob_of_start(args, filled, x, visible, u, held, n_nodes)
+                u = u if bool(torch.isfinite(stands).all()) else None
             if u is None or shape != x.shape:
-                u = self.start(filled)
+                u = self._best_start(args, filled, x, visible, held, n_nodes)
         sure = SURE if self.rows is None else SURE_OF_NODES
         found = newton(
             lambda u: self._log_prob(args, filled, x, visible, u, held),
@@ -374,9 +381,49 @@ class AdaptiveNodes:
             MAX_STEPS,
             sure,
         )
-        if start is None:
+        if start is None and bool(torch.isfinite(found.mode).all()):
             self._last = x.shape, found.mode.mean(0)
         return found
+
+    def _best_start(
+        self,
+        args: tuple[Any, ...],
+        filled: tuple[Any, ...],
+        x: Tensor,
+        visible: Tensor,
+        held: dict[str, Tensor],
+        n_nodes: int,
+    ) -> Tensor:
+        """(N, d): of each row, where log p is greater, at the middle of the prior or at 0.
+
+        A middle drawn of a wide prior may be where every density is 0, or so far from the rows that none has a slope.
+        """
+        middle = self.start(filled)
+        if not middle.numel():
+            return middle
+        found = [
+            self._log_prob_of_start(args, filled, x, visible, u, held, n_nodes)
+            for u in (middle, torch.zeros_like(middle))
+        ]
+        return torch.where((found[1] > found[0])[:, None], 0.0, middle)
+
+    @torch.no_grad()
+    def _log_prob_of_start(
+        self,
+        args: tuple[Any, ...],
+        filled: tuple[Any, ...],
+        x: Tensor,
+        visible: Tensor,
+        u: Tensor,
+        held: dict[str, Tensor],
+        n_nodes: int,
+    ) -> Tensor:
+        """(N,) mean log p(u, x_R) of one u (N, d) at the values that are held; -inf where there is none."""
+        try:
+            value = self._log_prob(args, filled, x, visible, u.expand(n_nodes, *u.shape), held).mean(0)
+        except ValueError:  # no distribution there
+            return u.new_full(u.shape[:1], -math.inf)
+        return torch.where(value.isnan(), -math.inf, value)
 
     def refine_gaussian(
         self, args: tuple[Any, ...], x: Tensor, visible: Tensor, near: LaplaceApproximation, draws: Tensor
