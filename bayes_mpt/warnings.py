@@ -32,6 +32,7 @@ __all__ = [
     "IgnoredRowsWarning",
     "LeftOutWarning",
     "MisfitWarning",
+    "MissedModeWarning",
     "NoBoundWarning",
     "NotConvergedWarning",
     "PrecisionWarning",
@@ -85,6 +86,10 @@ class LeftOutWarning(UserWarning):
 
 class MisfitWarning(UserWarning):
     """Rows are not what the evidence believes them to be."""
+
+
+class MissedModeWarning(UserWarning):
+    """An evidence may miss modes of a posterior, and has no error."""
 
 
 class SlowProgramWarning(UserWarning):

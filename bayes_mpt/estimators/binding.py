@@ -22,6 +22,7 @@ from bayes_mpt.predictors.self_predictive import sees_all
 from bayes_mpt.program.arguments import fill
 from bayes_mpt.program.program import Model
 from bayes_mpt.program.run import first_run
+from bayes_mpt.program.shift_trials import observing_cells
 from bayes_mpt.program.statistics import SufficientStatistics
 from bayes_mpt.program.store import OwnStore, State
 from bayes_mpt.warnings import AdviceWarning, SlowProgramWarning, UnboundedWarning, warn, warnings_of
@@ -70,8 +71,8 @@ def bind(
     if takes_y:
         args = arguments(slice(None))
         with OwnStore():
-            vector = gaussian_program(model, args) is not None
-        if vector:
+            vector = observing_cells(lambda program: gaussian_program(program, args), model, args)
+        if vector is not None:
             # Its covariance may be made whole: initial values from as many rows as that costs little, at random,
             # since of a series the first rows are no sample.
             some = torch.randperm(n_rows)[:MAX_INIT_VECTOR].sort().values.numpy()

@@ -20,6 +20,7 @@ from bayes_mpt.program.affine import token_means
 from bayes_mpt.program.arguments import fill
 from bayes_mpt.program.layout import token_values
 from bayes_mpt.program.run import run
+from bayes_mpt.program.shifts import of_cells
 from bayes_mpt.program.statistics import SufficientStatistics
 from bayes_mpt.score import ScoreEstimate, estimate
 
@@ -126,7 +127,7 @@ def missing_sd(fitted: Fitted, rows: Rows) -> NDArray[np.float64]:
 def _cells_of(fitted: Fitted, args: tuple[Any, ...]) -> Tensor:
     """Which cell of X each token is, in reading order: a column at a time is marked with numbers of its own."""
     structure = fitted.bound.structure
-    filled = tuple(fill(a) for a in args)
+    model, filled = of_cells(fitted.model, structure.shifts), tuple(fill(a) for a in args)
     generator = torch.Generator().manual_seed(0)
     found: Tensor | None = None
     with pyro.validation_enabled(False):
@@ -135,7 +136,7 @@ def _cells_of(fitted: Fitted, args: tuple[Any, ...]) -> Tensor:
             marked = filled[0].clone()
             marked[:, column] = marks
             try:
-                trace = run(fitted.model, (marked, *filled[1:]))
+                trace = run(model, (marked, *filled[1:]))
             except (RuntimeError, ValueError, IndexError):
                 continue  # an index, say: no token
             value = token_values(trace, structure).flatten()
@@ -177,16 +178,15 @@ def predict_y(fitted: Fitted, rows: Rows, *, return_std: bool, return_cov: bool)
             f"{bound.name} predicts means only: return_std and return_cov need observations that are one Gaussian "
             "vector"
         )
+    model = of_cells(fitted.model, bound.structure.shifts)
     args, draws = fitted.new_arguments(rows), fitted.latents.shared
     if fitted.latents.growing:
         assert fitted.seen is not None and draws
         with fitted.program(fitted.seen) as _, torch.no_grad():
-            return means_of_new(fitted.model, fitted.seen, args, fitted.latents.growing, draws).cpu().numpy()
+            return means_of_new(model, fitted.seen, args, fitted.latents.growing, draws).cpu().numpy()
     names = bound.structure.site_names
     with fitted.program(args) as _, torch.no_grad():
-        means = [
-            share * token_means(fitted.model, args, names, values) for share, values in draws or [(1.0, {})]
-        ]
+        means = [share * token_means(model, args, names, values) for share, values in draws or [(1.0, {})]]
         return torch.stack(means).sum(0).cpu().numpy()
 
 

@@ -44,6 +44,8 @@ from bayes_mpt.program.latents import space
 from bayes_mpt.program.layout import from_rows
 from bayes_mpt.program.program import Model, ModelError, one_vector
 from bayes_mpt.program.run import run
+from bayes_mpt.program.shift_trials import observing_cells
+from bayes_mpt.program.shifts import of_cells
 from bayes_mpt.runtime.serial import takes_turns
 from bayes_mpt.warnings import DrawsWarning, warn
 
@@ -152,7 +154,8 @@ def from_draws(
         without = _without_draws(model, args)
         if without is not None:
             return without
-        program = one_vector(analyze(model, args))
+        program = one_vector(observing_cells(lambda program: analyze(program, args), model, args))
+        model = of_cells(model, program.shifts)
         if program.scale != 1.0:
             raise ModelError(
                 "a program that sub-samples or scales its rows has no evidence of its own: write it with all rows"
@@ -219,7 +222,8 @@ def from_guide(
     args = read_arguments(data)
     store = pyro.get_param_store()
     with store.scope(store.get_state()), own_random_state(random_state), torch.no_grad():
-        bound = Importance(n_draws).from_guide(model, args, guide)
+        bind = Importance(n_draws).from_guide
+        bound = observing_cells(lambda program: bind(program, args, guide), model, args)
         warn_if_slow(bound.one_by_one, bound)
         nodes = bound.read(args)
         seen = torch.ones(nodes.value.shape[1], dtype=torch.bool, device=nodes.value.device)
@@ -306,7 +310,7 @@ def _without_draws(model: Model, args: tuple[Any, ...]) -> DrawsEvidence | None:
     with suppress(ModelError):
         bound = Exact().bind(model, args)
     if bound is None:
-        program = analyze(model, args)
+        program = observing_cells(lambda program: analyze(program, args), model, args)
         if not program.by_row:
             return None
         bound = choose(model, args)

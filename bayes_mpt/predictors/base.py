@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import wraps
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from bayes_mpt.masks import Masks, Policy
 from bayes_mpt.predictors.objective import Batch, Objective
 from bayes_mpt.program.affine import DenseMap
 from bayes_mpt.program.program import Model, ModelError, Program
+from bayes_mpt.program.shift_trials import observing_cells
 from bayes_mpt.runtime.serial import methods_take_turns
 
 __all__ = [
@@ -42,15 +44,23 @@ CHUNK = 2**22  # cells of (S, N, T) scored at once
 @methods_take_turns()
 @dataclass(frozen=True)
 class Posterior:
-    """Latents and tokens of each row given what is visible of it."""
+    """Latents and tokens of each row given what is visible of it: tensors, or functions that find them when asked."""
 
-    mean: Tensor
-    """(N, K) posterior means of the latents; of a discrete one the probabilities of its values."""
-    tokens: Tensor
-    """(N, T) means of the tokens at those latents: what `impute` fills in."""
+    of_mean: Tensor | Callable[[], Tensor]
+    of_tokens: Tensor | Callable[[], Tensor]
     of_labels: Callable[[], Tensor] | None = field(default=None, repr=False)
     of_draws: Callable[[int], Tensor] | None = field(default=None, repr=False)
     of_shared: Callable[[], list[tuple[float, dict[str, Tensor]]]] | None = field(default=None, repr=False)
+
+    @property
+    def mean(self) -> Tensor:
+        """(N, K) posterior means of the latents; of a discrete one the probabilities of its values."""
+        return self.of_mean if isinstance(self.of_mean, Tensor) else self.of_mean()
+
+    @property
+    def tokens(self) -> Tensor:
+        """(N, T) means of the tokens at those latents: what `impute` fills in."""
+        return self.of_tokens if isinstance(self.of_tokens, Tensor) else self.of_tokens()
 
     def labels(self) -> Tensor:
         """Probabilities of the values of each row's discrete latents, site after site: (N, L)."""
@@ -148,11 +158,23 @@ class Leaves:
             )
 
 
+def _of_cells(bind: Callable[..., Bound]) -> Callable[..., Bound]:
+    """`Predictor.bind` of any program that observes cells, shifted or not."""
+
+    @wraps(bind)
+    def binding(self: Any, model: Model, args: tuple[Any, ...], guide: Guide | None = None) -> Bound:
+        return observing_cells(lambda program: bind(self, program, args, guide), model, args)
+
+    return binding
+
+
 class Predictor(BaseEstimator, ABC):
     """A way to compute log p(x_i | x_visible): settings only, so that it can stand in a parameter grid."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if "bind" in vars(cls):
+            cls.bind = _of_cells(cls.bind)  # type: ignore[method-assign]
         methods_take_turns()(cls)
 
     @abstractmethod

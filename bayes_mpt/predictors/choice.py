@@ -20,6 +20,7 @@ from bayes_mpt.program.analysis import look
 from bayes_mpt.program.arguments import fill
 from bayes_mpt.program.program import Model, ModelError
 from bayes_mpt.program.run import run, takes_visible
+from bayes_mpt.program.shift_trials import observing_cells
 from bayes_mpt.program.sites import latent_nodes
 from bayes_mpt.runtime.serial import takes_turns
 
@@ -77,6 +78,11 @@ def choose(
         )
     if takes_visible(model):
         return SelfPredictive().bind(model, args, guide)
+    return observing_cells(lambda program: _chosen(program, args, guide), model, args)
+
+
+def _chosen(model: Model, args: tuple[Any, ...], guide: Guide | None) -> Bound:
+    """What "auto" takes for a program that observes its data."""
     vector = gaussian_program(model, args)
     if vector is not None:
         if len(args[0]) > MAX_JOINT:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bayes_mpt.program.analysis import analyze
 from bayes_mpt.program.arguments import fill, head
-from bayes_mpt.program.factors import read_factors
+from bayes_mpt.program.factor_runs import read_factors
 from bayes_mpt.program.program import Model, ModelError, Program
 from bayes_mpt.program.run import run
 

@@ -17,8 +17,10 @@ from torch.distributions import constraints
 from bayes_mpt.program.arguments import fill
 from bayes_mpt.program.checks import check_sites, refuse_unregistered_parameters
 from bayes_mpt.program.layout import rows_first
+from bayes_mpt.program.mask_trials import refuse_other_rows, refuse_selection
 from bayes_mpt.program.program import Model, ModelError, Program
 from bayes_mpt.program.run import first_run
+from bayes_mpt.program.shifts import ObservesCells
 from bayes_mpt.program.sites import (
     base,
     describe_latent,
@@ -26,6 +28,7 @@ from bayes_mpt.program.sites import (
     factor_nodes,
     latent_nodes,
     observed_nodes,
+    own_shown,
     plate_depth,
     rows_plate_of,
 )
@@ -109,6 +112,8 @@ def look(model: Model, args: tuple[Any, ...]) -> Analysis:
     args = tuple(fill(a) for a in args)
     first, init = first_run(model, args)
     program = _described(first, len(init[0]))
+    if isinstance(model, ObservesCells):
+        program = program._replace(shifts=model.shifts)
     nodes, latents = observed_nodes(first), latent_nodes(first)
     gaussian = all(type(base(n["fn"])).__name__ in GAUSSIAN for n in (*nodes, *latents))
     if not gaussian:
@@ -126,7 +131,10 @@ def look(model: Model, args: tuple[Any, ...]) -> Analysis:
         real=all(_is_real(base(n["fn"])) for n in nodes),
         values_only=program.sub_rows is not None,
     )
-    position = position if verdict.gaps else None
+    refuse_selection(model, init, program, first)
+    refuse_other_rows(model, init, program, first)
+    hides = not all(bool(own_shown(node).all()) for node in nodes)
+    position = position if verdict.gaps and not hides else None
     cells = position is not None and not any(site.n_joint for site in program.sites)
     program = program._replace(observed_argument=position if cells else None)
     return Analysis(program, init, first, verdict.other, position, verdict.by_number)

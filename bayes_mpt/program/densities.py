@@ -12,6 +12,7 @@ s(x) = log x! - log(sqrt(2 pi x) (x / e)^x):
 from __future__ import annotations
 
 import math
+from copy import copy
 from typing import Any
 
 import pyro.distributions as dist
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from bayes_mpt.warnings import PrecisionWarning, warn
 
-__all__ = ["log_density"]
+__all__ = ["log_density", "unrepeated"]
 
 LARGE = 1e8  # counts from which on the saddle-point form is taken
 FEW_DIGITS = 1e9  # counts from which on other distributions of counts say that they lose digits
@@ -85,6 +86,30 @@ def log_density(fn: Any, value: Tensor) -> Tensor:
     return log_prob
 
 
+def unrepeated(fn: Any) -> Any:
+    """A distribution over a few values without what plates repeat: of a latent the log-density has 1 for N there.
+
+    Examples
+    --------
+    >>> fn = dist.Bernoulli(torch.tensor(0.5)).expand([1000])
+    >>> unrepeated(fn).log_prob(torch.tensor([[0.0], [1.0]])).shape
+    torch.Size([2, 1])
+    """
+    if not isinstance(fn, torch.distributions.Bernoulli | torch.distributions.Categorical):
+        return fn
+    new = copy(fn)
+    for name, value in vars(fn).items():
+        if isinstance(value, Tensor):
+            n_right = 1 if isinstance(fn, torch.distributions.Categorical) else 0
+            for axis in range(value.ndim - n_right):
+                value = (
+                    value.narrow(axis, 0, 1) if value.shape[axis] > 1 and not value.stride(axis) else value
+                )
+            new.__dict__[name] = value
+    new._validate_args = False  # whose shapes are those before
+    return new
+
+
 # ------------------------------------------------------------------------------------------------ what is impossible
 
 
@@ -135,9 +160,9 @@ def _times_log(count: Tensor, p: Tensor, of_failure: bool = False) -> Tensor:
 
 
 def _some(where: Tensor) -> bool:
-    """Whether it holds anywhere; under vmap, where that cannot be asked, it is assumed to."""
-    if torch._C._functorch.is_batchedtensor(where):
-        return True
+    """Whether it holds anywhere; under vmap at any of the values that are run in one."""
+    while torch._C._functorch.is_batchedtensor(where):
+        where = torch._C._functorch.get_unwrapped(where)
     return bool(where.any())
 
 

@@ -1,7 +1,7 @@
 """Log-densities of a program's tokens at given latents, its discrete latents summed out.
 
-`read_factors` runs the program once for S values of the continuous latents (nodes), side by side on a plate of their
-own, with the discrete ones enumerated by Pyro. What comes out answers two questions for any visible set R:
+`factor_runs.read_factors` runs the program once for S values of the continuous latents (nodes), side by side on a plate
+of their own, with the discrete ones enumerated by Pyro. What comes out answers two questions for any visible set R:
 
     log_joint   log p(u_s, x_R), the discrete latents summed out                     (S, N)
     predictive  log p(x_i | x_R, u_s) of every token, hidden from the others         (S, N, T)
@@ -13,39 +13,36 @@ d log Z / d delta_i at zero is E[p(x_i | z) | x_R] = p(x_i | x_R). That is forwa
 from __future__ import annotations
 
 from collections import OrderedDict
-from contextlib import ExitStack, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
-import pyro
 import torch
-from pyro import poutine
 from pyro.ops import packed
 from pyro.ops.contract import contract_to_tensor
 from pyro.ops.rings import LogRing
-from pyro.poutine.enum_messenger import EnumMessenger
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from bayes_mpt.program.densities import log_density
-from bayes_mpt.program.layout import check_shape, from_rows, rows_axis, sum_by_row, to_rows, token_values
-from bayes_mpt.program.program import Model, Observed, Program, n_rows_of
-from bayes_mpt.program.run import NODES, SetLatents, one_precision
-from bayes_mpt.program.sites import base, is_subsample, latent_nodes, node_of, own_masks
+from bayes_mpt.program.layout import from_rows, sum_by_row, to_rows
+from bayes_mpt.program.program import Observed
 
-__all__ = ["Factors", "read_factors"]
+__all__ = ["Factors", "Question", "Tokens"]
 
 
 UNDERFLOW = 1e-280
 
+Question = Callable[[Any, torch.Size], Tensor]
+"""Of a distribution, whose log-density has this shape."""
 
-class _Tokens(NamedTuple):
+
+class Tokens(NamedTuple):
     """The tokens of one observed site."""
 
     site: Observed
     log_prob: Tensor
     """(enumerated..., S, plates..., event...)"""
-    fn: Any
-    """The distribution of a token."""
+    ask: Callable[[Question, int], Tensor]
+    """What is said of the distribution of a token, laid out as ``log_prob``, and so many axes more."""
     ordinal: frozenset[str]
     symbols: dict[int, str]
     n_event: int
@@ -53,19 +50,22 @@ class _Tokens(NamedTuple):
 
     def mean(self) -> Tensor:
         """What a hidden token is filled in with, as ``log_prob`` is laid out: the mean, or the likeliest category."""
-        fn = self.fn
         value = self.log_prob.new_tensor(float("nan"))
         if not self.site.n_joint:
             with suppress(NotImplementedError):
-                codes = isinstance(fn, torch.distributions.Categorical)
-                value = fn.probs.argmax(-1).to(fn.probs) if codes else fn.mean
+                value = self.ask(_likeliest if self.codes else _mean, 0)
         return value.expand(self.log_prob.shape)
+
+    @property
+    def codes(self) -> bool:
+        """Whether tokens are categories."""
+        return self.site.kind == "Categorical"
 
 
 class Factors(NamedTuple):
     """One run's log-densities."""
 
-    tokens: tuple[_Tokens, ...]
+    tokens: tuple[Tokens, ...]
     prior: Tensor | None
     """log p(u_s), (S, N), where nothing is summed."""
     latents: tuple[tuple[frozenset[str], Tensor], ...]
@@ -100,6 +100,8 @@ class Factors(NamedTuple):
                 axis = None if t.site.row_axis is None else t.site.row_axis - m.ndim
                 total = total + sum_by_row(log_prob, axis, self.n_nodes)
             return total
+        if bool(visible.all()):
+            return self._contract([t.log_prob for t in self.tokens])
         return self._contract([torch.where(m, t.log_prob, 0.0) for t, m in self._layout(visible)])
 
     def log_prior(self) -> Tensor:
@@ -167,14 +169,12 @@ class Factors(NamedTuple):
         """A draw of every token at every node, (S, N, T); None where latents are summed out or tokens are vectors."""
         if self.summed or any(t.site.n_joint for t in self.tokens):
             return None
-        drawn = [self._by_row(t, t.fn.expand(t.log_prob.shape).sample()) for t in self.tokens]
+        drawn = [self._by_row(t, t.ask(_draw, 0)) for t in self.tokens]
         return torch.cat([d.to(self.tokens[0].log_prob) for d in drawn], -1)
 
     def levels(self, visible: Tensor) -> Tensor | None:
         """Probabilities of the categories of categorical tokens given x_R and u_s, 0 for others: (S, N, T, L)."""
-        probs = [
-            t.fn.probs if isinstance(t.fn, torch.distributions.Categorical) else None for t in self.tokens
-        ]
+        probs = [t.ask(_probs, 1) if t.codes else None for t in self.tokens]
         n_levels = max((p.shape[-1] for p in probs if p is not None), default=0)
         if not n_levels:
             return None
@@ -199,16 +199,17 @@ class Factors(NamedTuple):
         d log Z / d log p(z = k | parents) is the probability of k and its parents. Sites in further plates are left
         out.
         """
-        out: list[Tensor] = []
-        if not self.summed:
-            return self.tokens[0].log_prob.new_zeros(self.n_nodes, self.n_rows, 0)
+        out = [self.tokens[0].log_prob.new_zeros(self.n_nodes, self.n_rows, 0)]
+        labels = [o for (o, _), symbol in zip(self.latents, self.own, strict=bool(self.summed)) if symbol]
+        if all(self._away(o) for o in labels):
+            return out[0]
         with torch.enable_grad():
-            terms = [(o, _repack(f.detach().requires_grad_(), f)) for o, f in self.latents]
+            terms = [(o, self._in_each_row(o, f).requires_grad_()) for o, f in self.latents]
             bare = self._replace(latents=tuple(terms))
             total = bare.log_joint(visible).sum()
             grads = torch.autograd.grad(total, [f for _, f in terms], materialize_grads=True)
         for (ordinal, term), symbol, grad in zip(terms, self.own, grads, strict=True):
-            if not symbol or {s for s in ordinal if self.sizes[s] > 1} - set(self.kept):
+            if not symbol or self._away(ordinal):
                 continue
             dims = term._pyro_dims  # type: ignore[attr-defined]  # Pyro names packed axes so
             away = [i for i, s in enumerate(dims) if s != symbol and s not in self.kept]
@@ -218,8 +219,19 @@ class Factors(NamedTuple):
             shape = [n if s in left else 1 for s, n in zip(self.kept, self._kept_shape(), strict=True)]
             grad = grad.reshape(*shape, -1).expand(*self._kept_shape(), -1)
             out.append(grad.reshape(self.n_nodes, self.n_rows, -1))
-        empty = self.tokens[0].log_prob.new_zeros(self.n_nodes, self.n_rows, 0)
-        return torch.cat([empty, *out], -1)
+        return torch.cat(out, -1)
+
+    def _away(self, ordinal: frozenset[str]) -> set[str]:
+        """The plates of a site that are neither nodes nor rows."""
+        return {s for s in ordinal if self.sizes[s] > 1} - set(self.kept)
+
+    def _in_each_row(self, ordinal: frozenset[str], term: Tensor) -> Tensor:
+        """A latent's packed log-density, with the nodes and rows that do not change it too, detached."""
+        dims: str = term._pyro_dims  # type: ignore[attr-defined]  # Pyro names packed axes so
+        more = "".join(s for s in self.kept if s in ordinal and s not in dims)
+        whole = term.detach().expand(*(self.sizes[s] for s in more), *term.shape).clone()
+        whole._pyro_dims = more + dims  # type: ignore[attr-defined]
+        return whole
 
     def _kept_shape(self) -> list[int]:
         return [self.sizes[s] for s in self.kept]
@@ -247,12 +259,12 @@ class Factors(NamedTuple):
             parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         )  # the largest tensor of a run: not copied
 
-    def _left(self, t: _Tokens) -> int:
+    def _left(self, t: Tokens) -> int:
         """Leading dimensions before nodes and plates: those of enumerated sites."""
         depth = -min([d for d, s in t.symbols.items() if s not in self.summed], default=0)
         return max(0, t.log_prob.ndim - t.n_event - depth)
 
-    def _layout(self, visible: Tensor) -> list[tuple[_Tokens, Tensor]]:
+    def _layout(self, visible: Tensor) -> list[tuple[Tokens, Tensor]]:
         """Each site's part of visible (N, T), in the layout of its value."""
         out, start = [], 0
         for t in self.tokens:
@@ -261,12 +273,12 @@ class Factors(NamedTuple):
             out.append((t, self._as_value(t, part)))
         return out
 
-    def _as_value(self, t: _Tokens, part: Tensor) -> Tensor:
+    def _as_value(self, t: Tokens, part: Tensor) -> Tensor:
         """(..., N, tokens) -> (..., value's axes)."""
         shape = t.site.shape[: len(t.site.shape) - t.site.n_joint]
         return from_rows(part, shape, t.site.row_axis)
 
-    def _by_row(self, t: _Tokens, a: Tensor) -> Tensor:
+    def _by_row(self, t: Tokens, a: Tensor) -> Tensor:
         """([S], value's axes), broadcast -> (S, N, tokens)."""
         shape = list(t.site.shape[: len(t.site.shape) - t.site.n_joint])
         if t.site.row_axis is not None:
@@ -319,132 +331,17 @@ class Factors(NamedTuple):
         return list(grads)
 
 
-def read_factors(
-    model: Model,
-    args: tuple[Any, ...],
-    program: Program,
-    values: dict[str, Tensor] | None = None,
-    n_nodes: int = 1,
-) -> Factors:
-    """Run the program at these values of its continuous latents, discrete ones enumerated.
-
-    Parameters
-    ----------
-    model : callable
-        A Pyro program.
-    args : tuple
-        Filled: no NaN.
-    program : Program
-        What `analyze` found.
-    values : dict of name to Tensor
-        Of every continuous latent: its own shape where ``n_nodes`` is 1; with S nodes (S, 1..., batch..., event...),
-        the S left of all plates.
-    n_nodes : int, default=1
-        S.
-
-    Raises
-    ------
-    ModelError
-        If a discrete latent has too many values, or the program cannot run on enumerated values.
-    """
-    trace = _enumerated(model, args, program, values or {}, n_nodes)
-    n_rows = n_rows_of(program, args)
-    dtype = node_of(trace, program.sites[0].name)["value"].dtype
-    # of constants in another precision; those that are held have their density elsewhere
-    own_nodes = [node for node in latent_nodes(trace) if node["name"] in program.latent_names]
-    hidden = [(node, log_density(node["fn"], node["value"]).to(dtype)) for node in own_nodes]
-    sums = any("_enumerate_dim" in node["infer"] for node, _ in hidden)
-    if sums:
-        trace.symbolize_dims()
-    own = tuple(node["infer"].get("_enumerate_symbol", "") for node, _ in hidden)
-    tokens = tuple(_tokens_of(trace, site, dtype, sums) for site in program.sites)
-    prior, latents, kept = None, [], ""
-    sizes: dict[str, int] = {}
-    if sums:
-        kept, sizes = _plates(trace, program, n_nodes, n_rows)
-        latents = [
-            (_ordinal(trace, node), packed.pack(log_prob, node["infer"]["_dim_to_symbol"]))
-            for node, log_prob in hidden
-        ]
-    else:
-        parts = [sum_by_row(log_prob, rows_axis(node, program), n_nodes) for node, log_prob in hidden]
-        prior = sum(parts[1:], parts[0]) if parts else tokens[0].log_prob.new_zeros(n_nodes, n_rows)
-    return Factors(
-        tokens,
-        prior,
-        tuple(latents),
-        own,
-        frozenset(own) - {""},
-        kept,
-        sizes,
-        n_nodes,
-        n_rows,
-        float(trace.nodes[program.sites[-1].name]["scale"]),
-        token_values(trace, program),
-    )
+def _mean(fn: Any, shape: torch.Size) -> Tensor:
+    return fn.mean
 
 
-def _enumerated(
-    model: Model, args: tuple[Any, ...], program: Program, values: dict[str, Tensor], n_nodes: int
-) -> Trace:
-    """The run on nodes side by side, left of the program's plates, and left of them the values of discrete latents."""
-    depth = program.depth
-    with ExitStack() as stack:
-        stack.enter_context(one_precision(args))
-        # Outside of the enumeration, which must see a latent of whose mean a discrete one decides before it is set.
-        stack.enter_context(SetLatents(values))
-        if program.discrete:
-            stack.enter_context(EnumMessenger(first_available_dim=-1 - depth - (n_nodes > 1)))
-        if n_nodes > 1:
-            stack.enter_context(pyro.plate(NODES, n_nodes, dim=-1 - depth))
-        stack.enter_context(_Enumerate())
-        return poutine.trace(model).get_trace(*args)
+def _likeliest(fn: Any, shape: torch.Size) -> Tensor:
+    return fn.probs.argmax(-1).to(fn.probs)
 
 
-def _tokens_of(trace: Trace, site: Observed, dtype: torch.dtype, sums: bool) -> _Tokens:
-    """The tokens of one site of the run, 0 where masks of the program hide them."""
-    node = node_of(trace, site.name)
-    check_shape(node, site)
-    fn = base(node["fn"])
-    log_prob = log_density(fn, node["value"]).to(dtype)
-    n_event = node["fn"].event_dim - site.n_joint
-    for mask, n_outer in own_masks(node, n_event):
-        log_prob = torch.where(mask[(...,) + (None,) * n_outer] if mask.ndim else mask, log_prob, 0.0)
-    ordinal = _ordinal(trace, node) if sums else frozenset()
-    symbols = node["infer"]["_dim_to_symbol"] if sums else {}
-    return _Tokens(site, log_prob, fn, ordinal, symbols, n_event)
+def _probs(fn: Any, shape: torch.Size) -> Tensor:
+    return fn.probs
 
 
-def _plates(trace: Trace, program: Program, n_nodes: int, n_rows: int) -> tuple[str, dict[str, int]]:
-    """Symbols of nodes and rows, those that there are; and the sizes of all plates."""
-    kept, sizes = "", {}
-    for node in trace.nodes.values():
-        if node["type"] != "sample" or is_subsample(node):
-            continue
-        for frame in node["cond_indep_stack"]:
-            if frame.vectorized:
-                sizes[trace.plate_to_symbol[frame.name]] = frame.size
-    for name, size in ((NODES, n_nodes), (program.rows_plate if program.by_row else None, n_rows)):
-        if name in trace.plate_to_symbol and size > 1:
-            kept += trace.plate_to_symbol[name]
-            sizes[trace.plate_to_symbol[name]] = size
-    return kept, sizes
-
-
-class _Enumerate(poutine.messenger.Messenger):
-    """Mark discrete latents for parallel enumeration."""
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["is_observed"] or msg["done"] or is_subsample(msg):
-            return
-        if getattr(msg["fn"], "has_enumerate_support", False):
-            msg["infer"]["enumerate"] = "parallel"
-
-
-def _ordinal(trace: Any, node: Any) -> frozenset[str]:
-    return frozenset(trace.plate_to_symbol[f.name] for f in node["cond_indep_stack"] if f.vectorized)
-
-
-def _repack(tensor: Tensor, like: Tensor) -> Tensor:
-    tensor._pyro_dims = like._pyro_dims  # type: ignore[attr-defined]  # Pyro names packed axes so
-    return tensor
+def _draw(fn: Any, shape: torch.Size) -> Tensor:
+    return fn.expand(shape).sample()

@@ -12,7 +12,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from bayes_mpt.program.program import ModelError, Observed, Program
-from bayes_mpt.program.sites import base, node_of
+from bayes_mpt.program.sites import base, node_of, own_shown
 
 __all__ = [
     "check_shape",
@@ -74,10 +74,23 @@ def sum_by_row(log_prob: Tensor, axis: int | None, n: int) -> Tensor:
 
 
 def token_values(trace: Trace, program: Program) -> Tensor:
-    """Values of the tokens of a run: (N, T) in floating point; a token of several numbers is their sum."""
+    """Values of the tokens of a run: (N, T) in floating point; a token of several numbers is their sum.
+
+    NaN, which is missing, where a mask of the program hides them.
+    """
+    values = {}
     for site in program.sites:
-        check_shape(node_of(trace, site.name), site)
-    return join_tokens({s.name: trace.nodes[s.name]["value"] for s in program.sites}, program)
+        node = node_of(trace, site.name)
+        check_shape(node, site)
+        shown = own_shown(node)
+        values[site.name] = node["value"] if bool(shown.all()) else hidden(node["value"], shown)
+    return join_tokens(values, program)
+
+
+def hidden(value: Tensor, shown: Tensor) -> Tensor:
+    """A value of a site, NaN where it is not shown."""
+    value = value if value.is_floating_point() else value.to(torch.get_default_dtype())
+    return torch.where(shown, value, torch.nan)
 
 
 def join_tokens(values: dict[str, Tensor], program: Program) -> Tensor:

@@ -15,6 +15,8 @@ __all__ = [
     "NotPositiveDefinite",
     "Observed",
     "Program",
+    "Shift",
+    "ValuesMove",
     "list_names",
     "n_rows_of",
     "one_vector",
@@ -27,6 +29,10 @@ MAX_NAMES = 12  # in a message
 
 class ModelError(ValueError):
     """The program cannot be scored; the message names the site and what to do."""
+
+
+class ValuesMove(ModelError):
+    """Observed values move with latents or parameters: data are observed only if that is a shift of cells (`Shift`)."""
 
 
 class NotPositiveDefinite(ModelError, torch.linalg.LinAlgError):
@@ -80,6 +86,26 @@ class Observed(NamedTuple):
         return n
 
 
+class Shift(NamedTuple):
+    """An observed site whose value is cells x of an argument and what latents and parameters add: c x + d."""
+
+    site: str
+    position: int
+    """Of the argument."""
+    cells: tuple[int, ...]
+    """Of a row of the argument, one for each token of a row of the site; of the whole argument without a row axis."""
+    shape: tuple[int, ...]
+    """Of the site's value in the first run."""
+    row_axis: int | None
+    """Of the value: the rows of the argument, one by one."""
+    plate: str | None = None
+    """Along that axis; its rows may be a sub-sample."""
+    n_axes: int = 1
+    """Of the argument."""
+    factor: float = 1.0
+    """c; tokens are \\|c\\| x."""
+
+
 class Program(NamedTuple):
     """What a program is made of; found once."""
 
@@ -108,6 +134,8 @@ class Program(NamedTuple):
     """That map is in matrices, with gradients: the moments of complete rows are all that their score needs."""
     gaussian_vector: bool = False
     """All observations are one Gaussian vector, whose covariance is of the other arguments: new ones are predicted."""
+    shifts: tuple[Shift, ...] = ()
+    """Of the sites whose values latents or parameters shift: the tokens are the cells of the arguments themselves."""
     takes_visible: bool = False
     """The program is conditioned on the mask: hidden tokens are independent of each other, each row has its own."""
 

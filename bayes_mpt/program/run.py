@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.poutine import runtime
@@ -19,7 +20,7 @@ from bayes_mpt.program.arguments import fill, init_rows
 from bayes_mpt.program.densities import log_density
 from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.program import Model, ModelError, NotPositiveDefinite
-from bayes_mpt.program.sites import is_subsample
+from bayes_mpt.program.sites import base, is_subsample
 
 __all__ = ["SetLatents", "first_run", "not_finite", "one_precision", "run", "takes_visible"]
 
@@ -76,7 +77,8 @@ def one_precision(args: tuple[Any, ...]) -> Iterator[None]:
     tensors = [a for a in args if isinstance(a, Tensor)]
     floating = [a.dtype for a in tensors if a.is_floating_point()]
     before = torch.get_default_dtype()
-    casts = _Casts(floating[0] if floating else before, tensors[0].device if tensors else None)
+    n_rows = len(tensors[0]) if tensors and tensors[0].ndim else None
+    casts = _Casts(floating[0] if floating else before, tensors[0].device if tensors else None, n_rows)
     # a default device looks at each call of torch: only where rows are not on the one that is the default anyway
     away = bool(tensors) and tensors[0].device.type != "cpu"
     torch.set_default_dtype(casts.dtype)
@@ -87,6 +89,7 @@ def one_precision(args: tuple[Any, ...]) -> Iterator[None]:
         error = _own_error(raised)
         first_line = str(error).splitlines()[0]
         if first_line.startswith("Shape mismatch inside plate"):
+            casts.refuse_literal_size(first_line, error)
             raise ModelError(
                 f"{first_line}: append .to_event(1) where a row has several tokens or numbers, or give the outer plate "
                 "dim=-2"
@@ -112,6 +115,8 @@ def one_precision(args: tuple[Any, ...]) -> Iterator[None]:
             "diagonal of a covariance, or keep what it is computed from nearer to sensible values by a narrower prior"
         ) from error
     except RuntimeError as error:
+        if "must match the size of tensor" in str(error):
+            casts.refuse_literal_size(str(_own_error(error)).splitlines()[0], error)
         if not MIXED.search(str(error)):
             raise
         short = [n for n, p in pyro.get_param_store().named_parameters() if p.dtype != casts.dtype]
@@ -137,9 +142,11 @@ def _own_error(error: BaseException) -> BaseException:
 class _Casts(poutine.messenger.Messenger):
     """Observed values, draws and initial values of parameters in one precision, the latter in one place."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device | None):
+    def __init__(self, dtype: torch.dtype, device: torch.device | None, n_rows: int | None = None):
         super().__init__()
-        self.dtype, self.device = dtype, device
+        self.dtype, self.device, self.n_rows = dtype, device, n_rows
+        self.plates: dict[str, int] = {}
+        """Sizes of those that the program has entered."""
         self.site = ""
         """The last site that the program has reached."""
         self.parameters: list[str] = []
@@ -150,12 +157,29 @@ class _Casts(poutine.messenger.Messenger):
         """How far the program came, in words."""
         return f"after site {self.site!r}" if self.site else "before its first site"
 
+    def refuse_literal_size(self, message: str, error: BaseException) -> None:
+        """Say so where a plate has another size than there are rows, and both are in torch's message."""
+        sizes = {int(n) for n in re.findall(r"\d+", message)}
+        for name, size in self.plates.items():
+            if self.n_rows is not None and size != self.n_rows and {size, self.n_rows} <= sizes:
+                raise ModelError(
+                    f"{message}: plate {name!r} has {size} entries and x has {self.n_rows} rows. Write "
+                    f"pyro.plate({name!r}, len(x)), so that other rows can be scored"
+                ) from error
+
     def _pyro_sample(self, msg: Any) -> None:
         if is_subsample(msg):
+            self.plates[msg["name"]] = msg["fn"].size
             return
         self.site = msg["name"]
         if msg["is_observed"]:
             msg["value"] = torch.as_tensor(msg["value"]).to(self.dtype)
+        elif isinstance(base(msg["fn"]), dist.ImproperUniform):
+            raise ModelError(
+                f"latent {msg['name']!r} is ImproperUniform, which has no density: the marginal likelihood under a "
+                "prior that does not integrate to 1 is known up to a constant of one's choice, so there is none. Give "
+                "it a proper prior, however wide"
+            )
         elif msg["value"] is None and not getattr(msg["fn"], "has_enumerate_support", False):
             value = msg["fn"](*msg["args"], **msg["kwargs"])
             msg["value"] = value.to(self.dtype) if value.is_floating_point() else value

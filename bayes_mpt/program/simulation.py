@@ -11,6 +11,7 @@ from torch import Tensor
 from bayes_mpt.program.layout import token_values
 from bayes_mpt.program.program import Model, Program
 from bayes_mpt.program.run import one_precision
+from bayes_mpt.program.shifts import of_cells
 from bayes_mpt.program.sites import node_of
 
 __all__ = ["simulate"]
@@ -29,6 +30,6 @@ def simulate(model: Model, args: tuple[Any, ...], program: Program) -> tuple[Ten
         What was found out about it.
     """
     with torch.no_grad(), one_precision(args):
-        trace = poutine.trace(poutine.uncondition(model)).get_trace(*args)
+        trace = poutine.trace(poutine.uncondition(of_cells(model, program.shifts))).get_trace(*args)
     latents = {site.name: node_of(trace, site.name)["value"] for site in program.latents}
     return token_values(trace, program), latents

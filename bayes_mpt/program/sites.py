@@ -80,12 +80,23 @@ def observed_nodes(trace: Trace, *, factors_too: bool = False) -> list[Any]:
 
 
 def _repeats_itself(node: Any) -> bool:
-    """Whether a site is a Delta at its own value, which reparametrised latents leave behind: nothing to score."""
-    fn = base(node["fn"])
-    return (
-        isinstance(fn, dist.Delta)
-        and fn.v is node["value"]
-        and not bool(torch.as_tensor(fn.log_density).any())
+    """Whether an observed site is a Delta at its own value, as reparametrised latents leave it: nothing to score.
+
+    An error where it is a Delta at another value, or has a log-density besides.
+    """
+    fn, value = base(node["fn"]), node["value"]
+    if not isinstance(fn, dist.Delta):
+        return False
+    if bool(torch.as_tensor(fn.log_density).any()):
+        raise ModelError(
+            f"observed site {node['name']!r} is a Delta with a log-density of its own, which is no density of tokens: "
+            "write it as the distribution that it stands for"
+        )
+    if fn.v is value or bool((fn.v == value).all()):
+        return True
+    raise ModelError(
+        f"observed site {node['name']!r} is a Delta at other values than are observed, so that its density is zero or "
+        "infinite: give it a distribution with a spread, or compute it by pyro.deterministic"
     )
 
 
@@ -122,7 +133,12 @@ def describe_observed(node: Any, rows_plate: str | None) -> Observed:
     except (NotImplementedError, AttributeError):
         discrete = bool(fn.has_enumerate_support)
     return Observed(
-        node["name"], shape, plate_axis(node, rows_plate), fn.event_dim, type(fn).__name__, discrete
+        node["name"],
+        shape,
+        plate_axis(node, rows_plate),
+        fn.event_dim,
+        getattr(fn, "kind", type(fn).__name__),
+        discrete,
     )
 
 

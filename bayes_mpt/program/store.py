@@ -105,14 +105,14 @@ def load(state: State) -> None:
 
 
 @contextmanager
-def moved_parameters(size: float) -> Iterator[None]:
+def moved_parameters(size: float, seed: int = 0) -> Iterator[None]:
     """All parameters a little off: one that is zero or one by its start hides what it multiplies.
 
     They are moved in place and put back. A graph that was made before can no longer be differentiated.
     """
     leaves = [leaf for _, leaf in pyro.get_param_store().named_parameters()] if size else []
     before = [leaf.detach().clone() for leaf in leaves]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     try:
         with torch.no_grad():
             for leaf in leaves:

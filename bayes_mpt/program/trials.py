@@ -13,15 +13,14 @@ from typing import Any, NamedTuple, NoReturn
 
 import pyro
 import torch
-from pyro import poutine
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from bayes_mpt.program.arguments import changes, rows_of
-from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.layout import laws_of
 from bayes_mpt.program.missing import gaps_show, holes_in, same_but_for
-from bayes_mpt.program.program import Model, ModelError, Program, list_names
+from bayes_mpt.program.other_latents import run_on_others
+from bayes_mpt.program.program import Model, ModelError, Program, ValuesMove, list_names
 from bayes_mpt.program.run import run
 from bayes_mpt.program.sites import (
     is_subsample,
@@ -63,7 +62,7 @@ def _refuse_masked_latents(model: Model, args: tuple[Any, ...], first: Trace) ->
     if not masked:
         return
     held = {n["name"]: n["value"] for n in latent_nodes(first)}
-    other = _run_on_others(model, args, first, {n: v for n, v in held.items() if n not in masked})
+    other = run_on_others(model, args, first, {n: v for n, v in held.items() if n not in masked})
     for name, shown in masked.items():
         held[name] = torch.where(shown, held[name], node_of(other, name)["value"])
     with torch.no_grad(), pyro.validation_enabled(False):
@@ -135,8 +134,10 @@ def try_others(
     Raises
     ------
     ModelError
-        If observed values move with latents, by chance, or otherwise than by a shift with parameters; if a
-        distribution looks at the tokens, or one row at others. The site is named.
+        If observed values move by chance; if a distribution looks at the tokens, or one row at others. The site is
+        named.
+    ValuesMove
+        If observed values move with latents or parameters.
     """
     trials = _Trials(model, args, program, first, _Like(position, alike, real))
     for size in (0.0,) if values_only else (MOVED, 0.0):
@@ -144,7 +145,6 @@ def try_others(
             if not trials.meet_others():
                 continue
             trials.refuse_moving_values(moved=size > 0)
-            _refuse_scaled_values(model, args, program, first)
             if not values_only:
                 trials.refuse_dependence()
             return Verdict(trials.other, trials.gaps, trials.by_number)
@@ -153,17 +153,21 @@ def try_others(
     return Verdict(trials.other, trials.gaps, trials.by_number)
 
 
-def raise_moving(name: str, latents: tuple[str, ...]) -> NoReturn:
-    """The error of observed values that change with these latents, or without any from run to run."""
-    if not latents:
+def raise_moving(name: str, latents: tuple[str, ...] | None) -> NoReturn:
+    """The error of observed values that change with latents or parameters, or without any (None) from run to run.
+
+    Where these shift the values, they are scored all the same (`bayes_mpt.program.shift_trials`).
+    """
+    if latents is None:
         raise ModelError(
             f"observed values of site {name!r} change from run to run: what is observed must be data. Draw random "
             "numbers outside the program, or by pyro.sample"
         )
-    raise ModelError(
-        f"observed values of site {name!r} change with the latents {list_names(map(repr, latents))}: what is "
-        "observed must be data. Put the latents into the distribution: of a residual, pyro.sample("
-        f"{name!r}, dist.Normal(0, 1), obs=x - mu), write pyro.sample({name!r}, dist.Normal(mu, 1), obs=x)"
+    what = f"the latents {list_names(map(repr, latents))}" if latents else "parameters"
+    raise ValuesMove(
+        f"observed values of site {name!r} change with {what}: what is observed must be data. Put these into the "
+        f"distribution: of a residual, pyro.sample({name!r}, dist.Normal(0, 1), obs=x - mu), write "
+        f"pyro.sample({name!r}, dist.Normal(mu, 1), obs=x)"
     )
 
 
@@ -218,8 +222,12 @@ class _Trials:
         return False
 
     def refuse_moving_values(self, moved: bool) -> None:
-        """No observed value may change with latents, from run to run, or with parameters but by a shift."""
+        """No observed value may change with latents, with parameters, or from run to run."""
         assert self.other is not None
+        held = {n["name"]: n["value"].detach() for n in latent_nodes(self.first)}
+        for name, value in self.values.items():
+            if value.requires_grad:
+                raise_moving(name, tuple(held))
         if self.holed:
             holes = holes_in(self.args, self.position)[1]
             if same_but_for(holes, self.first, self.other, self.program):
@@ -227,29 +235,23 @@ class _Trials:
             self.position = None
             if not self.meet_others():
                 return
-        held = {n["name"]: n["value"].detach() for n in latent_nodes(self.first)}
-        again: Trace | None = None
         for name, value in self.values.items():
-            now = node_of(self.other, name)["value"]
-            if _same(value, now):
+            if _same(value, node_of(self.other, name)["value"]):
                 continue
-            again = self._at_others(self.args, 2, held) if again is None else again
-            self.values[name] = there = node_of(again, name)["value"]
-            if _same(there, value) or not _same(there, now):
-                third = node_of(self._at_others(self.args, 3, held), name)["value"]
-                raise_moving(name, tuple(held) if _same(there, third) else ())
-            if not value.requires_grad:
-                if not moved:
-                    raise_moving(name, ())
+            there, again = (node_of(self._at_others(self.args, s, held), name)["value"] for s in (2, 3))
+            if not _same(there, again) or not (_same(there, value) or moved):
+                raise_moving(name, None)
+            if not _same(there, value):
                 raise ModelError(
                     f"observed values of site {name!r} are computed with parameters that are cut off from gradients "
                     "(.detach(), .data, .item()), so that their density would not be that of the data: observe the "
                     "data, obs=x, and put the parameters into the distribution"
                 )
+            raise_moving(name, tuple(held))
 
     def _at_others(self, rows: tuple[Any, ...], seed: int, held: dict[str, Tensor] | None = None) -> Trace:
         axes = {s.name: s.row_axis for s in self.program.latents} if self.alike else {}
-        return _run_on_others(self.model, rows, self.first, held or {}, seed, axes)
+        return run_on_others(self.model, rows, self.first, held or {}, seed, axes)
 
     # --------------------------------------------------------------------------------------------------- other rows
 
@@ -385,86 +387,6 @@ class _Trials:
 
 def _is_nan(laws: Laws) -> bool:
     return any(bool(t.sum().isnan()) and bool(t.isnan().any()) for law in laws.values() for t in law)
-
-
-@torch.enable_grad()
-def _refuse_scaled_values(model: Model, args: tuple[Any, ...], program: Program, first: Trace) -> None:
-    """Observed values may be shifted by parameters, which keeps their density; anything else has a Jacobian.
-
-    The data are the last argument that a value depends on, v(x); with d v / d x free of parameters they are shifted.
-    """
-    names = [name for name in program.site_names if first.nodes[name]["value"].requires_grad]
-    if not names:
-        return
-    leaves = tuple(
-        a.detach().clone().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a
-        for a in args
-    )
-    latents = {n["name"]: n["value"].detach() for n in latent_nodes(first)}
-    trace = run(model, leaves, {**latents, **sub_samples(first)})
-    parameters = [p for _, p in pyro.get_param_store().named_parameters()]
-    for name in names:
-        value = node_of(trace, name)["value"]
-        inputs = [a for a in leaves if isinstance(a, Tensor) and a.requires_grad]
-        weight = torch.linspace(1.0, 2.0, value.numel(), dtype=value.dtype, device=value.device)
-        total = (value * weight.reshape(value.shape)).sum()
-        slopes = torch.autograd.grad(total, inputs, create_graph=True, allow_unused=True)
-        found = [s for s in slopes if s is not None]
-        if found and not _moves(found[-1], parameters):
-            continue
-        raise ModelError(
-            f"observed values of site {name!r} are computed with parameters, and not by a shift alone (obs=x * scale): "
-            "their density is not that of the data, which has a Jacobian besides. Observe the data, obs=x, and put the "
-            "parameters into the distribution, such as a TransformedDistribution"
-        )
-
-
-def _moves(output: Tensor, parameters: list[Tensor]) -> bool:
-    if not output.requires_grad:
-        return False
-    grads = torch.autograd.grad(output.sum(), parameters, retain_graph=True, allow_unused=True)
-    return any(g is not None and bool((g != 0).any()) for g in grads)
-
-
-def _run_on_others(
-    model: Model,
-    args: tuple[Any, ...],
-    first: Trace,
-    held: dict[str, Tensor],
-    seed: int = 1,
-    alike: dict[str, int | None] | None = None,
-) -> Trace:
-    """A run at other latents than the first, but for those that are held; plates keep the rows that they drew.
-
-    Latents that are to be ``alike`` have one value for all rows, along the axis that is given.
-    """
-    with torch.no_grad(), pyro.validation_enabled(False), own_random_state(seed):
-        with _OtherLatents(first, held, alike or {}):
-            return run(model, args, {**held, **sub_samples(first)})
-
-
-class _OtherLatents(poutine.messenger.Messenger):
-    """Draw latents anew; of discrete ones take the next value wherever a draw repeats the first run's."""
-
-    def __init__(self, first: Trace, held: dict[str, Tensor], alike: dict[str, int | None]):
-        super().__init__()
-        self.first, self.held, self.alike = first, held, alike
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        fn, name = msg["fn"], msg["name"]
-        if msg["is_observed"] or name in self.held or name not in self.first.nodes:
-            return
-        before, value = self.first.nodes[name]["value"], msg["value"]
-        axis = self.alike.get(name)
-        if axis is not None and value.shape[axis]:
-            msg["value"] = value.narrow(axis, 0, 1).expand_as(value).contiguous()
-        if not getattr(fn, "has_enumerate_support", False) or before.shape != value.shape:
-            return
-        with suppress(NotImplementedError):
-            low, *others = fn.enumerate_support(expand=False)[:2]
-            if others:
-                swapped = torch.where(value == low, others[0], low).to(value)
-                msg["value"] = torch.where(value == before, swapped, value)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -209,7 +209,7 @@ def test_linear_gaussian_rows_in_closed_form():
     model = fitted(program, x, predictor=Quadrature(12))
     assert model.log_marginal_likelihood_ == pytest.approx(truth, abs=1e-9)
     assert (
-        "(mean), around the mode; given each of them, rows by themselves: z, w in closed form"
+        "(mean), around each mode; given each of them, rows by themselves: z, w in closed form"
         in model.explain()
     )
     cov = np.kron(np.eye(5), row) + 4

@@ -53,50 +53,6 @@ def shared_mean(x, value=lambda x: x[:, 0], hide=lambda x: True):
 # ---------------------------------------------------------------------------------------- values that move
 
 
-def residual(x):
-    mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
-    with pyro.plate("rows", len(x)):
-        pyro.sample("r", dist.Normal(0.0, 1.0), obs=x[:, 0] - mu)
-
-
-def residual_of_a_row(x):
-    with pyro.plate("rows", len(x)):
-        mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
-        pyro.sample("r", dist.Normal(0.0, 1.0), obs=x[:, 0] - mu)
-
-
-def student_residual(x):
-    with pyro.plate("rows", len(x)):
-        mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
-        pyro.sample("r", dist.StudentT(5.0, 0.0, 1.0), obs=x[:, 0] - mu)
-
-
-def switched(x):
-    """Moved by a discrete latent that a draw of the prior hardly ever changes."""
-    with pyro.plate("rows", len(x)):
-        c = pyro.sample("c", dist.Bernoulli(x.new_tensor(1e-6)))
-        pyro.sample("r", dist.Normal(0.0, 1.0), obs=x[:, 0] - c)
-
-
-@pytest.mark.parametrize("program", [residual, residual_of_a_row, student_residual, switched])
-def test_values_that_move_with_latents_are_refused(program):
-    with pytest.raises(ModelError, match=r"site 'r' change with the latents '(mu|c)'.*obs=x"):
-        BayesMPT(program).fit(X)
-
-
-@CHOICES
-def test_every_predictor_refuses_them(predictor):
-    with pytest.raises(ModelError, match="site 'r' change with the latents 'mu'"):
-        BayesMPT(residual, predictor=predictor).fit(X)
-
-
-@pytest.mark.parametrize("program", [residual, residual_of_a_row, student_residual])
-def test_values_that_move_are_refused_as_a_loss_of_svi(program):
-    pyro.clear_param_store()
-    with pytest.raises(ModelError, match="site 'r' change with the latents 'mu'"):
-        CumulativeMaskedScore().loss(program, None, torch.from_numpy(X))
-
-
 def test_values_that_change_from_run_to_run_are_refused():
     with pytest.raises(ModelError, match="site 'x' change from run to run"):
         BayesMPT(lambda x: shared_mean(x, lambda x: x[:, 0] + torch.rand(len(x)))).fit(X)
@@ -257,6 +213,68 @@ def test_missing_cells_that_the_program_fills_in_are_refused(program):
         model.score_samples(HOLES)
 
 
+def mean_beside(law, mask, value=lambda x: x[:, 0]):
+    """A shared mean, and a mask that says which cells are there."""
+
+    def program(x, y=None):
+        mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+        with pyro.plate("rows", len(x)), poutine.mask(mask=mask(x, y)):
+            pyro.sample("x", law(mu), obs=value(x))
+
+    return program
+
+
+def unit(mu):
+    return dist.Normal(mu, 1.0)
+
+
+def test_a_mask_by_another_argument_makes_cells_missing():
+    y = (np.arange(30) % 3 > 0).astype(float)
+    model = BayesMPT(mean_beside(unit, lambda x, y: y > 0)).fit(X, y)
+    assert model.log_marginal_likelihood_ == pytest.approx(with_wide_mean(z[y > 0]), abs=1e-8)
+    assert np.isfinite(model.estimate(X, y, masks=PermutationChain()).total)
+    read = choose(mean_beside(unit, lambda x, y: y > 0), (torch.from_numpy(X), torch.from_numpy(y)))
+    tokens = read.read((torch.from_numpy(X), torch.from_numpy(y))).value
+    np.testing.assert_array_equal(tokens[0].isnan(), y == 0)
+
+
+def test_a_mask_by_a_column_that_is_no_token():
+    x = np.column_stack([z, np.arange(30) % 3])
+    model = BayesMPT(mean_beside(unit, lambda x, y: x[:, 1] > 0)).fit(x)
+    assert model.log_marginal_likelihood_ == pytest.approx(with_wide_mean(z[x[:, 1] > 0]), abs=1e-8)
+
+
+@pytest.mark.parametrize("law", [unit, lambda mu: dist.StudentT(5.0, mu, 1.0)], ids=["normal", "student"])
+@pytest.mark.parametrize(
+    "mask", [lambda x: x[:, 0] > 2, lambda x: x[:, 0] > -50, lambda x: x[:, 0] < x[:, 0].mean() + 20]
+)
+def test_masks_that_look_at_observed_values_are_refused(law, mask):
+    with pytest.raises(ModelError, match="site 'x' moves with observed values.*truncated"):
+        choose(mean_beside(law, lambda x, y: mask(x)), (torch.from_numpy(X),))
+
+
+def test_masks_that_look_at_latents_are_refused():
+    def program(x):
+        mu = pyro.sample("mu", dist.Normal(2.0, 1.0))
+        with pyro.plate("rows", len(x)), poutine.mask(mask=(x[:, 0] * 0 + mu) > 1.5):
+            pyro.sample("x", dist.StudentT(5.0, mu, 1.0), obs=x[:, 0])
+
+    with pytest.raises(
+        ModelError, match="mask or scale of the program at site 'x' moves with latents|hides every"
+    ):
+        choose(program, (torch.from_numpy(X),))
+
+
+def test_a_mask_of_what_is_missing_beside_a_shift():
+    def program(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+        with pyro.plate("rows", len(x)), poutine.mask(mask=observed(x)):
+            pyro.sample("x", dist.Normal(0.0, 1.0), obs=zeros(x) - mu)
+
+    model = BayesMPT(program).fit(HOLES)
+    assert model.log_marginal_likelihood_ == pytest.approx(with_wide_mean(SEEN), abs=1e-8)
+
+
 def gaussian_vector(value):
     def program(x, y):
         cov = torch.exp(-torch.cdist(x, x)) + torch.eye(len(x))
@@ -336,6 +354,68 @@ def test_series_masked_behind_their_ends():
 
     truth = [forward(row[:n]) for row, n in zip(x, lengths, strict=True)]
     np.testing.assert_allclose(BayesMPT(program).fit(x).score_samples(x), truth, atol=1e-10)
+
+
+# ---------------------------------------------------------------------------------- sites that are no tokens
+
+
+def test_delta_sites_at_their_own_values_are_deterministic():
+    def program(x):
+        with pyro.plate("rows", len(x)):
+            c = pyro.sample("c", dist.Normal(0.0, 1.0))
+            pyro.sample("twice", dist.Delta(2 * c), obs=2 * c)
+            pyro.sample("x", dist.Normal(c, 1.0), obs=x[:, 0])
+
+    model = BayesMPT(program).fit(X)
+    assert model.log_marginal_likelihood_ == pytest.approx(stats.norm(0, 2**0.5).logpdf(z).sum(), abs=1e-10)
+    assert model.predictor_.structure.site_names == ("x",)
+
+
+@pytest.mark.parametrize(
+    ("fn", "match"),
+    [
+        (lambda c, x: dist.Delta(c), "site 'x' is a Delta at other values"),
+        (lambda c, x: dist.Delta(x, log_density=-c), "site 'x' is a Delta with a log-density"),
+    ],
+)
+def test_other_delta_sites_are_refused(fn, match):
+    def program(x):
+        with pyro.plate("rows", len(x)):
+            c = pyro.sample("c", dist.Normal(0.0, 1.0))
+            pyro.sample("x", fn(c, x[:, 0]), obs=x[:, 0])
+
+    with pytest.raises(ModelError, match=match):
+        choose(program, (torch.from_numpy(X),))
+
+
+def test_priors_without_density_have_no_evidence():
+    def program(x):
+        mu = pyro.sample("mu", dist.ImproperUniform(constraints.real, (), ()))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=x[:, 0])
+
+    with pytest.raises(ModelError, match="latent 'mu' is ImproperUniform.*proper prior"):
+        BayesMPT(program).fit(X)
+
+
+@pytest.mark.parametrize("law", [unit, lambda mu: dist.StudentT(5.0, mu, 1.0)], ids=["normal", "student"])
+def test_a_plate_of_literal_size_takes_so_many_rows(law):
+    def program(x):
+        with pyro.plate("rows", 30):
+            c = pyro.sample("c", dist.Normal(0.0, 1.0))
+            pyro.sample("x", law(0 * c), obs=x[:, 0] - c)
+
+    def plain(x):
+        with pyro.plate("rows", len(x)):
+            c = pyro.sample("c", dist.Normal(0.0, 1.0))
+            pyro.sample("x", law(c), obs=x[:, 0])
+
+    model = BayesMPT(program).fit(X)
+    assert model.log_marginal_likelihood_ == pytest.approx(
+        BayesMPT(plain).fit(X).log_marginal_likelihood_, abs=1e-8
+    )
+    with pytest.raises(ModelError, match=r"plate 'rows' has 30 entries and x has 5 rows.*len\(x\)"):
+        model.score_samples(X[:5])
 
 
 # ------------------------------------------------------------------------------------- rows and their plate
@@ -519,9 +599,18 @@ def test_a_parameter_of_each_row_where_rows_are_as_many_as_probes(k, n):
 
 
 def test_values_that_move_only_far_out_in_the_prior():
+    """Where no draw of the prior that was looked at has moved them: a shift that is not affine, for quadrature."""
+    x = np.random.default_rng(1).normal(size=(24, 4))
     program = linear(value=lambda x, z: x + torch.relu(z.abs() - 2.35))
-    with pytest.raises(ModelError, match="change with the latents"):
-        BayesMPT(program).fit(np.random.default_rng(1).normal(size=(64, 4)))
+    bound = choose(program, (torch.from_numpy(x),))
+    assert bound.name == "Quadrature"
+    loading, z = program.loading[:, 0].numpy(), np.linspace(-9, 9, 20_001)[:, None, None]
+    kernel = stats.norm.logpdf(x, z * loading - np.maximum(np.abs(z) - 2.35, 0)).sum(-1) + stats.norm.logpdf(
+        z[..., 0]
+    )
+    want = np.log(np.exp(kernel).sum(0) * 18 / 20_000).sum()
+    found = bound.read((torch.from_numpy(x),)).evidence()
+    assert float(found.by_row.sum()) == pytest.approx(want, abs=0.01)
 
 
 def test_a_statistic_that_only_a_change_of_some_rows_moves():

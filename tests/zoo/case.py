@@ -31,8 +31,8 @@ class Case:
     data : callable
         ``data(rng)`` returns what `fit` is called with, (X,) or (X, y), from a generator of numpy.
     truth : callable, optional
-        ``truth(params, *data)`` is the log evidence in nats by numpy and scipy alone, at the fitted values ``params`` of
-        the program's `pyro.param`s (an empty dict where it has none), or a pair: a lower and an upper bound. None:
+        ``truth(params, *data)`` is the log evidence in nats by numpy and scipy alone, at the fitted values ``params``
+        of the `pyro.param`s (an empty dict where there are none), or a pair: a lower and an upper bound. None:
         nothing is known ("runs"), or the program is refused.
     refused : str
         A regular expression that the message of the `ValueError` matches; empty where the program is fitted.

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from zoo.case import Case
 from zoo.catalogue import CATALOGUE
 
@@ -29,7 +30,8 @@ def _parametrised(case: Case):
 @pytest.mark.usefixtures("nothing_left_behind")
 @pytest.mark.parametrize("case", [_parametrised(case) for case in CASES])
 def test_a_program(case):
-    program = case.program() if isinstance(case.program, type) else case.program
+    with torch.random.fork_rng():  # a network's first weights are the user's draws, not the package's
+        program = case.program() if isinstance(case.program, type) else case.program
     data = case.data(np.random.default_rng(case.seed))
     mpt = BayesMPT(program, **{"random_state": 0, **case.settings})
     if case.refused:

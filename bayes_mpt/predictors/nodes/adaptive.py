@@ -42,7 +42,7 @@ from bayes_mpt.predictors.nodes.weighted import FixedSites, program_values
 from bayes_mpt.program.affine import read_side_by_side
 from bayes_mpt.program.arguments import fill
 from bayes_mpt.program.devices import own_random_state
-from bayes_mpt.program.factors import read_factors
+from bayes_mpt.program.factor_runs import read_factors
 from bayes_mpt.program.latents import Space, space
 from bayes_mpt.program.program import Latent, Model, ModelError, Program, n_rows_of, split_events
 from bayes_mpt.program.run import SetLatents, run
@@ -117,13 +117,18 @@ class AdaptiveNodes:
         else:
             together = self._runs_together if self._template is None else self._reads_side_by_side
             self.vectorised = together(args, filled, mapped=False)
-            if not self.vectorised and not program.discrete:
+            if not self.vectorised:
                 self.mapped = together(args, filled, mapped=True)
 
     @property
     def one_by_one(self) -> bool:
         """Whether every node needs runs of its own."""
         return not (self.vectorised or self.mapped)
+
+    @property
+    def sure(self) -> float:
+        """Of a log-density: what its last digits say."""
+        return SURE if self.rows is None else SURE_OF_NODES
 
     @property
     def inside(self) -> str:
@@ -163,7 +168,8 @@ class AdaptiveNodes:
             return Factorized(factors), log_det, factors.scale
         alone = partial(read_factors, self.model, filled, self.program)
         if self.mapped:
-            return Factorized.mapped(alone, values), log_det, alone(node_values(values, 0)).scale
+            factors = alone(values, len(u), mapped=True)
+            return Factorized(factors), log_det, factors.scale
         parts = [alone(node_values(values, s)) for s in range(len(u))]
         return Factorized(*parts), log_det, parts[0].scale
 
@@ -325,15 +331,18 @@ class AdaptiveNodes:
     # ---------------------------------------------------------------------------------------------------- the mode
 
     def start(self, filled: tuple[Any, ...]) -> Tensor:
-        """(N, d): medians of a few draws from the prior; 0 for a scale or share that a vague prior puts far away."""
+        """(N, d): medians of a few draws from the prior."""
         with torch.no_grad():
             n_rows = n_rows_of(self.program, filled)
             if not self.space.parts:
                 return filled[0].new_zeros(n_rows, 0)
             draws = [self.space.pack(t, n_rows)[0] for t in prior_draws(self.model, filled, N_START_DRAWS)]
-        middle = torch.stack(draws).median(0).values
-        far = torch.tensor(self.space.bounded, device=middle.device) & ~(middle.abs() < FARTHEST_START)
-        return torch.where(far, 0.0, middle)
+        return self.within_reach(torch.stack(draws).median(0).values)
+
+    def within_reach(self, u: Tensor) -> Tensor:
+        """u (..., d) with 0 for scales and shares that a vague prior puts where no climb comes back from."""
+        far = torch.tensor(self.space.bounded, device=u.device) & ~(u.abs() < FARTHEST_START)
+        return torch.where(far, 0.0, u)
 
     def forget(self) -> None:
         """Look for the next modes from the start, not from the last ones."""
@@ -374,12 +383,11 @@ class AdaptiveNodes:
                 u = u if bool(torch.isfinite(stands).all()) else None
             if u is None or shape != x.shape:
                 u = self._best_start(args, filled, x, visible, held, n_nodes)
-        sure = SURE if self.rows is None else SURE_OF_NODES
         found = newton(
-            lambda u: self._log_prob(args, filled, x, visible, u, held),
+            lambda u: self.log_prob(args, filled, x, visible, u, held),
             u.expand(n_nodes, *u.shape),
             MAX_STEPS,
-            sure,
+            self.sure,
         )
         if start is None and bool(torch.isfinite(found.mode).all()):
             self._last = x.shape, found.mode.mean(0)
@@ -420,7 +428,7 @@ class AdaptiveNodes:
     ) -> Tensor:
         """(N,) mean log p(u, x_R) of one u (N, d) at the values that are held; -inf where there is none."""
         try:
-            value = self._log_prob(args, filled, x, visible, u.expand(n_nodes, *u.shape), held).mean(0)
+            value = self.log_prob(args, filled, x, visible, u.expand(n_nodes, *u.shape), held).mean(0)
         except ValueError:  # no distribution there
             return u.new_full(u.shape[:1], -math.inf)
         return torch.where(value.isnan(), -math.inf, value)
@@ -436,7 +444,7 @@ class AdaptiveNodes:
         offsets = (near.root @ draws[..., None])[..., 0]
 
         def log_prob(u: Tensor) -> Tensor:
-            return self._log_prob(args, filled, x, visible, u[0] + offsets, {}).mean(0, keepdim=True)
+            return self.log_prob(args, filled, x, visible, u[0] + offsets, {}).mean(0, keepdim=True)
 
         found = newton(log_prob, near.mode[None], 1, SURE)
         return LaplaceApproximation(found.mode[0], found.root[0])
@@ -449,28 +457,28 @@ class AdaptiveNodes:
         """
         filled = tuple(fill(a) for a in args)
         mode = self.locate(args, x, visible).mode.requires_grad_()
-        log_prob = self._log_prob(args, filled, x, visible, mode[None], {})[0]
+        log_prob = self.log_prob(args, filled, x, visible, mode[None], {})[0]
         (slope,) = torch.autograd.grad(log_prob.sum(), mode, create_graph=True)
         root = root_of(curvature(slope, mode))
         # The mode moves with the parameters as Newton's next step does, whose length is zero.
         u = mode.detach() + times_covariance(root, slope)
         # d log |root| = 1/2 sum_s d (r_s' H r_s), H the second derivative, along the columns r_s of the root
         along = u.new_zeros(u.shape[1], len(u), requires_grad=True)  # (d, N)
-        log_prob = self._log_prob(args, filled, x, visible, u + along[..., None] * root.permute(2, 0, 1), {})
+        log_prob = self.log_prob(args, filled, x, visible, u + along[..., None] * root.permute(2, 0, 1), {})
         (first,) = torch.autograd.grad(log_prob.sum(), along, create_graph=True)
         (second,) = torch.autograd.grad(first.sum(), along, create_graph=True)
         bend = 0.5 * second.sum(0)
         log_root = torch.linalg.slogdet(root)[1] + bend - bend.detach()
         return log_prob[0] + log_root + 0.5 * u.shape[1] * math.log(2 * math.pi)
 
-    def _log_prob(
+    def log_prob(
         self,
         args: tuple[Any, ...],
         filled: tuple[Any, ...],
         x: Tensor,
         visible: Tensor,
         u: Tensor,
-        held: dict[str, Tensor],
+        held: dict[str, Tensor] | None = None,
     ) -> Tensor:
         """log p(u, x_R) of nodes u (S, N, d): (S, N)."""
         given, part, _ = self.at(args, filled, u, held)

@@ -26,11 +26,11 @@ __all__ = ["log_prior_of", "node_values", "non_conjugate", "prior_draws"]
 GAUSSIAN = {"Normal", "MultivariateNormal"}
 
 
-def prior_draws(model: Model, filled: tuple[Any, ...], n: int) -> list[Trace]:
-    """Runs that differ, always the same ones."""
+def prior_draws(model: Model, filled: tuple[Any, ...], n: int, first: int = 0) -> list[Trace]:
+    """The first n runs, or those from another on, that differ and are always the same ones."""
     traces = []
     with own_random_state():
-        for seed in range(n):
+        for seed in range(first, n):
             torch.manual_seed(seed)
             traces.append(run(model, filled))  # which leaves the random state as it was
     return traces

@@ -15,7 +15,7 @@ from bayes_mpt.program.affine import same_by_label
 from bayes_mpt.program.arguments import N_TRIAL_ROWS, cycle, fill
 from bayes_mpt.program.densities import log_density
 from bayes_mpt.program.devices import own_random_state
-from bayes_mpt.program.factors import read_factors
+from bayes_mpt.program.factor_runs import read_factors
 from bayes_mpt.program.layout import rows_first
 from bayes_mpt.program.program import Model, ModelError, Program, split_events
 from bayes_mpt.program.run import run

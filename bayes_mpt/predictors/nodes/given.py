@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
-import pyro
 import torch
 from torch import Tensor
 
@@ -90,30 +89,13 @@ class Factorized(Given):
 
     def __init__(self, *factors: Factors):
         self.factors = factors
-        self._first = factors[:1]
-        self._ask: Callable[[Question], Tensor] = self._in_turn
-
-    @classmethod
-    def mapped(cls, of: Callable[[dict[str, Tensor]], Factors], values: dict[str, Tensor]) -> Factorized:
-        """Of a program that does not broadcast over leading batch dimensions (``x @ w``): by `torch.vmap`.
-
-        ``of`` gives the factors of one node, ``values`` (S, ...) are those of the continuous latents.
-        """
-
-        def ask(question: Question) -> Tensor:
-            with pyro.validation_enabled(False):  # a check would have to branch on its node
-                return torch.vmap(lambda v: question(of(v)))(values)[:, 0]
-
-        new = cls()
-        new._first, new._ask = (of({name: v[0] for name, v in values.items()}),), ask
-        return new
 
     @property
     def first(self) -> Factors:
         """Of all nodes, or of the first."""
-        return self._first[0]
+        return self.factors[0]
 
-    def _in_turn(self, question: Question) -> Tensor:
+    def _ask(self, question: Question) -> Tensor:
         """What is said at all nodes, these first."""
         if len(self.factors) == 1:
             return question(self.factors[0])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from contextlib import ExitStack
 from copy import copy
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,7 +32,7 @@ from bayes_mpt.predictors.nodes.weighted import (
 from bayes_mpt.predictors.objective import Batch, Objective
 from bayes_mpt.program.arguments import fill, filling
 from bayes_mpt.program.devices import own_random_state
-from bayes_mpt.program.factors import read_factors
+from bayes_mpt.program.factor_runs import read_factors
 from bayes_mpt.program.layout import rows_axis, sum_by_row
 from bayes_mpt.program.program import Latent, Model, ModelError, Program, n_rows_of, one_vector
 from bayes_mpt.program.run import NODES, SetLatents, one_precision, run, takes_visible
@@ -166,7 +165,7 @@ class GuideDraws(NodeSource):
         """How several draws are run, and which gradient a chain of them has."""
         self.mapped = False
         self.vectorised = self._try_together(args, filled)
-        if not self.vectorised and not self.structure.discrete and self.adaptive is None:
+        if not self.vectorised and self.adaptive is None:
             self.mapped = True
             self.vectorised = self.mapped = self._try_together(args, filled)
         self.squared = twice and self.vectorised and not self.mapped and self._moves_by_draws(filled, trace)
@@ -289,11 +288,9 @@ class GuideDraws(NodeSource):
         """The inner model at n draws, what of their log-density it leaves out, the scale, and tokens if it has them."""
         if self.adaptive is not None:
             return *self.adaptive.given(args, filled, self._plain(values, filled, n)), 1.0, None
-        if n == 1 or not self.mapped:
-            given = Factorized(read_factors(self.model, filled, self.structure, values, n))
-        else:
-            of = partial(read_factors, self.model, filled, self.structure)
-            given = Factorized.mapped(of, self._plain(values, filled, n))
+        mapped = self.mapped and n > 1
+        values = self._plain(values, filled, n) if mapped else values
+        given = Factorized(read_factors(self.model, filled, self.structure, values, n, mapped))
         return given, 0.0, given.first.scale, given.first.value
 
     def _given_each(

@@ -16,7 +16,10 @@ from bayes_mpt.predictors.nodes.guide import (
     GuideDraws,
     evidence_of_draws,
 )
-from bayes_mpt.predictors.nodes.rules import degrees_of, log_t
+from bayes_mpt.predictors.nodes.modes import Modes, ModeSearch, doubted
+from bayes_mpt.predictors.nodes.newton import LaplaceApproximation
+from bayes_mpt.predictors.nodes.resampling import systematic
+from bayes_mpt.predictors.nodes.rules import degrees_of
 from bayes_mpt.predictors.nodes.weighted import (
     Nodes,
     NodeSource,
@@ -129,6 +132,7 @@ class _AroundMode(NodeSource):
 
     def __init__(self, adaptive: AdaptiveNodes, n_draws: int):
         self.adaptive, self.n_draws = adaptive, n_draws
+        self.modes = ModeSearch(adaptive)
         self.model, self.structure = adaptive.model, adaptive.program
         self.why = (
             f"{n_draws} Student-t draws of {', '.join(adaptive.space.names)} around the mode of each row's "
@@ -140,32 +144,53 @@ class _AroundMode(NodeSource):
         value = program_values(self.model, args, filled, self.structure)
         if visible is None:
             visible = torch.ones(value.shape[1], dtype=torch.bool, device=value.device)
-        near = self.adaptive.locate(args, value, visible, near)
-        if not self.structure.by_row:
-            # each draw costs a curvature, d^3 operations
-            n_pairs = max(4, min(64, WIDENING_COST // near.mode.shape[1] ** 3))
-            for _ in range(N_WIDENINGS):
-                half = torch.randn(n_pairs, *near.mode.shape, dtype=near.mode.dtype).to(near.mode)
-                near = self.adaptive.refine_gaussian(args, value, visible, near, torch.cat([half, -half]))
-        mode, root = near
-        n_rows, width = mode.shape
-        # multivariate t: a normal vector over the root of a chi-square that its axes share
-        normal = torch.randn(self.n_draws, n_rows, width, dtype=mode.dtype).to(mode)
-        degrees = degrees_of(width)
-        chi = torch.distributions.Chi2(torch.tensor(degrees, dtype=mode.dtype))
-        t = normal * (degrees / chi.sample((self.n_draws, n_rows)).to(mode))[..., None].sqrt()
-        u = mode + (root @ t[..., None])[..., 0]
-        log_q = log_t(t, degrees) - torch.linalg.slogdet(root)[1]
+        found = self.modes.find(args, value, visible, near)
+        modes = found if self.structure.by_row else self._widened(args, value, visible, found)
+        u = self._draws(modes)
         given, part, scale = self.adaptive.at(args, filled, u)
-        log_weight = part - log_q - math.log(self.n_draws)
+        log_weight = part - modes.log_density(u) - math.log(self.n_draws)
         latents = constrained(self.adaptive.space, u)
-        return Read(given, log_weight, value, scale, latents, self.adaptive.space.names, near)
+        return Read(given, log_weight, value, scale, latents, self.adaptive.space.names, found)
+
+    def _draws(self, modes: Modes) -> Tensor:
+        """Of the mixture (S, N, d): of each mode as many as its share asks for."""
+        n_modes, n_rows, width = modes.mode.shape
+        # multivariate t: a normal vector over the root of a chi-square that its axes share
+        normal = torch.randn(self.n_draws, n_rows, width, dtype=modes.mode.dtype).to(modes.mode)
+        degrees = degrees_of(width)
+        chi = torch.distributions.Chi2(torch.tensor(degrees, dtype=normal.dtype))
+        t = normal * (degrees / chi.sample((self.n_draws, n_rows)).to(normal))[..., None].sqrt()
+        if n_modes == 1:
+            return modes.mode[0] + (modes.root[0] @ t[..., None])[..., 0]
+        log_share = modes.log_share.mT.expand(n_rows, -1)  # (N, J)
+        of = systematic(log_share, self.n_draws).mT  # (S, N)
+        row = torch.arange(n_rows, device=of.device)
+        return modes.mode[of, row] + (modes.root[of, row] @ t[..., None])[..., 0]
+
+    def _widened(self, args: tuple[Any, ...], value: Tensor, visible: Tensor, found: Modes) -> Modes:
+        """The mixture of the Gaussians closest to the posterior around each mode, and of their images."""
+        orbits = found.orbits
+        first = [0] if orbits is None else orbits.first
+        # each draw costs a curvature, d^3 operations
+        n_pairs = max(4, min(64, WIDENING_COST // (found.mode.shape[-1] ** 3 * len(first))))
+        wide = []
+        for mode, root in zip(found.mode[first], found.root[first], strict=True):
+            near = LaplaceApproximation(mode, root)
+            for _ in range(N_WIDENINGS):
+                half = torch.randn(n_pairs, *mode.shape, dtype=mode.dtype).to(mode)
+                near = self.adaptive.refine_gaussian(args, value, visible, near, torch.cat([half, -half]))
+            wide.append(near)
+        u, root = (torch.stack(each)[:, 0] for each in zip(*wide, strict=True))
+        if orbits is None:
+            return found._replace(mode=u[:, None], root=root[:, None])
+        mode, root, log_mass = orbits.spread(u, root, found.log_mass[first, 0])
+        return found._replace(mode=mode, root=root, log_mass=log_mass)
 
     def evidence(self, nodes: Nodes) -> Evidence:
-        return evidence_of_draws(nodes)
+        return doubted(evidence_of_draws(nodes), nodes.last.located)
 
     def _forget(self) -> None:
-        self.adaptive.forget()
+        self.modes.forget()
 
     def _objectives(self, whole: Batch, masks: Policy | None) -> list[Objective]:
         if self.structure.by_row:

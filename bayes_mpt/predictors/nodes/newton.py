@@ -8,10 +8,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["LaplaceApproximation", "curvature", "newton", "root_of", "times_covariance"]
+from bayes_mpt.predictors.nodes.resampling import by_halves
+
+__all__ = [
+    "LaplaceApproximation",
+    "Peaks",
+    "climb",
+    "curvature",
+    "distances",
+    "newton",
+    "root_of",
+    "times_covariance",
+]
 
 LAST_GAIN = 1e-9  # nats: the next step would move the nodes by 1e-9 standard deviations
 LONGEST_STEP = 5.0
+MAX_HALVINGS = 12
+MET = 1e-2  # standard deviations and nats: places so near go on as one
 
 
 class LaplaceApproximation(NamedTuple):
@@ -104,3 +117,132 @@ def root_of(curvature: Tensor) -> Tensor:
 def times_covariance(root: Tensor, slope: Tensor) -> Tensor:
     """Root root' slope, (..., d)."""
     return (root @ (root.mT @ slope[..., None]))[..., 0]
+
+
+class Peaks(NamedTuple):
+    """Where a climb from M places ended."""
+
+    u: Tensor
+    """(M, d)"""
+    value: Tensor
+    """(M,) log-density there."""
+    root: Tensor
+    """(M, d, d): root root' is the inverse of the curvature."""
+    top: Tensor
+    """(M,) bool: a maximum was reached, and no saddle."""
+    same: Tensor
+    """(M,) long: the first of those that end in the same place."""
+
+
+def climb(log_prob: Callable[[Tensor], Tensor], u: Tensor, max_steps: int, sure: float) -> Peaks:
+    """Newton's method on (M, d) -> (M,) from many places, each of which stops by itself.
+
+    Places that meet go on as one. What has no finite density is left where it is.
+    """
+    u = u.detach().clone()
+    value, slope, curved = _expand(log_prob, u)
+    same = torch.arange(len(u), device=u.device)
+    going, there = (
+        value.isfinite() & curved.isfinite().all(-1).all(-1),
+        torch.zeros_like(same, dtype=torch.bool),
+    )
+    for n_steps in range(max_steps + 1):
+        at = going.nonzero()[:, 0]
+        if not len(at):
+            break
+        step = times_covariance(root_of(curved[at]), slope[at])
+        gain = (slope[at] * step).sum(-1)
+        step = step * (LONGEST_STEP / step.abs().amax(-1, keepdim=True).clamp(min=LONGEST_STEP))
+        enough = gain <= torch.clamp(sure * (1 + value[at].abs()), min=LAST_GAIN)
+        there[at[enough]] = True
+        u[at[enough]] += step[enough]  # Newton's last step squares what is left
+        going[at[enough]] = False
+        if n_steps == max_steps:
+            break
+        at, step = at[~enough], step[~enough]
+        if not len(at):
+            break
+        found = _shorten(log_prob, u[at], step, value[at])
+        going[at[~found.climbed]] = False
+        at, found = at[found.climbed], _Walked(*(t[found.climbed] for t in found))
+        u[at], value[at], slope[at], curved[at] = found[:4]
+        _merge(u, value, curved, same, going)
+    usable = curved.isfinite().all(-1).all(-1)
+    curved = torch.where(usable[:, None, None], curved, torch.eye(u.shape[1]).to(u))
+    info = torch.linalg.cholesky_ex(curved)[1]
+    return Peaks(u, value, root_of(curved), there & usable & (info == 0), same)
+
+
+class _Walked(NamedTuple):
+    """Where a step ended, and what was found there."""
+
+    u: Tensor
+    value: Tensor
+    slope: Tensor
+    curved: Tensor
+    climbed: Tensor
+
+
+@torch.enable_grad()
+def _expand(log_prob: Callable[[Tensor], Tensor], u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Value (M,), slope (M, d) and curvature (M, d, d) at u (M, d)."""
+
+    def of(part: Tensor) -> tuple[Tensor, ...]:
+        leaf = part.detach().requires_grad_()
+        value = log_prob(leaf)
+        (slope,) = torch.autograd.grad(value.sum(), leaf, create_graph=True, materialize_grads=True)
+        curved = (
+            curvature(slope, leaf) if slope.requires_grad else slope.new_zeros(*slope.shape, slope.shape[-1])
+        )
+        return value.detach(), slope.detach()[None], curved.detach()[None]
+
+    width = u.shape[1]
+    none = (u.new_full((1,), -torch.inf), u.new_zeros(1, 1, width), u.new_zeros(1, 1, width, width))
+    value, slope, curved = by_halves(of, u, none)
+    return value, slope[0], curved[0]
+
+
+def _shorten(log_prob: Callable[[Tensor], Tensor], u: Tensor, step: Tensor, before: Tensor) -> _Walked:
+    """Each place after its step, halved until it climbs."""
+    now = u + step
+    value, slope, curved = _expand(log_prob, now)
+
+    def good(value: Tensor, before: Tensor) -> Tensor:
+        return (value > before) & value.isfinite()
+
+    climbed = good(value, before) & curved.isfinite().all(-1).all(-1)
+    for halving in range(1, MAX_HALVINGS + 1):
+        low = (~climbed).nonzero()[:, 0]
+        if not len(low):
+            break
+        trial = u[low] + step[low] * 0.5**halving
+        with torch.no_grad():
+            (found,) = by_halves(lambda part: (log_prob(part),), trial, (u.new_full((1,), -torch.inf),))
+        better = good(found, before[low])
+        if bool(better.any()):
+            low, trial = low[better], trial[better]
+            now[low] = trial
+            value[low], slope[low], curved[low] = _expand(log_prob, trial)
+            climbed[low] = curved[low].isfinite().all(-1).all(-1)
+    return _Walked(now, value, slope, curved, climbed)
+
+
+def _merge(u: Tensor, value: Tensor, curved: Tensor, same: Tensor, going: Tensor) -> None:
+    """Let places that have met go on as one."""
+    alive = going.nonzero()[:, 0]
+    if len(alive) < 2:
+        return
+    apart = distances(u[alive], curved[alive])
+    met = (apart < MET) & ((value[alive][:, None] - value[alive]).abs() < MET)
+    first = met.to(torch.int8).argmax(1)  # of those that have met, the first
+    for place, other in enumerate(first.tolist()):
+        if other < place and bool(going[alive[other]]):
+            going[alive[place]] = False
+            same[same == alive[place]] = alive[other]
+
+
+def distances(u: Tensor, curved: Tensor) -> Tensor:
+    """How far places (M, d) are apart in units of their curvature (M, d, d), by that of the narrower: (M, M)."""
+    apart = u[:, None] - u
+    one = torch.einsum("ijd,ide,ije->ij", apart, curved, apart).abs().sqrt()
+    return torch.maximum(one, one.mT)

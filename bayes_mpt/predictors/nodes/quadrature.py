@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bayes_mpt.predictors.base import Evidence, Guide, Predictor
 from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes, check_width
-from bayes_mpt.predictors.nodes.newton import LaplaceApproximation
+from bayes_mpt.predictors.nodes.modes import Modes, ModeSearch, doubted
 from bayes_mpt.predictors.nodes.rules import hermite
 from bayes_mpt.predictors.nodes.weighted import (
     Nodes,
@@ -27,6 +27,8 @@ __all__ = ["Quadrature"]
 
 MAX_WIDTH = 4
 NODES = {1: 64, 2: 16, 3: 10, 4: 8}  # along each axis, by the number of latents
+MAX_NODES = 8192  # around all modes together, where these are several
+MIN_NODES = 3  # along each axis
 
 
 class Quadrature(Predictor):
@@ -74,58 +76,75 @@ class Quadrature(Predictor):
 
 
 class _Hermite(NodeSource):
-    """Nodes around the mode, in units of the posterior's root."""
+    """Nodes around each mode, in units of the posterior's root there.
+
+    With Gaussians q_j at J modes and the shares w_j of their masses, the integral is a sum of integrals around one
+    mode each, whose integrands add up to p wherever modes lie, apart, close or in one place:
+
+        int p(u) du = sum_j int p(u) w_j q_j(u) / sum_i w_i q_i(u) du
+    """
 
     relocates = True
     name = "Quadrature"
 
     def __init__(self, adaptive: AdaptiveNodes, n_nodes: int):
         self.adaptive, self.n_nodes = adaptive, n_nodes
+        self.modes = ModeSearch(adaptive)
         self.model, self.structure = adaptive.model, adaptive.program
+        each = "the mode" if adaptive.program.by_row else "each mode"
         self.why = (
             f"{n_nodes} Gauss-Hermite nodes along each of {adaptive.space.width} axes "
-            f"({', '.join(adaptive.space.names)}), around the mode{adaptive.inside}"
+            f"({', '.join(adaptive.space.names)}), around {each}{adaptive.inside}"
         )
 
     def _forget(self) -> None:
-        self.adaptive.forget()
+        self.modes.forget()
 
     def place(self, args: tuple[Any, ...], visible: Tensor | None = None, near: Any = None) -> Read:
         filled = tuple(fill(a) for a in args)
         value = program_values(self.model, args, filled, self.structure)
         if visible is None:
             visible = torch.ones(value.shape[1], dtype=torch.bool, device=value.device)
-        located = self.adaptive.locate(args, value, visible, near)
-        return self.around(args, filled, value, located)
+        modes = self.modes.find(args, value, visible, near)
+        return self._around(args, filled, value, modes, self._n_nodes(modes))
 
-    def around(
-        self, args: tuple[Any, ...], filled: tuple[Any, ...], value: Tensor, located: LaplaceApproximation
+    def _n_nodes(self, modes: Modes, finer: bool = False) -> int:
+        """Along each axis, fewer where modes are so many that the program would run at too many nodes."""
+        n_modes, _, width = modes.mode.shape
+        most = max(MIN_NODES, int((MAX_NODES / n_modes) ** (1 / max(1, width))))
+        n = self.n_nodes if n_modes == 1 else min(self.n_nodes, most)
+        if not finer:
+            return n
+        return 2 * n if width <= 2 else n + 3
+
+    def _around(
+        self, args: tuple[Any, ...], filled: tuple[Any, ...], value: Tensor, modes: Modes, n_nodes: int
     ) -> Read:
         """Nodes for rows whose posteriors are located."""
-        mode, root = located
-        t, log_w = (a.to(mode) for a in hermite(mode.shape[1], self.n_nodes))  # (S, d), (S,)
-        u = mode + (root @ t[:, None, :, None])[..., 0]  # (S, N, d)
-        log_weight = log_w[:, None] + torch.linalg.slogdet(root)[1]
+        n_modes, n_rows, width = modes.mode.shape
+        t, log_w = (a.to(modes.mode) for a in hermite(width, n_nodes))  # (Q, d), (Q,)
+        u = modes.mode[:, None] + (modes.root[:, None] @ t[:, None, :, None])[..., 0]  # (J, Q, N, d)
+        log_weight = log_w[:, None] + torch.linalg.slogdet(modes.root)[1][:, None]  # (J, Q, N)
+        if n_modes > 1:
+            shares = (modes.log_gaussian(u) + modes.log_share[:, None, None]).log_softmax(0)  # (J, J, Q, N)
+            log_weight = log_weight + shares.diagonal(dim1=0, dim2=1).movedim(-1, 0)
+        u = u.flatten(0, 1)
         given, part, scale = self.adaptive.at(args, filled, u)
-        return Read(
-            given,
-            log_weight + part,
-            value,
-            scale,
-            constrained(self.adaptive.space, u),
-            self.adaptive.space.names,
-            located,
-        )
+        log_weight = log_weight.expand(n_modes, len(t), n_rows).flatten(0, 1) + part
+        latents = constrained(self.adaptive.space, u)
+        return Read(given, log_weight, value, scale, latents, self.adaptive.space.names, modes)
 
     @torch.no_grad()
     def evidence(self, nodes: Nodes) -> Evidence:
-        width = self.adaptive.space.width
-        more = 2 * self.n_nodes if width <= 2 else self.n_nodes + 3
-        few = nodes.score()
+        few, modes = nodes.score(), nodes.last.located
+        more = self._n_nodes(modes, finer=True)
         filled = tuple(fill(a) for a in nodes.args)
-        finer = _Hermite(self.adaptive, more).around(nodes.args, filled, nodes.value, nodes.last.located)
+        finer = self._around(nodes.args, filled, nodes.value, modes, more)
         many = (
             nodes.at_nodes(finer).refined().score()
         )  # with more nodes in every row too, where rows have their own
         change = float((many - few).sum())
-        return Evidence(many, abs(change), {"n_nodes": more, f"change from {self.n_nodes} nodes": change})
+        diagnostics = {"n_nodes": more, f"change from {self._n_nodes(modes)} nodes": change}
+        if not self.structure.by_row:
+            diagnostics["n_modes"] = len(modes.mode)
+        return doubted(Evidence(many, abs(change), diagnostics), modes)

@@ -39,13 +39,13 @@ def next_temperature(way: Tensor, now: float) -> float:
     return 1.0 if more(1.0) >= 0 else max(brentq(more, now, 1.0, xtol=1e-15, maxiter=1000), now + 1e-12)
 
 
-def systematic(log_w: Tensor) -> Tensor:
-    """Systematic resampling of each run: (R, S) -> indices (R, S)."""
-    n_runs, n = log_w.shape
+def systematic(log_w: Tensor, n: int | None = None) -> Tensor:
+    """Systematic resampling of each run, (R, S) -> indices (R, n), by default as many as there are."""
+    n_runs, n = len(log_w), n or log_w.shape[1]
     edges = log_w.softmax(1).cumsum(1)
     start = torch.rand(n_runs, 1, dtype=log_w.dtype).to(log_w)
     points = (start + torch.arange(n, device=log_w.device)) / n
-    return torch.searchsorted(edges / edges[:, -1:], points).clamp(max=n - 1)
+    return torch.searchsorted(edges / edges[:, -1:], points).clamp(max=log_w.shape[1] - 1)
 
 
 def weighted_root(u: Tensor, share: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from pyro import poutine
@@ -165,7 +165,7 @@ class Nodes(Conditionals):
             structure, self._leaves = source.structure, Leaves(source.parameters)
         assert structure is not None
         self.structure, self.value, self.scale = structure, read.value, read.scale
-        self._fixed = fixed
+        self._fixed, self._whole = fixed, cast(Tensor | None, None)
         self._relocates = source is not None and source.relocates
 
     def at_nodes(self, read: Read) -> Nodes:
@@ -238,20 +238,30 @@ class Nodes(Conditionals):
         x = self.value
         mask = self._everything() if visible is None else visible
         read = self._at(mask) if visible is not None else self.last
-        share = (read.log_weight + read.given.log_joint(x, mask)).softmax(0)  # (S, N)
-        chance = read.given.responsibilities(x, mask)
-        parts = (read.latents, read.given.inner(x, mask), chance)
-        latents = torch.cat([(share[..., None] * part).sum(0) for part in parts], -1)
-        tokens = (share[..., None] * read.given.means(x, mask)).sum(0)
-        levels = read.given.levels(x, mask)  # of categorical tokens: the likeliest, and not the mean of codes
-        if levels is not None:
+        share = self._log_weights(read, mask).softmax(0)  # (S, N)
+
+        def mean_of(part: Tensor) -> Tensor:
+            return (share[..., None] * part).sum(0)
+
+        def latents() -> Tensor:
+            parts = (read.latents, read.given.inner(x, mask), read.given.responsibilities(x, mask))
+            return torch.cat([mean_of(part) for part in parts], -1)
+
+        def tokens() -> Tensor:
+            out = mean_of(read.given.means(x, mask))
+            levels = read.given.levels(
+                x, mask
+            )  # of categorical tokens: the likeliest, and not the mean of codes
+            if levels is None:
+                return out
             likely = (share[..., None, None] * levels).sum(0)  # (N, T, L)
-            tokens = torch.where(likely.sum(-1) > 0, likely.argmax(-1).to(tokens), tokens)
+            return torch.where(likely.sum(-1) > 0, likely.argmax(-1).to(out), out)
 
         def labels() -> Tensor:
-            found = [chance] if read.names else [read.latents, chance]
+            chance = read.given.responsibilities(x, mask)
             # without names each node stands for values of discrete latents, and what is continuous is inside
-            return torch.cat([(share[..., None] * part).sum(0) for part in found], -1)
+            found = [chance] if read.names else [read.latents, chance]
+            return torch.cat([mean_of(part) for part in found], -1)
 
         return Posterior(
             latents,
@@ -294,8 +304,16 @@ class Nodes(Conditionals):
 
     def _joint(self) -> Tensor:
         everything = self._everything()
-        log_prob = self.last.log_weight + self.last.given.log_joint(self.value, everything)
-        return self._log_z(log_prob, everything)
+        return self._log_z(self._log_weights(self.last, everything), everything)
+
+    def _log_weights(self, read: Read, mask: Tensor) -> Tensor:
+        """Log of each node's part of Z (S, N); of all tokens once for the score and what is asked of latents."""
+        whole = read is self.last and bool(mask.all()) and not torch.is_grad_enabled()
+        if whole and self._whole is not None:
+            return self._whole
+        found = read.log_weight + read.given.log_joint(self.value, mask)
+        self._whole = found if whole else self._whole
+        return found
 
     def _everything(self) -> Tensor:
         return torch.ones(self.value.shape[1], dtype=torch.bool, device=self.value.device)

@@ -78,6 +78,14 @@ def trial_of(trace: Trace, structure: AffineForm) -> Trial:
 def rows_alike(trace: Trace, structure: AffineForm) -> bool:
     """Whether rows have one map, in a run in which their latents are alike."""
     found = trial_of(trace, structure)
+    missing = found.value.isnan()
+    if structure.program.shifts and bool(missing.any()):
+        # what shifts a missing cell is not seen in this run
+        complete = (~missing).all(1).nonzero()[:, 0]
+        if not len(complete):
+            return False
+        loc = torch.where(missing, found.loc[complete[0]], found.loc)
+        found = found._replace(loc=loc)
     return all(close(t, t[:1].expand_as(t)) for t in (found.loc, found.scale, found.prior))
 
 

@@ -1,0 +1,344 @@
+"""Every mode of a posterior of latents that all rows share, and one mixture around them.
+
+Newton's method climbs from draws of the prior, side by side; symmetries that are found by evaluation add the images of
+each mode. All of them enter one mixture q = sum_j w_j q_j, and every node u counts as p(u, x) / q(u): modes that
+overlap, or that are one, are counted once, which a sum of estimates of theirs would not do.
+
+A mode that few climbs have found tells that others may have been found by none: `Modes.doubt` says so.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pyro
+import torch
+from torch import Tensor
+
+from bayes_mpt.predictors.base import Evidence
+from bayes_mpt.predictors.nodes.conjugacy import prior_draws
+from bayes_mpt.predictors.nodes.newton import LaplaceApproximation, Peaks, by_halves, climb, distances
+from bayes_mpt.predictors.nodes.rules import degrees_of, log_t
+from bayes_mpt.predictors.nodes.symmetries import (
+    MAX_IMAGES,
+    Coordinates,
+    Moves,
+    Symmetry,
+    find_symmetries,
+    orbit,
+)
+from bayes_mpt.program.arguments import fill
+from bayes_mpt.program.program import n_rows_of
+from bayes_mpt.warnings import MissedModeWarning, warn
+
+if TYPE_CHECKING:
+    from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
+
+__all__ = ["ModeSearch", "Modes", "doubted"]
+
+N_STARTS = 16  # draws from the prior that climbs start at, at first
+MAX_STARTS = 64  # where a mode that matters was found by few of them
+N_MIDDLE = 9  # draws whose median one more climb starts at
+FEW_STARTS = 4  # where each costs a run of its own
+OFTEN = 2  # climbs that must have found a mode that matters
+MATTERS = 1e-3  # share of the mass from which a mode matters
+NEGLIGIBLE = 23.0  # nats below the largest mode: 1e-10 of it
+MAX_STEPS = 100
+SHARES_OF_WAY = (1.0, 0.3, 0.1, 0.03, 0.01, 0.001)
+SAME_MODE = 0.1  # standard deviations
+N_POINTS = 8  # of the prior, and as many near the mode, at which symmetries are tried
+WORK = 2**22  # log-densities of tokens, times latents, that the first starts may cost a step
+CELLS = 2**20  # of them at a time
+MAX_SYMMETRIC = 64  # latents, up to which symmetries are looked for
+
+
+class Orbits(NamedTuple):
+    """What moves each mode that was found to its images, itself first."""
+
+    where: Coordinates
+    moves: tuple[Moves, ...]
+
+    @property
+    def first(self) -> list[int]:
+        """Where those that were found stand among all."""
+        return [0, *accumulate(len(m.order) for m in self.moves[:-1])]
+
+    def spread(self, u: Tensor, root: Tensor, log_mass: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """All images (J, 1, ...) of modes (R, d), their roots (R, d, d) and masses (R,)."""
+        modes, roots, masses = [], [], []
+        for mode, its, mass, by in zip(u, root, log_mass, self.moves, strict=True):
+            images, image_roots = self.where.images(mode, its, by)
+            modes.append(images[:, None])
+            roots.append(image_roots[:, None])
+            masses.append(mass.expand(len(images))[:, None])
+        return torch.cat(modes), torch.cat(roots), torch.cat(masses)
+
+
+class Modes(NamedTuple):
+    """J modes of the latents of N rows (N = 1: of all rows), with their curvatures and masses."""
+
+    mode: Tensor
+    """(J, N, d)"""
+    root: Tensor
+    """(J, N, d, d): covariance = root root'."""
+    log_mass: Tensor
+    """(J, N): log of Laplace's approximation of the integral around each."""
+    doubt: str = ""
+    """What speaks for modes that were missed, in words; empty where nothing does."""
+    orbits: Orbits | None = None
+    """Which modes are images of others; None where symmetries were not looked for."""
+
+    @classmethod
+    def one(cls, located: LaplaceApproximation) -> Modes:
+        """A single mode of each row."""
+        return cls(located.mode[None], located.root[None], located.mode.new_zeros(1, len(located.mode)))
+
+    @property
+    def log_share(self) -> Tensor:
+        """(J, N) log w_j."""
+        return self.log_mass.log_softmax(0)
+
+    def log_gaussian(self, u: Tensor) -> Tensor:
+        """log of Gaussians q_j at u (..., N, d): (J, ..., N)."""
+        white, log_det = self._white(u)
+        return -0.5 * white.square().sum(-1) - log_det - 0.5 * u.shape[-1] * math.log(2 * math.pi)
+
+    def log_density(self, u: Tensor) -> Tensor:
+        """log q of the mixture of Student-t at u (..., N, d): (..., N)."""
+        white, log_det = self._white(u)
+        each = log_t(white, degrees_of(u.shape[-1])) - log_det
+        return (each + self.log_share.reshape(log_det.shape)).logsumexp(0)
+
+    def _white(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """u (..., N, d) in units of each mode (J, ..., N, d), and log |root| (J, ..., N) of it."""
+        n_modes, n_rows, width = self.mode.shape
+        inner = (1,) * (u.ndim - 2)
+        inverse = torch.linalg.inv(self.root).reshape(n_modes, *inner, n_rows, width, width)
+        apart = u - self.mode.reshape(n_modes, *inner, n_rows, width)
+        log_det = torch.linalg.slogdet(self.root)[1].reshape(n_modes, *inner, n_rows)
+        return (inverse @ apart[..., None])[..., 0], log_det
+
+
+def doubted(evidence: Evidence, modes: Modes) -> Evidence:
+    """The evidence, without an error and with a warning where something speaks for modes that were missed."""
+    if not modes.doubt:
+        return evidence
+    warn(
+        f"the evidence may miss modes of the posterior, so that it has no error (se is nan): {modes.doubt}. Narrow the "
+        "priors, give latents starting values by better scaled priors, or compare with SequentialMonteCarlo()",
+        MissedModeWarning,
+    )
+    return evidence._replace(se=math.nan)
+
+
+class _Found(NamedTuple):
+    """Tops of climbs, distinct ones, the greatest mass first."""
+
+    u: Tensor
+    """(J, d)"""
+    root: Tensor
+    """(J, d, d)"""
+    log_mass: Tensor
+    """(J,)"""
+    hits: Tensor
+    """(J,) climbs that have ended there."""
+
+
+class ModeSearch:
+    """Where the modes of a program are; found once for its data, and followed from there.
+
+    Parameters
+    ----------
+    adaptive : AdaptiveNodes
+        Of a program whose latents belong to the data set. Of latents of rows one mode is followed in each.
+    """
+
+    def __init__(self, adaptive: AdaptiveNodes):
+        self.adaptive = adaptive
+        self._kept: tuple[Tensor, Tensor, Modes] | None = None
+
+    def forget(self) -> None:
+        """Search again at the next call."""
+        self._kept = None
+        self.adaptive.forget()
+
+    def find(self, args: tuple[Any, ...], x: Tensor, visible: Tensor, near: Modes | None = None) -> Modes:
+        """The modes of the latents given the visible (T,) of the tokens x (N, T).
+
+        A search is made for data that are new; for the same ones, of which parameters may have moved, and from
+        ``near``, modes for other visible tokens of theirs, each mode is followed to where it has gone.
+        """
+        at = self.adaptive
+        if at.program.by_row or not at.space.width:
+            located = at.locate(args, x, visible, None if near is None else _single(near))
+            return Modes.one(located)
+        if near is None and self._kept is not None:
+            data, shown, kept = self._kept
+            if torch.equal(shown, visible) and _equal(data, x):
+                near = kept
+        climbs = _Climbs(at, args, x, visible)
+        with pyro.validation_enabled(False), torch.no_grad():
+            found = climbs.search() if near is None else climbs.follow(near)
+        if near is None or (self._kept is not None and near is self._kept[2]):
+            self._kept = x.detach(), visible, found
+        return found
+
+
+def _single(modes: Modes) -> LaplaceApproximation:
+    return LaplaceApproximation(modes.mode[0], modes.root[0])
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+class _Climbs:
+    """Climbs of one log joint density of latents that all rows share."""
+
+    def __init__(self, adaptive: AdaptiveNodes, args: tuple[Any, ...], x: Tensor, visible: Tensor):
+        self.adaptive, self.args, self.x, self.visible = adaptive, args, x, visible
+        self.filled = tuple(fill(a) for a in args)
+        self.width = adaptive.space.width
+        self._drawn = x.new_zeros(0, self.width)
+        self._cells = max(1, x.numel() * adaptive.n_evaluations)
+
+    def log_prob(self, u: Tensor) -> Tensor:
+        """log p(u, x_R) (M,) at u (M, d)."""
+        parts = [
+            self.adaptive.log_prob(self.args, self.filled, self.x, self.visible, part[:, None])[:, 0]
+            for part in u.split(max(1, CELLS // self._cells))
+        ]
+        return torch.cat(parts)
+
+    def search(self) -> Modes:
+        """From the middle of the prior, from 0 and from draws; from more of these where a mode was found by few."""
+        n = FEW_STARTS if self.adaptive.one_by_one else N_STARTS
+        n = max(2, min(n, WORK // (self._cells * self.width)))
+        most = (
+            n if self.adaptive.one_by_one else max(n, min(MAX_STARTS, 4 * WORK // (self._cells * self.width)))
+        )
+        middle = self._draws(N_MIDDLE)[:N_MIDDLE].median(0).values
+        chosen = torch.cat([self._nearer(middle[None]), torch.zeros_like(middle)[None]])
+        peaks, n_starts = self._climb(torch.cat([chosen, self._nearer(self._draws(n)[:n])])), n
+        while True:
+            # the climbs from middle and 0 are no draws: they find no mode often
+            hits = torch.bincount(peaks.same[len(chosen) :], minlength=len(peaks.same))
+            found, _ = self._distinct(peaks, hits)
+            modes, rare, whole = self._with_images(found)
+            if not rare or n_starts >= most:
+                break
+            n = min(most, 2 * n_starts)
+            peaks = _join(peaks, self._climb(self._nearer(self._draws(n)[n_starts:n])))
+            n_starts = n
+        doubt = ""
+        if rare:
+            doubt = (
+                f"{rare} of {len(found.hits)} modes that matter were found by one of {n_starts} climbs from the prior, "
+                "so that others may have been found by none"
+            )
+        elif not whole:
+            doubt = (
+                f"symmetries give a mode more than {MAX_IMAGES} images, of which only so many were looked at"
+            )
+        return modes._replace(doubt=doubt)
+
+    def follow(self, near: Modes) -> Modes:
+        """Modes that have moved a little, and their images."""
+        orbits = near.orbits
+        assert orbits is not None
+        peaks = self._climb(near.mode[orbits.first, 0])
+        found, index = self._distinct(peaks, torch.ones_like(peaks.same))
+        keep = found.log_mass >= found.log_mass[0] - NEGLIGIBLE
+        orbits = orbits._replace(moves=tuple(orbits.moves[j] for j in index[keep].tolist()))
+        return Modes(
+            *orbits.spread(found.u[keep], found.root[keep], found.log_mass[keep]), near.doubt, orbits
+        )
+
+    def _draws(self, n: int) -> Tensor:
+        """(M, d) at least n of the prior, always the same ones first."""
+        at, before = self.adaptive, len(self._drawn)
+        if before < n:
+            n_rows = n_rows_of(at.program, self.filled)
+            traces = prior_draws(at.model, self.filled, n, before)
+            draws = [at.within_reach(at.space.pack(t, n_rows)[0]) for t in traces]
+            self._drawn = torch.cat([self._drawn, *draws])
+        return self._drawn
+
+    @torch.no_grad()
+    def _nearer(self, u: Tensor) -> Tensor:
+        """(M, d): each draw, or the part of its way from 0 with the greatest density, which a vague prior goes past."""
+        none = (u.new_full((1,), -math.inf),)
+        ways = torch.stack([u * share for share in SHARES_OF_WAY])  # (W, M, d)
+        (value,) = by_halves(lambda part: (self.log_prob(part),), ways.flatten(0, 1), none)
+        best = value.nan_to_num(-math.inf).unflatten(0, ways.shape[:2]).argmax(0)
+        return ways[best, torch.arange(len(u), device=u.device)]
+
+    def _climb(self, u: Tensor) -> Peaks:
+        return climb(self.log_prob, u, MAX_STEPS, self.adaptive.sure)
+
+    def _distinct(self, peaks: Peaks, hits: Tensor) -> tuple[_Found, Tensor]:
+        """Tops that are no others, and which climbs these are; if there is none, the highest place."""
+        top = peaks.top & peaks.value.isfinite() & peaks.root.isfinite().all(-1).all(-1)
+        ends = top & (peaks.same == torch.arange(len(top), device=top.device))
+        if not bool(ends.any()):
+            ends = torch.zeros_like(top)
+            ends[peaks.value.nan_to_num(-math.inf).argmax()] = True
+        constant = 0.5 * self.width * math.log(2 * math.pi)
+        log_mass = peaks.value + torch.linalg.slogdet(peaks.root)[1] + constant
+        index = ends.nonzero()[:, 0]
+        index = index[log_mass[index].argsort(descending=True)]
+        inverse = torch.linalg.inv(peaks.root[index])
+        near = distances(peaks.u[index], inverse.mT @ inverse) < SAME_MODE
+        first = near.to(torch.int8).argmax(1)  # of the greatest mass, of those that are one mode
+        own = (first == torch.arange(len(first), device=first.device)).nonzero()[:, 0]
+        pooled = torch.zeros_like(hits[index]).index_add(0, first, hits[index])
+        index = index[own]
+        return _Found(peaks.u[index], peaks.root[index], log_mass[index], pooled[own]), index
+
+    def _with_images(self, found: _Found) -> tuple[Modes, int, bool]:
+        """The modes and their images under symmetries; how many that matter few climbs have found; if these are all."""
+        keep = found.log_mass >= found.log_mass[0] - NEGLIGIBLE
+        u, root, log_mass, hits = (t[keep] for t in found)
+        where = Coordinates(self.adaptive.space)
+        symmetries = self._symmetries(where, u[0], root[0])
+        moves, own_hits, chosen, whole = [], [], [], True
+        left = torch.ones(len(u), dtype=torch.bool, device=u.device)
+        for j in range(len(u)):
+            if not bool(left[j]):
+                continue
+            elements, images, all_of_them = orbit(where, symmetries, u[j], root[j])
+            by = Moves.of(elements)
+            white = (
+                torch.linalg.inv(where.images(u[j], root[j], by)[1])[:, None]
+                @ (u - images[:, None])[..., None]
+            )
+            own = left & (white[..., 0].norm(dim=-1) < 2 * SAME_MODE).any(0)
+            own[j] = True
+            left &= ~own
+            whole &= all_of_them
+            moves.append(by)
+            chosen.append(j)
+            own_hits.append(int(hits[own].sum()))
+        orbits = Orbits(where, tuple(moves))
+        modes = Modes(*orbits.spread(u[chosen], root[chosen], log_mass[chosen]), "", orbits)
+        n_images = torch.tensor([len(by.order) for by in moves]).to(log_mass)
+        mass = (log_mass[chosen] + n_images.log()).softmax(0)
+        rare = sum(m > MATTERS and n < OFTEN for m, n in zip(mass.tolist(), own_hits, strict=True))
+        return modes, rare if int(found.hits.sum()) >= OFTEN else 0, whole
+
+    def _symmetries(self, where: Coordinates, u: Tensor, root: Tensor) -> list[Symmetry]:
+        """Of the log joint density, at points of the prior and near the mode."""
+        parts = self.adaptive.space.parts
+        if self.width > MAX_SYMMETRIC or any(p.latent.row_axis is not None for p in parts):
+            return []
+        generator = torch.Generator().manual_seed(0)
+        normal = torch.randn(N_POINTS, self.width, generator=generator, dtype=u.dtype).to(u)
+        points = torch.cat([u + normal @ root.mT, self._draws(N_POINTS)[:N_POINTS]])
+        return find_symmetries(self.log_prob, where, points)
+
+
+def _join(a: Peaks, b: Peaks) -> Peaks:
+    u, value, root, top = (torch.cat([s, t]) for s, t in zip(a[:4], b[:4], strict=True))
+    return Peaks(u, value, root, top, torch.cat([a.same, b.same + len(a.same)]))

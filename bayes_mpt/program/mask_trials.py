@@ -1,0 +1,218 @@
+"""Masks and scales of a program, and what it observes in one row, at other data: none of it may move with the tokens.
+
+A mask may say which cells are missing, so it may look at isnan(x) and at arguments that are no tokens. One that looks
+at the values of tokens (x > 0) makes the likelihood no density: what it leaves out has a probability, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from bayes_mpt.program.arguments import resampled
+from bayes_mpt.program.other_latents import FAILURES, other_points
+from bayes_mpt.program.program import Model, ModelError, Program
+from bayes_mpt.program.run import run
+from bayes_mpt.program.sites import (
+    latent_nodes,
+    node_of,
+    own_masks,
+    own_shown,
+    plate_axis,
+    sub_samples,
+)
+from bayes_mpt.program.store import moved_parameters
+
+__all__ = ["refuse_other_rows", "refuse_selection"]
+
+N_TABLES = 8  # of other data
+MAX_COLUMNS = 256  # of an argument
+
+
+class _View(NamedTuple):
+    """What a run shows of the data, by site."""
+
+    shown: dict[str, Tensor]
+    scale: dict[str, Tensor]
+    values: dict[str, Tensor]
+
+
+def refuse_selection(model: Model, args: tuple[Any, ...], program: Program, first: Trace) -> None:
+    """Refuse masks and scales that move with the values of tokens, with latents or with parameters.
+
+    Parameters
+    ----------
+    model : callable
+        A Pyro program.
+    args : tuple
+        Filled: what it was first run on.
+    program : Program
+        What was found out about it.
+    first : Trace
+        That run.
+
+    Raises
+    ------
+    ModelError
+        With the site and what to do.
+    """
+    nodes = [node_of(first, name) for name in (*program.site_names, *program.latent_names)]
+    computed = any(own_masks(n, n["fn"].event_dim) or isinstance(n["scale"], Tensor) for n in nodes)
+    if not computed:
+        return
+    before = _view(first, program)
+    held = {n["name"]: n["value"].detach() for n in latent_nodes(first)}
+    for at in other_points(model, args, first):
+        with torch.no_grad(), pyro.validation_enabled(False), moved_parameters(at.size, at.seed):
+            now = _view(run(model, args, {**at.latents, **sub_samples(first)}), program)
+        name = _moved(before, now)
+        if name is not None:
+            raise ModelError(
+                f"a mask or scale of the program at site {name!r} moves with latents or parameters, so that what it "
+                "leaves out is no missing cell: let it depend on arguments alone, and write a choice between "
+                "distributions as a mixture"
+            )
+    for position, arg in enumerate(args):
+        for other in _tables(arg):
+            trace = _taken(model, args, position, other, held, first)
+            if trace is None or _moved(before, _view(trace, program)) is None:
+                continue
+            only = _tokens_alone(model, args, position, other, held, first, program)
+            trace = None if only is None else _taken(model, args, position, only, held, first)
+            name = None if trace is None else _moved(before, _view(trace, program))
+            if name is not None:
+                raise ModelError(
+                    f"a mask or scale of the program at site {name!r} moves with observed values (x > 0, say): the "
+                    "cells that it leaves would be scored by no density. A mask may depend on isnan(x), of missing "
+                    "cells, and on arguments that are not observed. Of values that are cut off, write a truncated or "
+                    "censored distribution"
+                )
+
+
+def refuse_other_rows(model: Model, args: tuple[Any, ...], program: Program, first: Trace) -> None:
+    """Refuse observed values that are computed from other rows, where latents of the data set make rows one vector.
+
+    In the rows plate each value is of one row: x - x.mean(0) has fewer numbers than it has entries, and no density.
+    Where rows are independent, `bayes_mpt.program.trials` sees more.
+
+    Raises
+    ------
+    ModelError
+        With the site and what to do.
+    """
+    if program.by_row or program.rows_plate is None:
+        return
+    held = {n["name"]: n["value"].detach() for n in latent_nodes(first)}
+    for name in program.site_names:
+        node = node_of(first, name)
+        value, axis = node["value"], plate_axis(node, program.rows_plate)
+        if axis is None or any(_is_view(value, a) for a in args):
+            continue  # cells as they stand
+        for position, arg in enumerate(args):
+            if not isinstance(arg, Tensor) or not arg.ndim or len(arg) != value.shape[axis] or len(arg) < 2:
+                continue
+            odd = torch.arange(len(arg), device=arg.device) % 2 == 1
+            for other in _tables(arg):
+                changed = torch.where(odd.reshape(-1, *(1,) * (arg.ndim - 1)), other, arg)
+                trace = _taken(model, args, position, changed, held, first)
+                if trace is None:
+                    continue
+                now, kept = node_of(trace, name)["value"], (~odd).nonzero()[:, 0]
+                if now.shape == value.shape and not torch.equal(
+                    *(v.index_select(axis, kept) for v in (now, value))
+                ):
+                    raise ModelError(
+                        f"the value of observed site {name!r} in one row depends on other rows of plate "
+                        f"{program.rows_plate!r} (x - x.mean(0), lags), so that their density is not that of the data: "
+                        "compute it outside the program, or make the statistic a pyro.param in the distribution"
+                    )
+                break
+
+
+def _is_view(value: Tensor, arg: Any) -> bool:
+    """Whether a value is made of an argument's cells as they stand."""
+    if not isinstance(arg, Tensor):
+        return False
+    return value is arg or (
+        value._base is not None and value._base is (arg if arg._base is None else arg._base)
+    )
+
+
+def _view(trace: Trace, program: Program) -> _View:
+    nodes = [node_of(trace, name) for name in (*program.site_names, *program.latent_names)]
+    return _View(
+        {n["name"]: own_shown(n) for n in nodes},
+        {n["name"]: torch.as_tensor(n["scale"]).detach() for n in nodes},
+        {name: node_of(trace, name)["value"].detach() for name in program.site_names},
+    )
+
+
+def _moved(before: _View, now: _View) -> str | None:
+    """The first site whose mask or scale is another."""
+    for name in before.shown:
+        if not torch.equal(before.shown[name], now.shown[name]):
+            return name
+        if not torch.equal(before.scale[name], now.scale[name]):
+            return name
+    return None
+
+
+def _tables(arg: Any) -> Iterator[Tensor]:
+    """Other values for an argument: near and far, to either side; and its own, elsewhere."""
+    if not isinstance(arg, Tensor) or not arg.ndim or not arg.numel():
+        return
+    if len(arg) > 1:
+        yield resampled(arg)
+    if not arg.is_floating_point():
+        return
+    size = arg.abs().mean(0) + arg.std(0, correction=0)
+    size = torch.where(size > 0, size, torch.ones_like(size))
+    generator = torch.Generator().manual_seed(2)
+    for k in range(1, N_TABLES):
+        step = torch.rand(arg.shape, generator=generator, dtype=torch.float64).to(arg) - (k % 2)
+        yield arg + 3.0 ** (k - 3) * size * step
+
+
+def _taken(
+    model: Model, args: tuple[Any, ...], position: int, other: Tensor, held: dict[str, Tensor], first: Trace
+) -> Trace | None:
+    """A run on these values of one argument; None where the program does not take them."""
+    try:
+        with torch.no_grad(), pyro.validation_enabled(False):
+            changed = (*args[:position], other, *args[position + 1 :])
+            return run(model, changed, {**held, **sub_samples(first)})
+    except FAILURES:
+        return None
+
+
+def _tokens_alone(
+    model: Model,
+    args: tuple[Any, ...],
+    position: int,
+    other: Tensor,
+    held: dict[str, Tensor],
+    first: Trace,
+    program: Program,
+) -> Tensor | None:
+    """The argument with other values in those columns alone that are observed; None where none is."""
+    arg = args[position]
+    width = arg[0].numel()
+    if width > MAX_COLUMNS:
+        return other
+    before, only = _view(first, program).values, arg
+    for column in range(width):
+        one = arg.reshape(len(arg), -1).clone()
+        one[:, column] = other.reshape(one.shape)[:, column]
+        one = one.reshape(arg.shape)
+        trace = _taken(model, args, position, one, held, first)
+        if trace is None:
+            continue
+        now = _view(trace, program).values
+        if any(not torch.equal(before[name], now[name]) for name in before):
+            only = torch.where(one != arg, other, only)
+    return None if only is arg else only
