@@ -18,7 +18,7 @@ from scipy.sparse import issparse
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-__all__ = ["read_numbers", "read_table", "unmasked"]
+__all__ = ["read_numbers", "read_table", "unmasked", "widths_of"]
 
 NO_NUMBERS = "OSUMmV"  # kinds of numpy arrays whose cells need not be numbers
 
@@ -42,8 +42,32 @@ def unmasked(a: Any) -> Any:
     return np.asarray(a.filled(np.nan))
 
 
+def widths_of(X: Any) -> tuple[int, ...] | None:
+    """Columns of each of several tables of the same rows, a tuple; None of one table.
+
+    Raises
+    ------
+    ValueError
+        If one of them is no table (N, T), or they have different numbers of rows.
+
+    Examples
+    --------
+    >>> widths_of((np.zeros((5, 1)), np.zeros((5, 3)))), widths_of([[1.0, 2.0], [3.0, 4.0]])
+    ((1, 3), None)
+    """
+    if not isinstance(X, tuple) or len(X) < 2 or not any(np.ndim(a) == 2 for a in X):
+        return None
+    shapes = [np.shape(a) for a in X]
+    if any(len(s) != 2 for s in shapes) or len({s[0] for s in shapes}) > 1:
+        raise ValueError(
+            f"X is a tuple of arrays of shapes {shapes}: give several inputs of a program as tables of the same rows, "
+            "a single column as a[:, None]"
+        )
+    return tuple(s[1] for s in shapes)
+
+
 def read_table(X: Any) -> Any:
-    """A table X for scikit-learn's own checks.
+    """A table X for scikit-learn's own checks; several of a tuple side by side.
 
     Raises
     ------
@@ -52,6 +76,8 @@ def read_table(X: Any) -> Any:
     ValueError
         If a column holds text, dates or infinities; the column is named.
     """
+    if widths_of(X) is not None:
+        return np.hstack([np.asarray(read_table(a)) for a in X])
     X = _array(X, "X")
     if isinstance(X, list | tuple):
         with suppress(ValueError):  # rows of different lengths: scikit-learn says so

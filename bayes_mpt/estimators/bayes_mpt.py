@@ -26,6 +26,7 @@ from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from bayes_mpt.estimators import availability, predictions, sampling
+from bayes_mpt.estimators.adapted import Adapted, fitted_as_written
 from bayes_mpt.estimators.availability import is_unfitted, takes_labels
 from bayes_mpt.estimators.averaging import averaged
 from bayes_mpt.estimators.fit import fit_program
@@ -36,7 +37,7 @@ from bayes_mpt.estimators.rows import check_program, dtype_of, takes_y
 from bayes_mpt.estimators.stored_fit import restored
 from bayes_mpt.estimators.trainer import trainer_of
 from bayes_mpt.estimators.weighed import Weighed
-from bayes_mpt.inputs import read_numbers, read_table, unmasked
+from bayes_mpt.inputs import read_numbers, read_table, unmasked, widths_of
 from bayes_mpt.masks import Policy
 from bayes_mpt.models import PPCA
 from bayes_mpt.predictors import Conditionals, Predictor
@@ -216,9 +217,9 @@ class BayesMPT(
         ----------
         X : array-like of shape (N, T)
             NaN cells are missing, and those that a `numpy.ma` array masks. A memory map is read by chunks and never
-            copied.
+            copied. Of a program ``model(x1, x2, y)`` a tuple of tables, ``fit((x1, x2), y)``.
         y : array-like of shape (N, ...), optional
-            Second argument of the program, if it takes one.
+            Second argument of the program, if it takes one; the last of several.
 
         Raises
         ------
@@ -284,11 +285,13 @@ class BayesMPT(
         template: Fitted | None = self.__dict__.pop("_template", None)
         model = PPCA() if self.model is None else self.model
         with_y = y is not None and takes_y(model)
-        check_program(model, with_y=with_y)
+        widths = widths_of(X)
+        check_program(model, with_y=with_y, n_inputs=1 if widths is None else len(widths))
         if self.guide is not None:
             check_program(self.guide, with_y=with_y, name="guide")
         X = self._check_rows(X, reset=before.get("more") is None)
         y = read_numbers(y, len(X)) if with_y else None
+        program = model if widths is None else Adapted(model, widths=widths)
         context.call_on_fit_task_begin(estimator=self, X=X, y=y)
         trainer = trainer_of(self, model, getattr(self, "feature_names_in_", np.arange(self.n_features_in_)))
         report = reporter(self, context, line, trainer.limit, every=trainer.by_epochs)
@@ -298,7 +301,9 @@ class BayesMPT(
             raise ValueError("average='posterior' needs all rows at once: call fit, not partial_fit")
         unused = () if self.average is None else (ZeroNoiseWarning,)  # of a maximum that scores nothing
         with warnings_of(silent=unused):
-            fitted = fit_program(model, self.guide, X, y, trainer, **before)
+            fitted = fitted_as_written(
+                lambda program: fit_program(program, self.guide, X, y, trainer, **before), program, X
+            )
         if self.average is not None:
             fitted = averaged(fitted.with_settings(self.predictor, self._draws), X)
         self._keep(fitted)

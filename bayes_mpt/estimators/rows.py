@@ -92,7 +92,7 @@ def dtype_of(X: Any) -> Any:
     return np.float32 if dtypes == {np.dtype(np.float32)} else np.float64
 
 
-def check_program(program: Any, *, with_y: bool, name: str = "model") -> None:
+def check_program(program: Any, *, with_y: bool, name: str = "model", n_inputs: int = 1) -> None:
     """Refuse a program (or guide) that cannot be called, before anything runs; its hyper-parameters check themselves.
 
     Raises
@@ -115,16 +115,30 @@ def check_program(program: Any, *, with_y: bool, name: str = "model") -> None:
         return  # it does not say
     if name == "model" and not with_y and takes_y(program) and needs_y(program):
         raise ValueError(f"the program {program!r} takes a second argument: pass y")
-    args = ["x", "y"][: 1 + with_y]
+    args = ["x"] if n_inputs == 1 else [f"x{i + 1}" for i in range(n_inputs)]
+    args += ["y"] * with_y
     visible = {"visible": None} if takes_visible(program) else {}
     try:
         signature.bind(*args, **visible)
     except TypeError as error:
         said = getattr(program, "__name__", repr(program))
         call = ", ".join([*args, *visible])
+        kinds = [p.kind for p in signature.parameters.values()]
+        if not kinds:
+            raise ModelError(
+                f"{name} {said}() takes no argument: its data stand in a closure, where no cell of them can be hidden. "
+                f"Write def {said}({call}) with obs={args[-1]}, and pass the data to fit"
+            ) from None
+        several = sum(p.default is p.empty for p in signature.parameters.values()) - with_y
+        tables = ", ".join(f"x{i + 1}" for i in range(several))
+        other = (
+            f", or pass its inputs as tables, fit(({tables}), y)"
+            if several > n_inputs == 1 and with_y
+            else ""
+        )
         raise ModelError(
             f"{name} {said}{signature} is called as {said}({call}), which it does not take ({error}): write "
-            f"def {said}({call}), and give it other arguments by functools.partial"
+            f"def {said}({call}){other}, and give it other arguments by functools.partial"
         ) from None
 
 

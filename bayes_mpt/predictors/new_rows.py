@@ -23,7 +23,10 @@ def growing(model: Model, args: tuple[Any, ...], program: Program) -> tuple[str,
     n_rows = len(args[0])
     if program.by_row or n_rows < 2 or not any(n_rows in site.shape for site in program.latents):
         return ()
-    trace = run(model, tuple(fill(a) for a in head(args, n_rows - 1)))
+    try:
+        trace = run(model, tuple(fill(a) for a in head(args, n_rows - 1)))
+    except (RuntimeError, ValueError, IndexError):  # written for so many rows: a plate of literal size
+        return ()
     return tuple(
         site.name
         for site in program.latents

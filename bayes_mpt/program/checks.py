@@ -48,9 +48,11 @@ def _check_latent(node: Any) -> None:
                 "out. Use one with fewer, or a continuous latent"
             )
     elif getattr(fn.support, "is_discrete", False):
+        kind = type(base(fn)).__name__
         raise ModelError(
-            f"discrete latent {node['name']!r} is {type(base(fn)).__name__}, which has infinite support: it cannot be "
-            "summed out. Use Categorical or Binomial up to a largest value"
+            f"discrete latent {node['name']!r} is {kind}, which has infinite support: it cannot be summed out. Use "
+            f"Binomial, or cut it off at a largest value, say 50: probs = dist.{kind}(...).log_prob(torch.arange(51.0))"
+            f".exp(); pyro.sample({node['name']!r}, dist.Categorical(probs))"
         )
     elif isinstance(base(fn), dist.Delta):
         raise ModelError(

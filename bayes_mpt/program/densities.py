@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bayes_mpt.warnings import PrecisionWarning, warn
 
-__all__ = ["log_density", "unrepeated"]
+__all__ = ["log_density", "uncached", "unrepeated"]
 
 LARGE = 1e8  # counts from which on the saddle-point form is taken
 FEW_DIGITS = 1e9  # counts from which on other distributions of counts say that they lose digits
@@ -76,7 +76,7 @@ def log_density(fn: Any, value: Tensor) -> Tensor:
         # a rate that has left the floats: no count is possible, where torch has inf - inf
         finite = type(fn)(torch.where(fn.rate.isinf(), 1.0, fn.rate), validate_args=False)
         return torch.where(fn.rate.isinf(), -math.inf, _large(finite, value, finite.log_prob(value)))
-    log_prob = fn.log_prob(value)
+    log_prob = uncached(fn).log_prob(value)
     if isinstance(fn, TRIALS):
         log_prob = _rare(fn, value, log_prob)
     if isinstance(
@@ -84,6 +84,17 @@ def log_density(fn: Any, value: Tensor) -> Tensor:
     ):
         log_prob = _large(fn, value, log_prob)
     return log_prob
+
+
+def uncached(fn: Any) -> Any:
+    """The distribution, its flows without what they remember: the inverse of the last value, at the parameters then."""
+    inside = fn
+    while inside is not None:
+        if isinstance(inside, torch.distributions.TransformedDistribution):
+            for transform in inside.transforms:
+                transform.clear_cache()  # type: ignore[attr-defined]  # Pyro gives it to torch's
+        inside = getattr(inside, "base_dist", None)
+    return fn
 
 
 def unrepeated(fn: Any) -> Any:

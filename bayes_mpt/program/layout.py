@@ -11,6 +11,7 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from bayes_mpt.program.densities import uncached
 from bayes_mpt.program.program import ModelError, Observed, Program
 from bayes_mpt.program.sites import base, node_of, own_shown
 
@@ -114,8 +115,10 @@ def check_shape(node: Any, site: Observed) -> None:
 def log_probs_under(trace: Trace, values: dict[str, Tensor], program: Program) -> dict[str, Tensor]:
     """Log-densities of these values of tokens and latents under the distributions of a run, by site."""
     with pyro.validation_enabled(False):
-        tokens = {n: base(node_of(trace, n)["fn"]).log_prob(values[n]) for n in program.site_names}
-        return tokens | {n: node_of(trace, n)["fn"].log_prob(values[n]) for n in program.latent_names}
+        tokens = {n: uncached(base(node_of(trace, n)["fn"])).log_prob(values[n]) for n in program.site_names}
+        return tokens | {
+            n: uncached(node_of(trace, n)["fn"]).log_prob(values[n]) for n in program.latent_names
+        }
 
 
 def laws_of(trace: Trace, values: dict[str, Tensor], program: Program) -> dict[str, tuple[Tensor, ...]]:

@@ -94,24 +94,24 @@ def values_with_gaps(
         raw = None  # the program does not take NaN: it has no view of its own
     out = {}
     for name in names:
-        value = node_of(filled, name)["value"]
+        value, shown = node_of(filled, name)["value"], own_shown(node_of(filled, name))
         moves = node_of(other, name)["value"] != value
         if raw is not None:
             node = node_of(raw, name)
             moves = moves | (node["value"] != value)
-            hidden = ~own_shown(node) & own_shown(filled.nodes[name])
+            hidden = ~own_shown(node) & shown
             if bool((hidden & ~moves).any()):
                 raise ModelError(
                     f"a mask of the program hides observed cells of site {name!r} where others are missing: take the "
                     "mask away and leave the cells NaN. Missing cells are left out by the package"
                 )
-            if bool((moves & ~hidden & _in_support(node)).any()):
+            if bool((moves & own_shown(node) & _in_support(node)).any()):
                 raise ModelError(
                     f"the program fills in missing cells of observed site {name!r} itself (nan_to_num, a comparison), "
                     "and they would be scored as observed: write obs=x and leave the cells NaN. Missing cells are "
                     "left out by the package"
                 )
-        out[name] = torch.where(moves, torch.nan, value)
+        out[name] = torch.where(moves | ~shown, torch.nan, value)
     return out
 
 

@@ -215,6 +215,8 @@ def own_shown(node: Any) -> Tensor:
     value = node["value"]
     shown = torch.ones(value.shape, dtype=torch.bool, device=value.device)
     for mask, n_outer in own_masks(node, node["fn"].event_dim):
+        while mask.ndim + n_outer > value.ndim and mask.ndim:  # of data at nodes: it moves with no latent
+            mask = mask[0]
         shown = shown & (mask[(...,) + (None,) * n_outer] if mask.ndim else mask)
     return shown
 

@@ -34,6 +34,8 @@ OWN = "maximize, the model's own"
 STATIONARY = 1e-3  # nats a row and unit of the map: a steeper place is no maximum
 FURTHEST = 3.0  # e-folds by which the size of a parameter changes at once
 SETTLING_STEPS = 20  # of a model's own way, where L-BFGS has ended
+MAX_SETTLINGS = 5  # climbs, where it gains and L-BFGS was stuck
+ENOUGH = 10.0  # tolerances that it may gain at an end
 OWN_STEPS = 1000  # of a model's own way to climb: one that creeps is left to L-BFGS
 GAIN_LEFT = 1e-3  # nats of all tokens
 
@@ -80,19 +82,35 @@ def maximize_lbfgs(problem: Problem, *, max_iter: int, tol: float, report: Repor
         fit.method, fit.last, fit.history, fit.n_iter, fit.converged = OWN, read, [score], 1, True
         return fit
     assign(leaves, climb.best_theta)
+    for _ in range(MAX_SETTLINGS if own else 0):
+        if fit.interrupted or not _settle(problem, leaves, fit, climb, tol):
+            break
+        try:
+            climb.run()
+        except KeyboardInterrupt:
+            fit.interrupted, fit.converged = True, False
+        assign(leaves, climb.best_theta)
     fit.n_iter = len(fit.history)
-    if own and not fit.interrupted:
-        _settle(problem, leaves, fit, climb, tol)
     return fit
 
 
-def _settle(problem: Problem, leaves: dict[str, Tensor], fit: Fit, climb: _Climb, tol: float) -> None:
-    """Let the model itself have the last word, if that loses nothing: where the score is flat, L-BFGS may go far."""
+def _settle(problem: Problem, leaves: dict[str, Tensor], fit: Fit, climb: _Climb, tol: float) -> bool:
+    """Let the model itself have the last word, if that loses nothing: where the score is flat, L-BFGS may go far.
+
+    Where it gains nothing either, no way is left that does: that is an end, however steep a narrow ridge may look.
+    Whether it gains where L-BFGS was stuck, and should be asked again.
+    """
     _, fit.interrupted = _own_maximum(problem, leaves, tol, SETTLING_STEPS)
     with torch.no_grad():
-        lost = climb.best - float(problem.score())
-    if not lost <= tol * max(1.0, abs(climb.best)):
+        gain, level = float(problem.score()) - climb.best, tol * max(1.0, abs(climb.best))
+    if not gain >= -level:
         assign(leaves, climb.best_theta)
+        return False
+    climb.best, climb.best_theta = climb.best + gain, flat(leaves).detach().clone()
+    if not climb.stuck or fit.interrupted or fit.converged:
+        return False
+    fit.converged = gain <= ENOUGH * level
+    return not fit.converged
 
 
 class _Climb:
@@ -112,6 +130,8 @@ class _Climb:
         self.best_theta, self.best = flat(leaves).detach().clone(), -math.inf
         self.best_slope = torch.full_like(self.best_theta, math.inf)
         self.least_unit = torch.full_like(self.best_theta, math.inf)
+        self.stuck = False
+        """Whether neither units of the outputs nor those of the parameters have let it gain more."""
 
     def run(self) -> None:
         """Climb again and again, each time in the units of the place, until that gains nothing."""
@@ -222,6 +242,7 @@ class _Climb:
             if self._gained(before):
                 return True
         self.fit.converged = _max_slope(problem, leaves, in_units, len(self.least_unit)) <= level
+        self.stuck = True
         return False
 
 

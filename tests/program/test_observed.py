@@ -356,6 +356,46 @@ def test_series_masked_behind_their_ends():
     np.testing.assert_allclose(BayesMPT(program).fit(x).score_samples(x), truth, atol=1e-10)
 
 
+@pytest.mark.parametrize("latents_too", [False, True])
+def test_walks_masked_behind_their_ends_are_in_closed_form(latents_too):
+    walks, lengths = np.random.default_rng(0).normal(size=(3, 5)).cumsum(1), np.array([5.0, 2.0, 3.0])
+
+    def program(x, n):
+        with pyro.plate("rows", len(x)):
+            at = x.new_zeros(len(x))
+            for t in pyro.markov(range(5)):
+                with poutine.mask(mask=t < n if latents_too else True):
+                    at = pyro.sample(f"z_{t}", dist.Normal(at, 1.0))
+                with poutine.mask(mask=t < n):
+                    pyro.sample(f"x_{t}", dist.Normal(at, 1.0), obs=x[:, t])
+
+    cov = np.minimum.outer(np.arange(1, 6), np.arange(1, 6)) + np.eye(5)
+    short = [w[: int(n)] for w, n in zip(walks, lengths, strict=True)]
+    truth = [stats.multivariate_normal(np.zeros(len(w)), cov[: len(w), : len(w)]).logpdf(w) for w in short]
+    model = BayesMPT(program).fit(walks, lengths)
+    assert model.predictor_.name == "Exact"
+    np.testing.assert_allclose(model.score_samples(walks, lengths), truth, atol=1e-10)
+
+
+@pytest.mark.parametrize("holes", [False, True])
+def test_a_mask_of_cells_beside_many_latents_is_in_closed_form(holes):
+    x = np.random.default_rng(0).normal(size=(9, 3))
+    shown = np.random.default_rng(1).uniform(size=(9, 3)) < 0.6
+    seen = shown & (np.arange(27).reshape(9, 3) % 4 > 0 if holes else True)
+    x[~seen & shown] = np.nan
+
+    def program(x, m):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(6), 1.0).to_event(1))
+            loc = z[..., :3] + z[..., 3:]
+            pyro.sample("x", dist.Normal(loc, 1.0).mask(m > 0).to_event(1), obs=x)
+
+    model = BayesMPT(program).fit(x, shown.astype(float))
+    assert model.predictor_.name == "Exact"
+    truth = stats.norm(0, 3**0.5).logpdf(x[seen]).sum()
+    assert model.log_marginal_likelihood_ == pytest.approx(truth, abs=1e-10)
+
+
 # ---------------------------------------------------------------------------------- sites that are no tokens
 
 

@@ -154,7 +154,6 @@ CASES = [
         schools,
         over_tau,
         tolerance=1e-3,
-        known="a plate of literal size",
     ),
     Case(
         "eight_schools_noncentered",
@@ -162,7 +161,6 @@ CASES = [
         schools,
         over_tau,
         tolerance=1e-3,
-        known="a plate of literal size",
     ),
     Case(
         "eight_schools_reparam",
@@ -170,7 +168,6 @@ CASES = [
         schools,
         over_tau,
         tolerance=1e-3,
-        known="a plate of literal size",
     ),
     Case("eight_schools_rows", eight_schools_rows, schools, over_tau, tolerance=1e-3),
     Case("baseball_fully_pooled", fully_pooled, players, pooled_beta),

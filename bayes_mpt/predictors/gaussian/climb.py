@@ -30,6 +30,7 @@ MEMORY = 20  # pairs of steps and slopes
 TRIES = 12  # of a step, ever shorter
 RENEWED = 30  # steps after which the units are those of the place
 ROUNDING = 1e-12  # of the total, which its last digits may be off by
+FEW_DIGITS = 1e-9  # the same where a noise is next to none, so that a covariance is all but singular
 LANCZOS = 16  # products with the Hessian, from which its least eigenvalue is told
 NEGATIVE = -1e-3  # curvature in units of the information: what is less is a saddle
 AWAY = np.array([0.3, 1.0, 3.0, 10.0])  # steps away from it
@@ -241,13 +242,13 @@ class Climb:
         length[open_] = 0.0
         return found, length
 
-    def settle(self) -> bool:
-        """Take away noises that the slope drives to zero, where that loses nothing; whether there are some."""
+    def settle(self, tol: float) -> bool:
+        """Take away noises that the slope drives to zero, if that loses less than ``tol``; whether there are some."""
         theta = self.coordinates.without(self.at.theta, self.at.slope)
         if (theta == self.at.theta).all():
             return False
         new = _Places(theta, *self.coordinates.slopes(theta))
-        if (new.value < self.at.value - ROUNDING * np.abs(self.at.value)).any():
+        if (new.value < self.at.value - np.maximum(tol, FEW_DIGITS * np.abs(self.at.value))).any():
             return False
         self.at = new
         return True

@@ -252,10 +252,14 @@ class _Standardised:
         for _ in range(MAX_SADDLES):
             left = tol * (cells.n_rows + abs(float(climb.at.value[0])))
             self._run(climb, left, max_iter)
-            if climb.settle():
+            if climb.settle(left):
                 self._run(climb, left, max_iter)
             if climb.n_iter >= max_iter or not self.n_latents or not climb.leave_saddle(rng):
                 break
+        if climb.settle(
+            left
+        ):  # steps of other coordinates, in common units, take a noise a little away from zero
+            self.best = climb.coordinates.maps(climb.at.theta[[climb.best]]), climb.n_iter
         return climb
 
     def _run(self, climb: Climb, tol: float, max_iter: int) -> None:

@@ -53,7 +53,8 @@ def check_normal(trace: Trace, program: Program) -> None:
     if len({float(n["scale"]) for n in observed}) > 1:
         raise NotAffine("observed sites have different scales")
     for node in observed:
-        if not bool(own_shown(node).all()):
+        vector = isinstance(base(node["fn"]), torch.distributions.MultivariateNormal)
+        if vector and not bool(own_shown(node).all()):
             raise NotAffine(f"a mask hides values of observed site {node['name']!r}")
     if any(node["value"].requires_grad for node in observed):
         raise NotAffine(

@@ -129,7 +129,7 @@ def _shared_map(
     if not program.by_row or program.sub_rows is not None or program.scale != 1.0:
         return None
     # With covariates a map that rows share now (a slope of zero, sorted groups) need not stay shared.
-    if covariates(analysis.args) or analysis.by_number:
+    if covariates(analysis.args) or analysis.by_number or bool(trial.value.isnan().any()):
         return None
     if analysis.other is None or not rows_alike(analysis.other, form):
         return None

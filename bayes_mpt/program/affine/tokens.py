@@ -36,13 +36,7 @@ def token_means(
 def token_gaps(
     model: Model, args: tuple[Any, ...], structure: AffineForm, trace: Trace, sites: dict[str, Tensor]
 ) -> Tensor:
-    """The observed value as (N, T): a token that is computed from a missing cell is missing."""
-    for name in structure.site_names:
-        if not bool(own_shown(trace.nodes[name]).all()):
-            raise ModelError(
-                f"a mask hides values of observed site {name!r}, and did not when the program was first run: leave the "
-                "cells NaN, which the package leaves out, or show the masked rows when the predictor is made"
-            )
+    """The observed value as (N, T): a token that is computed from a missing cell is missing, or that a mask hides."""
     value = token_values(trace, structure.program)
     if any(has_missing(a) for a in args):
         # The filled cells gave finite parameters and maps; what the NaN themselves reach shows which tokens to drop.
@@ -66,11 +60,11 @@ def token_gaps(
                 other = run(model, tuple(fill_otherwise(a) for a in args), sites)
             shown = values_with_gaps(model, args, structure.site_names, trace, other, sites)
             with_gaps = join_tokens(shown, structure.program)
-        value = with_gaps
-        if int(value.isnan().sum()) > n_cells:
+        n_missing = int((with_gaps.isnan() & ~value.isnan()).sum())
+        if n_missing > n_cells:
             raise ModelError(
-                f"{n_cells} missing cells make {int(value.isnan().sum())} tokens of observed site "
-                f"{structure.observed!r} missing, since tokens are computed from several cells: observe the cells "
-                "themselves, or fill them before"
+                f"{n_cells} missing cells make {n_missing} tokens of observed site {structure.observed!r} missing, "
+                "since tokens are computed from several cells: observe the cells themselves, or fill them before"
             )
+        value = with_gaps
     return value

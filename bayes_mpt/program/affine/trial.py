@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from bayes_mpt.program.arguments import fill
 from bayes_mpt.program.layout import flat, token_values
 from bayes_mpt.program.program import Model
 from bayes_mpt.program.run import run
+from bayes_mpt.program.sites import base, is_subsample, own_shown
 
 __all__ = [
     "Tokens",
@@ -127,17 +129,32 @@ def compare_with_program(structure: AffineForm, reading: Map, before: Trial, tok
         return
     trace, z = before.trace, before.z
     trace.compute_log_prob()
-    want = sum(float(s["log_prob_sum"]) for s in trace.nodes.values() if s["type"] == "sample")
+    want = sum(_log_prob(node) for node in trace.nodes.values() if node["type"] == "sample")
     mean, variance, size = tokens
-    log_joint = float(reading.log_joint(z, before.value, mean, variance))
+    hidden = (
+        before.value.isnan()
+    )  # by a mask of the program, which scores nothing there: log N(m; m, v) is too much
+    value = torch.where(hidden, mean, before.value)
+    most = -0.5 * (2 * math.pi * variance.expand(value.shape)[hidden]).log().sum()
+    log_joint = float(reading.log_joint(z, value, mean, variance) - most)
     got = scale_of(trace.nodes[structure.site_names[0]]) * log_joint
     if abs(got - want) <= tolerance(z) * 1e3 * (1 + abs(want)):
         return
     # A mean that is large beside its noise is rounded: d log N(x; m, v) = (x - m) / v dm,  dm = eps (|x| + |m|)
-    rounded = torch.finfo(z.dtype).eps * (before.value.abs() + size)
-    rounding = 8 * float(((before.value - mean).abs() / variance * rounded).sum())
+    rounded = torch.finfo(z.dtype).eps * (value.abs() + size)
+    rounding = 8 * float(((value - mean).abs() / variance * rounded).sum())
     if not abs(got - want) <= tolerance(z) * 1e3 * (1 + abs(want)) + rounding:
         raise NotAffine(
             f"read as a linear-Gaussian program its log-density is {got:.8g}, but the program's own is {want:.8g} "
             f"(observed site {structure.observed!r}): it contains a mask, a scale on one site or a factor"
         )
+
+
+def _log_prob(node: Any) -> float:
+    """Of a site, in all; that of a latent whole, also where a mask of the program hides it.
+
+    No visible value depends on it there, so that its density integrates to 1.
+    """
+    if node["is_observed"] or is_subsample(node) or bool(own_shown(node).all()):
+        return float(node["log_prob_sum"])
+    return scale_of(node) * float(base(node["fn"]).log_prob(node["value"]).sum())

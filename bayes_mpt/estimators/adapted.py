@@ -1,0 +1,117 @@
+"""A program behind a call that it takes: in the precision of its network, with whole numbers, with several inputs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bayes_mpt.program.program import Model, ModelError
+
+__all__ = ["Adapted", "fitted_as_written"]
+
+
+class Adapted:
+    """A program as the estimator calls it, ``model(x)`` or ``model(x, y)``.
+
+    Parameters
+    ----------
+    model : callable
+        The program as it is written.
+    dtype : torch.dtype, optional
+        Of its rows, where it has a network in single precision.
+    whole : bool, default=False
+        Its rows are whole numbers, which it takes as indices.
+    widths : tuple of int, optional
+        It takes several tables of so many columns in place of one.
+
+    Examples
+    --------
+    >>> def program(x1, x2, y):
+    ...     return x1.shape, x2.shape
+    >>> Adapted(program, widths=(1, 2))(torch.zeros(5, 3), torch.zeros(5))
+    (torch.Size([5, 1]), torch.Size([5, 2]))
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        dtype: torch.dtype | None = None,
+        whole: bool = False,
+        widths: tuple[int, ...] | None = None,
+    ):
+        self.model, self.whole, self.widths = model, whole, widths
+        if dtype is not None:
+            self.dtype = dtype
+        if widths is None:
+            self.__wrapped__ = model
+        else:
+            kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+            names = ["x", "y"] if _n_required(model) > len(widths) else ["x"]
+            self.__signature__ = inspect.Signature([inspect.Parameter(n, kind) for n in names])
+
+    def __call__(self, x: Tensor, *others: Any) -> Any:
+        """Run it."""
+        # NaN, where a cell is missing, is no whole number: such a program wants complete rows
+        x = x.long() if self.whole else x
+        tables = (x,) if self.widths is None else x.split(list(self.widths), 1)
+        return self.model(*tables, *others)
+
+    def __getattr__(self, name: str) -> Any:
+        """What the program offers besides."""
+        if name.startswith("__") or "model" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self.model, name)
+
+    def __repr__(self) -> str:
+        return repr(self.model)
+
+
+def fitted_as_written(fit: Callable[[Model], Any], model: Model, X: NDArray[Any]) -> Any:
+    """What ``fit(model)`` gives, of a program that a first run may ask to be adapted.
+
+    Raises
+    ------
+    ModelError
+        Where the program is to be changed; what else the fit raises, where nothing is known to help.
+    """
+    while True:
+        try:
+            return fit(model)
+        except (ModelError, IndexError) as error:
+            model = _remedy(error, model, X)
+
+
+def _remedy(error: Exception, model: Model, X: NDArray[Any]) -> Adapted:
+    """The program, adapted to what a run of it has said; else the error."""
+    said = str(error)
+    if isinstance(error, ModelError):
+        if (
+            "mixes precisions" in said
+            and not hasattr(model, "dtype")
+            and not isinstance(model, torch.nn.Module)
+        ):
+            return Adapted(model, dtype=torch.float32)
+        raise error
+    if (
+        not isinstance(error, IndexError)
+        or "used as indices" not in said
+        or isinstance(model, torch.nn.Module)
+    ):
+        raise error
+    if getattr(model, "whole", False) or not bool((X == X.round()).all()):
+        raise ModelError(
+            "the program takes a column as an index, and rows are floating-point numbers: write x[:, j].long(), where "
+            "j is that column; it must be complete"
+        ) from error
+    return Adapted(model, whole=True)
+
+
+def _n_required(model: Model) -> int:
+    target = model.forward if isinstance(model, torch.nn.Module) else model
+    parameters: Sequence[inspect.Parameter] = list(inspect.signature(target).parameters.values())
+    return sum(p.default is inspect.Parameter.empty for p in parameters)
