@@ -16,10 +16,9 @@ from bayes_mpt.predictors.nodes.guide import (
     GuideDraws,
     evidence_of_draws,
 )
-from bayes_mpt.predictors.nodes.modes import Modes, ModeSearch, doubted
+from bayes_mpt.predictors.nodes.mixture import Modes
+from bayes_mpt.predictors.nodes.modes import ModeSearch, doubted
 from bayes_mpt.predictors.nodes.newton import LaplaceApproximation
-from bayes_mpt.predictors.nodes.resampling import systematic
-from bayes_mpt.predictors.nodes.rules import degrees_of
 from bayes_mpt.predictors.nodes.weighted import (
     Nodes,
     NodeSource,
@@ -145,27 +144,14 @@ class _AroundMode(NodeSource):
         if visible is None:
             visible = torch.ones(value.shape[1], dtype=torch.bool, device=value.device)
         found = self.modes.find(args, value, visible, near)
-        modes = found if self.structure.by_row else self._widened(args, value, visible, found)
-        u = self._draws(modes)
+        # pieces were fitted to draws already
+        fitted = self.structure.by_row or found.has_pieces
+        modes = found if fitted else self._widened(args, value, visible, found)
+        u = modes.draws(self.n_draws)
         given, part, scale = self.adaptive.at(args, filled, u)
         log_weight = part - modes.log_density(u) - math.log(self.n_draws)
         latents = constrained(self.adaptive.space, u)
         return Read(given, log_weight, value, scale, latents, self.adaptive.space.names, found)
-
-    def _draws(self, modes: Modes) -> Tensor:
-        """Of the mixture (S, N, d): of each mode as many as its share asks for."""
-        n_modes, n_rows, width = modes.mode.shape
-        # multivariate t: a normal vector over the root of a chi-square that its axes share
-        normal = torch.randn(self.n_draws, n_rows, width, dtype=modes.mode.dtype).to(modes.mode)
-        degrees = degrees_of(width)
-        chi = torch.distributions.Chi2(torch.tensor(degrees, dtype=normal.dtype))
-        t = normal * (degrees / chi.sample((self.n_draws, n_rows)).to(normal))[..., None].sqrt()
-        if n_modes == 1:
-            return modes.mode[0] + (modes.root[0] @ t[..., None])[..., 0]
-        log_share = modes.log_share.mT.expand(n_rows, -1)  # (N, J)
-        of = systematic(log_share, self.n_draws).mT  # (S, N)
-        row = torch.arange(n_rows, device=of.device)
-        return modes.mode[of, row] + (modes.root[of, row] @ t[..., None])[..., 0]
 
     def _widened(self, args: tuple[Any, ...], value: Tensor, visible: Tensor, found: Modes) -> Modes:
         """The mixture of the Gaussians closest to the posterior around each mode, and of their images."""

@@ -10,7 +10,6 @@ A mode that few climbs have found tells that others may have been found by none:
 from __future__ import annotations
 
 import math
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyro
@@ -19,8 +18,9 @@ from torch import Tensor
 
 from bayes_mpt.predictors.base import Evidence
 from bayes_mpt.predictors.nodes.conjugacy import prior_draws
+from bayes_mpt.predictors.nodes.mixture import Modes, Orbits
 from bayes_mpt.predictors.nodes.newton import LaplaceApproximation, Peaks, by_halves, climb, distances
-from bayes_mpt.predictors.nodes.rules import degrees_of, log_t
+from bayes_mpt.predictors.nodes.pieces import by_draws, shaped
 from bayes_mpt.predictors.nodes.symmetries import (
     MAX_IMAGES,
     Coordinates,
@@ -36,10 +36,11 @@ from bayes_mpt.warnings import MissedModeWarning, warn
 if TYPE_CHECKING:
     from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
 
-__all__ = ["ModeSearch", "Modes", "doubted"]
+__all__ = ["ModeSearch", "doubted"]
 
 N_STARTS = 16  # draws from the prior that climbs start at, at first
 MAX_STARTS = 64  # where a mode that matters was found by few of them
+REACH = 2.0  # half as many more start at uniform numbers up to it, in unconstrained units
 N_MIDDLE = 9  # draws whose median one more climb starts at
 FEW_STARTS = 4  # where each costs a run of its own
 OFTEN = 2  # climbs that must have found a mode that matters
@@ -52,73 +53,6 @@ N_POINTS = 8  # of the prior, and as many near the mode, at which symmetries are
 WORK = 2**22  # log-densities of tokens, times latents, that the first starts may cost a step
 CELLS = 2**20  # of them at a time
 MAX_SYMMETRIC = 64  # latents, up to which symmetries are looked for
-
-
-class Orbits(NamedTuple):
-    """What moves each mode that was found to its images, itself first."""
-
-    where: Coordinates
-    moves: tuple[Moves, ...]
-
-    @property
-    def first(self) -> list[int]:
-        """Where those that were found stand among all."""
-        return [0, *accumulate(len(m.order) for m in self.moves[:-1])]
-
-    def spread(self, u: Tensor, root: Tensor, log_mass: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """All images (J, 1, ...) of modes (R, d), their roots (R, d, d) and masses (R,)."""
-        modes, roots, masses = [], [], []
-        for mode, its, mass, by in zip(u, root, log_mass, self.moves, strict=True):
-            images, image_roots = self.where.images(mode, its, by)
-            modes.append(images[:, None])
-            roots.append(image_roots[:, None])
-            masses.append(mass.expand(len(images))[:, None])
-        return torch.cat(modes), torch.cat(roots), torch.cat(masses)
-
-
-class Modes(NamedTuple):
-    """J modes of the latents of N rows (N = 1: of all rows), with their curvatures and masses."""
-
-    mode: Tensor
-    """(J, N, d)"""
-    root: Tensor
-    """(J, N, d, d): covariance = root root'."""
-    log_mass: Tensor
-    """(J, N): log of Laplace's approximation of the integral around each."""
-    doubt: str = ""
-    """What speaks for modes that were missed, in words; empty where nothing does."""
-    orbits: Orbits | None = None
-    """Which modes are images of others; None where symmetries were not looked for."""
-
-    @classmethod
-    def one(cls, located: LaplaceApproximation) -> Modes:
-        """A single mode of each row."""
-        return cls(located.mode[None], located.root[None], located.mode.new_zeros(1, len(located.mode)))
-
-    @property
-    def log_share(self) -> Tensor:
-        """(J, N) log w_j."""
-        return self.log_mass.log_softmax(0)
-
-    def log_gaussian(self, u: Tensor) -> Tensor:
-        """log of Gaussians q_j at u (..., N, d): (J, ..., N)."""
-        white, log_det = self._white(u)
-        return -0.5 * white.square().sum(-1) - log_det - 0.5 * u.shape[-1] * math.log(2 * math.pi)
-
-    def log_density(self, u: Tensor) -> Tensor:
-        """log q of the mixture of Student-t at u (..., N, d): (..., N)."""
-        white, log_det = self._white(u)
-        each = log_t(white, degrees_of(u.shape[-1])) - log_det
-        return (each + self.log_share.reshape(log_det.shape)).logsumexp(0)
-
-    def _white(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """u (..., N, d) in units of each mode (J, ..., N, d), and log |root| (J, ..., N) of it."""
-        n_modes, n_rows, width = self.mode.shape
-        inner = (1,) * (u.ndim - 2)
-        inverse = torch.linalg.inv(self.root).reshape(n_modes, *inner, n_rows, width, width)
-        apart = u - self.mode.reshape(n_modes, *inner, n_rows, width)
-        log_det = torch.linalg.slogdet(self.root)[1].reshape(n_modes, *inner, n_rows)
-        return (inverse @ apart[..., None])[..., 0], log_det
 
 
 def doubted(evidence: Evidence, modes: Modes) -> Evidence:
@@ -185,6 +119,14 @@ class ModeSearch:
             self._kept = x.detach(), visible, found
         return found
 
+    def check(
+        self, args: tuple[Any, ...], x: Tensor, visible: Tensor, modes: Modes, n: int
+    ) -> tuple[float, float]:
+        """log Z of latents that all rows share by n draws of the mixture, and its standard error."""
+        climbs = _Climbs(self.adaptive, args, x, visible)
+        with pyro.validation_enabled(False), torch.no_grad():
+            return by_draws(climbs.both, modes, n)
+
 
 def _single(modes: Modes) -> LaplaceApproximation:
     return LaplaceApproximation(modes.mode[0], modes.root[0])
@@ -212,19 +154,31 @@ class _Climbs:
         ]
         return torch.cat(parts)
 
+    def both(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """log p(u) and log p(u, x_R) (M,) at u (M, d)."""
+        prior, joint = [], []
+        for part in u.split(max(1, CELLS // self._cells)):
+            given, log_det, _ = self.adaptive.at(self.args, self.filled, part[:, None])
+            prior.append((given.log_prior(self.x) + log_det).expand(len(part), 1)[:, 0])
+            joint.append((given.log_joint(self.x, self.visible) + log_det).expand(len(part), 1)[:, 0])
+        return torch.cat(prior), torch.cat(joint)
+
     def search(self) -> Modes:
-        """From the middle of the prior, from 0 and from draws; from more of these where a mode was found by few."""
+        """From the middle of the prior, near 0 and from draws; from more of these where a mode was found by few."""
         n = FEW_STARTS if self.adaptive.one_by_one else N_STARTS
         n = max(2, min(n, WORK // (self._cells * self.width)))
         most = (
             n if self.adaptive.one_by_one else max(n, min(MAX_STARTS, 4 * WORK // (self._cells * self.width)))
         )
         middle = self._draws(N_MIDDLE)[:N_MIDDLE].median(0).values
-        chosen = torch.cat([self._nearer(middle[None]), torch.zeros_like(middle)[None]])
-        peaks, n_starts = self._climb(torch.cat([chosen, self._nearer(self._draws(n)[:n])])), n
+        # of a vague prior the draws lie where no climb begins
+        generator = torch.Generator().manual_seed(0)
+        near = REACH * (2 * torch.rand(n // 2, self.width, generator=generator, dtype=middle.dtype) - 1)
+        starts = self._nearer(torch.cat([middle[None], self._draws(n)[:n]]))
+        peaks, n_starts = self._climb(torch.cat([starts[:1], near.to(middle), starts[1:]])), n
         while True:
-            # the climbs from middle and 0 are no draws: they find no mode often
-            hits = torch.bincount(peaks.same[len(chosen) :], minlength=len(peaks.same))
+            # the climb from the middle is no draw: it finds no mode often
+            hits = torch.bincount(peaks.same[1:], minlength=len(peaks.same))
             found, _ = self._distinct(peaks, hits)
             modes, rare, whole = self._with_images(found)
             if not rare or n_starts >= most:
@@ -242,19 +196,37 @@ class _Climbs:
             doubt = (
                 f"symmetries give a mode more than {MAX_IMAGES} images, of which only so many were looked at"
             )
-        return modes._replace(doubt=doubt)
+        return shaped(self.both, modes._replace(doubt=doubt), self._draws(n_starts))
 
     def follow(self, near: Modes) -> Modes:
-        """Modes that have moved a little, and their images."""
+        """Modes that have moved a little, and their images; pieces move with their modes."""
         orbits = near.orbits
         assert orbits is not None
+        if near.has_pieces:
+            return self._follow_pieces(near, orbits)
         peaks = self._climb(near.mode[orbits.first, 0])
         found, index = self._distinct(peaks, torch.ones_like(peaks.same))
         keep = found.log_mass >= found.log_mass[0] - NEGLIGIBLE
-        orbits = orbits._replace(moves=tuple(orbits.moves[j] for j in index[keep].tolist()))
+        moves = tuple(orbits.moves[j] for j in index[keep].tolist())
+        orbits = orbits._replace(moves=moves, parents=tuple(range(len(moves))))
         return Modes(
             *orbits.spread(found.u[keep], found.root[keep], found.log_mass[keep]), near.doubt, orbits
         )
+
+    def _follow_pieces(self, near: Modes, orbits: Orbits) -> Modes:
+        first, parents = orbits.first, list(orbits.parents)
+        mean, root = near.mode[first, 0], near.root[first, 0]
+        n_modes = len(set(parents))  # these stand before all pieces
+        peaks = self._climb(mean[:n_modes])
+        new, new_root = (
+            torch.where(peaks.top.reshape(-1, *(1,) * (old.ndim - 1)), found, old[:n_modes])
+            for found, old in ((peaks.u, mean), (peaks.root, root))
+        )
+        # u - mode, in units of the mode's root, is kept
+        turn = new_root[parents] @ torch.linalg.inv(root[parents])
+        mean = new[parents] + (turn @ (mean - mean[parents])[..., None])[..., 0]
+        spread = orbits.spread(mean, turn @ root, near.log_mass[first, 0])
+        return Modes(*spread, near.doubt, orbits)
 
     def _draws(self, n: int) -> Tensor:
         """(M, d) at least n of the prior, always the same ones first."""
@@ -321,7 +293,7 @@ class _Climbs:
             moves.append(by)
             chosen.append(j)
             own_hits.append(int(hits[own].sum()))
-        orbits = Orbits(where, tuple(moves))
+        orbits = Orbits(where, tuple(moves), tuple(range(len(moves))))
         modes = Modes(*orbits.spread(u[chosen], root[chosen], log_mass[chosen]), "", orbits)
         n_images = torch.tensor([len(by.order) for by in moves]).to(log_mass)
         mass = (log_mass[chosen] + n_images.log()).softmax(0)

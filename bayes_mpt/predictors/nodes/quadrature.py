@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor
 
 from bayes_mpt.predictors.base import Evidence, Guide, Predictor
 from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes, check_width
-from bayes_mpt.predictors.nodes.modes import Modes, ModeSearch, doubted
+from bayes_mpt.predictors.nodes.mixture import Modes
+from bayes_mpt.predictors.nodes.modes import ModeSearch, doubted
 from bayes_mpt.predictors.nodes.rules import hermite
 from bayes_mpt.predictors.nodes.weighted import (
     Nodes,
@@ -28,6 +30,8 @@ __all__ = ["Quadrature"]
 MAX_WIDTH = 4
 NODES = {1: 64, 2: 16, 3: 10, 4: 8}  # along each axis, by the number of latents
 MAX_NODES = 8192  # around all modes together, where these are several
+ROUGH = 0.01  # nats of change with more nodes, from which draws are asked too
+N_CHECKS = 1024
 MIN_NODES = 3  # along each axis
 
 
@@ -137,14 +141,31 @@ class _Hermite(NodeSource):
     @torch.no_grad()
     def evidence(self, nodes: Nodes) -> Evidence:
         few, modes = nodes.score(), nodes.last.located
-        more = self._n_nodes(modes, finer=True)
+        n_nodes, more = self._n_nodes(modes), self._n_nodes(modes, finer=True)
         filled = tuple(fill(a) for a in nodes.args)
-        finer = self._around(nodes.args, filled, nodes.value, modes, more)
-        many = (
-            nodes.at_nodes(finer).refined().score()
-        )  # with more nodes in every row too, where rows have their own
+        finer = nodes.at_nodes(self._around(nodes.args, filled, nodes.value, modes, more))
+        refined = finer.refined()  # with more nodes in every row too, where rows have their own
+        everything = torch.ones(nodes.value.shape[1], dtype=torch.bool, device=nodes.value.device)
+        many = refined.score()
+        several = refined is finer and len(modes.mode) > 1
+        beyond = _beyond(finer.log_weights(), modes, more) if several else 0.0
         change = float((many - few).sum())
-        diagnostics = {"n_nodes": more, f"change from {self._n_nodes(modes)} nodes": change}
-        if not self.structure.by_row:
-            diagnostics["n_modes"] = len(modes.mode)
-        return doubted(Evidence(many, abs(change), diagnostics), modes)
+        diagnostics = {"n_nodes": more, f"change from {n_nodes} nodes": change}
+        if self.structure.by_row:
+            return Evidence(many, abs(change), diagnostics)
+        diagnostics["n_modes"] = len(modes.mode)
+        se = abs(change) + beyond
+        if modes.has_pieces or se > ROUGH:  # nodes of one rule may agree and both be wrong: draws see it
+            by_draws, _ = self.modes.check(nodes.args, nodes.value, everything, modes, N_CHECKS)
+            diagnostics["by draws of the same mixture"] = by_draws
+            se = math.hypot(se, by_draws - float(many.sum()))
+        return doubted(Evidence(many, se, diagnostics), modes)
+
+
+def _beyond(log_prob: Tensor, modes: Modes, n_nodes: int) -> float:
+    """Share of the integral (J Q, N) at the outermost nodes, above that of a Gaussian: as much may lie beyond them."""
+    t, log_w = (a.to(log_prob) for a in hermite(modes.mode.shape[-1], n_nodes))
+    outer = t.abs().amax(1) >= t.max() * (1 - 1e-9)
+    gaussian = (log_w - 0.5 * t.square().sum(1)).softmax(0)[outer].sum()
+    at_outer = log_prob.softmax(0).unflatten(0, (len(modes.mode), len(t)))[:, outer].sum()
+    return float((at_outer - 2 * gaussian).clamp(min=0))

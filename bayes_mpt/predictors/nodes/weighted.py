@@ -306,6 +306,10 @@ class Nodes(Conditionals):
         everything = self._everything()
         return self._log_z(self._log_weights(self.last, everything), everything)
 
+    def log_weights(self) -> Tensor:
+        """Log of each node's part of the score (S, N)."""
+        return self._log_weights(self.last, self._everything())
+
     def _log_weights(self, read: Read, mask: Tensor) -> Tensor:
         """Log of each node's part of Z (S, N); of all tokens once for the score and what is asked of latents."""
         whole = read is self.last and bool(mask.all()) and not torch.is_grad_enabled()

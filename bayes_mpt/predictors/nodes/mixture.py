@@ -1,0 +1,122 @@
+"""A mixture around the modes of a posterior: proposal of draws, and how the integral is shared out among nodes."""
+
+from __future__ import annotations
+
+import math
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bayes_mpt.predictors.nodes.newton import LaplaceApproximation
+from bayes_mpt.predictors.nodes.resampling import systematic
+from bayes_mpt.predictors.nodes.rules import degrees_of, log_t
+from bayes_mpt.predictors.nodes.symmetries import Coordinates, Moves
+
+__all__ = ["Modes", "Orbits"]
+
+
+class Orbits(NamedTuple):
+    """What moves each of R modes that were found, and each of C - R pieces beside them, to its images."""
+
+    where: Coordinates
+    moves: tuple[Moves, ...]
+    """C of them, each with the one that moves nothing first."""
+    parents: tuple[int, ...]
+    """Of each of the C the mode beside which it stands: of a mode itself."""
+
+    @property
+    def n_images(self) -> Tensor:
+        """How many images each has (C,)."""
+        return torch.tensor([len(by.order) for by in self.moves])
+
+    @property
+    def first(self) -> list[int]:
+        """Where those that are no images stand among all."""
+        return [0, *accumulate(len(m.order) for m in self.moves[:-1])]
+
+    def spread(self, u: Tensor, root: Tensor, log_mass: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """All images (J, 1, ...) of modes and pieces (C, d), their roots (C, d, d) and masses (C,)."""
+        modes, roots, masses = [], [], []
+        for mode, its, mass, by in zip(u, root, log_mass, self.moves, strict=True):
+            images, image_roots = self.where.images(mode, its, by)
+            modes.append(images[:, None])
+            roots.append(image_roots[:, None])
+            masses.append(mass.expand(len(images))[:, None])
+        return torch.cat(modes), torch.cat(roots), torch.cat(masses)
+
+
+class Modes(NamedTuple):
+    """J modes of the latents of N rows (N = 1: of all rows), with their curvatures and masses.
+
+    Where these do not make the shape of a posterior, more pieces of it stand among them.
+    """
+
+    mode: Tensor
+    """(J, N, d)"""
+    root: Tensor
+    """(J, N, d, d): covariance = root root'."""
+    log_mass: Tensor
+    """(J, N): log of the integral around each, approximately."""
+    doubt: str = ""
+    """What speaks for modes that were missed, in words; empty where nothing does."""
+    orbits: Orbits | None = None
+    """Which modes are images of others; None where symmetries were not looked for."""
+
+    @classmethod
+    def one(cls, located: LaplaceApproximation) -> Modes:
+        """A single mode of each row."""
+        return cls(located.mode[None], located.root[None], located.mode.new_zeros(1, len(located.mode)))
+
+    @property
+    def log_share(self) -> Tensor:
+        """(J, N) log w_j."""
+        return self.log_mass.log_softmax(0)
+
+    @property
+    def has_pieces(self) -> bool:
+        """Whether there is more in it than modes."""
+        return self.orbits is not None and any(c != parent for c, parent in enumerate(self.orbits.parents))
+
+    def log_gaussian(self, u: Tensor) -> Tensor:
+        """log of Gaussians q_j at u (..., N, d): (J, ..., N)."""
+        white, log_det = self._white(u)
+        return -0.5 * white.square().sum(-1) - log_det - 0.5 * u.shape[-1] * math.log(2 * math.pi)
+
+    def log_density(self, u: Tensor) -> Tensor:
+        """log q of the mixture of Student-t at u (..., N, d): (..., N)."""
+        white, log_det = self._white(u)
+        each = log_t(white, degrees_of(u.shape[-1])) - log_det
+        return (each + self.log_share.reshape(log_det.shape)).logsumexp(0)
+
+    def representatives(self) -> Modes:
+        """Those that are no images, each with the mass of all its images."""
+        if self.orbits is None:
+            return self
+        first = self.orbits.first
+        mass = self.log_mass[first] + self.orbits.n_images.to(self.log_mass).log()[:, None]
+        return Modes(self.mode[first], self.root[first], mass)
+
+    def draws(self, n: int) -> Tensor:
+        """Of the mixture of Student-t (n, N, d): around each mode as many as its share asks for."""
+        n_modes, n_rows, width = self.mode.shape
+        # multivariate t: a normal vector over the root of a chi-square that its axes share
+        normal = torch.randn(n, n_rows, width, dtype=self.mode.dtype).to(self.mode)
+        degrees = degrees_of(width)
+        chi = torch.distributions.Chi2(torch.tensor(degrees, dtype=normal.dtype)).sample((n, n_rows))
+        t = normal * (degrees / chi.to(normal))[..., None].sqrt()
+        if n_modes == 1:
+            return self.mode[0] + (self.root[0] @ t[..., None])[..., 0]
+        of = systematic(self.log_share.mT.expand(n_rows, -1), n).mT  # (n, N)
+        row = torch.arange(n_rows, device=of.device)
+        return self.mode[of, row] + (self.root[of, row] @ t[..., None])[..., 0]
+
+    def _white(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """u (..., N, d) in units of each mode (J, ..., N, d), and log |root| (J, ..., N) of it."""
+        n_modes, n_rows, width = self.mode.shape
+        inner = (1,) * (u.ndim - 2)
+        inverse = torch.linalg.inv(self.root).reshape(n_modes, *inner, n_rows, width, width)
+        apart = u - self.mode.reshape(n_modes, *inner, n_rows, width)
+        log_det = torch.linalg.slogdet(self.root)[1].reshape(n_modes, *inner, n_rows)
+        return (inverse @ apart[..., None])[..., 0], log_det
