@@ -387,3 +387,12 @@ def test_tiny_noise_keeps_the_digits_that_rows_have(noise, classes):
     np.testing.assert_allclose(
         found, truth, rtol=0, atol=1e-15 / noise
     )  # the rows' own rounding in units of the noise
+
+
+def test_a_count_is_impossible_under_a_rate_beyond_all_floats():
+    level = torch.tensor([1.0, 800.0], dtype=torch.float64, requires_grad=True)
+    for count in (3.0, 2e9):  # also where the density is a difference of large numbers
+        found = log_density(dist.Poisson(level.exp()), torch.tensor(count, dtype=torch.float64))
+        assert found[0].isfinite() and found[1] == -torch.inf
+        (slope,) = torch.autograd.grad(found[0], level)
+        assert slope.isfinite().all()

@@ -273,10 +273,10 @@ def epil_truth(params, x, y):
 
 CASES = [
     Case("bugs_jaws", jaws, twenty_boys, jaws_truth),
-    Case("bugs_birats", birats, eight_rats, birats_truth),
-    Case("bugs_oxford", oxford, eight_strata, oxford_truth),
-    Case("bugs_magnesium", magnesium, magnesium_trials, magnesium_truth),
+    Case("bugs_birats", birats, eight_rats, birats_truth, tolerance=1e-4, slow=True),
+    Case("bugs_oxford", oxford, eight_strata, oxford_truth, slow=True),
+    Case("bugs_magnesium", magnesium, magnesium_trials, magnesium_truth, slow=True),
     Case("bugs_alligators", alligators, eighty_alligators),
-    Case("bugs_stagnant", stagnant, flow_over_a_weir, stagnant_truth),
-    Case("bugs_epil", epil, twelve_records, epil_truth),
+    Case("bugs_stagnant", stagnant, flow_over_a_weir, stagnant_truth, slow=True),
+    Case("bugs_epil", epil, twelve_records, epil_truth, warns="tail so heavy", slow=True),
 ]

@@ -10,6 +10,7 @@ independent, and each is integrated by itself: in closed form, or with nodes aro
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -375,63 +376,51 @@ class AdaptiveNodes:
         start: Tensor | None = None,
     ) -> LaplaceApproximation:
         filled = tuple(fill(a) for a in args)
+
+        def log_prob(u: Tensor) -> Tensor:
+            return self.log_prob(args, filled, x, visible, u, held)
+
         u = start
         if u is None:  # a training asks again and again, with little change
-            shape, u = self._last or (None, None)
-            if u is not None and shape == x.shape and held:  # they may have moved far since
-                stands = self._log_prob_of_start(args, filled, x, visible, u, held, n_nodes)
-                u = u if bool(torch.isfinite(stands).all()) else None
-            if u is None or shape != x.shape:
-                u = self._best_start(args, filled, x, visible, held, n_nodes)
-        found = newton(
-            lambda u: self.log_prob(args, filled, x, visible, u, held),
-            u.expand(n_nodes, *u.shape),
-            MAX_STEPS,
-            self.sure,
-        )
-        if start is None and bool(torch.isfinite(found.mode).all()):
-            self._last = x.shape, found.mode.mean(0)
+            shape, last = self._last or (None, None)
+            u = self._stands(log_prob, filled, last if shape == x.shape else None, n_nodes, bool(held))
+        found = newton(log_prob, u.expand(n_nodes, *u.shape[-2:]), MAX_STEPS, self.sure)
+        good = torch.isfinite(found.mode).all(-1).all(-1)
+        if start is None and bool(good.any()):
+            self._last = x.shape, found.mode[good].mean(0)
         return found
 
-    def _best_start(
+    @torch.no_grad()
+    def _stands(
         self,
-        args: tuple[Any, ...],
+        log_prob: Callable[[Tensor], Tensor],
         filled: tuple[Any, ...],
-        x: Tensor,
-        visible: Tensor,
-        held: dict[str, Tensor],
+        last: Tensor | None,
         n_nodes: int,
+        held: bool,
     ) -> Tensor:
-        """(N, d): of each row, where log p is greater, at the middle of the prior or at 0.
+        """(..., N, d) where to begin: at the last mode; else where log p is greater, the middle of the prior or 0.
 
         A middle drawn of a wide prior may be where every density is 0, or so far from the rows that none has a slope.
+        Values that are held may have moved far since the last mode was found: it counts where log p is finite.
         """
-        middle = self.start(filled)
+        if last is not None and not held:
+            return last
+        middle = self.start(filled) if last is None else last
         if not middle.numel():
             return middle
-        found = [
-            self._log_prob_of_start(args, filled, x, visible, u, held, n_nodes)
-            for u in (middle, torch.zeros_like(middle))
-        ]
-        return torch.where((found[1] > found[0])[:, None], 0.0, middle)
-
-    @torch.no_grad()
-    def _log_prob_of_start(
-        self,
-        args: tuple[Any, ...],
-        filled: tuple[Any, ...],
-        x: Tensor,
-        visible: Tensor,
-        u: Tensor,
-        held: dict[str, Tensor],
-        n_nodes: int,
-    ) -> Tensor:
-        """(N,) mean log p(u, x_R) of one u (N, d) at the values that are held; -inf where there is none."""
-        try:
-            value = self.log_prob(args, filled, x, visible, u.expand(n_nodes, *u.shape), held).mean(0)
-        except ValueError:  # no distribution there
-            return u.new_full(u.shape[:1], -math.inf)
-        return torch.where(value.isnan(), -math.inf, value)
+        best, most = middle.expand(n_nodes, *middle.shape), None
+        for u in (middle, torch.zeros_like(middle)):
+            try:
+                value = log_prob(u.expand(n_nodes, *u.shape))
+                value = torch.where(value.isfinite(), value, -math.inf)
+            except ValueError:  # no distribution there
+                continue
+            if u is last and bool(value.isfinite().all()):
+                return last
+            best = u.expand_as(best) if most is None else torch.where((value > most)[..., None], u, best)
+            most = value if most is None else torch.maximum(most, value)
+        return best
 
     def refine_gaussian(
         self, args: tuple[Any, ...], x: Tensor, visible: Tensor, near: LaplaceApproximation, draws: Tensor

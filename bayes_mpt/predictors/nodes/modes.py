@@ -47,7 +47,8 @@ OFTEN = 2  # climbs that must have found a mode that matters
 MATTERS = 1e-3  # share of the mass from which a mode matters
 NEGLIGIBLE = 23.0  # nats below the largest mode: 1e-10 of it
 MAX_STEPS = 100
-SHARES_OF_WAY = (1.0, 0.3, 0.1, 0.03, 0.01, 0.001)
+SHARES_OF_WAY = (1.0, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4, 1e-5)  # 0 may be a saddle
+HOPELESS = 1000.0  # nats below the best start
 SAME_MODE = 0.1  # standard deviations
 N_POINTS = 8  # of the prior, and as many near the mode, at which symmetries are tried
 WORK = 2**22  # log-densities of tokens, times latents, that the first starts may cost a step
@@ -174,8 +175,8 @@ class _Climbs:
         # of a vague prior the draws lie where no climb begins
         generator = torch.Generator().manual_seed(0)
         near = REACH * (2 * torch.rand(n // 2, self.width, generator=generator, dtype=middle.dtype) - 1)
-        starts = self._nearer(torch.cat([middle[None], self._draws(n)[:n]]))
-        peaks, n_starts = self._climb(torch.cat([starts[:1], near.to(middle), starts[1:]])), n
+        starts = self._nearer(torch.cat([middle[None], near.to(middle), self._draws(n)[:n]]))
+        peaks, n_starts = self._climb(starts), n
         while True:
             # the climb from the middle is no draw: it finds no mode often
             hits = torch.bincount(peaks.same[1:], minlength=len(peaks.same))
@@ -240,11 +241,16 @@ class _Climbs:
 
     @torch.no_grad()
     def _nearer(self, u: Tensor) -> Tensor:
-        """(M, d): each draw, or the part of its way from 0 with the greatest density, which a vague prior goes past."""
+        """(M, d): each start, or, of one beyond hope, the part of its way from 0 with the greatest density.
+
+        A vague prior goes past all places from which a climb comes back.
+        """
         none = (u.new_full((1,), -math.inf),)
         ways = torch.stack([u * share for share in SHARES_OF_WAY])  # (W, M, d)
         (value,) = by_halves(lambda part: (self.log_prob(part),), ways.flatten(0, 1), none)
-        best = value.nan_to_num(-math.inf).unflatten(0, ways.shape[:2]).argmax(0)
+        value = torch.where(value.isfinite(), value, -math.inf).unflatten(0, ways.shape[:2])
+        best = value.argmax(0)
+        best[value[0] > value.max() - HOPELESS] = 0
         return ways[best, torch.arange(len(u), device=u.device)]
 
     def _climb(self, u: Tensor) -> Peaks:
