@@ -16,6 +16,7 @@ from torch.distributions import constraints
 
 from bayes_mpt.program.arguments import fill
 from bayes_mpt.program.checks import check_sites, refuse_unregistered_parameters
+from bayes_mpt.program.factor_runs import with_meeting_entries
 from bayes_mpt.program.layout import rows_first
 from bayes_mpt.program.mask_trials import refuse_other_rows, refuse_selection
 from bayes_mpt.program.program import Model, ModelError, Program
@@ -137,6 +138,7 @@ def look(model: Model, args: tuple[Any, ...]) -> Analysis:
     position = position if verdict.gaps and not hides else None
     cells = position is not None and not any(site.n_joint for site in program.sites)
     program = program._replace(observed_argument=position if cells else None)
+    program = with_meeting_entries(model, init, program)
     return Analysis(program, init, first, verdict.other, position, verdict.by_number)
 
 

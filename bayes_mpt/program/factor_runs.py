@@ -8,7 +8,7 @@ serve all questions.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,14 +20,17 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from bayes_mpt.program.densities import log_density, unrepeated
+from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.factors import Factors, Question, Tokens
+from bayes_mpt.program.joint_values import JointValues, meeting_plates
 from bayes_mpt.program.layout import check_shape, rows_axis, sum_by_row, token_values
 from bayes_mpt.program.mapped import MappedEnumeration, Tensors, run_mapped
+from bayes_mpt.program.other_latents import FAILURES
 from bayes_mpt.program.program import Model, Observed, Program, n_rows_of
 from bayes_mpt.program.run import NODES, SetLatents, one_precision
 from bayes_mpt.program.sites import base, is_subsample, latent_nodes, node_of, own_masks
 
-__all__ = ["read_factors"]
+__all__ = ["read_factors", "with_meeting_entries"]
 
 
 def read_factors(
@@ -95,6 +98,21 @@ def read_factors(
         float(trace.nodes[program.sites[-1].name]["scale"]),
         found.value,
     )
+
+
+def with_meeting_entries(model: Model, args: tuple[Any, ...], program: Program) -> Program:
+    """The program, with the discrete latents of plates whose entries meet outside: their values go together.
+
+    ``(x * included * w).sum(-1)`` over the plate of the weights looks at all of them at once.
+    """
+    rows = {program.rows_plate} if program.by_row else set()
+    if not any(s.discrete and set(s.plates) - rows for s in program.latents):
+        return program
+    with own_random_state(), torch.no_grad(), suppress(*FAILURES):
+        found = _run(model, args, program, {}, 1)
+        found.trace.symbolize_dims()
+        return program._replace(meeting=tuple(meeting_plates(found.trace, found.log_probs).items()))
+    return program  # where it is read, it says why it cannot run
 
 
 class _Found(NamedTuple):
@@ -167,6 +185,7 @@ def _enumerated(
         stack.enter_context(SetLatents(values))
         if program.discrete:
             stack.enter_context(MappedEnumeration(first_available_dim=-1 - depth - on_plate))
+            stack.enter_context(JointValues(dict(program.meeting)))
         if on_plate:
             stack.enter_context(pyro.plate(NODES, n_nodes, dim=-1 - depth))
         stack.enter_context(_Enumerate())

@@ -136,6 +136,8 @@ class Program(NamedTuple):
     """All observations are one Gaussian vector, whose covariance is of the other arguments: new ones are predicted."""
     shifts: tuple[Shift, ...] = ()
     """Of the sites whose values latents or parameters shift: the tokens are the cells of the arguments themselves."""
+    meeting: tuple[tuple[str, frozenset[str]], ...] = ()
+    """Discrete latents and those of their plates whose entries meet outside: their values are enumerated together."""
     takes_visible: bool = False
     """The program is conditioned on the mask: hidden tokens are independent of each other, each row has its own."""
 
