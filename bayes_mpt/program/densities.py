@@ -91,6 +91,10 @@ def log_density(fn: Any, value: Tensor) -> Tensor:
         _unclamp(fn)
     if isinstance(fn, BY_LGAMMA):
         _warn_of_large(fn, value)
+    if isinstance(fn, torch.distributions.Poisson) and _some(fn.rate.isinf()):
+        # a rate that has left the floats: no count is possible, where torch has inf - inf
+        finite = type(fn)(torch.where(fn.rate.isinf(), 1.0, fn.rate), validate_args=False)
+        return torch.where(fn.rate.isinf(), -math.inf, _large(finite, value, finite.log_prob(value)))
     log_prob = uncached(fn).log_prob(value)
     if isinstance(fn, TRIALS):
         log_prob = _rare(fn, value, log_prob)

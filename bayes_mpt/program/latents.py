@@ -9,7 +9,7 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import biject_to
-from torch.distributions.transforms import IndependentTransform
+from torch.distributions.transforms import ComposeTransform, IndependentTransform
 
 from bayes_mpt.program.layout import from_rows, to_rows
 from bayes_mpt.program.program import Latent, ModelError, Program
@@ -67,6 +67,11 @@ class Space(NamedTuple):
             out[p.latent.name] = slice(start, start + self._size(p))
             start += self._size(p)
         return out
+
+    @property
+    def bounded(self) -> list[bool]:
+        """(d,) whether a number stands for a value that is not free: positive, a share, a correlation."""
+        return [not _is_identity(p.transform) for p in self.parts for _ in range(self._size(p))]
 
     def values(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Values of the sites at u (S, N, d), and log |d value / d u| (S, N); S = 1 has no axis of its own."""
@@ -127,6 +132,12 @@ class Space(NamedTuple):
         for axis, n in enumerate(p.shape):
             size *= 1 if axis == p.latent.row_axis else n
         return size
+
+
+def _is_identity(transform: Any) -> bool:
+    while isinstance(transform, IndependentTransform):
+        transform = transform.base_transform
+    return isinstance(transform, ComposeTransform) and not transform.parts
 
 
 def space(program: Program, trace: Trace, names: Iterable[str]) -> Space:

@@ -16,6 +16,7 @@ from torch.distributions import constraints
 
 from bayes_mpt import BayesMPT
 from bayes_mpt.predictors import Importance, Quadrature, SequentialMonteCarlo
+from bayes_mpt.program.densities import log_density
 
 POSSIBLE = np.array([[0.0, 1.0, 1.0], [0.0, 0.0, 1.0]])
 ROWS = np.array(
@@ -387,3 +388,12 @@ def test_tiny_noise_keeps_the_digits_that_rows_have(noise, classes):
     np.testing.assert_allclose(
         found, truth, rtol=0, atol=1e-15 / noise
     )  # the rows' own rounding in units of the noise
+
+
+def test_a_count_is_impossible_under_a_rate_beyond_all_floats():
+    rate = torch.tensor([2.0, torch.inf], dtype=torch.float64, requires_grad=True)
+    for count in (3.0, 2e9):  # also where the density is a difference of large numbers
+        found = log_density(dist.Poisson(rate), torch.tensor(count, dtype=torch.float64))
+        assert found[0].isfinite() and found[1] == -torch.inf
+        (slope,) = torch.autograd.grad(found[0], rate)
+        assert slope.isfinite().all()

@@ -10,6 +10,7 @@ independent, and each is integrated by itself: in closed form, or with nodes aro
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -56,6 +57,8 @@ SURE = 1e-12  # of a log-density: what its last digits say
 SURE_OF_NODES = 1e-9  # the same where rows are integrated by nodes that move
 MAX_STEPS = 100
 N_START_DRAWS = 9
+FARTHEST_START = 20.0
+"""In the unconstrained space of a latent that is not free: the half of Gamma(0.001, 0.001) lies below e^-700."""
 CANNOT = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
 
 
@@ -360,7 +363,12 @@ class AdaptiveNodes:
             if not self.space.parts:
                 return filled[0].new_zeros(n_rows, 0)
             draws = [self.space.pack(t, n_rows)[0] for t in prior_draws(self.model, filled, N_START_DRAWS)]
-        return torch.stack(draws).median(0).values
+        return self.within_reach(torch.stack(draws).median(0).values)
+
+    def within_reach(self, u: Tensor) -> Tensor:
+        """u (..., d) with 0 for scales and shares that a vague prior puts where no climb comes back from."""
+        far = torch.tensor(self.space.bounded, device=u.device) & ~(u.abs() < FARTHEST_START)
+        return torch.where(far, 0.0, u)
 
     def forget(self) -> None:
         """Look for the next modes from the start, not from the last ones."""
@@ -397,20 +405,51 @@ class AdaptiveNodes:
         filled = tuple(fill(a) for a in args)
         if not self.space.parts:  # all latents are integrated inside
             return LaplaceApproximation(x.new_zeros(n_nodes, len(x), 0), x.new_zeros(n_nodes, len(x), 0, 0))
+
+        def log_prob(u: Tensor) -> Tensor:
+            return self.log_prob(args, filled, x, visible, u, held)
+
         u = start
         if u is None:  # a training asks again and again, with little change
-            shape, u = self._last or (None, None)
-            if u is None or shape != x.shape:
-                u = self.start(filled)
-        found = newton(
-            lambda u: self.log_prob(args, filled, x, visible, u, held),
-            u.expand(n_nodes, *u.shape),
-            MAX_STEPS,
-            self.sure,
-        )
-        if start is None:
-            self._last = x.shape, found.mode.mean(0)
+            shape, last = self._last or (None, None)
+            u = self._stands(log_prob, filled, last if shape == x.shape else None, n_nodes, bool(held))
+        found = newton(log_prob, u.expand(n_nodes, *u.shape[-2:]), MAX_STEPS, self.sure)
+        good = torch.isfinite(found.mode).all(-1).all(-1)
+        if start is None and bool(good.any()):
+            self._last = x.shape, found.mode[good].mean(0)
         return found
+
+    @torch.no_grad()
+    def _stands(
+        self,
+        log_prob: Callable[[Tensor], Tensor],
+        filled: tuple[Any, ...],
+        last: Tensor | None,
+        n_nodes: int,
+        held: bool,
+    ) -> Tensor:
+        """(..., N, d) where to begin: at the last mode; else where log p is greater, the middle of the prior or 0.
+
+        A middle drawn of a wide prior may be where every density is 0, or so far from the rows that none has a slope.
+        Values that are held may have moved far since the last mode was found: it counts where log p is finite.
+        """
+        if last is not None and not held:
+            return last
+        middle = self.start(filled) if last is None else last
+        if not middle.numel():
+            return middle
+        best, most = middle.expand(n_nodes, *middle.shape), None
+        for u in (middle, torch.zeros_like(middle)):
+            try:
+                value = log_prob(u.expand(n_nodes, *u.shape))
+                value = torch.where(value.isfinite(), value, -math.inf)
+            except ValueError:  # no distribution there
+                continue
+            if u is last and bool(value.isfinite().all()):
+                return last
+            best = u.expand_as(best) if most is None else torch.where((value > most)[..., None], u, best)
+            most = value if most is None else torch.maximum(most, value)
+        return best
 
     def refine_gaussian(
         self, args: tuple[Any, ...], x: Tensor, visible: Tensor, near: LaplaceApproximation, draws: Tensor

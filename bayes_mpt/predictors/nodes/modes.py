@@ -19,7 +19,7 @@ from torch import Tensor
 from bayes_mpt.predictors.base import Evidence
 from bayes_mpt.predictors.nodes.conjugacy import prior_draws
 from bayes_mpt.predictors.nodes.mixture import Modes, Orbits
-from bayes_mpt.predictors.nodes.newton import LaplaceApproximation, Peaks, climb, distances
+from bayes_mpt.predictors.nodes.newton import LaplaceApproximation, Peaks, by_halves, climb, distances
 from bayes_mpt.predictors.nodes.pieces import by_draws, shaped
 from bayes_mpt.predictors.nodes.symmetries import (
     MAX_IMAGES,
@@ -50,6 +50,8 @@ EQUAL_MASS = 1e-4  # nats
 MATTERS = 1e-3  # share of the mass from which a mode matters
 NEGLIGIBLE = 23.0  # nats below the largest mode: 1e-10 of it
 MAX_STEPS = 100
+SHARES_OF_WAY = (1.0, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4, 1e-5)  # 0 may be a saddle
+HOPELESS = 1000.0  # nats below the best start
 SAME_MODE = 0.1  # standard deviations
 N_POINTS = 8  # of the prior, and as many near the mode, at which symmetries are tried
 WORK = 2**22  # log-densities of tokens, times latents, that the first starts may cost a step
@@ -166,7 +168,7 @@ class _Climbs:
         return torch.cat(prior), torch.cat(joint)
 
     def search(self) -> Modes:
-        """From the middle of the prior and from draws of it; from more of them where a mode was found by few."""
+        """From the middle of the prior, near 0 and from draws; from more of these where a mode was found by few."""
         n = FEW_STARTS if self.adaptive.one_by_one else N_STARTS
         n = max(2, min(n, WORK // (self._cells * self.width)))
         most = (
@@ -176,7 +178,8 @@ class _Climbs:
         # of a vague prior the draws lie where no climb begins
         generator = torch.Generator().manual_seed(0)
         near = REACH * (2 * torch.rand(n // 2, self.width, generator=generator, dtype=middle.dtype) - 1)
-        peaks, n_starts = self._climb(torch.cat([middle[None], near.to(middle), self._draws(n)[:n]])), n
+        starts = self._nearer(torch.cat([middle[None], near.to(middle), self._draws(n)[:n]]))
+        peaks, n_starts = self._climb(starts), n
         while True:
             # the climb from the middle is no draw: it finds no mode often
             hits = torch.bincount(peaks.same[1:], minlength=len(peaks.same))
@@ -186,7 +189,7 @@ class _Climbs:
             if not (rare or unseen > UNSEEN) or n_starts >= most:
                 break
             n = min(most, 2 * n_starts)
-            peaks = _join(peaks, self._climb(self._draws(n)[n_starts:n]))
+            peaks = _join(peaks, self._climb(self._nearer(self._draws(n)[n_starts:n])))
             n_starts = n
         doubt = ""
         if rare:
@@ -246,8 +249,23 @@ class _Climbs:
         if before < n:
             n_rows = n_rows_of(at.program, self.filled)
             traces = prior_draws(at.model, self.filled, n, before)
-            self._drawn = torch.cat([self._drawn, *(at.space.pack(t, n_rows)[0] for t in traces)])
+            draws = [at.within_reach(at.space.pack(t, n_rows)[0]) for t in traces]
+            self._drawn = torch.cat([self._drawn, *draws])
         return self._drawn
+
+    @torch.no_grad()
+    def _nearer(self, u: Tensor) -> Tensor:
+        """(M, d): each start, or, of one beyond hope, the part of its way from 0 with the greatest density.
+
+        A vague prior goes past all places from which a climb comes back.
+        """
+        none = (u.new_full((1,), -math.inf),)
+        ways = torch.stack([u * share for share in SHARES_OF_WAY])  # (W, M, d)
+        (value,) = by_halves(lambda part: (self.log_prob(part),), ways.flatten(0, 1), none)
+        value = torch.where(value.isfinite(), value, -math.inf).unflatten(0, ways.shape[:2])
+        best = value.argmax(0)
+        best[value[0] > value.max() - HOPELESS] = 0
+        return ways[best, torch.arange(len(u), device=u.device)]
 
     def _climb(self, u: Tensor) -> Peaks:
         return climb(self.log_prob, u, MAX_STEPS, self.adaptive.sure)

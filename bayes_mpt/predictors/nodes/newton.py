@@ -108,7 +108,9 @@ def root_of(curvature: Tensor) -> Tensor:
     if not bool(info.any()):
         one = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
         return torch.linalg.solve_triangular(lower, one.expand_as(lower), upper=False).mT.detach()
-    value, vector = torch.linalg.eigh(curvature)
+    one = torch.eye(curvature.shape[-1], dtype=curvature.dtype, device=curvature.device)
+    known = torch.isfinite(curvature).all(-1).all(-1)[..., None, None]
+    value, vector = torch.linalg.eigh(torch.where(known, curvature, one))  # else a step along the slope
     return (vector * value.abs().clamp(min=1e-10).rsqrt()[..., None, :]).detach()
 
 
