@@ -191,5 +191,5 @@ CASES = [
     Case("kalman_tracking", kalman_tracking, tracked, constant_velocity),
     Case("gaussian_process", Process, wave, squared_exponential),
     Case("gplvm_linear", gplvm_linear, one_factor, dual_ppca),
-    Case("sir_with_poisson", sir_with_poisson, outbreak, refused="infinite support"),
+    Case("sir_with_poisson", sir_with_poisson, outbreak, refused="has infinite support"),
 ]

@@ -70,14 +70,10 @@ class _VectorMaps(NodeSource):
     def place(self, args: tuple[Any, ...], visible: Tensor | None = None, near: Any = None) -> Read:
         maps = [self.maps.with_model(self._fixed(s)).read(args) for s in range(self.n_nodes)]
         log_weight = self._log_prior(tuple(fill(a) for a in args))[:, None]  # (S, 1)
-        one_hot = torch.cat(
-            [
-                torch.nn.functional.one_hot(column, len(self.values[self._site_of[i]]))
-                for i, column in enumerate(self.combinations.T)
-            ],
-            -1,
-        ).to(log_weight)
-        return Read(AffineBatch(maps), log_weight, maps[0].value, maps[0].scale, one_hot[:, None], ())
+        columns = [self.values[self._site_of[i]][column] for i, column in enumerate(self.combinations.T)]
+        latents = torch.stack(columns, -1).to(log_weight)[:, None]  # (S, 1, entries)
+        names = tuple(site.name for site in self.sites)
+        return Read(AffineBatch(maps), log_weight, maps[0].value, maps[0].scale, latents, names)
 
     @property
     def _site_of(self) -> list[int]:
