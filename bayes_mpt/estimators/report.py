@@ -96,7 +96,7 @@ def explain(fitted: Fitted) -> str:
     if s.affine:
         per_row = "; read on the real rows, since each row has its own map"
         read = per_row if s.per_row else "; read once for all rows"
-    prior = offered(fitted.model, "penalised")
+    prior, believed = offered(fitted.model, "penalised"), offered(fitted.model, "believed")
     where = ", at their maximum a posteriori under the model's prior" if fitted.at_map else ""
     where = where if prior is None else f", at {prior}"
     return "\n".join(
@@ -106,6 +106,7 @@ def explain(fitted: Fitted) -> str:
             f"predictor:       {bound.name}: {bound.why}{read}",
             f"integrated:      {list_names(s.latent_names) or 'nothing'}",
             f"point-estimated: {', '.join(s.parameters) or 'nothing'}{where}",
+            *([f"believed:        {believed}"] if believed else []),
             f"training:        {_way(fit)}" + (", interrupted" if fit.interrupted else ""),
             *([f"averaged:        {averaged.prior.describe()}"] if averaged else []),
             *(

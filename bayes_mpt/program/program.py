@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 __all__ = [
+    "HasFactors",
     "Latent",
     "MissingCovariate",
     "Model",
@@ -29,6 +30,10 @@ MAX_NAMES = 12  # in a message
 
 class ModelError(ValueError):
     """The program cannot be scored; the message names the site and what to do."""
+
+
+class HasFactors(ModelError):
+    """A `pyro.factor` stands in the program, of which it is not known that it is a density of cells."""
 
 
 class ValuesMove(ModelError):

@@ -215,7 +215,7 @@ CASES = [
         lambda _, x: common_mean(x[:, 0], 3.0, 1.0),
         known="sub-sampling",
     ),
-    Case("factor_density", factor_density, column, normal_rows, known="pyro.factor as a density"),
+    Case("factor_density", factor_density, column, normal_rows),
     Case("factor_penalty", factor_penalty, column, refused="pyro.factor"),
     Case("branch_on_latent", branch_on_latent, coin, refused=r"cannot run on all values of \['fair'\] at once"),
     Case("changing_sites", changing_sites, column, refused="is Geometric, which has infinite support"),
