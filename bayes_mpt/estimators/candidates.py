@@ -60,6 +60,8 @@ class Facts:
     """Whether it is a Gaussian mixture."""
     converged: bool
     """Whether the training ended by its own rule."""
+    given: tuple[str, ...] = ()
+    """Cells that tokens look at and that are never scored."""
 
     @classmethod
     def of(cls, model: BayesMPT) -> Facts:
@@ -76,6 +78,7 @@ class Facts:
             counted=counts_parameters(model),
             mixture=type(model.fitted_.model) is GaussianMixture,
             converged=model.converged_,
+            given=() if structure.order is None else structure.order.given,
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from bayes_mpt import training
 from bayes_mpt.estimators.fitted import Fitted
+from bayes_mpt.predictors.own_order import words_of
 from bayes_mpt.program.offers import offered
 from bayes_mpt.program.program import list_names
 from bayes_mpt.runtime.interrupts import check
@@ -102,6 +103,7 @@ def explain(fitted: Fitted) -> str:
     return "\n".join(
         [
             f"tokens:          {tokens}",
+            *([f"order:           {words_of(s.order)}"] if s.order is not None else []),
             f"latents:         {latents or 'none'}",
             f"predictor:       {bound.name}: {bound.why}{read}",
             f"integrated:      {list_names(s.latent_names) or 'nothing'}",

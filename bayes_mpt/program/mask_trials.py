@@ -42,7 +42,9 @@ class _View(NamedTuple):
     values: dict[str, Tensor]
 
 
-def refuse_selection(model: Model, args: tuple[Any, ...], program: Program, first: Trace) -> None:
+def refuse_selection(
+    model: Model, args: tuple[Any, ...], program: Program, first: Trace, *, by_tokens: bool = True
+) -> None:
     """Refuse masks and scales that move with the values of tokens, with latents or with parameters.
 
     Parameters
@@ -55,6 +57,9 @@ def refuse_selection(model: Model, args: tuple[Any, ...], program: Program, firs
         What was found out about it.
     first : Trace
         That run.
+    by_tokens : bool, default=True
+        Whether they may not move with the values of tokens. Where tokens have an order, masks may look at earlier ones,
+        which `bayes_mpt.program.token_graph` has seen to.
 
     Raises
     ------
@@ -77,7 +82,7 @@ def refuse_selection(model: Model, args: tuple[Any, ...], program: Program, firs
                 "leaves out is no missing cell: let it depend on arguments alone, and write a choice between "
                 "distributions as a mixture"
             )
-    for position, arg in enumerate(args):
+    for position, arg in enumerate(args if by_tokens else ()):
         for other in _tables(arg):
             trace = _taken(model, args, position, other, held, first)
             if trace is None or _moved(before, _view(trace, program)) is None:

@@ -194,6 +194,7 @@ def rows_given_shared(program: Program, trace: Trace) -> Program | None:
         sites=tuple(describe_observed(node_of(trace, s.name), rows) for s in program.sites),
         latents=tuple(describe_latent(node_of(trace, s.name), rows) for s in own),
         by_row=True,
+        order=None,  # that of the whole; rows are asked for their share of what it asks
     )
 
 

@@ -253,13 +253,7 @@ CASES = [
         tolerance=1e-3,
         known="partly observed labels",
     ),
-    Case(
-        "bayesian_network_rain",
-        bayesian_network_rain,
-        days,
-        both_weathers,
-        known="an observed site as a parent",
-    ),
+    Case("bayesian_network_rain", bayesian_network_rain, days, both_weathers),
     Case("bayesian_neural_network", TinyBNN, curve),
     Case(
         "deep_exponential_family",
