@@ -216,7 +216,14 @@ CASES = [
         known="sub-sampling",
     ),
     Case("factor_density", factor_density, column, normal_rows),
-    Case("factor_penalty", factor_penalty, column, refused="pyro.factor"),
-    Case("branch_on_latent", branch_on_latent, coin, refused=r"cannot run on all values of \['fair'\] at once"),
+    Case(
+        "factor_penalty",
+        factor_penalty,
+        column,
+        refused="is a pyro.factor that moves with no cell of the data",
+    ),
+    Case(
+        "branch_on_latent", branch_on_latent, coin, refused=r"cannot run on all values of \['fair'\] at once"
+    ),
     Case("changing_sites", changing_sites, column, refused="is Geometric, which has infinite support"),
 ]
