@@ -93,6 +93,9 @@ def explain(fitted: Fitted) -> str:
         tokens = f"all observations of site {s.observed!r}, one vector"
     else:
         tokens = f"the {s.n_tokens} observations of site {s.observed!r} in a row; rows are independent"
+    if s.shifts:
+        names = list_names(repr(shift.site) for shift in s.shifts)
+        tokens += f"; what shifts the values of {names} stands in the distribution"
     read = ""
     if s.affine:
         per_row = "; read on the real rows, since each row has its own map"

@@ -304,6 +304,9 @@ class _Trials:
         base = self.first if self.other is None else self.other
         latents = {node["name"]: node["value"].detach() for node in latent_nodes(base)}
         before = self._laws(base) if self.other is None else self.laws
+        if self.holed and self.program.shifts:  # what shifts a missing cell is not seen
+            whole = self._taken(self.args, latents)
+            before = before if whole is None else whole[1]
         n_rows, looks = len(self.args[0]), _Looks(False, False)
         for position, arg in enumerate(self.args):
             if not isinstance(arg, Tensor) or not arg.ndim or not arg.numel():
