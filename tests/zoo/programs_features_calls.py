@@ -186,7 +186,7 @@ def normal_rows(params, x):
 
 
 CASES = [
-    Case("float32_network", Float32Network, choices, network_of_choices, tolerance=1e-4),
+    Case("float32_network", Float32Network, choices, network_of_choices, tolerance=1e-4, slow=True),
     Case("pyro_sample_weights", SampledWeights, line, weights_and_bias),
     Case("data_in_a_closure", DataInside, column, refused="takes no argument: its data stand in a closure"),
     Case(

@@ -276,5 +276,7 @@ CASES = [
         tolerance=1e-2,
         slow=True,
     ),
-    Case("many_shared_latents", many_shared_latents, wide_votes, independent_votes, tolerance=0.05),
+    Case(
+        "many_shared_latents", many_shared_latents, wide_votes, independent_votes, tolerance=0.05, slow=True
+    ),
 ]

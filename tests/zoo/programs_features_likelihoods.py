@@ -181,7 +181,7 @@ CASES = [
         log_normals,
         lambda p, x: stats.lognorm.logpdf(x, p["s"], scale=np.exp(p["m"])).sum(),
     ),
-    Case("spline_flow", SplineFlow, moons, read_again, warns="no smooth maximum"),
+    Case("spline_flow", SplineFlow, moons, read_again, warns="no smooth maximum", slow=True),
     Case("mixture_same_family", mixture_same_family, two_heaps, heaps),
     Case("gaussian_hmm_site", gaussian_hmm_site, four_series, spectrum),
     Case(

@@ -160,5 +160,5 @@ CASES = [
         refused="no order of the tokens has each look at earlier ones alone",
     ),
     Case("autoregression_1", autoregression_1, six_series, autoregressions),
-    Case("markov_switching", markov_switching, switching, regimes),
+    Case("markov_switching", markov_switching, switching, regimes, slow=True),
 ]

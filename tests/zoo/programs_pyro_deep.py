@@ -254,7 +254,7 @@ CASES = [
         known="partly observed labels",
     ),
     Case("bayesian_network_rain", bayesian_network_rain, days, both_weathers),
-    Case("bayesian_neural_network", TinyBNN, curve),
+    Case("bayesian_neural_network", TinyBNN, curve, slow=True),
     Case(
         "deep_exponential_family",
         deep_exponential_family,
@@ -262,5 +262,5 @@ CASES = [
         slow=True,
         known="latents of the data set and of rows, many of each",
     ),
-    Case("normalizing_flow", Flow, banana, coupled),
+    Case("normalizing_flow", Flow, banana, coupled, slow=True),
 ]
