@@ -237,6 +237,7 @@ CASES = [
         thirty_groups,
         probit_effects,
         tolerance=1e-2,
+        slow=True,
     ),
     Case("sum_to_zero", sum_to_zero, four_groups, zero_sum),
 ]

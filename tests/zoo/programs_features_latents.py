@@ -243,7 +243,7 @@ def independent_votes(params, x, y):
 
 CASES = [
     Case("binomial_latent", binomial_latent, whole_numbers_and_noise, binomials),
-    Case("poisson_latent", poisson_latent, whole_numbers_and_noise, refused="infinite support"),
+    Case("poisson_latent", poisson_latent, whole_numbers_and_noise, refused="has infinite support"),
     Case("vague_gammas", vague_gammas, column, gamma_precision, tolerance=1e-4),
     Case("half_cauchy", half_cauchy, column, cauchy_scale, tolerance=1e-5, slow=True),
     Case("lkj_covariance", lkj_covariance, correlated, lkj_grid, tolerance=1e-3),
@@ -276,5 +276,7 @@ CASES = [
         tolerance=1e-2,
         slow=True,
     ),
-    Case("many_shared_latents", many_shared_latents, wide_votes, independent_votes, tolerance=0.05),
+    Case(
+        "many_shared_latents", many_shared_latents, wide_votes, independent_votes, tolerance=0.05, slow=True
+    ),
 ]

@@ -163,10 +163,7 @@ def history_and_sex(rng: np.random.Generator) -> tuple[Array, Array]:
 
 CASES = [
     Case(
-        "capture_recapture_1",
-        capture_recapture_1,
-        lambda rng: (seen_or_not(rng),),
-        one_survival,
+        "capture_recapture_1", capture_recapture_1, lambda rng: (seen_or_not(rng),), one_survival, slow=True
     ),
     Case(
         "capture_recapture_2",
@@ -174,6 +171,7 @@ CASES = [
         lambda rng: (seen_or_not(rng),),
         survival_by_year,
         tolerance=1e-3,
+        slow=True,
     ),
     Case(
         "capture_recapture_3",
@@ -181,6 +179,7 @@ CASES = [
         lambda rng: (seen_or_not(rng),),
         survival_with_effects,
         tolerance=1e-2,
+        slow=True,
         known="six shared latents",
     ),
     Case(
@@ -189,5 +188,6 @@ CASES = [
         history_and_sex,
         survival_by_sex,
         tolerance=1e-3,
+        slow=True,
     ),
 ]

@@ -255,7 +255,7 @@ CASES = [
         known="the training stops before its rule is met",
     ),
     Case("bayesian_network_rain", bayesian_network_rain, days, both_weathers),
-    Case("bayesian_neural_network", TinyBNN, curve),
+    Case("bayesian_neural_network", TinyBNN, curve, slow=True),
     Case(
         "deep_exponential_family",
         deep_exponential_family,
@@ -263,5 +263,5 @@ CASES = [
         slow=True,
         known="latents of the data set and of rows, many of each",
     ),
-    Case("normalizing_flow", Flow, banana, coupled, warns="no smooth maximum"),
+    Case("normalizing_flow", Flow, banana, coupled, warns="no smooth maximum", slow=True),
 ]

@@ -223,8 +223,8 @@ CASES = [
     Case("linear_regression", linear_regression, rugged, three_coefficients),
     Case("regression_interaction", regression_interaction, rugged, interaction, tolerance=1e-4, slow=True),
     Case("regression_pyro_module", RegressionModule, rugged, module_coefficients),
-    Case("logistic_regression", logistic_regression, covers, logistic_grid, tolerance=1e-4),
-    Case("inclined_plane", inclined_plane, sliding_times, friction, tolerance=1e-4),
+    Case("logistic_regression", logistic_regression, covers, logistic_grid, tolerance=1e-4, slow=True),
+    Case("inclined_plane", inclined_plane, sliding_times, friction, tolerance=1e-4, slow=True),
     Case("item_response_1", item_response_1, long_answers, one_parameter, tolerance=1e-3, slow=True),
     Case(
         "item_response_2",

@@ -13,6 +13,7 @@ import pytest
 import torch
 from zoo.case import Case
 from zoo.catalogue import CATALOGUE
+from zoo.table import PAGE, page
 
 from bayes_mpt import BayesMPT
 
@@ -65,3 +66,7 @@ def test_every_case_is_of_the_catalogue():
         entry = entries[case.name]
         assert bool(case.refused) == (entry.outcome == "refused"), case.name
         assert (case.truth is None) == (entry.truth in ("message", "runs")), case.name
+
+
+def test_the_page_shows_what_the_tests_hold():
+    assert PAGE.read_text() == page(), "run python tests/zoo/table.py"
