@@ -37,7 +37,7 @@ class MaskedCurveDisplay:
     @classmethod
     def from_estimator(cls, estimator: Any, X: ArrayLike, y: Any = None, *, ax: Any = None) -> Self:
         """Estimate the curve of a fitted `BayesMPT` on rows X and draw it."""
-        return cls(estimator.estimate(X, y).by_size).plot(ax)
+        return estimator.estimate(X, y).plot(ax)
 
     def plot(self, ax: Any = None, *, label: str | None = None, color: str | None = None) -> Self:
         """Draw on ``ax``, or on new axes."""

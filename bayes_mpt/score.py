@@ -30,8 +30,9 @@ from bayes_mpt.masks import (
 )
 from bayes_mpt.predictors import Batch, Bound, Conditionals, Evidence, Objective, Predictor, choose
 from bayes_mpt.predictors.base import CHUNK
+from bayes_mpt.predictors.own_order import refuse_masks
 from bayes_mpt.predictors.self_predictive import OWN_MASKS
-from bayes_mpt.program.program import Model, list_names
+from bayes_mpt.program.program import Model, Order, list_names
 from bayes_mpt.runtime.serial import left_as_found, methods_take_turns, takes_turns, turn
 
 __all__ = [
@@ -61,7 +62,8 @@ class ScoreEstimate:
     se: float
     """Standard error of ``total``: over masks, from independent replicates' totals, or of the predictor where the masks
     are a chain; 0 if exact, NaN if unknown."""
-    by_size: Curve
+    by_size: Curve | None
+    """S(m), the mean over masks of a size; None where tokens look at each other, and there is one order only."""
     integrated: tuple[str, ...]
     """Latent sites integrated out."""
     point_estimated: tuple[str, ...]
@@ -69,6 +71,12 @@ class ScoreEstimate:
     exact: bool
     """Whether the conditionals and the sum over masks are both without error."""
     diagnostics: dict[str, Any] = field(default_factory=dict)
+    prequential: NDArray[np.float64] | None = None
+    """(N, T) nats where tokens look at each other: each token given those before it, in the program's own order.
+
+    0 of a missing token. Where every step takes a run of the program, the mean of a stretch of them."""
+    given: tuple[str, ...] = ()
+    """Cells that are looked at and never scored: the number is conditional on them."""
 
     @property
     def total(self) -> float:
@@ -86,12 +94,16 @@ class ScoreEstimate:
             f"log marginal likelihood {self.total:.10g} nats of {rows} ({error}); "
             f"integrated: {list_names(self.integrated) or 'nothing'}; "
             f"point-estimated: {list_names(self.point_estimated) or 'nothing'}"
+            + (f"; given: {list_names(self.given)}" if self.given else "")
         )
 
     def plot(self, ax: Any = None) -> Any:
         """Draw the area under the masked curve; see `bayes_mpt.plots.MaskedCurveDisplay`."""
         from bayes_mpt.plots import MaskedCurveDisplay
 
+        if self.by_size is None:
+            refuse_masks("the curve by mask size")
+        assert self.by_size is not None
         return MaskedCurveDisplay(self.by_size).plot(ax)
 
 
@@ -126,11 +138,13 @@ def estimate(
     Raises
     ------
     ValueError
-        If the policy's expectation is not the LML.
+        If the policy's expectation is not the LML. If tokens look at each other, and it is no `PermutationChain`.
     """
     require_lml(masks, "estimate", independent=read.structure.takes_visible)
     if n_replicates < 1:
         raise ValueError(f"n_replicates must be at least 1, got {n_replicates}")
+    if read.structure.order is not None:
+        return _in_own_order(read, masks, read.structure.order)
     generator = torch_generator(random_state)
     x = read.value
     draws = [masks.draw(x.shape[1], generator) for _ in range(n_replicates)]
@@ -154,6 +168,37 @@ def estimate(
         exact=found.exact,
         diagnostics={"n_replicates": n_replicates, "masks": repr(masks), "totals": None, **found.diagnostics},
     )
+
+
+@torch.no_grad()
+def _in_own_order(read: Conditionals, masks: Policy, order: Order) -> ScoreEstimate:
+    """The estimate where tokens look at each other: one chain, and no curve over mask sizes."""
+    if not isinstance(masks, PermutationChain) or masks.groups is not None:
+        refuse_masks(f"{masks!r}")
+    found, tokens = read.evidence(), read.own_order
+    steps = read.chain(tokens, _ends(tokens.shape[1]))[0][:, tokens[0]]
+    structure = read.structure
+    return ScoreEstimate(
+        found.by_row.double().cpu().numpy(),
+        found.se,
+        None,
+        structure.latent_names,
+        structure.parameters,
+        exact=found.exact,
+        diagnostics={
+            "n_replicates": 1,
+            "masks": "the program's own order",
+            "totals": None,
+            **found.diagnostics,
+        },
+        prequential=steps.double().cpu().numpy(),
+        given=order.given,
+    )
+
+
+def _ends(n_tokens: int) -> list[int] | None:
+    """Where every step costs a run of the program, the ends of stretches of them; None for single steps."""
+    return [round(n_tokens * b / MAX_RUNS) for b in range(MAX_RUNS + 1)] if n_tokens > MAX_RUNS else None
 
 
 def _of_replicates(scores: Tensor, diagnostics: dict[str, Any]) -> Evidence:
@@ -198,8 +243,7 @@ def _curve(read: Conditionals, weight: Tensor, draws: list[Masks], known: list[T
     """
     n_tokens = read.value.shape[1]
     share = weight / weight.sum()
-    # where every step costs a run of the program, the mean of a stretch of them
-    ends = [round(n_tokens * b / MAX_RUNS) for b in range(MAX_RUNS + 1)] if n_tokens > MAX_RUNS else None
+    ends = _ends(n_tokens)
     sizes, values = [], []
     for r, draw in enumerate(draws):
         if draw.order is not None:

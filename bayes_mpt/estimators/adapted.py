@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from copy import copy, deepcopy
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bayes_mpt.program.program import Model, ModelError
+from bayes_mpt.program.own_factors import Cells, FactorTokens, find_cells
+from bayes_mpt.program.program import HasFactors, Model, ModelError, list_names
 
 __all__ = ["Adapted", "fitted_as_written"]
 
@@ -26,6 +28,8 @@ class Adapted:
         Of its rows, where it has a network in single precision.
     whole : bool, default=False
         Its rows are whole numbers, which it takes as indices.
+    factors : dict of name to Cells, optional
+        What it says by `pyro.factor` is believed to be the log-density of these cells.
     widths : tuple of int, optional
         It takes several tables of so many columns in place of one.
 
@@ -43,7 +47,9 @@ class Adapted:
         dtype: torch.dtype | None = None,
         whole: bool = False,
         widths: tuple[int, ...] | None = None,
+        factors: dict[str, Cells] | None = None,
     ):
+        self.factors = factors or {}
         self.model, self.whole, self.widths = model, whole, widths
         if dtype is not None:
             self.dtype = dtype
@@ -59,7 +65,14 @@ class Adapted:
         # NaN, where a cell is missing, is no whole number: such a program wants complete rows
         x = x.long() if self.whole else x
         tables = (x,) if self.widths is None else x.split(list(self.widths), 1)
-        return self.model(*tables, *others)
+        with FactorTokens(self.factors, (x, *others)):
+            return self.model(*tables, *others)
+
+    @property
+    def believed(self) -> str | None:
+        """What no sum or integral has checked, in words."""
+        unchecked = [name for name, cells in self.factors.items() if not cells.checked]
+        return f"not checked: factor {list_names(map(repr, unchecked))}" if unchecked else None
 
     def __getattr__(self, name: str) -> Any:
         """What the program offers besides."""
@@ -71,8 +84,10 @@ class Adapted:
         return repr(self.model)
 
 
-def fitted_as_written(fit: Callable[[Model], Any], model: Model, X: NDArray[Any]) -> Any:
-    """What ``fit(model)`` gives, of a program that a first run may ask to be adapted.
+def fitted_as_written(
+    fit: Callable[[Model], Any], model: Model, X: NDArray[Any], args: Callable[[Model], tuple[Any, ...]]
+) -> Any:
+    """What ``fit(model)`` gives, of a program that a first run may ask to be adapted; ``args(model)`` calls it.
 
     Raises
     ------
@@ -83,19 +98,30 @@ def fitted_as_written(fit: Callable[[Model], Any], model: Model, X: NDArray[Any]
         try:
             return fit(model)
         except (ModelError, IndexError) as error:
-            model = _remedy(error, model, X)
+            model = _remedy(error, model, X, args)
 
 
-def _remedy(error: Exception, model: Model, X: NDArray[Any]) -> Adapted:
+def _remedy(
+    error: Exception, model: Model, X: NDArray[Any], args: Callable[[Model], tuple[Any, ...]]
+) -> Adapted:
     """The program, adapted to what a run of it has said; else the error."""
     said = str(error)
+    before = model if isinstance(model, Adapted) else Adapted(model)
+    if isinstance(error, HasFactors) and not before.factors:
+        new = copy(before)
+        if isinstance(new.model, torch.nn.Module):
+            new.model = deepcopy(new.model).double()
+        new.factors = find_cells(new, args(new))
+        return new
     if isinstance(error, ModelError):
         if (
             "mixes precisions" in said
             and not hasattr(model, "dtype")
             and not isinstance(model, torch.nn.Module)
         ):
-            return Adapted(model, dtype=torch.float32)
+            new = copy(before)
+            new.dtype = torch.float32
+            return new
         raise error
     if (
         not isinstance(error, IndexError)
@@ -108,7 +134,9 @@ def _remedy(error: Exception, model: Model, X: NDArray[Any]) -> Adapted:
             "the program takes a column as an index, and rows are floating-point numbers: write x[:, j].long(), where "
             "j is that column; it must be complete"
         ) from error
-    return Adapted(model, whole=True)
+    new = copy(before)
+    new.whole = True
+    return new
 
 
 def _n_required(model: Model) -> int:

@@ -33,7 +33,7 @@ from bayes_mpt.estimators.fit import fit_program
 from bayes_mpt.estimators.fitted import OPTIONAL, Fitted
 from bayes_mpt.estimators.names import check_names
 from bayes_mpt.estimators.report import Unwatched, explain, reporter, shown
-from bayes_mpt.estimators.rows import check_program, dtype_of, takes_y
+from bayes_mpt.estimators.rows import arguments, check_program, dtype_of, takes_y
 from bayes_mpt.estimators.stored_fit import restored
 from bayes_mpt.estimators.trainer import trainer_of
 from bayes_mpt.estimators.weighed import Weighed
@@ -302,7 +302,10 @@ class BayesMPT(
         unused = () if self.average is None else (ZeroNoiseWarning,)  # of a maximum that scores nothing
         with warnings_of(silent=unused):
             fitted = fitted_as_written(
-                lambda program: fit_program(program, self.guide, X, y, trainer, **before), program, X
+                lambda program: fit_program(program, self.guide, X, y, trainer, **before),
+                program,
+                X,
+                lambda program: arguments(program, X, y, self.device),
             )
         if self.average is not None:
             fitted = averaged(fitted.with_settings(self.predictor, self._draws), X)

@@ -22,6 +22,7 @@ from bayes_mpt.evidence.mixture_laplace import MixtureLaplace
 from bayes_mpt.evidence.predictive import GaussianRows, RowPredictive
 from bayes_mpt.evidence.sampled import SampledEvidence
 from bayes_mpt.models.mixtures import GaussianMixture
+from bayes_mpt.program.offers import offered
 from bayes_mpt.program.program import list_names
 
 __all__ = [
@@ -61,6 +62,8 @@ class Facts:
     """Whether it is a Gaussian mixture."""
     converged: bool
     """Whether the training ended by its own rule."""
+    given: tuple[str, ...] = ()
+    """Cells that tokens look at and that are never scored."""
 
     @classmethod
     def of(cls, model: BayesMPT) -> Facts:
@@ -78,6 +81,7 @@ class Facts:
             counted=counts_parameters(model),
             mixture=type(model.fitted_.model) is GaussianMixture,
             converged=model.converged_,
+            given=() if structure.order is None else structure.order.given,
         )
 
 
@@ -259,6 +263,11 @@ def not_converged(model: BayesMPT) -> str:
     if model.converged_:
         return ""
     return f"not converged after {model.n_iter_} iteration{'' if model.n_iter_ == 1 else 's'}"
+
+
+def unchecked(model: BayesMPT) -> str:
+    """What a program says of its own densities, which nothing has checked; nothing of most."""
+    return offered(model.fitted_.model, "believed") or ""
 
 
 def token_digest(estimator: Any, X: Any, y: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import suppress
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -96,13 +97,17 @@ def _warn_of_ignored_rows(predictor: Bound, model: Model, args: tuple[Any, ...])
             break
     else:
         return
-    for change in (resampled, shifted):  # resampled rows may be equal, shifted ones have values out of range
-        try:
-            after = observed(tuple(change(a) for a in some))
-        except refused:
-            continue
-        if not all(map(torch.equal, before, after)):
-            return
+    # Resampled rows may be equal, shifted ones have values out of range; an argument may say how many sites there are,
+    # so that it can only be changed alone, or not at all.
+    every, ran = range(len(some)), False
+    for change, chosen in product((resampled, shifted), (set(every), *({i} for i in every))):
+        with suppress(*refused):
+            after = observed(tuple(change(a) if i in chosen else a for i, a in enumerate(some)))
+            ran = True
+            if not all(map(torch.equal, before, after)):
+                return
+    if not ran:
+        return
     warn(
         f"observed site {structure.observed!r} does not change with X: the rows that were given are ignored, and "
         "whatever they are the score is the same. Write obs=x, or a part of it",

@@ -19,6 +19,7 @@ from bayes_mpt.estimators.candidates import (
     not_converged,
     refuse_unwrapped,
     token_digest,
+    unchecked,
 )
 from bayes_mpt.estimators.checked import checked
 from bayes_mpt.estimators.refits import HeldOut
@@ -116,6 +117,7 @@ def compare(
         except ValueError as error:
             raise ValueError(f"{name!r} cannot be compared on these rows: {error}") from error
         candidate.doubt(not_converged(final_step(estimator)))
+        candidate.doubt(unchecked(final_step(estimator)))
         found.append(candidate)
     refuse_incomparable(names, found)
     seen = _all_trained_on(names, found, X)

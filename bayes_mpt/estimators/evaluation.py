@@ -15,6 +15,7 @@ from bayes_mpt.estimators.candidates import (
     not_converged,
     refuse_unwrapped,
     token_digest,
+    unchecked,
 )
 from bayes_mpt.estimators.rules import Rule, give_evidence
 from bayes_mpt.estimators.stored import Slot, with_estimator
@@ -88,6 +89,7 @@ def fit_candidate(
     note = f"the noise variance of column {', '.join(map(repr, zero))} is zero" if zero else ""
     candidate = Candidate(fitted, tokens=token_digest(fitted, X, y), fit_time=fit_time, note=note)
     candidate.doubt(not_converged(final_step(fitted)))
+    candidate.doubt(unchecked(final_step(fitted)))
     return candidate
 
 

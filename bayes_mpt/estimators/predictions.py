@@ -178,6 +178,11 @@ def predict_y(fitted: Fitted, rows: Rows, *, return_std: bool, return_cov: bool)
             f"{bound.name} predicts means only: return_std and return_cov need observations that are one Gaussian "
             "vector"
         )
+    if bound.structure.order is not None:
+        raise ValueError(
+            f"observations of site {bound.structure.observed!r} look at earlier ones, and those of new rows are not "
+            "known: predict one step, put it into y, and predict the next with the program itself"
+        )
     model = of_cells(fitted.model, bound.structure.shifts)
     args, draws = fitted.new_arguments(rows), fitted.latents.shared
     if fitted.latents.growing:

@@ -9,6 +9,7 @@ from typing import Any
 
 from bayes_mpt import training
 from bayes_mpt.estimators.fitted import Fitted
+from bayes_mpt.predictors.own_order import words_of
 from bayes_mpt.program.offers import offered
 from bayes_mpt.program.program import list_names
 from bayes_mpt.runtime.interrupts import check
@@ -92,20 +93,25 @@ def explain(fitted: Fitted) -> str:
         tokens = f"all observations of site {s.observed!r}, one vector"
     else:
         tokens = f"the {s.n_tokens} observations of site {s.observed!r} in a row; rows are independent"
+    if s.shifts:
+        names = list_names(repr(shift.site) for shift in s.shifts)
+        tokens += f"; what shifts the values of {names} stands in the distribution"
     read = ""
     if s.affine:
         per_row = "; read on the real rows, since each row has its own map"
         read = per_row if s.per_row else "; read once for all rows"
-    prior = offered(fitted.model, "penalised")
+    prior, believed = offered(fitted.model, "penalised"), offered(fitted.model, "believed")
     where = ", at their maximum a posteriori under the model's prior" if fitted.at_map else ""
     where = where if prior is None else f", at {prior}"
     return "\n".join(
         [
             f"tokens:          {tokens}",
+            *([f"order:           {words_of(s.order)}"] if s.order is not None else []),
             f"latents:         {latents or 'none'}",
             f"predictor:       {bound.name}: {bound.why}{read}",
             f"integrated:      {list_names(s.latent_names) or 'nothing'}",
             f"point-estimated: {', '.join(s.parameters) or 'nothing'}{where}",
+            *([f"believed:        {believed}"] if believed else []),
             f"training:        {_way(fit)}" + (", interrupted" if fit.interrupted else ""),
             *([f"averaged:        {averaged.prior.describe()}"] if averaged else []),
             *(

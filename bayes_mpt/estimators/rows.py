@@ -121,7 +121,7 @@ def check_program(program: Any, *, with_y: bool, name: str = "model", n_inputs: 
     try:
         signature.bind(*args, **visible)
     except TypeError as error:
-        said = getattr(program, "__name__", repr(program))
+        said = getattr(program, "__name__", type(program).__name__)
         call = ", ".join([*args, *visible])
         kinds = [p.kind for p in signature.parameters.values()]
         if not kinds:

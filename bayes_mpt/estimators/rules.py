@@ -42,6 +42,7 @@ from bayes_mpt.evidence.integrated import IntegratedEvidence
 from bayes_mpt.evidence.mixture import MixtureEvidence
 from bayes_mpt.evidence.mixture_laplace import MixtureLaplace
 from bayes_mpt.evidence.sampled import SampledEvidence
+from bayes_mpt.program.program import list_names
 from bayes_mpt.runtime.atomic import all_or_nothing
 from bayes_mpt.runtime.serial import left_as_found, turn
 
@@ -310,8 +311,18 @@ def refuse_incomparable(names: list[str], found: list[Candidate]) -> None:
         if others:
             raise ValueError(
                 f"not comparable: {', '.join(map(repr, others))} differ from the rest in their {what}. Marginal "
-                "likelihoods can only be compared as densities of the same numbers"
+                f"likelihoods can only be compared as densities of the same numbers{_of_given(names, found)}"
             )
+
+
+def _of_given(names: list[str], found: list[Candidate]) -> str:
+    """Which cells are not scored, where these differ: an autoregression of more lags begins later."""
+    if len({c.facts.given for c in found}) < 2:
+        return ""
+    each = "; ".join(
+        f"{n!r} is given {list_names(c.facts.given) or 'nothing'}" for n, c in zip(names, found, strict=True)
+    )
+    return f". Let all score the same cells: {each}"
 
 
 def common_prior(candidate: Candidate, X: Any) -> FactorPrior:

@@ -18,6 +18,7 @@ from torch import Tensor
 from bayes_mpt.diagnostics import disagreement, replicate_error
 from bayes_mpt.masks import Masks, Policy
 from bayes_mpt.predictors.objective import Batch, Objective
+from bayes_mpt.predictors.own_order import in_own_order, own_order
 from bayes_mpt.program.affine import DenseMap
 from bayes_mpt.program.program import Model, ModelError, Program
 from bayes_mpt.program.shift_trials import observing_cells
@@ -255,11 +256,12 @@ class Conditionals(ABC):
     """log p(x_i | x_visible) of the rows that were read, for any visible set, hidden tokens scored one at a time.
 
     Immutable. Cells that are NaN are never visible and never scored. A mask is shared by all rows. All is in nats.
+    Where tokens look at each other (`Program.order`), the chain in this order is all that is answered.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        methods_take_turns()(cls)
+        methods_take_turns()(in_own_order(cls))
 
     structure: Program
     value: Tensor
@@ -274,6 +276,11 @@ class Conditionals(ABC):
     @abstractmethod
     def posterior(self, visible: Tensor | None = None) -> Posterior:
         """Latents given the visible (T,) and observed tokens of each row: all observed ones by default."""
+
+    @property
+    def own_order(self) -> Tensor:
+        """An order of the tokens (1, T): the program's own where they look at each other, else as they stand."""
+        return own_order(self.structure, self.value.shape[1]).to(self.value.device)
 
     def chain(self, order: Tensor, stops: list[int] | None = None) -> Tensor:
         """Score token order[c, t] given order[c, :t]: (C, T) long -> (C, N, T) nats, by token.
@@ -291,8 +298,8 @@ class Conditionals(ABC):
 
     def score(self, masks: Masks | None = None) -> Tensor:
         """Weighted sum of the conditionals over masks and tokens, (N,); without masks the log-density of each row."""
-        if masks is None:
-            return self._joint()
+        if masks is None or (self.structure.order is not None and masks.order is not None):
+            return self._joint()  # of chains there is one, in the program's own order
         weight = masks.weight.to(self.value)
         if masks.order is not None:
             return self._along(masks.order.to(self.value.device), weight)
@@ -330,8 +337,7 @@ class Conditionals(ABC):
 
     def _joint(self) -> Tensor:
         """Log-density of the observed tokens of each row (N,)."""
-        order = torch.arange(self.value.shape[1], device=self.value.device)[None]
-        return self.chain(order)[0].sum(-1)
+        return self.chain(self.own_order)[0].sum(-1)
 
     def _along(self, order: Tensor, weight: Tensor) -> Tensor:
         """The weighted sum (N,) along chains (C, T): whatever the order, they add up to the log-density."""

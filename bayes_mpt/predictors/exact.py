@@ -8,7 +8,6 @@ from bayes_mpt.predictors.base import Bound, Guide, Predictor
 from bayes_mpt.predictors.gaussian.markov import closed_form
 from bayes_mpt.predictors.gaussian.process import JointGaussian, gaussian_program
 from bayes_mpt.predictors.nodes.enumeration import enumerated, mixture_of_maps
-from bayes_mpt.predictors.nodes.vector_maps import vector_of_maps
 from bayes_mpt.program.affine import NotAffine
 from bayes_mpt.program.analysis import look
 from bayes_mpt.program.program import Model, ModelError, Program
@@ -56,8 +55,7 @@ def summed_out(model: Model, args: tuple[Any, ...], program: Program, reason: No
     kinds = {site.kind for site in program.sites}
     if program.discrete and kinds <= {"Normal", "MultivariateNormal"}:
         if program.continuous or "MultivariateNormal" in kinds:
-            of = mixture_of_maps if program.by_row else vector_of_maps
-            return of(model, args, program)
+            return mixture_of_maps(model, args, program)
     if program.continuous:
         raise ModelError(
             f"{reason} Latent sites {list(program.continuous)} are neither linear-Gaussian nor discrete, so they "

@@ -97,7 +97,7 @@ def outputs_of_rows(objective: Objective, read: Conditionals | None, *, few_rows
     if len(read.value) > 1:
         found = read.score()
     else:
-        found = read.chain(torch.arange(value.shape[1], device=value.device)[None]).flatten()
+        found = read.chain(read.own_order).flatten()
     return Outputs(found / math.sqrt(len(found)), few_rows=few_rows)
 
 

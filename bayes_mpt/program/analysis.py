@@ -19,7 +19,7 @@ from bayes_mpt.program.checks import check_sites, refuse_unregistered_parameters
 from bayes_mpt.program.factor_runs import with_meeting_entries
 from bayes_mpt.program.layout import rows_first
 from bayes_mpt.program.mask_trials import refuse_other_rows, refuse_selection
-from bayes_mpt.program.program import Model, ModelError, Program
+from bayes_mpt.program.program import Model, ModelError, Program, one_vector
 from bayes_mpt.program.run import first_run
 from bayes_mpt.program.shifts import ObservesCells
 from bayes_mpt.program.sites import (
@@ -32,8 +32,9 @@ from bayes_mpt.program.sites import (
     own_shown,
     plate_depth,
     rows_plate_of,
+    sub_samples,
 )
-from bayes_mpt.program.trials import refuse_hidden, try_others
+from bayes_mpt.program.trials import Verdict, refuse_hidden, try_others
 
 __all__ = ["Analysis", "analyze", "look"]
 
@@ -122,24 +123,49 @@ def look(model: Model, args: tuple[Any, ...]) -> Analysis:
     refuse_hidden(model, init, first)
     refuse_unregistered_parameters(first)
     position = _observed_argument(program, first, init)
-    verdict = try_others(
-        model,
-        init,
-        program,
-        first,
-        position=position,
-        alike=gaussian and program.by_row,
-        real=all(_is_real(base(n["fn"])) for n in nodes),
-        values_only=program.sub_rows is not None,
-    )
-    refuse_selection(model, init, program, first)
+    real = all(_is_real(base(n["fn"])) for n in nodes)
+    ordered = _steps_in_plate(model, init, program, first, real)
+    if ordered is None:
+        verdict = try_others(
+            model,
+            init,
+            program,
+            first,
+            position=position,
+            alike=gaussian and program.by_row,
+            real=real,
+            values_only=program.sub_rows is not None,
+        )
+    else:
+        program, verdict = ordered
+    refuse_selection(model, init, program, first, by_tokens=verdict.order is None)
     refuse_other_rows(model, init, program, first)
+    if verdict.order is not None:
+        # each row is read at its own values, and missing cells that others look at are refused there
+        program = one_vector(program) if verdict.coupled else program
+        program = program._replace(order=verdict.order)
+        return Analysis(program, init, first, verdict.other, None, verdict.by_number)
     hides = not all(bool(own_shown(node).all()) for node in nodes)
     position = position if verdict.gaps and not hides else None
     cells = position is not None and not any(site.n_joint for site in program.sites)
     program = program._replace(observed_argument=position if cells else None)
     program = with_meeting_entries(model, init, program)
     return Analysis(program, init, first, verdict.other, position, verdict.by_number)
+
+
+def _steps_in_plate(
+    model: Model, args: tuple[Any, ...], program: Program, first: Trace, real: bool
+) -> tuple[Program, Verdict] | None:
+    """The vector in a plate of another length than x, whose steps look at earlier ones; None where they do not.
+
+    A plate of the T - 1 steps of an autoregression, say: no rows, and nothing is drawn of them.
+    """
+    drawn = any(len(rows) < first.nodes[name]["fn"].size for name, rows in sub_samples(first).items())
+    if program.sub_rows is None or drawn:
+        return None
+    whole = one_vector(program)._replace(sub_rows=None)
+    verdict = try_others(model, args, whole, first, real=real)
+    return None if verdict.order is None else (whole, verdict)
 
 
 def _described(first: Trace, n_rows: int, factors_too: bool = False) -> Program:

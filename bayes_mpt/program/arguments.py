@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 from bayes_mpt.program.program import ModelError
 
 __all__ = [
+    "cell_name",
     "cycle",
     "fill",
     "fill_otherwise",
@@ -143,3 +146,19 @@ def cycle(arg: Any, n_rows: int) -> Any:
     if not isinstance(arg, Tensor) or not arg.ndim:
         return arg
     return arg[:n_rows] if len(arg) >= n_rows else arg[torch.arange(n_rows, device=arg.device) % len(arg)]
+
+
+def cell_name(model: Callable[..., Any], arg: Tensor, position: int, index: Sequence[int | slice]) -> str:
+    """A cell of an argument, or all along some axes, as one writes it: x[3], or x[:, 2]."""
+    while callable(inner := getattr(model, "model", None)) and not isinstance(model, torch.nn.Module):
+        model = inner  # what stands around a program has no names of its own
+    names: list[str] = []
+    with suppress(TypeError, ValueError):
+        parameters = inspect.signature(model).parameters.values()
+        names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    unnamed = f"argument {position}" if position else "x"
+    called = names[position] if position < len(names) else unnamed
+    parts = [*index, *[slice(None)] * (arg.ndim - len(index))]
+    while len(parts) > 1 and (arg.shape[len(parts) - 1] == 1 or isinstance(parts[-1], slice)):
+        parts.pop()  # a single column has no name, nor what is meant as a whole
+    return f"{called}[{', '.join(str(i) if isinstance(i, int) else ':' for i in parts)}]"

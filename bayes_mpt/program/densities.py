@@ -13,17 +13,18 @@ from __future__ import annotations
 
 import math
 from copy import copy
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from torch import Tensor
+from torch.distributions import constraints
 
 from bayes_mpt.warnings import PrecisionWarning, warn
 
-__all__ = ["log_density", "uncached", "unrepeated"]
+__all__ = ["CellDensity", "log_density", "uncached", "unrepeated"]
 
 LARGE = 1e8  # counts from which on the saddle-point form is taken
 FEW_DIGITS = 1e9  # counts from which on other distributions of counts say that they lose digits
@@ -42,6 +43,24 @@ BY_LGAMMA = (
     dist.ZeroInflatedDistribution,
     torch.distributions.Multinomial,
 )
+
+
+class CellDensity(dist.TorchDistribution):
+    """What a program says by `pyro.factor` is the log-density of some cells of its row, as their distribution.
+
+    It is that of the run's own cells, whatever value it is asked about; ``given`` moves with what it is given.
+    """
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+    support = constraints.real
+
+    def __init__(self, log_factor: Tensor, given: Tensor, n_cells: int):
+        self.log_factor, self.given = log_factor, given
+        super().__init__(log_factor.shape, torch.Size((n_cells,) if n_cells > 1 else ()), validate_args=False)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """The factor."""
+        return self.log_factor
 
 
 def log_density(fn: Any, value: Tensor) -> Tensor:

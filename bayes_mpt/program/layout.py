@@ -11,7 +11,7 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from bayes_mpt.program.densities import uncached
+from bayes_mpt.program.densities import CellDensity, uncached
 from bayes_mpt.program.program import ModelError, Observed, Program
 from bayes_mpt.program.sites import base, node_of, own_shown
 
@@ -115,7 +115,12 @@ def check_shape(node: Any, site: Observed) -> None:
 def log_probs_under(trace: Trace, values: dict[str, Tensor], program: Program) -> dict[str, Tensor]:
     """Log-densities of these values of tokens and latents under the distributions of a run, by site."""
     with pyro.validation_enabled(False):
-        tokens = {n: uncached(base(node_of(trace, n)["fn"])).log_prob(values[n]) for n in program.site_names}
+        tokens = {}
+        for n in program.site_names:
+            fn = uncached(base(node_of(trace, n)["fn"]))
+            # a factor is of the cells of its own run: what it moves with was found before
+            own = isinstance(fn, CellDensity)
+            tokens[n] = fn.given if own else fn.log_prob(values[n])
         return tokens | {
             n: uncached(node_of(trace, n)["fn"]).log_prob(values[n]) for n in program.latent_names
         }

@@ -42,7 +42,9 @@ class _View(NamedTuple):
     values: dict[str, Tensor]
 
 
-def refuse_selection(model: Model, args: tuple[Any, ...], program: Program, first: Trace) -> None:
+def refuse_selection(
+    model: Model, args: tuple[Any, ...], program: Program, first: Trace, *, by_tokens: bool = True
+) -> None:
     """Refuse masks and scales that move with the values of tokens, with latents or with parameters.
 
     Parameters
@@ -55,6 +57,9 @@ def refuse_selection(model: Model, args: tuple[Any, ...], program: Program, firs
         What was found out about it.
     first : Trace
         That run.
+    by_tokens : bool, default=True
+        Whether they may not move with the values of tokens. Where tokens have an order, masks may look at earlier ones,
+        which `bayes_mpt.program.token_graph` has seen to.
 
     Raises
     ------
@@ -77,7 +82,7 @@ def refuse_selection(model: Model, args: tuple[Any, ...], program: Program, firs
                 "leaves out is no missing cell: let it depend on arguments alone, and write a choice between "
                 "distributions as a mixture"
             )
-    for position, arg in enumerate(args):
+    for position, arg in enumerate(args if by_tokens else ()):
         for other in _tables(arg):
             trace = _taken(model, args, position, other, held, first)
             if trace is None or _moved(before, _view(trace, program)) is None:
@@ -116,22 +121,37 @@ def refuse_other_rows(model: Model, args: tuple[Any, ...], program: Program, fir
         for position, arg in enumerate(args):
             if not isinstance(arg, Tensor) or not arg.ndim or len(arg) != value.shape[axis] or len(arg) < 2:
                 continue
-            odd = torch.arange(len(arg), device=arg.device) % 2 == 1
-            for other in _tables(arg):
-                changed = torch.where(odd.reshape(-1, *(1,) * (arg.ndim - 1)), other, arg)
-                trace = _taken(model, args, position, changed, held, first)
-                if trace is None:
-                    continue
-                now, kept = node_of(trace, name)["value"], (~odd).nonzero()[:, 0]
-                if now.shape == value.shape and not torch.equal(
-                    *(v.index_select(axis, kept) for v in (now, value))
-                ):
+            for row in {0, len(arg) // 2, len(arg) - 1}:
+                if _n_moved(model, args, position, row, held, first, name, axis) > 1:
                     raise ModelError(
                         f"the value of observed site {name!r} in one row depends on other rows of plate "
                         f"{program.rows_plate!r} (x - x.mean(0), lags), so that their density is not that of the data: "
                         "compute it outside the program, or make the statistic a pyro.param in the distribution"
                     )
-                break
+
+
+def _n_moved(
+    model: Model,
+    args: tuple[Any, ...],
+    position: int,
+    row: int,
+    held: dict[str, Tensor],
+    first: Trace,
+    name: str,
+    axis: int,
+) -> int:
+    """In how many rows a value moves where one row of an argument does."""
+    arg, value = args[position], node_of(first, name)["value"]
+    for other in _tables(arg):
+        changed = arg.clone()
+        changed[row] = other[row]
+        trace = None if torch.equal(changed, arg) else _taken(model, args, position, changed, held, first)
+        if trace is not None:
+            now = node_of(trace, name)["value"]
+            if now.shape != value.shape:
+                return 0
+            return int((now != value).movedim(axis, 0).reshape(value.shape[axis], -1).any(1).sum())
+    return 0
 
 
 def _is_view(value: Tensor, arg: Any) -> bool:

@@ -11,7 +11,7 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from bayes_mpt.program.arguments import fill_otherwise, has_missing
+from bayes_mpt.program.arguments import cell_name, fill, fill_otherwise, has_missing
 from bayes_mpt.program.layout import join_tokens, log_probs_under, rows_first, token_values
 from bayes_mpt.program.program import MissingCovariate, Model, ModelError, Program
 from bayes_mpt.program.run import run
@@ -19,14 +19,22 @@ from bayes_mpt.program.sites import base, latent_nodes, node_of, own_shown, sub_
 
 __all__ = ["gaps_show", "holes_in", "nan_shows", "read_values", "same_but_for", "values_with_gaps"]
 
+MAX_NAMED = 64  # missing cells that are tried one by one to name one
+
 
 def read_values(
     model: Model, args: tuple[Any, ...], program: Program, trace: Trace, sites: dict[str, Tensor]
 ) -> Tensor:
-    """Values of the tokens (N, T) of a run on filled arguments, NaN where computed from a missing cell."""
+    """Values of the tokens (N, T) of a run on filled arguments, NaN where computed from a missing cell.
+
+    Where tokens look at each other, also where a mask of the program hides them: they are read, and not scored.
+    """
     value = token_values(trace, program)
+    if program.order is not None:
+        masks = {s.name: own_shown(node_of(trace, s.name)).to(value.dtype) for s in program.sites}
+        hidden = join_tokens(masks, program) == 0
     if not any(has_missing(a) for a in args):
-        return value
+        return value if program.order is None else torch.where(hidden, torch.nan, value)
     # Other values in the missing cells: the tokens that move are the missing ones, and no distribution may move.
     others = tuple(fill_otherwise(a) for a in args)
     with torch.no_grad(), pyro.validation_enabled(False):
@@ -37,16 +45,20 @@ def read_values(
                 f"the program does not run on other values in the missing cells: {error}. Drop constant columns, and "
                 "make covariates complete"
             ) from error
-        values = {n: trace.nodes[n]["value"] for n in (*program.site_names, *program.latent_names)}
-        before, after = log_probs_under(trace, values, program), log_probs_under(other, values, program)
-    for name, density in before.items():
-        if not bool((after[name] == density).all()):
-            raise MissingCovariate(
-                f"missing cells reach the distribution of site {name!r}: covariates must be complete, "
-                "only what is observed may be missing"
-            )
+        moved = _moved_law(trace, other, program)
+    if moved is not None:
+        raise MissingCovariate(
+            f"missing cells reach the distribution of site {moved!r}: covariates must be complete, only what is "
+            f"observed may be missing{_missing_parent(model, args, program, trace, sites)}"
+        )
     shown = values_with_gaps(model, args, program.site_names, trace, other, sites)
     with_gaps = join_tokens(shown, program)
+    looked_at = [] if program.order is None else list(program.order.parents)
+    if bool(with_gaps[:, looked_at].isnan().any()):  # whether or not these fillings make a difference
+        raise MissingCovariate(
+            f"missing cells reach the distribution of site {program.observed!r}, of which tokens look at others"
+            f"{_missing_parent(model, args, program, trace, sites)}"
+        )
     missing = with_gaps.isnan() & ~value.isnan()
     for site in program.sites:
         if site.n_joint > 1 and bool(missing.any()):
@@ -69,7 +81,40 @@ def read_values(
             f"{n_cells} missing cells make {int(missing.sum())} tokens of observed site {program.observed!r} missing, "
             "since tokens are computed from several cells: observe the cells themselves, or fill them before"
         )
-    return with_gaps
+    return with_gaps if program.order is None else torch.where(hidden, torch.nan, with_gaps)
+
+
+def _moved_law(before: Trace, after: Trace, program: Program) -> str | None:
+    """The first site whose distribution, or mask where tokens look at each other, is another one in a second run."""
+    values = {n: before.nodes[n]["value"] for n in (*program.site_names, *program.latent_names)}
+    laws = zip(*(log_probs_under(run, values, program).items() for run in (before, after)), strict=True)
+    moved = next((name for (name, law), (_, now) in laws if not bool((now == law).all())), None)
+    if moved is None and program.order is not None:
+        shown = ((n, own_shown(node_of(before, n)), own_shown(node_of(after, n))) for n in program.site_names)
+        moved = next((name for name, mask, now in shown if not torch.equal(mask, now)), None)
+    return moved
+
+
+def _missing_parent(
+    model: Model, args: tuple[Any, ...], program: Program, trace: Trace, sites: dict[str, Tensor]
+) -> str:
+    """Which missing cell a distribution looks at, in words."""
+    filled, others = tuple(fill(a) for a in args), tuple(fill_otherwise(a) for a in args)
+    looked_at = [] if program.order is None else list(program.order.parents)
+    before = token_values(trace, program)
+    for position, arg in enumerate(args):
+        for index in arg.isnan().nonzero().tolist()[:MAX_NAMED] if has_missing(arg) else []:
+            one = filled[position].clone()
+            one[tuple(index)] = others[position][tuple(index)]
+            with torch.no_grad(), pyro.validation_enabled(False):
+                there = run(model, (*filled[:position], one, *filled[position + 1 :]), sites)
+            parent = (token_values(there, program) != before)[:, looked_at].any()
+            if bool(parent) or _moved_law(trace, there, program) is not None:
+                return (
+                    f". It looks at {cell_name(model, arg, position, index)}, which is missing: fill it before, leave "
+                    "its row or series out, or make a series a latent that is observed with noise"
+                )
+    return ""
 
 
 def values_with_gaps(

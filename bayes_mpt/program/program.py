@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 __all__ = [
+    "HasFactors",
     "Latent",
     "MissingCovariate",
     "Model",
     "ModelError",
     "NotPositiveDefinite",
     "Observed",
+    "Order",
     "Program",
     "Shift",
     "ValuesMove",
@@ -29,6 +33,10 @@ MAX_NAMES = 12  # in a message
 
 class ModelError(ValueError):
     """The program cannot be scored; the message names the site and what to do."""
+
+
+class HasFactors(ModelError):
+    """A `pyro.factor` stands in the program, of which it is not known that it is a density of cells."""
 
 
 class ValuesMove(ModelError):
@@ -86,6 +94,19 @@ class Observed(NamedTuple):
         return n
 
 
+class Order(NamedTuple):
+    """Tokens that look at other tokens: the one order in which their conditionals are a density."""
+
+    tokens: tuple[int, ...]
+    """The T tokens of a row, or of the one vector, each behind those that its distribution looks at."""
+    parents: tuple[int, ...]
+    """Tokens that others may look at: none of them may be missing."""
+    given: tuple[str, ...]
+    """Cells that are looked at and never scored: all numbers are conditional on them."""
+    how: str
+    """How it was found, in words."""
+
+
 class Shift(NamedTuple):
     """An observed site whose value is cells x of an argument and what latents and parameters add: c x + d."""
 
@@ -140,6 +161,8 @@ class Program(NamedTuple):
     """Discrete latents and those of their plates whose entries meet outside: their values are enumerated together."""
     takes_visible: bool = False
     """The program is conditioned on the mask: hidden tokens are independent of each other, each row has its own."""
+    order: Order | None = None
+    """Where tokens look at other tokens, as in an autoregression: their order. None: tokens look at latents alone."""
 
     @property
     def observed(self) -> str:
@@ -202,7 +225,25 @@ def n_rows_of(program: Program, args: tuple[Any, ...]) -> int:
 
 def split_events(program: Program) -> Program:
     """The same program with the elements of a MultivariateNormal as tokens, for those who can score them one by one."""
-    return program._replace(sites=tuple(s._replace(n_joint=0) for s in program.sites))
+    sites = tuple(s._replace(n_joint=0) for s in program.sites)
+    if program.order is None or sites == program.sites:
+        return program._replace(sites=sites)
+    parts: list[NDArray[np.intp]] = []
+    start = 0
+    for whole, split in zip(program.sites, sites, strict=True):  # which numbers each token is made of
+        n = split.n_tokens
+        parts += list(np.arange(start, start + n).reshape(whole.n_tokens, -1))
+        start += n
+    return program._replace(sites=sites, order=_renamed(program.order, parts))
+
+
+def _renamed(order: Order, parts: Sequence[NDArray[np.intp]]) -> Order:
+    """The order of other tokens, of which these (T, ...) are what each token was."""
+    tokens, parents = (
+        tuple(np.concatenate([[], *(parts[t].ravel() for t in some)]).astype(int).tolist())
+        for some in (order.tokens, order.parents)
+    )
+    return order._replace(tokens=tokens, parents=parents)
 
 
 def one_vector(program: Program) -> Program:
@@ -212,4 +253,14 @@ def one_vector(program: Program) -> Program:
         s._replace(row_axis=None, width=s.width * (1 if s.row_axis is None else s.shape[s.row_axis]))
         for s in program.latents
     )
-    return program._replace(sites=sites, latents=latents, by_row=False)
+    order = program.order
+    if order is not None and program.by_row:
+        by_row, start = [], 0
+        for site, whole in zip(program.sites, sites, strict=True):  # where the tokens of the rows go
+            kept = site.shape[: len(site.shape) - site.n_joint]
+            places = np.arange(start, start + whole.n_tokens).reshape(kept)
+            first = places[None] if site.row_axis is None else np.moveaxis(places, site.row_axis, 0)
+            by_row.append(first.reshape(len(first), -1))
+            start += whole.n_tokens
+        order = _renamed(order, list(np.concatenate(by_row, 1).T))
+    return program._replace(sites=sites, latents=latents, by_row=False, order=order)

@@ -172,6 +172,7 @@ class _Casts(poutine.messenger.Messenger):
             self.plates[msg["name"]] = msg["fn"].size
             return
         self.site = msg["name"]
+        _keep_masks(msg)
         if msg["is_observed"]:
             msg["value"] = torch.as_tensor(msg["value"]).to(self.dtype)
         elif isinstance(base(msg["fn"]), dist.ImproperUniform):
@@ -194,6 +195,17 @@ class _Casts(poutine.messenger.Messenger):
     def _cast(self, value: Any) -> Any:
         floating = isinstance(value, Tensor) and value.is_floating_point()
         return value.to(device=self.device, dtype=self.dtype) if floating else value
+
+
+def _keep_masks(msg: Any) -> None:
+    """Masks as they are when a site is reached: ``seen |= x[:, t] > 0`` would change them under the site's hands."""
+    if isinstance(msg["mask"], Tensor):
+        msg["mask"] = msg["mask"].clone()
+    fn = msg["fn"]
+    while hasattr(fn, "base_dist"):
+        if isinstance(getattr(fn, "_mask", None), Tensor):
+            fn._mask = fn._mask.clone()
+        fn = fn.base_dist
 
 
 def first_run(model: Model, args: tuple[Any, ...]) -> tuple[Trace, tuple[Any, ...]]:

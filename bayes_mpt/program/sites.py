@@ -11,7 +11,7 @@ from pyro.distributions.torch import Independent
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from bayes_mpt.program.program import Latent, ModelError, Observed, Program
+from bayes_mpt.program.program import HasFactors, Latent, ModelError, Observed, Program
 
 __all__ = [
     "base",
@@ -51,7 +51,7 @@ def factor_nodes(trace: Trace) -> list[Any]:
     return [n for n in trace.nodes.values() if n["type"] == "sample" and isinstance(base(n["fn"]), dist.Unit)]
 
 
-def observed_nodes(trace: Trace, *, factors_too: bool = False) -> list[Any]:
+def observed_nodes(trace: Trace, *, factors_too: bool = False, none_too: bool = False) -> list[Any]:
     """The observed sites; an error where there is none, or a factor, unless these may stand beside."""
     nodes = [
         n
@@ -60,8 +60,9 @@ def observed_nodes(trace: Trace, *, factors_too: bool = False) -> list[Any]:
     ]
     factors = [n["name"] for n in factor_nodes(trace)]
     if factors and not factors_too:
-        raise ModelError(
-            f"site {factors[0]!r} is a pyro.factor: the program is not a normalised density of its tokens"
+        raise HasFactors(
+            f"site {factors[0]!r} is a pyro.factor: the program is not a normalised density of its tokens. BayesMPT "
+            "believes a factor inside of the rows plate that moves with its own row's cells"
         )
     nodes = [n for n in nodes if n["name"] not in factors and not _repeats_itself(n)]
     for node in nodes:
@@ -71,7 +72,7 @@ def observed_nodes(trace: Trace, *, factors_too: bool = False) -> list[Any]:
                 f"observed site {node['name']!r} has values of shape {got} under a distribution of shape {want}: write "
                 "the rows plate with len(x), and .expand or .to_event where the distribution is too small"
             )
-    if not nodes:
+    if not nodes and not none_too:
         raise ModelError(
             f"the program must have at least one observed site, got none (it reached {list(trace.nodes)[1:-1]}): write "
             'pyro.sample("x", ..., obs=x), where every run reaches it'
@@ -193,6 +194,7 @@ def rows_given_shared(program: Program, trace: Trace) -> Program | None:
         sites=tuple(describe_observed(node_of(trace, s.name), rows) for s in program.sites),
         latents=tuple(describe_latent(node_of(trace, s.name), rows) for s in own),
         by_row=True,
+        order=None,  # that of the whole; rows are asked for their share of what it asks
     )
 
 

@@ -1,9 +1,10 @@
 """Runs of a program at other latents, other parameters and other rows: what is observed must be data, and hide nothing.
 
 Three runs show it. One at other latents and parameters, with some cells missing: the observed values must stay. One
-with all rows changed: where the tokens move, no distribution may. One with half of the rows changed, and one row
-fewer: nothing may move in the others. The parameters of these runs are a little off their start, since a parameter that
-is zero or one there hides what it multiplies.
+with all rows changed: where the tokens move, no distribution may, unless tokens have an order in which each looks at
+earlier ones (`token_graph`). One with half of the rows changed, and one row fewer: nothing may move in the others. The
+parameters of these runs are a little off their start, since a parameter that is zero or one there hides what it
+multiplies.
 """
 
 from __future__ import annotations
@@ -20,9 +21,18 @@ from bayes_mpt.program.arguments import changes, rows_of
 from bayes_mpt.program.layout import laws_of
 from bayes_mpt.program.missing import gaps_show, holes_in, same_but_for
 from bayes_mpt.program.other_latents import run_on_others
-from bayes_mpt.program.program import Model, ModelError, Program, ValuesMove, list_names
+from bayes_mpt.program.program import (
+    Model,
+    ModelError,
+    Order,
+    Program,
+    ValuesMove,
+    list_names,
+    one_vector,
+)
 from bayes_mpt.program.run import run
 from bayes_mpt.program.sites import (
+    base,
     is_subsample,
     latent_nodes,
     node_of,
@@ -31,11 +41,13 @@ from bayes_mpt.program.sites import (
     sub_samples,
 )
 from bayes_mpt.program.store import moved_parameters
+from bayes_mpt.program.token_graph import find_order
 
 __all__ = ["CLOSE", "Verdict", "raise_moving", "refuse_hidden", "try_others"]
 
 N_OTHERS = 3  # draws of all latents that are tried to see whether observed values move
 MOVED = 0.05  # of the parameters
+SURE = 1e-5  # probability of other values up to which a prior leaves a latent no choice
 CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4}
 FAILURES = (RuntimeError, ValueError, IndexError, TypeError)  # of a program that does not take such values
 
@@ -53,11 +65,15 @@ class Verdict(NamedTuple):
     """Missing cells of the argument that is observed are missing tokens, and hide no others."""
     by_number: bool
     """A distribution depends on how many rows there are."""
+    order: Order | None = None
+    """Of the tokens, where they look at each other."""
+    coupled: bool = False
+    """Tokens look at those of other rows, so that the order is that of one vector."""
 
 
 def _refuse_masked_latents(model: Model, args: tuple[Any, ...], first: Trace) -> None:
     """A latent may be masked only where nothing that is visible depends on it, as behind the end of a series."""
-    masked = {n["name"]: own_shown(n) for n in latent_nodes(first)}
+    masked = {n["name"]: own_shown(n) | _certain(n) for n in latent_nodes(first)}
     masked = {name: shown for name, shown in masked.items() if not bool(shown.all())}
     if not masked:
         return
@@ -76,6 +92,18 @@ def _refuse_masked_latents(model: Model, args: tuple[Any, ...], first: Trace) ->
         "depend on it: such a program has no marginal likelihood. Take the mask off the latent, and give it a wide "
         "prior if it is to be free"
     )
+
+
+def _certain(node: Any) -> Tensor:
+    """Where a discrete latent's prior leaves it no choice, so that it may as well be counted."""
+    fn, value = node["fn"], node["value"]
+    none = torch.zeros(value.shape, dtype=torch.bool, device=value.device)
+    if not getattr(fn, "has_enumerate_support", False) or fn.event_dim or len(fn.batch_shape) != value.ndim:
+        return none
+    with torch.no_grad(), suppress(NotImplementedError):
+        found = base(fn).log_prob(fn.enumerate_support(expand=False))
+        return found.exp().amax(0).expand(value.shape) > 1 - SURE
+    return none
 
 
 def _visible_log_probs(trace: Trace) -> dict[str, Tensor]:
@@ -134,8 +162,8 @@ def try_others(
     Raises
     ------
     ModelError
-        If observed values move by chance; if a distribution looks at the tokens, or one row at others. The site is
-        named.
+        If observed values move by chance; if a distribution looks at the tokens and these have no order, or one row
+        at others. The site is named.
     ValuesMove
         If observed values move with latents or parameters.
     """
@@ -147,10 +175,10 @@ def try_others(
             trials.refuse_moving_values(moved=size > 0)
             if not values_only:
                 trials.refuse_dependence()
-            return Verdict(trials.other, trials.gaps, trials.by_number)
+            return trials.verdict
     if not values_only:  # where it is trained it says why it breaks
         trials.refuse_dependence()
-    return Verdict(trials.other, trials.gaps, trials.by_number)
+    return trials.verdict
 
 
 def raise_moving(name: str, latents: tuple[str, ...] | None) -> NoReturn:
@@ -179,6 +207,13 @@ class _Like(NamedTuple):
     real: bool
 
 
+class _Looks(NamedTuple):
+    """What of a program looks at tokens."""
+
+    laws: bool
+    masks: bool
+
+
 class _Trials:
     """The runs of `try_others`, and what they are compared with."""
 
@@ -190,9 +225,15 @@ class _Trials:
         }
         self.other: Trace | None = None
         self.laws: Laws = {}
-        self.holed = self.gaps = self.by_number = False
+        self.holed = self.gaps = self.by_number = self.coupled = False
+        self.order: Order | None = None
         self.values = {name: first.nodes[name]["value"] for name in program.site_names}
         """Observed values at the parameters of these runs."""
+
+    @property
+    def verdict(self) -> Verdict:
+        """What was found."""
+        return Verdict(self.other, self.gaps, self.by_number, self.order, self.coupled)
 
     # ------------------------------------------------------------------------------------------------ other latents
 
@@ -258,12 +299,15 @@ class _Trials:
     def refuse_dependence(self) -> None:
         """No distribution may look at the tokens, and no row at others: change the rows and see what moves.
 
-        Latents stay as they are in the run at other latents.
+        Latents stay as they are in the run at other latents. Tokens that look at each other must have an order.
         """
         base = self.first if self.other is None else self.other
         latents = {node["name"]: node["value"].detach() for node in latent_nodes(base)}
         before = self._laws(base) if self.other is None else self.laws
-        n_rows = len(self.args[0])
+        if self.holed and self.program.shifts:  # what shifts a missing cell is not seen
+            whole = self._taken(self.args, latents)
+            before = before if whole is None else whole[1]
+        n_rows, looks = len(self.args[0]), _Looks(False, False)
         for position, arg in enumerate(self.args):
             if not isinstance(arg, Tensor) or not arg.ndim or not arg.numel():
                 continue
@@ -271,19 +315,48 @@ class _Trials:
                 ran = self._taken(self._with(position, changed), latents)
                 if ran is None:
                     continue  # the program does not take such values: log(x) of negative ones, say
-                if self._moves(ran[0]) and not all(_close(ran[1][name], law) for name, law in before.items()):
+                here = _Looks(False, False)
+                if self._moves(ran[0]) and any(self._looks(*ran, before)):
                     if self.holed:  # a statistic that is NaN may pass for a number
                         whole = self._taken(self.args, latents)
                         before = before if whole is None else whole[1]
-                    self._refuse_change(position, changed, latents, before)
+                    here = self._looks_at_tokens(position, changed, latents, before)
                 if self.program.by_row and len(arg) == n_rows > 1:
-                    self._refuse_other_rows(position, changed, latents, before)
+                    self._refuse_other_rows(position, changed, latents, before, ordered=any(here))
+                looks = _Looks(*(a or b for a, b in zip(looks, here, strict=True)))
                 break  # one kind of change that the program takes is enough
+        if any(looks):
+            self._find_order(latents, of_masks=not looks.laws)
 
-    def _refuse_change(
+    def _find_order(self, latents: dict[str, Tensor], of_masks: bool) -> None:
+        """The order of tokens that look at each other, or of which masks alone look at others."""
+        draws = [self._draw(seed) for seed in range(1, 1 + N_OTHERS)] if latents else [latents]
+        program = one_vector(self.program) if self.coupled else self.program
+        found = [d for d in draws if d is not None]
+        try:
+            self.order = find_order(self.model, self.args, program, self.first, found or [latents])
+        except ModelError:
+            if not of_masks:  # refused as a selection of cells (`bayes_mpt.program.mask_trials`)
+                raise
+
+    def _draw(self, seed: int) -> dict[str, Tensor] | None:
+        """Other latents; None where the program breaks there."""
+        with suppress(*FAILURES):
+            trace = run_on_others(self.model, self.args, self.first, {}, seed)
+            return {node["name"]: node["value"].detach() for node in latent_nodes(trace)}
+        return None
+
+    def _looks(self, trace: Trace, laws: Laws, before: Laws) -> _Looks:
+        """Whether distributions, and masks of the program, are others than they were."""
+        masks = all(
+            torch.equal(own_shown(node_of(trace, n)), own_shown(self.first.nodes[n])) for n in self.values
+        )
+        return _Looks(not all(_close(laws[name], law) for name, law in before.items()), not masks)
+
+    def _looks_at_tokens(
         self, position: int, changed: Tensor, latents: dict[str, Tensor], before: Laws
-    ) -> None:
-        """Change those columns alone that tokens are made of: others are covariates."""
+    ) -> _Looks:
+        """Whether distributions move with those columns that tokens are made of: others are covariates."""
         arg = self.args[position]
         only = arg
         for column in range(arg[0].numel()):
@@ -293,23 +366,19 @@ class _Trials:
             if ran is not None and self._moves(ran[0]):
                 only = torch.where(one.reshape(arg.shape) != arg, changed, only)
         ran = self._taken(self._with(position, only), latents)
-        for name, law in before.items():
-            if ran is not None and not _close(ran[1][name], law):
-                raise ModelError(
-                    f"the distribution of site {name!r} changes with the observed x itself (a statistic of x inside "
-                    "the program, earlier tokens, or x as its own covariate): a hidden token would be scored with its "
-                    "own value. Compute the statistic outside, make it a pyro.param, or pass covariates as a further "
-                    "argument"
-                )
+        return _Looks(False, False) if ran is None else self._looks(*ran, before)
 
     def _moves(self, trace: Trace) -> bool:
         """Whether observed values are others than they were."""
         return not all(_same(value, node_of(trace, name)["value"]) for name, value in self.values.items())
 
     def _refuse_other_rows(
-        self, position: int, changed: Tensor, latents: dict[str, Tensor], before: Laws
+        self, position: int, changed: Tensor, latents: dict[str, Tensor], before: Laws, *, ordered: bool
     ) -> None:
-        """Change every second row and the last: the others must stay as they are, also if there is one row fewer."""
+        """Change every second row and the last: the others must stay as they are, also if there is one row fewer.
+
+        Where tokens look at each other (``ordered``) their distributions may move: their order is that of one vector.
+        """
         n_rows, arg = len(changed), self.args[position]
         keep = (
             torch.arange(1, n_rows - 1, 2, device=arg.device)
@@ -324,7 +393,9 @@ class _Trials:
         self.by_number = ran is not None
         ran = self._taken(others, latents)
         moved = None if ran is None else self._moved(*ran, before, keep)
-        if moved is not None:
+        if moved is not None and ordered and not moved.startswith("value"):
+            self.coupled = True
+        elif moved is not None:
             raise ModelError(
                 f"the {moved} in one row depends on other rows of plate {self.program.rows_plate!r} (a statistic of x "
                 "inside the program), so rows are not independent: compute it outside the program, or make it a "

@@ -246,17 +246,17 @@ def test_what_is_no_chain_of_normals_is_refused(always):
             z = pyro.sample(f"z_{t}", dist.Normal(torch.relu(z + 5), 1.0))
             pyro.sample(f"x_{t}", dist.Normal(z, 1.0), obs=x[t])
 
-    def own_past(x):
+    def own_future(x):
         z = x.new_zeros(())
         for t in range(len(x)):
             z = pyro.sample(f"z_{t}", dist.Normal(z, 1.0))
-            pyro.sample(f"x_{t}", dist.Normal(z + (x[t - 1] if t else 0.0), 1.0), obs=x[t])
+            pyro.sample(f"x_{t}", dist.Normal(z + x[t - 1], 1.0), obs=x[t])  # x[-1] is the last one
 
     x = torch.randn(30, dtype=F64)
     with pytest.raises(ModelError, match="is not affine in the latents z_0, z_1, z_2, ... .26 more., z_29"):
         MarkovGaussian(bent, (x,))
     with pytest.raises(ModelError, match="changes with the observed x itself"):
-        MarkovGaussian(own_past, (x,))
+        MarkovGaussian(own_future, (x,))
 
 
 # --------------------------------------------------------------------------------------------------- small noises

@@ -943,19 +943,6 @@ def test_statistics_of_x_are_refused(program):
     refused(lambda x: program(x, x.mean(0)), X, match="site 'x'")
 
 
-@pytest.mark.parametrize("latent", [False, True])
-def test_earlier_tokens_are_refused(latent):
-    def program(x):
-        slope = param("slope", 0.5)
-        with pyro.plate("rows", len(x)):
-            c = pyro.sample("c", dist.Bernoulli(x.new_tensor(0.3))) if latent else 0.0
-            pyro.sample("x0", dist.Normal(x.new_zeros(()) + c, 1.0), obs=x[:, 0])
-            for t in range(1, 4):
-                pyro.sample(f"x{t}", dist.Normal(slope * x[:, t - 1] + c, 1.0), obs=x[:, t])
-
-    refused(program, X, match="site '.*x1.*' changes with the observed x itself")
-
-
 def coin_by_x(x):
     with pyro.plate("rows", len(x)):
         c = pyro.sample("c", dist.Bernoulli(logits=x[:, 0]))

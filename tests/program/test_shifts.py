@@ -165,6 +165,7 @@ def test_shifted_values_have_the_density_of_the_data(program):
     model = BayesMPT(program, random_state=0).fit(*args)
     assert model.log_marginal_likelihood_ == pytest.approx(TRUTHS[program](), abs=1e-9)
     assert model.log_marginal_likelihood_se_ < 1e-9
+    assert "shifts the values of 'r" in model.explain()
 
 
 @pytest.mark.parametrize(
@@ -234,6 +235,19 @@ def test_a_response_is_predicted_as_data():
     model = BayesMPT(of_a_regression).fit(X, Y)
     want = X @ np.linalg.solve(X.T @ X + np.eye(3), X.T @ Y)
     np.testing.assert_allclose(model.predict(X), want, atol=1e-9)
+
+
+@pytest.mark.parametrize("n_rows", [1, 2, 3])
+def test_a_response_of_few_rows_is_predicted(n_rows):
+    def program(x, y):
+        w = pyro.param("w", torch.zeros(3))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("r", dist.StudentT(5.0, 0.0, 1.0), obs=y - x @ w)
+
+    model = BayesMPT(program).fit(X, Y)
+    np.testing.assert_allclose(model.predict(X[:n_rows]), X[:n_rows] @ model.params_["w"], atol=1e-9)
+    scores = model.score_samples(X[:n_rows], Y[:n_rows])
+    np.testing.assert_allclose(scores, stats.t(5).logpdf((Y - X @ model.params_["w"])[:n_rows]), atol=1e-9)
 
 
 def test_rows_far_from_zero_keep_their_digits():

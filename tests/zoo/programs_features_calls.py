@@ -186,14 +186,7 @@ def normal_rows(params, x):
 
 
 CASES = [
-    Case(
-        "float32_network",
-        Float32Network,
-        choices,
-        network_of_choices,
-        tolerance=1e-4,
-        known="a network in single precision",
-    ),
+    Case("float32_network", Float32Network, choices, network_of_choices, tolerance=1e-4),
     Case("pyro_sample_weights", SampledWeights, line, weights_and_bias),
     Case("data_in_a_closure", DataInside, column, refused="argument"),
     Case(
@@ -201,7 +194,6 @@ CASES = [
         two_inputs,
         two_tables,
         lambda _, x, y: joint(y, 4 * x[0] @ x[0].T + x[1] @ x[1].T + 0.25 * np.eye(len(y))),
-        known="two inputs",
     ),
     Case(
         "response_in_the_table",
@@ -209,13 +201,7 @@ CASES = [
         one_table,
         lambda p, x: joint(x[:, 2], x[:, :2] @ x[:, :2].T + p["s"] ** 2 * np.eye(len(x))),
     ),
-    Case(
-        "integer_column_as_index",
-        integer_column_as_index,
-        codes,
-        group_means,
-        known="whole numbers as indices",
-    ),
+    Case("integer_column_as_index", integer_column_as_index, codes, group_means),
     Case(
         "optional_argument",
         optional_argument,
@@ -229,7 +215,7 @@ CASES = [
         lambda _, x: common_mean(x[:, 0], 3.0, 1.0),
         known="sub-sampling",
     ),
-    Case("factor_density", factor_density, column, normal_rows, known="pyro.factor as a density"),
+    Case("factor_density", factor_density, column, normal_rows),
     Case("factor_penalty", factor_penalty, column, refused="pyro.factor"),
     Case("branch_on_latent", branch_on_latent, coin, refused="fair"),
     Case("changing_sites", changing_sites, column, refused="first run|Geometric"),

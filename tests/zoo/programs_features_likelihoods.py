@@ -25,8 +25,9 @@ def transformed_tokens(x):
 
 
 def spline_coupling():
-    torch.manual_seed(0)
-    return T.SplineCoupling(2, 1, DenseNN(1, [4], [4, 4, 3, 4]), count_bins=4, bound=4.0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return T.SplineCoupling(2, 1, DenseNN(1, [4], [4, 4, 3, 4]), count_bins=4, bound=4.0)
 
 
 class SplineFlow(nn.Module):
@@ -134,7 +135,8 @@ def spectrum(params, x):
 
 def read_again(params, x):
     """The flow in double precision, by its own log-density; that it is one, by its integral over the plane."""
-    flow = spline_coupling().double()
+    with torch.random.fork_rng():
+        flow = spline_coupling().double()
     state = {name.removeprefix("spline$$$"): torch.as_tensor(value) for name, value in params.items()}
     flow.load_state_dict(state)
     base = dist.Normal(torch.zeros(2).double(), torch.ones(2).double()).to_event(1)
@@ -175,7 +177,7 @@ CASES = [
         log_normals,
         lambda p, x: stats.lognorm.logpdf(x, p["s"], scale=np.exp(p["m"])).sum(),
     ),
-    Case("spline_flow", SplineFlow, moons, read_again, known="a flow in single precision"),
+    Case("spline_flow", SplineFlow, moons, read_again, warns="no smooth maximum"),
     Case("mixture_same_family", mixture_same_family, two_heaps, heaps),
     Case("gaussian_hmm_site", gaussian_hmm_site, four_series, spectrum),
     Case(

@@ -143,17 +143,9 @@ def one_factor(params, x):
 
 CASES = [
     Case(
-        "observed_less_latent",
-        observed_less_latent,
-        column,
-        lambda _, x: common_mean(x[:, 0], 6.0, 1.0, 1.0),
+        "observed_less_latent", observed_less_latent, column, lambda _, x: common_mean(x[:, 0], 6.0, 1.0, 1.0)
     ),
-    Case(
-        "observed_less_row_latent",
-        observed_less_row_latent,
-        two_columns,
-        rows_share_a_latent,
-    ),
+    Case("observed_less_row_latent", observed_less_row_latent, two_columns, rows_share_a_latent),
     Case("observed_less_parameter", observed_less_parameter, two_columns, at_the_mean),
     Case("observed_scaled", observed_scaled, two_columns, refused="not by a shift alone"),
     Case("observed_log", observed_log, positive_column, lambda _, x: common_mean(np.log(x[:, 0]), 3.0, 0.5)),
@@ -167,10 +159,5 @@ CASES = [
     Case("mask_of_values", mask_of_values, column, refused="mask"),
     Case("delta_tokens", delta_tokens, three_columns, one_factor),
     Case("literal_plate", literal_plate, column, lambda _, x: common_mean(x[:, 0], 3.0, 1.0)),
-    Case(
-        "improper_prior",
-        improper_prior,
-        column,
-        refused="ImproperUniform|improper|density",
-    ),
+    Case("improper_prior", improper_prior, column, refused="ImproperUniform|improper|density"),
 ]

@@ -159,12 +159,6 @@ CASES = [
         two_columns,
         refused="cycle|changes with the observed",
     ),
-    Case(
-        "autoregression_1",
-        autoregression_1,
-        six_series,
-        autoregressions,
-        known="an observed site as a parent",
-    ),
-    Case("markov_switching", markov_switching, switching, regimes, known="an observed site as a parent"),
+    Case("autoregression_1", autoregression_1, six_series, autoregressions),
+    Case("markov_switching", markov_switching, switching, regimes),
 ]

@@ -167,7 +167,6 @@ CASES = [
         capture_recapture_1,
         lambda rng: (seen_or_not(rng),),
         one_survival,
-        known="an observed site as a parent",
     ),
     Case(
         "capture_recapture_2",
@@ -175,7 +174,6 @@ CASES = [
         lambda rng: (seen_or_not(rng),),
         survival_by_year,
         tolerance=1e-3,
-        known="an observed site as a parent",
     ),
     Case(
         "capture_recapture_3",
@@ -183,7 +181,7 @@ CASES = [
         lambda rng: (seen_or_not(rng),),
         survival_with_effects,
         tolerance=1e-2,
-        known="an observed site as a parent",
+        known="six shared latents",
     ),
     Case(
         "capture_recapture_5",
@@ -191,6 +189,5 @@ CASES = [
         history_and_sex,
         survival_by_sex,
         tolerance=1e-3,
-        known="an observed site as a parent",
     ),
 ]

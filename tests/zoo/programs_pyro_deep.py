@@ -15,6 +15,8 @@ from torch.distributions import constraints
 from truths import normal_grid
 from zoo.case import Array, Case
 
+from bayes_mpt.training import Steps
+
 PIXELS = 5
 
 
@@ -132,7 +134,7 @@ class Flow(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.coupling = T.AffineCoupling(1, DenseNN(1, [4], [1, 1]))
+        self.coupling = T.AffineCoupling(1, DenseNN(1, [2], [1, 1], nonlinearity=nn.Tanh()))
 
     def forward(self, x):
         pyro.module("coupling", self.coupling)
@@ -142,8 +144,8 @@ class Flow(nn.Module):
 
 
 def images(rng: np.random.Generator) -> Array:
-    z = rng.normal(size=(30, 1))
-    return (rng.uniform(size=(30, PIXELS)) < 1 / (1 + np.exp(-2 * z * np.array([1, 1, -1, -1, 1])))).astype(
+    z = rng.normal(size=(40, 1))
+    return (rng.uniform(size=(40, PIXELS)) < 1 / (1 + np.exp(-1.2 * z * np.array([1, 1, -1, -1, 1])))).astype(
         float
     )
 
@@ -225,7 +227,7 @@ def both_weathers(params, table):
 def coupled(params, x):
     """x_2 = mean(x_1) + exp(log_scale(x_1)) z_2; Pyro keeps log_scale within -5 and 3."""
     p = of_prefix(params, "coupling$$$nn.layers.")
-    hidden = np.maximum(x[:, :1] @ p["0.weight"].T + p["0.bias"], 0)
+    hidden = np.tanh(x[:, :1] @ p["0.weight"].T + p["0.bias"])
     mean, log_scale = (hidden @ p["1.weight"].T + p["1.bias"]).T
     log_scale = np.clip(log_scale, -5, 3)
     return (norm.logpdf(x[:, 0]) + norm.logpdf(x[:, 1], mean, np.exp(log_scale))).sum()
@@ -237,9 +239,11 @@ CASES = [
         VAE,
         lambda rng: (images(rng),),
         over_codes,
-        tolerance=1e-3,
+        settings={"training": Steps(max_iter=300)},
+        se=1.5,
+        warns="without meeting its stopping rule",
+        seed=1,
         slow=True,
-        known="the training by a guide does not end",
     ),
     Case(
         "ss_vae_labels",
@@ -249,13 +253,7 @@ CASES = [
         tolerance=1e-3,
         known="partly observed labels",
     ),
-    Case(
-        "bayesian_network_rain",
-        bayesian_network_rain,
-        days,
-        both_weathers,
-        known="an observed site as a parent",
-    ),
+    Case("bayesian_network_rain", bayesian_network_rain, days, both_weathers),
     Case("bayesian_neural_network", TinyBNN, curve),
     Case(
         "deep_exponential_family",
@@ -264,5 +262,5 @@ CASES = [
         slow=True,
         known="latents of the data set and of rows, many of each",
     ),
-    Case("normalizing_flow", Flow, banana, coupled, known="a flow in single precision"),
+    Case("normalizing_flow", Flow, banana, coupled, warns="no smooth maximum"),
 ]

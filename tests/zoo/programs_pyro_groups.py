@@ -148,27 +148,9 @@ def logit_binomials(params, at_bats, hits):
 
 
 CASES = [
-    Case(
-        "eight_schools_centered",
-        eight_schools_centered,
-        schools,
-        over_tau,
-        tolerance=1e-3,
-    ),
-    Case(
-        "eight_schools_noncentered",
-        eight_schools_noncentered,
-        schools,
-        over_tau,
-        tolerance=1e-3,
-    ),
-    Case(
-        "eight_schools_reparam",
-        eight_schools_reparam,
-        schools,
-        over_tau,
-        tolerance=1e-3,
-    ),
+    Case("eight_schools_centered", eight_schools_centered, schools, over_tau, tolerance=1e-3),
+    Case("eight_schools_noncentered", eight_schools_noncentered, schools, over_tau, tolerance=1e-3),
+    Case("eight_schools_reparam", eight_schools_reparam, schools, over_tau, tolerance=1e-3),
     Case("eight_schools_rows", eight_schools_rows, schools, over_tau, tolerance=1e-3),
     Case("baseball_fully_pooled", fully_pooled, players, pooled_beta),
     Case("baseball_not_pooled", not_pooled, players, unpooled_beta, tolerance=1e-4),

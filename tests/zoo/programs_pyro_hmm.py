@@ -303,30 +303,13 @@ def priors_by_paths(params, table):
 
 
 CASES = [
-    Case(
-        "hmm_0_loop_of_sequences",
-        hmm_0,
-        music_and_lengths,
-        one_chain,
-        slow=True,
-        known="rows that are given are said to be ignored",
-    ),
+    Case("hmm_0_loop_of_sequences", hmm_0, music_and_lengths, one_chain, slow=True),
     Case("hmm_1_plate_of_sequences", hmm_1, music_and_lengths, one_chain),
-    Case(
-        "hmm_2_autoregressive", hmm_2, music_and_lengths, autoregressive, known="an observed site as a parent"
-    ),
+    Case("hmm_2_autoregressive", hmm_2, music_and_lengths, autoregressive),
     Case("hmm_3_two_chains", hmm_3, music_and_lengths, two_chains),
     Case("hmm_4_product_of_chains", hmm_4, music_and_lengths, product_of_chains),
-    Case("hmm_5_network", NetworkHMM, music_and_lengths, network, known="an observed site as a parent"),
+    Case("hmm_5_network", NetworkHMM, music_and_lengths, network),
     Case("hmm_6_second_order", hmm_6, music_and_lengths, second_order),
     Case("hmm_7_discrete_hmm", hmm_7, lambda rng: (music(rng),), whole_sequences),
-    Case(
-        "hmm_with_priors",
-        hmm_with_priors,
-        two_short_sequences,
-        priors_by_paths,
-        tolerance=1e-2,
-        slow=True,
-        known="nodes beside discrete latents are run one by one",
-    ),
+    Case("hmm_with_priors", hmm_with_priors, two_short_sequences, priors_by_paths, tolerance=1e-2, slow=True),
 ]

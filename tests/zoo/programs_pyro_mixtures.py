@@ -179,7 +179,7 @@ CASES = [
         priors_by_assignments,
         tolerance=1e-3,
         slow=True,
-        known="one of several modes is found",
+        known="nodes do not make the posterior's shape",
     ),
     Case("mixture_of_parameters", mixture_of_parameters, two_heaps, of_two_components),
     Case(
@@ -188,21 +188,14 @@ CASES = [
         points_of_the_plane,
         sticks_by_assignments,
         slow=True,
-        known="one of several modes is found",
     ),
-    Case(
-        "dirichlet_process_poisson",
-        dirichlet_process_poisson,
-        sunspots,
-        slow=True,
-        known="nodes beside discrete latents are run one by one",
-    ),
+    Case("dirichlet_process_poisson", dirichlet_process_poisson, sunspots, slow=True, known="many modes"),
     Case(
         "lda",
         lda,
         three_documents,
         topics_by_assignments,
         slow=True,
-        known="nodes beside discrete latents are run one by one",
+        known="latents of the data set and of rows, many of each",
     ),
 ]

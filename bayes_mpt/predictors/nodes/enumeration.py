@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bayes_mpt.predictors.gaussian.linear import LinearGaussian, LinearRows
 from bayes_mpt.predictors.nodes.given import AffineBatch, Factorized
+from bayes_mpt.predictors.nodes.joint_maps import joint_maps
 from bayes_mpt.predictors.nodes.weighted import FixedSites, NodeSource, Read, program_values
 from bayes_mpt.program.affine import same_by_label
 from bayes_mpt.program.arguments import N_TRIAL_ROWS, cycle, fill
@@ -159,7 +160,10 @@ class _Maps(NodeSource):
 
 
 def mixture_of_maps(model: Model, args: tuple[Any, ...], program: Program) -> NodeSource:
-    """Programs that are linear-Gaussian given the discrete latents of each row."""
+    """Programs that are linear-Gaussian given discrete latents, those of each row or all of them of the data set."""
+    discrete = [s for s in program.latents if s.discrete]
+    if not program.by_row and not any(program.rows_plate in s.plates for s in discrete):
+        return joint_maps(model, args, split_events(program))
     return _Maps(model, args, split_events(program))
 
 

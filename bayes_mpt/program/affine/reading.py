@@ -126,7 +126,12 @@ def _shared_map(
     None where the real rows do not have the same map, or would not at other parameters.
     """
     program = form.program
-    if not program.by_row or program.sub_rows is not None or program.scale != 1.0:
+    if (
+        not program.by_row
+        or program.sub_rows is not None
+        or program.scale != 1.0
+        or program.order is not None
+    ):
         return None
     # With covariates a map that rows share now (a slope of zero, sorted groups) need not stay shared.
     if covariates(analysis.args) or analysis.by_number or bool(trial.value.isnan().any()):

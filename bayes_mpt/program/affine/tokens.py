@@ -15,7 +15,7 @@ from bayes_mpt.program.affine.normals import (
 )
 from bayes_mpt.program.arguments import fill_otherwise, has_missing
 from bayes_mpt.program.layout import join_tokens, token_values
-from bayes_mpt.program.missing import values_with_gaps
+from bayes_mpt.program.missing import read_values, values_with_gaps
 from bayes_mpt.program.program import MissingCovariate, Model, ModelError
 from bayes_mpt.program.run import SetLatents, one_precision, run
 from bayes_mpt.program.sites import own_shown
@@ -38,6 +38,8 @@ def token_gaps(
 ) -> Tensor:
     """The observed value as (N, T): a token that is computed from a missing cell is missing, or that a mask hides."""
     value = token_values(trace, structure.program)
+    if structure.program.order is not None:  # a comparison or an index would not show what a NaN reaches
+        return read_values(model, args, structure.program, trace, sites)
     if any(has_missing(a) for a in args):
         # The filled cells gave finite parameters and maps; what the NaN themselves reach shows which tokens to drop.
         with torch.no_grad():
