@@ -277,6 +277,13 @@ CASES = [
     Case("bugs_oxford", oxford, eight_strata, oxford_truth, slow=True),
     Case("bugs_magnesium", magnesium, magnesium_trials, magnesium_truth, slow=True),
     Case("bugs_alligators", alligators, eighty_alligators),
-    Case("bugs_stagnant", stagnant, flow_over_a_weir, stagnant_truth, slow=True),
+    Case(
+        "bugs_stagnant",
+        stagnant,
+        flow_over_a_weir,
+        stagnant_truth,
+        slow=True,
+        known="modes of a change point: a doubt too many",
+    ),
     Case("bugs_epil", epil, twelve_records, epil_truth, warns="tail so heavy", slow=True),
 ]

@@ -354,9 +354,18 @@ CASES = [
     Case("stan_ar2", ar2, ar2_series, ar2_truth, known="an observed site as a parent"),
     Case("stan_garch11", garch11, garch_series, garch_truth, known="an observed site as a parent"),
     Case("stan_arch1", arch1, arch_series, arch_truth, known="an observed site as a parent"),
-    Case("stan_stochastic_volatility", stochastic_volatility, returns, warns="tail so heavy", slow=True),
+    Case(
+        "stan_stochastic_volatility", stochastic_volatility, returns, slow=True, known="many shared latents"
+    ),
     Case("stan_gp_regression", gp_regression, smooth_curve, gp_truth, tolerance=3e-4),
-    Case("stan_gp_poisson", gp_poisson, counts_along_a_line, gp_poisson_truth, slow=True),
+    Case(
+        "stan_gp_poisson",
+        gp_poisson,
+        counts_along_a_line,
+        gp_poisson_truth,
+        slow=True,
+        known="hyper-parameters over a process that is not Gaussian",
+    ),
     Case("stan_hmm_example", hmm_example, two_states, hmm_truth, tolerance=1e-4, slow=True),
     Case("stan_change_point", change_point, coal, change_point_truth, tolerance=1e-5),
     Case("stan_lotka_volterra", lotka_volterra, pelts),
