@@ -51,7 +51,7 @@ from bayes_mpt.program.program import Latent, Model, ModelError, Program, n_rows
 from bayes_mpt.program.run import SetLatents, run
 from bayes_mpt.program.sites import is_subsample, node_of, rows_given_shared
 
-__all__ = ["AdaptiveNodes", "LaplaceApproximation", "check_width", "degrees_of", "hermite", "log_t"]
+__all__ = ["AdaptiveNodes", "LaplaceApproximation", "degrees_of", "hermite", "log_t"]
 
 SURE = 1e-12  # of a log-density: what its last digits say
 SURE_OF_NODES = 1e-9  # the same where rows are integrated by nodes that move
@@ -501,14 +501,3 @@ class AdaptiveNodes:
         """log p(u, x_R) of nodes u (S, N, d): (S, N)."""
         given, part, _ = self.at(args, filled, u, held)
         return part + given.log_joint(x, visible)
-
-
-def check_width(width: int, most: int, what: str, program: Program) -> None:
-    """Refuse more latents than a way of placing nodes can serve."""
-    if width > most:
-        where = "a row" if program.by_row else "in all"
-        raise ModelError(
-            f"{what} takes at most {most} continuous latents, got {width} {where} at sites "
-            f"{list(program.continuous)}: use Importance() with a guide, or SequentialMonteCarlo() for latents that "
-            "all rows share"
-        )
