@@ -341,7 +341,6 @@ CASES = [
         counts_of_years,
         glmm_truth,
         tolerance=1e-4,
-        known="effects of groups outside the rows plate",
     ),
     Case("stan_meta_analysis", meta_analysis, trials, meta_truth),
     Case("stan_robust_student", robust_student, heavy_tails, robust_truth),

@@ -350,13 +350,11 @@ def pelts(rng):
 
 
 CASES = [
-    Case("stan_arma11", arma11, arma_series, arma_truth, known="an observed site as a parent"),
-    Case("stan_ar2", ar2, ar2_series, ar2_truth, known="an observed site as a parent"),
-    Case("stan_garch11", garch11, garch_series, garch_truth, known="an observed site as a parent"),
-    Case("stan_arch1", arch1, arch_series, arch_truth, known="an observed site as a parent"),
-    Case(
-        "stan_stochastic_volatility", stochastic_volatility, returns, slow=True, known="many shared latents"
-    ),
+    Case("stan_arma11", arma11, arma_series, arma_truth),
+    Case("stan_ar2", ar2, ar2_series, ar2_truth),
+    Case("stan_garch11", garch11, garch_series, garch_truth),
+    Case("stan_arch1", arch1, arch_series, arch_truth),
+    Case("stan_stochastic_volatility", stochastic_volatility, returns, slow=True),
     Case("stan_gp_regression", gp_regression, smooth_curve, gp_truth, tolerance=3e-4),
     Case(
         "stan_gp_poisson",
@@ -364,7 +362,6 @@ CASES = [
         counts_along_a_line,
         gp_poisson_truth,
         slow=True,
-        known="hyper-parameters over a process that is not Gaussian",
     ),
     Case("stan_hmm_example", hmm_example, two_states, hmm_truth, tolerance=1e-4, slow=True),
     Case("stan_change_point", change_point, coal, change_point_truth, tolerance=1e-5),
