@@ -50,6 +50,7 @@ from bayes_mpt.program.latents import Space, space
 from bayes_mpt.program.program import Latent, Model, ModelError, Program, n_rows_of, split_events
 from bayes_mpt.program.run import SetLatents, run
 from bayes_mpt.program.sites import is_subsample, node_of, rows_given_shared
+from bayes_mpt.program.value_checks import check_values
 
 __all__ = ["AdaptiveNodes", "LaplaceApproximation", "check_width", "degrees_of", "hermite", "log_t"]
 
@@ -115,6 +116,7 @@ class AdaptiveNodes:
         inside = program.continuous if self.rows is None else ()
         self.gaussian = tuple(n for n in inside if n not in names)
         self.vectorised = self.mapped = False
+        check_values(model, filled, self.program)
         if self.rows is not None:
             self.vectorised = not self.rows.one_by_one
             self._prior_mapped = isinstance(self.rows, RowNodes) and self._maps_prior(filled)
