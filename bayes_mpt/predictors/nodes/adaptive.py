@@ -58,7 +58,9 @@ SURE = 1e-12  # of a log-density: what its last digits say
 SURE_OF_NODES = 1e-9  # the same where rows are integrated by nodes that move
 MAX_STEPS = 100
 N_START_DRAWS = 9
-FARTHEST_START = 20.0  # unconstrained, of a latent that is not free: half of Gamma(0.001, 0.001) lies below e^-700
+FARTHEST_START = (
+    20.0  # of a latent that is not free, unconstrained: half of Gamma(0.001, 0.001) is below e^-700
+)
 CANNOT = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
 
 
@@ -121,8 +123,7 @@ class AdaptiveNodes:
         else:
             together = self._runs_together if self._template is None else self._reads_side_by_side
             self.vectorised = together(args, filled, mapped=False)
-            if not self.vectorised:
-                self.mapped = together(args, filled, mapped=True)
+            self.mapped = not self.vectorised and together(args, filled, mapped=True)
 
     @property
     def one_by_one(self) -> bool:
