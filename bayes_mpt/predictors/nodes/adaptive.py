@@ -58,9 +58,7 @@ SURE = 1e-12  # of a log-density: what its last digits say
 SURE_OF_NODES = 1e-9  # the same where rows are integrated by nodes that move
 MAX_STEPS = 100
 N_START_DRAWS = 9
-FARTHEST_START = (
-    20.0  # of a latent that is not free, unconstrained: half of Gamma(0.001, 0.001) is below e^-700
-)
+FARTHEST_START = 20.0  # of a latent that is not free: half of Gamma(0.001, 0.001) lies below e^-700
 CANNOT = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
 
 
