@@ -27,11 +27,11 @@ from bayes_mpt.program.layout import check_shape, rows_axis, sum_by_row, token_v
 from bayes_mpt.program.mapped import MappedEnumeration, Tensors, run_mapped
 from bayes_mpt.program.other_latents import FAILURES
 from bayes_mpt.program.program import Model, Observed, Program, n_rows_of
-from bayes_mpt.program.run import NODES, SetLatents, one_precision
+from bayes_mpt.program.run import NODES, SetLatents, one_precision, run
 from bayes_mpt.program.seen_labels import with_seen_labels
 from bayes_mpt.program.sites import base, is_subsample, latent_nodes, node_of, own_masks
 
-__all__ = ["read_factors", "with_meeting_entries"]
+__all__ = ["enumerated_log_probs", "plain_log_probs", "read_factors", "with_meeting_entries"]
 
 
 def read_factors(
@@ -114,6 +114,21 @@ def with_meeting_entries(model: Model, args: tuple[Any, ...], program: Program) 
         found.trace.symbolize_dims()
         return program._replace(meeting=tuple(meeting_plates(found.trace, found.log_probs).items()))
     return program  # where it is read, it says why it cannot run
+
+
+def enumerated_log_probs(
+    model: Model, args: tuple[Any, ...], program: Program, values: dict[str, Tensor]
+) -> tuple[Trace, Tensors]:
+    """A run at these values of continuous latents on all of discrete ones: log-densities and their event axes."""
+    trace = _enumerated(model, args, program, values, 1, False)
+    return trace, _log_probs(trace, program)
+
+
+def plain_log_probs(
+    model: Model, args: tuple[Any, ...], program: Program, values: dict[str, Tensor]
+) -> Tensors:
+    """The same of a run at one value of each latent."""
+    return _log_probs(run(model, args, values), program)
 
 
 class _Found(NamedTuple):

@@ -11,6 +11,7 @@ from scipy import stats
 from scipy.special import logsumexp
 
 from bayes_mpt import BayesMPT
+from bayes_mpt.program.program import ModelError
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(12, 3))
@@ -105,3 +106,31 @@ def test_too_many_combinations_are_refused():
 
     with pytest.raises(ValueError, match=r"30 entries of discrete latent 'included'.*2\^30 combinations"):
         BayesMPT(many).fit(X, COUNTS)
+
+
+@pytest.mark.parametrize("density", [dist.Normal, dist.Laplace])
+@pytest.mark.parametrize("latent", [False, True])
+@pytest.mark.parametrize("n_rows", [2, 5])
+def test_values_that_line_up_with_rows_are_refused(n_rows, latent, density):
+    """(x * z).sum(-1) with z (2, 1) runs for two rows, and row n sees value n; for others it does not run."""
+
+    def program(x, y):
+        scale = pyro.sample("scale", dist.HalfNormal(1.0)) if latent else 1.0
+        with pyro.plate("weights", 3):
+            included = pyro.sample("included", dist.Bernoulli(0.3))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("y", density((x * included).sum(-1), scale), obs=y)
+
+    with pytest.raises(ModelError, match="cannot run on all values"):
+        BayesMPT(program).fit(X[:n_rows], Y[:n_rows])
+
+
+def test_an_axis_that_is_lost_in_a_loop_is_refused():
+    def program(x):
+        with pyro.plate("lags", 2):
+            included = pyro.sample("included", dist.Bernoulli(0.4))
+        for t in range(2, len(x)):
+            pyro.sample(f"x_{t}", dist.Normal((included * x[t - 2 : t, 0]).sum(-1), 1.0), obs=x[t, 0])
+
+    with pytest.raises(ModelError, match=r"site 'x_2' has another log-density"):
+        BayesMPT(program).fit(X[:, :1])

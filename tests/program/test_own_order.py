@@ -503,6 +503,29 @@ def test_a_missing_cell_is_refused_where_others_look_at_it():
             BayesMPT(by).fit(x)
 
 
+def test_gaps_that_nobody_looks_at_beside_a_normal_latent_of_each_row():
+    """x_0 = z + e_0, x_t = z + .5 x_(t-1) + e_t: what is left of .5 x_(t-1) is N(0, I + 1 1')."""
+
+    def program(x):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            for t in range(5):
+                past = 0.5 * x[:, t - 1] if t else 0.0
+                pyro.sample(f"x_{t}", dist.Normal(z + past, 1.0), obs=x[:, t])
+
+    x = TABLE[:, :5].copy()
+    x[[0, 3], 4] = np.nan
+    moved = x - np.pad(0.5 * x[:, :-1], ((0, 0), (1, 0)))
+    truth = 0.0
+    for row in moved:
+        row = row[~np.isnan(row)]
+        truth += stats.multivariate_normal(np.zeros(len(row)), np.eye(len(row)) + 1).logpdf(row)
+    model = BayesMPT(program).fit(x)
+    assert model.log_marginal_likelihood_ == pytest.approx(truth, abs=1e-9)
+    means = moved[[0, 3], :4].sum(1) / 5 + 0.5 * x[[0, 3], 3]
+    assert model.impute(x)[[0, 3], 4] == pytest.approx(means, abs=1e-9)
+
+
 def test_a_missing_cell_that_a_comparison_hides_is_refused():
     def program(x):
         with pyro.plate("rows", len(x)):

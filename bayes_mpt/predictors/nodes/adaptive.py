@@ -50,6 +50,7 @@ from bayes_mpt.program.latents import Space, space
 from bayes_mpt.program.program import Latent, Model, ModelError, Program, n_rows_of, split_events
 from bayes_mpt.program.run import SetLatents, run
 from bayes_mpt.program.sites import is_subsample, node_of, rows_given_shared
+from bayes_mpt.program.value_checks import check_values
 
 __all__ = ["AdaptiveNodes", "LaplaceApproximation", "degrees_of", "hermite", "log_t"]
 
@@ -113,14 +114,14 @@ class AdaptiveNodes:
         inside = program.continuous if self.rows is None else ()
         self.gaussian = tuple(n for n in inside if n not in names)
         self.vectorised = self.mapped = False
+        check_values(model, filled, self.program)
         if self.rows is not None:
             self.vectorised = not self.rows.one_by_one
             self._prior_mapped = isinstance(self.rows, RowNodes) and self._maps_prior(filled)
         else:
             together = self._runs_together if self._template is None else self._reads_side_by_side
             self.vectorised = together(args, filled, mapped=False)
-            if not self.vectorised:
-                self.mapped = together(args, filled, mapped=True)
+            self.mapped = not self.vectorised and together(args, filled, mapped=True)
 
     @property
     def one_by_one(self) -> bool:

@@ -19,6 +19,7 @@ from bayes_mpt.program.factor_runs import read_factors
 from bayes_mpt.program.layout import rows_first
 from bayes_mpt.program.program import Model, ModelError, Program, split_events
 from bayes_mpt.program.run import run
+from bayes_mpt.program.value_checks import check_values
 
 __all__ = ["enumerated", "mixture_of_maps"]
 
@@ -51,20 +52,7 @@ class _Enumerated(NodeSource):
 def enumerated(model: Model, args: tuple[Any, ...], program: Program) -> NodeSource:
     """Programs whose latents are all discrete."""
     source = _Enumerated(model, args, program)
-    try:
-        read_factors(model, tuple(fill(a) for a in args), program)
-    except ModelError:
-        raise
-    except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
-        if "alloc" in str(error) or "memory" in str(error):
-            raise ModelError(
-                f"summing out {list(program.discrete)} at once needs more memory than there is: each adds an axis to "
-                "what depends on it. Use fewer values, or pyro.markov where only neighbours depend on each other"
-            ) from error
-        raise ModelError(
-            f"the program cannot run on all values of {list(program.discrete)} at once ({error}): write operations "
-            "that broadcast over leading batch dimensions (probs[z]), without Python's if"
-        ) from error
+    check_values(model, tuple(fill(a) for a in args), program)
     return source
 
 

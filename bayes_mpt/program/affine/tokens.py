@@ -13,7 +13,7 @@ from bayes_mpt.program.affine.form import AffineForm
 from bayes_mpt.program.affine.normals import (
     token_normal,
 )
-from bayes_mpt.program.arguments import fill_otherwise, has_missing
+from bayes_mpt.program.arguments import fill, fill_otherwise, has_missing
 from bayes_mpt.program.layout import join_tokens, token_values
 from bayes_mpt.program.missing import read_values, values_with_gaps
 from bayes_mpt.program.program import MissingCovariate, Model, ModelError
@@ -39,6 +39,10 @@ def token_gaps(
     """The observed value as (N, T): a token that is computed from a missing cell is missing, or that a mask hides."""
     value = token_values(trace, structure.program)
     if structure.program.order is not None:  # a comparison or an index would not show what a NaN reaches
+        if any(
+            has_missing(a) for a in args
+        ):  # read_values compares with a run at these latents, not at all probes
+            trace = run(model, tuple(fill(a) for a in args), sites)
         return read_values(model, args, structure.program, trace, sites)
     if any(has_missing(a) for a in args):
         # The filled cells gave finite parameters and maps; what the NaN themselves reach shows which tokens to drop.

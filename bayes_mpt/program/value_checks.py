@@ -1,0 +1,139 @@
+"""Whether a run on all values of discrete latents says what runs on single values say.
+
+Enumerated values stand on an axis left of all plates. A program that does not broadcast over it (``(x * z).sum(-1)``
+with x (N, K) and z (L, 1)) may run all the same where L happens to be N, and then row n sees value n. So the
+log-density of every site is compared with that of a plain run whose discrete latents are held at some values:
+
+    log p(site | z = v) of the plain run  =  entry v of the enumerated one
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.ops import packed
+from torch import Tensor
+
+from bayes_mpt.program.devices import own_random_state
+from bayes_mpt.program.factor_runs import enumerated_log_probs, plain_log_probs, read_factors
+from bayes_mpt.program.other_latents import FAILURES
+from bayes_mpt.program.program import Model, ModelError, Program
+from bayes_mpt.program.run import run
+from bayes_mpt.program.sites import latent_nodes, sub_samples
+
+__all__ = ["check_values"]
+
+N_CHOICES = 2  # values of all discrete latents that are tried
+RTOL = {torch.float64: 1e-8, torch.float32: 1e-3}
+BROADCAST = (
+    "write operations that broadcast over leading batch dimensions (probs[z], (x * z[..., None]).sum(-1)), without "
+    "Python's if"
+)
+
+
+def check_values(model: Model, args: tuple[Any, ...], program: Program) -> None:
+    """Refuse a program whose run on all values of its discrete latents is not made of its runs on single ones.
+
+    Parameters
+    ----------
+    model : callable
+        A Pyro program.
+    args : tuple
+        Filled: no NaN.
+    program : Program
+        What `analyze` found; nothing is done where it has continuous latents and no discrete ones.
+
+    Raises
+    ------
+    ModelError
+        Which names the site; also where the program does not run on all values at all.
+    """
+    if program.continuous and not program.discrete:
+        return
+    with own_random_state(), torch.no_grad():
+        first = run(model, args)
+    latents = {n["name"]: n["value"] for n in latent_nodes(first) if n["name"] not in program.discrete}
+    fixed = latents | sub_samples(first)
+    try:
+        read_factors(model, args, program, fixed)
+    except ModelError:
+        raise
+    except (*FAILURES, AssertionError) as error:
+        if "alloc" in str(error) or "memory" in str(error):
+            raise ModelError(
+                f"summing out {list(program.discrete)} at once needs more memory than there is: each adds an axis to "
+                "what depends on it. Use fewer values, or pyro.markov where only neighbours depend on each other"
+            ) from error
+        raise ModelError(
+            f"the program cannot run on all values of {list(program.discrete)} at once ({error}): {BROADCAST}"
+        ) from error
+    with torch.no_grad(), pyro.validation_enabled(False):
+        trace, log_probs = enumerated_log_probs(model, args, program, fixed)
+        if not any("_enumerate_dim" in node["infer"] for node in trace.nodes.values() if "infer" in node):
+            return
+        trace.symbolize_dims()
+        for choice in range(N_CHOICES):
+            picked, values = _picked(trace, first, program, choice)
+            alone = None
+            with suppress(*FAILURES):  # values that the program does not take alone
+                alone = plain_log_probs(model, args, program, {**fixed, **values})
+            if alone is not None:
+                _compare(trace, log_probs, alone, picked, program)
+
+
+def _picked(
+    trace: poutine.Trace, first: poutine.Trace, program: Program, choice: int
+) -> tuple[dict[str, int], dict[str, Tensor]]:
+    """A number for the axis of each discrete latent, by symbol; and the values that stand there, by site."""
+    generator = torch.Generator().manual_seed(choice)
+    picked, values = {}, {}
+    for name in program.discrete:
+        node = trace.nodes[name]
+        if "_enumerate_symbol" not in node["infer"]:
+            continue
+        axis = node["infer"]["_enumerate_dim"] - node["fn"].event_dim
+        value, shape = node["value"], first.nodes[name]["value"].shape
+        k = int(torch.randint(value.shape[axis], (), generator=generator))
+        one = value.narrow(axis % value.ndim, k, 1)
+        picked[node["infer"]["_enumerate_symbol"]] = k
+        values[name] = one.reshape(one.shape[one.ndim - len(shape) :] if one.ndim > len(shape) else one.shape)
+        values[name] = values[name].expand(shape).clone()
+    return picked, values
+
+
+def _compare(
+    trace: poutine.Trace,
+    log_probs: dict[str, tuple[Tensor, int]],
+    alone: dict[str, tuple[Tensor, int]],
+    picked: dict[str, int],
+    program: Program,
+) -> None:
+    """Raise where a site's log-density among all values is not that of the plain run."""
+    for name, (together, n_event) in log_probs.items():
+        single = alone[name][0]
+        symbols = trace.nodes[name]["infer"]["_dim_to_symbol"]
+        if n_event:  # the axes of an event have no symbol
+            event = torch.broadcast_shapes(together.shape[-n_event:], single.shape[-n_event:])
+            together = together.expand(*together.shape[:-n_event], *event).flatten(-n_event).sum(-1)
+            single = single.expand(*single.shape[:-n_event], *event).flatten(-n_event).sum(-1)
+        try:
+            found, other = packed.pack(together, symbols), packed.pack(single, symbols)
+        except ValueError:  # an axis that is neither a plate nor that of a latent's values
+            found = None
+        if found is not None:
+            dims = found._pyro_dims
+            for symbol, k in picked.items():
+                if symbol in dims:
+                    found, dims = found.select(dims.index(symbol), k), dims.replace(symbol, "")
+            found._pyro_dims = dims
+            found, other = packed.broadcast_all(found, other)
+            rtol = RTOL.get(found.dtype, 1e-3)
+        if found is None or not torch.allclose(found, other, rtol=rtol, atol=rtol, equal_nan=True):
+            raise ModelError(
+                f"the program cannot run on all values of {list(program.discrete)} at once: site {name!r} has another "
+                f"log-density there than with these values alone. Their axis is left of all plates: {BROADCAST}"
+            )
