@@ -138,6 +138,17 @@ def changes(arg: Tensor, real: bool) -> Iterator[Tensor]:
         )
         yield fix((4 * random - 2) * size - arg)
         yield fix(arg * (1 + 0.5 * random))
+    elif (
+        arg.ndim > 1
+        and bool((same := (arg == arg[:1]).all(0)).any())
+        and not bool((arg == arg.flatten()[0]).all())
+    ):
+        other = (
+            arg.flatten()
+        )  # a column that is constant stays so when it is resampled: values of other columns
+        generator = torch.Generator().manual_seed(2)
+        index = torch.randint(len(other), arg.shape, generator=generator).to(arg.device)
+        yield torch.where(same, other[index], resample(arg))
     yield resample(arg)
 
 
