@@ -596,3 +596,16 @@ def test_a_mask_that_looks_at_a_column_that_is_constant():
             dead_alive = dead_alive * [1 - y, found if y else 1 - found]
         truth += np.log(dead_alive.sum())
     assert fitted.log_marginal_likelihood_ == pytest.approx(truth, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    "other", [np.linspace(-1, 1, 8), np.arange(8) % 2, np.ones(8)], ids=["real", "codes", "ones"]
+)
+def test_a_constant_column_that_looks_at_itself(other):
+    def itself(x):
+        with pyro.plate("rows", len(x)):
+            pyro.sample("a", dist.Normal(pyro.param("mean", torch.tensor(0.0)), 1.0), obs=x[:, 0])
+            pyro.sample("b", dist.Bernoulli(0.05 + 0.9 * x[:, 1]), obs=x[:, 1])
+
+    with pytest.raises(ModelError, match=r"that of x\[:, 1\] looks at x\[:, 1\] itself"):
+        BayesMPT(itself).fit(np.stack([other, np.ones(8)], 1))
