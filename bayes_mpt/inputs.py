@@ -55,13 +55,13 @@ def widths_of(X: Any) -> tuple[int, ...] | None:
     >>> widths_of((np.zeros((5, 1)), np.zeros((5, 3)))), widths_of([[1.0, 2.0], [3.0, 4.0]])
     ((1, 3), None)
     """
-    if not isinstance(X, tuple) or len(X) < 2 or not any(np.ndim(a) == 2 for a in X):
+    if not isinstance(X, tuple) or len(X) < 2 or not any(hasattr(a, "ndim") and a.ndim for a in X):
         return None
     shapes = [np.shape(a) for a in X]
     if any(len(s) != 2 for s in shapes) or len({s[0] for s in shapes}) > 1:
         raise ValueError(
             f"X is a tuple of arrays of shapes {shapes}: give several inputs of a program as tables of the same rows, "
-            "a single column as a[:, None]"
+            "a single column as a[:, None], which the program reads as x[:, 0]"
         )
     return tuple(s[1] for s in shapes)
 
@@ -79,6 +79,11 @@ def read_table(X: Any) -> Any:
     if widths_of(X) is not None:
         return np.hstack([np.asarray(read_table(a)) for a in X])
     X = _array(X, "X")
+    if np.ndim(X) == 1 and not any(np.ndim(a) for a in X):
+        raise ValueError(
+            f"Expected 2D array, a table (N, T), got 1D array of {len(X)} numbers instead. Reshape your data: one "
+            "column is X[:, None], array.reshape(-1, 1), which the program reads as x[:, 0]; one row X.reshape(1, -1)"
+        )
     if isinstance(X, list | tuple):
         with suppress(ValueError):  # rows of different lengths: scikit-learn says so
             X = np.asarray(X)

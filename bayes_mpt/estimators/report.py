@@ -89,10 +89,11 @@ def explain(fitted: Fitted) -> str:
         f"{'a row' if site.row_axis is not None else 'in all'})"
         for site in s.latents
     )
+    sites = f"site{'s' if len(s.site_names) > 1 else ''} {list_names(map(repr, s.site_names))}"
     if not s.by_row:
-        tokens = f"all observations of site {s.observed!r}, one vector"
+        tokens = f"all observations of {sites}, one vector"
     else:
-        tokens = f"the {s.n_tokens} observations of site {s.observed!r} in a row; rows are independent"
+        tokens = f"the {s.n_tokens} observations of {sites} in a row; rows are independent"
     if s.shifts:
         names = list_names(repr(shift.site) for shift in s.shifts)
         tokens += f"; what shifts the values of {names} stands in the distribution"

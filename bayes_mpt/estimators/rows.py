@@ -113,8 +113,10 @@ def check_program(program: Any, *, with_y: bool, name: str = "model", n_inputs: 
         signature = inspect.signature(target)
     except (TypeError, ValueError):
         return  # it does not say
-    if name == "model" and not with_y and takes_y(program) and needs_y(program):
-        raise ValueError(f"the program {program!r} takes a second argument: pass y")
+    if name == "model" and n_inputs == 1 and not with_y and takes_y(program) and needs_y(program):
+        raise ValueError(
+            f"the program {program!r} takes a second argument: pass y, fit(X, y), or two tables, fit((x1, x2))"
+        )
     args = ["x"] if n_inputs == 1 else [f"x{i + 1}" for i in range(n_inputs)]
     args += ["y"] * with_y
     visible = {"visible": None} if takes_visible(program) else {}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from bayes_mpt.program.program import ModelError, Order, Program
+from bayes_mpt.program.program import ModelError, Order, Program, list_names
 
 if TYPE_CHECKING:
     from bayes_mpt.predictors.base import Conditionals, Posterior
@@ -37,7 +37,7 @@ def refuse_masks(what: str) -> None:
 
 def words_of(order: Order) -> str:
     """What is said of an order in `explain`."""
-    given = f"; conditioned on {', '.join(order.given)}" if order.given else ""
+    given = f"; conditioned on {list_names(order.given)}" if order.given else ""
     return f"the program's own, since tokens look at earlier ones (found {order.how}){given}"
 
 

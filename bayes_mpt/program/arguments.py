@@ -128,17 +128,28 @@ def changes(arg: Tensor, real: bool) -> Iterator[Tensor]:
     whole = torch.ones(arg.shape[1:], dtype=torch.bool, device=arg.device)
     if arg.is_floating_point():
         whole = torch.zeros_like(whole) if real else (arg == arg.round()).all(0)
+    constant = whole & (arg == arg[:1]).all(0)
+    ways: list[Callable[[Tensor], Tensor]] = [resample]
+    # a code that is no index of a program's ends it on a GPU, here it is an error from which one goes on
+    if len(arg) > 1 and bool(constant.any()) and arg.device.type == "cpu":
+        ways.insert(0, lambda a: torch.where(constant, _half_away(a), resample(a)))
     if not bool(whole.all()):
         generator = torch.Generator().manual_seed(1)
         random = torch.rand(arg.shape, generator=generator, dtype=torch.float64).to(arg)
         size = arg.abs().mean(0) + arg.std(0, correction=0)
         size = torch.where(size > 0, size, torch.ones_like(size))
-        fix = (
-            (lambda part: torch.where(whole, resample(arg), part)) if bool(whole.any()) else lambda part: part
-        )
-        yield fix((4 * random - 2) * size - arg)
-        yield fix(arg * (1 + 0.5 * random))
-    yield resample(arg)
+        for way in ways:
+            yield torch.where(whole, way(arg), (4 * random - 2) * size - arg)
+            yield torch.where(whole, way(arg), arg * (1 + 0.5 * random))
+    for way in ways:
+        yield way(arg)
+
+
+def _half_away(arg: Tensor) -> Tensor:
+    """Half of the cells 0, or 1 where they are: resampling leaves a column that is constant as it is."""
+    generator = torch.Generator().manual_seed(2)
+    away = torch.randint(2, arg.shape, generator=generator).bool()
+    return torch.where(away, (arg == 0).to(arg), arg)
 
 
 def cycle(arg: Any, n_rows: int) -> Any:

@@ -70,7 +70,8 @@ def observed_nodes(trace: Trace, *, factors_too: bool = False, none_too: bool = 
         if got != want:
             raise ModelError(
                 f"observed site {node['name']!r} has values of shape {got} under a distribution of shape {want}: write "
-                "the rows plate with len(x), and .expand or .to_event where the distribution is too small"
+                "the rows plate with len(x), and .expand or .to_event where the distribution is too small; a single "
+                "column of a table is x[:, 0], of one row x[t, 0]"
             )
     if not nodes and not none_too:
         raise ModelError(

@@ -90,7 +90,7 @@ def _refuse_masked_latents(model: Model, args: tuple[Any, ...], first: Trace) ->
     raise ModelError(
         f"latent site {name!r} is masked (poutine.mask), so that its prior is not counted although visible values "
         "depend on it: such a program has no marginal likelihood. Take the mask off the latent, and give it a wide "
-        "prior if it is to be free"
+        "prior if it is to be free; a discrete latent may be masked where its prior leaves it one value"
     )
 
 

@@ -9,7 +9,7 @@ import pyro.distributions as dist
 import pyro.distributions.transforms as T
 import pytest
 import torch
-from scipy.stats import bernoulli, binom, norm
+from scipy.stats import bernoulli, binom, multivariate_normal, norm
 from torch.distributions import constraints
 from truths import log_density
 
@@ -173,3 +173,28 @@ def test_a_subsampled_plate_beside_latents_of_the_data_set_takes_all_rows():
         assert len(batch) == 4
     with pytest.raises(ModelError, match="ELBO of one draw"):
         Exact().bind(subsampled, (torch.as_tensor(x),))
+
+
+def one_latent_of_two_tables(x1, x2):
+    with pyro.plate("rows", len(x1)):
+        z = pyro.sample("z", dist.Normal(x1.new_zeros(()), 1.0))
+        pyro.sample("x1", dist.Normal(z, 0.5), obs=x1[:, 0])
+        pyro.sample("x2", dist.Normal(2 * z, 1.0), obs=x2[:, 0])
+
+
+def test_two_tables_and_no_response():
+    """One vector of the latent's covariance; single columns come as tables, and messages say how to read them."""
+    x1, x2 = np.random.default_rng(1).normal(size=(2, 6, 1))
+    fitted = BayesMPT(one_latent_of_two_tables).fit((x1, x2))
+    cov = np.outer([1, 2], [1, 2]) + np.diag([0.25, 1.0])
+    truth = multivariate_normal(np.zeros(2), cov).logpdf(np.hstack([x1, x2])).sum()
+    assert fitted.log_marginal_likelihood_ == pytest.approx(truth, abs=1e-9)
+    assert "tokens:          the 2 observations of sites 'x1', 'x2' in a row" in fitted.explain()
+    with pytest.raises(
+        ValueError, match=r"a single column as a\[:, None\], which the program reads as x\[:, 0\]"
+    ):
+        BayesMPT(one_latent_of_two_tables).fit((x1[:, 0], x2[:, 0]))
+    with pytest.raises(
+        ValueError, match=r"got 1D array of 6 numbers .* which the program reads as x\[:, 0\]"
+    ):
+        BayesMPT(one_latent_of_two_tables).fit(x1[:, 0], x2[:, 0])

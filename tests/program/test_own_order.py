@@ -591,3 +591,44 @@ def test_the_order_of_rows_as_one_vector():
     assert program.order.tokens == (0, 1, 2, 3, 4)
     assert one_vector(program).order.tokens == (0, 5, 1, 6, 2, 7, 3, 8, 4, 9)
     assert one_vector(program).order.parents == (0, 5, 1, 6, 2, 7, 3, 8)
+
+
+def seen_at_first(y):
+    survives = pyro.param("survives", torch.tensor(0.8), constraint=constraints.unit_interval)
+    found = pyro.param("found", torch.tensor(0.6), constraint=constraints.unit_interval)
+    with pyro.plate("animals", len(y), dim=-1):
+        z, seen = torch.ones(len(y)), torch.zeros(len(y), dtype=torch.bool)
+        for t in range(y.shape[1]):
+            with poutine.mask(mask=seen):
+                alive = torch.where(seen, survives * z, 1.0)
+                z = pyro.sample(f"z_{t}", dist.Bernoulli(alive), infer={"enumerate": "parallel"})
+                pyro.sample(f"y_{t}", dist.Bernoulli(found * z), obs=y[:, t])
+            seen = seen | (y[:, t] > 0.5)
+
+
+def test_a_mask_that_looks_at_a_column_that_is_constant():
+    """Every animal is seen at first, so that only values of other columns show that the mask looks at that cell."""
+    history = np.array([[1, 1, 0, 1], [1, 0, 0, 0], [1, 0, 1, 0], [1, 1, 1, 1], [1, 1, 0, 0]], float)
+    fitted = BayesMPT(seen_at_first).fit(history)
+    survives, found = (float(np.ravel(fitted.params_[name])[0]) for name in ("survives", "found"))
+    truth = 0.0
+    for row in history:
+        dead_alive = np.array([0.0, 1.0])
+        for y in row[1:]:
+            dead_alive = np.array([dead_alive[0] + dead_alive[1] * (1 - survives), dead_alive[1] * survives])
+            dead_alive = dead_alive * [1 - y, found if y else 1 - found]
+        truth += np.log(dead_alive.sum())
+    assert fitted.log_marginal_likelihood_ == pytest.approx(truth, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    "other", [np.linspace(-1, 1, 8), np.arange(8) % 2, np.ones(8)], ids=["real", "codes", "ones"]
+)
+def test_a_constant_column_that_looks_at_itself(other):
+    def itself(x):
+        with pyro.plate("rows", len(x)):
+            pyro.sample("a", dist.Normal(pyro.param("mean", torch.tensor(0.0)), 1.0), obs=x[:, 0])
+            pyro.sample("b", dist.Bernoulli(0.05 + 0.9 * x[:, 1]), obs=x[:, 1])
+
+    with pytest.raises(ModelError, match=r"that of x\[:, 1\] looks at x\[:, 1\] itself"):
+        BayesMPT(itself).fit(np.stack([other, np.ones(8)], 1))

@@ -47,7 +47,7 @@ from bayes_mpt.program.arguments import fill
 from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.factor_runs import read_factors
 from bayes_mpt.program.latents import Space, space
-from bayes_mpt.program.program import Latent, Model, ModelError, Program, n_rows_of, split_events
+from bayes_mpt.program.program import Latent, Model, ModelError, Program, list_names, n_rows_of, split_events
 from bayes_mpt.program.run import SetLatents, run
 from bayes_mpt.program.sites import is_subsample, node_of, rows_given_shared
 from bayes_mpt.program.value_checks import check_values
@@ -138,8 +138,8 @@ class AdaptiveNodes:
         """What is integrated without nodes, and how nodes are run, in words."""
         if self.rows is not None:
             return self.rows.inside
-        out = f"; given them {', '.join(self.gaussian)} in closed form" if self.gaussian else ""
-        out += f"; {', '.join(self.program.discrete)} summed out" if self.program.discrete else ""
+        out = f"; given them {list_names(self.gaussian)} in closed form" if self.gaussian else ""
+        out += f"; {list_names(self.program.discrete)} summed out" if self.program.discrete else ""
         return out + ("; node by node" if self.one_by_one else "")
 
     @property

@@ -17,7 +17,7 @@ from bayes_mpt.program.densities import log_density
 from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.factor_runs import read_factors
 from bayes_mpt.program.layout import rows_first
-from bayes_mpt.program.program import Model, ModelError, Program, split_events
+from bayes_mpt.program.program import Model, ModelError, Program, list_names, split_events
 from bayes_mpt.program.run import run
 from bayes_mpt.program.value_checks import check_values
 
@@ -36,7 +36,7 @@ class _Enumerated(NodeSource):
         # no distribution looks at the rows, and their number is read with them
         alone = len(args) == 1 and program.observed_argument == 0
         self.serves_any_rows = alone and program.by_row and program.sub_rows is None
-        names = ", ".join(program.discrete)
+        names = list_names(program.discrete)
         self.why = f"the values of {names} are summed out" if names else "the program has no latents"
 
     def place(self, args: tuple[Any, ...], visible: Tensor | None = None, near: Any = None) -> Read:
@@ -69,7 +69,7 @@ class _Maps(NodeSource):
         self.model = model
         self.values = _joint_values(model, args, program)  # (S,) of each site
         self.n_nodes = len(next(iter(self.values.values())))
-        names = ", ".join(program.discrete)
+        names = list_names(program.discrete)
         self.why = (
             f"the values of {names} are summed out, and given them every mean is affine in the other latents"
         )

@@ -28,7 +28,7 @@ from bayes_mpt.program.factor_runs import read_factors
 from bayes_mpt.program.factors import Factors
 from bayes_mpt.program.groups import N_DRAWS, Groups, Terms, find_groups, log_terms
 from bayes_mpt.program.layout import token_values
-from bayes_mpt.program.program import Model, ModelError, Program
+from bayes_mpt.program.program import Model, ModelError, Program, list_names
 
 __all__ = ["GroupNodes", "NestedGroups", "doubt_of"]
 
@@ -97,7 +97,7 @@ class GroupNodes:
 
     @property
     def why(self) -> str:
-        names, width = ", ".join(self.own), self.groups.width
+        names, width = list_names(self.own), self.groups.width
         n = (ALONE if self.alone else ROW_NODES).get(width, ROW_DRAWS)
         if width <= MAX_HERMITE:
             nodes = f"{n} Gauss-Hermite nodes along each of {width} axes, around the mode"
@@ -281,7 +281,7 @@ class NestedGroups(Given):
         if not bool(several.any()):
             return ""
         return (
-            f"given the other latents, {int(several.sum())} of {len(several)} groups of {', '.join(self.nodes.own)} "
+            f"given the other latents, {int(several.sum())} of {len(several)} groups of {list_names(self.nodes.own)} "
             "have several modes, and nodes stand around one"
         )
 

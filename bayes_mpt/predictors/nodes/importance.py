@@ -32,7 +32,7 @@ from bayes_mpt.predictors.nodes.weighted import (
 from bayes_mpt.predictors.objective import Batch, Objective
 from bayes_mpt.program.analysis import analyze
 from bayes_mpt.program.arguments import fill
-from bayes_mpt.program.program import Model, ModelError, Program
+from bayes_mpt.program.program import Model, ModelError, Program, list_names
 from bayes_mpt.program.run import takes_visible
 
 __all__ = ["Drawn", "GuideDraws", "Importance", "evidence_of_draws"]
@@ -142,7 +142,7 @@ class _AroundMode(NodeSource):
         self.modes = ModeSearch(adaptive)
         self.model, self.structure = adaptive.model, adaptive.program
         self.why = (
-            f"{n_draws} Student-t draws of {', '.join(adaptive.space.names)} around the mode of each row's "
+            f"{n_draws} Student-t draws of {list_names(adaptive.space.names)} around the mode of each row's "
             f"posterior{adaptive.inside}"
         )
 

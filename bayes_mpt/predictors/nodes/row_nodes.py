@@ -22,6 +22,7 @@ from bayes_mpt.predictors.nodes.rules import (
 )
 from bayes_mpt.predictors.nodes.weighted import constrained
 from bayes_mpt.program.layout import rows_first
+from bayes_mpt.program.program import list_names
 
 if TYPE_CHECKING:
     from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
@@ -78,7 +79,7 @@ class RowNodes:
 
     @property
     def why(self) -> str:
-        names, width = ", ".join(self.adaptive.space.names), self.adaptive.space.width
+        names, width = list_names(self.adaptive.space.names), self.adaptive.space.width
         how = []
         if 0 < width <= MAX_HERMITE:
             how.append(
@@ -87,9 +88,9 @@ class RowNodes:
         elif width:
             how.append(f"{names} with {ROW_DRAWS} points around the mode")
         if self.adaptive.gaussian:
-            how.append(f"{', '.join(self.adaptive.gaussian)} in closed form")
+            how.append(f"{list_names(self.adaptive.gaussian)} in closed form")
         if self.adaptive.program.discrete:
-            how.append(f"{', '.join(self.adaptive.program.discrete)} summed out")
+            how.append(f"{list_names(self.adaptive.program.discrete)} summed out")
         return "; ".join(how) + ("; node by node" if self.adaptive.one_by_one else "")
 
     def given(self, args: tuple[Any, ...], filled: tuple[Any, ...], held: dict[str, Tensor]) -> NestedRows:

@@ -34,7 +34,7 @@ from bayes_mpt.predictors.nodes.two_sided import TwoSided, simulated
 from bayes_mpt.predictors.nodes.weighted import constrained, program_values, warn_if_slow
 from bayes_mpt.program.analysis import analyze
 from bayes_mpt.program.arguments import fill
-from bayes_mpt.program.program import Model, ModelError, Program, one_vector
+from bayes_mpt.program.program import Model, ModelError, Program, list_names, one_vector
 from bayes_mpt.warnings import HeavyTailWarning, MissedModeWarning, VaguePriorWarning, warn
 
 __all__ = ["SequentialMonteCarlo"]
@@ -154,7 +154,7 @@ class _Tempered(Bound):
         space = self.adaptive.space
         self.why = (
             f"{settings.num_runs} runs of at least {settings.num_particles} particles over the {space.width} "
-            f"numbers of {', '.join(space.names)}, from prior and modes to the posterior{self.adaptive.inside}"
+            f"numbers of {list_names(space.names)}, from prior and modes to the posterior{self.adaptive.inside}"
         )
 
     def read(self, args: tuple[Any, ...]) -> Particulate:

@@ -19,7 +19,7 @@ from bayes_mpt.program.affine import NotAffine
 from bayes_mpt.program.arguments import fill
 from bayes_mpt.program.densities import log_density
 from bayes_mpt.program.devices import own_random_state
-from bayes_mpt.program.program import Latent, Model, ModelError, Program, split_events
+from bayes_mpt.program.program import Latent, Model, ModelError, Program, list_names, split_events
 from bayes_mpt.program.run import run
 from bayes_mpt.program.sites import node_of
 
@@ -50,7 +50,7 @@ class _VectorMaps(NodeSource):
         self.values, self.combinations = _combinations(model, args, self.sites)
         self.n_nodes = len(self.combinations)
         self.why = (
-            f"the values of {', '.join(program.discrete)} are summed out, and given them every mean is affine in the "
+            f"the values of {list_names(program.discrete)} are summed out, and given them every mean is affine in the "
             "other latents"
         )
         try:
