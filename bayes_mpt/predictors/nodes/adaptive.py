@@ -51,14 +51,13 @@ from bayes_mpt.program.program import Latent, Model, ModelError, Program, n_rows
 from bayes_mpt.program.run import SetLatents, run
 from bayes_mpt.program.sites import is_subsample, node_of, rows_given_shared
 
-__all__ = ["AdaptiveNodes", "LaplaceApproximation", "check_width", "degrees_of", "hermite", "log_t"]
+__all__ = ["AdaptiveNodes", "LaplaceApproximation", "degrees_of", "hermite", "log_t"]
 
 SURE = 1e-12  # of a log-density: what its last digits say
 SURE_OF_NODES = 1e-9  # the same where rows are integrated by nodes that move
 MAX_STEPS = 100
 N_START_DRAWS = 9
-FARTHEST_START = 20.0
-"""In the unconstrained space of a latent that is not free: the half of Gamma(0.001, 0.001) lies below e^-700."""
+FARTHEST_START = 20.0  # unconstrained, of a latent that is not free: half of Gamma(0.001, 0.001) lies below e^-700
 CANNOT = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
 
 
@@ -91,8 +90,7 @@ class AdaptiveNodes:
     gaussian : tuple of str
         Names of those that are integrated in closed form given the nodes.
     rows : RowNodes or GroupNodes, optional
-        How the latents of each row are integrated given the nodes, where some are of a row and some of the data set; or
-        those of each group, where there are groups.
+        How latents of each row, or of each group, are integrated given nodes of those of the data set.
     """
 
     def __init__(self, model: Model, args: tuple[Any, ...], program: Program, held: _Held | None = None):
@@ -433,10 +431,8 @@ class AdaptiveNodes:
         A middle drawn of a wide prior may be where every density is 0, or so far from the rows that none has a slope.
         Values that are held may have moved far since the last mode was found: it counts where log p is finite.
         """
-        if last is not None and not held:
-            return last
         middle = self.start(filled) if last is None else last
-        if not middle.numel():
+        if not middle.numel() or (last is not None and not held):
             return middle
         best, most = middle.expand(n_nodes, *middle.shape), None
         for u in (middle, torch.zeros_like(middle)):
@@ -501,14 +497,3 @@ class AdaptiveNodes:
         """log p(u, x_R) of nodes u (S, N, d): (S, N)."""
         given, part, _ = self.at(args, filled, u, held)
         return part + given.log_joint(x, visible)
-
-
-def check_width(width: int, most: int, what: str, program: Program) -> None:
-    """Refuse more latents than a way of placing nodes can serve."""
-    if width > most:
-        where = "a row" if program.by_row else "in all"
-        raise ModelError(
-            f"{what} takes at most {most} continuous latents, got {width} {where} at sites "
-            f"{list(program.continuous)}: use Importance() with a guide, or SequentialMonteCarlo() for latents that "
-            "all rows share"
-        )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bayes_mpt.predictors.base import Evidence, Guide, Predictor
-from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes, check_width
+from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
 from bayes_mpt.predictors.nodes.group_nodes import doubt_of
 from bayes_mpt.predictors.nodes.mixture import Modes
 from bayes_mpt.predictors.nodes.modes import ModeSearch, doubted
@@ -77,7 +77,7 @@ class Quadrature(Predictor):
     def bind_nodes(self, adaptive: AdaptiveNodes) -> NodeSource:
         """`bind` where it is known too which latents take nodes."""
         width, program = adaptive.space.width, adaptive.program
-        check_width(width, MAX_WIDTH, "Quadrature", program)
+        _check_width(width, program)
         bound = _Hermite(adaptive, self.n_nodes or NODES[max(1, width)])
         warn_if_slow(adaptive.one_by_one, bound)
         return bound
@@ -176,3 +176,14 @@ def _beyond(log_prob: Tensor, modes: Modes, n_nodes: int) -> float:
     gaussian = (log_w - 0.5 * t.square().sum(1)).softmax(0)[outer].sum()
     at_outer = log_prob.softmax(0).unflatten(0, (len(modes.mode), len(t)))[:, outer].sum()
     return float((at_outer - 2 * gaussian).clamp(min=0))
+
+
+def _check_width(width: int, program: Program) -> None:
+    """Refuse more latents than a rule of nodes can serve."""
+    if width > MAX_WIDTH:
+        where = "a row" if program.by_row else "in all"
+        raise ModelError(
+            f"Quadrature takes at most {MAX_WIDTH} continuous latents, got {width} {where} at sites "
+            f"{list(program.continuous)}: use Importance() with a guide, or SequentialMonteCarlo() for latents that "
+            "all rows share"
+        )
