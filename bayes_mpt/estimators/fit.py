@@ -292,13 +292,14 @@ def _own_guide(guide: Any, original: Any, model: Model, device: str) -> Any:
         return own if callable(own) else None
     if not isinstance(guide, torch.nn.Module):
         return guide
-    of = getattr(guide, "_model", None)
+    # Pyro's copies lose their model, originals too, as do the parts of a list; there is no other way to give it back.
+    kept = [(m, m._model, m.master) for m in guide.modules() if isinstance(m, AutoGuide)]
     copy = deepcopy(guide).double().to(device)
-    if of is not None:
-        guide._model = of
-    if isinstance(copy, AutoGuide):
-        # Pyro's copies lose it, and offer no other way to give it back; it may be a part of our model (poutine.block)
-        copy._model = of if of is not None and of[0] is not original else (model,)
+    copies = [m for m in copy.modules() if isinstance(m, AutoGuide)]
+    for (part, of, master), own in zip(kept, copies, strict=True):
+        part._model, part.master = of, master
+        # it may be a part of our model (poutine.block)
+        own._model = of if of is not None and of[0] is not original else (model,)
     return copy
 
 

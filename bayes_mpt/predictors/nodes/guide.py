@@ -129,7 +129,7 @@ class GuideDraws(NodeSource):
             )
         self.names = program.continuous if self.adaptive is None else self.adaptive.space.names
         _refuse_unlike(run(model, filled), trace, self.names)
-        self._find_points(program, trace, names)
+        self._find_points(program, filled, trace, names)
         self._find_layout(program, trace, names)
         self._find_out(args, filled, trace, doubly_reparameterized)
         seen = ", which sees what is visible" if self.takes_visible else ""
@@ -137,15 +137,23 @@ class GuideDraws(NodeSource):
         self.why += self.adaptive.inside if self.adaptive is not None else ""
         self.why += "; draw by draw" if self.one_by_one else ""
 
-    def _find_points(self, program: Program, trace: Trace, names: set[str]) -> None:
-        """Whether some sites of the guide stand on a point; refuse it where all do."""
-        random = [n for n in names if not isinstance(trace.nodes[n]["fn"], pyro.distributions.Delta)]
-        self.has_points = len(random) < len(names)
-        if not random:
-            raise ModelError(
-                f"the guide puts latent {program.continuous[0]!r} on a single point (Delta): nothing is drawn, so that "
-                "nothing can be integrated. Use a guide with a density, such as AutoNormal"
-            )
+    def _find_points(self, program: Program, filled: tuple[Any, ...], trace: Trace, names: set[str]) -> None:
+        """Whether some sites of the guide stand on points; refuse those that stay where they are."""
+        points = [n for n in program.continuous if n in names and is_point(trace.nodes[n])]
+        self.has_points = bool(points)
+        if not points:
+            return
+        # An autoguide puts them where its draws of an auxiliary site lead: others at every run, with a log-density.
+        nothing_drawn = all(is_point(trace.nodes[n]) for n in names)
+        with own_random_state():  # one state for both: each on its own would draw the same
+            first, again = (self._guide_trace(filled, None, 1) for _ in range(2))
+        for n in points:
+            if nothing_drawn or torch.equal(first.nodes[n]["value"], again.nodes[n]["value"]):
+                raise ModelError(
+                    f"the guide puts latent {n!r} on a single point (Delta): nothing is drawn, so that nothing can be "
+                    "integrated. Use a guide with a density, such as AutoNormal, or, of a trained "
+                    "AutoLaplaceApproximation, what its laplace_approximation(...) returns"
+                )
 
     def _find_layout(self, program: Program, trace: Trace, names: set[str]) -> None:
         """Which rows and plates the draws have."""
@@ -153,7 +161,7 @@ class GuideDraws(NodeSource):
         coupled = program.by_row and any(
             all(f.name != program.rows_plate for f in trace.nodes[n]["cond_indep_stack"])
             for n in names
-            if not isinstance(trace.nodes[n]["fn"], pyro.distributions.Delta)
+            if not is_point(trace.nodes[n])
         )
         frames = [f for n in names for f in trace.nodes[n]["cond_indep_stack"] if f.vectorized]
         self.depth = max([program.depth, *(-f.dim for f in frames)])
