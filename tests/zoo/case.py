@@ -47,7 +47,7 @@ class Case:
     slow : bool
         Takes a second or more of a CPU, and is no part of the quick tests.
     known : str
-        What is missing where the case is known to fail; it must fail then.
+        What is missing where the case is known to fail; it must fail then. Where it is slow too, it is not run.
     seed : int
         Of the data.
     """

@@ -179,7 +179,6 @@ CASES = [
         priors_by_assignments,
         tolerance=1e-3,
         slow=True,
-        known="nodes do not make the posterior's shape",
     ),
     Case("mixture_of_parameters", mixture_of_parameters, two_heaps, of_two_components),
     Case(
