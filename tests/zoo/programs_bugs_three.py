@@ -285,5 +285,5 @@ CASES = [
         slow=True,
         known="modes of a change point: a doubt too many",
     ),
-    Case("bugs_epil", epil, twelve_records, epil_truth, warns="tail so heavy", slow=True),
+    Case("bugs_epil", epil, twelve_records, epil_truth, warns="tail so heavy", heavy=True),
 ]

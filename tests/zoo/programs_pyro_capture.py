@@ -179,7 +179,7 @@ CASES = [
         lambda rng: (seen_or_not(rng),),
         survival_with_effects,
         tolerance=1e-2,
-        slow=True,
+        heavy=True,
         known="six shared latents",
     ),
     Case(

@@ -260,7 +260,7 @@ CASES = [
         "deep_exponential_family",
         deep_exponential_family,
         counts,
-        slow=True,
+        heavy=True,
         known="latents of the data set and of rows, many of each",
     ),
     Case("normalizing_flow", Flow, banana, coupled, warns="no smooth maximum", slow=True),

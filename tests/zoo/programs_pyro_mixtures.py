@@ -188,13 +188,13 @@ CASES = [
         sticks_by_assignments,
         slow=True,
     ),
-    Case("dirichlet_process_poisson", dirichlet_process_poisson, sunspots, slow=True),
+    Case("dirichlet_process_poisson", dirichlet_process_poisson, sunspots, heavy=True),
     Case(
         "lda",
         lda,
         three_documents,
         topics_by_assignments,
-        slow=True,
+        heavy=True,
         known="latents of the data set and of rows, many of each",
     ),
 ]
