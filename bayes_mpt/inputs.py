@@ -79,7 +79,7 @@ def read_table(X: Any) -> Any:
     if widths_of(X) is not None:
         return np.hstack([np.asarray(read_table(a)) for a in X])
     X = _array(X, "X")
-    if np.ndim(X) == 1 and not any(np.ndim(a) for a in X):
+    if isinstance(X, list | tuple | np.ndarray) and np.ndim(X) == 1 and not any(np.ndim(a) for a in X):
         raise ValueError(
             f"Expected 2D array, a table (N, T), got 1D array of {len(X)} numbers instead. Reshape your data: one "
             "column is X[:, None], array.reshape(-1, 1), which the program reads as x[:, 0]; one row X.reshape(1, -1)"

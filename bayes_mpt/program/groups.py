@@ -201,7 +201,7 @@ class _Search:
 
     def _looks(self, moves: Tensor) -> Tensor:
         """Which terms look at any of the numbers that are moved: (R, K) bool -> (R, terms)."""
-        steps = torch.tensor(STEPS, dtype=self.points.dtype)[torch.arange(len(self.points)) % len(STEPS)]
+        steps = torch.tensor(STEPS).to(self.points)[torch.arange(len(self.points)) % len(STEPS)]
         units = torch.stack([torch.ones_like(self.spread), self.spread])  # (2, K)
         far = steps.to(units)[..., None] * units * self.noise  # (P, 2, K)
         there = self.points[:, None, None] + far[:, :, None] * moves.to(far)  # (P, 2, R, K)

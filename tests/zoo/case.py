@@ -43,7 +43,7 @@ class Case:
     se : float
         The largest standard error, in nats, with which the number is still worth something.
     warns : str
-        A regular expression of the one warning that belongs to the case; any other fails it.
+        A regular expression of the one warning that may come with the case; any other fails it.
     slow : bool
         Takes a second or more of a CPU, and is no part of the quick tests.
     heavy : bool

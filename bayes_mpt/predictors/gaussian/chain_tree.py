@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bayes_mpt.predictors.gaussian.linear import Groups, cholesky, group_rows
 from bayes_mpt.program.affine.sparse_map import Blocks, SparseMap
-from bayes_mpt.program.program import ModelError
+from bayes_mpt.program.program import ModelError, NotPositiveDefinite
 
 __all__ = [
     "ChainRows",
@@ -38,7 +38,9 @@ class ChainRows:
 
     def __init__(self, x: Tensor, reading: SparseMap):
         if not bool((reading.noise > 0).all()):
-            raise ModelError(f"a noise variance is {reading.noise.min().item()}: every token needs noise")
+            raise NotPositiveDefinite(
+                f"a noise variance is {reading.noise.min().item()}: every token needs noise"
+            )
         groups: Groups = group_rows(x, reading.loc)
         self.x, self.layout = x, reading.layout
         self.seen, self.index = groups.seen[0], groups.index  # (G, T), (N,)

@@ -23,7 +23,7 @@ from bayes_mpt.program.affine.first import FirstReading
 from bayes_mpt.program.analysis import Analysis
 from bayes_mpt.program.arguments import N_TRIAL_ROWS
 from bayes_mpt.program.devices import at_once
-from bayes_mpt.program.program import Model, ModelError, Program
+from bayes_mpt.program.program import Model, ModelError, NotPositiveDefinite, Program
 
 __all__ = ["Groups", "LinearGaussian", "LinearRows", "cholesky", "dimensionless", "group_rows"]
 
@@ -211,7 +211,7 @@ class LinearRows(Conditionals):
         with torch.no_grad():
             noise = self.reading.noise
             if not bool((noise > 0).all()):
-                raise ModelError(
+                raise NotPositiveDefinite(
                     f"a noise variance of observed site {self.structure.observed!r} is {float(noise.min())}: every "
                     "token needs noise"
                 )

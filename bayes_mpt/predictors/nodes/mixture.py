@@ -115,7 +115,9 @@ class Modes(NamedTuple):
         # multivariate t: a normal vector over the root of a chi-square that its axes share
         normal = torch.randn(n, n_rows, width, dtype=self.mode.dtype).to(self.mode)
         degrees = degrees_of(width)
-        chi = torch.distributions.Chi2(torch.tensor(degrees, dtype=normal.dtype)).sample((n, n_rows))
+        chi = (
+            torch.distributions.Chi2(torch.tensor(degrees, dtype=normal.dtype)).sample((n, n_rows)).to(normal)
+        )
         t = normal * (degrees / chi.to(normal))[..., None].sqrt()
         if n_modes == 1:
             return self.mode[0] + (self.root[0] @ t[..., None])[..., 0]

@@ -141,7 +141,7 @@ class Coordinates:
         """Images (M, S, d) of u (S, d) or (M, S, d), and log |d image / du| (M, S)."""
         y, log_det = self.of(u)
         y = y.expand(len(by.order), *y.shape[-2:])
-        moved = y.gather(-1, by.order[:, None].expand_as(y)) * by.sign[:, None].to(y)
+        moved = y.gather(-1, by.order[:, None].to(y.device).expand_as(y)) * by.sign[:, None].to(y)
         image = self.back(moved)
         if self.linear:
             return image, log_det.expand(len(by.order), -1)
