@@ -103,7 +103,7 @@ class Modes(NamedTuple):
         """Those that are no images, each with the mass of all its images."""
         if self.orbits is None:
             return self
-        first = self.orbits.first
+        first = torch.tensor(self.orbits.first, device=self.mode.device)
         mass = self.log_mass[first] + self.orbits.log_count.to(self.log_mass)[:, None]
         return Modes(self.mode[first], self.root[first], mass)
 

@@ -317,8 +317,9 @@ class _Climbs:
             chosen.append(j)
             own_hits.append(int(hits[own].sum()))
         orbits = Orbits(where, tuple(moves), tuple(range(len(moves))), tuple(counts))
-        modes = Modes(*orbits.spread(u[chosen], root[chosen], log_mass[chosen]), "", orbits)
-        mass = (log_mass[chosen] + orbits.log_count.to(log_mass)).softmax(0)
+        some = torch.tensor(chosen, device=u.device)
+        modes = Modes(*orbits.spread(u[some], root[some], log_mass[some]), "", orbits)
+        mass = (log_mass[some] + orbits.log_count.to(log_mass)).softmax(0)
         rare = sum(m > MATTERS and n < OFTEN for m, n in zip(mass.tolist(), own_hits, strict=True))
         return modes, rare if int(found.hits.sum()) >= OFTEN else 0, whole
 
