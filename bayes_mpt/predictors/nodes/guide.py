@@ -147,8 +147,13 @@ class GuideDraws(NodeSource):
         nothing_drawn = all(is_point(trace.nodes[n]) for n in names)
         with own_random_state():  # one state for both: each on its own would draw the same
             first, again = (self._guide_trace(filled, None, 1) for _ in range(2))
+
+        def stays(name: str) -> bool:
+            return torch.equal(first.nodes[name]["value"], again.nodes[name]["value"])
+
+        moved = not all(stays(n) for n in names if not is_point(trace.nodes[n]))
         for n in points:
-            if nothing_drawn or torch.equal(first.nodes[n]["value"], again.nodes[n]["value"]):
+            if nothing_drawn or (moved and stays(n)):
                 raise ModelError(
                     f"the guide puts latent {n!r} on a single point (Delta): nothing is drawn, so that nothing can be "
                     "integrated. Use a guide with a density, such as AutoNormal, or, of a trained "
