@@ -110,7 +110,8 @@ def _chosen(model: Model, args: tuple[Any, ...], guide: Guide | None) -> Bound:
         return Quadrature().bind_nodes(adaptive)
     if program.by_row:
         return Importance().bind_nodes(adaptive)
-    if program.parameters:  # of which sequential Monte Carlo trains none
+    # sequential Monte Carlo trains no parameters, and moves of particles with nodes in every row or group cost minutes
+    if program.parameters or adaptive.rows is not None:
         # one integral over many latents deserves more draws than one of many rows
         return Importance(N_DRAWS).bind_nodes(adaptive)
     return SequentialMonteCarlo().bind(model, args)
