@@ -55,7 +55,8 @@ def choose(
     a closed form, where the program is linear-Gaussian given its parameters; the sum over all values of discrete
     latents; with a guide, `Importance`; without one, `Quadrature` over up to four continuous latents. For more of them
     `Importance` around the mode of each row's posterior where they belong to rows, and where all rows share them
-    `SequentialMonteCarlo`; or, if there are `pyro.param`s to be trained, `Importance` around the modes.
+    `SequentialMonteCarlo`; or, if there are `pyro.param`s to be trained or latents of rows or groups inside,
+    `Importance` around the modes.
 
     Parameters
     ----------
