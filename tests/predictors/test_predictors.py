@@ -1768,8 +1768,7 @@ def smc_of(program, args, **settings):
 
 
 def within(found, want):
-    # the error is that of eight runs, which by chance may agree better than they should
-    assert abs(float(found.by_row.sum()) - want) < 5 * found.se, (found.by_row, want, found.se)
+    assert abs(float(found.by_row.sum()) - want) < 3.5 * found.se, (found.by_row, want, found.se)
     assert 0 < found.se < 0.3
 
 

@@ -254,6 +254,8 @@ class Particulate(Conditionals):
             changes = {name: halved(self.adaptive, self._filled, some, name) for name in vague}
         log_z = arrived.log_z.double().cpu().numpy()
         lml, se = log_mean(log_z)
+        # few runs may agree by chance: no less than what the weights tell
+        se = max(se, math.sqrt(arrived.variance / len(log_z)))
         if lml < NEVER:
             lml = -math.inf
         diagnostics: dict[str, Any] = {
