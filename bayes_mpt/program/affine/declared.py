@@ -86,7 +86,9 @@ def read_stated(parts: Parts, model: Model, args: tuple[Any, ...]) -> DenseMap:
     if not all(name in store for name in parts):
         first_run(model, (fill(args[0]),))
     loc, loading, noise = (pyro.param(name) for name in parts)
-    if not torch.is_grad_enabled():  # an unconstrained parameter is a leaf, and nothing is computed of it here
+    if (
+        not torch.is_grad_enabled()
+    ):  # an unconstrained parameter is a leaf, and nothing is computed of it here
         loc, loading, noise = loc.detach(), loading.detach(), noise.detach()
     n_latents = loading.shape[1]
     return DenseMap(
