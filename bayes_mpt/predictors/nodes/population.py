@@ -4,8 +4,9 @@
 
 r_cm is the chance that draw m is of piece c, and the covariance follows as the mean does: population Monte Carlo
 (Cappe, Douc, Guillin, Marin & Robert 2008). Draws of all rounds are weighed together, q the mean of the mixtures of the
-rounds (Cornuet, Marin, Mira & Robert 2012). The mixture that comes of it holds two more parts, for what the moments do not
-tell: the moved pieces made wider, and what stood before. The number comes from fresh draws of it, which decide nothing.
+rounds (Cornuet, Marin, Mira & Robert 2012). The mixture that comes of it holds two more parts, for what
+the moments do not tell: the moved pieces made wider, and what stood before. The number comes from fresh draws of it,
+which decide nothing.
 """
 
 from __future__ import annotations
