@@ -14,14 +14,14 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import constraints
 
-from bayes_mpt.program.arguments import fill
+from bayes_mpt.program.arguments import fill_all
 from bayes_mpt.program.checks import check_sites, refuse_unregistered_parameters
 from bayes_mpt.program.factor_runs import with_meeting_entries
 from bayes_mpt.program.layout import rows_first
 from bayes_mpt.program.mask_trials import refuse_other_rows, refuse_selection
 from bayes_mpt.program.program import Model, ModelError, Program, SubSampled, one_vector
 from bayes_mpt.program.run import first_run
-from bayes_mpt.program.shifts import ObservesCells
+from bayes_mpt.program.shifts import shifts_of
 from bayes_mpt.program.sites import (
     base,
     describe_latent,
@@ -100,7 +100,7 @@ def analyze(model: Model, args: tuple[Any, ...], *, own_masks: bool = False) -> 
     """
     if not own_masks:
         return look(model, args).checked()
-    args = tuple(fill(a) for a in args)
+    args = fill_all(args)
     first, init = first_run(model, args)
     program = _described(first, len(init[0]), factors_too=True)
     check_sites(first, factors_too=True)
@@ -120,11 +120,9 @@ def look(model: Model, args: tuple[Any, ...]) -> Analysis:
     ModelError
         As `analyze`, but for what only matters where latents are given or summed out.
     """
-    args = tuple(fill(a) for a in args)
+    args = fill_all(args)
     first, init = first_run(model, args)
-    program = _described(first, len(init[0]))
-    if isinstance(model, ObservesCells):
-        program = program._replace(shifts=model.shifts)
+    program = _described(first, len(init[0]))._replace(shifts=shifts_of(model))
     nodes, latents = observed_nodes(first), latent_nodes(first)
     gaussian = all(type(base(n["fn"])).__name__ in GAUSSIAN for n in (*nodes, *latents))
     if not gaussian:

@@ -15,9 +15,9 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from bayes_mpt.program.arguments import resampled
-from bayes_mpt.program.other_latents import FAILURES, other_points
+from bayes_mpt.program.other_latents import other_points
 from bayes_mpt.program.program import Model, ModelError, Program
-from bayes_mpt.program.run import run
+from bayes_mpt.program.run import FAILURES, run
 from bayes_mpt.program.sites import (
     latent_nodes,
     node_of,

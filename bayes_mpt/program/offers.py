@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Offers", "offered"]
+__all__ = ["Around", "Offers", "offered"]
 
 
 class Offers(Protocol):
@@ -68,6 +68,22 @@ class Offers(Protocol):
 
     def advice(self, X: NDArray[np.floating]) -> list[str]:
         """What is odd about its settings for rows X, NaN where missing: sentences, of which fits warn."""
+
+
+class Around:
+    """What is called in place of a program, and offers what the program offers."""
+
+    model: Any
+    """The program."""
+
+    def __getattr__(self, name: str) -> Any:
+        """What the program has besides."""
+        if name == "model" or name.startswith("__"):  # as it is unpickled it has none yet
+            raise AttributeError(name)
+        return getattr(self.model, name)
+
+    def __repr__(self) -> str:
+        return repr(self.model)
 
 
 def offered(model: Any, name: str) -> Any:

@@ -19,11 +19,11 @@ from pyro import poutine
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from bayes_mpt.program.arguments import changes, fill
+from bayes_mpt.program.arguments import changes, fill_all, same_cells
 from bayes_mpt.program.densities import CellDensity
 from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.program import Model, ModelError, list_names
-from bayes_mpt.program.run import run
+from bayes_mpt.program.run import FAILURES, run
 from bayes_mpt.program.sites import factor_nodes, latent_nodes, observed_nodes, plate_axis
 from bayes_mpt.program.store import OwnStore, moved_parameters
 
@@ -35,7 +35,6 @@ MAX_SINGLE = 8  # columns that are tried
 FAR = 1000  # whole numbers beyond those of the data that a sum takes
 NEAR_ONE = 1e-3
 MOVED = 0.05  # of the parameters
-FAILURES = (RuntimeError, ValueError, IndexError, TypeError)
 
 
 Column = tuple[int, int]
@@ -99,7 +98,7 @@ def find_cells(model: Model, args: tuple[Any, ...]) -> dict[str, Cells]:
         If a factor moves with no cell of its row, with cells of other rows, or with cells that another site scores; if
         it does not add up to one where that was computed. The site is named.
     """
-    args = tuple(fill(a) for a in args)
+    args = fill_all(args)
     with OwnStore(), torch.no_grad(), pyro.validation_enabled(False):
         run(model, args)  # makes the parameters: one that is zero hides what it multiplies
         with moved_parameters(MOVED):
@@ -164,7 +163,7 @@ class _Search:
                 if ran is None:
                     continue
                 rows = [t.reshape(-1)[keep] for t in (_log_factor(trace, name), _log_factor(ran, name))]
-                if not _same(*rows):
+                if not same_cells(*rows):
                     raise ModelError(
                         f"site {name!r} is a pyro.factor that moves in one row with cells of other rows: it is no "
                         "density of its own row's cells. Compute statistics of the data outside of the program"
@@ -185,7 +184,7 @@ class _Search:
                     for point in range(2):
                         ran = self._run(position, one.reshape(arg.shape), point)
                         for name in names if ran is not None else ():
-                            if not _same(what(self.points[point][0], name), what(ran, name)):
+                            if not same_cells(what(self.points[point][0], name), what(ran, name)):
                                 moved[name].add((position, column))
         return moved
 
@@ -283,7 +282,3 @@ def _log_factor(trace: Trace, name: str) -> Tensor:
         fn = fn.base_dist
     found: Tensor = fn.log_factor
     return found
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())

@@ -16,14 +16,17 @@ from pyro.poutine import runtime
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from bayes_mpt.program.arguments import fill, init_rows
+from bayes_mpt.program.arguments import fill_all, init_rows
 from bayes_mpt.program.densities import log_density
 from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.program import Model, ModelError, NotPositiveDefinite
 from bayes_mpt.program.seen_labels import with_seen_labels
 from bayes_mpt.program.sites import base, is_subsample
 
-__all__ = ["SetLatents", "first_run", "not_finite", "one_precision", "run", "takes_visible"]
+__all__ = ["FAILURES", "SetLatents", "first_run", "not_finite", "one_precision", "run", "takes_visible"]
+
+FAILURES = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
+"""Of a program that does not take such rows, or such values of its latents."""
 
 NODES = "_nodes"  # the plate of nodes, left of a program's own plates
 MIXED = re.compile("dtype|scalar type|data type|result type")  # in torch's messages about precision
@@ -236,7 +239,7 @@ def _rng_untouched(active: bool) -> Iterator[None]:
 def not_finite(model: Model, args: tuple[Any, ...]) -> str:
     """The sites whose log-density is not finite at latents drawn from the prior, in words."""
     with pyro.validation_enabled(False):
-        trace = run(model, tuple(fill(a) for a in args))
+        trace = run(model, fill_all(args))
         found = {
             name: log_density(node["fn"], node["value"])
             for name, node in trace.nodes.items()

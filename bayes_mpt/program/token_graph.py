@@ -35,7 +35,7 @@ from torch import Tensor
 from bayes_mpt.program.arguments import cell_name, resampled, rows_of, spread_rows
 from bayes_mpt.program.layout import rows_first, to_rows
 from bayes_mpt.program.program import Model, ModelError, Order, Program, list_names
-from bayes_mpt.program.run import run
+from bayes_mpt.program.run import FAILURES, run
 from bayes_mpt.program.sites import base, node_of, own_shown
 from bayes_mpt.program.token_order import Moved, cycle_of, reached, sorted_tokens
 
@@ -49,7 +49,6 @@ CHUNK = 2**21  # cells of the copies that run side by side
 N_SECONDS = 4.0  # for copies that run one after the other
 SMALL = 1e-3  # of a value: the smaller step
 TOL = {torch.float64: 1e-9, torch.float32: 1e-4}
-FAILURES = (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError, AssertionError)
 
 Values = dict[str, Tensor]
 

@@ -17,7 +17,7 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from bayes_mpt.program.arguments import changes, rows_of
+from bayes_mpt.program.arguments import changes, rows_of, same_cells
 from bayes_mpt.program.layout import laws_of
 from bayes_mpt.program.missing import gaps_show, holes_in, same_but_for
 from bayes_mpt.program.other_latents import run_on_others
@@ -30,7 +30,7 @@ from bayes_mpt.program.program import (
     list_names,
     one_vector,
 )
-from bayes_mpt.program.run import run
+from bayes_mpt.program.run import FAILURES, run
 from bayes_mpt.program.sites import (
     base,
     is_subsample,
@@ -49,7 +49,6 @@ N_OTHERS = 3  # draws of all latents that are tried to see whether observed valu
 MOVED = 0.05  # of the parameters
 SURE = 1e-5  # probability of other values up to which a prior leaves a latent no choice
 CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4}
-FAILURES = (RuntimeError, ValueError, IndexError, TypeError)  # of a program that does not take such values
 
 
 Laws = dict[str, tuple[Tensor, ...]]
@@ -84,7 +83,7 @@ def _refuse_masked_latents(model: Model, args: tuple[Any, ...], first: Trace) ->
     with torch.no_grad(), pyro.validation_enabled(False):
         moved = run(model, args, {**held, **sub_samples(first)})
         before, after = _visible_log_probs(first), _visible_log_probs(moved)
-    if all(_same(before[name], after[name]) for name in before):
+    if all(same_cells(before[name], after[name]) for name in before):
         return
     name = next(iter(masked))
     raise ModelError(
@@ -277,12 +276,12 @@ class _Trials:
             if not self.meet_others():
                 return
         for name, value in self.values.items():
-            if _same(value, node_of(self.other, name)["value"]):
+            if same_cells(value, node_of(self.other, name)["value"]):
                 continue
             there, again = (node_of(self._at_others(self.args, s, held), name)["value"] for s in (2, 3))
-            if not _same(there, again) or not (_same(there, value) or moved):
+            if not same_cells(there, again) or not (same_cells(there, value) or moved):
                 raise_moving(name, None)
-            if not _same(there, value):
+            if not same_cells(there, value):
                 raise ModelError(
                     f"observed values of site {name!r} are computed with parameters that are cut off from gradients "
                     "(.detach(), .data, .item()), so that their density would not be that of the data: observe the "
@@ -370,7 +369,9 @@ class _Trials:
 
     def _moves(self, trace: Trace) -> bool:
         """Whether observed values are others than they were."""
-        return not all(_same(value, node_of(trace, name)["value"]) for name, value in self.values.items())
+        return not all(
+            same_cells(value, node_of(trace, name)["value"]) for name, value in self.values.items()
+        )
 
     def _refuse_other_rows(
         self, position: int, changed: Tensor, latents: dict[str, Tensor], before: Laws, *, ordered: bool
@@ -405,7 +406,7 @@ class _Trials:
     def _moved(self, trace: Trace, laws: Laws, before: Laws, keep: Tensor) -> str | None:
         """What of these rows is not as it was, in words."""
         for name, value in self.values.items():
-            if not _same(*(self._kept(name, v, keep) for v in (value, node_of(trace, name)["value"]))):
+            if not same_cells(*(self._kept(name, v, keep) for v in (value, node_of(trace, name)["value"]))):
                 return f"value of observed site {name!r}"
         for name in before:
             new, old = (tuple(self._kept(name, t, keep) for t in law[name]) for law in (laws, before))
@@ -458,10 +459,6 @@ class _Trials:
 
 def _is_nan(laws: Laws) -> bool:
     return any(bool(t.sum().isnan()) and bool(t.isnan().any()) for law in laws.values() for t in law)
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def _close(law: tuple[Tensor, ...], before: tuple[Tensor, ...]) -> bool:
