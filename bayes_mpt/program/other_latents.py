@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from bayes_mpt.program.devices import own_random_state
+from bayes_mpt.program.first import values_of
 from bayes_mpt.program.program import Model
 from bayes_mpt.program.run import FAILURES, run
 from bayes_mpt.program.sites import latent_nodes, sub_samples
@@ -37,7 +38,7 @@ class Point(NamedTuple):
 
 def other_points(model: Model, args: tuple[Any, ...], first: Trace) -> Iterator[Point]:
     """Up to eight points at which the program runs, all latents and parameters others than in its first run."""
-    held = {n["name"]: n["value"].detach() for n in latent_nodes(first)}
+    held = values_of(first)
     for seed, (far, size) in enumerate(zip(FAR, MOVED, strict=True), 1):
         for moved in (size, 0.0) if size else (size,):
             with moved_parameters(moved, seed), suppress(*FAILURES):
