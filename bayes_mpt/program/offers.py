@@ -58,7 +58,29 @@ class Offers(Protocol):
     def maximize(
         self, x: Tensor, params: Mapping[str, Tensor], *, tol: float, max_iter: int
     ) -> Mapping[str, Tensor]:
-        """Better values of its parameters for rows x, by an EM, say: it climbs the score and the `penalty`."""
+        """Better values of its parameters for rows x, by an EM, say: it climbs the score and the `penalty`.
+
+        Parameters
+        ----------
+        x : Tensor of shape (N, T)
+            Rows; NaN where a cell is missing, of a model that `maximizes_missing`.
+        params : dict of Tensor
+            Values of the parameters, by name, from which to climb.
+        tol : float
+            It ends where no step has more than this share of the score to gain, or nats a row where that is small.
+        max_iter : int
+            Most steps.
+
+        Returns
+        -------
+        dict of Tensor
+            Better ones, by name.
+
+        Raises
+        ------
+        KeyboardInterrupt
+            At Ctrl-C; after the first step its argument is the parameters as they are then.
+        """
 
     def penalty(self, *args: Tensor) -> Callable[[Mapping[str, Tensor]], Tensor] | None:
         """The log prior of its parameters that every fit adds, made once from the rows; no score includes it."""
