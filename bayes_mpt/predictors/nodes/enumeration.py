@@ -32,10 +32,10 @@ class _Enumerated(NodeSource):
     name = "Exact"
 
     def __init__(self, model: Model, args: tuple[Any, ...], program: Program):
-        self.model, self.structure = model, program
         # no distribution looks at the rows, and their number is read with them
         alone = len(args) == 1 and program.observed_argument == 0
-        self.serves_any_rows = alone and program.by_row and program.sub_rows is None
+        any_rows = alone and program.by_row and program.sub_rows is None
+        self.model, self.structure = model, program._replace(serves_any_rows=any_rows)
         names = list_names(program.discrete)
         self.why = f"the values of {names} are summed out" if names else "the program has no latents"
 
