@@ -37,7 +37,7 @@ from bayes_mpt.program.sites import (
 )
 from bayes_mpt.program.trials import Verdict, refuse_hidden, try_others
 
-__all__ = ["Analysis", "analyze", "look"]
+__all__ = ["Analysis", "analyze", "described", "look"]
 
 GAUSSIAN = ("Normal", "MultivariateNormal")
 
@@ -103,7 +103,7 @@ def analyze(model: Model, args: tuple[Any, ...], *, own_masks: bool = False) -> 
         return look(model, args).checked()
     args = fill_all(args)
     first, init = first_run(model, args)
-    program = _described(first, len(init[0]), factors_too=True)
+    program = described(first, len(init[0]), factors_too=True)
     check_sites(first, factors_too=True)
     try_others(FirstRun(model, init, program, first), values_only=True)
     nodes = (*observed_nodes(first, factors_too=True), *latent_nodes(first), *factor_nodes(first))
@@ -123,7 +123,7 @@ def look(model: Model, args: tuple[Any, ...]) -> Analysis:
     """
     args = fill_all(args)
     first, init = first_run(model, args)
-    program = _described(first, len(init[0]))._replace(shifts=shifts_of(model))
+    program = described(first, len(init[0]))._replace(shifts=shifts_of(model))
     nodes, latents = observed_nodes(first), latent_nodes(first)
     gaussian = all(type(base(n["fn"])).__name__ in GAUSSIAN for n in (*nodes, *latents))
     if not gaussian:
@@ -174,7 +174,7 @@ def _steps_in_plate(first: FirstRun, real: bool) -> tuple[Program, Verdict] | No
     return None if verdict.order is None else (whole, verdict)
 
 
-def _described(first: Trace, n_rows: int, factors_too: bool = False) -> Program:
+def described(first: Trace, n_rows: int, factors_too: bool = False) -> Program:
     """The program of a first run on so many rows."""
     nodes, latents = observed_nodes(first, factors_too=factors_too), latent_nodes(first)
     rows, by_row = rows_plate_of(nodes, latents, n_rows)
