@@ -405,13 +405,21 @@ class AdaptiveNodes:
         if not self.space.parts:  # all latents are integrated inside
             return LaplaceApproximation(x.new_zeros(n_nodes, len(x), 0), x.new_zeros(n_nodes, len(x), 0, 0))
 
-        def log_prob(u: Tensor) -> Tensor:
-            return self.log_prob(args, filled, x, visible, u, held)
+        def log_prob(u: Tensor, nodes: Tensor) -> Tensor:
+            some = {name: v[nodes] for name, v in held.items()} if len(nodes) < n_nodes else held
+            return self.log_prob(args, filled, x, visible, u, some)
 
         u = start
         if u is None:  # a training asks again and again, with little change
             shape, last = self._last or (None, None)
-            u = self._stands(log_prob, filled, last if shape == x.shape else None, n_nodes, bool(held))
+            everywhere = torch.arange(n_nodes, device=x.device)
+            u = self._stands(
+                partial(log_prob, nodes=everywhere),
+                filled,
+                last if shape == x.shape else None,
+                n_nodes,
+                bool(held),
+            )
         found = newton(log_prob, u.expand(n_nodes, *u.shape[-2:]), MAX_STEPS, self.sure)
         good = torch.isfinite(found.mode).all(-1).all(-1)
         if start is None and bool(good.any()):
@@ -458,7 +466,7 @@ class AdaptiveNodes:
         filled = tuple(fill(a) for a in args)
         offsets = (near.root @ draws[..., None])[..., 0]
 
-        def log_prob(u: Tensor) -> Tensor:
+        def log_prob(u: Tensor, nodes: Tensor) -> Tensor:
             return self.log_prob(args, filled, x, visible, u[0] + offsets, {}).mean(0, keepdim=True)
 
         found = newton(log_prob, near.mode[None], 1, SURE)
