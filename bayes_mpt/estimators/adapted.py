@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from copy import copy, deepcopy
+from math import isfinite
 from typing import Any
 
 import torch
@@ -75,9 +76,18 @@ class Adapted:
 
     @property
     def believed(self) -> str | None:
-        """What no sum or integral has checked, in words."""
+        """What no sum or integral has checked, and bounds that the program does not state, in words."""
         unchecked = [name for name, cells in self.factors.items() if not cells.checked]
-        return f"not checked: factor {list_names(map(repr, unchecked))}" if unchecked else None
+        said = [f"not checked: factor {list_names(map(repr, unchecked))}"] if unchecked else []
+        for name, cells in self.factors.items():
+            ends = [
+                f"{side} {b:.4g}"
+                for side, b in zip(("above", "below"), cells.bounds, strict=True)
+                if isfinite(b)
+            ]
+            if ends:
+                said.append(f"{name!r} adds up to one over values {' and '.join(ends)}")
+        return "; ".join(said) or None
 
     def __getattr__(self, name: str) -> Any:
         """What the program offers besides."""

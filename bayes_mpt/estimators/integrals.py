@@ -35,6 +35,7 @@ from bayes_mpt.program.statistics import SufficientStatistics
 from bayes_mpt.program.store import save
 
 __all__ = [
+    "MAX_CELLS",
     "affordable",
     "allocated_evidence",
     "at_mode",

@@ -34,14 +34,14 @@ from sklearn.utils._param_validation import Interval
 
 from bayes_mpt.estimators.bayes_mpt import BayesMPT
 from bayes_mpt.estimators.candidates import Candidate, Facts, before_final
-from bayes_mpt.estimators.integrals import at_mode
+from bayes_mpt.estimators.integrals import MAX_CELLS, at_mode
 from bayes_mpt.estimators.refits import Cumulative, HeldOut
 from bayes_mpt.estimators.unbounded import refuse_unbounded
 from bayes_mpt.evidence.factor_prior import FactorPrior, factor_prior
 from bayes_mpt.evidence.integrated import IntegratedEvidence
 from bayes_mpt.evidence.mixture import MixtureEvidence
 from bayes_mpt.evidence.mixture_laplace import MixtureLaplace
-from bayes_mpt.evidence.sampled import SampledEvidence
+from bayes_mpt.evidence.sampled import MAX_PARAMETERS, SampledEvidence
 from bayes_mpt.program.program import list_names
 from bayes_mpt.runtime.atomic import all_or_nothing
 from bayes_mpt.runtime.serial import left_as_found, turn
@@ -253,7 +253,8 @@ class Auto(BaseEstimator):
             )
         if all(m.rotates for m in models):
             return Laplace(), (
-                "every candidate declares its loadings free up to rotation, and one is too large to be sampled"
+                "every candidate declares its loadings free up to rotation, and one is too large to be sampled (more "
+                f"than {MAX_PARAMETERS} parameters, or, with holes, {MAX_CELLS} cells): Laplace's approximation for all"
             )
         if all(m.mixture for m in models):
             return held_out, (

@@ -9,6 +9,7 @@ import torch
 
 from bayes_mpt.predictors.base import Bound, Guide, Predictor
 from bayes_mpt.predictors.exact import summed_out
+from bayes_mpt.predictors.gaussian.linear import LinearGaussian
 from bayes_mpt.predictors.gaussian.markov import closed_form
 from bayes_mpt.predictors.gaussian.nearest_neighbors import NearestNeighbors, near_conditionals
 from bayes_mpt.predictors.gaussian.process import JointGaussian, gaussian_program
@@ -92,6 +93,9 @@ def _chosen(model: Model, args: tuple[Any, ...], guide: Guide | None) -> Bound:
         if len(args[0]) > MAX_JOINT:
             return near_conditionals(NearestNeighbors(), model, args, vector)
         return JointGaussian(model, vector)
+    stated = LinearGaussian.stated(model, args)
+    if stated is not None:
+        return stated
     analysis = look(model, args)
     try:
         return closed_form(model, args, analysis)

@@ -36,7 +36,7 @@ from bayes_mpt.program.sites import (
 )
 from bayes_mpt.program.trials import Verdict, refuse_hidden, try_others
 
-__all__ = ["Analysis", "analyze", "look"]
+__all__ = ["Analysis", "analyze", "described", "look"]
 
 GAUSSIAN = ("Normal", "MultivariateNormal")
 
@@ -102,7 +102,7 @@ def analyze(model: Model, args: tuple[Any, ...], *, own_masks: bool = False) -> 
         return look(model, args).checked()
     args = tuple(fill(a) for a in args)
     first, init = first_run(model, args)
-    program = _described(first, len(init[0]), factors_too=True)
+    program = described(first, len(init[0]), factors_too=True)
     check_sites(first, factors_too=True)
     try_others(model, init, program, first, values_only=True)
     nodes = (*observed_nodes(first, factors_too=True), *latent_nodes(first), *factor_nodes(first))
@@ -122,7 +122,7 @@ def look(model: Model, args: tuple[Any, ...]) -> Analysis:
     """
     args = tuple(fill(a) for a in args)
     first, init = first_run(model, args)
-    program = _described(first, len(init[0]))
+    program = described(first, len(init[0]))
     if isinstance(model, ObservesCells):
         program = program._replace(shifts=model.shifts)
     nodes, latents = observed_nodes(first), latent_nodes(first)
@@ -177,7 +177,7 @@ def _steps_in_plate(
     return None if verdict.order is None else (whole, verdict)
 
 
-def _described(first: Trace, n_rows: int, factors_too: bool = False) -> Program:
+def described(first: Trace, n_rows: int, factors_too: bool = False) -> Program:
     """The program of a first run on so many rows."""
     nodes, latents = observed_nodes(first, factors_too=factors_too), latent_nodes(first)
     rows, by_row = rows_plate_of(nodes, latents, n_rows)

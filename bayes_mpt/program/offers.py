@@ -38,6 +38,11 @@ class Offers(Protocol):
     """``{"rotations": name}``: loadings are free up to rotation, and the parameter of this name, one number or one for
     each column, is the noise variance. The orbit of the rotations is integrated in the Laplace evidence."""
 
+    linear_map: ClassVar[Mapping[str, str]]
+    """``{"loc": name, "loading": name, "noise": name}``: the parameters of these names, (T,), (T, K) and (T,) or one
+    number, are all of a program x = loc + loading z + e with z ~ N(0, I) and e ~ N(0, diag(noise)) of rows x. The class
+    is believed: no run but the first is made to find it out. Void in a subclass that has a ``__call__`` of its own."""
+
     penalised: str | None
     """In words the prior that fits add to the score by `penalty`; None where they add none."""
     maximizes_missing: ClassVar[bool]

@@ -6,6 +6,8 @@ import inspect
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import lru_cache
+from types import FunctionType, MethodType
 from typing import Any
 
 import pyro
@@ -23,7 +25,7 @@ from bayes_mpt.program.program import Model, ModelError, NotPositiveDefinite
 from bayes_mpt.program.seen_labels import with_seen_labels
 from bayes_mpt.program.sites import base, is_subsample
 
-__all__ = ["SetLatents", "first_run", "not_finite", "one_precision", "run", "takes_visible"]
+__all__ = ["SetLatents", "first_run", "not_finite", "one_precision", "run", "signature_of", "takes_visible"]
 
 NODES = "_nodes"  # the plate of nodes, left of a program's own plates
 MIXED = re.compile("dtype|scalar type|data type|result type")  # in torch's messages about precision
@@ -50,9 +52,33 @@ def takes_visible(program: Any) -> bool:
     """Whether a program or guide has an argument that tells it which tokens it sees."""
     target = program.forward if isinstance(program, torch.nn.Module) else program
     try:
-        return "visible" in inspect.signature(target).parameters
+        return "visible" in signature_of(target).parameters
     except (TypeError, ValueError):
         return False
+
+
+def signature_of(target: Any) -> inspect.Signature:
+    """As `inspect.signature`; of an object whose class has a plain ``__call__``, remembered.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As there.
+    """
+    call = vars(type(target)).get("__call__")
+    if (
+        type(call) is FunctionType
+        and not hasattr(target, "__wrapped__")
+        and not hasattr(target, "__signature__")
+    ):
+        return _of_call(call)
+    return inspect.signature(target)
+
+
+@lru_cache(maxsize=16)
+def _of_call(call: FunctionType) -> inspect.Signature:
+    """Of a method's arguments but the object itself."""
+    return inspect.signature(MethodType(call, object()))
 
 
 def run(model: Model, args: tuple[Any, ...], values: dict[str, Tensor] | None = None) -> Trace:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.integrate import quad
 from scipy.special import gammaln, logsumexp, multigammaln
-from scipy.stats import gamma, invgamma, multivariate_normal, multivariate_t
+from scipy.stats import gamma, invgamma, multivariate_t
 
 from bayes_mpt.evidence import MixturePrior, factor_prior, mixture_evidence, mixture_prior, sample_evidence
 from bayes_mpt.program.statistics import SufficientStatistics
@@ -126,24 +126,59 @@ def test_one_component_is_exact(kind):
     assert found.se < 1e-8
 
 
-def test_one_column_beside_factor_analysis_without_factors():
-    """The same model under two priors of its variance: one integral over it, the mean integrated alike."""
-    x = table(14, 25, 1)
+@pytest.mark.parametrize(
+    ("n_tokens", "kind", "shape"),
+    [(1, "full", None), (3, "diag", None), (3, "spherical", np.ones(3))],
+    ids=["one column", "a noise each", "one noise"],
+)
+def test_one_component_beside_factor_models_without_factors(n_tokens, kind, shape):
+    """The same model under two priors of its variances: one integral over each, the mean integrated alike."""
+    x = table(14, 25, n_tokens)
     prior, other = mixture_prior(x), factor_prior(x)
-    spread, s = np.eye(25) + 1 / KAPPA, float(prior.covariance[0, 0])
+    spread = np.eye(25) + 1 / KAPPA
+    off = x - prior.center
+    squares = np.einsum("it,it->t", off, np.linalg.solve(spread, off))
+    log_norm = 25 * math.log(2 * math.pi) + np.linalg.slogdet(spread)[1]
+    units = other.units(shape)
+    columns = [[0, 1, 2]] if shape is not None else [[i] for i in range(n_tokens)]
 
-    def integral(law):
-        def density(log_variance):
-            v = math.exp(log_variance)
-            log_l = multivariate_normal(np.full(25, prior.center[0]), v * spread).logpdf(x[:, 0])
-            return math.exp(log_l + law.logpdf(v) + log_variance + 60)
+    def integral(law_in_units):
+        total = 0.0
+        for those in columns:
+            s, law = units[those[0]], law_in_units(units[those[0]])
 
-        return math.log(quad(density, math.log(s) - 6, math.log(s) + 6, limit=200)[0]) - 60
+            def log_joint(log_variance, those=those, law=law):
+                v = math.exp(log_variance)
+                log_l = -0.5 * sum(log_norm + 25 * log_variance + squares[i] / v for i in those)
+                return log_l + law.logpdf(v) + log_variance
 
-    mixture = mixture_evidence(x, 1, prior).log_evidence
-    factors = sample_evidence(SufficientStatistics(x), 0, other).log_evidence
-    assert mixture == pytest.approx(integral(invgamma(DEGREES / 2, scale=s / 2)), abs=1e-6)
-    assert factors == pytest.approx(integral(gamma(2, scale=s / 2)), abs=1e-6)
+            top = log_joint(math.log(s))
+            found = quad(
+                lambda e, top=top, f=log_joint: math.exp(f(e) - top),
+                math.log(s) - 4,
+                math.log(s) + 4,
+                limit=200,
+            )
+            total += top + math.log(found[0])
+        return total
+
+    def of_mixture(s):
+        return invgamma(DEGREES / 2, scale=s / 2)
+
+    def of_factors(s):
+        return gamma(2, scale=s / 2)
+
+    mixture = mixture_evidence(x, 1, prior, covariance_type=kind).log_evidence
+    factors = sample_evidence(SufficientStatistics(x), 0, other, shape=shape)
+    assert mixture == pytest.approx(integral(of_mixture), abs=1e-6)
+    assert factors.log_evidence == pytest.approx(integral(of_factors), abs=1e-6)
+    # the two under one prior: the factors' posterior draws, each counted by the ratio of the laws
+    noise = factors.draws.noise[:, [those[0] for those in columns]]  # (S, P)
+    at = units[[those[0] for those in columns]]
+    ratio = np.exp((of_mixture(at).logpdf(noise) - of_factors(at).logpdf(noise)).sum(1))
+    error = ratio.std() / ratio.mean() / math.sqrt(len(ratio))
+    assert 0 < error < 0.1
+    assert mixture == pytest.approx(factors.log_evidence + math.log(ratio.mean()), abs=3 * error)
 
 
 def test_with_one_column_all_kinds_are_the_same():
