@@ -21,11 +21,7 @@ from torch import Tensor
 
 from bayes_mpt.predictors.gaussian.linear import LinearRows
 from bayes_mpt.predictors.nodes.conjugacy import log_prior_of, node_values, non_conjugate, prior_draws
-from bayes_mpt.predictors.nodes.given import (
-    AffineBatch,
-    Factorized,
-    Given,
-)
+from bayes_mpt.predictors.nodes.given import AffineBatch, Factorized, Given
 from bayes_mpt.predictors.nodes.group_nodes import GroupNodes
 from bayes_mpt.predictors.nodes.newton import (
     LaplaceApproximation,
@@ -35,12 +31,7 @@ from bayes_mpt.predictors.nodes.newton import (
     times_covariance,
 )
 from bayes_mpt.predictors.nodes.row_nodes import RowNodes
-from bayes_mpt.predictors.nodes.rules import (
-    MAX_HERMITE,
-    degrees_of,
-    hermite,
-    log_t,
-)
+from bayes_mpt.predictors.nodes.rules import MAX_HERMITE, degrees_of, hermite, log_t
 from bayes_mpt.predictors.nodes.weighted import FixedSites, program_values
 from bayes_mpt.program.affine import read_side_by_side
 from bayes_mpt.program.arguments import fill
