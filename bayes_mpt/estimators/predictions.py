@@ -17,7 +17,7 @@ from bayes_mpt.predictors import Predictive
 from bayes_mpt.predictors.base import together
 from bayes_mpt.predictors.new_rows import means_of_new
 from bayes_mpt.program.affine import token_means
-from bayes_mpt.program.arguments import fill
+from bayes_mpt.program.arguments import fill_all
 from bayes_mpt.program.layout import token_values
 from bayes_mpt.program.run import run
 from bayes_mpt.program.shifts import of_cells
@@ -130,7 +130,7 @@ def missing_sd(fitted: Fitted, rows: Rows) -> NDArray[np.float64]:
 def _cells_of(fitted: Fitted, args: tuple[Any, ...]) -> Tensor:
     """Which cell of X each token is, in reading order: a column at a time is marked with numbers of its own."""
     structure = fitted.bound.structure
-    model, filled = of_cells(fitted.model, structure.shifts), tuple(fill(a) for a in args)
+    model, filled = of_cells(fitted.model, structure.shifts), fill_all(args)
     generator = torch.Generator().manual_seed(0)
     found: Tensor | None = None
     with pyro.validation_enabled(False):

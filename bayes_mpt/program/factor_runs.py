@@ -25,9 +25,8 @@ from bayes_mpt.program.factors import Factors, Question, Tokens
 from bayes_mpt.program.joint_values import JointValues, meeting_plates
 from bayes_mpt.program.layout import check_shape, rows_axis, sum_by_row, token_values
 from bayes_mpt.program.mapped import MappedEnumeration, Tensors, run_mapped
-from bayes_mpt.program.other_latents import FAILURES
 from bayes_mpt.program.program import Model, Observed, Program, n_rows_of
-from bayes_mpt.program.run import NODES, SetLatents, one_precision, run
+from bayes_mpt.program.run import FAILURES, NODES, SetLatents, one_precision, run
 from bayes_mpt.program.seen_labels import with_seen_labels
 from bayes_mpt.program.sites import base, is_subsample, latent_nodes, node_of, own_masks
 

@@ -19,14 +19,26 @@ from pyro.poutine import runtime
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from bayes_mpt.program.arguments import fill, init_rows
+from bayes_mpt.program.arguments import fill_all, init_rows
 from bayes_mpt.program.densities import log_density
 from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.program import Model, ModelError, NotPositiveDefinite
 from bayes_mpt.program.seen_labels import with_seen_labels
 from bayes_mpt.program.sites import base, is_subsample
 
-__all__ = ["SetLatents", "first_run", "not_finite", "one_precision", "run", "signature_of", "takes_visible"]
+__all__ = [
+    "FAILURES",
+    "SetLatents",
+    "first_run",
+    "not_finite",
+    "one_precision",
+    "run",
+    "signature_of",
+    "takes_visible",
+]
+
+FAILURES = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
+"""Of a program that does not take such rows, or such values of its latents."""
 
 N_TRIES = (
     16  # draws of the latents from the prior at which the cause of a number that is not finite is looked for
@@ -274,7 +286,7 @@ def _rng_untouched(active: bool) -> Iterator[None]:
 
 def not_finite(model: Model, args: tuple[Any, ...]) -> str:
     """The sites whose log-density is not finite at latents drawn from the prior, and the latents, in words."""
-    args = tuple(fill(a) for a in args)
+    args = fill_all(args)
     for seed in range(N_TRIES):
         with pyro.validation_enabled(False), own_random_state(seed):
             try:
