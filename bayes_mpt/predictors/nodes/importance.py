@@ -32,7 +32,7 @@ from bayes_mpt.predictors.nodes.weighted import (
 )
 from bayes_mpt.predictors.objective import Batch, Objective
 from bayes_mpt.program.analysis import analyze
-from bayes_mpt.program.arguments import fill
+from bayes_mpt.program.arguments import fill_all
 from bayes_mpt.program.program import Model, ModelError, Program, list_names
 from bayes_mpt.program.run import takes_visible
 
@@ -154,7 +154,7 @@ class _AroundMode(NodeSource):
         )
 
     def place(self, args: tuple[Any, ...], visible: Tensor | None = None, near: Any = None) -> Read:
-        filled = tuple(fill(a) for a in args)
+        filled = fill_all(args)
         value = program_values(self.model, args, filled, self.structure)
         if visible is None:
             visible = torch.ones(value.shape[1], dtype=torch.bool, device=value.device)
@@ -216,6 +216,6 @@ class _AroundMode(NodeSource):
 
     def laplace(self, args: tuple[Any, ...]) -> Tensor:
         """A smooth approximation of the score (N,) at the program's current parameters."""
-        value = program_values(self.model, args, tuple(fill(a) for a in args), self.structure)
+        value = program_values(self.model, args, fill_all(args), self.structure)
         visible = torch.ones(value.shape[1], dtype=torch.bool, device=value.device)
         return self.adaptive.laplace(args, value, visible)
