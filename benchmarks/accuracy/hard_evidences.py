@@ -55,9 +55,6 @@ class Problem(NamedTuple):
     ways: tuple[str, ...] = ("quadrature", "importance", "smc")
 
 
-# ------------------------------------------------------------------------------------------------ exchangeable means
-
-
 def means(n):
     def program(x):
         mu = pyro.sample("mu", dist.Normal(x.new_zeros(n), 5.0).to_event(1))
@@ -122,9 +119,6 @@ def empty_groups(rng):
     return np.array([float(rng.binomial(10, 0.7)), 0.0, 0.0]), np.array([10.0, 0.0, 0.0])
 
 
-# ------------------------------------------------------------------------------------------------- factors and signs
-
-
 def factor(sign):
     """One factor with sampled loadings, which cover zero; with a ``sign`` the first is half-normal."""
 
@@ -157,9 +151,6 @@ def of_factor(x):
 def loaded(rng):
     w = np.array([1.0, -0.8, 0.5])
     return (rng.normal(size=(30, 1)) * w + 0.7 * rng.normal(size=(30, 3)),)
-
-
-# ------------------------------------------------------------------------------------------------------- narrow necks
 
 
 def funnel(y):
@@ -201,9 +192,6 @@ def of_wide_funnel(y):
         density = t_law(5).pdf(y[:, None] - z) * norm.pdf(z, 0, sd) * np.gradient(z, axis=1)
         log_p[k] += np.log(density.sum(1)).sum()
     return logsumexp(log_p) + math.log(v[1] - v[0])
-
-
-# ---------------------------------------------------------------------------------------------- many shared latents
 
 
 def regression(x, y):
@@ -273,9 +261,6 @@ def probit_lines(rng):
     return np.repeat(np.arange(N_GROUPS), IN_GROUP), probit_table(rng)[0].ravel()
 
 
-# ------------------------------------------------------------------------------- a process that is not Gaussian
-
-
 def gp_poisson(x, k):
     """Counts along a line, their log rate a Gaussian process whose scale and length have priors."""
     rho = pyro.sample("rho", dist.Gamma(x.new_tensor(25.0), 4.0))
@@ -322,9 +307,6 @@ def of_gp_poisson(x, k):
 def counts_along_a_line(rng):
     x = np.linspace(-10, 10, 11)
     return x, rng.poisson(np.exp(1 + np.sin(x / 4))).astype(float)
-
-
-# ------------------------------------------------------------------------------------------- one mode, and hidden ones
 
 
 def logistic(x, y):
