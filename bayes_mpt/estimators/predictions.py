@@ -108,9 +108,12 @@ def missing_sd(fitted: Fitted, rows: Rows) -> NDArray[np.float64]:
 
     Of rows that share a linear-Gaussian map: the diagonal of C_hh - C_ho C_oo^-1 C_oh.
     """
-    if not fitted.bound.structure.scores_input:
+    structure = fitted.bound.structure
+    if not structure.scores_input:
+        draws = structure.order is None and structure.by_row and structure.observed_argument == 0
         raise ValueError(
-            "return_std needs a program that observes the cells of X themselves: use sample_missing"
+            "return_std needs a program that observes the cells of X themselves by Normal sites, row by row"
+            + (": use sample_missing" if draws and not structure.affine else "; impute gives the means alone")
         )
     cov = covariance(fitted).astype(np.float64)
     sd = np.zeros(rows.shape)

@@ -19,7 +19,7 @@ from bayes_mpt.program.checks import check_sites, refuse_unregistered_parameters
 from bayes_mpt.program.factor_runs import with_meeting_entries
 from bayes_mpt.program.first import FirstRun
 from bayes_mpt.program.layout import rows_first
-from bayes_mpt.program.mask_trials import refuse_other_rows, refuse_selection
+from bayes_mpt.program.mask_trials import refuse_other_rows, refuse_selection, refuse_unmoved
 from bayes_mpt.program.program import Model, ModelError, Program, SubSampled, one_vector
 from bayes_mpt.program.run import first_run
 from bayes_mpt.program.shifts import shifts_of
@@ -145,6 +145,7 @@ def look(model: Model, args: tuple[Any, ...]) -> Analysis:
     else:
         program, verdict = ordered
     once = once._replace(program=program)
+    refuse_unmoved(once)
     refuse_selection(once, by_tokens=verdict.order is None)
     refuse_other_rows(once)
     if verdict.order is not None:

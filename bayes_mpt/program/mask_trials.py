@@ -21,14 +21,16 @@ from bayes_mpt.program.program import ModelError, Program
 from bayes_mpt.program.run import run
 from bayes_mpt.program.sites import (
     node_of,
+    observed_nodes,
     own_masks,
     own_shown,
     plate_axis,
     sub_samples,
 )
 from bayes_mpt.program.store import moved_parameters
+from bayes_mpt.program.trials import raise_moving
 
-__all__ = ["refuse_other_rows", "refuse_selection"]
+__all__ = ["refuse_other_rows", "refuse_selection", "refuse_unmoved"]
 
 N_TABLES = 8  # of other data
 MAX_COLUMNS = 256  # of an argument
@@ -89,6 +91,30 @@ def refuse_selection(first: FirstRun, *, by_tokens: bool = True) -> None:
                     "cells, and on arguments that are not observed. Of values that are cut off, write a truncated or "
                     "censored distribution"
                 )
+
+
+def refuse_unmoved(first: FirstRun) -> None:
+    """Refuse observed values that are computed from latents which do not move them at these data.
+
+    ``obs=x - a * (x > 50)`` is x where no x is so large, and no shift of cells elsewhere.
+
+    Raises
+    ------
+    ValuesMove
+        With the site; where it is a shift of cells, `bayes_mpt.program.shift_trials` finds it.
+    """
+    nodes = observed_nodes(first.trace)
+    if all(any(_is_view(n["value"], a) for a in first.args) for n in nodes):
+        return
+    held = first.latents
+    held = {n: v.requires_grad_() if v.is_floating_point() else v for n, v in held.items()}
+    if not held:
+        return
+    with torch.enable_grad(), pyro.validation_enabled(False):
+        trace = run(first.model, first.args, {**held, **sub_samples(first.trace)})
+    for node in nodes:
+        if node_of(trace, node["name"])["value"].requires_grad and not node["value"].requires_grad:
+            raise_moving(node["name"], tuple(held))
 
 
 def refuse_other_rows(first: FirstRun) -> None:

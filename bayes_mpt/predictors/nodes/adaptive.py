@@ -19,17 +19,8 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from bayes_mpt.predictors.gaussian.linear import LinearRows
-from bayes_mpt.predictors.nodes.conjugacy import (
-    log_prior_of,
-    node_values,
-    non_conjugate,
-    prior_draws,
-)
-from bayes_mpt.predictors.nodes.given import (
-    AffineBatch,
-    Factorized,
-    Given,
-)
+from bayes_mpt.predictors.nodes.conjugacy import log_prior_of, node_values, non_conjugate, prior_draws
+from bayes_mpt.predictors.nodes.given import AffineBatch, Factorized, Given
 from bayes_mpt.predictors.nodes.group_nodes import GroupNodes
 from bayes_mpt.predictors.nodes.newton import (
     LaplaceApproximation,
@@ -39,12 +30,7 @@ from bayes_mpt.predictors.nodes.newton import (
     times_covariance,
 )
 from bayes_mpt.predictors.nodes.row_nodes import RowNodes
-from bayes_mpt.predictors.nodes.rules import (
-    MAX_HERMITE,
-    degrees_of,
-    hermite,
-    log_t,
-)
+from bayes_mpt.predictors.nodes.rules import MAX_HERMITE, degrees_of, hermite, log_t
 from bayes_mpt.predictors.nodes.weighted import FixedSites, program_values
 from bayes_mpt.program.affine import read_side_by_side
 from bayes_mpt.program.arguments import fill_all
@@ -383,13 +369,21 @@ class AdaptiveNodes:
         if not self.space.parts:  # all latents are integrated inside
             return LaplaceApproximation(x.new_zeros(n_nodes, len(x), 0), x.new_zeros(n_nodes, len(x), 0, 0))
 
-        def log_prob(u: Tensor) -> Tensor:
-            return self.log_prob(args, filled, x, visible, u, held)
+        def log_prob(u: Tensor, nodes: Tensor) -> Tensor:
+            some = {name: v[nodes] for name, v in held.items()} if len(nodes) < n_nodes else held
+            return self.log_prob(args, filled, x, visible, u, some)
 
         u = start
         if u is None:  # a training asks again and again, with little change
             shape, last = self._last or (None, None)
-            u = self._stands(log_prob, filled, last if shape == x.shape else None, n_nodes, bool(held))
+            everywhere = torch.arange(n_nodes, device=x.device)
+            u = self._stands(
+                partial(log_prob, nodes=everywhere),
+                filled,
+                last if shape == x.shape else None,
+                n_nodes,
+                bool(held),
+            )
         found = newton(log_prob, u.expand(n_nodes, *u.shape[-2:]), MAX_STEPS, self.sure)
         good = torch.isfinite(found.mode).all(-1).all(-1)
         if start is None and bool(good.any()):
@@ -436,7 +430,7 @@ class AdaptiveNodes:
         filled = fill_all(args)
         offsets = (near.root @ draws[..., None])[..., 0]
 
-        def log_prob(u: Tensor) -> Tensor:
+        def log_prob(u: Tensor, nodes: Tensor) -> Tensor:
             return self.log_prob(args, filled, x, visible, u[0] + offsets, {}).mean(0, keepdim=True)
 
         found = newton(log_prob, near.mode[None], 1, SURE)

@@ -184,7 +184,7 @@ class GroupNodes:
         fixed = {name: v.detach() for name, v in held.items()}
         near = self._near[0] if self._near else self.start
         u = near.expand(n_nodes, *near.shape)
-        found = newton(lambda u: self.log_joint(filled, fixed, u, seen)[0], u, MAX_STEPS, SURE)
+        found = self._climb(filled, fixed, u, seen)
         if n_nodes == 1:  # the search for the mode of the others, around which their nodes will lie
             self._near[:] = [found.mode[0]]
         return found
@@ -194,7 +194,17 @@ class GroupNodes:
     ) -> LaplaceApproximation:
         """Where climbs from P draws of the prior end, at one value of the others: (P, B, d), (P, B, d, d)."""
         fixed = {name: v.detach().expand(len(self.draws), *v.shape[1:]) for name, v in held.items()}
-        return newton(lambda u: self.log_joint(filled, fixed, u, seen)[0], self.draws, MAX_STEPS, SURE)
+        return self._climb(filled, fixed, self.draws, seen)
+
+    def _climb(
+        self, filled: tuple[Any, ...], held: dict[str, Tensor], u: Tensor, seen: Tensor
+    ) -> LaplaceApproximation:
+        """Newton's method from u (S, B, d)."""
+
+        def log_prob(u: Tensor, nodes: Tensor) -> Tensor:
+            return self.log_joint(filled, {name: v[nodes] for name, v in held.items()}, u, seen)[0]
+
+        return newton(log_prob, u, MAX_STEPS, SURE)
 
 
 class NestedGroups(Given):

@@ -21,6 +21,7 @@ from bayes_mpt.predictors.nodes.conjugacy import prior_draws
 from bayes_mpt.predictors.nodes.mixture import Modes, Orbits
 from bayes_mpt.predictors.nodes.newton import LaplaceApproximation, Peaks, by_halves, climb, distances
 from bayes_mpt.predictors.nodes.pieces import by_draws, shaped
+from bayes_mpt.predictors.nodes.population import moved
 from bayes_mpt.predictors.nodes.symmetries import (
     MAX_IMAGES,
     Coordinates,
@@ -130,6 +131,12 @@ class ModeSearch:
         climbs = _Climbs(self.adaptive, args, x, visible)
         with pyro.validation_enabled(False), torch.no_grad():
             return by_draws(climbs.both, modes, n)
+
+    def move(self, args: tuple[Any, ...], x: Tensor, visible: Tensor, modes: Modes, n: int) -> Modes:
+        """A mixture moved to where draws of it, n of a round, say that the posterior of shared latents is."""
+        climbs = _Climbs(self.adaptive, args, x, visible)
+        with pyro.validation_enabled(False), torch.no_grad():
+            return moved(climbs.both, modes, n)
 
 
 def _single(modes: Modes) -> LaplaceApproximation:
