@@ -207,6 +207,8 @@ class _Casts(poutine.messenger.Messenger):
         """Say so where a plate has another size than there are rows, and both are in torch's message."""
         sizes = {int(n) for n in re.findall(r"\d+", message)}
         for name, size in self.plates.items():
+            if "inside plate(" in message and f"inside plate({name!r})" not in message:
+                continue  # entries of a smaller plate may well be looked up in that of the rows
             if self.n_rows is not None and size != self.n_rows and {size, self.n_rows} <= sizes:
                 raise ModelError(
                     f"{message}: plate {name!r} has {size} entries and x has {self.n_rows} rows. Write "
