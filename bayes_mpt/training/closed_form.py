@@ -15,7 +15,8 @@ from torch.distributions import transform_to
 from bayes_mpt.predictors import Conditionals
 from bayes_mpt.predictors.gaussian import incomplete, profile
 from bayes_mpt.predictors.gaussian.linear import dimensionless
-from bayes_mpt.program.affine import DenseMap, Parts
+from bayes_mpt.program.affine import DenseMap
+from bayes_mpt.program.program import Parts
 from bayes_mpt.program.statistics import SufficientStatistics
 from bayes_mpt.training.problem import (
     Fit,
@@ -127,7 +128,7 @@ def _free(problem: Problem, statistics: SufficientStatistics) -> _Free | None:
     # float32's digits do not suffice to see whether a target has been reached
     if len(reading.loc) != 1 or not statistics.n_rows or reading.loc.dtype != torch.float64:
         return None
-    stated = problem.bound.parts
+    stated = problem.bound.structure.parts
     if stated is None:
         names = _free_parts(reading, leaves)
     else:
@@ -225,7 +226,7 @@ def _follow(
     problem: Problem, free: _Free, leaves: dict[str, Tensor], targets: dict[str, tuple[Tensor, Tensor]]
 ) -> Conditionals | None:
     """The map with its parts at their targets, read; None where the parameters cannot follow."""
-    parts = problem.bound.parts
+    parts = problem.bound.structure.parts
     if parts is not None:
         _set(parts, leaves, targets)
         return problem.objective.read()
