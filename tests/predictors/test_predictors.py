@@ -946,7 +946,7 @@ def case(request):
 @pytest.fixture(autouse=True)
 def store():
     with OwnStore():
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         yield
 
 
