@@ -19,7 +19,7 @@ from bayes_mpt.diagnostics import disagreement, replicate_error
 from bayes_mpt.masks import Masks, Policy
 from bayes_mpt.predictors.objective import Batch, Objective
 from bayes_mpt.predictors.own_order import in_own_order, own_order
-from bayes_mpt.program.affine import DenseMap, Parts
+from bayes_mpt.program.affine import DenseMap
 from bayes_mpt.program.program import Model, ModelError, Program
 from bayes_mpt.program.shift_trials import observing_cells
 from bayes_mpt.runtime.serial import methods_take_turns
@@ -215,8 +215,6 @@ class Bound(ABC):
     """Of the way, in words."""
     why: str = ""
     """What was found that allows this way, for `BayesMPT.explain`."""
-    parts: Parts | None = None
-    """The parameters that are mean, loadings and noise of a map that all rows share, where the model names them."""
 
     @property
     def parameters(self) -> tuple[str, ...]:

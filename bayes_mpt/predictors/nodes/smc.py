@@ -427,7 +427,7 @@ def _pooled(arrived: Arrived) -> Tensor:
 
 
 def _judge(se: float, shares: Shares, diagnostics: dict[str, Any]) -> float:
-    """The error, NaN where it is not to be had; with warnings."""
+    """The error, NaN where it is unknown; with warnings."""
     changes = diagnostics.get("change with half the scale of a vague prior", {})
     for name, change in changes.items():
         warn(
