@@ -27,7 +27,8 @@ Asked: the upper 95 % bound of auto's regret minus that of each other rule below
 below 0 against AIC and BIC; above a weight of 0.95 within the true kind the interval of the hit rate reaches 95 %.
 
 Found, on 120 Gaussian tables, 20 with holes and 100 off the model of another seed (2718), sizes fixed before and looked
-at once, before far rows were looked for, and the six real tables, which every run shares; auto minus the rule, nats, with 95 % intervals:
+at once, before far rows were looked for, and the six real tables, which every run shares; auto minus the rule, nats,
+with 95 % intervals:
 
 - gaussian: **met** against 5 folds (-0.43, to 0.298), Minka, AIC (-0.86, to -0.04) and BIC (-0.89, to -0.08);
   **undecided** against Laplace (+0.21, -0.17 to 0.60) and 5 x 5 folds (-0.26, to 0.37). True K and kind: auto 63 %,
