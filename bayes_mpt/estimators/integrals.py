@@ -67,7 +67,8 @@ def laplace_evidence(fitted: Fitted, rows: NDArray[np.floating]) -> LaplaceEvide
     """Evidence of rows with loadings and noise variances integrated out, or all parameters of a Gaussian mixture."""
     if type(fitted.model) is GaussianMixture:
         return _laplace_of_mixture(fitted, fitted.model.covariance_type, rows)
-    statistics = SufficientStatistics(rows, fitted.device, fitted.shift)
+    own = fitted.moments_of(rows)
+    statistics = SufficientStatistics(rows, fitted.device, fitted.shift) if own is None else own
     shape = noise_shape(fitted)
     if shape is None:
         raise ValueError(
@@ -83,7 +84,8 @@ def laplace_evidence(fitted: Fitted, rows: NDArray[np.floating]) -> LaplaceEvide
         with training.one_thread(statistics.n_cells):
             if isinstance(shape, np.ndarray):
                 return laplace_proportional(cov, statistics.n, k, shape)
-            return laplace_diagonal(cov, statistics.n, k)
+            start = None if own is None else fitted.shared_map("the Laplace evidence").noise[0].cpu().numpy()
+            return laplace_diagonal(cov, statistics.n, k, start)
     except NoiseFloorError as error:
         rank = spectrum(cov, np.ones(len(statistics.mean)), 0).rank
         raise ValueError(

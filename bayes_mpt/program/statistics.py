@@ -219,6 +219,11 @@ class SufficientStatistics:
         return result
 
     @property
+    def full_rank(self) -> bool:
+        """Whether there are complete rows, and they are known to differ in all directions by more than rounding."""
+        return self._cov is not None and self.n > len(self.mean) and bool((self.variance > 0).all())
+
+    @property
     def n_rows(self) -> int:
         """N, complete rows and others."""
         return self.n + len(self.incomplete)
