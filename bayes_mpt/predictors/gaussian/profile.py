@@ -228,8 +228,9 @@ class _Profile:
         self.spectrum = Spectrum(value[::-1], vectors[:, ::-1], len(corr))
         # theta_k = lambda_k for the latents that are used, 1 for all other directions
         n_used = int((self.spectrum.value[:n_latents] > 1).sum())
-        self.rest, self.used = np.split(value, [len(corr) - n_used])  # lambda_m, lambda_k
-        self.v, self.u = np.split(vectors, [len(corr) - n_used], axis=1)
+        n_rest = len(corr) - n_used
+        self.rest, self.used = value[:n_rest], value[n_rest:]  # lambda_m, lambda_k
+        self.v, self.u = vectors[:, :n_rest], vectors[:, n_rest:]
         self.lml = -0.5 * (
             len(corr) * LOG_2PI + log_noise.sum() + np.log(self.used).sum() + n_used + self.rest.sum()
         )
@@ -299,7 +300,7 @@ def _newton(
                 damping = max(4 * damping, 1e-3)
                 continue
             moved = step if prior is not None else 2 * np.log(np.maximum(1 + step / 2, 1e-6))
-            trial = np.clip(log_noise + moved, low, high)
+            trial = np.minimum(np.maximum(log_noise + moved, low), high)
             change = (trial - log_noise)[free]
             if prior is None:
                 change = 2 * np.expm1(change / 2)
@@ -332,6 +333,6 @@ def _root(cov: Array) -> tuple[Array, int]:
 
 def _unexplained(corr: Array) -> Array:
     """1 / diag(R^-1): the variance that a regression on the other tokens leaves; a ridge where R is singular."""
-    value, vector = eigh(corr)
+    value, vector = np.linalg.eigh(corr)
     value = np.maximum(value, 1e-3)
     return np.clip(1 / (vector**2 @ (1 / value)), 1e-3, 1.0)
