@@ -84,8 +84,7 @@ def laplace_evidence(fitted: Fitted, rows: NDArray[np.floating]) -> LaplaceEvide
         with training.one_thread(statistics.n_cells):
             if isinstance(shape, np.ndarray):
                 return laplace_proportional(cov, statistics.n, k, shape)
-            start = None if own is None else fitted.shared_map("the Laplace evidence").noise[0].cpu().numpy()
-            return laplace_diagonal(cov, statistics.n, k, start)
+            return laplace_diagonal(cov, statistics.n, k)
     except NoiseFloorError as error:
         rank = spectrum(cov, np.ones(len(statistics.mean)), 0).rank
         raise ValueError(

@@ -33,7 +33,6 @@ Array = NDArray[np.float64]
 
 LOG_2PI = math.log(2 * math.pi)
 MAX_DENSE = 1000  # tokens up to which a matrix of them is made: it keeps digits where a noise is all but zero
-NEAR_ZERO = 1e-3  # of a column's variance: a noise on its way to zero
 NOISE_SHAPE = 2.0  # psi_i ~ Gamma(2, 2 / var_i): mean var_i, no weight at zero, soft towards it
 
 
@@ -79,9 +78,7 @@ def laplace_proportional(
     return _around_orbit(factors, n_rows, share)
 
 
-def laplace_diagonal(
-    cov: Array | Covariance, n_rows: int, n_latents: int, start: Array | None = None
-) -> LaplaceEvidence:
+def laplace_diagonal(cov: Array | Covariance, n_rows: int, n_latents: int) -> LaplaceEvidence:
     """A noise variance of its own for each token (factor analysis), expanded at its maximum a posteriori.
 
     The prior keeps the expansion away from zero variances (Heywood cases), at which maximum likelihood often ends.
@@ -94,16 +91,10 @@ def laplace_diagonal(
         N.
     n_latents : int
         K.
-    start : array of shape (T,), optional
-        Noise variances at the maximum of the likelihood, if known: the search begins there, unless one of them is next
-        to zero, far from where the prior holds it.
     """
     cov = _covariance(cov)
     variance = cov.variances
-    if start is not None and (start < NEAR_ZERO * variance).any():
-        start = None
-    prior = Prior(NOISE_SHAPE, NOISE_SHAPE / variance, n_rows)
-    factors = diagonal(cov, n_latents, start=start, prior=prior)
+    factors = diagonal(cov, n_latents, prior=Prior(NOISE_SHAPE, NOISE_SHAPE / variance, n_rows))
     return _around_orbit(factors, n_rows, factors.noise / variance)
 
 
