@@ -93,7 +93,7 @@ def bind(
         found = choose(model, args, predictor=predictor, guide=guide)
     if n_rows > MAX_INIT_ROWS and not (found.structure.scores_input and found.structure.dense):
         args = arguments(slice(None))
-        if not (found.structure.scores_input or found.serves_any_rows) and not by_epochs:
+        if not (found.structure.scores_input or found.structure.serves_any_rows) and not by_epochs:
             with warnings_of(silent=(SlowProgramWarning,)):  # said above
                 found = choose(model, args, predictor=predictor, guide=guide)
     return found, args

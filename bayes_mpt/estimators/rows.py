@@ -47,8 +47,7 @@ def as_tensor(
     if shift is not None:
         X = np.asarray(X, dtype=np.float64) - shift
     array = np.asarray(X, dtype=np.float32 if single else np.float64)
-    # torch has no read-only tensors; nothing here writes into its rows
-    return torch.from_numpy(array if array.flags.writeable else array.copy()).to(device)
+    return _tensor(array).to(device)
 
 
 def arguments(
@@ -63,8 +62,14 @@ def arguments(
             raise ValueError(f"the program {model!r} takes a second argument: pass y")
         return (x,)
     y = read_numbers(y, len(X))
-    y = torch.as_tensor(y if y.flags.writeable else y.copy()).to(device)
+    y = _tensor(y).to(device)
     return x, y.double() if y.is_floating_point() else y
+
+
+def _tensor(array: NDArray[Any]) -> Tensor:
+    """A view, where torch has one: it has no read-only tensors, of which none is written into, and none in reverse."""
+    fine = array.flags.writeable and min(array.strides, default=0) >= 0
+    return torch.from_numpy(array if fine else array.copy())
 
 
 def data_digest(X: Any) -> str:

@@ -214,8 +214,6 @@ class Bound(ABC):
     """Of the way, in words."""
     why: str = ""
     """What was found that allows this way, for `BayesMPT.explain`."""
-    serves_any_rows: bool = False
-    """Whether what was found holds for other rows as well, though these do not share a map (`Program.scores_input`)."""
     parts: Parts | None = None
     """The parameters that are mean, loadings and noise of a map that all rows share, where the model names them."""
 
@@ -279,11 +277,6 @@ class Conditionals(ABC):
     def posterior(self, visible: Tensor | None = None) -> Posterior:
         """Latents given the visible (T,) and observed tokens of each row: all observed ones by default."""
 
-    @property
-    def own_order(self) -> Tensor:
-        """An order of the tokens (1, T): the program's own where they look at each other, else as they stand."""
-        return own_order(self.structure, self.value.shape[1]).to(self.value.device)
-
     def chain(self, order: Tensor, stops: list[int] | None = None) -> Tensor:
         """Score token order[c, t] given order[c, :t]: (C, T) long -> (C, N, T) nats, by token.
 
@@ -339,7 +332,7 @@ class Conditionals(ABC):
 
     def _joint(self) -> Tensor:
         """Log-density of the observed tokens of each row (N,)."""
-        return self.chain(self.own_order)[0].sum(-1)
+        return self.chain(own_order(self))[0].sum(-1)
 
     def _along(self, order: Tensor, weight: Tensor) -> Tensor:
         """The weighted sum (N,) along chains (C, T): whatever the order, they add up to the log-density."""

@@ -166,6 +166,8 @@ class Program(NamedTuple):
     """Discrete latents and those of their plates whose entries meet outside: their values are enumerated together."""
     takes_visible: bool = False
     """The program is conditioned on the mask: hidden tokens are independent of each other, each row has its own."""
+    serves_any_rows: bool = False
+    """What was found holds for other rows as well, though these do not share a map (`scores_input`)."""
     order: Order | None = None
     """Where tokens look at other tokens, as in an autoregression: their order. None: tokens look at latents alone."""
 

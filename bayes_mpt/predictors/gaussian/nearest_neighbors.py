@@ -58,7 +58,7 @@ from bayes_mpt.predictors.gaussian.process import (
 from bayes_mpt.predictors.gaussian.row_sets import RowSets, is_rows
 from bayes_mpt.predictors.gaussian.vecchia import LogProbGiven, SumOfParts, whitened
 from bayes_mpt.predictors.objective import Batch, Objective
-from bayes_mpt.program.arguments import fill, rows_of
+from bayes_mpt.program.arguments import fill_all, rows_of
 from bayes_mpt.program.devices import at_once
 from bayes_mpt.program.program import Model, ModelError, Program
 
@@ -182,7 +182,7 @@ class BoundNeighbors(Bound):
 
     def read(self, args: tuple[Any, ...]) -> NearRows:
         """Take the tokens of these rows; the program itself is run where they are scored."""
-        filled = tuple(fill(a) for a in args)
+        filled = fill_all(args)
         rows = torch.arange(len(args[0]), device=args[0].device)
         width = 1 + min(self.settings.m, len(rows) - 1)
         whole = len(rows) // width * width

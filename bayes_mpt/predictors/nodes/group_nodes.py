@@ -28,7 +28,7 @@ from bayes_mpt.program.factor_runs import read_factors
 from bayes_mpt.program.factors import Factors
 from bayes_mpt.program.groups import N_DRAWS, Groups, Terms, find_groups, log_terms
 from bayes_mpt.program.layout import token_values
-from bayes_mpt.program.program import Model, ModelError, Program, list_names
+from bayes_mpt.program.program import Latent, Model, ModelError, Program, list_names
 
 __all__ = ["GroupNodes", "NestedGroups", "doubt_of"]
 
@@ -135,6 +135,9 @@ class GroupNodes:
         self._others[:] = [found]
         return found
 
+    def prior_left(self, model: Model, latents: tuple[Latent, ...], filled: tuple[Any, ...]) -> None:
+        """No prior is left out by `given`."""
+
     def forget(self) -> None:
         """Look for the next modes from the start, not from the last ones."""
         self._near.clear()
@@ -181,7 +184,7 @@ class GroupNodes:
         fixed = {name: v.detach() for name, v in held.items()}
         near = self._near[0] if self._near else self.start
         u = near.expand(n_nodes, *near.shape)
-        found = newton(lambda u: self.log_joint(filled, fixed, u, seen)[0], u, MAX_STEPS, SURE)
+        found = self._climb(filled, fixed, u, seen)
         if n_nodes == 1:  # the search for the mode of the others, around which their nodes will lie
             self._near[:] = [found.mode[0]]
         return found
@@ -191,7 +194,17 @@ class GroupNodes:
     ) -> LaplaceApproximation:
         """Where climbs from P draws of the prior end, at one value of the others: (P, B, d), (P, B, d, d)."""
         fixed = {name: v.detach().expand(len(self.draws), *v.shape[1:]) for name, v in held.items()}
-        return newton(lambda u: self.log_joint(filled, fixed, u, seen)[0], self.draws, MAX_STEPS, SURE)
+        return self._climb(filled, fixed, self.draws, seen)
+
+    def _climb(
+        self, filled: tuple[Any, ...], held: dict[str, Tensor], u: Tensor, seen: Tensor
+    ) -> LaplaceApproximation:
+        """Newton's method from u (S, B, d)."""
+
+        def log_prob(u: Tensor, nodes: Tensor) -> Tensor:
+            return self.log_joint(filled, {name: v[nodes] for name, v in held.items()}, u, seen)[0]
+
+        return newton(log_prob, u, MAX_STEPS, SURE)
 
 
 class NestedGroups(Given):

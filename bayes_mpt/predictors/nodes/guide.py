@@ -30,12 +30,12 @@ from bayes_mpt.predictors.nodes.weighted import (
     program_values,
 )
 from bayes_mpt.predictors.objective import Batch, Objective
-from bayes_mpt.program.arguments import fill, filling
+from bayes_mpt.program.arguments import fill, fill_all, filling
 from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.factor_runs import read_factors
 from bayes_mpt.program.layout import rows_axis, sum_by_row
 from bayes_mpt.program.program import Latent, Model, ModelError, Program, n_rows_of, one_vector
-from bayes_mpt.program.run import NODES, SetLatents, one_precision, run, takes_visible
+from bayes_mpt.program.run import FAILURES, NODES, SetLatents, one_precision, run, takes_visible
 from bayes_mpt.program.simulation import simulate
 from bayes_mpt.program.sites import latent_nodes
 from bayes_mpt.program.trials import CLOSE
@@ -106,7 +106,7 @@ class GuideDraws(NodeSource):
         self.away = args[0].device.type != "cpu"
         # the same whatever rows a step is given, and found once: a median costs as much as a third of a step
         self.fillings = tuple(filling(a) for a in args)
-        filled = tuple(fill(a) for a in args)
+        filled = fill_all(args)
         with own_random_state():
             trace = self._guide_trace(filled, None, 1)
         names = {node["name"] for node in latent_nodes(trace)}
@@ -205,7 +205,7 @@ class GuideDraws(NodeSource):
                 "dream=True needs a guide that draws all latents and is conditioned on the mask, and a program that "
                 "observes its first argument, row by row"
             )
-        filled = tuple(fill(a) for a in args)
+        filled = fill_all(args)
         tokens, latents = simulate(self.model, filled, self.structure)
         # every number of visible tokens is as likely as any other, for each row its own
         rank = torch.rand(tokens.shape, generator=generator).argsort(1)
@@ -401,7 +401,7 @@ class GuideDraws(NodeSource):
                             one[site.name] = v.expand(2, *v.shape[1:])[s].reshape(_shape(site, n_rows))
                     given = self._given(args, filled, one, 1)[0]
                     alone.append(given.log_joint(x, seen))
-            except (RuntimeError, ValueError, IndexError, TypeError, AssertionError):
+            except FAILURES:
                 return False
         # sums of many tokens in single precision: a GPU adds them up in another order
         rtol = max(1e-5, CLOSE[both.dtype])
