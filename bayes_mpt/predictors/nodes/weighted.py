@@ -25,7 +25,7 @@ from torch import Generator, Tensor
 from bayes_mpt.masks import Policy
 from bayes_mpt.predictors.base import Bound, Conditionals, Evidence, Leaves, Posterior
 from bayes_mpt.predictors.nodes.given import Given
-from bayes_mpt.predictors.objective import Batch, Objective, outputs_of_rows
+from bayes_mpt.predictors.objective import Batch, Objective, Outputs, outputs_of_rows
 from bayes_mpt.program.affine import DenseMap
 from bayes_mpt.program.arguments import fill, has_missing
 from bayes_mpt.program.latents import Space
@@ -49,6 +49,7 @@ __all__ = [
     "warn_if_slow",
 ]
 
+N_STRETCHES = 16  # of one vector's tokens, whose log-densities tell the units of parameters
 MIN_SHARE = 1e-6  # of a node's weight that a prediction takes into account
 
 
@@ -133,12 +134,25 @@ def nodes_objective(
         whole,
         masks,
         noisy=masks is not None or bound.sampled,
-        outputs=partial(
-            outputs_of_rows, few_rows=bound.sampled
-        ),  # of a guide some numbers may be of a single row
+        outputs=partial(_outputs, few_rows=bound.sampled),  # of a guide some numbers may be of a single row
         refresh=bound._forget,
         pull=pull,
     )
+
+
+def _outputs(objective: Objective, read: Conditionals | None, *, few_rows: bool) -> Outputs:
+    """`outputs_of_rows`; of one vector in stretches, where each token would cost a sum over latents or nodes of its own.
+
+    What the tokens of a stretch add are increments of a martingale: the square of their sum tells as much of a
+    parameter as the sum of their squares.
+    """
+    read = objective.read() if read is None else read
+    n_tokens = read.value.shape[1]
+    if not isinstance(read, Nodes) or len(read.value) > 1 or n_tokens <= N_STRETCHES:
+        return outputs_of_rows(objective, read, few_rows=few_rows)
+    ends = [n_tokens * i // N_STRETCHES for i in range(N_STRETCHES + 1)]
+    found = read.stretches(read.own_order[0], ends)
+    return Outputs(found / math.sqrt(n_tokens), few_rows=few_rows)
 
 
 def warn_if_slow(one_by_one: bool, bound: Bound) -> None:
@@ -229,6 +243,11 @@ class Nodes(Conditionals):
             steps = _gain(log_z[:, 1:], log_z[:, :-1])
             out.append(torch.empty_like(steps).index_copy(1, tokens, steps))
         return torch.stack(out)
+
+    def stretches(self, tokens: Tensor, ends: list[int]) -> Tensor:
+        """What each stretch of one vector's tokens (T,), between two ``ends``, adds to its log-density: (stretches,)."""
+        found = self._relocated_chain(tokens, list(pairwise(ends)))[0, tokens].cumsum(0)
+        return torch.nn.functional.pad(found, (1, 0))[ends].diff()
 
     def refined(self) -> Nodes:
         """The same with less error of the inner model, to see it; itself where there is none."""
