@@ -141,7 +141,7 @@ def nodes_objective(
 
 
 def _outputs(objective: Objective, read: Conditionals | None, *, few_rows: bool) -> Outputs:
-    """`outputs_of_rows`; of one vector in stretches, where each token would cost a sum over latents or nodes of its own.
+    """`outputs_of_rows`; of one vector in stretches, where each token would cost a sum over latents or nodes.
 
     What the tokens of a stretch add are increments of a martingale: the square of their sum tells as much of a
     parameter as the sum of their squares.
@@ -245,7 +245,7 @@ class Nodes(Conditionals):
         return torch.stack(out)
 
     def stretches(self, tokens: Tensor, ends: list[int]) -> Tensor:
-        """What each stretch of one vector's tokens (T,), between two ``ends``, adds to its log-density: (stretches,)."""
+        """What each stretch of one vector's tokens (T,), between two ``ends``, adds to log p: (stretches,)."""
         found = self._relocated_chain(tokens, list(pairwise(ends)))[0, tokens].cumsum(0)
         return torch.nn.functional.pad(found, (1, 0))[ends].diff()
 
