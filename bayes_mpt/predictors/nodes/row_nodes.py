@@ -95,9 +95,7 @@ class RowNodes:
 
     def given(self, args: tuple[Any, ...], filled: tuple[Any, ...], held: dict[str, Tensor]) -> NestedRows:
         """The rows at S values (S, ...) of the latents of the data set."""
-        place = partial(self._place, args, filled, held)
-        n_nodes = len(next(iter(held.values())))
-        return NestedRows(place, self.cells.to(filled[0].device), n_nodes)
+        return NestedRows(partial(self._place, args, filled), self.cells.to(filled[0].device), held)
 
     def _place(
         self,

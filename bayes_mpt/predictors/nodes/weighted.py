@@ -249,10 +249,14 @@ class Nodes(Conditionals):
         found = self._relocated_chain(tokens, list(pairwise(ends)))[0, tokens].cumsum(0)
         return torch.nn.functional.pad(found, (1, 0))[ends].diff()
 
-    def refined(self) -> Nodes:
-        """The same with less error of the inner model, to see it; itself where there is none."""
-        given = self.last.given.refined()
-        return self if given is self.last.given else self.at_nodes(self.last._replace(given=given))
+    def gain_inside(self, some: Tensor) -> Tensor:
+        """How log Z (N,) grows by finer nodes in every row or group, seen at ``some`` nodes; 0 where there are none."""
+        before, given = self.log_weights(), self.last.given.refined(some)
+        if given is self.last.given:
+            return torch.zeros_like(before[0])
+        weight = self.last.log_weight.expand(before.shape)[some]
+        finer = self.at_nodes(self.last._replace(given=given, log_weight=weight))
+        return finer.score() - before[some].logsumexp(0)
 
     def posterior(self, visible: Tensor | None = None) -> Posterior:
         x = self.value
