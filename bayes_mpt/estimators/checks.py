@@ -18,7 +18,7 @@ from bayes_mpt.estimators.rows import refuse_empty, refuse_missing
 from bayes_mpt.evidence.hyperparameters import Prior, far_from_centre
 from bayes_mpt.predictors import Bound
 from bayes_mpt.predictors.gaussian.process import N_TRIAL_ROWS
-from bayes_mpt.program.arguments import fill, head, resampled, shifted
+from bayes_mpt.program.arguments import fill_all, head, resampled, shifted
 from bayes_mpt.program.offers import offered
 from bayes_mpt.program.program import Model, ModelError
 from bayes_mpt.program.run import run
@@ -82,7 +82,7 @@ def _warn_of_ignored_rows(predictor: Bound, model: Model, args: tuple[Any, ...])
     structure = predictor.structure
     if structure.scores_input or predictor.structure.takes_visible:
         return  # its tokens are the cells of X
-    filled = tuple(fill(a) for a in args)
+    filled = fill_all(args)
     refused = (RuntimeError, ValueError, IndexError, KeyError)
 
     def observed(some: tuple[Any, ...]) -> list[Tensor]:

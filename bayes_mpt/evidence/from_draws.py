@@ -38,7 +38,7 @@ from bayes_mpt.predictors.nodes.guide import GuideDraws
 from bayes_mpt.predictors.nodes.resampling import by_halves
 from bayes_mpt.predictors.nodes.weighted import Nodes, program_values, warn_if_slow
 from bayes_mpt.program.analysis import analyze
-from bayes_mpt.program.arguments import fill
+from bayes_mpt.program.arguments import fill_all
 from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.latents import space
 from bayes_mpt.program.layout import from_rows
@@ -327,7 +327,7 @@ class _LogJoint:
 
     def __init__(self, adaptive: AdaptiveNodes, args: tuple[Any, ...]):
         self.adaptive, self.space, self._args = adaptive, adaptive.space, args
-        self._filled = tuple(fill(a) for a in args)
+        self._filled = fill_all(args)
         self._x = program_values(adaptive.model, args, self._filled, adaptive.program)
         self._seen = ~self._x.isnan()[0]
 

@@ -107,28 +107,13 @@ class MixtureOfFactorAnalyzers(CheckedModel):
     ) -> dict[str, Tensor]:
         """Climb from ``params``, or the best of some starts of its own, by EM, and later by L-BFGS in its units.
 
-        Parameters
-        ----------
-        x : Tensor of shape (N, T)
-            Rows, NaN where a cell is missing.
-        params : dict of Tensor
-            Values of the parameters, by name.
-        tol : float
-            It ends where no step has more than this share of the score to gain, or nats a row where that is small.
-        max_iter : int
-            Most steps; with less than 200 it has no starts of its own.
-
-        Returns
-        -------
-        dict of Tensor
-            Better ones.
+        As `bayes_mpt.program.offers.Offers.maximize`, for rows that may have NaN. With ``max_iter`` below 200 it has no
+        starts of its own.
 
         Raises
         ------
         ValueError
             If columns are constant.
-        KeyboardInterrupt
-            At Ctrl-C; after the first step its argument is the parameters as they are then.
 
         Examples
         --------

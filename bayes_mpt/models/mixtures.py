@@ -129,29 +129,13 @@ class GaussianMixture(CheckedModel):
     ) -> dict[str, Tensor]:
         """Climb from ``params`` by EM.
 
-        Parameters
-        ----------
-        x : Tensor of shape (N, T)
-            Rows, NaN where a cell is missing.
-        params : dict of Tensor
-            Values of the parameters, by name.
-        tol : float
-            EM ends with a step that gains no more than this share of the score, or nats a row where the score is small.
-        max_iter : int
-            Most steps.
-
-        Returns
-        -------
-        dict of Tensor
-            Better ones.
+        As `bayes_mpt.program.offers.Offers.maximize`, for rows that may have NaN.
 
         Raises
         ------
         ValueError
             If the table has no spread in some direction, if all components collapse, or if one does twice; they are
             named. Of one that began again a warning says so.
-        KeyboardInterrupt
-            At Ctrl-C; after the first step its argument is the parameters as they are then.
 
         Examples
         --------

@@ -19,7 +19,7 @@ from bayes_mpt.diagnostics import disagreement, replicate_error
 from bayes_mpt.masks import Masks, Policy
 from bayes_mpt.predictors.objective import Batch, Objective
 from bayes_mpt.predictors.own_order import in_own_order, own_order
-from bayes_mpt.program.affine import DenseMap, Parts
+from bayes_mpt.program.affine import DenseMap
 from bayes_mpt.program.program import Model, ModelError, Program
 from bayes_mpt.program.shift_trials import observing_cells
 from bayes_mpt.runtime.serial import methods_take_turns
@@ -214,10 +214,6 @@ class Bound(ABC):
     """Of the way, in words."""
     why: str = ""
     """What was found that allows this way, for `BayesMPT.explain`."""
-    serves_any_rows: bool = False
-    """Whether what was found holds for other rows as well, though these do not share a map (`Program.scores_input`)."""
-    parts: Parts | None = None
-    """The parameters that are mean, loadings and noise of a map that all rows share, where the model names them."""
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -279,11 +275,6 @@ class Conditionals(ABC):
     def posterior(self, visible: Tensor | None = None) -> Posterior:
         """Latents given the visible (T,) and observed tokens of each row: all observed ones by default."""
 
-    @property
-    def own_order(self) -> Tensor:
-        """An order of the tokens (1, T): the program's own where they look at each other, else as they stand."""
-        return own_order(self.structure, self.value.shape[1]).to(self.value.device)
-
     def chain(self, order: Tensor, stops: list[int] | None = None) -> Tensor:
         """Score token order[c, t] given order[c, :t]: (C, T) long -> (C, N, T) nats, by token.
 
@@ -339,7 +330,7 @@ class Conditionals(ABC):
 
     def _joint(self) -> Tensor:
         """Log-density of the observed tokens of each row (N,)."""
-        return self.chain(self.own_order)[0].sum(-1)
+        return self.chain(own_order(self))[0].sum(-1)
 
     def _along(self, order: Tensor, weight: Tensor) -> Tensor:
         """The weighted sum (N,) along chains (C, T): whatever the order, they add up to the log-density."""

@@ -20,7 +20,7 @@ from bayes_mpt.predictors.nodes.smc import SequentialMonteCarlo
 from bayes_mpt.predictors.self_predictive import SelfPredictive
 from bayes_mpt.program.affine import NotAffine
 from bayes_mpt.program.analysis import look
-from bayes_mpt.program.arguments import fill
+from bayes_mpt.program.arguments import fill_all
 from bayes_mpt.program.program import Model, ModelError
 from bayes_mpt.program.run import run, takes_visible
 from bayes_mpt.program.shift_trials import observing_cells
@@ -35,7 +35,7 @@ MAX_JOINT = 4096  # tokens of one Gaussian vector whose covariance is made whole
 
 def _samples(guide: Guide, args: tuple[Any, ...]) -> bool:
     """Whether a guide has any site: SVI wants one also where nothing is to be drawn."""
-    filled = tuple(fill(a) for a in args)
+    filled = fill_all(args)
     if takes_visible(guide):
         guide = partial(guide, visible=torch.ones_like(filled[0], dtype=torch.bool))
     return bool(latent_nodes(run(guide, filled)))

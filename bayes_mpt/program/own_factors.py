@@ -27,12 +27,12 @@ from pyro import poutine
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from bayes_mpt.program.arguments import changes, fill, spread_rows
+from bayes_mpt.program.arguments import changes, fill_all, same_cells, spread_rows
 from bayes_mpt.program.densities import CellDensity, log_density
 from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.factor_sums import Law, Total, adds_up, is_censored
 from bayes_mpt.program.program import Model, ModelError, list_names
-from bayes_mpt.program.run import run
+from bayes_mpt.program.run import FAILURES, run
 from bayes_mpt.program.sites import (
     base,
     factor_nodes,
@@ -49,7 +49,6 @@ __all__ = ["Cells", "FactorTokens", "find_cells"]
 MOVED = (0.05, 0.2, 0.1, 0.4, 0.8)  # of the parameters, at each draw of the latents
 MAX_SINGLE = 8  # columns that are tried
 MAX_CODES = 4  # that say in which way a row is cut off
-FAILURES = (RuntimeError, ValueError, IndexError, TypeError)
 
 
 Column = tuple[int, int]
@@ -135,7 +134,7 @@ def find_cells(model: Model, args: tuple[Any, ...]) -> dict[str, Cells]:
         If a factor moves with no cell of its row, with cells of other rows, or with cells that another site scores; if
         it does not add up to one where that was computed. The site is named.
     """
-    args = tuple(fill(a) for a in args)
+    args = fill_all(args)
     with OwnStore(), torch.no_grad(), pyro.validation_enabled(False):
         run(model, args)  # makes the parameters: one that is zero hides what it multiplies
         return _Search(model, args).cells()
@@ -274,7 +273,7 @@ class _Search:
                 rows = [
                     t.reshape(-1)[keep] for t in (_log_law(self.points[0].trace, parts), _log_law(ran, parts))
                 ]
-                if not _same(*rows):
+                if not same_cells(*rows):
                     raise ModelError(
                         f"site {name!r} is a pyro.factor that moves in one row with cells of other rows: it is no "
                         "density of its own row's cells. Compute statistics of the data outside of the program"
@@ -294,7 +293,7 @@ class _Search:
                     for point in self.points[:2]:
                         ran = self._run(position, one.reshape(arg.shape), point)
                         for name, of in asked.items() if ran is not None else ():
-                            if not _same(what(point.trace, of), what(ran, of)):
+                            if not same_cells(what(point.trace, of), what(ran, of)):
                                 moved[name].add((position, column))
         return moved
 
@@ -455,7 +454,3 @@ def _log_factor(node: Any) -> Tensor:
         fn = fn.base_dist
     found: Tensor = fn.log_factor
     return found
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())

@@ -212,6 +212,7 @@ def test_summary_fits_a_terminal(found):
     assert "expected log-density" in text and "prior's scale halved" in text and "(dse)" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("evidence", ["laplace", "train", HeldOut(cv=3)])
 def test_summary_of_other_rules(evidence):
     s = search(table(), {"model": [PPCA(0), PPCA(1), PPCA(T)]}, evidence)

@@ -69,6 +69,7 @@ def probit_truth(group, y):
     return logsumexp(total) + np.log(mu[1] - mu[0]) + np.log(log_tau[1] - log_tau[0])
 
 
+@pytest.mark.slow
 def test_groups_written_flat_and_by_rows_are_one():
     flat = fitted(probit, *FLAT)
     rows = fitted(probit_by_rows, BITS.reshape(N_GROUPS, PER_GROUP))
@@ -84,6 +85,7 @@ def test_groups_written_flat_and_by_rows_are_one():
     )
 
 
+@pytest.mark.slow
 def test_missing_cells_and_empty_groups():
     y = BITS.copy()
     y[:PER_GROUP], y[12] = np.nan, np.nan  # of the first group nothing is seen
@@ -96,6 +98,7 @@ def test_missing_cells_and_empty_groups():
     assert left_out.log_marginal_likelihood_ == pytest.approx(found.log_marginal_likelihood_, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_conditionals_and_chains():
     x, y = tensor(FLAT[0][:12]), tensor(FLAT[1][:12])
     read = Quadrature(8).bind(probit, (x, y)).read((x, y))
@@ -130,6 +133,7 @@ def test_conditionals_and_chains():
 # -------------------------------------------------------------------------------------- nothing but groups: exact
 
 
+@pytest.mark.slow
 def test_groups_alone_and_parameters_above_them():
     """Beta-binomial groups: no other latent, and the parameters of their prior are trained through the integral."""
     n, k = np.array([12.0, 7, 30, 4, 9]), np.array([3.0, 6, 4, 0, 5])

@@ -29,7 +29,7 @@ from bayes_mpt.program.factor_runs import read_factors
 from bayes_mpt.program.factors import Factors
 from bayes_mpt.program.groups import N_DRAWS, Groups, Terms, find_groups, log_terms
 from bayes_mpt.program.layout import token_values
-from bayes_mpt.program.program import Model, ModelError, Program, list_names
+from bayes_mpt.program.program import Latent, Model, ModelError, Program, list_names
 
 __all__ = ["GroupNodes", "NestedGroups", "doubt_of"]
 
@@ -135,6 +135,9 @@ class GroupNodes:
             )
         self._others[:] = [found]
         return found
+
+    def prior_left(self, model: Model, latents: tuple[Latent, ...], filled: tuple[Any, ...]) -> None:
+        """No prior is left out by `given`."""
 
     def forget(self) -> None:
         """Look for the next modes from the start, not from the last ones."""

@@ -23,7 +23,7 @@ from bayes_mpt.predictors.nodes.weighted import (
     warn_if_slow,
 )
 from bayes_mpt.program.analysis import analyze
-from bayes_mpt.program.arguments import fill
+from bayes_mpt.program.arguments import fill_all
 from bayes_mpt.program.program import Model, ModelError, Program
 
 __all__ = ["Quadrature"]
@@ -114,7 +114,7 @@ class _Hermite(NodeSource):
         self.modes.forget()
 
     def place(self, args: tuple[Any, ...], visible: Tensor | None = None, near: Any = None) -> Read:
-        filled = tuple(fill(a) for a in args)
+        filled = fill_all(args)
         value = program_values(self.model, args, filled, self.structure)
         if visible is None:
             visible = torch.ones(value.shape[1], dtype=torch.bool, device=value.device)
@@ -157,7 +157,7 @@ class _Hermite(NodeSource):
     def evidence(self, nodes: Nodes) -> Evidence:
         few, modes = nodes.score(), nodes.last.located
         n_nodes, more = self._n_nodes(modes), self._n_nodes(modes, finer=True)
-        filled = tuple(fill(a) for a in nodes.args)
+        filled = fill_all(nodes.args)
         everything = torch.ones(nodes.value.shape[1], dtype=torch.bool, device=nodes.value.device)
         beyond = 0.0
         if self.adaptive.rows is not None:  # every node costs those of all rows or groups

@@ -26,8 +26,9 @@ from bayes_mpt.masks import Policy
 from bayes_mpt.predictors.base import Bound, Conditionals, Evidence, Leaves, Posterior
 from bayes_mpt.predictors.nodes.given import Given
 from bayes_mpt.predictors.objective import Batch, Objective, Outputs, outputs_of_rows
+from bayes_mpt.predictors.own_order import own_order
 from bayes_mpt.program.affine import DenseMap
-from bayes_mpt.program.arguments import fill, has_missing
+from bayes_mpt.program.arguments import fill_all, has_missing
 from bayes_mpt.program.latents import Space
 from bayes_mpt.program.layout import to_rows
 from bayes_mpt.program.missing import read_values
@@ -118,7 +119,7 @@ class NodeSource(Bound):
         """The rows that sub-sampling plates draw: once for all runs of a reading, of program and guide alike."""
         if self.structure.sub_rows is None and self.structure.scale == 1.0:
             return {}
-        trace = run(self.model, tuple(fill(a) for a in args))
+        trace = run(self.model, fill_all(args))
         return {name: node["value"] for name, node in trace.nodes.items() if is_subsample(node)}
 
 
@@ -151,7 +152,7 @@ def _outputs(objective: Objective, read: Conditionals | None, *, few_rows: bool)
     if not isinstance(read, Nodes) or len(read.value) > 1 or n_tokens <= N_STRETCHES:
         return outputs_of_rows(objective, read, few_rows=few_rows)
     ends = [n_tokens * i // N_STRETCHES for i in range(N_STRETCHES + 1)]
-    found = read.stretches(read.own_order[0], ends)
+    found = read.stretches(own_order(read)[0], ends)
     return Outputs(found / math.sqrt(n_tokens), few_rows=few_rows)
 
 
