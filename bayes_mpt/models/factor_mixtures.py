@@ -179,8 +179,8 @@ class MixtureOfFactorAnalyzers(CheckedModel):
         if self.covariance_prior is None:
             return None
         return (
-            "the mode under an inverse gamma prior of the noise variances, in effect one more cell for each, of 1 % of "
-            "the column's variance over K^(2/T) (covariance_prior='auto'), which no score includes"
+            "the mode under an inverse gamma prior of the noise variances, which adds 1 % of the column's variance "
+            "over K^(2/T) to the squares of the cells in each component (covariance_prior='auto'), which no score includes"
         )
 
     def _prior(self, table: Table) -> CovariancePrior | None:

@@ -54,7 +54,7 @@ def log_prior(x, p, kind):
     )
     scale = {"diag": np.diag(np.diag(scale)), "spherical": np.eye(t) * np.trace(scale) / t}.get(kind, scale)
     covs = covs[:1] if kind == "tied" else covs
-    return sum(-0.5 * (np.linalg.slogdet(c)[1] + np.trace(scale @ np.linalg.inv(c))) for c in covs)
+    return sum(-0.5 * np.trace(scale @ np.linalg.inv(c)) for c in covs)
 
 
 def start_of(program, x):
@@ -94,7 +94,7 @@ def test_the_likelihood_rises_at_every_step(x, kind, prior):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_with_holes_is_that_of_the_expected_rows(kind):
-    """Ghahramani & Jordan (1994), row by row; the prior is one more row of each component."""
+    """Ghahramani & Jordan (1994), row by row."""
     program = GaussianMixture(2, kind, covariance_prior=None)
     p = {name: v.numpy() for name, v in start_of(program, HOLES).items()}
     got = program.maximize(tensor(HOLES), {n: tensor(v) for n, v in p.items()}, tol=0.0, max_iter=1)
