@@ -1,15 +1,14 @@
 """The prior that keeps the covariances of a mixture away from zero, in the units of the table.
 
-The precision of each component has a Wishart prior of T + 1 degrees of freedom and scale L^-1 (a single variance, as
-those of a diagonal, an inverse gamma), of which the density knows the precision by its trace alone. L is a hundredth of
-the covariance of the table over K^(2/T), and 1e-5 of it where covariances are full or tied and T > 1:
+The precision of each component has a Wishart prior of T + 2 degrees of freedom (its covariance an inverse Wishart, a
+single variance an inverse gamma) under which the mean of its covariance is L, a hundredth of the covariance of the
+table over K^(2/T), and 1e-5 of it where covariances are full or tied and T > 1. The fit is the mode of the precisions:
 
-    log prior = -1/2 sum_k tr(L S_k^-1),        S_k = (W_k + L) / n_k    in the M-step:
+    log prior = -1/2 sum_k (log det S_k + tr(L S_k^-1)),        S_k = (W_k + L) / (n_k + 1)    in the M-step:
 
-covariances are those of the plain likelihood, but for L that is added to the scatter of a component's rows. With T + 2
-degrees of freedom each component had one more row, and its covariance, which is too small in the first place, would be
-smaller by n / (n + 1). Where a column is rounded to multiples of a step h, L has N h^2 / (2 pi K) more on its diagonal:
-the density of a component of N / K rows is nowhere above 1 / h, at which a single value has all the probability.
+each component has one more row, at its centre, of covariance L. Where a column is rounded to multiples of a step h, L
+has N h^2 / (2 pi K) more on its diagonal: the density of a component of N / K rows is nowhere above 1 / h, at which a
+single value has all the probability.
 
 Fraley & Raftery (2007) take the whole covariance of the table, and the mode of the covariances, which divides by
 n_k + 2 T + 3. Where components lie apart, or are narrow in some direction, that makes them far too wide: on 10 000 rows
@@ -52,8 +51,10 @@ class CovariancePrior(NamedTuple):
     def log_prob(self, scale: Tensor) -> Tensor:
         """Of Cholesky factors (..., C, T, T), or standard deviations (..., C, T) or (..., C, 1)."""
         if self.scale.ndim == 2:
-            return -0.5 * (self.scale * torch.cholesky_inverse(scale)).sum((-3, -2, -1))
-        return -0.5 * (self.n_tokens / scale.shape[-1]) * (self.scale / scale.square()).sum((-2, -1))
+            log_det = 2 * scale.diagonal(dim1=-2, dim2=-1).log().sum((-2, -1))
+            return -0.5 * (log_det + (self.scale * torch.cholesky_inverse(scale)).sum((-3, -2, -1)))
+        each = 2 * scale.log() + self.scale / scale.square()
+        return -0.5 * (self.n_tokens / scale.shape[-1]) * each.sum((-2, -1))
 
     def of_params(self, params: Mapping[str, Tensor]) -> Tensor:
         """Of the parameters of a mixture, by name."""

@@ -4,10 +4,10 @@ With w = [W, loc] of a token in a component, z~ = [z, 1], and sums over the rows
 with its share r of the component (Ghahramani & Hinton 1996):
 
     A = sum r E[z~ z~'],    b = sum r x E[z~],    c = sum r x^2,    n = sum r
-    w = A^-1 b,             psi = (c - 2 w'b + w'A w + L) / n
+    w = A^-1 b,             psi = (c - 2 w'b + w'A w + L) / (n + 1)
 
 where E is of the latents given the observed cells of the row. Missing cells are no unknowns: they are left out of all
-sums. L is of the prior of the noise variances (`bayes_mpt.models.covariance_prior`), zero without it.
+sums. L is the prior of the noise variances, as of one more cell; without it L and the 1 are absent.
 """
 
 from __future__ import annotations
@@ -198,18 +198,19 @@ def m_step(sums: Sums, before: Analysers, prior: Tensor | None) -> Analysers:
     loading = torch.linalg.solve(a, sums.b[..., None])[..., 0]
     loading = torch.where(unseen[..., None], before.loading, loading)
     rest = sums.residual(loading).clamp(min=0)
-    if prior is not None:
-        rest = rest + prior
-    noise = torch.where(unseen, before.noise, rest / torch.where(unseen, 1.0, sums.n))
+    if prior is None:
+        noise = torch.where(unseen, before.noise, rest / torch.where(unseen, 1.0, sums.n))
+    else:
+        noise = (rest + prior) / (sums.n + 1)
     share = (sums.sizes / sums.sizes.sum(1, keepdim=True)).clamp(min=MIN_WEIGHT)
     return Analysers((share / share.sum(1, keepdim=True)).log(), loading, noise.clamp(min=MIN_NOISE))
 
 
 def log_prior(at: Analysers, prior: Tensor | None) -> Tensor:
-    """Of the noise variances (B,), a constant left out: -1/2 sum L / psi."""
+    """Of the noise variances (B,), a constant left out: -1/2 sum (log psi + L / psi)."""
     if prior is None:
         return torch.zeros_like(at.log_weights[:, 0])
-    return -0.5 * (prior / at.noise).sum(1).reshape(at.log_weights.shape).sum(1)
+    return -0.5 * (at.noise.log() + prior / at.noise).sum(1).reshape(at.log_weights.shape).sum(1)
 
 
 def best_start(cells: Cells, starts: list[Analysers], prior: Tensor | None = None) -> Analysers:
@@ -289,10 +290,10 @@ def _end(cells: Cells, start: Analysers, prior: Tensor | None, tol: float, max_i
     def measure(at: Analysers) -> tuple[float, Tensor, bool]:
         total, sums = expect(cells, at)
         of_loading = (sums.b - (sums.a @ at.loading[..., None])[..., 0]) / at.noise[..., None]
-        rest = sums.residual(at.loading)
+        rest, n = sums.residual(at.loading), sums.n
         if prior is not None:
-            rest = rest + prior
-        log_noise = 0.5 * (rest / at.noise - sums.n)
+            rest, n = rest + prior, n + 1
+        log_noise = 0.5 * (rest / at.noise - n)
         log_noise = torch.where(
             at.noise <= MIN_NOISE, log_noise.clamp(min=0), log_noise
         )  # as low as it may be

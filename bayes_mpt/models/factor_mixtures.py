@@ -107,28 +107,13 @@ class MixtureOfFactorAnalyzers(CheckedModel):
     ) -> dict[str, Tensor]:
         """Climb from ``params``, or the best of some starts of its own, by EM, and later by L-BFGS in its units.
 
-        Parameters
-        ----------
-        x : Tensor of shape (N, T)
-            Rows, NaN where a cell is missing.
-        params : dict of Tensor
-            Values of the parameters, by name.
-        tol : float
-            It ends where no step has more than this share of the score to gain, or nats a row where that is small.
-        max_iter : int
-            Most steps; with less than 200 it has no starts of its own.
-
-        Returns
-        -------
-        dict of Tensor
-            Better ones.
+        As `bayes_mpt.program.offers.Offers.maximize`, for rows that may have NaN. With ``max_iter`` below 200 it has no
+        starts of its own.
 
         Raises
         ------
         ValueError
             If columns are constant.
-        KeyboardInterrupt
-            At Ctrl-C; after the first step its argument is the parameters as they are then.
 
         Examples
         --------
@@ -179,8 +164,8 @@ class MixtureOfFactorAnalyzers(CheckedModel):
         if self.covariance_prior is None:
             return None
         return (
-            "the mode under an inverse gamma prior of the noise variances, which adds 1 % of the column's variance "
-            "over K^(2/T) to the squares of the cells in each component (covariance_prior='auto'), which no score includes"
+            "the mode under an inverse gamma prior of the noise variances, in effect one more cell for each, of 1 % of "
+            "the column's variance over K^(2/T) (covariance_prior='auto'), which no score includes"
         )
 
     def _prior(self, table: Table) -> CovariancePrior | None:

@@ -233,9 +233,8 @@ def m_step(
         loc[collapsed] = 0.0
         scale[~fine] = torch.eye(n_tokens).to(scale) if before.dense else 1.0
     if covariance_type != "tied":
-        scale = torch.where(
-            empty.reshape(*empty.shape, *[1] * (scale.ndim - empty.ndim)), before.scale, scale
-        )
+        stays = before.scale if prior is None else _mode(prior)
+        scale = torch.where(empty.reshape(*empty.shape, *[1] * (scale.ndim - empty.ndim)), stays, scale)
     weights = weights / weights.sum(-1, keepdim=True)
     return Gaussians(weights, torch.where(empty[..., None], before.loc, loc), scale), collapsed
 
@@ -260,7 +259,8 @@ def _dense(
         count = count.sum(-1, keepdim=True)
         cov, empty = cov / count[..., None, None], empty[..., :1] & False
     if prior is not None:
-        cov = cov + prior.scale / torch.where(empty, 1.0, count)[..., None, None]
+        n = count[..., None, None]
+        cov = (n * cov + prior.scale) / (n + 1)
     cov.diagonal(dim1=-2, dim2=-1).add_(reg_covar)
     eye = torch.eye(n_tokens).to(cov)
     scale, failed = torch.linalg.cholesky_ex(torch.where(empty[..., None, None], eye, cov))
@@ -284,11 +284,17 @@ def _diagonal(
     if covariance_type == "spherical":
         square, cells = square.sum(-1, keepdim=True), cells.sum(-1, keepdim=True)
         unseen = unseen.all(-1, keepdim=True)
-    variance = (second - square).clamp(min=0)
+    variance, own = (second - square).clamp(min=0), (1 if covariance_type == "diag" else n_tokens)
     if prior is not None:
-        variance = variance + (1 if covariance_type == "diag" else n_tokens) * prior.scale
-    variance = torch.where(unseen, before.scale.square(), variance / torch.where(unseen, 1.0, cells))
+        variance = (variance + own * prior.scale) / (cells + own)
+    else:
+        variance = torch.where(unseen, before.scale.square(), variance / torch.where(unseen, 1.0, cells))
     return loc, (variance + reg_covar).sqrt()
+
+
+def _mode(prior: CovariancePrior) -> Tensor:
+    """Scales of a component without rows."""
+    return torch.linalg.cholesky(prior.scale) if prior.scale.ndim == 2 else prior.scale.sqrt()
 
 
 def within(table: Table, loc: Tensor) -> Tensor:
@@ -379,8 +385,7 @@ def run_em(
             n_steps = step + 1
             try:
                 sums, total = expect(mix, coefficients)
-                total = float(total)
-                value = total + _log_prior(prior, mix)
+                value = float(total) + _log_prior(prior, mix)
             except torch.linalg.LinAlgError:
                 value = math.nan
             if mix is not end and not value >= best:  # a longer step was too long
@@ -399,7 +404,7 @@ def run_em(
             end, best = new, value + (0.0 if found else gain)
             if hopeless:
                 break
-            score = total / n_rows - unit
+            score = float(total) / n_rows - unit
             small = tol * (max(1.0, abs(score)) if relative else 1.0)
             if not found and not 2 * gain / n_rows > small:
                 break
@@ -428,7 +433,10 @@ def from_clusters(
     n_tries: int = START_TRIES,
     n_steps: int = START_STEPS,
 ) -> Gaussians:
-    """Gaussians found by steps of EM from the clusters of a k-means on some of the rows, none of whose cells is missing."""
+    """Gaussians found by EM from the clusters of a k-means on some of the rows, none of whose cells is missing.
+
+    The best of ``n_tries`` k-means; with none, of random rows and what is nearest to them.
+    """
     from sklearn.cluster import KMeans  # slow to import
 
     rows = table.rows
@@ -441,7 +449,8 @@ def from_clusters(
         some = some[np.sort(rng.choice(len(some), START_ROWS, replace=False))]
     with warnings.catch_warnings():  # fewer distinct rows than clusters
         warnings.simplefilter("ignore", ConvergenceWarning)
-        found = KMeans(n_components, n_init=n_tries, random_state=rng).fit(some)
+        how = {"n_init": n_tries} if n_tries else {"n_init": 1, "init": "random", "max_iter": 1}
+        found = KMeans(n_components, random_state=rng, **how).fit(some)
     centre = torch.from_numpy(found.cluster_centers_).to(rows)
     # |x - m|^2 is least where m' x - |m|^2 / 2 is largest
     nearest = (rows @ centre.mT - 0.5 * centre.square().sum(1)).argmax(1)

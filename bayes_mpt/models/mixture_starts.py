@@ -19,7 +19,10 @@ from bayes_mpt.models.mixture_em import (
 
 __all__ = ["best_start", "filled"]
 
-STARTS = 15  # beside the one that is given
+STARTS, STARTS_OF_CELLS = (
+    15,
+    31,
+)  # beside the one that is given; where covariances are diagonal, which costs little
 ROUNDS = (10, 10, 10, 10)  # steps, after each of which the better half goes on
 N_LEFT_OUT = 2  # rounds in which each row is judged as if it were left out
 START_ROWS = 2048  # on which starts are compared
@@ -31,7 +34,8 @@ def best_start(
     """The start from which a short EM comes furthest, at its end, and the steps that all took.
 
     In the first rounds components do not count a row when they judge it (`LeftOut`), so that few rows do not hold each
-    other where a start has put them. One start is given; the others are clusters of the rows in whose gaps stand random cells of the same columns.
+    other where a start has put them. One start is given; the others are clusters of the rows in whose gaps stand random
+    cells of the same columns.
 
     Parameters
     ----------
@@ -45,15 +49,19 @@ def best_start(
         With fewer steps than all starts need the given one is returned.
     """
     n_components, n_rows = len(given.weights), len(table.rows)
-    n_steps = sum(-(-n * (STARTS + 1) // 2**i) for i, n in enumerate(ROUNDS))
+    n_starts = STARTS if covariance_type in DENSE else STARTS_OF_CELLS
+    n_steps = sum(-(-n * (n_starts + 1) // 2**i) for i, n in enumerate(ROUNDS))
     if n_components == 1 or max_iter < n_steps:
         return given, 0
-    seeds = torch.randint(2**31 - 1, (STARTS,), device="cpu").tolist()
+    seeds = torch.randint(2**31 - 1, (n_starts,), device="cpu").tolist()
     some = table._replace(rows=table.rows[:: max(1, n_rows // START_ROWS)])
     places = [given]
-    for seed in seeds:
+    for i, seed in enumerate(seeds):
         whole = some._replace(rows=filled(some.rows, seed))
-        places.append(from_clusters(whole, n_components, covariance_type, seed, prior, n_tries=1, n_steps=0))
+        n_tries = i % 2  # every other one is random rows and what is nearest to them
+        places.append(
+            from_clusters(whole, n_components, covariance_type, seed, prior, n_tries=n_tries, n_steps=0)
+        )
     at = Gaussians(*(torch.stack(parts) for parts in zip(*places, strict=True)))
     climb = _Climb(some, covariance_type, prior)
     for i, n in enumerate(ROUNDS):

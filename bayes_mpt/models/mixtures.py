@@ -67,11 +67,11 @@ class GaussianMixture(CheckedModel):
         variance.
     covariance_prior : {"auto", None}, default="auto"
         The prior of the covariances. "auto" takes it from the table that is fitted, of a fold from the rows of the
-        fold: precisions have a Wishart prior with T + 1 degrees of freedom (variances an inverse gamma) and the inverse
-        scale L, 1 % of the table's covariance over K^(2/T), or 1e-5 of it where a direction between columns may be thin
-        (full or tied, T > 1). The fit is the mode of the precisions, at which L is added to the scatter of the rows of
-        each component. Where a column is rounded to multiples of h, N h^2 / (2 pi K) is added to L, so that no
-        component thrives on a repeated value. None: the plain likelihood.
+        fold: precisions have a Wishart prior with T + 2 degrees of freedom (variances an inverse gamma), whose mean
+        covariance is 1 % of the table's over K^(2/T), or 1e-5 of it where a direction between columns may be thin (full
+        or tied, T > 1). The fit is the mode of the precisions, at which each component has, in effect, one more row
+        with that covariance. Where a column is rounded to multiples of h, N h^2 / (2 pi K) is added to the mean, so
+        that no component thrives on a repeated value. None: the plain likelihood.
 
     Examples
     --------
@@ -129,29 +129,13 @@ class GaussianMixture(CheckedModel):
     ) -> dict[str, Tensor]:
         """Climb from ``params`` by EM.
 
-        Parameters
-        ----------
-        x : Tensor of shape (N, T)
-            Rows, NaN where a cell is missing.
-        params : dict of Tensor
-            Values of the parameters, by name.
-        tol : float
-            EM ends with a step that gains no more than this share of the score, or nats a row where the score is small.
-        max_iter : int
-            Most steps.
-
-        Returns
-        -------
-        dict of Tensor
-            Better ones.
+        As `bayes_mpt.program.offers.Offers.maximize`, for rows that may have NaN.
 
         Raises
         ------
         ValueError
             If the table has no spread in some direction, if all components collapse, or if one does twice; they are
             named. Of one that began again a warning says so.
-        KeyboardInterrupt
-            At Ctrl-C; after the first step its argument is the parameters as they are then.
 
         Examples
         --------
@@ -201,8 +185,8 @@ class GaussianMixture(CheckedModel):
         dense = self.covariance_type in DENSE
         what, share = ("inverse Wishart", "1e-5") if dense else ("inverse gamma", "1 %")
         return (
-            f"the mode under an {what} prior of the covariances, which adds {share} of the table's covariance over "
-            "K^(2/T) to the scatter of the rows of each component (covariance_prior='auto'), which no score includes"
+            f"the mode under an {what} prior of the covariances, in effect one more row for each component, of {share} "
+            "of the table's covariance over K^(2/T) (covariance_prior='auto'), which no score includes"
         )
 
     def _prior(self, table: Table) -> CovariancePrior | None:
