@@ -30,7 +30,7 @@ from bayes_mpt.masks import (
 )
 from bayes_mpt.predictors import Batch, Bound, Conditionals, Evidence, Objective, Predictor, choose
 from bayes_mpt.predictors.base import CHUNK
-from bayes_mpt.predictors.own_order import refuse_masks
+from bayes_mpt.predictors.own_order import own_order, refuse_masks
 from bayes_mpt.predictors.self_predictive import OWN_MASKS
 from bayes_mpt.program.program import Model, Order, list_names
 from bayes_mpt.runtime.serial import left_as_found, methods_take_turns, takes_turns, turn
@@ -175,7 +175,7 @@ def _in_own_order(read: Conditionals, masks: Policy, order: Order) -> ScoreEstim
     """The estimate where tokens look at each other: one chain, and no curve over mask sizes."""
     if not isinstance(masks, PermutationChain) or masks.groups is not None:
         refuse_masks(f"{masks!r}")
-    found, tokens = read.evidence(), read.own_order
+    found, tokens = read.evidence(), own_order(read)
     steps = read.chain(tokens, _ends(tokens.shape[1]))[0][:, tokens[0]]
     structure = read.structure
     return ScoreEstimate(

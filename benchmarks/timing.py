@@ -12,7 +12,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -80,6 +80,8 @@ class Report:
         self.rows: list[dict[str, Any]] = []
         self.targets: list[dict[str, Any]] = []
         self.notes: list[str] = []
+        self.units: list[dict[str, Any]] = []
+        """What was found of each unit of a study, kept in the JSON file so that a later run goes on from it."""
 
     def compare(
         self, case: str, peer: Timing, ours: Timing, at_least: bool = False, **more: Any
@@ -175,7 +177,25 @@ def run(
             "rows": report.rows,
             "targets": report.targets,
         }
-        Path(file).with_name(f"{report.name}.json").write_text(json.dumps(_rounded(content), indent=1) + "\n")
+        store(Path(file).with_name(f"{report.name}.json"), _rounded(content), _rounded(report.units))
+
+
+def store(path: Path, content: dict[str, Any], units: Sequence[dict[str, Any]] = ()) -> None:
+    """Write what a benchmark found as JSON; ``units``, those of a study, as a list with one line for each."""
+    text = json.dumps(content, indent=1)
+    if units:
+        lines = ",\n".join("  " + json.dumps(unit, separators=(",", ":")) for unit in units)
+        text = f'{text[:-2]},\n "units": [\n{lines}\n ]\n}}'
+    path.write_text(text + "\n")
+
+
+def stored(path: Path) -> list[dict[str, Any]]:
+    """Units of a study that are done: those of the JSON file, and of the lines of a run that was stopped."""
+    units = json.loads(path.read_text()).get("units", []) if path.exists() else []
+    lines = path.with_suffix(".jsonl")
+    if lines.exists():
+        units += [json.loads(line) for line in lines.read_text().splitlines()]
+    return units
 
 
 def _version(name: str) -> str:

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from copy import copy, deepcopy
+from math import isfinite
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bayes_mpt.estimators.rows import arguments
+from bayes_mpt.program.offers import Around, offered
 from bayes_mpt.program.own_factors import Cells, FactorTokens, find_cells
 from bayes_mpt.program.program import HasFactors, Model, ModelError, SubSampled, list_names
 from bayes_mpt.program.whole_plates import whole_plates
@@ -20,7 +22,7 @@ from bayes_mpt.program.whole_plates import whole_plates
 __all__ = ["Adapted", "fitted_as_written"]
 
 
-class Adapted:
+class Adapted(Around):
     """A program as the estimator calls it, ``model(x)`` or ``model(x, y)``.
 
     Parameters
@@ -75,18 +77,18 @@ class Adapted:
 
     @property
     def believed(self) -> str | None:
-        """What no sum or integral has checked, in words."""
+        """What no sum or integral has checked, and bounds that the program does not state, in words."""
         unchecked = [name for name, cells in self.factors.items() if not cells.checked]
-        return f"not checked: factor {list_names(map(repr, unchecked))}" if unchecked else None
-
-    def __getattr__(self, name: str) -> Any:
-        """What the program offers besides."""
-        if name.startswith("__") or "model" not in self.__dict__:
-            raise AttributeError(name)
-        return getattr(self.model, name)
-
-    def __repr__(self) -> str:
-        return repr(self.model)
+        said = [f"not checked: factor {list_names(map(repr, unchecked))}"] if unchecked else []
+        for name, cells in self.factors.items():
+            ends = [
+                f"{side} {b:.4g}"
+                for side, b in zip(("above", "below"), cells.bounds, strict=True)
+                if isfinite(b)
+            ]
+            if ends:
+                said.append(f"{name!r} adds up to one over values {' and '.join(ends)}")
+        return "; ".join(said) or None
 
 
 def fitted_as_written(
@@ -99,57 +101,41 @@ def fitted_as_written(
     ModelError
         Where the program is to be changed; what else the fit raises, where nothing is known to help.
     """
+    adapted = model if isinstance(model, Adapted) else Adapted(model)
     while True:
         try:
             return fit(model)
-        except (ModelError, IndexError) as error:
-            model = _remedy(error, model, X, y, device)
-
-
-def _remedy(error: Exception, model: Model, X: NDArray[Any], y: NDArray[Any] | None, device: str) -> Adapted:
-    """The program, adapted to what a run of it has said; else the error."""
-    said = str(error)
-    before = model if isinstance(model, Adapted) else Adapted(model)
-    if (
-        isinstance(error, SubSampled)
-        and not before.all_rows
-        and not isinstance(before.model, torch.nn.Module)
-    ):
-        new = copy(before)
-        new.all_rows = True
-        return new
-    if isinstance(error, HasFactors) and not before.factors:
-        new = copy(before)
-        if isinstance(new.model, torch.nn.Module):
-            new.model = deepcopy(new.model).double()
-        new.factors = find_cells(new, arguments(new, X, y, device))
-        return new
-    if isinstance(error, ModelError):
-        if (
-            "mixes precisions" in said
-            and ": parameters ["
-            in said  # of a network; a constant is written in another precision by mistake
-            and not hasattr(model, "dtype")
-            and not isinstance(model, torch.nn.Module)
-        ):
-            new = copy(before)
-            new.dtype = torch.float32
-            return new
-        raise error
-    if (
-        not isinstance(error, IndexError)
-        or "used as indices" not in said
-        or isinstance(model, torch.nn.Module)
-    ):
-        raise error
-    if getattr(model, "whole", False) or not bool((X == X.round()).all()):
-        raise ModelError(
-            "the program takes a column as an index, and rows are floating-point numbers: write x[:, j].long(), where "
-            "j is that column; it must be complete"
-        ) from error
-    new = copy(before)
-    new.whole = True
-    return new
+        except SubSampled:
+            if adapted.all_rows or isinstance(adapted.model, torch.nn.Module):
+                raise
+            adapted = copy(adapted)
+            adapted.all_rows = True
+        except HasFactors:
+            if adapted.factors:
+                raise
+            adapted = copy(adapted)
+            if isinstance(adapted.model, torch.nn.Module):
+                adapted.model = deepcopy(adapted.model).double()
+            adapted.factors = find_cells(adapted, arguments(adapted, X, y, device))
+        except ModelError as error:
+            said = str(error)
+            network = "mixes precisions" in said and ": parameters [" in said
+            # a constant is written in another precision by mistake
+            if not network or offered(model, "dtype") is not None or isinstance(model, torch.nn.Module):
+                raise
+            adapted = copy(adapted)
+            adapted.dtype = torch.float32
+        except IndexError as error:
+            if "used as indices" not in str(error) or isinstance(model, torch.nn.Module):
+                raise
+            if adapted.whole or not bool((X == X.round()).all()):
+                raise ModelError(
+                    "the program takes a column as an index, and rows are floating-point numbers: write "
+                    "x[:, j].long(), where j is that column; it must be complete"
+                ) from error
+            adapted = copy(adapted)
+            adapted.whole = True
+        model = adapted
 
 
 def _n_required(model: Model) -> int:

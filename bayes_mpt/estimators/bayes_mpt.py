@@ -465,7 +465,7 @@ class BayesMPT(
         return check_random_state(random_state).multivariate_normal(mean, cov, n_samples).T
 
     def sample(self, n_samples: int = 1) -> NDArray[np.float64]:
-        """Draw rows from the fitted model: (n_samples, T), the same ones at every call; ``random_state`` chooses."""
+        """Draw rows (n_samples, T), or so many steps of a series that reads its own past: the same at every call."""
         return sampling.draw_rows(self._current(), n_samples)
 
     def sample_missing(self, X: ArrayLike, y: Any = None, *, n_samples: int = 1) -> NDArray[np.float64]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass, field, replace
+from functools import singledispatchmethod
 from typing import Any
 
 import numpy as np
@@ -183,8 +184,14 @@ class Candidate:
         draws, islands = self.believed.draws, self.believed.islands
         return GaussianRows.of(draws.mean(islands), draws.covariance(islands))
 
-    def take_sampled(self, found: SampledEvidence) -> None:
-        """An evidence with loadings, noise variances and mean integrated, of the rows the model was fitted to."""
+    @singledispatchmethod
+    def take(self, found: Any) -> None:
+        """The evidence that a rule has found of the rows the model was fitted to, of any kind."""
+        self.evidence = found.log_evidence
+
+    @take.register
+    def _sampled(self, found: SampledEvidence) -> None:
+        """With loadings, noise variances and mean integrated."""
         model = self.model
         self.evidence, self.se, self.prior = found.log_evidence, found.se, found.prior.describe()
         noises = "one noise variance" if np.ndim(model.noise_variance_) == 0 else "a noise variance a column"
@@ -202,22 +209,25 @@ class Candidate:
                 names = list_names(map(str, model.fitted_.names[few]))
                 self.doubt(f"few observed cells in column {names}: a new complete row is a guess there")
 
-    def take_allocated(self, found: MixtureEvidence) -> None:
-        """An evidence with all parameters of a mixture integrated."""
+    @take.register
+    def _allocated(self, found: MixtureEvidence) -> None:
+        """With all parameters of a mixture integrated."""
         self.evidence, self.se, self.prior = found.log_evidence, found.se, found.prior.describe()
         self.law = found.law
         for flag in found.flags:
             self.doubt(flag)
 
-    def take_mixture(self, found: MixtureLaplace) -> None:
-        """The Laplace evidence of a mixture."""
-        self.prior = found.prior.describe()
+    @take.register
+    def _mixture(self, found: MixtureLaplace) -> None:
+        """Laplace's, of a mixture."""
+        self.evidence, self.prior = found.log_evidence, found.prior.describe()
         if found.overlapping:
             pairs = ", ".join(f"{i} and {j}" for i, j in found.overlapping)
-            self.doubt(f"laplace, but components {pairs} overlap: the approximation is not to be relied on")
+            self.doubt(f"laplace, but components {pairs} overlap: the approximation is unreliable")
 
-    def take(self, found: IntegratedEvidence) -> None:
-        """An evidence with the hyper-parameters integrated."""
+    @take.register
+    def _integrated(self, found: IntegratedEvidence) -> None:
+        """With the hyper-parameters integrated."""
         self.evidence, self.se, self.nodes = found.log_evidence, found.se, found.nodes
         if found.pareto_k > BAD_K:
             self.doubt(f"integrated, but Pareto k {found.pareto_k:.2f}: se is unreliable")

@@ -18,13 +18,14 @@ from bayes_mpt.estimators.rows import refuse_empty, refuse_missing
 from bayes_mpt.evidence.hyperparameters import Prior, far_from_centre
 from bayes_mpt.predictors import Bound
 from bayes_mpt.predictors.gaussian.process import N_TRIAL_ROWS
-from bayes_mpt.program.arguments import fill, head, resampled, shifted
+from bayes_mpt.program.arguments import fill_all, head, resampled, shifted
 from bayes_mpt.program.offers import offered
 from bayes_mpt.program.program import Model, ModelError
 from bayes_mpt.program.run import run
 from bayes_mpt.warnings import (
     AdviceWarning,
     DivergenceWarning,
+    DrawsWarning,
     HeavyTailWarning,
     IgnoredRowsWarning,
     warn,
@@ -82,7 +83,7 @@ def _warn_of_ignored_rows(predictor: Bound, model: Model, args: tuple[Any, ...])
     structure = predictor.structure
     if structure.scores_input or predictor.structure.takes_visible:
         return  # its tokens are the cells of X
-    filled = tuple(fill(a) for a in args)
+    filled = fill_all(args)
     refused = (RuntimeError, ValueError, IndexError, KeyError)
 
     def observed(some: tuple[Any, ...]) -> list[Tensor]:
@@ -147,6 +148,8 @@ def warn_of_weights(diagnostics: dict[str, Any]) -> None:
             f"unreliable, the worst being rows {worst}: use more particles or a wider guide",
             HeavyTailWarning,
         )
+    if diagnostics.get("missed"):
+        warn(f"the evidence has no reliable error (se is nan): {diagnostics['missed']}", DrawsWarning)
     sd = diagnostics.get("log_weight_sd", 0.0)
     if sd > WIDE and math.isnan(diagnostics["pareto_k"]):  # too few for a tail to be fitted
         warn(

@@ -148,7 +148,7 @@ def fit_program(
         with OwnStore() as store, own_random_state(trainer.seed):
             read = _read(model, guide, table, trainer, store, start, template, more, penalty=penalty)
             bound = read.problem.bound
-            analysis = bound if bound.structure.scores_input or bound.serves_any_rows else None
+            analysis = bound if bound.structure.scores_input or bound.structure.serves_any_rows else None
             fit, random_after = _trained(read, store, left, warm=start is not None)
             try:
                 found = _scored(read, fit, template, penalty=penalty)

@@ -161,7 +161,7 @@ class Fitted:
     def _known(self) -> Bound | None:
         """The program as the fit has found it, where that is what reading it on other rows would find."""
         found = self.analysis
-        known = found is not None and found.serves_any_rows and self.predictor == "auto"
+        known = found is not None and found.structure.serves_any_rows and self.predictor == "auto"
         return found if known and not isinstance(self.model, torch.nn.Module) else None
 
     @contextmanager

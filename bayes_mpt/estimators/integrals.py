@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from bayes_mpt.program.statistics import SufficientStatistics
 from bayes_mpt.program.store import save
 
 __all__ = [
+    "MAX_CELLS",
     "affordable",
     "allocated_evidence",
     "at_mode",
@@ -281,10 +282,10 @@ def evidence_of(
             f"{type(prior).__name__}"
         )
     if mixture:
-        own = prior if isinstance(prior, MixturePrior) else None
+        own = cast(MixturePrior | None, prior)
         return allocated_evidence(fitted, rows, own, se=se, max_particles=max_particles, seed=fitted.draws)
     if factors:
-        of_factors = prior if isinstance(prior, FactorPrior) else None
+        of_factors = cast(FactorPrior | None, prior)
         return sampled_evidence(
             fitted, rows, of_factors, se=se, max_particles=max_particles, seed=fitted.draws
         )

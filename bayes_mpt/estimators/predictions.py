@@ -17,7 +17,7 @@ from bayes_mpt.predictors import Predictive
 from bayes_mpt.predictors.base import together
 from bayes_mpt.predictors.new_rows import means_of_new
 from bayes_mpt.program.affine import token_means
-from bayes_mpt.program.arguments import fill
+from bayes_mpt.program.arguments import fill_all, same_cells
 from bayes_mpt.program.layout import token_values
 from bayes_mpt.program.run import run
 from bayes_mpt.program.shifts import of_cells
@@ -93,7 +93,7 @@ def impute(fitted: Fitted, rows: Rows, y: Any) -> Rows:
         parts = fitted.each(lambda read: (read.value, read.posterior().tokens), rows, y)
         x = torch.cat([part[0] for part in parts])
         tokens = torch.where(x.isnan(), torch.cat([part[1] for part in parts]), x)
-        if x.shape == cells.shape and bool(((x == cells) | (x.isnan() & cells.isnan())).all()):
+        if same_cells(x, cells):
             filled = tokens
         else:
             args = fitted.arguments(rows, y)
@@ -108,9 +108,12 @@ def missing_sd(fitted: Fitted, rows: Rows) -> NDArray[np.float64]:
 
     Of rows that share a linear-Gaussian map: the diagonal of C_hh - C_ho C_oo^-1 C_oh.
     """
-    if not fitted.bound.structure.scores_input:
+    structure = fitted.bound.structure
+    if not structure.scores_input:
+        draws = structure.order is None and structure.by_row and structure.observed_argument == 0
         raise ValueError(
-            "return_std needs a program that observes the cells of X themselves: use sample_missing"
+            "return_std needs a program that observes the cells of X themselves by Normal sites, row by row"
+            + (": use sample_missing" if draws and not structure.affine else "; impute gives the means alone")
         )
     cov = covariance(fitted).astype(np.float64)
     sd = np.zeros(rows.shape)
@@ -127,7 +130,7 @@ def missing_sd(fitted: Fitted, rows: Rows) -> NDArray[np.float64]:
 def _cells_of(fitted: Fitted, args: tuple[Any, ...]) -> Tensor:
     """Which cell of X each token is, in reading order: a column at a time is marked with numbers of its own."""
     structure = fitted.bound.structure
-    model, filled = of_cells(fitted.model, structure.shifts), tuple(fill(a) for a in args)
+    model, filled = of_cells(fitted.model, structure.shifts), fill_all(args)
     generator = torch.Generator().manual_seed(0)
     found: Tensor | None = None
     with pyro.validation_enabled(False):

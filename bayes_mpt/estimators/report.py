@@ -18,6 +18,8 @@ from bayes_mpt.training.lbfgs import OWN
 
 __all__ = ["Unwatched", "explain", "reporter", "shown"]
 
+OF_THE_TABLE = "; units read from the table, so that evidence compares candidates of this table alone"
+
 
 class Unwatched:
     """A task that no callback hears of."""
@@ -114,9 +116,9 @@ def explain(fitted: Fitted) -> str:
             f"point-estimated: {', '.join(s.parameters) or 'nothing'}{where}",
             *([f"believed:        {believed}"] if believed else []),
             f"training:        {_way(fit)}" + (", interrupted" if fit.interrupted else ""),
-            *([f"averaged:        {averaged.prior.describe()}"] if averaged else []),
+            *([f"averaged:        {averaged.prior.describe()}{OF_THE_TABLE}"] if averaged else []),
             *(
-                [f"evidence:        under {fitted.evidence_prior}"]
+                [f"evidence:        under {fitted.evidence_prior}{OF_THE_TABLE}"]
                 if fitted.evidence_prior and not averaged
                 else []
             ),

@@ -16,7 +16,7 @@ from torch import Tensor
 from bayes_mpt.inputs import read_numbers, read_table
 from bayes_mpt.program.offers import offered
 from bayes_mpt.program.program import Model, ModelError, list_names
-from bayes_mpt.program.run import takes_visible
+from bayes_mpt.program.run import signature_of, takes_visible
 from bayes_mpt.program.statistics import SufficientStatistics, digest_of_rows
 
 __all__ = [
@@ -46,8 +46,7 @@ def as_tensor(
     if shift is not None:
         X = np.asarray(X, dtype=np.float64) - shift
     array = np.asarray(X, dtype=np.float32 if single else np.float64)
-    # torch has no read-only tensors; nothing here writes into its rows
-    return torch.from_numpy(array if array.flags.writeable else array.copy()).to(device)
+    return _tensor(array).to(device)
 
 
 def arguments(
@@ -62,8 +61,14 @@ def arguments(
             raise ValueError(f"the program {model!r} takes a second argument: pass y")
         return (x,)
     y = read_numbers(y, len(X))
-    y = torch.as_tensor(y if y.flags.writeable else y.copy()).to(device)
+    y = _tensor(y).to(device)
     return x, y.double() if y.is_floating_point() else y
+
+
+def _tensor(array: NDArray[Any]) -> Tensor:
+    """A view, where torch has one: it has no read-only tensors, of which none is written into, and none in reverse."""
+    fine = array.flags.writeable and min(array.strides, default=0) >= 0
+    return torch.from_numpy(array if fine else array.copy())
 
 
 def data_digest(X: Any) -> str:
@@ -110,7 +115,7 @@ def check_program(program: Any, *, with_y: bool, name: str = "model", n_inputs: 
         program._validate_params()
     target = program.forward if isinstance(program, torch.nn.Module) else program
     try:
-        signature = inspect.signature(target)
+        signature = signature_of(target)
     except (TypeError, ValueError):
         return  # it does not say
     if name == "model" and n_inputs == 1 and not with_y and takes_y(program) and needs_y(program):
@@ -150,7 +155,7 @@ def takes_y(model: Model) -> bool:
         return False
     target = model.forward if isinstance(model, torch.nn.Module) else model
     try:
-        kinds = [p.kind for p in inspect.signature(target).parameters.values()]
+        kinds = [p.kind for p in signature_of(target).parameters.values()]
     except (TypeError, ValueError):
         return True
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -160,7 +165,7 @@ def takes_y(model: Model) -> bool:
 def needs_y(model: Model) -> bool:
     """Whether the program's second argument, which it has, has no default."""
     target = model.forward if isinstance(model, torch.nn.Module) else model
-    parameters = list(inspect.signature(target).parameters.values())
+    parameters = list(signature_of(target).parameters.values())
     return len(parameters) > 1 and parameters[1].default is inspect.Parameter.empty
 
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from numbers import Integral, Real
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 from sklearn.base import BaseEstimator
@@ -34,14 +34,12 @@ from sklearn.utils._param_validation import Interval
 
 from bayes_mpt.estimators.bayes_mpt import BayesMPT
 from bayes_mpt.estimators.candidates import Candidate, Facts, before_final
-from bayes_mpt.estimators.integrals import at_mode
+from bayes_mpt.estimators.integrals import MAX_CELLS, at_mode
 from bayes_mpt.estimators.refits import Cumulative, HeldOut
 from bayes_mpt.estimators.unbounded import refuse_unbounded
 from bayes_mpt.evidence.factor_prior import FactorPrior, factor_prior
 from bayes_mpt.evidence.integrated import IntegratedEvidence
-from bayes_mpt.evidence.mixture import MixtureEvidence
-from bayes_mpt.evidence.mixture_laplace import MixtureLaplace
-from bayes_mpt.evidence.sampled import SampledEvidence
+from bayes_mpt.evidence.sampled import MAX_PARAMETERS
 from bayes_mpt.program.program import list_names
 from bayes_mpt.runtime.atomic import all_or_nothing
 from bayes_mpt.runtime.serial import left_as_found, turn
@@ -80,10 +78,7 @@ class Laplace(BaseEstimator):
 
     def evaluate(self, candidate: Candidate, X: Any, y: Any, **seeds: Any) -> None:
         """Give a candidate, which was fitted to X as its model sees it, its evidence."""
-        found = candidate.model.laplace(X)
-        candidate.evidence = found.log_evidence
-        if isinstance(found, MixtureLaplace):
-            candidate.take_mixture(found)
+        candidate.take(candidate.model.laplace(X))
         _of_one_fit(candidate, X, y)
 
 
@@ -133,14 +128,9 @@ class Integrated(BaseEstimator):
         """
         prior = prior if candidate.facts.rotates else None  # that of mixtures is a function of the rows alone
         found = candidate.model.integrated(X, y, se=self.se, max_particles=self.max_particles, prior=prior)
-        if isinstance(found, SampledEvidence):
-            candidate.take_sampled(found)
-        elif isinstance(found, MixtureEvidence):
-            candidate.take_allocated(found)
-        else:
-            candidate.take(found)
-            if to_map:
-                _move_to_map(candidate.model, X, y, found)
+        candidate.take(found)
+        if to_map and candidate.nodes is not None:
+            _move_to_map(candidate.model, X, y, cast(IntegratedEvidence, found))
         candidate.replicates = np.array([candidate.evidence])
         _of_one_fit(candidate, X, y)
 
@@ -253,7 +243,8 @@ class Auto(BaseEstimator):
             )
         if all(m.rotates for m in models):
             return Laplace(), (
-                "every candidate declares its loadings free up to rotation, and one is too large to be sampled"
+                "every candidate declares its loadings free up to rotation, and one is too large to be sampled (more "
+                f"than {MAX_PARAMETERS} parameters, or, with holes, {MAX_CELLS} cells): Laplace's approximation for all"
             )
         if all(m.mixture for m in models):
             return held_out, (

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from numbers import Integral
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -14,10 +16,12 @@ from bayes_mpt.estimators.fitted import Fitted
 from bayes_mpt.estimators.rows import as_tensor
 from bayes_mpt.predictors.nodes.annealed import Annealed, AnnealedImportance, Bracket
 from bayes_mpt.program.devices import own_random_state
-from bayes_mpt.program.simulation import simulate
+from bayes_mpt.program.simulation import simulate, simulate_in_order
 from bayes_mpt.program.store import OwnStore
 
 __all__ = ["bracket", "draw_missing", "draw_rows"]
+
+_Drawn = TypeVar("_Drawn")
 
 
 def draw_rows(fitted: Fitted, n_rows: int) -> NDArray[np.float64]:
@@ -27,6 +31,8 @@ def draw_rows(fitted: Fitted, n_rows: int) -> NDArray[np.float64]:
     n_columns = len(fitted.names)
     if fitted.bound.structure.takes_visible:  # a row of which nothing is known
         return draw_missing(fitted, np.full((int(n_rows), n_columns), np.nan), None, 1)[0]
+    if fitted.bound.structure.order is not None:
+        return fitted.unshifted(_in_order(fitted, int(n_rows)).double().cpu().numpy())
     if not fitted.bound.structure.affine:
         return fitted.unshifted(_simulate(fitted, int(n_rows))[0].double().cpu().numpy())
     reading = fitted.shared_map("sample")
@@ -48,15 +54,29 @@ def _simulate(fitted: Fitted, n_rows: int) -> tuple[Tensor, dict[str, Tensor]]:
             f"rows can be drawn where the program observes the cells of X itself and rows are independent, which "
             f"{fitted.model!r} does not"
         )
+    return _at_fit(fitted, n_rows, lambda rows: simulate(fitted.model, (rows,), structure))
+
+
+def _in_order(fitted: Fitted, n_rows: int) -> Tensor:
+    """Rows (N, T), or one series of so many steps, each token drawn from what was drawn before it."""
+    if fitted.y_like is not None:
+        raise ValueError(
+            "rows cannot be drawn where a program takes y: tokens look at earlier ones, of which y is none"
+        )
+    draw = partial(simulate_in_order, fitted.model, program=fitted.bound.structure, seed=fitted.draws)
+    return _at_fit(fitted, n_rows, draw)
+
+
+def _at_fit(fitted: Fitted, n_rows: int, draw: Callable[[Tensor], _Drawn]) -> _Drawn:
+    """What is drawn of the program at its fitted parameters, for a table of so many rows."""
     rows = as_tensor(np.zeros((n_rows, len(fitted.names))), fitted.model, fitted.device)
     with OwnStore() as store:
         store.prefill(fitted.initial)
         with own_random_state(fitted.draws):
-            # networks put their parameters into the store
-            simulate(fitted.model, (rows,), structure)
+            draw(rows)  # networks put their parameters into the store
         store.begin(fitted.state)
         with own_random_state(fitted.draws):
-            return simulate(fitted.model, (rows,), structure)
+            return draw(rows)
 
 
 def draw_missing(fitted: Fitted, rows: NDArray[np.floating], y: Any, n_samples: int) -> NDArray[np.float64]:

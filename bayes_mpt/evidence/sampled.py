@@ -90,7 +90,7 @@ def sample_evidence(
     shape: Array | None = None,
     se: float = 0.1,
     max_particles: int = 1024,
-    n_islands: int = 8,
+    n_islands: int = 16,
     seed: int = 0,
 ) -> SampledEvidence:
     """Evidence of the observed cells of rows, with its error.
@@ -112,7 +112,7 @@ def sample_evidence(
         Nats: the standard error that is sampled for.
     max_particles : int, default=1024
         Of the run that counts.
-    n_islands : int, default=8
+    n_islands : int, default=16
         Independent runs, from which the error is told.
     seed : int, default=0
         Same seed, same bits.

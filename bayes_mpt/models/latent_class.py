@@ -85,26 +85,8 @@ class LatentClass(CheckedModel):
     ) -> dict[str, Tensor]:
         """Climb from ``params`` by EM, and past its first steps by L-BFGS in its units.
 
-        Parameters
-        ----------
-        x : Tensor of shape (N, T)
-            Codes, NaN where missing.
-        params : dict of Tensor
-            Values of the parameters, by name.
-        tol : float
-            It ends where no step has more than this share of the score to gain, or nats a row where that is small.
-        max_iter : int
-            Most steps.
-
-        Returns
-        -------
-        dict of Tensor
-            Better ones; of a class without rows the levels are as they were.
-
-        Raises
-        ------
-        KeyboardInterrupt
-            At Ctrl-C; after the first step its argument is the parameters as they are then.
+        As `bayes_mpt.program.offers.Offers.maximize`, for codes that may be NaN. Of a class without rows the levels are
+        as they were.
 
         Examples
         --------

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -16,6 +17,8 @@ from torch import Tensor
 from bayes_mpt.models.checks import CheckedModel, IntegersFrom, OneOf, check_memory
 
 __all__ = ["PPCA", "FactorAnalysis", "surplus_latents"]
+
+MAP = {"loc": "loc", "loading": "loading", "noise": "noise_variance"}  # of both, by names of parameters
 
 
 class PPCA(CheckedModel):
@@ -38,6 +41,7 @@ class PPCA(CheckedModel):
 
     # any rotation of z gives the same density: its orbit is integrated in the evidence
     symmetries: ClassVar[dict[str, str]] = {"rotations": "noise_variance"}
+    linear_map: ClassVar[dict[str, str]] = MAP
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         "n_components": [IntegersFrom(0), OneOf("auto")]
     }
@@ -53,8 +57,9 @@ class PPCA(CheckedModel):
                 "PPCA: n_components must be an integer of at least 0 where the program is run, got 'auto': "
                 "BayesMPT(PPCA()) chooses it"
             )
-        noise = pyro.param("noise_variance", lambda: _spread(x).square().mean() / 2, constraints.positive)
-        _factors(x, self.n_components, noise)
+        spread = cache(lambda: _spread(x))
+        noise = pyro.param("noise_variance", lambda: spread().square().mean() / 2, constraints.positive)
+        _factors(x, self.n_components, noise, spread)
 
     def advice(self, X: NDArray[np.floating]) -> list[str]:
         return surplus_latents("n_components", self.n_components, X)
@@ -85,6 +90,7 @@ class FactorAnalysis(CheckedModel):
     """
 
     symmetries: ClassVar[dict[str, str]] = {"rotations": "noise_variance"}
+    linear_map: ClassVar[dict[str, str]] = MAP
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {"n_components": [IntegersFrom(0)]}
 
     def __init__(self, n_components: int = 2):
@@ -93,8 +99,9 @@ class FactorAnalysis(CheckedModel):
     def __call__(self, x: Tensor) -> None:
         """Run the program on rows x (N, T)."""
         self._validate_params()
-        noise = pyro.param("noise_variance", lambda: _spread(x).square() / 2, constraints.positive)
-        _factors(x, self.n_components, noise)
+        spread = cache(lambda: _spread(x))
+        noise = pyro.param("noise_variance", lambda: spread().square() / 2, constraints.positive)
+        _factors(x, self.n_components, noise, spread)
 
     def advice(self, X: NDArray[np.floating]) -> list[str]:
         return surplus_latents("n_components", self.n_components, X)
@@ -123,8 +130,8 @@ def surplus_latents(name: str, n_latents: Any, X: NDArray[np.floating]) -> list[
     ]
 
 
-def _factors(x: Tensor, n_components: Any, noise: Tensor) -> None:
-    """The program of both: latents, then tokens."""
+def _factors(x: Tensor, n_components: Any, noise: Tensor, spread: Callable[[], Tensor]) -> None:
+    """The program of both: latents, then tokens; ``spread`` gives `_spread`, once."""
     n_components = int(n_components)
     n_rows, n_tokens = x.shape
     # loadings, and covariances of the latents
@@ -132,14 +139,14 @@ def _factors(x: Tensor, n_components: Any, noise: Tensor) -> None:
         f"loadings for n_components={n_components}", n_components * (n_tokens + n_components), x, "use fewer"
     )
     loc = pyro.param("loc", lambda: x.mean(0))
-    loading = pyro.param("loading", lambda: _random_loading(x, n_components))
+    loading = pyro.param("loading", lambda: _random_loading(x, n_components, spread()))
     with pyro.plate("rows", n_rows):
         z = pyro.sample("z", dist.Normal(x.new_zeros(n_components), 1.0).to_event(1))
         pyro.sample("x", dist.Normal(loc + z @ loading.mT, noise.sqrt().expand(n_tokens)).to_event(1), obs=x)
 
 
-def _random_loading(x: Tensor, n_components: int) -> Tensor:
-    sd = _spread(x)[:, None] / max(1, n_components) ** 0.5
+def _random_loading(x: Tensor, n_components: int, spread: Tensor) -> Tensor:
+    sd = spread[:, None] / max(1, n_components) ** 0.5
     return 0.5 * sd * torch.randn(x.shape[1], n_components, dtype=x.dtype, device="cpu").to(x)
 
 

@@ -123,6 +123,7 @@ def together(parts: Iterable[Evidence]) -> Evidence:
         "rows_with_bad_k": sum(d["rows_with_bad_k"] for d in found),
         "worst_rows": sorted(worst, key=lambda w: -math.inf if math.isnan(w[1]) else -w[1])[:5],
         "ess_min": min(d["ess_min"] for d in found),
+        "missed": next((d["missed"] for d in found if d.get("missed")), ""),
         **{
             key: sum(d[key] * len(p.by_row) for d, p in zip(found, parts, strict=True)) / len(by_row)
             for key in ("ess_mean", "log_weight_sd")
@@ -214,8 +215,6 @@ class Bound(ABC):
     """Of the way, in words."""
     why: str = ""
     """What was found that allows this way, for `BayesMPT.explain`."""
-    serves_any_rows: bool = False
-    """Whether what was found holds for other rows as well, though these do not share a map (`Program.scores_input`)."""
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -277,11 +276,6 @@ class Conditionals(ABC):
     def posterior(self, visible: Tensor | None = None) -> Posterior:
         """Latents given the visible (T,) and observed tokens of each row: all observed ones by default."""
 
-    @property
-    def own_order(self) -> Tensor:
-        """An order of the tokens (1, T): the program's own where they look at each other, else as they stand."""
-        return own_order(self.structure, self.value.shape[1]).to(self.value.device)
-
     def chain(self, order: Tensor, stops: list[int] | None = None) -> Tensor:
         """Score token order[c, t] given order[c, :t]: (C, T) long -> (C, N, T) nats, by token.
 
@@ -337,7 +331,7 @@ class Conditionals(ABC):
 
     def _joint(self) -> Tensor:
         """Log-density of the observed tokens of each row (N,)."""
-        return self.chain(self.own_order)[0].sum(-1)
+        return self.chain(own_order(self))[0].sum(-1)
 
     def _along(self, order: Tensor, weight: Tensor) -> Tensor:
         """The weighted sum (N,) along chains (C, T): whatever the order, they add up to the log-density."""

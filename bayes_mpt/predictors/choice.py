@@ -9,6 +9,7 @@ import torch
 
 from bayes_mpt.predictors.base import Bound, Guide, Predictor
 from bayes_mpt.predictors.exact import summed_out
+from bayes_mpt.predictors.gaussian.linear import LinearGaussian
 from bayes_mpt.predictors.gaussian.markov import closed_form
 from bayes_mpt.predictors.gaussian.nearest_neighbors import NearestNeighbors, near_conditionals
 from bayes_mpt.predictors.gaussian.process import JointGaussian, gaussian_program
@@ -19,7 +20,7 @@ from bayes_mpt.predictors.nodes.smc import SequentialMonteCarlo
 from bayes_mpt.predictors.self_predictive import SelfPredictive
 from bayes_mpt.program.affine import NotAffine
 from bayes_mpt.program.analysis import look
-from bayes_mpt.program.arguments import fill
+from bayes_mpt.program.arguments import fill_all
 from bayes_mpt.program.program import Model, ModelError
 from bayes_mpt.program.run import run, takes_visible
 from bayes_mpt.program.shift_trials import observing_cells
@@ -34,7 +35,7 @@ MAX_JOINT = 4096  # tokens of one Gaussian vector whose covariance is made whole
 
 def _samples(guide: Guide, args: tuple[Any, ...]) -> bool:
     """Whether a guide has any site: SVI wants one also where nothing is to be drawn."""
-    filled = tuple(fill(a) for a in args)
+    filled = fill_all(args)
     if takes_visible(guide):
         guide = partial(guide, visible=torch.ones_like(filled[0], dtype=torch.bool))
     return bool(latent_nodes(run(guide, filled)))
@@ -92,6 +93,9 @@ def _chosen(model: Model, args: tuple[Any, ...], guide: Guide | None) -> Bound:
         if len(args[0]) > MAX_JOINT:
             return near_conditionals(NearestNeighbors(), model, args, vector)
         return JointGaussian(model, vector)
+    stated = LinearGaussian.stated(model, args)
+    if stated is not None:
+        return stated
     analysis = look(model, args)
     try:
         return closed_form(model, args, analysis)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bayes_mpt.predictors.base import Bound, Guide, Predictor
+from bayes_mpt.predictors.gaussian.linear import LinearGaussian
 from bayes_mpt.predictors.gaussian.markov import closed_form
 from bayes_mpt.predictors.gaussian.process import JointGaussian, gaussian_program
 from bayes_mpt.predictors.nodes.enumeration import enumerated, mixture_of_maps
@@ -44,6 +45,9 @@ class Exact(Predictor):
         vector = gaussian_program(model, args)
         if vector is not None:
             return JointGaussian(model, vector)
+        stated = LinearGaussian.stated(model, args)
+        if stated is not None:
+            return stated
         analysis = look(model, args)
         try:
             return closed_form(model, args, analysis)

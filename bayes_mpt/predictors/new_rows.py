@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bayes_mpt.program.analysis import analyze
-from bayes_mpt.program.arguments import fill, head
+from bayes_mpt.program.arguments import fill, fill_all, head
 from bayes_mpt.program.factor_runs import read_factors
 from bayes_mpt.program.program import Model, ModelError, Program
 from bayes_mpt.program.run import run
@@ -24,7 +24,7 @@ def growing(model: Model, args: tuple[Any, ...], program: Program) -> tuple[str,
     if program.by_row or n_rows < 2 or not any(n_rows in site.shape for site in program.latents):
         return ()
     try:
-        trace = run(model, tuple(fill(a) for a in head(args, n_rows - 1)))
+        trace = run(model, fill_all(head(args, n_rows - 1)))
     except (RuntimeError, ValueError, IndexError):  # written for so many rows: a plate of literal size
         return ()
     return tuple(
@@ -80,7 +80,7 @@ def means_of_new(
         return read_factors(model, args, program, at, n).means(everything[:, : program.n_tokens])[:, 0]
 
     found = means(both, program, longer)  # (S, N + M)
-    old = tuple(fill(a) for a in seen)
+    old = fill_all(seen)
     few = means(old, analyze(model, old), {n: v[:2] for n, v in values.items()})
     if not torch.allclose(few, found[:2, :n_seen], rtol=1e-5, atol=1e-8):
         raise ModelError(

@@ -10,6 +10,7 @@ import torch
 from torch import Generator, Tensor
 
 from bayes_mpt.masks import Masks, Policy
+from bayes_mpt.predictors.own_order import own_order
 from bayes_mpt.program.arguments import rows_of
 from bayes_mpt.program.program import ModelError
 from bayes_mpt.runtime.interrupts import check_stop
@@ -97,7 +98,7 @@ def outputs_of_rows(objective: Objective, read: Conditionals | None, *, few_rows
     if len(read.value) > 1:
         found = read.score()
     else:
-        found = read.chain(read.own_order).flatten()
+        found = read.chain(own_order(read)).flatten()
     return Outputs(found / math.sqrt(len(found)), few_rows=few_rows)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from bayes_mpt.program.program import ModelError, Order, Program, list_names
+from bayes_mpt.program.program import ModelError, Order, list_names
 
 if TYPE_CHECKING:
     from bayes_mpt.predictors.base import Conditionals, Posterior
@@ -19,11 +19,12 @@ __all__ = ["in_own_order", "own_order", "refuse_masks", "words_of"]
 C = TypeVar("C", bound=type)
 
 
-def own_order(program: Program, n_tokens: int) -> Tensor:
-    """The order of a program's tokens (1, T): its own where tokens look at each other, else as they stand."""
-    if program.order is None:
-        return torch.arange(n_tokens)[None]
-    return torch.tensor(program.order.tokens)[None]
+def own_order(read: Conditionals) -> Tensor:
+    """An order of the tokens (1, T): the program's own where tokens look at each other, else as they stand."""
+    order, value = read.structure.order, read.value
+    if order is None:
+        return torch.arange(value.shape[1], device=value.device)[None]
+    return torch.tensor(order.tokens, device=value.device)[None]
 
 
 def refuse_masks(what: str) -> None:
@@ -63,8 +64,7 @@ def _chain(ask: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @wraps(ask)
     def asked(self: Conditionals, order: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.structure.order is not None:
-            own = own_order(self.structure, order.shape[-1]).to(order.device)
-            if not bool((order == own).all()):
+            if not bool((order == own_order(self).to(order.device)).all()):
                 refuse_masks("a chain in another order")
         return ask(self, order, *args, **kwargs)
 

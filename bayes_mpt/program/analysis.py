@@ -14,14 +14,15 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import constraints
 
-from bayes_mpt.program.arguments import fill
+from bayes_mpt.program.arguments import fill_all
 from bayes_mpt.program.checks import check_sites, refuse_unregistered_parameters
 from bayes_mpt.program.factor_runs import with_meeting_entries
+from bayes_mpt.program.first import FirstRun
 from bayes_mpt.program.layout import rows_first
-from bayes_mpt.program.mask_trials import refuse_other_rows, refuse_selection
+from bayes_mpt.program.mask_trials import refuse_other_rows, refuse_selection, refuse_unmoved
 from bayes_mpt.program.program import Model, ModelError, Program, SubSampled, one_vector
 from bayes_mpt.program.run import first_run
-from bayes_mpt.program.shifts import ObservesCells
+from bayes_mpt.program.shifts import shifts_of
 from bayes_mpt.program.sites import (
     base,
     describe_latent,
@@ -36,7 +37,7 @@ from bayes_mpt.program.sites import (
 )
 from bayes_mpt.program.trials import Verdict, refuse_hidden, try_others
 
-__all__ = ["Analysis", "analyze", "look"]
+__all__ = ["Analysis", "analyze", "described", "look"]
 
 GAUSSIAN = ("Normal", "MultivariateNormal")
 
@@ -66,8 +67,9 @@ class Analysis(NamedTuple):
         if some and len(set(scales.values())) > 1:
             raise SubSampled(
                 f"plate {some[0]!r} draws some of its rows beside latents of the data set. Train such a program by "
-                "pyro.infer.SVI on the ELBO of one draw (with more draws inside of the log a sub-sampled likelihood is "
-                "no bound); the log marginal likelihood needs all rows, which BayesMPT takes"
+                "pyro.infer.SVI on the ELBO of one draw, loss=pyro.infer.Trace_ELBO() (with more draws inside of the "
+                "log a sub-sampled likelihood is no bound), and ask bayes_mpt.evidence.from_guide for the log marginal "
+                "likelihood of all rows; or leave the program to BayesMPT(model).fit(x), which takes all rows"
             )
         _refuse_scales(scales)
         return self.program
@@ -100,11 +102,11 @@ def analyze(model: Model, args: tuple[Any, ...], *, own_masks: bool = False) -> 
     """
     if not own_masks:
         return look(model, args).checked()
-    args = tuple(fill(a) for a in args)
+    args = fill_all(args)
     first, init = first_run(model, args)
-    program = _described(first, len(init[0]), factors_too=True)
+    program = described(first, len(init[0]), factors_too=True)
     check_sites(first, factors_too=True)
-    try_others(model, init, program, first, values_only=True)
+    try_others(FirstRun(model, init, program, first), values_only=True)
     nodes = (*observed_nodes(first, factors_too=True), *latent_nodes(first), *factor_nodes(first))
     _refuse_scales({node["name"]: float(node["scale"]) for node in nodes})
     refuse_unregistered_parameters(first)
@@ -120,26 +122,22 @@ def look(model: Model, args: tuple[Any, ...]) -> Analysis:
     ModelError
         As `analyze`, but for what only matters where latents are given or summed out.
     """
-    args = tuple(fill(a) for a in args)
+    args = fill_all(args)
     first, init = first_run(model, args)
-    program = _described(first, len(init[0]))
-    if isinstance(model, ObservesCells):
-        program = program._replace(shifts=model.shifts)
+    program = described(first, len(init[0]))._replace(shifts=shifts_of(model))
     nodes, latents = observed_nodes(first), latent_nodes(first)
     gaussian = all(type(base(n["fn"])).__name__ in GAUSSIAN for n in (*nodes, *latents))
     if not gaussian:
         check_sites(first)
-    refuse_hidden(model, init, first)
+    once = FirstRun(model, init, program, first)
+    refuse_hidden(once)
     refuse_unregistered_parameters(first)
     position = _observed_argument(program, first, init)
     real = all(_is_real(base(n["fn"])) for n in nodes)
-    ordered = _steps_in_plate(model, init, program, first, real)
+    ordered = _steps_in_plate(once, real)
     if ordered is None:
         verdict = try_others(
-            model,
-            init,
-            program,
-            first,
+            once,
             position=position,
             alike=gaussian and program.by_row,
             real=real,
@@ -147,8 +145,10 @@ def look(model: Model, args: tuple[Any, ...]) -> Analysis:
         )
     else:
         program, verdict = ordered
-    refuse_selection(model, init, program, first, by_tokens=verdict.order is None)
-    refuse_other_rows(model, init, program, first)
+    once = once._replace(program=program)
+    refuse_unmoved(once)
+    refuse_selection(once, by_tokens=verdict.order is None)
+    refuse_other_rows(once)
     if verdict.order is not None:
         # each row is read at its own values, and missing cells that others look at are refused there
         program = one_vector(program) if verdict.coupled else program
@@ -162,22 +162,21 @@ def look(model: Model, args: tuple[Any, ...]) -> Analysis:
     return Analysis(program, init, first, verdict.other, position, verdict.by_number)
 
 
-def _steps_in_plate(
-    model: Model, args: tuple[Any, ...], program: Program, first: Trace, real: bool
-) -> tuple[Program, Verdict] | None:
+def _steps_in_plate(first: FirstRun, real: bool) -> tuple[Program, Verdict] | None:
     """The vector in a plate of another length than x, whose steps look at earlier ones; None where they do not.
 
     A plate of the T - 1 steps of an autoregression, say: no rows, and nothing is drawn of them.
     """
-    drawn = any(len(rows) < first.nodes[name]["fn"].size for name, rows in sub_samples(first).items())
+    program, trace = first.program, first.trace
+    drawn = any(len(rows) < trace.nodes[name]["fn"].size for name, rows in sub_samples(trace).items())
     if program.sub_rows is None or drawn:
         return None
     whole = one_vector(program)._replace(sub_rows=None)
-    verdict = try_others(model, args, whole, first, real=real)
+    verdict = try_others(first._replace(program=whole), real=real)
     return None if verdict.order is None else (whole, verdict)
 
 
-def _described(first: Trace, n_rows: int, factors_too: bool = False) -> Program:
+def described(first: Trace, n_rows: int, factors_too: bool = False) -> Program:
     """The program of a first run on so many rows."""
     nodes, latents = observed_nodes(first, factors_too=factors_too), latent_nodes(first)
     rows, by_row = rows_plate_of(nodes, latents, n_rows)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bayes_mpt.program.offers import Around
 from bayes_mpt.program.program import ModelError
 
 __all__ = [
     "cell_name",
     "cycle",
     "fill",
+    "fill_all",
     "fill_otherwise",
     "filling",
     "has_missing",
@@ -23,6 +25,7 @@ __all__ = [
     "init_rows",
     "resampled",
     "rows_of",
+    "same_cells",
     "shifted",
     "spread_rows",
 ]
@@ -57,6 +60,16 @@ def fill(arg: Any, value: Tensor | None = None) -> Any:
     value = filling(arg) if value is None else value
     assert value is not None
     return torch.where(arg.isnan(), value, arg)
+
+
+def fill_all(args: Iterable[Any]) -> tuple[Any, ...]:
+    """All arguments of a call without missing cells, each as `fill` has it."""
+    return tuple(fill(a) for a in args)
+
+
+def same_cells(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same values, and NaN at the same places."""
+    return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def filling(arg: Any) -> Tensor | None:
@@ -161,8 +174,8 @@ def cycle(arg: Any, n_rows: int) -> Any:
 
 def cell_name(model: Callable[..., Any], arg: Tensor, position: int, index: Sequence[int | slice]) -> str:
     """A cell of an argument, or all along some axes, as one writes it: x[3], or x[:, 2]."""
-    while callable(inner := getattr(model, "model", None)) and not isinstance(model, torch.nn.Module):
-        model = inner  # what stands around a program has no names of its own
+    while isinstance(model, Around):  # which has no names of its own
+        model = model.model
     names: list[str] = []
     with suppress(TypeError, ValueError):
         parameters = inspect.signature(model).parameters.values()

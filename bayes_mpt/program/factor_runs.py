@@ -25,9 +25,8 @@ from bayes_mpt.program.factors import Factors, Question, Tokens
 from bayes_mpt.program.joint_values import JointValues, meeting_plates
 from bayes_mpt.program.layout import check_shape, rows_axis, sum_by_row, token_values
 from bayes_mpt.program.mapped import MappedEnumeration, Tensors, run_mapped
-from bayes_mpt.program.other_latents import FAILURES
 from bayes_mpt.program.program import Model, Observed, Program, n_rows_of
-from bayes_mpt.program.run import NODES, SetLatents, one_precision, run
+from bayes_mpt.program.run import FAILURES, NODES, SetLatents, one_precision, run
 from bayes_mpt.program.seen_labels import with_seen_labels
 from bayes_mpt.program.sites import base, is_subsample, latent_nodes, node_of, own_masks
 
@@ -98,6 +97,16 @@ def read_factors(
         n_rows,
         float(trace.nodes[program.sites[-1].name]["scale"]),
         found.value,
+        _together(trace, program) if sums else (),
+    )
+
+
+def _together(trace: Trace, program: Program) -> tuple[tuple[str, frozenset[str]], ...]:
+    """Symbols of the sites of `Program.meeting` that are enumerated, and of their plates."""
+    return tuple(
+        (trace.nodes[name]["infer"]["_enumerate_symbol"], frozenset(trace.plate_to_symbol[p] for p in plates))
+        for name, plates in program.meeting
+        if "_enumerate_symbol" in trace.nodes[name]["infer"]
     )
 
 
@@ -107,12 +116,19 @@ def with_meeting_entries(model: Model, args: tuple[Any, ...], program: Program) 
     ``(x * included * w).sum(-1)`` over the plate of the weights looks at all of them at once.
     """
     rows = {program.rows_plate} if program.by_row else set()
-    if not any(s.discrete and set(s.plates) - rows for s in program.latents):
+    every = {s.name: frozenset(set(s.plates) - rows) for s in program.latents if s.discrete}
+    every = {name: plates for name, plates in every.items() if plates}
+    if not every:
         return program
-    with own_random_state(), torch.no_grad(), suppress(*FAILURES):
-        found = _run(model, args, program, {}, 1)
-        found.trace.symbolize_dims()
-        return program._replace(meeting=tuple(meeting_plates(found.trace, found.log_probs).items()))
+    with own_random_state(), torch.no_grad():
+        with suppress(*FAILURES):
+            found = _run(model, args, program, {}, 1)
+            found.trace.symbolize_dims()
+            return program._replace(meeting=tuple(meeting_plates(found.trace, found.log_probs).items()))
+        with suppress(*FAILURES):  # entries that are looked up, z[..., index], have to be there
+            together = program._replace(meeting=tuple(every.items()))
+            _run(model, args, together, {}, 1)
+            return together
     return program  # where it is read, it says why it cannot run
 
 

@@ -83,6 +83,8 @@ class Factors(NamedTuple):
     """Plate or `poutine.scale` factor of the run."""
     value: Tensor
     """(N, T) tokens of the run."""
+    together: tuple[tuple[str, frozenset[str]], ...] = ()
+    """Symbols of the sites whose values are enumerated for all entries of these plates together."""
 
     @property
     def n_tokens(self) -> int:
@@ -296,7 +298,7 @@ class Factors(NamedTuple):
 
     def _finish(self, terms: list[tuple[frozenset[str], Tensor]]) -> Tensor:
         tree: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
-        for ordinal, term in terms:
+        for ordinal, term in map(self._out_of_plates, *zip(*terms, strict=True)):
             tree.setdefault(ordinal, []).append(term)
         kept = frozenset(self.kept)
         ring = LogRing(dim_to_size=dict(self.sizes))
@@ -307,6 +309,23 @@ class Factors(NamedTuple):
         # axes of size one were left out
         full = (self.n_nodes, self.n_rows)
         return out.reshape(shape).reshape(full)
+
+    def _out_of_plates(self, ordinal: frozenset[str], term: Tensor) -> tuple[frozenset[str], Tensor]:
+        """A term that moves with values of all entries of a plate, multiplied over these: it is one number for each.
+
+        Else a sum over the values would be taken in each entry by itself.
+        """
+        dims: str = term._pyro_dims  # type: ignore[attr-defined]  # Pyro names packed axes so
+        away = (
+            frozenset[str]().union(*[plates for symbol, plates in self.together if symbol in dims]) & ordinal
+        )
+        for plate in sorted(away):
+            if plate in dims:
+                term, dims = term.sum(dims.index(plate)), dims.replace(plate, "")
+            else:
+                term = term * self.sizes[plate]
+        term._pyro_dims = dims  # type: ignore[attr-defined]
+        return ordinal - away, term
 
     def _expectations(self, visible: Tensor, weights: list[Tensor], create_graph: bool) -> list[Tensor]:
         """E[weight_i(z) | x_R, u_s] of all tokens: positive or not, by the derivative of log Z -> (S, N, tokens)."""

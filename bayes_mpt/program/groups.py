@@ -26,7 +26,7 @@ from bayes_mpt.program.densities import log_density
 from bayes_mpt.program.latents import Space, space
 from bayes_mpt.program.layout import check_shape
 from bayes_mpt.program.program import Model, Program
-from bayes_mpt.program.run import run
+from bayes_mpt.program.run import FAILURES, run
 from bayes_mpt.program.sites import base, latent_nodes, node_of, own_masks
 from bayes_mpt.program.store import moved_parameters
 
@@ -44,7 +44,6 @@ ROUNDING = 1e-10  # of a term, by which it may move without being looked at
 MOVED = 0.05  # of the parameters
 FAR = 50.0
 CELLS = 2**20  # log-densities at a time
-FAILURES = (RuntimeError, ValueError, IndexError, TypeError, AssertionError, NotImplementedError)
 
 
 class Terms(NamedTuple):

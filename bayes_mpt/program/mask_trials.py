@@ -15,20 +15,22 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from bayes_mpt.program.arguments import resampled
-from bayes_mpt.program.other_latents import FAILURES, other_points
-from bayes_mpt.program.program import Model, ModelError, Program
+from bayes_mpt.program.first import FirstRun
+from bayes_mpt.program.other_latents import other_points
+from bayes_mpt.program.program import ModelError, Program
 from bayes_mpt.program.run import run
 from bayes_mpt.program.sites import (
-    latent_nodes,
     node_of,
+    observed_nodes,
     own_masks,
     own_shown,
     plate_axis,
     sub_samples,
 )
 from bayes_mpt.program.store import moved_parameters
+from bayes_mpt.program.trials import raise_moving
 
-__all__ = ["refuse_other_rows", "refuse_selection"]
+__all__ = ["refuse_other_rows", "refuse_selection", "refuse_unmoved"]
 
 N_TABLES = 8  # of other data
 MAX_COLUMNS = 256  # of an argument
@@ -42,21 +44,13 @@ class _View(NamedTuple):
     values: dict[str, Tensor]
 
 
-def refuse_selection(
-    model: Model, args: tuple[Any, ...], program: Program, first: Trace, *, by_tokens: bool = True
-) -> None:
+def refuse_selection(first: FirstRun, *, by_tokens: bool = True) -> None:
     """Refuse masks and scales that move with the values of tokens, with latents or with parameters.
 
     Parameters
     ----------
-    model : callable
-        A Pyro program.
-    args : tuple
-        Filled: what it was first run on.
-    program : Program
-        What was found out about it.
-    first : Trace
-        That run.
+    first : FirstRun
+        The program.
     by_tokens : bool, default=True
         Whether they may not move with the values of tokens. Where tokens have an order, masks may look at earlier ones,
         which `bayes_mpt.program.token_graph` has seen to.
@@ -66,15 +60,15 @@ def refuse_selection(
     ModelError
         With the site and what to do.
     """
-    nodes = [node_of(first, name) for name in (*program.site_names, *program.latent_names)]
+    program, held = first.program, first.latents
+    nodes = [node_of(first.trace, name) for name in (*program.site_names, *program.latent_names)]
     computed = any(own_masks(n, n["fn"].event_dim) or isinstance(n["scale"], Tensor) for n in nodes)
     if not computed:
         return
-    before = _view(first, program)
-    held = {n["name"]: n["value"].detach() for n in latent_nodes(first)}
-    for at in other_points(model, args, first):
+    before = _view(first.trace, program)
+    for at in other_points(first.model, first.args, first.trace):
         with torch.no_grad(), pyro.validation_enabled(False), moved_parameters(at.size, at.seed):
-            now = _view(run(model, args, {**at.latents, **sub_samples(first)}), program)
+            now = _view(run(first.model, first.args, {**at.latents, **sub_samples(first.trace)}), program)
         name = _moved(before, now)
         if name is not None:
             raise ModelError(
@@ -82,13 +76,13 @@ def refuse_selection(
                 "leaves out is no missing cell: let it depend on arguments alone, and write a choice between "
                 "distributions as a mixture"
             )
-    for position, arg in enumerate(args if by_tokens else ()):
+    for position, arg in enumerate(first.args if by_tokens else ()):
         for other in _tables(arg):
-            trace = _taken(model, args, position, other, held, first)
+            trace = first.taken(first.with_argument(position, other), held)
             if trace is None or _moved(before, _view(trace, program)) is None:
                 continue
-            only = _tokens_alone(model, args, position, other, held, first, program)
-            trace = None if only is None else _taken(model, args, position, only, held, first)
+            only = _tokens_alone(first, position, other)
+            trace = None if only is None else first.taken(first.with_argument(position, only), held)
             name = None if trace is None else _moved(before, _view(trace, program))
             if name is not None:
                 raise ModelError(
@@ -99,22 +93,51 @@ def refuse_selection(
                 )
 
 
-def refuse_other_rows(model: Model, args: tuple[Any, ...], program: Program, first: Trace) -> None:
+def refuse_unmoved(first: FirstRun) -> None:
+    """Refuse observed values that are computed from latents which do not move them at these data.
+
+    ``obs=x - a * (x > 50)`` is x where no x is so large, and no shift of cells elsewhere.
+
+    Raises
+    ------
+    ValuesMove
+        With the site; where it is a shift of cells, `bayes_mpt.program.shift_trials` finds it.
+    """
+    nodes = observed_nodes(first.trace)
+    if all(any(_is_view(n["value"], a) for a in first.args) for n in nodes):
+        return
+    held = first.latents
+    held = {n: v.requires_grad_() if v.is_floating_point() else v for n, v in held.items()}
+    if not held:
+        return
+    with torch.enable_grad(), pyro.validation_enabled(False):
+        trace = run(first.model, first.args, {**held, **sub_samples(first.trace)})
+    for node in nodes:
+        if node_of(trace, node["name"])["value"].requires_grad and not node["value"].requires_grad:
+            raise_moving(node["name"], tuple(held))
+
+
+def refuse_other_rows(first: FirstRun) -> None:
     """Refuse observed values that are computed from other rows, where latents of the data set make rows one vector.
 
     In the rows plate each value is of one row: x - x.mean(0) has fewer numbers than it has entries, and no density.
     Where rows are independent, `bayes_mpt.program.trials` sees more.
+
+    Parameters
+    ----------
+    first : FirstRun
+        The program.
 
     Raises
     ------
     ModelError
         With the site and what to do.
     """
+    program, args = first.program, first.args
     if program.by_row or program.rows_plate is None:
         return
-    held = {n["name"]: n["value"].detach() for n in latent_nodes(first)}
     for name in program.site_names:
-        node = node_of(first, name)
+        node = node_of(first.trace, name)
         value, axis = node["value"], plate_axis(node, program.rows_plate)
         if axis is None or any(_is_view(value, a) for a in args):
             continue  # cells as they stand
@@ -122,7 +145,7 @@ def refuse_other_rows(model: Model, args: tuple[Any, ...], program: Program, fir
             if not isinstance(arg, Tensor) or not arg.ndim or len(arg) != value.shape[axis] or len(arg) < 2:
                 continue
             for row in {0, len(arg) // 2, len(arg) - 1}:
-                if _n_moved(model, args, position, row, held, first, name, axis) > 1:
+                if _n_moved(first, position, row, name, axis) > 1:
                     raise ModelError(
                         f"the value of observed site {name!r} in one row depends on other rows of plate "
                         f"{program.rows_plate!r} (x - x.mean(0), lags), so that their density is not that of the data: "
@@ -130,22 +153,15 @@ def refuse_other_rows(model: Model, args: tuple[Any, ...], program: Program, fir
                     )
 
 
-def _n_moved(
-    model: Model,
-    args: tuple[Any, ...],
-    position: int,
-    row: int,
-    held: dict[str, Tensor],
-    first: Trace,
-    name: str,
-    axis: int,
-) -> int:
+def _n_moved(first: FirstRun, position: int, row: int, name: str, axis: int) -> int:
     """In how many rows a value moves where one row of an argument does."""
-    arg, value = args[position], node_of(first, name)["value"]
+    arg, value = first.args[position], node_of(first.trace, name)["value"]
     for other in _tables(arg):
         changed = arg.clone()
         changed[row] = other[row]
-        trace = None if torch.equal(changed, arg) else _taken(model, args, position, changed, held, first)
+        if torch.equal(changed, arg):
+            continue
+        trace = first.taken(first.with_argument(position, changed), first.latents)
         if trace is not None:
             now = node_of(trace, name)["value"]
             if now.shape != value.shape:
@@ -198,41 +214,21 @@ def _tables(arg: Any) -> Iterator[Tensor]:
         yield arg + 3.0 ** (k - 3) * size * step
 
 
-def _taken(
-    model: Model, args: tuple[Any, ...], position: int, other: Tensor, held: dict[str, Tensor], first: Trace
-) -> Trace | None:
-    """A run on these values of one argument; None where the program does not take them."""
-    try:
-        with torch.no_grad(), pyro.validation_enabled(False):
-            changed = (*args[:position], other, *args[position + 1 :])
-            return run(model, changed, {**held, **sub_samples(first)})
-    except FAILURES:
-        return None
-
-
-def _tokens_alone(
-    model: Model,
-    args: tuple[Any, ...],
-    position: int,
-    other: Tensor,
-    held: dict[str, Tensor],
-    first: Trace,
-    program: Program,
-) -> Tensor | None:
+def _tokens_alone(first: FirstRun, position: int, other: Tensor) -> Tensor | None:
     """The argument with other values in those columns alone that are observed; None where none is."""
-    arg = args[position]
+    arg = first.args[position]
     width = arg[0].numel()
     if width > MAX_COLUMNS:
         return other
-    before, only = _view(first, program).values, arg
+    before, only = _view(first.trace, first.program).values, arg
     for column in range(width):
         one = arg.reshape(len(arg), -1).clone()
         one[:, column] = other.reshape(one.shape)[:, column]
         one = one.reshape(arg.shape)
-        trace = _taken(model, args, position, one, held, first)
+        trace = first.taken(first.with_argument(position, one), first.latents)
         if trace is None:
             continue
-        now = _view(trace, program).values
+        now = _view(trace, first.program).values
         if any(not torch.equal(before[name], now[name]) for name in before):
             only = torch.where(one != arg, other, only)
     return None if only is arg else only

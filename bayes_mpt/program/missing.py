@@ -11,10 +11,10 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from bayes_mpt.program.arguments import cell_name, fill, fill_otherwise, has_missing
+from bayes_mpt.program.arguments import cell_name, fill_all, fill_otherwise, has_missing
 from bayes_mpt.program.layout import join_tokens, log_probs_under, rows_first, token_values
 from bayes_mpt.program.program import MissingCovariate, Model, ModelError, Program
-from bayes_mpt.program.run import run
+from bayes_mpt.program.run import FAILURES, run
 from bayes_mpt.program.sites import base, latent_nodes, node_of, own_shown, sub_samples
 
 __all__ = ["gaps_show", "holes_in", "nan_shows", "read_values", "same_but_for", "values_with_gaps"]
@@ -99,7 +99,7 @@ def _missing_parent(
     model: Model, args: tuple[Any, ...], program: Program, trace: Trace, sites: dict[str, Tensor]
 ) -> str:
     """Which missing cell a distribution looks at, in words."""
-    filled, others = tuple(fill(a) for a in args), tuple(fill_otherwise(a) for a in args)
+    filled, others = fill_all(args), tuple(fill_otherwise(a) for a in args)
     looked_at = [] if program.order is None else list(program.order.parents)
     before = token_values(trace, program)
     for position, arg in enumerate(args):
@@ -135,7 +135,7 @@ def values_with_gaps(
     try:
         with torch.no_grad(), pyro.validation_enabled(False):
             raw: Trace | None = run(model, args, sites)
-    except (RuntimeError, ValueError, IndexError, TypeError):
+    except FAILURES:
         raw = None  # the program does not take NaN: it has no view of its own
     out = {}
     for name in names:
@@ -213,6 +213,6 @@ def nan_shows(model: Model, args: tuple[Any, ...], position: int, program: Progr
     try:
         with torch.no_grad(), pyro.validation_enabled(False):
             trace = run(model, changed, {**latents, **sub_samples(first)})
-    except (RuntimeError, ValueError, IndexError, TypeError):
+    except FAILURES:
         return True
     return gaps_show(first, trace, holes, program)

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Offers", "offered"]
+__all__ = ["Around", "Offers", "offered"]
 
 
 class Offers(Protocol):
@@ -38,6 +38,11 @@ class Offers(Protocol):
     """``{"rotations": name}``: loadings are free up to rotation, and the parameter of this name, one number or one for
     each column, is the noise variance. The orbit of the rotations is integrated in the Laplace evidence."""
 
+    linear_map: ClassVar[Mapping[str, str]]
+    """``{"loc": name, "loading": name, "noise": name}``: the parameters of these names, (T,), (T, K) and (T,) or one
+    number, are all of a program x = loc + loading z + e with z ~ N(0, I) and e ~ N(0, diag(noise)) of rows x. The class
+    is believed: no run but the first is made to find it out. Void in a subclass that has a ``__call__`` of its own."""
+
     penalised: str | None
     """In words the prior that fits add to the score by `penalty`; None where they add none."""
     maximizes_missing: ClassVar[bool]
@@ -58,7 +63,29 @@ class Offers(Protocol):
     def maximize(
         self, x: Tensor, params: Mapping[str, Tensor], *, tol: float, max_iter: int
     ) -> Mapping[str, Tensor]:
-        """Better values of its parameters for rows x, by an EM, say: it climbs the score and the `penalty`."""
+        """Better values of its parameters for rows x, by an EM, say: it climbs the score and the `penalty`.
+
+        Parameters
+        ----------
+        x : Tensor of shape (N, T)
+            Rows; NaN where a cell is missing, of a model that `maximizes_missing`.
+        params : dict of Tensor
+            Values of the parameters, by name, from which to climb.
+        tol : float
+            It ends where no step has more than this share of the score to gain, or nats a row where that is small.
+        max_iter : int
+            Most steps.
+
+        Returns
+        -------
+        dict of Tensor
+            Better ones, by name.
+
+        Raises
+        ------
+        KeyboardInterrupt
+            At Ctrl-C; after the first step its argument is the parameters as they are then.
+        """
 
     def penalty(self, *args: Tensor) -> Callable[[Mapping[str, Tensor]], Tensor] | None:
         """The log prior of its parameters that every fit adds, made once from the rows; no score includes it."""
@@ -68,6 +95,22 @@ class Offers(Protocol):
 
     def advice(self, X: NDArray[np.floating]) -> list[str]:
         """What is odd about its settings for rows X, NaN where missing: sentences, of which fits warn."""
+
+
+class Around:
+    """What is called in place of a program, and offers what the program offers."""
+
+    model: Any
+    """The program."""
+
+    def __getattr__(self, name: str) -> Any:
+        """What the program has besides."""
+        if name == "model" or name.startswith("__"):  # as it is unpickled it has none yet
+            raise AttributeError(name)
+        return getattr(self.model, name)
+
+    def __repr__(self) -> str:
+        return repr(self.model)
 
 
 def offered(model: Any, name: str) -> Any:

@@ -14,14 +14,14 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from bayes_mpt.program.devices import own_random_state
+from bayes_mpt.program.first import values_of
 from bayes_mpt.program.program import Model
-from bayes_mpt.program.run import run
+from bayes_mpt.program.run import FAILURES, run
 from bayes_mpt.program.sites import latent_nodes, sub_samples
 from bayes_mpt.program.store import moved_parameters
 
-__all__ = ["FAILURES", "Point", "other_points", "run_on_others"]
+__all__ = ["Point", "other_points", "run_on_others"]
 
-FAILURES = (RuntimeError, ValueError, IndexError, TypeError)  # of a program that does not take such values
 FAR = (1.0, 1.0, 1.0, 3.0, 10.0, 100.0, 1.0, 30.0)  # of the latents from the first run, in draws of the prior
 MOVED = (0.05, 0.0, 0.5, 0.05, 0.05, 0.05, 1.0, 0.05)  # of the parameters
 
@@ -38,7 +38,7 @@ class Point(NamedTuple):
 
 def other_points(model: Model, args: tuple[Any, ...], first: Trace) -> Iterator[Point]:
     """Up to eight points at which the program runs, all latents and parameters others than in its first run."""
-    held = {n["name"]: n["value"].detach() for n in latent_nodes(first)}
+    held = values_of(first)
     for seed, (far, size) in enumerate(zip(FAR, MOVED, strict=True), 1):
         for moved in (size, 0.0) if size else (size,):
             with moved_parameters(moved, seed), suppress(*FAILURES):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import lru_cache
+from types import FunctionType, MethodType
 from typing import Any
 
 import pyro
@@ -16,15 +19,30 @@ from pyro.poutine import runtime
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from bayes_mpt.program.arguments import fill, init_rows
+from bayes_mpt.program.arguments import fill_all, init_rows
 from bayes_mpt.program.densities import log_density
 from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.program import Model, ModelError, NotPositiveDefinite
 from bayes_mpt.program.seen_labels import with_seen_labels
 from bayes_mpt.program.sites import base, is_subsample
 
-__all__ = ["SetLatents", "first_run", "not_finite", "one_precision", "run", "takes_visible"]
+__all__ = [
+    "FAILURES",
+    "SetLatents",
+    "first_run",
+    "not_finite",
+    "one_precision",
+    "run",
+    "signature_of",
+    "takes_visible",
+]
 
+FAILURES = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
+"""Of a program that does not take such rows, or such values of its latents."""
+
+N_TRIES = (
+    16  # draws of the latents from the prior at which the cause of a number that is not finite is looked for
+)
 NODES = "_nodes"  # the plate of nodes, left of a program's own plates
 MIXED = re.compile("dtype|scalar type|data type|result type")  # in torch's messages about precision
 
@@ -50,9 +68,33 @@ def takes_visible(program: Any) -> bool:
     """Whether a program or guide has an argument that tells it which tokens it sees."""
     target = program.forward if isinstance(program, torch.nn.Module) else program
     try:
-        return "visible" in inspect.signature(target).parameters
+        return "visible" in signature_of(target).parameters
     except (TypeError, ValueError):
         return False
+
+
+def signature_of(target: Any) -> inspect.Signature:
+    """As `inspect.signature`; of an object whose class has a plain ``__call__``, remembered.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As there.
+    """
+    call = vars(type(target)).get("__call__")
+    if (
+        type(call) is FunctionType
+        and not hasattr(target, "__wrapped__")
+        and not hasattr(target, "__signature__")
+    ):
+        return _of_call(call)
+    return inspect.signature(target)
+
+
+@lru_cache(maxsize=16)
+def _of_call(call: FunctionType) -> inspect.Signature:
+    """Of a method's arguments but the object itself."""
+    return inspect.signature(MethodType(call, object()))
 
 
 def run(model: Model, args: tuple[Any, ...], values: dict[str, Tensor] | None = None) -> Trace:
@@ -107,13 +149,14 @@ def one_precision(args: tuple[Any, ...]) -> Iterator[None]:
         raise ModelError(
             f"the program makes a distribution {casts.where} that cannot be: {first_line.rstrip(':')}. Check the "
             f"parameters {casts.parameters} and their constraints, and what is computed from latents far from zero "
-            "(exp, division)"
+            f"(exp, division){_there(casts.latents)}"
         ) from error
     except torch.linalg.LinAlgError as error:
         first_line = str(error).splitlines()[0]
         raise NotPositiveDefinite(
             f"the program needs a matrix {casts.where} that cannot be factorised ({first_line}). Add to the "
             "diagonal of a covariance, or keep what it is computed from nearer to sensible values by a narrower prior"
+            f"{_there(casts.latents)}"
         ) from error
     except RuntimeError as error:
         if "must match the size of tensor" in str(error):
@@ -152,6 +195,8 @@ class _Casts(poutine.messenger.Messenger):
         """The last site that the program has reached."""
         self.parameters: list[str] = []
         """Those that it has reached."""
+        self.latents: dict[str, Tensor] = {}
+        """Values of the latents that it has reached."""
 
     @property
     def where(self) -> str:
@@ -162,6 +207,8 @@ class _Casts(poutine.messenger.Messenger):
         """Say so where a plate has another size than there are rows, and both are in torch's message."""
         sizes = {int(n) for n in re.findall(r"\d+", message)}
         for name, size in self.plates.items():
+            if "inside plate(" in message and f"inside plate({name!r})" not in message:
+                continue  # entries of a smaller plate may well be looked up in that of the rows
             if self.n_rows is not None and size != self.n_rows and {size, self.n_rows} <= sizes:
                 raise ModelError(
                     f"{message}: plate {name!r} has {size} entries and x has {self.n_rows} rows. Write "
@@ -185,6 +232,10 @@ class _Casts(poutine.messenger.Messenger):
         elif msg["value"] is None and not getattr(msg["fn"], "has_enumerate_support", False):
             value = msg["fn"](*msg["args"], **msg["kwargs"])
             msg["value"] = value.to(self.dtype) if value.is_floating_point() else value
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] and not is_subsample(msg) and isinstance(msg["value"], Tensor):
+            self.latents[msg["name"]] = msg["value"]
 
     def _pyro_param(self, msg: Any) -> None:
         name, *init = msg["args"]
@@ -234,20 +285,43 @@ def _rng_untouched(active: bool) -> Iterator[None]:
 
 
 def not_finite(model: Model, args: tuple[Any, ...]) -> str:
-    """The sites whose log-density is not finite at latents drawn from the prior, in words."""
-    with pyro.validation_enabled(False):
-        trace = run(model, tuple(fill(a) for a in args))
-        found = {
-            name: log_density(node["fn"], node["value"])
-            for name, node in trace.nodes.items()
-            if node["type"] == "sample" and not is_subsample(node)
+    """The sites whose log-density is not finite at latents drawn from the prior, and the latents, in words."""
+    args = fill_all(args)
+    for seed in range(N_TRIES):
+        with pyro.validation_enabled(False), own_random_state(seed):
+            try:
+                trace = run(model, args)
+            except ModelError as error:  # with the latent that it has come to
+                return str(error)
+            sites = [s for s in trace.nodes.values() if s["type"] == "sample" and not is_subsample(s)]
+            found = {s["name"]: log_density(s["fn"], s["value"]) for s in sites}
+        bad = {
+            n: float(t[~torch.isfinite(t)][0]) for n, t in found.items() if not bool(torch.isfinite(t).all())
         }
-    bad = {n: float(t[~torch.isfinite(t)][0]) for n, t in found.items() if not bool(torch.isfinite(t).all())}
-    if not bad:
-        return (
-            "at latents drawn from the prior every site has a finite log-density, so the cause is a parameter or an "
-            "extreme value of a latent"
-        )
-    return "; ".join(
-        f"the log-density of site {n!r} is {v} at latents drawn from the prior" for n, v in bad.items()
+        if bad:
+            there = _there({s["name"]: s["value"] for s in sites if not s["is_observed"]})
+            said = (
+                f"the log-density of site {n!r} is {v} at latents drawn from the prior"
+                for n, v in bad.items()
+            )
+            return "; ".join(said) + there
+    return (
+        f"at {N_TRIES} draws of the latents from the prior every site has a finite log-density, so the cause is a "
+        "parameter or an extreme value of a latent"
     )
+
+
+@torch.no_grad()
+def _there(latents: dict[str, Tensor]) -> str:
+    """The latent whose value is furthest from one, up or down, in words; nothing where no values are at hand."""
+    worst, found = -1.0, ""
+    for name, value in latents.items():
+        if torch._C._functorch.is_batchedtensor(value) or not value.numel() or not value.is_floating_point():
+            continue  # of copies side by side none is the one
+        far = value.detach().abs().double().log().abs().nan_to_num(nan=math.inf).flatten()
+        if float(far.max()) > worst:
+            worst, found = (
+                float(far.max()),
+                f". Latent {name!r} is {float(value.flatten()[far.argmax()]):.4g} there",
+            )
+    return found

@@ -19,12 +19,13 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from bayes_mpt.program.arguments import fill
-from bayes_mpt.program.other_latents import FAILURES, Point, other_points
+from bayes_mpt.program.arguments import fill_all
+from bayes_mpt.program.first import values_of
+from bayes_mpt.program.other_latents import Point, other_points
 from bayes_mpt.program.program import Model, ModelError, Shift, ValuesMove
-from bayes_mpt.program.run import first_run, run, takes_visible
-from bayes_mpt.program.shifts import ObservesCells
-from bayes_mpt.program.sites import latent_nodes, node_of, observed_nodes, sub_samples
+from bayes_mpt.program.run import FAILURES, first_run, run, takes_visible
+from bayes_mpt.program.shifts import ObservesCells, shifts_of
+from bayes_mpt.program.sites import node_of, observed_nodes, sub_samples
 from bayes_mpt.program.store import moved_parameters
 
 __all__ = ["find_shifts", "observing_cells"]
@@ -57,7 +58,7 @@ def observing_cells(ask: Callable[[Model], _Answer], model: Model, args: tuple[A
     try:
         return ask(model)
     except ValuesMove:
-        if takes_visible(model) or isinstance(model, ObservesCells):
+        if takes_visible(model) or shifts_of(model):
             raise
         shifts = find_shifts(model, args)
         if not shifts:
@@ -88,7 +89,7 @@ def find_shifts(model: Model, args: tuple[Any, ...]) -> tuple[Shift, ...]:
     ModelError
         If one of them moves otherwise than by a shift. The site is named.
     """
-    args = tuple(fill(a) for a in args)
+    args = fill_all(args)
     first, init = first_run(model, args)
     finder = _Finder(model, init, first)
     found = []
@@ -114,7 +115,7 @@ class _Finder:
 
     def __init__(self, model: Model, args: tuple[Any, ...], first: Trace):
         self.model, self.args, self.first = model, args, first
-        self.here = Point({n["name"]: n["value"].detach() for n in latent_nodes(first)})
+        self.here = Point(values_of(first))
         self.names = tuple(n["name"] for n in observed_nodes(first))
         self.pairs = list(self._pairs())
         if len(self.pairs) < MIN_PAIRS:

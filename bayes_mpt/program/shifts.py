@@ -22,13 +22,14 @@ from torch.distributions import constraints
 
 from bayes_mpt.program.densities import log_density
 from bayes_mpt.program.layout import from_rows
+from bayes_mpt.program.offers import Around
 from bayes_mpt.program.program import Model, Shift
 from bayes_mpt.program.sites import is_subsample
 
-__all__ = ["ObservesCells", "Shifted", "of_cells", "shifted"]
+__all__ = ["ObservesCells", "Shifted", "of_cells", "shifted", "shifts_of"]
 
 
-class ObservesCells:
+class ObservesCells(Around):
     """A program that observes shifted cells, as one that observes the cells themselves.
 
     Parameters
@@ -61,23 +62,19 @@ class ObservesCells:
         with _Cells(self.shifts, args):
             return self.model(*args, **kwargs)
 
-    def __getattr__(self, name: str) -> Any:
-        """What the program offers beside running (`bayes_mpt.program.offers`)."""
-        if name in ("model", "shifts") or name.startswith("__"):  # as it is unpickled it has none yet
-            raise AttributeError(name)
-        return getattr(self.model, name)
-
     @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(self.model)
 
-    def __repr__(self) -> str:
-        return repr(self.model)
+
+def shifts_of(model: Model) -> tuple[Shift, ...]:
+    """Those of a program that is wrapped to observe cells; none of any other."""
+    return model.shifts if isinstance(model, ObservesCells) else ()
 
 
 def of_cells(model: Model, shifts: tuple[Shift, ...]) -> Model:
     """A program as one that observes cells: itself where it does."""
-    return ObservesCells(model, shifts) if shifts and not isinstance(model, ObservesCells) else model
+    return ObservesCells(model, shifts) if shifts and not shifts_of(model) else model
 
 
 class _Cells(poutine.messenger.Messenger):

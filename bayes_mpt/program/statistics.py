@@ -188,6 +188,8 @@ class SufficientStatistics:
     def of_cells(self) -> tuple[Tensor, Tensor, Tensor]:
         """Of the observed cells of each column: how many, their mean, and their squares around it summed, (T,) each."""
         cells = self.incomplete
+        if not len(cells):
+            return torch.full_like(self.mean, self.n), self.mean, self.n * self.variance
         count = self.n + (~cells.isnan()).sum(0)
         mean = (self.n * self.mean + cells.nan_to_num(0.0).sum(0)) / count
         around = torch.where(cells.isnan(), 0.0, cells - mean).square().sum(0)

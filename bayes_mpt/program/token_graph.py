@@ -33,9 +33,10 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from bayes_mpt.program.arguments import cell_name, resampled, rows_of, spread_rows
+from bayes_mpt.program.first import FirstRun
 from bayes_mpt.program.layout import rows_first, to_rows
-from bayes_mpt.program.program import Model, ModelError, Order, Program, list_names
-from bayes_mpt.program.run import run
+from bayes_mpt.program.program import ModelError, Order, list_names
+from bayes_mpt.program.run import FAILURES, run
 from bayes_mpt.program.sites import base, node_of, own_shown
 from bayes_mpt.program.token_order import Moved, cycle_of, reached, sorted_tokens
 
@@ -49,7 +50,6 @@ CHUNK = 2**21  # cells of the copies that run side by side
 N_SECONDS = 4.0  # for copies that run one after the other
 SMALL = 1e-3  # of a value: the smaller step
 TOL = {torch.float64: 1e-9, torch.float32: 1e-4}
-FAILURES = (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError, AssertionError)
 
 Values = dict[str, Tensor]
 
@@ -85,21 +85,13 @@ class _Point(NamedTuple):
 
 
 @torch.no_grad()
-def find_order(
-    model: Model, args: tuple[Any, ...], program: Program, first: Trace, latents: list[Values]
-) -> Order:
+def find_order(first: FirstRun, latents: list[Values]) -> Order:
     """The order of a program's tokens in which each looks at earlier ones alone.
 
     Parameters
     ----------
-    model : callable
-        A Pyro program.
-    args : tuple
-        Filled: no NaN.
-    program : Program
-        Of independent rows, of which each has this order; or of one vector.
-    first : Trace
-        A run on these arguments.
+    first : FirstRun
+        A program of independent rows, of which each has this order; or of one vector.
     latents : list of dict of name to Tensor
         Draws of all latents on these arguments.
 
@@ -113,7 +105,7 @@ def find_order(
         If there is none: the message names the cells of a cycle. If a program is too large for it to be found.
     """
     with pyro.validation_enabled(False):
-        search = _Search(model, args, program, first, latents)
+        search = _Search(first, latents)
         for blocks in search.partitions():
             moved = search.moved(blocks)
             found = sorted_tokens(moved, search.after)
@@ -140,11 +132,10 @@ def find_order(
 class _Search:
     """A program, the points at which it is looked at, and the cells that its tokens are made of."""
 
-    def __init__(
-        self, model: Model, args: tuple[Any, ...], program: Program, first: Trace, latents: list[Values]
-    ):
-        self.model, self.program = model, program
-        places = {name: i for i, name in enumerate(first.nodes)}
+    def __init__(self, first: FirstRun, latents: list[Values]):
+        self.model, args, program, trace = first
+        self.program = program
+        places = {name: i for i, name in enumerate(trace.nodes)}
         after = [
             [places[s.name] > places[z.name] for s in program.sites for _ in range(s.n_tokens)]
             for z in program.latents

@@ -17,20 +17,19 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from bayes_mpt.program.arguments import changes, rows_of
+from bayes_mpt.program.arguments import changes, rows_of, same_cells
+from bayes_mpt.program.first import FirstRun, values_of
 from bayes_mpt.program.layout import laws_of
 from bayes_mpt.program.missing import gaps_show, holes_in, same_but_for
 from bayes_mpt.program.other_latents import run_on_others
 from bayes_mpt.program.program import (
-    Model,
     ModelError,
     Order,
-    Program,
     ValuesMove,
     list_names,
     one_vector,
 )
-from bayes_mpt.program.run import run
+from bayes_mpt.program.run import FAILURES, run
 from bayes_mpt.program.sites import (
     base,
     is_subsample,
@@ -49,7 +48,6 @@ N_OTHERS = 3  # draws of all latents that are tried to see whether observed valu
 MOVED = 0.05  # of the parameters
 SURE = 1e-5  # probability of other values up to which a prior leaves a latent no choice
 CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4}
-FAILURES = (RuntimeError, ValueError, IndexError, TypeError)  # of a program that does not take such values
 
 
 Laws = dict[str, tuple[Tensor, ...]]
@@ -71,20 +69,21 @@ class Verdict(NamedTuple):
     """Tokens look at those of other rows, so that the order is that of one vector."""
 
 
-def _refuse_masked_latents(model: Model, args: tuple[Any, ...], first: Trace) -> None:
+def _refuse_masked_latents(run_once: FirstRun) -> None:
     """A latent may be masked only where nothing that is visible depends on it, as behind the end of a series."""
+    model, args, first = run_once.model, run_once.args, run_once.trace
     masked = {n["name"]: own_shown(n) | _certain(n) for n in latent_nodes(first)}
     masked = {name: shown for name, shown in masked.items() if not bool(shown.all())}
     if not masked:
         return
-    held = {n["name"]: n["value"] for n in latent_nodes(first)}
+    held = run_once.latents
     other = run_on_others(model, args, first, {n: v for n, v in held.items() if n not in masked})
     for name, shown in masked.items():
         held[name] = torch.where(shown, held[name], node_of(other, name)["value"])
     with torch.no_grad(), pyro.validation_enabled(False):
         moved = run(model, args, {**held, **sub_samples(first)})
         before, after = _visible_log_probs(first), _visible_log_probs(moved)
-    if all(_same(before[name], after[name]) for name in before):
+    if all(same_cells(before[name], after[name]) for name in before):
         return
     name = next(iter(masked))
     raise ModelError(
@@ -116,22 +115,19 @@ def _visible_log_probs(trace: Trace) -> dict[str, Tensor]:
     }
 
 
-def refuse_hidden(model: Model, args: tuple[Any, ...], first: Trace) -> None:
+def refuse_hidden(first: FirstRun) -> None:
     """Masks of the program must leave something to score, and no latent out on which something visible depends."""
-    nodes = observed_nodes(first)
+    nodes = observed_nodes(first.trace)
     if not any(bool(own_shown(node).any()) for node in nodes):
         raise ModelError(
             f"a mask of the program hides every value of {list_names(repr(n['name']) for n in nodes)}: nothing is left "
             "to score. Take the mask away; missing cells are left NaN in x, and left out by the package"
         )
-    _refuse_masked_latents(model, args, first)
+    _refuse_masked_latents(first)
 
 
 def try_others(
-    model: Model,
-    args: tuple[Any, ...],
-    program: Program,
-    first: Trace,
+    first: FirstRun,
     *,
     position: int | None = None,
     alike: bool = False,
@@ -142,14 +138,8 @@ def try_others(
 
     Parameters
     ----------
-    model : callable
-        A Pyro program.
-    args : tuple
-        Filled: what it was first run on.
-    program : Program
-        What was found out about it.
-    first : Trace
-        That run.
+    first : FirstRun
+        The program.
     position : int, optional
         The argument that the tokens are, as far as the first run shows.
     alike : bool, default=False
@@ -167,7 +157,7 @@ def try_others(
     ValuesMove
         If observed values move with latents or parameters.
     """
-    trials = _Trials(model, args, program, first, _Like(position, alike, real))
+    trials = _Trials(first, _Like(position, alike, real))
     for size in (0.0,) if values_only else (MOVED, 0.0):
         with moved_parameters(size):
             if not trials.meet_others():
@@ -217,8 +207,10 @@ class _Looks(NamedTuple):
 class _Trials:
     """The runs of `try_others`, and what they are compared with."""
 
-    def __init__(self, model: Model, args: tuple[Any, ...], program: Program, first: Trace, like: _Like):
-        self.model, self.args, self.program, self.first = model, args, program, first
+    def __init__(self, run_once: FirstRun, like: _Like):
+        self.run_once = run_once
+        self.model, self.args, program, first = run_once
+        self.program, self.first = program, first
         self.position, self.alike, self.real = like
         self.axes = {s.name: s.row_axis for s in program.sites} | {
             s.name: s.row_axis for s in program.latents
@@ -265,7 +257,7 @@ class _Trials:
     def refuse_moving_values(self, moved: bool) -> None:
         """No observed value may change with latents, with parameters, or from run to run."""
         assert self.other is not None
-        held = {n["name"]: n["value"].detach() for n in latent_nodes(self.first)}
+        held = self.run_once.latents
         for name, value in self.values.items():
             if value.requires_grad:
                 raise_moving(name, tuple(held))
@@ -277,12 +269,12 @@ class _Trials:
             if not self.meet_others():
                 return
         for name, value in self.values.items():
-            if _same(value, node_of(self.other, name)["value"]):
+            if same_cells(value, node_of(self.other, name)["value"]):
                 continue
             there, again = (node_of(self._at_others(self.args, s, held), name)["value"] for s in (2, 3))
-            if not _same(there, again) or not (_same(there, value) or moved):
+            if not same_cells(there, again) or not (same_cells(there, value) or moved):
                 raise_moving(name, None)
-            if not _same(there, value):
+            if not same_cells(there, value):
                 raise ModelError(
                     f"observed values of site {name!r} are computed with parameters that are cut off from gradients "
                     "(.detach(), .data, .item()), so that their density would not be that of the data: observe the "
@@ -302,7 +294,7 @@ class _Trials:
         Latents stay as they are in the run at other latents. Tokens that look at each other must have an order.
         """
         base = self.first if self.other is None else self.other
-        latents = {node["name"]: node["value"].detach() for node in latent_nodes(base)}
+        latents = values_of(base)
         before = self._laws(base) if self.other is None else self.laws
         if self.holed and self.program.shifts:  # what shifts a missing cell is not seen
             whole = self._taken(self.args, latents)
@@ -312,7 +304,7 @@ class _Trials:
             if not isinstance(arg, Tensor) or not arg.ndim or not arg.numel():
                 continue
             for changed in changes(arg, self.real):
-                ran = self._taken(self._with(position, changed), latents)
+                ran = self._taken(self.run_once.with_argument(position, changed), latents)
                 if ran is None:
                     continue  # the program does not take such values: log(x) of negative ones, say
                 here = _Looks(False, False)
@@ -330,21 +322,14 @@ class _Trials:
 
     def _find_order(self, latents: dict[str, Tensor], of_masks: bool) -> None:
         """The order of tokens that look at each other, or of which masks alone look at others."""
-        draws = [self._draw(seed) for seed in range(1, 1 + N_OTHERS)] if latents else [latents]
+        draws = [_draw(self.run_once, seed) for seed in range(1, 1 + N_OTHERS)] if latents else [latents]
         program = one_vector(self.program) if self.coupled else self.program
         found = [d for d in draws if d is not None]
         try:
-            self.order = find_order(self.model, self.args, program, self.first, found or [latents])
+            self.order = find_order(self.run_once._replace(program=program), found or [latents])
         except ModelError:
             if not of_masks:  # refused as a selection of cells (`bayes_mpt.program.mask_trials`)
                 raise
-
-    def _draw(self, seed: int) -> dict[str, Tensor] | None:
-        """Other latents; None where the program breaks there."""
-        with suppress(*FAILURES):
-            trace = run_on_others(self.model, self.args, self.first, {}, seed)
-            return {node["name"]: node["value"].detach() for node in latent_nodes(trace)}
-        return None
 
     def _looks(self, trace: Trace, laws: Laws, before: Laws) -> _Looks:
         """Whether distributions, and masks of the program, are others than they were."""
@@ -362,15 +347,17 @@ class _Trials:
         for column in range(arg[0].numel()):
             one = arg.reshape(len(arg), -1).clone()
             one[:, column] = changed.reshape(one.shape)[:, column]
-            ran = self._taken(self._with(position, one.reshape(arg.shape)), latents)
+            ran = self._taken(self.run_once.with_argument(position, one.reshape(arg.shape)), latents)
             if ran is not None and self._moves(ran[0]):
                 only = torch.where(one.reshape(arg.shape) != arg, changed, only)
-        ran = self._taken(self._with(position, only), latents)
+        ran = self._taken(self.run_once.with_argument(position, only), latents)
         return _Looks(False, False) if ran is None else self._looks(*ran, before)
 
     def _moves(self, trace: Trace) -> bool:
         """Whether observed values are others than they were."""
-        return not all(_same(value, node_of(trace, name)["value"]) for name, value in self.values.items())
+        return not all(
+            same_cells(value, node_of(trace, name)["value"]) for name, value in self.values.items()
+        )
 
     def _refuse_other_rows(
         self, position: int, changed: Tensor, latents: dict[str, Tensor], before: Laws, *, ordered: bool
@@ -385,7 +372,7 @@ class _Trials:
             if n_rows > 2
             else torch.zeros(1).long().to(arg.device)
         )
-        others = self._with(position, changed.index_copy(0, keep, arg[keep]))
+        others = self.run_once.with_argument(position, changed.index_copy(0, keep, arg[keep]))
         fewer = {name: self._rows(name, value, n_rows - 1) for name, value in latents.items()}
         ran = self._taken(rows_of(others, slice(n_rows - 1)), fewer, n_rows - 1)
         if ran is not None and self._moved(*ran, before, keep) is None:
@@ -405,7 +392,7 @@ class _Trials:
     def _moved(self, trace: Trace, laws: Laws, before: Laws, keep: Tensor) -> str | None:
         """What of these rows is not as it was, in words."""
         for name, value in self.values.items():
-            if not _same(*(self._kept(name, v, keep) for v in (value, node_of(trace, name)["value"]))):
+            if not same_cells(*(self._kept(name, v, keep) for v in (value, node_of(trace, name)["value"]))):
                 return f"value of observed site {name!r}"
         for name in before:
             new, old = (tuple(self._kept(name, t, keep) for t in law[name]) for law in (laws, before))
@@ -422,9 +409,6 @@ class _Trials:
         """Some rows of what stands for a site."""
         axis = self.axes[name]
         return value if axis is None else value.index_select(axis, keep)
-
-    def _with(self, position: int, arg: Tensor) -> tuple[Any, ...]:
-        return (*self.args[:position], arg, *self.args[position + 1 :])
 
     def _taken(
         self, rows: tuple[Any, ...], latents: dict[str, Tensor], n_rows: int | None = None
@@ -456,12 +440,15 @@ class _Trials:
         return False
 
 
+def _draw(first: FirstRun, seed: int) -> dict[str, Tensor] | None:
+    """Other latents; None where the program breaks there."""
+    with suppress(*FAILURES):
+        return values_of(run_on_others(first.model, first.args, first.trace, {}, seed))
+    return None
+
+
 def _is_nan(laws: Laws) -> bool:
     return any(bool(t.sum().isnan()) and bool(t.isnan().any()) for law in laws.values() for t in law)
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def _close(law: tuple[Tensor, ...], before: tuple[Tensor, ...]) -> bool:

@@ -20,9 +20,8 @@ from torch import Tensor
 
 from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.factor_runs import enumerated_log_probs, plain_log_probs, read_factors
-from bayes_mpt.program.other_latents import FAILURES
 from bayes_mpt.program.program import Model, ModelError, Program
-from bayes_mpt.program.run import run
+from bayes_mpt.program.run import FAILURES, run
 from bayes_mpt.program.sites import latent_nodes, sub_samples
 
 __all__ = ["check_values"]
@@ -30,8 +29,8 @@ __all__ = ["check_values"]
 N_CHOICES = 2  # values of all discrete latents that are tried
 RTOL = {torch.float64: 1e-8, torch.float32: 1e-3}
 BROADCAST = (
-    "write operations that broadcast over leading batch dimensions (probs[z], (x * z[..., None]).sum(-1)), without "
-    "Python's if"
+    "write operations that broadcast over leading batch dimensions (probs[z], (x * z[..., None]).sum(-1), "
+    "z[..., group] of the entries of a plate), without Python's if"
 )
 
 
@@ -60,16 +59,19 @@ def check_values(model: Model, args: tuple[Any, ...], program: Program) -> None:
     fixed = latents | sub_samples(first)
     try:
         read_factors(model, args, program, fixed)
-    except ModelError:
-        raise
-    except (*FAILURES, AssertionError) as error:
+    except FAILURES as error:
+        said = str(error)
+        if isinstance(error, ModelError):
+            if not said.startswith("Shape mismatch"):
+                raise
+            said = said.partition(":")[0]  # what it advises is for runs on single values
         if "alloc" in str(error) or "memory" in str(error):
             raise ModelError(
                 f"summing out {list(program.discrete)} at once needs more memory than there is: each adds an axis to "
                 "what depends on it. Use fewer values, or pyro.markov where only neighbours depend on each other"
             ) from error
         raise ModelError(
-            f"the program cannot run on all values of {list(program.discrete)} at once ({error}): {BROADCAST}"
+            f"the program cannot run on all values of {list(program.discrete)} at once ({said}): {BROADCAST}"
         ) from error
     with torch.no_grad(), pyro.validation_enabled(False):
         trace, log_probs = enumerated_log_probs(model, args, program, fixed)

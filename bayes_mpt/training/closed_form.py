@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
+import pyro
 import torch
 from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator, lsmr
 from torch import Tensor
+from torch.distributions import transform_to
 
 from bayes_mpt.predictors import Conditionals
 from bayes_mpt.predictors.gaussian import incomplete, profile
 from bayes_mpt.predictors.gaussian.linear import dimensionless
 from bayes_mpt.program.affine import DenseMap
-from bayes_mpt.program.statistics import Covariance, SufficientStatistics
-from bayes_mpt.training.noise_prior import NoisePrior
+from bayes_mpt.program.program import Parts
+from bayes_mpt.program.statistics import SufficientStatistics
 from bayes_mpt.training.problem import (
     Fit,
     Problem,
@@ -51,58 +55,35 @@ def maximize_profile(
     KeyboardInterrupt
         By Ctrl-C before EM has come anywhere, or to where the program cannot follow; else the fit says so.
     """
-    leaves, log_prior = problem.leaves(), problem.log_prior
-    check_finite(leaves)
-    if log_prior is not None and not isinstance(log_prior, NoisePrior):
+    check_finite(problem.leaves())
+    free = _free(problem, statistics)
+    if free is None:
         return None
-    reading = _map(problem.objective.read())
-    # float32's digits do not suffice to see whether a target has been reached
-    if len(reading.loc) != 1 or not statistics.n_rows or reading.loc.dtype != torch.float64:
-        return None
-    names = _free_parts(reading, leaves)
-    if names is None:
-        return None
-    n_tokens, n_latents = reading.loading.shape[-2:]
-    n_noise = sum(leaves[n].numel() for n in names["noise"])
-    tied = n_noise == 1
-    if (tied and n_latents >= n_tokens) or (not tied and n_noise < n_tokens):
-        return None
-    shape = reading.noise[0].detach().cpu().numpy() if tied else None
-    prior = None if log_prior is None else log_prior.given(statistics.n_rows)
-    if prior is not None and shape is not None:
-        if np.ptp(shape):  # the prior is of one noise of all columns, not of a factor of several
-            return None
-        prior = prior._replace(rate=prior.rate * shape[:1])
     wrong = None
-    if not tied and not statistics.complete:
+    if free.shape is None and not statistics.complete:
         incomplete.refuse_constant_columns(statistics)
         # a prior that has no weight at zero outweighs the few cells of a column, but has no unit for a single one
-        wrong = incomplete.too_few(statistics, n_latents if prior is None else 0)
+        wrong = incomplete.too_few(statistics, free.n_latents if free.prior is None else 0)
     if statistics.complete:
-        moments = statistics
-        best = _best(
-            statistics.covariance,
-            n_latents=n_latents,
-            shape=shape,
-            prior=prior,
-            max_iter=max_iter,
-            tol=tol,
-            at_floor=at_floor,
-        )
-        factors = incomplete.Maximum(
-            best.lml, statistics.mean.cpu().numpy(), best.loading, best.noise, best.n_iter
-        )
+        moments, factors = statistics, _of_complete_rows(statistics, free, max_iter, tol, at_floor)
     else:
         moments = statistics.available()
         steps = 1 if wrong else max_iter
         factors = incomplete.maximise(
-            statistics, n_latents, shape, prior=prior, n_init=n_init, seed=seed, max_iter=steps, tol=tol
+            statistics,
+            free.n_latents,
+            free.shape,
+            prior=free.prior,
+            n_init=n_init,
+            seed=seed,
+            max_iter=steps,
+            tol=tol,
         )
-    if prior is not None and not tied:
+    if free.prior is not None and free.shape is None:
         _refuse_floor(factors.noise, moments)
     # a noise of the size of rounding errors sees these
     off = 1e-3 if at_floor else 1e-7 if statistics.complete else 1e-5
-    moved = _move_to(problem, reading, names, factors, moments, off)
+    moved = _move_to(problem, free, factors, moments, off)
     if moved is None:
         if factors.interrupted:  # another climb may get there, unless this one was interrupted
             raise KeyboardInterrupt
@@ -119,6 +100,65 @@ def maximize_profile(
         last=read,
         total=total,
     )
+
+
+class _Free(NamedTuple):
+    """A map whose mean, loadings and noise are free."""
+
+    reading: DenseMap
+    """Where the parameters start."""
+    names: dict[str, list[str]]
+    """Of the parameters of each part."""
+    shape: NDArray[np.float64] | None
+    """(T,) the noise up to its one factor; None where each token has a noise of its own."""
+    prior: profile.Prior | None
+    """Of the noise."""
+
+    @property
+    def n_latents(self) -> int:
+        return self.reading.loading.shape[-1]
+
+
+def _free(problem: Problem, statistics: SufficientStatistics) -> _Free | None:
+    """Which parameters are free; None where the program does not leave mean, loadings and noise free."""
+    leaves, log_prior = problem.leaves(), problem.noise_prior
+    if log_prior is None and problem.log_prior is not None:
+        return None
+    reading = _map(problem.objective.read())
+    # float32's digits do not suffice to see whether a target has been reached
+    if len(reading.loc) != 1 or not statistics.n_rows or reading.loc.dtype != torch.float64:
+        return None
+    stated = problem.bound.structure.parts
+    if stated is None:
+        names = _free_parts(reading, leaves)
+    else:
+        names = {part: [name] for part, name in stated._asdict().items()}
+    if names is None:
+        return None
+    n_tokens, n_latents = reading.loading.shape[-2:]
+    n_noise = sum(leaves[n].numel() for n in names["noise"])
+    tied = n_noise == 1
+    if (tied and n_latents >= n_tokens) or (not tied and n_noise < n_tokens):
+        return None
+    shape = reading.noise[0].detach().cpu().numpy() if tied else None
+    prior = None if log_prior is None else log_prior.given(statistics.n_rows)
+    if prior is not None and shape is not None:
+        if np.ptp(shape):  # the prior is of one noise of all columns, not of a factor of several
+            return None
+        prior = prior._replace(rate=prior.rate * shape[:1])
+    return _Free(reading, names, shape, prior)
+
+
+def _of_complete_rows(
+    statistics: SufficientStatistics, free: _Free, max_iter: int, tol: float, at_floor: bool
+) -> incomplete.Maximum:
+    """The best mean, loadings and noise of complete rows."""
+    cov = statistics.covariance
+    if free.shape is not None:
+        best = profile.proportional(cov, free.n_latents, free.shape, prior=free.prior, at_floor=at_floor)
+    else:
+        best = profile.diagonal(cov, free.n_latents, prior=free.prior, max_iter=max_iter, tol=tol)
+    return incomplete.Maximum(best.lml, statistics.mean.cpu().numpy(), best.loading, best.noise, best.n_iter)
 
 
 def _free_parts(reading: DenseMap, leaves: dict[str, Tensor]) -> dict[str, list[str]] | None:
@@ -157,36 +197,24 @@ def _targets(
 
 
 def _move_to(
-    problem: Problem,
-    reading: DenseMap,
-    names: dict[str, list[str]],
-    factors: incomplete.Maximum,
-    moments: SufficientStatistics,
-    off: float,
+    problem: Problem, free: _Free, factors: incomplete.Maximum, moments: SufficientStatistics, off: float
 ) -> tuple[Conditionals, float, float] | None:
     """Move the parameters to these factors; None, and back, where they cannot follow.
 
     What is read there comes with its total log-density and the mean score a row, which has its share of a prior.
     ``off`` is how far, relative, the score may be from that of the factors.
     """
-    leaves, targets = problem.leaves(), _targets(reading, factors, moments)
+    leaves, targets = problem.leaves(), _targets(free.reading, factors, moments)
     before = {n: leaf.detach().clone() for n, leaf in leaves.items()}
-    # Where every part is its own parameter, a rotation of it, or one that all tokens share, a step along the transposed
-    # Jacobian arrives.
-    _step_along_transpose(reading, leaves, targets, names)
-    read = problem.objective.read()
-    if not all(_reached(_map(read), part, *target) for part, target in targets.items()):
+    read = _follow(problem, free, leaves, targets)
+    if read is None:
         restore(leaves, before)
-        for part, (target, unit) in targets.items():
-            if target.numel() and not _reach(problem, [leaves[n] for n in names[part]], part, target, unit):
-                restore(leaves, before)
-                return None
-        read = problem.objective.read()
+        return None
     with torch.no_grad():
-        total, prior = problem.objective.total(read), problem.log_prior
+        total, prior = problem.objective.total(read), problem.noise_prior
         score = total / problem.whole.n_rows
         moved = abs(float(score) - factors.lml) <= off * (1 + abs(factors.lml))
-        if isinstance(prior, NoisePrior):  # which is of the parameter that it names, and the map follows that
+        if prior is not None:  # which is of the parameter that it names, and the map follows that
             moved = moved and bool(torch.isclose(prior(), prior.of_map(targets["noise"][0].exp())))
         if not moved:
             restore(leaves, before)
@@ -194,27 +222,44 @@ def _move_to(
         return read, float(total), float(problem.with_prior(score))
 
 
+def _follow(
+    problem: Problem, free: _Free, leaves: dict[str, Tensor], targets: dict[str, tuple[Tensor, Tensor]]
+) -> Conditionals | None:
+    """The map with its parts at their targets, read; None where the parameters cannot follow."""
+    parts = problem.bound.structure.parts
+    if parts is not None:
+        _set(parts, leaves, targets)
+        return problem.objective.read()
+    # Where every part is its own parameter, a rotation of it, or one that all tokens share, a step along the transposed
+    # Jacobian arrives.
+    before = {n: leaf.detach().clone() for n, leaf in leaves.items()}
+    _step_along_transpose(free.reading, leaves, targets, free.names)
+    read = problem.objective.read()
+    if all(_reached(_map(read), part, *target) for part, target in targets.items()):
+        return read
+    restore(leaves, before)
+    for part, (target, unit) in targets.items():
+        if target.numel() and not _reach(problem, [leaves[n] for n in free.names[part]], part, target, unit):
+            return None
+    return problem.objective.read()
+
+
+@torch.no_grad()
+def _set(parts: Parts, leaves: dict[str, Tensor], targets: dict[str, tuple[Tensor, Tensor]]) -> None:
+    """Let the parameters that are the parts of the map be their targets."""
+    bounds = pyro.get_param_store().get_state()["constraints"]
+    for part, name in parts._asdict().items():
+        value = targets[part][0].exp() if part == "noise" else targets[part][0]
+        if value.numel() != leaves[name].numel():  # one noise of all tokens
+            value = value[0]
+        leaves[name].copy_(transform_to(bounds[name]).inv(value.reshape(leaves[name].shape)))
+
+
 def _refuse_floor(noise: NDArray[np.float64], moments: SufficientStatistics) -> None:
     """Refuse noises at their floor under a prior that has no weight at zero: the likelihood has outweighed it."""
     at_floor = np.flatnonzero(noise <= 2 * profile.FLOOR * moments.variance.cpu().numpy())
     if len(at_floor):
         raise profile.NoiseFloorError(list(at_floor))
-
-
-def _best(
-    cov: Covariance,
-    *,
-    n_latents: int,
-    shape: NDArray[np.float64] | None,
-    prior: profile.Prior | None,
-    max_iter: int,
-    tol: float,
-    at_floor: bool,
-) -> profile.Factors:
-    """The best loadings and noise for a covariance."""
-    if shape is not None:
-        return profile.proportional(cov, n_latents, shape, prior=prior, at_floor=at_floor)
-    return profile.diagonal(cov, n_latents, prior=prior, max_iter=max_iter, tol=tol)
 
 
 def _map(read: Conditionals) -> DenseMap:

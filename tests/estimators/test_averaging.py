@@ -57,7 +57,7 @@ def test_attributes_are_means_over_the_draws(case):
     _, fitted, truth = case
     np.testing.assert_allclose(fitted.components_.T, truth.draws.mean_loadings, atol=1e-6)
     np.testing.assert_allclose(fitted.noise_variance_, truth.draws.mean_noise, rtol=1e-6)
-    assert "loadings: t_3" in fitted.explain()
+    assert "averaged:        loadings: t_3" in fitted.explain() and "of this table alone" in fitted.explain()
 
 
 def test_cells_and_latents_given_the_others(case):

@@ -20,7 +20,7 @@ from bayes_mpt import BayesMPT
 from bayes_mpt.models import PPCA, FactorAnalysis
 from bayes_mpt.predictors import choose
 from bayes_mpt.predictors.gaussian.linear import LinearRows
-from bayes_mpt.program.affine import affine_form, read
+from bayes_mpt.program.affine import affine_form, first_reading, read, read_stated, stated_form
 
 N_ROWS = 7
 TOL = 1e-9  # nats
@@ -800,3 +800,52 @@ def test_many_rows_in_single_precision(share):
     model = BayesMPT(InSinglePrecision(), random_state=0).fit(rows)
     assert model.log_marginal_likelihood_ == pytest.approx(best.log_marginal_likelihood_, abs=0.02)
     assert model.score(rows) * 50 == pytest.approx(model.log_marginal_likelihood_, rel=1e-4)
+
+
+# ------------------------------------------------------------------------------------------- maps that models state
+
+
+class SquaredNoise(FactorAnalysis):
+    """Another program under the same statement."""
+
+    def __call__(self, x):
+        n, t = x.shape
+        loc = pyro.param("loc", lambda: x.mean(0))
+        loading = pyro.param("loading", lambda: torch.ones(t, self.n_components))
+        noise = pyro.param("noise_variance", lambda: x.var(0), constraints.positive)
+        with pyro.plate("rows", n):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(self.n_components), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(loc + z @ loading.mT, noise).to_event(1), obs=x)
+
+
+class OtherMap(SquaredNoise):
+    """One that states what it does not do."""
+
+    linear_map = FactorAnalysis.linear_map
+
+
+@pytest.mark.parametrize(("n", "t", "k"), [(6, 4, 0), (5, 9, 2), (3, 1, 1), (2, 3, 5)])
+@pytest.mark.parametrize("kind", [PPCA, FactorAnalysis])
+def test_a_stated_map_is_the_one_that_evaluation_finds(kind, n, t, k):
+    x = torch.randn(n, t, dtype=torch.float64, generator=torch.Generator().manual_seed(t))
+    with pyro.get_param_store().scope():
+        form = stated_form(kind(k), (x,))
+        names = form.program.parts
+        # a function says nothing of itself
+        found, seen = first_reading(lambda x: kind(k)(x), (x,))
+        assert form.program._replace(dense=False, parts=None) == found.program
+        assert set(names) == set(found.parameters)
+        for a, b in zip(read_stated(names, kind(k), (x,))[:5], seen[:5], strict=True):
+            assert a.shape == b.shape
+            close(a.detach(), b.detach(), 1e-13)
+
+
+@pytest.mark.parametrize("kind", [SquaredNoise, OtherMap])
+def test_what_a_class_states_is_not_believed_of_another_call(kind):
+    x = np.random.default_rng(0).normal(size=(30, 4)) @ np.diag([1.0, 2.0, 3.0, 4.0])
+    with pyro.get_param_store().scope():
+        assert stated_form(kind(1), (tensor(x),)) is None
+    # the noise of its tokens is the square of its parameter, and the maximum that of factor analysis
+    own, same = BayesMPT(kind(1)).fit(x), BayesMPT(FactorAnalysis(1)).fit(x)
+    np.testing.assert_allclose(own.score(x), same.score(x), rtol=1e-9)
+    np.testing.assert_allclose(own.params_["noise_variance"] ** 2, same.params_["noise_variance"], rtol=1e-5)

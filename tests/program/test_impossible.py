@@ -345,8 +345,23 @@ def test_a_matrix_that_never_has_a_factor_is_named():
         pyro.sample("y", dist.MultivariateNormal(x.new_zeros(len(x)), scale_tril=root), obs=y)
 
     x = np.linspace(0, 3, 12)[:, None]
-    with pytest.raises(ValueError, match="a matrix after site 'length' that cannot be factorised"):
+    with pytest.raises(
+        ValueError, match="a matrix after site 'length' that cannot .* Latent 'length' is .* there"
+    ):
         BayesMPT(program, predictor=SequentialMonteCarlo(64)).fit(x, np.sin(x[:, 0]))
+
+
+def test_the_latent_that_makes_a_distribution_impossible_is_named_with_its_value():
+    def program(x):
+        tau = pyro.sample("tau", dist.Gamma(x.new_tensor(1e-4), 1e-4))  # 0 at nearly all draws of the prior
+        level = pyro.sample("level", dist.Normal(x.new_tensor(0.0), 1.0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Normal(level, 1e-300 * tau), obs=x[:, 0])
+
+    with pytest.raises(
+        ValueError, match=r"distribution after site 'level' that cannot be.*Latent 'tau' is .*e-.* there"
+    ):
+        BayesMPT(program).fit(np.ones((3, 1)))
 
 
 # ------------------------------------------------------------------------------------------------------- tiny noise

@@ -11,6 +11,8 @@ from scipy import stats
 from scipy.special import logsumexp
 
 from bayes_mpt import BayesMPT
+from bayes_mpt.program.analysis import analyze
+from bayes_mpt.program.factor_runs import read_factors
 from bayes_mpt.program.program import ModelError
 
 RNG = np.random.default_rng(0)
@@ -134,3 +136,58 @@ def test_an_axis_that_is_lost_in_a_loop_is_refused():
 
     with pytest.raises(ModelError, match=r"site 'x_2' has another log-density"):
         BayesMPT(program).fit(X[:, :1])
+
+
+GROUP = np.repeat([0.0, 1.0, 2.0], 4)[:, None]
+LEVELS = np.array([-1.0, 0.0, 2.0])
+SHARES = np.array([0.2, 0.5, 0.3])
+
+
+def kinds_of_groups(look_up):
+    def program(x, y):
+        with pyro.plate("groups", 3):
+            kind = pyro.sample("kind", dist.Categorical(torch.as_tensor(SHARES)))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("y", dist.Normal(look_up(torch.as_tensor(LEVELS), kind, x[:, 0].long()), 1.0), obs=y)
+
+    return program
+
+
+@pytest.mark.parametrize(
+    "look_up",
+    [lambda level, k, i: level[k[..., i]], lambda level, k, i: level[k][..., i]],
+    ids=["kind", "level"],
+)
+def test_entries_of_a_plate_are_looked_up_by_rows(look_up):
+    terms = stats.norm.logpdf(Y[:, None], LEVELS).reshape(3, 4, 3).sum(1) + np.log(SHARES)  # (groups, kinds)
+    found = BayesMPT(kinds_of_groups(look_up)).fit(GROUP, Y).log_marginal_likelihood_
+    assert found == pytest.approx(logsumexp(terms, axis=1).sum(), abs=1e-9)
+
+
+def test_entries_that_are_looked_up_along_the_values_are_refused_with_the_way_to_write_it():
+    with pytest.raises(
+        ModelError, match=r"inside plate\('rows'\) at site y dim -1, 12 vs 3\): write .* z\[\.\.\., group\]"
+    ):
+        BayesMPT(kinds_of_groups(lambda level, k, i: level[k[i]])).fit(GROUP, Y)
+
+
+def test_effects_whose_means_are_chosen_in_each_entry():
+    """Given the effects no row looks at the kinds: sum_k p(k) p(effect | k) in each entry, not in each combination."""
+
+    def program(x, y):
+        scale = pyro.sample("scale", dist.Gamma(x.new_tensor(2.0), 2.0))
+        with pyro.plate("groups", 3):
+            kind = pyro.sample("kind", dist.Categorical(torch.as_tensor(SHARES)))
+            effect = pyro.sample("effect", dist.Normal(torch.as_tensor(LEVELS)[kind], 0.5))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("y", dist.Normal(effect[..., x[:, 0].long()], scale), obs=y)
+
+    args = torch.as_tensor(GROUP), torch.as_tensor(Y)
+    scale, effect = np.array([0.7, 1.3]), RNG.normal(size=(2, 3))
+    effects = logsumexp(np.log(SHARES) + stats.norm.logpdf(effect[..., None], LEVELS, 0.5), axis=-1).sum(1)
+    rows = stats.norm.logpdf(Y, effect[:, GROUP[:, 0].astype(int)], scale[:, None]).sum(1)
+    truth = stats.gamma.logpdf(scale, 2, scale=0.5) + effects + rows
+    values = {"scale": torch.as_tensor(scale)[:, None], "effect": torch.as_tensor(effect)}
+    read = read_factors(program, args, analyze(program, args), values, n_nodes=2)
+    found = read.log_joint(torch.ones(1, 12, dtype=torch.bool))
+    np.testing.assert_allclose(found[:, 0], truth, atol=1e-10)

@@ -18,6 +18,7 @@ from torch.distributions import constraints
 from bayes_mpt import BayesMPT, compare
 from bayes_mpt.masks import EverySize, PermutationChain, UniformSize
 from bayes_mpt.predictors import Exact, SequentialMonteCarlo
+from bayes_mpt.predictors.own_order import own_order
 from bayes_mpt.program.analysis import look
 from bayes_mpt.program.program import ModelError, one_vector
 from bayes_mpt.score import CumulativeMaskedScore, fixed_rate_bias
@@ -171,7 +172,7 @@ def test_a_level_behind_noise_that_also_carries_over():
     assert type(bound).__name__ == "MarkovGaussian"
     read = bound.read((x,))
     assert float(read.score()) == pytest.approx(want, abs=1e-9)
-    assert float(read.chain(read.own_order).sum()) == pytest.approx(want, abs=1e-9)
+    assert float(read.chain(own_order(read)).sum()) == pytest.approx(want, abs=1e-9)
 
 
 # ------------------------------------------------------------------------------------------ through scales and errors
@@ -468,7 +469,7 @@ def test_a_latent_that_looks_at_what_it_makes_is_refused():
 # ------------------------------------------------------------------------------------------- what is not answered
 
 
-def test_other_masks_single_conditionals_and_draws_are_refused():
+def test_other_masks_and_single_conditionals_are_refused():
     model = fitted(table_at_once, TABLE)
     for masks in (UniformSize(4), EverySize(), PermutationChain(groups=list("aabbb"))):
         with pytest.raises(ValueError, match="look at earlier tokens"):
@@ -479,15 +480,74 @@ def test_other_masks_single_conditionals_and_draws_are_refused():
         model.estimate(TABLE).plot()
     with pytest.raises(ValueError, match="look at earlier tokens"):
         fixed_rate_bias(model, TABLE, 0.2)
-    with pytest.raises(ValueError):
+    with pytest.raises(ModelError, match=r"x\[:, 0\] is read and never drawn"):
         model.sample(3)
     with model.read_rows(TABLE) as read:
-        own = read.own_order
+        own = own_order(read)
         assert float(read.chain(own).sum()) == pytest.approx(model.log_marginal_likelihood_, abs=1e-9)
         with pytest.raises(ModelError, match="a chain in another order"):
             read.chain(own.flip(1))
         with pytest.raises(ModelError, match="a posterior given some tokens"):
             read.posterior(torch.ones(5, dtype=torch.bool))
+
+
+# ------------------------------------------------------------------------------------------------------- drawn forward
+
+
+def one_by_one(x):
+    a, past = real("a", 0.3), x.new_zeros(())
+    with pyro.plate("rows", len(x)):
+        for t in range(x.shape[1]):
+            past = pyro.sample(f"x_{t}", dist.Normal(a * past, 1.0), obs=x[:, t])
+
+
+def all_at_once(x):
+    past = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1)
+    with pyro.plate("rows", len(x)):
+        pyro.sample("x", dist.Normal(real("a", 0.3) * past, 1.0).to_event(1), obs=x)
+
+
+def of_a_copy(x):
+    copied = x.clone()
+    with pyro.plate("rows", len(x)):
+        for t in range(x.shape[1]):
+            past = copied[:, t - 1] if t else torch.zeros(len(x))
+            pyro.sample(f"x_{t}", dist.Normal(real("a", 0.3) * past, 1.0), obs=x[:, t])
+
+
+@pytest.mark.parametrize("program", [one_by_one, all_at_once, of_a_copy])
+def test_rows_are_drawn_token_after_token(program):
+    model = BayesMPT(program, random_state=3).fit(TABLE[:, :4])
+    a, n = float(model.params_["a"]), 20_000
+    assert abs(a) > 0.3
+    rows = model.sample(n)
+    root = np.linalg.inv(np.eye(4) - a * np.eye(4, k=-1))
+    white = np.linalg.solve(root, rows.T)  # (4, n) independent N(0, 1)
+    assert np.abs(white.mean(1)).max() < 5 / np.sqrt(n)
+    assert np.abs(np.cov(white) - np.eye(4)).max() < 5 * np.sqrt(2 / n)
+    np.testing.assert_array_equal(rows, model.sample(n))
+
+
+def test_counts_and_series_are_drawn_forward():
+    def counts(x):
+        past = torch.cat([torch.ones_like(x[:, :1]), x[:, :-1]], 1)
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Poisson(1 + share("a") * past).to_event(1), obs=x)
+
+    model = BayesMPT(counts).fit(np.random.default_rng(0).poisson(2, size=(20, 3)).astype(float))
+    rows, a, mean, n = model.sample(20_000), float(model.params_["a"]), 1.0, 20_000
+    for t in range(3):
+        mean = 1 + a * mean
+        assert rows[:, t].mean() == pytest.approx(mean, abs=5 * rows[:, t].std() / np.sqrt(n))
+
+    def series(x):
+        pyro.sample("x_0", dist.Normal(real("first"), 1.0), obs=x[0, 0])
+        for t in range(1, len(x)):
+            pyro.sample(f"x_{t}", dist.Normal(0.9 * x[t - 1, 0], 0.01), obs=x[t, 0])
+
+    drawn = BayesMPT(series).fit(SERIES[:, None]).sample(40)[:, 0]
+    assert np.abs(drawn[1:] - 0.9 * drawn[:-1]).max() < 0.05
+    assert np.abs(np.diff(drawn)).max() > 0
 
 
 def test_a_missing_cell_is_refused_where_others_look_at_it():

@@ -312,6 +312,12 @@ def test_other_functions_of_the_data_are_refused(how, parameters):
         choose(program, (torch.from_numpy(X),))
 
 
+def test_a_latent_that_moves_no_value_of_these_data_is_seen():
+    """x - m (x > 50) is x where no x is so large, and has no density elsewhere."""
+    with pytest.raises(ModelError, match="observed values of site 'r' change with the latents 'm', 's'"):
+        choose(observing(lambda x, m, s: x[:, 0] - m * (x[:, 0] > 50).to(x)), (torch.from_numpy(X),))
+
+
 def test_a_statistic_of_rows_beside_latents_of_all_is_refused():
     with pytest.raises(ModelError, match="value of observed site 'r' in one row depends on other rows"):
         choose(observing(lambda x, m, s: x[:, 0] - x[:, 0].mean()), (torch.from_numpy(X),))

@@ -26,7 +26,7 @@ def table() -> str:
         words = case.refused.replace("\\", "")
         result = f'refused: "... {words} ..."' if words else entry.outcome
         if case.known:
-            result = f"not yet: {case.known}"
+            result = f"not as listed: {case.known}"
         lines.append(f"| {entry.after} | {result} | {'' if case.refused else entry.truth} |")
     return "\n".join(lines)
 

@@ -18,7 +18,15 @@ from torch import Tensor
 from bayes_mpt.masks import Policy
 from bayes_mpt.predictors.base import Bound, Conditionals, Posterior
 from bayes_mpt.predictors.objective import Batch, Objective, Outputs
-from bayes_mpt.program.affine import Dense, DenseMap, first_reading, latent_values, read
+from bayes_mpt.program.affine import (
+    Dense,
+    DenseMap,
+    first_reading,
+    latent_values,
+    read,
+    read_stated,
+    stated_form,
+)
 from bayes_mpt.program.affine.first import FirstReading
 from bayes_mpt.program.analysis import Analysis
 from bayes_mpt.program.arguments import N_TRIAL_ROWS
@@ -82,7 +90,20 @@ class LinearGaussian(Bound):
         self.structure = self.form.program._replace(dense=True)
         self._first = None if self.structure.per_row else FirstReading(reading)
 
+    @classmethod
+    def stated(cls, model: Model, args: tuple[Any, ...]) -> LinearGaussian | None:
+        """A program that states its map (`bayes_mpt.program.affine.stated_form`); None of one that does not."""
+        found = stated_form(model, args)
+        if found is None:
+            return None
+        new = object.__new__(cls)
+        new.model, new.form, new.structure, new._first = model, found, found.program, None
+        new.why = "the model states its linear-Gaussian map, with which its first run agrees"
+        return new
+
     def read(self, args: tuple[Any, ...]) -> LinearRows:
+        if self.structure.parts is not None:
+            return LinearRows(self.structure, read_stated(self.structure.parts, self.model, args))
         known = None if self._first is None else self._first.take()
         return LinearRows(self.structure, read(self.model, args, self.form, Dense(), known))
 
@@ -92,7 +113,8 @@ class LinearGaussian(Bound):
     def with_model(self, model: Model) -> LinearGaussian:
         """The same way of reading for another program of the same structure."""
         new = object.__new__(LinearGaussian)
-        new.model, new.form, new.structure, new._first = model, self.form, self.structure, None
+        new.model, new.form, new._first = model, self.form, None
+        new.structure = self.structure._replace(parts=None)  # which were stated of the other
         return new
 
 

@@ -21,7 +21,7 @@ from bayes_mpt.masks import Policy, torch_generator
 from bayes_mpt.predictors.base import Bound, Conditionals, Leaves, Posterior, Predictive
 from bayes_mpt.predictors.objective import N_TRIAL_OUTPUTS, Batch, Objective, Outputs
 from bayes_mpt.program.analysis import analyze
-from bayes_mpt.program.arguments import fill, has_missing, rows_of, spread_rows
+from bayes_mpt.program.arguments import fill_all, has_missing, rows_of, spread_rows
 from bayes_mpt.program.missing import nan_shows
 from bayes_mpt.program.program import Model, ModelError, Program
 from bayes_mpt.program.run import run
@@ -72,7 +72,7 @@ def gaussian_program(model: Model, args: tuple[Any, ...]) -> Program | None:
         return None
     few = rows_of(args, spread_rows(len(args[0]), N_TRIAL_ROWS).to(args[0].device))
     try:
-        trace = run(model, tuple(fill(a) for a in few))
+        trace = run(model, fill_all(few))
     except (RuntimeError, ValueError, IndexError):
         return None  # it says why where it is run on all its rows
     sites = [n for n in trace.nodes.values() if n["type"] == "sample"]
@@ -93,9 +93,7 @@ def gaussian_program(model: Model, args: tuple[Any, ...]) -> Program | None:
             "missing observations NaN, which the package leaves out"
         )
     last = len(few) - 1
-    shows = few[last].is_floating_point() and nan_shows(
-        model, tuple(fill(a) for a in few), last, program, trace
-    )
+    shows = few[last].is_floating_point() and nan_shows(model, fill_all(few), last, program, trace)
     site = program.sites[0]._replace(shape=(len(args[0]),), n_joint=0)
     return program._replace(
         sites=(site,), depth=0, observed_argument=last if shows else None, gaussian_vector=True
@@ -104,7 +102,7 @@ def gaussian_program(model: Model, args: tuple[Any, ...]) -> Program | None:
 
 def moments(model: Model, args: tuple[Any, ...], program: Program) -> Moments:
     """Run the program on these rows, with gradients to its parameters."""
-    trace = run(model, tuple(fill(a) for a in args))
+    trace = run(model, fill_all(args))
     node = trace.nodes[program.sites[0].name]
     fn = base(node["fn"])
     value = node["value"]

@@ -9,7 +9,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from bayes_mpt.program.arguments import fill, rows_of, spread_rows
+from bayes_mpt.program.arguments import fill_all, rows_of, spread_rows
 from bayes_mpt.program.program import Model, ModelError, Program
 from bayes_mpt.program.run import run
 from bayes_mpt.program.sites import base
@@ -56,7 +56,7 @@ class RowSets:
         places = torch.stack(
             [torch.arange(half) * 2 % len(rows), torch.arange(half), torch.arange(half).flip(0)]
         )
-        few = tuple(fill(a) for a in rows_of(args, rows))
+        few = fill_all(rows_of(args, rows))
         with torch.no_grad():
             loc, cov, _ = self._one(*few)
             alone = rows_of(few, places.to(rows.device))

@@ -14,18 +14,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-import pyro
 import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from bayes_mpt.predictors.gaussian.linear import LinearRows
 from bayes_mpt.predictors.nodes.conjugacy import log_prior_of, node_values, non_conjugate, prior_draws
-from bayes_mpt.predictors.nodes.given import (
-    AffineBatch,
-    Factorized,
-    Given,
-)
+from bayes_mpt.predictors.nodes.given import AffineBatch, Factorized, Given
 from bayes_mpt.predictors.nodes.group_nodes import GroupNodes
 from bayes_mpt.predictors.nodes.newton import (
     LaplaceApproximation,
@@ -35,20 +30,15 @@ from bayes_mpt.predictors.nodes.newton import (
     times_covariance,
 )
 from bayes_mpt.predictors.nodes.row_nodes import RowNodes
-from bayes_mpt.predictors.nodes.rules import (
-    MAX_HERMITE,
-    degrees_of,
-    hermite,
-    log_t,
-)
+from bayes_mpt.predictors.nodes.rules import MAX_HERMITE, degrees_of, hermite, log_t
 from bayes_mpt.predictors.nodes.weighted import FixedSites, program_values
 from bayes_mpt.program.affine import read_side_by_side
-from bayes_mpt.program.arguments import fill
+from bayes_mpt.program.arguments import fill_all
 from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.factor_runs import read_factors
 from bayes_mpt.program.latents import Space, space
 from bayes_mpt.program.program import Latent, Model, ModelError, Program, list_names, n_rows_of, split_events
-from bayes_mpt.program.run import SetLatents, run
+from bayes_mpt.program.run import FAILURES, SetLatents, run
 from bayes_mpt.program.sites import is_subsample, node_of, rows_given_shared
 from bayes_mpt.program.value_checks import check_values
 
@@ -59,7 +49,6 @@ SURE_OF_NODES = 1e-9  # the same where rows are integrated by nodes that move
 MAX_STEPS = 100
 N_START_DRAWS = 9
 FARTHEST_START = 20.0  # of a latent that is not free: half of Gamma(0.001, 0.001) lies below e^-700
-CANNOT = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
 
 
 class _Held(NamedTuple):
@@ -95,13 +84,12 @@ class AdaptiveNodes:
     """
 
     def __init__(self, model: Model, args: tuple[Any, ...], program: Program, held: _Held | None = None):
-        filled = tuple(fill(a) for a in args)
+        filled = fill_all(args)
         self._held = held or _Held((), {})
         first = node_values(self._held.draws, 0)
         with own_random_state():
             trace = run(model, filled, first)
         self._last: tuple[torch.Size, Tensor] | None = None
-        self._prior_mapped = True
         self.model, self.program = model, program
         names, self._template = non_conjugate(model, args, program, first)
         self.rows = self._nested(args, filled, trace, names)
@@ -117,7 +105,7 @@ class AdaptiveNodes:
         check_values(model, filled, self.program)
         if self.rows is not None:
             self.vectorised = not self.rows.one_by_one
-            self._prior_mapped = isinstance(self.rows, RowNodes) and self._maps_prior(filled)
+            self._prior = self.rows.prior_left(model, tuple(p.latent for p in self.space.parts), filled)
         else:
             together = self._runs_together if self._template is None else self._reads_side_by_side
             self.vectorised = together(args, filled, mapped=False)
@@ -182,9 +170,8 @@ class AdaptiveNodes:
         """The rows or groups at values (S, ...) of the other latents, and what of log p they leave out (S, 1)."""
         assert self.rows is not None
         given = self.rows.given(args, filled, values)
-        if isinstance(self.rows, GroupNodes):
-            return given, filled[0].new_zeros(1, 1)
-        return given, self._log_prior(filled, values)
+        left = filled[0].new_zeros(1, 1) if self._prior is None else self._prior.log_prob(filled, values)
+        return given, left
 
     def _by_maps(
         self, args: tuple[Any, ...], filled: tuple[Any, ...], values: dict[str, Tensor], log_det: Tensor
@@ -288,29 +275,6 @@ class AdaptiveNodes:
             want = torch.where(half[:, 0], by_row(a), by_row(b))
             return bool(torch.allclose(by_row(torch.where(half, a, b)), want, rtol=1e-9, equal_nan=True))
 
-    def _log_prior(self, filled: tuple[Any, ...], values: dict[str, Tensor]) -> Tensor:
-        """log p of the latents of the data set at S nodes: (S, 1)."""
-        assert isinstance(self.rows, RowNodes)
-        latents, held = tuple(p.latent for p in self.space.parts), self.rows.values
-
-        def alone(node: dict[str, Tensor]) -> Tensor:
-            return log_prior_of(run(self.model, filled, {**held, **node}), latents, filled[0])
-
-        if self._prior_mapped:
-            with pyro.validation_enabled(False):  # a check would have to branch on its node
-                return torch.vmap(alone)(values)
-        n_nodes = len(next(iter(values.values())))
-        return torch.stack([alone(node_values(values, s)) for s in range(n_nodes)])
-
-    def _maps_prior(self, filled: tuple[Any, ...]) -> bool:
-        assert isinstance(self.rows, RowNodes)
-        with torch.no_grad():
-            try:
-                self._log_prior(filled, self.rows.adaptive._held.draws)
-            except CANNOT:
-                return False
-        return True
-
     # ------------------------------------------------------------------------------------------------------- checks
 
     def _reads_side_by_side(self, args: tuple[Any, ...], filled: tuple[Any, ...], mapped: bool) -> bool:
@@ -347,7 +311,7 @@ class AdaptiveNodes:
         self.vectorised, self.mapped = not mapped, mapped
         try:
             together = log_joint(slice(2))
-        except CANNOT:
+        except FAILURES:
             return False
         finally:
             self.vectorised = self.mapped = False
@@ -372,7 +336,7 @@ class AdaptiveNodes:
     def forget(self) -> None:
         """Look for the next modes from the start, not from the last ones."""
         self._last = None
-        if isinstance(self.rows, GroupNodes):
+        if self.rows is not None:
             self.rows.forget()
 
     def locate(
@@ -401,17 +365,25 @@ class AdaptiveNodes:
         n_nodes: int,
         start: Tensor | None = None,
     ) -> LaplaceApproximation:
-        filled = tuple(fill(a) for a in args)
+        filled = fill_all(args)
         if not self.space.parts:  # all latents are integrated inside
             return LaplaceApproximation(x.new_zeros(n_nodes, len(x), 0), x.new_zeros(n_nodes, len(x), 0, 0))
 
-        def log_prob(u: Tensor) -> Tensor:
-            return self.log_prob(args, filled, x, visible, u, held)
+        def log_prob(u: Tensor, nodes: Tensor) -> Tensor:
+            some = {name: v[nodes] for name, v in held.items()} if len(nodes) < n_nodes else held
+            return self.log_prob(args, filled, x, visible, u, some)
 
         u = start
         if u is None:  # a training asks again and again, with little change
             shape, last = self._last or (None, None)
-            u = self._stands(log_prob, filled, last if shape == x.shape else None, n_nodes, bool(held))
+            everywhere = torch.arange(n_nodes, device=x.device)
+            u = self._stands(
+                partial(log_prob, nodes=everywhere),
+                filled,
+                last if shape == x.shape else None,
+                n_nodes,
+                bool(held),
+            )
         found = newton(log_prob, u.expand(n_nodes, *u.shape[-2:]), MAX_STEPS, self.sure)
         good = torch.isfinite(found.mode).all(-1).all(-1)
         if start is None and bool(good.any()):
@@ -455,10 +427,10 @@ class AdaptiveNodes:
 
         Both end at the Gaussian closest to the posterior (Opper & Archambeau 2009), where Laplace's sees a point.
         """
-        filled = tuple(fill(a) for a in args)
+        filled = fill_all(args)
         offsets = (near.root @ draws[..., None])[..., 0]
 
-        def log_prob(u: Tensor) -> Tensor:
+        def log_prob(u: Tensor, nodes: Tensor) -> Tensor:
             return self.log_prob(args, filled, x, visible, u[0] + offsets, {}).mean(0, keepdim=True)
 
         found = newton(log_prob, near.mode[None], 1, SURE)
@@ -470,7 +442,7 @@ class AdaptiveNodes:
 
         log p(u, x) + log |root| + d/2 log 2 pi,    root root' = (-d^2 log p / du^2)^-1,    at the mode u
         """
-        filled = tuple(fill(a) for a in args)
+        filled = fill_all(args)
         mode = self.locate(args, x, visible).mode.requires_grad_()
         log_prob = self.log_prob(args, filled, x, visible, mode[None], {})[0]
         (slope,) = torch.autograd.grad(log_prob.sum(), mode, create_graph=True)

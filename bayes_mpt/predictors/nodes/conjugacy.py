@@ -13,9 +13,9 @@ from torch import Tensor
 from bayes_mpt.predictors.gaussian.linear import LinearGaussian
 from bayes_mpt.predictors.nodes.weighted import FixedSites
 from bayes_mpt.program.affine import NotAffine
-from bayes_mpt.program.arguments import fill
+from bayes_mpt.program.arguments import fill_all
 from bayes_mpt.program.densities import log_density
-from bayes_mpt.program.devices import own_random_state
+from bayes_mpt.program.devices import own_random_state, seed_programs
 from bayes_mpt.program.layout import rows_first
 from bayes_mpt.program.program import Latent, Model, Program
 from bayes_mpt.program.run import run
@@ -31,7 +31,7 @@ def prior_draws(model: Model, filled: tuple[Any, ...], n: int, first: int = 0) -
     traces = []
     with own_random_state():
         for seed in range(first, n):
-            torch.manual_seed(seed)
+            seed_programs(seed)
             traces.append(run(model, filled))  # which leaves the random state as it was
     return traces
 
@@ -57,7 +57,7 @@ def non_conjugate(
     everything = program.continuous
     if program.discrete or {s.kind for s in program.sites} - GAUSSIAN:
         return everything, None
-    filled = tuple(fill(a) for a in args)
+    filled = fill_all(args)
     with own_random_state(0):
         trace = run(model, filled)
     drawn = {n: node_of(trace, n)["value"].detach() for n in everything}

@@ -12,7 +12,7 @@ from bayes_mpt.predictors.gaussian.linear import LinearGaussian, LinearRows
 from bayes_mpt.predictors.nodes.given import AffineBatch, Factorized
 from bayes_mpt.predictors.nodes.weighted import FixedSites, NodeSource, Read, program_values
 from bayes_mpt.program.affine import same_by_label
-from bayes_mpt.program.arguments import N_TRIAL_ROWS, cycle, fill
+from bayes_mpt.program.arguments import N_TRIAL_ROWS, cycle, fill_all
 from bayes_mpt.program.densities import log_density
 from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.factor_runs import read_factors
@@ -32,15 +32,15 @@ class _Enumerated(NodeSource):
     name = "Exact"
 
     def __init__(self, model: Model, args: tuple[Any, ...], program: Program):
-        self.model, self.structure = model, program
         # no distribution looks at the rows, and their number is read with them
         alone = len(args) == 1 and program.observed_argument == 0
-        self.serves_any_rows = alone and program.by_row and program.sub_rows is None
+        any_rows = alone and program.by_row and program.sub_rows is None
+        self.model, self.structure = model, program._replace(serves_any_rows=any_rows)
         names = list_names(program.discrete)
         self.why = f"the values of {names} are summed out" if names else "the program has no latents"
 
     def place(self, args: tuple[Any, ...], visible: Tensor | None = None, near: Any = None) -> Read:
-        filled = tuple(fill(a) for a in args)
+        filled = fill_all(args)
         factors = read_factors(self.model, filled, self.structure)
         value = program_values(self.model, args, filled, self.structure)
         zero = value.new_zeros(1, factors.n_rows)
@@ -52,7 +52,7 @@ class _Enumerated(NodeSource):
 def enumerated(model: Model, args: tuple[Any, ...], program: Program) -> NodeSource:
     """Programs whose latents are all discrete."""
     source = _Enumerated(model, args, program)
-    check_values(model, tuple(fill(a) for a in args), program)
+    check_values(model, fill_all(args), program)
     return source
 
 
@@ -84,7 +84,7 @@ class _Maps(NodeSource):
             observed_argument=self.maps.structure.observed_argument,
         )
         if program.continuous:
-            filled = tuple(fill(a) for a in args)
+            filled = fill_all(args)
             first, second = (self._log_prior(filled, label, seed) for seed in range(2))
             if not torch.allclose(first, second, rtol=1e-9, atol=1e-12):
                 raise ModelError(
@@ -93,7 +93,7 @@ class _Maps(NodeSource):
                 )
 
     def place(self, args: tuple[Any, ...], visible: Tensor | None = None, near: Any = None) -> Read:
-        filled = tuple(fill(a) for a in args)
+        filled = fill_all(args)
         if self.shared:
             together, log_weight = self._read_shared(filled)
             value = (
@@ -124,7 +124,7 @@ class _Maps(NodeSource):
 
     def _same_for_all_rows(self, args: tuple[Any, ...], label: Tensor) -> bool:
         """Whether maps and weights that are read from S rows are those of all rows; each row shows it for one value."""
-        filled = tuple(fill(a) for a in args)
+        filled = fill_all(args)
         try:
             together, log_weight = self._read_shared(filled)
         except (RuntimeError, ValueError, IndexError):
@@ -153,7 +153,7 @@ def mixture_of_maps(model: Model, args: tuple[Any, ...], program: Program) -> No
 
 def _joint_values(model: Model, args: tuple[Any, ...], program: Program) -> dict[str, Tensor]:
     """All joint values of a row's discrete latents: (S,) of each site."""
-    trace = run(model, tuple(fill(a) for a in args))
+    trace = run(model, fill_all(args))
     supports, sites = [], []
     for site in program.latents:
         if not site.discrete:

@@ -21,6 +21,7 @@ from bayes_mpt.predictors.nodes.conjugacy import prior_draws
 from bayes_mpt.predictors.nodes.mixture import Modes, Orbits
 from bayes_mpt.predictors.nodes.newton import LaplaceApproximation, Peaks, by_halves, climb, distances
 from bayes_mpt.predictors.nodes.pieces import by_draws, shaped
+from bayes_mpt.predictors.nodes.population import moved
 from bayes_mpt.predictors.nodes.symmetries import (
     MAX_IMAGES,
     Coordinates,
@@ -29,7 +30,7 @@ from bayes_mpt.predictors.nodes.symmetries import (
     find_symmetries,
     orbit,
 )
-from bayes_mpt.program.arguments import fill
+from bayes_mpt.program.arguments import fill_all, same_cells
 from bayes_mpt.program.program import n_rows_of
 from bayes_mpt.warnings import MissedModeWarning, warn
 
@@ -114,7 +115,7 @@ class ModeSearch:
             return Modes.one(located)
         if near is None and self._kept is not None:
             data, shown, kept = self._kept
-            if torch.equal(shown, visible) and _equal(data, x):
+            if torch.equal(shown, visible) and same_cells(data, x):
                 near = kept
         climbs = _Climbs(at, args, x, visible)
         with pyro.validation_enabled(False), torch.no_grad():
@@ -131,13 +132,15 @@ class ModeSearch:
         with pyro.validation_enabled(False), torch.no_grad():
             return by_draws(climbs.both, modes, n)
 
+    def move(self, args: tuple[Any, ...], x: Tensor, visible: Tensor, modes: Modes, n: int) -> Modes:
+        """A mixture moved to where draws of it, n of a round, say that the posterior of shared latents is."""
+        climbs = _Climbs(self.adaptive, args, x, visible)
+        with pyro.validation_enabled(False), torch.no_grad():
+            return moved(climbs.both, modes, n)
+
 
 def _single(modes: Modes) -> LaplaceApproximation:
     return LaplaceApproximation(modes.mode[0], modes.root[0])
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 class _Climbs:
@@ -145,7 +148,7 @@ class _Climbs:
 
     def __init__(self, adaptive: AdaptiveNodes, args: tuple[Any, ...], x: Tensor, visible: Tensor):
         self.adaptive, self.args, self.x, self.visible = adaptive, args, x, visible
-        self.filled = tuple(fill(a) for a in args)
+        self.filled = fill_all(args)
         self.width = adaptive.space.width
         self._drawn = x.new_zeros(0, self.width)
         self._cells = max(1, x.numel() * adaptive.n_evaluations)

@@ -24,6 +24,7 @@ __all__ = [
 LAST_GAIN = 1e-9  # nats: the next step would move the nodes by 1e-9 standard deviations
 LONGEST_STEP = 5.0
 MAX_HALVINGS = 12
+MAX_SHORTER = 19  # the same of rows
 MET = 1e-2  # standard deviations and nats: places so near go on as one
 
 
@@ -38,56 +39,81 @@ class LaplaceApproximation(NamedTuple):
 
 @torch.enable_grad()
 def newton(
-    log_prob: Callable[[Tensor], Tensor], u: Tensor, max_steps: int, sure: float
+    log_prob: Callable[[Tensor, Tensor], Tensor], u: Tensor, max_steps: int, sure: float
 ) -> LaplaceApproximation:
     """Newton's method on (S, N, d) -> (S, N), all rows side by side, and the curvature at the last step but one.
 
-    Of a log-density no more than the share ``sure`` is to be gained by a step that need not climb. Kept by hand:
-    scipy's optimisers climb one row at a time, and not within torch's graph.
+    ``log_prob(u, nodes)`` is asked for some of the S, by their numbers: a node whose rows have all come to rest is
+    left alone. Of a log-density no more than the share ``sure`` is to be gained by a step that need not climb. Kept by
+    hand: scipy's optimisers climb one row at a time, and not within torch's graph.
     """
-    u = u.detach().requires_grad_()
-    before = log_prob(u)
-    for _ in range(max_steps):
-        (slope,) = torch.autograd.grad(before.sum(), u, create_graph=True)
-        root = root_of(curvature(slope, u))
-        slope = slope.detach()
+    mode = u.detach().clone()
+    roots = mode.new_zeros(*mode.shape, mode.shape[-1])
+    stuck = torch.zeros(mode.shape[:-1], dtype=torch.bool, device=mode.device)  # no step of theirs climbs
+    nodes = torch.arange(len(mode), device=mode.device)
+    here = mode.clone().requires_grad_()
+    before = log_prob(here, nodes)
+    for n_steps in range(1, max_steps + 1):
+        (slope,) = torch.autograd.grad(before.sum(), here, create_graph=True)
+        root = root_of(curvature(slope, here))
+        slope, before, here = slope.detach(), before.detach(), here.detach()
+        roots[nodes] = root
         step = times_covariance(root, slope)
         gain = (slope * step).sum(-1)  # (S, N)
         longest = step.abs().amax(-1, keepdim=True)
         step = step * (LONGEST_STEP / longest.clamp(min=LONGEST_STEP))
-        if not bool((gain > LAST_GAIN).any()):  # Newton's last step squares what is left
-            u = u + step
+        enough = (gain <= torch.clamp(sure * (1 + before.abs()), min=LAST_GAIN)) | stuck[nodes]
+        going = (~enough & gain.isfinite()).any(-1)  # (S,)
+        last = (~going).nonzero()[:, 0]
+        if len(last):  # Newton's last step squares what is left
+            mode[nodes[last]] = torch.where(stuck[nodes[last]][..., None], here[last], (here + step)[last])
+        at = going.nonzero()[:, 0]
+        if not len(at):
             break
-        there = gain <= sure * (1 + before.detach().abs())
-        u, before, moved = _walk(log_prob, u.detach(), step, before.detach(), there)
-        if not moved:
+        nodes = nodes[at]
+        here, before, better = _walk(log_prob, nodes, here[at], step[at], before[at], enough[at])
+        mode[nodes] = here.detach()
+        stuck[nodes] |= ~better
+        if n_steps == max_steps:
             break
-    return LaplaceApproximation(u.detach(), root)
+    return LaplaceApproximation(mode, roots)
 
 
 def _walk(
-    log_prob: Callable[[Tensor], Tensor], u: Tensor, step: Tensor, before: Tensor, there: Tensor
-) -> tuple[Tensor, Tensor, bool]:
-    """Halve the step of each row until it climbs, of those that are not there yet; log p there, and if any did."""
-    share = torch.ones_like(before)
-    best, better = u, there.clone()
-    for _ in range(20):
-        trial = (u + share[..., None] * step).requires_grad_()
-        try:
-            found = log_prob(trial)
-        except ValueError:  # so far away that the program refuses: all rows shorter
-            share = share / 2
-            continue
-        good = (found.detach() > before) & torch.isfinite(found.detach()) & ~better
-        if bool(good.all()):
-            return trial, found, True
-        best = torch.where(good[..., None], trial.detach(), best)
-        better |= good
-        if bool(better.all()):
+    log_prob: Callable[[Tensor, Tensor], Tensor],
+    nodes: Tensor,
+    u: Tensor,
+    step: Tensor,
+    before: Tensor,
+    there: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Halve the step of each row until it climbs, of those that are not there yet; log p there, and which have."""
+    trial = torch.where(there[..., None], u, u + step).requires_grad_()
+    try:
+        found = log_prob(trial, nodes)
+        value = found.detach()
+    except ValueError:  # so far away that the program refuses
+        found, value = None, torch.full_like(before, -torch.inf)
+    better = there | (value > before) & value.isfinite()
+    if found is not None and bool(better.all()):
+        return trial, found, better
+    best, share = torch.where(better[..., None], trial.detach(), u), 1.0
+    for _ in range(MAX_SHORTER):
+        low = (~better).any(-1).nonzero()[:, 0]  # nodes with rows that have not climbed
+        if not len(low):
             break
-        share = torch.where(better, share, share / 2)
+        share = share / 2
+        trial = torch.where(better[low][..., None], best[low], u[low] + share * step[low])
+        try:
+            with torch.no_grad():
+                value = log_prob(trial, nodes[low])
+        except ValueError:
+            continue
+        good = (value > before[low]) & value.isfinite() & ~better[low]
+        best[low] = torch.where(good[..., None], trial, best[low])
+        better[low] |= good
     best.requires_grad_()
-    return best, log_prob(best), bool((better & ~there).any())
+    return best, log_prob(best, nodes), better
 
 
 def curvature(slope: Tensor, u: Tensor) -> Tensor:
@@ -202,29 +228,39 @@ def _expand(log_prob: Callable[[Tensor], Tensor], u: Tensor) -> tuple[Tensor, Te
     return value, slope[0], curved[0]
 
 
-def _shorten(log_prob: Callable[[Tensor], Tensor], u: Tensor, step: Tensor, before: Tensor) -> _Walked:
-    """Each place after its step, halved until it climbs."""
-    now = u + step
-    value, slope, curved = _expand(log_prob, now)
-
-    def good(value: Tensor, before: Tensor) -> Tensor:
-        return (value > before) & value.isfinite()
-
-    climbed = good(value, before) & curved.isfinite().all(-1).all(-1)
-    for halving in range(1, MAX_HALVINGS + 1):
+def _shorten(
+    log_prob: Callable[[Tensor], Tensor],
+    u: Tensor,
+    step: Tensor,
+    before: Tensor,
+    n_halvings: int = MAX_HALVINGS,
+) -> _Walked:
+    """Each place after its step, halved until it climbs: only there are slope and curvature worth their cost."""
+    now, value = u + step, torch.full_like(before, -torch.inf)
+    halved, climbed = torch.zeros_like(before), torch.zeros_like(before, dtype=torch.bool)
+    for halving in range(n_halvings + 1):
         low = (~climbed).nonzero()[:, 0]
         if not len(low):
             break
         trial = u[low] + step[low] * 0.5**halving
         with torch.no_grad():
             (found,) = by_halves(lambda part: (log_prob(part),), trial, (u.new_full((1,), -torch.inf),))
-        better = good(found, before[low])
-        if bool(better.any()):
-            low, trial = low[better], trial[better]
-            now[low] = trial
-            value[low], slope[low], curved[low] = _expand(log_prob, trial)
-            climbed[low] = curved[low].isfinite().all(-1).all(-1)
-    return _Walked(now, value, slope, curved, climbed)
+        better = (found > before[low]) & found.isfinite()
+        low = low[better]
+        now[low], value[low], halved[low], climbed[low] = trial[better], found[better], halving, True
+    slope, curved = torch.zeros_like(u), u.new_zeros(*u.shape, u.shape[-1])
+    at = climbed.nonzero()[:, 0]
+    if len(at):
+        value[at], slope[at], curved[at] = _expand(log_prob, now[at])
+    walked = _Walked(now, value, slope, curved, climbed)
+    flat = climbed & ~curved.isfinite().all(-1).all(-1)
+    more = int(n_halvings - halved[flat].min()) - 1 if bool(flat.any()) else -1
+    if more >= 0:  # no curvature there: nearer
+        shorter = step[flat] * 0.5 ** (halved[flat] + 1)[:, None]
+        again = _shorten(log_prob, u[flat], shorter, before[flat], more)
+        for all_of, own in zip(walked, again, strict=True):
+            all_of[flat] = own
+    return walked
 
 
 def _merge(u: Tensor, value: Tensor, curved: Tensor, same: Tensor, going: Tensor) -> None:

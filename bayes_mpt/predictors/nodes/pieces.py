@@ -20,7 +20,7 @@ from bayes_mpt.predictors.nodes.resampling import weighted_root
 from bayes_mpt.predictors.nodes.rules import degrees_of, log_t
 from bayes_mpt.program.devices import own_random_state
 
-__all__ = ["Draws", "by_draws", "draws_of", "effective", "shaped"]
+__all__ = ["Both", "Draws", "by_draws", "draws_of", "effective", "of_each", "shaped"]
 
 Both = Callable[[Tensor], tuple[Tensor, Tensor]]
 """log p(u) and log p(u, x) (M,) at u (M, d)."""
@@ -114,7 +114,7 @@ def _with_piece(modes: Modes, draws: Draws, n_prior: int) -> Modes:
     apart = torch.linalg.solve_triangular(whole, (u - u[worst]).mT, upper=False).norm(dim=0)
     near = apart.argsort()[: max(2 * width + 2, int(NEAR * len(u)))]
     own = 0.5 * (share[near] / share[near].sum() + 1 / len(near))
-    parent = int(_of_each(mean, root, u[worst][None])[: len(set(parents)), 0].argmax())
+    parent = int(of_each(mean, root, u[worst][None])[: len(set(parents)), 0].argmax())
     mean, root = torch.cat([mean, u[worst][None]]), torch.cat([root, weighted_root(u[near], own)[None]])
     parents.append(parents[parent])
     log_share = torch.cat([at.log_share[:, 0], at.log_share.new_zeros(1)]).log_softmax(0)
@@ -124,7 +124,7 @@ def _with_piece(modes: Modes, draws: Draws, n_prior: int) -> Modes:
         counts=(*orbits.counts, orbits.counts[parents[-1]]),
     )
     for _ in range(N_FITS):
-        chance = (log_share[:, None] + _of_each(mean, root, u)).softmax(0) * share  # (C, M)
+        chance = (log_share[:, None] + of_each(mean, root, u)).softmax(0) * share  # (C, M)
         total = chance.sum(1)
         for c in range(len(mean)):
             n_own = float(total[c].square() / chance[c].square().sum().clamp(min=1e-300))
@@ -138,7 +138,7 @@ def _with_piece(modes: Modes, draws: Draws, n_prior: int) -> Modes:
     return modes
 
 
-def _of_each(mean: Tensor, root: Tensor, u: Tensor) -> Tensor:
+def of_each(mean: Tensor, root: Tensor, u: Tensor) -> Tensor:
     """log of the Student-t of each piece (C, d) at u (M, d): (C, M)."""
     white = (torch.linalg.inv(root)[:, None] @ (u - mean[:, None])[..., None])[..., 0]
     return log_t(white, degrees_of(u.shape[1])) - torch.linalg.slogdet(root)[1][:, None]

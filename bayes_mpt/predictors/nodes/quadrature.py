@@ -23,7 +23,7 @@ from bayes_mpt.predictors.nodes.weighted import (
     warn_if_slow,
 )
 from bayes_mpt.program.analysis import analyze
-from bayes_mpt.program.arguments import fill
+from bayes_mpt.program.arguments import fill_all
 from bayes_mpt.program.program import Model, ModelError, Program
 
 __all__ = ["Quadrature"]
@@ -34,6 +34,10 @@ MAX_NODES = 8192  # around all modes together, where these are several
 ROUGH = 0.01  # nats of change with more nodes, from which draws are asked too
 N_CHECKS = 1024
 MIN_NODES = 3  # along each axis
+MAX_WHOLE = 1024  # nodes, up to which all are tried at once
+SHELLS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9)  # share of a Gaussian outside of each
+NO_PART = 0.01  # of the error: what is left out is no more
+MIDDLE = 0.999  # share of the integral at whose nodes finer ones in every row or group are tried
 
 
 class Quadrature(Predictor):
@@ -110,7 +114,7 @@ class _Hermite(NodeSource):
         self.modes.forget()
 
     def place(self, args: tuple[Any, ...], visible: Tensor | None = None, near: Any = None) -> Read:
-        filled = tuple(fill(a) for a in args)
+        filled = fill_all(args)
         value = program_values(self.model, args, filled, self.structure)
         if visible is None:
             visible = torch.ones(value.shape[1], dtype=torch.bool, device=value.device)
@@ -127,11 +131,17 @@ class _Hermite(NodeSource):
         return 2 * n if width <= 2 else n + 3
 
     def _around(
-        self, args: tuple[Any, ...], filled: tuple[Any, ...], value: Tensor, modes: Modes, n_nodes: int
+        self,
+        args: tuple[Any, ...],
+        filled: tuple[Any, ...],
+        value: Tensor,
+        modes: Modes,
+        n_nodes: int,
+        some: Tensor | slice = slice(None),
     ) -> Read:
-        """Nodes for rows whose posteriors are located."""
+        """Nodes for rows whose posteriors are located; around each mode all of the rule, or ``some`` of them."""
         n_modes, n_rows, width = modes.mode.shape
-        t, log_w = (a.to(modes.mode) for a in hermite(width, n_nodes))  # (Q, d), (Q,)
+        t, log_w = (a.to(modes.mode)[some] for a in hermite(width, n_nodes))  # (Q, d), (Q,)
         u = modes.mode[:, None] + (modes.root[:, None] @ t[:, None, :, None])[..., 0]  # (J, Q, N, d)
         log_weight = log_w[:, None] + torch.linalg.slogdet(modes.root)[1][:, None]  # (J, Q, N)
         if n_modes > 1:
@@ -147,13 +157,16 @@ class _Hermite(NodeSource):
     def evidence(self, nodes: Nodes) -> Evidence:
         few, modes = nodes.score(), nodes.last.located
         n_nodes, more = self._n_nodes(modes), self._n_nodes(modes, finer=True)
-        filled = tuple(fill(a) for a in nodes.args)
-        finer = nodes.at_nodes(self._around(nodes.args, filled, nodes.value, modes, more))
-        refined = finer.refined()  # with more nodes in every row too, where rows have their own
+        filled = fill_all(nodes.args)
         everything = torch.ones(nodes.value.shape[1], dtype=torch.bool, device=nodes.value.device)
-        many = refined.score()
-        several = refined is finer and len(modes.mode) > 1
-        beyond = _beyond(finer.log_weights(), modes, more) if several else 0.0
+        beyond = 0.0
+        if self.adaptive.rows is not None:  # every node costs those of all rows or groups
+            many = self._outwards(nodes, filled) + self._gain_inside(nodes, filled)
+        else:
+            finer = nodes.at_nodes(self._around(nodes.args, filled, nodes.value, modes, more))
+            many = finer.score()
+            if len(modes.mode) > 1:
+                beyond = _beyond(finer.log_weights(), modes, more)
         change = float((many - few).sum())
         diagnostics = {"n_nodes": more, f"change from {n_nodes} nodes": change}
         if self.structure.by_row:
@@ -167,6 +180,50 @@ class _Hermite(NodeSource):
             se = math.hypot(se, by_draws - float(many.sum()))
         doubt = modes.doubt or doubt_of(nodes)
         return doubted(Evidence(many, se, diagnostics), modes._replace(doubt=doubt))
+
+    def _outwards(self, nodes: Nodes, filled: tuple[Any, ...]) -> Tensor:
+        """log Z (1,) by more nodes, shell by shell from the middle until what is left is no part of the error.
+
+        Of what is left, shells that shrink by a factor r from c on are believed to add c r / (1 - r).
+        """
+        modes, few = nodes.last.located, nodes.score()
+        more = self._n_nodes(modes, finer=True)
+        shell = _shells(modes.mode.shape[-1], more).to(few.device)
+        total, added, shrinks = torch.full_like(few, -math.inf), math.inf, 1.0
+        for n_shells, number in enumerate(shell.unique(), 1):
+            some = (shell == number).nonzero()[:, 0]
+            read = self._around(nodes.args, filled, nodes.value, modes, more, some)
+            part = nodes.at_nodes(read).score()
+            total = torch.logaddexp(total, part)
+            before, added = added, float((part - total).exp())
+            last, shrinks = shrinks, added / before if before > 0 else 0.0
+            r = max(last, shrinks)
+            left = added * r / (1 - r) if r < 1 else math.inf
+            if n_shells > 3 and left <= NO_PART * float((total - few).abs()):
+                break
+        return total
+
+    def _gain_inside(self, nodes: Nodes, filled: tuple[Any, ...]) -> Tensor:
+        """How log Z (1,) grows by finer nodes in every row or group, at the nodes that make up the integral."""
+        modes = nodes.last.located
+        log_prob = nodes.log_weights()[:, 0].unflatten(0, (len(modes.mode), -1)).logsumexp(0)  # (Q,)
+        order = log_prob.argsort(descending=True)
+        before = log_prob[order].softmax(0).cumsum(0) - log_prob[order].softmax(0)
+        some = order[before < MIDDLE]
+        read = self._around(nodes.args, filled, nodes.value, modes, self._n_nodes(modes), some)
+        return nodes.at_nodes(read).refined().score() - log_prob[some].logsumexp(0)
+
+
+def _shells(width: int, n_nodes: int) -> Tensor:
+    """The shell (Q,) of each node of a rule, by the share of a Gaussian that lies outside; one of a small rule."""
+    t, log_w = hermite(width, n_nodes)
+    if len(t) <= MAX_WHOLE:
+        return torch.zeros(len(t), dtype=torch.long)
+    radius = t.square().sum(1)
+    outwards, order = radius.sort()
+    until = (log_w - 0.5 * radius)[order].softmax(0).cumsum(0)
+    inside = until[torch.searchsorted(outwards, radius + 1e-9) - 1]
+    return torch.bucketize(inside - 1, -torch.tensor(SHELLS, dtype=t.dtype))
 
 
 def _beyond(log_prob: Tensor, modes: Modes, n_nodes: int) -> float:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import pyro
 import torch
 from torch import Tensor
 
+from bayes_mpt.predictors.nodes.conjugacy import log_prior_of, node_values
 from bayes_mpt.predictors.nodes.given import (
     NestedRows,
     PlacedRows,
@@ -22,12 +24,50 @@ from bayes_mpt.predictors.nodes.rules import (
 )
 from bayes_mpt.predictors.nodes.weighted import constrained
 from bayes_mpt.program.layout import rows_first
-from bayes_mpt.program.program import list_names
+from bayes_mpt.program.program import Latent, Model, list_names
+from bayes_mpt.program.run import FAILURES, run
 
 if TYPE_CHECKING:
     from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
 
-__all__ = ["RowNodes"]
+__all__ = ["RowNodes", "SharedPrior"]
+
+
+@dataclass(frozen=True)
+class SharedPrior:
+    """log p of the latents of the data set, at many values of them."""
+
+    model: Model
+    latents: tuple[Latent, ...]
+    held: dict[str, Tensor]
+    """Any values of all other latents."""
+    mapped: bool = True
+    """The program runs at all values at once (`torch.vmap`)."""
+
+    @classmethod
+    def of(
+        cls, model: Model, latents: tuple[Latent, ...], rows: RowNodes, filled: tuple[Any, ...]
+    ) -> SharedPrior:
+        found = cls(model, latents, rows.values)
+        with torch.no_grad():
+            try:
+                found.log_prob(filled, rows.adaptive._held.draws)
+            except FAILURES:
+                return replace(found, mapped=False)
+        return found
+
+    def log_prob(self, filled: tuple[Any, ...], values: dict[str, Tensor]) -> Tensor:
+        """At S values (S, ...) of each: (S, 1)."""
+
+        def alone(node: dict[str, Tensor]) -> Tensor:
+            trace = run(self.model, filled, {**self.held, **node})
+            return log_prior_of(trace, self.latents, filled[0])
+
+        if self.mapped:
+            with pyro.validation_enabled(False):  # a check would have to branch on its node
+                return torch.vmap(alone)(values)
+        n_nodes = len(next(iter(values.values())))
+        return torch.stack([alone(node_values(values, s)) for s in range(n_nodes)])
 
 
 @dataclass(frozen=True)
@@ -98,6 +138,15 @@ class RowNodes:
         place = partial(self._place, args, filled, held)
         n_nodes = len(next(iter(held.values())))
         return NestedRows(place, self.cells.to(filled[0].device), n_nodes)
+
+    def prior_left(
+        self, model: Model, latents: tuple[Latent, ...], filled: tuple[Any, ...]
+    ) -> SharedPrior | None:
+        """The prior of the latents of the data set, which `given` leaves out."""
+        return SharedPrior.of(model, latents, self, filled)
+
+    def forget(self) -> None:
+        """Nothing: the next modes of rows are looked for from where `AdaptiveNodes` says."""
 
     def _place(
         self,

@@ -15,7 +15,6 @@ from itertools import chain, combinations
 from typing import NamedTuple
 
 import torch
-from sympy.combinatorics import Permutation, PermutationGroup  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.distributions.transforms import IndependentTransform
 
@@ -340,6 +339,9 @@ def _order(symmetries: list[Symmetry]) -> int:
     """How many changes these make together: the order of a group of permutations of coordinates with signs."""
     if not symmetries:
         return 1
+    # half of all the time that importing the package takes
+    from sympy.combinatorics import Permutation, PermutationGroup  # type: ignore[import-untyped]
+
     size = len(symmetries[0].order)
     each = []
     for order, sign in symmetries:

@@ -18,7 +18,7 @@ from pyro import poutine
 from torch import Tensor
 
 from bayes_mpt.diagnostics import log_mean
-from bayes_mpt.program.arguments import fill
+from bayes_mpt.program.arguments import fill_all
 from bayes_mpt.program.latents import Space
 from bayes_mpt.program.layout import token_values
 from bayes_mpt.program.program import Model, ModelError, Program
@@ -98,7 +98,7 @@ def simulated(
     ModelError
         If the prior is so vague that the data are not finite.
     """
-    filled = tuple(fill(a) for a in args)
+    filled = fill_all(args)
     with torch.no_grad(), one_precision(filled):
         trace = poutine.trace(poutine.uncondition(model)).get_trace(*filled)
     values = {name: node_of(trace, name)["value"][None] for name in space.names}

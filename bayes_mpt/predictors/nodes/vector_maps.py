@@ -16,7 +16,7 @@ from bayes_mpt.predictors.gaussian.linear import LinearGaussian
 from bayes_mpt.predictors.nodes.given import AffineBatch
 from bayes_mpt.predictors.nodes.weighted import FixedSites, NodeSource, Read
 from bayes_mpt.program.affine import NotAffine
-from bayes_mpt.program.arguments import fill
+from bayes_mpt.program.arguments import fill_all
 from bayes_mpt.program.densities import log_density
 from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.program import Latent, Model, ModelError, Program, list_names, split_events
@@ -59,7 +59,7 @@ class _VectorMaps(NodeSource):
                 LinearGaussian(self._fixed(s), args)
         except NotAffine as error:
             raise ModelError(str(error)) from error
-        filled = tuple(fill(a) for a in args)
+        filled = fill_all(args)
         first, second = (self._log_prior(filled, seed) for seed in range(2))
         if not torch.allclose(first, second, rtol=1e-9, atol=1e-12):
             raise ModelError(
@@ -69,7 +69,7 @@ class _VectorMaps(NodeSource):
 
     def place(self, args: tuple[Any, ...], visible: Tensor | None = None, near: Any = None) -> Read:
         maps = [self.maps.with_model(self._fixed(s)).read(args) for s in range(self.n_nodes)]
-        log_weight = self._log_prior(tuple(fill(a) for a in args))[:, None]  # (S, 1)
+        log_weight = self._log_prior(fill_all(args))[:, None]  # (S, 1)
         columns = [self.values[self._site_of[i]][column] for i, column in enumerate(self.combinations.T)]
         latents = torch.stack(columns, -1).to(log_weight)[:, None]  # (S, 1, entries)
         names = tuple(site.name for site in self.sites)
@@ -103,7 +103,7 @@ class _VectorMaps(NodeSource):
 
 def _combinations(model: Model, args: tuple[Any, ...], sites: list[Latent]) -> tuple[list[Tensor], Tensor]:
     """The values (L,) of each site, and the numbers (S, entries) of all combinations of them."""
-    trace = run(model, tuple(fill(a) for a in args))
+    trace = run(model, fill_all(args))
     supports = []
     for site in sites:
         fn = trace.nodes[site.name]["fn"]

@@ -27,7 +27,7 @@ from bayes_mpt.predictors.base import Bound, Conditionals, Evidence, Leaves, Pos
 from bayes_mpt.predictors.nodes.given import Given
 from bayes_mpt.predictors.objective import Batch, Objective, outputs_of_rows
 from bayes_mpt.program.affine import DenseMap
-from bayes_mpt.program.arguments import fill, has_missing
+from bayes_mpt.program.arguments import fill_all, has_missing
 from bayes_mpt.program.latents import Space
 from bayes_mpt.program.layout import to_rows
 from bayes_mpt.program.missing import read_values
@@ -117,7 +117,7 @@ class NodeSource(Bound):
         """The rows that sub-sampling plates draw: once for all runs of a reading, of program and guide alike."""
         if self.structure.sub_rows is None and self.structure.scale == 1.0:
             return {}
-        trace = run(self.model, tuple(fill(a) for a in args))
+        trace = run(self.model, fill_all(args))
         return {name: node["value"] for name, node in trace.nodes.items() if is_subsample(node)}
 
 
@@ -289,7 +289,7 @@ class Nodes(Conditionals):
         """Weighted values of the latents, where all rows share them."""
         if self.structure.by_row or len(read.latents[0]) != 1:
             return []
-        inner = read.given.latents(self.value)
+        inner = read.given.latents(self.value, share[:, 0])
         out = []
         for s, weight in enumerate(share[:, 0].tolist()):
             if weight < MIN_SHARE:

@@ -1,5 +1,6 @@
 """The linear-Gaussian form of a program: whether it has one, and the map from its latents to its tokens."""
 
+from bayes_mpt.program.affine.declared import read_stated, stated_form
 from bayes_mpt.program.affine.dense import Dense, read_side_by_side
 from bayes_mpt.program.affine.form import AffineForm, NotAffine, Way
 from bayes_mpt.program.affine.maps import DenseMap, Map
@@ -20,6 +21,8 @@ __all__ = [
     "latent_values",
     "read",
     "read_side_by_side",
+    "read_stated",
     "same_by_label",
+    "stated_form",
     "token_means",
 ]

@@ -28,7 +28,7 @@ from bayes_mpt.program.affine.normals import (
 )
 from bayes_mpt.program.affine.probes import N_CHECKS, affine_through, check_constant, probes_of, tolerance
 from bayes_mpt.program.affine.tokens import token_gaps
-from bayes_mpt.program.arguments import cycle, fill
+from bayes_mpt.program.arguments import cycle, fill_all
 from bayes_mpt.program.layout import flat, from_rows, token_values
 from bayes_mpt.program.program import Latent, Model, list_names
 from bayes_mpt.program.run import NODES, run
@@ -65,7 +65,7 @@ def _read_probes(model: Model, args: tuple[Any, ...], structure: AffineForm) -> 
     """All probes in one run: row 0 has z = 0, rows 1..K a unit vector each, the last three are random."""
     n_latents = structure.n_latents
     n_probes = n_latents + 1 + N_CHECKS
-    rows = tuple(fill(cycle(a, n_probes)) for a in args)
+    rows = fill_all(cycle(a, n_probes) for a in args)
     probes = probes_of(structure, rows[0])  # (P, K)
     trace = run(model, rows, latent_values(structure.program, probes))
     loc, scale = (t[0] for t in token_normal(trace, structure))  # (P, T)
@@ -117,7 +117,7 @@ class _Runs(NamedTuple):
 
 def _read_rows(model: Model, args: tuple[Any, ...], structure: AffineForm) -> DenseMap:
     """The real batch at every probe: every row, or the one vector, has a map of its own."""
-    filled = tuple(fill(a) for a in args)
+    filled = fill_all(args)
     probes = probes_of(structure, filled[0])  # (P, K)
     if not structure.n_latents:
         probes = probes[:1]  # one run is like another
@@ -149,14 +149,14 @@ def read_side_by_side(
     (S, N) (N is 1 where all observations are one vector). All nodes and probes are one run: on a plate left of the
     program's ``depth``, along which the values lie; through `torch.vmap` where that is None.
     """
-    filled = tuple(fill(a) for a in args)
+    filled = fill_all(args)
     probes = probes_of(structure, filled[0])  # (P, K)
     n_probes, n_rows = len(probes), batch(structure, filled)
     n_nodes = len(next(iter(values.values())))
     # rows that share a map, with nothing of their own among the values, are read on rows that are the probes
     shared = structure.by_row and not structure.per_row and all(p.row_axis is None for p in priors)
     if shared:
-        rows = tuple(fill(cycle(a, n_probes)) for a in args)
+        rows = fill_all(cycle(a, n_probes) for a in args)
         z = probes.expand(n_nodes, -1, -1)
     else:
         rows, z = filled, probes.repeat(n_nodes, 1)[:, None]

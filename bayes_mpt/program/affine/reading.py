@@ -28,7 +28,7 @@ from bayes_mpt.program.affine.trial import (
     trial_run,
 )
 from bayes_mpt.program.analysis import Analysis, look
-from bayes_mpt.program.arguments import N_TRIAL_ROWS, cycle, fill, head
+from bayes_mpt.program.arguments import N_TRIAL_ROWS, cycle, fill_all, head
 from bayes_mpt.program.layout import flat, token_values
 from bayes_mpt.program.program import Model, split_events
 from bayes_mpt.program.run import run
@@ -176,6 +176,6 @@ def read(
         assert structure.observed_argument is not None
         return reading._replace(value=args[structure.observed_argument])
     sites = prior_means(structure, args)
-    trace = run(model, tuple(fill(a) for a in args), sites)
+    trace = run(model, fill_all(args), sites)
     value = token_gaps(model, args, structure, trace, sites)
     return reading._replace(value=value, scale=scale_of(trace.nodes[structure.site_names[0]]))

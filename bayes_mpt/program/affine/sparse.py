@@ -31,7 +31,7 @@ from bayes_mpt.program.affine.normals import (
 from bayes_mpt.program.affine.probes import N_CHECKS, check_affine, check_constant, random_points
 from bayes_mpt.program.affine.sparse_map import Layout, NotSparse, SparseMap
 from bayes_mpt.program.affine.tokens import token_gaps
-from bayes_mpt.program.arguments import cycle, fill
+from bayes_mpt.program.arguments import cycle, fill_all
 from bayes_mpt.program.layout import flat, token_values
 from bayes_mpt.program.program import Model
 from bayes_mpt.program.run import run
@@ -68,7 +68,7 @@ class Sparse:
     def read_shared(self, model: Model, args: tuple[Any, ...], structure: AffineForm) -> SparseMap:
         """One run: row 0 has z = 0 and gives the slopes, the others check that these hold everywhere."""
         n_probes = 1 + N_CHECKS
-        rows = tuple(fill(cycle(a, n_probes)) for a in args)
+        rows = fill_all(cycle(a, n_probes) for a in args)
         probes = torch.cat([rows[0].new_zeros(1, structure.n_latents), _far(structure, rows[0])])
         first = rows[0].new_zeros(n_probes)
         first[0] = 1.0
@@ -95,7 +95,7 @@ class Sparse:
 
     def read_per_row(self, model: Model, args: tuple[Any, ...], structure: AffineForm) -> SparseMap:
         """A run at z = 0 gives the slopes of all rows; others, far away, check that these hold everywhere."""
-        rows = tuple(fill(a) for a in args)
+        rows = fill_all(args)
         n_rows = batch(structure, rows)
         zero = rows[0].new_zeros(n_rows, structure.n_latents)
         every = torch.linspace(1.0, 2.0, n_rows, dtype=zero.dtype, device=zero.device)

@@ -13,7 +13,7 @@ from bayes_mpt.program.affine.form import AffineForm
 from bayes_mpt.program.affine.normals import (
     token_normal,
 )
-from bayes_mpt.program.arguments import fill, fill_otherwise, has_missing
+from bayes_mpt.program.arguments import fill_all, fill_otherwise, has_missing
 from bayes_mpt.program.layout import join_tokens, token_values
 from bayes_mpt.program.missing import read_values, values_with_gaps
 from bayes_mpt.program.program import MissingCovariate, Model, ModelError
@@ -42,7 +42,7 @@ def token_gaps(
         if any(
             has_missing(a) for a in args
         ):  # read_values compares with a run at these latents, not at all probes
-            trace = run(model, tuple(fill(a) for a in args), sites)
+            trace = run(model, fill_all(args), sites)
         return read_values(model, args, structure.program, trace, sites)
     if any(has_missing(a) for a in args):
         # The filled cells gave finite parameters and maps; what the NaN themselves reach shows which tokens to drop.

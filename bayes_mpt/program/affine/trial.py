@@ -19,7 +19,7 @@ from bayes_mpt.program.affine.normals import (
     token_normal,
 )
 from bayes_mpt.program.affine.probes import close, probes_of, tolerance
-from bayes_mpt.program.arguments import fill
+from bayes_mpt.program.arguments import fill_all
 from bayes_mpt.program.layout import flat, token_values
 from bayes_mpt.program.program import Model
 from bayes_mpt.program.run import run
@@ -102,7 +102,7 @@ def same_by_label(
     model: Model, args: tuple[Any, ...], structure: AffineForm, reading: DenseMap, label: Tensor
 ) -> bool:
     """Whether each of these rows has the map that its label (N,) numbers among the B of the reading."""
-    filled = tuple(fill(a) for a in args)
+    filled = fill_all(args)
     loc, loading, noise, latent_loc, root = (t[label] for t in reading[:5])
     of_rows = DenseMap(loc, loading, noise, latent_loc, root, reading.scale, reading.value)
     trial = trial_run(model, filled, structure)
