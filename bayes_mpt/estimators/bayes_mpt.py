@@ -34,7 +34,7 @@ from bayes_mpt.estimators.fit import fit_program
 from bayes_mpt.estimators.fitted import OPTIONAL, Fitted
 from bayes_mpt.estimators.names import check_names
 from bayes_mpt.estimators.report import Unwatched, explain, reporter, shown
-from bayes_mpt.estimators.rows import check_program, dtype_of, takes_y
+from bayes_mpt.estimators.rows import as_fitted, check_program, dtype_of, takes_y
 from bayes_mpt.estimators.stored_fit import restored
 from bayes_mpt.estimators.trainer import trainer_of
 from bayes_mpt.estimators.weighed import Weighed
@@ -342,8 +342,11 @@ class BayesMPT(
         return int(self.random_state) if isinstance(self.random_state, Integral) else 0
 
     def _check_rows(self, X: ArrayLike, *, reset: bool) -> NDArray[np.floating]:
+        X = read_table(X)
+        if not reset and as_fitted(self, X):
+            return np.asarray(X)
         return validate_data(
-            self, read_table(X), reset=reset, dtype=[np.float64, np.float32], ensure_all_finite="allow-nan"
+            self, X, reset=reset, dtype=[np.float64, np.float32], ensure_all_finite="allow-nan"
         )
 
     def _ready(self, X: ArrayLike) -> tuple[Fitted, NDArray[np.floating]]:

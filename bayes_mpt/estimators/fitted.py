@@ -23,7 +23,7 @@ from bayes_mpt.program.arguments import fill
 from bayes_mpt.program.devices import at_once, check_device, moved, own_random_state
 from bayes_mpt.program.offers import offered
 from bayes_mpt.program.program import Model, ModelError, list_names
-from bayes_mpt.program.statistics import SufficientStatistics
+from bayes_mpt.program.statistics import SufficientStatistics, digest_of_rows
 from bayes_mpt.program.store import Initial, OwnStore, State
 from bayes_mpt.warnings import SlowProgramWarning, warnings_of
 
@@ -138,6 +138,12 @@ class Fitted:
     def unshifted(self, rows: NDArray[Any]) -> NDArray[Any]:
         """What was subtracted from the rows before the program saw them added again."""
         return rows if self.shift is None else rows + self.shift
+
+    def moments_of(self, rows: NDArray[np.floating]) -> SufficientStatistics | None:
+        """The moments of these rows, if they are those of the fit; None of others, or where a fit needs more."""
+        if self.statistics is None or not self.digest or self.digest != digest_of_rows(rows):
+            return None
+        return self.statistics
 
     # ---------------------------------------------------------------------------------------------- the program
 

@@ -68,7 +68,8 @@ def laplace_evidence(fitted: Fitted, rows: NDArray[np.floating]) -> LaplaceEvide
     """Evidence of rows with loadings and noise variances integrated out, or all parameters of a Gaussian mixture."""
     if type(fitted.model) is GaussianMixture:
         return _laplace_of_mixture(fitted, fitted.model.covariance_type, rows)
-    statistics = SufficientStatistics(rows, fitted.device, fitted.shift)
+    own = fitted.moments_of(rows)
+    statistics = SufficientStatistics(rows, fitted.device, fitted.shift) if own is None else own
     shape = noise_shape(fitted)
     if shape is None:
         raise ValueError(

@@ -21,6 +21,7 @@ from bayes_mpt.program.statistics import SufficientStatistics, digest_of_rows
 
 __all__ = [
     "arguments",
+    "as_fitted",
     "as_tensor",
     "check_program",
     "data_digest",
@@ -95,6 +96,18 @@ def dtype_of(X: Any) -> Any:
     # a DataFrame has several
     dtypes = set(X.dtypes) if hasattr(X, "dtypes") else {getattr(X, "dtype", None)}
     return np.float32 if dtypes == {np.dtype(np.float32)} else np.float64
+
+
+def as_fitted(estimator: Any, X: Any) -> bool:
+    """Whether rows are an array in which scikit-learn's checks of a fitted estimator, long ones, find nothing."""
+    return (
+        type(X) is np.ndarray
+        and X.dtype in (np.float64, np.float32)
+        and X.ndim == 2
+        and len(X) > 0
+        and X.shape[1] == getattr(estimator, "n_features_in_", None)
+        and not hasattr(estimator, "feature_names_in_")
+    )
 
 
 def check_program(program: Any, *, with_y: bool, name: str = "model", n_inputs: int = 1) -> None:

@@ -34,6 +34,10 @@ def refuse_unbounded(model: BayesMPT, X: Any, y: Any = None) -> None:
         or model.predictor_.structure.takes_visible
     ):
         return
+    fitted, table = model._ready(X)
+    moments = fitted.moments_of(table)
+    if moments is not None and moments.complete and moments.full_rank:
+        return
     with model.read_rows(X, y) as read:
         x = read.value
         rows = x.double().cpu().numpy()

@@ -123,6 +123,7 @@ def together(parts: Iterable[Evidence]) -> Evidence:
         "rows_with_bad_k": sum(d["rows_with_bad_k"] for d in found),
         "worst_rows": sorted(worst, key=lambda w: -math.inf if math.isnan(w[1]) else -w[1])[:5],
         "ess_min": min(d["ess_min"] for d in found),
+        "missed": next((d["missed"] for d in found if d.get("missed")), ""),
         **{
             key: sum(d[key] * len(p.by_row) for d, p in zip(found, parts, strict=True)) / len(by_row)
             for key in ("ess_mean", "log_weight_sd")

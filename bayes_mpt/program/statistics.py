@@ -27,6 +27,7 @@ from bayes_mpt.program.devices import at_once
 __all__ = ["Covariance", "SufficientStatistics", "digest_of_rows", "far_means"]
 
 CHUNK_CELLS = 2**17  # 1 MiB of float64: a chunk is read from memory once and stays in the cache
+MIN_PIVOT = 1e-4  # of a factor of the correlations; below it their rank is told by eigenvalues
 MIN_CONDITION = 1e-6  # of the correlations; below it less than ten digits are left of the least variances
 FAR = 1e3  # standard deviations: means farther from zero cost the spread three digits and more
 
@@ -219,6 +220,11 @@ class SufficientStatistics:
         return result
 
     @property
+    def full_rank(self) -> bool:
+        """Whether there are complete rows, and they are known to differ in all directions by more than rounding."""
+        return self._cov is not None and self.n > len(self.mean) and bool((self.variance > 0).all())
+
+    @property
     def n_rows(self) -> int:
         """N, complete rows and others."""
         return self.n + len(self.incomplete)
@@ -333,7 +339,11 @@ def _some_root(cov: Tensor | None, root: Tensor | None) -> Tensor:
     assert cov is not None
     sd = cov.diagonal().sqrt()
     unit = torch.where(sd > 0, sd, torch.ones_like(sd))
-    value, vector = torch.linalg.eigh(cov / unit / unit[:, None])
+    corr = cov / unit / unit[:, None]
+    lower, failed = torch.linalg.cholesky_ex(corr)
+    if not failed and bool(lower.diagonal().min() > MIN_PIVOT):
+        return sd * lower.mT
+    value, vector = torch.linalg.eigh(corr)
     value = torch.where(value > 1e-13 * len(cov) * value[-1], value, 0.0)  # no variation out of rounding
     return sd * (vector * value.sqrt()).mT
 

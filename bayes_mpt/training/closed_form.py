@@ -14,6 +14,7 @@ from torch.distributions import transform_to
 
 from bayes_mpt.predictors import Conditionals
 from bayes_mpt.predictors.gaussian import incomplete, profile
+from bayes_mpt.predictors.gaussian.factors import FLOOR
 from bayes_mpt.predictors.gaussian.linear import dimensionless
 from bayes_mpt.program.affine import DenseMap
 from bayes_mpt.program.program import Parts
@@ -257,7 +258,7 @@ def _set(parts: Parts, leaves: dict[str, Tensor], targets: dict[str, tuple[Tenso
 
 def _refuse_floor(noise: NDArray[np.float64], moments: SufficientStatistics) -> None:
     """Refuse noises at their floor under a prior that has no weight at zero: the likelihood has outweighed it."""
-    at_floor = np.flatnonzero(noise <= 2 * profile.FLOOR * moments.variance.cpu().numpy())
+    at_floor = np.flatnonzero(noise <= 2 * FLOOR * moments.variance.cpu().numpy())
     if len(at_floor):
         raise profile.NoiseFloorError(list(at_floor))
 

@@ -38,7 +38,6 @@ def as_site(x):
         pyro.sample("x", dist.Normal(mu, 1.0), obs=x[:, 0])
 
 
-@pytest.mark.slow
 def test_a_normalised_factor_is_a_site_of_its_cells():
     x = table()
     truth = BayesMPT(as_site).fit(x).log_marginal_likelihood_  # closed form
@@ -259,7 +258,6 @@ def line(x, y):
         pyro.factor("density", -0.5 * (y - w * x[:, 0]) ** 2 - HALF_LOG_2PI)
 
 
-@pytest.mark.slow
 def test_a_response_is_told_from_its_covariates_by_its_integral():
     x, y = table(), table(1)[:, 0]
     truth = float(log_density(y[None], np.zeros(12), x @ x.T + np.eye(12))[0])

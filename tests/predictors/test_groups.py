@@ -15,6 +15,7 @@ from truths import normal_grid
 from bayes_mpt import BayesMPT
 from bayes_mpt.predictors import Importance, Quadrature, SequentialMonteCarlo
 from bayes_mpt.predictors.nodes.conjugacy import prior_draws
+from bayes_mpt.predictors.nodes.group_nodes import _evenly
 from bayes_mpt.program.analysis import analyze
 from bayes_mpt.program.groups import find_groups
 from bayes_mpt.program.program import ModelError
@@ -388,3 +389,47 @@ def test_a_wide_group_variance_is_no_funnel():
         total = total + count * logsumexp(part + LOG_GRID, axis=-1)
     model = fitted(program, group[:, None].astype(float), y)
     assert model.log_marginal_likelihood_ == pytest.approx(logsumexp(total), abs=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------ predictions
+
+
+@pytest.mark.slow
+def test_predictions_of_rows_in_known_groups():
+    """E[y | all y] of a row in each group, by nested quadrature: a few values stand for the effects of each group."""
+
+    def program(x, y):
+        tau = pyro.sample("tau", dist.HalfNormal(1.0))
+        with pyro.plate("groups", 3):
+            theta = pyro.sample("theta", dist.Normal(0.0, tau))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("y", dist.Bernoulli(logits=theta[x[:, 0].long()]), obs=y)
+
+    successes, n = np.array([1, 2, 4]), 4
+    y = (np.arange(12) % n < np.repeat(successes, n)).astype(float)
+    x = np.repeat(np.arange(3.0), n)[:, None]
+    node, weight = np.polynomial.legendre.leggauss(200)
+    tau = 4 * (node + 1)[:, None, None]
+    log_tau = np.log(8 * weight) + stats.norm.logpdf(tau[:, 0, 0])
+    log_on, log_off = -np.logaddexp(0, -tau * GRID), -np.logaddexp(0, tau * GRID)  # (tau, 1, theta)
+    each = successes[:, None] * log_on + (n - successes[:, None]) * log_off + LOG_GRID
+    total = logsumexp(each, axis=-1)  # (tau, groups)
+    of_tau = log_tau + total.sum(1)
+    mean = np.exp(logsumexp(each + log_on, axis=-1) - total)
+    truth = (np.exp(of_tau - logsumexp(of_tau))[:, None] * mean).sum(0)
+    found = fitted(program, x, y).predict(np.arange(3.0)[:, None])
+    np.testing.assert_allclose(found, truth, atol=4e-4)
+
+
+def test_values_of_equal_shares_have_the_moments_of_the_nodes():
+    generator = torch.Generator().manual_seed(0)
+    for d, n in ((1, 2), (1, 7), (2, 5)):
+        u = torch.randn(2, 64, 3, d, generator=generator, dtype=torch.float64)
+        share = torch.rand(2, 64, 3, generator=generator, dtype=torch.float64).softmax(1)
+        found = _evenly(u, share, n)
+        mean = (share[..., None] * u).sum(1)
+        second = torch.einsum("sqb,sqbi,sqbj->sbij", share, u, u)
+        torch.testing.assert_close(found.mean(1), mean, atol=1e-12, rtol=0)
+        torch.testing.assert_close(
+            torch.einsum("snbi,snbj->sbij", found, found) / n, second, atol=1e-10, rtol=0
+        )

@@ -53,8 +53,11 @@ class Given(ABC):
     def means(self, x: Tensor, visible: Tensor) -> Tensor:
         """E[x_i | x_R, u_s]: (S, N, T)."""
 
-    def latents(self, x: Tensor) -> list[list[dict[str, Tensor]]]:
-        """Of one vector: values of latents that are integrated inside, equally likely ones (or a mean) at each node."""
+    def latents(self, x: Tensor, share: Tensor) -> list[list[dict[str, Tensor]]]:
+        """Of one vector: values of latents that are integrated inside, equally likely ones (or a mean) at each node.
+
+        More of them at nodes of a greater share (S,) of the posterior.
+        """
         return []
 
     def inner(self, x: Tensor, visible: Tensor) -> Tensor:
@@ -197,7 +200,7 @@ class AffineBatch(Given):
     def inner(self, x: Tensor, visible: Tensor) -> Tensor:
         return self._ask(torch.where(visible, x, torch.nan), lambda maps: maps.posterior().mean)
 
-    def latents(self, x: Tensor) -> list[list[dict[str, Tensor]]]:
+    def latents(self, x: Tensor, share: Tensor) -> list[list[dict[str, Tensor]]]:
         if len(x) != 1:
             return []
         maps = self._each[0] if self._beside is None else self._beside[0]

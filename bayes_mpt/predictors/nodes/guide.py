@@ -20,6 +20,7 @@ from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
 from bayes_mpt.predictors.nodes.given import Factorized, Given
 from bayes_mpt.predictors.nodes.guide_runs import GuideRuns
 from bayes_mpt.predictors.nodes.reparameterized import is_point
+from bayes_mpt.predictors.nodes.slopes import slopes_at, what_is_missed
 from bayes_mpt.predictors.nodes.weighted import (
     Nodes,
     NodeSource,
@@ -40,6 +41,8 @@ from bayes_mpt.program.trials import CLOSE
 
 __all__ = ["Drawn", "GuideDraws", "evidence_of_draws"]
 
+MIN_DRAWS = 100  # from which on the slope at them says what they miss
+MAX_CELLS = 2**22  # log-densities of tokens, up to which it is looked at
 GROWTH = 3  # of the number of draws from stage to stage of a training
 
 
@@ -198,7 +201,17 @@ class GuideDraws(NodeSource):
         return [max(1, n), *reversed(rising)]
 
     def evidence(self, nodes: Nodes) -> Evidence:
-        return evidence_of_draws(nodes)
+        found = evidence_of_draws(nodes)
+        n_draws = len(nodes.last.latents)
+        if n_draws < MIN_DRAWS or not nodes.last.names or self.one_by_one:
+            return found
+        if n_draws * nodes.value.numel() > MAX_CELLS:  # gradients keep what each of them was computed from
+            return found
+        log_w = nodes.log_weights().detach()
+        missed = what_is_missed(*slopes_at(self, nodes), log_w.softmax(0)[..., None].double().cpu().numpy())
+        if not missed:
+            return found
+        return found._replace(se=math.nan, diagnostics={**found.diagnostics, "missed": missed})
 
     def _forget(self) -> None:
         if self.adaptive is not None:

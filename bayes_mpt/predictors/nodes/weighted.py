@@ -289,7 +289,7 @@ class Nodes(Conditionals):
         """Weighted values of the latents, where all rows share them."""
         if self.structure.by_row or len(read.latents[0]) != 1:
             return []
-        inner = read.given.latents(self.value)
+        inner = read.given.latents(self.value, share[:, 0])
         out = []
         for s, weight in enumerate(share[:, 0].tolist()):
             if weight < MIN_SHARE:
