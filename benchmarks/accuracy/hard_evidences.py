@@ -421,7 +421,9 @@ def one_run(name, way, seed):
 
 def main(report: Report, args):
     path = Path(__file__).with_suffix(".json")
-    kept = {} if args.quick else {(u["problem"], u["way"], u["seed"]): u for u in stored(path)}
+    # a JSON file has no NaN
+    units = [{k: math.nan if v is None else v for k, v in u.items()} for u in stored(path)]
+    kept = {} if args.quick else {(u["problem"], u["way"], u["seed"]): u for u in units}
     lines = [(name, way) for name, problem in PROBLEMS.items() for way in problem.ways]
     for name, way in lines:
         asked = (not args.problem or args.problem in name) and args.way in (None, way) and not args.stored
