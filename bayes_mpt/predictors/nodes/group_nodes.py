@@ -21,6 +21,7 @@ from torch import Tensor
 
 from bayes_mpt.predictors.nodes.conjugacy import prior_draws
 from bayes_mpt.predictors.nodes.given import Given
+from bayes_mpt.predictors.nodes.nearby import Nearby
 from bayes_mpt.predictors.nodes.newton import LaplaceApproximation, newton
 from bayes_mpt.predictors.nodes.rules import MAX_HERMITE, ROW_DRAWS, ROW_NODES, hermite, row_rule
 from bayes_mpt.predictors.nodes.weighted import Nodes
@@ -61,8 +62,8 @@ class GroupNodes:
     """The rows that the groups were found on."""
     _others: list[GroupNodes] = field(default_factory=list)
     """The same for other rows, asked for last."""
-    _near: list[Tensor] = field(default_factory=list)
-    """(B, d) the modes that were found last at one value of the other latents."""
+    _nearby: Nearby = field(default_factory=Nearby)
+    """The modes (S, B, d) that were found last."""
 
     one_by_one = False
 
@@ -141,7 +142,7 @@ class GroupNodes:
 
     def forget(self) -> None:
         """Look for the next modes from the start, not from the last ones."""
-        self._near.clear()
+        self._nearby.forget()
 
     def given(self, args: tuple[Any, ...], filled: tuple[Any, ...], held: dict[str, Tensor]) -> NestedGroups:
         """The groups at S values (S, ...) of the other latents."""
@@ -183,11 +184,10 @@ class GroupNodes:
     ) -> LaplaceApproximation:
         """Mode and root of each group at each of S values of the others: (S, B, d), (S, B, d, d)."""
         fixed = {name: v.detach() for name, v in held.items()}
-        near = self._near[0] if self._near else self.start
-        u = near.expand(n_nodes, *near.shape)
-        found = self._climb(filled, fixed, u, seen)
-        if n_nodes == 1:  # the search for the mode of the others, around which their nodes will lie
-            self._near[:] = [found.mode[0]]
+        near = self._nearby.start(fixed, tuple(self.start.shape)) if held else None
+        found = self._climb(filled, fixed, self.start.expand(n_nodes, -1, -1) if near is None else near, seen)
+        if held:
+            self._nearby.keep(fixed, found.mode)
         return found
 
     def others_at(
@@ -218,8 +218,9 @@ class NestedGroups(Given):
         self.n_nodes = len(next(iter(held.values()))) if held else 1
         self._last: Any = None
 
-    def refined(self) -> Given:
-        return NestedGroups(self.nodes, self.filled, self.held, fine=True)
+    def refined(self, some: Tensor | slice = slice(None)) -> Given:
+        held = {name: v[some] for name, v in self.held.items()}
+        return NestedGroups(self.nodes, self.filled, held, fine=True)
 
     def log_joint(self, x: Tensor, visible: Tensor) -> Tensor:
         by_group, rest = self._by_group(self._seen(x, visible))

@@ -41,6 +41,7 @@ from bayes_mpt.program.trials import CLOSE
 
 __all__ = ["Drawn", "GuideDraws", "evidence_of_draws"]
 
+N_FINER = 256  # draws at which finer nodes in every row are tried
 MIN_DRAWS = 100  # from which on the slope at them says what they miss
 MAX_CELLS = 2**22  # log-densities of tokens, up to which it is looked at
 GROWTH = 3  # of the number of draws from stage to stage of a training
@@ -48,10 +49,8 @@ GROWTH = 3  # of the number of draws from stage to stage of a training
 
 def evidence_of_draws(nodes: Nodes) -> Evidence:
     """log Z of rows from random nodes, their bias and error from the spread of the weights."""
-    x = nodes.value
-    everything = torch.ones(x.shape[1], dtype=torch.bool, device=x.device)
     with torch.no_grad():
-        log_w = nodes.last.log_weight + nodes.last.given.log_joint(x, everything)  # (S, N)
+        log_w, joint = nodes.log_weights(), nodes.score()  # (S, N), (N,)
     n_draws = len(log_w)
     # of a row that is impossible under every draw, all are worth the same
     log_w = torch.where(log_w.amax(0) == -math.inf, 0.0, log_w)
@@ -60,11 +59,10 @@ def evidence_of_draws(nodes: Nodes) -> Evidence:
     # relative variance of the mean weight: (sum_s share^2 - 1/S) S / (S - 1)
     variance = (share.square().sum(0) - 1 / n_draws).clamp(min=0) * n_draws / max(1, n_draws - 1)
     # E log Z^ = log Z - variance / 2: put back, so that rows do not add up their biases
-    joint = nodes.score().detach()
     by_row = joint + variance / 2
     # where rows have nodes of their own inside: what more of these change
-    finer = nodes.refined()
-    inside = torch.zeros_like(joint) if finer is nodes else finer.score().detach() - joint
+    with torch.no_grad():
+        inside = nodes.gain_inside(torch.arange(0, n_draws, -(-n_draws // N_FINER), device=log_w.device))
     k = pareto_k(log_w.double().cpu().numpy())
     worst = np.argsort(-np.nan_to_num(k, nan=-np.inf))[:5]
     diagnostics = {
