@@ -83,7 +83,8 @@ def main(report: Report, args):
                 peer_loss=losses[signal]["peer"][-1],
                 our_loss=losses[signal]["ours"][-1],
             )
-        every[signal] = report.compare(
+        every[signal] = [p / o for p, o in zip(total["peer"].cpu, total["ours"].cpu, strict=True)]
+        report.compare(
             signal,
             total["peer"],
             total["ours"],
@@ -91,8 +92,13 @@ def main(report: Report, args):
             our_picks=picks[signal]["ours"],
         )
     report.note("evidence taken: " + ", ".join(sorted(used)))
-    ratio = float(np.median(np.concatenate(list(every.values()))))
-    report.target("at least 5 times faster", ratio >= 5, f"{ratio:.1f} times (median of {2 * n_seeds})")
+    for signal, ratios in every.items():
+        cpu = float(np.median(ratios))
+        report.target(
+            f"{signal} signals: at least 5 times faster in CPU time",
+            cpu >= 5,
+            f"{cpu:.1f} times (median of {n_seeds})",
+        )
     hits = {n: sum(k == K for s in SIGNAL for k in picks[s][n]) for n in ("peer", "ours")}
     difference = np.array([b - a for s in SIGNAL for a, b in zip(*losses[s].values(), strict=True)])
     report.target(
