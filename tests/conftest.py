@@ -21,7 +21,7 @@ def own_store(request: pytest.FixtureRequest) -> Iterator[None]:
     if "nothing_left_behind" in request.fixturenames:
         request.getfixturevalue("nothing_left_behind")
     with pyro.get_param_store().scope(), torch.random.fork_rng():
-        torch.manual_seed(SEED)
+        torch.default_generator.manual_seed(SEED)
         yield
 
 
@@ -29,7 +29,7 @@ def own_store(request: pytest.FixtureRequest) -> Iterator[None]:
 def nothing_left_behind() -> Iterator[None]:
     """Leaves Pyro's store, torch's generator and its default precision as they were, or the test fails."""
     with pyro.get_param_store().scope(), torch.random.fork_rng():
-        torch.manual_seed(SEED)
+        torch.default_generator.manual_seed(SEED)
         pyro.param("mine", torch.tensor(1.0))
         before, dtype = torch.get_rng_state(), torch.get_default_dtype()
         yield

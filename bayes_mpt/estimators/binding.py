@@ -16,13 +16,12 @@ from bayes_mpt.evidence.laplace_incomplete import TooWideError, laplace_of_cells
 from bayes_mpt.predictors import Bound, Predictor, choose
 from bayes_mpt.predictors.base import Guide
 from bayes_mpt.predictors.gaussian.incomplete import constant_columns, pairs_of
-from bayes_mpt.predictors.gaussian.process import N_TRIAL_ROWS, gaussian_program
+from bayes_mpt.predictors.gaussian.process import N_TRIAL_ROWS, is_gaussian_vector
 from bayes_mpt.predictors.gaussian.profile import NoiseFloorError, spectrum
 from bayes_mpt.predictors.self_predictive import sees_all
-from bayes_mpt.program.arguments import fill
+from bayes_mpt.program.arguments import fill_all
 from bayes_mpt.program.program import Model
 from bayes_mpt.program.run import first_run
-from bayes_mpt.program.shift_trials import observing_cells
 from bayes_mpt.program.statistics import SufficientStatistics
 from bayes_mpt.program.store import OwnStore, State
 from bayes_mpt.warnings import AdviceWarning, SlowProgramWarning, UnboundedWarning, warn, warnings_of
@@ -71,12 +70,12 @@ def bind(
     if takes_y:
         args = arguments(slice(None))
         with OwnStore():
-            vector = observing_cells(lambda program: gaussian_program(program, args), model, args)
-        if vector is not None:
+            vector = is_gaussian_vector(model, args)
+        if vector:
             # Its covariance may be made whole: initial values from as many rows as that costs little, at random,
             # since of a series the first rows are no sample.
             some = torch.randperm(n_rows)[:MAX_INIT_VECTOR].sort().values.numpy()
-            first_run(model, tuple(fill(a) for a in arguments(some)))
+            first_run(model, fill_all(arguments(some)))
             return choose(model, args, predictor=predictor, guide=guide), args
     n_init = MAX_INIT_CELLS // n_columns
     # "auto" begins with a run on all rows itself, if they are not too many
@@ -85,7 +84,7 @@ def bind(
         # Initial values from all rows, or a start that is a fit of its own (EM) would be one to the first rows
         # only. A program that cannot run says why below.
         with suppress(Exception):
-            first_run(sees_all(model), tuple(fill(a) for a in arguments(slice(n_init))))
+            first_run(sees_all(model), fill_all(arguments(slice(n_init))))
     args = arguments(slice(MAX_INIT_ROWS))
     if known is not None and _same_shapes(known[1]):
         found = known[0]

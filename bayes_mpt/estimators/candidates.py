@@ -223,7 +223,7 @@ class Candidate:
         self.evidence, self.prior = found.log_evidence, found.prior.describe()
         if found.overlapping:
             pairs = ", ".join(f"{i} and {j}" for i, j in found.overlapping)
-            self.doubt(f"laplace, but components {pairs} overlap: the approximation is not to be relied on")
+            self.doubt(f"laplace, but components {pairs} overlap: the approximation is unreliable")
 
     @take.register
     def _integrated(self, found: IntegratedEvidence) -> None:

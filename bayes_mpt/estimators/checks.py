@@ -25,6 +25,7 @@ from bayes_mpt.program.run import run
 from bayes_mpt.warnings import (
     AdviceWarning,
     DivergenceWarning,
+    DrawsWarning,
     HeavyTailWarning,
     IgnoredRowsWarning,
     warn,
@@ -147,6 +148,8 @@ def warn_of_weights(diagnostics: dict[str, Any]) -> None:
             f"unreliable, the worst being rows {worst}: use more particles or a wider guide",
             HeavyTailWarning,
         )
+    if diagnostics.get("missed"):
+        warn(f"the evidence has no reliable error (se is nan): {diagnostics['missed']}", DrawsWarning)
     sd = diagnostics.get("log_weight_sd", 0.0)
     if sd > WIDE and math.isnan(diagnostics["pareto_k"]):  # too few for a tail to be fitted
         warn(

@@ -17,7 +17,7 @@ from bayes_mpt.predictors import Predictive
 from bayes_mpt.predictors.base import together
 from bayes_mpt.predictors.new_rows import means_of_new
 from bayes_mpt.program.affine import token_means
-from bayes_mpt.program.arguments import fill_all
+from bayes_mpt.program.arguments import fill_all, same_cells
 from bayes_mpt.program.layout import token_values
 from bayes_mpt.program.run import run
 from bayes_mpt.program.shifts import of_cells
@@ -93,7 +93,7 @@ def impute(fitted: Fitted, rows: Rows, y: Any) -> Rows:
         parts = fitted.each(lambda read: (read.value, read.posterior().tokens), rows, y)
         x = torch.cat([part[0] for part in parts])
         tokens = torch.where(x.isnan(), torch.cat([part[1] for part in parts]), x)
-        if x.shape == cells.shape and bool(((x == cells) | (x.isnan() & cells.isnan())).all()):
+        if same_cells(x, cells):
             filled = tokens
         else:
             args = fitted.arguments(rows, y)

@@ -230,7 +230,7 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, AsItsBe
             fit_of,
             [(c, X, y, rule, seed, prior) for c in found],
             rule.name,
-            self._score_keys(keys, rule, seed),
+            _score_keys(keys, rule, seed),
             finished,
             root,
             n_fits=rule.n_fits,
@@ -294,15 +294,6 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, AsItsBe
             which = ", ".join(map(repr, whose))
             warn(f"nothing of {which} is kept in checkpoint_dir or taken from it: {why}", CheckpointWarning)
         return keys
-
-    def _score_keys(self, keys: list[str | None], rule: Rule, seed: int) -> list[str | None]:
-        """The same of the evidence."""
-        asked = {"settings": rule.get_params(), **({"seed": seed} if rule.n_fits != 0 else {})}
-        try:
-            return [k and digest_of({"fit": k, "rule": rule.name, **asked}, "search") for k in keys]
-        except CannotDigest as error:
-            warn(f"no evidence is kept in checkpoint_dir: {error}", CheckpointWarning)
-            return [None] * len(keys)
 
     def _run(
         self,
@@ -478,6 +469,16 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, AsItsBe
 def _kept(rows: Any) -> Any:
     """Rows that nobody else changes."""
     return rows if isinstance(rows, np.memmap) else deepcopy(rows)
+
+
+def _score_keys(keys: list[str | None], rule: Rule, seed: int) -> list[str | None]:
+    """Digests of all that each candidate's evidence depends on, from those of its fit."""
+    asked = {"settings": rule.get_params(), **({"seed": seed} if rule.n_fits != 0 else {})}
+    try:
+        return [k and digest_of({"fit": k, "rule": rule.name, **asked}, "search") for k in keys]
+    except CannotDigest as error:
+        warn(f"no evidence is kept in checkpoint_dir: {error}", CheckpointWarning)
+        return [None] * len(keys)
 
 
 def _index(asked: Any, n_candidates: int) -> int:

@@ -33,7 +33,7 @@ class Ranking:
 
     by: str
     """"expected": of new rows under the fits (`bayes_mpt.evidence.expected`); "heldout": of hidden rows, where the
-    former is not to be believed; "lml": the number of the rule."""
+    former is unreliable; "lml": the number of the rule."""
     value: Array
     """(J,) nats of all rows; NaN of a candidate that failed."""
     order: NDArray[np.intp]

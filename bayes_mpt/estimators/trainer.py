@@ -23,6 +23,7 @@ from bayes_mpt.predictors import Predictor, choose
 from bayes_mpt.predictors.gaussian.incomplete import FewCellsError
 from bayes_mpt.predictors.gaussian.profile import NoiseFloorError
 from bayes_mpt.program.arguments import has_missing
+from bayes_mpt.program.devices import seed_programs
 from bayes_mpt.program.offers import offered
 from bayes_mpt.program.statistics import SufficientStatistics
 from bayes_mpt.program.store import State, load, save
@@ -256,7 +257,7 @@ class Trainer:
         for start in range(1, n_init):
             store.clear()
             # inside a fork of the generator; the program's first run draws from it
-            torch.manual_seed(self.seed + start)
+            seed_programs(self.seed + start)
             if model is not None:
                 # a first run, which makes new initial values
                 with warnings_of(silent=(SlowProgramWarning,)):

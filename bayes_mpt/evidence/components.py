@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Protocol, Self, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -202,8 +202,8 @@ class Dense:
         n, hidden = np.zeros((n_particles, k)), np.zeros(n_particles)
         a, b = np.triu_indices(t)
         reference = None
-        if step.power < 1 and isinstance(step.reference, Dense):
-            reference = step.reference.expected().taken(step.origin)
+        if step.power < 1 and step.reference is not None:  # which is of the same kind
+            reference = cast(Dense, step.reference).expected().taken(step.origin)
         for block in blocks:
             complete = block.seen.all()
             joint, hidden_part = normals, None

@@ -34,18 +34,16 @@ from bayes_mpt.evidence.chains import (
 from bayes_mpt.predictors import Exact, Importance, choose
 from bayes_mpt.predictors.base import Guide
 from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
-from bayes_mpt.predictors.nodes.guide import GuideDraws
 from bayes_mpt.predictors.nodes.resampling import by_halves
-from bayes_mpt.predictors.nodes.weighted import Nodes, program_values, warn_if_slow
+from bayes_mpt.predictors.nodes.slopes import FALSE, slopes_at, what_is_missed
+from bayes_mpt.predictors.nodes.weighted import program_values, warn_if_slow
 from bayes_mpt.program.analysis import analyze
 from bayes_mpt.program.arguments import fill_all
 from bayes_mpt.program.devices import own_random_state
-from bayes_mpt.program.latents import space
-from bayes_mpt.program.layout import from_rows
 from bayes_mpt.program.program import Model, ModelError, one_vector
-from bayes_mpt.program.run import run
 from bayes_mpt.program.shift_trials import observing_cells
 from bayes_mpt.program.shifts import of_cells
+from bayes_mpt.program.whole_plates import whole_plates
 from bayes_mpt.runtime.serial import takes_turns
 from bayes_mpt.warnings import DrawsWarning, warn
 
@@ -61,7 +59,6 @@ N_REFINED = 200  # draws at which rows get more nodes
 MIN_OVERLAP = 0.02
 BAD_R_HAT = 1.1
 APART = 3.0  # errors between the two halves of the chains
-FALSE = 1e-4  # chance that means which are zero for the posterior look as if they were not
 ROUGH = 1.5  # what is added to their errors where effective draws are estimated
 
 
@@ -175,7 +172,8 @@ def from_guide(
     """The log marginal likelihood from draws of a trained guide, by the mean of their weights as they are.
 
     The product of the rows' means where rows are independent under program and guide. Latents of rows that the guide
-    leaves out are integrated. The error is NaN where the weights' tail is too heavy for one, at Pareto k above 0.7, or
+    leaves out are integrated. Plates that draw some rows, on which program and guide were trained, take all of them.
+    The error is NaN where the weights' tail is too heavy for one, at Pareto k above 0.7, or
     where the slope of the log joint at the weighted draws shows that they miss a part of the posterior.
 
     Parameters
@@ -221,22 +219,23 @@ def from_guide(
     n_draws = int(n_draws)
     args = read_arguments(data)
     store = pyro.get_param_store()
-    with store.scope(store.get_state()), own_random_state(random_state), torch.no_grad():
+    state, seed = store.scope(store.get_state()), own_random_state(random_state)
+    with state, seed, torch.no_grad(), whole_plates():  # the guide may have been trained on some rows a step
         bind = Importance(n_draws).from_guide
         bound = observing_cells(lambda program: bind(program, args, guide), model, args)
         warn_if_slow(bound.one_by_one, bound)
         nodes = bound.read(args)
         seen = torch.ones(nodes.value.shape[1], dtype=torch.bool, device=nodes.value.device)
         log_w = nodes.last.log_weight + nodes.last.given.log_joint(nodes.value, seen) + math.log(n_draws)
-        finer = nodes.refined()
-        inside = 0.0 if finer is nodes else float((finer.score() - nodes.score()).sum())
-        u, slope = _slopes(bound, nodes)
+        inside = float(nodes.gain_inside(torch.arange(n_draws, device=log_w.device)).sum())
+        u, slope = slopes_at(bound, nodes)
     weights = log_w.double().cpu().numpy()  # (S, N)
     log_z = logsumexp(weights, axis=0) - math.log(n_draws)  # (N,)
     relative = np.exp(weights - log_z)
     halves = [logsumexp(weights[part], axis=0).sum() for part in (slice(0, None, 2), slice(1, None, 2))]
     k = float(np.max(pareto_k(weights)))
-    flags = [*_heavy(k), *_missed(u, slope, relative[..., None] / n_draws)]
+    missed = what_is_missed(u, slope, relative[..., None] / n_draws)
+    flags = [*_heavy(k), *([missed] if missed else [])]
     if flags:
         warn(f"the evidence from this guide has no reliable error: {'; '.join(flags)}", DrawsWarning)
     se = math.hypot(math.sqrt(float(relative.var(0).sum()) / n_draws), inside)
@@ -260,44 +259,6 @@ def _heavy(k: float) -> list[str]:
         return []
     return [
         f"the weights' tail is too heavy (Pareto k {k:.2f}): train the guide longer, or take a richer one"
-    ]
-
-
-def _slopes(bound: GuideDraws, nodes: Nodes) -> tuple[Array, Array]:
-    """The draws of a guide as unconstrained numbers u (S, N, d), and the slope of log p(u, x) there."""
-    drawn, program, names = bound.drawn(nodes.args, None), bound.structure, nodes.last.names
-    n_draws, n_rows, _ = nodes.last.latents.shape
-    sites = [site for site in program.latents if site.name in names]
-    parts = nodes.last.latents.split([site.width for site in sites], -1)
-    where = space(program, run(bound.model, drawn.filled), names)
-    given = {s.name: from_rows(part, s.shape, s.row_axis) for s, part in zip(sites, parts, strict=True)}
-    u = where.pack_values(given, n_draws, n_rows)
-    seen = torch.ones(drawn.value.shape[1], dtype=torch.bool, device=drawn.value.device)
-    slopes = []
-    for part in u.split(1 if bound.one_by_one else n_draws):
-        with torch.enable_grad():
-            leaf = part.clone().requires_grad_()
-            values, log_det = where.values(leaf)
-            inner, beside, *_ = drawn.given(values, len(leaf))
-            total = (inner.log_joint(drawn.value, seen) + beside + log_det).sum()
-            slopes.append(torch.autograd.grad(total, leaf, materialize_grads=True)[0])
-    return u.double().cpu().numpy(), torch.cat(slopes).double().cpu().numpy()
-
-
-def _missed(u: Array, slope: Array, share: Array) -> list[str]:
-    """What says that weighted draws u (S, N, d) leave out a part of the posterior: see `_slanted`.
-
-    A guide that is much narrower than the posterior often has a low Pareto k, since it never draws the large weights.
-    """
-    centred = u - (share * u).sum(0)
-    zero = np.concatenate([slope, centred * slope + 1], -1)
-    mean = (share * zero).sum(0)
-    off = np.abs(mean) / np.sqrt(np.square(share * (zero - mean)).sum(0) + TINY)
-    if not off.max() > norm.isf(FALSE / off.size):
-        return []
-    return [
-        f"the posterior reaches where the guide draws nothing (the log joint has a slope, {off.max():.0f} errors from "
-        "none, on average over the weighted draws): take a wider or richer guide"
     ]
 
 

@@ -55,7 +55,7 @@ class MixtureLaplace(NamedTuple):
     """(K, T, T)"""
     prior: MixturePrior
     overlapping: tuple[tuple[int, int], ...]
-    """Pairs of components that share more than a fifth of their rows: the number is not to be relied on then."""
+    """Pairs of components that share more than a fifth of their rows: the number is unreliable then."""
 
 
 class NoModeError(ValueError):

@@ -209,7 +209,8 @@ def _start(posterior: FactorPosterior, factors: Factors, rest: Array) -> Slice:
         mean, e = posterior.split(theta[None])
         spread = np.square(space.basis[: posterior.n_loadings]).sum(1).reshape(mean[0].shape)
         tau2 = float(((mean[0] ** 2 + spread) * np.exp(e[0])[:, None]).mean())
-    return replace(climb(posterior.with_prior(posterior.prior.normal(tau2)), theta), posterior=posterior)
+    space = climb(posterior.with_prior(posterior.prior.normal(tau2)), theta)
+    return replace(space, posterior=posterior).widened()
 
 
 def _without_latents(

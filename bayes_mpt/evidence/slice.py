@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -37,6 +37,8 @@ LEAST_SINGULAR = 1e-3  # of the reference: a column of zeros has no orbit
 WEAK = 4.0  # standard deviations from zero, below which the sign of a column is turned
 FARTHEST = 40.0  # of a coordinate, beyond which a trajectory has diverged
 N_CLIMBS, MAX_ITER = 2, 30
+CURVATURE_STEP = 1e-3
+LEAST_CURVATURE = 0.1  # of what is expected
 
 
 class Reading(NamedTuple):
@@ -108,6 +110,29 @@ class Slice:
         s = a**2
         pull = np.diag((1 / (s[:, None] + s)).sum(1) - 0.5 / s).ravel() @ polar.T
         return cls(posterior, reference, center, basis, back, polar, log_jacobian, pull, n_weak)
+
+    def widened(self) -> Slice:
+        """The same in units of the curvature that the rows show, where that is less than what was expected.
+
+        The direction of a surplus column is hardly determined: its expected curvature is that of a column among noise
+        of one variance, and the rows' noise has other directions that are nearly as good. With H = E diag(h) E' the
+        curvature in y at the center, y = E diag(c) y', c = min(max(h, LEAST_CURVATURE), 1)^-1/2.
+        """
+        m = self.n_free
+        steps = CURVATURE_STEP * np.concatenate([np.eye(m), -np.eye(m)])
+        gradient = self._density(steps)[1]
+        h = (gradient[m:] - gradient[:m]) / (2 * CURVATURE_STEP)
+        h, e = np.linalg.eigh(0.5 * (h + h.T))
+        c = np.clip(h, LEAST_CURVATURE, 1.0) ** -0.5
+        wide = e * c
+        return replace(
+            self,
+            basis=self.basis @ wide,
+            back=(e / c).T @ self.back,
+            polar=wide.T @ self.polar,
+            log_jacobian=self.log_jacobian + float(np.log(c).sum()),
+            pull=wide.T @ self.pull,
+        )
 
     @property
     def n_free(self) -> int:

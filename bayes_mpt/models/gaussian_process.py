@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from copy import copy, deepcopy
+from functools import lru_cache
 from numbers import Real
 from typing import Any, ClassVar
 
@@ -241,8 +242,7 @@ class GaussianProcess(CheckedModel):
         mean = "constant" if self.mean is None else self.mean
         if not isinstance(mean, str):
             return mean
-        with torch.random.fork_rng(devices=[]):  # a linear one draws values, which are not used
-            return MEANS[mean](n_columns)
+        return _named_mean(mean, n_columns, torch.get_default_dtype())
 
     def inputs(self, x: Tensor) -> Tensor:
         """The columns of x that the kernel sees."""
@@ -265,7 +265,7 @@ class GaussianProcess(CheckedModel):
         self._validate_params()
         kernel, level = self.kernel, None if self.noise is None else float(self.noise)
         if kernel is None:
-            return ScaleKernel(RBFKernel(ard_num_dims=n_columns)), level
+            return _default_kernel(n_columns, torch.get_default_dtype()), level
         if isinstance(kernel, theirs.Kernel):
             kernel, white = from_sklearn(self.kernel, n_columns)
             if kernel is None:
@@ -288,6 +288,19 @@ class GaussianProcess(CheckedModel):
                 )
                 said.append(f"{name}={word}")
         return f"GaussianProcess({', '.join(said)})"
+
+
+@lru_cache(maxsize=16)
+def _default_kernel(n_columns: int, dtype: torch.dtype) -> Kernel:
+    """Where none is given, for so many columns, in torch's default ``dtype``; read only, since programs run often."""
+    return ScaleKernel(RBFKernel(ard_num_dims=n_columns))
+
+
+@lru_cache(maxsize=16)
+def _named_mean(name: str, n_columns: int, dtype: torch.dtype) -> Mean:
+    """The mean function of this name, as `_default_kernel`."""
+    with torch.random.fork_rng(devices=[]):  # a linear one draws values, which are not used
+        return MEANS[name](n_columns)
 
 
 def _variances(kernel: Kernel, variance: Any) -> dict[int, Any]:

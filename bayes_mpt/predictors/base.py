@@ -19,7 +19,7 @@ from bayes_mpt.diagnostics import disagreement, replicate_error
 from bayes_mpt.masks import Masks, Policy
 from bayes_mpt.predictors.objective import Batch, Objective
 from bayes_mpt.predictors.own_order import in_own_order, own_order
-from bayes_mpt.program.affine import DenseMap, Parts
+from bayes_mpt.program.affine import DenseMap
 from bayes_mpt.program.program import Model, ModelError, Program
 from bayes_mpt.program.shift_trials import observing_cells
 from bayes_mpt.runtime.serial import methods_take_turns
@@ -123,6 +123,7 @@ def together(parts: Iterable[Evidence]) -> Evidence:
         "rows_with_bad_k": sum(d["rows_with_bad_k"] for d in found),
         "worst_rows": sorted(worst, key=lambda w: -math.inf if math.isnan(w[1]) else -w[1])[:5],
         "ess_min": min(d["ess_min"] for d in found),
+        "missed": next((d["missed"] for d in found if d.get("missed")), ""),
         **{
             key: sum(d[key] * len(p.by_row) for d, p in zip(found, parts, strict=True)) / len(by_row)
             for key in ("ess_mean", "log_weight_sd")
@@ -214,8 +215,6 @@ class Bound(ABC):
     """Of the way, in words."""
     why: str = ""
     """What was found that allows this way, for `BayesMPT.explain`."""
-    parts: Parts | None = None
-    """The parameters that are mean, loadings and noise of a map that all rows share, where the model names them."""
 
     @property
     def parameters(self) -> tuple[str, ...]:

@@ -67,8 +67,9 @@ class Analysis(NamedTuple):
         if some and len(set(scales.values())) > 1:
             raise SubSampled(
                 f"plate {some[0]!r} draws some of its rows beside latents of the data set. Train such a program by "
-                "pyro.infer.SVI on the ELBO of one draw (with more draws inside of the log a sub-sampled likelihood is "
-                "no bound); the log marginal likelihood needs all rows, which BayesMPT takes"
+                "pyro.infer.SVI on the ELBO of one draw, loss=pyro.infer.Trace_ELBO() (with more draws inside of the "
+                "log a sub-sampled likelihood is no bound), and ask bayes_mpt.evidence.from_guide for the log marginal "
+                "likelihood of all rows; or leave the program to BayesMPT(model).fit(x), which takes all rows"
             )
         _refuse_scales(scales)
         return self.program

@@ -11,7 +11,15 @@ import cloudpickle
 import torch
 from torch import Tensor
 
-__all__ = ["at_once", "check_device", "moved", "own_random_state", "random_states", "set_random_states"]
+__all__ = [
+    "at_once",
+    "check_device",
+    "moved",
+    "own_random_state",
+    "random_states",
+    "seed_programs",
+    "set_random_states",
+]
 
 
 def at_once(n_numbers: int, device: torch.device, times: int = 8) -> int:
@@ -30,16 +38,21 @@ def check_device(device: str) -> None:
         ) from error
 
 
+def seed_programs(seed: int) -> None:
+    """Give torch's global generators, from which programs draw, a seed."""
+    # torch.manual_seed also notes three call stacks for the day when CUDA may start: some milliseconds
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(seed)
+
+
 @contextmanager
 def own_random_state(seed: int | None = None) -> Iterator[None]:
     """Programs draw from torch's global generators: give them a seed, if there is one, and put them back."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         if seed is not None:
-            # torch.manual_seed also notes a call stack for the day when CUDA may start: a millisecond
-            torch.default_generator.manual_seed(seed)
-            if devices:
-                torch.cuda.manual_seed_all(seed)
+            seed_programs(seed)
         yield
 
 

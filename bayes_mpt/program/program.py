@@ -18,6 +18,7 @@ __all__ = [
     "NotPositiveDefinite",
     "Observed",
     "Order",
+    "Parts",
     "Program",
     "Shift",
     "SubSampled",
@@ -132,6 +133,17 @@ class Shift(NamedTuple):
     """c; tokens are \\|c\\| x."""
 
 
+class Parts(NamedTuple):
+    """Names of the parameters that are the parts of a map x = loc + loading z + e, z ~ N(0, I), e ~ N(0, noise)."""
+
+    loc: str
+    """(T,)"""
+    loading: str
+    """(T, K)"""
+    noise: str
+    """(T,), or one number for all tokens: variances."""
+
+
 class Program(NamedTuple):
     """What a program is made of; found once."""
 
@@ -158,6 +170,8 @@ class Program(NamedTuple):
     """Tokens and latents are Normal, and every mean is affine in the latents: found by evaluation."""
     dense: bool = False
     """That map is in matrices, with gradients: the moments of complete rows are all that their score needs."""
+    parts: Parts | None = None
+    """The parameters that are mean, loadings and noise of this map, where the model states them."""
     gaussian_vector: bool = False
     """All observations are one Gaussian vector, whose covariance is of the other arguments: new ones are predicted."""
     shifts: tuple[Shift, ...] = ()

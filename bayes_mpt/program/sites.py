@@ -61,8 +61,9 @@ def observed_nodes(trace: Trace, *, factors_too: bool = False, none_too: bool = 
     factors = [n["name"] for n in factor_nodes(trace)]
     if factors and not factors_too:
         raise HasFactors(
-            f"site {factors[0]!r} is a pyro.factor: the program is not a normalised density of its tokens. BayesMPT "
-            "believes a factor inside of the rows plate that moves with its own row's cells"
+            f"site {factors[0]!r} is a pyro.factor: the program is not a normalised density of its tokens. A factor "
+            "inside of the rows plate that moves with its own row's cells is believed to be one by "
+            "BayesMPT(model).fit(x), and not by a predictor or a loss of SVI alone"
         )
     nodes = [n for n in nodes if n["name"] not in factors and not _repeats_itself(n)]
     for node in nodes:

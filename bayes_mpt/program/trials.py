@@ -322,7 +322,7 @@ class _Trials:
 
     def _find_order(self, latents: dict[str, Tensor], of_masks: bool) -> None:
         """The order of tokens that look at each other, or of which masks alone look at others."""
-        draws = [self._draw(seed) for seed in range(1, 1 + N_OTHERS)] if latents else [latents]
+        draws = [_draw(self.run_once, seed) for seed in range(1, 1 + N_OTHERS)] if latents else [latents]
         program = one_vector(self.program) if self.coupled else self.program
         found = [d for d in draws if d is not None]
         try:
@@ -330,12 +330,6 @@ class _Trials:
         except ModelError:
             if not of_masks:  # refused as a selection of cells (`bayes_mpt.program.mask_trials`)
                 raise
-
-    def _draw(self, seed: int) -> dict[str, Tensor] | None:
-        """Other latents; None where the program breaks there."""
-        with suppress(*FAILURES):
-            return values_of(run_on_others(self.model, self.args, self.first, {}, seed))
-        return None
 
     def _looks(self, trace: Trace, laws: Laws, before: Laws) -> _Looks:
         """Whether distributions, and masks of the program, are others than they were."""
@@ -444,6 +438,13 @@ class _Trials:
             self.laws = self._laws(trace)
             return not _is_nan(self.laws)
         return False
+
+
+def _draw(first: FirstRun, seed: int) -> dict[str, Tensor] | None:
+    """Other latents; None where the program breaks there."""
+    with suppress(*FAILURES):
+        return values_of(run_on_others(first.model, first.args, first.trace, {}, seed))
+    return None
 
 
 def _is_nan(laws: Laws) -> bool:

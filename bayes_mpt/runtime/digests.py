@@ -18,7 +18,7 @@ import types
 import weakref
 from collections.abc import Iterable
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -131,6 +131,7 @@ class _Walk:
         self.met: dict[int, int] = {}  # code by address: its number in the order of meeting
         self.inside: list[int] = []  # addresses of the values that this one is in
         self.kept: list[Any] = []  # so that no address is given twice
+        self.numbers, self.code = _Numbers(self), _Code(self)
 
     def of(self, value: Any, path: str) -> bytes:
         """Digest of a value called ``path``."""
@@ -150,27 +151,11 @@ class _Walk:
 
     def _of(self, value: Any, path: str) -> bytes:
         """By its kind; the kinds are tried in this order."""
-        for kind in (self._of_numbers, self._of_container, self._of_code, self._of_wrapper, self._of_state):
+        for kind in (self.numbers.of, self._of_container, self.code.of, self._of_wrapper, self._of_state):
             found = kind(value, path)
             if found is not None:
                 return found
         return self._object(value, path)
-
-    def _of_numbers(self, value: Any, path: str) -> bytes | None:
-        """Tensors, arrays and tables; None of other values."""
-        if isinstance(value, torch.Tensor):
-            return self._tensor(value, path)
-        if isinstance(value, np.ndarray):
-            return self._array(value, path)
-        if isinstance(value, pd.DataFrame | pd.Series | pd.Index):
-            return self._table(value, path)
-        if scipy.sparse.issparse(value):
-            rows = value.tocsr(copy=True)
-            rows.sum_duplicates()
-            where = (rows.indices.astype(np.int64), rows.indptr.astype(np.int64))
-            about = (value.format, rows.shape, *where, rows.data)
-            return _hashed("sparse", [self.of(part, path) for part in about])
-        return None
 
     def _of_container(self, value: Any, path: str) -> bytes | None:
         """Lists, sets and mappings; None of other values."""
@@ -183,24 +168,6 @@ class _Walk:
             return _hashed("set", [*parts, *sorted(self._apart([(v, path)]) for v in value)])
         if type(value) is dict or isinstance(value, types.MappingProxyType):
             return self._mapping(value, path)
-        return None
-
-    def _of_code(self, value: Any, path: str) -> bytes | None:
-        """Modules, classes, functions and methods; None of other values."""
-        if isinstance(value, types.ModuleType):
-            return self._module(value, path)
-        if isinstance(value, type):
-            return self._once(value, path, self._class)
-        if isinstance(value, types.FunctionType):
-            return self._once(value, path, self._function)
-        if isinstance(value, types.CodeType):
-            return self._code(value, path)
-        if isinstance(value, types.MethodType):
-            return _hashed("method", [self.of(value.__func__, path), self.of(value.__self__, path)])
-        if isinstance(value, types.BuiltinFunctionType | types.MethodWrapperType):
-            return self._builtin(value, path)
-        if isinstance(value, _DESCRIPTORS):
-            return _hashed("descriptor", [self.of(value.__objclass__, path), value.__name__])
         return None
 
     def _of_wrapper(self, value: Any, path: str) -> bytes | None:
@@ -244,68 +211,8 @@ class _Walk:
         if isinstance(value, BaseEstimator):
             state = {k: v for k, v in vars(value).items() if k not in _WATCHERS}
             kind = self.of(type(value), path)
-            return _hashed("estimator", [kind, self._attributes(state, path, "__" if path else "")])
+            return _hashed("estimator", [kind, self.attributes(state, path, "__" if path else "")])
         return None
-
-    # ------------------------------------------------------------------------------------------ tables of numbers
-
-    def _tensor(self, value: torch.Tensor, path: str) -> bytes:
-        if type(value) not in (torch.Tensor, torch.nn.Parameter) and not isinstance(
-            value, torch.nn.Parameter
-        ):
-            raise CannotDigest(path, f"a {type(value).__name__}")
-        about = [str(value.dtype), repr(tuple(value.shape)), value.device.type, str(value.requires_grad)]
-        plain = value.detach()
-        if value.layout != torch.strided:
-            if value.layout != torch.sparse_coo:
-                plain = plain.to_sparse_coo()
-            plain = plain.coalesce()
-            parts = [self.of(plain.indices(), path), self.of(plain.values(), path)]
-            return _hashed("sparse tensor", [*about, *parts])
-        moved = isinstance(value, torch.nn.Parameter) and value.requires_grad
-        if value.device.type == "meta" or (moved and not self.initial):
-            return _hashed("tensor", about)
-        try:
-            raw = raw_bytes(plain)
-        except (RuntimeError, NotImplementedError):
-            raise CannotDigest(path, f"a tensor of {value.dtype}") from None
-        return _hashed("tensor", [*about, hashlib.sha256(raw).digest()])
-
-    def _array(self, value: np.ndarray[Any, Any], path: str) -> bytes:
-        if isinstance(value, np.ma.MaskedArray):
-            mask = np.ma.getmaskarray(value)
-            shown = np.where(mask, np.zeros((), value.dtype), value.data)
-            return _hashed("masked", [self.of(shown, path), self.of(mask, path)])
-        about = [repr(value.shape), value.dtype.str if value.dtype.names is None else repr(value.dtype.descr)]
-        if value.dtype.hasobject:
-            return _hashed("objects", [*about, *(self.of(v, path) for v in value.ravel().tolist())])
-        h = hashlib.sha256()
-        step = max(1, BLOCK * max(1, len(value)) // max(1, value.size)) if value.ndim else 1
-        for start in range(0, len(value), step) if value.ndim else [0]:
-            part = value[start : start + step] if value.ndim else value
-            h.update(np.ascontiguousarray(part).tobytes())
-        return _hashed("array", [*about, h.digest()])
-
-    def _table(self, value: Any, path: str) -> bytes:
-        if isinstance(value, pd.DataFrame):
-            columns = [value.iloc[:, i].array for i in range(value.shape[1])]
-            parts = [self.of(value.columns, f"{path}.columns"), self.of(value.index, f"{path}.index")]
-        elif isinstance(value, pd.Series):
-            columns, parts = [value.array], [self.of(value.index, path), self.of(value.name, path)]
-        elif isinstance(value, pd.MultiIndex):
-            return _hashed("MultiIndex", [self.of(value.tolist(), path), self.of(list(value.names), path)])
-        else:
-            columns, parts = [value.array], [self.of(value.name, path)]
-        for column in columns:
-            cells = np.asarray(column)
-            levels = getattr(column.dtype, "categories", None)
-            about: list[bytes | str] = []
-            if levels is not None:
-                about = [self.of(np.asarray(levels), path), str(column.dtype.ordered)]
-            parts.append(_hashed("column", [str(column.dtype), *about, self.of(cells, path)]))
-        return _hashed("table", parts)
-
-    # ---------------------------------------------------------------------------------------------- containers
 
     def _apart(self, values: list[tuple[Any, str]]) -> bytes:
         """Of values in an order that means nothing: what is met in one is not known in the next."""
@@ -315,11 +222,11 @@ class _Walk:
 
     def _mapping(self, value: Any, path: str) -> bytes:
         if all(type(key) is str for key in value):
-            return self._attributes(value, path, None)
+            return self.attributes(value, path, None)
         pairs = [self._apart([(key, path), (v, f"{path}[{key!r:.60}]")]) for key, v in value.items()]
         return _hashed("dict", sorted(pairs))
 
-    def _attributes(self, state: Any, path: str, sep: str | None = ".") -> bytes:
+    def attributes(self, state: Any, path: str, sep: str | None = ".") -> bytes:
         """By name; ``sep`` None: in brackets."""
         parts: list[bytes | str] = []
         for name in sorted(state):
@@ -329,80 +236,11 @@ class _Walk:
             ]
         return _hashed("dict", parts)
 
-    # -------------------------------------------------------------------------------------------------- code
-
-    def _once(self, value: Any, path: str, read: Any) -> bytes:
-        """Code may refer to itself, also by way of others."""
-        if id(value) in self.met:
-            return _hashed("met", [str(self.met[id(value)])])
-        self.met[id(value)] = len(self.met)
-        found: bytes = read(value, path)
-        return found
-
-    def _function(self, value: types.FunctionType, path: str) -> bytes:
-        module = value.__globals__.get("__name__")
-        parts: list[bytes | str] = [self._code(value.__code__, path)]
-        parts += [self.of(value.__defaults__, f"{path}, a default"), self.of(value.__kwdefaults__, path)]
-        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
-            parts += [name, self.of(cell, f"{path}.{name}")]
-        if is_installed(module):
-            parts.append(_named(str(module), value.__code__.co_qualname))
-        else:
-            for name in sorted(_globals_of(value.__code__)):
-                if name in value.__globals__:
-                    parts += [name, self.of(value.__globals__[name], f"{path}.{name}")]
-        state = {k: v for k, v in vars(value).items() if k != "__wrapped__" or not value.__closure__}
-        return _hashed("function", [*parts, self._attributes(state, path)])
-
-    def _code(self, code: types.CodeType, path: str) -> bytes:
-        consts = code.co_consts
-        if consts and isinstance(consts[0], str) and code.co_flags & inspect.CO_NEWLOCALS:
-            consts = (None, *consts[1:]) if _docstring(code) else consts
-        counts = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags)
-        names = (code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars)
-        exceptions = getattr(code, "co_exceptiontable", b"")
-        parts = [self.of(part, path) for part in (counts, names, consts)]
-        return _hashed("code", [code.co_code, exceptions, *parts])
-
-    def _class(self, value: type, path: str) -> bytes:
-        module = value.__module__
-        if is_installed(module) and "<locals>" not in value.__qualname__:
-            own = [b for b in value.__bases__ if any(not is_installed(c.__module__) for c in b.__mro__)]
-            return _hashed("class", [_named(module, value.__qualname__), *(self.of(b, path) for b in own)])
-        state = {k: v for k, v in vars(value).items() if k not in _OF_THE_CLASS}
-        slots = {k for k, v in state.items() if isinstance(v, types.MemberDescriptorType)}
-        state = {k: v for k, v in state.items() if k not in slots}
-        parts = [self.of(value.__bases__, path), self.of(type(value), path), self._attributes(state, path)]
-        return _hashed("own class", [value.__qualname__, *parts])
-
-    def _module(self, value: types.ModuleType, path: str) -> bytes:
-        name = value.__name__
-        if is_installed(name):
-            return _named(name, "")
-        if id(value) in self.met:
-            return _hashed("met", [str(self.met[id(value)])])
-        self.met[id(value)] = len(self.met)
-        file = getattr(value, "__file__", None)
-        if name == "__main__" or not isinstance(file, str) or not Path(file).is_file():
-            raise CannotDigest(path, f"module {name!r}, which has no file of its own")
-        # what its functions do stands in its file; what they take from elsewhere does not
-        others = {k: v for k, v in vars(value).items() if _of_others(v, name)}
-        return _hashed("module", [name, Path(file).read_bytes(), self._attributes(others, path)])
-
-    def _builtin(self, value: Any, path: str) -> bytes:
-        owner = value.__self__
-        if owner is None or isinstance(owner, types.ModuleType):
-            module = owner.__name__ if owner is not None else value.__module__ or ""
-            return _named(module, value.__qualname__)
-        return _hashed("builtin method", [value.__name__, self.of(owner, path)])
-
-    # ---------------------------------------------------------------------------------------------- objects
-
     def _network(self, value: torch.nn.Module, path: str) -> bytes:
         state = dict(vars(value))
         parts = [self.of(type(value), path)]
         for name in ("_parameters", "_buffers"):
-            parts.append(self._attributes(state.pop(name, {}), path))
+            parts.append(self.attributes(state.pop(name, {}), path))
         # the order of its parts means something: they may be gone through one after the other
         for name, part in state.pop("_modules", {}).items():
             parts.append(_hashed(name, [self.of(part, f"{path}.{name}")]))
@@ -410,7 +248,7 @@ class _Walk:
         state = {
             k: list(v.values()) if "_hooks" in k and isinstance(v, dict) else v for k, v in state.items()
         }
-        return _hashed("network", [*parts, self._attributes(state, path)])
+        return _hashed("network", [*parts, self.attributes(state, path)])
 
     def _object(self, value: Any, path: str) -> bytes:
         """By what a copy of it would be made of."""
@@ -427,12 +265,193 @@ class _Walk:
         make, args, state, items, pairs = (*made, None, None, None)[:5]
         parts = [self.of(kind, path), self.of(make, path), self.of(args, path)]
         if isinstance(state, dict) and all(type(key) is str for key in state):
-            parts.append(self._attributes(state, path))
+            parts.append(self.attributes(state, path))
         else:
             parts.append(self.of(state, path))
         parts.append(self.of(None if items is None else list(items), path))
         parts.append(self.of(None if pairs is None else list(pairs), path))
         return _hashed("object", parts)
+
+
+class _Numbers(NamedTuple):
+    """Digests of tensors, arrays and tables."""
+
+    walk: _Walk
+
+    def of(self, value: Any, path: str) -> bytes | None:
+        """Tensors, arrays and tables; None of other values."""
+        if isinstance(value, torch.Tensor):
+            return self._tensor(value, path)
+        if isinstance(value, np.ndarray):
+            return self._array(value, path)
+        if isinstance(value, pd.DataFrame | pd.Series | pd.Index):
+            return self._table(value, path)
+        if scipy.sparse.issparse(value):
+            rows = value.tocsr(copy=True)
+            rows.sum_duplicates()
+            where = (rows.indices.astype(np.int64), rows.indptr.astype(np.int64))
+            about = (value.format, rows.shape, *where, rows.data)
+            return _hashed("sparse", [self.walk.of(part, path) for part in about])
+        return None
+
+    def _tensor(self, value: torch.Tensor, path: str) -> bytes:
+        if type(value) not in (torch.Tensor, torch.nn.Parameter) and not isinstance(
+            value, torch.nn.Parameter
+        ):
+            raise CannotDigest(path, f"a {type(value).__name__}")
+        about = [str(value.dtype), repr(tuple(value.shape)), value.device.type, str(value.requires_grad)]
+        plain = value.detach()
+        if value.layout != torch.strided:
+            if value.layout != torch.sparse_coo:
+                plain = plain.to_sparse_coo()
+            plain = plain.coalesce()
+            parts = [self.walk.of(plain.indices(), path), self.walk.of(plain.values(), path)]
+            return _hashed("sparse tensor", [*about, *parts])
+        moved = isinstance(value, torch.nn.Parameter) and value.requires_grad
+        if value.device.type == "meta" or (moved and not self.walk.initial):
+            return _hashed("tensor", about)
+        try:
+            raw = raw_bytes(plain)
+        except (RuntimeError, NotImplementedError):
+            raise CannotDigest(path, f"a tensor of {value.dtype}") from None
+        return _hashed("tensor", [*about, hashlib.sha256(raw).digest()])
+
+    def _array(self, value: np.ndarray[Any, Any], path: str) -> bytes:
+        if isinstance(value, np.ma.MaskedArray):
+            mask = np.ma.getmaskarray(value)
+            shown = np.where(mask, np.zeros((), value.dtype), value.data)
+            return _hashed("masked", [self.walk.of(shown, path), self.walk.of(mask, path)])
+        about = [repr(value.shape), value.dtype.str if value.dtype.names is None else repr(value.dtype.descr)]
+        if value.dtype.hasobject:
+            return _hashed("objects", [*about, *(self.walk.of(v, path) for v in value.ravel().tolist())])
+        h = hashlib.sha256()
+        step = max(1, BLOCK * max(1, len(value)) // max(1, value.size)) if value.ndim else 1
+        for start in range(0, len(value), step) if value.ndim else [0]:
+            part = value[start : start + step] if value.ndim else value
+            h.update(np.ascontiguousarray(part).tobytes())
+        return _hashed("array", [*about, h.digest()])
+
+    def _table(self, value: Any, path: str) -> bytes:
+        if isinstance(value, pd.DataFrame):
+            columns = [value.iloc[:, i].array for i in range(value.shape[1])]
+            parts = [
+                self.walk.of(value.columns, f"{path}.columns"),
+                self.walk.of(value.index, f"{path}.index"),
+            ]
+        elif isinstance(value, pd.Series):
+            columns, parts = [value.array], [self.walk.of(value.index, path), self.walk.of(value.name, path)]
+        elif isinstance(value, pd.MultiIndex):
+            return _hashed(
+                "MultiIndex", [self.walk.of(value.tolist(), path), self.walk.of(list(value.names), path)]
+            )
+        else:
+            columns, parts = [value.array], [self.walk.of(value.name, path)]
+        for column in columns:
+            cells = np.asarray(column)
+            levels = getattr(column.dtype, "categories", None)
+            about: list[bytes | str] = []
+            if levels is not None:
+                about = [self.walk.of(np.asarray(levels), path), str(column.dtype.ordered)]
+            parts.append(_hashed("column", [str(column.dtype), *about, self.walk.of(cells, path)]))
+        return _hashed("table", parts)
+
+
+class _Code(NamedTuple):
+    """Digests of modules, classes, functions and methods."""
+
+    walk: _Walk
+
+    def of(self, value: Any, path: str) -> bytes | None:
+        """Modules, classes, functions and methods; None of other values."""
+        if isinstance(value, types.ModuleType):
+            return self._module(value, path)
+        if isinstance(value, type):
+            return self._once(value, path, self._class)
+        if isinstance(value, types.FunctionType):
+            return self._once(value, path, self._function)
+        if isinstance(value, types.CodeType):
+            return self._code(value, path)
+        if isinstance(value, types.MethodType):
+            return _hashed("method", [self.walk.of(value.__func__, path), self.walk.of(value.__self__, path)])
+        if isinstance(value, types.BuiltinFunctionType | types.MethodWrapperType):
+            return self._builtin(value, path)
+        if isinstance(value, _DESCRIPTORS):
+            return _hashed("descriptor", [self.walk.of(value.__objclass__, path), value.__name__])
+        return None
+
+    def _once(self, value: Any, path: str, read: Any) -> bytes:
+        """Code may refer to itself, also by way of others."""
+        if id(value) in self.walk.met:
+            return _hashed("met", [str(self.walk.met[id(value)])])
+        self.walk.met[id(value)] = len(self.walk.met)
+        found: bytes = read(value, path)
+        return found
+
+    def _function(self, value: types.FunctionType, path: str) -> bytes:
+        module = value.__globals__.get("__name__")
+        parts: list[bytes | str] = [self._code(value.__code__, path)]
+        parts += [
+            self.walk.of(value.__defaults__, f"{path}, a default"),
+            self.walk.of(value.__kwdefaults__, path),
+        ]
+        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
+            parts += [name, self.walk.of(cell, f"{path}.{name}")]
+        if is_installed(module):
+            parts.append(_named(str(module), value.__code__.co_qualname))
+        else:
+            for name in sorted(_globals_of(value.__code__)):
+                if name in value.__globals__:
+                    parts += [name, self.walk.of(value.__globals__[name], f"{path}.{name}")]
+        state = {k: v for k, v in vars(value).items() if k != "__wrapped__" or not value.__closure__}
+        return _hashed("function", [*parts, self.walk.attributes(state, path)])
+
+    def _code(self, code: types.CodeType, path: str) -> bytes:
+        consts = code.co_consts
+        if consts and isinstance(consts[0], str) and code.co_flags & inspect.CO_NEWLOCALS:
+            consts = (None, *consts[1:]) if _docstring(code) else consts
+        counts = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags)
+        names = (code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars)
+        exceptions = getattr(code, "co_exceptiontable", b"")
+        parts = [self.walk.of(part, path) for part in (counts, names, consts)]
+        return _hashed("code", [code.co_code, exceptions, *parts])
+
+    def _class(self, value: type, path: str) -> bytes:
+        module = value.__module__
+        if is_installed(module) and "<locals>" not in value.__qualname__:
+            own = [b for b in value.__bases__ if any(not is_installed(c.__module__) for c in b.__mro__)]
+            return _hashed(
+                "class", [_named(module, value.__qualname__), *(self.walk.of(b, path) for b in own)]
+            )
+        state = {k: v for k, v in vars(value).items() if k not in _OF_THE_CLASS}
+        slots = {k for k, v in state.items() if isinstance(v, types.MemberDescriptorType)}
+        state = {k: v for k, v in state.items() if k not in slots}
+        parts = [
+            self.walk.of(value.__bases__, path),
+            self.walk.of(type(value), path),
+            self.walk.attributes(state, path),
+        ]
+        return _hashed("own class", [value.__qualname__, *parts])
+
+    def _module(self, value: types.ModuleType, path: str) -> bytes:
+        name = value.__name__
+        if is_installed(name):
+            return _named(name, "")
+        if id(value) in self.walk.met:
+            return _hashed("met", [str(self.walk.met[id(value)])])
+        self.walk.met[id(value)] = len(self.walk.met)
+        file = getattr(value, "__file__", None)
+        if name == "__main__" or not isinstance(file, str) or not Path(file).is_file():
+            raise CannotDigest(path, f"module {name!r}, which has no file of its own")
+        # what its functions do stands in its file; what they take from elsewhere does not
+        others = {k: v for k, v in vars(value).items() if _of_others(v, name)}
+        return _hashed("module", [name, Path(file).read_bytes(), self.walk.attributes(others, path)])
+
+    def _builtin(self, value: Any, path: str) -> bytes:
+        owner = value.__self__
+        if owner is None or isinstance(owner, types.ModuleType):
+            module = owner.__name__ if owner is not None else value.__module__ or ""
+            return _named(module, value.__qualname__)
+        return _hashed("builtin method", [value.__name__, self.walk.of(owner, path)])
 
 
 def _plain(value: Any) -> bytes | None:

@@ -16,9 +16,9 @@ from bayes_mpt.predictors import Conditionals
 from bayes_mpt.predictors.gaussian import incomplete, profile
 from bayes_mpt.predictors.gaussian.factors import FLOOR
 from bayes_mpt.predictors.gaussian.linear import dimensionless
-from bayes_mpt.program.affine import DenseMap, Parts
+from bayes_mpt.program.affine import DenseMap
+from bayes_mpt.program.program import Parts
 from bayes_mpt.program.statistics import SufficientStatistics
-from bayes_mpt.training.noise_prior import NoisePrior
 from bayes_mpt.training.problem import (
     Fit,
     Problem,
@@ -122,14 +122,14 @@ class _Free(NamedTuple):
 
 def _free(problem: Problem, statistics: SufficientStatistics) -> _Free | None:
     """Which parameters are free; None where the program does not leave mean, loadings and noise free."""
-    leaves, log_prior = problem.leaves(), problem.log_prior
-    if log_prior is not None and not isinstance(log_prior, NoisePrior):
+    leaves, log_prior = problem.leaves(), problem.noise_prior
+    if log_prior is None and problem.log_prior is not None:
         return None
     reading = _map(problem.objective.read())
     # float32's digits do not suffice to see whether a target has been reached
     if len(reading.loc) != 1 or not statistics.n_rows or reading.loc.dtype != torch.float64:
         return None
-    stated = problem.bound.parts
+    stated = problem.bound.structure.parts
     if stated is None:
         names = _free_parts(reading, leaves)
     else:
@@ -215,10 +215,10 @@ def _move_to(
         restore(leaves, before)
         return None
     with torch.no_grad():
-        total, prior = problem.objective.total(read), problem.log_prior
+        total, prior = problem.objective.total(read), problem.noise_prior
         score = total / problem.whole.n_rows
         moved = abs(float(score) - factors.lml) <= off * (1 + abs(factors.lml))
-        if isinstance(prior, NoisePrior):  # which is of the parameter that it names, and the map follows that
+        if prior is not None:  # which is of the parameter that it names, and the map follows that
             moved = moved and bool(torch.isclose(prior(), prior.of_map(targets["noise"].exp())))
         if not moved:
             restore(leaves, before)
@@ -234,7 +234,7 @@ def _follow(
     moments: SufficientStatistics,
 ) -> Conditionals | None:
     """The map with its parts at their targets, read; None where the parameters cannot follow."""
-    parts = problem.bound.parts
+    parts = problem.bound.structure.parts
     if parts is not None:
         _set(parts, leaves, targets)
         return problem.objective.read()

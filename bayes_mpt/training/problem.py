@@ -17,6 +17,7 @@ from bayes_mpt.masks import torch_generator
 from bayes_mpt.predictors import Batch, Bound, Conditionals, Objective
 from bayes_mpt.predictors.self_predictive import on_own_masks
 from bayes_mpt.program.program import ModelError
+from bayes_mpt.training.noise_prior import NoisePrior
 
 __all__ = [
     "Fit",
@@ -48,6 +49,11 @@ class Problem:
     def bound(self) -> Bound:
         """The program, and how it is scored."""
         return self.objective.bound
+
+    @property
+    def noise_prior(self) -> NoisePrior | None:
+        """The log prior, where it is one of noise variances: the closed forms know it."""
+        return self.log_prior if isinstance(self.log_prior, NoisePrior) else None
 
     @property
     def whole(self) -> Batch:

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from bayes_mpt.predictors.gaussian.linear import LinearRows
 from bayes_mpt.predictors.gaussian.profile import NoiseFloorError
-from bayes_mpt.training.noise_prior import NoisePrior
 from bayes_mpt.training.problem import Problem
 
 __all__ = ["collapsed", "noise_at_zero"]
@@ -43,13 +42,13 @@ def noise_at_zero(problem: Problem) -> list[int]:
     small = (noise <= SMALL * (noise + loading.square().sum(-1))).nonzero()[:, 0].tolist()
     if not small or not noise.requires_grad:
         return []
-    tied, prior = _tied(noise, list(problem.leaves().values())), problem.log_prior
+    tied, prior = _tied(noise, list(problem.leaves().values())), problem.noise_prior
     with torch.no_grad():
         least = LEAST * (noise + loading.square().sum(-1))
 
         def score(noise: Tensor) -> float:
             moved = LinearRows(read.structure, reading._replace(noise=noise[None]))
-            held = prior.of_map(noise) / problem.whole.n_rows if isinstance(prior, NoisePrior) else 0.0
+            held = 0.0 if prior is None else prior.of_map(noise) / problem.whole.n_rows
             return float(problem.score_of(moved) + held)
 
         def gain(columns: Tensor) -> float:

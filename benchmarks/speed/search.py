@@ -10,8 +10,8 @@ held-out loss is what it lies below the data's own density, nats a row.
 Asked: 5 times faster in CPU time, on strong and on weak signals, and as accurate.
 
 Found: in CPU time 9.2 times as fast on strong signals, but 3.5 on weak ones, where the peer's EM stops early, which
-falls short: two Newton searches a candidate, for the fit and for its evidence, are nearly half of our time. K = 10 is found in
-12 of 12 sets, by the peer in 10.
+falls short: two Newton searches a candidate, for the fit and for its evidence, are nearly half of our time. K = 10 is
+found in 12 of 12 sets, by the peer in 10.
 """
 
 import sys

@@ -98,6 +98,7 @@ def test_who_is_refused():
 # ------------------------------------------------------------------------------------------------------ and "auto"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("x", [X, HOLES], ids=["complete", "holes"])
 def test_what_auto_takes_for_gaussian_mixtures(x):
     found = search(GaussianMixture(), GRID, Auto(cv=2)).fit(x)

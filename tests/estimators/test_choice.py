@@ -177,6 +177,15 @@ def test_a_candidate_that_no_fold_can_fit_ranks_last():
     assert "ranked by hidden rows" not in c["diag"].iloc[-1]
 
 
+def test_one_row_far_out_is_told():
+    """Where the kurtosis of many rows does not show it."""
+    x = np.random.default_rng(0).normal(size=(1500, 4))
+    x[7] = 3.5
+    with pytest.warns(MisfitWarning, match="row 7 lies farther out"):
+        s = search(x, {"model": [PPCA(0), FactorAnalysis(0)]})
+    assert s.comparison_.attrs["ranked_by"] == "heldout"
+
+
 def test_light_tails_are_told():
     x = np.random.default_rng(0).choice([-1.0, 1.0], size=(200, 4))
     with pytest.warns(MisfitWarning, match="tails of these rows are lighter"):
@@ -212,6 +221,7 @@ def test_summary_fits_a_terminal(found):
     assert "expected log-density" in text and "prior's scale halved" in text and "(dse)" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("evidence", ["laplace", "train", HeldOut(cv=3)])
 def test_summary_of_other_rules(evidence):
     s = search(table(), {"model": [PPCA(0), PPCA(1), PPCA(T)]}, evidence)

@@ -151,6 +151,7 @@ def test_prior_odds_by_name_and_by_place(factors):
             search.average(prior_weights=wrong)
 
 
+@pytest.mark.slow
 def test_equal_odds_for_one_mixture_and_many_sizes():
     x = table()
     one = MarginalLikelihoodSearch(
@@ -185,6 +186,7 @@ def kernels():
     return x, y, MarginalLikelihoodSearch(BayesMPT(), {"model": models}, random_state=0).fit(x, y)
 
 
+@pytest.mark.slow
 def test_kernels_at_their_nodes(kernels):
     """Each node by scikit-learn, at its hyper-parameters."""
     x, y, search = kernels
@@ -262,6 +264,7 @@ class Steps:
         return {"variance": (torch.tensor(0.0), torch.tensor(1.0))}
 
 
+@pytest.mark.slow
 def test_a_program_that_runs_at_one_value_at_a_time():
     x, y = curve(20)
     y[5] = np.nan
@@ -406,6 +409,7 @@ def hidden_scores(x):
     return scores, fold
 
 
+@pytest.mark.slow
 def test_stacking_against_a_loop(stacked):
     x, search = stacked
     average, (scores, fold) = search.average("stacking"), hidden_scores(x)
@@ -448,6 +452,7 @@ def test_stacked_fits_predict_rows(stacked):
     np.testing.assert_array_equal(average.sample(5, random_state=1), average.sample(5, random_state=1))
 
 
+@pytest.mark.slow
 def test_repeats_and_kernels_are_stacked():
     x, y = curve(20)
     y[3] = np.nan
@@ -542,6 +547,7 @@ def test_another_prior_is_refused(factors):
         other.average()
 
 
+@pytest.mark.slow
 def test_other_steps_before_the_models_are_refused():
     x, y = curve()
     piped = Pipeline([("scale", StandardScaler()), ("model", BayesMPT())])
@@ -680,6 +686,7 @@ def test_names_of_columns():
     assert single.dtype == np.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["factors", "kernels", "stacked"])
 def test_pickled_stored_and_side_by_side(kind, tmp_path):
     """Searches that were pickled, taken up from files, or done in threads give the same average."""

@@ -513,7 +513,7 @@ def test_probabilities_against_densities_are_refused():
     for other in ({"model": [normal]}, {"model": [PPCA(1)], "training": [None]}):
         with pytest.raises(ValueError, match=r"(?s)not comparable.*densities"):
             MarginalLikelihoodSearch(
-                BayesMPT(**settings), [{"model": networks}, other], evidence=Auto(cv=2)
+                BayesMPT(**settings), [{"model": networks[:1]}, other], evidence=Auto(cv=2)
             ).fit(codes)
 
 

@@ -90,7 +90,7 @@ def test_a_training_that_does_not_fit_is_refused():
 @pytest.mark.slow
 def test_steps_on_the_exact_score_end_at_its_maximum():
     """By Adam, where the closed form is known."""
-    model = BayesMPT(PPCA(1), training=Steps(tol=1e-5), random_state=0).fit(X)
+    model = BayesMPT(PPCA(1), training=Steps(tol=1e-4), random_state=0).fit(X)
     assert model.fit_method_ == "adam"
     assert model.score(X) == pytest.approx(_ppca(X, 1), abs=1e-4)
 
@@ -115,7 +115,7 @@ def test_iterations_of_em_are_counted():
 
 @pytest.mark.slow
 def test_a_rule_is_its_name_at_its_defaults():
-    grid = {"model__n_components": [0, 1, 2]}
+    grid = {"model__n_components": [0, 1]}
     search = partial(MarginalLikelihoodSearch, BayesMPT(PPCA(1)), grid, random_state=0)
     for name, rule in {"laplace": Laplace(), "heldout": HeldOut(), "train": Train(), "auto": Auto()}.items():
         one, two = search(evidence=name).fit(X), search(evidence=rule).fit(X)

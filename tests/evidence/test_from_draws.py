@@ -1,6 +1,7 @@
 """Evidences from a user's own draws, against closed forms and dense quadrature; draws are exact ones, made by numpy."""
 
 import math
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,15 +9,22 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
 from pyro.infer.mcmc import MCMC, NUTS
+from pyro.optim import Adam
 from scipy.special import betaln, gammaln, logsumexp, ndtr
 from scipy.stats import beta as beta_law
 from scipy.stats import cauchy, gamma, multivariate_normal, norm, poisson
 
+from bayes_mpt import BayesMPT
 from bayes_mpt.evidence import from_draws, from_guide
 from bayes_mpt.evidence.bridge import bridge
+from bayes_mpt.predictors import Importance
 from bayes_mpt.program.program import ModelError
-from bayes_mpt.warnings import DrawsWarning
+from bayes_mpt.score import CumulativeMaskedScore
+from bayes_mpt.training import Steps
+from bayes_mpt.warnings import DrawsWarning, HeavyTailWarning, NotConvergedWarning
 
 RNG = np.random.default_rng(0)
 
@@ -596,6 +604,57 @@ def test_a_narrow_guide_has_no_error():
             found.append(from_guide(coin, narrow, HEADS, random_state=seed))
     assert all(math.isnan(f.se) for f in found)
     assert min(f.pareto_k for f in found) < 0.7 < max(f.pareto_k for f in found)
+
+
+def test_a_fit_with_a_narrow_guide_has_no_error_either():
+    settings = {"predictor": Importance(500), "training": Steps(max_iter=1)}  # nothing is trained
+    heads = HEADS[:, None]
+    missed = []
+    for seed in range(4):
+        with (
+            pytest.warns(DrawsWarning, match="no reliable error.*guide draws nothing"),
+            warnings.catch_warnings(),
+        ):
+            for other in (HeavyTailWarning, NotConvergedWarning):
+                warnings.simplefilter("ignore", other)
+            fit = BayesMPT(rows_of_coins, guide=narrow_of_rows, random_state=seed, **settings).fit(heads)
+        missed.append(fit.log_marginal_likelihood_se_)
+    assert np.isnan(missed).all()
+    fit = BayesMPT(rows_of_coins, guide=wide_of_rows, random_state=0, **settings).fit(heads)
+    assert 0 < fit.log_marginal_likelihood_se_ < 0.1
+    assert fit.log_marginal_likelihood_ == pytest.approx(HEADS_TRUTH, abs=4 * fit.log_marginal_likelihood_se_)
+
+
+def rows_of_coins(x):
+    p = pyro.sample("p", dist.Beta(x.new_tensor(1.0), x.new_tensor(1.0)))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("x", dist.Bernoulli(p), obs=x[:, 0])
+
+
+def narrow_of_rows(x):
+    narrow(x)
+
+
+def wide_of_rows(x):
+    wide(x)
+
+
+@pytest.mark.slow
+def test_a_guide_that_was_trained_on_some_rows_a_step_is_asked_about_all():
+    def some(x):
+        p = pyro.sample("p", dist.Beta(x.new_tensor(1.0), x.new_tensor(1.0)))
+        with pyro.plate("rows", len(x), subsample_size=10) as rows:
+            pyro.sample("x", dist.Bernoulli(p), obs=x[rows])
+
+    heads = torch.as_tensor(HEADS)
+    guide = AutoNormal(some, init_scale=0.4)
+    pyro.set_rng_seed(0)
+    svi = SVI(some, guide, Adam({"lr": 0.1}), Trace_ELBO())  # the one-draw ELBO, of ten rows a step
+    for _ in range(60):
+        svi.step(heads)
+    close(from_guide(some, guide, heads, n_draws=300), HEADS_TRUTH)
+    with pytest.raises(ModelError, match=r"loss=pyro.infer.Trace_ELBO\(\).*from_guide"):
+        CumulativeMaskedScore().loss(some, guide, heads)
 
 
 def test_a_guide_of_rows():

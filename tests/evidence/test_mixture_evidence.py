@@ -98,6 +98,7 @@ def test_holes_of_independent_columns_against_all_allocations(kind):
     assert found.log_evidence == pytest.approx(enumerated(x, 2, prior, kind), abs=3 * found.se)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ("full", "tied"))
 @pytest.mark.parametrize("n_components", (1, 2))
 def test_a_hole_against_quadrature(kind, n_components):

@@ -295,8 +295,14 @@ def test_forces_are_gradients(holes):
         posterior = CompletePosterior(moments.cov.numpy(), moments.mean.numpy(), len(x), 3, prior)
     rng = np.random.default_rng(0)
     theta = 0.3 * rng.normal(size=15 + 5 + 5 * bool(holes))
-    space = Slice.through(posterior, theta)
+    plain = Slice.through(posterior, theta)
+    space = plain.widened()
     assert space.n_weak > 1
+    wide = plain.back @ space.basis  # the same points in other units
+    assert np.linalg.svd(wide)[1].min() > 1 - 1e-9 and np.linalg.svd(wide)[1].max() > 1.5
+    np.testing.assert_allclose(plain.basis @ wide, space.basis, atol=1e-12)
+    np.testing.assert_allclose(space.back @ space.basis, np.eye(space.n_free), atol=1e-12)
+    assert space.log_jacobian - plain.log_jacobian == pytest.approx(np.linalg.slogdet(wide)[1], abs=1e-9)
     y = 0.3 * rng.normal(size=(60, space.n_free))
     y = y[space.contains(y)]
     images, moved = space.turned(y, rng.choice([-1.0, 1.0], (len(y), space.n_weak)))

@@ -89,10 +89,12 @@ def test_training_starts_at_independent_columns():
 def fitted():
     with pyro.get_param_store().scope(), torch.random.fork_rng():
         return {
-            n: BayesMPT(MaskedTransformer(24), training=Epochs(learning_rate=6e-3), random_state=0).fit(
-                sample(n, 0)
-            )
-            for n in (300, 2000)
+            n: BayesMPT(
+                MaskedTransformer(24),
+                training=Epochs(learning_rate=6e-3, validation_fraction=0.0, max_epochs=n_epochs),
+                random_state=0,
+            ).fit(sample(n, 0))
+            for n, n_epochs in ((300, 45), (2000, 16))
         }
 
 

@@ -174,12 +174,13 @@ def whole_numbers(seed):
     return np.concatenate([rng.normal(55, 6, 97), rng.normal(80, 6, 175)])[:, None].round()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_whole_numbers_do_not_make_components(seed):
     """A repeated value is no cluster: neither where it is rounded little nor where a component is as wide as a step."""
     for unit in (1, 5):
         x = unit * (whole_numbers(seed) / unit).round()
-        fits = {k: BayesMPT(GaussianMixture(k), random_state=seed).fit(x) for k in (1, 2, 5, 8)}
+        fits = {k: BayesMPT(GaussianMixture(k), random_state=seed).fit(x) for k in (1, 2, 5)}
         assert min(fits, key=lambda k: fits[k].bic(x)) == 2
         # no component is denser than the cells are known
         assert max(float(m.score_samples(x).max()) for m in fits.values()) < -np.log(unit)
@@ -194,6 +195,7 @@ def test_whole_numbers_do_not_make_components_in_folds(seed):
     assert found.fit(whole_numbers(seed)).best_params_ == {"model__n_components": 2}
 
 
+@pytest.mark.slow
 def test_a_fold_has_the_prior_of_its_rows():
     x = with_holes(WINE[:, [0, 1, 6]], 0.1)
     whole = BayesMPT(GaussianMixture(2), training=Ascent(tol=1e-6), random_state=0).fit(x)
@@ -322,6 +324,7 @@ def test_what_is_refused_leaves_gradients_and_the_store_as_they_were():
     assert torch.is_grad_enabled() and not list(pyro.get_param_store())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "apart, seed, kind", [(5, 1, "full"), (8, 0, "tied"), (8, 2, "full"), (8, 3, "tied")]
 )

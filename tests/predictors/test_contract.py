@@ -39,7 +39,7 @@ SLOPE = 0.8
 @pytest.fixture(autouse=True)
 def store():
     with OwnStore():
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         yield
 
 

@@ -15,6 +15,7 @@ from truths import normal_grid
 from bayes_mpt import BayesMPT
 from bayes_mpt.predictors import Importance, Quadrature, SequentialMonteCarlo
 from bayes_mpt.predictors.nodes.conjugacy import prior_draws
+from bayes_mpt.predictors.nodes.group_nodes import _evenly
 from bayes_mpt.program.analysis import analyze
 from bayes_mpt.program.groups import find_groups
 from bayes_mpt.program.program import ModelError
@@ -69,6 +70,7 @@ def probit_truth(group, y):
     return logsumexp(total) + np.log(mu[1] - mu[0]) + np.log(log_tau[1] - log_tau[0])
 
 
+@pytest.mark.slow
 def test_groups_written_flat_and_by_rows_are_one():
     flat = fitted(probit, *FLAT)
     rows = fitted(probit_by_rows, BITS.reshape(N_GROUPS, PER_GROUP))
@@ -84,6 +86,7 @@ def test_groups_written_flat_and_by_rows_are_one():
     )
 
 
+@pytest.mark.slow
 def test_missing_cells_and_empty_groups():
     y = BITS.copy()
     y[:PER_GROUP], y[12] = np.nan, np.nan  # of the first group nothing is seen
@@ -96,6 +99,7 @@ def test_missing_cells_and_empty_groups():
     assert left_out.log_marginal_likelihood_ == pytest.approx(found.log_marginal_likelihood_, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_conditionals_and_chains():
     x, y = tensor(FLAT[0][:12]), tensor(FLAT[1][:12])
     read = Quadrature(8).bind(probit, (x, y)).read((x, y))
@@ -130,6 +134,7 @@ def test_conditionals_and_chains():
 # -------------------------------------------------------------------------------------- nothing but groups: exact
 
 
+@pytest.mark.slow
 def test_groups_alone_and_parameters_above_them():
     """Beta-binomial groups: no other latent, and the parameters of their prior are trained through the integral."""
     n, k = np.array([12.0, 7, 30, 4, 9]), np.array([3.0, 6, 4, 0, 5])
@@ -384,3 +389,47 @@ def test_a_wide_group_variance_is_no_funnel():
         total = total + count * logsumexp(part + LOG_GRID, axis=-1)
     model = fitted(program, group[:, None].astype(float), y)
     assert model.log_marginal_likelihood_ == pytest.approx(logsumexp(total), abs=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------ predictions
+
+
+@pytest.mark.slow
+def test_predictions_of_rows_in_known_groups():
+    """E[y | all y] of a row in each group, by nested quadrature: a few values stand for the effects of each group."""
+
+    def program(x, y):
+        tau = pyro.sample("tau", dist.HalfNormal(1.0))
+        with pyro.plate("groups", 3):
+            theta = pyro.sample("theta", dist.Normal(0.0, tau))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("y", dist.Bernoulli(logits=theta[x[:, 0].long()]), obs=y)
+
+    successes, n = np.array([1, 2, 4]), 4
+    y = (np.arange(12) % n < np.repeat(successes, n)).astype(float)
+    x = np.repeat(np.arange(3.0), n)[:, None]
+    node, weight = np.polynomial.legendre.leggauss(200)
+    tau = 4 * (node + 1)[:, None, None]
+    log_tau = np.log(8 * weight) + stats.norm.logpdf(tau[:, 0, 0])
+    log_on, log_off = -np.logaddexp(0, -tau * GRID), -np.logaddexp(0, tau * GRID)  # (tau, 1, theta)
+    each = successes[:, None] * log_on + (n - successes[:, None]) * log_off + LOG_GRID
+    total = logsumexp(each, axis=-1)  # (tau, groups)
+    of_tau = log_tau + total.sum(1)
+    mean = np.exp(logsumexp(each + log_on, axis=-1) - total)
+    truth = (np.exp(of_tau - logsumexp(of_tau))[:, None] * mean).sum(0)
+    found = fitted(program, x, y).predict(np.arange(3.0)[:, None])
+    np.testing.assert_allclose(found, truth, atol=4e-4)
+
+
+def test_values_of_equal_shares_have_the_moments_of_the_nodes():
+    generator = torch.Generator().manual_seed(0)
+    for d, n in ((1, 2), (1, 7), (2, 5)):
+        u = torch.randn(2, 64, 3, d, generator=generator, dtype=torch.float64)
+        share = torch.rand(2, 64, 3, generator=generator, dtype=torch.float64).softmax(1)
+        found = _evenly(u, share, n)
+        mean = (share[..., None] * u).sum(1)
+        second = torch.einsum("sqb,sqbi,sqbj->sbij", share, u, u)
+        torch.testing.assert_close(found.mean(1), mean, atol=1e-12, rtol=0)
+        torch.testing.assert_close(
+            torch.einsum("snbi,snbj->sbij", found, found) / n, second, atol=1e-10, rtol=0
+        )

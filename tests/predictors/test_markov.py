@@ -27,7 +27,7 @@ F64 = torch.float64
 @pytest.fixture(autouse=True)
 def _fresh():
     pyro.clear_param_store()
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
 
 
 @pytest.fixture

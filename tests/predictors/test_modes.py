@@ -117,6 +117,7 @@ def of_groups(y, n):
     return total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("y", "n"),
     [((7.0, 7.0, 1.0), (10.0, 10.0, 6.0)), ((7.0, 0.0, 0.0), (10.0, 0.0, 0.0))],
@@ -249,6 +250,7 @@ def test_half_of_a_prior_may_be_flat():
 # ------------------------------------------------------------------------------------------------------------ training
 
 
+@pytest.mark.slow
 def test_a_training_searches_once_and_then_follows(monkeypatch):
     """The spread of two components is a parameter: modes are looked for at its start and at its end alone."""
     searches = []

@@ -22,7 +22,7 @@ X = torch.as_tensor(
 @pytest.fixture(autouse=True)
 def own_store():
     with pyro.get_param_store().scope():
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         yield
 
 

@@ -386,5 +386,6 @@ def test_a_component_that_loses_its_spread_is_named():
         pytest.warns(ConvergenceWarning, match="has lost its spread"),
         pytest.warns(ConvergenceWarning, match="training stopped"),
     ):
-        model = BayesMPT(Climbed(2, covariance_prior=None), random_state=0).fit(frame)
+        program, steps = Climbed(2, covariance_prior=None), Ascent(max_iter=300)
+        model = BayesMPT(program, training=steps, random_state=0).fit(frame)
     assert not model.converged_

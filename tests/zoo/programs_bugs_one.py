@@ -407,12 +407,12 @@ def mice_truth(params, x, t):
 CASES = [
     Case("bugs_rats", rats, ten_rats, rats_truth, tolerance=1e-4, slow=True),
     Case("bugs_dyes", dyes, six_batches, dyes_truth, slow=True),
-    Case("bugs_equiv", equiv, ten_subjects, equiv_truth, warns="several nodes at once", heavy=True),
-    Case("bugs_pumps", pumps, ten_pumps, pumps_truth),
+    Case("bugs_equiv", equiv, ten_subjects, equiv_truth, warns="several nodes at once", slow=True),
+    Case("bugs_pumps", pumps, ten_pumps, pumps_truth, slow=True),
     Case("bugs_seeds", seeds, seed_plates, seeds_truth, slow=True, warns="vague prior"),
     Case("bugs_surgical", surgical, hospitals, surgical_truth, slow=True),
-    Case("bugs_salm", salm, salmonella, salm_truth, heavy=True),
+    Case("bugs_salm", salm, salmonella, salm_truth, slow=True),
     Case("bugs_blocker", blocker, eight_trials, blocker_truth, slow=True),
-    Case("bugs_lsat", lsat, sixty_students, lsat_truth, heavy=True),
+    Case("bugs_lsat", lsat, sixty_students, lsat_truth, slow=True),
     Case("bugs_mice", mice, sixty_mice, mice_truth),
 ]

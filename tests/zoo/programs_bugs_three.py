@@ -283,7 +283,6 @@ CASES = [
         flow_over_a_weir,
         stagnant_truth,
         slow=True,
-        known="modes of a change point: a doubt too many",
     ),
     Case("bugs_epil", epil, twelve_records, epil_truth, warns="tail so heavy", heavy=True),
 ]

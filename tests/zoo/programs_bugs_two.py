@@ -279,11 +279,11 @@ def cervix_truth(params, x):
 
 CASES = [
     Case("bugs_line", line, five_points, line_truth),
-    Case("bugs_stacks", stacks, plant, warns="vague prior|tail so heavy", heavy=True),
+    Case("bugs_stacks", stacks, plant, warns="vague prior|tail so heavy", slow=True),
     Case("bugs_beetles", beetles, eight_doses, beetles_truth),
-    Case("bugs_dugongs", dugongs, sea_cows, dugongs_truth, tolerance=1e-4),
+    Case("bugs_dugongs", dugongs, sea_cows, dugongs_truth, tolerance=1e-4, slow=True),
     Case("bugs_eyes", eyes, peaks, eyes_truth, tolerance=1e-2, slow=True),
     Case("bugs_hearts", hearts, twelve_patients, hearts_truth),
     Case("bugs_asia", asia, patients, asia_truth),
-    Case("bugs_cervix", cervix, women, cervix_truth),
+    Case("bugs_cervix", cervix, women, cervix_truth, slow=True),
 ]

@@ -152,7 +152,7 @@ def regimes(params, series):
 
 CASES = [
     Case("random_walk", random_walk, weekly_counts, walk_on_a_grid, tolerance=1e-2),
-    Case("spatial_car", spatial_car, counts_of_areas, field_on_a_grid, tolerance=1e-2),
+    Case("spatial_car", spatial_car, counts_of_areas, field_on_a_grid, tolerance=1e-2, slow=True),
     Case(
         "autoregression_backwards",
         autoregression_backwards,

@@ -303,7 +303,7 @@ def priors_by_paths(params, table):
 
 
 CASES = [
-    Case("hmm_0_loop_of_sequences", hmm_0, music_and_lengths, one_chain, heavy=True),
+    Case("hmm_0_loop_of_sequences", hmm_0, music_and_lengths, one_chain, slow=True),
     Case("hmm_1_plate_of_sequences", hmm_1, music_and_lengths, one_chain, slow=True),
     Case("hmm_2_autoregressive", hmm_2, music_and_lengths, autoregressive, slow=True),
     Case("hmm_3_two_chains", hmm_3, music_and_lengths, two_chains, slow=True),

@@ -188,7 +188,7 @@ CASES = [
         sticks_by_assignments,
         slow=True,
     ),
-    Case("dirichlet_process_poisson", dirichlet_process_poisson, sunspots, heavy=True),
+    Case("dirichlet_process_poisson", dirichlet_process_poisson, sunspots, slow=True),
     Case(
         "lda",
         lda,

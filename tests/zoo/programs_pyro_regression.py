@@ -229,7 +229,7 @@ CASES = [
     Case(
         "item_response_2",
         item_response_2,
-        lambda rng: (right_or_wrong(rng, 20, 2),),
+        lambda rng: (right_or_wrong(rng, 12, 2),),
         two_parameters,
         tolerance=1e-3,
         slow=True,

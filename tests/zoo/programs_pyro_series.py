@@ -188,7 +188,7 @@ CASES = [
     Case("forecast_local_level", forecast_local_level, level, random_walk),
     Case("forecast_seasonal", forecast_seasonal, weeks, seasons),
     Case("forecast_student_noise", forecast_student_noise, heavy_tails, slow=True),
-    Case("kalman_tracking", kalman_tracking, tracked, constant_velocity),
+    Case("kalman_tracking", kalman_tracking, tracked, constant_velocity, slow=True),
     Case("gaussian_process", Process, wave, squared_exponential),
     Case("gplvm_linear", gplvm_linear, one_factor, dual_ppca),
     Case("sir_with_poisson", sir_with_poisson, outbreak, refused="has infinite support"),

@@ -342,16 +342,19 @@ def funnel_truth(params, x):
 
 
 CASES = [
-    Case("stan_two_normals", two_normals, two_heaps, two_normals_truth(ordered=True), tolerance=1e-3),
+    Case(
+        "stan_two_normals", two_normals, two_heaps, two_normals_truth(ordered=True), tolerance=1e-3, slow=True
+    ),
     Case(
         "stan_two_normals_collapse",
         two_normals_collapse,
         two_heaps,
         two_normals_truth(ordered=False),
         tolerance=1e-3,
+        slow=True,
     ),
     Case("stan_irt_2pl", irt_2pl, exam, irt_truth, slow=True),
-    Case("stan_dogs", dogs, ten_dogs, dogs_truth(log_link=False)),
+    Case("stan_dogs", dogs, ten_dogs, dogs_truth(log_link=False), slow=True),
     Case(
         "stan_dogs_log",
         dogs_log,
@@ -360,13 +363,7 @@ CASES = [
         tolerance=1e-5,
     ),
     Case("stan_capture_m0", capture_m0, how_often_caught, m0_truth),
-    Case(
-        "stan_capture_mb",
-        capture_mb,
-        lambda rng: (captures(rng),),
-        mb_truth,
-        tolerance=3e-4,
-    ),
+    Case("stan_capture_mb", capture_mb, lambda rng: (captures(rng),), mb_truth, tolerance=3e-4, slow=True),
     Case("stan_censored", censored, some_above, censored_truth),
     Case("stan_truncated", truncated, above_one, truncated_truth),
     Case("stan_rounding", rounding, rounded, rounding_truth),

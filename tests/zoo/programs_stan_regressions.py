@@ -335,15 +335,9 @@ CASES = [
     Case("stan_radon_groups", radon_groups, houses, radon_truth("groups"), slow=True),
     Case("stan_wells", wells, households, logistic_truth(2.0)),
     Case("stan_nes_logit", nes_logit, votes, logistic_truth(5.0)),
-    Case(
-        "stan_glmm_poisson",
-        glmm_poisson,
-        counts_of_years,
-        glmm_truth,
-        tolerance=1e-4,
-    ),
+    Case("stan_glmm_poisson", glmm_poisson, counts_of_years, glmm_truth, tolerance=1e-4, slow=True),
     Case("stan_meta_analysis", meta_analysis, trials, meta_truth),
-    Case("stan_robust_student", robust_student, heavy_tails, robust_truth),
+    Case("stan_robust_student", robust_student, heavy_tails, robust_truth, slow=True),
     Case("stan_measurement_error", measurement_error, measured, measurement_truth),
     Case("stan_ordered_logistic", ordered_logistic, ratings, ordered_truth),
 ]

@@ -346,13 +346,13 @@ def lotka_volterra(pelts):
 
 
 def pelts(rng):
-    return (np.c_[HARE, LYNX],)
+    return (np.c_[HARE, LYNX][:8],)
 
 
 CASES = [
     Case("stan_arma11", arma11, arma_series, arma_truth),
-    Case("stan_ar2", ar2, ar2_series, ar2_truth),
-    Case("stan_garch11", garch11, garch_series, garch_truth),
+    Case("stan_ar2", ar2, ar2_series, ar2_truth, slow=True),
+    Case("stan_garch11", garch11, garch_series, garch_truth, slow=True),
     Case("stan_arch1", arch1, arch_series, arch_truth),
     Case("stan_stochastic_volatility", stochastic_volatility, returns, heavy=True),
     Case("stan_gp_regression", gp_regression, smooth_curve, gp_truth, tolerance=3e-4),
@@ -364,6 +364,6 @@ CASES = [
         slow=True,
     ),
     Case("stan_hmm_example", hmm_example, two_states, hmm_truth, tolerance=1e-4, slow=True),
-    Case("stan_change_point", change_point, coal, change_point_truth, tolerance=1e-5),
-    Case("stan_lotka_volterra", lotka_volterra, pelts),
+    Case("stan_change_point", change_point, coal, change_point_truth, tolerance=1e-5, slow=True),
+    Case("stan_lotka_volterra", lotka_volterra, pelts, slow=True),
 ]

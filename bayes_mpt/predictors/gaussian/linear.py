@@ -96,14 +96,14 @@ class LinearGaussian(Bound):
         found = stated_form(model, args)
         if found is None:
             return None
-        new, (form, parts) = object.__new__(cls), found
-        new.model, new.form, new.structure, new._first, new.parts = model, form, form.program, None, parts
+        new = object.__new__(cls)
+        new.model, new.form, new.structure, new._first = model, found, found.program, None
         new.why = "the model states its linear-Gaussian map, with which its first run agrees"
         return new
 
     def read(self, args: tuple[Any, ...]) -> LinearRows:
-        if self.parts is not None:
-            return LinearRows(self.structure, read_stated(self.parts, self.model, args))
+        if self.structure.parts is not None:
+            return LinearRows(self.structure, read_stated(self.structure.parts, self.model, args))
         known = None if self._first is None else self._first.take()
         return LinearRows(self.structure, read(self.model, args, self.form, Dense(), known))
 
@@ -113,7 +113,8 @@ class LinearGaussian(Bound):
     def with_model(self, model: Model) -> LinearGaussian:
         """The same way of reading for another program of the same structure."""
         new = object.__new__(LinearGaussian)
-        new.model, new.form, new.structure, new._first = model, self.form, self.structure, None
+        new.model, new.form, new._first = model, self.form, None
+        new.structure = self.structure._replace(parts=None)  # which were stated of the other
         return new
 
 

@@ -345,7 +345,7 @@ class NearRows(Conditionals):
             which = torch.from_numpy(np.sort(rng.choice(n_groups, n_some, replace=False))).to(row.device)
             home = layout.home[layout.order]
             places = torch.isin(home, which).nonzero()[:, 0].cpu().numpy()
-            points = self._points(layout.unit)[order]
+            points = _in_units(self._memory.args, layout.unit)[order]
             near = predecessors(points, min(2 * self.settings.m, len(order) - 1), places)
             label = torch.searchsorted(which, home[places]).cpu().numpy()
             wider, rank = united(near, places, label)
@@ -379,7 +379,7 @@ class NearRows(Conditionals):
         if kept is not None and torch.equal(kept.seen, seen) and np.array_equal(kept.unit, unit):
             return kept
         tokens = seen.nonzero()[:, 0]
-        points = self._points(unit)[tokens.cpu().numpy()]
+        points = _in_units(memory.args, unit)[tokens.cpu().numpy()]
         if self.settings.ordering == "given":
             order = np.arange(len(points))
         elif self.settings.ordering == "random":
@@ -390,13 +390,6 @@ class NearRows(Conditionals):
         groups, home = self._behind(ordered, points[order])
         memory.layout = _Layout(seen, unit, groups, home, ordered)
         return memory.layout
-
-    def _points(self, unit: Points, args: tuple[Any, ...] | None = None) -> Points:
-        """The rows (N, P) in these units, without what makes no difference."""
-        x = (self._memory.args if args is None else args)[0]
-        points = x.reshape(len(x), -1).cpu().numpy().astype(np.float64)
-        matters = np.isfinite(unit)
-        return points[:, matters] / unit[matters] if matters.any() else points
 
     def _behind(self, ordered: Tensor, points: Points) -> tuple[Groups, Tensor]:
         """Sets of tokens in their order, and of each token (T,) the set that predicts it."""
@@ -410,7 +403,7 @@ class NearRows(Conditionals):
         m = min(self.settings.m, len(tokens))
         near = tokens.new_zeros(len(hidden), 0)
         if m and len(hidden):
-            points = self._points(self._unit(), args)
+            points = _in_units(self._memory.args if args is None else args, self._unit())
             tree = cKDTree(points[tokens.cpu().numpy()], balanced_tree=False, compact_nodes=False)
             found = tree.query(
                 points[hidden.cpu().numpy()], k=np.arange(1, m + 1), workers=torch.get_num_threads()
@@ -464,7 +457,7 @@ class NearRows(Conditionals):
     def _chain(self, row: Tensor, tokens: Tensor) -> Tensor:
         """log p(y_t | nearest of y_<t) by token (T,)."""
         ordered = tokens[~row[tokens].isnan()]
-        groups, _ = self._behind(ordered, self._points(self._unit())[ordered.cpu().numpy()])
+        groups, _ = self._behind(ordered, _in_units(self._memory.args, self._unit())[ordered.cpu().numpy()])
         mine = groups.own >= 0
         return torch.zeros_like(row).index_copy(0, groups.predicted[mine], self._log_probs(row, groups)[mine])
 
@@ -490,3 +483,11 @@ class NearRows(Conditionals):
         if not torch.is_grad_enabled() or not moving:
             return torch.stack([row.new_zeros(()), *parts()]).sum()
         return SumOfParts.apply(parts, *moving)
+
+
+def _in_units(args: tuple[Any, ...], unit: Points) -> Points:
+    """The rows (N, P) of the first argument in these units, without what makes no difference."""
+    x = args[0]
+    points = x.reshape(len(x), -1).cpu().numpy().astype(np.float64)
+    matters = np.isfinite(unit)
+    return points[:, matters] / unit[matters] if matters.any() else points

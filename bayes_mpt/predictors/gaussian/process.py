@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from pyro.poutine import substitute
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -32,6 +33,7 @@ __all__ = [
     "cholesky",
     "coarse",
     "gaussian_program",
+    "is_gaussian_vector",
     "missing_of",
     "moments",
     "outputs_of_tokens",
@@ -58,16 +60,17 @@ class Moments(NamedTuple):
     """(1, T) NaN where missing."""
 
 
-def gaussian_program(model: Model, args: tuple[Any, ...]) -> Program | None:
-    """What `analyze` finds of a program without latents whose one observed site is a Gaussian vector over all rows.
+class _Few(NamedTuple):
+    """A run on a few rows, which observes one Gaussian vector over these and nothing else."""
 
-    Found on a few rows, since a run on all of them may build a matrix of N x N; None if it is something else.
+    rows: tuple[Any, ...]
+    trace: Trace
+    node: Any
+    """The observed site."""
 
-    Raises
-    ------
-    ModelError
-        If it is one, and cannot be scored.
-    """
+
+def _run_on_few(model: Model, args: tuple[Any, ...]) -> _Few | None:
+    """None of a program that observes something else."""
     if len(args) < 2 or not all(isinstance(a, Tensor) and a.ndim for a in args[:2]):
         return None
     few = rows_of(args, spread_rows(len(args[0]), N_TRIAL_ROWS).to(args[0].device))
@@ -78,8 +81,29 @@ def gaussian_program(model: Model, args: tuple[Any, ...]) -> Program | None:
     sites = [n for n in trace.nodes.values() if n["type"] == "sample"]
     if len(sites) != 1 or not sites[0]["is_observed"] or tuple(sites[0]["value"].shape) != (len(few[0]),):
         return None
-    if not isinstance(base(sites[0]["fn"]), torch.distributions.MultivariateNormal):
+    vector = isinstance(base(sites[0]["fn"]), torch.distributions.MultivariateNormal)
+    return _Few(few, trace, sites[0]) if vector else None
+
+
+def is_gaussian_vector(model: Model, args: tuple[Any, ...]) -> bool:
+    """Whether a program observes one Gaussian vector over all rows and nothing else, as one run on a few shows."""
+    return _run_on_few(model, args) is not None
+
+
+def gaussian_program(model: Model, args: tuple[Any, ...]) -> Program | None:
+    """What `analyze` finds of a program without latents whose one observed site is a Gaussian vector over all rows.
+
+    Found on a few rows, since a run on all of them may build a matrix of N x N; None if it is something else.
+
+    Raises
+    ------
+    ModelError
+        If it is one, and cannot be scored.
+    """
+    found = _run_on_few(model, args)
+    if found is None:
         return None
+    few, trace, node = found
     try:
         with warnings.catch_warnings():
             # gpytorch's own density adds jitter, and says so; it is not what scores
@@ -87,9 +111,9 @@ def gaussian_program(model: Model, args: tuple[Any, ...]) -> Program | None:
             program = analyze(model, few)
     except RuntimeError as error:  # of the factor of the covariance
         raise ModelError(NOT_DEFINITE) from error
-    if not bool(own_shown(sites[0]).all()):
+    if not bool(own_shown(node).all()):
         raise ModelError(
-            f"a mask hides observed site {sites[0]['name']!r}, which is one Gaussian vector: take it away and leave "
+            f"a mask hides observed site {node['name']!r}, which is one Gaussian vector: take it away and leave "
             "missing observations NaN, which the package leaves out"
         )
     last = len(few) - 1

@@ -22,6 +22,7 @@ from bayes_mpt.predictors.gaussian.linear import LinearRows
 from bayes_mpt.predictors.nodes.conjugacy import log_prior_of, node_values, non_conjugate, prior_draws
 from bayes_mpt.predictors.nodes.given import AffineBatch, Factorized, Given
 from bayes_mpt.predictors.nodes.group_nodes import GroupNodes
+from bayes_mpt.predictors.nodes.nearby import Nearby
 from bayes_mpt.predictors.nodes.newton import (
     LaplaceApproximation,
     curvature,
@@ -90,6 +91,7 @@ class AdaptiveNodes:
         with own_random_state():
             trace = run(model, filled, first)
         self._last: tuple[torch.Size, Tensor] | None = None
+        self._nearby = Nearby()
         self.model, self.program = model, program
         names, self._template = non_conjugate(model, args, program, first)
         self.rows = self._nested(args, filled, trace, names)
@@ -336,6 +338,7 @@ class AdaptiveNodes:
     def forget(self) -> None:
         """Look for the next modes from the start, not from the last ones."""
         self._last = None
+        self._nearby.forget()
         if self.rows is not None:
             self.rows.forget()
 
@@ -376,17 +379,16 @@ class AdaptiveNodes:
         u = start
         if u is None:  # a training asks again and again, with little change
             shape, last = self._last or (None, None)
-            everywhere = torch.arange(n_nodes, device=x.device)
-            u = self._stands(
-                partial(log_prob, nodes=everywhere),
-                filled,
-                last if shape == x.shape else None,
-                n_nodes,
-                bool(held),
-            )
+            last = last if shape == x.shape else None
+            if held:
+                last = self._nearby.start(held, (len(x), self.space.width))
+            nodes = torch.arange(n_nodes, device=x.device)
+            u = self._stands(partial(log_prob, nodes=nodes), filled, last, n_nodes, bool(held))
         found = newton(log_prob, u.expand(n_nodes, *u.shape[-2:]), MAX_STEPS, self.sure)
         good = torch.isfinite(found.mode).all(-1).all(-1)
-        if start is None and bool(good.any()):
+        if held:
+            self._nearby.keep(held, found.mode)
+        elif start is None and bool(good.any()):
             self._last = x.shape, found.mode[good].mean(0)
         return found
 
@@ -407,10 +409,10 @@ class AdaptiveNodes:
         middle = self.start(filled) if last is None else last
         if not middle.numel() or (last is not None and not held):
             return middle
-        best, most = middle.expand(n_nodes, *middle.shape), None
+        best, most = middle.expand(n_nodes, *middle.shape[-2:]), None
         for u in (middle, torch.zeros_like(middle)):
             try:
-                value = log_prob(u.expand(n_nodes, *u.shape))
+                value = log_prob(u.expand(n_nodes, *u.shape[-2:]))
                 value = torch.where(value.isfinite(), value, -math.inf)
             except ValueError:  # no distribution there
                 continue

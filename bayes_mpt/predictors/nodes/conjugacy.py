@@ -15,7 +15,7 @@ from bayes_mpt.predictors.nodes.weighted import FixedSites
 from bayes_mpt.program.affine import NotAffine
 from bayes_mpt.program.arguments import fill_all
 from bayes_mpt.program.densities import log_density
-from bayes_mpt.program.devices import own_random_state
+from bayes_mpt.program.devices import own_random_state, seed_programs
 from bayes_mpt.program.layout import rows_first
 from bayes_mpt.program.program import Latent, Model, Program
 from bayes_mpt.program.run import run
@@ -31,7 +31,7 @@ def prior_draws(model: Model, filled: tuple[Any, ...], n: int, first: int = 0) -
     traces = []
     with own_random_state():
         for seed in range(first, n):
-            torch.manual_seed(seed)
+            seed_programs(seed)
             traces.append(run(model, filled))  # which leaves the random state as it was
     return traces
 

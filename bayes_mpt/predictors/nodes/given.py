@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple, cast
 
 import torch
@@ -32,8 +33,8 @@ class Given(ABC):
     def log_joint(self, x: Tensor, visible: Tensor) -> Tensor:
         """log p(u_s, x_R), up to what stands in the weights: (N, T), (T,) -> (S, N)."""
 
-    def refined(self) -> Given:
-        """The same with less error, to see it; itself where there is none."""
+    def refined(self, some: Tensor | slice = slice(None)) -> Given:
+        """The same at ``some`` nodes with less error, to see it; itself, at all of them, where there is none."""
         return self
 
     def log_prior(self, x: Tensor) -> Tensor:
@@ -53,8 +54,11 @@ class Given(ABC):
     def means(self, x: Tensor, visible: Tensor) -> Tensor:
         """E[x_i | x_R, u_s]: (S, N, T)."""
 
-    def latents(self, x: Tensor) -> list[list[dict[str, Tensor]]]:
-        """Of one vector: values of latents that are integrated inside, equally likely ones (or a mean) at each node."""
+    def latents(self, x: Tensor, share: Tensor) -> list[list[dict[str, Tensor]]]:
+        """Of one vector: values of latents that are integrated inside, equally likely ones (or a mean) at each node.
+
+        More of them at nodes of a greater share (S,) of the posterior.
+        """
         return []
 
     def inner(self, x: Tensor, visible: Tensor) -> Tensor:
@@ -197,7 +201,7 @@ class AffineBatch(Given):
     def inner(self, x: Tensor, visible: Tensor) -> Tensor:
         return self._ask(torch.where(visible, x, torch.nan), lambda maps: maps.posterior().mean)
 
-    def latents(self, x: Tensor) -> list[list[dict[str, Tensor]]]:
+    def latents(self, x: Tensor, share: Tensor) -> list[list[dict[str, Tensor]]]:
         if len(x) != 1:
             return []
         maps = self._each[0] if self._beside is None else self._beside[0]
@@ -227,15 +231,17 @@ class NestedRows(Given):
 
     def __init__(
         self,
-        place: Callable[[bool, Tensor, Tensor], PlacedRows],
+        place: Callable[[dict[str, Tensor], bool, Tensor, Tensor], PlacedRows],
         cells: Tensor,
-        n_nodes: int,
+        held: dict[str, Tensor],
         fine: bool = False,
     ):
-        self.place, self.cells, self.n_nodes, self.fine = place, cells, n_nodes, fine
+        self.place, self.cells, self.held, self.fine = partial(place, held), cells, held, fine
+        self.n_nodes, self._at = len(next(iter(held.values()))), place
 
-    def refined(self) -> Given:
-        return NestedRows(self.place, self.cells, self.n_nodes, fine=True)
+    def refined(self, some: Tensor | slice = slice(None)) -> Given:
+        held = {name: v[some] for name, v in self.held.items()}
+        return NestedRows(self._at, self.cells, held, fine=True)
 
     def log_prior(self, x: Tensor) -> Tensor:
         return x.new_zeros(self.n_nodes, 1)

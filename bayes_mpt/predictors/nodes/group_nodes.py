@@ -21,6 +21,7 @@ from torch import Tensor
 
 from bayes_mpt.predictors.nodes.conjugacy import prior_draws
 from bayes_mpt.predictors.nodes.given import Given
+from bayes_mpt.predictors.nodes.nearby import Nearby
 from bayes_mpt.predictors.nodes.newton import LaplaceApproximation, newton
 from bayes_mpt.predictors.nodes.rules import MAX_HERMITE, ROW_DRAWS, ROW_NODES, hermite, row_rule
 from bayes_mpt.predictors.nodes.weighted import Nodes
@@ -40,6 +41,7 @@ MATTERS = 7.0  # nats below the first: 1e-3 of its mass
 SURE = 1e-12  # of a log-density: what its last digits say
 CELLS = 2**20  # log-densities of tokens at a time, where no gradient needs them all
 N_VALUES = 256  # of the effects, over all nodes of the others, for predictions
+MOST_STRETCHED = 10.0  # values that lie in a plane are left as they are
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
@@ -60,8 +62,8 @@ class GroupNodes:
     """The rows that the groups were found on."""
     _others: list[GroupNodes] = field(default_factory=list)
     """The same for other rows, asked for last."""
-    _near: list[Tensor] = field(default_factory=list)
-    """(B, d) the modes that were found last at one value of the other latents."""
+    _nearby: Nearby = field(default_factory=Nearby)
+    """The modes (S, B, d) that were found last."""
 
     one_by_one = False
 
@@ -140,7 +142,7 @@ class GroupNodes:
 
     def forget(self) -> None:
         """Look for the next modes from the start, not from the last ones."""
-        self._near.clear()
+        self._nearby.forget()
 
     def given(self, args: tuple[Any, ...], filled: tuple[Any, ...], held: dict[str, Tensor]) -> NestedGroups:
         """The groups at S values (S, ...) of the other latents."""
@@ -182,11 +184,10 @@ class GroupNodes:
     ) -> LaplaceApproximation:
         """Mode and root of each group at each of S values of the others: (S, B, d), (S, B, d, d)."""
         fixed = {name: v.detach() for name, v in held.items()}
-        near = self._near[0] if self._near else self.start
-        u = near.expand(n_nodes, *near.shape)
-        found = self._climb(filled, fixed, u, seen)
-        if n_nodes == 1:  # the search for the mode of the others, around which their nodes will lie
-            self._near[:] = [found.mode[0]]
+        near = self._nearby.start(fixed, tuple(self.start.shape)) if held else None
+        found = self._climb(filled, fixed, self.start.expand(n_nodes, -1, -1) if near is None else near, seen)
+        if held:
+            self._nearby.keep(fixed, found.mode)
         return found
 
     def others_at(
@@ -217,8 +218,9 @@ class NestedGroups(Given):
         self.n_nodes = len(next(iter(held.values()))) if held else 1
         self._last: Any = None
 
-    def refined(self) -> Given:
-        return NestedGroups(self.nodes, self.filled, self.held, fine=True)
+    def refined(self, some: Tensor | slice = slice(None)) -> Given:
+        held = {name: v[some] for name, v in self.held.items()}
+        return NestedGroups(self.nodes, self.filled, held, fine=True)
 
     def log_joint(self, x: Tensor, visible: Tensor) -> Tensor:
         by_group, rest = self._by_group(self._seen(x, visible))
@@ -263,21 +265,25 @@ class NestedGroups(Given):
         values = self._flat(u)
         return (self._of(share, self.nodes.groups.value) * values).sum(1)[:, None]
 
-    def latents(self, x: Tensor) -> list[list[dict[str, Tensor]]]:
-        """Evenly spread draws of each group's posterior at each node, the groups' draws paired at random."""
+    def latents(self, x: Tensor, share: Tensor) -> list[list[dict[str, Tensor]]]:
+        """Values of equal shares at each node, with mean and covariance of each group's posterior.
+
+        The groups' values are paired at random.
+        """
         if len(x) != 1:
             return []
-        u, share = self._posterior(self._seen(x, torch.ones_like(x, dtype=torch.bool)))
-        n_draws = max(1, N_VALUES // self.n_nodes)
-        cut = share.cumsum(1).movedim(1, -1)  # (S, B, Q)
+        u, within = self._posterior(self._seen(x, torch.ones_like(x, dtype=torch.bool)))
+        part = share.sqrt()  # where values are the n-th part of a node, their error falls with n^2 or faster
+        n_values = (N_VALUES * part / part.sum()).round().clamp(min=1).long().tolist()
         generator = torch.Generator().manual_seed(0)
-        rank = torch.rand(*cut.shape[:2], n_draws, generator=generator, dtype=torch.float64).argsort(-1)
-        even = ((rank + 0.5) / n_draws).to(cut)
-        picked = torch.searchsorted(cut.contiguous(), even).clamp(max=cut.shape[-1] - 1)  # (S, B, D)
-        index = picked.movedim(-1, 1)[..., None].expand(-1, -1, -1, u.shape[-1])
-        values, _ = self.nodes.values(u.gather(1, index).flatten(0, 1))  # (S D, ...)
-        each = [{name: v[i] for name, v in values.items()} for i in range(self.n_nodes * n_draws)]
-        return [each[i : i + n_draws] for i in range(0, len(each), n_draws)]
+        out = []
+        for s, n in enumerate(n_values):
+            spread = _evenly(u[s : s + 1], within[s : s + 1], n)[0]  # (D, B, d)
+            rank = torch.rand(*spread.shape[:2], generator=generator, dtype=torch.float64).argsort(0)
+            spread = spread.gather(0, rank[..., None].expand_as(spread).to(u.device))
+            values, _ = self.nodes.values(spread)
+            out.append([{name: v[i] for name, v in values.items()} for i in range(n)])
+        return out
 
     def doubt(self, x: Tensor, weight: Tensor) -> str:
         """What speaks for modes of a group that its nodes miss, in words; at the node of the greatest weight (S,)."""
@@ -391,6 +397,51 @@ class NestedGroups(Given):
     def _steps(self, by_group: Tensor, rest: Tensor, tokens: Tensor) -> Tensor:
         """What each token has added, at most one of each group and one of nobody's: (S, tokens)."""
         return torch.cat([by_group, rest[:, None]], 1)[:, self.nodes.groups.token[tokens]]
+
+
+def _evenly(u: Tensor, share: Tensor, n: int) -> Tensor:
+    """So many values (S, D, B, d) with the mean and covariance of nodes u (S, Q, B, d) with these shares (S, Q, B).
+
+    Along one axis they are means of equal parts of the distribution, else nodes at even ranks, stretched to the
+    covariance, which is that of a few values too small or random.
+    """
+    weight = share[..., None]
+    mean = (weight * u).sum(1, keepdim=True)
+    cut = share.cumsum(1)
+    if u.shape[-1] == 1:
+        # int_0^c of the quantile function, between the ends of n equal parts
+        order = u[..., 0].argsort(1)
+        cut = share.gather(1, order).cumsum(1).movedim(1, -1).contiguous()  # (S, B, Q)
+        steps = u[..., 0].gather(1, order).movedim(1, -1)
+        ends = (
+            torch.linspace(0, 1, n + 1, dtype=u.dtype, device=u.device)
+            .expand(*cut.shape[:-1], -1)
+            .contiguous()
+        )
+        at = torch.searchsorted(cut, ends).clamp(max=cut.shape[-1] - 1)
+        part = torch.diff(cut, dim=-1, prepend=torch.zeros_like(cut[..., :1]))
+        before = (part * steps).cumsum(-1) - part * steps
+        area = (before + (-(cut - part)) * steps).gather(-1, at) + ends * steps.gather(-1, at)
+        drawn = (n * area.diff(dim=-1)).movedim(-1, 1)[..., None]
+    else:
+        even = (
+            ((torch.arange(n, dtype=u.dtype, device=u.device) + 0.5) / n)
+            .expand(*cut.shape[::2], n)
+            .contiguous()
+        )
+        picked = torch.searchsorted(cut.movedim(1, -1).contiguous(), even).clamp(max=cut.shape[1] - 1)
+        drawn = u.gather(1, picked.movedim(-1, 1)[..., None].expand(-1, -1, -1, u.shape[-1]))
+    off, here = u - mean, drawn - drawn.mean(1, keepdim=True)
+    wanted = torch.einsum("sqb,sqbi,sqbj->sbij", share, off, off)
+    found = torch.einsum("snbi,snbj->sbij", here, here) / n
+    root, failed = torch.linalg.cholesky_ex(found)
+    target, failed_too = torch.linalg.cholesky_ex(wanted)
+    well = (failed == 0) & (failed_too == 0)
+    eye = torch.eye(u.shape[-1], dtype=u.dtype, device=u.device)
+    root = torch.where(well[..., None, None], root, eye)
+    stretch = torch.where(well[..., None, None], target, eye) @ torch.linalg.inv(root)
+    stretch = torch.where((stretch.abs().amax((-2, -1)) < MOST_STRETCHED)[..., None, None], stretch, eye)
+    return mean + (stretch[:, None] @ here[..., None])[..., 0]
 
 
 def doubt_of(nodes: Nodes) -> str:

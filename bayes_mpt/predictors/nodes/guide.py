@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from contextlib import ExitStack
 from copy import copy
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyro
 import torch
-from pyro import poutine
 from pyro.distributions import constraints
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
@@ -20,7 +18,9 @@ from bayes_mpt.masks import Policy
 from bayes_mpt.predictors.base import Evidence, Guide
 from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
 from bayes_mpt.predictors.nodes.given import Factorized, Given
-from bayes_mpt.predictors.nodes.reparameterized import AlongDraws, DrawsAsLeaves, is_point
+from bayes_mpt.predictors.nodes.guide_runs import GuideRuns
+from bayes_mpt.predictors.nodes.reparameterized import is_point
+from bayes_mpt.predictors.nodes.slopes import slopes_at, what_is_missed
 from bayes_mpt.predictors.nodes.weighted import (
     Nodes,
     NodeSource,
@@ -33,24 +33,24 @@ from bayes_mpt.predictors.objective import Batch, Objective
 from bayes_mpt.program.arguments import fill, fill_all, filling
 from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.factor_runs import read_factors
-from bayes_mpt.program.layout import rows_axis, sum_by_row
-from bayes_mpt.program.program import Latent, Model, ModelError, Program, n_rows_of, one_vector
-from bayes_mpt.program.run import FAILURES, NODES, SetLatents, one_precision, run, takes_visible
+from bayes_mpt.program.program import Latent, Model, ModelError, Program, n_rows_of
+from bayes_mpt.program.run import FAILURES, SetLatents, run, takes_visible
 from bayes_mpt.program.simulation import simulate
 from bayes_mpt.program.sites import latent_nodes
 from bayes_mpt.program.trials import CLOSE
 
 __all__ = ["Drawn", "GuideDraws", "evidence_of_draws"]
 
+N_FINER = 256  # draws at which finer nodes in every row are tried
+MIN_DRAWS = 100  # from which on the slope at them says what they miss
+MAX_CELLS = 2**22  # log-densities of tokens, up to which it is looked at
 GROWTH = 3  # of the number of draws from stage to stage of a training
 
 
 def evidence_of_draws(nodes: Nodes) -> Evidence:
     """log Z of rows from random nodes, their bias and error from the spread of the weights."""
-    x = nodes.value
-    everything = torch.ones(x.shape[1], dtype=torch.bool, device=x.device)
     with torch.no_grad():
-        log_w = nodes.last.log_weight + nodes.last.given.log_joint(x, everything)  # (S, N)
+        log_w, joint = nodes.log_weights(), nodes.score()  # (S, N), (N,)
     n_draws = len(log_w)
     # of a row that is impossible under every draw, all are worth the same
     log_w = torch.where(log_w.amax(0) == -math.inf, 0.0, log_w)
@@ -59,11 +59,10 @@ def evidence_of_draws(nodes: Nodes) -> Evidence:
     # relative variance of the mean weight: (sum_s share^2 - 1/S) S / (S - 1)
     variance = (share.square().sum(0) - 1 / n_draws).clamp(min=0) * n_draws / max(1, n_draws - 1)
     # E log Z^ = log Z - variance / 2: put back, so that rows do not add up their biases
-    joint = nodes.score().detach()
     by_row = joint + variance / 2
     # where rows have nodes of their own inside: what more of these change
-    finer = nodes.refined()
-    inside = torch.zeros_like(joint) if finer is nodes else finer.score().detach() - joint
+    with torch.no_grad():
+        inside = nodes.gain_inside(torch.arange(0, n_draws, -(-n_draws // N_FINER), device=log_w.device))
     k = pareto_k(log_w.double().cpu().numpy())
     worst = np.argsort(-np.nan_to_num(k, nan=-np.inf))[:5]
     diagnostics = {
@@ -100,15 +99,14 @@ class GuideDraws(NodeSource):
     ):
         self.model, self.guide, self.n_draws, self.n_training = model, guide, n_draws, n_training
         self.dreams = dreams
-        self.depth = program.depth
-        self.takes_visible = takes_visible(guide)
-        self.relocates = self.takes_visible
+        self.runs = GuideRuns(guide, takes_visible(guide), program)
+        self.takes_visible = self.relocates = self.runs.takes_visible
         self.away = args[0].device.type != "cpu"
         # the same whatever rows a step is given, and found once: a median costs as much as a third of a step
         self.fillings = tuple(filling(a) for a in args)
         filled = fill_all(args)
         with own_random_state():
-            trace = self._guide_trace(filled, None, 1)
+            trace = self.runs.trace(filled, None, 1)
         names = {node["name"] for node in latent_nodes(trace)}
         missing = [n for n in program.continuous if n not in names]
         self.adaptive: AdaptiveNodes | None = None
@@ -129,50 +127,15 @@ class GuideDraws(NodeSource):
             )
         self.names = program.continuous if self.adaptive is None else self.adaptive.space.names
         _refuse_unlike(run(model, filled), trace, self.names)
-        self._find_points(program, filled, trace, names)
-        self._find_layout(program, trace, names)
+        self.has_points = bool(self.runs.points(filled, trace, names))
+        self.runs = self.runs.with_layout(trace, names)
+        self.structure = self.runs.program
+        self.guide_parameters = tuple(n for n, s in trace.nodes.items() if s["type"] == "param")
         self._find_out(args, filled, trace, doubly_reparameterized)
         seen = ", which sees what is visible" if self.takes_visible else ""
         self.why = f"{n_draws} draws of {', '.join(self.names)} from the guide{seen}"
         self.why += self.adaptive.inside if self.adaptive is not None else ""
         self.why += "; draw by draw" if self.one_by_one else ""
-
-    def _find_points(self, program: Program, filled: tuple[Any, ...], trace: Trace, names: set[str]) -> None:
-        """Whether some sites of the guide stand on points; refuse those that stay where they are."""
-        points = [n for n in program.continuous if n in names and is_point(trace.nodes[n])]
-        self.has_points = bool(points)
-        if not points:
-            return
-        # An autoguide puts them where its draws of an auxiliary site lead: others at every run, with a log-density.
-        nothing_drawn = all(is_point(trace.nodes[n]) for n in names)
-        with own_random_state():  # one state for both: each on its own would draw the same
-            first, again = (self._guide_trace(filled, None, 1) for _ in range(2))
-
-        def stays(name: str) -> bool:
-            return torch.equal(first.nodes[name]["value"], again.nodes[name]["value"])
-
-        moved = not all(stays(n) for n in names if not is_point(trace.nodes[n]))
-        for n in points:
-            if nothing_drawn or (moved and stays(n)):
-                raise ModelError(
-                    f"the guide puts latent {n!r} on a single point (Delta): nothing is drawn, so that nothing can be "
-                    "integrated. Use a guide with a density, such as AutoNormal, or, of a trained "
-                    "AutoLaplaceApproximation, what its laplace_approximation(...) returns"
-                )
-
-    def _find_layout(self, program: Program, trace: Trace, names: set[str]) -> None:
-        """Which rows and plates the draws have."""
-        # Where the guide couples rows, their weights cannot be told apart: one vector.
-        coupled = program.by_row and any(
-            all(f.name != program.rows_plate for f in trace.nodes[n]["cond_indep_stack"])
-            for n in names
-            if not is_point(trace.nodes[n])
-        )
-        frames = [f for n in names for f in trace.nodes[n]["cond_indep_stack"] if f.vectorized]
-        self.depth = max([program.depth, *(-f.dim for f in frames)])
-        program = one_vector(program) if coupled else program
-        self.structure = program._replace(depth=self.depth)
-        self.guide_parameters = tuple(n for n, s in trace.nodes.items() if s["type"] == "param")
 
     def _find_out(self, args: tuple[Any, ...], filled: tuple[Any, ...], trace: Trace, twice: bool) -> None:
         """How several draws are run, and which gradient a chain of them has."""
@@ -181,7 +144,9 @@ class GuideDraws(NodeSource):
         if not self.vectorised and self.adaptive is None:
             self.mapped = True
             self.vectorised = self.mapped = self._try_together(args, filled)
-        self.squared = twice and self.vectorised and not self.mapped and self._moves_by_draws(filled, trace)
+        self.squared = (
+            twice and self.vectorised and not self.mapped and self.runs.moves_by_draws(filled, trace)
+        )
         self.one_by_one = not self.vectorised
 
     @property
@@ -211,8 +176,8 @@ class GuideDraws(NodeSource):
         rank = torch.rand(tokens.shape, generator=generator).argsort(1)
         size = torch.randint(tokens.shape[1] + 1, (len(tokens), 1), generator=generator)
         with SetLatents(latents):
-            trace = self._guide_trace((tokens.to(filled[0]), *filled[1:]), (rank < size).to(tokens.device), 1)
-        return self._log_q(trace, 1)[0]
+            trace = self.runs.trace((tokens.to(filled[0]), *filled[1:]), (rank < size).to(tokens.device), 1)
+        return self.runs.log_q(trace, 1)[0]
 
     def _objectives(self, whole: Batch, masks: Policy | None) -> list[Objective]:
         """Along chains from one draw to as many as asked: one costs least, and the last bring the bound nearest."""
@@ -222,10 +187,8 @@ class GuideDraws(NodeSource):
 
     def _objective(self, whole: Batch, masks: Policy | None) -> Objective:
         """The score at draws of the guide; where asked for, its dreams pull at its parameters too."""
-        return nodes_objective(self, whole, masks, self._pull if self.dreams else None)
-
-    def _pull(self, args: tuple[Any, ...], generator: torch.Generator) -> Tensor:
-        return self.dream(args, generator).sum()
+        pull = partial(_pull, self) if self.dreams else None
+        return nodes_objective(self, whole, masks, pull)
 
     def rising(self) -> list[int]:
         """Numbers of draws of a training, stage after stage; on a GPU all at once: one costs no less."""
@@ -236,7 +199,17 @@ class GuideDraws(NodeSource):
         return [max(1, n), *reversed(rising)]
 
     def evidence(self, nodes: Nodes) -> Evidence:
-        return evidence_of_draws(nodes)
+        found = evidence_of_draws(nodes)
+        n_draws = len(nodes.last.latents)
+        if n_draws < MIN_DRAWS or not nodes.last.names or self.one_by_one:
+            return found
+        if n_draws * nodes.value.numel() > MAX_CELLS:  # gradients keep what each of them was computed from
+            return found
+        log_w = nodes.log_weights().detach()
+        missed = what_is_missed(*slopes_at(self, nodes), log_w.softmax(0)[..., None].double().cpu().numpy())
+        if not missed:
+            return found
+        return found._replace(se=math.nan, diagnostics={**found.diagnostics, "missed": missed})
 
     def _forget(self) -> None:
         if self.adaptive is not None:
@@ -282,10 +255,10 @@ class GuideDraws(NodeSource):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """log q (n, N) of n draws, and the values of the program's latents."""
         if squared:
-            log_q, values = self._along(filled, shown, n)
+            log_q, values = self.runs.along(filled, shown, n)
         else:
-            trace = self._guide_trace(filled, shown, n)
-            log_q = self._log_q(trace, n)
+            trace = self.runs.trace(filled, shown, n)
+            log_q = self.runs.log_q(trace, n)
             values = {node["name"]: node["value"] for node in latent_nodes(trace)}
         return log_q, {name: v for name, v in values.items() if name in self.structure.latent_names}
 
@@ -327,62 +300,12 @@ class GuideDraws(NodeSource):
                 plain[site.name] = v.expand(n, *v.shape[1:]).reshape(n, *_shape(site, rows))
         return plain
 
-    def _log_q(self, guide_trace: Trace, n: int) -> Tensor:
-        """Of the draws of this trace: (n, N)."""
-        parts = [
-            sum_by_row(node["fn"].log_prob(node["value"]), rows_axis(node, self.structure), n)
-            for node in latent_nodes(guide_trace)
-        ]
-        log_q = sum(parts[1:], parts[0])
-        if not math.isfinite(float(log_q.detach().sum())):
-            _refuse_infinite(guide_trace)
-        return log_q
-
-    def _along(
-        self, filled: tuple[Any, ...], shown: Tensor | None, n: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """log q (n, N) and the values of n draws, with the doubly reparameterised gradient."""
-        drawn = DrawsAsLeaves(self.structure, n)
-        with drawn:
-            trace = self._guide_trace(filled, shown, n)
-        points = {node["name"]: node["value"] for node in latent_nodes(trace) if is_point(node)}
-        log_q, *values = AlongDraws.apply(drawn, [self._log_q(trace, n), *points.values()], *drawn.raw)
-        return log_q, dict(zip((*points, *drawn.names), values, strict=True))
-
-    def _moves_by_draws(self, filled: tuple[Any, ...], trace: Trace) -> bool:
-        """Whether all that is random is reparameterised, and points (Delta) move with the draws alone."""
-        drawn = {n["name"]: n for n in latent_nodes(trace) if not is_point(n)}
-        if not all(node["fn"].has_rsample for node in drawn.values()):
-            return False
-        with torch.enable_grad(), SetLatents({name: node["value"].detach() for name, node in drawn.items()}):
-            again = self._guide_trace(filled, None, 1)
-        return not any(node["value"].requires_grad for node in latent_nodes(again) if is_point(node))
-
-    def _guide_trace(self, filled: tuple[Any, ...], shown: Tensor | None, n: int) -> Trace:
-        kwargs: dict[str, Any] = {}
-        args = filled
-        if self.takes_visible:
-            first = filled[0]
-            if shown is None:
-                shown = torch.ones((), dtype=torch.bool, device=first.device).expand(first.shape)
-            else:
-                if shown.numel() == first.numel() and not self.structure.by_row:
-                    shown = shown.reshape(first.shape)  # rows that are one vector
-                shown = shown.expand(first.shape)
-                args = (torch.where(shown, first, 0.0), *filled[1:])
-            kwargs["visible"] = shown
-        with ExitStack() as stack:
-            stack.enter_context(one_precision(filled))
-            if n > 1:
-                stack.enter_context(pyro.plate(NODES, n, dim=-1 - self.depth))
-            return poutine.trace(self.guide).get_trace(*args, **kwargs)
-
     def _try_together(self, args: tuple[Any, ...], filled: tuple[Any, ...]) -> bool:
         """Whether guide and program run on several draws side by side."""
         n_rows = n_rows_of(self.structure, filled)
         with own_random_state(), torch.no_grad():
             try:
-                trace = self._guide_trace(filled, None, 2)
+                trace = self.runs.trace(filled, None, 2)
                 values = {
                     n["name"]: n["value"]
                     for n in latent_nodes(trace)
@@ -406,6 +329,10 @@ class GuideDraws(NodeSource):
         # sums of many tokens in single precision: a GPU adds them up in another order
         rtol = max(1e-5, CLOSE[both.dtype])
         return bool(torch.allclose(both, torch.cat(alone), rtol=rtol, equal_nan=True))
+
+
+def _pull(draws: GuideDraws, args: tuple[Any, ...], generator: torch.Generator) -> Tensor:
+    return draws.dream(args, generator).sum()
 
 
 def _refuse_unlike(first: Trace, trace: Trace, names: tuple[str, ...]) -> None:
@@ -438,14 +365,14 @@ class Drawn(NamedTuple):
 
     def draw(self, n: int) -> dict[str, Tensor]:
         """Values of the latents at n draws."""
-        trace = self.reader._guide_trace(self.filled, self.shown, n)
+        trace = self.reader.runs.trace(self.filled, self.shown, n)
         return {k: trace.nodes[k]["value"].detach() for k in self.reader.names}
 
     def log_q(self, values: dict[str, Tensor], n: int) -> Tensor:
         """Log-density (n, N) of the guide at n values of the latents."""
         with SetLatents(values):
-            trace = self.reader._guide_trace(self.filled, self.shown, n)
-        return self.reader._log_q(trace, n)
+            trace = self.reader.runs.trace(self.filled, self.shown, n)
+        return self.reader.runs.log_q(trace, n)
 
     def given(self, values: dict[str, Tensor], n: int) -> tuple[Given, Tensor | float, float, Tensor | None]:
         """The inner model at n values of the latents."""
@@ -458,15 +385,6 @@ def _shape(site: Latent, n_rows: int) -> list[int]:
     if site.row_axis is not None:
         shape[site.row_axis] = n_rows
     return shape
-
-
-def _refuse_infinite(guide_trace: Trace) -> None:
-    for node in latent_nodes(guide_trace):
-        if not bool(torch.isfinite(node["fn"].log_prob(node["value"])).all()):
-            raise ModelError(
-                f"the guide's density of site {node['name']!r} is not finite: check its parameters, and the "
-                "learning rate if they were trained"
-            )
 
 
 def _is_real(support: Any) -> bool:

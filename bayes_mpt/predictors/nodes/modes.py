@@ -44,6 +44,8 @@ MAX_STARTS = 64  # where a mode that matters was found by few of them
 REACH = 2.0  # half as many more start at uniform numbers up to it, in unconstrained units
 N_MIDDLE = 9  # draws whose median one more climb starts at
 FEW_STARTS = 4  # where each costs a run of its own
+N_AROUND = 64  # climbs from around the modes, where one that matters was found rarely
+AROUND = 5.0  # standard deviations around them
 OFTEN = 2  # climbs that must have found a mode that matters
 UNSEEN = 0.1  # chance of a new mode at the next climb, from which the search is doubted
 FEW_ALONE = 2  # modes found once that say nothing yet of such a chance
@@ -185,8 +187,7 @@ class _Climbs:
         peaks, n_starts = self._climb(starts), n
         while True:
             # the climb from the middle is no draw: it finds no mode often
-            hits = torch.bincount(peaks.same[1:], minlength=len(peaks.same))
-            found, _ = self._distinct(peaks, hits)
+            found, _ = self._distinct(peaks, _hits(peaks, peaks.same[1:]))
             modes, rare, whole = self._with_images(found)
             unseen = _unseen(found, len(peaks.same) - 1)
             if not (rare or unseen > UNSEEN) or n_starts >= most:
@@ -194,11 +195,14 @@ class _Climbs:
             n = min(most, 2 * n_starts)
             peaks = _join(peaks, self._climb(self._nearer(self._draws(n)[n_starts:n])))
             n_starts = n
+        if rare and not self.adaptive.one_by_one:
+            modes, rare, whole = self._from_others(peaks, modes)
+        n_modes = len(modes.representatives().mode)
         doubt = ""
         if rare:
             doubt = (
-                f"{rare} of {len(found.hits)} modes that matter were found by one of {n_starts} climbs from the prior, "
-                "so that others may have been found by none"
+                f"{rare} of {n_modes} modes that matter were found by one of {n_starts} climbs from the prior, and by "
+                "none from another mode, so that others may have been found by none"
             )
         elif unseen > UNSEEN:
             doubt = (
@@ -210,6 +214,25 @@ class _Climbs:
                 f"more than {MAX_IMAGES} images of a mode overlap with it, and only so many were looked at"
             )
         return shaped(self.both, modes._replace(doubt=doubt), self._draws(n_starts))
+
+    def _from_others(self, peaks: Peaks, modes: Modes) -> tuple[Modes, int, bool]:
+        """`_with_images` after more climbs, from places around modes: one that they come to from another was found.
+
+        The prior may lead to a mode rarely, such as that of the second best change point, and its neighbours often.
+        """
+        at = modes.representatives()
+        generator = torch.Generator().manual_seed(1)
+        share = 0.5 * at.log_mass[:, 0].softmax(0).cpu() + 0.5 / len(at.mode)
+        of = torch.multinomial(share, N_AROUND, True, generator=generator)
+        normal = torch.randn(N_AROUND, self.width, 1, generator=generator, dtype=at.mode.dtype).to(at.mode)
+        mean, root = at.mode[of, 0], at.root[of, 0]
+        more = self._climb(mean + AROUND * (root @ normal)[..., 0])
+        end = more.u[more.same]
+        back = torch.linalg.solve(root, (end - mean)[..., None])[..., 0].norm(dim=1) < 2 * SAME_MODE
+        both = _join(peaks, more)
+        first, further = both.same[1 : len(peaks.same)], both.same[len(peaks.same) :]
+        found, _ = self._distinct(both, _hits(both, torch.cat([first, further[~back]])))
+        return self._with_images(found)
 
     def follow(self, near: Modes) -> Modes:
         """Modes that have moved a little, and their images; pieces move with their modes."""
@@ -335,6 +358,11 @@ class _Climbs:
         normal = torch.randn(N_POINTS, self.width, generator=generator, dtype=u.dtype).to(u)
         points = torch.cat([u + normal @ root.mT, self._draws(N_POINTS)[:N_POINTS]])
         return find_symmetries(self.log_prob, where, points)
+
+
+def _hits(peaks: Peaks, same: Tensor) -> Tensor:
+    """How many climbs, those that ended as ``same`` says, have ended at each."""
+    return torch.bincount(same, minlength=len(peaks.same))
 
 
 def _unseen(found: _Found, n_climbs: int) -> float:

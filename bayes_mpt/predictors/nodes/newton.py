@@ -22,8 +22,10 @@ __all__ = [
 ]
 
 LAST_GAIN = 1e-9  # nats: the next step would move the nodes by 1e-9 standard deviations
+SETTLED = 1e-13  # nats: the same of rows, whose nodes have the root of one step before
 LONGEST_STEP = 5.0
 MAX_HALVINGS = 12
+AT_ONCE = 4  # halvings that are tried side by side: a run costs hardly more for several
 MAX_SHORTER = 19  # the same of rows
 MET = 1e-2  # standard deviations and nats: places so near go on as one
 
@@ -62,7 +64,7 @@ def newton(
         gain = (slope * step).sum(-1)  # (S, N)
         longest = step.abs().amax(-1, keepdim=True)
         step = step * (LONGEST_STEP / longest.clamp(min=LONGEST_STEP))
-        enough = (gain <= torch.clamp(sure * (1 + before.abs()), min=LAST_GAIN)) | stuck[nodes]
+        enough = (gain <= torch.clamp(sure * (1 + before.abs()), min=SETTLED)) | stuck[nodes]
         going = (~enough & gain.isfinite()).any(-1)  # (S,)
         last = (~going).nonzero()[:, 0]
         if len(last):  # Newton's last step squares what is left
@@ -238,16 +240,23 @@ def _shorten(
     """Each place after its step, halved until it climbs: only there are slope and curvature worth their cost."""
     now, value = u + step, torch.full_like(before, -torch.inf)
     halved, climbed = torch.zeros_like(before), torch.zeros_like(before, dtype=torch.bool)
-    for halving in range(n_halvings + 1):
+    for first in (0, *range(1, n_halvings + 1, AT_ONCE)):
         low = (~climbed).nonzero()[:, 0]
         if not len(low):
             break
-        trial = u[low] + step[low] * 0.5**halving
+        last = min(first + AT_ONCE, n_halvings + 1) if first else 1
+        tried = torch.arange(first, last, device=u.device)
+        trial = u[low] + step[low] * (0.5 ** tried.to(u))[:, None, None]  # (H, M, d)
         with torch.no_grad():
-            (found,) = by_halves(lambda part: (log_prob(part),), trial, (u.new_full((1,), -torch.inf),))
+            (found,) = by_halves(
+                lambda part: (log_prob(part),), trial.flatten(0, 1), (u.new_full((1,), -torch.inf),)
+            )
+        found = found.unflatten(0, trial.shape[:2])
         better = (found > before[low]) & found.isfinite()
-        low = low[better]
-        now[low], value[low], halved[low], climbed[low] = trial[better], found[better], halving, True
+        longest, some = better.to(torch.int8).argmax(0), better.any(0)
+        low, longest = low[some], longest[some]
+        now[low], value[low] = trial[longest, some.nonzero()[:, 0]], found[longest, some.nonzero()[:, 0]]
+        halved[low], climbed[low] = tried[longest].to(halved), True
     slope, curved = torch.zeros_like(u), u.new_zeros(*u.shape, u.shape[-1])
     at = climbed.nonzero()[:, 0]
     if len(at):

@@ -37,7 +37,7 @@ MIN_NODES = 3  # along each axis
 MAX_WHOLE = 1024  # nodes, up to which all are tried at once
 SHELLS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9)  # share of a Gaussian outside of each
 NO_PART = 0.01  # of the error: what is left out is no more
-MIDDLE = 0.999  # share of the integral at whose nodes finer ones in every row or group are tried
+MIDDLE = 0.99  # share of the integral at whose nodes finer ones in every row or group are tried
 
 
 class Quadrature(Predictor):
@@ -161,7 +161,7 @@ class _Hermite(NodeSource):
         everything = torch.ones(nodes.value.shape[1], dtype=torch.bool, device=nodes.value.device)
         beyond = 0.0
         if self.adaptive.rows is not None:  # every node costs those of all rows or groups
-            many = self._outwards(nodes, filled) + self._gain_inside(nodes, filled)
+            many = self._outwards(nodes, filled) + nodes.gain_inside(_middle(nodes))
         else:
             finer = nodes.at_nodes(self._around(nodes.args, filled, nodes.value, modes, more))
             many = finer.score()
@@ -203,15 +203,11 @@ class _Hermite(NodeSource):
                 break
         return total
 
-    def _gain_inside(self, nodes: Nodes, filled: tuple[Any, ...]) -> Tensor:
-        """How log Z (1,) grows by finer nodes in every row or group, at the nodes that make up the integral."""
-        modes = nodes.last.located
-        log_prob = nodes.log_weights()[:, 0].unflatten(0, (len(modes.mode), -1)).logsumexp(0)  # (Q,)
-        order = log_prob.argsort(descending=True)
-        before = log_prob[order].softmax(0).cumsum(0) - log_prob[order].softmax(0)
-        some = order[before < MIDDLE]
-        read = self._around(nodes.args, filled, nodes.value, modes, self._n_nodes(modes), some)
-        return nodes.at_nodes(read).refined().score() - log_prob[some].logsumexp(0)
+
+def _middle(nodes: Nodes) -> Tensor:
+    """The nodes that make up most of log Z, the greatest first."""
+    share, order = nodes.log_weights()[:, 0].softmax(0).sort(descending=True)
+    return order[share.cumsum(0) - share < MIDDLE]
 
 
 def _shells(width: int, n_nodes: int) -> Tensor:

@@ -135,9 +135,7 @@ class RowNodes:
 
     def given(self, args: tuple[Any, ...], filled: tuple[Any, ...], held: dict[str, Tensor]) -> NestedRows:
         """The rows at S values (S, ...) of the latents of the data set."""
-        place = partial(self._place, args, filled, held)
-        n_nodes = len(next(iter(held.values())))
-        return NestedRows(place, self.cells.to(filled[0].device), n_nodes)
+        return NestedRows(partial(self._place, args, filled), self.cells.to(filled[0].device), held)
 
     def prior_left(
         self, model: Model, latents: tuple[Latent, ...], filled: tuple[Any, ...]
@@ -146,7 +144,8 @@ class RowNodes:
         return SharedPrior.of(model, latents, self, filled)
 
     def forget(self) -> None:
-        """Nothing: the next modes of rows are looked for from where `AdaptiveNodes` says."""
+        """Look for the next modes from the start, not from the last ones."""
+        self.adaptive.forget()
 
     def _place(
         self,

@@ -230,7 +230,8 @@ class Particulate(Conditionals):
         """Weighted values of the latents at some of the particles u (M, d) given the tokens x (1, T)."""
         with torch.no_grad(), pyro.validation_enabled(False):
             u = u[:: max(1, len(u) // MAX_DRAWS)]
-            inner = [values for g, _ in shown.given(u) for values in g.latents(x)] or [[{}]] * len(u)
+            even = ((g, x.new_ones(len(log_det))) for g, log_det in shown.given(u))
+            inner = [values for g, share in even for values in g.latents(x, share)] or [[{}]] * len(u)
         return [
             (1 / (len(u) * len(each)), {**self.space.values(v[None, None])[0], **values})
             for v, each in zip(u, inner, strict=True)
@@ -426,7 +427,7 @@ def _pooled(arrived: Arrived) -> Tensor:
 
 
 def _judge(se: float, shares: Shares, diagnostics: dict[str, Any]) -> float:
-    """The error, NaN where it is not to be had; with warnings."""
+    """The error, NaN where it is unknown; with warnings."""
     changes = diagnostics.get("change with half the scale of a vague prior", {})
     for name, change in changes.items():
         warn(

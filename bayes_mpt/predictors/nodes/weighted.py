@@ -25,7 +25,8 @@ from torch import Generator, Tensor
 from bayes_mpt.masks import Policy
 from bayes_mpt.predictors.base import Bound, Conditionals, Evidence, Leaves, Posterior
 from bayes_mpt.predictors.nodes.given import Given
-from bayes_mpt.predictors.objective import Batch, Objective, outputs_of_rows
+from bayes_mpt.predictors.objective import Batch, Objective, Outputs, outputs_of_rows
+from bayes_mpt.predictors.own_order import own_order
 from bayes_mpt.program.affine import DenseMap
 from bayes_mpt.program.arguments import fill_all, has_missing
 from bayes_mpt.program.latents import Space
@@ -49,6 +50,7 @@ __all__ = [
     "warn_if_slow",
 ]
 
+N_STRETCHES = 16  # of one vector's tokens, whose log-densities tell the units of parameters
 MIN_SHARE = 1e-6  # of a node's weight that a prediction takes into account
 
 
@@ -133,12 +135,25 @@ def nodes_objective(
         whole,
         masks,
         noisy=masks is not None or bound.sampled,
-        outputs=partial(
-            outputs_of_rows, few_rows=bound.sampled
-        ),  # of a guide some numbers may be of a single row
+        outputs=partial(_outputs, few_rows=bound.sampled),  # of a guide some numbers may be of a single row
         refresh=bound._forget,
         pull=pull,
     )
+
+
+def _outputs(objective: Objective, read: Conditionals | None, *, few_rows: bool) -> Outputs:
+    """`outputs_of_rows`; of one vector in stretches, where each token would cost a sum over latents or nodes.
+
+    What the tokens of a stretch add are increments of a martingale: the square of their sum tells as much of a
+    parameter as the sum of their squares.
+    """
+    read = objective.read() if read is None else read
+    n_tokens = read.value.shape[1]
+    if not isinstance(read, Nodes) or len(read.value) > 1 or n_tokens <= N_STRETCHES:
+        return outputs_of_rows(objective, read, few_rows=few_rows)
+    ends = [n_tokens * i // N_STRETCHES for i in range(N_STRETCHES + 1)]
+    found = read.stretches(own_order(read)[0], ends)
+    return Outputs(found / math.sqrt(n_tokens), few_rows=few_rows)
 
 
 def warn_if_slow(one_by_one: bool, bound: Bound) -> None:
@@ -230,10 +245,19 @@ class Nodes(Conditionals):
             out.append(torch.empty_like(steps).index_copy(1, tokens, steps))
         return torch.stack(out)
 
-    def refined(self) -> Nodes:
-        """The same with less error of the inner model, to see it; itself where there is none."""
-        given = self.last.given.refined()
-        return self if given is self.last.given else self.at_nodes(self.last._replace(given=given))
+    def stretches(self, tokens: Tensor, ends: list[int]) -> Tensor:
+        """What each stretch of one vector's tokens (T,), between two ``ends``, adds to log p: (stretches,)."""
+        found = self._relocated_chain(tokens, list(pairwise(ends)))[0, tokens].cumsum(0)
+        return torch.nn.functional.pad(found, (1, 0))[ends].diff()
+
+    def gain_inside(self, some: Tensor) -> Tensor:
+        """How log Z (N,) grows by finer nodes in every row or group, seen at ``some`` nodes; 0 where there are none."""
+        before, given = self.log_weights(), self.last.given.refined(some)
+        if given is self.last.given:
+            return torch.zeros_like(before[0])
+        weight = self.last.log_weight.expand(before.shape)[some]
+        finer = self.at_nodes(self.last._replace(given=given, log_weight=weight))
+        return finer.score() - before[some].logsumexp(0)
 
     def posterior(self, visible: Tensor | None = None) -> Posterior:
         x = self.value
@@ -289,7 +313,7 @@ class Nodes(Conditionals):
         """Weighted values of the latents, where all rows share them."""
         if self.structure.by_row or len(read.latents[0]) != 1:
             return []
-        inner = read.given.latents(self.value)
+        inner = read.given.latents(self.value, share[:, 0])
         out = []
         for s, weight in enumerate(share[:, 0].tolist()):
             if weight < MIN_SHARE:

@@ -1,6 +1,6 @@
 """The linear-Gaussian form of a program: whether it has one, and the map from its latents to its tokens."""
 
-from bayes_mpt.program.affine.declared import Parts, read_stated, stated_form
+from bayes_mpt.program.affine.declared import read_stated, stated_form
 from bayes_mpt.program.affine.dense import Dense, read_side_by_side
 from bayes_mpt.program.affine.form import AffineForm, NotAffine, Way
 from bayes_mpt.program.affine.maps import DenseMap, Map
@@ -15,7 +15,6 @@ __all__ = [
     "DenseMap",
     "Map",
     "NotAffine",
-    "Parts",
     "Way",
     "affine_form",
     "first_reading",

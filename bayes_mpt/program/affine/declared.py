@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyro
 import torch
@@ -15,27 +15,16 @@ from bayes_mpt.program.affine.normals import normal
 from bayes_mpt.program.analysis import described
 from bayes_mpt.program.arguments import N_TRIAL_ROWS, fill
 from bayes_mpt.program.offers import offered
-from bayes_mpt.program.program import Model, Program, split_events
+from bayes_mpt.program.program import Model, Parts, Program, split_events
 from bayes_mpt.program.run import first_run
 from bayes_mpt.program.sites import base, latent_nodes, observed_nodes, own_masks
 from bayes_mpt.program.trials import CLOSE
 
-__all__ = ["Parts", "read_stated", "stated_form"]
-
-
-class Parts(NamedTuple):
-    """Names of the parameters that are the parts of a map x = loc + loading z + e, z ~ N(0, I), e ~ N(0, noise)."""
-
-    loc: str
-    """(T,)"""
-    loading: str
-    """(T, K)"""
-    noise: str
-    """(T,), or one number for all tokens: variances."""
+__all__ = ["read_stated", "stated_form"]
 
 
 @torch.enable_grad()
-def stated_form(model: Model, args: tuple[Any, ...]) -> tuple[AffineForm, Parts] | None:
+def stated_form(model: Model, args: tuple[Any, ...]) -> AffineForm | None:
     """The form of a program that states its map, if its first run keeps to that; None where it does not.
 
     A class is believed about a call of its own or of a class above it: where a subclass has another ``__call__`` the
@@ -54,8 +43,8 @@ def stated_form(model: Model, args: tuple[Any, ...]) -> tuple[AffineForm, Parts]
     >>> from bayes_mpt.models import PPCA
     >>> from bayes_mpt.program.store import OwnStore
     >>> with OwnStore():
-    ...     form, parts = stated_form(PPCA(1), (torch.randn(5, 3, dtype=torch.float64),))
-    >>> form.n_latents, parts.noise
+    ...     form = stated_form(PPCA(1), (torch.randn(5, 3, dtype=torch.float64),))
+    >>> form.n_latents, form.program.parts.noise
     (1, 'noise_variance')
     """
     names = offered(model, "linear_map")
@@ -75,9 +64,9 @@ def stated_form(model: Model, args: tuple[Any, ...]) -> tuple[AffineForm, Parts]
     if not _is_map(first, program, parts, init[0]):
         return None
     program = split_events(program)._replace(
-        per_row=False, observed_argument=0, scores_input=True, affine=True, dense=True
+        per_row=False, observed_argument=0, scores_input=True, affine=True, dense=True, parts=parts
     )
-    return AffineForm(program, init[0].new_ones(program.n_latents)), parts
+    return AffineForm(program, init[0].new_ones(program.n_latents))
 
 
 def read_stated(parts: Parts, model: Model, args: tuple[Any, ...]) -> DenseMap:

@@ -20,9 +20,10 @@ from bayes_mpt.program.affine.maps import DenseMap, each_row, integrate_prior, w
 from bayes_mpt.program.affine.normals import (
     batch,
     correlated_noise,
-    latent_normal,
+    latent_parts,
     latent_values,
     prior_means,
+    root_of_parts,
     scale_of,
     token_normal,
 )
@@ -69,7 +70,7 @@ def _read_probes(model: Model, args: tuple[Any, ...], structure: AffineForm) -> 
     probes = probes_of(structure, rows[0])  # (P, K)
     trace = run(model, rows, latent_values(structure.program, probes))
     loc, scale = (t[0] for t in token_normal(trace, structure))  # (P, T)
-    latent_loc, latent_root = (t[0] for t in latent_normal(trace, structure))  # (P, K), (P, K, K)
+    latent_loc, parts = latent_parts(trace, structure)  # (1, P, K), and of each site (1, P, ...)
     where = f"observed site {structure.observed!r}"
     check_constant(scale, where)
     noise_root = correlated_noise(trace, structure)
@@ -77,15 +78,16 @@ def _read_probes(model: Model, args: tuple[Any, ...], structure: AffineForm) -> 
     if tril is not None and len(tril) > 1:
         check_constant(tril, where)
     map_loc, map_loading = affine_through(loc[:, None], probes, structure, where)
-    prior_loc, prior_slope = affine_through(latent_loc[:, None], probes, structure, "latent sites")
-    check_constant(latent_root.flatten(1), "latent sites")
+    prior_loc, prior_slope = affine_through(latent_loc[0][:, None], probes, structure, "latent sites")
+    for part in parts:
+        check_constant(part[0], "latent sites")
     reading = integrate_prior(
         map_loc,
         map_loading,
         scale[:1].square(),
         prior_loc,
         prior_slope,
-        latent_root[:1],
+        root_of_parts(latent_loc[0, :1], [part[0, :1] for part in parts]),
         token_values(trace, structure.program),
     )
     return reading if tril is None else with_correlated_noise(reading, tril[:1])
@@ -99,10 +101,16 @@ class _Runs(NamedTuple):
     scale: Tensor
     latent_loc: Tensor
     """(P, B, K), of each latent given the earlier ones."""
-    latent_root: Tensor
-    """(P, B, K, K)"""
+    latent_roots: tuple[Tensor, ...]
+    """`latent_parts` of each site (P, B, ...): one matrix of all would be K times as much, for every probe."""
     noise_root: Tensor | None
     """(P, B, T, T) of tokens that are one MultivariateNormal."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them."""
+        noise = () if self.noise_root is None else (self.noise_root,)
+        return (self.loc, self.scale, self.latent_loc, *self.latent_roots, *noise)
 
     def each(self, change: Callable[[Tensor], Tensor]) -> _Runs:
         """The same change to all."""
@@ -110,7 +118,7 @@ class _Runs(NamedTuple):
             change(self.loc),
             change(self.scale),
             change(self.latent_loc),
-            change(self.latent_root),
+            tuple(change(part) for part in self.latent_roots),
             None if self.noise_root is None else change(self.noise_root),
         )
 
@@ -273,15 +281,21 @@ def _map_copies(
     """
     n_rows, scales = batch(structure, filled), []
 
-    def alone(node: dict[str, Tensor], z: Tensor) -> tuple[Tensor, ...]:
+    def alone(node: dict[str, Tensor], z: Tensor) -> tuple[Any, ...]:
         trace = run(model, filled, node | latent_values(structure.program, z.expand(n_rows, -1)))
         scales.append(scale_of(trace.nodes[structure.site_names[0]]))
-        found = (*_runs_of(trace, structure), _log_prior(trace, priors, 1, z))
-        return tuple(t[0] for t in found if t is not None)
+        runs = _runs_of(trace, structure).each(itemgetter(0))
+        noise = () if runs.noise_root is None else (runs.noise_root,)
+        return (
+            (runs.loc, runs.scale, runs.latent_loc),
+            runs.latent_roots,
+            noise,
+            _log_prior(trace, priors, 1, z)[0],
+        )
 
     with pyro.validation_enabled(False):  # a check would have to branch on its node
-        *runs, log_prior = torch.vmap(alone)(values, z)
-    return _Runs(*runs, *[None] * (5 - len(runs))), log_prior, scales[0]
+        (loc, scale, latent_loc), roots, noise, log_prior = torch.vmap(alone)(values, z)
+    return _Runs(loc, scale, latent_loc, roots, noise[0] if noise else None), log_prior, scales[0]
 
 
 def _all_probes(model: Model, args: tuple[Any, ...], structure: AffineForm) -> DenseMap | None:
@@ -299,9 +313,7 @@ def _all_probes(model: Model, args: tuple[Any, ...], structure: AffineForm) -> D
         return None
     with torch.no_grad():
         apart, _ = _run_apart(model, args, structure, probes[-N_CHECKS:])
-        for a, b in zip(together, apart, strict=True):
-            if a is None or b is None:
-                continue
+        for a, b in zip(together.tensors, apart.tensors, strict=True):
             size = b.abs() + b.abs().flatten(1).amax(1).reshape(-1, *[1] * (b.ndim - 1)) if b.numel() else b
             if not bool(((a[-N_CHECKS:] - b).abs() <= tolerance(b) * size).all()):
                 return None
@@ -312,12 +324,12 @@ def _map_of(runs: _Runs, probes: Tensor, structure: AffineForm) -> DenseMap:
     """The affine map through the first K + 1 probes, checked at the others."""
     where = f"observed site {structure.observed!r}"
     check_constant(runs.scale, where)
-    check_constant(runs.latent_root, "latent sites")
+    for part in runs.latent_roots:
+        check_constant(part, "latent sites")
     loc, loading = affine_through(runs.loc, probes, structure, where)
     prior_loc, prior_slope = affine_through(runs.latent_loc, probes, structure, "latent sites")
-    reading = integrate_prior(
-        loc, loading, runs.scale[0].square(), prior_loc, prior_slope, runs.latent_root[0], loc
-    )
+    root = root_of_parts(runs.latent_loc[0], [part[0] for part in runs.latent_roots])
+    reading = integrate_prior(loc, loading, runs.scale[0].square(), prior_loc, prior_slope, root, loc)
     if runs.noise_root is None:
         return reading
     check_constant(runs.noise_root, where)
@@ -325,14 +337,13 @@ def _map_of(runs: _Runs, probes: Tensor, structure: AffineForm) -> DenseMap:
 
 
 def _runs_of(trace: Trace, structure: AffineForm, n_copies: int = 1) -> _Runs:
-    return _Runs(
-        *token_normal(trace, structure, n_copies),
-        *latent_normal(trace, structure, n_copies),
-        correlated_noise(trace, structure, n_copies),
-    )
+    loc, scale = token_normal(trace, structure, n_copies)
+    latent_loc, parts = latent_parts(trace, structure, n_copies)
+    return _Runs(loc, scale, latent_loc, tuple(parts), correlated_noise(trace, structure, n_copies))
 
 
 def _joined(runs: list[_Runs]) -> _Runs:
-    loc, scale, latent_loc, latent_root, noise_root = zip(*runs, strict=True)
+    loc, scale, latent_loc, roots, noise_root = zip(*runs, strict=True)
     tril = None if noise_root[0] is None else torch.cat(noise_root)
-    return _Runs(torch.cat(loc), torch.cat(scale), torch.cat(latent_loc), torch.cat(latent_root), tril)
+    parts = tuple(torch.cat(each) for each in zip(*roots, strict=True))
+    return _Runs(torch.cat(loc), torch.cat(scale), torch.cat(latent_loc), parts, tril)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,11 +18,11 @@ __all__ = [
     "batch",
     "check_normal",
     "correlated_noise",
-    "latent_normal",
     "latent_parts",
     "latent_values",
     "normal",
     "prior_means",
+    "root_of_parts",
     "scale_of",
     "token_normal",
 ]
@@ -153,21 +154,20 @@ def latent_parts(trace: Trace, structure: AffineForm, n_copies: int = 1) -> tupl
     return torch.cat(locs, -1) if locs else value.new_zeros(*lead, 0), roots
 
 
-def latent_normal(trace: Trace, structure: AffineForm, n_copies: int = 1) -> tuple[Tensor, Tensor]:
-    """Means (P, B, K) and block-diagonal roots (P, B, K, K) of the latents given the earlier ones."""
-    loc, parts = latent_parts(trace, structure, n_copies)
+def root_of_parts(loc: Tensor, parts: Sequence[Tensor]) -> Tensor:
+    """Block-diagonal root (..., K, K) of the latents' covariance, from their means (..., K) and `latent_parts`."""
     blocks: list[Tensor] = []
     for part in parts:
-        blocks.extend([torch.diag_embed(part)] if part.ndim == 3 else part.unbind(2))
+        blocks.extend([torch.diag_embed(part)] if part.ndim == loc.ndim else part.unbind(-3))
     if len(blocks) == 1:
-        return loc, blocks[0]
+        return blocks[0]
     # block-diagonal by cat, not by writing into zeros: under `torch.vmap` only some of the blocks may have copies
     rows, start = [], 0
     for block in blocks:
         end = start + block.shape[-1]
         rows.append(torch.nn.functional.pad(block, (start, loc.shape[-1] - end)))
         start = end
-    return loc, torch.cat(rows, -2) if rows else loc.new_zeros(*loc.shape, 0)
+    return torch.cat(rows, -2) if rows else loc.new_zeros(*loc.shape, 0)
 
 
 def scale_of(node: dict[str, Any]) -> float:
