@@ -87,7 +87,7 @@ def comparison_table(
         "lml_diff": diff,
         "mc_dse": mc_dse,
         "p_worse": p_worse,
-        "weight": _weights(lml, [c.kind for c in found], evidence),
+        "weight": _weights(lml, found, evidence),
         "log_bayes_factor": diff if evidence or rule == "laplace" else np.full(len(found), math.nan),
         "dse": np.array([_spread(c, found[best]) for c in found]),
     }
@@ -133,10 +133,14 @@ def _numerical_errors(found: list[Candidate], rule: str, best: Candidate) -> tup
     return se, mc_dse, degrees
 
 
-def _weights(lml: Array, kinds: list[str], evidence: bool) -> Array:
-    """Posterior probabilities within each kind, whose candidates differ in the number of latents alone."""
-    weight = np.full(len(lml), math.nan)
-    for kind in set(kinds) if evidence else ():
+def _weights(lml: Array, found: list[Candidate], evidence: bool) -> Array:
+    """Posterior probabilities within each kind, whose candidates differ in the number of latents alone.
+
+    Of mixtures none: those above .95 named the true number of components in 64 % of 108 cases
+    (``benchmarks/ranking/mixture_choice.py``).
+    """
+    weight, kinds = np.full(len(lml), math.nan), [c.kind for c in found]
+    for kind in {c.kind for c in found if not (c.error or c.facts.mixture)} if evidence else ():
         of_kind = np.array([k == kind for k in kinds]) & np.isfinite(lml)
         if of_kind.any():
             weight[of_kind] = softmax(lml[of_kind])

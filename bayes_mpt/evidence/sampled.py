@@ -292,6 +292,8 @@ def _flags(posterior: FactorPosterior, se: float) -> tuple[str, ...]:
     t, k = posterior.n_tokens, posterior.n_latents
     if posterior.shape is None and (t - k) ** 2 <= t + k and posterior.n_rows <= 2 * t:
         flags.append(f"{k} latents are more than a covariance of {t} columns determines, and rows are few")
+    elif posterior.shape is None and (t - k) ** 2 < t + k:
+        flags.append(f"{k} latents are more than a covariance of {t} columns determines: modes may be missed")
     if se > LARGE_SE:
         flags.append(f"se above {LARGE_SE:g}: reads too small")
     return tuple(flags)

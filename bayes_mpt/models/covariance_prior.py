@@ -49,12 +49,12 @@ class CovariancePrior(NamedTuple):
         return not failed and bool((root.diagonal().square() > SINGULAR * self.scale.diagonal()).all())
 
     def log_prob(self, scale: Tensor) -> Tensor:
-        """Of Cholesky factors (C, T, T), or standard deviations (C, T) or (C, 1)."""
-        if scale.ndim == 3:
-            log_det = 2 * scale.diagonal(dim1=1, dim2=2).log().sum(1)
-            return -0.5 * (log_det + (self.scale * torch.cholesky_inverse(scale)).sum((1, 2))).sum()
+        """Of Cholesky factors (..., C, T, T), or standard deviations (..., C, T) or (..., C, 1)."""
+        if self.scale.ndim == 2:
+            log_det = 2 * scale.diagonal(dim1=-2, dim2=-1).log().sum((-2, -1))
+            return -0.5 * (log_det + (self.scale * torch.cholesky_inverse(scale)).sum((-3, -2, -1)))
         each = 2 * scale.log() + self.scale / scale.square()
-        return -0.5 * (self.n_tokens / scale.shape[1]) * each.sum()
+        return -0.5 * (self.n_tokens / scale.shape[-1]) * each.sum((-2, -1))
 
     def of_params(self, params: Mapping[str, Tensor]) -> Tensor:
         """Of the parameters of a mixture, by name."""

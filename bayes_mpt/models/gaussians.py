@@ -15,14 +15,20 @@ MEMORY = 8  # steps of which a longer one is made
 
 
 class Gaussians(NamedTuple):
-    """Gaussians in the units of a table."""
+    """Gaussians in the units of a table: of a mixture, or of several, along leading dimensions."""
 
     weights: Tensor
-    """(K,), none of them zero"""
+    """(..., K), none of them zero"""
     loc: Tensor
-    """(K, T)"""
+    """(..., K, T)"""
     scale: Tensor
-    """Cholesky factors (K, T, T) of the covariances, (1, T, T) if tied, or standard deviations (K, T) or (K, 1)"""
+    """Cholesky factors (..., K, T, T) of the covariances, (..., 1, T, T) if tied, or standard deviations (..., K, T) or
+    (..., K, 1)"""
+
+    @property
+    def dense(self) -> bool:
+        """Whether the scales are Cholesky factors."""
+        return self.scale.ndim > self.loc.ndim
 
 
 class Longer:
@@ -61,7 +67,7 @@ class Longer:
 def _flat(mix: Gaussians) -> Tensor:
     """Numbers without bounds."""
     scale = mix.scale
-    if scale.ndim == 3:
+    if mix.dense:
         diagonal = scale.diagonal(dim1=1, dim2=2)
         scale = scale.tril(-1) / diagonal[..., None] + torch.diag_embed(diagonal.log())
     else:
@@ -73,7 +79,7 @@ def _unflat(numbers: Tensor, like: Gaussians) -> Gaussians:
     n_components, n_loc = len(like.weights), like.loc.numel()
     weights, loc, scale = numbers.split([n_components, n_loc, len(numbers) - n_components - n_loc])
     scale = scale.reshape(like.scale.shape)
-    if scale.ndim == 3:
+    if like.dense:
         diagonal = scale.diagonal(dim1=1, dim2=2).exp()
         scale = scale.tril(-1) * diagonal[..., None] + torch.diag_embed(diagonal)
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bayes_mpt.models.covariance_prior import CovariancePrior, steps_of
 from bayes_mpt.models.gaussians import MIN_WEIGHT, Gaussians, Longer
+from bayes_mpt.models.left_out import Shares, plain_shares
 from bayes_mpt.models.mixture_patterns import blocks_of, expect_block
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "coefficients_of",
     "expectation",
     "from_clusters",
+    "m_step",
     "n_products",
     "prior_of",
     "products_of",
@@ -58,8 +60,15 @@ class Table(NamedTuple):
     """(T,) whether a column is"""
 
 
-Expect = Callable[[Gaussians, Tensor], tuple[Tensor, float]]
-"""Sums over rows of the expected products (K, P), and the log-density of all rows, from `coefficients_of` Gaussians."""
+class Expect(Protocol):
+    """Sums over rows of the expected products (..., K, P), and the log-density (...) of all rows.
+
+    From Gaussians and their `coefficients_of`.
+    """
+
+    def __call__(
+        self, mix: Gaussians, coefficients: Tensor, shares: Shares = plain_shares
+    ) -> tuple[Tensor, Tensor]: ...
 
 
 def table_of(x: Tensor, covariance_type: str) -> Table:
@@ -125,27 +134,27 @@ def chunks_of(rows: Tensor, covariance_type: str, *, gaps: bool = False) -> Call
 
 
 def coefficients_of(mix: Gaussians, *, gaps: bool = False) -> Tensor:
-    """log w_k N(x; loc_k, S_k) is linear in the products of x: (K, P); ``gaps``: in those with missing cells."""
+    """log w_k N(x; loc_k, S_k) is linear in the products of x: (..., K, P); ``gaps``: in those with missing cells."""
     # log w - log det S / 2 - T log(2 pi) / 2 - loc' S^-1 loc / 2  +  (S^-1 loc)' x  -  x' S^-1 x / 2
-    n_tokens = mix.loc.shape[1]
-    if mix.scale.ndim == 3:
-        log_det = mix.scale.diagonal(dim1=1, dim2=2).log().sum(1)
+    n_tokens, shape = mix.loc.shape[-1], mix.loc.shape[:-1]
+    if mix.dense:
+        log_det = mix.scale.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         eye = torch.eye(n_tokens, dtype=mix.loc.dtype, device=mix.loc.device)
         root = torch.linalg.solve_triangular(mix.scale, eye, upper=False)
         precision = root.mT @ root
         linear = (precision @ mix.loc[..., None])[..., 0]
         i, j = torch.tril_indices(n_tokens, n_tokens, device=mix.loc.device)
         # one product stands for (i, j) and (j, i)
-        second = (precision[:, i, j] * torch.where(i == j, -0.5, -1.0)).expand(len(mix.loc), -1)
+        second = (precision[..., i, j] * torch.where(i == j, -0.5, -1.0)).expand(*shape, -1)
     else:
         linear = mix.loc / mix.scale.square()
         second = -0.5 / mix.scale.square()
         if gaps:
             of_cell = -mix.scale.log() - 0.5 * linear * mix.loc - 0.5 * math.log(2 * math.pi)
-            return torch.cat([mix.weights.log()[:, None], linear, second, of_cell], 1)
-        log_det = mix.scale.log().expand_as(mix.loc).sum(1)
-    constant = mix.weights.log() - log_det - 0.5 * (linear * mix.loc).sum(1)
-    return torch.cat([constant[:, None] - 0.5 * n_tokens * math.log(2 * math.pi), linear, second], 1)
+            return torch.cat([mix.weights.log()[..., None], linear, second, of_cell], -1)
+        log_det = mix.scale.log().expand_as(mix.loc).sum(-1)
+    constant = mix.weights.log() - log_det - 0.5 * (linear * mix.loc).sum(-1)
+    return torch.cat([constant[..., None] - 0.5 * n_tokens * math.log(2 * math.pi), linear, second], -1)
 
 
 def expectation(rows: Tensor, covariance_type: str) -> Expect:
@@ -154,65 +163,80 @@ def expectation(rows: Tensor, covariance_type: str) -> Expect:
     if not bool(gaps.any()):
         return _of_products(chunks_of(rows, covariance_type))
     if covariance_type not in DENSE:
-        return _of_products(chunks_of(rows, covariance_type, gaps=True))
+        return _of_products(chunks_of(rows, covariance_type, gaps=True), gaps=True)
     complete, blocks = expectation(rows[~gaps], covariance_type), blocks_of(rows[gaps])
     i, j = torch.tril_indices(rows.shape[1], rows.shape[1], device=rows.device)
 
-    def expect(mix: Gaussians, coefficients: Tensor) -> tuple[Tensor, float]:
-        sums, total = complete(mix, coefficients)
+    def expect(mix: Gaussians, coefficients: Tensor, shares: Shares = plain_shares) -> tuple[Tensor, Tensor]:
+        sums, total = complete(mix, coefficients, shares)
         log_weights, cov = mix.weights.log(), mix.scale @ mix.scale.mT
-        for block in blocks:
-            count, first, second, found = expect_block(block, log_weights, mix.loc, cov)
-            sums += torch.cat([count[:, None], first, second[:, i, j]], 1)
-            total += float(found)
+        for key, block in enumerate(blocks):
+            count, first, second, found = expect_block(
+                block, log_weights, mix.loc, cov, shares, ("block", key)
+            )
+            sums += torch.cat([count[..., None], first, second[..., i, j]], -1)
+            total += found
         return sums, total
 
     return expect
 
 
-def _of_products(products: Callable[[], Iterable[Tensor]]) -> Expect:
-    def expect(_: Gaussians, coefficients: Tensor) -> tuple[Tensor, float]:
-        sums, total = torch.zeros_like(coefficients), 0.0
-        for part in products():
-            log_prob = coefficients @ part  # (K, n)
-            top = log_prob.amax(0)
-            share = (log_prob - top).exp_()
-            sum_ = share.sum(0)
-            sums += (share / sum_) @ part.mT
-            total += float(top.sum() + sum_.log().sum())
+def _of_products(products: Callable[[], Iterable[Tensor]], *, gaps: bool = False) -> Expect:
+    def expect(mix: Gaussians, coefficients: Tensor, shares: Shares = plain_shares) -> tuple[Tensor, Tensor]:
+        sums, total = torch.zeros_like(coefficients), coefficients.new_zeros(coefficients.shape[:-2])
+        n_tokens = mix.loc.shape[-1]
+        for key, part in enumerate(products()):
+            log_prob = coefficients @ part  # (..., K, n)
+            seen = part[-n_tokens:] if gaps else torch.ones_like(part[:n_tokens])
+
+            def square(log_prob: Tensor = log_prob, seen: Tensor = seen) -> Tensor:
+                return -2 * (log_prob - mix.weights.log()[..., None]) - _normaliser(mix, seen)
+
+            share, density = shares(("rows", key), log_prob, square, seen.sum(0))
+            sums += share @ part.mT
+            total += density.sum(-1)
         return sums, total
 
     return expect
+
+
+def _normaliser(mix: Gaussians, seen: Tensor) -> Tensor:
+    """log det(2 pi S_oo) (..., K, n) of rows that show these cells (T, n); all, if covariances are dense."""
+    if mix.dense:
+        each = (2 * mix.scale.diagonal(dim1=-2, dim2=-1).log()).expand_as(mix.loc)
+    else:
+        each = (2 * mix.scale.log()).expand_as(mix.loc)
+    return (each + math.log(2 * math.pi)) @ seen
 
 
 # ------------------------------------------------------------------------------------------------------- the M-step
 
 
-def _m_step(
+def m_step(
     sums: Tensor, before: Gaussians, covariance_type: str, prior: CovariancePrior | None, reg_covar: float
-) -> tuple[Gaussians, dict[int, float]]:
-    """The mixture whose expected products are these sums (K, P), and the rows of components that have collapsed."""
-    n_tokens = before.loc.shape[1]
-    count = sums[:, 0]
-    weights = (count / count.sum()).clamp(min=MIN_WEIGHT)
+) -> tuple[Gaussians, Tensor]:
+    """The mixture whose expected products are these sums (..., K, P), and which components (..., K) have collapsed."""
+    n_tokens = before.loc.shape[-1]
+    count = sums[..., 0]
+    weights = (count / count.sum(-1, keepdim=True)).clamp(min=MIN_WEIGHT)
     empty = weights <= MIN_WEIGHT  # says nothing of loc and scale, which stay
     if covariance_type in DENSE:
         loc, scale, least = _dense(sums, before, empty, covariance_type, prior, reg_covar)
     else:
         loc, scale = _diagonal(sums, before, covariance_type, prior, reg_covar)
-        least = scale.square().amin(1)
+        least = scale.square().amin(-1)
     # under a prior nothing collapses
     fine = least > (MIN_VARIANCE if prior is None else 0.0)
-    collapsed = ~fine.expand(len(loc)) & ~empty  # NaN too
-    found = dict(zip(collapsed.nonzero()[:, 0].tolist(), count[collapsed].tolist(), strict=True))
-    if found:  # begin again, empty and as wide as the table
+    collapsed = ~fine & ~empty  # NaN too
+    if bool(collapsed.any()):  # begin again, empty and as wide as the table
         weights = torch.where(collapsed, MIN_WEIGHT, weights)
         loc[collapsed] = 0.0
-        scale[collapsed[: len(scale)]] = torch.eye(n_tokens).to(scale) if scale.ndim == 3 else 1.0
-    if len(scale) == len(loc):
-        stays = before.scale if prior is None else _mode(prior, scale)
-        scale = torch.where(empty.reshape(-1, *[1] * (scale.ndim - 1)), stays, scale)
-    return Gaussians(weights / weights.sum(), torch.where(empty[:, None], before.loc, loc), scale), found
+        scale[~fine] = torch.eye(n_tokens).to(scale) if before.dense else 1.0
+    if covariance_type != "tied":
+        stays = before.scale if prior is None else _mode(prior)
+        scale = torch.where(empty.reshape(*empty.shape, *[1] * (scale.ndim - empty.ndim)), stays, scale)
+    weights = weights / weights.sum(-1, keepdim=True)
+    return Gaussians(weights, torch.where(empty[..., None], before.loc, loc), scale), collapsed
 
 
 def _dense(
@@ -224,22 +248,23 @@ def _dense(
     reg_covar: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Centres, Cholesky factors, and the least variance of a token given others."""
-    n_tokens, count = before.loc.shape[1], sums[:, 0]
-    mean = sums[:, 1:] / torch.where(empty, 1.0, count)[:, None]
-    loc, second = mean[:, :n_tokens], mean[:, n_tokens:]
+    n_tokens, count = before.loc.shape[-1], sums[..., 0]
+    mean = sums[..., 1:] / torch.where(empty, 1.0, count)[..., None]
+    loc, second = mean[..., :n_tokens], mean[..., n_tokens:]
     i, j = torch.tril_indices(n_tokens, n_tokens, device=loc.device)
-    cov = loc.new_zeros(len(loc), n_tokens, n_tokens)  # the lower half
-    cov[:, i, j] = second - loc[:, i] * loc[:, j]
+    cov = loc.new_zeros(*loc.shape, n_tokens)  # the lower half
+    cov[..., i, j] = second - loc[..., i] * loc[..., j]
     if covariance_type == "tied":
-        cov = (torch.where(empty, 0.0, count)[:, None, None] * cov).sum(0, keepdim=True)
-        count = count.sum(0, keepdim=True)
-        cov, empty = cov / count[:, None, None], empty[:1] & False
+        cov = (torch.where(empty, 0.0, count)[..., None, None] * cov).sum(-3, keepdim=True)
+        count = count.sum(-1, keepdim=True)
+        cov, empty = cov / count[..., None, None], empty[..., :1] & False
     if prior is not None:
-        cov = (count[:, None, None] * cov + prior.scale) / (count[:, None, None] + 1)
-    cov.diagonal(dim1=1, dim2=2).add_(reg_covar)
+        n = count[..., None, None]
+        cov = (n * cov + prior.scale) / (n + 1)
+    cov.diagonal(dim1=-2, dim2=-1).add_(reg_covar)
     eye = torch.eye(n_tokens).to(cov)
-    scale, failed = torch.linalg.cholesky_ex(torch.where(empty[:, None, None], eye, cov))
-    least = torch.where(failed > 0, 0.0, scale.diagonal(dim1=1, dim2=2).square().amin(1))
+    scale, failed = torch.linalg.cholesky_ex(torch.where(empty[..., None, None], eye, cov))
+    least = torch.where(failed > 0, 0.0, scale.diagonal(dim1=-2, dim2=-1).square().amin(-1))
     return loc, scale, least
 
 
@@ -247,18 +272,18 @@ def _diagonal(
     sums: Tensor, before: Gaussians, covariance_type: str, prior: CovariancePrior | None, reg_covar: float
 ) -> tuple[Tensor, Tensor]:
     """Centres and standard deviations; of missing cells the sums know nothing, and need to know nothing."""
-    n_tokens = before.loc.shape[1]
+    n_tokens = before.loc.shape[-1]
     n_second = n_tokens if covariance_type == "diag" else 1
-    second = sums[:, n_tokens + 1 : n_tokens + 1 + n_second]
-    cells = sums[:, n_tokens + 1 + n_second :]  # how many each token has, (K, T), where some are missing
-    if not cells.shape[1]:
-        cells = sums[:, :1].expand(-1, n_tokens)
+    second = sums[..., n_tokens + 1 : n_tokens + 1 + n_second]
+    cells = sums[..., n_tokens + 1 + n_second :]  # how many each token has, where some are missing
+    if not cells.shape[-1]:
+        cells = sums[..., :1].expand_as(before.loc)
     unseen = cells <= MIN_WEIGHT * MIN_WEIGHT
-    loc = torch.where(unseen, before.loc, sums[:, 1 : n_tokens + 1] / torch.where(unseen, 1.0, cells))
+    loc = torch.where(unseen, before.loc, sums[..., 1 : n_tokens + 1] / torch.where(unseen, 1.0, cells))
     square = cells * loc.square()
     if covariance_type == "spherical":
-        square, cells = square.sum(1, keepdim=True), cells.sum(1, keepdim=True)
-        unseen = unseen.all(1, keepdim=True)
+        square, cells = square.sum(-1, keepdim=True), cells.sum(-1, keepdim=True)
+        unseen = unseen.all(-1, keepdim=True)
     variance, own = (second - square).clamp(min=0), (1 if covariance_type == "diag" else n_tokens)
     if prior is not None:
         variance = (variance + own * prior.scale) / (cells + own)
@@ -267,9 +292,9 @@ def _diagonal(
     return loc, (variance + reg_covar).sqrt()
 
 
-def _mode(prior: CovariancePrior, scale: Tensor) -> Tensor:
+def _mode(prior: CovariancePrior) -> Tensor:
     """Scales of a component without rows."""
-    return torch.linalg.cholesky(prior.scale) if scale.ndim == 3 else prior.scale.sqrt()
+    return torch.linalg.cholesky(prior.scale) if prior.scale.ndim == 2 else prior.scale.sqrt()
 
 
 def within(table: Table, loc: Tensor) -> Tensor:
@@ -360,14 +385,15 @@ def run_em(
             n_steps = step + 1
             try:
                 sums, total = expect(mix, coefficients)
-                value = total + _log_prior(prior, mix)
+                value = float(total) + _log_prior(prior, mix)
             except torch.linalg.LinAlgError:
                 value = math.nan
             if mix is not end and not value >= best:  # a longer step was too long
                 mix, coefficients, best = end, after, -math.inf
                 longer.forget()
                 continue
-            new, found = _m_step(sums, mix, covariance_type, prior, reg_covar)
+            new, fallen = m_step(sums, mix, covariance_type, prior, reg_covar)
+            found = {c: float(sums[c, 0]) for c in fallen.nonzero()[:, 0].tolist()}
             hopeless = len(found) == len(sums) or not found.keys().isdisjoint(collapsed)
             collapsed |= found
             # The score gains what the expected log-density does, and the divergence between the shares before and
@@ -378,7 +404,7 @@ def run_em(
             end, best = new, value + (0.0 if found else gain)
             if hopeless:
                 break
-            score = total / n_rows - unit
+            score = float(total) / n_rows - unit
             small = tol * (max(1.0, abs(score)) if relative else 1.0)
             if not found and not 2 * gain / n_rows > small:
                 break
@@ -405,8 +431,12 @@ def from_clusters(
     seed: int,
     prior: CovariancePrior | None = None,
     n_tries: int = START_TRIES,
+    n_steps: int = START_STEPS,
 ) -> Gaussians:
-    """Gaussians found by EM from the clusters of a k-means on some of the rows, none of whose cells is missing."""
+    """Gaussians found by EM from the clusters of a k-means on some of the rows, none of whose cells is missing.
+
+    The best of ``n_tries`` k-means; with none, of random rows and what is nearest to them.
+    """
     from sklearn.cluster import KMeans  # slow to import
 
     rows = table.rows
@@ -419,7 +449,8 @@ def from_clusters(
         some = some[np.sort(rng.choice(len(some), START_ROWS, replace=False))]
     with warnings.catch_warnings():  # fewer distinct rows than clusters
         warnings.simplefilter("ignore", ConvergenceWarning)
-        found = KMeans(n_components, n_init=n_tries, random_state=rng).fit(some)
+        how = {"n_init": n_tries} if n_tries else {"n_init": 1, "init": "random", "max_iter": 1}
+        found = KMeans(n_components, random_state=rng, **how).fit(some)
     centre = torch.from_numpy(found.cluster_centers_).to(rows)
     # |x - m|^2 is least where m' x - |m|^2 / 2 is largest
     nearest = (rows @ centre.mT - 0.5 * centre.square().sum(1)).argmax(1)
@@ -430,14 +461,16 @@ def from_clusters(
         sums += share[start : start + part.shape[1]].mT @ part.mT
         start += part.shape[1]
     wide = _wide(rows, n_components, covariance_type)
-    mix = _m_step(sums, wide, covariance_type, prior, REG_COVAR)[0]
+    mix = m_step(sums, wide, covariance_type, prior, REG_COVAR)[0]
+    if not n_steps:
+        return mix
     climb = run_em(
         table._replace(rows=rows),
         _of_products(products),
         mix,
         covariance_type,
         tol=START_TOL,
-        max_iter=START_STEPS,
+        max_iter=n_steps,
         prior=prior,
         reg_covar=REG_COVAR,
     )

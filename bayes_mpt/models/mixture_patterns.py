@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bayes_mpt.models.left_out import Key, Shares, plain_shares
+
 __all__ = ["Block", "blocks_of", "expect_block"]
 
 MAX_ROWS = 1024  # of a pattern that stand in one block
@@ -51,7 +53,12 @@ def blocks_of(rows: Tensor) -> list[Block]:
 
 
 def expect_block(
-    block: Block, log_weights: Tensor, loc: Tensor, cov: Tensor
+    block: Block,
+    log_weights: Tensor,
+    loc: Tensor,
+    cov: Tensor,
+    shares: Shares = plain_shares,
+    key: Key = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sums of a block's expected rows under Gaussians, and its log-density.
 
@@ -59,44 +66,48 @@ def expect_block(
     ----------
     block : Block
         P patterns of up to R rows.
-    log_weights, loc : Tensor of shapes (K,) and (K, T)
-        Of the components.
-    cov : Tensor of shape (K, T, T) or (1, T, T)
+    log_weights, loc : Tensor of shapes (..., K) and (..., K, T)
+        Of the components of a mixture, or of several.
+    cov : Tensor of shape (..., K, T, T) or (..., 1, T, T)
         Their covariances, or that of all.
+    shares : Shares
+        How rows are shared by the components, and under which name a stateful rule knows those of this block.
 
     Returns
     -------
-    count, first, second : Tensor of shapes (K,), (K, T), (K, T, T)
+    count, first, second : Tensor of shapes (..., K), (..., K, T), (..., K, T, T)
         Sums of 1, x and x x'.
-    total : Tensor
+    total : Tensor of shape (...)
         Nats of all rows.
     """
-    n_tokens, n_components = loc.shape[1], len(loc)
-    of_pattern = n_components * n_tokens * (3 * n_tokens + 4 * block.x.shape[1])
+    n_tokens = loc.shape[-1]
+    of_pattern = loc[..., 0].numel() * n_tokens * (3 * n_tokens + 4 * block.x.shape[1])
     step = max(1, MAX_NUMBERS // of_pattern)
     if step < len(block.x):
         parts = [Block(*part) for part in zip(*(a.split(step) for a in block), strict=True)]
-        found = [expect_block(part, log_weights, loc, cov) for part in parts]
+        found = [expect_block(part, log_weights, loc, cov, shares, (*key, i)) for i, part in enumerate(parts)]
         count, first, second, total = (torch.stack(a).sum(0) for a in zip(*found, strict=True))
         return count, first, second, total
     x, seen, live = block
     both = seen[:, :, None] * seen[:, None, :]
-    hidden = 1 - seen
-    # the observed block of S, and ones for the missing cells: (K or 1, P, T, T)
-    root = torch.linalg.cholesky(cov[:, None] * both + torch.diag_embed(hidden))
+    hidden, cov = 1 - seen, cov[..., None, :, :]
+    # the observed block of S, and ones for the missing cells: (..., K or 1, P, T, T)
+    root = torch.linalg.cholesky(cov * both + torch.diag_embed(hidden))
     precision = torch.cholesky_inverse(root) * both
-    log_det = 2 * root.diagonal(dim1=2, dim2=3).log().sum(2)  # (K or 1, P)
-    off = (x - loc[:, None, None]) * seen[:, None]  # (K, P, R, T)
+    log_det = 2 * root.diagonal(dim1=-2, dim2=-1).log().sum(-1)  # (..., K or 1, P)
+    centre = loc[..., None, None, :]
+    off = (x - centre) * seen[:, None]  # (..., K, P, R, T)
     linear = off @ precision
     norm = log_det + math.log(2 * math.pi) * seen.sum(1)
-    log_prob = log_weights[:, None, None] - 0.5 * (norm[..., None] + (linear * off).sum(3))  # (K, P, R)
-    density = log_prob.logsumexp(0)
-    share = (log_prob - density).exp_() * live
-    filled = torch.where(seen[:, None] > 0, x, loc[:, None, None] + linear @ cov[:, None])
-    of_filled = (share[..., None] * filled).flatten(1, 2)  # (K, P R, T)
-    left = cov[:, None] - cov[:, None] @ precision @ cov[:, None]
-    left = left * (hidden[:, :, None] * hidden[:, None, :])
-    of_pattern, left = share.sum(2)[:, None], left.flatten(2)  # (K, 1, P), (K or 1, P, T T)
-    of_left = (of_pattern @ left).reshape(n_components, n_tokens, n_tokens)
-    second = of_filled.mT @ filled.flatten(1, 2) + of_left
-    return share.sum((1, 2)), of_filled.sum(1), second, (density * live).sum()
+    square = (linear * off).sum(-1)  # (..., K, P, R)
+    log_prob = log_weights[..., None, None] - 0.5 * (norm[..., None] + square)
+    n_cells = seen.sum(1, keepdim=True).expand_as(live).flatten()
+    share, density = shares(key, log_prob.flatten(-2), lambda: square.flatten(-2), n_cells)
+    share = share.unflatten(-1, live.shape) * live
+    filled = torch.where(seen[:, None] > 0, x, centre + linear @ cov).flatten(-3, -2)  # (..., K, P R, T)
+    of_filled = share.flatten(-2)[..., None] * filled
+    left = cov - cov @ precision @ cov
+    left = (left * (hidden[:, :, None] * hidden[:, None, :])).flatten(-2)  # (..., K or 1, P, T T)
+    of_left = (share.sum(-1)[..., None, :] @ left).unflatten(-1, (n_tokens, n_tokens))[..., 0, :, :]
+    second = of_filled.mT @ filled + of_left
+    return share.sum((-2, -1)), of_filled.sum(-2), second, (density * live.flatten()).sum(-1)

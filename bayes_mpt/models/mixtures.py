@@ -152,7 +152,7 @@ class GaussianMixture(CheckedModel):
         self._refuse_singular(table, prior)
         expect = expectation(table.rows, kind)
         if bool(table.rows.isnan().any()):
-            start, used = best_start(table, expect, start, kind, prior, max_iter // 2)
+            start, used = best_start(table, start, kind, prior, max_iter // 2)
             max_iter -= used
         try:
             climb = run_em(table, expect, start, kind, tol=tol, max_iter=max_iter, prior=prior, relative=True)

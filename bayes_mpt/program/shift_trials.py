@@ -5,13 +5,15 @@ With x the arguments, z latents and parameters, z0 and x0 those of the first run
     v(x, z0) - v(x0, z0) = c (x - x0) of one cell of one argument, another one for each number, with one factor c
     v(x, z) - c x = v(x0, z) - c x0     for z and x far away as well
 
-Its Jacobian |dv/dx| is then |c|, and the density of the values is that of the cells |c| x. A scale that moves, lags and
-statistics of other rows have other Jacobians, or none.
+Or, of a value of one number, a shift of one cell by what earlier cells are (residuals x_t - theta e_(t-1)): the slopes
+of all values are a triangle then. Its Jacobian |dv/dx| is |c|, and the density of the values is that of the cells
+|c| x. A scale that moves, lags in a vector and statistics of other rows have other Jacobians, or none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import pyro
@@ -32,6 +34,7 @@ __all__ = ["find_shifts", "observing_cells"]
 
 STEPS = (1.0, 10.0, 0.1, 100.0, 1.0, 10.0, 1000.0, 1.0)  # of the cells, in their spread
 MIN_PAIRS = 2
+MAX_SITES = 512  # of one number, whose slopes in all cells are looked at
 MAX_COLUMNS = 256  # of an argument whose columns are not all observed
 TOL = {torch.float64: 1e-9, torch.float32: 1e-4}
 
@@ -96,8 +99,14 @@ def find_shifts(model: Model, args: tuple[Any, ...]) -> tuple[Shift, ...]:
     for node in observed_nodes(first):
         name, value = node["name"], node["value"]
         moving = [pair for pair in finder.pairs if not torch.equal(pair.values[name], value)]
-        if moving or value.requires_grad:
-            found.append(finder.shift_of(name, moving or finder.pairs[:1]))
+        if moving or value.requires_grad or name in finder.holding:
+            try:
+                found.append(finder.shift_of(name, moving or finder.pairs[:1]))
+            except ModelError:
+                own = finder.own_cell(name)
+                if own is None:
+                    raise
+                found.append(own)
     _refuse_repeated(found)
     return tuple(found)
 
@@ -117,6 +126,9 @@ class _Finder:
         self.model, self.args, self.first = model, args, first
         self.here = Point(values_of(first))
         self.names = tuple(n["name"] for n in observed_nodes(first))
+        self.slopes: list[dict[tuple[str, int], Tensor]] = []
+        """Of all sites, at three points; looked for where they are asked for."""
+        self.holding = self._holding()
         self.pairs = list(self._pairs())
         if len(self.pairs) < MIN_PAIRS:
             _refuse(
@@ -125,6 +137,13 @@ class _Finder:
             )
 
     # --------------------------------------------------------------------------------------------------------- runs
+
+    def _holding(self) -> set[str]:
+        """Sites whose values are computed from latents, whether these move them here or not."""
+        held = {n: v.clone().requires_grad_() for n, v in self.here.latents.items() if v.is_floating_point()}
+        with pyro.validation_enabled(False):
+            trace = run(self.model, self.args, {**self.here.latents, **held, **sub_samples(self.first)})
+        return {name for name in self.names if node_of(trace, name)["value"].requires_grad}
 
     def _pairs(self) -> Iterator[_Pair]:
         for point in other_points(self.model, self.args, self.first):
@@ -158,6 +177,58 @@ class _Finder:
                 self._refuse_others(name, position, columns, cells, factor)
                 return self._described(name, position, cells, factor)
         _refuse(name, "and not by a shift alone")
+
+    def own_cell(self, name: str) -> Shift | None:
+        """The cell x_t of a value of one number x_t - f(earlier cells, z), as residuals of a moving average have it.
+
+        Its slope is the same at all latents and parameters, and no site before moves with it. All slopes together are
+        triangular then. That f moves with earlier cells alone is for `bayes_mpt.program.token_graph` to see.
+        """
+        if self.first.nodes[name]["value"].numel() != 1 or len(self.names) > MAX_SITES:
+            return None
+        self.slopes = self.slopes or [
+            self._slopes(self.args, self.here),
+            self._slopes(self.args, self.pairs[0].at),
+            self._slopes(tuple(map(_elsewhere, self.args)), self.pairs[1].at),
+        ]
+        before = self.names[: self.names.index(name)]
+        for position in reversed(range(len(self.args))):
+            found = [slopes[name, position] for slopes in self.slopes if (name, position) in slopes]
+            if len(found) < len(self.slopes):
+                continue
+            same = found[0] != 0
+            for other in found[1:]:
+                same = same & ((found[0] - other).abs() <= TOL.get(other.dtype, 1e-4) * found[0].abs())
+            for slopes in self.slopes:
+                for earlier in before:
+                    same = same & (slopes.get((earlier, position), torch.zeros_like(found[0])) == 0)
+            if bool(same.any()):
+                cell = same.nonzero()[-1, 0]
+                shape = self.first.nodes[name]["value"].shape
+                return self._described(name, position, cell.reshape(shape), _whole(float(found[0][cell])))
+        return None
+
+    @torch.enable_grad()
+    def _slopes(self, args: tuple[Any, ...], at: Point) -> dict[tuple[str, int], Tensor]:
+        """Slopes of each site's value in the cells of each argument, by site and argument."""
+        positions = [
+            i
+            for i, a in enumerate(args)
+            if isinstance(a, Tensor) and a.is_floating_point() and a.ndim and a.numel()
+        ]
+        own = list(args)
+        for i in positions:
+            own[i] = own[i].detach().clone().requires_grad_()
+        out: dict[tuple[str, int], Tensor] = {}
+        with pyro.validation_enabled(False), moved_parameters(at.size, at.seed), suppress(*FAILURES):
+            trace = run(self.model, tuple(own), {**at.latents, **sub_samples(self.first)})
+            for name in self.names:
+                value = node_of(trace, name)["value"]
+                if value.requires_grad:
+                    cells = [own[i] for i in positions]
+                    found = torch.autograd.grad(value.sum(), cells, retain_graph=True, materialize_grads=True)
+                    out |= {(name, i): g.flatten() for i, g in zip(positions, found, strict=True)}
+        return out
 
     def _columns(self, name: str, position: int, pair: _Pair) -> Tensor | None:
         """Which cells of a row of this argument move the value by the same at other latents (bool); None for none."""
@@ -216,8 +287,7 @@ class _Finder:
         size = (one.abs() + 2 * value.abs()) / step.abs()
         if not _near(factors, torch.full_like(factors, factor), size):
             _refuse(name, _SEVERAL)
-        nearest = round(factor)  # x - f exactly, up to rounding
-        return cells, float(nearest) if nearest and abs(factor - nearest) <= 1e-6 * abs(factor) else factor
+        return cells, _whole(factor)
 
     def _refuse_others(self, name: str, position: int, columns: Tensor, cells: Tensor, factor: float) -> None:
         """The value must be these cells times the factor and the same whatever they are, at all pairs."""
@@ -275,6 +345,20 @@ def _unit(arg: Tensor) -> Tensor:
     """What a cell of each column is moved by: its spread and size."""
     size = arg.abs().mean(0) + arg.std(0, correction=0)
     return torch.where(size > 0, size, torch.ones_like(size))
+
+
+def _elsewhere(arg: Any) -> Any:
+    """Other values for the cells of an argument."""
+    if not isinstance(arg, Tensor) or not arg.is_floating_point() or not arg.ndim:
+        return arg
+    generator = torch.Generator().manual_seed(1)
+    return arg + _unit(arg) * torch.rand(arg.shape, generator=generator, dtype=torch.float64).to(arg)
+
+
+def _whole(factor: float) -> float:
+    """That of x - f exactly, up to rounding."""
+    nearest = round(factor)
+    return float(nearest) if nearest and abs(factor - nearest) <= 1e-6 * abs(factor) else factor
 
 
 def _near(a: Tensor, b: Tensor, size: Tensor) -> bool:

@@ -41,8 +41,8 @@ def test_a_search_ranks_by_it(search):
     assert search.best_params_ == {"model__n_components": 2}
     table_ = search.comparison_
     assert (table_["se"] >= 0).all() and table_["se"].iloc[0] < 0.5
-    assert table_["weight"].sum() == pytest.approx(1)
-    assert table_["weight"].iloc[0] > 0.9
+    # above .95 they named the true number in 64 % of 108 cases: benchmarks/ranking/mixture_choice.py
+    assert table_["weight"].isna().all()
 
 
 def test_an_average_predicts_by_the_posterior(search):

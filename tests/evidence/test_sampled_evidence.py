@@ -281,7 +281,11 @@ def test_refused():
 def test_marked():
     x = table(21, 8, 5, 1)
     found = evidence(x, 3, factor_prior(x), max_particles=128)
-    assert any("more than a covariance" in flag for flag in found.flags)
+    assert any("more than a covariance" in flag and "rows are few" in flag for flag in found.flags)
+    x = table(21, 60, 5, 1)
+    flags = [evidence(x, k, factor_prior(x), se=1.0, max_particles=256).flags for k in (2, 3)]
+    assert not any("modes may be missed" in flag for flag in flags[0])
+    assert any("modes may be missed" in flag for flag in flags[1])
 
 
 @pytest.mark.parametrize("holes", [0.0, 0.2])

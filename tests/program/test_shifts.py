@@ -9,7 +9,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer.reparam import LocScaleReparam
-from scipy import integrate, stats
+from scipy import integrate, optimize, stats
 from scipy.special import logsumexp
 from truths import log_density
 
@@ -314,7 +314,9 @@ def test_other_functions_of_the_data_are_refused(how, parameters):
 
 def test_a_latent_that_moves_no_value_of_these_data_is_seen():
     """x - m (x > 50) is x where no x is so large, and has no density elsewhere."""
-    with pytest.raises(ModelError, match="observed values of site 'r' change with the latents 'm', 's'"):
+    with pytest.raises(
+        ModelError, match="site 'r' are computed from latents or parameters, and not by a shift alone"
+    ):
         choose(observing(lambda x, m, s: x[:, 0] - m * (x[:, 0] > 50).to(x)), (torch.from_numpy(X),))
 
 
@@ -328,3 +330,65 @@ def test_a_shift_without_gradients_is_refused(cut):
     program = observing(lambda x, m, s: x[:, 0] - cut(m), parameters=True)
     with pytest.raises(ModelError, match="cut off from gradients"):
         choose(program, (torch.from_numpy(X),))
+
+
+# ------------------------------------------------------------------------------------------------ residuals of a series
+
+
+def moving_average(x, share=None):
+    share = pyro.sample("share", dist.Normal(0.0, 0.5)) if share is None else share()
+    before = x.new_zeros(())
+    for t in range(len(x)):
+        residual = x[t, 0] - share * before
+        pyro.sample(f"x_{t}", dist.Normal(0.0, 1.0), obs=residual)
+        before = residual
+
+
+def of_share(share):
+    """x = e + share * (e one step before): its residuals by a triangular system of ones."""
+    return stats.norm.logpdf(np.linalg.solve(np.eye(12) + share * np.eye(12, k=-1), x0)).sum()
+
+
+def test_a_moving_average_by_residuals():
+    found = BayesMPT(moving_average).fit(X[:, :1])
+    truth = integral(lambda share: of_share(share) + stats.norm.logpdf(share, 0, 0.5), -3, 3)
+    assert found.log_marginal_likelihood_ == pytest.approx(truth, abs=1e-6)
+    trained = BayesMPT(lambda x: moving_average(x, lambda: pyro.param("share", torch.tensor(0.1)))).fit(
+        X[:, :1]
+    )
+    best = optimize.minimize_scalar(lambda s: -of_share(s), bounds=(-3, 3), method="bounded").fun
+    assert trained.log_marginal_likelihood_ == pytest.approx(-best, abs=1e-6)
+
+
+def test_an_autoregression_by_residuals_is_conditional_on_its_first_cell():
+    def program(x):
+        slope, mean = (pyro.param(name, torch.tensor(0.1)) for name in ("slope", "mean"))
+        scale = pyro.param("scale", torch.tensor(1.0), constraint=dist.constraints.positive)
+        for t in range(1, len(x)):
+            pyro.sample(f"x_{t}", dist.Normal(0.0, scale), obs=x[t, 0] - mean - slope * x[t - 1, 0])
+
+    columns = np.c_[np.ones(11), x0[:-1]]
+    rest = x0[1:] - columns @ np.linalg.lstsq(columns, x0[1:], rcond=None)[0]
+    model = BayesMPT(program).fit(X[:, :1])
+    assert model.log_marginal_likelihood_ == pytest.approx(normal(rest, 0, rest.std()).sum(), abs=1e-7)
+    assert "conditioned on x[0]" in model.explain()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        lambda x, t, a: (x[t] - 0.3 * x[t - 1]) / (1 + a**2),
+        lambda x, t, a: x[t].sinh() - a,
+        lambda x, t, a: x[t] - a * x[(t + 1) % len(x)],
+        lambda x, t, a: x[t] - a * torch.tanh(x[t]),
+    ],
+    ids=["scale", "sinh", "cycle", "own cell"],
+)
+def test_residuals_with_other_jacobians_are_refused(value):
+    def program(x):
+        a = pyro.sample("a", dist.Normal(0.0, 0.1))
+        for t in range(len(x)):
+            pyro.sample(f"x_{t}", dist.Normal(0.0, 1.0), obs=value(x[:, 0], t, a))
+
+    with pytest.raises(ModelError, match="are computed from latents or parameters, and"):
+        BayesMPT(program).fit(X[:, :1])
