@@ -177,24 +177,27 @@ def _free_parts(reading: DenseMap, leaves: dict[str, Tensor]) -> dict[str, list[
     return {"noise": sorted(of_noise), "loading": sorted(of_loading), "loc": sorted(of_loc)}
 
 
-def _targets(
-    reading: DenseMap, factors: incomplete.Maximum, moments: SufficientStatistics
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """What each part of the map should become, and the unit of a miss."""
+def _targets(reading: DenseMap, factors: incomplete.Maximum) -> dict[str, Tensor]:
+    """What each part of the map should become: log noise (T,), loadings (T, K), mean (T,)."""
 
     def as_tensor(a: NDArray[np.float64]) -> Tensor:
         return torch.as_tensor(np.ascontiguousarray(a)).to(reading.loc)
 
     loading = np.zeros(reading.loading.shape[-2:])  # beyond T latents, columns of zeros
     loading[:, : factors.loading.shape[1]] = factors.loading
+    return {
+        "noise": as_tensor(np.log(factors.noise)),
+        "loading": as_tensor(loading),
+        "loc": as_tensor(factors.mean),
+    }
+
+
+def _units(targets: dict[str, Tensor], moments: SufficientStatistics) -> dict[str, Tensor]:
+    """The unit of a miss of each part."""
     sd = moments.variance.sqrt()
     sd = torch.where(sd > 0, sd, torch.ones_like(sd))
-    sd = torch.maximum(sd, as_tensor(factors.noise).sqrt())  # of a constant column, rounding
-    return {
-        "noise": (as_tensor(np.log(factors.noise)), torch.ones_like(sd)),
-        "loading": (as_tensor(loading), sd[:, None]),
-        "loc": (as_tensor(factors.mean), sd),
-    }
+    sd = torch.maximum(sd, (0.5 * targets["noise"]).exp())  # of a constant column, rounding
+    return {"noise": torch.ones_like(sd), "loading": sd[:, None], "loc": sd}
 
 
 def _move_to(
@@ -205,9 +208,9 @@ def _move_to(
     What is read there comes with its total log-density and the mean score a row, which has its share of a prior.
     ``off`` is how far, relative, the score may be from that of the factors.
     """
-    leaves, targets = problem.leaves(), _targets(free.reading, factors, moments)
+    leaves, targets = problem.leaves(), _targets(free.reading, factors)
     before = {n: leaf.detach().clone() for n, leaf in leaves.items()}
-    read = _follow(problem, free, leaves, targets)
+    read = _follow(problem, free, leaves, targets, moments)
     if read is None:
         restore(leaves, before)
         return None
@@ -216,7 +219,7 @@ def _move_to(
         score = total / problem.whole.n_rows
         moved = abs(float(score) - factors.lml) <= off * (1 + abs(factors.lml))
         if prior is not None:  # which is of the parameter that it names, and the map follows that
-            moved = moved and bool(torch.isclose(prior(), prior.of_map(targets["noise"][0].exp())))
+            moved = moved and bool(torch.isclose(prior(), prior.of_map(targets["noise"].exp())))
         if not moved:
             restore(leaves, before)
             return None
@@ -224,7 +227,11 @@ def _move_to(
 
 
 def _follow(
-    problem: Problem, free: _Free, leaves: dict[str, Tensor], targets: dict[str, tuple[Tensor, Tensor]]
+    problem: Problem,
+    free: _Free,
+    leaves: dict[str, Tensor],
+    targets: dict[str, Tensor],
+    moments: SufficientStatistics,
 ) -> Conditionals | None:
     """The map with its parts at their targets, read; None where the parameters cannot follow."""
     parts = problem.bound.structure.parts
@@ -236,21 +243,23 @@ def _follow(
     before = {n: leaf.detach().clone() for n, leaf in leaves.items()}
     _step_along_transpose(free.reading, leaves, targets, free.names)
     read = problem.objective.read()
-    if all(_reached(_map(read), part, *target) for part, target in targets.items()):
+    units = _units(targets, moments)
+    if all(_reached(_map(read), part, target, units[part]) for part, target in targets.items()):
         return read
     restore(leaves, before)
-    for part, (target, unit) in targets.items():
-        if target.numel() and not _reach(problem, [leaves[n] for n in free.names[part]], part, target, unit):
+    for part, target in targets.items():
+        own = [leaves[n] for n in free.names[part]]
+        if target.numel() and not _reach(problem, own, part, target, units[part]):
             return None
     return problem.objective.read()
 
 
 @torch.no_grad()
-def _set(parts: Parts, leaves: dict[str, Tensor], targets: dict[str, tuple[Tensor, Tensor]]) -> None:
+def _set(parts: Parts, leaves: dict[str, Tensor], targets: dict[str, Tensor]) -> None:
     """Let the parameters that are the parts of the map be their targets."""
     bounds = pyro.get_param_store().get_state()["constraints"]
     for part, name in parts._asdict().items():
-        value = targets[part][0].exp() if part == "noise" else targets[part][0]
+        value = targets[part].exp() if part == "noise" else targets[part]
         if value.numel() != leaves[name].numel():  # one noise of all tokens
             value = value[0]
         leaves[name].copy_(transform_to(bounds[name]).inv(value.reshape(leaves[name].shape)))
@@ -284,7 +293,7 @@ def _reached(reading: DenseMap, part: str, target: Tensor, unit: Tensor) -> bool
 def _step_along_transpose(
     reading: DenseMap,
     leaves: dict[str, Tensor],
-    targets: dict[str, tuple[Tensor, Tensor]],
+    targets: dict[str, Tensor],
     names: dict[str, list[str]],
 ) -> None:
     """Each part by itself: the step a J' miss of steepest descent, with the length that is best for a linear part."""
@@ -294,7 +303,7 @@ def _step_along_transpose(
     if not own:
         return
     outs, moved = list(parts.values()), [leaves[name] for _, name in own]
-    miss = [(targets[part][0] - out).detach() for part, out in parts.items()]
+    miss = [(targets[part] - out).detach() for part, out in parts.items()]
     dummies = [torch.zeros_like(out, requires_grad=True) for out in outs]
     # J' dummy, whose slope in the direction of a step v is J v; parts have leaves of their own
     pulled = torch.autograd.grad(outs, moved, dummies, create_graph=True, materialize_grads=True)

@@ -187,10 +187,11 @@ def _threads() -> ThreadpoolController:
 @contextmanager
 def one_thread(n_cells: int) -> Iterator[None]:
     """One thread around small algebra, where handing work to threads costs more than the work; then as before."""
-    if n_cells > 2**21:
+    before = torch.get_num_threads()
+    held = before == 1 and all(pool.num_threads == 1 for pool in _threads().lib_controllers)
+    if n_cells > 2**21 or held:
         yield
         return
-    before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with _threads().limit(limits=1):

@@ -22,7 +22,7 @@ __all__ = ["maximise_by_rows"]
 
 Array = NDArray[np.float64]
 
-ENOUGH = 1e-5  # of the tolerance: what a next step may gain at the end, as its length tells
+ENOUGH = 1e-4  # of the tolerance: what a next step may gain at the end, as its length tells
 RIDGE = 1e-10  # of changes that are all but multiples of each other
 MEMORY = 5  # steps that Anderson's method remembers
 NEAR = 0.1  # of their mean square, in log psi: longer ones are far from linear, and each is to be so much shorter

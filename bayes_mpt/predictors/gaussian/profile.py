@@ -45,6 +45,7 @@ __all__ = [
 Array = NDArray[np.float64]
 
 LONGEST_STEP = 3.0
+NEAR_FLOOR = 3.0  # of log psi
 ROUNDING = float(np.finfo(np.float64).eps)
 MIN_EIGENVALUE_RATIO = (
     1e-9  # of the largest eigenvalue of a squared matrix: smaller ones have lost too many digits
@@ -209,6 +210,8 @@ def diagonal(
         corr = cov.dense() / sd / sd[:, None]
         log_start = np.log(_unexplained(corr)) if given is None else given
         log_noise, top, n_iter = _newton(corr, n_latents, log_start, scaled, max_iter, tol)
+        if prior is None:
+            log_noise, top = _at_bounds(corr, n_latents, log_noise, top, tol)
         value, vectors, _ = top.spectrum
         theta, vectors = np.maximum(value[:n_latents], 1.0), vectors[:, :n_latents]
         factors = Factors(float(top.lml), np.exp(log_noise), theta, vectors, n_iter)
@@ -320,6 +323,20 @@ def _newton(
         if gain < tol * (1 + abs(loss)):
             return log_noise, profile, iteration
     return log_noise, profile, max_iter
+
+
+def _at_bounds(
+    corr: Array, n_latents: int, log_noise: Array, top: _Profile, tol: float
+) -> tuple[Array, _Profile]:
+    """Noises that go to their floor, there: on the last way to it no step gains what could be told from rounding."""
+    near = (log_noise > BOUNDS[0]) & (log_noise < BOUNDS[0] + NEAR_FLOOR) & (top.slope() < 0)
+    if not near.any():
+        return log_noise, top
+    moved = np.where(near, BOUNDS[0], log_noise)
+    there = _Profile(corr, n_latents, moved)
+    # the slope tells that it gains; of the greatest eigenvalue, about 1 / psi, the LML has its rounding
+    lost = tol * (1 + abs(top.lml)) + ROUNDING * len(corr) * there.spectrum.value[0]
+    return (moved, there) if there.lml > top.lml - lost else (log_noise, top)
 
 
 def _root(cov: Array) -> tuple[Array, int]:

@@ -201,7 +201,10 @@ class GuideDraws(NodeSource):
     def evidence(self, nodes: Nodes) -> Evidence:
         found = evidence_of_draws(nodes)
         n_draws = len(nodes.last.latents)
-        if n_draws < MIN_DRAWS or not nodes.last.names or self.one_by_one:
+        few = n_draws < MIN_DRAWS or not nodes.last.names or self.one_by_one
+        if (
+            few or self.structure.by_row
+        ):  # of each of many rows, errors of a guide are small, and hardly those of one
             return found
         if n_draws * nodes.value.numel() > MAX_CELLS:  # gradients keep what each of them was computed from
             return found
