@@ -15,7 +15,7 @@ from bayes_mpt.program.run import run
 
 __all__ = ["growing", "means_of_new"]
 
-N_DRAWS = 1000  # of the latents of new rows
+N_DRAWS = 1000  # of the latents of new rows at the least, and that run side by side
 
 
 def growing(model: Model, args: tuple[Any, ...], program: Program) -> tuple[str, ...]:
@@ -44,7 +44,7 @@ def means_of_new(
     """Means of the tokens of M new rows given the rows seen, where the latents ``names`` grow with the rows: (M,).
 
     Latents of new rows are standard normal whatever those of the rows seen are (f = L u, L lower triangular): they are
-    drawn, evenly for each row.
+    drawn, evenly for each row. Each draw given the rows seen counts by its share.
 
     Parameters
     ----------
@@ -59,17 +59,19 @@ def means_of_new(
     """
     n_seen, n_new = len(seen[0]), len(new[0])
     share = torch.tensor([s for s, _ in draws], dtype=torch.float64)
-    place = (torch.arange(N_DRAWS) + 0.5) / N_DRAWS * share.sum()
-    picked = torch.searchsorted(share.cumsum(0), place).clamp(max=len(draws) - 1)
+    copies = -(-N_DRAWS // len(draws))  # of few draws, so that enough is drawn of the new rows
+    picked = torch.arange(len(draws)).repeat_interleave(copies)
+    weight = share[picked] / (copies * share.sum())  # (S,)
     values = {name: torch.stack([v[name] for _, v in draws])[picked] for name in draws[0][1]}
-    even = torch.special.ndtri((torch.arange(N_DRAWS, dtype=torch.float64) + 0.5) / N_DRAWS)
+    n_draws = len(picked)
+    even = torch.special.ndtri((torch.arange(n_draws, dtype=torch.float64) + 0.5) / n_draws)
     both = tuple(
         torch.cat([fill(a), b]) if isinstance(a, Tensor) else a for a, b in zip(seen, new, strict=True)
     )
     program = analyze(model, both)
     longer = dict(values)
     for name in names:
-        fresh = torch.stack([even[torch.randperm(N_DRAWS)] for _ in range(n_new)], -1)
+        fresh = torch.stack([even[torch.randperm(n_draws)] for _ in range(n_new)], -1)
         longer[name] = torch.cat([values[name], fresh.to(values[name])], -1)
     everything = torch.ones(1, n_seen + n_new, dtype=torch.bool)
 
@@ -79,7 +81,10 @@ def means_of_new(
         at = {name: v.reshape(n, *pads[name], *v.shape[1:]) for name, v in at.items()}
         return read_factors(model, args, program, at, n).means(everything[:, : program.n_tokens])[:, 0]
 
-    found = means(both, program, longer)  # (S, N + M)
+    parts = [slice(i, i + N_DRAWS) for i in range(0, n_draws, N_DRAWS)]
+    found = torch.cat(
+        [means(both, program, {n: v[at] for n, v in longer.items()}) for at in parts]
+    )  # (S, N + M)
     old = fill_all(seen)
     few = means(old, analyze(model, old), {n: v[:2] for n, v in values.items()})
     if not torch.allclose(few, found[:2, :n_seen], rtol=1e-5, atol=1e-8):
@@ -87,4 +92,4 @@ def means_of_new(
             f"new rows change what latents {list(names)} mean for the old ones, so that they cannot be predicted: map "
             "them by a lower triangular matrix, as a Cholesky factor is"
         )
-    return found[:, n_seen:].mean(0)
+    return weight.to(found) @ found[:, n_seen:]

@@ -447,7 +447,7 @@ def main() -> None:
         "asked for": sizes,
         "tables": len(rows),
         "intervals": "mean, then the normal 95 % interval; differences paired by table; hit rates exact binomial",
-        "units": "shares, and nats over N rows (real: over the rows held out)",
+        "figures": "shares, and nats over N rows (real: over the rows held out)",
         **summary,
         "table": show(summary)[1:],
     }
