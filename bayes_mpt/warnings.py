@@ -70,7 +70,7 @@ class HeavyTailWarning(UserWarning):
 
 
 class DrawsWarning(UserWarning):
-    """An evidence from a user's own draws or guide has no reliable error."""
+    """An evidence from draws has no reliable error, or one too large for what is done with it."""
 
 
 class VaguePriorWarning(UserWarning):

@@ -5,8 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from bayes_mpt.estimators.rows import takes_y
+from bayes_mpt.program.offers import offered
 
-__all__ = ["counts_parameters", "is_unfitted", "predicts", "predicts_vector", "takes_labels"]
+__all__ = [
+    "counts_parameters",
+    "is_unfitted",
+    "may_take_labels",
+    "predicts",
+    "predicts_vector",
+    "takes_labels",
+]
 
 
 def is_unfitted(estimator: Any) -> bool:
@@ -20,6 +28,14 @@ def takes_labels(estimator: Any) -> bool:
         return False
     structure = estimator.fitted_.bound.structure
     return structure.one_label and estimator.fitted_.y_like is None
+
+
+def may_take_labels(estimator: Any) -> bool:
+    """The same; of a program that is not fitted yet whether that can be."""
+    if not is_unfitted(estimator):
+        return takes_labels(estimator)
+    model = estimator.model
+    return model is not None and offered(model, "symmetries") is None and not takes_y(model)
 
 
 def predicts_y(estimator: Any) -> bool:

@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import softmax
+from scipy.special import expit, logsumexp, softmax
 from sklearn.base import BaseEstimator, DensityMixin, clone
 from sklearn.pipeline import Pipeline
 from sklearn.utils import get_tags
@@ -18,7 +18,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from bayes_mpt.estimators.candidates import Candidate, before_final
 from bayes_mpt.estimators.members import YPredictive, fit_of, posterior_of
 from bayes_mpt.estimators.odds import equal_odds, given_odds
-from bayes_mpt.estimators.rows import dtype_of
+from bayes_mpt.estimators.rows import dtype_of, refuse_far, warn_of_far
 from bayes_mpt.estimators.rules import refuse_incomparable, refuse_other_priors
 from bayes_mpt.estimators.stacking import cross_fitted, log_mixture, stacked_weights
 from bayes_mpt.evidence.predictive import RowPredictive
@@ -26,9 +26,11 @@ from bayes_mpt.inputs import read_table
 from bayes_mpt.program.program import list_names
 from bayes_mpt.runtime.digests import CannotDigest, digest_of
 from bayes_mpt.runtime.serial import methods_take_turns
-from bayes_mpt.warnings import LeftOutWarning, warn
+from bayes_mpt.warnings import DrawsWarning, LeftOutWarning, warn
 
 __all__ = ["ModelAverage"]
+
+MAX_WEIGHT_SE = 0.1  # of a weight, from the errors of the evidences, beyond which it is said
 
 
 @methods_take_turns(store=True, but=("fit",))
@@ -41,9 +43,9 @@ class ModelAverage(DensityMixin, BaseEstimator):
         Whose candidates `fit` averages. It is cloned: a search that is fitted already has `average`.
     weights : "evidence" or "stacking", default="evidence"
         "evidence" weighs posterior predictives by evidence and prior odds: factor models as
-        ``BayesMPT(average="posterior")``, Gaussian mixtures over draws of all parameters, Gaussian processes over the
-        nodes that their hyper-parameters were integrated over. "stacking" weighs the fits so that their mixture
-        predicts the rows best that ``evidence="heldout"`` hides.
+        ``BayesMPT(average="posterior")``, Gaussian processes over the nodes that their hyper-parameters were integrated
+        over. "stacking" weighs the fits so that their mixture predicts the rows best that ``evidence="heldout"`` hides:
+        Gaussian mixtures too, whose evidence gives no weights.
     prior_weights : dict by candidate or array of shape (J,), optional
         Prior odds of evidence weights. By default classes of models are equal, in a class the numbers of latents,
         components or classes, and of each number the candidates.
@@ -121,8 +123,9 @@ class ModelAverage(DensityMixin, BaseEstimator):
             prior = self.prior_weights
             odds = equal_odds(candidates) if prior is None else given_odds(prior, names, kept)
             with np.errstate(divide="ignore"):
-                weights = softmax(np.array([c.evidence for c in candidates]) + np.log(odds))
-            reported = {}
+                log_weights = np.array([c.evidence for c in candidates]) + np.log(odds)
+            weights, reported = softmax(log_weights), {}
+            _warn_of_errors(some, log_weights, np.array([c.se for c in candidates]))
         else:
             scores, split = _hidden(some, candidates, search.evidence_)
             members, odds = [fit_of(c) for c in candidates], None
@@ -182,9 +185,12 @@ class ModelAverage(DensityMixin, BaseEstimator):
         rows = self._rows(X)
         log_prob = np.array([member.log_prob(rows) for member in self.members_])
         with np.errstate(divide="ignore"):
-            share = softmax(log_prob + np.log(self.weights_)[:, None], axis=0)[:, :, None]  # (J, N, 1)
+            logits = log_prob + np.log(self.weights_)[:, None]
+        with np.errstate(invalid="ignore"):
+            share = softmax(logits, axis=0)[:, :, None]  # (J, N, 1)
         means, variances = zip(*(member.fill(rows) for member in self.members_), strict=True)
         mean, hidden = (share * np.array(means)).sum(0), np.isnan(rows)
+        refuse_far(mean, rows, self._names)
         filled = np.where(hidden, mean, rows).astype(dtype_of(X), copy=False)
         if not return_std:
             return filled
@@ -224,11 +230,17 @@ class ModelAverage(DensityMixin, BaseEstimator):
         kinds = [np.float64, np.float32]
         return validate_data(self, read_table(X), reset=False, dtype=kinds, ensure_all_finite="allow-nan")
 
+    @property
+    def _names(self) -> Any:
+        return getattr(self, "feature_names_in_", range(self.n_features_in_))
+
     def _log_prob(self, X: ArrayLike, y: Any) -> NDArray[np.float64]:
         """Nats (J, N) of each row under each candidate."""
         rows = self._rows(X)
         if hasattr(self.members_[0], "fill"):  # of rows
-            return np.array([member.log_prob(rows) for member in self.members_])
+            found = np.array([member.log_prob(rows) for member in self.members_])
+            warn_of_far(found.max(0), rows, self._names)
+            return found
         if y is None:
             raise ValueError("the candidates score y given X: pass y")
         return np.array([member.log_prob(rows, y) for member in self.members_])
@@ -264,6 +276,12 @@ def _said(failed: dict[str, str]) -> str:
 
 def _posteriors(names: list[str], found: list[Candidate], rule: str) -> list[RowPredictive | YPredictive]:
     """The posterior predictive of every candidate."""
+    mixtures = [n for n, c in zip(names, found, strict=True) if c.facts.mixture]
+    if mixtures and rule == "integrated":
+        raise ValueError(
+            f"the evidence of Gaussian mixtures, {list_names(map(repr, mixtures))}, gives no weights: those of numbers "
+            "of components are far too sure. Search with evidence='heldout' for weights='stacking'"
+        )
     known = [posterior_of(c) if rule == "integrated" or c.is_evidence else None for c in found]
     members = [member for member in known if member is not None]
     if len(members) < len(known):
@@ -279,6 +297,30 @@ def _posteriors(names: list[str], found: list[Candidate], rule: str) -> list[Row
             f"{remedy}"
         )
     return members
+
+
+def _warn_of_errors(names: list[str], log_weights: NDArray[np.float64], se: NDArray[np.float64]) -> None:
+    """Where the errors of the evidences leave the weights open.
+
+    With l_j the log of a weight before it is normalised, w_j = expit(l_j - log sum_k!=j exp l_k). That difference has,
+    to first order, the variance se_j^2 + sum_k!=j (w_k / (1 - w_j))^2 se_k^2.
+    """
+    open_ = []
+    for j in np.flatnonzero(np.isfinite(log_weights)):
+        others = np.isfinite(log_weights) & (np.arange(len(names)) != j)
+        if others.any():
+            logit = log_weights[j] - logsumexp(log_weights[others])
+            error = math.hypot(se[j], *(softmax(log_weights[others]) * se[others]))
+            error = math.inf if math.isnan(error) else error  # it is not known
+            low, high = expit([logit - 2 * error, logit + 2 * error])
+            if high - low > 4 * MAX_WEIGHT_SE:
+                open_.append(f"{names[j]!r} (se {se[j]:.2g} nats, weight {low:.2f} to {high:.2f})")
+    if open_:
+        warn(
+            f"weights='evidence': the errors of the evidences leave open how much goes to {list_names(open_)}. Search "
+            "with a smaller error, evidence=Integrated(se=0.05), or with evidence='heldout' for weights='stacking'",
+            DrawsWarning,
+        )
 
 
 def _hidden(

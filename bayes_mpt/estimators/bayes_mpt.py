@@ -24,7 +24,7 @@ from sklearn.callback import CallbackSupportMixin
 from sklearn.utils import check_array, check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.metaestimators import available_if
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import check_is_fitted
 
 from bayes_mpt.estimators import availability, predictions, sampling
 from bayes_mpt.estimators.adapted import Adapted, fitted_as_written
@@ -32,13 +32,14 @@ from bayes_mpt.estimators.availability import is_unfitted, takes_labels
 from bayes_mpt.estimators.averaging import averaged
 from bayes_mpt.estimators.fit import fit_program
 from bayes_mpt.estimators.fitted import OPTIONAL, Fitted
+from bayes_mpt.estimators.labelled import Labelled
 from bayes_mpt.estimators.names import check_names
 from bayes_mpt.estimators.report import Unwatched, explain, reporter, shown
-from bayes_mpt.estimators.rows import as_fitted, check_program, dtype_of, takes_y
+from bayes_mpt.estimators.rows import check_program, checked_rows, dtype_of, takes_y
 from bayes_mpt.estimators.stored_fit import restored
 from bayes_mpt.estimators.trainer import trainer_of
 from bayes_mpt.estimators.weighed import Weighed
-from bayes_mpt.inputs import read_numbers, read_table, unmasked, widths_of
+from bayes_mpt.inputs import read_numbers, unmasked, widths_of
 from bayes_mpt.masks import Policy
 from bayes_mpt.models import PPCA
 from bayes_mpt.predictors import Conditionals, Predictor
@@ -58,6 +59,7 @@ __all__ = ["BayesMPT"]
 @methods_take_turns(store=True, but=("fit", "partial_fit"), inherited=("fit_transform",))
 class BayesMPT(
     Weighed,
+    Labelled,
     CallbackSupportMixin,
     ClassNamePrefixFeaturesOutMixin,
     TransformerMixin,
@@ -139,6 +141,8 @@ class BayesMPT(
     components_, mean_, noise_variance_ : arrays
         (K, T), (T,), (T,): the linear-Gaussian map in units of standard normal latents, where all rows share it; one
         number is the noise of a model that says so.
+    weights_, means_, covariances_ : arrays
+        Of a mixture of Gaussians, as in ``sklearn.mixture.GaussianMixture``.
     at_map_ : bool
         Whether the parameters are at the maximum a posteriori (``penalty``, or a prior that the model always adds), not
         at that of the score.
@@ -290,7 +294,7 @@ class BayesMPT(
         check_program(model, with_y=with_y, n_inputs=1 if widths is None else len(widths))
         if self.guide is not None:
             check_program(self.guide, with_y=with_y, name="guide")
-        X = self._check_rows(X, reset=before.get("more") is None)
+        X = checked_rows(self, X, reset=before.get("more") is None)
         y = read_numbers(y, len(X)) if with_y else None
         program = model if widths is None else Adapted(model, widths=widths)
         context.call_on_fit_task_begin(estimator=self, X=X, y=y)
@@ -341,17 +345,9 @@ class BayesMPT(
         """Seed of the same draws at every call, so that scores do not change from call to call."""
         return int(self.random_state) if isinstance(self.random_state, Integral) else 0
 
-    def _check_rows(self, X: ArrayLike, *, reset: bool) -> NDArray[np.floating]:
-        X = read_table(X)
-        if not reset and as_fitted(self, X):
-            return np.asarray(X)
-        return validate_data(
-            self, X, reset=reset, dtype=[np.float64, np.float32], ensure_all_finite="allow-nan"
-        )
-
     def _ready(self, X: ArrayLike) -> tuple[Fitted, NDArray[np.floating]]:
         """What the fit left, and rows that it is asked about."""
-        return self._current(), self._check_rows(X, reset=False)
+        return self._current(), checked_rows(self, X, reset=False)
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
@@ -455,7 +451,7 @@ class BayesMPT(
         if return_std and return_cov:
             raise ValueError("ask for return_std or return_cov, not both")
         if not takes_labels(self):
-            rows = self._check_rows(X, reset=False)
+            rows = checked_rows(self, X, reset=False)
             return predictions.predict_y(fitted, rows, return_std=return_std, return_cov=return_cov)
         if return_std or return_cov:
             raise ValueError("labels have neither return_std nor return_cov: see predict_proba")

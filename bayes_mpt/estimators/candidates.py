@@ -118,8 +118,6 @@ class Candidate:
     """What was integrated under which prior, where that is not the model's own: two that differ are not comparable."""
     believed: Believed | None = None
     """The fit and the posterior that the evidence was computed with, where rows are Gaussian under both."""
-    law: GaussianRows | None = None
-    """Of a new row, where the evidence was sampled with draws of all parameters of a mixture."""
     nodes: Nodes | None = None
     """What the evidence was integrated over, where that were hyper-parameters: the model itself is at their maximum."""
     held_out: float = math.nan
@@ -180,7 +178,7 @@ class Candidate:
     def predictive(self) -> RowPredictive | None:
         """The law of a new row that goes with the evidence, where that is told without the estimator."""
         if self.believed is None:
-            return self.law
+            return None
         draws, islands = self.believed.draws, self.believed.islands
         return GaussianRows.of(draws.mean(islands), draws.covariance(islands))
 
@@ -213,7 +211,6 @@ class Candidate:
     def _allocated(self, found: MixtureEvidence) -> None:
         """With all parameters of a mixture integrated."""
         self.evidence, self.se, self.prior = found.log_evidence, found.se, found.prior.describe()
-        self.law = found.law
         for flag in found.flags:
             self.doubt(flag)
 

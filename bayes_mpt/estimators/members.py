@@ -1,6 +1,6 @@
 """What an average mixes: the law of new rows, or of new y, under each candidate of a search.
 
-With weights of evidence a candidate is its posterior predictive: of factor models and mixtures a `RowPredictive` that
+With weights of evidence a candidate is its posterior predictive: of factor models a `RowPredictive` that
 goes with the evidence, of a Gaussian vector the nodes that its hyper-parameters were integrated over (`NodesOfY`).
 Where nothing was estimated that is the fit itself, as it always is with weights of hidden rows.
 """

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bayes_mpt.estimators.fitted import Fitted
-from bayes_mpt.estimators.rows import refuse_missing
+from bayes_mpt.estimators.rows import refuse_far, refuse_missing, warn_of_far
 from bayes_mpt.masks import PermutationChain, Policy, check_policy
 from bayes_mpt.predictors import Predictive
 from bayes_mpt.predictors.base import together
@@ -19,6 +19,7 @@ from bayes_mpt.predictors.new_rows import means_of_new
 from bayes_mpt.program.affine import token_means
 from bayes_mpt.program.arguments import fill_all, same_cells
 from bayes_mpt.program.layout import token_values
+from bayes_mpt.program.offers import offered
 from bayes_mpt.program.run import run
 from bayes_mpt.program.shifts import of_cells
 from bayes_mpt.program.statistics import SufficientStatistics
@@ -51,7 +52,23 @@ def score_rows(fitted: Fitted, rows: Rows, y: Any) -> tuple[NDArray[np.float64],
     else:
         with torch.no_grad():
             found = together(fitted.each(lambda read: read.evidence(), rows, y))
-    return found.by_row.cpu().numpy(), found.se
+    by_row = found.by_row.cpu().numpy()
+    if len(by_row) == len(rows):
+        warn_of_far(by_row, rows, fitted.names, _precision(fitted))
+    return by_row, found.se
+
+
+def _precision(fitted: Fitted) -> Any:
+    """In which rows are read."""
+    return np.float32 if offered(fitted.model, "dtype") == torch.float32 else np.float64
+
+
+def _told(found: Tensor, fitted: Fitted, rows: Rows) -> Rows:
+    """An answer for each row (N, ...); refused where a cell is as good as infinite."""
+    answer = found.cpu().numpy()
+    if len(answer) == len(rows):
+        refuse_far(answer, rows, fitted.names, _precision(fitted))
+    return answer
 
 
 def _score_given_seen(fitted: Fitted, rows: Rows, y: Any) -> NDArray[np.float64]:
@@ -71,7 +88,7 @@ def latent_means(fitted: Fitted, rows: Rows, y: Any) -> Rows:
     """Posterior means of the latents given each row's observed cells (N, K); of discrete ones probabilities."""
     with torch.no_grad():
         means = fitted.each(lambda read: read.posterior().mean, rows, y)
-    return torch.cat(means).cpu().numpy()
+    return _told(torch.cat(means), fitted, rows)
 
 
 def token_means_of(fitted: Fitted, latents: Rows) -> Rows:
@@ -100,7 +117,7 @@ def impute(fitted: Fitted, rows: Rows, y: Any) -> Rows:
             with fitted.program(args):
                 where = _cells_of(fitted, args)
             filled = cells.flatten().index_copy(0, where, tokens.flatten()).reshape(cells.shape)
-    return fitted.unshifted(filled.cpu().numpy())
+    return fitted.unshifted(_told(filled, fitted, rows))
 
 
 def missing_sd(fitted: Fitted, rows: Rows) -> NDArray[np.float64]:
@@ -160,7 +177,7 @@ def label_probabilities(fitted: Fitted, rows: Rows) -> NDArray[np.float64]:
     """Probabilities of the values of each row's one discrete latent given its observed cells: (N, K)."""
     with torch.no_grad():
         parts = fitted.each(lambda read: read.posterior().labels(), rows)
-    return torch.cat(parts).double().cpu().numpy()
+    return _told(torch.cat(parts), fitted, rows).astype(np.float64)
 
 
 # ------------------------------------------------------------------------------------------------------ y of rows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
 from sklearn.utils import check_array
+from sklearn.utils.validation import validate_data
 from torch import Tensor
 
 from bayes_mpt.inputs import read_numbers, read_table
@@ -18,23 +19,27 @@ from bayes_mpt.program.offers import offered
 from bayes_mpt.program.program import Model, ModelError, list_names
 from bayes_mpt.program.run import signature_of, takes_visible
 from bayes_mpt.program.statistics import SufficientStatistics, digest_of_rows
+from bayes_mpt.warnings import PrecisionWarning, warn
 
 __all__ = [
     "arguments",
     "as_fitted",
     "as_tensor",
     "check_program",
+    "checked_rows",
     "data_digest",
     "dtype_of",
     "needs_y",
     "refuse_constant",
     "refuse_empty",
+    "refuse_far",
     "refuse_missing",
     "refuse_one_row",
     "refuse_unobserved",
     "rows_of",
     "takes_y",
     "update_statistics",
+    "warn_of_far",
 ]
 
 
@@ -108,6 +113,26 @@ def as_fitted(estimator: Any, X: Any) -> bool:
         and X.shape[1] == getattr(estimator, "n_features_in_", None)
         and not hasattr(estimator, "feature_names_in_")
     )
+
+
+def checked_rows(estimator: Any, X: Any, *, reset: bool) -> NDArray[np.floating]:
+    """A table as floating-point numbers; ``reset``: it is fitted, and says how many columns there are and their names.
+
+    Raises
+    ------
+    ValueError
+        If it is no table, or not one that the model observes.
+    """
+    X = read_table(X)
+    if not reset and as_fitted(estimator, X):
+        found = np.asarray(X)
+    else:
+        kinds = [np.float64, np.float32]
+        found = validate_data(estimator, X, reset=reset, dtype=kinds, ensure_all_finite="allow-nan")
+    check = offered(estimator.model, "check_rows")
+    if check is not None:
+        check(found, getattr(estimator, "feature_names_in_", range(found.shape[1])))
+    return found
 
 
 def check_program(program: Any, *, with_y: bool, name: str = "model", n_inputs: int = 1) -> None:
@@ -216,6 +241,44 @@ def refuse_missing(X: NDArray[np.floating], names: NDArray[Any]) -> None:
             f"column {', '.join(str(names[c]) for c in columns)} of X has missing cells, on which "
             "the covariance of the observations depends: fill them or drop these rows. Only y may be missing"
         )
+
+
+def _far_cell(
+    rows: NDArray[np.floating], lost: NDArray[np.bool_], names: Iterable[Any], dtype: Any = np.float64
+) -> str:
+    """A cell that is as good as infinite, of the rows (N, T) of which an answer is ``lost`` (N,); else nothing.
+
+    Squares in units of a noise overflow, of cells far below the root of the largest number.
+    """
+    if not lost.any():
+        return ""
+    far = (np.abs(rows) > float(np.finfo(dtype).max) ** 0.25) & lost[:, None]
+    if not far.any():
+        return ""
+    row, column = np.argwhere(far)[0].tolist()
+    return f"row {row} holds {rows[row, column]:g} in column {list(names)[column]}"
+
+
+def refuse_far(
+    found: NDArray[np.floating], rows: NDArray[np.floating], names: Iterable[Any], dtype: Any = np.float64
+) -> None:
+    """Answers (N, ...) that are NaN because a cell of the row is as good as infinite."""
+    cell = _far_cell(rows, np.isnan(found).reshape(len(rows), -1).any(1), names, dtype)
+    if cell:
+        raise ValueError(
+            f"{cell}, whose square no float holds: nothing can be said of this row. Look for an error of its unit, or "
+            "give the cell as NaN, which is missing"
+        )
+
+
+def warn_of_far(
+    nats: NDArray[np.floating], rows: NDArray[np.floating], names: Iterable[Any], dtype: Any = np.float64
+) -> None:
+    """Scores (N,) that are -inf for the same reason; refuse those that are NaN."""
+    refuse_far(nats, rows, names, dtype)
+    cell = _far_cell(rows, nats == -np.inf, names, dtype)
+    if cell:
+        warn(f"{cell}: the log-density of this row is less than a float holds, -inf", PrecisionWarning)
 
 
 def refuse_one_row(n_rows: int, parameters: Sequence[str]) -> None:

@@ -372,6 +372,8 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, AsItsBe
         -----
         LeftOutWarning
             If a candidate failed; the average is of the others.
+        DrawsWarning
+            If the errors of the evidences leave a weight open by more than 0.1.
 
         Examples
         --------

@@ -23,7 +23,6 @@ from bayes_mpt.estimators.stored_fit import dump
 from bayes_mpt.evidence.draws import FactorDraws
 from bayes_mpt.evidence.expected import Believed
 from bayes_mpt.evidence.integrated import Nodes
-from bayes_mpt.evidence.predictive import GaussianRows
 from bayes_mpt.runtime.checkpoints import SUFFIX, make_room, read, set_aside, write
 from bayes_mpt.warnings import CheckpointWarning, warn
 
@@ -78,7 +77,6 @@ class Slot:
             **rows,
             "believed": None if result.believed is None else asdict(result.believed),
             "nodes": None if result.nodes is None else result.nodes._asdict(),
-            "law": None if result.law is None else asdict(result.law),
             "facts": facts,
             "left": result.left if result.estimator is None else dump(result.model.fitted_),
         }
@@ -108,7 +106,7 @@ class Slot:
         for name, kind in (("seed", int), ("digest", str), ("log_likelihood_", float), ("se", float)):
             _as(kind, left[name])
         believed, nodes = _believed(content["believed"]), _nodes(content["nodes"])
-        found = Candidate(known=known, left=left, believed=believed, nodes=nodes, law=_law(content["law"]))
+        found = Candidate(known=known, left=left, believed=believed, nodes=nodes)
         for name, value in (numbers | arrays | texts | rows).items():
             setattr(found, name, value)
         return found
@@ -218,17 +216,6 @@ def _nodes(stored: Any) -> Nodes | None:
     found = Nodes(_array(stored["theta"], 2), _array(stored["share"], 1))
     if len(found.theta) != len(found.share):
         raise TypeError("theta and share differ in length")
-    return found
-
-
-def _law(stored: Any) -> GaussianRows | None:
-    """Of a new row under a mixture."""
-    if stored is None:
-        return None
-    found = GaussianRows(*(_array(stored[k], n) for n, k in enumerate(("share", "means", "covariances"), 1)))
-    (n, t), shapes = found.means.shape, (found.share.shape, found.covariances.shape)
-    if shapes != ((n,), (n, t, t)):
-        raise TypeError(f"parts of a mixture of shapes {found.means.shape}, {shapes}")
     return found
 
 

@@ -94,7 +94,8 @@ class GaussianRows:
             if not hidden.any():
                 continue
             some = rows[index]
-            weight = softmax(self._log_joint(some, seen), axis=0)[:, :, None]  # (M, n, 1)
+            with np.errstate(invalid="ignore"):  # NaN of a cell that is as good as infinite
+                weight = softmax(self._log_joint(some, seen), axis=0)[:, :, None]  # (M, n, 1)
             across = self.covariances[:, seen][:, :, hidden]  # (M, O, H)
             gain = np.linalg.solve(self.covariances[:, seen][:, :, seen], across)
             own = self.covariances[:, hidden, hidden] - (gain * across).sum(1)  # (M, H)
@@ -103,9 +104,9 @@ class GaussianRows:
             )  # (M, n, H)
             whole = (weight * each).sum(0)
             mean[np.ix_(index, hidden)] = whole
-            var[np.ix_(index, hidden)] = (
-                weight * (np.maximum(own, 0)[:, None] + np.square(each - whole))
-            ).sum(0)
+            with np.errstate(over="ignore", invalid="ignore"):
+                between = np.square(each - whole)
+            var[np.ix_(index, hidden)] = (weight * (np.maximum(own, 0)[:, None] + between)).sum(0)
         return mean, var
 
     def _log_joint(self, rows: Array, seen: NDArray[np.bool_]) -> Array:
@@ -116,7 +117,8 @@ class GaussianRows:
         log_det = 2 * np.log(np.diagonal(root, axis1=1, axis2=2)).sum(1)
         with np.errstate(divide="ignore"):
             constant = np.log(self.share) - 0.5 * (log_det + int(seen.sum()) * LOG_2PI)
-        return np.asarray(constant[:, None] - 0.5 * np.square(white).sum(1))
+        with np.errstate(over="ignore"):  # -inf is the nearest number
+            return np.asarray(constant[:, None] - 0.5 * np.square(white).sum(1))
 
     def _parts(self, rows: Array) -> Iterator[tuple[NDArray[np.intp], NDArray[np.bool_]]]:
         """As `patterns`, some rows at a time."""

@@ -6,6 +6,7 @@ Constraints are those of scikit-learn's own parameter validation, in words of ou
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
@@ -23,6 +24,7 @@ __all__ = [
     "NumbersFrom",
     "OneOf",
     "Sequence",
+    "check_codes",
     "check_memory",
     "skipped_levels",
     "unmasked",
@@ -30,6 +32,7 @@ __all__ = [
 
 COPIES = 6  # of parameters in training: value, gradient and its parts, two moments of Adam, the best so far
 MAX_SHOWN = 5  # levels, in a warning
+MAX_CODE = 2**31
 
 
 class CheckedModel(BaseEstimator):
@@ -128,6 +131,17 @@ class Sequence(_Constraint):
 
     def __str__(self) -> str:
         return self.words
+
+
+def check_codes(X: NDArray[np.floating], names: Iterable[Any]) -> None:
+    """Refuse cells of X (N, T) that are no codes; NaN is missing, ``names`` (T,) are those of the columns."""
+    wrong = ~np.isnan(X) & ~((X >= 0) & (X < MAX_CODE) & (X == np.floor(X)))
+    if wrong.any():
+        row, column = np.argwhere(wrong)[0].tolist()
+        raise ValueError(
+            f"column {list(names)[column]} must hold codes 0, 1, 2, ..., got {float(X[row, column]):g} in row {row}: "
+            "recode its values as whole numbers from 0, by scikit-learn's OrdinalEncoder, say; NaN is missing"
+        )
 
 
 def check_memory(what: str, n_numbers: int, x: Tensor, remedy: str) -> None:

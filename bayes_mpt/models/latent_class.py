@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any, ClassVar, Literal
 
@@ -13,7 +13,14 @@ from numpy.typing import NDArray
 from pyro.distributions import constraints
 from torch import Tensor
 
-from bayes_mpt.models.checks import CheckedModel, IntegersFrom, OneOf, check_memory, skipped_levels
+from bayes_mpt.models.checks import (
+    CheckedModel,
+    IntegersFrom,
+    OneOf,
+    check_codes,
+    check_memory,
+    skipped_levels,
+)
 from bayes_mpt.models.latent_class_em import MIN_PROB, Classes, climb, codes_of, short_runs
 
 __all__ = ["LatentClass"]
@@ -110,6 +117,10 @@ class LatentClass(CheckedModel):
             if not press.args:
                 raise
             raise KeyboardInterrupt(_values(press.args[0], x)) from press
+
+    def check_rows(self, X: NDArray[np.floating], names: Iterable[Any]) -> None:
+        """Refuse cells that are no codes, by the names of their columns."""
+        check_codes(X, names)
 
     def advice(self, X: NDArray[np.floating]) -> list[str]:
         return skipped_levels(X) if self.n_levels == "auto" else []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
@@ -92,6 +92,15 @@ class Offers(Protocol):
 
     def n_free_parameters(self, params: Mapping[str, NDArray[Any]]) -> int:
         """How many numbers of the fitted density are free, for AIC and BIC."""
+
+    def check_rows(self, X: NDArray[np.floating], names: Iterable[Any]) -> None:
+        """Refuse rows X (N, T), NaN where missing, that it cannot observe; ``names`` are those of the columns.
+
+        Raises
+        ------
+        ValueError
+            Which names the column and the value.
+        """
 
     def advice(self, X: NDArray[np.floating]) -> list[str]:
         """What is odd about its settings for rows X, NaN where missing: sentences, of which fits warn."""

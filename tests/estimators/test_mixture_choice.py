@@ -45,23 +45,24 @@ def test_a_search_ranks_by_it(search):
     assert table_["weight"].isna().all()
 
 
-def test_an_average_predicts_by_the_posterior(search):
+def test_an_average_by_it_is_refused(search):
+    with pytest.raises(ValueError, match=r"'n_components=1', .* gives no weights: .* weights='stacking'"):
+        search.average(weights="evidence")
+
+
+def test_new_rows_are_predicted_by_the_posterior():
     """Of one component it is a t, of which 256 draws make a mixture of normals."""
-    average = search.average(weights="evidence")
-    x = table()
-    new = table(7, 50)
-    n, t, kappa = len(x), 2, 0.01
-    one = MarginalLikelihoodSearch(
-        BayesMPT(GaussianMixture(1)), {"model__covariance_type": ["full", "diag"]}, evidence="integrated"
-    ).fit(x)
-    prior = mixture_prior(x)
+    x, new = table(), table(7, 50)
+    n, kappa = len(x), 0.01
+    found = BayesMPT(GaussianMixture(1)).fit(x).integrated(x)
     held = kappa + n
-    scale = prior.covariance * (1 + n)
-    law = multivariate_t(prior.center, scale * (held + 1) / (held * (n + 3)), df=n + 3)
-    found = one.average(weights="evidence", prior_weights=[1.0, 0.0]).score_samples(new)
-    np.testing.assert_allclose(found, law.logpdf(new), atol=0.1)
-    assert found.sum() == pytest.approx(law.logpdf(new).sum(), abs=0.5)
-    assert t == 2 and average.score_samples(new).sum() > found.sum()  # two clusters are predicted better
+    scale = found.prior.covariance * (1 + n)
+    law = multivariate_t(found.prior.center, scale * (held + 1) / (held * (n + 3)), df=n + 3)
+    nats = found.law.log_prob(new)
+    np.testing.assert_allclose(nats, law.logpdf(new), atol=0.1)
+    assert nats.sum() == pytest.approx(law.logpdf(new).sum(), abs=0.5)
+    two = BayesMPT(GaussianMixture(2), random_state=0).fit(x).integrated(x)
+    assert two.law.log_prob(new).sum() > nats.sum()  # two clusters are predicted better
 
 
 def test_closed_form_of_one_full_component_through_a_fit():
@@ -119,9 +120,7 @@ def test_same_bits_again_and_from_a_file(tmp_path):
     again = searched(checkpoint_dir=tmp_path)
     for other in (second, again):
         assert (other.comparison_["lml"] == first.comparison_["lml"]).all()
-    new = table(6, 20)
-    averages = [s.average(weights="evidence").score_samples(new) for s in (first, again)]
-    np.testing.assert_array_equal(*averages)
+    assert (again.comparison_["se"] == first.comparison_["se"]).all()
 
 
 def test_a_subclass_may_be_another_program_and_has_no_such_evidence():

@@ -28,7 +28,7 @@ from bayes_mpt.estimators.stacking import stacked_weights
 from bayes_mpt.evidence import factor_prior, sample_evidence
 from bayes_mpt.models import PPCA, FactorAnalysis, GaussianMixture, GaussianProcess
 from bayes_mpt.program.statistics import SufficientStatistics
-from bayes_mpt.warnings import LeftOutWarning
+from bayes_mpt.warnings import DrawsWarning, LeftOutWarning, PrecisionWarning
 
 N, T = 60, 4
 GRID = {"model": [PPCA(0), PPCA(1), PPCA(2), FactorAnalysis(1)]}
@@ -533,6 +533,47 @@ def test_other_tokens_are_refused_by_the_search():
     grid = {"scale": [StandardScaler(), "passthrough"]}
     with pytest.raises(ValueError, match="not comparable.*tokens"):
         MarginalLikelihoodSearch(piped, grid).fit(table())
+
+
+def with_errors(search, lml, se):
+    """What a search would hold, had its evidences these values and errors."""
+    other = copy.copy(search)
+    other._found = [copy.copy(c) for c in search._found]
+    for c, value, error in zip(other._found, lml, se, strict=True):
+        c.evidence, c.se = value, error
+    return other
+
+
+def test_errors_that_leave_weights_open_are_said(factors):
+    """A weight's standard error over draws of the evidences is above .1 where it warns, and below where it does not."""
+    _, search, _ = factors
+    rng, odds = np.random.default_rng(0), np.full(4, 0.25)
+    for lml, se, said in (
+        ([0.0, 0.0, -60.0, -60.0], [0.5, 0.5, 0.1, 0.1], True),
+        ([0.0, -4.0, -60.0, -60.0], [4.0, 0.1, 0.1, 0.1], True),
+        ([0.0, 0.0, -1.0, -2.0], [0.1, 0.1, 0.1, 0.1], False),
+        ([0.0, -30.0, -60.0, -60.0], [2.0, 2.0, 2.0, 2.0], False),
+    ):
+        drawn = softmax(np.array(lml) + np.array(se) * rng.normal(size=(4000, 4)), axis=1)
+        assert (drawn.std(0).max() > 0.1) == said
+        other = with_errors(search, lml, se)
+        if said:
+            words = rf"'PPCA.n_components=0.' \(se {se[0]:g} nats, weight 0\.\d+ to \S+\).*weights='stacking'"
+            with pytest.warns(DrawsWarning, match=words):
+                other.average(prior_weights=odds)
+        else:
+            other.average(prior_weights=odds)  # warnings are errors here
+    with pytest.warns(DrawsWarning, match="se nan nats, weight 0.00 to 1.00"):
+        with_errors(search, [0.0, 0.0, 0.0, 0.0], [np.nan, 0.1, 0.1, 0.1]).average(prior_weights=odds)
+
+
+def test_a_cell_too_far_to_square_is_named_by_an_average(factors):
+    _, search, _ = factors
+    new = np.array([[1.0, 2.0, np.nan, 1.0], [1.0, 1e200, np.nan, 1.0]])
+    with pytest.raises(ValueError, match=r"row 1 holds 1e\+200 in column 1, whose square no float holds"):
+        search.average().impute(new)
+    with pytest.warns(PrecisionWarning, match=r"row 1 holds 1e\+200 in column 1: the log-density"):
+        assert search.average().score_samples(new)[1] == -np.inf
 
 
 def test_another_prior_is_refused(factors):

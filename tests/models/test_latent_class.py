@@ -3,6 +3,7 @@
 import itertools
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -187,3 +188,17 @@ def test_odd_tables_have_a_likelihood_and_a_maximum(change):
 def test_tables_that_are_refused(x, message):
     with pytest.raises(ValueError, match=message):
         BayesMPT(LatentClass(2, 3), random_state=0).fit(x)
+
+
+@pytest.mark.parametrize("value, got", [(0.5, "0.5"), (-1.0, "-1"), (1e200, r"1e\+200")])
+def test_what_is_no_code_is_named_in_fits_and_new_rows(value, got):
+    x = pd.DataFrame(table(6, n_rows=30, holes=0.1), columns=["a", "b", "c", "d", "e"])
+    wrong = x.copy()
+    wrong.loc[4, "c"] = value
+    words = f"column c must hold codes 0, 1, 2, ..., got {got} in row 4: recode .* OrdinalEncoder"
+    with pytest.raises(ValueError, match=words):
+        BayesMPT(LatentClass(2)).fit(wrong)
+    fitted = BayesMPT(LatentClass(2), random_state=0).fit(x)
+    for ask in (fitted.score_samples, fitted.predict_proba, fitted.impute):
+        with pytest.raises(ValueError, match=words):
+            ask(wrong)

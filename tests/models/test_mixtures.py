@@ -1,18 +1,22 @@
 """Mixtures of Gaussians: EM with missing cells, and the prior of the covariances; against loops over rows by scipy."""
 
 import numpy as np
+import pandas as pd
 import pyro
 import pytest
 import torch
 from scipy.special import logsumexp
+from scipy.stats import multivariate_normal
 from sklearn import mixture
 from sklearn.datasets import load_iris, load_wine
+from sklearn.mixture._gaussian_mixture import _compute_precision_cholesky
 from tables import tensor
 from truths import mixture_log_terms, responsibilities
 
 from bayes_mpt import BayesMPT, MarginalLikelihoodSearch
-from bayes_mpt.models import GaussianMixture, mixture_em
+from bayes_mpt.models import PPCA, FactorAnalysis, GaussianMixture, MixtureOfFactorAnalyzers, mixture_em
 from bayes_mpt.training import Ascent
+from bayes_mpt.warnings import PrecisionWarning
 
 pytestmark = pytest.mark.usefixtures("own_store")
 
@@ -362,3 +366,70 @@ def test_a_fit_with_holes_is_as_good_as_the_best_of_ten(kind):
         ends.append(value(end))
     fit = BayesMPT(program, training=Ascent(tol=1e-7), random_state=0).fit(x)
     assert value({name: tensor(v) for name, v in fit.params_.items()}) > max(ends) - 0.1
+
+
+# ------------------------------------------------------------------------------------------ as scikit-learn's users ask
+
+
+@pytest.mark.parametrize("kind", ["full", "tied", "diag", "spherical"])
+def test_parameters_and_labels_by_scikit_learns_names(kind):
+    """Their density at our parameters, shapes included, is ours."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(60, 2)) + 6.0 * rng.integers(0, 2, (60, 1))
+    model = BayesMPT(GaussianMixture(2, kind), random_state=0)
+    assert hasattr(model, "fit_predict") and not hasattr(model, "means_")
+    labels = model.fit_predict(x)
+    np.testing.assert_array_equal(labels, model.predict(x))
+    theirs = mixture.GaussianMixture(2, covariance_type=kind).fit(x)
+    assert model.means_.shape == theirs.means_.shape and model.covariances_.shape == theirs.covariances_.shape
+    theirs.weights_, theirs.means_, theirs.covariances_ = model.weights_, model.means_, model.covariances_
+    theirs.precisions_cholesky_ = _compute_precision_cholesky(model.covariances_, kind)
+    np.testing.assert_allclose(theirs.score_samples(x), model.score_samples(x), rtol=1e-10)
+    np.testing.assert_array_equal(theirs.predict(x), labels)
+
+
+def test_covariances_of_factor_analysers_and_programs_without_labels():
+    x = np.random.default_rng(1).normal(size=(40, 3))
+    model = BayesMPT(MixtureOfFactorAnalyzers(2, 1), random_state=0).fit(x)
+    laws = [multivariate_normal(m, c) for m, c in zip(model.means_, model.covariances_, strict=True)]
+    want = logsumexp([np.log(w) + law.logpdf(x) for w, law in zip(model.weights_, laws, strict=True)], axis=0)
+    np.testing.assert_allclose(model.score_samples(x), want, rtol=1e-9)
+    assert not hasattr(BayesMPT(PPCA(1)), "fit_predict") and not hasattr(BayesMPT(PPCA(1)).fit(x), "weights_")
+    with pytest.raises(ValueError, match="labels rows by the one discrete latent"):
+        BayesMPT(no_labels).fit_predict(x)
+
+
+def no_labels(x):
+    loc = pyro.param("loc", torch.zeros(3, dtype=x.dtype))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("x", pyro.distributions.Normal(loc, 1.0).to_event(1), obs=x)
+
+
+# --------------------------------------------------------------------------------------- rows as good as infinitely far
+
+
+@pytest.mark.parametrize("kind", ["full", "tied", "diag", "spherical"])
+def test_labels_of_a_row_too_far_to_square_are_refused(kind):
+    x = np.random.default_rng(0).normal(size=(40, 3))
+    model = BayesMPT(GaussianMixture(2, kind), random_state=0).fit(x)
+    new = np.array([[0.0, 1.0, np.nan], [0.0, 1e200, np.nan]])
+    with pytest.warns(PrecisionWarning, match=r"row 1 holds 1e\+200 in column 1: the log-density"):
+        nats = model.score_samples(new)
+    assert np.isfinite(nats[0]) and nats[1] == -np.inf
+    for ask in (model.predict_proba, model.predict, model.transform, model.impute):
+        with pytest.raises(ValueError, match=r"row 1 holds 1e\+200 in column 1, whose square no float holds"):
+            ask(new)
+    far = np.array([[0.0, 1e150, np.nan]])  # its square is a number
+    assert np.isfinite(model.score_samples(far)).all() and np.isfinite(model.predict_proba(far)).all()
+
+
+@pytest.mark.parametrize("model", [PPCA(1), FactorAnalysis(1)], ids=repr)
+def test_a_row_too_far_to_square_is_imputed_and_its_score_is_said(model):
+    x = np.random.default_rng(0).normal(size=(40, 3)) @ np.array([[2.0, 1, 0], [0, 1, 1], [0, 0, 1]])
+    fitted = BayesMPT(model).fit(pd.DataFrame(x, columns=["a", "b", "c"]))
+    new = pd.DataFrame([[0.0, 1.0, np.nan], [2e200, 1e200, np.nan]], columns=["a", "b", "c"])
+    with pytest.warns(PrecisionWarning, match=r"row 1 holds 2e\+200 in column a: the log-density"):
+        assert fitted.score_samples(new)[1] == -np.inf
+    cov = fitted.get_covariance()
+    want = cov[2, :2] @ np.linalg.solve(cov[:2, :2], [2.0, 1.0])
+    assert fitted.impute(new)[1, 2] == pytest.approx(1e200 * want, rel=1e-8)
