@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bayes_mpt.estimators.fitted import Fitted
-from bayes_mpt.estimators.rows import as_tensor
+from bayes_mpt.estimators.rows import as_tensor, refuse_far
 from bayes_mpt.predictors.nodes.annealed import Annealed, AnnealedImportance, Bracket
 from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.simulation import simulate, simulate_in_order
@@ -93,6 +93,9 @@ def draw_missing(fitted: Fitted, rows: NDArray[np.floating], y: Any, n_samples: 
             parts = fitted.each(lambda read: read.posterior().draws(n_samples), rows, y)
         except NotImplementedError as error:
             raise ValueError(f"{error}: use impute for their means") from error
+        except RuntimeError:  # torch refuses probabilities that are NaN
+            refuse_far(np.full(len(rows), np.nan), rows, fitted.names)
+            raise
     return fitted.unshifted(torch.cat(parts, 1).double().cpu().numpy())
 
 

@@ -416,7 +416,7 @@ def test_labels_of_a_row_too_far_to_square_are_refused(kind):
     with pytest.warns(PrecisionWarning, match=r"row 1 holds 1e\+200 in column 1: the log-density"):
         nats = model.score_samples(new)
     assert np.isfinite(nats[0]) and nats[1] == -np.inf
-    for ask in (model.predict_proba, model.predict, model.transform, model.impute):
+    for ask in (model.predict_proba, model.predict, model.transform, model.impute, model.sample_missing):
         with pytest.raises(ValueError, match=r"row 1 holds 1e\+200 in column 1, whose square no float holds"):
             ask(new)
     far = np.array([[0.0, 1e150, np.nan]])  # its square is a number
