@@ -124,7 +124,11 @@ def with_meeting_entries(model: Model, args: tuple[Any, ...], program: Program) 
         with suppress(*FAILURES):
             found = _run(model, args, program, {}, 1)
             found.trace.symbolize_dims()
-            return program._replace(meeting=tuple(meeting_plates(found.trace, found.log_probs).items()))
+            whole = {
+                name: t.sum(tuple(range(-n, 0))) if n else t
+                for name, (t, n) in _log_probs(found.trace, program).items()
+            }
+            return program._replace(meeting=tuple(meeting_plates(found.trace, whole).items()))
         with suppress(*FAILURES):  # entries that are looked up, z[..., index], have to be there
             together = program._replace(meeting=tuple(every.items()))
             _run(model, args, together, {}, 1)

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import starmap
 from typing import Any, NamedTuple
 
 import torch
@@ -298,7 +299,7 @@ class Factors(NamedTuple):
 
     def _finish(self, terms: list[tuple[frozenset[str], Tensor]]) -> Tensor:
         tree: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
-        for ordinal, term in map(self._out_of_plates, *zip(*terms, strict=True)):
+        for ordinal, term in starmap(self._out_of_plates, terms):
             tree.setdefault(ordinal, []).append(term)
         kept = frozenset(self.kept)
         ring = LogRing(dim_to_size=dict(self.sizes))

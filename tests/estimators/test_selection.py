@@ -612,9 +612,13 @@ def test_a_constant_column_with_missing_cells_too():
         BayesMPT(training=Ascent(max_iter=60), random_state=0), grid, evidence="train"
     ).fit(x)
     assert s.best_index_ == 0 and s.comparison_["diag"].iloc[1:].str.contains("'d'").all()
-    five = BayesMPT(PPCA(5), training=Ascent(max_iter=60), random_state=0).fit(x)
-    fits = {"one": BayesMPT(PPCA(1)).fit(x), "five": five}
-    assert "'d'" in compare(fits, x, evidence="train").loc["five", "diag"]
+    try:  # without bound: whether rounding lets sixty iterations come to the floor decides
+        five = BayesMPT(PPCA(5), training=Ascent(max_iter=60), random_state=0).fit(x)
+    except ValueError as error:
+        assert "'d'" in str(error) and "no maximum" in str(error)
+    else:
+        fits = {"one": BayesMPT(PPCA(1)).fit(x), "five": five}
+        assert "'d'" in compare(fits, x, evidence="train").loc["five", "diag"]
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,7 @@ def test_a_mixture_keeps_its_best(monkeypatch):
     def pressed(self, x, params, **settings):
         amax = Pressed(torch.Tensor.amax, 3)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.Tensor, "amax", lambda t, *args: amax(t, *args))
+            patch.setattr(torch.Tensor, "amax", lambda t, *args, **named: amax(t, *args, **named))
             return maximize(self, x, params, **settings)
 
     monkeypatch.setattr(GaussianMixture, "maximize", pressed)

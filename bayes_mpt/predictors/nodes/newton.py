@@ -22,7 +22,8 @@ __all__ = [
 ]
 
 LAST_GAIN = 1e-9  # nats: the next step would move the nodes by 1e-9 standard deviations
-SETTLED = 1e-13  # nats: the same of rows, whose nodes have the root of one step before
+SETTLED = 1e-13  # nats: the same of rows at the least
+EXACT = 1e-16  # nats: a root of one step before is that of the mode to 1e-8
 LONGEST_STEP = 5.0
 MAX_HALVINGS = 12
 AT_ONCE = 4  # halvings that are tried side by side: a run costs hardly more for several
@@ -46,12 +47,14 @@ def newton(
     """Newton's method on (S, N, d) -> (S, N), all rows side by side, and the curvature at the last step but one.
 
     ``log_prob(u, nodes)`` is asked for some of the S, by their numbers: a node whose rows have all come to rest is
-    left alone. Of a log-density no more than the share ``sure`` is to be gained by a step that need not climb. Kept by
-    hand: scipy's optimisers climb one row at a time, and not within torch's graph.
+    left alone. Of a log-density no more than the share ``sure`` is to be gained by a step that need not climb, of which
+    one more is taken where the curvature moves with it. Kept by hand: scipy's optimisers climb one row at a time, and
+    not within torch's graph.
     """
     mode = u.detach().clone()
     roots = mode.new_zeros(*mode.shape, mode.shape[-1])
     stuck = torch.zeros(mode.shape[:-1], dtype=torch.bool, device=mode.device)  # no step of theirs climbs
+    settled = stuck.clone()  # a step ago
     nodes = torch.arange(len(mode), device=mode.device)
     here = mode.clone().requires_grad_()
     before = log_prob(here, nodes)
@@ -64,16 +67,19 @@ def newton(
         gain = (slope * step).sum(-1)  # (S, N)
         longest = step.abs().amax(-1, keepdim=True)
         step = step * (LONGEST_STEP / longest.clamp(min=LONGEST_STEP))
-        enough = (gain <= torch.clamp(sure * (1 + before.abs()), min=SETTLED)) | stuck[nodes]
+        step = torch.where(stuck[nodes][..., None], 0.0, step)
+        there = (gain <= torch.clamp(sure * (1 + before.abs()), min=SETTLED)) | stuck[nodes]
+        enough = there & (settled[nodes] | stuck[nodes] | (gain <= EXACT))
+        settled[nodes] = there
         going = (~enough & gain.isfinite()).any(-1)  # (S,)
         last = (~going).nonzero()[:, 0]
         if len(last):  # Newton's last step squares what is left
-            mode[nodes[last]] = torch.where(stuck[nodes[last]][..., None], here[last], (here + step)[last])
+            mode[nodes[last]] = (here + step)[last]
         at = going.nonzero()[:, 0]
         if not len(at):
             break
         nodes = nodes[at]
-        here, before, better = _walk(log_prob, nodes, here[at], step[at], before[at], enough[at])
+        here, before, better = _walk(log_prob, nodes, here[at], step[at], before[at], there[at])
         mode[nodes] = here.detach()
         stuck[nodes] |= ~better
         if n_steps == max_steps:
@@ -90,7 +96,7 @@ def _walk(
     there: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Halve the step of each row until it climbs, of those that are not there yet; log p there, and which have."""
-    trial = torch.where(there[..., None], u, u + step).requires_grad_()
+    trial = (u + step).requires_grad_()
     try:
         found = log_prob(trial, nodes)
         value = found.detach()
