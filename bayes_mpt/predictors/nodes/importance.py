@@ -44,6 +44,9 @@ WIDENING_COST = 200_000_000
 HALF = 0.5  # share of the widened mixture, beside the one at the modes, in the first round of moves
 MOVING = 0.5  # draws of a round of moves, of those of the number
 MIN_MOVING = 100
+PER_NUMBER = (
+    6  # draws of a round for each number of a covariance at the least: of fewer it is told worse than it was
+)
 MAX_CONDITIONED_DRAWS = 10  # draws of a step of the training, from a guide that is conditioned on the mask
 
 
@@ -73,11 +76,11 @@ class Importance(Predictor):
     With a guide (hand-written or from `pyro.infer.autoguide`) its parameters are trained with the program's. A guide
     that takes an argument ``visible`` is called as ``guide(x, ..., visible=visible)``, x zero and ``visible`` (N, T)
     False where a token is hidden: then single conditionals can be asked for too. Without a guide the draws are
-    Student-t (5 degrees of freedom) around the mode of each row's posterior, which is located afresh for every
-    visible set. Of latents that all rows share, the Student-t around all modes are moved to the mean and covariance of
-    weighted draws first, in up to five rounds of half as many draws (Cappe, Douc, Guillin, Marin & Robert 2008), so
-    that a number costs up to three and a half times its own draws; those of the rounds decide nothing of it but where
-    its own are drawn, which leaves the mean of the weights unbiased.
+    Student-t (5 degrees of freedom) around the mode of each row's posterior, which is located afresh for every visible
+    set. Of latents that all rows share, twelve at the most for 1000 draws, the Student-t around all modes are moved to
+    the mean and covariance of weighted draws first, in up to five rounds of half as many draws (Cappe, Douc, Guillin,
+    Marin & Robert 2008), so that a number costs up to three and a half times its own draws; those of the rounds decide
+    nothing of it but where its own are drawn, which leaves the mean of the weights unbiased.
 
     Of the whole-row weights Pareto's k and the effective sample size are reported (Vehtari, Simpson, Gelman, Yao &
     Gabry 2024), the worst rows by name; k above 0.7 warns.
@@ -168,9 +171,13 @@ class _AroundMode(NodeSource):
 
     def _moved(self, args: tuple[Any, ...], value: Tensor, visible: Tensor, found: Modes) -> Modes:
         """The mixture moved to where its draws say that the posterior is, by more draws."""
+        width, n = found.mode.shape[-1], max(MIN_MOVING, int(MOVING * self.n_draws))
+        wide = found if found.has_pieces else self._widened(args, value, visible, found)
+        if n < PER_NUMBER * width * (width + 1) / 2:
+            return wide
         if not found.has_pieces:  # these were fitted to draws already
-            found = beside(found, self._widened(args, value, visible, found), HALF)
-        return self.modes.move(args, value, visible, found, max(MIN_MOVING, int(MOVING * self.n_draws)))
+            wide = beside(found, wide, HALF)
+        return self.modes.move(args, value, visible, wide, n)
 
     def _widened(self, args: tuple[Any, ...], value: Tensor, visible: Tensor, found: Modes) -> Modes:
         """The mixture of the Gaussians closest to the posterior around each mode, and of their images."""
