@@ -61,8 +61,8 @@ def what_is_missed(u: Array, slope: Array, share: Array) -> str:
     >>> even = np.full(u.shape, 1e-3)
     >>> what_is_missed(u, -u, even)  # of a standard normal posterior
     ''
-    >>> what_is_missed(u, -(u - 1), even)[:59]
-    'the posterior reaches where the guide draws nothing (the log'
+    >>> what_is_missed(u, -(u - 1), even)[:51]
+    'the posterior reaches where the guide draws nothing'
     """
     centred = u - (share * u).sum(0)
     zero = np.concatenate([slope, centred * slope + 1], -1)
