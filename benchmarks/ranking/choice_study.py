@@ -30,8 +30,8 @@ Found on the first 841 of 906 tables (464 Gaussian, 186 with holes, 185 off the 
 before, looked at once; auto minus the rule, nats, with 95 % intervals:
 
 - gaussian: **met** against all: Laplace (+0.04, to 0.14), 5 x 5 folds (-0.15, to 0.10), 5 folds (-0.58, to -0.26),
-  Minka, AIC (-0.90, to -0.50) and BIC (-1.28, to -0.79). True K and kind: auto 64 %, Laplace 64, 5 x 5 folds 62, AIC 60,
-  5 folds 59, BIC 55;
+  Minka, AIC (-0.90, to -0.50) and BIC (-1.28, to -0.79). True K and kind: auto 64 %, Laplace 64, 5 x 5 folds 62, AIC
+  60, 5 folds 59, BIC 55;
 - holes: **met** against all: Laplace (-0.33, to 0.05), 5 folds (-0.42, to 0.23), AIC (-1.13, to -0.34), BIC (-1.49, to
   -0.64);
 - off the model: **met** against all: 5 folds (-0.22, to 0.30), 5 x 5 folds (-0.30, to 0.51), Laplace (-16.3, to -9.5),
