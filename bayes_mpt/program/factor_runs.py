@@ -121,14 +121,18 @@ def with_meeting_entries(model: Model, args: tuple[Any, ...], program: Program) 
     if not every:
         return program
     with own_random_state(), torch.no_grad():
+        found = None
         with suppress(*FAILURES):
             found = _run(model, args, program, {}, 1)
-            found.trace.symbolize_dims()
-            whole = {
-                name: t.sum(tuple(range(-n, 0))) if n else t
-                for name, (t, n) in _log_probs(found.trace, program).items()
-            }
-            return program._replace(meeting=tuple(meeting_plates(found.trace, whole).items()))
+        if found is not None:
+            with suppress(*FAILURES):  # an axis is lost: where it is read, it says so
+                found.trace.symbolize_dims()
+                whole = {
+                    name: t.sum(tuple(range(-n, 0))) if n else t
+                    for name, (t, n) in _log_probs(found.trace, program).items()
+                }
+                return program._replace(meeting=tuple(meeting_plates(found.trace, whole).items()))
+            return program
         with suppress(*FAILURES):  # entries that are looked up, z[..., index], have to be there
             together = program._replace(meeting=tuple(every.items()))
             _run(model, args, together, {}, 1)
