@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,34 @@ class Gaussians(NamedTuple):
     def dense(self) -> bool:
         """Whether the scales are Cholesky factors."""
         return self.scale.ndim > self.loc.ndim
+
+    def log_prob(self, rows: Tensor) -> Tensor:
+        """Log-densities (N,) of rows (N, T), NaN where a cell is missing, of a mixture.
+
+        By differences to the centres, which lose no digits: sums of products do where a component is narrow.
+        """
+        seen = ~rows.isnan()
+        off = torch.where(seen, rows - self.loc[:, None], 0.0)  # (K, N, T)
+        if not self.dense:
+            # log N(x_o) = -sum_o (z^2 / 2 + log s + log(2 pi) / 2)
+            each = torch.where(seen, self.scale.log()[:, None], 0.0)
+            square = (off / self.scale[:, None]).square().sum(-1)
+            return self._mixed(square, 2 * each.sum(-1), seen)
+        shown, which = torch.unique(seen, dim=0, return_inverse=True)
+        square, log_det = torch.empty_like(off[..., 0]), torch.empty_like(off[..., 0])
+        cov = None if bool(shown.all()) else self.scale @ self.scale.mT
+        for pattern, cells in enumerate(shown):
+            index = (which == pattern).nonzero()[:, 0]
+            root = self.scale if cov is None else torch.linalg.cholesky(cov[:, cells][:, :, cells])
+            part = off[:, index][:, :, cells].mT  # (K, O, n)
+            square[:, index] = torch.linalg.solve_triangular(root, part, upper=False).square().sum(1)
+            log_det[:, index] = 2 * root.diagonal(dim1=1, dim2=2).log().sum(1, keepdim=True)
+        return self._mixed(square, log_det, seen)
+
+    def _mixed(self, square: Tensor, log_det: Tensor, seen: Tensor) -> Tensor:
+        """From squared distances and log-determinants (K, N) of the observed cells (N, T)."""
+        norm = log_det + math.log(2 * math.pi) * seen.sum(-1).to(square)
+        return (self.weights.log()[:, None] - 0.5 * (square + norm)).logsumexp(0)
 
 
 class Longer:

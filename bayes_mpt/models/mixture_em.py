@@ -15,9 +15,12 @@ from torch import Tensor
 from bayes_mpt.models.covariance_prior import CovariancePrior, steps_of
 from bayes_mpt.models.gaussians import MIN_WEIGHT, Gaussians, Longer
 from bayes_mpt.models.left_out import Shares, plain_shares
+from bayes_mpt.models.mixture_gain import Purity, left_to_gain
 from bayes_mpt.models.mixture_patterns import blocks_of, expect_block
+from bayes_mpt.models.mixture_products import DENSE, n_products, products_of
 
 __all__ = [
+    "DENSE",
     "Climb",
     "Expect",
     "Gaussians",
@@ -44,7 +47,6 @@ MIN_VARIANCE = 1e-10  # of a token given others, in units of its column's: below
 MAX_PRODUCTS = 2**22  # numbers that EM holds beside the rows
 SHARE = 1e-2  # of the covariance of the table, in the prior of the covariances
 THIN = 1e-5  # the same of full and tied ones, in which a direction between columns may be thin
-DENSE = ("full", "tied")  # covariances with products of different tokens
 
 
 class Table(NamedTuple):
@@ -94,34 +96,6 @@ def table_of(x: Tensor, covariance_type: str) -> Table:
 
 
 # ------------------------------------------------------------------------------------------------------- the E-step
-
-
-def products_of(rows: Tensor, covariance_type: str, *, gaps: bool = False) -> Tensor:
-    """What EM sums over rows (N, T): 1, x and the products of tokens that the covariances are made of, (P, N).
-
-    With ``gaps``, of diagonal and spherical covariances alone: zeros for the missing cells, and last which cells are
-    observed.
-    """
-    x = rows.mT.contiguous()
-    n_tokens = len(x)
-    if covariance_type not in DENSE:
-        observed = [(~x.isnan()).to(x)] if gaps else []
-        x = x.nan_to_num(0.0) if gaps else x
-        second = x.square() if covariance_type == "diag" else x.square().sum(0, keepdim=True)
-        return torch.cat([x.new_ones(1, x.shape[1]), x, second, *observed])
-    out = x.new_empty(n_products(n_tokens, covariance_type), x.shape[1])
-    out[0], out[1 : n_tokens + 1] = 1.0, x
-    end = n_tokens + 1
-    for i in range(n_tokens):  # in the order of tril_indices
-        torch.mul(x[: i + 1], x[i], out=out[end : end + i + 1])
-        end += i + 1
-    return out
-
-
-def n_products(n_tokens: int, covariance_type: str) -> int:
-    """P of the products, where no cell is missing."""
-    second = {"diag": n_tokens, "spherical": 1}.get(covariance_type, n_tokens * (n_tokens + 1) // 2)
-    return 1 + n_tokens + second
 
 
 def chunks_of(rows: Tensor, covariance_type: str, *, gaps: bool = False) -> Callable[[], Iterable[Tensor]]:
@@ -351,6 +325,8 @@ class Climb(NamedTuple):
     """The rows of components that have collapsed and begun again"""
     hopeless: bool
     """Whether that was in vain: all have, or one has twice"""
+    settled: bool
+    """Whether it ended by its rule, and not for want of steps"""
     value: float
     """Log-density of all rows, in the units of the table, and log prior, at the place before the last step"""
     n_steps: int
@@ -365,10 +341,12 @@ def run_em(
     tol: float,
     max_iter: int,
     prior: CovariancePrior | None = None,
-    relative: bool = False,
+    to_end: bool = False,
     reg_covar: float = 0.0,
 ) -> Climb:
-    """EM until a step gains about ``tol`` nats a row; ``relative``: that share of a score beyond 1.
+    """EM until a step gains about ``tol`` nats a row.
+
+    ``to_end``: until no step and no parameter by itself (`left_to_gain`) has that share of a score beyond 1 to gain.
 
     Where EM creeps, steps are made longer (`Longer`); one that does not rise by what EM's own step does is taken
     back. Sums of products about the centre of the table cost digits, a share of 1e-16 T / v where v is the least
@@ -376,7 +354,7 @@ def run_em(
     """
     n_rows, unit = len(table.rows), float(table.spread.log().sum())
     collapsed: dict[int, float] = {}
-    hopeless, n_steps, best, longer = False, 0, -math.inf, Longer()
+    hopeless, settled, n_steps, best, longer = False, False, 0, -math.inf, Longer()
     end = mix  # of EM's own step from the best place so far
     gaps = covariance_type not in DENSE and bool(table.rows.isnan().any())
     coefficients = after = coefficients_of(mix, gaps=gaps)
@@ -405,16 +383,29 @@ def run_em(
             if hopeless:
                 break
             score = float(total) / n_rows - unit
-            small = tol * (max(1.0, abs(score)) if relative else 1.0)
+            small = tol * (max(1.0, abs(score)) if to_end else 1.0)
             if not found and not 2 * gain / n_rows > small:
-                break
+                settled = not to_end or steepest(table, expect, new, covariance_type, prior) <= small
+                if settled:
+                    break
             mix = new if found or reg_covar else longer(mix, new)
             coefficients = after if mix is new else coefficients_of(mix, gaps=gaps)
     except KeyboardInterrupt as press:
         if end is mix and n_steps < 2:
             raise
         raise KeyboardInterrupt(end) from press
-    return Climb(end, collapsed, hopeless, best, n_steps)
+    return Climb(end, collapsed, hopeless, settled, best, n_steps)
+
+
+def steepest(
+    table: Table, expect: Expect, mix: Gaussians, covariance_type: str, prior: CovariancePrior | None
+) -> float:
+    """What a parameter by itself has to gain at most, nats a row."""
+    gaps = covariance_type not in DENSE and bool(table.rows.isnan().any())
+    shares = Purity()
+    sums, _ = expect(mix, coefficients_of(mix, gaps=gaps), shares)
+    after, _ = m_step(sums, mix, covariance_type, prior, 0.0)
+    return left_to_gain(mix, after, shares.squares, len(table.rows))
 
 
 def _log_prior(prior: CovariancePrior | None, mix: Gaussians) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, ClassVar, Literal
 
@@ -155,7 +155,7 @@ class GaussianMixture(CheckedModel):
             start, used = best_start(table, start, kind, prior, max_iter // 2)
             max_iter -= used
         try:
-            climb = run_em(table, expect, start, kind, tol=tol, max_iter=max_iter, prior=prior, relative=True)
+            climb = run_em(table, expect, start, kind, tol=tol, max_iter=max_iter, prior=prior, to_end=True)
         except KeyboardInterrupt as press:
             if not press.args:
                 raise
@@ -163,6 +163,44 @@ class GaussianMixture(CheckedModel):
         if climb.collapsed:
             self._tell_of_collapse(climb, table)
         return _in_units_of_x(table, climb.mix, x, kind)
+
+    def held_out(
+        self, x: Tensor, splits: Sequence[tuple[Tensor, Tensor]], *, tol: float, max_iter: int
+    ) -> list[Tensor | None]:
+        """Scores of rows by fits to others, as `bayes_mpt.program.offers.Offers.held_out`.
+
+        All fits have one random state, and each its own start and prior, which have seen its rows alone.
+
+        Examples
+        --------
+        >>> x = torch.tensor([[0.0], [2.0], [10.0], [12.0], [1.0], [11.0]], dtype=torch.float64)
+        >>> split = torch.arange(4), torch.arange(4, 6)
+        >>> [found] = GaussianMixture(1).held_out(x, [split], tol=1e-9, max_iter=100)
+        >>> found  # about N(6, 26)
+        tensor([-3.0272, -3.0272], dtype=torch.float64)
+        """
+        self._validate_params()
+        seed = int(torch.randint(2**31 - 1, (), device="cpu"))
+        return [self._scores(x[rows], x[others], seed, tol, max_iter) for rows, others in splits]
+
+    @torch.no_grad()
+    def _scores(self, x: Tensor, others: Tensor, seed: int, tol: float, max_iter: int) -> Tensor | None:
+        """Of other rows by a fit to rows x; None where it did not end as it should."""
+        kind, n_components = self.covariance_type, int(self.n_components)
+        table = table_of(x, kind)
+        if len(table.rows) < 2 or bool(table.rows.isnan().any()):
+            return None
+        prior = self._prior(table)
+        if prior is not None and not prior.proper:
+            return None
+        mix = from_clusters(table, n_components, kind, seed, prior)
+        expect = expectation(table.rows, kind)
+        climb = run_em(table, expect, mix, kind, tol=tol, max_iter=max_iter, prior=prior, to_end=True)
+        if climb.collapsed or not climb.settled:
+            return None
+        spread = torch.where(others.isnan(), 1.0, table.spread)
+        found = climb.mix.log_prob((others.double() - table.centre) / table.spread) - spread.log().sum(1)
+        return found if bool(torch.isfinite(found).all()) else None
 
     def penalty(self, x: Tensor) -> Callable[[Mapping[str, Tensor]], Tensor] | None:
         """The log prior of the covariances, a function of the parameters by name, from rows x (N, T); or None."""
