@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from copy import deepcopy
 from itertools import pairwise
 from numbers import Integral, Real
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import numpy as np
 import torch
@@ -199,16 +199,16 @@ def _own_scores(
 ) -> list[NDArray[np.float64] | None]:
     """Of each split the scores of hidden rows by the program's own fits (`Offers.held_out`); None where it has none."""
     none: list[NDArray[np.float64] | None] = [None] * len(splits)
-    how = Ascent() if model.training is None else model.training
+    how, program = Ascent() if model.training is None else model.training, cast(Any, model.model)
     plain = not (model.guide or model.masks or model.average or model.penalty)
     plain &= model.predictor == "auto" and model.n_init in ("auto", 1) and model.device == "cpu"
-    if not (plain and isinstance(how, Ascent) and offers_held_out(model.model)):
+    if not (plain and isinstance(how, Ascent) and offers_held_out(program)):
         return none
     state = deepcopy(random_state if model.random_state is None else model.random_state)
     seed = int(check_random_state(state).randint(2**31 - 1))
-    x = as_tensor(checked_rows(model, X, reset=False), model.model, model.device)
+    x = as_tensor(checked_rows(model, X, reset=False), program, model.device)
     with one_thread(x.numel()), own_random_state(seed):
-        found = model.model.held_out(
+        found = program.held_out(
             x,
             [(torch.as_tensor(train), torch.as_tensor(test)) for train, test in splits],
             tol=how.tol,

@@ -4,7 +4,8 @@ EM's step from one component (w, m, S = L L') goes to (w', m', S'). In the compo
 d = L^-1 (m' - m) and the covariance by D = L^-1 S' L'^-1 - I. With shares r of the rows, of which the mean over rows is
 w, a step of one in a natural parameter there has the slope and the information (nats a row)
 
-    centre:  w d_i,  w p        covariance:  w D_ij,  w p (i < j),    w D_ii / 2,  w p / 2        weight:  w' - w,  w (p - w)
+    centre:  w d_i,  w p            covariance:  w D_ij,  w p  (i < j),    w D_ii / 2,  w p / 2
+    weight:  w' - w,  w (p - w)
 
 where p = sum r^2 / sum r is about the share of the information that is left where it is not known whose the rows are.
 A parameter by itself has slope^2 / (2 information) to gain.
@@ -28,14 +29,17 @@ LEAST = 0.01  # of p: a component all of whose rows are others'
 class Purity:
     """How components share rows: by their densities; with the sums of the shares' squares (..., K)."""
 
-    squares: Tensor | float = 0.0
+    squares: Tensor
+
+    def __init__(self) -> None:
+        self.squares = torch.zeros(())
 
     def __call__(
         self, key: Key, log_prob: Tensor, square: Callable[[], Tensor], n_cells: Tensor
     ) -> tuple[Tensor, Tensor]:
         """As `bayes_mpt.models.left_out.Shares`."""
         share, density = plain_shares(key, log_prob, square, n_cells)
-        self.squares = self.squares + share.square().sum(-1)
+        self.squares = share.square().sum(-1) + self.squares.to(share)
         return share, density
 
 
