@@ -21,7 +21,7 @@ from bayes_mpt.estimators.bayes_mpt import BayesMPT
 from bayes_mpt.estimators.candidates import Candidate, Facts
 from bayes_mpt.estimators.rows import as_tensor, checked_rows, rows_of
 from bayes_mpt.program.devices import own_random_state
-from bayes_mpt.program.offers import offers_held_out
+from bayes_mpt.program.offers import offered_of_itself
 from bayes_mpt.training import Ascent, one_thread
 
 __all__ = ["Cumulative", "HeldOut"]
@@ -202,13 +202,14 @@ def _own_scores(
     how, program = Ascent() if model.training is None else model.training, cast(Any, model.model)
     plain = not (model.guide or model.masks or model.average or model.penalty)
     plain &= model.predictor == "auto" and model.n_init in ("auto", 1) and model.device == "cpu"
-    if not (plain and isinstance(how, Ascent) and offers_held_out(program)):
+    held_out = offered_of_itself(program, "held_out")
+    if held_out is None or not (plain and isinstance(how, Ascent)):
         return none
     state = deepcopy(random_state if model.random_state is None else model.random_state)
     seed = int(check_random_state(state).randint(2**31 - 1))
     x = as_tensor(checked_rows(model, X, reset=False), program, model.device)
     with one_thread(x.numel()), own_random_state(seed):
-        found = program.held_out(
+        found = held_out(
             x,
             [(torch.as_tensor(train), torch.as_tensor(test)) for train, test in splits],
             tol=how.tol,

@@ -36,9 +36,15 @@ class CovariancePrior(NamedTuple):
     """The log prior of the covariances of a mixture, a constant left out."""
 
     scale: Tensor
-    """L: (T, T) of full covariances, (T,) of diagonal ones, (1,) of a single variance"""
+    """L: (T, T) of full covariances, (T,) of diagonal ones, (1,) of a single variance; of B tables (B, 1, T, T) and
+    (B, 1, T) or (B, 1, 1)"""
     n_tokens: int
     """T"""
+
+    @property
+    def dense(self) -> bool:
+        """Whether it is one of full covariances."""
+        return self.scale.ndim in (2, 4)
 
     @property
     def proper(self) -> bool:
@@ -50,7 +56,7 @@ class CovariancePrior(NamedTuple):
 
     def log_prob(self, scale: Tensor) -> Tensor:
         """Of Cholesky factors (..., C, T, T), or standard deviations (..., C, T) or (..., C, 1)."""
-        if self.scale.ndim == 2:
+        if self.dense:
             log_det = 2 * scale.diagonal(dim1=-2, dim2=-1).log().sum((-2, -1))
             return -0.5 * (log_det + (self.scale * torch.cholesky_inverse(scale)).sum((-3, -2, -1)))
         each = 2 * scale.log() + self.scale / scale.square()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bayes_mpt.models.gaussians import MIN_WEIGHT, Gaussians
-from bayes_mpt.models.left_out import Key, plain_shares
+from bayes_mpt.models.left_out import Key, Shares, plain_shares
 
 __all__ = ["Purity", "left_to_gain"]
 
@@ -27,23 +27,23 @@ LEAST = 0.01  # of p: a component all of whose rows are others'
 
 
 class Purity:
-    """How components share rows: by their densities; with the sums of the shares' squares (..., K)."""
+    """How components share rows, as ``of`` says; with the sums of the shares' squares (..., K)."""
 
     squares: Tensor
 
-    def __init__(self) -> None:
-        self.squares = torch.zeros(())
+    def __init__(self, of: Shares = plain_shares):
+        self.of, self.squares = of, torch.zeros(())
 
     def __call__(
         self, key: Key, log_prob: Tensor, square: Callable[[], Tensor], n_cells: Tensor
     ) -> tuple[Tensor, Tensor]:
         """As `bayes_mpt.models.left_out.Shares`."""
-        share, density = plain_shares(key, log_prob, square, n_cells)
+        share, density = self.of(key, log_prob, square, n_cells)
         self.squares = share.square().sum(-1) + self.squares.to(share)
         return share, density
 
 
-def left_to_gain(before: Gaussians, after: Gaussians, squares: Tensor, n_rows: int) -> float:
+def left_to_gain(before: Gaussians, after: Gaussians, squares: Tensor, n_rows: float) -> float:
     """The most that a parameter of a mixture has to gain by itself, nats a row.
 
     Parameters
@@ -52,7 +52,7 @@ def left_to_gain(before: Gaussians, after: Gaussians, squares: Tensor, n_rows: i
         A mixture (K components), and where a step of EM goes from there.
     squares : Tensor of shape (K,)
         As `Purity` has summed them before the step.
-    n_rows : int
+    n_rows : float
 
     Examples
     --------

@@ -16,6 +16,7 @@ from torch import Tensor
 from bayes_mpt.models.checks import CheckedModel, IntegersFrom, OneOf, check_memory
 from bayes_mpt.models.covariance_prior import CovariancePrior
 from bayes_mpt.models.gaussians import Gaussians
+from bayes_mpt.models.mixture_climb import Hill
 from bayes_mpt.models.mixture_em import (
     DENSE,
     Climb,
@@ -28,6 +29,7 @@ from bayes_mpt.models.mixture_em import (
     table_of,
     within,
 )
+from bayes_mpt.models.mixture_folds import scores_of_others
 from bayes_mpt.models.mixture_starts import best_start
 
 __all__ = ["GaussianMixture"]
@@ -164,6 +166,25 @@ class GaussianMixture(CheckedModel):
             self._tell_of_collapse(climb, table)
         return _in_units_of_x(table, climb.mix, x, kind)
 
+    def left_to_gain(self, x: Tensor, params: Mapping[str, Tensor]) -> float:
+        """What a parameter by itself has to gain at most, nats a row of x (N, T), NaN where a cell is missing.
+
+        Examples
+        --------
+        >>> x = torch.tensor([[-1.0], [1.0]], dtype=torch.float64)
+        >>> aside = {
+        ...     "weights": x.new_ones(1),
+        ...     "loc": x.new_tensor([[0.5]]),
+        ...     "scale_tril": x.new_ones(1, 1, 1),
+        ... }
+        >>> GaussianMixture(1, covariance_prior=None).left_to_gain(x, aside)  # m^2 / 2 of N(x; m, 1)
+        0.125
+        """
+        table, mix = self._read(x, params)
+        expect = expectation(table.rows, self.covariance_type)
+        hill = Hill.of(table, expect, self.covariance_type, self._prior(table))
+        return float(hill.steepest(Gaussians(*(a[None] for a in mix))))
+
     def held_out(
         self, x: Tensor, splits: Sequence[tuple[Tensor, Tensor]], *, tol: float, max_iter: int
     ) -> list[Tensor | None]:
@@ -175,32 +196,24 @@ class GaussianMixture(CheckedModel):
         --------
         >>> x = torch.tensor([[0.0], [2.0], [10.0], [12.0], [1.0], [11.0]], dtype=torch.float64)
         >>> split = torch.arange(4), torch.arange(4, 6)
-        >>> [found] = GaussianMixture(1).held_out(x, [split], tol=1e-9, max_iter=100)
-        >>> found  # about N(6, 26)
-        tensor([-3.0272, -3.0272], dtype=torch.float64)
+        >>> model = GaussianMixture(1, covariance_prior=None)
+        >>> [found] = model.held_out(x, [split], tol=1e-9, max_iter=100)
+        >>> found  # of N(6, 26)
+        tensor([-3.0288, -3.0288], dtype=torch.float64)
         """
         self._validate_params()
         seed = int(torch.randint(2**31 - 1, (), device="cpu"))
-        return [self._scores(x[rows], x[others], seed, tol, max_iter) for rows, others in splits]
-
-    @torch.no_grad()
-    def _scores(self, x: Tensor, others: Tensor, seed: int, tol: float, max_iter: int) -> Tensor | None:
-        """Of other rows by a fit to rows x; None where it did not end as it should."""
-        kind, n_components = self.covariance_type, int(self.n_components)
-        table = table_of(x, kind)
-        if len(table.rows) < 2 or bool(table.rows.isnan().any()):
-            return None
-        prior = self._prior(table)
-        if prior is not None and not prior.proper:
-            return None
-        mix = from_clusters(table, n_components, kind, seed, prior)
-        expect = expectation(table.rows, kind)
-        climb = run_em(table, expect, mix, kind, tol=tol, max_iter=max_iter, prior=prior, to_end=True)
-        if climb.collapsed or not climb.settled:
-            return None
-        spread = torch.where(others.isnan(), 1.0, table.spread)
-        found = climb.mix.log_prob((others.double() - table.centre) / table.spread) - spread.log().sum(1)
-        return found if bool(torch.isfinite(found).all()) else None
+        with torch.no_grad():
+            return scores_of_others(
+                x.double(),
+                splits,
+                int(self.n_components),
+                self.covariance_type,
+                with_prior=self.covariance_prior is not None,
+                seed=seed,
+                tol=tol,
+                max_iter=max_iter,
+            )
 
     def penalty(self, x: Tensor) -> Callable[[Mapping[str, Tensor]], Tensor] | None:
         """The log prior of the covariances, a function of the parameters by name, from rows x (N, T); or None."""

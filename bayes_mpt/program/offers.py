@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Around", "Offers", "offered", "offers_held_out"]
+__all__ = ["Around", "Offers", "offered", "offered_of_itself"]
 
 
 class Offers(Protocol):
@@ -87,12 +87,18 @@ class Offers(Protocol):
             At Ctrl-C; after the first step its argument is the parameters as they are then.
         """
 
+    def left_to_gain(self, x: Tensor, params: Mapping[str, Tensor]) -> float:
+        """What a parameter by itself has to gain at most, nats a row, where `maximize` has ended.
+
+        With it no gradient is taken there. Void in a subclass with another ``__call__``, `maximize` or `penalty`.
+        """
+
     def held_out(
         self, x: Tensor, splits: Sequence[tuple[Tensor, Tensor]], *, tol: float, max_iter: int
     ) -> list[Tensor | None]:
         """Scores of rows by fits to others of the same table, as by as many fits of the program, only sooner.
 
-        A subclass with another ``__call__``, `maximize` or `penalty` is not asked (`offers_held_out`).
+        A subclass with another ``__call__``, `maximize` or `penalty` is not asked (`offered_of_itself`).
 
         Parameters
         ----------
@@ -150,20 +156,20 @@ def offered(model: Any, name: str) -> Any:
     return getattr(model, name, None)
 
 
-def offers_held_out(model: Any) -> bool:
-    """Whether a model offers `Offers.held_out`, and is fitted as the class that does.
+def offered_of_itself(model: Any, name: str) -> Any:
+    """As `offered`, but None where a class below that which offers it is another program, or is fitted otherwise.
 
     Examples
     --------
     >>> from bayes_mpt.models import GaussianMixture
     >>> class Other(GaussianMixture):
     ...     def __call__(self, x): ...
-    >>> offers_held_out(GaussianMixture()), offers_held_out(Other())
-    (True, False)
+    >>> [offered_of_itself(model, "held_out") is None for model in (GaussianMixture(), Other())]
+    [False, True]
     """
     for cls in type(model).__mro__:
-        if "held_out" in vars(cls):
-            return True
+        if name in vars(cls):
+            return offered(model, name)
         if not vars(cls).keys().isdisjoint(("__call__", "maximize", "penalty")):
-            return False
-    return False
+            return None
+    return None
