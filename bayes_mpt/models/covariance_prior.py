@@ -73,12 +73,21 @@ class CovariancePrior(NamedTuple):
 def steps_of(rows: Tensor) -> Tensor:
     """The steps h (T,) of whose multiples columns are made, rows (N, T) in units of their spread; zero without any."""
     steps = rows.new_zeros(rows.shape[1])
-    for column, cells in enumerate(rows.unbind(1)):
-        # of a column that is not rounded a few cells show it
-        if _step(cells[:FEW_CELLS]) is None:
-            continue
-        steps[column] = _step(cells) or 0.0
+    for column in _may_be_rounded(rows[:FEW_CELLS]).nonzero()[:, 0].tolist():
+        steps[column] = _step(rows[:, column]) or 0.0
     return steps
+
+
+def _may_be_rounded(rows: Tensor) -> Tensor:
+    """Of which columns (T,) a few cells do not show that they are not rounded."""
+    value = rows.sort(0).values
+    gap = value.diff(dim=0)
+    step = (
+        torch.where(gap > ON_STEPS * LEAST_STEP, gap, torch.inf).amin(0) if len(gap) else rows[0] + torch.inf
+    )
+    multiple = (value - value[0]) / step
+    on = ((multiple - multiple.round()).abs() < ON_STEPS * multiple.clamp(min=1.0)).all(0)
+    return (on & (step >= LEAST_STEP)) | step.isinf() | rows.isnan().any(0)
 
 
 def _step(cells: Tensor) -> float | None:

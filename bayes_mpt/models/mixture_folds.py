@@ -55,7 +55,7 @@ def scores_of_others(
         return [None] * len(splits)
     together = max(1, MAX_NUMBERS // (n_components * len(x)))
     whole = table_of(x, covariance_type)
-    at_once = max(256, CHUNK // (n_components * min(together, len(splits))))
+    at_once = max(1, CHUNK // (n_components * min(together, len(splits))))
     products = chunks_of(whole.rows, covariance_type, at_once=at_once)
     found: list[Tensor | None] = [None] * len(splits)
     starts: dict[int, _Start] = {}

@@ -64,7 +64,8 @@ def table_of(x: Tensor, covariance_type: str) -> Table:
         first = rows.gather(0, seen.double().argmax(0)[None])
         constant = ((rows == first) | ~seen).all(0)
     else:
-        centre, spread = rows.mean(0), rows.std(0, correction=0)
+        centre = rows.mean(0)
+        spread = (rows - centre).square().mean(0).sqrt()
         constant = (rows == rows[0]).all(0)
     spread = torch.where(constant, 0.0, spread)  # the mean of a constant need not be it
     if covariance_type == "spherical":  # columns share their unit, or one variance would mean something else

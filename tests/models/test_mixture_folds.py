@@ -12,7 +12,7 @@ from truths import mixture_log_terms
 
 from bayes_mpt import BayesMPT
 from bayes_mpt.estimators import refits
-from bayes_mpt.models import GaussianMixture
+from bayes_mpt.models import GaussianMixture, mixture_folds, mixture_steps
 from bayes_mpt.models.gaussians import Gaussians
 from bayes_mpt.models.mixture_climb import Hill, run_em
 from bayes_mpt.models.mixture_em import expectation, table_of
@@ -73,6 +73,37 @@ def test_what_is_left_to_the_program(settings):
     model.fitted_, model.n_features_in_ = None, 4
     found = refits._own_scores(model, IRIS, SPLITS, None)
     assert all((score is None) == ("predictor" not in settings) for score in found)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hidden_rows_have_no_part_in_a_fit(kind):
+    """Others in their place give the rows that stay the same scores."""
+    splits = [(torch.arange(100), torch.arange(100, 150))]
+    x = tensor(IRIS[np.random.default_rng(0).permutation(150)])
+    other = x.clone()
+    other[110:] = 3 * other[110:] + 5
+    found = [
+        GaussianMixture(2, kind).held_out(rows, splits, tol=1e-12, max_iter=500)[0][:10]
+        for rows in (x, other)
+    ]
+    np.testing.assert_allclose(found[0], found[1], atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_side_by_side_or_one_by_one_or_by_parts(kind, monkeypatch):
+    x, splits = tensor(IRIS), [(torch.as_tensor(a), torch.as_tensor(b)) for a, b in SPLITS]
+
+    def scores(parts):
+        torch.manual_seed(0)
+        return torch.cat(GaussianMixture(2, kind).held_out(x, parts, tol=1e-9, max_iter=500))
+
+    want = scores(splits)
+    alone = torch.cat([scores([split]) for split in splits])
+    np.testing.assert_allclose(alone, want, atol=1e-9)
+    monkeypatch.setattr(mixture_folds, "CHUNK", 1)
+    monkeypatch.setattr(mixture_folds, "MAX_NUMBERS", 600)
+    monkeypatch.setattr(mixture_steps, "MAX_PRODUCTS", 500)
+    np.testing.assert_allclose(scores(splits), want, atol=1e-9)
 
 
 def test_a_fold_without_spread_is_left_to_the_program():
