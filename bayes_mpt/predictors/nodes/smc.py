@@ -234,10 +234,11 @@ class Particulate(Conditionals):
             u = u[:: max(1, len(u) // MAX_DRAWS)]
             everything = torch.ones_like(shown.seen)
             even = ((g, x.new_ones(len(log_det))) for g, log_det in shown.given(u))
+            nothing: list[list[dict[str, Tensor]]] = [[{}]] * len(u)
             inside = [values for g, share in even for values in g.posterior(x, everything).values(share)]
         return [
             (1 / (len(u) * len(each)), {**self.space.values(v[None, None])[0], **values})
-            for v, each in zip(u, inside or [[{}]] * len(u), strict=True)
+            for v, each in zip(u, inside or nothing, strict=True)
             for values in each
         ]
 
