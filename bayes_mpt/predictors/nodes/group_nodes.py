@@ -249,18 +249,17 @@ class NestedGroups(Given):
 
     def posterior(self, x: Tensor, visible: Tensor) -> NodePosterior:
         everything, seen = torch.ones_like(x, dtype=torch.bool), self._seen(x, visible)
+
+        def effects() -> Tensor:
+            u, share = self._posterior(seen)
+            return (self._of(share, self.nodes.groups.value) * self._flat(u)).sum(1)[:, None]
+
         return NodePosterior(
             tokens=lambda: cast(Tensor, self._average(seen, lambda factors: factors.means(everything))),
-            latents=lambda: self._latents(seen),
+            latents=effects,
             levels=lambda: self._average(seen, lambda factors: factors.levels(everything)),
             values=lambda share: self._values(seen, share) if len(x) == 1 else [],
         )
-
-    def _latents(self, seen: Tensor) -> Tensor:
-        """Posterior means of the effects, site after site: (S, 1, V)."""
-        u, share = self._posterior(seen)
-        values = self._flat(u)
-        return (self._of(share, self.nodes.groups.value) * values).sum(1)[:, None]
 
     def _values(self, seen: Tensor, share: Tensor) -> list[list[dict[str, Tensor]]]:
         """Values of equal shares at each node, with mean and covariance of each group's posterior.
