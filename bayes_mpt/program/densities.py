@@ -159,8 +159,9 @@ def _unclamp(fn: torch.distributions.Categorical) -> None:
 def _rare(fn: Any, value: Tensor, log_prob: Tensor) -> Tensor:
     """Of trials whose probability of success is so near 0 or 1 that torch clamps it."""
     p = fn.__dict__.get("probs")
-    if p is None and not _some(log_prob.detach().sum().isfinite().logical_not()):
-        return log_prob  # infinite logits end in inf or inf - inf
+    total = log_prob.detach().sum()
+    if p is None and not _some(total - total != 0):
+        return log_prob  # finite, where infinite logits end in inf or inf - inf
     clamped = fn.logits.isinf()
     if p is None:
         p = (fn.logits > 0).to(fn.logits)
