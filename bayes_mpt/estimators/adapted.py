@@ -94,17 +94,24 @@ class Adapted(Around):
 
 
 def adapted_to(
-    error: Exception, model: Model, X: NDArray[Any], y: NDArray[Any] | None, device: str
+    error: Exception,
+    model: Model,
+    adapted: Adapted | None,
+    X: NDArray[Any],
+    y: NDArray[Any] | None,
+    device: str,
 ) -> Adapted:
     """A program as it is to be called, after a fit to X, y has raised this; called where it is caught.
+
+    ``adapted`` is what was fitted, None where it was the model as it is written.
 
     Raises
     ------
     ModelError
         Where the program is to be changed; the error itself, where nothing is known to help.
     """
-    is_network = isinstance(model, torch.nn.Module)
-    adapted = copy(model) if isinstance(model, Adapted) else Adapted(model)
+    is_network = adapted is None and isinstance(model, torch.nn.Module)
+    adapted = Adapted(model) if adapted is None else copy(adapted)
     match error:
         case SubSampled() if not (adapted.all_rows or isinstance(adapted.model, torch.nn.Module)):
             adapted.all_rows = True
@@ -114,7 +121,7 @@ def adapted_to(
             adapted.factors = find_cells(adapted, arguments(adapted, X, y, device))
         case SubSampled() | HasFactors():
             raise error
-        case ModelError() if _in_single_precision(error) and not is_network and not offered(model, "dtype"):
+        case ModelError() if _in_single_precision(error) and not is_network and not offered(adapted, "dtype"):
             adapted.dtype = torch.float32
         case IndexError() if "used as indices" in str(error) and not is_network:
             if adapted.whole or not bool((X == X.round()).all()):

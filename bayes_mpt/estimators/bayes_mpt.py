@@ -288,7 +288,6 @@ class BayesMPT(
             check_program(self.guide, with_y=with_y, name="guide")
         X = checked_rows(self, X, reset=before.get("more") is None)
         y = read_numbers(y, len(X)) if with_y else None
-        program = model if widths is None else Adapted(model, widths=widths)
         context.call_on_fit_task_begin(estimator=self, X=X, y=y)
         trainer = trainer_of(self, model, getattr(self, "feature_names_in_", np.arange(self.n_features_in_)))
         report = reporter(self, context, line, trainer.limit, every=trainer.by_epochs)
@@ -298,12 +297,15 @@ class BayesMPT(
             raise ValueError("average='posterior' needs all rows at once: call fit, not partial_fit")
         # of a maximum that scores nothing
         with nullcontext() if self.average is None else warnings_of(silent=(ZeroNoiseWarning,)):
+            adapted = None if widths is None else Adapted(model, widths=widths)
             fitted = None
             while fitted is None:
                 try:
-                    fitted = fit_program(program, self.guide, X, y, trainer, **before)
+                    fitted = fit_program(
+                        model if adapted is None else adapted, self.guide, X, y, trainer, **before
+                    )
                 except CURABLE as error:
-                    program = adapted_to(error, program, X, y, self.device)
+                    adapted = adapted_to(error, model, adapted, X, y, self.device)
         if self.average is not None:
             fitted = averaged(fitted.with_settings(self.predictor, self._draws), X)
         self._keep(fitted)

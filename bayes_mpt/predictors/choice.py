@@ -10,6 +10,7 @@ from typing import Any
 import pyro
 import torch
 
+from bayes_mpt.inputs import wanted
 from bayes_mpt.predictors.base import Bound, Guide, Predictor
 from bayes_mpt.predictors.exact import summed_out
 from bayes_mpt.predictors.gaussian.linear import LinearGaussian
@@ -89,12 +90,10 @@ def choose(
     bayes_mpt.program.program.ModelError
         If the program cannot be scored; the message names the site and what to do.
     """
-    if isinstance(predictor, Predictor):
-        return predictor.bind(model, args, guide)
     if predictor != "auto":
-        raise ValueError(
-            f"predictor must be 'auto' or a predictor such as Exact() or Importance(100), got {predictor!r}"
-        )
+        words = "predictor must be 'auto' or a predictor such as Exact() or Importance(100)"
+        # abstract, which mypy does not take for a type
+        return wanted(Predictor, predictor, words, ValueError).bind(model, args, guide)  # type: ignore[type-abstract]
     if takes_visible(model):
         return SelfPredictive().bind(model, args, guide)
     stated = None if offered(model, "linear_map") is None else LinearGaussian.stated(model, args)
