@@ -17,7 +17,7 @@ from bayes_mpt import training
 from bayes_mpt.estimators.binding import MAX_INIT_ROWS, bind, choose_dimension
 from bayes_mpt.estimators.checks import check_bound, of_program, warn_of_bounds, warn_of_weights
 from bayes_mpt.estimators.fitted import Fitted, Latents, n_at_once
-from bayes_mpt.estimators.penalty import own_penalty, penalty_of
+from bayes_mpt.estimators.penalty import noise_prior_of, own_penalty, penalty_of
 from bayes_mpt.estimators.rows import (
     arguments,
     as_tensor,
@@ -250,9 +250,11 @@ def _read(
     own = own_penalty(model, problem.whole.args)
     if own is not None:
         problem = replace(problem, log_prior=own)
+    elif penalty and prior is not None:
+        problem = replace(problem, log_prior=penalty_of(prior, list(leaves)))
     elif penalty:
-        seen = table.statistics if statistics is None else statistics
-        problem = replace(problem, log_prior=penalty_of(model, prior, leaves, table.X, seen))
+        noise = noise_prior_of(model, leaves, table.X, table.statistics if statistics is None else statistics)
+        problem = replace(problem, log_prior=noise, noise_prior=noise)
     return _Read(model, guide, table, problem, statistics, prior, initial, trainer)
 
 

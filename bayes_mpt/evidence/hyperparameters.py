@@ -150,7 +150,7 @@ def log_likelihood(predictor: Bound, args: tuple[Any, ...], leaves: dict[str, Te
     natural = _values(leaves)
 
     def together(theta: Tensor) -> Tensor:
-        return predictor.score_at(args, natural(theta))
+        return predictor.read_at(args, natural(theta)).score()
 
     def alone(theta: Tensor) -> Tensor:
         return torch.stack([_One.apply(row, objective, leaves) for row in theta])
@@ -192,7 +192,7 @@ def predictions(
     natural, n_seen = _values(leaves), len(args[0])
 
     def together(theta: Tensor, some: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-        return predictor.predict_at(args, some, natural(theta))
+        return predictor.read_at(args, natural(theta)).predict(some)
 
     def alone(theta: Tensor, some: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         found = []

@@ -44,16 +44,13 @@ class Problem:
     objective: Objective
     log_prior: Callable[[], Tensor] | None = None
     """Of the current parameters, added to the total score of all rows."""
+    noise_prior: NoisePrior | None = None
+    """The same, where it is one of noise variances: the closed forms know it."""
 
     @property
     def bound(self) -> Bound:
         """The program, and how it is scored."""
         return self.objective.bound
-
-    @property
-    def noise_prior(self) -> NoisePrior | None:
-        """The log prior, where it is one of noise variances: the closed forms know it."""
-        return self.log_prior if isinstance(self.log_prior, NoisePrior) else None
 
     @property
     def whole(self) -> Batch:

@@ -26,7 +26,7 @@ from bayes_mpt.predictors.nodes.weighted import (
     NodeSource,
     Read,
     nodes_first,
-    nodes_objective,
+    objective_of_draws,
     program_values,
 )
 from bayes_mpt.predictors.objective import Batch, Objective
@@ -84,7 +84,6 @@ class GuideDraws(NodeSource):
     """Draws from a guide."""
 
     name = "Importance"
-    sampled = True
 
     def __init__(
         self,
@@ -179,7 +178,7 @@ class GuideDraws(NodeSource):
             trace = self.runs.trace((tokens.to(filled[0]), *filled[1:]), (rank < size).to(tokens.device), 1)
         return self.runs.log_q(trace, 1)[0]
 
-    def _objectives(self, whole: Batch, masks: Policy | None) -> list[Objective]:
+    def schedule(self, whole: Batch, masks: Policy | None, seed: int = 0) -> list[Objective]:
         """Along chains from one draw to as many as asked: one costs least, and the last bring the bound nearest."""
         if masks is not None and not masks.chains:
             return [self._objective(whole, masks)]
@@ -187,8 +186,15 @@ class GuideDraws(NodeSource):
 
     def _objective(self, whole: Batch, masks: Policy | None) -> Objective:
         """The score at draws of the guide; where asked for, its dreams pull at its parameters too."""
-        pull = partial(_pull, self) if self.dreams else None
-        return nodes_objective(self, whole, masks, pull)
+        return objective_of_draws(self, whole, masks, partial(_pull, self) if self.dreams else None)
+
+    def _alone(self, nodes: Nodes, mask: Tensor) -> Tensor:
+        if not self.relocates:
+            raise ModelError(
+                "this guide has seen the hidden tokens, so single conditionals are meaningless and only the sum of a "
+                "whole chain is valid: use PermutationChain, or give the guide an argument ``visible`` (N, T)"
+            )
+        return nodes.at_one_place(mask)
 
     def rising(self) -> list[int]:
         """Numbers of draws of a training, stage after stage; on a GPU all at once: one costs no less."""
