@@ -81,8 +81,6 @@ class _Read:
     guide: Guide | None
     table: _Table
     problem: training.Problem
-    statistics: SufficientStatistics | None
-    """Moments, where these are all that the score needs."""
     prior: Prior | None
     initial: Initial
     trainer: Trainer
@@ -245,7 +243,8 @@ def _read(
             f"({predictor.why}): leave training=None"
         )
     statistics = _moments(table, trainer, predictor, more) if moments else None
-    problem = training.Problem(Objective(predictor, _whole(model, table, predictor, args, statistics)))
+    whole = _whole(model, table, predictor, args, statistics)
+    problem = training.Problem(Objective(predictor, whole), statistics)
     leaves = of_program(problem)
     prior = None if offered(model, "hyperprior") is None else hyperprior(model, args, leaves)
     own = None if offered(model, "penalty") is None else own_penalty(model, problem.whole.args)
@@ -256,7 +255,7 @@ def _read(
     elif penalty:
         noise = noise_prior_of(model, leaves, table.X, table.statistics if statistics is None else statistics)
         problem = replace(problem, log_prior=noise, noise_prior=noise)
-    return _Read(model, guide, table, problem, statistics, prior, initial, trainer)
+    return _Read(model, guide, table, problem, prior, initial, trainer)
 
 
 def _moments(table: _Table, trainer: Trainer, predictor: Bound, more: Fitted | None) -> SufficientStatistics:
@@ -315,7 +314,7 @@ def _trained(
     """Move the parameters in the store, or put there what was found before; with torch's random states after it."""
     if left is not None:
         return _found_before(left, read.model, read.guide), left["random"]
-    fit = read.trainer.train(read.problem, read.statistics, read.prior, warm=warm)
+    fit = read.trainer.train(read.problem, read.prior, warm=warm)
     if fit.interrupted:
         store.unwind()
         if to_be_discarded():
@@ -362,7 +361,7 @@ def _scored(read: _Read, fit: training.Fit, template: Fitted | None, *, penalty:
             "computes from these"
         )
     latents, state = _latents(model, predictor, score, args, template), save()
-    statistics, y = read.statistics, table.y
+    statistics, y = problem.statistics, table.y
     return Fitted(
         model=model,
         guide=read.guide,
