@@ -27,7 +27,7 @@ from bayes_mpt.predictors.nodes.importance import Importance
 from bayes_mpt.predictors.nodes.quadrature import MAX_WIDTH, Quadrature
 from bayes_mpt.predictors.nodes.smc import SequentialMonteCarlo
 from bayes_mpt.predictors.self_predictive import SelfPredictive, sees_all
-from bayes_mpt.program.affine import NotAffine
+from bayes_mpt.program.affine import NotAffine, check_normal
 from bayes_mpt.program.analysis import look
 from bayes_mpt.program.arguments import fill_all
 from bayes_mpt.program.offers import offered
@@ -111,6 +111,7 @@ def _chosen(model: Model, args: tuple[Any, ...], guide: Guide | None) -> Bound:
         return JointGaussian(model, vector)
     analysis = look(model, args)
     try:
+        check_normal(analysis.first, analysis.program)
         return closed_form(model, args, analysis)
     except NotAffine as error:
         reason, program = error, analysis.checked()
