@@ -92,16 +92,24 @@ class Adapted(Around):
 
 
 def fitted_as_written(
-    fit: Callable[[Model], Any], model: Model, X: NDArray[Any], y: NDArray[Any] | None, device: str
+    fit: Callable[[Model], Any],
+    model: Model,
+    X: NDArray[Any],
+    y: NDArray[Any] | None,
+    device: str,
+    widths: tuple[int, ...] | None = None,
 ) -> Any:
-    """What ``fit(model)`` gives, of a program that a first run may ask to be adapted.
+    """What ``fit(model)`` gives, of a program that its tables or a first run ask to be adapted.
+
+    ``widths`` are the columns of each of several tables.
 
     Raises
     ------
     ModelError
         Where the program is to be changed; what else the fit raises, where nothing is known to help.
     """
-    adapted = model if isinstance(model, Adapted) else Adapted(model)
+    adapted = Adapted(model, widths=widths)
+    model = model if widths is None else adapted
     while True:
         try:
             return fit(model)

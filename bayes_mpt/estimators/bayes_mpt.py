@@ -27,7 +27,7 @@ from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_is_fitted
 
 from bayes_mpt.estimators import availability, predictions, sampling
-from bayes_mpt.estimators.adapted import Adapted, fitted_as_written
+from bayes_mpt.estimators.adapted import fitted_as_written
 from bayes_mpt.estimators.availability import is_unfitted, takes_labels
 from bayes_mpt.estimators.averaging import averaged
 from bayes_mpt.estimators.fit import fit_program
@@ -296,7 +296,6 @@ class BayesMPT(
             check_program(self.guide, with_y=with_y, name="guide")
         X = checked_rows(self, X, reset=before.get("more") is None)
         y = read_numbers(y, len(X)) if with_y else None
-        program = model if widths is None else Adapted(model, widths=widths)
         context.call_on_fit_task_begin(estimator=self, X=X, y=y)
         trainer = trainer_of(self, model, getattr(self, "feature_names_in_", np.arange(self.n_features_in_)))
         report = reporter(self, context, line, trainer.limit, every=trainer.by_epochs)
@@ -307,7 +306,7 @@ class BayesMPT(
         unused = () if self.average is None else (ZeroNoiseWarning,)  # of a maximum that scores nothing
         with warnings_of(silent=unused):
             fit = partial(fit_program, guide=self.guide, X=X, y=y, trainer=trainer, **before)
-            fitted = fitted_as_written(fit, program, X, y, self.device)
+            fitted = fitted_as_written(fit, model, X, y, self.device, widths)
         if self.average is not None:
             fitted = averaged(fitted.with_settings(self.predictor, self._draws), X)
         self._keep(fitted)

@@ -217,10 +217,14 @@ class Auto(BaseEstimator):
         self.cv = cv
         self.n_repeats = n_repeats
 
+    @property
+    def held_out(self) -> HeldOut:
+        """What it takes elsewhere, and what checks what it takes."""
+        return HeldOut(self.cv, self.n_repeats)
+
     def chosen(self, models: list[Facts]) -> tuple[Rule, str]:
         """The rule that fits the models, and why."""
-        vectors = [m for m in models if not m.by_row]
-        held_out = HeldOut(self.cv, self.n_repeats)
+        vectors, held_out = [m for m in models if not m.by_row], self.held_out
         if all(not m.parameters for m in models):
             return Train(), "nothing is point-estimated: the LML is the evidence itself"
         sizes = [m.n_hyperparameters for m in models]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from bayes_mpt.inputs import wanted
 from bayes_mpt.predictors.base import Bound, Guide, Predictor
 from bayes_mpt.predictors.exact import summed_out
 from bayes_mpt.predictors.gaussian.linear import LinearGaussian
@@ -75,12 +76,10 @@ def choose(
     bayes_mpt.program.program.ModelError
         If the program cannot be scored; the message names the site and what to do.
     """
-    if isinstance(predictor, Predictor):
-        return predictor.bind(model, args, guide)
     if predictor != "auto":
-        raise ValueError(
-            f"predictor must be 'auto' or a predictor such as Exact() or Importance(100), got {predictor!r}"
-        )
+        words = "predictor must be 'auto' or a predictor such as Exact() or Importance(100)"
+        # abstract, which mypy does not take for a type
+        return wanted(Predictor, predictor, words, ValueError).bind(model, args, guide)  # type: ignore[type-abstract]
     if takes_visible(model):
         return SelfPredictive().bind(model, args, guide)
     return observing_cells(lambda program: _chosen(program, args, guide), model, args)
