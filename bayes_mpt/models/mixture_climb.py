@@ -19,6 +19,9 @@ from bayes_mpt.models.mixture_steps import Expect, Table, coefficients_of, m_ste
 __all__ = ["Climb", "Hill", "climb_together", "run_em"]
 
 
+COLLAPSED, HOPELESS = 1, 2  # what may have come of a mixture's components in a step
+
+
 class Climb(NamedTuple):
     """Where EM has ended."""
 
@@ -186,48 +189,61 @@ class _Together:
                 raise
             self._go_on(torch.ones_like(self.plain))
             return
+        self.n_steps += 1
         value = total + self.log_prior
         back = ~self.plain & ~(value >= self.best).cpu()  # a longer step was too long
+        if bool(back.all()):
+            self.best = torch.full_like(self.best, -math.inf)
+            self._go_on(back)
+            return
         new, fallen = m_step(sums, mix, hill.kind, hill.prior, self.reg_covar)
-        fallen = fallen.cpu() & ~back[:, None]
-        hopeless = self._note(fallen, sums[..., 0])
         # The score gains what the expected log-density does, and the divergence between the shares before and
         # after, which is about as large where the steps are small and slow, and less elsewhere.
-        after = hill.coefficients(new)
-        gain = ((after - self.coefficients) * sums).sum((-2, -1)) + hill.log_prior(new) - self.log_prior
-        fell, at = fallen.any(1), self.best.device
-        self.best = torch.where(back.to(at), -math.inf, value + torch.where(fell.to(at), 0.0, gain))
-        self.end = self.end.where(back.to(at), new)
-        self.n_steps += 1
+        after, prior_after = hill.coefficients(new), hill.log_prior(new)
+        gain = ((after - self.coefficients) * sums).sum((-2, -1)) + prior_after - self.log_prior
+        fell = self._note(fallen.cpu(), back, sums[..., 0])
+        at, hopeless = self.best.device, fell == HOPELESS
+        self.best, self.end = value + gain, new if not bool(back.any()) else self.end.where(back.to(at), new)
+        if bool((back | (fell > 0)).any()):
+            known = torch.where((fell > 0).to(at), value, value + gain)
+            self.best = torch.where(back.to(at), -math.inf, known)
         score = total / hill.n_rows - hill.unit
-        small = self.tol * (score.abs().clamp(min=1.0) if self.to_end else torch.ones_like(score))
-        stop = ~back & ~fell & ~(2 * gain / hill.n_rows > small).cpu()
+        small = self.tol * score.abs().clamp(min=1.0) if self.to_end else torch.full_like(score, self.tol)
+        stop = ~back & (fell == 0) & ~(2 * gain / hill.n_rows > small).cpu()
         if self.to_end and bool(stop.any()):
             index = stop.nonzero()[:, 0].to(at)
             stop[stop.clone()] = (hill.take(index).steepest(self.end.take(index)) <= small[index]).cpu()
-        self.leave(stop.nonzero()[:, 0], settled=True)
-        self.leave((hopeless & ~stop).nonzero()[:, 0], settled=False, hopeless=True)
-        rest = (~stop & ~hopeless).nonzero()[:, 0]
-        if len(rest) < len(self.which):
+        rest = torch.arange(len(stop))
+        if bool((stop | hopeless).any()):
+            self.leave(stop.nonzero()[:, 0], settled=True)
+            self.leave((hopeless & ~stop).nonzero()[:, 0], settled=False, hopeless=True)
+            rest = (~stop & ~hopeless).nonzero()[:, 0]
             self._keep(rest)
-            back, fell = back[rest], fell[rest]
-        if len(rest):
-            self._go_on(back | fell | bool(self.reg_covar))
+        if not len(rest):
+            return
+        if self.reg_covar:  # which the score does not know: no step is longer
+            self.mix, self.plain = self.end, torch.ones(len(rest), dtype=torch.bool)
+            self.coefficients, self.log_prior = after[rest.to(at)], prior_after[rest.to(at)]
+        else:
+            self._go_on((back | (fell > 0))[rest])
 
     def _go_on(self, plain: Tensor) -> None:
         """To EM's own end where ``plain``, or further."""
         self.mix, self.plain = self.longer(self.mix, self.end, plain)
         self.coefficients, self.log_prior = self.hill.coefficients(self.mix), self.hill.log_prior(self.mix)
 
-    def _note(self, fallen: Tensor, counts: Tensor) -> Tensor:
-        """Write down which components (B, K) have collapsed; whether that is hopeless (B,)."""
-        hopeless = torch.zeros(len(fallen), dtype=torch.bool)
-        for b in fallen.any(1).nonzero()[:, 0].tolist():
-            found = {c: float(counts[b, c]) for c in fallen[b].nonzero()[:, 0].tolist()}
+    def _note(self, fallen: Tensor, back: Tensor, counts: Tensor) -> Tensor:
+        """Write down which components (B, K) have collapsed; whether any has (B,), and whether that is hopeless."""
+        found = torch.zeros(len(fallen), dtype=torch.long)
+        if not bool(fallen.any()):
+            return found
+        for b in (fallen.any(1) & ~back).nonzero()[:, 0].tolist():
+            here = {c: float(counts[b, c]) for c in fallen[b].nonzero()[:, 0].tolist()}
             before = self.collapsed[self.which[b]]
-            hopeless[b] = len(found) == fallen.shape[1] or not found.keys().isdisjoint(before)
-            before |= found
-        return hopeless
+            hopeless = len(here) == fallen.shape[1] or not here.keys().isdisjoint(before)
+            found[b] = HOPELESS if hopeless else COLLAPSED
+            before |= here
+        return found
 
     def leave(self, index: Tensor, *, settled: bool, hopeless: bool = False) -> None:
         """These have ended."""
