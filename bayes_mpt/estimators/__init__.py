@@ -3,7 +3,7 @@
 In the room, from the table that comes in to the one that goes out:
 
 - ``rows``, ``adapted``, ``names``, ``availability``: what may come in, and what is offered.
-- ``fit``, in the order in which it goes: ``binding``, ``checks``, ``repeats``, ``penalty``, ``trainer``. It leaves a
+- ``fit``, in the order in which it goes: ``dimension``, ``checks``, ``repeats``, ``penalty``, ``trainer``. It leaves a
   ``fitted``, which ``stored_fit`` makes again.
 - ``bayes_mpt``, the estimator: it stores settings, checks them and passes on. Its answers are made in
   ``predictions``, ``sampling``, ``labelled``, ``criteria``, ``integrals``, ``weighed``, ``averaging``, ``report``; of

@@ -3,8 +3,8 @@
 In the room, by what is integrated:
 
 - Factor models: ``factor_prior`` (``saturated``), ``factor_posterior`` (``incomplete_posterior``), ``slice`` (the
-  rotations); ``sampled`` by ``annealing`` (``no_latents``: none), ``draws`` of it; ``laplace`` (``laplace_wide``,
-  ``laplace_incomplete``).
+  rotations); ``sampled`` by ``annealing`` (``surplus`` columns; ``no_latents``), ``draws`` of it; ``laplace``
+  (``laplace_wide``, ``laplace_incomplete``).
 - Gaussian mixtures: ``mixture_prior``, ``mixture`` (``allocations``, ``components``, ``mixture_marginals``),
   ``mixture_laplace``.
 - Hyper-parameters: ``hyperparameters`` and ``integrated``.

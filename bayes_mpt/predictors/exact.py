@@ -47,16 +47,14 @@ class Exact(Predictor):
         vector = gaussian_program(model, args)
         if vector is not None:
             return JointGaussian(model, vector)
-        return by_its_map(model, args, partial(summed_out, model, args))
+        stated = LinearGaussian.stated(model, args)
+        return by_its_map(model, args, partial(summed_out, model, args)) if stated is None else stated
 
 
 def by_its_map(
     model: Model, args: tuple[Any, ...], otherwise: Callable[[Program, NotAffine], Bound]
 ) -> Bound:
-    """A program by its linear-Gaussian map, stated or found; any other as ``otherwise`` has it, with the reason."""
-    stated = LinearGaussian.stated(model, args)
-    if stated is not None:
-        return stated
+    """A program by its linear-Gaussian map; one that has none as ``otherwise`` has it, which is told the reason."""
     analysis = look(model, args)
     try:
         return closed_form(model, args, analysis)
