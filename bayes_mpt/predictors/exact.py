@@ -12,7 +12,7 @@ from bayes_mpt.predictors.gaussian.markov import closed_form
 from bayes_mpt.predictors.gaussian.process import JointGaussian, gaussian_program
 from bayes_mpt.predictors.nodes.enumeration import enumerated, mixture_of_maps
 from bayes_mpt.predictors.nodes.vector_maps import vector_of_maps
-from bayes_mpt.program.affine import NotAffine
+from bayes_mpt.program.affine import NotAffine, check_normal
 from bayes_mpt.program.analysis import look
 from bayes_mpt.program.program import Model, ModelError, Program
 
@@ -57,6 +57,7 @@ def by_its_map(
     """A program by its linear-Gaussian map; one that has none as ``otherwise`` has it, which is told the reason."""
     analysis = look(model, args)
     try:
+        check_normal(analysis.first, analysis.program)  # before anything is run again
         return closed_form(model, args, analysis)
     except NotAffine as error:
         reason = error

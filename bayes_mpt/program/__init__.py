@@ -5,7 +5,8 @@ In the room:
 - ``program`` says what a program is made of, as plain data; ``offers`` what it may say of itself.
 - ``run`` runs it, with ``store`` and ``devices`` around it; ``batched`` runs it at many values; ``arguments`` are
   what it is called with, ``statistics`` their moments, ``location`` where they lie.
-- ``analysis`` finds out what it is: ``first`` is the first run, ``sites`` and ``layout`` its sites, rows and tokens.
+- ``analysis`` finds out what it is, from a `FirstRun` and others that are compared with it; ``sites`` and ``layout``
+  are its sites, rows and tokens.
 - Trials, which refuse what has no density: ``trials`` (``other_latents``, ``checks``, ``missing``), ``mask_trials``,
   ``shift_trials`` (``shifts``), ``token_graph`` (``token_order``), ``value_checks``; of factors ``own_factors``
   (``factor_sums``).
