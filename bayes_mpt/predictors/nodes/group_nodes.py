@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast
 
-import pyro
 import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
@@ -24,6 +23,7 @@ from bayes_mpt.predictors.nodes.given import Given, NodePosterior
 from bayes_mpt.predictors.nodes.nearby import Nearby
 from bayes_mpt.predictors.nodes.newton import LaplaceApproximation, newton
 from bayes_mpt.predictors.nodes.rules import MAX_HERMITE, ROW_DRAWS, ROW_NODES, hermite, row_rule
+from bayes_mpt.program.batched import Batched, vmapped
 from bayes_mpt.program.factor_runs import read_factors
 from bayes_mpt.program.factors import Factors
 from bayes_mpt.program.groups import N_DRAWS, Groups, Terms, find_groups, log_terms
@@ -64,7 +64,7 @@ class GroupNodes:
     _nearby: Nearby = field(default_factory=Nearby)
     """The modes (S, B, d) that were found last."""
 
-    one_by_one = False
+    batched = Batched.VMAP
 
     @classmethod
     def of(
@@ -170,8 +170,7 @@ class GroupNodes:
         def alone(node: dict[str, Tensor]) -> Terms:
             return log_terms(self.model, filled, self.program, node)
 
-        with pyro.validation_enabled(False):  # a check would have to branch on its node
-            terms = torch.vmap(alone)({**held, **values})
+        terms = vmapped(alone)({**held, **values})
         parts = [torch.where(seen, terms.tokens, 0.0), terms.latents, *(j.flatten(1) for j in jacobians)]
         owner = torch.cat([groups.token, groups.latent, groups.jacobian])
         out = u.new_zeros(len(u), groups.n_groups + 1).index_add(1, owner, torch.cat(parts, 1))
@@ -250,18 +249,17 @@ class NestedGroups(Given):
 
     def posterior(self, x: Tensor, visible: Tensor) -> NodePosterior:
         everything, seen = torch.ones_like(x, dtype=torch.bool), self._seen(x, visible)
+
+        def effects() -> Tensor:
+            u, share = self._posterior(seen)
+            return (self._of(share, self.nodes.groups.value) * self._flat(u)).sum(1)[:, None]
+
         return NodePosterior(
             tokens=lambda: cast(Tensor, self._average(seen, lambda factors: factors.means(everything))),
-            latents=lambda: self._latents(seen),
+            latents=effects,
             levels=lambda: self._average(seen, lambda factors: factors.levels(everything)),
             values=lambda share: self._values(seen, share) if len(x) == 1 else [],
         )
-
-    def _latents(self, seen: Tensor) -> Tensor:
-        """Posterior means of the effects, site after site: (S, 1, V)."""
-        u, share = self._posterior(seen)
-        values = self._flat(u)
-        return (self._of(share, self.nodes.groups.value) * values).sum(1)[:, None]
 
     def _values(self, seen: Tensor, share: Tensor) -> list[list[dict[str, Tensor]]]:
         """Values of equal shares at each node, with mean and covariance of each group's posterior.
@@ -369,7 +367,7 @@ class NestedGroups(Given):
             held = {name: v[part].repeat_interleave(u.shape[1], 0) for name, v in self.held.items()}
             values = {**held, **nodes.values(u[part].flatten(0, 1))[0]}
             n = len(next(iter(values.values())))
-            found = of(read_factors(nodes.model, self.filled, nodes.program, values, n, mapped=True))
+            found = of(read_factors(nodes.model, self.filled, nodes.program, values, n, Batched.VMAP))
             if found is None:
                 return None
             found = found[:, 0].expand(n, *found.shape[2:]).unflatten(0, (-1, u.shape[1]))  # (S, Q, T, ...)

@@ -102,7 +102,7 @@ class Importance(Predictor):
     def bind(self, model: Model, args: tuple[Any, ...], guide: Guide | None = None) -> NodeSource:
         if guide is not None:
             drawn = self.from_guide(model, args, guide)
-            warn_if_slow(drawn.one_by_one, drawn)
+            warn_if_slow(drawn.batched, drawn)
             return drawn
         return self.bind_nodes(AdaptiveNodes(model, args, self._analyze(model, args)))
 
@@ -111,7 +111,7 @@ class Importance(Predictor):
         if not adaptive.space.parts:  # all are integrated group by group: there is nothing to draw
             return Quadrature().bind_nodes(adaptive)
         bound = _AroundMode(adaptive, self.num_particles)
-        warn_if_slow(adaptive.one_by_one, bound)
+        warn_if_slow(adaptive.batched, bound)
         return bound
 
     def from_guide(self, model: Model, args: tuple[Any, ...], guide: Guide) -> GuideDraws:

@@ -82,7 +82,7 @@ class Quadrature(Predictor):
         width, program = adaptive.space.width, adaptive.program
         _check_width(width, program)
         bound = _Hermite(adaptive, self.n_nodes or NODES[max(1, width)])
-        warn_if_slow(adaptive.one_by_one, bound)
+        warn_if_slow(adaptive.batched, bound)
         return bound
 
 

@@ -131,7 +131,7 @@ class SequentialMonteCarlo(Predictor):
                 "not train. Give them priors by pyro.sample, or use Importance() with a guide"
             )
         bound = _Tempered(self, model, args, one_vector(program))
-        warn_if_slow(bound.adaptive.one_by_one, bound)
+        warn_if_slow(bound.adaptive.batched, bound)
         if not bound.adaptive.space.parts:
             raise ModelError(
                 f"all latents {list(program.latent_names)} are integrated group by group "
