@@ -86,10 +86,11 @@ class LeftOut:
     def __call__(
         self, key: Key, log_prob: Tensor, square: Callable[[], Tensor], n_cells: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """As `Shares`."""
-        if self.count is not None and key in self.before:
-            log_prob = log_prob + self.change(self.before[key], square(), n_cells, self.count)
+        """As `Shares`; the log-densities are those with the rows, by which places can be compared."""
         share, density = plain_shares(key, log_prob, square, n_cells)
+        if self.count is not None and key in self.before:
+            change = self.change(self.before[key], square(), n_cells, self.count)
+            share, _ = plain_shares(key, log_prob + change, square, n_cells)
         share = share * self.counts(key, log_prob)
         self.before[key] = share
         return share, density
