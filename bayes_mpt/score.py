@@ -28,8 +28,9 @@ from bayes_mpt.masks import (
     require_lml,
     torch_generator,
 )
-from bayes_mpt.predictors import Batch, Bound, Conditionals, Evidence, Objective, Predictor, choose
+from bayes_mpt.predictors import Batch, Conditionals, Evidence, Objective, Predictor, choose
 from bayes_mpt.predictors.base import CHUNK
+from bayes_mpt.predictors.objective import chains_unless_own
 from bayes_mpt.predictors.own_order import own_order, refuse_masks
 from bayes_mpt.predictors.self_predictive import OWN_MASKS
 from bayes_mpt.program.program import Model, Order, list_names
@@ -42,7 +43,6 @@ __all__ = [
     "Curve",
     "RateCurve",
     "ScoreEstimate",
-    "chains_unless_own",
     "estimate",
     "fixed_rate_bias",
 ]
@@ -339,11 +339,6 @@ def _bias(read: Conditionals, rate: float, n_masks: int, random_state: RandomSta
 
 
 # --------------------------------------------------------------------------------------------------------- the loss
-
-
-def chains_unless_own(bound: Bound) -> Policy | None:
-    """Masks of steps where none are named: chains; None, its own, of a network."""
-    return None if bound.structure.takes_visible else PermutationChain()
 
 
 @methods_take_turns()

@@ -14,8 +14,8 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from bayes_mpt import training
-from bayes_mpt.estimators.binding import MAX_INIT_ROWS, bind, choose_dimension
 from bayes_mpt.estimators.checks import check_bound, of_program, warn_of_bounds, warn_of_weights
+from bayes_mpt.estimators.dimension import choose_dimension
 from bayes_mpt.estimators.fitted import Fitted, Latents, n_at_once
 from bayes_mpt.estimators.penalty import noise_prior_of, own_penalty, penalty_of
 from bayes_mpt.estimators.rows import (
@@ -30,6 +30,7 @@ from bayes_mpt.estimators.trainer import Trainer
 from bayes_mpt.evidence.hyperparameters import Prior, hyperprior
 from bayes_mpt.predictors import Batch, Bound, Conditionals, Objective
 from bayes_mpt.predictors.base import Frozen, Guide, together
+from bayes_mpt.predictors.choice import MAX_INIT_ROWS, choose_for_table
 from bayes_mpt.predictors.new_rows import growing
 from bayes_mpt.predictors.self_predictive import sees_all
 from bayes_mpt.program.arguments import filling
@@ -219,7 +220,7 @@ def _read(
 ) -> _Read:
     """Run the program for the first time, in the store that is open; say what is to be maximised."""
     known = None if template is None or template.analysis is None else (template.analysis, template.state)
-    predictor, args = bind(
+    predictor, args = choose_for_table(
         model,
         guide,
         lambda rows: table.arguments(model, rows),
@@ -245,8 +246,8 @@ def _read(
     whole = _whole(model, table, predictor, args, statistics)
     problem = training.Problem(Objective(predictor, whole), statistics)
     leaves = of_program(problem)
-    prior = hyperprior(model, args, leaves)
-    own = own_penalty(model, problem.whole.args)
+    prior = None if offered(model, "hyperprior") is None else hyperprior(model, args, leaves)
+    own = None if offered(model, "penalty") is None else own_penalty(model, problem.whole.args)
     if own is not None:
         problem = replace(problem, log_prior=own)
     elif penalty and prior is not None:

@@ -42,8 +42,7 @@ from bayes_mpt.program.arguments import fill_all
 from bayes_mpt.program.batched import Batched
 from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.program import Model, ModelError, one_vector
-from bayes_mpt.program.shift_trials import observing_cells
-from bayes_mpt.program.shifts import of_cells
+from bayes_mpt.program.shifts import observing_cells, of_cells
 from bayes_mpt.program.whole_plates import whole_plates
 from bayes_mpt.runtime.serial import takes_turns
 from bayes_mpt.warnings import DrawsWarning, warn

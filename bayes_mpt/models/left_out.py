@@ -67,9 +67,17 @@ class LeftOut:
     Parameters
     ----------
     covariance_type : {"full", "tied", "diag", "spherical"}
+    counts : callable, optional
+        Of rows: how often each counts, (..., 1, n) or one number, by the name under which they are read together and
+        their log-densities. All once by default.
     """
 
-    def __init__(self, covariance_type: str):
+    def __init__(
+        self,
+        covariance_type: str,
+        counts: Callable[[Key, Tensor], Tensor | float] = lambda key, log_prob: 1.0,
+    ):
+        self.counts = counts
         self.tied = covariance_type == "tied"
         self.dense = covariance_type in ("full", "tied")
         self.before: dict[Key, Tensor] = {}
@@ -82,6 +90,7 @@ class LeftOut:
         if self.count is not None and key in self.before:
             log_prob = log_prob + self.change(self.before[key], square(), n_cells, self.count)
         share, density = plain_shares(key, log_prob, square, n_cells)
+        share = share * self.counts(key, log_prob)
         self.before[key] = share
         return share, density
 

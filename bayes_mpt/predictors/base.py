@@ -21,7 +21,7 @@ from bayes_mpt.predictors.objective import Batch, Objective
 from bayes_mpt.predictors.own_order import in_own_order, own_order
 from bayes_mpt.program.affine import DenseMap
 from bayes_mpt.program.program import Model, ModelError, Program
-from bayes_mpt.program.shift_trials import observing_cells
+from bayes_mpt.program.shifts import observing_cells
 from bayes_mpt.runtime.serial import methods_take_turns
 
 if TYPE_CHECKING:

@@ -229,7 +229,8 @@ def _enumerated(
         if on_plate:
             stack.enter_context(pyro.plate(NODES, n_nodes, dim=-1 - depth))
         stack.enter_context(_Enumerate())
-        return poutine.trace(with_seen_labels(model)).get_trace(*args)
+        # of labels those that are not seen are discrete latents
+        return poutine.trace(with_seen_labels(model) if program.discrete else model).get_trace(*args)
 
 
 def _log_probs(trace: Trace, program: Program) -> Tensors:

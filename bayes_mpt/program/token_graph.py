@@ -33,10 +33,9 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from bayes_mpt.program.arguments import cell_name, resampled, rows_of, spread_rows
-from bayes_mpt.program.first import FirstRun
 from bayes_mpt.program.layout import rows_first, to_rows
 from bayes_mpt.program.program import ModelError, Order, list_names
-from bayes_mpt.program.run import FAILURES, run
+from bayes_mpt.program.run import FAILURES, FirstRun, run
 from bayes_mpt.program.sites import base, node_of, own_shown
 from bayes_mpt.program.token_order import Moved, cycle_of, reached, sorted_tokens
 

@@ -357,7 +357,7 @@ class Nodes(Conditionals):
 
     def _log_weights(self, read: Read, mask: Tensor) -> Tensor:
         """Log of each node's part of Z (S, N); of all tokens once for the score and what is asked of latents."""
-        whole = read is self.last and bool(mask.all()) and not torch.is_grad_enabled()
+        whole = read is self.last and not torch.is_grad_enabled() and bool(mask.all())
         if whole and self._whole is not None:
             return self._whole
         found = read.log_weight + read.given.log_joint(self.value, mask)

@@ -4,7 +4,7 @@ from bayes_mpt.program.affine.declared import read_stated, stated_form
 from bayes_mpt.program.affine.dense import Dense, read_side_by_side
 from bayes_mpt.program.affine.form import AffineForm, NotAffine, Way
 from bayes_mpt.program.affine.maps import DenseMap, Map
-from bayes_mpt.program.affine.normals import latent_values
+from bayes_mpt.program.affine.normals import check_normal, latent_values
 from bayes_mpt.program.affine.reading import affine_form, first_reading, read
 from bayes_mpt.program.affine.tokens import token_means
 from bayes_mpt.program.affine.trial import same_by_label
@@ -17,6 +17,7 @@ __all__ = [
     "NotAffine",
     "Way",
     "affine_form",
+    "check_normal",
     "first_reading",
     "latent_values",
     "read",
