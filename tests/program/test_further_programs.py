@@ -21,6 +21,7 @@ def log_integral(log_joint, *axes: tuple[float, float, int]) -> float:
     return float(logsumexp(log_joint(points)) + sum(np.log(g[1] - g[0]) for g in grids))
 
 
+@pytest.mark.slow
 def test_coefficients_that_multiply_states_leave_the_states_in_closed_form():
     """A state and its coefficient are each affine alone, and not together: an AR(2) that is observed with noise."""
     rng, n = np.random.default_rng(13), 10
