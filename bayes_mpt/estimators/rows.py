@@ -42,6 +42,8 @@ __all__ = [
     "warn_of_far",
 ]
 
+LEAST_VARIANCE = 1e-300  # of a column that is not constant: numbers so small have few digits
+
 
 def as_tensor(
     X: NDArray[np.floating], model: Model, device: str, shift: NDArray[np.float64] | None = None
@@ -223,6 +225,10 @@ def update_statistics(
     broken = (~torch.isfinite(statistics.variance)).nonzero()[:, 0].tolist()
     if broken:
         raise ValueError(f"the squares of column {names[broken[0]]} overflow: rescale it")
+    for column in (statistics.variance < LEAST_VARIANCE).nonzero()[:, 0].tolist():
+        cells = X[:, column][~np.isnan(X[:, column])]
+        if len(cells) and cells.min() < cells.max():  # not of a constant, whose variance is zero
+            raise ValueError(f"the squares of column {names[column]} underflow: rescale it")
     return statistics
 
 
