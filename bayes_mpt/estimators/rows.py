@@ -42,7 +42,7 @@ __all__ = [
     "warn_of_far",
 ]
 
-LEAST_VARIANCE = 1e-300  # of a column that is not constant: numbers so small have few digits
+LEAST_SPREAD = 1e-150  # of a column that is not constant: the squares of smaller numbers have few digits
 
 
 def as_tensor(
@@ -225,9 +225,10 @@ def update_statistics(
     broken = (~torch.isfinite(statistics.variance)).nonzero()[:, 0].tolist()
     if broken:
         raise ValueError(f"the squares of column {names[broken[0]]} overflow: rescale it")
-    for column in (statistics.variance < LEAST_VARIANCE).nonzero()[:, 0].tolist():
+    # without complete rows the variances are zero; of a constant they are too
+    for column in (statistics.variance < LEAST_SPREAD**2).nonzero()[:, 0].tolist():
         cells = X[:, column][~np.isnan(X[:, column])]
-        if len(cells) and cells.min() < cells.max():  # not of a constant, whose variance is zero
+        if len(cells) and 0 < cells.max() - cells.min() < LEAST_SPREAD:
             raise ValueError(f"the squares of column {names[column]} underflow: rescale it")
     return statistics
 

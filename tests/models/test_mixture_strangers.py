@@ -44,6 +44,11 @@ def test_any_unit_or_a_refusal(program):
             model_of(program).fit(x)
 
 
+def test_without_a_complete_row_no_square_is_too_small():
+    x = np.where(np.eye(N, T, dtype=bool) | (np.arange(N)[:, None] % T == np.arange(T)), np.nan, HOLES)
+    assert model_of(GaussianMixture(2, "diag")).fit(x).converged_
+
+
 @pytest.mark.filterwarnings(
     "ignore:the training stopped:bayes_mpt.warnings.NotConvergedWarning"
 )  # where does not matter
