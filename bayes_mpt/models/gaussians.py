@@ -11,7 +11,7 @@ from torch import Tensor
 __all__ = ["MIN_WEIGHT", "Gaussians", "Longer"]
 
 MIN_WEIGHT = 1e-6  # of a component: the logarithm of an empty one is infinite
-GROWTH, MOST = 1.5, 50.0  # of the factor by which steps are longer, while they rise
+GROWTH, MAX_FACTOR = 1.5, 50.0  # of the factor by which steps are longer, while they rise
 NEAR = 1e-3  # the size of a step, in units of the table and logarithms, below which EM is taken as linear
 MEMORY = 8  # steps of which a longer one is made there
 
@@ -107,7 +107,7 @@ class Longer:
         del self.places[: -MEMORY - 1], self.steps[: -MEMORY - 1]
         plain = plain.cpu()
         self.n_kept = torch.where(plain, 0, self.n_kept + 1)
-        self.factor = torch.where(plain, 1.0, (GROWTH * self.factor).clamp(max=MOST))
+        self.factor = torch.where(plain, 1.0, (GROWTH * self.factor).clamp(max=MAX_FACTOR))
         found = place + self.factor.to(place)[:, None] * step
         near = (self.n_kept > 1) & ~(step.norm(dim=1).cpu() > NEAR)
         if bool(near.any()):
