@@ -82,12 +82,10 @@ def _may_be_rounded(rows: Tensor) -> Tensor:
     """Of which columns (T,) a few cells do not show that they are not rounded."""
     value = rows.sort(0).values
     gap = value.diff(dim=0)
-    step = (
-        torch.where(gap > ON_STEPS * LEAST_STEP, gap, torch.inf).amin(0) if len(gap) else rows[0] + torch.inf
-    )
+    step = torch.where(gap > ON_STEPS * MIN_STEP, gap, torch.inf).amin(0) if len(gap) else rows[0] + torch.inf
     multiple = (value - value[0]) / step
     on = ((multiple - multiple.round()).abs() < ON_STEPS * multiple.clamp(min=1.0)).all(0)
-    return (on & (step >= LEAST_STEP)) | step.isinf() | rows.isnan().any(0)
+    return (on & (step >= MIN_STEP)) | step.isinf() | rows.isnan().any(0)
 
 
 def _step(cells: Tensor) -> float | None:
