@@ -9,6 +9,8 @@ from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.special import roots_hermite
 from scipy.stats import chi2, norm, qmc
 from torch import Tensor
 
@@ -32,11 +34,27 @@ def hermite(width: int, n_nodes: int) -> tuple[Tensor, Tensor]:
     The integral of f is sum_q exp(log_weight_q) |root| f(mode + root t_q), exact where f is the Gaussian times a
     polynomial of degree 2 n - 1 along each axis.
     """
-    one, weight = np.polynomial.hermite.hermgauss(n_nodes)
+    one = roots_hermite(n_nodes)[0]
     t = np.array(list(product(one, repeat=width))).reshape(n_nodes**width, width)
-    log_w = np.array([sum(c) for c in product(np.log(weight), repeat=width)])
-    log_weight = log_w + np.square(t).sum(-1) + 0.5 * width * math.log(2)
-    return torch.as_tensor(math.sqrt(2) * t), torch.as_tensor(log_weight)
+    log_w = np.array([sum(c) for c in product(_log_weight(one), repeat=width)])
+    return torch.as_tensor(math.sqrt(2) * t), torch.as_tensor(log_w + 0.5 * width * math.log(2))
+
+
+def _log_weight(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """log (w_q exp(x_q^2)) = -log n - 2 log |psi_{n-1}(x_q)| at the n roots x (n,) of the Hermite polynomial H_n.
+
+    By the recursion of the Hermite functions,
+
+        psi_0 = pi^(-1/4) exp(-x^2 / 2),    psi_{k+1} = sqrt(2 / (k + 1)) x psi_k - sqrt(k / (k + 1)) psi_{k-1}
+
+    with the scale kept apart, since w underflows from 371 nodes on.
+    """
+    before, now, log_scale = np.zeros_like(x), np.ones_like(x), -0.5 * np.square(x) - 0.25 * math.log(math.pi)
+    for k in range(len(x) - 1):
+        before, now = now, math.sqrt(2 / (k + 1)) * x * now - math.sqrt(k / (k + 1)) * before
+        size = np.maximum(np.abs(now), np.abs(before))
+        before, now, log_scale = before / size, now / size, log_scale + np.log(size)
+    return -math.log(len(x)) - 2 * (np.log(np.abs(now)) + log_scale)
 
 
 def degrees_of(width: int) -> float:
