@@ -158,15 +158,22 @@ def estimate(
             scores = torch.stack([by_row for by_row, _ in both])  # (R, N)
             found = _of_replicates(scores, {})
         curve = _curve(some, x.new_ones(len(x)) if weight is None else weight, draws, known)
-    structure = read.structure
+    return _estimate(read, found, curve, n_replicates, repr(masks))
+
+
+def _estimate(
+    read: Conditionals, found: Evidence, curve: Curve | None, n_replicates: int, masks: str, **more: Any
+) -> ScoreEstimate:
+    """What was found, with what was integrated and how."""
     return ScoreEstimate(
         found.by_row.double().cpu().numpy(),
         found.se,
         curve,
-        structure.latent_names,
-        structure.parameters,
+        read.structure.latent_names,
+        read.structure.parameters,
         exact=found.exact,
-        diagnostics={"n_replicates": n_replicates, "masks": repr(masks), "totals": None, **found.diagnostics},
+        diagnostics={"n_replicates": n_replicates, "masks": masks, "totals": None, **found.diagnostics},
+        **more,
     )
 
 
@@ -177,20 +184,12 @@ def _in_own_order(read: Conditionals, masks: Policy, order: Order) -> ScoreEstim
         refuse_masks(f"{masks!r}")
     found, tokens = read.evidence(), own_order(read)
     steps = read.chain(tokens, _ends(tokens.shape[1]))[0][:, tokens[0]]
-    structure = read.structure
-    return ScoreEstimate(
-        found.by_row.double().cpu().numpy(),
-        found.se,
+    return _estimate(
+        read,
+        found,
         None,
-        structure.latent_names,
-        structure.parameters,
-        exact=found.exact,
-        diagnostics={
-            "n_replicates": 1,
-            "masks": "the program's own order",
-            "totals": None,
-            **found.diagnostics,
-        },
+        1,
+        "the program's own order",
         prequential=steps.double().cpu().numpy(),
         given=order.given,
     )

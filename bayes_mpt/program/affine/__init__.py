@@ -1,4 +1,13 @@
-"""The linear-Gaussian form of a program: whether it has one, and the map from its latents to its tokens."""
+"""The linear-Gaussian form of a program: whether it has one, and the map from its latents to its tokens.
+
+In the room: ``form`` is what is found, once; ``reading`` finds it and reads the map at every step, by one of three
+ways: ``declared`` (the model names its parameters), ``sparse`` (``chain``, ``sparse_map``) and ``dense``
+(``probes``). ``maps`` is the map as matrices, ``normals`` and ``tokens`` are what a run says of it, ``trial``
+compares map and runs, ``first`` is the first reading.
+
+Touch freely what is inside of one way; a new way has the four methods of `Way`. That a map agrees with runs on real
+rows is never left out.
+"""
 
 from bayes_mpt.program.affine.declared import read_stated, stated_form
 from bayes_mpt.program.affine.dense import Dense, read_side_by_side
