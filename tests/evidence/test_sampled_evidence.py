@@ -274,6 +274,8 @@ def test_refused():
     with pytest.raises(ValueError, match="up to 600 parameters.*laplace"):
         evidence(table(22, 50, 200, 1), 3, wide)
     few = table(20, 3, 5, 1)
+    with pytest.raises(ValueError, match=r"fewer latents than columns, got 5 latents and n_features = 5"):
+        evidence(few, 5, factor_prior(few))
     with pytest.raises(ValueError, match=r"rank 2 \(n_features = 5\) without noise"):
         evidence(few, 2, factor_prior(few))
 
