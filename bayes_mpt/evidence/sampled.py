@@ -123,8 +123,8 @@ def sample_evidence(
     Raises
     ------
     ValueError
-        If there are more than `MAX_PARAMETERS` parameters, as many latents as columns, a constant column, or latents that
-        reproduce the rows without noise.
+        If there are more than `MAX_PARAMETERS` parameters, as many latents as columns, a constant column, or latents
+        that reproduce the rows without noise.
 
     Examples
     --------
