@@ -215,6 +215,8 @@ def _starts(posterior: FactorPosterior, factors: Factors, rest: Array, cov: Cova
         tau2 = float(((mean[0] ** 2 + spread) * np.exp(e[0])[:, None]).mean())
     spaces = [climb(posterior.with_prior(posterior.prior.normal(tau2)), theta)]
     if has_surplus(spaces[0]):
+        posterior = posterior.anchored(spaces[0].center)
+        spaces = [climb(posterior.with_prior(posterior.prior.normal(tau2)), spaces[0].center)]
         root = np.sqrt(posterior.units)
         spaces += other_modes(spaces[0], cov.dense() / root / root[:, None])
     return [replace(space, posterior=posterior).widened() for space in spaces]

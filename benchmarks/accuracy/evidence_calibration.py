@@ -50,7 +50,9 @@ GROUPS = {  # share missing from, to; surplus columns from, to; sizes
     "surplus columns": ((0.0, 0.0), (1, 2), NO_HOLES),
 }
 MOST_PARAMETERS = 250
-FRESH = dict.fromkeys(GROUPS, 35)  # streams of the tables, that nothing was tuned on
+FRESH = dict.fromkeys(GROUPS, 35) | {
+    "surplus columns": 36
+}  # streams of the tables, that nothing was tuned on
 LONG = {"se": 1e-6, "n_islands": 16}
 # more temperatures, a longer trajectory at each
 SLOW = {(annealing, "CESS"): 0.93, (annealing, "N_LEAPS"): 6, (sampled, "SURPLUS_CESS"): 0.96}
