@@ -41,8 +41,8 @@ from bayes_mpt.estimators.search import MarginalLikelihoodSearch
 from bayes_mpt.inputs import read_table, wanted
 from bayes_mpt.models import GaussianProcess
 from bayes_mpt.models.kernels import Line, lines_meet
-from bayes_mpt.runtime.atomic import restored_on_failure
 from bayes_mpt.runtime.interrupts import interruptible
+from bayes_mpt.runtime.serial import restored_on_failure
 
 __all__ = ["KernelSearch"]
 

@@ -41,7 +41,6 @@ from bayes_mpt.evidence.factor_prior import FactorPrior, factor_prior
 from bayes_mpt.evidence.integrated import IntegratedEvidence
 from bayes_mpt.evidence.sampled import MAX_PARAMETERS
 from bayes_mpt.program.program import list_names
-from bayes_mpt.runtime.atomic import all_or_nothing
 from bayes_mpt.runtime.serial import left_as_found, turn
 
 __all__ = [
@@ -395,10 +394,9 @@ def _of_one_fit(candidate: Candidate, X: Any, y: Any) -> None:
     candidate.splits = np.array([candidate.evidence / candidate.n_scored])
 
 
-@all_or_nothing
 def _move_to_map(model: BayesMPT, X: Any, y: Any, found: IntegratedEvidence) -> None:
     """Take the maximum a posteriori that was found on the training rows for the parameters."""
-    with turn(), left_as_found(store=True):
+    with turn(), left_as_found(store=True, estimator=model):
         model._keep(at_mode(*model._ready(X), y, found))
 
 

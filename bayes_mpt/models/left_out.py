@@ -23,7 +23,7 @@ from torch import Tensor
 __all__ = ["Key", "LeftOut", "Shares", "plain_shares"]
 
 NEGLIGIBLE = -200.0  # of the logarithm of a share
-LEAST = 0.02  # of f: rows that a component hangs on alone
+MIN_SHARE = 0.02  # of f: rows that a component hangs on alone
 
 Key = tuple[str | int, ...]
 """Of rows that are read together."""
@@ -67,9 +67,17 @@ class LeftOut:
     Parameters
     ----------
     covariance_type : {"full", "tied", "diag", "spherical"}
+    counts : callable, optional
+        Of rows: how often each counts, (..., 1, n) or one number, by the name under which they are read together and
+        their log-densities. All once by default.
     """
 
-    def __init__(self, covariance_type: str):
+    def __init__(
+        self,
+        covariance_type: str,
+        counts: Callable[[Key, Tensor], Tensor | float] = lambda key, log_prob: 1.0,
+    ):
+        self.counts = counts
         self.tied = covariance_type == "tied"
         self.dense = covariance_type in ("full", "tied")
         self.before: dict[Key, Tensor] = {}
@@ -78,10 +86,12 @@ class LeftOut:
     def __call__(
         self, key: Key, log_prob: Tensor, square: Callable[[], Tensor], n_cells: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """As `Shares`."""
-        if self.count is not None and key in self.before:
-            log_prob = log_prob + self.change(self.before[key], square(), n_cells, self.count)
+        """As `Shares`; the log-densities are those with the rows, by which places can be compared."""
         share, density = plain_shares(key, log_prob, square, n_cells)
+        if self.count is not None and key in self.before:
+            change = self.change(self.before[key], square(), n_cells, self.count)
+            share, _ = plain_shares(key, log_prob + change, square, n_cells)
+        share = share * self.counts(key, log_prob)
         self.before[key] = share
         return share, density
 
@@ -89,9 +99,9 @@ class LeftOut:
         """log w' + log p' - log w - log p (..., K, n) of rows with shares r (..., K, n), counts (..., K)."""
         n = count[..., None]
         of_scale = n.sum(-2, keepdim=True) if self.tied else n
-        left, rest = (n - r).clamp(min=LEAST), (of_scale - r).clamp(min=LEAST)
+        left, rest = (n - r).clamp(min=MIN_SHARE), (of_scale - r).clamp(min=MIN_SHARE)
         n_alike = 1.0 if self.dense else n_cells
-        f = (1 - r * n / left * square / (of_scale * n_alike)).clamp(min=LEAST)
+        f = (1 - r * n / left * square / (of_scale * n_alike)).clamp(min=MIN_SHARE)
         further = (n / left).square() * (rest / of_scale) * square / f
         log_det = n_cells * (of_scale / rest).log() + n_alike * f.log()
         return (left / n).log() - 0.5 * (log_det + further - square)

@@ -18,6 +18,7 @@ from bayes_mpt.predictors.nodes.importance import Importance
 from bayes_mpt.predictors.nodes.tempering import Particles, hmc_move
 from bayes_mpt.predictors.nodes.weighted import Nodes, NodeSource, Read, constrained, objective_of_draws
 from bayes_mpt.predictors.objective import Batch, Objective
+from bayes_mpt.program.batched import Batched
 from bayes_mpt.program.latents import Space, space
 from bayes_mpt.program.program import Model, ModelError
 from bayes_mpt.program.run import run
@@ -125,7 +126,7 @@ class Annealed(NodeSource):
     relocates = True
 
     def __init__(self, settings: AnnealedImportance, start: GuideDraws):
-        if start.one_by_one or start.mapped or start.adaptive is not None or start.has_points:
+        if start.batched is not Batched.PLATE or start.adaptive is not None or start.has_points:
             raise ModelError(
                 "AnnealedImportance moves all draws of the guide at once: program and guide must broadcast over "
                 "leading batch dimensions, and the guide must draw every latent from a density: use Importance()"

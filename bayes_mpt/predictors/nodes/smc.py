@@ -131,7 +131,7 @@ class SequentialMonteCarlo(Predictor):
                 "not train. Give them priors by pyro.sample, or use Importance() with a guide"
             )
         bound = _Tempered(self, model, args, one_vector(program))
-        warn_if_slow(bound.adaptive.one_by_one, bound)
+        warn_if_slow(bound.adaptive.batched, bound)
         if not bound.adaptive.space.parts:
             raise ModelError(
                 f"all latents {list(program.latent_names)} are integrated group by group "
@@ -352,7 +352,9 @@ class Particulate(Conditionals):
         if self.adaptive.rows is None:
             return 0.0
         x, seen, u = self.value, shown.seen, u[:: max(1, len(u) // MAX_DRAWS)]
-        change = [(g.refined().log_joint(x, seen) - g.log_joint(x, seen))[:, 0] for g, _ in shown.given(u)]
+        change = [
+            (g.with_detail("fine").log_joint(x, seen) - g.log_joint(x, seen))[:, 0] for g, _ in shown.given(u)
+        ]
         return float(torch.cat(change).logsumexp(0)) - math.log(len(u))
 
     def _check(self) -> TwoSided:

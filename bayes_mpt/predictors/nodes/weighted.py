@@ -29,6 +29,7 @@ from bayes_mpt.predictors.objective import Batch, Objective, Outputs, outputs_of
 from bayes_mpt.predictors.own_order import own_order
 from bayes_mpt.program.affine import DenseMap
 from bayes_mpt.program.arguments import fill_all, has_missing
+from bayes_mpt.program.batched import Batched
 from bayes_mpt.program.latents import Space
 from bayes_mpt.program.layout import to_rows
 from bayes_mpt.program.missing import read_values
@@ -166,9 +167,10 @@ def _outputs(objective: Objective, read: Conditionals | None, *, few_rows: bool)
     return Outputs(found / math.sqrt(n_tokens), few_rows=few_rows)
 
 
-def warn_if_slow(one_by_one: bool, bound: Bound) -> None:
+def warn_if_slow(batched: Batched, bound: Bound) -> None:
     """Say so where nodes are run one by one, because the program does not take several at once."""
-    if one_by_one and bound.structure.sub_rows is None:  # sub-sampled rows differ from run to run in any case
+    # sub-sampled rows differ from run to run in any case
+    if batched is Batched.LOOP and bound.structure.sub_rows is None:
         warn(
             "the program does not run on several nodes at once, so each is run by itself, which is slow "
             f"({bound.name}: {bound.why}). Write it without Python's if on latents, and with operations that "
@@ -265,7 +267,7 @@ class Nodes(Conditionals):
 
     def gain_inside(self, some: Tensor) -> Tensor:
         """How log Z (N,) grows by finer nodes in every row or group, seen at ``some`` nodes; 0 where there are none."""
-        before, given = self.log_weights(), self.last.given.refined(some)
+        before, given = self.log_weights(), self.last.given.with_detail("fine", some)
         if given is self.last.given:
             return torch.zeros_like(before[0])
         weight = self.last.log_weight.expand(before.shape)[some]
@@ -355,7 +357,7 @@ class Nodes(Conditionals):
 
     def _log_weights(self, read: Read, mask: Tensor) -> Tensor:
         """Log of each node's part of Z (S, N); of all tokens once for the score and what is asked of latents."""
-        whole = read is self.last and bool(mask.all()) and not torch.is_grad_enabled()
+        whole = read is self.last and not torch.is_grad_enabled() and bool(mask.all())
         if whole and self._whole is not None:
             return self._whole
         found = read.log_weight + read.given.log_joint(self.value, mask)
