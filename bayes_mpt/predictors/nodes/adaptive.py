@@ -205,6 +205,12 @@ class AdaptiveNodes:
             for name, v in values.items()
         }
 
+    def reach_farther(self) -> bool:
+        """Take nodes that reach farther in every row or group; whether there are such."""
+        farther = None if self.rows is None else self.rows.farther()
+        self.rows = farther or self.rows
+        return farther is not None
+
     # ----------------------------------------------------------------------------------- latents of the data set alone
 
     def _nested(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -23,7 +23,7 @@ from bayes_mpt.predictors.nodes.conjugacy import prior_draws
 from bayes_mpt.predictors.nodes.given import Given
 from bayes_mpt.predictors.nodes.nearby import Nearby
 from bayes_mpt.predictors.nodes.newton import LaplaceApproximation, newton
-from bayes_mpt.predictors.nodes.rules import MAX_HERMITE, ROW_DRAWS, ROW_NODES, hermite, row_rule
+from bayes_mpt.predictors.nodes.rules import MAX_HERMITE, ROW_DRAWS, ROW_NODES, far_rule, hermite, row_rule
 from bayes_mpt.predictors.nodes.weighted import Nodes
 from bayes_mpt.program.factor_runs import read_factors
 from bayes_mpt.program.factors import Factors
@@ -34,11 +34,13 @@ from bayes_mpt.program.program import Latent, Model, ModelError, Program, list_n
 __all__ = ["GroupNodes", "NestedGroups", "doubt_of"]
 
 ALONE = {1: 64, 2: 16, 3: 10, 4: 8}  # nodes along each axis of a group where no other latent takes nodes
+FINE_NODES = 161  # of those that reach far, there
 MAX_STEPS = 100
 FAR = 50.0  # of draws that underflow
 APART = 2.0  # standard deviations, from which a mode is another
 MATTERS = 7.0  # nats below the first: 1e-3 of its mass
 SURE = 1e-12  # of a log-density: what its last digits say
+FINER = 5  # times as many nodes, at the most
 CELLS = 2**20  # log-densities of tokens at a time, where no gradient needs them all
 N_VALUES = 256  # of the effects, over all nodes of the others, for predictions
 MOST_STRETCHED = 10.0  # values that lie in a plane are left as they are
@@ -60,6 +62,8 @@ class GroupNodes:
     """(P, B, d) of the prior."""
     filled: tuple[Any, ...]
     """The rows that the groups were found on."""
+    far: bool = False
+    """Nodes reach far, for tails that fall slowly."""
     _others: list[GroupNodes] = field(default_factory=list)
     """The same for other rows, asked for last."""
     _nearby: Nearby = field(default_factory=Nearby)
@@ -101,7 +105,9 @@ class GroupNodes:
     def why(self) -> str:
         names, width = list_names(self.own), self.groups.width
         n = (ALONE if self.alone else ROW_NODES).get(width, ROW_DRAWS)
-        if width <= MAX_HERMITE:
+        if self.far:
+            nodes = f"{self.n_nodes} nodes that reach far, around the mode"
+        elif width <= MAX_HERMITE:
             nodes = f"{n} Gauss-Hermite nodes along each of {width} axes, around the mode"
         else:
             nodes = f"{n} points around the mode"
@@ -116,8 +122,10 @@ class GroupNodes:
         """Points (Q, d) and log-weights (Q,) inside a group."""
         width = self.groups.width
         if not self.alone or width > MAX_HERMITE:
-            return row_rule(width, fine)
+            return row_rule(width, fine, self.far)
         n_nodes = ALONE[width]
+        if width == 1 and fine:
+            return far_rule(FINE_NODES)
         return hermite(width, (2 * n_nodes if width <= 2 else n_nodes + 3) if fine else n_nodes)
 
     def on(self, filled: tuple[Any, ...]) -> GroupNodes:
@@ -134,11 +142,18 @@ class GroupNodes:
                 f"on these rows the latents {list(self.own)} are no longer independent of each other given the rest, "
                 "as they were where the program was bound: bind it to these rows"
             )
+        found = replace(found, far=self.far)
         self._others[:] = [found]
         return found
 
     def prior_left(self, model: Model, latents: tuple[Latent, ...], filled: tuple[Any, ...]) -> None:
         """No prior is left out by `given`."""
+
+    def farther(self) -> GroupNodes | None:
+        """The same with nodes that reach farther; None where there are none."""
+        return (
+            None if self.alone or self.far or self.groups.width != 1 else replace(self, far=True, _others=[])
+        )
 
     def forget(self) -> None:
         """Look for the next modes from the start, not from the last ones."""
@@ -221,6 +236,13 @@ class NestedGroups(Given):
     def refined(self, some: Tensor | slice = slice(None)) -> Given:
         held = {name: v[some] for name, v in self.held.items()}
         return NestedGroups(self.nodes, self.filled, held, fine=True)
+
+    def log_prior(self, x: Tensor) -> Tensor:
+        if not bool(self.nodes.groups.normalised.all()):
+            return super().log_prior(x)
+        nothing = torch.zeros(x.shape[1], dtype=torch.bool, device=x.device)
+        anywhere = self.nodes.start.expand(self.n_nodes, -1, -1)  # all groups integrate to one
+        return self.nodes.log_joint(self.filled, self.held, anywhere, nothing)[1][:, None]
 
     def log_joint(self, x: Tensor, visible: Tensor) -> Tensor:
         by_group, rest = self._by_group(self._seen(x, visible))
@@ -313,7 +335,7 @@ class NestedGroups(Given):
     def _chunks(self) -> list[slice]:
         """Of the S nodes, as many as memory will bear at a time."""
         per_node = len(self.nodes.groups.token) + len(self.nodes.groups.latent)
-        step = max(1, CELLS // (per_node * self.nodes.n_nodes * (2 if self.fine else 1)))
+        step = max(1, CELLS // (per_node * self.nodes.n_nodes * (FINER if self.fine else 1)))
         return [slice(i, i + step) for i in range(0, self.n_nodes, step)]
 
     def _placed(self, seen: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor]:

@@ -31,6 +31,7 @@ from bayes_mpt.predictors.nodes.symmetries import (
     orbit,
 )
 from bayes_mpt.program.arguments import fill_all, same_cells
+from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.program import n_rows_of
 from bayes_mpt.warnings import MissedModeWarning, warn
 
@@ -59,6 +60,9 @@ SAME_MODE = 0.1  # standard deviations
 N_POINTS = 8  # of the prior, and as many near the mode, at which symmetries are tried
 WORK = 2**22  # log-densities of tokens, times latents, that the first starts may cost a step
 CELLS = 2**20  # of them at a time
+N_INSIDE = 32  # draws at which finer nodes inside rows and groups are tried
+FINER = 5  # times as many of them, at the most
+ENOUGH_INSIDE = 0.01  # nats that these may change
 MAX_SYMMETRIC = 64  # latents, up to which symmetries are looked for
 
 
@@ -122,6 +126,9 @@ class ModeSearch:
         climbs = _Climbs(at, args, x, visible)
         with pyro.validation_enabled(False), torch.no_grad():
             found = climbs.search() if near is None else climbs.follow(near)
+            if near is None and abs(climbs.gain_inside(found)) > ENOUGH_INSIDE and at.reach_farther():
+                climbs = _Climbs(at, args, x, visible)
+                found = climbs.search()
         if near is None or (self._kept is not None and near is self._kept[2]):
             self._kept = x.detach(), visible, found
         return found
@@ -164,13 +171,17 @@ class _Climbs:
         return torch.cat(parts)
 
     def both(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """log p(u) and log p(u, x_R) (M,) at u (M, d)."""
-        prior, joint = [], []
-        for part in u.split(max(1, CELLS // self._cells)):
+        """log p(u) and log p(u, x_R) (M,) at u (M, d); -inf where a matrix has no factor."""
+
+        def of(part: Tensor) -> tuple[Tensor, Tensor]:
             given, log_det, _ = self.adaptive.at(self.args, self.filled, part[:, None])
-            prior.append((given.log_prior(self.x) + log_det).expand(len(part), 1)[:, 0])
-            joint.append((given.log_joint(self.x, self.visible) + log_det).expand(len(part), 1)[:, 0])
-        return torch.cat(prior), torch.cat(joint)
+            prior = (given.log_prior(self.x) + log_det).expand(len(part), 1)[:, 0]
+            return prior, (given.log_joint(self.x, self.visible) + log_det).expand(len(part), 1)[:, 0]
+
+        never = (u.new_full((1,), -math.inf), u.new_full((1,), -math.inf))
+        parts = [by_halves(of, part, never) for part in u.split(max(1, CELLS // self._cells))]
+        prior, joint = (torch.cat(each) for each in zip(*parts, strict=True))
+        return prior, joint
 
     def search(self) -> Modes:
         """From the middle of the prior, near 0 and from draws; from more of these where a mode was found by few."""
@@ -233,6 +244,22 @@ class _Climbs:
         first, further = both.same[1 : len(peaks.same)], both.same[len(peaks.same) :]
         found, _ = self._distinct(both, _hits(both, torch.cat([first, further[~back]])))
         return self._with_images(found)
+
+    def gain_inside(self, modes: Modes) -> float:
+        """How log Z grows by finer nodes in every row or group, at a few draws; 0 where these have none."""
+        if self.adaptive.rows is None:
+            return 0.0
+        with own_random_state(0):
+            u = modes.representatives().draws(N_INSIDE)
+        log_w, gain = [], []
+        for part in u.split(max(1, CELLS // (FINER * self._cells))):
+            given, log_det, _ = self.adaptive.at(self.args, self.filled, part)
+            before = given.log_joint(self.x, self.visible)
+            gain.append(given.refined().log_joint(self.x, self.visible) - before)
+            log_w.append(before + log_det - modes.log_density(part))
+        self.adaptive.forget()  # modes inside rows are next looked for near the last ones, and some draws are far out
+        found, more = torch.cat(log_w), torch.cat(log_w) + torch.cat(gain)
+        return float(more.logsumexp(0) - found.logsumexp(0))
 
     def follow(self, near: Modes) -> Modes:
         """Modes that have moved a little, and their images; pieces move with their modes."""

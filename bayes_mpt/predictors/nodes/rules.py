@@ -13,12 +13,15 @@ from scipy.special import roots_hermite
 from scipy.stats import chi2, norm, qmc
 from torch import Tensor
 
-__all__ = ["degrees_of", "hermite", "log_t", "row_rule"]
+__all__ = ["degrees_of", "far_rule", "hermite", "log_t", "row_rule"]
 
 DEGREES = 5.0  # of freedom of draws around a mode, at least
 MAX_HERMITE = 4  # latents of a row, given those of the data set, up to which a product rule integrates them
 ROW_NODES = {0: 1, 1: 16, 2: 8, 3: 6, 4: 5}  # of that rule along each axis
 ROW_DRAWS = 128  # points where there are more
+FAR = 200.0  # standard deviations, of a rule for tails that fall slowly
+STRETCH = 2.0  # of them, to which its nodes are even
+FAR_NODES, FINE_NODES = 41, 81  # of it
 
 
 @cache
@@ -73,8 +76,29 @@ def log_t(t: Tensor, degrees: float = DEGREES) -> Tensor:
 
 
 @cache
-def row_rule(width: int, fine: bool) -> tuple[Tensor, Tensor]:
-    """Points and log-weights inside a row, as `hermite`; ``fine`` to see the error of the others."""
+def far_rule(n_nodes: int) -> tuple[Tensor, Tensor]:
+    """Points and log-weights along one axis, as `hermite`, that reach 200 standard deviations.
+
+        int f(t) dt = h sum_s cosh(s / c) f(c sinh(s / c)),    c = 2, in equal steps h of s
+
+    (Takahasi & Mori 1974). With 81 nodes the error is below 1e-9 nats of a Gaussian and of two of them four standard
+    deviations apart, 7e-8 of the logarithm of odds of Beta(0.05, 0.05), where 32 Hermite nodes have 3e-2, and 3e-7 of a
+    Student-t of 3 degrees of freedom, where they have 3e-3.
+    """
+    end = STRETCH * math.asinh(FAR / STRETCH)
+    s = torch.linspace(-end, end, n_nodes, dtype=torch.float64)
+    step = 2 * end / (n_nodes - 1)
+    return STRETCH * (s / STRETCH).sinh()[:, None], (step * (s / STRETCH).cosh()).log()
+
+
+@cache
+def row_rule(width: int, fine: bool, far: bool = False) -> tuple[Tensor, Tensor]:
+    """Points and log-weights inside a row, as `hermite`; ``fine`` to see the error of the others.
+
+    Of one latent the fine ones reach far, and with ``far`` the others too.
+    """
+    if width == 1 and (fine or far):
+        return far_rule(FINE_NODES if fine else FAR_NODES)
     if width <= MAX_HERMITE:
         n_nodes = ROW_NODES[width]
         return hermite(width, (2 * n_nodes if width <= 2 else n_nodes + 3) if fine else n_nodes)
