@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -18,9 +18,37 @@ from scipy.sparse import issparse
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-__all__ = ["read_numbers", "read_table", "unmasked", "widths_of"]
+__all__ = ["read_numbers", "read_table", "unmasked", "wanted", "widths_of"]
+
+_T = TypeVar("_T")
 
 NO_NUMBERS = "OSUMmV"  # kinds of numpy arrays whose cells need not be numbers
+
+
+def wanted(kind: type[_T], got: Any, words: str, error: type[Exception] = TypeError) -> _T:
+    """What was passed, where it is of the kind that is wanted.
+
+    Parameters
+    ----------
+    kind : type
+        That is wanted.
+    got : object
+        What was passed.
+    words : str
+        What is wanted, and what to do, of which the refusal is made.
+    error : type, default=TypeError
+        Of the refusal.
+
+    Examples
+    --------
+    >>> wanted(int, "3", "rows must be an integer")
+    Traceback (most recent call last):
+        ...
+    TypeError: rows must be an integer, got '3'
+    """
+    if isinstance(got, kind):
+        return got
+    raise error(f"{words}, got {got!r}")
 
 
 def unmasked(a: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from copy import copy, deepcopy
 from math import isfinite
@@ -19,7 +19,9 @@ from bayes_mpt.program.own_factors import Cells, FactorTokens, find_cells
 from bayes_mpt.program.program import HasFactors, Model, ModelError, SubSampled, list_names
 from bayes_mpt.program.whole_plates import whole_plates
 
-__all__ = ["Adapted", "fitted_as_written"]
+__all__ = ["CURABLE", "Adapted", "adapted_to"]
+
+CURABLE = (ModelError, IndexError)  # some of them, of programs that are to be called in another way
 
 
 class Adapted(Around):
@@ -91,51 +93,51 @@ class Adapted(Around):
         return "; ".join(said) or None
 
 
-def fitted_as_written(
-    fit: Callable[[Model], Any], model: Model, X: NDArray[Any], y: NDArray[Any] | None, device: str
-) -> Any:
-    """What ``fit(model)`` gives, of a program that a first run may ask to be adapted.
+def adapted_to(
+    error: Exception,
+    model: Model,
+    adapted: Adapted | None,
+    X: NDArray[Any],
+    y: NDArray[Any] | None,
+    device: str,
+) -> Adapted:
+    """A program as it is to be called, after a fit to X, y has raised this; called where it is caught.
+
+    ``adapted`` is what was fitted, None where it was the model as it is written.
 
     Raises
     ------
     ModelError
-        Where the program is to be changed; what else the fit raises, where nothing is known to help.
+        Where the program is to be changed; the error itself, where nothing is known to help.
     """
-    adapted = model if isinstance(model, Adapted) else Adapted(model)
-    while True:
-        try:
-            return fit(model)
-        except SubSampled:
-            if adapted.all_rows or isinstance(adapted.model, torch.nn.Module):
-                raise
-            adapted = copy(adapted)
+    is_network = adapted is None and isinstance(model, torch.nn.Module)
+    adapted = Adapted(model) if adapted is None else copy(adapted)
+    match error:
+        case SubSampled() if not (adapted.all_rows or isinstance(adapted.model, torch.nn.Module)):
             adapted.all_rows = True
-        except HasFactors:
-            if adapted.factors:
-                raise
-            adapted = copy(adapted)
+        case HasFactors() if not adapted.factors:
             if isinstance(adapted.model, torch.nn.Module):
                 adapted.model = deepcopy(adapted.model).double()
             adapted.factors = find_cells(adapted, arguments(adapted, X, y, device))
-        except ModelError as error:
-            said = str(error)
-            network = "mixes precisions" in said and ": parameters [" in said
-            # a constant is written in another precision by mistake
-            if not network or offered(model, "dtype") is not None or isinstance(model, torch.nn.Module):
-                raise
-            adapted = copy(adapted)
+        case SubSampled() | HasFactors():
+            raise error
+        case ModelError() if _in_single_precision(error) and not is_network and not offered(adapted, "dtype"):
             adapted.dtype = torch.float32
-        except IndexError as error:
-            if "used as indices" not in str(error) or isinstance(model, torch.nn.Module):
-                raise
+        case IndexError() if "used as indices" in str(error) and not is_network:
             if adapted.whole or not bool((X == X.round()).all()):
                 raise ModelError(
                     "the program takes a column as an index, and rows are floating-point numbers: write "
                     "x[:, j].long(), where j is that column; it must be complete"
                 ) from error
-            adapted = copy(adapted)
             adapted.whole = True
-        model = adapted
+        case _:
+            raise error
+    return adapted
+
+
+def _in_single_precision(error: ModelError) -> bool:
+    """Whether a network's parameters are; a constant is written in another precision by mistake."""
+    return "mixes precisions" in str(error) and ": parameters [" in str(error)
 
 
 def _n_required(model: Model) -> int:

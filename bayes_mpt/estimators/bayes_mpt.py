@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 from numbers import Integral
 from typing import Any, ClassVar, Literal, Self
 
@@ -27,7 +26,7 @@ from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_is_fitted
 
 from bayes_mpt.estimators import availability, predictions, sampling
-from bayes_mpt.estimators.adapted import Adapted, fitted_as_written
+from bayes_mpt.estimators.adapted import CURABLE, Adapted, adapted_to
 from bayes_mpt.estimators.availability import is_unfitted, takes_labels
 from bayes_mpt.estimators.averaging import averaged
 from bayes_mpt.estimators.fit import fit_program
@@ -45,7 +44,6 @@ from bayes_mpt.models import PPCA
 from bayes_mpt.predictors import Conditionals, Predictor
 from bayes_mpt.program.devices import check_device
 from bayes_mpt.program.program import Model
-from bayes_mpt.runtime.atomic import restored_on_failure
 from bayes_mpt.runtime.interrupts import discarded, interruptible
 from bayes_mpt.runtime.progress import Line, part
 from bayes_mpt.runtime.serial import left_as_found, methods_take_turns, turn
@@ -264,13 +262,7 @@ class BayesMPT(
 
     def _train(self, X: ArrayLike, y: Any, context: Any, *, goes_on: bool = False) -> Self:
         """Fit; ``goes_on``: rows seen before count too."""
-        with (
-            turn(),
-            left_as_found(store=True),
-            interruptible(),
-            restored_on_failure(self),
-            shown(self) as line,
-        ):
+        with turn(), interruptible(), left_as_found(store=True, estimator=self), shown(self) as line:
             more = self._current() if goes_on else None
             if more is not None and more.statistics is None:
                 raise ValueError(
@@ -284,7 +276,7 @@ class BayesMPT(
             raise KeyboardInterrupt
         return self
 
-    def _fit(self, X: ArrayLike, y: Any, context: Any, line: Line, **before: Any) -> None:
+    def _fit(self, X: ArrayLike, y: Any, context: Any, line: Line | None, **before: Any) -> None:
         """Fit, with what `fit_program` takes of other fits."""
         check_device(self.device)
         template: Fitted | None = self.__dict__.pop("_template", None)
@@ -296,7 +288,6 @@ class BayesMPT(
             check_program(self.guide, with_y=with_y, name="guide")
         X = checked_rows(self, X, reset=before.get("more") is None)
         y = read_numbers(y, len(X)) if with_y else None
-        program = model if widths is None else Adapted(model, widths=widths)
         context.call_on_fit_task_begin(estimator=self, X=X, y=y)
         trainer = trainer_of(self, model, getattr(self, "feature_names_in_", np.arange(self.n_features_in_)))
         report = reporter(self, context, line, trainer.limit, every=trainer.by_epochs)
@@ -304,10 +295,17 @@ class BayesMPT(
         before |= {"device": self.device, "penalty": bool(self.penalty), "template": template}
         if self.average is not None and before.get("more") is not None:
             raise ValueError("average='posterior' needs all rows at once: call fit, not partial_fit")
-        unused = () if self.average is None else (ZeroNoiseWarning,)  # of a maximum that scores nothing
-        with warnings_of(silent=unused):
-            fit = partial(fit_program, guide=self.guide, X=X, y=y, trainer=trainer, **before)
-            fitted = fitted_as_written(fit, program, X, y, self.device)
+        # of a maximum that scores nothing
+        with nullcontext() if self.average is None else warnings_of(silent=(ZeroNoiseWarning,)):
+            adapted = None if widths is None else Adapted(model, widths=widths)
+            fitted = None
+            while fitted is None:
+                try:
+                    fitted = fit_program(
+                        model if adapted is None else adapted, self.guide, X, y, trainer, **before
+                    )
+                except CURABLE as error:
+                    adapted = adapted_to(error, model, adapted, X, y, self.device)
         if self.average is not None:
             fitted = averaged(fitted.with_settings(self.predictor, self._draws), X)
         self._keep(fitted)
@@ -315,9 +313,9 @@ class BayesMPT(
 
     def _restore(self, X: ArrayLike, y: Any, left: dict[str, Any]) -> Self:
         """Be as a fit to X has left an estimator of the same settings (`stored_fit.dump`), without training."""
-        with turn(), left_as_found(store=True), restored_on_failure(self), warnings.catch_warnings():
+        with turn(), left_as_found(store=True, estimator=self), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what there is to warn of was said by the fit
-            self._fit(X, y, Unwatched(), Line(), left=left)
+            self._fit(X, y, Unwatched(), None, left=left)
             self._keep(restored(self.fitted_, left))
         return self
 

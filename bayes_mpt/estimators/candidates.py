@@ -22,6 +22,7 @@ from bayes_mpt.evidence.mixture import MixtureEvidence
 from bayes_mpt.evidence.mixture_laplace import MixtureLaplace
 from bayes_mpt.evidence.predictive import GaussianRows, RowPredictive
 from bayes_mpt.evidence.sampled import SampledEvidence
+from bayes_mpt.inputs import wanted
 from bayes_mpt.models.mixtures import GaussianMixture
 from bayes_mpt.program.offers import offered
 from bayes_mpt.program.program import list_names
@@ -258,11 +259,9 @@ def before_final(estimator: Any, X: Any) -> Any:
 def refuse_unwrapped(estimator: Any, name: str) -> None:
     """Refuse what is no `BayesMPT` and does not end in one."""
     model = final_step(estimator)
-    if isinstance(model, BayesMPT):
-        return
     program = callable(model) and not isinstance(model, type)
-    wrap = f": wrap the program, BayesMPT({model!r})" if program else ""
-    raise TypeError(f"{name} must be a BayesMPT or a Pipeline ending in one, got {model!r}{wrap}")
+    wrap = f" (wrap the program, BayesMPT({model!r}))" if program else ""
+    wanted(BayesMPT, model, f"{name} must be a BayesMPT or a Pipeline ending in one{wrap}")
 
 
 def not_converged(model: BayesMPT) -> str:

@@ -9,14 +9,13 @@ are ranked by hidden rows.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 
 from bayes_mpt.diagnostics import partition_error
 from bayes_mpt.estimators.candidates import Candidate, before_final
-from bayes_mpt.estimators.refits import HeldOut
 from bayes_mpt.estimators.rules import Auto, Rule, give_evidence
 from bayes_mpt.estimators.stored import with_estimator
 from bayes_mpt.estimators.table import Ranking, ranked
@@ -60,8 +59,8 @@ def checked(
     first = found[ranking.order[0]]
     tails = _told_tails(with_estimator(first, X, y), X)
     heavy = tails.p_heavier < UNLIKELY or tails.p_outlier < LONELY
-    if isinstance(asked, Auto) and sum(not c.error for c in found) > 1:
-        held_out = HeldOut(asked.cv, asked.n_repeats)
+    if rule is not asked and sum(not c.error for c in found) > 1:  # it was chosen: that is to be checked
+        held_out = cast(Auto, asked).held_out
 
         def hidden(c: Candidate) -> Candidate:
             other = Candidate(with_estimator(c, X, y).estimator)

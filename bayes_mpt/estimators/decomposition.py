@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from sklearn.utils import check_array
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
-from bayes_mpt.inputs import read_table
+from bayes_mpt.inputs import read_table, wanted
 from bayes_mpt.models import GaussianProcess
 from bayes_mpt.models.kernels import kernel_name, lines_meet
 from bayes_mpt.runtime.serial import takes_turns
@@ -30,7 +30,7 @@ from bayes_mpt.runtime.serial import takes_turns
 if TYPE_CHECKING:
     from bayes_mpt.estimators.bayes_mpt import BayesMPT
 
-__all__ = ["Decomposition", "decompose", "describe", "process_of"]
+__all__ = ["Decomposition", "decompose", "describe"]
 
 
 class Decomposition(NamedTuple):
@@ -53,11 +53,6 @@ class Decomposition(NamedTuple):
         return self.offset + self.mean.sum(0)
 
 
-def process_of(model: Any) -> GaussianProcess | None:
-    """The model, if it is a Gaussian process with a kernel of gpytorch: what of kernels is told needs one."""
-    return model if isinstance(model, GaussianProcess) else None
-
-
 @takes_turns
 def decompose(estimator: BayesMPT, X: ArrayLike | None = None) -> Decomposition:
     """Split the prediction of a Gaussian process into the summands of its kernel, each given the training rows.
@@ -76,11 +71,10 @@ def decompose(estimator: BayesMPT, X: ArrayLike | None = None) -> Decomposition:
     Decomposition
     """
     check_is_fitted(estimator)
-    program = process_of(estimator.fitted_model_)
-    if program is None or program.likelihood_function is not None:
-        raise TypeError(
-            f"only a GaussianProcess with Gaussian noise has additive parts, got {estimator.fitted_model_!r}"
-        )
+    words = "only a GaussianProcess with Gaussian noise has additive parts"
+    program = wanted(GaussianProcess, estimator.fitted_model_, words)
+    if program.likelihood_function is not None:
+        raise TypeError(f"{words}, got {program!r}")
     x, y = _seen(estimator)
     new = x if X is None else torch.as_tensor(check_array(read_table(X), dtype=np.float64)).to(x)
     with torch.no_grad():
@@ -124,8 +118,7 @@ def _summands(kernel: Kernel) -> list[Kernel]:
 def describe(model: BayesMPT, unit: str = "") -> str:
     """The kernel of a fitted Gaussian process in words, from its hyper-parameters."""
     x, _ = _seen(model)
-    program = process_of(model.fitted_model_)
-    assert program is not None  # no other program remembers its rows
+    program = wanted(GaussianProcess, model.fitted_model_, "only the kernel of a GaussianProcess has words")
     kernel, _, noise = program.at(model.params_, x)
     several = x.shape[1] > 1
     words = [_in_words(k, x, unit, several) for k in _summands(kernel)]

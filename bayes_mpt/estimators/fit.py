@@ -14,10 +14,10 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from bayes_mpt import training
-from bayes_mpt.estimators.binding import MAX_INIT_ROWS, bind, choose_dimension
 from bayes_mpt.estimators.checks import check_bound, of_program, warn_of_bounds, warn_of_weights
+from bayes_mpt.estimators.dimension import choose_dimension
 from bayes_mpt.estimators.fitted import Fitted, Latents, n_at_once
-from bayes_mpt.estimators.penalty import own_penalty, penalty_of
+from bayes_mpt.estimators.penalty import noise_prior_of, own_penalty, penalty_of
 from bayes_mpt.estimators.rows import (
     arguments,
     as_tensor,
@@ -30,6 +30,7 @@ from bayes_mpt.estimators.trainer import Trainer
 from bayes_mpt.evidence.hyperparameters import Prior, hyperprior
 from bayes_mpt.predictors import Batch, Bound, Conditionals, Objective
 from bayes_mpt.predictors.base import Frozen, Guide, together
+from bayes_mpt.predictors.choice import MAX_INIT_ROWS, choose_for_table
 from bayes_mpt.predictors.new_rows import growing
 from bayes_mpt.predictors.self_predictive import sees_all
 from bayes_mpt.program.arguments import filling
@@ -80,8 +81,6 @@ class _Read:
     guide: Guide | None
     table: _Table
     problem: training.Problem
-    statistics: SufficientStatistics | None
-    """Moments, where these are all that the score needs."""
     prior: Prior | None
     initial: Initial
     trainer: Trainer
@@ -221,7 +220,7 @@ def _read(
 ) -> _Read:
     """Run the program for the first time, in the store that is open; say what is to be maximised."""
     known = None if template is None or template.analysis is None else (template.analysis, template.state)
-    predictor, args = bind(
+    predictor, args = choose_for_table(
         model,
         guide,
         lambda rows: table.arguments(model, rows),
@@ -244,16 +243,19 @@ def _read(
             f"({predictor.why}): leave training=None"
         )
     statistics = _moments(table, trainer, predictor, more) if moments else None
-    problem = training.Problem(Objective(predictor, _whole(model, table, predictor, args, statistics)))
+    whole = _whole(model, table, predictor, args, statistics)
+    problem = training.Problem(Objective(predictor, whole), statistics)
     leaves = of_program(problem)
-    prior = hyperprior(model, args, leaves)
-    own = own_penalty(model, problem.whole.args)
+    prior = None if offered(model, "hyperprior") is None else hyperprior(model, args, leaves)
+    own = None if offered(model, "penalty") is None else own_penalty(model, problem.whole.args)
     if own is not None:
         problem = replace(problem, log_prior=own)
+    elif penalty and prior is not None:
+        problem = replace(problem, log_prior=penalty_of(prior, list(leaves)))
     elif penalty:
-        seen = table.statistics if statistics is None else statistics
-        problem = replace(problem, log_prior=penalty_of(model, prior, leaves, table.X, seen))
-    return _Read(model, guide, table, problem, statistics, prior, initial, trainer)
+        noise = noise_prior_of(model, leaves, table.X, table.statistics if statistics is None else statistics)
+        problem = replace(problem, log_prior=noise, noise_prior=noise)
+    return _Read(model, guide, table, problem, prior, initial, trainer)
 
 
 def _moments(table: _Table, trainer: Trainer, predictor: Bound, more: Fitted | None) -> SufficientStatistics:
@@ -312,7 +314,7 @@ def _trained(
     """Move the parameters in the store, or put there what was found before; with torch's random states after it."""
     if left is not None:
         return _found_before(left, read.model, read.guide), left["random"]
-    fit = read.trainer.train(read.problem, read.statistics, read.prior, warm=warm)
+    fit = read.trainer.train(read.problem, read.prior, warm=warm)
     if fit.interrupted:
         store.unwind()
         if to_be_discarded():
@@ -359,7 +361,7 @@ def _scored(read: _Read, fit: training.Fit, template: Fitted | None, *, penalty:
             "computes from these"
         )
     latents, state = _latents(model, predictor, score, args, template), save()
-    statistics, y = read.statistics, table.y
+    statistics, y = problem.statistics, table.y
     return Fitted(
         model=model,
         guide=read.guide,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -76,7 +76,7 @@ class Labelled(ABC):
             loading, noise = params["loading"], params["noise_variance"]
             return loading @ loading.swapaxes(-1, -2) + noise[:, :, None] * np.eye(noise.shape[1])
         variances = np.square(params["scale"])
-        spherical = getattr(self.fitted_.model, "covariance_type", None) == "spherical"
+        spherical = cast(GaussianMixture, self.fitted_.model).covariance_type == "spherical"
         return variances[:, 0] if spherical else variances
 
     def _of_mixture(self, asked: str) -> dict[str, NDArray[Any]]:

@@ -22,7 +22,7 @@ from bayes_mpt.program.program import Model
 from bayes_mpt.program.statistics import SufficientStatistics
 from bayes_mpt.training import NoisePrior
 
-__all__ = ["own_penalty", "penalty_of"]
+__all__ = ["noise_prior_of", "own_penalty", "penalty_of"]
 
 
 def own_penalty(model: Model, args: tuple[Any, ...]) -> Callable[[], Tensor] | None:
@@ -34,22 +34,28 @@ def own_penalty(model: Model, args: tuple[Any, ...]) -> Callable[[], Tensor] | N
     return lambda: found(dict(pyro.get_param_store().items()))
 
 
-def penalty_of(
+def penalty_of(prior: Prior, names: list[str]) -> Callable[[], Tensor]:
+    """A model's hyperprior of these parameters, at those that stand in Pyro's store at the time."""
+
+    def at_present() -> Tensor:
+        store: dict[str, Any] = dict(pyro.get_param_store().named_parameters())  # a restart makes new leaves
+        return prior.log_prob(torch.cat([store[name].flatten() for name in names])[None])[0]
+
+    return at_present
+
+
+def noise_prior_of(
     model: Model,
-    prior: Prior | None,
     leaves: dict[str, Tensor],
     X: NDArray[np.floating],
     statistics: SufficientStatistics | None,
-) -> Callable[[], Tensor]:
-    """The log prior at the parameters that stand in Pyro's store at the time.
+) -> NoisePrior:
+    """The prior of noise variances under which the evidence integrates them (`bayes_mpt.evidence.factor_prior`).
 
     Parameters
     ----------
     model : callable
-        It offers a hyperprior, or is a factor model that declares its symmetries: then the prior is that of the noise
-        variances under which the evidence integrates them (`bayes_mpt.evidence.factor_prior`), and none of the rest.
-    prior : Prior, optional
-        What the model offers.
+        A factor model that declares its symmetries.
     leaves : dict of Tensor
         The program's unconstrained parameters by name.
     X : array of shape (N, T)
@@ -57,8 +63,6 @@ def penalty_of(
     statistics : SufficientStatistics, optional
         Moments of all rows seen, where there are some.
     """
-    if prior is not None:
-        return _of_parameters(prior, list(leaves))
     name, n_columns = (offered(model, "symmetries") or {}).get("rotations", ""), X.shape[1]
     n_noise = leaves[name].numel() if name in leaves else 0
     if n_noise not in (1, n_columns):
@@ -70,14 +74,6 @@ def penalty_of(
     stated = _stated(X, statistics)
     units = stated.units(None if n_noise > 1 else np.ones(n_columns))
     return NoisePrior(name, stated.noise_shape, stated.noise_shape / units[:n_noise])
-
-
-def _of_parameters(prior: Prior, names: list[str]) -> Callable[[], Tensor]:
-    def at_present() -> Tensor:
-        store: dict[str, Any] = dict(pyro.get_param_store().named_parameters())  # a restart makes new leaves
-        return prior.log_prob(torch.cat([store[name].flatten() for name in names])[None])[0]
-
-    return at_present
 
 
 def _stated(X: NDArray[np.floating], statistics: SufficientStatistics | None) -> FactorPrior:

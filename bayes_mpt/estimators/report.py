@@ -30,13 +30,15 @@ class Unwatched:
 
 
 @contextmanager
-def shown(estimator: Any) -> Iterator[Line]:
-    """Where the training says where it is; what it came to is said at the end, of an exact one too."""
+def shown(estimator: Any) -> Iterator[Line | None]:
+    """Where a ``verbose`` training says where it is; what it came to is said at the end, of an exact one too."""
+    if not estimator.verbose:
+        yield None
+        return
     line, start, text = Line(), time.perf_counter(), ""
     try:
         yield line
-        if estimator.verbose:
-            text = _came_to(estimator.fitted_, time.perf_counter() - start)
+        text = _came_to(estimator.fitted_, time.perf_counter() - start)
     finally:
         line.end(text)
 
@@ -54,16 +56,18 @@ def _way(fit: training.Fit) -> str:
     )
 
 
-def reporter(estimator: Any, context: Any, line: Line, max_iter: int, *, every: bool) -> training.Report:
+def reporter(
+    estimator: Any, context: Any, line: Line | None, max_iter: int, *, every: bool
+) -> training.Report:
     """What a training calls after each iteration: Ctrl-C, a search, the line and callbacks hear of it.
 
     Parameters
     ----------
     estimator : BayesMPT
-        Whose ``verbose`` and callbacks count.
+        Whose callbacks count.
     context : CallbackContext
         Of the fit.
-    line : Line
+    line : Line or None
         Gets each iteration where ``every``, else a hundred of them.
     max_iter : int
         Iterations at most.
@@ -72,7 +76,7 @@ def reporter(estimator: Any, context: Any, line: Line, max_iter: int, *, every: 
     def report(step: int, score: float) -> bool:
         check()
         tell(step, max_iter)
-        if estimator.verbose and (every or step == 1 or step % max(1, max_iter // 100) == 0):
+        if line is not None and (every or step == 1 or step % max(1, max_iter // 100) == 0):
             line.show(f"{step:>6}/{max_iter}  score {score:.6f} nats a row")
         if not hasattr(estimator, "_skl_callbacks"):
             return False

@@ -41,7 +41,6 @@ from bayes_mpt.evidence.factor_prior import FactorPrior, factor_prior
 from bayes_mpt.evidence.integrated import IntegratedEvidence
 from bayes_mpt.evidence.sampled import MAX_PARAMETERS
 from bayes_mpt.program.program import list_names
-from bayes_mpt.runtime.atomic import all_or_nothing
 from bayes_mpt.runtime.serial import left_as_found, turn
 
 __all__ = [
@@ -217,10 +216,14 @@ class Auto(BaseEstimator):
         self.cv = cv
         self.n_repeats = n_repeats
 
+    @property
+    def held_out(self) -> HeldOut:
+        """What it takes elsewhere, and what checks what it takes."""
+        return HeldOut(self.cv, self.n_repeats)
+
     def chosen(self, models: list[Facts]) -> tuple[Rule, str]:
         """The rule that fits the models, and why."""
-        vectors = [m for m in models if not m.by_row]
-        held_out = HeldOut(self.cv, self.n_repeats)
+        vectors, held_out = [m for m in models if not m.by_row], self.held_out
         if all(not m.parameters for m in models):
             return Train(), "nothing is point-estimated: the LML is the evidence itself"
         sizes = [m.n_hyperparameters for m in models]
@@ -391,10 +394,9 @@ def _of_one_fit(candidate: Candidate, X: Any, y: Any) -> None:
     candidate.splits = np.array([candidate.evidence / candidate.n_scored])
 
 
-@all_or_nothing
 def _move_to_map(model: BayesMPT, X: Any, y: Any, found: IntegratedEvidence) -> None:
     """Take the maximum a posteriori that was found on the training rows for the parameters."""
-    with turn(), left_as_found(store=True):
+    with turn(), left_as_found(store=True, estimator=model):
         model._keep(at_mode(*model._ready(X), y, found))
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bayes_mpt.estimators.fitted import Fitted
 from bayes_mpt.estimators.rows import as_tensor, refuse_far
+from bayes_mpt.inputs import wanted
 from bayes_mpt.predictors.nodes.annealed import Annealed, AnnealedImportance, Bracket
 from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.simulation import simulate, simulate_in_order
@@ -101,10 +102,8 @@ def draw_missing(fitted: Fitted, rows: NDArray[np.floating], y: Any, n_samples: 
 
 def bracket(fitted: Fitted, n_rows: int) -> Bracket:
     """Bounds on the LML of rows simulated from the fitted program, by annealing both ways."""
-    if not isinstance(fitted.predictor, AnnealedImportance):
-        raise ValueError(
-            f"bidirectional needs annealing: set_params(predictor=AnnealedImportance()), now {fitted.predictor!r}"
-        )
+    words = "bidirectional needs annealing: set_params(predictor=AnnealedImportance())"
+    wanted(AnnealedImportance, fitted.predictor, words, ValueError)
     rows, latents = _simulate(fitted, n_rows)
     with fitted.program((rows,)) as predictor:
         return cast(Annealed, predictor).bracket((rows,), latents)

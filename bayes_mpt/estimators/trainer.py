@@ -25,7 +25,6 @@ from bayes_mpt.predictors.gaussian.profile import NoiseFloorError
 from bayes_mpt.program.arguments import has_missing
 from bayes_mpt.program.devices import seed_programs
 from bayes_mpt.program.offers import offered
-from bayes_mpt.program.statistics import SufficientStatistics
 from bayes_mpt.program.store import State, load, save
 from bayes_mpt.runtime.digests import CannotDigest, digest_of, in_words
 from bayes_mpt.score import chains_unless_own
@@ -76,7 +75,6 @@ class Trainer:
     def train(
         self,
         problem: Problem,
-        statistics: SufficientStatistics | None,
         prior: Prior | None,
         *,
         warm: bool,
@@ -87,8 +85,6 @@ class Trainer:
         ----------
         problem : Problem
             What is maximised.
-        statistics : SufficientStatistics or None
-            Moments of the rows, where these are all that the score needs.
         prior : Prior or None
             Of the parameters, from which further starts are drawn.
         warm : bool
@@ -105,9 +101,9 @@ class Trainer:
         ended = _Ended()
         try:
             try:
-                fit, how, n_before = self._train(problem, statistics, prior, warm, ended)
+                fit, how, n_before = self._train(problem, prior, warm, ended)
                 ended.keep(fit)
-                if statistics is not None and not statistics.complete and not fit.interrupted:
+                if problem.has_holes and not fit.interrupted:
                     fit.at_zero = training.noise_at_zero(problem)
             except KeyboardInterrupt:
                 fit = ended.interrupted()
@@ -119,20 +115,14 @@ class Trainer:
             named = f". Constant here: {self._named(error.constant)}" if error.constant else ""
             raise ValueError(f"{error}{named or self._repeats(problem)}") from error
         if not fit.interrupted:
-            self._warn_of_end(fit, how, problem, statistics)
+            self._warn_of_end(fit, how, problem)
             fit.n_iter += n_before
         return fit
 
-    def _warn_of_end(
-        self,
-        fit: Fit,
-        how: Training,
-        problem: Problem,
-        statistics: SufficientStatistics | None,
-    ) -> None:
+    def _warn_of_end(self, fit: Fit, how: Training, problem: Problem) -> None:
         if fit.at_zero:
             warn(self._without_noise(fit.at_zero, problem), ZeroNoiseWarning)
-        if statistics is None and any(has_missing(a) for a in problem.whole.args):
+        if problem.statistics is None and any(has_missing(a) for a in problem.whole.args):
             self._warn_of_collapse(problem)
         if fit.converged or self.at_floor:
             return
@@ -154,7 +144,6 @@ class Trainer:
     def _train(
         self,
         problem: Problem,
-        statistics: SufficientStatistics | None,
         prior: Prior | None,
         warm: bool,
         ended: _Ended,
@@ -162,12 +151,12 @@ class Trainer:
         """How it went, what it was, and iterations of that before the last run of it."""
         how, stages = self._plan(problem)
         coarse, finer, solved = stages, list[list[Problem]](), None
-        n_init = self._n_starts(how, statistics, warm)
+        n_init = self._n_starts(how, warm, problem.has_holes)
         if not how.by_masks:
-            if statistics is not None and (statistics.complete or not warm):
-                solved = self._solve(how, problem, statistics, n_init)
+            if problem.statistics is not None and not (problem.has_holes and warm):
+                solved = self._solve(how, problem, n_init)
                 if solved is not None:
-                    if statistics.complete or solved.converged or solved.interrupted:
+                    if not problem.has_holes or solved.converged or solved.interrupted:
                         return solved, how, 0
                     ended.keep(solved)
                     training.noise_at_zero(problem)  # before L-BFGS runs to where there is no bound
@@ -211,18 +200,16 @@ class Trainer:
             "tol too, or leave training=None"
         )
 
-    def _n_starts(self, how: Training, statistics: SufficientStatistics | None, warm: bool) -> int:
+    def _n_starts(self, how: Training, warm: bool, holes: bool) -> int:
         """How many starts: one unless asked, and several where missing cells make local maxima and saddles likely."""
         if self.n_init != "auto":
             return self.n_init
-        holes = statistics is not None and not statistics.complete
         return STARTS_WITH_HOLES if holes and not how.by_masks and not warm else 1
 
-    def _solve(self, how: Any, problem: Problem, statistics: SufficientStatistics, n_init: int) -> Fit | None:
+    def _solve(self, how: Any, problem: Problem, n_init: int) -> Fit | None:
         """The closed-form maximum; with missing cells, the best end of EM from several starts."""
         return training.maximize_profile(
             problem,
-            statistics,
             how.max_iter,
             how.tol,
             n_init=n_init,

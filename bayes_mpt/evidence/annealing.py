@@ -97,15 +97,24 @@ class _Particles:
 
 
 def anneal(
-    space: Slice, n_islands: int, n_each: int, rng: np.random.Generator, plan: Plan | None = None
+    space: Slice,
+    n_islands: int,
+    n_each: int,
+    rng: np.random.Generator,
+    plan: Plan | None = None,
+    cess: float | None = None,
 ) -> Annealed:
-    """Islands of particles taken from the start to the posterior; without a plan a pilot, which makes one."""
+    """Islands of particles taken from the start to the posterior.
+
+    Without a plan it is a pilot, which makes one: from one temperature to the next the share ``cess`` of the particles
+    stays effective (`CESS` by default).
+    """
     with np.errstate(over="ignore", invalid="ignore"):
-        return _anneal(space, n_islands, n_each, rng, plan)
+        return _anneal(space, n_islands, n_each, rng, plan, CESS if cess is None else cess)
 
 
 def _anneal(
-    space: Slice, n_islands: int, n_each: int, rng: np.random.Generator, plan: Plan | None
+    space: Slice, n_islands: int, n_each: int, rng: np.random.Generator, plan: Plan | None, cess: float
 ) -> Annealed:
     pilot = plan is None
     plan = Plan() if plan is None else plan
@@ -114,7 +123,7 @@ def _anneal(
     b, step, variance, accepted = 0.0, space.n_free**-0.25, 0.0, []
     for level in range(10_000):
         log_weight = np.where(np.isfinite(now.log_weight), now.log_weight, -1e300)
-        new = next_temperature(b, log_weight, CESS, MIN_RISE) if pilot else plan.temperatures[level]
+        new = next_temperature(b, log_weight, cess, MIN_RISE) if pilot else plan.temperatures[level]
         rise = (new - b) * log_weight
         variance += (1 / effective(rise) - 1) / n_each
         rise = rise.reshape(n_islands, -1)

@@ -39,10 +39,10 @@ from bayes_mpt.predictors.nodes.slopes import FALSE, slopes_at, what_is_missed
 from bayes_mpt.predictors.nodes.weighted import program_values, warn_if_slow
 from bayes_mpt.program.analysis import analyze
 from bayes_mpt.program.arguments import fill_all
+from bayes_mpt.program.batched import Batched
 from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.program import Model, ModelError, one_vector
-from bayes_mpt.program.shift_trials import observing_cells
-from bayes_mpt.program.shifts import of_cells
+from bayes_mpt.program.shifts import observing_cells, of_cells
 from bayes_mpt.program.whole_plates import whole_plates
 from bayes_mpt.runtime.serial import takes_turns
 from bayes_mpt.warnings import DrawsWarning, warn
@@ -159,7 +159,7 @@ def from_draws(
             )
         joint = _LogJoint(AdaptiveNodes(model, args, program), args)
         values = read_chains(arrays, {p.latent.name: p.latent.shape for p in joint.space.parts})
-        most = MAX_ALONE if joint.adaptive.one_by_one else MAX_DRAWS
+        most = MAX_ALONE if joint.adaptive.batched is Batched.LOOP else MAX_DRAWS
         thin = math.ceil(math.prod(next(iter(values.values())).shape[:2]) / most)
         u = unconstrained(joint.space, {name: v[:, ::thin] for name, v in values.items()})
         return _bridged(joint, u, np.random.default_rng(random_state))
@@ -223,7 +223,7 @@ def from_guide(
     with state, seed, torch.no_grad(), whole_plates():  # the guide may have been trained on some rows a step
         bind = Importance(n_draws).from_guide
         bound = observing_cells(lambda program: bind(program, args, guide), model, args)
-        warn_if_slow(bound.one_by_one, bound)
+        warn_if_slow(bound.batched, bound)
         nodes = bound.read(args)
         seen = torch.ones(nodes.value.shape[1], dtype=torch.bool, device=nodes.value.device)
         log_w = nodes.last.log_weight + nodes.last.given.log_joint(nodes.value, seen) + math.log(n_draws)

@@ -18,6 +18,7 @@ from torch.distributions import transform_to
 
 from bayes_mpt.predictors import Batch, Bound, Objective
 from bayes_mpt.program.arguments import rows_of
+from bayes_mpt.program.batched import Batched, found_out
 from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.offers import offered
 from bayes_mpt.program.program import Model
@@ -150,20 +151,16 @@ def log_likelihood(predictor: Bound, args: tuple[Any, ...], leaves: dict[str, Te
     natural = _values(leaves)
 
     def together(theta: Tensor) -> Tensor:
-        return predictor.score_at(args, natural(theta))
+        return predictor.read_at(args, natural(theta)).score()
 
     def alone(theta: Tensor) -> Tensor:
         return torch.stack([_One.apply(row, objective, leaves) for row in theta])
 
-    evaluate = alone
     with torch.no_grad():
         here = torch.cat([leaf.flatten() for leaf in leaves.values()])
-        both = torch.stack([here, here + 0.1])
-        try:
-            if torch.allclose(together(both), alone(both), rtol=1e-9):
-                evaluate = together
-        except (RuntimeError, ValueError, IndexError):
-            pass
+        two = torch.stack([here, here + 0.1])
+        found = found_out(lambda _: torch.allclose(together(two), alone(two), rtol=1e-9), (Batched.PLATE,))
+    evaluate = together if found is Batched.PLATE else alone
 
     def of(theta: Array, gradient: bool = True) -> tuple[Array, Array]:
         values, grads = [], []
@@ -192,7 +189,7 @@ def predictions(
     natural, n_seen = _values(leaves), len(args[0])
 
     def together(theta: Tensor, some: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-        return predictor.predict_at(args, some, natural(theta))
+        return predictor.read_at(args, natural(theta)).predict(some)
 
     def alone(theta: Tensor, some: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         found = []
@@ -205,6 +202,10 @@ def predictions(
             assign(leaves, before)
         return torch.stack([f.mean for f in found]), torch.stack([f.var for f in found])
 
+    def same(_: Batched) -> bool:
+        both = zip(together(points[:2], some), alone(points[:2], some), strict=True)
+        return all(torch.allclose(a, b, rtol=1e-6, atol=1e-12) for a, b in both)
+
     step = max(MIN_NEW, n_seen)  # new rows at a time
     size = max(1, MAX_CELLS // (n_seen + min(step, len(new[0]))) ** 2)
     columns = []
@@ -213,20 +214,12 @@ def predictions(
         evaluate = alone
         for i in range(0, len(new[0]), step):
             some = rows_of(new, slice(i, i + step))
-            if not i and len(points) > 1 and _agree(together, alone, points[:2], some):
+            if not i and len(points) > 1 and found_out(same, (Batched.PLATE,)) is Batched.PLATE:
                 evaluate = together
             parts = [evaluate(p, some) for p in points.split(size)]
             columns.append([torch.cat(p).double().cpu().numpy() for p in zip(*parts, strict=True)])
     mean, var = (np.concatenate(c, axis=1) for c in zip(*columns, strict=True))
     return mean, var
-
-
-def _agree(together: Any, alone: Any, points: Tensor, some: tuple[Any, ...]) -> bool:
-    try:
-        both = zip(together(points, some), alone(points, some), strict=True)
-        return all(torch.allclose(a, b, rtol=1e-6, atol=1e-12) for a, b in both)
-    except (RuntimeError, ValueError, IndexError):
-        return False
 
 
 def _values(leaves: Mapping[str, Tensor]) -> Callable[[Tensor], dict[str, Tensor]]:

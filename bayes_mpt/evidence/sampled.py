@@ -22,6 +22,7 @@ from bayes_mpt.evidence.factor_prior import FactorPrior
 from bayes_mpt.evidence.incomplete_posterior import IncompletePosterior
 from bayes_mpt.evidence.no_latents import Cells, independent_columns
 from bayes_mpt.evidence.slice import Slice, climb
+from bayes_mpt.evidence.surplus import fitted, has_surplus, other_modes
 from bayes_mpt.predictors.gaussian.profile import Factors, Prior, diagonal, proportional
 from bayes_mpt.program.statistics import Covariance, SufficientStatistics
 
@@ -36,6 +37,8 @@ Array = NDArray[np.float64]
 
 MAX_PARAMETERS = 600
 PILOT = 16  # particles of an island
+SURPLUS_PARTICLES = 32  # of an island, at least
+SURPLUS_CESS = 0.93  # temperatures nearer to each other
 LEAST_LOADING = 0.05  # of a column at the start of a climb
 N_EM = 2
 N_DRAWS = 256  # of the noise variances, without latents
@@ -149,7 +152,8 @@ def sample_evidence(
         posterior = IncompletePosterior(statistics, n_latents, prior, shape)
         rest = (mean - prior.center) / np.sqrt(posterior.units)
     factors = _factors(pairs.covariance, pairs.n, n_latents, prior, shape)
-    return _sampled(_start(posterior, factors, rest), se, max_particles, n_islands, seed)
+    spaces = _starts(posterior, factors, rest, pairs.covariance)
+    return _sampled(spaces, se, max_particles, n_islands, seed)
 
 
 def _refuse_low_rank(cov: Array, n_latents: int) -> None:
@@ -194,8 +198,8 @@ def _factors(
     return diagonal(cov, n_latents, prior=Prior(a, a / prior.variances, n_rows))
 
 
-def _start(posterior: FactorPosterior, factors: Factors, rest: Array) -> Slice:
-    """The slice through the maximum under normal loadings, whose variance is found by two steps of EM.
+def _starts(posterior: FactorPosterior, factors: Factors, rest: Array, cov: Covariance) -> list[Slice]:
+    """Slices through the maximum under normal loadings, whose variance is found by two steps of EM, and its like.
 
     The variance is no coordinate of the climb: its joint mode with the loadings is at zero.
     """
@@ -209,8 +213,11 @@ def _start(posterior: FactorPosterior, factors: Factors, rest: Array) -> Slice:
         mean, e = posterior.split(theta[None])
         spread = np.square(space.basis[: posterior.n_loadings]).sum(1).reshape(mean[0].shape)
         tau2 = float(((mean[0] ** 2 + spread) * np.exp(e[0])[:, None]).mean())
-    space = climb(posterior.with_prior(posterior.prior.normal(tau2)), theta)
-    return replace(space, posterior=posterior).widened()
+    spaces = [climb(posterior.with_prior(posterior.prior.normal(tau2)), theta)]
+    if has_surplus(spaces[0]):
+        root = np.sqrt(posterior.units)
+        spaces += other_modes(spaces[0], cov.dense() / root / root[:, None])
+    return [replace(space, posterior=posterior).widened() for space in spaces]
 
 
 def _without_latents(
@@ -239,13 +246,20 @@ def _without_latents(
     return SampledEvidence(value, 0.0, islands, 0, 0, prior, (0.0, 0.0), draws, ())
 
 
-def _sampled(space: Slice, se: float, max_particles: int, n_islands: int, seed: int) -> SampledEvidence:
+def _sampled(
+    spaces: list[Slice], se: float, max_particles: int, n_islands: int, seed: int
+) -> SampledEvidence:
     first, second = (np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(2))
-    pilot = anneal(space, n_islands, PILOT, first)
+    pilots = [anneal(space, n_islands, PILOT, first) for space in spaces]
+    space, pilot, least = spaces[0], pilots[0], PILOT
+    most = max(PILOT, max_particles // n_islands)
+    if has_surplus(space):
+        space, least = fitted(spaces, pilots), min(SURPLUS_PARTICLES, most)
+        pilot = anneal(space, n_islands, PILOT, first, cess=SURPLUS_CESS)
     # of few islands no less than what the weights tell
     variance = max(float(pilot.log_z.var(ddof=1)), pilot.variance)
     wanted = PILOT * variance / n_islands * (few_replicates(n_islands) / se) ** 2
-    n_each = int(np.clip(math.ceil(min(wanted, 1e6)), PILOT, max(PILOT, max_particles // n_islands)))
+    n_each = int(np.clip(math.ceil(min(wanted, 1e6)), least, most))
     found = anneal(space, n_islands, n_each, second, pilot.plan)
     return _summary(space, found, n_each * n_islands)
 

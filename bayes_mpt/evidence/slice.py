@@ -39,6 +39,7 @@ FARTHEST = 40.0  # of a coordinate, beyond which a trajectory has diverged
 N_CLIMBS, MAX_ITER = 2, 30
 CURVATURE_STEP = 1e-3
 LEAST_CURVATURE = 0.1  # of what is expected
+EFFECTIVE = 0.5  # share of a pilot's points that count as independent
 
 
 class Reading(NamedTuple):
@@ -70,7 +71,9 @@ class Slice:
     back: Array
     """(m, d) y = back (theta - center)"""
     polar: Array
-    """(m, K K): S = A'A + y polar, symmetric by the choice of the slice"""
+    """(m, K K): S = S0 + y polar, symmetric by the choice of the slice"""
+    polar_center: Array
+    """S0 (K, K), of the center; A'A where the reference is the center"""
     log_jacobian: float
     """Of y -> theta on the slice, and the volume of the orbit."""
     pull: Array
@@ -107,9 +110,9 @@ class Slice:
         polar = np.einsum("tk,tlm->mkl", reference, basis[:n].reshape(t, k, -1))
         polar = 0.5 * (polar + polar.transpose(0, 2, 1)).reshape(-1, k * k)
         back = root.T @ normal.T
-        s = a**2
-        pull = np.diag((1 / (s[:, None] + s)).sum(1) - 0.5 / s).ravel() @ polar.T
-        return cls(posterior, reference, center, basis, back, polar, log_jacobian, pull, n_weak)
+        at_center = np.diag(a**2)
+        pull = _pull(at_center, polar)
+        return cls(posterior, reference, center, basis, back, polar, at_center, log_jacobian, pull, n_weak)
 
     def widened(self) -> Slice:
         """The same in units of the curvature that the rows show, where that is less than what was expected.
@@ -124,20 +127,57 @@ class Slice:
         h = (gradient[m:] - gradient[:m]) / (2 * CURVATURE_STEP)
         h, e = np.linalg.eigh(0.5 * (h + h.T))
         c = np.clip(h, LEAST_CURVATURE, 1.0) ** -0.5
-        wide = e * c
+        return self._moved(np.zeros(m), e * c, (e / c).T, float(np.log(c).sum()))
+
+    def fitted(self, y: Array) -> Slice:
+        """The same in units of the mean and the spread of points y (n, m) of the posterior, both shrunk.
+
+        Mean and covariance are estimated from few points: the mean is drawn to the old center by James and Stein's
+        factor, the covariance to the identity by the share ``rho`` that Ledoit and Wolf estimate.
+        """
+        m, n_effective = self.n_free, EFFECTIVE * len(y)
+        mean = y.mean(0)
+        off = y - mean
+        cov = off.T @ off / len(y)
+        length = float(mean @ mean)
+        mean = mean * max(0.0, 1 - float(np.trace(cov)) / n_effective / length)
+        # |cov - I|^2 = truth's distance + noise; noise of an entry by the points' own fourth moments
+        distance = float(np.square(cov - np.eye(m)).sum())
+        noise = float(np.square(np.square(off).sum(1)).mean() - np.square(cov).sum()) / n_effective
+        rho = min(1.0, max(0.0, noise / distance))
+        cov = (1 - rho) * cov + rho * np.eye(m)
+        root = np.linalg.cholesky(cov)
+        inverse = solve_triangular(root, np.eye(m), lower=True)
+        return self._moved(mean, root, inverse, float(np.log(np.diag(root)).sum()))
+
+    def _moved(self, center: Array, root: Array, inverse: Array, log_det: float) -> Slice:
+        """The same by coordinates y', y = center + root y'."""
+        k = self.posterior.n_latents
+        polar = root.T @ self.polar
+        at_center = self.polar_center + (center @ self.polar).reshape(k, k)
         return replace(
             self,
-            basis=self.basis @ wide,
-            back=(e / c).T @ self.back,
-            polar=wide.T @ self.polar,
-            log_jacobian=self.log_jacobian + float(np.log(c).sum()),
-            pull=wide.T @ self.pull,
+            center=self.center + self.basis @ center,
+            basis=self.basis @ root,
+            back=inverse @ self.back,
+            polar=polar,
+            polar_center=at_center,
+            log_jacobian=self.log_jacobian + log_det,
+            pull=_pull(at_center, polar),
         )
 
     @property
     def n_free(self) -> int:
         """How many coordinates, m."""
         return self.basis.shape[1]
+
+    def coordinates(self, theta: Array) -> Array:
+        """Points (B, m) of any theta (B, d), turned into the slice: V O with A'V O symmetric and positive."""
+        n = self.reference.size
+        v = theta[:, :n].reshape(-1, *self.reference.shape)
+        left, _, right = np.linalg.svd(self.reference.T @ v)
+        turned = v @ (left @ right).transpose(0, 2, 1)
+        return (np.concatenate([turned.reshape(len(v), n), theta[:, n:]], 1) - self.center) @ self.back.T
 
     def theta(self, y: Array) -> Array:
         """Points (B, m) as theta (B, d)."""
@@ -245,11 +285,20 @@ class Slice:
     def _polar(self, y: Array) -> tuple[Array, Array]:
         """Eigenvalues (B, K) and vectors (B, K, K) of S = A'V."""
         k = self.posterior.n_latents
-        s = np.diag(np.square(self.reference).sum(0)) + (y @ self.polar).reshape(-1, k, k)
+        s = self.polar_center + (y @ self.polar).reshape(-1, k, k)
         if k == 1:
             return s[:, :, 0], np.ones_like(s)
         s[~(np.abs(y).max(1) < FARTHEST)] = np.eye(k)
         return np.linalg.eigh(s)
+
+
+def _pull(at_center: Array, polar: Array) -> Array:
+    """Gradient (m,) of the gauge where S is ``at_center``."""
+    s, e = np.linalg.eigh(at_center)
+    s = np.maximum(s, LEAST_SINGULAR**2)
+    slope = (e * ((1 / (s[:, None] + s)).sum(1) - 0.5 / s)) @ e.T
+    pull: Array = slope.ravel() @ polar.T
+    return pull
 
 
 def climb(posterior: FactorPosterior, theta: Array, max_iter: int = MAX_ITER) -> Slice:

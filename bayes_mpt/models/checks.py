@@ -44,10 +44,17 @@ class CheckedModel(BaseEstimator):
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {}
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # made once, since programs run often
+        cls._parameter_constraints = {
+            name: [c if isinstance(c, _Constraint) else make_constraint(c) for c in constraints]
+            for name, constraints in cls._parameter_constraints.items()
+        }
+
     def _validate_params(self) -> None:
-        for name, constraints in self._parameter_constraints.items():
+        for name, allowed in self._parameter_constraints.items():
             value = getattr(self, name)
-            allowed = [c if isinstance(c, _Constraint) else make_constraint(c) for c in constraints]
             if not any(c.is_satisfied_by(value) for c in allowed):
                 words = [str(c) for c in allowed]
                 joined = (", or " if "," in words[0] else " or ").join(words)

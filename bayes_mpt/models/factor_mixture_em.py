@@ -20,6 +20,15 @@ import torch
 from torch import Tensor
 
 from bayes_mpt.models.mixture_em import Table
+from bayes_mpt.models.mixture_starts import (
+    JUDGED,
+    KEPT,
+    MOST_SHAKES,
+    PATIENCE,
+    SETTLED,
+    SHAKES,
+    random_counts,
+)
 from bayes_mpt.models.quasi_newton import QuasiNewton, flat
 
 __all__ = [
@@ -35,6 +44,7 @@ __all__ = [
 ]
 
 START_ROWS = 2048  # on which starts are compared
+SHAKEN = 8  # steps with random counts of rows: the others' (`mixture_starts`) leave rows out, and go further
 ROUND = 10  # steps of EM, after which the better half of the starts goes on
 EM_STEPS = 20  # before L-BFGS
 MIN_WEIGHT = 1e-6  # of a component: the logarithm of an empty one is infinite
@@ -73,20 +83,27 @@ class Cells(NamedTuple):
     """(U, T) of the rows of `seen`, those that differ"""
     pattern: Tensor
     """(N,) which one a row has"""
+    counts: Tensor
+    """(1, N), how often each row counts in sums; (B, N) of mixtures side by side"""
     log_unit: float
     """By which the log-density of all rows is larger in these units"""
 
     def first(self, n_rows: int) -> Cells:
         """Some rows, evenly spread."""
         every = slice(None, None, max(1, len(self.value) // n_rows))
-        return self._replace(value=self.value[every], seen=self.seen[every], pattern=self.pattern[every])
+        return self._replace(
+            value=self.value[every],
+            seen=self.seen[every],
+            pattern=self.pattern[every],
+            counts=self.counts[:, every],
+        )
 
-    def parts(self, n_each: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Values, which are seen, and patterns of some rows after the other; ``n_each`` numbers are needed a row."""
+    def parts(self, n_each: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Values, which are seen, patterns and counts, some rows after the other; a row needs ``n_each`` numbers."""
         step = max(1, MAX_NUMBERS // n_each)
         for start in range(0, len(self.value), step):
             some = slice(start, start + step)
-            yield self.value[some], self.seen[some], self.pattern[some]
+            yield self.value[some], self.seen[some], self.pattern[some], self.counts[:, some]
 
 
 class Sums(NamedTuple):
@@ -114,7 +131,8 @@ def cells_of(table: Table) -> Cells:
     seen = ~table.rows.isnan()
     patterns, pattern = seen.to(table.rows).unique(dim=0, return_inverse=True)
     log_unit = float((seen.to(table.rows) @ table.spread.log()).sum())
-    return Cells(torch.where(seen, table.rows, 0.0), seen.to(table.rows), patterns, pattern, log_unit)
+    value = torch.where(seen, table.rows, 0.0)
+    return Cells(value, seen.to(value), patterns, pattern, value.new_ones(1, len(value)), log_unit)
 
 
 def expect(cells: Cells, at: Analysers) -> tuple[Tensor, Sums]:
@@ -132,12 +150,12 @@ def expect(cells: Cells, at: Analysers) -> tuple[Tensor, Sums]:
     of_patterns = _Patterns.of(cells.patterns, at)
     mass = zero(n_components, len(cells.patterns))  # expected rows of each pattern
     total = zero(len(at.log_weights))
-    for value, seen, pattern in cells.parts(n_components * (width * width + n_tokens)):
+    for value, seen, pattern, count in cells.parts(n_components * (width * width + n_tokens)):
         joint, latents = of_patterns.joint(at, value, seen, pattern)  # (B K, n), (B K, n, F)
         joint = joint.reshape(*at.log_weights.shape, -1)
         log_density = joint.logsumexp(1, keepdim=True)
         total += log_density.sum((1, 2))
-        share = (joint - log_density).exp_().flatten(0, 1)
+        share = ((joint - log_density).exp_() * count[:, None]).flatten(0, 1)
         sums.sizes.add_(share.sum(1).reshape(sums.sizes.shape))
         mass.index_add_(1, pattern, share)
         z = torch.cat([latents, latents.new_ones(*latents.shape[:2], 1)], -1)  # (B K, n, F + 1)
@@ -213,17 +231,42 @@ def log_prior(at: Analysers, prior: Tensor | None) -> Tensor:
     return -0.5 * (at.noise.log() + prior / at.noise).sum(1).reshape(at.log_weights.shape).sum(1)
 
 
-def best_start(cells: Cells, starts: list[Analysers], prior: Tensor | None = None) -> Analysers:
-    """The start from which a short EM comes furthest, at its end: after some steps the better half goes on."""
+def best_start(cells: Cells, starts: list[Analysers], prior: Tensor | None, seed: int) -> Analysers:
+    """The start from which a short EM comes furthest, at its end: after some steps the better half goes on.
+
+    Where cells are missing and there is a prior, it is shaken then, as `mixture_starts.best_start` does.
+    """
     some = cells.first(START_ROWS)
     at = Analysers(*(torch.cat(parts) for parts in zip(*starts, strict=True)))
     while len(at.log_weights) > 1:
-        for _ in range(ROUND):
-            before, (total, sums) = at, expect(some, at)
-            at = m_step(sums, at, prior)
-        order = (total + log_prior(before, prior)).argsort(descending=True).tolist()
-        at = at.pick(order[: len(order) // 2])
+        at, value = _steps(some, at, prior, ROUND)
+        at = _best(at, value, len(value) // 2)
+    if prior is None or len(cells.patterns) == 1:
+        return at
+    generator, waited = torch.Generator().manual_seed(seed), 0
+    for _ in range(MOST_SHAKES):
+        shape = SHAKES, len(some.value)
+        shaken = some._replace(counts=random_counts(shape, generator).to(some.value))
+        many, _ = _steps(shaken, at.pick([0] * SHAKES), prior, SHAKEN)
+        many, value = _steps(some, many, prior, JUDGED)
+        both = Analysers(*(torch.cat(parts) for parts in zip(at, _best(many, value, KEPT), strict=True)))
+        both, value = _steps(some, both, prior, SETTLED)
+        at, waited = _best(both, value, 1), 0 if int(value.argmax()) else waited + 1
+        if waited == PATIENCE:
+            break
     return at
+
+
+def _steps(cells: Cells, at: Analysers, prior: Tensor | None, n_steps: int) -> tuple[Analysers, Tensor]:
+    """Where mixtures come, and what they score (B,) before the last step."""
+    for _ in range(n_steps):
+        before, (total, sums) = at, expect(cells, at)
+        at = m_step(sums, at, prior)
+    return at, total + log_prior(before, prior)
+
+
+def _best(at: Analysers, value: Tensor, n: int) -> Analysers:
+    return at.pick(value.argsort(descending=True)[:n].tolist())
 
 
 def climb(

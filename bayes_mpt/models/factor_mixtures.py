@@ -142,7 +142,8 @@ class MixtureOfFactorAnalyzers(CheckedModel):
         try:
             if max_iter >= MIN_STEPS and int(self.n_components) > 1:
                 n_starts = STARTS if len(cells.patterns) == 1 else STARTS_WITH_HOLES
-                start = best_start(cells, [start, *self._starts(table, prior, n_starts)], scale)
+                places = [start, *self._starts(table, prior, n_starts)]
+                start = best_start(cells, places, scale, int(torch.randint(2**31 - 1, (), device="cpu")))
             return _in_units_of_x(climb(cells, start, prior=scale, tol=tol, max_iter=max_iter), table, x)
         except KeyboardInterrupt as press:
             if not press.args:

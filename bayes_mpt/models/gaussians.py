@@ -10,8 +10,9 @@ from torch import Tensor
 __all__ = ["MIN_WEIGHT", "Gaussians", "Longer"]
 
 MIN_WEIGHT = 1e-6  # of a component: the logarithm of an empty one is infinite
-PLAIN_STEPS = 3  # before steps are made longer
-MEMORY = 8  # steps of which a longer one is made
+GROWTH, MOST = 1.5, 50.0  # of the factor by which steps are longer, while they rise
+NEAR = 1e-3  # the size of a step, in units of the table and logarithms, below which EM is taken as linear
+MEMORY = 8  # steps of which a longer one is made there
 
 
 class Gaussians(NamedTuple):
@@ -32,36 +33,40 @@ class Gaussians(NamedTuple):
 
 
 class Longer:
-    """Steps made of several steps of EM (Anderson 1965; of EM: Henderson & Varadhan 2019).
+    """Steps longer than those of EM, for the way and for its end.
 
-    With steps f_i = EM(u_i) - u_i, the next place is u + f - (dU + dF) g with g = argmin |f - dF g|: where EM is
-    linear in the parameters, the place at which it moves no more.
+    Far from a maximum EM goes the same way for many steps, each of them short: steps of a factor more, which grows as
+    long as they rise, take a third of the steps (Salakhutdinov & Roweis 2003). Near it EM is linear in the parameters:
+    with steps f_i = EM(u_i) - u_i the next place is u + f - (dU + dF) g with g = argmin |f - dF g|, at which it would
+    move no more (Anderson 1965; of EM: Henderson & Varadhan 2019).
     """
 
     def __init__(self) -> None:
         self.forget()
 
     def forget(self) -> None:
+        """A step was too long: begin again with EM's own."""
+        self.factor = 1.0
         self.places: list[Tensor] = []
         self.steps: list[Tensor] = []
 
     def __call__(self, before: Gaussians, after: Gaussians) -> Gaussians:
         """The place after ``before``, from which EM's own step goes ``after``."""
         place, end = _flat(before), _flat(after)
+        step = end - place
         self.places.append(place)
-        self.steps.append(end - place)
+        self.steps.append(step)
         del self.places[: -MEMORY - 1], self.steps[: -MEMORY - 1]
-        if len(self.steps) <= PLAIN_STEPS:
-            return after
-        moved = torch.stack(self.places).diff(dim=0)  # (M, D)
-        turned = torch.stack(self.steps).diff(dim=0)
-        gram, rhs = turned @ turned.mT, turned @ self.steps[-1]
-        ridge = 1e-10 * gram.diagonal().mean()
-        share, failed = torch.linalg.solve_ex(gram + ridge * torch.eye(len(gram)).to(gram), rhs)
-        found = end - share @ (moved + turned)
-        if bool(failed) or not bool(torch.isfinite(found).all()):
-            return after
-        return _unflat(found, after)
+        self.factor = min(GROWTH * self.factor, MOST)
+        found = place + self.factor * step
+        if len(self.steps) > 1 and not float(step.norm()) > NEAR:
+            moved = torch.stack(self.places).diff(dim=0)  # (M, D)
+            turned = torch.stack(self.steps).diff(dim=0)
+            gram, rhs = turned @ turned.mT, turned @ step
+            ridge = 1e-10 * gram.diagonal().mean()
+            share, failed = torch.linalg.solve_ex(gram + ridge * torch.eye(len(gram)).to(gram), rhs)
+            found = torch.where(failed > 0, end, end - share @ (moved + turned))
+        return _unflat(found, after) if bool(torch.isfinite(found).all()) else after
 
 
 def _flat(mix: Gaussians) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 __all__ = ["Key", "LeftOut", "Shares", "plain_shares"]
 
+NEGLIGIBLE = -200.0  # of the logarithm of a share
 LEAST = 0.02  # of f: rows that a component hangs on alone
 
 Key = tuple[str | int, ...]
@@ -54,7 +55,8 @@ def plain_shares(
 ) -> tuple[Tensor, Tensor]:
     """By the densities."""
     top = log_prob.amax(-2, keepdim=True)
-    share = (log_prob - top).exp_()
+    # what underflows takes six times as long, and says as little
+    share = (log_prob - top).clamp_(min=NEGLIGIBLE).exp_()
     sum_ = share.sum(-2, keepdim=True)
     return share / sum_, (top + sum_.log())[..., 0, :]
 
@@ -65,9 +67,17 @@ class LeftOut:
     Parameters
     ----------
     covariance_type : {"full", "tied", "diag", "spherical"}
+    counts : callable, optional
+        Of rows: how often each counts, (..., 1, n) or one number, by the name under which they are read together and
+        their log-densities. All once by default.
     """
 
-    def __init__(self, covariance_type: str):
+    def __init__(
+        self,
+        covariance_type: str,
+        counts: Callable[[Key, Tensor], Tensor | float] = lambda key, log_prob: 1.0,
+    ):
+        self.counts = counts
         self.tied = covariance_type == "tied"
         self.dense = covariance_type in ("full", "tied")
         self.before: dict[Key, Tensor] = {}
@@ -80,6 +90,7 @@ class LeftOut:
         if self.count is not None and key in self.before:
             log_prob = log_prob + self.change(self.before[key], square(), n_cells, self.count)
         share, density = plain_shares(key, log_prob, square, n_cells)
+        share = share * self.counts(key, log_prob)
         self.before[key] = share
         return share, density
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from bayes_mpt.models.covariance_prior import CovariancePrior, steps_of
 from bayes_mpt.models.gaussians import MIN_WEIGHT, Gaussians, Longer
 from bayes_mpt.models.left_out import Shares, plain_shares
-from bayes_mpt.models.mixture_patterns import blocks_of, expect_block
+from bayes_mpt.models.mixture_patterns import Inverse, blocks_of, expect_block
 
 __all__ = [
     "Climb",
@@ -169,10 +169,10 @@ def expectation(rows: Tensor, covariance_type: str) -> Expect:
 
     def expect(mix: Gaussians, coefficients: Tensor, shares: Shares = plain_shares) -> tuple[Tensor, Tensor]:
         sums, total = complete(mix, coefficients, shares)
-        log_weights, cov = mix.weights.log(), mix.scale @ mix.scale.mT
+        log_weights, inverse = mix.weights.log(), Inverse.of(mix.scale)
         for key, block in enumerate(blocks):
             count, first, second, found = expect_block(
-                block, log_weights, mix.loc, cov, shares, ("block", key)
+                block, log_weights, mix.loc, inverse, shares, ("block", key)
             )
             sums += torch.cat([count[..., None], first, second[..., i, j]], -1)
             total += found

@@ -1,4 +1,10 @@
-"""Where EM starts with missing cells: the likelihood has many maxima there, and a short climb tells good starts."""
+"""Where EM starts with missing cells: the likelihood has many maxima there, and short climbs tell good places.
+
+Some starts climb side by side, and the better half goes on (short runs of EM: Biernacki, Celeux & Govaert 2003). What
+wins is shaken: for some steps rows count as often as random numbers say (Elidan, Ninio, Friedman & Schuurmans 2002),
+which leads out of maxima that hang on few rows and leaves good clusters as they are; the best of several such ways out
+and of the place itself goes on, until none has been better for some time.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +13,7 @@ from torch import Tensor
 
 from bayes_mpt.models.covariance_prior import CovariancePrior
 from bayes_mpt.models.gaussians import Gaussians
-from bayes_mpt.models.left_out import LeftOut, Shares, plain_shares
+from bayes_mpt.models.left_out import Key, LeftOut, Shares, plain_shares
 from bayes_mpt.models.mixture_em import (
     DENSE,
     Table,
@@ -19,23 +25,26 @@ from bayes_mpt.models.mixture_em import (
 
 __all__ = ["best_start", "filled"]
 
-STARTS = 15  # beside the one that is given
-STARTS_OF_CELLS = (
-    23  # of diagonal covariances, which cost little: all rounds take 450 of the 500 steps that a fit has
-)
-ROUNDS = (10, 10, 10, 10)  # steps, after each of which the better half goes on
+STARTS, STARTS_ALONE = 7, 15  # beside the one that is given; of fits in which nothing is shaken
+ROUNDS = (8, 8, 8)  # steps, after each of which the better half goes on
 N_LEFT_OUT = 2  # rounds in which each row is judged as if it were left out
+SHAKES = 16  # ways out of a place that are tried side by side
+SHAKEN = 4  # steps with random counts of rows
+JUDGED, SETTLED = 2, 4  # steps with all, until some are given up and of the rest
+KEPT = 5  # of the ways out
+MOST_SHAKES, PATIENCE = 10, 4  # rounds of all that, and how many without success
+N_STEPS = sum(ROUNDS) + MOST_SHAKES * (SHAKEN + JUDGED + SETTLED)
 START_ROWS = 2048  # on which starts are compared
 
 
 def best_start(
     table: Table, given: Gaussians, covariance_type: str, prior: CovariancePrior | None, max_iter: int
 ) -> tuple[Gaussians, int]:
-    """The start from which a short EM comes furthest, at its end, and the steps that all took.
+    """A place from which EM comes far, and the steps that it took, those side by side counted once.
 
     In the first rounds components do not count a row when they judge it (`LeftOut`), so that few rows do not hold each
     other where a start has put them. One start is given; the others are clusters of the rows in whose gaps stand random
-    cells of the same columns.
+    cells of the same columns. Without a prior nothing is shaken, which would find where the likelihood has no bound.
 
     Parameters
     ----------
@@ -46,13 +55,12 @@ def best_start(
     covariance_type : {"full", "tied", "diag", "spherical"}
     prior : CovariancePrior, optional
     max_iter : int
-        With fewer steps than all starts need the given one is returned.
+        With fewer steps than all need the given place is returned.
     """
     n_components, n_rows = len(given.weights), len(table.rows)
-    n_starts = STARTS if covariance_type in DENSE else STARTS_OF_CELLS
-    n_steps = sum(-(-n * (n_starts + 1) // 2**i) for i, n in enumerate(ROUNDS))
-    if n_components == 1 or max_iter < n_steps:
+    if n_components == 1 or max_iter < N_STEPS:
         return given, 0
+    n_starts = STARTS_ALONE if prior is None else STARTS
     seeds = torch.randint(2**31 - 1, (n_starts,), device="cpu").tolist()
     some = table._replace(rows=table.rows[:: max(1, n_rows // START_ROWS)])
     places = [given]
@@ -66,9 +74,10 @@ def best_start(
     climb = _Climb(some, covariance_type, prior)
     for i, n in enumerate(ROUNDS):
         at, value = climb(at, n, LeftOut(covariance_type) if i < N_LEFT_OUT else plain_shares)
-        order = value.argsort(descending=True)[: max(1, len(value) // 2)]
-        at = Gaussians(*(part[order] for part in at))
-    return Gaussians(*(part[0] for part in at)), n_steps
+        at = _best(at, value, max(1, len(value) // 2))
+    if prior is not None:
+        at = climb.shaken(at, torch.Generator().manual_seed(seeds[0]))
+    return Gaussians(*(part[0] for part in at)), climb.n_steps
 
 
 class _Climb:
@@ -78,10 +87,12 @@ class _Climb:
         self.expect = expectation(table.rows, covariance_type)
         self.kind, self.prior = covariance_type, prior
         self.gaps = covariance_type not in DENSE
+        self.n_steps = 0
 
     def __call__(self, at: Gaussians, n_steps: int, shares: Shares) -> tuple[Gaussians, Tensor]:
         """Where mixtures (B, ...) come, and what they score (B,) with these shares before the last step."""
         before, value = at, at.weights[:, 0]
+        self.n_steps += n_steps
         for _ in range(n_steps):
             before = at
             sums, value = self.expect(at, coefficients_of(at, gaps=self.gaps), shares)
@@ -90,6 +101,46 @@ class _Climb:
             at, collapsed = m_step(sums, at, self.kind, self.prior, 0.0)
             value = torch.where(collapsed.any(-1) | value.isnan(), -torch.inf, value)
         return at, value if self.prior is None else value + self.prior.log_prob(before.scale)
+
+    def shaken(self, at: Gaussians, generator: torch.Generator) -> Gaussians:
+        """The best place (1, ...) that is found by shaking the best of (B, ...)."""
+        waited = 0
+        for _ in range(MOST_SHAKES):
+            many = Gaussians(*(part[:1].expand(SHAKES, *part.shape[1:]) for part in at))
+            many, _ = self(many, SHAKEN, LeftOut(self.kind, _Counts(generator)))
+            many, value = self(many, JUDGED, plain_shares)
+            rest = _best(many, value, KEPT)
+            both = Gaussians(*(torch.cat(parts) for parts in zip(at, rest, strict=True)))
+            both, value = self(both, SETTLED, plain_shares)
+            at, waited = _best(both, value, 1), 0 if int(value.argmax()) else waited + 1
+            if waited == PATIENCE:
+                break
+        return at
+
+
+class _Counts:
+    """How often rows count in mixtures side by side: random numbers, the same each time it is asked."""
+
+    def __init__(self, generator: torch.Generator):
+        self.generator = generator
+        self.known: dict[Key, Tensor] = {}
+
+    def __call__(self, key: Key, log_prob: Tensor) -> Tensor:
+        """(B, 1, n) of log-densities (B, K, n)."""
+        if key not in self.known:
+            shape = len(log_prob), log_prob.shape[-1]
+            self.known[key] = random_counts(shape, self.generator).to(log_prob)[:, None]
+        return self.known[key]
+
+
+def random_counts(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """How often each row counts (B, n): exponential numbers, as in the Bayesian bootstrap (Rubin 1981)."""
+    return torch.empty(shape, dtype=torch.float64).exponential_(generator=generator)
+
+
+def _best(at: Gaussians, value: Tensor, n: int) -> Gaussians:
+    order = value.argsort(descending=True)[:n]
+    return Gaussians(*(part[order] for part in at))
 
 
 def filled(rows: Tensor, seed: int) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import wraps
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyro
 import torch
@@ -21,8 +21,11 @@ from bayes_mpt.predictors.objective import Batch, Objective
 from bayes_mpt.predictors.own_order import in_own_order, own_order
 from bayes_mpt.program.affine import DenseMap
 from bayes_mpt.program.program import Model, ModelError, Program
-from bayes_mpt.program.shift_trials import observing_cells
+from bayes_mpt.program.shifts import observing_cells
 from bayes_mpt.runtime.serial import methods_take_turns
+
+if TYPE_CHECKING:
+    from bayes_mpt.predictors.gaussian.process import SideBySide
 
 __all__ = [
     "Bound",
@@ -225,14 +228,8 @@ class Bound(ABC):
     def read(self, args: tuple[Any, ...]) -> Conditionals:
         """The conditionals of these rows at the program's current parameters, with gradients."""
 
-    def score_at(self, args: tuple[Any, ...], values: dict[str, Tensor]) -> Tensor:
-        """Log-density (B,) of a program's observations at B values (B, ...) of each parameter, side by side."""
-        raise NotImplementedError(f"{self.name} reads a program at one value of its parameters at a time")
-
-    def predict_at(
-        self, args: tuple[Any, ...], new: tuple[Any, ...], values: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Means and variances (B, M) of the observations of M new rows given those of ``args``, as `score_at`."""
+    def read_at(self, args: tuple[Any, ...], values: dict[str, Tensor]) -> SideBySide:
+        """What `read` gives, at B values (B, ...) of each parameter side by side."""
         raise NotImplementedError(f"{self.name} reads a program at one value of its parameters at a time")
 
     def schedule(self, whole: Batch, masks: Policy | None, seed: int = 0) -> list[Objective]:

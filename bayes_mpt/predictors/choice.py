@@ -1,36 +1,51 @@
-"""Which way fits a program."""
+"""Which way fits a program: on what it is called with, or on a table of which a part is enough to tell."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
+import pyro
 import torch
 
+from bayes_mpt.inputs import wanted
 from bayes_mpt.predictors.base import Bound, Guide, Predictor
 from bayes_mpt.predictors.exact import summed_out
 from bayes_mpt.predictors.gaussian.linear import LinearGaussian
 from bayes_mpt.predictors.gaussian.markov import closed_form
 from bayes_mpt.predictors.gaussian.nearest_neighbors import NearestNeighbors, near_conditionals
-from bayes_mpt.predictors.gaussian.process import JointGaussian, gaussian_program
+from bayes_mpt.predictors.gaussian.process import (
+    N_TRIAL_ROWS,
+    JointGaussian,
+    gaussian_program,
+    is_gaussian_vector,
+)
 from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
 from bayes_mpt.predictors.nodes.importance import Importance
 from bayes_mpt.predictors.nodes.quadrature import MAX_WIDTH, Quadrature
 from bayes_mpt.predictors.nodes.smc import SequentialMonteCarlo
-from bayes_mpt.predictors.self_predictive import SelfPredictive
+from bayes_mpt.predictors.self_predictive import SelfPredictive, sees_all
 from bayes_mpt.program.affine import NotAffine
 from bayes_mpt.program.analysis import look
 from bayes_mpt.program.arguments import fill_all
+from bayes_mpt.program.offers import offered
 from bayes_mpt.program.program import Model, ModelError
-from bayes_mpt.program.run import run, takes_visible
-from bayes_mpt.program.shift_trials import observing_cells
+from bayes_mpt.program.run import first_run, run, takes_visible
+from bayes_mpt.program.shifts import observing_cells
 from bayes_mpt.program.sites import latent_nodes
+from bayes_mpt.program.store import OwnStore, State
 from bayes_mpt.runtime.serial import takes_turns
+from bayes_mpt.warnings import SlowProgramWarning, warnings_of
 
-__all__ = ["choose"]
+__all__ = ["MAX_INIT_ROWS", "choose", "choose_for_table"]
 
 N_DRAWS = 1000
 MAX_JOINT = 4096  # tokens of one Gaussian vector whose covariance is made whole
+MAX_INIT_ROWS = 4096  # rows on which it is found out what a program is
+MAX_INIT_CELLS = 2**20  # of a table on which a program first runs, which initialises its parameters
+MAX_INIT_VECTOR = 1024  # rows of one Gaussian vector, which may mean a matrix of their square
 
 
 def _samples(guide: Guide, args: tuple[Any, ...]) -> bool:
@@ -75,27 +90,25 @@ def choose(
     bayes_mpt.program.program.ModelError
         If the program cannot be scored; the message names the site and what to do.
     """
-    if isinstance(predictor, Predictor):
-        return predictor.bind(model, args, guide)
     if predictor != "auto":
-        raise ValueError(
-            f"predictor must be 'auto' or a predictor such as Exact() or Importance(100), got {predictor!r}"
-        )
+        words = "predictor must be 'auto' or a predictor such as Exact() or Importance(100)"
+        # abstract, which mypy does not take for a type
+        return wanted(Predictor, predictor, words, ValueError).bind(model, args, guide)  # type: ignore[type-abstract]
     if takes_visible(model):
         return SelfPredictive().bind(model, args, guide)
+    stated = None if offered(model, "linear_map") is None else LinearGaussian.stated(model, args)
+    if stated is not None:
+        return stated
     return observing_cells(lambda program: _chosen(program, args, guide), model, args)
 
 
 def _chosen(model: Model, args: tuple[Any, ...], guide: Guide | None) -> Bound:
-    """What "auto" takes for a program that observes its data."""
-    vector = gaussian_program(model, args)
+    """What "auto" takes for a program that observes its data, and states nothing."""
+    vector = gaussian_program(model, args) if len(args) > 1 else None
     if vector is not None:
         if len(args[0]) > MAX_JOINT:
             return near_conditionals(NearestNeighbors(), model, args, vector)
         return JointGaussian(model, vector)
-    stated = LinearGaussian.stated(model, args)
-    if stated is not None:
-        return stated
     analysis = look(model, args)
     try:
         return closed_form(model, args, analysis)
@@ -120,3 +133,71 @@ def _chosen(model: Model, args: tuple[Any, ...], guide: Guide | None) -> Bound:
         # one integral over many latents deserves more draws than one of many rows
         return Importance(N_DRAWS).bind_nodes(adaptive)
     return SequentialMonteCarlo().bind(model, args)
+
+
+def choose_for_table(
+    model: Model,
+    guide: Guide | None,
+    arguments: Callable[[Any], tuple[Any, ...]],
+    shape: tuple[int, int],
+    predictor: Predictor | str,
+    *,
+    takes_y: bool,
+    by_epochs: bool,
+    known: tuple[Bound, State] | None = None,
+) -> tuple[Bound, tuple[Any, ...]]:
+    """The program run for the first time, and scored as `choose` has it; with what it is to be read on.
+
+    Parameters
+    ----------
+    model, guide : callable
+        The program, in a parameter store of its own.
+    arguments : callable
+        What the program is called with for some rows: an index of them.
+    shape : (N, T)
+        Of the table.
+    predictor : Predictor or "auto"
+        As in `BayesMPT`.
+    takes_y : bool
+        Whether there is a second argument: then all rows are read.
+    by_epochs : bool
+        Whether the rows are never read all at once.
+    known : tuple, optional
+        The predictor and the parameters of another fit of the same program, which holds for any rows.
+    """
+    n_rows, n_columns = shape
+    if takes_y:
+        args = arguments(slice(None))
+        with OwnStore():
+            vector = is_gaussian_vector(model, args)
+        if vector:
+            # Its covariance may be made whole: initial values from as many rows as that costs little, at random,
+            # since of a series the first rows are no sample.
+            some = torch.randperm(n_rows)[:MAX_INIT_VECTOR].sort().values.numpy()
+            first_run(model, fill_all(arguments(some)))
+            return choose(model, args, predictor=predictor, guide=guide), args
+    n_init = MAX_INIT_CELLS // n_columns
+    # "auto" begins with a run on all rows itself, if they are not too many
+    begins_whole = predictor == "auto" and not takes_y and n_rows <= min(n_init, MAX_INIT_ROWS)
+    if known is not None or (N_TRIAL_ROWS < min(n_rows, n_init) and not begins_whole):
+        # Initial values from all rows, or a start that is a fit of its own (EM) would be one to the first rows
+        # only. A program that cannot run says why below.
+        with suppress(Exception):
+            first_run(sees_all(model), fill_all(arguments(slice(n_init))))
+    args = arguments(slice(MAX_INIT_ROWS))
+    if known is not None and _same_shapes(known[1]):
+        found = known[0]
+    else:
+        found = choose(model, args, predictor=predictor, guide=guide)
+    if n_rows > MAX_INIT_ROWS and not (found.structure.scores_input and found.structure.dense):
+        args = arguments(slice(None))
+        if not (found.structure.scores_input or found.structure.serves_any_rows) and not by_epochs:
+            with warnings_of(silent=(SlowProgramWarning,)):  # said above
+                found = choose(model, args, predictor=predictor, guide=guide)
+    return found, args
+
+
+def _same_shapes(state: State) -> bool:
+    """Whether the store holds parameters of these names and shapes."""
+    here = dict(pyro.get_param_store().named_parameters())
+    return {n: v.shape for n, v in state.items()} == {n: v.shape for n, v in here.items()}

@@ -71,6 +71,8 @@ def log_density(fn: Any, value: Tensor) -> Tensor:
     >>> log_density(dist.Bernoulli(torch.zeros(2)), torch.tensor([0.0, 1.0]))
     tensor([0., -inf])
     """
+    if type(fn) is dist.Normal:  # the most frequent one has all digits
+        return fn.log_prob(value)
     if isinstance(fn, torch.distributions.Independent):
         return sum_rightmost(log_density(fn.base_dist, value), fn.reinterpreted_batch_ndims)
     if isinstance(fn, dist.MaskedDistribution) and fn._mask is not False:
@@ -156,8 +158,12 @@ def _unclamp(fn: torch.distributions.Categorical) -> None:
 
 def _rare(fn: Any, value: Tensor, log_prob: Tensor) -> Tensor:
     """Of trials whose probability of success is so near 0 or 1 that torch clamps it."""
-    p, clamped = fn.__dict__.get("probs"), fn.logits.isinf()
-    if p is None:  # infinite logits end in inf - inf
+    p = fn.__dict__.get("probs")
+    total = log_prob.detach().sum()
+    if p is None and not _some(total - total != 0):
+        return log_prob  # finite, where infinite logits end in inf or inf - inf
+    clamped = fn.logits.isinf()
+    if p is None:
         p = (fn.logits > 0).to(fn.logits)
     else:
         eps = torch.finfo(p.dtype).eps

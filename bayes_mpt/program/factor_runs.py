@@ -19,12 +19,12 @@ from pyro.ops import packed
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from bayes_mpt.program.batched import Batched, MappedEnumeration, Tensors, run_mapped
 from bayes_mpt.program.densities import log_density, unrepeated
 from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.factors import Factors, Question, Tokens
 from bayes_mpt.program.joint_values import JointValues, meeting_plates
 from bayes_mpt.program.layout import check_shape, rows_axis, sum_by_row, token_values
-from bayes_mpt.program.mapped import MappedEnumeration, Tensors, run_mapped
 from bayes_mpt.program.program import Model, ModelError, Observed, Program, n_rows_of
 from bayes_mpt.program.run import FAILURES, NODES, SetLatents, one_precision, run
 from bayes_mpt.program.seen_labels import with_seen_labels
@@ -39,7 +39,7 @@ def read_factors(
     program: Program,
     values: dict[str, Tensor] | None = None,
     n_nodes: int = 1,
-    mapped: bool = False,
+    batched: Batched = Batched.PLATE,
 ) -> Factors:
     """Run the program at these values of its continuous latents, discrete ones enumerated.
 
@@ -56,16 +56,16 @@ def read_factors(
         the S left of all plates.
     n_nodes : int, default=1
         S.
-    mapped : bool, default=False
-        The program does not broadcast over nodes (``x @ w``, ``locs[z]``): `torch.vmap` runs it on values (S, batch...,
-        event...).
+    batched : Batched, default=Batched.PLATE
+        How the program takes them; by `torch.vmap` values are (S, batch..., event...).
 
     Raises
     ------
     ModelError
         If a discrete latent has too many values, or the program cannot run on enumerated values.
     """
-    found = (_run_mapped if mapped and n_nodes > 1 else _run)(model, args, program, values or {}, n_nodes)
+    ran = _run_mapped if batched is Batched.VMAP and n_nodes > 1 else _run
+    found = ran(model, args, program, values or {}, n_nodes)
     trace, log_probs, n_rows = found.trace, found.log_probs, n_rows_of(program, args)
     # those that are held have their density elsewhere
     hidden = [node for node in latent_nodes(trace) if node["name"] in program.latent_names]
@@ -245,7 +245,8 @@ def _enumerated(
         if on_plate:
             stack.enter_context(pyro.plate(NODES, n_nodes, dim=-1 - depth))
         stack.enter_context(_Enumerate())
-        return poutine.trace(with_seen_labels(model)).get_trace(*args)
+        # of labels those that are not seen are discrete latents
+        return poutine.trace(with_seen_labels(model) if program.discrete else model).get_trace(*args)
 
 
 def _log_probs(trace: Trace, program: Program) -> Tensors:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bayes_mpt.program.densities import CellDensity, uncached
 from bayes_mpt.program.program import ModelError, Observed, Program
-from bayes_mpt.program.sites import base, node_of, own_shown
+from bayes_mpt.program.sites import base, node_of, own_masks, own_shown
 
 __all__ = [
     "check_shape",
@@ -83,8 +83,9 @@ def token_values(trace: Trace, program: Program) -> Tensor:
     for site in program.sites:
         node = node_of(trace, site.name)
         check_shape(node, site)
-        shown = own_shown(node)
-        values[site.name] = node["value"] if bool(shown.all()) else hidden(node["value"], shown)
+        values[site.name] = node["value"]
+        if own_masks(node, node["fn"].event_dim):
+            values[site.name] = hidden(node["value"], own_shown(node))
     return join_tokens(values, program)
 
 

@@ -167,10 +167,10 @@ class _Search:
         """Of all factors."""
         laws = self._laws()
         found = {parts: self._columns(parts) for parts in laws}
-        scored = self._columns_of({n: n for n in self.others}, lambda trace, name: trace.nodes[name]["value"])
+        scored = self.columns_of({n: n for n in self.others}, lambda trace, name: trace.nodes[name]["value"])
         out: dict[str, Cells] = {}
         for parts, columns in found.items():
-            out[parts[-1]] = self._checked(parts, columns)._replace(parts=parts[:-1])
+            out[parts[-1]] = _Sums(self).checked(parts, columns)._replace(parts=parts[:-1])
         for name, cells in out.items():
             for column in cells.own:
                 also = [n for n in self.others if column in scored[n] and n not in (name, *cells.parts)]
@@ -188,7 +188,7 @@ class _Search:
         """The factors, each with the site that it completes and the other factors of that; in the program's order."""
         first = self.points[0].trace
         alone = {name: (name,) for name in self.names}
-        laws = self._columns_of({n: (n,) for n in self.names}, _log_law)
+        laws = self.columns_of({n: (n,) for n in self.names}, _log_law)
         order = list(first.nodes)
         found: list[tuple[str, ...]] = []
         for site in self.others:
@@ -234,9 +234,9 @@ class _Search:
 
     def _columns(self, parts: tuple[str, ...]) -> list[Column]:
         """Argument and column of the cells that a law moves with, all of its own row."""
-        trace, name = self.points[0].trace, self._factor_of(parts)
+        trace, name = self.points[0].trace, self.factor_of(parts)
         frames = _frames(trace.nodes[name])
-        columns = sorted(self._columns_of({name: parts}, _log_law)[name])
+        columns = sorted(self.columns_of({name: parts}, _log_law)[name])
         if not columns:
             latents = list_names(map(repr, self.points[0].latents))
             raise ModelError(
@@ -256,7 +256,7 @@ class _Search:
         self._refuse_other_rows(name, parts)
         return columns
 
-    def _factor_of(self, parts: tuple[str, ...]) -> str:
+    def factor_of(self, parts: tuple[str, ...]) -> str:
         """The factor by which a law is named."""
         return next(n for n in reversed(parts) if n in self.names)
 
@@ -279,7 +279,7 @@ class _Search:
                         "density of its own row's cells. Compute statistics of the data outside of the program"
                     )
 
-    def _columns_of(self, asked: dict[str, Any], what: Any) -> dict[str, set[Column]]:
+    def columns_of(self, asked: dict[str, Any], what: Any) -> dict[str, set[Column]]:
         """Which columns of which arguments something, by its name, moves with."""
         moved: dict[str, set[Column]] = {name: set() for name in asked}
         for position, arg in enumerate(self.args):
@@ -298,16 +298,22 @@ class _Search:
         return moved
 
     def _run(self, position: int, arg: Tensor, point: _Point) -> Trace | None:
-        return self._at((*self.args[:position], arg, *self.args[position + 1 :]), point.latents, point.k)
+        return self.at((*self.args[:position], arg, *self.args[position + 1 :]), point.latents, point.k)
 
-    def _at(self, args: tuple[Any, ...], latents: dict[str, Tensor], k: int) -> Trace | None:
+    def at(self, args: tuple[Any, ...], latents: dict[str, Tensor], k: int) -> Trace | None:
+        """A run at some latents and the k-th parameters; None where the program does not take them."""
         with suppress(*FAILURES), moved_parameters(MOVED[k], k):
             return run(self.model, args, latents)
         return None
 
-    # -------------------------------------------------------------------------------------------------- sums to one
 
-    def _checked(self, parts: tuple[str, ...], columns: list[Column]) -> Cells:
+class _Sums:
+    """Whether a law adds up to one along a cell."""
+
+    def __init__(self, runs: _Search):
+        self.runs = runs
+
+    def checked(self, parts: tuple[str, ...], columns: list[Column]) -> Cells:
         """A density of one of the columns given the others, if sums or integrals say so; else of all, unchecked.
 
         Refused where there is only one, or a site with a constant, and they say that it is none.
@@ -334,9 +340,9 @@ class _Search:
 
     def _refuse_wrong(self, parts: tuple[str, ...], columns: list[Column], total: Total | None) -> None:
         """A law of one column of which the sum is known, or a site with a constant that has no bounds."""
-        name, values = self._factor_of(parts), self._values(columns[-1])
+        name, values = self.runs.factor_of(parts), self._values(columns[-1])
         ties = len(values.unique()) < len(values) and not bool((values == values.round()).all())
-        constant = not self._columns_of({name: (name,)}, _log_law)[name]
+        constant = not self.runs.columns_of({name: (name,)}, _log_law)[name]
         if (len(columns) > 1 or total is None or ties) and not constant:
             return
         said = "what it adds up to could not be computed"
@@ -353,7 +359,7 @@ class _Search:
         )
 
     def _values(self, column: Column) -> Tensor:
-        return _stacked(self.args, (column,))[:, 0]
+        return _stacked(self.runs.args, (column,))[:, 0]
 
     def _codes(self, columns: list[Column], but: Column) -> list[Column]:
         """Columns of few whole numbers, which may say that the cell of another is a bound."""
@@ -370,8 +376,8 @@ class _Search:
     def _rows(self, codes: tuple[Column, ...] | list[Column] = ()) -> list[int]:
         """Rows at which laws are looked at, one for each draw or more: with every code, then spread over all."""
         rows = [int((self._values(c) == v).nonzero()[0, 0]) for c in codes for v in self._values(c).unique()]
-        more = spread_rows(len(self.args[0]), len(self.points)).tolist()
-        rows += [more[k % len(more)] for k in range(max(0, len(self.points) - len(rows)))]
+        more = spread_rows(len(self.runs.args[0]), len(self.runs.points)).tolist()
+        rows += [more[k % len(more)] for k in range(max(0, len(self.runs.points) - len(rows)))]
         return rows
 
     def _is_censored(self, parts: tuple[str, ...], column: Column, code: Column, whole: bool) -> bool:
@@ -386,12 +392,14 @@ class _Search:
 
     def _law(self, parts: tuple[str, ...], held: dict[Column, float | None], k: int, row: int) -> Law:
         """The law along the cell that is held at None, with others at their number, in one row at one draw."""
-        point = self.points[k % len(self.points)]
+        point = self.runs.points[k % len(self.runs.points)]
 
         def law(values: NDArray[np.float64]) -> NDArray[np.float64] | None:
             cells = {c: torch.as_tensor(values) if v is None else v for c, v in held.items()}
-            args = tuple(self._copies(i, arg, row, len(values), cells) for i, arg in enumerate(self.args))
-            trace = self._at(args, self._latents_of(point, parts, row, len(values)), point.k)
+            args = tuple(
+                self._copies(i, arg, row, len(values), cells) for i, arg in enumerate(self.runs.args)
+            )
+            trace = self.runs.at(args, self._latents_of(point, parts, row, len(values)), point.k)
             if trace is None:
                 return None
             with suppress(*FAILURES):
@@ -404,7 +412,7 @@ class _Search:
 
     def _copies(self, position: int, arg: Any, row: int, n: int, cells: dict[Column, Any]) -> Any:
         """So many copies of a row of an argument, with these cells."""
-        if not isinstance(arg, Tensor) or not arg.ndim or len(arg) != len(self.args[0]):
+        if not isinstance(arg, Tensor) or not arg.ndim or len(arg) != len(self.runs.args[0]):
             return arg
         copies = arg[row : row + 1].expand(n, *arg.shape[1:]).clone()
         for (at, column), value in cells.items():

@@ -12,9 +12,9 @@ of all values are a triangle then. Its Jacobian |dv/dx| is |c|, and the density 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn
 
 import pyro
 import torch
@@ -24,49 +24,18 @@ from torch import Tensor
 from bayes_mpt.program.arguments import fill_all
 from bayes_mpt.program.first import values_of
 from bayes_mpt.program.other_latents import Point, other_points
-from bayes_mpt.program.program import Model, ModelError, Shift, ValuesMove
-from bayes_mpt.program.run import FAILURES, first_run, run, takes_visible
-from bayes_mpt.program.shifts import ObservesCells, shifts_of
+from bayes_mpt.program.program import Model, ModelError, Shift
+from bayes_mpt.program.run import FAILURES, first_run, run
 from bayes_mpt.program.sites import node_of, observed_nodes, sub_samples
 from bayes_mpt.program.store import moved_parameters
 
-__all__ = ["find_shifts", "observing_cells"]
+__all__ = ["find_shifts"]
 
 STEPS = (1.0, 10.0, 0.1, 100.0, 1.0, 10.0, 1000.0, 1.0)  # of the cells, in their spread
 MIN_PAIRS = 2
 MAX_SITES = 512  # of one number, whose slopes in all cells are looked at
 MAX_COLUMNS = 256  # of an argument whose columns are not all observed
 TOL = {torch.float64: 1e-9, torch.float32: 1e-4}
-
-_Answer = TypeVar("_Answer")
-
-
-def observing_cells(ask: Callable[[Model], _Answer], model: Model, args: tuple[Any, ...]) -> _Answer:
-    """What is asked of a program, as one that observes cells where latents or parameters shift what it observes.
-
-    Parameters
-    ----------
-    ask : callable
-        Of the program. It raises `ValuesMove` where observed values move.
-    model : callable
-        A Pyro program.
-    args : tuple
-        What it is called with.
-
-    Raises
-    ------
-    ModelError
-        If they move otherwise than by a shift. The site is named.
-    """
-    try:
-        return ask(model)
-    except ValuesMove:
-        if takes_visible(model) or shifts_of(model):
-            raise
-        shifts = find_shifts(model, args)
-        if not shifts:
-            raise
-    return ask(ObservesCells(model, shifts))
 
 
 class _Pair(NamedTuple):

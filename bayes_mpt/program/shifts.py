@@ -10,7 +10,8 @@ wrapped for that (`ObservesCells`); which cells its values are is found once (`b
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import pyro.distributions as dist
 import torch
@@ -23,10 +24,14 @@ from torch.distributions import constraints
 from bayes_mpt.program.densities import log_density
 from bayes_mpt.program.layout import from_rows
 from bayes_mpt.program.offers import Around
-from bayes_mpt.program.program import Model, Shift
+from bayes_mpt.program.program import Model, Shift, ValuesMove
+from bayes_mpt.program.run import takes_visible
+from bayes_mpt.program.shift_trials import find_shifts
 from bayes_mpt.program.sites import is_subsample
 
-__all__ = ["ObservesCells", "Shifted", "of_cells", "shifted", "shifts_of"]
+__all__ = ["ObservesCells", "Shifted", "observing_cells", "of_cells", "shifted", "shifts_of"]
+
+_Answer = TypeVar("_Answer")
 
 
 class ObservesCells(Around):
@@ -75,6 +80,34 @@ def shifts_of(model: Model) -> tuple[Shift, ...]:
 def of_cells(model: Model, shifts: tuple[Shift, ...]) -> Model:
     """A program as one that observes cells: itself where it does."""
     return ObservesCells(model, shifts) if shifts and not shifts_of(model) else model
+
+
+def observing_cells(ask: Callable[[Model], _Answer], model: Model, args: tuple[Any, ...]) -> _Answer:
+    """What is asked of a program, as one that observes cells where latents or parameters shift what it observes.
+
+    Parameters
+    ----------
+    ask : callable
+        Of the program. It raises `ValuesMove` where observed values move.
+    model : callable
+        A Pyro program.
+    args : tuple
+        What it is called with.
+
+    Raises
+    ------
+    ModelError
+        If they move otherwise than by a shift. The site is named.
+    """
+    try:
+        return ask(model)
+    except ValuesMove:
+        if takes_visible(model) or shifts_of(model):
+            raise
+        shifts = find_shifts(model, args)
+        if not shifts:
+            raise
+    return ask(ObservesCells(model, shifts))
 
 
 class _Cells(poutine.messenger.Messenger):

@@ -59,20 +59,13 @@ def check_values(model: Model, args: tuple[Any, ...], program: Program) -> None:
     fixed = latents | sub_samples(first)
     try:
         read_factors(model, args, program, fixed)
+    except ModelError as error:
+        said, _, _ = str(error).partition(":")  # what it advises is for runs on single values
+        if not said.startswith("Shape mismatch"):
+            raise
+        raise _not_at_once(program, said) from error
     except FAILURES as error:
-        said = str(error)
-        if isinstance(error, ModelError):
-            if not said.startswith("Shape mismatch"):
-                raise
-            said = said.partition(":")[0]  # what it advises is for runs on single values
-        if "alloc" in str(error) or "memory" in str(error):
-            raise ModelError(
-                f"summing out {list(program.discrete)} at once needs more memory than there is: each adds an axis to "
-                "what depends on it. Use fewer values, or pyro.markov where only neighbours depend on each other"
-            ) from error
-        raise ModelError(
-            f"the program cannot run on all values of {list(program.discrete)} at once ({said}): {BROADCAST}"
-        ) from error
+        raise _not_at_once(program, str(error)) from error
     with torch.no_grad(), pyro.validation_enabled(False):
         trace, log_probs = enumerated_log_probs(model, args, program, fixed)
         if not any("_enumerate_dim" in node["infer"] for node in trace.nodes.values() if "infer" in node):
@@ -85,6 +78,18 @@ def check_values(model: Model, args: tuple[Any, ...], program: Program) -> None:
                 alone = plain_log_probs(model, args, program, {**fixed, **values})
             if alone is not None:
                 _compare(trace, log_probs, alone, picked, program)
+
+
+def _not_at_once(program: Program, said: str) -> ModelError:
+    """What is said where a run on all values fails."""
+    if "alloc" in said or "memory" in said:
+        return ModelError(
+            f"summing out {list(program.discrete)} at once needs more memory than there is: each adds an axis to "
+            "what depends on it. Use fewer values, or pyro.markov where only neighbours depend on each other"
+        )
+    return ModelError(
+        f"the program cannot run on all values of {list(program.discrete)} at once ({said}): {BROADCAST}"
+    )
 
 
 def _picked(

@@ -1,24 +1,25 @@
-"""One at a time: whatever runs a program waits here for its turn, and leaves the process as it found it.
+"""One at a time, all or nothing: whatever runs a program waits for its turn, and what fails leaves all as it was.
 
 A process has one stack of Pyro's handlers, one parameter store, one flag of validation, one default dtype and one
 random generator of torch. So there is one lock, re-entrant, around every public call that runs a program: calls from
 several threads wait for each other, and each answers as if it were alone. It is held around programs, never around
 other code of the user's: a search takes it for each fit and each score, not while it waits for threads that need it.
 
-A call that fails, also by Ctrl-C, leaves what a process has one of as it was. A forked process has a lock of its own:
-if another thread was inside at that moment, it is not there to leave, and what it had changed is put back at once.
+A call that fails, also by Ctrl-C, leaves what a process has one of as it was, and the estimator that it fits. A forked
+process has a lock of its own: if another thread was inside at that moment, it is not there to leave, and what it had
+changed is put back at once.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache, wraps
 from inspect import isfunction, isgeneratorfunction, unwrap
 from threading import RLock
-from typing import Any, ParamSpec, Self, TypeVar
-from weakref import ref
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+from weakref import WeakKeyDictionary, ref
 
 import pyro
 import torch
@@ -26,12 +27,20 @@ from pyro import distributions, infer, poutine
 from pyro.poutine import runtime
 from threadpoolctl import ThreadpoolController
 
-__all__ = ["left_as_found", "methods_take_turns", "takes_turns", "turn"]
+__all__ = [
+    "all_or_nothing",
+    "left_as_found",
+    "methods_take_turns",
+    "restored_on_failure",
+    "takes_turns",
+    "turn",
+]
 
 AFTER_FORK = "autograd's threading in combination with fork"  # in torch's own message
 
 P = ParamSpec("P")
 R = TypeVar("R")
+E = TypeVar("E")
 C = TypeVar("C", bound=type)
 
 
@@ -74,28 +83,35 @@ class left_as_found:
     store : bool
         Whether parameters in Pyro's store belong to it: of calls that have a store of their own, and do not fill the
         user's.
+    estimator : object, optional
+        It gets its old attributes back too, also where an outer block counts.
     """
 
     # A class, and looked up by a weak reference: Ctrl-C between the lines of a generator's frame, or at the first of
     # `__exit__`, would else leave a thread inside that has gone.
-    def __init__(self, *, store: bool = False) -> None:
-        self._store = store
-        self._exits = ExitStack()
+    def __init__(self, *, store: bool = False, estimator: Any = None) -> None:
+        self._store, self._estimator = store, estimator
+        self._alone: AbstractContextManager[None] | None = None
         self.found: _Process | None = None
 
     def __enter__(self) -> Self:
+        self._before = {} if self._estimator is None else dict(vars(self._estimator))
         if _outermost() is None:
             self.found = _Process(store=self._store)
             _Now.outermost = ref(self)
             if _Now.forked:
-                self._exits.enter_context(_one_thread())
+                self._alone = _one_thread()
+                self._alone.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
+        if kind is not None and self._estimator is not None:
+            _give_back(self._estimator, self._before)
         if self.found is None:
             return
         try:
-            self._exits.close()
+            if self._alone is not None:
+                self._alone.__exit__(None, None, None)
             if kind is not None:
                 self.found.put_back()
         except KeyboardInterrupt:
@@ -168,6 +184,58 @@ def methods_take_turns(
     return decorate
 
 
+# ------------------------------------------------------------------------------------------------- of an estimator
+
+_fitting: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # of each estimator a lock
+
+
+def all_or_nothing(method: Callable[Concatenate[E, P], R]) -> Callable[Concatenate[E, P], R]:
+    """A method that gives the estimator its old attributes back if it fails, also by Ctrl-C.
+
+    For methods that set attributes and change none of the objects that these hold, and run code of the user's, so that
+    they take no turn. Threads that call it of the same estimator do so one after the other.
+
+    Examples
+    --------
+    >>> class Half:
+    ...     @all_or_nothing
+    ...     def fit(self):
+    ...         self.width_ = 3
+    ...         raise ValueError("too wide")
+    >>> half = Half()
+    >>> half.fit()
+    Traceback (most recent call last):
+    ValueError: too wide
+    >>> vars(half)
+    {}
+    """
+
+    @wraps(method)
+    def guarded(self: E, *args: P.args, **kwargs: P.kwargs) -> R:
+        with _fitting.setdefault(self, RLock()), restored_on_failure(self):
+            return method(self, *args, **kwargs)
+
+    return guarded
+
+
+@contextmanager
+def restored_on_failure(estimator: Any) -> Iterator[None]:
+    """The same for what is inside ``with``."""
+    before = dict(vars(estimator))
+    try:
+        yield
+    except BaseException:
+        _give_back(estimator, before)
+        raise
+
+
+def _give_back(estimator: Any, before: dict[str, Any]) -> None:
+    now = vars(estimator)
+    now.update(before)  # first: it is never empty for another thread
+    for name in now.keys() - before.keys():
+        del now[name]
+
+
 # ---------------------------------------------------------------------------------------------- forked processes
 
 
@@ -177,7 +245,7 @@ def _pools() -> ThreadpoolController:
 
 
 @contextmanager
-def _one_thread() -> Any:
+def _one_thread() -> Iterator[None]:
     """In a forked process: the threads of OpenMP's pool were not forked, and would be waited for without an end."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -191,6 +259,7 @@ def _one_thread() -> Any:
 def _after_fork() -> None:
     """In the child: still inside, if the thread that forked was; else nobody is."""
     _Now.forked = True
+    _fitting.clear()  # the threads that hold these locks are not there
     if _Now.lock.acquire(blocking=False):
         _Now.lock.release()
         return

@@ -32,7 +32,6 @@ __all__ = ["maximize_profile"]
 
 def maximize_profile(
     problem: Problem,
-    statistics: SufficientStatistics,
     max_iter: int,
     tol: float,
     *,
@@ -43,8 +42,8 @@ def maximize_profile(
     """Solve for mean, loadings and noise where the program leaves them free; None where it does not.
 
     Free means that the solution can be reached: each part has parameters of its own, and Gauss-Newton on them ends
-    at the target. Nothing of the program's form is assumed. ``problem`` scores the rows of ``statistics``; a prior may
-    be one of noise variances (`NoisePrior`), which is then maximised with it. Where cells are missing the maximum has
+    at the target. Nothing of the program's form is assumed. ``problem`` has moments of its rows; a prior may be one of
+    noise variances (`NoisePrior`), which is then maximised with it. Where cells are missing the maximum has
     no closed form: climbs go there from ``n_init`` starts (`incomplete`).
     ``at_floor``: where the likelihood of complete rows has no maximum for want of noise, take one of the size of
     rounding errors.
@@ -57,8 +56,9 @@ def maximize_profile(
         By Ctrl-C before EM has come anywhere, or to where the program cannot follow; else the fit says so.
     """
     check_finite(problem.leaves())
-    free = _free(problem, statistics)
-    if free is None:
+    statistics = problem.statistics
+    free = None if statistics is None else _free(problem, statistics)
+    if statistics is None or free is None:
         return None
     wrong = None
     if free.shape is None and not statistics.complete:

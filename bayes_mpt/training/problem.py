@@ -17,6 +17,7 @@ from bayes_mpt.masks import torch_generator
 from bayes_mpt.predictors import Batch, Bound, Conditionals, Objective
 from bayes_mpt.predictors.self_predictive import on_own_masks
 from bayes_mpt.program.program import ModelError
+from bayes_mpt.program.statistics import SufficientStatistics
 from bayes_mpt.training.noise_prior import NoisePrior
 
 __all__ = [
@@ -42,8 +43,12 @@ class Problem:
     """What is maximised: the mean score a row of an objective, with a penalty."""
 
     objective: Objective
+    statistics: SufficientStatistics | None = None
+    """Moments of all rows seen, where these are all that the score needs: closed forms take them."""
     log_prior: Callable[[], Tensor] | None = None
     """Of the current parameters, added to the total score of all rows."""
+    noise_prior: NoisePrior | None = None
+    """The same, where it is one of noise variances: the closed forms know it."""
 
     @property
     def bound(self) -> Bound:
@@ -51,9 +56,9 @@ class Problem:
         return self.objective.bound
 
     @property
-    def noise_prior(self) -> NoisePrior | None:
-        """The log prior, where it is one of noise variances: the closed forms know it."""
-        return self.log_prior if isinstance(self.log_prior, NoisePrior) else None
+    def has_holes(self) -> bool:
+        """Whether there are moments, of rows with missing cells."""
+        return self.statistics is not None and not self.statistics.complete
 
     @property
     def whole(self) -> Batch:

@@ -33,7 +33,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bayes_mpt.evidence import annealing, factor_prior, sample_evidence
+from bayes_mpt.evidence import annealing, factor_prior, sample_evidence, sampled
 from bayes_mpt.evidence.sampled import n_parameters
 from bayes_mpt.program.statistics import SufficientStatistics
 
@@ -51,11 +51,10 @@ GROUPS = {  # share missing from, to; surplus columns from, to; sizes
     "surplus columns": ((0.0, 0.0), (1, 2), NO_HOLES),
 }
 MOST_PARAMETERS = 250
-FRESH = dict.fromkeys(GROUPS, 31) | {
-    "surplus columns": 33
-}  # streams of the tables, that nothing was tuned on
+FRESH = dict.fromkeys(GROUPS, 35)  # streams of the tables, that nothing was tuned on
 LONG = {"se": 1e-6, "n_islands": 16}
-SLOW = {"CESS": 0.93, "N_LEAPS": 6}  # more temperatures, a longer trajectory at each
+# more temperatures, a longer trajectory at each
+SLOW = {(annealing, "CESS"): 0.93, (annealing, "N_LEAPS"): 6, (sampled, "SURPLUS_CESS"): 0.96}
 ASKED = {"within": 0.9, "sd": 1.2, "mean": 0.3}
 PRICES = {"N 200, D 10, K 3": (200, 10, 3, 0.3), "N 500, D 30, K 5": (500, 30, 5, 0.8)}
 
@@ -97,14 +96,14 @@ def evidence(x, k, shape, **how):
 @contextmanager
 def slowly():
     """Inside ``with``: an annealing that takes more steps."""
-    before = {name: getattr(annealing, name) for name in SLOW}
-    for name, value in SLOW.items():
-        setattr(annealing, name, value)
+    before = {(module, name): getattr(module, name) for module, name in SLOW}
+    for (module, name), value in SLOW.items():
+        setattr(module, name, value)
     try:
         yield
     finally:
-        for name, value in before.items():
-            setattr(annealing, name, value)
+        for (module, name), value in before.items():
+            setattr(module, name, value)
 
 
 def compared(group, index, n_seeds, stream):

@@ -307,6 +307,7 @@ def test_forces_are_gradients(holes):
     np.testing.assert_allclose(plain.basis @ wide, space.basis, atol=1e-12)
     np.testing.assert_allclose(space.back @ space.basis, np.eye(space.n_free), atol=1e-12)
     assert space.log_jacobian - plain.log_jacobian == pytest.approx(np.linalg.slogdet(wide)[1], abs=1e-9)
+    space = space.fitted(0.1 + 0.3 * rng.normal(size=(90, space.n_free)))
     y = 0.3 * rng.normal(size=(60, space.n_free))
     y = y[space.contains(y)]
     images, moved = space.turned(y, rng.choice([-1.0, 1.0], (len(y), space.n_weak)))
@@ -327,3 +328,85 @@ def test_forces_are_gradients(holes):
     np.testing.assert_allclose(read.force, want, rtol=1e-5, atol=1e-5)
     for few, all_digits in zip(space.forces(y, start), (read.force, read.start_force), strict=True):
         np.testing.assert_allclose(few, all_digits, rtol=1e-3, atol=1e-3)
+
+
+def surplus_space():
+    x = table(23, 60, 5, 1)
+    moments, prior = SufficientStatistics(x), factor_prior(x).normal(0.3)
+    posterior = CompletePosterior(moments.cov.numpy(), moments.mean.numpy(), len(x), 2, prior)
+    rng = np.random.default_rng(1)
+    return Slice.through(posterior, 0.5 * rng.normal(size=15)), rng
+
+
+def test_units_of_a_pilot():
+    """Of many points their mean and covariance, of few hardly anything; the slice itself is the same."""
+    space, rng = surplus_space()
+    m = space.n_free
+    mix = np.eye(m) + 0.3 * rng.normal(size=(m, m))
+    shift = 0.4 * rng.normal(size=m)
+    many = shift + rng.normal(size=(100_000, m)) @ mix.T
+    found = space.fitted(many)
+    center = (space.back @ (found.center - space.center)).ravel()
+    units = space.back @ found.basis
+    np.testing.assert_allclose(center, shift, atol=0.03)
+    np.testing.assert_allclose(units @ units.T, mix @ mix.T, atol=0.08)
+    np.testing.assert_allclose(found.back @ found.basis, np.eye(m), atol=1e-10)
+    assert found.log_jacobian - space.log_jacobian == pytest.approx(np.linalg.slogdet(units)[1], abs=1e-9)
+    few = space.fitted(rng.normal(size=(40, m)))
+    units = space.back @ few.basis
+    assert np.abs(units @ units.T - np.eye(m)).max() < 0.25  # their own covariance is 0.5 off
+    assert np.linalg.norm(space.back @ (few.center - space.center)) < 0.6
+    y = 0.3 * rng.normal(size=(50, m))
+    for one in (space, found):
+        v = one.theta(y)[:, :10].reshape(-1, 5, 2)
+        polar = one.reference.T @ v
+        np.testing.assert_allclose(polar, polar.transpose(0, 2, 1), atol=1e-10)
+        np.testing.assert_allclose(one._polar(y)[0], np.linalg.eigvalsh(polar), atol=1e-9)
+
+
+def test_turned_into_the_slice():
+    space, rng = surplus_space()
+    y = 0.3 * rng.normal(size=(30, space.n_free))
+    y = y[space.contains(y)]
+    theta = space.theta(y)
+    turn = np.linalg.qr(rng.normal(size=(len(y), 2, 2)))[0]
+    theta[:, :10] = (theta[:, :10].reshape(-1, 5, 2) @ turn).reshape(len(y), 10)
+    np.testing.assert_allclose(space.coordinates(theta), y, atol=1e-10)
+
+
+def complete_from_prior(x, k, prior, shape, n_draws, seed):
+    """Log evidence of complete rows and its error, by draws from the prior: the mean's integral is a matrix normal's.
+
+    log p(X | C) = -NT/2 log 2 pi - N/2 log |C| + T/2 log(kappa / (N + kappa)) - 1/2 tr C^-1 S,
+    S the scatter about the mean plus N kappa / (N + kappa) times the square of the mean's distance to the centre.
+    """
+    rng = np.random.default_rng(seed)
+    n, t = x.shape
+    units = prior.variances if shape is None else shape * (prior.variances / shape).mean()
+    psi = units / SHAPE * rng.gamma(SHAPE, size=(n_draws, t if shape is None else 1))
+    spread = SCALE * np.sqrt(DEGREES / rng.chisquare(DEGREES, size=(n_draws, 1, 1)))
+    w = spread * np.sqrt(units)[:, None] * rng.normal(size=(n_draws, t, k))
+    cov = w @ w.transpose(0, 2, 1) + psi[:, :, None] * np.eye(t)
+    off = x.mean(0) - prior.center
+    scatter = n * np.cov(x.T, bias=True) + n * KAPPA / (n + KAPPA) * np.outer(off, off)
+    quadratic = np.einsum("bij,ji->b", np.linalg.inv(cov), scatter)
+    log_l = -0.5 * (n * t * math.log(2 * math.pi) + n * np.linalg.slogdet(cov)[1] + quadratic)
+    log_l += 0.5 * t * math.log(KAPPA / (n + KAPPA))
+    weight = np.exp(log_l - log_l.max())
+    return log_l.max() + math.log(weight.mean()), weight.std() / weight.mean() / math.sqrt(n_draws)
+
+
+@pytest.mark.slow
+def test_the_error_of_surplus_columns():
+    """Against draws from the prior, neither too small nor too large: no column made these rows."""
+    z = []
+    for seed, t, k, shape, n_runs in [(31, 4, 2, np.ones(4), 10), (32, 3, 1, None, 20)]:
+        x = np.random.default_rng(seed).normal(size=(15, t)) * np.linspace(1.0, 1.5, t)
+        prior = factor_prior(x)
+        truth, truth_se = complete_from_prior(x, k, prior, shape, 500_000, seed + 1)
+        assert truth_se < 0.01
+        found = [evidence(x, k, prior, shape, seed=s) for s in range(n_runs)]
+        z += [(f.log_evidence - truth) / math.hypot(f.se, truth_se) for f in found]
+    assert np.mean(np.abs(z) <= 2) >= 0.9
+    assert 0.5 < np.std(z) < 1.3
+    assert abs(np.mean(z)) < 0.5

@@ -46,3 +46,19 @@ def test_left_out_is_without_the_row(kind):
             n, m, c = made_of(x, without, kind)
             want = np.log(n[k] / count[k]) + terms(row, m, c)[k] - terms(row, loc, cov)[k]
             assert got[k, i] == pytest.approx(want, rel=1e-9)
+
+
+def test_rows_count_as_often_as_is_said():
+    """From the second time on without all that a row has counted: twice is as if it stood there twice."""
+    rng = np.random.default_rng(1)
+    counts = torch.tensor(rng.integers(1, 4, N).astype(float))
+    log_prob, square = (torch.from_numpy(rng.normal(size=(K, N)) ** 2) for _ in range(2))
+    cells = torch.full((N,), float(T), dtype=torch.float64)
+    shares = LeftOut("full", lambda key, log_prob: counts)
+    first, _ = shares(("rows",), log_prob, lambda: square, cells)
+    torch.testing.assert_close(first, log_prob.softmax(0) * counts)
+    count = first.sum(1)
+    shares.told(count)
+    second, _ = shares(("rows",), log_prob, lambda: square, cells)
+    change = shares.change(first, square, cells, count)
+    torch.testing.assert_close(second, (log_prob + change).softmax(0) * counts)

@@ -368,6 +368,22 @@ def test_a_fit_with_holes_is_as_good_as_the_best_of_ten(kind):
     assert value({name: tensor(v) for name, v in fit.params_.items()}) > max(ends) - 0.1
 
 
+@pytest.mark.slow
+def test_fits_of_many_columns_with_holes_end_at_one_place():
+    """Whatever the seed, and no lower than the best of 40 climbs from random rows for centres."""
+    x = with_holes(WINE, 0.1)
+    program = GaussianMixture(3, "diag")
+    value, start = objective(program, x), start_of(program, x)
+    rng, ends = np.random.default_rng(0), []
+    for _ in range(40):
+        rows = np.where(np.isnan(x), np.nanmean(x, 0), x)[rng.choice(len(x), 3, replace=False)]
+        end = program.maximize(tensor(x), {**start, "loc": tensor(rows)}, tol=1e-9, max_iter=100)
+        ends.append(value(end))
+    for seed in (1, 2):
+        fit = BayesMPT(program, random_state=seed).fit(x)
+        assert value({name: tensor(v) for name, v in fit.params_.items()}) > max(ends) - 1e-3
+
+
 # ------------------------------------------------------------------------------------------ as scikit-learn's users ask
 
 

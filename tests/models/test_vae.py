@@ -29,6 +29,7 @@ from bayes_mpt import BayesMPT, HeldOut, MarginalLikelihoodSearch
 from bayes_mpt.masks import UniformSize
 from bayes_mpt.models import VAE
 from bayes_mpt.predictors import AnnealedImportance, Importance, Quadrature, choose
+from bayes_mpt.program.batched import Batched
 from bayes_mpt.program.store import OwnStore
 from bayes_mpt.training import Epochs
 
@@ -171,7 +172,7 @@ class TestEvidence:
         model = VAE(2, hidden=(4,))
         with OwnStore():
             with torch.random.fork_rng():
-                assert Importance(3).bind(model, (x,), model.guide).vectorised
+                assert Importance(3).bind(model, (x,), model.guide).batched is Batched.PLATE
 
     @pytest.mark.slow
     def test_both_bounds_enclose_the_grid(self, fitted):

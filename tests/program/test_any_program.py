@@ -34,6 +34,7 @@ from bayes_mpt.models import PPCA, GaussianMixture, LatentClass
 from bayes_mpt.predictors import Exact, Importance, Quadrature, SequentialMonteCarlo
 from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
 from bayes_mpt.program.analysis import analyze
+from bayes_mpt.program.batched import Batched
 from bayes_mpt.program.program import one_vector
 from bayes_mpt.score import CumulativeMaskedScore
 from bayes_mpt.training import Ascent, Steps
@@ -679,7 +680,7 @@ def test_an_axis_left_of_the_nodes_is_not_repeated_for_each_of_them():
 
     x, y = map(tensor, logistic_data())
     nodes = AdaptiveNodes(program, (x, y), one_vector(analyze(program, (x, y))))
-    assert nodes.mapped
+    assert nodes.batched is Batched.VMAP
     u = tensor(rng().normal(size=(500, 1, x.shape[1]))).requires_grad_()
     given, part, _ = nodes.at((x, y), (x, y), u)
     (tokens,) = given.first.tokens

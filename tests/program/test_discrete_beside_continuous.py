@@ -14,6 +14,7 @@ from scipy.stats import beta, norm, poisson
 from bayes_mpt import BayesMPT
 from bayes_mpt.predictors import Importance, Quadrature
 from bayes_mpt.program.analysis import analyze
+from bayes_mpt.program.batched import Batched
 from bayes_mpt.program.factor_runs import read_factors
 
 
@@ -141,7 +142,7 @@ def test_runs_in_one_are_the_runs_one_by_one():
     x = torch.stack([torch.tensor([0.0, 1, 2, 1]), torch.tensor([0.3, -1.0, 2.0, 0.5])], -1).double()
     program = analyze(weights, (x,))
     w = torch.tensor([[0.5, -1.0], [2.0, 0.3], [0.0, 0.0]]).double()
-    together = read_factors(weights, (x,), program, {"w": w}, 3, mapped=True)
+    together = read_factors(weights, (x,), program, {"w": w}, 3, Batched.VMAP)
     apart = [read_factors(weights, (x,), program, {"w": each}) for each in w]
     visible = torch.ones(1, 8, dtype=torch.bool)
     visible[0, [1, 6]] = False

@@ -30,6 +30,7 @@ from bayes_mpt.program.sites import base, own_shown
 
 __all__ = [
     "JointGaussian",
+    "SideBySide",
     "cholesky",
     "coarse",
     "gaussian_program",
@@ -187,34 +188,55 @@ class JointGaussian(Bound):
             Objective(self, whole, masks, outputs=outputs_of_vector),
         ]
 
-    def score_at(self, args: tuple[Any, ...], values: dict[str, Tensor]) -> Tensor:
-        """Log-density of the observations (B,) at B values of each parameter, side by side; -inf for none."""
-        n = len(next(iter(values.values())))
-        wide = tuple(a.expand(n, *a.shape) if isinstance(a, Tensor) else a for a in args)
-        loc, cov, value = moments(substitute(self.model, data=values), wide, self.structure)
-        n_tokens = loc.shape[-1]
-        if loc.shape != (n, n_tokens) or value.numel() != n * n_tokens:
-            raise ModelError("the program cannot be evaluated at several values of its parameters at once")
-        residual = value.reshape(n, n_tokens) - loc
+    def read_at(self, args: tuple[Any, ...], values: dict[str, Tensor]) -> SideBySide:
+        return SideBySide(
+            substitute(self.model, data=values), self.structure, args, len(next(iter(values.values())))
+        )
+
+
+class SideBySide:
+    """Observations that are one Gaussian vector under each of B values of the parameters, all in one run.
+
+    Parameters
+    ----------
+    model : callable
+        The program at these values.
+    program : Program
+        Its `gaussian_program`.
+    args : tuple
+        The rows.
+    n_values : int
+        B.
+    """
+
+    def __init__(self, model: Model, program: Program, args: tuple[Any, ...], n_values: int):
+        self.model, self.program, self.args, self.n_values = model, program, args, n_values
+
+    def score(self) -> Tensor:
+        """Log-density of the observations (B,); -inf for none."""
+        loc, cov, value = self._moments(self.args)
+        residual = value - loc
         seen = ~residual[0].isnan()
         if not bool(seen.all()):
             residual, cov = residual[:, seen], cov[:, seen][..., seen]
         return _LogProb.apply(residual, cov)
 
-    def predict_at(
-        self, args: tuple[Any, ...], new: tuple[Any, ...], values: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        n, n_seen = len(next(iter(values.values()))), len(args[0])
-        wide = tuple(
-            torch.cat([a, b]).expand(n, -1, *a.shape[1:]) if isinstance(a, Tensor) else a
-            for a, b in zip(args, new, strict=True)
+    def predict(self, new: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        """Means and variances (B, M) of the observations of M new rows given those that were read."""
+        both = tuple(
+            torch.cat([a, b]) if isinstance(a, Tensor) else a for a, b in zip(self.args, new, strict=True)
         )
-        loc, cov, value = moments(substitute(self.model, data=values), wide, self.structure)
-        if loc.shape != (n, n_seen + len(new[0])) or value.numel() != loc.numel():
+        loc, cov, value = self._moments(both)
+        place = torch.arange(loc.shape[1], device=loc.device) < len(self.args[0])
+        return _condition(loc, cov, value, ~value[0].isnan() & place, ~place)
+
+    def _moments(self, args: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """Means (B, T), covariances (B, T, T) and values (B, T) of all rows."""
+        wide = tuple(a.expand(self.n_values, *a.shape) if isinstance(a, Tensor) else a for a in args)
+        loc, cov, value = moments(self.model, wide, self.program)
+        if loc.shape != (self.n_values, len(args[0])) or value.numel() != loc.numel():
             raise ModelError("the program cannot be evaluated at several values of its parameters at once")
-        row = value.reshape(loc.shape)
-        place = torch.arange(loc.shape[1], device=loc.device)
-        return _condition(loc, cov, row, ~row[0].isnan() & (place < n_seen), place >= n_seen)
+        return loc, cov, value.reshape(loc.shape)
 
 
 def shuffled(args: tuple[Any, ...], seed: int) -> Tensor:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
-import pyro
 import torch
 from torch import Tensor
 
 from bayes_mpt.program.arguments import fill_all, rows_of, spread_rows
+from bayes_mpt.program.batched import Batched, found_out, vmapped
 from bayes_mpt.program.program import Model, ModelError, Program
 from bayes_mpt.program.run import run
 from bayes_mpt.program.sites import base
@@ -40,8 +40,7 @@ class RowSets:
 
     def _mapped(self, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
         dims = tuple(0 if is_rows(a) else None for a in args)
-        with pyro.validation_enabled(False):  # a check of values has no place under vmap
-            return torch.func.vmap(self._one, in_dims=dims)(*args)
+        return cast(tuple[Tensor, Tensor, Tensor], vmapped(self._one, dims)(*args))
 
     def _in_turn(self, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
         n = len(args[0])
@@ -68,14 +67,13 @@ class RowSets:
                     "statistic of all rows inside the program, or their number), so that rows cannot be predicted from "
                     "neighbours alone: compute it outside the program, or use predictor=Exact()"
                 )
-            for way in (self._one, self._mapped):
-                try:
-                    found = way(*alone)
-                except Exception:
-                    continue  # whatever a program that was written for one set of rows does with several
-                if all(a.shape == b.shape and _close(a, b) for a, b in zip(found, truth, strict=True)):
-                    return way
-        return self._in_turn
+            ways = {Batched.PLATE: self._one, Batched.VMAP: self._mapped, Batched.LOOP: self._in_turn}
+
+            def same(batched: Batched) -> bool:
+                both = zip(ways[batched](*alone), truth, strict=True)
+                return all(a.shape == b.shape and _close(a, b) for a, b in both)
+
+            return ways[found_out(same)]
 
 
 def is_rows(arg: Any) -> bool:

@@ -35,11 +35,12 @@ from bayes_mpt.predictors.nodes.rules import MAX_HERMITE, degrees_of, hermite, l
 from bayes_mpt.predictors.nodes.weighted import FixedSites, program_values
 from bayes_mpt.program.affine import read_side_by_side
 from bayes_mpt.program.arguments import fill_all
+from bayes_mpt.program.batched import Batched, found_out
 from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.factor_runs import read_factors
 from bayes_mpt.program.latents import Space, space
 from bayes_mpt.program.program import Latent, Model, ModelError, Program, list_names, n_rows_of, split_events
-from bayes_mpt.program.run import FAILURES, SetLatents, run
+from bayes_mpt.program.run import SetLatents, run
 from bayes_mpt.program.sites import is_subsample, node_of, rows_given_shared
 from bayes_mpt.program.value_checks import check_values
 
@@ -103,20 +104,13 @@ class AdaptiveNodes:
         self.space: Space = space(self.program, trace, names)
         inside = program.continuous if self.rows is None else ()
         self.gaussian = tuple(n for n in inside if n not in names)
-        self.vectorised = self.mapped = False
         check_values(model, filled, self.program)
         if self.rows is not None:
-            self.vectorised = not self.rows.one_by_one
+            self.batched = self.rows.batched
             self._prior = self.rows.prior_left(model, tuple(p.latent for p in self.space.parts), filled)
         else:
-            together = self._runs_together if self._template is None else self._reads_side_by_side
-            self.vectorised = together(args, filled, mapped=False)
-            self.mapped = not self.vectorised and together(args, filled, mapped=True)
-
-    @property
-    def one_by_one(self) -> bool:
-        """Whether every node needs runs of its own."""
-        return not (self.vectorised or self.mapped)
+            self.batched = Batched.LOOP
+            self.batched = self._found_out(args, filled)
 
     @property
     def sure(self) -> float:
@@ -130,7 +124,7 @@ class AdaptiveNodes:
             return self.rows.inside
         out = f"; given them {list_names(self.gaussian)} in closed form" if self.gaussian else ""
         out += f"; {list_names(self.program.discrete)} summed out" if self.program.discrete else ""
-        return out + ("; node by node" if self.one_by_one else "")
+        return out + ("; node by node" if self.batched is Batched.LOOP else "")
 
     @property
     def n_evaluations(self) -> int:
@@ -155,13 +149,13 @@ class AdaptiveNodes:
             return rows, log_det + prior, 1.0
         if self._template is not None:
             return self._by_maps(args, filled, values, log_det)
-        if self.vectorised or len(u) == 1:
+        if self.batched is Batched.PLATE or len(u) == 1:
             nodes = self._on_plate(values) if len(u) > 1 else node_values(values, 0)
             factors = read_factors(self.model, filled, self.program, nodes, len(u))
             return Factorized(factors), log_det, factors.scale
         alone = partial(read_factors, self.model, filled, self.program)
-        if self.mapped:
-            factors = alone(values, len(u), mapped=True)
+        if self.batched is Batched.VMAP:
+            factors = alone(values, len(u), self.batched)
             return Factorized(factors), log_det, factors.scale
         parts = [alone(node_values(values, s)) for s in range(len(u))]
         return Factorized(*parts), log_det, parts[0].scale
@@ -181,9 +175,10 @@ class AdaptiveNodes:
         """`at` where the rest is linear-Gaussian."""
         assert self._template is not None
         latents = tuple(p.latent for p in self.space.parts)
-        if not self.one_by_one:
-            depth = None if self.mapped else self.program.depth
-            nodes = values if self.mapped else self._on_plate(values)
+        if self.batched is not Batched.LOOP:
+            mapped = self.batched is Batched.VMAP
+            depth = None if mapped else self.program.depth
+            nodes = values if mapped else self._on_plate(values)
             form = self._template.form
             reading, prior = read_side_by_side(self.model, args, form, nodes, latents, depth)
             given = AffineBatch(beside=(LinearRows(form.program, reading), len(log_det)))
@@ -285,45 +280,33 @@ class AdaptiveNodes:
 
     # ------------------------------------------------------------------------------------------------------- checks
 
-    def _reads_side_by_side(self, args: tuple[Any, ...], filled: tuple[Any, ...], mapped: bool) -> bool:
-        """Whether two nodes side by side have the maps that each has alone."""
-        start = self.start(filled)
-        u = torch.stack([start, start + 0.3])
-        x = program_values(self.model, args, filled, self.program)
-        return self._same_together(args, filled, u, x, mapped, 1e-8)
-
-    def _runs_together(self, args: tuple[Any, ...], filled: tuple[Any, ...], mapped: bool) -> bool:
-        """Whether the program gives at two nodes in one run what it gives at each alone."""
-        with torch.no_grad():
-            n_rows = n_rows_of(self.program, filled)
+    @torch.no_grad()
+    def _found_out(self, args: tuple[Any, ...], filled: tuple[Any, ...]) -> Batched:
+        """How the program takes several nodes: whether two give together what they give apart."""
+        n_rows, drawn_rows, rtol = n_rows_of(self.program, filled), dict[str, Tensor](), 1e-6
+        if self._template is None:
             traces = prior_draws(self.model, filled, 2)
             drawn_rows = {name: node["value"] for name, node in traces[0].nodes.items() if is_subsample(node)}
             u = torch.cat([self.space.pack(trace, n_rows) for trace in traces])
-        x = u.new_zeros(n_rows, self.program.n_tokens)
-        with SetLatents(drawn_rows):
-            return self._same_together(args, filled, u, x, mapped, 1e-6)
-
-    @torch.no_grad()
-    def _same_together(
-        self, args: tuple[Any, ...], filled: tuple[Any, ...], u: Tensor, x: Tensor, mapped: bool, rtol: float
-    ) -> bool:
-        """Whether nodes u (2, N, d) give together what they give apart."""
-        everything, draws = torch.ones_like(x, dtype=torch.bool), self._held.draws
+            x = u.new_zeros(n_rows, self.program.n_tokens)
+        else:
+            start, rtol = self.start(filled), 1e-8
+            u = torch.stack([start, start + 0.3])
+            x = program_values(self.model, args, filled, self.program)
+        everything = torch.ones_like(x, dtype=torch.bool)
 
         def log_joint(s: slice) -> Tensor:
-            held = {name: v[s] for name, v in draws.items()}
+            held = {name: v[s] for name, v in self._held.draws.items()}
             given, part, _ = self.at(args, filled, u[s], held)
             return part + given.log_joint(x, everything)
 
-        apart = torch.cat([log_joint(slice(s, s + 1)) for s in range(2)])
-        self.vectorised, self.mapped = not mapped, mapped
-        try:
-            together = log_joint(slice(2))
-        except FAILURES:
-            return False
-        finally:
-            self.vectorised = self.mapped = False
-        return bool(torch.allclose(together, apart, rtol=rtol, equal_nan=True))
+        def same(batched: Batched) -> bool:
+            self.batched = batched
+            return bool(torch.allclose(log_joint(slice(2)), apart, rtol=rtol, equal_nan=True))
+
+        with SetLatents(drawn_rows):
+            apart = torch.cat([log_joint(slice(s, s + 1)) for s in range(2)])
+            return found_out(same)
 
     # ---------------------------------------------------------------------------------------------------- the mode
 

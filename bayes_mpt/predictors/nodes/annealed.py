@@ -16,8 +16,9 @@ from bayes_mpt.predictors.base import Evidence, Guide, Predictor
 from bayes_mpt.predictors.nodes.guide import Drawn, GuideDraws, evidence_of_draws
 from bayes_mpt.predictors.nodes.importance import Importance
 from bayes_mpt.predictors.nodes.tempering import Particles, hmc_move
-from bayes_mpt.predictors.nodes.weighted import Nodes, NodeSource, Read, constrained
+from bayes_mpt.predictors.nodes.weighted import Nodes, NodeSource, Read, constrained, objective_of_draws
 from bayes_mpt.predictors.objective import Batch, Objective
+from bayes_mpt.program.batched import Batched
 from bayes_mpt.program.latents import Space, space
 from bayes_mpt.program.program import Model, ModelError
 from bayes_mpt.program.run import run
@@ -122,10 +123,10 @@ class Annealed(NodeSource):
     """Nodes at the ends of annealed chains, with the weights that the chains collected."""
 
     name = "AnnealedImportance"
-    sampled = relocates = True
+    relocates = True
 
     def __init__(self, settings: AnnealedImportance, start: GuideDraws):
-        if start.one_by_one or start.mapped or start.adaptive is not None or start.has_points:
+        if start.batched is not Batched.PLATE or start.adaptive is not None or start.has_points:
             raise ModelError(
                 "AnnealedImportance moves all draws of the guide at once: program and guide must broadcast over "
                 "leading batch dimensions, and the guide must draw every latent from a density: use Importance()"
@@ -141,10 +142,10 @@ class Annealed(NodeSource):
     def parameters(self) -> tuple[str, ...]:
         return self.start.parameters
 
-    def _objectives(self, whole: Batch, masks: Policy | None) -> list[Objective]:
+    def schedule(self, whole: Batch, masks: Policy | None, seed: int = 0) -> list[Objective]:
         if masks is not None and not masks.chains:
-            return super()._objectives(whole, masks)
-        return self.start._objectives(whole, masks)  # the bound of the guide's draws has gradients
+            return [objective_of_draws(self, whole, masks)]
+        return self.start.schedule(whole, masks)  # the bound of the guide's draws has gradients
 
     def evidence(self, nodes: Nodes) -> Evidence:
         return evidence_of_draws(nodes)

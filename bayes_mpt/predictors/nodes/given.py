@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, cast
 
@@ -15,9 +16,37 @@ from bayes_mpt.program.affine import DenseMap, latent_values
 from bayes_mpt.program.arguments import has_missing
 from bayes_mpt.program.factors import Factors
 
-__all__ = ["AffineBatch", "Factorized", "Given", "NestedRows", "PlacedRows"]
+__all__ = ["AffineBatch", "Factorized", "Given", "NestedRows", "NodePosterior", "PlacedRows"]
 
 Question = Callable[[Factors], Tensor]
+
+
+def _no_values(share: Tensor) -> list[list[dict[str, Tensor]]]:
+    return []
+
+
+@dataclass(frozen=True)
+class NodePosterior:
+    """Tokens and latents of rows given what is visible of them, at each of S nodes: functions that find them.
+
+    What an inner model does not have is None. `Posterior` is their average over the nodes.
+    """
+
+    tokens: Callable[[], Tensor]
+    """E[x_i | x_R, u_s]: (S, N, T)."""
+    latents: Callable[[], Tensor] | None = None
+    """Means of latents that are integrated inside: (S, N, K)."""
+    labels: Callable[[], Tensor] | None = None
+    """Probabilities of the values of what is summed out inside: (S, N, L)."""
+    levels: Callable[[], Tensor | None] = lambda: None
+    """Probabilities of the categories of categorical tokens, 0 for others: (S, N, T, L); None without any."""
+    draws: Callable[[], Tensor | None] = lambda: None
+    """Tokens drawn at each node, independent given it: (S, N, T); None where they are not."""
+    values: Callable[[Tensor], list[list[dict[str, Tensor]]]] = _no_values
+    """Of one vector: values of latents that are integrated inside, equally likely ones (or a mean) at each node.
+
+    More of them at nodes of a greater share (S,) of the posterior.
+    """
 
 
 class Given(ABC):
@@ -51,31 +80,12 @@ class Given(ABC):
         """`log_joint` of order[:t], t = 0..T: (N, T), (T,) -> (S, N, T + 1)."""
 
     @abstractmethod
-    def means(self, x: Tensor, visible: Tensor) -> Tensor:
-        """E[x_i | x_R, u_s]: (S, N, T)."""
+    def posterior(self, x: Tensor, visible: Tensor) -> NodePosterior:
+        """What is known of hidden tokens and of latents inside given x_R and u_s: (N, T), (T,)."""
 
-    def latents(self, x: Tensor, share: Tensor) -> list[list[dict[str, Tensor]]]:
-        """Of one vector: values of latents that are integrated inside, equally likely ones (or a mean) at each node.
-
-        More of them at nodes of a greater share (S,) of the posterior.
-        """
-        return []
-
-    def inner(self, x: Tensor, visible: Tensor) -> Tensor:
-        """Posterior means of latents that are integrated inside: (S, N, K)."""
-        return x.new_zeros(1, len(x), 0)
-
-    def levels(self, x: Tensor, visible: Tensor) -> Tensor | None:
-        """Probabilities of the categories of categorical tokens, 0 for others: (S, N, T, L); None without any."""
-        return None
-
-    def draw(self) -> Tensor | None:
-        """Tokens drawn at each node, independent given it: (S, N, T); None where they are not."""
-        return None
-
-    def responsibilities(self, x: Tensor, visible: Tensor) -> Tensor:
-        """Probabilities of the values of what is summed out inside: (S, N, L)."""
-        return x.new_zeros(1, len(x), 0)
+    def doubt(self, x: Tensor, weight: Tensor) -> str:
+        """What speaks against nodes inside, in words, at the node of the greatest log weight (S,); empty: nothing."""
+        return ""
 
     def freeze(self) -> Given | None:
         """Plain tensors that serve for any rows; None where the model was read on its own."""
@@ -120,21 +130,21 @@ class Factorized(Given):
         seen = ~x.isnan()
         return self._ask(lambda factors: factors.chain(seen, order))
 
-    def means(self, x: Tensor, visible: Tensor) -> Tensor:
+    def posterior(self, x: Tensor, visible: Tensor) -> NodePosterior:
         seen = visible & ~x.isnan()
-        return self._ask(lambda factors: factors.means(seen))
+        return NodePosterior(
+            tokens=lambda: self._ask(lambda factors: factors.means(seen)),
+            labels=lambda: self._ask(lambda factors: factors.responsibilities(seen)),
+            levels=lambda: self._levels(seen),
+            draws=self._draws,
+        )
 
-    def responsibilities(self, x: Tensor, visible: Tensor) -> Tensor:
-        seen = visible & ~x.isnan()
-        return self._ask(lambda factors: factors.responsibilities(seen))
-
-    def levels(self, x: Tensor, visible: Tensor) -> Tensor | None:
-        seen = visible & ~x.isnan()
+    def _levels(self, seen: Tensor) -> Tensor | None:
         if self.first.levels(seen) is None:
             return None
         return self._ask(lambda factors: cast(Tensor, factors.levels(seen)))
 
-    def draw(self) -> Tensor | None:
+    def _draws(self) -> Tensor | None:
         parts = [factors.draw() for factors in self.factors]
         known = [part for part in parts if part is not None]
         return torch.cat(known) if known else None
@@ -195,19 +205,23 @@ class AffineBatch(Given):
         steps = self._ask(x, lambda maps: maps.chain(order[None])[0][:, order]).cumsum(-1)
         return torch.cat([torch.zeros_like(steps[..., :1]), steps], -1)
 
-    def means(self, x: Tensor, visible: Tensor) -> Tensor:
-        return self._ask(torch.where(visible, x, torch.nan), lambda maps: maps.posterior().tokens)
+    def posterior(self, x: Tensor, visible: Tensor) -> NodePosterior:
+        shown = torch.where(visible, x, torch.nan)
 
-    def inner(self, x: Tensor, visible: Tensor) -> Tensor:
-        return self._ask(torch.where(visible, x, torch.nan), lambda maps: maps.posterior().mean)
+        def latents() -> Tensor:
+            return self._ask(shown, lambda maps: maps.posterior().mean)
 
-    def latents(self, x: Tensor, share: Tensor) -> list[list[dict[str, Tensor]]]:
-        if len(x) != 1:
-            return []
-        maps = self._each[0] if self._beside is None else self._beside[0]
-        return [
-            [latent_values(maps.structure, mean)] for mean in self._ask(x, lambda maps: maps.posterior().mean)
-        ]
+        def values(share: Tensor) -> list[list[dict[str, Tensor]]]:
+            if len(x) != 1:
+                return []
+            maps = self._each[0] if self._beside is None else self._beside[0]
+            return [[latent_values(maps.structure, mean)] for mean in latents()]
+
+        return NodePosterior(
+            tokens=lambda: self._ask(shown, lambda maps: maps.posterior().tokens),
+            latents=latents,
+            values=values,
+        )
 
 
 class PlacedRows(NamedTuple):
@@ -271,23 +285,19 @@ class NestedRows(Given):
         in_turn = torch.zeros_like(steps.flatten(1)).index_copy(1, turn.values.flatten(), steps.flatten(1))
         return torch.nn.functional.pad(in_turn.cumsum(-1), (1, 0))[:, None]
 
-    def means(self, x: Tensor, visible: Tensor) -> Tensor:
-        return self._in_line(self._average(x, visible, lambda p, *seen: p.given.means(*seen)))
-
-    def inner(self, x: Tensor, visible: Tensor) -> Tensor:
-        def latents(placed: PlacedRows, rows: Tensor, shown: Tensor) -> Tensor:
-            more = placed.given.inner(rows, shown)
-            nodes = placed.latents.flatten(0, 1)
-            parts = [nodes] + [t for t in (more, placed.given.responsibilities(rows, shown)) if t.shape[-1]]
-            return torch.cat(parts, -1)
-
-        return self._average(x, visible, latents).flatten(1)[:, None]
-
-    def levels(self, x: Tensor, visible: Tensor) -> Tensor | None:
+    def posterior(self, x: Tensor, visible: Tensor) -> NodePosterior:
         rows, shown = self._in_rows(x, visible)
-        if self.place(self.fine, rows, shown).given.levels(rows, shown) is None:
+        at = partial(self._average, rows, shown)
+        return NodePosterior(
+            tokens=lambda: self._in_line(at(lambda placed, inner: inner.tokens())),
+            latents=lambda: at(_latents).flatten(1)[:, None],
+            levels=lambda: self._levels(rows, shown),
+        )
+
+    def _levels(self, rows: Tensor, shown: Tensor) -> Tensor | None:
+        if self.place(self.fine, rows, shown).given.posterior(rows, shown).levels() is None:
             return None
-        found = self._average(x, visible, lambda p, *seen: cast(Tensor, p.given.levels(*seen)))
+        found = self._average(rows, shown, lambda placed, inner: cast(Tensor, inner.levels()))
         return torch.stack([self._in_line(t) for t in found.unbind(-1)], -1)
 
     def _by_row(self, rows: Tensor, shown: Tensor) -> Tensor:
@@ -301,13 +311,12 @@ class NestedRows(Given):
         return placed.log_weight + log_prob.unflatten(0, placed.log_weight.shape[:2])
 
     def _average(
-        self, x: Tensor, visible: Tensor, what: Callable[[PlacedRows, Tensor, Tensor], Tensor]
+        self, rows: Tensor, shown: Tensor, what: Callable[[PlacedRows, NodePosterior], Tensor]
     ) -> Tensor:
         """Posterior mean over the nodes of every row of something (S Q, N, ...): (S, N, ...)."""
-        rows, shown = self._in_rows(x, visible)
         placed = self.place(self.fine, rows, shown)
         share = self._log_joint(placed, rows, shown).softmax(1)
-        value = what(placed, rows, shown)
+        value = what(placed, placed.given.posterior(rows, shown))
         value = value.expand(share.shape[0] * share.shape[1], *value.shape[1:]).unflatten(0, share.shape[:2])
         return (share.reshape(*share.shape, *(1,) * (value.ndim - 3)) * value).sum(1)
 
@@ -319,3 +328,9 @@ class NestedRows(Given):
         """(S, N, T) as one vector: (S, 1, N T)."""
         line = by_row.new_zeros(len(by_row), self.cells.numel())
         return line.index_copy(1, self.cells.flatten(), by_row.flatten(1))[:, None]
+
+
+def _latents(placed: PlacedRows, inner: NodePosterior) -> Tensor:
+    """Latents of rows at their nodes, those at nodes first: (S Q, N, K)."""
+    inside = [find() for find in (inner.latents, inner.labels) if find is not None]
+    return torch.cat([placed.latents.flatten(0, 1), *(t for t in inside if t.shape[-1])], -1)

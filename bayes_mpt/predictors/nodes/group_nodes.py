@@ -12,26 +12,25 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
-import pyro
 import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from bayes_mpt.predictors.nodes.conjugacy import prior_draws
-from bayes_mpt.predictors.nodes.given import Given
+from bayes_mpt.predictors.nodes.given import Given, NodePosterior
 from bayes_mpt.predictors.nodes.nearby import Nearby
 from bayes_mpt.predictors.nodes.newton import LaplaceApproximation, newton
 from bayes_mpt.predictors.nodes.rules import MAX_HERMITE, ROW_DRAWS, ROW_NODES, far_rule, hermite, row_rule
-from bayes_mpt.predictors.nodes.weighted import Nodes
+from bayes_mpt.program.batched import Batched, vmapped
 from bayes_mpt.program.factor_runs import read_factors
 from bayes_mpt.program.factors import Factors
 from bayes_mpt.program.groups import N_DRAWS, Groups, Terms, find_groups, log_terms
 from bayes_mpt.program.layout import token_values
 from bayes_mpt.program.program import Latent, Model, ModelError, Program, list_names
 
-__all__ = ["GroupNodes", "NestedGroups", "doubt_of"]
+__all__ = ["GroupNodes", "NestedGroups"]
 
 ALONE = {1: 64, 2: 16, 3: 10, 4: 8}  # nodes along each axis of a group where no other latent takes nodes
 FINE_NODES = 161  # of those that reach far, there
@@ -69,7 +68,7 @@ class GroupNodes:
     _nearby: Nearby = field(default_factory=Nearby)
     """The modes (S, B, d) that were found last."""
 
-    one_by_one = False
+    batched = Batched.VMAP
 
     @classmethod
     def of(
@@ -186,8 +185,7 @@ class GroupNodes:
         def alone(node: dict[str, Tensor]) -> Terms:
             return log_terms(self.model, filled, self.program, node)
 
-        with pyro.validation_enabled(False):  # a check would have to branch on its node
-            terms = torch.vmap(alone)({**held, **values})
+        terms = vmapped(alone)({**held, **values})
         parts = [torch.where(seen, terms.tokens, 0.0), terms.latents, *(j.flatten(1) for j in jacobians)]
         owner = torch.cat([groups.token, groups.latent, groups.jacobian])
         out = u.new_zeros(len(u), groups.n_groups + 1).index_add(1, owner, torch.cat(parts, 1))
@@ -271,30 +269,26 @@ class NestedGroups(Given):
         steps = steps[:, order].cumsum(-1)
         return (start[:, None] + torch.nn.functional.pad(steps, (1, 0)))[:, None]
 
-    def means(self, x: Tensor, visible: Tensor) -> Tensor:
-        everything = torch.ones_like(x, dtype=torch.bool)
-        found = self._average(x, visible, lambda factors: factors.means(everything))
-        assert found is not None
-        return found
+    def posterior(self, x: Tensor, visible: Tensor) -> NodePosterior:
+        everything, seen = torch.ones_like(x, dtype=torch.bool), self._seen(x, visible)
 
-    def levels(self, x: Tensor, visible: Tensor) -> Tensor | None:
-        everything = torch.ones_like(x, dtype=torch.bool)
-        return self._average(x, visible, lambda factors: factors.levels(everything))
+        def effects() -> Tensor:
+            u, share = self._posterior(seen)
+            return (self._of(share, self.nodes.groups.value) * self._flat(u)).sum(1)[:, None]
 
-    def inner(self, x: Tensor, visible: Tensor) -> Tensor:
-        """Posterior means of the effects, site after site: (S, 1, V)."""
-        u, share = self._posterior(self._seen(x, visible))
-        values = self._flat(u)
-        return (self._of(share, self.nodes.groups.value) * values).sum(1)[:, None]
+        return NodePosterior(
+            tokens=lambda: cast(Tensor, self._average(seen, lambda factors: factors.means(everything))),
+            latents=effects,
+            levels=lambda: self._average(seen, lambda factors: factors.levels(everything)),
+            values=lambda share: self._values(seen, share) if len(x) == 1 else [],
+        )
 
-    def latents(self, x: Tensor, share: Tensor) -> list[list[dict[str, Tensor]]]:
+    def _values(self, seen: Tensor, share: Tensor) -> list[list[dict[str, Tensor]]]:
         """Values of equal shares at each node, with mean and covariance of each group's posterior.
 
         The groups' values are paired at random.
         """
-        if len(x) != 1:
-            return []
-        u, within = self._posterior(self._seen(x, torch.ones_like(x, dtype=torch.bool)))
+        u, within = self._posterior(seen)
         part = share.sqrt()  # where values are the n-th part of a node, their error falls with n^2 or faster
         n_values = (N_VALUES * part / part.sum()).round().clamp(min=1).long().tolist()
         generator = torch.Generator().manual_seed(0)
@@ -308,11 +302,9 @@ class NestedGroups(Given):
         return out
 
     def doubt(self, x: Tensor, weight: Tensor) -> str:
-        """What speaks for modes of a group that its nodes miss, in words; at the node of the greatest weight (S,)."""
         seen, best = self._seen(x, torch.ones_like(x, dtype=torch.bool)), int(weight.argmax())
         held = {name: v[best : best + 1] for name, v in self.held.items()}
-        found = [self.nodes.locate(self.filled, held, 1, seen)]
-        mode, root = found[0].mode, found[0].root
+        mode, root = self.nodes.locate(self.filled, held, 1, seen)
         more = self.nodes.others_at(self.filled, held, seen)
         apart = (torch.linalg.solve(root, (more.mode - mode)[..., None])[..., 0]).norm(dim=-1)  # (P, B)
         at = {name: v.expand(len(more.mode), *v.shape[1:]) for name, v in held.items()}
@@ -389,15 +381,15 @@ class NestedGroups(Given):
         values, _ = self.nodes.values(u.flatten(0, 1))
         return torch.cat([v.flatten(1) for v in values.values()], 1).unflatten(0, u.shape[:2])
 
-    def _average(self, x: Tensor, visible: Tensor, of: Callable[[Factors], Tensor | None]) -> Tensor | None:
+    def _average(self, seen: Tensor, of: Callable[[Factors], Tensor | None]) -> Tensor | None:
         """Posterior mean of something of each token (M, 1, T, ...) at M nodes: (S, 1, T, ...)."""
-        u, share = self._posterior(self._seen(x, visible))
+        u, share = self._posterior(seen)
         nodes, out = self.nodes, []
         for part in self._chunks():
             held = {name: v[part].repeat_interleave(u.shape[1], 0) for name, v in self.held.items()}
             values = {**held, **nodes.values(u[part].flatten(0, 1))[0]}
             n = len(next(iter(values.values())))
-            found = of(read_factors(nodes.model, self.filled, nodes.program, values, n, mapped=True))
+            found = of(read_factors(nodes.model, self.filled, nodes.program, values, n, Batched.VMAP))
             if found is None:
                 return None
             found = found[:, 0].expand(n, *found.shape[2:]).unflatten(0, (-1, u.shape[1]))  # (S, Q, T, ...)
@@ -464,17 +456,6 @@ def _evenly(u: Tensor, share: Tensor, n: int) -> Tensor:
     stretch = torch.where(well[..., None, None], target, eye) @ torch.linalg.inv(root)
     stretch = torch.where((stretch.abs().amax((-2, -1)) < MOST_STRETCHED)[..., None, None], stretch, eye)
     return mean + (stretch[:, None] @ here[..., None])[..., 0]
-
-
-def doubt_of(nodes: Nodes) -> str:
-    """`NestedGroups.doubt` of rows at weighted nodes; empty where nothing is integrated by group."""
-    read = nodes.last
-    if not isinstance(read.given, NestedGroups):
-        return ""
-    with torch.no_grad():
-        everything = torch.ones_like(nodes.value, dtype=torch.bool)
-        weight = (read.log_weight + read.given.log_joint(nodes.value, everything))[:, 0]
-        return read.given.doubt(nodes.value, weight)
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -26,15 +26,16 @@ from bayes_mpt.predictors.nodes.weighted import (
     NodeSource,
     Read,
     nodes_first,
-    nodes_objective,
+    objective_of_draws,
     program_values,
 )
 from bayes_mpt.predictors.objective import Batch, Objective
 from bayes_mpt.program.arguments import fill, fill_all, filling
+from bayes_mpt.program.batched import TOGETHER, Batched, found_out
 from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.factor_runs import read_factors
 from bayes_mpt.program.program import Latent, Model, ModelError, Program, n_rows_of
-from bayes_mpt.program.run import FAILURES, SetLatents, run, takes_visible
+from bayes_mpt.program.run import SetLatents, run, takes_visible
 from bayes_mpt.program.simulation import simulate
 from bayes_mpt.program.sites import latent_nodes
 from bayes_mpt.program.trials import CLOSE
@@ -84,7 +85,6 @@ class GuideDraws(NodeSource):
     """Draws from a guide."""
 
     name = "Importance"
-    sampled = True
 
     def __init__(
         self,
@@ -135,19 +135,13 @@ class GuideDraws(NodeSource):
         seen = ", which sees what is visible" if self.takes_visible else ""
         self.why = f"{n_draws} draws of {', '.join(self.names)} from the guide{seen}"
         self.why += self.adaptive.inside if self.adaptive is not None else ""
-        self.why += "; draw by draw" if self.one_by_one else ""
+        self.why += "; draw by draw" if self.batched is Batched.LOOP else ""
 
     def _find_out(self, args: tuple[Any, ...], filled: tuple[Any, ...], trace: Trace, twice: bool) -> None:
         """How several draws are run, and which gradient a chain of them has."""
-        self.mapped = False
-        self.vectorised = self._try_together(args, filled)
-        if not self.vectorised and self.adaptive is None:
-            self.mapped = True
-            self.vectorised = self.mapped = self._try_together(args, filled)
-        self.squared = (
-            twice and self.vectorised and not self.mapped and self.runs.moves_by_draws(filled, trace)
-        )
-        self.one_by_one = not self.vectorised
+        self.batched = Batched.LOOP
+        self.batched = self._found_out(args, filled)
+        self.squared = twice and self.batched is Batched.PLATE and self.runs.moves_by_draws(filled, trace)
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -179,7 +173,7 @@ class GuideDraws(NodeSource):
             trace = self.runs.trace((tokens.to(filled[0]), *filled[1:]), (rank < size).to(tokens.device), 1)
         return self.runs.log_q(trace, 1)[0]
 
-    def _objectives(self, whole: Batch, masks: Policy | None) -> list[Objective]:
+    def schedule(self, whole: Batch, masks: Policy | None, seed: int = 0) -> list[Objective]:
         """Along chains from one draw to as many as asked: one costs least, and the last bring the bound nearest."""
         if masks is not None and not masks.chains:
             return [self._objective(whole, masks)]
@@ -187,8 +181,15 @@ class GuideDraws(NodeSource):
 
     def _objective(self, whole: Batch, masks: Policy | None) -> Objective:
         """The score at draws of the guide; where asked for, its dreams pull at its parameters too."""
-        pull = partial(_pull, self) if self.dreams else None
-        return nodes_objective(self, whole, masks, pull)
+        return objective_of_draws(self, whole, masks, partial(_pull, self) if self.dreams else None)
+
+    def _alone(self, nodes: Nodes, mask: Tensor) -> Tensor:
+        if not self.relocates:
+            raise ModelError(
+                "this guide has seen the hidden tokens, so single conditionals are meaningless and only the sum of a "
+                "whole chain is valid: use PermutationChain, or give the guide an argument ``visible`` (N, T)"
+            )
+        return nodes.at_one_place(mask)
 
     def rising(self) -> list[int]:
         """Numbers of draws of a training, stage after stage; on a GPU all at once: one costs no less."""
@@ -201,7 +202,7 @@ class GuideDraws(NodeSource):
     def evidence(self, nodes: Nodes) -> Evidence:
         found = evidence_of_draws(nodes)
         n_draws = len(nodes.last.latents)
-        few = n_draws < MIN_DRAWS or not nodes.last.names or self.one_by_one
+        few = n_draws < MIN_DRAWS or not nodes.last.names or self.batched is Batched.LOOP
         if (
             few or self.structure.by_row
         ):  # of each of many rows, errors of a guide are small, and hardly those of one
@@ -231,7 +232,7 @@ class GuideDraws(NodeSource):
         if visible is not None:
             shown = visible if shown is None else visible & shown
         n = self.n_draws
-        if self.vectorised or n == 1:
+        if self.batched is not Batched.LOOP or n == 1:
             # nodes for one visible set (of a mask) serve two sums at once, with other shares of the weights
             squared = self.squared and visible is None and torch.is_grad_enabled()
             log_q, values = self._draw(filled, shown, n, squared)
@@ -277,9 +278,9 @@ class GuideDraws(NodeSource):
         """The inner model at n draws, what of their log-density it leaves out, the scale, and tokens if it has them."""
         if self.adaptive is not None:
             return *self.adaptive.given(args, filled, self._plain(values, filled, n)), 1.0, None
-        mapped = self.mapped and n > 1
-        values = self._plain(values, filled, n) if mapped else values
-        given = Factorized(read_factors(self.model, filled, self.structure, values, n, mapped))
+        if self.batched is Batched.VMAP and n > 1:
+            values = self._plain(values, filled, n)
+        given = Factorized(read_factors(self.model, filled, self.structure, values, n, self.batched))
         return given, 0.0, given.first.scale, given.first.value
 
     def _given_each(
@@ -303,35 +304,35 @@ class GuideDraws(NodeSource):
                 plain[site.name] = v.expand(n, *v.shape[1:]).reshape(n, *_shape(site, rows))
         return plain
 
-    def _try_together(self, args: tuple[Any, ...], filled: tuple[Any, ...]) -> bool:
-        """Whether guide and program run on several draws side by side."""
+    def _found_out(self, args: tuple[Any, ...], filled: tuple[Any, ...]) -> Batched:
+        """How guide and program take several draws: whether two give together what they give apart."""
         n_rows = n_rows_of(self.structure, filled)
-        with own_random_state(), torch.no_grad():
-            try:
-                trace = self.runs.trace(filled, None, 2)
-                values = {
-                    n["name"]: n["value"]
-                    for n in latent_nodes(trace)
-                    if n["name"] in self.structure.latent_names
-                }
-                together = self._given(args, filled, values, 2)[0]
-                seen = filled[0].new_ones(n_rows, self.structure.n_tokens).bool()
-                x = program_values(self.model, args, filled, self.structure)
-                both = together.log_joint(x, seen)
-                alone = []
-                for s in range(2):
-                    one = {}
-                    for site in self.structure.latents:
-                        if site.name in values:
-                            v = values[site.name]
-                            one[site.name] = v.expand(2, *v.shape[1:])[s].reshape(_shape(site, n_rows))
-                    given = self._given(args, filled, one, 1)[0]
-                    alone.append(given.log_joint(x, seen))
-            except FAILURES:
-                return False
-        # sums of many tokens in single precision: a GPU adds them up in another order
-        rtol = max(1e-5, CLOSE[both.dtype])
-        return bool(torch.allclose(both, torch.cat(alone), rtol=rtol, equal_nan=True))
+
+        def one_of(values: dict[str, Tensor], s: int) -> dict[str, Tensor]:
+            sites = [site for site in self.structure.latents if site.name in values]
+            both = {site.name: values[site.name].expand(2, *values[site.name].shape[1:]) for site in sites}
+            return {site.name: both[site.name][s].reshape(_shape(site, n_rows)) for site in sites}
+
+        def same(batched: Batched) -> bool:
+            self.batched = batched
+            trace = self.runs.trace(filled, None, 2)
+            values = {
+                n["name"]: n["value"] for n in latent_nodes(trace) if n["name"] in self.structure.latent_names
+            }
+            seen = filled[0].new_ones(n_rows, self.structure.n_tokens).bool()
+            x = program_values(self.model, args, filled, self.structure)
+            both = self._given(args, filled, values, 2)[0].log_joint(x, seen)
+            alone = [self._given(args, filled, one_of(values, s), 1)[0].log_joint(x, seen) for s in range(2)]
+            # sums of many tokens in single precision: a GPU adds them up in another order
+            rtol = max(1e-5, CLOSE[both.dtype])
+            return bool(torch.allclose(both, torch.cat(alone), rtol=rtol, equal_nan=True))
+
+        def by_itself(batched: Batched) -> bool:
+            with own_random_state():
+                return same(batched)
+
+        with torch.no_grad():
+            return found_out(by_itself, TOGETHER if self.adaptive is None else (Batched.PLATE,))
 
 
 def _pull(draws: GuideDraws, args: tuple[Any, ...], generator: torch.Generator) -> Tensor:

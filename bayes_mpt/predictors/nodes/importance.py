@@ -11,7 +11,6 @@ from torch import Tensor
 from bayes_mpt.masks import Policy
 from bayes_mpt.predictors.base import Conditionals, Evidence, Guide, Predictor
 from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
-from bayes_mpt.predictors.nodes.group_nodes import doubt_of
 from bayes_mpt.predictors.nodes.guide import (
     Drawn,
     GuideDraws,
@@ -29,8 +28,10 @@ from bayes_mpt.predictors.nodes.weighted import (
     NodeSource,
     Read,
     constrained,
+    objective_of_draws,
     program_values,
     warn_if_slow,
+    warn_of_ratios,
 )
 from bayes_mpt.predictors.objective import Batch, Objective
 from bayes_mpt.program.analysis import analyze
@@ -106,7 +107,7 @@ class Importance(Predictor):
     def bind(self, model: Model, args: tuple[Any, ...], guide: Guide | None = None) -> NodeSource:
         if guide is not None:
             drawn = self.from_guide(model, args, guide)
-            warn_if_slow(drawn.one_by_one, drawn)
+            warn_if_slow(drawn.batched, drawn)
             return drawn
         return self.bind_nodes(AdaptiveNodes(model, args, self._analyze(model, args)))
 
@@ -115,7 +116,7 @@ class Importance(Predictor):
         if not adaptive.space.parts:  # all are integrated group by group: there is nothing to draw
             return Quadrature().bind_nodes(adaptive)
         bound = _AroundMode(adaptive, self.num_particles)
-        warn_if_slow(adaptive.one_by_one, bound)
+        warn_if_slow(adaptive.batched, bound)
         return bound
 
     def from_guide(self, model: Model, args: tuple[Any, ...], guide: Guide) -> GuideDraws:
@@ -150,7 +151,7 @@ class _AroundMode(NodeSource):
     """Student-t draws around the mode of each row's posterior."""
 
     name = "Importance"
-    sampled = relocates = True
+    relocates = True
 
     def __init__(self, adaptive: AdaptiveNodes, n_draws: int):
         self.adaptive, self.n_draws = adaptive, n_draws
@@ -241,15 +242,16 @@ class _AroundMode(NodeSource):
 
     def evidence(self, nodes: Nodes) -> Evidence:
         modes = nodes.last.located
-        doubt = modes.doubt or doubt_of(nodes)
+        doubt = modes.doubt or nodes.doubt_inside()
         return doubted(evidence_of_draws(nodes), modes._replace(doubt=doubt))
 
     def _forget(self) -> None:
         self.modes.forget()
 
-    def _objectives(self, whole: Batch, masks: Policy | None) -> list[Objective]:
+    def schedule(self, whole: Batch, masks: Policy | None, seed: int = 0) -> list[Objective]:
         if self.structure.by_row:
-            return super()._objectives(whole, masks)
+            return [objective_of_draws(self, whole, masks)]
+        warn_of_ratios(self, masks)
         # without masks Laplace's approximation, which can be climbed; no part of it is cheap
         return [
             Objective(

@@ -31,6 +31,7 @@ from bayes_mpt.predictors.nodes.symmetries import (
     orbit,
 )
 from bayes_mpt.program.arguments import fill_all, same_cells
+from bayes_mpt.program.batched import Batched
 from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.program import n_rows_of
 from bayes_mpt.warnings import MissedModeWarning, warn
@@ -185,11 +186,11 @@ class _Climbs:
 
     def search(self) -> Modes:
         """From the middle of the prior, near 0 and from draws; from more of these where a mode was found by few."""
-        n = FEW_STARTS if self.adaptive.one_by_one else N_STARTS
+        n = FEW_STARTS if self.adaptive.batched is Batched.LOOP else N_STARTS
         n = max(2, min(n, WORK // (self._cells * self.width)))
-        most = (
-            n if self.adaptive.one_by_one else max(n, min(MAX_STARTS, 4 * WORK // (self._cells * self.width)))
-        )
+        most = n
+        if self.adaptive.batched is not Batched.LOOP:
+            most = max(n, min(MAX_STARTS, 4 * WORK // (self._cells * self.width)))
         middle = self._draws(N_MIDDLE)[:N_MIDDLE].median(0).values
         # of a vague prior the draws lie where no climb begins
         generator = torch.Generator().manual_seed(0)
@@ -206,7 +207,7 @@ class _Climbs:
             n = min(most, 2 * n_starts)
             peaks = _join(peaks, self._climb(self._nearer(self._draws(n)[n_starts:n])))
             n_starts = n
-        if rare and not self.adaptive.one_by_one:
+        if rare and self.adaptive.batched is not Batched.LOOP:
             modes, rare, whole = self._from_others(peaks, modes)
         n_modes = len(modes.representatives().mode)
         doubt = ""

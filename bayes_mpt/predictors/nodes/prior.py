@@ -21,6 +21,7 @@ from torch.distributions import constraints
 from torch.distributions.gamma import _standard_gamma
 
 from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
+from bayes_mpt.program.batched import Batched
 from bayes_mpt.program.densities import log_density
 from bayes_mpt.program.layout import to_rows
 from bayes_mpt.program.program import ModelError
@@ -73,13 +74,13 @@ def prior_points(adaptive: AdaptiveNodes, filled: tuple[Any, ...], n: int) -> Te
     """
     names, gamma = set(adaptive.space.names), _LogGamma()
     with pyro.validation_enabled(False), one_precision(filled):
-        if adaptive.vectorised and adaptive.rows is None and n > 1:
+        if adaptive.batched is Batched.PLATE and adaptive.rows is None and n > 1:
             with gamma, pyro.plate(NODES, n, dim=-1 - adaptive.program.depth):
                 values = gamma.draw(adaptive, filled)
             if names <= set(values):
                 return _pack(adaptive, values, n)
         with gamma:
-            if not adaptive.one_by_one:
+            if adaptive.batched is not Batched.LOOP:
                 with suppress(RuntimeError, KeyError):
                     mapped = torch.vmap(lambda _: gamma.draw(adaptive, filled), randomness="different")
                     return _pack(adaptive, mapped(torch.arange(n)), n, depth=0)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from bayes_mpt.predictors.base import Evidence, Guide, Predictor
 from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
-from bayes_mpt.predictors.nodes.group_nodes import doubt_of
 from bayes_mpt.predictors.nodes.mixture import Modes
 from bayes_mpt.predictors.nodes.modes import ModeSearch, doubted
 from bayes_mpt.predictors.nodes.rules import hermite
@@ -83,7 +82,7 @@ class Quadrature(Predictor):
         width, program = adaptive.space.width, adaptive.program
         _check_width(width, program)
         bound = _Hermite(adaptive, self.n_nodes or NODES[max(1, width)])
-        warn_if_slow(adaptive.one_by_one, bound)
+        warn_if_slow(adaptive.batched, bound)
         return bound
 
 
@@ -109,6 +108,9 @@ class _Hermite(NodeSource):
             f"({', '.join(adaptive.space.names)}), around {each}"
         )
         self.why = (outside if adaptive.space.parts else "") + adaptive.inside
+
+    def _alone(self, nodes: Nodes, mask: Tensor) -> Tensor:
+        return nodes.each_at_its_own(mask)
 
     def _forget(self) -> None:
         self.modes.forget()
@@ -178,7 +180,7 @@ class _Hermite(NodeSource):
             by_draws, _ = self.modes.check(nodes.args, nodes.value, everything, modes, N_CHECKS)
             diagnostics["by draws of the same mixture"] = by_draws
             se = math.hypot(se, by_draws - float(many.sum()))
-        doubt = modes.doubt or doubt_of(nodes)
+        doubt = modes.doubt or nodes.doubt_inside()
         return doubted(Evidence(many, se, diagnostics), modes._replace(doubt=doubt))
 
     def _outwards(self, nodes: Nodes, filled: tuple[Any, ...]) -> Tensor:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-import pyro
 import torch
 from torch import Tensor
 
@@ -23,9 +22,10 @@ from bayes_mpt.predictors.nodes.rules import (
     row_rule,
 )
 from bayes_mpt.predictors.nodes.weighted import constrained
+from bayes_mpt.program.batched import Batched, found_out, vmapped
 from bayes_mpt.program.layout import rows_first
 from bayes_mpt.program.program import Latent, Model, list_names
-from bayes_mpt.program.run import FAILURES, run
+from bayes_mpt.program.run import run
 
 if TYPE_CHECKING:
     from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
@@ -41,20 +41,21 @@ class SharedPrior:
     latents: tuple[Latent, ...]
     held: dict[str, Tensor]
     """Any values of all other latents."""
-    mapped: bool = True
-    """The program runs at all values at once (`torch.vmap`)."""
+    batched: Batched = Batched.VMAP
+    """How the program takes several."""
 
     @classmethod
     def of(
         cls, model: Model, latents: tuple[Latent, ...], rows: RowNodes, filled: tuple[Any, ...]
     ) -> SharedPrior:
         found = cls(model, latents, rows.values)
+
+        def runs(batched: Batched) -> bool:
+            found.log_prob(filled, rows.adaptive._held.draws)
+            return True
+
         with torch.no_grad():
-            try:
-                found.log_prob(filled, rows.adaptive._held.draws)
-            except FAILURES:
-                return replace(found, mapped=False)
-        return found
+            return replace(found, batched=found_out(runs, (Batched.VMAP,)))
 
     def log_prob(self, filled: tuple[Any, ...], values: dict[str, Tensor]) -> Tensor:
         """At S values (S, ...) of each: (S, 1)."""
@@ -63,9 +64,8 @@ class SharedPrior:
             trace = run(self.model, filled, {**self.held, **node})
             return log_prior_of(trace, self.latents, filled[0])
 
-        if self.mapped:
-            with pyro.validation_enabled(False):  # a check would have to branch on its node
-                return torch.vmap(alone)(values)
+        if self.batched is Batched.VMAP:
+            return cast(Tensor, vmapped(alone)(values))
         n_nodes = len(next(iter(values.values())))
         return torch.stack([alone(node_values(values, s)) for s in range(n_nodes)])
 
@@ -99,9 +99,9 @@ class RowNodes:
         return self.adaptive.program.latent_names
 
     @property
-    def one_by_one(self) -> bool:
-        """Whether every node needs runs of its own."""
-        return self.adaptive.one_by_one
+    def batched(self) -> Batched:
+        """How the program takes several nodes."""
+        return self.adaptive.batched
 
     @property
     def n_evaluations(self) -> int:
@@ -134,7 +134,7 @@ class RowNodes:
             how.append(f"{list_names(self.adaptive.gaussian)} in closed form")
         if self.adaptive.program.discrete:
             how.append(f"{list_names(self.adaptive.program.discrete)} summed out")
-        return "; ".join(how) + ("; node by node" if self.adaptive.one_by_one else "")
+        return "; ".join(how) + ("; node by node" if self.batched is Batched.LOOP else "")
 
     def given(self, args: tuple[Any, ...], filled: tuple[Any, ...], held: dict[str, Tensor]) -> NestedRows:
         """The rows at S values (S, ...) of the latents of the data set."""

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import norm
 
+from bayes_mpt.program.batched import Batched
 from bayes_mpt.program.latents import space
 from bayes_mpt.program.layout import from_rows
 from bayes_mpt.program.run import run
@@ -42,7 +43,7 @@ def slopes_at(bound: GuideDraws, nodes: Nodes) -> tuple[Array, Array]:
     u = where.pack_values(given, n_draws, n_rows)
     seen = torch.ones(drawn.value.shape[1], dtype=torch.bool, device=drawn.value.device)
     slopes = []
-    for part in u.split(1 if bound.one_by_one else n_draws):
+    for part in u.split(1 if bound.batched is Batched.LOOP else n_draws):
         with torch.enable_grad():
             leaf = part.clone().requires_grad_()
             values, log_det = where.values(leaf)

@@ -131,7 +131,7 @@ class SequentialMonteCarlo(Predictor):
                 "not train. Give them priors by pyro.sample, or use Importance() with a guide"
             )
         bound = _Tempered(self, model, args, one_vector(program))
-        warn_if_slow(bound.adaptive.one_by_one, bound)
+        warn_if_slow(bound.adaptive.batched, bound)
         if not bound.adaptive.space.parts:
             raise ModelError(
                 f"all latents {list(program.latent_names)} are integrated group by group "
@@ -221,7 +221,9 @@ class Particulate(Conditionals):
         with torch.no_grad(), pyro.validation_enabled(False):
             shown = self._shown(~x.isnan()[0] if visible is None else visible & ~x.isnan()[0])
             u = self._integrated.u if visible is None else self._posterior(shown)
-            total = torch.stack([g.means(x, shown.seen).sum(0) for g, _ in shown.given(u)]).sum(0)
+            total = torch.stack([g.posterior(x, shown.seen).tokens().sum(0) for g, _ in shown.given(u)]).sum(
+                0
+            )
             mean = constrained(self.space, u[:, None]).mean(0)
         seen = torch.where(shown.seen, x, torch.nan)
         return Posterior(mean, total / len(u), of_shared=lambda: self._shared(shown, u, seen))
@@ -230,11 +232,13 @@ class Particulate(Conditionals):
         """Weighted values of the latents at some of the particles u (M, d) given the tokens x (1, T)."""
         with torch.no_grad(), pyro.validation_enabled(False):
             u = u[:: max(1, len(u) // MAX_DRAWS)]
+            everything = torch.ones_like(shown.seen)
             even = ((g, x.new_ones(len(log_det))) for g, log_det in shown.given(u))
-            inner = [values for g, share in even for values in g.latents(x, share)] or [[{}]] * len(u)
+            nothing: list[list[dict[str, Tensor]]] = [[{}]] * len(u)
+            inside = [values for g, share in even for values in g.posterior(x, everything).values(share)]
         return [
             (1 / (len(u) * len(each)), {**self.space.values(v[None, None])[0], **values})
-            for v, each in zip(u, inner, strict=True)
+            for v, each in zip(u, inside or nothing, strict=True)
             for values in each
         ]
 

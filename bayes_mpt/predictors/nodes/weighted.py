@@ -24,15 +24,16 @@ from torch import Generator, Tensor
 
 from bayes_mpt.masks import Policy
 from bayes_mpt.predictors.base import Bound, Conditionals, Evidence, Leaves, Posterior
-from bayes_mpt.predictors.nodes.given import Given
+from bayes_mpt.predictors.nodes.given import Given, NodePosterior
 from bayes_mpt.predictors.objective import Batch, Objective, Outputs, outputs_of_rows
 from bayes_mpt.predictors.own_order import own_order
 from bayes_mpt.program.affine import DenseMap
 from bayes_mpt.program.arguments import fill_all, has_missing
+from bayes_mpt.program.batched import Batched
 from bayes_mpt.program.latents import Space
 from bayes_mpt.program.layout import to_rows
 from bayes_mpt.program.missing import read_values
-from bayes_mpt.program.program import Latent, Model, ModelError, Program, n_rows_of
+from bayes_mpt.program.program import Latent, Model, Program, n_rows_of
 from bayes_mpt.program.run import SetLatents, run
 from bayes_mpt.program.seen_labels import with_seen_labels
 from bayes_mpt.program.sites import is_subsample
@@ -46,8 +47,10 @@ __all__ = [
     "constrained",
     "nodes_first",
     "nodes_objective",
+    "objective_of_draws",
     "program_values",
     "warn_if_slow",
+    "warn_of_ratios",
 ]
 
 N_STRETCHES = 16  # of one vector's tokens, whose log-densities tell the units of parameters
@@ -78,8 +81,6 @@ class NodeSource(Bound):
     structure: Program
     relocates: bool = False
     """Whether every visible set has nodes of its own, and so costs a run of the program."""
-    sampled: bool = False
-    """Whether the nodes are random."""
 
     @abstractmethod
     def place(self, args: tuple[Any, ...], visible: Tensor | None = None, near: Any = None) -> Read:
@@ -98,18 +99,11 @@ class NodeSource(Bound):
         return Evidence(nodes.score(), 0.0, {}, exact=True)
 
     def schedule(self, whole: Batch, masks: Policy | None, seed: int = 0) -> list[Objective]:
-        if masks is not None and not masks.chains and self.sampled and self.relocates:
-            warn(
-                "nodes that a guide draws anew for every mask make a ratio of two estimates, which is no bound "
-                "on the log marginal likelihood: with few of them it rises while the guide leaves the posterior. "
-                "Leave masks=None, which shares them along a chain, or take many: Importance(100)",
-                NoBoundWarning,
-            )
-        return self._objectives(whole, masks)
-
-    def _objectives(self, whole: Batch, masks: Policy | None) -> list[Objective]:
-        """What a training goes through."""
         return [nodes_objective(self, whole, masks)]
+
+    def _alone(self, nodes: Nodes, mask: Tensor) -> Tensor:
+        """Log-densities (N, T) of tokens alone, given the visible ones of a mask (T,)."""
+        return nodes.at_one_place(mask)
 
     def _forget(self) -> None:
         """Leave what earlier readings have found to make the next one shorter: that gives what a first one would."""
@@ -123,22 +117,39 @@ class NodeSource(Bound):
         return {name: node["value"] for name, node in trace.nodes.items() if is_subsample(node)}
 
 
-def nodes_objective(
+def nodes_objective(bound: NodeSource, whole: Batch, masks: Policy | None) -> Objective:
+    """The score of rows at weighted nodes, which are the same whenever they are placed for the same tokens."""
+    return Objective(bound, whole, masks, outputs=partial(_outputs, few_rows=False), refresh=bound._forget)
+
+
+def objective_of_draws(
     bound: NodeSource,
     whole: Batch,
     masks: Policy | None,
     pull: Callable[[tuple[Any, ...], Generator], Tensor] | None = None,
 ) -> Objective:
-    """The score of rows at weighted nodes."""
+    """The same of nodes that are drawn."""
+    warn_of_ratios(bound, masks)
     return Objective(
         bound,
         whole,
         masks,
-        noisy=masks is not None or bound.sampled,
-        outputs=partial(_outputs, few_rows=bound.sampled),  # of a guide some numbers may be of a single row
+        noisy=True,
+        outputs=partial(_outputs, few_rows=True),  # of a guide some numbers may be of a single row
         refresh=bound._forget,
         pull=pull,
     )
+
+
+def warn_of_ratios(bound: NodeSource, masks: Policy | None) -> None:
+    """Say so where a training takes nodes that are drawn anew for every mask."""
+    if masks is not None and not masks.chains and bound.relocates:
+        warn(
+            "nodes that a guide draws anew for every mask make a ratio of two estimates, which is no bound "
+            "on the log marginal likelihood: with few of them it rises while the guide leaves the posterior. "
+            "Leave masks=None, which shares them along a chain, or take many: Importance(100)",
+            NoBoundWarning,
+        )
 
 
 def _outputs(objective: Objective, read: Conditionals | None, *, few_rows: bool) -> Outputs:
@@ -147,18 +158,19 @@ def _outputs(objective: Objective, read: Conditionals | None, *, few_rows: bool)
     What the tokens of a stretch add are increments of a martingale: the square of their sum tells as much of a
     parameter as the sum of their squares.
     """
-    read = objective.read() if read is None else read
-    n_tokens = read.value.shape[1]
-    if not isinstance(read, Nodes) or len(read.value) > 1 or n_tokens <= N_STRETCHES:
-        return outputs_of_rows(objective, read, few_rows=few_rows)
+    nodes = cast(Nodes, objective.read() if read is None else read)
+    n_tokens = nodes.value.shape[1]
+    if len(nodes.value) > 1 or n_tokens <= N_STRETCHES:
+        return outputs_of_rows(objective, nodes, few_rows=few_rows)
     ends = [n_tokens * i // N_STRETCHES for i in range(N_STRETCHES + 1)]
-    found = read.stretches(own_order(read)[0], ends)
+    found = nodes.stretches(own_order(nodes)[0], ends)
     return Outputs(found / math.sqrt(n_tokens), few_rows=few_rows)
 
 
-def warn_if_slow(one_by_one: bool, bound: Bound) -> None:
+def warn_if_slow(batched: Batched, bound: Bound) -> None:
     """Say so where nodes are run one by one, because the program does not take several at once."""
-    if one_by_one and bound.structure.sub_rows is None:  # sub-sampled rows differ from run to run in any case
+    # sub-sampled rows differ from run to run in any case
+    if batched is Batched.LOOP and bound.structure.sub_rows is None:
         warn(
             "the program does not run on several nodes at once, so each is run by itself, which is slow "
             f"({bound.name}: {bound.why}). Write it without Python's if on latents, and with operations that "
@@ -212,24 +224,27 @@ class Nodes(Conditionals):
         return self.source.evidence(self)
 
     def conditionals(self, visible: Tensor) -> Tensor:
-        x = self.value
-        if self.source is not None and self.source.sampled and not self._relocates:
-            raise ModelError(
-                "this guide has seen the hidden tokens, so single conditionals are meaningless and only the sum of a "
-                "whole chain is valid: use PermutationChain, or give the guide an argument ``visible`` (N, T)"
-            )
-        out = []
-        for mask in visible:
-            # log Z(R + i) - log Z(R)
-            if self.source is not None and self._relocates and not self.source.sampled:
-                out.append(self._each_at_its_own(mask))
-                continue
-            read = self._at(mask)
-            log_prob = read.log_weight + read.given.log_joint(x, mask)  # (S, N)
-            step = (log_prob[..., None] + read.given.predictive(x, mask)).logsumexp(0)
-            out.append(_gain(step, self._log_z(log_prob, mask)[:, None]))
-        hidden = ~visible[:, None] & ~x.isnan()
-        return torch.where(hidden, torch.stack(out), 0.0)
+        alone = self.at_one_place if self.source is None else partial(self.source._alone, self)
+        hidden = ~visible[:, None] & ~self.value.isnan()
+        return torch.where(hidden, torch.stack([alone(mask) for mask in visible]), 0.0)
+
+    def at_one_place(self, mask: Tensor) -> Tensor:
+        """log Z(R + i) - log Z(R) (N, T), both at the nodes for R."""
+        read = self._at(mask)
+        log_prob = read.log_weight + read.given.log_joint(self.value, mask)  # (S, N)
+        step = (log_prob[..., None] + read.given.predictive(self.value, mask)).logsumexp(0)
+        return _gain(step, self._log_z(log_prob, mask)[:, None])
+
+    def each_at_its_own(self, mask: Tensor) -> Tensor:
+        """The same, with nodes for every R + i: a token can move the posterior away from those placed without it."""
+        read = self._at(mask)
+        before = self._z_of(read, mask)
+        out = torch.zeros_like(self.value)
+        for token in (~mask).nonzero()[:, 0]:
+            more = mask.clone()
+            more[token] = True
+            out[:, token] = _gain(self._z_of(self._at(more, read), more), before)
+        return out
 
     def chain(self, order: Tensor, stops: list[int] | None = None) -> Tensor:
         if self._relocates:
@@ -259,48 +274,50 @@ class Nodes(Conditionals):
         finer = self.at_nodes(self.last._replace(given=given, log_weight=weight))
         return finer.score() - before[some].logsumexp(0)
 
+    @torch.no_grad()
+    def doubt_inside(self) -> str:
+        """What speaks against the nodes in every row or group, in words; empty where there are none."""
+        return self.last.given.doubt(self.value, self.log_weights()[:, 0])
+
     def posterior(self, visible: Tensor | None = None) -> Posterior:
         x = self.value
         mask = self._everything() if visible is None else visible
         read = self._at(mask) if visible is not None else self.last
         share = self._log_weights(read, mask).softmax(0)  # (S, N)
 
+        inner = read.given.posterior(x, mask)
+
         def mean_of(part: Tensor) -> Tensor:
             return (share[..., None] * part).sum(0)
 
-        def latents() -> Tensor:
-            parts = (read.latents, read.given.inner(x, mask), read.given.responsibilities(x, mask))
-            return torch.cat([mean_of(part) for part in parts], -1)
+        def beside(*parts: Callable[[], Tensor] | None) -> Tensor:
+            return torch.cat([mean_of(part()) for part in parts if part is not None], -1)
 
         def tokens() -> Tensor:
-            out = mean_of(read.given.means(x, mask))
-            levels = read.given.levels(
-                x, mask
-            )  # of categorical tokens: the likeliest, and not the mean of codes
+            out = mean_of(inner.tokens())
+            levels = inner.levels()  # of categorical tokens: the likeliest, and not the mean of codes
             if levels is None:
                 return out
             likely = (share[..., None, None] * levels).sum(0)  # (N, T, L)
             return torch.where(likely.sum(-1) > 0, likely.argmax(-1).to(out), out)
 
-        def labels() -> Tensor:
-            chance = read.given.responsibilities(x, mask)
+        def at_nodes() -> Tensor:
             # without names each node stands for values of discrete latents, and what is continuous is inside
-            found = [chance] if read.names else [read.latents, chance]
-            return torch.cat([mean_of(part) for part in found], -1)
+            return read.latents[..., :0] if read.names else read.latents
 
         return Posterior(
-            latents,
+            lambda: beside(lambda: read.latents, inner.latents, inner.labels),
             tokens,
-            of_labels=labels,
-            of_draws=lambda n: self._draws(read, share, mask, n),
-            of_shared=lambda: self._shared(read, share),
+            of_labels=lambda: beside(at_nodes, inner.labels),
+            of_draws=lambda n: self._draws(inner, share, mask, n),
+            of_shared=lambda: self._shared(read, inner, share),
         )
 
-    def _draws(self, read: Read, share: Tensor, mask: Tensor, n_draws: int) -> Tensor:
+    def _draws(self, inner: NodePosterior, share: Tensor, mask: Tensor, n_draws: int) -> Tensor:
         """Tokens (D, N, T), of which those visible are as they are."""
         out = []
         for node in torch.multinomial(share.mT, n_draws, replacement=True).mT:  # (N,) of each draw
-            tokens = read.given.draw()
+            tokens = inner.draws()
             if tokens is None:
                 raise NotImplementedError(
                     "this way of scoring has no draws of missing tokens for this program"
@@ -309,11 +326,13 @@ class Nodes(Conditionals):
             out.append(torch.where(mask & ~self.value.isnan(), self.value, picked))
         return torch.stack(out)
 
-    def _shared(self, read: Read, share: Tensor) -> list[tuple[float, dict[str, Tensor]]]:
+    def _shared(
+        self, read: Read, inner: NodePosterior, share: Tensor
+    ) -> list[tuple[float, dict[str, Tensor]]]:
         """Weighted values of the latents, where all rows share them."""
         if self.structure.by_row or len(read.latents[0]) != 1:
             return []
-        inner = read.given.latents(self.value, share[:, 0])
+        inside = inner.values(share[:, 0])
         out = []
         for s, weight in enumerate(share[:, 0].tolist()):
             if weight < MIN_SHARE:
@@ -324,7 +343,7 @@ class Nodes(Conditionals):
                     part = read.latents[s, 0, start : start + site.width]
                     start += site.width
                     values[site.name] = part.reshape(site.shape)
-            each = inner[s] if inner else [{}]
+            each = inside[s] if inside else [{}]
             out += [(weight / len(each), {**more, **values}) for more in each]
         return out
 
@@ -338,7 +357,7 @@ class Nodes(Conditionals):
 
     def _log_weights(self, read: Read, mask: Tensor) -> Tensor:
         """Log of each node's part of Z (S, N); of all tokens once for the score and what is asked of latents."""
-        whole = read is self.last and bool(mask.all()) and not torch.is_grad_enabled()
+        whole = read is self.last and not torch.is_grad_enabled() and bool(mask.all())
         if whole and self._whole is not None:
             return self._whole
         found = read.log_weight + read.given.log_joint(self.value, mask)
@@ -368,17 +387,6 @@ class Nodes(Conditionals):
             now = self._z_of(read, visible)
             out[:, tokens[start:end]] = _gain(now, before)[:, None] / (end - start)
             before = now
-        return out
-
-    def _each_at_its_own(self, mask: Tensor) -> Tensor:
-        """log Z(R + i) - log Z(R) (N, T): a single token can move the posterior away from nodes placed without it."""
-        read = self._at(mask)
-        before = self._z_of(read, mask)
-        out = torch.zeros_like(self.value)
-        for token in (~mask).nonzero()[:, 0]:
-            more = mask.clone()
-            more[token] = True
-            out[:, token] = _gain(self._z_of(self._at(more, read), more), before)
         return out
 
     def _z_of(self, read: Read, mask: Tensor) -> Tensor:

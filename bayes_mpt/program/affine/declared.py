@@ -11,7 +11,6 @@ from torch import Tensor
 
 from bayes_mpt.program.affine.form import AffineForm
 from bayes_mpt.program.affine.maps import DenseMap
-from bayes_mpt.program.affine.normals import normal
 from bayes_mpt.program.analysis import described
 from bayes_mpt.program.arguments import N_TRIAL_ROWS, fill
 from bayes_mpt.program.offers import offered
@@ -117,7 +116,8 @@ def _one_table(program: Program, x: Tensor) -> bool:
 def _is_map(first: Trace, program: Program, parts: Parts, x: Tensor) -> bool:
     """Whether latents are standard normal and tokens what the map makes of them, up to rounding, in this run."""
     observed, latent = (first.nodes[s.name] for s in (program.sites[0], program.latents[0]))
-    if not all(isinstance(base(n["fn"]), torch.distributions.Normal) for n in (observed, latent)):
+    of_observed, of_latent = base(observed["fn"]), base(latent["fn"])
+    if not all(isinstance(fn, torch.distributions.Normal) for fn in (of_observed, of_latent)):
         return False
     with torch.no_grad():
         loc, loading, noise = (first.nodes[name]["value"] for name in parts)
@@ -126,8 +126,10 @@ def _is_map(first: Trace, program: Program, parts: Parts, x: Tensor) -> bool:
         shapes = loc.shape == (n_tokens,) and loading.shape == (n_tokens, z.shape[1])
         if not shapes or noise.shape not in ((), (n_tokens,)):
             return False
-        prior_mean, prior_sd = (t.expand(latent["value"].shape)[some] for t in normal(latent))
-        mean, sd = (t.expand(x.shape)[some] for t in normal(observed))
+        prior_mean, prior_sd = (
+            t.expand(latent["value"].shape)[some] for t in (of_latent.loc, of_latent.scale)
+        )
+        mean, sd = (t.expand(x.shape)[some].to(x) for t in (of_observed.loc, of_observed.scale))
         miss = (mean - loc - z @ loading.mT).abs()
         near = miss <= CLOSE.get(x.dtype, 1e-4) * (loc.abs() + z.abs() @ loading.abs().mT + sd)
         told = bool(near.all()) and bool(

@@ -30,6 +30,7 @@ from bayes_mpt.program.affine.normals import (
 from bayes_mpt.program.affine.probes import N_CHECKS, affine_through, check_constant, probes_of, tolerance
 from bayes_mpt.program.affine.tokens import token_gaps
 from bayes_mpt.program.arguments import cycle, fill_all
+from bayes_mpt.program.batched import TOGETHER, Batched, vmapped
 from bayes_mpt.program.layout import flat, from_rows, token_values
 from bayes_mpt.program.program import Latent, Model, list_names
 from bayes_mpt.program.run import NODES, run
@@ -55,10 +56,11 @@ class Dense:
     def first_read_per_row(
         self, model: Model, args: tuple[Any, ...], structure: AffineForm
     ) -> tuple[AffineForm, DenseMap]:
-        for how in (structure._replace(at_once=True), structure._replace(mapped=True)):
-            together = _all_probes(model, args, how)
+        for batched in TOGETHER:
+            form = structure._replace(batched=batched)
+            together = _all_probes(model, args, form)
             if together is not None:
-                return how, together
+                return form, together
         return structure, _read_rows(model, args, structure)
 
 
@@ -129,9 +131,9 @@ def _read_rows(model: Model, args: tuple[Any, ...], structure: AffineForm) -> De
     probes = probes_of(structure, filled[0])  # (P, K)
     if not structure.n_latents:
         probes = probes[:1]  # one run is like another
-    if structure.at_once:
+    if structure.batched is Batched.PLATE:
         runs, trace = _run_at_once(model, filled, structure, probes)
-    elif structure.mapped:
+    elif structure.batched is Batched.VMAP:
         runs = _run_mapped(model, filled, structure, probes)
         with torch.no_grad():
             trace = run(model, filled, prior_means(structure, filled))
@@ -293,8 +295,7 @@ def _map_copies(
             _log_prior(trace, priors, 1, z)[0],
         )
 
-    with pyro.validation_enabled(False):  # a check would have to branch on its node
-        (loc, scale, latent_loc), roots, noise, log_prior = torch.vmap(alone)(values, z)
+    (loc, scale, latent_loc), roots, noise, log_prior = vmapped(alone)(values, z)
     return _Runs(loc, scale, latent_loc, roots, noise[0] if noise else None), log_prior, scales[0]
 
 
@@ -306,7 +307,7 @@ def _all_probes(model: Model, args: tuple[Any, ...], structure: AffineForm) -> D
     try:
         together = (
             _run_mapped(model, args, structure, probes)
-            if structure.mapped
+            if structure.batched is Batched.VMAP
             else _run_at_once(model, args, structure, probes)[0]
         )
     except Exception:  # written for one set of latents at a time

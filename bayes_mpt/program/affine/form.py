@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from bayes_mpt.program.batched import Batched
 from bayes_mpt.program.program import Latent, Model, ModelError, Observed, Program
 
 __all__ = ["AffineForm", "NotAffine", "Way"]
@@ -22,10 +23,8 @@ class AffineForm(NamedTuple):
     """Its tokens are all elements of its observed sites, also those of one event."""
     spread: Tensor
     """(K,) prior standard deviations of the latents in the first run: the unit of the probes."""
-    at_once: bool = False
-    """Where each row has a map: the program broadcasts over a plate of probes, so that one run reads them all."""
-    mapped: bool = False
-    """Where it does not broadcast (``theta[group]``): one run reads them all through `torch.vmap`."""
+    batched: Batched = Batched.LOOP
+    """Where each row has a map: how the program takes several probes."""
 
     @property
     def sites(self) -> tuple[Observed, ...]:

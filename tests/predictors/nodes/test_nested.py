@@ -144,7 +144,7 @@ def test_conditionals_and_chains():
         more[token] = True
         difference = given.log_joint(value, more) - given.log_joint(value, visible)
         np.testing.assert_allclose(step[:, token], difference[:, 0], atol=1e-9)
-    means = given.means(value, visible)[:, 0]
+    means = given.posterior(value, visible).tokens()[:, 0]
     chance = torch.where(value == 1, step, torch.log1p(-step.exp())).exp()[0, ~visible]
     np.testing.assert_allclose(means[0, ~visible], chance, atol=1e-6)
 

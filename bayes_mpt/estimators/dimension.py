@@ -1,107 +1,24 @@
-"""What a program is: it is run for the first time and its predictor chosen, or its dimension ranked before."""
+"""How many latent dimensions a factor model has, where none is named: those with the highest evidence."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
-import pyro
-import torch
 
 from bayes_mpt.evidence.laplace import laplace_proportional
 from bayes_mpt.evidence.laplace_incomplete import TooWideError, laplace_of_cells
-from bayes_mpt.predictors import Bound, Predictor, choose
-from bayes_mpt.predictors.base import Guide
 from bayes_mpt.predictors.gaussian.incomplete import constant_columns, pairs_of
-from bayes_mpt.predictors.gaussian.process import N_TRIAL_ROWS, is_gaussian_vector
 from bayes_mpt.predictors.gaussian.profile import NoiseFloorError, spectrum
-from bayes_mpt.predictors.self_predictive import sees_all
-from bayes_mpt.program.arguments import fill_all
-from bayes_mpt.program.program import Model
-from bayes_mpt.program.run import first_run
 from bayes_mpt.program.statistics import SufficientStatistics
-from bayes_mpt.program.store import OwnStore, State
-from bayes_mpt.warnings import AdviceWarning, SlowProgramWarning, UnboundedWarning, warn, warnings_of
+from bayes_mpt.warnings import AdviceWarning, UnboundedWarning, warn
 
-__all__ = ["MAX_INIT_ROWS", "bind", "choose_dimension"]
+__all__ = ["choose_dimension"]
 
-MAX_INIT_ROWS = 4096  # rows on which it is found out what a program is
-MAX_INIT_CELLS = 2**20  # of a table on which a program first runs, which initialises its parameters
-MAX_INIT_VECTOR = 1024  # rows of one Gaussian vector, which may mean a matrix of their square
 MAX_AUTO = 50  # latent dimensions that "auto" tries at most
 PATIENCE = 3  # dimensions beyond the best so far that are tried with missing cells
 STARTS = 2  # of a climb with missing cells, of each dimension
-
-
-def bind(
-    model: Model,
-    guide: Guide | None,
-    arguments: Callable[[Any], tuple[Any, ...]],
-    shape: tuple[int, int],
-    predictor: Predictor | str,
-    *,
-    takes_y: bool,
-    by_epochs: bool,
-    known: tuple[Bound, State] | None = None,
-) -> tuple[Bound, tuple[Any, ...]]:
-    """Run the program for the first time and choose its predictor; with what it is to be read on.
-
-    Parameters
-    ----------
-    model, guide : callable
-        The program, in a parameter store of its own.
-    arguments : callable
-        What the program is called with for some rows: an index of them.
-    shape : (N, T)
-        Of the table.
-    predictor : Predictor or "auto"
-        As in `BayesMPT`.
-    takes_y : bool
-        Whether there is a second argument: then all rows are read.
-    by_epochs : bool
-        Whether the rows are never read all at once.
-    known : tuple, optional
-        The predictor and the parameters of another fit of the same program, which holds for any rows.
-    """
-    n_rows, n_columns = shape
-    if takes_y:
-        args = arguments(slice(None))
-        with OwnStore():
-            vector = is_gaussian_vector(model, args)
-        if vector:
-            # Its covariance may be made whole: initial values from as many rows as that costs little, at random,
-            # since of a series the first rows are no sample.
-            some = torch.randperm(n_rows)[:MAX_INIT_VECTOR].sort().values.numpy()
-            first_run(model, fill_all(arguments(some)))
-            return choose(model, args, predictor=predictor, guide=guide), args
-    n_init = MAX_INIT_CELLS // n_columns
-    # "auto" begins with a run on all rows itself, if they are not too many
-    begins_whole = predictor == "auto" and not takes_y and n_rows <= min(n_init, MAX_INIT_ROWS)
-    if known is not None or (N_TRIAL_ROWS < min(n_rows, n_init) and not begins_whole):
-        # Initial values from all rows, or a start that is a fit of its own (EM) would be one to the first rows
-        # only. A program that cannot run says why below.
-        with suppress(Exception):
-            first_run(sees_all(model), fill_all(arguments(slice(n_init))))
-    args = arguments(slice(MAX_INIT_ROWS))
-    if known is not None and _same_shapes(known[1]):
-        found = known[0]
-    else:
-        found = choose(model, args, predictor=predictor, guide=guide)
-    if n_rows > MAX_INIT_ROWS and not (found.structure.scores_input and found.structure.dense):
-        args = arguments(slice(None))
-        if not (found.structure.scores_input or found.structure.serves_any_rows) and not by_epochs:
-            with warnings_of(silent=(SlowProgramWarning,)):  # said above
-                found = choose(model, args, predictor=predictor, guide=guide)
-    return found, args
-
-
-def _same_shapes(state: State) -> bool:
-    """Whether the store holds parameters of these names and shapes."""
-    here = dict(pyro.get_param_store().named_parameters())
-    return {n: v.shape for n, v in state.items()} == {n: v.shape for n, v in here.items()}
 
 
 def choose_dimension(model: Any, statistics: SufficientStatistics) -> tuple[Any, int, dict[int, float], bool]:

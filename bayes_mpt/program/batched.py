@@ -1,8 +1,13 @@
-"""Runs of a program at several values of its latents in one, where it does not broadcast over them: by `torch.vmap`."""
+"""A program at many values of something: on a leading plate, else by `torch.vmap`, else one run after another.
+
+Which of them a program takes is found out by trying a few values, together and apart.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from enum import Enum
 from typing import Any
 
 import pyro
@@ -11,10 +16,57 @@ from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-__all__ = ["MappedEnumeration", "Tensors", "run_mapped"]
+__all__ = ["TOGETHER", "Batched", "MappedEnumeration", "Tensors", "found_out", "run_mapped", "vmapped"]
 
 Tensors = dict[str, tuple[Tensor, int]]
 """What is taken out of a run, by name: (enumerated..., plates..., right...), and how many axes are right of plates."""
+
+
+class Batched(Enum):
+    """How a program takes several values."""
+
+    PLATE = "on a plate left of its own: it broadcasts over leading batch dimensions"
+    VMAP = "by torch.vmap: it does not (x @ w, locs[z])"
+    LOOP = "one run after another"
+
+
+TOGETHER = (Batched.PLATE, Batched.VMAP)
+"""The ways of one run, the cheaper first."""
+
+
+def found_out(same: Callable[[Batched], bool], ways: Sequence[Batched] = TOGETHER) -> Batched:
+    """The first of these ways in which a few values give together what they give apart; a loop if none does.
+
+    Parameters
+    ----------
+    same : callable
+        Whether they do in this way. What it raises says that they do not: nobody knows what a program that was written
+        for one value does with several.
+    ways : sequence of Batched
+        That are tried.
+
+    Examples
+    --------
+    >>> w = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    >>> apart = torch.stack([torch.ones(2) @ each for each in w])
+    >>> found_out(lambda way: torch.equal(torch.ones(2) @ w if way is Batched.PLATE else apart, apart)).name
+    'VMAP'
+    """
+    for way in ways:
+        with suppress(Exception):
+            if same(way):
+                return way
+    return Batched.LOOP
+
+
+def vmapped(alone: Callable[..., Any], in_dims: Any = 0, randomness: str = "error") -> Callable[..., Any]:
+    """`torch.vmap` of a function that runs a program."""
+
+    def together(*values: Any) -> Any:
+        with pyro.validation_enabled(False):  # a check would have to branch on its values
+            return torch.vmap(alone, in_dims, randomness=randomness)(*values)
+
+    return together
 
 
 def run_mapped(
@@ -61,9 +113,7 @@ def run_mapped(
         right.update({name: n for name, (_, n) in found.items()})
         return {name: t[(None,) * (depth + 1 + n - t.ndim)] for name, (t, n) in found.items()}
 
-    # a check would have to branch on its node; what is drawn here is drawn for each node
-    with pyro.validation_enabled(False):
-        found = torch.vmap(one, randomness="different")(values)
+    found = vmapped(one, randomness="different")(values)  # what is drawn here is drawn for each node
     return kept[0], {name: _placed(t, depth + right[name]) for name, t in found.items()}
 
 
