@@ -48,6 +48,7 @@ __all__ = ["AdaptiveNodes", "LaplaceApproximation", "degrees_of", "hermite", "lo
 
 SURE = 1e-12  # of a log-density: what its last digits say
 SURE_OF_NODES = 1e-9  # the same where rows are integrated by nodes that move
+SURE_OF_DRAWS = 1e-4  # and where these are draws: slopes leave out that they move
 MAX_STEPS = 100
 N_START_DRAWS = 9
 FARTHEST_START = 20.0  # of a latent that is not free: half of Gamma(0.001, 0.001) lies below e^-700
@@ -92,7 +93,7 @@ class AdaptiveNodes:
         with own_random_state():
             trace = run(model, filled, first)
         self._last: tuple[torch.Size, Tensor] | None = None
-        self._nearby = Nearby()
+        self.nearby = Nearby()
         self.model, self.program = model, program
         names, self._template = non_conjugate(model, args, program, first)
         self.rows = self._nested(args, filled, trace, names)
@@ -115,7 +116,9 @@ class AdaptiveNodes:
     @property
     def sure(self) -> float:
         """Of a log-density: what its last digits say."""
-        return SURE if self.rows is None else SURE_OF_NODES
+        if self.rows is None:
+            return SURE
+        return SURE_OF_NODES if self.rows.width <= MAX_HERMITE else SURE_OF_DRAWS
 
     @property
     def inside(self) -> str:
@@ -327,7 +330,7 @@ class AdaptiveNodes:
     def forget(self) -> None:
         """Look for the next modes from the start, not from the last ones."""
         self._last = None
-        self._nearby.forget()
+        self.nearby.forget()
         if self.rows is not None:
             self.rows.forget()
 
@@ -370,13 +373,14 @@ class AdaptiveNodes:
             shape, last = self._last or (None, None)
             last = last if shape == x.shape else None
             if held:
-                last = self._nearby.start(held, (len(x), self.space.width))
+                last = self.nearby.start(held, (len(x), self.space.width))
             nodes = torch.arange(n_nodes, device=x.device)
             u = self._stands(partial(log_prob, nodes=nodes), filled, last, n_nodes, bool(held))
-        found = newton(log_prob, u.expand(n_nodes, *u.shape[-2:]), MAX_STEPS, self.sure)
+        start_at = u.expand(n_nodes, *u.shape[-2:])
+        found = newton(log_prob, start_at, MAX_STEPS, self.sure, root_at_mode=not held)
         good = torch.isfinite(found.mode).all(-1).all(-1)
         if held:
-            self._nearby.keep(held, found.mode)
+            self.nearby.keep(held, found.mode)
         elif start is None and bool(good.any()):
             self._last = x.shape, found.mode[good].mean(0)
         return found

@@ -22,7 +22,16 @@ from bayes_mpt.predictors.nodes.conjugacy import prior_draws
 from bayes_mpt.predictors.nodes.given import Given, NodePosterior
 from bayes_mpt.predictors.nodes.nearby import Nearby
 from bayes_mpt.predictors.nodes.newton import LaplaceApproximation, newton
-from bayes_mpt.predictors.nodes.rules import MAX_HERMITE, ROW_DRAWS, ROW_NODES, far_rule, hermite, row_rule
+from bayes_mpt.predictors.nodes.rules import (
+    MAX_HERMITE,
+    ROW_DRAWS,
+    ROW_NODES,
+    Detail,
+    far_rule,
+    hermite,
+    row_rule,
+)
+from bayes_mpt.predictors.nodes.weighted import MIN_SHARE
 from bayes_mpt.program.batched import Batched, vmapped
 from bayes_mpt.program.factor_runs import read_factors
 from bayes_mpt.program.factors import Factors
@@ -65,7 +74,7 @@ class GroupNodes:
     """Nodes reach far, for tails that fall slowly."""
     _others: list[GroupNodes] = field(default_factory=list)
     """The same for other rows, asked for last."""
-    _nearby: Nearby = field(default_factory=Nearby)
+    nearby: Nearby = field(default_factory=Nearby)
     """The modes (S, B, d) that were found last."""
 
     batched = Batched.VMAP
@@ -91,9 +100,14 @@ class GroupNodes:
         return self.groups.names
 
     @property
+    def width(self) -> int:
+        """d, numbers of the widest group."""
+        return self.groups.width
+
+    @property
     def n_nodes(self) -> int:
         """Q, of each group."""
-        return len(self.rule(fine=False)[1])
+        return len(self.rule("usual")[1])
 
     @property
     def n_evaluations(self) -> int:
@@ -117,15 +131,15 @@ class GroupNodes:
         """The same after what is said of the other latents."""
         return self.why if self.alone else f"; given each of them, {self.why}"
 
-    def rule(self, fine: bool) -> tuple[Tensor, Tensor]:
+    def rule(self, detail: Detail) -> tuple[Tensor, Tensor]:
         """Points (Q, d) and log-weights (Q,) inside a group."""
         width = self.groups.width
         if not self.alone or width > MAX_HERMITE:
-            return row_rule(width, fine, self.far)
+            return row_rule(width, detail, self.far)
         n_nodes = ALONE[width]
-        if width == 1 and fine:
+        if width == 1 and detail == "fine":
             return far_rule(FINE_NODES)
-        return hermite(width, (2 * n_nodes if width <= 2 else n_nodes + 3) if fine else n_nodes)
+        return hermite(width, (2 * n_nodes if width <= 2 else n_nodes + 3) if detail == "fine" else n_nodes)
 
     def on(self, filled: tuple[Any, ...]) -> GroupNodes:
         """The same for these rows, which may belong to other groups."""
@@ -156,7 +170,7 @@ class GroupNodes:
 
     def forget(self) -> None:
         """Look for the next modes from the start, not from the last ones."""
-        self._nearby.forget()
+        self.nearby.forget()
 
     def given(self, args: tuple[Any, ...], filled: tuple[Any, ...], held: dict[str, Tensor]) -> NestedGroups:
         """The groups at S values (S, ...) of the other latents."""
@@ -197,10 +211,10 @@ class GroupNodes:
     ) -> LaplaceApproximation:
         """Mode and root of each group at each of S values of the others: (S, B, d), (S, B, d, d)."""
         fixed = {name: v.detach() for name, v in held.items()}
-        near = self._nearby.start(fixed, tuple(self.start.shape)) if held else None
+        near = self.nearby.start(fixed, tuple(self.start.shape)) if held else None
         found = self._climb(filled, fixed, self.start.expand(n_nodes, -1, -1) if near is None else near, seen)
         if held:
-            self._nearby.keep(fixed, found.mode)
+            self.nearby.keep(fixed, found.mode)
         return found
 
     def others_at(
@@ -218,22 +232,22 @@ class GroupNodes:
         def log_prob(u: Tensor, nodes: Tensor) -> Tensor:
             return self.log_joint(filled, {name: v[nodes] for name, v in held.items()}, u, seen)[0]
 
-        return newton(log_prob, u, MAX_STEPS, SURE)
+        return newton(log_prob, u, MAX_STEPS, SURE, root_at_mode=False)
 
 
 class NestedGroups(Given):
     """One vector of observations whose latents fall into groups that are independent given each node."""
 
     def __init__(
-        self, nodes: GroupNodes, filled: tuple[Any, ...], held: dict[str, Tensor], fine: bool = False
+        self, nodes: GroupNodes, filled: tuple[Any, ...], held: dict[str, Tensor], detail: Detail = "usual"
     ):
-        self.nodes, self.filled, self.held, self.fine = nodes.on(filled), filled, held, fine
+        self.nodes, self.filled, self.held, self.detail = nodes.on(filled), filled, held, detail
         self.n_nodes = len(next(iter(held.values()))) if held else 1
         self._last: Any = None
 
-    def refined(self, some: Tensor | slice = slice(None)) -> Given:
+    def with_detail(self, detail: Detail, some: Tensor | slice = slice(None)) -> Given:
         held = {name: v[some] for name, v in self.held.items()}
-        return NestedGroups(self.nodes, self.filled, held, fine=True)
+        return NestedGroups(self.nodes, self.filled, held, detail)
 
     def log_prior(self, x: Tensor) -> Tensor:
         if not bool(self.nodes.groups.normalised.all()):
@@ -292,8 +306,11 @@ class NestedGroups(Given):
         part = share.sqrt()  # where values are the n-th part of a node, their error falls with n^2 or faster
         n_values = (N_VALUES * part / part.sum()).round().clamp(min=1).long().tolist()
         generator = torch.Generator().manual_seed(0)
-        out = []
+        out: list[list[dict[str, Tensor]]] = []
         for s, n in enumerate(n_values):
+            if share[s] < MIN_SHARE:  # nobody asks
+                out.append([])
+                continue
             spread = _evenly(u[s : s + 1], within[s : s + 1], n)[0]  # (D, B, d)
             rank = torch.rand(*spread.shape[:2], generator=generator, dtype=torch.float64).argsort(0)
             spread = spread.gather(0, rank[..., None].expand_as(spread).to(u.device))
@@ -327,7 +344,7 @@ class NestedGroups(Given):
     def _chunks(self) -> list[slice]:
         """Of the S nodes, as many as memory will bear at a time."""
         per_node = len(self.nodes.groups.token) + len(self.nodes.groups.latent)
-        step = max(1, CELLS // (per_node * self.nodes.n_nodes * (FINER if self.fine else 1)))
+        step = max(1, CELLS // (per_node * len(self.nodes.rule(self.detail)[1])))
         return [slice(i, i + step) for i in range(0, self.n_nodes, step)]
 
     def _placed(self, seen: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor]:
@@ -335,7 +352,7 @@ class NestedGroups(Given):
         held = {name: v[part] for name, v in self.held.items()}
         n_nodes = len(range(*part.indices(self.n_nodes)))
         mode, root = self.nodes.locate(self.filled, held, n_nodes, seen)
-        t, log_w = (a.to(mode) for a in self.nodes.rule(self.fine))  # (Q, d), (Q,)
+        t, log_w = (a.to(mode) for a in self.nodes.rule(self.detail))  # (Q, d), (Q,)
         u = mode[:, None] + (root[:, None] @ t[:, None, :, None])[..., 0]
         each = {name: v.repeat_interleave(len(t), 0) for name, v in held.items()}
         by_group, rest = self.nodes.log_joint(self.filled, each, u.flatten(0, 1), seen)

@@ -15,10 +15,12 @@ from bayes_mpt.predictors.nodes.given import (
     NestedRows,
     PlacedRows,
 )
+from bayes_mpt.predictors.nodes.nearby import Nearby
 from bayes_mpt.predictors.nodes.rules import (
     MAX_HERMITE,
     ROW_DRAWS,
     ROW_NODES,
+    Detail,
     row_rule,
 )
 from bayes_mpt.predictors.nodes.weighted import constrained
@@ -114,9 +116,14 @@ class RowNodes:
         return f"; given each of them, rows by themselves: {self.why}"
 
     @property
+    def width(self) -> int:
+        """d, numbers of a row."""
+        return self.adaptive.space.width
+
+    @property
     def n_nodes(self) -> int:
         """Q, of each row."""
-        return len(row_rule(self.adaptive.space.width, False, self.far)[1])
+        return len(row_rule(self.width, "usual", self.far)[1])
 
     @property
     def why(self) -> str:
@@ -150,6 +157,11 @@ class RowNodes:
         """The same with nodes that reach farther; None where there are none."""
         return replace(self, far=True) if self.adaptive.space.width == 1 and not self.far else None
 
+    @property
+    def nearby(self) -> Nearby:
+        """The modes that were found last."""
+        return self.adaptive.nearby
+
     def forget(self) -> None:
         """Look for the next modes from the start, not from the last ones."""
         self.adaptive.forget()
@@ -159,14 +171,14 @@ class RowNodes:
         args: tuple[Any, ...],
         filled: tuple[Any, ...],
         held: dict[str, Tensor],
-        fine: bool,
+        detail: Detail,
         x: Tensor,
         visible: Tensor,
     ) -> PlacedRows:
         """Q nodes for each of S nodes of the data set and each row, for what is visible (N, T) of it."""
         at, width = self.adaptive, self.adaptive.space.width
         n_nodes, n_rows = len(next(iter(held.values()))), len(x)
-        t, log_w = row_rule(width, fine, self.far)
+        t, log_w = row_rule(width, detail, self.far)
         t, log_w = t.to(x), log_w.to(x)  # (Q, d), (Q,)
         if not width:
             u = x.new_zeros(n_nodes, n_rows, 0)
