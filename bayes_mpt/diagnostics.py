@@ -18,9 +18,9 @@ __all__ = [
     "few_replicates",
     "log_mean",
     "pareto_k",
-    "widening_of",
     "partition_error",
     "replicate_error",
+    "widening_of",
 ]
 
 MIN_TAIL = 20  # weights to fit a tail to

@@ -9,7 +9,7 @@ Dirichlet(0.01) that leaves out two thirds of a corner.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,8 +30,8 @@ class Sticks(Transform):
     ['1.9e-44', '1', '3.7e-44']
     """
 
-    domain: ClassVar[Any] = constraints.real_vector
-    codomain: ClassVar[Any] = constraints.simplex
+    domain = constraints.real_vector
+    codomain = constraints.simplex
     bijective = True
 
     def __eq__(self, other: object) -> bool:
