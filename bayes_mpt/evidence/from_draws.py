@@ -373,7 +373,7 @@ def _bridged(joint: _LogJoint, u: Array, rng: np.random.Generator) -> DrawsEvide
             f"the two halves of the chains differ by {split:.2f} nats, more than their errors allow: run them longer"
         )
     if flags:
-        warn(f"the evidence from these draws is not to be trusted: {'; '.join(flags)}", DrawsWarning)
+        warn(f"the evidence from these draws is unreliable: {'; '.join(flags)}", DrawsWarning)
     program = joint.adaptive.program
     return DrawsEvidence(
         found.log_z + inside,

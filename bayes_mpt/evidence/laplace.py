@@ -78,7 +78,9 @@ def laplace_proportional(
     return _around_orbit(factors, n_rows, share)
 
 
-def laplace_diagonal(cov: Array | Covariance, n_rows: int, n_latents: int) -> LaplaceEvidence:
+def laplace_diagonal(
+    cov: Array | Covariance, n_rows: int, n_latents: int, near: Array | None = None
+) -> LaplaceEvidence:
     """A noise variance of its own for each token (factor analysis), expanded at its maximum a posteriori.
 
     The prior keeps the expansion away from zero variances (Heywood cases), at which maximum likelihood often ends.
@@ -91,10 +93,14 @@ def laplace_diagonal(cov: Array | Covariance, n_rows: int, n_latents: int) -> La
         N.
     n_latents : int
         K.
+    near : array of shape (T,), optional
+        Noise variances at the maximum of the likelihood of these rows, near which that of the posterior is sought
+        first.
     """
     cov = _covariance(cov)
     variance = cov.variances
-    factors = diagonal(cov, n_latents, prior=Prior(NOISE_SHAPE, NOISE_SHAPE / variance, n_rows))
+    prior = Prior(NOISE_SHAPE, NOISE_SHAPE / variance, n_rows)
+    factors = diagonal(cov, n_latents, near=near, prior=prior)
     return _around_orbit(factors, n_rows, factors.noise / variance)
 
 

@@ -18,7 +18,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import eigh, svd
-from scipy.linalg.lapack import dpotrf, dpotrs
 
 from bayes_mpt.predictors.gaussian.by_rows import maximise_by_rows
 from bayes_mpt.predictors.gaussian.factors import (
@@ -29,6 +28,8 @@ from bayes_mpt.predictors.gaussian.factors import (
     Prior,
     least_noise,
 )
+from bayes_mpt.predictors.gaussian.modes import highest
+from bayes_mpt.predictors.gaussian.newton import newton
 from bayes_mpt.program.statistics import Covariance
 
 __all__ = [
@@ -44,8 +45,6 @@ __all__ = [
 
 Array = NDArray[np.float64]
 
-LONGEST_STEP = 3.0
-NEAR_FLOOR = 3.0  # of log psi
 ROUNDING = float(np.finfo(np.float64).eps)
 MIN_EIGENVALUE_RATIO = (
     1e-9  # of the largest eigenvalue of a squared matrix: smaller ones have lost too many digits
@@ -163,6 +162,7 @@ def diagonal(
     n_latents: int,
     *,
     start: Array | None = None,
+    near: Array | None = None,
     prior: Prior | None = None,
     max_iter: int = 1000,
     tol: float = 1e-10,
@@ -208,135 +208,17 @@ def diagonal(
         factors = maximise_by_rows(rows, n_latents, given, scaled, max_iter, tol)
     else:
         corr = cov.dense() / sd / sd[:, None]
-        log_start = np.log(_unexplained(corr)) if given is None else given
-        log_noise, top, n_iter = _newton(corr, n_latents, log_start, scaled, max_iter, tol)
-        if prior is None:
-            log_noise, top = _at_bounds(corr, n_latents, log_noise, top, tol)
-        value, vectors, _ = top.spectrum
-        theta, vectors = np.maximum(value[:n_latents], 1.0), vectors[:, :n_latents]
-        factors = Factors(float(top.lml), np.exp(log_noise), theta, vectors, n_iter)
+        if given is None:
+            close = None if near is None else np.clip(np.log(near / sd**2), *BOUNDS)
+            factors = highest(corr, n_latents, scaled, max_iter, tol, close)
+        else:
+            top, n_iter = newton(corr, n_latents, given, scaled, max_iter, tol)
+            factors = top.factors(n_iter)
     floor = np.flatnonzero(np.log(factors.noise) <= BOUNDS[0] + 1e-3)
     if prior is None and refuse and len(floor):
         if np.linalg.eigvalsh(cov.among(floor) / sd[floor] / sd[floor, None])[0] < 1e-7:
             raise NoiseFloorError(list(floor))
     return factors._replace(lml=float(factors.lml - np.log(sd).sum()), noise=factors.noise * sd**2)
-
-
-class _Profile:
-    """LML a row at the best loadings as a function of log psi, with its derivatives."""
-
-    def __init__(self, corr: Array, n_latents: int, log_noise: Array):
-        root = np.exp(-0.5 * log_noise)
-        value, vectors = np.linalg.eigh(corr * root * root[:, None])  # the smallest first
-        self.spectrum = Spectrum(value[::-1], vectors[:, ::-1], len(corr))
-        # theta_k = lambda_k for the latents that are used, 1 for all other directions
-        n_used = int((self.spectrum.value[:n_latents] > 1).sum())
-        n_rest = len(corr) - n_used
-        self.rest, self.used = value[:n_rest], value[n_rest:]  # lambda_m, lambda_k
-        self.v, self.u = vectors[:, :n_rest], vectors[:, n_rest:]
-        self.lml = -0.5 * (
-            len(corr) * LOG_2PI + log_noise.sum() + np.log(self.used).sum() + n_used + self.rest.sum()
-        )
-
-    def slope(self) -> Array:
-        """(T,) d LML / d log psi_i = -1/2 sum_m (1 - lambda_m) v_im^2, m over the unused directions."""
-        return -0.5 * self.v**2 @ (1 - self.rest)
-
-    def curvature(self) -> Array:
-        """Minus the Hessian (T, T) in log psi (Jennrich & Robinson 1969), k over the used directions.
-
-        1/2 (sum_m lambda_m v_im v_jm) (sum_m v_im v_jm)
-            + 1/2 sum_{k, m} (lambda_k + lambda_m)(1 - lambda_m) / (lambda_k - lambda_m) u_ik u_jk v_im v_jm
-        """
-        used, rest, u, v = self.used, self.rest, self.u, self.v
-        hessian = 0.5 * ((v * rest) @ v.T) * (v @ v.T)
-        if len(used):
-            gap = np.maximum(used[:, None] - rest, 1e-12)
-            weight = 0.5 * (used[:, None] + rest) * (1 - rest) / gap  # (K, T - K)
-            pairs = (u[:, :, None] * v[:, None, :]).reshape(len(u), -1)
-            hessian += (pairs * weight.ravel()) @ pairs.T
-        return hessian
-
-
-def _newton(
-    corr: Array, n_latents: int, log_noise: Array, prior: Prior | None, max_iter: int, tol: float
-) -> tuple[Array, _Profile, int]:
-    """Maximise the profile within bounds by Newton steps, damped as by Levenberg and Marquardt.
-
-    Steps are taken in psi^1/2, where a maximum at zero variance (Heywood) is one step away and not infinitely far;
-    with a prior, which keeps away from zero, in log psi.
-    """
-    low, high = BOUNDS
-
-    def loss_at(log_noise: Array) -> tuple[float, _Profile]:
-        profile = _Profile(corr, n_latents, log_noise)
-        loss = -profile.lml
-        if prior is not None:
-            # log p(log psi) = a log psi - b psi + const, a row's share of it
-            loss -= float((prior.shape * log_noise - prior.rate * np.exp(log_noise)).sum()) / prior.n_rows
-        return loss, profile
-
-    damping = 1e-2
-    loss, profile = loss_at(log_noise)
-    for iteration in range(1, max_iter + 1):
-        slope, curvature = -profile.slope(), profile.curvature()
-        if prior is not None:
-            ratio = prior.rate * np.exp(log_noise)
-            slope -= (prior.shape - ratio) / prior.n_rows
-            curvature.flat[:: len(slope) + 1] += ratio / prior.n_rows
-        else:  # d = 2 (change of psi^1/2) / psi^1/2 has the slope of log psi and half of it less curvature
-            curvature.flat[:: len(slope) + 1] -= slope / 2
-        free = ~((log_noise <= low) & (slope > 0) | (log_noise >= high) & (slope < 0))
-        if not free.any() or np.abs(slope[free]).max() < 1e-8:
-            return log_noise, profile, iteration
-        if not free.all():
-            curvature, slope = curvature[np.ix_(free, free)], slope[free]
-        unit = np.maximum(np.abs(curvature.diagonal()), 1e-8)
-        while True:
-            damped = curvature.copy()
-            damped.flat[:: len(unit) + 1] += damping * unit
-            factor, not_positive = dpotrf(damped, lower=1)
-            step = np.zeros_like(log_noise)
-            if not not_positive:
-                step[free] = -dpotrs(factor, slope, lower=1)[0]
-            if not_positive or np.abs(step).max() > LONGEST_STEP:
-                damping = max(4 * damping, 1e-3)
-                continue
-            moved = step if prior is not None else 2 * np.log(np.maximum(1 + step / 2, 1e-6))
-            trial = np.minimum(np.maximum(log_noise + moved, low), high)
-            change = (trial - log_noise)[free]
-            if prior is None:
-                change = 2 * np.expm1(change / 2)
-            expected = -float(slope @ change + change @ curvature @ change / 2)
-            if expected < 1e-3 * tol * (1 + abs(loss)):  # nothing left that could be told from rounding
-                return log_noise, profile, iteration
-            new_loss, new_profile = loss_at(trial)
-            gain = loss - new_loss
-            if gain > 1e-4 * expected:
-                break
-            damping *= 8
-        if gain > 0.75 * expected:
-            damping /= 10
-        elif gain < 0.25 * expected:
-            damping *= 4
-        log_noise, loss, profile = trial, new_loss, new_profile
-        if gain < tol * (1 + abs(loss)):
-            return log_noise, profile, iteration
-    return log_noise, profile, max_iter
-
-
-def _at_bounds(
-    corr: Array, n_latents: int, log_noise: Array, top: _Profile, tol: float
-) -> tuple[Array, _Profile]:
-    """Noises that go to their floor, there: on the last way to it no step gains what could be told from rounding."""
-    near = (log_noise > BOUNDS[0]) & (log_noise < BOUNDS[0] + NEAR_FLOOR) & (top.slope() < 0)
-    if not near.any():
-        return log_noise, top
-    moved = np.where(near, BOUNDS[0], log_noise)
-    there = _Profile(corr, n_latents, moved)
-    # the slope tells that it gains; of the greatest eigenvalue, about 1 / psi, the LML has its rounding
-    lost = tol * (1 + abs(top.lml)) + ROUNDING * len(corr) * there.spectrum.value[0]
-    return (moved, there) if there.lml > top.lml - lost else (log_noise, top)
 
 
 def _root(cov: Array) -> tuple[Array, int]:
@@ -346,10 +228,3 @@ def _root(cov: Array) -> tuple[Array, int]:
     value, vector = eigh(cov / unit / unit[:, None], driver="evd", check_finite=False)
     kept = value > 1e-13 * len(cov) * max(value[-1], 0.0)
     return unit[:, None] * vector * np.sqrt(np.where(kept, value, 0.0)), int(kept.sum())
-
-
-def _unexplained(corr: Array) -> Array:
-    """1 / diag(R^-1): the variance that a regression on the other tokens leaves; a ridge where R is singular."""
-    value, vector = np.linalg.eigh(corr)
-    value = np.maximum(value, 1e-3)
-    return np.clip(1 / (vector**2 @ (1 / value)), 1e-3, 1.0)

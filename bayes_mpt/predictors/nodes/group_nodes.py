@@ -51,7 +51,7 @@ SURE = 1e-12  # of a log-density: what its last digits say
 FINER = 5  # times as many nodes, at the most
 CELLS = 2**20  # log-densities of tokens at a time, where no gradient needs them all
 N_VALUES = 256  # of the effects, over all nodes of the others, for predictions
-MOST_STRETCHED = 10.0  # values that lie in a plane are left as they are
+MAX_STRETCH = 10.0  # values that lie in a plane are left as they are
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
@@ -471,7 +471,7 @@ def _evenly(u: Tensor, share: Tensor, n: int) -> Tensor:
     eye = torch.eye(u.shape[-1], dtype=u.dtype, device=u.device)
     root = torch.where(well[..., None, None], root, eye)
     stretch = torch.where(well[..., None, None], target, eye) @ torch.linalg.inv(root)
-    stretch = torch.where((stretch.abs().amax((-2, -1)) < MOST_STRETCHED)[..., None, None], stretch, eye)
+    stretch = torch.where((stretch.abs().amax((-2, -1)) < MAX_STRETCH)[..., None, None], stretch, eye)
     return mean + (stretch[:, None] @ here[..., None])[..., 0]
 
 

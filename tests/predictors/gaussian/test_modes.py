@@ -1,0 +1,111 @@
+"""The highest of several maxima: against a quasi-Newton method from 20 random starts, of tables of every kind."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy.optimize import minimize
+
+from bayes_mpt.predictors.gaussian.profile import Prior, diagonal
+from bayes_mpt.program.statistics import Covariance
+
+KINDS = (
+    "strong",
+    "weak",
+    "few rows",
+    "beyond Ledermann",
+    "simple structure",
+    "far rows",
+    "fewer rows than columns",
+)
+N_TABLES = 4  # of each kind
+STARTS = 20
+WITHIN = 0.1  # nats
+
+
+def drawn(kind, index):
+    """Rows (N, T) of a factor model, and how many latents are fitted: up to three fewer or two more than there are."""
+    rng = np.random.default_rng([KINDS.index(kind), index, 5])
+    t, k, n = int(rng.integers(10, 20)), int(rng.integers(2, 7)), int(rng.integers(200, 1000))
+    fitted = max(1, k + int(rng.integers(-3, 3)))
+    signal = {"strong": 1.0, "weak": 0.35}.get(kind, rng.uniform(0.4, 1.2))
+    if kind == "few rows":
+        n = int(rng.integers(22, 60))
+    if kind == "beyond Ledermann":
+        t = int(rng.integers(5, 10))
+        fitted = min(t - 2, math.ceil((2 * t + 1 - math.sqrt(8 * t + 1)) / 2) + int(rng.integers(0, 2)))
+    if kind == "fewer rows than columns":
+        t, n = 24, 18
+        fitted = min(fitted, 4)
+    loading = signal * rng.normal(size=(t, k))
+    if kind == "simple structure":
+        loading *= rng.integers(0, k, t)[:, None] == np.arange(k)
+    noise = np.exp(rng.uniform(math.log(0.3), math.log(3), t))
+    x = rng.normal(size=(n, k)) @ loading.T + np.sqrt(noise) * rng.normal(size=(n, t))
+    if kind == "far rows":
+        x /= np.sqrt(rng.chisquare(4, size=(n, 1)) / 4)
+    return x, fitted
+
+
+def best_of_random(cov, n_rows, k, prior, rng):
+    """Nats, of all rows: the log-density at the best noises that 20 climbs find, and its prior."""
+    t, variance = len(cov), np.diag(cov)
+    corr = cov / np.sqrt(np.outer(variance, variance))
+
+    def loss_and_slope(log_share):
+        share = np.exp(log_share)
+        value, u = np.linalg.eigh(corr / np.sqrt(np.outer(share, share)))
+        theta = np.where(np.arange(t) >= t - k, np.maximum(value, 1.0), 1.0)
+        loss = 0.5 * (log_share.sum() + (np.log(theta) + value / theta).sum())
+        # d loss / d log psi_i = 1/2 (1 - sum_j u_ij^2 lambda_j / theta_j)
+        slope = 0.5 * (1 - u**2 @ (value / theta))
+        if prior:
+            loss -= (2 * log_share - 2 * share).sum() / n_rows
+            slope -= (2 - 2 * share) / n_rows
+        return loss, slope
+
+    least = np.inf
+    for i in range(STARTS):
+        start = rng.uniform(math.log(1e-3), 0, t) if i % 2 else np.log(rng.uniform(0.02, 1, t))
+        found = minimize(
+            loss_and_slope,
+            start,
+            jac=True,
+            method="L-BFGS-B",
+            bounds=[(math.log(1e-8), 10)] * t,
+            options={"maxiter": 300, "ftol": 1e-11, "gtol": 1e-7},
+        )
+        least = min(least, found.fun)
+    own = 2 * np.log(variance).sum() if prior else 0.0  # 2 log psi of the prior
+    return -n_rows * (least + 0.5 * (t * math.log(2 * math.pi) + np.log(variance).sum())) + own
+
+
+def density(cov, n_rows, factors, prior):
+    """The same of factors, by the dense covariance."""
+    model = np.diag(factors.noise) + factors.loading @ factors.loading.T
+    value = (
+        -0.5 * n_rows * (np.linalg.slogdet(2 * math.pi * model)[1] + np.trace(np.linalg.solve(model, cov)))
+    )
+    if prior:
+        share = factors.noise / np.diag(cov)
+        value += (2 * np.log(factors.noise) - 2 * share).sum()
+    return value
+
+
+def below_best(kind, index, prior):
+    """Nats by which what we find lies below the best of 20."""
+    x, k = drawn(kind, index)
+    n, cov = len(x), np.cov(x.T, bias=True)
+    of_noise = Prior(2.0, 2.0 / np.diag(cov), n) if prior else None
+    found = diagonal(Covariance(cov), k, prior=of_noise, refuse=False)
+    best = best_of_random(cov, n, k, prior, np.random.default_rng(index))
+    return best - density(cov, n, found, prior)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prior", [False, True], ids=["likelihood", "posterior"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_the_best_of_many_starts(kind, prior):
+    below = np.array([below_best(kind, index, prior) for index in range(N_TABLES)])
+    assert (below <= WITHIN).sum() >= N_TABLES - 1, below
+    assert np.median(below) <= 1e-3, below
