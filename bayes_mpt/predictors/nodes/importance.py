@@ -233,7 +233,9 @@ class _AroundMode(NodeSource):
             for _ in range(N_WIDENINGS if part > MIN_SHARE else 0):
                 half = torch.randn(n_pairs, *mode.shape, dtype=mode.dtype).to(mode)
                 try:
-                    next_one = self.adaptive.refine_gaussian(args, value, visible, near, torch.cat([half, -half]))
+                    next_one = self.adaptive.refine_gaussian(
+                        args, value, visible, near, torch.cat([half, -half])
+                    )
                 except torch.linalg.LinAlgError:  # at one of the draws: the Gaussian before does
                     break
                 if not all(bool(t.isfinite().all()) for t in next_one):
