@@ -6,7 +6,8 @@ in one of nine tables. So
 
 1. two climbs, from starts that have little in common, the second given up where it comes to the end of the first or is
    behind it after some steps. They climb the posterior under a prior that keeps noises from zero, whose maxima are
-   fewer, and of which the likelihood's is a few steps away;
+   fewer, and of which the likelihood's is a few steps away. One is enough where every column has noise and no
+   direction is left that another latent would take;
 2. where these end apart, or a noise is all but zero and the spectrum has no clear gap at K, an exchange: from the
    maximum of one latent more one is left out, or to the maximum of one latent less the next direction is added, as in
    the selection of variables, until nothing is gained.
@@ -30,6 +31,7 @@ Array = NDArray[np.float64]
 FAINT = 0.1  # of a column's variance: a noise below it may belong to a lower maximum
 LEAST = 1e-3  # of a column's variance: noise to start from
 LEAST_NEAR = 0.02  # as above, of the start near a given maximum
+LEFT_OUT = 2.0  # lambda_K+1 below which no latent is missing
 CLEAR = 10.0  # (lambda_K - 1) / (lambda_K+1 - 1) from which on the spectrum has a gap at K
 ZERO = 5e-3  # of a column's variance: noises that are zero leave a gap that says nothing
 SOFT_SHAPE, SOFT_ROWS = 2.0, 1000  # psi_i ~ Gamma(2, 2), as if the table had so many rows
@@ -114,8 +116,9 @@ def _of_two(climbs: _Climbs, n_latents: int) -> tuple[Profile, bool]:
     if climbs.prior is None:
         prior = Prior(SOFT_SHAPE, np.full(len(corr), SOFT_SHAPE), SOFT_ROWS)
         soft = _Climbs(corr, prior, climbs.max_iter, ROUGH)
-    first = soft.to(n_latents, _by_regression(corr))
-    second = soft.to(n_latents, _by_components(corr, n_latents), first)
+    first = second = soft.to(n_latents, _by_regression(corr))
+    if not (_is_plain(first.log_noise) and (first.value[n_latents:] < LEFT_OUT).all()):
+        second = soft.to(n_latents, _by_components(corr, n_latents), first)
     top = min(first, second, key=lambda p: p.loss)
     faint = not _is_plain(top.log_noise)
     if soft is not climbs:

@@ -23,6 +23,7 @@ NEAR_FLOOR = 3.0  # of log psi
 ROUNDING = float(np.finfo(np.float64).eps)
 SAME = 0.2  # of log psi, where psi is above LEAST_TOLD: two climbs that are as near end at one maximum
 LEAST_TOLD = 1e-3
+LAST = 1e-2  # times the root of the tolerance, relative: a step that gains less is the last, if it keeps its promise
 GIVE_UP = 12  # steps after which a climb that is still below a known maximum ends
 
 
@@ -198,7 +199,9 @@ def _climb(
         elif gain < 0.25 * expected:
             damping *= 4
         here = there
-        if gain < tol * (1 + abs(loss)):
+        # where a step gains what was expected, the next is to gain about its square
+        done = expected < LAST * math.sqrt(tol) * (1 + abs(loss)) and abs(gain / expected - 1) < 0.1
+        if gain < tol * (1 + abs(loss)) or (done and damping < 1e-3):
             return here, iteration
     return here, max_iter
 
