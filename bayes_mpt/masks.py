@@ -12,7 +12,7 @@ written on them: ``is_lml``.
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from numbers import Integral, Real
 from typing import Any, ClassVar, NamedTuple
 
@@ -67,7 +67,7 @@ def torch_generator(random_state: RandomState) -> torch.Generator:
     return generator
 
 
-class Policy(BaseEstimator):
+class Policy(BaseEstimator, ABC):
     """A rule for drawing masks: abstract; subclasses give `draw`."""
 
     chains: ClassVar[bool] = False

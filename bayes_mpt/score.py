@@ -28,8 +28,9 @@ from bayes_mpt.masks import (
     require_lml,
     torch_generator,
 )
-from bayes_mpt.predictors import Batch, Bound, Conditionals, Evidence, Objective, Predictor, choose
+from bayes_mpt.predictors import Batch, Conditionals, Evidence, Objective, Predictor, choose
 from bayes_mpt.predictors.base import CHUNK
+from bayes_mpt.predictors.objective import chains_unless_own
 from bayes_mpt.predictors.own_order import own_order, refuse_masks
 from bayes_mpt.predictors.self_predictive import OWN_MASKS
 from bayes_mpt.program.program import Model, Order, list_names
@@ -42,7 +43,6 @@ __all__ = [
     "Curve",
     "RateCurve",
     "ScoreEstimate",
-    "chains_unless_own",
     "estimate",
     "fixed_rate_bias",
 ]
@@ -158,15 +158,22 @@ def estimate(
             scores = torch.stack([by_row for by_row, _ in both])  # (R, N)
             found = _of_replicates(scores, {})
         curve = _curve(some, x.new_ones(len(x)) if weight is None else weight, draws, known)
-    structure = read.structure
+    return _estimate(read, found, curve, n_replicates, repr(masks))
+
+
+def _estimate(
+    read: Conditionals, found: Evidence, curve: Curve | None, n_replicates: int, masks: str, **more: Any
+) -> ScoreEstimate:
+    """What was found, with what was integrated and how."""
     return ScoreEstimate(
         found.by_row.double().cpu().numpy(),
         found.se,
         curve,
-        structure.latent_names,
-        structure.parameters,
+        read.structure.latent_names,
+        read.structure.parameters,
         exact=found.exact,
-        diagnostics={"n_replicates": n_replicates, "masks": repr(masks), "totals": None, **found.diagnostics},
+        diagnostics={"n_replicates": n_replicates, "masks": masks, "totals": None, **found.diagnostics},
+        **more,
     )
 
 
@@ -177,20 +184,12 @@ def _in_own_order(read: Conditionals, masks: Policy, order: Order) -> ScoreEstim
         refuse_masks(f"{masks!r}")
     found, tokens = read.evidence(), own_order(read)
     steps = read.chain(tokens, _ends(tokens.shape[1]))[0][:, tokens[0]]
-    structure = read.structure
-    return ScoreEstimate(
-        found.by_row.double().cpu().numpy(),
-        found.se,
+    return _estimate(
+        read,
+        found,
         None,
-        structure.latent_names,
-        structure.parameters,
-        exact=found.exact,
-        diagnostics={
-            "n_replicates": 1,
-            "masks": "the program's own order",
-            "totals": None,
-            **found.diagnostics,
-        },
+        1,
+        "the program's own order",
         prequential=steps.double().cpu().numpy(),
         given=order.given,
     )
@@ -339,11 +338,6 @@ def _bias(read: Conditionals, rate: float, n_masks: int, random_state: RandomSta
 
 
 # --------------------------------------------------------------------------------------------------------- the loss
-
-
-def chains_unless_own(bound: Bound) -> Policy | None:
-    """Masks of steps where none are named: chains; None, its own, of a network."""
-    return None if bound.structure.takes_visible else PermutationChain()
 
 
 @methods_take_turns()

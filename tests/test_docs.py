@@ -84,3 +84,14 @@ def test_the_page_of_the_gpu_gives_the_measured_figures():
     assert shown == [round(ratio[case], 2) for case in cases]
     fit = {r["n"]: r["fit_s"] for r in rows if "fit_s" in r}
     assert f"{fit[100_000]:.1f} seconds for 100 000 points, {fit[1_000_000]:.0f} seconds" in page
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "docs" / "fit.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name
+)
+def test_the_map_names_files_that_exist(page):
+    package = ROOT / "bayes_mpt"
+    names = {file.name for file in package.rglob("*.py")}
+    said = set(re.findall(r"`([\w/]+\.py)`", page.read_text()))
+    assert said
+    assert not [n for n in said if n not in names and not (ROOT / n).exists() and not (package / n).exists()]

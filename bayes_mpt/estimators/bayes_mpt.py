@@ -139,7 +139,7 @@ class BayesMPT(
     components_, mean_, noise_variance_ : arrays
         (K, T), (T,), (T,): the linear-Gaussian map in units of standard normal latents, where all rows share it; one
         number is the noise of a model that says so.
-    weights_, means_, covariances_ : arrays
+    weights_, means_, covariances_, precisions_, precisions_cholesky_ : arrays
         Of a mixture of Gaussians, as in ``sklearn.mixture.GaussianMixture``.
     at_map_ : bool
         Whether the parameters are at the maximum a posteriori (``penalty``, or a prior that the model always adds), not

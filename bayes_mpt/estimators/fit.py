@@ -133,7 +133,7 @@ def fit_program(
         trainer = replace(trainer, seed=int(left["seed"]))
     auto = offered(model, "n_components") == "auto"
     # The one pass over all rows, with all threads; what follows sees the moments only, if rows share a map.
-    table = _survey(X, y, trainer, device, more, auto=auto)
+    table = _table_of(X, y, trainer, device, more, auto=auto)
     with training.one_thread(table.n_cells):
         selection = None
         if table.statistics is not None and auto:
@@ -163,7 +163,7 @@ def fit_program(
 # ------------------------------------------------------------------------------------------------------ its rows
 
 
-def _survey(
+def _table_of(
     X: NDArray[np.floating],
     y: NDArray[Any] | None,
     trainer: Trainer,

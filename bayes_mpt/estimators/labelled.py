@@ -19,8 +19,9 @@ __all__ = ["Labelled"]
 class Labelled(ABC):
     """What users of scikit-learn's mixtures ask a `BayesMPT` of one.
 
-    ``weights_``, ``means_`` and ``covariances_`` are those of a `GaussianMixture` or `MixtureOfFactorAnalyzers`, in the
-    shapes of ``sklearn.mixture.GaussianMixture``; other programs have none.
+    ``weights_``, ``means_``, ``covariances_``, ``precisions_`` and ``precisions_cholesky_`` are those of a
+    `GaussianMixture` or `MixtureOfFactorAnalyzers`, in the shapes of ``sklearn.mixture.GaussianMixture``; other
+    programs have none.
     """
 
     fitted_: Fitted
@@ -78,6 +79,32 @@ class Labelled(ABC):
         variances = np.square(params["scale"])
         spherical = cast(GaussianMixture, self.fitted_.model).covariance_type == "spherical"
         return variances[:, 0] if spherical else variances
+
+    @property
+    def precisions_cholesky_(self) -> NDArray[np.float64]:
+        """Of the components, in the shapes of `covariances_`: U with precision = U U', upper triangular, or 1 / sd.
+
+        Examples
+        --------
+        >>> from bayes_mpt import BayesMPT
+        >>> model = BayesMPT(GaussianMixture(2, "tied"), random_state=0).fit(np.eye(4)[:, :2])
+        >>> U = model.precisions_cholesky_
+        >>> np.allclose(U @ U.T, np.linalg.inv(model.covariances_)), np.allclose(U, np.triu(U))
+        (True, True)
+        """
+        params = self._of_mixture("precisions_cholesky_")
+        if "scale" in params:
+            return 1 / np.sqrt(self.covariances_)
+        # L^-T of a covariance L L'
+        root = params["scale_tril"] if "scale_tril" in params else np.linalg.cholesky(self.covariances_)
+        eye = np.broadcast_to(np.eye(root.shape[-1]), root.shape)
+        return np.triu(np.linalg.solve(root, eye).swapaxes(-1, -2))
+
+    @property
+    def precisions_(self) -> NDArray[np.float64]:
+        """Of the components, in the shapes of `covariances_`: their inverses, of variances one by one."""
+        root = self.precisions_cholesky_
+        return np.square(root) if "scale" in self._of_mixture("precisions_") else root @ root.swapaxes(-1, -2)
 
     def _of_mixture(self, asked: str) -> dict[str, NDArray[Any]]:
         """Its parameters."""

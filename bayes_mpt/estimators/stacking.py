@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from scipy.special import logsumexp
 
-__all__ = ["Stacked", "cross_fitted", "log_mixture", "stacked_weights"]
+__all__ = ["CrossFitted", "cross_fitted", "log_mixture", "stacked_weights"]
 
 Array = NDArray[np.float64]
 
@@ -24,7 +24,7 @@ TOL = 1e-10  # nats a row
 MAX_EM = 10_000
 
 
-class Stacked(NamedTuple):
+class CrossFitted(NamedTuple):
     """Scores of hidden rows (N,), nats, by weights that have seen other folds only, averaged over repeats."""
 
     mixture: Array
@@ -90,7 +90,7 @@ def log_mixture(log_prob: Array, weights: Array) -> Array:
         return np.asarray(logsumexp(log_prob + np.log(weights), axis=1))
 
 
-def cross_fitted(log_prob: Array, split: Array) -> Stacked:
+def cross_fitted(log_prob: Array, split: Array) -> CrossFitted:
     """Scores of hidden rows by weights that were fitted to the other folds.
 
     Parameters
@@ -109,4 +109,4 @@ def cross_fitted(log_prob: Array, split: Array) -> Stacked:
                 mixture[r, here] = log_mixture(scores[here], stacked_weights(scores[others]))
                 chosen[r, here] = scores[here, int(np.argmax(scores[others].sum(0)))]
     seen = ~np.isnan(mixture).all(0)
-    return Stacked(np.nanmean(mixture[:, seen], axis=0), np.nanmean(chosen[:, seen], axis=0))
+    return CrossFitted(np.nanmean(mixture[:, seen], axis=0), np.nanmean(chosen[:, seen], axis=0))

@@ -22,12 +22,12 @@ from bayes_mpt.models.mixtures import CollapseError
 from bayes_mpt.predictors import Predictor, choose
 from bayes_mpt.predictors.gaussian.incomplete import FewCellsError
 from bayes_mpt.predictors.gaussian.profile import NoiseFloorError
+from bayes_mpt.predictors.objective import chains_unless_own
 from bayes_mpt.program.arguments import has_missing
 from bayes_mpt.program.devices import seed_programs
 from bayes_mpt.program.offers import offered
 from bayes_mpt.program.store import State, load, save
 from bayes_mpt.runtime.digests import CannotDigest, digest_of, in_words
-from bayes_mpt.score import chains_unless_own
 from bayes_mpt.training import Ascent, Epochs, Fit, Problem, Report, Steps, Training
 from bayes_mpt.warnings import (
     CollapseWarning,

@@ -1,6 +1,18 @@
 """Evidence of a program with its parameters integrated, by Laplace's approximation or by particles, nodes or draws.
 
-They are given densities and know no estimator; nothing is refitted here.
+In the room, by what is integrated:
+
+- Factor models: ``factor_prior`` (``saturated``), ``factor_posterior`` (``incomplete_posterior``), ``slice`` (the
+  rotations); ``sampled`` by ``annealing`` (``surplus`` columns; ``no_latents``), ``draws`` of it; ``laplace``
+  (``laplace_wide``, ``laplace_incomplete``).
+- Gaussian mixtures: ``mixture_prior``, ``mixture`` (``allocations``, ``components``, ``mixture_marginals``),
+  ``mixture_laplace``.
+- Hyper-parameters: ``hyperparameters`` and ``integrated``.
+- What a user has already: ``from_draws`` (``chains``, ``bridge``).
+- What is said of it: ``expected``, ``predictive``, ``misfit``.
+
+They are given densities and know no estimator; nothing is refitted here. An evidence carries its error, but
+Laplace's, which has none.
 """
 
 from bayes_mpt.evidence.factor_prior import FactorPrior, factor_prior

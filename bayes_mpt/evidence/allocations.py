@@ -40,10 +40,10 @@ Array = NDArray[np.float64]
 Index = NDArray[np.intp]
 
 N_BURNED, N_KEPT = 60, 30  # Gibbs steps of a chain
-LEAST_SHARE = 0.01
+MIN_SHARE = 0.01
 FLAT = 0.2  # power of what the chains' bounds say of them
 NEAR = 3.0  # nats
-LEAST_CHANCE = 0.01  # of a chain that particles start from
+MIN_CHANCE = 0.01  # of a chain that particles start from
 MIN_EFFECTIVE = 0.6  # share of the particles of an island
 FIRST_POWER, MAX_RISE, MIN_RISE = 0.05, 0.25, 1e-4
 
@@ -113,12 +113,12 @@ def chains_of(rows: Array, blocks: list[Block], empty: Components, rng: np.rando
         kept.append(sums)
         sums = empty.of(sums).redrawn(blocks, rng, Step(watch=watch))
     mean = kept[0].map(*kept[1:], by=lambda *arrays: np.mean(arrays, axis=0))
-    log_share = _log(share, LEAST_SHARE)
+    log_share = _log(share, MIN_SHARE)
     marginal = empty.of(mean).log_marginal()
     bound = marginal - (np.exp(log_share) * log_share).sum((1, 2))
     n_agreeing = int((bound > bound.max() - NEAR).sum())
     chance = softmax(FLAT * bound)
-    used = np.flatnonzero(chance > LEAST_CHANCE)
+    used = np.flatnonzero(chance > MIN_CHANCE)
     chance = chance[used] / chance[used].sum()
     return Chains(
         mean.map(by=lambda a: a[used]), log_share[used], chance, (FLAT * bound - marginal)[used], n_agreeing

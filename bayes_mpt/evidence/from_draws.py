@@ -328,7 +328,7 @@ class _LogJoint:
         with torch.no_grad(), pyro.validation_enabled(False):
             for part in self._chunks(u[:: max(1, len(u) // N_REFINED)]):
                 given = self.adaptive.at(self._args, self._filled, part[:, None])[0]
-                joints = [g.log_joint(self._x, self._seen)[:, 0] for g in (given.refined(), given)]
+                joints = [g.log_joint(self._x, self._seen)[:, 0] for g in (given.with_detail("fine"), given)]
                 change.append(joints[0] - joints[1])
         all_ = torch.cat(change)
         return float(all_.logsumexp(0)) - math.log(len(all_))
@@ -373,7 +373,7 @@ def _bridged(joint: _LogJoint, u: Array, rng: np.random.Generator) -> DrawsEvide
             f"the two halves of the chains differ by {split:.2f} nats, more than their errors allow: run them longer"
         )
     if flags:
-        warn(f"the evidence from these draws is not to be trusted: {'; '.join(flags)}", DrawsWarning)
+        warn(f"the evidence from these draws is unreliable: {'; '.join(flags)}", DrawsWarning)
     program = joint.adaptive.program
     return DrawsEvidence(
         found.log_z + inside,

@@ -39,7 +39,7 @@ MAX_PARAMETERS = 600
 PILOT = 16  # particles of an island
 SURPLUS_PARTICLES = 32  # of an island, at least
 SURPLUS_CESS = 0.93  # temperatures nearer to each other
-LEAST_LOADING = 0.05  # of a column at the start of a climb
+MIN_LOADING = 0.05  # of a column at the start of a climb
 N_EM = 2
 N_DRAWS = 256  # of the noise variances, without latents
 LARGE_SE = 0.3  # nats
@@ -203,7 +203,7 @@ def _starts(posterior: FactorPosterior, factors: Factors, rest: Array, cov: Cova
 
     The variance is no coordinate of the climb: its joint mode with the loadings is at zero.
     """
-    v = factors.vectors * np.maximum(np.sqrt(factors.spectrum - 1), LEAST_LOADING)
+    v = factors.vectors * np.maximum(np.sqrt(factors.spectrum - 1), MIN_LOADING)
     log_share = np.log(factors.noise / posterior.units)
     theta = np.concatenate([v.ravel(), log_share[: posterior.n_noise], rest])
     tau2 = float((v**2 * np.exp(log_share)[:, None]).mean())

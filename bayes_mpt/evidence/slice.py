@@ -29,20 +29,20 @@ from scipy.optimize import minimize
 from bayes_mpt.evidence.factor_posterior import FactorPosterior
 from bayes_mpt.evidence.laplace import log_volume
 
-__all__ = ["Reading", "Slice", "climb"]
+__all__ = ["AtPoints", "Slice", "climb"]
 
 Array = NDArray[np.float64]
 
-LEAST_SINGULAR = 1e-3  # of the reference: a column of zeros has no orbit
+MIN_SINGULAR = 1e-3  # of the reference: a column of zeros has no orbit
 WEAK = 4.0  # standard deviations from zero, below which the sign of a column is turned
 FARTHEST = 40.0  # of a coordinate, beyond which a trajectory has diverged
 N_CLIMBS, MAX_ITER = 2, 30
 CURVATURE_STEP = 1e-3
-LEAST_CURVATURE = 0.1  # of what is expected
+MIN_CURVATURE = 0.1  # of what is expected
 EFFECTIVE = 0.5  # share of a pilot's points that count as independent
 
 
-class Reading(NamedTuple):
+class AtPoints(NamedTuple):
     """What is known of points of a slice."""
 
     log_density: Array
@@ -87,7 +87,7 @@ class Slice:
         t, k = posterior.n_tokens, posterior.n_latents
         n = t * k
         u, a, _ = np.linalg.svd(theta[:n].reshape(t, k), full_matrices=False)
-        a = np.maximum(a, LEAST_SINGULAR)
+        a = np.maximum(a, MIN_SINGULAR)
         reference = u * a
         center = np.concatenate([reference.ravel(), theta[n:]])
         # tangents of the orbit: A turned in the plane of two columns
@@ -119,14 +119,14 @@ class Slice:
 
         The direction of a surplus column is hardly determined: its expected curvature is that of a column among noise
         of one variance, and the rows' noise has other directions that are nearly as good. With H = E diag(h) E' the
-        curvature in y at the center, y = E diag(c) y', c = min(max(h, LEAST_CURVATURE), 1)^-1/2.
+        curvature in y at the center, y = E diag(c) y', c = min(max(h, MIN_CURVATURE), 1)^-1/2.
         """
         m = self.n_free
         steps = CURVATURE_STEP * np.concatenate([np.eye(m), -np.eye(m)])
         gradient = self._density(steps)[1]
         h = (gradient[m:] - gradient[:m]) / (2 * CURVATURE_STEP)
         h, e = np.linalg.eigh(0.5 * (h + h.T))
-        c = np.clip(h, LEAST_CURVATURE, 1.0) ** -0.5
+        c = np.clip(h, MIN_CURVATURE, 1.0) ** -0.5
         return self._moved(np.zeros(m), e * c, (e / c).T, float(np.log(c).sum()))
 
     def fitted(self, y: Array) -> Slice:
@@ -183,7 +183,7 @@ class Slice:
         """Points (B, m) as theta (B, d)."""
         return self.center + y @ self.basis.T
 
-    def read(self, y: Array, start: Callable[[Array], Array]) -> Reading:
+    def read(self, y: Array, start: Callable[[Array], Array]) -> AtPoints:
         """Density, gauge and forces at points (B, m); ``start`` is the gradient of the start's density inside."""
         value, gradient, diverged = self._density(y)
         k = self.posterior.n_latents
@@ -201,7 +201,7 @@ class Slice:
             low, high = np.triu_indices(k, 1)
             with np.errstate(divide="ignore"):
                 gauge += np.log(np.abs(s[:, low] + s[:, high])).sum(1)
-        return Reading(
+        return AtPoints(
             np.where(allowed, value, -np.inf),
             np.where(allowed, gauge, -np.inf),
             gradient + self._gauge_force(s, e),
@@ -295,7 +295,7 @@ class Slice:
 def _pull(at_center: Array, polar: Array) -> Array:
     """Gradient (m,) of the gauge where S is ``at_center``."""
     s, e = np.linalg.eigh(at_center)
-    s = np.maximum(s, LEAST_SINGULAR**2)
+    s = np.maximum(s, MIN_SINGULAR**2)
     slope = (e * ((1 / (s[:, None] + s)).sum(1) - 0.5 / s)) @ e.T
     pull: Array = slope.ravel() @ polar.T
     return pull

@@ -29,7 +29,7 @@ __all__ = ["SINGULAR", "CovariancePrior", "steps_of"]
 ON_STEPS = 1e-6  # share of the step by which the values of a rounded column may lie off its multiples
 SINGULAR = 1e-10  # of a column's variance: less, given others, is none
 FEW_CELLS = 256  # that tell most columns that are not rounded
-LEAST_STEP = 1e-3  # of a column's standard deviation: finer rounding shows in no component
+MIN_STEP = 1e-3  # of a column's standard deviation: finer rounding shows in no component
 
 
 class CovariancePrior(NamedTuple):
@@ -79,10 +79,10 @@ def _step(cells: Tensor) -> float | None:
     """The least difference of cells (N,), zero if there is none; None where they are no multiples of it."""
     value = cells[~cells.isnan()].unique()  # sorted
     gap = value.diff()
-    gap = gap[gap > ON_STEPS * LEAST_STEP]  # what was one value need not be one in units of the spread
+    gap = gap[gap > ON_STEPS * MIN_STEP]  # what was one value need not be one in units of the spread
     if not len(gap):
         return 0.0
     step = gap.min()
     multiple = (value - value[0]) / step
     on = (multiple - multiple.round()).abs() < ON_STEPS * multiple.clamp(min=1.0)
-    return float(step) if step >= LEAST_STEP and bool(on.all()) else None
+    return float(step) if step >= MIN_STEP and bool(on.all()) else None

@@ -25,8 +25,10 @@ from bayes_mpt.models.mixture_starts import (
     KEPT,
     MOST_SHAKES,
     PATIENCE,
+    PLACES,
     SETTLED,
     SHAKES,
+    SUCCESS,
     random_counts,
 )
 from bayes_mpt.models.quasi_newton import QuasiNewton, flat
@@ -238,23 +240,27 @@ def best_start(cells: Cells, starts: list[Analysers], prior: Tensor | None, seed
     """
     some = cells.first(START_ROWS)
     at = Analysers(*(torch.cat(parts) for parts in zip(*starts, strict=True)))
-    while len(at.log_weights) > 1:
+    n_places = PLACES if prior is not None and len(cells.patterns) > 1 else 1
+    while len(at.log_weights) > n_places:
         at, value = _steps(some, at, prior, ROUND)
         at = _best(at, value, len(value) // 2)
-    if prior is None or len(cells.patterns) == 1:
+    if n_places == 1:
         return at
     generator, waited = torch.Generator().manual_seed(seed), 0
     for _ in range(MOST_SHAKES):
         shape = SHAKES, len(some.value)
         shaken = some._replace(counts=random_counts(shape, generator).to(some.value))
-        many, _ = _steps(shaken, at.pick([0] * SHAKES), prior, SHAKEN)
+        many, _ = _steps(
+            shaken, at.pick(list(range(len(at.log_weights))) * (SHAKES // len(at.log_weights))), prior, SHAKEN
+        )
         many, value = _steps(some, many, prior, JUDGED)
         both = Analysers(*(torch.cat(parts) for parts in zip(at, _best(many, value, KEPT), strict=True)))
         both, value = _steps(some, both, prior, SETTLED)
-        at, waited = _best(both, value, 1), 0 if int(value.argmax()) else waited + 1
+        gain = float(value.max() - value[: len(at.log_weights)].max())
+        at, waited = _best(both, value, PLACES), 0 if gain > SUCCESS else waited + 1
         if waited == PATIENCE:
             break
-    return at
+    return at.pick([0])
 
 
 def _steps(cells: Cells, at: Analysers, prior: Tensor | None, n_steps: int) -> tuple[Analysers, Tensor]:

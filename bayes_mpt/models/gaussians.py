@@ -10,7 +10,7 @@ from torch import Tensor
 __all__ = ["MIN_WEIGHT", "Gaussians", "Longer"]
 
 MIN_WEIGHT = 1e-6  # of a component: the logarithm of an empty one is infinite
-GROWTH, MOST = 1.5, 50.0  # of the factor by which steps are longer, while they rise
+GROWTH, MAX_FACTOR = 1.5, 50.0  # of the factor by which steps are longer, while they rise
 NEAR = 1e-3  # the size of a step, in units of the table and logarithms, below which EM is taken as linear
 MEMORY = 8  # steps of which a longer one is made there
 
@@ -57,7 +57,7 @@ class Longer:
         self.places.append(place)
         self.steps.append(step)
         del self.places[: -MEMORY - 1], self.steps[: -MEMORY - 1]
-        self.factor = min(GROWTH * self.factor, MOST)
+        self.factor = min(GROWTH * self.factor, MAX_FACTOR)
         found = place + self.factor * step
         if len(self.steps) > 1 and not float(step.norm()) > NEAR:
             moved = torch.stack(self.places).diff(dim=0)  # (M, D)

@@ -23,7 +23,7 @@ from torch import Tensor
 __all__ = ["Key", "LeftOut", "Shares", "plain_shares"]
 
 NEGLIGIBLE = -200.0  # of the logarithm of a share
-LEAST = 0.02  # of f: rows that a component hangs on alone
+MIN_SHARE = 0.02  # of f: rows that a component hangs on alone
 
 Key = tuple[str | int, ...]
 """Of rows that are read together."""
@@ -86,10 +86,11 @@ class LeftOut:
     def __call__(
         self, key: Key, log_prob: Tensor, square: Callable[[], Tensor], n_cells: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """As `Shares`."""
-        if self.count is not None and key in self.before:
-            log_prob = log_prob + self.change(self.before[key], square(), n_cells, self.count)
+        """As `Shares`; the log-densities are those with the rows, by which places can be compared."""
         share, density = plain_shares(key, log_prob, square, n_cells)
+        if self.count is not None and key in self.before:
+            change = self.change(self.before[key], square(), n_cells, self.count)
+            share, _ = plain_shares(key, log_prob + change, square, n_cells)
         share = share * self.counts(key, log_prob)
         self.before[key] = share
         return share, density
@@ -98,9 +99,9 @@ class LeftOut:
         """log w' + log p' - log w - log p (..., K, n) of rows with shares r (..., K, n), counts (..., K)."""
         n = count[..., None]
         of_scale = n.sum(-2, keepdim=True) if self.tied else n
-        left, rest = (n - r).clamp(min=LEAST), (of_scale - r).clamp(min=LEAST)
+        left, rest = (n - r).clamp(min=MIN_SHARE), (of_scale - r).clamp(min=MIN_SHARE)
         n_alike = 1.0 if self.dense else n_cells
-        f = (1 - r * n / left * square / (of_scale * n_alike)).clamp(min=LEAST)
+        f = (1 - r * n / left * square / (of_scale * n_alike)).clamp(min=MIN_SHARE)
         further = (n / left).square() * (rest / of_scale) * square / f
         log_det = n_cells * (of_scale / rest).log() + n_alike * f.log()
         return (left / n).log() - 0.5 * (log_det + further - square)

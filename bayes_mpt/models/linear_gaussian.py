@@ -66,8 +66,7 @@ class PPCA(CheckedModel):
 
     def n_free_parameters(self, params: Mapping[str, NDArray[Any]]) -> int:
         """How many numbers of the fitted density are free."""
-        n_tokens, n_latents = params["loading"].shape
-        return n_tokens + n_free_of_factors(n_tokens, n_latents, params["noise_variance"].size)
+        return _n_free(params)
 
 
 class FactorAnalysis(CheckedModel):
@@ -108,8 +107,13 @@ class FactorAnalysis(CheckedModel):
 
     def n_free_parameters(self, params: Mapping[str, NDArray[Any]]) -> int:
         """How many numbers of the fitted density are free."""
-        n_tokens, n_latents = params["loading"].shape
-        return n_tokens + n_free_of_factors(n_tokens, n_latents, params["noise_variance"].size)
+        return _n_free(params)
+
+
+def _n_free(params: Mapping[str, NDArray[Any]]) -> int:
+    """Means, loadings up to a rotation, and noise variances."""
+    n_tokens, n_latents = params["loading"].shape
+    return n_tokens + n_free_of_factors(n_tokens, n_latents, params["noise_variance"].size)
 
 
 def n_free_of_factors(n_tokens: int, n_latents: int, n_noise: int) -> int:

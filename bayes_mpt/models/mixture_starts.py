@@ -25,14 +25,16 @@ from bayes_mpt.models.mixture_em import (
 
 __all__ = ["best_start", "filled"]
 
-STARTS, STARTS_ALONE = 7, 15  # beside the one that is given; of fits in which nothing is shaken
-ROUNDS = (8, 8, 8)  # steps, after each of which the better half goes on
+STARTS = 15  # beside the one that is given
+ROUNDS = (8, 8, 8, 8)  # steps, after each of which the better half goes on
 N_LEFT_OUT = 2  # rounds in which each row is judged as if it were left out
 SHAKES = 16  # ways out of a place that are tried side by side
 SHAKEN = 4  # steps with random counts of rows
 JUDGED, SETTLED = 2, 4  # steps with all, until some are given up and of the rest
 KEPT = 5  # of the ways out
-MOST_SHAKES, PATIENCE = 10, 4  # rounds of all that, and how many without success
+PLACES = 2  # that are shaken
+MOST_SHAKES, PATIENCE = 10, 5  # rounds of all that, and how many without success
+SUCCESS = 0.01  # nats of all rows
 N_STEPS = sum(ROUNDS) + MOST_SHAKES * (SHAKEN + JUDGED + SETTLED)
 START_ROWS = 2048  # on which starts are compared
 
@@ -60,8 +62,7 @@ def best_start(
     n_components, n_rows = len(given.weights), len(table.rows)
     if n_components == 1 or max_iter < N_STEPS:
         return given, 0
-    n_starts = STARTS_ALONE if prior is None else STARTS
-    seeds = torch.randint(2**31 - 1, (n_starts,), device="cpu").tolist()
+    seeds = torch.randint(2**31 - 1, (STARTS,), device="cpu").tolist()
     some = table._replace(rows=table.rows[:: max(1, n_rows // START_ROWS)])
     places = [given]
     for i, seed in enumerate(seeds):
@@ -74,7 +75,7 @@ def best_start(
     climb = _Climb(some, covariance_type, prior)
     for i, n in enumerate(ROUNDS):
         at, value = climb(at, n, LeftOut(covariance_type) if i < N_LEFT_OUT else plain_shares)
-        at = _best(at, value, max(1, len(value) // 2))
+        at = _best(at, value, max(PLACES, len(value) // 2))
     if prior is not None:
         at = climb.shaken(at, torch.Generator().manual_seed(seeds[0]))
     return Gaussians(*(part[0] for part in at)), climb.n_steps
@@ -90,7 +91,7 @@ class _Climb:
         self.n_steps = 0
 
     def __call__(self, at: Gaussians, n_steps: int, shares: Shares) -> tuple[Gaussians, Tensor]:
-        """Where mixtures (B, ...) come, and what they score (B,) with these shares before the last step."""
+        """Where mixtures (B, ...) come, and what they score (B,) before the last step."""
         before, value = at, at.weights[:, 0]
         self.n_steps += n_steps
         for _ in range(n_steps):
@@ -103,16 +104,17 @@ class _Climb:
         return at, value if self.prior is None else value + self.prior.log_prob(before.scale)
 
     def shaken(self, at: Gaussians, generator: torch.Generator) -> Gaussians:
-        """The best place (1, ...) that is found by shaking the best of (B, ...)."""
+        """The best places (PLACES, ...) that are found by shaking some."""
         waited = 0
         for _ in range(MOST_SHAKES):
-            many = Gaussians(*(part[:1].expand(SHAKES, *part.shape[1:]) for part in at))
+            many = Gaussians(*(part.repeat_interleave(SHAKES // len(part), 0) for part in at))
             many, _ = self(many, SHAKEN, LeftOut(self.kind, _Counts(generator)))
             many, value = self(many, JUDGED, plain_shares)
             rest = _best(many, value, KEPT)
             both = Gaussians(*(torch.cat(parts) for parts in zip(at, rest, strict=True)))
             both, value = self(both, SETTLED, plain_shares)
-            at, waited = _best(both, value, 1), 0 if int(value.argmax()) else waited + 1
+            gain = float(value.max() - value[: len(at.weights)].max())
+            at, waited = _best(both, value, PLACES), 0 if gain > SUCCESS else waited + 1
             if waited == PATIENCE:
                 break
         return at

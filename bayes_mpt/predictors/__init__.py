@@ -1,4 +1,13 @@
-"""How log p(x_i | x_visible) is computed for a Pyro program: predictors."""
+"""How log p(x_i | x_visible) is computed for a Pyro program: predictors.
+
+In the room: ``base`` is the contract (`Predictor`, `Bound`, `Conditionals`) and ``objective`` what a training
+maximises of it; ``choice`` picks a way, ``exact`` is the way without an error. ``gaussian/`` computes by algebra,
+``nodes/`` by averages over weighted nodes, ``self_predictive`` asks a network, ``own_order`` keeps to a program's own
+order, ``new_rows`` predicts rows of one vector.
+
+A new way is a `Predictor` of your own (docs/extend.md): it needs no change here but a line in ``choice``, if "auto"
+is to take it. The contract is small for a purpose: a member more is asked of every way.
+"""
 
 from bayes_mpt.predictors.base import Bound, Conditionals, Evidence, Posterior, Predictive, Predictor
 from bayes_mpt.predictors.choice import choose

@@ -25,7 +25,7 @@ from bayes_mpt.program.shifts import observing_cells
 from bayes_mpt.runtime.serial import methods_take_turns
 
 if TYPE_CHECKING:
-    from bayes_mpt.predictors.gaussian.process import SideBySide
+    from bayes_mpt.predictors.gaussian.process import GaussianVectors
 
 __all__ = [
     "Bound",
@@ -228,7 +228,7 @@ class Bound(ABC):
     def read(self, args: tuple[Any, ...]) -> Conditionals:
         """The conditionals of these rows at the program's current parameters, with gradients."""
 
-    def read_at(self, args: tuple[Any, ...], values: dict[str, Tensor]) -> SideBySide:
+    def read_at(self, args: tuple[Any, ...], values: dict[str, Tensor]) -> GaussianVectors:
         """What `read` gives, at B values (B, ...) of each parameter side by side."""
         raise NotImplementedError(f"{self.name} reads a program at one value of its parameters at a time")
 

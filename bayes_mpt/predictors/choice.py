@@ -12,9 +12,8 @@ import torch
 
 from bayes_mpt.inputs import wanted
 from bayes_mpt.predictors.base import Bound, Guide, Predictor
-from bayes_mpt.predictors.exact import summed_out
+from bayes_mpt.predictors.exact import by_its_map, summed_out
 from bayes_mpt.predictors.gaussian.linear import LinearGaussian
-from bayes_mpt.predictors.gaussian.markov import closed_form
 from bayes_mpt.predictors.gaussian.nearest_neighbors import NearestNeighbors, near_conditionals
 from bayes_mpt.predictors.gaussian.process import (
     N_TRIAL_ROWS,
@@ -28,10 +27,9 @@ from bayes_mpt.predictors.nodes.quadrature import MAX_WIDTH, Quadrature
 from bayes_mpt.predictors.nodes.smc import SequentialMonteCarlo
 from bayes_mpt.predictors.self_predictive import SelfPredictive, sees_all
 from bayes_mpt.program.affine import NotAffine
-from bayes_mpt.program.analysis import look
 from bayes_mpt.program.arguments import fill_all
 from bayes_mpt.program.offers import offered
-from bayes_mpt.program.program import Model, ModelError
+from bayes_mpt.program.program import Model, ModelError, Program
 from bayes_mpt.program.run import first_run, run, takes_visible
 from bayes_mpt.program.shifts import observing_cells
 from bayes_mpt.program.sites import latent_nodes
@@ -109,11 +107,13 @@ def _chosen(model: Model, args: tuple[Any, ...], guide: Guide | None) -> Bound:
         if len(args[0]) > MAX_JOINT:
             return near_conditionals(NearestNeighbors(), model, args, vector)
         return JointGaussian(model, vector)
-    analysis = look(model, args)
-    try:
-        return closed_form(model, args, analysis)
-    except NotAffine as error:
-        reason, program = error, analysis.checked()
+    return by_its_map(model, args, partial(_not_affine, model, args, guide))
+
+
+def _not_affine(
+    model: Model, args: tuple[Any, ...], guide: Guide | None, program: Program, reason: NotAffine
+) -> Bound:
+    """The same for a program that has no linear-Gaussian map."""
     if not program.continuous:
         return summed_out(model, args, program, reason)
     if program.discrete and {s.kind for s in program.sites} <= {"Normal", "MultivariateNormal"}:

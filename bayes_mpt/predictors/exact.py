@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from bayes_mpt.predictors.base import Bound, Guide, Predictor
@@ -10,11 +12,11 @@ from bayes_mpt.predictors.gaussian.markov import closed_form
 from bayes_mpt.predictors.gaussian.process import JointGaussian, gaussian_program
 from bayes_mpt.predictors.nodes.enumeration import enumerated, mixture_of_maps
 from bayes_mpt.predictors.nodes.vector_maps import vector_of_maps
-from bayes_mpt.program.affine import NotAffine
+from bayes_mpt.program.affine import NotAffine, check_normal
 from bayes_mpt.program.analysis import look
 from bayes_mpt.program.program import Model, ModelError, Program
 
-__all__ = ["Exact", "summed_out"]
+__all__ = ["Exact", "by_its_map", "summed_out"]
 
 
 class Exact(Predictor):
@@ -46,13 +48,20 @@ class Exact(Predictor):
         if vector is not None:
             return JointGaussian(model, vector)
         stated = LinearGaussian.stated(model, args)
-        if stated is not None:
-            return stated
-        analysis = look(model, args)
-        try:
-            return closed_form(model, args, analysis)
-        except NotAffine as error:
-            return summed_out(model, args, analysis.checked(), error)
+        return by_its_map(model, args, partial(summed_out, model, args)) if stated is None else stated
+
+
+def by_its_map(
+    model: Model, args: tuple[Any, ...], otherwise: Callable[[Program, NotAffine], Bound]
+) -> Bound:
+    """A program by its linear-Gaussian map; one that has none as ``otherwise`` has it, which is told the reason."""
+    analysis = look(model, args)
+    try:
+        check_normal(analysis.first, analysis.program)  # before anything is run again
+        return closed_form(model, args, analysis)
+    except NotAffine as error:
+        reason = error
+    return otherwise(analysis.checked(), reason)
 
 
 def summed_out(model: Model, args: tuple[Any, ...], program: Program, reason: NotAffine) -> Bound:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast, final
 import torch
 from torch import Generator, Tensor
 
-from bayes_mpt.masks import Masks, Policy
+from bayes_mpt.masks import Masks, PermutationChain, Policy
 from bayes_mpt.predictors.own_order import own_order
 from bayes_mpt.program.arguments import rows_of
 from bayes_mpt.program.program import ModelError
@@ -19,7 +19,15 @@ if TYPE_CHECKING:
     from bayes_mpt.predictors.base import Bound, Conditionals
     from bayes_mpt.predictors.gaussian.nearest_neighbors import NearRows
 
-__all__ = ["N_TRIAL_OUTPUTS", "Batch", "Objective", "Outputs", "draw_shared", "outputs_of_rows"]
+__all__ = [
+    "N_TRIAL_OUTPUTS",
+    "Batch",
+    "Objective",
+    "Outputs",
+    "chains_unless_own",
+    "draw_shared",
+    "outputs_of_rows",
+]
 
 N_TRIAL_OUTPUTS = 512  # rows, or tokens of one vector, that tell the units of a training
 
@@ -60,6 +68,11 @@ class Outputs(NamedTuple):
     """(n,) Of one vector: the values are means and log variances of tokens, to be divided by this."""
     weight: Tensor | None = None
     """(n,) And how many tokens each stands for."""
+
+
+def chains_unless_own(bound: Bound) -> Policy | None:
+    """Masks of steps where none are named: chains; None, its own, of a network."""
+    return None if bound.structure.takes_visible else PermutationChain()
 
 
 def draw_shared(masks: Policy | None, rows: Tensor, generator: Generator | None) -> Masks | None:

@@ -17,11 +17,10 @@ from torch.distributions import constraints
 from bayes_mpt.program.arguments import fill_all
 from bayes_mpt.program.checks import check_sites, refuse_unregistered_parameters
 from bayes_mpt.program.factor_runs import with_meeting_entries
-from bayes_mpt.program.first import FirstRun
 from bayes_mpt.program.layout import rows_first
 from bayes_mpt.program.mask_trials import refuse_other_rows, refuse_selection, refuse_unmoved
 from bayes_mpt.program.program import Model, ModelError, Program, SubSampled, one_vector
-from bayes_mpt.program.run import first_run
+from bayes_mpt.program.run import FirstRun, first_run
 from bayes_mpt.program.shifts import shifts_of
 from bayes_mpt.program.sites import (
     base,
@@ -152,13 +151,14 @@ def look(model: Model, args: tuple[Any, ...]) -> Analysis:
     if verdict.order is not None:
         # each row is read at its own values, and missing cells that others look at are refused there
         program = one_vector(program) if verdict.coupled else program
-        program = with_meeting_entries(model, init, program._replace(order=verdict.order))
+        program = program._replace(order=verdict.order)
+        program = with_meeting_entries(model, init, program) if program.discrete else program
         return Analysis(program, init, first, verdict.other, None, verdict.by_number)
     hides = not all(bool(own_shown(node).all()) for node in nodes)
     position = position if verdict.gaps and not hides else None
     cells = position is not None and not any(site.n_joint for site in program.sites)
     program = program._replace(observed_argument=position if cells else None)
-    program = with_meeting_entries(model, init, program)
+    program = with_meeting_entries(model, init, program) if program.discrete else program
     return Analysis(program, init, first, verdict.other, position, verdict.by_number)
 
 

@@ -25,7 +25,7 @@ from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.factors import Factors, Question, Tokens
 from bayes_mpt.program.joint_values import JointValues, meeting_plates
 from bayes_mpt.program.layout import check_shape, rows_axis, sum_by_row, token_values
-from bayes_mpt.program.program import Model, Observed, Program, n_rows_of
+from bayes_mpt.program.program import Model, ModelError, Observed, Program, n_rows_of
 from bayes_mpt.program.run import FAILURES, NODES, SetLatents, one_precision, run
 from bayes_mpt.program.seen_labels import with_seen_labels
 from bayes_mpt.program.sites import base, is_subsample, latent_nodes, node_of, own_masks
@@ -172,12 +172,28 @@ def _run(
 ) -> _Found:
     """A run on nodes side by side."""
     trace = _enumerated(model, args, program, values, n_nodes, n_nodes > 1)
+    if n_nodes > 1 and not program.discrete:
+        _check_nodes(trace, program)
     log_probs = {name: t for name, (t, _) in _log_probs(trace, program).items()}
 
     def ask(name: str, question: Question, n_more: int) -> Tensor:
         return question(base(trace.nodes[name]["fn"]), log_probs[name].shape)
 
     return _Found(trace, log_probs, token_values(trace, program), ask)
+
+
+def _check_nodes(trace: Trace, program: Program) -> None:
+    """Refuse a run on nodes side by side whose nodes came to stand left of their plate, which repeats them all.
+
+    ``(x * w[..., None, :]).sum(-1)`` gives (S, 1, N) of nodes (S, 1): numbers may be right, at S times the cost.
+    """
+    for site in program.sites:
+        shape = trace.nodes[site.name]["fn"].batch_shape
+        if len(shape) > 1 + program.depth:
+            raise ModelError(
+                f"observed site {site.name!r} has batch shape {tuple(shape)} in a run at many nodes, which has an axis "
+                f"left of {NODES} and the {program.depth} of the program's plates"
+            )
 
 
 def _run_mapped(

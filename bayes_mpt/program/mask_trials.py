@@ -15,10 +15,9 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from bayes_mpt.program.arguments import resampled
-from bayes_mpt.program.first import FirstRun
 from bayes_mpt.program.other_latents import other_points
 from bayes_mpt.program.program import ModelError, Program
-from bayes_mpt.program.run import run
+from bayes_mpt.program.run import FirstRun, run
 from bayes_mpt.program.sites import (
     node_of,
     observed_nodes,

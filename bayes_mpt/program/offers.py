@@ -106,6 +106,9 @@ class Offers(Protocol):
         """What is odd about its settings for rows X, NaN where missing: sentences, of which fits warn."""
 
 
+_NOTHING = object()
+
+
 class Around:
     """What is called in place of a program, and offers what the program offers."""
 
@@ -116,12 +119,15 @@ class Around:
         """What the program has besides."""
         if name == "model" or name.startswith("__"):  # as it is unpickled it has none yet
             raise AttributeError(name)
-        return getattr(self.model, name)
+        found = offered(self.model, name, _NOTHING)
+        if found is _NOTHING:
+            raise AttributeError(f"{type(self.model).__name__!r} object has no attribute {name!r}")
+        return found
 
     def __repr__(self) -> str:
         return repr(self.model)
 
 
-def offered(model: Any, name: str) -> Any:
-    """What a model offers by this name of `Offers`; None where it does not."""
-    return getattr(model, name, None)
+def offered(model: Any, name: str, default: Any = None) -> Any:
+    """What a model offers by this name of `Offers`; ``default`` where it does not."""
+    return getattr(model, name, default)

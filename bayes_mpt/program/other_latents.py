@@ -14,9 +14,8 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from bayes_mpt.program.devices import own_random_state
-from bayes_mpt.program.first import values_of
 from bayes_mpt.program.program import Model
-from bayes_mpt.program.run import FAILURES, run
+from bayes_mpt.program.run import FAILURES, run, values_of
 from bayes_mpt.program.sites import latent_nodes, sub_samples
 from bayes_mpt.program.store import moved_parameters
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import pyro.distributions as dist
@@ -22,12 +22,13 @@ from torch import Tensor
 from bayes_mpt.program.arguments import fill_all, init_rows
 from bayes_mpt.program.densities import log_density
 from bayes_mpt.program.devices import own_random_state
-from bayes_mpt.program.program import Model, ModelError, NotPositiveDefinite
+from bayes_mpt.program.program import Model, ModelError, NotPositiveDefinite, Program
 from bayes_mpt.program.seen_labels import with_seen_labels
-from bayes_mpt.program.sites import base, is_subsample
+from bayes_mpt.program.sites import base, is_subsample, latent_nodes, sub_samples
 
 __all__ = [
     "FAILURES",
+    "FirstRun",
     "SetLatents",
     "first_run",
     "not_finite",
@@ -35,6 +36,7 @@ __all__ = [
     "run",
     "signature_of",
     "takes_visible",
+    "values_of",
 ]
 
 FAILURES = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
@@ -272,6 +274,40 @@ def first_run(model: Model, args: tuple[Any, ...]) -> tuple[Trace, tuple[Any, ..
             return run(model, args), args
         except Exception:
             raise error from None
+
+
+class FirstRun(NamedTuple):
+    """A program that has been run once, before it is known whether it may be scored."""
+
+    model: Model
+    args: tuple[Any, ...]
+    """Filled: what it was run on."""
+    program: Program
+    """What was found out about it."""
+    trace: Trace
+    """That run."""
+
+    @property
+    def latents(self) -> dict[str, Tensor]:
+        """Values of the latents in that run."""
+        return values_of(self.trace)
+
+    def with_argument(self, position: int, other: Tensor) -> tuple[Any, ...]:
+        """The arguments with another one in a place."""
+        return (*self.args[:position], other, *self.args[position + 1 :])
+
+    def taken(self, args: tuple[Any, ...], latents: dict[str, Tensor]) -> Trace | None:
+        """A run on other arguments, at these latents; None where the program does not take them."""
+        try:
+            with torch.no_grad(), pyro.validation_enabled(False):
+                return run(self.model, args, {**latents, **sub_samples(self.trace)})
+        except FAILURES:
+            return None
+
+
+def values_of(trace: Trace) -> dict[str, Tensor]:
+    """Values of the latents in a run."""
+    return {node["name"]: node["value"].detach() for node in latent_nodes(trace)}
 
 
 @contextmanager

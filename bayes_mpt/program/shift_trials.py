@@ -22,10 +22,9 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from bayes_mpt.program.arguments import fill_all
-from bayes_mpt.program.first import values_of
 from bayes_mpt.program.other_latents import Point, other_points
 from bayes_mpt.program.program import Model, ModelError, Shift
-from bayes_mpt.program.run import FAILURES, first_run, run
+from bayes_mpt.program.run import FAILURES, first_run, run, values_of
 from bayes_mpt.program.sites import node_of, observed_nodes, sub_samples
 from bayes_mpt.program.store import moved_parameters
 

@@ -166,7 +166,7 @@ def shifted(fn: Any, by: Tensor, sign: int = 1) -> Any:
     ----------
     fn : Distribution
     by : Tensor
-        In the layout of a value of ``fn``, with more axes on the left or without.
+        In the layout of a value of ``fn``, with or without leading batch dimensions.
     sign : 1 or -1
 
     Examples
@@ -244,7 +244,7 @@ class Shifted(TorchDistribution):
         return self.law.variance
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Shifted:
-        """The same over more axes on the left."""
+        """The same over more leading batch dimensions."""
         batch_shape = torch.Size(batch_shape)
         return Shifted(
             self.law.expand(batch_shape), self.by.expand(batch_shape + self.event_shape), self.sign

@@ -18,6 +18,7 @@ __all__ = [
     "describe_latent",
     "describe_observed",
     "factor_nodes",
+    "is_point",
     "is_subsample",
     "latent_nodes",
     "node_of",
@@ -35,6 +36,11 @@ __all__ = [
 def is_subsample(node: Any) -> bool:
     """Whether a site is the draw of rows of a sub-sampling plate."""
     return node["type"] == "sample" and type(node["fn"]).__name__ == "_Subsample"
+
+
+def is_point(node: Any) -> bool:
+    """Whether a site, of a guide, is put on a single point."""
+    return isinstance(base(node["fn"]), dist.Delta)
 
 
 def latent_nodes(trace: Trace) -> list[Any]:

@@ -33,10 +33,9 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from bayes_mpt.program.arguments import cell_name, resampled, rows_of, spread_rows
-from bayes_mpt.program.first import FirstRun
 from bayes_mpt.program.layout import rows_first, to_rows
 from bayes_mpt.program.program import ModelError, Order, list_names
-from bayes_mpt.program.run import FAILURES, run
+from bayes_mpt.program.run import FAILURES, FirstRun, run
 from bayes_mpt.program.sites import base, node_of, own_shown
 from bayes_mpt.program.token_order import Moved, cycle_of, reached, sorted_tokens
 
@@ -150,7 +149,7 @@ class _Search:
         self.args, latents = self._few_rows(args, latents)
         self.how = ""
         self.points = self._points(latents)
-        self.tokens_from = [i for i in range(len(args)) if self._is_observed(i)]
+        self.observed_arguments = [i for i in range(len(args)) if self._is_observed(i)]
         """Arguments with cells that are tokens."""
 
     # ------------------------------------------------------------------------------------------------ the points
@@ -221,7 +220,7 @@ class _Search:
     def partitions(self) -> Iterator[list[_Block]]:
         """Blocks of cells: slices along one axis, the fewest first; then single cells."""
         skip = 1 if self.program.by_row else 0  # all rows at once: they are independent
-        shapes = {i: tuple(self.args[i].shape) for i in self.tokens_from}
+        shapes = {i: tuple(self.args[i].shape) for i in self.observed_arguments}
         depth = max((len(s) for s in shapes.values()), default=0)
         axes = sorted(range(skip, depth), key=lambda k: sum(s[k] for s in shapes.values() if k < len(s)))
         n_cells = sum(int(np.prod(s[skip:])) for s in shapes.values())
@@ -267,7 +266,7 @@ class _Search:
 
     def moved(self, blocks: list[_Block], n_points: int = MAX_POINTS) -> Moved:
         """What moves with the cells of each block at any of the points, by steps of either size."""
-        n_numbers = len(blocks) * 2 * sum(self.args[i].numel() for i in self.tokens_from)
+        n_numbers = len(blocks) * 2 * sum(self.args[i].numel() for i in self.observed_arguments)
         points = self.points[: max(1, min(n_points, N_NUMBERS // max(1, n_numbers)))]
         try:
             found = [self._at_once(blocks, point) for point in points]
@@ -279,13 +278,13 @@ class _Search:
 
     def _changed(self, point: _Point) -> list[tuple[Tensor, ...]]:
         """The arguments that tokens are made of with all cells changed, by steps of either size."""
-        steps = (_steps(point.args[i], self.args[i]) for i in self.tokens_from)
+        steps = (_steps(point.args[i], self.args[i]) for i in self.observed_arguments)
         return list(zip(*steps, strict=True))
 
     def _at_once(self, blocks: list[_Block], point: _Point) -> Moved:
         """All blocks changed side by side."""
         out: list[Moved] = []
-        n_cells = sum(point.args[i].numel() for i in self.tokens_from)
+        n_cells = sum(point.args[i].numel() for i in self.observed_arguments)
         size = max(1, CHUNK // max(1, n_cells))
         for start in range(0, len(blocks), size):
             part = blocks[start : start + size]
@@ -293,7 +292,7 @@ class _Search:
             for step in self._changed(point):
                 copies = tuple(
                     _copies(point.args[i], other, i, part)
-                    for i, other in zip(self.tokens_from, step, strict=True)
+                    for i, other in zip(self.observed_arguments, step, strict=True)
                 )
                 both.append(self._compare(torch.vmap(self._of_copy(point))(*copies), point))
             out.append(Moved(*(np.logical_or(*p) for p in zip(*both, strict=True))))
@@ -313,7 +312,7 @@ class _Search:
                 for b, block in enumerate(blocks):
                     copies = tuple(
                         _copies(point.args[i], other, i, [block])[0]
-                        for i, other in zip(self.tokens_from, step, strict=True)
+                        for i, other in zip(self.observed_arguments, step, strict=True)
                     )
                     try:
                         laws = self._of_copy(point)(*copies)
@@ -346,7 +345,7 @@ class _Search:
 
         def laws(*changed: Tensor) -> _Laws:
             args = list(point.args)
-            for i, arg in zip(self.tokens_from, changed, strict=True):
+            for i, arg in zip(self.observed_arguments, changed, strict=True):
                 args[i] = arg
             trace = run(self.model, tuple(args), point.latents)
             return self._laws(trace, {**point.values, **point.latents})

@@ -18,7 +18,6 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from bayes_mpt.program.arguments import changes, rows_of, same_cells
-from bayes_mpt.program.first import FirstRun, values_of
 from bayes_mpt.program.layout import laws_of
 from bayes_mpt.program.missing import gaps_show, holes_in, same_but_for
 from bayes_mpt.program.other_latents import run_on_others
@@ -29,7 +28,7 @@ from bayes_mpt.program.program import (
     list_names,
     one_vector,
 )
-from bayes_mpt.program.run import FAILURES, run
+from bayes_mpt.program.run import FAILURES, FirstRun, run, values_of
 from bayes_mpt.program.sites import (
     base,
     is_subsample,

@@ -33,7 +33,7 @@ __all__ = ["CannotDigest", "digest_of", "in_words"]
 
 BLOCK = 2**22  # numbers of an array that are copied at a time
 WORDS = 120  # letters of a value in an error
-MOST = 200  # levels of values inside values
+MAX_DEPTH = 200  # levels of values inside values
 
 # Of a class, what Python makes of the rest; of an estimator, who watches it.
 _OF_THE_CLASS = {
@@ -140,8 +140,8 @@ class _Walk:
             return found
         if id(value) in self.inside:
             return _hashed("again", [str(len(self.inside) - self.inside.index(id(value)))])
-        if len(self.inside) > MOST:
-            raise CannotDigest(path, f"more than {MOST} values inside each other")
+        if len(self.inside) > MAX_DEPTH:
+            raise CannotDigest(path, f"more than {MAX_DEPTH} values inside each other")
         self.inside.append(id(value))
         self.kept.append(value)
         try:

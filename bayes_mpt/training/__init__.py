@@ -1,12 +1,17 @@
 """Maximise a score over the parameters of a Pyro program.
 
-`Ascent`, `Steps` and `Epochs` say how: they are what `bayes_mpt.BayesMPT` takes as ``training``.
+`Ascent`, `Steps` and `Epochs` say how: they are what `bayes_mpt.BayesMPT` takes as ``training`` (``options``). What
+is maximised is a `Problem` (``problem``).
 
-The first way that fits: `maximize_profile` solves for mean, loadings and noise where the program leaves them free, by
-EM where cells are missing; `maximize_lbfgs` runs L-BFGS on the exact score; `train_on_masks` runs Adam on sampled
-masks. They work on the parameters that stand in Pyro's parameter store at the time, in units found from the program
-itself, so that the path is the same whatever the columns' scales. `train_by_epochs` is for networks, in the parameters'
-own units: minibatches, held-out rows, checkpoints. `noise_at_zero` and `collapsed` look at where a training has ended.
+The first way that fits: `maximize_profile` (``closed_form``) solves for mean, loadings and noise where the program
+leaves them free, by EM where cells are missing, under a ``noise_prior`` or none; `maximize_lbfgs` (``lbfgs``) runs
+L-BFGS on the exact score; `train_on_masks` (``adam``) runs Adam on sampled masks. They work on the parameters that
+stand in Pyro's parameter store at the time, in ``units`` found from the program itself, so that the path is the same
+whatever the columns' scales. `train_by_epochs` (``epochs``) is for networks, in the parameters' own units:
+minibatches, held-out rows, checkpoints. `noise_at_zero` and `collapsed` (``vanishing``) look at where a training has
+ended.
+
+No trainer asks which way scores or knows an estimator: a way that is trained better gives another schedule.
 """
 
 from bayes_mpt.training.adam import total_on_masks, train_on_masks

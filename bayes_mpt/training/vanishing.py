@@ -13,7 +13,9 @@ __all__ = ["collapsed", "noise_at_zero"]
 
 SMALL = 1e-3  # of a token's variance: a larger noise is none that vanishes
 LOWER = 1e-4  # by which a noise is multiplied to see whether it matters
-LEAST = 1e-8  # of a token's variance: from here on down, where a noise is smaller yet and sums have lost their digits
+MIN_NOISE = (
+    1e-8  # of a token's variance: from here on down, where a noise is smaller yet and sums lose digits
+)
 NOTHING = 0.01  # nats of all rows, below which it does not
 COLLAPSED = (
     1e-10  # of the columns' variances: below it a component of a mixture has no spread in some direction
@@ -44,7 +46,7 @@ def noise_at_zero(problem: Problem) -> list[int]:
         return []
     tied, prior = _tied(noise, list(problem.leaves().values())), problem.noise_prior
     with torch.no_grad():
-        least = LEAST * (noise + loading.square().sum(-1))
+        least = MIN_NOISE * (noise + loading.square().sum(-1))
 
         def score(noise: Tensor) -> float:
             moved = LinearRows(read.structure, reading._replace(noise=noise[None]))

@@ -50,7 +50,7 @@ GROUPS = {  # share missing from, to; surplus columns from, to; sizes
     "20-40 % missing": ((0.2, 0.4), (0, 0), HOLES),
     "surplus columns": ((0.0, 0.0), (1, 2), NO_HOLES),
 }
-MOST_PARAMETERS = 250
+MAX_PARAMETERS = 250
 FRESH = dict.fromkeys(GROUPS, 35)  # streams of the tables, that nothing was tuned on
 LONG = {"se": 1e-6, "n_islands": 16}
 # more temperatures, a longer trajectory at each
@@ -82,7 +82,7 @@ def drawn(group, index, stream):
         k = true + int(rng.integers(surplus[0], surplus[1] + 1))
         k = max(k, 1)  # none is exact: one column too many instead
         shape = None if kind == "fa" else np.ones(d)
-        if n > d and n_parameters(d, k, shape, high == 0) <= MOST_PARAMETERS:
+        if n > d and n_parameters(d, k, shape, high == 0) <= MAX_PARAMETERS:
             break
     x = table(rng, n, d, true, kind, rng.uniform(0.2, 1.5))
     x[rng.random(x.shape) < rng.uniform(low, high)] = np.nan

@@ -37,7 +37,7 @@ KINDS = ("mcar", "dropout", "booklets", "anchors", "panels")
 TABLES, QUICK = 40, 1  # of each kind
 SEED = 20260
 STARTS, STEPS, LEFT, OURS_LEFT, WITHIN = 20, 3000, 0.01, 1e-5, 0.1
-LEAST = 1e-8  # noise, of a column's variance
+MIN_NOISE = 1e-8  # noise, of a column's variance
 MIN_CELLS = 12  # of a column
 LOG_2PI = np.log(2 * np.pi)
 
@@ -128,7 +128,7 @@ class PlainEM:
         found = np.linalg.solve(moments, cross[..., None])[..., 0]
         left = (self.x**2).sum(0) - (found * cross).sum(2)
         if self.shape is None:
-            noise = np.maximum(left / self.count, LEAST)
+            noise = np.maximum(left / self.count, MIN_NOISE)
         else:
             factor = (left / self.shape).sum(1) / self.count.sum()
             noise = np.maximum(factor, 1e-14)[:, None] * self.shape

@@ -39,7 +39,7 @@ before, looked at once; auto minus the rule, nats, with 95 % intervals:
   hidden rows, of outliers 95;
 - real: equal to Laplace, ahead of the other rules in the mean, and six tables decide no more than that (**undecided**);
 - weights above 0.95 on Gaussian tables: **met**, right in 96 % of 89 (89 to 99), log score -0.82, Brier 0.090;
-  Laplace's in 85 % of 210 (79 to 89), -1.13, 0.102. Off the model they are not to be believed: 56 % of 39 (40 to 72).
+  Laplace's in 85 % of 210 (79 to 89), -1.13, 0.102. Off the model they are unreliable: 56 % of 39 (40 to 72).
 
 What was found of each table stands in the JSON file, ``units``, a line each; JSON lines beside it hold those of a run
 that is going on or was stopped. A run goes on from both, groups in turn.

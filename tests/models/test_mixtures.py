@@ -387,21 +387,29 @@ def test_fits_of_many_columns_with_holes_end_at_one_place():
 # ------------------------------------------------------------------------------------------ as scikit-learn's users ask
 
 
-@pytest.mark.parametrize("kind", ["full", "tied", "diag", "spherical"])
-def test_parameters_and_labels_by_scikit_learns_names(kind):
-    """Their density at our parameters, shapes included, is ours."""
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_scikit_learn_calls_by_name_is_what_it_computes(kind):
+    """Their methods at our parameters, shapes included, are ours."""
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(60, 2)) + 6.0 * rng.integers(0, 2, (60, 1))
+    x = rng.normal(size=(60, 2)) * [1.0, 3.0] + 6.0 * rng.integers(0, 2, (60, 1))
     model = BayesMPT(GaussianMixture(2, kind), random_state=0)
     assert hasattr(model, "fit_predict") and not hasattr(model, "means_")
     labels = model.fit_predict(x)
-    np.testing.assert_array_equal(labels, model.predict(x))
     theirs = mixture.GaussianMixture(2, covariance_type=kind).fit(x)
-    assert model.means_.shape == theirs.means_.shape and model.covariances_.shape == theirs.covariances_.shape
+    for name in ("weights_", "means_", "covariances_", "precisions_", "precisions_cholesky_"):
+        assert getattr(model, name).shape == getattr(theirs, name).shape, name
     theirs.weights_, theirs.means_, theirs.covariances_ = model.weights_, model.means_, model.covariances_
     theirs.precisions_cholesky_ = _compute_precision_cholesky(model.covariances_, kind)
-    np.testing.assert_allclose(theirs.score_samples(x), model.score_samples(x), rtol=1e-10)
+    want = theirs.precisions_cholesky_
+    np.testing.assert_allclose(model.precisions_cholesky_, want, rtol=1e-10, atol=1e-12)
+    want = np.square(want) if want.ndim == 1 or kind == "diag" else want @ want.swapaxes(-1, -2)
+    np.testing.assert_allclose(model.precisions_, want, rtol=1e-10, atol=1e-12)
+    for name in ("score_samples", "score", "predict_proba", "bic", "aic"):
+        np.testing.assert_allclose(getattr(model, name)(x), getattr(theirs, name)(x), rtol=1e-10, atol=1e-14)
     np.testing.assert_array_equal(theirs.predict(x), labels)
+    np.testing.assert_array_equal(model.predict(x), labels)
+    assert model.log_marginal_likelihood_ == pytest.approx(len(x) * theirs.score(x), rel=1e-10)
+    assert model.sample(3).shape == theirs.sample(3)[0].shape
 
 
 def test_covariances_of_factor_analysers_and_programs_without_labels():
@@ -410,6 +418,8 @@ def test_covariances_of_factor_analysers_and_programs_without_labels():
     laws = [multivariate_normal(m, c) for m, c in zip(model.means_, model.covariances_, strict=True)]
     want = logsumexp([np.log(w) + law.logpdf(x) for w, law in zip(model.weights_, laws, strict=True)], axis=0)
     np.testing.assert_allclose(model.score_samples(x), want, rtol=1e-9)
+    np.testing.assert_allclose(model.precisions_ @ model.covariances_, [np.eye(3)] * 2, atol=1e-9)
+    assert not hasattr(BayesMPT(PPCA(1)).fit(x), "precisions_")
     assert not hasattr(BayesMPT(PPCA(1)), "fit_predict") and not hasattr(BayesMPT(PPCA(1)).fit(x), "weights_")
     with pytest.raises(ValueError, match="labels rows by the one discrete latent"):
         BayesMPT(no_labels).fit_predict(x)

@@ -32,6 +32,10 @@ from bayes_mpt import Auto, BayesMPT, MarginalLikelihoodSearch, compare
 from bayes_mpt.masks import PermutationChain, UniformSize
 from bayes_mpt.models import PPCA, GaussianMixture, LatentClass
 from bayes_mpt.predictors import Exact, Importance, Quadrature, SequentialMonteCarlo
+from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
+from bayes_mpt.program.analysis import analyze
+from bayes_mpt.program.batched import Batched
+from bayes_mpt.program.program import one_vector
 from bayes_mpt.score import CumulativeMaskedScore
 from bayes_mpt.training import Ascent, Steps
 
@@ -664,6 +668,28 @@ def test_programs_for_one_node_at_a_time_run_on_many(predictor):
     assert model.estimate(x, y, n_replicates=1).by_size.mean == pytest.approx(
         other.estimate(x, y, n_replicates=1).by_size.mean, abs=1e-10
     )
+
+
+def test_an_axis_left_of_the_nodes_is_not_repeated_for_each_of_them():
+    """``w[..., None, :]`` of nodes (S, 1, K) gives (S, 1, N): on a plate of S nodes Pyro repeats it S times."""
+
+    def program(x, y):
+        w = pyro.sample("w", dist.Normal(x.new_zeros(x.shape[1]), 1.0).to_event(1))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("y", dist.Bernoulli(logits=(x * w[..., None, :]).sum(-1)), obs=y)
+
+    x, y = map(tensor, logistic_data())
+    nodes = AdaptiveNodes(program, (x, y), one_vector(analyze(program, (x, y))))
+    assert nodes.batched is Batched.VMAP
+    u = tensor(rng().normal(size=(500, 1, x.shape[1]))).requires_grad_()
+    given, part, _ = nodes.at((x, y), (x, y), u)
+    (tokens,) = given.first.tokens
+    assert tokens.log_prob.shape == (500, len(x))
+    seen = torch.ones(1, len(x), dtype=torch.bool)
+    logits = x @ u[:, 0].mT
+    want = (y[:, None] * logits - torch.nn.functional.softplus(logits)).sum(0)
+    want = want + dist.Normal(0.0, 1.0).log_prob(u[:, 0]).sum(1)
+    torch.testing.assert_close((given.log_joint(y[None], seen) + part)[:, 0], want)
 
 
 def test_codes_of_a_program_for_one_node_at_a_time():

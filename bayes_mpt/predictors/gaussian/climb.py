@@ -20,8 +20,8 @@ __all__ = ["Climb", "Coordinates"]
 
 Array = NDArray[np.float64]
 
-LEAST = 1e-8  # noise, of the column's variance, that stands for none: a density needs a width
-LEAST_OF_ALL = 1e-14  # as one factor for all columns
+MIN_NOISE = 1e-8  # noise, of the column's variance, that stands for none: a density needs a width
+MIN_SHARED_NOISE = 1e-14  # as one factor for all columns
 FEW = 0.01  # standard deviation of a noise that may be on its way to none, and
 NONE = 1e-6  # that of one which is there: its slope still tells the curvature
 RIDGE = 0.02  # of a token's information, added where loadings or noises have none
@@ -49,7 +49,7 @@ class Coordinates:
         self.cells, self.n_latents, self.shape, self.prior = cells, n_latents, shape, prior
         self.n_tokens = len(cells.shown)
         self.n_noise = self.n_tokens if shape is None else 1
-        self.least = LEAST if shape is None else LEAST_OF_ALL
+        self.least = MIN_NOISE if shape is None else MIN_SHARED_NOISE
         self.unit = np.ones(self.n_tokens) if shape is None else shape
         self.size = self.n_tokens * n_latents + self.n_noise + self.n_tokens
 

@@ -38,7 +38,6 @@ from bayes_mpt.program.affine import (
     latent_values,
     read,
 )
-from bayes_mpt.program.affine.normals import check_normal
 from bayes_mpt.program.affine.sparse import Sparse
 from bayes_mpt.program.affine.sparse_map import NotSparse, SparseMap
 from bayes_mpt.program.analysis import Analysis
@@ -55,7 +54,6 @@ def closed_form(model: Model, args: tuple[Any, ...], analysis: Analysis) -> Boun
     bayes_mpt.program.affine.NotAffine
         If the program is something else; the message names the site.
     """
-    check_normal(analysis.first, analysis.program)
     try:
         return MarkovGaussian(model, args, analysis=analysis)
     except NotSparse:

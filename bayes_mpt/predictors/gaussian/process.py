@@ -29,8 +29,8 @@ from bayes_mpt.program.run import run
 from bayes_mpt.program.sites import base, own_shown
 
 __all__ = [
+    "GaussianVectors",
     "JointGaussian",
-    "SideBySide",
     "cholesky",
     "coarse",
     "gaussian_program",
@@ -188,13 +188,13 @@ class JointGaussian(Bound):
             Objective(self, whole, masks, outputs=outputs_of_vector),
         ]
 
-    def read_at(self, args: tuple[Any, ...], values: dict[str, Tensor]) -> SideBySide:
-        return SideBySide(
+    def read_at(self, args: tuple[Any, ...], values: dict[str, Tensor]) -> GaussianVectors:
+        return GaussianVectors(
             substitute(self.model, data=values), self.structure, args, len(next(iter(values.values())))
         )
 
 
-class SideBySide:
+class GaussianVectors:
     """Observations that are one Gaussian vector under each of B values of the parameters, all in one run.
 
     Parameters

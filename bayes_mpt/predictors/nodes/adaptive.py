@@ -48,6 +48,7 @@ __all__ = ["AdaptiveNodes", "LaplaceApproximation", "degrees_of", "hermite", "lo
 
 SURE = 1e-12  # of a log-density: what its last digits say
 SURE_OF_NODES = 1e-9  # the same where rows are integrated by nodes that move
+SURE_OF_DRAWS = 1e-4  # and where these are draws: slopes leave out that they move
 MAX_STEPS = 100
 N_START_DRAWS = 9
 FARTHEST_START = 20.0  # of a latent that is not free: half of Gamma(0.001, 0.001) lies below e^-700
@@ -115,7 +116,9 @@ class AdaptiveNodes:
     @property
     def sure(self) -> float:
         """Of a log-density: what its last digits say."""
-        return SURE if self.rows is None else SURE_OF_NODES
+        if self.rows is None:
+            return SURE
+        return SURE_OF_NODES if self.rows.width <= MAX_HERMITE else SURE_OF_DRAWS
 
     @property
     def inside(self) -> str:
@@ -367,7 +370,8 @@ class AdaptiveNodes:
                 last = self._nearby.start(held, (len(x), self.space.width))
             nodes = torch.arange(n_nodes, device=x.device)
             u = self._stands(partial(log_prob, nodes=nodes), filled, last, n_nodes, bool(held))
-        found = newton(log_prob, u.expand(n_nodes, *u.shape[-2:]), MAX_STEPS, self.sure)
+        start_at = u.expand(n_nodes, *u.shape[-2:])
+        found = newton(log_prob, start_at, MAX_STEPS, self.sure, root_at_mode=not held)
         good = torch.isfinite(found.mode).all(-1).all(-1)
         if held:
             self._nearby.keep(held, found.mode)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bayes_mpt.predictors.gaussian.linear import LinearRows
+from bayes_mpt.predictors.nodes.rules import Detail
 from bayes_mpt.program.affine import DenseMap, latent_values
 from bayes_mpt.program.arguments import has_missing
 from bayes_mpt.program.factors import Factors
@@ -62,8 +63,8 @@ class Given(ABC):
     def log_joint(self, x: Tensor, visible: Tensor) -> Tensor:
         """log p(u_s, x_R), up to what stands in the weights: (N, T), (T,) -> (S, N)."""
 
-    def refined(self, some: Tensor | slice = slice(None)) -> Given:
-        """The same at ``some`` nodes with less error, to see it; itself, at all of them, where there is none."""
+    def with_detail(self, detail: Detail, some: Tensor | slice = slice(None)) -> Given:
+        """The same at ``some`` nodes with more or less error; itself, at all of them, where there is none."""
         return self
 
     def log_prior(self, x: Tensor) -> Tensor:
@@ -245,17 +246,17 @@ class NestedRows(Given):
 
     def __init__(
         self,
-        place: Callable[[dict[str, Tensor], bool, Tensor, Tensor], PlacedRows],
+        place: Callable[[dict[str, Tensor], Detail, Tensor, Tensor], PlacedRows],
         cells: Tensor,
         held: dict[str, Tensor],
-        fine: bool = False,
+        detail: Detail = "usual",
     ):
-        self.place, self.cells, self.held, self.fine = partial(place, held), cells, held, fine
+        self.place, self.cells, self.held, self.detail = partial(place, held), cells, held, detail
         self.n_nodes, self._at = len(next(iter(held.values()))), place
 
-    def refined(self, some: Tensor | slice = slice(None)) -> Given:
+    def with_detail(self, detail: Detail, some: Tensor | slice = slice(None)) -> Given:
         held = {name: v[some] for name, v in self.held.items()}
-        return NestedRows(self._at, self.cells, held, fine=True)
+        return NestedRows(self._at, self.cells, held, detail)
 
     def log_prior(self, x: Tensor) -> Tensor:
         return x.new_zeros(self.n_nodes, 1)
@@ -295,14 +296,14 @@ class NestedRows(Given):
         )
 
     def _levels(self, rows: Tensor, shown: Tensor) -> Tensor | None:
-        if self.place(self.fine, rows, shown).given.posterior(rows, shown).levels() is None:
+        if self.place(self.detail, rows, shown).given.posterior(rows, shown).levels() is None:
             return None
         found = self._average(rows, shown, lambda placed, inner: cast(Tensor, inner.levels()))
         return torch.stack([self._in_line(t) for t in found.unbind(-1)], -1)
 
     def _by_row(self, rows: Tensor, shown: Tensor) -> Tensor:
         """log p(x_nR | u_s) (S, N)."""
-        log_prob = self._log_joint(self.place(self.fine, rows, shown), rows, shown)
+        log_prob = self._log_joint(self.place(self.detail, rows, shown), rows, shown)
         return torch.where(shown.any(1), log_prob.logsumexp(1), 0.0)  # Z(nothing) is 1
 
     def _log_joint(self, placed: PlacedRows, rows: Tensor, shown: Tensor) -> Tensor:
@@ -314,7 +315,7 @@ class NestedRows(Given):
         self, rows: Tensor, shown: Tensor, what: Callable[[PlacedRows, NodePosterior], Tensor]
     ) -> Tensor:
         """Posterior mean over the nodes of every row of something (S Q, N, ...): (S, N, ...)."""
-        placed = self.place(self.fine, rows, shown)
+        placed = self.place(self.detail, rows, shown)
         share = self._log_joint(placed, rows, shown).softmax(1)
         value = what(placed, placed.given.posterior(rows, shown))
         value = value.expand(share.shape[0] * share.shape[1], *value.shape[1:]).unflatten(0, share.shape[:2])

@@ -22,7 +22,8 @@ from bayes_mpt.predictors.nodes.conjugacy import prior_draws
 from bayes_mpt.predictors.nodes.given import Given, NodePosterior
 from bayes_mpt.predictors.nodes.nearby import Nearby
 from bayes_mpt.predictors.nodes.newton import LaplaceApproximation, newton
-from bayes_mpt.predictors.nodes.rules import MAX_HERMITE, ROW_DRAWS, ROW_NODES, hermite, row_rule
+from bayes_mpt.predictors.nodes.rules import MAX_HERMITE, ROW_DRAWS, ROW_NODES, Detail, hermite, row_rule
+from bayes_mpt.predictors.nodes.weighted import MIN_SHARE
 from bayes_mpt.program.batched import Batched, vmapped
 from bayes_mpt.program.factor_runs import read_factors
 from bayes_mpt.program.factors import Factors
@@ -40,7 +41,7 @@ MATTERS = 7.0  # nats below the first: 1e-3 of its mass
 SURE = 1e-12  # of a log-density: what its last digits say
 CELLS = 2**20  # log-densities of tokens at a time, where no gradient needs them all
 N_VALUES = 256  # of the effects, over all nodes of the others, for predictions
-MOST_STRETCHED = 10.0  # values that lie in a plane are left as they are
+MAX_STRETCH = 10.0  # values that lie in a plane are left as they are
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
@@ -87,9 +88,14 @@ class GroupNodes:
         return self.groups.names
 
     @property
+    def width(self) -> int:
+        """d, numbers of the widest group."""
+        return self.groups.width
+
+    @property
     def n_nodes(self) -> int:
         """Q, of each group."""
-        return len(self.rule(fine=False)[1])
+        return len(self.rule("usual")[1])
 
     @property
     def n_evaluations(self) -> int:
@@ -111,13 +117,13 @@ class GroupNodes:
         """The same after what is said of the other latents."""
         return self.why if self.alone else f"; given each of them, {self.why}"
 
-    def rule(self, fine: bool) -> tuple[Tensor, Tensor]:
+    def rule(self, detail: Detail) -> tuple[Tensor, Tensor]:
         """Points (Q, d) and log-weights (Q,) inside a group."""
         width = self.groups.width
         if not self.alone or width > MAX_HERMITE:
-            return row_rule(width, fine)
+            return row_rule(width, detail)
         n_nodes = ALONE[width]
-        return hermite(width, (2 * n_nodes if width <= 2 else n_nodes + 3) if fine else n_nodes)
+        return hermite(width, (2 * n_nodes if width <= 2 else n_nodes + 3) if detail == "fine" else n_nodes)
 
     def on(self, filled: tuple[Any, ...]) -> GroupNodes:
         """The same for these rows, which may belong to other groups."""
@@ -203,22 +209,22 @@ class GroupNodes:
         def log_prob(u: Tensor, nodes: Tensor) -> Tensor:
             return self.log_joint(filled, {name: v[nodes] for name, v in held.items()}, u, seen)[0]
 
-        return newton(log_prob, u, MAX_STEPS, SURE)
+        return newton(log_prob, u, MAX_STEPS, SURE, root_at_mode=False)
 
 
 class NestedGroups(Given):
     """One vector of observations whose latents fall into groups that are independent given each node."""
 
     def __init__(
-        self, nodes: GroupNodes, filled: tuple[Any, ...], held: dict[str, Tensor], fine: bool = False
+        self, nodes: GroupNodes, filled: tuple[Any, ...], held: dict[str, Tensor], detail: Detail = "usual"
     ):
-        self.nodes, self.filled, self.held, self.fine = nodes.on(filled), filled, held, fine
+        self.nodes, self.filled, self.held, self.detail = nodes.on(filled), filled, held, detail
         self.n_nodes = len(next(iter(held.values()))) if held else 1
         self._last: Any = None
 
-    def refined(self, some: Tensor | slice = slice(None)) -> Given:
+    def with_detail(self, detail: Detail, some: Tensor | slice = slice(None)) -> Given:
         held = {name: v[some] for name, v in self.held.items()}
-        return NestedGroups(self.nodes, self.filled, held, fine=True)
+        return NestedGroups(self.nodes, self.filled, held, detail)
 
     def log_joint(self, x: Tensor, visible: Tensor) -> Tensor:
         by_group, rest = self._by_group(self._seen(x, visible))
@@ -270,8 +276,11 @@ class NestedGroups(Given):
         part = share.sqrt()  # where values are the n-th part of a node, their error falls with n^2 or faster
         n_values = (N_VALUES * part / part.sum()).round().clamp(min=1).long().tolist()
         generator = torch.Generator().manual_seed(0)
-        out = []
+        out: list[list[dict[str, Tensor]]] = []
         for s, n in enumerate(n_values):
+            if share[s] < MIN_SHARE:  # nobody asks
+                out.append([])
+                continue
             spread = _evenly(u[s : s + 1], within[s : s + 1], n)[0]  # (D, B, d)
             rank = torch.rand(*spread.shape[:2], generator=generator, dtype=torch.float64).argsort(0)
             spread = spread.gather(0, rank[..., None].expand_as(spread).to(u.device))
@@ -305,7 +314,7 @@ class NestedGroups(Given):
     def _chunks(self) -> list[slice]:
         """Of the S nodes, as many as memory will bear at a time."""
         per_node = len(self.nodes.groups.token) + len(self.nodes.groups.latent)
-        step = max(1, CELLS // (per_node * self.nodes.n_nodes * (2 if self.fine else 1)))
+        step = max(1, CELLS // (per_node * len(self.nodes.rule(self.detail)[1])))
         return [slice(i, i + step) for i in range(0, self.n_nodes, step)]
 
     def _placed(self, seen: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor]:
@@ -313,7 +322,7 @@ class NestedGroups(Given):
         held = {name: v[part] for name, v in self.held.items()}
         n_nodes = len(range(*part.indices(self.n_nodes)))
         mode, root = self.nodes.locate(self.filled, held, n_nodes, seen)
-        t, log_w = (a.to(mode) for a in self.nodes.rule(self.fine))  # (Q, d), (Q,)
+        t, log_w = (a.to(mode) for a in self.nodes.rule(self.detail))  # (Q, d), (Q,)
         u = mode[:, None] + (root[:, None] @ t[:, None, :, None])[..., 0]
         each = {name: v.repeat_interleave(len(t), 0) for name, v in held.items()}
         by_group, rest = self.nodes.log_joint(self.filled, each, u.flatten(0, 1), seen)
@@ -432,7 +441,7 @@ def _evenly(u: Tensor, share: Tensor, n: int) -> Tensor:
     eye = torch.eye(u.shape[-1], dtype=u.dtype, device=u.device)
     root = torch.where(well[..., None, None], root, eye)
     stretch = torch.where(well[..., None, None], target, eye) @ torch.linalg.inv(root)
-    stretch = torch.where((stretch.abs().amax((-2, -1)) < MOST_STRETCHED)[..., None, None], stretch, eye)
+    stretch = torch.where((stretch.abs().amax((-2, -1)) < MAX_STRETCH)[..., None, None], stretch, eye)
     return mean + (stretch[:, None] @ here[..., None])[..., 0]
 
 

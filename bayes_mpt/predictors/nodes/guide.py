@@ -19,7 +19,6 @@ from bayes_mpt.predictors.base import Evidence, Guide
 from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
 from bayes_mpt.predictors.nodes.given import Factorized, Given
 from bayes_mpt.predictors.nodes.guide_runs import GuideRuns
-from bayes_mpt.predictors.nodes.reparameterized import is_point
 from bayes_mpt.predictors.nodes.slopes import slopes_at, what_is_missed
 from bayes_mpt.predictors.nodes.weighted import (
     Nodes,
@@ -37,7 +36,7 @@ from bayes_mpt.program.factor_runs import read_factors
 from bayes_mpt.program.program import Latent, Model, ModelError, Program, n_rows_of
 from bayes_mpt.program.run import SetLatents, run, takes_visible
 from bayes_mpt.program.simulation import simulate
-from bayes_mpt.program.sites import latent_nodes
+from bayes_mpt.program.sites import is_point, latent_nodes
 from bayes_mpt.program.trials import CLOSE
 
 __all__ = ["Drawn", "GuideDraws", "evidence_of_draws"]

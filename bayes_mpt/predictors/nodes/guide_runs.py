@@ -13,12 +13,12 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from bayes_mpt.predictors.base import Guide
-from bayes_mpt.predictors.nodes.reparameterized import AlongDraws, DrawsAsLeaves, is_point
+from bayes_mpt.predictors.nodes.reparameterized import AlongDraws, DrawsAsLeaves
 from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.layout import rows_axis, sum_by_row
 from bayes_mpt.program.program import ModelError, Program, one_vector
 from bayes_mpt.program.run import NODES, SetLatents, one_precision
-from bayes_mpt.program.sites import latent_nodes
+from bayes_mpt.program.sites import is_point, latent_nodes
 
 __all__ = ["GuideRuns"]
 

@@ -42,6 +42,8 @@ __all__ = ["Drawn", "GuideDraws", "Importance", "evidence_of_draws"]
 N_WIDENINGS = 6  # steps from Laplace's Gaussian towards the closest one
 MIN_SHARE = 0.05  # of the mass around a mode, from which this is worth while
 WIDENING_COST = 200_000_000
+MAX_PAIRS = 64  # of draws of a widening
+MAX_NESTED_PAIRS = 12  # where rows or groups are integrated at each
 HALF = 0.5  # share of the widened mixture, beside the one at the modes, in the first round of moves
 MOVING = 0.5  # draws of a round of moves, of those of the number
 MIN_MOVING = 100
@@ -184,8 +186,9 @@ class _AroundMode(NodeSource):
         """The mixture of the Gaussians closest to the posterior around each mode, and of their images."""
         orbits = found.orbits
         first = [0] if orbits is None else orbits.first
-        # each draw costs a curvature, d^3 operations
-        n_pairs = max(4, min(64, WIDENING_COST // (found.mode.shape[-1] ** 3 * len(first))))
+        # each draw costs a curvature, d^3 operations, and that through the nodes of all rows where they have some
+        most = MAX_PAIRS if self.adaptive.rows is None else MAX_NESTED_PAIRS
+        n_pairs = max(4, min(most, WIDENING_COST // (found.mode.shape[-1] ** 3 * len(first))))
         wide, share = [], found.representatives().log_share[:, 0].exp().tolist()
         for mode, root, part in zip(found.mode[first], found.root[first], share, strict=True):
             near = LaplaceApproximation(mode, root)

@@ -25,7 +25,7 @@ __all__ = ["Shares", "shares_of", "with_climbs", "with_strays"]
 
 N_STRAYS = 8  # particles from which modes are looked for
 WORK = 2e8  # log-densities times the square of the numbers, that these may cost a step
-MAX_STEPS = 60
+MAX_STEPS = 20  # particles are near
 APART = 0.5  # standard deviations between modes that are two
 NEGLIGIBLE = 23.0  # nats below the largest mode: 1e-10 of it
 RADIUS = 6.0  # standard deviations of the squared radius, beyond which a particle is around no mode

@@ -10,6 +10,7 @@ A mode that few climbs have found tells that others may have been found by none:
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyro
@@ -22,6 +23,7 @@ from bayes_mpt.predictors.nodes.mixture import Modes, Orbits
 from bayes_mpt.predictors.nodes.newton import LaplaceApproximation, Peaks, by_halves, climb, distances
 from bayes_mpt.predictors.nodes.pieces import by_draws, shaped
 from bayes_mpt.predictors.nodes.population import moved
+from bayes_mpt.predictors.nodes.rules import MAX_HERMITE, Detail
 from bayes_mpt.predictors.nodes.symmetries import (
     MAX_IMAGES,
     Coordinates,
@@ -57,6 +59,8 @@ MAX_STEPS = 100
 SHARES_OF_WAY = (1.0, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4, 1e-5)  # 0 may be a saddle
 HOPELESS = 1000.0  # nats below the best start
 SAME_MODE = 0.1  # standard deviations
+SAME_BY_DRAWS = 0.5  # where rows or groups are integrated by draws: tops of such a density are uneven
+ROUGHLY = 1e-6  # of a log-density: to be gained where a rough climb ends
 N_POINTS = 8  # of the prior, and as many near the mode, at which symmetries are tried
 WORK = 2**22  # log-densities of tokens, times latents, that the first starts may cost a step
 CELLS = 2**20  # of them at a time
@@ -155,14 +159,16 @@ class _Climbs:
         self.width = adaptive.space.width
         self._drawn = x.new_zeros(0, self.width)
         self._cells = max(1, x.numel() * adaptive.n_evaluations)
+        self.by_draws = adaptive.rows is not None and adaptive.rows.width > MAX_HERMITE
+        self.same_mode = SAME_BY_DRAWS if self.by_draws else SAME_MODE
 
-    def log_prob(self, u: Tensor) -> Tensor:
+    def log_prob(self, u: Tensor, detail: Detail = "usual") -> Tensor:
         """log p(u, x_R) (M,) at u (M, d)."""
-        parts = [
-            self.adaptive.log_prob(self.args, self.filled, self.x, self.visible, part[:, None])[:, 0]
-            for part in u.split(max(1, CELLS // self._cells))
-        ]
-        return torch.cat(parts)
+        found = []
+        for part in u.split(max(1, CELLS // self._cells)):
+            given, left, _ = self.adaptive.at(self.args, self.filled, part[:, None])
+            found.append((left + given.with_detail(detail).log_joint(self.x, self.visible))[:, 0])
+        return torch.cat(found)
 
     def both(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """log p(u) and log p(u, x_R) (M,) at u (M, d)."""
@@ -229,7 +235,7 @@ class _Climbs:
         mean, root = at.mode[of, 0], at.root[of, 0]
         more = self._climb(mean + AROUND * (root @ normal)[..., 0])
         end = more.u[more.same]
-        back = torch.linalg.solve(root, (end - mean)[..., None])[..., 0].norm(dim=1) < 2 * SAME_MODE
+        back = torch.linalg.solve(root, (end - mean)[..., None])[..., 0].norm(dim=1) < 2 * self.same_mode
         both = _join(peaks, more)
         first, further = both.same[1 : len(peaks.same)], both.same[len(peaks.same) :]
         found, _ = self._distinct(both, _hits(both, torch.cat([first, further[~back]])))
@@ -295,7 +301,15 @@ class _Climbs:
         return ways[best, torch.arange(len(u), device=u.device)]
 
     def _climb(self, u: Tensor) -> Peaks:
-        return climb(self.log_prob, u, MAX_STEPS, self.adaptive.sure)
+        """From places (M, d); where rows or groups have nodes of a rule, by rough ones until close to the tops."""
+        sure = self.adaptive.sure
+        if self.adaptive.rows is None or self.by_draws:
+            return climb(self.log_prob, u, MAX_STEPS, sure)
+        rough = climb(partial(self.log_prob, detail="rough"), u, MAX_STEPS, ROUGHLY)
+        ends, of = rough.same.unique(return_inverse=True)
+        found = climb(self.log_prob, rough.u[ends], MAX_STEPS, sure)
+        first = torch.stack([(found.same[of] == k).to(torch.int8).argmax() for k in range(len(ends))])
+        return Peaks(found.u[of], found.value[of], found.root[of], found.top[of], first[found.same[of]])
 
     def _distinct(self, peaks: Peaks, hits: Tensor) -> tuple[_Found, Tensor]:
         """Tops that are no others, and which climbs these are; if there is none, the highest place."""
@@ -309,7 +323,7 @@ class _Climbs:
         index = ends.nonzero()[:, 0]
         index = index[log_mass[index].argsort(descending=True)]
         inverse = torch.linalg.inv(peaks.root[index])
-        near = distances(peaks.u[index], inverse.mT @ inverse) < SAME_MODE
+        near = distances(peaks.u[index], inverse.mT @ inverse) < self.same_mode
         first = near.to(torch.int8).argmax(1)  # of the greatest mass, of those that are one mode
         own = (first == torch.arange(len(first), device=first.device)).nonzero()[:, 0]
         pooled = torch.zeros_like(hits[index]).index_add(0, first, hits[index])
@@ -333,7 +347,7 @@ class _Climbs:
                 torch.linalg.inv(where.images(u[j], root[j], by)[1])[:, None]
                 @ (u - images.images[:, None])[..., None]
             )
-            own = left & (white[..., 0].norm(dim=-1) < 2 * SAME_MODE).any(0)
+            own = left & (white[..., 0].norm(dim=-1) < 2 * self.same_mode).any(0)
             if images.n_images > len(images.elements):  # those that are not listed have its mass
                 own |= left & ((log_mass - log_mass[j]).abs() < EQUAL_MASS)
             own[j] = True

@@ -42,14 +42,18 @@ class LaplaceApproximation(NamedTuple):
 
 @torch.enable_grad()
 def newton(
-    log_prob: Callable[[Tensor, Tensor], Tensor], u: Tensor, max_steps: int, sure: float
+    log_prob: Callable[[Tensor, Tensor], Tensor],
+    u: Tensor,
+    max_steps: int,
+    sure: float,
+    root_at_mode: bool = True,
 ) -> LaplaceApproximation:
     """Newton's method on (S, N, d) -> (S, N), all rows side by side, and the curvature at the last step but one.
 
     ``log_prob(u, nodes)`` is asked for some of the S, by their numbers: a node whose rows have all come to rest is
     left alone. Of a log-density no more than the share ``sure`` is to be gained by a step that need not climb, of which
-    one more is taken where the curvature moves with it. Kept by hand: scipy's optimisers climb one row at a time, and
-    not within torch's graph.
+    one more is taken where the curvature moves with it; not without ``root_at_mode``, for nodes, which any root near
+    that one places well. Kept by hand: scipy's optimisers climb one row at a time, and not within torch's graph.
     """
     mode = u.detach().clone()
     roots = mode.new_zeros(*mode.shape, mode.shape[-1])
@@ -69,7 +73,7 @@ def newton(
         step = step * (LONGEST_STEP / longest.clamp(min=LONGEST_STEP))
         step = torch.where(stuck[nodes][..., None], 0.0, step)
         there = (gain <= torch.clamp(sure * (1 + before.abs()), min=SETTLED)) | stuck[nodes]
-        enough = there & (settled[nodes] | stuck[nodes] | (gain <= EXACT))
+        enough = there & (settled[nodes] | stuck[nodes] | (gain <= EXACT)) if root_at_mode else there
         settled[nodes] = there
         going = (~enough & gain.isfinite()).any(-1)  # (S,)
         last = (~going).nonzero()[:, 0]

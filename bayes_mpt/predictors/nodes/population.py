@@ -26,7 +26,7 @@ N_FITS = 2  # steps of expectation maximisation with the draws of each
 ENOUGH = 0.6  # share of effective draws of a round, from which nothing is moved any more
 KEPT = 0.1  # share of what stood before
 WIDE, WIDER = 0.15, 1.5  # share of the moved pieces made wider, and by how much
-LEAST = 2.0  # effective draws for each number, that a move rests on at the least
+MIN_EFFECTIVE = 2.0  # effective draws for each number, that a move rests on at the least
 MIN_SHARE = 1e-3  # of a piece
 
 
@@ -53,7 +53,7 @@ def moved(both: Both, first: Modes, n: int) -> Modes:
         log_w = _log_weight(u, torch.cat(log_p), rounds)
         if not bool((log_w > -math.inf).any()):
             break
-        share = _even(log_w, min(n / 2, LEAST * (u.shape[1] + 1)))
+        share = _even(log_w, min(n / 2, MIN_EFFECTIVE * (u.shape[1] + 1)))
         for _ in range(N_FITS):
             at = _fitted(at, u, share)
     if at is first:
@@ -106,7 +106,7 @@ def _fitted(modes: Modes, u: Tensor, share: Tensor) -> Modes:
     total = chance.sum(1)
     for c, own in enumerate(chance):
         n_own = float(own.sum().square() / own.square().sum().clamp(min=1e-300))
-        if n_own <= LEAST:
+        if n_own <= MIN_EFFECTIVE:
             continue
         own = own / own.sum()
         off = u - own @ u

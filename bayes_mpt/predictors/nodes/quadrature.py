@@ -36,6 +36,7 @@ MIN_NODES = 3  # along each axis
 MAX_WHOLE = 1024  # nodes, up to which all are tried at once
 SHELLS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9)  # share of a Gaussian outside of each
 NO_PART = 0.01  # of the error: what is left out is no more
+LITTLE = 1e-3  # share of the integral that a shell adds, beyond which rows and groups are integrated roughly
 MIDDLE = 0.99  # share of the integral at whose nodes finer ones in every row or group are tried
 
 
@@ -163,7 +164,8 @@ class _Hermite(NodeSource):
         everything = torch.ones(nodes.value.shape[1], dtype=torch.bool, device=nodes.value.device)
         beyond = 0.0
         if self.adaptive.rows is not None:  # every node costs those of all rows or groups
-            many = self._outwards(nodes, filled) + nodes.gain_inside(_middle(nodes))
+            inside = nodes.gain_inside(_middle(nodes))
+            many = self._outwards(nodes, filled, float(inside.abs())) + inside
         else:
             finer = nodes.at_nodes(self._around(nodes.args, filled, nodes.value, modes, more))
             many = finer.score()
@@ -183,10 +185,11 @@ class _Hermite(NodeSource):
         doubt = modes.doubt or nodes.doubt_inside()
         return doubted(Evidence(many, se, diagnostics), modes._replace(doubt=doubt))
 
-    def _outwards(self, nodes: Nodes, filled: tuple[Any, ...]) -> Tensor:
+    def _outwards(self, nodes: Nodes, filled: tuple[Any, ...], error: float) -> Tensor:
         """log Z (1,) by more nodes, shell by shell from the middle until what is left is no part of the error.
 
-        Of what is left, shells that shrink by a factor r from c on are believed to add c r / (1 - r).
+        Of what is left, shells that shrink by a factor r from c on are believed to add c r / (1 - r). Beyond a shell
+        that has added little, rows and groups are integrated roughly. ``error`` is known to be there besides.
         """
         modes, few = nodes.last.located, nodes.score()
         more = self._n_nodes(modes, finer=True)
@@ -195,13 +198,15 @@ class _Hermite(NodeSource):
         for n_shells, number in enumerate(shell.unique(), 1):
             some = (shell == number).nonzero()[:, 0]
             read = self._around(nodes.args, filled, nodes.value, modes, more, some)
+            if added < LITTLE:
+                read = read._replace(given=read.given.with_detail("rough"))
             part = nodes.at_nodes(read).score()
             total = torch.logaddexp(total, part)
             before, added = added, float((part - total).exp())
             last, shrinks = shrinks, added / before if before > 0 else 0.0
             r = max(last, shrinks)
             left = added * r / (1 - r) if r < 1 else math.inf
-            if n_shells > 3 and left <= NO_PART * float((total - few).abs()):
+            if n_shells > 3 and left <= NO_PART * max(error, float((total - few).abs())):
                 break
         return total
 

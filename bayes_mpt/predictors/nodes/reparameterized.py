@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
@@ -12,9 +11,9 @@ from torch.autograd.function import once_differentiable
 
 from bayes_mpt.program.layout import rows_axis
 from bayes_mpt.program.program import Program
-from bayes_mpt.program.sites import base, is_subsample
+from bayes_mpt.program.sites import is_point, is_subsample
 
-__all__ = ["AlongDraws", "DrawsAsLeaves", "is_point"]
+__all__ = ["AlongDraws", "DrawsAsLeaves"]
 
 
 class AlongDraws(torch.autograd.Function):
@@ -87,8 +86,3 @@ class DrawsAsLeaves(poutine.messenger.Messenger):
         self.raw.append(value)
         self.leaves.append(msg["value"])
         self.layouts.append(layout)
-
-
-def is_point(node: Any) -> bool:
-    """Whether a guide puts this site on a single point."""
-    return isinstance(base(node["fn"]), pyro.distributions.Delta)

@@ -19,6 +19,7 @@ from bayes_mpt.predictors.nodes.rules import (
     MAX_HERMITE,
     ROW_DRAWS,
     ROW_NODES,
+    Detail,
     row_rule,
 )
 from bayes_mpt.predictors.nodes.weighted import constrained
@@ -112,9 +113,14 @@ class RowNodes:
         return f"; given each of them, rows by themselves: {self.why}"
 
     @property
+    def width(self) -> int:
+        """d, numbers of a row."""
+        return self.adaptive.space.width
+
+    @property
     def n_nodes(self) -> int:
         """Q, of each row."""
-        width = self.adaptive.space.width
+        width = self.width
         return ROW_NODES[width] ** width if width <= MAX_HERMITE else ROW_DRAWS
 
     @property
@@ -152,14 +158,14 @@ class RowNodes:
         args: tuple[Any, ...],
         filled: tuple[Any, ...],
         held: dict[str, Tensor],
-        fine: bool,
+        detail: Detail,
         x: Tensor,
         visible: Tensor,
     ) -> PlacedRows:
         """Q nodes for each of S nodes of the data set and each row, for what is visible (N, T) of it."""
         at, width = self.adaptive, self.adaptive.space.width
         n_nodes, n_rows = len(next(iter(held.values()))), len(x)
-        t, log_w = row_rule(width, fine)
+        t, log_w = row_rule(width, detail)
         t, log_w = t.to(x), log_w.to(x)  # (Q, d), (Q,)
         if not width:
             u = x.new_zeros(n_nodes, n_rows, 0)

@@ -352,7 +352,9 @@ class Particulate(Conditionals):
         if self.adaptive.rows is None:
             return 0.0
         x, seen, u = self.value, shown.seen, u[:: max(1, len(u) // MAX_DRAWS)]
-        change = [(g.refined().log_joint(x, seen) - g.log_joint(x, seen))[:, 0] for g, _ in shown.given(u)]
+        change = [
+            (g.with_detail("fine").log_joint(x, seen) - g.log_joint(x, seen))[:, 0] for g, _ in shown.given(u)
+        ]
         return float(torch.cat(change).logsumexp(0)) - math.log(len(u))
 
     def _check(self) -> TwoSided:

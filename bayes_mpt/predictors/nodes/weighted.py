@@ -267,7 +267,7 @@ class Nodes(Conditionals):
 
     def gain_inside(self, some: Tensor) -> Tensor:
         """How log Z (N,) grows by finer nodes in every row or group, seen at ``some`` nodes; 0 where there are none."""
-        before, given = self.log_weights(), self.last.given.refined(some)
+        before, given = self.log_weights(), self.last.given.with_detail("fine", some)
         if given is self.last.given:
             return torch.zeros_like(before[0])
         weight = self.last.log_weight.expand(before.shape)[some]

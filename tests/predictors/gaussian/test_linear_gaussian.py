@@ -21,6 +21,7 @@ from bayes_mpt.models import PPCA, FactorAnalysis
 from bayes_mpt.predictors import choose
 from bayes_mpt.predictors.gaussian.linear import LinearRows
 from bayes_mpt.program.affine import affine_form, first_reading, read, read_stated, stated_form
+from bayes_mpt.program.batched import Batched
 
 N_ROWS = 7
 TOL = 1e-9  # nats
@@ -762,15 +763,16 @@ def matrix_weights(x, c):
 
 @pytest.mark.parametrize("n_rows", [7, 8, 12])
 @pytest.mark.parametrize(
-    ("program", "at_once"), [(random_slopes, True), (correlated_weights, True), (matrix_weights, False)]
+    ("program", "batched"),
+    [(random_slopes, Batched.PLATE), (correlated_weights, Batched.PLATE), (matrix_weights, Batched.VMAP)],
 )
-def test_all_probes_in_one_run_are_the_runs_apart(program, at_once, n_rows):
+def test_all_probes_in_one_run_are_the_runs_apart(program, batched, n_rows):
     rng = np.random.default_rng(0)
     args = tuple(torch.as_tensor(rng.normal(size=(n_rows, 3))) for _ in range(2))
     with pyro.get_param_store().scope():
         found = affine_form(program, args)
-        assert found.at_once is at_once
-        one, other = (read(program, args, found._replace(at_once=a)) for a in (at_once, False))
+        assert found.batched is batched
+        one, other = (read(program, args, found._replace(batched=way)) for way in (batched, Batched.LOOP))
     for a, b in zip(one, other, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
