@@ -446,19 +446,23 @@ def _log_law(trace: Trace, parts: tuple[str, ...]) -> Tensor:
 
 def _log_part(node: Any) -> Tensor:
     """What a site adds to a law, 0 where a mask hides it."""
-    fn = base(node["fn"])
-    if isinstance(fn, dist.Unit) or hasattr(fn, "base_dist"):
+    if hasattr(_innermost(node["fn"]), "log_factor"):
         log_prob = _log_factor(node)
     else:
-        log_prob = log_density(fn, torch.as_tensor(node["value"]).to(torch.get_default_dtype()))
+        value = torch.as_tensor(node["value"]).to(torch.get_default_dtype())
+        log_prob = log_density(base(node["fn"]), value)
     for mask, _ in own_masks(node, 0):
         log_prob = torch.where(mask, log_prob, torch.zeros_like(log_prob))
     return log_prob
 
 
 def _log_factor(node: Any) -> Tensor:
-    fn = node["fn"]
+    found: Tensor = _innermost(node["fn"]).log_factor
+    return found
+
+
+def _innermost(fn: Any) -> Any:
+    """The distribution that masks and plates stand around, or that transforms make another one of."""
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
-    found: Tensor = fn.log_factor
-    return found
+    return fn

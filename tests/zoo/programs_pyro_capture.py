@@ -179,8 +179,7 @@ CASES = [
         lambda rng: (seen_or_not(rng),),
         survival_with_effects,
         tolerance=1e-2,
-        heavy=True,
-        known="six shared latents",
+        slow=True,
     ),
     Case(
         "capture_recapture_5",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -24,6 +24,7 @@ from bayes_mpt.program.sites import base, node_of
 __all__ = ["log_prior_of", "node_values", "non_conjugate", "prior_draws"]
 
 GAUSSIAN = {"Normal", "MultivariateNormal"}
+MAX_LEFT_OUT = 4  # latents that multiply others: more take too many nodes
 
 
 def prior_draws(model: Model, filled: tuple[Any, ...], n: int, first: int = 0) -> list[Trace]:
@@ -81,13 +82,47 @@ def non_conjugate(
             not torch.equal(*(t.nodes[n]["fn"].log_prob(drawn[n]) for t in (trace, moved))) for n in rest
         )
 
-    while stirring := [n for n in kept if stirs(n)]:
-        kept = [n for n in kept if n not in stirring]
-        rest = tuple(n for n in everything if n not in kept)
-    if not kept or not rest:  # all of them could be integrated, but nodes were asked for
-        return everything, None
+    def settle() -> None:
+        nonlocal kept, rest
+        while stirring := [n for n in kept if stirs(n)]:
+            kept = [n for n in kept if n not in stirring]
+            rest = tuple(n for n in everything if n not in kept)
+
+    settle()
     # one by one they are; all together?
-    template = alone[kept[0]] if len(kept) == 1 else given(rest)
+    template = given(rest) if len(kept) > 1 else next((alone[n] for n in kept), None)
+    if not kept or (not rest and template is not None):  # all could be integrated, but nodes were asked for
+        return everything, None
+    if template is None:  # some multiply each other, as a coefficient does a state
+        kept = _together(kept, lambda names: given(n for n in everything if n not in names) is not None)
+        rest = tuple(n for n in everything if n not in kept)
+        settle()
+        template = given(rest) if kept and rest else None
     if template is not None and template.structure.by_row and not program.by_row:
         template = None  # what is left belongs to rows, which are integrated one by one
     return (everything if template is None else rest), template
+
+
+def _together(names: list[str], is_affine: Callable[[list[str]], bool]) -> list[str]:
+    """Of latents that are affine one by one, most that are together: from the last to the first, or the other way.
+
+    Blocks are halved down to those that multiply one that is taken already; of these a few are left out.
+    """
+
+    def take(order: list[str]) -> list[str]:
+        taken: list[str] = []
+        n_out, blocks = 0, [order]
+        while blocks:
+            block = blocks.pop()
+            if is_affine(taken + block):
+                taken = taken + block
+            elif len(block) > 1:
+                half = len(block) // 2
+                blocks += [block[half:], block[:half]]
+            else:
+                n_out += 1
+                if n_out > MAX_LEFT_OUT:
+                    return []
+        return taken
+
+    return max(take(names[::-1]), take(names), key=len)
