@@ -11,6 +11,10 @@ the likelihood's.
 The truth is the highest of 20 climbs from random noises and of all that are compared: ``one climb`` from what a
 regression on the other columns leaves, the method before, ``ours`` and ``near``. ``within`` counts tables not more
 than .1 nats below it. Asked: 95 % of all.
+
+Found: of the likelihood 93.8 % (one climb: 90.0), which **falls short**; of the posterior 100 % (92.5), and 97.5 near
+the likelihood's. A version that goes on exchanging until nothing is gained came to 95.0 % of the likelihood's on these
+tables, but took 1.6 times as long on digits with 20 latents, longer than scikit-learn.
 """
 
 import sys
