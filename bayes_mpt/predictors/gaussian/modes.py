@@ -10,7 +10,7 @@ in one of nine tables. So
    direction is left that another latent would take;
 2. where these end apart, or a noise is all but zero and the spectrum has no clear gap at K, an exchange: from the
    maximum of one latent more one is left out, or to the maximum of one latent less the next direction is added, as in
-   the selection of variables, until nothing is gained.
+   the selection of variables.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ CLEAR = 10.0  # (lambda_K - 1) / (lambda_K+1 - 1) from which on the spectrum has
 ZERO = 5e-3  # of a column's variance: noises that are zero leave a gap that says nothing
 SOFT_SHAPE, SOFT_ROWS = 2.0, 1000  # psi_i ~ Gamma(2, 2), as if the table had so many rows
 N_MORE, N_LESS = 2, 1  # latents left out, of those that lose least
-N_ROUNDS = 3
 ROUGH = 1e-6  # tolerance of a climb on the way
 GAIN = 1e-9  # relative, by which a maximum is higher
 
@@ -150,15 +149,9 @@ def _is_clear(top: Profile) -> bool:
 
 
 def _exchanged(climbs: _Climbs, top: Profile) -> Profile:
-    """The highest maximum that is reached by one latent more and one less, or the other way round, from there on."""
-    for _ in range(N_ROUNDS):
-        before = top
-        top = _more_and_less(climbs, top)
-        if top is before:
-            top = _less_and_more(climbs, top)
-        if top is before:
-            break
-    return top
+    """A higher maximum that is reached by one latent more and one less, or the other way round; else this one."""
+    higher = _more_and_less(climbs, top)
+    return _less_and_more(climbs, top) if higher is top else higher
 
 
 def _more_and_less(climbs: _Climbs, top: Profile) -> Profile:
@@ -168,7 +161,8 @@ def _more_and_less(climbs: _Climbs, top: Profile) -> Profile:
     more = climbs.to(k + 1, _rest(top.communality(k + 1).sum(1)), tol=ROUGH)
     for start in climbs.least_first(k, _without_each(more, k + 1))[:N_MORE]:
         found = climbs.to(k, start, top)
-        top = found if _higher(found, top) else top
+        if _higher(found, top):
+            return found
     return top
 
 
