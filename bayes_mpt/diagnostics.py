@@ -20,9 +20,11 @@ __all__ = [
     "pareto_k",
     "partition_error",
     "replicate_error",
+    "widening_of",
 ]
 
 MIN_TAIL = 20  # weights to fit a tail to
+WORST_K = 0.95  # up to which an error is widened further
 BAD_K = 0.7  # above it the error is unreliable (Vehtari et al. 2024)
 
 
@@ -117,3 +119,20 @@ def pareto_k(log_weight: NDArray[np.float64]) -> NDArray[np.float64]:
         shape = np.log1p(-best * tail).mean(0)
     # a prior of ten observations at 1/2
     return shape * n_tail / (n_tail + 10) + 0.5 * 10 / (n_tail + 10)
+
+
+def widening_of(k: float) -> float:
+    """How many times as large as the weights' own spread says the error of one mean of weights of tail shape k is.
+
+        max(1, 0.8 (1 - k)^-0.7)
+
+    A mean of 1000 weights without a variance (k > 1/2) is mostly too low, and its spread too small, for want of the
+    greatest weights: in 1500 such means of Pareto weights the root mean square of (log mean - truth) / error was 1.10,
+    1.19, 1.44 and 1.88 at k of 0.4, 0.5, 0.6 and 0.7. Of the sum over many rows it is not asked. 1 where k is NaN.
+
+    Examples
+    --------
+    >>> [round(widening_of(k), 2) for k in (0.2, 0.5, 0.6, 0.7)]
+    [1.0, 1.3, 1.52, 1.86]
+    """
+    return 1.0 if math.isnan(k) else max(1.0, 0.8 * (1 - min(k, WORST_K)) ** -0.7)

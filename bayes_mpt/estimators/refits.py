@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from copy import deepcopy
 from itertools import pairwise
 from numbers import Integral, Real
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
 from sklearn.model_selection import BaseCrossValidator, KFold
+from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import HasMethods, Interval
 
+from bayes_mpt.estimators.bayes_mpt import BayesMPT
 from bayes_mpt.estimators.candidates import Candidate, Facts
-from bayes_mpt.estimators.rows import rows_of
+from bayes_mpt.estimators.rows import as_tensor, checked_rows, rows_of
+from bayes_mpt.program.devices import own_random_state
+from bayes_mpt.program.offers import offered_of_itself
+from bayes_mpt.training import Ascent, one_thread
 
 __all__ = ["Cumulative", "HeldOut"]
 
@@ -159,12 +166,15 @@ def _by_refits(
 ) -> NDArray[np.float64]:
     """Scores of rows by fits to others, averaged over repeats; those of each repeat (R, N) are returned."""
     by_row, replicates, means, n_cut_short = [], [], [], 0
-    for splits in repeats:
+    for splits in map(list, repeats):
         total, count = np.zeros(len(X)), np.zeros(len(X))
-        for train, test in splits:
-            fold = candidate.model.refit(rows_of(X, train), rows_of(y, train), random_state=random_state)
-            n_cut_short += not fold.converged_
-            score = fold.score_samples(rows_of(X, test), rows_of(y, test))
+        for (train, test), score in zip(
+            splits, _own_scores(candidate.model, X, splits, random_state), strict=True
+        ):
+            if score is None:
+                fold = candidate.model.refit(rows_of(X, train), rows_of(y, train), random_state=random_state)
+                n_cut_short += not fold.converged_
+                score = fold.score_samples(rows_of(X, test), rows_of(y, test))
             total[test] += score
             count[test] += 1
             means.append(float(np.nanmean(score)))  # of a missing y there is none
@@ -182,6 +192,30 @@ def _by_refits(
     if n_cut_short:
         candidate.doubt(f"{n_cut_short} of {len(means)} fits to folds not converged")
     return np.array(by_row)
+
+
+def _own_scores(
+    model: BayesMPT, X: Any, splits: list[tuple[NDArray[Any], NDArray[Any]]], random_state: int | None
+) -> list[NDArray[np.float64] | None]:
+    """Of each split the scores of hidden rows by the program's own fits (`Offers.held_out`); None where it has none."""
+    none: list[NDArray[np.float64] | None] = [None] * len(splits)
+    how, program = Ascent() if model.training is None else model.training, cast(Any, model.model)
+    plain = not (model.guide or model.masks or model.average or model.penalty)
+    plain &= model.predictor == "auto" and model.n_init in ("auto", 1) and model.device == "cpu"
+    held_out = offered_of_itself(program, "held_out")
+    if held_out is None or not (plain and isinstance(how, Ascent)):
+        return none
+    state = deepcopy(random_state if model.random_state is None else model.random_state)
+    seed = int(check_random_state(state).randint(2**31 - 1))
+    x = as_tensor(checked_rows(model, X, reset=False), program, model.device)
+    with one_thread(x.numel()), own_random_state(seed):
+        found = held_out(
+            x,
+            [(torch.as_tensor(train), torch.as_tensor(test)) for train, test in splits],
+            tol=how.tol,
+            max_iter=how.max_iter,
+        )
+    return [None if score is None else score.numpy() for score in found]
 
 
 def _splits_of(n_rows: int, repeats: list[Splits]) -> NDArray[np.float64] | None:

@@ -42,6 +42,8 @@ __all__ = [
     "warn_of_far",
 ]
 
+LEAST_SPREAD = 1e-150  # of a column that is not constant: the squares of smaller numbers have few digits
+
 
 def as_tensor(
     X: NDArray[np.floating], model: Model, device: str, shift: NDArray[np.float64] | None = None
@@ -223,6 +225,11 @@ def update_statistics(
     broken = (~torch.isfinite(statistics.variance)).nonzero()[:, 0].tolist()
     if broken:
         raise ValueError(f"the squares of column {names[broken[0]]} overflow: rescale it")
+    # without complete rows the variances are zero; of a constant they are too
+    for column in (statistics.variance < LEAST_SPREAD**2).nonzero()[:, 0].tolist():
+        cells = X[:, column][~np.isnan(X[:, column])]
+        if len(cells) and 0 < cells.max() - cells.min() < LEAST_SPREAD:
+            raise ValueError(f"the squares of column {names[column]} underflow: rescale it")
     return statistics
 
 

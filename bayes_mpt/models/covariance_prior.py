@@ -36,9 +36,15 @@ class CovariancePrior(NamedTuple):
     """The log prior of the covariances of a mixture, a constant left out."""
 
     scale: Tensor
-    """L: (T, T) of full covariances, (T,) of diagonal ones, (1,) of a single variance"""
+    """L: (T, T) of full covariances, (T,) of diagonal ones, (1,) of a single variance; of B tables (B, 1, T, T) and
+    (B, 1, T) or (B, 1, 1)"""
     n_tokens: int
     """T"""
+
+    @property
+    def dense(self) -> bool:
+        """Whether it is one of full covariances."""
+        return self.scale.ndim in (2, 4)
 
     @property
     def proper(self) -> bool:
@@ -50,7 +56,7 @@ class CovariancePrior(NamedTuple):
 
     def log_prob(self, scale: Tensor) -> Tensor:
         """Of Cholesky factors (..., C, T, T), or standard deviations (..., C, T) or (..., C, 1)."""
-        if self.scale.ndim == 2:
+        if self.dense:
             log_det = 2 * scale.diagonal(dim1=-2, dim2=-1).log().sum((-2, -1))
             return -0.5 * (log_det + (self.scale * torch.cholesky_inverse(scale)).sum((-3, -2, -1)))
         each = 2 * scale.log() + self.scale / scale.square()
@@ -67,12 +73,19 @@ class CovariancePrior(NamedTuple):
 def steps_of(rows: Tensor) -> Tensor:
     """The steps h (T,) of whose multiples columns are made, rows (N, T) in units of their spread; zero without any."""
     steps = rows.new_zeros(rows.shape[1])
-    for column, cells in enumerate(rows.unbind(1)):
-        # of a column that is not rounded a few cells show it
-        if _step(cells[:FEW_CELLS]) is None:
-            continue
-        steps[column] = _step(cells) or 0.0
+    for column in _may_be_rounded(rows[:FEW_CELLS]).nonzero()[:, 0].tolist():
+        steps[column] = _step(rows[:, column]) or 0.0
     return steps
+
+
+def _may_be_rounded(rows: Tensor) -> Tensor:
+    """Of which columns (T,) a few cells do not show that they are not rounded."""
+    value = rows.sort(0).values
+    gap = value.diff(dim=0)
+    step = torch.where(gap > ON_STEPS * MIN_STEP, gap, torch.inf).amin(0) if len(gap) else rows[0] + torch.inf
+    multiple = (value - value[0]) / step
+    on = ((multiple - multiple.round()).abs() < ON_STEPS * multiple.clamp(min=1.0)).all(0)
+    return (on & (step >= MIN_STEP)) | step.isinf() | rows.isnan().any(0)
 
 
 def _step(cells: Tensor) -> float | None:

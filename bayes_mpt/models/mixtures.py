@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, ClassVar, Literal
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from bayes_mpt.models.checks import CheckedModel, IntegersFrom, OneOf, check_memory
 from bayes_mpt.models.covariance_prior import CovariancePrior
 from bayes_mpt.models.gaussians import Gaussians
+from bayes_mpt.models.mixture_climb import Hill
 from bayes_mpt.models.mixture_em import (
     DENSE,
     Climb,
@@ -28,6 +29,7 @@ from bayes_mpt.models.mixture_em import (
     table_of,
     within,
 )
+from bayes_mpt.models.mixture_folds import scores_of_others
 from bayes_mpt.models.mixture_starts import best_start
 
 __all__ = ["GaussianMixture"]
@@ -155,7 +157,7 @@ class GaussianMixture(CheckedModel):
             start, used = best_start(table, start, kind, prior, max_iter // 2)
             max_iter -= used
         try:
-            climb = run_em(table, expect, start, kind, tol=tol, max_iter=max_iter, prior=prior, relative=True)
+            climb = run_em(table, expect, start, kind, tol=tol, max_iter=max_iter, prior=prior, to_end=True)
         except KeyboardInterrupt as press:
             if not press.args:
                 raise
@@ -163,6 +165,55 @@ class GaussianMixture(CheckedModel):
         if climb.collapsed:
             self._tell_of_collapse(climb, table)
         return _in_units_of_x(table, climb.mix, x, kind)
+
+    def left_to_gain(self, x: Tensor, params: Mapping[str, Tensor]) -> float:
+        """What a parameter by itself has to gain at most, nats a row of x (N, T), NaN where a cell is missing.
+
+        Examples
+        --------
+        >>> x = torch.tensor([[-1.0], [1.0]], dtype=torch.float64)
+        >>> aside = {
+        ...     "weights": x.new_ones(1),
+        ...     "loc": x.new_tensor([[0.5]]),
+        ...     "scale_tril": x.new_ones(1, 1, 1),
+        ... }
+        >>> GaussianMixture(1, covariance_prior=None).left_to_gain(x, aside)  # m^2 / 2 of N(x; m, 1)
+        0.125
+        """
+        table, mix = self._read(x, params)
+        expect = expectation(table.rows, self.covariance_type)
+        hill = Hill.of(table, expect, self.covariance_type, self._prior(table))
+        return float(hill.steepest(Gaussians(*(a[None] for a in mix))))
+
+    def held_out(
+        self, x: Tensor, splits: Sequence[tuple[Tensor, Tensor]], *, tol: float, max_iter: int
+    ) -> list[Tensor | None]:
+        """Scores of rows by fits to others, as `bayes_mpt.program.offers.Offers.held_out`.
+
+        All fits have one random state, and each its own start and prior, which have seen its rows alone.
+
+        Examples
+        --------
+        >>> x = torch.tensor([[0.0], [2.0], [10.0], [12.0], [1.0], [11.0]], dtype=torch.float64)
+        >>> split = torch.arange(4), torch.arange(4, 6)
+        >>> model = GaussianMixture(1, covariance_prior=None)
+        >>> [found] = model.held_out(x, [split], tol=1e-9, max_iter=100)
+        >>> found  # of N(6, 26)
+        tensor([-3.0288, -3.0288], dtype=torch.float64)
+        """
+        self._validate_params()
+        seed = int(torch.randint(2**31 - 1, (), device="cpu"))
+        with torch.no_grad():
+            return scores_of_others(
+                x.double(),
+                splits,
+                int(self.n_components),
+                self.covariance_type,
+                with_prior=self.covariance_prior is not None,
+                seed=seed,
+                tol=tol,
+                max_iter=max_iter,
+            )
 
     def penalty(self, x: Tensor) -> Callable[[Mapping[str, Tensor]], Tensor] | None:
         """The log prior of the covariances, a function of the parameters by name, from rows x (N, T); or None."""

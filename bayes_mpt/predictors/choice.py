@@ -42,6 +42,7 @@ __all__ = ["MAX_INIT_ROWS", "choose", "choose_for_table"]
 N_DRAWS = 1000
 MAX_JOINT = 4096  # tokens of one Gaussian vector whose covariance is made whole
 MAX_INIT_ROWS = 4096  # rows on which it is found out what a program is
+TRIAL_ROWS = 1024  # the same, of a table that has more than those
 MAX_INIT_CELLS = 2**20  # of a table on which a program first runs, which initialises its parameters
 MAX_INIT_VECTOR = 1024  # rows of one Gaussian vector, which may mean a matrix of their square
 
@@ -184,7 +185,7 @@ def choose_for_table(
         # only. A program that cannot run says why below.
         with suppress(Exception):
             first_run(sees_all(model), fill_all(arguments(slice(n_init))))
-    args = arguments(slice(MAX_INIT_ROWS))
+    args = arguments(slice(MAX_INIT_ROWS if n_rows <= MAX_INIT_ROWS else TRIAL_ROWS))
     if known is not None and _same_shapes(known[1]):
         found = known[0]
     else:

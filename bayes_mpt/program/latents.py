@@ -14,6 +14,7 @@ from torch.distributions.transforms import ComposeTransform, IndependentTransfor
 from bayes_mpt.program.layout import from_rows, to_rows
 from bayes_mpt.program.program import Latent, ModelError, Program
 from bayes_mpt.program.sites import node_of
+from bayes_mpt.program.sticks import with_exact_shares
 
 __all__ = ["Space", "space"]
 
@@ -149,7 +150,7 @@ def space(program: Program, trace: Trace, names: Iterable[str]) -> Space:
         node = node_of(trace, latent.name)
         fn, value = node["fn"], node["value"]
         try:
-            transform = biject_to(fn.support)
+            transform = with_exact_shares(biject_to(fn.support))
         except NotImplementedError as error:
             raise ModelError(
                 f"latent site {latent.name!r} ({type(fn).__name__}) has no transform to real numbers: for a "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Around", "Offers", "offered"]
+__all__ = ["Around", "Offers", "offered", "offered_of_itself"]
 
 
 class Offers(Protocol):
@@ -87,6 +87,35 @@ class Offers(Protocol):
             At Ctrl-C; after the first step its argument is the parameters as they are then.
         """
 
+    def left_to_gain(self, x: Tensor, params: Mapping[str, Tensor]) -> float:
+        """What a parameter by itself has to gain at most, nats a row, where `maximize` has ended.
+
+        With it no gradient is taken there. Void in a subclass with another ``__call__``, `maximize` or `penalty`.
+        """
+
+    def held_out(
+        self, x: Tensor, splits: Sequence[tuple[Tensor, Tensor]], *, tol: float, max_iter: int
+    ) -> list[Tensor | None]:
+        """Scores of rows by fits to others of the same table, as by as many fits of the program, only sooner.
+
+        A subclass with another ``__call__``, `maximize` or `penalty` is not asked (`offered_of_itself`).
+
+        Parameters
+        ----------
+        x : Tensor of shape (N, T)
+            Rows; NaN where a cell is missing.
+        splits : sequence of (Tensor, Tensor)
+            Which rows are fitted, and which are scored by that.
+        tol, max_iter
+            As of `maximize`, at whose end each fit is.
+
+        Returns
+        -------
+        list of Tensor or None
+            Of each split log-densities, in the order of its rows; None where it leaves the fit to the program's
+            training: what is warned of or refused, and fits that have not converged.
+        """
+
     def penalty(self, *args: Tensor) -> Callable[[Mapping[str, Tensor]], Tensor] | None:
         """The log prior of its parameters that every fit adds, made once from the rows; no score includes it."""
 
@@ -131,3 +160,22 @@ class Around:
 def offered(model: Any, name: str, default: Any = None) -> Any:
     """What a model offers by this name of `Offers`; ``default`` where it does not."""
     return getattr(model, name, default)
+
+
+def offered_of_itself(model: Any, name: str) -> Any:
+    """As `offered`, but None where a class below that which offers it is another program, or is fitted otherwise.
+
+    Examples
+    --------
+    >>> from bayes_mpt.models import GaussianMixture
+    >>> class Other(GaussianMixture):
+    ...     def __call__(self, x): ...
+    >>> [offered_of_itself(model, "held_out") is None for model in (GaussianMixture(), Other())]
+    [False, True]
+    """
+    for cls in type(model).__mro__:
+        if name in vars(cls):
+            return offered(model, name)
+        if not vars(cls).keys().isdisjoint(("__call__", "maximize", "penalty")):
+            return None
+    return None

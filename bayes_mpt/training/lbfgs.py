@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributions import constraints, transform_to
 
 from bayes_mpt.program.arguments import has_missing
-from bayes_mpt.program.offers import offered
+from bayes_mpt.program.offers import offered, offered_of_itself
 from bayes_mpt.program.program import MissingCovariate
 from bayes_mpt.training.problem import (
     Fit,
@@ -56,6 +56,8 @@ def maximize_lbfgs(problem: Problem, *, max_iter: int, tol: float, report: Repor
     leaves = problem.leaves()
     fit = Fit("lbfgs")
     own, fit.interrupted = _own_maximum(problem, leaves, tol, max_iter)
+    if own and not fit.interrupted and _at_own_end(problem, leaves, fit, tol):
+        return fit
     read, score, grad = check_start(problem, leaves, problem.whole if own else problem.objective.trial)
     if own:
         fit.history, fit.n_iter = [score], 1
@@ -277,6 +279,26 @@ def _own_maximum(problem: Problem, leaves: dict[str, Tensor], tol: float, max_it
         for name, value in found.items():
             leaves[name].copy_(transform_to(bounds[name]).inv(value))
     return True, interrupted
+
+
+@torch.no_grad()
+def _at_own_end(problem: Problem, leaves: dict[str, Tensor], fit: Fit, tol: float) -> bool:
+    """Whether the model knows that it has climbed to the tolerance; the fit says so then."""
+    left_to_gain = offered_of_itself(problem.bound.model, "left_to_gain")
+    if left_to_gain is None:
+        return False
+    store = pyro.get_param_store()
+    try:
+        left = left_to_gain(*problem.whole.args, {name: store[name].detach() for name in leaves})
+        read = problem.objective.read()
+        score = float(problem.with_prior(problem.score_of(read)))
+    except KeyboardInterrupt:
+        fit.interrupted = True
+        return False
+    if not left <= tol * max(1.0, abs(score)) < math.inf:
+        return False
+    fit.method, fit.last, fit.history, fit.n_iter, fit.converged = OWN, read, [score], 1, True
+    return True
 
 
 def _max_slope(

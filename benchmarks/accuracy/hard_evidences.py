@@ -6,8 +6,7 @@ warned of in 19 of 20 seeds (a frequency, of which a climb finds one of dozens o
 on problems with one mode.
 
 Runs are kept in the JSON file, and a further call makes those that are missing. Draws around modes were developed with
-funnels, means and signs of these same seeds in sight, so that their figures are no blind test. Lines are missing where
-time ran out or a run was dear, whatever its number: logistic by particles was stopped after 5 seeds of 12 CPU s each.
+funnels, means and signs of these same seeds in sight, so that their figures are no blind test.
 """
 
 import json

@@ -14,7 +14,7 @@ from tables import tensor
 from truths import mixture_log_terms, responsibilities
 
 from bayes_mpt import BayesMPT, MarginalLikelihoodSearch
-from bayes_mpt.models import PPCA, FactorAnalysis, GaussianMixture, MixtureOfFactorAnalyzers, mixture_em
+from bayes_mpt.models import PPCA, FactorAnalysis, GaussianMixture, MixtureOfFactorAnalyzers, mixture_steps
 from bayes_mpt.training import Ascent
 from bayes_mpt.warnings import PrecisionWarning
 
@@ -259,7 +259,7 @@ def test_rows_by_parts(monkeypatch):
         start = start_of(program, HOLES)
         want = program.maximize(tensor(HOLES), start, tol=0.0, max_iter=3)
         with monkeypatch.context() as m:
-            m.setattr(mixture_em, "MAX_PRODUCTS", 100)
+            m.setattr(mixture_steps, "MAX_PRODUCTS", 100)
             m.setattr(mixture_patterns, "MAX_NUMBERS", 100)
             m.setattr(mixture_patterns, "MAX_ROWS", 3)
             got = program.maximize(tensor(HOLES), start, tol=0.0, max_iter=3)

@@ -27,6 +27,7 @@ from bayes_mpt.models import (
     LatentClass,
     MixtureOfFactorAnalyzers,
     mixture_em,
+    mixture_steps,
 )
 from bayes_mpt.training import Ascent
 
@@ -664,7 +665,7 @@ def test_fit_ends_at_a_maximum(kind):
 @pytest.mark.parametrize("max_products", [2**22, 100], ids=["at once", "by chunks"])
 def test_maximize_is_em(kind, max_products, monkeypatch):
     """One step is one step of scikit-learn's."""
-    monkeypatch.setattr(mixture_em, "MAX_PRODUCTS", max_products)
+    monkeypatch.setattr(mixture_steps, "MAX_PRODUCTS", max_products)
     program = GaussianMixture(3, kind, covariance_prior=None)
     program(tensor(IRIS))
     start = {name: p.detach() for name, p in pyro.get_param_store().items()}

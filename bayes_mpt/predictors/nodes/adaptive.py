@@ -93,7 +93,7 @@ class AdaptiveNodes:
         with own_random_state():
             trace = run(model, filled, first)
         self._last: tuple[torch.Size, Tensor] | None = None
-        self._nearby = Nearby()
+        self.nearby = Nearby()
         self.model, self.program = model, program
         names, self._template = non_conjugate(model, args, program, first)
         self.rows = self._nested(args, filled, trace, names)
@@ -202,6 +202,12 @@ class AdaptiveNodes:
             name: v.reshape(len(v), *(1,) * (self.program.depth - n_batch[name]), *v.shape[1:])
             for name, v in values.items()
         }
+
+    def reach_farther(self) -> bool:
+        """Take nodes that reach farther in every row or group; whether there are such."""
+        farther = None if self.rows is None else self.rows.farther()
+        self.rows = farther or self.rows
+        return farther is not None
 
     # ----------------------------------------------------------------------------------- latents of the data set alone
 
@@ -324,7 +330,7 @@ class AdaptiveNodes:
     def forget(self) -> None:
         """Look for the next modes from the start, not from the last ones."""
         self._last = None
-        self._nearby.forget()
+        self.nearby.forget()
         if self.rows is not None:
             self.rows.forget()
 
@@ -367,14 +373,14 @@ class AdaptiveNodes:
             shape, last = self._last or (None, None)
             last = last if shape == x.shape else None
             if held:
-                last = self._nearby.start(held, (len(x), self.space.width))
+                last = self.nearby.start(held, (len(x), self.space.width))
             nodes = torch.arange(n_nodes, device=x.device)
             u = self._stands(partial(log_prob, nodes=nodes), filled, last, n_nodes, bool(held))
         start_at = u.expand(n_nodes, *u.shape[-2:])
         found = newton(log_prob, start_at, MAX_STEPS, self.sure, root_at_mode=not held)
         good = torch.isfinite(found.mode).all(-1).all(-1)
         if held:
-            self._nearby.keep(held, found.mode)
+            self.nearby.keep(held, found.mode)
         elif start is None and bool(good.any()):
             self._last = x.shape, found.mode[good].mean(0)
         return found

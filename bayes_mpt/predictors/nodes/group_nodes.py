@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -22,7 +22,15 @@ from bayes_mpt.predictors.nodes.conjugacy import prior_draws
 from bayes_mpt.predictors.nodes.given import Given, NodePosterior
 from bayes_mpt.predictors.nodes.nearby import Nearby
 from bayes_mpt.predictors.nodes.newton import LaplaceApproximation, newton
-from bayes_mpt.predictors.nodes.rules import MAX_HERMITE, ROW_DRAWS, ROW_NODES, Detail, hermite, row_rule
+from bayes_mpt.predictors.nodes.rules import (
+    MAX_HERMITE,
+    ROW_DRAWS,
+    ROW_NODES,
+    Detail,
+    far_rule,
+    hermite,
+    row_rule,
+)
 from bayes_mpt.predictors.nodes.weighted import MIN_SHARE
 from bayes_mpt.program.batched import Batched, vmapped
 from bayes_mpt.program.factor_runs import read_factors
@@ -34,11 +42,13 @@ from bayes_mpt.program.program import Latent, Model, ModelError, Program, list_n
 __all__ = ["GroupNodes", "NestedGroups"]
 
 ALONE = {1: 64, 2: 16, 3: 10, 4: 8}  # nodes along each axis of a group where no other latent takes nodes
+FINE_NODES = 161  # of those that reach far, there
 MAX_STEPS = 100
 FAR = 50.0  # of draws that underflow
 APART = 2.0  # standard deviations, from which a mode is another
 MATTERS = 7.0  # nats below the first: 1e-3 of its mass
 SURE = 1e-12  # of a log-density: what its last digits say
+FINER = 5  # times as many nodes, at the most
 CELLS = 2**20  # log-densities of tokens at a time, where no gradient needs them all
 N_VALUES = 256  # of the effects, over all nodes of the others, for predictions
 MAX_STRETCH = 10.0  # values that lie in a plane are left as they are
@@ -60,9 +70,11 @@ class GroupNodes:
     """(P, B, d) of the prior."""
     filled: tuple[Any, ...]
     """The rows that the groups were found on."""
+    far: bool = False
+    """Nodes reach far, for tails that fall slowly."""
     _others: list[GroupNodes] = field(default_factory=list)
     """The same for other rows, asked for last."""
-    _nearby: Nearby = field(default_factory=Nearby)
+    nearby: Nearby = field(default_factory=Nearby)
     """The modes (S, B, d) that were found last."""
 
     batched = Batched.VMAP
@@ -106,7 +118,9 @@ class GroupNodes:
     def why(self) -> str:
         names, width = list_names(self.own), self.groups.width
         n = (ALONE if self.alone else ROW_NODES).get(width, ROW_DRAWS)
-        if width <= MAX_HERMITE:
+        if self.far:
+            nodes = f"{self.n_nodes} nodes that reach far, around the mode"
+        elif width <= MAX_HERMITE:
             nodes = f"{n} Gauss-Hermite nodes along each of {width} axes, around the mode"
         else:
             nodes = f"{n} points around the mode"
@@ -121,8 +135,10 @@ class GroupNodes:
         """Points (Q, d) and log-weights (Q,) inside a group."""
         width = self.groups.width
         if not self.alone or width > MAX_HERMITE:
-            return row_rule(width, detail)
+            return row_rule(width, detail, self.far)
         n_nodes = ALONE[width]
+        if width == 1 and detail == "fine":
+            return far_rule(FINE_NODES)
         return hermite(width, (2 * n_nodes if width <= 2 else n_nodes + 3) if detail == "fine" else n_nodes)
 
     def on(self, filled: tuple[Any, ...]) -> GroupNodes:
@@ -139,15 +155,22 @@ class GroupNodes:
                 f"on these rows the latents {list(self.own)} are no longer independent of each other given the rest, "
                 "as they were where the program was bound: bind it to these rows"
             )
+        found = replace(found, far=self.far)
         self._others[:] = [found]
         return found
 
     def prior_left(self, model: Model, latents: tuple[Latent, ...], filled: tuple[Any, ...]) -> None:
         """No prior is left out by `given`."""
 
+    def farther(self) -> GroupNodes | None:
+        """The same with nodes that reach farther; None where there are none."""
+        return (
+            None if self.alone or self.far or self.groups.width != 1 else replace(self, far=True, _others=[])
+        )
+
     def forget(self) -> None:
         """Look for the next modes from the start, not from the last ones."""
-        self._nearby.forget()
+        self.nearby.forget()
 
     def given(self, args: tuple[Any, ...], filled: tuple[Any, ...], held: dict[str, Tensor]) -> NestedGroups:
         """The groups at S values (S, ...) of the other latents."""
@@ -188,10 +211,10 @@ class GroupNodes:
     ) -> LaplaceApproximation:
         """Mode and root of each group at each of S values of the others: (S, B, d), (S, B, d, d)."""
         fixed = {name: v.detach() for name, v in held.items()}
-        near = self._nearby.start(fixed, tuple(self.start.shape)) if held else None
+        near = self.nearby.start(fixed, tuple(self.start.shape)) if held else None
         found = self._climb(filled, fixed, self.start.expand(n_nodes, -1, -1) if near is None else near, seen)
         if held:
-            self._nearby.keep(fixed, found.mode)
+            self.nearby.keep(fixed, found.mode)
         return found
 
     def others_at(
@@ -225,6 +248,13 @@ class NestedGroups(Given):
     def with_detail(self, detail: Detail, some: Tensor | slice = slice(None)) -> Given:
         held = {name: v[some] for name, v in self.held.items()}
         return NestedGroups(self.nodes, self.filled, held, detail)
+
+    def log_prior(self, x: Tensor) -> Tensor:
+        if not bool(self.nodes.groups.normalised.all()):
+            return super().log_prior(x)
+        nothing = torch.zeros(x.shape[1], dtype=torch.bool, device=x.device)
+        anywhere = self.nodes.start.expand(self.n_nodes, -1, -1)  # all groups integrate to one
+        return self.nodes.log_joint(self.filled, self.held, anywhere, nothing)[1][:, None]
 
     def log_joint(self, x: Tensor, visible: Tensor) -> Tensor:
         by_group, rest = self._by_group(self._seen(x, visible))

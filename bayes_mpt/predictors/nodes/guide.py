@@ -13,7 +13,7 @@ from pyro.distributions import constraints
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from bayes_mpt.diagnostics import BAD_K, pareto_k
+from bayes_mpt.diagnostics import BAD_K, pareto_k, widening_of
 from bayes_mpt.masks import Policy
 from bayes_mpt.predictors.base import Evidence, Guide
 from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
@@ -76,7 +76,8 @@ def evidence_of_draws(nodes: Nodes) -> Evidence:
     }
     if bool((inside != 0).any()):
         diagnostics["change with more nodes in each row"] = float(inside.sum())
-    se = math.hypot(float(variance.sum().sqrt()), float(inside.sum()))
+    widening = widening_of(float(k[0])) if len(k) == 1 else 1.0
+    se = math.hypot(widening * float(variance.sum().sqrt()), float(inside.sum()))
     return Evidence(by_row + inside, se, diagnostics, drawn=True)
 
 

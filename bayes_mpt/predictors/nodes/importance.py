@@ -20,7 +20,9 @@ from bayes_mpt.predictors.nodes.mixture import Modes
 from bayes_mpt.predictors.nodes.modes import ModeSearch, doubted
 from bayes_mpt.predictors.nodes.newton import LaplaceApproximation
 from bayes_mpt.predictors.nodes.population import beside
+from bayes_mpt.predictors.nodes.prior import prior_points
 from bayes_mpt.predictors.nodes.quadrature import Quadrature
+from bayes_mpt.predictors.nodes.resampling import by_halves
 from bayes_mpt.predictors.nodes.weighted import (
     Nodes,
     NodeSource,
@@ -47,8 +49,9 @@ MAX_NESTED_PAIRS = 12  # where rows or groups are integrated at each
 HALF = 0.5  # share of the widened mixture, beside the one at the modes, in the first round of moves
 MOVING = 0.5  # draws of a round of moves, of those of the number
 MIN_MOVING = 100
-PER_NUMBER = (
-    6  # draws of a round for each number of a covariance at the least: of fewer it is told worse than it was
+PER_NUMBER = 5  # draws of a round for each number of a covariance at the least: of fewer it is told worse
+PRIOR = (
+    0.1  # share of the draws, of latents that all rows share: no weight is above that of the best draw / 0.1
 )
 MAX_CONDITIONED_DRAWS = 10  # draws of a step of the training, from a guide that is conditioned on the mask
 
@@ -80,10 +83,12 @@ class Importance(Predictor):
     that takes an argument ``visible`` is called as ``guide(x, ..., visible=visible)``, x zero and ``visible`` (N, T)
     False where a token is hidden: then single conditionals can be asked for too. Without a guide the draws are
     Student-t (5 degrees of freedom) around the mode of each row's posterior, which is located afresh for every visible
-    set. Of latents that all rows share, twelve at the most for 1000 draws, the Student-t around all modes are moved to
-    the mean and covariance of weighted draws first, in up to five rounds of half as many draws (Cappe, Douc, Guillin,
-    Marin & Robert 2008), so that a number costs up to three and a half times its own draws; those of the rounds decide
-    nothing of it but where its own are drawn, which leaves the mean of the weights unbiased.
+    set. Of latents that all rows share, thirteen at the most for 1000 draws, the Student-t around all modes are moved
+    to the mean and covariance of weighted draws first, in up to ten rounds of half as many draws (Cappe, Douc,
+    Guillin, Marin & Robert 2008), so that a number costs up to six times its own draws; those of the rounds decide
+    nothing of it but where its own are drawn, which leaves the mean of the weights unbiased. A tenth of these are
+    draws of the prior, in proportion of which it is a part of the mixture (Hesterberg 1995): no weight is above ten
+    times the greatest likelihood, however slowly the tails of the posterior fall.
 
     Of the whole-row weights Pareto's k and the effective sample size are reported (Vehtari, Simpson, Gelman, Yao &
     Gabry 2024), the worst rows by name; k above 0.7 warns.
@@ -166,11 +171,44 @@ class _AroundMode(NodeSource):
             visible = torch.ones(value.shape[1], dtype=torch.bool, device=value.device)
         found = self.modes.find(args, value, visible, near)
         modes = found if self.structure.by_row else self._moved(args, value, visible, found)
-        u = modes.draws(self.n_draws)
-        given, part, scale = self.adaptive.at(args, filled, u)
-        log_weight = part - modes.log_density(u) - math.log(self.n_draws)
+        n_prior = 0 if self.structure.by_row or self.structure.parameters else int(PRIOR * self.n_draws)
+        u = modes.draws(self.n_draws - n_prior)
+        lost = torch.zeros_like(u[..., 0], dtype=torch.bool)
+        if n_prior:
+            more = prior_points(self.adaptive, filled, n_prior)[:, None].to(u)
+            u = torch.cat([u, more.nan_to_num(0.0, 0.0, 0.0)])
+            # one that no number stands for, or at which the program has none, has no weight
+            none = ~more.isfinite().all(-1) | self._impossible(args, filled, u[-n_prior:], value, visible)
+            lost = torch.cat([lost, none])
+            u = torch.where(lost[..., None], modes.mode[0], u)
+        try:
+            given, part, scale = self.adaptive.at(args, filled, u)
+        except torch.linalg.LinAlgError:
+            if self.structure.by_row:
+                raise
+            lost = lost | self._impossible(args, filled, u, value, visible)
+            u = torch.where(lost[..., None], modes.mode[0], u)
+            given, part, scale = self.adaptive.at(args, filled, u)
+        log_q = modes.log_density(u)
+        if n_prior:
+            log_prior = (given.log_prior(value) + part).nan_to_num(-math.inf, math.inf, -math.inf)
+            share = n_prior / self.n_draws
+            log_q = torch.logaddexp(log_q + math.log1p(-share), log_prior + math.log(share))
+        log_weight = torch.where(lost, -math.inf, part - log_q - math.log(self.n_draws))
         latents = constrained(self.adaptive.space, u)
         return Read(given, log_weight, value, scale, latents, self.adaptive.space.names, found)
+
+    def _impossible(
+        self, args: tuple[Any, ...], filled: tuple[Any, ...], u: Tensor, value: Tensor, visible: Tensor
+    ) -> Tensor:
+        """(S, 1) whether the program has no number at a draw u (S, 1, d), or a matrix of it no Cholesky factor."""
+
+        def runs(part: Tensor) -> tuple[Tensor]:
+            given, outside, _ = self.adaptive.at(args, filled, part)
+            both = given.log_joint(value, visible) + given.log_prior(value) + outside
+            return (both.isnan().expand(len(part), 1)[:, 0],)
+
+        return by_halves(runs, u, (torch.ones_like(u[:1, 0, 0], dtype=torch.bool),))[0][:, None]
 
     def _moved(self, args: tuple[Any, ...], value: Tensor, visible: Tensor, found: Modes) -> Modes:
         """The mixture moved to where its draws say that the posterior is, by more draws."""
@@ -194,7 +232,15 @@ class _AroundMode(NodeSource):
             near = LaplaceApproximation(mode, root)
             for _ in range(N_WIDENINGS if part > MIN_SHARE else 0):
                 half = torch.randn(n_pairs, *mode.shape, dtype=mode.dtype).to(mode)
-                near = self.adaptive.refine_gaussian(args, value, visible, near, torch.cat([half, -half]))
+                try:
+                    next_one = self.adaptive.refine_gaussian(
+                        args, value, visible, near, torch.cat([half, -half])
+                    )
+                except torch.linalg.LinAlgError:  # at one of the draws: the Gaussian before does
+                    break
+                if not all(bool(t.isfinite().all()) for t in next_one):
+                    break
+                near = next_one
             wide.append(near)
         u, root = (torch.stack(each)[:, 0] for each in zip(*wide, strict=True))
         if orbits is None:

@@ -34,6 +34,7 @@ from bayes_mpt.predictors.nodes.symmetries import (
 )
 from bayes_mpt.program.arguments import fill_all, same_cells
 from bayes_mpt.program.batched import Batched
+from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.program import n_rows_of
 from bayes_mpt.warnings import MissedModeWarning, warn
 
@@ -44,12 +45,13 @@ __all__ = ["ModeSearch", "doubted"]
 
 N_STARTS = 16  # draws from the prior that climbs start at, at first
 MAX_STARTS = 64  # where a mode that matters was found by few of them
-REACH = 2.0  # half as many more start at uniform numbers up to it, in unconstrained units
+REACH = 2.0  # half as many more start spread evenly up to it along each axis, in unconstrained units
 N_MIDDLE = 9  # draws whose median one more climb starts at
 FEW_STARTS = 4  # where each costs a run of its own
 N_AROUND = 64  # climbs from around the modes, where one that matters was found rarely
 AROUND = 5.0  # standard deviations around them
 OFTEN = 2  # climbs that must have found a mode that matters
+RARE_SHARE = 0.05  # of the mass, from which modes that fewer have found are a reason for doubt
 UNSEEN = 0.1  # chance of a new mode at the next climb, from which the search is doubted
 FEW_ALONE = 2  # modes found once that say nothing yet of such a chance
 EQUAL_MASS = 1e-4  # nats
@@ -58,12 +60,16 @@ NEGLIGIBLE = 23.0  # nats below the largest mode: 1e-10 of it
 MAX_STEPS = 60
 SHARES_OF_WAY = (1.0, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4, 1e-5)  # 0 may be a saddle
 HOPELESS = 1000.0  # nats below the best start
+N_FAR = 8  # of these that are climbed from all the same
 SAME_MODE = 0.1  # standard deviations
 SAME_BY_DRAWS = 0.5  # where rows or groups are integrated by draws: tops of such a density are uneven
 ROUGHLY = 1e-6  # of a log-density: to be gained where a rough climb ends
 N_POINTS = 8  # of the prior, and as many near the mode, at which symmetries are tried
 WORK = 2**22  # log-densities of tokens, times latents, that the first starts may cost a step
 CELLS = 2**20  # of them at a time
+N_INSIDE = 32  # draws at which finer nodes inside rows and groups are tried
+FINER = 5  # times as many of them, at the most
+ENOUGH_INSIDE = 0.01  # nats that these may change
 MAX_SYMMETRIC = 64  # latents, up to which symmetries are looked for
 
 
@@ -127,6 +133,9 @@ class ModeSearch:
         climbs = _Climbs(at, args, x, visible)
         with pyro.validation_enabled(False), torch.no_grad():
             found = climbs.search() if near is None else climbs.follow(near)
+            if near is None and abs(climbs.gain_inside(found)) > ENOUGH_INSIDE and at.reach_farther():
+                climbs = _Climbs(at, args, x, visible)
+                found = climbs.search()
         if near is None or (self._kept is not None and near is self._kept[2]):
             self._kept = x.detach(), visible, found
         return found
@@ -171,13 +180,17 @@ class _Climbs:
         return torch.cat(found)
 
     def both(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """log p(u) and log p(u, x_R) (M,) at u (M, d)."""
-        prior, joint = [], []
-        for part in u.split(max(1, CELLS // self._cells)):
+        """log p(u) and log p(u, x_R) (M,) at u (M, d); -inf where a matrix has no factor."""
+
+        def of(part: Tensor) -> tuple[Tensor, Tensor]:
             given, log_det, _ = self.adaptive.at(self.args, self.filled, part[:, None])
-            prior.append((given.log_prior(self.x) + log_det).expand(len(part), 1)[:, 0])
-            joint.append((given.log_joint(self.x, self.visible) + log_det).expand(len(part), 1)[:, 0])
-        return torch.cat(prior), torch.cat(joint)
+            prior = (given.log_prior(self.x) + log_det).expand(len(part), 1)[:, 0]
+            return prior, (given.log_joint(self.x, self.visible) + log_det).expand(len(part), 1)[:, 0]
+
+        never = (u.new_full((1,), -math.inf), u.new_full((1,), -math.inf))
+        parts = [by_halves(of, part, never) for part in u.split(max(1, CELLS // self._cells))]
+        prior, joint = (torch.cat(each) for each in zip(*parts, strict=True))
+        return prior, joint
 
     def search(self) -> Modes:
         """From the middle of the prior, near 0 and from draws; from more of these where a mode was found by few."""
@@ -189,13 +202,14 @@ class _Climbs:
         middle = self._draws(N_MIDDLE)[:N_MIDDLE].median(0).values
         # of a vague prior the draws lie where no climb begins
         generator = torch.Generator().manual_seed(0)
-        near = REACH * (2 * torch.rand(n // 2, self.width, generator=generator, dtype=middle.dtype) - 1)
+        part = torch.stack([torch.randperm(n // 2, generator=generator) for _ in range(self.width)], 1)
+        near = REACH * (2 * (part + 0.5) / (n // 2) - 1).to(middle.dtype)  # one in each part of each axis
         starts = self._nearer(torch.cat([middle[None], near.to(middle), self._draws(n)[:n]]))
         peaks, n_starts = self._climb(starts), n
         while True:
             # the climb from the middle is no draw: it finds no mode often
             found, _ = self._distinct(peaks, _hits(peaks, peaks.same[1:]))
-            modes, rare, whole = self._with_images(found)
+            modes, rare, share, whole = self._with_images(found)
             unseen = _unseen(found, len(peaks.same) - 1)
             if not (rare or unseen > UNSEEN) or n_starts >= most:
                 break
@@ -203,10 +217,12 @@ class _Climbs:
             peaks = _join(peaks, self._climb(self._nearer(self._draws(n)[n_starts:n])))
             n_starts = n
         if rare and self.adaptive.batched is not Batched.LOOP:
-            modes, rare, whole = self._from_others(peaks, modes)
+            found, n_climbs = self._from_others(peaks, modes)
+            modes, rare, share, whole = self._with_images(found)
+            unseen = _unseen(found, n_climbs)
         n_modes = len(modes.representatives().mode)
         doubt = ""
-        if rare:
+        if rare and share > RARE_SHARE:
             doubt = (
                 f"{rare} of {n_modes} modes that matter were found by one of {n_starts} climbs from the prior, and by "
                 "none from another mode, so that others may have been found by none"
@@ -222,8 +238,8 @@ class _Climbs:
             )
         return shaped(self.both, modes._replace(doubt=doubt), self._draws(n_starts))
 
-    def _from_others(self, peaks: Peaks, modes: Modes) -> tuple[Modes, int, bool]:
-        """`_with_images` after more climbs, from places around modes: one that they come to from another was found.
+    def _from_others(self, peaks: Peaks, modes: Modes) -> tuple[_Found, int]:
+        """Tops after more climbs, from places around modes, and how many climbs count: those back to theirs do not.
 
         The prior may lead to a mode rarely, such as that of the second best change point, and its neighbours often.
         """
@@ -238,8 +254,24 @@ class _Climbs:
         back = torch.linalg.solve(root, (end - mean)[..., None])[..., 0].norm(dim=1) < 2 * self.same_mode
         both = _join(peaks, more)
         first, further = both.same[1 : len(peaks.same)], both.same[len(peaks.same) :]
-        found, _ = self._distinct(both, _hits(both, torch.cat([first, further[~back]])))
-        return self._with_images(found)
+        ends = torch.cat([first, further[~back]])
+        return self._distinct(both, _hits(both, ends))[0], len(ends)
+
+    def gain_inside(self, modes: Modes) -> float:
+        """How log Z grows by finer nodes in every row or group, at a few draws; 0 where these have none."""
+        if self.adaptive.rows is None:
+            return 0.0
+        with own_random_state(0):
+            u = modes.representatives().draws(N_INSIDE)
+        log_w, gain = [], []
+        for part in u.split(max(1, CELLS // (FINER * self._cells))):
+            given, log_det, _ = self.adaptive.at(self.args, self.filled, part)
+            with self.adaptive.rows.nearby.unmoved():
+                before = given.log_joint(self.x, self.visible)
+                gain.append(given.with_detail("fine").log_joint(self.x, self.visible) - before)
+            log_w.append(before + log_det - modes.log_density(part))
+        found, more = torch.cat(log_w), torch.cat(log_w) + torch.cat(gain)
+        return float(more.logsumexp(0) - found.logsumexp(0))
 
     def follow(self, near: Modes) -> Modes:
         """Modes that have moved a little, and their images; pieces move with their modes."""
@@ -290,7 +322,9 @@ class _Climbs:
     def _nearer(self, u: Tensor) -> Tensor:
         """(M, d): each start, or, of one beyond hope, the part of its way from 0 with the greatest density.
 
-        A vague prior goes past all places from which a climb comes back.
+        A vague prior goes past all places from which a climb comes back. Of a few latents the highest of those that are
+        beyond hope are starts too, behind all others: a narrow mode may stand between, as that of a moving average
+        that cannot be inverted.
         """
         none = (u.new_full((1,), -math.inf),)
         ways = torch.stack([u * share for share in SHARES_OF_WAY])  # (W, M, d)
@@ -298,7 +332,12 @@ class _Climbs:
         value = torch.where(value.isfinite(), value, -math.inf).unflatten(0, ways.shape[:2])
         best = value.argmax(0)
         best[value[0] > value.max() - HOPELESS] = 0
-        return ways[best, torch.arange(len(u), device=u.device)]
+        nearer = ways[best, torch.arange(len(u), device=u.device)]
+        if u.shape[1] > MAX_HERMITE or self.adaptive.batched is Batched.LOOP:
+            return nearer
+        far = ((best > 0) & value[0].isfinite()).nonzero()[:, 0]
+        far = far[value[0][far].argsort(descending=True)[:N_FAR]]
+        return torch.cat([nearer, u[far]])
 
     def _climb(self, u: Tensor) -> Peaks:
         """From places (M, d); where rows or groups have nodes of a rule, by rough ones until close to the tops."""
@@ -330,8 +369,11 @@ class _Climbs:
         index = index[own]
         return _Found(peaks.u[index], peaks.root[index], log_mass[index], pooled[own]), index
 
-    def _with_images(self, found: _Found) -> tuple[Modes, int, bool]:
-        """The modes and their images under symmetries; how many that matter few climbs have found; if these are all."""
+    def _with_images(self, found: _Found) -> tuple[Modes, int, float, bool]:
+        """The modes and their images under symmetries; how many few climbs found, and their share; if all are here.
+
+        Modes that were found never have about the share of those that were found once (Good 1953).
+        """
         keep = found.log_mass >= found.log_mass[0] - NEGLIGIBLE
         u, root, log_mass, hits = (t[keep] for t in found)
         where = Coordinates(self.adaptive.space)
@@ -361,8 +403,10 @@ class _Climbs:
         some = torch.tensor(chosen, device=u.device)
         modes = Modes(*orbits.spread(u[some], root[some], log_mass[some]), "", orbits)
         mass = (log_mass[some] + orbits.log_count.to(log_mass)).softmax(0)
-        rare = sum(m > MATTERS and n < OFTEN for m, n in zip(mass.tolist(), own_hits, strict=True))
-        return modes, rare if int(found.hits.sum()) >= OFTEN else 0, whole
+        shares = [m for m, n in zip(mass.tolist(), own_hits, strict=True) if m > MATTERS and n < OFTEN]
+        if int(found.hits.sum()) < OFTEN:
+            shares = []
+        return modes, len(shares), sum(shares), whole
 
     def _symmetries(self, where: Coordinates, u: Tensor, root: Tensor) -> list[Symmetry]:
         """Of the log joint density, at points of the prior and near the mode."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -43,6 +46,15 @@ class Nearby:
             at, mode = torch.cat([at, known[0]]), torch.cat([mode, known[1]])
         if len(mode):
             self._kept = at[:MAX_KEPT], mode[:MAX_KEPT]
+
+    @contextmanager
+    def unmoved(self) -> Iterator[None]:
+        """Keep nothing of what is found meanwhile: at far-out values, which are no neighbours of those to come."""
+        kept = self._kept
+        try:
+            yield
+        finally:
+            self._kept = kept
 
     def forget(self) -> None:
         """Start without them."""

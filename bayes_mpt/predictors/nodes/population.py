@@ -21,7 +21,7 @@ from bayes_mpt.predictors.nodes.pieces import Both, effective, of_each
 
 __all__ = ["N_ROUNDS", "moved"]
 
-N_ROUNDS = 5  # at the most
+N_ROUNDS = 10  # at the most
 N_FITS = 2  # steps of expectation maximisation with the draws of each
 ENOUGH = 0.6  # share of effective draws of a round, from which nothing is moved any more
 KEPT = 0.1  # share of what stood before
@@ -31,7 +31,7 @@ MIN_SHARE = 1e-3  # of a piece
 
 
 def moved(both: Both, first: Modes, n: int) -> Modes:
-    """A mixture moved by up to five rounds of n draws.
+    """A mixture moved by up to ten rounds of n draws.
 
     Parameters
     ----------

