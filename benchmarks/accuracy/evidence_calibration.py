@@ -22,7 +22,7 @@ With surplus columns runs start where pilots found the posterior (`bayes_mpt.evi
 of the noise at the maximum. Streams 31 and 33 are of before the first, on which it was tuned, surplus columns of stream
 35 of before the second; so are the tables of stream 35 without and with holes, of which some two fifths take that way,
 being as weak in one column. Runs that had met no particle of great weight were low and stated a small error; so were
-long runs high. Tables of stream 36 were looked at when all of factor analysis and half of PPCA were done.
+long runs high. Stream 36 was looked at three times while it grew, and nothing changed by that.
 """
 
 import json
