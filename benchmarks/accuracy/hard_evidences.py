@@ -7,6 +7,10 @@ on problems with one mode.
 
 Runs are kept in the JSON file, and a further call makes those that are missing. Draws around modes were developed with
 funnels, means and signs of these same seeds in sight, so that their figures are no blind test.
+
+Not all runs are of one state of the package. Before a tenth of the draws came from the prior and nodes inside rows and
+groups reached far: funnels, logistic, counts and heavy tails by draws, all by particles but logistic, and all by nodes
+but the frequency. Delete their units from the file to run them again.
 """
 
 import json
