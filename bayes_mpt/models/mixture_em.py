@@ -260,7 +260,7 @@ def _dense(
         cov, empty = cov / count[..., None, None], empty[..., :1] & False
     if prior is not None:
         n = count[..., None, None]
-        cov = (n * cov + prior.scale) / (n + 1)
+        cov = (n * cov + prior.scale) / (n + prior.n_rows)
     cov.diagonal(dim1=-2, dim2=-1).add_(reg_covar)
     eye = torch.eye(n_tokens).to(cov)
     scale, failed = torch.linalg.cholesky_ex(torch.where(empty[..., None, None], eye, cov))
@@ -294,7 +294,8 @@ def _diagonal(
 
 def _mode(prior: CovariancePrior) -> Tensor:
     """Scales of a component without rows."""
-    return torch.linalg.cholesky(prior.scale) if prior.scale.ndim == 2 else prior.scale.sqrt()
+    scale = prior.scale / prior.n_rows
+    return torch.linalg.cholesky(scale) if scale.ndim == 2 else scale.sqrt()
 
 
 def within(table: Table, loc: Tensor) -> Tensor:
