@@ -44,6 +44,7 @@ class FactorPosterior(ABC):
         self.n_tokens = len(self.units)
         self.n_noise = self.n_tokens if shape is None else 1
         self.n_loadings = self.n_tokens * n_latents
+        self.anchor: Array | None = None  # e0 (T,): theta holds U = exp((e - e0) / 2) V in place of V
 
     @abstractmethod
     def _likelihood(self, v: Array, e: Array, rest: Array, rough: bool) -> tuple[Array, Array, Array, Array]:
@@ -63,11 +64,22 @@ class FactorPosterior(ABC):
         new.__dict__.update(self.__dict__, prior=prior)
         return new
 
+    def anchored(self, theta: Array) -> Self:
+        """The same in (U, e), U = exp((e - e0) / 2) V, e0 that of a point (d,), where U and V are the same.
+
+        A noise variance that the rows leave open down to zero takes its row of V to infinity; U is the row of W but for
+        a constant, and stays where it is.
+        """
+        new = self.with_prior(self.prior)
+        new.anchor = self.split(theta[None])[1][0]
+        return new
+
     def split(self, theta: Array) -> tuple[Array, Array]:
         """V (B, T, K) and e (B, T) of points (B, d)."""
         v = theta[:, : self.n_loadings].reshape(len(theta), self.n_tokens, self.n_latents)
         e = theta[:, self.n_loadings : self.n_loadings + self.n_noise]
-        return v, np.broadcast_to(e, (len(theta), self.n_tokens))
+        e = np.broadcast_to(e, (len(theta), self.n_tokens))
+        return v if self.anchor is None else v * np.exp(-0.5 * (e - self.anchor))[:, :, None], e
 
     def log_density(self, theta: Array, rough: bool = False) -> tuple[Array, Array]:
         """Log joint density (B,) at points (B, d), and its gradient (B, d); ``rough``: of five digits."""
@@ -76,20 +88,31 @@ class FactorPosterior(ABC):
         likelihood, slope_v, slope_e, slope_rest = self._likelihood(v, e, theta[:, end:], rough)
         noise, slope_noise = self.prior.log_noise(theta[:, self.n_loadings : end])
         loadings, prior_v, prior_e = self.prior.log_loadings(v, e)
-        slope_e = slope_e + prior_e
+        slope_v, slope_e = slope_v + prior_v, slope_e + prior_e
+        value = likelihood + noise + loadings
+        if self.anchor is not None:
+            # dV = exp(-(e - e0) / 2) dU - V de / 2, and |dV / dU| = exp(-K sum (e - e0) / 2)
+            value = value - 0.5 * self.n_latents * (e - self.anchor).sum(1)
+            slope_e = slope_e - 0.5 * ((v * slope_v).sum(2) + self.n_latents)
+            slope_v = slope_v * np.exp(-0.5 * (e - self.anchor))[:, :, None]
         if self.n_noise == 1:
             slope_e = slope_e.sum(1, keepdims=True)
-        parts = [(slope_v + prior_v).reshape(len(v), -1), slope_e + slope_noise, slope_rest]
-        return likelihood + noise + loadings, np.concatenate(parts, 1)
+        parts = [slope_v.reshape(len(v), -1), slope_e + slope_noise, slope_rest]
+        return value, np.concatenate(parts, 1)
 
-    def _with_prior(self, fisher: Array, e: Array) -> Array:
-        """Add the prior's curvature to an information of (V, e (T,)), and fold e where it is one number."""
+    def _with_prior(self, fisher: Array, v: Array, e: Array) -> Array:
+        """Add the prior's curvature to an information of (V (T, K), e (T,)), and fold e where it is one number."""
         n, t = self.n_loadings, self.n_tokens
         result = fisher.copy()
         share = np.exp(e)
         loadings, noises = np.arange(n), n + np.arange(t)
         result[loadings, loadings] += np.repeat(share / self.prior.scale**2, self.n_latents)
         result[noises, noises] += 0.5 * self.n_latents
+        if self.anchor is not None:
+            by_theta = np.eye(n + t)  # of (V, e) in (U, e)
+            by_theta[loadings, loadings] = np.repeat(np.exp(-0.5 * (e - self.anchor)), self.n_latents)
+            by_theta[loadings, n + loadings // self.n_latents] = -0.5 * v.ravel()
+            result = by_theta.T @ result @ by_theta
         if self.n_noise == 1:
             fold = np.zeros((n + t, n + 1))
             fold[loadings, loadings] = 1
@@ -147,7 +170,7 @@ class CompletePosterior(FactorPosterior):
         v, e = (a[0] for a in self.split(theta[None]))
         everything = np.ones((self.n_tokens, 1))
         fisher, _ = information(v, everything, np.array([float(self.n_rows)]))
-        return self._with_prior(fisher, e)
+        return self._with_prior(fisher, v, e)
 
 
 def information(v: Array, shown: Array, count: Array) -> tuple[Array, Array]:

@@ -90,7 +90,7 @@ class IncompletePosterior(FactorPosterior):
         fisher, _ = information(v, shown, np.append(self.patterns.count, 1.0))
         _, mean = information(v, shown, np.append(self.patterns.count, self.prior.kappa))
         root = np.exp(-0.5 * e)
-        own = self._with_prior(fisher, e)
+        own = self._with_prior(fisher, v, e)
         result = np.zeros((len(own) + len(mean),) * 2)
         result[: len(own), : len(own)] = own
         result[len(own) :, len(own) :] = root[:, None] * mean * root

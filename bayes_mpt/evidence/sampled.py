@@ -123,8 +123,8 @@ def sample_evidence(
     Raises
     ------
     ValueError
-        If there are more than `MAX_PARAMETERS` parameters, or the evidence is infinite: a constant column, or latents
-        that reproduce the rows.
+        If there are more than `MAX_PARAMETERS` parameters, as many latents as columns, a constant column, or latents
+        that reproduce the rows without noise.
 
     Examples
     --------
@@ -163,7 +163,7 @@ def _refuse_low_rank(cov: Array, n_latents: int) -> None:
     if rank <= n_latents:
         raise ValueError(
             f"{n_latents} latents reproduce rows of rank {rank} (n_features = {len(cov)}) without noise, so that their "
-            "evidence is infinite: use fewer latents"
+            "likelihood has no bound: use fewer latents"
         )
 
 
@@ -177,8 +177,8 @@ def _check(n_latents: int, prior: FactorPrior, shape: Array | None, complete: bo
     n_tokens = len(prior.variances)
     if n_latents >= n_tokens:
         raise ValueError(
-            f"{n_latents} latents reproduce rows of n_features = {n_tokens} without noise, so that their evidence is "
-            "infinite: use fewer latents"
+            f"the integrated evidence needs fewer latents than columns, got {n_latents} latents and n_features = "
+            f"{n_tokens}: use fewer latents"
         )
     n_free = n_parameters(n_tokens, n_latents, shape, complete)
     if n_free > MAX_PARAMETERS:
@@ -215,6 +215,8 @@ def _starts(posterior: FactorPosterior, factors: Factors, rest: Array, cov: Cova
         tau2 = float(((mean[0] ** 2 + spread) * np.exp(e[0])[:, None]).mean())
     spaces = [climb(posterior.with_prior(posterior.prior.normal(tau2)), theta)]
     if has_surplus(spaces[0]):
+        posterior = posterior.anchored(spaces[0].center)
+        spaces = [climb(posterior.with_prior(posterior.prior.normal(tau2)), spaces[0].center)]
         root = np.sqrt(posterior.units)
         spaces += other_modes(spaces[0], cov.dense() / root / root[:, None])
     return [replace(space, posterior=posterior).widened() for space in spaces]

@@ -93,11 +93,11 @@ def log_density(fn: Any, value: Tensor) -> Tensor:
         _unclamp(fn)
     if isinstance(fn, BY_LGAMMA):
         _warn_of_large(fn, value)
-    if isinstance(fn, torch.distributions.Poisson) and _some(fn.rate.isinf()):
+    log_prob = uncached(fn).log_prob(value)
+    if isinstance(fn, torch.distributions.Poisson) and not _finite(log_prob) and _some(fn.rate.isinf()):
         # a rate that has left the floats: no count is possible, where torch has inf - inf
         finite = type(fn)(torch.where(fn.rate.isinf(), 1.0, fn.rate), validate_args=False)
         return torch.where(fn.rate.isinf(), -math.inf, _large(finite, value, finite.log_prob(value)))
-    log_prob = uncached(fn).log_prob(value)
     if isinstance(fn, TRIALS):
         log_prob = _rare(fn, value, log_prob)
     if isinstance(
@@ -129,17 +129,25 @@ def unrepeated(fn: Any) -> Any:
     """
     if not isinstance(fn, torch.distributions.Bernoulli | torch.distributions.Categorical):
         return fn
+    n_right = 1 if isinstance(fn, torch.distributions.Categorical) else 0
+    if not any(_repeats(value, n_right) for value in vars(fn).values() if isinstance(value, Tensor)):
+        return fn
     new = copy(fn)
     for name, value in vars(fn).items():
         if isinstance(value, Tensor):
-            n_right = 1 if isinstance(fn, torch.distributions.Categorical) else 0
-            for axis in range(value.ndim - n_right):
-                value = (
-                    value.narrow(axis, 0, 1) if value.shape[axis] > 1 and not value.stride(axis) else value
-                )
+            for axis in _repeats(value, n_right):
+                value = value.narrow(axis, 0, 1)
             new.__dict__[name] = value
     new._validate_args = False  # whose shapes are those before
     return new
+
+
+def _repeats(value: Tensor, n_right: int) -> list[int]:
+    """Axes along which a plate repeats the same numbers; of the last ``n_right`` none."""
+    sizes = zip(value.shape, value.stride(), strict=True)
+    return [
+        axis for axis, (n, step) in enumerate(sizes) if n > 1 and not step and axis < value.ndim - n_right
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ what is impossible
@@ -159,9 +167,8 @@ def _unclamp(fn: torch.distributions.Categorical) -> None:
 def _rare(fn: Any, value: Tensor, log_prob: Tensor) -> Tensor:
     """Of trials whose probability of success is so near 0 or 1 that torch clamps it."""
     p = fn.__dict__.get("probs")
-    total = log_prob.detach().sum()
-    if p is None and not _some(total - total != 0):
-        return log_prob  # finite, where infinite logits end in inf or inf - inf
+    if p is None and _finite(log_prob):
+        return log_prob  # infinite logits end in inf or inf - inf
     clamped = fn.logits.isinf()
     if p is None:
         p = (fn.logits > 0).to(fn.logits)
@@ -193,6 +200,12 @@ def _times_log(count: Tensor, p: Tensor, of_failure: bool = False) -> Tensor:
     log = torch.log1p(-safe) if of_failure else safe.log()
     never = torch.where(count == 0, 0.0, -math.inf).to(log)
     return torch.where(impossible, never, count * log)
+
+
+def _finite(log_prob: Tensor) -> bool:
+    """Whether a sum, which is cheap, finds all finite."""
+    total = log_prob.detach().sum()
+    return not _some(total - total != 0)
 
 
 def _some(where: Tensor) -> bool:

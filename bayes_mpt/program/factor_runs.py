@@ -244,9 +244,10 @@ def _enumerated(
             stack.enter_context(JointValues(dict(program.meeting)))
         if on_plate:
             stack.enter_context(pyro.plate(NODES, n_nodes, dim=-1 - depth))
-        stack.enter_context(_Enumerate())
-        # of labels those that are not seen are discrete latents
-        return poutine.trace(with_seen_labels(model) if program.discrete else model).get_trace(*args)
+        if program.discrete:  # those of labels that are not seen too
+            stack.enter_context(_Enumerate())
+            model = with_seen_labels(model)
+        return poutine.trace(model).get_trace(*args)
 
 
 def _log_probs(trace: Trace, program: Program) -> Tensors:
@@ -261,9 +262,10 @@ def _log_probs(trace: Trace, program: Program) -> Tensors:
         node = node_of(trace, site.name)
         check_shape(node, site)
         fn = base(node["fn"])
-        if fn._validate_args:
+        plain = unrepeated(fn)
+        if plain is not fn and fn._validate_args:
             fn._validate_sample(node["value"])
-        log_prob = log_density(unrepeated(fn), node["value"]).to(dtype)
+        log_prob = log_density(plain, node["value"]).to(dtype)
         n_event = node["fn"].event_dim - site.n_joint
         for mask, n_outer in own_masks(node, n_event):
             log_prob = torch.where(mask[(...,) + (None,) * n_outer] if mask.ndim else mask, log_prob, 0.0)

@@ -10,10 +10,11 @@ one, its default.
 
 Asked: the same number and gradient, and a step no slower.
 
-Found, with other jobs on both cores: equal to 1e-10. A step takes 0.98 and 0.98 times the peer's CPU time on two small
-models (3 to 7 ms a step), 0.92 and 1.03 times on two of 1000 x 64. The last is slower, within the clock's noise: 0.95
-and 1.02 in other runs. It is 1.2 to 3.8 times as fast as the peer's one-by-one form. With `doubly_reparameterized=True`
-a small step takes about 5 % longer.
+Found (`--repeats 15`), with a dozen other jobs on two cores: equal to 1e-10. A step takes 1.10 and 1.14 times the
+peer's CPU time on two small models (6 to 10 ms a step there), 1.02 and 0.93 times on two of 1000 x 64; single steps
+range from 0.65 to 1.6 times. It is 1.6 to 3.6 times as fast as the peer's one-by-one form. What small steps pay for is
+Python: checks that no density is impossible, and the lock of each public call. With `doubly_reparameterized=True` a
+small step takes about 5 % longer.
 """
 
 import sys

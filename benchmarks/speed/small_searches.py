@@ -8,8 +8,8 @@ ones. The peer is a loop over scikit-learn's ``GaussianMixture``, all defaults, 
 
 Asked: under five seconds of CPU time each, and the right number of classes.
 
-Found (`--repeats 3`): met, 2.8 s (three classes, as drawn), 4.6 s and 2.8 s, with other work on the machine. Against
-one search by BIC that is 0.6 times as long for latent classes, and 30 and 42 times for iris: 48 fits against eight, of
+Found (`--repeats 3`): met, 2.7 s (three classes, as drawn), 3.9 s and 2.9 s, with other work on the machine. Against
+one search by BIC that is 0.8 times as long for latent classes, and 39 and 47 times for iris: 48 fits against eight, of
 which each reads the program, climbs, and is scored with its gradient to see whether the climb has ended.
 """
 

@@ -274,6 +274,8 @@ def test_refused():
     with pytest.raises(ValueError, match="up to 600 parameters.*laplace"):
         evidence(table(22, 50, 200, 1), 3, wide)
     few = table(20, 3, 5, 1)
+    with pytest.raises(ValueError, match=r"fewer latents than columns, got 5 latents and n_features = 5"):
+        evidence(few, 5, factor_prior(few))
     with pytest.raises(ValueError, match=r"rank 2 \(n_features = 5\) without noise"):
         evidence(few, 2, factor_prior(few))
 
@@ -372,6 +374,42 @@ def test_turned_into_the_slice():
     turn = np.linalg.qr(rng.normal(size=(len(y), 2, 2)))[0]
     theta[:, :10] = (theta[:, :10].reshape(-1, 5, 2) @ turn).reshape(len(y), 10)
     np.testing.assert_allclose(space.coordinates(theta), y, atol=1e-10)
+
+
+@pytest.mark.parametrize("shape", [None, np.array([1.0, 2.0, 1.0, 1.0])])
+@pytest.mark.parametrize("holes", [0.0, 0.2])
+def test_anchored_is_a_change_of_variables(shape, holes):
+    """Density by the Jacobian's determinant, gradient by differences, information by the Jacobian of differences."""
+    x = table(24, 30, 4, 1, holes)
+    moments, prior = SufficientStatistics(x), factor_prior(x)
+    if holes:
+        plain = IncompletePosterior(moments, 2, prior, shape)
+    else:
+        plain = CompletePosterior(moments.cov.numpy(), moments.mean.numpy(), len(x), 2, prior, shape)
+    rng = np.random.default_rng(2)
+    d = 8 + plain.n_noise + 4 * bool(holes)
+    center, theta = 0.4 * rng.normal(size=(2, d))
+    found = plain.anchored(center)
+
+    def to_plain(theta):
+        v, e = found.split(theta[None])
+        return np.concatenate([v.ravel(), e[0][: plain.n_noise], theta[8 + plain.n_noise :]])
+
+    def jacobian(theta):
+        steps = 1e-6 * np.eye(d)
+        return np.stack([(to_plain(theta + s) - to_plain(theta - s)) / 2e-6 for s in steps], 1)
+
+    np.testing.assert_allclose(to_plain(center), center, atol=1e-14)
+    volume = np.linalg.slogdet(jacobian(theta))[1]
+    value, gradient = found.log_density(theta[None])
+    assert value[0] == pytest.approx(plain.log_density(to_plain(theta)[None])[0][0] + volume, abs=1e-6)
+    steps = 1e-5 * np.eye(d)
+    want = (found.log_density(theta + steps)[0] - found.log_density(theta - steps)[0]) / 2e-5
+    np.testing.assert_allclose(gradient[0], want, rtol=1e-5, atol=1e-5)
+    j = jacobian(theta)
+    np.testing.assert_allclose(
+        found.information(theta), j.T @ plain.information(to_plain(theta)) @ j, rtol=1e-5, atol=1e-4
+    )
 
 
 def complete_from_prior(x, k, prior, shape, n_draws, seed):

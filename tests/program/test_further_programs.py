@@ -85,3 +85,27 @@ def test_a_transformed_law_beside_the_mass_of_what_is_cut_off(law):
     assert "not checked" not in str(mpt.explain())
     truth = log_integral(log_joint, (-5.0, 4.0, 2001))
     assert mpt.log_marginal_likelihood_ == pytest.approx(truth, abs=1e-6)
+
+
+def test_a_moving_average_that_cannot_be_inverted_is_a_narrow_mode():
+    """It holds 8 % of the evidence at |theta| > 1, behind places where the density is hopeless."""
+    x = np.random.default_rng(3).normal(size=(14, 1))
+
+    def program(x):
+        theta = pyro.sample("theta", dist.Normal(0.0, 0.5))
+        shock = x.new_zeros(())
+        for t in range(len(x)):
+            shock_now = x[t, 0] - theta * shock
+            pyro.sample(f"x{t}", dist.Normal(0.0, 1.0), obs=shock_now)
+            shock = shock_now
+
+    def log_joint(u):
+        shock, total = 0.0, stats.norm.logpdf(u[:, 0], 0.0, 0.5)
+        for value in x[:, 0]:
+            shock = value - u[:, 0] * shock
+            total = total + stats.norm.logpdf(shock)
+        return total
+
+    mpt = BayesMPT(program, random_state=0).fit(x)
+    truth = log_integral(log_joint, (-4.0, 4.0, 80001))
+    assert mpt.log_marginal_likelihood_ == pytest.approx(truth, abs=1e-6)

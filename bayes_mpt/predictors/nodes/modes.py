@@ -44,7 +44,7 @@ __all__ = ["ModeSearch", "doubted"]
 
 N_STARTS = 16  # draws from the prior that climbs start at, at first
 MAX_STARTS = 64  # where a mode that matters was found by few of them
-REACH = 2.0  # half as many more start at uniform numbers up to it, in unconstrained units
+REACH = 2.0  # half as many more start spread evenly up to it along each axis, in unconstrained units
 N_MIDDLE = 9  # draws whose median one more climb starts at
 FEW_STARTS = 4  # where each costs a run of its own
 N_AROUND = 64  # climbs from around the modes, where one that matters was found rarely
@@ -58,6 +58,7 @@ NEGLIGIBLE = 23.0  # nats below the largest mode: 1e-10 of it
 MAX_STEPS = 60
 SHARES_OF_WAY = (1.0, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4, 1e-5)  # 0 may be a saddle
 HOPELESS = 1000.0  # nats below the best start
+N_FAR = 8  # of these that are climbed from all the same
 SAME_MODE = 0.1  # standard deviations
 SAME_BY_DRAWS = 0.5  # where rows or groups are integrated by draws: tops of such a density are uneven
 ROUGHLY = 1e-6  # of a log-density: to be gained where a rough climb ends
@@ -189,7 +190,8 @@ class _Climbs:
         middle = self._draws(N_MIDDLE)[:N_MIDDLE].median(0).values
         # of a vague prior the draws lie where no climb begins
         generator = torch.Generator().manual_seed(0)
-        near = REACH * (2 * torch.rand(n // 2, self.width, generator=generator, dtype=middle.dtype) - 1)
+        part = torch.stack([torch.randperm(n // 2, generator=generator) for _ in range(self.width)], 1)
+        near = REACH * (2 * (part + 0.5) / (n // 2) - 1).to(middle.dtype)  # one in each part of each axis
         starts = self._nearer(torch.cat([middle[None], near.to(middle), self._draws(n)[:n]]))
         peaks, n_starts = self._climb(starts), n
         while True:
@@ -290,7 +292,9 @@ class _Climbs:
     def _nearer(self, u: Tensor) -> Tensor:
         """(M, d): each start, or, of one beyond hope, the part of its way from 0 with the greatest density.
 
-        A vague prior goes past all places from which a climb comes back.
+        A vague prior goes past all places from which a climb comes back. Of a few latents the highest of those that are
+        beyond hope are starts too, behind all others: a narrow mode may stand between, as that of a moving average
+        that cannot be inverted.
         """
         none = (u.new_full((1,), -math.inf),)
         ways = torch.stack([u * share for share in SHARES_OF_WAY])  # (W, M, d)
@@ -298,7 +302,12 @@ class _Climbs:
         value = torch.where(value.isfinite(), value, -math.inf).unflatten(0, ways.shape[:2])
         best = value.argmax(0)
         best[value[0] > value.max() - HOPELESS] = 0
-        return ways[best, torch.arange(len(u), device=u.device)]
+        nearer = ways[best, torch.arange(len(u), device=u.device)]
+        if u.shape[1] > MAX_HERMITE or self.adaptive.batched is Batched.LOOP:
+            return nearer
+        far = ((best > 0) & value[0].isfinite()).nonzero()[:, 0]
+        far = far[value[0][far].argsort(descending=True)[:N_FAR]]
+        return torch.cat([nearer, u[far]])
 
     def _climb(self, u: Tensor) -> Peaks:
         """From places (M, d); where rows or groups have nodes of a rule, by rough ones until close to the tops."""
