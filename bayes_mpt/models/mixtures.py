@@ -70,11 +70,11 @@ class GaussianMixture(CheckedModel):
         variance.
     covariance_prior : {"auto", None}, default="auto"
         The prior of the covariances. "auto" takes it from the table that is fitted, of a fold from the rows of the
-        fold: precisions have a Wishart prior with T + 2 degrees of freedom (variances an inverse gamma), whose mean
-        covariance is 1 % of the table's over K^(2/T), or 1e-5 of it where a direction between columns may be thin (full
-        or tied, T > 1). The fit is the mode of the precisions, at which each component has, in effect, one more row
-        with that covariance. Where a column is rounded to multiples of h, N h^2 / (2 pi K) is added to the mean, so
-        that no component thrives on a repeated value. None: the plain likelihood.
+        fold: precisions have a Wishart prior (variances an inverse gamma). The fit is the mode of the precisions, at
+        which each component has, in effect, one more row with 1 % of the table's covariance over K^(2/T), or 0.3 rows
+        with 1e-5 of it in all where a direction between columns may be thin (full or tied, T > 1). Where a column is
+        rounded to multiples of h, N h^2 / (2 pi K) is added to that, so that no component thrives on a repeated value.
+        None: the plain likelihood.
 
     Examples
     --------
@@ -241,8 +241,9 @@ class GaussianMixture(CheckedModel):
             return None
         dense = self.covariance_type in DENSE
         what, share = ("inverse Wishart", "1e-5") if dense else ("inverse gamma", "1 %")
+        rows = "0.3 more rows" if dense else "one more row"
         return (
-            f"the mode under an {what} prior of the covariances, in effect one more row for each component, of {share} "
+            f"the mode under an {what} prior of the covariances, in effect {rows} for each component, of {share} "
             "of the table's covariance over K^(2/T) (covariance_prior='auto'), which no score includes"
         )
 
