@@ -34,6 +34,7 @@ from bayes_mpt.models.mixture_starts import best_start
 
 __all__ = ["GaussianMixture"]
 
+PARTS = {"weights": "weights", "loc": "loc", "scale_tril": "scale_tril"}
 COVARIANCE_TYPES = ("full", "tied", "diag", "spherical")
 
 
@@ -227,6 +228,11 @@ class GaussianMixture(CheckedModel):
         else:
             scale = spread[: len(prior.scale)].square() * prior.scale
         return CovariancePrior(scale.to(x), prior.n_tokens).of_params
+
+    @property
+    def mixture_map(self) -> dict[str, str] | None:
+        """The parameters that are all of the program, of full and tied covariances (`Offers.mixture_map`)."""
+        return PARTS if self.covariance_type in DENSE else None
 
     @property
     def penalised(self) -> str | None:
