@@ -148,13 +148,14 @@ def check_program(program: Any, *, with_y: bool, name: str = "model", n_inputs: 
     if isinstance(program, BaseEstimator) and hasattr(program, "_parameter_constraints"):
         program._validate_params()
     target = program.forward if isinstance(program, torch.nn.Module) else program
+    said = getattr(program, "__name__", type(program).__name__)
     try:
         signature = signature_of(target)
     except (TypeError, ValueError):
         return  # it does not say
     if name == "model" and n_inputs == 1 and not with_y and takes_y(program) and needs_y(program):
         raise ValueError(
-            f"the program {program!r} takes a second argument: pass y, fit(X, y), or two tables, fit((x1, x2))"
+            f"the program {said} takes a second argument: pass y, fit(X, y), or two tables, fit((x1, x2))"
         )
     args = ["x"] if n_inputs == 1 else [f"x{i + 1}" for i in range(n_inputs)]
     args += ["y"] * with_y
@@ -162,7 +163,6 @@ def check_program(program: Any, *, with_y: bool, name: str = "model", n_inputs: 
     try:
         signature.bind(*args, **visible)
     except TypeError as error:
-        said = getattr(program, "__name__", type(program).__name__)
         call = ", ".join([*args, *visible])
         kinds = [p.kind for p in signature.parameters.values()]
         if not kinds:

@@ -304,7 +304,7 @@ def refuse_incomparable(names: list[str], found: list[Candidate]) -> None:
         others = [n for n, v in zip(names, values, strict=True) if v != common]
         if others:
             raise ValueError(
-                f"not comparable: {', '.join(map(repr, others))} differ from the rest in their {what}. Marginal "
+                f"not comparable: {', '.join(map(repr, others))} and the rest differ in their {what}. Marginal "
                 f"likelihoods can only be compared as densities of the same numbers{_of_given(names, found)}"
             )
 

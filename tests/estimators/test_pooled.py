@@ -41,7 +41,7 @@ def test_pooled_and_unpooled_are_compared_by_totals():
 
 def test_other_latents_or_other_cells_are_refused():
     models = {"pooled": BayesMPT(pooled).fit(X), "partly": BayesMPT(partly).fit(X)}
-    with pytest.raises(ValueError, match="'partly' differ.*one vector.*in what is integrated"):
+    with pytest.raises(ValueError, match="'partly' and the rest differ.*one vector.*in what is integrated"):
         compare({"unpooled": BayesMPT(unpooled).fit(X), **models}, X)
     assert compare(models, X).loc["partly", "rank"] in (
         0,

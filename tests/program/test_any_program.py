@@ -740,7 +740,7 @@ def test_automatic_guide_of_a_program_for_one_draw_at_a_time():
 def test_targets_of_another_length_or_none():
     x, y = covariates()
     refused(extra_arguments, x, y[:5], match="y must have a row for each of the 25 rows of X, got 5")
-    refused(extra_arguments, x, match="takes a second argument: pass y")
+    refused(extra_arguments, x, match="the program extra_arguments takes a second argument: pass y")
 
 
 # --------------------------------------------------------------------------------------- shapes and transformations
