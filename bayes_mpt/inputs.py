@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from datetime import date, timedelta
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,7 +19,7 @@ from scipy.sparse import issparse
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-__all__ = ["read_numbers", "read_table", "unmasked", "wanted", "widths_of"]
+__all__ = ["read_numbers", "read_table", "tensor_of", "unmasked", "wanted", "widths_of"]
 
 _T = TypeVar("_T")
 
@@ -68,6 +69,20 @@ def unmasked(a: Any) -> Any:
     elif a.dtype.kind not in "fc":
         a = a.astype(object)
     return np.asarray(a.filled(np.nan))
+
+
+def tensor_of(array: NDArray[Any]) -> Tensor:
+    """A tensor that is not written into: a view of the array, where torch has one without a warning, else a copy.
+
+    It has none of an array that is read backwards, and warns of one that is read-only, as pandas gives them.
+
+    Examples
+    --------
+    >>> tensor_of(np.arange(3.0)[::-1])
+    tensor([2., 1., 0.], dtype=torch.float64)
+    """
+    fine = array.flags.writeable and min(array.strides, default=0) >= 0
+    return torch.from_numpy(array if fine else array.copy())
 
 
 def widths_of(X: Any) -> tuple[int, ...] | None:
@@ -215,10 +230,11 @@ def _refuse_text(cells: Any, what: str, remedy: str) -> None:
             cells.astype(np.float64)
             return
     for cell in cells:
-        if cell is None or cell is pd.NA:
+        if cell is None or cell is pd.NA or cell is pd.NaT:
             continue
-        shown = repr(cell.item() if isinstance(cell, np.generic) and not dates else cell)
-        if dates:
+        cell = cell.item() if isinstance(cell, np.generic) and not dates else cell
+        shown = repr(cell)
+        if dates or isinstance(cell, date | timedelta):
             raise ValueError(f"{what} holds the date {shown}: make it a number, such as days since the first")
         try:
             float(cell)

@@ -95,7 +95,7 @@ def main(output: Path) -> None:
     RankingDisplay(table).plot(left)
     below = (table["BIC"] - table["BIC"].max())[::-1]
     left.plot(below, np.arange(len(below)), "x", color="C3", label="-BIC/2, complete rows only")
-    left.legend(loc="lower right")
+    left.legend(loc="upper left")
     left.set_title("Shape and number of components")
     draw_clusters(right, best, whole[kept], X, cultivar)
     figure.savefig(output / "mixture.png", dpi=120)

@@ -160,7 +160,7 @@ def _all_trained_on(names: list[str], found: list[Candidate], X: Any) -> bool:
     if any(trained) and not all(trained):
         others = [n for n, t in zip(names, trained, strict=True) if not t]
         raise ValueError(
-            f"{', '.join(map(repr, others))} were not fitted on these rows and the rest were: fit all on the same "
+            f"the rows are those of the fits of some, and not of {', '.join(map(repr, others))}: fit all on the same "
             "rows, or compare all on new ones"
         )
     return all(trained)

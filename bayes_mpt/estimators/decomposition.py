@@ -22,7 +22,7 @@ from sklearn.utils import check_array
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
-from bayes_mpt.inputs import read_table, wanted
+from bayes_mpt.inputs import read_table, tensor_of, wanted
 from bayes_mpt.models import GaussianProcess
 from bayes_mpt.models.kernels import kernel_name, lines_meet
 from bayes_mpt.runtime.serial import takes_turns
@@ -76,7 +76,7 @@ def decompose(estimator: BayesMPT, X: ArrayLike | None = None) -> Decomposition:
     if program.likelihood_function is not None:
         raise TypeError(f"{words}, got {program!r}")
     x, y = _seen(estimator)
-    new = x if X is None else torch.as_tensor(check_array(read_table(X), dtype=np.float64)).to(x)
+    new = x if X is None else tensor_of(check_array(read_table(X), dtype=np.float64)).to(x)
     with torch.no_grad():
         kernel, mean, noise = program.at(estimator.params_, x)
         noise_new = program.at(estimator.params_, new)[2]

@@ -14,7 +14,7 @@ from sklearn.utils import check_array
 from sklearn.utils.validation import validate_data
 from torch import Tensor
 
-from bayes_mpt.inputs import read_numbers, read_table
+from bayes_mpt.inputs import read_numbers, read_table, tensor_of
 from bayes_mpt.program.offers import offered
 from bayes_mpt.program.program import Model, ModelError, list_names
 from bayes_mpt.program.run import signature_of, takes_visible
@@ -54,7 +54,7 @@ def as_tensor(
     if shift is not None:
         X = np.asarray(X, dtype=np.float64) - shift
     array = np.asarray(X, dtype=np.float32 if single else np.float64)
-    return _tensor(array).to(device)
+    return tensor_of(array).to(device)
 
 
 def arguments(
@@ -69,14 +69,8 @@ def arguments(
             raise ValueError(f"the program {model!r} takes a second argument: pass y")
         return (x,)
     y = read_numbers(y, len(X))
-    y = _tensor(y).to(device)
+    y = tensor_of(y).to(device)
     return x, y.double() if y.is_floating_point() else y
-
-
-def _tensor(array: NDArray[Any]) -> Tensor:
-    """A view, where torch has one: it has no read-only tensors, of which none is written into, and none in reverse."""
-    fine = array.flags.writeable and min(array.strides, default=0) >= 0
-    return torch.from_numpy(array if fine else array.copy())
 
 
 def data_digest(X: Any) -> str:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from scipy.linalg.lapack import dpocon, dpotrf
 from torch import Tensor
 
+from bayes_mpt.inputs import tensor_of
 from bayes_mpt.program.devices import at_once
 
 __all__ = ["Covariance", "SufficientStatistics", "digest_of_rows", "far_means"]
@@ -117,7 +118,7 @@ class SufficientStatistics:
                     continue
                 mean = chunk.mean(0)
             if wide:
-                complete.append(torch.as_tensor(chunk))
+                complete.append(tensor_of(chunk) if isinstance(chunk, np.ndarray) else chunk)
                 continue
             centred = chunk - mean
             with np.errstate(

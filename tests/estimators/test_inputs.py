@@ -130,13 +130,33 @@ def test_numbers_in_object_columns():
     assert fits[0].log_marginal_likelihood_ == fits[1].log_marginal_likelihood_
 
 
+@pytest.mark.parametrize("model", [PPCA(1), FactorAnalysis(1), GaussianMixture(1, "diag")], ids=str)
+def test_views_that_are_read_only_or_backwards(model):
+    warns = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)  # a warning is an error here, and torch gives this one once
+    try:
+        for wide in (X, X[:3]):  # more columns than rows take another way
+            expected = BayesMPT(model, random_state=0).fit(wide.copy()).score_samples(wide.copy())
+            fixed = wide.copy()
+            fixed.flags.writeable = False
+            for view in (fixed, wide[::-1].copy()[::-1], wide[:, ::-1].copy()[:, ::-1]):
+                found = BayesMPT(model, random_state=0).fit(view).score_samples(view)
+                np.testing.assert_allclose(found, expected, rtol=1e-9)
+    finally:
+        torch.set_warn_always(warns)
+
+
 @pytest.mark.parametrize(
     ("table", "words"),
     [
         (FRAME.assign(b="red"), r"column 'b' of X holds 'red'.*OrdinalEncoder.*OneHotEncoder"),
         (FRAME.assign(b=pd.Categorical(["red"] * 30)), "column 'b' of X holds 'red'"),
-        (FRAME.assign(b=pd.Timestamp("2020-01-01")), "column 'b' of X holds Timestamp"),
-        (np.array([["1", "red"], ["2", "blue"]]), "column 1 of X holds 'red'"),
+        (FRAME.assign(b=pd.to_datetime([None, *["2020-01-01"] * 29])), "column 'b' of X holds the date"),
+        (FRAME.assign(b=pd.Timedelta("1 day")), "'b' of X holds the date.*days since the first"),
+        (
+            np.array([["1", "red"], ["2", "blue"]]),
+            r"column 1 of X holds 'red', which is no number \(.*float: 'red'\)",
+        ),
         ([[1.0, "red"], [2.0, "blue"]], "column 1 of X holds 'red'"),
         (np.full((5, 2), np.datetime64("2020-01-01")), "column 0 of X holds the date"),
         (DataLoader(TensorDataset(torch.ones(4, 2))), "got DataLoader: stack its rows"),
