@@ -223,7 +223,7 @@ def _dense(
         cov, empty = cov / count[..., None, None], empty[..., :1] & False
     if prior is not None:
         n = count[..., None, None]
-        cov = (n * cov + prior.scale) / (n + 1)
+        cov = (n * cov + prior.scale) / (n + prior.n_rows)
     cov.diagonal(dim1=-2, dim2=-1).add_(reg_covar)
     eye = torch.eye(n_tokens).to(cov)
     scale, failed = torch.linalg.cholesky_ex(torch.where(empty[..., None, None], eye, cov))
@@ -257,4 +257,5 @@ def _diagonal(
 
 def _mode(prior: CovariancePrior) -> Tensor:
     """Scales of a component without rows."""
-    return torch.linalg.cholesky(prior.scale) if prior.dense else prior.scale.sqrt()
+    scale = prior.scale / prior.n_rows
+    return torch.linalg.cholesky(scale) if prior.dense else scale.sqrt()

@@ -34,6 +34,7 @@ from bayes_mpt.models.mixture_starts import best_start
 
 __all__ = ["GaussianMixture"]
 
+PARTS = {"weights": "weights", "loc": "loc", "scale_tril": "scale_tril"}
 COVARIANCE_TYPES = ("full", "tied", "diag", "spherical")
 
 
@@ -69,11 +70,11 @@ class GaussianMixture(CheckedModel):
         variance.
     covariance_prior : {"auto", None}, default="auto"
         The prior of the covariances. "auto" takes it from the table that is fitted, of a fold from the rows of the
-        fold: precisions have a Wishart prior with T + 2 degrees of freedom (variances an inverse gamma), whose mean
-        covariance is 1 % of the table's over K^(2/T), or 1e-5 of it where a direction between columns may be thin (full
-        or tied, T > 1). The fit is the mode of the precisions, at which each component has, in effect, one more row
-        with that covariance. Where a column is rounded to multiples of h, N h^2 / (2 pi K) is added to the mean, so
-        that no component thrives on a repeated value. None: the plain likelihood.
+        fold: precisions have a Wishart prior (variances an inverse gamma). The fit is the mode of the precisions, at
+        which each component has, in effect, one more row with 1 % of the table's covariance over K^(2/T), or 0.3 rows
+        with 1e-5 of it in all where a direction between columns may be thin (full or tied, T > 1). Where a column is
+        rounded to multiples of h, N h^2 / (2 pi K) is added to that, so that no component thrives on a repeated value.
+        None: the plain likelihood.
 
     Examples
     --------
@@ -229,14 +230,20 @@ class GaussianMixture(CheckedModel):
         return CovariancePrior(scale.to(x), prior.n_tokens).of_params
 
     @property
+    def mixture_map(self) -> dict[str, str] | None:
+        """The parameters that are all of the program, of full and tied covariances (`Offers.mixture_map`)."""
+        return PARTS if self.covariance_type in DENSE else None
+
+    @property
     def penalised(self) -> str | None:
         """The prior that fits add, in words."""
         if self.covariance_prior is None:
             return None
         dense = self.covariance_type in DENSE
         what, share = ("inverse Wishart", "1e-5") if dense else ("inverse gamma", "1 %")
+        rows = "0.3 more rows" if dense else "one more row"
         return (
-            f"the mode under an {what} prior of the covariances, in effect one more row for each component, of {share} "
+            f"the mode under an {what} prior of the covariances, in effect {rows} for each component, of {share} "
             "of the table's covariance over K^(2/T) (covariance_prior='auto'), which no score includes"
         )
 

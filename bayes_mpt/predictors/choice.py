@@ -12,8 +12,7 @@ import torch
 
 from bayes_mpt.inputs import wanted
 from bayes_mpt.predictors.base import Bound, Guide, Predictor
-from bayes_mpt.predictors.exact import by_its_map, summed_out
-from bayes_mpt.predictors.gaussian.linear import LinearGaussian
+from bayes_mpt.predictors.exact import as_stated, by_its_map, summed_out
 from bayes_mpt.predictors.gaussian.nearest_neighbors import NearestNeighbors, near_conditionals
 from bayes_mpt.predictors.gaussian.process import (
     N_TRIAL_ROWS,
@@ -28,7 +27,6 @@ from bayes_mpt.predictors.nodes.smc import SequentialMonteCarlo
 from bayes_mpt.predictors.self_predictive import SelfPredictive, sees_all
 from bayes_mpt.program.affine import NotAffine
 from bayes_mpt.program.arguments import fill_all
-from bayes_mpt.program.offers import offered
 from bayes_mpt.program.program import Model, ModelError, Program
 from bayes_mpt.program.run import first_run, run, takes_visible
 from bayes_mpt.program.shifts import observing_cells
@@ -95,7 +93,7 @@ def choose(
         return wanted(Predictor, predictor, words, ValueError).bind(model, args, guide)  # type: ignore[type-abstract]
     if takes_visible(model):
         return SelfPredictive().bind(model, args, guide)
-    stated = None if offered(model, "linear_map") is None else LinearGaussian.stated(model, args)
+    stated = as_stated(model, args)
     if stated is not None:
         return stated
     return observing_cells(lambda program: _chosen(program, args, guide), model, args)

@@ -11,12 +11,14 @@ from bayes_mpt.predictors.gaussian.linear import LinearGaussian
 from bayes_mpt.predictors.gaussian.markov import closed_form
 from bayes_mpt.predictors.gaussian.process import JointGaussian, gaussian_program
 from bayes_mpt.predictors.nodes.enumeration import enumerated, mixture_of_maps
+from bayes_mpt.predictors.nodes.stated_mixture import mixture_as_stated
 from bayes_mpt.predictors.nodes.vector_maps import vector_of_maps
 from bayes_mpt.program.affine import NotAffine, check_normal
 from bayes_mpt.program.analysis import look
+from bayes_mpt.program.offers import offered
 from bayes_mpt.program.program import Model, ModelError, Program
 
-__all__ = ["Exact", "by_its_map", "summed_out"]
+__all__ = ["Exact", "as_stated", "by_its_map", "summed_out"]
 
 
 class Exact(Predictor):
@@ -47,8 +49,15 @@ class Exact(Predictor):
         vector = gaussian_program(model, args)
         if vector is not None:
             return JointGaussian(model, vector)
-        stated = LinearGaussian.stated(model, args)
+        stated = as_stated(model, args)
         return by_its_map(model, args, partial(summed_out, model, args)) if stated is None else stated
+
+
+def as_stated(model: Model, args: tuple[Any, ...]) -> Bound | None:
+    """A program by what it says of its own density, with which its first run agrees; None where it says nothing."""
+    if offered(model, "linear_map") is not None:
+        return LinearGaussian.stated(model, args)
+    return None if offered(model, "mixture_map") is None else mixture_as_stated(model, args)
 
 
 def by_its_map(

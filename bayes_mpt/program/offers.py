@@ -43,6 +43,11 @@ class Offers(Protocol):
     number, are all of a program x = loc + loading z + e with z ~ N(0, I) and e ~ N(0, diag(noise)) of rows x. The class
     is believed: no run but the first is made to find it out. Void in a subclass that has a ``__call__`` of its own."""
 
+    mixture_map: Mapping[str, str] | None
+    """``{"weights": name, "loc": name, "scale_tril": name}``: the parameters of these names, (K,), (K, T) and (K, T, T)
+    or (T, T), are all of a program of rows x that draws c ~ Categorical(weights) and observes x as MultivariateNormal
+    with loc_c and the Cholesky factor of c. It is believed as `linear_map` is; None: nothing is stated."""
+
     penalised: str | None
     """In words the prior that fits add to the score by `penalty`; None where they add none."""
     maximizes_missing: ClassVar[bool]

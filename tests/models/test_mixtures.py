@@ -58,7 +58,8 @@ def log_prior(x, p, kind):
     )
     scale = {"diag": np.diag(np.diag(scale)), "spherical": np.eye(t) * np.trace(scale) / t}.get(kind, scale)
     covs = covs[:1] if kind == "tied" else covs
-    return sum(-0.5 * (np.linalg.slogdet(c)[1] + np.trace(scale @ np.linalg.inv(c))) for c in covs)
+    q = 0.3 if kind in ("full", "tied") and t > 1 else 1.0
+    return sum(-0.5 * (q * np.linalg.slogdet(c)[1] + np.trace(scale @ np.linalg.inv(c))) for c in covs)
 
 
 def start_of(program, x):

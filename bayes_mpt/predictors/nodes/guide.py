@@ -70,7 +70,7 @@ def evidence_of_draws(nodes: Nodes) -> Evidence:
         "pareto_k": float(np.nanmax(k)) if not np.isnan(k).all() else math.nan,
         "rows_with_bad_k": int((k > BAD_K).sum()),
         "worst_rows": [(int(i), float(k[i])) for i in worst],
-        "log_weight_sd": float(log_w.std(0, correction=1 if n_draws > 1 else 0).mean()),
+        "log_weight_sd": float(_spread_above(log_w).mean()),
         "ess_min": float(ess.min()),
         "ess_mean": float(ess.mean()),
     }
@@ -79,6 +79,17 @@ def evidence_of_draws(nodes: Nodes) -> Evidence:
     widening = widening_of(float(k[0])) if len(k) == 1 else 1.0
     se = math.hypot(widening * float(variance.sum().sqrt()), float(inside.sum()))
     return Evidence(by_row + inside, se, diagnostics, drawn=True)
+
+
+def _spread_above(log_w: Tensor) -> Tensor:
+    """Standard deviation (N,) of log weights (S, N), as those above their median tell it.
+
+    A weight far below the others says nothing of those that were missed: draws of the prior in a mixture have such.
+    """
+    seen = torch.where(log_w.isfinite(), log_w, torch.nan)
+    # of an even number the mean of both in the middle
+    middle = 0.5 * (seen.nanmedian(0).values - (-seen).nanmedian(0).values)
+    return (2 * (seen - middle).clamp(min=0).square().nanmean(0)).sqrt()
 
 
 class GuideDraws(NodeSource):

@@ -1,15 +1,16 @@
 """The linear-Gaussian form of a program: whether it has one, and the map from its latents to its tokens.
 
 In the room: ``form`` is what is found, once; ``reading`` finds it and reads the map at every step, by one of three
-ways: ``declared`` (the model names its parameters), ``sparse`` (``chain``, ``sparse_map``) and ``dense``
-(``probes``). ``maps`` is the map as matrices, ``normals`` and ``tokens`` are what a run says of it, ``trial``
-compares map and runs, ``first`` is the first reading.
+ways: ``declared`` (the model names its parameters; ``declared_mixture``, those of a mixture), ``sparse`` (``chain``,
+``sparse_map``) and ``dense`` (``probes``). ``maps`` is the map as matrices, ``normals`` and ``tokens`` are what a run
+says of it, ``trial`` compares map and runs, ``first`` is the first reading.
 
 Touch freely what is inside of one way; a new way has the four methods of `Way`. That a map agrees with runs on real
 rows is never left out.
 """
 
 from bayes_mpt.program.affine.declared import read_stated, stated_form
+from bayes_mpt.program.affine.declared_mixture import StatedMixture, read_mixture, stated_mixture
 from bayes_mpt.program.affine.dense import Dense, read_side_by_side
 from bayes_mpt.program.affine.form import AffineForm, NotAffine, Way
 from bayes_mpt.program.affine.maps import DenseMap, Map
@@ -24,15 +25,18 @@ __all__ = [
     "DenseMap",
     "Map",
     "NotAffine",
+    "StatedMixture",
     "Way",
     "affine_form",
     "check_normal",
     "first_reading",
     "latent_values",
     "read",
+    "read_mixture",
     "read_side_by_side",
     "read_stated",
     "same_by_label",
     "stated_form",
+    "stated_mixture",
     "token_means",
 ]

@@ -19,7 +19,7 @@ from bayes_mpt.program.run import first_run
 from bayes_mpt.program.sites import base, latent_nodes, observed_nodes, own_masks
 from bayes_mpt.program.trials import CLOSE
 
-__all__ = ["read_stated", "stated_form"]
+__all__ = ["of_this_call", "read_stated", "stated_form"]
 
 
 @torch.enable_grad()
@@ -47,7 +47,7 @@ def stated_form(model: Model, args: tuple[Any, ...]) -> AffineForm | None:
     (1, 'noise_variance')
     """
     names = offered(model, "linear_map")
-    if names is None or len(args) != 1 or not _of_this_call(model):
+    if names is None or len(args) != 1 or not of_this_call(model, "linear_map"):
         return None
     parts = Parts(**names)
     first, init = first_run(model, (fill(args[0]),))
@@ -90,10 +90,10 @@ def read_stated(parts: Parts, model: Model, args: tuple[Any, ...]) -> DenseMap:
     )
 
 
-def _of_this_call(model: Model) -> bool:
-    """Whether what is stated stands in the class of the call, or below it."""
+def of_this_call(model: Model, name: str) -> bool:
+    """Whether what is stated by this name stands in the class of the call, or below it."""
     for cls in type(model).__mro__:
-        if "linear_map" in vars(cls):
+        if name in vars(cls):
             return True
         if "__call__" in vars(cls) or "forward" in vars(cls):
             return False
