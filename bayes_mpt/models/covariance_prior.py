@@ -33,7 +33,7 @@ from torch import Tensor
 __all__ = ["SINGULAR", "CovariancePrior", "steps_of"]
 
 DENSE_ROWS = 0.3  # q of full and tied covariances, T > 1
-ON_STEPS = 1e-6  # share of the step by which the values of a rounded column may lie off its multiples
+ON_STEPS = 2e-5  # of a step: so far off its multiples are rounded values, single precision too
 SINGULAR = 1e-10  # of a column's variance: less, given others, is none
 FEW_CELLS = 256  # that tell most columns that are not rounded
 MIN_STEP = 1e-3  # of a column's standard deviation: finer rounding shows in no component

@@ -20,7 +20,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-__all__ = ["Key", "LeftOut", "Shares", "plain_shares"]
+__all__ = ["Key", "LeftOut", "Shares", "plain_shares", "shares_of"]
 
 NEGLIGIBLE = -200.0  # of the logarithm of a share
 MIN_SHARE = 0.02  # of f: rows that a component hangs on alone
@@ -54,6 +54,11 @@ def plain_shares(
     key: Key, log_prob: Tensor, square: Callable[[], Tensor], n_cells: Tensor
 ) -> tuple[Tensor, Tensor]:
     """By the densities."""
+    return shares_of(log_prob)
+
+
+def shares_of(log_prob: Tensor) -> tuple[Tensor, Tensor]:
+    """Shares (..., K, n) and log-densities (..., n) of log w + log p (..., K, n)."""
     top = log_prob.amax(-2, keepdim=True)
     # what underflows takes six times as long, and says as little
     share = (log_prob - top).clamp_(min=NEGLIGIBLE).exp_()

@@ -16,7 +16,7 @@ from bayes_mpt.models.mixture_gain import Purity, left_to_gain
 from bayes_mpt.models.mixture_products import DENSE
 from bayes_mpt.models.mixture_steps import Expect, Table, coefficients_of, m_step
 
-__all__ = ["Climb", "Hill", "climb_together", "run_em"]
+__all__ = ["Climb", "Hill", "Seen", "climb_together", "run_em"]
 
 
 COLLAPSED, HOPELESS = 1, 2  # what may have come of a mixture's components in a step
@@ -35,6 +35,8 @@ class Climb(NamedTuple):
     value: float
     """Log-density of all rows, in the units of the table, and log prior, at the place before the last step"""
     n_steps: int
+    left: float = math.inf
+    """What a parameter by itself has to gain at most, nats a row; infinite where that was not looked at"""
 
 
 class Hill(NamedTuple):
@@ -82,7 +84,7 @@ class Hill(NamedTuple):
     @property
     def shares(self) -> Shares:
         """How components share the rows that are seen."""
-        return plain_shares if self.visible is None else _Seen(self.visible)
+        return plain_shares if self.visible is None else Seen(self.visible)
 
     def steepest(self, mix: Gaussians) -> Tensor:
         """What a parameter by itself has to gain at most, nats a row (B,)."""
@@ -96,7 +98,7 @@ class Hill(NamedTuple):
         return self.n_rows.new_tensor(each)
 
 
-class _Seen:
+class Seen:
     """Shares of the rows that each of B mixtures sees; none of the others."""
 
     def __init__(self, visible: Tensor):
@@ -210,12 +212,14 @@ class _Together:
         score = total / hill.n_rows - hill.unit
         small = self.tol * score.abs().clamp(min=1.0) if self.to_end else torch.full_like(score, self.tol)
         stop = ~back & (fell == 0) & ~(2 * gain / hill.n_rows > small).cpu()
+        left = torch.full_like(self.best, math.inf)
         if self.to_end and bool(stop.any()):
             index = stop.nonzero()[:, 0].to(at)
-            stop[stop.clone()] = (hill.take(index).steepest(self.end.take(index)) <= small[index]).cpu()
+            left[index] = hill.take(index).steepest(self.end.take(index))
+            stop &= (left <= small).cpu()
         rest = torch.arange(len(stop))
         if bool((stop | hopeless).any()):
-            self.leave(stop.nonzero()[:, 0], settled=True)
+            self.leave(stop.nonzero()[:, 0], settled=True, left=left)
             self.leave((hopeless & ~stop).nonzero()[:, 0], settled=False, hopeless=True)
             rest = (~stop & ~hopeless).nonzero()[:, 0]
             self._keep(rest)
@@ -245,12 +249,15 @@ class _Together:
             before |= here
         return found
 
-    def leave(self, index: Tensor, *, settled: bool, hopeless: bool = False) -> None:
-        """These have ended."""
+    def leave(
+        self, index: Tensor, *, settled: bool, hopeless: bool = False, left: Tensor | None = None
+    ) -> None:
+        """These have ended, with so much left to gain (B,)."""
         for b in index.tolist():
             which = self.which[b]
             found = self.collapsed[which], hopeless, settled, float(self.best[b]), self.n_steps
-            self.ended[which] = Climb(self.end.take(b), *found)
+            rest = math.inf if left is None else float(left[b])
+            self.ended[which] = Climb(self.end.take(b), *found, rest)
 
     def _keep(self, index: Tensor) -> None:
         """Only these go on."""

@@ -2,7 +2,8 @@
 
 The products of all rows are made once, in the units of the whole table; each step of EM reads them once for all fits.
 What a fit starts from and its prior are of its own rows, in their own units, and only then put into the common ones:
-hidden rows have no part in where it ends.
+hidden rows have no part in where it ends. Rows that the same fits see stand together, so that a step of EM leaves out
+what a fit does not see.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ from torch import Tensor
 
 from bayes_mpt.models.covariance_prior import CovariancePrior
 from bayes_mpt.models.gaussians import Gaussians
-from bayes_mpt.models.mixture_climb import Climb, Hill, climb_together
+from bayes_mpt.models.left_out import Shares, plain_shares, shares_of
+from bayes_mpt.models.mixture_climb import Climb, Hill, Seen, climb_together
 from bayes_mpt.models.mixture_em import REG_COVAR, START_STEPS, START_TOL, clusters_of, of_shares, prior_of
-from bayes_mpt.models.mixture_steps import Table, chunks_of, expectation_of, table_of
+from bayes_mpt.models.mixture_steps import Expect, Table, chunks_of, expectation_of, table_of
 
 __all__ = ["scores_of_others"]
 
 MAX_NUMBERS = 2**22  # shares of rows that one step holds
+MIN_GROUP = 256  # rows that are read together: fewer take longer than the fits that do not see them
 CHUNK = 2**18  # of which so many at a time stay in the cache
 
 Split = tuple[Tensor, Tensor]
@@ -54,9 +57,12 @@ def scores_of_others(
     if bool(x.isnan().any()):
         return [None] * len(splits)
     together = max(1, MAX_NUMBERS // (n_components * len(x)))
-    whole = table_of(x, covariance_type)
+    order, groups = _grouped(splits, len(x))
+    place = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=order.device))
+    whole = table_of(x[order], covariance_type)
     at_once = max(1, CHUNK // (n_components * min(together, len(splits))))
-    products = chunks_of(whole.rows, covariance_type, at_once=at_once)
+    products = chunks_of(whole.rows, covariance_type, at_once=at_once, groups=groups)
+    expect = expectation_of(products) if groups is None else _expectation_of_seen(products)
     found: list[Tensor | None] = [None] * len(splits)
     starts: dict[int, _Start] = {}
     for key, (rows, _) in enumerate(splits):
@@ -68,16 +74,50 @@ def scores_of_others(
         climbs = _fit(
             whole,
             products,
+            expect,
             covariance_type,
-            [(splits[key][0], starts[key]) for key in which],
+            [(place[splits[key][0]], starts[key]) for key in which],
             tol=tol,
             max_iter=max_iter,
         )
         for key, climb in zip(which, climbs, strict=True):
             if climb.settled and not climb.collapsed:
-                score = climb.mix.log_prob(whole.rows[splits[key][1]]) - whole.spread.log().sum()
+                score = climb.mix.log_prob(whole.rows[place[splits[key][1]]]) - whole.spread.log().sum()
                 found[key] = score if bool(torch.isfinite(score).all()) else None
     return found
+
+
+def _grouped(splits: Sequence[Split], n_rows: int) -> tuple[Tensor, list[int] | None]:
+    """An order of the rows in which those that the same splits fit stand together, and the sizes of these groups.
+
+    None where the groups would be small, as of folds that are drawn again and again: then rows stay as they are.
+    """
+    fitted = torch.zeros(n_rows, len(splits), dtype=torch.bool, device=splits[0][0].device)
+    for key, (rows, _) in enumerate(splits):
+        fitted[rows, key] = True
+    _, group, count = torch.unique(fitted, dim=0, return_inverse=True, return_counts=True)
+    if len(count) * MIN_GROUP > n_rows:
+        return torch.arange(n_rows, device=group.device), None
+    return group.argsort(stable=True), count.tolist()
+
+
+def _expectation_of_seen(products: Callable[[], Iterable[Tensor]]) -> Expect:
+    """The E-step of fits, of which each sees all rows of a chunk of these products, or none."""
+    of_all = expectation_of(products)
+
+    def expect(mix: Gaussians, coefficients: Tensor, shares: Shares = plain_shares) -> tuple[Tensor, Tensor]:
+        if not isinstance(shares, Seen):  # who asks more of the shares gets them of all
+            return of_all(mix, coefficients, shares)
+        sums, total, start = torch.zeros_like(coefficients), coefficients.new_zeros(len(coefficients)), 0
+        for part in products():
+            fits = shares.visible[:, start].nonzero()[:, 0]
+            share, density = shares_of(coefficients[fits] @ part)
+            sums.index_add_(0, fits, share @ part.mT)
+            total.index_add_(0, fits, density.sum(-1))
+            start += part.shape[1]
+        return sums, total
+
+    return expect
 
 
 class _Start:
@@ -111,6 +151,7 @@ class _Start:
 def _fit(
     whole: Table,
     products: Callable[[], Iterable[Tensor]],
+    expect: Expect,
     covariance_type: str,
     fits: list[tuple[Tensor, _Start]],
     *,
@@ -133,7 +174,7 @@ def _fit(
         mixes.append(of_shares(share, products(), rows[index[0]], covariance_type, own))
     mix = _together(mixes)
     hill = Hill(
-        expectation_of(products),
+        expect,
         covariance_type,
         visible.sum(1),
         float(whole.spread.log().sum()),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -81,11 +81,20 @@ def table_of(x: Tensor, covariance_type: str) -> Table:
 
 
 def chunks_of(
-    rows: Tensor, covariance_type: str, *, gaps: bool = False, at_once: int | None = None
+    rows: Tensor,
+    covariance_type: str,
+    *,
+    gaps: bool = False,
+    at_once: int | None = None,
+    groups: Sequence[int] | None = None,
 ) -> Callable[[], Iterable[Tensor]]:
-    """The products by chunks of rows, ``at_once`` in each: kept if they are few, made anew in each pass if not."""
+    """The products by chunks of rows, ``at_once`` in each: kept if they are few, made anew in each pass if not.
+
+    No chunk has rows of two ``groups``, which are so many rows, one after the other.
+    """
     most = max(1, MAX_PRODUCTS // (n_products(rows.shape[1], covariance_type) + rows.shape[1]))
-    parts = rows.split(most if at_once is None else min(most, at_once))
+    step = most if at_once is None else min(most, at_once)
+    parts = [part for group in rows.split(groups or [len(rows)]) for part in group.split(step)]
     if len(rows) <= most:
         kept = [products_of(part, covariance_type, gaps=gaps) for part in parts]
         return lambda: kept
@@ -149,12 +158,13 @@ def expectation_of(products: Callable[[], Iterable[Tensor]], *, gaps: bool = Fal
         start = 0
         for part in products():
             log_prob = coefficients @ part  # (..., K, n)
-            seen = part[-n_tokens:] if gaps else torch.ones_like(part[:n_tokens])
+            seen = part[-n_tokens:] if gaps else part[:1].expand(n_tokens, -1)  # all of ones
 
             def square(log_prob: Tensor = log_prob, seen: Tensor = seen) -> Tensor:
                 return -2 * (log_prob - mix.weights.log()[..., None]) - _normaliser(mix, seen)
 
-            share, density = shares(("rows", start), log_prob, square, seen.sum(0))
+            n_cells = seen.sum(0) if gaps else part[0].new_tensor(n_tokens).expand(part.shape[1])
+            share, density = shares(("rows", start), log_prob, square, n_cells)
             sums += share @ part.mT
             total += density.sum(-1)
             start += part.shape[1]

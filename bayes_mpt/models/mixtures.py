@@ -16,7 +16,6 @@ from torch import Tensor
 from bayes_mpt.models.checks import CheckedModel, IntegersFrom, OneOf, check_memory
 from bayes_mpt.models.covariance_prior import CovariancePrior
 from bayes_mpt.models.gaussians import Gaussians
-from bayes_mpt.models.mixture_climb import Hill
 from bayes_mpt.models.mixture_em import (
     DENSE,
     Climb,
@@ -149,6 +148,26 @@ class GaussianMixture(CheckedModel):
         >>> better["loc"].flatten().round(decimals=6)
         tensor([ 1., 11.], dtype=torch.float64)
         """
+        return self.climb(x, params, tol=tol, max_iter=max_iter)[0]
+
+    def climb(
+        self, x: Tensor, params: Mapping[str, Tensor], *, tol: float, max_iter: int
+    ) -> tuple[dict[str, Tensor], float]:
+        """As `maximize`, and what a parameter by itself has to gain at most there, nats a row; infinite if not known.
+
+        Examples
+        --------
+        >>> x = torch.tensor([[-1.0], [1.0]], dtype=torch.float64)
+        >>> aside = {
+        ...     "weights": x.new_ones(1),
+        ...     "loc": x.new_tensor([[0.5]]),
+        ...     "scale_tril": x.new_ones(1, 1, 1),
+        ... }
+        >>> GaussianMixture(1, covariance_prior=None).climb(x, aside, tol=1e-9, max_iter=9)[
+        ...     1
+        ... ]  # one step is enough
+        0.0
+        """
         kind = self.covariance_type
         table, start = self._read(x, params)
         prior = self._prior(table)
@@ -165,26 +184,7 @@ class GaussianMixture(CheckedModel):
             raise KeyboardInterrupt(_in_units_of_x(table, press.args[0], x, kind)) from press
         if climb.collapsed:
             self._tell_of_collapse(climb, table)
-        return _in_units_of_x(table, climb.mix, x, kind)
-
-    def left_to_gain(self, x: Tensor, params: Mapping[str, Tensor]) -> float:
-        """What a parameter by itself has to gain at most, nats a row of x (N, T), NaN where a cell is missing.
-
-        Examples
-        --------
-        >>> x = torch.tensor([[-1.0], [1.0]], dtype=torch.float64)
-        >>> aside = {
-        ...     "weights": x.new_ones(1),
-        ...     "loc": x.new_tensor([[0.5]]),
-        ...     "scale_tril": x.new_ones(1, 1, 1),
-        ... }
-        >>> GaussianMixture(1, covariance_prior=None).left_to_gain(x, aside)  # m^2 / 2 of N(x; m, 1)
-        0.125
-        """
-        table, mix = self._read(x, params)
-        expect = expectation(table.rows, self.covariance_type)
-        hill = Hill.of(table, expect, self.covariance_type, self._prior(table))
-        return float(hill.steepest(Gaussians(*(a[None] for a in mix))))
+        return _in_units_of_x(table, climb.mix, x, kind), climb.left
 
     def held_out(
         self, x: Tensor, splits: Sequence[tuple[Tensor, Tensor]], *, tol: float, max_iter: int

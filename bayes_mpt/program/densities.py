@@ -82,6 +82,8 @@ def log_density(fn: Any, value: Tensor) -> Tensor:
         log_prob = log_density(fn.base_dist, value)
         return log_prob.expand(torch.broadcast_shapes(fn.batch_shape, log_prob.shape))
     if isinstance(fn, torch.distributions.MixtureSameFamily):
+        if fn._validate_args:  # its parts may not look
+            fn._validate_sample(value)
         _unclamp(fn.mixture_distribution)
         component = fn.component_distribution
         # a value beside each component: (..., [K], event)

@@ -92,10 +92,13 @@ class Offers(Protocol):
             At Ctrl-C; after the first step its argument is the parameters as they are then.
         """
 
-    def left_to_gain(self, x: Tensor, params: Mapping[str, Tensor]) -> float:
-        """What a parameter by itself has to gain at most, nats a row, where `maximize` has ended.
+    def climb(
+        self, x: Tensor, params: Mapping[str, Tensor], *, tol: float, max_iter: int
+    ) -> tuple[Mapping[str, Tensor], float]:
+        """As `maximize`, and what a parameter by itself has to gain at most there, nats a row; infinite if not known.
 
-        With it no gradient is taken there. Void in a subclass with another ``__call__``, `maximize` or `penalty`.
+        Where that is within the tolerance no gradient is taken. A subclass with another ``__call__``, `maximize` or
+        `penalty` is not asked (`offered_of_itself`).
         """
 
     def held_out(

@@ -55,8 +55,8 @@ def maximize_lbfgs(problem: Problem, *, max_iter: int, tol: float, report: Repor
     """
     leaves = problem.leaves()
     fit = Fit("lbfgs")
-    own, fit.interrupted = _own_maximum(problem, leaves, tol, max_iter)
-    if own and not fit.interrupted and _at_own_end(problem, leaves, fit, tol):
+    own, fit.interrupted, left = _own_maximum(problem, leaves, tol, max_iter)
+    if own and not fit.interrupted and _at_own_end(problem, fit, left, tol):
         return fit
     read, score, grad = check_start(problem, leaves, problem.whole if own else problem.objective.trial)
     if own:
@@ -102,7 +102,7 @@ def _settle(problem: Problem, leaves: dict[str, Tensor], fit: Fit, climb: _Climb
     Where it gains nothing either, no way is left that does: that is an end, however steep a narrow ridge may look.
     Whether it gains where L-BFGS was stuck, and should be asked again.
     """
-    _, fit.interrupted = _own_maximum(problem, leaves, tol, SETTLING_STEPS)
+    _, fit.interrupted, _ = _own_maximum(problem, leaves, tol, SETTLING_STEPS)
     with torch.no_grad():
         gain, level = float(problem.score()) - climb.best, tol * max(1.0, abs(climb.best))
     if not gain >= -level:
@@ -258,38 +258,44 @@ def _slope(tol: float, score: float) -> float:
     return math.sqrt(2 * tol * max(1.0, abs(score)))
 
 
-def _own_maximum(problem: Problem, leaves: dict[str, Tensor], tol: float, max_iter: int) -> tuple[bool, bool]:
-    """Let the model itself climb, if it offers to for such rows: whether it did, and was interrupted."""
+def _own_maximum(
+    problem: Problem, leaves: dict[str, Tensor], tol: float, max_iter: int
+) -> tuple[bool, bool, float]:
+    """Let the model itself climb, if it offers to for such rows: whether it did, was interrupted, what it says is left.
+
+    That is nats a row; infinite where it does not say.
+    """
     maximize, whole = offered(problem.bound.model, "maximize"), problem.whole
+    climb = offered_of_itself(problem.bound.model, "climb")
     if maximize is None or whole.rows is not None:
-        return False, False
+        return False, False, math.inf
     if not offered(problem.bound.model, "maximizes_missing") and any(has_missing(a) for a in whole.args):
-        return False, False
+        return False, False, math.inf
     store = pyro.get_param_store()
     bounds = store.get_state()["constraints"]
     params = {name: store[name].detach() for name in leaves}
     with torch.no_grad():
-        interrupted = False
+        interrupted, left = False, math.inf
         try:
-            found = maximize(*whole.args, params, tol=tol, max_iter=min(max_iter, OWN_STEPS))
+            if climb is None:
+                found = maximize(*whole.args, params, tol=tol, max_iter=min(max_iter, OWN_STEPS))
+            else:
+                found, left = climb(*whole.args, params, tol=tol, max_iter=min(max_iter, OWN_STEPS))
         except KeyboardInterrupt as press:
             if not press.args:
                 raise
             interrupted, found = True, press.args[0]
         for name, value in found.items():
             leaves[name].copy_(transform_to(bounds[name]).inv(value))
-    return True, interrupted
+    return True, interrupted, left
 
 
 @torch.no_grad()
-def _at_own_end(problem: Problem, leaves: dict[str, Tensor], fit: Fit, tol: float) -> bool:
-    """Whether the model knows that it has climbed to the tolerance; the fit says so then."""
-    left_to_gain = offered_of_itself(problem.bound.model, "left_to_gain")
-    if left_to_gain is None:
+def _at_own_end(problem: Problem, fit: Fit, left: float, tol: float) -> bool:
+    """Whether the model knows that it has climbed to the tolerance, by what is left; the fit says so then."""
+    if not math.isfinite(left):
         return False
-    store = pyro.get_param_store()
     try:
-        left = left_to_gain(*problem.whole.args, {name: store[name].detach() for name in leaves})
         read = problem.objective.read()
         score = float(problem.with_prior(problem.score_of(read)))
     except KeyboardInterrupt:

@@ -15,6 +15,7 @@ from truths import mixture_log_terms, responsibilities
 
 from bayes_mpt import BayesMPT, MarginalLikelihoodSearch
 from bayes_mpt.models import PPCA, FactorAnalysis, GaussianMixture, MixtureOfFactorAnalyzers, mixture_steps
+from bayes_mpt.models.covariance_prior import steps_of
 from bayes_mpt.training import Ascent
 from bayes_mpt.warnings import PrecisionWarning
 
@@ -460,3 +461,14 @@ def test_a_row_too_far_to_square_is_imputed_and_its_score_is_said(model):
     cov = fitted.get_covariance()
     want = cov[2, :2] @ np.linalg.solve(cov[:2, :2], [2.0, 1.0])
     assert fitted.impute(new)[1, 2] == pytest.approx(1e200 * want, rel=1e-8)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e4])
+def test_steps_of_rounded_columns_are_seen_in_single_precision(scale):
+    cells = scale * load_iris().data.astype(np.float32)
+    rows = torch.from_numpy(cells.astype(float))
+    np.testing.assert_allclose(steps_of(rows / rows.std(0)) * rows.std(0), 0.1 * scale, rtol=1e-4)
+    normal = torch.from_numpy(
+        np.random.default_rng(0).normal(size=(150, 20)).astype(np.float32).astype(float)
+    )
+    assert not steps_of(normal).any()

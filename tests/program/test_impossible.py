@@ -214,6 +214,35 @@ def test_infinite_logits():
         assert found.tolist() == [0.0, -np.inf]
 
 
+UNCHECKED = {
+    "mixture": lambda x: dist.MixtureSameFamily(
+        dist.Categorical(x.new_ones(2)), dist.Poisson(x.new_tensor([1.0, 3.0]), validate_args=False)
+    ).expand([len(x)]),
+    "mixture of vectors": lambda x: dist.MixtureSameFamily(
+        dist.Categorical(x.new_ones(2)),
+        dist.Poisson(x.new_tensor([[1.0], [3.0]]), validate_args=False).to_event(1),
+    ).expand([len(x)]),
+    "zeros": lambda x: dist.ZeroInflatedDistribution(
+        dist.Poisson(x.new_tensor(2.0), validate_args=False), gate=x.new_tensor(0.2)
+    ).expand([len(x)]),
+}
+
+
+@pytest.mark.parametrize("name", UNCHECKED)
+@pytest.mark.parametrize("value", [-1.0, 0.5])
+def test_values_are_checked_where_parts_are_not(name, value):
+    """What is no count is refused, though the distributions inside would take it."""
+
+    def program(x):
+        with rows_of(x):
+            law = UNCHECKED[name](x)
+            pyro.sample("x", law, obs=x if law.event_dim else x[:, 0])
+
+    model = BayesMPT(program).fit(np.array([[0.0], [2.0], [1.0]]))
+    with pytest.raises(ValueError, match="(within|outside) the support"):
+        model.score_samples(np.array([[0.0], [value]]))
+
+
 def test_impossible_events():
     def program(x):
         p = x.new_tensor([0.0, 0.5, 0.5])

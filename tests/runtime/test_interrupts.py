@@ -147,17 +147,17 @@ def test_em_keeps_its_best(monkeypatch, late):
 
 
 def test_a_mixture_keeps_its_best(monkeypatch):
-    """Its own EM, in `maximize`."""
+    """Its own EM, in `climb`."""
     model = BayesMPT(GaussianMixture(2), random_state=0)
-    maximize = GaussianMixture.maximize
+    climb = GaussianMixture.climb
 
     def pressed(self, x, params, **settings):
         amax = Pressed(torch.Tensor.amax, 3)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.Tensor, "amax", lambda t, *args, **named: amax(t, *args, **named))
-            return maximize(self, x, params, **settings)
+            return climb(self, x, params, **settings)
 
-    monkeypatch.setattr(GaussianMixture, "maximize", pressed)
+    monkeypatch.setattr(GaussianMixture, "climb", pressed)
     with pytest.raises(KeyboardInterrupt):
         model.fit(X)
     assert model.interrupted_ and not model.converged_
