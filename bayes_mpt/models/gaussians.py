@@ -85,8 +85,10 @@ class Longer:
     """
 
     def __init__(self, n_mixtures: int) -> None:
-        self.factor = torch.ones(n_mixtures, dtype=torch.float64)
-        self.n_kept = torch.zeros(n_mixtures, dtype=torch.long)  # of the latest places and steps
+        self.factor = torch.ones(n_mixtures, dtype=torch.float64, device="cpu")
+        self.n_kept = torch.zeros(
+            n_mixtures, dtype=torch.long, device="cpu"
+        )  # of the latest places and steps
         self.places: list[Tensor] = []
         self.steps: list[Tensor] = []
 
@@ -120,7 +122,7 @@ class Longer:
         n = len(self.places)
         moved = torch.stack(self.places, 1).diff(dim=1)  # (B, M, D)
         turned = torch.stack(self.steps, 1).diff(dim=1)
-        kept = (n - torch.arange(n - 1) <= self.n_kept[:, None]).to(end)[..., None]
+        kept = (n - torch.arange(n - 1, device="cpu") <= self.n_kept[:, None]).to(end)[..., None]
         moved, turned = kept * moved, kept * turned
         gram, rhs = turned @ turned.mT, turned @ self.steps[-1][..., None]
         size = gram.diagonal(dim1=1, dim2=2).sum(1) / kept[..., 0].sum(1).clamp(min=1.0)

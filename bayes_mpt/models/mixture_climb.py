@@ -158,7 +158,7 @@ def climb_together(
         if climb.n_steps < 1:
             raise
         raise KeyboardInterrupt(climb.end) from press
-    climb.leave(torch.arange(len(climb.which)), settled=False)
+    climb.leave(torch.arange(len(climb.which), device="cpu"), settled=False)
     return [climb.ended[b] for b in range(len(mix.weights))]
 
 
@@ -175,7 +175,7 @@ class _Together:
         self.n_steps = 0
         self.mix, self.end = mix, mix
         """Where they are, and where EM's own steps lead from the best places so far."""
-        self.plain = torch.ones(n, dtype=torch.bool)
+        self.plain = torch.ones(n, dtype=torch.bool, device="cpu")
         """Which are where such a step led."""
         self.best = torch.full_like(hill.n_rows, -math.inf)
         self.longer = Longer(n)
@@ -217,7 +217,7 @@ class _Together:
             index = stop.nonzero()[:, 0].to(at)
             left[index] = hill.take(index).steepest(self.end.take(index))
             stop &= (left <= small).cpu()
-        rest = torch.arange(len(stop))
+        rest = torch.arange(len(stop), device="cpu")
         if bool((stop | hopeless).any()):
             self.leave(stop.nonzero()[:, 0], settled=True, left=left)
             self.leave((hopeless & ~stop).nonzero()[:, 0], settled=False, hopeless=True)
@@ -226,7 +226,7 @@ class _Together:
         if not len(rest):
             return
         if self.reg_covar:  # which the score does not know: no step is longer
-            self.mix, self.plain = self.end, torch.ones(len(rest), dtype=torch.bool)
+            self.mix, self.plain = self.end, torch.ones_like(rest, dtype=torch.bool)
             self.coefficients, self.log_prior = after[rest.to(at)], prior_after[rest.to(at)]
         else:
             self._go_on((back | (fell > 0))[rest])
@@ -238,7 +238,7 @@ class _Together:
 
     def _note(self, fallen: Tensor, back: Tensor, counts: Tensor) -> Tensor:
         """Write down which components (B, K) have collapsed; whether any has (B,), and whether that is hopeless."""
-        found = torch.zeros(len(fallen), dtype=torch.long)
+        found = torch.zeros(len(fallen), dtype=torch.long, device="cpu")
         if not bool(fallen.any()):
             return found
         for b in (fallen.any(1) & ~back).nonzero()[:, 0].tolist():

@@ -137,7 +137,7 @@ class _Counts:
 
 def random_counts(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
     """How often each row counts (B, n): exponential numbers, as in the Bayesian bootstrap (Rubin 1981)."""
-    return torch.empty(shape, dtype=torch.float64).exponential_(generator=generator)
+    return torch.empty(shape, dtype=torch.float64, device="cpu").exponential_(generator=generator)
 
 
 def _best(at: Gaussians, value: Tensor, n: int) -> Gaussians:

@@ -663,6 +663,13 @@ def test_programs_for_one_node_at_a_time_run_on_many(predictor):
         np.testing.assert_allclose(model.predict(x), posterior @ expit(weight @ x.T), atol=0.12)
         return
     other = fitted(logistic, x, y, predictor=predictor)
+    if isinstance(
+        predictor, Importance
+    ):  # a tenth of the draws come from the prior, others from either program
+        error = 4 * other.log_marginal_likelihood_se_
+        assert model.log_marginal_likelihood_ == pytest.approx(other.log_marginal_likelihood_, abs=error)
+        np.testing.assert_allclose(model.predict(x), other.predict(x), atol=0.05)
+        return
     assert model.log_marginal_likelihood_ == pytest.approx(other.log_marginal_likelihood_, abs=1e-10)
     np.testing.assert_allclose(model.predict(x), other.predict(x), atol=1e-10)
     assert model.estimate(x, y, n_replicates=1).by_size.mean == pytest.approx(
