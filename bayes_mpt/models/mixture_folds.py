@@ -54,7 +54,7 @@ def scores_of_others(
     tol, max_iter
         As of `climb_together`, to the end.
     """
-    if bool(x.isnan().any()):
+    if not splits or bool(x.isnan().any()):
         return [None] * len(splits)
     together = max(1, MAX_NUMBERS // (n_components * len(x)))
     order, groups = _grouped(splits, len(x))
