@@ -151,8 +151,7 @@ def _climb(
     tol: float,
     known: Profile | None,
 ) -> tuple[Profile, int]:
-    low, high = BOUNDS
-    damping = 1e-2
+    (low, high), damping = BOUNDS, 1e-2
     here = Profile(corr, n_latents, log_noise, prior)
     for iteration in range(1, max_iter + 1):
         if known is not None and (_same(here, known) or (iteration > GIVE_UP and here.loss > known.loss)):
