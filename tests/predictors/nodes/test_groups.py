@@ -123,7 +123,8 @@ def test_conditionals_and_chains():
     for i in (1, 3, 11):
         more = visible.clone().index_fill(0, torch.tensor([i]), True)
         difference = given.log_joint(read.value, more) - given.log_joint(read.value, visible)
-        np.testing.assert_allclose(step[:, i], difference[:, 0], rtol=1e-5, atol=1e-7)
+        # far out in tau nodes of a group that stand a little elsewhere differ by a millionth
+        np.testing.assert_allclose(step[:, i], difference[:, 0], rtol=1e-5, atol=2e-6)
     joint = (read.last.log_weight + given.log_joint(read.value, visible))[:, 0]
     matters = joint > joint.max() - 6  # far out in tau the few nodes of a group are too few
     means = given.posterior(read.value, visible).tokens()[matters, 0, 1]

@@ -65,7 +65,7 @@ def test_the_error_is_small_and_covers_the_truth(name):
     found = [bound.read(args).evidence() for _ in range(10)]
     want = truth(*data)
     z = np.array([(float(e.by_row.sum()) - want) / e.se for e in found])
-    assert max(e.se for e in found) < 0.03
+    assert max(e.se for e in found) < 0.05
     # the mean square of 10 standard normals is between .15 and 2.96 but for two in a thousand
     assert 0.15 < np.square(z).mean() < 2.96
     assert abs(z.mean()) < 3.3 / math.sqrt(10)
