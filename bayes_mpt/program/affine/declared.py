@@ -19,7 +19,7 @@ from bayes_mpt.program.run import first_run
 from bayes_mpt.program.sites import base, latent_nodes, observed_nodes, own_masks
 from bayes_mpt.program.trials import CLOSE
 
-__all__ = ["of_this_call", "read_stated", "stated_form"]
+__all__ = ["read_stated", "stated_form", "stated_run"]
 
 
 @torch.enable_grad()
@@ -46,19 +46,12 @@ def stated_form(model: Model, args: tuple[Any, ...]) -> AffineForm | None:
     >>> form.n_latents, form.program.parts.noise
     (1, 'noise_variance')
     """
-    names = offered(model, "linear_map")
-    if names is None or len(args) != 1 or not of_this_call(model, "linear_map"):
+    found = stated_run(model, args, "linear_map")
+    if found is None:
         return None
+    names, first, init, program = found
     parts = Parts(**names)
-    first, init = first_run(model, (fill(args[0]),))
-    latents, observed = latent_nodes(first), observed_nodes(first)
-    params = {name for name, site in first.nodes.items() if site["type"] == "param"}
-    if len(latents) != 1 or len(observed) != 1 or params != set(parts):
-        return None
-    program = described(first, len(init[0]))
-    if not _one_table(program, init[0]) or any(
-        own_masks(n, n["fn"].event_dim) for n in (*latents, *observed)
-    ):
+    if not _one_table(program, init[0]):
         return None
     if not _is_map(first, program, parts, init[0]):
         return None
@@ -90,7 +83,28 @@ def read_stated(parts: Parts, model: Model, args: tuple[Any, ...]) -> DenseMap:
     )
 
 
-def of_this_call(model: Model, name: str) -> bool:
+def stated_run(
+    model: Model, args: tuple[Any, ...], name: str
+) -> tuple[dict[str, str], Trace, tuple[Any, ...], Program] | None:
+    """The parameters that a program states by this name, its first run, the arguments of that, and what they show.
+
+    None where nothing is stated of this call, or the run has other parameters, more than one latent and one observed
+    site, or masks of its own.
+    """
+    names = offered(model, name)
+    if names is None or len(args) != 1 or not _of_this_call(model, name):
+        return None
+    first, init = first_run(model, (fill(args[0]),))
+    latents, observed = latent_nodes(first), observed_nodes(first)
+    params = {site for site, node in first.nodes.items() if node["type"] == "param"}
+    if len(latents) != 1 or len(observed) != 1 or params != set(names.values()):
+        return None
+    if any(own_masks(n, n["fn"].event_dim) for n in (*latents, *observed)):
+        return None
+    return names, first, init, described(first, len(init[0]))
+
+
+def _of_this_call(model: Model, name: str) -> bool:
     """Whether what is stated by this name stands in the class of the call, or below it."""
     for cls in type(model).__mro__:
         if name in vars(cls):

@@ -10,14 +10,12 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from bayes_mpt.program.affine.declared import of_this_call
+from bayes_mpt.program.affine.declared import stated_run
 from bayes_mpt.program.affine.maps import DenseMap, with_correlated_noise
-from bayes_mpt.program.analysis import described
 from bayes_mpt.program.arguments import fill
-from bayes_mpt.program.offers import offered
 from bayes_mpt.program.program import Model, Program, split_events
 from bayes_mpt.program.run import first_run
-from bayes_mpt.program.sites import base, latent_nodes, observed_nodes, own_masks
+from bayes_mpt.program.sites import base
 from bayes_mpt.program.trials import CLOSE
 
 __all__ = ["MixtureParts", "StatedMixture", "read_mixture", "stated_mixture"]
@@ -66,19 +64,12 @@ def stated_mixture(model: Model, args: tuple[Any, ...]) -> StatedMixture | None:
     >>> found.program.discrete, found.parts.loc
     (('component',), 'loc')
     """
-    names = offered(model, "mixture_map")
-    if names is None or len(args) != 1 or not of_this_call(model, "mixture_map"):
+    found = stated_run(model, args, "mixture_map")
+    if found is None:
         return None
+    names, first, init, program = found
     parts = MixtureParts(**names)
-    first, init = first_run(model, (fill(args[0]),))
-    latents, observed = latent_nodes(first), observed_nodes(first)
-    params = {name for name, site in first.nodes.items() if site["type"] == "param"}
-    if len(latents) != 1 or len(observed) != 1 or params != set(parts):
-        return None
-    program = described(first, len(init[0]))
-    if not _one_table(program, init[0]) or any(
-        own_masks(n, n["fn"].event_dim) for n in (*latents, *observed)
-    ):
+    if not _one_table(program, init[0]):
         return None
     if not _is_mixture(first, program, parts, init[0]):
         return None
