@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from bayes_mpt.program.offers import Around
 from bayes_mpt.program.program import ModelError
 
 __all__ = [
+    "Args",
     "cell_name",
     "cycle",
     "fill",
@@ -65,6 +68,23 @@ def fill(arg: Any, value: Tensor | None = None) -> Any:
 def fill_all(args: Iterable[Any]) -> tuple[Any, ...]:
     """All arguments of a call without missing cells, each as `fill` has it."""
     return tuple(fill(a) for a in args)
+
+
+@dataclass(frozen=True, eq=False)
+class Args:
+    """What a program is called with: as it is given, and without missing cells."""
+
+    given: tuple[Any, ...]
+    """NaN where a cell is missing."""
+    fillings: tuple[Tensor | None, ...] | None = None
+    """What stands for the missing cells of each argument, by default what `filling` has for it."""
+
+    @cached_property
+    def filled(self) -> tuple[Any, ...]:
+        """Each as `fill` has it: the argument itself where nothing is missing."""
+        if self.fillings is None:
+            return fill_all(self.given)
+        return tuple(fill(a, v) for a, v in zip(self.given, self.fillings, strict=True))
 
 
 def same_cells(a: Tensor, b: Tensor) -> bool:
