@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayes_mpt.program.offers import Around
 from bayes_mpt.program.program import ModelError
 
 __all__ = [
@@ -194,8 +193,6 @@ def cycle(arg: Any, n_rows: int) -> Any:
 
 def cell_name(model: Callable[..., Any], arg: Tensor, position: int, index: Sequence[int | slice]) -> str:
     """A cell of an argument, or all along some axes, as one writes it: x[3], or x[:, 2]."""
-    while isinstance(model, Around):  # which has no names of its own
-        model = model.model
     names: list[str] = []
     with suppress(TypeError, ValueError):
         parameters = inspect.signature(model).parameters.values()
