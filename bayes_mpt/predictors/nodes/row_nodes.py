@@ -25,6 +25,7 @@ from bayes_mpt.predictors.nodes.rules import (
     row_rule,
 )
 from bayes_mpt.predictors.nodes.weighted import constrained
+from bayes_mpt.program.arguments import Args
 from bayes_mpt.program.batched import Batched, found_out, vmapped
 from bayes_mpt.program.layout import rows_first
 from bayes_mpt.program.program import Latent, Model, list_names
@@ -146,9 +147,9 @@ class RowNodes:
             how.append(f"{list_names(self.adaptive.program.discrete)} summed out")
         return "; ".join(how) + ("; node by node" if self.batched is Batched.LOOP else "")
 
-    def given(self, args: tuple[Any, ...], filled: tuple[Any, ...], held: dict[str, Tensor]) -> NestedRows:
+    def given(self, args: Args, held: dict[str, Tensor]) -> NestedRows:
         """The rows at S values (S, ...) of the latents of the data set."""
-        return NestedRows(partial(self._place, args, filled), self.cells.to(filled[0].device), held)
+        return NestedRows(partial(self._place, args), self.cells.to(args.filled[0].device), held)
 
     def prior_left(
         self, model: Model, latents: tuple[Latent, ...], filled: tuple[Any, ...]
@@ -171,8 +172,7 @@ class RowNodes:
 
     def _place(
         self,
-        args: tuple[Any, ...],
-        filled: tuple[Any, ...],
+        args: Args,
         held: dict[str, Tensor],
         detail: Detail,
         x: Tensor,
@@ -188,7 +188,7 @@ class RowNodes:
         t, log_w = t.to(x), log_w.to(x)  # (Q, d), (Q,)
         if not width:
             u = x.new_zeros(n_nodes, n_rows, 0)
-            given, part, _ = at.at(args, filled, u, held)
+            given, part, _ = at.at(args, u, held)
             yield PlacedRows(given, part[:, None], lambda: u)
             return
         mode, root = at.locate_rows(args, x, visible, held)
@@ -196,7 +196,7 @@ class RowNodes:
         for some in (slice(i, i + step) for i in range(0, n_nodes, step)):
             u = (root[some] @ t.T).movedim(-1, 1).add_(mode[some, None])  # (s, Q, N, d)
             each = {name: v[some].repeat_interleave(len(t), 0) for name, v in held.items()}
-            given, part, _ = at.at(args, filled, u.flatten(0, 1), each)
+            given, part, _ = at.at(args, u.flatten(0, 1), each)
             log_det = torch.linalg.slogdet(root[some])[1][:, None]  # (s, 1, N)
             log_weight = part.unflatten(0, u.shape[:2]) + log_w[:, None] + log_det
             yield PlacedRows(given, log_weight, partial(constrained, at.space, u.flatten(0, 1)))
