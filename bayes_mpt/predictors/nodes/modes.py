@@ -133,10 +133,7 @@ class ModeSearch:
                 near = kept
         climbs = _Climbs(at, args, x, visible)
         with pyro.validation_enabled(False), torch.no_grad():
-            found = climbs.search() if near is None else climbs.follow(near)
-            if near is None and abs(climbs.gain_inside(found)) > ENOUGH_INSIDE and at.reach_farther():
-                climbs = _Climbs(at, args, x, visible)
-                found = climbs.search()
+            found = climbs.shaped() if near is None else climbs.follow(near)
         if near is None or (self._kept is not None and near is self._kept[2]):
             self._kept = x.detach(), visible, found
         return found
@@ -196,6 +193,23 @@ class _Climbs:
         prior, joint = (torch.cat(each) for each in zip(*parts, strict=True))
         return prior, joint
 
+    def shaped(self) -> Modes:
+        """What `search` finds, with the posterior's shape; all anew by nodes that reach farther if rows want them."""
+        modes = self.search()
+        if self._lacks_nodes(modes):  # and a shape found without them would serve for nothing
+            return _Climbs(self.adaptive, self.args, self.x, self.visible).shaped()
+        found = shaped(partial(self.both, detail="rough"), modes, self._drawn)
+        if found is not modes and self._lacks_nodes(found):
+            return _Climbs(self.adaptive, self.args, self.x, self.visible).shaped()
+        return found
+
+    def _lacks_nodes(self, modes: Modes) -> bool:
+        """Whether finer nodes inside change much, and there are such that reach farther, which are taken."""
+        rows = self.adaptive.rows
+        if rows is None or rows.farther() is None or abs(self.gain_inside(modes)) <= ENOUGH_INSIDE:
+            return False
+        return self.adaptive.reach_farther()
+
     def search(self) -> Modes:
         """From the middle of the prior, near 0 and from draws; from more of these where a mode was found by few."""
         n = FEW_STARTS if self.adaptive.batched is Batched.LOOP else N_STARTS
@@ -240,7 +254,7 @@ class _Climbs:
             doubt = (
                 f"more than {MAX_IMAGES} images of a mode overlap with it, and only so many were looked at"
             )
-        return shaped(partial(self.both, detail="rough"), modes._replace(doubt=doubt), self._draws(n_starts))
+        return modes._replace(doubt=doubt)
 
     def _from_others(self, peaks: Peaks, modes: Modes) -> tuple[_Found, int]:
         """Tops after more climbs, from places around modes, and how many climbs count: those back to theirs do not.
@@ -262,9 +276,8 @@ class _Climbs:
         return self._distinct(both, _hits(both, ends))[0], len(ends)
 
     def gain_inside(self, modes: Modes) -> float:
-        """How log Z grows by finer nodes in every row or group, at a few draws; 0 where these have none."""
-        if self.adaptive.rows is None:
-            return 0.0
+        """How log Z grows by finer nodes in every row or group, at a few draws."""
+        assert self.adaptive.rows is not None
         with own_random_state(0):
             u = modes.representatives().draws(N_INSIDE)
         log_w, gain = [], []
