@@ -26,7 +26,7 @@ from bayes_mpt.predictors.nodes.quadrature import MAX_WIDTH, Quadrature
 from bayes_mpt.predictors.nodes.smc import SequentialMonteCarlo
 from bayes_mpt.predictors.self_predictive import SelfPredictive, sees_all
 from bayes_mpt.program.affine import NotAffine
-from bayes_mpt.program.arguments import fill_all
+from bayes_mpt.program.arguments import Args, fill_all
 from bayes_mpt.program.program import Model, ModelError, Program
 from bayes_mpt.program.run import first_run, run, takes_visible
 from bayes_mpt.program.shifts import observing_cells
@@ -122,7 +122,7 @@ def _not_affine(
             pass  # not linear-Gaussian given the discrete latents either
     if guide is not None and _samples(guide, args):
         return Importance().bind(model, args, guide)
-    adaptive = AdaptiveNodes(model, args, program)
+    adaptive = AdaptiveNodes(model, Args(args), program)
     if adaptive.space.width <= MAX_WIDTH:  # where the others are integrated in closed form, or piece by piece
         return Quadrature().bind_nodes(adaptive)
     if program.by_row:

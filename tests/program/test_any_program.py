@@ -34,6 +34,7 @@ from bayes_mpt.models import PPCA, GaussianMixture, LatentClass
 from bayes_mpt.predictors import Exact, Importance, Quadrature, SequentialMonteCarlo
 from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
 from bayes_mpt.program.analysis import analyze
+from bayes_mpt.program.arguments import Args
 from bayes_mpt.program.batched import Batched
 from bayes_mpt.program.program import one_vector
 from bayes_mpt.score import CumulativeMaskedScore
@@ -686,10 +687,10 @@ def test_an_axis_left_of_the_nodes_is_not_repeated_for_each_of_them():
             pyro.sample("y", dist.Bernoulli(logits=(x * w[..., None, :]).sum(-1)), obs=y)
 
     x, y = map(tensor, logistic_data())
-    nodes = AdaptiveNodes(program, (x, y), one_vector(analyze(program, (x, y))))
+    nodes = AdaptiveNodes(program, Args((x, y)), one_vector(analyze(program, (x, y))))
     assert nodes.batched is Batched.VMAP
     u = tensor(rng().normal(size=(500, 1, x.shape[1]))).requires_grad_()
-    given, part, _ = nodes.at((x, y), (x, y), u)
+    given, part, _ = nodes.at(Args((x, y)), u)
     (tokens,) = given.first.tokens
     assert tokens.log_prob.shape == (500, len(x))
     seen = torch.ones(1, len(x), dtype=torch.bool)
