@@ -103,7 +103,8 @@ class HeldOut(BaseEstimator):
         candidate.hidden = _by_refits(candidate, X, y, repeats, random_state, rough=rough)
         candidate.split = _splits_of(len(X), repeats)
         if self.n_repeats == 1 and self._is_partition and candidate.facts.by_row:
-            candidate.at_fit = np.asarray(candidate.model.score_samples(X, y), dtype=np.float64)
+            if candidate.at_fit is None:
+                candidate.at_fit = np.asarray(candidate.model.score_samples(X, y), dtype=np.float64)
             candidate.fold = np.empty(len(X), dtype=np.int_)
             for f, (_, test) in enumerate(repeats[0]):
                 candidate.fold[test] = f
