@@ -20,7 +20,7 @@ from bayes_mpt.estimators.stored import with_estimator
 
 __all__ = ["contenders", "settle"]
 
-N_ERRORS = 5.0  # behind, from which on what is left to climb does not matter: it is up to four
+N_ERRORS = 5.0  # behind, from which on what is left to climb does not matter
 
 
 def settle(found: list[Candidate], rule: Rule, X: Any, y: Any, *, seed: int) -> None:

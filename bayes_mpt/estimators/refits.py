@@ -51,6 +51,10 @@ class HeldOut(BaseEstimator):
     a splitter that does not draw its partition at random (groups, time series, a fixed one): another draw would be
     the same; nor where rows are tokens of one vector.
 
+    A search ends fits of Gaussian mixtures to folds, of complete tables, at 1e-4 of the score at first. The best
+    candidate, and those that are not behind it by five times ``dse``, go on to the tolerance of the training; ``diag``
+    names the others, whose scores may still move by a few times ``dse``.
+
     Examples
     --------
     >>> from sklearn.datasets import load_iris
