@@ -32,6 +32,7 @@ from bayes_mpt.predictors.nodes.rules import (
     row_rule,
 )
 from bayes_mpt.predictors.nodes.weighted import MIN_SHARE
+from bayes_mpt.program.arguments import Args
 from bayes_mpt.program.batched import Batched, vmapped
 from bayes_mpt.program.factor_runs import read_factors
 from bayes_mpt.program.factors import Factors
@@ -172,9 +173,9 @@ class GroupNodes:
         """Look for the next modes from the start, not from the last ones."""
         self.nearby.forget()
 
-    def given(self, args: tuple[Any, ...], filled: tuple[Any, ...], held: dict[str, Tensor]) -> NestedGroups:
+    def given(self, args: Args, held: dict[str, Tensor]) -> NestedGroups:
         """The groups at S values (S, ...) of the other latents."""
-        return NestedGroups(self, filled, held)
+        return NestedGroups(self, args.filled, held)
 
     # ------------------------------------------------------------------------------------------------- at nodes
 

@@ -22,7 +22,7 @@ from bayes_mpt.predictors.nodes.weighted import (
     warn_if_slow,
 )
 from bayes_mpt.program.analysis import analyze
-from bayes_mpt.program.arguments import fill_all
+from bayes_mpt.program.arguments import Args
 from bayes_mpt.program.program import Model, ModelError, Program
 
 __all__ = ["Quadrature"]
@@ -76,7 +76,7 @@ class Quadrature(Predictor):
             raise ValueError(f"n_nodes must be an integer of at least 2, got {self.n_nodes!r}")
         if not program.continuous:
             raise ModelError("the program has no continuous latent: use Exact()")
-        return self.bind_nodes(AdaptiveNodes(model, args, program))
+        return self.bind_nodes(AdaptiveNodes(model, Args(args), program))
 
     def bind_nodes(self, adaptive: AdaptiveNodes) -> NodeSource:
         """`bind` where it is known too which latents take nodes."""
@@ -116,13 +116,12 @@ class _Hermite(NodeSource):
     def _forget(self) -> None:
         self.modes.forget()
 
-    def place(self, args: tuple[Any, ...], visible: Tensor | None = None, near: Any = None) -> Read:
-        filled = fill_all(args)
-        value = program_values(self.model, args, filled, self.structure)
+    def place(self, args: Args, visible: Tensor | None = None, near: Any = None) -> Read:
+        value = program_values(self.model, args, self.structure)
         if visible is None:
             visible = torch.ones(value.shape[1], dtype=torch.bool, device=value.device)
         modes = self.modes.find(args, value, visible, near)
-        return self._around(args, filled, value, modes, self._n_nodes(modes))
+        return self._around(args, value, modes, self._n_nodes(modes))
 
     def _n_nodes(self, modes: Modes, finer: bool = False) -> int:
         """Along each axis, fewer where modes are so many that the program would run at too many nodes."""
@@ -135,8 +134,7 @@ class _Hermite(NodeSource):
 
     def _around(
         self,
-        args: tuple[Any, ...],
-        filled: tuple[Any, ...],
+        args: Args,
         value: Tensor,
         modes: Modes,
         n_nodes: int,
@@ -151,7 +149,7 @@ class _Hermite(NodeSource):
             shares = (modes.log_gaussian(u) + modes.log_share[:, None, None]).log_softmax(0)  # (J, J, Q, N)
             log_weight = log_weight + shares.diagonal(dim1=0, dim2=1).movedim(-1, 0)
         u = u.flatten(0, 1)
-        given, part, scale = self.adaptive.at(args, filled, u)
+        given, part, scale = self.adaptive.at(args, u)
         log_weight = log_weight.expand(n_modes, len(t), n_rows).flatten(0, 1) + part
         latents = constrained(self.adaptive.space, u)
         return Read(given, log_weight, value, scale, latents, self.adaptive.space.names, modes)
@@ -160,14 +158,13 @@ class _Hermite(NodeSource):
     def evidence(self, nodes: Nodes) -> Evidence:
         few, modes = nodes.score(), nodes.last.located
         n_nodes, more = self._n_nodes(modes), self._n_nodes(modes, finer=True)
-        filled = fill_all(nodes.args)
         everything = torch.ones(nodes.value.shape[1], dtype=torch.bool, device=nodes.value.device)
         beyond = 0.0
         if self.adaptive.rows is not None:  # every node costs those of all rows or groups
             inside = nodes.gain_inside(_middle(nodes))
-            many = self._outwards(nodes, filled, float(inside.abs())) + inside
+            many = self._outwards(nodes, float(inside.abs())) + inside
         else:
-            finer = nodes.at_nodes(self._around(nodes.args, filled, nodes.value, modes, more))
+            finer = nodes.at_nodes(self._around(nodes.args, nodes.value, modes, more))
             many = finer.score()
             if len(modes.mode) > 1:
                 beyond = _beyond(finer.log_weights(), modes, more)
@@ -185,7 +182,7 @@ class _Hermite(NodeSource):
         doubt = modes.doubt or nodes.doubt_inside()
         return doubted(Evidence(many, se, diagnostics), modes._replace(doubt=doubt))
 
-    def _outwards(self, nodes: Nodes, filled: tuple[Any, ...], error: float) -> Tensor:
+    def _outwards(self, nodes: Nodes, error: float) -> Tensor:
         """log Z (1,) by more nodes, shell by shell from the middle until what is left is no part of the error.
 
         Of what is left, shells that shrink by a factor r from c on are believed to add c r / (1 - r). Beyond a shell
@@ -197,7 +194,7 @@ class _Hermite(NodeSource):
         total, added, shrinks = torch.full_like(few, -math.inf), math.inf, 1.0
         for n_shells, number in enumerate(shell.unique(), 1):
             some = (shell == number).nonzero()[:, 0]
-            read = self._around(nodes.args, filled, nodes.value, modes, more, some)
+            read = self._around(nodes.args, nodes.value, modes, more, some)
             if added < LITTLE:
                 read = read._replace(given=read.given.with_detail("rough"))
             part = nodes.at_nodes(read).score()

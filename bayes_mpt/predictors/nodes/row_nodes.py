@@ -24,6 +24,7 @@ from bayes_mpt.predictors.nodes.rules import (
     row_rule,
 )
 from bayes_mpt.predictors.nodes.weighted import constrained
+from bayes_mpt.program.arguments import Args
 from bayes_mpt.program.batched import Batched, found_out, vmapped
 from bayes_mpt.program.layout import rows_first
 from bayes_mpt.program.program import Latent, Model, list_names
@@ -143,9 +144,9 @@ class RowNodes:
             how.append(f"{list_names(self.adaptive.program.discrete)} summed out")
         return "; ".join(how) + ("; node by node" if self.batched is Batched.LOOP else "")
 
-    def given(self, args: tuple[Any, ...], filled: tuple[Any, ...], held: dict[str, Tensor]) -> NestedRows:
+    def given(self, args: Args, held: dict[str, Tensor]) -> NestedRows:
         """The rows at S values (S, ...) of the latents of the data set."""
-        return NestedRows(partial(self._place, args, filled), self.cells.to(filled[0].device), held)
+        return NestedRows(partial(self._place, args), self.cells.to(args.filled[0].device), held)
 
     def prior_left(
         self, model: Model, latents: tuple[Latent, ...], filled: tuple[Any, ...]
@@ -168,8 +169,7 @@ class RowNodes:
 
     def _place(
         self,
-        args: tuple[Any, ...],
-        filled: tuple[Any, ...],
+        args: Args,
         held: dict[str, Tensor],
         detail: Detail,
         x: Tensor,
@@ -182,12 +182,12 @@ class RowNodes:
         t, log_w = t.to(x), log_w.to(x)  # (Q, d), (Q,)
         if not width:
             u = x.new_zeros(n_nodes, n_rows, 0)
-            given, part, _ = at.at(args, filled, u, held)
+            given, part, _ = at.at(args, u, held)
             return PlacedRows(given, part[:, None], u[:, None])
         mode, root = at.locate_rows(args, x, visible, held)
         u = (mode[:, None] + (root[:, None] @ t[:, None, :, None])[..., 0]).flatten(0, 1)  # (S Q, N, d)
         each = {name: v.repeat_interleave(len(t), 0) for name, v in held.items()}
-        given, part, _ = at.at(args, filled, u, each)
+        given, part, _ = at.at(args, u, each)
         log_det = torch.linalg.slogdet(root)[1][:, None]  # (S, 1, N)
         log_weight = part.unflatten(0, (n_nodes, len(t))) + log_w[:, None] + log_det
         return PlacedRows(given, log_weight, constrained(at.space, u).unflatten(0, (n_nodes, len(t))))
