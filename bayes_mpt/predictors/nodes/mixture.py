@@ -137,7 +137,9 @@ class Modes(NamedTuple):
         """u (..., N, d) in units of each mode (J, ..., N, d), and log |root| (J, ..., N) of it."""
         n_modes, n_rows, width = self.mode.shape
         inner = (1,) * (u.ndim - 2)
-        inverse = torch.linalg.inv(self.root).reshape(n_modes, *inner, n_rows, width, width)
         apart = u - self.mode.reshape(n_modes, *inner, n_rows, width)
         log_det = torch.linalg.slogdet(self.root)[1].reshape(n_modes, *inner, n_rows)
-        return (inverse @ apart[..., None])[..., 0], log_det
+        # one product of matrices for each mode and row, where broadcasting would copy inverses for each u
+        by_row = apart.flatten(1, -3).transpose(1, 2) if inner else apart[:, :, None]  # (J, N, ..., d)
+        white = by_row @ torch.linalg.inv(self.root).mT
+        return white.transpose(1, 2).reshape(apart.shape) if inner else white[:, :, 0], log_det
