@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from numbers import Integral
 from typing import Any, ClassVar, Literal, Self
 
@@ -33,7 +34,7 @@ from bayes_mpt.estimators.fit import fit_program
 from bayes_mpt.estimators.fitted import OPTIONAL, Fitted
 from bayes_mpt.estimators.labelled import Labelled
 from bayes_mpt.estimators.names import check_names
-from bayes_mpt.estimators.report import Unwatched, explain, reporter, shown
+from bayes_mpt.estimators.report import Unwatched, explain, iterated, shown
 from bayes_mpt.estimators.rows import check_program, checked_rows, dtype_of, takes_y
 from bayes_mpt.estimators.stored_fit import restored
 from bayes_mpt.estimators.trainer import trainer_of
@@ -262,7 +263,8 @@ class BayesMPT(
 
     def _train(self, X: ArrayLike, y: Any, context: Any, *, goes_on: bool = False) -> Self:
         """Fit; ``goes_on``: rows seen before count too."""
-        with turn(), interruptible(), left_as_found(store=True, estimator=self), shown(self) as line:
+        said = shown(self) if self.verbose else nullcontext()
+        with turn(), interruptible(), left_as_found(store=True, estimator=self), said as line:
             more = self._current() if goes_on else None
             if more is not None and more.statistics is None:
                 raise ValueError(
@@ -290,8 +292,7 @@ class BayesMPT(
         y = read_numbers(y, len(X)) if with_y else None
         context.call_on_fit_task_begin(estimator=self, X=X, y=y)
         trainer = trainer_of(self, model, getattr(self, "feature_names_in_", np.arange(self.n_features_in_)))
-        report = reporter(self, context, line, trainer.limit, every=trainer.by_epochs)
-        trainer = replace(trainer, report=report)
+        trainer = replace(trainer, report=partial(iterated, self, context, line, trainer.by_epochs))
         before |= {"device": self.device, "penalty": bool(self.penalty), "template": template}
         if self.average is not None and before.get("more") is not None:
             raise ValueError("average='posterior' needs all rows at once: call fit, not partial_fit")

@@ -86,8 +86,7 @@ def laplace_evidence(fitted: Fitted, rows: NDArray[np.floating]) -> LaplaceEvide
         with training.one_thread(statistics.n_cells):
             if isinstance(shape, np.ndarray):
                 return laplace_proportional(cov, statistics.n, k, shape)
-            near = None if own is None else _noise_of_maximum(fitted)
-            return laplace_diagonal(cov, statistics.n, k, near)
+            return laplace_diagonal(cov, statistics.n, k)
     except NoiseFloorError as error:
         rank = spectrum(cov, np.ones(len(statistics.mean)), 0).rank
         raise ValueError(
@@ -95,13 +94,6 @@ def laplace_evidence(fitted: Fitted, rows: NDArray[np.floating]) -> LaplaceEvide
             f"{len(statistics.mean)}, rank {rank}): use fewer latents, or drop columns that repeat others "
             f"({list_names(map(str, fitted.names[repeated_columns(rows)])) or 'none found'})"
         ) from error
-
-
-def _noise_of_maximum(fitted: Fitted) -> NDArray[np.float64] | None:
-    """Noise variances (T,) at the maximum of the likelihood; None where the fit has not sought it among several."""
-    if fitted.fit.method != "profile likelihood" or fitted.noise_parameter is None:
-        return None
-    return np.asarray(fitted.params[fitted.noise_parameter], dtype=np.float64)
 
 
 def _laplace_of_mixture(fitted: Fitted, kind: str, rows: NDArray[np.floating]) -> MixtureLaplace:
