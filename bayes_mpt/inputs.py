@@ -19,7 +19,7 @@ from scipy.sparse import issparse
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-__all__ = ["read_numbers", "read_table", "tensor_of", "unmasked", "wanted", "widths_of"]
+__all__ = ["like_table", "read_numbers", "read_table", "tensor_of", "unmasked", "wanted", "widths_of"]
 
 _T = TypeVar("_T")
 
@@ -49,7 +49,7 @@ def wanted(kind: type[_T], got: Any, words: str, error: type[Exception] = TypeEr
     """
     if isinstance(got, kind):
         return got
-    raise error(f"{words}, got {got!r}")
+    raise error(f"{words}, got {getattr(got, '__name__', None) or repr(got)}")
 
 
 def unmasked(a: Any) -> Any:
@@ -109,6 +109,24 @@ def widths_of(X: Any) -> tuple[int, ...] | None:
     return tuple(s[1] for s in shapes)
 
 
+def like_table(X: Any, cells: NDArray[Any]) -> Any:
+    """Cells (N, T) as the table X came: of a DataFrame, of pandas or polars, with its index and columns; else an array.
+
+    Examples
+    --------
+    >>> table = pd.DataFrame({"a": [1, 2], "b": [None, 0.5]}, index=["first", "second"])
+    >>> like_table(table, np.array([[1.0, 0.25], [2.0, 0.5]]))
+              a     b
+    first   1.0  0.25
+    second  2.0  0.50
+    """
+    if isinstance(X, pd.DataFrame):
+        return pd.DataFrame(cells, index=X.index, columns=X.columns)
+    if _is_of_polars(X):
+        return type(X)(dict(zip(X.columns, cells.T, strict=True)))
+    return cells
+
+
 def read_table(X: Any) -> Any:
     """A table X for scikit-learn's own checks; several of a tuple side by side.
 
@@ -117,7 +135,7 @@ def read_table(X: Any) -> Any:
     TypeError
         If it is no table, such as a DataLoader.
     ValueError
-        If a column holds text, dates or infinities; the column is named.
+        If a column holds text, dates or infinities, or two have one name; the column is named.
     """
     if widths_of(X) is not None:
         return np.hstack([np.asarray(read_table(a)) for a in X])
@@ -131,10 +149,21 @@ def read_table(X: Any) -> Any:
         with suppress(ValueError):  # rows of different lengths: scikit-learn says so
             X = np.asarray(X)
     if isinstance(X, pd.DataFrame):
+        if not X.columns.is_unique:
+            twice = X.columns[X.columns.duplicated()][0]
+            raise ValueError(
+                f"two columns of X have the name {twice!r}: give each its own name (X.columns = ...), or drop one"
+            )
         columns: Iterable[tuple[Any, Any]] = (
             (name, X.iloc[:, j].to_numpy(dtype=object))
             for j, (name, dtype) in enumerate(X.dtypes.items())
             if not pd.api.types.is_numeric_dtype(dtype)
+        )
+    elif _is_of_polars(X):
+        columns = (
+            (name, _objects(X[name].to_list()))
+            for name in X.columns
+            if not (X[name].dtype.is_numeric() or str(X[name].dtype) == "Boolean")
         )
     elif isinstance(X, np.ndarray) and X.ndim == 2 and X.dtype.kind in NO_NUMBERS:
         columns = enumerate(X.T)
@@ -153,6 +182,18 @@ def read_table(X: Any) -> Any:
     X = X.where(X.notna(), np.nan) if objects else X
     _refuse_infinite(X)
     return X
+
+
+def _is_of_polars(X: Any) -> bool:
+    """Whether a table is a DataFrame of polars, which need not be installed."""
+    return type(X).__module__.split(".")[0] == "polars" and hasattr(X, "to_numpy")
+
+
+def _objects(cells: list[Any]) -> NDArray[Any]:
+    """An array of these objects, lists among them as they are."""
+    found = np.empty(len(cells), dtype=object)
+    found[:] = cells
+    return found
 
 
 def _refuse_infinite(X: Any) -> None:
@@ -202,6 +243,16 @@ def read_numbers(y: Any, n_rows: int) -> NDArray[Any]:
         raise ValueError(f"y must have a row for each of the {n_rows} rows of X, got {got}")
     if y.dtype.kind == "f" and np.isinf(y).any():
         raise ValueError("y contains infinity")
+    return _in_native_type(y)
+
+
+def _in_native_type(y: NDArray[Any]) -> NDArray[Any]:
+    """Numbers of a kind that torch computes with: whole ones in 64 bits, as what is made of a few bits wraps around."""
+    if y.dtype.kind in "iu":
+        wide = y.dtype.kind == "u" and y.size > 0 and int(y.max()) > np.iinfo(np.int64).max
+        return y.astype(np.float64 if wide else np.int64, copy=False)
+    if y.dtype.kind == "f" and (y.dtype.itemsize > 8 or not y.dtype.isnative):
+        return y.astype(np.float64)
     return y
 
 
@@ -209,6 +260,19 @@ def _array(a: Any, name: str) -> Any:
     """Without mask, graph and device."""
     if issparse(a):
         return a  # scikit-learn refuses it
+    if isinstance(a, np.ndarray) and a.dtype.names is not None:
+        raise ValueError(
+            f"{name} is a structured array with the fields {', '.join(a.dtype.names)}: pass pandas.DataFrame({name}), "
+            "whose columns are these, or a plain array"
+        )
+    if isinstance(a, Mapping) and all(np.ndim(column) == 1 for column in a.values()):
+        raise TypeError(
+            f"{name} must be an array with all rows, got {type(a).__name__}: pass pandas.DataFrame({name})"
+        )
+    if hasattr(a, "collect") and hasattr(a, "collect_schema"):
+        raise TypeError(
+            f"{name} is a query that has not been run ({type(a).__name__}): pass {name}.collect()"
+        )
     if isinstance(a, DataLoader | Dataset | Iterator | Mapping):
         raise TypeError(
             f"{name} must be an array with all rows, got {type(a).__name__}: stack its rows into one array, or map "

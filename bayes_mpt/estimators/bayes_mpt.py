@@ -39,7 +39,7 @@ from bayes_mpt.estimators.rows import check_program, checked_rows, dtype_of, tak
 from bayes_mpt.estimators.stored_fit import restored
 from bayes_mpt.estimators.trainer import trainer_of
 from bayes_mpt.estimators.weighed import Weighed
-from bayes_mpt.inputs import read_numbers, unmasked, widths_of
+from bayes_mpt.inputs import like_table, read_numbers, unmasked, widths_of
 from bayes_mpt.masks import Policy
 from bayes_mpt.models import PPCA
 from bayes_mpt.predictors import Conditionals, Predictor
@@ -414,13 +414,13 @@ class BayesMPT(
         return predictions.token_means_of(fitted, latents).astype(dtype_of(Z), copy=False)
 
     def impute(self, X: ArrayLike, y: Any = None, return_std: bool = False) -> Any:
-        """X with its NaN cells replaced by their means given the observed cells of the row.
+        """X with its NaN cells replaced by their means given the observed cells of the row; a DataFrame of a DataFrame.
 
         With ``return_std`` also their standard deviations (N, T), 0 where observed, where rows share a linear-Gaussian
         map; of other programs `sample_missing` draws the cells.
         """
-        found = predictions.impute(*self._ready(X), y).astype(dtype_of(X), copy=False)
-        return (found, predictions.missing_sd(*self._ready(X))) if return_std else found
+        found = like_table(X, predictions.impute(*self._ready(X), y).astype(dtype_of(X), copy=False))
+        return (found, like_table(X, predictions.missing_sd(*self._ready(X)))) if return_std else found
 
     @available_if(availability.takes_labels)
     def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:

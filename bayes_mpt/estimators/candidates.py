@@ -24,7 +24,7 @@ from bayes_mpt.evidence.predictive import GaussianRows, RowPredictive
 from bayes_mpt.evidence.sampled import SampledEvidence
 from bayes_mpt.inputs import wanted
 from bayes_mpt.models.mixtures import GaussianMixture
-from bayes_mpt.program.offers import offered
+from bayes_mpt.program.offers import name_of, offered
 from bayes_mpt.program.program import list_names
 
 __all__ = [
@@ -137,6 +137,8 @@ class Candidate:
     """(R, N) nats of each row by the fit that has not seen it, by repeat; NaN of one that was never hidden."""
     split: NDArray[np.float64] | None = None
     """(R, N) by which split that was; None where a row was hidden more than once."""
+    rough: float = 0.0
+    """The tolerance of the fits to folds, where it is rougher than that of the fit to all rows."""
     taken_up: bool = False
     """Whether this is from a file, of the stage that it was last in."""
 
@@ -159,11 +161,13 @@ class Candidate:
     def label(self, rule: str) -> str:
         """What to say of the number: the rule, or that nothing stands at an estimate; an error or a doubt instead."""
         name = "integrated" if rule == "train" and self.is_evidence else rule
-        return self.error or self.note or "; ".join(filter(None, [name, self.about]))
+        far = f"folds far behind, ended at {self.rough:.0e} of a score" if self.rough else ""
+        return self.error or self.note or "; ".join(filter(None, [name, self.about, far]))
 
     def doubt(self, why: str) -> None:
         """Add what to be wary of, if there is anything."""
-        self.note = "; ".join(filter(None, [self.note, why]))
+        if why not in self.note.split("; "):
+            self.note = "; ".join(filter(None, [self.note, why]))
 
     def state_prior(self) -> None:
         """Let `explain` of the fit say under which prior its evidence is."""
@@ -260,7 +264,7 @@ def model_in(estimator: Any, name: str) -> BayesMPT:
     """The model of an estimator, as `final_step`; what is none and does not end in one is refused."""
     model = final_step(estimator)
     program = callable(model) and not isinstance(model, type)
-    wrap = f" (wrap the program, BayesMPT({model!r}))" if program else ""
+    wrap = f" (wrap the program, BayesMPT({name_of(model)}))" if program else ""
     return wanted(BayesMPT, model, f"{name} must be a BayesMPT or a Pipeline ending in one{wrap}")
 
 
