@@ -31,7 +31,7 @@ from bayes_mpt.predictors.nodes.newton import (
     times_covariance,
 )
 from bayes_mpt.predictors.nodes.row_nodes import RowNodes
-from bayes_mpt.predictors.nodes.rules import MAX_HERMITE, degrees_of, hermite, log_t
+from bayes_mpt.predictors.nodes.rules import MAX_HERMITE, Detail, degrees_of, hermite, log_t
 from bayes_mpt.predictors.nodes.weighted import FixedSites, program_values
 from bayes_mpt.program.affine import read_side_by_side
 from bayes_mpt.program.arguments import Args
@@ -422,11 +422,12 @@ class AdaptiveNodes:
         Both end at the Gaussian closest to the posterior (Opper & Archambeau 2009), where Laplace's sees a point.
         """
         offsets = (near.root @ draws[..., None])[..., 0]
+        detail: Detail = "rough" if self.rows is not None and self.rows.width <= MAX_HERMITE else "usual"
 
         def log_prob(u: Tensor, nodes: Tensor) -> Tensor:
             given, part, _ = self.at(args, u[0] + offsets)
             # a proposal is made of it, and each draw costs a curvature through the nodes of all rows or groups
-            return (part + given.with_detail("rough").log_joint(x, visible)).mean(0, keepdim=True)
+            return (part + given.with_detail(detail).log_joint(x, visible)).mean(0, keepdim=True)
 
         found = newton(log_prob, near.mode[None], 1, SURE)
         return LaplaceApproximation(found.mode[0], found.root[0])

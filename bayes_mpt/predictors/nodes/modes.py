@@ -167,7 +167,7 @@ class ModeSearch:
         """A mixture moved to where draws of it, n of a round, say that the posterior of shared latents is."""
         climbs = _Climbs(self.adaptive, args, x, visible)
         with pyro.validation_enabled(False), torch.no_grad():
-            return moved(partial(climbs.both, detail="rough"), modes, n)
+            return moved(climbs.roughly, modes, n)
 
 
 def _single(modes: Modes) -> LaplaceApproximation:
@@ -212,12 +212,16 @@ class _Climbs:
         prior, joint = (torch.cat(each) for each in zip(*parts, strict=True))
         return prior, joint
 
+    def roughly(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """`both` as a proposal needs it: by fewer nodes of a rule inside rows and groups, not by fewer draws."""
+        return self.both(u, "usual" if self.by_draws else "rough")
+
     def shaped(self) -> Modes:
         """What `search` finds, with the posterior's shape; all anew by nodes that reach farther if rows want them."""
         modes = self.search()
         if self._lacks_nodes(modes):  # and a shape found without them would serve for nothing
             return _Climbs(self.adaptive, self.args, self.x, self.visible).shaped()
-        found = shaped(partial(self.both, detail="rough"), modes, self._drawn)
+        found = shaped(self.roughly, modes, self._drawn)
         if found is not modes and self._lacks_nodes(found):
             return _Climbs(self.adaptive, self.args, self.x, self.visible).shaped()
         return found
