@@ -374,9 +374,7 @@ class AdaptiveNodes:
             nodes = torch.arange(n_nodes, device=x.device)
             u = self._stands(partial(log_prob, nodes=nodes), args, last, n_nodes, bool(held))
         start_at = u.expand(n_nodes, *u.shape[-2:])
-        # the last step squares what is left of a gain of 1e-9: of nodes that is nothing
-        sure = SURE_OF_NODES if held else self.sure
-        found = newton(log_prob, start_at, MAX_STEPS, sure, root_at_mode=not held)
+        found = newton(log_prob, start_at, MAX_STEPS, self.sure, root_at_mode=not held)
         good = torch.isfinite(found.mode).all(-1).all(-1)
         if held:
             self.nearby.keep(held, found.mode)
