@@ -19,6 +19,7 @@ from bayes_mpt.program.offers import offered
 from bayes_mpt.program.program import Model, ModelError, list_names
 from bayes_mpt.program.run import signature_of, takes_visible
 from bayes_mpt.program.statistics import SufficientStatistics, digest_of_rows
+from bayes_mpt.program.unchanged import once
 from bayes_mpt.warnings import PrecisionWarning, warn
 
 __all__ = [
@@ -211,9 +212,12 @@ def update_statistics(
     shift: NDArray[np.float64] | None = None,
 ) -> SufficientStatistics:
     """The moments of these rows, less the shift, and of those seen before; ``names`` (T,) of columns, for errors."""
-    statistics = SufficientStatistics(X, device, shift)
-    if seen is not None:
-        statistics.update(seen)
+    if seen is None and shift is None:  # which nobody adds to
+        statistics = once(X, ("moments", device), lambda: SufficientStatistics(X, device))
+    else:
+        statistics = SufficientStatistics(X, device, shift)
+        if seen is not None:
+            statistics.update(seen)
     if not statistics.n:
         refuse_unobserved(statistics.incomplete.isnan().all(0).cpu().numpy(), names)
     broken = (~torch.isfinite(statistics.variance)).nonzero()[:, 0].tolist()

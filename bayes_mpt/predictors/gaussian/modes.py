@@ -17,6 +17,7 @@ The prior is that of the evidences (`bayes_mpt.evidence.laplace`), so that what 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +37,7 @@ CLEAR = 10.0  # (lambda_K - 1) / (lambda_K+1 - 1) from which on the spectrum has
 ZERO = 5e-3  # of a column's variance: noises that are zero leave a gap that says nothing
 SOFT_SHAPE = 2.0  # psi_i ~ Gamma(2, 2 / variance)
 N_MORE, N_LESS = 2, 1  # latents left out, of those that lose least
-ROUGH = 1e-6  # tolerance of a climb on the way
+ROUGH = 1e-5  # tolerance of a climb on the way
 PASSED = 1e-4  # the same, where only the next start is wanted
 GAIN = 1e-9  # relative, by which a maximum is higher
 
@@ -48,7 +49,7 @@ def highest(
     n_rows: int,
     max_iter: int,
     tol: float,
-    found: dict[tuple[int, int], Array],
+    found: dict[tuple[int, int], Any],
 ) -> Factors:
     """The highest maximum that is found over the noise variances.
 
@@ -64,9 +65,9 @@ def highest(
         N, against whose likelihood the prior stands under which the first climbs go.
     max_iter, tol
         Of each climb, as in `bayes_mpt.predictors.gaussian.newton.Climb`.
-    found : dict of arrays of shape (T,)
-        By K and N, log psi of maxima of the posterior of these rows that were found before: they are where climbs
-        would end, and shorten them. What is found is put there.
+    found : dict
+        By K and N, maxima of the posterior of these rows that were found before (`Profile`): they are where the first
+        climbs would end, and save them. What is found is put there.
 
     Examples
     --------
@@ -82,8 +83,8 @@ def highest(
     soft = Prior(SOFT_SHAPE, np.full(len(corr), SOFT_SHAPE), n_rows)
     if prior is None or _is(prior, soft):
         way, key = Climb(corr, soft, max_iter, ROUGH), (n_latents, n_rows)
-        start = way.at(n_latents, found[key]) if key in found else _softened(way, n_latents)
-        found[key] = start.log_noise
+        start = found[key] if key in found else _softened(way, n_latents)
+        found[key] = start
         prior = None if prior is None else soft
     else:
         way = Climb(corr, prior, max_iter, ROUGH)
@@ -100,19 +101,16 @@ def _is(prior: Prior, soft: Prior) -> bool:
 
 def _softened(way: Climb, n_latents: int) -> Profile:
     """The highest maximum that is found of the posterior."""
-    first = second = way.top(_moved(way, way.at(n_latents, _by_regression(way.corr))))
+    start = way.at(n_latents, _by_regression(way.corr))
+    # far from a maximum, where nothing is convex, a step of EM goes furthest, and never down
+    moved = way.at(n_latents, start.left())
+    first = second = way.top(min(start, moved, key=lambda p: p.loss))
     if not (_is_plain(first) and (first.value[n_latents:] < LEFT_OUT).all()):
-        second = way.top(_moved(way, way.at(n_latents, _by_components(way.corr, n_latents))), first)
+        second = way.top(way.at(n_latents, _by_components(way.corr, n_latents)), first)
     top = min(first, second, key=lambda p: p.loss)
     if second is not first or not (_is_plain(top) or _is_clear(top)):
         return _exchanged(way, top)
     return top
-
-
-def _moved(way: Climb, start: Profile) -> Profile:
-    """A step of EM further, which is never down: far from a maximum, where nothing is convex, it goes furthest."""
-    new = way.at(start.n_latents, start.left())
-    return new if new.loss < start.loss else start
 
 
 def _is_plain(top: Profile) -> bool:

@@ -22,7 +22,7 @@ Array = NDArray[np.float64]
 LONGEST_STEP = 3.0
 NEAR_FLOOR = 3.0  # of log psi
 ROUNDING = float(np.finfo(np.float64).eps)
-SAME = 0.2  # of log psi, where psi is above LEAST_TOLD: two climbs that are as near end at one maximum
+SAME = 0.3  # of log psi, where psi is above LEAST_TOLD: two climbs that are as near end at one maximum
 LEAST_TOLD = 1e-3
 LAST = 1e-2  # times the root of the tolerance, relative: a step that gains less is the last, if it keeps its promise
 DAMPING = 1e-2  # of the first step; up to it a step is one of Newton's, which tells where a climb ends
@@ -212,8 +212,8 @@ class _Local(NamedTuple):
     """(F,) of the loss, of what is free to move."""
     curvature: Array
     """(F, F)"""
-    free: NDArray[np.bool_]
-    """(T,)"""
+    free: NDArray[np.bool_] | None
+    """(T,); None where all is."""
 
     @classmethod
     def at(cls, here: Profile) -> _Local | None:
@@ -226,8 +226,9 @@ class _Local(NamedTuple):
             curvature.flat[:: len(slope) + 1] += ratio / prior.n_rows
         else:  # d = 2 (change of psi^1/2) / psi^1/2 has the slope of log psi and half of it less curvature
             curvature.flat[:: len(slope) + 1] -= slope / 2
-        free = ~((log_noise <= low) & (slope > 0) | (log_noise >= high) & (slope < 0))
-        if not free.all():
+        free = None
+        if log_noise.min() <= low or log_noise.max() >= high:
+            free = ~((log_noise <= low) & (slope > 0) | (log_noise >= high) & (slope < 0))
             curvature, slope = curvature[np.ix_(free, free)], slope[free]
         if not len(slope) or np.abs(slope).max() < 1e-8:
             return None
@@ -236,18 +237,21 @@ class _Local(NamedTuple):
     def step(self, damping: float) -> tuple[Array, float] | None:
         """Where a damped step goes (T,), and what it is to gain; None where it would be too long, or lead down."""
         damped = self.curvature.copy()
-        damped.flat[:: len(damped) + 1] += damping * np.maximum(np.abs(self.curvature.diagonal()), 1e-8)
+        damped.flat[:: len(damped) + 1] += damping * np.maximum(np.abs(damped.diagonal()), 1e-8)
         factor, not_positive = dpotrf(damped, lower=1)
         if not_positive:
             return None
         log_noise, prior = self.here.log_noise, self.here.prior
-        step = np.zeros_like(log_noise)
-        step[self.free] = -dpotrs(factor, self.slope, lower=1)[0]
+        step = -dpotrs(factor, self.slope, lower=1)[0]
         if np.abs(step).max() > LONGEST_STEP:
             return None
         moved = step if prior is not None else 2 * np.log(np.maximum(1 + step / 2, 1e-6))
-        trial = np.minimum(np.maximum(log_noise + moved, BOUNDS[0]), BOUNDS[1])
-        change = (trial - log_noise)[self.free]
+        before = log_noise if self.free is None else log_noise[self.free]
+        after = np.minimum(np.maximum(before + moved, BOUNDS[0]), BOUNDS[1])
+        change, trial = after - before, after
+        if self.free is not None:
+            trial = log_noise.copy()
+            trial[self.free] = after
         if prior is None:
             change = 2 * np.expm1(change / 2)
         return trial, -float(self.slope @ change + change @ self.curvature @ change / 2)
