@@ -26,7 +26,7 @@ from scipy.linalg.lapack import dpotrf, dpotri
 from bayes_mpt.predictors.gaussian.factors import Factors, Prior
 from bayes_mpt.predictors.gaussian.newton import Climb, Profile
 
-__all__ = ["highest"]
+__all__ = ["CLEAR", "FAINT", "PASSED", "ROUGH", "highest", "rest_of"]
 
 Array = NDArray[np.float64]
 
@@ -136,7 +136,7 @@ def _more_and_less(way: Climb, top: Profile) -> Profile:
     k = top.n_latents
     if k + 1 >= len(way.corr):
         return top
-    more = _passed(way, k + 1, _rest(top.communality(k + 1).sum(1)))
+    more = _passed(way, k + 1, rest_of(top.communality(k + 1).sum(1)))
     for start in _without_one(way, more, k + 1)[:N_MORE]:
         found = way.top(way.at(k, start), top)
         if _higher(found, top):
@@ -150,7 +150,7 @@ def _less_and_more(way: Climb, top: Profile) -> Profile:
         return top
     for start in _without_one(way, top, k)[:N_LESS]:
         less = _passed(way, k - 1, start)
-        found = way.top(way.at(k, _rest(less.communality(k).sum(1))), top)
+        found = way.top(way.at(k, rest_of(less.communality(k).sum(1))), top)
         top = found if _higher(found, top) else top
     return top
 
@@ -183,14 +183,14 @@ def _without_one(way: Climb, top: Profile, n: int) -> Array:
     loss = (np.log(noise).sum(1) + np.linalg.slogdet(inner)[1] + (1 / noise).sum(1) - pulled) / 2
     if way.prior is not None:
         loss -= (way.prior.shape * np.log(noise) - way.prior.rate * noise).sum(1) / way.prior.n_rows
-    return _rest(share.sum(1)[:, None] - share).T[np.argsort(loss)]
+    return rest_of(share.sum(1)[:, None] - share).T[np.argsort(loss)]
 
 
 def _higher(new: Profile, old: Profile) -> bool:
     return new.loss < old.loss - GAIN * (1 + abs(old.loss))
 
 
-def _rest(communality: Array) -> Array:
+def rest_of(communality: Array) -> Array:
     """log psi of what latents leave of a unit variance."""
     return np.log(np.clip(1 - communality, LEAST, 1.0))
 
@@ -200,7 +200,7 @@ def _by_components(corr: Array, n_latents: int) -> Array:
     value, vectors = np.linalg.eigh(corr)
     value, vectors = value[::-1], vectors[:, ::-1]
     c = value[n_latents:].mean() if n_latents < len(value) else 0.0
-    return _rest(vectors[:, :n_latents] ** 2 @ np.maximum(value[:n_latents] - c, 0.0))
+    return rest_of(vectors[:, :n_latents] ** 2 @ np.maximum(value[:n_latents] - c, 0.0))
 
 
 def _by_regression(corr: Array) -> Array:
