@@ -25,7 +25,7 @@ from bayes_mpt.evidence.predictive import GaussianRows, RowPredictive
 from bayes_mpt.evidence.sampled import SampledEvidence
 from bayes_mpt.inputs import wanted
 from bayes_mpt.models.mixtures import GaussianMixture
-from bayes_mpt.program.offers import offered
+from bayes_mpt.program.offers import name_of, offered
 from bayes_mpt.program.program import list_names
 from bayes_mpt.program.unchanged import once
 
@@ -262,7 +262,7 @@ def model_in(estimator: Any, name: str) -> BayesMPT:
     """The model of an estimator, as `final_step`; what is none and does not end in one is refused."""
     model = final_step(estimator)
     program = callable(model) and not isinstance(model, type)
-    wrap = f" (wrap the program, BayesMPT({model!r}))" if program else ""
+    wrap = f" (wrap the program, BayesMPT({name_of(model)}))" if program else ""
     return wanted(BayesMPT, model, f"{name} must be a BayesMPT or a Pipeline ending in one{wrap}")
 
 

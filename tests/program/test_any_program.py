@@ -509,7 +509,7 @@ def logistic_data(n=25):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("predictor", "n_errors"),
-    [("auto", 10), (Quadrature(20), 10), (Importance(200), 5), (SMALL_SMC, 6)],
+    [("auto", 10), (Quadrature(20), 10), (Importance(200), 3), (SMALL_SMC, 6)],
     ids=repr,
 )
 def test_logistic_regression_with_priors(predictor, n_errors):
@@ -664,12 +664,12 @@ def test_programs_for_one_node_at_a_time_run_on_many(predictor):
         np.testing.assert_allclose(model.predict(x), posterior @ expit(weight @ x.T), atol=0.12)
         return
     other = fitted(logistic, x, y, predictor=predictor)
-    if isinstance(
-        predictor, Importance
-    ):  # a tenth of the draws come from the prior, others from either program
-        error = 4 * other.log_marginal_likelihood_se_
-        assert model.log_marginal_likelihood_ == pytest.approx(other.log_marginal_likelihood_, abs=error)
-        np.testing.assert_allclose(model.predict(x), other.predict(x), atol=0.05)
+    if isinstance(predictor, Importance):  # the draws of the prior are others from either program
+        one, two = model.log_marginal_likelihood_se_, other.log_marginal_likelihood_se_
+        assert 0.005 < min(one, two) and max(one, two) < 0.1
+        gap = abs(model.log_marginal_likelihood_ - other.log_marginal_likelihood_)
+        assert gap < 3 * np.hypot(one, two)
+        np.testing.assert_allclose(model.predict(x), other.predict(x), atol=0.03)
         return
     assert model.log_marginal_likelihood_ == pytest.approx(other.log_marginal_likelihood_, abs=1e-10)
     np.testing.assert_allclose(model.predict(x), other.predict(x), atol=1e-10)

@@ -13,7 +13,7 @@ from pyro.distributions import constraints
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from bayes_mpt.diagnostics import BAD_K, pareto_k, widening_of
+from bayes_mpt.diagnostics import BAD_K, pareto_k, weight_variance, widening_of
 from bayes_mpt.masks import Policy
 from bayes_mpt.predictors.base import Evidence, Guide
 from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
@@ -56,8 +56,7 @@ def evidence_of_draws(nodes: Nodes) -> Evidence:
     log_w = torch.where(log_w.amax(0) == -math.inf, 0.0, log_w)
     share = log_w.softmax(0)
     ess = 1 / share.square().sum(0)
-    # relative variance of the mean weight: (sum_s share^2 - 1/S) S / (S - 1)
-    variance = (share.square().sum(0) - 1 / n_draws).clamp(min=0) * n_draws / max(1, n_draws - 1)
+    variance = weight_variance(share, nodes.last.stratum)
     # E log Z^ = log Z - variance / 2: put back, so that rows do not add up their biases
     by_row = joint + variance / 2
     # where rows have nodes of their own inside: what more of these change

@@ -171,11 +171,13 @@ class _AroundMode(NodeSource):
         found = self.modes.find(args, value, visible, near)
         modes = found if self.structure.by_row else self._moved(args, value, visible, found)
         n_prior = 0 if self.structure.by_row or self.structure.parameters else int(PRIOR * self.n_draws)
-        u = modes.draws(self.n_draws - n_prior)
+        u, of = modes.drawn(self.n_draws - n_prior)
+        stratum = None if self.structure.by_row else of[:, 0]
         lost = torch.zeros_like(u[..., 0], dtype=torch.bool)
         if n_prior:
             more = prior_points(self.adaptive, args.filled, n_prior)[:, None].to(u)
             u = torch.cat([u, more.nan_to_num(0.0, 0.0, 0.0)])
+            stratum = torch.cat([of[:, 0], of.new_full((n_prior,), -1)])
             # one that no number stands for, or at which the program has none, has no weight
             none = ~more.isfinite().all(-1) | self._impossible(args, u[-n_prior:], value, visible)
             lost = torch.cat([lost, none])
@@ -195,7 +197,7 @@ class _AroundMode(NodeSource):
             log_q = torch.logaddexp(log_q + math.log1p(-share), log_prior + math.log(share))
         log_weight = torch.where(lost, -math.inf, part - log_q - math.log(self.n_draws))
         latents = constrained(self.adaptive.space, u)
-        return Read(given, log_weight, value, scale, latents, self.adaptive.space.names, found)
+        return Read(given, log_weight, value, scale, latents, self.adaptive.space.names, found, stratum)
 
     def _impossible(self, args: Args, u: Tensor, value: Tensor, visible: Tensor) -> Tensor:
         """(S, 1) whether the program has no number at a draw u (S, 1, d), or a matrix of it no Cholesky factor."""

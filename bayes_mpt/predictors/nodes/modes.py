@@ -67,6 +67,7 @@ ROUGHLY = 1e-6  # of a log-density: to be gained where a rough climb ends
 N_POINTS = 8  # of the prior, and as many near the mode, at which symmetries are tried
 WORK = 2**22  # log-densities of tokens, times latents, that the first starts may cost a step
 CELLS = 2**20  # of them at a time
+NESTED = 8  # times as many to find the modes in rows or groups
 N_INSIDE = 32  # draws at which finer nodes inside rows and groups are tried
 FINER = 5  # times as many of them, at the most
 ENOUGH_INSIDE = 0.01  # nats that these may change
@@ -150,7 +151,7 @@ class ModeSearch:
         """A mixture moved to where draws of it, n of a round, say that the posterior of shared latents is."""
         climbs = _Climbs(self.adaptive, args, x, visible)
         with pyro.validation_enabled(False), torch.no_grad():
-            return moved(climbs.both, modes, n)
+            return moved(partial(climbs.both, detail="rough"), modes, n)
 
 
 def _single(modes: Modes) -> LaplaceApproximation:
@@ -168,24 +169,30 @@ class _Climbs:
         self.by_draws = adaptive.rows is not None and adaptive.rows.width > MAX_HERMITE
         self.same_mode = SAME_BY_DRAWS if self.by_draws else SAME_MODE
 
+    def _at_once(self, u: Tensor) -> tuple[Tensor, ...]:
+        """Of places u (M, d) as many as memory will bear: without slopes those inside rows go by parts themselves."""
+        nested = self.adaptive.rows is not None and not torch.is_grad_enabled()
+        return u.split(max(1, CELLS // (NESTED * self.x.numel() if nested else self._cells)))
+
     def log_prob(self, u: Tensor, detail: Detail = "usual") -> Tensor:
         """log p(u, x_R) (M,) at u (M, d)."""
         found = []
-        for part in u.split(max(1, CELLS // self._cells)):
+        for part in self._at_once(u):
             given, left, _ = self.adaptive.at(self.args, part[:, None])
             found.append((left + given.with_detail(detail).log_joint(self.x, self.visible))[:, 0])
         return torch.cat(found)
 
-    def both(self, u: Tensor) -> tuple[Tensor, Tensor]:
+    def both(self, u: Tensor, detail: Detail = "usual") -> tuple[Tensor, Tensor]:
         """log p(u) and log p(u, x_R) (M,) at u (M, d); -inf where a matrix has no factor."""
 
         def of(part: Tensor) -> tuple[Tensor, Tensor]:
             given, log_det, _ = self.adaptive.at(self.args, part[:, None])
             prior = (given.log_prior(self.x) + log_det).expand(len(part), 1)[:, 0]
-            return prior, (given.log_joint(self.x, self.visible) + log_det).expand(len(part), 1)[:, 0]
+            joint = given.with_detail(detail).log_joint(self.x, self.visible) + log_det
+            return prior, joint.expand(len(part), 1)[:, 0]
 
         never = (u.new_full((1,), -math.inf), u.new_full((1,), -math.inf))
-        parts = [by_halves(of, part, never) for part in u.split(max(1, CELLS // self._cells))]
+        parts = [by_halves(of, part, never) for part in self._at_once(u)]
         prior, joint = (torch.cat(each) for each in zip(*parts, strict=True))
         return prior, joint
 
@@ -233,7 +240,7 @@ class _Climbs:
             doubt = (
                 f"more than {MAX_IMAGES} images of a mode overlap with it, and only so many were looked at"
             )
-        return shaped(self.both, modes._replace(doubt=doubt), self._draws(n_starts))
+        return shaped(partial(self.both, detail="rough"), modes._replace(doubt=doubt), self._draws(n_starts))
 
     def _from_others(self, peaks: Peaks, modes: Modes) -> tuple[_Found, int]:
         """Tops after more climbs, from places around modes, and how many climbs count: those back to theirs do not.

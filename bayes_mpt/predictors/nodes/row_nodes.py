@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
 
 __all__ = ["RowNodes", "SharedPrior"]
+
+CELLS = 2**18  # log-densities of tokens at a time
 
 
 @dataclass(frozen=True)
@@ -174,8 +177,11 @@ class RowNodes:
         detail: Detail,
         x: Tensor,
         visible: Tensor,
-    ) -> PlacedRows:
-        """Q nodes for each of S nodes of the data set and each row, for what is visible (N, T) of it."""
+    ) -> Iterator[PlacedRows]:
+        """Q nodes for each of S nodes of the data set and each row, for what is visible (N, T) of it.
+
+        The modes of all S at once, their nodes by as many as memory will bear.
+        """
         at, width = self.adaptive, self.adaptive.space.width
         n_nodes, n_rows = len(next(iter(held.values()))), len(x)
         t, log_w = row_rule(width, detail, self.far)
@@ -183,11 +189,14 @@ class RowNodes:
         if not width:
             u = x.new_zeros(n_nodes, n_rows, 0)
             given, part, _ = at.at(args, u, held)
-            return PlacedRows(given, part[:, None], u[:, None])
+            yield PlacedRows(given, part[:, None], lambda: u)
+            return
         mode, root = at.locate_rows(args, x, visible, held)
-        u = (mode[:, None] + (root[:, None] @ t[:, None, :, None])[..., 0]).flatten(0, 1)  # (S Q, N, d)
-        each = {name: v.repeat_interleave(len(t), 0) for name, v in held.items()}
-        given, part, _ = at.at(args, u, each)
-        log_det = torch.linalg.slogdet(root)[1][:, None]  # (S, 1, N)
-        log_weight = part.unflatten(0, (n_nodes, len(t))) + log_w[:, None] + log_det
-        return PlacedRows(given, log_weight, constrained(at.space, u).unflatten(0, (n_nodes, len(t))))
+        step = max(1, CELLS // (x.numel() * len(t) * at.n_evaluations))
+        for some in (slice(i, i + step) for i in range(0, n_nodes, step)):
+            u = (root[some] @ t.T).movedim(-1, 1).add_(mode[some, None])  # (s, Q, N, d)
+            each = {name: v[some].repeat_interleave(len(t), 0) for name, v in held.items()}
+            given, part, _ = at.at(args, u.flatten(0, 1), each)
+            log_det = torch.linalg.slogdet(root[some])[1][:, None]  # (s, 1, N)
+            log_weight = part.unflatten(0, u.shape[:2]) + log_w[:, None] + log_det
+            yield PlacedRows(given, log_weight, partial(constrained, at.space, u.flatten(0, 1)))

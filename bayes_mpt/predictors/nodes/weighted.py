@@ -72,6 +72,8 @@ class Read(NamedTuple):
     """Of those sites."""
     located: Any = None
     """What the nodes were placed by, so that others can be placed alike."""
+    stratum: Tensor | None = None
+    """(S,) what part of a mixture each was drawn of, where the number of draws of each part was fixed."""
 
 
 class NodeSource(Bound):
