@@ -213,11 +213,20 @@ def update_statistics(
 ) -> SufficientStatistics:
     """The moments of these rows, less the shift, and of those seen before; ``names`` (T,) of columns, for errors."""
     if seen is None and shift is None:  # which nobody adds to
-        statistics = once(X, ("moments", device), lambda: SufficientStatistics(X, device))
-    else:
-        statistics = SufficientStatistics(X, device, shift)
-        if seen is not None:
-            statistics.update(seen)
+        return once(X, ("moments", device, tuple(names)), lambda: _moments(X, None, device, names, None))
+    return _moments(X, seen, device, names, shift)
+
+
+def _moments(
+    X: NDArray[np.floating],
+    seen: SufficientStatistics | None,
+    device: str,
+    names: NDArray[Any],
+    shift: NDArray[np.float64] | None,
+) -> SufficientStatistics:
+    statistics = SufficientStatistics(X, device, shift)
+    if seen is not None:
+        statistics.update(seen)
     if not statistics.n:
         refuse_unobserved(statistics.incomplete.isnan().all(0).cpu().numpy(), names)
     broken = (~torch.isfinite(statistics.variance)).nonzero()[:, 0].tolist()

@@ -7,9 +7,9 @@ fewer, and of which the likelihood's is a few steps away:
 
 1. two climbs, from starts that have little in common, the second given up where it comes to the end of the first or
    below it. One is enough where every column has noise and no direction is left that another latent would take;
-2. where these end apart, or a noise is all but zero and the spectrum has no clear gap at K, an exchange: from the
-   maximum of one latent more one is left out, or to the maximum of one latent less the next direction is added, as in
-   the selection of variables.
+2. where these end apart, or a noise is all but zero and the spectrum has no clear gap at K, or K is all but the number
+   that a covariance determines, an exchange: from the maximum of one latent more one is left out, or to the maximum of
+   one latent less the next direction is added, as in the selection of variables.
 
 The prior is that of the evidences (`bayes_mpt.evidence.laplace`), so that what a fit has found is where these begin.
 """
@@ -34,6 +34,7 @@ FAINT = 0.1  # of a column's variance: a noise below it may belong to a lower ma
 LEAST = 1e-3  # of a column's variance: noise to start from
 LEFT_OUT = 2.0  # lambda_K+1 below which no latent is missing
 CLEAR = 10.0  # (lambda_K - 1) / (lambda_K+1 - 1) from which on the spectrum has a gap at K
+FEW = 1.5  # (T - K)^2 / (T + K), below 1 where K is more than a covariance determines
 ZERO = 5e-3  # of a column's variance: noises that are zero leave a gap that says nothing
 SOFT_SHAPE = 2.0  # psi_i ~ Gamma(2, 2 / variance)
 N_MORE, N_LESS = 2, 1  # latents left out, of those that lose least
@@ -108,7 +109,7 @@ def _softened(way: Climb, n_latents: int) -> Profile:
     if not (_is_plain(first) and (first.value[n_latents:] < LEFT_OUT).all()):
         second = way.top(way.at(n_latents, _by_components(way.corr, n_latents)), first)
     top = min(first, second, key=lambda p: p.loss)
-    if second is not first or not (_is_plain(top) or _is_clear(top)):
+    if second is not first or not (_is_plain(top) or _is_clear(top)) or _is_few(top):
         return _exchanged(way, top)
     return top
 
@@ -124,6 +125,12 @@ def _is_clear(top: Profile) -> bool:
     if not 0 < k < len(top.value) or top.log_noise.min() < math.log(ZERO):
         return False
     return bool(top.value[k - 1] - 1 > CLEAR * max(top.value[k] - 1, 0.0))
+
+
+def _is_few(top: Profile) -> bool:
+    """Whether K latents are all but as many as a covariance of so few tokens determines (Ledermann 1937), or more."""
+    t, k = len(top.value), top.n_latents
+    return (t - k) ** 2 <= FEW * (t + k)
 
 
 def _exchanged(way: Climb, top: Profile) -> Profile:

@@ -22,7 +22,7 @@ Array = NDArray[np.float64]
 LONGEST_STEP = 3.0
 NEAR_FLOOR = 3.0  # of log psi
 ROUNDING = float(np.finfo(np.float64).eps)
-SAME = 0.3  # of log psi, where psi is above LEAST_TOLD: two climbs that are as near end at one maximum
+SAME = 0.2  # of log psi, where psi is above LEAST_TOLD: two climbs that are as near end at one maximum
 LEAST_TOLD = 1e-3
 LAST = 1e-2  # times the root of the tolerance, relative: a step that gains less is the last, if it keeps its promise
 DAMPING = 1e-2  # of the first step; up to it a step is one of Newton's, which tells where a climb ends
@@ -59,6 +59,7 @@ class Profile:
         if failed:
             raise np.linalg.LinAlgError("the eigenvalues of the tokens' covariance did not converge")
         self.log_noise, self.prior, self.n_latents = log_noise, prior, n_latents
+        self._curvature: list[Array] = []  # once it was asked for, under whichever prior
         self.value, self.vectors = value[::-1], vectors[:, ::-1]  # lambda (T,), the largest first, u (T, T)
         # theta_k = lambda_k for the latents that are used, 1 for all other directions
         n_used = int((self.value[:n_latents] > 1).sum())
@@ -96,6 +97,8 @@ class Profile:
         1/2 (sum_m lambda_m v_im v_jm) (sum_m v_im v_jm)
             + 1/2 sum_{k, m} (lambda_k + lambda_m)(1 - lambda_m) / (lambda_k - lambda_m) u_ik u_jk v_im v_jm
         """
+        if self._curvature:
+            return self._curvature[0].copy()
         used, rest, u, v = self.used, self.rest, self.u, self.v
         hessian = 0.5 * ((v * rest) @ v.T) * (v @ v.T)
         if len(used):
@@ -103,7 +106,8 @@ class Profile:
             weight = 0.5 * (used[:, None] + rest) * (1 - rest) / gap  # (K, T - K)
             pairs = (u[:, :, None] * v[:, None, :]).reshape(len(u), -1)
             hessian += (pairs * weight.ravel()) @ pairs.T
-        return hessian
+        self._curvature.append(hessian)
+        return hessian.copy()
 
     def communality(self, n: int) -> Array:
         """(T, n) what each of the n leading directions takes of the variance of each token."""
