@@ -120,7 +120,7 @@ class Factorized(Given):
         return self._ask(lambda factors: factors.log_prior())
 
     def log_joint(self, x: Tensor, visible: Tensor) -> Tensor:
-        seen = visible & ~x.isnan() if has_missing(x) else visible.expand(x.shape)
+        seen = visible & ~x.isnan() if has_missing(x) else visible
         return self._ask(lambda factors: factors.log_joint(seen))
 
     def predictive(self, x: Tensor, visible: Tensor) -> Tensor:

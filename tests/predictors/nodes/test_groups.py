@@ -369,6 +369,7 @@ def test_groups_inside_draws_and_particles(predictor):
     assert "theta in 6 groups" in model.explain()
 
 
+@pytest.mark.slow
 def test_a_wide_group_variance_is_no_funnel():
     """Thirty groups of five tokens: nodes around the joint mode of all 32 numbers are nats off."""
     draw = np.random.default_rng(5)
