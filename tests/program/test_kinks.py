@@ -1,4 +1,4 @@
-"""Means that are affine in a latent on one side alone, as far as the posterior is: no closed form, and none in silence."""
+"""Means that are affine in a latent on one side alone, as far as the posterior is: no closed form in silence."""
 
 import numpy as np
 import pyro
