@@ -27,7 +27,6 @@ from bayes_mpt.models.mixture_em import (
 
 __all__ = ["best_start", "filled"]
 
-STARTS = 31  # beside the one that is given
 N_LEFT_OUT = 2  # rounds in which half of them judge each row as if it were left out
 MADE = 4  # steps of children by themselves, and of what is shaken
 PLAN = Plan(children=8, shaken=12, parents=4, kept=6, places=8, patience=3)
@@ -37,6 +36,8 @@ START_ROWS = 2048  # on which starts are compared
 class Steps(NamedTuple):
     """Of EM."""
 
+    starts: int
+    """Beside the one that is given"""
     rounds: tuple[int, ...]
     """After each of which the better half of the starts goes on"""
     judged: int
@@ -50,8 +51,8 @@ class Steps(NamedTuple):
         return sum(self.rounds) + MOST_ROUNDS * (MADE + self.judged + self.settled + 1)
 
 
-DENSE_STEPS = Steps((8, 8, 8, 8), 2, 4)
-STEPS = Steps((20, 20, 20), 4, 10)  # of diagonal covariances, which take a tenth of the time
+DENSE_STEPS = Steps(31, (8, 8, 8, 8), 2, 4)
+STEPS = Steps(63, (20, 20, 20), 4, 10)  # of diagonal covariances, which take a tenth of the time
 
 
 def best_start(
@@ -79,7 +80,7 @@ def best_start(
     steps = DENSE_STEPS if covariance_type in DENSE else STEPS
     if n_components == 1 or max_iter < steps.most:
         return given, 0
-    seeds = torch.randint(2**31 - 1, (STARTS,), device="cpu").tolist()
+    seeds = torch.randint(2**31 - 1, (steps.starts,), device="cpu").tolist()
     some = table._replace(rows=table.rows[:: max(1, n_rows // START_ROWS)])
     places = [given]
     for i, seed in enumerate(seeds):
