@@ -25,7 +25,7 @@ from bayes_mpt.models.mixture_em import (
     m_step,
 )
 
-__all__ = ["best_start", "filled"]
+__all__ = ["START_ROWS", "best_start", "filled"]
 
 N_LEFT_OUT = 2  # rounds in which half of them judge each row as if it were left out
 MADE = 4  # steps of children by themselves, and of what is shaken
