@@ -175,10 +175,12 @@ class GaussianMixture(CheckedModel):
         prior = self._prior(table)
         self._refuse_singular(table, prior)
         expect = expectation(table.rows, kind)
-        if bool(table.rows.isnan().any()):
+        holes, many = bool(table.rows.isnan().any()), len(table.rows) > START_ROWS
+        # of many complete rows k-means finds good places, and all of a search would take longer than the climb
+        if holes or (prior is not None and not many):
             start, used = best_start(table, start, kind, prior, max_iter // 2)
             max_iter -= used
-            if used and len(table.rows) > START_ROWS and self.covariance_prior is not None:
+            if used and many and prior is not None:
                 start = exchanged(expect, start, kind, prior, gaps=kind not in DENSE)
                 max_iter -= EXCHANGE_STEPS
         try:
