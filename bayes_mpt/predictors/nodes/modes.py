@@ -16,6 +16,7 @@ of its mass; one found once stands for as much again (Good 1953). `Modes.doubt` 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -431,11 +432,7 @@ class _Climbs:
         if int(found.hits.sum()) < OFTEN:
             return modes, _Seen(0, 0.0, whole)
         n_rare = sum(m > MATTERS and n < OFTEN for m, n in zip(mass.tolist(), own_hits, strict=True))
-        of_hits = (UNSEEN_BY_HITS[0], *UNSEEN_BY_HITS)  # one that only the middle leads to: as of one climb
-        few = [(m, n) for m, n in zip(mass.tolist(), own_hits, strict=True) if n < len(of_hits)]
-        # of one mode all climbs are, however many
-        missed = sum(m * of_hits[n] for m, n in few) if len(own_hits) > 1 else 0.0
-        return modes, _Seen(n_rare, missed, whole)
+        return modes, _Seen(n_rare, missed_mass(mass.tolist(), own_hits), whole)
 
     def _symmetries(self, where: Coordinates, u: Tensor, root: Tensor) -> list[Symmetry]:
         """Of the log joint density, at points of the prior and near the mode."""
@@ -451,6 +448,22 @@ class _Climbs:
 def _hits(peaks: Peaks, same: Tensor) -> Tensor:
     """How many climbs, those that ended as ``same`` says, have ended at each."""
     return torch.bincount(same, minlength=len(peaks.same))
+
+
+def missed_mass(shares: Sequence[float], hits: Sequence[int]) -> float:
+    """Mass of modes that no climb has found, over that of those found, by how many climbs found each.
+
+    Examples
+    --------
+    >>> missed_mass([0.5, 0.5], [12, 12])
+    0.0
+    >>> round(missed_mass([0.5, 0.4, 0.1], [12, 2, 1]), 3)
+    0.202
+    """
+    if len(hits) == 1:  # of one mode all climbs are, however many
+        return 0.0
+    of_hits = (UNSEEN_BY_HITS[0], *UNSEEN_BY_HITS)  # one that only the middle leads to: as of one climb
+    return sum((m * of_hits[n] for m, n in zip(shares, hits, strict=True) if n < len(of_hits)), 0.0)
 
 
 def _unseen(found: _Found, n_climbs: int) -> float:

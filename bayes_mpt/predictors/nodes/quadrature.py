@@ -193,11 +193,15 @@ class _Hermite(NodeSource):
 
     def _evenly(self, nodes: Nodes, few: Tensor, many: Tensor, diagnostics: dict[str, Any]) -> Evidence:
         """Rows of one latent whose density steps or has long tails: nodes in ever smaller even steps."""
+        modes = nodes.last.located
         for n_nodes in FAR_NODES:
             if n_nodes * nodes.value.numel() > MAX_CELLS:
                 break
-            read = self._around(nodes.args, nodes.value, nodes.last.located, n_nodes, far=True)
-            few, many = many, nodes.at_nodes(read).score()
+            # as many at a time as were before: a decoder's hidden units are more than its tokens
+            parts = torch.arange(n_nodes, device=many.device).split(self._n_nodes(modes, finer=True))
+            reads = (self._around(nodes.args, nodes.value, modes, n_nodes, part, far=True) for part in parts)
+            log_z = torch.cat([nodes.at_nodes(read).log_weights() for read in reads]).logsumexp(0)
+            few, many = many, torch.where(nodes.value.isnan().all(1), 0.0, log_z)
             diagnostics[f"change to {n_nodes} even nodes"] = float((many - few).sum())
             if _size(many - few) <= ROUGH:
                 break

@@ -98,9 +98,14 @@ def test_a_row_whose_density_is_a_step():
             pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x)
 
     x = (np.random.default_rng(0).normal(size=(12, 1)) > cut).astype(float)
+    x[3], x[5, 1] = np.nan, np.nan
     z = np.linspace(-10, 10, 400001)
     logits = 300 * (z[:, None] - cut)
-    log_p = [(log_expit(np.where(row == 1, logits, -logits))).sum(1) + stats.norm.logpdf(z) for row in x]
+    log_p = [
+        np.nansum(log_expit(np.where(row == 1, logits, -logits)) * np.where(np.isnan(row), np.nan, 1), 1)
+        + stats.norm.logpdf(z)
+        for row in x
+    ]
     truth = logsumexp(np.array(log_p), axis=1).sum() + 12 * math.log(z[1] - z[0])
     args = (torch.as_tensor(x),)
     read = Quadrature().bind(program, args).read(args)
