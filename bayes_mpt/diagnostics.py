@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.special import logsumexp
 from scipy.stats import norm
@@ -20,11 +21,13 @@ __all__ = [
     "pareto_k",
     "partition_error",
     "replicate_error",
+    "weight_variance",
     "widening_of",
 ]
 
 MIN_TAIL = 20  # weights to fit a tail to
 WORST_K = 0.95  # up to which an error is widened further
+MIN_STRATUM = 10  # draws, of which a stratum states its own variance
 BAD_K = 0.7  # above it the error is unreliable (Vehtari et al. 2024)
 
 
@@ -119,6 +122,51 @@ def pareto_k(log_weight: NDArray[np.float64]) -> NDArray[np.float64]:
         shape = np.log1p(-best * tail).mean(0)
     # a prior of ten observations at 1/2
     return shape * n_tail / (n_tail + 10) + 0.5 * 10 / (n_tail + 10)
+
+
+def weight_variance(share: Tensor, stratum: Tensor | None = None) -> Tensor:
+    """Relative variance of a mean of weights, of each row (N,).
+
+    The draws of a mixture of which each part gives a fixed number are strata, whose means differ without any noise
+    (Owen & Zhou 2000). Of n_h draws of stratum h, with what each draw contributes to the sum of all weights,
+
+        variance = sum_h n_h / (n_h - 1) (sum share^2 - (sum share)^2 / n_h)
+
+    Strata of fewer than ten draws are taken together, smallest first: what lies between these counts as noise.
+
+    Parameters
+    ----------
+    share : Tensor of shape (S, N)
+        Weights p / q, q the whole mixture at every draw, over their sum.
+    stratum : Tensor of shape (S,), optional
+        Number of the part that each was drawn of. None: all draws are of one law.
+
+    Returns
+    -------
+    Tensor of shape (N,)
+        Of log Z in squared nats, as long as it is small.
+
+    Examples
+    --------
+    >>> share = torch.tensor([[1 / 16]] * 16 + [[0.0]] * 16)
+    >>> round(float(weight_variance(share)), 6)
+    0.032258
+    >>> float(weight_variance(share, torch.tensor([0] * 16 + [1] * 16)))
+    0.0
+    """
+    if stratum is None:
+        return (share - share.mean(0)).square().sum(0) * len(share) / max(1, len(share) - 1)
+    counts = torch.bincount(stratum - stratum.min())
+    group, n_groups, n_in = torch.zeros_like(counts), 0, 0
+    for h in counts.argsort().tolist():
+        group[h], n_in = n_groups, n_in + int(counts[h])
+        if n_in >= MIN_STRATUM:
+            n_groups, n_in = n_groups + 1, 0
+    of = group[stratum - stratum.min()]
+    n = torch.bincount(of).to(share)[:, None].clamp(min=1)
+    mean = share.new_zeros(len(n), share.shape[1]).index_add(0, of, share) / n
+    off = share.new_zeros(mean.shape).index_add(0, of, (share - mean[of]).square())
+    return (off * n / (n - 1).clamp(min=1)).sum(0)
 
 
 def widening_of(k: float) -> float:

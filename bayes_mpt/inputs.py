@@ -19,7 +19,7 @@ from scipy.sparse import issparse
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-__all__ = ["read_numbers", "read_table", "tensor_of", "unmasked", "wanted", "widths_of"]
+__all__ = ["like_table", "read_numbers", "read_table", "tensor_of", "unmasked", "wanted", "widths_of"]
 
 _T = TypeVar("_T")
 
@@ -49,7 +49,7 @@ def wanted(kind: type[_T], got: Any, words: str, error: type[Exception] = TypeEr
     """
     if isinstance(got, kind):
         return got
-    raise error(f"{words}, got {got!r}")
+    raise error(f"{words}, got {getattr(got, '__name__', None) or repr(got)}")
 
 
 def unmasked(a: Any) -> Any:
@@ -109,6 +109,24 @@ def widths_of(X: Any) -> tuple[int, ...] | None:
     return tuple(s[1] for s in shapes)
 
 
+def like_table(X: Any, cells: NDArray[Any]) -> Any:
+    """Cells (N, T) as the table X came: of a DataFrame, of pandas or polars, with its index and columns; else an array.
+
+    Examples
+    --------
+    >>> table = pd.DataFrame({"a": [1, 2], "b": [None, 0.5]}, index=["first", "second"])
+    >>> like_table(table, np.array([[1.0, 0.25], [2.0, 0.5]]))
+              a     b
+    first   1.0  0.25
+    second  2.0  0.50
+    """
+    if isinstance(X, pd.DataFrame):
+        return pd.DataFrame(cells, index=X.index, columns=X.columns)
+    if type(X).__module__.split(".")[0] == "polars" and hasattr(X, "to_numpy"):
+        return type(X)(dict(zip(X.columns, cells.T, strict=True)))
+    return cells
+
+
 def read_table(X: Any) -> Any:
     """A table X for scikit-learn's own checks; several of a tuple side by side.
 
@@ -117,7 +135,7 @@ def read_table(X: Any) -> Any:
     TypeError
         If it is no table, such as a DataLoader.
     ValueError
-        If a column holds text, dates or infinities; the column is named.
+        If a column holds text, dates or infinities, or two have one name; the column is named.
     """
     if widths_of(X) is not None:
         return np.hstack([np.asarray(read_table(a)) for a in X])
@@ -131,6 +149,11 @@ def read_table(X: Any) -> Any:
         with suppress(ValueError):  # rows of different lengths: scikit-learn says so
             X = np.asarray(X)
     if isinstance(X, pd.DataFrame):
+        if not X.columns.is_unique:
+            twice = X.columns[X.columns.duplicated()][0]
+            raise ValueError(
+                f"two columns of X have the name {twice!r}: give each its own name (X.columns = ...), or drop one"
+            )
         columns: Iterable[tuple[Any, Any]] = (
             (name, X.iloc[:, j].to_numpy(dtype=object))
             for j, (name, dtype) in enumerate(X.dtypes.items())

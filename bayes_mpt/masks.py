@@ -76,6 +76,8 @@ class Policy(BaseEstimator, ABC):
     """Whether the expected score over the policy's draws is log p(x)."""
     deterministic: ClassVar[bool]
     """Whether every draw is the same."""
+    groups: ArrayLike | None = None
+    """Labels (T,): tokens with one label stay together. None where each is by itself."""
 
     @property
     def of_blocks(self) -> Policy | None:
@@ -281,6 +283,7 @@ class Blocks(Policy):
 
     is_lml = False
     deterministic = False
+    groups: ArrayLike
 
     def __init__(self, masks: Policy, groups: ArrayLike):
         self.masks = masks

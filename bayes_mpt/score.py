@@ -22,7 +22,6 @@ from bayes_mpt.diagnostics import replicate_error
 from bayes_mpt.masks import (
     FixedRate,
     Masks,
-    PermutationChain,
     Policy,
     RandomState,
     require_lml,
@@ -180,7 +179,7 @@ def _estimate(
 @torch.no_grad()
 def _in_own_order(read: Conditionals, masks: Policy, order: Order) -> ScoreEstimate:
     """The estimate where tokens look at each other: one chain, and no curve over mask sizes."""
-    if not isinstance(masks, PermutationChain) or masks.groups is not None:
+    if not masks.chains or masks.groups is not None:
         refuse_masks(f"{masks!r}")
     found, tokens = read.evidence(), own_order(read)
     steps = read.chain(tokens, _ends(tokens.shape[1]))[0][:, tokens[0]]

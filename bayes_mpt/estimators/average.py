@@ -22,7 +22,7 @@ from bayes_mpt.estimators.rows import dtype_of, refuse_far, warn_of_far
 from bayes_mpt.estimators.rules import refuse_incomparable, refuse_other_priors
 from bayes_mpt.estimators.stacking import cross_fitted, log_mixture, stacked_weights
 from bayes_mpt.evidence.predictive import RowPredictive
-from bayes_mpt.inputs import read_table
+from bayes_mpt.inputs import like_table, read_table
 from bayes_mpt.program.program import list_names
 from bayes_mpt.runtime.digests import CannotDigest, digest_of
 from bayes_mpt.runtime.serial import methods_take_turns
@@ -176,7 +176,7 @@ class ModelAverage(DensityMixin, BaseEstimator):
 
     @available_if(lambda self: self._mixes(rows=True))
     def impute(self, X: ArrayLike, return_std: bool = False) -> Any:
-        """X with its NaN cells replaced by their means given the observed cells of the row.
+        """X with its NaN cells replaced by their means given the observed cells of the row; a DataFrame of a DataFrame.
 
         These cells also tell which candidate the row goes with: its weight is w_j p_j(observed cells). With
         ``return_std`` also the standard deviations (N, T), 0 where observed, by the law of total variance, where all
@@ -191,10 +191,10 @@ class ModelAverage(DensityMixin, BaseEstimator):
         means, variances = zip(*(member.fill(rows) for member in self.members_), strict=True)
         mean, hidden = (share * np.array(means)).sum(0), np.isnan(rows)
         refuse_far(mean, rows, self._names)
-        filled = np.where(hidden, mean, rows).astype(dtype_of(X), copy=False)
+        filled = like_table(X, np.where(hidden, mean, rows).astype(dtype_of(X), copy=False))
         if not return_std:
             return filled
-        return filled, np.where(hidden, self._spread(share, mean, means, variances), 0.0)
+        return filled, like_table(X, np.where(hidden, self._spread(share, mean, means, variances), 0.0))
 
     @available_if(lambda self: self._mixes(rows=False))
     def predict(self, X: ArrayLike, return_std: bool = False) -> Any:

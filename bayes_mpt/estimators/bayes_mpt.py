@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from numbers import Integral
 from typing import Any, ClassVar, Literal, Self
 
@@ -33,12 +34,12 @@ from bayes_mpt.estimators.fit import fit_program
 from bayes_mpt.estimators.fitted import OPTIONAL, Fitted
 from bayes_mpt.estimators.labelled import Labelled
 from bayes_mpt.estimators.names import check_names
-from bayes_mpt.estimators.report import Unwatched, explain, reporter, shown
+from bayes_mpt.estimators.report import Unwatched, explain, iterated, shown
 from bayes_mpt.estimators.rows import check_program, checked_rows, dtype_of, takes_y
 from bayes_mpt.estimators.stored_fit import restored
 from bayes_mpt.estimators.trainer import trainer_of
 from bayes_mpt.estimators.weighed import Weighed
-from bayes_mpt.inputs import read_numbers, unmasked, widths_of
+from bayes_mpt.inputs import like_table, read_numbers, unmasked, widths_of
 from bayes_mpt.masks import Policy
 from bayes_mpt.models import PPCA
 from bayes_mpt.predictors import Conditionals, Predictor
@@ -262,7 +263,8 @@ class BayesMPT(
 
     def _train(self, X: ArrayLike, y: Any, context: Any, *, goes_on: bool = False) -> Self:
         """Fit; ``goes_on``: rows seen before count too."""
-        with turn(), interruptible(), left_as_found(store=True, estimator=self), shown(self) as line:
+        said = shown(self) if self.verbose else nullcontext()
+        with turn(), interruptible(), left_as_found(store=True, estimator=self), said as line:
             more = self._current() if goes_on else None
             if more is not None and more.statistics is None:
                 raise ValueError(
@@ -290,8 +292,7 @@ class BayesMPT(
         y = read_numbers(y, len(X)) if with_y else None
         context.call_on_fit_task_begin(estimator=self, X=X, y=y)
         trainer = trainer_of(self, model, getattr(self, "feature_names_in_", np.arange(self.n_features_in_)))
-        report = reporter(self, context, line, trainer.limit, every=trainer.by_epochs)
-        trainer = replace(trainer, report=report)
+        trainer = replace(trainer, report=partial(iterated, self, context, line, trainer.by_epochs))
         before |= {"device": self.device, "penalty": bool(self.penalty), "template": template}
         if self.average is not None and before.get("more") is not None:
             raise ValueError("average='posterior' needs all rows at once: call fit, not partial_fit")
@@ -413,13 +414,13 @@ class BayesMPT(
         return predictions.token_means_of(fitted, latents).astype(dtype_of(Z), copy=False)
 
     def impute(self, X: ArrayLike, y: Any = None, return_std: bool = False) -> Any:
-        """X with its NaN cells replaced by their means given the observed cells of the row.
+        """X with its NaN cells replaced by their means given the observed cells of the row; a DataFrame of a DataFrame.
 
         With ``return_std`` also their standard deviations (N, T), 0 where observed, where rows share a linear-Gaussian
         map; of other programs `sample_missing` draws the cells.
         """
-        found = predictions.impute(*self._ready(X), y).astype(dtype_of(X), copy=False)
-        return (found, predictions.missing_sd(*self._ready(X))) if return_std else found
+        found = like_table(X, predictions.impute(*self._ready(X), y).astype(dtype_of(X), copy=False))
+        return (found, like_table(X, predictions.missing_sd(*self._ready(X)))) if return_std else found
 
     @available_if(availability.takes_labels)
     def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:

@@ -24,7 +24,7 @@ from bayes_mpt.evidence.predictive import GaussianRows, RowPredictive
 from bayes_mpt.evidence.sampled import SampledEvidence
 from bayes_mpt.inputs import wanted
 from bayes_mpt.models.mixtures import GaussianMixture
-from bayes_mpt.program.offers import offered
+from bayes_mpt.program.offers import name_of, offered
 from bayes_mpt.program.program import list_names
 
 __all__ = [
@@ -32,8 +32,8 @@ __all__ = [
     "Facts",
     "before_final",
     "final_step",
+    "model_in",
     "not_converged",
-    "refuse_unwrapped",
     "token_digest",
 ]
 
@@ -256,12 +256,12 @@ def before_final(estimator: Any, X: Any) -> Any:
     return X
 
 
-def refuse_unwrapped(estimator: Any, name: str) -> None:
-    """Refuse what is no `BayesMPT` and does not end in one."""
+def model_in(estimator: Any, name: str) -> BayesMPT:
+    """The model of an estimator, as `final_step`; what is none and does not end in one is refused."""
     model = final_step(estimator)
     program = callable(model) and not isinstance(model, type)
-    wrap = f" (wrap the program, BayesMPT({model!r}))" if program else ""
-    wanted(BayesMPT, model, f"{name} must be a BayesMPT or a Pipeline ending in one{wrap}")
+    wrap = f" (wrap the program, BayesMPT({name_of(model)}))" if program else ""
+    return wanted(BayesMPT, model, f"{name} must be a BayesMPT or a Pipeline ending in one{wrap}")
 
 
 def not_converged(model: BayesMPT) -> str:

@@ -16,8 +16,8 @@ from bayes_mpt.estimators.candidates import (
     Candidate,
     before_final,
     final_step,
+    model_in,
     not_converged,
-    refuse_unwrapped,
     token_digest,
     unchecked,
 )
@@ -110,7 +110,7 @@ def compare(
         raise ValueError("evidence='cumulative' is of a search, which fits to few rows first: use 'heldout'")
     names, found = list(estimators), []
     for name, estimator in estimators.items():
-        refuse_unwrapped(estimator, repr(name))
+        model_in(estimator, repr(name))
         check_is_fitted(final_step(estimator), msg=f"{name!r} is not fitted: call fit first")
         try:
             candidate = Candidate(estimator, tokens=token_digest(estimator, X, y))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from bayes_mpt.runtime.serial import takes_turns
 if TYPE_CHECKING:
     from bayes_mpt.estimators.bayes_mpt import BayesMPT
 
-__all__ = ["Decomposition", "decompose", "describe"]
+__all__ = ["Decomposition", "decompose", "describe", "process_of"]
 
 
 class Decomposition(NamedTuple):
@@ -72,7 +72,7 @@ def decompose(estimator: BayesMPT, X: ArrayLike | None = None) -> Decomposition:
     """
     check_is_fitted(estimator)
     words = "only a GaussianProcess with Gaussian noise has additive parts"
-    program = wanted(GaussianProcess, estimator.fitted_model_, words)
+    program = process_of(estimator.fitted_model_, words)
     if program.likelihood_function is not None:
         raise TypeError(f"{words}, got {program!r}")
     x, y = _seen(estimator)
@@ -101,6 +101,11 @@ def decompose(estimator: BayesMPT, X: ArrayLike | None = None) -> Decomposition:
         )
 
 
+def process_of(program: Any, words: str) -> GaussianProcess:
+    """A program that is a Gaussian process; what is none is refused with ``words``."""
+    return wanted(GaussianProcess, program, words)
+
+
 def _seen(model: BayesMPT) -> tuple[Tensor, Tensor]:
     """Training rows whose y was observed."""
     if model.fitted_.seen is None:
@@ -118,7 +123,7 @@ def _summands(kernel: Kernel) -> list[Kernel]:
 def describe(model: BayesMPT, unit: str = "") -> str:
     """The kernel of a fitted Gaussian process in words, from its hyper-parameters."""
     x, _ = _seen(model)
-    program = wanted(GaussianProcess, model.fitted_model_, "only the kernel of a GaussianProcess has words")
+    program = process_of(model.fitted_model_, "only the kernel of a GaussianProcess has words")
     kernel, _, noise = program.at(model.params_, x)
     several = x.shape[1] > 1
     words = [_in_words(k, x, unit, several) for k in _summands(kernel)]

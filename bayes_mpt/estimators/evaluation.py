@@ -12,8 +12,8 @@ from sklearn.base import BaseEstimator, clone
 from bayes_mpt.estimators.candidates import (
     Candidate,
     final_step,
+    model_in,
     not_converged,
-    refuse_unwrapped,
     token_digest,
     unchecked,
 )
@@ -171,7 +171,7 @@ def _unseeded(estimator: Any) -> list[str]:
 
 def refuse_unfit(estimator: Any, grid: list[dict[str, Any]]) -> None:
     """Refuse candidates that no search can fit."""
-    refuse_unwrapped(estimator, "estimator")
+    model_in(estimator, "estimator")
     for params in grid:
         candidate = final_step(clone(estimator).set_params(**cloned(params)))
         checkpoint = getattr(candidate.training, "checkpoint", None)

@@ -21,7 +21,7 @@ from bayes_mpt.predictors.base import Frozen, Guide
 from bayes_mpt.program.affine import DenseMap
 from bayes_mpt.program.arguments import fill
 from bayes_mpt.program.devices import at_once, check_device, moved, own_random_state
-from bayes_mpt.program.offers import offered
+from bayes_mpt.program.offers import name_of, offered
 from bayes_mpt.program.program import Model, ModelError, list_names
 from bayes_mpt.program.statistics import SufficientStatistics, digest_of_rows
 from bayes_mpt.program.store import Initial, OwnStore, State
@@ -212,7 +212,7 @@ class Fitted:
         name = (offered(self.model, "symmetries") or {}).get("rotations")
         if name is not None and name not in self.params:
             raise ModelError(
-                f"symmetries of {self.model!r} name the noise variance {name!r}, and its parameters are "
+                f"symmetries of {name_of(self.model)} name the noise variance {name!r}, and its parameters are "
                 f"{list_names(self.params) or 'none'}: name one of these"
             )
         return name

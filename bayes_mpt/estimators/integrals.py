@@ -29,7 +29,7 @@ from bayes_mpt.predictors import Batch, Objective
 from bayes_mpt.predictors.base import Frozen
 from bayes_mpt.predictors.gaussian.incomplete import FewCellsError
 from bayes_mpt.predictors.gaussian.profile import NoiseFloorError, spectrum
-from bayes_mpt.program.offers import offered
+from bayes_mpt.program.offers import name_of, offered
 from bayes_mpt.program.program import list_names
 from bayes_mpt.program.statistics import SufficientStatistics
 from bayes_mpt.program.store import save
@@ -74,7 +74,8 @@ def laplace_evidence(fitted: Fitted, rows: NDArray[np.floating]) -> LaplaceEvide
     if shape is None:
         raise ValueError(
             "the Laplace evidence needs a factor model that declares its symmetries, {'rotations': name of the noise "
-            f"variance}}, or a GaussianMixture with full covariances, got {fitted.model!r}: use evidence='heldout'"
+            f"variance}}, or a GaussianMixture with full covariances, got {name_of(fitted.model)}: use "
+            "evidence='heldout'"
         )
     if not statistics.complete:
         return _laplace_of_cells(fitted, rows, statistics, None if isinstance(shape, str) else shape)
@@ -85,8 +86,7 @@ def laplace_evidence(fitted: Fitted, rows: NDArray[np.floating]) -> LaplaceEvide
         with training.one_thread(statistics.n_cells):
             if isinstance(shape, np.ndarray):
                 return laplace_proportional(cov, statistics.n, k, shape)
-            near = None if own is None else _noise_of_maximum(fitted)
-            return laplace_diagonal(cov, statistics.n, k, near)
+            return laplace_diagonal(cov, statistics.n, k)
     except NoiseFloorError as error:
         rank = spectrum(cov, np.ones(len(statistics.mean)), 0).rank
         raise ValueError(
@@ -94,13 +94,6 @@ def laplace_evidence(fitted: Fitted, rows: NDArray[np.floating]) -> LaplaceEvide
             f"{len(statistics.mean)}, rank {rank}): use fewer latents, or drop columns that repeat others "
             f"({list_names(map(str, fitted.names[repeated_columns(rows)])) or 'none found'})"
         ) from error
-
-
-def _noise_of_maximum(fitted: Fitted) -> NDArray[np.float64] | None:
-    """Noise variances (T,) at the maximum of the likelihood; None where the fit has not sought it among several."""
-    if fitted.fit.method != "profile likelihood" or fitted.noise_parameter is None:
-        return None
-    return np.asarray(fitted.params[fitted.noise_parameter], dtype=np.float64)
 
 
 def _laplace_of_mixture(fitted: Fitted, kind: str, rows: NDArray[np.floating]) -> MixtureLaplace:
@@ -186,9 +179,9 @@ def _refuse_fixed_loadings(fitted: Fitted, rows: NDArray[np.floating]) -> None:
         found = bool((change <= SAME * size[:, None] * size).all())
     if not found:
         raise ValueError(
-            f"{fitted.model!r} declares its loadings free up to rotation, but has no parameter of shape ({n_tokens}, "
-            f"{k}) or ({k}, {n_tokens}) that can be turned without changing the covariance: the evidence would be of "
-            "another model. Drop the declaration, and use evidence='heldout'"
+            f"{name_of(fitted.model)} declares its loadings free up to rotation, but has no parameter of shape "
+            f"({n_tokens}, {k}) or ({k}, {n_tokens}) that can be turned without changing the covariance: the "
+            "evidence would be of another model. Drop the declaration, and use evidence='heldout'"
         )
 
 
@@ -217,7 +210,7 @@ def sampled_evidence(
     if shape is None:
         raise ValueError(
             "the sampled evidence needs a factor model that declares its symmetries, {'rotations': name of the noise "
-            f"variance}}, got {fitted.model!r}: use evidence='heldout'"
+            f"variance}}, got {name_of(fitted.model)}: use evidence='heldout'"
         )
     _refuse_fixed_loadings(fitted, rows)
     prior = factor_prior(rows) if prior is None else prior
@@ -287,8 +280,8 @@ def evidence_of(
     taken = MixturePrior if mixture else FactorPrior if factors else None
     if prior is not None and (taken is None or not isinstance(prior, taken)):
         raise TypeError(
-            f"the evidence of {fitted.model!r} takes {'no prior' if taken is None else f'a {taken.__name__}'}, got "
-            f"{type(prior).__name__}"
+            f"the evidence of {name_of(fitted.model)} takes {'no prior' if taken is None else f'a {taken.__name__}'}, "
+            f"got {type(prior).__name__}"
         )
     if mixture:
         own = cast(MixturePrior | None, prior)
@@ -320,7 +313,7 @@ def integrated_evidence(fitted: Fitted, rows: NDArray[np.floating], y: Any, se: 
     if n_hyperparameters(fitted) is None:
         raise ValueError(
             f"the integrated evidence needs a model that offers hyperprior(x, y) and an LML without draws, got "
-            f"{fitted.model!r}: use evidence='heldout', 'bic' or 'train'"
+            f"{name_of(fitted.model)}: use evidence='heldout', 'bic' or 'train'"
         )
     with training.one_thread(len(rows) ** 2), fitted.program(args) as predictor:
         problem = training.Problem(Objective(predictor, Batch(args, 1)))

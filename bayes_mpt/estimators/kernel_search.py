@@ -33,12 +33,12 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 
 from bayes_mpt.estimators.bayes_mpt import BayesMPT
-from bayes_mpt.estimators.candidates import refuse_unwrapped
-from bayes_mpt.estimators.decomposition import Decomposition, decompose, describe
+from bayes_mpt.estimators.candidates import model_in
+from bayes_mpt.estimators.decomposition import Decomposition, decompose, describe, process_of
 from bayes_mpt.estimators.partial import Finished, Partial, finished_table
 from bayes_mpt.estimators.rules import RULES, Auto, Rule, rule_of
 from bayes_mpt.estimators.search import MarginalLikelihoodSearch
-from bayes_mpt.inputs import read_table, wanted
+from bayes_mpt.inputs import read_table
 from bayes_mpt.models import GaussianProcess
 from bayes_mpt.models.kernels import Line, lines_meet
 from bayes_mpt.runtime.interrupts import interruptible
@@ -155,9 +155,9 @@ class KernelSearch(MetaEstimatorMixin, CallbackSupportMixin, BaseEstimator):
 
     def _fit(self, X: ArrayLike, y: ArrayLike, finished: list[pd.DataFrame], root: Any) -> None:
         estimator = BayesMPT(GaussianProcess()) if self.estimator is None else self.estimator
-        refuse_unwrapped(estimator, "estimator")
         words = "KernelSearch needs BayesMPT(GaussianProcess(...))"
-        process = wanted(GaussianProcess, wanted(BayesMPT, estimator, words).model, words)
+        model = model_in(estimator, "estimator")
+        process = process_of(model.model if model is estimator else estimator, words)
         X = read_table(X)
         width = check_array(X, ensure_all_finite="allow-nan").shape[1]
         base = _default_base(width, process.noise_column) if self.base is None else list(self.base)

@@ -12,6 +12,7 @@ from sklearn.utils.metaestimators import available_if
 from bayes_mpt.estimators import availability
 from bayes_mpt.estimators.fitted import Fitted
 from bayes_mpt.models import GaussianMixture, MixtureOfFactorAnalyzers
+from bayes_mpt.program.offers import name_of
 
 __all__ = ["Labelled"]
 
@@ -52,7 +53,7 @@ class Labelled(ABC):
         if not availability.takes_labels(self):
             raise ValueError(
                 "fit_predict labels rows by the one discrete latent that each has, as in a mixture: "
-                f"{self.fitted_.model!r} has none, or several. Use fit, and transform"
+                f"{name_of(self.fitted_.model)} has none, or several. Use fit, and transform"
             )
         return np.asarray(found.predict(X))
 

@@ -12,6 +12,7 @@ from sklearn.utils.validation import check_is_fitted
 
 if TYPE_CHECKING:
     from bayes_mpt.estimators.bayes_mpt import BayesMPT
+from bayes_mpt.program.offers import name_of
 
 __all__ = ["loadings"]
 
@@ -46,7 +47,9 @@ def loadings(estimator: BayesMPT, rotation: Literal["varimax", "oblimin"] | None
     fitted = estimator.fitted_
     found = fitted.attributes()
     if "components_" not in found:
-        raise ValueError(f"loadings need a linear-Gaussian map that all rows share, got {fitted.model!r}")
+        raise ValueError(
+            f"loadings need a linear-Gaussian map that all rows share, got {name_of(fitted.model)}"
+        )
     mean = np.asarray(found["components_"], dtype=np.float64).T
     turned = _rotation(mean, rotation)
     parts = {"mean": mean @ turned}

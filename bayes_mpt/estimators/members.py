@@ -21,6 +21,7 @@ from bayes_mpt.estimators.candidates import Candidate
 from bayes_mpt.estimators.integrals import predictions_over
 from bayes_mpt.evidence.integrated import Nodes
 from bayes_mpt.evidence.predictive import RowPredictive
+from bayes_mpt.program.offers import name_of
 
 __all__ = ["FitOfRows", "FitOfY", "NodesOfY", "YPredictive", "fit_of", "needs_estimator", "posterior_of"]
 
@@ -76,7 +77,8 @@ class FitOfY:
         structure = fitted.bound.structure
         if not (structure.by_row or structure.gaussian_vector):
             raise ValueError(
-                f"{fitted.model!r} has no density of one new y alone: its rows are tokens of one vector. Use predict"
+                f"{name_of(fitted.model)} has no density of one new y alone: its rows are tokens of one vector. Use "
+                "predict"
             )
         return np.asarray(predictions.score_rows(fitted, rows, y)[0], dtype=np.float64)
 

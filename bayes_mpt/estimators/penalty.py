@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bayes_mpt.evidence.factor_prior import FactorPrior, factor_prior
 from bayes_mpt.evidence.hyperparameters import Prior
-from bayes_mpt.program.offers import offered
+from bayes_mpt.program.offers import name_of, offered
 from bayes_mpt.program.program import Model
 from bayes_mpt.program.statistics import SufficientStatistics
 from bayes_mpt.training import NoisePrior
@@ -68,8 +68,8 @@ def noise_prior_of(
     if n_noise not in (1, n_columns):
         raise ValueError(
             f"penalty=True needs a model that offers hyperprior(x, y) or penalty(x), or a factor model whose "
-            f"symmetries name its noise variance, got {model!r}: write priors into the program by pyro.sample, or "
-            "leave penalty=False"
+            f"symmetries name its noise variance, got {name_of(model)}: write priors into the program by pyro.sample, "
+            "or leave penalty=False"
         )
     stated = _stated(X, statistics)
     units = stated.units(None if n_noise > 1 else np.ones(n_columns))

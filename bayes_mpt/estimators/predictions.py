@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bayes_mpt.estimators.fitted import Fitted
 from bayes_mpt.estimators.rows import refuse_far, refuse_missing, warn_of_far
+from bayes_mpt.inputs import read_numbers, tensor_of
 from bayes_mpt.masks import PermutationChain, Policy, check_policy
 from bayes_mpt.predictors import Predictive
 from bayes_mpt.predictors.base import together
@@ -53,9 +54,20 @@ def score_rows(fitted: Fitted, rows: Rows, y: Any) -> tuple[NDArray[np.float64],
         with torch.no_grad():
             found = together(fitted.each(lambda read: read.evidence(), rows, y))
     by_row = found.by_row.cpu().numpy()
-    if len(by_row) == len(rows):
-        warn_of_far(by_row, rows, fitted.names, _precision(fitted))
+    _warn_of_far(by_row, fitted, rows, y)
     return by_row, found.se
+
+
+def _warn_of_far(nats: NDArray[np.floating], fitted: Fitted, rows: Rows, y: Any) -> None:
+    """Scores of rows (N,), or of all of them (1,), that are -inf because a cell of X or y is as good as infinite."""
+    if np.isfinite(nats).all() or len(nats) not in (1, len(rows)):
+        return
+    cells, names = rows, list(fitted.names)
+    if y is not None and fitted.y_like is not None:
+        observed = read_numbers(y, len(rows)).astype(np.float64).reshape(len(rows), -1)
+        cells = np.hstack([rows, observed])
+        names += ["y"] if observed.shape[1] == 1 else [f"y[:, {j}]" for j in range(observed.shape[1])]
+    warn_of_far(np.broadcast_to(nats, len(rows)), cells, names, _precision(fitted))
 
 
 def _precision(fitted: Fitted) -> Any:
@@ -78,7 +90,10 @@ def _score_given_seen(fitted: Fitted, rows: Rows, y: Any) -> NDArray[np.float64]
     found = _predictive(fitted, rows)
     value = fitted.arguments(rows, y)[1].to(found.mean).reshape(found.mean.shape)
     normal = torch.distributions.Normal(found.mean, found.var.sqrt(), validate_args=False)
-    return normal.log_prob(value).cpu().numpy()
+    nats = normal.log_prob(value).cpu().numpy()
+    seen = np.where(np.isnan(nats), 0.0, nats)  # NaN where y is missing
+    _warn_of_far(seen, fitted, rows, y)
+    return nats
 
 
 # ------------------------------------------------------------------------------------------- latents and cells
@@ -94,7 +109,7 @@ def latent_means(fitted: Fitted, rows: Rows, y: Any) -> Rows:
 def token_means_of(fitted: Fitted, latents: Rows) -> Rows:
     """Means of the tokens given latents: (N, K) -> (N, T)."""
     reading = fitted.shared_map("inverse_transform")
-    z = torch.as_tensor(latents).to(reading.loc)
+    z = tensor_of(latents).to(reading.loc)
     n_latents = fitted.bound.structure.n_latents
     if z.shape[1] != n_latents:
         raise ValueError(f"latents must have shape (N, {n_latents}), got {tuple(z.shape)}")

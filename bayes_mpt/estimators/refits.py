@@ -203,7 +203,7 @@ def _own_scores(
     plain = not (model.guide or model.masks or model.average or model.penalty)
     plain &= model.predictor == "auto" and model.n_init in ("auto", 1) and model.device == "cpu"
     held_out = offered_of_itself(program, "held_out")
-    if held_out is None or not (plain and isinstance(how, Ascent)):
+    if held_out is None or how.by_masks or not plain:
         return none
     state = deepcopy(random_state if model.random_state is None else model.random_state)
     seed = int(check_random_state(state).randint(2**31 - 1))

@@ -16,7 +16,7 @@ from bayes_mpt.runtime.interrupts import check
 from bayes_mpt.runtime.progress import Line, tell
 from bayes_mpt.training.lbfgs import OWN
 
-__all__ = ["Unwatched", "explain", "reporter", "shown"]
+__all__ = ["Unwatched", "explain", "iterated", "shown"]
 
 OF_THE_TABLE = "; units read from the table, so that evidence compares candidates of this table alone"
 
@@ -30,11 +30,8 @@ class Unwatched:
 
 
 @contextmanager
-def shown(estimator: Any) -> Iterator[Line | None]:
+def shown(estimator: Any) -> Iterator[Line]:
     """Where a ``verbose`` training says where it is; what it came to is said at the end, of an exact one too."""
-    if not estimator.verbose:
-        yield None
-        return
     line, start, text = Line(), time.perf_counter(), ""
     try:
         yield line
@@ -56,10 +53,10 @@ def _way(fit: training.Fit) -> str:
     )
 
 
-def reporter(
-    estimator: Any, context: Any, line: Line | None, max_iter: int, *, every: bool
-) -> training.Report:
-    """What a training calls after each iteration: Ctrl-C, a search, the line and callbacks hear of it.
+def iterated(
+    estimator: Any, context: Any, line: Line | None, every: bool, max_iter: int, step: int, score: float
+) -> bool:
+    """Called after each iteration of a training: Ctrl-C, a search, the line and callbacks hear of it.
 
     Parameters
     ----------
@@ -71,20 +68,25 @@ def reporter(
         Gets each iteration where ``every``, else a hundred of them.
     max_iter : int
         Iterations at most.
+    step : int
+        This one, counted from 1.
+    score : float
+        Mean nats a row after it.
+
+    Returns
+    -------
+    bool
+        Whether a callback has the training end here.
     """
-
-    def report(step: int, score: float) -> bool:
-        check()
-        tell(step, max_iter)
-        if line is not None and (every or step == 1 or step % max(1, max_iter // 100) == 0):
-            line.show(f"{step:>6}/{max_iter}  score {score:.6f} nats a row")
-        if not hasattr(estimator, "_skl_callbacks"):
-            return False
-        task = context.subcontext(task_name="iteration")
-        task.call_on_fit_task_begin(estimator=estimator)
-        return bool(task.call_on_fit_task_end(estimator=estimator))
-
-    return report
+    check()
+    tell(step, max_iter)
+    if line is not None and (every or step == 1 or step % max(1, max_iter // 100) == 0):
+        line.show(f"{step:>6}/{max_iter}  score {score:.6f} nats a row")
+    if not hasattr(estimator, "_skl_callbacks"):
+        return False
+    task = context.subcontext(task_name="iteration")
+    task.call_on_fit_task_begin(estimator=estimator)
+    return bool(task.call_on_fit_task_end(estimator=estimator))
 
 
 def explain(fitted: Fitted) -> str:

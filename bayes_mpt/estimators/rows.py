@@ -15,7 +15,7 @@ from sklearn.utils.validation import validate_data
 from torch import Tensor
 
 from bayes_mpt.inputs import read_numbers, read_table, tensor_of
-from bayes_mpt.program.offers import offered
+from bayes_mpt.program.offers import name_of, offered
 from bayes_mpt.program.program import Model, ModelError, list_names
 from bayes_mpt.program.run import signature_of, takes_visible
 from bayes_mpt.program.statistics import SufficientStatistics, digest_of_rows
@@ -66,7 +66,7 @@ def arguments(
         return (x,)
     if y is None:
         if needs_y(model):
-            raise ValueError(f"the program {model!r} takes a second argument: pass y")
+            raise ValueError(f"the program {name_of(model)} takes a second argument: pass y")
         return (x,)
     y = read_numbers(y, len(X))
     y = tensor_of(y).to(device)

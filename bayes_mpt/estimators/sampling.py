@@ -17,6 +17,8 @@ from bayes_mpt.estimators.rows import as_tensor, refuse_far
 from bayes_mpt.inputs import wanted
 from bayes_mpt.predictors.nodes.annealed import Annealed, AnnealedImportance, Bracket
 from bayes_mpt.program.devices import own_random_state
+from bayes_mpt.program.offers import name_of
+from bayes_mpt.program.program import list_names
 from bayes_mpt.program.simulation import simulate, simulate_in_order
 from bayes_mpt.program.store import OwnStore
 
@@ -36,6 +38,8 @@ def draw_rows(fitted: Fitted, n_rows: int) -> NDArray[np.float64]:
         return fitted.unshifted(_in_order(fitted, int(n_rows)).double().cpu().numpy())
     if not fitted.bound.structure.affine:
         return fitted.unshifted(_simulate(fitted, int(n_rows))[0].double().cpu().numpy())
+    if fitted.y_like is not None or fitted.bound.structure.per_row or not fitted.bound.structure.by_row:
+        raise ValueError(_given_covariates(fitted))
     reading = fitted.shared_map("sample")
     n_latents = reading.loading.shape[-1]
     generator = torch.Generator().manual_seed(fitted.draws)
@@ -51,11 +55,23 @@ def _simulate(fitted: Fitted, n_rows: int) -> tuple[Tensor, dict[str, Tensor]]:
     """Rows (N, T) from the fitted program, and the latents that made them."""
     structure = fitted.bound.structure
     if not structure.by_row or structure.observed_argument != 0:
-        raise ValueError(
-            f"rows can be drawn where the program observes the cells of X itself and rows are independent, which "
-            f"{fitted.model!r} does not"
-        )
+        raise ValueError(_given_covariates(fitted))
     return _at_fit(fitted, n_rows, lambda rows: simulate(fitted.model, (rows,), structure))
+
+
+def _given_covariates(fitted: Fitted) -> str:
+    """Why no rows are drawn of nothing, and what to do."""
+    shared = [s.name for s in fitted.bound.structure.latents if s.row_axis is None]
+    why = (
+        f"all rows share the latents {list_names(map(repr, shared))}" if shared else "it looks at covariates"
+    )
+    means = " predict(X) gives means of y." if fitted.y_like is not None else ""
+    return (
+        "rows are drawn of nothing where a program observes the cells of X itself and rows are independent and alike, "
+        f"which {name_of(fitted.model)} does not: {why}.{means} For draws run the program at its fitted parameters on "
+        "a table of your own: pyro.poutine.trace(pyro.poutine.uncondition(pyro.poutine.substitute(program, params)))"
+        ".get_trace(x, ...), where params are params_ as tensors and latents come from their priors"
+    )
 
 
 def _in_order(fitted: Fitted, n_rows: int) -> Tensor:

@@ -28,7 +28,7 @@ from bayes_mpt.program.devices import seed_programs
 from bayes_mpt.program.offers import offered
 from bayes_mpt.program.store import State, load, save
 from bayes_mpt.runtime.digests import CannotDigest, digest_of, in_words
-from bayes_mpt.training import Ascent, Epochs, Fit, Problem, Report, Steps, Training
+from bayes_mpt.training import Ascent, Epochs, Fit, Problem, Steps, Training
 from bayes_mpt.warnings import (
     CollapseWarning,
     NotConvergedWarning,
@@ -58,7 +58,8 @@ class Trainer:
     seed: int
     names: NDArray[Any]
     """Of the columns (T,), for errors."""
-    report: Report | None = None
+    report: Callable[[int, int, float], bool] | None = None
+    """A `Report` that is told first how many iterations there are at most."""
     at_floor: bool = False
     """Whether a noise that goes to zero is held at the size of rounding errors, and not refused."""
 
@@ -66,11 +67,6 @@ class Trainer:
     def by_epochs(self) -> bool:
         """Whether the rows are never read all at once."""
         return self.training is not None and self.training.by_epochs
-
-    @property
-    def limit(self) -> int:
-        """Iterations at most."""
-        return _limit(Ascent() if self.training is None else self.training)
 
     def train(
         self,
@@ -162,7 +158,8 @@ class Trainer:
                     training.noise_at_zero(problem)  # before L-BFGS runs to where there is no bound
             coarse, *finer = [[stage] for stage in (stages[-1:] if warm else stages)]
 
-        train = partial(how.run, seed=self.seed, asked=self.asked, report=self.report)
+        report = None if self.report is None else partial(self.report, _limit(how))
+        train = partial(how.run, seed=self.seed, asked=self.asked, report=report)
         # EM has compared starts already
         again = partial(train, coarse)
         fit = again() if solved else self._best_of(again, how, coarse[-1], prior, n_init, ended)

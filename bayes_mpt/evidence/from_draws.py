@@ -38,7 +38,7 @@ from bayes_mpt.predictors.nodes.resampling import by_halves
 from bayes_mpt.predictors.nodes.slopes import FALSE, slopes_at, what_is_missed
 from bayes_mpt.predictors.nodes.weighted import program_values, warn_if_slow
 from bayes_mpt.program.analysis import analyze
-from bayes_mpt.program.arguments import fill_all
+from bayes_mpt.program.arguments import Args
 from bayes_mpt.program.batched import Batched
 from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.program import Model, ModelError, one_vector
@@ -157,7 +157,8 @@ def from_draws(
             raise ModelError(
                 "a program that sub-samples or scales its rows has no evidence of its own: write it with all rows"
             )
-        joint = _LogJoint(AdaptiveNodes(model, args, program), args)
+        rows = Args(args)
+        joint = _LogJoint(AdaptiveNodes(model, rows, program), rows)
         values = read_chains(arrays, {p.latent.name: p.latent.shape for p in joint.space.parts})
         most = MAX_ALONE if joint.adaptive.batched is Batched.LOOP else MAX_DRAWS
         thin = math.ceil(math.prod(next(iter(values.values())).shape[:2]) / most)
@@ -287,10 +288,9 @@ def _without_draws(model: Model, args: tuple[Any, ...]) -> DrawsEvidence | None:
 class _LogJoint:
     """log p(u, x), u (M, d) the latents that cannot be integrated without draws, unconstrained."""
 
-    def __init__(self, adaptive: AdaptiveNodes, args: tuple[Any, ...]):
+    def __init__(self, adaptive: AdaptiveNodes, args: Args):
         self.adaptive, self.space, self._args = adaptive, adaptive.space, args
-        self._filled = fill_all(args)
-        self._x = program_values(adaptive.model, args, self._filled, adaptive.program)
+        self._x = program_values(adaptive.model, args, adaptive.program)
         self._seen = ~self._x.isnan()[0]
 
     def __call__(self, u: Array) -> Array:
@@ -327,14 +327,14 @@ class _LogJoint:
         change = []
         with torch.no_grad(), pyro.validation_enabled(False):
             for part in self._chunks(u[:: max(1, len(u) // N_REFINED)]):
-                given = self.adaptive.at(self._args, self._filled, part[:, None])[0]
+                given = self.adaptive.at(self._args, part[:, None])[0]
                 joints = [g.log_joint(self._x, self._seen)[:, 0] for g in (given.with_detail("fine"), given)]
                 change.append(joints[0] - joints[1])
         all_ = torch.cat(change)
         return float(all_.logsumexp(0)) - math.log(len(all_))
 
     def _value(self, u: Tensor) -> Tensor:
-        given, part, _ = self.adaptive.at(self._args, self._filled, u[:, None])
+        given, part, _ = self.adaptive.at(self._args, u[:, None])
         return (given.log_joint(self._x, self._seen) + part)[:, 0]
 
     def _chunks(self, u: Array) -> Iterator[Tensor]:

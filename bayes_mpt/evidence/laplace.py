@@ -78,9 +78,7 @@ def laplace_proportional(
     return _around_orbit(factors, n_rows, share)
 
 
-def laplace_diagonal(
-    cov: Array | Covariance, n_rows: int, n_latents: int, near: Array | None = None
-) -> LaplaceEvidence:
+def laplace_diagonal(cov: Array | Covariance, n_rows: int, n_latents: int) -> LaplaceEvidence:
     """A noise variance of its own for each token (factor analysis), expanded at its maximum a posteriori.
 
     The prior keeps the expansion away from zero variances (Heywood cases), at which maximum likelihood often ends.
@@ -93,14 +91,11 @@ def laplace_diagonal(
         N.
     n_latents : int
         K.
-    near : array of shape (T,), optional
-        Noise variances at the maximum of the likelihood of these rows, near which that of the posterior is sought
-        first.
     """
     cov = _covariance(cov)
     variance = cov.variances
     prior = Prior(NOISE_SHAPE, NOISE_SHAPE / variance, n_rows)
-    factors = diagonal(cov, n_latents, near=near, prior=prior)
+    factors = diagonal(cov, n_latents, prior=prior)
     return _around_orbit(factors, n_rows, factors.noise / variance)
 
 

@@ -31,7 +31,15 @@ from torch import Tensor
 
 from bayes_mpt.models.checks import CheckedModel, Instance, IntegersFrom, NumbersFrom, OneOf
 from bayes_mpt.models.kernel_starts import LENGTH_SHARE, columns_of, extent_of, start_value, variance_of
-from bayes_mpt.models.kernels import Line, check_columns, from_sklearn, kernel_name, with_own_algebra
+from bayes_mpt.models.kernels import (
+    NAMED,
+    Line,
+    check_columns,
+    from_sklearn,
+    kernel_name,
+    named_kernel,
+    with_own_algebra,
+)
 from bayes_mpt.models.noise_floor import above_rounding, noise_above
 
 __all__ = ["GaussianProcess"]
@@ -64,9 +72,11 @@ class GaussianProcess(CheckedModel):
 
     Parameters
     ----------
-    kernel : gpytorch.kernels.Kernel or sklearn.gaussian_process.kernels.Kernel, optional
-        Default: ``ScaleKernel(RBFKernel(ard_num_dims=P))``. An expression of scikit-learn is translated
-        (`bayes_mpt.models.kernels.from_sklearn`): its WhiteKernel is the noise, of its bounds only "fixed" counts.
+    kernel : gpytorch.kernels.Kernel, sklearn.gaussian_process.kernels.Kernel or str, optional
+        Default: ``ScaleKernel(RBFKernel(ard_num_dims=P))``, which is "rbf"; so are "matern" (nu 5/2), "rational
+        quadratic" and "periodic" with their kernels, and "linear" is ``LinearKernel()``. An expression of scikit-learn
+        is translated (`bayes_mpt.models.kernels.from_sklearn`): its WhiteKernel is the noise, of its bounds only
+        "fixed" counts.
     mean : gpytorch.means.Mean or {"zero", "constant", "linear"}, optional
         Default: ``ConstantMean()``.
     noise : float, optional
@@ -91,6 +101,7 @@ class GaussianProcess(CheckedModel):
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         "kernel": [
             Instance((Kernel, theirs.Kernel), "a kernel of gpytorch or of sklearn.gaussian_process"),
+            OneOf(*NAMED),
             None,
         ],
         "mean": [OneOf(*MEANS), Instance(Mean, "a gpytorch.means.Mean"), None],
@@ -101,7 +112,7 @@ class GaussianProcess(CheckedModel):
 
     def __init__(
         self,
-        kernel: Kernel | None = None,
+        kernel: Kernel | str | None = None,
         *,
         mean: Mean | str | None = None,
         noise: float | None = None,
@@ -266,6 +277,8 @@ class GaussianProcess(CheckedModel):
         kernel, level = self.kernel, None if self.noise is None else float(self.noise)
         if kernel is None:
             return _default_kernel(n_columns, torch.get_default_dtype()), level
+        if isinstance(kernel, str):
+            return named_kernel(kernel, n_columns), level
         if isinstance(kernel, theirs.Kernel):
             kernel, white = from_sklearn(self.kernel, n_columns)
             if kernel is None:

@@ -25,9 +25,26 @@ from linear_operator import to_dense
 from sklearn.gaussian_process import kernels as theirs
 from torch import Tensor
 
-__all__ = ["Line", "Power", "check_columns", "from_sklearn", "kernel_name", "lines_meet", "with_own_algebra"]
+__all__ = [
+    "Line",
+    "Power",
+    "check_columns",
+    "from_sklearn",
+    "kernel_name",
+    "lines_meet",
+    "named_kernel",
+    "with_own_algebra",
+]
 
 NAMES = {RBFKernel: "RBF", RQKernel: "RQ", PeriodicKernel: "Periodic", LinearKernel: "Linear"}
+NAMED = {
+    "rbf": RBFKernel,
+    "matern": partial(MaternKernel, nu=2.5),
+    "rational quadratic": RQKernel,
+    "periodic": PeriodicKernel,
+    "linear": LinearKernel,
+}
+"""Kernels that a word stands for, at their defaults."""
 MAX_COLUMNS = 3  # of which squared distances are summed difference by difference
 HALVES = {0.5: "1/2", 1.5: "3/2", 2.5: "5/2"}
 
@@ -154,6 +171,19 @@ def covar_dist(
         return square if square_dist else square.clamp(min=torch.finfo(square.dtype).tiny).sqrt()
     out = torch.cdist(x1, x2, compute_mode="donot_use_mm_for_euclid_dist")
     return out.square() if square_dist else out
+
+
+def named_kernel(name: str, n_columns: int) -> Kernel:
+    """The kernel of a name in `NAMED`, with a scale and a length-scale for each column.
+
+    Examples
+    --------
+    >>> kernel_name(named_kernel("matern", 2)), named_kernel("rbf", 2).base_kernel.lengthscale.shape
+    ('Matern 5/2', torch.Size([1, 2]))
+    """
+    if name == "linear":  # whose slope has a variance of its own
+        return LinearKernel()
+    return ScaleKernel(NAMED[name](ard_num_dims=n_columns))
 
 
 # ------------------------------------------------------------------------------------------------ scikit-learn's
@@ -330,6 +360,8 @@ def kernel_name(kernel: Any) -> str:
     ... )
     'RBF + Periodic × Matern 5/2[1]'
     """
+    if not isinstance(kernel, Kernel | theirs.Kernel):
+        return kernel if isinstance(kernel, str) else repr(kernel)
     if isinstance(kernel, theirs.Kernel):
         found, _ = from_sklearn(kernel)
         white = any(isinstance(t, theirs.WhiteKernel) for t in _summands(kernel))

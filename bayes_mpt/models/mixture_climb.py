@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bayes_mpt.models.covariance_prior import CovariancePrior
 from bayes_mpt.models.gaussians import Gaussians, Longer
-from bayes_mpt.models.left_out import Key, Shares, plain_shares
+from bayes_mpt.models.left_out import Key, Shares, plain_shares, shares_of
 from bayes_mpt.models.mixture_gain import Purity, left_to_gain
 from bayes_mpt.models.mixture_products import DENSE
 from bayes_mpt.models.mixture_steps import Expect, Table, coefficients_of, m_step
@@ -36,7 +36,7 @@ class Climb(NamedTuple):
     """Log-density of all rows, in the units of the table, and log prior, at the place before the last step"""
     n_steps: int
     left: float = math.inf
-    """What a parameter by itself has to gain at most, nats a row; infinite where that was not looked at"""
+    """What a parameter by itself had to gain at most, nats a row, before the last step; infinite if not looked at"""
 
 
 class Hill(NamedTuple):
@@ -86,29 +86,18 @@ class Hill(NamedTuple):
         """How components share the rows that are seen."""
         return plain_shares if self.visible is None else Seen(self.visible)
 
-    def steepest(self, mix: Gaussians) -> Tensor:
-        """What a parameter by itself has to gain at most, nats a row (B,)."""
-        shares = Purity(self.shares)
-        sums, _ = self.expect(mix, self.coefficients(mix), shares)
-        after, _ = m_step(sums, mix, self.kind, self.prior, 0.0)
-        each = [
-            left_to_gain(mix.take(b), after.take(b), shares.squares[b], n_rows)
-            for b, n_rows in enumerate(self.n_rows.tolist())
-        ]
-        return self.n_rows.new_tensor(each)
-
 
 class Seen:
-    """Shares of the rows that each of B mixtures sees; none of the others."""
+    """Shares of the rows that each of B mixtures sees, by log w + log p as ``of`` says; none of the others."""
 
-    def __init__(self, visible: Tensor):
-        self.visible = visible
+    def __init__(self, visible: Tensor, of: Callable[[Tensor], tuple[Tensor, Tensor]] = shares_of):
+        self.visible, self.of = visible, of
 
     def __call__(
         self, key: Key, log_prob: Tensor, square: Callable[[], Tensor], n_cells: Tensor
     ) -> tuple[Tensor, Tensor]:
         """As `bayes_mpt.models.left_out.Shares`."""
-        share, density = plain_shares(key, log_prob, square, n_cells)
+        share, density = self.of(log_prob)
         start = int(key[1])
         seen = self.visible[:, start : start + log_prob.shape[-1]]
         return share.mul_(seen[:, None]), density.mul_(seen)
@@ -184,8 +173,9 @@ class _Together:
     def step(self) -> None:
         """One of each."""
         hill, mix = self.hill, self.mix
+        shares = Purity(hill.shares) if self.to_end else hill.shares
         try:
-            sums, total = hill.expect(mix, self.coefficients, hill.shares)
+            sums, total = hill.expect(mix, self.coefficients, shares)
         except torch.linalg.LinAlgError:  # of missing cells, whose mixtures climb one by one
             if bool(self.plain.any()):
                 raise
@@ -213,9 +203,8 @@ class _Together:
         small = self.tol * score.abs().clamp(min=1.0) if self.to_end else torch.full_like(score, self.tol)
         stop = ~back & (fell == 0) & ~(2 * gain / hill.n_rows > small).cpu()
         left = torch.full_like(self.best, math.inf)
-        if self.to_end and bool(stop.any()):
-            index = stop.nonzero()[:, 0].to(at)
-            left[index] = hill.take(index).steepest(self.end.take(index))
+        if isinstance(shares, Purity) and bool(stop.any()):
+            left = left_to_gain(mix, new, shares.squares, hill.n_rows)
             stop &= (left <= small).cpu()
         rest = torch.arange(len(stop), device="cpu")
         if bool((stop | hopeless).any()):

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Iterable
 
-import numpy as np
 import torch
-from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from bayes_mpt.models.covariance_prior import CovariancePrior, steps_of
 from bayes_mpt.models.gaussians import Gaussians
 from bayes_mpt.models.mixture_climb import Climb, run_em
+from bayes_mpt.models.mixture_clusters import centres_of, nearest
 from bayes_mpt.models.mixture_products import DENSE, n_products, products_of
 from bayes_mpt.models.mixture_steps import (
     Expect,
@@ -31,18 +28,18 @@ __all__ = [
     "REG_COVAR",
     "START_STEPS",
     "START_TOL",
+    "START_TRIES",
     "Climb",
     "Expect",
     "Gaussians",
     "Table",
+    "around",
     "chunks_of",
-    "clusters_of",
     "coefficients_of",
     "expectation",
     "from_clusters",
     "m_step",
     "n_products",
-    "of_shares",
     "prior_of",
     "products_of",
     "run_em",
@@ -50,8 +47,7 @@ __all__ = [
     "within",
 ]
 
-START_ROWS = 512  # on which the k-means of the start runs; EM sees them all
-START_TRIES = 3  # of that k-means
+START_TRIES = 3  # of the k-means of the start
 START_TOL = 1e-3  # nats a row, of the EM of the start
 START_STEPS = 100
 REG_COVAR = 1e-6  # added to variances by the EM of the start, in units of the columns' variances
@@ -122,14 +118,16 @@ def from_clusters(
     n_least = max(2, n_components)  # a row given twice changes no frequency
     if len(rows) < n_least:
         rows = rows.repeat(-(-n_least // len(rows)), 1)
-    share = clusters_of(rows, n_components, seed, n_tries)
-    products = chunks_of(rows, covariance_type)
-    mix = of_shares(share, products(), rows[0], covariance_type, prior)
+    centres = centres_of([rows], n_components, seed, n_tries)[0]
+    wide = around(centres, rows.new_ones(rows.shape[1]), covariance_type)
+    expect = expectation_of(chunks_of(rows, covariance_type))
+    sums, _ = expect(wide, coefficients_of(wide), lambda key, log_prob, square, n_cells: nearest(log_prob))
+    mix = m_step(sums, wide, covariance_type, prior, REG_COVAR)[0]
     if not n_steps:
         return mix
     climb = run_em(
         table._replace(rows=rows),
-        expectation_of(products),
+        expect,
         mix,
         covariance_type,
         tol=START_TOL,
@@ -140,46 +138,14 @@ def from_clusters(
     return climb.mix
 
 
-def clusters_of(rows: Tensor, n_components: int, seed: int, n_tries: int = START_TRIES) -> Tensor:
-    """To which cluster of a k-means on some of them rows (N, T) belong: (N, K), one or zero; as `from_clusters`."""
-    from sklearn.cluster import KMeans  # slow to import
-
-    rng = np.random.RandomState(seed)
-    some = rows.cpu().numpy()
-    if len(some) > START_ROWS:
-        some = some[np.sort(rng.choice(len(some), START_ROWS, replace=False))]
-    with warnings.catch_warnings():  # fewer distinct rows than clusters
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        how = {"n_init": n_tries} if n_tries else {"n_init": 1, "init": "random", "max_iter": 1}
-        found = KMeans(n_components, random_state=rng, **how).fit(some)
-    centre = torch.from_numpy(found.cluster_centers_).to(rows)
-    # |x - m|^2 is least where m' x - |m|^2 / 2 is largest
-    nearest = (rows @ centre.mT - 0.5 * centre.square().sum(1)).argmax(1)
-    return torch.nn.functional.one_hot(nearest, n_components).to(rows)
-
-
-def of_shares(
-    share: Tensor, parts: Iterable[Tensor], first: Tensor, covariance_type: str, prior: CovariancePrior | None
-) -> Gaussians:
-    """The Gaussians of shares (N, K) of rows, of which these are the products by parts, and the first row (T,)."""
-    n_components, n_tokens, start = share.shape[1], len(first), 0
-    sums = share.new_zeros(n_components, n_products(n_tokens, covariance_type))
-    for part in parts:
-        sums += share[start : start + part.shape[1]].mT @ part.mT
-        start += part.shape[1]
-    wide = _wide(first, n_components, covariance_type)
-    return m_step(sums, wide, covariance_type, prior, REG_COVAR)[0]
-
-
-def _wide(row: Tensor, n_components: int, covariance_type: str) -> Gaussians:
-    """Components without rows, at one of them, as wide as the table."""
-    n_tokens = len(row)
-    eye = torch.eye(n_tokens).to(row)
-    scale = {
-        "full": eye.expand(n_components, -1, -1),
-        "tied": eye[None],
-        "diag": row.new_ones(n_components, n_tokens),
-        "spherical": row.new_ones(n_components, 1),
-    }[covariance_type]
-    weights = row.new_full((n_components,), 1 / n_components)
-    return Gaussians(weights, row.expand(n_components, -1), scale)
+def around(centres: Tensor, unit: Tensor, covariance_type: str) -> Gaussians:
+    """Components at centres (..., K, T), in all directions as wide as units (..., T): a row is the nearest one's."""
+    *shape, n_components, n_tokens = centres.shape
+    if covariance_type in DENSE:
+        n_scales = 1 if covariance_type == "tied" else n_components
+        scale = torch.diag_embed(unit)[..., None, :, :].expand(*shape, n_scales, -1, -1)
+    else:
+        scale = unit[..., None, : n_tokens if covariance_type == "diag" else 1].expand(
+            *shape, n_components, -1
+        )
+    return Gaussians(centres.new_full((*shape, n_components), 1 / n_components), centres, scale)

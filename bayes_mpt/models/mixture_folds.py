@@ -9,20 +9,24 @@ what a fit does not see.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from bayes_mpt.models.covariance_prior import CovariancePrior
 from bayes_mpt.models.gaussians import Gaussians
-from bayes_mpt.models.left_out import Shares, plain_shares, shares_of
+from bayes_mpt.models.left_out import Shares, plain_shares
 from bayes_mpt.models.mixture_climb import Climb, Hill, Seen, climb_together
-from bayes_mpt.models.mixture_em import REG_COVAR, START_STEPS, START_TOL, clusters_of, of_shares, prior_of
-from bayes_mpt.models.mixture_steps import Expect, Table, chunks_of, expectation_of, table_of
+from bayes_mpt.models.mixture_clusters import centres_of, nearest
+from bayes_mpt.models.mixture_em import REG_COVAR, START_STEPS, START_TOL, START_TRIES, around, prior_of
+from bayes_mpt.models.mixture_gain import Purity, squares_of
+from bayes_mpt.models.mixture_steps import Expect, Table, chunks_of, expectation_of, m_step, table_of
 
 __all__ = ["scores_of_others"]
 
 MAX_NUMBERS = 2**22  # shares of rows that one step holds
+MOST_SPLITS = 62  # of which a number says which see a row
 MIN_GROUP = 256  # rows that are read together: fewer take longer than the fits that do not see them
 CHUNK = 2**18  # of which so many at a time stay in the cache
 
@@ -66,17 +70,18 @@ def scores_of_others(
     found: list[Tensor | None] = [None] * len(splits)
     starts: dict[int, _Start] = {}
     for key, (rows, _) in enumerate(splits):
-        start = _Start.of(x[rows], n_components, covariance_type, seed, with_prior=with_prior)
+        start = _Start.of(x[rows], n_components, covariance_type, with_prior=with_prior)
         if start is not None:
             starts[key] = start
     for keys in torch.tensor(list(starts), dtype=torch.long).split(together):
         which = keys.tolist()
         climbs = _fit(
             whole,
-            products,
             expect,
             covariance_type,
             [(place[splits[key][0]], starts[key]) for key in which],
+            n_components,
+            seed,
             tol=tol,
             max_iter=max_iter,
         )
@@ -92,11 +97,11 @@ def _grouped(splits: Sequence[Split], n_rows: int) -> tuple[Tensor, list[int] | 
 
     None where the groups would be small, as of folds that are drawn again and again: then rows stay as they are.
     """
-    fitted = torch.zeros(n_rows, len(splits), dtype=torch.bool, device=splits[0][0].device)
-    for key, (rows, _) in enumerate(splits):
-        fitted[rows, key] = True
-    _, group, count = torch.unique(fitted, dim=0, return_inverse=True, return_counts=True)
-    if len(count) * MIN_GROUP > n_rows:
+    fitted = torch.zeros(n_rows, dtype=torch.long, device=splits[0][0].device)  # in binary
+    for key, (rows, _) in enumerate(splits[:MOST_SPLITS]):
+        fitted[rows] += 1 << key
+    _, group, count = torch.unique(fitted, return_inverse=True, return_counts=True)
+    if len(count) * MIN_GROUP > n_rows or len(splits) > MOST_SPLITS:
         return torch.arange(n_rows, device=group.device), None
     return group.argsort(stable=True), count.tolist()
 
@@ -106,30 +111,35 @@ def _expectation_of_seen(products: Callable[[], Iterable[Tensor]]) -> Expect:
     of_all = expectation_of(products)
 
     def expect(mix: Gaussians, coefficients: Tensor, shares: Shares = plain_shares) -> tuple[Tensor, Tensor]:
-        if not isinstance(shares, Seen):  # who asks more of the shares gets them of all
+        purity = shares if isinstance(shares, Purity) else None
+        seen = shares if purity is None else purity.of
+        if not isinstance(seen, Seen):  # who asks more of the shares gets them of all
             return of_all(mix, coefficients, shares)
         sums, total, start = torch.zeros_like(coefficients), coefficients.new_zeros(len(coefficients)), 0
+        squares = coefficients.new_zeros(coefficients.shape[:2])
         for part in products():
-            fits = shares.visible[:, start].nonzero()[:, 0]
-            share, density = shares_of(coefficients[fits] @ part)
+            fits = seen.visible[:, start].nonzero()[:, 0]
+            share, density = seen.of(coefficients[fits] @ part)
             sums.index_add_(0, fits, share @ part.mT)
             total.index_add_(0, fits, density.sum(-1))
+            if purity is not None:
+                squares.index_add_(0, fits, squares_of(share))
             start += part.shape[1]
+        if purity is not None:
+            purity.squares = squares
         return sums, total
 
     return expect
 
 
-class _Start:
+class _Start(NamedTuple):
     """Of one fit, from its rows alone."""
 
-    def __init__(self, table: Table, share: Tensor, prior: CovariancePrior | None):
-        self.table, self.share, self.prior = table, share, prior
+    table: Table
+    prior: CovariancePrior | None
 
     @classmethod
-    def of(
-        cls, x: Tensor, n_components: int, covariance_type: str, seed: int, *, with_prior: bool
-    ) -> _Start | None:
+    def of(cls, x: Tensor, n_components: int, covariance_type: str, *, with_prior: bool) -> _Start | None:
         """None where rows are too few, or a direction has no spread, which is refused elsewhere."""
         table = table_of(x, covariance_type)
         if len(table.rows) < max(2, n_components):
@@ -137,7 +147,7 @@ class _Start:
         prior = prior_of(table, n_components, covariance_type) if with_prior else None
         if prior is not None and not prior.proper:
             return None
-        return cls(table, clusters_of(table.rows, n_components, seed), prior)
+        return cls(table, prior)
 
     def scale_in(self, whole: Table) -> Tensor:
         """That of the prior in the units of another table: (1, T, T), (1, T) or (1, 1)."""
@@ -150,29 +160,23 @@ class _Start:
 
 def _fit(
     whole: Table,
-    products: Callable[[], Iterable[Tensor]],
     expect: Expect,
     covariance_type: str,
     fits: list[tuple[Tensor, _Start]],
+    n_components: int,
+    seed: int,
     *,
     tol: float,
     max_iter: int,
 ) -> list[Climb]:
-    """Side by side: the short EM of each start, and the climb."""
-    rows = whole.rows
+    """Side by side: the start of each, its short EM, and the climb."""
+    rows, starts = whole.rows, [start for _, start in fits]
     visible = rows.new_zeros(len(fits), len(rows))
     for seen, (index, _) in zip(visible, fits, strict=True):
         seen[index] = 1.0
     prior: CovariancePrior | None = None
-    if fits[0][1].prior is not None:
-        prior = CovariancePrior(torch.stack([start.scale_in(whole) for _, start in fits]), rows.shape[1])
-    mixes = []
-    for b, (index, start) in enumerate(fits):
-        share = rows.new_zeros(len(rows), start.share.shape[1])
-        share[index] = start.share
-        own = None if prior is None else prior._replace(scale=prior.scale[b, 0])
-        mixes.append(of_shares(share, products(), rows[index[0]], covariance_type, own))
-    mix = _together(mixes)
+    if starts[0].prior is not None:
+        prior = CovariancePrior(torch.stack([start.scale_in(whole) for start in starts]), rows.shape[1])
     hill = Hill(
         expect,
         covariance_type,
@@ -181,11 +185,12 @@ def _fit(
         prior=prior,
         visible=visible,
     )
+    centres = centres_of([start.table.rows for start in starts], n_components, seed, START_TRIES)
+    unit = torch.stack([start.table.spread for start in starts]) / whole.spread
+    middle = (torch.stack([start.table.centre for start in starts]) - whole.centre) / whole.spread
+    wide = around(middle[:, None] + unit[:, None] * centres, unit, covariance_type)
+    sums, _ = expect(wide, hill.coefficients(wide), Seen(visible, nearest))
+    mix, _ = m_step(sums, wide, covariance_type, prior, REG_COVAR)
     begun = climb_together(hill, mix, tol=START_TOL, max_iter=START_STEPS, reg_covar=REG_COVAR)
-    return climb_together(
-        hill, _together([climb.mix for climb in begun]), tol=tol, max_iter=max_iter, to_end=True
-    )
-
-
-def _together(mixes: list[Gaussians]) -> Gaussians:
-    return Gaussians(*(torch.stack(parts) for parts in zip(*mixes, strict=True)))
+    mix = Gaussians(*(torch.stack(parts) for parts in zip(*(climb.mix for climb in begun), strict=True)))
+    return climb_together(hill, mix, tol=tol, max_iter=max_iter, to_end=True)

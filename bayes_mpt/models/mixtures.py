@@ -242,9 +242,10 @@ class GaussianMixture(CheckedModel):
         dense = self.covariance_type in DENSE
         what, share = ("inverse Wishart", "1e-5") if dense else ("inverse gamma", "1 %")
         rows = "0.3 more rows" if dense else "one more row"
+        alone = "; one row and 1 % where T = 1" if dense else ""
         return (
             f"the mode under an {what} prior of the covariances, in effect {rows} for each component, of {share} "
-            "of the table's covariance over K^(2/T) (covariance_prior='auto'), which no score includes"
+            f"of the table's covariance over K^(2/T) (covariance_prior='auto'{alone}), which no score includes"
         )
 
     def _prior(self, table: Table) -> CovariancePrior | None:

@@ -1,7 +1,7 @@
 """How log p(x_i | x_visible) is computed for a Pyro program: predictors.
 
 In the room: ``base`` is the contract (`Predictor`, `Bound`, `Conditionals`) and ``objective`` what a training
-maximises of it; ``choice`` picks a way, ``exact`` is the way without an error. ``gaussian/`` computes by algebra,
+maximises of it; ``choice`` picks a way, and has the one without an error. ``gaussian/`` computes by algebra,
 ``nodes/`` by averages over weighted nodes, ``self_predictive`` asks a network, ``own_order`` keeps to a program's own
 order, ``new_rows`` predicts rows of one vector.
 
@@ -10,8 +10,7 @@ is to take it. The contract is small for a purpose: a member more is asked of ev
 """
 
 from bayes_mpt.predictors.base import Bound, Conditionals, Evidence, Posterior, Predictive, Predictor
-from bayes_mpt.predictors.choice import choose
-from bayes_mpt.predictors.exact import Exact
+from bayes_mpt.predictors.choice import Exact, choose
 from bayes_mpt.predictors.gaussian.linear import LinearGaussian
 from bayes_mpt.predictors.gaussian.markov import MarkovGaussian
 from bayes_mpt.predictors.gaussian.nearest_neighbors import NearestNeighbors

@@ -1,4 +1,4 @@
-"""Which way fits a program: on what it is called with, or on a table of which a part is enough to tell."""
+"""Which way fits a program: one without an error (`Exact`), or the nearest; and of a table, which rows tell."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch
 
 from bayes_mpt.inputs import wanted
 from bayes_mpt.predictors.base import Bound, Guide, Predictor
-from bayes_mpt.predictors.exact import as_stated, by_its_map, summed_out
+from bayes_mpt.predictors.gaussian.linear import LinearGaussian
+from bayes_mpt.predictors.gaussian.markov import closed_form
 from bayes_mpt.predictors.gaussian.nearest_neighbors import NearestNeighbors, near_conditionals
 from bayes_mpt.predictors.gaussian.process import (
     N_TRIAL_ROWS,
@@ -21,12 +22,17 @@ from bayes_mpt.predictors.gaussian.process import (
     is_gaussian_vector,
 )
 from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
+from bayes_mpt.predictors.nodes.enumeration import enumerated, mixture_of_maps
 from bayes_mpt.predictors.nodes.importance import Importance
 from bayes_mpt.predictors.nodes.quadrature import MAX_WIDTH, Quadrature
 from bayes_mpt.predictors.nodes.smc import SequentialMonteCarlo
+from bayes_mpt.predictors.nodes.stated_mixture import mixture_as_stated
+from bayes_mpt.predictors.nodes.vector_maps import vector_of_maps
 from bayes_mpt.predictors.self_predictive import SelfPredictive, sees_all
-from bayes_mpt.program.affine import NotAffine
-from bayes_mpt.program.arguments import fill_all
+from bayes_mpt.program.affine import NotAffine, check_normal
+from bayes_mpt.program.analysis import look
+from bayes_mpt.program.arguments import Args, fill_all
+from bayes_mpt.program.offers import offered
 from bayes_mpt.program.program import Model, ModelError, Program
 from bayes_mpt.program.run import first_run, run, takes_visible
 from bayes_mpt.program.shifts import observing_cells
@@ -35,7 +41,7 @@ from bayes_mpt.program.store import OwnStore, State
 from bayes_mpt.runtime.serial import takes_turns
 from bayes_mpt.warnings import SlowProgramWarning, warnings_of
 
-__all__ = ["MAX_INIT_ROWS", "choose", "choose_for_table"]
+__all__ = ["MAX_INIT_ROWS", "Exact", "choose", "choose_for_table"]
 
 N_DRAWS = 1000
 MAX_JOINT = 4096  # tokens of one Gaussian vector whose covariance is made whole
@@ -43,6 +49,80 @@ MAX_INIT_ROWS = 4096  # rows on which it is found out what a program is
 TRIAL_ROWS = 1024  # the same, of a table that has more than those
 MAX_INIT_CELLS = 2**20  # of a table on which a program first runs, which initialises its parameters
 MAX_INIT_VECTOR = 1024  # rows of one Gaussian vector, which may mean a matrix of their square
+
+
+# ---------------------------------------------------------------------------------------------- without an error
+
+
+class Exact(Predictor):
+    """No error: linear-Gaussian programs in closed form, discrete latents summed out, mixtures of both.
+
+    Linear-Gaussian programs in which every site looks at few latents (a local level, a linear dynamical system, lags)
+    take a time linear in their length; others that of dense algebra, cubic in the number of latents.
+
+    Discrete latents are summed by Pyro's own tensor variable elimination, in time linear in the length of a chain
+    written with `pyro.markov`. Where tokens are Normal given them, and Normal latents stand beside them, every joint
+    value of the discrete latents of a row has a linear-Gaussian map of its own; so has every combination of the values
+    of discrete latents of the data set (which weights of a regression are not zero).
+
+    Examples
+    --------
+    >>> import pyro, pyro.distributions as dist, torch
+    >>> def coins(x):
+    ...     with pyro.plate("rows", len(x)):
+    ...         fair = pyro.sample("fair", dist.Bernoulli(x.new_tensor(0.5)))
+    ...         p = torch.where(fair == 1, 0.5, 0.9)
+    ...         pyro.sample("x", dist.Bernoulli(p[..., None].expand(*p.shape, 2)).to_event(1), obs=x)
+    >>> x = torch.ones(1, 2, dtype=torch.float64)
+    >>> Exact().bind(coins, (x,)).read((x,)).score().exp()  # (0.5^2 + 0.9^2) / 2
+    tensor([0.5300], dtype=torch.float64)
+    """
+
+    def bind(self, model: Model, args: tuple[Any, ...], guide: Guide | None = None) -> Bound:
+        vector = gaussian_program(model, args)
+        if vector is not None:
+            return JointGaussian(model, vector)
+        stated = _as_stated(model, args)
+        return _by_its_map(model, args, partial(_summed_out, model, args)) if stated is None else stated
+
+
+def _as_stated(model: Model, args: tuple[Any, ...]) -> Bound | None:
+    """A program by what it says of its own density, with which its first run agrees; None where it says nothing."""
+    if offered(model, "linear_map") is not None:
+        return LinearGaussian.stated(model, args)
+    return None if offered(model, "mixture_map") is None else mixture_as_stated(model, args)
+
+
+def _by_its_map(
+    model: Model, args: tuple[Any, ...], otherwise: Callable[[Program, NotAffine], Bound]
+) -> Bound:
+    """A program by its linear-Gaussian map; one that has none as ``otherwise`` has it, which is told the reason."""
+    analysis = look(model, args)
+    try:
+        check_normal(analysis.first, analysis.program)  # before anything is run again
+        return closed_form(model, args, analysis)
+    except NotAffine as error:
+        reason = error
+    return otherwise(analysis.checked(), reason)
+
+
+def _summed_out(model: Model, args: tuple[Any, ...], program: Program, reason: NotAffine) -> Bound:
+    """What of a program that is not linear-Gaussian is so given its discrete latents, or has no others."""
+    kinds = {site.kind for site in program.sites}
+    if program.discrete and kinds <= {"Normal", "MultivariateNormal"}:
+        if program.continuous or "MultivariateNormal" in kinds:
+            of = mixture_of_maps if program.by_row else vector_of_maps
+            return of(model, args, program)
+    if program.continuous:
+        raise ModelError(
+            f"{reason} Latent sites {list(program.continuous)} are neither linear-Gaussian nor discrete, so they "
+            "cannot be integrated exactly: use Quadrature() for up to four numbers a row, Importance() with a "
+            "guide, or SequentialMonteCarlo() for latents that all rows share"
+        )
+    return enumerated(model, args, program)
+
+
+# --------------------------------------------------------------------------------------------- what fits a program
 
 
 def _samples(guide: Guide, args: tuple[Any, ...]) -> bool:
@@ -93,7 +173,7 @@ def choose(
         return wanted(Predictor, predictor, words, ValueError).bind(model, args, guide)  # type: ignore[type-abstract]
     if takes_visible(model):
         return SelfPredictive().bind(model, args, guide)
-    stated = as_stated(model, args)
+    stated = _as_stated(model, args)
     if stated is not None:
         return stated
     return observing_cells(lambda program: _chosen(program, args, guide), model, args)
@@ -106,7 +186,7 @@ def _chosen(model: Model, args: tuple[Any, ...], guide: Guide | None) -> Bound:
         if len(args[0]) > MAX_JOINT:
             return near_conditionals(NearestNeighbors(), model, args, vector)
         return JointGaussian(model, vector)
-    return by_its_map(model, args, partial(_not_affine, model, args, guide))
+    return _by_its_map(model, args, partial(_not_affine, model, args, guide))
 
 
 def _not_affine(
@@ -114,15 +194,15 @@ def _not_affine(
 ) -> Bound:
     """The same for a program that has no linear-Gaussian map."""
     if not program.continuous:
-        return summed_out(model, args, program, reason)
+        return _summed_out(model, args, program, reason)
     if program.discrete and {s.kind for s in program.sites} <= {"Normal", "MultivariateNormal"}:
         try:
-            return summed_out(model, args, program, reason)
+            return _summed_out(model, args, program, reason)
         except ModelError:
             pass  # not linear-Gaussian given the discrete latents either
     if guide is not None and _samples(guide, args):
         return Importance().bind(model, args, guide)
-    adaptive = AdaptiveNodes(model, args, program)
+    adaptive = AdaptiveNodes(model, Args(args), program)
     if adaptive.space.width <= MAX_WIDTH:  # where the others are integrated in closed form, or piece by piece
         return Quadrature().bind_nodes(adaptive)
     if program.by_row:

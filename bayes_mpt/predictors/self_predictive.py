@@ -29,6 +29,7 @@ from bayes_mpt.program.arguments import fill, spread_rows
 from bayes_mpt.program.densities import log_density
 from bayes_mpt.program.devices import at_once
 from bayes_mpt.program.layout import from_rows, rows_first, token_values
+from bayes_mpt.program.offers import name_of
 from bayes_mpt.program.program import Model, ModelError, Program
 from bayes_mpt.program.run import one_precision, takes_visible
 from bayes_mpt.program.sites import base, factor_nodes, node_of
@@ -99,7 +100,7 @@ class SelfPredictive(Predictor):
         if not takes_visible(model):
             raise ModelError(
                 "SelfPredictive needs a program that is conditioned on the mask: model(x, visible), with visible "
-                f"(N, T) bool; {model!r} has no argument of that name"
+                f"(N, T) bool; {name_of(model)} has no argument of that name"
             )
         if len(args) != 1:
             raise ModelError(f"a program model(x, visible) takes one table, got {len(args)} arguments")

@@ -9,7 +9,7 @@ In the room:
   are its sites, rows and tokens.
 - Trials, which refuse what has no density: ``trials`` (``other_latents``, ``checks``, ``missing``), ``mask_trials``,
   ``shift_trials`` (``shifts``), ``token_graph`` (``token_order``), ``value_checks``; of factors ``own_factors``
-  (``factor_sums``).
+  (``factor_laws``; ``factor_checks`` by ``factor_sums`` and ``pair_sums``).
 - Densities: ``factor_runs`` makes ``factors`` of runs (``densities``, ``joint_values``, ``seen_labels``,
   ``whole_plates``); ``latents`` are real vectors, ``groups`` those that are independent; ``simulation`` draws rows.
 - ``affine/``: whether all of it is linear and Gaussian, and the map.

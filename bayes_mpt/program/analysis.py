@@ -24,19 +24,16 @@ from bayes_mpt.program.run import FirstRun, first_run
 from bayes_mpt.program.shifts import shifts_of
 from bayes_mpt.program.sites import (
     base,
-    describe_latent,
-    describe_observed,
+    described,
     factor_nodes,
     latent_nodes,
     observed_nodes,
     own_shown,
-    plate_depth,
-    rows_plate_of,
     sub_samples,
 )
 from bayes_mpt.program.trials import Verdict, refuse_hidden, try_others
 
-__all__ = ["Analysis", "analyze", "described", "look"]
+__all__ = ["Analysis", "analyze", "look"]
 
 GAUSSIAN = ("Normal", "MultivariateNormal")
 
@@ -174,24 +171,6 @@ def _steps_in_plate(first: FirstRun, real: bool) -> tuple[Program, Verdict] | No
     whole = one_vector(program)._replace(sub_rows=None)
     verdict = try_others(first._replace(program=whole), real=real)
     return None if verdict.order is None else (whole, verdict)
-
-
-def described(first: Trace, n_rows: int, factors_too: bool = False) -> Program:
-    """The program of a first run on so many rows."""
-    nodes, latents = observed_nodes(first, factors_too=factors_too), latent_nodes(first)
-    rows, by_row = rows_plate_of(nodes, latents, n_rows)
-    sites = tuple(describe_observed(node, rows if by_row else None) for node in nodes)
-    own = sites[0].shape[sites[0].row_axis] if by_row and sites[0].row_axis is not None else 1
-    return Program(
-        sites,
-        tuple(describe_latent(node, rows if by_row else None) for node in latents),
-        tuple(n for n, site in first.nodes.items() if site["type"] == "param"),
-        rows,
-        by_row,
-        plate_depth((*nodes, *latents)),
-        own if by_row and own != n_rows else None,
-        float(nodes[0]["scale"]),
-    )
 
 
 def _refuse_scales(scales: dict[str, float]) -> None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bayes_mpt.program.offers import Around
 from bayes_mpt.program.program import ModelError
 
 __all__ = [
+    "Args",
     "cell_name",
     "cycle",
     "fill",
@@ -65,6 +67,23 @@ def fill(arg: Any, value: Tensor | None = None) -> Any:
 def fill_all(args: Iterable[Any]) -> tuple[Any, ...]:
     """All arguments of a call without missing cells, each as `fill` has it."""
     return tuple(fill(a) for a in args)
+
+
+@dataclass(frozen=True, eq=False)
+class Args:
+    """What a program is called with: as it is given, and without missing cells."""
+
+    given: tuple[Any, ...]
+    """NaN where a cell is missing."""
+    fillings: tuple[Tensor | None, ...] | None = None
+    """What stands for the missing cells of each argument, by default what `filling` has for it."""
+
+    @cached_property
+    def filled(self) -> tuple[Any, ...]:
+        """Each as `fill` has it: the argument itself where nothing is missing."""
+        if self.fillings is None:
+            return fill_all(self.given)
+        return tuple(fill(a, v) for a, v in zip(self.given, self.fillings, strict=True))
 
 
 def same_cells(a: Tensor, b: Tensor) -> bool:
@@ -174,8 +193,6 @@ def cycle(arg: Any, n_rows: int) -> Any:
 
 def cell_name(model: Callable[..., Any], arg: Tensor, position: int, index: Sequence[int | slice]) -> str:
     """A cell of an argument, or all along some axes, as one writes it: x[3], or x[:, 2]."""
-    while isinstance(model, Around):  # which has no names of its own
-        model = model.model
     names: list[str] = []
     with suppress(TypeError, ValueError):
         parameters = inspect.signature(model).parameters.values()

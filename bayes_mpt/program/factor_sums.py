@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Law", "Total", "adds_up", "is_censored"]
+__all__ = ["NEAR_ONE", "REACH", "Law", "Total", "adds_up", "domains", "is_censored"]
 
 Array = NDArray[np.float64]
 
@@ -104,14 +104,14 @@ def adds_up(laws: list[Law], values: Array, whole: bool) -> Total | None:
     """
     low, high = float(values.min()), float(values.max())
     best = None
-    for domain in _domains(low, high):
+    for domain in domains(low, high):
         for masses in _masses(values, whole):
             found = _total(laws, values, whole, domain, masses)
             if found is not None and (best is None or found.error < best.error):
                 best = found
             if found is not None and found.is_one:
                 return found
-    for domain in _domains(low, high):
+    for domain in domains(low, high):
         curves = [c for law in laws if (c := _curve(law, values, whole, domain)) is not None]
         bounds = None if len(curves) < MIN_DRAWS else _bounds(curves, low, high)
         if bounds is not None:
@@ -144,7 +144,7 @@ def is_censored(laws: dict[float, list[Law]], values: dict[float, Array], whole:
     every = np.concatenate(list(values.values()))
     low, high = float(every.min()), float(every.max())
     for seen, seen_laws in laws.items():
-        for domain in _domains(low, high):
+        for domain in domains(low, high):
             curves = [_curve(law, every, whole, domain) for law in seen_laws]
             fine = [k for k, c in enumerate(curves) if c is not None and abs(c.total - 1) < NEAR_ONE]
             known = sum(c is not None for c in curves)
@@ -202,7 +202,7 @@ def _same_bound(shares: list[tuple[_Curve, float]]) -> float | None:
 # ----------------------------------------------------------------------------------------------- where values are
 
 
-def _domains(low: float, high: float) -> Iterator[tuple[float, float]]:
+def domains(low: float, high: float) -> Iterator[tuple[float, float]]:
     """Sets of values that a law may be written for: it may be any number elsewhere."""
     yield -math.inf, math.inf
     if low >= 0:

@@ -17,9 +17,22 @@ from bayes_mpt.program.program import MissingCovariate, Model, ModelError, Progr
 from bayes_mpt.program.run import FAILURES, run
 from bayes_mpt.program.sites import base, latent_nodes, node_of, own_shown, sub_samples
 
-__all__ = ["gaps_show", "holes_in", "nan_shows", "read_values", "same_but_for", "values_with_gaps"]
+__all__ = [
+    "gaps_show",
+    "holes_in",
+    "nan_shows",
+    "read_values",
+    "refuse_seen_gaps",
+    "same_but_for",
+    "values_with_gaps",
+]
 
 MAX_NAMED = 64  # missing cells that are tried one by one to name one
+AS_A_LATENT = (
+    "To integrate over a missing covariate, say where cells are missing in a table of its own, holes = np.isnan(X) * "
+    "1.0, fit((np.nan_to_num(X), holes), y), with torch.where(holes[:, j] > 0, latent, x[:, j]) in the program; where "
+    "x[:, j] is observed too, put poutine.mask(mask=holes[:, j] == 0) around its site"
+)
 
 
 def read_values(
@@ -49,7 +62,7 @@ def read_values(
     if moved is not None:
         raise MissingCovariate(
             f"missing cells reach the distribution of site {moved!r}: covariates must be complete, only what is "
-            f"observed may be missing{_missing_parent(model, args, program, trace, sites)}"
+            f"observed may be missing{_missing_parent(model, args, program, trace, sites)}. {AS_A_LATENT}"
         )
     shown = values_with_gaps(model, args, program.site_names, trace, other, sites)
     with_gaps = join_tokens(shown, program)
@@ -57,8 +70,9 @@ def read_values(
     if bool(with_gaps[:, looked_at].isnan().any()):  # whether or not these fillings make a difference
         raise MissingCovariate(
             f"missing cells reach the distribution of site {program.observed!r}, of which tokens look at others"
-            f"{_missing_parent(model, args, program, trace, sites)}"
+            f"{_missing_parent(model, args, program, trace, sites)}. {AS_A_LATENT}"
         )
+    refuse_seen_gaps(model, args, program, trace, sites)
     missing = with_gaps.isnan() & ~value.isnan()
     for site in program.sites:
         if site.n_joint > 1 and bool(missing.any()):
@@ -82,6 +96,52 @@ def read_values(
             "since tokens are computed from several cells: observe the cells themselves, or fill them before"
         )
     return with_gaps if program.order is None else torch.where(hidden, torch.nan, with_gaps)
+
+
+def refuse_seen_gaps(
+    model: Model, args: tuple[Any, ...], program: Program, filled: Trace, sites: dict[str, Tensor]
+) -> None:
+    """Refuse a program whose distributions are others where cells are missing than on the filled cells it is run on.
+
+    ``torch.where(x.isnan(), latent, x)`` in a mean, say; those of missing or masked tokens do not count.
+
+    Parameters
+    ----------
+    model, args, program
+        The program on rows with missing cells.
+    filled : Trace
+        A run on filled rows at these values of the latents, which should not be zero: they hide what they multiply.
+    sites : dict of name to Tensor
+
+    Raises
+    ------
+    MissingCovariate
+        With the site and the remedy.
+    """
+    try:
+        with torch.no_grad(), pyro.validation_enabled(False):
+            raw = run(model, args, sites)
+    except FAILURES:
+        return  # the program does not take NaN: it has no view of its own
+    names = (*program.site_names, *program.latent_names)
+    values = {n: filled.nodes[n]["value"] for n in names}
+    laws = (log_probs_under(trace, values, program) for trace in (filled, raw))
+    for (name, law), (_, now) in zip(*(found.items() for found in laws), strict=True):
+        differs = law != now
+        if name in program.site_names and bool(differs.any()):
+            node = node_of(raw, name)
+            gone = torch.as_tensor(node["value"]).isnan() | ~own_shown(node)
+            gone = gone.reshape(*gone.shape[: differs.ndim], -1).any(-1)
+            differs = differs & ~gone.expand(differs.shape)
+        if bool(differs.any()):
+            how = (
+                "covariates must be complete, only what is observed may be missing"
+                if bool(now.isnan().any())
+                else "it is another one where a cell is NaN (by x.isnan(), say), and programs are run on filled cells"
+            )
+            raise MissingCovariate(
+                f"missing cells reach the distribution of site {name!r}: {how}. {AS_A_LATENT}"
+            )
 
 
 def _moved_law(before: Trace, after: Trace, program: Program) -> str | None:

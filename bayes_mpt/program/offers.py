@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import Module
 
-__all__ = ["Around", "Offers", "offered", "offered_of_itself"]
+__all__ = ["Around", "Offers", "name_of", "offered", "offered_of_itself"]
 
 
 class Offers(Protocol):
@@ -163,6 +165,26 @@ class Around:
 
     def __repr__(self) -> str:
         return repr(self.model)
+
+
+def name_of(model: Any) -> str:
+    """A program in a message: a function by its name, a network by its class, a model with its settings.
+
+    Examples
+    --------
+    >>> from functools import partial
+    >>> from bayes_mpt.models import PPCA
+    >>> def walk(x, lags): ...
+    >>> name_of(walk), name_of(partial(walk, lags=2)), name_of(PPCA(2))
+    ('walk', 'walk', 'PPCA(n_components=2)')
+    """
+    while isinstance(model, Around | partial):
+        model = model.model if isinstance(model, Around) else model.func
+    name = getattr(model, "__name__", None)
+    if isinstance(name, str):
+        return name
+    plain = repr(model).startswith("<") or isinstance(model, Module)
+    return type(model).__name__ if plain else repr(model)
 
 
 def offered(model: Any, name: str, default: Any = None) -> Any:

@@ -15,8 +15,7 @@ from bayes_mpt.program.program import HasFactors, Latent, ModelError, Observed, 
 
 __all__ = [
     "base",
-    "describe_latent",
-    "describe_observed",
+    "described",
     "factor_nodes",
     "is_point",
     "is_subsample",
@@ -119,7 +118,25 @@ def node_of(trace: Trace, name: str) -> Any:
     return trace.nodes[name]
 
 
-def describe_latent(node: Any, rows_plate: str | None) -> Latent:
+def described(first: Trace, n_rows: int, factors_too: bool = False) -> Program:
+    """The program of a first run on so many rows."""
+    nodes, latents = observed_nodes(first, factors_too=factors_too), latent_nodes(first)
+    rows, by_row = rows_plate_of(nodes, latents, n_rows)
+    sites = tuple(_observed_site(node, rows if by_row else None) for node in nodes)
+    own = sites[0].shape[sites[0].row_axis] if by_row and sites[0].row_axis is not None else 1
+    return Program(
+        sites,
+        tuple(_latent_site(node, rows if by_row else None) for node in latents),
+        tuple(n for n, site in first.nodes.items() if site["type"] == "param"),
+        rows,
+        by_row,
+        plate_depth((*nodes, *latents)),
+        own if by_row and own != n_rows else None,
+        float(nodes[0]["scale"]),
+    )
+
+
+def _latent_site(node: Any, rows_plate: str | None) -> Latent:
     """A latent site of a run, as it is remembered."""
     shape = tuple(node["value"].shape)
     plates = tuple(f.name for f in node["cond_indep_stack"])
@@ -133,7 +150,7 @@ def describe_latent(node: Any, rows_plate: str | None) -> Latent:
     return Latent(node["name"], shape, axis, plates, width, discrete, n_batch)
 
 
-def describe_observed(node: Any, rows_plate: str | None) -> Observed:
+def _observed_site(node: Any, rows_plate: str | None) -> Observed:
     """An observed site of a run, as it is remembered."""
     fn = base(node["fn"])
     shape = tuple(node["value"].shape)
@@ -199,8 +216,8 @@ def rows_given_shared(program: Program, trace: Trace) -> Program | None:
     if program.by_row or rows is None or not own or len(own) == len(program.latents):
         return None
     return program._replace(
-        sites=tuple(describe_observed(node_of(trace, s.name), rows) for s in program.sites),
-        latents=tuple(describe_latent(node_of(trace, s.name), rows) for s in own),
+        sites=tuple(_observed_site(node_of(trace, s.name), rows) for s in program.sites),
+        latents=tuple(_latent_site(node_of(trace, s.name), rows) for s in own),
         by_row=True,
         order=None,  # that of the whole; rows are asked for their share of what it asks
     )

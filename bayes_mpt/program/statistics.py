@@ -40,6 +40,9 @@ class Covariance(NamedTuple):
     """(T, T); None where there are rows."""
     rows: NDArray[np.float64] | None = None
     """(R, T), R <= T."""
+    maxima: dict[tuple[int, int], NDArray[np.float64]] | None = None
+    """Where maxima of factors were found before (`bayes_mpt.predictors.gaussian.modes`): what is found is put there,
+    and is the same without it."""
 
     @property
     def variances(self) -> NDArray[np.float64]:
@@ -104,6 +107,7 @@ class SufficientStatistics:
         self.mean = torch.zeros(n_tokens, dtype=torch.float64, device=device)
         self._cov: Tensor | None = None
         self._root: Tensor | None = None
+        self._maxima: dict[tuple[int, int], NDArray[np.float64]] = {}
         wide = n_rows <= n_tokens
         if not wide:
             self._cov = torch.zeros(n_tokens, n_tokens, dtype=torch.float64, device=device)
@@ -171,8 +175,8 @@ class SufficientStatistics:
     def covariance(self) -> Covariance:
         """Covariance of the complete rows (divided by n) as it is held: (T, T), or a root that was never squared."""
         if self._root is None:
-            return Covariance(self.cov.cpu().numpy())
-        return Covariance(rows=self._root.cpu().numpy())
+            return Covariance(self.cov.cpu().numpy(), maxima=self._maxima)
+        return Covariance(rows=self._root.cpu().numpy(), maxima=self._maxima)
 
     @property
     def n_cells(self) -> int:
@@ -250,12 +254,13 @@ class SufficientStatistics:
     def moved(self, by: Tensor) -> SufficientStatistics:
         """The table of the same rows with ``by`` (T,) added to each."""
         new = object.__new__(SufficientStatistics)
-        new.n, new._cov, new._root = self.n, self._cov, self._root
+        new.n, new._cov, new._root, new._maxima = self.n, self._cov, self._root, self._maxima
         new.mean, new.incomplete = self.mean + by, self.incomplete + by
         return new
 
     def _merge(self, n: int, mean: Tensor, cov: Tensor | None, root: Tensor | None) -> None:
         """Chan, Golub & LeVeque (1983): pool two groups' moments without cancellation."""
+        self._maxima = {}
         if not n:
             if self._cov is None and self._root is None:
                 self._cov, self._root = cov, root

@@ -34,9 +34,6 @@ class Sticks(Transform):
     codomain = constraints.simplex
     bijective = True
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sticks)
-
     def _call(self, x: Tensor) -> Tensor:
         _, log_share = _logs(x)
         return log_share.exp().clamp(min=torch.finfo(x.dtype).tiny)

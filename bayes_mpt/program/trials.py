@@ -310,6 +310,10 @@ class _Trials:
                 if self._moves(ran[0]) and any(self._looks(*ran, before)):
                     if self.holed:  # a statistic that is NaN may pass for a number
                         whole = self._taken(self.args, latents)
+                        if (
+                            whole is not None
+                        ):  # what is another law where cells are NaN is looked at when rows are read
+                            self.gaps = self.gaps and not self._looks(*whole, before).laws
                         before = before if whole is None else whole[1]
                     here = self._looks_at_tokens(position, changed, latents, before)
                 if self.program.by_row and len(arg) == n_rows > 1:

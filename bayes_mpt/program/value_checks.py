@@ -87,6 +87,13 @@ def _not_at_once(program: Program, said: str) -> ModelError:
             f"summing out {list(program.discrete)} at once needs more memory than there is: each adds an axis to "
             "what depends on it. Use fewer values, or pyro.markov where only neighbours depend on each other"
         )
+    outside = {program.rows_plate} if program.by_row else set()
+    entries = [s.name for s in program.latents if s.discrete and set(s.plates) - outside]
+    if "out of bounds for dimension 0" in said and entries:
+        return ModelError(
+            f"the program looks up entries of {entries} along the first axis, where all their values stand when they "
+            f"are summed out ({said}): write {entries[0]}[..., group] in place of {entries[0]}[group]"
+        )
     return ModelError(
         f"the program cannot run on all values of {list(program.discrete)} at once ({said}): {BROADCAST}"
     )

@@ -156,8 +156,11 @@ def takes_turns(function: Callable[P, R], *, store: bool = False) -> Callable[P,
 
     @wraps(function)
     def waiting(*args: P.args, **kwargs: P.kwargs) -> R:
-        with turn(), left_as_found(store=store):
-            return function(*args, **kwargs)
+        with turn():
+            if _outermost() is not None:  # a call inside of another, which puts back for both
+                return function(*args, **kwargs)
+            with left_as_found(store=store):
+                return function(*args, **kwargs)
 
     return waiting
 

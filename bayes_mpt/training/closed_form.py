@@ -158,7 +158,9 @@ def _of_complete_rows(
     if free.shape is not None:
         best = profile.proportional(cov, free.n_latents, free.shape, prior=free.prior, at_floor=at_floor)
     else:
-        best = profile.diagonal(cov, free.n_latents, prior=free.prior, max_iter=max_iter, tol=tol)
+        best = profile.diagonal(
+            cov, free.n_latents, n_rows=statistics.n, prior=free.prior, max_iter=max_iter, tol=tol
+        )
     return incomplete.Maximum(best.lml, statistics.mean.cpu().numpy(), best.loading, best.noise, best.n_iter)
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from os import PathLike
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from sklearn.base import BaseEstimator
@@ -49,7 +49,7 @@ class Ascent(BaseEstimator):
         "max_iter": [_POSITIVE_INTEGER],
         "tol": [_NOT_NEGATIVE],
     }
-    by_masks: ClassVar[bool] = False
+    by_masks: ClassVar[Literal[False]] = False
     by_epochs: ClassVar[bool] = False
     limits: ClassVar[str] = "max_iter"
 
@@ -93,7 +93,7 @@ class Steps(BaseEstimator):
         "max_iter": [_POSITIVE_INTEGER],
         "tol": [_NOT_NEGATIVE],
     }
-    by_masks: ClassVar[bool] = True
+    by_masks: ClassVar[Literal[True]] = True
     by_epochs: ClassVar[bool] = False
     limits: ClassVar[str] = "max_iter"
 
@@ -162,7 +162,7 @@ class Epochs(BaseEstimator):
         "validation_fraction": [Interval(Real, 0, 1, closed="left")],
         "checkpoint": [str, PathLike, None],
     }
-    by_masks: ClassVar[bool] = True
+    by_masks: ClassVar[Literal[True]] = True
     by_epochs: ClassVar[bool] = True
     limits: ClassVar[str] = "max_epochs"
 

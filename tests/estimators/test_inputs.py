@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -24,6 +25,7 @@ from bayes_mpt.models import (
     Potts,
 )
 from bayes_mpt.training import Ascent
+from bayes_mpt.warnings import PrecisionWarning
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(30, 4))
@@ -128,6 +130,86 @@ def test_numbers_in_object_columns():
     y = pd.Series([None, *range(29)], dtype="Int64")
     fits = [BayesMPT(BOWL).fit(X[:, :1], a) for a in (y, y.to_numpy(dtype=float, na_value=np.nan))]
     assert fits[0].log_marginal_likelihood_ == fits[1].log_marginal_likelihood_
+
+
+@pytest.mark.parametrize("kind", ["pandas", "polars"])
+def test_a_table_that_is_filled_comes_back_as_it_came(kind):
+    library = pytest.importorskip(kind)
+    cells = HOLES[:, :3]
+    table = library.DataFrame(dict(zip("abc", cells.T, strict=True)))
+    if kind == "pandas":
+        table.index = pd.Index(range(100, 130), name="row")
+    search = MarginalLikelihoodSearch(BayesMPT(PPCA(1)), {"model": [PPCA(0), PPCA(1)]}).fit(table)
+    for model in (search, search.average(), BayesMPT(PPCA(1)).fit(table)):
+        filled, sd = model.impute(table, return_std=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an array has no names
+            alone = model.impute(cells)
+        for found in (filled, sd, model.impute(table)):
+            assert type(found) is library.DataFrame and list(found.columns) == ["a", "b", "c"]
+            if kind == "pandas":
+                pd.testing.assert_index_equal(found.index, table.index)
+        np.testing.assert_allclose(filled.to_numpy(), alone, rtol=1e-9)
+        assert ((sd.to_numpy() > 0) == np.isnan(cells)).all()
+
+
+def linear(x, y):
+    w = pyro.sample("w", dist.Normal(x.new_zeros(x.shape[1]), 1.0).to_event(1))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
+
+
+@pytest.mark.parametrize("program", [linear, BOWL], ids=["one vector", "rows given others"])
+def test_a_y_whose_square_no_float_holds_is_warned_of(program):
+    y = X[:, 0].copy()
+    fitted = BayesMPT(program).fit(X, y)
+    y[3] = 1e200
+    with pytest.warns(PrecisionWarning, match=r"row 3 holds 1e\+200 in column y: .* -inf"):
+        assert fitted.score(X, y) == -math.inf
+
+
+def test_latents_in_a_frame_are_turned_back_without_a_warning():
+    fitted = BayesMPT(PPCA(1)).set_output(transform="pandas").fit(FRAME)
+    plain = BayesMPT(PPCA(1)).fit(X)
+    warns = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        found = fitted.inverse_transform(fitted.transform(FRAME))
+    finally:
+        torch.set_warn_always(warns)
+    np.testing.assert_allclose(found, plain.inverse_transform(plain.transform(X)), rtol=1e-9)
+
+
+def test_rows_are_not_drawn_without_their_covariates():
+    def given_a_column(x):
+        slope = pyro.param("slope", lambda: x.new_zeros(()))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("y", dist.Normal(slope * x[:, 0], 1.0), obs=x[:, 1])
+
+    with pytest.raises(
+        ValueError, match="linear does not: all rows share the latents 'w'.*predict.*uncondition"
+    ):
+        BayesMPT(linear).fit(X, X[:, 0]).sample(3)
+    fitted = BayesMPT(given_a_column).fit(X)
+    with pytest.raises(
+        ValueError, match="given_a_column does not: it looks at covariates.*params are params_"
+    ):
+        fitted.sample(3)
+    # as the message says
+    params = {name: torch.as_tensor(value) for name, value in fitted.params_.items()}
+    program = pyro.poutine.uncondition(pyro.poutine.substitute(given_a_column, params))
+    table = torch.full((4000, 2), 2.0, dtype=torch.float64)
+    with pyro.get_param_store().scope():
+        pyro.set_rng_seed(0)
+        drawn = pyro.poutine.trace(program).get_trace(table).nodes["y"]["value"]
+    assert float(drawn.mean()) == pytest.approx(2 * fitted.params_["slope"], abs=4 / math.sqrt(4000))
+
+
+def test_two_columns_of_one_name():
+    table = FRAME.set_axis(list("abbc"), axis=1)
+    for fit in (BayesMPT(PPCA(1)).fit, MarginalLikelihoodSearch(BayesMPT(PPCA(1)), {"model": [PPCA(1)]}).fit):
+        with pytest.raises(ValueError, match="two columns of X have the name 'b'.*give each its own name"):
+            fit(table)
 
 
 @pytest.mark.parametrize("model", [PPCA(1), FactorAnalysis(1), GaussianMixture(1, "diag")], ids=str)

@@ -724,7 +724,7 @@ def test_names_of_columns():
     with pytest.raises(ValueError, match="feature names"):
         average.score_samples(frame[list("badc")])
     single = average.impute(frame.astype(np.float32))
-    assert single.dtype == np.float32
+    assert set(single.dtypes) == {np.dtype(np.float32)}
 
 
 @pytest.mark.slow

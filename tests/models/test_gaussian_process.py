@@ -316,7 +316,7 @@ def test_fixed_and_free():
         (matern(1.0, 0.7), "nu=0.7"),
         (SIN(), "over all 2 columns"),
         (theirs.PairwiseKernel(), "no translation of PairwiseKernel"),
-        ("rbf", "kernel must be a kernel of gpytorch or of sklearn"),
+        ("gauss", "kernel must be a kernel of gpytorch or of sklearn.*one of rbf, matern.*got 'gauss'"),
         (RBF([1.0, 2.0, 3.0]), "3 length-scales .* for the 2 columns"),
         (RBFKernel(ard_num_dims=3), "3 length-scales .* for the 2 columns"),
         (ScaleKernel(RBFKernel(active_dims=[2])), r"active_dims \[2\], but x has 2 columns"),
@@ -330,6 +330,18 @@ def test_kernels_that_cannot_be(kernel, why):
     x, y = some_data()
     with pytest.raises((ValueError, TypeError), match=why):
         BayesMPT(GaussianProcess(kernel)).fit(x, y)
+
+
+def test_words_stand_for_kernels_at_their_defaults():
+    x, y = some_data()
+    word = BayesMPT(GaussianProcess("matern")).fit(x, y).log_marginal_likelihood_
+    same = BayesMPT(GaussianProcess(ScaleKernel(MaternKernel(nu=2.5, ard_num_dims=2)))).fit(x, y)
+    assert word == pytest.approx(same.log_marginal_likelihood_, abs=1e-9)
+    ranked = MarginalLikelihoodSearch(
+        BayesMPT(GaussianProcess()), {"model__kernel": ["rbf", "linear"]}, evidence="train"
+    ).fit(x, y)
+    assert set(ranked.comparison_.index) == {"kernel=rbf", "kernel=linear"}
+    assert repr(GaussianProcess("gauss")) == "GaussianProcess(gauss)"  # none: fits say so in words
 
 
 def test_noise_given_twice():

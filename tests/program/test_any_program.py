@@ -34,6 +34,7 @@ from bayes_mpt.models import PPCA, GaussianMixture, LatentClass
 from bayes_mpt.predictors import Exact, Importance, Quadrature, SequentialMonteCarlo
 from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
 from bayes_mpt.program.analysis import analyze
+from bayes_mpt.program.arguments import Args
 from bayes_mpt.program.batched import Batched
 from bayes_mpt.program.program import one_vector
 from bayes_mpt.score import CumulativeMaskedScore
@@ -508,7 +509,7 @@ def logistic_data(n=25):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("predictor", "n_errors"),
-    [("auto", 10), (Quadrature(20), 10), (Importance(200), 5), (SMALL_SMC, 6)],
+    [("auto", 10), (Quadrature(20), 10), (Importance(200), 3), (SMALL_SMC, 6)],
     ids=repr,
 )
 def test_logistic_regression_with_priors(predictor, n_errors):
@@ -663,12 +664,12 @@ def test_programs_for_one_node_at_a_time_run_on_many(predictor):
         np.testing.assert_allclose(model.predict(x), posterior @ expit(weight @ x.T), atol=0.12)
         return
     other = fitted(logistic, x, y, predictor=predictor)
-    if isinstance(
-        predictor, Importance
-    ):  # a tenth of the draws come from the prior, others from either program
-        error = 4 * other.log_marginal_likelihood_se_
-        assert model.log_marginal_likelihood_ == pytest.approx(other.log_marginal_likelihood_, abs=error)
-        np.testing.assert_allclose(model.predict(x), other.predict(x), atol=0.05)
+    if isinstance(predictor, Importance):  # the draws of the prior are others from either program
+        one, two = model.log_marginal_likelihood_se_, other.log_marginal_likelihood_se_
+        assert 0.005 < min(one, two) and max(one, two) < 0.1
+        gap = abs(model.log_marginal_likelihood_ - other.log_marginal_likelihood_)
+        assert gap < 3 * np.hypot(one, two)
+        np.testing.assert_allclose(model.predict(x), other.predict(x), atol=0.03)
         return
     assert model.log_marginal_likelihood_ == pytest.approx(other.log_marginal_likelihood_, abs=1e-10)
     np.testing.assert_allclose(model.predict(x), other.predict(x), atol=1e-10)
@@ -686,10 +687,10 @@ def test_an_axis_left_of_the_nodes_is_not_repeated_for_each_of_them():
             pyro.sample("y", dist.Bernoulli(logits=(x * w[..., None, :]).sum(-1)), obs=y)
 
     x, y = map(tensor, logistic_data())
-    nodes = AdaptiveNodes(program, (x, y), one_vector(analyze(program, (x, y))))
+    nodes = AdaptiveNodes(program, Args((x, y)), one_vector(analyze(program, (x, y))))
     assert nodes.batched is Batched.VMAP
     u = tensor(rng().normal(size=(500, 1, x.shape[1]))).requires_grad_()
-    given, part, _ = nodes.at((x, y), (x, y), u)
+    given, part, _ = nodes.at(Args((x, y)), u)
     (tokens,) = given.first.tokens
     assert tokens.log_prob.shape == (500, len(x))
     seen = torch.ones(1, len(x), dtype=torch.bool)

@@ -1,5 +1,6 @@
 """Discrete latents of a plate whose entries meet outside of it, by enumeration of all their values."""
 
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -8,6 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from scipy import stats
+from scipy.integrate import quad
 from scipy.special import logsumexp
 
 from bayes_mpt import BayesMPT
@@ -125,6 +127,32 @@ def test_values_that_line_up_with_rows_are_refused(n_rows, latent, density):
 
     with pytest.raises(ModelError, match="cannot run on all values"):
         BayesMPT(program).fit(X[:n_rows], Y[:n_rows])
+
+
+def test_entries_looked_up_by_their_first_axis_are_told_to_take_the_last():
+    group, y = np.array([0.0, 4, 2, 3, 1, 4, 0]), np.array([0.3, 2.1, -0.4, 1.9, 0.1, 2.4, -0.2])
+
+    def program(x, y, entry):
+        share = pyro.sample("share", dist.Beta(x.new_tensor(1.0), 1.0))
+        with pyro.plate("groups", 5):
+            k = pyro.sample("k", dist.Bernoulli(share))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("y", dist.Normal(2 * entry(k, x[:, 0].long()), 1.0), obs=y)
+
+    with pytest.raises(ModelError, match=r"write k\[..., group\] in place of k\[group\]"):
+        BayesMPT(partial(program, entry=lambda k, group: k[group])).fit(group[:, None], y)
+    fitted = BayesMPT(partial(program, entry=lambda k, group: k[..., group])).fit(group[:, None], y)
+
+    def likelihood(share):
+        each = [
+            share * stats.norm.pdf(y[group == j], 2).prod()
+            + (1 - share) * stats.norm.pdf(y[group == j]).prod()
+            for j in range(5)
+        ]
+        return np.prod(each)
+
+    truth = np.log(quad(likelihood, 0, 1, epsabs=0, epsrel=1e-10)[0])
+    assert fitted.log_marginal_likelihood_ == pytest.approx(truth, abs=1e-8)
 
 
 def test_an_axis_that_is_lost_in_a_loop_is_refused():

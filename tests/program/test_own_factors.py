@@ -113,24 +113,25 @@ def test_a_survival_function_is_checked_against_its_density():
     assert "believed" not in fitted.explain()
 
 
-def pair(x):
+def triple(x):
     rho = pyro.sample("rho", dist.Uniform(-0.9, 0.9))
     with pyro.plate("rows", len(x)):
-        square = (x[:, 0] ** 2 - 2 * rho * x[:, 0] * x[:, 1] + x[:, 1] ** 2) / (1 - rho**2)
-        pyro.factor("density", -0.5 * square - 0.5 * torch.log1p(-(rho**2)) - 2 * HALF_LOG_2PI)
+        square = (x[:, 0] ** 2 - 2 * rho * x[:, 0] * x[:, 1] + x[:, 1] ** 2) / (1 - rho**2) + x[:, 2] ** 2
+        pyro.factor("density", -0.5 * square - 0.5 * torch.log1p(-(rho**2)) - 3 * HALF_LOG_2PI)
 
 
 def test_what_was_not_checked_is_said():
-    x = table(size=(5, 2))
+    x = table(size=(5, 3))
 
     def joint(rho):
-        return np.exp(log_density(x, np.zeros(2), np.array([[1, rho], [rho, 1]])).sum()) / 1.8
+        covariance = np.array([[1, rho, 0], [rho, 1, 0], [0, 0, 1]])
+        return np.exp(log_density(x, np.zeros(3), covariance).sum()) / 1.8
 
-    fitted = BayesMPT(pair).fit(x)
+    fitted = BayesMPT(triple).fit(x)
     truth = np.log(quad(joint, -0.9, 0.9, epsabs=0, epsrel=1e-10)[0])
     assert fitted.log_marginal_likelihood_ == pytest.approx(truth, abs=1e-6)
     assert "believed:        not checked: factor 'density'" in fitted.explain()
-    ranked = compare({"a": fitted, "b": BayesMPT(pair).fit(x)}, x)
+    ranked = compare({"a": fitted, "b": BayesMPT(triple).fit(x)}, x)
     assert all("not checked: factor 'density'" in said for said in ranked["diag"])
 
 

@@ -646,6 +646,7 @@ def test_what_is_observed_beside_x_is_not_predicted_ahead():
         model.predict(x)
 
 
+@pytest.mark.usefixtures("own_store")
 def test_the_order_of_rows_as_one_vector():
     program = look(table_at_once, (torch.as_tensor(TABLE[:2]),)).program
     assert program.order.tokens == (0, 1, 2, 3, 4)

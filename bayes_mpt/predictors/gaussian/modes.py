@@ -2,15 +2,16 @@
 
 Where K latents are fewer than there are, or noises go to zero, the profile (`newton`) has several maxima, which differ
 in which directions of the tokens have a latent; they may lie hundreds of nats apart, and one climb ends in a wrong one
-in one of nine tables. So
+in one of nine tables. So the posterior under a prior that keeps noises from zero is climbed first, whose maxima are
+fewer, and of which the likelihood's is a few steps away:
 
-1. two climbs, from starts that have little in common, the second given up where it comes to the end of the first or is
-   behind it after some steps. They climb the posterior under a prior that keeps noises from zero, whose maxima are
-   fewer, and of which the likelihood's is a few steps away. One is enough where every column has noise and no
-   direction is left that another latent would take;
+1. two climbs, from starts that have little in common, the second given up where it comes to the end of the first or
+   below it. One is enough where every column has noise and no direction is left that another latent would take;
 2. where these end apart, or a noise is all but zero and the spectrum has no clear gap at K, an exchange: from the
    maximum of one latent more one is left out, or to the maximum of one latent less the next direction is added, as in
    the selection of variables.
+
+The prior is that of the evidences (`bayes_mpt.evidence.laplace`), so that what a fit has found is where these begin.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from scipy.linalg.lapack import dpotrf, dpotri
 
 from bayes_mpt.predictors.gaussian.factors import Factors, Prior
-from bayes_mpt.predictors.gaussian.newton import Profile, newton
+from bayes_mpt.predictors.gaussian.newton import Climb, Profile
 
 __all__ = ["highest"]
 
@@ -30,18 +31,24 @@ Array = NDArray[np.float64]
 
 FAINT = 0.1  # of a column's variance: a noise below it may belong to a lower maximum
 LEAST = 1e-3  # of a column's variance: noise to start from
-LEAST_NEAR = 0.02  # as above, of the start near a given maximum
 LEFT_OUT = 2.0  # lambda_K+1 below which no latent is missing
 CLEAR = 10.0  # (lambda_K - 1) / (lambda_K+1 - 1) from which on the spectrum has a gap at K
 ZERO = 5e-3  # of a column's variance: noises that are zero leave a gap that says nothing
-SOFT_SHAPE, SOFT_ROWS = 2.0, 1000  # psi_i ~ Gamma(2, 2), as if the table had so many rows
+SOFT_SHAPE = 2.0  # psi_i ~ Gamma(2, 2 / variance)
 N_MORE, N_LESS = 2, 1  # latents left out, of those that lose least
 ROUGH = 1e-6  # tolerance of a climb on the way
+PASSED = 1e-4  # the same, where only the next start is wanted
 GAIN = 1e-9  # relative, by which a maximum is higher
 
 
 def highest(
-    corr: Array, n_latents: int, prior: Prior | None, max_iter: int, tol: float, near: Array | None = None
+    corr: Array,
+    n_latents: int,
+    prior: Prior | None,
+    n_rows: int,
+    max_iter: int,
+    tol: float,
+    found: dict[tuple[int, int], Array],
 ) -> Factors:
     """The highest maximum that is found over the noise variances.
 
@@ -53,11 +60,13 @@ def highest(
         K.
     prior : Prior, optional
         Maximise the posterior of log psi instead.
+    n_rows : int
+        N, against whose likelihood the prior stands under which the first climbs go.
     max_iter, tol
-        Of each climb, as in `bayes_mpt.predictors.gaussian.newton.newton`.
-    near : array of shape (T,), optional
-        log psi where the likelihood of the same rows is highest: then that of the posterior is sought from there, and
-        by more than one climb only where a noise is all but zero.
+        Of each climb, as in `bayes_mpt.predictors.gaussian.newton.Climb`.
+    found : dict of arrays of shape (T,)
+        By K and N, log psi of maxima of the posterior of these rows that were found before: they are where climbs
+        would end, and shorten them. What is found is put there.
 
     Examples
     --------
@@ -66,78 +75,49 @@ def highest(
     >>> corr = np.eye(5)
     >>> corr[:3, :3] += 0.6 * (1 - np.eye(3))
     >>> corr[3, 4] = corr[4, 3] = 0.99
-    >>> found = highest(corr, 1, None, 100, 1e-10)
+    >>> found = highest(corr, 1, None, 1000, 100, 1e-10, {})
     >>> np.abs(found.loading[:, 0]).argmax() > 2
     np.True_
     """
-    climbs = _Climbs(corr, prior, max_iter, tol)
-    if near is None:
-        top, doubtful = _of_two(climbs, n_latents)
+    soft = Prior(SOFT_SHAPE, np.full(len(corr), SOFT_SHAPE), n_rows)
+    if prior is None or _is(prior, soft):
+        way, key = Climb(corr, soft, max_iter, ROUGH), (n_latents, n_rows)
+        start = way.at(n_latents, found[key]) if key in found else _softened(way, n_latents)
+        found[key] = start.log_noise
+        prior = None if prior is None else soft
     else:
-        top, doubtful = _of_near(climbs, n_latents, near)
-    if doubtful:
-        top = _exchanged(climbs, top)
-    return top.factors(climbs.n_iter)
+        way = Climb(corr, prior, max_iter, ROUGH)
+        start = _softened(way, n_latents)
+    last = Climb(corr, prior, max_iter, tol)
+    return last.top(start).factors(way.n_iter + last.n_iter)
 
 
-class _Climbs:
-    """Climbs on one covariance, which count their steps."""
-
-    def __init__(self, corr: Array, prior: Prior | None, max_iter: int, tol: float):
-        self.corr, self.prior, self.max_iter, self.tol = corr, prior, max_iter, tol
-        self.n_iter = 0
-
-    def to(
-        self, n_latents: int, log_noise: Array, known: Profile | None = None, tol: float | None = None
-    ) -> Profile:
-        tol = self.tol if tol is None else tol
-        top, n_iter = newton(self.corr, n_latents, log_noise, self.prior, self.max_iter, tol, known)
-        self.n_iter += n_iter
-        return top
-
-    def least_first(self, n_latents: int, starts: Array) -> Array:
-        """Starts (B, T), log psi, those at which the loss is least first."""
-        root = np.exp(-0.5 * starts)
-        value = np.linalg.eigvalsh(self.corr * root[:, :, None] * root[:, None, :])[:, ::-1]
-        theta = np.maximum(value[:, :n_latents], 1.0)
-        loss = starts.sum(1) + (np.log(theta) + value[:, :n_latents] / theta).sum(1)
-        loss += value[:, n_latents:].sum(1)
-        loss /= 2
-        if self.prior is not None:
-            share = self.prior.shape * starts - self.prior.rate * np.exp(starts)
-            loss -= share.sum(1) / self.prior.n_rows
-        return starts[np.argsort(loss)]
+def _is(prior: Prior, soft: Prior) -> bool:
+    """Whether two priors are the same but for rounding."""
+    same = prior.shape == soft.shape and prior.n_rows == soft.n_rows
+    return same and bool(np.allclose(prior.rate, soft.rate, rtol=1e-12, atol=0.0))
 
 
-def _of_two(climbs: _Climbs, n_latents: int) -> tuple[Profile, bool]:
-    """The higher end of two climbs, and whether there may be a higher one."""
-    corr, soft = climbs.corr, climbs
-    if climbs.prior is None:
-        prior = Prior(SOFT_SHAPE, np.full(len(corr), SOFT_SHAPE), SOFT_ROWS)
-        soft = _Climbs(corr, prior, climbs.max_iter, ROUGH)
-    first = second = soft.to(n_latents, _by_regression(corr))
-    if not (_is_plain(first.log_noise) and (first.value[n_latents:] < LEFT_OUT).all()):
-        second = soft.to(n_latents, _by_components(corr, n_latents), first)
+def _softened(way: Climb, n_latents: int) -> Profile:
+    """The highest maximum that is found of the posterior."""
+    first = second = way.top(_moved(way, way.at(n_latents, _by_regression(way.corr))))
+    if not (_is_plain(first) and (first.value[n_latents:] < LEFT_OUT).all()):
+        second = way.top(_moved(way, way.at(n_latents, _by_components(way.corr, n_latents))), first)
     top = min(first, second, key=lambda p: p.loss)
-    faint = not _is_plain(top.log_noise)
-    if soft is not climbs:
-        top = climbs.to(n_latents, top.log_noise)
-        climbs.n_iter += soft.n_iter
-    return top, second is not first or (faint and not _is_clear(top))
+    if second is not first or not (_is_plain(top) or _is_clear(top)):
+        return _exchanged(way, top)
+    return top
 
 
-def _of_near(climbs: _Climbs, n_latents: int, near: Array) -> tuple[Profile, bool]:
-    """The maximum near another one, and whether there may be a higher one."""
-    top = climbs.to(n_latents, np.maximum(near, math.log(LEAST_NEAR)))
-    if _is_plain(near) and _is_plain(top.log_noise):
-        return top, False
-    other = climbs.to(n_latents, _by_regression(climbs.corr), top)
-    return (other, True) if _higher(other, top) else (top, False)
+def _moved(way: Climb, start: Profile) -> Profile:
+    """A step of EM further, which is never down: far from a maximum, where nothing is convex, it goes furthest."""
+    new = way.at(start.n_latents, start.left())
+    return new if new.loss < start.loss else start
 
 
-def _is_plain(log_noise: Array) -> bool:
+def _is_plain(top: Profile) -> bool:
     """Whether every column has a noise worth the name."""
-    return bool(log_noise.min() > math.log(FAINT))
+    return bool(top.log_noise.min() > math.log(FAINT))
 
 
 def _is_clear(top: Profile) -> bool:
@@ -148,39 +128,64 @@ def _is_clear(top: Profile) -> bool:
     return bool(top.value[k - 1] - 1 > CLEAR * max(top.value[k] - 1, 0.0))
 
 
-def _exchanged(climbs: _Climbs, top: Profile) -> Profile:
+def _exchanged(way: Climb, top: Profile) -> Profile:
     """A higher maximum that is reached by one latent more and one less, or the other way round; else this one."""
-    higher = _more_and_less(climbs, top)
-    return _less_and_more(climbs, top) if higher is top else higher
+    higher = _more_and_less(way, top)
+    return _less_and_more(way, top) if higher is top else higher
 
 
-def _more_and_less(climbs: _Climbs, top: Profile) -> Profile:
+def _more_and_less(way: Climb, top: Profile) -> Profile:
     k = top.n_latents
-    if k + 1 >= len(climbs.corr):
+    if k + 1 >= len(way.corr):
         return top
-    more = climbs.to(k + 1, _rest(top.communality(k + 1).sum(1)), tol=ROUGH)
-    for start in climbs.least_first(k, _without_each(more, k + 1))[:N_MORE]:
-        found = climbs.to(k, start, top)
+    more = _passed(way, k + 1, _rest(top.communality(k + 1).sum(1)))
+    for start in _without_one(way, more, k + 1)[:N_MORE]:
+        found = way.top(way.at(k, start), top)
         if _higher(found, top):
             return found
     return top
 
 
-def _less_and_more(climbs: _Climbs, top: Profile) -> Profile:
+def _less_and_more(way: Climb, top: Profile) -> Profile:
     k = top.n_latents
     if k < 2:
         return top
-    for start in climbs.least_first(k - 1, _without_each(top, k))[:N_LESS]:
-        less = climbs.to(k - 1, start, tol=ROUGH)
-        found = climbs.to(k, _rest(less.communality(k).sum(1)), top)
+    for start in _without_one(way, top, k)[:N_LESS]:
+        less = _passed(way, k - 1, start)
+        found = way.top(way.at(k, _rest(less.communality(k).sum(1))), top)
         top = found if _higher(found, top) else top
     return top
 
 
-def _without_each(top: Profile, n: int) -> Array:
-    """log psi (n, T) where one of n latents is left out, whose share goes to the noise."""
-    share = top.communality(n)
-    return _rest(share.sum(1)[:, None] - share).T
+def _passed(way: Climb, n_latents: int, log_noise: Array) -> Profile:
+    """A maximum on the way, of which another start is made."""
+    climb = Climb(way.corr, way.prior, way.max_iter, PASSED)
+    top = climb.top(climb.at(n_latents, log_noise))
+    way.n_iter += climb.n_iter
+    return top
+
+
+def _without_one(way: Climb, top: Profile, n: int) -> Array:
+    """log psi (n, T) where one of n latents is left out, whose share goes to the noise: those that lose least first.
+
+    With D the noise and W the latents that are left, A = D^-1 W and M = I + W' A, the loss is
+
+        1/2 [log det D + log det M + sum_i 1 / D_i - tr(M^-1 A' S A)] + const
+    """
+    share = top.communality(n)  # (T, n), the squares of the loadings
+    loading = np.sqrt(share) * np.sign(top.vectors[:, :n])
+    noise = np.exp(top.log_noise) + share.T  # (n, T)
+    each = np.arange(n)
+    kept = np.repeat(loading[None], n, 0)
+    kept[each, :, each] = 0.0
+    a = kept / noise[:, :, None]
+    inner = np.eye(n) + kept.transpose(0, 2, 1) @ a
+    seen = a.transpose(0, 2, 1) @ (way.corr @ a)
+    pulled = np.trace(np.linalg.solve(inner, seen), axis1=1, axis2=2)
+    loss = (np.log(noise).sum(1) + np.linalg.slogdet(inner)[1] + (1 / noise).sum(1) - pulled) / 2
+    if way.prior is not None:
+        loss -= (way.prior.shape * np.log(noise) - way.prior.rate * noise).sum(1) / way.prior.n_rows
+    return _rest(share.sum(1)[:, None] - share).T[np.argsort(loss)]
 
 
 def _higher(new: Profile, old: Profile) -> bool:

@@ -7,14 +7,15 @@ follow from one eigendecomposition of psi^-1/2 S psi^-1/2.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg.lapack import dpotrf, dpotrs
+from scipy.linalg.lapack import dpotrf, dpotrs, dsyevd
 
-from bayes_mpt.predictors.gaussian.factors import BOUNDS, LOG_2PI, Factors, Prior
+from bayes_mpt.predictors.gaussian.factors import BOUNDS, FLOOR, LOG_2PI, Factors, Prior, least_noise
 
-__all__ = ["Profile", "newton"]
+__all__ = ["Climb", "Profile"]
 
 Array = NDArray[np.float64]
 
@@ -24,6 +25,9 @@ ROUNDING = float(np.finfo(np.float64).eps)
 SAME = 0.2  # of log psi, where psi is above LEAST_TOLD: two climbs that are as near end at one maximum
 LEAST_TOLD = 1e-3
 LAST = 1e-2  # times the root of the tolerance, relative: a step that gains less is the last, if it keeps its promise
+DAMPING = 1e-2  # of the first step; up to it a step is one of Newton's, which tells where a climb ends
+BEHIND = 5.0  # times what a step is to gain: what a climb that ends above a known maximum may lack
+AGREED = 0.15  # of what a climb lacks: what a step is to gain less or more, if it leads to a known maximum
 GIVE_UP = 12  # steps after which a climb that is still below a known maximum ends
 
 
@@ -50,7 +54,10 @@ class Profile:
 
     def __init__(self, corr: Array, n_latents: int, log_noise: Array, prior: Prior | None = None):
         root = np.exp(-0.5 * log_noise)
-        value, vectors = np.linalg.eigh(corr * root * root[:, None])  # the smallest first
+        # numpy's has the same routine, and checks that cost as much as a decomposition of few tokens
+        value, vectors, failed = dsyevd((corr * root * root[:, None]).T, lower=1, overwrite_a=1)
+        if failed:
+            raise np.linalg.LinAlgError("the eigenvalues of the tokens' covariance did not converge")
         self.log_noise, self.prior, self.n_latents = log_noise, prior, n_latents
         self.value, self.vectors = value[::-1], vectors[:, ::-1]  # lambda (T,), the largest first, u (T, T)
         # theta_k = lambda_k for the latents that are used, 1 for all other directions
@@ -58,15 +65,26 @@ class Profile:
         n_rest = len(corr) - n_used
         self.rest, self.used = value[:n_rest], value[n_rest:]  # lambda_m, lambda_k
         self.v, self.u = vectors[:, :n_rest], vectors[:, n_rest:]
-        self.lml = -0.5 * (
+        self.lml = -0.5 * float(
             len(corr) * LOG_2PI + log_noise.sum() + np.log(self.used).sum() + n_used + self.rest.sum()
         )
-        self.loss = -self.lml
+        self.loss = self._loss()
         """Minus the LML a row, less a row's share of the log prior."""
-        if prior is not None:
-            # log p(log psi) = a log psi - b psi + const
-            share = prior.shape * log_noise - prior.rate * np.exp(log_noise)
-            self.loss -= float(share.sum()) / prior.n_rows
+
+    def _loss(self) -> float:
+        if self.prior is None:
+            return -self.lml
+        # log p(log psi) = a log psi - b psi + const
+        share = self.prior.shape * self.log_noise - self.prior.rate * np.exp(self.log_noise)
+        return -self.lml - float(share.sum()) / self.prior.n_rows
+
+    def under(self, prior: Prior | None) -> Self:
+        """The same place under another prior, for which nothing need be decomposed."""
+        new = object.__new__(type(self))
+        vars(new).update(vars(self))
+        new.prior = prior
+        new.loss = new._loss()
+        return new
 
     def slope(self) -> Array:
         """(T,) d LML / d log psi_i = -1/2 sum_m (1 - lambda_m) v_im^2, m over the unused directions."""
@@ -92,23 +110,23 @@ class Profile:
         psi = np.exp(self.log_noise)[:, None]
         return psi * self.vectors[:, :n] ** 2 * np.maximum(self.value[:n] - 1, 0.0)
 
+    def left(self) -> Array:
+        """(T,) log psi to which a step of EM goes: what the loadings leave of each token's variance is its noise."""
+        left = np.maximum(1 - self.communality(self.n_latents).sum(1), FLOOR)
+        if self.prior is not None:
+            n = self.prior.n_rows
+            left = least_noise(0.5 - self.prior.shape / n, self.prior.rate / n, left)
+        return np.clip(np.log(np.maximum(left, FLOOR)), *BOUNDS)
+
     def factors(self, n_iter: int) -> Factors:
         """The maximum, if this is one."""
         k = self.n_latents
         theta = np.maximum(self.value[:k], 1.0)
-        return Factors(float(self.lml), np.exp(self.log_noise), theta, self.vectors[:, :k], n_iter)
+        return Factors(self.lml, np.exp(self.log_noise), theta, self.vectors[:, :k], n_iter)
 
 
-def newton(
-    corr: Array,
-    n_latents: int,
-    log_noise: Array,
-    prior: Prior | None,
-    max_iter: int,
-    tol: float,
-    known: Profile | None = None,
-) -> tuple[Profile, int]:
-    """Maximise the profile within bounds by Newton steps, damped as by Levenberg and Marquardt.
+class Climb:
+    """Climbs of the profile within bounds by Newton steps, damped as by Levenberg and Marquardt.
 
     Steps are taken in psi^1/2, where a maximum at zero variance (Heywood) is one step away and not infinitely far;
     with a prior, which keeps away from zero, in log psi.
@@ -117,46 +135,90 @@ def newton(
     ----------
     corr : array of shape (T, T)
         S, of columns of unit variance.
-    n_latents : int
-        K.
-    log_noise : array of shape (T,)
-        log psi to start from.
     prior : Prior, optional
         Maximise the posterior of log psi instead.
     max_iter : int
+        Of each climb.
     tol : float
         Relative change of the objective at which it stops.
-    known : Profile, optional
-        A maximum: a climb that comes close to it ends there.
 
     Examples
     --------
     >>> corr = np.full((4, 4), 0.5) + 0.5 * np.eye(4)
-    >>> top, _ = newton(corr, 1, np.zeros(4), None, 100, 1e-12)
-    >>> np.exp(top.log_noise).round(6)
+    >>> climb = Climb(corr, None, 100, 1e-12)
+    >>> np.exp(climb.top(climb.at(1, np.zeros(4))).log_noise).round(6)
     array([0.5, 0.5, 0.5, 0.5])
     """
-    top, n_iter = _climb(corr, n_latents, log_noise, prior, max_iter, tol, known)
-    if prior is None and top is not known:
-        top = _at_bounds(corr, top, tol)
-    return top, n_iter
+
+    def __init__(self, corr: Array, prior: Prior | None, max_iter: int, tol: float):
+        self.corr, self.prior, self.max_iter, self.tol = corr, prior, max_iter, tol
+        self.n_iter = 0
+        """Steps of all climbs."""
+
+    def at(self, n_latents: int, log_noise: Array) -> Profile:
+        """A place to start from."""
+        return Profile(self.corr, n_latents, log_noise, self.prior)
+
+    def top(self, start: Profile, known: Profile | None = None) -> Profile:
+        """The maximum above a place.
+
+        ``known``: another maximum, which is given back where the climb comes to it, or to a lower one: as Newton's
+        steps tell, before it is there.
+        """
+        here = self._climb(start.under(self.prior), known)
+        return _at_bounds(self.corr, here, self.tol) if self.prior is None and here is not known else here
+
+    def _climb(self, here: Profile, known: Profile | None) -> Profile:
+        damping, tol = DAMPING, self.tol
+        for step in range(1, self.max_iter + 1):
+            self.n_iter += 1
+            if known is not None and (_same(here, known) or (step > GIVE_UP and here.loss > known.loss)):
+                return known
+            local, loss = _Local.at(here), here.loss
+            if local is None:
+                return here
+            while True:
+                move = local.step(damping)
+                if move is None:
+                    damping = max(4 * damping, 1e-3)
+                    continue
+                trial, expected = move
+                if expected < 1e-3 * tol * (1 + abs(loss)):  # nothing left that could be told from rounding
+                    return here
+                if known is not None and damping <= DAMPING and _leads_to(known, here, trial, expected):
+                    return known
+                there = self.at(here.n_latents, trial)
+                gain = loss - there.loss
+                if gain > 1e-4 * expected:
+                    break
+                damping *= 8
+            if gain > 0.75 * expected:
+                damping /= 10
+            elif gain < 0.25 * expected:
+                damping *= 4
+            here = there
+            # where a step gains what was expected, the next is to gain about its square
+            done = expected < LAST * math.sqrt(tol) * (1 + abs(loss)) and abs(gain / expected - 1) < 0.1
+            if gain < tol * (1 + abs(loss)) or (done and damping < 1e-3):
+                return here
+        return here
 
 
-def _climb(
-    corr: Array,
-    n_latents: int,
-    log_noise: Array,
-    prior: Prior | None,
-    max_iter: int,
-    tol: float,
-    known: Profile | None,
-) -> tuple[Profile, int]:
-    (low, high), damping = BOUNDS, 1e-2
-    here = Profile(corr, n_latents, log_noise, prior)
-    for iteration in range(1, max_iter + 1):
-        if known is not None and (_same(here, known) or (iteration > GIVE_UP and here.loss > known.loss)):
-            return known, iteration
-        log_noise, loss = here.log_noise, here.loss
+class _Local(NamedTuple):
+    """The objective around a place up to second order, in log psi or, without a prior, in 2 psi^1/2 relative."""
+
+    here: Profile
+    slope: Array
+    """(F,) of the loss, of what is free to move."""
+    curvature: Array
+    """(F, F)"""
+    free: NDArray[np.bool_]
+    """(T,)"""
+
+    @classmethod
+    def at(cls, here: Profile) -> _Local | None:
+        """None where nothing is free to move, or all is flat."""
+        (low, high), log_noise, prior = BOUNDS, here.log_noise, here.prior
         slope, curvature = -here.slope(), here.curvature()
         if prior is not None:
             ratio = prior.rate * np.exp(log_noise)
@@ -165,52 +227,48 @@ def _climb(
         else:  # d = 2 (change of psi^1/2) / psi^1/2 has the slope of log psi and half of it less curvature
             curvature.flat[:: len(slope) + 1] -= slope / 2
         free = ~((log_noise <= low) & (slope > 0) | (log_noise >= high) & (slope < 0))
-        if not free.any() or np.abs(slope[free]).max() < 1e-8:
-            return here, iteration
         if not free.all():
             curvature, slope = curvature[np.ix_(free, free)], slope[free]
-        unit = np.maximum(np.abs(curvature.diagonal()), 1e-8)
-        while True:
-            damped = curvature.copy()
-            damped.flat[:: len(unit) + 1] += damping * unit
-            factor, not_positive = dpotrf(damped, lower=1)
-            step = np.zeros_like(log_noise)
-            if not not_positive:
-                step[free] = -dpotrs(factor, slope, lower=1)[0]
-            if not_positive or np.abs(step).max() > LONGEST_STEP:
-                damping = max(4 * damping, 1e-3)
-                continue
-            moved = step if prior is not None else 2 * np.log(np.maximum(1 + step / 2, 1e-6))
-            trial = np.minimum(np.maximum(log_noise + moved, low), high)
-            change = (trial - log_noise)[free]
-            if prior is None:
-                change = 2 * np.expm1(change / 2)
-            expected = -float(slope @ change + change @ curvature @ change / 2)
-            if expected < 1e-3 * tol * (1 + abs(loss)):  # nothing left that could be told from rounding
-                return here, iteration
-            there = Profile(corr, n_latents, trial, prior)
-            gain = loss - there.loss
-            if gain > 1e-4 * expected:
-                break
-            damping *= 8
-        if gain > 0.75 * expected:
-            damping /= 10
-        elif gain < 0.25 * expected:
-            damping *= 4
-        here = there
-        # where a step gains what was expected, the next is to gain about its square
-        done = expected < LAST * math.sqrt(tol) * (1 + abs(loss)) and abs(gain / expected - 1) < 0.1
-        if gain < tol * (1 + abs(loss)) or (done and damping < 1e-3):
-            return here, iteration
-    return here, max_iter
+        if not len(slope) or np.abs(slope).max() < 1e-8:
+            return None
+        return cls(here, slope, curvature, free)
+
+    def step(self, damping: float) -> tuple[Array, float] | None:
+        """Where a damped step goes (T,), and what it is to gain; None where it would be too long, or lead down."""
+        damped = self.curvature.copy()
+        damped.flat[:: len(damped) + 1] += damping * np.maximum(np.abs(self.curvature.diagonal()), 1e-8)
+        factor, not_positive = dpotrf(damped, lower=1)
+        if not_positive:
+            return None
+        log_noise, prior = self.here.log_noise, self.here.prior
+        step = np.zeros_like(log_noise)
+        step[self.free] = -dpotrs(factor, self.slope, lower=1)[0]
+        if np.abs(step).max() > LONGEST_STEP:
+            return None
+        moved = step if prior is not None else 2 * np.log(np.maximum(1 + step / 2, 1e-6))
+        trial = np.minimum(np.maximum(log_noise + moved, BOUNDS[0]), BOUNDS[1])
+        change = (trial - log_noise)[self.free]
+        if prior is None:
+            change = 2 * np.expm1(change / 2)
+        return trial, -float(self.slope @ change + change @ self.curvature @ change / 2)
 
 
 def _same(here: Profile, known: Profile) -> bool:
     """Whether a climb has come to where a known maximum is."""
-    if here.loss > known.loss + SAME:
-        return False
+    return here.loss <= known.loss + SAME and _near(here.log_noise, known.log_noise)
+
+
+def _leads_to(known: Profile, here: Profile, trial: Array, expected: float) -> bool:
+    """Whether a climb goes to a known maximum, or to one that is lower, as a step to ``trial`` tells."""
+    lacks = here.loss - known.loss
+    return lacks > BEHIND * expected or (
+        abs(lacks - expected) <= AGREED * lacks and _near(trial, known.log_noise)
+    )
+
+
+def _near(log_noise: Array, other: Array) -> bool:
     low = math.log(LEAST_TOLD)
-    return bool(np.abs(np.maximum(here.log_noise, low) - np.maximum(known.log_noise, low)).max() < SAME)
+    return bool(np.abs(np.maximum(log_noise, low) - np.maximum(other, low)).max() < SAME)
 
 
 def _at_bounds(corr: Array, top: Profile, tol: float) -> Profile:

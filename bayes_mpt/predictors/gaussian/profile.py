@@ -29,7 +29,7 @@ from bayes_mpt.predictors.gaussian.factors import (
     least_noise,
 )
 from bayes_mpt.predictors.gaussian.modes import highest
-from bayes_mpt.predictors.gaussian.newton import newton
+from bayes_mpt.predictors.gaussian.newton import Climb
 from bayes_mpt.program.statistics import Covariance
 
 __all__ = [
@@ -49,6 +49,7 @@ ROUNDING = float(np.finfo(np.float64).eps)
 MIN_EIGENVALUE_RATIO = (
     1e-9  # of the largest eigenvalue of a squared matrix: smaller ones have lost too many digits
 )
+USUAL_ROWS = 1000  # N of rows of which only the covariance is known
 MAX_DENSE = 200  # tokens up to which Newton's method on their covariance costs less than steps by rows
 
 
@@ -161,8 +162,8 @@ def diagonal(
     cov: Covariance,
     n_latents: int,
     *,
+    n_rows: int = USUAL_ROWS,
     start: Array | None = None,
-    near: Array | None = None,
     prior: Prior | None = None,
     max_iter: int = 1000,
     tol: float = 1e-10,
@@ -178,8 +179,11 @@ def diagonal(
         Of the rows, divided by N.
     n_latents : int
         K.
+    n_rows : int, default=1000
+        N: how many rows' likelihood stands against the prior under which the first climbs go
+        (`bayes_mpt.predictors.gaussian.modes`).
     start : array of shape (T,), optional
-        Noise variances to start from; 1 / diag(cov^-1) by default, what the other tokens leave unexplained.
+        Noise variances to climb from, once; by default the highest maximum is looked for.
     prior : Prior, optional
         Maximise the posterior of log psi instead.
     max_iter : int, default=1000
@@ -209,11 +213,12 @@ def diagonal(
     else:
         corr = cov.dense() / sd / sd[:, None]
         if given is None:
-            close = None if near is None else np.clip(np.log(near / sd**2), *BOUNDS)
-            factors = highest(corr, n_latents, scaled, max_iter, tol, close)
+            n_rows = n_rows if scaled is None else scaled.n_rows
+            found = {} if cov.maxima is None else cov.maxima
+            factors = highest(corr, n_latents, scaled, n_rows, max_iter, tol, found)
         else:
-            top, n_iter = newton(corr, n_latents, given, scaled, max_iter, tol)
-            factors = top.factors(n_iter)
+            climb = Climb(corr, scaled, max_iter, tol)
+            factors = climb.top(climb.at(n_latents, given)).factors(climb.n_iter)
     floor = np.flatnonzero(np.log(factors.noise) <= BOUNDS[0] + 1e-3)
     if prior is None and refuse and len(floor):
         if np.linalg.eigvalsh(cov.among(floor) / sd[floor] / sd[floor, None])[0] < 1e-7:

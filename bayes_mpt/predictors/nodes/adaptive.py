@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from pyro.poutine.trace_struct import Trace
@@ -36,7 +36,7 @@ from bayes_mpt.predictors.nodes.row_nodes import RowNodes
 from bayes_mpt.predictors.nodes.rules import MAX_HERMITE, degrees_of, hermite, log_t
 from bayes_mpt.predictors.nodes.weighted import FixedSites, program_values
 from bayes_mpt.program.affine import read_side_by_side
-from bayes_mpt.program.arguments import fill_all
+from bayes_mpt.program.arguments import Args
 from bayes_mpt.program.batched import Batched, found_out
 from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.factor_runs import read_factors
@@ -73,7 +73,7 @@ class AdaptiveNodes:
     ----------
     model : callable
         A Pyro program.
-    args : tuple
+    args : Args
         What it is called with.
     program : Program
         What `analyze` found.
@@ -90,17 +90,16 @@ class AdaptiveNodes:
         How latents of each row, or of each group, are integrated given nodes of those of the data set.
     """
 
-    def __init__(self, model: Model, args: tuple[Any, ...], program: Program, held: _Held | None = None):
-        filled = fill_all(args)
+    def __init__(self, model: Model, args: Args, program: Program, held: _Held | None = None):
         self._held = held or _Held((), {})
         first = node_values(self._held.draws, 0)
         with own_random_state():
-            trace = run(model, filled, first)
+            trace = run(model, args.filled, first)
         self._last: tuple[torch.Size, Tensor] | None = None
         self.nearby = Nearby()
         self.model, self.program = model, program
         names, self._template = non_conjugate(model, args, program, first)
-        self.rows = self._nested(args, filled, trace, names)
+        self.rows = self._nested(args, trace, names)
         if self.rows is not None:
             own = self.rows.own
             names, self._template = tuple(n for n in program.continuous if n not in own), None
@@ -109,13 +108,13 @@ class AdaptiveNodes:
         self.space: Space = space(self.program, trace, names)
         inside = program.continuous if self.rows is None else ()
         self.gaussian = tuple(n for n in inside if n not in names)
-        check_values(model, filled, self.program)
+        check_values(model, args.filled, self.program)
         if self.rows is not None:
             self.batched = self.rows.batched
-            self._prior = self.rows.prior_left(model, tuple(p.latent for p in self.space.parts), filled)
+            self._prior = self.rows.prior_left(model, tuple(p.latent for p in self.space.parts), args.filled)
         else:
             self.batched = Batched.LOOP
-            self.batched = self._found_out(args, filled)
+            self.batched = self._found_out(args)
 
     @property
     def sure(self) -> float:
@@ -140,9 +139,7 @@ class AdaptiveNodes:
             return self.rows.n_evaluations
         return 1 if self._template is None else self._template.structure.n_latents + 4
 
-    def at(
-        self, args: tuple[Any, ...], filled: tuple[Any, ...], u: Tensor, held: dict[str, Tensor] | None = None
-    ) -> tuple[Given, Tensor, float]:
+    def at(self, args: Args, u: Tensor, held: dict[str, Tensor] | None = None) -> tuple[Given, Tensor, float]:
         """The inner model at nodes u (S, N, d), the weights' part (S, N) that it leaves out, and the scale.
 
         ``held`` are values (S, ...) of the latents that are no part of the program.
@@ -152,33 +149,33 @@ class AdaptiveNodes:
             values = {name: v[None] for name, v in values.items()}
         values = {**(held or {}), **values, **self.space.log_odds(u)}
         if self.rows is not None:
-            rows, prior = self.given(args, filled, values)
+            rows, prior = self.given(args, values)
             return rows, log_det + prior, 1.0
         if self._template is not None:
-            return self._by_maps(args, filled, values, log_det)
+            return self._by_maps(args, values, log_det)
         if self.batched is Batched.PLATE or len(u) == 1:
             nodes = self._on_plate(values) if len(u) > 1 else node_values(values, 0)
-            factors = read_factors(self.model, filled, self.program, nodes, len(u))
+            factors = read_factors(self.model, args.filled, self.program, nodes, len(u))
             return Factorized(factors), log_det, factors.scale
-        alone = partial(read_factors, self.model, filled, self.program)
+        alone = partial(read_factors, self.model, args.filled, self.program)
         if self.batched is Batched.VMAP:
             factors = alone(values, len(u), self.batched)
             return Factorized(factors), log_det, factors.scale
         parts = [alone(node_values(values, s)) for s in range(len(u))]
         return Factorized(*parts), log_det, parts[0].scale
 
-    def given(
-        self, args: tuple[Any, ...], filled: tuple[Any, ...], values: dict[str, Tensor]
-    ) -> tuple[Given, Tensor]:
+    def given(self, args: Args, values: dict[str, Tensor]) -> tuple[Given, Tensor]:
         """The rows or groups at values (S, ...) of the other latents, and what of log p they leave out (S, 1)."""
         assert self.rows is not None
-        given = self.rows.given(args, filled, values)
-        left = filled[0].new_zeros(1, 1) if self._prior is None else self._prior.log_prob(filled, values)
+        given = self.rows.given(args, values)
+        left = (
+            args.filled[0].new_zeros(1, 1)
+            if self._prior is None
+            else self._prior.log_prob(args.filled, values)
+        )
         return given, left
 
-    def _by_maps(
-        self, args: tuple[Any, ...], filled: tuple[Any, ...], values: dict[str, Tensor], log_det: Tensor
-    ) -> tuple[Given, Tensor, float]:
+    def _by_maps(self, args: Args, values: dict[str, Tensor], log_det: Tensor) -> tuple[Given, Tensor, float]:
         """`at` where the rest is linear-Gaussian."""
         assert self._template is not None
         latents = tuple(p.latent for p in self.space.parts)
@@ -187,16 +184,16 @@ class AdaptiveNodes:
             depth = None if mapped else self.program.depth
             nodes = values if mapped else self._on_plate(values)
             form = self._template.form
-            reading, prior = read_side_by_side(self.model, args, form, nodes, latents, depth)
+            reading, prior = read_side_by_side(self.model, args.given, form, nodes, latents, depth)
             given = AffineBatch(beside=(LinearRows(form.program, reading), len(log_det)))
             return given, log_det + prior, reading.scale
         maps, priors = [], []
         for s in range(len(log_det)):
             node = node_values(values, s)
-            maps.append(self._template.with_model(FixedSites(self.model, node)).read(args))
+            maps.append(self._template.with_model(FixedSites(self.model, node)).read(args.given))
             with own_random_state():  # the others are drawn, and do not matter
-                trace = run(FixedSites(self.model, node, hide=False), filled)
-            priors.append(log_prior_of(trace, latents, filled[0]))
+                trace = run(FixedSites(self.model, node, hide=False), args.filled)
+            priors.append(log_prior_of(trace, latents, args.filled[0]))
         return AffineBatch(maps), log_det + torch.stack(priors), maps[0].scale
 
     def _on_plate(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -211,28 +208,24 @@ class AdaptiveNodes:
 
     # ----------------------------------------------------------------------------------- latents of the data set alone
 
-    def _nested(
-        self, args: tuple[Any, ...], filled: tuple[Any, ...], trace: Trace, names: tuple[str, ...]
-    ) -> RowNodes | GroupNodes | None:
+    def _nested(self, args: Args, trace: Trace, names: tuple[str, ...]) -> RowNodes | GroupNodes | None:
         """What is integrated piece by piece given the other latents: rows, or else groups.
 
         Groups where nothing has a closed form, or where what that leaves over is too much for a rule of nodes.
         """
-        rows = self._rows(args, filled, trace, names)
+        rows = self._rows(args, trace, names)
         if rows is not None or self._held.latents:
             return rows
         width = space(self.program, trace, names).width
         if self._template is not None and width <= MAX_HERMITE:
             return None
-        groups = GroupNodes.of(self.model, filled, self.program)
+        groups = GroupNodes.of(self.model, args.filled, self.program)
         if groups is None or self._template is None:
             return groups
         others = (n for n in self.program.continuous if n not in groups.own)
         return groups if space(self.program, trace, others).width < width else None
 
-    def _rows(
-        self, args: tuple[Any, ...], filled: tuple[Any, ...], trace: Trace, names: tuple[str, ...]
-    ) -> RowNodes | None:
+    def _rows(self, args: Args, trace: Trace, names: tuple[str, ...]) -> RowNodes | None:
         """The rows given the latents of the data set: where nodes would be needed in every row besides."""
         own = rows_given_shared(self.program, trace)
         if own is None or not set(names) & set(own.latent_names):
@@ -240,7 +233,7 @@ class AdaptiveNodes:
         shared = tuple(s for s in self.program.latents if s.name not in own.latent_names)
         if any(s.discrete for s in shared) or not shared or self.program.scale != 1.0:
             return None
-        traces = prior_draws(self.model, filled, 2)
+        traces = prior_draws(self.model, args.filled, 2)
         draws = [{s.name: node_of(t, s.name)["value"].detach() for s in shared} for t in traces]
         held = _Held(shared, {s.name: torch.stack([d[s.name] for d in draws]) for s in shared})
         try:
@@ -249,18 +242,16 @@ class AdaptiveNodes:
             return None
         rows = RowNodes.of(adaptive, {n: node_of(trace, n)["value"].detach() for n in own.latent_names})
         others = {n: node_of(traces[0], n)["value"].detach() for n in own.latent_names}
-        return rows if self._separates(args, filled, rows, others) else None
+        return rows if self._separates(args, rows, others) else None
 
-    def _separates(
-        self, args: tuple[Any, ...], filled: tuple[Any, ...], rows: RowNodes, others: dict[str, Tensor]
-    ) -> bool:
+    def _separates(self, args: Args, rows: RowNodes, others: dict[str, Tensor]) -> bool:
         """Whether each row looks at its own latents only, and the latents of the data set at no row's."""
         at = rows.adaptive
         latents, node = at._held.latents, node_values(at._held.draws, 0)
-        x = program_values(self.model, args, filled, at.program)
+        x = program_values(self.model, args, at.program)
         with torch.no_grad():
             prior = [
-                log_prior_of(run(self.model, filled, {**v, **node}), latents, x)
+                log_prior_of(run(self.model, args.filled, {**v, **node}), latents, x)
                 for v in (rows.values, others)
             ]
             if not bool(torch.equal(prior[0], prior[1])):
@@ -275,7 +266,7 @@ class AdaptiveNodes:
             one = {name: v[:1] for name, v in at._held.draws.items()}
 
             def by_row(u: Tensor) -> Tensor:
-                given, part, _ = at.at(args, filled, u, one)
+                given, part, _ = at.at(args, u, one)
                 return (part + given.log_joint(x, torch.ones_like(x, dtype=torch.bool)))[0]
 
             want = torch.where(half[:, 0], by_row(a), by_row(b))
@@ -284,23 +275,23 @@ class AdaptiveNodes:
     # ------------------------------------------------------------------------------------------------------- checks
 
     @torch.no_grad()
-    def _found_out(self, args: tuple[Any, ...], filled: tuple[Any, ...]) -> Batched:
+    def _found_out(self, args: Args) -> Batched:
         """How the program takes several nodes: whether two give together what they give apart."""
-        n_rows, drawn_rows, rtol = n_rows_of(self.program, filled), dict[str, Tensor](), 1e-6
+        n_rows, drawn_rows, rtol = n_rows_of(self.program, args.filled), dict[str, Tensor](), 1e-6
         if self._template is None:
-            traces = prior_draws(self.model, filled, 2)
+            traces = prior_draws(self.model, args.filled, 2)
             drawn_rows = {name: node["value"] for name, node in traces[0].nodes.items() if is_subsample(node)}
             u = torch.cat([self.space.pack(trace, n_rows) for trace in traces])
             x = u.new_zeros(n_rows, self.program.n_tokens)
         else:
-            start, rtol = self.start(filled), 1e-8
+            start, rtol = self.start(args), 1e-8
             u = torch.stack([start, start + 0.3])
-            x = program_values(self.model, args, filled, self.program)
+            x = program_values(self.model, args, self.program)
         everything = torch.ones_like(x, dtype=torch.bool)
 
         def log_joint(s: slice) -> Tensor:
             held = {name: v[s] for name, v in self._held.draws.items()}
-            given, part, _ = self.at(args, filled, u[s], held)
+            given, part, _ = self.at(args, u[s], held)
             return part + given.log_joint(x, everything)
 
         def same(batched: Batched) -> bool:
@@ -313,13 +304,15 @@ class AdaptiveNodes:
 
     # ---------------------------------------------------------------------------------------------------- the mode
 
-    def start(self, filled: tuple[Any, ...]) -> Tensor:
+    def start(self, args: Args) -> Tensor:
         """(N, d): medians of a few draws from the prior."""
         with torch.no_grad():
-            n_rows = n_rows_of(self.program, filled)
+            n_rows = n_rows_of(self.program, args.filled)
             if not self.space.parts:
-                return filled[0].new_zeros(n_rows, 0)
-            draws = [self.space.pack(t, n_rows)[0] for t in prior_draws(self.model, filled, N_START_DRAWS)]
+                return args.filled[0].new_zeros(n_rows, 0)
+            draws = [
+                self.space.pack(t, n_rows)[0] for t in prior_draws(self.model, args.filled, N_START_DRAWS)
+            ]
         return self.within_reach(torch.stack(draws).median(0).values)
 
     def within_reach(self, u: Tensor) -> Tensor:
@@ -336,7 +329,7 @@ class AdaptiveNodes:
 
     def locate(
         self,
-        args: tuple[Any, ...],
+        args: Args,
         x: Tensor,
         visible: Tensor,
         placing: Placing = ONE_MODE,
@@ -349,13 +342,12 @@ class AdaptiveNodes:
         From ``near``, that of other visible tokens of the same rows; else from where the last search has ended, or
         where rows with several modes begin. With values (S, ...) of the latents that are held, of S N rows.
         """
-        filled = fill_all(args)
         fixed = {name: v.detach() for name, v in (held or {}).items()}
         n_nodes = len(next(iter(fixed.values()))) if fixed else 1
         if not self.space.parts:  # all latents are integrated inside
             n = n_nodes * len(x)
             return Modes.one(LaplaceApproximation(x.new_zeros(n, 0), x.new_zeros(n, 0, 0)))
-        log_prob = self.row_density(args, filled, x, visible, fixed)
+        log_prob = self.row_density(args, x, visible, fixed)
         placing = placing.serves(len(x))
         u = None if near is None or len(near.mode) > 1 else near.mode
         if placing.starts is not None:
@@ -366,7 +358,7 @@ class AdaptiveNodes:
             if fixed:
                 last = self.nearby.start(fixed, (len(x), self.space.width))
             nodes = torch.arange(n_nodes, device=x.device)
-            u = self._stands(lambda u: log_prob(u, nodes), filled, last, n_nodes, bool(fixed))
+            u = self._stands(lambda u: log_prob(u, nodes), args, last, n_nodes, bool(fixed))
         start = u.expand(n_nodes, *u.shape[-2:])
         found = located(log_prob, start, placing, cut, MAX_STEPS, self.sure, root_at_mode=not fixed)
         good = torch.isfinite(found.mode).all(-1).all(-1)  # (J,)
@@ -380,8 +372,7 @@ class AdaptiveNodes:
 
     def row_density(
         self,
-        args: tuple[Any, ...],
-        filled: tuple[Any, ...],
+        args: Args,
         x: Tensor,
         visible: Tensor,
         held: dict[str, Tensor],
@@ -395,7 +386,7 @@ class AdaptiveNodes:
                 (nodes == torch.arange(n_nodes, device=nodes.device)).all()
             )
             some = held if whole else {name: v[nodes] for name, v in held.items()}
-            given, part, _ = self.at(args, filled, u, some)
+            given, part, _ = self.at(args, u, some)
             joint = given.log_joint(x, visible)
             more = 0.0 if power == 1.0 else (power - 1) * (joint - given.log_prior(x))
             return part + joint + more
@@ -405,7 +396,7 @@ class AdaptiveNodes:
     @torch.no_grad()
     def row_starts(
         self,
-        args: tuple[Any, ...],
+        args: Args,
         x: Tensor,
         visible: Tensor,
         held: dict[str, Tensor] | None = None,
@@ -414,19 +405,19 @@ class AdaptiveNodes:
 
         None where every row has one.
         """
-        filled, n_rows = fill_all(args), len(x)
+        filled, n_rows = args.filled, len(x)
         main = self.locate(args, x, visible, held=held)
         traces = prior_draws(self.model, filled, N_START_DRAWS)
         draws = torch.stack([self.within_reach(self.space.pack(t, n_rows)[0]) for t in traces])
-        log_prob = self.row_density(args, filled, x, visible, held or {})
-        sharper = self.row_density(args, filled, x, visible, held or {}, SHARPER)
+        log_prob = self.row_density(args, x, visible, held or {})
+        sharper = self.row_density(args, x, visible, held or {}, SHARPER)
         return several(log_prob, sharper, main, draws.detach(), MAX_STEPS, self.sure)
 
     @torch.no_grad()
     def _stands(
         self,
         log_prob: Callable[[Tensor], Tensor],
-        filled: tuple[Any, ...],
+        args: Args,
         last: Tensor | None,
         n_nodes: int,
         held: bool,
@@ -436,7 +427,7 @@ class AdaptiveNodes:
         A middle drawn of a wide prior may be where every density is 0, or so far from the rows that none has a slope.
         Values that are held may have moved far since the last mode was found: it counts where log p is finite.
         """
-        middle = self.start(filled) if last is None else last
+        middle = self.start(args) if last is None else last
         if not middle.numel() or (last is not None and not held):
             return middle
         best, most = middle.expand(n_nodes, *middle.shape[-2:]), None
@@ -453,37 +444,35 @@ class AdaptiveNodes:
         return best
 
     def refine_gaussian(
-        self, args: tuple[Any, ...], x: Tensor, visible: Tensor, near: LaplaceApproximation, draws: Tensor
+        self, args: Args, x: Tensor, visible: Tensor, near: LaplaceApproximation, draws: Tensor
     ) -> LaplaceApproximation:
         """Newton's step of the mean log-density over draws (S, N, d) of a Gaussian, and the mean curvature there.
 
         Both end at the Gaussian closest to the posterior (Opper & Archambeau 2009), where Laplace's sees a point.
         """
-        filled = fill_all(args)
         offsets = (near.root @ draws[..., None])[..., 0]
 
         def log_prob(u: Tensor, nodes: Tensor) -> Tensor:
-            return self.log_prob(args, filled, x, visible, u[0] + offsets, {}).mean(0, keepdim=True)
+            return self.log_prob(args, x, visible, u[0] + offsets, {}).mean(0, keepdim=True)
 
         found = newton(log_prob, near.mode[None], 1, SURE)
         return LaplaceApproximation(found.mode[0], found.root[0])
 
     @torch.enable_grad()
-    def laplace(self, args: tuple[Any, ...], x: Tensor, visible: Tensor) -> Tensor:
+    def laplace(self, args: Args, x: Tensor, visible: Tensor) -> Tensor:
         """Laplace's approximation of log Z of each row (N,), with its gradient to the program's parameters.
 
         log p(u, x) + log |root| + d/2 log 2 pi,    root root' = (-d^2 log p / du^2)^-1,    at the mode u
         """
-        filled = fill_all(args)
         mode = self.locate(args, x, visible).mode[0].requires_grad_()
-        log_prob = self.log_prob(args, filled, x, visible, mode[None], {})[0]
+        log_prob = self.log_prob(args, x, visible, mode[None], {})[0]
         (slope,) = torch.autograd.grad(log_prob.sum(), mode, create_graph=True)
         root = root_of(curvature(slope, mode))
         # The mode moves with the parameters as Newton's next step does, whose length is zero.
         u = mode.detach() + times_covariance(root, slope)
         # d log |root| = 1/2 sum_s d (r_s' H r_s), H the second derivative, along the columns r_s of the root
         along = u.new_zeros(u.shape[1], len(u), requires_grad=True)  # (d, N)
-        log_prob = self.log_prob(args, filled, x, visible, u + along[..., None] * root.permute(2, 0, 1), {})
+        log_prob = self.log_prob(args, x, visible, u + along[..., None] * root.permute(2, 0, 1), {})
         (first,) = torch.autograd.grad(log_prob.sum(), along, create_graph=True)
         (second,) = torch.autograd.grad(first.sum(), along, create_graph=True)
         bend = 0.5 * second.sum(0)
@@ -492,13 +481,12 @@ class AdaptiveNodes:
 
     def log_prob(
         self,
-        args: tuple[Any, ...],
-        filled: tuple[Any, ...],
+        args: Args,
         x: Tensor,
         visible: Tensor,
         u: Tensor,
         held: dict[str, Tensor] | None = None,
     ) -> Tensor:
         """log p(u, x_R) of nodes u (S, N, d): (S, N)."""
-        given, part, _ = self.at(args, filled, u, held)
+        given, part, _ = self.at(args, u, held)
         return part + given.log_joint(x, visible)

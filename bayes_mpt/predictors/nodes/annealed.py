@@ -18,6 +18,7 @@ from bayes_mpt.predictors.nodes.importance import Importance
 from bayes_mpt.predictors.nodes.tempering import Particles, hmc_move
 from bayes_mpt.predictors.nodes.weighted import Nodes, NodeSource, Read, constrained, objective_of_draws
 from bayes_mpt.predictors.objective import Batch, Objective
+from bayes_mpt.program.arguments import Args
 from bayes_mpt.program.batched import Batched
 from bayes_mpt.program.latents import Space, space
 from bayes_mpt.program.program import Model, ModelError
@@ -133,6 +134,7 @@ class Annealed(NodeSource):
             )
         self.settings, self.start = settings, start
         self.model, self.structure, self.guide = start.model, start.structure, start.guide
+        self.fillings = start.fillings
         self.why = (
             f"{settings.num_particles} draws of {', '.join(start.names)} from guide or prior, annealed to each row's "
             f"posterior in {settings.num_temperatures} steps"
@@ -150,7 +152,7 @@ class Annealed(NodeSource):
     def evidence(self, nodes: Nodes) -> Evidence:
         return evidence_of_draws(nodes)
 
-    def place(self, args: tuple[Any, ...], visible: Tensor | None = None, near: Any = None) -> Read:
+    def place(self, args: Args, visible: Tensor | None = None, near: Any = None) -> Read:
         drawn = self.start.drawn(args, visible)
         path = _Path(self, drawn)
         with torch.no_grad():
@@ -164,7 +166,7 @@ class Annealed(NodeSource):
 
     def bracket(self, args: tuple[Any, ...], latents: dict[str, Tensor]) -> Bracket:
         """Forward from the start, and back from the latents that made these rows (Grosse, Ghahramani & Adams 2015)."""
-        drawn = self.start.drawn(args, None)
+        drawn = self.start.drawn(Args(args, self.fillings), None)
         path = _Path(self, drawn)
         n = self.settings.num_particles
         with torch.no_grad():
@@ -180,7 +182,7 @@ class _Path:
 
     def __init__(self, reader: Annealed, drawn: Drawn):
         self.settings, self.start, self.drawn = reader.settings, reader.start, drawn
-        trace = run(reader.model, drawn.filled)
+        trace = run(reader.model, drawn.args.filled)
         self.space: Space = space(reader.structure, trace, reader.start.names)
         self.n_rows = len(drawn.value)
         self.from_prior: Tensor = torch.zeros(self.n_rows, dtype=torch.bool, device=drawn.value.device)
@@ -253,7 +255,7 @@ class _Path:
             return guide
         draws = []
         for _ in range(n):
-            _, latents = simulate(self.start.model, self.drawn.filled, self.start.structure)
+            _, latents = simulate(self.start.model, self.drawn.args.filled, self.start.structure)
             draws.append(self.space.pack_values({k: v[None] for k, v in latents.items()}, 1, self.n_rows))
         return torch.where(self.from_prior[:, None], torch.cat(draws), guide)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from bayes_mpt.predictors.gaussian.linear import LinearGaussian
 from bayes_mpt.predictors.nodes.weighted import FixedSites
 from bayes_mpt.program.affine import NotAffine
-from bayes_mpt.program.arguments import fill_all
+from bayes_mpt.program.arguments import Args
 from bayes_mpt.program.devices import own_random_state, seed_programs
 from bayes_mpt.program.layout import rows_first
 from bayes_mpt.program.log_odds import latent_density
@@ -52,20 +52,19 @@ def log_prior_of(trace: Trace, latents: tuple[Latent, ...], like: Tensor) -> Ten
 
 
 def non_conjugate(
-    model: Model, args: tuple[Any, ...], program: Program, held: dict[str, Tensor]
+    model: Model, args: Args, program: Program, held: dict[str, Tensor]
 ) -> tuple[tuple[str, ...], LinearGaussian | None]:
     """The continuous latents that a linear-Gaussian map leaves over, with the map; all where there is none."""
     everything = program.continuous
     if program.discrete or {s.kind for s in program.sites} - GAUSSIAN:
         return everything, None
-    filled = fill_all(args)
     with own_random_state(0):
-        trace = run(model, filled)
+        trace = run(model, args.filled)
     drawn = {n: node_of(trace, n)["value"].detach() for n in everything}
 
     def given(names: Iterable[str]) -> LinearGaussian | None:
         with suppress(NotAffine):
-            return LinearGaussian(FixedSites(model, {**held, **{n: drawn[n] for n in names}}), args)
+            return LinearGaussian(FixedSites(model, {**held, **{n: drawn[n] for n in names}}), args.given)
         return None
 
     if held and (template := given(())) is not None:  # of a row: all together
@@ -77,7 +76,7 @@ def non_conjugate(
 
     def stirs(name: str) -> bool:
         """Whether the density of a latent that takes nodes depends on this one."""
-        moved = run(model, filled, {**held, **drawn, name: drawn[name] + 1})
+        moved = run(model, args.filled, {**held, **drawn, name: drawn[name] + 1})
         return any(
             not torch.equal(*(t.nodes[n]["fn"].log_prob(drawn[n]) for t in (trace, moved))) for n in rest
         )

@@ -12,7 +12,7 @@ from bayes_mpt.predictors.gaussian.linear import LinearGaussian, LinearRows
 from bayes_mpt.predictors.nodes.given import AffineBatch, Factorized
 from bayes_mpt.predictors.nodes.weighted import FixedSites, NodeSource, Read, program_values
 from bayes_mpt.program.affine import same_by_label
-from bayes_mpt.program.arguments import N_TRIAL_ROWS, cycle, fill_all
+from bayes_mpt.program.arguments import N_TRIAL_ROWS, Args, cycle, fill_all
 from bayes_mpt.program.densities import log_density
 from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.factor_runs import read_factors
@@ -39,10 +39,9 @@ class _Enumerated(NodeSource):
         names = list_names(program.discrete)
         self.why = f"the values of {names} are summed out" if names else "the program has no latents"
 
-    def place(self, args: tuple[Any, ...], visible: Tensor | None = None, near: Any = None) -> Read:
-        filled = fill_all(args)
-        factors = read_factors(self.model, filled, self.structure)
-        value = program_values(self.model, args, filled, self.structure)
+    def place(self, args: Args, visible: Tensor | None = None, near: Any = None) -> Read:
+        factors = read_factors(self.model, args.filled, self.structure)
+        value = program_values(self.model, args, self.structure)
         zero = value.new_zeros(1, factors.n_rows)
         return Read(
             Factorized(factors), zero, value, factors.scale, value.new_zeros(1, factors.n_rows, 0), ()
@@ -92,20 +91,17 @@ class _Maps(NodeSource):
                     "discrete values the others are not Gaussian. Use Importance() with a guide"
                 )
 
-    def place(self, args: tuple[Any, ...], visible: Tensor | None = None, near: Any = None) -> Read:
-        filled = fill_all(args)
+    def place(self, args: Args, visible: Tensor | None = None, near: Any = None) -> Read:
         if self.shared:
-            together, log_weight = self._read_shared(filled)
-            value = (
-                args[0]
-                if self.structure.scores_input
-                else program_values(self.model, args, filled, self.structure)
-            )
+            together, log_weight = self._read_shared(args.filled)
+            scores_input = self.structure.scores_input
+            value = args.given[0] if scores_input else program_values(self.model, args, self.structure)
             given, scale = AffineBatch(shared=together), together.scale
         else:
-            labels = [torch.full((len(args[0]),), s, device=args[0].device) for s in range(self.n_nodes)]
-            maps = [self.maps.read((*args, label)) for label in labels]
-            log_weight = torch.stack([self._log_prior(filled, label) for label in labels])  # (S, N)
+            x = args.given[0]
+            labels = [torch.full((len(x),), s, device=x.device) for s in range(self.n_nodes)]
+            maps = [self.maps.read((*args.given, label)) for label in labels]
+            log_weight = torch.stack([self._log_prior(args.filled, label) for label in labels])  # (S, N)
             value, given, scale = maps[0].value, AffineBatch(maps), maps[0].scale
         # which value each site has at each node, a block of columns for each site
         blocks = [v.unique(return_inverse=True)[1] for v in self.values.values()]

@@ -34,6 +34,7 @@ from bayes_mpt.predictors.nodes.rules import (
     row_rule,
 )
 from bayes_mpt.predictors.nodes.weighted import MIN_SHARE
+from bayes_mpt.program.arguments import Args
 from bayes_mpt.program.batched import Batched, vmapped
 from bayes_mpt.program.factor_runs import read_factors
 from bayes_mpt.program.factors import Factors
@@ -165,15 +166,9 @@ class GroupNodes:
         """The same with nodes that stand so."""
         return replace(self, placing=placing, _others=[])
 
-    def starts(
-        self,
-        args: tuple[Any, ...],
-        filled: tuple[Any, ...],
-        held: dict[str, Tensor],
-        x: Tensor,
-        visible: Tensor,
-    ) -> Tensor | None:
+    def starts(self, args: Args, held: dict[str, Tensor], x: Tensor, visible: Tensor) -> Tensor | None:
         """Where climbs to several modes of each group begin, at one value (1, ...) of the other latents."""
+        filled = args.filled
         here, seen = self.on(filled), (visible & ~x.isnan())[0]
         main = here.placed(Placing()).locate(filled, held, 1, seen, None)
         fixed = {name: v.detach() for name, v in held.items()}
@@ -189,9 +184,9 @@ class GroupNodes:
         """Look for the next modes from the start, not from the last ones."""
         self.nearby.forget()
 
-    def given(self, args: tuple[Any, ...], filled: tuple[Any, ...], held: dict[str, Tensor]) -> NestedGroups:
+    def given(self, args: Args, held: dict[str, Tensor]) -> NestedGroups:
         """The groups at S values (S, ...) of the other latents."""
-        return NestedGroups(self, filled, held)
+        return NestedGroups(self, args.filled, held)
 
     # ------------------------------------------------------------------------------------------------- at nodes
 
@@ -340,7 +335,7 @@ class NestedGroups(Given):
             return ""
         best = int(weight.argmax())
         held = {name: v[best : best + 1] for name, v in self.held.items()}
-        starts = self.nodes.starts((), self.filled, held, x, torch.ones_like(x, dtype=torch.bool))
+        starts = self.nodes.starts(Args(self.filled), held, x, torch.ones_like(x, dtype=torch.bool))
         if starts is None:
             return ""
         n = int((starts != starts[0]).any(-1).any(0).sum())

@@ -13,7 +13,7 @@ from pyro.distributions import constraints
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from bayes_mpt.diagnostics import BAD_K, pareto_k, widening_of
+from bayes_mpt.diagnostics import BAD_K, pareto_k, weight_variance, widening_of
 from bayes_mpt.masks import Policy
 from bayes_mpt.predictors.base import Evidence, Guide
 from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
@@ -29,7 +29,7 @@ from bayes_mpt.predictors.nodes.weighted import (
     program_values,
 )
 from bayes_mpt.predictors.objective import Batch, Objective
-from bayes_mpt.program.arguments import fill, fill_all, filling
+from bayes_mpt.program.arguments import Args, fill_all, filling
 from bayes_mpt.program.batched import TOGETHER, Batched, found_out
 from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.factor_runs import read_factors
@@ -56,8 +56,7 @@ def evidence_of_draws(nodes: Nodes) -> Evidence:
     log_w = torch.where(log_w.amax(0) == -math.inf, 0.0, log_w)
     share = log_w.softmax(0)
     ess = 1 / share.square().sum(0)
-    # relative variance of the mean weight: (sum_s share^2 - 1/S) S / (S - 1)
-    variance = (share.square().sum(0) - 1 / n_draws).clamp(min=0) * n_draws / max(1, n_draws - 1)
+    variance = weight_variance(share, nodes.last.stratum)
     # E log Z^ = log Z - variance / 2: put back, so that rows do not add up their biases
     by_row = joint + variance / 2
     # where rows have nodes of their own inside: what more of these change
@@ -115,14 +114,14 @@ class GuideDraws(NodeSource):
         self.away = args[0].device.type != "cpu"
         # the same whatever rows a step is given, and found once: a median costs as much as a third of a step
         self.fillings = tuple(filling(a) for a in args)
-        filled = fill_all(args)
+        rows = Args(args, self.fillings)
         with own_random_state():
-            trace = self.runs.trace(filled, None, 1)
+            trace = self.runs.trace(rows.filled, None, 1)
         names = {node["name"] for node in latent_nodes(trace)}
         missing = [n for n in program.continuous if n not in names]
         self.adaptive: AdaptiveNodes | None = None
         if missing:  # those of each row may be left to nodes of their own
-            found = AdaptiveNodes(model, args, program)
+            found = AdaptiveNodes(model, rows, program)
             if found.rows is not None and not set(found.space.names) & set(missing):
                 self.adaptive, missing = found, []
         if missing:
@@ -137,22 +136,24 @@ class GuideDraws(NodeSource):
                 'infer={"is_auxiliary": True}'
             )
         self.names = program.continuous if self.adaptive is None else self.adaptive.space.names
-        _refuse_unlike(run(model, filled), trace, self.names)
-        self.has_points = bool(self.runs.points(filled, trace, names))
+        _refuse_unlike(run(model, rows.filled), trace, self.names)
+        self.has_points = bool(self.runs.points(rows.filled, trace, names))
         self.runs = self.runs.with_layout(trace, names)
         self.structure = self.runs.program
         self.guide_parameters = tuple(n for n, s in trace.nodes.items() if s["type"] == "param")
-        self._find_out(args, filled, trace, doubly_reparameterized)
+        self._find_out(rows, trace, doubly_reparameterized)
         seen = ", which sees what is visible" if self.takes_visible else ""
         self.why = f"{n_draws} draws of {', '.join(self.names)} from the guide{seen}"
         self.why += self.adaptive.inside if self.adaptive is not None else ""
         self.why += "; draw by draw" if self.batched is Batched.LOOP else ""
 
-    def _find_out(self, args: tuple[Any, ...], filled: tuple[Any, ...], trace: Trace, twice: bool) -> None:
+    def _find_out(self, args: Args, trace: Trace, twice: bool) -> None:
         """How several draws are run, and which gradient a chain of them has."""
         self.batched = Batched.LOOP
-        self.batched = self._found_out(args, filled)
-        self.squared = twice and self.batched is Batched.PLATE and self.runs.moves_by_draws(filled, trace)
+        self.batched = self._found_out(args)
+        self.squared = (
+            twice and self.batched is Batched.PLATE and self.runs.moves_by_draws(args.filled, trace)
+        )
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -235,10 +236,9 @@ class GuideDraws(NodeSource):
         new.n_draws = n_draws
         return new
 
-    def place(self, args: tuple[Any, ...], visible: Tensor | None = None, near: Any = None) -> Read:
-        filled = tuple(fill(a, v) for a, v in zip(args, self.fillings, strict=True))
-        missing = any(f is not a for f, a in zip(filled, args, strict=True))
-        value = program_values(self.model, args, filled, self.structure) if missing else None
+    def place(self, args: Args, visible: Tensor | None = None, near: Any = None) -> Read:
+        missing = any(f is not a for f, a in zip(args.filled, args.given, strict=True))
+        value = program_values(self.model, args, self.structure) if missing else None
         shown = None if value is None else ~value.isnan()
         if visible is not None:
             shown = visible if shown is None else visible & shown
@@ -246,24 +246,23 @@ class GuideDraws(NodeSource):
         if self.batched is not Batched.LOOP or n == 1:
             # nodes for one visible set (of a mask) serve two sums at once, with other shares of the weights
             squared = self.squared and visible is None and torch.is_grad_enabled()
-            log_q, values = self._draw(filled, shown, n, squared)
-            given, part, scale, tokens = self._given(args, filled, values, n)
-            latents = self._numbers(values, filled, n)
+            log_q, values = self._draw(args.filled, shown, n, squared)
+            given, part, scale, tokens = self._given(args, values, n)
+            latents = self._numbers(values, args.filled, n)
         else:
-            draws = [self._draw(filled, shown, 1) for _ in range(n)]
+            draws = [self._draw(args.filled, shown, 1) for _ in range(n)]
             log_q = torch.cat([log_q for log_q, _ in draws])
-            given, part, scale, tokens = self._given_each(args, filled, [values for _, values in draws])
-            latents = torch.cat([self._numbers(values, filled, 1) for _, values in draws])
+            given, part, scale, tokens = self._given_each(args, [values for _, values in draws])
+            latents = torch.cat([self._numbers(values, args.filled, 1) for _, values in draws])
         if value is None:
-            value = tokens if tokens is not None else program_values(self.model, args, filled, self.structure)
+            value = tokens if tokens is not None else program_values(self.model, args, self.structure)
         return Read(given, part - log_q - math.log(n), value, scale, latents.to(log_q), self.names)
 
-    def drawn(self, args: tuple[Any, ...], visible: Tensor | None) -> Drawn:
+    def drawn(self, args: Args, visible: Tensor | None) -> Drawn:
         """The rows, and what the guide sees of them."""
-        filled = tuple(fill(a, v) for a, v in zip(args, self.fillings, strict=True))
-        value = program_values(self.model, args, filled, self.structure)
+        value = program_values(self.model, args, self.structure)
         shown = ~value.isnan() if visible is None else visible & ~value.isnan()
-        return Drawn(self, args, filled, value, shown)
+        return Drawn(self, args, value, shown)
 
     def _draw(
         self, filled: tuple[Any, ...], shown: Tensor | None, n: int, squared: bool = False
@@ -284,25 +283,25 @@ class GuideDraws(NodeSource):
         return torch.cat([nodes_first(values[site.name].detach(), site, n, n_rows) for site in sites], -1)
 
     def _given(
-        self, args: tuple[Any, ...], filled: tuple[Any, ...], values: dict[str, Tensor], n: int
+        self, args: Args, values: dict[str, Tensor], n: int
     ) -> tuple[Given, Tensor | float, float, Tensor | None]:
         """The inner model at n draws, what of their log-density it leaves out, the scale, and tokens if it has them."""
         if self.adaptive is not None:
-            return *self.adaptive.given(args, filled, self._plain(values, filled, n)), 1.0, None
+            return *self.adaptive.given(args, self._plain(values, args.filled, n)), 1.0, None
         if self.batched is Batched.VMAP and n > 1:
-            values = self._plain(values, filled, n)
-        given = Factorized(read_factors(self.model, filled, self.structure, values, n, self.batched))
+            values = self._plain(values, args.filled, n)
+        given = Factorized(read_factors(self.model, args.filled, self.structure, values, n, self.batched))
         return given, 0.0, given.first.scale, given.first.value
 
     def _given_each(
-        self, args: tuple[Any, ...], filled: tuple[Any, ...], draws: list[dict[str, Tensor]]
+        self, args: Args, draws: list[dict[str, Tensor]]
     ) -> tuple[Given, Tensor | float, float, Tensor | None]:
         """The same of draws that the program takes one after the other."""
         if self.adaptive is not None:
-            each = [self._plain(values, filled, 1) for values in draws]
+            each = [self._plain(values, args.filled, 1) for values in draws]
             together = {name: torch.cat([values[name] for values in each]) for name in each[0]}
-            return *self.adaptive.given(args, filled, together), 1.0, None
-        given = Factorized(*(read_factors(self.model, filled, self.structure, v, 1) for v in draws))
+            return *self.adaptive.given(args, together), 1.0, None
+        given = Factorized(*(read_factors(self.model, args.filled, self.structure, v, 1) for v in draws))
         return given, 0.0, given.first.scale, given.first.value
 
     def _plain(self, values: dict[str, Tensor], filled: tuple[Any, ...], n: int) -> dict[str, Tensor]:
@@ -315,9 +314,9 @@ class GuideDraws(NodeSource):
                 plain[site.name] = v.expand(n, *v.shape[1:]).reshape(n, *_shape(site, rows))
         return plain
 
-    def _found_out(self, args: tuple[Any, ...], filled: tuple[Any, ...]) -> Batched:
+    def _found_out(self, args: Args) -> Batched:
         """How guide and program take several draws: whether two give together what they give apart."""
-        n_rows = n_rows_of(self.structure, filled)
+        n_rows = n_rows_of(self.structure, args.filled)
 
         def one_of(values: dict[str, Tensor], s: int) -> dict[str, Tensor]:
             sites = [site for site in self.structure.latents if site.name in values]
@@ -326,14 +325,14 @@ class GuideDraws(NodeSource):
 
         def same(batched: Batched) -> bool:
             self.batched = batched
-            trace = self.runs.trace(filled, None, 2)
+            trace = self.runs.trace(args.filled, None, 2)
             values = {
                 n["name"]: n["value"] for n in latent_nodes(trace) if n["name"] in self.structure.latent_names
             }
-            seen = filled[0].new_ones(n_rows, self.structure.n_tokens).bool()
-            x = program_values(self.model, args, filled, self.structure)
-            both = self._given(args, filled, values, 2)[0].log_joint(x, seen)
-            alone = [self._given(args, filled, one_of(values, s), 1)[0].log_joint(x, seen) for s in range(2)]
+            seen = args.filled[0].new_ones(n_rows, self.structure.n_tokens).bool()
+            x = program_values(self.model, args, self.structure)
+            both = self._given(args, values, 2)[0].log_joint(x, seen)
+            alone = [self._given(args, one_of(values, s), 1)[0].log_joint(x, seen) for s in range(2)]
             # sums of many tokens in single precision: a GPU adds them up in another order
             rtol = max(1e-5, CLOSE[both.dtype])
             return bool(torch.allclose(both, torch.cat(alone), rtol=rtol, equal_nan=True))
@@ -371,8 +370,7 @@ class Drawn(NamedTuple):
     """A guide on some rows."""
 
     reader: GuideDraws
-    args: tuple[Any, ...]
-    filled: tuple[Any, ...]
+    args: Args
     value: Tensor
     """(N, T) tokens, NaN where missing."""
     shown: Tensor
@@ -380,18 +378,18 @@ class Drawn(NamedTuple):
 
     def draw(self, n: int) -> dict[str, Tensor]:
         """Values of the latents at n draws."""
-        trace = self.reader.runs.trace(self.filled, self.shown, n)
+        trace = self.reader.runs.trace(self.args.filled, self.shown, n)
         return {k: trace.nodes[k]["value"].detach() for k in self.reader.names}
 
     def log_q(self, values: dict[str, Tensor], n: int) -> Tensor:
         """Log-density (n, N) of the guide at n values of the latents."""
         with SetLatents(values):
-            trace = self.reader.runs.trace(self.filled, self.shown, n)
+            trace = self.reader.runs.trace(self.args.filled, self.shown, n)
         return self.reader.runs.log_q(trace, n)
 
     def given(self, values: dict[str, Tensor], n: int) -> tuple[Given, Tensor | float, float, Tensor | None]:
         """The inner model at n values of the latents."""
-        return self.reader._given(self.args, self.filled, values, n)
+        return self.reader._given(self.args, values, n)
 
 
 def _shape(site: Latent, n_rows: int) -> list[int]:

@@ -35,7 +35,7 @@ from bayes_mpt.predictors.nodes.weighted import (
 )
 from bayes_mpt.predictors.objective import Batch, Objective
 from bayes_mpt.program.analysis import analyze
-from bayes_mpt.program.arguments import fill_all
+from bayes_mpt.program.arguments import Args
 from bayes_mpt.program.program import Model, ModelError, Program, list_names
 from bayes_mpt.program.run import takes_visible
 
@@ -111,7 +111,7 @@ class Importance(Predictor):
             drawn = self.from_guide(model, args, guide)
             warn_if_slow(drawn.batched, drawn)
             return drawn
-        return self.bind_nodes(AdaptiveNodes(model, args, self._analyze(model, args)))
+        return self.bind_nodes(AdaptiveNodes(model, Args(args), self._analyze(model, args)))
 
     def bind_nodes(self, adaptive: AdaptiveNodes) -> NodeSource:
         """`bind` without a guide, where it is known which latents take nodes."""
@@ -164,31 +164,32 @@ class _AroundMode(NodeSource):
             f"posterior{adaptive.inside}"
         )
 
-    def place(self, args: tuple[Any, ...], visible: Tensor | None = None, near: Any = None) -> Read:
-        filled = fill_all(args)
-        value = program_values(self.model, args, filled, self.structure)
+    def place(self, args: Args, visible: Tensor | None = None, near: Any = None) -> Read:
+        value = program_values(self.model, args, self.structure)
         if visible is None:
             visible = torch.ones(value.shape[1], dtype=torch.bool, device=value.device)
         found = self.modes.find(args, value, visible, near)
         modes = found if self.structure.by_row else self._moved(args, value, visible, found)
         n_prior = 0 if self.structure.by_row or self.structure.parameters else int(PRIOR * self.n_draws)
-        u = modes.draws(self.n_draws - n_prior)
+        u, of = modes.drawn(self.n_draws - n_prior)
+        stratum = None if self.structure.by_row else of[:, 0]
         lost = torch.zeros_like(u[..., 0], dtype=torch.bool)
         if n_prior:
-            more = prior_points(self.adaptive, filled, n_prior)[:, None].to(u)
+            more = prior_points(self.adaptive, args.filled, n_prior)[:, None].to(u)
             u = torch.cat([u, more.nan_to_num(0.0, 0.0, 0.0)])
+            stratum = torch.cat([of[:, 0], of.new_full((n_prior,), -1)])
             # one that no number stands for, or at which the program has none, has no weight
-            none = ~more.isfinite().all(-1) | self._impossible(args, filled, u[-n_prior:], value, visible)
+            none = ~more.isfinite().all(-1) | self._impossible(args, u[-n_prior:], value, visible)
             lost = torch.cat([lost, none])
             u = torch.where(lost[..., None], modes.mode[0], u)
         try:
-            given, part, scale = self.adaptive.at(args, filled, u)
+            given, part, scale = self.adaptive.at(args, u)
         except torch.linalg.LinAlgError:
             if self.structure.by_row:
                 raise
-            lost = lost | self._impossible(args, filled, u, value, visible)
+            lost = lost | self._impossible(args, u, value, visible)
             u = torch.where(lost[..., None], modes.mode[0], u)
-            given, part, scale = self.adaptive.at(args, filled, u)
+            given, part, scale = self.adaptive.at(args, u)
         log_q = modes.log_density(u)
         if n_prior:
             log_prior = (given.log_prior(value) + part).nan_to_num(-math.inf, math.inf, -math.inf)
@@ -196,21 +197,19 @@ class _AroundMode(NodeSource):
             log_q = torch.logaddexp(log_q + math.log1p(-share), log_prior + math.log(share))
         log_weight = torch.where(lost, -math.inf, part - log_q - math.log(self.n_draws))
         latents = constrained(self.adaptive.space, u)
-        return Read(given, log_weight, value, scale, latents, self.adaptive.space.names, found)
+        return Read(given, log_weight, value, scale, latents, self.adaptive.space.names, found, stratum)
 
-    def _impossible(
-        self, args: tuple[Any, ...], filled: tuple[Any, ...], u: Tensor, value: Tensor, visible: Tensor
-    ) -> Tensor:
+    def _impossible(self, args: Args, u: Tensor, value: Tensor, visible: Tensor) -> Tensor:
         """(S, 1) whether the program has no number at a draw u (S, 1, d), or a matrix of it no Cholesky factor."""
 
         def runs(part: Tensor) -> tuple[Tensor]:
-            given, outside, _ = self.adaptive.at(args, filled, part)
+            given, outside, _ = self.adaptive.at(args, part)
             both = given.log_joint(value, visible) + given.log_prior(value) + outside
             return (both.isnan().expand(len(part), 1)[:, 0],)
 
         return by_halves(runs, u, (torch.ones_like(u[:1, 0, 0], dtype=torch.bool),))[0][:, None]
 
-    def _moved(self, args: tuple[Any, ...], value: Tensor, visible: Tensor, found: Modes) -> Modes:
+    def _moved(self, args: Args, value: Tensor, visible: Tensor, found: Modes) -> Modes:
         """The mixture moved to where its draws say that the posterior is, by more draws."""
         width, n = found.mode.shape[-1], max(MIN_MOVING, int(MOVING * self.n_draws))
         wide = found if found.has_pieces else self._widened(args, value, visible, found)
@@ -220,7 +219,7 @@ class _AroundMode(NodeSource):
             wide = beside(found, wide, HALF)
         return self.modes.move(args, value, visible, wide, n)
 
-    def _widened(self, args: tuple[Any, ...], value: Tensor, visible: Tensor, found: Modes) -> Modes:
+    def _widened(self, args: Args, value: Tensor, visible: Tensor, found: Modes) -> Modes:
         """The mixture of the Gaussians closest to the posterior around each mode, and of their images."""
         orbits = found.orbits
         first = [0] if orbits is None else orbits.first
@@ -274,6 +273,7 @@ class _AroundMode(NodeSource):
 
     def laplace(self, args: tuple[Any, ...]) -> Tensor:
         """A smooth approximation of the score (N,) at the program's current parameters."""
-        value = program_values(self.model, args, fill_all(args), self.structure)
+        rows = Args(args)
+        value = program_values(self.model, rows, self.structure)
         visible = torch.ones(value.shape[1], dtype=torch.bool, device=value.device)
-        return self.adaptive.laplace(args, value, visible)
+        return self.adaptive.laplace(rows, value, visible)

@@ -52,7 +52,7 @@ def with_climbs(shown: Shown, reference: Reference, starts: Tensor) -> Reference
 
     def log_prob(points: Tensor) -> Tensor:
         at = shown.adaptive
-        return at.log_prob(shown.args, shown.filled, shown.x, shown.seen, points[:, None])[:, 0]
+        return at.log_prob(shown.args, shown.x, shown.seen, points[:, None])[:, 0]
 
     peaks = climb(log_prob, starts, MAX_STEPS, shown.adaptive.sure)
     constant = 0.5 * starts.shape[1] * math.log(2 * math.pi)

@@ -139,8 +139,12 @@ class Modes(NamedTuple):
 
     def draws(self, n: int) -> Tensor:
         """Of the mixture of Student-t (n, N, d): around each mode as many as its share asks for."""
+        return self.drawn(n)[0]
+
+    def drawn(self, n: int) -> tuple[Tensor, Tensor]:
+        """`draws`, and which mode or piece each is of (n, N), all images of one counted as one."""
         if self.orbits is not None and self.orbits.partial:
-            return self.representatives().draws(n)  # p / q is the same at all images
+            return self.representatives().drawn(n)  # p / q is the same at all images
         n_modes, n_rows, width = self.mode.shape
         # multivariate t: a normal vector over the root of a chi-square that its axes share
         normal = torch.randn(n, n_rows, width, dtype=self.mode.dtype).to(self.mode)
@@ -150,10 +154,14 @@ class Modes(NamedTuple):
         )
         t = normal * (degrees / chi.to(normal))[..., None].sqrt()
         if n_modes == 1:
-            return self.mode[0] + (self.root[0] @ t[..., None])[..., 0]
+            one = torch.zeros(n, n_rows, dtype=torch.long, device=t.device)
+            return self.mode[0] + (self.root[0] @ t[..., None])[..., 0], one
         of = systematic(self.log_share.mT.expand(n_rows, -1), n).mT  # (n, N)
         row = torch.arange(n_rows, device=of.device)
-        return self.mode[of, row] + (self.root[of, row] @ t[..., None])[..., 0]
+        u = self.mode[of, row] + (self.root[of, row] @ t[..., None])[..., 0]
+        if self.orbits is None:
+            return u, of
+        return u, torch.bucketize(of, torch.tensor(self.orbits.first[1:], device=of.device), right=True)
 
     def _white(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """u (..., N, d) in units of each mode (J, ..., N, d), and log |root| (J, ..., N) of it."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pyro
 import torch
@@ -34,7 +34,7 @@ from bayes_mpt.predictors.nodes.symmetries import (
     find_symmetries,
     orbit,
 )
-from bayes_mpt.program.arguments import fill_all, same_cells
+from bayes_mpt.program.arguments import Args, same_cells
 from bayes_mpt.program.batched import Batched
 from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.program import n_rows_of
@@ -121,7 +121,7 @@ class ModeSearch:
         self._kept = self._rows = None
         self.adaptive.forget()
 
-    def find(self, args: tuple[Any, ...], x: Tensor, visible: Tensor, near: Modes | None = None) -> Modes:
+    def find(self, args: Args, x: Tensor, visible: Tensor, near: Modes | None = None) -> Modes:
         """The modes of the latents given the visible (T,) of the tokens x (N, T).
 
         A search is made for data that are new; for the same ones, of which parameters may have moved, and from
@@ -150,7 +150,7 @@ class ModeSearch:
             self._kept = x.detach(), visible, found
         return found
 
-    def reaching(self, args: tuple[Any, ...], x: Tensor, modes: Modes) -> Modes:
+    def reaching(self, args: Args, x: Tensor, modes: Modes) -> Modes:
         """Modes of rows, with how far the density reaches around each."""
         if modes.reach is not None:
             return modes
@@ -165,7 +165,7 @@ class ModeSearch:
         """How nodes stand in rows or groups beside which no other latents take nodes."""
         return Placing() if self._rows is None else self._rows[1]
 
-    def _placing(self, args: tuple[Any, ...], x: Tensor) -> Placing:
+    def _placing(self, args: Args, x: Tensor) -> Placing:
         """The same for these rows: looked at where they are new, and not while parameters move."""
         known = self._rows
         if known is None or not (torch.is_grad_enabled() or same_cells(known[0], x)):
@@ -173,15 +173,13 @@ class ModeSearch:
                 known = self._rows = x.detach(), placing_of_rows(self.adaptive, args, x, self.rule)
         return known[1]
 
-    def check(
-        self, args: tuple[Any, ...], x: Tensor, visible: Tensor, modes: Modes, n: int
-    ) -> tuple[float, float]:
+    def check(self, args: Args, x: Tensor, visible: Tensor, modes: Modes, n: int) -> tuple[float, float]:
         """log Z of latents that all rows share by n draws of the mixture, and its standard error."""
         climbs = _Climbs(self.adaptive, args, x, visible)
         with pyro.validation_enabled(False), torch.no_grad():
             return by_draws(climbs.both, modes, n)
 
-    def move(self, args: tuple[Any, ...], x: Tensor, visible: Tensor, modes: Modes, n: int) -> Modes:
+    def move(self, args: Args, x: Tensor, visible: Tensor, modes: Modes, n: int) -> Modes:
         """A mixture moved to where draws of it, n of a round, say that the posterior of shared latents is."""
         climbs = _Climbs(self.adaptive, args, x, visible)
         with pyro.validation_enabled(False), torch.no_grad():
@@ -191,9 +189,8 @@ class ModeSearch:
 class _Climbs:
     """Climbs of one log joint density of latents that all rows share."""
 
-    def __init__(self, adaptive: AdaptiveNodes, args: tuple[Any, ...], x: Tensor, visible: Tensor):
+    def __init__(self, adaptive: AdaptiveNodes, args: Args, x: Tensor, visible: Tensor):
         self.adaptive, self.args, self.x, self.visible = adaptive, args, x, visible
-        self.filled = fill_all(args)
         self.width = adaptive.space.width
         self._drawn = x.new_zeros(0, self.width)
         self._cells = max(1, x.numel() * adaptive.n_evaluations)
@@ -204,7 +201,7 @@ class _Climbs:
         """log p(u, x_R) (M,) at u (M, d)."""
         found = []
         for part in u.split(max(1, CELLS // self._cells)):
-            given, left, _ = self.adaptive.at(self.args, self.filled, part[:, None])
+            given, left, _ = self.adaptive.at(self.args, part[:, None])
             found.append((left + given.with_detail(detail).log_joint(self.x, self.visible))[:, 0])
         return torch.cat(found)
 
@@ -212,7 +209,7 @@ class _Climbs:
         """log p(u) and log p(u, x_R) (M,) at u (M, d); -inf where a matrix has no factor."""
 
         def of(part: Tensor) -> tuple[Tensor, Tensor]:
-            given, log_det, _ = self.adaptive.at(self.args, self.filled, part[:, None])
+            given, log_det, _ = self.adaptive.at(self.args, part[:, None])
             prior = (given.log_prior(self.x) + log_det).expand(len(part), 1)[:, 0]
             return prior, (given.log_joint(self.x, self.visible) + log_det).expand(len(part), 1)[:, 0]
 
@@ -325,8 +322,8 @@ class _Climbs:
         """(M, d) at least n of the prior, always the same ones first."""
         at, before = self.adaptive, len(self._drawn)
         if before < n:
-            n_rows = n_rows_of(at.program, self.filled)
-            traces = prior_draws(at.model, self.filled, n, before)
+            n_rows = n_rows_of(at.program, self.args.filled)
+            traces = prior_draws(at.model, self.args.filled, n, before)
             draws = [at.within_reach(at.space.pack(t, n_rows)[0]) for t in traces]
             self._drawn = torch.cat([self._drawn, *draws])
         return self._drawn

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from bayes_mpt.predictors.nodes.prior import prior_points
 from bayes_mpt.predictors.nodes.reference import Reference
 from bayes_mpt.predictors.nodes.resampling import by_halves
 from bayes_mpt.predictors.nodes.tempering import IMPOSSIBLE, Particles
+from bayes_mpt.program.arguments import Args
 
 __all__ = ["Shown", "Target"]
 
@@ -25,8 +26,7 @@ class Shown(NamedTuple):
     """A program with its arguments, and one vector of observations of which some are shown."""
 
     adaptive: AdaptiveNodes
-    args: tuple[Any, ...]
-    filled: tuple[Any, ...]
+    args: Args
     x: Tensor
     """(1, T), NaN where missing."""
     seen: Tensor
@@ -35,14 +35,14 @@ class Shown(NamedTuple):
     def given(self, u: Tensor) -> Iterator[tuple[Given, Tensor]]:
         """The inner model at u (M, d), by chunks, and what it leaves out (S, 1)."""
         for part in self.chunks(u):
-            given, log_det, _ = self.adaptive.at(self.args, self.filled, part[:, None])
+            given, log_det, _ = self.adaptive.at(self.args, part[:, None])
             yield given, log_det
 
     def log_joint(self, u: Tensor) -> Tensor:
         """log p(u, x_R) (R, S)."""
 
         def of(part: Tensor) -> tuple[Tensor]:
-            given, log_det, _ = self.adaptive.at(self.args, self.filled, part[:, None])
+            given, log_det, _ = self.adaptive.at(self.args, part[:, None])
             return ((given.log_joint(self.x, self.seen) + log_det)[:, 0],)
 
         never = (u.new_tensor([-math.inf]),)
@@ -52,7 +52,7 @@ class Shown(NamedTuple):
 
     def prior_points(self, n: int) -> Tensor:
         """Draws (n, d) from the prior."""
-        return prior_points(self.adaptive, self.filled, n)
+        return prior_points(self.adaptive, self.args.filled, n)
 
     def chunks(self, u: Tensor) -> tuple[Tensor, ...]:
         """Of points (M, d), as many as may be evaluated at a time."""
@@ -94,7 +94,7 @@ class Target(NamedTuple):
         """log r(u) and log p(u, x_R) at u (M, d), (2, M), and their slopes (2, M, d)."""
         leaf = u.detach().requires_grad_()
         shown = self.shown
-        given, log_det, _ = shown.adaptive.at(shown.args, shown.filled, leaf[:, None])
+        given, log_det, _ = shown.adaptive.at(shown.args, leaf[:, None])
         end = (given.log_joint(shown.x, shown.seen) + log_det)[:, 0]
         needed = bool(self.reference.prior)
         prior = (given.log_prior(shown.x) + log_det)[:, 0] if needed else torch.zeros_like(end)

@@ -6,14 +6,14 @@ all rows share this is done at a few draws of these.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from bayes_mpt.predictors.nodes.placing import Placing, integral
 from bayes_mpt.predictors.nodes.rules import MAX_HERMITE, Rule, alone_rule
-from bayes_mpt.program.arguments import fill_all
+from bayes_mpt.program.arguments import Args
 
 if TYPE_CHECKING:
     from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
@@ -27,7 +27,7 @@ ENOUGH_INSIDE = 0.01  # nats that it may change in all rows or groups
 CELLS = 2**20  # log-densities of tokens at a time
 
 
-def placing_of_rows(at: AdaptiveNodes, args: tuple[Any, ...], x: Tensor, rule: Rule | None) -> Placing:
+def placing_of_rows(at: AdaptiveNodes, args: Args, x: Tensor, rule: Rule | None) -> Placing:
     """For rows by themselves, or for groups where there are no other latents; without a rule of nodes their modes."""
     everything, width = torch.ones(x.shape[1], dtype=torch.bool, device=x.device), at.space.width
     if not width:
@@ -42,7 +42,7 @@ def placing_of_rows(at: AdaptiveNodes, args: tuple[Any, ...], x: Tensor, rule: R
         return placing
     finer = alone_rule(width, fine=True)
     modes = at.locate(args, x, everything, placing, finer.cut)
-    density = at.row_density(args, fill_all(args), x, everything, {})
+    density = at.row_density(args, x, everything, {})
     many = integral(density, modes, finer, x.shape[1])
     usual = integral(density, modes._replace(reach=None), rule, x.shape[1])
     return placing._replace(far=bool(((many - usual).abs() > ENOUGH[width]).any()))
@@ -50,7 +50,7 @@ def placing_of_rows(at: AdaptiveNodes, args: tuple[Any, ...], x: Tensor, rule: R
 
 def placing_inside(
     at: AdaptiveNodes,
-    args: tuple[Any, ...],
+    args: Args,
     x: Tensor,
     visible: Tensor,
     u: Tensor,
@@ -62,7 +62,7 @@ def placing_inside(
     Returns by how many nats log Z has changed, infinity where rows have come to have several modes; 0 where all is left
     as it was. ``log_q`` (M,) is the density of the draws.
     """
-    rows, filled = at.rows, fill_all(args)
+    rows = at.rows
     assert rows is not None
     if not rows.width:  # in closed form
         return 0.0
@@ -72,7 +72,7 @@ def placing_inside(
         found = []
         n_nodes = len(rows.rule("fine").t) * rows.placing.n_modes
         for part in u.split(max(1, CELLS // max(1, x.numel() * n_nodes))):
-            given, log_det, _ = at.at(args, filled, part)
+            given, log_det, _ = at.at(args, part)
             with rows.nearby.unmoved():
                 detailed = given.with_detail("fine") if fine else given
                 found.append((detailed.log_joint(x, visible) + log_det)[:, 0])
@@ -81,7 +81,7 @@ def placing_inside(
     usual = joint(rows, fine=False)
     best = int(usual.nan_to_num(-torch.inf).argmax())
     held = {name: v[None] for name, v in at.space._replace(depth=0).values(u[best : best + 1])[0].items()}
-    starts = rows.starts(args, filled, held, x, visible)
+    starts = rows.starts(args, held, x, visible)
     far = before.far or starts is not None
     change = torch.inf if starts is not None else 0.0
     if not far and rows.width <= MAX_HERMITE:

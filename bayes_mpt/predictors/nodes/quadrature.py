@@ -22,7 +22,7 @@ from bayes_mpt.predictors.nodes.weighted import (
     warn_if_slow,
 )
 from bayes_mpt.program.analysis import analyze
-from bayes_mpt.program.arguments import fill_all
+from bayes_mpt.program.arguments import Args
 from bayes_mpt.program.program import Model, ModelError, Program
 
 __all__ = ["Quadrature"]
@@ -76,7 +76,7 @@ class Quadrature(Predictor):
             raise ValueError(f"n_nodes must be an integer of at least 2, got {self.n_nodes!r}")
         if not program.continuous:
             raise ModelError("the program has no continuous latent: use Exact()")
-        return self.bind_nodes(AdaptiveNodes(model, args, program))
+        return self.bind_nodes(AdaptiveNodes(model, Args(args), program))
 
     def bind_nodes(self, adaptive: AdaptiveNodes) -> NodeSource:
         """`bind` where it is known too which latents take nodes."""
@@ -131,13 +131,12 @@ class _Hermite(NodeSource):
     def _forget(self) -> None:
         self.modes.forget()
 
-    def place(self, args: tuple[Any, ...], visible: Tensor | None = None, near: Any = None) -> Read:
-        filled = fill_all(args)
-        value = program_values(self.model, args, filled, self.structure)
+    def place(self, args: Args, visible: Tensor | None = None, near: Any = None) -> Read:
+        value = program_values(self.model, args, self.structure)
         if visible is None:
             visible = torch.ones(value.shape[1], dtype=torch.bool, device=value.device)
         modes = self.modes.find(args, value, visible, near)
-        return self._around(args, filled, value, modes, self._rule(modes))
+        return self._around(args, value, modes, self._rule(modes))
 
     def _rule(self, modes: Modes, finer: bool = False) -> Rule:
         """Nodes around each mode; finer ones show their error."""
@@ -157,8 +156,7 @@ class _Hermite(NodeSource):
 
     def _around(
         self,
-        args: tuple[Any, ...],
-        filled: tuple[Any, ...],
+        args: Args,
         value: Tensor,
         modes: Modes,
         rule: Rule,
@@ -167,7 +165,7 @@ class _Hermite(NodeSource):
         u, log_weight = modes.nodes(rule)  # (J, Q, N, d), (J, Q, N)
         log_weight = log_weight.expand(u.shape[:-1]).flatten(0, 1)
         u = u.flatten(0, 1)
-        given, part, scale = self.adaptive.at(args, filled, u)
+        given, part, scale = self.adaptive.at(args, u)
         latents = constrained(self.adaptive.space, u)
         return Read(given, log_weight + part, value, scale, latents, self.adaptive.space.names, modes)
 
@@ -178,14 +176,13 @@ class _Hermite(NodeSource):
         if self.structure.by_row and self.asked and self.adaptive.space.parts:
             around = self.modes.reaching(nodes.args, nodes.value, modes)
         rule, finest = self._rule(modes), self._rule(around, finer=True)
-        filled = fill_all(nodes.args)
         everything = torch.ones(nodes.value.shape[1], dtype=torch.bool, device=nodes.value.device)
         beyond = 0.0
         if self.adaptive.rows is not None:  # every node costs those of all rows or groups
             inside = nodes.gain_inside(_middle(nodes))
-            many = self._outwards(nodes, filled, finest, inside)
+            many = self._outwards(nodes, finest, inside)
         else:
-            finer = nodes.at_nodes(self._around(nodes.args, filled, nodes.value, around, finest))
+            finer = nodes.at_nodes(self._around(nodes.args, nodes.value, around, finest))
             many = finer.score()
             if len(modes.mode) > 1 and not self.structure.by_row:
                 beyond = _beyond(finer.log_weights(), modes, finest)
@@ -204,7 +201,7 @@ class _Hermite(NodeSource):
         doubt = modes.doubt or nodes.doubt_inside()
         return doubted(Evidence(many, se, diagnostics), modes._replace(doubt=doubt))
 
-    def _outwards(self, nodes: Nodes, filled: tuple[Any, ...], finest: Rule, inside: Tensor) -> Tensor:
+    def _outwards(self, nodes: Nodes, finest: Rule, inside: Tensor) -> Tensor:
         """log Z (1,) by more nodes, shell by shell from the middle until what is left is no part of the error.
 
         Of what is left, shells that shrink by a factor r from c on are believed to add c r / (1 - r). Rows and groups
@@ -222,7 +219,7 @@ class _Hermite(NodeSource):
         for n_shells, number in enumerate(shell.unique(), 1):
             some = (shell == number).nonzero()[:, 0]
             part_of = Rule(finest.t[some.cpu()], finest.log_weight[some.cpu()])
-            read = self._around(nodes.args, filled, nodes.value, modes, part_of)
+            read = self._around(nodes.args, nodes.value, modes, part_of)
             if fine or added < LITTLE:
                 read = read._replace(given=read.given.with_detail("rough" if added < LITTLE else "fine"))
             part = nodes.at_nodes(read).score()

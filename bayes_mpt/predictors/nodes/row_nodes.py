@@ -26,6 +26,7 @@ from bayes_mpt.predictors.nodes.rules import (
     row_rule,
 )
 from bayes_mpt.predictors.nodes.weighted import constrained
+from bayes_mpt.program.arguments import Args
 from bayes_mpt.program.batched import Batched, found_out, vmapped
 from bayes_mpt.program.layout import rows_first
 from bayes_mpt.program.program import Latent, Model, list_names
@@ -146,9 +147,9 @@ class RowNodes:
             how.append(f"{list_names(self.adaptive.program.discrete)} summed out")
         return "; ".join(how) + ("; node by node" if self.batched is Batched.LOOP else "")
 
-    def given(self, args: tuple[Any, ...], filled: tuple[Any, ...], held: dict[str, Tensor]) -> NestedRows:
+    def given(self, args: Args, held: dict[str, Tensor]) -> NestedRows:
         """The rows at S values (S, ...) of the latents of the data set."""
-        return NestedRows(partial(self._place, args, filled), self.cells.to(filled[0].device), held)
+        return NestedRows(partial(self._place, args), self.cells.to(args.filled[0].device), held)
 
     def prior_left(
         self, model: Model, latents: tuple[Latent, ...], filled: tuple[Any, ...]
@@ -166,8 +167,7 @@ class RowNodes:
 
     def starts(
         self,
-        args: tuple[Any, ...],
-        filled: tuple[Any, ...],
+        args: Args,
         held: dict[str, Tensor],
         x: Tensor,
         visible: Tensor,
@@ -187,8 +187,7 @@ class RowNodes:
 
     def _place(
         self,
-        args: tuple[Any, ...],
-        filled: tuple[Any, ...],
+        args: Args,
         held: dict[str, Tensor],
         detail: Detail,
         x: Tensor,
@@ -200,13 +199,13 @@ class RowNodes:
         rule = self.rule(detail)
         if not width:
             u = x.new_zeros(n_nodes, n_rows, 0)
-            given, part, _ = at.at(args, filled, u, held)
+            given, part, _ = at.at(args, u, held)
             return PlacedRows(given, part[:, None], u[:, None])
         modes = at.locate(args, x, visible, self.placing, rule.cut, held)
         u, log_w = modes.nodes(rule)  # (J, Q, S N, d), (J, Q, S N)
         u = u.flatten(0, 1).unflatten(1, (n_nodes, n_rows)).movedim(1, 0)  # (S, J Q, N, d)
         log_w = log_w.flatten(0, 1).unflatten(1, (n_nodes, n_rows)).movedim(1, 0)
         each = {name: v.repeat_interleave(u.shape[1], 0) for name, v in held.items()}
-        given, part, _ = at.at(args, filled, u.flatten(0, 1), each)
+        given, part, _ = at.at(args, u.flatten(0, 1), each)
         log_weight = part.unflatten(0, u.shape[:2]) + log_w
         return PlacedRows(given, log_weight, constrained(at.space, u.flatten(0, 1)).unflatten(0, u.shape[:2]))

@@ -38,7 +38,7 @@ def slopes_at(bound: GuideDraws, nodes: Nodes) -> tuple[Array, Array]:
     n_draws, n_rows, _ = nodes.last.latents.shape
     sites = [site for site in program.latents if site.name in names]
     parts = nodes.last.latents.split([site.width for site in sites], -1)
-    where = space(program, run(bound.model, drawn.filled), names)
+    where = space(program, run(bound.model, drawn.args.filled), names)
     given = {s.name: from_rows(part, s.shape, s.row_axis) for s, part in zip(sites, parts, strict=True)}
     u = where.pack_values(given, n_draws, n_rows)
     seen = torch.ones(drawn.value.shape[1], dtype=torch.bool, device=drawn.value.device)

@@ -33,7 +33,7 @@ from bayes_mpt.predictors.nodes.tempering import NEVER, Particles
 from bayes_mpt.predictors.nodes.two_sided import TwoSided, simulated
 from bayes_mpt.predictors.nodes.weighted import constrained, program_values, warn_if_slow
 from bayes_mpt.program.analysis import analyze
-from bayes_mpt.program.arguments import fill_all
+from bayes_mpt.program.arguments import Args
 from bayes_mpt.program.program import Model, ModelError, Program, list_names, one_vector
 from bayes_mpt.warnings import HeavyTailWarning, MissedModeWarning, VaguePriorWarning, warn
 
@@ -149,7 +149,7 @@ class _Tempered(Bound):
 
     def __init__(self, settings: SequentialMonteCarlo, model: Model, args: tuple[Any, ...], program: Program):
         self.settings, self.model, self.structure = settings, model, program
-        self.adaptive = AdaptiveNodes(model, args, program)
+        self.adaptive = AdaptiveNodes(model, Args(args), program)
         self.search = ModeSearch(self.adaptive)
         space = self.adaptive.space
         self.why = (
@@ -158,7 +158,7 @@ class _Tempered(Bound):
         )
 
     def read(self, args: tuple[Any, ...]) -> Particulate:
-        return Particulate(self.settings, self.model, self.structure, self.search, args)
+        return Particulate(self.settings, self.model, self.structure, self.search, Args(args))
 
 
 class _Integrated(NamedTuple):
@@ -185,12 +185,12 @@ class Particulate(Conditionals):
         model: Model,
         program: Program,
         search: ModeSearch,
-        args: tuple[Any, ...],
+        args: Args,
     ):
         self.settings, self.model, self.structure = settings, model, program
         self._search, self.adaptive, self.space = search, search.adaptive, search.adaptive.space
-        self._args, self._filled = args, fill_all(args)
-        self.value = program_values(model, args, self._filled, program)
+        self._args = args
+        self.value = program_values(model, args, program)
 
     # ---------------------------------------------------------------------------------------------- what it gives
 
@@ -256,7 +256,7 @@ class Particulate(Conditionals):
             shares = shares_of(_strays(path, arrived) or path.target.reference, arrived)
             inside = self._inside(shown, u)
             some = u[:: max(1, len(u) // MAX_DRAWS)]
-            changes = {name: halved(self.adaptive, self._filled, some, name) for name in vague}
+            changes = {name: halved(self.adaptive, self._args.filled, some, name) for name in vague}
         log_z = arrived.log_z.double().cpu().numpy()
         lml, se = log_mean(log_z)
         # few runs may agree by chance: no less than what the weights tell
@@ -337,7 +337,7 @@ class Particulate(Conditionals):
         return (replace(found, prior=0.0) if vague else found.within(spread_of(points))), vague
 
     def _shown(self, seen: Tensor) -> Shown:
-        return Shown(self.adaptive, self._args, self._filled, self.value, seen)
+        return Shown(self.adaptive, self._args, self.value, seen)
 
     def _posterior(self, shown: Shown) -> Tensor:
         """Particles (M, d) given the tokens shown."""
@@ -359,15 +359,16 @@ class Particulate(Conditionals):
 
     def _check(self) -> TwoSided:
         """Runs to the posterior and back, on data simulated from a draw of the prior."""
-        data, start = simulated(self.model, self._args, self.structure, self.space)
+        data, start = simulated(self.model, self._args.filled, self.structure, self.space)
+        args = Args(data.args)
         if data.model is not self.model:
-            adaptive = AdaptiveNodes(data.model, data.args, data.program)
+            adaptive = AdaptiveNodes(data.model, args, data.program)
         else:
             adaptive = self.adaptive
         settings = SequentialMonteCarlo(
             self.settings.num_particles, self.settings.num_runs, self.settings.num_moves
         )
-        read = Particulate(settings, data.model, data.program, ModeSearch(adaptive), data.args)
+        read = Particulate(settings, data.model, data.program, ModeSearch(adaptive), args)
         found = read._integrated
         n_runs, n = self.settings.num_runs, found.evidence.diagnostics["num_particles"]
         path, stages = found.path, found.stages

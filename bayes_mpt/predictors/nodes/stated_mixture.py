@@ -11,6 +11,7 @@ from bayes_mpt.predictors.gaussian.linear import LinearRows
 from bayes_mpt.predictors.nodes.given import AffineBatch
 from bayes_mpt.predictors.nodes.weighted import NodeSource, Read
 from bayes_mpt.program.affine import StatedMixture, read_mixture, stated_mixture
+from bayes_mpt.program.arguments import Args
 from bayes_mpt.program.program import Model
 
 __all__ = ["mixture_as_stated"]
@@ -29,13 +30,13 @@ class _AsStated(NodeSource):
         )
         """What a row is once its component is known."""
 
-    def place(self, args: tuple[Any, ...], visible: Tensor | None = None, near: Any = None) -> Read:
-        maps, log_weight = read_mixture(self.parts, self.model, args)
+    def place(self, args: Args, visible: Tensor | None = None, near: Any = None) -> Read:
+        maps, log_weight = read_mixture(self.parts, self.model, args.given)
         components = torch.eye(len(log_weight)).to(log_weight)[:, None]  # (K, 1, K), one or zero
         return Read(
             AffineBatch(shared=LinearRows(self.given, maps)),
             log_weight[:, None],
-            args[0],
+            args.given[0],
             maps.scale,
             components,
             (),

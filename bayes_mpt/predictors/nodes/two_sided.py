@@ -18,7 +18,6 @@ from pyro import poutine
 from torch import Tensor
 
 from bayes_mpt.diagnostics import log_mean
-from bayes_mpt.program.arguments import fill_all
 from bayes_mpt.program.latents import Space
 from bayes_mpt.program.layout import token_values
 from bayes_mpt.program.program import Model, ModelError, Program
@@ -89,7 +88,7 @@ class _Observe(poutine.messenger.Messenger):
 
 
 def simulated(
-    model: Model, args: tuple[Any, ...], program: Program, space: Space
+    model: Model, filled: tuple[Any, ...], program: Program, space: Space
 ) -> tuple[Simulated, Tensor]:
     """Data from a draw of the prior, without missing cells, and that draw (d,) of the latents that take nodes.
 
@@ -98,7 +97,6 @@ def simulated(
     ModelError
         If the prior is so vague that the data are not finite.
     """
-    filled = fill_all(args)
     with torch.no_grad(), one_precision(filled):
         trace = poutine.trace(poutine.uncondition(model)).get_trace(*filled)
     values = {name: node_of(trace, name)["value"][None] for name in space.names}

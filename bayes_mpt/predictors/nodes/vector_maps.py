@@ -16,7 +16,7 @@ from bayes_mpt.predictors.gaussian.linear import LinearGaussian
 from bayes_mpt.predictors.nodes.given import AffineBatch
 from bayes_mpt.predictors.nodes.weighted import FixedSites, NodeSource, Read
 from bayes_mpt.program.affine import NotAffine
-from bayes_mpt.program.arguments import fill_all
+from bayes_mpt.program.arguments import Args, fill_all
 from bayes_mpt.program.densities import log_density
 from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.program import Latent, Model, ModelError, Program, list_names, split_events
@@ -67,9 +67,9 @@ class _VectorMaps(NodeSource):
                 "discrete values the others are not Gaussian. Use Importance() with a guide"
             )
 
-    def place(self, args: tuple[Any, ...], visible: Tensor | None = None, near: Any = None) -> Read:
-        maps = [self.maps.with_model(self._fixed(s)).read(args) for s in range(self.n_nodes)]
-        log_weight = self._log_prior(fill_all(args))[:, None]  # (S, 1)
+    def place(self, args: Args, visible: Tensor | None = None, near: Any = None) -> Read:
+        maps = [self.maps.with_model(self._fixed(s)).read(args.given) for s in range(self.n_nodes)]
+        log_weight = self._log_prior(args.filled)[:, None]  # (S, 1)
         columns = [self.values[self._site_of[i]][column] for i, column in enumerate(self.combinations.T)]
         latents = torch.stack(columns, -1).to(log_weight)[:, None]  # (S, 1, entries)
         names = tuple(site.name for site in self.sites)

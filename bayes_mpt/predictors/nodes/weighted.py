@@ -28,7 +28,7 @@ from bayes_mpt.predictors.nodes.given import Given, NodePosterior
 from bayes_mpt.predictors.objective import Batch, Objective, Outputs, outputs_of_rows
 from bayes_mpt.predictors.own_order import own_order
 from bayes_mpt.program.affine import DenseMap
-from bayes_mpt.program.arguments import fill_all, has_missing
+from bayes_mpt.program.arguments import Args, has_missing
 from bayes_mpt.program.batched import Batched
 from bayes_mpt.program.latents import Space
 from bayes_mpt.program.layout import to_rows
@@ -73,6 +73,8 @@ class Read(NamedTuple):
     """Of those sites."""
     located: Any = None
     """What the nodes were placed by, so that others can be placed alike."""
+    stratum: Tensor | None = None
+    """(S,) what part of a mixture each was drawn of, where the number of draws of each part was fixed."""
 
 
 class NodeSource(Bound):
@@ -82,18 +84,21 @@ class NodeSource(Bound):
     structure: Program
     relocates: bool = False
     """Whether every visible set has nodes of its own, and so costs a run of the program."""
+    fillings: tuple[Tensor | None, ...] | None = None
+    """What stands for missing cells of each argument; None: what `filling` has for the rows that are read."""
 
     @abstractmethod
-    def place(self, args: tuple[Any, ...], visible: Tensor | None = None, near: Any = None) -> Read:
+    def place(self, args: Args, visible: Tensor | None = None, near: Any = None) -> Read:
         """Run the program; place the nodes for the visible (T,) tokens, by default all.
 
         ``near`` is what those of other visible tokens of these rows were placed by (`Read.located`).
         """
 
     def read(self, args: tuple[Any, ...]) -> Nodes:
-        fixed = self._sub_sample(args)
+        rows = Args(args, self.fillings)
+        fixed = self._sub_sample(rows)
         with SetLatents(fixed):
-            return Nodes(self, args, fixed, self.place(args))
+            return Nodes(self, rows, fixed, self.place(rows))
 
     def evidence(self, nodes: Nodes) -> Evidence:
         """log Z of each row with its error."""
@@ -110,11 +115,11 @@ class NodeSource(Bound):
         """Leave what earlier readings have found to make the next one shorter: that gives what a first one would."""
         return
 
-    def _sub_sample(self, args: tuple[Any, ...]) -> dict[str, Tensor]:
+    def _sub_sample(self, args: Args) -> dict[str, Tensor]:
         """The rows that sub-sampling plates draw: once for all runs of a reading, of program and guide alike."""
         if self.structure.sub_rows is None and self.structure.scale == 1.0:
             return {}
-        trace = run(self.model, fill_all(args))
+        trace = run(self.model, args.filled)
         return {name: node["value"] for name, node in trace.nodes.items() if is_subsample(node)}
 
 
@@ -186,7 +191,7 @@ class Nodes(Conditionals):
     structure: Program
 
     def __init__(
-        self, source: NodeSource | None, args: tuple[Any, ...], fixed: dict[str, Tensor], read: Read,
+        self, source: NodeSource | None, args: Args, fixed: dict[str, Tensor], read: Read,
         structure: Program | None = None,
     ):  # fmt: skip
         self.source, self.args, self.last = source, args, read
@@ -217,7 +222,7 @@ class Nodes(Conditionals):
         read = self.last._replace(
             given=given, log_weight=weight, latents=latents, value=self.value.detach()[:0].clone()
         )
-        return Nodes(None, (), {}, read, self.structure)
+        return Nodes(None, Args(()), {}, read, self.structure)
 
     def evidence(self, orders: Tensor | None = None) -> Evidence:
         if self.source is None:  # what serves for any rows is exact
@@ -442,16 +447,16 @@ class _Fix(poutine.messenger.Messenger):
                 msg["infer"] = {**msg["infer"], LOG_ODDS: self.values[LOG_ODDS + msg["name"]].expand(shape)}
 
 
-def program_values(model: Model, args: tuple[Any, ...], filled: tuple[Any, ...], program: Program) -> Tensor:
+def program_values(model: Model, args: Args, program: Program) -> Tensor:
     """The tokens (N, T) of these rows, NaN where missing: of the argument itself, or of more runs, latents drawn."""
     position = program.observed_argument
-    others = [f is a for i, (f, a) in enumerate(zip(filled, args, strict=True)) if i != position]
+    others = [f is a for i, (f, a) in enumerate(zip(args.filled, args.given, strict=True)) if i != position]
     if position is not None and all(others):  # complete, so that no distribution has seen a missing cell
-        return args[position].reshape(n_rows_of(program, args), -1)
+        return args.given[position].reshape(n_rows_of(program, args.given), -1)
     with torch.no_grad():
-        trace = run(model, filled)
+        trace = run(model, args.filled)
         sites = {s.name: trace.nodes[s.name]["value"] for s in program.latents}
-        return read_values(model, args, program, trace, sites)
+        return read_values(model, args.given, program, trace, sites)
 
 
 def constrained(where: Space, u: Tensor) -> Tensor:

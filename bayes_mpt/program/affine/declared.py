@@ -11,12 +11,11 @@ from torch import Tensor
 
 from bayes_mpt.program.affine.form import AffineForm
 from bayes_mpt.program.affine.maps import DenseMap
-from bayes_mpt.program.analysis import described
 from bayes_mpt.program.arguments import N_TRIAL_ROWS, fill
 from bayes_mpt.program.offers import offered
 from bayes_mpt.program.program import Model, Parts, Program, split_events
 from bayes_mpt.program.run import first_run
-from bayes_mpt.program.sites import base, latent_nodes, observed_nodes, own_masks
+from bayes_mpt.program.sites import base, described, latent_nodes, observed_nodes, own_masks
 from bayes_mpt.program.trials import CLOSE
 
 __all__ = ["read_stated", "stated_form", "stated_run"]

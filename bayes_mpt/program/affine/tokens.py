@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from bayes_mpt.program.affine.form import AffineForm
-from bayes_mpt.program.affine.normals import (
-    token_normal,
-)
 from bayes_mpt.program.arguments import fill_all, fill_otherwise, has_missing
+from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.layout import join_tokens, token_values
-from bayes_mpt.program.missing import read_values, values_with_gaps
-from bayes_mpt.program.program import MissingCovariate, Model, ModelError
+from bayes_mpt.program.missing import read_values, refuse_seen_gaps, values_with_gaps
+from bayes_mpt.program.program import Model, ModelError
 from bayes_mpt.program.run import SetLatents, one_precision, run
-from bayes_mpt.program.sites import own_shown
+from bayes_mpt.program.sites import own_shown, sub_samples
 
 __all__ = ["token_gaps", "token_means"]
 
@@ -45,18 +44,13 @@ def token_gaps(
             trace = run(model, fill_all(args), sites)
         return read_values(model, args, structure.program, trace, sites)
     if any(has_missing(a) for a in args):
-        # The filled cells gave finite parameters and maps; what the NaN themselves reach shows which tokens to drop.
-        with torch.no_grad():
-            try:
-                raw = run(model, args, sites)
-                reached = [t.isnan().any() for t in token_normal(raw, structure)]
-            except ValueError:  # Pyro's own check of a mean or scale that is NaN
-                reached = [torch.tensor(True)]
-            if any(bool(r) for r in reached):
-                raise MissingCovariate(
-                    f"missing cells reach the mean or scale of observed site {structure.observed!r}: covariates must "
-                    "be complete, only what is observed may be missing"
-                )
+        # at latents that are not zero, which would hide what they multiply
+        with torch.no_grad(), own_random_state(1):
+            generic = run(model, fill_all(args), sub_samples(trace))
+        latents = {name: generic.nodes[name]["value"] for name in structure.latent_names}
+        refuse_seen_gaps(model, args, structure.program, generic, latents | sub_samples(trace))
+        with torch.no_grad(), pyro.validation_enabled(False):
+            raw = run(model, args, sites)
         n_cells = sum(int(a.isnan().sum()) for a in args if has_missing(a))
         with_gaps = token_values(raw, structure.program)
         whole = all(bool(own_shown(raw.nodes[name]).all()) for name in structure.site_names)

@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
+from bayes_mpt import BayesMPT, MarginalLikelihoodSearch
 from bayes_mpt.evidence import laplace_diagonal
+from bayes_mpt.models import FactorAnalysis
+from bayes_mpt.predictors.gaussian import newton
 from bayes_mpt.predictors.gaussian.profile import Prior, diagonal
 from bayes_mpt.program.statistics import Covariance
 
@@ -124,14 +127,64 @@ def test_strong_signals_with_fewer_latents_than_there_are():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_laplace_finds_its_maximum_from_the_fits(kind):
-    """The mode of the posterior near the likelihood's is the one that is sought without it, or a higher one."""
-    lower = []
+def test_laplace_begins_where_the_fit_has_been_and_ends_where_it_would_alone(kind, monkeypatch):
+    """What the climbs of a fit have found saves those of its evidence, and changes no bit of it."""
+    count = []
+    decompose = newton.dsyevd
+    monkeypatch.setattr(newton, "dsyevd", lambda *a, **b: count.append(1) or decompose(*a, **b))
     for index in range(N_TABLES):
         x, k = drawn(kind, index)
-        cov = np.cov(x.T, bias=True)
-        near = diagonal(Covariance(cov), k, refuse=False).noise
-        points = [laplace_diagonal(cov, len(x), k, at).factors for at in (None, near)]
-        alone, beside = (density(cov, len(x), point, True) for point in points)
-        lower.append(alone - beside)
-    assert sum(gap <= 1e-4 for gap in lower) >= N_TABLES - 1, lower
+        cov = Covariance(np.cov(x.T, bias=True), maxima={})
+        diagonal(cov, k, n_rows=len(x), refuse=False)
+        count.clear()
+        beside = laplace_diagonal(cov, len(x), k)
+        n_beside, _ = len(count), count.clear()
+        alone = laplace_diagonal(cov.dense(), len(x), k)
+        assert beside.log_evidence == alone.log_evidence
+        assert (beside.factors.noise == alone.factors.noise).all()
+        assert n_beside < len(count)
+
+
+@pytest.mark.parametrize("n_latents", [1, 3])
+def test_a_step_of_em_is_that_of_the_moments_of_the_latents(n_latents):
+    """Rubin & Thayer (1982), with loadings that are best for the noise; under a prior its least is that of a grid."""
+    x, _ = drawn("strong", 0)
+    corr = np.corrcoef(x.T)
+    log_noise = np.log(np.random.default_rng(0).uniform(0.2, 0.8, len(corr)))
+    profile = newton.Profile(corr, n_latents, log_noise)
+    loading = profile.factors(0).loading
+    pull = loading.T @ np.linalg.inv(loading @ loading.T + np.diag(np.exp(log_noise)))  # E[z | x] = pull x
+    second = np.eye(n_latents) - pull @ loading + pull @ corr @ pull.T
+    new = corr @ pull.T @ np.linalg.inv(second)
+    assert np.exp(profile.left()) == pytest.approx(np.diag(corr - new @ pull @ corr), rel=1e-9)
+    prior = Prior(2.0, np.full(len(corr), 2.0), 50)
+    left, grid = np.exp(profile.left()), np.linspace(-4, 1, 200_001)
+    softened = profile.under(prior).left()
+    for i in range(3):
+        loss = grid / 2 + left[i] / np.exp(grid) / 2 - (2 * grid - 2 * np.exp(grid)) / 50
+        assert softened[i] == pytest.approx(grid[loss.argmin()], abs=3e-5)
+
+
+def test_a_climb_is_given_up_only_where_it_would_end_at_the_known_maximum_or_below():
+    """From 25 random starts each, of tables with several maxima."""
+    given_up = 0
+    for index in range(3):
+        x, _ = drawn("strong", index)
+        corr, rng = np.corrcoef(x.T), np.random.default_rng(index)
+        climb = newton.Climb(corr, Prior(2.0, np.full(len(corr), 2.0), len(x)), 1000, 1e-10)
+        starts = [climb.at(2, np.log(rng.uniform(0.02, 1, len(corr)))) for _ in range(25)]
+        known = climb.top(starts[0])
+        for start in starts:
+            if climb.top(start, known) is known:
+                given_up += 1
+                assert climb.top(start).loss > known.loss - 1e-8
+    assert given_up > 15
+
+
+def test_a_candidate_is_the_same_alone_and_among_others():
+    x, _ = drawn("strong", 1)
+    search = lambda sizes: MarginalLikelihoodSearch(  # noqa: E731
+        BayesMPT(FactorAnalysis()), {"model__n_components": sizes}, evidence="laplace"
+    ).fit(x)
+    among, alone = search([3, 1, 2]), search([2])
+    assert among.cv_results_["lml"][2] == alone.cv_results_["lml"][0]

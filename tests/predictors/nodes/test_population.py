@@ -8,10 +8,10 @@ import pyro.distributions as dist
 import pytest
 import torch
 from scipy import stats
-from scipy.special import logsumexp
+from scipy.special import betaln, logsumexp
 from tables import tensor
 
-from bayes_mpt.diagnostics import pareto_k, widening_of
+from bayes_mpt.diagnostics import pareto_k, weight_variance, widening_of
 from bayes_mpt.predictors import Importance
 
 
@@ -55,21 +55,61 @@ CASES = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
-def test_the_error_is_small_and_covers_the_truth(name):
-    program, truth, data = CASES[name]
-    args = tuple(tensor(a) for a in data)
+def z_of(program, args, truth, n_reads, n_draws=1000):
+    """What each of many numbers is off in units of its stated error, and these numbers."""
+    args = tuple(tensor(a) for a in args)
     torch.manual_seed(0)
-    bound = Importance(1000).bind(program, args)
-    found = [bound.read(args).evidence() for _ in range(10)]
-    want = truth(*data)
-    z = np.array([(float(e.by_row.sum()) - want) / e.se for e in found])
+    bound = Importance(n_draws).bind(program, args)
+    found = [bound.read(args).evidence() for _ in range(n_reads)]
+    return np.array([(float(e.by_row.sum()) - truth) / e.se for e in found]), found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "n_reads"), [("edges", 30), ("neck", 8)])
+def test_the_error_is_small_and_covers_the_truth(name, n_reads):
+    program, truth, data = CASES[name]
+    z, found = z_of(program, data, truth(*data), n_reads)
     assert max(e.se for e in found) < 0.05
-    # the mean square of 10 standard normals is between .15 and 2.96 but for two in a thousand
-    assert 0.15 < np.square(z).mean() < 2.96
-    assert abs(z.mean()) < 3.3 / math.sqrt(10)
+    assert np.median([e.se for e in found]) < 0.025
+    # the mean square of n standard normals is between these but for two in a thousand
+    low, high = stats.chi2(n_reads).ppf([0.001, 0.999]) / n_reads
+    assert low < np.square(z).mean() < high
+    assert abs(z.mean()) < 3.3 / math.sqrt(n_reads)
     assert max(e.diagnostics["pareto_k"] for e in found) < 0.7
+
+
+def test_draws_of_the_prior_are_no_noise():
+    """A coin: nine tenths of the draws lie where the posterior is, and the others weigh nearly nothing."""
+    x = np.array([1.0] * 50 + [0.0] * 50)
+
+    def coin(x):
+        p = pyro.sample("p", dist.Beta(x.new_tensor(1.0), 1.0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Bernoulli(p), obs=x)
+
+    z, found = z_of(coin, (x,), betaln(51, 51), 60, 200)
+    low, high = stats.chi2(60).ppf([0.001, 0.999]) / 60
+    assert low < np.square(z).mean() < high
+    plain = np.sqrt([1 / e.diagnostics["ess_min"] - 1 / 200 for e in found])  # as if all were of one law
+    assert np.median([e.se for e in found] / plain) < 0.85
+
+
+@pytest.mark.parametrize(("n_single", "most"), [(0, 1.06), (5, 1.25)])
+def test_the_variance_of_a_mean_of_strata_is_that_of_many_such_means(n_single, most):
+    """p = N(0, 1) by 60 draws of N(0, 1.2), 30 of N(3, 1), 10 of N(0, 20), and one of each of more."""
+    rng, n = np.random.default_rng(0), np.array([60, 30, 10] + n_single * [1])
+    loc, scale = np.r_[0, 3, 0, np.arange(n_single) - 2.0], np.r_[1.2, 1, 20, np.ones(n_single)]
+    of = np.repeat(np.arange(len(n)), n)
+    u = loc[of][:, None] + scale[of][:, None] * rng.normal(size=(len(of), 4000))
+    q = sum(n[h] / len(of) * stats.norm.pdf(u, loc[h], scale[h]) for h in range(len(n)))
+    w = stats.norm.pdf(u) / q
+    share = torch.as_tensor(w / w.sum(0))
+    stated, plain = (weight_variance(share, h).mean() for h in (torch.as_tensor(of), None))
+    truth = np.log(w.mean(0)).var()
+    assert w.mean() == pytest.approx(1, abs=4 * math.sqrt(truth / 4000))
+    # of those that are taken together what lies between them counts too
+    assert 0.94 < stated / truth < most
+    assert plain > 1.5 * truth
 
 
 @pytest.mark.parametrize(("k", "least"), [(0.2, 0.8), (0.5, 0.8), (0.6, 0.8)])

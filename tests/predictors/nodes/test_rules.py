@@ -63,7 +63,7 @@ def beta_odds(a, b):
             (8, 12),
             (1e-5, 1e-9),
         ),
-        (lambda t: stats.t(3).logpdf(t), (1000, 1000), (1e-5, 1e-7)),
+        (lambda t: stats.t(3).logpdf(t), (1000, 1000), (1e-4, 1e-7)),
         (beta_odds(0.05, 0.05), (85, 85), (1e-6, 1e-9)),
         (beta_odds(0.1, 3.1), (90, 4), (1e-4, 1e-6)),
         (beta_odds(0.01, 3.01), (300, 1.5), (1e-3, 1e-4)),

@@ -21,6 +21,7 @@ from bayes_mpt.predictors.nodes.prior import prior_points
 from bayes_mpt.predictors.nodes.reference import Reference
 from bayes_mpt.predictors.nodes.two_sided import TwoSided
 from bayes_mpt.program.analysis import analyze
+from bayes_mpt.program.arguments import Args
 from bayes_mpt.program.program import ModelError
 from bayes_mpt.warnings import MissedModeWarning, VaguePriorWarning
 
@@ -230,7 +231,7 @@ def test_the_logarithm_of_a_gamma_is_drawn_as_such():
 
     x = torch.zeros(3, dtype=F64)
     torch.manual_seed(0)
-    u = prior_points(AdaptiveNodes(program, (x,), analyze(program, (x,))), (x,), 4000).numpy()
+    u = prior_points(AdaptiveNodes(program, Args((x,)), analyze(program, (x,))), (x,), 4000).numpy()
     want = [digamma(0.01) - math.log(3), digamma(2.0) - math.log(3), -digamma(0.02)]
     np.testing.assert_array_less(abs(u.mean(0) - want), 3.5 * u.std(0) / math.sqrt(len(u)))
     below = (u[:, 0] < -720).mean()  # P(log g < t) = exp(shape (t + log rate)) nearly, far below

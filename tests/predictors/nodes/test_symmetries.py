@@ -14,12 +14,14 @@ from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
 from bayes_mpt.predictors.nodes.modes import ModeSearch
 from bayes_mpt.predictors.nodes.symmetries import Coordinates, Moves, Symmetry, orbit
 from bayes_mpt.program.analysis import analyze
+from bayes_mpt.program.arguments import Args
 
 
 def modes(program, *args):
-    adaptive = AdaptiveNodes(program, args, analyze(program, args))
+    rows = Args(args)
+    adaptive = AdaptiveNodes(program, rows, analyze(program, args))
     x = torch.cat([a.reshape(-1) for a in args])[None]
-    return ModeSearch(adaptive).find(args, x, torch.ones(x.shape[1], dtype=torch.bool)), adaptive
+    return ModeSearch(adaptive).find(rows, x, torch.ones(x.shape[1], dtype=torch.bool)), adaptive
 
 
 def weights_and_means(x):
@@ -58,9 +60,9 @@ def test_components_change_places_with_their_weights(program):
     u = found.mode[:, 0] + 0.1 * found.root[:, 0, :, 0]
     data = x[None]
     everything = torch.ones(data.shape[1], dtype=torch.bool)
-    at = adaptive.log_prob((x,), (x,), data, everything, u[:, None])[:, 0]
+    at = adaptive.log_prob(Args((x,)), data, everything, u[:, None])[:, 0]
     log_det = adaptive.space.values(u[:, None])[1][:, 0] - adaptive.space.values(found.mode)[1][:, 0]
-    top = adaptive.log_prob((x,), (x,), data, everything, found.mode)[:, 0]
+    top = adaptive.log_prob(Args((x,)), data, everything, found.mode)[:, 0]
     fall = at - log_det - top
     assert float(fall[0]) == pytest.approx(float(fall[1]), abs=1e-3)
 
