@@ -122,7 +122,7 @@ def like_table(X: Any, cells: NDArray[Any]) -> Any:
     """
     if isinstance(X, pd.DataFrame):
         return pd.DataFrame(cells, index=X.index, columns=X.columns)
-    if type(X).__module__.split(".")[0] == "polars" and hasattr(X, "to_numpy"):
+    if _is_of_polars(X):
         return type(X)(dict(zip(X.columns, cells.T, strict=True)))
     return cells
 
@@ -159,6 +159,12 @@ def read_table(X: Any) -> Any:
             for j, (name, dtype) in enumerate(X.dtypes.items())
             if not pd.api.types.is_numeric_dtype(dtype)
         )
+    elif _is_of_polars(X):
+        columns = (
+            (name, _objects(X[name].to_list()))
+            for name in X.columns
+            if not (X[name].dtype.is_numeric() or str(X[name].dtype) == "Boolean")
+        )
     elif isinstance(X, np.ndarray) and X.ndim == 2 and X.dtype.kind in NO_NUMBERS:
         columns = enumerate(X.T)
     else:
@@ -176,6 +182,18 @@ def read_table(X: Any) -> Any:
     X = X.where(X.notna(), np.nan) if objects else X
     _refuse_infinite(X)
     return X
+
+
+def _is_of_polars(X: Any) -> bool:
+    """Whether a table is a DataFrame of polars, which need not be installed."""
+    return type(X).__module__.split(".")[0] == "polars" and hasattr(X, "to_numpy")
+
+
+def _objects(cells: list[Any]) -> NDArray[Any]:
+    """An array of these objects, lists among them as they are."""
+    found = np.empty(len(cells), dtype=object)
+    found[:] = cells
+    return found
 
 
 def _refuse_infinite(X: Any) -> None:
@@ -225,6 +243,16 @@ def read_numbers(y: Any, n_rows: int) -> NDArray[Any]:
         raise ValueError(f"y must have a row for each of the {n_rows} rows of X, got {got}")
     if y.dtype.kind == "f" and np.isinf(y).any():
         raise ValueError("y contains infinity")
+    return _in_native_type(y)
+
+
+def _in_native_type(y: NDArray[Any]) -> NDArray[Any]:
+    """Numbers of a kind that torch computes with: whole ones in 64 bits, as what is made of a few bits wraps around."""
+    if y.dtype.kind in "iu":
+        wide = y.dtype.kind == "u" and y.size > 0 and int(y.max()) > np.iinfo(np.int64).max
+        return y.astype(np.float64 if wide else np.int64, copy=False)
+    if y.dtype.kind == "f" and (y.dtype.itemsize > 8 or not y.dtype.isnative):
+        return y.astype(np.float64)
     return y
 
 
@@ -232,6 +260,19 @@ def _array(a: Any, name: str) -> Any:
     """Without mask, graph and device."""
     if issparse(a):
         return a  # scikit-learn refuses it
+    if isinstance(a, np.ndarray) and a.dtype.names is not None:
+        raise ValueError(
+            f"{name} is a structured array with the fields {', '.join(a.dtype.names)}: pass pandas.DataFrame({name}), "
+            "whose columns are these, or a plain array"
+        )
+    if isinstance(a, Mapping) and all(np.ndim(column) == 1 for column in a.values()):
+        raise TypeError(
+            f"{name} must be an array with all rows, got {type(a).__name__}: pass pandas.DataFrame({name})"
+        )
+    if hasattr(a, "collect") and hasattr(a, "collect_schema"):
+        raise TypeError(
+            f"{name} is a query that has not been run ({type(a).__name__}): pass {name}.collect()"
+        )
     if isinstance(a, DataLoader | Dataset | Iterator | Mapping):
         raise TypeError(
             f"{name} must be an array with all rows, got {type(a).__name__}: stack its rows into one array, or map "

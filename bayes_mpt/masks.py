@@ -76,13 +76,16 @@ class Policy(BaseEstimator, ABC):
     """Whether the expected score over the policy's draws is log p(x)."""
     deterministic: ClassVar[bool]
     """Whether every draw is the same."""
-    groups: ArrayLike | None = None
-    """Labels (T,): tokens with one label stay together. None where each is by itself."""
 
     @property
     def of_blocks(self) -> Policy | None:
         """The policy that draws blocks of tokens, where these are hidden and shown together (`Blocks`)."""
         return None
+
+    @property
+    def any_order(self) -> bool:
+        """Whether every draw is a chain in whatever order, so that one of a program's own serves as well."""
+        return False
 
     @abstractmethod
     def draw(self, n_tokens: int, random_state: RandomState = None) -> Masks:
@@ -126,6 +129,10 @@ class PermutationChain(Policy):
     def __init__(self, n_chains: int = 1, groups: ArrayLike | None = None):
         self.n_chains = n_chains
         self.groups = groups
+
+    @property
+    def any_order(self) -> bool:
+        return self.groups is None
 
     def draw(self, n_tokens: int, random_state: RandomState = None) -> Masks:
         n_chains = _count("n_chains", self.n_chains)
@@ -283,7 +290,6 @@ class Blocks(Policy):
 
     is_lml = False
     deterministic = False
-    groups: ArrayLike
 
     def __init__(self, masks: Policy, groups: ArrayLike):
         self.masks = masks

@@ -179,7 +179,7 @@ def _estimate(
 @torch.no_grad()
 def _in_own_order(read: Conditionals, masks: Policy, order: Order) -> ScoreEstimate:
     """The estimate where tokens look at each other: one chain, and no curve over mask sizes."""
-    if not masks.chains or masks.groups is not None:
+    if not masks.any_order:
         refuse_masks(f"{masks!r}")
     found, tokens = read.evidence(), own_order(read)
     steps = read.chain(tokens, _ends(tokens.shape[1]))[0][:, tokens[0]]

@@ -137,6 +137,8 @@ class Candidate:
     """(R, N) nats of each row by the fit that has not seen it, by repeat; NaN of one that was never hidden."""
     split: NDArray[np.float64] | None = None
     """(R, N) by which split that was; None where a row was hidden more than once."""
+    rough: float = 0.0
+    """The tolerance of the fits to folds, where it is rougher than that of the fit to all rows."""
     taken_up: bool = False
     """Whether this is from a file, of the stage that it was last in."""
 
@@ -159,11 +161,13 @@ class Candidate:
     def label(self, rule: str) -> str:
         """What to say of the number: the rule, or that nothing stands at an estimate; an error or a doubt instead."""
         name = "integrated" if rule == "train" and self.is_evidence else rule
-        return self.error or self.note or "; ".join(filter(None, [name, self.about]))
+        far = f"folds far behind, ended at {self.rough:.0e} of a score" if self.rough else ""
+        return self.error or self.note or "; ".join(filter(None, [name, self.about, far]))
 
     def doubt(self, why: str) -> None:
         """Add what to be wary of, if there is anything."""
-        self.note = "; ".join(filter(None, [self.note, why]))
+        if why not in self.note.split("; "):
+            self.note = "; ".join(filter(None, [self.note, why]))
 
     def state_prior(self) -> None:
         """Let `explain` of the fit say under which prior its evidence is."""

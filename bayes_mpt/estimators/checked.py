@@ -16,6 +16,7 @@ from sklearn.exceptions import ConvergenceWarning
 
 from bayes_mpt.diagnostics import partition_error
 from bayes_mpt.estimators.candidates import Candidate, before_final
+from bayes_mpt.estimators.contenders import settle
 from bayes_mpt.estimators.rules import Auto, Rule, give_evidence
 from bayes_mpt.estimators.stored import with_estimator
 from bayes_mpt.estimators.table import Ranking, ranked
@@ -40,12 +41,12 @@ def checked(
     seed: int,
     random_state: int | None,
 ) -> Ranking:
-    """The ranking of candidates that have their evidence, checked where that believes rows to be Gaussian.
+    """The ranking of candidates that have their evidence, settled, and checked where that believes rows to be Gaussian.
 
     Parameters
     ----------
     found : list of Candidate
-        Those that rank by hidden rows get their score.
+        Those that rank by hidden rows get their score; those whose evidence is rough and may be the best, theirs.
     rule, asked : rule of evidence
         What gave the evidence, and what was asked for: `Auto` checks its choice.
     X, y : array-like
@@ -53,6 +54,7 @@ def checked(
     seed, random_state
         As in `give_evidence`.
     """
+    settle(found, rule, X, y, seed=seed)
     ranking = ranked(found, rule.name)
     if ranking.by != "expected":
         return ranking

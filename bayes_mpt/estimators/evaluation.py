@@ -123,7 +123,7 @@ def score_candidate(
         return candidate
     start = time.perf_counter()
     with_estimator(candidate, X, y)
-    candidate = give_evidence(candidate, X, y, rule, seed=seed, to_map=True, prior=prior)
+    candidate = give_evidence(candidate, X, y, rule, seed=seed, to_map=True, prior=prior, rough=True)
     candidate.score_time = time.perf_counter() - start
     candidate.taken_up = False
     return candidate

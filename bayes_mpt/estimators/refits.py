@@ -30,6 +30,7 @@ Splits = Iterable[tuple[NDArray[Any], NDArray[Any]]]
 """Of rows: those fitted to, those scored."""
 
 _FOLDS = [Interval(Integral, 2, None, closed="left"), HasMethods(["split", "get_n_splits"])]
+ROUGH = 1e-4  # of the score: where fits to folds may end of candidates that are far behind
 _POSITIVE_INTEGER = [Interval(Integral, 1, None, closed="left")]
 
 
@@ -49,6 +50,10 @@ class HeldOut(BaseEstimator):
     the fits to all rows (`bayes_mpt.diagnostics.partition_error`), of several by their spread. There is none, NaN, with
     a splitter that does not draw its partition at random (groups, time series, a fixed one): another draw would be
     the same; nor where rows are tokens of one vector.
+
+    A search ends fits of Gaussian mixtures to folds, of complete tables, at 1e-4 of the score at first. The best
+    candidate, and those that are not behind it by five times ``dse``, go on to the tolerance of the training; ``diag``
+    names the others, whose scores may still move by a few times ``dse``.
 
     Examples
     --------
@@ -84,14 +89,26 @@ class HeldOut(BaseEstimator):
         return self.n_repeats * int(self.cv) if isinstance(self.cv, Integral) else None
 
     def evaluate(
-        self, candidate: Candidate, X: Any, y: Any, *, seed: int, random_state: int | None, **how: Any
+        self,
+        candidate: Candidate,
+        X: Any,
+        y: Any,
+        *,
+        seed: int,
+        random_state: int | None,
+        rough: bool = False,
+        **how: Any,
     ) -> None:
-        """As `Laplace.evaluate`; ``seed`` is of the partitions, ``random_state`` of fits that have none."""
+        """As `Laplace.evaluate`; ``seed`` is of the partitions, ``random_state`` of fits that have none.
+
+        With ``rough`` fits that a program offers to hidden rows may end at `ROUGH`, and the candidate knows of it.
+        """
         repeats = [self._folds(len(X), seed + repeat) for repeat in range(self.n_repeats)]
-        candidate.hidden = _by_refits(candidate, X, y, repeats, random_state)
+        candidate.hidden = _by_refits(candidate, X, y, repeats, random_state, rough=rough)
         candidate.split = _splits_of(len(X), repeats)
         if self.n_repeats == 1 and self._is_partition and candidate.facts.by_row:
-            candidate.at_fit = np.asarray(candidate.model.score_samples(X, y), dtype=np.float64)
+            if candidate.at_fit is None:
+                candidate.at_fit = np.asarray(candidate.model.score_samples(X, y), dtype=np.float64)
             candidate.fold = np.empty(len(X), dtype=np.int_)
             for f, (_, test) in enumerate(repeats[0]):
                 candidate.fold[test] = f
@@ -162,15 +179,23 @@ class Cumulative(BaseEstimator):
 
 
 def _by_refits(
-    candidate: Candidate, X: Any, y: Any, repeats: list[Splits], random_state: int | None
+    candidate: Candidate,
+    X: Any,
+    y: Any,
+    repeats: list[Splits],
+    random_state: int | None,
+    *,
+    rough: bool = False,
 ) -> NDArray[np.float64]:
     """Scores of rows by fits to others, averaged over repeats; those of each repeat (R, N) are returned."""
     by_row, replicates, means, n_cut_short = [], [], [], 0
+    least, candidate.rough = ROUGH if rough else 0.0, 0.0
     for splits in map(list, repeats):
         total, count = np.zeros(len(X)), np.zeros(len(X))
-        for (train, test), score in zip(
-            splits, _own_scores(candidate.model, X, splits, random_state), strict=True
-        ):
+        own = _own_scores(candidate.model, X, splits, random_state, least)
+        if any(score is not None for score in own) and least > _ascent(candidate.model).tol:
+            candidate.rough = least
+        for (train, test), score in zip(splits, own, strict=True):
             if score is None:
                 fold = candidate.model.refit(rows_of(X, train), rows_of(y, train), random_state=random_state)
                 n_cut_short += not fold.converged_
@@ -194,12 +219,24 @@ def _by_refits(
     return np.array(by_row)
 
 
+def _ascent(model: BayesMPT) -> Any:
+    """How it is trained."""
+    return Ascent() if model.training is None else model.training
+
+
 def _own_scores(
-    model: BayesMPT, X: Any, splits: list[tuple[NDArray[Any], NDArray[Any]]], random_state: int | None
+    model: BayesMPT,
+    X: Any,
+    splits: list[tuple[NDArray[Any], NDArray[Any]]],
+    random_state: int | None,
+    least_tol: float = 0.0,
 ) -> list[NDArray[np.float64] | None]:
-    """Of each split the scores of hidden rows by the program's own fits (`Offers.held_out`); None where it has none."""
+    """Of each split the scores of hidden rows by the program's own fits (`Offers.held_out`); None where it has none.
+
+    They end at the tolerance of the training, or at ``least_tol``.
+    """
     none: list[NDArray[np.float64] | None] = [None] * len(splits)
-    how, program = Ascent() if model.training is None else model.training, cast(Any, model.model)
+    how, program = _ascent(model), cast(Any, model.model)
     plain = not (model.guide or model.masks or model.average or model.penalty)
     plain &= model.predictor == "auto" and model.n_init in ("auto", 1) and model.device == "cpu"
     held_out = offered_of_itself(program, "held_out")
@@ -212,7 +249,7 @@ def _own_scores(
         found = held_out(
             x,
             [(torch.as_tensor(train), torch.as_tensor(test)) for train, test in splits],
-            tol=how.tol,
+            tol=max(how.tol, least_tol),
             max_iter=how.max_iter,
         )
     return [None if score is None else score.numpy() for score in found]

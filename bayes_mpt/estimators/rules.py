@@ -358,6 +358,7 @@ def give_evidence(
     random_state: int | None = None,
     to_map: bool = False,
     prior: FactorPrior | None = None,
+    rough: bool = False,
 ) -> Candidate:
     """The candidate, which was fitted on X, with its evidence.
 
@@ -377,11 +378,14 @@ def give_evidence(
         Whether `Integrated` leaves the estimator at its maximum a posteriori.
     prior : FactorPrior, optional
         As `common_prior` of all candidates.
+    rough : bool, default=False
+        Whether `HeldOut` may end fits to folds early, which `bayes_mpt.estimators.contenders` settles.
     """
     # Densities of all candidates are of the same table: what stands before the model is fitted once, on all rows.
     X = before_final(candidate.estimator, X)
     refuse_unbounded(candidate.model, X, y)
-    rule.evaluate(candidate, X, y, seed=seed, random_state=random_state, to_map=to_map, prior=prior)
+    how: dict[str, Any] = {"seed": seed, "random_state": random_state}
+    rule.evaluate(candidate, X, y, **how, to_map=to_map, prior=prior, rough=rough)
     return candidate
 
 

@@ -31,7 +31,7 @@ __all__ = ["Slot", "prepare", "seed_in", "with_estimator"]
 OLDER = re.compile(r"\d{4}-[a-z]+-[0-9a-f]{20}(\.\d+)?\.(pkl|part)|seed")  # before there was a format
 STEM = 32  # digits of a digest in the name of a file; the file holds all of them
 
-_NUMBERS = ("evidence", "se", "n_scored", "fit_time", "score_time")
+_NUMBERS = ("evidence", "se", "n_scored", "fit_time", "score_time", "rough")
 _TEXTS = ("tokens", "error", "note", "about", "prior")
 _FLAGS = ("by_row", "remembers", "rotates", "affordable", "counted", "mixture", "converged")
 _ROWS = ("by_row", "at_fit", "fold")  # numbers by row, or None

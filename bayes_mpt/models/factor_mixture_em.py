@@ -13,24 +13,15 @@ sums. L is the prior of the noise variances, as of one more cell; without it L a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from bayes_mpt.models.left_out import Key
+from bayes_mpt.models.mixture_breeding import Plan, bred, crossed, random_counts
 from bayes_mpt.models.mixture_em import Table
-from bayes_mpt.models.mixture_starts import (
-    JUDGED,
-    KEPT,
-    MOST_SHAKES,
-    PATIENCE,
-    PLACES,
-    SETTLED,
-    SHAKES,
-    SUCCESS,
-    random_counts,
-)
 from bayes_mpt.models.quasi_newton import QuasiNewton, flat
 
 __all__ = [
@@ -46,7 +37,12 @@ __all__ = [
 ]
 
 START_ROWS = 2048  # on which starts are compared
-SHAKEN = 8  # steps with random counts of rows: the others' (`mixture_starts`) leave rows out, and go further
+SHAKEN, CHILD = (
+    8,
+    4,
+)  # steps of what is shaken, which leave no rows out as those of `mixture_starts` do; of children
+JUDGED, SETTLED = 2, 4  # of what a round of breeding has made, until some are given up, and of the rest
+PLAN = Plan(children=4, shaken=16, parents=2, kept=5, places=2, patience=5)
 ROUND = 10  # steps of EM, after which the better half of the starts goes on
 EM_STEPS = 20  # before L-BFGS
 MIN_WEIGHT = 1e-6  # of a component: the logarithm of an empty one is infinite
@@ -137,8 +133,17 @@ def cells_of(table: Table) -> Cells:
     return Cells(value, seen.to(value), patterns, pattern, value.new_ones(1, len(value)), log_unit)
 
 
-def expect(cells: Cells, at: Analysers) -> tuple[Tensor, Sums]:
-    """Log-density of all rows (B,) in the units of the cells, and the sums over them."""
+def expect(
+    cells: Cells,
+    at: Analysers,
+    *,
+    given: Mapping[Key, Tensor] | None = None,
+    told: dict[Key, Tensor] | None = None,
+) -> tuple[Tensor, Sums]:
+    """Log-density of all rows (B,) in the units of the cells, and the sums over them.
+
+    With other shares (B, K, n) of rows than by the densities, if they are ``given``; the others are ``told``.
+    """
     n_components, n_tokens, width = at.loading.shape
     n_factors = width - 1
     zero = at.loading.new_zeros
@@ -152,12 +157,19 @@ def expect(cells: Cells, at: Analysers) -> tuple[Tensor, Sums]:
     of_patterns = _Patterns.of(cells.patterns, at)
     mass = zero(n_components, len(cells.patterns))  # expected rows of each pattern
     total = zero(len(at.log_weights))
-    for value, seen, pattern, count in cells.parts(n_components * (width * width + n_tokens)):
+    for part, (value, seen, pattern, count) in enumerate(
+        cells.parts(n_components * (width * width + n_tokens))
+    ):
         joint, latents = of_patterns.joint(at, value, seen, pattern)  # (B K, n), (B K, n, F)
         joint = joint.reshape(*at.log_weights.shape, -1)
         log_density = joint.logsumexp(1, keepdim=True)
         total += log_density.sum((1, 2))
-        share = ((joint - log_density).exp_() * count[:, None]).flatten(0, 1)
+        share = (joint - log_density).exp_()
+        if told is not None:
+            told["rows", part] = share
+        if given is not None:
+            share = given["rows", part]
+        share = (share * count[:, None]).flatten(0, 1)
         sums.sizes.add_(share.sum(1).reshape(sums.sizes.shape))
         mass.index_add_(1, pattern, share)
         z = torch.cat([latents, latents.new_ones(*latents.shape[:2], 1)], -1)  # (B K, n, F + 1)
@@ -236,43 +248,57 @@ def log_prior(at: Analysers, prior: Tensor | None) -> Tensor:
 def best_start(cells: Cells, starts: list[Analysers], prior: Tensor | None, seed: int) -> Analysers:
     """The start from which a short EM comes furthest, at its end: after some steps the better half goes on.
 
-    Where cells are missing and there is a prior, it is shaken then, as `mixture_starts.best_start` does.
+    Where cells are missing and there is a prior, those that are left breed (`mixture_breeding`).
     """
-    some = cells.first(START_ROWS)
-    at = Analysers(*(torch.cat(parts) for parts in zip(*starts, strict=True)))
-    n_places = PLACES if prior is not None and len(cells.patterns) > 1 else 1
+    ways = _Climb(cells.first(START_ROWS), prior)
+    at = ways.joined(starts)
+    n_places = PLAN.places if prior is not None and len(cells.patterns) > 1 else 1
     while len(at.log_weights) > n_places:
-        at, value = _steps(some, at, prior, ROUND)
-        at = _best(at, value, len(value) // 2)
-    if n_places == 1:
-        return at
-    generator, waited = torch.Generator().manual_seed(seed), 0
-    for _ in range(MOST_SHAKES):
-        shape = SHAKES, len(some.value)
-        shaken = some._replace(counts=random_counts(shape, generator).to(some.value))
-        many, _ = _steps(
-            shaken, at.pick(list(range(len(at.log_weights))) * (SHAKES // len(at.log_weights))), prior, SHAKEN
-        )
-        many, value = _steps(some, many, prior, JUDGED)
-        both = Analysers(*(torch.cat(parts) for parts in zip(at, _best(many, value, KEPT), strict=True)))
-        both, value = _steps(some, both, prior, SETTLED)
-        gain = float(value.max() - value[: len(at.log_weights)].max())
-        at, waited = _best(both, value, PLACES), 0 if gain > SUCCESS else waited + 1
-        if waited == PATIENCE:
-            break
+        at, value = ways(at, ROUND)
+        at = ways.taken(at, value.argsort(descending=True)[: len(value) // 2])
+    if n_places > 1:
+        at = bred(at, len(at.log_weights), ways, PLAN, torch.Generator().manual_seed(seed))
     return at.pick([0])
 
 
-def _steps(cells: Cells, at: Analysers, prior: Tensor | None, n_steps: int) -> tuple[Analysers, Tensor]:
-    """Where mixtures come, and what they score (B,) before the last step."""
-    for _ in range(n_steps):
-        before, (total, sums) = at, expect(cells, at)
-        at = m_step(sums, at, prior)
-    return at, total + log_prior(before, prior)
+class _Climb:
+    """Steps of several mixtures at once."""
 
+    def __init__(self, cells: Cells, prior: Tensor | None):
+        self.cells, self.prior = cells, prior
 
-def _best(at: Analysers, value: Tensor, n: int) -> Analysers:
-    return at.pick(value.argsort(descending=True)[:n].tolist())
+    def __call__(self, at: Analysers, n_steps: int, cells: Cells | None = None) -> tuple[Analysers, Tensor]:
+        """Where mixtures come, and what they score (B,) before the last step."""
+        for _ in range(n_steps):
+            before, (total, sums) = at, expect(cells or self.cells, at)
+            at = m_step(sums, at, self.prior)
+        return at, total + log_prior(before, self.prior)
+
+    def taken(self, at: Analysers, index: Tensor) -> Analysers:
+        """As `bayes_mpt.models.mixture_breeding.Ways`, here and below."""
+        return at.pick(index.tolist())
+
+    def joined(self, parts: list[Analysers]) -> Analysers:
+        return Analysers(*(torch.cat(each) for each in zip(*parts, strict=True)))
+
+    def judged(self, at: Analysers) -> tuple[Analysers, Tensor]:
+        return self(at, JUDGED)
+
+    def settled(self, at: Analysers) -> tuple[Analysers, Tensor]:
+        return self(at, SETTLED)
+
+    def shaken(self, at: Analysers, generator: torch.Generator) -> Analysers:
+        shape = len(at.log_weights), len(self.cells.value)
+        counts = random_counts(shape, generator).to(self.cells.value)
+        return self(at, SHAKEN, self.cells._replace(counts=counts))[0]
+
+    def child(self, first: Analysers, second: Analysers, generator: torch.Generator) -> Analysers:
+        shares: list[dict[Key, Tensor]] = [{}, {}]
+        for parent, told in zip((first, second), shares, strict=True):
+            expect(self.cells, parent, told=told)
+        # what a child expects of the latents is as in the first parent
+        sums = expect(self.cells, first, given=crossed(shares[0], shares[1], generator))[1]
+        return self(m_step(sums, first, self.prior), CHILD)[0]
 
 
 def climb(

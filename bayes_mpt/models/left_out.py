@@ -42,7 +42,7 @@ class Shares(Protocol):
         key : Key
             Of these rows.
         log_prob : Tensor of shape (..., K, n)
-            log w + log p(x_o).
+            log w + log p(x_o); what is returned may stand in its place.
         square : Callable
             The squared distances (..., K, n).
         n_cells : Tensor of shape (n,)
@@ -53,17 +53,17 @@ class Shares(Protocol):
 def plain_shares(
     key: Key, log_prob: Tensor, square: Callable[[], Tensor], n_cells: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """By the densities."""
+    """By the densities, which are written over."""
     return shares_of(log_prob)
 
 
 def shares_of(log_prob: Tensor) -> tuple[Tensor, Tensor]:
-    """Shares (..., K, n) and log-densities (..., n) of log w + log p (..., K, n)."""
+    """Shares (..., K, n), which are put in their place, and log-densities (..., n) of log w + log p (..., K, n)."""
     top = log_prob.amax(-2, keepdim=True)
-    # what underflows takes six times as long, and says as little
-    share = (log_prob - top).clamp_(min=NEGLIGIBLE).exp_()
+    # what underflows takes six times as long, and says as little; numbers elsewhere than here take twice as long
+    share = log_prob.sub_(top).clamp_(min=NEGLIGIBLE).exp_()
     sum_ = share.sum(-2, keepdim=True)
-    return share / sum_, (top + sum_.log())[..., 0, :]
+    return share.mul_(sum_.reciprocal()), (top + sum_.log())[..., 0, :]
 
 
 class LeftOut:
@@ -92,10 +92,10 @@ class LeftOut:
         self, key: Key, log_prob: Tensor, square: Callable[[], Tensor], n_cells: Tensor
     ) -> tuple[Tensor, Tensor]:
         """As `Shares`; the log-densities are those with the rows, by which places can be compared."""
-        share, density = plain_shares(key, log_prob, square, n_cells)
+        share, density = shares_of(log_prob.clone())
         if self.count is not None and key in self.before:
             change = self.change(self.before[key], square(), n_cells, self.count)
-            share, _ = plain_shares(key, log_prob + change, square, n_cells)
+            share, _ = shares_of(log_prob + change)
         share = share * self.counts(key, log_prob)
         self.before[key] = share
         return share, density

@@ -44,7 +44,8 @@ def centres_of(tables: Sequence[Tensor], n_centres: int, seed: int, n_tries: int
     """
     rng = np.random.RandomState(seed)
     own = rng.randint(2**31 - 1)
-    some = [_some_of(table, own) for table in tables]
+    which = {n: _some_of(n, own) for n in {len(table) for table in tables}}
+    some = [table[which[len(table)].to(table.device)] for table in tables]
     n_rows = max(map(len, some))
     rows = some[0].new_zeros(len(some), n_rows, some[0].shape[1])
     count = rows.new_zeros(len(some), n_rows)  # of the rows of smaller tables: none
@@ -69,11 +70,11 @@ def nearest(log_prob: Tensor) -> tuple[Tensor, Tensor]:
     return torch.zeros_like(log_prob).scatter_(-2, which, 1.0), most[..., 0, :]
 
 
-def _some_of(table: Tensor, seed: int) -> Tensor:
-    if len(table) <= ROWS:
-        return table
-    which = np.sort(np.random.RandomState(seed).choice(len(table), ROWS, replace=False))
-    return table[torch.from_numpy(which).to(table.device)]
+def _some_of(n_rows: int, seed: int) -> Tensor:
+    """Places of the rows of a table that k-means reads."""
+    if n_rows <= ROWS:
+        return torch.arange(n_rows)
+    return torch.from_numpy(np.sort(np.random.RandomState(seed).choice(n_rows, ROWS, replace=False)))
 
 
 def _drawn(rows: Tensor, count: Tensor, draws: Tensor) -> Tensor:
@@ -99,17 +100,16 @@ def _drawn(rows: Tensor, count: Tensor, draws: Tensor) -> Tensor:
 
 def _settled(rows: Tensor, count: Tensor, start: Tensor, n_steps: int) -> tuple[Tensor, Tensor]:
     """Where centres (P, K, T) come to stay, and the sums of squares (P,) before their last step."""
-    n_centres = start.shape[1]
-    each = torch.arange(n_centres, device=rows.device)[:, None]
     square = (count * rows.square().sum(-1)).sum(-1)
     stays = STAYS * square / count.sum(-1) / rows.shape[2]
     end, squares = start.clone(), square.clone()
     under_way, centres = torch.arange(len(rows), device=rows.device), start
     for _ in range(n_steps):
         # |x - m|^2 is least where m' x - |m|^2 / 2 is largest
-        most, which = (centres @ rows.mT - 0.5 * centres.square().sum(-1, keepdim=True)).max(1)
-        squares[under_way] = square - 2 * (count * most).sum(-1)
-        share = (which[:, None] == each) * count[:, None]
+        near = torch.baddbmm(-0.5 * centres.square().sum(-1, keepdim=True), centres, rows.mT)
+        most = near.amax(1, keepdim=True)
+        squares[under_way] = square - 2 * (count * most[:, 0]).sum(-1)
+        share = (near == most).to(rows) * count[:, None]  # a row between two centres goes to both
         n = share.sum(-1, keepdim=True)
         moved = torch.where(n > 0, share @ rows / n.clamp(min=1.0), centres)
         goes = (moved - centres).square().sum((1, 2)) > stays

@@ -22,6 +22,7 @@ __all__ = ["Block", "Inverse", "blocks_of", "expect_block"]
 
 MAX_ROWS = 1024  # of a pattern that stand in one block
 FEW_ROWS = 4  # of a pattern, which then stand each by itself
+MANY, SMALL = 256, 8  # matrices, and their size, from where and up to which they are inverted side by side
 MAX_NUMBERS = 2**22  # that the algebra of a block holds at once
 
 
@@ -127,12 +128,8 @@ def expect_block(
         count, first, second, total = (torch.stack(a).sum(0) for a in zip(*found, strict=True))
         return count, first, second, total
     x, seen, live, hidden, hides = block
-    of_hidden = hides[:, :, None] * hides[:, None, :]
-    # Q_hh, and ones where a pattern hides fewer cells: (..., K or 1, P, M, M)
-    precision = inverse.precision[..., hidden[:, :, None], hidden[:, None, :]] * of_hidden
-    root = torch.linalg.cholesky(precision + torch.diag_embed(1 - hides))
-    cov = torch.cholesky_inverse(root) * of_hidden
-    log_det = inverse.log_det[..., None] + 2 * root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    cov, log_det_hidden = _given_observed(inverse.precision, hidden, hides)
+    log_det = inverse.log_det[..., None] + log_det_hidden
     off = (x - loc[..., None, None, :]) * seen[:, None]  # (..., K, P, R, T)
     index = hidden[:, None].expand(*off.shape[:-1], n_hidden)
     along = (off.flatten(-3, -2) @ inverse.precision).view_as(off).gather(-1, index)  # Q_ho (x_o - loc_o)
@@ -151,3 +148,28 @@ def expect_block(
     of_left = left.new_zeros(*left.shape[:-1], n_tokens * n_tokens).index_add_(-1, cells, left)
     second = of_filled.mT @ filled + of_left.unflatten(-1, (n_tokens, n_tokens))
     return share.sum((-2, -1)), of_filled.sum(-2), second, (density * live.flatten()).sum(-1)
+
+
+def _given_observed(precision: Tensor, hidden: Tensor, hides: Tensor) -> tuple[Tensor, Tensor]:
+    """Q_hh^-1 (..., P, M, M), zero where a pattern hides fewer cells, and log det Q_hh (..., P), of Q (..., T, T)."""
+    of_hidden = hides[:, :, None] * hides[:, None, :]
+    if len(hidden) * precision[..., 0, 0].numel() < MANY or hidden.shape[1] > SMALL:
+        found = precision[..., hidden[:, :, None], hidden[:, None, :]] * of_hidden
+        root = torch.linalg.cholesky(found + torch.diag_embed(1 - hides))  # ones for cells that are not there
+        return torch.cholesky_inverse(root) * of_hidden, 2 * root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    # the numbers of all matrices stand side by side: (M, M, P, ...)
+    n_tokens, shape = precision.shape[-1], (*precision.shape[:-2], *hidden.shape)
+    index = (n_tokens * hidden.mT[:, None] + hidden.mT).flatten()
+    a = precision.reshape(-1, n_tokens * n_tokens).mT[index].reshape(*of_hidden.mT.shape[1:], len(hidden), -1)
+    a = a * of_hidden.permute(1, 2, 0)[..., None]
+    a.diagonal(dim1=0, dim2=1).add_((1 - hides)[:, None])
+    log_det = torch.zeros_like(a[0, 0])
+    for i in range(len(a)):  # Gauss and Jordan: without exchanges safe, as the pivots are those of Cholesky
+        pivot, column = a[i, i].clone(), a[:, i].clone()
+        row = a[i] / pivot
+        log_det += pivot.log()
+        a.addcmul_(column[:, None], row, value=-1)
+        a[i], a[:, i] = row, -column / pivot
+        a[i, i] = 1 / pivot
+    cov = (a * of_hidden.permute(1, 2, 0)[..., None]).permute(3, 2, 0, 1)
+    return cov.reshape(*shape, shape[-1]), log_det.mT.reshape(shape[:-1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import NamedTuple, Protocol
 
 import torch
@@ -41,6 +42,31 @@ class Table(NamedTuple):
     """(T,)"""
     constant: Tensor
     """(T,) whether a column is"""
+
+
+class Pairs(NamedTuple):
+    """Where the products of two tokens stand: (i, j) and (j, i) are one of T (T + 1) / 2."""
+
+    lower: Tensor
+    """Their places in a matrix (T, T) in one row"""
+    square: Tensor
+    """For each place of the matrix, (T T,), which of them stands there"""
+    factor: Tensor
+    """Of a matrix A of which x'A x / -2 is a sum over them"""
+
+    @classmethod
+    @cache
+    def of(cls, n_tokens: int) -> Pairs:
+        """On the CPU."""
+        i, j = torch.tril_indices(n_tokens, n_tokens, device="cpu")
+        square = torch.empty(n_tokens, n_tokens, dtype=torch.long, device="cpu")
+        square[i, j] = square[j, i] = torch.arange(len(i), device="cpu")
+        factor = torch.where(i == j, -0.5, -1.0).double()
+        return cls(i * n_tokens + j, square.flatten(), factor)
+
+    def to(self, device: torch.device) -> Pairs:
+        """On another device."""
+        return self if device.type == "cpu" else Pairs(*(part.to(device) for part in self))
 
 
 class Expect(Protocol):
@@ -111,9 +137,8 @@ def coefficients_of(mix: Gaussians, *, gaps: bool = False) -> Tensor:
         root = torch.linalg.solve_triangular(mix.scale, eye, upper=False)
         precision = root.mT @ root
         linear = (precision @ mix.loc[..., None])[..., 0]
-        i, j = torch.tril_indices(n_tokens, n_tokens, device=mix.loc.device)
-        # one product stands for (i, j) and (j, i)
-        second = (precision[..., i, j] * torch.where(i == j, -0.5, -1.0)).expand(*shape, -1)
+        pairs = Pairs.of(n_tokens).to(mix.loc.device)
+        second = (precision.flatten(-2)[..., pairs.lower] * pairs.factor).expand(*shape, -1)
     else:
         linear = mix.loc / mix.scale.square()
         second = -0.5 / mix.scale.square()
@@ -205,6 +230,8 @@ def m_step(
         weights = torch.where(collapsed, MIN_WEIGHT, weights)
         loc[collapsed] = 0.0
         scale[~fine] = torch.eye(n_tokens).to(scale) if before.dense else 1.0
+    if not bool(empty.any()):
+        return Gaussians(weights / weights.sum(-1, keepdim=True), loc, scale), collapsed
     if covariance_type != "tied":
         stays = before.scale if prior is None else _mode(prior)
         scale = torch.where(empty.reshape(*empty.shape, *[1] * (scale.ndim - empty.ndim)), stays, scale)
@@ -224,9 +251,8 @@ def _dense(
     n_tokens, count = before.loc.shape[-1], sums[..., 0]
     mean = sums[..., 1:] / torch.where(empty, 1.0, count)[..., None]
     loc, second = mean[..., :n_tokens], mean[..., n_tokens:]
-    i, j = torch.tril_indices(n_tokens, n_tokens, device=loc.device)
-    cov = loc.new_zeros(*loc.shape, n_tokens)  # the lower half
-    cov[..., i, j] = second - loc[..., i] * loc[..., j]
+    square = Pairs.of(n_tokens).to(loc.device).square
+    cov = second[..., square].unflatten(-1, (n_tokens, n_tokens)) - loc[..., None] * loc[..., None, :]
     if covariance_type == "tied":
         cov = (torch.where(empty, 0.0, count)[..., None, None] * cov).sum(-3, keepdim=True)
         count = count.sum(-1, keepdim=True)

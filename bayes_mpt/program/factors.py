@@ -97,15 +97,19 @@ class Factors(NamedTuple):
     def log_joint(self, visible: Tensor) -> Tensor:
         """log p(u_s, x_R): visible (N, T) bool -> (S, N)."""
         if self.prior is not None:
-            total, complete = self.prior, bool(visible.all())
-            for t, m in self._layout(visible):
-                log_prob = t.log_prob if complete else torch.where(m, t.log_prob, 0.0)
-                axis = None if t.site.row_axis is None else t.site.row_axis - m.ndim
+            total = self.prior
+            for t, log_prob in zip(self.tokens, self._shown(visible), strict=True):
+                n_axes = len(t.site.shape) - t.site.n_joint
+                axis = None if t.site.row_axis is None else t.site.row_axis - n_axes
                 total = total + sum_by_row(log_prob, axis, self.n_nodes)
             return total
+        return self._contract(self._shown(visible))
+
+    def _shown(self, visible: Tensor) -> list[Tensor]:
+        """Log-densities of each site's tokens, 0 where one is hidden."""
         if bool(visible.all()):
-            return self._contract([t.log_prob for t in self.tokens])
-        return self._contract([torch.where(m, t.log_prob, 0.0) for t, m in self._layout(visible)])
+            return [t.log_prob for t in self.tokens]
+        return [torch.where(m, t.log_prob, 0.0) for t, m in self._layout(visible)]
 
     def log_prior(self) -> Tensor:
         """log p(u_s), discrete latents summed out: (S, N)."""

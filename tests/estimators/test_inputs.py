@@ -3,6 +3,7 @@
 import inspect
 import math
 import warnings
+from datetime import date
 
 import numpy as np
 import pandas as pd
@@ -205,6 +206,45 @@ def test_rows_are_not_drawn_without_their_covariates():
     assert float(drawn.mean()) == pytest.approx(2 * fitted.params_["slope"], abs=4 / math.sqrt(4000))
 
 
+@pytest.mark.parametrize(
+    "kind", [">f8", np.longdouble, np.float16, np.uint8, np.int8, np.uint16, np.uint64, ">i4"]
+)
+def test_a_y_of_any_kind_of_number(kind):
+    def below(x, y):
+        with pyro.plate("rows", len(x)):
+            pyro.sample(
+                "y", dist.Normal(pyro.param("level", lambda: x.new_zeros(())), 1.0), obs=y - 2 * x[:, 0]
+            )
+
+    def counts(x, y):
+        with pyro.plate("rows", len(x)):
+            pyro.sample("y", dist.Poisson(pyro.param("rate", lambda: x.new_ones(()))), obs=y)
+
+    y = np.array([0, 1, 3, 0, 2, 1])
+    x = np.zeros((6, 1))
+    for program in (below, counts):
+        expected = BayesMPT(program).fit(x, y.astype(np.float64)).log_marginal_likelihood_
+        assert BayesMPT(program).fit(x, y.astype(kind)).log_marginal_likelihood_ == pytest.approx(
+            expected, abs=1e-12
+        )
+
+
+def test_tables_of_polars_are_read_by_column():
+    polars = pytest.importorskip("polars")
+    table = polars.DataFrame({"a": X[:, 0], "b": X[:, 1]})
+    for column, words in [
+        (["red"] * 30, "column 'b' of X holds 'red'.*OrdinalEncoder"),
+        ([date(2020, 1, 1)] * 30, "column 'b' of X holds the date"),
+        ([[1, 2]] * 30, r"column 'b' of X holds \[1, 2\], which is no number"),
+    ]:
+        with pytest.raises((ValueError, TypeError), match=words):
+            BayesMPT(PPCA(1)).fit(table.with_columns(b=polars.Series(column)))
+    with pytest.raises(TypeError, match=r"pass X.collect\(\)"):
+        BayesMPT(PPCA(1)).fit(table.lazy())
+    expected = BayesMPT(PPCA(1)).fit(X[:, :2]).log_marginal_likelihood_
+    assert BayesMPT(PPCA(1)).fit(table).log_marginal_likelihood_ == pytest.approx(expected, abs=1e-12)
+
+
 def test_two_columns_of_one_name():
     table = FRAME.set_axis(list("abbc"), axis=1)
     for fit in (BayesMPT(PPCA(1)).fit, MarginalLikelihoodSearch(BayesMPT(PPCA(1)), {"model": [PPCA(1)]}).fit):
@@ -244,7 +284,12 @@ def test_views_that_are_read_only_or_backwards(model):
         (DataLoader(TensorDataset(torch.ones(4, 2))), "got DataLoader: stack its rows"),
         (TensorDataset(torch.ones(4, 2)), "got TensorDataset"),
         (iter(X), "must be an array with all rows"),
-        (dict(FRAME), "got dict"),
+        (dict(FRAME), r"got dict: pass pandas.DataFrame\(X\)"),
+        ({"rows": X}, "got dict: stack its rows"),
+        (
+            np.zeros(5, dtype=[("a", float), ("b", float)]),
+            "structured array with the fields a, b: pass pandas",
+        ),
         (torch.ones(4, 2).to_sparse(), r"to_dense\(\)"),
     ],
 )

@@ -460,7 +460,7 @@ def test_a_row_too_far_to_square_is_imputed_and_its_score_is_said(model):
         assert fitted.score_samples(new)[1] == -np.inf
     cov = fitted.get_covariance()
     want = cov[2, :2] @ np.linalg.solve(cov[:2, :2], [2.0, 1.0])
-    assert fitted.impute(new)[1, 2] == pytest.approx(1e200 * want, rel=1e-8)
+    assert fitted.impute(new).iloc[1, 2] == pytest.approx(1e200 * want, rel=1e-8)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 1e4])

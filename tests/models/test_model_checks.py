@@ -93,7 +93,7 @@ MISTAKES = [
     ),
     (
         GaussianProcess(),
-        {"kernel": (3, "rbf", object, gpytorch.kernels.RBFKernel(ard_num_dims=7))}
+        {"kernel": (3, "gauss", object, gpytorch.kernels.RBFKernel(ard_num_dims=7))}
         | {"mean": (3, "quadratic", gpytorch.means.ZeroMean), "noise": without(NO_SD, 0, None)}
         | {
             "noise_column": (1.5, "x", True, 5, -6),

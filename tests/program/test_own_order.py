@@ -16,7 +16,7 @@ from scipy.special import logsumexp, xlogy
 from torch.distributions import constraints
 
 from bayes_mpt import BayesMPT, compare
-from bayes_mpt.masks import EverySize, PermutationChain, UniformSize
+from bayes_mpt.masks import EverySize, Masks, PermutationChain, Policy, UniformSize
 from bayes_mpt.predictors import Exact, SequentialMonteCarlo
 from bayes_mpt.predictors.own_order import own_order
 from bayes_mpt.program.analysis import look
@@ -469,9 +469,19 @@ def test_a_latent_that_looks_at_what_it_makes_is_refused():
 # ------------------------------------------------------------------------------------------- what is not answered
 
 
+class Backwards(Policy):
+    """The last token first: a chain, in an order that is not the program's."""
+
+    chains, is_lml, deterministic = True, True, True
+
+    def draw(self, n_tokens, random_state=None):
+        order = torch.arange(n_tokens - 1, -1, -1)[None]
+        return Masks(None, order, torch.ones(1, n_tokens, dtype=F64))
+
+
 def test_other_masks_and_single_conditionals_are_refused():
     model = fitted(table_at_once, TABLE)
-    for masks in (UniformSize(4), EverySize(), PermutationChain(groups=list("aabbb"))):
+    for masks in (UniformSize(4), EverySize(), PermutationChain(groups=list("aabbb")), Backwards()):
         with pytest.raises(ValueError, match="look at earlier tokens"):
             model.estimate(TABLE, masks=masks)
     with pytest.raises(ValueError, match="look at earlier tokens"):

@@ -52,7 +52,7 @@ __all__ = ["AdaptiveNodes", "LaplaceApproximation", "degrees_of", "hermite", "lo
 SURE = 1e-12  # of a log-density: what its last digits say
 SURE_OF_NODES = 1e-9  # the same where rows are integrated by nodes that move
 SURE_OF_DRAWS = 1e-4  # and where these are draws: slopes leave out that they move
-MAX_STEPS = 100
+MAX_STEPS = 60
 N_START_DRAWS = 9
 ONE_MODE = Placing()
 FARTHEST_START = 20.0  # of a latent that is not free: half of Gamma(0.001, 0.001) lies below e^-700
@@ -185,8 +185,13 @@ class AdaptiveNodes:
             nodes = values if mapped else self._on_plate(values)
             form = self._template.form
             reading, prior = read_side_by_side(self.model, args.given, form, nodes, latents, depth)
+            log_weight = log_det + prior
+            silent = ~(reading.noise > 0).all(-1)  # (S N,)
+            if bool(silent.any()) and not bool(silent.all()):  # without noise no density: others have theirs
+                reading = reading._replace(noise=torch.where(silent[:, None], 1.0, reading.noise))
+                log_weight = torch.where(silent.unflatten(0, (len(log_det), -1)), -math.inf, log_weight)
             given = AffineBatch(beside=(LinearRows(form.program, reading), len(log_det)))
-            return given, log_det + prior, reading.scale
+            return given, log_weight, reading.scale
         maps, priors = [], []
         for s in range(len(log_det)):
             node = node_values(values, s)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, cast
@@ -226,14 +226,14 @@ class AffineBatch(Given):
 
 
 class PlacedRows(NamedTuple):
-    """Q nodes in each of N rows, for each of S nodes of the data set."""
+    """Q nodes in each of N rows, for each of S of the nodes of the data set."""
 
     given: Given
     """The rows at S Q nodes."""
     log_weight: Tensor
     """(S, Q, N)"""
-    latents: Tensor
-    """(S, Q, N, d): values of the rows' latents there."""
+    latents: Callable[[], Tensor]
+    """(S Q, N, d): values of the rows' latents there."""
 
 
 class NestedRows(Given):
@@ -241,12 +241,13 @@ class NestedRows(Given):
 
         log p(x_R | u_s) = sum_n log sum_q w_nq p(x_nR | z_nq, u_s)
 
-    Every row's nodes are placed for what is visible of it. ``cells`` (N, T) tells where a row's tokens stand.
+    Every row's nodes are placed for what is visible of it, some of the S at a time. ``cells`` (N, T) tells where a
+    row's tokens stand.
     """
 
     def __init__(
         self,
-        place: Callable[[dict[str, Tensor], Detail, Tensor, Tensor], PlacedRows],
+        place: Callable[[dict[str, Tensor], Detail, Tensor, Tensor], Iterator[PlacedRows]],
         cells: Tensor,
         held: dict[str, Tensor],
         detail: Detail = "usual",
@@ -296,15 +297,18 @@ class NestedRows(Given):
         )
 
     def _levels(self, rows: Tensor, shown: Tensor) -> Tensor | None:
-        if self.place(self.detail, rows, shown).given.posterior(rows, shown).levels() is None:
+        if next(self.place(self.detail, rows, shown)).given.posterior(rows, shown).levels() is None:
             return None
         found = self._average(rows, shown, lambda placed, inner: cast(Tensor, inner.levels()))
         return torch.stack([self._in_line(t) for t in found.unbind(-1)], -1)
 
     def _by_row(self, rows: Tensor, shown: Tensor) -> Tensor:
         """log p(x_nR | u_s) (S, N)."""
-        log_prob = self._log_joint(self.place(self.detail, rows, shown), rows, shown)
-        return torch.where(shown.any(1), log_prob.logsumexp(1), 0.0)  # Z(nothing) is 1
+        parts = [
+            self._log_joint(placed, rows, shown).logsumexp(1)
+            for placed in self.place(self.detail, rows, shown)
+        ]
+        return torch.where(shown.any(1), torch.cat(parts), 0.0)  # Z(nothing) is 1
 
     def _log_joint(self, placed: PlacedRows, rows: Tensor, shown: Tensor) -> Tensor:
         """Log p of what is shown of each row and its nodes (S, Q, N)."""
@@ -315,11 +319,14 @@ class NestedRows(Given):
         self, rows: Tensor, shown: Tensor, what: Callable[[PlacedRows, NodePosterior], Tensor]
     ) -> Tensor:
         """Posterior mean over the nodes of every row of something (S Q, N, ...): (S, N, ...)."""
-        placed = self.place(self.detail, rows, shown)
-        share = self._log_joint(placed, rows, shown).softmax(1)
-        value = what(placed, placed.given.posterior(rows, shown))
-        value = value.expand(share.shape[0] * share.shape[1], *value.shape[1:]).unflatten(0, share.shape[:2])
-        return (share.reshape(*share.shape, *(1,) * (value.ndim - 3)) * value).sum(1)
+        parts = []
+        for placed in self.place(self.detail, rows, shown):
+            share = self._log_joint(placed, rows, shown).softmax(1)
+            value = what(placed, placed.given.posterior(rows, shown))
+            value = value.expand(share.shape[0] * share.shape[1], *value.shape[1:])
+            value = value.unflatten(0, share.shape[:2])
+            parts.append((share.reshape(*share.shape, *(1,) * (value.ndim - 3)) * value).sum(1))
+        return torch.cat(parts)
 
     def _in_rows(self, x: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
         return self.in_rows(x, visible, self.cells)
@@ -338,4 +345,4 @@ class NestedRows(Given):
 def _latents(placed: PlacedRows, inner: NodePosterior) -> Tensor:
     """Latents of rows at their nodes, those at nodes first: (S Q, N, K)."""
     inside = [find() for find in (inner.latents, inner.labels) if find is not None]
-    return torch.cat([placed.latents.flatten(0, 1), *(t for t in inside if t.shape[-1])], -1)
+    return torch.cat([placed.latents(), *(t for t in inside if t.shape[-1])], -1)

@@ -280,7 +280,8 @@ class GuideDraws(NodeSource):
         """Values of n draws side by side, (n, N, K)."""
         n_rows = n_rows_of(self.structure, filled)
         sites = [site for site in self.structure.latents if site.name in values]
-        return torch.cat([nodes_first(values[site.name].detach(), site, n, n_rows) for site in sites], -1)
+        parts = [nodes_first(values[site.name].detach(), site, n, n_rows) for site in sites]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     def _given(
         self, args: Args, values: dict[str, Tensor], n: int

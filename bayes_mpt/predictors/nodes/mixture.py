@@ -97,6 +97,11 @@ class Modes(NamedTuple):
         white, log_det = self._white(u)
         return -0.5 * white.square().sum(-1) - log_det - 0.5 * u.shape[-1] * math.log(2 * math.pi)
 
+    def of_rows(self, rows: slice) -> Modes:
+        """Those of some rows."""
+        reach = None if self.reach is None else self.reach[:, rows]
+        return Modes(self.mode[:, rows], self.root[:, rows], self.log_mass[:, rows], reach=reach)
+
     def log_part(self, u: Tensor) -> Tensor:
         """Log of each mode's part (J, Q, N) of the integral, q_j w_j / sum_i w_i q_i, at u (J, Q, N, d) around it.
 
@@ -167,7 +172,9 @@ class Modes(NamedTuple):
         """u (..., N, d) in units of each mode (J, ..., N, d), and log |root| (J, ..., N) of it."""
         n_modes, n_rows, width = self.mode.shape
         inner = (1,) * (u.ndim - 2)
-        inverse = torch.linalg.inv(self.root).reshape(n_modes, *inner, n_rows, width, width)
         apart = u - self.mode.reshape(n_modes, *inner, n_rows, width)
         log_det = torch.linalg.slogdet(self.root)[1].reshape(n_modes, *inner, n_rows)
-        return (inverse @ apart[..., None])[..., 0], log_det
+        # one product of matrices for each mode and row, where broadcasting would copy inverses for each u
+        by_row = apart.flatten(1, -3).transpose(1, 2) if inner else apart[:, :, None]  # (J, N, ..., d)
+        white = by_row @ torch.linalg.inv(self.root).mT
+        return white.transpose(1, 2).reshape(apart.shape) if inner else white[:, :, 0], log_det

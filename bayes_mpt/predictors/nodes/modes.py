@@ -4,7 +4,13 @@ Newton's method climbs from draws of the prior, side by side; symmetries that ar
 each mode. All of them enter one mixture q = sum_j w_j q_j, and every node u counts as p(u, x) / q(u): modes that
 overlap, or that are one, are counted once, which a sum of estimates of theirs would not do.
 
-A mode that few climbs have found tells that others may have been found by none: `Modes.doubt` says so.
+A mode that few climbs have found tells that others may have been found by none. If h climbs of it are a Poisson number
+that is no zero, its mean l solves l / (1 - exp(-l)) = h, and for each mode found such another is missed (Horvitz &
+Thompson 1952) with
+
+    exp(-l) / (1 - exp(-l)) = 0.26, 0.06, 0.02, 0.01    for h = 2, 3, 4, 5
+
+of its mass; one found once stands for as much again (Good 1953). `Modes.doubt` says so where much is missed.
 """
 
 from __future__ import annotations
@@ -53,7 +59,9 @@ FEW_STARTS = 4  # where each costs a run of its own
 N_AROUND = 64  # climbs from around the modes, where one that matters was found rarely
 AROUND = 5.0  # standard deviations around them
 OFTEN = 2  # climbs that must have found a mode that matters
-RARE_SHARE = 0.05  # of the mass, from which modes that fewer have found are a reason for doubt
+UNSEEN_BY_HITS = (1.0, 0.255, 0.063, 0.020, 0.007)  # mass that was missed, for that of a mode found so often
+ENOUGH_SEEN = 0.01  # share of the mass that may be missed before more climbs are made
+UNSEEN_MASS = 0.05  # share from which it is a reason for doubt
 UNSEEN = 0.1  # chance of a new mode at the next climb, from which the search is doubted
 FEW_ALONE = 2  # modes found once that say nothing yet of such a chance
 EQUAL_MASS = 1e-4  # nats
@@ -69,6 +77,7 @@ ROUGHLY = 1e-6  # of a log-density: to be gained where a rough climb ends
 N_POINTS = 8  # of the prior, and as many near the mode, at which symmetries are tried
 WORK = 2**22  # log-densities of tokens, times latents, that the first starts may cost a step
 CELLS = 2**20  # of them at a time
+NESTED = 8  # times as many to find the modes in rows or groups
 N_INSIDE = 32  # draws at which finer nodes inside rows and groups are tried
 FOLLOWED = 1.0  # nats, up to which other nodes inside move modes no farther than a climb from them comes
 MAX_SYMMETRIC = 64  # latents, up to which symmetries are looked for
@@ -97,6 +106,17 @@ class _Found(NamedTuple):
     """(J,)"""
     hits: Tensor
     """(J,) climbs that have ended there."""
+
+
+class _Seen(NamedTuple):
+    """What modes that were found tell of others."""
+
+    n_rare: int
+    """How many that matter were found by one climb."""
+    missed: float
+    """Mass at modes that no climb has found, over that of those found."""
+    whole: bool
+    """Whether all images of each are here."""
 
 
 class ModeSearch:
@@ -183,7 +203,7 @@ class ModeSearch:
         """A mixture moved to where draws of it, n of a round, say that the posterior of shared latents is."""
         climbs = _Climbs(self.adaptive, args, x, visible)
         with pyro.validation_enabled(False), torch.no_grad():
-            return moved(climbs.both, modes, n)
+            return moved(partial(climbs.both, detail="rough"), modes, n)
 
 
 class _Climbs:
@@ -197,24 +217,30 @@ class _Climbs:
         self.by_draws = adaptive.rows is not None and adaptive.rows.width > MAX_HERMITE
         self.same_mode = SAME_BY_DRAWS if self.by_draws else SAME_MODE
 
+    def _at_once(self, u: Tensor) -> tuple[Tensor, ...]:
+        """Of places u (M, d) as many as memory will bear: without slopes those inside rows go by parts themselves."""
+        nested = self.adaptive.rows is not None and not torch.is_grad_enabled()
+        return u.split(max(1, CELLS // (NESTED * self.x.numel() if nested else self._cells)))
+
     def log_prob(self, u: Tensor, detail: Detail = "usual") -> Tensor:
         """log p(u, x_R) (M,) at u (M, d)."""
         found = []
-        for part in u.split(max(1, CELLS // self._cells)):
+        for part in self._at_once(u):
             given, left, _ = self.adaptive.at(self.args, part[:, None])
             found.append((left + given.with_detail(detail).log_joint(self.x, self.visible))[:, 0])
         return torch.cat(found)
 
-    def both(self, u: Tensor) -> tuple[Tensor, Tensor]:
+    def both(self, u: Tensor, detail: Detail = "usual") -> tuple[Tensor, Tensor]:
         """log p(u) and log p(u, x_R) (M,) at u (M, d); -inf where a matrix has no factor."""
 
         def of(part: Tensor) -> tuple[Tensor, Tensor]:
             given, log_det, _ = self.adaptive.at(self.args, part[:, None])
             prior = (given.log_prior(self.x) + log_det).expand(len(part), 1)[:, 0]
-            return prior, (given.log_joint(self.x, self.visible) + log_det).expand(len(part), 1)[:, 0]
+            joint = given.with_detail(detail).log_joint(self.x, self.visible) + log_det
+            return prior, joint.expand(len(part), 1)[:, 0]
 
         never = (u.new_full((1,), -math.inf), u.new_full((1,), -math.inf))
-        parts = [by_halves(of, part, never) for part in u.split(max(1, CELLS // self._cells))]
+        parts = [by_halves(of, part, never) for part in self._at_once(u)]
         prior, joint = (torch.cat(each) for each in zip(*parts, strict=True))
         return prior, joint
 
@@ -235,34 +261,39 @@ class _Climbs:
         while True:
             # the climb from the middle is no draw: it finds no mode often
             found, _ = self._distinct(peaks, _hits(peaks, peaks.same[1:]))
-            modes, rare, share, whole = self._with_images(found)
+            modes, seen = self._with_images(found)
             unseen = _unseen(found, len(peaks.same) - 1)
-            if not (rare or unseen > UNSEEN) or n_starts >= most:
+            if not (seen.missed > ENOUGH_SEEN or seen.n_rare or unseen > UNSEEN) or n_starts >= most:
                 break
             n = min(most, 2 * n_starts)
             peaks = _join(peaks, self._climb(self._nearer(self._draws(n)[n_starts:n])))
             n_starts = n
-        if rare and self.adaptive.batched is not Batched.LOOP:
+        if (seen.missed > ENOUGH_SEEN or seen.n_rare) and self.adaptive.batched is not Batched.LOOP:
             found, n_climbs = self._from_others(peaks, modes)
-            modes, rare, share, whole = self._with_images(found)
+            modes, seen = self._with_images(found)
             unseen = _unseen(found, n_climbs)
         n_modes = len(modes.representatives().mode)
         doubt = ""
-        if rare and share > RARE_SHARE:
+        if seen.n_rare and seen.missed > UNSEEN_MASS:
             doubt = (
-                f"{rare} of {n_modes} modes that matter were found by one of {n_starts} climbs from the prior, and by "
-                "none from another mode, so that others may have been found by none"
+                f"{seen.n_rare} of {n_modes} modes that matter were found by one of {n_starts} climbs from the prior, "
+                "and by none from another mode, so that others may have been found by none"
+            )
+        elif seen.missed > UNSEEN_MASS:
+            doubt = (
+                f"modes that matter were found by so few of {n_starts} climbs from the prior and more from other "
+                f"modes, that {seen.missed:.0%} of the mass may be at modes which none has found"
             )
         elif unseen > UNSEEN:
             doubt = (
                 f"{unseen:.0%} of the climbs have ended where no other has, so that as many of further ones would "
                 "find new modes"
             )
-        elif not whole:
+        elif not seen.whole:
             doubt = (
                 f"more than {MAX_IMAGES} images of a mode overlap with it, and only so many were looked at"
             )
-        return shaped(self.both, modes._replace(doubt=doubt), self._draws(n_starts))
+        return shaped(partial(self.both, detail="rough"), modes._replace(doubt=doubt), self._draws(n_starts))
 
     def _from_others(self, peaks: Peaks, modes: Modes) -> tuple[_Found, int]:
         """Tops after more climbs, from places around modes, and how many climbs count: those back to theirs do not.
@@ -379,11 +410,8 @@ class _Climbs:
         index = index[own]
         return _Found(peaks.u[index], peaks.root[index], log_mass[index], pooled[own]), index
 
-    def _with_images(self, found: _Found) -> tuple[Modes, int, float, bool]:
-        """The modes and their images under symmetries; how many few climbs found, and their share; if all are here.
-
-        Modes that were found never have about the share of those that were found once (Good 1953).
-        """
+    def _with_images(self, found: _Found) -> tuple[Modes, _Seen]:
+        """The modes and their images under symmetries, and what is known of others."""
         keep = found.log_mass >= found.log_mass[0] - NEGLIGIBLE
         u, root, log_mass, hits = (t[keep] for t in found)
         where = Coordinates(self.adaptive.space)
@@ -413,10 +441,14 @@ class _Climbs:
         some = torch.tensor(chosen, device=u.device)
         modes = Modes(*orbits.spread(u[some], root[some], log_mass[some]), "", orbits)
         mass = (log_mass[some] + orbits.log_count.to(log_mass)).softmax(0)
-        shares = [m for m, n in zip(mass.tolist(), own_hits, strict=True) if m > MATTERS and n < OFTEN]
         if int(found.hits.sum()) < OFTEN:
-            shares = []
-        return modes, len(shares), sum(shares), whole
+            return modes, _Seen(0, 0.0, whole)
+        n_rare = sum(m > MATTERS and n < OFTEN for m, n in zip(mass.tolist(), own_hits, strict=True))
+        of_hits = (UNSEEN_BY_HITS[0], *UNSEEN_BY_HITS)  # one that only the middle leads to: as of one climb
+        few = [(m, n) for m, n in zip(mass.tolist(), own_hits, strict=True) if n < len(of_hits)]
+        # of one mode all climbs are, however many
+        missed = sum(m * of_hits[n] for m, n in few) if len(own_hits) > 1 else 0.0
+        return modes, _Seen(n_rare, missed, whole)
 
     def _symmetries(self, where: Coordinates, u: Tensor, root: Tensor) -> list[Symmetry]:
         """Of the log joint density, at points of the prior and near the mode."""

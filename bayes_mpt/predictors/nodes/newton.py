@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -25,9 +26,12 @@ LAST_GAIN = 1e-9  # nats: the next step would move the nodes by 1e-9 standard de
 SETTLED = 1e-13  # nats: the same of rows at the least
 EXACT = 1e-16  # nats: a root of one step before is that of the mode to 1e-8
 LONGEST_STEP = 5.0
+MAX_DOUBLINGS = 30
+N_LONGEST = 3  # steps of that length one after the other, after which a row takes twice as long ones
 MAX_HALVINGS = 12
 AT_ONCE = 4  # halvings that are tried side by side: a run costs hardly more for several
 MAX_SHORTER = 19  # the same of rows
+PATIENCE, HOPELESS = 10, 50.0  # steps, and nats below the best top, after which a climb is given up
 MET = 1e-2  # standard deviations and nats: places so near go on as one
 
 
@@ -59,6 +63,7 @@ def newton(
     roots = mode.new_zeros(*mode.shape, mode.shape[-1])
     stuck = torch.zeros(mode.shape[:-1], dtype=torch.bool, device=mode.device)  # no step of theirs climbs
     settled = stuck.clone()  # a step ago
+    n_longest = stuck.to(mode)  # steps that the bound has cut, up to the last one
     nodes = torch.arange(len(mode), device=mode.device)
     here = mode.clone().requires_grad_()
     before = log_prob(here, nodes)
@@ -69,8 +74,7 @@ def newton(
         roots[nodes] = root
         step = times_covariance(root, slope)
         gain = (slope * step).sum(-1)  # (S, N)
-        longest = step.abs().amax(-1, keepdim=True)
-        step = step * (LONGEST_STEP / longest.clamp(min=LONGEST_STEP))
+        step, bound = _bounded(step, n_longest[nodes])
         step = torch.where(stuck[nodes][..., None], 0.0, step)
         there = (gain <= torch.clamp(sure * (1 + before.abs()), min=SETTLED)) | stuck[nodes]
         enough = there & (settled[nodes] | stuck[nodes] | (gain <= EXACT)) if root_at_mode else there
@@ -82,13 +86,25 @@ def newton(
         at = going.nonzero()[:, 0]
         if not len(at):
             break
-        nodes = nodes[at]
-        here, before, better = _walk(log_prob, nodes, here[at], step[at], before[at], there[at])
+        nodes, start = nodes[at], here[at]
+        here, before, better = _walk(log_prob, nodes, start, step[at], before[at], there[at])
         mode[nodes] = here.detach()
+        n_longest[nodes] = torch.where(_as_long(mode[nodes] - start, bound[at]), n_longest[nodes] + 1, 0.0)
         stuck[nodes] |= ~better
         if n_steps == max_steps:
             break
     return LaplaceApproximation(mode, roots)
+
+
+def _bounded(step: Tensor, n_longest: Tensor) -> tuple[Tensor, Tensor]:
+    """Steps (..., d) within bounds (...), which double while a climb has taken none but steps of that length."""
+    bound = LONGEST_STEP * 2.0 ** (n_longest - N_LONGEST).clamp(0, MAX_DOUBLINGS)
+    return step * (bound / step.abs().amax(-1).clamp(min=bound))[..., None], bound
+
+
+def _as_long(step: Tensor, bound: Tensor) -> Tensor:
+    """Whether a step that was taken (..., d) has the length of its bound (...): no step was halved."""
+    return step.abs().amax(-1) > 0.999 * bound
 
 
 def _walk(
@@ -109,23 +125,34 @@ def _walk(
     better = there | (value > before) & value.isfinite()
     if found is not None and bool(better.all()):
         return trial, found, better
-    best, share = torch.where(better[..., None], trial.detach(), u), 1.0
-    for _ in range(MAX_SHORTER):
+    best = torch.where(better[..., None], trial.detach(), u)
+    at_once = AT_ONCE if len(u) > 1 else 1  # one node may take none beside it
+    for first in range(1, MAX_SHORTER + 1, at_once):
         low = (~better).any(-1).nonzero()[:, 0]  # nodes with rows that have not climbed
         if not len(low):
             break
-        share = share / 2
-        trial = torch.where(better[low][..., None], best[low], u[low] + share * step[low])
-        try:
-            with torch.no_grad():
-                value = log_prob(trial, nodes[low])
-        except ValueError:
-            continue
+        share = 0.5 ** torch.arange(first, min(first + at_once, MAX_SHORTER + 1)).to(u)
+        trial = u[low] + share[:, None, None, None] * step[low]  # (H, S, N, d)
+        trial = torch.where(better[low][..., None], best[low], trial)
+        value = _tried(log_prob, trial, nodes[low])
         good = (value > before[low]) & value.isfinite() & ~better[low]
-        best[low] = torch.where(good[..., None], trial, best[low])
-        better[low] |= good
+        longest, some = good.to(torch.int8).argmax(0), good.any(0)  # of each row the longest step that climbs
+        found_there = trial.gather(0, longest[None, ..., None].expand(1, *trial.shape[1:]))[0]
+        best[low] = torch.where(some[..., None], found_there, best[low])
+        better[low] |= some
     best.requires_grad_()
     return best, log_prob(best, nodes), better
+
+
+@torch.no_grad()
+def _tried(log_prob: Callable[[Tensor, Tensor], Tensor], u: Tensor, nodes: Tensor) -> Tensor:
+    """log p (H, S, N) at H places u (H, S, N, d) for each node; -inf where the program refuses them."""
+    try:
+        return log_prob(u.flatten(0, 1), nodes.repeat(len(u))).unflatten(0, u.shape[:2])
+    except ValueError:
+        if len(u) == 1:
+            return u.new_full(u.shape[:-1], -torch.inf)
+        return torch.cat([_tried(log_prob, part, nodes) for part in u.split(1)])
 
 
 def curvature(slope: Tensor, u: Tensor) -> Tensor:
@@ -175,11 +202,12 @@ class Peaks(NamedTuple):
 def climb(log_prob: Callable[[Tensor], Tensor], u: Tensor, max_steps: int, sure: float) -> Peaks:
     """Newton's method on (M, d) -> (M,) from many places, each of which stops by itself.
 
-    Places that meet go on as one. What has no finite density is left where it is.
+    Places that meet go on as one. What has no finite density is left where it is, and so is, after ten steps, what
+    looks like fifty nats less mass than a top that was reached.
     """
     u = u.detach().clone()
     value, slope, curved = _expand(log_prob, u)
-    same = torch.arange(len(u), device=u.device)
+    same, n_longest, best = torch.arange(len(u), device=u.device), torch.zeros_like(value), -math.inf
     going, there = (
         value.isfinite() & curved.isfinite().all(-1).all(-1),
         torch.zeros_like(same, dtype=torch.bool),
@@ -188,19 +216,24 @@ def climb(log_prob: Callable[[Tensor], Tensor], u: Tensor, max_steps: int, sure:
         at = going.nonzero()[:, 0]
         if not len(at):
             break
-        step = times_covariance(root_of(curved[at]), slope[at])
+        root = root_of(curved[at])
+        step = times_covariance(root, slope[at])
         gain = (slope[at] * step).sum(-1)
-        step = step * (LONGEST_STEP / step.abs().amax(-1, keepdim=True).clamp(min=LONGEST_STEP))
+        mass = value[at] + torch.linalg.slogdet(root)[1]
+        step, bound = _bounded(step, n_longest[at])
         enough = gain <= torch.clamp(sure * (1 + value[at].abs()), min=LAST_GAIN)
         there[at[enough]] = True
         u[at[enough]] += step[enough]  # Newton's last step squares what is left
-        going[at[enough]] = False
+        best = max(best, float(mass[enough].max())) if bool(enough.any()) else best
+        lost = (mass + gain < best - HOPELESS) & (n_steps >= PATIENCE)
+        going[at[enough | lost]] = False
         if n_steps == max_steps:
             break
-        at, step = at[~enough], step[~enough]
+        at, step, bound = at[~enough & ~lost], step[~enough & ~lost], bound[~enough & ~lost]
         if not len(at):
             break
         found = _shorten(log_prob, u[at], step, value[at])
+        n_longest[at] = torch.where(_as_long(found.u - u[at], bound), n_longest[at] + 1, 0.0)
         going[at[~found.climbed]] = False
         at, found = at[found.climbed], _Walked(*(t[found.climbed] for t in found))
         u[at], value[at], slope[at], curved[at] = found[:4]

@@ -12,7 +12,7 @@ from bayes_mpt.predictors.base import Evidence, Guide, Predictor
 from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
 from bayes_mpt.predictors.nodes.mixture import Modes
 from bayes_mpt.predictors.nodes.modes import ModeSearch, doubted
-from bayes_mpt.predictors.nodes.rules import Rule, alone_rule, hermite
+from bayes_mpt.predictors.nodes.rules import CUT, Rule, alone_rule, far_rule, hermite
 from bayes_mpt.predictors.nodes.weighted import (
     Nodes,
     NodeSource,
@@ -32,6 +32,8 @@ NODES = {1: 64, 2: 16, 3: 10, 4: 8}  # along each axis, by the number of latents
 MAX_NODES = 8192  # around all modes together, where these are several
 ROUGH = 0.01  # nats of change with more nodes, from which draws are asked too
 N_CHECKS = 1024
+FAR_NODES = (161, 321, 641, 1281, 2561)  # of one latent of a row, whose density is no polynomial's
+MAX_CELLS = 2**24  # log-densities of tokens that these may cost
 MIN_NODES = 3  # along each axis
 MAX_WHOLE = 1024  # nodes, up to which all are tried at once
 SHELLS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9)  # share of a Gaussian outside of each
@@ -190,6 +192,8 @@ class _Hermite(NodeSource):
         n_nodes, more = (round(len(r.t) ** (1 / max(1, r.t.shape[1]))) for r in (rule, finest))
         diagnostics = {"n_nodes": more, f"change from {n_nodes} nodes": change}
         if self.structure.by_row:
+            if modes.mode.shape[-1] == 1 and _size(many - few) > ROUGH:
+                return self._evenly(nodes, few, many, diagnostics)
             return Evidence(many, abs(change), diagnostics)
         diagnostics["n_modes"] = len(modes.mode)
         se = abs(change) + beyond
@@ -200,6 +204,19 @@ class _Hermite(NodeSource):
             se = math.hypot(se, by_draws - float(many.sum()))
         doubt = modes.doubt or nodes.doubt_inside()
         return doubted(Evidence(many, se, diagnostics), modes._replace(doubt=doubt))
+
+    def _evenly(self, nodes: Nodes, few: Tensor, many: Tensor, diagnostics: dict[str, Any]) -> Evidence:
+        """Rows of one latent whose density steps or has long tails: nodes in ever smaller even steps."""
+        modes = self.modes.reaching(nodes.args, nodes.value, nodes.last.located)
+        for n_nodes in FAR_NODES:
+            if n_nodes * nodes.value.numel() > MAX_CELLS:
+                break
+            read = self._around(nodes.args, nodes.value, modes, far_rule(1, n_nodes, CUT["fine"]))
+            few, many = many, nodes.at_nodes(read).score()
+            diagnostics[f"change to {n_nodes} even nodes"] = float((many - few).sum())
+            if _size(many - few) <= ROUGH:
+                break
+        return Evidence(many, _size(many - few), diagnostics)
 
     def _outwards(self, nodes: Nodes, finest: Rule, inside: Tensor) -> Tensor:
         """log Z (1,) by more nodes, shell by shell from the middle until what is left is no part of the error.
@@ -231,6 +248,11 @@ class _Hermite(NodeSource):
             if n_shells > 3 and left <= NO_PART * max(error, float((total - few).abs())):
                 break
         return total if fine else total + inside
+
+
+def _size(change: Tensor) -> float:
+    """Of changes of rows (N,) in one number: that of their sum, or their own where they cancel by chance."""
+    return max(abs(float(change.sum())), float(change.square().sum().sqrt()))
 
 
 def _middle(nodes: Nodes) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
 
 __all__ = ["RowNodes", "SharedPrior"]
+
+CELLS = 2**18  # log-densities of tokens at a time
 
 
 @dataclass(frozen=True)
@@ -192,20 +195,26 @@ class RowNodes:
         detail: Detail,
         x: Tensor,
         visible: Tensor,
-    ) -> PlacedRows:
-        """Q nodes for each of S nodes of the data set and each row, for what is visible (N, T) of it."""
+    ) -> Iterator[PlacedRows]:
+        """Q nodes for each of S nodes of the data set and each row, for what is visible (N, T) of it.
+
+        The modes of all S at once, their nodes by as many as memory will bear.
+        """
         at, width = self.adaptive, self.adaptive.space.width
         n_nodes, n_rows = len(next(iter(held.values()))), len(x)
         rule = self.rule(detail)
         if not width:
             u = x.new_zeros(n_nodes, n_rows, 0)
             given, part, _ = at.at(args, u, held)
-            return PlacedRows(given, part[:, None], u[:, None])
+            yield PlacedRows(given, part[:, None], lambda: u)
+            return
         modes = at.locate(args, x, visible, self.placing, rule.cut, held)
-        u, log_w = modes.nodes(rule)  # (J, Q, S N, d), (J, Q, S N)
-        u = u.flatten(0, 1).unflatten(1, (n_nodes, n_rows)).movedim(1, 0)  # (S, J Q, N, d)
-        log_w = log_w.flatten(0, 1).unflatten(1, (n_nodes, n_rows)).movedim(1, 0)
-        each = {name: v.repeat_interleave(u.shape[1], 0) for name, v in held.items()}
-        given, part, _ = at.at(args, u.flatten(0, 1), each)
-        log_weight = part.unflatten(0, u.shape[:2]) + log_w
-        return PlacedRows(given, log_weight, constrained(at.space, u.flatten(0, 1)).unflatten(0, u.shape[:2]))
+        step = max(1, CELLS // (x.numel() * len(rule.t) * len(modes.mode) * at.n_evaluations))
+        for some in (slice(i, min(i + step, n_nodes)) for i in range(0, n_nodes, step)):
+            u, log_w = modes.of_rows(slice(some.start * n_rows, some.stop * n_rows)).nodes(rule)
+            u = u.flatten(0, 1).unflatten(1, (-1, n_rows)).movedim(1, 0)  # (s, J Q, N, d)
+            log_w = log_w.flatten(0, 1).unflatten(1, (-1, n_rows)).movedim(1, 0)
+            each = {name: v[some].repeat_interleave(u.shape[1], 0) for name, v in held.items()}
+            given, part, _ = at.at(args, u.flatten(0, 1), each)
+            log_weight = part.unflatten(0, u.shape[:2]) + log_w
+            yield PlacedRows(given, log_weight, partial(constrained, at.space, u.flatten(0, 1)))

@@ -61,6 +61,12 @@ class Moves(NamedTuple):
         order, sign = zip(*each, strict=True)
         return cls(torch.stack(order), torch.stack(sign))
 
+    @property
+    def nothing(self) -> bool:
+        """Whether the first of them moves nothing."""
+        at = torch.arange(self.order.shape[1], device=self.order.device)
+        return bool((self.order[0] == at).all() & (self.sign[0] > 0).all())
+
 
 class _Part(NamedTuple):
     """Coordinates of a site: unconstrained ones, or of the constrained value where its transform mixes these."""
@@ -150,17 +156,13 @@ class Coordinates:
         """Images (M, d) of one mode u (d,), and (M, d, d) of its root."""
         if self.linear:
             return u[by.order] * by.sign.to(u), root[by.order] * by.sign.to(u)[..., None]
-        image = self.move(u[None], by)[0][:, 0]
-        slopes = torch.stack(
-            [
-                torch.autograd.functional.jacobian(self._alone(Moves(o[None], s[None])), u)
-                for o, s in zip(*by, strict=True)
-            ]
-        )
-        return image, slopes @ root
-
-    def _alone(self, by: Moves) -> Callable[[Tensor], Tensor]:
-        return lambda u: self.move(u[None], by)[0][0, 0]
+        if len(by.order) == 1 and by.nothing:
+            return u[None], root[None]
+        with torch.enable_grad():
+            each = u.detach().expand(len(by.order), 1, -1).clone().requires_grad_()
+            image = self.move(each, by)[0]
+            slopes = [torch.autograd.grad(t.sum(), each, retain_graph=True)[0] for t in image.unbind(-1)]
+        return image.detach()[:, 0], torch.stack(slopes, 1)[:, :, 0] @ root
 
 
 def _size(shape: tuple[int, ...]) -> int:

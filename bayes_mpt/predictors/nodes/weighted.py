@@ -14,7 +14,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any, NamedTuple, cast
 
@@ -370,6 +370,11 @@ class Nodes(Conditionals):
         self._whole = found if whole else self._whole
         return found
 
+    @cached_property
+    def _has_holes(self) -> bool:
+        """Whether tokens are missing."""
+        return has_missing(self.value)
+
     def _everything(self) -> Tensor:
         return torch.ones(self.value.shape[1], dtype=torch.bool, device=self.value.device)
 
@@ -402,7 +407,7 @@ class Nodes(Conditionals):
     def _log_z(self, log_prob: Tensor, mask: Tensor) -> Tensor:
         """(S, N) -> (N,); 0 for rows of which nothing is visible."""
         log_z = log_prob.logsumexp(0)
-        if bool(mask.any()) and not has_missing(self.value):
+        if not self._has_holes and bool(mask.any()):
             return log_z
         none = ~(mask & ~self.value.isnan()).any(1)
         return torch.where(none, 0.0, log_z) if bool(none.any()) else log_z

@@ -99,3 +99,26 @@ def test_shares_of_rows_whose_prior_sits_in_corners():
     assert "nodes that reach far" in nodes.source.adaptive.inside
     assert float(found.by_row) == pytest.approx(logsumexp(log_p), abs=3 * found.se + 1e-4)
     assert found.se < 0.01
+
+
+def test_a_row_whose_density_is_a_step():
+    """As a decoder without a bound on its weights: 64 Hermite nodes are tenths of a nat off."""
+    cut = np.array([0.3, -0.7, 1.1])
+
+    def program(x):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            logits = 300 * (z[..., None] - torch.as_tensor(cut))
+            pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x)
+
+    x = (np.random.default_rng(0).normal(size=(12, 1)) > cut).astype(float)
+    z = np.linspace(-10, 10, 400001)
+    logits = 300 * (z[:, None] - cut)
+    log_p = [(log_expit(np.where(row == 1, logits, -logits))).sum(1) + stats.norm.logpdf(z) for row in x]
+    truth = logsumexp(np.array(log_p), axis=1).sum() + 12 * math.log(z[1] - z[0])
+    args = (torch.as_tensor(x),)
+    read = Quadrature().bind(program, args).read(args)
+    found = read.evidence()
+    assert abs(float(read.score().sum()) - truth) > 0.1
+    assert 0 < found.se <= 0.01
+    assert float(found.by_row.sum()) == pytest.approx(truth, abs=2 * found.se)
