@@ -6,6 +6,7 @@ which the log-densities of these laws have all digits:
 
     Beta           (a - 1) log p + (b - 1) log(1 - p) - log B(a, b)
     Kumaraswamy    log a + log b + (a - 1) log p + (b - 1) log(1 - p^a)
+    sigmoid of u   log f(u) - log p - log(1 - p), where u has the density f: a relaxed Bernoulli, a logit-normal
 
 with log p = -log(1 + exp(-u)) and log(1 - p) = -log(1 + exp(u)).
 """
@@ -19,6 +20,7 @@ import torch
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from torch import Tensor
+from torch.distributions.transforms import SigmoidTransform
 from torch.nn.functional import logsigmoid
 
 from bayes_mpt.program.densities import log_density
@@ -53,7 +55,10 @@ def has_log_odds(fn: Any) -> bool:
         inside = inside.base_dist
     if isinstance(inside, torch.distributions.MixtureSameFamily):
         return has_log_odds(inside.component_distribution)
-    return isinstance(inside, torch.distributions.Beta | torch.distributions.Kumaraswamy)
+    if isinstance(inside, torch.distributions.Beta | torch.distributions.Kumaraswamy):
+        return True
+    moved = isinstance(inside, torch.distributions.TransformedDistribution)
+    return moved and len(inside.transforms) == 1 and isinstance(inside.transforms[0], SigmoidTransform)
 
 
 def _at_log_odds(fn: Any, u: Tensor) -> Tensor | None:
@@ -81,5 +86,7 @@ def _at_log_odds(fn: Any, u: Tensor) -> Tensor | None:
         a, b = fn.concentration1, fn.concentration0
         constant = torch.lgamma(a + b) - torch.lgamma(a) - torch.lgamma(b)
         return (a - 1) * log_p + (b - 1) * log_rest + constant
+    if not isinstance(fn, torch.distributions.Kumaraswamy):
+        return log_density(fn.base_dist, u) - log_p - log_rest
     a, b = fn.concentration1, fn.concentration0
     return a.log() + b.log() + (a - 1) * log_p + (b - 1) * (-torch.expm1(a * log_p)).log()

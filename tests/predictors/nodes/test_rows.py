@@ -14,7 +14,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from scipy import stats
-from scipy.special import betaln, gammaln, logsumexp
+from scipy.special import betaln, gammaln, log_expit, logsumexp
 from tables import tensor
 
 from bayes_mpt.predictors import Importance, Quadrature
@@ -71,6 +71,22 @@ def test_a_share_of_each_row_under_kumaraswamy():
 
     mean = b * math.exp(betaln(1 + 1 / a, b))
     holds(program, x, 2 * math.log(mean) + math.log1p(-mean), 1e-7, 1e-4)
+
+
+def test_a_relaxed_bernoulli_in_its_corners():
+    """Its log odds are logistic, of scale 20, so that a third of it is nearer to 0 or 1 than 1e-16."""
+    x = np.array([[0.0, 0], [1, 1], [0, 1]])
+
+    def program(x):
+        with pyro.plate("rows", len(x)):
+            p = pyro.sample("p", dist.RelaxedBernoulli(tensor(0.05), probs=tensor(0.5)))
+            pyro.sample("x", dist.Bernoulli(p[..., None].expand(*p.shape, 2)).to_event(1), obs=x)
+
+    u = np.linspace(-1500, 1500, 300001)
+    log_p = stats.logistic.logpdf(u, scale=20) + math.log(u[1] - u[0])
+    ends, k = np.stack([log_expit(u), log_expit(-u)], 1), x.sum(1)
+    truth = sum(logsumexp(log_p + n * ends[:, 0] + (2 - n) * ends[:, 1]) for n in k)
+    holds(program, x, truth, 1e-6, 1e-3)
 
 
 @pytest.mark.slow
