@@ -27,10 +27,12 @@ from torch import Tensor
 from bayes_mpt.predictors.base import Evidence
 from bayes_mpt.predictors.nodes.conjugacy import prior_draws
 from bayes_mpt.predictors.nodes.mixture import Modes, Orbits
-from bayes_mpt.predictors.nodes.newton import LaplaceApproximation, Peaks, by_halves, climb, distances
+from bayes_mpt.predictors.nodes.newton import Peaks, by_halves, climb, distances
 from bayes_mpt.predictors.nodes.pieces import by_draws, shaped
+from bayes_mpt.predictors.nodes.placing import Placing
+from bayes_mpt.predictors.nodes.placing_trials import placing_inside, placing_of_rows
 from bayes_mpt.predictors.nodes.population import moved
-from bayes_mpt.predictors.nodes.rules import MAX_HERMITE, Detail
+from bayes_mpt.predictors.nodes.rules import MAX_HERMITE, Detail, Rule, alone_rule
 from bayes_mpt.predictors.nodes.symmetries import (
     MAX_IMAGES,
     Coordinates,
@@ -78,8 +80,7 @@ WORK = 2**22  # log-densities of tokens, times latents, that the first starts ma
 CELLS = 2**20  # of them at a time
 NESTED = 8  # times as many to find the modes in rows or groups
 N_INSIDE = 32  # draws at which finer nodes inside rows and groups are tried
-FINER = 5  # times as many of them, at the most
-ENOUGH_INSIDE = 0.01  # nats that these may change
+FOLLOWED = 1.0  # nats, up to which other nodes inside move modes no farther than a climb from them comes
 MAX_SYMMETRIC = 64  # latents, up to which symmetries are looked for
 
 
@@ -125,16 +126,20 @@ class ModeSearch:
     Parameters
     ----------
     adaptive : AdaptiveNodes
-        Of a program whose latents belong to the data set. Of latents of rows one mode is followed in each.
+        Of a program whose latents belong to the data set. Of latents of rows one mode is followed in each, or several
+        where it has them.
+    rule : Rule, optional
+        That integrates rows by themselves, where it is one of nodes: whether it serves is looked at.
     """
 
-    def __init__(self, adaptive: AdaptiveNodes):
-        self.adaptive = adaptive
+    def __init__(self, adaptive: AdaptiveNodes, rule: Rule | None = None):
+        self.adaptive, self.rule = adaptive, rule
         self._kept: tuple[Tensor, Tensor, Modes] | None = None
+        self._rows: tuple[Tensor, Placing] | None = None
 
     def forget(self) -> None:
         """Search again at the next call."""
-        self._kept = None
+        self._kept = self._rows = None
         self.adaptive.forget()
 
     def find(self, args: Args, x: Tensor, visible: Tensor, near: Modes | None = None) -> Modes:
@@ -145,8 +150,9 @@ class ModeSearch:
         """
         at = self.adaptive
         if at.program.by_row or not at.space.width:
-            located = at.locate(args, x, visible, None if near is None else _single(near))
-            return Modes.one(located)
+            placing = self._placing(args, x)
+            cut = alone_rule(at.space.width, fine=True).cut if placing.far and at.space.width else None
+            return at.locate(args, x, visible, placing, cut, near=near)
         if near is None and self._kept is not None:
             data, shown, kept = self._kept
             if torch.equal(shown, visible) and same_cells(data, x):
@@ -154,12 +160,39 @@ class ModeSearch:
         climbs = _Climbs(at, args, x, visible)
         with pyro.validation_enabled(False), torch.no_grad():
             found = climbs.search() if near is None else climbs.follow(near)
-            if near is None and abs(climbs.gain_inside(found)) > ENOUGH_INSIDE and at.reach_farther():
-                climbs = _Climbs(at, args, x, visible)
-                found = climbs.search()
+            if near is None and at.rows is not None:
+                with own_random_state(0):
+                    u = found.representatives().draws(N_INSIDE)
+                change = placing_inside(at, args, x, visible, u, found.log_density(u)[:, 0])
+                if change:  # what little that moves modes, a climb from them follows
+                    climbs = _Climbs(at, args, x, visible)
+                    found = climbs.search() if change > FOLLOWED else climbs.follow(found)
         if near is None or (self._kept is not None and near is self._kept[2]):
             self._kept = x.detach(), visible, found
         return found
+
+    def reaching(self, args: Args, x: Tensor, modes: Modes) -> Modes:
+        """Modes of rows, with how far the density reaches around each."""
+        if modes.reach is not None:
+            return modes
+        everything = torch.ones(x.shape[1], dtype=torch.bool, device=x.device)
+        placing, width = self._placing(args, x), self.adaptive.space.width
+        return self.adaptive.locate(
+            args, x, everything, placing, alone_rule(width, fine=True).cut, near=modes
+        )
+
+    @property
+    def placing(self) -> Placing:
+        """How nodes stand in rows or groups beside which no other latents take nodes."""
+        return Placing() if self._rows is None else self._rows[1]
+
+    def _placing(self, args: Args, x: Tensor) -> Placing:
+        """The same for these rows: looked at where they are new, and not while parameters move."""
+        known = self._rows
+        if known is None or not (torch.is_grad_enabled() or same_cells(known[0], x)):
+            with pyro.validation_enabled(False), torch.no_grad():
+                known = self._rows = x.detach(), placing_of_rows(self.adaptive, args, x, self.rule)
+        return known[1]
 
     def check(self, args: Args, x: Tensor, visible: Tensor, modes: Modes, n: int) -> tuple[float, float]:
         """log Z of latents that all rows share by n draws of the mixture, and its standard error."""
@@ -172,10 +205,6 @@ class ModeSearch:
         climbs = _Climbs(self.adaptive, args, x, visible)
         with pyro.validation_enabled(False), torch.no_grad():
             return moved(partial(climbs.both, detail="rough"), modes, n)
-
-
-def _single(modes: Modes) -> LaplaceApproximation:
-    return LaplaceApproximation(modes.mode[0], modes.root[0])
 
 
 class _Climbs:
@@ -285,22 +314,6 @@ class _Climbs:
         first, further = both.same[1 : len(peaks.same)], both.same[len(peaks.same) :]
         ends = torch.cat([first, further[~back]])
         return self._distinct(both, _hits(both, ends))[0], len(ends)
-
-    def gain_inside(self, modes: Modes) -> float:
-        """How log Z grows by finer nodes in every row or group, at a few draws; 0 where these have none."""
-        if self.adaptive.rows is None:
-            return 0.0
-        with own_random_state(0):
-            u = modes.representatives().draws(N_INSIDE)
-        log_w, gain = [], []
-        for part in u.split(max(1, CELLS // (FINER * self._cells))):
-            given, log_det, _ = self.adaptive.at(self.args, part)
-            with self.adaptive.rows.nearby.unmoved():
-                before = given.log_joint(self.x, self.visible)
-                gain.append(given.with_detail("fine").log_joint(self.x, self.visible) - before)
-            log_w.append(before + log_det - modes.log_density(part))
-        found, more = torch.cat(log_w), torch.cat(log_w) + torch.cat(gain)
-        return float(more.logsumexp(0) - found.logsumexp(0))
 
     def follow(self, near: Modes) -> Modes:
         """Modes that have moved a little, and their images; pieces move with their modes."""
