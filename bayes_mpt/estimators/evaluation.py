@@ -172,7 +172,10 @@ def _unseeded(estimator: Any) -> list[str]:
 def refuse_unfit(estimator: Any, grid: list[dict[str, Any]]) -> None:
     """Refuse candidates that no search can fit."""
     model_in(estimator, "estimator")
-    for params in grid:
+    # other values of the model's own settings change nothing that is looked at here
+    of_model = {frozenset(p): p for p in grid if all(name.startswith("model__") for name in p)}
+    others = [p for p in grid if not all(name.startswith("model__") for name in p)]
+    for params in [*of_model.values(), *others]:
         candidate = final_step(clone(estimator).set_params(**cloned(params)))
         checkpoint = getattr(candidate.training, "checkpoint", None)
         if checkpoint is not None:

@@ -41,6 +41,7 @@ from bayes_mpt.program.program import Model, ModelError
 from bayes_mpt.program.run import not_finite
 from bayes_mpt.program.statistics import SufficientStatistics, digest_of_rows, far_means
 from bayes_mpt.program.store import Initial, OwnStore, State, load, save
+from bayes_mpt.program.unchanged import once
 from bayes_mpt.runtime.interrupts import to_be_discarded
 
 __all__ = ["fit_program", "parameters", "set_buffers"]
@@ -183,7 +184,7 @@ def _table_of(
         return table
     seen = None if more is None else more.statistics
     statistics = update_statistics(X, seen, device, trainer.names, table.shift)
-    shift = far_means(statistics) if more is None else None
+    shift = once(X, ("far", device), lambda: far_means(statistics)) if more is None else None
     if shift is None:
         return replace(table, statistics=statistics)
     return replace(table, statistics=update_statistics(X, None, device, trainer.names, shift), shift=shift)

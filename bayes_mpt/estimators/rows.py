@@ -19,6 +19,7 @@ from bayes_mpt.program.offers import name_of, offered
 from bayes_mpt.program.program import Model, ModelError, list_names
 from bayes_mpt.program.run import signature_of, takes_visible
 from bayes_mpt.program.statistics import SufficientStatistics, digest_of_rows
+from bayes_mpt.program.unchanged import once
 from bayes_mpt.warnings import PrecisionWarning, warn
 
 __all__ = [
@@ -211,6 +212,18 @@ def update_statistics(
     shift: NDArray[np.float64] | None = None,
 ) -> SufficientStatistics:
     """The moments of these rows, less the shift, and of those seen before; ``names`` (T,) of columns, for errors."""
+    if seen is None and shift is None:  # which nobody adds to
+        return once(X, ("moments", device, tuple(names)), lambda: _moments(X, None, device, names, None))
+    return _moments(X, seen, device, names, shift)
+
+
+def _moments(
+    X: NDArray[np.floating],
+    seen: SufficientStatistics | None,
+    device: str,
+    names: NDArray[Any],
+    shift: NDArray[np.float64] | None,
+) -> SufficientStatistics:
     statistics = SufficientStatistics(X, device, shift)
     if seen is not None:
         statistics.update(seen)

@@ -60,6 +60,7 @@ from bayes_mpt.estimators.stored import Slot, prepare, seed_in, with_estimator
 from bayes_mpt.estimators.summary import summary
 from bayes_mpt.estimators.table import Ranking, comparison_table
 from bayes_mpt.inputs import read_table, unmasked
+from bayes_mpt.program.unchanged import unchanged
 from bayes_mpt.runtime.digests import CannotDigest, digest_of
 from bayes_mpt.runtime.interrupts import interruptible
 from bayes_mpt.runtime.serial import all_or_nothing
@@ -190,7 +191,7 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, AsItsBe
         """
         finished = Finished()
         root = self._init_callback_context(max_subtasks=2)
-        with interruptible(), Partial(self, finished.table):
+        with interruptible(), Partial(self, finished.table), unchanged(X):
             self._fit(X, y, finished, root)
         return self
 

@@ -18,6 +18,7 @@ PPCA treats all directions of the token space alike, so there var_i is the mean 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -132,7 +133,7 @@ def around_orbit(lml: float, v: Array, share: Array, log_det: float) -> float:
     value += -0.5 * n_latents * (n_tokens * (LOG_2PI + math.log(tau2) + 1) - np.log(token_share).sum())
     # of a tangent (s_l, -s_k): log det (G'G) is the sum of the logarithms of their squared lengths
     square = np.square(v).sum(0)
-    low, high = np.triu_indices(n_latents, 1)
+    low, high = _pairs(n_latents)
     return float(value + 0.5 * np.log(square[low] + square[high]).sum() + log_volume(n_latents))
 
 
@@ -162,7 +163,7 @@ def _log_det(theta: Array, u: Array, n_rows: int, share: Array) -> float:
     h_own = 2 * n_rows * (theta - 1) / theta**2 + precision
     log_det = (n_tokens - n_latents) * np.log(h_outside).sum() + np.log(h_own).sum()
     # A pair (l, k): 2 x 2 block, of which the tangent (s_l, -s_k) lies in the orbit and (s_k, s_l) is normal to it
-    low, high = np.triu_indices(n_latents, 1)
+    low, high = _pairs(n_latents)
     norm2 = s[low] ** 2 + s[high] ** 2
     h_pair = precision + n_rows / norm2 * (
         s[high] ** 2 * m[high] / theta[low]
@@ -202,7 +203,7 @@ def _log_det_noise(
     n_tokens, n_latents = u.shape
     a, b = theta - 1, (theta - 1) / theta
     diagonal = n_rows / 4 * (2 + u**2 @ (a - b)) - n_rows**2 / 4 * (u**2 @ outside) + curvature  # (T,)
-    low, high = np.triu_indices(n_latents, 1)
+    low, high = _pairs(n_latents)
     f = np.concatenate([u**2, u[:, low] * u[:, high]], 1)
     weight = np.concatenate(
         [
@@ -219,6 +220,12 @@ def _log_det_noise(
         return sign * np.prod(np.sign(diagonal)), log_det + np.log(np.abs(diagonal)).sum()
     sign, log_det = np.linalg.slogdet(np.diag(diagonal) + (f * weight) @ f.T)
     return sign, log_det
+
+
+@lru_cache(maxsize=32)
+def _pairs(n: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Indices of the pairs of n things."""
+    return np.triu_indices(n, 1)
 
 
 def log_volume(k: int) -> float:

@@ -1,10 +1,11 @@
 """Ready Pyro programs. They import Pyro and nothing of bayes_mpt.
 
 In the room: ``linear_gaussian`` (PPCA, factor analysis), ``regression``, ``mixtures`` (``mixture_em``,
-``mixture_starts``, ``mixture_breeding``, ``mixture_patterns``, ``left_out``, ``covariance_prior``, ``gaussians``),
-``factor_mixtures`` (``factor_mixture_em``), ``latent_class`` (``latent_class_em``), ``gaussian_process`` (``kernels``,
-``kernel_starts``, ``noise_floor``), ``potts`` (``couplings``), ``vae``, ``masked_transformer`` and ``patches``
-(``networks``). ``checks`` and ``quasi_newton`` are shared.
+``mixture_starts``, ``mixture_breeding``, ``mixture_exchange``, ``mixture_patterns``, ``left_out``,
+``covariance_prior``, ``gaussians``), ``factor_mixtures`` (``factor_mixture_em``), ``latent_class``
+(``latent_class_em``), ``gaussian_process`` (``kernels``, ``kernel_starts``, ``noise_floor``), ``potts``
+(``couplings``), ``vae``, ``masked_transformer`` and ``patches`` (``networks``). ``checks`` and ``quasi_newton`` are
+shared.
 
 Touch freely: a model is a program with settings. What it says of itself beside running is listed in
 `bayes_mpt.program.offers`.

@@ -30,7 +30,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["SINGULAR", "CovariancePrior", "steps_of"]
+__all__ = ["FEW_CELLS", "SINGULAR", "CovariancePrior", "may_be_rounded", "steps_of"]
 
 DENSE_ROWS = 0.3  # q of full and tied covariances, T > 1
 ON_STEPS = 2e-5  # of a step: so far off its multiples are rounded values, single precision too
@@ -87,12 +87,12 @@ class CovariancePrior(NamedTuple):
 def steps_of(rows: Tensor) -> Tensor:
     """The steps h (T,) of whose multiples columns are made, rows (N, T) in units of their spread; zero without any."""
     steps = rows.new_zeros(rows.shape[1])
-    for column in _may_be_rounded(rows[:FEW_CELLS]).nonzero()[:, 0].tolist():
+    for column in may_be_rounded(rows[:FEW_CELLS]).nonzero()[:, 0].tolist():
         steps[column] = _step(rows[:, column]) or 0.0
     return steps
 
 
-def _may_be_rounded(rows: Tensor) -> Tensor:
+def may_be_rounded(rows: Tensor) -> Tensor:
     """Of which columns (T,) a few cells do not show that they are not rounded."""
     value = rows.sort(0).values
     gap = value.diff(dim=0)

@@ -18,6 +18,7 @@ from bayes_mpt.models.checks import CheckedModel, IntegersFrom, OneOf, check_mem
 
 __all__ = ["PPCA", "FactorAnalysis", "surplus_latents"]
 
+CLOSE = 1e-3  # of its mean: a spread below it may be rounding, in single precision too
 MAP = {"loc": "loc", "loading": "loading", "noise": "noise_variance"}  # of both, by names of parameters
 
 
@@ -156,6 +157,10 @@ def _random_loading(x: Tensor, n_components: int, spread: Tensor) -> Tensor:
 
 def _spread(x: Tensor) -> Tensor:
     """Standard deviations (T,), one where a column is constant."""
-    sd = (x - x.mean(0)).square().mean(0).sqrt()  # ten times as fast as x.std(0)
-    constant = (x == x[:1]).all(0)  # its mean need not be it, to the last digit
-    return torch.where(constant, torch.ones_like(sd), sd)
+    mean = x.mean(0)
+    sd = (x - mean).square().mean(0).sqrt()  # ten times as fast as x.std(0)
+    near = (sd <= CLOSE * mean.abs()).nonzero()[:, 0]
+    if len(near):  # the mean of a constant column need not be it, to the last digit
+        constant = near[(x[:, near] == x[:1, near]).all(0)]
+        sd = sd.index_fill(0, constant, 1.0)
+    return sd

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bayes_mpt.models.covariance_prior import CovariancePrior
 from bayes_mpt.models.gaussians import Gaussians, Longer
-from bayes_mpt.models.left_out import Key, Shares, plain_shares, shares_of
+from bayes_mpt.models.left_out import Key, Shares, shares_in_place
 from bayes_mpt.models.mixture_gain import Purity, left_to_gain
 from bayes_mpt.models.mixture_products import DENSE
 from bayes_mpt.models.mixture_steps import Expect, Table, coefficients_of, m_step
@@ -84,13 +84,20 @@ class Hill(NamedTuple):
     @property
     def shares(self) -> Shares:
         """How components share the rows that are seen."""
-        return plain_shares if self.visible is None else Seen(self.visible)
+        return _of_all if self.visible is None else Seen(self.visible)
+
+
+def _of_all(
+    key: Key, log_prob: Tensor, square: Callable[[], Tensor], n_cells: Tensor
+) -> tuple[Tensor, Tensor]:
+    """By the densities, in whose place they stand; as `bayes_mpt.models.left_out.Shares`."""
+    return shares_in_place(log_prob)
 
 
 class Seen:
     """Shares of the rows that each of B mixtures sees, by log w + log p as ``of`` says; none of the others."""
 
-    def __init__(self, visible: Tensor, of: Callable[[Tensor], tuple[Tensor, Tensor]] = shares_of):
+    def __init__(self, visible: Tensor, of: Callable[[Tensor], tuple[Tensor, Tensor]] = shares_in_place):
         self.visible, self.of = visible, of
 
     def __call__(

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["centres_of", "nearest"]
+__all__ = ["centres_of", "nearest", "places_of"]
 
 ROWS = 512  # of a table, on which k-means runs
 STEPS = 100
@@ -29,6 +29,7 @@ def centres_of(tables: Sequence[Tensor], n_centres: int, seed: int, n_tries: int
     ----------
     tables : sequence of B Tensors of shape (N_b, T)
         In units in which columns can be compared, each about its mean; at least K rows, of which no cell is missing.
+        Of more than `ROWS` those at `places_of` are read.
     n_centres : int
         K. A centre whose rows have all gone to others stays where it is.
     seed : int
@@ -42,9 +43,7 @@ def centres_of(tables: Sequence[Tensor], n_centres: int, seed: int, n_tries: int
     >>> centres_of([rows], 2, seed=0, n_tries=3).sort(1).values.flatten()
     tensor([ 1., 11.], dtype=torch.float64)
     """
-    rng = np.random.RandomState(seed)
-    own = rng.randint(2**31 - 1)
-    which = {n: _some_of(n, own) for n in {len(table) for table in tables}}
+    which = {n: places_of(n, seed) for n in {len(table) for table in tables}}
     some = [table[which[len(table)].to(table.device)] for table in tables]
     n_rows = max(map(len, some))
     rows = some[0].new_zeros(len(some), n_rows, some[0].shape[1])
@@ -54,10 +53,10 @@ def centres_of(tables: Sequence[Tensor], n_centres: int, seed: int, n_tries: int
     problem = torch.arange(len(some), device=rows.device).repeat_interleave(max(1, n_tries))
     rows, count = rows[problem], count[problem]
     if n_tries:
-        draws = rng.random_sample((n_tries, n_centres, 2 + int(math.log(n_centres))))
+        draws = np.random.RandomState(seed).random_sample((n_tries, n_centres, 2 + int(math.log(n_centres))))
         start = _drawn(rows, count, torch.from_numpy(draws).to(rows).repeat(len(some), 1, 1))
     else:
-        picks = [np.random.RandomState(own).choice(len(table), n_centres, replace=False) for table in some]
+        picks = [np.random.RandomState(seed).choice(len(table), n_centres, replace=False) for table in some]
         start = torch.stack([table[pick] for table, pick in zip(some, picks, strict=True)])
     centres, squares = _settled(rows, count, start, STEPS if n_tries else 1)
     best = squares.view(len(some), -1).argmin(1)
@@ -70,11 +69,12 @@ def nearest(log_prob: Tensor) -> tuple[Tensor, Tensor]:
     return torch.zeros_like(log_prob).scatter_(-2, which, 1.0), most[..., 0, :]
 
 
-def _some_of(n_rows: int, seed: int) -> Tensor:
-    """Places of the rows of a table that k-means reads."""
+def places_of(n_rows: int, seed: int) -> Tensor:
+    """Of the rows of a table that k-means reads."""
     if n_rows <= ROWS:
         return torch.arange(n_rows)
-    return torch.from_numpy(np.sort(np.random.RandomState(seed).choice(n_rows, ROWS, replace=False)))
+    own = np.random.RandomState(seed).randint(2**31 - 1)  # draws of centres do not go with those of rows
+    return torch.from_numpy(np.sort(np.random.RandomState(own).choice(n_rows, ROWS, replace=False)))
 
 
 def _drawn(rows: Tensor, count: Tensor, draws: Tensor) -> Tensor:

@@ -43,6 +43,7 @@ __all__ = [
     "prior_of",
     "products_of",
     "run_em",
+    "share_of_table",
     "table_of",
     "within",
 ]
@@ -67,14 +68,13 @@ def within(table: Table, loc: Tensor) -> Tensor:
 def prior_of(table: Table, n_components: int, covariance_type: str) -> CovariancePrior:
     """The prior of the covariances in the units of a table; zero where that has no spread in some direction."""
     n_rows, n_tokens = table.rows.shape
-    share = THIN if covariance_type in DENSE and n_tokens > 1 else SHARE
     if covariance_type in DENSE:
         scale = _covariance(table) * (~table.constant)
     elif covariance_type == "diag":
         scale = (~table.constant).to(table.rows)
     else:  # the columns' mean variance is one
         scale = (~table.constant).any()[None].to(table.rows)
-    prior = CovariancePrior(share * scale / n_components ** (2 / n_tokens), n_tokens)
+    prior = CovariancePrior(share_of_table(n_tokens, n_components, covariance_type) * scale, n_tokens)
     if not prior.proper:
         return prior._replace(scale=torch.zeros_like(scale))
     # a density of at most 1 / h for N / K rows: no cell has more than all of the probability
@@ -82,6 +82,12 @@ def prior_of(table: Table, n_components: int, covariance_type: str) -> Covarianc
     if covariance_type == "spherical":
         rounding = rounding.mean(0, keepdim=True)
     return prior._replace(scale=prior.scale + (torch.diag(rounding) if scale.ndim == 2 else rounding))
+
+
+def share_of_table(n_tokens: int, n_components: int, covariance_type: str) -> float:
+    """How much of the covariance of the table the prior has, where columns are not rounded."""
+    share = THIN if covariance_type in DENSE and n_tokens > 1 else SHARE
+    return share / n_components ** (2 / n_tokens)
 
 
 def _covariance(table: Table) -> Tensor:

@@ -9,18 +9,17 @@ what a fit does not see.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from bayes_mpt.models.covariance_prior import CovariancePrior
 from bayes_mpt.models.gaussians import Gaussians
 from bayes_mpt.models.left_out import Shares, plain_shares
 from bayes_mpt.models.mixture_climb import Climb, Hill, Seen, climb_together
 from bayes_mpt.models.mixture_clusters import centres_of, nearest
-from bayes_mpt.models.mixture_em import REG_COVAR, START_STEPS, START_TOL, START_TRIES, around, prior_of
+from bayes_mpt.models.mixture_em import REG_COVAR, START_STEPS, START_TOL, START_TRIES, around
 from bayes_mpt.models.mixture_gain import Purity, squares_of
+from bayes_mpt.models.mixture_own_rows import OwnRows, OwnTable
 from bayes_mpt.models.mixture_steps import Expect, Table, chunks_of, expectation_of, m_step, table_of
 
 __all__ = ["scores_of_others"]
@@ -68,28 +67,52 @@ def scores_of_others(
     products = chunks_of(whole.rows, covariance_type, at_once=at_once, groups=groups)
     expect = expectation_of(products) if groups is None else _expectation_of_seen(products)
     found: list[Tensor | None] = [None] * len(splits)
-    starts: dict[int, _Start] = {}
-    for key, (rows, _) in enumerate(splits):
-        start = _Start.of(x[rows], n_components, covariance_type, with_prior=with_prior)
-        if start is not None:
-            starts[key] = start
-    for keys in torch.tensor(list(starts), dtype=torch.long).split(together):
-        which = keys.tolist()
+    for keys in torch.arange(len(splits)).split(together):
+        places = {key: place[splits[key][0]] for key in keys.tolist()}
+        own = OwnRows.by_one_pass(
+            whole,
+            expect,
+            _visible(whole, places),
+            list(places.values()),
+            n_components,
+            covariance_type,
+            seed,
+            with_prior=with_prior,
+        )
+        if own is None:
+            tables = {
+                key: OwnTable.of(x[splits[key][0]], n_components, covariance_type, with_prior=with_prior)
+                for key in places
+            }
+            known = {key: table for key, table in tables.items() if table is not None}
+            if not known:
+                continue
+            own, places = OwnRows.one_by_one(whole, list(known.values())), {key: places[key] for key in known}
+        visible = _visible(whole, places)
         climbs = _fit(
             whole,
             expect,
             covariance_type,
-            [(place[splits[key][0]], starts[key]) for key in which],
+            visible,
+            own,
             n_components,
             seed,
             tol=tol,
             max_iter=max_iter,
         )
-        for key, climb in zip(which, climbs, strict=True):
+        for key, climb in zip(places, climbs, strict=True):
             if climb.settled and not climb.collapsed:
                 score = climb.mix.log_prob(whole.rows[place[splits[key][1]]]) - whole.spread.log().sum()
                 found[key] = score if bool(torch.isfinite(score).all()) else None
     return found
+
+
+def _visible(whole: Table, places: dict[int, Tensor]) -> Tensor:
+    """One (B, N) for the rows at these places, zero for the others."""
+    visible = whole.rows.new_zeros(len(places), len(whole.rows))
+    for seen, index in zip(visible, places.values(), strict=True):
+        seen[index] = 1.0
+    return visible
 
 
 def _grouped(splits: Sequence[Split], n_rows: int) -> tuple[Tensor, list[int] | None]:
@@ -132,37 +155,12 @@ def _expectation_of_seen(products: Callable[[], Iterable[Tensor]]) -> Expect:
     return expect
 
 
-class _Start(NamedTuple):
-    """Of one fit, from its rows alone."""
-
-    table: Table
-    prior: CovariancePrior | None
-
-    @classmethod
-    def of(cls, x: Tensor, n_components: int, covariance_type: str, *, with_prior: bool) -> _Start | None:
-        """None where rows are too few, or a direction has no spread, which is refused elsewhere."""
-        table = table_of(x, covariance_type)
-        if len(table.rows) < max(2, n_components):
-            return None
-        prior = prior_of(table, n_components, covariance_type) if with_prior else None
-        if prior is not None and not prior.proper:
-            return None
-        return cls(table, prior)
-
-    def scale_in(self, whole: Table) -> Tensor:
-        """That of the prior in the units of another table: (1, T, T), (1, T) or (1, 1)."""
-        assert self.prior is not None
-        unit, scale = self.table.spread / whole.spread, self.prior.scale
-        if self.prior.dense:
-            return (unit[:, None] * scale * unit)[None]
-        return (unit[: len(scale)].square() * scale)[None]
-
-
 def _fit(
     whole: Table,
     expect: Expect,
     covariance_type: str,
-    fits: list[tuple[Tensor, _Start]],
+    visible: Tensor,
+    own: OwnRows,
     n_components: int,
     seed: int,
     *,
@@ -170,27 +168,12 @@ def _fit(
     max_iter: int,
 ) -> list[Climb]:
     """Side by side: the start of each, its short EM, and the climb."""
-    rows, starts = whole.rows, [start for _, start in fits]
-    visible = rows.new_zeros(len(fits), len(rows))
-    for seen, (index, _) in zip(visible, fits, strict=True):
-        seen[index] = 1.0
-    prior: CovariancePrior | None = None
-    if starts[0].prior is not None:
-        prior = CovariancePrior(torch.stack([start.scale_in(whole) for start in starts]), rows.shape[1])
-    hill = Hill(
-        expect,
-        covariance_type,
-        visible.sum(1),
-        float(whole.spread.log().sum()),
-        prior=prior,
-        visible=visible,
-    )
-    centres = centres_of([start.table.rows for start in starts], n_components, seed, START_TRIES)
-    unit = torch.stack([start.table.spread for start in starts]) / whole.spread
-    middle = (torch.stack([start.table.centre for start in starts]) - whole.centre) / whole.spread
-    wide = around(middle[:, None] + unit[:, None] * centres, unit, covariance_type)
+    unit = float(whole.spread.log().sum())
+    hill = Hill(expect, covariance_type, visible.sum(1), unit, prior=own.prior, visible=visible)
+    centres = centres_of(own.some, n_components, seed, START_TRIES)
+    wide = around(own.centre[:, None] + own.unit[:, None] * centres, own.unit, covariance_type)
     sums, _ = expect(wide, hill.coefficients(wide), Seen(visible, nearest))
-    mix, _ = m_step(sums, wide, covariance_type, prior, REG_COVAR)
+    mix, _ = m_step(sums, wide, covariance_type, own.prior, REG_COVAR)
     begun = climb_together(hill, mix, tol=START_TOL, max_iter=START_STEPS, reg_covar=REG_COVAR)
     mix = Gaussians(*(torch.stack(parts) for parts in zip(*(climb.mix for climb in begun), strict=True)))
     return climb_together(hill, mix, tol=tol, max_iter=max_iter, to_end=True)

@@ -28,8 +28,10 @@ from bayes_mpt.models.mixture_em import (
     table_of,
     within,
 )
+from bayes_mpt.models.mixture_exchange import STEPS as EXCHANGE_STEPS
+from bayes_mpt.models.mixture_exchange import exchanged
 from bayes_mpt.models.mixture_folds import scores_of_others
-from bayes_mpt.models.mixture_starts import best_start
+from bayes_mpt.models.mixture_starts import START_ROWS, best_start
 
 __all__ = ["GaussianMixture"]
 
@@ -173,9 +175,14 @@ class GaussianMixture(CheckedModel):
         prior = self._prior(table)
         self._refuse_singular(table, prior)
         expect = expectation(table.rows, kind)
-        if bool(table.rows.isnan().any()):
+        holes, many = bool(table.rows.isnan().any()), len(table.rows) > START_ROWS
+        # of many complete rows k-means finds good places, and all of a search would take longer than the climb
+        if holes or (prior is not None and not many):
             start, used = best_start(table, start, kind, prior, max_iter // 2)
             max_iter -= used
+            if used and many and prior is not None:
+                start = exchanged(expect, start, kind, prior, gaps=kind not in DENSE)
+                max_iter -= EXCHANGE_STEPS
         try:
             climb = run_em(table, expect, start, kind, tol=tol, max_iter=max_iter, prior=prior, to_end=True)
         except KeyboardInterrupt as press:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from bayes_mpt.program.arguments import fill_all
-from bayes_mpt.program.checks import check_sites, refuse_unregistered_parameters
+from bayes_mpt.program.checks import check_sites, refuse_cells_twice, refuse_unregistered_parameters
 from bayes_mpt.program.factor_runs import with_meeting_entries
 from bayes_mpt.program.layout import rows_first
 from bayes_mpt.program.mask_trials import refuse_other_rows, refuse_selection, refuse_unmoved
@@ -127,6 +127,7 @@ def look(model: Model, args: tuple[Any, ...]) -> Analysis:
         check_sites(first)
     once = FirstRun(model, init, program, first)
     refuse_hidden(once)
+    refuse_cells_twice(once)
     refuse_unregistered_parameters(first)
     position = _observed_argument(program, first, init)
     real = all(_is_real(base(n["fn"])) for n in nodes)

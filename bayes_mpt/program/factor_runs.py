@@ -25,6 +25,7 @@ from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.factors import Factors, Question, Tokens
 from bayes_mpt.program.joint_values import JointValues, meeting_plates
 from bayes_mpt.program.layout import check_shape, rows_axis, sum_by_row, token_values
+from bayes_mpt.program.log_odds import latent_density
 from bayes_mpt.program.program import Model, ModelError, Observed, Program, n_rows_of
 from bayes_mpt.program.run import FAILURES, NODES, SetLatents, one_precision, run
 from bayes_mpt.program.seen_labels import with_seen_labels
@@ -256,8 +257,9 @@ def _log_probs(trace: Trace, program: Program) -> Tensors:
     out: Tensors = {}
     for node in latent_nodes(trace):
         if node["name"] in program.latent_names:
-            fn = unrepeated(node["fn"]) if "_enumerate_dim" in node["infer"] else node["fn"]
-            out[node["name"]] = log_density(fn, node["value"]).to(dtype), 0
+            summed = "_enumerate_dim" in node["infer"]
+            found = log_density(unrepeated(node["fn"]), node["value"]) if summed else latent_density(node)
+            out[node["name"]] = found.to(dtype), 0
     for site in program.sites:
         node = node_of(trace, site.name)
         check_shape(node, site)

@@ -95,7 +95,7 @@ class Factors(NamedTuple):
     # ------------------------------------------------------------------------------------------------ the questions
 
     def log_joint(self, visible: Tensor) -> Tensor:
-        """log p(u_s, x_R): visible (N, T) bool -> (S, N)."""
+        """log p(u_s, x_R): visible (N, T) bool, or (T,) of all rows -> (S, N)."""
         if self.prior is not None:
             total = self.prior
             for t, log_prob in zip(self.tokens, self._shown(visible), strict=True):
@@ -109,7 +109,8 @@ class Factors(NamedTuple):
         """Log-densities of each site's tokens, 0 where one is hidden."""
         if bool(visible.all()):
             return [t.log_prob for t in self.tokens]
-        return [torch.where(m, t.log_prob, 0.0) for t, m in self._layout(visible)]
+        parts = self._layout(visible.expand(self.n_rows, self.n_tokens))
+        return [torch.where(m, t.log_prob, 0.0) for t, m in parts]
 
     def log_prior(self) -> Tensor:
         """log p(u_s), discrete latents summed out: (S, N)."""

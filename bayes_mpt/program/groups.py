@@ -22,9 +22,9 @@ import pyro
 import torch
 from torch import Tensor
 
-from bayes_mpt.program.densities import log_density
 from bayes_mpt.program.latents import Space, space
 from bayes_mpt.program.layout import check_shape
+from bayes_mpt.program.log_odds import latent_density
 from bayes_mpt.program.program import Model, Program
 from bayes_mpt.program.run import FAILURES, run
 from bayes_mpt.program.sites import base, latent_nodes, node_of, own_masks
@@ -105,7 +105,7 @@ def log_terms(model: Model, filled: tuple[Any, ...], program: Program, values: d
 def _elements(node: Any) -> Tensor:
     """Log-densities of a site, 0 where masks of the program hide them."""
     fn = base(node["fn"])
-    log_prob = log_density(fn, node["value"]).to(node["value"])
+    log_prob = latent_density({**node, "fn": fn}).to(node["value"])
     for mask, n_outer in own_masks(node, node["fn"].event_dim - fn.event_dim):
         log_prob = torch.where(mask[(...,) + (None,) * n_outer] if mask.ndim else mask, log_prob, 0.0)
     return log_prob.reshape(-1)

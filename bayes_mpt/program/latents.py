@@ -9,9 +9,10 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import biject_to
-from torch.distributions.transforms import ComposeTransform, IndependentTransform
+from torch.distributions.transforms import ComposeTransform, IndependentTransform, SigmoidTransform
 
 from bayes_mpt.program.layout import from_rows, to_rows
+from bayes_mpt.program.log_odds import LOG_ODDS
 from bayes_mpt.program.program import Latent, ModelError, Program
 from bayes_mpt.program.sites import node_of
 from bayes_mpt.program.sticks import with_exact_shares
@@ -88,6 +89,16 @@ class Space(NamedTuple):
                 pad = (1,) * (self.depth - p.n_batch)
                 values[p.latent.name] = value.reshape(n_nodes, *pad, *value.shape[1:])
         return values, log_det
+
+    def log_odds(self, u: Tensor) -> dict[str, Tensor]:
+        """Of sites between 0 and 1, at u (S, N, d) or (S, 1, d): (S, ...), by names that `LOG_ODDS` begins."""
+        return {
+            LOG_ODDS + p.latent.name: from_rows(
+                u[..., self.columns[p.latent.name]], p.shape, p.latent.row_axis
+            )
+            for p in self.parts
+            if isinstance(p.each, SigmoidTransform)
+        }
 
     def jacobians(self, u: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
         """Values (S, ...) of the sites at u (S, N, d), and of each site log |d value / d u| event by event (S, ...)."""

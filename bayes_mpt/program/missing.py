@@ -123,6 +123,7 @@ def refuse_seen_gaps(
             raw = run(model, args, sites)
     except FAILURES:
         return  # the program does not take NaN: it has no view of its own
+    _refuse_left_out(raw, filled, program.site_names)
     names = (*program.site_names, *program.latent_names)
     values = {n: filled.nodes[n]["value"] for n in names}
     laws = (log_probs_under(trace, values, program) for trace in (filled, raw))
@@ -141,6 +142,17 @@ def refuse_seen_gaps(
             )
             raise MissingCovariate(
                 f"missing cells reach the distribution of site {name!r}: {how}. {AS_A_LATENT}"
+            )
+
+
+def _refuse_left_out(raw: Trace, filled: Trace, names: Iterable[str]) -> None:
+    """Refuse sites that have fewer numbers where cells are missing."""
+    for name in names:
+        if node_of(raw, name)["value"].shape != node_of(filled, name)["value"].shape:
+            raise ModelError(
+                f"the program leaves missing cells of site {name!r} out itself (x[~x.isnan()], say), so that it has "
+                "other tokens on each table: write obs=x and leave the cells NaN. Missing cells are left out by the "
+                "package"
             )
 
 
@@ -197,6 +209,8 @@ def values_with_gaps(
             raw: Trace | None = run(model, args, sites)
     except FAILURES:
         raw = None  # the program does not take NaN: it has no view of its own
+    if raw is not None:
+        _refuse_left_out(raw, filled, names)
     out = {}
     for name in names:
         value, shown = node_of(filled, name)["value"], own_shown(node_of(filled, name))

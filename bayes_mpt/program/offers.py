@@ -117,7 +117,7 @@ class Offers(Protocol):
         splits : sequence of (Tensor, Tensor)
             Which rows are fitted, and which are scored by that.
         tol, max_iter
-            As of `maximize`, at whose end each fit is.
+            As of `maximize`, at whose end each fit is; ``tol`` is rougher where a search asks for a first look.
 
         Returns
         -------

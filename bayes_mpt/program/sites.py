@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pyro.distributions as dist
@@ -118,9 +118,21 @@ def node_of(trace: Trace, name: str) -> Any:
     return trace.nodes[name]
 
 
+def _refuse_row_scales(nodes: Sequence[Any]) -> None:
+    """A scale must be one number: a density to the power of a row's weight is none."""
+    for node in nodes:
+        if torch.as_tensor(node["scale"]).numel() > 1:
+            raise ModelError(
+                f"site {node['name']!r} has a scale of its own for each row (poutine.scale with a column of weights): "
+                "a density to the power of a weight is none, so that there is no marginal likelihood. Repeat rows that "
+                "count several times, or give the distribution a scale that depends on the column"
+            )
+
+
 def described(first: Trace, n_rows: int, factors_too: bool = False) -> Program:
     """The program of a first run on so many rows."""
     nodes, latents = observed_nodes(first, factors_too=factors_too), latent_nodes(first)
+    _refuse_row_scales((*nodes, *latents))
     rows, by_row = rows_plate_of(nodes, latents, n_rows)
     sites = tuple(_observed_site(node, rows if by_row else None) for node in nodes)
     own = sites[0].shape[sites[0].row_axis] if by_row and sites[0].row_axis is not None else 1

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from bayes_mpt.inputs import tensor_of
 from bayes_mpt.program.devices import at_once
+from bayes_mpt.program.unchanged import once
 
 __all__ = ["Covariance", "SufficientStatistics", "digest_of_rows", "far_means"]
 
@@ -40,7 +41,7 @@ class Covariance(NamedTuple):
     """(T, T); None where there are rows."""
     rows: NDArray[np.float64] | None = None
     """(R, T), R <= T."""
-    maxima: dict[tuple[int, int], NDArray[np.float64]] | None = None
+    maxima: dict[tuple[int, int], Any] | None = None
     """Where maxima of factors were found before (`bayes_mpt.predictors.gaussian.modes`): what is found is put there,
     and is the same without it."""
 
@@ -107,7 +108,8 @@ class SufficientStatistics:
         self.mean = torch.zeros(n_tokens, dtype=torch.float64, device=device)
         self._cov: Tensor | None = None
         self._root: Tensor | None = None
-        self._maxima: dict[tuple[int, int], NDArray[np.float64]] = {}
+        self._maxima: dict[tuple[int, int], Any] = {}
+        self._rows: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
         wide = n_rows <= n_tokens
         if not wide:
             self._cov = torch.zeros(n_tokens, n_tokens, dtype=torch.float64, device=device)
@@ -243,6 +245,11 @@ class SufficientStatistics:
         """Weighted rows (R, T), (R,) that stand for the table, for a program of this dtype; the weights add up to N."""
         if not self.n:
             return self.incomplete.to(dtype), self.mean.new_ones(len(self.incomplete), dtype=dtype)
+        if dtype not in self._rows:
+            self._rows[dtype] = self._stand_ins(dtype)
+        return self._rows[dtype]
+
+    def _stand_ins(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         root = _some_root(self._cov, self._root)
         if not len(root):  # of a single row
             root = root.new_zeros(1, len(self.mean))
@@ -254,13 +261,16 @@ class SufficientStatistics:
     def moved(self, by: Tensor) -> SufficientStatistics:
         """The table of the same rows with ``by`` (T,) added to each."""
         new = object.__new__(SufficientStatistics)
-        new.n, new._cov, new._root, new._maxima = self.n, self._cov, self._root, self._maxima
+        new.n, new._cov, new._root, new._maxima, new._rows = self.n, self._cov, self._root, self._maxima, {}
         new.mean, new.incomplete = self.mean + by, self.incomplete + by
         return new
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_maxima": {}, "_rows": {}}  # which only save time
+
     def _merge(self, n: int, mean: Tensor, cov: Tensor | None, root: Tensor | None) -> None:
         """Chan, Golub & LeVeque (1983): pool two groups' moments without cancellation."""
-        self._maxima = {}
+        self._maxima, self._rows = {}, {}
         if not n:
             if self._cov is None and self._root is None:
                 self._cov, self._root = cov, root
@@ -304,6 +314,10 @@ def digest_of_rows(X: NDArray[np.floating]) -> str:
 
     A checksum tells orders apart and takes half the time of a cryptographic hash; the sums make it longer.
     """
+    return once(X, "digest", lambda: _digest(X))
+
+
+def _digest(X: NDArray[np.floating]) -> str:
     h = hashlib.sha256(repr(X.shape).encode())
     step = max(1, 2**17 // max(1, X.shape[1]))
     for start in range(0, len(X), step):

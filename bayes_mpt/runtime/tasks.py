@@ -43,7 +43,9 @@ def side_by_side(
     jobs = [delayed(_call)(i, stop, task, *call) for i, (task, call) in enumerate(calls)]
     backend, _ = get_active_backend()
     try:
-        if backend.supports_return_generator:
+        if effective_n_jobs(n_jobs) == 1:
+            _hand_out((call(*args, **named) for call, args, named in jobs), done)
+        elif backend.supports_return_generator:
             results = Parallel(n_jobs=n_jobs, batch_size=1, return_as="generator_unordered")(jobs)
             _hand_out(results, done)
         else:  # in rounds, or there would be none before all are done

@@ -5,16 +5,15 @@ standard deviation 1, or from .5 falling to .15; noise variances log-uniform on 
 N 22-80), ``wide`` (T 60-120, N 20-55), ``rows`` (T 210-260, N 20-60: steps by rows), ``Ledermann`` (T 5-9, K fitted at,
 below or beyond the number that a covariance determines), ``simple`` (one latent a column) and ``far rows`` (t_4). Half
 of the others are fitted with 1 .. K latents, half with K - 2 .. K + 3. A climb for the likelihood, and one for the
-posterior under Gamma(2, 2 / variance), with which the evidences begin; of ``near``, as in a search, from the noise of
-the likelihood's.
+posterior under Gamma(2, 2 / variance), with which the evidences begin.
 
-The truth is the highest of 20 climbs from random noises and of all that are compared: ``one climb`` from what a
-regression on the other columns leaves, the method before, ``ours`` and ``near``. ``within`` counts tables not more
-than .1 nats below it. Asked: 95 % of all.
+The truth is the highest of 20 climbs from random noises and of both that are compared: ``one climb`` from what a
+regression on the other columns leaves, the method before, and ``ours``. ``within`` counts tables not more than .1 nats
+below it. Asked: 95 % of all.
 
-Found: of the likelihood 93.8 % (one climb: 90.0), which **falls short**; of the posterior 100 % (92.5), and 97.5 near
-the likelihood's. A version that goes on exchanging until nothing is gained came to 95.0 % of the likelihood's on these
-tables, but took 1.6 times as long on digits with 20 latents, longer than scikit-learn.
+Found: of the likelihood 97.5 % (one climb: 91.2), of the posterior 98.8 % (97.5), on tables looked at once. On
+those of seed 20261, of which two were looked at while the exchange of latents was worked on, 97.5 and 98.8 as well;
+before that work 93.8 and 100.
 """
 
 import sys
@@ -30,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/, for timing.py
 from timing import Report, run
 
 KINDS = ("strong", "weak", "few rows", "wide", "rows", "Ledermann", "simple", "far rows")
-TABLES, QUICK, STARTS, WITHIN, SEED = 10, 1, 20, 0.1, 20261
+TABLES, QUICK, STARTS, WITHIN, SEED = 10, 1, 20, 0.1, 20262
 
 T = {"few rows": (5, 21), "wide": (60, 121), "rows": (210, 261), "Ledermann": (5, 10)}
 N = {"few rows": (22, 80), "wide": (20, 56), "rows": (20, 60), "Ledermann": (60, 2000)}

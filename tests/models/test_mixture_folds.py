@@ -12,7 +12,7 @@ from truths import mixture_log_terms
 
 from bayes_mpt import BayesMPT
 from bayes_mpt.estimators import refits
-from bayes_mpt.models import GaussianMixture, mixture_folds, mixture_steps
+from bayes_mpt.models import GaussianMixture, mixture_folds, mixture_own_rows, mixture_steps
 from bayes_mpt.models.gaussians import Gaussians
 from bayes_mpt.models.mixture_climb import run_em
 from bayes_mpt.models.mixture_em import coefficients_of, expectation, m_step, table_of
@@ -109,6 +109,47 @@ def test_side_by_side_or_one_by_one_or_by_parts(kind, monkeypatch):
     monkeypatch.setattr(mixture_folds, "MAX_NUMBERS", 600)
     monkeypatch.setattr(mixture_steps, "MAX_PRODUCTS", 500)
     np.testing.assert_allclose(scores(splits), want, atol=1e-9)
+
+
+def blobs(n=900):
+    """Two, apart, of numbers that are not rounded."""
+    rng = np.random.default_rng(0)
+    return tensor(rng.normal(size=(n, 2)) * [1.0, 3.0] + 5.0 * rng.integers(2, size=(n, 1)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("prior", ["auto", None])
+def test_own_rows_by_one_pass_or_one_by_one(kind, prior, monkeypatch):
+    """Units, priors and starts are the same; and those of a fit of the program."""
+    x, splits = blobs(), list(KFold(3, shuffle=True, random_state=0).split(np.empty((900, 1))))
+    asked, of = [], mixture_own_rows.OwnTable.of
+    monkeypatch.setattr(mixture_own_rows.OwnTable, "of", lambda *a, **how: asked.append(1) or of(*a, **how))
+    model = BayesMPT(GaussianMixture(2, kind, prior), training=Ascent(tol=1e-9), random_state=3).fit(
+        x.numpy()
+    )
+    found = refits._own_scores(model, x.numpy(), splits, None)
+    assert not asked
+    train, test = splits[0]
+    np.testing.assert_allclose(
+        found[0], model.refit(x[train].numpy()).score_samples(x[test].numpy()), atol=1e-7
+    )
+    monkeypatch.setattr(mixture_own_rows, "NARROW", 10.0)
+    np.testing.assert_allclose(refits._own_scores(model, x.numpy(), splits, None), found, atol=1e-7)
+    assert len(asked) == 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hidden_rows_have_no_part_where_one_pass_reads_all(kind):
+    """Nor where a hidden row is so far off that own rows are narrow beside it."""
+    x, splits = blobs(), [(torch.arange(600), torch.arange(600, 900))]
+    found = []
+    for far in (0.0, 3.0, 1e3):
+        rows = x.clone()
+        rows[700:] = rows[700:] + far
+        torch.manual_seed(0)
+        found.append(GaussianMixture(2, kind).held_out(rows, splits, tol=1e-12, max_iter=500)[0][:100])
+    np.testing.assert_allclose(found[1], found[0], atol=1e-9)
+    np.testing.assert_allclose(found[2], found[0], atol=1e-4)  # it ends elsewhere within the tolerance
 
 
 def test_a_fold_without_spread_is_left_to_the_program():

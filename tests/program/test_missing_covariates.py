@@ -10,7 +10,7 @@ from scipy.integrate import quad
 from scipy.stats import norm
 
 from bayes_mpt import BayesMPT
-from bayes_mpt.program.program import MissingCovariate
+from bayes_mpt.program.program import MissingCovariate, ModelError
 
 N = 14
 RNG = np.random.default_rng(0)
@@ -113,3 +113,20 @@ def test_the_remedy_integrates_over_them(x_too):
     truth += norm.logpdf(X[SEEN]).sum() if x_too else 0.0
     fitted = BayesMPT(program).fit((np.nan_to_num(HOLES, nan=5.0), np.isnan(HOLES) * 1.0), Y)
     assert fitted.log_marginal_likelihood_ == pytest.approx(truth, abs=1e-8)
+
+
+def filtered(x, density):
+    mean = pyro.sample("mean", dist.Normal(0.0, 2.0))
+    seen = x[:, 0][~x[:, 0].isnan()]
+    with pyro.plate("rows", len(seen)):
+        pyro.sample("x", density(mean, 1.0), obs=seen)
+
+
+@pytest.mark.parametrize("density", [dist.Normal, dist.Laplace])
+def test_programs_that_leave_missing_cells_out_need_not(density):
+    def program(x):
+        filtered(x, density)
+
+    with pytest.raises(ModelError, match="leaves missing cells of site 'x' out itself.*leave the cells NaN"):
+        BayesMPT(program).fit(HOLES)
+    assert np.isfinite(BayesMPT(program).fit(X[:, None]).log_marginal_likelihood_)

@@ -1,5 +1,7 @@
 """What is observed must be data: values that move, cells that the program fills in or hides itself, rows not read."""
 
+from functools import partial
+
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -666,3 +668,58 @@ def test_a_number_of_rows_is_no_dependence_on_their_values():
     cov = (program.loading @ program.loading.mT).numpy() + model.params_["scale"] ** 2 * np.eye(4)
     want = stats.multivariate_normal(np.zeros(4), cov).logpdf(x).sum()
     assert model.log_marginal_likelihood_ == pytest.approx(want, abs=1e-9)
+
+
+def at_two_sites(x, other=dist.Normal):
+    mean = pyro.sample("mean", dist.Normal(0.0, 2.0))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("a", dist.Normal(mean, 1.0), obs=x[:, 0])
+        pyro.sample("b", other(mean, 2.0), obs=x[:, 0])
+
+
+def in_copies(x):
+    mean = pyro.sample("mean", dist.Normal(x.new_zeros(3), 2.0).to_event(1))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("a", dist.Normal(mean, 1.0).to_event(1), obs=x[:, :1].expand(-1, 3))
+
+
+def in_a_loop(x):
+    level = pyro.param("level", lambda: x.new_zeros(()))
+    for t in range(len(x)):
+        pyro.sample(f"x_{t}", dist.Normal(level, 1.0), obs=x[min(t, 3), 0])
+
+
+@pytest.mark.parametrize(
+    "program", [at_two_sites, partial(at_two_sites, other=dist.Laplace), in_copies, in_a_loop]
+)
+def test_cells_that_would_count_twice_are_refused(program):
+    with pytest.raises(ModelError, match="is observed more than once.*count twice"):
+        BayesMPT(program).fit(np.linspace(0, 1, 6)[:, None])
+
+
+def test_cells_that_one_of_two_sites_scores_are_not():
+    """Which site it is says another column, by masks that leave each cell once."""
+
+    def program(x):
+        mean = pyro.sample("mean", dist.Normal(0.0, 2.0))
+        wide = x[:, 1] > 0
+        with pyro.plate("rows", len(x)):
+            with poutine.mask(mask=~wide):
+                pyro.sample("narrow", dist.Normal(mean, 1.0), obs=x[:, 0])
+            with poutine.mask(mask=wide):
+                pyro.sample("wide", dist.Normal(mean, 3.0), obs=x[:, 0])
+
+    y, wide = np.linspace(-1, 2, 8), np.arange(8) % 2
+    truth = stats.multivariate_normal(np.zeros(8), np.diag(np.where(wide, 9.0, 1.0)) + 4.0).logpdf(y)
+    fitted = BayesMPT(program).fit(np.c_[y, wide])
+    assert fitted.log_marginal_likelihood_ == pytest.approx(truth, abs=1e-9)
+
+
+def test_weights_of_rows_are_refused():
+    def weighed(x):
+        mean = pyro.sample("mean", dist.Normal(0.0, 2.0))
+        with pyro.plate("rows", len(x)), poutine.scale(scale=x[:, 1]):
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=x[:, 0])
+
+    with pytest.raises(ModelError, match="'x' has a scale of its own for each row.*Repeat rows"):
+        BayesMPT(weighed).fit(np.c_[np.linspace(0, 1, 6), np.arange(1.0, 7.0)])

@@ -4,6 +4,9 @@ With the loadings at their best for psi, d LML / d log psi_i = -1/2 (1 - s_i / p
 variance of token i. So psi = s at the maximum, and steps to psi = s, the faster the more tokens there are; what the
 last of them left is taken off by Anderson's method, and a quasi-Newton method goes on where they are slow. A step costs
 R^2 T, the products of the rows, and no matrix of tokens is made.
+
+There may be several maxima, as with fewer tokens (`modes`). Where a noise is faint and the spectrum has no clear gap at
+K, one latent more is taken and another left out.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from scipy.linalg.lapack import dsyevr
 from scipy.optimize import minimize
 
 from bayes_mpt.predictors.gaussian.factors import BOUNDS, FLOOR, LOG_2PI, Factors, Prior, least_noise
+from bayes_mpt.predictors.gaussian.modes import CLEAR, FAINT, PASSED, ROUGH, rest_of
 
 __all__ = ["maximise_by_rows"]
 
@@ -56,24 +60,53 @@ def maximise_by_rows(
     >>> bool(np.allclose(found.noise, left, rtol=1e-5))
     True
     """
-    n_tokens = rows.shape[1]
-    if log_noise is None:
-        best = _at_one_noise(rows, n_latents, prior)
-    else:
-        best = _at_rows(rows, n_latents, log_noise, prior)
+    if log_noise is not None:
+        top, n_iter = _climbed(rows, _at_rows(rows, n_latents, log_noise, prior), max_iter, tol)
+        return top.factors(n_iter)
+    top, n_iter = _climbed(rows, _at_one_noise(rows, n_latents, prior), max_iter, tol)
+    # under a prior one climb was enough, on all tables that were tried
+    doubtful = prior is None and top.log_noise.min() < math.log(FAINT)
+    if doubtful and 0 < n_latents < len(rows) - 1:
+        beside, more_iter = _exchanged(rows, top, max_iter)
+        n_iter += more_iter
+        if beside is not None:
+            top, more_iter = _climbed(rows, beside, max_iter, tol)
+            n_iter += more_iter
+    return top.factors(n_iter)
+
+
+def _exchanged(rows: Array, top: _AtRows, max_iter: int) -> tuple[_AtRows | None, int]:
+    """A place that is higher than a maximum, from the maximum of one latent more less one; None where there is none."""
+    k = len(top.theta)
+    wider = _at_rows(rows, k + 1, top.log_noise, top.prior)
+    if wider.theta[k - 1] - 1 > CLEAR * (wider.theta[k] - 1):
+        return None, 0
+    start = _at_rows(rows, k + 1, rest_of(wider.communality().sum(1)), top.prior)
+    more, n_iter = _climbed(rows, start, max_iter, PASSED)
+    share = more.communality()  # (T, K + 1)
+    least = share[:, share.sum(0).argmin()]
+    start = _at_rows(rows, k, rest_of(share.sum(1) - least), top.prior)
+    found, more_iter = _climbed(rows, start, max_iter, ROUGH)
+    higher = found.loss < top.loss - ROUGH * (1 + abs(top.loss))
+    return (found if higher else None), n_iter + more_iter
+
+
+def _climbed(rows: Array, best: _AtRows, max_iter: int, tol: float) -> tuple[_AtRows, int]:
+    """The maximum above a place, and the steps to it."""
+    prior, n_latents = best.prior, len(best.theta)
     gain, n_iter, path = np.inf, 0, _Path()
     while n_iter < max_iter:
         step = best.fixed_point() - best.log_noise
         # the curvature in log psi is about 1/2, so that a step d gains d'd / 4
         if step @ step / 4 < ENOUGH * tol * (1 + abs(best.loss)):
-            return best.factors(n_iter)
+            return best, n_iter
         new = _at_rows(rows, n_latents, np.clip(path.next(best.log_noise, step), *BOUNDS), prior)
         n_iter += 1
         before, gain = gain, best.loss - new.loss
         if gain > 0:
             best = new
         if abs(gain) < 1e-3 * tol * (1 + abs(best.loss)):
-            return best.factors(n_iter)
+            return best, n_iter
         if gain < 0 or gain > before / 2:  # too long a step, or slow
             break
 
@@ -86,12 +119,12 @@ def maximise_by_rows(
         best.log_noise,
         jac=True,
         method="L-BFGS-B",
-        bounds=[BOUNDS] * n_tokens,
+        bounds=[BOUNDS] * rows.shape[1],
         options={"maxiter": max(1, max_iter - n_iter), "maxfun": 10 * max_iter, "maxcor": 20}
         | {"ftol": 1e-4 * tol, "gtol": 1e-9},
     )
     last = _at_rows(rows, n_latents, found.x, prior)
-    return (last if last.loss <= best.loss else best).factors(n_iter + found.nit)
+    return (last if last.loss <= best.loss else best), n_iter + found.nit
 
 
 class _Path:
@@ -166,6 +199,10 @@ class _AtRows(NamedTuple):
             a, b = 0.5 - self.prior.shape / self.prior.n_rows, self.prior.rate / self.prior.n_rows
             psi = least_noise(a, b, self.left)
         return np.clip(np.log(np.maximum(psi, FLOOR)), *BOUNDS)
+
+    def communality(self) -> Array:
+        """(T, K) what each latent takes of the variance of each token."""
+        return np.exp(self.log_noise)[:, None] * self.u**2 * (self.theta - 1)
 
     def factors(self, n_iter: int) -> Factors:
         return Factors(self.lml, np.exp(self.log_noise), self.theta, self.u, n_iter)

@@ -40,6 +40,7 @@ SMALL_NOISE = 1e-5  # of the token's variance; below it the normal equations los
 CHUNK = 2**24  # numbers in one temporary
 CACHED_CHUNK = 2**17  # numbers in one temporary that stays in the cache
 MAX_DENSE = 32  # tokens up to which a dense factor is cheaper than the algebra of the latents
+MAX_WHITENED = 64  # tokens up to which one product of all rows costs less than ten passes over them
 
 
 class LinearGaussian(Bound):
@@ -194,7 +195,7 @@ class LinearRows(Conditionals):
         return n_tokens <= max(n_latents, MAX_DENSE)
 
     def score_under_each(self) -> Tensor:
-        """Log-densities (B, N) of complete rows under each of the B maps, which are not those of the rows."""
+        """Log-densities (B, N) of complete rows under each of the B maps, or the one of all, not each under its own."""
         x = self.value
         loc, loading, noise = self.reading[:3]
         # L L' = S:  log p(x) = -|L^-1 (x - loc)|^2 / 2 - log det L - T log(2 pi) / 2
@@ -209,7 +210,8 @@ class LinearRows(Conditionals):
         out = []
         step = max(1, at_once(CACHED_CHUNK, x.device) // max(1, loc.numel()))
         for i in range(0, len(x), step):
-            white = (x[i : i + step] - centre[:, None]) @ root.mT - shift  # (B, n, T)
+            white = (x[i : i + step] - centre[:, None]) @ root.mT  # (B, n, T)
+            white = white - shift if loc.requires_grad else white
             out.append(constant - 0.5 * white.square().sum(-1))
         return torch.cat(out, 1)
 
@@ -243,6 +245,9 @@ class LinearRows(Conditionals):
         loc, loading, noise = self.reading[:3]
         groups = group_rows(x, loc)
         seen = groups.seen[0]  # (G, T)
+        few = x.shape[1] <= MAX_WHITENED and len(x) > x.shape[1] and len(loc) == 1
+        if few and not torch.is_grad_enabled() and x.dtype == torch.float64 and _complete(seen):
+            return self.at(x).score_under_each()[0]
         residual = _residual(x, loc, seen)
         u, factor = (t[0] for t in self._latents(x, groups.seen, groups))
         # r' S^-1 r = |r - W u|^2 / noise + |u|^2 at the posterior mean u: sums of squares, nothing cancels
@@ -300,6 +305,8 @@ class LinearRows(Conditionals):
             return torch.einsum("snt,ntk->snk", r, scaled)
         # residual is zero where missing, so what is visible in the mask alone is enough: any group shows it
         visible = shown.any(1)  # (S, T)
+        if len(visible) == 1:
+            return (residual @ (visible[0, :, None] * scaled[0]))[None]
         return residual @ (visible[..., None] * scaled)
 
     def _predict(self, x: Tensor, shown: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:

@@ -7,9 +7,9 @@ fewer, and of which the likelihood's is a few steps away:
 
 1. two climbs, from starts that have little in common, the second given up where it comes to the end of the first or
    below it. One is enough where every column has noise and no direction is left that another latent would take;
-2. where these end apart, or a noise is all but zero and the spectrum has no clear gap at K, an exchange: from the
-   maximum of one latent more one is left out, or to the maximum of one latent less the next direction is added, as in
-   the selection of variables.
+2. where these end apart, or a noise is all but zero and the spectrum has no clear gap at K, or K is all but the number
+   that a covariance determines, an exchange: from the maximum of one latent more one is left out, or to the maximum of
+   one latent less the next direction is added, as in the selection of variables.
 
 The prior is that of the evidences (`bayes_mpt.evidence.laplace`), so that what a fit has found is where these begin.
 """
@@ -17,6 +17,7 @@ The prior is that of the evidences (`bayes_mpt.evidence.laplace`), so that what 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +26,7 @@ from scipy.linalg.lapack import dpotrf, dpotri
 from bayes_mpt.predictors.gaussian.factors import Factors, Prior
 from bayes_mpt.predictors.gaussian.newton import Climb, Profile
 
-__all__ = ["highest"]
+__all__ = ["CLEAR", "FAINT", "PASSED", "ROUGH", "highest", "rest_of"]
 
 Array = NDArray[np.float64]
 
@@ -33,10 +34,11 @@ FAINT = 0.1  # of a column's variance: a noise below it may belong to a lower ma
 LEAST = 1e-3  # of a column's variance: noise to start from
 LEFT_OUT = 2.0  # lambda_K+1 below which no latent is missing
 CLEAR = 10.0  # (lambda_K - 1) / (lambda_K+1 - 1) from which on the spectrum has a gap at K
+FEW = 1.5  # (T - K)^2 / (T + K), below 1 where K is more than a covariance determines
 ZERO = 5e-3  # of a column's variance: noises that are zero leave a gap that says nothing
 SOFT_SHAPE = 2.0  # psi_i ~ Gamma(2, 2 / variance)
 N_MORE, N_LESS = 2, 1  # latents left out, of those that lose least
-ROUGH = 1e-6  # tolerance of a climb on the way
+ROUGH = 1e-5  # tolerance of a climb on the way
 PASSED = 1e-4  # the same, where only the next start is wanted
 GAIN = 1e-9  # relative, by which a maximum is higher
 
@@ -48,7 +50,7 @@ def highest(
     n_rows: int,
     max_iter: int,
     tol: float,
-    found: dict[tuple[int, int], Array],
+    found: dict[tuple[int, int], Any],
 ) -> Factors:
     """The highest maximum that is found over the noise variances.
 
@@ -64,9 +66,9 @@ def highest(
         N, against whose likelihood the prior stands under which the first climbs go.
     max_iter, tol
         Of each climb, as in `bayes_mpt.predictors.gaussian.newton.Climb`.
-    found : dict of arrays of shape (T,)
-        By K and N, log psi of maxima of the posterior of these rows that were found before: they are where climbs
-        would end, and shorten them. What is found is put there.
+    found : dict
+        By K and N, maxima of the posterior of these rows that were found before (`Profile`): they are where the first
+        climbs would end, and save them. What is found is put there.
 
     Examples
     --------
@@ -82,8 +84,8 @@ def highest(
     soft = Prior(SOFT_SHAPE, np.full(len(corr), SOFT_SHAPE), n_rows)
     if prior is None or _is(prior, soft):
         way, key = Climb(corr, soft, max_iter, ROUGH), (n_latents, n_rows)
-        start = way.at(n_latents, found[key]) if key in found else _softened(way, n_latents)
-        found[key] = start.log_noise
+        start = found[key] if key in found else _softened(way, n_latents)
+        found[key] = start
         prior = None if prior is None else soft
     else:
         way = Climb(corr, prior, max_iter, ROUGH)
@@ -100,19 +102,16 @@ def _is(prior: Prior, soft: Prior) -> bool:
 
 def _softened(way: Climb, n_latents: int) -> Profile:
     """The highest maximum that is found of the posterior."""
-    first = second = way.top(_moved(way, way.at(n_latents, _by_regression(way.corr))))
+    start = way.at(n_latents, _by_regression(way.corr))
+    # far from a maximum, where nothing is convex, a step of EM goes furthest, and never down
+    moved = way.at(n_latents, start.left())
+    first = second = way.top(min(start, moved, key=lambda p: p.loss))
     if not (_is_plain(first) and (first.value[n_latents:] < LEFT_OUT).all()):
-        second = way.top(_moved(way, way.at(n_latents, _by_components(way.corr, n_latents))), first)
+        second = way.top(way.at(n_latents, _by_components(way.corr, n_latents)), first)
     top = min(first, second, key=lambda p: p.loss)
-    if second is not first or not (_is_plain(top) or _is_clear(top)):
+    if second is not first or not (_is_plain(top) or _is_clear(top)) or _is_few(top):
         return _exchanged(way, top)
     return top
-
-
-def _moved(way: Climb, start: Profile) -> Profile:
-    """A step of EM further, which is never down: far from a maximum, where nothing is convex, it goes furthest."""
-    new = way.at(start.n_latents, start.left())
-    return new if new.loss < start.loss else start
 
 
 def _is_plain(top: Profile) -> bool:
@@ -128,6 +127,12 @@ def _is_clear(top: Profile) -> bool:
     return bool(top.value[k - 1] - 1 > CLEAR * max(top.value[k] - 1, 0.0))
 
 
+def _is_few(top: Profile) -> bool:
+    """Whether K latents are all but as many as a covariance of so few tokens determines (Ledermann 1937), or more."""
+    t, k = len(top.value), top.n_latents
+    return (t - k) ** 2 <= FEW * (t + k)
+
+
 def _exchanged(way: Climb, top: Profile) -> Profile:
     """A higher maximum that is reached by one latent more and one less, or the other way round; else this one."""
     higher = _more_and_less(way, top)
@@ -138,7 +143,7 @@ def _more_and_less(way: Climb, top: Profile) -> Profile:
     k = top.n_latents
     if k + 1 >= len(way.corr):
         return top
-    more = _passed(way, k + 1, _rest(top.communality(k + 1).sum(1)))
+    more = _passed(way, k + 1, rest_of(top.communality(k + 1).sum(1)))
     for start in _without_one(way, more, k + 1)[:N_MORE]:
         found = way.top(way.at(k, start), top)
         if _higher(found, top):
@@ -152,7 +157,7 @@ def _less_and_more(way: Climb, top: Profile) -> Profile:
         return top
     for start in _without_one(way, top, k)[:N_LESS]:
         less = _passed(way, k - 1, start)
-        found = way.top(way.at(k, _rest(less.communality(k).sum(1))), top)
+        found = way.top(way.at(k, rest_of(less.communality(k).sum(1))), top)
         top = found if _higher(found, top) else top
     return top
 
@@ -185,14 +190,14 @@ def _without_one(way: Climb, top: Profile, n: int) -> Array:
     loss = (np.log(noise).sum(1) + np.linalg.slogdet(inner)[1] + (1 / noise).sum(1) - pulled) / 2
     if way.prior is not None:
         loss -= (way.prior.shape * np.log(noise) - way.prior.rate * noise).sum(1) / way.prior.n_rows
-    return _rest(share.sum(1)[:, None] - share).T[np.argsort(loss)]
+    return rest_of(share.sum(1)[:, None] - share).T[np.argsort(loss)]
 
 
 def _higher(new: Profile, old: Profile) -> bool:
     return new.loss < old.loss - GAIN * (1 + abs(old.loss))
 
 
-def _rest(communality: Array) -> Array:
+def rest_of(communality: Array) -> Array:
     """log psi of what latents leave of a unit variance."""
     return np.log(np.clip(1 - communality, LEAST, 1.0))
 
@@ -202,7 +207,7 @@ def _by_components(corr: Array, n_latents: int) -> Array:
     value, vectors = np.linalg.eigh(corr)
     value, vectors = value[::-1], vectors[:, ::-1]
     c = value[n_latents:].mean() if n_latents < len(value) else 0.0
-    return _rest(vectors[:, :n_latents] ** 2 @ np.maximum(value[:n_latents] - c, 0.0))
+    return rest_of(vectors[:, :n_latents] ** 2 @ np.maximum(value[:n_latents] - c, 0.0))
 
 
 def _by_regression(corr: Array) -> Array:

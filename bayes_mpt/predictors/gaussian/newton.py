@@ -59,6 +59,7 @@ class Profile:
         if failed:
             raise np.linalg.LinAlgError("the eigenvalues of the tokens' covariance did not converge")
         self.log_noise, self.prior, self.n_latents = log_noise, prior, n_latents
+        self._curvature: list[Array] = []  # once it was asked for, under whichever prior
         self.value, self.vectors = value[::-1], vectors[:, ::-1]  # lambda (T,), the largest first, u (T, T)
         # theta_k = lambda_k for the latents that are used, 1 for all other directions
         n_used = int((self.value[:n_latents] > 1).sum())
@@ -96,6 +97,8 @@ class Profile:
         1/2 (sum_m lambda_m v_im v_jm) (sum_m v_im v_jm)
             + 1/2 sum_{k, m} (lambda_k + lambda_m)(1 - lambda_m) / (lambda_k - lambda_m) u_ik u_jk v_im v_jm
         """
+        if self._curvature:
+            return self._curvature[0].copy()
         used, rest, u, v = self.used, self.rest, self.u, self.v
         hessian = 0.5 * ((v * rest) @ v.T) * (v @ v.T)
         if len(used):
@@ -103,7 +106,8 @@ class Profile:
             weight = 0.5 * (used[:, None] + rest) * (1 - rest) / gap  # (K, T - K)
             pairs = (u[:, :, None] * v[:, None, :]).reshape(len(u), -1)
             hessian += (pairs * weight.ravel()) @ pairs.T
-        return hessian
+        self._curvature.append(hessian)
+        return hessian.copy()
 
     def communality(self, n: int) -> Array:
         """(T, n) what each of the n leading directions takes of the variance of each token."""
@@ -212,8 +216,8 @@ class _Local(NamedTuple):
     """(F,) of the loss, of what is free to move."""
     curvature: Array
     """(F, F)"""
-    free: NDArray[np.bool_]
-    """(T,)"""
+    free: NDArray[np.bool_] | None
+    """(T,); None where all is."""
 
     @classmethod
     def at(cls, here: Profile) -> _Local | None:
@@ -226,8 +230,9 @@ class _Local(NamedTuple):
             curvature.flat[:: len(slope) + 1] += ratio / prior.n_rows
         else:  # d = 2 (change of psi^1/2) / psi^1/2 has the slope of log psi and half of it less curvature
             curvature.flat[:: len(slope) + 1] -= slope / 2
-        free = ~((log_noise <= low) & (slope > 0) | (log_noise >= high) & (slope < 0))
-        if not free.all():
+        free = None
+        if log_noise.min() <= low or log_noise.max() >= high:
+            free = ~((log_noise <= low) & (slope > 0) | (log_noise >= high) & (slope < 0))
             curvature, slope = curvature[np.ix_(free, free)], slope[free]
         if not len(slope) or np.abs(slope).max() < 1e-8:
             return None
@@ -236,18 +241,21 @@ class _Local(NamedTuple):
     def step(self, damping: float) -> tuple[Array, float] | None:
         """Where a damped step goes (T,), and what it is to gain; None where it would be too long, or lead down."""
         damped = self.curvature.copy()
-        damped.flat[:: len(damped) + 1] += damping * np.maximum(np.abs(self.curvature.diagonal()), 1e-8)
+        damped.flat[:: len(damped) + 1] += damping * np.maximum(np.abs(damped.diagonal()), 1e-8)
         factor, not_positive = dpotrf(damped, lower=1)
         if not_positive:
             return None
         log_noise, prior = self.here.log_noise, self.here.prior
-        step = np.zeros_like(log_noise)
-        step[self.free] = -dpotrs(factor, self.slope, lower=1)[0]
+        step = -dpotrs(factor, self.slope, lower=1)[0]
         if np.abs(step).max() > LONGEST_STEP:
             return None
         moved = step if prior is not None else 2 * np.log(np.maximum(1 + step / 2, 1e-6))
-        trial = np.minimum(np.maximum(log_noise + moved, BOUNDS[0]), BOUNDS[1])
-        change = (trial - log_noise)[self.free]
+        before = log_noise if self.free is None else log_noise[self.free]
+        after = np.minimum(np.maximum(before + moved, BOUNDS[0]), BOUNDS[1])
+        change, trial = after - before, after
+        if self.free is not None:
+            trial = log_noise.copy()
+            trial[self.free] = after
         if prior is None:
             change = 2 * np.expm1(change / 2)
         return trial, -float(self.slope @ change + change @ self.curvature @ change / 2)

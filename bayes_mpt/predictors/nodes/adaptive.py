@@ -22,6 +22,7 @@ from bayes_mpt.predictors.gaussian.linear import LinearRows
 from bayes_mpt.predictors.nodes.conjugacy import log_prior_of, node_values, non_conjugate, prior_draws
 from bayes_mpt.predictors.nodes.given import AffineBatch, Factorized, Given
 from bayes_mpt.predictors.nodes.group_nodes import GroupNodes
+from bayes_mpt.predictors.nodes.mixture import Modes
 from bayes_mpt.predictors.nodes.nearby import Nearby
 from bayes_mpt.predictors.nodes.newton import (
     LaplaceApproximation,
@@ -30,6 +31,7 @@ from bayes_mpt.predictors.nodes.newton import (
     root_of,
     times_covariance,
 )
+from bayes_mpt.predictors.nodes.placing import SHARPER, Placing, RowDensity, located, several
 from bayes_mpt.predictors.nodes.row_nodes import RowNodes
 from bayes_mpt.predictors.nodes.rules import MAX_HERMITE, Detail, degrees_of, hermite, log_t
 from bayes_mpt.predictors.nodes.weighted import FixedSites, program_values
@@ -39,6 +41,7 @@ from bayes_mpt.program.batched import Batched, found_out
 from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.factor_runs import read_factors
 from bayes_mpt.program.latents import Space, space
+from bayes_mpt.program.log_odds import LOG_ODDS
 from bayes_mpt.program.program import Latent, Model, ModelError, Program, list_names, n_rows_of, split_events
 from bayes_mpt.program.run import SetLatents, run
 from bayes_mpt.program.sites import is_subsample, node_of, rows_given_shared
@@ -51,6 +54,7 @@ SURE_OF_NODES = 1e-9  # the same where rows are integrated by nodes that move
 SURE_OF_DRAWS = 1e-4  # and where these are draws: slopes leave out that they move
 MAX_STEPS = 100
 N_START_DRAWS = 9
+ONE_MODE = Placing()
 FARTHEST_START = 20.0  # of a latent that is not free: half of Gamma(0.001, 0.001) lies below e^-700
 
 
@@ -143,7 +147,7 @@ class AdaptiveNodes:
         values, log_det = self.space._replace(depth=0).values(u)
         if len(u) == 1:
             values = {name: v[None] for name, v in values.items()}
-        values = {**(held or {}), **values}
+        values = {**(held or {}), **values, **self.space.log_odds(u)}
         if self.rows is not None:
             rows, prior = self.given(args, values)
             return rows, log_det + prior, 1.0
@@ -201,15 +205,11 @@ class AdaptiveNodes:
         """Values (S, ...) for a run on a plate of nodes, left of all plates."""
         n_batch = {s.name: s.n_batch for s in (*self._held.latents, *(p.latent for p in self.space.parts))}
         return {
-            name: v.reshape(len(v), *(1,) * (self.program.depth - n_batch[name]), *v.shape[1:])
+            name: v.reshape(
+                len(v), *(1,) * (self.program.depth - n_batch[name.removeprefix(LOG_ODDS)]), *v.shape[1:]
+            )
             for name, v in values.items()
         }
-
-    def reach_farther(self) -> bool:
-        """Take nodes that reach farther in every row or group; whether there are such."""
-        farther = None if self.rows is None else self.rows.farther()
-        self.rows = farther or self.rows
-        return farther is not None
 
     # ----------------------------------------------------------------------------------- latents of the data set alone
 
@@ -333,54 +333,90 @@ class AdaptiveNodes:
             self.rows.forget()
 
     def locate(
-        self, args: Args, x: Tensor, visible: Tensor, near: LaplaceApproximation | None = None
-    ) -> LaplaceApproximation:
-        """The mode of each row's latents given its visible tokens: Newton's method, saddles turned into descents.
+        self,
+        args: Args,
+        x: Tensor,
+        visible: Tensor,
+        placing: Placing = ONE_MODE,
+        cut: float | None = None,
+        held: dict[str, Tensor] | None = None,
+        near: Modes | None = None,
+    ) -> Modes:
+        """The modes of each row's latents given its visible tokens: Newton's method, saddles turned into descents.
 
-        From ``near``, that of other visible tokens of the same rows; else from where the last search has ended.
+        From ``near``, that of other visible tokens of the same rows; else from where the last search has ended, or
+        where rows with several modes begin. With values (S, ...) of the latents that are held, of S N rows.
         """
-        found = self._locate(args, x, visible, {}, 1, None if near is None else near.mode)
-        return LaplaceApproximation(found.mode[0], found.root[0])
+        fixed = {name: v.detach() for name, v in (held or {}).items()}
+        n_nodes = len(next(iter(fixed.values()))) if fixed else 1
+        if not self.space.parts:  # all latents are integrated inside
+            n = n_nodes * len(x)
+            return Modes.one(LaplaceApproximation(x.new_zeros(n, 0), x.new_zeros(n, 0, 0)))
+        log_prob = self.row_density(args, x, visible, fixed)
+        placing = placing.serves(len(x))
+        u = None if near is None or len(near.mode) > 1 else near.mode
+        if placing.starts is not None:
+            u = x.new_zeros(1, len(x), self.space.width)  # they begin elsewhere
+        elif u is None:  # a training asks again and again, with little change
+            shape, last = self._last or (None, None)
+            last = last if shape == x.shape else None
+            if fixed:
+                last = self.nearby.start(fixed, (len(x), self.space.width))
+            nodes = torch.arange(n_nodes, device=x.device)
+            u = self._stands(lambda u: log_prob(u, nodes), args, last, n_nodes, bool(fixed))
+        start = u.expand(n_nodes, *u.shape[-2:])
+        found = located(log_prob, start, placing, cut, MAX_STEPS, self.sure, root_at_mode=not fixed)
+        good = torch.isfinite(found.mode).all(-1).all(-1)  # (J,)
+        if placing.starts is not None:
+            return found
+        if fixed:
+            self.nearby.keep(fixed, found.mode.unflatten(1, (n_nodes, -1))[0])
+        elif near is None and bool(good.any()):
+            self._last = x.shape, found.mode[good].mean(0)
+        return found
 
-    def locate_rows(
-        self, args: Args, x: Tensor, visible: Tensor, held: dict[str, Tensor]
-    ) -> LaplaceApproximation:
-        """The same at each of S values of the latents that are held: (S, N, d), (S, N, d, d)."""
-        detached = {name: v.detach() for name, v in held.items()}
-        return self._locate(args, x, visible, detached, len(next(iter(held.values()))))
-
-    def _locate(
+    def row_density(
         self,
         args: Args,
         x: Tensor,
         visible: Tensor,
         held: dict[str, Tensor],
-        n_nodes: int,
-        start: Tensor | None = None,
-    ) -> LaplaceApproximation:
-        if not self.space.parts:  # all latents are integrated inside
-            return LaplaceApproximation(x.new_zeros(n_nodes, len(x), 0), x.new_zeros(n_nodes, len(x), 0, 0))
+        power: float = 1.0,
+    ) -> RowDensity:
+        """log p(u, x_R) of every row, at values (S, ...) of the latents that are held; p(x_R | u) to a power."""
+        n_nodes = len(next(iter(held.values()))) if held else 1
 
         def log_prob(u: Tensor, nodes: Tensor) -> Tensor:
-            some = {name: v[nodes] for name, v in held.items()}
-            return self.log_prob(args, x, visible, u, some)
+            whole = len(nodes) == n_nodes and bool(
+                (nodes == torch.arange(n_nodes, device=nodes.device)).all()
+            )
+            some = held if whole else {name: v[nodes] for name, v in held.items()}
+            given, part, _ = self.at(args, u, some)
+            joint = given.log_joint(x, visible)
+            more = 0.0 if power == 1.0 else (power - 1) * (joint - given.log_prior(x))
+            return part + joint + more
 
-        u = start
-        if u is None:  # a training asks again and again, with little change
-            shape, last = self._last or (None, None)
-            last = last if shape == x.shape else None
-            if held:
-                last = self.nearby.start(held, (len(x), self.space.width))
-            nodes = torch.arange(n_nodes, device=x.device)
-            u = self._stands(partial(log_prob, nodes=nodes), args, last, n_nodes, bool(held))
-        start_at = u.expand(n_nodes, *u.shape[-2:])
-        found = newton(log_prob, start_at, MAX_STEPS, self.sure, root_at_mode=not held)
-        good = torch.isfinite(found.mode).all(-1).all(-1)
-        if held:
-            self.nearby.keep(held, found.mode)
-        elif start is None and bool(good.any()):
-            self._last = x.shape, found.mode[good].mean(0)
-        return found
+        return log_prob
+
+    @torch.no_grad()
+    def row_starts(
+        self,
+        args: Args,
+        x: Tensor,
+        visible: Tensor,
+        held: dict[str, Tensor] | None = None,
+    ) -> Tensor | None:
+        """Where climbs to several modes (J, N, d) of each row begin, at one value of what is held.
+
+        None where every row has one.
+        """
+        filled, n_rows = args.filled, len(x)
+        main = self.locate(args, x, visible, held=held)
+        traces = prior_draws(self.model, filled, N_START_DRAWS)
+        draws = torch.stack([self.within_reach(self.space.pack(t, n_rows)[0]) for t in traces])
+        log_prob = self.row_density(args, x, visible, held or {})
+        sharper = self.row_density(args, x, visible, held or {}, SHARPER)
+        return several(log_prob, sharper, main, draws.detach(), MAX_STEPS, self.sure)
 
     @torch.no_grad()
     def _stands(
@@ -436,7 +472,7 @@ class AdaptiveNodes:
 
         log p(u, x) + log |root| + d/2 log 2 pi,    root root' = (-d^2 log p / du^2)^-1,    at the mode u
         """
-        mode = self.locate(args, x, visible).mode.requires_grad_()
+        mode = self.locate(args, x, visible).mode[0].requires_grad_()
         log_prob = self.log_prob(args, x, visible, mode[None], {})[0]
         (slope,) = torch.autograd.grad(log_prob.sum(), mode, create_graph=True)
         root = root_of(curvature(slope, mode))

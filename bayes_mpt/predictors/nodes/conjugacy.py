@@ -14,9 +14,9 @@ from bayes_mpt.predictors.gaussian.linear import LinearGaussian
 from bayes_mpt.predictors.nodes.weighted import FixedSites
 from bayes_mpt.program.affine import NotAffine
 from bayes_mpt.program.arguments import Args
-from bayes_mpt.program.densities import log_density
 from bayes_mpt.program.devices import own_random_state, seed_programs
 from bayes_mpt.program.layout import rows_first
+from bayes_mpt.program.log_odds import latent_density
 from bayes_mpt.program.program import Latent, Model, Program
 from bayes_mpt.program.run import run
 from bayes_mpt.program.sites import base, node_of
@@ -47,7 +47,7 @@ def log_prior_of(trace: Trace, latents: tuple[Latent, ...], like: Tensor) -> Ten
     total = like.new_zeros(1)
     for latent in latents:
         node = node_of(trace, latent.name)
-        total = total + rows_first(log_density(node["fn"], node["value"]), latent.row_axis).sum(-1)
+        total = total + rows_first(latent_density(node), latent.row_axis).sum(-1)
     return total
 
 

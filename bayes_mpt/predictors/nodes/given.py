@@ -120,7 +120,7 @@ class Factorized(Given):
         return self._ask(lambda factors: factors.log_prior())
 
     def log_joint(self, x: Tensor, visible: Tensor) -> Tensor:
-        seen = visible & ~x.isnan() if has_missing(x) else visible.expand(x.shape)
+        seen = visible & ~x.isnan() if has_missing(x) else visible
         return self._ask(lambda factors: factors.log_joint(seen))
 
     def predictive(self, x: Tensor, visible: Tensor) -> Tensor:
@@ -329,8 +329,12 @@ class NestedRows(Given):
         return torch.cat(parts)
 
     def _in_rows(self, x: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+        return self.in_rows(x, visible, self.cells)
+
+    @staticmethod
+    def in_rows(x: Tensor, visible: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
         """The one vector as rows (N, T), and what is shown of them."""
-        return x[0, self.cells], (visible & ~x.isnan())[0, self.cells]
+        return x[0, cells], (visible & ~x.isnan())[0, cells]
 
     def _in_line(self, by_row: Tensor) -> Tensor:
         """(S, N, T) as one vector: (S, 1, N T)."""

@@ -20,14 +20,16 @@ from torch import Tensor
 
 from bayes_mpt.predictors.nodes.conjugacy import prior_draws
 from bayes_mpt.predictors.nodes.given import Given, NodePosterior
+from bayes_mpt.predictors.nodes.mixture import Modes
 from bayes_mpt.predictors.nodes.nearby import Nearby
-from bayes_mpt.predictors.nodes.newton import LaplaceApproximation, newton
+from bayes_mpt.predictors.nodes.placing import SHARPER, Placing, RowDensity, located, several
 from bayes_mpt.predictors.nodes.rules import (
     MAX_HERMITE,
     ROW_DRAWS,
     ROW_NODES,
     Detail,
-    far_rule,
+    Rule,
+    alone_rule,
     hermite,
     row_rule,
 )
@@ -43,11 +45,8 @@ from bayes_mpt.program.program import Latent, Model, ModelError, Program, list_n
 __all__ = ["GroupNodes", "NestedGroups"]
 
 ALONE = {1: 64, 2: 16, 3: 10, 4: 8}  # nodes along each axis of a group where no other latent takes nodes
-FINE_NODES = 161  # of those that reach far, there
 MAX_STEPS = 100
 FAR = 50.0  # of draws that underflow
-APART = 2.0  # standard deviations, from which a mode is another
-MATTERS = 7.0  # nats below the first: 1e-3 of its mass
 SURE = 1e-12  # of a log-density: what its last digits say
 FINER = 5  # times as many nodes, at the most
 CELLS = 2**20  # log-densities of tokens at a time, where no gradient needs them all
@@ -71,8 +70,8 @@ class GroupNodes:
     """(P, B, d) of the prior."""
     filled: tuple[Any, ...]
     """The rows that the groups were found on."""
-    far: bool = False
-    """Nodes reach far, for tails that fall slowly."""
+    placing: Placing = Placing()  # noqa: RUF009
+    """How nodes stand in each group."""
     _others: list[GroupNodes] = field(default_factory=list)
     """The same for other rows, asked for last."""
     nearby: Nearby = field(default_factory=Nearby)
@@ -108,7 +107,7 @@ class GroupNodes:
     @property
     def n_nodes(self) -> int:
         """Q, of each group."""
-        return len(self.rule("usual")[1])
+        return len(self.rule("usual").t) * self.placing.n_modes
 
     @property
     def n_evaluations(self) -> int:
@@ -119,12 +118,13 @@ class GroupNodes:
     def why(self) -> str:
         names, width = list_names(self.own), self.groups.width
         n = (ALONE if self.alone else ROW_NODES).get(width, ROW_DRAWS)
-        if self.far:
-            nodes = f"{self.n_nodes} nodes that reach far, around the mode"
+        where = "the mode" if self.placing.starts is None else "each mode"
+        if self.placing.far:
+            nodes = f"{self.n_nodes} nodes that reach far, around {where}"
         elif width <= MAX_HERMITE:
-            nodes = f"{n} Gauss-Hermite nodes along each of {width} axes, around the mode"
+            nodes = f"{n} Gauss-Hermite nodes along each of {width} axes, around {where}"
         else:
-            nodes = f"{n} points around the mode"
+            nodes = f"{n} points around {where}"
         return f"{names} in {self.groups.n_groups} groups, each by itself, with {nodes}"
 
     @property
@@ -132,15 +132,14 @@ class GroupNodes:
         """The same after what is said of the other latents."""
         return self.why if self.alone else f"; given each of them, {self.why}"
 
-    def rule(self, detail: Detail) -> tuple[Tensor, Tensor]:
+    def rule(self, detail: Detail) -> Rule:
         """Points (Q, d) and log-weights (Q,) inside a group."""
         width = self.groups.width
         if not self.alone or width > MAX_HERMITE:
-            return row_rule(width, detail, self.far)
-        n_nodes = ALONE[width]
-        if width == 1 and detail == "fine":
-            return far_rule(FINE_NODES)
-        return hermite(width, (2 * n_nodes if width <= 2 else n_nodes + 3) if detail == "fine" else n_nodes)
+            return row_rule(width, detail, self.placing.far)
+        if self.placing.far or detail == "fine":
+            return alone_rule(width, fine=detail == "fine")
+        return Rule(*hermite(width, ALONE[width]))
 
     def on(self, filled: tuple[Any, ...]) -> GroupNodes:
         """The same for these rows, which may belong to other groups."""
@@ -156,18 +155,30 @@ class GroupNodes:
                 f"on these rows the latents {list(self.own)} are no longer independent of each other given the rest, "
                 "as they were where the program was bound: bind it to these rows"
             )
-        found = replace(found, far=self.far)
+        found = replace(found, placing=self.placing.serves(found.groups.n_groups))
         self._others[:] = [found]
         return found
 
     def prior_left(self, model: Model, latents: tuple[Latent, ...], filled: tuple[Any, ...]) -> None:
         """No prior is left out by `given`."""
 
-    def farther(self) -> GroupNodes | None:
-        """The same with nodes that reach farther; None where there are none."""
-        return (
-            None if self.alone or self.far or self.groups.width != 1 else replace(self, far=True, _others=[])
-        )
+    def placed(self, placing: Placing) -> GroupNodes:
+        """The same with nodes that stand so."""
+        return replace(self, placing=placing, _others=[])
+
+    def starts(self, args: Args, held: dict[str, Tensor], x: Tensor, visible: Tensor) -> Tensor | None:
+        """Where climbs to several modes of each group begin, at one value (1, ...) of the other latents."""
+        filled = args.filled
+        here, seen = self.on(filled), (visible & ~x.isnan())[0]
+        main = here.placed(Placing()).locate(filled, held, 1, seen, None)
+        fixed = {name: v.detach() for name, v in held.items()}
+        density = here.density(filled, fixed, seen)
+
+        def sharper(u: Tensor, nodes: Tensor) -> Tensor:
+            prior = here.density(filled, fixed, torch.zeros_like(seen))(u, nodes)
+            return SHARPER * density(u, nodes) - (SHARPER - 1) * prior
+
+        return several(density, sharper, main, here.draws, MAX_STEPS, SURE)
 
     def forget(self) -> None:
         """Look for the next modes from the start, not from the last ones."""
@@ -200,7 +211,8 @@ class GroupNodes:
         def alone(node: dict[str, Tensor]) -> Terms:
             return log_terms(self.model, filled, self.program, node)
 
-        terms = vmapped(alone)({**held, **values})
+        odds = groups.space.log_odds(u[:, groups.number, groups.slot][:, None])
+        terms = vmapped(alone)({**held, **values, **odds})
         parts = [torch.where(seen, terms.tokens, 0.0), terms.latents, *(j.flatten(1) for j in jacobians)]
         owner = torch.cat([groups.token, groups.latent, groups.jacobian])
         out = u.new_zeros(len(u), groups.n_groups + 1).index_add(1, owner, torch.cat(parts, 1))
@@ -208,32 +220,31 @@ class GroupNodes:
         return out[:, :-1] - free, out[:, -1]
 
     def locate(
-        self, filled: tuple[Any, ...], held: dict[str, Tensor], n_nodes: int, seen: Tensor
-    ) -> LaplaceApproximation:
-        """Mode and root of each group at each of S values of the others: (S, B, d), (S, B, d, d)."""
+        self,
+        filled: tuple[Any, ...],
+        held: dict[str, Tensor],
+        n_nodes: int,
+        seen: Tensor,
+        cut: float | None,
+    ) -> Modes:
+        """The modes of each group at each of S values of the others: of S B groups."""
         fixed = {name: v.detach() for name, v in held.items()}
-        near = self.nearby.start(fixed, tuple(self.start.shape)) if held else None
-        found = self._climb(filled, fixed, self.start.expand(n_nodes, -1, -1) if near is None else near, seen)
-        if held:
-            self.nearby.keep(fixed, found.mode)
+        one = self.placing.starts is None
+        near = self.nearby.start(fixed, tuple(self.start.shape)) if held and one else None
+        start = self.start.expand(n_nodes, -1, -1) if near is None else near
+        density = self.density(filled, fixed, seen)
+        found = located(density, start, self.placing, cut, MAX_STEPS, SURE)
+        if held and one:
+            self.nearby.keep(fixed, found.mode[0].unflatten(0, (n_nodes, -1)))
         return found
 
-    def others_at(
-        self, filled: tuple[Any, ...], held: dict[str, Tensor], seen: Tensor
-    ) -> LaplaceApproximation:
-        """Where climbs from P draws of the prior end, at one value of the others: (P, B, d), (P, B, d, d)."""
-        fixed = {name: v.detach().expand(len(self.draws), *v.shape[1:]) for name, v in held.items()}
-        return self._climb(filled, fixed, self.draws, seen)
-
-    def _climb(
-        self, filled: tuple[Any, ...], held: dict[str, Tensor], u: Tensor, seen: Tensor
-    ) -> LaplaceApproximation:
-        """Newton's method from u (S, B, d)."""
+    def density(self, filled: tuple[Any, ...], held: dict[str, Tensor], seen: Tensor) -> RowDensity:
+        """log p of all that belongs to each group, at values (S, ...) of the others."""
 
         def log_prob(u: Tensor, nodes: Tensor) -> Tensor:
             return self.log_joint(filled, {name: v[nodes] for name, v in held.items()}, u, seen)[0]
 
-        return newton(log_prob, u, MAX_STEPS, SURE, root_at_mode=False)
+        return log_prob
 
 
 class NestedGroups(Given):
@@ -320,19 +331,16 @@ class NestedGroups(Given):
         return out
 
     def doubt(self, x: Tensor, weight: Tensor) -> str:
-        seen, best = self._seen(x, torch.ones_like(x, dtype=torch.bool)), int(weight.argmax())
-        held = {name: v[best : best + 1] for name, v in self.held.items()}
-        mode, root = self.nodes.locate(self.filled, held, 1, seen)
-        more = self.nodes.others_at(self.filled, held, seen)
-        apart = (torch.linalg.solve(root, (more.mode - mode)[..., None])[..., 0]).norm(dim=-1)  # (P, B)
-        at = {name: v.expand(len(more.mode), *v.shape[1:]) for name, v in held.items()}
-        mass = self.nodes.log_joint(self.filled, at, more.mode, seen)[0] + torch.linalg.slogdet(more.root)[1]
-        main = self.nodes.log_joint(self.filled, held, mode, seen)[0] + torch.linalg.slogdet(root)[1]
-        several = ((apart > APART) & (mass > main - MATTERS)).any(0)
-        if not bool(several.any()):
+        if self.nodes.placing.starts is not None:
             return ""
+        best = int(weight.argmax())
+        held = {name: v[best : best + 1] for name, v in self.held.items()}
+        starts = self.nodes.starts(Args(self.filled), held, x, torch.ones_like(x, dtype=torch.bool))
+        if starts is None:
+            return ""
+        n = int((starts != starts[0]).any(-1).any(0).sum())
         return (
-            f"given the other latents, {int(several.sum())} of {len(several)} groups of {list_names(self.nodes.own)} "
+            f"given the other latents, {n} of {starts.shape[1]} groups of {list_names(self.nodes.own)} "
             "have several modes, and nodes stand around one"
         )
 
@@ -345,24 +353,21 @@ class NestedGroups(Given):
     def _chunks(self) -> list[slice]:
         """Of the S nodes, as many as memory will bear at a time."""
         per_node = len(self.nodes.groups.token) + len(self.nodes.groups.latent)
-        step = max(1, CELLS // (per_node * len(self.nodes.rule(self.detail)[1])))
+        step = max(1, CELLS // (per_node * len(self.nodes.rule(self.detail).t) * self.nodes.placing.n_modes))
         return [slice(i, i + step) for i in range(0, self.n_nodes, step)]
 
     def _placed(self, seen: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Nodes u (S, Q, B, d), what they add to each group's integral (S, Q, B), and log p of the rest (S,)."""
         held = {name: v[part] for name, v in self.held.items()}
         n_nodes = len(range(*part.indices(self.n_nodes)))
-        mode, root = self.nodes.locate(self.filled, held, n_nodes, seen)
-        t, log_w = (a.to(mode) for a in self.nodes.rule(self.detail))  # (Q, d), (Q,)
-        u = mode[:, None] + (root[:, None] @ t[:, None, :, None])[..., 0]
-        each = {name: v.repeat_interleave(len(t), 0) for name, v in held.items()}
+        rule = self.nodes.rule(self.detail)
+        modes = self.nodes.locate(self.filled, held, n_nodes, seen, rule.cut)
+        u, log_w = modes.nodes(rule)  # (J, Q, S B, d), (J, Q, S B)
+        u = u.flatten(0, 1).unflatten(1, (n_nodes, -1)).movedim(1, 0)  # (S, J Q, B, d)
+        log_w = log_w.flatten(0, 1).unflatten(1, (n_nodes, -1)).movedim(1, 0)
+        each = {name: v.repeat_interleave(u.shape[1], 0) for name, v in held.items()}
         by_group, rest = self.nodes.log_joint(self.filled, each, u.flatten(0, 1), seen)
-        log_weight = log_w[:, None] + torch.linalg.slogdet(root)[1][:, None]  # (S, Q, B)
-        return (
-            u,
-            by_group.unflatten(0, (n_nodes, len(t))) + log_weight,
-            rest.unflatten(0, (n_nodes, len(t)))[:, 0],
-        )
+        return u, by_group.unflatten(0, u.shape[:2]) + log_w, rest.unflatten(0, u.shape[:2])[:, 0]
 
     def _by_group(self, seen: Tensor) -> tuple[Tensor, Tensor]:
         """The log-integral of each group (S, B), and log p of the rest (S,)."""

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from bayes_mpt.predictors.nodes.newton import LaplaceApproximation
 from bayes_mpt.predictors.nodes.resampling import systematic
-from bayes_mpt.predictors.nodes.rules import degrees_of, log_t
+from bayes_mpt.predictors.nodes.rules import Rule, degrees_of, log_t, stretched
 from bayes_mpt.predictors.nodes.symmetries import Coordinates, Moves
 
 __all__ = ["Modes", "Orbits"]
+
+PART_DEGREES = 10.0  # of freedom of the Student-t by which modes share the integral of a row
 
 
 class Orbits(NamedTuple):
@@ -70,6 +72,8 @@ class Modes(NamedTuple):
     """What speaks for modes that were missed, in words; empty where nothing does."""
     orbits: Orbits | None = None
     """Which modes are images of others; None where symmetries were not looked for."""
+    reach: Tensor | None = None
+    """(J, N, d, 2): how far the density reaches along both sides of each axis of the root, in units of it."""
 
     @classmethod
     def one(cls, located: LaplaceApproximation) -> Modes:
@@ -92,6 +96,37 @@ class Modes(NamedTuple):
         """log of Gaussians q_j at u (..., N, d): (J, ..., N)."""
         white, log_det = self._white(u)
         return -0.5 * white.square().sum(-1) - log_det - 0.5 * u.shape[-1] * math.log(2 * math.pi)
+
+    def of_rows(self, rows: slice) -> Modes:
+        """Those of some rows."""
+        reach = None if self.reach is None else self.reach[:, rows]
+        return Modes(self.mode[:, rows], self.root[:, rows], self.log_mass[:, rows], reach=reach)
+
+    def log_part(self, u: Tensor) -> Tensor:
+        """Log of each mode's part (J, Q, N) of the integral, q_j w_j / sum_i w_i q_i, at u (J, Q, N, d) around it.
+
+        With Gaussians q; where nodes reach far with Student-t, whose parts change over lengths that steps grow with.
+        """
+        if self.reach is None:
+            each = self.log_gaussian(u)  # (J, J, Q, N)
+        else:
+            white, log_det = self._white(u)
+            each = log_t(white, PART_DEGREES) - log_det
+        shares = (each + self.log_share[:, None, None]).log_softmax(0)
+        return shares.diagonal(dim1=0, dim2=1).movedim(-1, 0)
+
+    def nodes(self, rule: Rule) -> tuple[Tensor, Tensor]:
+        """Nodes u (J, Q, N, d) of a rule around each mode, and their log-weights (J, Q, N).
+
+        int f(u) du = sum_jq exp(log_weight_jq) f(u_jq)
+        """
+        t, log_w = rule.t.to(self.mode)[:, None], rule.log_weight.to(self.mode)[:, None]  # (Q, 1, d), (Q, 1)
+        if self.reach is not None:
+            t, more = stretched(t, self.reach[:, None])
+            log_w = log_w + more
+        u = self.mode[:, None] + (self.root[:, None] @ t[..., None])[..., 0]
+        log_weight = log_w + torch.linalg.slogdet(self.root)[1][:, None]
+        return u, log_weight if len(self.mode) == 1 else log_weight + self.log_part(u)
 
     def log_density(self, u: Tensor) -> Tensor:
         """log q of the mixture of Student-t at u (..., N, d): (..., N)."""

@@ -16,6 +16,7 @@ of its mass; one found once stands for as much again (Good 1953). `Modes.doubt` 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -26,10 +27,12 @@ from torch import Tensor
 from bayes_mpt.predictors.base import Evidence
 from bayes_mpt.predictors.nodes.conjugacy import prior_draws
 from bayes_mpt.predictors.nodes.mixture import Modes, Orbits
-from bayes_mpt.predictors.nodes.newton import LaplaceApproximation, Peaks, by_halves, climb, distances
+from bayes_mpt.predictors.nodes.newton import Peaks, by_halves, climb, distances
 from bayes_mpt.predictors.nodes.pieces import by_draws, shaped
+from bayes_mpt.predictors.nodes.placing import Placing
+from bayes_mpt.predictors.nodes.placing_trials import placing_inside, placing_of_rows
 from bayes_mpt.predictors.nodes.population import moved
-from bayes_mpt.predictors.nodes.rules import MAX_HERMITE, Detail
+from bayes_mpt.predictors.nodes.rules import MAX_HERMITE, Detail, Rule, alone_rule
 from bayes_mpt.predictors.nodes.symmetries import (
     MAX_IMAGES,
     Coordinates,
@@ -77,8 +80,7 @@ WORK = 2**22  # log-densities of tokens, times latents, that the first starts ma
 CELLS = 2**20  # of them at a time
 NESTED = 8  # times as many to find the modes in rows or groups
 N_INSIDE = 32  # draws at which finer nodes inside rows and groups are tried
-FINER = 5  # times as many of them, at the most
-ENOUGH_INSIDE = 0.01  # nats that these may change
+FOLLOWED = 1.0  # nats, up to which other nodes inside move modes no farther than a climb from them comes
 MAX_SYMMETRIC = 64  # latents, up to which symmetries are looked for
 
 
@@ -124,16 +126,20 @@ class ModeSearch:
     Parameters
     ----------
     adaptive : AdaptiveNodes
-        Of a program whose latents belong to the data set. Of latents of rows one mode is followed in each.
+        Of a program whose latents belong to the data set. Of latents of rows one mode is followed in each, or several
+        where it has them.
+    rule : Rule, optional
+        That integrates rows by themselves, where it is one of nodes: whether it serves is looked at.
     """
 
-    def __init__(self, adaptive: AdaptiveNodes):
-        self.adaptive = adaptive
+    def __init__(self, adaptive: AdaptiveNodes, rule: Rule | None = None):
+        self.adaptive, self.rule = adaptive, rule
         self._kept: tuple[Tensor, Tensor, Modes] | None = None
+        self._rows: tuple[Tensor, Placing] | None = None
 
     def forget(self) -> None:
         """Search again at the next call."""
-        self._kept = None
+        self._kept = self._rows = None
         self.adaptive.forget()
 
     def find(self, args: Args, x: Tensor, visible: Tensor, near: Modes | None = None) -> Modes:
@@ -144,18 +150,49 @@ class ModeSearch:
         """
         at = self.adaptive
         if at.program.by_row or not at.space.width:
-            located = at.locate(args, x, visible, None if near is None else _single(near))
-            return Modes.one(located)
+            placing = self._placing(args, x)
+            cut = alone_rule(at.space.width, fine=True).cut if placing.far and at.space.width else None
+            return at.locate(args, x, visible, placing, cut, near=near)
         if near is None and self._kept is not None:
             data, shown, kept = self._kept
             if torch.equal(shown, visible) and same_cells(data, x):
                 near = kept
         climbs = _Climbs(at, args, x, visible)
         with pyro.validation_enabled(False), torch.no_grad():
-            found = climbs.shaped() if near is None else climbs.follow(near)
+            found = climbs.search() if near is None else climbs.follow(near)
+            if near is None and at.rows is not None:
+                with own_random_state(0):
+                    u = found.representatives().draws(N_INSIDE)
+                change = placing_inside(at, args, x, visible, u, found.log_density(u)[:, 0])
+                if change:  # what little that moves modes, a climb from them follows
+                    climbs = _Climbs(at, args, x, visible)
+                    found = climbs.search() if change > FOLLOWED else climbs.follow(found)
         if near is None or (self._kept is not None and near is self._kept[2]):
             self._kept = x.detach(), visible, found
         return found
+
+    def reaching(self, args: Args, x: Tensor, modes: Modes) -> Modes:
+        """Modes of rows, with how far the density reaches around each."""
+        if modes.reach is not None:
+            return modes
+        everything = torch.ones(x.shape[1], dtype=torch.bool, device=x.device)
+        placing, width = self._placing(args, x), self.adaptive.space.width
+        return self.adaptive.locate(
+            args, x, everything, placing, alone_rule(width, fine=True).cut, near=modes
+        )
+
+    @property
+    def placing(self) -> Placing:
+        """How nodes stand in rows or groups beside which no other latents take nodes."""
+        return Placing() if self._rows is None else self._rows[1]
+
+    def _placing(self, args: Args, x: Tensor) -> Placing:
+        """The same for these rows: looked at where they are new, and not while parameters move."""
+        known = self._rows
+        if known is None or not (torch.is_grad_enabled() or same_cells(known[0], x)):
+            with pyro.validation_enabled(False), torch.no_grad():
+                known = self._rows = x.detach(), placing_of_rows(self.adaptive, args, x, self.rule)
+        return known[1]
 
     def check(self, args: Args, x: Tensor, visible: Tensor, modes: Modes, n: int) -> tuple[float, float]:
         """log Z of latents that all rows share by n draws of the mixture, and its standard error."""
@@ -168,10 +205,6 @@ class ModeSearch:
         climbs = _Climbs(self.adaptive, args, x, visible)
         with pyro.validation_enabled(False), torch.no_grad():
             return moved(climbs.roughly, modes, n)
-
-
-def _single(modes: Modes) -> LaplaceApproximation:
-    return LaplaceApproximation(modes.mode[0], modes.root[0])
 
 
 class _Climbs:
@@ -215,23 +248,6 @@ class _Climbs:
     def roughly(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """`both` as a proposal needs it: by fewer nodes of a rule inside rows and groups, not by fewer draws."""
         return self.both(u, "usual" if self.by_draws else "rough")
-
-    def shaped(self) -> Modes:
-        """What `search` finds, with the posterior's shape; all anew by nodes that reach farther if rows want them."""
-        modes = self.search()
-        if self._lacks_nodes(modes):  # and a shape found without them would serve for nothing
-            return _Climbs(self.adaptive, self.args, self.x, self.visible).shaped()
-        found = shaped(self.roughly, modes, self._drawn)
-        if found is not modes and self._lacks_nodes(found):
-            return _Climbs(self.adaptive, self.args, self.x, self.visible).shaped()
-        return found
-
-    def _lacks_nodes(self, modes: Modes) -> bool:
-        """Whether finer nodes inside change much, and there are such that reach farther, which are taken."""
-        rows = self.adaptive.rows
-        if rows is None or rows.farther() is None or abs(self.gain_inside(modes)) <= ENOUGH_INSIDE:
-            return False
-        return self.adaptive.reach_farther()
 
     def search(self) -> Modes:
         """From the middle of the prior, near 0 and from draws; from more of these where a mode was found by few."""
@@ -282,7 +298,7 @@ class _Climbs:
             doubt = (
                 f"more than {MAX_IMAGES} images of a mode overlap with it, and only so many were looked at"
             )
-        return modes._replace(doubt=doubt)
+        return shaped(self.roughly, modes._replace(doubt=doubt), self._draws(n_starts))
 
     def _from_others(self, peaks: Peaks, modes: Modes) -> tuple[_Found, int]:
         """Tops after more climbs, from places around modes, and how many climbs count: those back to theirs do not.
@@ -302,21 +318,6 @@ class _Climbs:
         first, further = both.same[1 : len(peaks.same)], both.same[len(peaks.same) :]
         ends = torch.cat([first, further[~back]])
         return self._distinct(both, _hits(both, ends))[0], len(ends)
-
-    def gain_inside(self, modes: Modes) -> float:
-        """How log Z grows by finer nodes in every row or group, at a few draws."""
-        assert self.adaptive.rows is not None
-        with own_random_state(0):
-            u = modes.representatives().draws(N_INSIDE)
-        log_w, gain = [], []
-        for part in u.split(max(1, CELLS // (FINER * self._cells))):
-            given, log_det, _ = self.adaptive.at(self.args, part)
-            with self.adaptive.rows.nearby.unmoved():
-                before = given.log_joint(self.x, self.visible)
-                gain.append(given.with_detail("fine").log_joint(self.x, self.visible) - before)
-            log_w.append(before + log_det - modes.log_density(part))
-        found, more = torch.cat(log_w), torch.cat(log_w) + torch.cat(gain)
-        return float(more.logsumexp(0) - found.logsumexp(0))
 
     def follow(self, near: Modes) -> Modes:
         """Modes that have moved a little, and their images; pieces move with their modes."""
@@ -448,11 +449,7 @@ class _Climbs:
         if int(found.hits.sum()) < OFTEN:
             return modes, _Seen(0, 0.0, whole)
         n_rare = sum(m > MATTERS and n < OFTEN for m, n in zip(mass.tolist(), own_hits, strict=True))
-        of_hits = (UNSEEN_BY_HITS[0], *UNSEEN_BY_HITS)  # one that only the middle leads to: as of one climb
-        few = [(m, n) for m, n in zip(mass.tolist(), own_hits, strict=True) if n < len(of_hits)]
-        # of one mode all climbs are, however many
-        missed = sum(m * of_hits[n] for m, n in few) if len(own_hits) > 1 else 0.0
-        return modes, _Seen(n_rare, missed, whole)
+        return modes, _Seen(n_rare, missed_mass(mass.tolist(), own_hits), whole)
 
     def _symmetries(self, where: Coordinates, u: Tensor, root: Tensor) -> list[Symmetry]:
         """Of the log joint density, at points of the prior and near the mode."""
@@ -468,6 +465,22 @@ class _Climbs:
 def _hits(peaks: Peaks, same: Tensor) -> Tensor:
     """How many climbs, those that ended as ``same`` says, have ended at each."""
     return torch.bincount(same, minlength=len(peaks.same))
+
+
+def missed_mass(shares: Sequence[float], hits: Sequence[int]) -> float:
+    """Mass of modes that no climb has found, over that of those found, by how many climbs found each.
+
+    Examples
+    --------
+    >>> missed_mass([0.5, 0.5], [12, 12])
+    0.0
+    >>> round(missed_mass([0.5, 0.4, 0.1], [12, 2, 1]), 3)
+    0.202
+    """
+    if len(hits) == 1:  # of one mode all climbs are, however many
+        return 0.0
+    of_hits = (UNSEEN_BY_HITS[0], *UNSEEN_BY_HITS)  # one that only the middle leads to: as of one climb
+    return sum((m * of_hits[n] for m, n in zip(shares, hits, strict=True) if n < len(of_hits)), 0.0)
 
 
 def _unseen(found: _Found, n_climbs: int) -> float:

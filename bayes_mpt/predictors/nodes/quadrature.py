@@ -12,7 +12,7 @@ from bayes_mpt.predictors.base import Evidence, Guide, Predictor
 from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
 from bayes_mpt.predictors.nodes.mixture import Modes
 from bayes_mpt.predictors.nodes.modes import ModeSearch, doubted
-from bayes_mpt.predictors.nodes.rules import far_rule, hermite
+from bayes_mpt.predictors.nodes.rules import CUT, Rule, alone_rule, far_rule, hermite
 from bayes_mpt.predictors.nodes.weighted import (
     Nodes,
     NodeSource,
@@ -84,7 +84,7 @@ class Quadrature(Predictor):
         """`bind` where it is known too which latents take nodes."""
         width, program = adaptive.space.width, adaptive.program
         _check_width(width, program)
-        bound = _Hermite(adaptive, self.n_nodes or NODES[max(1, width)])
+        bound = _Hermite(adaptive, self.n_nodes or NODES[max(1, width)], self.n_nodes is not None)
         warn_if_slow(adaptive.batched, bound)
         return bound
 
@@ -101,16 +101,31 @@ class _Hermite(NodeSource):
     relocates = True
     name = "Quadrature"
 
-    def __init__(self, adaptive: AdaptiveNodes, n_nodes: int):
-        self.adaptive, self.n_nodes = adaptive, n_nodes
-        self.modes = ModeSearch(adaptive)
+    def __init__(self, adaptive: AdaptiveNodes, n_nodes: int, asked: bool):
+        self.adaptive, self.n_nodes, self.asked = adaptive, n_nodes, asked
+        by_row = adaptive.program.by_row and not asked  # as many as were asked for stay as they are
+        self.modes = ModeSearch(adaptive, Rule(*hermite(adaptive.space.width, n_nodes)) if by_row else None)
         self.model, self.structure = adaptive.model, adaptive.program
-        each = "the mode" if adaptive.program.by_row else "each mode"
-        outside = (
-            f"{n_nodes} Gauss-Hermite nodes along each of {adaptive.space.width} axes "
-            f"({', '.join(adaptive.space.names)}), around {each}"
+
+    @property
+    def why(self) -> str:  # type: ignore[override]  # how nodes stand is found out with the rows
+        """How, in words."""
+        space, placing = self.adaptive.space, self.modes.placing
+        names, each = (
+            ", ".join(space.names),
+            "the mode" if self.structure.by_row and placing.n_modes == 1 else "each mode",
         )
-        self.why = (outside if adaptive.space.parts else "") + adaptive.inside
+        if not space.parts:
+            return self.adaptive.inside
+        if placing.far:
+            n = len(alone_rule(space.width, fine=False).t) * placing.n_modes
+            return (
+                f"{n} nodes of {names} that reach as far as the density, around {each}{self.adaptive.inside}"
+            )
+        return (
+            f"{self.n_nodes} Gauss-Hermite nodes along each of {space.width} axes ({names}), around {each}"
+            f"{self.adaptive.inside}"
+        )
 
     def _alone(self, nodes: Nodes, mask: Tensor) -> Tensor:
         return nodes.each_at_its_own(mask)
@@ -123,7 +138,14 @@ class _Hermite(NodeSource):
         if visible is None:
             visible = torch.ones(value.shape[1], dtype=torch.bool, device=value.device)
         modes = self.modes.find(args, value, visible, near)
-        return self._around(args, value, modes, self._n_nodes(modes))
+        return self._around(args, value, modes, self._rule(modes))
+
+    def _rule(self, modes: Modes, finer: bool = False) -> Rule:
+        """Nodes around each mode; finer ones show their error."""
+        width = self.adaptive.space.width
+        if modes.reach is not None:
+            return alone_rule(width, finer)
+        return Rule(*hermite(width, self._n_nodes(modes, finer)))
 
     def _n_nodes(self, modes: Modes, finer: bool = False) -> int:
         """Along each axis, fewer where modes are so many that the program would run at too many nodes."""
@@ -139,43 +161,35 @@ class _Hermite(NodeSource):
         args: Args,
         value: Tensor,
         modes: Modes,
-        n_nodes: int,
-        some: Tensor | slice = slice(None),
-        far: bool = False,
+        rule: Rule,
     ) -> Read:
-        """Nodes for rows whose posteriors are located; around each mode all of the rule, or ``some`` of them.
-
-        With ``far`` those of a rule that reaches farther, of one latent.
-        """
-        n_modes, n_rows, width = modes.mode.shape
-        rule = far_rule(n_nodes) if far else hermite(width, n_nodes)
-        t, log_w = (a.to(modes.mode)[some] for a in rule)  # (Q, d), (Q,)
-        u = modes.mode[:, None] + (modes.root[:, None] @ t[:, None, :, None])[..., 0]  # (J, Q, N, d)
-        log_weight = log_w[:, None] + torch.linalg.slogdet(modes.root)[1][:, None]  # (J, Q, N)
-        if n_modes > 1:
-            shares = (modes.log_gaussian(u) + modes.log_share[:, None, None]).log_softmax(0)  # (J, J, Q, N)
-            log_weight = log_weight + shares.diagonal(dim1=0, dim2=1).movedim(-1, 0)
+        """Nodes for rows whose posteriors are located, around each mode."""
+        u, log_weight = modes.nodes(rule)  # (J, Q, N, d), (J, Q, N)
+        log_weight = log_weight.expand(u.shape[:-1]).flatten(0, 1)
         u = u.flatten(0, 1)
         given, part, scale = self.adaptive.at(args, u)
-        log_weight = log_weight.expand(n_modes, len(t), n_rows).flatten(0, 1) + part
         latents = constrained(self.adaptive.space, u)
-        return Read(given, log_weight, value, scale, latents, self.adaptive.space.names, modes)
+        return Read(given, log_weight + part, value, scale, latents, self.adaptive.space.names, modes)
 
     @torch.no_grad()
     def evidence(self, nodes: Nodes) -> Evidence:
         few, modes = nodes.score(), nodes.last.located
-        n_nodes, more = self._n_nodes(modes), self._n_nodes(modes, finer=True)
+        around = modes
+        if self.structure.by_row and self.asked and self.adaptive.space.parts:
+            around = self.modes.reaching(nodes.args, nodes.value, modes)
+        rule, finest = self._rule(modes), self._rule(around, finer=True)
         everything = torch.ones(nodes.value.shape[1], dtype=torch.bool, device=nodes.value.device)
         beyond = 0.0
         if self.adaptive.rows is not None:  # every node costs those of all rows or groups
             inside = nodes.gain_inside(_middle(nodes))
-            many = self._outwards(nodes, float(inside.abs())) + inside
+            many = self._outwards(nodes, finest, inside)
         else:
-            finer = nodes.at_nodes(self._around(nodes.args, nodes.value, modes, more))
+            finer = nodes.at_nodes(self._around(nodes.args, nodes.value, around, finest))
             many = finer.score()
-            if len(modes.mode) > 1:
-                beyond = _beyond(finer.log_weights(), modes, more)
+            if len(modes.mode) > 1 and not self.structure.by_row:
+                beyond = _beyond(finer.log_weights(), modes, finest)
         change = float((many - few).sum())
+        n_nodes, more = (round(len(r.t) ** (1 / max(1, r.t.shape[1]))) for r in (rule, finest))
         diagnostics = {"n_nodes": more, f"change from {n_nodes} nodes": change}
         if self.structure.by_row:
             if modes.mode.shape[-1] == 1 and _size(many - few) > ROUGH:
@@ -193,31 +207,46 @@ class _Hermite(NodeSource):
 
     def _evenly(self, nodes: Nodes, few: Tensor, many: Tensor, diagnostics: dict[str, Any]) -> Evidence:
         """Rows of one latent whose density steps or has long tails: nodes in ever smaller even steps."""
+        modes = self.modes.reaching(nodes.args, nodes.value, nodes.last.located)
         for n_nodes in FAR_NODES:
             if n_nodes * nodes.value.numel() > MAX_CELLS:
                 break
-            read = self._around(nodes.args, nodes.value, nodes.last.located, n_nodes, far=True)
-            few, many = many, nodes.at_nodes(read).score()
+            rule = far_rule(1, n_nodes, CUT["fine"])
+            # as many at a time as were before: a decoder's hidden units are more than its tokens
+            n_part = self._n_nodes(modes, finer=True)
+            parts = (
+                rule._replace(t=t, log_weight=log_weight)
+                for t, log_weight in zip(rule.t.split(n_part), rule.log_weight.split(n_part), strict=True)
+            )
+            reads = (self._around(nodes.args, nodes.value, modes, part) for part in parts)
+            log_z = torch.cat([nodes.at_nodes(read).log_weights() for read in reads]).logsumexp(0)
+            few, many = many, torch.where(nodes.value.isnan().all(1), 0.0, log_z)
             diagnostics[f"change to {n_nodes} even nodes"] = float((many - few).sum())
             if _size(many - few) <= ROUGH:
                 break
         return Evidence(many, _size(many - few), diagnostics)
 
-    def _outwards(self, nodes: Nodes, error: float) -> Tensor:
+    def _outwards(self, nodes: Nodes, finest: Rule, inside: Tensor) -> Tensor:
         """log Z (1,) by more nodes, shell by shell from the middle until what is left is no part of the error.
 
-        Of what is left, shells that shrink by a factor r from c on are believed to add c r / (1 - r). Beyond a shell
-        that has added little, rows and groups are integrated roughly. ``error`` is known to be there besides.
+        Of what is left, shells that shrink by a factor r from c on are believed to add c r / (1 - r). Rows and groups
+        are integrated finely where that is cheap, or changes log Z by much: ``inside`` (1,), seen at nodes of the usual
+        rule, between which a row may come to have other modes. Beyond a shell that has added little they are roughly.
         """
         modes, few = nodes.last.located, nodes.score()
-        more = self._n_nodes(modes, finer=True)
-        shell = _shells(modes.mode.shape[-1], more).to(few.device)
+        error, rows = float(inside.abs()), self.adaptive.rows
+        one = (
+            rows is not None and rows.width == 1 and 1 < len(finest.t) <= MAX_WHOLE
+        )  # cheap, whatever the error
+        fine = one or (len(finest.t) > 1 and error > ROUGH)
+        shell = _shells(finest).to(few.device)
         total, added, shrinks = torch.full_like(few, -math.inf), math.inf, 1.0
         for n_shells, number in enumerate(shell.unique(), 1):
             some = (shell == number).nonzero()[:, 0]
-            read = self._around(nodes.args, nodes.value, modes, more, some)
-            if added < LITTLE:
-                read = read._replace(given=read.given.with_detail("rough"))
+            part_of = Rule(finest.t[some.cpu()], finest.log_weight[some.cpu()])
+            read = self._around(nodes.args, nodes.value, modes, part_of)
+            if fine or added < LITTLE:
+                read = read._replace(given=read.given.with_detail("rough" if added < LITTLE else "fine"))
             part = nodes.at_nodes(read).score()
             total = torch.logaddexp(total, part)
             before, added = added, float((part - total).exp())
@@ -226,7 +255,7 @@ class _Hermite(NodeSource):
             left = added * r / (1 - r) if r < 1 else math.inf
             if n_shells > 3 and left <= NO_PART * max(error, float((total - few).abs())):
                 break
-        return total
+        return total if fine else total + inside
 
 
 def _size(change: Tensor) -> float:
@@ -240,9 +269,9 @@ def _middle(nodes: Nodes) -> Tensor:
     return order[share.cumsum(0) - share < MIDDLE]
 
 
-def _shells(width: int, n_nodes: int) -> Tensor:
+def _shells(rule: Rule) -> Tensor:
     """The shell (Q,) of each node of a rule, by the share of a Gaussian that lies outside; one of a small rule."""
-    t, log_w = hermite(width, n_nodes)
+    t, log_w = rule.t, rule.log_weight
     if len(t) <= MAX_WHOLE:
         return torch.zeros(len(t), dtype=torch.long)
     radius = t.square().sum(1)
@@ -252,9 +281,9 @@ def _shells(width: int, n_nodes: int) -> Tensor:
     return torch.bucketize(inside - 1, -torch.tensor(SHELLS, dtype=t.dtype))
 
 
-def _beyond(log_prob: Tensor, modes: Modes, n_nodes: int) -> float:
+def _beyond(log_prob: Tensor, modes: Modes, rule: Rule) -> float:
     """Share of the integral (J Q, N) at the outermost nodes, above that of a Gaussian: as much may lie beyond them."""
-    t, log_w = (a.to(log_prob) for a in hermite(modes.mode.shape[-1], n_nodes))
+    t, log_w = rule.t.to(log_prob), rule.log_weight.to(log_prob)
     outer = t.abs().amax(1) >= t.max() * (1 - 1e-9)
     gaussian = (log_w - 0.5 * t.square().sum(1)).softmax(0)[outer].sum()
     at_outer = log_prob.softmax(0).unflatten(0, (len(modes.mode), len(t)))[:, outer].sum()

@@ -17,11 +17,13 @@ from bayes_mpt.predictors.nodes.given import (
     PlacedRows,
 )
 from bayes_mpt.predictors.nodes.nearby import Nearby
+from bayes_mpt.predictors.nodes.placing import Placing
 from bayes_mpt.predictors.nodes.rules import (
     MAX_HERMITE,
     ROW_DRAWS,
     ROW_NODES,
     Detail,
+    Rule,
     row_rule,
 )
 from bayes_mpt.predictors.nodes.weighted import constrained
@@ -86,8 +88,8 @@ class RowNodes:
     """Any values of the rows' latents."""
     cells: Tensor
     """(N, T): where each row's tokens stand in the one vector of all observations."""
-    far: bool = False
-    """Nodes reach far, for tails that fall slowly."""
+    placing: Placing = Placing()  # noqa: RUF009
+    """How nodes stand in each row."""
 
     @classmethod
     def of(cls, adaptive: AdaptiveNodes, values: dict[str, Tensor]) -> RowNodes:
@@ -127,20 +129,21 @@ class RowNodes:
     @property
     def n_nodes(self) -> int:
         """Q, of each row."""
-        return len(row_rule(self.width, "usual", self.far)[1])
+        return len(self.rule("usual").t) * self.placing.n_modes
 
     @property
     def why(self) -> str:
         names, width = list_names(self.adaptive.space.names), self.adaptive.space.width
         how = []
-        if width == 1 and self.far:
-            how.append(f"{names} with {self.n_nodes} nodes that reach far, around the mode")
+        where = "the mode" if self.placing.starts is None else "each mode"
+        if 0 < width <= MAX_HERMITE and self.placing.far:
+            how.append(f"{names} with {self.n_nodes} nodes that reach far, around {where}")
         elif 0 < width <= MAX_HERMITE:
             how.append(
-                f"{names} with {ROW_NODES[width]} Gauss-Hermite nodes along each of {width} axes, around the mode"
+                f"{names} with {ROW_NODES[width]} Gauss-Hermite nodes along each of {width} axes, around {where}"
             )
         elif width:
-            how.append(f"{names} with {ROW_DRAWS} points around the mode")
+            how.append(f"{names} with {ROW_DRAWS} points around {where}")
         if self.adaptive.gaussian:
             how.append(f"{list_names(self.adaptive.gaussian)} in closed form")
         if self.adaptive.program.discrete:
@@ -157,9 +160,24 @@ class RowNodes:
         """The prior of the latents of the data set, which `given` leaves out."""
         return SharedPrior.of(model, latents, self, filled)
 
-    def farther(self) -> RowNodes | None:
-        """The same with nodes that reach farther; None where there are none."""
-        return replace(self, far=True) if self.adaptive.space.width == 1 and not self.far else None
+    def rule(self, detail: Detail) -> Rule:
+        """Points (Q, d) and log-weights (Q,) inside a row."""
+        return row_rule(self.width, detail, self.placing.far)
+
+    def placed(self, placing: Placing) -> RowNodes:
+        """The same with nodes that stand so."""
+        return replace(self, placing=placing)
+
+    def starts(
+        self,
+        args: Args,
+        held: dict[str, Tensor],
+        x: Tensor,
+        visible: Tensor,
+    ) -> Tensor | None:
+        """Where climbs to several modes of each row begin, at one value (1, ...) of the latents of the data set."""
+        rows, shown = NestedRows.in_rows(x, visible, self.cells.to(x.device))
+        return self.adaptive.row_starts(args, rows, shown, held)
 
     @property
     def nearby(self) -> Nearby:
@@ -184,19 +202,19 @@ class RowNodes:
         """
         at, width = self.adaptive, self.adaptive.space.width
         n_nodes, n_rows = len(next(iter(held.values()))), len(x)
-        t, log_w = row_rule(width, detail, self.far)
-        t, log_w = t.to(x), log_w.to(x)  # (Q, d), (Q,)
+        rule = self.rule(detail)
         if not width:
             u = x.new_zeros(n_nodes, n_rows, 0)
             given, part, _ = at.at(args, u, held)
             yield PlacedRows(given, part[:, None], lambda: u)
             return
-        mode, root = at.locate_rows(args, x, visible, held)
-        step = max(1, CELLS // (x.numel() * len(t) * at.n_evaluations))
-        for some in (slice(i, i + step) for i in range(0, n_nodes, step)):
-            u = (root[some] @ t.T).movedim(-1, 1).add_(mode[some, None])  # (s, Q, N, d)
-            each = {name: v[some].repeat_interleave(len(t), 0) for name, v in held.items()}
+        modes = at.locate(args, x, visible, self.placing, rule.cut, held)
+        step = max(1, CELLS // (x.numel() * len(rule.t) * len(modes.mode) * at.n_evaluations))
+        for some in (slice(i, min(i + step, n_nodes)) for i in range(0, n_nodes, step)):
+            u, log_w = modes.of_rows(slice(some.start * n_rows, some.stop * n_rows)).nodes(rule)
+            u = u.flatten(0, 1).unflatten(1, (-1, n_rows)).movedim(1, 0)  # (s, J Q, N, d)
+            log_w = log_w.flatten(0, 1).unflatten(1, (-1, n_rows)).movedim(1, 0)
+            each = {name: v[some].repeat_interleave(u.shape[1], 0) for name, v in held.items()}
             given, part, _ = at.at(args, u.flatten(0, 1), each)
-            log_det = torch.linalg.slogdet(root[some])[1][:, None]  # (s, 1, N)
-            log_weight = part.unflatten(0, u.shape[:2]) + log_w[:, None] + log_det
+            log_weight = part.unflatten(0, u.shape[:2]) + log_w
             yield PlacedRows(given, log_weight, partial(constrained, at.space, u.flatten(0, 1)))

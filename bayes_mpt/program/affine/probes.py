@@ -19,22 +19,25 @@ __all__ = [
     "tolerance",
 ]
 
-N_CHECKS = 3  # random points on top of the K + 1 that fix the affine map: at 1, 10 and 100 sd
+N_CHECKS = (
+    4  # random points on top of the K + 1 that fix the affine map: at 1, 10 and 100 sd, and opposite the last
+)
 AFFINE_TOL = 1e-9
 
 
 def probes_of(structure: AffineForm, like: Tensor) -> Tensor:
-    """(K + 4, K): zeros, the unit vectors, and three random points, in units of the prior's spread."""
+    """(K + 5, K): zeros, the unit vectors, and four random points, in units of the prior's spread."""
     spread = structure.spread.to(like)
     unit = torch.diag(spread)
     return torch.cat([unit.new_zeros(1, len(spread)), unit, random_points(spread)])
 
 
 def random_points(spread: Tensor) -> Tensor:
-    """(3, K): 1, 10 and 100 standard deviations (K,) away."""
+    """(4, K): 1, 10 and 100 standard deviations (K,) away, and on the other side: a kink may be on one alone."""
     generator = torch.Generator().manual_seed(0)
-    random = torch.randn(N_CHECKS, len(spread), generator=generator, dtype=torch.float64).to(spread)
-    return random * torch.tensor([1.0, 10.0, 100.0]).to(spread)[:, None] * spread
+    random = torch.randn(N_CHECKS - 1, len(spread), generator=generator, dtype=torch.float64).to(spread)
+    far = random * torch.tensor([1.0, 10.0, 100.0]).to(spread)[:, None] * spread
+    return torch.cat([far, -far[-1:]])
 
 
 def affine_through(y: Tensor, probes: Tensor, structure: AffineForm, where: str) -> tuple[Tensor, Tensor]:

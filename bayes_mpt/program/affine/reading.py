@@ -141,7 +141,7 @@ def _shared_map(
     try:
         reading = way.read_shared(model, analysis.args, form)
     except (RuntimeError, ValueError, IndexError):
-        return None  # the program does not take K + 4 rows, or they differ
+        return None  # the program does not take K + 5 rows, or they differ
     if not torch.equal(
         reading.value, cycle(trial.value, len(reading.value))
     ):  # at latents far out in the prior
@@ -164,7 +164,7 @@ def read(
 ) -> Any:
     """Read the program's map at its current parameters, with gradients to them.
 
-    Dense: one run on K + 4 probe rows where all rows share the map. Elsewhere one run on the real batch for each probe,
+    Dense: one run on K + 5 probe rows where all rows share the map. Elsewhere one run on the real batch for each probe,
     or one for all if the program broadcasts over a plate of probes. ``known`` is a map that all rows share and that was
     read at these parameters.
     """

@@ -102,7 +102,7 @@ class Sparse:
         points = _far(structure, zero)
         if self.layout is None:
             self.layout = self._find(model, rows, structure, every, shared=False)
-        else:  # the points have been checked one by one; now every latent is at one of the three distances
+        else:  # the points have been checked one by one; now every latent is at one of these distances
             turn = torch.arange(points.shape[1], device=zero.device) % len(points)
             points = points.gather(0, turn[None])
         wanted = torch.is_grad_enabled() and bool(structure.parameters)
@@ -273,7 +273,7 @@ def _root_entries(roots: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _far(structure: AffineForm, like: Tensor) -> Tensor:
-    """(3, K): random points at 1, 10 and 100 standard deviations."""
+    """(4, K): random points at 1, 10 and 100 standard deviations, and opposite the last."""
     return random_points(structure.spread.to(like))
 
 

@@ -313,7 +313,7 @@ def test_counts_with_discrete_and_continuous_latents_in_a_row():
     model = fitted(program, x)
     se = model.log_marginal_likelihood_se_
     assert 0 < se < 1e-3
-    assert model.log_marginal_likelihood_ == pytest.approx(logsumexp(total), abs=2 * se)
+    assert model.log_marginal_likelihood_ == pytest.approx(logsumexp(total), abs=1e-5)
     assert "kind summed out" in model.explain()
 
 

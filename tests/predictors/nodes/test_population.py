@@ -78,6 +78,7 @@ def test_the_error_is_small_and_covers_the_truth(name, n_reads):
     assert max(e.diagnostics["pareto_k"] for e in found) < 0.7
 
 
+@pytest.mark.slow
 def test_draws_of_the_prior_are_no_noise():
     """A coin: nine tenths of the draws lie where the posterior is, and the others weigh nearly nothing."""
     x = np.array([1.0] * 50 + [0.0] * 50)

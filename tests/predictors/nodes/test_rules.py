@@ -13,7 +13,7 @@ from scipy import stats
 from scipy.special import betaln, gammaln, log_expit, logsumexp
 
 from bayes_mpt.predictors import Quadrature
-from bayes_mpt.predictors.nodes.rules import hermite, row_rule
+from bayes_mpt.predictors.nodes.rules import alone_rule, hermite, row_rule, stretched
 
 
 @pytest.mark.parametrize("n_nodes", [1, 2, 16, 64, 256, 512, 1024])
@@ -46,21 +46,35 @@ def test_many_nodes_give_the_closed_form(n_nodes):
     assert 0 <= found.se < 1e-11
 
 
+def beta_odds(a, b):
+    """Log-density of the log odds of Beta(a, b), in units of its mode and curvature there."""
+    middle, root = math.log(a / b), math.sqrt((a + b) / (a * b))
+    return lambda t: (
+        a * log_expit(middle + root * t) + b * log_expit(-middle - root * t) - betaln(a, b) + math.log(root)
+    )
+
+
 @pytest.mark.parametrize(
-    ("log_f", "most"),
+    ("log_f", "ends", "most"),
     [
-        (lambda t: stats.norm.logpdf(t), 1e-9),
-        (lambda t: np.logaddexp(stats.norm.logpdf(t), stats.norm.logpdf(t, 4)) - math.log(2), 1e-9),
-        (lambda t: stats.t(3).logpdf(t), 1e-6),
-        (lambda t: 0.05 * (log_expit(6 * t) + log_expit(-6 * t)) + math.log(6) - betaln(0.05, 0.05), 1e-6),
+        (lambda t: stats.norm.logpdf(t), (8, 8), (1e-6, 1e-9)),
+        (
+            lambda t: np.logaddexp(stats.norm.logpdf(t), stats.norm.logpdf(t, 4)) - math.log(2),
+            (8, 12),
+            (1e-5, 1e-9),
+        ),
+        (lambda t: stats.t(3).logpdf(t), (1000, 1000), (1e-4, 1e-7)),
+        (beta_odds(0.05, 0.05), (85, 85), (1e-6, 1e-9)),
+        (beta_odds(0.1, 3.1), (90, 4), (1e-4, 1e-6)),
+        (beta_odds(0.01, 3.01), (300, 1.5), (1e-3, 1e-4)),
     ],
-    ids=["Gaussian", "two Gaussians", "Student-t", "log odds of Beta(0.05, 0.05)"],
+    ids=["Gaussian", "two Gaussians", "Student-t", "Beta(.05, .05)", "Beta(.1, 3.1)", "Beta(.01, 3.01)"],
 )
-def test_nodes_that_reach_far(log_f, most):
-    t, log_w = row_rule(1, "fine")
-    assert abs(logsumexp(log_w.numpy() + log_f(t[:, 0].numpy()))) < most
-    t, log_w = row_rule(1, "usual", far=True)
-    assert abs(logsumexp(log_w.numpy() + log_f(t[:, 0].numpy()))) < 2e-3
+def test_nodes_that_reach_far(log_f, ends, most):
+    """The usual ones in a row, and those of a row that no others stand beside."""
+    for rule, error in zip((row_rule(1, "usual", far=True), alone_rule(1, fine=False)), most, strict=True):
+        t, log_step = stretched(rule.t, torch.tensor([ends], dtype=torch.float64))
+        assert abs(logsumexp((rule.log_weight + log_step).numpy() + log_f(t[:, 0].numpy()))) < error
 
 
 def test_shares_of_rows_whose_prior_sits_in_corners():
@@ -98,13 +112,20 @@ def test_a_row_whose_density_is_a_step():
             pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x)
 
     x = (np.random.default_rng(0).normal(size=(12, 1)) > cut).astype(float)
+    x[3], x[5, 1] = np.nan, np.nan
     z = np.linspace(-10, 10, 400001)
     logits = 300 * (z[:, None] - cut)
-    log_p = [(log_expit(np.where(row == 1, logits, -logits))).sum(1) + stats.norm.logpdf(z) for row in x]
+    log_p = [
+        np.nansum(log_expit(np.where(row == 1, logits, -logits)) * np.where(np.isnan(row), np.nan, 1), 1)
+        + stats.norm.logpdf(z)
+        for row in x
+    ]
     truth = logsumexp(np.array(log_p), axis=1).sum() + 12 * math.log(z[1] - z[0])
     args = (torch.as_tensor(x),)
     read = Quadrature().bind(program, args).read(args)
     found = read.evidence()
-    assert abs(float(read.score().sum()) - truth) > 0.1
+    assert (
+        abs(float(read.score().sum()) - truth) > 0.01
+    )  # 61 nodes that reach far, which more of them must find out
     assert 0 < found.se <= 0.01
     assert float(found.by_row.sum()) == pytest.approx(truth, abs=2 * found.se)
