@@ -204,7 +204,7 @@ class ModeSearch:
         """A mixture moved to where draws of it, n of a round, say that the posterior of shared latents is."""
         climbs = _Climbs(self.adaptive, args, x, visible)
         with pyro.validation_enabled(False), torch.no_grad():
-            return moved(climbs.roughly, modes, n)
+            return moved(partial(climbs.both, detail=climbs.proposing), modes, n)
 
 
 class _Climbs:
@@ -216,6 +216,9 @@ class _Climbs:
         self._drawn = x.new_zeros(0, self.width)
         self._cells = max(1, x.numel() * adaptive.n_evaluations)
         self.by_draws = adaptive.rows is not None and adaptive.rows.width > MAX_HERMITE
+        # fewer draws, or few nodes an axis that reach far, make poor proposals
+        far = adaptive.rows is not None and adaptive.rows.placing.far and adaptive.rows.width > 1
+        self.proposing: Detail = "usual" if self.by_draws or far else "rough"
         self.same_mode = SAME_BY_DRAWS if self.by_draws else SAME_MODE
 
     def _at_once(self, u: Tensor) -> tuple[Tensor, ...]:
@@ -244,10 +247,6 @@ class _Climbs:
         parts = [by_halves(of, part, never) for part in self._at_once(u)]
         prior, joint = (torch.cat(each) for each in zip(*parts, strict=True))
         return prior, joint
-
-    def roughly(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """`both` as a proposal needs it: by fewer nodes of a rule inside rows and groups, not by fewer draws."""
-        return self.both(u, "usual" if self.by_draws else "rough")
 
     def search(self) -> Modes:
         """From the middle of the prior, near 0 and from draws; from more of these where a mode was found by few."""
@@ -298,7 +297,8 @@ class _Climbs:
             doubt = (
                 f"more than {MAX_IMAGES} images of a mode overlap with it, and only so many were looked at"
             )
-        return shaped(self.roughly, modes._replace(doubt=doubt), self._draws(n_starts))
+        both = partial(self.both, detail=self.proposing)
+        return shaped(both, modes._replace(doubt=doubt), self._draws(n_starts))
 
     def _from_others(self, peaks: Peaks, modes: Modes) -> tuple[_Found, int]:
         """Tops after more climbs, from places around modes, and how many climbs count: those back to theirs do not.
