@@ -177,18 +177,17 @@ class GaussianMixture(CheckedModel):
         expect = expectation(table.rows, kind)
         holes, many = bool(table.rows.isnan().any()), len(table.rows) > START_ROWS
         # of many complete rows k-means finds good places, and all of a search would take longer than the climb
-        if holes or (prior is not None and not many):
-            start, used = best_start(table, start, kind, prior, max_iter // 2)
-            max_iter -= used
-            if used and many and prior is not None:
-                start = exchanged(expect, start, kind, prior, gaps=kind not in DENSE)
-                max_iter -= EXCHANGE_STEPS
         try:
+            if holes or (prior is not None and not many):
+                start, used = best_start(table, start, kind, prior, max_iter // 2)
+                max_iter -= used
+                if used and many and prior is not None:
+                    start = exchanged(expect, start, kind, prior, gaps=kind not in DENSE)
+                    max_iter -= EXCHANGE_STEPS
             climb = run_em(table, expect, start, kind, tol=tol, max_iter=max_iter, prior=prior, to_end=True)
-        except KeyboardInterrupt as press:
-            if not press.args:
-                raise
-            raise KeyboardInterrupt(_in_units_of_x(table, press.args[0], x, kind)) from press
+        except KeyboardInterrupt as press:  # in the search of starts the one that there was is kept
+            best = press.args[0] if press.args else start
+            raise KeyboardInterrupt(_in_units_of_x(table, best, x, kind)) from press
         if climb.collapsed:
             self._tell_of_collapse(climb, table)
         return _in_units_of_x(table, climb.mix, x, kind), climb.left

@@ -141,7 +141,10 @@ def _stands_in(value: Any, memory: Any) -> bool:
     if not isinstance(value, Tensor):
         return False
     own = value.untyped_storage()
-    return own.data_ptr() == memory.data_ptr() and own.nbytes() == memory.nbytes()
+    try:
+        return own.data_ptr() == memory.data_ptr() and own.nbytes() == memory.nbytes()
+    except RuntimeError:  # tensors that wrap others have no memory of their own
+        return False
 
 
 def _place(places: Tensor, view: Tensor) -> Tensor:

@@ -93,7 +93,8 @@ def test_the_error_of_a_coarse_rule_is_above_zero_and_covers(n_nodes, seed):
     read = Quadrature(n_nodes).bind(counts, (x,)).read((x,))
     found = read.evidence()
     assert 0 < found.se < 5
-    assert abs(float(found.by_row.sum()) - want) < 2 * found.se
+    # even nodes, which rough rows end with, err by less than rounding and the truth's own quadrature
+    assert abs(float(found.by_row.sum()) - want) < 2 * found.se + 1e-11
 
 
 def test_the_bias_of_a_log_mean_is_taken_off():

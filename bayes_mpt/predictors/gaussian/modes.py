@@ -153,7 +153,7 @@ def _more_and_less(way: Climb, top: Profile) -> Profile:
 
 def _less_and_more(way: Climb, top: Profile) -> Profile:
     k = top.n_latents
-    if k < 2:
+    if k < 2 or k >= len(way.corr):
         return top
     for start in _without_one(way, top, k)[:N_LESS]:
         less = _passed(way, k - 1, start)
