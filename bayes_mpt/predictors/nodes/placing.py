@@ -167,11 +167,10 @@ def _reaching(log_prob: RowDensity, modes: Modes, n_nodes: int, cut: float) -> M
             half = 0.5 * torch.tensor([-1.0, 1.0], dtype=axes.dtype, device=axes.device)[:, None] * found
             aside = modes.mode[:, None, None] + half[..., None] * axes[:, :, None]  # (J, d, 2, S N, d)
             further = [
-                reached(aside[:, [j for j in range(width) if j != i]].flatten(1, 2), axes[:, [i]])[
-                    :, :, 0
-                ].amax(1)
+                reached(torch.cat([aside[:, :i], aside[:, i + 1 :]], 1).flatten(1, 2), axes[:, i : i + 1])
                 for i in range(width)
             ]
+            further = [ends[:, :, 0].amax(1) for ends in further]
             found = torch.maximum(found, torch.stack(further, 1))
     return modes._replace(reach=found.movedim(-1, 1))
 
