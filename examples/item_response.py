@@ -81,7 +81,7 @@ def main(output: Path) -> None:
     commoner = np.broadcast_to(X.loc[train].mean() > 0.5, X.shape)
     accuracy = {"the commoner answer": float((commoner[unseen] == truth).mean())}
     for name, fit in fits.items():
-        accuracy[name] = float(((fit.impute(X)[unseen] > 0.5) == truth).mean())
+        accuracy[name] = float(((np.asarray(fit.impute(X))[unseen] > 0.5) == truth).mean())
     for name, share in accuracy.items():
         print(f"  {name:20} {share:.1%}")
     best = fits["2-PL"]

@@ -44,14 +44,14 @@ def main(output: Path) -> None:
         f"\nlog evidence {model.log_marginal_likelihood_:.1f} +- {model.log_marginal_likelihood_se_:.2f} nats"
     )
     print(loadings(model).round(2).iloc[:, :6].to_string())
-    filled, sd = model.impute(X, return_std=True)
-    error = (measured.to_numpy() - np.asarray(filled))[hidden] / sd[hidden]
+    filled, sd = (np.asarray(a) for a in model.impute(X, return_std=True))  # a DataFrame gives DataFrames
+    error = (measured.to_numpy() - filled)[hidden] / sd[hidden]
     covered = np.mean(np.abs(error) < 1.96)
     print(f"\n{hidden.sum()} empty cells; their 95 % intervals hold {covered:.1%} of the measurements")
     assert 0.92 < covered < 0.98
 
     output.mkdir(parents=True, exist_ok=True)
-    figure = _drawn(search, measured, np.asarray(filled), sd, hidden)
+    figure = _drawn(search, measured, filled, sd, hidden)
     figure.savefig(output / "missing_cells.png", dpi=120)
     print(f"wrote {output / 'missing_cells.png'}")
 
