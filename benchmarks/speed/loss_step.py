@@ -10,10 +10,9 @@ one, its default.
 
 Asked: the same number and gradient, and a step no slower.
 
-Found (`--repeats 15`), with a dozen other jobs on two cores: equal to 1e-10. A step takes 1.10 and 1.14 times the
-peer's CPU time on two small models (6 to 10 ms a step there), 1.02 and 0.93 times on two of 1000 x 64; single steps
-range from 0.65 to 1.6 times. It is 1.6 to 3.6 times as fast as the peer's one-by-one form. What small steps pay for is
-Python: checks that no density is impossible, and the lock of each public call. With `doubly_reparameterized=True` a
+Found (`--repeats 31`): equal to 1e-10. A step takes 0.97 times the peer's CPU time on a small model, 0.90 and 1.03
+times on two of 1000 x 64, and 1.10 times on a minibatch of 100, which falls short (4 ms a step); single steps range
+from 0.7 to 1.35 times. It is 1.4 to 4.3 times as fast as the peer's one-by-one form. With `doubly_reparameterized=True` a
 small step takes about 5 % longer.
 """
 

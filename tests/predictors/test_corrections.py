@@ -14,6 +14,7 @@ import pytest
 import torch
 from pyro.distributions import constraints
 from scipy.integrate import quad
+from scipy.special import logsumexp
 from scipy.stats import norm, poisson
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import KFold
@@ -95,6 +96,29 @@ def test_the_error_of_a_coarse_rule_is_above_zero_and_covers(n_nodes, seed):
     assert 0 < found.se < 5
     # even nodes, which rough rows end with, err by less than rounding and the truth's own quadrature
     assert abs(float(found.by_row.sum()) - want) < 2 * found.se + 1e-11
+
+
+def counts_of_two(x):
+    z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+    rate = torch.stack([z[..., 0], z.sum(-1)], -1).exp()
+    with pyro.plate("rows", len(x)):
+        pyro.sample("x", dist.Poisson(rate[..., None, :]).to_event(1), obs=x)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("n_nodes", [2, 3, 4])
+def test_the_error_of_a_coarse_rule_of_shared_latents_covers(n_nodes, seed):
+    """Which no even nodes follow: the number is that of a rule that is coarse as well."""
+    x = torch.as_tensor(np.random.default_rng(seed).poisson(2, (2, 2)), dtype=F64)
+    one = np.linspace(-9, 9, 601)
+    a, b = np.meshgrid(one, one, indexing="ij")
+    log_p = norm.logpdf(a) + norm.logpdf(b) + 2 * math.log(one[1] - one[0])
+    for row in x.numpy():
+        log_p = log_p + poisson.logpmf(row[0], np.exp(a)) + poisson.logpmf(row[1], np.exp(a + b))
+    want = logsumexp(log_p)
+    found = Quadrature(n_nodes).bind(counts_of_two, (x,)).read((x,)).evidence()
+    error = abs(float(found.by_row.sum()) - want)
+    assert 1e-9 < error < 2 * found.se < 5
 
 
 def test_the_bias_of_a_log_mean_is_taken_off():
