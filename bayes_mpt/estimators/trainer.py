@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from sklearn.utils import check_random_state
 
 from bayes_mpt import training
-from bayes_mpt.estimators.checks import of_program
 from bayes_mpt.estimators.repeats import repeated_columns
 from bayes_mpt.evidence.hyperparameters import Prior, assign
 from bayes_mpt.masks import Policy
@@ -249,7 +248,7 @@ class Trainer:
             # a network's prior holds it; where it may start is its own affair
             if prior is not None and not problem.bound.structure.takes_visible:
                 loc, scale = (torch.as_tensor(a) for a in (prior.loc, prior.scale))
-                assign(of_program(problem), torch.normal(loc, scale))
+                assign(problem.of_program(), torch.normal(loc, scale))
             if brief and _same(first, save()):
                 break  # initial values without chance
             fit = attempt()

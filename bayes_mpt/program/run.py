@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 
@@ -109,7 +109,7 @@ def run(model: Model, args: tuple[Any, ...], values: dict[str, Tensor] | None = 
     """
     handlers, plates = list(runtime._PYRO_STACK), list(runtime._DIM_ALLOCATOR._stack)
     try:
-        with one_precision(args), _rng_untouched(active=values is None), SetLatents(values or {}):
+        with one_precision(args), own_random_state() if values is None else SetLatents(values):
             return poutine.trace(with_seen_labels(model)).get_trace(*args)
     except BaseException:
         runtime._PYRO_STACK[:], runtime._DIM_ALLOCATOR._stack[:] = handlers, plates
@@ -246,10 +246,10 @@ class _Casts(poutine.messenger.Messenger):
         name, *init = msg["args"]
         self.parameters.append(name)
         if init and not isinstance(init[0], torch.nn.Parameter):  # networks are trained in place
-            first = init[0]
-            msg["args"] = (name, lambda: self._cast(first() if callable(first) else first))
+            msg["args"] = name, partial(self._cast, init[0])
 
     def _cast(self, value: Any) -> Any:
+        value = value() if callable(value) else value
         floating = isinstance(value, Tensor) and value.is_floating_point()
         return value.to(device=self.device, dtype=self.dtype) if floating else value
 
@@ -311,16 +311,6 @@ class FirstRun(NamedTuple):
 def values_of(trace: Trace) -> dict[str, Tensor]:
     """Values of the latents in a run."""
     return {node["name"]: node["value"].detach() for node in latent_nodes(trace)}
-
-
-@contextmanager
-def _rng_untouched(active: bool) -> Iterator[None]:
-    """The first run samples latents; leave the user's random state as it was."""
-    if not active:
-        yield
-        return
-    with own_random_state():
-        yield
 
 
 def not_finite(model: Model, args: tuple[Any, ...]) -> str:
