@@ -460,11 +460,11 @@ def _latents(
 ) -> Latents:
     """What is said of latents later: those that all rows share, those that come with rows, numbers a row."""
     structure, read = predictor.structure, score.read
-    outside = {site.name for site in structure.latents if structure.rows_plate not in site.plates}
-    known = [] if structure.by_row or not outside else read.posterior().shared()
-    shared = [
-        (share, {n: v.detach().clone() for n, v in values.items() if n in outside}) for share, values in known
-    ]
+    shared = []
+    if not structure.by_row:
+        outside = {site.name for site in structure.latents if structure.rows_plate not in site.plates}
+        for share, values in read.posterior().shared() if outside else []:
+            shared.append((share, {n: v.detach().clone() for n, v in values.items() if n in outside}))
     with_rows: tuple[str, ...] = ()
     if len(args) > 1 and not score.exact:
         with_rows = growing(model, args, structure)

@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayes_mpt.program.program import ModelError
-
 __all__ = [
     "Args",
     "cell_name",
@@ -24,7 +22,6 @@ __all__ = [
     "filling",
     "has_missing",
     "head",
-    "init_rows",
     "resampled",
     "rows_of",
     "same_cells",
@@ -32,7 +29,6 @@ __all__ = [
     "spread_rows",
 ]
 
-MAX_INIT_CELLS = 2**22
 N_TRIAL_ROWS = 8
 
 
@@ -139,15 +135,6 @@ def rows_of(args: tuple[Any, ...], index: Any) -> tuple[Any, ...]:
 def spread_rows(n_rows: int, n_wanted: int) -> Tensor:
     """Evenly spaced indices: of a sorted table the first rows are no sample."""
     return torch.linspace(0, n_rows - 1, min(n_rows, n_wanted)).round().long()
-
-
-def init_rows(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Rows for the first run: all of them unless the table is very large."""
-    if not args or not isinstance(args[0], Tensor) or args[0].ndim == 0:
-        raise ModelError("the program must be called with a tensor of rows as its first argument")
-    per_row = max(1, args[0][0].numel()) if len(args[0]) else 1
-    n_rows = max(64, MAX_INIT_CELLS // per_row)
-    return args if len(args[0]) <= n_rows else head(args, n_rows)
 
 
 def changes(arg: Tensor, real: bool) -> Iterator[Tensor]:

@@ -19,7 +19,7 @@ from pyro.poutine import runtime
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from bayes_mpt.program.arguments import fill_all, init_rows
+from bayes_mpt.program.arguments import fill_all, head
 from bayes_mpt.program.densities import log_density
 from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.log_odds import LOG_ODDS
@@ -43,6 +43,7 @@ __all__ = [
 FAILURES = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
 """Of a program that does not take such rows, or such values of its latents."""
 
+MAX_INIT_CELLS = 2**22  # of the rows of the first run
 N_TRIES = (
     16  # draws of the latents from the prior at which the cause of a number that is not finite is looked for
 )
@@ -267,7 +268,10 @@ def _keep_masks(msg: Any) -> None:
 
 def first_run(model: Model, args: tuple[Any, ...]) -> tuple[Trace, tuple[Any, ...]]:
     """The first run, which initialises parameters from x, on all rows unless the table is very large."""
-    init = init_rows(args)
+    if not args or not isinstance(args[0], Tensor) or args[0].ndim == 0:
+        raise ModelError("the program must be called with a tensor of rows as its first argument")
+    n_rows = max(64, MAX_INIT_CELLS // max(1, args[0][:1].numel()))
+    init = args if len(args[0]) <= n_rows else head(args, n_rows)
     try:
         return run(model, init), init
     except (RuntimeError, ValueError, IndexError) as error:
