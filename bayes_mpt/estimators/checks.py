@@ -44,9 +44,13 @@ def check_bound(
     names: NDArray[Any],
 ) -> None:
     """Refuse what cannot be fitted to these rows, and warn of what is odd."""
+    structure = predictor.structure
     _refuse_subsampling(predictor, args)
-    _warn_of_ignored_rows(predictor, model, args)
-    if predictor.structure.gaussian_vector:
+    if (
+        structure.observed_argument is None and not structure.takes_visible
+    ):  # else its tokens are cells of the rows
+        _warn_of_ignored_rows(predictor, model, args)
+    if structure.gaussian_vector:
         assert y is not None
         refuse_missing(X, names)
         refuse_empty(y, estimated=bool(predictor.parameters))
@@ -77,8 +81,6 @@ def _refuse_subsampling(predictor: Bound, args: tuple[Any, ...]) -> None:
 def _warn_of_ignored_rows(predictor: Bound, model: Model, args: tuple[Any, ...]) -> None:
     """Say so where no argument changes what a program observes."""
     structure = predictor.structure
-    if structure.scores_input or predictor.structure.takes_visible:
-        return  # its tokens are the cells of X
     filled = fill_all(args)
     refused = (RuntimeError, ValueError, IndexError, KeyError)
 

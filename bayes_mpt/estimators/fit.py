@@ -441,13 +441,16 @@ def _score_of_training(problem: training.Problem, fit: training.Fit, trainer: Tr
     if fit.last is not None and fit.total is not None:
         return _Score(fit.last, fit.total, 0.0, exact=True, drawn=False)
     structure = problem.bound.structure
-    by_parts = trainer.by_epochs and not structure.takes_visible
-    step = n_at_once(whole.args[0], device)
-    parts = [whole.take(i) for i in torch.arange(len(whole.args[0])).split(step)] if by_parts else [whole]
-    read = objective.read(parts[0]) if fit.last is None else fit.last
-    if structure.takes_visible and read.value.numel() * whole.args[0].shape[1] > MAX_CHAIN_CELLS:
-        return _Score(read, *training.total_on_masks(read, trainer.seed), exact=False, drawn=True)
-    found = together((objective.read(part) if by_parts else read).evidence() for part in parts)
+    if trainer.by_epochs and not structure.takes_visible:
+        step = n_at_once(whole.args[0], device)
+        parts = [whole.take(i) for i in torch.arange(len(whole.args[0])).split(step)]
+        read = objective.read(parts[0]) if fit.last is None else fit.last
+        found = together(objective.read(part).evidence() for part in parts)
+    else:
+        read = objective.read() if fit.last is None else fit.last
+        if structure.takes_visible and read.value.numel() * whole.args[0].shape[1] > MAX_CHAIN_CELLS:
+            return _Score(read, *training.total_on_masks(read, trainer.seed), exact=False, drawn=True)
+        found = read.evidence()
     warn_of_weights(found.diagnostics)
     by_row = found.by_row if whole.weight is None else whole.weight * found.by_row
     drawn = found.drawn or structure.takes_visible

@@ -201,7 +201,7 @@ def _not_affine(
         except ModelError:
             pass  # not linear-Gaussian given the discrete latents either
     if guide is not None and _samples(guide, args):
-        return Importance().bind(model, args, guide)
+        return Importance().bind_guide(model, args, guide, program)
     adaptive = AdaptiveNodes(model, Args(args), program)
     if adaptive.space.width <= MAX_WIDTH:  # where the others are integrated in closed form, or piece by piece
         return Quadrature().bind_nodes(adaptive)

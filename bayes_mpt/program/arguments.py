@@ -27,6 +27,7 @@ __all__ = [
     "same_cells",
     "shifted",
     "spread_rows",
+    "stands_in",
 ]
 
 N_TRIAL_ROWS = 8
@@ -119,6 +120,17 @@ def has_missing(arg: Any) -> bool:
     if not isinstance(arg, Tensor) or not arg.is_floating_point():
         return False
     return bool(arg.sum().isnan()) and bool(arg.isnan().any())  # a sum costs a tenth, and rules it out
+
+
+def stands_in(value: Any, arg: Any) -> bool:
+    """Whether a value is made of an argument's cells as they stand, by the memory that they share: copies are not."""
+    if not isinstance(value, Tensor) or not isinstance(arg, Tensor):
+        return False
+    try:
+        own, memory = value.untyped_storage(), arg.untyped_storage()
+        return own.data_ptr() == memory.data_ptr() and own.nbytes() == memory.nbytes()
+    except RuntimeError:  # tensors that wrap others have no memory of their own
+        return value is arg
 
 
 def head(args: tuple[Any, ...], n_rows: int) -> tuple[Any, ...]:
