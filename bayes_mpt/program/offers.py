@@ -50,6 +50,10 @@ class Offers(Protocol):
     or (T, T), are all of a program of rows x that draws c ~ Categorical(weights) and observes x as MultivariateNormal
     with loc_c and the Cholesky factor of c. It is believed as `linear_map` is; None: nothing is stated."""
 
+    gaussian_vector: bool
+    """Whether it observes its last argument, all of it and as it stands, as one MultivariateNormal whose mean and
+    covariance are of the parameters and the other arguments. It is believed as `linear_map` is."""
+
     penalised: str | None
     """In words the prior that fits add to the score by `penalty`; None where they add none."""
     maximizes_missing: ClassVar[bool]
