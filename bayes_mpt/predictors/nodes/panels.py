@@ -24,6 +24,7 @@ from bayes_mpt.predictors.nodes.placing import RowDensity
 __all__ = ["MAX_NESTED", "UNEVEN", "Integrals", "by_panels", "roughness"]
 
 UNEVEN = 1e-4  # nats by which jumps may move an integral, from which panels are worth their cost
+FAINT = 1e-7  # nats of a row, below which differences are those of smooth densities too
 ORDER = 10  # of the differences
 BELOW = 40.0  # nats under the greatest part, where what is left is as good as nothing
 N_PANELS = 16  # along each mode's reach, at first
@@ -81,7 +82,8 @@ def roughness(log_part: Tensor) -> Tensor:
     differs = log_part.diff(n=ORDER, dim=1).abs() / math.comb(ORDER, ORDER // 2)
     first, last = ORDER // 2 - 1, n_nodes - ORDER // 2 + 1
     beside = share[:, first:last].unfold(1, 3, 1).amax(-1)  # the greatest of three nodes in the middle
-    return 0.25 * (differs.clamp(max=1.0) * beside).sum((0, 1))
+    moves = 0.25 * (differs.clamp(max=1.0) * beside).sum((0, 1))
+    return torch.where(moves > FAINT, moves, 0.0)
 
 
 @cache
