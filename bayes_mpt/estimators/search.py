@@ -58,7 +58,7 @@ from bayes_mpt.estimators.stored import Slot, prepare, seed_in, with_estimator
 from bayes_mpt.estimators.summary import summary
 from bayes_mpt.estimators.table import Ranking, comparison_table
 from bayes_mpt.inputs import read_table, unmasked
-from bayes_mpt.program.unchanged import unchanged
+from bayes_mpt.program.statistics import unchanged
 from bayes_mpt.runtime.digests import CannotDigest, digest_of
 from bayes_mpt.runtime.interrupts import interruptible
 from bayes_mpt.runtime.serial import all_or_nothing
