@@ -5,8 +5,7 @@
 The program is the same, told of e where it is told of z. Effects around a common level with a scale of its own stand
 in a funnel: where s is small so is the room for z, and the density of z rises without bound. That of e does neither
 (Papaspiliopoulos, Roberts & Skold 2007), unless the data say much more of each z than its prior does: then s, e and m
-are tied to one narrow ridge, and z itself is the better number. Which of them it is, draws from the prior tell that the
-data make likely.
+are tied to one narrow ridge, and z itself is the better number. Draws from the prior that the data make likely tell.
 """
 
 from __future__ import annotations
@@ -38,6 +37,7 @@ __all__ = ["InOwnUnits", "in_own_units", "own_values"]
 N_DRAWS = 400  # of the prior, weighed by the data
 N_ALONE = 50  # where each is a run of its own
 N_LOOKED = 32  # of these, at which it is seen how much room each latent has
+FUNNEL = 0.5  # variance of the logarithm of a number's room, from which this matters
 MAX_WIDTH = 256  # numbers, up to which curvatures are taken
 
 
@@ -148,20 +148,30 @@ def _told(adaptive: AdaptiveNodes, u: Tensor) -> dict[str, Tensor]:
 
 
 def _gaining(told: AdaptiveNodes, args: Args, x: Tensor) -> tuple[str, ...]:
-    """Of the latents that a program may be told in their own units, those whose room varies less in these."""
+    """Of the latents that a program may be told in their own units, those whose room varies less in these.
+
+    The room of a number is what prior and data leave it, the others held: in its own units (1 + c)^(-1/2), c the
+    curvature of the log-likelihood, and s times that as it is. Where it varies much no step suits all places.
+    """
     model = cast(InOwnUnits, told.model)
     points = _likely(told, args, x)
     if len(points) < 2:
         return model.names
     scale = _recorded(told, args.filled, points, lambda seen: seen.scale)
     room = 0.5 * _variance_of_e(told, args, x, points).log()
-    out = []
+    groups: dict[bytes, list[str]] = {}  # of one scale, or of scales that move together
     for name in model.names:
-        in_units = room[:, told.space.columns[name]]
-        as_it_is = in_units + scale[name].reshape(len(room), -1).log()
-        if float(in_units.var(0).mean()) <= float(as_it_is.var(0).mean()):
-            out.append(name)
-    return tuple(out)
+        log = scale[name].reshape(len(points), -1)[:, 0].log()
+        moves = (log - log[0]).mul(1e6).round().long()
+        groups.setdefault(moves.cpu().numpy().tobytes(), []).append(name)
+    out: list[str] = []
+    for names in groups.values():
+        in_units = torch.cat([room[:, told.space.columns[name]] for name in names], 1)
+        log_scale = torch.cat([scale[name].reshape(len(points), -1).log() for name in names], 1)
+        varies = float((in_units + log_scale).var(0).mean())
+        if varies > FUNNEL and varies > float(in_units.var(0).mean()):
+            out += names
+    return tuple(name for name in model.names if name in out)
 
 
 def _log_likelihood(told: AdaptiveNodes, args: Args, x: Tensor, u: Tensor) -> Tensor:
