@@ -83,6 +83,9 @@ class SequentialMonteCarlo(Predictor):
     ten first particles, or where ``check`` leaves a gap of more than a nat. No mode can be seen that neither a climb
     nor a particle has come near: of the prior it must hold more than about one part in R times the number of particles.
 
+    Effects, Normal latents whose scale other latents decide, are moved in units of it where their room varies too much
+    otherwise.
+
     A prior is vague if its draws leave the range of floating point, as those of Gamma(1e-4, 1e-4) do, or if it is e^50
     times as wide as the posterior. Then particles start at the modes alone, and a `VaguePriorWarning` says by how much
     half of the prior's scale changes the number.
