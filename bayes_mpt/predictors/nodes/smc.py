@@ -116,13 +116,16 @@ class SequentialMonteCarlo(Predictor):
         self.check = check
 
     def bind(self, model: Model, args: tuple[Any, ...], guide: Guide | None = None) -> Bound:
+        return self.bind_program(model, args, analyze(model, args))
+
+    def bind_program(self, model: Model, args: tuple[Any, ...], program: Program) -> Bound:
+        """`bind` where it is known what `analyze` finds."""
         for name, least in (("num_particles", 8), ("num_runs", 2), ("num_moves", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
         if not isinstance(self.check, int) or self.check < 0:
             raise ValueError(f"check must be True, False or a number of data sets, got {self.check!r}")
-        program = analyze(model, args)
         if not program.continuous:
             raise ModelError("the program has no continuous latent to sample: use Exact()")
         if program.by_row:
