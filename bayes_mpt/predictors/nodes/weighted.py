@@ -473,10 +473,13 @@ def program_values(model: Model, args: Args, program: Program) -> Tensor:
 
 def constrained(where: Space, u: Tensor) -> Tensor:
     """Values of the latents at nodes u (S, N, d), side by side: (S, N, K)."""
-    if not where.parts:
-        return u.new_zeros(*u.shape[:2], 0)
-    values, _ = where.values(u.detach())
-    return torch.cat([nodes_first(values[p.latent.name], p.latent, *u.shape[:2]) for p in where.parts], -1)
+    return side_by_side(where, where.values(u.detach())[0], *u.shape[:2])
+
+
+def side_by_side(where: Space, values: dict[str, Tensor], n_nodes: int, n_rows: int) -> Tensor:
+    """Values of the latents of a space at S nodes, as `nodes_first` takes them, side by side: (S, N, K)."""
+    parts = [nodes_first(values[p.latent.name], p.latent, n_nodes, n_rows) for p in where.parts]
+    return torch.cat(parts, -1) if parts else torch.zeros(n_nodes, n_rows, 0)
 
 
 def nodes_first(value: Tensor, latent: Latent, n_nodes: int, n_rows: int) -> Tensor:
