@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bayes_mpt.predictors.nodes.conjugacy import prior_draws
-from bayes_mpt.predictors.nodes.few_visible import apart, further_starts, small_sets
+from bayes_mpt.predictors.nodes.few_visible import apart, further_starts, has_hills, small_sets
 from bayes_mpt.predictors.nodes.mixture import Modes, Orbits
 from bayes_mpt.predictors.nodes.newton import Peaks, by_halves, climb, distances
 from bayes_mpt.predictors.nodes.pieces import by_draws, shaped
@@ -32,7 +32,7 @@ from bayes_mpt.predictors.nodes.symmetries import (
     find_symmetries,
     orbit,
 )
-from bayes_mpt.predictors.nodes.unseen import EQUAL_MASS, chance_of_new, missed_mass
+from bayes_mpt.predictors.nodes.unseen import EQUAL_MASS, Seen, chance_of_new, missed_mass
 from bayes_mpt.program.arguments import Args, same_cells
 from bayes_mpt.program.batched import Batched
 from bayes_mpt.program.devices import own_random_state
@@ -85,17 +85,6 @@ class _Found(NamedTuple):
     """(J,) climbs that have ended there."""
 
 
-class _Seen(NamedTuple):
-    """What modes that were found tell of others."""
-
-    n_rare: int
-    """How many that matter were found by one climb."""
-    missed: float
-    """Mass at modes that no climb has found, over that of those found."""
-    whole: bool
-    """Whether all images of each are here."""
-
-
 class ModeSearch:
     """Where the modes of a program are; found once for its data, and followed from there.
 
@@ -129,7 +118,7 @@ class ModeSearch:
         if at.program.by_row or not at.space.width:
             placing = self._placing(args, x)
             if not bool(visible.all()):
-                placing = self._with_few(args, x, placing)
+                placing = self._with_few(args, x, placing, near)
             cut = alone_rule(at.space.width, fine=True).cut if placing.far and at.space.width else None
             return at.locate(args, x, visible, placing, cut, near=near)
         if near is None and self._kept is not None:
@@ -159,19 +148,22 @@ class ModeSearch:
             found = []
             for seen in small_sets(x.shape[1]):
                 climbs = _Climbs(self.adaptive, args, x, seen.to(x.device))
-                found.append(climbs.apart_from(near))
+                if climbs.may_differ(near):
+                    found.append(climbs.apart_from(near))
             places = torch.cat(found) if found else x.new_zeros(0, self.adaptive.space.width)
             self._few = x.detach(), places if len(places) else None
         return self._few[1]
 
-    def _with_few(self, args: Args, x: Tensor, placing: Placing) -> Placing:
+    def _with_few(self, args: Args, x: Tensor, placing: Placing, near: Modes | None) -> Placing:
         """How nodes stand where not all tokens are visible: around modes that few of them show besides."""
         width = self.adaptive.space.width
         if not 0 < width <= MAX_HERMITE or not self.adaptive.program.by_row:
             return placing
         if self._few is None or not (torch.is_grad_enabled() or same_cells(self._few[0], x)):
-            with pyro.validation_enabled(False):
-                self._few = x.detach(), further_starts(self.adaptive, args, x)
+            with pyro.validation_enabled(False), torch.no_grad():
+                every = torch.ones(x.shape[1], dtype=torch.bool, device=x.device)
+                near = near or self.adaptive.locate(args, x, every)
+                self._few = x.detach(), further_starts(self.adaptive, args, x, near)
         if self._few[1] is None:
             return placing
         starts = self._few[1] if placing.starts is None else torch.cat([placing.starts, self._few[1]])
@@ -267,6 +259,11 @@ class _Climbs:
         part = torch.stack([torch.randperm(n // 2, generator=generator) for _ in range(self.width)], 1)
         near = REACH * (2 * (part + 0.5) / (n // 2) - 1).to(middle.dtype)  # one in each part of each axis
         return self._nearer(torch.cat([middle[None], near.to(middle), self._draws(n)[:n]]))
+
+    def may_differ(self, near: Modes) -> bool:
+        """Whether the density may have more modes than one."""
+        draws = self._draws(N_MIDDLE)[:N_MIDDLE, None]
+        return has_hills(lambda u: self.log_prob(u[:, 0])[:, None], near.mode[0], near.root[0], draws)
 
     def apart_from(self, near: Modes) -> Tensor:
         """Tops (P, d) that matter, of one climb from each start, at which none from modes that are known ends."""
@@ -443,7 +440,7 @@ class _Climbs:
         index = index[own]
         return _Found(peaks.u[index], peaks.root[index], log_mass[index], pooled[own]), index
 
-    def _with_images(self, found: _Found) -> tuple[Modes, _Seen]:
+    def _with_images(self, found: _Found) -> tuple[Modes, Seen]:
         """The modes and their images under symmetries, and what is known of others."""
         keep = found.log_mass >= found.log_mass[0] - NEGLIGIBLE
         u, root, log_mass, hits = (t[keep] for t in found)
@@ -475,9 +472,9 @@ class _Climbs:
         modes = Modes(*orbits.spread(u[some], root[some], log_mass[some]), "", orbits)
         mass = (log_mass[some] + orbits.log_count.to(log_mass)).softmax(0)
         if int(found.hits.sum()) < OFTEN:
-            return modes, _Seen(0, 0.0, whole)
+            return modes, Seen(0, 0.0, whole)
         n_rare = sum(m > MATTERS and n < OFTEN for m, n in zip(mass.tolist(), own_hits, strict=True))
-        return modes, _Seen(n_rare, missed_mass(mass.tolist(), own_hits), whole)
+        return modes, Seen(n_rare, missed_mass(mass.tolist(), own_hits), whole)
 
     def _symmetries(self, where: Coordinates, u: Tensor, root: Tensor) -> list[Symmetry]:
         """Of the log joint density, at points of the prior and near the mode."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,11 +22,22 @@ from bayes_mpt.predictors.base import Evidence
 from bayes_mpt.predictors.nodes.mixture import Modes
 from bayes_mpt.warnings import MissedModeWarning, warn
 
-__all__ = ["EQUAL_MASS", "chance_of_new", "doubted", "missed_mass"]
+__all__ = ["EQUAL_MASS", "Seen", "chance_of_new", "doubted", "missed_mass"]
 
 UNSEEN_BY_HITS = (1.0, 0.255, 0.063, 0.020, 0.007)  # mass that was missed, for that of a mode found so often
 FEW_ALONE = 2  # modes found once that say nothing yet of a new one at the next climb
 EQUAL_MASS = 1e-4  # nats
+
+
+class Seen(NamedTuple):
+    """What modes that were found tell of others."""
+
+    n_rare: int
+    """How many that matter were found by one climb."""
+    missed: float
+    """Mass at modes that no climb has found, over that of those found."""
+    whole: bool
+    """Whether all images of each are here."""
 
 
 def doubted(evidence: Evidence, modes: Modes) -> Evidence:
