@@ -1747,7 +1747,29 @@ def test_pareto_k_is_that_of_pyro(n_draws, n_rows):
     n_tail = int(min(n_draws / 5, 3 * math.sqrt(n_draws)))
     tails = np.maximum(ordered[-n_tail:] - ordered[-n_tail - 1], np.finfo(float).tiny)  # (M, N)
     want = [fit_generalized_pareto(torch.as_tensor(tail.copy()))[0] for tail in tails.T]
+    want[0] = -np.inf
     np.testing.assert_allclose(pareto_k(log_w), want, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("n_draws", [100, 1000])
+@pytest.mark.parametrize("size", [0, 1, 50, 1e3, 1e6])
+def test_weights_equal_to_rounding_have_no_heavy_tail(n_draws, size):
+    """Log weights that are differences of two numbers of a size; what is left of a posterior drawn from itself."""
+    joint = size * (1 + np.random.default_rng(0).normal(size=(n_draws, 300)) ** 2)
+    assert (pareto_k((joint - 37.123) - joint) == -np.inf).all()
+    some = pareto_k(np.r_[(joint - 37.123) - joint, np.full((4 * n_draws, 300), -50.0)])
+    assert (some == -np.inf).all()  # four fifths of which count for nothing
+
+
+def test_a_small_spread_of_weights_may_miss_a_wide_part():
+    """For 5 % the posterior is 20 times as wide as what is drawn from: log weights hardly differ, the mean is low."""
+    u = np.random.default_rng(0).normal(size=(1000, 200))
+    log_w = np.logaddexp(math.log(0.95), math.log(0.05) + stats.norm.logpdf(u, 0, 20) - stats.norm.logpdf(u))
+    w = np.exp(log_w)
+    off, se = np.log(w.mean(0)), w.std(0) / math.sqrt(1000)
+    assert log_w.std(0).mean() < 0.05
+    assert np.median(off) < -0.04 and np.median(off / se) < -20
+    assert (pareto_k(log_w) > 0.7).mean() > 0.7
 
 
 def test_pareto_k_against_arviz():

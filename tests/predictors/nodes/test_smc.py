@@ -264,6 +264,46 @@ def test_the_check_where_observed_values_are_no_argument():
     assert abs(c.gap) < 3.5 * math.hypot(c.lower_se, c.upper_se) < 1
 
 
+@pytest.mark.slow
+def test_the_check_sees_a_mode_that_runs_and_climbs_miss(monkeypatch):
+    """A frequency in a range of thousands of aliases, over which few particles start: the truth of the data that the
+    check has simulated, on a grid, is between its bounds, and these are apart."""
+
+    def wave(t, y):
+        frequency = pyro.sample("frequency", dist.Uniform(y.new_tensor(0.0), 400.0))
+        with pyro.plate("rows", len(t)):
+            pyro.sample("y", dist.Normal((2 * math.pi * frequency[..., None] * t).sin(), 0.5), obs=y)
+
+    kept, made = [], smc.simulated
+
+    def simulated(*args):
+        kept.append(made(*args))
+        return kept[-1]
+
+    monkeypatch.setattr(smc, "simulated", simulated)
+    rng = np.random.default_rng(0)
+    t = np.sort(rng.uniform(0, 3, 40))
+    y = np.sin(2 * math.pi * 311.3 * t) + 0.5 * rng.normal(size=40)
+    with pytest.warns(MissedModeWarning, match="on data simulated from the prior the runs miss"):
+        found = evidence(
+            wave, (torch.as_tensor(t), torch.as_tensor(y)), num_particles=32, num_runs=4, check=2
+        )
+    assert math.isnan(found.se)
+    checks = found.diagnostics["check"]
+    assert any(c.misses for c in checks)
+    grid = (np.arange(400_000) + 0.5) / 1000
+    for c, (data, _) in zip(checks, kept, strict=True):
+        made_t, made_y = (a.numpy() for a in data.args)
+        log_p = np.concatenate(
+            [
+                stats.norm.logpdf(made_y[:, None], np.sin(2 * math.pi * part * made_t[:, None]), 0.5).sum(0)
+                for part in np.split(grid, 50)
+            ]
+        )
+        truth = logsumexp(log_p) - math.log(len(grid))
+        assert c.lower - 3 * c.lower_se - 0.05 < truth < c.upper + 3 * c.upper_se + 0.05
+
+
 def test_check_is_a_number_of_data_sets():
     with pytest.raises(ValueError, match="check must be True, False or a number of data sets, got -1"):
         SequentialMonteCarlo(check=-1).bind(regression, columns(4, 2)[0])
