@@ -32,6 +32,7 @@ from bayes_mpt.program.sites import (
     own_shown,
     sub_samples,
 )
+from bayes_mpt.program.supports import ends_move, support_of
 from bayes_mpt.program.trials import Verdict, refuse_hidden, try_others
 
 __all__ = ["Analysis", "analyze", "look"]
@@ -143,6 +144,7 @@ def look(model: Model, args: tuple[Any, ...]) -> Analysis:
         )
     else:
         program, verdict = ordered
+    program = _with_moving(program, first, verdict.other)
     once = once._replace(program=program)
     refuse_unmoved(once)
     refuse_selection(once, by_tokens=verdict.order is None)
@@ -159,6 +161,15 @@ def look(model: Model, args: tuple[Any, ...]) -> Analysis:
     program = program._replace(observed_argument=position if cells else None)
     program = with_meeting_entries(model, init, program) if program.discrete else program
     return Analysis(program, init, first, verdict.other, position, verdict.by_number)
+
+
+def _with_moving(program: Program, first: Trace, other: Trace | None) -> Program:
+    """The program, with which latents have ends that move."""
+    there = first if other is None else other
+    laws = {n["name"]: n["fn"] for n in latent_nodes(there)}
+    found = [n["name"] for n in latent_nodes(first) if ends_move(n["fn"], laws[n["name"]])]
+    latents = tuple(site._replace(moving=site.name in found) for site in program.latents)
+    return program._replace(latents=latents) if found else program
 
 
 def _steps_in_plate(first: FirstRun, real: bool) -> tuple[Program, Verdict] | None:
@@ -186,7 +197,7 @@ def _refuse_scales(scales: dict[str, float]) -> None:
 def _is_real(fn: Any) -> bool:
     """Whether a distribution has all real numbers, or vectors of them, as values."""
     try:
-        support = fn.support
+        support = support_of(fn)
     except NotImplementedError:
         return False
     while hasattr(support, "base_constraint"):
