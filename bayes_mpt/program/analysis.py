@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from bayes_mpt.program.arguments import fill_all
-from bayes_mpt.program.checks import check_sites, refuse_cells_twice, refuse_unregistered_parameters
+from bayes_mpt.program.checks import check_sites, refuse_unregistered_parameters
 from bayes_mpt.program.factor_runs import with_meeting_entries
 from bayes_mpt.program.layout import rows_first
 from bayes_mpt.program.mask_trials import refuse_other_rows, refuse_selection, refuse_unmoved
 from bayes_mpt.program.program import Model, ModelError, Program, SubSampled, one_vector
 from bayes_mpt.program.run import FirstRun, first_run
+from bayes_mpt.program.scored_once import refuse_cells_twice
 from bayes_mpt.program.shifts import shifts_of
 from bayes_mpt.program.sites import (
     base,

@@ -25,7 +25,7 @@ from bayes_mpt.program.batched import Batched
 from bayes_mpt.program.densities import log_density
 from bayes_mpt.program.layout import to_rows
 from bayes_mpt.program.program import ModelError
-from bayes_mpt.program.run import NODES, one_precision, run
+from bayes_mpt.program.run import nodes_plate, one_precision, run
 from bayes_mpt.program.sites import base, node_of
 from bayes_mpt.program.supports import support_of
 
@@ -76,7 +76,7 @@ def prior_points(adaptive: AdaptiveNodes, filled: tuple[Any, ...], n: int) -> Te
     names, gamma = set(adaptive.space.names), _LogGamma()
     with pyro.validation_enabled(False), one_precision(filled):
         if adaptive.batched is Batched.PLATE and adaptive.rows is None and n > 1:
-            with gamma, pyro.plate(NODES, n, dim=-1 - adaptive.program.depth):
+            with gamma, nodes_plate(n, adaptive.program.depth):
                 values = gamma.draw(adaptive, filled)
             if names <= set(values):
                 return _pack(adaptive, values, n)
