@@ -4,19 +4,13 @@ Newton's method climbs from draws of the prior, side by side; symmetries that ar
 each mode. All of them enter one mixture q = sum_j w_j q_j, and every node u counts as p(u, x) / q(u): modes that
 overlap, or that are one, are counted once, which a sum of estimates of theirs would not do.
 
-A mode that few climbs have found tells that others may have been found by none. If h climbs of it are a Poisson number
-that is no zero, its mean l solves l / (1 - exp(-l)) = h, and for each mode found such another is missed (Horvitz &
-Thompson 1952) with
-
-    exp(-l) / (1 - exp(-l)) = 0.26, 0.06, 0.02, 0.01    for h = 2, 3, 4, 5
-
-of its mass; one found once stands for as much again (Good 1953). `Modes.doubt` says so where much is missed.
+A mode that few climbs have found tells that others may have been found by none (`nodes.unseen`). `Modes.doubt` says so
+where these may hold much of the mass.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -41,6 +35,7 @@ from bayes_mpt.predictors.nodes.symmetries import (
     find_symmetries,
     orbit,
 )
+from bayes_mpt.predictors.nodes.unseen import chance_of_new, crowd_of, missed_mass
 from bayes_mpt.program.arguments import Args, same_cells
 from bayes_mpt.program.batched import Batched
 from bayes_mpt.program.devices import own_random_state
@@ -60,11 +55,9 @@ FEW_STARTS = 4  # where each costs a run of its own
 N_AROUND = 64  # climbs from around the modes, where one that matters was found rarely
 AROUND = 5.0  # standard deviations around them
 OFTEN = 2  # climbs that must have found a mode that matters
-UNSEEN_BY_HITS = (1.0, 0.255, 0.063, 0.020, 0.007)  # mass that was missed, for that of a mode found so often
 ENOUGH_SEEN = 0.01  # share of the mass that may be missed before more climbs are made
 UNSEEN_MASS = 0.05  # share from which it is a reason for doubt
 UNSEEN = 0.1  # chance of a new mode at the next climb, from which the search is doubted
-FEW_ALONE = 2  # modes found once that say nothing yet of such a chance
 EQUAL_MASS = 1e-4  # nats
 MATTERS = 1e-3  # share of the mass from which a mode matters
 NEGLIGIBLE = 23.0  # nats below the largest mode: 1e-10 of it
@@ -266,7 +259,7 @@ class _Climbs:
             # the climb from the middle is no draw: it finds no mode often
             found, _ = self._distinct(peaks, _hits(peaks, peaks.same[1:]))
             modes, seen = self._with_images(found)
-            unseen = _unseen(found, len(peaks.same) - 1)
+            unseen = chance_of_new(_by_mass(found), len(peaks.same) - 1)
             if not (seen.missed > ENOUGH_SEEN or seen.n_rare or unseen > UNSEEN) or n_starts >= most:
                 break
             n = min(most, 2 * n_starts)
@@ -275,7 +268,7 @@ class _Climbs:
         if (seen.missed > ENOUGH_SEEN or seen.n_rare) and self.adaptive.batched is not Batched.LOOP:
             found, n_climbs = self._from_others(peaks, modes)
             modes, seen = self._with_images(found)
-            unseen = _unseen(found, n_climbs)
+            unseen = chance_of_new(_by_mass(found), n_climbs)
         n_modes = len(modes.representatives().mode)
         doubt = ""
         if seen.n_rare and seen.missed > UNSEEN_MASS:
@@ -298,7 +291,8 @@ class _Climbs:
                 f"more than {MAX_IMAGES} images of a mode overlap with it, and only so many were looked at"
             )
         both = partial(self.both, detail=self.proposing)
-        return shaped(both, modes._replace(doubt=doubt), self._draws(n_starts))
+        crowd = crowd_of(_by_mass(found)) if doubt else 0.0
+        return shaped(both, modes._replace(doubt=doubt, crowd=crowd), self._draws(n_starts))
 
     def _from_others(self, peaks: Peaks, modes: Modes) -> tuple[_Found, int]:
         """Tops after more climbs, from places around modes, and how many climbs count: those back to theirs do not.
@@ -336,7 +330,10 @@ class _Climbs:
             tuple(orbits.counts[j] for j in kept),
         )
         return Modes(
-            *orbits.spread(found.u[keep], found.root[keep], found.log_mass[keep]), near.doubt, orbits
+            *orbits.spread(found.u[keep], found.root[keep], found.log_mass[keep]),
+            near.doubt,
+            orbits,
+            crowd=near.crowd,
         )
 
     def _follow_pieces(self, near: Modes, orbits: Orbits) -> Modes:
@@ -352,7 +349,7 @@ class _Climbs:
         turn = new_root[parents] @ torch.linalg.inv(root[parents])
         mean = new[parents] + (turn @ (mean - mean[parents])[..., None])[..., 0]
         spread = orbits.spread(mean, turn @ root, near.log_mass[first, 0])
-        return Modes(*spread, near.doubt, orbits)
+        return Modes(*spread, near.doubt, orbits, crowd=near.crowd)
 
     def _draws(self, n: int) -> Tensor:
         """(M, d) at least n of the prior, always the same ones first."""
@@ -467,32 +464,11 @@ def _hits(peaks: Peaks, same: Tensor) -> Tensor:
     return torch.bincount(same, minlength=len(peaks.same))
 
 
-def missed_mass(shares: Sequence[float], hits: Sequence[int]) -> float:
-    """Mass of modes that no climb has found, over that of those found, by how many climbs found each.
-
-    Examples
-    --------
-    >>> missed_mass([0.5, 0.5], [12, 12])
-    0.0
-    >>> round(missed_mass([0.5, 0.4, 0.1], [12, 2, 1]), 3)
-    0.202
-    """
-    if len(hits) == 1:  # of one mode all climbs are, however many
-        return 0.0
-    of_hits = (UNSEEN_BY_HITS[0], *UNSEEN_BY_HITS)  # one that only the middle leads to: as of one climb
-    return sum((m * of_hits[n] for m, n in zip(shares, hits, strict=True) if n < len(of_hits)), 0.0)
-
-
-def _unseen(found: _Found, n_climbs: int) -> float:
-    """The chance that one more climb ends at a new mode (Good 1953): the share of climbs that ended alone.
-
-    Images of a mode under symmetries have its mass, and count as one.
-    """
+def _by_mass(found: _Found) -> list[int]:
+    """Climbs that ended at each mode: images of one under symmetries have its mass, and count as one."""
     mass, order = found.log_mass.sort()
     group = (mass.diff(prepend=mass[:1]) > EQUAL_MASS).cumsum(0)
-    hits = torch.zeros_like(found.hits).index_add(0, group, found.hits[order])
-    alone = int((hits == 1).sum())
-    return alone / n_climbs if alone > FEW_ALONE else 0.0
+    return torch.zeros_like(found.hits).index_add(0, group, found.hits[order]).tolist()
 
 
 def _join(a: Peaks, b: Peaks) -> Peaks:

@@ -17,6 +17,7 @@ from bayes_mpt import BayesMPT
 from bayes_mpt.predictors import Importance, Quadrature
 from bayes_mpt.predictors.nodes import modes as modes_of
 from bayes_mpt.predictors.nodes import symmetries
+from bayes_mpt.predictors.nodes.unseen import crowd_of, missed_mass
 from bayes_mpt.warnings import MissedModeWarning
 
 
@@ -226,12 +227,24 @@ def test_the_mass_that_is_missed_is_told_by_how_often_modes_were_found(n_modes, 
         mass = rng.dirichlet(np.full(n_modes, 0.5))
         hits = rng.multinomial(n_climbs, rng.dirichlet(np.full(n_modes, even)))
         seen = hits > 0
-        told.append(modes_of.missed_mass(mass[seen] / mass[seen].sum(), hits[seen]))
+        told.append(missed_mass(mass[seen] / mass[seen].sum(), hits[seen]))
         true.append(1 / mass[seen].sum() - 1)
     told, true = np.array(told), np.minimum(true, 5)
     assert 0.5 < told.mean() / true.mean() < 2
     # more than a tenth is missed in silence in one of 30 searches at most
     assert np.mean((true > 0.1) & (told < modes_of.UNSEEN_MASS)) < 1 / 30
+
+
+@pytest.mark.parametrize(
+    ("n_modes", "n_climbs", "widest"), [(5, 24, 6), (30, 24, 25), (100, 72, 2), (1000, 72, 20)]
+)
+def test_how_many_modes_there_may_be(n_modes, n_climbs, widest):
+    """Of modes that climbs find alike: seldom fewer than there are, and mostly not many times as many."""
+    rng = np.random.default_rng(0)
+    told = np.array([crowd_of(rng.multinomial(n_climbs, [1 / n_modes] * n_modes)) for _ in range(1000)])
+    assert (told < n_modes).mean() < 0.07
+    assert np.median(told) < widest * n_modes
+    assert crowd_of([1] * n_climbs) == math.inf
 
 
 def test_one_mode_is_not_warned_of():
