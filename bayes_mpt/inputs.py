@@ -137,6 +137,9 @@ def read_table(X: Any) -> Any:
     ValueError
         If a column holds text, dates or infinities, or two have one name; the column is named.
     """
+    if type(X) is np.ndarray and X.ndim == 2 and X.dtype.kind == "f":
+        _refuse_infinite(X)
+        return X
     if widths_of(X) is not None:
         return np.hstack([np.asarray(read_table(a)) for a in X])
     X = _array(X, "X")

@@ -109,7 +109,8 @@ class ModelAverage(DensityMixin, BaseEstimator):
     def _of(self, search: Any) -> Self:
         """Fitted: the average of a search that is."""
         self._check_settings()
-        found, names = search._candidates(), search.candidate_names_
+        found = search._settled() if self.weights == "stacking" else search._candidates()
+        names = search.candidate_names_
         failed = {n: c.error for n, c in zip(names, found, strict=True) if c.error}
         kept = [i for i, c in enumerate(found) if not c.error]
         some, candidates = [names[i] for i in kept], [found[i] for i in kept]

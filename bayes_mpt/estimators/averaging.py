@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bayes_mpt import training
 from bayes_mpt.estimators.fitted import Fitted
 from bayes_mpt.estimators.integrals import sampled_evidence
 from bayes_mpt.predictors.base import Frozen
 from bayes_mpt.predictors.gaussian.linear import LinearRows
 from bayes_mpt.program.affine import DenseMap
 from bayes_mpt.program.affine.maps import with_correlated_noise
+from bayes_mpt.runtime.serial import one_thread
 
 __all__ = ["averaged"]
 
@@ -40,7 +40,7 @@ def averaged(fitted: Fitted, rows: NDArray[np.floating]) -> Fitted:
         shared.value.double().cpu(),
     )
     wide = with_correlated_noise(wide, torch.linalg.cholesky(rest)[None])
-    with torch.no_grad(), training.one_thread(rows.size), fitted.program((fitted.tensor(rows),)) as bound:
+    with torch.no_grad(), one_thread(rows.size), fitted.program((fitted.tensor(rows),)) as bound:
         like = shared.loc
         loc, loading, noise, latent_loc, root = (t.to(like) for t in wide[:5])
         reading = DenseMap(loc, loading, noise, latent_loc, root, 1.0, fitted.tensor(rows))

@@ -280,7 +280,8 @@ class BayesMPT(
 
     def _fit(self, X: ArrayLike, y: Any, context: Any, line: Line | None, **before: Any) -> None:
         """Fit, with what `fit_program` takes of other fits."""
-        check_device(self.device)
+        if self.device != "cpu":
+            check_device(self.device)
         template: Fitted | None = self.__dict__.pop("_template", None)
         model = PPCA() if self.model is None else self.model
         with_y = y is not None and takes_y(model)

@@ -23,7 +23,6 @@ from bayes_mpt.program.offers import offered
 from bayes_mpt.program.program import Model, ModelError
 from bayes_mpt.program.run import run
 from bayes_mpt.warnings import (
-    AdviceWarning,
     DivergenceWarning,
     DrawsWarning,
     HeavyTailWarning,
@@ -31,7 +30,7 @@ from bayes_mpt.warnings import (
     warn,
 )
 
-__all__ = ["check_bound", "of_program", "warn_of_bounds", "warn_of_weights"]
+__all__ = ["check_bound", "warn_of_bounds", "warn_of_weights"]
 
 WIDE = 2.0  # nats, of the logarithms of a row's weights: the mean of a few of them misses what is rare
 
@@ -45,12 +44,13 @@ def check_bound(
     names: NDArray[Any],
 ) -> None:
     """Refuse what cannot be fitted to these rows, and warn of what is odd."""
+    structure = predictor.structure
     _refuse_subsampling(predictor, args)
-    _warn_of_ignored_rows(predictor, model, args)
-    advice = offered(model, "advice")
-    for sentence in [] if advice is None else advice(X):
-        warn(sentence, AdviceWarning)
-    if predictor.structure.gaussian_vector:
+    if (
+        structure.observed_argument is None and not structure.takes_visible
+    ):  # else its tokens are cells of the rows
+        _warn_of_ignored_rows(predictor, model, args)
+    if structure.gaussian_vector:
         assert y is not None
         refuse_missing(X, names)
         refuse_empty(y, estimated=bool(predictor.parameters))
@@ -81,8 +81,6 @@ def _refuse_subsampling(predictor: Bound, args: tuple[Any, ...]) -> None:
 def _warn_of_ignored_rows(predictor: Bound, model: Model, args: tuple[Any, ...]) -> None:
     """Say so where no argument changes what a program observes."""
     structure = predictor.structure
-    if structure.scores_input or predictor.structure.takes_visible:
-        return  # its tokens are the cells of X
     filled = fill_all(args)
     refused = (RuntimeError, ValueError, IndexError, KeyError)
 
@@ -119,12 +117,6 @@ def _warn_of_ignored_rows(predictor: Bound, model: Model, args: tuple[Any, ...])
 # ------------------------------------------------------------------------------------------------ where it has ended
 
 
-def of_program(problem: training.Problem) -> dict[str, Tensor]:
-    """Unconstrained parameters of the program, those of a guide left out."""
-    leaves = problem.leaves()
-    return {name: leaves[name] for name in problem.bound.structure.parameters}
-
-
 def warn_of_bounds(prior: Prior, problem: training.Problem, *, drawn: bool) -> None:
     """Say so where an estimate diverges: the likelihood does not hold it; ``drawn`` is its score."""
     store = pyro.get_param_store()
@@ -132,7 +124,7 @@ def warn_of_bounds(prior: Prior, problem: training.Problem, *, drawn: bool) -> N
     held = "" if problem.log_prior is not None else f". penalty=True holds it by the model's prior{averaged}"
     floored = offered(problem.bound.model, "floored")
     at_floor: dict[str, str] = {} if floored is None else floored(*problem.whole.args)
-    for name in dict.fromkeys([*at_floor, *far_from_centre(prior, of_program(problem))]):
+    for name in dict.fromkeys([*at_floor, *far_from_centre(prior, problem.of_program())]):
         value = np.array2string(store[name].detach().cpu().numpy().ravel(), precision=3, threshold=6)
         why = at_floor.get(name, "towards the end of its range: the data do not determine it")
         warn(f"the estimate of parameter {name!r} diverged to {value}, {why}{held}", DivergenceWarning)

@@ -2,7 +2,8 @@
 
 What a fold's last steps gain is little against what a candidate far behind lacks, and takes most of the time: surplus
 components creep. So a search climbs folds to `refits.ROUGH` at first, and to the tolerance of the fits for the best
-candidate and for all that are not behind it by many times the error of their difference over rows.
+candidate and for all that are not behind it by many times the error of their difference over rows. An average weighs
+also what is far behind: the expected density of any other relative to the true one is one, so that chance gives weight.
 """
 
 from __future__ import annotations
@@ -10,15 +11,17 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from bayes_mpt.estimators.candidates import Candidate
+from bayes_mpt.estimators.kept import Kept
 from bayes_mpt.estimators.rules import Rule, give_evidence
 from bayes_mpt.estimators.stored import with_estimator
 
-__all__ = ["contenders", "settle"]
+__all__ = ["all_settled", "contenders", "settle"]
 
 N_ERRORS = 5.0  # behind, from which on what is left to climb does not matter
 
@@ -40,6 +43,24 @@ def settle(found: list[Candidate], rule: Rule, X: Any, y: Any, *, seed: int) -> 
         c.score_time += time.perf_counter() - start
 
     _until_settled(found, again)
+
+
+def all_settled(found: list[Candidate], kept: Kept | None) -> list[Candidate]:
+    """Candidates, of which the rough ones are copies that are scored anew; in error where no rows are kept for that."""
+    rough = [i for i, c in enumerate(found) if c.rough and not c.error]
+    out = list(found)
+    for i in rough:
+        if kept is None:
+            out[i] = replace(
+                found[i],
+                error=f"its folds ended at {found[i].rough:.0e} of a score, and a search from a file has no rows to "
+                "climb on with: average before it is pickled",
+            )
+            continue
+        X, y = kept.rows()
+        out[i] = replace(found[i])
+        give_evidence(with_estimator(out[i], X, y), X, y, kept.rule, seed=kept.seed)
+    return out
 
 
 def _until_settled(found: list[Candidate], again: Callable[[Candidate], None]) -> None:

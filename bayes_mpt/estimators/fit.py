@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from bayes_mpt import training
-from bayes_mpt.estimators.checks import check_bound, of_program, warn_of_bounds, warn_of_weights
+from bayes_mpt.estimators.checks import check_bound, warn_of_bounds, warn_of_weights
 from bayes_mpt.estimators.dimension import choose_dimension
 from bayes_mpt.estimators.fitted import Fitted, Latents, n_at_once
 from bayes_mpt.estimators.penalty import noise_prior_of, own_penalty, penalty_of
@@ -41,8 +42,9 @@ from bayes_mpt.program.program import Model, ModelError
 from bayes_mpt.program.run import not_finite
 from bayes_mpt.program.statistics import SufficientStatistics, digest_of_rows, far_means
 from bayes_mpt.program.store import Initial, OwnStore, State, load, save
-from bayes_mpt.program.unchanged import once
 from bayes_mpt.runtime.interrupts import to_be_discarded
+from bayes_mpt.runtime.serial import one_thread
+from bayes_mpt.warnings import AdviceWarning, warn
 
 __all__ = ["fit_program", "parameters", "set_buffers"]
 
@@ -135,7 +137,7 @@ def fit_program(
     auto = offered(model, "n_components") == "auto"
     # The one pass over all rows, with all threads; what follows sees the moments only, if rows share a map.
     table = _table_of(X, y, trainer, device, more, auto=auto)
-    with training.one_thread(table.n_cells):
+    with one_thread(table.n_cells):
         selection = None
         if table.statistics is not None and auto:
             refuse_one_row(table.statistics.n_rows, ("n_components",))
@@ -144,7 +146,8 @@ def fit_program(
             trainer, template = replace(trainer, at_floor=at_floor), None
             if start is not None and start.bound.structure.n_latents != n_latents:
                 start = None
-        table = _located(table, model, trainer.seed)
+        if table.shift is not None and more is None:
+            table = _located(table, model, trainer.seed)
         with OwnStore() as store, own_random_state(trainer.seed):
             read = _read(model, guide, table, trainer, store, start, template, more, penalty=penalty)
             bound = read.problem.bound
@@ -184,16 +187,15 @@ def _table_of(
         return table
     seen = None if more is None else more.statistics
     statistics = update_statistics(X, seen, device, trainer.names, table.shift)
-    shift = once(X, ("far", device), lambda: far_means(statistics)) if more is None else None
+    shift = far_means(statistics) if more is None else None
     if shift is None:
         return replace(table, statistics=statistics)
     return replace(table, statistics=update_statistics(X, None, device, trainer.names, shift), shift=shift)
 
 
 def _located(table: _Table, model: Model, seed: int) -> _Table:
-    """With the parameter that moves with the rows; without a shift where there is none."""
-    if table.shift is None or table.more:
-        return table
+    """Shifted rows with the parameter that moves with them; without a shift where there is none."""
+    assert table.shift is not None
     with own_random_state(seed):
         few = table.arguments(model, slice(MAX_LOCATION_ROWS))
         location = location_parameter(model, few, table.shift != 0)
@@ -224,7 +226,7 @@ def _read(
     predictor, args = choose_for_table(
         model,
         guide,
-        lambda rows: table.arguments(model, rows),
+        partial(table.arguments, model),
         table.X.shape,
         trainer.predictor,
         takes_y=table.y is not None,
@@ -235,8 +237,12 @@ def _read(
     store.begin(None if start is None else start.state)
     if not table.more:
         refuse_one_row(len(table.X), predictor.structure.parameters)
-    check_bound(predictor, model, args, table.X, table.y, trainer.names)
     structure = predictor.structure
+    if structure.parts is None:  # else its first run has shown what is asked there
+        check_bound(predictor, model, args, table.X, table.y, trainer.names)
+    advice = offered(model, "advice")
+    for sentence in [] if advice is None else advice(table.X):
+        warn(sentence, AdviceWarning)
     moments = structure.scores_input and structure.dense
     if trainer.by_epochs and (moments or not structure.by_row):
         raise ValueError(
@@ -246,17 +252,28 @@ def _read(
     statistics = _moments(table, trainer, predictor, more) if moments else None
     whole = _whole(model, table, predictor, args, statistics)
     problem = training.Problem(Objective(predictor, whole), statistics)
-    leaves = of_program(problem)
+    prior = None
+    if penalty or offered(model, "hyperprior") is not None or offered(model, "penalty") is not None:
+        problem, prior = _with_priors(problem, model, args, table, penalty=penalty)
+    return _Read(model, guide, table, problem, prior, initial, trainer)
+
+
+def _with_priors(
+    problem: training.Problem, model: Model, args: tuple[Any, ...], table: _Table, *, penalty: bool
+) -> tuple[training.Problem, Prior | None]:
+    """What is added to the score, and the hyperprior, which may not be."""
+    leaves = problem.of_program()
     prior = None if offered(model, "hyperprior") is None else hyperprior(model, args, leaves)
     own = None if offered(model, "penalty") is None else own_penalty(model, problem.whole.args)
     if own is not None:
-        problem = replace(problem, log_prior=own)
-    elif penalty and prior is not None:
-        problem = replace(problem, log_prior=penalty_of(prior, list(leaves)))
-    elif penalty:
-        noise = noise_prior_of(model, leaves, table.X, table.statistics if statistics is None else statistics)
-        problem = replace(problem, log_prior=noise, noise_prior=noise)
-    return _Read(model, guide, table, problem, prior, initial, trainer)
+        return replace(problem, log_prior=own), prior
+    if not penalty:
+        return problem, prior
+    if prior is not None:
+        return replace(problem, log_prior=penalty_of(prior, list(leaves))), prior
+    statistics = table.statistics if problem.statistics is None else problem.statistics
+    noise = noise_prior_of(model, leaves, table.X, statistics)
+    return replace(problem, log_prior=noise, noise_prior=noise), None
 
 
 def _moments(table: _Table, trainer: Trainer, predictor: Bound, more: Fitted | None) -> SufficientStatistics:
@@ -424,13 +441,16 @@ def _score_of_training(problem: training.Problem, fit: training.Fit, trainer: Tr
     if fit.last is not None and fit.total is not None:
         return _Score(fit.last, fit.total, 0.0, exact=True, drawn=False)
     structure = problem.bound.structure
-    by_parts = trainer.by_epochs and not structure.takes_visible
-    step = n_at_once(whole.args[0], device)
-    parts = [whole.take(i) for i in torch.arange(len(whole.args[0])).split(step)] if by_parts else [whole]
-    read = objective.read(parts[0]) if fit.last is None else fit.last
-    if structure.takes_visible and read.value.numel() * whole.args[0].shape[1] > MAX_CHAIN_CELLS:
-        return _Score(read, *training.total_on_masks(read, trainer.seed), exact=False, drawn=True)
-    found = together((objective.read(part) if by_parts else read).evidence() for part in parts)
+    if trainer.by_epochs and not structure.takes_visible:
+        step = n_at_once(whole.args[0], device)
+        parts = [whole.take(i) for i in torch.arange(len(whole.args[0])).split(step)]
+        read = objective.read(parts[0]) if fit.last is None else fit.last
+        found = together(objective.read(part).evidence() for part in parts)
+    else:
+        read = objective.read() if fit.last is None else fit.last
+        if structure.takes_visible and read.value.numel() * whole.args[0].shape[1] > MAX_CHAIN_CELLS:
+            return _Score(read, *training.total_on_masks(read, trainer.seed), exact=False, drawn=True)
+        found = read.evidence()
     warn_of_weights(found.diagnostics)
     by_row = found.by_row if whole.weight is None else whole.weight * found.by_row
     drawn = found.drawn or structure.takes_visible
@@ -443,11 +463,11 @@ def _latents(
 ) -> Latents:
     """What is said of latents later: those that all rows share, those that come with rows, numbers a row."""
     structure, read = predictor.structure, score.read
-    outside = {site.name for site in structure.latents if structure.rows_plate not in site.plates}
-    known = [] if structure.by_row or not outside else read.posterior().shared()
-    shared = [
-        (share, {n: v.detach().clone() for n, v in values.items() if n in outside}) for share, values in known
-    ]
+    shared = []
+    if not structure.by_row:
+        outside = {site.name for site in structure.latents if structure.rows_plate not in site.plates}
+        for share, values in read.posterior().shared() if outside else []:
+            shared.append((share, {n: v.detach().clone() for n, v in values.items() if n in outside}))
     with_rows: tuple[str, ...] = ()
     if len(args) > 1 and not score.exact:
         with_rows = growing(model, args, structure)

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from bayes_mpt import training
-from bayes_mpt.estimators.fit import of_program, parameters
+from bayes_mpt.estimators.fit import parameters
 from bayes_mpt.estimators.fitted import Fitted
 from bayes_mpt.estimators.repeats import repeated_columns
 from bayes_mpt.estimators.rows import refuse_missing, refuse_unobserved
@@ -33,6 +33,7 @@ from bayes_mpt.program.offers import name_of, offered
 from bayes_mpt.program.program import list_names
 from bayes_mpt.program.statistics import SufficientStatistics
 from bayes_mpt.program.store import save
+from bayes_mpt.runtime.serial import one_thread
 
 __all__ = [
     "MAX_CELLS",
@@ -83,7 +84,7 @@ def laplace_evidence(fitted: Fitted, rows: NDArray[np.floating]) -> LaplaceEvide
     try:
         if k >= len(statistics.mean):
             raise NoiseFloorError(list(range(k)))
-        with training.one_thread(statistics.n_cells):
+        with one_thread(statistics.n_cells):
             if isinstance(shape, np.ndarray):
                 return laplace_proportional(cov, statistics.n, k, shape)
             return laplace_diagonal(cov, statistics.n, k)
@@ -120,7 +121,7 @@ def _laplace_of_cells(
     refuse_unobserved(np.isnan(rows).all(0), fitted.names)
     k = fitted.bound.structure.n_latents
     try:
-        with training.one_thread(statistics.n_cells):
+        with one_thread(statistics.n_cells):
             return laplace_of_cells(statistics, k, shape)
     except (NoiseFloorError, FewCellsError) as error:
         names = list_names(map(str, fitted.names[error.columns]))
@@ -219,7 +220,7 @@ def sampled_evidence(
     shift = np.zeros(rows.shape[1]) if fitted.shift is None else fitted.shift
     statistics = SufficientStatistics(rows, fitted.device, fitted.shift)
     near = replace(prior, center=prior.center - shift)
-    with training.one_thread(statistics.n_cells):
+    with one_thread(statistics.n_cells):
         found = sample_evidence(
             statistics, k, near, shape=free, se=se, max_particles=max_particles, seed=seed
         )
@@ -252,7 +253,7 @@ def allocated_evidence(
     refuse_unobserved(np.isnan(rows).all(0), fitted.names)
     x = np.asarray(rows, dtype=np.float64)
     prior = mixture_prior(x) if prior is None else prior
-    with training.one_thread(x.size):
+    with one_thread(x.size):
         return mixture_evidence(
             x, k, prior, covariance_type=kind, se=se, max_particles=max_particles, seed=seed
         )
@@ -315,9 +316,9 @@ def integrated_evidence(fitted: Fitted, rows: NDArray[np.floating], y: Any, se: 
             f"the integrated evidence needs a model that offers hyperprior(x, y) and an LML without draws, got "
             f"{name_of(fitted.model)}: use evidence='heldout', 'bic' or 'train'"
         )
-    with training.one_thread(len(rows) ** 2), fitted.program(args) as predictor:
+    with one_thread(len(rows) ** 2), fitted.program(args) as predictor:
         problem = training.Problem(Objective(predictor, Batch(args, 1)))
-        leaves = of_program(problem)
+        leaves = problem.of_program()
         if not leaves:
             return IntegratedEvidence(float(problem.score()), 0.0, 1.0, math.nan, 1, ())
         prior = hyperprior(fitted.model, args, leaves)
@@ -335,8 +336,8 @@ def predictions_over(
     assert fitted.seen is not None
     refuse_missing(rows, fitted.names)
     seen, new = fitted.seen, fitted.new_arguments(rows)
-    with training.one_thread(len(seen[0]) ** 2), fitted.program(seen) as predictor:
-        leaves = of_program(training.Problem(Objective(predictor, Batch(seen, 1))))
+    with one_thread(len(seen[0]) ** 2), fitted.program(seen) as predictor:
+        leaves = training.Problem(Objective(predictor, Batch(seen, 1))).of_program()
         return predictions(predictor, seen, new, leaves, nodes.theta)
 
 
@@ -345,9 +346,9 @@ def at_mode(fitted: Fitted, rows: NDArray[np.floating], y: Any, found: Integrate
     if not found.modes:
         return fitted
     args = fitted.arguments(rows, y)
-    with training.one_thread(len(rows) ** 2), fitted.program(args) as predictor, torch.no_grad():
+    with one_thread(len(rows) ** 2), fitted.program(args) as predictor, torch.no_grad():
         problem = training.Problem(Objective(predictor, Batch(args, 1)))
-        assign(of_program(problem), torch.as_tensor(found.modes[0].theta))
+        assign(problem.of_program(), torch.as_tensor(found.modes[0].theta))
         read = problem.objective.read()
         state = save()
         return replace(

@@ -18,8 +18,7 @@ from bayes_mpt.inputs import read_numbers, read_table, tensor_of
 from bayes_mpt.program.offers import name_of, offered
 from bayes_mpt.program.program import Model, ModelError, list_names
 from bayes_mpt.program.run import signature_of, takes_visible
-from bayes_mpt.program.statistics import SufficientStatistics, digest_of_rows
-from bayes_mpt.program.unchanged import once
+from bayes_mpt.program.statistics import SufficientStatistics, digest_of_rows, known_of
 from bayes_mpt.warnings import PrecisionWarning, warn
 
 __all__ = [
@@ -193,8 +192,8 @@ def takes_y(model: Model) -> bool:
         kinds = [p.kind for p in signature_of(target).parameters.values()]
     except (TypeError, ValueError):
         return True
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(kind in positional for kind in kinds) > 1 or inspect.Parameter.VAR_POSITIONAL in kinds
+    one, either = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return kinds.count(one) + kinds.count(either) > 1 or inspect.Parameter.VAR_POSITIONAL in kinds
 
 
 def needs_y(model: Model) -> bool:
@@ -212,18 +211,12 @@ def update_statistics(
     shift: NDArray[np.float64] | None = None,
 ) -> SufficientStatistics:
     """The moments of these rows, less the shift, and of those seen before; ``names`` (T,) of columns, for errors."""
+    known: dict[Any, SufficientStatistics] = {}
+    what = "moments", device, tuple(names)
     if seen is None and shift is None:  # which nobody adds to
-        return once(X, ("moments", device, tuple(names)), lambda: _moments(X, None, device, names, None))
-    return _moments(X, seen, device, names, shift)
-
-
-def _moments(
-    X: NDArray[np.floating],
-    seen: SufficientStatistics | None,
-    device: str,
-    names: NDArray[Any],
-    shift: NDArray[np.float64] | None,
-) -> SufficientStatistics:
+        known = known_of(X)
+    if what in known:
+        return known[what]
     statistics = SufficientStatistics(X, device, shift)
     if seen is not None:
         statistics.update(seen)
@@ -237,6 +230,7 @@ def _moments(
         cells = X[:, column][~np.isnan(X[:, column])]
         if len(cells) and 0 < cells.max() - cells.min() < LEAST_SPREAD:
             raise ValueError(f"the squares of column {names[column]} underflow: rescale it")
+    known[what] = statistics
     return statistics
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -25,11 +24,9 @@ from sklearn.utils.validation import check_is_fitted
 
 from bayes_mpt.estimators.average import ModelAverage
 from bayes_mpt.estimators.best import AsItsBest
-from bayes_mpt.estimators.candidates import (
-    Candidate,
-    final_step,
-)
+from bayes_mpt.estimators.candidates import Candidate, final_step
 from bayes_mpt.estimators.checked import checked
+from bayes_mpt.estimators.contenders import all_settled
 from bayes_mpt.estimators.evaluation import (
     checkpointed,
     fit_candidate,
@@ -41,6 +38,7 @@ from bayes_mpt.estimators.evaluation import (
     to_fit,
     unfitted,
 )
+from bayes_mpt.estimators.kept import Kept
 from bayes_mpt.estimators.members import needs_estimator
 from bayes_mpt.estimators.partial import Finished, Partial
 from bayes_mpt.estimators.rules import (
@@ -60,7 +58,7 @@ from bayes_mpt.estimators.stored import Slot, prepare, seed_in, with_estimator
 from bayes_mpt.estimators.summary import summary
 from bayes_mpt.estimators.table import Ranking, comparison_table
 from bayes_mpt.inputs import read_table, unmasked
-from bayes_mpt.program.unchanged import unchanged
+from bayes_mpt.program.statistics import unchanged
 from bayes_mpt.runtime.digests import CannotDigest, digest_of
 from bayes_mpt.runtime.interrupts import interruptible
 from bayes_mpt.runtime.serial import all_or_nothing
@@ -240,9 +238,8 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, AsItsBe
         refuse_other_priors(names, found)
         ranking = checked(found, rule, asked, X, y, seed=seed, random_state=state)
         self._store(grid, names, found, ranking)
-        unmade = bool(self.refit) and any(c.estimator is None and not c.error for c in found)
-        # A copy: the caller may change the table before a candidate is asked for. A memory map is not one to copy.
-        self._rows = (_kept(X), _kept(y), digest_of((X, y))) if unmade else None
+        unfinished = bool(self.refit) and any(map(_is_unfinished, found))
+        self._kept = Kept.of(X, y, rule, seed) if unfinished else None
         root.call_on_fit_task_end(estimator=self, X=X, y=y)
 
     def _read(self, X: ArrayLike) -> Any:
@@ -398,21 +395,20 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, AsItsBe
             [i for i, c in enumerate(self._found) if needs_estimator(c) or (piped and not c.error)]
         )
 
+    def _settled(self) -> list[Candidate]:
+        """As `_candidates`, all folds of which have climbed as far as the fits; rows scored less well have no part."""
+        return all_settled(self._candidates(), self._kept)
+
     def _made(self, places: list[int]) -> list[Candidate]:
         """All candidates, those at some places with their estimators."""
         assert self._found is not None
         unmade = [i for i in places if self._found[i].estimator is None]
-        if unmade and self._rows is not None:
-            X, y, before = self._rows
-            if digest_of((X, y)) != before:
-                raise RuntimeError(
-                    "the rows have changed since fit, in place, and candidates are to be made on them as they were: "
-                    "call fit again"
-                )
+        if unmade and self._kept is not None:
+            X, y = self._kept.rows()
             for i in unmade:
                 with_estimator(self._found[i], X, y)
-            if all(c.estimator is not None or c.error for c in self._found):
-                self._rows = None
+            if not any(map(_is_unfinished, self._found)):
+                self._kept = None
         for i in places:
             self._found[i].state_prior()
         return self._found
@@ -424,10 +420,10 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, AsItsBe
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
-        if state.get("_rows") is not None:  # a file holds estimators, and no rows
+        if state.get("_kept") is not None:  # a file holds estimators, and no rows
             self._made([self.best_index_])
             self._candidates()
-            state["_rows"] = None
+            state["_kept"] = None
         return state
 
     @property
@@ -469,9 +465,9 @@ class MarginalLikelihoodSearch(MetaEstimatorMixin, CallbackSupportMixin, AsItsBe
 # ----------------------------------------------------------------------------------------------------------- helpers
 
 
-def _kept(rows: Any) -> Any:
-    """Rows that nobody else changes."""
-    return rows if isinstance(rows, np.memmap) else deepcopy(rows)
+def _is_unfinished(candidate: Candidate) -> bool:
+    """Whether rows are needed to make its estimator, or for its folds to climb on."""
+    return not candidate.error and (candidate.estimator is None or candidate.rough > 0)
 
 
 def _score_keys(keys: list[str | None], rule: Rule, seed: int) -> list[str | None]:

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from sklearn.utils import check_random_state
 
 from bayes_mpt import training
-from bayes_mpt.estimators.checks import of_program
 from bayes_mpt.estimators.repeats import repeated_columns
 from bayes_mpt.evidence.hyperparameters import Prior, assign
 from bayes_mpt.masks import Policy
@@ -147,10 +146,16 @@ class Trainer:
         """How it went, what it was, and iterations of that before the last run of it."""
         how, stages = self._plan(problem)
         coarse, finer, solved = stages, list[list[Problem]](), None
-        n_init = self._n_starts(how, warm, problem.has_holes)
+        n_init = 1 if self.n_init == "auto" else self.n_init
         if not how.by_masks:
+            if (
+                self.n_init == "auto" and problem.has_holes and not warm
+            ):  # local maxima and saddles are likely
+                n_init = STARTS_WITH_HOLES
             if problem.statistics is not None and not (problem.has_holes and warm):
-                solved = self._solve(how, problem, n_init)
+                solved = training.maximize_profile(
+                    problem, how.max_iter, how.tol, n_init=n_init, seed=self.seed, at_floor=self.at_floor
+                )
                 if solved is not None:
                     if not problem.has_holes or solved.converged or solved.interrupted:
                         return solved, how, 0
@@ -197,23 +202,6 @@ class Trainer:
             "tol too, or leave training=None"
         )
 
-    def _n_starts(self, how: Training, warm: bool, holes: bool) -> int:
-        """How many starts: one unless asked, and several where missing cells make local maxima and saddles likely."""
-        if self.n_init != "auto":
-            return self.n_init
-        return STARTS_WITH_HOLES if holes and not how.by_masks and not warm else 1
-
-    def _solve(self, how: Any, problem: Problem, n_init: int) -> Fit | None:
-        """The closed-form maximum; with missing cells, the best end of EM from several starts."""
-        return training.maximize_profile(
-            problem,
-            how.max_iter,
-            how.tol,
-            n_init=n_init,
-            seed=self.seed,
-            at_floor=self.at_floor,
-        )
-
     def _best_of(
         self,
         train: Callable[..., Fit],
@@ -249,7 +237,7 @@ class Trainer:
             # a network's prior holds it; where it may start is its own affair
             if prior is not None and not problem.bound.structure.takes_visible:
                 loc, scale = (torch.as_tensor(a) for a in (prior.loc, prior.scale))
-                assign(of_program(problem), torch.normal(loc, scale))
+                assign(problem.of_program(), torch.normal(loc, scale))
             if brief and _same(first, save()):
                 break  # initial values without chance
             fit = attempt()
@@ -322,8 +310,7 @@ class Trainer:
 class _Ended:
     """The best training that has ended, to go back to where Ctrl-C is pressed in what comes after it."""
 
-    def __init__(self) -> None:
-        self._fit: Fit | None = None
+    _fit: Fit | None = None
 
     def keep(self, fit: Fit) -> Fit:
         """Remember this fit, whose parameters stand in the store."""

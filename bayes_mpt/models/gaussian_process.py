@@ -248,6 +248,11 @@ class GaussianProcess(CheckedModel):
         """`likelihood` as a function, a name looked up; None where the noise is Gaussian."""
         return LIKELIHOODS[self.likelihood] if isinstance(self.likelihood, str) else self.likelihood
 
+    @property
+    def gaussian_vector(self) -> bool:
+        """Whether y is one Gaussian vector given x, as `bayes_mpt.BayesMPT` asks."""
+        return self.likelihood_function is None
+
     def _mean(self, n_columns: int) -> Mean:
         """The mean function, of so many columns."""
         mean = "constant" if self.mean is None else self.mean

@@ -173,7 +173,8 @@ def choose(
         return wanted(Predictor, predictor, words, ValueError).bind(model, args, guide)  # type: ignore[type-abstract]
     if takes_visible(model):
         return SelfPredictive().bind(model, args, guide)
-    stated = _as_stated(model, args)
+    vector = offered(model, "gaussian_vector")
+    stated = _of_vector(model, args) if vector else _as_stated(model, args)
     if stated is not None:
         return stated
     return observing_cells(lambda program: _chosen(program, args, guide), model, args)
@@ -181,12 +182,16 @@ def choose(
 
 def _chosen(model: Model, args: tuple[Any, ...], guide: Guide | None) -> Bound:
     """What "auto" takes for a program that observes its data, and states nothing."""
+    vector = _of_vector(model, args)
+    return _by_its_map(model, args, partial(_not_affine, model, args, guide)) if vector is None else vector
+
+
+def _of_vector(model: Model, args: tuple[Any, ...]) -> Bound | None:
+    """What "auto" takes for observations that are one Gaussian vector; None of others."""
     vector = gaussian_program(model, args) if len(args) > 1 else None
-    if vector is not None:
-        if len(args[0]) > MAX_JOINT:
-            return near_conditionals(NearestNeighbors(), model, args, vector)
-        return JointGaussian(model, vector)
-    return _by_its_map(model, args, partial(_not_affine, model, args, guide))
+    if vector is not None and len(args[0]) > MAX_JOINT:
+        return near_conditionals(NearestNeighbors(), model, args, vector)
+    return None if vector is None else JointGaussian(model, vector)
 
 
 def _not_affine(
@@ -201,7 +206,7 @@ def _not_affine(
         except ModelError:
             pass  # not linear-Gaussian given the discrete latents either
     if guide is not None and _samples(guide, args):
-        return Importance().bind(model, args, guide)
+        return Importance().bind_guide(model, args, guide, program)
     adaptive = AdaptiveNodes(model, Args(args), program)
     if adaptive.space.width <= MAX_WIDTH:  # where the others are integrated in closed form, or piece by piece
         return Quadrature().bind_nodes(adaptive)

@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayes_mpt.program.program import ModelError
-
 __all__ = [
     "Args",
     "cell_name",
@@ -24,15 +22,14 @@ __all__ = [
     "filling",
     "has_missing",
     "head",
-    "init_rows",
     "resampled",
     "rows_of",
     "same_cells",
     "shifted",
     "spread_rows",
+    "stands_in",
 ]
 
-MAX_INIT_CELLS = 2**22
 N_TRIAL_ROWS = 8
 
 
@@ -125,6 +122,17 @@ def has_missing(arg: Any) -> bool:
     return bool(arg.sum().isnan()) and bool(arg.isnan().any())  # a sum costs a tenth, and rules it out
 
 
+def stands_in(value: Any, arg: Any) -> bool:
+    """Whether a value is made of an argument's cells as they stand, by the memory that they share: copies are not."""
+    if not isinstance(value, Tensor) or not isinstance(arg, Tensor):
+        return False
+    try:
+        own, memory = value.untyped_storage(), arg.untyped_storage()
+        return own.data_ptr() == memory.data_ptr() and own.nbytes() == memory.nbytes()
+    except RuntimeError:  # tensors that wrap others have no memory of their own
+        return value is arg
+
+
 def head(args: tuple[Any, ...], n_rows: int) -> tuple[Any, ...]:
     """The first rows."""
     return rows_of(args, slice(n_rows)) if isinstance(args[0], Tensor) else args
@@ -139,15 +147,6 @@ def rows_of(args: tuple[Any, ...], index: Any) -> tuple[Any, ...]:
 def spread_rows(n_rows: int, n_wanted: int) -> Tensor:
     """Evenly spaced indices: of a sorted table the first rows are no sample."""
     return torch.linspace(0, n_rows - 1, min(n_rows, n_wanted)).round().long()
-
-
-def init_rows(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Rows for the first run: all of them unless the table is very large."""
-    if not args or not isinstance(args[0], Tensor) or args[0].ndim == 0:
-        raise ModelError("the program must be called with a tensor of rows as its first argument")
-    per_row = max(1, args[0][0].numel()) if len(args[0]) else 1
-    n_rows = max(64, MAX_INIT_CELLS // per_row)
-    return args if len(args[0]) <= n_rows else head(args, n_rows)
 
 
 def changes(arg: Tensor, real: bool) -> Iterator[Tensor]:

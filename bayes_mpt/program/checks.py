@@ -10,7 +10,7 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from bayes_mpt.program.arguments import cell_name
+from bayes_mpt.program.arguments import cell_name, stands_in
 from bayes_mpt.program.program import ModelError, list_names
 from bayes_mpt.program.run import FirstRun
 from bayes_mpt.program.sites import (
@@ -119,11 +119,10 @@ def refuse_cells_twice(first: FirstRun) -> None:
     for position, arg in enumerate(first.args):
         if not isinstance(arg, Tensor) or not arg.numel():
             continue
-        memory = arg.untyped_storage()
-        views = [n for n in nodes if _stands_in(n["value"], memory)]
+        views = [n for n in nodes if stands_in(n["value"], arg)]
         if len(views) < 2 and not any(0 in n["value"].stride() for n in views):
             continue
-        places = torch.arange(memory.nbytes() // arg.element_size())
+        places = torch.arange(arg.untyped_storage().nbytes() // arg.element_size())
         scored = [_place(places, n["value"])[own_shown(n).cpu()] for n in views]
         twice = int(torch.cat(scored).mode().values) if any(len(s) for s in scored) else -1
         if sum(int((s == twice).sum()) for s in scored) > 1:
@@ -134,17 +133,6 @@ def refuse_cells_twice(first: FirstRun) -> None:
                 f"{list_names(map(repr, names))}: it would count twice, and the product of its densities is none. "
                 "Observe each cell at one site"
             )
-
-
-def _stands_in(value: Any, memory: Any) -> bool:
-    """Whether a value is a view of this memory."""
-    if not isinstance(value, Tensor):
-        return False
-    own = value.untyped_storage()
-    try:
-        return own.data_ptr() == memory.data_ptr() and own.nbytes() == memory.nbytes()
-    except RuntimeError:  # tensors that wrap others have no memory of their own
-        return False
 
 
 def _place(places: Tensor, view: Tensor) -> Tensor:

@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 import torch
 from pyro.ops import packed
 from pyro.ops.contract import contract_to_tensor
-from pyro.ops.rings import LogRing
 from torch import Tensor
 
 from bayes_mpt.program.layout import from_rows, sum_by_row, to_rows
+from bayes_mpt.program.log_sums import LogSums
 from bayes_mpt.program.program import Observed
 
 __all__ = ["Factors", "Question", "Tokens"]
@@ -307,7 +307,7 @@ class Factors(NamedTuple):
         for ordinal, term in starmap(self._out_of_plates, terms):
             tree.setdefault(ordinal, []).append(term)
         kept = frozenset(self.kept)
-        ring = LogRing(dim_to_size=dict(self.sizes))
+        ring = LogSums(self.sizes)
         out = contract_to_tensor(tree, set(self.summed), target_ordinal=kept, ring=ring)
         dims = out._pyro_dims
         out = out.permute(*(dims.index(s) for s in self.kept)) if self.kept else out

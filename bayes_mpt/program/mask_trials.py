@@ -14,7 +14,7 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from bayes_mpt.program.arguments import resampled
+from bayes_mpt.program.arguments import resampled, stands_in
 from bayes_mpt.program.other_latents import other_points
 from bayes_mpt.program.program import ModelError, Program
 from bayes_mpt.program.run import FirstRun, run
@@ -103,7 +103,7 @@ def refuse_unmoved(first: FirstRun) -> None:
         With the site; where it is a shift of cells, `bayes_mpt.program.shift_trials` finds it.
     """
     nodes = observed_nodes(first.trace)
-    if all(any(_is_view(n["value"], a) for a in first.args) for n in nodes):
+    if all(any(stands_in(n["value"], a) for a in first.args) for n in nodes):
         return
     held = first.latents
     held = {n: v.requires_grad_() if v.is_floating_point() else v for n, v in held.items()}
@@ -138,7 +138,7 @@ def refuse_other_rows(first: FirstRun) -> None:
     for name in program.site_names:
         node = node_of(first.trace, name)
         value, axis = node["value"], plate_axis(node, program.rows_plate)
-        if axis is None or any(_is_view(value, a) for a in args):
+        if axis is None or any(stands_in(value, a) for a in args):
             continue  # cells as they stand
         for position, arg in enumerate(args):
             if not isinstance(arg, Tensor) or not arg.ndim or len(arg) != value.shape[axis] or len(arg) < 2:
@@ -167,15 +167,6 @@ def _n_moved(first: FirstRun, position: int, row: int, name: str, axis: int) -> 
                 return 0
             return int((now != value).movedim(axis, 0).reshape(value.shape[axis], -1).any(1).sum())
     return 0
-
-
-def _is_view(value: Tensor, arg: Any) -> bool:
-    """Whether a value is made of an argument's cells as they stand."""
-    if not isinstance(arg, Tensor):
-        return False
-    return value is arg or (
-        value._base is not None and value._base is (arg if arg._base is None else arg._base)
-    )
 
 
 def _view(trace: Trace, program: Program) -> _View:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import Module
 
-__all__ = ["Around", "Offers", "name_of", "offered", "offered_of_itself"]
+__all__ = ["ANOTHER_PROGRAM", "Around", "Offers", "name_of", "offered", "offered_of_itself"]
 
 
 class Offers(Protocol):
@@ -49,6 +49,10 @@ class Offers(Protocol):
     """``{"weights": name, "loc": name, "scale_tril": name}``: the parameters of these names, (K,), (K, T) and (K, T, T)
     or (T, T), are all of a program of rows x that draws c ~ Categorical(weights) and observes x as MultivariateNormal
     with loc_c and the Cholesky factor of c. It is believed as `linear_map` is; None: nothing is stated."""
+
+    gaussian_vector: bool
+    """Whether it observes its last argument, all of it and as it stands, as one MultivariateNormal whose mean and
+    covariance are of the parameters and the other arguments. It is believed as `linear_map` is."""
 
     penalised: str | None
     """In words the prior that fits add to the score by `penalty`; None where they add none."""
@@ -145,6 +149,8 @@ class Offers(Protocol):
         """What is odd about its settings for rows X, NaN where missing: sentences, of which fits warn."""
 
 
+ANOTHER_PROGRAM = ("__call__", "forward")
+FITTED_OTHERWISE = (*ANOTHER_PROGRAM, "maximize", "penalty")
 _NOTHING = object()
 
 
@@ -192,8 +198,10 @@ def offered(model: Any, name: str, default: Any = None) -> Any:
     return getattr(model, name, default)
 
 
-def offered_of_itself(model: Any, name: str) -> Any:
-    """As `offered`, but None where a class below that which offers it is another program, or is fitted otherwise.
+def offered_of_itself(model: Any, name: str, unless: tuple[str, ...] = FITTED_OTHERWISE) -> Any:
+    """As `offered`, but None where a class below that which offers it has one of the methods ``unless`` of its own.
+
+    By default where it is another program, or is fitted otherwise.
 
     Examples
     --------
@@ -206,6 +214,6 @@ def offered_of_itself(model: Any, name: str) -> Any:
     for cls in type(model).__mro__:
         if name in vars(cls):
             return offered(model, name)
-        if not vars(cls).keys().isdisjoint(("__call__", "maximize", "penalty")):
+        if not vars(cls).keys().isdisjoint(unless):
             return None
     return None

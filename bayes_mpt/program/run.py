@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from pyro.poutine import runtime
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from bayes_mpt.program.arguments import fill_all, init_rows
+from bayes_mpt.program.arguments import fill_all, head
 from bayes_mpt.program.densities import log_density
 from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.log_odds import LOG_ODDS
@@ -43,6 +43,7 @@ __all__ = [
 FAILURES = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
 """Of a program that does not take such rows, or such values of its latents."""
 
+MAX_INIT_CELLS = 2**22  # of the rows of the first run
 N_TRIES = (
     16  # draws of the latents from the prior at which the cause of a number that is not finite is looked for
 )
@@ -109,7 +110,7 @@ def run(model: Model, args: tuple[Any, ...], values: dict[str, Tensor] | None = 
     """
     handlers, plates = list(runtime._PYRO_STACK), list(runtime._DIM_ALLOCATOR._stack)
     try:
-        with one_precision(args), _rng_untouched(active=values is None), SetLatents(values or {}):
+        with one_precision(args), own_random_state() if values is None else SetLatents(values):
             return poutine.trace(with_seen_labels(model)).get_trace(*args)
     except BaseException:
         runtime._PYRO_STACK[:], runtime._DIM_ALLOCATOR._stack[:] = handlers, plates
@@ -246,10 +247,10 @@ class _Casts(poutine.messenger.Messenger):
         name, *init = msg["args"]
         self.parameters.append(name)
         if init and not isinstance(init[0], torch.nn.Parameter):  # networks are trained in place
-            first = init[0]
-            msg["args"] = (name, lambda: self._cast(first() if callable(first) else first))
+            msg["args"] = name, partial(self._cast, init[0])
 
     def _cast(self, value: Any) -> Any:
+        value = value() if callable(value) else value
         floating = isinstance(value, Tensor) and value.is_floating_point()
         return value.to(device=self.device, dtype=self.dtype) if floating else value
 
@@ -267,7 +268,10 @@ def _keep_masks(msg: Any) -> None:
 
 def first_run(model: Model, args: tuple[Any, ...]) -> tuple[Trace, tuple[Any, ...]]:
     """The first run, which initialises parameters from x, on all rows unless the table is very large."""
-    init = init_rows(args)
+    if not args or not isinstance(args[0], Tensor) or args[0].ndim == 0:
+        raise ModelError("the program must be called with a tensor of rows as its first argument")
+    n_rows = max(64, MAX_INIT_CELLS // max(1, args[0][:1].numel()))
+    init = args if len(args[0]) <= n_rows else head(args, n_rows)
     try:
         return run(model, init), init
     except (RuntimeError, ValueError, IndexError) as error:
@@ -311,16 +315,6 @@ class FirstRun(NamedTuple):
 def values_of(trace: Trace) -> dict[str, Tensor]:
     """Values of the latents in a run."""
     return {node["name"]: node["value"].detach() for node in latent_nodes(trace)}
-
-
-@contextmanager
-def _rng_untouched(active: bool) -> Iterator[None]:
-    """The first run samples latents; leave the user's random state as it was."""
-    if not active:
-        yield
-        return
-    with own_random_state():
-        yield
 
 
 def not_finite(model: Model, args: tuple[Any, ...]) -> str:

@@ -58,7 +58,7 @@ class _SeenLabels(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         name = msg["name"]
-        if _is_partly_seen(msg):
+        if name.endswith(SEEN) and _is_partly_seen(msg):
             self.seen[name.removesuffix(SEEN)] = msg["fn"], msg["value"], msg["mask"]
             msg.update(name=name.removesuffix(SEEN) + UNSEEN, is_observed=False, value=None, mask=None)
         elif name.endswith(UNSEEN) and name.removesuffix(UNSEEN) in self.latent:
@@ -78,9 +78,9 @@ class _SeenLabels(Messenger):
 
 
 def _is_partly_seen(msg: Any) -> bool:
-    """Whether a site is the observed half of one with ``obs_mask``, of a kind that can be summed out."""
+    """Whether a site of such a name is the observed half of one with ``obs_mask``, and can be summed out."""
     known = isinstance(msg["fn"], dist.Categorical | dist.Bernoulli)
-    return known and msg["is_observed"] and msg["name"].endswith(SEEN) and isinstance(msg["mask"], Tensor)
+    return known and msg["is_observed"] and isinstance(msg["mask"], Tensor)
 
 
 def _same_as(z: Tensor, prior: Any) -> Any:

@@ -58,20 +58,21 @@ def factor_nodes(trace: Trace) -> list[Any]:
 
 def observed_nodes(trace: Trace, *, factors_too: bool = False, none_too: bool = False) -> list[Any]:
     """The observed sites; an error where there is none, or a factor, unless these may stand beside."""
-    nodes = [
-        n
-        for n in trace.nodes.values()
-        if n["type"] == "sample" and n["is_observed"] and not n["infer"].get("_deterministic")
-    ]
-    factors = [n["name"] for n in factor_nodes(trace)]
-    if factors and not factors_too:
-        raise HasFactors(
-            f"site {factors[0]!r} is a pyro.factor: the program is not a normalised density of its tokens. A factor "
-            "inside of the rows plate that moves with its own row's cells is believed to be one by "
-            "BayesMPT(model).fit(x), and not by a predictor or a loss of SVI alone"
-        )
-    nodes = [n for n in nodes if n["name"] not in factors and not _repeats_itself(n)]
-    for node in nodes:
+    nodes = []
+    for node in trace.nodes.values():
+        if node["type"] != "sample" or not node["is_observed"] or node["infer"].get("_deterministic"):
+            continue
+        fn = base(node["fn"])
+        if isinstance(fn, dist.Unit):
+            if factors_too:
+                continue
+            raise HasFactors(
+                f"site {node['name']!r} is a pyro.factor: the program is not a normalised density of its tokens. A "
+                "factor inside of the rows plate that moves with its own row's cells is believed to be one by "
+                "BayesMPT(model).fit(x), and not by a predictor or a loss of SVI alone"
+            )
+        if isinstance(fn, dist.Delta) and _repeats_itself(node, fn):
+            continue
         got, want = tuple(node["value"].shape), tuple(node["fn"].shape())
         if got != want:
             raise ModelError(
@@ -79,6 +80,7 @@ def observed_nodes(trace: Trace, *, factors_too: bool = False, none_too: bool = 
                 "the rows plate with len(x), and .expand or .to_event where the distribution is too small; a single "
                 "column of a table is x[:, 0], of one row x[t, 0]"
             )
+        nodes.append(node)
     if not nodes and not none_too:
         raise ModelError(
             f"the program must have at least one observed site, got none (it reached {list(trace.nodes)[1:-1]}): write "
@@ -87,14 +89,12 @@ def observed_nodes(trace: Trace, *, factors_too: bool = False, none_too: bool = 
     return nodes
 
 
-def _repeats_itself(node: Any) -> bool:
-    """Whether an observed site is a Delta at its own value, as reparametrised latents leave it: nothing to score.
+def _repeats_itself(node: Any, fn: dist.Delta) -> bool:
+    """Whether an observed Delta is at its own value, as reparametrised latents leave it: nothing to score.
 
-    An error where it is a Delta at another value, or has a log-density besides.
+    An error where it is at another value, or has a log-density besides.
     """
-    fn, value = base(node["fn"]), node["value"]
-    if not isinstance(fn, dist.Delta):
-        return False
+    value = node["value"]
     if bool(torch.as_tensor(fn.log_density).any()):
         raise ModelError(
             f"observed site {node['name']!r} is a Delta with a log-density of its own, which is no density of tokens: "
@@ -152,13 +152,10 @@ def _latent_site(node: Any, rows_plate: str | None) -> Latent:
     """A latent site of a run, as it is remembered."""
     shape = tuple(node["value"].shape)
     plates = tuple(f.name for f in node["cond_indep_stack"])
-    frames = [f for f in node["cond_indep_stack"] if f.name == rows_plate]
+    axis = plate_axis(node, rows_plate)
     discrete = bool(getattr(node["fn"], "has_enumerate_support", False))
     n_batch = len(node["fn"].batch_shape)
-    if not frames:
-        return Latent(node["name"], shape, None, plates, node["value"].numel(), discrete, n_batch)
-    axis = n_batch + frames[0].dim
-    width = node["value"].numel() // max(1, shape[axis])
+    width = node["value"].numel() // (1 if axis is None else max(1, shape[axis]))
     return Latent(node["name"], shape, axis, plates, width, discrete, n_batch)
 
 
@@ -182,9 +179,10 @@ def _observed_site(node: Any, rows_plate: str | None) -> Observed:
 
 def plate_axis(node: Any, plate: str | None) -> int | None:
     """The axis of a plate in the value of a site."""
-    batch = len(node["fn"].batch_shape)
-    axes = [batch + f.dim for f in node["cond_indep_stack"] if f.name == plate and f.vectorized]
-    return axes[0] if axes else None
+    for frame in node["cond_indep_stack"]:
+        if frame.name == plate and frame.vectorized:
+            return len(node["fn"].batch_shape) + int(frame.dim)
+    return None
 
 
 def rows_plate_of(nodes: list[Any], latents: list[Any], n_rows: int) -> tuple[str | None, bool]:
@@ -192,21 +190,17 @@ def rows_plate_of(nodes: list[Any], latents: list[Any], n_rows: int) -> tuple[st
 
     It is a plate around every observed site; one of as many rows as ``x`` has, and around all latents, comes first.
     """
-    common: list[str] = [f.name for f in nodes[0]["cond_indep_stack"] if f.vectorized]
-    sizes = {f.name: f.full_size or f.size for f in nodes[0]["cond_indep_stack"]}
-    for node in nodes[1:]:
-        here = {f.name for f in node["cond_indep_stack"] if f.vectorized}
-        common = [name for name in common if name in here]
-    around = {
-        name: all(any(f.name == name for f in node["cond_indep_stack"]) for node in latents)
-        for name in common
-    }
-    # the outermost of several plates that would do
-    dims = {f.name: f.dim for f in nodes[0]["cond_indep_stack"]}
-    ranked = sorted(common, key=lambda name: (sizes[name] != n_rows, not around[name], dims[name]))
+    ranked = []
+    for frame in nodes[0]["cond_indep_stack"]:
+        if all(plate_axis(node, frame.name) is not None for node in nodes):
+            around = all(plate_axis(node, frame.name) is not None for node in latents)
+            size = frame.full_size or frame.size
+            # the outermost of several plates that would do
+            ranked.append((size != n_rows, not around, frame.dim, frame.name))
     if not ranked:
         return None, False
-    return ranked[0], around[ranked[0]]
+    _, outside, _, name = min(ranked)
+    return name, not outside
 
 
 def plate_depth(nodes: Iterable[Any]) -> int:

@@ -1,4 +1,4 @@
-"""A table as a few weighted rows.
+"""A table as a few weighted rows, and what else is found of it once.
 
 A linear-Gaussian map that all rows share sees complete rows only through their mean and covariance S = R' R. So the
 rows mean +- sqrt(r) R_j, with R_j the r <= T rows of a root R, stand for a table of any length: every mask policy,
@@ -6,6 +6,8 @@ chain and gradient sums over them exactly. Rows with missing cells are kept as t
 
 Squaring costs half of the digits. So where there are no more rows than columns, or where columns all but repeat each
 other, the root is made of the rows themselves, by reflections, and S never; elsewhere S is what is summed up.
+
+A search fits one table many times: what one fit has found of it the next ones know (`unchanged`).
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ from __future__ import annotations
 import hashlib
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -24,9 +28,8 @@ from torch import Tensor
 
 from bayes_mpt.inputs import tensor_of
 from bayes_mpt.program.devices import at_once
-from bayes_mpt.program.unchanged import once
 
-__all__ = ["Covariance", "SufficientStatistics", "digest_of_rows", "far_means"]
+__all__ = ["Covariance", "SufficientStatistics", "digest_of_rows", "far_means", "known_of", "unchanged"]
 
 CHUNK_CELLS = 2**17  # 1 MiB of float64: a chunk is read from memory once and stays in the cache
 MIN_PIVOT = 1e-4  # of a factor of the correlations; below it their rank is told by eigenvalues
@@ -245,18 +248,17 @@ class SufficientStatistics:
         """Weighted rows (R, T), (R,) that stand for the table, for a program of this dtype; the weights add up to N."""
         if not self.n:
             return self.incomplete.to(dtype), self.mean.new_ones(len(self.incomplete), dtype=dtype)
-        if dtype not in self._rows:
-            self._rows[dtype] = self._stand_ins(dtype)
-        return self._rows[dtype]
-
-    def _stand_ins(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        if dtype in self._rows:
+            return self._rows[dtype]
         root = _some_root(self._cov, self._root)
         if not len(root):  # of a single row
             root = root.new_zeros(1, len(self.mean))
         step = math.sqrt(len(root)) * root
         rows = torch.cat([self.mean + step, self.mean - step, self.incomplete])
         weight = torch.full((2 * len(root),), self.n / (2 * len(root)), dtype=rows.dtype, device=rows.device)
-        return rows.to(dtype), torch.cat([weight, weight.new_ones(len(self.incomplete))]).to(dtype)
+        weight = torch.cat([weight, weight.new_ones(len(self.incomplete))])
+        self._rows[dtype] = rows.to(dtype), weight.to(dtype)
+        return self._rows[dtype]
 
     def moved(self, by: Tensor) -> SufficientStatistics:
         """The table of the same rows with ``by`` (T,) added to each."""
@@ -314,17 +316,47 @@ def digest_of_rows(X: NDArray[np.floating]) -> str:
 
     A checksum tells orders apart and takes half the time of a cryptographic hash; the sums make it longer.
     """
-    return once(X, "digest", lambda: _digest(X))
-
-
-def _digest(X: NDArray[np.floating]) -> str:
+    known = known_of(X)
+    if "digest" in known:
+        return str(known["digest"])
     h = hashlib.sha256(repr(X.shape).encode())
     step = max(1, 2**17 // max(1, X.shape[1]))
     for start in range(0, len(X), step):
         bits = np.ascontiguousarray(X[start : start + step], dtype=np.float64).view(np.uint64)
         h.update(zlib.crc32(bits.data).to_bytes(4))
         h.update(np.add.reduce(bits, axis=0, dtype=np.uint64).tobytes())
-    return h.hexdigest()[:16]
+    known["digest"] = h.hexdigest()[:16]
+    return str(known["digest"])
+
+
+_HELD: ContextVar[tuple[Any, dict[Hashable, Any]] | None] = ContextVar("held", default=None)
+
+
+@contextmanager
+def unchanged(table: Any) -> Iterator[None]:
+    """Inside ``with``, in this thread, a table stays as it is: what is put into `known_of` it is there the next time.
+
+    Other threads and processes look for themselves.
+    """
+    token = _HELD.set((table, {}))
+    try:
+        yield
+    finally:
+        _HELD.reset(token)
+
+
+def known_of(table: Any) -> dict[Hashable, Any]:
+    """What has been found of a table, which nobody changes, to be added to; forgotten where no `unchanged` holds it.
+
+    Examples
+    --------
+    >>> with unchanged(table := [1, 2]):
+    ...     known_of(table)["sum"] = 3
+    ...     known_of(table), known_of([1, 2])
+    ({'sum': 3}, {})
+    """
+    held = _HELD.get()
+    return held[1] if held is not None and held[0] is table else {}
 
 
 def _moments_of_few(rows: Tensor) -> tuple[int, Tensor, None, Tensor]:

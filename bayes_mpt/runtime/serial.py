@@ -31,11 +31,13 @@ __all__ = [
     "all_or_nothing",
     "left_as_found",
     "methods_take_turns",
+    "one_thread",
     "restored_on_failure",
     "takes_turns",
     "turn",
 ]
 
+MANY_CELLS = 2**21  # of a table whose algebra is worth several threads
 AFTER_FORK = "autograd's threading in combination with fork"  # in torch's own message
 
 P = ParamSpec("P")
@@ -100,7 +102,7 @@ class left_as_found:
             self.found = _Process(store=self._store)
             _Now.outermost = ref(self)
             if _Now.forked:
-                self._alone = _one_thread()
+                self._alone = one_thread()
                 self._alone.__enter__()
         return self
 
@@ -239,7 +241,7 @@ def _give_back(estimator: Any, before: dict[str, Any]) -> None:
         del now[name]
 
 
-# ---------------------------------------------------------------------------------------------- forked processes
+# ---------------------------------------------------------------------------------------- threads of the algebra
 
 
 @cache
@@ -248,9 +250,17 @@ def _pools() -> ThreadpoolController:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """In a forked process: the threads of OpenMP's pool were not forked, and would be waited for without an end."""
+def one_thread(n_cells: int = 0) -> Iterator[None]:
+    """One thread around small algebra, where handing work to threads costs more than the work; then as before.
+
+    In a forked process around all of it: the threads of OpenMP's pool were not forked, and would be waited for without
+    an end.
+    """
     before = torch.get_num_threads()
+    held = before == 1 and all(pool.num_threads == 1 for pool in _pools().lib_controllers)
+    if n_cells > MANY_CELLS or held:
+        yield
+        return
     torch.set_num_threads(1)
     try:
         with _pools().limit(limits=1):

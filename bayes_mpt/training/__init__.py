@@ -20,7 +20,7 @@ from bayes_mpt.training.epochs import train_by_epochs
 from bayes_mpt.training.lbfgs import maximize_lbfgs
 from bayes_mpt.training.noise_prior import NoisePrior
 from bayes_mpt.training.options import Ascent, Epochs, Steps, Training
-from bayes_mpt.training.problem import Fit, Problem, Report, check_start, impossible, one_thread
+from bayes_mpt.training.problem import Fit, Problem, Report, check_start, impossible
 from bayes_mpt.training.vanishing import collapsed, noise_at_zero
 
 __all__ = [
@@ -38,7 +38,6 @@ __all__ = [
     "maximize_lbfgs",
     "maximize_profile",
     "noise_at_zero",
-    "one_thread",
     "total_on_masks",
     "train_by_epochs",
     "train_on_masks",

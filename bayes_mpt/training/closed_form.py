@@ -19,6 +19,7 @@ from bayes_mpt.predictors.gaussian.linear import dimensionless
 from bayes_mpt.program.affine import DenseMap
 from bayes_mpt.program.program import Parts
 from bayes_mpt.program.statistics import SufficientStatistics
+from bayes_mpt.program.store import save
 from bayes_mpt.training.problem import (
     Fit,
     Problem,
@@ -108,8 +109,8 @@ class _Free(NamedTuple):
 
     reading: DenseMap
     """Where the parameters start."""
-    names: dict[str, list[str]]
-    """Of the parameters of each part."""
+    names: dict[str, list[str]] | None
+    """Of the parameters of each part; None where the model states them."""
     shape: NDArray[np.float64] | None
     """(T,) the noise up to its one factor; None where each token has a noise of its own."""
     prior: profile.Prior | None
@@ -130,14 +131,14 @@ def _free(problem: Problem, statistics: SufficientStatistics) -> _Free | None:
     if len(reading.loc) != 1 or not statistics.n_rows or reading.loc.dtype != torch.float64:
         return None
     stated = problem.bound.structure.parts
-    if stated is None:
-        names = _free_parts(reading, leaves)
+    if stated is not None:
+        names, n_noise = None, leaves[stated.noise].numel()
     else:
-        names = {part: [name] for part, name in stated._asdict().items()}
-    if names is None:
-        return None
+        names = _free_parts(reading, leaves)
+        if names is None:
+            return None
+        n_noise = sum(leaves[n].numel() for n in names["noise"])
     n_tokens, n_latents = reading.loading.shape[-2:]
-    n_noise = sum(leaves[n].numel() for n in names["noise"])
     tied = n_noise == 1
     if (tied and n_latents >= n_tokens) or (not tied and n_noise < n_tokens):
         return None
@@ -210,8 +211,7 @@ def _move_to(
     What is read there comes with its total log-density and the mean score a row, which has its share of a prior.
     ``off`` is how far, relative, the score may be from that of the factors.
     """
-    leaves, targets = problem.leaves(), _targets(free.reading, factors)
-    before = {n: leaf.detach().clone() for n, leaf in leaves.items()}
+    leaves, targets, before = problem.leaves(), _targets(free.reading, factors), save()
     read = _follow(problem, free, leaves, targets, moments)
     if read is None:
         restore(leaves, before)
@@ -242,7 +242,8 @@ def _follow(
         return problem.objective.read()
     # Where every part is its own parameter, a rotation of it, or one that all tokens share, a step along the transposed
     # Jacobian arrives.
-    before = {n: leaf.detach().clone() for n, leaf in leaves.items()}
+    assert free.names is not None
+    before = save()
     _step_along_transpose(free.reading, leaves, targets, free.names)
     read = problem.objective.read()
     units = _units(targets, moments)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
 
 import pyro
 import torch
-from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from bayes_mpt.masks import torch_generator
@@ -29,7 +26,6 @@ __all__ = [
     "check_start",
     "flat",
     "impossible",
-    "one_thread",
     "restore",
     "untouched",
 ]
@@ -80,9 +76,14 @@ class Problem:
         return self.objective.total(read, batch) / batch.n_rows
 
     def leaves(self) -> dict[str, Tensor]:
-        """Unconstrained parameters of the program by name."""
+        """Unconstrained parameters of the program, and of a guide, by name."""
         store = dict(pyro.get_param_store().named_parameters())
         return {name: store[name] for name in self.bound.parameters}
+
+    def of_program(self) -> dict[str, Tensor]:
+        """Those of the program alone."""
+        leaves = self.leaves()
+        return {name: leaves[name] for name in self.bound.structure.parameters}
 
 
 @dataclass
@@ -182,24 +183,3 @@ def check_start(
         if not bool(torch.isfinite(grad).all()):
             raise ModelError(f"the gradient of parameter {name!r} is not finite at the start")
     return read, float(score.detach()), torch.cat([g.flatten() for g in grads if g is not None])
-
-
-@cache
-def _threads() -> ThreadpoolController:
-    return ThreadpoolController()
-
-
-@contextmanager
-def one_thread(n_cells: int) -> Iterator[None]:
-    """One thread around small algebra, where handing work to threads costs more than the work; then as before."""
-    before = torch.get_num_threads()
-    held = before == 1 and all(pool.num_threads == 1 for pool in _threads().lib_controllers)
-    if n_cells > 2**21 or held:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        with _threads().limit(limits=1):
-            yield
-    finally:
-        torch.set_num_threads(before)

@@ -1,14 +1,18 @@
 """Which candidates' folds climb on, and what stands of those that do not."""
 
+import pickle
+
 import numpy as np
 import pytest
 
 from bayes_mpt import BayesMPT, MarginalLikelihoodSearch
 from bayes_mpt.estimators import contenders as module
+from bayes_mpt.estimators import refits
 from bayes_mpt.estimators.candidates import Candidate
 from bayes_mpt.estimators.contenders import contenders, settle
 from bayes_mpt.estimators.refits import ROUGH, HeldOut
 from bayes_mpt.estimators.rules import give_evidence
+from bayes_mpt.estimators.stacking import stacked_weights
 from bayes_mpt.models import GaussianMixture
 from bayes_mpt.training import Ascent
 
@@ -105,3 +109,33 @@ def test_models_without_scores_of_their_own_are_not_rough():
     found = search((1,)).fit(x)
     assert all(c.rough == 0.0 for c in found._candidates())
     assert np.isfinite(found.comparison_["lml"]).all()
+
+
+@pytest.mark.slow
+def test_weights_are_of_folds_that_climbed_to_the_end(monkeypatch, tmp_path):
+    """Candidates far behind have weights too: stacked ones do not depend on where their folds had ended."""
+    rng = np.random.default_rng(0)
+    angle = rng.uniform(0, 2 * np.pi, 300)
+    x = 3 * np.c_[np.cos(angle), np.sin(angle)] + 0.2 * rng.normal(
+        size=(300, 2)
+    )  # a ring is no three Gaussians
+    x[:60] = 2 * rng.normal(size=(60, 2))
+    found = {}
+    for rough in (1e-2, 1e-12):
+        monkeypatch.setattr(refits, "ROUGH", rough)
+        found[rough] = search((1, 2, 3, 6), checkpoint_dir=tmp_path / str(rough)).fit(x)
+    few, all_ = found.values()
+    assert [c.rough for c in few._found] == [1e-2, 1e-2, 1e-2, 0.0] and not any(c.rough for c in all_._found)
+    truth = stacked_weights(np.stack([c.hidden for c in all_._found], 2)[0])
+    as_ranked = stacked_weights(np.stack([c.hidden for c in few._found], 2)[0])
+    assert abs(as_ranked - truth).max() > 0.005 and (truth > 0).sum() == 3
+    table_before = few.comparison_.copy()
+    average = few.average("stacking")
+    np.testing.assert_array_equal(average.weights_, truth)
+    assert average.heldout_score_ == all_.average("stacking").heldout_score_
+    assert few.comparison_.equals(table_before) and few._found[0].rough == 1e-2  # the search ranks as it did
+    monkeypatch.setattr(refits, "ROUGH", 1e-2)
+    taken_up = search((1, 2, 3, 6), checkpoint_dir=tmp_path / "0.01").fit(x)
+    np.testing.assert_array_equal(taken_up.average("stacking").weights_, truth)
+    with pytest.raises(ValueError, match="ended at 1e-02 of a score, and a search from a file has no rows"):
+        pickle.loads(pickle.dumps(few)).average("stacking")

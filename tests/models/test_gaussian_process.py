@@ -34,6 +34,8 @@ from bayes_mpt import BayesMPT, MarginalLikelihoodSearch
 from bayes_mpt.models import GaussianProcess
 from bayes_mpt.models.kernels import Line, Power, from_sklearn, kernel_name
 from bayes_mpt.predictors import Importance
+from bayes_mpt.predictors.gaussian.process import gaussian_program
+from bayes_mpt.program.program import ModelError
 from bayes_mpt.training import Ascent
 
 C, RBF, RQ = theirs.ConstantKernel, theirs.RBF, theirs.RationalQuadratic
@@ -434,6 +436,40 @@ def test_inputs_that_are_refused():
     for noise in (-1, "a", True, np.nan):
         with pytest.raises(ValueError, match="noise must be a number"):
             BayesMPT(GaussianProcess(noise=noise)).fit(x, y)
+
+
+class Chance(RBFKernel):
+    def forward(self, x1, x2, **params):
+        return super().forward(x1, x2, **params) * (1 + 0.1 * torch.rand(()))
+
+
+class Scaled(GaussianProcess):
+    """Another program than the class says: y is weighted."""
+
+    def __call__(self, x, y):
+        with pyro.poutine.scale(scale=0.5):
+            super().__call__(x, y)
+
+
+def test_what_it_states_is_what_would_be_found():
+    """One Gaussian vector: of a plain function around it, which states nothing, the runs of an analysis show the same.
+
+    Random numbers in a kernel, and what a subclass does otherwise, are seen all the same.
+    """
+    x = torch.linspace(0, 3, 20, dtype=torch.float64)[:, None]
+    whole, gaps = torch.arange(20) % 3, torch.sin(x[:, 0])
+    gaps[3] = torch.nan
+    for y in (torch.sin(x[:, 0]), torch.sin(x), gaps, whole):
+        model = GaussianProcess(RBFKernel(), mean="linear")
+        stated = gaussian_program(model, (x, y))
+        pyro.clear_param_store()
+        assert stated == gaussian_program(lambda x, y, model=model: model(x, y), (x, y))
+        pyro.clear_param_store()
+    with pytest.raises(ModelError, match="looks at"):
+        BayesMPT(GaussianProcess(Chance())).fit(x.numpy(), np.sin(x[:, 0].numpy()))
+    with pytest.raises(ModelError, match="scale"):
+        BayesMPT(Scaled()).fit(x.numpy(), np.sin(x[:, 0].numpy()))
+    assert GaussianProcess(likelihood="poisson").gaussian_vector is False
 
 
 @pytest.mark.slow

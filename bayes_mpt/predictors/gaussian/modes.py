@@ -9,7 +9,8 @@ fewer, and of which the likelihood's is a few steps away:
    below it. One is enough where every column has noise and no direction is left that another latent would take;
 2. where these end apart, or a noise is all but zero and the spectrum has no clear gap at K, or K is all but the number
    that a covariance determines, an exchange: from the maximum of one latent more one is left out, or to the maximum of
-   one latent less the next direction is added, as in the selection of variables.
+   one latent less the next direction is added, as in the selection of variables; not where a latent that is left out
+   costs clearly more than a further one would gain.
 
 The prior is that of the evidences (`bayes_mpt.evidence.laplace`), so that what a fit has found is where these begin.
 """
@@ -23,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg.lapack import dpotrf, dpotri
 
-from bayes_mpt.predictors.gaussian.factors import Factors, Prior
+from bayes_mpt.predictors.gaussian.factors import LOG_2PI, Factors, Prior
 from bayes_mpt.predictors.gaussian.newton import Climb, Profile
 
 __all__ = ["CLEAR", "FAINT", "PASSED", "ROUGH", "highest", "rest_of"]
@@ -38,6 +39,11 @@ FEW = 1.5  # (T - K)^2 / (T + K), below 1 where K is more than a covariance dete
 ZERO = 5e-3  # of a column's variance: noises that are zero leave a gap that says nothing
 SOFT_SHAPE = 2.0  # psi_i ~ Gamma(2, 2 / variance)
 N_MORE, N_LESS = 2, 1  # latents left out, of those that lose least
+# A latent that is left out costs, of what one more than K gains:
+REGAINED = 0.7  # at most, where a climb from there is to regain more
+SHRUNK = 2.2  # at most, where the K - 1 others have still to find their places
+REPLACED = 1.3  # at most, where they have
+FEW_NATS = 20.0  # of all rows: a cost that is looked into in any case
 ROUGH = 1e-5  # tolerance of a climb on the way
 PASSED = 1e-4  # the same, where only the next start is wanted
 GAIN = 1e-9  # relative, by which a maximum is higher
@@ -135,31 +141,48 @@ def _is_few(top: Profile) -> bool:
 
 def _exchanged(way: Climb, top: Profile) -> Profile:
     """A higher maximum that is reached by one latent more and one less, or the other way round; else this one."""
-    higher = _more_and_less(way, top)
-    return _less_and_more(way, top) if higher is top else higher
-
-
-def _more_and_less(way: Climb, top: Profile) -> Profile:
     k = top.n_latents
     if k + 1 >= len(way.corr):
-        return top
+        return _less_and_more(way, top, math.inf)
     more = _passed(way, k + 1, rest_of(top.communality(k + 1).sum(1)))
-    for start in _without_one(way, more, k + 1)[:N_MORE]:
-        found = way.top(way.at(k, start), top)
+    higher = _more_and_less(way, top, more)
+    return _less_and_more(way, top, top.loss - more.loss) if higher is top else higher
+
+
+def _more_and_less(way: Climb, top: Profile, more: Profile) -> Profile:
+    """``more``: the maximum of one latent more."""
+    gain = top.loss - more.loss
+    starts, losses = _without_one(way, more, more.n_latents)
+    for start, loss in zip(starts[:N_MORE], losses, strict=False):
+        if _costs(way, loss - top.loss, REGAINED * gain):
+            break
+        found = way.top(way.at(top.n_latents, start), top)
         if _higher(found, top):
             return found
     return top
 
 
-def _less_and_more(way: Climb, top: Profile) -> Profile:
+def _less_and_more(way: Climb, top: Profile, gain: float) -> Profile:
+    """``gain``: of one latent more, about as much as the next direction brings in place of the one left out."""
     k = top.n_latents
     if k < 2 or k >= len(way.corr):
         return top
-    for start in _without_one(way, top, k)[:N_LESS]:
+    starts, losses = _without_one(way, top, k)
+    for start, loss in zip(starts[:N_LESS], losses, strict=False):
+        if _costs(way, loss - top.loss, SHRUNK * gain):
+            break
         less = _passed(way, k - 1, start)
+        if _costs(way, less.loss - top.loss, REPLACED * gain):
+            continue
         found = way.top(way.at(k, rest_of(less.communality(k).sum(1))), top)
         top = found if _higher(found, top) else top
     return top
+
+
+def _costs(way: Climb, loss: float, gain: float) -> bool:
+    """Whether a latent left out costs more than can be regained, both a row, and more than a few nats."""
+    assert way.prior is not None
+    return loss > max(gain, FEW_NATS / way.prior.n_rows)
 
 
 def _passed(way: Climb, n_latents: int, log_noise: Array) -> Profile:
@@ -170,12 +193,14 @@ def _passed(way: Climb, n_latents: int, log_noise: Array) -> Profile:
     return top
 
 
-def _without_one(way: Climb, top: Profile, n: int) -> Array:
-    """log psi (n, T) where one of n latents is left out, whose share goes to the noise: those that lose least first.
+def _without_one(way: Climb, top: Profile, n: int) -> tuple[Array, Array]:
+    """log psi (n, T) where one of n latents is left out, whose share goes to the noise, and the losses (n,) there.
+
+    Those that lose least come first.
 
     With D the noise and W the latents that are left, A = D^-1 W and M = I + W' A, the loss is
 
-        1/2 [log det D + log det M + sum_i 1 / D_i - tr(M^-1 A' S A)] + const
+        1/2 [T log 2 pi + log det D + log det M + sum_i 1 / D_i - tr(M^-1 A' S A)]
     """
     share = top.communality(n)  # (T, n), the squares of the loadings
     loading = np.sqrt(share) * np.sign(top.vectors[:, :n])
@@ -187,10 +212,12 @@ def _without_one(way: Climb, top: Profile, n: int) -> Array:
     inner = np.eye(n) + kept.transpose(0, 2, 1) @ a
     seen = a.transpose(0, 2, 1) @ (way.corr @ a)
     pulled = np.trace(np.linalg.solve(inner, seen), axis1=1, axis2=2)
-    loss = (np.log(noise).sum(1) + np.linalg.slogdet(inner)[1] + (1 / noise).sum(1) - pulled) / 2
+    loss = np.log(noise).sum(1) + np.linalg.slogdet(inner)[1] + (1 / noise).sum(1) - pulled
+    loss = (len(way.corr) * LOG_2PI + loss) / 2
     if way.prior is not None:
         loss -= (way.prior.shape * np.log(noise) - way.prior.rate * noise).sum(1) / way.prior.n_rows
-    return rest_of(share.sum(1)[:, None] - share).T[np.argsort(loss)]
+    order = np.argsort(loss)
+    return rest_of(share.sum(1)[:, None] - share).T[order], loss[order]
 
 
 def _higher(new: Profile, old: Profile) -> bool:

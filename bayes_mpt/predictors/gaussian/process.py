@@ -23,10 +23,13 @@ from bayes_mpt.predictors.base import Bound, Conditionals, Leaves, Posterior, Pr
 from bayes_mpt.predictors.objective import N_TRIAL_OUTPUTS, Batch, Objective, Outputs
 from bayes_mpt.program.analysis import analyze
 from bayes_mpt.program.arguments import fill_all, has_missing, rows_of, spread_rows
+from bayes_mpt.program.checks import refuse_unregistered
+from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.missing import nan_shows
+from bayes_mpt.program.offers import ANOTHER_PROGRAM, offered_of_itself
 from bayes_mpt.program.program import Model, ModelError, Program
 from bayes_mpt.program.run import run
-from bayes_mpt.program.sites import base, own_shown
+from bayes_mpt.program.sites import base, described, own_shown
 
 __all__ = [
     "GaussianVectors",
@@ -105,24 +108,47 @@ def gaussian_program(model: Model, args: tuple[Any, ...]) -> Program | None:
     if found is None:
         return None
     few, trace, node = found
-    try:
-        with warnings.catch_warnings():
-            # gpytorch's own density adds jitter, and says so; it is not what scores
-            warnings.filterwarnings("ignore", message="A not p.d., added jitter")
-            program = analyze(model, few)
-    except RuntimeError as error:  # of the factor of the covariance
-        raise ModelError(NOT_DEFINITE) from error
+    last = len(few) - 1
+    stated = _is_stated(model, few, node)
+    if stated:
+        program = described(trace, len(few[0]))
+        refuse_unregistered([base(node["fn"]).loc, base(node["fn"]).covariance_matrix])
+    else:
+        try:
+            with warnings.catch_warnings():
+                # gpytorch's own density adds jitter, and says so; it is not what scores
+                warnings.filterwarnings("ignore", message="A not p.d., added jitter")
+                program = analyze(model, few)
+        except RuntimeError as error:  # of the factor of the covariance
+            raise ModelError(NOT_DEFINITE) from error
     if not bool(own_shown(node).all()):
         raise ModelError(
             f"a mask hides observed site {node['name']!r}, which is one Gaussian vector: take it away and leave "
             "missing observations NaN, which the package leaves out"
         )
-    last = len(few) - 1
-    shows = few[last].is_floating_point() and nan_shows(model, fill_all(few), last, program, trace)
+    shows = few[last].is_floating_point() and (
+        stated or nan_shows(model, fill_all(few), last, program, trace)
+    )
     site = program.sites[0]._replace(shape=(len(args[0]),), n_joint=0)
     return program._replace(
         sites=(site,), depth=0, observed_argument=last if shows else None, gaussian_vector=True
     )
+
+
+def _is_stated(model: Model, rows: tuple[Any, ...], node: Any) -> bool:
+    """Whether the model states that it observes y, the last argument, as one Gaussian vector, and keeps to it.
+
+    A run has y there, unweighted; another one, with other random numbers, the same mean and covariance.
+    """
+    if not offered_of_itself(model, "gaussian_vector", ANOTHER_PROGRAM) or node["scale"] != 1.0:
+        return False
+    filled = fill_all(rows)
+    if not torch.equal(node["value"], filled[-1].reshape(node["value"].shape).to(node["value"])):
+        return False
+    with torch.no_grad(), own_random_state(1):
+        again = base(run(model, filled).nodes[node["name"]]["fn"])
+    law = base(node["fn"])
+    return torch.equal(again.loc, law.loc) and torch.equal(again.covariance_matrix, law.covariance_matrix)
 
 
 def moments(model: Model, args: tuple[Any, ...], program: Program) -> Moments:

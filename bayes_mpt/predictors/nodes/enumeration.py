@@ -41,7 +41,9 @@ class _Enumerated(NodeSource):
 
     def place(self, args: Args, visible: Tensor | None = None, near: Any = None) -> Read:
         factors = read_factors(self.model, args.filled, self.structure)
-        value = program_values(self.model, args, self.structure)
+        complete = all(f is a for f, a in zip(args.filled, args.given, strict=True))
+        # of complete rows this run has said what the tokens are
+        value = factors.value if complete else program_values(self.model, args, self.structure)
         zero = value.new_zeros(1, factors.n_rows)
         return Read(
             Factorized(factors), zero, value, factors.scale, value.new_zeros(1, factors.n_rows, 0), ()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bayes_mpt.predictors.gaussian.linear import LinearRows
+from bayes_mpt.predictors.nodes.panels import UNEVEN, Integrals, roughness
 from bayes_mpt.predictors.nodes.rules import Detail
 from bayes_mpt.program.affine import DenseMap, latent_values
 from bayes_mpt.program.arguments import has_missing
@@ -66,6 +67,13 @@ class Given(ABC):
     def with_detail(self, detail: Detail, some: Tensor | slice = slice(None)) -> Given:
         """The same at ``some`` nodes with more or less error; itself, at all of them, where there is none."""
         return self
+
+    def uneven(self, x: Tensor) -> tuple[float, float]:
+        """By how many nats jumps inside rows may move the integral at one node, and the error that panels would leave.
+
+        Zeros where there are no nodes inside, or none that panels could replace.
+        """
+        return 0.0, 0.0
 
     def log_prior(self, x: Tensor) -> Tensor:
         """What of `log_joint` is there without any token: (S, 1) or (S, N)."""
@@ -234,6 +242,8 @@ class PlacedRows(NamedTuple):
     """(S, Q, N)"""
     latents: Callable[[], Tensor]
     """(S Q, N, d): values of the rows' latents there."""
+    n_modes: int = 1
+    """Around which the Q nodes stand, as many around each."""
 
 
 class NestedRows(Given):
@@ -241,8 +251,8 @@ class NestedRows(Given):
 
         log p(x_R | u_s) = sum_n log sum_q w_nq p(x_nR | z_nq, u_s)
 
-    Every row's nodes are placed for what is visible of it, some of the S at a time. ``cells`` (N, T) tells where a
-    row's tokens stand.
+    Every row's nodes are placed for what is visible of it, some of the S at a time, or panels in their place.
+    ``cells`` (N, T) tells where a row's tokens stand.
     """
 
     def __init__(
@@ -250,14 +260,28 @@ class NestedRows(Given):
         place: Callable[[dict[str, Tensor], Detail, Tensor, Tensor], Iterator[PlacedRows]],
         cells: Tensor,
         held: dict[str, Tensor],
+        panels: Callable[[dict[str, Tensor], Tensor, Tensor], Integrals] | None = None,
         detail: Detail = "usual",
     ):
         self.place, self.cells, self.held, self.detail = partial(place, held), cells, held, detail
-        self.n_nodes, self._at = len(next(iter(held.values()))), place
+        self.n_nodes, self._at, self._panels = len(next(iter(held.values()))), place, panels
 
     def with_detail(self, detail: Detail, some: Tensor | slice = slice(None)) -> Given:
         held = {name: v[some] for name, v in self.held.items()}
-        return NestedRows(self._at, self.cells, held, detail)
+        return NestedRows(self._at, self.cells, held, self._panels, detail)
+
+    def uneven(self, x: Tensor) -> tuple[float, float]:
+        if self._panels is None:
+            return 0.0, 0.0
+        rows, shown = self._in_rows(x, torch.ones_like(x, dtype=torch.bool))
+        placed = next(self.place("fine", rows, shown))
+        of_each = self._log_joint(placed, rows, shown)[0].unflatten(0, (placed.n_modes, -1))
+        empty = ~shown.any(1)
+        moves = torch.where(empty, 0.0, roughness(of_each)).sum()
+        if moves <= UNEVEN:
+            return float(moves), 0.0
+        error = self._panels(self.held, rows, shown).error
+        return float(moves), float(torch.where(empty, 0.0, error).sum())
 
     def log_prior(self, x: Tensor) -> Tensor:
         return x.new_zeros(self.n_nodes, 1)
@@ -304,6 +328,9 @@ class NestedRows(Given):
 
     def _by_row(self, rows: Tensor, shown: Tensor) -> Tensor:
         """log p(x_nR | u_s) (S, N)."""
+        if self.detail == "panels" and self._panels is not None:
+            log_z = self._panels(self.held, rows, shown).log_z.unflatten(0, (self.n_nodes, -1))
+            return torch.where(shown.any(1), log_z, 0.0)
         parts = [
             self._log_joint(placed, rows, shown).logsumexp(1)
             for placed in self.place(self.detail, rows, shown)

@@ -22,8 +22,11 @@ from bayes_mpt.predictors.nodes.conjugacy import prior_draws
 from bayes_mpt.predictors.nodes.given import Given, NodePosterior
 from bayes_mpt.predictors.nodes.mixture import Modes
 from bayes_mpt.predictors.nodes.nearby import Nearby
+from bayes_mpt.predictors.nodes.panels import MAX_NESTED, UNEVEN, Integrals, by_panels, roughness
 from bayes_mpt.predictors.nodes.placing import SHARPER, Placing, RowDensity, located, several
+from bayes_mpt.predictors.nodes.resampling import evenly
 from bayes_mpt.predictors.nodes.rules import (
+    CUT,
     MAX_HERMITE,
     ROW_DRAWS,
     ROW_NODES,
@@ -51,7 +54,6 @@ SURE = 1e-12  # of a log-density: what its last digits say
 FINER = 5  # times as many nodes, at the most
 CELLS = 2**20  # log-densities of tokens at a time, where no gradient needs them all
 N_VALUES = 256  # of the effects, over all nodes of the others, for predictions
-MAX_STRETCH = 10.0  # values that lie in a plane are left as they are
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
@@ -238,6 +240,15 @@ class GroupNodes:
             self.nearby.keep(fixed, found.mode[0].unflatten(0, (n_nodes, -1)))
         return found
 
+    def panels(
+        self, filled: tuple[Any, ...], held: dict[str, Tensor], n_nodes: int, seen: Tensor
+    ) -> Integrals:
+        """The integral of each group of one latent at each of S values of the others: of S B."""
+        fixed = {name: v.detach() for name, v in held.items()}
+        modes = self.locate(filled, held, n_nodes, seen, CUT["panels"])
+        n_tokens = -(-len(seen) // self.groups.n_groups)
+        return by_panels(self.density(filled, fixed, seen), modes, n_nodes, n_tokens, MAX_NESTED)
+
     def density(self, filled: tuple[Any, ...], held: dict[str, Tensor], seen: Tensor) -> RowDensity:
         """log p of all that belongs to each group, at values (S, ...) of the others."""
 
@@ -260,6 +271,16 @@ class NestedGroups(Given):
     def with_detail(self, detail: Detail, some: Tensor | slice = slice(None)) -> Given:
         held = {name: v[some] for name, v in self.held.items()}
         return NestedGroups(self.nodes, self.filled, held, detail)
+
+    def uneven(self, x: Tensor) -> tuple[float, float]:
+        if self.nodes.width != 1:
+            return 0.0, 0.0
+        seen = self._seen(x, torch.ones_like(x, dtype=torch.bool))
+        of_each = self._at(seen)[1][0].unflatten(0, (self.nodes.placing.n_modes, -1))
+        moves = float(roughness(of_each).sum())
+        if moves <= UNEVEN:
+            return moves, 0.0
+        return moves, float(self.nodes.panels(self.filled, self.held, 1, seen).error.sum())
 
     def log_prior(self, x: Tensor) -> Tensor:
         if not bool(self.nodes.groups.normalised.all()):
@@ -323,7 +344,7 @@ class NestedGroups(Given):
             if share[s] < MIN_SHARE:  # nobody asks
                 out.append([])
                 continue
-            spread = _evenly(u[s : s + 1], within[s : s + 1], n)[0]  # (D, B, d)
+            spread = evenly(u[s : s + 1], within[s : s + 1], n)[0]  # (D, B, d)
             rank = torch.rand(*spread.shape[:2], generator=generator, dtype=torch.float64).argsort(0)
             spread = spread.gather(0, rank[..., None].expand_as(spread).to(u.device))
             values, _ = self.nodes.values(spread)
@@ -375,6 +396,14 @@ class NestedGroups(Given):
         empty = torch.ones(groups.n_groups + 1, dtype=torch.bool, device=seen.device)
         empty[groups.token[seen]] = False
         nothing = empty[:-1] & groups.normalised  # Z(nothing) is 1
+        if self.detail == "panels":
+            nodes, anywhere = self.nodes, self.nodes.start.expand(self.n_nodes, -1, -1)
+            log_z = nodes.panels(self.filled, self.held, self.n_nodes, seen).log_z.unflatten(
+                0, (self.n_nodes, -1)
+            )
+            return torch.where(nothing, 0.0, log_z), nodes.log_joint(self.filled, self.held, anywhere, seen)[
+                1
+            ]
         _, log_prob, rest = self._at(seen)
         return torch.where(nothing, 0.0, log_prob.logsumexp(1)), rest
 
@@ -434,51 +463,6 @@ class NestedGroups(Given):
     def _steps(self, by_group: Tensor, rest: Tensor, tokens: Tensor) -> Tensor:
         """What each token has added, at most one of each group and one of nobody's: (S, tokens)."""
         return torch.cat([by_group, rest[:, None]], 1)[:, self.nodes.groups.token[tokens]]
-
-
-def _evenly(u: Tensor, share: Tensor, n: int) -> Tensor:
-    """So many values (S, D, B, d) with the mean and covariance of nodes u (S, Q, B, d) with these shares (S, Q, B).
-
-    Along one axis they are means of equal parts of the distribution, else nodes at even ranks, stretched to the
-    covariance, which is that of a few values too small or random.
-    """
-    weight = share[..., None]
-    mean = (weight * u).sum(1, keepdim=True)
-    cut = share.cumsum(1)
-    if u.shape[-1] == 1:
-        # int_0^c of the quantile function, between the ends of n equal parts
-        order = u[..., 0].argsort(1)
-        cut = share.gather(1, order).cumsum(1).movedim(1, -1).contiguous()  # (S, B, Q)
-        steps = u[..., 0].gather(1, order).movedim(1, -1)
-        ends = (
-            torch.linspace(0, 1, n + 1, dtype=u.dtype, device=u.device)
-            .expand(*cut.shape[:-1], -1)
-            .contiguous()
-        )
-        at = torch.searchsorted(cut, ends).clamp(max=cut.shape[-1] - 1)
-        part = torch.diff(cut, dim=-1, prepend=torch.zeros_like(cut[..., :1]))
-        before = (part * steps).cumsum(-1) - part * steps
-        area = (before + (-(cut - part)) * steps).gather(-1, at) + ends * steps.gather(-1, at)
-        drawn = (n * area.diff(dim=-1)).movedim(-1, 1)[..., None]
-    else:
-        even = (
-            ((torch.arange(n, dtype=u.dtype, device=u.device) + 0.5) / n)
-            .expand(*cut.shape[::2], n)
-            .contiguous()
-        )
-        picked = torch.searchsorted(cut.movedim(1, -1).contiguous(), even).clamp(max=cut.shape[1] - 1)
-        drawn = u.gather(1, picked.movedim(-1, 1)[..., None].expand(-1, -1, -1, u.shape[-1]))
-    off, here = u - mean, drawn - drawn.mean(1, keepdim=True)
-    wanted = torch.einsum("sqb,sqbi,sqbj->sbij", share, off, off)
-    found = torch.einsum("snbi,snbj->sbij", here, here) / n
-    root, failed = torch.linalg.cholesky_ex(found)
-    target, failed_too = torch.linalg.cholesky_ex(wanted)
-    well = (failed == 0) & (failed_too == 0)
-    eye = torch.eye(u.shape[-1], dtype=u.dtype, device=u.device)
-    root = torch.where(well[..., None, None], root, eye)
-    stretch = torch.where(well[..., None, None], target, eye) @ torch.linalg.inv(root)
-    stretch = torch.where((stretch.abs().amax((-2, -1)) < MAX_STRETCH)[..., None, None], stretch, eye)
-    return mean + (stretch[:, None] @ here[..., None])[..., 0]
 
 
 def _equal(a: Any, b: Any) -> bool:

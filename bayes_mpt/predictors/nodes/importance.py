@@ -107,11 +107,16 @@ class Importance(Predictor):
         self.doubly_reparameterized = doubly_reparameterized
 
     def bind(self, model: Model, args: tuple[Any, ...], guide: Guide | None = None) -> NodeSource:
+        program = self._analyze(model, args)
         if guide is not None:
-            drawn = self.from_guide(model, args, guide)
-            warn_if_slow(drawn.batched, drawn)
-            return drawn
-        return self.bind_nodes(AdaptiveNodes(model, Args(args), self._analyze(model, args)))
+            return self.bind_guide(model, args, guide, program)
+        return self.bind_nodes(AdaptiveNodes(model, Args(args), program))
+
+    def bind_guide(self, model: Model, args: tuple[Any, ...], guide: Guide, program: Program) -> NodeSource:
+        """`bind` with a guide, where it is known what the program is made of."""
+        drawn = self._draws(model, args, guide, program)
+        warn_if_slow(drawn.batched, drawn)
+        return drawn
 
     def bind_nodes(self, adaptive: AdaptiveNodes) -> NodeSource:
         """`bind` without a guide, where it is known which latents take nodes."""
@@ -123,7 +128,9 @@ class Importance(Predictor):
 
     def from_guide(self, model: Model, args: tuple[Any, ...], guide: Guide) -> GuideDraws:
         """The program scored by draws from a guide."""
-        program = self._analyze(model, args)
+        return self._draws(model, args, guide, self._analyze(model, args))
+
+    def _draws(self, model: Model, args: tuple[Any, ...], guide: Guide, program: Program) -> GuideDraws:
         conditioned_on_mask = takes_visible(guide)
         n_training = self.training_particles
         if n_training is None:

@@ -20,7 +20,7 @@ from bayes_mpt.predictors.nodes.mixture import Modes
 from bayes_mpt.predictors.nodes.newton import newton
 from bayes_mpt.predictors.nodes.rules import Rule
 
-__all__ = ["SHARPER", "Placing", "RowDensity", "integral", "located", "several"]
+__all__ = ["SHARPER", "Placing", "RowDensity", "integral", "located", "reaching", "several"]
 
 RowDensity = Callable[[Tensor, Tensor], Tensor]
 """log p of every row at u (M, N, d), each at one of S values of all the rest, by their numbers (M,): (M, N)."""
@@ -106,7 +106,7 @@ def located(
         mode = torch.where(lost[..., None], mode[first, row], mode)
         root = torch.where(lost[..., None, None], root[first, row], root)
         modes = Modes(mode, root, torch.where(lost, mass[first, row], mass))
-    return modes if cut is None else _reaching(log_prob, modes, n_nodes, cut)
+    return modes if cut is None else reaching(log_prob, modes, n_nodes, cut)
 
 
 def _log_mass(log_prob: Callable[[Tensor], Tensor], mode: Tensor, root: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ def _log_mass(log_prob: Callable[[Tensor], Tensor], mode: Tensor, root: Tensor) 
 
 
 @torch.no_grad()
-def _reaching(log_prob: RowDensity, modes: Modes, n_nodes: int, cut: float) -> Modes:
+def reaching(log_prob: RowDensity, modes: Modes, n_nodes: int, cut: float) -> Modes:
     """With how far along each axis of the roots, to both sides, the density is above exp(-cut) of that at the mode.
 
     Between places where it was looked at its fall is taken for a power of the distance, which it is of a

@@ -12,7 +12,9 @@ from bayes_mpt.predictors.base import Evidence, Guide, Predictor
 from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
 from bayes_mpt.predictors.nodes.mixture import Modes
 from bayes_mpt.predictors.nodes.modes import ModeSearch, doubted
-from bayes_mpt.predictors.nodes.rules import CUT, Rule, alone_rule, far_rule, hermite
+from bayes_mpt.predictors.nodes.panels import UNEVEN, by_panels, roughness
+from bayes_mpt.predictors.nodes.placing import reaching
+from bayes_mpt.predictors.nodes.rules import CUT, Detail, Rule, alone_rule, hermite
 from bayes_mpt.predictors.nodes.weighted import (
     Nodes,
     NodeSource,
@@ -30,10 +32,8 @@ __all__ = ["Quadrature"]
 MAX_WIDTH = 4
 NODES = {1: 64, 2: 16, 3: 10, 4: 8}  # along each axis, by the number of latents
 MAX_NODES = 8192  # around all modes together, where these are several
-ROUGH = 0.01  # nats of change with more nodes, from which draws are asked too
+ROUGH = 0.01  # nats of change with more nodes, from which panels are, or draws are asked too
 N_CHECKS = 1024
-FAR_NODES = (161, 321, 641, 1281, 2561)  # of one latent of a row, whose density is no polynomial's
-MAX_CELLS = 2**24  # log-densities of tokens that these may cost
 MIN_NODES = 3  # along each axis
 MAX_WHOLE = 1024  # nodes, up to which all are tried at once
 SHELLS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9)  # share of a Gaussian outside of each
@@ -173,65 +173,87 @@ class _Hermite(NodeSource):
 
     @torch.no_grad()
     def evidence(self, nodes: Nodes) -> Evidence:
+        if self.adaptive.rows is not None:  # every node costs those of all rows or groups
+            return self._with_rows_inside(nodes)
         few, modes = nodes.score(), nodes.last.located
         around = modes
         if self.structure.by_row and self.asked and self.adaptive.space.parts:
             around = self.modes.reaching(nodes.args, nodes.value, modes)
         rule, finest = self._rule(modes), self._rule(around, finer=True)
-        everything = torch.ones(nodes.value.shape[1], dtype=torch.bool, device=nodes.value.device)
-        beyond = 0.0
-        if self.adaptive.rows is not None:  # every node costs those of all rows or groups
-            inside = nodes.gain_inside(_middle(nodes))
-            many = self._outwards(nodes, finest, inside)
-        else:
-            finer = nodes.at_nodes(self._around(nodes.args, nodes.value, around, finest))
-            many = finer.score()
-            if len(modes.mode) > 1 and not self.structure.by_row:
-                beyond = _beyond(finer.log_weights(), modes, finest)
+        finer = nodes.at_nodes(self._around(nodes.args, nodes.value, around, finest))
+        many = finer.score()
         change = float((many - few).sum())
-        n_nodes, more = (round(len(r.t) ** (1 / max(1, r.t.shape[1]))) for r in (rule, finest))
-        diagnostics = {"n_nodes": more, f"change from {n_nodes} nodes": change}
+        diagnostics = _changes(rule, finest, change)
+        n_modes, _, width = modes.mode.shape
+        uneven = (
+            float(roughness(finer.log_weights().unflatten(0, (n_modes, -1))).sum()) if width == 1 else 0.0
+        )
+        se = max(abs(change), uneven)
+        # of images that are not listed panels would see nothing
+        partial = modes.orbits is not None and modes.orbits.partial
+        if width == 1 and not partial and (uneven > UNEVEN or _size(many - few) > ROUGH):
+            many, se = self._by_panels(nodes, diagnostics)
+            return (
+                Evidence(many, se, diagnostics)
+                if self.structure.by_row
+                else self._doubted(nodes, many, se, diagnostics)
+            )
         if self.structure.by_row:
-            if modes.mode.shape[-1] == 1 and _size(many - few) > ROUGH:
-                return self._evenly(nodes, few, many, diagnostics)
-            return Evidence(many, abs(change), diagnostics)
+            return Evidence(many, se, diagnostics)
+        if n_modes > 1:
+            se += _beyond(finer.log_weights(), modes, finest)
+        return self._doubted(nodes, many, self._checked(nodes, many, se, diagnostics), diagnostics)
+
+    def _with_rows_inside(self, nodes: Nodes) -> Evidence:
+        """The evidence where rows or groups have nodes of their own at each node."""
+        few, modes = nodes.score(), nodes.last.located
+        rule, finest = self._rule(modes), self._rule(modes, finer=True)
+        uneven, left = nodes.uneven_inside()
+        detail: Detail = "fine" if uneven <= UNEVEN else "panels"
+        inside = nodes.gain_inside(_middle(nodes), detail)
+        many, outside = self._outwards(nodes, finest, inside, detail)
+        change = many - few
+        diagnostics = _changes(rule, finest, float(change.sum()))
+        # panels have an error of their own, and fine nodes one that their change bounds
+        se = abs(float(change.sum())) if detail == "fine" else abs(float((change - inside).sum())) + left
+        se = self._checked(nodes, many, max(se, outside, uneven if detail == "fine" else 0.0), diagnostics)
+        return self._doubted(nodes, many, se, diagnostics)
+
+    def _checked(self, nodes: Nodes, many: Tensor, se: float, diagnostics: dict[str, Any]) -> float:
+        """The error, after draws: nodes of one rule may agree and both be wrong."""
+        modes = nodes.last.located
+        if not self.adaptive.space.parts or not (modes.has_pieces or se > ROUGH):
+            return se
+        everything = torch.ones(nodes.value.shape[1], dtype=torch.bool, device=nodes.value.device)
+        by_draws, _ = self.modes.check(nodes.args, nodes.value, everything, modes, N_CHECKS)
+        diagnostics["by draws of the same mixture"] = by_draws
+        return math.hypot(se, by_draws - float(many.sum()))
+
+    def _doubted(self, nodes: Nodes, many: Tensor, se: float, diagnostics: dict[str, Any]) -> Evidence:
+        """The evidence of latents that all rows share, with what speaks against its modes."""
+        modes = nodes.last.located
         diagnostics["n_modes"] = len(modes.mode)
-        se = abs(change) + beyond
-        # nodes of one rule may agree and both be wrong: draws see it
-        if self.adaptive.space.parts and (modes.has_pieces or se > ROUGH):
-            by_draws, _ = self.modes.check(nodes.args, nodes.value, everything, modes, N_CHECKS)
-            diagnostics["by draws of the same mixture"] = by_draws
-            se = math.hypot(se, by_draws - float(many.sum()))
         doubt = modes.doubt or nodes.doubt_inside()
         return doubted(Evidence(many, se, diagnostics), modes._replace(doubt=doubt))
 
-    def _evenly(self, nodes: Nodes, few: Tensor, many: Tensor, diagnostics: dict[str, Any]) -> Evidence:
-        """Rows of one latent whose density steps or has long tails: nodes in ever smaller even steps."""
-        modes = self.modes.reaching(nodes.args, nodes.value, nodes.last.located)
-        for n_nodes in FAR_NODES:
-            if n_nodes * nodes.value.numel() > MAX_CELLS:
-                break
-            rule = far_rule(1, n_nodes, CUT["fine"])
-            # as many at a time as were before: a decoder's hidden units are more than its tokens
-            n_part = self._n_nodes(modes, finer=True)
-            parts = (
-                rule._replace(t=t, log_weight=log_weight)
-                for t, log_weight in zip(rule.t.split(n_part), rule.log_weight.split(n_part), strict=True)
-            )
-            reads = (self._around(nodes.args, nodes.value, modes, part) for part in parts)
-            log_z = torch.cat([nodes.at_nodes(read).log_weights() for read in reads]).logsumexp(0)
-            few, many = many, torch.where(nodes.value.isnan().all(1), 0.0, log_z)
-            diagnostics[f"change to {n_nodes} even nodes"] = float((many - few).sum())
-            if _size(many - few) <= ROUGH:
-                break
-        return Evidence(many, _size(many - few), diagnostics)
+    def _by_panels(self, nodes: Nodes, diagnostics: dict[str, Any]) -> tuple[Tensor, float]:
+        """log Z (N,) of one latent whose density jumps, bends or has long tails, and the error of its sum."""
+        value = nodes.value
+        everything = torch.ones(value.shape[1], dtype=torch.bool, device=value.device)
+        density = self.adaptive.row_density(nodes.args, value, everything, {})
+        modes = reaching(density, nodes.last.located, 1, CUT["fine"])
+        found = by_panels(density, modes, 1, value.shape[1])
+        diagnostics["n_nodes"] = found.n_evaluations
+        empty = value.isnan().all(1)
+        return torch.where(empty, 0.0, found.log_z), float(torch.where(empty, 0.0, found.error).sum())
 
-    def _outwards(self, nodes: Nodes, finest: Rule, inside: Tensor) -> Tensor:
+    def _outwards(self, nodes: Nodes, finest: Rule, inside: Tensor, detail: Detail) -> tuple[Tensor, float]:
         """log Z (1,) by more nodes, shell by shell from the middle until what is left is no part of the error.
 
         Of what is left, shells that shrink by a factor r from c on are believed to add c r / (1 - r). Rows and groups
         are integrated finely where that is cheap, or changes log Z by much: ``inside`` (1,), seen at nodes of the usual
         rule, between which a row may come to have other modes. Beyond a shell that has added little they are roughly.
+        With it the nats by which jumps between the nodes of one latent may move log Z.
         """
         modes, few = nodes.last.located, nodes.score()
         error, rows = float(inside.abs()), self.adaptive.rows
@@ -240,14 +262,17 @@ class _Hermite(NodeSource):
         )  # cheap, whatever the error
         fine = one or (len(finest.t) > 1 and error > ROUGH)
         shell = _shells(finest).to(few.device)
-        total, added, shrinks = torch.full_like(few, -math.inf), math.inf, 1.0
+        total, added, shrinks, uneven = torch.full_like(few, -math.inf), math.inf, 1.0, 0.0
         for n_shells, number in enumerate(shell.unique(), 1):
             some = (shell == number).nonzero()[:, 0]
             part_of = Rule(finest.t[some.cpu()], finest.log_weight[some.cpu()])
             read = self._around(nodes.args, nodes.value, modes, part_of)
             if fine or added < LITTLE:
-                read = read._replace(given=read.given.with_detail("rough" if added < LITTLE else "fine"))
-            part = nodes.at_nodes(read).score()
+                read = read._replace(given=read.given.with_detail("rough" if added < LITTLE else detail))
+            at_nodes = nodes.at_nodes(read)
+            part = at_nodes.score()
+            if finest.t.shape[1] == 1:  # which are one shell
+                uneven = float(roughness(at_nodes.log_weights().unflatten(0, (len(modes.mode), -1))).sum())
             total = torch.logaddexp(total, part)
             before, added = added, float((part - total).exp())
             last, shrinks = shrinks, added / before if before > 0 else 0.0
@@ -255,7 +280,13 @@ class _Hermite(NodeSource):
             left = added * r / (1 - r) if r < 1 else math.inf
             if n_shells > 3 and left <= NO_PART * max(error, float((total - few).abs())):
                 break
-        return total if fine else total + inside
+        return (total if fine else total + inside), uneven
+
+
+def _changes(rule: Rule, finer: Rule, change: float) -> dict[str, Any]:
+    """By how much the finer rule has changed log Z, in words."""
+    n_nodes, more = (round(len(r.t) ** (1 / max(1, r.t.shape[1]))) for r in (rule, finer))
+    return {"n_nodes": more, f"change from {n_nodes} nodes": change}
 
 
 def _size(change: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Particles that are weighed, drawn again, and evaluated together or by halves."""
+"""Particles that are weighed, drawn again or at even ranks, and evaluated together or by halves."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["by_halves", "effective", "next_temperature", "systematic", "weighted_root"]
+__all__ = ["by_halves", "effective", "evenly", "next_temperature", "systematic", "weighted_root"]
 
 CESS = 0.85  # share of the particles that stays effective from one temperature to the next
+MAX_STRETCH = 10.0  # values that lie in a plane are left as they are
 MIN_RISE = 1e-12  # of a temperature
 
 
@@ -87,3 +88,48 @@ def weighted_root(u: Tensor, share: Tensor, label: Tensor | None = None) -> Tens
     keep = ess / (ess + u.shape[1])
     cov = keep * cov + torch.diag((1 - keep) * variance + 1e-9 * variance)
     return torch.linalg.cholesky(cov)
+
+
+def evenly(u: Tensor, share: Tensor, n: int) -> Tensor:
+    """So many values (S, D, B, d) with the mean and covariance of nodes u (S, Q, B, d) with these shares (S, Q, B).
+
+    Along one axis they are means of equal parts of the distribution, else nodes at even ranks, stretched to the
+    covariance, which is that of a few values too small or random.
+    """
+    weight = share[..., None]
+    mean = (weight * u).sum(1, keepdim=True)
+    cut = share.cumsum(1)
+    if u.shape[-1] == 1:
+        # int_0^c of the quantile function, between the ends of n equal parts
+        order = u[..., 0].argsort(1)
+        cut = share.gather(1, order).cumsum(1).movedim(1, -1).contiguous()  # (S, B, Q)
+        steps = u[..., 0].gather(1, order).movedim(1, -1)
+        ends = (
+            torch.linspace(0, 1, n + 1, dtype=u.dtype, device=u.device)
+            .expand(*cut.shape[:-1], -1)
+            .contiguous()
+        )
+        at = torch.searchsorted(cut, ends).clamp(max=cut.shape[-1] - 1)
+        part = torch.diff(cut, dim=-1, prepend=torch.zeros_like(cut[..., :1]))
+        before = (part * steps).cumsum(-1) - part * steps
+        area = (before + (-(cut - part)) * steps).gather(-1, at) + ends * steps.gather(-1, at)
+        drawn = (n * area.diff(dim=-1)).movedim(-1, 1)[..., None]
+    else:
+        even = (
+            ((torch.arange(n, dtype=u.dtype, device=u.device) + 0.5) / n)
+            .expand(*cut.shape[::2], n)
+            .contiguous()
+        )
+        picked = torch.searchsorted(cut.movedim(1, -1).contiguous(), even).clamp(max=cut.shape[1] - 1)
+        drawn = u.gather(1, picked.movedim(-1, 1)[..., None].expand(-1, -1, -1, u.shape[-1]))
+    off, here = u - mean, drawn - drawn.mean(1, keepdim=True)
+    wanted = torch.einsum("sqb,sqbi,sqbj->sbij", share, off, off)
+    found = torch.einsum("snbi,snbj->sbij", here, here) / n
+    root, failed = torch.linalg.cholesky_ex(found)
+    target, failed_too = torch.linalg.cholesky_ex(wanted)
+    well = (failed == 0) & (failed_too == 0)
+    eye = torch.eye(u.shape[-1], dtype=u.dtype, device=u.device)
+    root = torch.where(well[..., None, None], root, eye)
+    stretch = torch.where(well[..., None, None], target, eye) @ torch.linalg.inv(root)
+    stretch = torch.where((stretch.abs().amax((-2, -1)) < MAX_STRETCH)[..., None, None], stretch, eye)
+    return mean + (stretch[:, None] @ here[..., None])[..., 0]

@@ -17,8 +17,10 @@ from bayes_mpt.predictors.nodes.given import (
     PlacedRows,
 )
 from bayes_mpt.predictors.nodes.nearby import Nearby
+from bayes_mpt.predictors.nodes.panels import MAX_NESTED, Integrals, by_panels
 from bayes_mpt.predictors.nodes.placing import Placing
 from bayes_mpt.predictors.nodes.rules import (
+    CUT,
     MAX_HERMITE,
     ROW_DRAWS,
     ROW_NODES,
@@ -152,7 +154,8 @@ class RowNodes:
 
     def given(self, args: Args, held: dict[str, Tensor]) -> NestedRows:
         """The rows at S values (S, ...) of the latents of the data set."""
-        return NestedRows(partial(self._place, args), self.cells.to(args.filled[0].device), held)
+        panels = partial(self._panels, args) if self.width == 1 else None
+        return NestedRows(partial(self._place, args), self.cells.to(args.filled[0].device), held, panels)
 
     def prior_left(
         self, model: Model, latents: tuple[Latent, ...], filled: tuple[Any, ...]
@@ -217,4 +220,13 @@ class RowNodes:
             each = {name: v[some].repeat_interleave(u.shape[1], 0) for name, v in held.items()}
             given, part, _ = at.at(args, u.flatten(0, 1), each)
             log_weight = part.unflatten(0, u.shape[:2]) + log_w
-            yield PlacedRows(given, log_weight, partial(constrained, at.space, u.flatten(0, 1)))
+            latents = partial(constrained, at.space, u.flatten(0, 1))
+            yield PlacedRows(given, log_weight, latents, len(modes.mode))
+
+    def _panels(self, args: Args, held: dict[str, Tensor], x: Tensor, visible: Tensor) -> Integrals:
+        """The integral of each row at each of S nodes of the data set: of S N."""
+        fixed = {name: v.detach() for name, v in held.items()}
+        n_nodes = len(next(iter(fixed.values())))
+        modes = self.adaptive.locate(args, x, visible, self.placing, CUT["panels"], fixed)
+        density = self.adaptive.row_density(args, x, visible, fixed)
+        return by_panels(density, modes, n_nodes, x.shape[1], MAX_NESTED)

@@ -26,8 +26,11 @@ __all__ = [
     "stretched",
 ]
 
-Detail = Literal["rough", "usual", "fine"]
-"""Of nodes inside a row or group: fine ones show the error of the usual, rough ones serve where little is."""
+Detail = Literal["rough", "usual", "fine", "panels"]
+"""Of nodes inside a row or group: fine ones show the error of the usual, rough ones serve where little is.
+
+Panels take the place of fine nodes where the density of one latent jumps or bends.
+"""
 
 DEGREES = 5.0  # of freedom of draws around a mode, at least
 MAX_HERMITE = 4  # latents of a row, given those of the data set, up to which a product rule integrates them
@@ -47,7 +50,12 @@ ALONE_FAR = {
     3: (13, 17),
     4: (9, 13),
 }  # where no other latents take nodes; the finer
-CUT: dict[Detail, float] = {"rough": 15.0, "usual": 18.0, "fine": 25.0}  # nats below the mode, where it ends
+CUT: dict[Detail, float] = {
+    "rough": 15.0,
+    "usual": 18.0,
+    "fine": 25.0,
+    "panels": 25.0,
+}  # nats below the mode, where it ends
 EVEN = (0.5, 2.0)  # standard deviations up to which its nodes are even: of a long tail, and of none
 LONG = 32.0  # of them, from which a tail is long
 

@@ -25,6 +25,7 @@ from torch import Generator, Tensor
 from bayes_mpt.masks import Policy
 from bayes_mpt.predictors.base import Bound, Conditionals, Evidence, Leaves, Posterior
 from bayes_mpt.predictors.nodes.given import Given, NodePosterior
+from bayes_mpt.predictors.nodes.rules import Detail
 from bayes_mpt.predictors.objective import Batch, Objective, Outputs, outputs_of_rows
 from bayes_mpt.predictors.own_order import own_order
 from bayes_mpt.program.affine import DenseMap
@@ -271,14 +272,20 @@ class Nodes(Conditionals):
         found = self._relocated_chain(tokens, list(pairwise(ends)))[0, tokens].cumsum(0)
         return torch.nn.functional.pad(found, (1, 0))[ends].diff()
 
-    def gain_inside(self, some: Tensor) -> Tensor:
+    def gain_inside(self, some: Tensor, detail: Detail = "fine") -> Tensor:
         """How log Z (N,) grows by finer nodes in every row or group, seen at ``some`` nodes; 0 where there are none."""
-        before, given = self.log_weights(), self.last.given.with_detail("fine", some)
+        before, given = self.log_weights(), self.last.given.with_detail(detail, some)
         if given is self.last.given:
             return torch.zeros_like(before[0])
         weight = self.last.log_weight.expand(before.shape)[some]
         finer = self.at_nodes(self.last._replace(given=given, log_weight=weight))
         return finer.score() - before[some].logsumexp(0)
+
+    @torch.no_grad()
+    def uneven_inside(self) -> tuple[float, float]:
+        """`Given.uneven` at the node of the greatest weight."""
+        best = self.log_weights()[:, 0].nan_to_num(-math.inf).argmax()[None]
+        return self.last.given.with_detail("fine", best).uneven(self.value)
 
     @torch.no_grad()
     def doubt_inside(self) -> str:

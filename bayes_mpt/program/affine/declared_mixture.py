@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import pyro
 import pyro.distributions as dist
 import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from bayes_mpt.program.affine.declared import stated_run
+from bayes_mpt.program.affine.declared import stated_run, stated_values
 from bayes_mpt.program.affine.maps import DenseMap, with_correlated_noise
-from bayes_mpt.program.arguments import fill
 from bayes_mpt.program.program import Model, Program, split_events
-from bayes_mpt.program.run import first_run
 from bayes_mpt.program.sites import base
 from bayes_mpt.program.trials import CLOSE
 
@@ -67,14 +64,9 @@ def stated_mixture(model: Model, args: tuple[Any, ...]) -> StatedMixture | None:
     found = stated_run(model, args, "mixture_map")
     if found is None:
         return None
-    names, first, init, program = found
+    names, first, x, program = found
     parts = MixtureParts(**names)
-    if not _one_table(program, init[0]):
-        return None
-    if not _is_mixture(first, program, parts, init[0]):
-        return None
-    program = split_events(program)._replace(per_row=False, observed_argument=0, scores_input=True)
-    return StatedMixture(program, parts)
+    return StatedMixture(split_events(program), parts) if _is_mixture(first, program, parts, x) else None
 
 
 def read_mixture(parts: MixtureParts, model: Model, args: tuple[Any, ...]) -> tuple[DenseMap, Tensor]:
@@ -82,29 +74,11 @@ def read_mixture(parts: MixtureParts, model: Model, args: tuple[Any, ...]) -> tu
 
     With gradients to the parameters. The maps have no latents, and no rows as their value.
     """
-    store = pyro.get_param_store()
-    if not all(name in store for name in parts):
-        first_run(model, (fill(args[0]),))
-    weights, loc, root = (pyro.param(name) for name in parts)
-    if not torch.is_grad_enabled():
-        weights, loc, root = weights.detach(), loc.detach(), root.detach()
+    weights, loc, root = stated_values(parts, model, args)
     root = root.expand(*loc.shape, loc.shape[1])
     noise, none = root.square().sum(-1), loc.new_zeros(len(loc), 0, 0)
     alone = DenseMap(loc, loc[..., None][..., :0], noise, none.flatten(1), none, 1.0, args[0][:0])
     return with_correlated_noise(alone, root), dist.Categorical(weights).logits
-
-
-def _one_table(program: Program, x: Tensor) -> bool:
-    """Whether the sites are a label and the tokens of each row, in a plate of all rows."""
-    site, latent = program.sites[0], program.latents[0]
-    return (
-        site.shape == tuple(x.shape)
-        and latent.shape == x.shape[:1]
-        and program.by_row
-        and program.sub_rows is None
-        and program.scale == 1.0
-        and (site.row_axis, latent.row_axis) == (0, 0)
-    )
 
 
 @torch.no_grad()
@@ -114,7 +88,7 @@ def _is_mixture(first: Trace, program: Program, parts: MixtureParts, x: Tensor) 
     tokens, label = base(observed["fn"]), base(latent["fn"])
     if not isinstance(tokens, torch.distributions.MultivariateNormal):
         return False
-    if not isinstance(label, torch.distributions.Categorical):
+    if not isinstance(label, torch.distributions.Categorical) or latent["value"].ndim != 1:
         return False
     weights, loc, root = (first.nodes[name]["value"] for name in parts)
     (n_rows, n_tokens), n_components = x.shape, len(weights)
@@ -131,10 +105,8 @@ def _is_mixture(first: Trace, program: Program, parts: MixtureParts, x: Tensor) 
     size = factor.square().sum(-1).sqrt()  # (n, T)
     mean = tokens.loc.expand(x.shape)[some]
     scale = tokens.scale_tril.expand(n_rows, n_tokens, n_tokens)[some]
-    told = (
+    return (
         bool(((logits - dist.Categorical(weights).logits).abs() <= close).all())
         and bool(((mean - loc[here]).abs() <= close * (loc[here].abs() + size)).all())
         and bool(((scale - factor).abs() <= close * size[..., None]).all())
     )
-    value = observed["value"]
-    return told and (value is x or torch.equal(value, x))

@@ -9,7 +9,7 @@ from scipy.optimize import minimize
 from bayes_mpt import BayesMPT, MarginalLikelihoodSearch
 from bayes_mpt.evidence import laplace_diagonal
 from bayes_mpt.models import FactorAnalysis
-from bayes_mpt.predictors.gaussian import newton
+from bayes_mpt.predictors.gaussian import modes, newton
 from bayes_mpt.predictors.gaussian.profile import Prior, diagonal
 from bayes_mpt.program.statistics import Covariance
 
@@ -208,3 +208,26 @@ def test_more_columns_than_rows_exchange_a_latent_too():
     )
     assert (n, t) == (28, 250)
     assert n * (best - diagonal(cov, 6).lml) < 0.1
+
+
+def test_loss_without_one_latent_is_that_of_the_dense_covariance():
+    x, _ = drawn("strong", 0)
+    n, t = x.shape
+    corr, k, prior = np.corrcoef(x.T), 3, Prior(2.0, np.full(t, 2.0), n)
+    climb = newton.Climb(corr, prior, 100, 1e-8)
+    top = climb.top(climb.at(k, np.full(t, -0.7)))
+    starts, losses = modes._without_one(climb, top, k)
+    loading, share = top.factors(0).loading, top.communality(k)
+    dense = []
+    for left_out in range(k):
+        psi = np.exp(top.log_noise) + share[:, left_out]
+        kept = np.delete(loading, left_out, 1)
+        cov = kept @ kept.T + np.diag(psi)
+        lml = -0.5 * (
+            t * math.log(2 * math.pi) + np.linalg.slogdet(cov)[1] + np.trace(np.linalg.solve(cov, corr))
+        )
+        dense.append(-lml - (2 * np.log(psi) - 2 * psi).sum() / n)
+    order = np.argsort(dense)
+    np.testing.assert_allclose(losses, np.array(dense)[order], rtol=1e-12)
+    kept_share = share.sum(1)[:, None] - share[:, order]
+    np.testing.assert_allclose(np.exp(starts), (1 - kept_share).T.clip(modes.LEAST, 1.0), rtol=1e-12)

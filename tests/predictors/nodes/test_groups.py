@@ -17,7 +17,7 @@ from truths import normal_grid
 from bayes_mpt import BayesMPT
 from bayes_mpt.predictors import Importance, Quadrature, SequentialMonteCarlo
 from bayes_mpt.predictors.nodes.conjugacy import prior_draws
-from bayes_mpt.predictors.nodes.group_nodes import _evenly
+from bayes_mpt.predictors.nodes.resampling import evenly
 from bayes_mpt.program.analysis import analyze
 from bayes_mpt.program.groups import find_groups
 from bayes_mpt.program.program import ModelError
@@ -434,7 +434,7 @@ def test_values_of_equal_shares_have_the_moments_of_the_nodes():
     for d, n in ((1, 2), (1, 7), (2, 5)):
         u = torch.randn(2, 64, 3, d, generator=generator, dtype=torch.float64)
         share = torch.rand(2, 64, 3, generator=generator, dtype=torch.float64).softmax(1)
-        found = _evenly(u, share, n)
+        found = evenly(u, share, n)
         mean = (share[..., None] * u).sum(1)
         second = torch.einsum("sqb,sqbi,sqbj->sbij", share, u, u)
         torch.testing.assert_close(found.mean(1), mean, atol=1e-12, rtol=0)
