@@ -113,8 +113,8 @@ class Shares(NamedTuple):
 
 def unled(reference: Reference, n: int) -> str:
     """What speaks for modes that none of n particles has come to, in words; empty where nothing does."""
-    n_prior = round(reference.prior * n)
-    if n_prior >= reference.wanted:
+    n_prior = math.ceil(reference.prior * n)
+    if n_prior >= reference.wanted - 1:
         return ""
     crowd = f"{reference.crowd:.0f} modes" if math.isfinite(reference.crowd) else "any number of modes"
     return (

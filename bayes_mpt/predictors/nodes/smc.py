@@ -309,7 +309,7 @@ class Particulate(Conditionals):
         most = n * 2**MAX_DOUBLINGS
         start = path.target.reference
         wanted = start.wanted / (max(start.prior, 1e-300) * settings.num_runs)
-        while n < most and (variance / n > MAX_SD**2 or n < wanted <= most):
+        while n < most and (variance / n > MAX_SD**2 or n < wanted - 1 <= most):
             n *= 2
         return path, stages, n
 
