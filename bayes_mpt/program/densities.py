@@ -216,7 +216,9 @@ def _times_log(count: Tensor, p: Tensor, of_failure: bool = False) -> Tensor:
 def _finite(log_prob: Tensor) -> bool:
     """Whether a sum, which is cheap, finds all finite."""
     total = log_prob.detach().sum()
-    return not _some(total - total != 0)
+    if torch._C._functorch.is_batchedtensor(total):
+        return not _some(total - total != 0)
+    return math.isfinite(total.item())
 
 
 def _some(where: Tensor) -> bool:

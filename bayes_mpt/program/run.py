@@ -22,16 +22,17 @@ from torch import Tensor
 from bayes_mpt.program.arguments import fill_all, head
 from bayes_mpt.program.densities import log_density
 from bayes_mpt.program.devices import own_random_state
-from bayes_mpt.program.log_odds import LOG_ODDS
 from bayes_mpt.program.program import Model, ModelError, NotPositiveDefinite, Program
 from bayes_mpt.program.seen_labels import with_seen_labels
 from bayes_mpt.program.sites import base, is_subsample, latent_nodes, sub_samples
+from bayes_mpt.program.unconstrained import UNCONSTRAINED
 
 __all__ = [
     "FAILURES",
     "FirstRun",
     "SetLatents",
     "first_run",
+    "nodes_plate",
     "not_finite",
     "one_precision",
     "run",
@@ -51,6 +52,22 @@ NODES = "_nodes"  # the plate of nodes, left of a program's own plates
 MIXED = re.compile("dtype|scalar type|data type|result type")  # in torch's messages about precision
 
 
+@lru_cache(maxsize=32)
+def nodes_plate(n: int, depth: int) -> pyro.plate:
+    """The plate of n nodes left of a program's own, which are ``depth``; made once, as that asks all handlers.
+
+    Not to be entered inside of itself, as no plate of its name may be.
+
+    Examples
+    --------
+    >>> with nodes_plate(3, 1):
+    ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    >>> z.shape
+    torch.Size([3, 1])
+    """
+    return pyro.plate(NODES, n, dim=-1 - depth)
+
+
 class SetLatents(poutine.messenger.Messenger):
     """Fix latent values, the others at their means if asked. Not `poutine.condition`: they stay latent sites."""
 
@@ -63,8 +80,8 @@ class SetLatents(poutine.messenger.Messenger):
         if msg["name"] in self.values:
             msg["value"] = self.values[msg["name"]]
             msg["done"] = True
-            if LOG_ODDS + msg["name"] in self.values:
-                msg["infer"] = {**msg["infer"], LOG_ODDS: self.values[LOG_ODDS + msg["name"]]}
+            if UNCONSTRAINED + msg["name"] in self.values:
+                msg["infer"] = {**msg["infer"], UNCONSTRAINED: self.values[UNCONSTRAINED + msg["name"]]}
         elif self.others_at_mean and not msg["is_observed"] and not is_subsample(msg):
             msg["value"] = msg["fn"].mean
             msg["done"] = True
@@ -201,13 +218,19 @@ class _Casts(poutine.messenger.Messenger):
         """The last site that the program has reached."""
         self.parameters: list[str] = []
         """Those that it has reached."""
-        self.latents: dict[str, Tensor] = {}
-        """Values of the latents that it has reached."""
+        self.reached: list[Any] = []
+        """Messages of the latents that it has reached."""
 
     @property
     def where(self) -> str:
         """How far the program came, in words."""
         return f"after site {self.site!r}" if self.site else "before its first site"
+
+    @property
+    def latents(self) -> dict[str, Tensor]:
+        """Values of the latents that it has reached."""
+        values = {msg["name"]: msg["value"] for msg in self.reached}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def refuse_literal_size(self, message: str, error: BaseException) -> None:
         """Say so where a plate has another size than there are rows, and both are in torch's message."""
@@ -229,7 +252,9 @@ class _Casts(poutine.messenger.Messenger):
         _keep_masks(msg)
         if msg["is_observed"]:
             msg["value"] = torch.as_tensor(msg["value"]).to(self.dtype)
-        elif isinstance(base(msg["fn"]), dist.ImproperUniform):
+            return
+        self.reached.append(msg)
+        if isinstance(base(msg["fn"]), dist.ImproperUniform):
             raise ModelError(
                 f"latent {msg['name']!r} is ImproperUniform, which has no density: the marginal likelihood under a "
                 "prior that does not integrate to 1 is known up to a constant of one's choice, so there is none. Give "
@@ -239,13 +264,11 @@ class _Casts(poutine.messenger.Messenger):
             value = msg["fn"](*msg["args"], **msg["kwargs"])
             msg["value"] = value.to(self.dtype) if value.is_floating_point() else value
 
-    def _pyro_post_sample(self, msg: Any) -> None:
-        if not msg["is_observed"] and not is_subsample(msg) and isinstance(msg["value"], Tensor):
-            self.latents[msg["name"]] = msg["value"]
-
     def _pyro_param(self, msg: Any) -> None:
         name, *init = msg["args"]
         self.parameters.append(name)
+        if name in pyro.get_param_store():
+            return  # which needs no initial value
         if init and not isinstance(init[0], torch.nn.Parameter):  # networks are trained in place
             msg["args"] = name, partial(self._cast, init[0])
 

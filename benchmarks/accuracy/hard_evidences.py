@@ -12,8 +12,9 @@ funnels, means and signs of these same seeds in sight, so that their figures are
 Not all runs are of one state of the package: each unit and row has its number, of a row the least. 2: draws of a
 mixture count as strata, and the search for modes weighs what it may have missed; 3: particles start from the prior for
 every mode that there may be, where the search is in doubt (of these problems: the frequency). Before, a run on that
-line was 20 nats low without a warning. Ten other lines by particles, and nine seeds of an eleventh, were run just before
-that change and are called 3: two seeds of each were run again after it and gave the stored figures. Delete units from
+line was 20 nats low without a warning. Ten other lines by particles and nine seeds of an eleventh were run just before
+that change and are called 3: two seeds of each were run again after it and gave the stored figures, and one of each did
+once more when latents had come to be moved in units of their own. Delete units from
 the file to run them again.
 """
 

@@ -39,11 +39,10 @@ FEW = 1.5  # (T - K)^2 / (T + K), below 1 where K is more than a covariance dete
 ZERO = 5e-3  # of a column's variance: noises that are zero leave a gap that says nothing
 SOFT_SHAPE = 2.0  # psi_i ~ Gamma(2, 2 / variance)
 N_MORE, N_LESS = 2, 1  # latents left out, of those that lose least
-# A latent that is left out costs, of what one more than K gains:
-REGAINED = 0.7  # at most, where a climb from there is to regain more
-SHRUNK = 2.2  # at most, where the K - 1 others have still to find their places
-REPLACED = 1.3  # at most, where they have
-FEW_NATS = 20.0  # of all rows: a cost that is looked into in any case
+# A latent that is left out costs, before the others move, at most so much of what one more than K gains:
+REGAINED = 0.7  # where a climb from there is to regain more
+REPLACED = 1.25  # where the next direction is to take its place
+SLACK = 20.0  # nats that it may cost besides, or T: the others regain about one for each number of it
 ROUGH = 1e-5  # tolerance of a climb on the way
 PASSED = 1e-4  # the same, where only the next start is wanted
 GAIN = 1e-9  # relative, by which a maximum is higher
@@ -151,10 +150,9 @@ def _exchanged(way: Climb, top: Profile) -> Profile:
 
 def _more_and_less(way: Climb, top: Profile, more: Profile) -> Profile:
     """``more``: the maximum of one latent more."""
-    gain = top.loss - more.loss
-    starts, losses = _without_one(way, more, more.n_latents)
-    for start, loss in zip(starts[:N_MORE], losses, strict=False):
-        if _costs(way, loss - top.loss, REGAINED * gain):
+    starts, costs = _without_one(way, more, top)
+    for start, cost in zip(starts[:N_MORE], costs, strict=False):
+        if cost > REGAINED * (top.loss - more.loss) + _slack(way):
             break
         found = way.top(way.at(top.n_latents, start), top)
         if _higher(found, top):
@@ -167,22 +165,20 @@ def _less_and_more(way: Climb, top: Profile, gain: float) -> Profile:
     k = top.n_latents
     if k < 2 or k >= len(way.corr):
         return top
-    starts, losses = _without_one(way, top, k)
-    for start, loss in zip(starts[:N_LESS], losses, strict=False):
-        if _costs(way, loss - top.loss, SHRUNK * gain):
+    starts, costs = _without_one(way, top, top)
+    for start, cost in zip(starts[:N_LESS], costs, strict=False):
+        if cost > REPLACED * gain + _slack(way):
             break
         less = _passed(way, k - 1, start)
-        if _costs(way, less.loss - top.loss, REPLACED * gain):
-            continue
         found = way.top(way.at(k, rest_of(less.communality(k).sum(1))), top)
         top = found if _higher(found, top) else top
     return top
 
 
-def _costs(way: Climb, loss: float, gain: float) -> bool:
-    """Whether a latent left out costs more than can be regained, both a row, and more than a few nats."""
+def _slack(way: Climb) -> float:
+    """Of a row."""
     assert way.prior is not None
-    return loss > max(gain, FEW_NATS / way.prior.n_rows)
+    return max(SLACK, len(way.corr)) / way.prior.n_rows
 
 
 def _passed(way: Climb, n_latents: int, log_noise: Array) -> Profile:
@@ -193,18 +189,19 @@ def _passed(way: Climb, n_latents: int, log_noise: Array) -> Profile:
     return top
 
 
-def _without_one(way: Climb, top: Profile, n: int) -> tuple[Array, Array]:
-    """log psi (n, T) where one of n latents is left out, whose share goes to the noise, and the losses (n,) there.
+def _without_one(way: Climb, whole: Profile, than: Profile) -> tuple[Array, Array]:
+    """log psi (n, T) where one of n latents is left out, whose share goes to the noise, and what it costs (n,).
 
-    Those that lose least come first.
+    That is how much more is lost there than at the maximum ``than``, a row; those that cost least come first.
 
     With D the noise and W the latents that are left, A = D^-1 W and M = I + W' A, the loss is
 
         1/2 [T log 2 pi + log det D + log det M + sum_i 1 / D_i - tr(M^-1 A' S A)]
     """
-    share = top.communality(n)  # (T, n), the squares of the loadings
-    loading = np.sqrt(share) * np.sign(top.vectors[:, :n])
-    noise = np.exp(top.log_noise) + share.T  # (n, T)
+    n = whole.n_latents
+    share = whole.communality(n)  # (T, n), the squares of the loadings
+    loading = np.sqrt(share) * np.sign(whole.vectors[:, :n])
+    noise = np.exp(whole.log_noise) + share.T  # (n, T)
     each = np.arange(n)
     kept = np.repeat(loading[None], n, 0)
     kept[each, :, each] = 0.0
@@ -217,7 +214,7 @@ def _without_one(way: Climb, top: Profile, n: int) -> tuple[Array, Array]:
     if way.prior is not None:
         loss -= (way.prior.shape * np.log(noise) - way.prior.rate * noise).sum(1) / way.prior.n_rows
     order = np.argsort(loss)
-    return rest_of(share.sum(1)[:, None] - share).T[order], loss[order]
+    return rest_of(share.sum(1)[:, None] - share).T[order], loss[order] - than.loss
 
 
 def _higher(new: Profile, old: Profile) -> bool:

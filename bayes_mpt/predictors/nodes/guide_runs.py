@@ -6,7 +6,6 @@ import math
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
-import pyro
 import torch
 from pyro import poutine
 from pyro.poutine.trace_struct import Trace
@@ -17,7 +16,7 @@ from bayes_mpt.predictors.nodes.reparameterized import AlongDraws, DrawsAsLeaves
 from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.layout import rows_axis, sum_by_row
 from bayes_mpt.program.program import ModelError, Program, one_vector
-from bayes_mpt.program.run import NODES, SetLatents, one_precision
+from bayes_mpt.program.run import SetLatents, nodes_plate, one_precision
 from bayes_mpt.program.sites import is_point, latent_nodes
 
 __all__ = ["GuideRuns"]
@@ -49,7 +48,7 @@ class GuideRuns(NamedTuple):
         with ExitStack() as stack:
             stack.enter_context(one_precision(filled))
             if n > 1:
-                stack.enter_context(pyro.plate(NODES, n, dim=-1 - self.program.depth))
+                stack.enter_context(nodes_plate(n, self.program.depth))
             return poutine.trace(self.guide).get_trace(*args, **kwargs)
 
     def log_q(self, guide_trace: Trace, n: int) -> Tensor:

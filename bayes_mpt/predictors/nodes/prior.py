@@ -25,8 +25,9 @@ from bayes_mpt.program.batched import Batched
 from bayes_mpt.program.densities import log_density
 from bayes_mpt.program.layout import to_rows
 from bayes_mpt.program.program import ModelError
-from bayes_mpt.program.run import NODES, one_precision, run
+from bayes_mpt.program.run import nodes_plate, one_precision, run
 from bayes_mpt.program.sites import base, node_of
+from bayes_mpt.program.supports import support_of
 
 __all__ = ["halved", "prior_points", "spread_of", "vague_sites", "within_reach"]
 
@@ -75,7 +76,7 @@ def prior_points(adaptive: AdaptiveNodes, filled: tuple[Any, ...], n: int) -> Te
     names, gamma = set(adaptive.space.names), _LogGamma()
     with pyro.validation_enabled(False), one_precision(filled):
         if adaptive.batched is Batched.PLATE and adaptive.rows is None and n > 1:
-            with gamma, pyro.plate(NODES, n, dim=-1 - adaptive.program.depth):
+            with gamma, nodes_plate(n, adaptive.program.depth):
                 values = gamma.draw(adaptive, filled)
             if names <= set(values):
                 return _pack(adaptive, values, n)
@@ -166,7 +167,7 @@ def halved(adaptive: AdaptiveNodes, filled: tuple[Any, ...], points: Tensor, nam
         node = node_of(trace, name)
         fn, value = node["fn"], node["value"]
         positive = _positive(_part_of(adaptive, name))
-        if not positive and base(fn).support is not constraints.real:
+        if not positive and support_of(base(fn)) is not constraints.real:
             return math.nan
         middle = torch.zeros_like(value) if positive else fn.mean.nan_to_num(0.0, 0.0, 0.0)
         ratio = log_density(fn, middle + 2 * (value - middle)).sum() - log_density(fn, value).sum()

@@ -33,12 +33,12 @@ from bayes_mpt.program.arguments import Args, has_missing
 from bayes_mpt.program.batched import Batched
 from bayes_mpt.program.latents import Space
 from bayes_mpt.program.layout import to_rows
-from bayes_mpt.program.log_odds import LOG_ODDS
 from bayes_mpt.program.missing import read_values
 from bayes_mpt.program.program import Latent, Model, Program, n_rows_of
 from bayes_mpt.program.run import SetLatents, run
 from bayes_mpt.program.seen_labels import with_seen_labels
 from bayes_mpt.program.sites import is_subsample
+from bayes_mpt.program.unconstrained import UNCONSTRAINED
 from bayes_mpt.warnings import NoBoundWarning, SlowProgramWarning, warn
 
 __all__ = [
@@ -196,12 +196,12 @@ class Nodes(Conditionals):
         structure: Program | None = None,
     ):  # fmt: skip
         self.source, self.args, self.last = source, args, read
-        if source is not None:
-            structure, self._leaves = source.structure, Leaves(source.parameters)
+        structure = structure if source is None else source.structure
         assert structure is not None
         self.structure, self.value, self.scale = structure, read.value, read.scale
         self._fixed, self._whole = fixed, cast(Tensor | None, None)
-        self._relocates = source is not None and source.relocates
+        # to run the program again, at other nodes
+        self._leaves = Leaves(source.parameters) if source is not None and source.relocates else None
 
     def at_nodes(self, read: Read) -> Nodes:
         """The same rows at other nodes."""
@@ -254,7 +254,7 @@ class Nodes(Conditionals):
         return out
 
     def chain(self, order: Tensor, stops: list[int] | None = None) -> Tensor:
-        if self._relocates:
+        if self._leaves is not None:
             stretches = list(pairwise(stops or range(order.shape[1] + 1)))
             return torch.stack([self._relocated_chain(tokens, stretches) for tokens in order])
         seen, out, read = ~self.value.isnan(), [], self.last
@@ -387,7 +387,7 @@ class Nodes(Conditionals):
 
     def _at(self, mask: Tensor, near: Read | None = None) -> Read:
         """Nodes for this visible set, looked for from those of another."""
-        if self.source is None or not self._relocates or bool(mask.all()):
+        if self.source is None or self._leaves is None or bool(mask.all()):
             return self.last
         self._leaves.refuse_others()
         with SetLatents(self._fixed):
@@ -455,8 +455,11 @@ class _Fix(poutine.messenger.Messenger):
             shape = msg["fn"].batch_shape + msg["fn"].event_shape
             msg["value"] = self.values[msg["name"]].expand(shape)
             msg["done"] = True
-            if LOG_ODDS + msg["name"] in self.values:
-                msg["infer"] = {**msg["infer"], LOG_ODDS: self.values[LOG_ODDS + msg["name"]].expand(shape)}
+            if UNCONSTRAINED + msg["name"] in self.values:
+                msg["infer"] = {
+                    **msg["infer"],
+                    UNCONSTRAINED: self.values[UNCONSTRAINED + msg["name"]].expand(shape),
+                }
 
 
 def program_values(model: Model, args: Args, program: Program) -> Tensor:
@@ -473,10 +476,13 @@ def program_values(model: Model, args: Args, program: Program) -> Tensor:
 
 def constrained(where: Space, u: Tensor) -> Tensor:
     """Values of the latents at nodes u (S, N, d), side by side: (S, N, K)."""
-    if not where.parts:
-        return u.new_zeros(*u.shape[:2], 0)
-    values, _ = where.values(u.detach())
-    return torch.cat([nodes_first(values[p.latent.name], p.latent, *u.shape[:2]) for p in where.parts], -1)
+    return side_by_side(where, where.values(u.detach())[0], *u.shape[:2])
+
+
+def side_by_side(where: Space, values: dict[str, Tensor], n_nodes: int, n_rows: int) -> Tensor:
+    """Values of the latents of a space at S nodes, as `nodes_first` takes them, side by side: (S, N, K)."""
+    parts = [nodes_first(values[p.latent.name], p.latent, n_nodes, n_rows) for p in where.parts]
+    return torch.cat(parts, -1) if parts else torch.zeros(n_nodes, n_rows, 0)
 
 
 def nodes_first(value: Tensor, latent: Latent, n_nodes: int, n_rows: int) -> Tensor:

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from operator import itemgetter
 from typing import Any, NamedTuple
 
-import pyro
 import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
@@ -33,7 +32,7 @@ from bayes_mpt.program.arguments import cycle, fill_all
 from bayes_mpt.program.batched import TOGETHER, Batched, vmapped
 from bayes_mpt.program.layout import flat, from_rows, token_values
 from bayes_mpt.program.program import Latent, Model, list_names
-from bayes_mpt.program.run import NODES, run
+from bayes_mpt.program.run import nodes_plate, run
 from bayes_mpt.program.sites import sub_samples
 
 __all__ = ["Dense", "read_side_by_side"]
@@ -265,7 +264,7 @@ def _run_copies(
             part = part.expand(-1, n_rows, -1)
         part = from_rows(part, site.shape, site.row_axis)
         sites[site.name] = part.reshape(n_copies, *[1] * (depth - site.n_batch), *part.shape[1:])
-    with pyro.plate(NODES, n_copies, dim=-1 - depth):
+    with nodes_plate(n_copies, depth):
         return run(model, filled, sites)
 
 

@@ -210,13 +210,13 @@ def test_more_columns_than_rows_exchange_a_latent_too():
     assert n * (best - diagonal(cov, 6).lml) < 0.1
 
 
-def test_loss_without_one_latent_is_that_of_the_dense_covariance():
+def test_cost_of_a_latent_left_out_is_that_of_the_dense_covariance():
     x, _ = drawn("strong", 0)
     n, t = x.shape
     corr, k, prior = np.corrcoef(x.T), 3, Prior(2.0, np.full(t, 2.0), n)
     climb = newton.Climb(corr, prior, 100, 1e-8)
     top = climb.top(climb.at(k, np.full(t, -0.7)))
-    starts, losses = modes._without_one(climb, top, k)
+    starts, costs = modes._without_one(climb, top, top)
     loading, share = top.factors(0).loading, top.communality(k)
     dense = []
     for left_out in range(k):
@@ -228,6 +228,6 @@ def test_loss_without_one_latent_is_that_of_the_dense_covariance():
         )
         dense.append(-lml - (2 * np.log(psi) - 2 * psi).sum() / n)
     order = np.argsort(dense)
-    np.testing.assert_allclose(losses, np.array(dense)[order], rtol=1e-12)
+    np.testing.assert_allclose(costs + top.loss, np.array(dense)[order], rtol=1e-12)
     kept_share = share.sum(1)[:, None] - share[:, order]
     np.testing.assert_allclose(np.exp(starts), (1 - kept_share).T.clip(modes.LEAST, 1.0), rtol=1e-12)
