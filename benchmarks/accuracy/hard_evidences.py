@@ -7,7 +7,8 @@ frequency, of which a climb finds one of dozens of modes: wrong and silent once 
 on problems with one mode.
 
 Runs are kept in the JSON file, and a further call makes those that are missing. Draws around modes were developed with
-funnels, means and signs of these same seeds in sight, so that their figures are no blind test.
+funnels, means and signs of these same seeds in sight, and where particles start with the frequency's, so that their
+figures are no blind test.
 
 Not all runs are of one state of the package: each unit and row has its number, of a row the least. 2: draws of a
 mixture count as strata, and the search for modes weighs what it may have missed; 3: particles start from the prior for
