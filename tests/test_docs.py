@@ -2,14 +2,21 @@
 
 import json
 import re
+import sys
 import textwrap
 from pathlib import Path
 
 import numpy as np
 import pyro
 import pytest
+from sklearn.datasets import load_iris
+
+import bayes_mpt
+from bayes_mpt import BayesMPT
+from bayes_mpt.models import PPCA
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = Path(bayes_mpt.__file__).parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 BLOCK = re.compile(r"^(?P<indent> *)```python[^\n]*\n(?P<code>.*?)^(?P=indent)```", re.DOTALL | re.MULTILINE)
 
@@ -66,6 +73,26 @@ def test_no_block_escapes():
         text = page.read_text()
         fences = re.findall(r"^ *(?:```|~~~) *\{?\.?(?:py|pycon|python)", text, re.MULTILINE | re.IGNORECASE)
         assert len(fences) == len(BLOCK.findall(text)), page.name
+
+
+def test_the_way_of_a_plain_fit_is_what_the_page_says():
+    """The table of files is what `BayesMPT(PPCA(2)).fit(X)` enters, in this order; models are left out."""
+    table = (ROOT / "docs" / "fit.md").read_text().split("These are all the files")[1].split("\n## ")[0]
+    entered = []
+
+    def note(frame, event, argument):
+        file = Path(frame.f_code.co_filename)
+        if event == "call" and PACKAGE in file.parents and file.parent.name != "models":
+            entered.append(file.relative_to(PACKAGE).as_posix())
+
+    X = load_iris().data
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        BayesMPT(PPCA(2)).fit(X)
+    finally:
+        sys.setprofile(before)
+    assert list(dict.fromkeys(entered)) == re.findall(r"^\| `([\w/]+\.py)` \|", table, re.MULTILINE)
 
 
 def test_the_page_of_the_gpu_gives_the_measured_figures():

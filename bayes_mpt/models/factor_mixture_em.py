@@ -22,6 +22,7 @@ from torch import Tensor
 from bayes_mpt.models.left_out import Key
 from bayes_mpt.models.mixture_breeding import Plan, bred, crossed, random_counts
 from bayes_mpt.models.mixture_em import Table
+from bayes_mpt.models.mixture_patterns import SMALL, invert
 from bayes_mpt.models.quasi_newton import QuasiNewton, flat
 
 __all__ = [
@@ -42,7 +43,8 @@ SHAKEN, CHILD = (
     4,
 )  # steps of what is shaken, which leave no rows out as those of `mixture_starts` do; of children
 JUDGED, SETTLED = 2, 4  # of what a round of breeding has made, until some are given up, and of the rest
-PLAN = Plan(children=4, shaken=16, parents=2, kept=5, places=2, patience=5)
+# what one round has found the next begins from: more rounds of fewer are surer
+PLAN = Plan(rounds=20, children=2, shaken=10, parents=2, kept=4, places=2, patience=8)
 ROUND = 10  # steps of EM, after which the better half of the starts goes on
 EM_STEPS = 20  # before L-BFGS
 MIN_WEIGHT = 1e-6  # of a component: the logarithm of an empty one is infinite
@@ -145,22 +147,15 @@ def expect(
     With other shares (B, K, n) of rows than by the densities, if they are ``given``; the others are ``told``.
     """
     n_components, n_tokens, width = at.loading.shape
-    n_factors = width - 1
-    zero = at.loading.new_zeros
-    sums = Sums(
-        torch.zeros_like(at.log_weights),
-        zero(n_components, n_tokens),
-        zero(n_components, n_tokens, width, width),
-        zero(n_components, n_tokens, width),
-        zero(n_components, n_tokens),
-    )
+    n_factors, zero = width - 1, at.loading.new_zeros
+    i, j = torch.tril_indices(width, width, device=at.loading.device)
     of_patterns = _Patterns.of(cells.patterns, at)
     mass = zero(n_components, len(cells.patterns))  # expected rows of each pattern
-    total = zero(len(at.log_weights))
-    for part, (value, seen, pattern, count) in enumerate(
-        cells.parts(n_components * (width * width + n_tokens))
-    ):
-        joint, latents = of_patterns.joint(at, value, seen, pattern)  # (B K, n), (B K, n, F)
+    sizes, total = torch.zeros_like(at.log_weights), zero(len(at.log_weights))
+    b, c, second = zero(n_components, width, n_tokens), zero(n_components, n_tokens), zero(1)
+    parts = cells.parts(n_components * (width * width + n_tokens))
+    for part, (value, seen, pattern, count) in enumerate(parts):
+        joint, latents = of_patterns.joint(at, value, seen, pattern)  # (B K, n), (B K, F, n)
         joint = joint.reshape(*at.log_weights.shape, -1)
         log_density = joint.logsumexp(1, keepdim=True)
         total += log_density.sum((1, 2))
@@ -170,28 +165,25 @@ def expect(
         if given is not None:
             share = given["rows", part]
         share = (share * count[:, None]).flatten(0, 1)
-        sums.sizes.add_(share.sum(1).reshape(sums.sizes.shape))
+        sizes += share.sum(1).reshape(sizes.shape)
         mass.index_add_(1, pattern, share)
-        z = torch.cat([latents, latents.new_ones(*latents.shape[:2], 1)], -1)  # (B K, n, F + 1)
-        weighted = share[..., None] * z
-        sums.n.add_(share @ seen)
-        sums.c.add_(share @ value.square())
-        sums.b.add_(value.mT @ weighted)
-        # (T, n) @ (n, (F + 1)^2) in each component
-        square = (weighted[..., :, None] * z[..., None, :]).flatten(2)
-        sums.a.add_((seen.mT @ square).reshape(sums.a.shape))
-    cov = (cells.patterns.mT @ (mass[..., None] * of_patterns.cov.flatten(2))).reshape(
-        n_components, n_tokens, n_factors, n_factors
-    )
-    sums.a[..., :n_factors, :n_factors].add_(cov)
-    return total, sums
+        z = torch.cat([latents, latents.new_ones(n_components, 1, latents.shape[2])], 1)  # (B K, F + 1, n)
+        weighted = share[:, None] * z
+        c += share @ value.square()
+        b += weighted @ value
+        second = second + (weighted[:, i] * z[:, j]) @ seen  # (B K, P, T)
+    a = zero(n_components, n_tokens, width, width)
+    a[..., i, j] = a[..., j, i] = second.mT
+    cov = mass[:, None, None] * of_patterns.cov  # (B K, F, F, U)
+    a[..., :n_factors, :n_factors].add_((cov @ cells.patterns).permute(0, 3, 1, 2))
+    return total, Sums(sizes, a[..., -1, -1].clone(), a, b.mT, c)
 
 
 class _Patterns(NamedTuple):
     """What rows with the same cells observed share."""
 
     cov: Tensor
-    """(B K, U, F, F) of the latents given the row"""
+    """(B K, F, F, U) of the latents given the row"""
     constant: Tensor
     """(B K, U) of the log-density"""
 
@@ -199,28 +191,34 @@ class _Patterns(NamedTuple):
     def of(patterns: Tensor, at: Analysers) -> _Patterns:
         """log w - sum_o log(2 pi psi) / 2 - log det(M) / 2,  M = I + W_o' psi_o^-1 W_o,  cov = M^-1."""
         loading = at.loading[..., :-1]
-        outer = (loading / at.noise[..., None])[..., :, None] * loading[..., None, :]  # (B K, T, F, F)
-        n_factors = loading.shape[-1]
-        eye = torch.eye(n_factors).to(loading)
-        shape = (len(loading), len(patterns), n_factors, n_factors)
-        root = torch.linalg.cholesky((patterns @ outer.flatten(2)).reshape(shape) + eye)
-        log_det = root.diagonal(dim1=2, dim2=3).log().sum(-1)
+        scaled = (loading / at.noise[..., None]).permute(2, 0, 1)  # (F, B K, T)
+        inner = (scaled[:, None] * loading.permute(2, 0, 1)) @ patterns.mT  # (F, F, B K, U)
+        inner.diagonal(dim1=0, dim2=1).add_(1.0)
+        if loading.shape[-1] <= SMALL:  # their numbers side by side, which takes a fraction of the time
+            log_det = invert(inner)
+            cov = inner.permute(2, 0, 1, 3)
+        else:
+            root = torch.linalg.cholesky(inner.permute(2, 3, 0, 1))
+            log_det = 2 * root.diagonal(dim1=2, dim2=3).log().sum(-1)
+            cov = torch.cholesky_inverse(root).permute(0, 2, 3, 1)
         of_noise = (at.noise.log() + math.log(2 * math.pi)) @ patterns.mT
-        return _Patterns(
-            torch.cholesky_inverse(root), at.log_weights.reshape(-1, 1) - 0.5 * of_noise - log_det
-        )
+        return _Patterns(cov, at.log_weights.reshape(-1, 1) - 0.5 * (of_noise + log_det))
 
     def joint(self, at: Analysers, value: Tensor, seen: Tensor, pattern: Tensor) -> tuple[Tensor, Tensor]:
-        """log w_k p(x_o | k) (B K, n), and the means (B K, n, F) of the latents given x_o and k."""
-        rest = seen * (value - at.loading[:, None, :, -1])  # (B K, n, T)
-        scaled = rest / at.noise[:, None]
-        along = scaled @ at.loading[..., :-1]  # (B K, n, F)
-        if len(self.cov[0]) == 1:
-            mean = along @ self.cov[:, 0]
+        """log w_k p(x_o | k) (B K, n), and the means (B K, F, n) of the latents given x_o and k."""
+        # W'psi^-1 (x - m) and (x - m)'psi^-1 (x - m) of the observed cells, as sums of x, x^2 and 1
+        scaled, loc = at.loading / at.noise[..., None], at.loading[..., -1]
+        loading, by_noise = scaled[..., :-1].mT, scaled[..., -1]  # (B K, F, T), (B K, T)
+        along = loading @ value.mT - (loading * loc[:, None]) @ seen.mT  # (B K, F, n)
+        square = (
+            value.square() @ at.noise.reciprocal().mT - 2 * value @ by_noise.mT + seen @ (by_noise * loc).mT
+        )
+        cov = self.cov
+        if cov.shape[-1] == 1:
+            mean = cov[..., 0] @ along
         else:
-            mean = (self.cov[:, pattern] @ along[..., None])[..., 0]
-        square = (rest * scaled).sum(-1) - (along * mean).sum(-1)
-        return self.constant[:, pattern] - 0.5 * square, mean
+            mean = (cov[..., pattern] * along[:, None]).sum(2)
+        return self.constant[:, pattern] - 0.5 * (square.mT - (along * mean).sum(1)), mean
 
 
 def m_step(sums: Sums, before: Analysers, prior: Tensor | None) -> Analysers:

@@ -20,9 +20,8 @@ from torch import Tensor
 
 from bayes_mpt.models.left_out import Key
 
-__all__ = ["MOST_ROUNDS", "Plan", "Ways", "bred", "crossed", "random_counts"]
+__all__ = ["Plan", "Ways", "bred", "crossed", "random_counts"]
 
-MOST_ROUNDS = 10
 SUCCESS = 0.01  # nats of all rows
 ALIKE = 0.02  # the same: two that are no further apart are taken for one place
 FLOOR = 1e-3  # of a component's share of a row, where each is taken from either parent: all may be zero
@@ -33,6 +32,8 @@ M = TypeVar("M")
 class Plan(NamedTuple):
     """Of rounds of breeding."""
 
+    rounds: int
+    """At most"""
     children: int
     """Made in a round"""
     shaken: int
@@ -72,7 +73,7 @@ class Ways(Protocol[M]):
 def bred(at: M, n: int, ways: Ways[M], plan: Plan, generator: torch.Generator) -> M:
     """The mixtures that are left of n in the end, best first; given in that order."""
     waited = 0
-    for _ in range(MOST_ROUNDS):
+    for _ in range(plan.rounds):
         which = torch.arange(plan.shaken, device="cpu") % min(n, plan.parents)
         made = [ways.shaken(ways.taken(at, which), generator)]
         if n > 1:

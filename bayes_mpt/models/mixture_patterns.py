@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bayes_mpt.models.left_out import Key, Shares, plain_shares
 
-__all__ = ["Block", "Inverse", "blocks_of", "expect_block"]
+__all__ = ["SMALL", "Block", "Inverse", "blocks_of", "expect_block", "invert"]
 
 MAX_ROWS = 1024  # of a pattern that stand in one block
 FEW_ROWS = 4  # of a pattern, which then stand each by itself
@@ -163,7 +163,14 @@ def _given_observed(precision: Tensor, hidden: Tensor, hides: Tensor) -> tuple[T
     a = precision.reshape(-1, n_tokens * n_tokens).mT[index].reshape(*of_hidden.mT.shape[1:], len(hidden), -1)
     a = a * of_hidden.permute(1, 2, 0)[..., None]
     a.diagonal(dim1=0, dim2=1).add_((1 - hides)[:, None])
-    log_det = torch.zeros_like(a[0, 0])
+    log_det = invert(a)
+    cov = (a * of_hidden.permute(1, 2, 0)[..., None]).permute(3, 2, 0, 1)
+    return cov.reshape(*shape, shape[-1]), log_det.mT.reshape(shape[:-1])
+
+
+def invert(a: Tensor) -> Tensor:
+    """Positive definite matrices (M, M, ...) become their inverses, in place; their log-determinants (...)."""
+    log_det = a.new_zeros(a.shape[2:])
     for i in range(len(a)):  # Gauss and Jordan: without exchanges safe, as the pivots are those of Cholesky
         pivot, column = a[i, i].clone(), a[:, i].clone()
         row = a[i] / pivot
@@ -171,5 +178,4 @@ def _given_observed(precision: Tensor, hidden: Tensor, hides: Tensor) -> tuple[T
         a.addcmul_(column[:, None], row, value=-1)
         a[i], a[:, i] = row, -column / pivot
         a[i, i] = 1 / pivot
-    cov = (a * of_hidden.permute(1, 2, 0)[..., None]).permute(3, 2, 0, 1)
-    return cov.reshape(*shape, shape[-1]), log_det.mT.reshape(shape[:-1])
+    return log_det

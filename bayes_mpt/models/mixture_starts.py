@@ -15,7 +15,7 @@ from torch import Tensor
 from bayes_mpt.models.covariance_prior import CovariancePrior
 from bayes_mpt.models.gaussians import Gaussians
 from bayes_mpt.models.left_out import Key, LeftOut, Shares, plain_shares, shares_of
-from bayes_mpt.models.mixture_breeding import MOST_ROUNDS, Plan, bred, crossed, random_counts
+from bayes_mpt.models.mixture_breeding import Plan, bred, crossed, random_counts
 from bayes_mpt.models.mixture_em import (
     DENSE,
     Table,
@@ -29,7 +29,7 @@ __all__ = ["START_ROWS", "best_start", "filled"]
 
 N_LEFT_OUT = 2  # rounds in which half of them judge each row as if it were left out
 MADE = 4  # steps of children by themselves, and of what is shaken
-PLAN = Plan(children=8, shaken=12, parents=4, kept=6, places=8, patience=3)
+PLAN = Plan(rounds=10, children=8, shaken=12, parents=4, kept=6, places=8, patience=3)
 START_ROWS = 2048  # on which starts are compared
 
 
@@ -48,7 +48,7 @@ class Steps(NamedTuple):
     @property
     def most(self) -> int:
         """All in all."""
-        return sum(self.rounds) + MOST_ROUNDS * (MADE + self.judged + self.settled + 1)
+        return sum(self.rounds) + PLAN.rounds * (MADE + self.judged + self.settled + 1)
 
 
 DENSE_STEPS = Steps(31, (8, 8, 8, 8), 2, 4)

@@ -216,7 +216,7 @@ def _not_affine(
     if program.parameters or adaptive.rows is not None:
         # one integral over many latents deserves more draws than one of many rows
         return Importance(N_DRAWS).bind_nodes(adaptive)
-    return SequentialMonteCarlo().bind(model, args)
+    return SequentialMonteCarlo().bind_program(model, args, program)
 
 
 def choose_for_table(

@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from bayes_mpt.program.arguments import fill_all
-from bayes_mpt.program.checks import check_sites, refuse_cells_twice, refuse_unregistered_parameters
+from bayes_mpt.program.checks import check_sites, refuse_unregistered_parameters
 from bayes_mpt.program.factor_runs import with_meeting_entries
 from bayes_mpt.program.layout import rows_first
 from bayes_mpt.program.mask_trials import refuse_other_rows, refuse_selection, refuse_unmoved
 from bayes_mpt.program.program import Model, ModelError, Program, SubSampled, one_vector
 from bayes_mpt.program.run import FirstRun, first_run
+from bayes_mpt.program.scored_once import refuse_cells_twice
 from bayes_mpt.program.shifts import shifts_of
 from bayes_mpt.program.sites import (
     base,
@@ -31,6 +32,7 @@ from bayes_mpt.program.sites import (
     own_shown,
     sub_samples,
 )
+from bayes_mpt.program.supports import ends_move, support_of
 from bayes_mpt.program.trials import Verdict, refuse_hidden, try_others
 
 __all__ = ["Analysis", "analyze", "look"]
@@ -142,6 +144,7 @@ def look(model: Model, args: tuple[Any, ...]) -> Analysis:
         )
     else:
         program, verdict = ordered
+    program = _with_moving(program, first, verdict.other)
     once = once._replace(program=program)
     refuse_unmoved(once)
     refuse_selection(once, by_tokens=verdict.order is None)
@@ -158,6 +161,15 @@ def look(model: Model, args: tuple[Any, ...]) -> Analysis:
     program = program._replace(observed_argument=position if cells else None)
     program = with_meeting_entries(model, init, program) if program.discrete else program
     return Analysis(program, init, first, verdict.other, position, verdict.by_number)
+
+
+def _with_moving(program: Program, first: Trace, other: Trace | None) -> Program:
+    """The program, with which latents have ends that move."""
+    there = first if other is None else other
+    laws = {n["name"]: n["fn"] for n in latent_nodes(there)}
+    found = [n["name"] for n in latent_nodes(first) if ends_move(n["fn"], laws[n["name"]])]
+    latents = tuple(site._replace(moving=site.name in found) for site in program.latents)
+    return program._replace(latents=latents) if found else program
 
 
 def _steps_in_plate(first: FirstRun, real: bool) -> tuple[Program, Verdict] | None:
@@ -185,7 +197,7 @@ def _refuse_scales(scales: dict[str, float]) -> None:
 def _is_real(fn: Any) -> bool:
     """Whether a distribution has all real numbers, or vectors of them, as values."""
     try:
-        support = fn.support
+        support = support_of(fn)
     except NotImplementedError:
         return False
     while hasattr(support, "base_constraint"):

@@ -10,21 +10,16 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from bayes_mpt.program.arguments import cell_name, stands_in
-from bayes_mpt.program.program import ModelError, list_names
-from bayes_mpt.program.run import FirstRun
+from bayes_mpt.program.program import ModelError
 from bayes_mpt.program.sites import (
     base,
     is_subsample,
     latent_nodes,
-    node_of,
     observed_nodes,
-    own_shown,
 )
 
 __all__ = [
     "check_sites",
-    "refuse_cells_twice",
     "refuse_unregistered",
     "refuse_unregistered_parameters",
 ]
@@ -98,46 +93,6 @@ def _check_support(node: Any) -> None:
             f"{float(bad.flatten()[0]):.6g}: check the column's coding, or take another distribution (at latents and "
             "parameters as first drawn; a support that moves with them needs validate_args=False)"
         )
-
-
-def refuse_cells_twice(first: FirstRun) -> None:
-    """Refuse cells that are observed as they stand at two places: each density is one, their product is none.
-
-    Seen by the memory that they share: copies of cells are not.
-
-    Parameters
-    ----------
-    first : FirstRun
-        The program.
-
-    Raises
-    ------
-    ModelError
-        With the cell and the sites.
-    """
-    nodes = [node_of(first.trace, name) for name in first.program.site_names]
-    for position, arg in enumerate(first.args):
-        if not isinstance(arg, Tensor) or not arg.numel():
-            continue
-        views = [n for n in nodes if stands_in(n["value"], arg)]
-        if len(views) < 2 and not any(0 in n["value"].stride() for n in views):
-            continue
-        places = torch.arange(arg.untyped_storage().nbytes() // arg.element_size())
-        scored = [_place(places, n["value"])[own_shown(n).cpu()] for n in views]
-        twice = int(torch.cat(scored).mode().values) if any(len(s) for s in scored) else -1
-        if sum(int((s == twice).sum()) for s in scored) > 1:
-            index = (_place(places, arg) == twice).nonzero()[0].tolist()
-            names = [n["name"] for n, some in zip(views, scored, strict=True) if bool((some == twice).any())]
-            raise ModelError(
-                f"cell {cell_name(first.model, arg, position, index)} is observed more than once, by site "
-                f"{list_names(map(repr, names))}: it would count twice, and the product of its densities is none. "
-                "Observe each cell at one site"
-            )
-
-
-def _place(places: Tensor, view: Tensor) -> Tensor:
-    """Where in its memory each number of a view stands."""
-    return places.as_strided(view.shape, view.stride(), view.storage_offset())
 
 
 def refuse_unregistered_parameters(trace: Trace) -> None:

@@ -116,6 +116,9 @@ class Factors(NamedTuple):
         """log p(u_s), discrete latents summed out: (S, N)."""
         if self.prior is not None:
             return self.prior
+        others = [term for term, symbol in zip(self.latents, self.own, strict=True) if not symbol]
+        if others and not any(self.summed & set(t._pyro_dims) for _, t in others):  # type: ignore[attr-defined]
+            return self._finish(others)  # the values of each discrete latent add up to one
         device = self.tokens[0].log_prob.device
         return self.log_joint(torch.zeros(self.n_rows, self.n_tokens, dtype=torch.bool, device=device))
 

@@ -24,11 +24,11 @@ from torch import Tensor
 
 from bayes_mpt.program.latents import Space, space
 from bayes_mpt.program.layout import check_shape
-from bayes_mpt.program.log_odds import latent_density
 from bayes_mpt.program.program import Model, Program
 from bayes_mpt.program.run import FAILURES, run
 from bayes_mpt.program.sites import base, latent_nodes, node_of, own_masks
 from bayes_mpt.program.store import moved_parameters
+from bayes_mpt.program.unconstrained import latent_density
 
 __all__ = ["N_DRAWS", "Groups", "Terms", "find_groups", "log_terms"]
 

@@ -9,15 +9,16 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import biject_to
-from torch.distributions.transforms import ComposeTransform, IndependentTransform, SigmoidTransform
+from torch.distributions.transforms import ComposeTransform, IndependentTransform
 
 from bayes_mpt.program.layout import from_rows, to_rows
-from bayes_mpt.program.log_odds import LOG_ODDS
 from bayes_mpt.program.program import Latent, ModelError, Program
 from bayes_mpt.program.sites import node_of
-from bayes_mpt.program.sticks import with_exact_shares
+from bayes_mpt.program.supports import stripped, support_of
+from bayes_mpt.program.transforms import carried, exact_transform
+from bayes_mpt.program.unconstrained import UNCONSTRAINED, keeps_ends
 
-__all__ = ["Space", "space"]
+__all__ = ["Space", "refuse_moving", "space"]
 
 
 class _Part(NamedTuple):
@@ -28,6 +29,8 @@ class _Part(NamedTuple):
     """Of the unconstrained value."""
     n_batch: int
     """Batch axes of the site."""
+    keeps_ends: bool
+    """Its law has all digits at the unconstrained value."""
 
     @property
     def each(self) -> Any:
@@ -90,14 +93,14 @@ class Space(NamedTuple):
                 values[p.latent.name] = value.reshape(n_nodes, *pad, *value.shape[1:])
         return values, log_det
 
-    def log_odds(self, u: Tensor) -> dict[str, Tensor]:
-        """Of sites between 0 and 1, at u (S, N, d) or (S, 1, d): (S, ...), by names that `LOG_ODDS` begins."""
+    def carried(self, u: Tensor) -> dict[str, Tensor]:
+        """What values at u (S, N, d) or (S, 1, d) carry: (S, ...), by names that `UNCONSTRAINED` begins."""
         return {
-            LOG_ODDS + p.latent.name: from_rows(
-                u[..., self.columns[p.latent.name]], p.shape, p.latent.row_axis
+            UNCONSTRAINED + p.latent.name: carried(
+                p.each, from_rows(u[..., self.columns[p.latent.name]], p.shape, p.latent.row_axis)
             )
             for p in self.parts
-            if isinstance(p.each, SigmoidTransform)
+            if p.keeps_ends
         }
 
     def jacobians(self, u: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
@@ -155,18 +158,42 @@ def _is_identity(transform: Any) -> bool:
 def space(program: Program, trace: Trace, names: Iterable[str]) -> Space:
     """The unconstrained space of these continuous latents, as they stood in a run."""
     parts = []
+    refuse_moving(program, trace)
     for latent in program.latents:
         if latent.name not in set(names):
             continue
         node = node_of(trace, latent.name)
         fn, value = node["fn"], node["value"]
         try:
-            transform = with_exact_shares(biject_to(fn.support))
+            transform = exact_transform(biject_to(support_of(fn)))
         except NotImplementedError as error:
             raise ModelError(
                 f"latent site {latent.name!r} ({type(fn).__name__}) has no transform to real numbers: for a "
                 "covariance, write LKJCholesky for the correlations and a positive scale for each column"
             ) from error
         shape = tuple(transform.inverse_shape(value.shape))
-        parts.append(_Part(latent, transform, shape, len(fn.batch_shape)))
+        parts.append(_Part(latent, transform, shape, len(fn.batch_shape), keeps_ends(fn)))
     return Space(tuple(parts), program.depth, program.by_row)
+
+
+def refuse_moving(program: Program, trace: Trace) -> None:
+    """Refuse latents whose ends move, with a program that draws the same."""
+    name = next((site.name for site in program.latents if site.moving), None)
+    if name is None:
+        return
+    law = stripped(node_of(trace, name)["fn"])
+    kind = type(law).__name__
+    if isinstance(law, torch.distributions.Uniform):
+        of, value = "dist.Uniform(0.0, 1.0)", "low + (high - low) * share"
+    elif isinstance(law, torch.distributions.Pareto):
+        of, value = "dist.Pareto(1.0, alpha)", "scale * share"
+    elif hasattr(law, "transforms"):
+        inner = type(stripped(law.base_dist)).__name__
+        of, value = f"dist.{inner}(...)", "loc + scale * share"
+    else:
+        of, value = "of a law with fixed ends", "its image between the ends"
+    raise ModelError(
+        f"the ends of the support of latent site {name!r} ({kind}) move with other latents or with parameters, so that "
+        f"no one map leads to it from the real numbers. Draw what has fixed ends, and compute the latent: share = "
+        f"pyro.sample({name + '_share'!r}, {of}); {name} = {value}"
+    )

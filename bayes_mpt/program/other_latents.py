@@ -18,6 +18,7 @@ from bayes_mpt.program.program import Model
 from bayes_mpt.program.run import FAILURES, run, values_of
 from bayes_mpt.program.sites import latent_nodes, sub_samples
 from bayes_mpt.program.store import moved_parameters
+from bayes_mpt.program.supports import support_of
 
 __all__ = ["Point", "other_points", "run_on_others"]
 
@@ -54,7 +55,7 @@ def other_points(model: Model, args: tuple[Any, ...], first: Trace) -> Iterator[
 
 def _further(node: Any, before: Tensor | None, far: float) -> Tensor:
     """A latent so many times as far from the first run's, if it may be anywhere."""
-    value, support = node["value"].detach(), node["fn"].support
+    value, support = node["value"].detach(), support_of(node["fn"])
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
     if far == 1 or support is not constraints.real or before is None:

@@ -73,6 +73,8 @@ class Latent(NamedTuple):
     """Its values can be enumerated."""
     n_batch: int = 0
     """Axes of the value that are no event."""
+    moving: bool = False
+    """The ends of its support move with other latents or with parameters."""
 
 
 class Observed(NamedTuple):

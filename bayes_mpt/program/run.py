@@ -22,10 +22,10 @@ from torch import Tensor
 from bayes_mpt.program.arguments import fill_all, head
 from bayes_mpt.program.densities import log_density
 from bayes_mpt.program.devices import own_random_state
-from bayes_mpt.program.log_odds import LOG_ODDS
 from bayes_mpt.program.program import Model, ModelError, NotPositiveDefinite, Program
 from bayes_mpt.program.seen_labels import with_seen_labels
 from bayes_mpt.program.sites import base, is_subsample, latent_nodes, sub_samples
+from bayes_mpt.program.unconstrained import UNCONSTRAINED
 
 __all__ = [
     "FAILURES",
@@ -80,8 +80,8 @@ class SetLatents(poutine.messenger.Messenger):
         if msg["name"] in self.values:
             msg["value"] = self.values[msg["name"]]
             msg["done"] = True
-            if LOG_ODDS + msg["name"] in self.values:
-                msg["infer"] = {**msg["infer"], LOG_ODDS: self.values[LOG_ODDS + msg["name"]]}
+            if UNCONSTRAINED + msg["name"] in self.values:
+                msg["infer"] = {**msg["infer"], UNCONSTRAINED: self.values[UNCONSTRAINED + msg["name"]]}
         elif self.others_at_mean and not msg["is_observed"] and not is_subsample(msg):
             msg["value"] = msg["fn"].mean
             msg["done"] = True

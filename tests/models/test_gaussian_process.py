@@ -467,6 +467,16 @@ def test_what_it_states_is_what_would_be_found():
         pyro.clear_param_store()
     with pytest.raises(ModelError, match="looks at"):
         BayesMPT(GaussianProcess(Chance())).fit(x.numpy(), np.sin(x[:, 0].numpy()))
+
+    class Looking:
+        gaussian_vector = True
+
+        def __call__(self, x, y):
+            cov = torch.exp(-torch.cdist(x, x)) + torch.eye(len(x), dtype=x.dtype)
+            pyro.sample("y", dist.MultivariateNormal(y.mean() * torch.ones_like(y), cov), obs=y)
+
+    with pytest.raises(ModelError, match="looks at"):
+        BayesMPT(Looking()).fit(x.numpy(), np.sin(x[:, 0].numpy()))
     with pytest.raises(ModelError, match="scale"):
         BayesMPT(Scaled()).fit(x.numpy(), np.sin(x[:, 0].numpy()))
     assert GaussianProcess(likelihood="poisson").gaussian_vector is False

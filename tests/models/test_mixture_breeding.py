@@ -62,7 +62,7 @@ class Numbers:
 
 
 def test_the_best_go_on_and_no_two_are_alike():
-    plan = Plan(children=4, shaken=6, parents=2, kept=4, places=3, patience=8)
+    plan = Plan(rounds=10, children=4, shaken=6, parents=2, kept=4, places=3, patience=8)
     start = torch.tensor([2.0, 1.0, 0.0])
     end = bred(start, 3, Numbers(), plan, torch.Generator().manual_seed(0))
     assert end.tolist() == sorted(set(end.tolist()), reverse=True)

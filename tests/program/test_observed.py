@@ -11,6 +11,7 @@ from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer.reparam import LocScaleReparam
 from scipy import optimize, stats
+from scipy.special import betaln
 from truths import log_density
 
 from bayes_mpt import BayesMPT
@@ -689,12 +690,68 @@ def in_a_loop(x):
         pyro.sample(f"x_{t}", dist.Normal(level, 1.0), obs=x[min(t, 3), 0])
 
 
+def copied(x, of=lambda x: x[:, [0, 0]]):
+    mean = pyro.sample("mean", dist.Normal(x.new_zeros(()), 2.0))
+    obs = of(x)
+    with pyro.plate("rows", len(obs)):
+        pyro.sample("a", dist.Normal(mean, 1.0).expand(obs.shape).to_event(1), obs=obs)
+
+
+def copied_in_rows(x):
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(()), 2.0))
+        pyro.sample("a", dist.Normal(z[..., None], 1.0).expand([*z.shape, 2]).to_event(1), obs=x.repeat(1, 2))
+
+
+def copied_shifted(x):
+    mean = pyro.sample("mean", dist.Normal(x.new_zeros(()), 2.0))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("a", dist.Normal(x.new_zeros(()), 1.0), obs=x[:, 0] - mean)
+        pyro.sample("b", dist.Normal(mean, 2.0), obs=x[:, 0] * 1.0)
+
+
+def one_latent_of_rows(x):
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+        pyro.sample("x", dist.Normal(z[..., None], 1.0).expand([*z.shape, 2]).to_event(1), obs=x)
+
+
 @pytest.mark.parametrize(
-    "program", [at_two_sites, partial(at_two_sites, other=dist.Laplace), in_copies, in_a_loop]
+    "program",
+    [
+        at_two_sites,
+        partial(at_two_sites, other=dist.Laplace),
+        in_copies,
+        in_a_loop,
+        copied,
+        partial(copied, of=lambda x: torch.cat([x, x])),
+        partial(copied, of=lambda x: torch.stack([x[:, 0], x[:, 0]], -1)),
+        copied_in_rows,
+        copied_shifted,
+    ],
 )
 def test_cells_that_would_count_twice_are_refused(program):
     with pytest.raises(ModelError, match="is observed more than once.*count twice"):
         BayesMPT(program).fit(np.linspace(0, 1, 6)[:, None])
+
+
+def categories(x, columns=(0, 1)):
+    share = pyro.sample("share", dist.Dirichlet(x.new_ones(2)))
+    with pyro.plate("rows", len(x)):
+        for name, column in zip("ab", columns, strict=True):
+            pyro.sample(name, dist.Categorical(share), obs=x[:, column].long())
+
+
+def test_equal_columns_are_no_copies():
+    x = np.repeat([[0.0], [1.0], [1.0], [0.0], [1.0]], 2, axis=1)
+    truth = betaln(7, 5)  # six ones of ten
+    assert BayesMPT(categories).fit(x).log_marginal_likelihood_ == pytest.approx(truth, abs=1e-9)
+    with pytest.raises(ModelError, match=r"cell x\[:, 0\] is observed more than once, by site 'a', 'b'"):
+        BayesMPT(partial(categories, columns=(0, 0))).fit(x)
+    rows = BayesMPT(one_latent_of_rows).fit(x)
+    cov = np.eye(2) + 1
+    truth = stats.multivariate_normal(np.zeros(2), cov).logpdf(x).sum()
+    assert rows.log_marginal_likelihood_ == pytest.approx(truth, abs=1e-9)
 
 
 def test_cells_that_one_of_two_sites_scores_are_not():

@@ -22,14 +22,15 @@ from bayes_mpt.masks import Policy, torch_generator
 from bayes_mpt.predictors.base import Bound, Conditionals, Leaves, Posterior, Predictive
 from bayes_mpt.predictors.objective import N_TRIAL_OUTPUTS, Batch, Objective, Outputs
 from bayes_mpt.program.analysis import analyze
-from bayes_mpt.program.arguments import fill_all, has_missing, rows_of, spread_rows
+from bayes_mpt.program.arguments import changes, fill_all, has_missing, rows_of, spread_rows
 from bayes_mpt.program.checks import refuse_unregistered
 from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.missing import nan_shows
 from bayes_mpt.program.offers import ANOTHER_PROGRAM, offered_of_itself
 from bayes_mpt.program.program import Model, ModelError, Program
-from bayes_mpt.program.run import run
+from bayes_mpt.program.run import FAILURES, run
 from bayes_mpt.program.sites import base, described, own_shown
+from bayes_mpt.program.trials import CLOSE
 
 __all__ = [
     "GaussianVectors",
@@ -138,17 +139,24 @@ def gaussian_program(model: Model, args: tuple[Any, ...]) -> Program | None:
 def _is_stated(model: Model, rows: tuple[Any, ...], node: Any) -> bool:
     """Whether the model states that it observes y, the last argument, as one Gaussian vector, and keeps to it.
 
-    A run has y there, unweighted; another one, with other random numbers, the same mean and covariance.
+    A run has y there, unweighted; one with another y and other random numbers has the same mean and covariance.
     """
     if not offered_of_itself(model, "gaussian_vector", ANOTHER_PROGRAM) or node["scale"] != 1.0:
         return False
     filled = fill_all(rows)
     if not torch.equal(node["value"], filled[-1].reshape(node["value"].shape).to(node["value"])):
         return False
-    with torch.no_grad(), own_random_state(1):
-        again = base(run(model, filled).nodes[node["name"]]["fn"])
-    law = base(node["fn"])
-    return torch.equal(again.loc, law.loc) and torch.equal(again.covariance_matrix, law.covariance_matrix)
+    other = (*filled[:-1], next(changes(filled[-1], real=True)))
+    try:
+        with torch.no_grad(), own_random_state(1):
+            again = base(run(model, other).nodes[node["name"]]["fn"])
+    except FAILURES:
+        return False
+    law, close = base(node["fn"]), CLOSE.get(filled[0].dtype, 1e-4)
+    loc, cov = again.loc - law.loc, again.covariance_matrix - law.covariance_matrix
+    size = law.covariance_matrix.abs().max()
+    unit = size.sqrt() + law.loc.abs().max()
+    return bool(loc.abs().max() <= close * unit) and bool(cov.abs().max() <= close * size)
 
 
 def moments(model: Model, args: tuple[Any, ...], program: Program) -> Moments:

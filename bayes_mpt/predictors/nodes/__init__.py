@@ -7,8 +7,8 @@ In the room: ``weighted`` is the average, and what a source of nodes is; ``given
 - ``quadrature``: ``rules`` of nodes, placed by ``adaptive`` (``newton``, ``conjugacy``, ``nearby``, ``prior``).
 - ``guide`` (``guide_runs``, ``reparameterized``, ``slopes``) and ``importance``: draws.
 - Every mode of latents that all rows share: ``modes``, ``symmetries``, ``mixture``, ``pieces``, ``population``.
-- ``annealed`` and ``smc`` (``particles``, ``path``, ``reference``, ``resampling``, ``missed``): draws that move by
-  ``tempering``; ``two_sided`` bounds them.
+- ``annealed`` and ``smc`` (``particles``, ``path``, ``reference``, ``resampling``, ``missed``, ``own_units``): draws
+  that move by ``tempering``; ``two_sided`` bounds them.
 
 A new source has one method, ``place``. What its numbers are off by goes into ``evidence``, and is tested from both
 sides.

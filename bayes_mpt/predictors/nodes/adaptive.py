@@ -40,11 +40,11 @@ from bayes_mpt.program.arguments import Args
 from bayes_mpt.program.batched import Batched, found_out
 from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.factor_runs import read_factors
-from bayes_mpt.program.latents import Space, space
-from bayes_mpt.program.log_odds import LOG_ODDS
+from bayes_mpt.program.latents import Space, refuse_moving, space
 from bayes_mpt.program.program import Latent, Model, ModelError, Program, list_names, n_rows_of, split_events
 from bayes_mpt.program.run import SetLatents, run
 from bayes_mpt.program.sites import is_subsample, node_of, rows_given_shared
+from bayes_mpt.program.unconstrained import UNCONSTRAINED
 from bayes_mpt.program.value_checks import check_values
 
 __all__ = ["AdaptiveNodes", "LaplaceApproximation", "degrees_of", "hermite", "log_t"]
@@ -95,6 +95,7 @@ class AdaptiveNodes:
         first = node_values(self._held.draws, 0)
         with own_random_state():
             trace = run(model, args.filled, first)
+        refuse_moving(program, trace)
         self._last: tuple[torch.Size, Tensor] | None = None
         self.nearby = Nearby()
         self.model, self.program = model, program
@@ -147,7 +148,7 @@ class AdaptiveNodes:
         values, log_det = self.space._replace(depth=0).values(u)
         if len(u) == 1:
             values = {name: v[None] for name, v in values.items()}
-        values = {**(held or {}), **values, **self.space.log_odds(u)}
+        values = {**(held or {}), **values, **self.space.carried(u)}
         if self.rows is not None:
             rows, prior = self.given(args, values)
             return rows, log_det + prior, 1.0
@@ -206,7 +207,7 @@ class AdaptiveNodes:
         n_batch = {s.name: s.n_batch for s in (*self._held.latents, *(p.latent for p in self.space.parts))}
         return {
             name: v.reshape(
-                len(v), *(1,) * (self.program.depth - n_batch[name.removeprefix(LOG_ODDS)]), *v.shape[1:]
+                len(v), *(1,) * (self.program.depth - n_batch[name.removeprefix(UNCONSTRAINED)]), *v.shape[1:]
             )
             for name, v in values.items()
         }

@@ -213,7 +213,7 @@ class GroupNodes:
         def alone(node: dict[str, Tensor]) -> Terms:
             return log_terms(self.model, filled, self.program, node)
 
-        odds = groups.space.log_odds(u[:, groups.number, groups.slot][:, None])
+        odds = groups.space.carried(u[:, groups.number, groups.slot][:, None])
         terms = vmapped(alone)({**held, **values, **odds})
         parts = [torch.where(seen, terms.tokens, 0.0), terms.latents, *(j.flatten(1) for j in jacobians)]
         owner = torch.cat([groups.token, groups.latent, groups.jacobian])

@@ -17,12 +17,13 @@ from bayes_mpt.predictors.nodes.guide import (
     evidence_of_draws,
 )
 from bayes_mpt.predictors.nodes.mixture import Modes
-from bayes_mpt.predictors.nodes.modes import ModeSearch, doubted
+from bayes_mpt.predictors.nodes.modes import ModeSearch
 from bayes_mpt.predictors.nodes.newton import LaplaceApproximation
 from bayes_mpt.predictors.nodes.population import beside
 from bayes_mpt.predictors.nodes.prior import prior_points
 from bayes_mpt.predictors.nodes.quadrature import Quadrature
 from bayes_mpt.predictors.nodes.resampling import by_halves
+from bayes_mpt.predictors.nodes.unseen import doubted
 from bayes_mpt.predictors.nodes.weighted import (
     Nodes,
     NodeSource,

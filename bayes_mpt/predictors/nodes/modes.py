@@ -3,20 +3,11 @@
 Newton's method climbs from draws of the prior, side by side; symmetries that are found by evaluation add the images of
 each mode. All of them enter one mixture q = sum_j w_j q_j, and every node u counts as p(u, x) / q(u): modes that
 overlap, or that are one, are counted once, which a sum of estimates of theirs would not do.
-
-A mode that few climbs have found tells that others may have been found by none. If h climbs of it are a Poisson number
-that is no zero, its mean l solves l / (1 - exp(-l)) = h, and for each mode found such another is missed (Horvitz &
-Thompson 1952) with
-
-    exp(-l) / (1 - exp(-l)) = 0.26, 0.06, 0.02, 0.01    for h = 2, 3, 4, 5
-
-of its mass; one found once stands for as much again (Good 1953). `Modes.doubt` says so where much is missed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,8 +15,8 @@ import pyro
 import torch
 from torch import Tensor
 
-from bayes_mpt.predictors.base import Evidence
 from bayes_mpt.predictors.nodes.conjugacy import prior_draws
+from bayes_mpt.predictors.nodes.few_visible import apart, further_starts, has_hills, small_sets
 from bayes_mpt.predictors.nodes.mixture import Modes, Orbits
 from bayes_mpt.predictors.nodes.newton import Peaks, by_halves, climb, distances
 from bayes_mpt.predictors.nodes.pieces import by_draws, shaped
@@ -41,16 +32,16 @@ from bayes_mpt.predictors.nodes.symmetries import (
     find_symmetries,
     orbit,
 )
+from bayes_mpt.predictors.nodes.unseen import EQUAL_MASS, Seen, chance_of_new, missed_mass
 from bayes_mpt.program.arguments import Args, same_cells
 from bayes_mpt.program.batched import Batched
 from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.program import n_rows_of
-from bayes_mpt.warnings import MissedModeWarning, warn
 
 if TYPE_CHECKING:
     from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
 
-__all__ = ["ModeSearch", "doubted"]
+__all__ = ["ModeSearch"]
 
 N_STARTS = 16  # draws from the prior that climbs start at, at first
 MAX_STARTS = 64  # where a mode that matters was found by few of them
@@ -60,12 +51,9 @@ FEW_STARTS = 4  # where each costs a run of its own
 N_AROUND = 64  # climbs from around the modes, where one that matters was found rarely
 AROUND = 5.0  # standard deviations around them
 OFTEN = 2  # climbs that must have found a mode that matters
-UNSEEN_BY_HITS = (1.0, 0.255, 0.063, 0.020, 0.007)  # mass that was missed, for that of a mode found so often
 ENOUGH_SEEN = 0.01  # share of the mass that may be missed before more climbs are made
 UNSEEN_MASS = 0.05  # share from which it is a reason for doubt
 UNSEEN = 0.1  # chance of a new mode at the next climb, from which the search is doubted
-FEW_ALONE = 2  # modes found once that say nothing yet of such a chance
-EQUAL_MASS = 1e-4  # nats
 MATTERS = 1e-3  # share of the mass from which a mode matters
 NEGLIGIBLE = 23.0  # nats below the largest mode: 1e-10 of it
 MAX_STEPS = 60
@@ -84,18 +72,6 @@ FOLLOWED = 1.0  # nats, up to which other nodes inside move modes no farther tha
 MAX_SYMMETRIC = 64  # latents, up to which symmetries are looked for
 
 
-def doubted(evidence: Evidence, modes: Modes) -> Evidence:
-    """The evidence, without an error and with a warning where something speaks for modes that were missed."""
-    if not modes.doubt:
-        return evidence
-    warn(
-        f"the evidence may miss modes of the posterior, so that it has no error (se is nan): {modes.doubt}. Narrow the "
-        "priors, give latents starting values by better scaled priors, or compare with SequentialMonteCarlo()",
-        MissedModeWarning,
-    )
-    return evidence._replace(se=math.nan)
-
-
 class _Found(NamedTuple):
     """Tops of climbs, distinct ones, the greatest mass first."""
 
@@ -107,17 +83,6 @@ class _Found(NamedTuple):
     """(J,)"""
     hits: Tensor
     """(J,) climbs that have ended there."""
-
-
-class _Seen(NamedTuple):
-    """What modes that were found tell of others."""
-
-    n_rare: int
-    """How many that matter were found by one climb."""
-    missed: float
-    """Mass at modes that no climb has found, over that of those found."""
-    whole: bool
-    """Whether all images of each are here."""
 
 
 class ModeSearch:
@@ -136,10 +101,11 @@ class ModeSearch:
         self.adaptive, self.rule = adaptive, rule
         self._kept: tuple[Tensor, Tensor, Modes] | None = None
         self._rows: tuple[Tensor, Placing] | None = None
+        self._few: tuple[Tensor, Tensor | None] | None = None
 
     def forget(self) -> None:
         """Search again at the next call."""
-        self._kept = self._rows = None
+        self._kept = self._rows = self._few = None
         self.adaptive.forget()
 
     def find(self, args: Args, x: Tensor, visible: Tensor, near: Modes | None = None) -> Modes:
@@ -151,6 +117,8 @@ class ModeSearch:
         at = self.adaptive
         if at.program.by_row or not at.space.width:
             placing = self._placing(args, x)
+            if not bool(visible.all()):
+                placing = self._with_few(args, x, placing, near)
             cut = alone_rule(at.space.width, fine=True).cut if placing.far and at.space.width else None
             return at.locate(args, x, visible, placing, cut, near=near)
         if near is None and self._kept is not None:
@@ -159,7 +127,8 @@ class ModeSearch:
                 near = kept
         climbs = _Climbs(at, args, x, visible)
         with pyro.validation_enabled(False), torch.no_grad():
-            found = climbs.search() if near is None else climbs.follow(near)
+            more = None if near is None or bool(visible.all()) else self._further(args, x, near)
+            found = climbs.search() if near is None else climbs.follow(near, more)
             if near is None and at.rows is not None:
                 with own_random_state(0):
                     u = found.representatives().draws(N_INSIDE)
@@ -170,6 +139,35 @@ class ModeSearch:
         if near is None or (self._kept is not None and near is self._kept[2]):
             self._kept = x.detach(), visible, found
         return found
+
+    def _further(self, args: Args, x: Tensor, near: Modes) -> Tensor | None:
+        """Modes (P, d) that few visible tokens show, beside those that are followed; of few latents."""
+        if self.adaptive.space.width > MAX_HERMITE:
+            return None
+        if self._few is None or not same_cells(self._few[0], x):
+            found = []
+            for seen in small_sets(x.shape[1]):
+                climbs = _Climbs(self.adaptive, args, x, seen.to(x.device))
+                if climbs.may_differ(near):
+                    found.append(climbs.apart_from(near))
+            places = torch.cat(found) if found else x.new_zeros(0, self.adaptive.space.width)
+            self._few = x.detach(), places if len(places) else None
+        return self._few[1]
+
+    def _with_few(self, args: Args, x: Tensor, placing: Placing, near: Modes | None) -> Placing:
+        """How nodes stand where not all tokens are visible: around modes that few of them show besides."""
+        width = self.adaptive.space.width
+        if not 0 < width <= MAX_HERMITE or not self.adaptive.program.by_row:
+            return placing
+        if self._few is None or not (torch.is_grad_enabled() or same_cells(self._few[0], x)):
+            with pyro.validation_enabled(False), torch.no_grad():
+                every = torch.ones(x.shape[1], dtype=torch.bool, device=x.device)
+                near = near or self.adaptive.locate(args, x, every)
+                self._few = x.detach(), further_starts(self.adaptive, args, x, near)
+        if self._few[1] is None:
+            return placing
+        starts = self._few[1] if placing.starts is None else torch.cat([placing.starts, self._few[1]])
+        return Placing(True, starts)
 
     def reaching(self, args: Args, x: Tensor, modes: Modes) -> Modes:
         """Modes of rows, with how far the density reaches around each."""
@@ -248,25 +246,44 @@ class _Climbs:
         prior, joint = (torch.cat(each) for each in zip(*parts, strict=True))
         return prior, joint
 
-    def search(self) -> Modes:
-        """From the middle of the prior, near 0 and from draws; from more of these where a mode was found by few."""
+    def _n_starts(self) -> int:
+        """How many draws of the prior climbs start at, at first."""
         n = FEW_STARTS if self.adaptive.batched is Batched.LOOP else N_STARTS
-        n = max(2, min(n, WORK // (self._cells * self.width)))
-        most = n
-        if self.adaptive.batched is not Batched.LOOP:
-            most = max(n, min(MAX_STARTS, 4 * WORK // (self._cells * self.width)))
+        return max(2, min(n, WORK // (self._cells * self.width)))
+
+    def _starts(self, n: int) -> Tensor:
+        """The middle of the prior, places near 0, and n draws: (M, d)."""
         middle = self._draws(N_MIDDLE)[:N_MIDDLE].median(0).values
         # of a vague prior the draws lie where no climb begins
         generator = torch.Generator().manual_seed(0)
         part = torch.stack([torch.randperm(n // 2, generator=generator) for _ in range(self.width)], 1)
         near = REACH * (2 * (part + 0.5) / (n // 2) - 1).to(middle.dtype)  # one in each part of each axis
-        starts = self._nearer(torch.cat([middle[None], near.to(middle), self._draws(n)[:n]]))
+        return self._nearer(torch.cat([middle[None], near.to(middle), self._draws(n)[:n]]))
+
+    def may_differ(self, near: Modes) -> bool:
+        """Whether the density may have more modes than one."""
+        draws = self._draws(N_MIDDLE)[:N_MIDDLE, None]
+        return has_hills(lambda u: self.log_prob(u[:, 0])[:, None], near.mode[0], near.root[0], draws)
+
+    def apart_from(self, near: Modes) -> Tensor:
+        """Tops (P, d) that matter, of one climb from each start, at which none from modes that are known ends."""
+        peaks = self._climb(torch.cat([near.mode[:, 0], self._starts(self._n_starts())]))
+        found, _ = self._distinct(peaks, torch.ones_like(peaks.same))
+        return apart(found.u, found.root, found.log_mass, peaks.u[peaks.same[: len(near.mode)]])
+
+    def search(self) -> Modes:
+        """From the middle of the prior, near 0 and from draws; from more of these where a mode was found by few."""
+        n = self._n_starts()
+        most = n
+        if self.adaptive.batched is not Batched.LOOP:
+            most = max(n, min(MAX_STARTS, 4 * WORK // (self._cells * self.width)))
+        starts = self._starts(n)
         peaks, n_starts = self._climb(starts), n
         while True:
             # the climb from the middle is no draw: it finds no mode often
             found, _ = self._distinct(peaks, _hits(peaks, peaks.same[1:]))
             modes, seen = self._with_images(found)
-            unseen = _unseen(found, len(peaks.same) - 1)
+            unseen = chance_of_new(found.log_mass, found.hits, len(peaks.same) - 1)
             if not (seen.missed > ENOUGH_SEEN or seen.n_rare or unseen > UNSEEN) or n_starts >= most:
                 break
             n = min(most, 2 * n_starts)
@@ -275,7 +292,7 @@ class _Climbs:
         if (seen.missed > ENOUGH_SEEN or seen.n_rare) and self.adaptive.batched is not Batched.LOOP:
             found, n_climbs = self._from_others(peaks, modes)
             modes, seen = self._with_images(found)
-            unseen = _unseen(found, n_climbs)
+            unseen = chance_of_new(found.log_mass, found.hits, n_climbs)
         n_modes = len(modes.representatives().mode)
         doubt = ""
         if seen.n_rare and seen.missed > UNSEEN_MASS:
@@ -319,8 +336,16 @@ class _Climbs:
         ends = torch.cat([first, further[~back]])
         return self._distinct(both, _hits(both, ends))[0], len(ends)
 
-    def follow(self, near: Modes) -> Modes:
-        """Modes that have moved a little, and their images; pieces move with their modes."""
+    def follow(self, near: Modes, more: Tensor | None = None) -> Modes:
+        """Modes that have moved a little, and their images; pieces move with their modes.
+
+        With ``more`` places (P, d) to climb from, what is found there too.
+        """
+        if more is not None:
+            peaks = self._climb(torch.cat([near.representatives().mode[:, 0], more]))
+            found, _ = self._distinct(peaks, torch.ones_like(peaks.same))
+            modes = self._with_images(found)[0]._replace(doubt=near.doubt)
+            return shaped(partial(self.both, detail=self.proposing), modes, self._draws(N_STARTS))
         orbits = near.orbits
         assert orbits is not None
         if near.has_pieces:
@@ -415,7 +440,7 @@ class _Climbs:
         index = index[own]
         return _Found(peaks.u[index], peaks.root[index], log_mass[index], pooled[own]), index
 
-    def _with_images(self, found: _Found) -> tuple[Modes, _Seen]:
+    def _with_images(self, found: _Found) -> tuple[Modes, Seen]:
         """The modes and their images under symmetries, and what is known of others."""
         keep = found.log_mass >= found.log_mass[0] - NEGLIGIBLE
         u, root, log_mass, hits = (t[keep] for t in found)
@@ -447,9 +472,9 @@ class _Climbs:
         modes = Modes(*orbits.spread(u[some], root[some], log_mass[some]), "", orbits)
         mass = (log_mass[some] + orbits.log_count.to(log_mass)).softmax(0)
         if int(found.hits.sum()) < OFTEN:
-            return modes, _Seen(0, 0.0, whole)
+            return modes, Seen(0, 0.0, whole)
         n_rare = sum(m > MATTERS and n < OFTEN for m, n in zip(mass.tolist(), own_hits, strict=True))
-        return modes, _Seen(n_rare, missed_mass(mass.tolist(), own_hits), whole)
+        return modes, Seen(n_rare, missed_mass(mass.tolist(), own_hits), whole)
 
     def _symmetries(self, where: Coordinates, u: Tensor, root: Tensor) -> list[Symmetry]:
         """Of the log joint density, at points of the prior and near the mode."""
@@ -465,34 +490,6 @@ class _Climbs:
 def _hits(peaks: Peaks, same: Tensor) -> Tensor:
     """How many climbs, those that ended as ``same`` says, have ended at each."""
     return torch.bincount(same, minlength=len(peaks.same))
-
-
-def missed_mass(shares: Sequence[float], hits: Sequence[int]) -> float:
-    """Mass of modes that no climb has found, over that of those found, by how many climbs found each.
-
-    Examples
-    --------
-    >>> missed_mass([0.5, 0.5], [12, 12])
-    0.0
-    >>> round(missed_mass([0.5, 0.4, 0.1], [12, 2, 1]), 3)
-    0.202
-    """
-    if len(hits) == 1:  # of one mode all climbs are, however many
-        return 0.0
-    of_hits = (UNSEEN_BY_HITS[0], *UNSEEN_BY_HITS)  # one that only the middle leads to: as of one climb
-    return sum((m * of_hits[n] for m, n in zip(shares, hits, strict=True) if n < len(of_hits)), 0.0)
-
-
-def _unseen(found: _Found, n_climbs: int) -> float:
-    """The chance that one more climb ends at a new mode (Good 1953): the share of climbs that ended alone.
-
-    Images of a mode under symmetries have its mass, and count as one.
-    """
-    mass, order = found.log_mass.sort()
-    group = (mass.diff(prepend=mass[:1]) > EQUAL_MASS).cumsum(0)
-    hits = torch.zeros_like(found.hits).index_add(0, group, found.hits[order])
-    alone = int((hits == 1).sum())
-    return alone / n_climbs if alone > FEW_ALONE else 0.0
 
 
 def _join(a: Peaks, b: Peaks) -> Peaks:

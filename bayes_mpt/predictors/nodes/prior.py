@@ -27,6 +27,7 @@ from bayes_mpt.program.layout import to_rows
 from bayes_mpt.program.program import ModelError
 from bayes_mpt.program.run import nodes_plate, one_precision, run
 from bayes_mpt.program.sites import base, node_of
+from bayes_mpt.program.supports import support_of
 
 __all__ = ["halved", "prior_points", "spread_of", "vague_sites", "within_reach"]
 
@@ -166,7 +167,7 @@ def halved(adaptive: AdaptiveNodes, filled: tuple[Any, ...], points: Tensor, nam
         node = node_of(trace, name)
         fn, value = node["fn"], node["value"]
         positive = _positive(_part_of(adaptive, name))
-        if not positive and base(fn).support is not constraints.real:
+        if not positive and support_of(base(fn)) is not constraints.real:
             return math.nan
         middle = torch.zeros_like(value) if positive else fn.mean.nan_to_num(0.0, 0.0, 0.0)
         ratio = log_density(fn, middle + 2 * (value - middle)).sum() - log_density(fn, value).sum()

@@ -11,10 +11,11 @@ from torch import Tensor
 from bayes_mpt.predictors.base import Evidence, Guide, Predictor
 from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
 from bayes_mpt.predictors.nodes.mixture import Modes
-from bayes_mpt.predictors.nodes.modes import ModeSearch, doubted
+from bayes_mpt.predictors.nodes.modes import ModeSearch
 from bayes_mpt.predictors.nodes.panels import UNEVEN, by_panels, roughness
 from bayes_mpt.predictors.nodes.placing import reaching
 from bayes_mpt.predictors.nodes.rules import CUT, Detail, Rule, alone_rule, hermite
+from bayes_mpt.predictors.nodes.unseen import doubted
 from bayes_mpt.predictors.nodes.weighted import (
     Nodes,
     NodeSource,

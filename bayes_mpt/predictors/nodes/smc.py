@@ -22,8 +22,10 @@ from torch import Tensor
 from bayes_mpt.diagnostics import log_mean
 from bayes_mpt.predictors.base import Bound, Conditionals, Evidence, Guide, Posterior, Predictor
 from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
+from bayes_mpt.predictors.nodes.conjugacy import node_values
 from bayes_mpt.predictors.nodes.missed import Shares, shares_of, with_climbs, with_strays
 from bayes_mpt.predictors.nodes.modes import Modes, ModeSearch
+from bayes_mpt.predictors.nodes.own_units import in_own_units, own_values
 from bayes_mpt.predictors.nodes.particles import Shown, Target
 from bayes_mpt.predictors.nodes.path import Arrived, Path, Stage, next_step
 from bayes_mpt.predictors.nodes.prior import halved, spread_of, vague_sites, within_reach
@@ -31,7 +33,7 @@ from bayes_mpt.predictors.nodes.reference import Reference
 from bayes_mpt.predictors.nodes.resampling import systematic, weighted_root
 from bayes_mpt.predictors.nodes.tempering import NEVER, Particles
 from bayes_mpt.predictors.nodes.two_sided import TwoSided, simulated
-from bayes_mpt.predictors.nodes.weighted import constrained, program_values, warn_if_slow
+from bayes_mpt.predictors.nodes.weighted import program_values, side_by_side, warn_if_slow
 from bayes_mpt.program.analysis import analyze
 from bayes_mpt.program.arguments import Args
 from bayes_mpt.program.program import Model, ModelError, Program, list_names, one_vector
@@ -81,6 +83,9 @@ class SequentialMonteCarlo(Predictor):
     ten first particles, or where ``check`` leaves a gap of more than a nat. No mode can be seen that neither a climb
     nor a particle has come near: of the prior it must hold more than about one part in R times the number of particles.
 
+    Effects, Normal latents whose scale other latents decide, are moved in units of it where their room varies too much
+    otherwise.
+
     A prior is vague if its draws leave the range of floating point, as those of Gamma(1e-4, 1e-4) do, or if it is e^50
     times as wide as the posterior. Then particles start at the modes alone, and a `VaguePriorWarning` says by how much
     half of the prior's scale changes the number.
@@ -111,13 +116,16 @@ class SequentialMonteCarlo(Predictor):
         self.check = check
 
     def bind(self, model: Model, args: tuple[Any, ...], guide: Guide | None = None) -> Bound:
+        return self.bind_program(model, args, analyze(model, args))
+
+    def bind_program(self, model: Model, args: tuple[Any, ...], program: Program) -> Bound:
+        """`bind` where it is known what `analyze` finds."""
         for name, least in (("num_particles", 8), ("num_runs", 2), ("num_moves", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
         if not isinstance(self.check, int) or self.check < 0:
             raise ValueError(f"check must be True, False or a number of data sets, got {self.check!r}")
-        program = analyze(model, args)
         if not program.continuous:
             raise ModelError("the program has no continuous latent to sample: use Exact()")
         if program.by_row:
@@ -149,7 +157,8 @@ class _Tempered(Bound):
 
     def __init__(self, settings: SequentialMonteCarlo, model: Model, args: tuple[Any, ...], program: Program):
         self.settings, self.model, self.structure = settings, model, program
-        self.adaptive = AdaptiveNodes(model, Args(args), program)
+        adaptive = AdaptiveNodes(model, Args(args), program)
+        self.adaptive = in_own_units(adaptive, Args(args), program_values(model, Args(args), program))
         self.search = ModeSearch(self.adaptive)
         space = self.adaptive.space
         self.why = (
@@ -224,7 +233,8 @@ class Particulate(Conditionals):
             total = torch.stack([g.posterior(x, shown.seen).tokens().sum(0) for g, _ in shown.given(u)]).sum(
                 0
             )
-            mean = constrained(self.space, u[:, None]).mean(0)
+            values = own_values(self.adaptive, self._args.filled, u)
+            mean = side_by_side(self.space, values, len(u), 1).mean(0)
         seen = torch.where(shown.seen, x, torch.nan)
         return Posterior(mean, total / len(u), of_shared=lambda: self._shared(shown, u, seen))
 
@@ -236,9 +246,10 @@ class Particulate(Conditionals):
             even = ((g, x.new_ones(len(log_det))) for g, log_det in shown.given(u))
             nothing: list[list[dict[str, Tensor]]] = [[{}]] * len(u)
             inside = [values for g, share in even for values in g.posterior(x, everything).values(share)]
+            beside = own_values(self.adaptive, self._args.filled, u)
         return [
-            (1 / (len(u) * len(each)), {**self.space.values(v[None, None])[0], **values})
-            for v, each in zip(u, inside or nothing, strict=True)
+            (1 / (len(u) * len(each)), {**node_values(beside, s), **values})
+            for s, each in enumerate(inside or nothing)
             for values in each
         ]
 
@@ -359,9 +370,9 @@ class Particulate(Conditionals):
 
     def _check(self) -> TwoSided:
         """Runs to the posterior and back, on data simulated from a draw of the prior."""
-        data, start = simulated(self.model, self._args.filled, self.structure, self.space)
+        data, start = simulated(self.adaptive.model, self._args.filled, self.structure, self.space)
         args = Args(data.args)
-        if data.model is not self.model:
+        if data.model is not self.adaptive.model:
             adaptive = AdaptiveNodes(data.model, args, data.program)
         else:
             adaptive = self.adaptive

@@ -33,12 +33,12 @@ from bayes_mpt.program.arguments import Args, has_missing
 from bayes_mpt.program.batched import Batched
 from bayes_mpt.program.latents import Space
 from bayes_mpt.program.layout import to_rows
-from bayes_mpt.program.log_odds import LOG_ODDS
 from bayes_mpt.program.missing import read_values
 from bayes_mpt.program.program import Latent, Model, Program, n_rows_of
 from bayes_mpt.program.run import SetLatents, run
 from bayes_mpt.program.seen_labels import with_seen_labels
 from bayes_mpt.program.sites import is_subsample
+from bayes_mpt.program.unconstrained import UNCONSTRAINED
 from bayes_mpt.warnings import NoBoundWarning, SlowProgramWarning, warn
 
 __all__ = [
@@ -455,8 +455,11 @@ class _Fix(poutine.messenger.Messenger):
             shape = msg["fn"].batch_shape + msg["fn"].event_shape
             msg["value"] = self.values[msg["name"]].expand(shape)
             msg["done"] = True
-            if LOG_ODDS + msg["name"] in self.values:
-                msg["infer"] = {**msg["infer"], LOG_ODDS: self.values[LOG_ODDS + msg["name"]].expand(shape)}
+            if UNCONSTRAINED + msg["name"] in self.values:
+                msg["infer"] = {
+                    **msg["infer"],
+                    UNCONSTRAINED: self.values[UNCONSTRAINED + msg["name"]].expand(shape),
+                }
 
 
 def program_values(model: Model, args: Args, program: Program) -> Tensor:
@@ -473,10 +476,13 @@ def program_values(model: Model, args: Args, program: Program) -> Tensor:
 
 def constrained(where: Space, u: Tensor) -> Tensor:
     """Values of the latents at nodes u (S, N, d), side by side: (S, N, K)."""
-    if not where.parts:
-        return u.new_zeros(*u.shape[:2], 0)
-    values, _ = where.values(u.detach())
-    return torch.cat([nodes_first(values[p.latent.name], p.latent, *u.shape[:2]) for p in where.parts], -1)
+    return side_by_side(where, where.values(u.detach())[0], *u.shape[:2])
+
+
+def side_by_side(where: Space, values: dict[str, Tensor], n_nodes: int, n_rows: int) -> Tensor:
+    """Values of the latents of a space at S nodes, as `nodes_first` takes them, side by side: (S, N, K)."""
+    parts = [nodes_first(values[p.latent.name], p.latent, n_nodes, n_rows) for p in where.parts]
+    return torch.cat(parts, -1) if parts else torch.zeros(n_nodes, n_rows, 0)
 
 
 def nodes_first(value: Tensor, latent: Latent, n_nodes: int, n_rows: int) -> Tensor:

@@ -17,6 +17,7 @@ from bayes_mpt import BayesMPT
 from bayes_mpt.predictors import Importance, Quadrature
 from bayes_mpt.predictors.nodes import modes as modes_of
 from bayes_mpt.predictors.nodes import symmetries
+from bayes_mpt.predictors.nodes.unseen import missed_mass
 from bayes_mpt.warnings import MissedModeWarning
 
 
@@ -226,7 +227,7 @@ def test_the_mass_that_is_missed_is_told_by_how_often_modes_were_found(n_modes, 
         mass = rng.dirichlet(np.full(n_modes, 0.5))
         hits = rng.multinomial(n_climbs, rng.dirichlet(np.full(n_modes, even)))
         seen = hits > 0
-        told.append(modes_of.missed_mass(mass[seen] / mass[seen].sum(), hits[seen]))
+        told.append(missed_mass(mass[seen] / mass[seen].sum(), hits[seen]))
         true.append(1 / mass[seen].sum() - 1)
     told, true = np.array(told), np.minimum(true, 5)
     assert 0.5 < told.mean() / true.mean() < 2

@@ -8,7 +8,7 @@ import torch
 from scipy.special import expit
 from torch.distributions import biject_to, constraints
 
-from bayes_mpt.program.sticks import Sticks, with_exact_shares
+from bayes_mpt.program.transforms import Sticks, exact_transform
 
 
 @pytest.mark.parametrize("n_shares", [2, 3, 7])
@@ -35,7 +35,7 @@ def test_a_share_is_as_exact_near_one_as_near_nothing():
 def test_it_stands_in_for_the_transform_of_independent_parts():
     support = constraints.independent(constraints.simplex, 1)
     u = torch.as_tensor(np.random.default_rng(1).normal(size=(4, 5, 2)))
-    exact, torchs = with_exact_shares(biject_to(support)), biject_to(support)
+    exact, torchs = exact_transform(biject_to(support)), biject_to(support)
     torch.testing.assert_close(exact(u), torchs(u))
     torch.testing.assert_close(
         exact.log_abs_det_jacobian(u, exact(u)), torchs.log_abs_det_jacobian(u, torchs(u))

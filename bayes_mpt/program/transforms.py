@@ -1,8 +1,11 @@
-"""Shares that add up to one from real numbers, each of them as exact as the other.
+"""Positive numbers, and shares that add up to one, from real numbers: each of them as exact as the other.
+
+A positive number is exp(u), and where that leaves the floating-point numbers the smallest or the largest of them.
+Shares are
 
     z_k = 1 / (1 + exp(-(u_k - log(K - k)))),    y_k = z_k prod_{j < k} (1 - z_j),    y_K = prod_j (1 - z_j)
 
-as `torch.distributions.StickBreakingTransform`, k = 1 .. K - 1, with log z and log(1 - z) both by the logarithm of a
+as of `torch.distributions.StickBreakingTransform`, k = 1 .. K - 1, with log z and log(1 - z) both by the logarithm of a
 sigmoid. Torch takes 1 - z of a z that is at most 1 - 2e-16, so that no share but the first comes near 0: of a
 Dirichlet(0.01) that leaves out two thirds of a corner.
 """
@@ -14,10 +17,41 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributions import Transform, constraints
-from torch.distributions.transforms import IndependentTransform, StickBreakingTransform
+from torch.distributions.transforms import (
+    ComposeTransform,
+    ExpTransform,
+    IndependentTransform,
+    StickBreakingTransform,
+)
 from torch.nn.functional import logsigmoid, pad
 
-__all__ = ["Sticks", "with_exact_shares"]
+__all__ = ["Positive", "Sticks", "carried", "exact_transform"]
+
+
+class Positive(Transform):
+    """Real numbers to positive ones, never 0 nor infinite.
+
+    Examples
+    --------
+    >>> u = torch.tensor([-800.0, 0.0, 800.0], dtype=torch.float64)
+    >>> [f"{float(z):.3g}" for z in Positive()(u)]
+    ['2.23e-308', '1', '1.8e+308']
+    """
+
+    domain = constraints.real
+    codomain = constraints.positive
+    bijective = True
+    sign = 1
+
+    def _call(self, x: Tensor) -> Tensor:
+        return x.exp().clamp(torch.finfo(x.dtype).tiny, torch.finfo(x.dtype).max)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return y.clamp(min=torch.finfo(y.dtype).tiny).log()
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """log dy / dx = x, also where y is at an end."""
+        return x
 
 
 class Sticks(Transform):
@@ -57,13 +91,22 @@ class Sticks(Transform):
         return torch.Size((*shape[:-1], shape[-1] - 1))
 
 
-def with_exact_shares(transform: Any) -> Any:
-    """A transform, or one of independent parts, with `Sticks` where it breaks sticks."""
+def exact_transform(transform: Any) -> Any:
+    """A transform, its parts or one of independent parts, with `Positive` and `Sticks` in place of torch's."""
     if isinstance(transform, IndependentTransform):
         return IndependentTransform(
-            with_exact_shares(transform.base_transform), transform.reinterpreted_batch_ndims
+            exact_transform(transform.base_transform), transform.reinterpreted_batch_ndims
         )
+    if isinstance(transform, ComposeTransform) and transform.parts:
+        return ComposeTransform([exact_transform(part) for part in transform.parts])
+    if isinstance(transform, ExpTransform):
+        return Positive()
     return Sticks() if isinstance(transform, StickBreakingTransform) else transform
+
+
+def carried(transform: Any, x: Tensor) -> Tensor:
+    """What values made of real numbers x by a transform of one event carry: x, of shares their logarithms."""
+    return _logs(x)[1] if isinstance(transform, Sticks) else x
 
 
 def _logs(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,90 @@
+"""Posteriors that have one mode given all tokens and two given some, against dense grids."""
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from scipy import stats
+from scipy.special import logsumexp
+
+from bayes_mpt.predictors import Quadrature
+from bayes_mpt.predictors.nodes.modes import _Climbs
+
+F64 = torch.float64
+GRID = np.linspace(-7, 7, 14001)
+SIGNED = np.array([0, 0, 0, 1, 1])  # which tokens tell the sign of the latent
+
+
+def means(a, signed):
+    return torch.where(torch.tensor(signed == 1), a, a**2)
+
+
+def shared(x):
+    a = pyro.sample("a", dist.Normal(x.new_tensor(0.0), 1.0))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("y", dist.Normal(means(a, SIGNED), 0.3), obs=x[:, 0])
+
+
+def of_rows(x):
+    with pyro.plate("rows", len(x)):
+        a = pyro.sample("a", dist.Normal(x.new_tensor(0.0), 1.0))
+        pyro.sample("y", dist.Normal(means(a[..., None], SIGNED), 0.3).to_event(1), obs=x)
+
+
+def log_z(values, signed):
+    log_p = stats.norm.logpdf(GRID)
+    for value, s in zip(values, signed, strict=True):
+        log_p = log_p + stats.norm.logpdf(value, GRID if s else GRID**2, 0.3)
+    return logsumexp(log_p) + np.log(GRID[1] - GRID[0])
+
+
+def truth(values, visible):
+    before = log_z(values[visible], SIGNED[visible]) if visible.any() else 0.0
+    out = np.zeros(len(values))
+    for i in np.flatnonzero(~visible):
+        more = np.append(np.flatnonzero(visible), i)
+        out[i] = log_z(values[more], SIGNED[more]) - before
+    return out
+
+
+VISIBLE = np.array([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [0, 0, 0, 1, 0], [1, 1, 0, 1, 0]], dtype=bool)
+ROWS = np.array([[1.5, 1.3, 1.6, 1.2, 1.1], [2.0, 1.7, 2.2, -1.4, -1.5], [0.1, 0.2, 0.1, 0.3, 0.2]])
+
+
+@pytest.mark.parametrize("program", [shared, of_rows])
+def test_tokens_that_tell_a_sign_are_hidden(program):
+    x = torch.tensor(ROWS if program is of_rows else ROWS[:1].T, dtype=F64)
+    found = Quadrature().bind(program, (x,)).read((x,)).conditionals(torch.as_tensor(VISIBLE))
+    want = [
+        [truth(row, visible) for row in (ROWS if program is of_rows else ROWS[:1])] for visible in VISIBLE
+    ]
+    np.testing.assert_allclose(found.numpy(), want, atol=1e-4)
+
+
+@pytest.mark.parametrize("program", [shared, of_rows])
+def test_steps_of_a_chain(program):
+    rows = ROWS if program is of_rows else ROWS[:1]
+    x = torch.tensor(rows if program is of_rows else rows.T, dtype=F64)
+    order = np.array([2, 0, 1, 4, 3])
+    found = Quadrature().bind(program, (x,)).read((x,)).chain(torch.as_tensor(order)[None])[0]
+    for t in range(5):
+        visible = np.isin(np.arange(5), order[:t])
+        want = [truth(row, visible)[order[t]] for row in rows]
+        np.testing.assert_allclose(found[:, order[t]].numpy(), want, atol=1e-4)
+
+
+def test_one_mode_is_followed(monkeypatch):
+    """Where no set of few tokens shows another, nothing is searched again."""
+
+    def program(x):
+        a = pyro.sample("a", dist.Normal(x.new_tensor(0.0), 1.0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("y", dist.Normal(a.exp(), 0.3), obs=x[:, 0])
+
+    x = torch.tensor(ROWS[:1].T, dtype=F64)
+    read = Quadrature().bind(program, (x,)).read((x,))
+    read.conditionals(torch.as_tensor(VISIBLE[:1]))
+    monkeypatch.setattr(_Climbs, "_starts", lambda *args: pytest.fail("searched again"))
+    monkeypatch.setattr(_Climbs, "_with_images", lambda *args: pytest.fail("searched again"))
+    read.conditionals(torch.as_tensor(VISIBLE))
