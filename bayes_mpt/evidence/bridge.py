@@ -16,6 +16,10 @@ autocorrelation allows. Then the halves change places, and the two numbers are a
 q is a Student-t, and no normal: what chains of a few effective draws have not yet seen of a tail is then told by the
 draws of q. With an autocorrelation of 0.9 and a skewed posterior, the error fell by a fifth, and the standard deviation
 of what is off in stated errors from 1.27 to 0.99.
+
+Where p has symmetries over which the draws are not spread (`bayes_mpt.evidence.images`), q is fitted to the draws
+moved to one image, and its mean over the group takes its place; p stands as it is, w = p. Since w / q is the same at
+all images then, draws of p and q count wherever they are.
 """
 
 from __future__ import annotations
@@ -32,8 +36,8 @@ from scipy.optimize import brentq
 from scipy.special import expit, logsumexp
 
 from bayes_mpt.diagnostics import pareto_k
-from bayes_mpt.predictors.nodes.resampling import weighted_root
-from bayes_mpt.predictors.nodes.rules import degrees_of, log_t
+from bayes_mpt.evidence.images import Images, Located, located
+from bayes_mpt.predictors.nodes.rules import degrees_of
 
 __all__ = ["Bridge", "bridge", "effective_draws"]
 
@@ -61,7 +65,11 @@ class Bridge(NamedTuple):
 
 
 def bridge(
-    log_p: Callable[[Array], Array], draws: Array, at_draws: Array, rng: np.random.Generator
+    log_p: Callable[[Array], Array],
+    draws: Array,
+    at_draws: Array,
+    rng: np.random.Generator,
+    images: Images | None = None,
 ) -> Bridge:
     """The integral of a density from draws of it.
 
@@ -75,6 +83,8 @@ def bridge(
         log_p at these.
     rng : numpy.random.Generator
         Of the draws of q.
+    images : Images, optional
+        Changes that keep p, and over which q is spread.
 
     Examples
     --------
@@ -88,7 +98,10 @@ def bridge(
     """
     half = draws.shape[1] // 2
     halves = draws[:, :half], draws[:, half:]
-    warps = [_Warp.of(u.reshape(-1, u.shape[-1])) for u in halves]
+    warps = [
+        _Warp.of(u.reshape(-1, u.shape[-1]), at.ravel(), images)
+        for u, at in zip(halves, (at_draws[:, :half], at_draws[:, half:]), strict=True)
+    ]
     found = [
         _scored(log_p, warps[0], warps[1], halves[1], at_draws[:, half:], rng),
         _scored(log_p, warps[1], warps[0], halves[0], at_draws[:, :half], rng),
@@ -118,28 +131,33 @@ def effective_draws(values: Array) -> Array:
 class _Warp(NamedTuple):
     """Where q is laid over the density."""
 
-    mean: Array
-    """(d,)"""
-    root: Array
-    """(d, d) lower."""
+    here: Located
+    images: Images | None
 
     @classmethod
-    def of(cls, u: Array) -> _Warp:
-        """Of draws (M, d)."""
-        points = torch.as_tensor(u)
-        root = weighted_root(points, points.new_full((len(u),), 1 / len(u)))
-        return cls(u.mean(0), root.numpy())
+    def of(cls, u: Array, at: Array, images: Images | None) -> _Warp:
+        """Of draws (M, d), where log p is (M,)."""
+        return cls(located(u if images is None else images.gathered(u, int(at.argmax()))[0]), images)
 
     def draws(self, n: int, rng: np.random.Generator) -> Array:
-        """Of q: (n, d)."""
-        d = len(self.mean)
+        """Of q, around one image: (n, d)."""
+        d = len(self.here.mean)
         wide = np.sqrt(degrees_of(d) / rng.chisquare(degrees_of(d), size=(n, 1)))
-        return self.mean + (rng.normal(size=(n, d)) * wide) @ self.root.T
+        return self.here.mean + (rng.normal(size=(n, d)) * wide) @ self.here.root.T
 
     def log_q(self, u: Array) -> Array:
         """Log density of points (M, d)."""
-        e = torch.as_tensor(np.linalg.solve(self.root, (u - self.mean).T).T)
-        return log_t(e, degrees_of(len(self.mean))).numpy() - np.log(np.diag(self.root)).sum()
+        return self.here.log_q(u) if self.images is None else self.images.mean_density(self.here.log_q, u)
+
+    def symmetric(self, log_p: Callable[[Array], Array], at: Array, here: Array) -> Array:
+        """Log w at points (M, d) where log p is ``here`` (M,)."""
+        if self.images is not None:
+            return here
+        return np.logaddexp(here, log_p(2 * self.here.mean - at)) - math.log(2)
+
+    def counted(self, u: Array) -> tuple[Array, ...]:
+        """The points, and those at which w counts them too."""
+        return (u,) if self.images is not None else (u, 2 * self.here.mean - u)
 
 
 class _Scored(NamedTuple):
@@ -169,8 +187,7 @@ def _scored(
 
     def log_ratio(at: Array, here: Array) -> Array:
         """L at points (M, d) where log p is known."""
-        log_w = np.logaddexp(here, log_p(2 * warp.mean - at)) - math.log(2)
-        return log_w - warp.log_q(at)
+        return warp.symmetric(log_p, at, here) - warp.log_q(at)
 
     of_p, of_q = log_ratio(u, at_draws.ravel()), log_ratio(v, log_p(v))
 
@@ -185,8 +202,8 @@ def _scored(
     by_p, by_q = expit(c - of_p), expit(of_q - c)
     terms = (by_p / by_p.mean()).reshape(n_chains, n)
     # What a warp errs by acts on the other half's draws as their warp's error acts on these: the same product, twice.
-    # The two warps differ by twice the variance of either; what is odd around the mean is gone by the reflection.
-    gap = sum(other.log_q(at) - warp.log_q(at) for at in (u, 2 * warp.mean - u)) / 2
+    # The two warps differ by twice the variance of either; what is odd around the mean is gone by a reflection.
+    gap = np.mean([other.log_q(at) - warp.log_q(at) for at in warp.counted(u)], 0)
     common = terms * ((1 - by_p) * gap).reshape(n_chains, n)
     shared = min(0.5 * common.var() / effective_draws(common), terms.var() / effective_draws(terms))
     overlap = np.exp(np.minimum(log_z - of_p, 0)).mean() + np.exp(np.minimum(of_q - log_z, 0)).mean()

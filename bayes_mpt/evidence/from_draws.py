@@ -31,11 +31,13 @@ from bayes_mpt.evidence.chains import (
     refuse_other_joint,
     unconstrained,
 )
+from bayes_mpt.evidence.images import Images, changes_of, group_of
 from bayes_mpt.predictors import Exact, Importance, choose
 from bayes_mpt.predictors.base import Guide
 from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
 from bayes_mpt.predictors.nodes.resampling import by_halves
 from bayes_mpt.predictors.nodes.slopes import FALSE, slopes_at, what_is_missed
+from bayes_mpt.predictors.nodes.symmetries import Coordinates
 from bayes_mpt.predictors.nodes.weighted import program_values, warn_if_slow
 from bayes_mpt.program.analysis import analyze
 from bayes_mpt.program.arguments import Args
@@ -59,6 +61,7 @@ N_REFINED = 200  # draws at which rows get more nodes
 MIN_OVERLAP = 0.02
 BAD_R_HAT = 1.1
 APART = 3.0  # errors between the two halves of the chains
+APART_IMAGES = 1e-3  # of the proposal's density at the draws, from the other images
 ROUGH = 1.5  # what is added to their errors where effective draws are estimated
 
 
@@ -87,6 +90,8 @@ class DrawsEvidence(NamedTuple):
     """`pyro.param`s held at their values: the number is conditional on them."""
     flags: tuple[str, ...] = ()
     """What to be wary of, in words."""
+    n_images: int = 1
+    """Images of the draws, under symmetries of the log joint, over which the proposal was spread; 1: none."""
 
 
 @takes_turns
@@ -100,7 +105,9 @@ def from_draws(
     """The log marginal likelihood from draws of the posterior, such as Pyro's NUTS gives, by bridge sampling.
 
     Latents of rows, discrete latents and those that are Gaussian given the others are integrated first, and what was
-    drawn of them is ignored; where that is all of them, no draw is used. A mode that the draws have missed is missed.
+    drawn of them is ignored; where that is all of them, no draw is used. A mode that the draws have missed is missed,
+    unless it is an image of theirs: where components may change names or factors their sign without a change of the log
+    joint, chains may stay in one labelling, or each in its own.
 
     Parameters
     ----------
@@ -356,11 +363,12 @@ def _bridged(joint: _LogJoint, u: Array, rng: np.random.Generator) -> DrawsEvide
             f"draw {i % n} of chain {i // n} has no density under the program and these data: were the draws made of "
             "other data, or under another prior?"
         )
-    found = bridge(joint, u, value.reshape(n_chains, n), rng)
+    images, too_many = _images(joint, u, rng)
+    found = bridge(joint, u, value.reshape(n_chains, n), rng, images)
     inside = joint.inside(flat)
     split = float(found.by_half[0] - found.by_half[1])
     se = math.hypot(found.se, inside)
-    wrong = [*_not_mixed(joint, u), *_slanted(u, slope.reshape(u.shape))]
+    wrong = [*too_many, *_not_as_drawn(joint, u, value, slope, images, rng)]
     if found.overlap < MIN_OVERLAP:
         wrong.append(
             f"posterior and proposal hardly overlap ({found.overlap:.3f}): more draws, or fewer latents that are drawn "
@@ -387,7 +395,40 @@ def _bridged(joint: _LogJoint, u: Array, rng: np.random.Generator) -> DrawsEvide
         tuple(name for name in program.latent_names if name not in joint.space.names),
         program.parameters,
         tuple(flags),
+        1 if images is None else len(images),
     )
+
+
+def _images(joint: _LogJoint, u: Array, rng: np.random.Generator) -> tuple[Images | None, list[str]]:
+    """The images over which draws (C, S, d) are not spread, None where there are none; or why they are not counted."""
+    where = Coordinates(joint.space)
+    # chains that stay in different labellings are spread over these together, and each over none
+    changes = changes_of(joint, where, u, rng, apart=bool(_not_mixed(joint, u)))
+    if not changes:
+        return None, []
+    images = group_of(where, changes)
+    if images is not None:
+        return images, []
+    return None, [
+        "the log joint stays the same under more changes of names or signs of latents than can be tried (720), and the "
+        "draws are not spread over these: the number leaves other labellings out. Order or fix what may change places"
+    ]
+
+
+def _not_as_drawn(
+    joint: _LogJoint, u: Array, value: Array, slope: Array, images: Images | None, rng: np.random.Generator
+) -> list[str]:
+    """What says that chains (C, S, d) have not mixed, or that these are no draws of the log joint."""
+    if images is None:
+        return [*_not_mixed(joint, u), *_slanted(u, slope.reshape(u.shape))]
+    flat = u.reshape(-1, u.shape[-1])
+    one, others = images.gathered(flat, int(value.argmax()))
+    # where images overlap, draws moved to one of them end at an edge, and have a slope there
+    moved = one if others < APART_IMAGES else images.at_random(flat, rng)
+    return [
+        *_not_mixed(joint, one.reshape(u.shape)),
+        *_slanted(moved.reshape(u.shape), joint.with_slope(moved)[1].reshape(u.shape)),
+    ]
 
 
 def _not_mixed(joint: _LogJoint, u: Array) -> list[str]:
