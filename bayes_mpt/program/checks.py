@@ -90,8 +90,9 @@ def _check_support(node: Any) -> None:
         bad = node["value"].expand(fine.shape)[~fine] if fine.shape == node["value"].shape else node["value"]
         raise ModelError(
             f"observed site {node['name']!r} has values outside the support of its {type(fn).__name__}, such as "
-            f"{float(bad.flatten()[0]):.6g}: check the column's coding, or take another distribution (at latents and "
-            "parameters as first drawn; a support that moves with them needs validate_args=False)"
+            f"{float(bad.flatten()[0]):.6g}: check the column's coding, or take another distribution. Where the ends "
+            f"of the support move with latents or parameters, write dist.{type(fn).__name__}(..., "
+            "validate_args=False): then values outside have density zero there, and no error ends the run"
         )
 
 

@@ -75,10 +75,13 @@ def observed_nodes(trace: Trace, *, factors_too: bool = False, none_too: bool = 
             continue
         got, want = tuple(node["value"].shape), tuple(node["fn"].shape())
         if got != want:
+            column = (
+                "give a response of one column as y.ravel(), or frame['y'], or " if got == (*want, 1) else ""
+            )
             raise ModelError(
-                f"observed site {node['name']!r} has values of shape {got} under a distribution of shape {want}: write "
-                "the rows plate with len(x), and .expand or .to_event where the distribution is too small; a single "
-                "column of a table is x[:, 0], of one row x[t, 0]"
+                f"observed site {node['name']!r} has values of shape {got} under a distribution of shape {want}: "
+                f"{column}write the rows plate with len(x), and .expand or .to_event where the distribution is too "
+                "small; a single column of a table is x[:, 0], of one row x[t, 0]"
             )
         nodes.append(node)
     if not nodes and not none_too:

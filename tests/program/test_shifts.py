@@ -306,7 +306,9 @@ REFUSED_ROWS = {
 def test_other_functions_of_the_data_are_refused(how, parameters):
     value = REFUSED.get(how) or REFUSED_ROWS[how]
     program = observing(value, parameters, event=how in REFUSED_ROWS)
-    reason = r"site 'r' are computed from latents or parameters.*Jacobian.*obs=x|by site 'r': it would count twice"
+    reason = (
+        r"site 'r' are computed from latents or parameters.*Jacobian.*obs=x|by site 'r': it would count twice"
+    )
     with pytest.raises(ModelError, match=reason):
         choose(program, (torch.from_numpy(X),))
 

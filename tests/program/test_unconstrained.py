@@ -279,3 +279,29 @@ def test_the_remedy_for_ends_that_move():
     truth = logsumexp(np.log(exp1(z)) + norm.logpdf(Y, z, 0.5).sum(0)) - np.log(8000)
     total, se = score(program, Y)
     assert abs(total - truth) < max(1e-3, 3 * se)
+
+
+def test_a_window_around_a_latent_is_refused_with_the_call_that_fits():
+    y = np.array([[-0.4], [1.1], [0.3], [0.9]])
+
+    def window(x, **settings):
+        a = pyro.sample("a", dist.Normal(tensor(0.0), 1.0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("y", dist.Uniform(a - 1, a + 1, **settings), obs=x[:, 0])
+
+    with pytest.raises(ModelError, match=r"write dist.Uniform\(..., validate_args=False\)"):
+        BayesMPT(lambda x: window(x), random_state=0).fit(y)
+    total, se = score(lambda x: window(x, validate_args=False), y)
+    truth = np.log(norm.cdf(y.min() + 1) - norm.cdf(y.max() - 1)) - len(y) * np.log(2)
+    assert abs(total - truth) < max(1e-6, 3 * se)
+
+
+def test_a_response_in_a_table_of_one_column_says_how_it_is_given():
+    def line(x, y):
+        w = pyro.sample("w", dist.Normal(tensor(0.0), 1.0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("y", dist.Normal(w * x[:, 0], 1.0), obs=y)
+
+    with pytest.raises(ModelError, match=r"y.ravel\(\), or frame\['y'\]"):
+        BayesMPT(line).fit(Y, Y)
+    assert np.isfinite(BayesMPT(line).fit(Y, Y.ravel()).score(Y, Y.ravel()))
