@@ -47,6 +47,11 @@ def read_tables(draws: Any, log_joint: Any) -> tuple[dict[str, NDArray[Any]], Ar
         recorded = getattr(getattr(draws, "sample_stats", None), "data_vars", {})
         if log_joint is None and "lp" in recorded:
             log_joint = recorded["lp"].transpose("chain", "draw").values
+    groups = (
+        [str(n) for n, v in table.items() if hasattr(v, "data_vars")] if isinstance(table, Mapping) else []
+    )
+    if groups:
+        raise TypeError(f"draws of ArviZ must have a group 'posterior', and these have only {groups}")
     if not isinstance(table, Mapping):
         raise TypeError(
             "draws must be a mapping from site names to arrays (chains, draws, ...), such as "
@@ -166,4 +171,4 @@ def refuse_other_joint(
 
 
 def _words(*axes: Any) -> str:
-    return f"({', '.join(map(str, axes))})"
+    return f"({', '.join(map(str, axes))}{',' * (len(axes) == 1)})"

@@ -43,8 +43,7 @@ SHAKEN, CHILD = (
     4,
 )  # steps of what is shaken, which leave no rows out as those of `mixture_starts` do; of children
 JUDGED, SETTLED = 2, 4  # of what a round of breeding has made, until some are given up, and of the rest
-# what one round has found the next begins from: more rounds of fewer are surer
-PLAN = Plan(rounds=20, children=2, shaken=10, parents=2, kept=4, places=2, patience=8)
+PLAN = Plan(rounds=20, children=4, shaken=16, parents=2, kept=5, places=2, patience=5)
 ROUND = 10  # steps of EM, after which the better half of the starts goes on
 EM_STEPS = 20  # before L-BFGS
 MIN_WEIGHT = 1e-6  # of a component: the logarithm of an empty one is infinite

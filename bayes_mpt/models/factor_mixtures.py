@@ -134,7 +134,8 @@ class MixtureOfFactorAnalyzers(CheckedModel):
         if int(self.n_factors) and _repeats(table.rows):
             raise CollapseError(
                 "the table has columns that repeat others but for scale and shift: a factor explains them without "
-                "noise, where the likelihood grows without bound. Drop what repeats, or use n_factors=0",
+                "noise, where the likelihood grows without bound. Drop what repeats, or rows so far out that beside "
+                "them all others are one place, or use n_factors=0",
                 [],
             )
         prior, start, cells = self._prior(table), _in_units(params, table), cells_of(table)

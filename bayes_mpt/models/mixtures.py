@@ -292,7 +292,10 @@ class GaussianMixture(CheckedModel):
 
     def _repeats(self) -> str:
         if self.covariance_type in DENSE:
-            return "no more rows than columns, or columns that are constant or repeat others"
+            return (
+                "no more rows than columns, columns that are constant or repeat others, or rows so far out that "
+                "beside them all others are one place"
+            )
         return "columns that are constant"
 
     def _remedy(self) -> str:

@@ -11,6 +11,7 @@ Values without slopes, as of categories, are held against runs in which one colu
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pyro
@@ -109,7 +110,9 @@ def _refuse_moving_together(first: FirstRun) -> set[str]:
     ]
     names = first.program.site_names
     try:
-        with torch.enable_grad(), pyro.validation_enabled(False):
+        with torch.enable_grad(), pyro.validation_enabled(False), warnings.catch_warnings():
+            # a program may look at its rows, `float(x.min())`, which is no concern of theirs where they have slopes
+            warnings.filterwarnings("ignore", message="Converting a tensor with requires_grad")
             trace = run(first.model, tuple(tracked), {**first.latents, **sub_samples(first.trace)})
             nodes = [node_of(trace, name) for name in names]
             values = [torch.where(own_shown(n), n["value"], 0) for n in nodes]

@@ -1,17 +1,22 @@
 """Evidences with several modes, with one where symmetries suggest several, and with a narrow neck, against dense grids.
 
 Each line is one problem by one way, over seeds that draw data and nodes; z is what the number is off, in units of its
-stated error (and of the grid's, ERROR). Asked: a pooled standard deviation of z of at most 1.25 a way; a missed mode
-warned of in 19 of 20 seeds (a frequency, of which a climb finds one of dozens of modes); at most one warning in 20 runs
+stated error (and of the grid's, ERROR), and silent counts the runs that are off by more than three of these without a
+warning. Asked: a pooled standard deviation of z of at most 1.25 a way; a missed mode warned of in 19 of 20 seeds (a
+frequency, of which a climb finds one of dozens of modes: wrong and silent once at most); at most one warning in 20 runs
 on problems with one mode.
 
 Runs are kept in the JSON file, and a further call makes those that are missing. Draws around modes were developed with
-funnels, means and signs of these same seeds in sight, so that their figures are no blind test.
+funnels, means and signs of these same seeds in sight, and where particles start with the frequency's, so that their
+figures are no blind test.
 
-Not all runs are of one state of the package: each unit and row has its number, of a row the least. 1: before a tenth of
-the draws came from the prior and nodes inside rows and groups reached far, but for a few lines by draws; 2: draws of a
-mixture count as strata, and the search for modes weighs what it may have missed. Delete units from the file to run them
-again.
+Not all runs are of one state of the package: each unit and row has its number, of a row the least. 2: draws of a
+mixture count as strata, and the search for modes weighs what it may have missed; 3: particles start from the prior for
+every mode that there may be, where the search is in doubt (of these problems: the frequency). Before, a run on that
+line was 20 nats low without a warning. Ten other lines by particles and nine seeds of an eleventh were run just before
+that change and are called 3: two seeds of each were run again after it and gave the stored figures, and one of each did
+once more when latents had come to be moved in units of their own. Delete units from
+the file to run them again.
 """
 
 import json
@@ -39,7 +44,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/, for timing.py
 from timing import Report, run, stored
 
 SEEDS, QUICK = 20, 2
-STATE = 2  # of the package, as above
+STATE = 3  # of the package, as above
 ERROR = 1e-6  # of a truth
 EQUAL = 0.02  # nats between two ways to write one program, each with an error of its own
 ONE_BY_ONE = ("quadrature", "importance")  # all latents are integrated group by group: no particles
@@ -474,11 +479,13 @@ def show_line(report: Report, name, way, runs, quick):
     off = np.array([r["lml"] - r["truth"] for r in told])
     z = off / np.hypot([r["se"] for r in told], ERROR)
     warned = sum(r["warned"] or math.isnan(r["se"]) for r in runs)
+    silent = sum(abs(each) > 3 and not r["warned"] for each, r in zip(z, told, strict=True))
     report.row(
         problem=name,
         way=way,
         runs=len(runs),
         warned=warned,
+        silent=silent if len(off) else math.nan,
         off_largest=float(np.abs(off).max()) if len(off) else math.nan,
         se=float(np.median([r["se"] for r in told])) if told else math.nan,
         z_mean=float(z.mean()) if len(z) else math.nan,
@@ -491,11 +498,8 @@ def show_line(report: Report, name, way, runs, quick):
         few = None if short else warned <= 1
         report.target(f"{name}, {way}: at most 1 false warning", few, f"{warned} of {len(runs)}")
     elif PROBLEMS[name].kind == "missed":
-        silent = sum(abs(r["lml"] - r["truth"]) > max(0.1, 3 * r["se"]) for r in told if not r["warned"])
         enough = None if short else silent <= 1
-        report.target(
-            f"{name}, {way}: wrong without a warning at most once", enough, f"{silent} of {len(runs)}"
-        )
+        report.target(f"{name}, {way}: wrong in silence at most once", enough, f"{silent} of {len(runs)}")
     return z
 
 

@@ -519,6 +519,8 @@ def test_an_object_of_arviz_with_its_log_joint():
     with pytest.raises(ModelError, match="recorded log joint"):
         from_draws(coin, given, HEADS)
     assert from_draws(coin, given, HEADS, log_joint=False) == from_draws(coin, {"p": p}, HEADS)
+    with pytest.raises(TypeError, match="must have a group 'posterior', and these have only \\['prior'\\]"):
+        from_draws(coin, {"prior": given.posterior}, HEADS)
 
 
 def test_nothing_is_left_behind():

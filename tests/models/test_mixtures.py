@@ -294,6 +294,16 @@ def test_where_a_prior_would_not_help_none_is_advised():
     assert "covariance_prior" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "model", [GaussianMixture(2, "full"), GaussianMixture(2, "tied"), MixtureOfFactorAnalyzers(2)]
+)
+def test_a_row_so_far_out_that_columns_are_alike_is_named_as_a_reason(model):
+    x = np.random.default_rng(0).normal(size=(60, 3))
+    x[5] = 1e6
+    with pytest.raises(ValueError, match="far out"):
+        BayesMPT(model, random_state=0).fit(x)
+
+
 def test_penalty_adds_nothing_to_a_mixture_that_has_one():
     x = HOLES[:, :2]
     models = [BayesMPT(GaussianMixture(2), penalty=b, random_state=0).fit(x) for b in (False, True)]

@@ -3,12 +3,15 @@
 Particles that stand around none of the modes that are known are where others are looked for. Each particle belongs to
 the mode whose Student-t is highest there. Of a mode whose mass matters two things are held against it: that
 fewer than half of the independent runs found it, and that fewer than ten of all the particles they started with lead
-there. The error of the runs knows nothing of either.
+there. The error of the runs knows nothing of either. Nor does it of a mode that no particle comes to: where climbs have
+found so many modes that few met another, ten particles from the prior for each that there may be keep it from being
+missed, and where they are fewer, that is said.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +24,7 @@ from bayes_mpt.predictors.nodes.particles import Shown
 from bayes_mpt.predictors.nodes.path import Arrived
 from bayes_mpt.predictors.nodes.reference import Reference
 
-__all__ = ["Shares", "shares_of", "with_climbs", "with_strays"]
+__all__ = ["Shares", "shares_of", "unled", "with_climbs", "with_strays"]
 
 N_STRAYS = 8  # particles from which modes are looked for
 WORK = 2e8  # log-densities times the square of the numbers, that these may cost a step
@@ -70,11 +73,11 @@ def with_climbs(shown: Shown, reference: Reference, starts: Tensor) -> Reference
             new.append(k)
     if not new:
         return None
-    return Reference(
-        torch.cat([reference.mode, peaks.u[new]]),
-        torch.cat([reference.root, peaks.root[new]]),
-        torch.cat([reference.log_mass, log_mass[new]]),
-        reference.prior,
+    return replace(
+        reference,
+        mode=torch.cat([reference.mode, peaks.u[new]]),
+        root=torch.cat([reference.root, peaks.root[new]]),
+        log_mass=torch.cat([reference.log_mass, log_mass[new]]),
     )
 
 
@@ -106,6 +109,18 @@ class Shares(NamedTuple):
             f"{int((self.share[:, k] > 0).sum())} of {len(self.share)} runs, from {int(self.ancestors[:, k].sum())} "
             "first particles"
         )
+
+
+def unled(reference: Reference, n: int) -> str:
+    """What speaks for modes that none of n particles has come to, in words; empty where nothing does."""
+    n_prior = math.ceil(reference.prior * n)
+    if n_prior >= reference.wanted - 1:
+        return ""
+    crowd = f"{reference.crowd:.0f} modes" if math.isfinite(reference.crowd) else "any number of modes"
+    return (
+        f"climbs have ended at so many places, and so few at the same, that there may be {crowd}, too many for the "
+        f"{n_prior} particles that start from the prior"
+    )
 
 
 def shares_of(reference: Reference, arrived: Arrived) -> Shares:

@@ -74,6 +74,8 @@ class Modes(NamedTuple):
     """Which modes are images of others; None where symmetries were not looked for."""
     reach: Tensor | None = None
     """(J, N, d, 2): how far the density reaches along both sides of each axis of the root, in units of it."""
+    crowd: float = 0.0
+    """Of modes that are doubted: how many there may be, images of one counted once. Infinite: no telling."""
 
     @classmethod
     def one(cls, located: LaplaceApproximation) -> Modes:

@@ -32,7 +32,7 @@ from bayes_mpt.predictors.nodes.symmetries import (
     find_symmetries,
     orbit,
 )
-from bayes_mpt.predictors.nodes.unseen import EQUAL_MASS, Seen, chance_of_new, missed_mass
+from bayes_mpt.predictors.nodes.unseen import EQUAL_MASS, Seen, by_mass, chance_of_new, crowd_of, missed_mass
 from bayes_mpt.program.arguments import Args, same_cells
 from bayes_mpt.program.batched import Batched
 from bayes_mpt.program.devices import own_random_state
@@ -315,7 +315,8 @@ class _Climbs:
                 f"more than {MAX_IMAGES} images of a mode overlap with it, and only so many were looked at"
             )
         both = partial(self.both, detail=self.proposing)
-        return shaped(both, modes._replace(doubt=doubt), self._draws(n_starts))
+        crowd = crowd_of(by_mass(found.log_mass, found.hits)) if doubt else 0.0
+        return shaped(both, modes._replace(doubt=doubt, crowd=crowd), self._draws(n_starts))
 
     def _from_others(self, peaks: Peaks, modes: Modes) -> tuple[_Found, int]:
         """Tops after more climbs, from places around modes, and how many climbs count: those back to theirs do not.
@@ -360,9 +361,8 @@ class _Climbs:
             tuple(range(len(kept))),
             tuple(orbits.counts[j] for j in kept),
         )
-        return Modes(
-            *orbits.spread(found.u[keep], found.root[keep], found.log_mass[keep]), near.doubt, orbits
-        )
+        spread = orbits.spread(found.u[keep], found.root[keep], found.log_mass[keep])
+        return Modes(*spread, near.doubt, orbits, crowd=near.crowd)
 
     def _follow_pieces(self, near: Modes, orbits: Orbits) -> Modes:
         first, parents = orbits.first, list(orbits.parents)
@@ -377,7 +377,7 @@ class _Climbs:
         turn = new_root[parents] @ torch.linalg.inv(root[parents])
         mean = new[parents] + (turn @ (mean - mean[parents])[..., None])[..., 0]
         spread = orbits.spread(mean, turn @ root, near.log_mass[first, 0])
-        return Modes(*spread, near.doubt, orbits)
+        return Modes(*spread, near.doubt, orbits, crowd=near.crowd)
 
     def _draws(self, n: int) -> Tensor:
         """(M, d) at least n of the prior, always the same ones first."""

@@ -158,6 +158,9 @@ def _tried(log_prob: Callable[[Tensor, Tensor], Tensor], u: Tensor, nodes: Tenso
 def curvature(slope: Tensor, u: Tensor) -> Tensor:
     """-d slope / du of each row: (..., N, d), (..., N, d) -> (..., N, d, d)."""
     width = u.shape[-1]
+    if width == 1:  # without vmap two thirds of the time
+        (rows,) = torch.autograd.grad(slope, u, torch.ones_like(u), retain_graph=True, materialize_grads=True)
+        return -rows[..., None]
     one = torch.eye(width, dtype=u.dtype, device=u.device)
     one = one.reshape(width, *[1] * (u.ndim - 1), width).expand(-1, *u.shape)  # (d, ..., N, d)
     (rows,) = torch.autograd.grad(

@@ -133,7 +133,7 @@ def _with_piece(modes: Modes, draws: Draws, n_prior: int) -> Modes:
                 root[c] = weighted_root(u, chance[c] / total[c])
         log_share = total.clamp(min=MIN_SHARE).log().log_softmax(0)
         spread = orbits.spread(mean, root, log_share - orbits.log_count.to(log_share))
-        modes = Modes(*spread, modes.doubt, orbits)
+        modes = Modes(*spread, modes.doubt, orbits, crowd=modes.crowd)
         share = draws.log_weight(modes, n_prior).softmax(0)
     return modes
 

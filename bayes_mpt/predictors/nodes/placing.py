@@ -120,7 +120,8 @@ def reaching(log_prob: RowDensity, modes: Modes, n_nodes: int, cut: float) -> Mo
     """With how far along each axis of the roots, to both sides, the density is above exp(-cut) of that at the mode.
 
     Between places where it was looked at its fall is taken for a power of the distance, which it is of a
-    Gaussian and of an exponential tail. The outermost of several places counts, so that nodes pass over a valley.
+    Gaussian and of an exponential tail, and where it falls to zero it may reach to the next place. The outermost of
+    several places counts, so that nodes pass over a valley.
     """
     parts = modes._replace(reach=modes.mode[..., None].expand(*modes.mode.shape, 2))  # by which they share
 
@@ -153,8 +154,9 @@ def reaching(log_prob: RowDensity, modes: Modes, n_nodes: int, cut: float) -> Mo
         number = torch.arange(n_places, device=drop.device)[:, None, None, None, None]
         last = torch.where(drop < cut, number, -1).amax(1)
         low = drop.gather(1, last.clamp(min=0)[:, None])[:, 0].clamp(LEAST_DROP, 0.9 * cut)
-        high = drop.gather(1, (last + 1).clamp(max=n_places - 1)[:, None])[:, 0].clamp(cut, MOST_DROP)
-        share = (cut / low).log() / (high / low).log()
+        high = drop.gather(1, (last + 1).clamp(max=n_places - 1)[:, None])[:, 0].clamp(min=cut)
+        share = (cut / low).log() / (high.clamp(max=MOST_DROP) / low).log()
+        share = torch.where(high.isinf(), 1.0, share)  # an edge may be anywhere between
         end = torch.tensor(places, dtype=drop.dtype, device=drop.device)[last.clamp(min=0)] * 2**share
         return torch.where(last < 0, places[0], (MARGIN * end).clamp(max=places[-1]))
 

@@ -74,7 +74,7 @@ def beside(modes: Modes, others: Modes, share: float) -> Modes:
     mean, root = torch.cat([one.mode, two.mode])[:, 0], torch.cat([one.root, two.root])[:, 0]
     log_share = [one.log_share[:, 0] + math.log1p(-share), two.log_share[:, 0] + math.log(share)]
     log_mass = torch.cat(log_share) - orbits.log_count.to(mean)
-    return Modes(*orbits.spread(mean, root, log_mass), modes.doubt, orbits)
+    return Modes(*orbits.spread(mean, root, log_mass), modes.doubt, orbits, crowd=modes.crowd)
 
 
 def _log_weight(u: Tensor, log_p: Tensor, rounds: list[Modes]) -> Tensor:
@@ -117,4 +117,9 @@ def _fitted(modes: Modes, u: Tensor, share: Tensor) -> Modes:
         if not bool(wrong) and bool(new.isfinite().all()):
             mean[c], root[c] = own @ u, new
     log_share = total.clamp(min=MIN_SHARE).log().log_softmax(0)
-    return Modes(*orbits.spread(mean, root, log_share - orbits.log_count.to(mean)), modes.doubt, orbits)
+    return Modes(
+        *orbits.spread(mean, root, log_share - orbits.log_count.to(mean)),
+        modes.doubt,
+        orbits,
+        crowd=modes.crowd,
+    )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -23,6 +23,8 @@ from bayes_mpt.predictors.nodes.rules import degrees_of, log_t
 __all__ = ["Reference"]
 
 PRIOR = 0.2  # its share
+MOST_PRIOR = 0.8  # at most, where modes are doubted
+START_EACH = 10  # particles from the prior for each mode that there may be
 WIDER = 1.1  # than the posterior's standard deviations
 ENOUGH = 3  # points a number, for their covariance to stand for a mode
 EVEN = 0.5  # of a mode's share: the same for all, whatever Laplace's approximation says of its mass
@@ -39,6 +41,8 @@ class Reference:
     log_mass: Tensor
     """(K,) of the posterior at the modes, by Laplace's approximation."""
     prior: float = PRIOR
+    crowd: float = 0.0
+    """How many modes there may be, where the search is in doubt (`Modes.crowd`)."""
 
     @classmethod
     def of_prior(cls, like: Tensor) -> Reference:
@@ -51,14 +55,26 @@ class Reference:
         """Around modes, and the prior; None where no mode is finite."""
         mode, root, log_mass = modes.mode[:, 0], modes.root[:, 0], modes.log_mass[:, 0]
         fine = log_mass.isfinite() & mode.isfinite().all(1) & root.isfinite().flatten(1).all(1)
-        return cls(mode[fine], root[fine], log_mass[fine]) if bool(fine.any()) else None
+        if not bool(fine.any()):
+            return None
+        return cls(mode[fine], root[fine], log_mass[fine], crowd=modes.crowd)
+
+    def led(self, n: int) -> Reference:
+        """With so much of the prior that of n particles enough start there, where modes are doubted and it can be."""
+        share = self.wanted / n
+        return replace(self, prior=min(MOST_PRIOR, max(self.prior, share))) if math.isfinite(share) else self
+
+    @property
+    def wanted(self) -> float:
+        """Particles that are to start from the prior: none where no mode is doubted."""
+        return START_EACH * self.crowd
 
     def within(self, spread: Tensor) -> Reference:
         """No wider along any direction than the prior, which has a spread (d,): a ridge has no curvature."""
         left, size, right = torch.linalg.svd(self.root / spread[:, None])
         root = spread[:, None] * (left * size.clamp(max=1.0)[:, None]) @ right
         log_det = torch.linalg.slogdet(root)[1] - torch.linalg.slogdet(self.root)[1]
-        return Reference(self.mode, root, self.log_mass + log_det, self.prior)
+        return replace(self, root=root, log_mass=self.log_mass + log_det)
 
     def refitted(self, u: Tensor) -> Reference:
         """The same around groups of points (M, d) of the posterior, each group nearest to one of the modes."""
@@ -70,7 +86,7 @@ class Reference:
             if len(own) > ENOUGH * u.shape[1]:
                 mode[k] = own.mean(0)
                 root[k] = weighted_root(own, own.new_full((len(own),), 1 / len(own)))
-        return Reference(mode, root, log_mass, self.prior)
+        return replace(self, mode=mode, root=root, log_mass=log_mass)
 
     def __len__(self) -> int:
         """K."""

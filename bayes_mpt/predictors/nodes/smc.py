@@ -23,7 +23,7 @@ from bayes_mpt.diagnostics import log_mean
 from bayes_mpt.predictors.base import Bound, Conditionals, Evidence, Guide, Posterior, Predictor
 from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
 from bayes_mpt.predictors.nodes.conjugacy import node_values
-from bayes_mpt.predictors.nodes.missed import Shares, shares_of, with_climbs, with_strays
+from bayes_mpt.predictors.nodes.missed import Shares, shares_of, unled, with_climbs, with_strays
 from bayes_mpt.predictors.nodes.modes import Modes, ModeSearch
 from bayes_mpt.predictors.nodes.own_units import in_own_units, own_values
 from bayes_mpt.predictors.nodes.particles import Shown, Target
@@ -65,7 +65,7 @@ class SequentialMonteCarlo(Predictor):
     ----------
     num_particles : int, default=256
         Of each run, at least: doubled up to four times where a pilot foresees that log Z varies by more than a quarter
-        of a nat between runs.
+        of a nat between runs, or where there may be more modes than these would find.
     num_runs : int, default=8
         R independent runs with temperatures and moves frozen after a pilot.
     num_moves : int, default=1
@@ -80,8 +80,10 @@ class SequentialMonteCarlo(Predictor):
     -----
     The standard error is that of the mean of Z over the runs, widened for their small number. It is NaN, with a
     `MissedModeWarning`, where a mode with posterior mass was found by fewer than half of the runs or from fewer than
-    ten first particles, or where ``check`` leaves a gap of more than a nat. No mode can be seen that neither a climb
-    nor a particle has come near: of the prior it must hold more than about one part in R times the number of particles.
+    ten first particles, where climbs have found so many modes that ten particles from the prior for each that there may
+    be are more than all runs start with, or where ``check`` leaves a gap of more than a nat. No mode can be seen that
+    neither a climb nor a particle has come near: of the prior it must hold more than about one part in R times the
+    number of particles.
 
     Effects, Normal latents whose scale other latents decide, are moved in units of it where their room varies too much
     otherwise.
@@ -289,7 +291,8 @@ class Particulate(Conditionals):
             diagnostics["change with half the scale of a vague prior"] = changes
         if settings.check:
             diagnostics["check"] = [self._check() for _ in range(int(settings.check))]
-        se = _judge(math.hypot(se, inside), shares, diagnostics)
+        doubt = unled(path.target.reference, n * settings.num_runs)
+        se = _judge(math.hypot(se, inside), shares, doubt, diagnostics)
         by_row = self.value.new_tensor([lml + inside])
         return _Integrated(Evidence(by_row, se, diagnostics, drawn=True), u, path, stages)
 
@@ -315,7 +318,9 @@ class Particulate(Conditionals):
         variance = max(float(arrived.log_z.var()), arrived.variance) * n_pilot
         n = settings.num_particles
         most = n * 2**MAX_DOUBLINGS
-        while variance / n > MAX_SD**2 and n < most:
+        start = path.target.reference
+        wanted = start.wanted / (max(start.prior, 1e-300) * settings.num_runs)
+        while n < most and (variance / n > MAX_SD**2 or n < wanted - 1 <= most):
             n *= 2
         return path, stages, n
 
@@ -337,6 +342,7 @@ class Particulate(Conditionals):
                 if bool((~shown.seen & ~shown.x.isnan()[0]).any()):  # those of fewer tokens are near
                     modes = self._search.find(self._args, shown.x, shown.seen, modes)
                 found = Reference.around(modes)
+                found = found and found.led(self.settings.num_particles * self.settings.num_runs)
         vague = vague_sites(self.adaptive, points, None if found is None else found.root[0])
         if found is None and vague and bool(shown.seen.any()):
             raise ModelError(
@@ -444,7 +450,7 @@ def _pooled(arrived: Arrived) -> Tensor:
     return u.flatten(0, 1)[index[0]]
 
 
-def _judge(se: float, shares: Shares, diagnostics: dict[str, Any]) -> float:
+def _judge(se: float, shares: Shares, doubt: str, diagnostics: dict[str, Any]) -> float:
     """The error, NaN where it is unknown; with warnings."""
     changes = diagnostics.get("change with half the scale of a vague prior", {})
     for name, change in changes.items():
@@ -453,6 +459,7 @@ def _judge(se: float, shares: Shares, diagnostics: dict[str, Any]) -> float:
             VaguePriorWarning,
         )
     why = [shares.why] if shares.missed else []
+    why += [doubt] if doubt else []
     gaps = [c for c in diagnostics.get("check", []) if c.misses]
     if gaps:
         why.append(f"on data simulated from the prior the runs miss {max(c.gap for c in gaps):.3g} nats")

@@ -17,7 +17,7 @@ from bayes_mpt import BayesMPT
 from bayes_mpt.predictors import Importance, Quadrature
 from bayes_mpt.predictors.nodes import modes as modes_of
 from bayes_mpt.predictors.nodes import symmetries
-from bayes_mpt.predictors.nodes.unseen import missed_mass
+from bayes_mpt.predictors.nodes.unseen import crowd_of, missed_mass
 from bayes_mpt.warnings import MissedModeWarning
 
 
@@ -233,6 +233,18 @@ def test_the_mass_that_is_missed_is_told_by_how_often_modes_were_found(n_modes, 
     assert 0.5 < told.mean() / true.mean() < 2
     # more than a tenth is missed in silence in one of 30 searches at most
     assert np.mean((true > 0.1) & (told < modes_of.UNSEEN_MASS)) < 1 / 30
+
+
+@pytest.mark.parametrize(
+    ("n_modes", "n_climbs", "widest"), [(5, 24, 6), (30, 24, 25), (100, 72, 2), (1000, 72, 20)]
+)
+def test_how_many_modes_there_may_be(n_modes, n_climbs, widest):
+    """Of modes that climbs find alike: seldom fewer than there are, and mostly not many times as many."""
+    rng = np.random.default_rng(0)
+    told = np.array([crowd_of(rng.multinomial(n_climbs, [1 / n_modes] * n_modes)) for _ in range(1000)])
+    assert (told < n_modes).mean() < 0.07
+    assert np.median(told) < widest * n_modes
+    assert crowd_of([1] * n_climbs) == math.inf
 
 
 def test_one_mode_is_not_warned_of():

@@ -84,6 +84,16 @@ def test_a_latent_of_every_row(kind):
     np.testing.assert_allclose(found.score_samples(y[:, None]), want, atol=1e-8)
 
 
+def test_rows_whose_densities_end_at_edges():
+    def model(x):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_tensor(0.0), 1.0))
+            pyro.sample("y", dist.Uniform(z - 1, z + 1, validate_args=False), obs=x[:, 0])
+
+    y = 0.5 * Y
+    check(model, np.log((norm.cdf(y + 1) - norm.cdf(y - 1)) / 2).sum(), y=y)
+
+
 def step_inside(x):
     scale = pyro.sample("scale", dist.LogNormal(x.new_tensor(0.0), 0.5))
     with pyro.plate("rows", len(x)):

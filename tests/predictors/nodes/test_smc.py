@@ -1,6 +1,7 @@
 """Sequential Monte Carlo: frozen runs, where they start, what they may miss, vague priors, bounds from both sides."""
 
 import math
+import warnings
 
 import numpy as np
 import pyro
@@ -191,6 +192,46 @@ def test_what_counts_as_missed():
     assert small.missed == (0,)
 
 
+def wave(top):
+    def program(t, y):
+        frequency = pyro.sample("frequency", dist.Uniform(y.new_tensor(0.0), top))
+        with pyro.plate("rows", len(t)):
+            pyro.sample("y", dist.Normal((2 * math.pi * frequency[..., None] * t).sin(), 0.5), obs=y)
+
+    return program
+
+
+def of_wave(top, t, y):
+    grid = (np.arange(1000 * int(top)) + 0.5) / 1000
+    means = (np.sin(2 * math.pi * part * t[:, None]) for part in np.array_split(grid, 50))
+    log_p = np.concatenate([stats.norm.logpdf(y[:, None], mean, 0.5).sum(0) for mean in means])
+    return logsumexp(log_p) - math.log(len(grid))
+
+
+def waves(top, seed):
+    rng = np.random.default_rng([seed, 7])
+    t = np.sort(rng.uniform(0, 3, 40))
+    return t, np.sin(2 * math.pi * rng.uniform(0.075 * top, 0.925 * top) * t) + 0.5 * rng.normal(size=40)
+
+
+@pytest.mark.parametrize("seed", [7, 8])
+def test_a_hundred_modes_are_all_started_for(seed):
+    """A frequency, whose modes climbs find alone: of these data a fixed number of particles missed the heaviest."""
+    t, y = waves(40.0, seed)
+    found = evidence(wave(40.0), (torch.as_tensor(t), torch.as_tensor(y)), seed)
+    assert 0 < found.se < 0.03
+    assert abs(float(found.by_row) - of_wave(40.0, t, y)) < 3.5 * found.se
+
+
+def test_a_thousand_modes_are_too_many_to_start_for():
+    t, y = waves(400.0, 2)
+    with pytest.warns(
+        MissedModeWarning, match="climbs have ended at so many places, .* particles that start"
+    ):
+        found = evidence(wave(400.0), (torch.as_tensor(t), torch.as_tensor(y)), 2)
+    assert math.isnan(found.se) and float(found.by_row) < of_wave(400.0, t, y) - 10
+
+
 # ------------------------------------------------------------------------------------------------------ vague priors
 
 
@@ -269,11 +310,6 @@ def test_the_check_sees_a_mode_that_runs_and_climbs_miss(monkeypatch):
     """A frequency in a range of thousands of aliases, over which few particles start: the truth of the data that the
     check has simulated, on a grid, is between its bounds, and these are apart."""
 
-    def wave(t, y):
-        frequency = pyro.sample("frequency", dist.Uniform(y.new_tensor(0.0), 400.0))
-        with pyro.plate("rows", len(t)):
-            pyro.sample("y", dist.Normal((2 * math.pi * frequency[..., None] * t).sin(), 0.5), obs=y)
-
     kept, made = [], smc.simulated
 
     def simulated(*args):
@@ -284,23 +320,17 @@ def test_the_check_sees_a_mode_that_runs_and_climbs_miss(monkeypatch):
     rng = np.random.default_rng(0)
     t = np.sort(rng.uniform(0, 3, 40))
     y = np.sin(2 * math.pi * 311.3 * t) + 0.5 * rng.normal(size=40)
-    with pytest.warns(MissedModeWarning, match="on data simulated from the prior the runs miss"):
+    with warnings.catch_warnings(record=True) as told:  # the runs on simulated data warn too
+        warnings.simplefilter("always")
         found = evidence(
-            wave, (torch.as_tensor(t), torch.as_tensor(y)), num_particles=32, num_runs=4, check=2
+            wave(400.0), (torch.as_tensor(t), torch.as_tensor(y)), num_particles=32, num_runs=4, check=2
         )
     assert math.isnan(found.se)
+    assert any("on data simulated from the prior the runs miss" in str(w.message) for w in told)
     checks = found.diagnostics["check"]
     assert any(c.misses for c in checks)
-    grid = (np.arange(400_000) + 0.5) / 1000
     for c, (data, _) in zip(checks, kept, strict=True):
-        made_t, made_y = (a.numpy() for a in data.args)
-        log_p = np.concatenate(
-            [
-                stats.norm.logpdf(made_y[:, None], np.sin(2 * math.pi * part * made_t[:, None]), 0.5).sum(0)
-                for part in np.split(grid, 50)
-            ]
-        )
-        truth = logsumexp(log_p) - math.log(len(grid))
+        truth = of_wave(400.0, *(a.numpy() for a in data.args))
         assert c.lower - 3 * c.lower_se - 0.05 < truth < c.upper + 3 * c.upper_se + 0.05
 
 
