@@ -235,7 +235,7 @@ def from_guide(
         nodes = bound.read(args)
         seen = torch.ones(nodes.value.shape[1], dtype=torch.bool, device=nodes.value.device)
         log_w = nodes.last.log_weight + nodes.last.given.log_joint(nodes.value, seen) + math.log(n_draws)
-        inside = float(nodes.gain_inside(torch.arange(n_draws, device=log_w.device)).sum())
+        inside = float(nodes.gain_inside().sum())
         u, slope = slopes_at(bound, nodes)
     weights = log_w.double().cpu().numpy()  # (S, N)
     log_z = logsumexp(weights, axis=0) - math.log(n_draws)  # (N,)

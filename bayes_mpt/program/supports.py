@@ -1,13 +1,16 @@
 """Which values a distribution can take: those of torch, and through affine maps and mixtures, where torch says less.
 
 Of loc + scale v torch says that it is a real number, whatever v is. Here v between a and b gives loc + scale a to
-loc + scale b, and v above a bound what is above (or, with a scale below 0, below) the bound's own image.
+loc + scale b, and v above a bound what is above (or, with a scale below 0, below) the bound's own image. Of an angle
+it says the same, and its density is periodic: one turn of it, from -pi to pi, holds all of the mass.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from torch import Tensor
 from torch.distributions import constraints
@@ -18,6 +21,7 @@ __all__ = ["before_last", "ends_move", "stripped", "support_of"]
 Transformed = torch.distributions.TransformedDistribution
 BETWEEN = (type(constraints.unit_interval), type(constraints.half_open_interval(0, 1)))
 ABOVE = (type(constraints.positive), type(constraints.nonnegative))
+ANGLES = (torch.distributions.VonMises, dist.SineBivariateVonMises)
 BELOW = type(constraints.less_than(0))
 
 
@@ -44,6 +48,9 @@ def support_of(fn: Any) -> Any:
         return constraints.independent(support_of(fn.base_dist), fn.reinterpreted_batch_ndims)
     if type(fn).__name__ in ("MaskedDistribution", "ExpandedDistribution"):
         return support_of(fn.base_dist)
+    if isinstance(fn, ANGLES):
+        turn = constraints.interval(-math.pi, math.pi)
+        return constraints.independent(turn, 1) if fn.event_shape else turn
     inner = moved(fn)
     if inner is None:
         return fn.support

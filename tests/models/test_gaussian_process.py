@@ -852,3 +852,11 @@ def test_counts_with_gaps():
     )
     assert model.history_[-1] == pytest.approx(some.history_[-1], abs=1e-3)
     assert np.abs(np.log(model.predict(x) / rate)).mean() < 0.25
+
+
+def test_observations_whose_squares_overflow_are_named():
+    y = np.array([0.1, 1e200, -0.3, 0.7])
+    with pytest.raises(
+        ValueError, match=r"an observation is as large as 1e\+200, whose square no float holds"
+    ):
+        BayesMPT(GaussianProcess("rbf")).fit(np.arange(4.0)[:, None], y)

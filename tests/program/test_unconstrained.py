@@ -9,7 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from scipy.special import betaln, exp1, gammaln, logsumexp
-from scipy.stats import beta, norm
+from scipy.stats import beta, norm, vonmises
 from torch.distributions import biject_to, constraints
 from torch.distributions.transforms import AffineTransform, ExpTransform, SigmoidTransform
 
@@ -305,3 +305,24 @@ def test_a_response_in_a_table_of_one_column_says_how_it_is_given():
     with pytest.raises(ModelError, match=r"y.ravel\(\), or frame\['y'\]"):
         BayesMPT(line).fit(Y, Y)
     assert np.isfinite(BayesMPT(line).fit(Y, Y.ravel()).score(Y, Y.ravel()))
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+def test_an_angle_turns_once(by_row):
+    """Its density is periodic: over all real numbers it would count every turn."""
+    y = np.array([[0.7], [2.9], [-2.8], [1.4]])
+
+    def program(x):
+        if not by_row:
+            angle = pyro.sample("angle", dist.VonMises(tensor(3.0), tensor(0.5)))
+        with pyro.plate("rows", len(x)):
+            if by_row:
+                angle = pyro.sample("angle", dist.VonMises(tensor(3.0), tensor(0.5)))
+            pyro.sample("y", dist.VonMises(angle, tensor(2.0)), obs=x[:, 0])
+
+    at = np.linspace(-np.pi, np.pi, 2000, endpoint=False)
+    terms = vonmises.logpdf(y, 2, at)
+    prior = vonmises.logpdf(at, 0.5, 3) + np.log(2 * np.pi / 2000)
+    truth = logsumexp(prior + terms, axis=1).sum() if by_row else logsumexp(prior + terms.sum(0))
+    total, se = score(program, y)
+    assert abs(total - truth) < max(1e-4, 3 * se)

@@ -121,7 +121,7 @@ def gaussian_program(model: Model, args: tuple[Any, ...]) -> Program | None:
                 warnings.filterwarnings("ignore", message="A not p.d., added jitter")
                 program = analyze(model, few)
         except RuntimeError as error:  # of the factor of the covariance
-            raise ModelError(NOT_DEFINITE) from error
+            raise ModelError(_too_large(node["value"]) or NOT_DEFINITE) from error
     if not bool(own_shown(node).all()):
         raise ModelError(
             f"a mask hides observed site {node['name']!r}, which is one Gaussian vector: take it away and leave "
@@ -354,7 +354,7 @@ class GaussianVector(Conditionals):
             else:
                 out.append(_LogProb.apply((row - loc)[seen], cov[seen][:, seen]))
             if math.isinf(float(out[-1].detach())):
-                raise ModelError(NOT_DEFINITE)
+                raise ModelError(_too_large(row) or NOT_DEFINITE)
         return torch.stack(out)
 
     def predicted(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -434,6 +434,16 @@ def _condition(loc: Tensor, cov: Tensor, row: Tensor, seen: Tensor, hidden: Tens
     mean = loc[..., hidden] + (across.mT @ white)[..., 0]
     own = cov.diagonal(dim1=-2, dim2=-1)[..., hidden]
     return mean, own - across.square().sum(-2)
+
+
+def _too_large(row: Tensor) -> str:
+    """That an observation (T,) is so large that its square overflows, in words; empty where none is."""
+    largest = float(row.detach().nan_to_num().abs().max())
+    if largest < float(torch.finfo(row.dtype).max) ** 0.5:
+        return ""
+    return (
+        f"an observation is as large as {largest:.3g}, whose square no float holds: rescale y, or correct it"
+    )
 
 
 def cholesky(cov: Tensor) -> Tensor:

@@ -41,7 +41,6 @@ from bayes_mpt.program.trials import CLOSE
 
 __all__ = ["Drawn", "GuideDraws", "evidence_of_draws"]
 
-N_FINER = 256  # draws at which finer nodes in every row are tried
 MIN_DRAWS = 100  # from which on the slope at them says what they miss
 MAX_CELLS = 2**22  # log-densities of tokens, up to which it is looked at
 GROWTH = 3  # of the number of draws from stage to stage of a training
@@ -61,7 +60,7 @@ def evidence_of_draws(nodes: Nodes) -> Evidence:
     by_row = joint + variance / 2
     # where rows have nodes of their own inside: what more of these change
     with torch.no_grad():
-        inside = nodes.gain_inside(torch.arange(0, n_draws, -(-n_draws // N_FINER), device=log_w.device))
+        inside = nodes.gain_inside()
     k = pareto_k(log_w.double().cpu().numpy())
     worst = np.argsort(-np.nan_to_num(k, nan=-np.inf))[:5]
     diagnostics = {

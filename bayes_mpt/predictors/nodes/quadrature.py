@@ -40,7 +40,6 @@ MAX_WHOLE = 1024  # nodes, up to which all are tried at once
 SHELLS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9)  # share of a Gaussian outside of each
 NO_PART = 0.01  # of the error: what is left out is no more
 LITTLE = 1e-3  # share of the integral that a shell adds, beyond which rows and groups are integrated roughly
-MIDDLE = 0.99  # share of the integral at whose nodes finer ones in every row or group are tried
 
 
 class Quadrature(Predictor):
@@ -211,7 +210,7 @@ class _Hermite(NodeSource):
         rule, finest = self._rule(modes), self._rule(modes, finer=True)
         uneven, left = nodes.uneven_inside()
         detail: Detail = "fine" if uneven <= UNEVEN else "panels"
-        inside = nodes.gain_inside(_middle(nodes), detail)
+        inside = nodes.gain_inside(detail)
         many, outside = self._outwards(nodes, finest, inside, detail)
         change = many - few
         diagnostics = _changes(rule, finest, float(change.sum()))
@@ -293,12 +292,6 @@ def _changes(rule: Rule, finer: Rule, change: float) -> dict[str, Any]:
 def _size(change: Tensor) -> float:
     """Of changes of rows (N,) in one number: that of their sum, or their own where they cancel by chance."""
     return max(abs(float(change.sum())), float(change.square().sum().sqrt()))
-
-
-def _middle(nodes: Nodes) -> Tensor:
-    """The nodes that make up most of log Z, the greatest first."""
-    share, order = nodes.log_weights()[:, 0].softmax(0).sort(descending=True)
-    return order[share.cumsum(0) - share < MIDDLE]
 
 
 def _shells(rule: Rule) -> Tensor:

@@ -9,8 +9,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["by_halves", "effective", "evenly", "next_temperature", "systematic", "weighted_root"]
+__all__ = [
+    "by_halves",
+    "effective",
+    "evenly",
+    "in_proportion",
+    "next_temperature",
+    "systematic",
+    "weighted_root",
+]
 
+N_TRIED = 64  # nodes at which finer ones in every row are tried
 CESS = 0.85  # share of the particles that stays effective from one temperature to the next
 MAX_STRETCH = 10.0  # values that lie in a plane are left as they are
 MIN_RISE = 1e-12  # of a temperature
@@ -70,6 +79,20 @@ def systematic(log_w: Tensor, n: int | None = None) -> Tensor:
     start = torch.rand(n_runs, 1, dtype=log_w.dtype).to(log_w)
     points = (start + torch.arange(n, device=log_w.device)) / n
     return torch.searchsorted(edges / edges[:, -1:], points).clamp(max=log_w.shape[1] - 1)
+
+
+def in_proportion(log_w: Tensor, n: int = N_TRIED) -> tuple[Tensor, Tensor]:
+    """n of S weighted points (S,) in proportion to their weights: which ones, and which part each is of the n.
+
+    Examples
+    --------
+    >>> in_proportion(torch.tensor([0.5, 0.01, 0.49]).log(), 4)
+    (tensor([0, 2]), tensor([0.5000, 0.5000]))
+    """
+    until = log_w.softmax(0).cumsum(0)
+    part = (torch.arange(n, device=until.device) + 0.5) / n
+    some, times = torch.searchsorted(until, part.to(until) * until[-1]).unique(return_counts=True)
+    return some, times.to(log_w) / n
 
 
 def weighted_root(u: Tensor, share: Tensor, label: Tensor | None = None) -> Tensor:

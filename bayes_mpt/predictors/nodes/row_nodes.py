@@ -217,9 +217,12 @@ class RowNodes:
             u, log_w = modes.of_rows(slice(some.start * n_rows, some.stop * n_rows)).nodes(rule)
             u = u.flatten(0, 1).unflatten(1, (-1, n_rows)).movedim(1, 0)  # (s, J Q, N, d)
             log_w = log_w.flatten(0, 1).unflatten(1, (-1, n_rows)).movedim(1, 0)
+            # beside a scale of 1e150 a climb leaves the floating-point numbers: that integral is no number
+            lost = ~u.isfinite().all(-1)
+            u = torch.where(lost[..., None], 0.0, u)
             each = {name: v[some].repeat_interleave(u.shape[1], 0) for name, v in held.items()}
             given, part, _ = at.at(args, u.flatten(0, 1), each)
-            log_weight = part.unflatten(0, u.shape[:2]) + log_w
+            log_weight = torch.where(lost, math.nan, part.unflatten(0, u.shape[:2]) + log_w)
             latents = partial(constrained, at.space, u.flatten(0, 1))
             yield PlacedRows(given, log_weight, latents, len(modes.mode))
 

@@ -25,6 +25,7 @@ from torch import Generator, Tensor
 from bayes_mpt.masks import Policy
 from bayes_mpt.predictors.base import Bound, Conditionals, Evidence, Leaves, Posterior
 from bayes_mpt.predictors.nodes.given import Given, NodePosterior
+from bayes_mpt.predictors.nodes.resampling import in_proportion
 from bayes_mpt.predictors.nodes.rules import Detail
 from bayes_mpt.predictors.objective import Batch, Objective, Outputs, outputs_of_rows
 from bayes_mpt.predictors.own_order import own_order
@@ -272,14 +273,15 @@ class Nodes(Conditionals):
         found = self._relocated_chain(tokens, list(pairwise(ends)))[0, tokens].cumsum(0)
         return torch.nn.functional.pad(found, (1, 0))[ends].diff()
 
-    def gain_inside(self, some: Tensor, detail: Detail = "fine") -> Tensor:
-        """How log Z (N,) grows by finer nodes in every row or group, seen at ``some`` nodes; 0 where there are none."""
-        before, given = self.log_weights(), self.last.given.with_detail(detail, some)
-        if given is self.last.given:
+    def gain_inside(self, detail: Detail = "fine") -> Tensor:
+        """How log Z (N,) grows by finer nodes in every row or group, seen at nodes by their shares of it."""
+        before, given = self.log_weights(), self.last.given
+        if given.with_detail(detail) is given or not bool(before.isfinite().any()):
             return torch.zeros_like(before[0])
-        weight = self.last.log_weight.expand(before.shape)[some]
-        finer = self.at_nodes(self.last._replace(given=given, log_weight=weight))
-        return finer.score() - before[some].logsumexp(0)
+        some, share = in_proportion(before[:, 0])  # rows of one vector: N is 1
+        weight = self.last.log_weight.expand(before.shape)[some] - before[some]
+        finer = self.at_nodes(self.last._replace(given=given.with_detail(detail, some), log_weight=weight))
+        return (finer.log_weights() + share.log()[:, None]).logsumexp(0)
 
     @torch.no_grad()
     def uneven_inside(self) -> tuple[float, float]:
@@ -332,9 +334,7 @@ class Nodes(Conditionals):
         for node in torch.multinomial(share.mT, n_draws, replacement=True).mT:  # (N,) of each draw
             tokens = inner.draws()
             if tokens is None:
-                raise NotImplementedError(
-                    "this way of scoring has no draws of missing tokens for this program"
-                )
+                raise NotImplementedError("this way of scoring has no draws of missing tokens")
             picked = tokens.gather(0, node[None, :, None].expand(1, *tokens.shape[1:]))[0]
             out.append(torch.where(mask & ~self.value.isnan(), self.value, picked))
         return torch.stack(out)
