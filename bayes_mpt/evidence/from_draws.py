@@ -35,15 +35,18 @@ from bayes_mpt.evidence.images import Images, changes_of, group_of
 from bayes_mpt.predictors import Exact, Importance, choose
 from bayes_mpt.predictors.base import Guide
 from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
+from bayes_mpt.predictors.nodes.guide import GuideDraws
 from bayes_mpt.predictors.nodes.resampling import by_halves
 from bayes_mpt.predictors.nodes.slopes import FALSE, slopes_at, what_is_missed
 from bayes_mpt.predictors.nodes.symmetries import Coordinates
-from bayes_mpt.predictors.nodes.weighted import program_values, warn_if_slow
+from bayes_mpt.predictors.nodes.weighted import Nodes, program_values, warn_if_slow
 from bayes_mpt.program.analysis import analyze
 from bayes_mpt.program.arguments import Args
 from bayes_mpt.program.batched import Batched
 from bayes_mpt.program.devices import own_random_state
+from bayes_mpt.program.latents import space
 from bayes_mpt.program.program import Model, ModelError, one_vector
+from bayes_mpt.program.run import run
 from bayes_mpt.program.shifts import observing_cells, of_cells
 from bayes_mpt.program.whole_plates import whole_plates
 from bayes_mpt.runtime.serial import takes_turns
@@ -182,7 +185,8 @@ def from_guide(
     The product of the rows' means where rows are independent under program and guide. Latents of rows that the guide
     leaves out are integrated. Plates that draw some rows, on which program and guide were trained, take all of them.
     The error is NaN where the weights' tail is too heavy for one, at Pareto k above 0.7, or
-    where the slope of the log joint at the weighted draws shows that they miss a part of the posterior.
+    where the slope of the log joint at the weighted draws shows that they miss a part of the posterior, or where they
+    stand in one of several images of it, as components may change names or factors their sign.
 
     Parameters
     ----------
@@ -237,13 +241,14 @@ def from_guide(
         log_w = nodes.last.log_weight + nodes.last.given.log_joint(nodes.value, seen) + math.log(n_draws)
         inside = float(nodes.gain_inside().sum())
         u, slope = slopes_at(bound, nodes)
+        one_sided = _one_image(bound, nodes, u, np.random.default_rng(random_state))
     weights = log_w.double().cpu().numpy()  # (S, N)
     log_z = logsumexp(weights, axis=0) - math.log(n_draws)  # (N,)
     relative = np.exp(weights - log_z)
     halves = [logsumexp(weights[part], axis=0).sum() for part in (slice(0, None, 2), slice(1, None, 2))]
     k = float(np.max(pareto_k(weights)))
     missed = what_is_missed(u, slope, relative[..., None] / n_draws)
-    flags = [*_heavy(k), *([missed] if missed else [])]
+    flags = [*_heavy(k), *([missed] if missed else []), *one_sided]
     if flags:
         warn(f"the evidence from this guide has no reliable error: {'; '.join(flags)}", DrawsWarning)
     se = math.hypot(math.sqrt(float(relative.var(0).sum()) / n_draws), inside)
@@ -260,6 +265,29 @@ def from_guide(
         bound.structure.parameters,
         tuple(flags),
     )
+
+
+def _one_image(bound: GuideDraws, nodes: Nodes, u: Array, rng: np.random.Generator) -> list[str]:
+    """What says that the draws u (S, 1, d) of a guide stand in one of several images of the posterior."""
+    if bound.structure.by_row or bound.batched is Batched.LOOP or u.shape[1] != 1:
+        return []
+    drawn = bound.drawn(nodes.args, None)
+    inside = space(bound.structure, run(bound.model, drawn.args.filled), nodes.last.names)
+    seen = torch.ones(drawn.value.shape[1], dtype=torch.bool, device=drawn.value.device)
+
+    def log_joint(points: Array) -> Array:
+        values, log_det = inside.values(torch.as_tensor(points)[:, None].to(drawn.value))
+        given, beside, *_ = drawn.given(values, len(points))
+        found: Array = (given.log_joint(drawn.value, seen) + beside + log_det)[:, 0].double().cpu().numpy()
+        return found
+
+    with pyro.validation_enabled(False):
+        if not changes_of(log_joint, Coordinates(inside), u.swapaxes(0, 1), rng):
+            return []
+    return [
+        "the log joint stays the same under changes of names or signs of latents, and the guide draws one of the "
+        "images alone: the others are left out. Order or fix what may change places, or take from_draws"
+    ]
 
 
 def _heavy(k: float) -> list[str]:

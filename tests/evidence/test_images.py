@@ -11,7 +11,7 @@ import torch
 from scipy.special import logsumexp
 from scipy.stats import norm
 
-from bayes_mpt.evidence import from_draws
+from bayes_mpt.evidence import from_draws, from_guide
 from bayes_mpt.evidence.images import group_of
 from bayes_mpt.predictors.nodes.symmetries import Symmetry
 from bayes_mpt.warnings import DrawsWarning
@@ -135,3 +135,20 @@ def test_more_changes_than_can_be_tried_make_no_group():
     signs = [Symmetry(torch.arange(12), 1 - 2 * torch.eye(12)[i]) for i in range(12)]
     assert len(group_of(SimpleNamespace(size=12), signs[:5])) == 32
     assert group_of(SimpleNamespace(size=12), signs) is None
+
+
+def test_a_guide_in_one_labelling_has_no_error():
+    def guide(x):
+        pyro.sample("mu", dist.Normal(x.new_tensor([-2.0, 2.0]), 0.4).to_event(1))
+
+    with pytest.warns(DrawsWarning, match="the guide draws one of the images alone"):
+        assert math.isnan(from_guide(two_means, guide, APART).se)
+
+
+def test_a_guide_over_both_labellings_keeps_its_error():
+    def guide(x):
+        pyro.sample("mu", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+
+    found = from_guide(two_means, guide, TOUCHING, n_draws=2000)
+    assert 0 < found.se < 0.1
+    assert found.log_evidence == pytest.approx(truth_of(of_means(TOUCHING)), abs=3 * found.se)
