@@ -86,12 +86,12 @@ def in_one(log_p, first=True):
 def test_draws_in_one_labelling(data):
     log_p, z = of_means(DATA[data]), []
     for seed in range(10):
-        mu = draws_of(np.random.default_rng(seed), in_one(log_p))
+        # sorted draws of all: a grid cut along its diagonal would leave out the cells on it
+        mu = np.sort(draws_of(np.random.default_rng(100 + seed), log_p), -1)
         found = from_draws(two_means, {"mu": mu}, DATA[data], log_joint=False, random_state=seed)
         assert found.n_images == 2 and 0 < found.se < 0.05
         z.append((found.log_evidence - truth_of(log_p)) / found.se)
-    # where labellings touch, draws that were sorted end at an edge, which a few of them tell less well
-    assert abs(np.mean(z)) < 1 and 0.3 < np.std(z) < 1.5 and np.max(np.abs(z)) < 4
+    assert abs(np.mean(z)) < 0.6 and 0.5 < np.std(z) < 1.4 and np.max(np.abs(z)) < 3
 
 
 def test_each_chain_in_its_own_labelling():
