@@ -664,7 +664,7 @@ def test_a_search_that_was_taken_up_can_be_pickled(tmp_path):
     first = searched(tmp_path)
     copy = pickle.loads(pickle.dumps(searched(tmp_path)))
     np.testing.assert_array_equal(copy.score_samples(X), first.score_samples(X))
-    assert copy._rows is None
+    assert copy._kept is None
 
 
 def test_rows_that_change_under_a_search(tmp_path):
