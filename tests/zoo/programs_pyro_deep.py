@@ -198,7 +198,7 @@ def over_codes(params, x):
 
 
 def over_kinds_and_codes(params, x, labels):
-    node, log_weight = normal_grid(8, 4001)  # the decoder may end as a step
+    node, log_weight = normal_grid(8, 1601)  # the decoder may end as a step
     p = of_prefix(params, "ss_vae$$$decoder.")
     of_kind = np.stack(
         [
