@@ -97,8 +97,7 @@ class AdaptiveNodes:
             trace = run(model, args.filled, first)
         refuse_moving(program, trace)
         self._last: tuple[torch.Size, Tensor] | None = None
-        self.nearby = Nearby()
-        self.model, self.program = model, program
+        self.nearby, self.model, self.program = Nearby(), model, program
         names, self._template = non_conjugate(model, args, program, first)
         self.rows = self._nested(args, trace, names)
         if self.rows is not None:

@@ -455,11 +455,9 @@ class _Fix(poutine.messenger.Messenger):
             shape = msg["fn"].batch_shape + msg["fn"].event_shape
             msg["value"] = self.values[msg["name"]].expand(shape)
             msg["done"] = True
-            if UNCONSTRAINED + msg["name"] in self.values:
-                msg["infer"] = {
-                    **msg["infer"],
-                    UNCONSTRAINED: self.values[UNCONSTRAINED + msg["name"]].expand(shape),
-                }
+            told = self.values.get(UNCONSTRAINED + msg["name"])
+            if told is not None:
+                msg["infer"] = {**msg["infer"], UNCONSTRAINED: told.expand(shape)}
 
 
 def program_values(model: Model, args: Args, program: Program) -> Tensor:
