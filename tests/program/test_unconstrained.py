@@ -296,17 +296,6 @@ def test_a_window_around_a_latent_is_refused_with_the_call_that_fits():
     assert abs(total - truth) < max(1e-6, 3 * se)
 
 
-def test_a_response_in_a_table_of_one_column_says_how_it_is_given():
-    def line(x, y):
-        w = pyro.sample("w", dist.Normal(tensor(0.0), 1.0))
-        with pyro.plate("rows", len(x)):
-            pyro.sample("y", dist.Normal(w * x[:, 0], 1.0), obs=y)
-
-    with pytest.raises(ModelError, match=r"y.ravel\(\), or frame\['y'\]"):
-        BayesMPT(line).fit(Y, Y)
-    assert np.isfinite(BayesMPT(line).fit(Y, Y.ravel()).score(Y, Y.ravel()))
-
-
 @pytest.mark.parametrize("by_row", [False, True])
 def test_an_angle_turns_once(by_row):
     """Its density is periodic: over all real numbers it would count every turn."""
