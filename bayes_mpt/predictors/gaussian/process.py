@@ -24,12 +24,12 @@ from bayes_mpt.predictors.objective import N_TRIAL_OUTPUTS, Batch, Objective, Ou
 from bayes_mpt.program.analysis import analyze
 from bayes_mpt.program.arguments import changes, fill_all, has_missing, rows_of, spread_rows
 from bayes_mpt.program.checks import refuse_unregistered
-from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.missing import nan_shows
 from bayes_mpt.program.offers import ANOTHER_PROGRAM, offered_of_itself
 from bayes_mpt.program.program import Model, ModelError, Program
 from bayes_mpt.program.run import FAILURES, run
 from bayes_mpt.program.sites import base, described, own_shown
+from bayes_mpt.program.store import own_random_state
 from bayes_mpt.program.trials import CLOSE
 
 __all__ = [
