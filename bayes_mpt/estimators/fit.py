@@ -459,7 +459,8 @@ def _score_of_training(problem: training.Problem, fit: training.Fit, trainer: Tr
         if structure.takes_visible and read.value.numel() * whole.args[0].shape[1] > MAX_CHAIN_CELLS:
             return _Score(read, *training.total_on_masks(read, trainer.seed), exact=False, drawn=True)
         found = read.evidence()
-    warn_of_weights(found.diagnostics)
+    if found.diagnostics:
+        warn_of_weights(found.diagnostics)
     by_row = found.by_row if whole.weight is None else whole.weight * found.by_row
     drawn = found.drawn or structure.takes_visible
     return _Score(read, float(by_row.sum()), found.se, found.exact, drawn)
