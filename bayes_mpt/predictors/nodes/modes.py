@@ -192,11 +192,13 @@ class ModeSearch:
                 known = self._rows = x.detach(), placing_of_rows(self.adaptive, args, x, self.rule)
         return known[1]
 
-    def check(self, args: Args, x: Tensor, visible: Tensor, modes: Modes, n: int) -> tuple[float, float]:
-        """log Z of latents that all rows share by n draws of the mixture, and its standard error."""
+    def check(
+        self, args: Args, x: Tensor, visible: Tensor, modes: Modes, n: int, prior: Tensor | None = None
+    ) -> tuple[float, float, float]:
+        """log Z of latents that all rows share by n draws of the mixture: `by_draws`."""
         climbs = _Climbs(self.adaptive, args, x, visible)
         with pyro.validation_enabled(False), torch.no_grad():
-            return by_draws(climbs.both, modes, n)
+            return by_draws(climbs.both, modes, n, prior)
 
     def move(self, args: Args, x: Tensor, visible: Tensor, modes: Modes, n: int) -> Modes:
         """A mixture moved to where draws of it, n of a round, say that the posterior of shared latents is."""
