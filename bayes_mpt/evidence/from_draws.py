@@ -1,8 +1,8 @@
-"""The evidence of a Pyro program from what a user already has: draws of its posterior, or a trained guide.
+"""The evidence of a Pyro program from draws of its posterior that a user already has.
 
 What can be integrated without draws is: latents of rows, discrete ones, and those that are Gaussian given the others,
 by the predictors that integrate them in a fit. The rest, as unconstrained numbers u, is integrated by a warped bridge
-from the draws (`bayes_mpt.evidence.bridge`), or by weighing draws of the guide.
+from the draws (`bayes_mpt.evidence.bridge`).
 """
 
 from __future__ import annotations
@@ -17,42 +17,35 @@ import pyro
 import torch
 from numpy.typing import ArrayLike, NDArray
 from pyro.ops.stats import split_gelman_rubin
-from scipy.special import logsumexp
 from scipy.stats import norm
 from torch import Tensor
 
-from bayes_mpt.diagnostics import BAD_K, pareto_k
 from bayes_mpt.evidence.bridge import bridge, effective_draws
 from bayes_mpt.evidence.chains import (
-    MIN_DRAWS,
     read_arguments,
     read_chains,
     read_tables,
+    refuse_call,
     refuse_other_joint,
     unconstrained,
 )
 from bayes_mpt.evidence.images import Images, changes_of, group_of
-from bayes_mpt.predictors import Exact, Importance, choose
-from bayes_mpt.predictors.base import Guide
+from bayes_mpt.predictors import Exact, choose
 from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
-from bayes_mpt.predictors.nodes.guide import GuideDraws
 from bayes_mpt.predictors.nodes.resampling import by_halves
-from bayes_mpt.predictors.nodes.slopes import FALSE, slopes_at, what_is_missed
+from bayes_mpt.predictors.nodes.slopes import FALSE
 from bayes_mpt.predictors.nodes.symmetries import Coordinates
-from bayes_mpt.predictors.nodes.weighted import Nodes, program_values, warn_if_slow
+from bayes_mpt.predictors.nodes.weighted import program_values
 from bayes_mpt.program.analysis import analyze
 from bayes_mpt.program.arguments import Args
 from bayes_mpt.program.batched import Batched
 from bayes_mpt.program.devices import own_random_state
-from bayes_mpt.program.latents import space
 from bayes_mpt.program.program import Model, ModelError, one_vector
-from bayes_mpt.program.run import run
 from bayes_mpt.program.shifts import observing_cells, of_cells
-from bayes_mpt.program.whole_plates import whole_plates
 from bayes_mpt.runtime.serial import takes_turns
 from bayes_mpt.warnings import DrawsWarning, warn
 
-__all__ = ["DrawsEvidence", "from_draws", "from_guide"]
+__all__ = ["DrawsEvidence", "from_draws"]
 
 Array = NDArray[np.float64]
 
@@ -152,6 +145,7 @@ def from_draws(
     >>> bool(abs(found.log_evidence + 71.398962) < 3 * found.se < 0.1)  # log B(51, 51)
     True
     """
+    refuse_call(model, data, "model")
     args = read_arguments(data)
     arrays, recorded = read_tables(draws, log_joint)
     store = pyro.get_param_store()
@@ -174,128 +168,6 @@ def from_draws(
         thin = math.ceil(math.prod(next(iter(values.values())).shape[:2]) / most)
         u = unconstrained(joint.space, {name: v[:, ::thin] for name, v in values.items()})
         return _bridged(joint, u, np.random.default_rng(random_state))
-
-
-@takes_turns
-def from_guide(
-    model: Model, guide: Guide, *data: Any, n_draws: int = 1000, random_state: int = 0
-) -> DrawsEvidence:
-    """The log marginal likelihood from draws of a trained guide, by the mean of their weights as they are.
-
-    The product of the rows' means where rows are independent under program and guide. Latents of rows that the guide
-    leaves out are integrated. Plates that draw some rows, on which program and guide were trained, take all of them.
-    The error is NaN where the weights' tail is too heavy for one, at Pareto k above 0.7, or
-    where the slope of the log joint at the weighted draws shows that they miss a part of the posterior, or where they
-    stand in one of several images of it, as components may change names or factors their sign.
-
-    Parameters
-    ----------
-    model : callable
-        The Pyro program.
-    guide : callable
-        With the program's continuous latents, its parameters as they stand in Pyro's store.
-    *data
-        What the program is called with.
-    n_draws : int, default=1000
-        At least 200.
-    random_state : int, default=0
-        Of the draws.
-
-    Raises
-    ------
-    ModelError
-        If the guide does not fit the program; the message names the site.
-    ValueError
-        If there are fewer than 200 draws.
-
-    Warns
-    -----
-    DrawsWarning
-        Where the error is NaN.
-
-    Examples
-    --------
-    >>> import pyro.distributions as dist
-    >>> def coin(x):
-    ...     p = pyro.sample("p", dist.Beta(x.new_tensor(1.0), x.new_tensor(1.0)))
-    ...     with pyro.plate("rows", len(x)):
-    ...         pyro.sample("x", dist.Bernoulli(p), obs=x)
-    >>> def guide(x):
-    ...     pyro.sample("p", dist.Beta(x.new_tensor(45.0), x.new_tensor(45.0)))
-    >>> found = from_guide(coin, guide, np.repeat([0.0, 1.0], 50))
-    >>> bool(abs(found.log_evidence + 71.398962) < 3 * found.se < 0.1)
-    True
-    """
-    if not isinstance(n_draws, int | np.integer) or n_draws < MIN_DRAWS:
-        raise ValueError(f"n_draws must be an integer of at least {MIN_DRAWS}, got {n_draws!r}")
-    n_draws = int(n_draws)
-    args = read_arguments(data)
-    store = pyro.get_param_store()
-    state, seed = store.scope(store.get_state()), own_random_state(random_state)
-    with state, seed, torch.no_grad(), whole_plates():  # the guide may have been trained on some rows a step
-        bind = Importance(n_draws).from_guide
-        bound = observing_cells(lambda program: bind(program, args, guide), model, args)
-        warn_if_slow(bound.batched, bound)
-        nodes = bound.read(args)
-        seen = torch.ones(nodes.value.shape[1], dtype=torch.bool, device=nodes.value.device)
-        log_w = nodes.last.log_weight + nodes.last.given.log_joint(nodes.value, seen) + math.log(n_draws)
-        inside = float(nodes.gain_inside().sum())
-        u, slope = slopes_at(bound, nodes)
-        one_sided = _one_image(bound, nodes, u, np.random.default_rng(random_state))
-    weights = log_w.double().cpu().numpy()  # (S, N)
-    log_z = logsumexp(weights, axis=0) - math.log(n_draws)  # (N,)
-    relative = np.exp(weights - log_z)
-    halves = [logsumexp(weights[part], axis=0).sum() for part in (slice(0, None, 2), slice(1, None, 2))]
-    k = float(np.max(pareto_k(weights)))
-    missed = what_is_missed(u, slope, relative[..., None] / n_draws)
-    flags = [*_heavy(k), *([missed] if missed else []), *one_sided]
-    if flags:
-        warn(f"the evidence from this guide has no reliable error: {'; '.join(flags)}", DrawsWarning)
-    se = math.hypot(math.sqrt(float(relative.var(0).sum()) / n_draws), inside)
-    return DrawsEvidence(
-        float(log_z.sum()) + inside,
-        math.nan if flags else se,
-        float(np.min(n_draws**2 / np.square(relative).sum(0))),
-        float(np.min(np.minimum(relative, 1).mean(0))),
-        k,
-        float(halves[1] - halves[0]),
-        n_draws,
-        nodes.last.names,
-        tuple(n for n in bound.structure.latent_names if n not in nodes.last.names),
-        bound.structure.parameters,
-        tuple(flags),
-    )
-
-
-def _one_image(bound: GuideDraws, nodes: Nodes, u: Array, rng: np.random.Generator) -> list[str]:
-    """What says that the draws u (S, 1, d) of a guide stand in one of several images of the posterior."""
-    if bound.structure.by_row or bound.batched is Batched.LOOP or u.shape[1] != 1:
-        return []
-    drawn = bound.drawn(nodes.args, None)
-    inside = space(bound.structure, run(bound.model, drawn.args.filled), nodes.last.names)
-    seen = torch.ones(drawn.value.shape[1], dtype=torch.bool, device=drawn.value.device)
-
-    def log_joint(points: Array) -> Array:
-        values, log_det = inside.values(torch.as_tensor(points)[:, None].to(drawn.value))
-        given, beside, *_ = drawn.given(values, len(points))
-        found: Array = (given.log_joint(drawn.value, seen) + beside + log_det)[:, 0].double().cpu().numpy()
-        return found
-
-    with pyro.validation_enabled(False):
-        if not changes_of(log_joint, Coordinates(inside), u.swapaxes(0, 1), rng):
-            return []
-    return [
-        "the log joint stays the same under changes of names or signs of latents, and the guide draws one of the "
-        "images alone: the others are left out. Order or fix what may change places, or take from_draws"
-    ]
-
-
-def _heavy(k: float) -> list[str]:
-    if k <= BAD_K:
-        return []
-    return [
-        f"the weights' tail is too heavy (Pareto k {k:.2f}): train the guide longer, or take a richer one"
-    ]
 
 
 # ------------------------------------------------------------------------------------------- what needs no draws

@@ -189,8 +189,8 @@ def _steps_in_plate(first: FirstRun, real: bool) -> tuple[Program, Verdict] | No
 def _refuse_scales(scales: dict[str, float]) -> None:
     if len(set(scales.values())) > 1:
         raise ModelError(
-            f"sites have different scales {scales}: a score weighs all sites alike. Sub-sample the rows plate, or put "
-            "poutine.scale around the whole program"
+            f"sites have different scales {scales}: a density to a power other than one is none. Leave poutine.scale "
+            "away, or let the rows plate draw the rows that it stands for (subsample_size)"
         )
 
 

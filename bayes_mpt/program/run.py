@@ -16,6 +16,7 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.poutine import runtime
+from pyro.poutine.reparam_messenger import ReparamHandler
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
@@ -89,21 +90,35 @@ class SetLatents(poutine.messenger.Messenger):
 
 def takes_visible(program: Any) -> bool:
     """Whether a program or guide has an argument that tells it which tokens it sees."""
-    target = program.forward if isinstance(program, torch.nn.Module) else program
     try:
-        return "visible" in signature_of(target).parameters
+        return "visible" in signature_of(program).parameters
     except (TypeError, ValueError):
         return False
 
 
 def signature_of(target: Any) -> inspect.Signature:
-    """As `inspect.signature`; of an object whose class has a plain ``__call__``, remembered.
+    """As `inspect.signature`; of a network its ``forward``, of ``poutine.reparam(program, ...)`` the program's.
+
+    That of an object whose class has a plain ``__call__`` is remembered.
 
     Raises
     ------
     TypeError, ValueError
         As there.
+
+    Examples
+    --------
+    >>> def program(x, y=None): ...
+    >>> signature_of(poutine.reparam(program, config={}))
+    <Signature (x, y=None)>
     """
+    inner = getattr(target, "__wrapped__", None)
+    if isinstance(inner, ReparamHandler) and not hasattr(target, "__signature__"):
+        target = inner
+    while isinstance(target, ReparamHandler):
+        target = target.fn
+    if isinstance(target, torch.nn.Module):
+        target = target.forward
     call = vars(type(target)).get("__call__")
     if (
         type(call) is FunctionType

@@ -149,5 +149,14 @@ def _compare(
         if found is None or not torch.allclose(found, other, rtol=rtol, atol=rtol, equal_nan=True):
             raise ModelError(
                 f"the program cannot run on all values of {list(program.discrete)} at once: site {name!r} has another "
-                f"log-density there than with these values alone. Their axis is left of all plates: {BROADCAST}"
+                f"log-density there than with these values alone. Their axis is left of all plates: "
+                f"{_outside(program)}{BROADCAST}"
             )
+
+
+def _outside(program: Program) -> str:
+    """How a discrete latent outside of the plates is written beside their entries; nothing where there is none."""
+    z = next((s.name for s in program.latents if s.discrete and not s.plates), None)
+    if z is None or not program.depth:
+        return ""
+    return f"{z!r} stands outside of them and meets their entries as it is, {z} and not {z}[..., None]; "

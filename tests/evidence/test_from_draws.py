@@ -674,6 +674,22 @@ def test_a_guide_of_rows():
     close(from_guide(levels, guide, x), truth)
 
 
+def test_what_cannot_be_called_is_refused_in_words():
+    draws = {"p": np.full((2, 100), 0.5)}
+    for call in (lambda: from_draws(None, draws, HEADS), lambda: from_guide(None, wide, HEADS)):
+        with pytest.raises(TypeError, match="model must be a Pyro program.*got NoneType"):
+            call()
+    with pytest.raises(TypeError, match="guide must be a Pyro guide.*got NoneType"):
+        from_guide(coin, None, HEADS)
+    for call in (lambda: from_draws(coin, draws), lambda: from_guide(coin, wide)):
+        with pytest.raises(
+            ModelError, match="model coin.* was given 0 arguments.*missing a required argument: "
+        ):
+            call()
+    with pytest.raises(ModelError, match="guide <lambda>.* was given 1 argument after.*too many positional"):
+        from_guide(coin, lambda: None, HEADS)
+
+
 def test_few_draws_of_a_guide_are_refused():
     with pytest.raises(ValueError, match="at least 200, got 100"):
         from_guide(coin, wide, HEADS, n_draws=100)
