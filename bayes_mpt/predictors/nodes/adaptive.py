@@ -10,7 +10,6 @@ independent, and each is integrated by itself: in closed form, or with nodes aro
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 

@@ -338,7 +338,9 @@ class NestedGroups(Given):
         u, within = self._posterior(seen)
         part = share.sqrt()  # where values are the n-th part of a node, their error falls with n^2 or faster
         n_values = (N_VALUES * part / part.sum()).round().clamp(min=1).long().tolist()
-        counts = [n if share[s] >= MIN_SHARE else 0 for s, n in enumerate(n_values)]  # of the others nobody asks
+        counts = [
+            n if share[s] >= MIN_SHARE else 0 for s, n in enumerate(n_values)
+        ]  # of the others nobody asks
         generator = torch.Generator().manual_seed(0)
         out: list[list[dict[str, Tensor]]] = [[] for _ in counts]
         for n in sorted(set(counts) - {0}):
@@ -346,7 +348,10 @@ class NestedGroups(Given):
             spread = evenly(u[some], within[some], n)  # (M, D, B, d)
             rank = torch.rand(*spread.shape[:3], generator=generator, dtype=torch.float64).argsort(1)
             spread = spread.gather(1, rank[..., None].expand_as(spread).to(u.device))
-            values = {name: v.unflatten(0, (-1, n)) for name, v in self.nodes.values(spread.flatten(0, 1))[0].items()}
+            values = {
+                name: v.unflatten(0, (-1, n))
+                for name, v in self.nodes.values(spread.flatten(0, 1))[0].items()
+            }
             for i, s in enumerate(some):
                 out[s] = [{name: v[i, j] for name, v in values.items()} for j in range(n)]
         return out

@@ -60,7 +60,8 @@ def newton(
     ``log_prob(u, nodes)`` is asked for some of the S, by their numbers: a node whose rows have all come to rest is
     left alone. Of a log-density no more than the share ``sure`` is to be gained by a step that need not climb, of which
     one more is taken where the curvature moves with it; not without ``root_at_mode``, for nodes, which any root near
-    that one places well. Kept by hand: scipy's optimisers climb one row at a time, and not within torch's graph.
+    that one places well. Where the density at u is not finite, climbs begin at ``lost()``. Kept by hand: scipy's
+    optimisers climb one row at a time, and not within torch's graph.
     """
     nodes = torch.arange(len(u), device=u.device)
     here, before = _begin(log_prob, u.detach(), nodes, lost)
@@ -226,8 +227,8 @@ def climb(
 ) -> Peaks:
     """Newton's method on (M, d) -> (M,) from many places, each of which stops by itself.
 
-    Places that have met, ``met`` standard deviations and nats apart, go on as one. What has no finite density is left where it is, and so is, after ten steps, what
-    looks like fifty nats less mass than a top that was reached.
+    Places that have met, ``met`` standard deviations and nats apart, go on as one. What has no finite density is left
+    where it is, and so is, after ten steps, what looks like fifty nats less mass than a top that was reached.
     """
     u = u.detach().clone()
     value, slope, curved = _expand(log_prob, u)

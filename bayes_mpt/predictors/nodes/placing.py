@@ -101,12 +101,12 @@ def located(
         mode, root, mass = (
             t.unflatten(0, (n_modes, n_nodes)).flatten(1, 2) for t in (found.mode, found.root, mass)
         )
-        lost = ~mass.isfinite()  # a climb that has left the floats
-        first = (~lost).to(torch.int8).argmax(0)
+        gone = ~mass.isfinite()  # a climb that has left the floats
+        first = (~gone).to(torch.int8).argmax(0)
         row = torch.arange(mode.shape[1], device=mode.device)
-        mode = torch.where(lost[..., None], mode[first, row], mode)
-        root = torch.where(lost[..., None, None], root[first, row], root)
-        modes = Modes(mode, root, torch.where(lost, mass[first, row], mass))
+        mode = torch.where(gone[..., None], mode[first, row], mode)
+        root = torch.where(gone[..., None, None], root[first, row], root)
+        modes = Modes(mode, root, torch.where(gone, mass[first, row], mass))
     return modes if cut is None else reaching(log_prob, modes, n_nodes, cut)
 
 

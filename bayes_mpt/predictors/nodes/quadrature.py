@@ -38,7 +38,9 @@ N_CHECKS = 1024
 MIN_NODES = 3  # along each axis
 MAX_WHOLE = 1024  # nodes, up to which all are tried at once
 SHELLS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9)  # share of a Gaussian outside of each
-CORNERS = 1e-6  # share of a Gaussian at nodes that are left out, of many at each of which rows or groups have nodes
+CORNERS = (
+    1e-6  # share of a Gaussian at nodes that are left out, of many at each of which rows or groups have nodes
+)
 NO_PART = 0.01  # of the error: what is left out is no more
 LITTLE = 5e-3  # share of the integral that a shell adds, beyond which rows and groups are integrated roughly
 
