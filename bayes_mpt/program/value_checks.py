@@ -18,11 +18,11 @@ from pyro import poutine
 from pyro.ops import packed
 from torch import Tensor
 
-from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.factor_runs import enumerated_log_probs, plain_log_probs, read_factors
 from bayes_mpt.program.program import Model, ModelError, Program
 from bayes_mpt.program.run import FAILURES, run
 from bayes_mpt.program.sites import latent_nodes, sub_samples
+from bayes_mpt.program.store import own_random_state
 
 __all__ = ["check_values"]
 
