@@ -19,6 +19,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from bayes_mpt.predictors.nodes.conjugacy import prior_draws
+from bayes_mpt.predictors.nodes.few_visible import small_sets
 from bayes_mpt.predictors.nodes.given import Given, NodePosterior
 from bayes_mpt.predictors.nodes.mixture import Modes
 from bayes_mpt.predictors.nodes.nearby import Nearby
@@ -180,6 +181,10 @@ class GroupNodes:
             return SHARPER * density(u, nodes) - (SHARPER - 1) * prior
 
         return several(density, sharper, main, here.draws, MAX_STEPS, SURE)
+
+    def small_sets(self, n_tokens: int) -> list[Tensor]:
+        """Visible sets (T,) that are small."""
+        return small_sets(n_tokens, halves=False)
 
     def forget(self) -> None:
         """Look for the next modes from the start, not from the last ones."""

@@ -15,7 +15,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from bayes_mpt.predictors.nodes import few_visible
+from bayes_mpt.predictors.nodes import few_visible as few
 from bayes_mpt.predictors.nodes.conjugacy import prior_draws
 from bayes_mpt.predictors.nodes.mixture import Modes, Orbits
 from bayes_mpt.predictors.nodes.newton import MET, Peaks, by_halves, climb, distances
@@ -141,12 +141,11 @@ class ModeSearch:
         return found
 
     def _further(self, args: Args, x: Tensor, near: Modes) -> Tensor | None:
-        """Modes (P, d) that few visible tokens show, beside those that are followed; of few latents."""
-        if self.adaptive.space.width > MAX_HERMITE:
-            return None
+        """Modes (P, d) that few visible tokens show, beside those that are followed."""
         if self._few is None or not same_cells(self._few[0], x):
+            few.place_inside(self.adaptive, args, x, near.mode[near.log_mass[:, 0].argmax()][None])
             found = []
-            for seen in few_visible.small_sets(x.shape[1]):
+            for seen in few.small_sets(x.shape[1], halves=self.adaptive.space.width <= MAX_HERMITE):
                 climbs = _Climbs(self.adaptive, args, x, seen.to(x.device))
                 if climbs.may_differ(near):
                     found.append(climbs.apart_from(near))
@@ -157,17 +156,19 @@ class ModeSearch:
     def _with_few(self, args: Args, x: Tensor, placing: Placing, near: Modes | None) -> Placing:
         """How nodes stand where not all tokens are visible: around modes that few of them show besides."""
         width = self.adaptive.space.width
-        if not 0 < width <= MAX_HERMITE or not self.adaptive.program.by_row:
-            return placing
-        if self._few is None or not (torch.is_grad_enabled() or same_cells(self._few[0], x)):
+        new = self._few is None or not (torch.is_grad_enabled() or same_cells(self._few[0], x))
+        if new and not width:
+            self._few = x.detach(), None
+            few.place_inside(self.adaptive, args, x, x.new_zeros(1, 1, 0))
+        elif new:
             with pyro.validation_enabled(False), torch.no_grad():
                 every = torch.ones(x.shape[1], dtype=torch.bool, device=x.device)
                 near = near or self.adaptive.locate(args, x, every)
-                self._few = x.detach(), few_visible.further_starts(self.adaptive, args, x, near)
-        if self._few[1] is None:
+                self._few = x.detach(), few.further_starts(self.adaptive, args, x, near)
+        if self._few is None or self._few[1] is None:
             return placing
         starts = self._few[1] if placing.starts is None else torch.cat([placing.starts, self._few[1]])
-        return Placing(True, starts)
+        return Placing(width <= MAX_HERMITE, starts)
 
     def reaching(self, args: Args, x: Tensor, modes: Modes) -> Modes:
         """Modes of rows, with how far the density reaches around each."""
@@ -263,15 +264,13 @@ class _Climbs:
     def may_differ(self, near: Modes) -> bool:
         """Whether the density may have more modes than one."""
         draws = self._draws(N_MIDDLE)[:N_MIDDLE, None]
-        return few_visible.has_hills(
-            lambda u: self.log_prob(u[:, 0])[:, None], near.mode[0], near.root[0], draws
-        )
+        return few.has_hills(lambda u: self.log_prob(u[:, 0])[:, None], near.mode[0], near.root[0], draws)
 
     def apart_from(self, near: Modes) -> Tensor:
         """Tops (P, d) that matter, of one climb from each start, at which none from modes that are known ends."""
         peaks = self._climb(torch.cat([near.mode[:, 0], self._starts(self._n_starts())]))
         found, _ = self._distinct(peaks, torch.ones_like(peaks.same))
-        return few_visible.apart(found.u, found.root, found.log_mass, peaks.u[peaks.same[: len(near.mode)]])
+        return few.apart(found.u, found.root, found.log_mass, peaks.u[peaks.same[: len(near.mode)]])
 
     def search(self) -> Modes:
         """From the middle of the prior, near 0 and from draws; from more of these where a mode was found by few."""
@@ -349,7 +348,7 @@ class _Climbs:
         found = self._follow_pieces(near, orbits) if near.has_pieces else self._follow_modes(near, orbits)
         if more is None:
             return found
-        beyond = few_visible.beyond_valleys(self.log_prob, more, found.mode[:, 0])
+        beyond = few.beyond_valleys(self.log_prob, more, found.mode[:, 0])
         if not bool(beyond.any()):
             return found
         peaks = self._climb(torch.cat([found.representatives().mode[:, 0], more[beyond]]))
