@@ -18,7 +18,7 @@ from torch import Tensor
 from bayes_mpt.predictors.nodes.conjugacy import prior_draws
 from bayes_mpt.predictors.nodes.few_visible import apart, further_starts, has_hills, place_inside, small_sets
 from bayes_mpt.predictors.nodes.mixture import Modes, Orbits
-from bayes_mpt.predictors.nodes.newton import Peaks, by_halves, climb, distances
+from bayes_mpt.predictors.nodes.newton import MET, Peaks, by_halves, climb, distances
 from bayes_mpt.predictors.nodes.pieces import by_draws, shaped
 from bayes_mpt.predictors.nodes.placing import Placing
 from bayes_mpt.predictors.nodes.placing_trials import placing_inside, placing_of_rows
@@ -415,7 +415,7 @@ class _Climbs:
         """From places (M, d); where rows or groups have nodes of a rule, by rough ones until close to the tops."""
         sure = self.adaptive.sure
         if self.adaptive.rows is None or self.by_draws:
-            return climb(self.log_prob, u, MAX_STEPS, sure)
+            return climb(self.log_prob, u, MAX_STEPS, sure, self.same_mode if self.by_draws else MET)
         rough = climb(partial(self.log_prob, detail="rough"), u, MAX_STEPS, ROUGHLY)
         ends, of = rough.same.unique(return_inverse=True)
         found = climb(self.log_prob, rough.u[ends], MAX_STEPS, sure)
