@@ -15,10 +15,10 @@ import pyro
 import torch
 from torch import Tensor
 
+from bayes_mpt.predictors.nodes import few_visible as few
 from bayes_mpt.predictors.nodes.conjugacy import prior_draws
-from bayes_mpt.predictors.nodes.few_visible import apart, further_starts, has_hills, small_sets
 from bayes_mpt.predictors.nodes.mixture import Modes, Orbits
-from bayes_mpt.predictors.nodes.newton import Peaks, by_halves, climb, distances
+from bayes_mpt.predictors.nodes.newton import MET, Peaks, by_halves, climb, distances
 from bayes_mpt.predictors.nodes.pieces import by_draws, shaped
 from bayes_mpt.predictors.nodes.placing import Placing
 from bayes_mpt.predictors.nodes.placing_trials import placing_inside, placing_of_rows
@@ -141,12 +141,11 @@ class ModeSearch:
         return found
 
     def _further(self, args: Args, x: Tensor, near: Modes) -> Tensor | None:
-        """Modes (P, d) that few visible tokens show, beside those that are followed; of few latents."""
-        if self.adaptive.space.width > MAX_HERMITE:
-            return None
+        """Modes (P, d) that few visible tokens show, beside those that are followed."""
         if self._few is None or not same_cells(self._few[0], x):
+            few.place_inside(self.adaptive, args, x, near.mode[near.log_mass[:, 0].argmax()][None])
             found = []
-            for seen in small_sets(x.shape[1]):
+            for seen in few.small_sets(x.shape[1], halves=self.adaptive.space.width <= MAX_HERMITE):
                 climbs = _Climbs(self.adaptive, args, x, seen.to(x.device))
                 if climbs.may_differ(near):
                     found.append(climbs.apart_from(near))
@@ -157,17 +156,19 @@ class ModeSearch:
     def _with_few(self, args: Args, x: Tensor, placing: Placing, near: Modes | None) -> Placing:
         """How nodes stand where not all tokens are visible: around modes that few of them show besides."""
         width = self.adaptive.space.width
-        if not 0 < width <= MAX_HERMITE or not self.adaptive.program.by_row:
-            return placing
-        if self._few is None or not (torch.is_grad_enabled() or same_cells(self._few[0], x)):
+        new = self._few is None or not (torch.is_grad_enabled() or same_cells(self._few[0], x))
+        if new and not width:
+            self._few = x.detach(), None
+            few.place_inside(self.adaptive, args, x, x.new_zeros(1, 1, 0))
+        elif new:
             with pyro.validation_enabled(False), torch.no_grad():
                 every = torch.ones(x.shape[1], dtype=torch.bool, device=x.device)
                 near = near or self.adaptive.locate(args, x, every)
-                self._few = x.detach(), further_starts(self.adaptive, args, x, near)
-        if self._few[1] is None:
+                self._few = x.detach(), few.further_starts(self.adaptive, args, x, near)
+        if self._few is None or self._few[1] is None:
             return placing
         starts = self._few[1] if placing.starts is None else torch.cat([placing.starts, self._few[1]])
-        return Placing(True, starts)
+        return Placing(width <= MAX_HERMITE, starts)
 
     def reaching(self, args: Args, x: Tensor, modes: Modes) -> Modes:
         """Modes of rows, with how far the density reaches around each."""
@@ -265,13 +266,13 @@ class _Climbs:
     def may_differ(self, near: Modes) -> bool:
         """Whether the density may have more modes than one."""
         draws = self._draws(N_MIDDLE)[:N_MIDDLE, None]
-        return has_hills(lambda u: self.log_prob(u[:, 0])[:, None], near.mode[0], near.root[0], draws)
+        return few.has_hills(lambda u: self.log_prob(u[:, 0])[:, None], near.mode[0], near.root[0], draws)
 
     def apart_from(self, near: Modes) -> Tensor:
         """Tops (P, d) that matter, of one climb from each start, at which none from modes that are known ends."""
         peaks = self._climb(torch.cat([near.mode[:, 0], self._starts(self._n_starts())]))
         found, _ = self._distinct(peaks, torch.ones_like(peaks.same))
-        return apart(found.u, found.root, found.log_mass, peaks.u[peaks.same[: len(near.mode)]])
+        return few.apart(found.u, found.root, found.log_mass, peaks.u[peaks.same[: len(near.mode)]])
 
     def search(self) -> Modes:
         """From the middle of the prior, near 0 and from draws; from more of these where a mode was found by few."""
@@ -342,27 +343,28 @@ class _Climbs:
     def follow(self, near: Modes, more: Tensor | None = None) -> Modes:
         """Modes that have moved a little, and their images; pieces move with their modes.
 
-        With ``more`` places (P, d) to climb from, what is found there too.
+        With places (P, d) of ``more``, what is found from those of them from which a valley lies before every mode.
         """
-        if more is not None:
-            peaks = self._climb(torch.cat([near.representatives().mode[:, 0], more]))
-            found, _ = self._distinct(peaks, torch.ones_like(peaks.same))
-            modes = self._with_images(found)[0]._replace(doubt=near.doubt)
-            return shaped(partial(self.both, detail=self.proposing), modes, self._draws(N_STARTS))
         orbits = near.orbits
         assert orbits is not None
-        if near.has_pieces:
-            return self._follow_pieces(near, orbits)
+        found = self._follow_pieces(near, orbits) if near.has_pieces else self._follow_modes(near, orbits)
+        if more is None:
+            return found
+        beyond = few.beyond_valleys(self.log_prob, more, found.mode[:, 0])
+        if not bool(beyond.any()):
+            return found
+        peaks = self._climb(torch.cat([found.representatives().mode[:, 0], more[beyond]]))
+        tops, _ = self._distinct(peaks, torch.ones_like(peaks.same))
+        modes = self._with_images(tops)[0]._replace(doubt=near.doubt)
+        return shaped(partial(self.both, detail=self.proposing), modes, self._draws(N_STARTS))
+
+    def _follow_modes(self, near: Modes, orbits: Orbits) -> Modes:
         peaks = self._climb(near.mode[orbits.first, 0])
         found, index = self._distinct(peaks, torch.ones_like(peaks.same))
         keep = found.log_mass >= found.log_mass[0] - NEGLIGIBLE
         kept = index[keep].tolist()
-        orbits = Orbits(
-            orbits.where,
-            tuple(orbits.moves[j] for j in kept),
-            tuple(range(len(kept))),
-            tuple(orbits.counts[j] for j in kept),
-        )
+        moves, counts = (tuple(of[j] for j in kept) for of in (orbits.moves, orbits.counts))
+        orbits = Orbits(orbits.where, moves, tuple(range(len(kept))), counts)
         spread = orbits.spread(found.u[keep], found.root[keep], found.log_mass[keep])
         return Modes(*spread, near.doubt, orbits, crowd=near.crowd)
 
@@ -416,7 +418,7 @@ class _Climbs:
         """From places (M, d); where rows or groups have nodes of a rule, by rough ones until close to the tops."""
         sure = self.adaptive.sure
         if self.adaptive.rows is None or self.by_draws:
-            return climb(self.log_prob, u, MAX_STEPS, sure)
+            return climb(self.log_prob, u, MAX_STEPS, sure, self.same_mode if self.by_draws else MET)
         rough = climb(partial(self.log_prob, detail="rough"), u, MAX_STEPS, ROUGHLY)
         ends, of = rough.same.unique(return_inverse=True)
         found = climb(self.log_prob, rough.u[ends], MAX_STEPS, sure)
