@@ -317,8 +317,8 @@ class _Hermite(NodeSource):
         with own_random_state(0):
             modes = self.modes.move(args, value, everything, nodes.last.located, N_MOVING)
             prior = prior_points(self.adaptive, args.filled, n // PRIOR_ONE_IN).to(value)
-        known = bool(prior.isfinite().all())  # a vague prior has draws that no number stands for
-        return self.modes.check(args, value, everything, modes, n, prior if known else None)
+            known = bool(prior.isfinite().all())  # a vague prior has draws that no number stands for
+            return self.modes.check(args, value, everything, modes, n, prior if known else None)
 
     def _checked(self, nodes: Nodes, many: Tensor, se: float, diagnostics: dict[str, Any]) -> float:
         """The error, after draws: nodes of one rule may agree and both be wrong."""
