@@ -8,7 +8,7 @@ In the room, by what is integrated:
 - Gaussian mixtures: ``mixture_prior``, ``mixture`` (``allocations``, ``components``, ``mixture_marginals``),
   ``mixture_laplace``.
 - Hyper-parameters: ``hyperparameters`` and ``integrated``.
-- What a user has already: ``from_draws`` (``chains``, ``bridge``).
+- What a user has already: ``from_draws`` (``chains``, ``bridge``, ``fresh``), ``from_guide``; ``images``.
 - What is said of it: ``expected``, ``predictive``, ``misfit``.
 
 They are given densities and know no estimator; nothing is refitted here. An evidence carries its error, but
@@ -16,7 +16,8 @@ Laplace's, which has none.
 """
 
 from bayes_mpt.evidence.factor_prior import FactorPrior, factor_prior
-from bayes_mpt.evidence.from_draws import DrawsEvidence, from_draws, from_guide
+from bayes_mpt.evidence.from_draws import DrawsEvidence, from_draws
+from bayes_mpt.evidence.from_guide import from_guide
 from bayes_mpt.evidence.hyperparameters import Prior, hyperprior, log_likelihood
 from bayes_mpt.evidence.integrated import IntegratedEvidence, Mode, integrate
 from bayes_mpt.evidence.laplace import LaplaceEvidence, laplace_diagonal, laplace_proportional

@@ -1,4 +1,7 @@
-"""Draws as a sampler leaves them: read from a dict or an object of ArviZ, refused by name, in unconstrained space."""
+"""Draws as a sampler leaves them: read from a dict or an object of ArviZ, refused by name, in unconstrained space.
+
+Programs, guides and arguments that cannot be called are refused here too.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,20 @@ from pyro.infer.mcmc.util import initialize_model
 from torch import Tensor
 
 from bayes_mpt.inputs import unmasked
-from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.latents import Space
 from bayes_mpt.program.program import Model, ModelError
-from bayes_mpt.program.run import one_precision
+from bayes_mpt.program.run import one_precision, signature_of, takes_visible
+from bayes_mpt.program.store import own_random_state
 
-__all__ = ["MIN_DRAWS", "read_arguments", "read_chains", "read_tables", "refuse_other_joint", "unconstrained"]
+__all__ = [
+    "MIN_DRAWS",
+    "read_arguments",
+    "read_chains",
+    "read_tables",
+    "refuse_call",
+    "refuse_other_joint",
+    "unconstrained",
+]
 
 Array = NDArray[np.float64]
 
@@ -37,6 +48,45 @@ def read_arguments(data: tuple[Any, ...]) -> tuple[Any, ...]:
         return a.double() if isinstance(a, Tensor) and a.is_floating_point() else a
 
     return tuple(read(a) for a in data)
+
+
+def refuse_call(program: Any, data: tuple[Any, ...], name: str) -> None:
+    """Refuse what is no program or guide, called ``name``, and one that these arguments do not suit.
+
+    Raises
+    ------
+    TypeError
+        If it cannot be called.
+    ModelError
+        If it wants other arguments.
+
+    Examples
+    --------
+    >>> refuse_call(lambda x, y: None, (1.0,), "model")  # doctest: +IGNORE_EXCEPTION_DETAIL
+    Traceback (most recent call last):
+    ModelError: model <lambda>(x, y) was given 1 argument after the draws or the guide, which it does not take
+    """
+    if not callable(program) or isinstance(program, type):
+        got = f"the class {program.__name__}" if isinstance(program, type) else type(program).__name__
+        raise TypeError(
+            f"{name} must be a Pyro {'guide' if name == 'guide' else 'program'}, a function or module that calls "
+            f"pyro.sample, got {got}"
+        )
+    target = program.forward if isinstance(program, torch.nn.Module) else program
+    try:
+        signature = signature_of(target)
+    except (TypeError, ValueError):
+        return  # it does not say what it takes
+    try:
+        signature.bind(*data, **({"visible": None} if takes_visible(program) else {}))
+    except TypeError as error:
+        said = getattr(program, "__name__", type(program).__name__)
+        n = len(data)
+        raise ModelError(
+            f"{name} {said}{signature} was given {n} argument{'s' * (n != 1)} after the draws or the guide, which it "
+            f"does not take ({error}): pass all that it is called with, in its order; what may be left out needs a "
+            "default there"
+        ) from None
 
 
 def read_tables(draws: Any, log_joint: Any) -> tuple[dict[str, NDArray[Any]], Array | None]:

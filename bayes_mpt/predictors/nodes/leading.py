@@ -17,7 +17,7 @@ from bayes_mpt.predictors.nodes.prior import prior_points
 from bayes_mpt.predictors.nodes.row_nodes import RowNodes
 from bayes_mpt.predictors.nodes.rules import MAX_HERMITE
 from bayes_mpt.program.arguments import Args, same_cells
-from bayes_mpt.program.devices import own_random_state
+from bayes_mpt.program.store import own_random_state
 
 __all__ = ["Leading"]
 

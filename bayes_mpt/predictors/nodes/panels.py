@@ -21,7 +21,7 @@ from torch import Tensor
 from bayes_mpt.predictors.nodes.mixture import Modes
 from bayes_mpt.predictors.nodes.placing import RowDensity
 
-__all__ = ["MAX_NESTED", "UNEVEN", "Integrals", "by_panels", "roughness"]
+__all__ = ["MAX_NESTED", "PRECISE", "UNEVEN", "Integrals", "Panels", "by_panels", "roughness", "thinned"]
 
 UNEVEN = 1e-4  # nats by which jumps may move an integral, from which panels are worth their cost
 FAINT = 1e-7  # nats of a row, below which differences are those of smooth densities too
@@ -36,9 +36,33 @@ MAX_ROUNDS = 60
 PRECISE = 1e-9  # share of the integral: the error that is aimed at
 CELLS = 2**20  # log-densities of tokens at a time
 MAX_CELLS = 2**24  # of them in all
+MAX_MERGES = 12  # rounds in which neighbours are tried as one
+NO_PART = 1e-11  # share of an integral, below which a panel needs no nodes
 MAX_NESTED = 2**26  # of them, for each of many values of other latents
 SIDE_BY_SIDE = 2**13  # integrals
 LONG = 32.0  # standard deviations, from which a tail is long, and panels grow outwards
+
+
+class Panels(NamedTuple):
+    """P panels of the axis of each of M densities; some may have no length."""
+
+    low: Tensor
+    """(P, M)"""
+    length: Tensor
+    """(P, M)"""
+    log_z: Tensor
+    """(P, M): log of the integral over each."""
+
+    def nodes(self) -> tuple[Tensor, Tensor]:
+        """Nodes u (Q, M, 1) of those panels that matter, and their log-weights (Q, M): int f du = sum_q w_q f(u_q)."""
+        share = self.log_z.log_softmax(0)
+        n = int((share > math.log(NO_PART)).sum(0).amax().clamp(min=1))
+        most = share.topk(n, 0).indices
+        low, length = self.low.gather(0, most), self.length.gather(0, most)
+        at, weight, _ = (t.to(low) for t in _rule())
+        u = low[:, None] + length[:, None] * at[:, None]
+        log_weight = weight.log()[:, None] + length.log()[:, None]
+        return u.flatten(0, 1)[..., None], log_weight.flatten(0, 1)
 
 
 class Integrals(NamedTuple):
@@ -50,6 +74,8 @@ class Integrals(NamedTuple):
     """(M,) nats, a bound as a rule."""
     n_evaluations: int
     """Of each density."""
+    panels: Panels | None = None
+    """Where these were found all at once."""
 
 
 def roughness(log_part: Tensor) -> Tensor:
@@ -101,7 +127,13 @@ def _rule() -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.no_grad()
 def by_panels(
-    log_prob: RowDensity, modes: Modes, n_nodes: int, n_tokens: int, max_cells: int = MAX_CELLS
+    log_prob: RowDensity,
+    modes: Modes,
+    n_nodes: int,
+    n_tokens: int,
+    max_cells: int = MAX_CELLS,
+    start: Panels | None = None,
+    precise: float = PRECISE,
 ) -> Integrals:
     """Integrals of N rows at S values of all the rest, those of one value after the other: M = S N.
 
@@ -117,6 +149,10 @@ def by_panels(
         T, of each row.
     max_cells : int
         Log-densities of tokens, after which panels are cut no more: what is missing stands in the error.
+    start : Panels, optional
+        Of densities that these are like: the first panels, with more where these densities reach further.
+    precise : float
+        Share of an integral, the error that is aimed at.
     """
     n_rows = modes.mode.shape[1] // n_nodes
     some = max(1, SIDE_BY_SIDE // n_rows)  # of the S values
@@ -126,32 +162,24 @@ def by_panels(
             n = min(some, n_nodes - first)
             these = modes.of_rows(slice(first * n_rows, (first + n) * n_rows))
             density = partial(_from, log_prob, first)
-            parts.append(by_panels(density, these, n, n_tokens, max_cells * n // n_nodes))
+            parts.append(by_panels(density, these, n, n_tokens, max_cells * n // n_nodes, precise=precise))
         return Integrals(
             torch.cat([part.log_z for part in parts]),
             torch.cat([part.error for part in parts]),
             max(part.n_evaluations for part in parts),
         )
 
-    def of(low: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
-        step = max(1, CELLS // (low.shape[1] * N_NODES * n_tokens))
-        parts = [
-            _of_panels(log_prob, n_nodes, a, b)
-            for a, b in zip(low.split(step), length.split(step), strict=True)
-        ]
-        return torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts])
-
+    of = partial(_in_parts, log_prob, n_nodes, n_tokens)
     with pyro.validation_enabled(False):
-        edge = _edges(modes)
-        low, length = edge[:-1], edge.diff(dim=0)  # (P, M)
+        low, length = _first(modes, start)
         log_z, log_error = of(low, length)
         n_evaluations = len(low) * N_NODES
         for _ in range(MAX_ROUNDS):
             wrong = (log_error - log_z.logsumexp(0)).nan_to_num(-math.inf)
-            left = wrong.logsumexp(0) > math.log(PRECISE)
+            left = wrong.logsumexp(0) > math.log(precise)
             if not bool(left.any()):
                 break
-            bad = (wrong[:, left] > math.log(PRECISE / len(low))).sum(0)
+            bad = (wrong[:, left] > math.log(precise / len(low))).sum(0)
             n = int(bad.amax().clamp(1, AT_ONCE))
             n_evaluations += n * CUTS * N_NODES
             if n_evaluations * low.shape[1] * n_tokens > max_cells:
@@ -168,7 +196,46 @@ def by_panels(
             log_error = torch.cat([log_error.scatter(0, worst, new_error[:n]), new_error[n:]])
     total = log_z.logsumexp(0)
     error = (log_error.logsumexp(0) - total).exp().nan_to_num(0.0, math.inf)
-    return Integrals(total, error, n_evaluations)
+    return Integrals(total, error, n_evaluations, Panels(low, length, log_z))
+
+
+@torch.no_grad()
+def thinned(log_prob: RowDensity, panels: Panels, n_tokens: int, precise: float = PRECISE) -> Panels:
+    """Fewer panels of N densities: neighbours become one where it is as good, those beside a jump above all."""
+    low, length, log_z = panels
+    total = log_z.logsumexp(0)
+    with pyro.validation_enabled(False):
+        for k in range(MAX_MERGES):
+            # no length comes last
+            order = torch.where(length > 0, low, math.inf).argsort(0)
+            low, length, log_z = (t.gather(0, order) for t in (low, length, log_z))
+            n = int((length > 0).sum(0).amax())
+            low, length, log_z = low[:n], length[:n], log_z[:n]
+            first = slice(k % 2, n - 1, 2)
+            second = slice(k % 2 + 1, n, 2)
+            both = length[first] + length[second]
+            merged, error = _in_parts(log_prob, 1, n_tokens, low[first], both)
+            apart = torch.logaddexp(log_z[first], log_z[second])
+            off = (merged - total).exp() - (apart - total).exp()
+            good = (error - total < math.log(precise / n)) & (off.abs() < precise / n) & (length[second] > 0)
+            length[first] = torch.where(good, both, length[first])
+            log_z[first] = torch.where(good, merged, log_z[first])
+            length[second] = torch.where(good, 0.0, length[second])
+            log_z[second] = torch.where(good, -math.inf, log_z[second])
+            if k % 2 and not bool(good.any()):
+                break
+    return Panels(low, length, log_z)
+
+
+def _in_parts(
+    log_prob: RowDensity, n_nodes: int, n_tokens: int, low: Tensor, length: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`_of_panels`, as many at a time as memory will bear."""
+    step = max(1, CELLS // (low.shape[1] * N_NODES * n_tokens))
+    parts = [
+        _of_panels(log_prob, n_nodes, a, b) for a, b in zip(low.split(step), length.split(step), strict=True)
+    ]
+    return torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts])
 
 
 def _from(log_prob: RowDensity, first: int, u: Tensor, nodes: Tensor) -> Tensor:
@@ -188,6 +255,19 @@ def _of_panels(log_prob: RowDensity, n_nodes: int, low: Tensor, length: Tensor) 
     log_unit = length.log() + top
     integral = (weight[:, None] * f).sum(1).log() + log_unit
     return integral, torch.einsum("ln,pnm->plm", last, f).abs().sum(1).log() + log_unit
+
+
+def _first(modes: Modes, start: Panels | None) -> tuple[Tensor, Tensor]:
+    """Lower ends and lengths (P, M) of the first panels."""
+    edge = _edges(modes)
+    if start is None:
+        return edge[:-1], edge.diff(dim=0)
+    low, high = start.low.amin(0), (start.low + start.length).amax(0)
+    first, last = torch.minimum(edge[0], low), torch.maximum(edge[-1], high)
+    return (
+        torch.cat([start.low, first[None], high[None]]),
+        torch.cat([start.length, (low - first)[None], (last - high)[None]]),
+    )
 
 
 def _edges(modes: Modes) -> Tensor:

@@ -12,9 +12,9 @@ from bayes_mpt.predictors.base import Evidence, Guide, Predictor
 from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
 from bayes_mpt.predictors.nodes.mixture import Modes
 from bayes_mpt.predictors.nodes.modes import ModeSearch
-from bayes_mpt.predictors.nodes.panels import UNEVEN, by_panels, roughness
-from bayes_mpt.predictors.nodes.placing import reaching
-from bayes_mpt.predictors.nodes.rules import CUT, Detail, Rule, alone_rule, hermite
+from bayes_mpt.predictors.nodes.panel_nodes import PanelNodes, Rows
+from bayes_mpt.predictors.nodes.panels import UNEVEN, roughness
+from bayes_mpt.predictors.nodes.rules import Detail, Rule, alone_rule, hermite
 from bayes_mpt.predictors.nodes.unseen import doubted
 from bayes_mpt.predictors.nodes.weighted import (
     Nodes,
@@ -38,8 +38,11 @@ N_CHECKS = 1024
 MIN_NODES = 3  # along each axis
 MAX_WHOLE = 1024  # nodes, up to which all are tried at once
 SHELLS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9)  # share of a Gaussian outside of each
+CORNERS = (
+    1e-6  # share of a Gaussian at nodes that are left out, of many at each of which rows or groups have nodes
+)
 NO_PART = 0.01  # of the error: what is left out is no more
-LITTLE = 1e-3  # share of the integral that a shell adds, beyond which rows and groups are integrated roughly
+LITTLE = 5e-3  # share of the integral that a shell adds, beyond which rows and groups are integrated roughly
 
 
 class Quadrature(Predictor):
@@ -106,6 +109,7 @@ class _Hermite(NodeSource):
         by_row = adaptive.program.by_row and not asked  # as many as were asked for stay as they are
         self.modes = ModeSearch(adaptive, Rule(*hermite(adaptive.space.width, n_nodes)) if by_row else None)
         self.model, self.structure = adaptive.model, adaptive.program
+        self.panels = PanelNodes(adaptive)
 
     @property
     def why(self) -> str:  # type: ignore[override]  # how nodes stand is found out with the rows
@@ -132,6 +136,7 @@ class _Hermite(NodeSource):
 
     def _forget(self) -> None:
         self.modes.forget()
+        self.panels.forget()
 
     def place(self, args: Args, visible: Tensor | None = None, near: Any = None) -> Read:
         value = program_values(self.model, args, self.structure)
@@ -145,7 +150,9 @@ class _Hermite(NodeSource):
         width = self.adaptive.space.width
         if modes.reach is not None:
             return alone_rule(width, finer)
-        return Rule(*hermite(width, self._n_nodes(modes, finer)))
+        rule = Rule(*hermite(width, self._n_nodes(modes, finer)))
+        # those of rows or groups stand at every node: at corners where no share of a Gaussian is, for nothing
+        return rule if finer or self.asked or self.adaptive.rows is None else _without_corners(rule)
 
     def _n_nodes(self, modes: Modes, finer: bool = False) -> int:
         """Along each axis, fewer where modes are so many that the program would run at too many nodes."""
@@ -166,38 +173,71 @@ class _Hermite(NodeSource):
         """Nodes for rows whose posteriors are located, around each mode."""
         u, log_weight = modes.nodes(rule)  # (J, Q, N, d), (J, Q, N)
         log_weight = log_weight.expand(u.shape[:-1]).flatten(0, 1)
-        u = u.flatten(0, 1)
+        return self._at(args, value, modes, u.flatten(0, 1), log_weight)
+
+    def _at(self, args: Args, value: Tensor, modes: Modes, u: Tensor, log_weight: Tensor) -> Read:
+        """The program at nodes u (Q, N, d) with log-weights (Q, N)."""
         given, part, scale = self.adaptive.at(args, u)
         latents = constrained(self.adaptive.space, u)
         return Read(given, log_weight + part, value, scale, latents, self.adaptive.space.names, modes)
+
+    def settled(self, nodes: Nodes, read: Read, log_part: Tensor, visible: Tensor) -> tuple[Read, Tensor]:
+        modes = read.located
+        if self.asked or not self._one_axis(modes) or read.error is not None:
+            return read, log_part
+        if self._uneven(read, log_part) <= (0.0 if self.panels.jumps else UNEVEN):
+            return read, log_part
+        return self._on_panels(nodes, modes, visible)
+
+    def _one_axis(self, modes: Modes) -> bool:
+        """Whether panels can be laid: of images that are not listed they would see nothing."""
+        partial = modes.orbits is not None and modes.orbits.partial
+        return self.adaptive.space.width == 1 and self.adaptive.rows is None and not partial
+
+    @staticmethod
+    def _uneven(read: Read, log_part: Tensor) -> float:
+        """Nats by which jumps between the nodes of one latent may move the sum of all rows."""
+        return float(roughness(log_part.detach().unflatten(0, (len(read.located.mode), -1))).sum())
+
+    def _on_panels(self, nodes: Nodes, modes: Modes, visible: Tensor) -> tuple[Read, Tensor]:
+        """Nodes on panels, which see jumps and bends, and log of each one's part (S, N) of Z."""
+        if nodes.leaves is not None:
+            nodes.leaves.refuse_others()
+        rows = Rows(nodes.args, nodes.value, visible)
+        found = self.panels.find(rows, modes)
+        assert found.panels is not None
+        u, log_weight = found.panels.nodes()
+        read = self._at(nodes.args, nodes.value, modes, u, log_weight)._replace(error=found.error)
+        log_part = read.log_weight + read.given.log_joint(nodes.value, visible)
+        if torch.is_grad_enabled():
+            log_z = log_part.logsumexp(0)
+            log_part = log_part + self.panels.slopes_of_jumps(rows, modes, found, log_z, self.parameters)
+        return read, log_part
 
     @torch.no_grad()
     def evidence(self, nodes: Nodes) -> Evidence:
         if self.adaptive.rows is not None:  # every node costs those of all rows or groups
             return self._with_rows_inside(nodes)
+        if (read := nodes.whole()[0]).error is not None:
+            return self._of_panels(nodes, read, {})
         few, modes = nodes.score(), nodes.last.located
         around = modes
         if self.structure.by_row and self.asked and self.adaptive.space.parts:
             around = self.modes.reaching(nodes.args, nodes.value, modes)
         rule, finest = self._rule(modes), self._rule(around, finer=True)
         finer = nodes.at_nodes(self._around(nodes.args, nodes.value, around, finest))
+        read, log_part = finer.whole()
         many = finer.score()
         change = float((many - few).sum())
         diagnostics = _changes(rule, finest, change)
-        n_modes, _, width = modes.mode.shape
-        uneven = (
-            float(roughness(finer.log_weights().unflatten(0, (n_modes, -1))).sum()) if width == 1 else 0.0
-        )
+        n_modes = len(modes.mode)
+        if read.error is not None:
+            return self._of_panels(finer, read, diagnostics)
+        uneven = self._uneven(read, log_part) if self._one_axis(modes) else 0.0
+        if self._one_axis(modes) and (uneven > UNEVEN or _size(many - few) > ROUGH):
+            finer = nodes.at_nodes(self._on_panels(nodes, modes, torch.ones_like(nodes.value[0]).bool())[0])
+            return self._of_panels(finer, finer.last, diagnostics)
         se = max(abs(change), uneven)
-        # of images that are not listed panels would see nothing
-        partial = modes.orbits is not None and modes.orbits.partial
-        if width == 1 and not partial and (uneven > UNEVEN or _size(many - few) > ROUGH):
-            many, se = self._by_panels(nodes, diagnostics)
-            return (
-                Evidence(many, se, diagnostics)
-                if self.structure.by_row
-                else self._doubted(nodes, many, se, diagnostics)
-            )
         if self.structure.by_row:
             return Evidence(many, se, diagnostics)
         if n_modes > 1:
@@ -236,16 +276,14 @@ class _Hermite(NodeSource):
         doubt = modes.doubt or nodes.doubt_inside()
         return doubted(Evidence(many, se, diagnostics), modes._replace(doubt=doubt))
 
-    def _by_panels(self, nodes: Nodes, diagnostics: dict[str, Any]) -> tuple[Tensor, float]:
-        """log Z (N,) of one latent whose density jumps, bends or has long tails, and the error of its sum."""
-        value = nodes.value
-        everything = torch.ones(value.shape[1], dtype=torch.bool, device=value.device)
-        density = self.adaptive.row_density(nodes.args, value, everything, {})
-        modes = reaching(density, nodes.last.located, 1, CUT["fine"])
-        found = by_panels(density, modes, 1, value.shape[1])
-        diagnostics["n_nodes"] = found.n_evaluations
-        empty = value.isnan().all(1)
-        return torch.where(empty, 0.0, found.log_z), float(torch.where(empty, 0.0, found.error).sum())
+    def _of_panels(self, nodes: Nodes, read: Read, diagnostics: dict[str, Any]) -> Evidence:
+        """The evidence of one latent whose density jumps, bends or has long tails, by nodes on panels."""
+        assert read.error is not None
+        diagnostics["n_nodes"] = len(read.log_weight)
+        se = float(torch.where(nodes.value.isnan().all(1), 0.0, read.error).sum())
+        if self.structure.by_row:
+            return Evidence(nodes.score(), se, diagnostics)
+        return self._doubted(nodes, nodes.score(), se, diagnostics)
 
     def _outwards(self, nodes: Nodes, finest: Rule, inside: Tensor, detail: Detail) -> tuple[Tensor, float]:
         """log Z (1,) by more nodes, shell by shell from the middle until what is left is no part of the error.
@@ -285,7 +323,7 @@ class _Hermite(NodeSource):
 
 def _changes(rule: Rule, finer: Rule, change: float) -> dict[str, Any]:
     """By how much the finer rule has changed log Z, in words."""
-    n_nodes, more = (round(len(r.t) ** (1 / max(1, r.t.shape[1]))) for r in (rule, finer))
+    n_nodes, more = (len(r.t[:, 0].unique()) if r.t.shape[1] else 1 for r in (rule, finer))
     return {"n_nodes": more, f"change from {n_nodes} nodes": change}
 
 
@@ -304,6 +342,16 @@ def _shells(rule: Rule) -> Tensor:
     until = (log_w - 0.5 * radius)[order].softmax(0).cumsum(0)
     inside = until[torch.searchsorted(outwards, radius + 1e-9) - 1]
     return torch.bucketize(inside - 1, -torch.tensor(SHELLS, dtype=t.dtype))
+
+
+def _without_corners(rule: Rule) -> Rule:
+    """The nodes of a large rule but those of the smallest weights, together `CORNERS` of a Gaussian."""
+    if len(rule.t) <= MAX_WHOLE:
+        return rule
+    share = (rule.log_weight - 0.5 * rule.t.square().sum(1)).softmax(0)
+    order = share.argsort(stable=True)
+    kept = order[share[order].cumsum(0) > CORNERS].sort().values
+    return Rule(rule.t[kept], rule.log_weight[kept])
 
 
 def _beyond(log_prob: Tensor, modes: Modes, rule: Rule) -> float:

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.stats import norm
+from torch import Tensor
 
 from bayes_mpt.program.batched import Batched
-from bayes_mpt.program.latents import space
+from bayes_mpt.program.latents import Space, space
 from bayes_mpt.program.layout import from_rows
 from bayes_mpt.program.run import run
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from bayes_mpt.predictors.nodes.guide import GuideDraws
     from bayes_mpt.predictors.nodes.weighted import Nodes
 
-__all__ = ["FALSE", "slopes_at", "what_is_missed"]
+__all__ = ["FALSE", "numbers_at", "slopes_at", "slopes_of", "what_is_missed"]
 
 Array = NDArray[np.float64]
 
@@ -34,23 +35,33 @@ TINY = 1e-300
 
 def slopes_at(bound: GuideDraws, nodes: Nodes) -> tuple[Array, Array]:
     """The draws of a guide as unconstrained numbers u (S, N, d), and the slope of log p(u, x) there."""
-    drawn, program, names = bound.drawn(nodes.args, None), bound.structure, nodes.last.names
+    where, u = numbers_at(bound, nodes)
+    return u.double().cpu().numpy(), slopes_of(bound, nodes, where, u)
+
+
+def numbers_at(bound: GuideDraws, nodes: Nodes) -> tuple[Space, Tensor]:
+    """The space of the latents that a guide draws, and its draws there, u (S, N, d)."""
+    program, names = bound.structure, nodes.last.names
     n_draws, n_rows, _ = nodes.last.latents.shape
     sites = [site for site in program.latents if site.name in names]
     parts = nodes.last.latents.split([site.width for site in sites], -1)
-    where = space(program, run(bound.model, drawn.args.filled), names)
+    where = space(program, run(bound.model, nodes.args.filled), names)
     given = {s.name: from_rows(part, s.shape, s.row_axis) for s, part in zip(sites, parts, strict=True)}
-    u = where.pack_values(given, n_draws, n_rows)
+    return where, where.pack_values(given, n_draws, n_rows)
+
+
+def slopes_of(bound: GuideDraws, nodes: Nodes, where: Space, u: Tensor) -> Array:
+    """The slope (S, N, d) of log p(u, x) at unconstrained numbers u (S, N, d)."""
+    drawn, slopes = bound.drawn(nodes.args, None), []
     seen = torch.ones(drawn.value.shape[1], dtype=torch.bool, device=drawn.value.device)
-    slopes = []
-    for part in u.split(1 if bound.batched is Batched.LOOP else n_draws):
+    for part in u.split(1 if bound.batched is Batched.LOOP else len(u)):
         with torch.enable_grad():
             leaf = part.clone().requires_grad_()
             values, log_det = where.values(leaf)
             inner, beside, *_ = drawn.given(values, len(leaf))
             total = (inner.log_joint(drawn.value, seen) + beside + log_det).sum()
             slopes.append(torch.autograd.grad(total, leaf, materialize_grads=True)[0])
-    return u.double().cpu().numpy(), torch.cat(slopes).double().cpu().numpy()
+    return torch.cat(slopes).double().cpu().numpy()
 
 
 def what_is_missed(u: Array, slope: Array, share: Array) -> str:

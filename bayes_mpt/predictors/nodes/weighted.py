@@ -75,6 +75,8 @@ class Read(NamedTuple):
     """Of those sites."""
     located: Any = None
     """What the nodes were placed by, so that others can be placed alike."""
+    error: Tensor | None = None
+    """(N,) nats of Z, where the nodes were placed for the error that they leave."""
     stratum: Tensor | None = None
     """(S,) what part of a mixture each was drawn of, where the number of draws of each part was fixed."""
 
@@ -108,6 +110,10 @@ class NodeSource(Bound):
 
     def schedule(self, whole: Batch, masks: Policy | None, seed: int = 0) -> list[Objective]:
         return [nodes_objective(self, whole, masks)]
+
+    def settled(self, nodes: Nodes, read: Read, log_part: Tensor, visible: Tensor) -> tuple[Read, Tensor]:
+        """Nodes, and log of each one's part (S, N) of Z; in place of those that do not serve others that do."""
+        return read, log_part
 
     def _alone(self, nodes: Nodes, mask: Tensor) -> Tensor:
         """Log-densities (N, T) of tokens alone, given the visible ones of a mask (T,)."""
@@ -200,9 +206,9 @@ class Nodes(Conditionals):
         structure = structure if source is None else source.structure
         assert structure is not None
         self.structure, self.value, self.scale = structure, read.value, read.scale
-        self._fixed, self._whole = fixed, cast(Tensor | None, None)
+        self._fixed, self._whole = fixed, cast(tuple[Read, Tensor] | None, None)
         # to run the program again, at other nodes
-        self._leaves = Leaves(source.parameters) if source is not None and source.relocates else None
+        self.leaves = Leaves(source.parameters) if source is not None and source.relocates else None
 
     def at_nodes(self, read: Read) -> Nodes:
         """The same rows at other nodes."""
@@ -227,9 +233,8 @@ class Nodes(Conditionals):
         return Nodes(None, Args(()), {}, read, self.structure)
 
     def evidence(self, orders: Tensor | None = None) -> Evidence:
-        if self.source is None:  # what serves for any rows is exact
-            return super().evidence()
-        return self.source.evidence(self)
+        # what serves for any rows is exact
+        return super().evidence() if self.source is None else self.source.evidence(self)
 
     def conditionals(self, visible: Tensor) -> Tensor:
         alone = self.at_one_place if self.source is None else partial(self.source._alone, self)
@@ -238,24 +243,23 @@ class Nodes(Conditionals):
 
     def at_one_place(self, mask: Tensor) -> Tensor:
         """log Z(R + i) - log Z(R) (N, T), both at the nodes for R."""
-        read = self._at(mask)
-        log_prob = read.log_weight + read.given.log_joint(self.value, mask)  # (S, N)
+        read, log_prob = self._at(mask)
         step = (log_prob[..., None] + read.given.predictive(self.value, mask)).logsumexp(0)
         return _gain(step, self._log_z(log_prob, mask)[:, None])
 
     def each_at_its_own(self, mask: Tensor) -> Tensor:
         """The same, with nodes for every R + i: a token can move the posterior away from those placed without it."""
-        read = self._at(mask)
-        before = self._z_of(read, mask)
+        read, log_prob = self._at(mask)
+        before = self._log_z(log_prob, mask)
         out = torch.zeros_like(self.value)
         for token in (~mask).nonzero()[:, 0]:
             more = mask.clone()
             more[token] = True
-            out[:, token] = _gain(self._z_of(self._at(more, read), more), before)
+            out[:, token] = _gain(self._log_z(self._at(more, read)[1], more), before)
         return out
 
     def chain(self, order: Tensor, stops: list[int] | None = None) -> Tensor:
-        if self._leaves is not None:
+        if self.leaves is not None:
             stretches = list(pairwise(stops or range(order.shape[1] + 1)))
             return torch.stack([self._relocated_chain(tokens, stretches) for tokens in order])
         seen, out, read = ~self.value.isnan(), [], self.last
@@ -295,11 +299,9 @@ class Nodes(Conditionals):
         return self.last.given.doubt(self.value, self.log_weights()[:, 0])
 
     def posterior(self, visible: Tensor | None = None) -> Posterior:
-        x = self.value
-        mask = self._everything() if visible is None else visible
-        read = self._at(mask) if visible is not None else self.last
-        share = self._log_weights(read, mask).softmax(0)  # (S, N)
-
+        x, mask = self.value, self._everything() if visible is None else visible
+        read, log_part = self._at(mask)
+        share = log_part.softmax(0)  # (S, N)
         inner = read.given.posterior(x, mask)
 
         def mean_of(part: Tensor) -> Tensor:
@@ -361,21 +363,15 @@ class Nodes(Conditionals):
         return out
 
     def _joint(self) -> Tensor:
-        everything = self._everything()
-        return self._log_z(self._log_weights(self.last, everything), everything)
+        return self._log_z(self.log_weights(), self._everything())
 
     def log_weights(self) -> Tensor:
         """Log of each node's part of the score (S, N)."""
-        return self._log_weights(self.last, self._everything())
+        return self.whole()[1]
 
-    def _log_weights(self, read: Read, mask: Tensor) -> Tensor:
-        """Log of each node's part of Z (S, N); of all tokens once for the score and what is asked of latents."""
-        whole = read is self.last and not torch.is_grad_enabled() and bool(mask.all())
-        if whole and self._whole is not None:
-            return self._whole
-        found = read.log_weight + read.given.log_joint(self.value, mask)
-        self._whole = found if whole else self._whole
-        return found
+    def whole(self) -> tuple[Read, Tensor]:
+        """The nodes for all tokens, and log of each one's part of the score (S, N)."""
+        return self._at(self._everything())
 
     @cached_property
     def _has_holes(self) -> bool:
@@ -385,13 +381,20 @@ class Nodes(Conditionals):
     def _everything(self) -> Tensor:
         return torch.ones(self.value.shape[1], dtype=torch.bool, device=self.value.device)
 
-    def _at(self, mask: Tensor, near: Read | None = None) -> Read:
-        """Nodes for this visible set, looked for from those of another."""
-        if self.source is None or self._leaves is None or bool(mask.all()):
-            return self.last
-        self._leaves.refuse_others()
+    def _at(self, mask: Tensor, near: Read | None = None) -> tuple[Read, Tensor]:
+        """Nodes for this visible set, looked for from another's, and log of each one's part (S, N) of Z."""
+        read, kept = self.last, bool(mask.all()) and not torch.is_grad_enabled()
+        if kept and self._whole is not None:
+            return self._whole
+        source = self.source
         with SetLatents(self._fixed):
-            return self.source.place(self.args, mask, (near or self.last).located)
+            if source is not None and self.leaves is not None and not bool(mask.all()):
+                self.leaves.refuse_others()
+                read = source.place(self.args, mask, (near or read).located)
+            found = read.log_weight + read.given.log_joint(self.value, mask)
+            read, found = (read, found) if source is None else source.settled(self, read, found, mask)
+        self._whole = (read, found) if kept else self._whole
+        return read, found
 
     def _relocated_chain(self, tokens: Tensor, stretches: list[tuple[int, int]]) -> Tensor:
         """Every Z at nodes of its own, so that the sum is that of all tokens; the mean of each stretch."""
@@ -401,15 +404,11 @@ class Nodes(Conditionals):
         for start, end in stretches:
             visible = visible.clone()
             visible[tokens[start:end]] = True
-            read = self._at(visible, read)
-            now = self._z_of(read, visible)
+            read, log_prob = self._at(visible, read)
+            now = self._log_z(log_prob, visible)
             out[:, tokens[start:end]] = _gain(now, before)[:, None] / (end - start)
             before = now
         return out
-
-    def _z_of(self, read: Read, mask: Tensor) -> Tensor:
-        """log Z (N,) of these tokens at nodes that were placed for them."""
-        return self._log_z(read.log_weight + read.given.log_joint(self.value, mask), mask)
 
     def _log_z(self, log_prob: Tensor, mask: Tensor) -> Tensor:
         """(S, N) -> (N,); 0 for rows of which nothing is visible."""

@@ -12,7 +12,7 @@ from scipy.integrate import quad
 from scipy.stats import norm
 
 from bayes_mpt import BayesMPT
-from bayes_mpt.predictors.nodes import quadrature
+from bayes_mpt.predictors.nodes import panel_nodes
 from bayes_mpt.predictors.nodes.panels import roughness
 
 F64 = torch.float64
@@ -152,7 +152,7 @@ def test_smooth_densities_take_no_panels(monkeypatch):
         with pyro.plate("rows", len(x)):
             pyro.sample("y", dist.StudentT(x.new_tensor(3.0), 0.0, scale), obs=x[:, 0])
 
-    monkeypatch.setattr(quadrature, "by_panels", never)
+    monkeypatch.setattr(panel_nodes, "by_panels", never)
     assert BayesMPT(model).fit(Y[:, None]).log_marginal_likelihood_se_ < 1e-6
 
 

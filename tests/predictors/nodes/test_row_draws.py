@@ -42,7 +42,9 @@ def test_draws_of_learned_shapes_are_right_on_the_average(rows):
         assert at.rows.placing.draws.n_points < 100 and at.rows.n_nodes < 100
         found = {d: search.densities(args, flat, seen, d)(u)[1].numpy() - prior for d in ("usual", "rough")}
         again = search.densities(args, flat, seen, "usual")(u)[1].numpy() - prior
-    np.testing.assert_allclose(again, found["usual"], rtol=1e-7)  # the same draws of the same shapes
+    np.testing.assert_allclose(
+        again, found["usual"], rtol=1e-4
+    )  # the same draws, from climbs that began elsewhere
     ratio = np.exp(found["usual"] - truth)
     se = ratio.std() / np.sqrt(len(ratio))
     assert abs(ratio.mean() - 1) < 3 * se < 0.25

@@ -124,8 +124,6 @@ def test_a_row_whose_density_is_a_step():
     args = (torch.as_tensor(x),)
     read = Quadrature().bind(program, args).read(args)
     found = read.evidence()
-    assert (
-        abs(float(read.score().sum()) - truth) > 0.01
-    )  # 61 nodes that reach far, which more of them must find out
+    assert float(read.score().sum()) == pytest.approx(truth, abs=1e-4)  # of the even steps of the truth
     assert 0 < found.se <= 0.01
     assert float(found.by_row.sum()) == pytest.approx(truth, abs=2 * found.se)
