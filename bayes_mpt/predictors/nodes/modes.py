@@ -19,7 +19,7 @@ from bayes_mpt.predictors.nodes import few_visible as few
 from bayes_mpt.predictors.nodes.conjugacy import prior_draws
 from bayes_mpt.predictors.nodes.mixture import Modes, Orbits
 from bayes_mpt.predictors.nodes.newton import MET, Peaks, by_halves, climb, distances
-from bayes_mpt.predictors.nodes.pieces import by_draws, shaped
+from bayes_mpt.predictors.nodes.pieces import Both, by_draws, shaped
 from bayes_mpt.predictors.nodes.placing import Placing
 from bayes_mpt.predictors.nodes.placing_trials import placing_inside, placing_of_rows
 from bayes_mpt.predictors.nodes.population import moved
@@ -195,9 +195,12 @@ class ModeSearch:
 
     def check(self, args: Args, x: Tensor, visible: Tensor, modes: Modes, n: int) -> tuple[float, float]:
         """log Z of latents that all rows share by n draws of the mixture, and its standard error."""
-        climbs = _Climbs(self.adaptive, args, x, visible)
         with pyro.validation_enabled(False), torch.no_grad():
-            return by_draws(climbs.both, modes, n)
+            return by_draws(self.densities(args, x, visible, "usual"), modes, n)
+
+    def densities(self, args: Args, x: Tensor, visible: Tensor, detail: Detail) -> Both:
+        """log p(u) and log p(u, x_R) of latents that all rows share."""
+        return partial(_Climbs(self.adaptive, args, x, visible).both, detail=detail)
 
     def move(self, args: Args, x: Tensor, visible: Tensor, modes: Modes, n: int) -> Modes:
         """A mixture moved to where draws of it, n of a round, say that the posterior of shared latents is."""
@@ -274,8 +277,7 @@ class _Climbs:
 
     def search(self) -> Modes:
         """From the middle of the prior, near 0 and from draws; from more of these where a mode was found by few."""
-        n = self._n_starts()
-        most = n
+        most = n = self._n_starts()
         if self.adaptive.batched is not Batched.LOOP:
             most = max(n, min(MAX_STARTS, 4 * WORK // (self._cells * self.width)))
         starts = self._starts(n)
