@@ -162,8 +162,7 @@ class ModeSearch:
             few.place_inside(self.adaptive, args, x, x.new_zeros(1, 1, 0))
         elif new:
             with pyro.validation_enabled(False), torch.no_grad():
-                every = torch.ones(x.shape[1], dtype=torch.bool, device=x.device)
-                near = near or self.adaptive.locate(args, x, every)
+                near = near or self.adaptive.locate(args, x, x.new_ones(x.shape[1]).bool())
                 self._few = x.detach(), few.further_starts(self.adaptive, args, x, near)
         if self._few is None or self._few[1] is None:
             return placing
@@ -174,11 +173,9 @@ class ModeSearch:
         """Modes of rows, with how far the density reaches around each."""
         if modes.reach is not None:
             return modes
-        everything = torch.ones(x.shape[1], dtype=torch.bool, device=x.device)
-        placing, width = self._placing(args, x), self.adaptive.space.width
-        return self.adaptive.locate(
-            args, x, everything, placing, alone_rule(width, fine=True).cut, near=modes
-        )
+        everything = x.new_ones(x.shape[1]).bool()
+        cut = alone_rule(self.adaptive.space.width, fine=True).cut
+        return self.adaptive.locate(args, x, everything, self._placing(args, x), cut, near=modes)
 
     @property
     def placing(self) -> Placing:
@@ -193,10 +190,12 @@ class ModeSearch:
                 known = self._rows = x.detach(), placing_of_rows(self.adaptive, args, x, self.rule)
         return known[1]
 
-    def check(self, args: Args, x: Tensor, visible: Tensor, modes: Modes, n: int) -> tuple[float, float]:
-        """log Z of latents that all rows share by n draws of the mixture, and its standard error."""
+    def check(
+        self, args: Args, x: Tensor, visible: Tensor, modes: Modes, n: int, prior: Tensor | None = None
+    ) -> tuple[float, float, float]:
+        """log Z of latents that all rows share by n draws of the mixture: `by_draws`."""
         with pyro.validation_enabled(False), torch.no_grad():
-            return by_draws(self.densities(args, x, visible, "usual"), modes, n)
+            return by_draws(self.densities(args, x, visible, "usual"), modes, n, prior)
 
     def densities(self, args: Args, x: Tensor, visible: Tensor, detail: Detail) -> Both:
         """log p(u) and log p(u, x_R) of latents that all rows share."""
@@ -204,9 +203,9 @@ class ModeSearch:
 
     def move(self, args: Args, x: Tensor, visible: Tensor, modes: Modes, n: int) -> Modes:
         """A mixture moved to where draws of it, n of a round, say that the posterior of shared latents is."""
-        climbs = _Climbs(self.adaptive, args, x, visible)
+        detail = _Climbs(self.adaptive, args, x, visible).proposing
         with pyro.validation_enabled(False), torch.no_grad():
-            return moved(partial(climbs.both, detail=climbs.proposing), modes, n)
+            return moved(self.densities(args, x, visible, detail), modes, n)
 
 
 class _Climbs:
@@ -241,14 +240,14 @@ class _Climbs:
 
         def of(part: Tensor) -> tuple[Tensor, Tensor]:
             given, log_det, _ = self.adaptive.at(self.args, part[:, None])
-            prior = (given.log_prior(self.x) + log_det).expand(len(part), 1)[:, 0]
+            prior = given.log_prior(self.x) + log_det
             joint = given.with_detail(detail).log_joint(self.x, self.visible) + log_det
-            return prior, joint.expand(len(part), 1)[:, 0]
+            return prior.expand(len(part), 1)[:, 0], joint.expand(len(part), 1)[:, 0]
 
-        never = (u.new_full((1,), -math.inf), u.new_full((1,), -math.inf))
+        never = (u.new_full((1,), -math.inf),) * 2
         parts = [by_halves(of, part, never) for part in self._at_once(u)]
-        prior, joint = (torch.cat(each) for each in zip(*parts, strict=True))
-        return prior, joint
+        priors, joints = zip(*parts, strict=True)
+        return torch.cat(priors), torch.cat(joints)
 
     def _n_starts(self) -> int:
         """How many draws of the prior climbs start at, at first."""
