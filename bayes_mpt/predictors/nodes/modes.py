@@ -432,8 +432,9 @@ class _Climbs:
         if not bool(ends.any()):
             ends = torch.zeros_like(top)
             ends[peaks.value.nan_to_num(-math.inf).argmax()] = True
-        constant = 0.5 * self.width * math.log(2 * math.pi)
-        log_mass = peaks.value + torch.linalg.slogdet(peaks.root)[1] + constant
+        log_mass = (
+            peaks.value + torch.linalg.slogdet(peaks.root)[1] + 0.5 * self.width * math.log(2 * math.pi)
+        )
         index = ends.nonzero()[:, 0]
         index = index[log_mass[index].argsort(descending=True)]
         inverse = torch.linalg.inv(peaks.root[index])
