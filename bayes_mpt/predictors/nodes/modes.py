@@ -280,8 +280,7 @@ class _Climbs:
         most = n = self._n_starts()
         if self.adaptive.batched is not Batched.LOOP:
             most = max(n, min(MAX_STARTS, 4 * WORK // (self._cells * self.width)))
-        starts = self._starts(n)
-        peaks, n_starts = self._climb(starts), n
+        peaks, n_starts = self._climb(self._starts(n)), n
         while True:
             # the climb from the middle is no draw: it finds no mode often
             found, _ = self._distinct(peaks, _hits(peaks, peaks.same[1:]))
@@ -432,9 +431,8 @@ class _Climbs:
         if not bool(ends.any()):
             ends = torch.zeros_like(top)
             ends[peaks.value.nan_to_num(-math.inf).argmax()] = True
-        log_mass = (
-            peaks.value + torch.linalg.slogdet(peaks.root)[1] + 0.5 * self.width * math.log(2 * math.pi)
-        )
+        constant = 0.5 * self.width * math.log(2 * math.pi)
+        log_mass = peaks.value + torch.linalg.slogdet(peaks.root)[1] + constant
         index = ends.nonzero()[:, 0]
         index = index[log_mass[index].argsort(descending=True)]
         inverse = torch.linalg.inv(peaks.root[index])
