@@ -28,15 +28,15 @@ from bayes_mpt.predictors.nodes.rules import degrees_of
 
 __all__ = ["Bent", "Warp", "led"]
 
-MAX_ROUNDS = 10
-AT_POSTERIOR = 3  # rounds of them with the posterior itself
+MAX_ROUNDS = 12
+AT_POSTERIOR = 4  # rounds of them with the posterior itself
 PER_NUMBER = 3.0  # effective draws for each number of a covariance, that a fit rests on
 MIN_EFFECTIVE = 100
 PER_PIECE = 20.0  # effective draws for each piece
 MAX_PIECES = 5  # with ten of them two numbers of six came out three errors too low
 N_FITS = 8  # steps of expectation maximisation
 COMMON = 10.0  # draws that half of the covariance of all counts as, in that of a piece
-WIDER = 1.5  # variances of the final pieces, in those fitted
+WIDER = 2.0  # variances of the final pieces, in those fitted
 POWERS = (0.3, 1.7)  # of the transformations
 
 

@@ -23,6 +23,7 @@ __all__ = ["Leading"]
 
 MANY = 3  # latents of a row, from which a rule that reaches far has many nodes
 PER_NUMBER = 5  # draws of a round for each number of a covariance at the least
+OF_PRIOR = 2  # draws of the prior for each one of a round
 N_LEARNED = 32  # places at which the shapes of rows are learned
 N_TRIED = 8  # of these, where it is seen how nodes must stand
 
@@ -73,7 +74,7 @@ class Leading:
 
     def _led(self, args: Args, x: Tensor, visible: Tensor) -> Bent | None:
         at = self.search.adaptive
-        prior = prior_points(at, args.filled, self.n_draws)
+        prior = prior_points(at, args.filled, OF_PRIOR * self.n_draws)
         prior = prior[prior.isfinite().all(1)]
         both = self.search.densities(args, x, visible, "rough")
         log_prior, log_p = both(prior)

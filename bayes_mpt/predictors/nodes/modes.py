@@ -279,8 +279,7 @@ class _Climbs:
         most = n = self._n_starts()
         if self.adaptive.batched is not Batched.LOOP:
             most = max(n, min(MAX_STARTS, 4 * WORK // (self._cells * self.width)))
-        starts = self._starts(n)
-        peaks, n_starts = self._climb(starts), n
+        peaks, n_starts = self._climb(self._starts(n)), n
         while True:
             # the climb from the middle is no draw: it finds no mode often
             found, _ = self._distinct(peaks, _hits(peaks, peaks.same[1:]))
