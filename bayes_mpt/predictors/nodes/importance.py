@@ -220,7 +220,9 @@ class _AroundMode(NodeSource):
             log_q = torch.logaddexp(log_q + math.log1p(-share), log_prior + math.log(share))
         log_weight = torch.where(lost, -math.inf, part - log_q - math.log(self.n_draws))
         latents = constrained(self.adaptive.space, u)
-        return Read(given, log_weight, value, scale, latents, self.adaptive.space.names, found, stratum)
+        return Read(
+            given, log_weight, value, scale, latents, self.adaptive.space.names, found, stratum=stratum
+        )
 
     def _impossible(self, args: Args, u: Tensor, value: Tensor, visible: Tensor) -> Tensor:
         """(S, 1) whether the program has no number at a draw u (S, 1, d), or a matrix of it no Cholesky factor."""

@@ -189,7 +189,7 @@ class _Hermite(NodeSource):
         """The program at nodes u (Q, N, d) with log-weights (Q, N)."""
         given, part, scale = self.adaptive.at(args, u)
         latents = constrained(self.adaptive.space, u)
-        return Read(given, log_weight + part, value, scale, latents, self.adaptive.space.names, modes)
+        return Read(given, log_weight + part, value, scale, latents, self.adaptive.space.names, located=modes)
 
     def settled(self, nodes: Nodes, read: Read, log_part: Tensor, visible: Tensor) -> tuple[Read, Tensor]:
         modes = read.located
