@@ -8,13 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bayes_mpt.diagnostics import BAD_K, widening_of
 from bayes_mpt.predictors.base import Evidence, Guide, Predictor
 from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
 from bayes_mpt.predictors.nodes.mixture import Modes
 from bayes_mpt.predictors.nodes.modes import ModeSearch
 from bayes_mpt.predictors.nodes.panel_nodes import PanelNodes, Rows
 from bayes_mpt.predictors.nodes.panels import UNEVEN, roughness
-from bayes_mpt.predictors.nodes.rules import Detail, Rule, alone_rule, hermite
+from bayes_mpt.predictors.nodes.placing import integral
+from bayes_mpt.predictors.nodes.prior import prior_points
+from bayes_mpt.predictors.nodes.rules import CUT, Detail, Rule, alone_rule, far_rule, hermite
 from bayes_mpt.predictors.nodes.unseen import doubted
 from bayes_mpt.predictors.nodes.weighted import (
     Nodes,
@@ -27,6 +30,7 @@ from bayes_mpt.predictors.nodes.weighted import (
 from bayes_mpt.program.analysis import analyze
 from bayes_mpt.program.arguments import Args
 from bayes_mpt.program.program import Model, ModelError, Program
+from bayes_mpt.program.store import own_random_state
 
 __all__ = ["Quadrature"]
 
@@ -35,6 +39,11 @@ NODES = {1: 64, 2: 16, 3: 10, 4: 8}  # along each axis, by the number of latents
 MAX_NODES = 8192  # around all modes together, where these are several
 ROUGH = 0.01  # nats of change with more nodes, from which panels are, or draws are asked too
 N_CHECKS = 1024
+N_DRAWS = 4096  # where draws may do better than nodes
+N_MOVING = 500  # of a round that moves the mixture before
+PRIOR_ONE_IN = 8  # of them there is one of the prior
+DENSE = 1e-4  # nats of change, up to which nodes are not made denser
+MAX_CELLS = 2**22  # log-densities of tokens, for the densest
 MIN_NODES = 3  # along each axis
 MAX_WHOLE = 1024  # nodes, up to which all are tried at once
 SHELLS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9)  # share of a Gaussian outside of each
@@ -245,11 +254,13 @@ class _Hermite(NodeSource):
             finer = nodes.at_nodes(self._on_panels(nodes, modes, torch.ones_like(nodes.value[0]).bool())[0])
             return self._of_panels(finer, finer.last, diagnostics)
         se = max(abs(change), uneven)
+        if around.reach is not None and self.adaptive.space.width > 1:
+            many, se = self._denser(nodes, around, finest, many, max(se, _size(many - few)), diagnostics)
         if self.structure.by_row:
             return Evidence(many, se, diagnostics)
         if n_modes > 1:
             se += _beyond(finer.log_weights(), modes, finest)
-        return self._doubted(nodes, many, self._checked(nodes, many, se, diagnostics), diagnostics)
+        return self._doubted(nodes, *self._better(nodes, many, se, diagnostics), diagnostics)
 
     def _with_rows_inside(self, nodes: Nodes) -> Evidence:
         """The evidence where rows or groups have nodes of their own at each node."""
@@ -266,13 +277,63 @@ class _Hermite(NodeSource):
         se = self._checked(nodes, many, max(se, outside, uneven if detail == "fine" else 0.0), diagnostics)
         return self._doubted(nodes, many, se, diagnostics)
 
+    def _denser(
+        self, nodes: Nodes, modes: Modes, rule: Rule, many: Tensor, se: float, diagnostics: dict[str, Any]
+    ) -> tuple[Tensor, float]:
+        """log Z (N,) with twice as many steps along each axis while that changes it, and the error of its sum.
+
+        Two rules that differ by a few nodes may be wrong alike where a density has its mass at corners, which its
+        tails reach along other lines than the axes. Half the step leaves a small part of the error of the whole.
+        """
+        value, width = nodes.value, modes.mode.shape[-1]
+        everything = torch.ones(value.shape[1], dtype=torch.bool, device=value.device)
+        density = self.adaptive.row_density(nodes.args, value, everything, {})
+        n, cells = (
+            round(len(rule.t) ** (1 / width)),
+            len(modes.mode) * value.numel() * self.adaptive.n_evaluations,
+        )
+        while se > DENSE:
+            n = 2 * n - 1
+            if n**width * cells > MAX_CELLS:
+                break
+            found = integral(density, modes, far_rule(width, n, CUT["fine"]), value.shape[1])
+            found = torch.where(value.isnan().all(1), 0.0, found)
+            se, many = _size(found - many), found
+            diagnostics["n_nodes"] = n
+        return many, se
+
+    def _better(
+        self, nodes: Nodes, many: Tensor, se: float, diagnostics: dict[str, Any]
+    ) -> tuple[Tensor, float]:
+        """log Z (1,) and its error by nodes, or by draws of the same mixture where theirs is smaller."""
+        modes = nodes.last.located
+        if not (modes.has_pieces or se > ROUGH):
+            return many, se
+        everything = torch.ones(nodes.value.shape[1], dtype=torch.bool, device=nodes.value.device)
+        drawn, its, k = self._by_draws(nodes, everything, N_DRAWS if se > ROUGH else N_CHECKS)
+        diagnostics["by draws of the same mixture"] = drawn
+        se, its = math.hypot(se, drawn - float(many.sum())), its * widening_of(k)
+        if k > BAD_K or its >= se:
+            return many, se
+        diagnostics["pareto_k"] = k
+        return torch.full_like(many, drawn), its
+
+    def _by_draws(self, nodes: Nodes, everything: Tensor, n: int) -> tuple[float, float, float]:
+        """log Z by n draws of the mixture, moved by the weights of others, and a few of the prior: `by_draws`."""
+        args, value = nodes.args, nodes.value
+        with own_random_state(0):
+            modes = self.modes.move(args, value, everything, nodes.last.located, N_MOVING)
+            prior = prior_points(self.adaptive, args.filled, n // PRIOR_ONE_IN).to(value)
+        known = bool(prior.isfinite().all())  # a vague prior has draws that no number stands for
+        return self.modes.check(args, value, everything, modes, n, prior if known else None)
+
     def _checked(self, nodes: Nodes, many: Tensor, se: float, diagnostics: dict[str, Any]) -> float:
         """The error, after draws: nodes of one rule may agree and both be wrong."""
         modes = nodes.last.located
         if not self.adaptive.space.parts or not (modes.has_pieces or se > ROUGH):
             return se
         everything = torch.ones(nodes.value.shape[1], dtype=torch.bool, device=nodes.value.device)
-        by_draws, _ = self.modes.check(nodes.args, nodes.value, everything, modes, N_CHECKS)
+        by_draws, _, _ = self.modes.check(nodes.args, nodes.value, everything, modes, N_CHECKS)
         diagnostics["by draws of the same mixture"] = by_draws
         return math.hypot(se, by_draws - float(many.sum()))
 
