@@ -50,6 +50,7 @@ SHELLS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9)  # share of a Gaussian outsi
 CORNERS = (
     1e-6  # share of a Gaussian at nodes that are left out, of many at each of which rows or groups have nodes
 )
+SMOOTH = 1 / 8  # of what is uneven is left between twice as many nodes: of a bend a fourth, of a jump half
 NO_PART = 0.01  # of the error: what is left out is no more
 LITTLE = 5e-3  # share of the integral that a shell adds, beyond which rows and groups are integrated roughly
 
@@ -188,14 +189,20 @@ class _Hermite(NodeSource):
         """The program at nodes u (Q, N, d) with log-weights (Q, N)."""
         given, part, scale = self.adaptive.at(args, u)
         latents = constrained(self.adaptive.space, u)
-        return Read(given, log_weight + part, value, scale, latents, self.adaptive.space.names, modes)
+        return Read(given, log_weight + part, value, scale, latents, self.adaptive.space.names, located=modes)
 
     def settled(self, nodes: Nodes, read: Read, log_part: Tensor, visible: Tensor) -> tuple[Read, Tensor]:
         modes = read.located
         if self.asked or not self._one_axis(modes) or read.error is not None:
             return read, log_part
-        if self._uneven(read, log_part) <= (0.0 if self.panels.jumps else UNEVEN):
+        uneven = self._uneven(read, log_part)
+        if uneven <= (0.0 if self.panels.jumps else UNEVEN):
             return read, log_part
+        if not (self.panels.jumps and torch.is_grad_enabled()):  # slopes of jumps are those of panels
+            finer = self._around(nodes.args, nodes.value, modes, self._rule(modes, finer=True))
+            part = finer.log_weight + finer.given.log_joint(nodes.value, visible)
+            if self._uneven(finer, part) <= min(UNEVEN, SMOOTH * uneven):
+                return finer, part
         return self._on_panels(nodes, modes, visible)
 
     def _one_axis(self, modes: Modes) -> bool:
