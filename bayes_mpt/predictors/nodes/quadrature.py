@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bayes_mpt.diagnostics import BAD_K
 from bayes_mpt.predictors.base import Evidence, Guide, Predictor
 from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
 from bayes_mpt.predictors.nodes.mixture import Modes
 from bayes_mpt.predictors.nodes.modes import ModeSearch
 from bayes_mpt.predictors.nodes.panel_nodes import PanelNodes, Rows
 from bayes_mpt.predictors.nodes.panels import UNEVEN, roughness
+from bayes_mpt.predictors.nodes.replicates import by_replicates
 from bayes_mpt.predictors.nodes.rules import Detail, Rule, alone_rule, hermite
 from bayes_mpt.predictors.nodes.unseen import doubted
 from bayes_mpt.predictors.nodes.weighted import (
@@ -232,12 +234,36 @@ class _Hermite(NodeSource):
         if self._one_axis(modes) and (uneven > UNEVEN or _size(many - few) > ROUGH):
             finer = nodes.at_nodes(self._on_panels(nodes, modes, torch.ones_like(nodes.value[0]).bool())[0])
             return self._of_panels(finer, finer.last, diagnostics)
+        if self.adaptive.space.width == 2:  # of more a finer rule has too few nodes along each axis to tell
+            uneven = _uneven_axes(log_part, n_modes)
         se = max(abs(change), uneven)
+        if n_modes > 1 and not self.structure.by_row:
+            se += _beyond(finer.log_weights(), modes, finest)
+        if self.adaptive.space.width > 1 and se > ROUGH:
+            many, se = self._sharper(nodes, many, se, diagnostics)
+        elif not self.structure.by_row:
+            se = self._checked(nodes, many, se, diagnostics)
         if self.structure.by_row:
             return Evidence(many, se, diagnostics)
-        if n_modes > 1:
-            se += _beyond(finer.log_weights(), modes, finest)
-        return self._doubted(nodes, many, self._checked(nodes, many, se, diagnostics), diagnostics)
+        return self._doubted(nodes, many, se, diagnostics)
+
+    def _sharper(
+        self, nodes: Nodes, many: Tensor, se: float, diagnostics: dict[str, Any]
+    ) -> tuple[Tensor, float]:
+        """log Z (N,) of several latents by draws, where these have a smaller error than the nodes, and its error."""
+        value, modes = nodes.value, nodes.last.located
+        everything = torch.ones(value.shape[1], dtype=torch.bool, device=value.device)
+        density = self.adaptive.row_density(nodes.args, value, everything, {})
+        found, k = by_replicates(density, modes, value.shape[1] * self.adaptive.n_evaluations)
+        empty = value.isnan().all(1)
+        log_z = torch.where(empty, 0.0, found.log_z)
+        error = float(torch.where(empty, 0.0, found.error).square().sum().sqrt())
+        diagnostics["by draws of the same mixture"] = float(log_z.sum())
+        if not (error < se and k < BAD_K):
+            # as `_checked` does
+            return many, se if self.structure.by_row else math.hypot(se, float((log_z - many).sum()))
+        diagnostics["n_nodes"] = found.n_evaluations
+        return log_z, error
 
     def _with_rows_inside(self, nodes: Nodes) -> Evidence:
         """The evidence where rows or groups have nodes of their own at each node."""
@@ -320,6 +346,13 @@ def _changes(rule: Rule, finer: Rule, change: float) -> dict[str, Any]:
     """By how much the finer rule has changed log Z, in words."""
     n_nodes, more = (round(len(r.t) ** (1 / max(1, r.t.shape[1]))) for r in (rule, finer))
     return {"n_nodes": more, f"change from {n_nodes} nodes": change}
+
+
+def _uneven_axes(log_part: Tensor, n_modes: int) -> float:
+    """Nats by which jumps along an axis of a product rule of two (J Q^2, N) may move the sum of all rows."""
+    n = math.isqrt(len(log_part) // n_modes)
+    grid = log_part.unflatten(0, (n_modes, n, n))
+    return max(float(roughness(part.flatten(0, 1)).sum()) for part in (grid, grid.transpose(1, 2)))
 
 
 def _size(change: Tensor) -> float:
