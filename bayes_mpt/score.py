@@ -5,7 +5,6 @@ score(x) = sum_k sum_i weight[k, i] * log p(x_i | x_visible[k])        (arXiv 23
 
 from __future__ import annotations
 
-import inspect
 import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -33,6 +32,7 @@ from bayes_mpt.predictors.objective import chains_unless_own
 from bayes_mpt.predictors.own_order import own_order, refuse_masks
 from bayes_mpt.predictors.self_predictive import OWN_MASKS
 from bayes_mpt.program.program import Model, Order, list_names
+from bayes_mpt.program.run import signature_of
 from bayes_mpt.runtime.serial import left_as_found, methods_take_turns, takes_turns, turn
 
 __all__ = [
@@ -429,8 +429,7 @@ def _positional(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     """All arguments in the order of the program's signature."""
     if not kwargs:
         return args
-    target = model.forward if isinstance(model, torch.nn.Module) else model
-    bound = inspect.signature(target).bind(*args, **kwargs)
+    bound = signature_of(model).bind(*args, **kwargs)
     bound.apply_defaults()
     if bound.kwargs:
         raise TypeError(

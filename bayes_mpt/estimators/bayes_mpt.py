@@ -285,7 +285,7 @@ class BayesMPT(
         template: Fitted | None = self.__dict__.pop("_template", None)
         model = PPCA() if self.model is None else self.model
         with_y = y is not None and takes_y(model)
-        widths = widths_of(X)
+        widths = widths_of(X) if isinstance(X, tuple) else None
         check_program(model, with_y=with_y, n_inputs=1 if widths is None else len(widths))
         if self.guide is not None:
             check_program(self.guide, with_y=with_y, name="guide")

@@ -35,13 +35,21 @@ from bayes_mpt.predictors.choice import MAX_INIT_ROWS, choose_for_table
 from bayes_mpt.predictors.new_rows import growing
 from bayes_mpt.predictors.self_predictive import sees_all
 from bayes_mpt.program.arguments import filling
-from bayes_mpt.program.devices import own_random_state, random_states, set_random_states
 from bayes_mpt.program.location import location_parameter
 from bayes_mpt.program.offers import offered
 from bayes_mpt.program.program import Model, ModelError
 from bayes_mpt.program.run import not_finite
 from bayes_mpt.program.statistics import SufficientStatistics, digest_of_rows, far_means
-from bayes_mpt.program.store import Initial, OwnStore, State, load, save
+from bayes_mpt.program.store import (
+    Initial,
+    OwnStore,
+    State,
+    load,
+    own_random_state,
+    random_states,
+    save,
+    set_random_states,
+)
 from bayes_mpt.runtime.interrupts import to_be_discarded
 from bayes_mpt.runtime.serial import one_thread
 from bayes_mpt.warnings import AdviceWarning, warn
@@ -235,9 +243,9 @@ def _read(
     )
     initial = store.initial()
     store.begin(None if start is None else start.state)
-    if not table.more:
-        refuse_one_row(len(table.X), predictor.structure.parameters)
     structure = predictor.structure
+    if not table.more and len(table.X) == 1:
+        refuse_one_row(1, structure.parameters)
     if structure.parts is None:  # else its first run has shown what is asked there
         check_bound(predictor, model, args, table.X, table.y, trainer.names)
     advice = offered(model, "advice")
@@ -451,7 +459,8 @@ def _score_of_training(problem: training.Problem, fit: training.Fit, trainer: Tr
         if structure.takes_visible and read.value.numel() * whole.args[0].shape[1] > MAX_CHAIN_CELLS:
             return _Score(read, *training.total_on_masks(read, trainer.seed), exact=False, drawn=True)
         found = read.evidence()
-    warn_of_weights(found.diagnostics)
+    if found.diagnostics:
+        warn_of_weights(found.diagnostics)
     by_row = found.by_row if whole.weight is None else whole.weight * found.by_row
     drawn = found.drawn or structure.takes_visible
     return _Score(read, float(by_row.sum()), found.se, found.exact, drawn)

@@ -20,11 +20,11 @@ from bayes_mpt.predictors import Bound, Conditionals, Predictor, choose
 from bayes_mpt.predictors.base import Frozen, Guide
 from bayes_mpt.program.affine import DenseMap
 from bayes_mpt.program.arguments import fill
-from bayes_mpt.program.devices import at_once, check_device, moved, own_random_state
+from bayes_mpt.program.devices import at_once, check_device, moved
 from bayes_mpt.program.offers import name_of, offered
 from bayes_mpt.program.program import Model, ModelError, list_names
 from bayes_mpt.program.statistics import SufficientStatistics, digest_of_rows
-from bayes_mpt.program.store import Initial, OwnStore, State
+from bayes_mpt.program.store import Initial, OwnStore, State, own_random_state
 from bayes_mpt.warnings import SlowProgramWarning, warnings_of
 
 __all__ = ["OPTIONAL", "Fitted", "Latents", "n_at_once"]

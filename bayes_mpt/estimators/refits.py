@@ -20,8 +20,8 @@ from sklearn.utils._param_validation import HasMethods, Interval
 from bayes_mpt.estimators.bayes_mpt import BayesMPT
 from bayes_mpt.estimators.candidates import Candidate, Facts
 from bayes_mpt.estimators.rows import as_tensor, checked_rows, rows_of
-from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.offers import offered_of_itself
+from bayes_mpt.program.store import own_random_state
 from bayes_mpt.runtime.serial import one_thread
 from bayes_mpt.training import Ascent
 

@@ -147,10 +147,9 @@ def check_program(program: Any, *, with_y: bool, name: str = "model", n_inputs: 
         )
     if isinstance(program, BaseEstimator) and hasattr(program, "_parameter_constraints"):
         program._validate_params()
-    target = program.forward if isinstance(program, torch.nn.Module) else program
-    said = getattr(program, "__name__", type(program).__name__)
+    said = name_of(program).partition("(")[0]
     try:
-        signature = signature_of(target)
+        signature = signature_of(program)
     except (TypeError, ValueError):
         return  # it does not say
     if name == "model" and n_inputs == 1 and not with_y and takes_y(program) and needs_y(program):
@@ -187,9 +186,8 @@ def takes_y(model: Model) -> bool:
     """Whether the program has a second positional argument besides `visible`."""
     if takes_visible(model):
         return False
-    target = model.forward if isinstance(model, torch.nn.Module) else model
     try:
-        kinds = [p.kind for p in signature_of(target).parameters.values()]
+        kinds = [p.kind for p in signature_of(model).parameters.values()]
     except (TypeError, ValueError):
         return True
     one, either = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
@@ -198,8 +196,7 @@ def takes_y(model: Model) -> bool:
 
 def needs_y(model: Model) -> bool:
     """Whether the program's second argument, which it has, has no default."""
-    target = model.forward if isinstance(model, torch.nn.Module) else model
-    parameters = list(signature_of(target).parameters.values())
+    parameters = list(signature_of(model).parameters.values())
     return len(parameters) > 1 and parameters[1].default is inspect.Parameter.empty
 
 

@@ -16,11 +16,10 @@ from bayes_mpt.estimators.fitted import Fitted
 from bayes_mpt.estimators.rows import as_tensor, refuse_far
 from bayes_mpt.inputs import wanted
 from bayes_mpt.predictors.nodes.annealed import Annealed, AnnealedImportance, Bracket
-from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.offers import name_of
 from bayes_mpt.program.program import list_names
 from bayes_mpt.program.simulation import simulate, simulate_in_order
-from bayes_mpt.program.store import OwnStore
+from bayes_mpt.program.store import OwnStore, own_random_state
 
 __all__ = ["bracket", "draw_missing", "draw_rows"]
 

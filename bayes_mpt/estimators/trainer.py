@@ -23,9 +23,8 @@ from bayes_mpt.predictors.gaussian.incomplete import FewCellsError
 from bayes_mpt.predictors.gaussian.profile import NoiseFloorError
 from bayes_mpt.predictors.objective import chains_unless_own
 from bayes_mpt.program.arguments import has_missing
-from bayes_mpt.program.devices import seed_programs
 from bayes_mpt.program.offers import offered
-from bayes_mpt.program.store import State, load, save
+from bayes_mpt.program.store import State, load, save, seed_programs
 from bayes_mpt.runtime.digests import CannotDigest, digest_of, in_words
 from bayes_mpt.training import Ascent, Epochs, Fit, Problem, Steps, Training
 from bayes_mpt.warnings import (
@@ -41,6 +40,7 @@ __all__ = ["Trainer", "trainer_of"]
 
 MAX_SETTLING = 2  # rounds of training in which what was found out at the start is found out anew
 STARTS_WITH_HOLES = 8  # of a linear-Gaussian map with missing cells, where n_init is "auto"
+ASCENT, STEPS = Ascent(), Steps()  # where no training is asked for; nobody changes them
 TRIALS, TRIAL_STEPS = 4, 20  # starts and steps of L-BFGS instead, where no EM is known; the best goes on
 
 
@@ -97,8 +97,8 @@ class Trainer:
         try:
             try:
                 fit, how, n_before = self._train(problem, prior, warm, ended)
-                ended.keep(fit)
                 if problem.has_holes and not fit.interrupted:
+                    ended.keep(fit)
                     fit.at_zero = training.noise_at_zero(problem)
             except KeyboardInterrupt:
                 fit = ended.interrupted()
@@ -189,7 +189,7 @@ class Trainer:
             masks = chains_unless_own(bound)
         stages = [replace(problem, objective=o) for o in bound.schedule(problem.whole, masks, self.seed)]
         noisy = stages[-1].objective.noisy
-        how = self.training if self.training is not None else Steps() if noisy else Ascent()
+        how = self.training if self.training is not None else STEPS if noisy else ASCENT
         if how.by_masks or not noisy:
             return how, stages
         drawn = (

@@ -15,10 +15,10 @@ from pyro.infer.mcmc.util import initialize_model
 from torch import Tensor
 
 from bayes_mpt.inputs import unmasked
-from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.latents import Space
 from bayes_mpt.program.program import Model, ModelError
 from bayes_mpt.program.run import one_precision, signature_of, takes_visible
+from bayes_mpt.program.store import own_random_state
 
 __all__ = [
     "MIN_DRAWS",

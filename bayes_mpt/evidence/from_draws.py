@@ -39,9 +39,9 @@ from bayes_mpt.predictors.nodes.weighted import program_values
 from bayes_mpt.program.analysis import analyze
 from bayes_mpt.program.arguments import Args
 from bayes_mpt.program.batched import Batched
-from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.program import Model, ModelError, one_vector
 from bayes_mpt.program.shifts import observing_cells, of_cells
+from bayes_mpt.program.store import own_random_state
 from bayes_mpt.runtime.serial import takes_turns
 from bayes_mpt.warnings import DrawsWarning, warn
 

@@ -32,12 +32,12 @@ from bayes_mpt.predictors.nodes.slopes import numbers_at, slopes_of, what_is_mis
 from bayes_mpt.predictors.nodes.symmetries import Coordinates
 from bayes_mpt.predictors.nodes.weighted import Nodes, warn_if_slow
 from bayes_mpt.program.batched import Batched
-from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.latents import Space
 from bayes_mpt.program.program import Model
 from bayes_mpt.program.run import SetLatents
 from bayes_mpt.program.shifts import observing_cells
 from bayes_mpt.program.sites import is_point, latent_nodes
+from bayes_mpt.program.store import own_random_state
 from bayes_mpt.program.whole_plates import whole_plates
 from bayes_mpt.runtime.serial import takes_turns
 from bayes_mpt.warnings import DrawsWarning, warn

@@ -19,9 +19,9 @@ from torch.distributions import transform_to
 from bayes_mpt.predictors import Batch, Bound, Objective
 from bayes_mpt.program.arguments import rows_of
 from bayes_mpt.program.batched import Batched, found_out
-from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.offers import offered
 from bayes_mpt.program.program import Model
+from bayes_mpt.program.store import own_random_state
 
 __all__ = [
     "LogLikelihood",

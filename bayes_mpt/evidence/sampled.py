@@ -140,7 +140,7 @@ def sample_evidence(
     _check(n_latents, prior, shape, complete)
     if not n_latents:
         cells = Cells(*(a.cpu().double().numpy() for a in statistics.of_cells()))
-        return _without_latents(cells, statistics.n_rows, prior, shape, n_islands, seed)
+        return _without_latents(cells, prior, shape, n_islands, seed)
     pairs = statistics if complete else statistics.available()
     mean, rest = pairs.mean.cpu().numpy(), np.zeros(0)
     posterior: FactorPosterior
@@ -223,7 +223,7 @@ def _starts(posterior: FactorPosterior, factors: Factors, rest: Array, cov: Cova
 
 
 def _without_latents(
-    cells: Cells, n_rows: int, prior: FactorPrior, shape: Array | None, n_islands: int, seed: int
+    cells: Cells, prior: FactorPrior, shape: Array | None, n_islands: int, seed: int
 ) -> SampledEvidence:
     """The integral in closed form, and draws from it."""
     value, e, weight = independent_columns(cells, prior, shape)

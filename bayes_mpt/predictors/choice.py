@@ -258,7 +258,7 @@ def choose_for_table(
             # Its covariance may be made whole: initial values from as many rows as that costs little, at random,
             # since of a series the first rows are no sample.
             some = torch.randperm(n_rows)[:MAX_INIT_VECTOR].sort().values.numpy()
-            first_run(model, fill_all(arguments(some)))
+            first_run(model, fill_all(arguments(some)), labels=False)
             return choose(model, args, predictor=predictor, guide=guide), args
     n_init = MAX_INIT_CELLS // n_columns
     # "auto" begins with a run on all rows itself, if they are not too many

@@ -3,7 +3,7 @@
 In the room:
 
 - ``program`` says what a program is made of, as plain data; ``offers`` what it may say of itself.
-- ``run`` runs it, with ``store`` and ``devices`` around it; ``batched`` runs it at many values; ``arguments`` are
+- ``run`` runs it, with ``store`` around it, on ``devices``; ``batched`` runs it at many values; ``arguments`` are
   what it is called with, ``statistics`` their moments, ``location`` where they lie.
 - ``analysis`` finds out what it is, from a `FirstRun` and others that are compared with it; ``sites`` and ``layout``
   are its sites, rows and tokens.

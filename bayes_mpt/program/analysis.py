@@ -29,6 +29,7 @@ from bayes_mpt.program.sites import (
     factor_nodes,
     latent_nodes,
     observed_nodes,
+    own_masks,
     own_shown,
     sub_samples,
 )
@@ -129,7 +130,9 @@ def look(model: Model, args: tuple[Any, ...]) -> Analysis:
         check_sites(first)
     once = FirstRun(model, init, program, first)
     refuse_hidden(once)
-    refuse_cells_twice(once)
+    plain = len(nodes) == 1 and _is_argument(nodes[0]["value"], init)
+    if not plain:
+        refuse_cells_twice(once)
     refuse_unregistered_parameters(first)
     position = _observed_argument(program, first, init)
     real = all(_is_real(base(n["fn"])) for n in nodes)
@@ -146,9 +149,12 @@ def look(model: Model, args: tuple[Any, ...]) -> Analysis:
         program, verdict = ordered
     program = _with_moving(program, first, verdict.other)
     once = once._replace(program=program)
-    refuse_unmoved(once)
-    refuse_selection(once, by_tokens=verdict.order is None)
-    refuse_other_rows(once)
+    if not plain:
+        refuse_unmoved(once)
+    if any(own_masks(n, n["fn"].event_dim) or isinstance(n["scale"], Tensor) for n in (*nodes, *latents)):
+        refuse_selection(once, by_tokens=verdict.order is None)
+    if not plain:
+        refuse_other_rows(once)
     if verdict.order is not None:
         # each row is read at its own values, and missing cells that others look at are refused there
         program = one_vector(program) if verdict.coupled else program
@@ -161,6 +167,11 @@ def look(model: Model, args: tuple[Any, ...]) -> Analysis:
     program = program._replace(observed_argument=position if cells else None)
     program = with_meeting_entries(model, init, program) if program.discrete else program
     return Analysis(program, init, first, verdict.other, position, verdict.by_number)
+
+
+def _is_argument(value: Tensor, args: tuple[Any, ...]) -> bool:
+    """Whether an observed value is an argument itself: its cells as they stand, each once."""
+    return any(value is a for a in args) and 0 not in value.stride()
 
 
 def _with_moving(program: Program, first: Trace, other: Trace | None) -> Program:
@@ -189,8 +200,8 @@ def _steps_in_plate(first: FirstRun, real: bool) -> tuple[Program, Verdict] | No
 def _refuse_scales(scales: dict[str, float]) -> None:
     if len(set(scales.values())) > 1:
         raise ModelError(
-            f"sites have different scales {scales}: a score weighs all sites alike. Sub-sample the rows plate, or put "
-            "poutine.scale around the whole program"
+            f"sites have different scales {scales}: a density to a power other than one is none. Leave poutine.scale "
+            "away, or let the rows plate draw the rows that it stands for (subsample_size)"
         )
 
 

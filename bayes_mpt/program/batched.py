@@ -15,6 +15,8 @@ import torch
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 __all__ = ["TOGETHER", "Batched", "MappedEnumeration", "Tensors", "found_out", "run_mapped", "vmapped"]
 
@@ -32,6 +34,12 @@ class Batched(Enum):
 
 TOGETHER = (Batched.PLATE, Batched.VMAP)
 """The ways of one run, the cheaper first."""
+
+WRITTEN = "vmap: inplace arithmetic"
+"""In torch's message where what differs from node to node is written into memory that does not."""
+MADE = {torch.zeros, torch.ones, torch.empty, torch.full}
+MADE |= {torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like}
+MADE |= {Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, Tensor.new_full}
 
 
 def found_out(same: Callable[[Batched], bool], ways: Sequence[Batched] = TOGETHER) -> Batched:
@@ -60,13 +68,51 @@ def found_out(same: Callable[[Batched], bool], ways: Sequence[Batched] = TOGETHE
 
 
 def vmapped(alone: Callable[..., Any], in_dims: Any = 0, randomness: str = "error") -> Callable[..., Any]:
-    """`torch.vmap` of a function that runs a program."""
+    """`torch.vmap` of a function that runs a program, also of one that fills memory that it has made.
+
+    Examples
+    --------
+    >>> def shares(a):
+    ...     p = torch.zeros(2)  # one for all, so that vmap writes nothing into it
+    ...     p[0], p[1] = a, 1 - a
+    ...     return p
+    >>> vmapped(shares)(torch.tensor([0.25, 0.5]))
+    tensor([[0.2500, 0.7500],
+            [0.5000, 0.5000]])
+    """
+
+    def own_memory(*values: Any) -> Any:
+        with _OwnMemory(values):
+            return alone(*values)
 
     def together(*values: Any) -> Any:
         with pyro.validation_enabled(False):  # a check would have to branch on its values
-            return torch.vmap(alone, in_dims, randomness=randomness)(*values)
+            try:
+                return torch.vmap(alone, in_dims, randomness=randomness)(*values)
+            except RuntimeError as error:
+                if WRITTEN not in str(error):
+                    raise
+            return torch.vmap(own_memory, in_dims, randomness=randomness)(*values)
 
     return together
+
+
+class _OwnMemory(TorchFunctionMode):
+    """What a program makes (`torch.zeros`) is made for every node, so that it can be filled with its values."""
+
+    def __init__(self, values: Any):
+        super().__init__()
+        batched = torch._C._functorch.is_batchedtensor
+        one = next(v for v in tree_leaves(values) if isinstance(v, Tensor) and batched(v))
+        self.nothing = torch.zeros_like(one.detach().flatten()[0])
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """A call of torch."""
+        found = func(*args, **(kwargs or {}))
+        if func not in MADE:
+            return found
+        nothing = self.nothing.to(found.dtype)
+        return found | nothing if found.dtype == torch.bool else found + nothing
 
 
 def run_mapped(
@@ -118,7 +164,14 @@ def run_mapped(
 
 
 class MappedEnumeration(EnumMessenger):
-    """Pyro's enumeration of discrete latents, also under `torch.vmap`."""
+    """Pyro's enumeration of discrete latents, also under `torch.vmap`, and of reparametrised ones in `pyro.markov`."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        """Keep to the sites that were reached: a reparametrised one is known to `pyro.markov` before its own parts."""
+        scope = msg["infer"].get("_markov_scope", {})
+        for name in [n for n in scope if n not in self._markov_depths]:
+            del scope[name]
+        super()._pyro_sample(msg)
 
     def _pyro_post_sample(self, msg: Any) -> None:
         """Remember the axes of a value: Pyro asks ``value.data`` for its shape, which vmap refuses to give."""

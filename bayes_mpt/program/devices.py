@@ -1,25 +1,14 @@
-"""Devices: refuse one that is not there, take what holds tensors to another, leave all random states as they were."""
+"""Devices: refuse one that is not there, take what holds tensors to another, give a GPU more at once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from io import BytesIO
 from typing import Any
 
 import cloudpickle
 import torch
-from torch import Tensor
 
-__all__ = [
-    "at_once",
-    "check_device",
-    "moved",
-    "own_random_state",
-    "random_states",
-    "seed_programs",
-    "set_random_states",
-]
+__all__ = ["at_once", "check_device", "moved"]
 
 
 def at_once(n_numbers: int, device: torch.device, times: int = 8) -> int:
@@ -36,38 +25,6 @@ def check_device(device: str) -> None:
             f"device={device!r} is not one that torch finds here ({str(error).splitlines()[0]}): "
             'set_params(device="cpu")'
         ) from error
-
-
-def seed_programs(seed: int) -> None:
-    """Give torch's global generators, from which programs draw, a seed."""
-    # torch.manual_seed also notes three call stacks for the day when CUDA may start: some milliseconds
-    torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_available():
-        torch.cuda.manual_seed_all(seed)
-
-
-@contextmanager
-def own_random_state(seed: int | None = None) -> Iterator[None]:
-    """Programs draw from torch's global generators: give them a seed, if there is one, and put them back."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
-        if seed is not None:
-            seed_programs(seed)
-        yield
-
-
-def random_states() -> list[Tensor]:
-    """Of torch's global generators: the CPU's, then those of all GPUs."""
-    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return [torch.get_rng_state(), *gpus]
-
-
-def set_random_states(states: list[Tensor]) -> None:
-    """Put back what `random_states` gave, those of GPUs as far as they are here."""
-    torch.set_rng_state(states[0])
-    if torch.cuda.is_available():
-        for i, state in enumerate(states[1 : torch.cuda.device_count() + 1]):
-            torch.cuda.set_rng_state(state, i)
 
 
 def moved(content: Any, device: str) -> Any:

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from bayes_mpt.program.batched import Batched, MappedEnumeration, Tensors, run_mapped
 from bayes_mpt.program.densities import log_density, unrepeated
-from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.factors import Factors, Question, Tokens
 from bayes_mpt.program.joint_values import JointValues, meeting_plates
 from bayes_mpt.program.layout import check_shape, rows_axis, sum_by_row, token_values
@@ -28,6 +27,7 @@ from bayes_mpt.program.program import Model, ModelError, Observed, Program, n_ro
 from bayes_mpt.program.run import FAILURES, NODES, SetLatents, nodes_plate, one_precision, run
 from bayes_mpt.program.seen_labels import with_seen_labels
 from bayes_mpt.program.sites import base, is_subsample, latent_nodes, node_of, own_masks
+from bayes_mpt.program.store import own_random_state
 from bayes_mpt.program.unconstrained import latent_density
 
 __all__ = ["enumerated_log_probs", "plain_log_probs", "read_factors", "with_meeting_entries"]

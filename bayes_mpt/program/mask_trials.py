@@ -21,7 +21,6 @@ from bayes_mpt.program.run import FirstRun, run
 from bayes_mpt.program.sites import (
     node_of,
     observed_nodes,
-    own_masks,
     own_shown,
     plate_axis,
     sub_samples,
@@ -60,10 +59,6 @@ def refuse_selection(first: FirstRun, *, by_tokens: bool = True) -> None:
         With the site and what to do.
     """
     program, held = first.program, first.latents
-    nodes = [node_of(first.trace, name) for name in (*program.site_names, *program.latent_names)]
-    computed = any(own_masks(n, n["fn"].event_dim) or isinstance(n["scale"], Tensor) for n in nodes)
-    if not computed:
-        return
     before = _view(first.trace, program)
     for at in other_points(first.model, first.args, first.trace):
         with torch.no_grad(), pyro.validation_enabled(False), moved_parameters(at.size, at.seed):

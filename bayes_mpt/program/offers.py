@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pyro.poutine.reparam_messenger import ReparamHandler
 from torch import Tensor
 from torch.nn import Module
 
@@ -184,8 +185,9 @@ def name_of(model: Any) -> str:
     >>> name_of(walk), name_of(partial(walk, lags=2)), name_of(PPCA(2))
     ('walk', 'walk', 'PPCA(n_components=2)')
     """
-    while isinstance(model, Around | partial):
-        model = model.model if isinstance(model, Around) else model.func
+    while isinstance(model, Around | partial | ReparamHandler):
+        inner = {Around: "model", partial: "func", ReparamHandler: "fn"}
+        model = next(getattr(model, name) for kind, name in inner.items() if isinstance(model, kind))
     name = getattr(model, "__name__", None)
     if isinstance(name, str):
         return name

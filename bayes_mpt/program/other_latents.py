@@ -13,11 +13,10 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import constraints
 
-from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.program import Model
 from bayes_mpt.program.run import FAILURES, run, values_of
 from bayes_mpt.program.sites import latent_nodes, sub_samples
-from bayes_mpt.program.store import moved_parameters
+from bayes_mpt.program.store import moved_parameters, own_random_state
 from bayes_mpt.program.supports import support_of
 
 __all__ = ["Point", "other_points", "run_on_others"]

@@ -26,7 +26,6 @@ from torch import Tensor
 
 from bayes_mpt.program.arguments import changes, fill_all, same_cells
 from bayes_mpt.program.densities import CellDensity
-from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.factor_checks import FactorSums, Point
 from bayes_mpt.program.factor_laws import Cells, Column, frames_of, log_factor_of, log_law, log_part
 from bayes_mpt.program.program import Model, ModelError, list_names
@@ -38,7 +37,7 @@ from bayes_mpt.program.sites import (
     own_masks,
     own_shown,
 )
-from bayes_mpt.program.store import OwnStore, moved_parameters
+from bayes_mpt.program.store import OwnStore, moved_parameters, own_random_state
 
 __all__ = ["Cells", "FactorTokens", "find_cells"]
 

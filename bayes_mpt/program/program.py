@@ -41,6 +41,10 @@ class HasFactors(ModelError):
     """A `pyro.factor` stands in the program, of which it is not known that it is a density of cells."""
 
 
+class ColumnObserved(ModelError):
+    """Values of shape (N, 1) are observed under a distribution of N numbers."""
+
+
 class SubSampled(ModelError):
     """A plate draws some of the rows beside latents of the data set: of these no number is the likelihood of all."""
 

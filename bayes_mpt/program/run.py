@@ -16,15 +16,16 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.poutine import runtime
+from pyro.poutine.reparam_messenger import ReparamHandler
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from bayes_mpt.program.arguments import fill_all, head
 from bayes_mpt.program.densities import log_density
-from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.program import Model, ModelError, NotPositiveDefinite, Program
 from bayes_mpt.program.seen_labels import with_seen_labels
 from bayes_mpt.program.sites import base, is_subsample, latent_nodes, sub_samples
+from bayes_mpt.program.store import own_random_state
 from bayes_mpt.program.unconstrained import UNCONSTRAINED
 
 __all__ = [
@@ -89,21 +90,35 @@ class SetLatents(poutine.messenger.Messenger):
 
 def takes_visible(program: Any) -> bool:
     """Whether a program or guide has an argument that tells it which tokens it sees."""
-    target = program.forward if isinstance(program, torch.nn.Module) else program
     try:
-        return "visible" in signature_of(target).parameters
+        return "visible" in signature_of(program).parameters
     except (TypeError, ValueError):
         return False
 
 
 def signature_of(target: Any) -> inspect.Signature:
-    """As `inspect.signature`; of an object whose class has a plain ``__call__``, remembered.
+    """As `inspect.signature`; of a network its ``forward``, of ``poutine.reparam(program, ...)`` the program's.
+
+    That of an object whose class has a plain ``__call__`` is remembered.
 
     Raises
     ------
     TypeError, ValueError
         As there.
+
+    Examples
+    --------
+    >>> def program(x, y=None): ...
+    >>> signature_of(poutine.reparam(program, config={}))
+    <Signature (x, y=None)>
     """
+    inner = getattr(target, "__wrapped__", None)
+    if isinstance(inner, ReparamHandler) and not hasattr(target, "__signature__"):
+        target = inner
+    while isinstance(target, ReparamHandler):
+        target = target.fn
+    if isinstance(target, torch.nn.Module):
+        target = target.forward
     call = vars(type(target)).get("__call__")
     if (
         type(call) is FunctionType
@@ -120,15 +135,18 @@ def _of_call(call: FunctionType) -> inspect.Signature:
     return inspect.signature(MethodType(call, object()))
 
 
-def run(model: Model, args: tuple[Any, ...], values: dict[str, Tensor] | None = None) -> Trace:
+def run(
+    model: Model, args: tuple[Any, ...], values: dict[str, Tensor] | None = None, *, labels: bool = True
+) -> Trace:
     """The trace of one run with these latent values; the random state stays as it was where latents are drawn.
 
+    ``labels``: whether sites that are observed in part are to be a latent and its tokens (`with_seen_labels`).
     A program that fails inside of handlers that it has entered itself leaves them to nobody.
     """
     handlers, plates = list(runtime._PYRO_STACK), list(runtime._DIM_ALLOCATOR._stack)
     try:
         with one_precision(args), own_random_state() if values is None else SetLatents(values):
-            return poutine.trace(with_seen_labels(model)).get_trace(*args)
+            return poutine.trace(with_seen_labels(model) if labels else model).get_trace(*args)
     except BaseException:
         runtime._PYRO_STACK[:], runtime._DIM_ALLOCATOR._stack[:] = handlers, plates
         raise
@@ -289,19 +307,19 @@ def _keep_masks(msg: Any) -> None:
         fn = fn.base_dist
 
 
-def first_run(model: Model, args: tuple[Any, ...]) -> tuple[Trace, tuple[Any, ...]]:
+def first_run(model: Model, args: tuple[Any, ...], *, labels: bool = True) -> tuple[Trace, tuple[Any, ...]]:
     """The first run, which initialises parameters from x, on all rows unless the table is very large."""
     if not args or not isinstance(args[0], Tensor) or args[0].ndim == 0:
         raise ModelError("the program must be called with a tensor of rows as its first argument")
     n_rows = max(64, MAX_INIT_CELLS // max(1, args[0][:1].numel()))
     init = args if len(args[0]) <= n_rows else head(args, n_rows)
     try:
-        return run(model, init), init
+        return run(model, init, labels=labels), init
     except (RuntimeError, ValueError, IndexError) as error:
         if init is args:
             raise
         try:  # the program insists on all its rows (data held in a closure, a plate of fixed size)
-            return run(model, args), args
+            return run(model, args, labels=labels), args
         except Exception:
             raise error from None
 

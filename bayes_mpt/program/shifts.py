@@ -25,7 +25,7 @@ from bayes_mpt.program.densities import log_density
 from bayes_mpt.program.layout import from_rows
 from bayes_mpt.program.offers import Around
 from bayes_mpt.program.program import Model, Shift, ValuesMove
-from bayes_mpt.program.run import takes_visible
+from bayes_mpt.program.run import signature_of, takes_visible
 from bayes_mpt.program.shift_trials import find_shifts
 from bayes_mpt.program.sites import is_subsample
 
@@ -69,7 +69,7 @@ class ObservesCells(Around):
 
     @property
     def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.model)
+        return signature_of(self.model)
 
 
 def shifts_of(model: Model) -> tuple[Shift, ...]:

@@ -15,12 +15,12 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from bayes_mpt.program.arguments import cell_name
-from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.layout import rows_first, token_values
 from bayes_mpt.program.program import Model, ModelError, Program
 from bayes_mpt.program.run import SetLatents, one_precision, run
 from bayes_mpt.program.shifts import of_cells
 from bayes_mpt.program.sites import latent_nodes, node_of, observed_nodes
+from bayes_mpt.program.store import own_random_state
 
 __all__ = ["simulate", "simulate_in_order"]
 

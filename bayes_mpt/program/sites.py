@@ -11,7 +11,7 @@ from pyro.distributions.torch import Independent
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from bayes_mpt.program.program import HasFactors, Latent, ModelError, Observed, Program
+from bayes_mpt.program.program import ColumnObserved, HasFactors, Latent, ModelError, Observed, Program
 
 __all__ = [
     "base",
@@ -75,10 +75,9 @@ def observed_nodes(trace: Trace, *, factors_too: bool = False, none_too: bool = 
             continue
         got, want = tuple(node["value"].shape), tuple(node["fn"].shape())
         if got != want:
-            column = (
-                "give a response of one column as y.ravel(), or frame['y'], or " if got == (*want, 1) else ""
-            )
-            raise ModelError(
+            of_column = got == (*want, 1)
+            column = "give a response of one column as y.ravel(), or frame['y'], or " if of_column else ""
+            raise (ColumnObserved if of_column else ModelError)(
                 f"observed site {node['name']!r} has values of shape {got} under a distribution of shape {want}: "
                 f"{column}write the rows plate with len(x), and .expand or .to_event where the distribution is too "
                 "small; a single column of a table is x[:, 0], of one row x[t, 0]"

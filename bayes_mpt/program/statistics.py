@@ -431,7 +431,8 @@ def _chunks(
     x: NDArray[np.floating] | Tensor, device: str, shift: NDArray[np.float64] | None
 ) -> Iterator[Any]:
     """Blocks of rows in float64, less the shift: numpy arrays on the CPU, tensors elsewhere."""
-    step = max(1, at_once(CHUNK_CELLS, torch.device(device)) // max(1, x.shape[1]))
+    n_cells = CHUNK_CELLS if device == "cpu" else at_once(CHUNK_CELLS, torch.device(device))
+    step = max(1, n_cells // max(1, x.shape[1]))
     for start in range(0, len(x), step):
         chunk = x[start : start + step]
         if device == "cpu":

@@ -1,6 +1,7 @@
-"""A parameter store of one's own around a Pyro program.
+"""Parameters and random numbers of one's own around a Pyro program.
 
-Pyro keeps parameters in one global store. A fit uses it and leaves it as it was.
+Pyro keeps parameters in one global store, and programs draw from torch's global generators. A fit uses them and leaves
+them as they were.
 """
 
 from __future__ import annotations
@@ -15,7 +16,18 @@ from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 
-__all__ = ["Initial", "OwnStore", "State", "load", "moved_parameters", "save"]
+__all__ = [
+    "Initial",
+    "OwnStore",
+    "State",
+    "load",
+    "moved_parameters",
+    "own_random_state",
+    "random_states",
+    "save",
+    "seed_programs",
+    "set_random_states",
+]
 
 
 class OwnStore:
@@ -123,3 +135,38 @@ def moved_parameters(size: float, seed: int = 0) -> Iterator[None]:
         with torch.no_grad():
             for leaf, value in zip(leaves, before, strict=True):
                 leaf.copy_(value)
+
+
+# ---------------------------------------------------------------------------------------------------- random numbers
+
+
+def seed_programs(seed: int) -> None:
+    """Give torch's global generators, from which programs draw, a seed."""
+    # torch.manual_seed also notes three call stacks for the day when CUDA may start: some milliseconds
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(seed)
+
+
+@contextmanager
+def own_random_state(seed: int | None = None) -> Iterator[None]:
+    """Programs draw from torch's global generators: give them a seed, if there is one, and put them back."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        if seed is not None:
+            seed_programs(seed)
+        yield
+
+
+def random_states() -> list[Tensor]:
+    """Of torch's global generators: the CPU's, then those of all GPUs."""
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return [torch.get_rng_state(), *gpus]
+
+
+def set_random_states(states: list[Tensor]) -> None:
+    """Put back what `random_states` gave, those of GPUs as far as they are here."""
+    torch.set_rng_state(states[0])
+    if torch.cuda.is_available():
+        for i, state in enumerate(states[1 : torch.cuda.device_count() + 1]):
+            torch.cuda.set_rng_state(state, i)

@@ -18,11 +18,11 @@ from pyro import poutine
 from pyro.ops import packed
 from torch import Tensor
 
-from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.factor_runs import enumerated_log_probs, plain_log_probs, read_factors
 from bayes_mpt.program.program import Model, ModelError, Program
 from bayes_mpt.program.run import FAILURES, run
 from bayes_mpt.program.sites import latent_nodes, sub_samples
+from bayes_mpt.program.store import own_random_state
 
 __all__ = ["check_values"]
 
@@ -149,5 +149,14 @@ def _compare(
         if found is None or not torch.allclose(found, other, rtol=rtol, atol=rtol, equal_nan=True):
             raise ModelError(
                 f"the program cannot run on all values of {list(program.discrete)} at once: site {name!r} has another "
-                f"log-density there than with these values alone. Their axis is left of all plates: {BROADCAST}"
+                f"log-density there than with these values alone. Their axis is left of all plates: "
+                f"{_outside(program)}{BROADCAST}"
             )
+
+
+def _outside(program: Program) -> str:
+    """How a discrete latent outside of the plates is written beside their entries; nothing where there is none."""
+    z = next((s.name for s in program.latents if s.discrete and not s.plates), None)
+    if z is None or not program.depth:
+        return ""
+    return f"{z!r} stands outside of them and meets their entries as it is, {z} and not {z}[..., None]; "

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from bayes_mpt.masks import torch_generator
 from bayes_mpt.predictors import Batch
-from bayes_mpt.program.devices import own_random_state, random_states, set_random_states
 from bayes_mpt.program.program import ModelError
 from bayes_mpt.program.statistics import digest_of_rows
+from bayes_mpt.program.store import own_random_state, random_states, set_random_states
 from bayes_mpt.runtime.checkpoints import make_room, read, write
 from bayes_mpt.training.problem import Fit, Problem, Report, check_start, restore
 

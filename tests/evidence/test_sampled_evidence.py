@@ -441,7 +441,7 @@ def test_the_error_of_surplus_columns():
     for seed, t, k, shape, n_runs in [(31, 4, 2, np.ones(4), 10), (32, 3, 1, None, 20)]:
         x = np.random.default_rng(seed).normal(size=(15, t)) * np.linspace(1.0, 1.5, t)
         prior = factor_prior(x)
-        truth, truth_se = complete_from_prior(x, k, prior, shape, 500_000, seed + 1)
+        truth, truth_se = complete_from_prior(x, k, prior, shape, 300_000, seed + 1)
         assert truth_se < 0.01
         found = [evidence(x, k, prior, shape, seed=s) for s in range(n_runs)]
         z += [(f.log_evidence - truth) / math.hypot(f.se, truth_se) for f in found]

@@ -146,7 +146,7 @@ def test_what_is_climbed_rises_with_every_step_and_the_score_is_that_of_the_prog
 
 @pytest.mark.slow
 @pytest.mark.parametrize("share", [0.0, 0.1])
-def test_the_fit_is_the_best_of_ten_starts_and_leaves_lbfgs_nothing(share):
+def test_the_fit_is_the_best_of_six_starts_and_leaves_lbfgs_nothing(share):
     x = with_holes(WINE, share, 2) if share else WINE
     model = MixtureOfFactorAnalyzers(2, 1)
     fitted = BayesMPT(model, random_state=0).fit(x)
@@ -154,7 +154,7 @@ def test_the_fit_is_the_best_of_ten_starts_and_leaves_lbfgs_nothing(share):
     assert fitted.converged_
     assert fitted.log_marginal_likelihood_ == pytest.approx(score_of(x, fitted.params_), abs=1e-6)
     rows = torch.as_tensor(x)
-    ends = [model.maximize(rows, start_of(x, 2, 1, seed), tol=1e-10, max_iter=199) for seed in range(10)]
+    ends = [model.maximize(rows, start_of(x, 2, 1, seed), tol=1e-10, max_iter=199) for seed in range(6)]
     held = model.penalty(rows)
     best = max(score_of(x, end) + float(held(end)) for end in ends)
     own = {name: torch.as_tensor(value) for name, value in fitted.params_.items()}

@@ -341,9 +341,7 @@ def test_what_is_refused_leaves_gradients_and_the_store_as_they_were():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "apart, seed, kind", [(5, 1, "full"), (8, 0, "tied"), (8, 2, "full"), (8, 3, "tied")]
-)
+@pytest.mark.parametrize("apart, seed, kind", [(5, 1, "full"), (8, 3, "tied")])
 def test_a_column_that_a_cluster_never_shows_stays_in_the_table(apart, seed, kind):
     """The score is flat along that centre but for rows of the other cluster, whose shares are all but zero."""
     rng = np.random.default_rng(seed)

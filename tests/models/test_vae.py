@@ -71,7 +71,7 @@ class TestEvidence:
     @pytest.mark.slow
     @pytest.mark.parametrize("share", [0.0, 0.4])
     def test_importance_against_a_grid(self, fitted, digits, share):
-        X = with_holes(digits[:60], share)
+        X = with_holes(digits[:30], share)
         truth = by_grid(fitted, X)
         sharp = clone_with(fitted, Importance(20000))
         got, se = sharp.score_rows(X)

@@ -221,14 +221,14 @@ def heavy_tailed(x):
 @pytest.mark.slow
 def test_errors_of_parts_add_up(monkeypatch):
     """Parts are drawn independently: the variance of a sum is the sum of their variances."""
-    x = normal_rows(2048).numpy()
+    x = normal_rows(1024).numpy()
     model = BayesMPT(heavy_tailed, predictor=Importance(10), training=Steps(max_iter=3), random_state=0)
     with pytest.warns():
         model.fit(x)
     _, whole = model.score_rows(x)
-    monkeypatch.setattr(fitted_module, "MAX_READ_CELLS", 256)  # parts of 256 rows
+    monkeypatch.setattr(fitted_module, "MAX_READ_CELLS", 128)  # parts of 128 rows
     _, parts = model.score_rows(x)
-    alone = [model.score_rows(x[i : i + 256])[1] for i in range(0, 2048, 256)]
+    alone = [model.score_rows(x[i : i + 128])[1] for i in range(0, 1024, 128)]
     assert min(alone) > 0
     # the mean of eight parts' errors would be a third of it, their sum three times as much
     assert parts == pytest.approx(whole, rel=0.15)

@@ -1,5 +1,7 @@
 """Labels of which some are seen (``obs_mask``): unknown ones summed out, seen ones tokens; against sums in scipy."""
 
+from typing import ClassVar
+
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -10,6 +12,8 @@ from scipy.special import logsumexp
 from scipy.stats import laplace, norm, poisson
 
 from bayes_mpt import BayesMPT
+from bayes_mpt.predictors.choice import choose
+from bayes_mpt.program.store import OwnStore
 
 PROBS, MEANS = np.array([0.2, 0.3, 0.5]), np.array([0.0, 2.0, 4.0])
 
@@ -48,6 +52,30 @@ def test_unknown_labels_are_summed_out_and_seen_ones_count(law, truth):
     assert fitted.score_samples(x, labels) == pytest.approx(summed(terms, labels), abs=1e-9)
     unknown = np.full(len(x), np.nan)
     assert fitted.score_samples(x, unknown) == pytest.approx(logsumexp(terms, axis=1), abs=1e-9)
+
+
+def test_a_statement_about_a_label_that_is_partly_seen_is_none():
+    """Of a mixture; labels are data besides, and the score is that of the program without its statement."""
+    x, labels = data()
+
+    class Stated:
+        mixture_map: ClassVar = {"weights": "w", "loc": "m", "scale_tril": "root"}
+
+        def __call__(self, x):
+            w = pyro.param("w", torch.tensor(PROBS), dist.constraints.simplex)
+            loc = pyro.param("m", torch.tensor(MEANS[:, None]))
+            root = pyro.param("root", torch.eye(1, dtype=torch.float64), dist.constraints.lower_cholesky)
+            known = torch.tensor(labels)
+            with pyro.plate("rows", len(x)):
+                prior = dist.Categorical(w)
+                kind = pyro.sample("kind", prior, obs=known.nan_to_num(), obs_mask=~known.isnan()).long()
+                pyro.sample("x", dist.MultivariateNormal(loc[kind], scale_tril=root), obs=x)
+
+    terms = np.log(PROBS) + norm.logpdf(x, MEANS, 1.0)
+    rows = (torch.tensor(x),)
+    with OwnStore():
+        score = choose(Stated(), rows).read(rows).score()
+    assert score.detach().numpy() == pytest.approx(summed(terms, labels), abs=1e-9)
 
 
 def test_labels_beside_gaussian_latents_of_the_row():

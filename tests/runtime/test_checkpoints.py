@@ -18,6 +18,7 @@ import threading
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -365,6 +366,7 @@ def test_what_has_no_value_is_named():
 SCRIPT = """
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 import numpy as np, pandas as pd, pyro, pyro.distributions as dist, torch
 from gpytorch.kernels import PeriodicKernel, RBFKernel, ScaleKernel
 from sklearn.base import BaseEstimator, TransformerMixin
@@ -975,11 +977,19 @@ def test_masks_are_remembered(tmp_path):
         trained(tmp_path / "t", masks=EverySize())
 
 
+@pytest.fixture(scope="module")
+def two_epochs(tmp_path_factory):
+    file = tmp_path_factory.mktemp("two_epochs") / "t"
+    model = trained(file, training={"max_epochs": 2})
+    return SimpleNamespace(model=model, content=file.read_bytes())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("make", ["empty", "cut", "torch", "other content"])
-def test_a_damaged_checkpoint_is_trained_anew(make, tmp_path):
-    want = trained(tmp_path / "t", training={"max_epochs": 2})
+def test_a_damaged_checkpoint_is_trained_anew(make, two_epochs, tmp_path):
+    want = two_epochs.model
     file, marker = tmp_path / "t", tmp_path / "executed"
+    file.write_bytes(two_epochs.content)
     if make == "torch":
         _as_torch(file, Payload(marker))
     elif make == "other content":

@@ -299,7 +299,6 @@ def free_loading(k):
 
 _first = np.linalg.eigh(np.corrcoef(SMALL_X.T))[1][:, -1]
 SIGNS = tensor(np.sign(_first))
-EYE = torch.eye(5, dtype=torch.float64)
 
 
 def starts_of(n, seed=0):

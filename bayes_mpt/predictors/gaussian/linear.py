@@ -208,7 +208,9 @@ class LinearRows(Conditionals):
         centre = loc.detach()
         shift = (root @ (loc - centre)[..., None]).mT  # (B, 1, T)
         out = []
-        step = max(1, at_once(CACHED_CHUNK, x.device) // max(1, loc.numel()))
+        step = max(1, len(x))
+        if step * loc.numel() > CACHED_CHUNK:
+            step = max(1, at_once(CACHED_CHUNK, x.device) // loc.numel())
         for i in range(0, len(x), step):
             white = (x[i : i + step] - centre[:, None]) @ root.mT  # (B, n, T)
             white = white - shift if loc.requires_grad else white
@@ -243,11 +245,11 @@ class LinearRows(Conditionals):
 
     def _log_density(self, x: Tensor) -> Tensor:
         loc, loading, noise = self.reading[:3]
+        few = x.shape[1] <= MAX_WHITENED and len(x) > x.shape[1] and len(loc) == 1
+        if few and not torch.is_grad_enabled() and x.dtype == torch.float64 and not bool(x.isnan().any()):
+            return self.at(x).score_under_each()[0]
         groups = group_rows(x, loc)
         seen = groups.seen[0]  # (G, T)
-        few = x.shape[1] <= MAX_WHITENED and len(x) > x.shape[1] and len(loc) == 1
-        if few and not torch.is_grad_enabled() and x.dtype == torch.float64 and _complete(seen):
-            return self.at(x).score_under_each()[0]
         residual = _residual(x, loc, seen)
         u, factor = (t[0] for t in self._latents(x, groups.seen, groups))
         # r' S^-1 r = |r - W u|^2 / noise + |u|^2 at the posterior mean u: sums of squares, nothing cancels

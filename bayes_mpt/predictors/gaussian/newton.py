@@ -28,6 +28,7 @@ LAST = 1e-2  # times the root of the tolerance, relative: a step that gains less
 DAMPING = 1e-2  # of the first step; up to it a step is one of Newton's, which tells where a climb ends
 BEHIND = 5.0  # times what a step is to gain: what a climb that ends above a known maximum may lack
 AGREED = 0.15  # of what a climb lacks: what a step is to gain less or more, if it leads to a known maximum
+MANY_PAIRS = 2**13  # T K (T - K), from which on sums over them take long
 GIVE_UP = 12  # steps after which a climb that is still below a known maximum ends
 
 
@@ -44,6 +45,9 @@ class Profile:
         log psi.
     prior : Prior, optional
         Of psi, of which a row has its share in the loss.
+    likely_passed : bool, default=False
+        Whether its loss is likely to be all that is asked for: the eigenvectors, which take longer than the
+        eigenvalues, are found when they are asked for.
 
     Examples
     --------
@@ -52,25 +56,50 @@ class Profile:
     np.True_
     """
 
-    def __init__(self, corr: Array, n_latents: int, log_noise: Array, prior: Prior | None = None):
-        root = np.exp(-0.5 * log_noise)
-        # numpy's has the same routine, and checks that cost as much as a decomposition of few tokens
-        value, vectors, failed = dsyevd((corr * root * root[:, None]).T, lower=1, overwrite_a=1)
-        if failed:
-            raise np.linalg.LinAlgError("the eigenvalues of the tokens' covariance did not converge")
-        self.log_noise, self.prior, self.n_latents = log_noise, prior, n_latents
+    def __init__(
+        self,
+        corr: Array,
+        n_latents: int,
+        log_noise: Array,
+        prior: Prior | None = None,
+        *,
+        likely_passed: bool = False,
+    ):
+        self.corr, self.log_noise, self.prior, self.n_latents = corr, log_noise, prior, n_latents
         self._curvature: list[Array] = []  # once it was asked for, under whichever prior
-        self.value, self.vectors = value[::-1], vectors[:, ::-1]  # lambda (T,), the largest first, u (T, T)
+        value, vectors = self._decomposed(vectors=not likely_passed)
+        self._vectors = None if likely_passed else vectors
+        self.value = value[::-1]  # lambda (T,), the largest first
         # theta_k = lambda_k for the latents that are used, 1 for all other directions
         n_used = int((self.value[:n_latents] > 1).sum())
-        n_rest = len(corr) - n_used
-        self.rest, self.used = value[:n_rest], value[n_rest:]  # lambda_m, lambda_k
-        self.v, self.u = vectors[:, :n_rest], vectors[:, n_rest:]
+        self.n_rest = len(corr) - n_used
+        self.rest, self.used = value[: self.n_rest], value[self.n_rest :]  # lambda_m, lambda_k
         self.lml = -0.5 * float(
             len(corr) * LOG_2PI + log_noise.sum() + np.log(self.used).sum() + n_used + self.rest.sum()
         )
         self.loss = self._loss()
         """Minus the LML a row, less a row's share of the log prior."""
+
+    def _decomposed(self, *, vectors: bool) -> tuple[Array, Array]:
+        """Eigenvalues (T,), the least first, and vectors (T, T), if asked for, of psi^-1/2 S psi^-1/2."""
+        root = np.exp(-0.5 * self.log_noise)
+        scaled = (self.corr * root * root[:, None]).T
+        # numpy's has the same routine, and checks that cost as much as a decomposition of few tokens
+        value, found, failed = dsyevd(scaled, compute_v=int(vectors), lower=1, overwrite_a=1)
+        if failed:
+            raise np.linalg.LinAlgError("the eigenvalues of the tokens' covariance did not converge")
+        return value, found
+
+    def _directions(self) -> Array:
+        """(T, T) eigenvectors, those of the least eigenvalues first."""
+        if self._vectors is None:
+            self._vectors = self._decomposed(vectors=True)[1]
+        return self._vectors
+
+    @property
+    def vectors(self) -> Array:
+        """(T, T) u, those of the largest eigenvalues first."""
+        return self._directions()[:, ::-1]
 
     def _loss(self) -> float:
         if self.prior is None:
@@ -89,21 +118,27 @@ class Profile:
 
     def slope(self) -> Array:
         """(T,) d LML / d log psi_i = -1/2 sum_m (1 - lambda_m) v_im^2, m over the unused directions."""
-        return -0.5 * self.v**2 @ (1 - self.rest)
+        return -0.5 * self._directions()[:, : self.n_rest] ** 2 @ (1 - self.rest)
 
     def curvature(self) -> Array:
         """Minus the Hessian (T, T) in log psi (Jennrich & Robinson 1969), k over the used directions.
 
         1/2 (sum_m lambda_m v_im v_jm) (sum_m v_im v_jm)
             + 1/2 sum_{k, m} (lambda_k + lambda_m)(1 - lambda_m) / (lambda_k - lambda_m) u_ik u_jk v_im v_jm
+
+        Of many tokens the second sum is in single precision, which takes two thirds of the time: nothing is read off
+        it but which way steps go, and the slope says where they end.
         """
         if self._curvature:
             return self._curvature[0].copy()
-        used, rest, u, v = self.used, self.rest, self.u, self.v
+        used, rest, n = self.used, self.rest, self.n_rest
+        u, v = self._directions()[:, n:], self._directions()[:, :n]
         hessian = 0.5 * ((v * rest) @ v.T) * (v @ v.T)
         if len(used):
             gap = np.maximum(used[:, None] - rest, 1e-12)
             weight = 0.5 * (used[:, None] + rest) * (1 - rest) / gap  # (K, T - K)
+            if u.size * n > MANY_PAIRS:
+                u, v, weight = u.astype(np.float32), v.astype(np.float32), weight.astype(np.float32)
             pairs = (u[:, :, None] * v[:, None, :]).reshape(len(u), -1)
             hessian += (pairs * weight.ravel()) @ pairs.T
         self._curvature.append(hessian)
@@ -159,9 +194,9 @@ class Climb:
         self.n_iter = 0
         """Steps of all climbs."""
 
-    def at(self, n_latents: int, log_noise: Array) -> Profile:
-        """A place to start from."""
-        return Profile(self.corr, n_latents, log_noise, self.prior)
+    def at(self, n_latents: int, log_noise: Array, *, likely_passed: bool = False) -> Profile:
+        """A place to start from, or on the way (`Profile`)."""
+        return Profile(self.corr, n_latents, log_noise, self.prior, likely_passed=likely_passed)
 
     def top(self, start: Profile, known: Profile | None = None) -> Profile:
         """The maximum above a place.
@@ -191,7 +226,9 @@ class Climb:
                     return here
                 if known is not None and damping <= DAMPING and _leads_to(known, here, trial, expected):
                     return known
-                there = self.at(here.n_latents, trial)
+                # a climb that has come to a known maximum is over
+                passed = known is not None and _near(trial, known.log_noise)
+                there = self.at(here.n_latents, trial, likely_passed=passed)
                 gain = loss - there.loss
                 if gain > 1e-4 * expected:
                     break

@@ -24,12 +24,12 @@ from bayes_mpt.predictors.objective import N_TRIAL_OUTPUTS, Batch, Objective, Ou
 from bayes_mpt.program.analysis import analyze
 from bayes_mpt.program.arguments import changes, fill_all, has_missing, rows_of, spread_rows
 from bayes_mpt.program.checks import refuse_unregistered
-from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.missing import nan_shows
 from bayes_mpt.program.offers import ANOTHER_PROGRAM, offered_of_itself
 from bayes_mpt.program.program import Model, ModelError, Program
 from bayes_mpt.program.run import FAILURES, run
 from bayes_mpt.program.sites import base, described, own_shown
+from bayes_mpt.program.store import own_random_state
 from bayes_mpt.program.trials import CLOSE
 
 __all__ = [
@@ -80,7 +80,7 @@ def _run_on_few(model: Model, args: tuple[Any, ...]) -> _Few | None:
         return None
     few = rows_of(args, spread_rows(len(args[0]), N_TRIAL_ROWS).to(args[0].device))
     try:
-        trace = run(model, fill_all(few))
+        trace = run(model, fill_all(few), labels=False)  # which are latents: this program has none
     except (RuntimeError, ValueError, IndexError):
         return None  # it says why where it is run on all its rows
     sites = [n for n in trace.nodes.values() if n["type"] == "sample"]
@@ -149,7 +149,7 @@ def _is_stated(model: Model, rows: tuple[Any, ...], node: Any) -> bool:
     other = (*filled[:-1], next(changes(filled[-1], real=True)))
     try:
         with torch.no_grad(), own_random_state(1):
-            again = base(run(model, other).nodes[node["name"]]["fn"])
+            again = base(run(model, other, labels=False).nodes[node["name"]]["fn"])
     except FAILURES:
         return False
     law, close = base(node["fn"]), CLOSE.get(filled[0].dtype, 1e-4)
@@ -161,7 +161,7 @@ def _is_stated(model: Model, rows: tuple[Any, ...], node: Any) -> bool:
 
 def moments(model: Model, args: tuple[Any, ...], program: Program) -> Moments:
     """Run the program on these rows, with gradients to its parameters."""
-    trace = run(model, fill_all(args))
+    trace = run(model, fill_all(args), labels=False)
     node = trace.nodes[program.sites[0].name]
     fn = base(node["fn"])
     value = node["value"]

@@ -34,7 +34,7 @@ class RowSets:
 
     def _one(self, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
         """A single run: on one set (k, ...), or on all sets (B, k, ...) where the program broadcasts."""
-        node = run(self.model, args).nodes[self.site]
+        node = run(self.model, args, labels=False).nodes[self.site]  # of a program without latents
         fn = base(node["fn"])
         return fn.loc, fn.covariance_matrix, node["value"].to(fn.loc)
 

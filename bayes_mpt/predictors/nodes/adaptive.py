@@ -38,12 +38,12 @@ from bayes_mpt.predictors.nodes.weighted import FixedSites, program_values
 from bayes_mpt.program.affine import read_side_by_side
 from bayes_mpt.program.arguments import Args
 from bayes_mpt.program.batched import Batched, found_out
-from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.factor_runs import read_factors
 from bayes_mpt.program.latents import Space, refuse_moving, space
 from bayes_mpt.program.program import Latent, Model, ModelError, Program, list_names, n_rows_of, split_events
 from bayes_mpt.program.run import SetLatents, run
 from bayes_mpt.program.sites import is_subsample, node_of, rows_given_shared
+from bayes_mpt.program.store import own_random_state
 from bayes_mpt.program.unconstrained import UNCONSTRAINED
 from bayes_mpt.program.value_checks import check_values
 

@@ -14,11 +14,11 @@ from bayes_mpt.predictors.gaussian.linear import LinearGaussian
 from bayes_mpt.predictors.nodes.weighted import FixedSites
 from bayes_mpt.program.affine import NotAffine
 from bayes_mpt.program.arguments import Args
-from bayes_mpt.program.devices import own_random_state, seed_programs
 from bayes_mpt.program.layout import rows_first
 from bayes_mpt.program.program import Latent, Model, Program
 from bayes_mpt.program.run import run
 from bayes_mpt.program.sites import base, node_of
+from bayes_mpt.program.store import own_random_state, seed_programs
 from bayes_mpt.program.unconstrained import latent_density
 
 __all__ = ["log_prior_of", "node_values", "non_conjugate", "prior_draws"]

@@ -14,11 +14,11 @@ from bayes_mpt.predictors.nodes.weighted import FixedSites, NodeSource, Read, pr
 from bayes_mpt.program.affine import same_by_label
 from bayes_mpt.program.arguments import N_TRIAL_ROWS, Args, cycle, fill_all
 from bayes_mpt.program.densities import log_density
-from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.factor_runs import read_factors
 from bayes_mpt.program.layout import rows_first
 from bayes_mpt.program.program import Model, ModelError, Program, list_names, split_events
 from bayes_mpt.program.run import run
+from bayes_mpt.program.store import own_random_state
 from bayes_mpt.program.value_checks import check_values
 
 __all__ = ["enumerated", "mixture_of_maps"]

@@ -51,7 +51,6 @@ ALONE = {1: 64, 2: 16, 3: 10, 4: 8}  # nodes along each axis of a group where no
 MAX_STEPS = 100
 FAR = 50.0  # of draws that underflow
 SURE = 1e-12  # of a log-density: what its last digits say
-FINER = 5  # times as many nodes, at the most
 CELLS = 2**20  # log-densities of tokens at a time, where no gradient needs them all
 N_VALUES = 256  # of the effects, over all nodes of the others, for predictions
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)

@@ -31,12 +31,12 @@ from bayes_mpt.predictors.nodes.weighted import (
 from bayes_mpt.predictors.objective import Batch, Objective
 from bayes_mpt.program.arguments import Args, fill_all, filling
 from bayes_mpt.program.batched import TOGETHER, Batched, found_out
-from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.factor_runs import read_factors
 from bayes_mpt.program.program import Latent, Model, ModelError, Program, n_rows_of
 from bayes_mpt.program.run import SetLatents, run, takes_visible
 from bayes_mpt.program.simulation import simulate
 from bayes_mpt.program.sites import is_point, latent_nodes
+from bayes_mpt.program.store import own_random_state
 from bayes_mpt.program.trials import CLOSE
 
 __all__ = ["Drawn", "GuideDraws", "evidence_of_draws"]

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from bayes_mpt.predictors.base import Guide
 from bayes_mpt.predictors.nodes.reparameterized import AlongDraws, DrawsAsLeaves
-from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.layout import rows_axis, sum_by_row
 from bayes_mpt.program.program import ModelError, Program, one_vector
 from bayes_mpt.program.run import SetLatents, nodes_plate, one_precision
 from bayes_mpt.program.sites import is_point, latent_nodes
+from bayes_mpt.program.store import own_random_state
 
 __all__ = ["GuideRuns"]
 

@@ -35,8 +35,8 @@ from bayes_mpt.predictors.nodes.symmetries import (
 from bayes_mpt.predictors.nodes.unseen import EQUAL_MASS, Seen, by_mass, chance_of_new, crowd_of, missed_mass
 from bayes_mpt.program.arguments import Args, same_cells
 from bayes_mpt.program.batched import Batched
-from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.program import n_rows_of
+from bayes_mpt.program.store import own_random_state
 
 if TYPE_CHECKING:
     from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes

@@ -27,10 +27,10 @@ from bayes_mpt.predictors.nodes.prior import prior_points
 from bayes_mpt.predictors.nodes.resampling import by_halves, effective, systematic
 from bayes_mpt.program.arguments import Args
 from bayes_mpt.program.batched import Batched, vmapped
-from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.program import Model, Program
 from bayes_mpt.program.run import run
 from bayes_mpt.program.sites import base, node_of
+from bayes_mpt.program.store import own_random_state
 
 __all__ = ["InOwnUnits", "in_own_units", "own_values"]
 

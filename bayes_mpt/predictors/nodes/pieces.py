@@ -18,7 +18,7 @@ from torch import Tensor
 from bayes_mpt.predictors.nodes.mixture import Modes
 from bayes_mpt.predictors.nodes.resampling import weighted_root
 from bayes_mpt.predictors.nodes.rules import degrees_of, log_t
-from bayes_mpt.program.devices import own_random_state
+from bayes_mpt.program.store import own_random_state
 
 __all__ = ["Both", "Draws", "by_draws", "draws_of", "effective", "of_each", "shaped"]
 

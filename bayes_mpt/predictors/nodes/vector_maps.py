@@ -18,10 +18,10 @@ from bayes_mpt.predictors.nodes.weighted import FixedSites, NodeSource, Read
 from bayes_mpt.program.affine import NotAffine
 from bayes_mpt.program.arguments import Args, fill_all
 from bayes_mpt.program.densities import log_density
-from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.program import Latent, Model, ModelError, Program, list_names, split_events
 from bayes_mpt.program.run import run
 from bayes_mpt.program.sites import node_of
+from bayes_mpt.program.store import own_random_state
 
 __all__ = ["MAX_VECTOR_MAPS", "vector_of_maps"]
 

@@ -38,7 +38,8 @@ def _run(
     names = offered_of_itself(model, name, ANOTHER_PROGRAM)
     if names is None or len(args) != 1:
         return None
-    first, init = first_run(model, (fill(args[0]),))
+    # where a site is observed in part, its two halves are more sites than are stated
+    first, init = first_run(model, (fill(args[0]),), labels=False)
     x, program = init[0], described(first, len(init[0]))
     if len(program.latents) != 1 or len(program.sites) != 1 or set(program.parameters) != set(names.values()):
         return None
@@ -98,7 +99,7 @@ def stated_form(model: Model, args: tuple[Any, ...]) -> AffineForm | None:
     if not _is_map(first, program, parts, x):
         return None
     program = program._replace(affine=True, dense=True, parts=parts)
-    return AffineForm(program, x.new_ones(program.n_latents))
+    return AffineForm(program, x.new_ones(program.latents[0].width))
 
 
 def read_stated(parts: Parts, model: Model, args: tuple[Any, ...]) -> DenseMap:

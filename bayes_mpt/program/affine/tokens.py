@@ -12,12 +12,12 @@ from torch import Tensor
 
 from bayes_mpt.program.affine.form import AffineForm
 from bayes_mpt.program.arguments import fill_all, fill_otherwise, has_missing
-from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.layout import join_tokens, token_values
 from bayes_mpt.program.missing import read_values, refuse_seen_gaps, values_with_gaps
 from bayes_mpt.program.program import Model, ModelError
 from bayes_mpt.program.run import SetLatents, one_precision, run
 from bayes_mpt.program.sites import own_shown, sub_samples
+from bayes_mpt.program.store import own_random_state
 
 __all__ = ["token_gaps", "token_means"]
 

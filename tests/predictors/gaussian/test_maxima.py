@@ -165,6 +165,36 @@ def test_a_step_of_em_is_that_of_the_moments_of_the_latents(n_latents):
         assert softened[i] == pytest.approx(grid[loss.argmin()], abs=3e-5)
 
 
+@pytest.mark.parametrize(("n_tokens", "n_latents", "close"), [(12, 3, 1e-6), (64, 10, 2e-5)])
+def test_slope_and_curvature_are_those_of_the_dense_likelihood(n_tokens, n_latents, close):
+    """By differences along a line; of many tokens a sum is in single precision. Vectors found later are the same."""
+    rng = np.random.default_rng(0)
+    corr = np.corrcoef(
+        rng.normal(size=(300, 5)) @ rng.normal(size=(5, n_tokens)) + rng.normal(size=(300, n_tokens)),
+        rowvar=False,
+    )
+    log_noise = np.log(rng.uniform(0.3, 0.8, n_tokens))
+
+    def lml(log_noise):
+        root = np.exp(log_noise / 2)
+        value, vectors = np.linalg.eigh(corr / root / root[:, None])
+        loading = root[:, None] * vectors[:, -n_latents:] * np.sqrt(np.maximum(value[-n_latents:] - 1, 0))
+        cov = loading @ loading.T + np.diag(np.exp(log_noise))
+        fit = np.trace(np.linalg.solve(cov, corr))
+        return -0.5 * (n_tokens * math.log(2 * math.pi) + np.linalg.slogdet(cov)[1] + fit)
+
+    here = newton.Profile(corr, n_latents, log_noise)
+    later = newton.Profile(corr, n_latents, log_noise, likely_passed=True)
+    assert here.lml == pytest.approx(lml(log_noise), rel=1e-13)
+    assert later.lml == pytest.approx(here.lml, rel=1e-13)
+    for one in (here, later):
+        for direction in rng.normal(size=(3, n_tokens)) / math.sqrt(n_tokens):
+            up, down = (lml(log_noise + step * direction) for step in (1e-4, -1e-4))
+            assert direction @ one.slope() == pytest.approx((up - down) / 2e-4, abs=1e-7)
+            bent = (2 * lml(log_noise) - up - down) / 1e-8
+            assert direction @ one.curvature() @ direction == pytest.approx(bent, abs=close)
+
+
 def test_a_climb_is_given_up_only_where_it_would_end_at_the_known_maximum_or_below():
     """From 25 random starts each, of tables with several maxima."""
     given_up = 0
