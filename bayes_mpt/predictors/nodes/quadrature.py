@@ -15,6 +15,7 @@ from bayes_mpt.predictors.nodes.mixture import Modes
 from bayes_mpt.predictors.nodes.modes import ModeSearch
 from bayes_mpt.predictors.nodes.panel_nodes import PanelNodes, Rows
 from bayes_mpt.predictors.nodes.panels import UNEVEN, roughness
+from bayes_mpt.predictors.nodes.probes import highest_of_prior
 from bayes_mpt.predictors.nodes.replicates import by_replicates
 from bayes_mpt.predictors.nodes.rules import Detail, Rule, alone_rule, hermite
 from bayes_mpt.predictors.nodes.unseen import doubted
@@ -40,6 +41,10 @@ N_CHECKS = 1024
 MIN_NODES = 3  # along each axis
 MAX_WHOLE = 1024  # nodes, up to which all are tried at once
 SHELLS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9)  # share of a Gaussian outside of each
+HIGHER = 1.0  # nats above all modes, from which a place is believed to be of another
+HIGHER_PLACE = (
+    "of points that are spread like the prior one is {:.0f} nats higher than all modes that were found"
+)
 NO_PART = 0.01  # of the error: what is left out is no more
 LITTLE = 1e-3  # share of the integral that a shell adds, beyond which rows and groups are integrated roughly
 
@@ -182,7 +187,10 @@ class _Hermite(NodeSource):
         modes = read.located
         if self.asked or not self._one_axis(modes) or read.error is not None:
             return read, log_part
-        if self._uneven(read, log_part) <= (0.0 if self.panels.jumps else UNEVEN):
+        uneven = self._uneven(read, log_part)
+        if uneven <= (0.0 if self.panels.jumps else UNEVEN) and not self._unseen(
+            nodes, read, log_part, visible
+        ):
             return read, log_part
         return self._on_panels(nodes, modes, visible)
 
@@ -190,6 +198,13 @@ class _Hermite(NodeSource):
         """Whether panels can be laid: of images that are not listed they would see nothing."""
         partial = modes.orbits is not None and modes.orbits.partial
         return self.adaptive.space.width == 1 and self.adaptive.rows is None and not partial
+
+    def _unseen(self, nodes: Nodes, read: Read, log_part: Tensor, visible: Tensor) -> bool:
+        """Whether there is more than the nodes of one latent have seen."""
+        if not bool(visible.all()):
+            return self.panels.everywhere
+        rows = Rows(nodes.args, nodes.value, visible)
+        return self.panels.look(rows, read.located, log_part.logsumexp(0))
 
     @staticmethod
     def _uneven(read: Read, log_part: Tensor) -> float:
@@ -295,6 +310,9 @@ class _Hermite(NodeSource):
         modes = nodes.last.located
         diagnostics["n_modes"] = len(modes.mode)
         doubt = modes.doubt or nodes.doubt_inside()
+        if not doubt and self.adaptive.rows is None and self.adaptive.space.width > 1:
+            higher = highest_of_prior(self.adaptive, nodes.args, nodes.value, modes)
+            doubt = HIGHER_PLACE.format(higher) if higher > HIGHER else ""
         return doubted(Evidence(many, se, diagnostics), modes._replace(doubt=doubt))
 
     def _of_panels(self, nodes: Nodes, read: Read, diagnostics: dict[str, Any]) -> Evidence:
