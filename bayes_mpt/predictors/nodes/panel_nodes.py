@@ -26,6 +26,7 @@ from bayes_mpt.predictors.nodes.placing import reaching
 from bayes_mpt.predictors.nodes.probes import n_probes, reach_of_prior
 from bayes_mpt.predictors.nodes.rules import CUT
 from bayes_mpt.program.arguments import Args, same_cells
+from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.program import list_names
 from bayes_mpt.warnings import NotConvergedWarning, warn
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["PanelNodes", "Rows"]
 
 STEP = 1e-4  # of differences, in a parameter of size one
-SHORT = 0.1  # of it, at which what differs is looked at again
+SHORT = 0.01  # of it, at which what differs is looked at again
 DIFFERS = 1e-4  # of a slope, from which a jump is believed to move
 UNSEEN = 0.01  # nats that places far from all modes add, from which they matter
 LEAST_PROBES = 480  # where it is known that they do
@@ -92,14 +93,16 @@ class PanelNodes:
         n = n_probes(self.adaptive, rows.value)
         if not n or self.everywhere:
             return self.everywhere
-        start, empty = self._over_prior(rows, modes), rows.value.isnan().all(1)
+        with own_random_state():
+            start, empty = self._over_prior(rows, modes), rows.value.isnan().all(1)
 
         def more(max_rounds: int) -> bool:
             found = self._integrals(rows, modes, start, max_rounds)
             change = torch.where(empty, 0.0, found.log_z - log_z)
             return float((change.abs() + found.error.clamp(max=1.0) * (~empty)).sum()) > UNSEEN
 
-        self.everywhere = more(0) and more(MAX_ROUNDS)
+        with own_random_state():
+            self.everywhere = more(0) and more(MAX_ROUNDS)
         return self.everywhere
 
     def _over_prior(self, rows: Rows, modes: Modes) -> Panels:
@@ -174,10 +177,11 @@ def _differ(integrals: Callable[[], Tensor], leaves: list[Tensor], log_z: Tensor
     if log_z.requires_grad:
         slopes = torch.autograd.grad(log_z.sum(), leaves, retain_graph=True, allow_unused=True)
     at_nodes = sum(float((s * v).sum()) for s, v in zip(slopes, along, strict=True) if s is not None)
-    least = DIFFERS * (abs(at_nodes) + len(log_z))
-    # where a density is steep differences have errors, which fall with their steps
-    steps = (STEP, SHORT * STEP)
-    return all(abs(float(_difference(integrals, leaves, along, h).sum()) - at_nodes) > least for h in steps)
+    long, short = (
+        abs(float(_difference(integrals, leaves, along, h).sum()) - at_nodes) for h in (STEP, SHORT * STEP)
+    )
+    # where a density is steep differences have errors, which fall with their steps; what a jump adds does not
+    return min(long, short) > DIFFERS * (abs(at_nodes) + len(log_z)) and short > 0.5 * long
 
 
 def _corrected(integrals: Callable[[], Tensor], leaves: list[Tensor], log_z: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from bayes_mpt.predictors.nodes.mixture import Modes
 from bayes_mpt.predictors.nodes.placing import reaching
 from bayes_mpt.program.arguments import Args
 from bayes_mpt.program.batched import Batched
+from bayes_mpt.program.devices import own_random_state
 
 if TYPE_CHECKING:
     from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
@@ -58,7 +59,7 @@ def highest_of_prior(at: AdaptiveNodes, args: Args, value: Tensor, modes: Modes)
     normal = torch.as_tensor(norm.ppf(qmc.Sobol(middle.shape[1], seed=0).random(N_POINTS)[:n])).to(middle)
     u = torch.cat([modes.mode, middle + spread * normal[:, None]])  # (J + n, 1, d)
     everything = torch.ones(value.shape[1], dtype=torch.bool, device=value.device)
-    with pyro.validation_enabled(False):
+    with pyro.validation_enabled(False), own_random_state():
         density = at.row_density(args, value, everything, {})
         found = density(u, torch.zeros(len(u), dtype=torch.long, device=u.device))[:, 0]
     found = torch.where(found.isfinite(), found, -torch.inf)

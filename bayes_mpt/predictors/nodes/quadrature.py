@@ -29,6 +29,7 @@ from bayes_mpt.predictors.nodes.weighted import (
 )
 from bayes_mpt.program.analysis import analyze
 from bayes_mpt.program.arguments import Args
+from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.program import Model, ModelError, Program
 
 __all__ = ["Quadrature"]
@@ -269,7 +270,8 @@ class _Hermite(NodeSource):
         value, modes = nodes.value, nodes.last.located
         everything = torch.ones(value.shape[1], dtype=torch.bool, device=value.device)
         density = self.adaptive.row_density(nodes.args, value, everything, {})
-        found, k = by_replicates(density, modes, value.shape[1] * self.adaptive.n_evaluations)
+        with own_random_state():
+            found, k = by_replicates(density, modes, value.shape[1] * self.adaptive.n_evaluations)
         empty = value.isnan().all(1)
         log_z = torch.where(empty, 0.0, found.log_z)
         error = float(torch.where(empty, 0.0, found.error).square().sum().sqrt())
