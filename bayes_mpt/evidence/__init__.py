@@ -8,7 +8,7 @@ In the room, by what is integrated:
 - Gaussian mixtures: ``mixture_prior``, ``mixture`` (``allocations``, ``components``, ``mixture_marginals``),
   ``mixture_laplace``.
 - Hyper-parameters: ``hyperparameters`` and ``integrated``.
-- What a user has already: ``from_draws`` (``chains``, ``bridge``), ``from_guide``; ``images`` under symmetries.
+- What a user has already: ``from_draws`` (``chains``, ``bridge``, ``fresh``), ``from_guide``; ``images``.
 - What is said of it: ``expected``, ``predictive``, ``misfit``.
 
 They are given densities and know no estimator; nothing is refitted here. An evidence carries its error, but

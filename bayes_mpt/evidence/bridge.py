@@ -39,7 +39,7 @@ from bayes_mpt.diagnostics import pareto_k
 from bayes_mpt.evidence.images import Images, Located, located
 from bayes_mpt.predictors.nodes.rules import degrees_of
 
-__all__ = ["Bridge", "bridge", "effective_draws"]
+__all__ = ["Bridge", "Warp", "bridge", "effective_draws"]
 
 Array = NDArray[np.float64]
 
@@ -62,6 +62,10 @@ class Bridge(NamedTuple):
     """The integral of the lesser of the two densities, w / Z and q."""
     pareto_k: float
     """Tail of w / q at the draws of q."""
+    by_proposal: float
+    """Nats: log of the mean of w / q over the draws of q alone, which draws of p have no part in."""
+    se_by_proposal: float
+    """Its standard error, if the tail has a variance."""
 
 
 def bridge(
@@ -99,7 +103,7 @@ def bridge(
     half = draws.shape[1] // 2
     halves = draws[:, :half], draws[:, half:]
     warps = [
-        _Warp.of(u.reshape(-1, u.shape[-1]), at.ravel(), images)
+        Warp.of(u.reshape(-1, u.shape[-1]), at.ravel(), images)
         for u, at in zip(halves, (at_draws[:, :half], at_draws[:, half:]), strict=True)
     ]
     found = [
@@ -110,6 +114,8 @@ def bridge(
     terms = [f.terms for f in found]
     whole = np.concatenate(terms[::-1], 1)  # (C, S) in time, each half around 1
     n_eff = float(effective_draws(whole))
+    fresh = np.concatenate([f.of_q for f in found])
+    by_proposal = float(logsumexp(fresh)) - math.log(len(fresh))
     return Bridge(
         float(by_half.mean()),
         math.sqrt(whole.var() / n_eff + by_q.sum() / 4 + shared.mean() / 2),
@@ -118,6 +124,8 @@ def bridge(
         n_eff,
         float(np.mean([f.overlap for f in found])),
         float(max(f.pareto_k for f in found)),
+        by_proposal,
+        float(np.exp(fresh - by_proposal).std() / math.sqrt(len(fresh))),
     )
 
 
@@ -128,14 +136,14 @@ def effective_draws(values: Array) -> Array:
     return np.where(found > 0, np.clip(found, 1, n), n)  # of alternating draws more would be claimed
 
 
-class _Warp(NamedTuple):
+class Warp(NamedTuple):
     """Where q is laid over the density."""
 
     here: Located
     images: Images | None
 
     @classmethod
-    def of(cls, u: Array, at: Array, images: Images | None) -> _Warp:
+    def of(cls, u: Array, at: Array, images: Images | None) -> Warp:
         """Of draws (M, d), where log p is (M,)."""
         return cls(located(u if images is None else images.gathered(u, int(at.argmax()))[0]), images)
 
@@ -170,12 +178,14 @@ class _Scored(NamedTuple):
     """(C, S) of the denominator, in units of their mean."""
     overlap: float
     pareto_k: float
+    of_q: Array
+    """log w / q (M,) at the draws of q."""
 
 
 def _scored(
     log_p: Callable[[Array], Array],
-    warp: _Warp,
-    other: _Warp,
+    warp: Warp,
+    other: Warp,
     draws: Array,
     at_draws: Array,
     rng: np.random.Generator,
@@ -209,5 +219,5 @@ def _scored(
     overlap = np.exp(np.minimum(log_z - of_p, 0)).mean() + np.exp(np.minimum(of_q - log_z, 0)).mean()
     k = float(pareto_k((of_q - logsumexp(of_q))[:, None])[0])
     return _Scored(
-        log_z, float(by_q.var() / (by_q.mean() ** 2 * n2)), float(shared), terms, float(overlap / 2), k
+        log_z, float(by_q.var() / (by_q.mean() ** 2 * n2)), float(shared), terms, float(overlap / 2), k, of_q
     )

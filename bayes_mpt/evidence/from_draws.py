@@ -20,7 +20,8 @@ from pyro.ops.stats import split_gelman_rubin
 from scipy.stats import norm
 from torch import Tensor
 
-from bayes_mpt.evidence.bridge import bridge, effective_draws
+from bayes_mpt.diagnostics import BAD_K
+from bayes_mpt.evidence.bridge import Bridge, Warp, bridge, effective_draws
 from bayes_mpt.evidence.chains import (
     read_arguments,
     read_chains,
@@ -29,9 +30,11 @@ from bayes_mpt.evidence.chains import (
     refuse_other_joint,
     unconstrained,
 )
+from bayes_mpt.evidence.fresh import Fresh, fresh_draws
 from bayes_mpt.evidence.images import Images, changes_of, group_of
 from bayes_mpt.predictors import Exact, choose
 from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
+from bayes_mpt.predictors.nodes.own_units import InOwnUnits, in_own_units, told_values
 from bayes_mpt.predictors.nodes.resampling import by_halves
 from bayes_mpt.predictors.nodes.slopes import FALSE
 from bayes_mpt.predictors.nodes.symmetries import Coordinates
@@ -58,6 +61,14 @@ MIN_OVERLAP = 0.02
 BAD_R_HAT = 1.1
 APART = 3.0  # errors between the two halves of the chains
 APART_IMAGES = 1e-3  # of the proposal's density at the draws, from the other images
+HOPELESS_K, HOPELESS = (
+    1.2,
+    0.5,
+)  # of weights of the proposal, and their error in nats, beyond which none are drawn anew
+MIN_FRESH = 1000  # draws
+MISSED = 4.0  # errors between these and the bridge
+AS_PRECISE = 3.0  # times the bridge's error, up to which theirs is preferred
+PRECISE = 0.03  # nats, up to which it is in any case
 ROUGH = 1.5  # what is added to their errors where effective draws are estimated
 
 
@@ -69,11 +80,12 @@ class DrawsEvidence(NamedTuple):
     se: float
     """Its standard error; NaN where ``flags`` say why it cannot be believed."""
     n_eff: float
-    """Effective draws: of the posterior, for this very number; of a guide, of the row with the fewest. NaN if none."""
+    """Effective draws, for this very number: of the posterior, or of those drawn anew; of a guide, of the row with the
+    fewest. NaN if none."""
     overlap: float
     """The integral of the lesser of posterior and proposal (guide): 1 where they agree, NaN if no draw was needed."""
     pareto_k: float
-    """Tail of posterior over proposal; a bridge stands values above 0.7, draws of a guide do not."""
+    """Tail of posterior over proposal; a bridge stands values above 0.7, fresh draws and those of a guide do not."""
     split_half: float
     """Nats: from the second half of each chain minus from the first."""
     n_draws: int
@@ -105,6 +117,10 @@ def from_draws(
     unless it is an image of theirs: where components may change names or factors their sign without a change of the log
     joint, chains may stay in one labelling, or each in its own.
 
+    What chains have left out around the rest of a mode is found by fresh draws of the bridge's proposal, moved by their
+    weights (`bayes_mpt.evidence.fresh`). Where these are about as precise, theirs is the number, since no chain can
+    mislead them.
+
     Parameters
     ----------
     model : callable
@@ -131,7 +147,8 @@ def from_draws(
     -----
     DrawsWarning
         Where the error is NaN: chains differ, the posterior of these data is not where the draws are, or is hardly
-        where the proposal is; and where it is widened, since the two halves of the chains differ.
+        where the proposal is; where it is widened, since the two halves of the chains differ; and where fresh draws
+        and chains differ by more than four errors.
 
     Examples
     --------
@@ -166,7 +183,7 @@ def from_draws(
         values = read_chains(arrays, {p.latent.name: p.latent.shape for p in joint.space.parts})
         most = MAX_ALONE if joint.adaptive.batched is Batched.LOOP else MAX_DRAWS
         thin = math.ceil(math.prod(next(iter(values.values())).shape[:2]) / most)
-        u = unconstrained(joint.space, {name: v[:, ::thin] for name, v in values.items()})
+        u = joint.numbers({name: v[:, ::thin] for name, v in values.items()})
         return _bridged(joint, u, np.random.default_rng(random_state))
 
 
@@ -196,9 +213,22 @@ class _LogJoint:
     """log p(u, x), u (M, d) the latents that cannot be integrated without draws, unconstrained."""
 
     def __init__(self, adaptive: AdaptiveNodes, args: Args):
-        self.adaptive, self.space, self._args = adaptive, adaptive.space, args
         self._x = program_values(adaptive.model, args, adaptive.program)
-        self._seen = ~self._x.isnan()[0]
+        self._seen, self._args = ~self._x.isnan()[0], args
+        # effects whose scale is drawn stand in a funnel, which no proposal reaches into: in their own units they do not
+        self.adaptive = in_own_units(adaptive, args, self._x)
+        self.space = self.adaptive.space
+
+    def numbers(self, values: dict[str, Array]) -> Array:
+        """Draws (C, S, ...) of the program's own latents as points u (C, S, d)."""
+        u = unconstrained(self.space, values)  # what is outside of the support is refused
+        if not isinstance(self.adaptive.model, InOwnUnits):
+            return u
+        n_chains, n = u.shape[:2]
+        flat = {name: torch.as_tensor(v.reshape(n_chains * n, *v.shape[2:])) for name, v in values.items()}
+        told = told_values(self.adaptive, self._args.filled, flat)
+        with torch.no_grad():
+            return self.space.pack_values(told, n_chains * n, 1)[:, 0].reshape(n_chains, n, -1).numpy()
 
     def __call__(self, u: Array) -> Array:
         """At points u (M, d): (M,)."""
@@ -267,15 +297,22 @@ def _bridged(joint: _LogJoint, u: Array, rng: np.random.Generator) -> DrawsEvide
     found = bridge(joint, u, value.reshape(n_chains, n), rng, images)
     inside = joint.inside(flat)
     split = float(found.by_half[0] - found.by_half[1])
-    se = math.hypot(found.se, inside)
-    wrong = [*too_many, *_not_as_drawn(joint, u, value, slope, images, rng)]
+    fresh = None
+    if found.pareto_k < HOPELESS_K and found.se_by_proposal < HOPELESS:
+        most = MAX_ALONE if joint.adaptive.batched is Batched.LOOP else MAX_DRAWS
+        fresh = fresh_draws(
+            joint, Warp.of(flat, value, images), min(max(2 * n_chains * n, MIN_FRESH), most), rng
+        )
+    number = _believed(found, fresh)
+    se = math.hypot(number.se, inside)
+    wrong = [*too_many, *number.wrong, *_not_as_drawn(joint, u, value, slope, images, rng)]
     if found.overlap < MIN_OVERLAP:
         wrong.append(
             f"posterior and proposal hardly overlap ({found.overlap:.3f}): more draws, or fewer latents that are drawn "
             "(those of rows in a plate are integrated)"
         )
-    flags = list(wrong)
-    if abs(split) > APART * float(np.hypot(*found.se_by_half)):
+    flags = [*wrong, *number.flags]
+    if not number.fresh and abs(split) > APART * float(np.hypot(*found.se_by_half)):
         se = math.hypot(abs(split) / 2, inside)
         flags.append(
             f"the two halves of the chains differ by {split:.2f} nats, more than their errors allow: run them longer"
@@ -284,11 +321,11 @@ def _bridged(joint: _LogJoint, u: Array, rng: np.random.Generator) -> DrawsEvide
         warn(f"the evidence from these draws is unreliable: {'; '.join(flags)}", DrawsWarning)
     program = joint.adaptive.program
     return DrawsEvidence(
-        found.log_z + inside,
+        number.log_z + inside,
         math.nan if wrong else se,
-        found.n_eff,
+        number.n_eff,
         found.overlap,
-        found.pareto_k,
+        number.pareto_k,
         split,
         n_chains * n,
         joint.space.names,
@@ -297,6 +334,44 @@ def _bridged(joint: _LogJoint, u: Array, rng: np.random.Generator) -> DrawsEvide
         tuple(flags),
         1 if images is None else len(images),
     )
+
+
+class _Number(NamedTuple):
+    """Which number is believed, of the bridge from the chains or of fresh draws of its proposal."""
+
+    log_z: float
+    se: float
+    n_eff: float
+    pareto_k: float
+    fresh: bool
+    flags: tuple[str, ...] = ()
+    """What to be wary of."""
+    wrong: tuple[str, ...] = ()
+    """Why neither is believed."""
+
+
+def _believed(found: Bridge, fresh: Fresh | None) -> _Number:
+    """Of fresh draws where they are about as precise, since no chain can mislead them, else of the bridge."""
+    bridged = _Number(found.log_z, found.se, found.n_eff, found.pareto_k, False)
+    if fresh is None:
+        return bridged
+    gap = fresh.log_z - found.log_z
+    both = math.hypot(found.se, fresh.se)
+    known = fresh.pareto_k <= BAD_K
+    said = (
+        f"fresh draws around the chains find the log evidence {gap:+.2f} nats from what the chains tell, "
+        f"{abs(gap) / both:.0f} errors: they have left out, or stayed too long in, a part of the posterior"
+    )
+    if abs(gap) > MISSED * both and (known or gap > 0):
+        if not known:
+            return bridged._replace(wrong=(f"{said}; run them longer",))
+        flags = (f"{said}. The number is that of the fresh draws; run longer chains",)
+        return _Number(fresh.log_z, fresh.se, fresh.n_eff, fresh.pareto_k, True, flags)
+    if known and fresh.se <= max(AS_PRECISE * found.se, PRECISE):
+        return _Number(fresh.log_z, fresh.se, fresh.n_eff, fresh.pareto_k, True)
+    # what the other one leaves of doubt; of a heavy tail a mean is too low as a rule, and speaks where it is above
+    doubt = abs(gap) - fresh.se if known else gap
+    return bridged._replace(se=math.hypot(found.se, max(0.0, doubt)))
 
 
 def _images(joint: _LogJoint, u: Array, rng: np.random.Generator) -> tuple[Images | None, list[str]]:

@@ -10,7 +10,6 @@ independent, and each is integrated by itself: in closed form, or with nodes aro
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -50,6 +49,7 @@ from bayes_mpt.program.value_checks import check_values
 __all__ = ["AdaptiveNodes", "LaplaceApproximation", "degrees_of", "hermite", "log_t"]
 
 SURE = 1e-12  # of a log-density: what its last digits say
+SURE_INSIDE = 1e-6  # the same given nodes of other latents: the last step squares what is left
 SURE_OF_NODES = 1e-9  # the same where rows are integrated by nodes that move
 SURE_OF_DRAWS = 1e-4  # and where these are draws: slopes leave out that they move
 MAX_STEPS = 100
@@ -355,17 +355,18 @@ class AdaptiveNodes:
         log_prob = self.row_density(args, x, visible, fixed)
         placing = placing.serves(len(x))
         u = None if near is None or len(near.mode) > 1 else near.mode
+        stands = partial(self._stands, log_prob, args, n_nodes)
         if placing.starts is not None:
             u = x.new_zeros(1, len(x), self.space.width)  # they begin elsewhere
-        elif u is None:  # a training asks again and again, with little change
-            shape, last = self._last or (None, None)
-            last = last if shape == x.shape else None
-            if fixed:
-                last = self.nearby.start(fixed, (len(x), self.space.width))
-            nodes = torch.arange(n_nodes, device=x.device)
-            u = self._stands(lambda u: log_prob(u, nodes), args, last, n_nodes, bool(fixed))
-        start = u.expand(n_nodes, *u.shape[-2:])
-        found = located(log_prob, start, placing, cut, MAX_STEPS, self.sure, root_at_mode=not fixed)
+        elif u is None and fixed:
+            u = self.nearby.start(fixed, (len(x), self.space.width))
+        elif u is None and self._last is not None and self._last[0] == x.shape:
+            u = self._last[1]  # a training asks again and again, with little change
+        start = (stands() if u is None else u).expand(n_nodes, *x.shape[:1], self.space.width)
+        sure = max(self.sure, SURE_INSIDE) if fixed else self.sure
+        # values that are held may have moved far since the nearest mode was found
+        lost = partial(stands, u) if fixed and u is not None else None
+        found = located(log_prob, start, placing, cut, MAX_STEPS, sure, not fixed, lost)
         good = torch.isfinite(found.mode).all(-1).all(-1)  # (J,)
         if placing.starts is not None:
             return found
@@ -419,31 +420,22 @@ class AdaptiveNodes:
         return several(log_prob, sharper, main, draws.detach(), MAX_STEPS, self.sure)
 
     @torch.no_grad()
-    def _stands(
-        self,
-        log_prob: Callable[[Tensor], Tensor],
-        args: Args,
-        last: Tensor | None,
-        n_nodes: int,
-        held: bool,
-    ) -> Tensor:
-        """(..., N, d) where to begin: at the last mode; else where log p is greater, the middle of the prior or 0.
+    def _stands(self, log_prob: RowDensity, args: Args, n_nodes: int, last: Tensor | None = None) -> Tensor:
+        """(..., N, d) where to begin: where log p is greatest, at the last mode or else the middle of the prior, or 0.
 
         A middle drawn of a wide prior may be where every density is 0, or so far from the rows that none has a slope.
-        Values that are held may have moved far since the last mode was found: it counts where log p is finite.
         """
         middle = self.start(args) if last is None else last
-        if not middle.numel() or (last is not None and not held):
+        if not middle.numel():
             return middle
         best, most = middle.expand(n_nodes, *middle.shape[-2:]), None
+        nodes = torch.arange(n_nodes, device=middle.device)
         for u in (middle, torch.zeros_like(middle)):
             try:
-                value = log_prob(u.expand(n_nodes, *u.shape[-2:]))
+                value = log_prob(u.expand_as(best), nodes)
                 value = torch.where(value.isfinite(), value, -math.inf)
             except ValueError:  # no distribution there
                 continue
-            if u is last and bool(value.isfinite().all()):
-                return last
             best = u.expand_as(best) if most is None else torch.where((value > most)[..., None], u, best)
             most = value if most is None else torch.maximum(most, value)
         return best

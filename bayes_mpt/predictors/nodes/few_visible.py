@@ -18,13 +18,14 @@ from torch import Tensor
 
 from bayes_mpt.predictors.nodes.conjugacy import prior_draws
 from bayes_mpt.predictors.nodes.mixture import Modes
-from bayes_mpt.predictors.nodes.placing import RowDensity
+from bayes_mpt.predictors.nodes.placing import Placing, RowDensity
+from bayes_mpt.predictors.nodes.rules import MAX_HERMITE
 
 if TYPE_CHECKING:
     from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
     from bayes_mpt.program.arguments import Args
 
-__all__ = ["apart", "further_starts", "has_hills", "small_sets"]
+__all__ = ["apart", "further_starts", "has_hills", "place_inside", "small_sets"]
 
 MAX_ALONE = 8  # tokens, of which each is tried alone
 MANY = 2**16  # cells, from which fewer sets are tried in all rows
@@ -96,6 +97,22 @@ def further_starts(at: AdaptiveNodes, args: Args, x: Tensor, near: Modes) -> Ten
             starts = at.row_starts(args, x, visible)
             parts += [] if starts is None else [starts]
     return torch.cat(parts) if parts else None
+
+
+@torch.no_grad()
+def place_inside(at: AdaptiveNodes, args: Args, x: Tensor, u: Tensor) -> None:
+    """Let nodes in rows or groups stand around modes that few of their tokens show besides.
+
+    They are looked for at one place u (1, 1, d) of the other latents.
+    """
+    rows = at.rows
+    if rows is None or not rows.width:
+        return
+    held = {name: v[None] for name, v in at.space._replace(depth=0).values(u)[0].items()}
+    found = [rows.starts(args, held, x, seen.to(x.device)) for seen in rows.small_sets(x.shape[1])]
+    starts = [s for s in (rows.placing.starts, *found) if s is not None]
+    if any(s is not None for s in found):
+        at.rows = rows.placed(Placing(rows.width <= MAX_HERMITE, torch.cat(starts)))
 
 
 def _at_none(density: RowDensity, u: Tensor) -> Tensor:

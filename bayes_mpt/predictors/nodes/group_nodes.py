@@ -19,6 +19,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from bayes_mpt.predictors.nodes.conjugacy import prior_draws
+from bayes_mpt.predictors.nodes.few_visible import small_sets
 from bayes_mpt.predictors.nodes.given import Given, NodePosterior
 from bayes_mpt.predictors.nodes.mixture import Modes
 from bayes_mpt.predictors.nodes.nearby import Nearby
@@ -50,7 +51,7 @@ __all__ = ["GroupNodes", "NestedGroups"]
 ALONE = {1: 64, 2: 16, 3: 10, 4: 8}  # nodes along each axis of a group where no other latent takes nodes
 MAX_STEPS = 100
 FAR = 50.0  # of draws that underflow
-SURE = 1e-12  # of a log-density: what its last digits say
+SURE = 1e-6  # of a log-density: the last step squares what is left
 CELLS = 2**20  # log-densities of tokens at a time, where no gradient needs them all
 N_VALUES = 256  # of the effects, over all nodes of the others, for predictions
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
@@ -180,6 +181,10 @@ class GroupNodes:
             return SHARPER * density(u, nodes) - (SHARPER - 1) * prior
 
         return several(density, sharper, main, here.draws, MAX_STEPS, SURE)
+
+    def small_sets(self, n_tokens: int) -> list[Tensor]:
+        """Visible sets (T,) that are small."""
+        return small_sets(n_tokens, halves=False)
 
     def forget(self) -> None:
         """Look for the next modes from the start, not from the last ones."""
@@ -337,17 +342,22 @@ class NestedGroups(Given):
         u, within = self._posterior(seen)
         part = share.sqrt()  # where values are the n-th part of a node, their error falls with n^2 or faster
         n_values = (N_VALUES * part / part.sum()).round().clamp(min=1).long().tolist()
+        counts = [
+            n if share[s] >= MIN_SHARE else 0 for s, n in enumerate(n_values)
+        ]  # of the others nobody asks
         generator = torch.Generator().manual_seed(0)
-        out: list[list[dict[str, Tensor]]] = []
-        for s, n in enumerate(n_values):
-            if share[s] < MIN_SHARE:  # nobody asks
-                out.append([])
-                continue
-            spread = evenly(u[s : s + 1], within[s : s + 1], n)[0]  # (D, B, d)
-            rank = torch.rand(*spread.shape[:2], generator=generator, dtype=torch.float64).argsort(0)
-            spread = spread.gather(0, rank[..., None].expand_as(spread).to(u.device))
-            values, _ = self.nodes.values(spread)
-            out.append([{name: v[i] for name, v in values.items()} for i in range(n)])
+        out: list[list[dict[str, Tensor]]] = [[] for _ in counts]
+        for n in sorted(set(counts) - {0}):
+            some = [s for s, count in enumerate(counts) if count == n]
+            spread = evenly(u[some], within[some], n)  # (M, D, B, d)
+            rank = torch.rand(*spread.shape[:3], generator=generator, dtype=torch.float64).argsort(1)
+            spread = spread.gather(1, rank[..., None].expand_as(spread).to(u.device))
+            values = {
+                name: v.unflatten(0, (-1, n))
+                for name, v in self.nodes.values(spread.flatten(0, 1))[0].items()
+            }
+            for i, s in enumerate(some):
+                out[s] = [{name: v[i, j] for name, v in values.items()} for j in range(n)]
         return out
 
     def doubt(self, x: Tensor, weight: Tensor) -> str:

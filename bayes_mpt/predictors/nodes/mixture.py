@@ -122,11 +122,15 @@ class Modes(NamedTuple):
 
         int f(u) du = sum_jq exp(log_weight_jq) f(u_jq)
         """
-        t, log_w = rule.t.to(self.mode)[:, None], rule.log_weight.to(self.mode)[:, None]  # (Q, 1, d), (Q, 1)
+        t, log_w = rule.t.to(self.mode), rule.log_weight.to(self.mode)[:, None]  # (Q, d), (Q, 1)
+        # products of matrices, where broadcasting would copy a root for each node
         if self.reach is not None:
-            t, more = stretched(t, self.reach[:, None])
+            t, more = stretched(t[:, None], self.reach[:, None])  # (J, Q, N, d), (J, Q, N)
             log_w = log_w + more
-        u = self.mode[:, None] + (self.root[:, None] @ t[..., None])[..., 0]
+            step = (t.transpose(1, 2) @ self.root.mT).transpose(1, 2)
+        else:
+            step = (t @ self.root.flatten(1, 2).mT).unflatten(-1, self.mode.shape[1:])
+        u = self.mode[:, None] + step
         log_weight = log_w + torch.linalg.slogdet(self.root)[1][:, None]
         return u, log_weight if len(self.mode) == 1 else log_weight + self.log_part(u)
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from bayes_mpt.predictors.nodes.conjugacy import prior_draws
-from bayes_mpt.predictors.nodes.few_visible import apart, further_starts, has_hills, small_sets
+from bayes_mpt.predictors.nodes.few_visible import apart, further_starts, has_hills, place_inside, small_sets
 from bayes_mpt.predictors.nodes.mixture import Modes, Orbits
-from bayes_mpt.predictors.nodes.newton import Peaks, by_halves, climb, distances
+from bayes_mpt.predictors.nodes.newton import MET, Peaks, by_halves, climb, distances
 from bayes_mpt.predictors.nodes.pieces import by_draws, shaped
 from bayes_mpt.predictors.nodes.placing import Placing
 from bayes_mpt.predictors.nodes.placing_trials import placing_inside, placing_of_rows
@@ -141,12 +141,11 @@ class ModeSearch:
         return found
 
     def _further(self, args: Args, x: Tensor, near: Modes) -> Tensor | None:
-        """Modes (P, d) that few visible tokens show, beside those that are followed; of few latents."""
-        if self.adaptive.space.width > MAX_HERMITE:
-            return None
+        """Modes (P, d) that few visible tokens show, beside those that are followed."""
         if self._few is None or not same_cells(self._few[0], x):
+            place_inside(self.adaptive, args, x, near.mode[near.log_mass[:, 0].argmax()][None])
             found = []
-            for seen in small_sets(x.shape[1]):
+            for seen in small_sets(x.shape[1], halves=self.adaptive.space.width <= MAX_HERMITE):
                 climbs = _Climbs(self.adaptive, args, x, seen.to(x.device))
                 if climbs.may_differ(near):
                     found.append(climbs.apart_from(near))
@@ -157,17 +156,19 @@ class ModeSearch:
     def _with_few(self, args: Args, x: Tensor, placing: Placing, near: Modes | None) -> Placing:
         """How nodes stand where not all tokens are visible: around modes that few of them show besides."""
         width = self.adaptive.space.width
-        if not 0 < width <= MAX_HERMITE or not self.adaptive.program.by_row:
-            return placing
-        if self._few is None or not (torch.is_grad_enabled() or same_cells(self._few[0], x)):
+        new = self._few is None or not (torch.is_grad_enabled() or same_cells(self._few[0], x))
+        if new and not width:
+            self._few = x.detach(), None
+            place_inside(self.adaptive, args, x, x.new_zeros(1, 1, 0))
+        elif new:
             with pyro.validation_enabled(False), torch.no_grad():
                 every = torch.ones(x.shape[1], dtype=torch.bool, device=x.device)
                 near = near or self.adaptive.locate(args, x, every)
                 self._few = x.detach(), further_starts(self.adaptive, args, x, near)
-        if self._few[1] is None:
+        if self._few is None or self._few[1] is None:
             return placing
         starts = self._few[1] if placing.starts is None else torch.cat([placing.starts, self._few[1]])
-        return Placing(True, starts)
+        return Placing(width <= MAX_HERMITE, starts)
 
     def reaching(self, args: Args, x: Tensor, modes: Modes) -> Modes:
         """Modes of rows, with how far the density reaches around each."""
@@ -414,7 +415,7 @@ class _Climbs:
         """From places (M, d); where rows or groups have nodes of a rule, by rough ones until close to the tops."""
         sure = self.adaptive.sure
         if self.adaptive.rows is None or self.by_draws:
-            return climb(self.log_prob, u, MAX_STEPS, sure)
+            return climb(self.log_prob, u, MAX_STEPS, sure, self.same_mode if self.by_draws else MET)
         rough = climb(partial(self.log_prob, detail="rough"), u, MAX_STEPS, ROUGHLY)
         ends, of = rough.same.unique(return_inverse=True)
         found = climb(self.log_prob, rough.u[ends], MAX_STEPS, sure)

@@ -1,4 +1,9 @@
-"""Modes that were found at values of other latents: a climb at further values starts at the nearest one's."""
+"""Modes that were found at values of other latents: where a climb at further values starts.
+
+At the mode of the nearest values, and as much farther as modes have moved with values so far: to first order
+
+    mode(v) = mode(v_near) + A (v - v_near),    A of least squares over the known ones
+"""
 
 from __future__ import annotations
 
@@ -11,6 +16,9 @@ from torch import Tensor
 __all__ = ["Nearby"]
 
 MAX_KEPT = 2048  # nodes of the last climbs
+MAX_FITTED = 256  # of them, from which it is seen how modes move
+ENOUGH = 3  # times as many of them as values, from which that is looked at
+FOLLOWS = 0.5  # share of a mode's variance that may be left of one that follows
 
 
 class Nearby:
@@ -35,7 +43,13 @@ class Nearby:
         known, mode = self._kept
         unit = known.std(0, correction=0)
         unit = torch.where(unit > 0, unit, 1.0)
-        return mode[torch.cdist(at / unit, known / unit).argmin(1)]
+        at, known = at / unit, known / unit
+        near = torch.cdist(at, known).argmin(1)
+        flat = mode.flatten(1)
+        step = (at - known[near]) @ _slope(known, flat)
+        ends, low, high = flat[near] + step, flat.amin(0), flat.amax(0)
+        room = high - low  # values far from all known ones tell little
+        return torch.minimum(torch.maximum(ends, low - room), high + room).reshape(len(at), *shape)
 
     def keep(self, held: dict[str, Tensor], mode: Tensor) -> None:
         """Modes (S, N, d) that were found at S values (S, ...) of the other latents."""
@@ -59,6 +73,17 @@ class Nearby:
     def forget(self) -> None:
         """Start without them."""
         self._kept = None
+
+
+def _slope(known: Tensor, mode: Tensor) -> Tensor:
+    """How modes (S, M) move with values (S, H): (H, M), 0 of those that do not follow a plane."""
+    some = slice(None, None, -(-len(known) // MAX_FITTED))
+    at, there = known[some] - known[some].mean(0), mode[some] - mode[some].mean(0)
+    if len(at) < ENOUGH * (at.shape[1] + 1):
+        return at.new_zeros(at.shape[1], there.shape[1])
+    slope = torch.linalg.pinv(at, rtol=1e-6) @ there
+    follows = (there - at @ slope).square().sum(0) < FOLLOWS * there.square().sum(0)
+    return torch.where(follows, slope, 0.0)
 
 
 def _side_by_side(held: dict[str, Tensor]) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from bayes_mpt.predictors.nodes.resampling import by_halves
 
 __all__ = [
+    "MET",
     "LaplaceApproximation",
     "Peaks",
     "climb",
@@ -51,22 +53,23 @@ def newton(
     max_steps: int,
     sure: float,
     root_at_mode: bool = True,
+    lost: Callable[[], Tensor] | None = None,
 ) -> LaplaceApproximation:
     """Newton's method on (S, N, d) -> (S, N), all rows side by side, and the curvature at the last step but one.
 
     ``log_prob(u, nodes)`` is asked for some of the S, by their numbers: a node whose rows have all come to rest is
     left alone. Of a log-density no more than the share ``sure`` is to be gained by a step that need not climb, of which
     one more is taken where the curvature moves with it; not without ``root_at_mode``, for nodes, which any root near
-    that one places well. Kept by hand: scipy's optimisers climb one row at a time, and not within torch's graph.
+    that one places well. Where the density at u is not finite, climbs begin at ``lost()``. Kept by hand: scipy's
+    optimisers climb one row at a time, and not within torch's graph.
     """
-    mode = u.detach().clone()
+    nodes = torch.arange(len(u), device=u.device)
+    here, before = _begin(log_prob, u.detach(), nodes, lost)
+    mode = here.detach().clone()
     roots = mode.new_zeros(*mode.shape, mode.shape[-1])
     stuck = torch.zeros(mode.shape[:-1], dtype=torch.bool, device=mode.device)  # no step of theirs climbs
     settled = stuck.clone()  # a step ago
     n_longest = stuck.to(mode)  # steps that the bound has cut, up to the last one
-    nodes = torch.arange(len(mode), device=mode.device)
-    here = mode.clone().requires_grad_()
-    before = log_prob(here, nodes)
     for n_steps in range(1, max_steps + 1):
         (slope,) = torch.autograd.grad(before.sum(), here, create_graph=True)
         root = root_of(curvature(slope, here))
@@ -94,6 +97,23 @@ def newton(
         if n_steps == max_steps:
             break
     return LaplaceApproximation(mode, roots)
+
+
+def _begin(
+    log_prob: Callable[[Tensor, Tensor], Tensor],
+    u: Tensor,
+    nodes: Tensor,
+    lost: Callable[[], Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    """A place to climb from, and log p there."""
+    here = u.clone().requires_grad_()
+    if lost is None:
+        return here, log_prob(here, nodes)
+    with suppress(ValueError):  # so far away that the program refuses
+        before = log_prob(here, nodes)
+        if bool(before.isfinite().all()):
+            return here, before
+    return _begin(log_prob, lost(), nodes, None)
 
 
 def _bounded(step: Tensor, n_longest: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,11 +222,13 @@ class Peaks(NamedTuple):
     """(M,) long: the first of those that end in the same place."""
 
 
-def climb(log_prob: Callable[[Tensor], Tensor], u: Tensor, max_steps: int, sure: float) -> Peaks:
+def climb(
+    log_prob: Callable[[Tensor], Tensor], u: Tensor, max_steps: int, sure: float, met: float = MET
+) -> Peaks:
     """Newton's method on (M, d) -> (M,) from many places, each of which stops by itself.
 
-    Places that meet go on as one. What has no finite density is left where it is, and so is, after ten steps, what
-    looks like fifty nats less mass than a top that was reached.
+    Places that have met, ``met`` standard deviations and nats apart, go on as one. What has no finite density is left
+    where it is, and so is, after ten steps, what looks like fifty nats less mass than a top that was reached.
     """
     u = u.detach().clone()
     value, slope, curved = _expand(log_prob, u)
@@ -240,7 +262,7 @@ def climb(log_prob: Callable[[Tensor], Tensor], u: Tensor, max_steps: int, sure:
         going[at[~found.climbed]] = False
         at, found = at[found.climbed], _Walked(*(t[found.climbed] for t in found))
         u[at], value[at], slope[at], curved[at] = found[:4]
-        _merge(u, value, curved, same, going)
+        _merge(u, value, curved, same, going, met)
     usable = curved.isfinite().all(-1).all(-1)
     curved = torch.where(usable[:, None, None], curved, torch.eye(u.shape[1]).to(u))
     info = torch.linalg.cholesky_ex(curved)[1]
@@ -318,13 +340,13 @@ def _shorten(
     return walked
 
 
-def _merge(u: Tensor, value: Tensor, curved: Tensor, same: Tensor, going: Tensor) -> None:
+def _merge(u: Tensor, value: Tensor, curved: Tensor, same: Tensor, going: Tensor, near: float) -> None:
     """Let places that have met go on as one."""
     alive = going.nonzero()[:, 0]
     if len(alive) < 2:
         return
     apart = distances(u[alive], curved[alive])
-    met = (apart < MET) & ((value[alive][:, None] - value[alive]).abs() < MET)
+    met = (apart < near) & ((value[alive][:, None] - value[alive]).abs() < near)
     first = met.to(torch.int8).argmax(1)  # of those that have met, the first
     for place, other in enumerate(first.tolist()):
         if other < place and bool(going[alive[other]]):

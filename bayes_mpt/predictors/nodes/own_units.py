@@ -32,7 +32,7 @@ from bayes_mpt.program.run import run
 from bayes_mpt.program.sites import base, node_of
 from bayes_mpt.program.store import own_random_state
 
-__all__ = ["InOwnUnits", "in_own_units", "own_values"]
+__all__ = ["InOwnUnits", "in_own_units", "own_values", "told_values"]
 
 N_DRAWS = 400  # of the prior, weighed by the data
 N_ALONE = 50  # where each is a run of its own
@@ -119,6 +119,32 @@ def own_values(adaptive: AdaptiveNodes, filled: tuple[Any, ...], u: Tensor) -> d
     if not isinstance(adaptive.model, InOwnUnits):
         return told
     return {**told, **_recorded(adaptive, filled, u, lambda seen: seen.own)}
+
+
+def told_values(
+    adaptive: AdaptiveNodes, filled: tuple[Any, ...], values: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The inverse of `own_values`: of the program's own latents (S, ...), all of them, what it is told of each."""
+    if not isinstance(adaptive.model, InOwnUnits):
+        return values
+    model, n = adaptive.model, len(next(iter(values.values())))
+
+    def at(one: dict[str, Tensor]) -> dict[str, Tensor]:
+        trace = run(model.model, filled, one)
+        laws = {name: base(node_of(trace, name)["fn"]) for name in model.names}
+        return {
+            name: ((one[name] - law.loc) / law.scale).reshape(one[name].shape) for name, law in laws.items()
+        }
+
+    with torch.no_grad(), own_random_state():
+        told = None
+        if adaptive.batched is not Batched.LOOP:
+            with suppress(Exception):  # nobody knows what a program does with several
+                told = cast(dict[str, Tensor], vmapped(at, randomness="different")(values))
+        if told is None:
+            each = [at({name: v[s] for name, v in values.items()}) for s in range(n)]
+            told = {name: torch.stack([one[name] for one in each]) for name in model.names}
+    return {**values, **told}
 
 
 def _recorded(

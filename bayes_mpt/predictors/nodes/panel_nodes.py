@@ -26,8 +26,8 @@ from bayes_mpt.predictors.nodes.placing import reaching
 from bayes_mpt.predictors.nodes.probes import n_probes, reach_of_prior
 from bayes_mpt.predictors.nodes.rules import CUT
 from bayes_mpt.program.arguments import Args, same_cells
-from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.program import list_names
+from bayes_mpt.program.store import own_random_state
 from bayes_mpt.warnings import NotConvergedWarning, warn
 
 if TYPE_CHECKING:

@@ -65,6 +65,7 @@ def located(
     max_steps: int,
     sure: float,
     root_at_mode: bool = False,
+    lost: Callable[[], Tensor] | None = None,
 ) -> Modes:
     """Modes of the N rows at S values of all the rest, those of one value after the other: (J, S N, d).
 
@@ -78,13 +79,13 @@ def located(
         Where climbs of rows with several begin.
     cut : float, optional
         Nats below the mode to which the density is followed: `Modes.reach`.
-    max_steps, sure, root_at_mode
+    max_steps, sure, root_at_mode, lost
         As of `newton`.
     """
     n_nodes, n_rows, _ = start.shape
     starts = placing.serves(n_rows).starts
     if starts is None:
-        found = newton(log_prob, start, max_steps, sure, root_at_mode)
+        found = newton(log_prob, start, max_steps, sure, root_at_mode, lost)
         modes = Modes.one(found._replace(mode=found.mode.flatten(0, 1), root=found.root.flatten(0, 1)))
     else:
         n_modes = len(starts)
@@ -100,12 +101,12 @@ def located(
         mode, root, mass = (
             t.unflatten(0, (n_modes, n_nodes)).flatten(1, 2) for t in (found.mode, found.root, mass)
         )
-        lost = ~mass.isfinite()  # a climb that has left the floats
-        first = (~lost).to(torch.int8).argmax(0)
+        gone = ~mass.isfinite()  # a climb that has left the floats
+        first = (~gone).to(torch.int8).argmax(0)
         row = torch.arange(mode.shape[1], device=mode.device)
-        mode = torch.where(lost[..., None], mode[first, row], mode)
-        root = torch.where(lost[..., None, None], root[first, row], root)
-        modes = Modes(mode, root, torch.where(lost, mass[first, row], mass))
+        mode = torch.where(gone[..., None], mode[first, row], mode)
+        root = torch.where(gone[..., None, None], root[first, row], root)
+        modes = Modes(mode, root, torch.where(gone, mass[first, row], mass))
     return modes if cut is None else reaching(log_prob, modes, n_nodes, cut)
 
 

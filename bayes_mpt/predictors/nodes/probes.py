@@ -19,7 +19,7 @@ from bayes_mpt.predictors.nodes.mixture import Modes
 from bayes_mpt.predictors.nodes.placing import reaching
 from bayes_mpt.program.arguments import Args
 from bayes_mpt.program.batched import Batched
-from bayes_mpt.program.devices import own_random_state
+from bayes_mpt.program.store import own_random_state
 
 if TYPE_CHECKING:
     from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes

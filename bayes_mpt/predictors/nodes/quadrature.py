@@ -29,8 +29,8 @@ from bayes_mpt.predictors.nodes.weighted import (
 )
 from bayes_mpt.program.analysis import analyze
 from bayes_mpt.program.arguments import Args
-from bayes_mpt.program.devices import own_random_state
 from bayes_mpt.program.program import Model, ModelError, Program
+from bayes_mpt.program.store import own_random_state
 
 __all__ = ["Quadrature"]
 
@@ -46,8 +46,11 @@ HIGHER = 1.0  # nats above all modes, from which a place is believed to be of an
 HIGHER_PLACE = (
     "of points that are spread like the prior one is {:.0f} nats higher than all modes that were found"
 )
+CORNERS = (
+    1e-6  # share of a Gaussian at nodes that are left out, of many at each of which rows or groups have nodes
+)
 NO_PART = 0.01  # of the error: what is left out is no more
-LITTLE = 1e-3  # share of the integral that a shell adds, beyond which rows and groups are integrated roughly
+LITTLE = 5e-3  # share of the integral that a shell adds, beyond which rows and groups are integrated roughly
 
 
 class Quadrature(Predictor):
@@ -155,7 +158,9 @@ class _Hermite(NodeSource):
         width = self.adaptive.space.width
         if modes.reach is not None:
             return alone_rule(width, finer)
-        return Rule(*hermite(width, self._n_nodes(modes, finer)))
+        rule = Rule(*hermite(width, self._n_nodes(modes, finer)))
+        # those of rows or groups stand at every node: at corners where no share of a Gaussian is, for nothing
+        return rule if finer or self.asked or self.adaptive.rows is None else _without_corners(rule)
 
     def _n_nodes(self, modes: Modes, finer: bool = False) -> int:
         """Along each axis, fewer where modes are so many that the program would run at too many nodes."""
@@ -364,7 +369,7 @@ class _Hermite(NodeSource):
 
 def _changes(rule: Rule, finer: Rule, change: float) -> dict[str, Any]:
     """By how much the finer rule has changed log Z, in words."""
-    n_nodes, more = (round(len(r.t) ** (1 / max(1, r.t.shape[1]))) for r in (rule, finer))
+    n_nodes, more = (len(r.t[:, 0].unique()) if r.t.shape[1] else 1 for r in (rule, finer))
     return {"n_nodes": more, f"change from {n_nodes} nodes": change}
 
 
@@ -390,6 +395,16 @@ def _shells(rule: Rule) -> Tensor:
     until = (log_w - 0.5 * radius)[order].softmax(0).cumsum(0)
     inside = until[torch.searchsorted(outwards, radius + 1e-9) - 1]
     return torch.bucketize(inside - 1, -torch.tensor(SHELLS, dtype=t.dtype))
+
+
+def _without_corners(rule: Rule) -> Rule:
+    """The nodes of a large rule but those of the smallest weights, together `CORNERS` of a Gaussian."""
+    if len(rule.t) <= MAX_WHOLE:
+        return rule
+    share = (rule.log_weight - 0.5 * rule.t.square().sum(1)).softmax(0)
+    order = share.argsort(stable=True)
+    kept = order[share[order].cumsum(0) > CORNERS].sort().values
+    return Rule(rule.t[kept], rule.log_weight[kept])
 
 
 def _beyond(log_prob: Tensor, modes: Modes, rule: Rule) -> float:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bayes_mpt.predictors.nodes.conjugacy import log_prior_of, node_values
+from bayes_mpt.predictors.nodes.few_visible import small_sets
 from bayes_mpt.predictors.nodes.given import (
     NestedRows,
     PlacedRows,
@@ -181,6 +182,15 @@ class RowNodes:
         """Where climbs to several modes of each row begin, at one value (1, ...) of the latents of the data set."""
         rows, shown = NestedRows.in_rows(x, visible, self.cells.to(x.device))
         return self.adaptive.row_starts(args, rows, shown, held)
+
+    def small_sets(self, n_tokens: int) -> list[Tensor]:
+        """Visible sets (N T,) of the one vector, of which each row shows the same few tokens."""
+        shown = torch.zeros(n_tokens, dtype=torch.bool)
+        cells = self.cells.cpu()
+        return [
+            shown.index_fill(0, cells[:, seen].flatten(), True)
+            for seen in small_sets(cells.shape[1], halves=False)
+        ]
 
     @property
     def nearby(self) -> Nearby:

@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 from scipy.special import logsumexp
 
-from bayes_mpt.predictors import Quadrature
+from bayes_mpt.predictors import Importance, Quadrature
 from bayes_mpt.predictors.nodes.modes import _Climbs
 
 F64 = torch.float64
@@ -72,6 +72,91 @@ def test_steps_of_a_chain(program):
         visible = np.isin(np.arange(5), order[:t])
         want = [truth(row, visible)[order[t]] for row in rows]
         np.testing.assert_allclose(found[:, order[t]].numpy(), want, atol=1e-4)
+
+
+def of_many(x):
+    z = pyro.sample("z", dist.Normal(torch.zeros(5), 1.0).to_event(1))
+    a = z.sum(-1) / 5**0.5
+    pyro.sample("y", dist.Normal(means(a[..., None], SIGNED), 0.3).to_event(1), obs=x[:, 0])
+
+
+def of_many_in_rows(x):
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(5), 1.0).to_event(1))
+        a = z.sum(-1) / 5**0.5
+        pyro.sample("y", dist.Normal(means(a[..., None], SIGNED), 0.3).to_event(1), obs=x)
+
+
+@pytest.mark.parametrize("program", [of_many, of_many_in_rows])
+def test_more_latents_than_a_rule_takes(program):
+    """By draws around every mode: the sum of five is the latent of the others. Half of the mass was missed."""
+    rows = ROWS if program is of_many_in_rows else ROWS[:1]
+    x = torch.tensor(rows if program is of_many_in_rows else rows.T, dtype=F64)
+    found = Importance(1000).bind(program, (x,)).read((x,)).conditionals(torch.as_tensor(VISIBLE[:2]))
+    want = [[truth(row, visible) for row in rows] for visible in VISIBLE[:2]]
+    np.testing.assert_allclose(found.numpy(), want, atol=0.1)
+
+
+def groups(x):
+    with pyro.plate("groups", len(PAIRS)):
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", len(x)):
+        own = a[x[:, 0].long()]
+        pyro.sample("y", dist.Normal(torch.where(x[:, 1] == 1, own, own**2), 0.3), obs=x[:, 2])
+
+
+def groups_of_one_mean(x):
+    mean = pyro.sample("mean", dist.Normal(0.0, 0.5))
+    with pyro.plate("groups", len(PAIRS)):
+        a = pyro.sample("a", dist.Normal(mean, 1.0))
+    with pyro.plate("rows", len(x)):
+        own = a[x[:, 0].long()]
+        pyro.sample("y", dist.Normal(torch.where(x[:, 1] == 1, own, own**2), 0.3), obs=x[:, 2])
+
+
+def rows_of_one_mean(x):
+    mean = pyro.sample("mean", dist.Normal(0.0, 0.5))
+    with pyro.plate("rows", len(x)):
+        a = pyro.sample("a", dist.Normal(mean, 1.0))
+        pyro.sample("square", dist.Normal(a**2, 0.3), obs=x[:, 0])
+        pyro.sample("plain", dist.Normal(a, 0.3), obs=x[:, 1])
+
+
+PAIRS = np.array([[2.2, 1.5], [1.4, -1.2]])
+"""A square and a value with its sign of each row, or group."""
+
+
+def log_z_of_pairs(seen, spread):
+    """log p of the pairs that are seen (2, 2), the mean of a of a standard deviation."""
+    a = GRID[::20]
+    mean, weight = np.polynomial.hermite_e.hermegauss(40 if spread else 1)
+    total = np.log(weight / weight.sum())
+    for (square, plain), (with_square, with_plain) in zip(PAIRS, seen, strict=True):
+        log_p = stats.norm.logpdf(a, spread * mean[:, None])
+        log_p = log_p + with_square * stats.norm.logpdf(square, a**2, 0.3)
+        log_p = log_p + with_plain * stats.norm.logpdf(plain, a, 0.3)
+        total = total + logsumexp(log_p, axis=1) + np.log(a[1] - a[0])
+    return logsumexp(total)
+
+
+@pytest.mark.parametrize(
+    "program", [groups, pytest.param(groups_of_one_mean, marks=pytest.mark.slow), rows_of_one_mean]
+)
+def test_rows_and_groups_inside_of_other_latents(program):
+    """Squares alone are visible, and signs are asked for."""
+    by_row = program is rows_of_one_mean
+    flat = np.c_[[0, 0, 1, 1], [0, 1, 0, 1], PAIRS.ravel()]
+    x = torch.tensor(PAIRS if by_row else flat, dtype=F64)
+    seen = np.array([[1, 0], [1, 0]])
+    visible = torch.tensor([[True, True, False, False] if by_row else [True, False, True, False]])
+    found = Quadrature().bind(program, (x,)).read((x,)).conditionals(visible).flatten().numpy()
+    want = []
+    for k in range(2):
+        more = seen.copy()
+        more[k, 1] = 1
+        spread = 0.0 if program is groups else 0.5
+        want.append(log_z_of_pairs(more, spread) - log_z_of_pairs(seen, spread))
+    np.testing.assert_allclose(found[~visible[0].numpy()], want, atol=5e-3)
 
 
 def test_one_mode_is_followed(monkeypatch):
