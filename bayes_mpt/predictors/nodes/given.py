@@ -59,6 +59,8 @@ class Given(ABC):
 
     maps: DenseMap | None = None
     """The S linear-Gaussian maps, where all rows share them."""
+    detail: Detail = "usual"
+    """Of nodes inside rows or groups, where there are any."""
 
     @abstractmethod
     def log_joint(self, x: Tensor, visible: Tensor) -> Tensor:

@@ -50,21 +50,28 @@ def reach_of_prior(at: AdaptiveNodes, args: Args, value: Tensor) -> Modes:
 
 
 @torch.no_grad()
-def highest_of_prior(at: AdaptiveNodes, args: Args, value: Tensor, modes: Modes) -> float:
-    """By how many nats a place of the prior is higher than all modes of latents of all rows; 0 where none is."""
+def highest_of_prior(
+    at: AdaptiveNodes, args: Args, value: Tensor, modes: Modes, top: float | None = None
+) -> float:
+    """By how many nats a place of the prior is higher than ``top``, by default that of draws around the modes.
+
+    Of latents that all rows share; 0 where none is.
+    """
     n = min(N_POINTS, n_probes(at, value))
     if not n:
         return 0.0
     middle, spread = _of_draws(at, args, 1)
     normal = torch.as_tensor(norm.ppf(qmc.Sobol(middle.shape[1], seed=0).random(N_POINTS)[:n])).to(middle)
-    u = torch.cat([modes.mode, middle + spread * normal[:, None]])  # (J + n, 1, d)
+    with own_random_state(0):
+        known = torch.cat([modes.mode, modes.draws(n)])
+    u = torch.cat([known, middle + spread * normal[:, None]])  # (J + 2 n, 1, d)
     everything = torch.ones(value.shape[1], dtype=torch.bool, device=value.device)
     with pyro.validation_enabled(False), own_random_state():
         density = at.row_density(args, value, everything, {})
         found = density(u, torch.zeros(len(u), dtype=torch.long, device=u.device))[:, 0]
     found = torch.where(found.isfinite(), found, -torch.inf)
-    n_modes = len(modes.mode)
-    return max(0.0, float(found[n_modes:].amax() - found[:n_modes].amax()))
+    top = float(found[: len(known)].amax()) if top is None else top
+    return max(0.0, float(found[len(known) :].amax()) - top)
 
 
 def _of_draws(at: AdaptiveNodes, args: Args, n_rows: int) -> tuple[Tensor, Tensor]:

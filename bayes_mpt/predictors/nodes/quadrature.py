@@ -28,9 +28,10 @@ from bayes_mpt.predictors.nodes.weighted import (
     warn_if_slow,
 )
 from bayes_mpt.program.analysis import analyze
-from bayes_mpt.program.arguments import Args
-from bayes_mpt.program.program import Model, ModelError, Program
+from bayes_mpt.program.arguments import Args, same_cells
+from bayes_mpt.program.program import Model, ModelError, Program, list_names
 from bayes_mpt.program.store import own_random_state
+from bayes_mpt.warnings import NotConvergedWarning, warn
 
 __all__ = ["Quadrature"]
 
@@ -42,10 +43,9 @@ N_CHECKS = 1024
 MIN_NODES = 3  # along each axis
 MAX_WHOLE = 1024  # nodes, up to which all are tried at once
 SHELLS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9)  # share of a Gaussian outside of each
+FAR = 3.0  # errors, from which nodes are held for wrong
 HIGHER = 1.0  # nats above all modes, from which a place is believed to be of another
-HIGHER_PLACE = (
-    "of points that are spread like the prior one is {:.0f} nats higher than all modes that were found"
-)
+HIGHER_PLACE = "of points that are spread like the prior one is {:.0f} nats higher than all around the modes"
 CORNERS = (
     1e-6  # share of a Gaussian at nodes that are left out, of many at each of which rows or groups have nodes
 )
@@ -118,6 +118,7 @@ class _Hermite(NodeSource):
         self.modes = ModeSearch(adaptive, Rule(*hermite(adaptive.space.width, n_nodes)) if by_row else None)
         self.model, self.structure = adaptive.model, adaptive.program
         self.panels = PanelNodes(adaptive)
+        self._inside: tuple[Tensor, bool] | None = None
 
     @property
     def why(self) -> str:  # type: ignore[override]  # how nodes stand is found out with the rows
@@ -145,6 +146,7 @@ class _Hermite(NodeSource):
     def _forget(self) -> None:
         self.modes.forget()
         self.panels.forget()
+        self._inside = None
 
     def place(self, args: Args, visible: Tensor | None = None, near: Any = None) -> Read:
         value = program_values(self.model, args, self.structure)
@@ -191,6 +193,8 @@ class _Hermite(NodeSource):
 
     def settled(self, nodes: Nodes, read: Read, log_part: Tensor, visible: Tensor) -> tuple[Read, Tensor]:
         modes = read.located
+        if self.adaptive.rows is not None:
+            return self._settled_inside(nodes, read, log_part, visible)
         if self.asked or not self._one_axis(modes) or read.error is not None:
             return read, log_part
         uneven = self._uneven(read, log_part)
@@ -204,6 +208,36 @@ class _Hermite(NodeSource):
         """Whether panels can be laid: of images that are not listed they would see nothing."""
         partial = modes.orbits is not None and modes.orbits.partial
         return self.adaptive.space.width == 1 and self.adaptive.rows is None and not partial
+
+    def _settled_inside(
+        self, nodes: Nodes, read: Read, log_part: Tensor, visible: Tensor
+    ) -> tuple[Read, Tensor]:
+        """With panels in every row or group of one latent that jumps; a training goes by nodes, and says so."""
+        if read.given.detail != "usual" or not self._jumps_inside(nodes, read, log_part):
+            return read, log_part
+        if torch.is_grad_enabled():
+            return read, log_part
+        read = read._replace(given=read.given.with_detail("panels"))
+        return read, read.log_weight + read.given.log_joint(nodes.value, visible)
+
+    @torch.no_grad()
+    def _jumps_inside(self, nodes: Nodes, read: Read, log_part: Tensor) -> bool:
+        """Whether the density of a latent inside jumps, looked at once for the cells, at the best node."""
+        if self._inside is None or not same_cells(self._inside[0], nodes.value):
+            rows = self.adaptive.rows
+            assert rows is not None
+            best = log_part[:, 0].nan_to_num(-math.inf).argmax()[None]
+            with rows.nearby.unmoved():
+                uneven = read.given.with_detail("fine", best).uneven(nodes.value)[0]
+            self._inside = nodes.value.detach(), uneven > UNEVEN
+            if uneven > ROUGH and log_part.requires_grad:
+                warn(
+                    f"the density of {list_names(rows.own)} jumps or bends inside rows or groups: a training "
+                    f"goes by nodes, which may be {uneven:.2g} nats off there, so that it may end beside the "
+                    "maximum. Scores and the evidence afterwards see the jumps",
+                    NotConvergedWarning,
+                )
+        return self._inside[1]
 
     def _unseen(self, nodes: Nodes, read: Read, log_part: Tensor, visible: Tensor) -> bool:
         """Whether there is more than the nodes of one latent have seen."""
@@ -255,18 +289,23 @@ class _Hermite(NodeSource):
         if self._one_axis(modes) and (uneven > UNEVEN or _size(many - few) > ROUGH):
             finer = nodes.at_nodes(self._on_panels(nodes, modes, torch.ones_like(nodes.value[0]).bool())[0])
             return self._of_panels(finer, finer.last, diagnostics)
-        if self.adaptive.space.width == 2:  # of more a finer rule has too few nodes along each axis to tell
-            uneven = _uneven_axes(log_part, n_modes)
         se = max(abs(change), uneven)
         if n_modes > 1 and not self.structure.by_row:
             se += _beyond(finer.log_weights(), modes, finest)
-        if self.adaptive.space.width > 1 and se > ROUGH:
+        several = self.adaptive.space.width > 1
+        top = float((log_part - around.nodes(finest)[1].flatten(0, 1)).amax()) if several else None
+        # of more than two a finer rule has too few nodes along each axis to tell
+        if several and (
+            se > ROUGH or (self.adaptive.space.width == 2 and _uneven_axes(log_part, n_modes) > ROUGH)
+        ):
+            by_nodes = many
             many, se = self._sharper(nodes, many, se, diagnostics)
+            top = top if many is by_nodes else None
         elif not self.structure.by_row:
             se = self._checked(nodes, many, se, diagnostics)
         if self.structure.by_row:
             return Evidence(many, se, diagnostics)
-        return self._doubted(nodes, many, se, diagnostics)
+        return self._doubted(nodes, many, se, diagnostics, top)
 
     def _sharper(
         self, nodes: Nodes, many: Tensor, se: float, diagnostics: dict[str, Any]
@@ -281,9 +320,10 @@ class _Hermite(NodeSource):
         log_z = torch.where(empty, 0.0, found.log_z)
         error = float(torch.where(empty, 0.0, found.error).square().sum().sqrt())
         diagnostics["by draws of the same mixture"] = float(log_z.sum())
-        if not (error < se and k < BAD_K):
+        off = abs(float((log_z - many).sum()))
+        if k >= BAD_K or not (error < se or off > FAR * math.hypot(error, se)):
             # as `_checked` does
-            return many, se if self.structure.by_row else math.hypot(se, float((log_z - many).sum()))
+            return many, math.hypot(se, off) if se > ROUGH and not self.structure.by_row else se
         diagnostics["n_nodes"] = found.n_evaluations
         return log_z, error
 
@@ -312,13 +352,23 @@ class _Hermite(NodeSource):
         diagnostics["by draws of the same mixture"] = by_draws
         return math.hypot(se, by_draws - float(many.sum()))
 
-    def _doubted(self, nodes: Nodes, many: Tensor, se: float, diagnostics: dict[str, Any]) -> Evidence:
-        """The evidence of latents that all rows share, with what speaks against its modes."""
+    def _doubted(
+        self,
+        nodes: Nodes,
+        many: Tensor,
+        se: float,
+        diagnostics: dict[str, Any],
+        top: float | None = None,
+    ) -> Evidence:
+        """The evidence of latents that all rows share, with what speaks against its modes.
+
+        With ``top``, the greatest log-density at its nodes.
+        """
         modes = nodes.last.located
         diagnostics["n_modes"] = len(modes.mode)
         doubt = modes.doubt or nodes.doubt_inside()
         if not doubt and self.adaptive.rows is None and self.adaptive.space.width > 1:
-            higher = highest_of_prior(self.adaptive, nodes.args, nodes.value, modes)
+            higher = highest_of_prior(self.adaptive, nodes.args, nodes.value, modes, top)
             doubt = HIGHER_PLACE.format(higher) if higher > HIGHER else ""
         return doubted(Evidence(many, se, diagnostics), modes._replace(doubt=doubt))
 
