@@ -71,14 +71,14 @@ class PanelNodes:
 
     def __init__(self, adaptive: AdaptiveNodes):
         self.adaptive, self.jumps, self._moves = adaptive, False, False
-        self.everywhere = False
+        self.everywhere = self._told = False
         self._kept: tuple[Tensor, Tensor, Panels] | None = None
         self._looked: list[tuple[Tensor, bool]] = []
 
     def forget(self) -> None:
         """Look for the next panels from the modes, not from the last ones."""
         self._kept, self.jumps, self._moves = None, False, False
-        self.everywhere, self._looked = False, []
+        self.everywhere, self._told, self._looked = False, False, []
 
     @torch.no_grad()
     def look(self, rows: Rows, modes: Modes, log_z: Tensor) -> bool:
@@ -150,10 +150,14 @@ class PanelNodes:
         def integrals() -> Tensor:
             return self._integrals(rows, modes, found.panels).log_z
 
+        many = sum(p.numel() for p in leaves) > MAX_MOVING
+        if many and self._told:  # each time is four integrals more, which nothing would come of
+            return torch.zeros_like(log_z)
+        self._told = many
         self._moves = self._moves or _differ(integrals, leaves, log_z)
         if not self._moves:
             return torch.zeros_like(log_z)
-        if sum(p.numel() for p in leaves) > MAX_MOVING:
+        if many:
             latents = list_names(self.adaptive.space.names)
             warn(
                 f"the density of {latents} jumps where parameters say, and gradients do not see such a jump move: the "
