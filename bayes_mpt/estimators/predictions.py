@@ -21,6 +21,7 @@ from bayes_mpt.program.affine import token_means
 from bayes_mpt.program.arguments import fill_all, same_cells
 from bayes_mpt.program.layout import token_values
 from bayes_mpt.program.offers import offered
+from bayes_mpt.program.program import ModelError
 from bayes_mpt.program.run import run
 from bayes_mpt.program.shifts import of_cells
 from bayes_mpt.program.statistics import SufficientStatistics
@@ -124,6 +125,7 @@ def impute(fitted: Fitted, rows: Rows, y: Any) -> Rows:
         cells = fitted.tensor(rows)
         parts = fitted.each(lambda read: (read.value, read.posterior().tokens), rows, y)
         x = torch.cat([part[0] for part in parts])
+        _refuse_gaps_in_line(x.isnan(), fitted)
         tokens = torch.where(x.isnan(), torch.cat([part[1] for part in parts]), x)
         if same_cells(x, cells):
             filled = tokens
@@ -133,6 +135,17 @@ def impute(fitted: Fitted, rows: Rows, y: Any) -> Rows:
                 where = _cells_of(fitted, args)
             filled = cells.flatten().index_copy(0, where, tokens.flatten()).reshape(cells.shape)
     return fitted.unshifted(_told(filled, fitted, rows))
+
+
+def _refuse_gaps_in_line(missing: Tensor, fitted: Fitted) -> None:
+    """Refuse to impute tokens (N, T) that look at missing ones, of which they would take a filler for the value."""
+    order = fitted.bound.structure.order
+    for before, after in () if order is None else order.looks:
+        if bool((missing[:, list(before)].any(1) & missing[:, list(after)].any(1)).any()):
+            raise ModelError(
+                "a missing cell looks at another missing one: the mean of the second is not all that the first depends "
+                "on. Impute one step, and sample from there on, or make the series a latent that is observed with noise"
+            )
 
 
 def missing_sd(fitted: Fitted, rows: Rows) -> NDArray[np.float64]:

@@ -20,6 +20,7 @@ from bayes_mpt.program.sites import base, latent_nodes, node_of, own_shown, sub_
 __all__ = [
     "gaps_show",
     "holes_in",
+    "looked_at",
     "nan_shows",
     "read_values",
     "refuse_seen_gaps",
@@ -58,19 +59,22 @@ def read_values(
                 f"the program does not run on other values in the missing cells: {error}. Drop constant columns, and "
                 "make covariates complete"
             ) from error
-        moved = _moved_law(trace, other, program)
+        gone = {} if program.order is None else _gone(trace, other, program)
+        moved = _moved_law(trace, other, program, gone)
     if moved is not None:
+        parents = looked_at(token_values(other, program) != value, program)
+        at = _missing_parent(model, args, program, trace, sites, parents, gone)
         raise MissingCovariate(
             f"missing cells reach the distribution of site {moved!r}: covariates must be complete, only what is "
-            f"observed may be missing{_missing_parent(model, args, program, trace, sites)}. {AS_A_LATENT}"
+            f"observed may be missing{at}. {AS_A_LATENT}"
         )
     shown = values_with_gaps(model, args, program.site_names, trace, other, sites)
     with_gaps = join_tokens(shown, program)
-    looked_at = [] if program.order is None else list(program.order.parents)
-    if bool(with_gaps[:, looked_at].isnan().any()):  # whether or not these fillings make a difference
+    parents = looked_at(with_gaps.isnan(), program)
+    if bool(parents.any()):  # whether or not these fillings make a difference
         raise MissingCovariate(
             f"missing cells reach the distribution of site {program.observed!r}, of which tokens look at others"
-            f"{_missing_parent(model, args, program, trace, sites)}. {AS_A_LATENT}"
+            f"{_missing_parent(model, args, program, trace, sites, parents, gone)}. {AS_A_LATENT}"
         )
     refuse_seen_gaps(model, args, program, trace, sites)
     missing = with_gaps.isnan() & ~value.isnan()
@@ -156,11 +160,37 @@ def _refuse_left_out(raw: Trace, filled: Trace, names: Iterable[str]) -> None:
             )
 
 
-def _moved_law(before: Trace, after: Trace, program: Program) -> str | None:
-    """The first site whose distribution, or mask where tokens look at each other, is another one in a second run."""
+def looked_at(missing: Tensor, program: Program) -> Tensor:
+    """Which missing tokens (N, T) are looked at by one that is not: a series that has ended goes on to miss."""
+    found = torch.zeros_like(missing)
+    for before, after in () if program.order is None else program.order.looks:
+        first, later = list(before), list(after)
+        found[:, first] |= missing[:, first] & ~missing[:, later].all(1, keepdim=True)
+    return found
+
+
+def _gone(before: Trace, after: Trace, program: Program) -> dict[str, Tensor]:
+    """By site, which of its values are missing, as they are others in a run on other fillings, or hidden."""
+    nodes = ((n, node_of(before, n), node_of(after, n)) for n in program.site_names)
+    return {n: (a["value"] != b["value"]) | ~own_shown(a) for n, a, b in nodes}
+
+
+def _moved_law(before: Trace, after: Trace, program: Program, gone: dict[str, Tensor]) -> str | None:
+    """The first site whose distribution, or mask where tokens look at each other, is another one in a second run.
+
+    That of values which are ``gone``, by site, does not count.
+    """
     values = {n: before.nodes[n]["value"] for n in (*program.site_names, *program.latent_names)}
     laws = zip(*(log_probs_under(run, values, program).items() for run in (before, after)), strict=True)
-    moved = next((name for (name, law), (_, now) in laws if not bool((now == law).all())), None)
+    moved = None
+    for (name, law), (_, now) in laws:
+        differs = now != law
+        if name in gone and bool(differs.any()):
+            left = gone[name].reshape(*gone[name].shape[: differs.ndim], -1).all(-1)
+            differs = differs & ~left.expand(differs.shape)
+        if bool(differs.any()):
+            moved = name
+            break
     if moved is None and program.order is not None:
         shown = ((n, own_shown(node_of(before, n)), own_shown(node_of(after, n))) for n in program.site_names)
         moved = next((name for name, mask, now in shown if not torch.equal(mask, now)), None)
@@ -168,11 +198,16 @@ def _moved_law(before: Trace, after: Trace, program: Program) -> str | None:
 
 
 def _missing_parent(
-    model: Model, args: tuple[Any, ...], program: Program, trace: Trace, sites: dict[str, Tensor]
+    model: Model,
+    args: tuple[Any, ...],
+    program: Program,
+    trace: Trace,
+    sites: dict[str, Tensor],
+    parents: Tensor,
+    gone: dict[str, Tensor],
 ) -> str:
-    """Which missing cell a distribution looks at, in words."""
+    """Which missing cell a distribution looks at, in words: one of the ``parents`` (N, T), or another covariate."""
     filled, others = fill_all(args), tuple(fill_otherwise(a) for a in args)
-    looked_at = [] if program.order is None else list(program.order.parents)
     before = token_values(trace, program)
     for position, arg in enumerate(args):
         for index in arg.isnan().nonzero().tolist()[:MAX_NAMED] if has_missing(arg) else []:
@@ -180,8 +215,8 @@ def _missing_parent(
             one[tuple(index)] = others[position][tuple(index)]
             with torch.no_grad(), pyro.validation_enabled(False):
                 there = run(model, (*filled[:position], one, *filled[position + 1 :]), sites)
-            parent = (token_values(there, program) != before)[:, looked_at].any()
-            if bool(parent) or _moved_law(trace, there, program) is not None:
+            parent = ((token_values(there, program) != before) & parents).any()
+            if bool(parent) or _moved_law(trace, there, program, gone) is not None:
                 return (
                     f". It looks at {cell_name(model, arg, position, index)}, which is missing: fill it before, leave "
                     "its row or series out, or make a series a latent that is observed with noise"

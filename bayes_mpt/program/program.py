@@ -111,8 +111,8 @@ class Order(NamedTuple):
 
     tokens: tuple[int, ...]
     """The T tokens of a row, or of the one vector, each behind those that its distribution looks at."""
-    parents: tuple[int, ...]
-    """Tokens that others may look at: none of them may be missing."""
+    looks: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    """Some tokens, and those that may look at them: none of the first may be missing where one of the latter is not."""
     given: tuple[str, ...]
     """Cells that are looked at and never scored: all numbers are conditional on them."""
     how: str
@@ -266,11 +266,12 @@ def split_events(program: Program) -> Program:
 
 def _renamed(order: Order, parts: Sequence[NDArray[np.intp]]) -> Order:
     """The order of other tokens, of which these (T, ...) are what each token was."""
-    tokens, parents = (
-        tuple(np.concatenate([[], *(parts[t].ravel() for t in some)]).astype(int).tolist())
-        for some in (order.tokens, order.parents)
-    )
-    return order._replace(tokens=tokens, parents=parents)
+
+    def renamed(some: Sequence[int]) -> tuple[int, ...]:
+        return tuple(np.concatenate([[], *(parts[t].ravel() for t in some)]).astype(int).tolist())
+
+    looks = tuple((renamed(before), renamed(after)) for before, after in order.looks)
+    return order._replace(tokens=renamed(order.tokens), looks=looks)
 
 
 def one_vector(program: Program) -> Program:

@@ -119,10 +119,19 @@ def find_order(first: FirstRun, latents: list[Values]) -> Order:
                     search.name(b) for b, v in zip(blocks, moved.value, strict=True) if (v & masked).any()
                 ]
                 given += [f"masked cells of {list_names(names)}"] if names else []
-                parents = moved.value[moved.law.any(1) | moved.latents.any(1)].any(0)
-                return Order(tuple(found), tuple(np.flatnonzero(parents).tolist()), tuple(given), search.how)
+                return Order(tuple(found), _looks(moved, search.after[0]), tuple(given), search.how)
         search.refuse(blocks, moved, cycle_of(moved, search.after))
     raise AssertionError("a search ends in an order or a cycle")
+
+
+def _looks(moved: Moved, after: NDArray[np.bool_]) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
+    """By block, tokens that others look at, and these: also those drawn ``after`` (L, T) a latent that looks."""
+    law = moved.law | (moved.latents @ after if moved.latents.any() else False)
+    both = (
+        (np.flatnonzero(v).tolist(), np.flatnonzero(w).tolist())
+        for v, w in zip(moved.value, law, strict=True)
+    )
+    return tuple((tuple(first), tuple(later)) for first, later in both if first and later)
 
 
 # ------------------------------------------------------------------------------------------------------- the search

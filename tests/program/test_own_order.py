@@ -573,6 +573,22 @@ def test_a_missing_cell_is_refused_where_others_look_at_it():
             BayesMPT(by).fit(x)
 
 
+@pytest.mark.parametrize("by", [table_at_once, table_in_a_loop])
+def test_series_end_where_they_end(by):
+    """Behind its end a series is missing, and what is missing may look at missing cells."""
+    x = TABLE.copy()
+    x[1, 3:], x[4, 5:] = np.nan, np.nan
+    model = BayesMPT(by).fit(x)
+    seen = ~np.isnan(x[:, 1:])
+    terms = least_squares(x[:, 1:][seen], x[:, :-1][seen][:, None])
+    assert model.log_marginal_likelihood_ == pytest.approx(terms.sum(), abs=1e-8)
+    with pytest.raises(ModelError, match="looks at another missing one"):
+        model.impute(x)
+    x[2, 3] = np.nan  # at which the next one looks
+    with pytest.raises(ValueError, match=r"It looks at x\[2, 3\], which is missing"):
+        BayesMPT(by).fit(x)
+
+
 def test_gaps_that_nobody_looks_at_beside_a_normal_latent_of_each_row():
     """x_0 = z + e_0, x_t = z + .5 x_(t-1) + e_t: what is left of .5 x_(t-1) is N(0, I + 1 1')."""
 
@@ -661,7 +677,8 @@ def test_the_order_of_rows_as_one_vector():
     program = look(table_at_once, (torch.as_tensor(TABLE[:2]),)).program
     assert program.order.tokens == (0, 1, 2, 3, 4)
     assert one_vector(program).order.tokens == (0, 5, 1, 6, 2, 7, 3, 8, 4, 9)
-    assert one_vector(program).order.parents == (0, 5, 1, 6, 2, 7, 3, 8)
+    pairs = [((t, t + 5), (t + 1, t + 6)) for t in range(4)]
+    assert one_vector(program).order.looks == tuple(pairs)
 
 
 def seen_at_first(y):

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
     from bayes_mpt.program.arguments import Args
 
-__all__ = ["apart", "further_starts", "has_hills", "place_inside", "small_sets"]
+__all__ = ["apart", "beyond_valleys", "further_starts", "has_hills", "place_inside", "small_sets"]
 
 MAX_ALONE = 8  # tokens, of which each is tried alone
 MANY = 2**16  # cells, from which fewer sets are tried in all rows
@@ -35,6 +35,8 @@ LOW = 12.0  # nats below the top, where a maximum is as good as none
 N_DRAWS = 9  # of the prior
 MATTERS = 1e-3  # share of the mass from which a mode is missed
 APART = 0.5  # standard deviations, from which a mode is another
+N_WAY = 17  # places on the way from one that few tokens show to a mode
+VALLEY = 1e-6  # nats that a density falls on it, from which another mode may stand before
 
 
 def small_sets(n_tokens: int, halves: bool = True) -> list[Tensor]:
@@ -57,6 +59,24 @@ def apart(mode: Tensor, root: Tensor, log_mass: Tensor, known: Tensor) -> Tensor
     """Of modes (P, d) with roots (P, d, d) and masses (P,) those that matter and are none of the known ones (M, d)."""
     off = torch.linalg.solve(root[:, None], (mode[:, None] - known)[..., None])[..., 0]
     return mode[(off.norm(dim=-1).amin(1) > APART) & (log_mass.log_softmax(0) > math.log(MATTERS))]
+
+
+@torch.no_grad()
+def beyond_valleys(log_prob: Callable[[Tensor], Tensor], places: Tensor, modes: Tensor) -> Tensor:
+    """Which places (P, d) see a density (M, d) -> (M,) fall on the straight way to each of the modes (J, d).
+
+    From the others a climb may end at a mode that is known, and each visible set would pay for it.
+
+    Examples
+    --------
+    >>> two = lambda u: torch.logaddexp(-2 * (u - 3).square(), -2 * (u + 3).square())[:, 0]
+    >>> beyond_valleys(two, torch.tensor([[-2.5], [1.0]]), torch.tensor([[3.0]]))
+    tensor([ True, False])
+    """
+    share = torch.linspace(0, 1, N_WAY).to(modes)[:, None, None, None]
+    way = places[:, None] + share * (modes - places[:, None])  # (W, P, J, d)
+    value = log_prob(way.flatten(0, 2)).unflatten(0, way.shape[:3])
+    return (value.diff(dim=0) < -VALLEY).any(0).all(1)
 
 
 @torch.no_grad()

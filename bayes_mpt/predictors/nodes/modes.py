@@ -15,8 +15,8 @@ import pyro
 import torch
 from torch import Tensor
 
+from bayes_mpt.predictors.nodes import few_visible as few
 from bayes_mpt.predictors.nodes.conjugacy import prior_draws
-from bayes_mpt.predictors.nodes.few_visible import apart, further_starts, has_hills, place_inside, small_sets
 from bayes_mpt.predictors.nodes.mixture import Modes, Orbits
 from bayes_mpt.predictors.nodes.newton import MET, Peaks, by_halves, climb, distances
 from bayes_mpt.predictors.nodes.pieces import by_draws, shaped
@@ -143,9 +143,9 @@ class ModeSearch:
     def _further(self, args: Args, x: Tensor, near: Modes) -> Tensor | None:
         """Modes (P, d) that few visible tokens show, beside those that are followed."""
         if self._few is None or not same_cells(self._few[0], x):
-            place_inside(self.adaptive, args, x, near.mode[near.log_mass[:, 0].argmax()][None])
+            few.place_inside(self.adaptive, args, x, near.mode[near.log_mass[:, 0].argmax()][None])
             found = []
-            for seen in small_sets(x.shape[1], halves=self.adaptive.space.width <= MAX_HERMITE):
+            for seen in few.small_sets(x.shape[1], halves=self.adaptive.space.width <= MAX_HERMITE):
                 climbs = _Climbs(self.adaptive, args, x, seen.to(x.device))
                 if climbs.may_differ(near):
                     found.append(climbs.apart_from(near))
@@ -159,12 +159,12 @@ class ModeSearch:
         new = self._few is None or not (torch.is_grad_enabled() or same_cells(self._few[0], x))
         if new and not width:
             self._few = x.detach(), None
-            place_inside(self.adaptive, args, x, x.new_zeros(1, 1, 0))
+            few.place_inside(self.adaptive, args, x, x.new_zeros(1, 1, 0))
         elif new:
             with pyro.validation_enabled(False), torch.no_grad():
                 every = torch.ones(x.shape[1], dtype=torch.bool, device=x.device)
                 near = near or self.adaptive.locate(args, x, every)
-                self._few = x.detach(), further_starts(self.adaptive, args, x, near)
+                self._few = x.detach(), few.further_starts(self.adaptive, args, x, near)
         if self._few is None or self._few[1] is None:
             return placing
         starts = self._few[1] if placing.starts is None else torch.cat([placing.starts, self._few[1]])
@@ -264,13 +264,13 @@ class _Climbs:
     def may_differ(self, near: Modes) -> bool:
         """Whether the density may have more modes than one."""
         draws = self._draws(N_MIDDLE)[:N_MIDDLE, None]
-        return has_hills(lambda u: self.log_prob(u[:, 0])[:, None], near.mode[0], near.root[0], draws)
+        return few.has_hills(lambda u: self.log_prob(u[:, 0])[:, None], near.mode[0], near.root[0], draws)
 
     def apart_from(self, near: Modes) -> Tensor:
         """Tops (P, d) that matter, of one climb from each start, at which none from modes that are known ends."""
         peaks = self._climb(torch.cat([near.mode[:, 0], self._starts(self._n_starts())]))
         found, _ = self._distinct(peaks, torch.ones_like(peaks.same))
-        return apart(found.u, found.root, found.log_mass, peaks.u[peaks.same[: len(near.mode)]])
+        return few.apart(found.u, found.root, found.log_mass, peaks.u[peaks.same[: len(near.mode)]])
 
     def search(self) -> Modes:
         """From the middle of the prior, near 0 and from draws; from more of these where a mode was found by few."""
@@ -341,27 +341,28 @@ class _Climbs:
     def follow(self, near: Modes, more: Tensor | None = None) -> Modes:
         """Modes that have moved a little, and their images; pieces move with their modes.
 
-        With ``more`` places (P, d) to climb from, what is found there too.
+        With places (P, d) of ``more``, what is found from those of them from which a valley lies before every mode.
         """
-        if more is not None:
-            peaks = self._climb(torch.cat([near.representatives().mode[:, 0], more]))
-            found, _ = self._distinct(peaks, torch.ones_like(peaks.same))
-            modes = self._with_images(found)[0]._replace(doubt=near.doubt)
-            return shaped(partial(self.both, detail=self.proposing), modes, self._draws(N_STARTS))
         orbits = near.orbits
         assert orbits is not None
-        if near.has_pieces:
-            return self._follow_pieces(near, orbits)
+        found = self._follow_pieces(near, orbits) if near.has_pieces else self._follow_modes(near, orbits)
+        if more is None:
+            return found
+        beyond = few.beyond_valleys(self.log_prob, more, found.mode[:, 0])
+        if not bool(beyond.any()):
+            return found
+        peaks = self._climb(torch.cat([found.representatives().mode[:, 0], more[beyond]]))
+        tops, _ = self._distinct(peaks, torch.ones_like(peaks.same))
+        modes = self._with_images(tops)[0]._replace(doubt=near.doubt)
+        return shaped(partial(self.both, detail=self.proposing), modes, self._draws(N_STARTS))
+
+    def _follow_modes(self, near: Modes, orbits: Orbits) -> Modes:
         peaks = self._climb(near.mode[orbits.first, 0])
         found, index = self._distinct(peaks, torch.ones_like(peaks.same))
         keep = found.log_mass >= found.log_mass[0] - NEGLIGIBLE
         kept = index[keep].tolist()
-        orbits = Orbits(
-            orbits.where,
-            tuple(orbits.moves[j] for j in kept),
-            tuple(range(len(kept))),
-            tuple(orbits.counts[j] for j in kept),
-        )
+        moves, counts = (tuple(of[j] for j in kept) for of in (orbits.moves, orbits.counts))
+        orbits = Orbits(orbits.where, moves, tuple(range(len(kept))), counts)
         spread = orbits.spread(found.u[keep], found.root[keep], found.log_mass[keep])
         return Modes(*spread, near.doubt, orbits, crowd=near.crowd)
 

@@ -45,9 +45,8 @@ def holds(program, x, truth, most, widest):
 # ------------------------------------------------------------------------------------------- one latent: both corners
 
 
-@pytest.mark.parametrize("a", [2.0, 0.5, 0.1, 0.05, 0.01])
-def test_a_share_of_each_row(a):
-    x = np.array([[0, 0, 0], [1, 1, 1], [1, 1, 1], [0, 1, 0], [1, 1, 0]], dtype=float)
+def shares(a, x):
+    """A share Beta(a, a) of each row of three cells; with the log-density of rows x."""
 
     def program(x):
         with pyro.plate("rows", len(x)):
@@ -55,7 +54,13 @@ def test_a_share_of_each_row(a):
             pyro.sample("x", dist.Bernoulli(p[..., None].expand(*p.shape, 3)).to_event(1), obs=x)
 
     k = x.sum(1)
-    truth = (betaln(a + k, a + 3 - k) - betaln(a, a)).sum()
+    return program, (betaln(a + k, a + 3 - k) - betaln(a, a)).sum()
+
+
+@pytest.mark.parametrize("a", [2.0, 0.5, 0.1, 0.05, 0.01])
+def test_a_share_of_each_row(a):
+    x = np.array([[0, 0, 0], [1, 1, 1], [1, 1, 1], [0, 1, 0], [1, 1, 0]], dtype=float)
+    program, truth = shares(a, x)
     why = holds(program, x, truth, 1e-7, 1e-4)
     assert ("as far as the density" in why) == (a < 2)
 
@@ -107,15 +112,8 @@ def test_shares_inside_a_shared_latent():
 
 
 def test_a_number_of_nodes_that_was_asked_for_states_its_error():
-    a, x = 0.05, np.array([[0.0, 0, 0], [1, 1, 1], [0, 1, 0]])
-
-    def program(x):
-        with pyro.plate("rows", len(x)):
-            p = pyro.sample("p", dist.Beta(tensor(a), tensor(a)))
-            pyro.sample("x", dist.Bernoulli(p[..., None].expand(*p.shape, 3)).to_event(1), obs=x)
-
-    k = x.sum(1)
-    truth = (betaln(a + k, a + 3 - k) - betaln(a, a)).sum()
+    x = np.array([[0.0, 0, 0], [1, 1, 1], [0, 1, 0]])
+    program, truth = shares(0.05, x)
     score, evidence, se, _ = found(program, x, Quadrature(12))
     assert abs(score - truth) > 0.1  # so few
     assert abs(evidence - truth) < 1e-5
