@@ -67,18 +67,20 @@ class PanelNodes:
         Whether panels were asked for, so that fainter jumps, as of fewer tokens, are worth them too.
     everywhere : bool
         Whether places far from all modes matter, so that panels are laid over all that the prior reaches.
+    told : bool
+        Whether jumps that too many parameters may move were looked at.
     """
 
     def __init__(self, adaptive: AdaptiveNodes):
         self.adaptive, self.jumps, self._moves = adaptive, False, False
-        self.everywhere = self._told = False
+        self.everywhere = self.told = False
         self._kept: tuple[Tensor, Tensor, Panels] | None = None
         self._looked: list[tuple[Tensor, bool]] = []
 
     def forget(self) -> None:
         """Look for the next panels from the modes, not from the last ones."""
         self._kept, self.jumps, self._moves = None, False, False
-        self.everywhere, self._told, self._looked = False, False, []
+        self.everywhere, self.told, self._looked = False, False, []
 
     @torch.no_grad()
     def look(self, rows: Rows, modes: Modes, log_z: Tensor) -> bool:
@@ -138,6 +140,11 @@ class PanelNodes:
         around, n_tokens = self._around(rows, modes), rows.value.shape[1]
         return by_panels(density, around, 1, n_tokens, start=start, max_rounds=max_rounds)
 
+    def too_many(self, names: tuple[str, ...]) -> bool:
+        """Whether a training moves so many numbers, as of a network, that panels at each step would take too long."""
+        store = dict(pyro.get_param_store().named_parameters())
+        return sum(store[n].numel() for n in names if n in store) > MAX_MOVING
+
     def slopes_of_jumps(
         self, rows: Rows, modes: Modes, found: Integrals, log_z: Tensor, names: tuple[str, ...]
     ) -> Tensor:
@@ -150,10 +157,8 @@ class PanelNodes:
         def integrals() -> Tensor:
             return self._integrals(rows, modes, found.panels).log_z
 
-        many = sum(p.numel() for p in leaves) > MAX_MOVING
-        if many and self._told:  # each time is four integrals more, which nothing would come of
-            return torch.zeros_like(log_z)
-        self._told = many
+        many = self.too_many(names)
+        self.told = many
         self._moves = self._moves or _differ(integrals, leaves, log_z)
         if not self._moves:
             return torch.zeros_like(log_z)

@@ -202,6 +202,10 @@ class _Hermite(NodeSource):
             nodes, read, log_part, visible
         ):
             return read, log_part
+        if torch.is_grad_enabled() and self.panels.too_many(self.parameters):
+            if not self.panels.told:
+                self._on_panels(nodes, modes, visible)  # which says so where they move a jump
+            return read, log_part
         return self._on_panels(nodes, modes, visible)
 
     def _one_axis(self, modes: Modes) -> bool:
