@@ -106,7 +106,7 @@ class AdviceWarning(UserWarning):
 
 
 class PrecisionWarning(UserWarning):
-    """A density has few digits left."""
+    """A density has few digits left, or a score a large error."""
 
 
 class CheckpointWarning(UserWarning):

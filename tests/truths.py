@@ -12,7 +12,7 @@ from itertools import product
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import solve_triangular
-from scipy.special import logsumexp
+from scipy.special import gammaln, logsumexp
 from scipy.stats import norm
 from scipy.stats import t as student_t
 
@@ -197,3 +197,37 @@ def replicate_error(values: Array) -> float:
     """Standard error of the mean of n replicates, widened so that two of it cover what Student's t with n - 1 says."""
     n = len(values)
     return float(np.std(values, ddof=1) / math.sqrt(n) * student_t.ppf(norm.cdf(2), n - 1) / 2)
+
+
+def sparse_gamma_rows(x: NDArray[np.int64], log_top: Array, log_bottom: Array) -> Array:
+    """(M, N) log p(x_n | w) of rows of counts x (N, T) under a deep exponential family of K = 2 factors.
+
+        z ~ Gamma(1/2, 1/2),    z_k ~ Gamma(1/2, 1 / (2 z w_k)),    x_t ~ Poisson(sum_k z_k w_kt)
+
+    Counts are split between the factors, over which z_k is integrated in closed form; over log z even steps are
+    added up, an integrand that falls off to both sides. Parameters are the logarithms of w_k (M, 2) and w_kt (M, 2, T).
+    """
+    v = np.arange(-30, 5.01, 0.5)
+    log_prior = 0.5 * np.log(0.5) - gammaln(0.5) + 0.5 * v - 0.5 * np.exp(v) + np.log(0.5)
+    log_rate = np.log(0.5) - v - log_top[..., None]  # (M, 2, V)
+    log_sum = np.logaddexp(log_rate, logsumexp(log_bottom, axis=2)[..., None])
+    nothing = 0.5 * (log_rate - log_sum).sum(1) + log_prior  # (M, V)
+    out = []
+    for row in x:
+        total = row.sum()
+        split = np.zeros(
+            (len(log_top), 1)
+        )  # log of the weight of each count of the first factor, (M, total + 1)
+        for t in np.repeat(np.arange(len(row)), row):
+            none = np.full((len(split), 1), -np.inf)
+            split = np.logaddexp(
+                np.hstack([none, split + log_bottom[:, :1, t]]),
+                np.hstack([split + log_bottom[:, 1:, t], none]),
+            )
+        k = np.arange(total + 1)
+        split = (
+            split + gammaln(0.5 + k) + gammaln(0.5 + total - k) - 2 * gammaln(0.5) - gammaln(row + 1).sum()
+        )
+        each = -k[:, None] * log_sum[:, :1] - (total - k)[:, None] * log_sum[:, 1:] + nothing[:, None]
+        out.append(logsumexp(each + split[..., None], axis=(1, 2)))
+    return np.stack(out, 1)

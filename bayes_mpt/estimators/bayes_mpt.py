@@ -369,17 +369,17 @@ class BayesMPT(
 
         Nats (N,). A program whose rows are tokens of one vector (a latent outside the rows plate) has one number, the
         LML of all rows together; where the observations are one Gaussian vector (a Gaussian process), each y alone
-        given the training rows, NaN where y is missing.
+        given the training rows, NaN where y is missing. Errors above 0.05 nats a row are warned of; see `score_rows`.
         """
-        return self.score_rows(X, y)[0]
+        return predictions.score_samples(*self._ready(X), y)
 
     def score_rows(self, X: ArrayLike, y: Any = None) -> tuple[NDArray[np.float64], float]:
-        """`score_samples` (N,), and the standard error of their sum, 0 where the score is exact."""
+        """`score_samples` (N,) and the standard error of their sum, sqrt(N) that of one; 0 where the score is exact."""
         return predictions.score_rows(*self._ready(X), y)
 
     def score(self, X: ArrayLike, y: Any = None) -> float:
         """Mean of `score_samples`, nats a row."""
-        return float(self.score_samples(X, y).mean())
+        return float(self.score_rows(X, y)[0].mean())
 
     def estimate(
         self, X: ArrayLike, y: Any = None, *, masks: Policy | None = None, n_replicates: int = 8

@@ -29,6 +29,7 @@ __all__ = [
     "outputs_of_rows",
 ]
 
+CHAINS = PermutationChain()  # where no masks are named; nobody changes them
 N_TRIAL_OUTPUTS = 512  # rows, or tokens of one vector, that tell the units of a training
 
 
@@ -72,7 +73,7 @@ class Outputs(NamedTuple):
 
 def chains_unless_own(bound: Bound) -> Policy | None:
     """Masks of steps where none are named: chains; None, its own, of a network."""
-    return None if bound.structure.takes_visible else PermutationChain()
+    return None if bound.structure.takes_visible else CHAINS
 
 
 def draw_shared(masks: Policy | None, rows: Tensor, generator: Generator | None) -> Masks | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from operator import itemgetter
 from typing import Any
 
@@ -13,9 +14,11 @@ from torch import Tensor
 
 from bayes_mpt.program.arguments import cell_name, fill_all, fill_otherwise, has_missing
 from bayes_mpt.program.layout import join_tokens, log_probs_under, rows_first, token_values
+from bayes_mpt.program.other_latents import run_on_others
 from bayes_mpt.program.program import MissingCovariate, Model, ModelError, Program
-from bayes_mpt.program.run import FAILURES, run
+from bayes_mpt.program.run import FAILURES, FirstRun, run, values_of
 from bayes_mpt.program.sites import base, latent_nodes, node_of, own_shown, sub_samples
+from bayes_mpt.program.token_graph import looks_by_cell
 
 __all__ = [
     "gaps_show",
@@ -71,6 +74,9 @@ def read_values(
     shown = values_with_gaps(model, args, program.site_names, trace, other, sites)
     with_gaps = join_tokens(shown, program)
     parents = looked_at(with_gaps.isnan(), program)
+    if bool(parents.any()) and not program.by_row:  # whose order may have been found by many cells at a time
+        program = _by_cell(FirstRun(model, fill_all(args), program, trace))
+        parents = looked_at(with_gaps.isnan(), program)
     if bool(parents.any()):  # whether or not these fillings make a difference
         raise MissingCovariate(
             f"missing cells reach the distribution of site {program.observed!r}, of which tokens look at others"
@@ -167,6 +173,16 @@ def looked_at(missing: Tensor, program: Program) -> Tensor:
         first, later = list(before), list(after)
         found[:, first] |= missing[:, first] & ~missing[:, later].all(1, keepdim=True)
     return found
+
+
+def _by_cell(first: FirstRun) -> Program:
+    """The program of a first run, of which is known what looks at each cell alone, where it has few."""
+    order, looks = first.program.order, None
+    assert order is not None
+    with suppress(*FAILURES):  # far out in a prior a program may break
+        others = (run_on_others(first.model, first.args, first.trace, {}, seed) for seed in (1, 2))
+        looks = looks_by_cell(first, [values_of(trace) for trace in others])
+    return first.program if looks is None else first.program._replace(order=order._replace(looks=looks))
 
 
 def _gone(before: Trace, after: Trace, program: Program) -> dict[str, Tensor]:

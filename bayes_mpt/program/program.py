@@ -10,8 +10,10 @@ import torch
 from numpy.typing import NDArray
 
 __all__ = [
+    "ColumnObserved",
     "HasFactors",
     "Latent",
+    "Looks",
     "MissingCovariate",
     "Model",
     "ModelError",
@@ -106,12 +108,15 @@ class Observed(NamedTuple):
         return n
 
 
+Looks = tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+
+
 class Order(NamedTuple):
     """Tokens that look at other tokens: the one order in which their conditionals are a density."""
 
     tokens: tuple[int, ...]
     """The T tokens of a row, or of the one vector, each behind those that its distribution looks at."""
-    looks: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    looks: Looks
     """Some tokens, and those that may look at them: none of the first may be missing where one of the latter is not."""
     given: tuple[str, ...]
     """Cells that are looked at and never scored: all numbers are conditional on them."""

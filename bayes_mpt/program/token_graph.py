@@ -34,16 +34,17 @@ from torch import Tensor
 
 from bayes_mpt.program.arguments import cell_name, resampled, rows_of, spread_rows
 from bayes_mpt.program.layout import rows_first, to_rows
-from bayes_mpt.program.program import ModelError, Order, list_names
+from bayes_mpt.program.program import Looks, ModelError, Order, list_names
 from bayes_mpt.program.run import FAILURES, FirstRun, run
 from bayes_mpt.program.sites import base, node_of, own_shown
 from bayes_mpt.program.token_order import Moved, cycle_of, reached, sorted_tokens
 
-__all__ = ["find_order"]
+__all__ = ["find_order", "looks_by_cell"]
 
 MAX_POINTS = 8
 MAX_ROWS = 32  # that are independent, on which the graph is looked for
 MAX_CELLS = 4096  # that are changed one by one
+MAX_FEW = 600  # of one vector, that are changed again for a table with missing ones
 N_NUMBERS = 2**25  # cells of all copies together: fewer points where one takes more
 CHUNK = 2**21  # cells of the copies that run side by side
 N_SECONDS = 4.0  # for copies that run one after the other
@@ -124,7 +125,19 @@ def find_order(first: FirstRun, latents: list[Values]) -> Order:
     raise AssertionError("a search ends in an order or a cycle")
 
 
-def _looks(moved: Moved, after: NDArray[np.bool_]) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
+@torch.no_grad()
+def looks_by_cell(first: FirstRun, latents: list[Values]) -> Looks | None:
+    """Which tokens look at each cell alone, at draws of latents; None of too many cells. See `Order.looks`."""
+    with pyro.validation_enabled(False):
+        search = _Search(first, latents)
+        shapes = {i: search.args[i].shape for i in search.observed_arguments}
+        if sum(shape.numel() for shape in shapes.values()) > MAX_FEW:
+            return None
+        blocks = [_Block(i, cell) for i, shape in shapes.items() for cell in product(*map(range, shape))]
+        return _looks(search.moved(blocks), search.after[0])
+
+
+def _looks(moved: Moved, after: NDArray[np.bool_]) -> Looks:
     """By block, tokens that others look at, and these: also those drawn ``after`` (L, T) a latent that looks."""
     law = moved.law | (moved.latents @ after if moved.latents.any() else False)
     both = (

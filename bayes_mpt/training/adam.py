@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from bayes_mpt.diagnostics import replicate_error
-from bayes_mpt.masks import torch_generator
 from bayes_mpt.predictors import Batch, Conditionals
 from bayes_mpt.predictors.self_predictive import on_own_masks
 from bayes_mpt.program.program import ModelError
@@ -40,7 +39,7 @@ def train_on_masks(
     max_iter: int,
     learning_rate: float,
     batch_size: int | None = None,
-    random_state: int | None = None,
+    random_state: int,
     tol: float = 0.0,
     report: Report | None = None,
 ) -> Fit:
@@ -56,7 +55,7 @@ def train_on_masks(
     ModelError
         If a parameter or its gradient is not finite, or touches nothing; it is named.
     """
-    generator = torch_generator(random_state)
+    generator = torch.Generator().manual_seed(random_state)
     leaves = problem.leaves()
     fit = Fit("adam")
     check_start(problem, leaves, problem.objective.trial)
@@ -178,6 +177,6 @@ def total_on_masks(read: Conditionals, seed: int) -> tuple[float, float]:
     Unbiased for the area under the masked curve, whatever was trained on; masks are independent between rows, so that
     the error falls with their number.
     """
-    generator = torch_generator(seed)
+    generator = torch.Generator().manual_seed(seed)
     totals = np.array([float(on_own_masks(read, generator).sum()) for _ in range(N_TOTALS)])
     return float(totals.mean()), replicate_error(totals)

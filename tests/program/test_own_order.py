@@ -589,6 +589,30 @@ def test_series_end_where_they_end(by):
         BayesMPT(by).fit(x)
 
 
+@pytest.mark.parametrize("filled", [False, True])
+def test_series_of_one_slope_end_where_they_end(filled):
+    """A prior joins the rows to one vector, in which all rows' steps were changed together."""
+    x = TABLE[:4, :5].copy()
+    x[1, 3:], x[3, 4:] = np.nan, np.nan
+
+    def program(x):
+        slope, seen = pyro.sample("slope", dist.Normal(0.0, 0.5)), ~x.isnan()
+        x = x.nan_to_num() if filled else x
+        with pyro.plate("rows", len(x)):
+            for t in range(5):
+                with poutine.mask(mask=seen[:, t]):
+                    mean = slope * x[:, t - 1] if t else x.new_zeros(len(x))
+                    pyro.sample(f"x_{t}", dist.Normal(mean, 1.0), obs=x[:, t])
+
+    seen = ~np.isnan(x)
+    past = np.pad(x[:, :-1], ((0, 0), (1, 0)))[seen]
+    truth = stats.multivariate_normal.logpdf(x[seen], cov=np.eye(len(past)) + 0.25 * np.outer(past, past))
+    assert BayesMPT(program).fit(x).log_marginal_likelihood_ == pytest.approx(truth, abs=1e-9)
+    x[0, 2] = np.nan
+    with pytest.raises(ValueError, match=r"It looks at x\[0, 2\], which is missing"):
+        BayesMPT(program).fit(x)
+
+
 def test_gaps_that_nobody_looks_at_beside_a_normal_latent_of_each_row():
     """x_0 = z + e_0, x_t = z + .5 x_(t-1) + e_t: what is left of .5 x_(t-1) is N(0, I + 1 1')."""
 

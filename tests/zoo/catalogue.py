@@ -2,8 +2,8 @@
 
 The list was fixed before the programs were written and tried. A program stands in the file of its group, in words of
 our own; what it is held against (`truth`) is independent of the package: a closed form, an enumeration, dense
-quadrature, another tool, or two-sided bounds. "runs" means that there is none: the program must fit, score, and say
-what it has integrated.
+quadrature, another tool, two-sided bounds, or long runs by numpy alone. "runs" means that there is none: the program
+must fit, score, and say what it has integrated.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ ss_vae_labels             | Pyro tutorial: semi-supervised, some labels seen  | 
 lda                       | Pyro example: latent Dirichlet allocation         | fitted  | quadrature
 gaussian_process          | Pyro tutorial: Gaussian processes                 | fitted  | closed form
 gplvm_linear              | Pyro tutorial: GPLVM, linear kernel               | fitted  | closed form
-deep_exponential_family   | Pyro example: sparse gamma                        | fitted  | runs
+deep_exponential_family   | Pyro example: sparse gamma                        | fitted  | long runs
 bayesian_network_rain     | Pyro example: enumeration, sprinkler              | fitted  | enumeration
 inclined_plane            | Pyro example: inclined plane                      | fitted  | quadrature
 bayesian_neural_network   | Pyro tutorial: tiny Bayesian network              | fitted  | runs

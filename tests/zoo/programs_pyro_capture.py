@@ -171,6 +171,7 @@ CASES = [
         lambda rng: (seen_or_not(rng),),
         survival_by_year,
         tolerance=1e-3,
+        se=0.03,
         slow=True,
     ),
     Case(

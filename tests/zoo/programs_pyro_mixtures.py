@@ -178,6 +178,7 @@ CASES = [
         five_points,
         priors_by_assignments,
         tolerance=1e-3,
+        se=0.04,
         slow=True,
     ),
     Case("mixture_of_parameters", mixture_of_parameters, two_heaps, of_two_components),

@@ -18,7 +18,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bayes_mpt.masks import Policy, torch_generator
+from bayes_mpt.masks import Policy
 from bayes_mpt.predictors.base import Bound, Conditionals, Leaves, Posterior, Predictive
 from bayes_mpt.predictors.objective import N_TRIAL_OUTPUTS, Batch, Objective, Outputs
 from bayes_mpt.program.analysis import analyze
@@ -277,7 +277,8 @@ def shuffled(args: tuple[Any, ...], seed: int) -> Tensor:
     """The observed tokens of one vector in a random order."""
     y = args[-1]
     tokens = (~y.isnan()).nonzero()[:, 0] if y.is_floating_point() else torch.arange(len(y), device=y.device)
-    return tokens[torch.randperm(len(tokens), generator=torch_generator(seed)).to(tokens.device)]
+    order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))
+    return tokens[order.to(tokens.device)]
 
 
 def coarse(bound: Bound, whole: Batch, seed: int) -> list[Objective]:

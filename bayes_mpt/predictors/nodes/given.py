@@ -61,6 +61,8 @@ class Given(ABC):
     """The S linear-Gaussian maps, where all rows share them."""
     detail: Detail = "usual"
     """Of nodes inside rows or groups, where there are any."""
+    fair: bool = False
+    """Whether what is said of nodes is right on the average alone: how far their weights differ holds the error."""
 
     @abstractmethod
     def log_joint(self, x: Tensor, visible: Tensor) -> Tensor:
@@ -264,13 +266,15 @@ class NestedRows(Given):
         held: dict[str, Tensor],
         panels: Callable[[dict[str, Tensor], Tensor, Tensor], Integrals] | None = None,
         detail: Detail = "usual",
+        fair: bool = False,
     ):
         self.place, self.cells, self.held, self.detail = partial(place, held), cells, held, detail
+        self.fair = fair
         self.n_nodes, self._at, self._panels = len(next(iter(held.values()))), place, panels
 
     def with_detail(self, detail: Detail, some: Tensor | slice = slice(None)) -> Given:
         held = {name: v[some] for name, v in self.held.items()}
-        return NestedRows(self._at, self.cells, held, self._panels, detail)
+        return NestedRows(self._at, self.cells, held, self._panels, detail, self.fair)
 
     def uneven(self, x: Tensor) -> tuple[float, float]:
         if self._panels is None:

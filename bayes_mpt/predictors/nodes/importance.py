@@ -11,11 +11,13 @@ from torch import Tensor
 from bayes_mpt.masks import Policy
 from bayes_mpt.predictors.base import Conditionals, Evidence, Guide, Predictor
 from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
+from bayes_mpt.predictors.nodes.from_prior import Bent
 from bayes_mpt.predictors.nodes.guide import (
     Drawn,
     GuideDraws,
     evidence_of_draws,
 )
+from bayes_mpt.predictors.nodes.leading import Leading
 from bayes_mpt.predictors.nodes.mixture import Modes
 from bayes_mpt.predictors.nodes.modes import ModeSearch
 from bayes_mpt.predictors.nodes.newton import LaplaceApproximation
@@ -90,6 +92,10 @@ class Importance(Predictor):
     nothing of it but where its own are drawn, which leaves the mean of the weights unbiased. A tenth of these are
     draws of the prior, in proportion of which it is a part of the mixture (Hesterberg 1995): no weight is above ten
     times the greatest likelihood, however slowly the tails of the posterior fall.
+
+    Where every row has three or four latents of its own with tails so slow that nodes must reach far, rows are
+    integrated by draws of shapes that are learned of them, so that the weights are right on the average alone, and
+    hold that error; and the proposal for the shared latents is led from draws of the prior in place of climbs to modes.
 
     Of the whole-row weights Pareto's k and the effective sample size are reported (Vehtari, Simpson, Gelman, Yao &
     Gabry 2024), the worst rows by name; k above 0.7 warns.
@@ -166,18 +172,27 @@ class _AroundMode(NodeSource):
     def __init__(self, adaptive: AdaptiveNodes, n_draws: int):
         self.adaptive, self.n_draws = adaptive, n_draws
         self.modes = ModeSearch(adaptive)
+        self.leading = Leading(self.modes, max(MIN_MOVING, int(MOVING * n_draws)))
         self.model, self.structure = adaptive.model, adaptive.program
-        self.why = (
-            f"{n_draws} Student-t draws of {list_names(adaptive.space.names)} around the mode of each row's "
-            f"posterior{adaptive.inside}"
-        )
+
+    @property
+    def why(self) -> str:  # type: ignore[override]  # how draws are placed is found out with the rows
+        """How, in words."""
+        names, inside = list_names(self.adaptive.space.names), self.adaptive.inside
+        if self.leading.leads:
+            return f"{self.n_draws} draws of {names}, led from the prior to the posterior{inside}"
+        return f"{self.n_draws} Student-t draws of {names} around the mode of each row's posterior{inside}"
 
     def place(self, args: Args, visible: Tensor | None = None, near: Any = None) -> Read:
         value = program_values(self.model, args, self.structure)
         if visible is None:
             visible = torch.ones(value.shape[1], dtype=torch.bool, device=value.device)
-        found = self.modes.find(args, value, visible, near)
-        modes = found if self.structure.by_row else self._moved(args, value, visible, found)
+        led = self.leading.find(args, value, visible)
+        if led is None:
+            found = self.modes.find(args, value, visible, near)
+            modes: Modes | Bent = found if self.structure.by_row else self._moved(args, value, visible, found)
+        else:
+            found, modes = led.located(), led
         n_prior = 0 if self.structure.by_row or self.structure.parameters else int(PRIOR * self.n_draws)
         u, of = modes.drawn(self.n_draws - n_prior)
         stratum = None if self.structure.by_row else of[:, 0]
@@ -205,7 +220,9 @@ class _AroundMode(NodeSource):
             log_q = torch.logaddexp(log_q + math.log1p(-share), log_prior + math.log(share))
         log_weight = torch.where(lost, -math.inf, part - log_q - math.log(self.n_draws))
         latents = constrained(self.adaptive.space, u)
-        return Read(given, log_weight, value, scale, latents, self.adaptive.space.names, found, stratum)
+        return Read(
+            given, log_weight, value, scale, latents, self.adaptive.space.names, found, stratum=stratum
+        )
 
     def _impossible(self, args: Args, u: Tensor, value: Tensor, visible: Tensor) -> Tensor:
         """(S, 1) whether the program has no number at a draw u (S, 1, d), or a matrix of it no Cholesky factor."""
@@ -262,6 +279,7 @@ class _AroundMode(NodeSource):
 
     def _forget(self) -> None:
         self.modes.forget()
+        self.leading.forget()
 
     def schedule(self, whole: Batch, masks: Policy | None, seed: int = 0) -> list[Objective]:
         if self.structure.by_row:

@@ -19,7 +19,7 @@ from bayes_mpt.predictors.nodes import few_visible as few
 from bayes_mpt.predictors.nodes.conjugacy import prior_draws
 from bayes_mpt.predictors.nodes.mixture import Modes, Orbits
 from bayes_mpt.predictors.nodes.newton import MET, Peaks, by_halves, climb, distances
-from bayes_mpt.predictors.nodes.pieces import by_draws, shaped
+from bayes_mpt.predictors.nodes.pieces import Both, by_draws, shaped
 from bayes_mpt.predictors.nodes.placing import Placing
 from bayes_mpt.predictors.nodes.placing_trials import placing_inside, placing_of_rows
 from bayes_mpt.predictors.nodes.population import moved
@@ -162,8 +162,7 @@ class ModeSearch:
             few.place_inside(self.adaptive, args, x, x.new_zeros(1, 1, 0))
         elif new:
             with pyro.validation_enabled(False), torch.no_grad():
-                every = torch.ones(x.shape[1], dtype=torch.bool, device=x.device)
-                near = near or self.adaptive.locate(args, x, every)
+                near = near or self.adaptive.locate(args, x, x.new_ones(x.shape[1]).bool())
                 self._few = x.detach(), few.further_starts(self.adaptive, args, x, near)
         if self._few is None or self._few[1] is None:
             return placing
@@ -174,11 +173,9 @@ class ModeSearch:
         """Modes of rows, with how far the density reaches around each."""
         if modes.reach is not None:
             return modes
-        everything = torch.ones(x.shape[1], dtype=torch.bool, device=x.device)
-        placing, width = self._placing(args, x), self.adaptive.space.width
-        return self.adaptive.locate(
-            args, x, everything, placing, alone_rule(width, fine=True).cut, near=modes
-        )
+        everything = x.new_ones(x.shape[1]).bool()
+        cut = alone_rule(self.adaptive.space.width, fine=True).cut
+        return self.adaptive.locate(args, x, everything, self._placing(args, x), cut, near=modes)
 
     @property
     def placing(self) -> Placing:
@@ -193,17 +190,22 @@ class ModeSearch:
                 known = self._rows = x.detach(), placing_of_rows(self.adaptive, args, x, self.rule)
         return known[1]
 
-    def check(self, args: Args, x: Tensor, visible: Tensor, modes: Modes, n: int) -> tuple[float, float]:
-        """log Z of latents that all rows share by n draws of the mixture, and its standard error."""
-        climbs = _Climbs(self.adaptive, args, x, visible)
+    def check(
+        self, args: Args, x: Tensor, visible: Tensor, modes: Modes, n: int, prior: Tensor | None = None
+    ) -> tuple[float, float, float]:
+        """log Z of latents that all rows share by n draws of the mixture: `by_draws`."""
         with pyro.validation_enabled(False), torch.no_grad():
-            return by_draws(climbs.both, modes, n)
+            return by_draws(self.densities(args, x, visible, "usual"), modes, n, prior)
+
+    def densities(self, args: Args, x: Tensor, visible: Tensor, detail: Detail) -> Both:
+        """log p(u) and log p(u, x_R) of latents that all rows share."""
+        return partial(_Climbs(self.adaptive, args, x, visible).both, detail=detail)
 
     def move(self, args: Args, x: Tensor, visible: Tensor, modes: Modes, n: int) -> Modes:
         """A mixture moved to where draws of it, n of a round, say that the posterior of shared latents is."""
-        climbs = _Climbs(self.adaptive, args, x, visible)
+        detail = _Climbs(self.adaptive, args, x, visible).proposing
         with pyro.validation_enabled(False), torch.no_grad():
-            return moved(partial(climbs.both, detail=climbs.proposing), modes, n)
+            return moved(self.densities(args, x, visible, detail), modes, n)
 
 
 class _Climbs:
@@ -238,14 +240,14 @@ class _Climbs:
 
         def of(part: Tensor) -> tuple[Tensor, Tensor]:
             given, log_det, _ = self.adaptive.at(self.args, part[:, None])
-            prior = (given.log_prior(self.x) + log_det).expand(len(part), 1)[:, 0]
+            prior = given.log_prior(self.x) + log_det
             joint = given.with_detail(detail).log_joint(self.x, self.visible) + log_det
-            return prior, joint.expand(len(part), 1)[:, 0]
+            return prior.expand(len(part), 1)[:, 0], joint.expand(len(part), 1)[:, 0]
 
-        never = (u.new_full((1,), -math.inf), u.new_full((1,), -math.inf))
+        never = (u.new_full((1,), -math.inf),) * 2
         parts = [by_halves(of, part, never) for part in self._at_once(u)]
-        prior, joint = (torch.cat(each) for each in zip(*parts, strict=True))
-        return prior, joint
+        priors, joints = zip(*parts, strict=True)
+        return torch.cat(priors), torch.cat(joints)
 
     def _n_starts(self) -> int:
         """How many draws of the prior climbs start at, at first."""
@@ -274,12 +276,10 @@ class _Climbs:
 
     def search(self) -> Modes:
         """From the middle of the prior, near 0 and from draws; from more of these where a mode was found by few."""
-        n = self._n_starts()
-        most = n
+        most = n = self._n_starts()
         if self.adaptive.batched is not Batched.LOOP:
             most = max(n, min(MAX_STARTS, 4 * WORK // (self._cells * self.width)))
-        starts = self._starts(n)
-        peaks, n_starts = self._climb(starts), n
+        peaks, n_starts = self._climb(self._starts(n)), n
         while True:
             # the climb from the middle is no draw: it finds no mode often
             found, _ = self._distinct(peaks, _hits(peaks, peaks.same[1:]))

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bayes_mpt.diagnostics import pareto_k
 from bayes_mpt.predictors.nodes.mixture import Modes
 from bayes_mpt.predictors.nodes.resampling import weighted_root
 from bayes_mpt.predictors.nodes.rules import degrees_of, log_t
@@ -69,11 +70,20 @@ def effective(log_w: Tensor) -> float:
     return float(1 / share.square().sum()) / len(share)
 
 
-def by_draws(both: Both, modes: Modes, n: int) -> tuple[float, float]:
-    """log Z by n draws of the mixture, and its standard error."""
-    log_w = draws_of(both, modes, n, MAX_ROUNDS + 1).log_weight(modes, 0)
+def by_draws(both: Both, modes: Modes, n: int, prior: Tensor | None = None) -> tuple[float, float, float]:
+    """log Z by n draws of the mixture and those (m, d) of the prior, its error, and the tail shape of the weights."""
+    found, n_prior = draws_of(both, modes, n, MAX_ROUNDS + 1), 0
+    if prior is not None:
+        first = Draws(prior, *both(prior))
+        first = first._replace(log_prior=first.log_prior.nan_to_num(-math.inf, math.inf, -math.inf))
+        found, n_prior = first.beside(found), len(prior)
+    log_w = found.log_weight(modes, n_prior)
+    log_w = torch.where(log_w.isnan(), -math.inf, log_w)
+    n = len(log_w)
     share = log_w.softmax(0)
-    return float(log_w.logsumexp(0)) - math.log(n), float((share.square().sum() - 1 / n).clamp(min=0).sqrt())
+    se = float((share.square().sum() - 1 / n).clamp(min=0).sqrt())
+    k = float(pareto_k(log_w.double().cpu().numpy()[:, None])[0])
+    return float(log_w.logsumexp(0)) - math.log(n), se, k
 
 
 def draws_of(both: Both, modes: Modes, n: int, seed: int) -> Draws:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bayes_mpt.predictors.nodes.mixture import Modes
 from bayes_mpt.predictors.nodes.newton import newton
+from bayes_mpt.predictors.nodes.row_draws import RowDraws
 from bayes_mpt.predictors.nodes.rules import Rule
 
 __all__ = ["SHARPER", "Placing", "RowDensity", "integral", "located", "reaching", "several"]
@@ -45,6 +46,8 @@ class Placing(NamedTuple):
     """They reach as far as the density, of up to four latents."""
     starts: Tensor | None = None
     """(J, N, d) where climbs to the J modes of each row begin; None where every row has one."""
+    draws: RowDraws | None = None
+    """Draws in place of these nodes, where shared latents are drawn too and a rule would take many."""
 
     @property
     def n_modes(self) -> int:

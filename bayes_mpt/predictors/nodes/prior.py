@@ -167,7 +167,10 @@ def halved(adaptive: AdaptiveNodes, filled: tuple[Any, ...], points: Tensor, nam
         node = node_of(trace, name)
         fn, value = node["fn"], node["value"]
         positive = _positive(_part_of(adaptive, name))
-        if not positive and support_of(base(fn)) is not constraints.real:
+        support = support_of(base(fn))
+        while hasattr(support, "base_constraint"):  # of each number of a vector
+            support = support.base_constraint
+        if not positive and support is not constraints.real:
             return math.nan
         middle = torch.zeros_like(value) if positive else fn.mean.nan_to_num(0.0, 0.0, 0.0)
         ratio = log_density(fn, middle + 2 * (value - middle)).sum() - log_density(fn, value).sum()

@@ -8,16 +8,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayes_mpt.diagnostics import BAD_K
+from bayes_mpt.diagnostics import BAD_K, widening_of
 from bayes_mpt.predictors.base import Evidence, Guide, Predictor
 from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
 from bayes_mpt.predictors.nodes.mixture import Modes
 from bayes_mpt.predictors.nodes.modes import ModeSearch
 from bayes_mpt.predictors.nodes.panel_nodes import PanelNodes, Rows
 from bayes_mpt.predictors.nodes.panels import UNEVEN, roughness
+from bayes_mpt.predictors.nodes.placing import integral
+from bayes_mpt.predictors.nodes.prior import prior_points
 from bayes_mpt.predictors.nodes.probes import highest_of_prior
 from bayes_mpt.predictors.nodes.replicates import by_replicates
-from bayes_mpt.predictors.nodes.rules import Detail, Rule, alone_rule, hermite
+from bayes_mpt.predictors.nodes.rule_errors import (
+    MAX_WHOLE,
+    beyond,
+    changes,
+    shells,
+    size,
+    uneven_axes,
+    without_corners,
+)
+from bayes_mpt.predictors.nodes.rules import CUT, Detail, Rule, alone_rule, far_rule, hermite
 from bayes_mpt.predictors.nodes.unseen import doubted
 from bayes_mpt.predictors.nodes.weighted import (
     Nodes,
@@ -40,15 +51,16 @@ NODES = {1: 64, 2: 16, 3: 10, 4: 8}  # along each axis, by the number of latents
 MAX_NODES = 8192  # around all modes together, where these are several
 ROUGH = 0.01  # nats of change with more nodes, from which panels are, or draws are asked too
 N_CHECKS = 1024
+N_DRAWS = 4096  # where draws may do better than nodes
+N_MOVING = 500  # of a round that moves the mixture before
+PRIOR_ONE_IN = 8  # of them there is one of the prior
+DENSE = 1e-4  # nats of change, up to which nodes are not made denser
+MAX_CELLS = 2**22  # log-densities of tokens, for the densest
 MIN_NODES = 3  # along each axis
-MAX_WHOLE = 1024  # nodes, up to which all are tried at once
-SHELLS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9)  # share of a Gaussian outside of each
 FAR = 3.0  # errors, from which nodes are held for wrong
 HIGHER = 1.0  # nats above all modes, from which a place is believed to be of another
 HIGHER_PLACE = "of points that are spread like the prior one is {:.0f} nats higher than all around the modes"
-CORNERS = (
-    1e-6  # share of a Gaussian at nodes that are left out, of many at each of which rows or groups have nodes
-)
+SMOOTH = 1 / 8  # of what is uneven is left between twice as many nodes: of a bend a fourth, of a jump half
 NO_PART = 0.01  # of the error: what is left out is no more
 LITTLE = 5e-3  # share of the integral that a shell adds, beyond which rows and groups are integrated roughly
 
@@ -162,7 +174,7 @@ class _Hermite(NodeSource):
             return alone_rule(width, finer)
         rule = Rule(*hermite(width, self._n_nodes(modes, finer)))
         # those of rows or groups stand at every node: at corners where no share of a Gaussian is, for nothing
-        return rule if finer or self.asked or self.adaptive.rows is None else _without_corners(rule)
+        return rule if finer or self.asked or self.adaptive.rows is None else without_corners(rule)
 
     def _n_nodes(self, modes: Modes, finer: bool = False) -> int:
         """Along each axis, fewer where modes are so many that the program would run at too many nodes."""
@@ -189,7 +201,7 @@ class _Hermite(NodeSource):
         """The program at nodes u (Q, N, d) with log-weights (Q, N)."""
         given, part, scale = self.adaptive.at(args, u)
         latents = constrained(self.adaptive.space, u)
-        return Read(given, log_weight + part, value, scale, latents, self.adaptive.space.names, modes)
+        return Read(given, log_weight + part, value, scale, latents, self.adaptive.space.names, located=modes)
 
     def settled(self, nodes: Nodes, read: Read, log_part: Tensor, visible: Tensor) -> tuple[Read, Tensor]:
         modes = read.located
@@ -198,14 +210,20 @@ class _Hermite(NodeSource):
         if self.asked or not self._one_axis(modes) or read.error is not None:
             return read, log_part
         uneven = self._uneven(read, log_part)
-        if uneven <= (0.0 if self.panels.jumps else UNEVEN) and not self._unseen(
-            nodes, read, log_part, visible
-        ):
+        unseen = self._unseen(nodes, read, log_part, visible)
+        if uneven <= (0.0 if self.panels.jumps else UNEVEN) and not unseen:
             return read, log_part
         if torch.is_grad_enabled() and self.panels.too_many(self.parameters):
             if not self.panels.told:
                 self._on_panels(nodes, modes, visible)  # which says so where they move a jump
             return read, log_part
+        if not unseen and not (
+            self.panels.jumps and torch.is_grad_enabled()
+        ):  # slopes of jumps are those of panels
+            finer = self._around(nodes.args, nodes.value, modes, self._rule(modes, finer=True))
+            part = finer.log_weight + finer.given.log_joint(nodes.value, visible)
+            if self._uneven(finer, part) <= min(UNEVEN, SMOOTH * uneven):
+                return finer, part
         return self._on_panels(nodes, modes, visible)
 
     def _one_axis(self, modes: Modes) -> bool:
@@ -285,28 +303,30 @@ class _Hermite(NodeSource):
         read, log_part = finer.whole()
         many = finer.score()
         change = float((many - few).sum())
-        diagnostics = _changes(rule, finest, change)
+        diagnostics = changes(rule, finest, change)
         n_modes = len(modes.mode)
         if read.error is not None:
             return self._of_panels(finer, read, diagnostics)
         uneven = self._uneven(read, log_part) if self._one_axis(modes) else 0.0
-        if self._one_axis(modes) and (uneven > UNEVEN or _size(many - few) > ROUGH):
+        if self._one_axis(modes) and (uneven > UNEVEN or size(many - few) > ROUGH):
             finer = nodes.at_nodes(self._on_panels(nodes, modes, torch.ones_like(nodes.value[0]).bool())[0])
             return self._of_panels(finer, finer.last, diagnostics)
         se = max(abs(change), uneven)
+        if around.reach is not None and self.adaptive.space.width > 1:
+            many, se = self._denser(nodes, around, finest, many, max(se, size(many - few)), diagnostics)
         if n_modes > 1 and not self.structure.by_row:
-            se += _beyond(finer.log_weights(), modes, finest)
+            se += beyond(finer.log_weights(), modes, finest)
         several = self.adaptive.space.width > 1
         top = float((log_part - around.nodes(finest)[1].flatten(0, 1)).amax()) if several else None
         # of more than two a finer rule has too few nodes along each axis to tell
         if several and (
-            se > ROUGH or (self.adaptive.space.width == 2 and _uneven_axes(log_part, n_modes) > ROUGH)
+            se > ROUGH or (self.adaptive.space.width == 2 and uneven_axes(log_part, n_modes) > ROUGH)
         ):
-            by_nodes = many
-            many, se = self._sharper(nodes, many, se, diagnostics)
-            top = top if many is by_nodes else None
-        elif not self.structure.by_row:
-            se = self._checked(nodes, many, se, diagnostics)
+            drawn, error = self._sharper(nodes, many, se, diagnostics)
+            if drawn is not many:
+                many, se, top = drawn, error, None
+        if (top is not None or not several) and not self.structure.by_row:
+            many, se = self._better(nodes, many, se, diagnostics)
         if self.structure.by_row:
             return Evidence(many, se, diagnostics)
         return self._doubted(nodes, many, se, diagnostics, top)
@@ -326,8 +346,7 @@ class _Hermite(NodeSource):
         diagnostics["by draws of the same mixture"] = float(log_z.sum())
         off = abs(float((log_z - many).sum()))
         if k >= BAD_K or not (error < se or off > FAR * math.hypot(error, se)):
-            # as `_checked` does
-            return many, math.hypot(se, off) if se > ROUGH and not self.structure.by_row else se
+            return many, se
         diagnostics["n_nodes"] = found.n_evaluations
         return log_z, error
 
@@ -340,11 +359,61 @@ class _Hermite(NodeSource):
         inside = nodes.gain_inside(detail)
         many, outside = self._outwards(nodes, finest, inside, detail)
         change = many - few
-        diagnostics = _changes(rule, finest, float(change.sum()))
+        diagnostics = changes(rule, finest, float(change.sum()))
         # panels have an error of their own, and fine nodes one that their change bounds
         se = abs(float(change.sum())) if detail == "fine" else abs(float((change - inside).sum())) + left
         se = self._checked(nodes, many, max(se, outside, uneven if detail == "fine" else 0.0), diagnostics)
         return self._doubted(nodes, many, se, diagnostics)
+
+    def _denser(
+        self, nodes: Nodes, modes: Modes, rule: Rule, many: Tensor, se: float, diagnostics: dict[str, Any]
+    ) -> tuple[Tensor, float]:
+        """log Z (N,) with twice as many steps along each axis while that changes it, and the error of its sum.
+
+        Two rules that differ by a few nodes may be wrong alike where a density has its mass at corners, which its
+        tails reach along other lines than the axes. Half the step leaves a small part of the error of the whole.
+        """
+        value, width = nodes.value, modes.mode.shape[-1]
+        everything = torch.ones(value.shape[1], dtype=torch.bool, device=value.device)
+        density = self.adaptive.row_density(nodes.args, value, everything, {})
+        n, cells = (
+            round(len(rule.t) ** (1 / width)),
+            len(modes.mode) * value.numel() * self.adaptive.n_evaluations,
+        )
+        while se > DENSE:
+            n = 2 * n - 1
+            if n**width * cells > MAX_CELLS:
+                break
+            found = integral(density, modes, far_rule(width, n, CUT["fine"]), value.shape[1])
+            found = torch.where(value.isnan().all(1), 0.0, found)
+            se, many = size(found - many), found
+            diagnostics["n_nodes"] = n
+        return many, se
+
+    def _better(
+        self, nodes: Nodes, many: Tensor, se: float, diagnostics: dict[str, Any]
+    ) -> tuple[Tensor, float]:
+        """log Z (1,) and its error by nodes, or by draws of the same mixture where theirs is smaller."""
+        modes = nodes.last.located
+        if not (modes.has_pieces or se > ROUGH):
+            return many, se
+        everything = torch.ones(nodes.value.shape[1], dtype=torch.bool, device=nodes.value.device)
+        drawn, its, k = self._by_draws(nodes, everything, N_DRAWS if se > ROUGH else N_CHECKS)
+        diagnostics["by draws of the same mixture"] = drawn
+        se, its = math.hypot(se, drawn - float(many.sum())), its * widening_of(k)
+        if k > BAD_K or its >= se:
+            return many, se
+        diagnostics["pareto_k"] = k
+        return torch.full_like(many, drawn), its
+
+    def _by_draws(self, nodes: Nodes, everything: Tensor, n: int) -> tuple[float, float, float]:
+        """log Z by n draws of the mixture, moved by the weights of others, and a few of the prior: `by_draws`."""
+        args, value = nodes.args, nodes.value
+        with own_random_state(0):
+            modes = self.modes.move(args, value, everything, nodes.last.located, N_MOVING)
+            prior = prior_points(self.adaptive, args.filled, n // PRIOR_ONE_IN).to(value)
+        known = bool(prior.isfinite().all())  # a vague prior has draws that no number stands for
+        return self.modes.check(args, value, everything, modes, n, prior if known else None)
 
     def _checked(self, nodes: Nodes, many: Tensor, se: float, diagnostics: dict[str, Any]) -> float:
         """The error, after draws: nodes of one rule may agree and both be wrong."""
@@ -352,7 +421,7 @@ class _Hermite(NodeSource):
         if not self.adaptive.space.parts or not (modes.has_pieces or se > ROUGH):
             return se
         everything = torch.ones(nodes.value.shape[1], dtype=torch.bool, device=nodes.value.device)
-        by_draws, _ = self.modes.check(nodes.args, nodes.value, everything, modes, N_CHECKS)
+        by_draws, _, _ = self.modes.check(nodes.args, nodes.value, everything, modes, N_CHECKS)
         diagnostics["by draws of the same mixture"] = by_draws
         return math.hypot(se, by_draws - float(many.sum()))
 
@@ -399,7 +468,7 @@ class _Hermite(NodeSource):
             rows is not None and rows.width == 1 and 1 < len(finest.t) <= MAX_WHOLE
         )  # cheap, whatever the error
         fine = one or (len(finest.t) > 1 and error > ROUGH)
-        shell = _shells(finest).to(few.device)
+        shell = shells(finest).to(few.device)
         total, added, shrinks, uneven = torch.full_like(few, -math.inf), math.inf, 1.0, 0.0
         for n_shells, number in enumerate(shell.unique(), 1):
             some = (shell == number).nonzero()[:, 0]
@@ -419,55 +488,6 @@ class _Hermite(NodeSource):
             if n_shells > 3 and left <= NO_PART * max(error, float((total - few).abs())):
                 break
         return (total if fine else total + inside), uneven
-
-
-def _changes(rule: Rule, finer: Rule, change: float) -> dict[str, Any]:
-    """By how much the finer rule has changed log Z, in words."""
-    n_nodes, more = (len(r.t[:, 0].unique()) if r.t.shape[1] else 1 for r in (rule, finer))
-    return {"n_nodes": more, f"change from {n_nodes} nodes": change}
-
-
-def _uneven_axes(log_part: Tensor, n_modes: int) -> float:
-    """Nats by which jumps along an axis of a product rule of two (J Q^2, N) may move the sum of all rows."""
-    n = math.isqrt(len(log_part) // n_modes)
-    grid = log_part.unflatten(0, (n_modes, n, n))
-    return max(float(roughness(part.flatten(0, 1)).sum()) for part in (grid, grid.transpose(1, 2)))
-
-
-def _size(change: Tensor) -> float:
-    """Of changes of rows (N,) in one number: that of their sum, or their own where they cancel by chance."""
-    return max(abs(float(change.sum())), float(change.square().sum().sqrt()))
-
-
-def _shells(rule: Rule) -> Tensor:
-    """The shell (Q,) of each node of a rule, by the share of a Gaussian that lies outside; one of a small rule."""
-    t, log_w = rule.t, rule.log_weight
-    if len(t) <= MAX_WHOLE:
-        return torch.zeros(len(t), dtype=torch.long)
-    radius = t.square().sum(1)
-    outwards, order = radius.sort()
-    until = (log_w - 0.5 * radius)[order].softmax(0).cumsum(0)
-    inside = until[torch.searchsorted(outwards, radius + 1e-9) - 1]
-    return torch.bucketize(inside - 1, -torch.tensor(SHELLS, dtype=t.dtype))
-
-
-def _without_corners(rule: Rule) -> Rule:
-    """The nodes of a large rule but those of the smallest weights, together `CORNERS` of a Gaussian."""
-    if len(rule.t) <= MAX_WHOLE:
-        return rule
-    share = (rule.log_weight - 0.5 * rule.t.square().sum(1)).softmax(0)
-    order = share.argsort(stable=True)
-    kept = order[share[order].cumsum(0) > CORNERS].sort().values
-    return Rule(rule.t[kept], rule.log_weight[kept])
-
-
-def _beyond(log_prob: Tensor, modes: Modes, rule: Rule) -> float:
-    """Share of the integral (J Q, N) at the outermost nodes, above that of a Gaussian: as much may lie beyond them."""
-    t, log_w = rule.t.to(log_prob), rule.log_weight.to(log_prob)
-    outer = t.abs().amax(1) >= t.max() * (1 - 1e-9)
-    gaussian = (log_w - 0.5 * t.square().sum(1)).softmax(0)[outer].sum()
-    at_outer = log_prob.softmax(0).unflatten(0, (len(modes.mode), len(t)))[:, outer].sum()
-    return float((at_outer - 2 * gaussian).clamp(min=0))
 
 
 def _check_width(width: int, program: Program) -> None:

@@ -19,7 +19,8 @@ from bayes_mpt.predictors.nodes.given import (
 )
 from bayes_mpt.predictors.nodes.nearby import Nearby
 from bayes_mpt.predictors.nodes.panels import MAX_NESTED, Integrals, by_panels
-from bayes_mpt.predictors.nodes.placing import Placing
+from bayes_mpt.predictors.nodes.placing import Placing, reaching
+from bayes_mpt.predictors.nodes.row_draws import RowDraws, learned, upright
 from bayes_mpt.predictors.nodes.rules import (
     CUT,
     MAX_HERMITE,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 __all__ = ["RowNodes", "SharedPrior"]
 
 CELLS = 2**18  # log-densities of tokens at a time
+MIN_DRAWN = 3  # latents of a row, from which far nodes are so many that draws may be fewer
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,8 @@ class RowNodes:
     @property
     def n_nodes(self) -> int:
         """Q, of each row."""
+        if self.placing.draws is not None:
+            return self.placing.draws.n_points
         return len(self.rule("usual").t) * self.placing.n_modes
 
     @property
@@ -139,7 +143,9 @@ class RowNodes:
         names, width = list_names(self.adaptive.space.names), self.adaptive.space.width
         how = []
         where = "the mode" if self.placing.starts is None else "each mode"
-        if 0 < width <= MAX_HERMITE and self.placing.far:
+        if self.placing.draws is not None:
+            how.append(f"{names} with {self.n_nodes} draws of a shape that is learned of each row")
+        elif 0 < width <= MAX_HERMITE and self.placing.far:
             how.append(f"{names} with {self.n_nodes} nodes that reach far, around {where}")
         elif 0 < width <= MAX_HERMITE:
             how.append(
@@ -156,7 +162,10 @@ class RowNodes:
     def given(self, args: Args, held: dict[str, Tensor]) -> NestedRows:
         """The rows at S values (S, ...) of the latents of the data set."""
         panels = partial(self._panels, args) if self.width == 1 else None
-        return NestedRows(partial(self._place, args), self.cells.to(args.filled[0].device), held, panels)
+        cells = self.cells.to(args.filled[0].device)
+        return NestedRows(
+            partial(self._place, args), cells, held, panels, fair=self.placing.draws is not None
+        )
 
     def prior_left(
         self, model: Model, latents: tuple[Latent, ...], filled: tuple[Any, ...]
@@ -171,6 +180,22 @@ class RowNodes:
     def placed(self, placing: Placing) -> RowNodes:
         """The same with nodes that stand so."""
         return replace(self, placing=placing)
+
+    def learned(self, args: Args, held: dict[str, Tensor], x: Tensor, visible: Tensor) -> RowNodes:
+        """The same with draws of shapes learned at S values (S, ...) of the latents of the data set, where these serve.
+
+        Of rows with one mode each.
+        """
+        if not MIN_DRAWN <= self.width <= MAX_HERMITE or self.placing.starts is not None:
+            return self
+        rows, shown = NestedRows.in_rows(x, visible, self.cells.to(x.device))
+        rule, n_nodes = row_rule(self.width, "usual", far=True), len(next(iter(held.values())))
+        with self.nearby.unmoved():
+            modes = upright(self.adaptive.locate(args, rows, shown, Placing(), None, held))
+        density = self.adaptive.row_density(args, rows, shown, held)
+        assert rule.cut is not None
+        modes = reaching(density, modes, n_nodes, rule.cut)
+        return self.placed(self.placing._replace(draws=learned(density, modes, n_nodes, rule, shown)))
 
     def starts(
         self,
@@ -221,6 +246,10 @@ class RowNodes:
             given, part, _ = at.at(args, u, held)
             yield PlacedRows(given, part[:, None], lambda: u)
             return
+        draws = self.placing.draws
+        if draws is not None and detail in ("rough", "usual") and draws.serves(visible):
+            yield from self._drawn(args, held, detail, x, visible, draws)
+            return
         modes = at.locate(args, x, visible, self.placing, rule.cut, held)
         step = max(1, CELLS // (x.numel() * len(rule.t) * len(modes.mode) * at.n_evaluations))
         for some in (slice(i, min(i + step, n_nodes)) for i in range(0, n_nodes, step)):
@@ -235,6 +264,31 @@ class RowNodes:
             log_weight = torch.where(lost, math.nan, part.unflatten(0, u.shape[:2]) + log_w)
             latents = partial(constrained, at.space, u.flatten(0, 1))
             yield PlacedRows(given, log_weight, latents, len(modes.mode))
+
+    def _drawn(
+        self,
+        args: Args,
+        held: dict[str, Tensor],
+        detail: Detail,
+        x: Tensor,
+        visible: Tensor,
+        draws: RowDraws,
+    ) -> Iterator[PlacedRows]:
+        """`_place` with draws of the shapes of rows: rough ones are alike at all S."""
+        at, n_nodes = self.adaptive, len(next(iter(held.values())))
+        modes = upright(at.locate(args, x, visible, Placing(), None, held))
+        whole, log_weight = draws.nodes(modes, n_nodes, alike=detail == "rough")
+        lost = ~whole.isfinite().all(-1)
+        whole = torch.where(lost[..., None], 0.0, whole)
+        step = max(1, CELLS // (x.numel() * whole.shape[1] * at.n_evaluations))
+        for some in (slice(i, min(i + step, n_nodes)) for i in range(0, n_nodes, step)):
+            u = whole[some].flatten(0, 1)
+            each = {name: v[some].repeat_interleave(whole.shape[1], 0) for name, v in held.items()}
+            given, part, _ = at.at(args, u, each)
+            weight = torch.where(
+                lost[some], math.nan, part.unflatten(0, (-1, whole.shape[1])) + log_weight[some]
+            )
+            yield PlacedRows(given, weight, partial(constrained, at.space, u))
 
     def _panels(self, args: Args, held: dict[str, Tensor], x: Tensor, visible: Tensor) -> Integrals:
         """The integral of each row at each of S nodes of the data set: of S N."""

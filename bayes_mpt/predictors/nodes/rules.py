@@ -24,6 +24,7 @@ __all__ = [
     "log_t",
     "row_rule",
     "stretched",
+    "unstretched",
 ]
 
 Detail = Literal["rough", "usual", "fine", "panels"]
@@ -148,11 +149,30 @@ def stretched(s: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
     >>> float(sum_of) / math.sqrt(2 * math.pi)
     1.0000000...
     """
+    c, middle, half = _spans(reach)
+    v = middle + half * s
+    return c * v.sinh(), (half * c * v.cosh()).log().sum(-1)
+
+
+def unstretched(t: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
+    """s (..., d) and log dt/ds (...) of points t (..., d): what `stretched` has made them of.
+
+    Examples
+    --------
+    >>> reach = torch.tensor([[8.0, 40.0]])
+    >>> unstretched(stretched(torch.tensor([[0.3]]), reach)[0], reach)[0]
+    tensor([[0.3000]])
+    """
+    c, middle, half = _spans(reach)
+    v = (t / c).asinh()
+    return (v - middle) / half, (half * c * v.cosh()).log().sum(-1)
+
+
+def _spans(reach: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """c, and the middle and half of the length of the way of v, (..., d) each."""
     c = (LONG / reach.amax(-1)).clamp(*EVEN)
     end = (reach / c[..., None]).asinh()
-    half = 0.5 * end.sum(-1)
-    v = 0.5 * (end[..., 1] - end[..., 0]) + half * s
-    return c * v.sinh(), (half * c * v.cosh()).log().sum(-1)
+    return c, 0.5 * (end[..., 1] - end[..., 0]), 0.5 * end.sum(-1)
 
 
 def alone_rule(width: int, fine: bool) -> Rule:

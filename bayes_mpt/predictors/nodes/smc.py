@@ -454,10 +454,12 @@ def _judge(se: float, shares: Shares, doubt: str, diagnostics: dict[str, Any]) -
     """The error, NaN where it is unknown; with warnings."""
     changes = diagnostics.get("change with half the scale of a vague prior", {})
     for name, change in changes.items():
-        warn(
-            f"the number depends on the vague prior of latent {name!r}: halving its scale changes lml by {change:.3g}",
-            VaguePriorWarning,
+        said = (
+            "by how much is not known"
+            if math.isnan(change)
+            else f"halving its scale changes lml by {change:.3g}"
         )
+        warn(f"the number depends on the vague prior of latent {name!r}: {said}", VaguePriorWarning)
     why = [shares.why] if shares.missed else []
     why += [doubt] if doubt else []
     gaps = [c for c in diagnostics.get("check", []) if c.misses]

@@ -8,9 +8,16 @@ Thompson 1952) with
 
 of its mass; one found once stands for as much again (Good 1953). `Modes.doubt` says so where much is missed.
 
+It is a rough number, good for a warning and never added to an evidence. In 1000 searches each for 10, 20 and 50 modes,
+by 24 or 64 climbs, with chances of climbs that go with the masses in part or do not know of them, its mean is 0.5 to
+2.2 times the mass that was missed, and half to nine tenths of the single ones are within a factor of three. Where more
+than a tenth was missed it says so in 87 to 100 of 100. It says too much rather than too little where there are many
+modes: of searches for 10 and 20 that missed less than 0.01 it doubts nine in ten, of those for five that are found
+alike 3 in 100.
+
 Nothing here knows of a mode that no climb comes near while all others are found often: 17 of 100 searches for four
-modes of random masses, by 24 climbs whose chances are random too, miss more than a tenth of the mass in silence, those
-for twenty modes 1.5.
+modes of random masses, by 24 climbs whose chances are random too, miss more than a tenth in silence, those for twenty
+modes 1.5.
 """
 
 from __future__ import annotations

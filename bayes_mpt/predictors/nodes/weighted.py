@@ -280,7 +280,7 @@ class Nodes(Conditionals):
     def gain_inside(self, detail: Detail = "fine") -> Tensor:
         """How log Z (N,) grows by finer nodes in every row or group, seen at nodes by their shares of it."""
         before, given = self.log_weights(), self.last.given
-        if given.with_detail(detail) is given or not bool(before.isfinite().any()):
+        if given.fair or given.with_detail(detail) is given or not bool(before.isfinite().any()):
             return torch.zeros_like(before[0])
         some, share = in_proportion(before[:, 0])  # rows of one vector: N is 1
         weight = self.last.log_weight.expand(before.shape)[some] - before[some]

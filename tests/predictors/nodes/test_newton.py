@@ -11,6 +11,7 @@ from tables import tensor
 from bayes_mpt.predictors import Quadrature
 from bayes_mpt.predictors.nodes import row_nodes
 from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
+from bayes_mpt.predictors.nodes.nearby import Nearby
 from bayes_mpt.predictors.nodes.newton import climb, newton
 from bayes_mpt.program.analysis import analyze
 from bayes_mpt.program.arguments import Args
@@ -102,3 +103,19 @@ def test_rows_go_by_parts_of_the_nodes(monkeypatch):
             [float(read.score()), *posterior.mean.flatten().tolist(), *posterior.tokens.flatten().tolist()]
         )
     assert found[1] == pytest.approx(found[0], abs=1e-12)
+
+
+def test_climbs_begin_where_modes_move_to():
+    """Modes on a plane are told exactly at other values, and no farther out than these have moved."""
+    generator = torch.Generator().manual_seed(0)
+    known, new = (torch.randn(n, 2, generator=generator, dtype=torch.float64) for n in (40, 10))
+    plane = torch.randn(2, 6, generator=generator, dtype=torch.float64)
+
+    def modes(v):
+        return ((v.sign() * v.abs().log1p()) @ plane).unflatten(1, (3, 2))
+
+    nearby = Nearby()
+    nearby.keep({"v": known}, modes(known))
+    torch.testing.assert_close(nearby.start({"v": new}, (3, 2)), modes(new), rtol=0, atol=1e-12)
+    far = nearby.start({"v": 1e9 * new}, (3, 2))
+    assert bool((far.abs() <= 3 * modes(known).abs().amax(0)).all())

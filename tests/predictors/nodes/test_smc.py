@@ -18,7 +18,7 @@ from bayes_mpt.predictors.nodes.adaptive import AdaptiveNodes
 from bayes_mpt.predictors.nodes.missed import Shares
 from bayes_mpt.predictors.nodes.particles import Target
 from bayes_mpt.predictors.nodes.path import Path
-from bayes_mpt.predictors.nodes.prior import prior_points
+from bayes_mpt.predictors.nodes.prior import halved, prior_points
 from bayes_mpt.predictors.nodes.reference import Reference
 from bayes_mpt.predictors.nodes.two_sided import TwoSided
 from bayes_mpt.program.analysis import analyze
@@ -337,3 +337,19 @@ def test_the_check_sees_a_mode_that_runs_and_climbs_miss(monkeypatch):
 def test_check_is_a_number_of_data_sets():
     with pytest.raises(ValueError, match="check must be True, False or a number of data sets, got -1"):
         SequentialMonteCarlo(check=-1).bind(regression, columns(4, 2)[0])
+
+
+def test_half_the_scale_of_a_vector_is_told_as_that_of_its_numbers():
+    """log E[p'(z) / p(z)], p' of half the scale, at a few points."""
+
+    def program(x):
+        z = pyro.sample("z", dist.MultivariateNormal(torch.ones(2), 9 * torch.eye(2)))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Laplace(z.sum(-1), 1.0), obs=x[:, 0])
+
+    args = (torch.tensor([[0.4], [1.2]], dtype=torch.float64),)
+    adaptive = AdaptiveNodes(program, Args(args), analyze(program, args))
+    points = np.array([[0.3, 1.4], [2.0, -0.5]])
+    ratio = (stats.norm.logpdf(points, 1, 1.5) - stats.norm.logpdf(points, 1, 3)).sum(1)
+    found = halved(adaptive, args, torch.as_tensor(points), "z")
+    assert found == pytest.approx(logsumexp(ratio) - np.log(2), abs=1e-12)
