@@ -59,6 +59,8 @@ class Given(ABC):
 
     maps: DenseMap | None = None
     """The S linear-Gaussian maps, where all rows share them."""
+    detail: Detail = "usual"
+    """Of nodes inside rows or groups, where there are any."""
     fair: bool = False
     """Whether what is said of nodes is right on the average alone: how far their weights differ holds the error."""
 

@@ -21,11 +21,13 @@ import torch
 from torch import Tensor
 
 from bayes_mpt.predictors.nodes.mixture import Modes
-from bayes_mpt.predictors.nodes.panels import Integrals, Panels, by_panels, thinned
+from bayes_mpt.predictors.nodes.panels import MAX_ROUNDS, Integrals, Panels, by_panels, laid, thinned
 from bayes_mpt.predictors.nodes.placing import reaching
+from bayes_mpt.predictors.nodes.probes import n_probes, reach_of_prior
 from bayes_mpt.predictors.nodes.rules import CUT
 from bayes_mpt.program.arguments import Args, same_cells
 from bayes_mpt.program.program import list_names
+from bayes_mpt.program.store import own_random_state
 from bayes_mpt.warnings import NotConvergedWarning, warn
 
 if TYPE_CHECKING:
@@ -34,7 +36,10 @@ if TYPE_CHECKING:
 __all__ = ["PanelNodes", "Rows"]
 
 STEP = 1e-4  # of differences, in a parameter of size one
+SHORT = 0.01  # of it, at which what differs is looked at again
 DIFFERS = 1e-4  # of a slope, from which a jump is believed to move
+UNSEEN = 0.01  # nats that places far from all modes add, from which they matter
+LEAST_PROBES = 480  # where it is known that they do
 MAX_MOVING = 16  # numbers, up to which each has a difference of its own
 
 
@@ -60,15 +65,57 @@ class PanelNodes:
     ----------
     jumps : bool
         Whether panels were asked for, so that fainter jumps, as of fewer tokens, are worth them too.
+    everywhere : bool
+        Whether places far from all modes matter, so that panels are laid over all that the prior reaches.
+    told : bool
+        Whether jumps that too many parameters may move were looked at.
     """
 
     def __init__(self, adaptive: AdaptiveNodes):
         self.adaptive, self.jumps, self._moves = adaptive, False, False
+        self.everywhere = self.told = False
         self._kept: tuple[Tensor, Tensor, Panels] | None = None
+        self._looked: list[tuple[Tensor, bool]] = []
 
     def forget(self) -> None:
         """Look for the next panels from the modes, not from the last ones."""
         self._kept, self.jumps, self._moves = None, False, False
+        self.everywhere, self.told, self._looked = False, False, []
+
+    @torch.no_grad()
+    def look(self, rows: Rows, modes: Modes, log_z: Tensor) -> bool:
+        """Whether places that no mode is near matter, where ``log_z`` (N,) is by nodes; looked at once for the cells.
+
+        Once more without gradients, when parameters have come to rest.
+        """
+        trains = bool(log_z.requires_grad)
+        if any(with_ == trains and same_cells(x, rows.value) for x, with_ in self._looked):
+            return self.everywhere
+        self._looked = [*(k for k in self._looked if k[1] != trains), (rows.value.detach(), trains)]
+        n = n_probes(self.adaptive, rows.value)
+        if not n or self.everywhere:
+            return self.everywhere
+        with own_random_state():
+            start, empty = self._over_prior(rows, modes), rows.value.isnan().all(1)
+
+        def more(max_rounds: int) -> bool:
+            found = self._integrals(rows, modes, start, max_rounds)
+            change = torch.where(empty, 0.0, found.log_z - log_z)
+            return float((change.abs() + found.error.clamp(max=1.0) * (~empty)).sum()) > UNSEEN
+
+        with own_random_state():
+            self.everywhere = more(0) and more(MAX_ROUNDS)
+        return self.everywhere
+
+    def _over_prior(self, rows: Rows, modes: Modes) -> Panels:
+        at = self.adaptive
+        whole = reach_of_prior(at, rows.args, rows.value)
+        n = max(LEAST_PROBES, n_probes(at, rows.value))
+        return laid(self._around(rows, modes), whole, n)
+
+    def _around(self, rows: Rows, modes: Modes) -> Modes:
+        density = self.adaptive.row_density(rows.args, rows.value, rows.visible, {})
+        return reaching(density, modes, 1, CUT["fine"])
 
     def find(self, rows: Rows, modes: Modes) -> Integrals:
         """The panels of each row, from those of the same cells at other values of parameters."""
@@ -76,6 +123,8 @@ class PanelNodes:
         if self._kept is not None:
             data, shown, kept = self._kept
             start = kept if torch.equal(shown, rows.visible) and same_cells(data, rows.value) else None
+        if start is None and self.everywhere:
+            start = self._over_prior(rows, modes)
         found = self._integrals(rows, modes, start)
         assert found.panels is not None
         density = self.adaptive.row_density(rows.args, rows.value, rows.visible, {})
@@ -84,10 +133,17 @@ class PanelNodes:
             self._kept = rows.value.detach(), rows.visible, panels
         return found._replace(panels=panels)
 
-    def _integrals(self, rows: Rows, modes: Modes, start: Panels | None) -> Integrals:
+    def _integrals(
+        self, rows: Rows, modes: Modes, start: Panels | None, max_rounds: int = MAX_ROUNDS
+    ) -> Integrals:
         density = self.adaptive.row_density(rows.args, rows.value, rows.visible, {})
-        around = reaching(density, modes, 1, CUT["fine"])
-        return by_panels(density, around, 1, rows.value.shape[1], start=start)
+        around, n_tokens = self._around(rows, modes), rows.value.shape[1]
+        return by_panels(density, around, 1, n_tokens, start=start, max_rounds=max_rounds)
+
+    def too_many(self, names: tuple[str, ...]) -> bool:
+        """Whether a training moves so many numbers, as of a network, that panels at each step would take too long."""
+        store = dict(pyro.get_param_store().named_parameters())
+        return sum(store[n].numel() for n in names if n in store) > MAX_MOVING
 
     def slopes_of_jumps(
         self, rows: Rows, modes: Modes, found: Integrals, log_z: Tensor, names: tuple[str, ...]
@@ -101,10 +157,12 @@ class PanelNodes:
         def integrals() -> Tensor:
             return self._integrals(rows, modes, found.panels).log_z
 
+        many = self.too_many(names)
+        self.told = many
         self._moves = self._moves or _differ(integrals, leaves, log_z)
         if not self._moves:
             return torch.zeros_like(log_z)
-        if sum(p.numel() for p in leaves) > MAX_MOVING:
+        if many:
             latents = list_names(self.adaptive.space.names)
             warn(
                 f"the density of {latents} jumps where parameters say, and gradients do not see such a jump move: the "
@@ -128,8 +186,11 @@ def _differ(integrals: Callable[[], Tensor], leaves: list[Tensor], log_z: Tensor
     if log_z.requires_grad:
         slopes = torch.autograd.grad(log_z.sum(), leaves, retain_graph=True, allow_unused=True)
     at_nodes = sum(float((s * v).sum()) for s, v in zip(slopes, along, strict=True) if s is not None)
-    differs = float(_difference(integrals, leaves, along).sum()) - at_nodes
-    return abs(differs) > DIFFERS * (abs(at_nodes) + len(log_z))
+    long, short = (
+        abs(float(_difference(integrals, leaves, along, h).sum()) - at_nodes) for h in (STEP, SHORT * STEP)
+    )
+    # where a density is steep differences have errors, which fall with their steps; what a jump adds does not
+    return min(long, short) > DIFFERS * (abs(at_nodes) + len(log_z)) and short > 0.5 * long
 
 
 def _corrected(integrals: Callable[[], Tensor], leaves: list[Tensor], log_z: Tensor) -> Tensor:
@@ -153,14 +214,16 @@ def _corrected(integrals: Callable[[], Tensor], leaves: list[Tensor], log_z: Ten
     return total
 
 
-def _difference(integrals: Callable[[], Tensor], leaves: list[Tensor], along: list[Tensor]) -> Tensor:
+def _difference(
+    integrals: Callable[[], Tensor], leaves: list[Tensor], along: list[Tensor], step: float = STEP
+) -> Tensor:
     """The slope (N,) of integrals along a direction of parameters."""
     moved = partial(_moved, leaves, along)
-    with moved(STEP):
+    with moved(step):
         more = integrals()
-    with moved(-STEP):
+    with moved(-step):
         less = integrals()
-    return (more - less) / (2 * STEP)
+    return (more - less) / (2 * step)
 
 
 @contextmanager

@@ -21,7 +21,18 @@ from torch import Tensor
 from bayes_mpt.predictors.nodes.mixture import Modes
 from bayes_mpt.predictors.nodes.placing import RowDensity
 
-__all__ = ["MAX_NESTED", "PRECISE", "UNEVEN", "Integrals", "Panels", "by_panels", "roughness", "thinned"]
+__all__ = [
+    "MAX_NESTED",
+    "MAX_ROUNDS",
+    "PRECISE",
+    "UNEVEN",
+    "Integrals",
+    "Panels",
+    "by_panels",
+    "laid",
+    "roughness",
+    "thinned",
+]
 
 UNEVEN = 1e-4  # nats by which jumps may move an integral, from which panels are worth their cost
 FAINT = 1e-7  # nats of a row, below which differences are those of smooth densities too
@@ -134,6 +145,7 @@ def by_panels(
     max_cells: int = MAX_CELLS,
     start: Panels | None = None,
     precise: float = PRECISE,
+    max_rounds: int = MAX_ROUNDS,
 ) -> Integrals:
     """Integrals of N rows at S values of all the rest, those of one value after the other: M = S N.
 
@@ -151,6 +163,8 @@ def by_panels(
         Log-densities of tokens, after which panels are cut no more: what is missing stands in the error.
     start : Panels, optional
         Of densities that these are like: the first panels, with more where these densities reach further.
+    max_rounds : int
+        In which panels are cut.
     precise : float
         Share of an integral, the error that is aimed at.
     """
@@ -174,7 +188,7 @@ def by_panels(
         low, length = _first(modes, start)
         log_z, log_error = of(low, length)
         n_evaluations = len(low) * N_NODES
-        for _ in range(MAX_ROUNDS):
+        for _ in range(max_rounds):
             wrong = (log_error - log_z.logsumexp(0)).nan_to_num(-math.inf)
             left = wrong.logsumexp(0) > math.log(precise)
             if not bool(left.any()):
@@ -257,6 +271,12 @@ def _of_panels(log_prob: RowDensity, n_nodes: int, low: Tensor, length: Tensor) 
     return integral, torch.einsum("ln,pnm->plm", last, f).abs().sum(1).log() + log_unit
 
 
+def laid(modes: Modes, whole: Modes, n_nodes: int) -> Panels:
+    """Panels over all that ``whole`` (1, M, 1) reaches, with so many nodes, and around modes besides."""
+    edge = torch.cat([_edges(modes), _edges(whole, n_nodes // N_NODES)]).sort(0).values
+    return Panels(edge[:-1], edge.diff(dim=0), torch.zeros_like(edge[:-1]))
+
+
 def _first(modes: Modes, start: Panels | None) -> tuple[Tensor, Tensor]:
     """Lower ends and lengths (P, M) of the first panels."""
     edge = _edges(modes)
@@ -270,13 +290,13 @@ def _first(modes: Modes, start: Panels | None) -> tuple[Tensor, Tensor]:
     )
 
 
-def _edges(modes: Modes) -> Tensor:
+def _edges(modes: Modes, n_panels: int = N_PANELS) -> Tensor:
     """Where the first panels begin and end (P + 1, M): even around each mode, wider along a long tail."""
     assert modes.reach is not None
     reach, root = modes.reach[:, :, 0], modes.root[:, :, 0, 0].abs()  # (J, M, 2), (J, M)
     c = (0.25 * reach.amax(-1)).clamp(max=LONG)  # where no tail is long nearly even
     end = (reach / c[..., None]).asinh()  # (J, M, 2)
-    step = torch.arange(1, N_PANELS // 2 + 1).to(end) / (N_PANELS // 2)
+    step = torch.arange(1, n_panels // 2 + 1).to(end) / (n_panels // 2)
     below = -(c * (step.flip(0)[:, None, None] * end[..., 0]).sinh())  # (P / 2, J, M)
     above = c * (step[:, None, None] * end[..., 1]).sinh()
     at = torch.cat([below, torch.zeros_like(c)[None], above])

@@ -17,6 +17,17 @@ from bayes_mpt.predictors.nodes.panel_nodes import PanelNodes, Rows
 from bayes_mpt.predictors.nodes.panels import UNEVEN, roughness
 from bayes_mpt.predictors.nodes.placing import integral
 from bayes_mpt.predictors.nodes.prior import prior_points
+from bayes_mpt.predictors.nodes.probes import highest_of_prior
+from bayes_mpt.predictors.nodes.replicates import by_replicates
+from bayes_mpt.predictors.nodes.rule_errors import (
+    MAX_WHOLE,
+    beyond,
+    changes,
+    shells,
+    size,
+    uneven_axes,
+    without_corners,
+)
 from bayes_mpt.predictors.nodes.rules import CUT, Detail, Rule, alone_rule, far_rule, hermite
 from bayes_mpt.predictors.nodes.unseen import doubted
 from bayes_mpt.predictors.nodes.weighted import (
@@ -28,9 +39,10 @@ from bayes_mpt.predictors.nodes.weighted import (
     warn_if_slow,
 )
 from bayes_mpt.program.analysis import analyze
-from bayes_mpt.program.arguments import Args
-from bayes_mpt.program.program import Model, ModelError, Program
+from bayes_mpt.program.arguments import Args, same_cells
+from bayes_mpt.program.program import Model, ModelError, Program, list_names
 from bayes_mpt.program.store import own_random_state
+from bayes_mpt.warnings import NotConvergedWarning, warn
 
 __all__ = ["Quadrature"]
 
@@ -45,11 +57,9 @@ PRIOR_ONE_IN = 8  # of them there is one of the prior
 DENSE = 1e-4  # nats of change, up to which nodes are not made denser
 MAX_CELLS = 2**22  # log-densities of tokens, for the densest
 MIN_NODES = 3  # along each axis
-MAX_WHOLE = 1024  # nodes, up to which all are tried at once
-SHELLS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9)  # share of a Gaussian outside of each
-CORNERS = (
-    1e-6  # share of a Gaussian at nodes that are left out, of many at each of which rows or groups have nodes
-)
+FAR = 3.0  # errors, from which nodes are held for wrong
+HIGHER = 1.0  # nats above all modes, from which a place is believed to be of another
+HIGHER_PLACE = "of points that are spread like the prior one is {:.0f} nats higher than all around the modes"
 SMOOTH = 1 / 8  # of what is uneven is left between twice as many nodes: of a bend a fourth, of a jump half
 NO_PART = 0.01  # of the error: what is left out is no more
 LITTLE = 5e-3  # share of the integral that a shell adds, beyond which rows and groups are integrated roughly
@@ -120,6 +130,7 @@ class _Hermite(NodeSource):
         self.modes = ModeSearch(adaptive, Rule(*hermite(adaptive.space.width, n_nodes)) if by_row else None)
         self.model, self.structure = adaptive.model, adaptive.program
         self.panels = PanelNodes(adaptive)
+        self._inside: tuple[Tensor, bool] | None = None
 
     @property
     def why(self) -> str:  # type: ignore[override]  # how nodes stand is found out with the rows
@@ -147,6 +158,7 @@ class _Hermite(NodeSource):
     def _forget(self) -> None:
         self.modes.forget()
         self.panels.forget()
+        self._inside = None
 
     def place(self, args: Args, visible: Tensor | None = None, near: Any = None) -> Read:
         value = program_values(self.model, args, self.structure)
@@ -162,7 +174,7 @@ class _Hermite(NodeSource):
             return alone_rule(width, finer)
         rule = Rule(*hermite(width, self._n_nodes(modes, finer)))
         # those of rows or groups stand at every node: at corners where no share of a Gaussian is, for nothing
-        return rule if finer or self.asked or self.adaptive.rows is None else _without_corners(rule)
+        return rule if finer or self.asked or self.adaptive.rows is None else without_corners(rule)
 
     def _n_nodes(self, modes: Modes, finer: bool = False) -> int:
         """Along each axis, fewer where modes are so many that the program would run at too many nodes."""
@@ -193,12 +205,21 @@ class _Hermite(NodeSource):
 
     def settled(self, nodes: Nodes, read: Read, log_part: Tensor, visible: Tensor) -> tuple[Read, Tensor]:
         modes = read.located
+        if self.adaptive.rows is not None:
+            return self._settled_inside(nodes, read, log_part, visible)
         if self.asked or not self._one_axis(modes) or read.error is not None:
             return read, log_part
         uneven = self._uneven(read, log_part)
-        if uneven <= (0.0 if self.panels.jumps else UNEVEN):
+        unseen = self._unseen(nodes, read, log_part, visible)
+        if uneven <= (0.0 if self.panels.jumps else UNEVEN) and not unseen:
             return read, log_part
-        if not (self.panels.jumps and torch.is_grad_enabled()):  # slopes of jumps are those of panels
+        if torch.is_grad_enabled() and self.panels.too_many(self.parameters):
+            if not self.panels.told:
+                self._on_panels(nodes, modes, visible)  # which says so where they move a jump
+            return read, log_part
+        if not unseen and not (
+            self.panels.jumps and torch.is_grad_enabled()
+        ):  # slopes of jumps are those of panels
             finer = self._around(nodes.args, nodes.value, modes, self._rule(modes, finer=True))
             part = finer.log_weight + finer.given.log_joint(nodes.value, visible)
             if self._uneven(finer, part) <= min(UNEVEN, SMOOTH * uneven):
@@ -209,6 +230,43 @@ class _Hermite(NodeSource):
         """Whether panels can be laid: of images that are not listed they would see nothing."""
         partial = modes.orbits is not None and modes.orbits.partial
         return self.adaptive.space.width == 1 and self.adaptive.rows is None and not partial
+
+    def _settled_inside(
+        self, nodes: Nodes, read: Read, log_part: Tensor, visible: Tensor
+    ) -> tuple[Read, Tensor]:
+        """With panels in every row or group of one latent that jumps; a training goes by nodes, and says so."""
+        if read.given.detail != "usual" or not self._jumps_inside(nodes, read, log_part):
+            return read, log_part
+        if torch.is_grad_enabled():
+            return read, log_part
+        read = read._replace(given=read.given.with_detail("panels"))
+        return read, read.log_weight + read.given.log_joint(nodes.value, visible)
+
+    @torch.no_grad()
+    def _jumps_inside(self, nodes: Nodes, read: Read, log_part: Tensor) -> bool:
+        """Whether the density of a latent inside jumps, looked at once for the cells, at the best node."""
+        if self._inside is None or not same_cells(self._inside[0], nodes.value):
+            rows = self.adaptive.rows
+            assert rows is not None
+            best = log_part[:, 0].nan_to_num(-math.inf).argmax()[None]
+            with rows.nearby.unmoved():
+                uneven = read.given.with_detail("fine", best).uneven(nodes.value)[0]
+            self._inside = nodes.value.detach(), uneven > UNEVEN
+            if uneven > ROUGH and log_part.requires_grad:
+                warn(
+                    f"the density of {list_names(rows.own)} jumps or bends inside rows or groups: a training "
+                    f"goes by nodes, which may be {uneven:.2g} nats off there, so that it may end beside the "
+                    "maximum. Scores and the evidence afterwards see the jumps",
+                    NotConvergedWarning,
+                )
+        return self._inside[1]
+
+    def _unseen(self, nodes: Nodes, read: Read, log_part: Tensor, visible: Tensor) -> bool:
+        """Whether there is more than the nodes of one latent have seen."""
+        if not bool(visible.all()):
+            return self.panels.everywhere
+        rows = Rows(nodes.args, nodes.value, visible)
+        return self.panels.look(rows, read.located, log_part.logsumexp(0))
 
     @staticmethod
     def _uneven(read: Read, log_part: Tensor) -> float:
@@ -245,22 +303,52 @@ class _Hermite(NodeSource):
         read, log_part = finer.whole()
         many = finer.score()
         change = float((many - few).sum())
-        diagnostics = _changes(rule, finest, change)
+        diagnostics = changes(rule, finest, change)
         n_modes = len(modes.mode)
         if read.error is not None:
             return self._of_panels(finer, read, diagnostics)
         uneven = self._uneven(read, log_part) if self._one_axis(modes) else 0.0
-        if self._one_axis(modes) and (uneven > UNEVEN or _size(many - few) > ROUGH):
+        if self._one_axis(modes) and (uneven > UNEVEN or size(many - few) > ROUGH):
             finer = nodes.at_nodes(self._on_panels(nodes, modes, torch.ones_like(nodes.value[0]).bool())[0])
             return self._of_panels(finer, finer.last, diagnostics)
         se = max(abs(change), uneven)
         if around.reach is not None and self.adaptive.space.width > 1:
-            many, se = self._denser(nodes, around, finest, many, max(se, _size(many - few)), diagnostics)
+            many, se = self._denser(nodes, around, finest, many, max(se, size(many - few)), diagnostics)
+        if n_modes > 1 and not self.structure.by_row:
+            se += beyond(finer.log_weights(), modes, finest)
+        several = self.adaptive.space.width > 1
+        top = float((log_part - around.nodes(finest)[1].flatten(0, 1)).amax()) if several else None
+        # of more than two a finer rule has too few nodes along each axis to tell
+        if several and (
+            se > ROUGH or (self.adaptive.space.width == 2 and uneven_axes(log_part, n_modes) > ROUGH)
+        ):
+            drawn, error = self._sharper(nodes, many, se, diagnostics)
+            if drawn is not many:
+                many, se, top = drawn, error, None
+        if (top is not None or not several) and not self.structure.by_row:
+            many, se = self._better(nodes, many, se, diagnostics)
         if self.structure.by_row:
             return Evidence(many, se, diagnostics)
-        if n_modes > 1:
-            se += _beyond(finer.log_weights(), modes, finest)
-        return self._doubted(nodes, *self._better(nodes, many, se, diagnostics), diagnostics)
+        return self._doubted(nodes, many, se, diagnostics, top)
+
+    def _sharper(
+        self, nodes: Nodes, many: Tensor, se: float, diagnostics: dict[str, Any]
+    ) -> tuple[Tensor, float]:
+        """log Z (N,) of several latents by draws, where these have a smaller error than the nodes, and its error."""
+        value, modes = nodes.value, nodes.last.located
+        everything = torch.ones(value.shape[1], dtype=torch.bool, device=value.device)
+        density = self.adaptive.row_density(nodes.args, value, everything, {})
+        with own_random_state():
+            found, k = by_replicates(density, modes, value.shape[1] * self.adaptive.n_evaluations)
+        empty = value.isnan().all(1)
+        log_z = torch.where(empty, 0.0, found.log_z)
+        error = float(torch.where(empty, 0.0, found.error).square().sum().sqrt())
+        diagnostics["by draws of the same mixture"] = float(log_z.sum())
+        off = abs(float((log_z - many).sum()))
+        if k >= BAD_K or not (error < se or off > FAR * math.hypot(error, se)):
+            return many, se
+        diagnostics["n_nodes"] = found.n_evaluations
+        return log_z, error
 
     def _with_rows_inside(self, nodes: Nodes) -> Evidence:
         """The evidence where rows or groups have nodes of their own at each node."""
@@ -271,7 +359,7 @@ class _Hermite(NodeSource):
         inside = nodes.gain_inside(detail)
         many, outside = self._outwards(nodes, finest, inside, detail)
         change = many - few
-        diagnostics = _changes(rule, finest, float(change.sum()))
+        diagnostics = changes(rule, finest, float(change.sum()))
         # panels have an error of their own, and fine nodes one that their change bounds
         se = abs(float(change.sum())) if detail == "fine" else abs(float((change - inside).sum())) + left
         se = self._checked(nodes, many, max(se, outside, uneven if detail == "fine" else 0.0), diagnostics)
@@ -298,7 +386,7 @@ class _Hermite(NodeSource):
                 break
             found = integral(density, modes, far_rule(width, n, CUT["fine"]), value.shape[1])
             found = torch.where(value.isnan().all(1), 0.0, found)
-            se, many = _size(found - many), found
+            se, many = size(found - many), found
             diagnostics["n_nodes"] = n
         return many, se
 
@@ -337,11 +425,24 @@ class _Hermite(NodeSource):
         diagnostics["by draws of the same mixture"] = by_draws
         return math.hypot(se, by_draws - float(many.sum()))
 
-    def _doubted(self, nodes: Nodes, many: Tensor, se: float, diagnostics: dict[str, Any]) -> Evidence:
-        """The evidence of latents that all rows share, with what speaks against its modes."""
+    def _doubted(
+        self,
+        nodes: Nodes,
+        many: Tensor,
+        se: float,
+        diagnostics: dict[str, Any],
+        top: float | None = None,
+    ) -> Evidence:
+        """The evidence of latents that all rows share, with what speaks against its modes.
+
+        With ``top``, the greatest log-density at its nodes.
+        """
         modes = nodes.last.located
         diagnostics["n_modes"] = len(modes.mode)
         doubt = modes.doubt or nodes.doubt_inside()
+        if not doubt and self.adaptive.rows is None and self.adaptive.space.width > 1:
+            higher = highest_of_prior(self.adaptive, nodes.args, nodes.value, modes, top)
+            doubt = HIGHER_PLACE.format(higher) if higher > HIGHER else ""
         return doubted(Evidence(many, se, diagnostics), modes._replace(doubt=doubt))
 
     def _of_panels(self, nodes: Nodes, read: Read, diagnostics: dict[str, Any]) -> Evidence:
@@ -367,7 +468,7 @@ class _Hermite(NodeSource):
             rows is not None and rows.width == 1 and 1 < len(finest.t) <= MAX_WHOLE
         )  # cheap, whatever the error
         fine = one or (len(finest.t) > 1 and error > ROUGH)
-        shell = _shells(finest).to(few.device)
+        shell = shells(finest).to(few.device)
         total, added, shrinks, uneven = torch.full_like(few, -math.inf), math.inf, 1.0, 0.0
         for n_shells, number in enumerate(shell.unique(), 1):
             some = (shell == number).nonzero()[:, 0]
@@ -387,48 +488,6 @@ class _Hermite(NodeSource):
             if n_shells > 3 and left <= NO_PART * max(error, float((total - few).abs())):
                 break
         return (total if fine else total + inside), uneven
-
-
-def _changes(rule: Rule, finer: Rule, change: float) -> dict[str, Any]:
-    """By how much the finer rule has changed log Z, in words."""
-    n_nodes, more = (len(r.t[:, 0].unique()) if r.t.shape[1] else 1 for r in (rule, finer))
-    return {"n_nodes": more, f"change from {n_nodes} nodes": change}
-
-
-def _size(change: Tensor) -> float:
-    """Of changes of rows (N,) in one number: that of their sum, or their own where they cancel by chance."""
-    return max(abs(float(change.sum())), float(change.square().sum().sqrt()))
-
-
-def _shells(rule: Rule) -> Tensor:
-    """The shell (Q,) of each node of a rule, by the share of a Gaussian that lies outside; one of a small rule."""
-    t, log_w = rule.t, rule.log_weight
-    if len(t) <= MAX_WHOLE:
-        return torch.zeros(len(t), dtype=torch.long)
-    radius = t.square().sum(1)
-    outwards, order = radius.sort()
-    until = (log_w - 0.5 * radius)[order].softmax(0).cumsum(0)
-    inside = until[torch.searchsorted(outwards, radius + 1e-9) - 1]
-    return torch.bucketize(inside - 1, -torch.tensor(SHELLS, dtype=t.dtype))
-
-
-def _without_corners(rule: Rule) -> Rule:
-    """The nodes of a large rule but those of the smallest weights, together `CORNERS` of a Gaussian."""
-    if len(rule.t) <= MAX_WHOLE:
-        return rule
-    share = (rule.log_weight - 0.5 * rule.t.square().sum(1)).softmax(0)
-    order = share.argsort(stable=True)
-    kept = order[share[order].cumsum(0) > CORNERS].sort().values
-    return Rule(rule.t[kept], rule.log_weight[kept])
-
-
-def _beyond(log_prob: Tensor, modes: Modes, rule: Rule) -> float:
-    """Share of the integral (J Q, N) at the outermost nodes, above that of a Gaussian: as much may lie beyond them."""
-    t, log_w = rule.t.to(log_prob), rule.log_weight.to(log_prob)
-    outer = t.abs().amax(1) >= t.max() * (1 - 1e-9)
-    gaussian = (log_w - 0.5 * t.square().sum(1)).softmax(0)[outer].sum()
-    at_outer = log_prob.softmax(0).unflatten(0, (len(modes.mode), len(t)))[:, outer].sum()
-    return float((at_outer - 2 * gaussian).clamp(min=0))
 
 
 def _check_width(width: int, program: Program) -> None:

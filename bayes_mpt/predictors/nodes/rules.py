@@ -183,6 +183,7 @@ def alone_rule(width: int, fine: bool) -> Rule:
 @cache
 def row_rule(width: int, detail: Detail, far: bool = False) -> Rule:
     """Points and log-weights inside a row: of up to four latents the fine ones reach far, and with ``far`` all."""
+    detail = "fine" if detail == "panels" else detail
     if 0 < width <= MAX_HERMITE and (far or detail == "fine"):
         return far_rule(width, FAR_NODES[detail][width], CUT[detail])
     if width <= MAX_HERMITE:

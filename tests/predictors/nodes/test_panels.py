@@ -152,7 +152,7 @@ def test_smooth_densities_take_no_panels(monkeypatch):
         with pyro.plate("rows", len(x)):
             pyro.sample("y", dist.StudentT(x.new_tensor(3.0), 0.0, scale), obs=x[:, 0])
 
-    monkeypatch.setattr(panel_nodes, "by_panels", never)
+    monkeypatch.setattr(panel_nodes.PanelNodes, "find", never)
     assert BayesMPT(model).fit(Y[:, None]).log_marginal_likelihood_se_ < 1e-6
 
 
