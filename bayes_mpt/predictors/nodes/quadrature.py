@@ -210,6 +210,7 @@ class _Hermite(NodeSource):
         if self.asked or not self._one_axis(modes) or read.error is not None:
             return read, log_part
         uneven = self._uneven(read, log_part)
+        # where nodes jump too: a mode at the edge of a cliff may have panels that see the cliff alone
         unseen = self._unseen(nodes, read, log_part, visible)
         if uneven <= (0.0 if self.panels.jumps else UNEVEN) and not unseen:
             return read, log_part

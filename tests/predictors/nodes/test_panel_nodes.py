@@ -178,3 +178,26 @@ def test_jumps_that_too_many_parameters_move_are_named():
     bound = choose(model, (y,))
     with pytest.warns(NotConvergedWarning, match="density of z jumps where parameters say"):
         bound.read((y,)).score()
+
+
+def test_a_cliff_at_whose_edge_a_mode_is_found():
+    """Logits of a billion z and more, as a fit may end with: a token is 0 to one side of 0 and 1 to the other."""
+    slopes = np.array([0.26, -3.4e11, 0.37, 0.85, -0.11])
+    x = np.array([[0, 0, 0, 0, 0], [1, 0, 0, 0, 0], [0, 0, 1, 0, 1], [1, 1, 0, 1, 1], [1, 1, 1, 0, 1]], float)
+
+    def model(x):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_tensor(0.0), 1.0))
+            logits = z[..., None] * torch.as_tensor(slopes)
+            pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x)
+
+    z = np.linspace(0, 12, 24001)
+    z = np.where(x[:, 1:2] == 1, -z, z)  # on this side alone it can be
+    log_prob = norm.logpdf(z)
+    for t in (0, 2, 3, 4):
+        log_prob = log_prob - np.logaddexp(0, (1 - 2 * x[:, t : t + 1]) * slopes[t] * z)
+    log_prob[:, [0, -1]] -= np.log(2)
+    truth = logsumexp(log_prob, axis=1) + np.log(12 / 24000)
+    fitted = BayesMPT(model).fit(x)
+    assert fitted.score_samples(x) == pytest.approx(truth, abs=1e-7)
+    assert fitted.log_marginal_likelihood_ == pytest.approx(truth.sum(), abs=1e-6)
