@@ -218,9 +218,8 @@ class _Hermite(NodeSource):
             if not self.panels.told:
                 self._on_panels(nodes, modes, visible)  # which says so where they move a jump
             return read, log_part
-        if not unseen and not (
-            self.panels.jumps and torch.is_grad_enabled()
-        ):  # slopes of jumps are those of panels
+        # slopes of jumps are those of panels
+        if not unseen and not (self.panels.jumps and torch.is_grad_enabled()):
             finer = self._around(nodes.args, nodes.value, modes, self._rule(modes, finer=True))
             part = finer.log_weight + finer.given.log_joint(nodes.value, visible)
             if self._uneven(finer, part) <= min(UNEVEN, SMOOTH * uneven):
@@ -236,9 +235,8 @@ class _Hermite(NodeSource):
         self, nodes: Nodes, read: Read, log_part: Tensor, visible: Tensor
     ) -> tuple[Read, Tensor]:
         """With panels in every row or group of one latent that jumps; a training goes by nodes, and says so."""
-        if read.given.detail != "usual" or not self._jumps_inside(nodes, read, log_part):
-            return read, log_part
-        if torch.is_grad_enabled():
+        jumps = read.given.detail == "usual" and self._jumps_inside(nodes, read, log_part)
+        if not jumps or torch.is_grad_enabled():
             return read, log_part
         read = read._replace(given=read.given.with_detail("panels"))
         return read, read.log_weight + read.given.log_joint(nodes.value, visible)
