@@ -106,7 +106,7 @@ class AdviceWarning(UserWarning):
 
 
 class PrecisionWarning(UserWarning):
-    """A density has few digits left, or a score a large error."""
+    """A density has few digits left."""
 
 
 class CheckpointWarning(UserWarning):

@@ -369,9 +369,9 @@ class BayesMPT(
 
         Nats (N,). A program whose rows are tokens of one vector (a latent outside the rows plate) has one number, the
         LML of all rows together; where the observations are one Gaussian vector (a Gaussian process), each y alone
-        given the training rows, NaN where y is missing. Errors above 0.05 nats a row are warned of; see `score_rows`.
+        given the training rows, NaN where y is missing. `score_rows` returns their error too.
         """
-        return predictions.score_samples(*self._ready(X), y)
+        return self.score_rows(X, y)[0]
 
     def score_rows(self, X: ArrayLike, y: Any = None) -> tuple[NDArray[np.float64], float]:
         """`score_samples` (N,) and the standard error of their sum, sqrt(N) that of one; 0 where the score is exact."""

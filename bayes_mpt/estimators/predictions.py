@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,6 @@ from bayes_mpt.program.run import run
 from bayes_mpt.program.shifts import of_cells
 from bayes_mpt.program.statistics import SufficientStatistics
 from bayes_mpt.score import ScoreEstimate, estimate
-from bayes_mpt.warnings import PrecisionWarning, warn
 
 __all__ = [
     "covariance",
@@ -39,13 +37,10 @@ __all__ = [
     "precision",
     "predict_y",
     "score_rows",
-    "score_samples",
     "token_means_of",
 ]
 
 Rows = NDArray[np.floating]
-
-MAX_ERROR = 0.05  # nats of a row, beyond which a score is warned of
 
 
 def score_rows(fitted: Fitted, rows: Rows, y: Any) -> tuple[NDArray[np.float64], float]:
@@ -62,20 +57,6 @@ def score_rows(fitted: Fitted, rows: Rows, y: Any) -> tuple[NDArray[np.float64],
     by_row = found.by_row.cpu().numpy()
     _warn_of_far(by_row, fitted, rows, y)
     return by_row, found.se
-
-
-def score_samples(fitted: Fitted, rows: Rows, y: Any) -> NDArray[np.float64]:
-    """Nats of each row (N,), with a warning where these are not known to 0.05 nats (root mean square of errors)."""
-    by_row, se = score_rows(fitted, rows, y)
-    error = se / math.sqrt(max(1, len(by_row)))  # of rows whose errors are independent
-    if error > MAX_ERROR:
-        each = "the score" if len(by_row) == 1 else "the score of a row"
-        warn(
-            f"{each} has a standard error of {error:.2g} nats, by {fitted.bound.name}: take more nodes or draws, or "
-            "read it beside score_rows(X), which returns the error of the sum too",
-            PrecisionWarning,
-        )
-    return by_row
 
 
 def _warn_of_far(nats: NDArray[np.floating], fitted: Fitted, rows: Rows, y: Any) -> None:

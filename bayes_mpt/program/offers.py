@@ -191,7 +191,8 @@ def name_of(model: Any) -> str:
     name = getattr(model, "__name__", None)
     if isinstance(name, str):
         return name
-    plain = repr(model).startswith("<") or isinstance(model, Module)
+    # what a network prints of itself may draw its weights
+    plain = isinstance(model, Module) or repr(model).startswith("<")
     return type(model).__name__ if plain else repr(model)
 
 
