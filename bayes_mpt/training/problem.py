@@ -140,7 +140,7 @@ def untouched(name: str) -> ModelError:
     """A parameter on which the score does not depend."""
     return ModelError(
         f"parameter {name!r} has no effect on the score: nothing in the observed site depends on it, or only through "
-        ".detach(). Remove it, or use it"
+        ".detach() or the place of a jump. Remove it, or use it"
     )
 
 

@@ -67,19 +67,21 @@ class PanelNodes:
         Whether panels were asked for, so that fainter jumps, as of fewer tokens, are worth them too.
     everywhere : bool
         Whether places far from all modes matter, so that panels are laid over all that the prior reaches.
+    moves : bool
+        Whether parameters are known to move jumps.
     told : bool
         Whether jumps that too many parameters may move were looked at.
     """
 
     def __init__(self, adaptive: AdaptiveNodes):
-        self.adaptive, self.jumps, self._moves = adaptive, False, False
+        self.adaptive, self.jumps, self.moves = adaptive, False, False
         self.everywhere = self.told = False
         self._kept: tuple[Tensor, Tensor, Panels] | None = None
         self._looked: list[tuple[Tensor, bool]] = []
 
     def forget(self) -> None:
         """Look for the next panels from the modes, not from the last ones."""
-        self._kept, self.jumps, self._moves = None, False, False
+        self._kept, self.jumps, self.moves = None, False, False
         self.everywhere, self.told, self._looked = False, False, []
 
     @torch.no_grad()
@@ -159,8 +161,8 @@ class PanelNodes:
 
         many = self.too_many(names)
         self.told = many
-        self._moves = self._moves or _differ(integrals, leaves, log_z)
-        if not self._moves:
+        self.moves = self.moves or _differ(integrals, leaves, log_z)
+        if not self.moves:
             return torch.zeros_like(log_z)
         if many:
             latents = list_names(self.adaptive.space.names)

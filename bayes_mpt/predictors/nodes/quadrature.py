@@ -19,6 +19,7 @@ from bayes_mpt.predictors.nodes.placing import integral
 from bayes_mpt.predictors.nodes.prior import prior_points
 from bayes_mpt.predictors.nodes.probes import highest_of_prior
 from bayes_mpt.predictors.nodes.replicates import by_replicates
+from bayes_mpt.predictors.nodes.rough_training import RoughTraining, warn_of_nodes
 from bayes_mpt.predictors.nodes.rule_errors import (
     MAX_WHOLE,
     beyond,
@@ -40,9 +41,8 @@ from bayes_mpt.predictors.nodes.weighted import (
 )
 from bayes_mpt.program.analysis import analyze
 from bayes_mpt.program.arguments import Args, same_cells
-from bayes_mpt.program.program import Model, ModelError, Program, list_names
+from bayes_mpt.program.program import Model, ModelError, Program
 from bayes_mpt.program.store import own_random_state
-from bayes_mpt.warnings import NotConvergedWarning, warn
 
 __all__ = ["Quadrature"]
 
@@ -131,6 +131,7 @@ class _Hermite(NodeSource):
         self.model, self.structure = adaptive.model, adaptive.program
         self.panels = PanelNodes(adaptive)
         self._inside: tuple[Tensor, bool] | None = None
+        self._rough = RoughTraining(adaptive.space.names, adaptive.space.width)
 
     @property
     def why(self) -> str:  # type: ignore[override]  # how nodes stand is found out with the rows
@@ -159,6 +160,7 @@ class _Hermite(NodeSource):
         self.modes.forget()
         self.panels.forget()
         self._inside = None
+        self._rough = RoughTraining(self.adaptive.space.names, self.adaptive.space.width)
 
     def place(self, args: Args, visible: Tensor | None = None, near: Any = None) -> Read:
         value = program_values(self.model, args, self.structure)
@@ -207,6 +209,8 @@ class _Hermite(NodeSource):
         modes = read.located
         if self.adaptive.rows is not None:
             return self._settled_inside(nodes, read, log_part, visible)
+        if self.adaptive.space.width == 2:  # a rule of more has too few nodes along each axis to tell
+            self._rough.look(log_part, len(modes.mode))
         if self.asked or not self._one_axis(modes) or read.error is not None:
             return read, log_part
         uneven = self._uneven(read, log_part)
@@ -217,6 +221,7 @@ class _Hermite(NodeSource):
         if torch.is_grad_enabled() and self.panels.too_many(self.parameters):
             if not self.panels.told:
                 self._on_panels(nodes, modes, visible)  # which says so where they move a jump
+                self._rough.tell(uneven, len(log_part[0]), moves=self.panels.moves)
             return read, log_part
         # slopes of jumps are those of panels
         if not unseen and not (self.panels.jumps and torch.is_grad_enabled()):
@@ -252,12 +257,7 @@ class _Hermite(NodeSource):
                 uneven = read.given.with_detail("fine", best).uneven(nodes.value)[0]
             self._inside = nodes.value.detach(), uneven > UNEVEN
             if uneven > ROUGH and log_part.requires_grad:
-                warn(
-                    f"the density of {list_names(rows.own)} jumps or bends inside rows or groups: a training "
-                    f"goes by nodes, which may be {uneven:.2g} nats off there, so that it may end beside the "
-                    "maximum. Scores and the evidence afterwards see the jumps",
-                    NotConvergedWarning,
-                )
+                warn_of_nodes(rows.own, uneven, " inside rows or groups")
         return self._inside[1]
 
     def _unseen(self, nodes: Nodes, read: Read, log_part: Tensor, visible: Tensor) -> bool:
