@@ -34,6 +34,8 @@ MAX_HALVINGS = 12
 AT_ONCE = 4  # halvings that are tried side by side: a run costs hardly more for several
 MAX_SHORTER = 19  # the same of rows
 PATIENCE, HOPELESS = 10, 50.0  # steps, and nats below the best top, after which a climb is given up
+FLAT = 1e-10  # of the largest curvature, up to 1: those of a saddle are no smaller
+FLATTEST = 1e-18  # of latents of size 1e9
 MET = 1e-2  # standard deviations and nats: places so near go on as one
 
 
@@ -92,7 +94,7 @@ def newton(
         nodes, start = nodes[at], here[at]
         here, before, better = _walk(log_prob, nodes, start, step[at], before[at], there[at])
         mode[nodes] = here.detach()
-        n_longest[nodes] = torch.where(_as_long(mode[nodes] - start, bound[at]), n_longest[nodes] + 1, 0.0)
+        n_longest[nodes] = _n_longest(mode[nodes] - start, bound[at], n_longest[nodes])
         stuck[nodes] |= ~better
         if n_steps == max_steps:
             break
@@ -122,9 +124,15 @@ def _bounded(step: Tensor, n_longest: Tensor) -> tuple[Tensor, Tensor]:
     return step * (bound / step.abs().amax(-1).clamp(min=bound))[..., None], bound
 
 
-def _as_long(step: Tensor, bound: Tensor) -> Tensor:
-    """Whether a step that was taken (..., d) has the length of its bound (...): no step was halved."""
-    return step.abs().amax(-1) > 0.999 * bound
+def _n_longest(step: Tensor, bound: Tensor, before: Tensor) -> Tensor:
+    """How many steps (...) of the length of their bounds were taken, one after the other.
+
+    After a shorter one (..., d) bounds fall to its length: where latents are of size 1e6 a step that was halved is
+    still long, and bounds that began anew would use up all steps that a climb may take.
+    """
+    length = step.abs().amax(-1)
+    fallen = N_LONGEST + (length / LONGEST_STEP).log2()
+    return torch.where(length > 0.999 * bound, before + 1, torch.where(length > LONGEST_STEP, fallen, 0.0))
 
 
 def _walk(
@@ -199,7 +207,11 @@ def root_of(curvature: Tensor) -> Tensor:
     one = torch.eye(curvature.shape[-1], dtype=curvature.dtype, device=curvature.device)
     known = torch.isfinite(curvature).all(-1).all(-1)[..., None, None]
     value, vector = torch.linalg.eigh(torch.where(known, curvature, one))  # else a step along the slope
-    return (vector * value.abs().clamp(min=1e-10).rsqrt()[..., None, :]).detach()
+    size = value.abs()
+    # a curvature of 1e-12 is flat beside others of 1, and an ordinary one where latents are of size 1e6
+    flat = (FLAT * size.amax(-1, keepdim=True).clamp(max=1.0)).clamp(min=FLATTEST)
+    flat = torch.where(info[..., None] == 0, FLATTEST, flat)  # a maximum is as wide as it is
+    return (vector * size.maximum(flat).rsqrt()[..., None, :]).detach()
 
 
 def times_covariance(root: Tensor, slope: Tensor) -> Tensor:
@@ -258,7 +270,7 @@ def climb(
         if not len(at):
             break
         found = _shorten(log_prob, u[at], step, value[at])
-        n_longest[at] = torch.where(_as_long(found.u - u[at], bound), n_longest[at] + 1, 0.0)
+        n_longest[at] = _n_longest(found.u - u[at], bound, n_longest[at])
         going[at[~found.climbed]] = False
         at, found = at[found.climbed], _Walked(*(t[found.climbed] for t in found))
         u[at], value[at], slope[at], curved[at] = found[:4]

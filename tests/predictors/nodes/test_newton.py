@@ -5,7 +5,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from scipy import stats
+from scipy import optimize, special, stats
 from tables import tensor
 
 from bayes_mpt.predictors import Quadrature
@@ -53,6 +53,44 @@ def test_a_far_top_is_climbed_and_a_far_ridge_given_up():
     assert peaks.top.tolist() == [True, True, False]
     np.testing.assert_allclose(peaks.u[:2], tops, atol=1e-6)
     assert sum(asked) < 200
+
+
+@pytest.mark.parametrize("size", [1.0, 1e6])
+def test_tops_beside_a_saddle_are_as_wide_as_latents_are_large(size):
+    """Two Gaussians at -2 and 2 of one axis have tops at u = 2 tanh(2 u), between them a saddle at 0."""
+
+    def log_prob(u):
+        z, centre = u / size, u.new_tensor([2.0, 0.0])
+        return torch.stack([-0.5 * (z - s * centre).square().sum(-1) for s in (-1, 1)]).logsumexp(0)
+
+    at = optimize.brentq(lambda u: u - 2 * np.tanh(2 * u), 1.0, 3.0)
+    peaks = climb(log_prob, size * tensor([[0.0, 0.1], [1.0, 40.0], [-30.0, -3.0]]), 60, 1e-14)
+    assert peaks.top.tolist() == [False, True, True]
+    np.testing.assert_allclose(peaks.u / size, [[0, 0], [at, 0], [-at, 0]], atol=1e-6)
+    along = [3.0, *[1 - 4 / np.cosh(2 * at) ** 2] * 2]  # curvatures, of the saddle without its sign
+    width = (peaks.root / size) @ (peaks.root / size).mT
+    np.testing.assert_allclose(width, [np.diag([1 / c, 1.0]) for c in along], atol=1e-5)
+
+
+def test_components_at_a_million_have_the_evidence_of_those_at_one():
+    """Of two equal components p(x) = integral of prod mixture(x_n) over both means, by a grid, at 1e6 times less."""
+    size, x = 1e6, np.array([-2.7, -2.0, -1.2, -0.4, 0.8, 1.1, 1.9, 2.5])
+
+    def two(x):
+        with pyro.plate("components", 2):
+            mean = pyro.sample("mean", dist.Normal(x.new_zeros(()), 3 * size))
+        with pyro.plate("rows", len(x)):
+            k = pyro.sample("k", dist.Categorical(x.new_ones(2)))
+            pyro.sample("x", dist.Normal(mean[k], size), obs=x[:, 0])
+
+    u = np.linspace(-12, 12, 241)
+    by_mean = stats.norm.pdf(x, u[:, None], 1.0)  # (U, N)
+    joint = np.log(0.5 * (by_mean[:, None] + by_mean)).sum(-1)  # (U, U)
+    prior = stats.norm.logpdf(u, 0.0, 3.0) + np.log(u[1] - u[0])
+    truth = special.logsumexp(joint + prior[:, None] + prior) - len(x) * np.log(size)
+    found = Quadrature().bind(two, (tensor(size * x[:, None]),)).read((tensor(size * x[:, None]),)).evidence()
+    np.testing.assert_allclose(float(found.by_row.sum()), truth, atol=1e-5)
+    assert found.se < 1e-4
 
 
 def without_noise(x):
