@@ -127,6 +127,7 @@ def test_scores_slopes_steps_and_posteriors(kind, level):
     np.testing.assert_allclose(posterior[:, 0], mean, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_masked_loss_and_its_slopes():
     model, x, truth = both("of rows", "a jump that moves")
     loss = CumulativeMaskedScore(UniformSize(2), random_state=0).differentiable_loss(model, None, x)
@@ -148,6 +149,7 @@ def test_the_masked_loss_and_its_slopes():
     assert slope == pytest.approx((wanted(AT + step) - wanted(AT - step)) / 2e-5, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_training_moves_a_jump_to_the_maximum():
     y = np.random.default_rng(2).normal(size=12) + np.where(np.arange(12) < 9, 1, -1)
 
@@ -180,6 +182,7 @@ def test_jumps_that_too_many_parameters_move_are_named():
         bound.read((y,)).score()
 
 
+@pytest.mark.slow
 def test_a_cliff_at_whose_edge_a_mode_is_found():
     """Logits of a billion z and more, as a fit may end with: a token is 0 to one side of 0 and 1 to the other."""
     slopes = np.array([0.26, -3.4e11, 0.37, 0.85, -0.11])
