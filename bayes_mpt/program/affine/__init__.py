@@ -2,8 +2,8 @@
 
 In the room: ``form`` is what is found, once; ``reading`` finds it and reads the map at every step, by one of three
 ways: ``stated`` (the model names its parameters, also those of a mixture), ``sparse`` (``chain``, ``sparse_map``) and
-``dense`` (``probes``). ``maps`` is the map as matrices, ``normals`` and ``tokens`` are what a run says of it, ``trial``
-compares map and runs, ``first`` is the first reading.
+``dense`` (``probes``, then once at many ``places``). ``maps`` is the map as matrices, ``normals`` and ``tokens`` are
+what a run says of it, ``trial`` compares map and runs, ``first`` is the first reading.
 
 Touch freely what is inside of one way; a new way has the four methods of `Way`. That a map agrees with runs on real
 rows is never left out.

@@ -14,7 +14,7 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from bayes_mpt.program.affine.form import AffineForm
+from bayes_mpt.program.affine.form import AffineForm, NotAffine
 from bayes_mpt.program.affine.maps import DenseMap, each_row, integrate_prior, with_correlated_noise
 from bayes_mpt.program.affine.normals import (
     batch,
@@ -26,6 +26,7 @@ from bayes_mpt.program.affine.normals import (
     scale_of,
     token_normal,
 )
+from bayes_mpt.program.affine.places import n_places, places
 from bayes_mpt.program.affine.probes import N_CHECKS, affine_through, check_constant, probes_of, tolerance
 from bayes_mpt.program.affine.tokens import token_gaps
 from bayes_mpt.program.arguments import cycle, fill_all
@@ -34,6 +35,7 @@ from bayes_mpt.program.layout import flat, from_rows, token_values
 from bayes_mpt.program.program import Latent, Model, list_names
 from bayes_mpt.program.run import nodes_plate, run
 from bayes_mpt.program.sites import sub_samples
+from bayes_mpt.program.store import own_random_state
 
 __all__ = ["Dense", "read_side_by_side"]
 
@@ -62,13 +64,43 @@ class Dense:
                 return form, together
         return structure, _read_rows(model, args, structure)
 
+    @torch.no_grad()
+    def check_places(
+        self, model: Model, args: tuple[Any, ...], structure: AffineForm, reading: DenseMap, value: Tensor
+    ) -> None:
+        """Compare the map, of rows with these tokens (N, T), with one run at many more places, if that is cheap.
 
-def _read_probes(model: Model, args: tuple[Any, ...], structure: AffineForm) -> DenseMap:
-    """All probes in one run: row 0 has z = 0, rows 1..K a unit vector each, the last three are random."""
-    n_latents = structure.n_latents
-    n_probes = n_latents + 1 + N_CHECKS
+        Raises
+        ------
+        NotAffine
+            If it is another there.
+        """
+        filled = fill_all(args)
+        at_once = structure.by_row and not structure.per_row  # the rows are the places
+        n = n_places(1 if at_once else batch(structure, filled), structure.n_tokens, structure.n_latents)
+        if not n or structure.sub_rows is not None or (not at_once and structure.batched is Batched.LOOP):
+            return
+        with own_random_state(0):
+            try:
+                z = places(reading, value, n)
+                if at_once:
+                    _read_probes(model, args, structure, z)
+                else:
+                    probes = probes_of(structure, filled[0], z)
+                    _map_of(_run_together(model, filled, structure, probes), probes, structure)
+            except NotAffine:
+                raise
+            except Exception:  # it does not take so many at a time
+                return
+
+
+def _read_probes(
+    model: Model, args: tuple[Any, ...], structure: AffineForm, further: Tensor | None = None
+) -> DenseMap:
+    """All probes in one run: row 0 has z = 0, rows 1..K a unit vector each, the last are random or ``further``."""
+    n_probes = structure.n_latents + 1 + (N_CHECKS if further is None else len(further))
     rows = fill_all(cycle(a, n_probes) for a in args)
-    probes = probes_of(structure, rows[0])  # (P, K)
+    probes = probes_of(structure, rows[0], further)  # (P, K)
     trace = run(model, rows, latent_values(structure.program, probes))
     loc, scale = (t[0] for t in token_normal(trace, structure))  # (P, T)
     latent_loc, parts = latent_parts(trace, structure)  # (1, P, K), and of each site (1, P, ...)
@@ -242,6 +274,13 @@ def _run_mapped(model: Model, filled: tuple[Any, ...], structure: AffineForm, pr
     )
 
 
+def _run_together(model: Model, filled: tuple[Any, ...], structure: AffineForm, probes: Tensor) -> _Runs:
+    """All probes in one run, in the way that the program takes them."""
+    if structure.batched is Batched.VMAP:
+        return _run_mapped(model, filled, structure, probes)
+    return _run_at_once(model, filled, structure, probes)[0]
+
+
 def _probes_at_once(structure: AffineForm, n_rows: int) -> int:
     return max(2, MAX_PROBED // max(1, n_rows * structure.n_tokens * structure.n_latents))
 
@@ -304,11 +343,7 @@ def _all_probes(model: Model, args: tuple[Any, ...], structure: AffineForm) -> D
         return None  # other rows in every run
     probes = probes_of(structure, args[0])
     try:
-        together = (
-            _run_mapped(model, args, structure, probes)
-            if structure.batched is Batched.VMAP
-            else _run_at_once(model, args, structure, probes)[0]
-        )
+        together = _run_together(model, args, structure, probes)
     except Exception:  # written for one set of latents at a time
         return None
     with torch.no_grad():

@@ -25,11 +25,15 @@ N_CHECKS = (
 AFFINE_TOL = 1e-9
 
 
-def probes_of(structure: AffineForm, like: Tensor) -> Tensor:
-    """(K + 5, K): zeros, the unit vectors, and four random points, in units of the prior's spread."""
+def probes_of(structure: AffineForm, like: Tensor, further: Tensor | None = None) -> Tensor:
+    """(K + 5, K): zeros, the unit vectors, and four random points, in units of the prior's spread.
+
+    With ``further`` points (P, K) those instead of the random ones.
+    """
     spread = structure.spread.to(like)
     unit = torch.diag(spread)
-    return torch.cat([unit.new_zeros(1, len(spread)), unit, random_points(spread)])
+    others = random_points(spread) if further is None else further.to(unit)
+    return torch.cat([unit.new_zeros(1, len(spread)), unit, others])
 
 
 def random_points(spread: Tensor) -> Tensor:

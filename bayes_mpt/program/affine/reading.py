@@ -87,7 +87,7 @@ def first_reading(
     trial = trial_of(analysis.first, form)
     shared = _shared_map(model, analysis, form, trial, way)
     if shared is not None:
-        reading, tokens = shared
+        (reading, tokens), rows = shared, analysis.args
         program = form.program._replace(per_row=False, scores_input=form.observed_argument is not None)
         form = form._replace(program=program)
     else:
@@ -102,6 +102,8 @@ def first_reading(
         form, reading = way.first_read_per_row(model, rows, form)
         tokens = tokens_of_map(reading, trial)
     compare_with_program(form, reading, trial, tokens)
+    if isinstance(way, Dense):
+        way.check_places(model, rows, form, reading, trial.value)
     return form, reading
 
 
