@@ -266,7 +266,7 @@ class Steps:
 
 @pytest.mark.slow
 def test_a_program_that_runs_at_one_value_at_a_time():
-    x, y = curve(10)
+    x, y = curve(20)
     y[5] = np.nan
     models = [Steps(), Steps(1.0)]
     search = MarginalLikelihoodSearch(BayesMPT(), {"model": models}, evidence="integrated", random_state=0)
