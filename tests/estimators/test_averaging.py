@@ -90,13 +90,13 @@ def test_samples_have_the_mean_covariance(case):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::bayes_mpt.warnings.ZeroNoiseWarning")  # of the maximum
 def test_new_rows_are_predicted_better():
-    """Than at the maximum, in nearly all of eight tables with few rows."""
+    """Than at the maximum, in each of four tables with few rows."""
     new, gains = table(seed=99, n=2000), []
-    for seed in range(8):
+    for seed in range(4):
         x = table(0.1 * (seed % 2), seed, n=25)
         one, mean = (BayesMPT(FactorAnalysis(K), average=a).fit(x) for a in (None, "posterior"))
         gains.append(mean.score(new) - one.score(new))
-    assert sum(g > 0 for g in gains) >= 7
+    assert min(gains) > 0
 
 
 @pytest.mark.slow

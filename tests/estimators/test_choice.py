@@ -81,11 +81,15 @@ def test_numbers_are_those_of_the_sampled_evidence(holes):
         assert row["se"] > 0
 
 
-def test_the_same_in_processes_and_of_a_folder(tmp_path):
+@pytest.mark.slow
+def test_the_same_in_processes_and_of_a_folder(tmp_path, caplog):
+    """What two processes found is taken up by one."""
     grid = {"model": [PPCA(2), FactorAnalysis(1)]}
     one = search(table(), grid)
     again = search(table(), grid, n_jobs=2, checkpoint_dir=tmp_path)
-    taken = search(table(), grid, checkpoint_dir=tmp_path)
+    with caplog.at_level("INFO", "bayes_mpt"):
+        taken = search(table(), grid, checkpoint_dir=tmp_path)
+    assert caplog.text.count("fit taken up from checkpoint_dir") == 2
     for other in (again, taken):
         assert other.comparison_.equals(one.comparison_)
     assert taken.best_estimator_.score(table()) == pytest.approx(

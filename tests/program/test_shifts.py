@@ -178,6 +178,7 @@ def test_every_predictor_scores_them(predictor):
     assert model.log_marginal_likelihood_ == pytest.approx(gaussian(x0, ONES), abs=error + 1e-9)
 
 
+@pytest.mark.slow
 def test_they_are_scored_as_a_loss_of_svi_and_from_draws():
     x = torch.from_numpy(X)
     assert CumulativeMaskedScore().loss(of_all_rows, None, x) == pytest.approx(-gaussian(x0, ONES), abs=1e-9)

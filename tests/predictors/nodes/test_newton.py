@@ -124,6 +124,7 @@ def test_a_node_without_noise_has_no_density_and_leaves_the_others_alone():
     assert float(found[1]) == -np.inf
 
 
+@pytest.mark.slow
 def test_rows_go_by_parts_of_the_nodes(monkeypatch):
     def program(x):
         mean = pyro.sample("mean", dist.Normal(0.0, 1.0))

@@ -117,19 +117,19 @@ def by_a_grid(counts):
     node, weight = np.polynomial.legendre.leggauss(40)
     spreads = 1.5 * (node + 1)
     log_z, means = [], []
-    seen = poisson.logpmf(counts[:, None], np.exp(h))
+    seen = poisson.pmf(counts[:, None], np.exp(h))  # five counts: no product of them underflows
+    apart = (h[:, None] - h) ** 2  # [to, from]
     for spread in spreads:
-        move = norm.logpdf(h[:, None], h, max(spread, 0.02))  # [to, from]
-        move -= logsumexp(move, axis=0)  # a spread below the grid's step stays where it is
-        forward = [norm.logpdf(h) + np.log(h[1] - h[0]) + seen[0]]
+        move = np.exp(-0.5 * apart / max(spread, 0.02) ** 2)
+        move /= move.sum(0)  # a spread below the grid's step stays where it is
+        forward = [norm.pdf(h) * (h[1] - h[0]) * seen[0]]
         for t in range(1, len(counts)):
-            forward.append(logsumexp(move + forward[-1], axis=1) + seen[t])
-        backward = [np.zeros_like(h)]
+            forward.append(move @ forward[-1] * seen[t])
+        backward = [np.ones_like(h)]
         for t in range(len(counts) - 1, 0, -1):
-            backward.insert(0, logsumexp(move + (seen[t] + backward[0])[:, None], axis=0))
-        log_z.append(logsumexp(forward[-1]))
-        share = np.exp(np.array(forward) + backward - log_z[-1])
-        means.append(share @ h)
+            backward.insert(0, (seen[t] * backward[0]) @ move)
+        log_z.append(np.log(forward[-1].sum()))
+        means.append(np.array(forward) * backward @ h / forward[-1].sum())
     log_w = np.log(weight / 2) + log_z
     share = np.exp(log_w - logsumexp(log_w))
     return logsumexp(log_w), share @ spreads, share @ np.array(means)

@@ -82,7 +82,7 @@ def both(level, kind):
     """A program, its rows, and the truth for a table (N, T)."""
     mean, same = MEANS[kind]
     if level == "of rows":
-        return of_rows(mean), torch.as_tensor(Y), lambda at, seen: dense(same, Y, SLOPES, at, seen)
+        return of_rows(mean), torch.as_tensor(Y[:2]), lambda at, seen: dense(same, Y[:2], SLOPES, at, seen)
     y = Y[:2].reshape(1, -1)
     return of_all(mean), torch.as_tensor(y.T), lambda at, seen: dense(same, y, np.ones(6), at, seen)
 
@@ -127,6 +127,7 @@ def test_scores_slopes_steps_and_posteriors(kind, level):
     np.testing.assert_allclose(posterior[:, 0], mean, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_masked_loss_and_its_slopes():
     model, x, truth = both("of rows", "a jump that moves")
     loss = CumulativeMaskedScore(UniformSize(2), random_state=0).differentiable_loss(model, None, x)
@@ -148,6 +149,7 @@ def test_the_masked_loss_and_its_slopes():
     assert slope == pytest.approx((wanted(AT + step) - wanted(AT - step)) / 2e-5, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_training_moves_a_jump_to_the_maximum():
     y = np.random.default_rng(2).normal(size=12) + np.where(np.arange(12) < 9, 1, -1)
 
@@ -215,6 +217,7 @@ def of_many_numbers(mean):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", [two_of_rows, inside_of_all, of_many_numbers])
 def test_trainings_that_go_by_nodes_between_jumps_say_so_once(level):
     """Of two latents, of rows inside of latents that all share, of more numbers than differences are taken of."""
@@ -230,6 +233,7 @@ def test_trainings_that_go_by_nodes_between_jumps_say_so_once(level):
     bound.read((x,)).score()  # not again
 
 
+@pytest.mark.slow
 def test_a_cliff_at_whose_edge_a_mode_is_found():
     """Logits of a billion z and more, as a fit may end with: a token is 0 to one side of 0 and 1 to the other."""
     slopes = np.array([0.26, -3.4e11, 0.37, 0.85, -0.11])

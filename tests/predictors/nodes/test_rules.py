@@ -77,6 +77,7 @@ def test_nodes_that_reach_far(log_f, ends, most):
         assert abs(logsumexp((rule.log_weight + log_step).numpy() + log_f(t[:, 0].numpy()))) < error
 
 
+@pytest.mark.slow
 def test_shares_of_rows_whose_prior_sits_in_corners():
     """Two shares a row, Dirichlet(a, a) with a of a few hundredths: Hermite nodes miss a third of them."""
     x = np.array([[5, 0], [0, 5], [5, 0], [4, 1], [0, 5], [5, 0]], dtype=float)

@@ -79,6 +79,7 @@ def test_from_the_prior_where_moves_matter(monkeypatch):
     assert abs(float(found.by_row) - truth) < 3.5 * found.se
 
 
+@pytest.mark.slow
 def test_runs_are_unbiased_there_and_back():
     """E Z of few frozen particles is Z, and E 1/Z of runs back from an exact draw is 1/Z: 500 runs, from the prior."""
     args, truth = columns(4, 2)
@@ -214,6 +215,7 @@ def waves(top, seed):
     return t, np.sin(2 * math.pi * rng.uniform(0.075 * top, 0.925 * top) * t) + 0.5 * rng.normal(size=40)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [7, 8])
 def test_a_hundred_modes_are_all_started_for(seed):
     """A frequency, whose modes climbs find alone: of these data a fixed number of particles missed the heaviest."""
@@ -223,6 +225,7 @@ def test_a_hundred_modes_are_all_started_for(seed):
     assert abs(float(found.by_row) - of_wave(40.0, t, y)) < 3.5 * found.se
 
 
+@pytest.mark.slow
 def test_a_thousand_modes_are_too_many_to_start_for():
     t, y = waves(400.0, 2)
     with pytest.warns(
@@ -292,6 +295,7 @@ def test_the_check_on_simulated_data():
     assert TwoSided(-10.0, 0.1, -7.0, 0.1).misses and not TwoSided(-10.0, 1.0, -7.0, 1.0).misses
 
 
+@pytest.mark.slow
 def test_the_check_where_observed_values_are_no_argument():
     def two_sites(x, y):
         a = pyro.sample("a", dist.Normal(x.new_zeros(5), 1.0).to_event(1))
