@@ -98,10 +98,11 @@ class PanelNodes:
         if not n or self.everywhere:
             return self.everywhere
         with own_random_state():
-            start, empty = self._over_prior(rows, modes), rows.value.isnan().all(1)
+            around, empty = self._around(rows, modes), rows.value.isnan().all(1)
+            start = self._over_prior(rows, around)
 
         def more(max_rounds: int) -> bool:
-            found = self._integrals(rows, modes, start, max_rounds)
+            found = self._integrals(rows, around, start, max_rounds)
             change = torch.where(empty, 0.0, found.log_z - log_z)
             return float((change.abs() + found.error.clamp(max=1.0) * (~empty)).sum()) > UNSEEN
 
@@ -109,13 +110,14 @@ class PanelNodes:
             self.everywhere = more(0) and more(MAX_ROUNDS)
         return self.everywhere
 
-    def _over_prior(self, rows: Rows, modes: Modes) -> Panels:
+    def _over_prior(self, rows: Rows, around: Modes) -> Panels:
         at = self.adaptive
         whole = reach_of_prior(at, rows.args, rows.value)
         n = max(LEAST_PROBES, n_probes(at, rows.value))
-        return laid(self._around(rows, modes), whole, n)
+        return laid(around, whole, n)
 
     def _around(self, rows: Rows, modes: Modes) -> Modes:
+        """Modes, and how far the density reaches around each."""
         density = self.adaptive.row_density(rows.args, rows.value, rows.visible, {})
         return reaching(density, modes, 1, CUT["fine"])
 
@@ -125,9 +127,10 @@ class PanelNodes:
         if self._kept is not None:
             data, shown, kept = self._kept
             start = kept if torch.equal(shown, rows.visible) and same_cells(data, rows.value) else None
+        around = self._around(rows, modes)
         if start is None and self.everywhere:
-            start = self._over_prior(rows, modes)
-        found = self._integrals(rows, modes, start)
+            start = self._over_prior(rows, around)
+        found = self._integrals(rows, around, start)
         assert found.panels is not None
         density = self.adaptive.row_density(rows.args, rows.value, rows.visible, {})
         panels = thinned(density, found.panels, rows.value.shape[1])
@@ -136,11 +139,10 @@ class PanelNodes:
         return found._replace(panels=panels)
 
     def _integrals(
-        self, rows: Rows, modes: Modes, start: Panels | None, max_rounds: int = MAX_ROUNDS
+        self, rows: Rows, around: Modes, start: Panels | None, max_rounds: int = MAX_ROUNDS
     ) -> Integrals:
         density = self.adaptive.row_density(rows.args, rows.value, rows.visible, {})
-        around, n_tokens = self._around(rows, modes), rows.value.shape[1]
-        return by_panels(density, around, 1, n_tokens, start=start, max_rounds=max_rounds)
+        return by_panels(density, around, 1, rows.value.shape[1], start=start, max_rounds=max_rounds)
 
     def too_many(self, names: tuple[str, ...]) -> bool:
         """Whether a training moves so many numbers, as of a network, that panels at each step would take too long."""
@@ -157,7 +159,7 @@ class PanelNodes:
             return torch.zeros_like(log_z)
 
         def integrals() -> Tensor:
-            return self._integrals(rows, modes, found.panels).log_z
+            return self._integrals(rows, self._around(rows, modes), found.panels).log_z
 
         many = self.too_many(names)
         self.told = many
