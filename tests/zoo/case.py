@@ -46,8 +46,6 @@ class Case:
         A regular expression of the one warning that may come with the case; any other fails it.
     slow : bool
         Takes a second or more of a CPU, and is no part of the quick tests.
-    heavy : bool
-        Takes more than ten seconds of a CPU, and is no part of the suite but with ``ZOO=whole`` in the environment.
     known : str
         What is missing where the case is known to fail; it must fail then. Where it is slow too, it is not run.
     seed : int
@@ -64,6 +62,5 @@ class Case:
     se: float = 0.5
     warns: str = ""
     slow: bool = False
-    heavy: bool = False
     known: str = ""
     seed: int = 0

@@ -276,7 +276,7 @@ CASES = [
     Case("bugs_birats", birats, eight_rats, birats_truth, tolerance=1e-4, slow=True),
     Case("bugs_oxford", oxford, eight_strata, oxford_truth, slow=True),
     Case("bugs_magnesium", magnesium, magnesium_trials, magnesium_truth, slow=True),
-    Case("bugs_alligators", alligators, eighty_alligators, heavy=True),
+    Case("bugs_alligators", alligators, eighty_alligators, slow=True),
     Case(
         "bugs_stagnant",
         stagnant,
@@ -284,5 +284,5 @@ CASES = [
         stagnant_truth,
         slow=True,
     ),
-    Case("bugs_epil", epil, twelve_records, epil_truth, warns="tail so heavy", heavy=True),
+    Case("bugs_epil", epil, twelve_records, epil_truth, warns="tail so heavy", slow=True),
 ]

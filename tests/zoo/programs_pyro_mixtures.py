@@ -195,6 +195,6 @@ CASES = [
         lda,
         three_documents,
         topics_by_assignments,
-        heavy=True,
+        slow=True,
     ),
 ]

@@ -354,7 +354,7 @@ CASES = [
     Case("stan_ar2", ar2, ar2_series, ar2_truth, slow=True),
     Case("stan_garch11", garch11, garch_series, garch_truth, slow=True),
     Case("stan_arch1", arch1, arch_series, arch_truth),
-    Case("stan_stochastic_volatility", stochastic_volatility, returns, heavy=True),
+    Case("stan_stochastic_volatility", stochastic_volatility, returns, slow=True),
     Case("stan_gp_regression", gp_regression, smooth_curve, gp_truth, tolerance=3e-4),
     Case(
         "stan_gp_poisson",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from importlib import import_module
 from pathlib import Path
@@ -22,13 +21,9 @@ CASES: list[Case] = [case for name in FILES for case in import_module(f"zoo.{nam
 
 
 def _parametrised(case: Case):
-    marks = [pytest.mark.slow] if case.slow or case.heavy else []
-    if case.heavy and "ZOO" not in os.environ:
-        marks.append(
-            pytest.mark.skip(reason="takes over ten CPU seconds: ZOO=whole python -m pytest tests/zoo")
-        )
+    marks = [pytest.mark.slow] if case.slow else []
     if case.known:
-        marks.append(pytest.mark.xfail(strict=True, reason=case.known, run=not (case.slow or case.heavy)))
+        marks.append(pytest.mark.xfail(strict=True, reason=case.known, run=not case.slow))
     return pytest.param(case, id=case.name, marks=marks)
 
 
