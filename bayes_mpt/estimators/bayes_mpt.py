@@ -379,7 +379,7 @@ class BayesMPT(
 
     def score(self, X: ArrayLike, y: Any = None) -> float:
         """Mean of `score_samples`, nats a row."""
-        return float(self.score_rows(X, y)[0].mean())
+        return float(self.score_samples(X, y).mean())
 
     def estimate(
         self, X: ArrayLike, y: Any = None, *, masks: Policy | None = None, n_replicates: int = 8

@@ -251,8 +251,7 @@ class RowNodes:
             yield from self._drawn(args, held, detail, x, visible, draws)
             return
         modes = at.locate(args, x, visible, self.placing, rule.cut, held)
-        step = max(1, CELLS // (x.numel() * len(rule.t) * len(modes.mode) * at.n_evaluations))
-        for some in (slice(i, min(i + step, n_nodes)) for i in range(0, n_nodes, step)):
+        for some in self._parts(n_nodes, x.numel() * len(rule.t) * len(modes.mode)):
             u, log_w = modes.of_rows(slice(some.start * n_rows, some.stop * n_rows)).nodes(rule)
             u = u.flatten(0, 1).unflatten(1, (-1, n_rows)).movedim(1, 0)  # (s, J Q, N, d)
             log_w = log_w.flatten(0, 1).unflatten(1, (-1, n_rows)).movedim(1, 0)
@@ -280,8 +279,7 @@ class RowNodes:
         whole, log_weight = draws.nodes(modes, n_nodes, alike=detail == "rough")
         lost = ~whole.isfinite().all(-1)
         whole = torch.where(lost[..., None], 0.0, whole)
-        step = max(1, CELLS // (x.numel() * whole.shape[1] * at.n_evaluations))
-        for some in (slice(i, min(i + step, n_nodes)) for i in range(0, n_nodes, step)):
+        for some in self._parts(n_nodes, x.numel() * whole.shape[1]):
             u = whole[some].flatten(0, 1)
             each = {name: v[some].repeat_interleave(whole.shape[1], 0) for name, v in held.items()}
             given, part, _ = at.at(args, u, each)
@@ -289,6 +287,11 @@ class RowNodes:
                 lost[some], math.nan, part.unflatten(0, (-1, whole.shape[1])) + log_weight[some]
             )
             yield PlacedRows(given, weight, partial(constrained, at.space, u))
+
+    def _parts(self, n_nodes: int, n_cells: int) -> Iterator[slice]:
+        """As many of S nodes of the data set at a time as memory will bear, where each has so many cells."""
+        step = max(1, CELLS // (n_cells * self.adaptive.n_evaluations))
+        return (slice(i, min(i + step, n_nodes)) for i in range(0, n_nodes, step))
 
     def _panels(self, args: Args, held: dict[str, Tensor], x: Tensor, visible: Tensor) -> Integrals:
         """The integral of each row at each of S nodes of the data set: of S N."""

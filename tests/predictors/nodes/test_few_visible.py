@@ -97,21 +97,16 @@ def test_more_latents_than_a_rule_takes(program):
     np.testing.assert_allclose(found.numpy(), want, atol=0.1)
 
 
-def groups(x):
+def groups(x, mean=0.0):
     with pyro.plate("groups", len(PAIRS)):
-        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        a = pyro.sample("a", dist.Normal(mean, 1.0))
     with pyro.plate("rows", len(x)):
         own = a[x[:, 0].long()]
         pyro.sample("y", dist.Normal(torch.where(x[:, 1] == 1, own, own**2), 0.3), obs=x[:, 2])
 
 
 def groups_of_one_mean(x):
-    mean = pyro.sample("mean", dist.Normal(0.0, 0.5))
-    with pyro.plate("groups", len(PAIRS)):
-        a = pyro.sample("a", dist.Normal(mean, 1.0))
-    with pyro.plate("rows", len(x)):
-        own = a[x[:, 0].long()]
-        pyro.sample("y", dist.Normal(torch.where(x[:, 1] == 1, own, own**2), 0.3), obs=x[:, 2])
+    groups(x, pyro.sample("mean", dist.Normal(0.0, 0.5)))
 
 
 def rows_of_one_mean(x):

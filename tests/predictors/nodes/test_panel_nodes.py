@@ -44,9 +44,12 @@ def parameters():
     )
 
 
-def of_rows(mean):
+def of_rows(mean, many=False):
+    """A latent of each row; ``many`` numbers say where it jumps, or one."""
+
     def model(x):
         c, b, s = parameters()
+        c = 0.01 * pyro.param("many", x.new_ones(20)).sum() if many else c
         with pyro.plate("rows", len(x)):
             z = pyro.sample("z", dist.Normal(x.new_tensor(0.0), 1.0))
             tokens = mean(z, c, b)[..., None] * torch.as_tensor(SLOPES)
@@ -206,15 +209,7 @@ def inside_of_all(mean):
 
 
 def of_many_numbers(mean):
-    def model(x):
-        _, b, s = parameters()
-        c = 0.01 * pyro.param("many", x.new_ones(20)).sum()
-        with pyro.plate("rows", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_tensor(0.0), 1.0))
-            tokens = mean(z, c, b)[..., None] * torch.as_tensor(SLOPES)
-            pyro.sample("y", dist.Normal(tokens, s).to_event(1), obs=x)
-
-    return model
+    return of_rows(mean, many=True)
 
 
 @pytest.mark.slow
